@@ -6,7 +6,7 @@ by one code on at most 0.33 % of the elements of an operator, and by up to ten c
 So equality is only ever equality with a *named* set, and the sets are a table of rules here, not branches in kernels.
 
 The rules are plain functions without branches. The same text runs on Python integers, broadcasts over NumPy int64
-arrays, and is what Numba compiles for the CPU and for CUDA: nothing here imports a compiler.
+arrays, and is what Numba compiles; ``register_jitable`` only tells Numba that it may, and leaves the function as it is.
 
 Q-formats: ``Qm.n`` is a signed integer with ``m`` integer and ``n`` fractional bits; ``q31`` is Q0.31 in [1/2, 1).
 """
@@ -21,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from numba.extending import register_jitable
 
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 CODE_MIN, CODE_MAX = -128, 127  # of int8
@@ -29,11 +30,13 @@ PROBABILITY_SCALE, PROBABILITY_ZERO_POINT = np.float32(1 / 256), -128  # every T
 
 # -- fixed-point primitives (gemmlowp, fixedpoint.h, named as there) ---------------------------------------------------
 
+@register_jitable
 def wrap_int32(x):
     """The int32 that two's complement leaves of ``x``."""
     return ((x + 2**31) & 0xFFFFFFFF) - 2**31
 
 
+@register_jitable
 def saturating_rounding_doubling_high_mul(a, b):
     """``round(a * b / 2**31)``, halves up: the Q0.31 product of two int32.
 
@@ -43,12 +46,14 @@ def saturating_rounding_doubling_high_mul(a, b):
     return (a * b + 2**30) >> 31
 
 
+@register_jitable
 def rounding_divide_by_pot(x, exponent):
     """``round(x / 2**exponent)``, halves away from zero."""
     half = (1 << exponent) >> 1
     return (x + half - ((x < 0) & (half > 0))) >> exponent
 
 
+@register_jitable
 def round_half_away(x):
     """C's ``round``: float to the nearest integral float, halves away from zero, exact for every float64."""
     whole = np.trunc(x)
@@ -80,6 +85,7 @@ def quantize_multiplier(real: float) -> tuple[int, int]:
 # One signature for all, so that a kernel takes the rule as an argument: q31 and shift are ``quantize_multiplier`` of the
 # real multiplier, and ``real`` is that multiplier in float64 (already rounded to float32 where the rule computes so).
 
+@register_jitable
 def double(acc, q31, shift, real):
     """gemmlowp's two roundings: the doubling high product, then halves away from zero."""
     left, right = (shift + abs(shift)) >> 1, (abs(shift) - shift) >> 1
