@@ -21,7 +21,7 @@ _METADATA_KEY = "edgeattn"
 _KINDS = {
     "MultiHeadAttention": "edgeattn.layers",
     "SelfAttention": "edgeattn.layers",
-    "QuantizedMultiHeadAttention": "edgeattn.quantized",
+    "StaticMultiHeadAttention": "edgeattn.quantized",
 }
 
 

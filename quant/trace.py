@@ -172,6 +172,7 @@ def _integer_linear(layer, name, x, kernel_set):
 def _softmax(rule, codes, there, scale):
     """int8 probabilities of the codes that are there, row by row in key order."""
     table = rule.table(scale)
+    table = table if table.dtype.kind == "f" else table.astype(np.int64)
     top = np.where(there, codes, -129).max(-1, keepdims=True, initial=-129)
     e = table[np.where(there, top - codes, 0)]
     total = np.zeros(e.shape[:-1], type(rule.zero))
