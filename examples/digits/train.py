@@ -1,11 +1,11 @@
-"""Train the digits Transformer and write its weights: a development-only job, the only one here that needs PyTorch.
+"""Train the digits Transformer and write its weights: the only file here that needs PyTorch.
 
     python examples/digits/train.py
 
-The results are committed (digits.safetensors, and digits_one_head.safetensors for self_vs_multihead.py), so nobody
-has to run this to use the examples. Seeds and split are fixed; it takes about a minute.
+The results are committed (digits.safetensors, and digits_one_head.safetensors for self_vs_multihead.py),
+so PyTorch is a development-only need. Seeds and split are fixed; it takes about a minute.
 The attention layers are torch.nn.MultiheadAttention and keep its names in the file, so that
-`edgeattn.MultiHeadAttention.from_torch("digits.safetensors", num_heads=4, prefix="layers.0.attention.")` reads one.
+`edgeattn.MultiHeadAttention.from_torch(path, num_heads=4, prefix="layers.0.attention.")` reads one.
 """
 
 import numpy as np
@@ -91,7 +91,7 @@ def train(num_heads, path):
             total += loss.item() * len(chosen)
         if epoch % 20 == 0:
             mean_loss = total / len(images)
-            print(f"{num_heads} head(s), epoch {epoch:3d} of {EPOCHS}: training loss {mean_loss:.4f}", flush=True)
+            print(f"{num_heads} head(s), epoch {epoch:3d} of {EPOCHS}: loss {mean_loss:.4f}", flush=True)
 
     # The test images are looked at once, after the last step: no choice was made by them.
     model.eval()
