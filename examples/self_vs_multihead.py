@@ -3,8 +3,8 @@
     python examples/self_vs_multihead.py
 
 Two digits Transformers of the same width were trained alike (examples/digits/train.py): in one, every
-attention layer has four heads, in the other one. Both see the same test images here. Printed, and the first item also
-drawn to out/self_vs_multihead.png:
+attention layer has four heads, in the other one. Both see the same test images here. Printed, and drawn
+to out/self_vs_multihead.png:
 
 - what each head attends to: how far it looks, how widely it spreads, how much of it falls on ink, and which
   neighbour it looks at most;
@@ -12,6 +12,7 @@ drawn to out/self_vs_multihead.png:
 - parameters, operations (by formula) and measured time, side by side.
 """
 
+import argparse
 import itertools
 import statistics
 import sys
@@ -256,6 +257,9 @@ def draw(image: np.ndarray, weights: dict[str, list[np.ndarray]], path: Path) ->
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description="Compare attention with one head and with four, on trained layers.")
+    parser.add_argument("--out", type=Path, default=OUT, help="where to draw (default: out/self_vs_multihead.png)")
+    out = parser.parse_args().out
     started = time.perf_counter()
     console = Console(highlight=False)
     digits = load_digits_split()
@@ -281,8 +285,8 @@ def main() -> int:
     console.print(table)
     console.print("Parameters and multiply-adds are the same; only the softmax grows, one per head.")
 
-    draw(digits.test_images[SHOWN_IMAGE], {n: [w[SHOWN_IMAGE] for w in ws] for n, ws in weights.items()}, OUT)
-    console.print(f"\nAttention maps: {OUT}", soft_wrap=True)
+    draw(digits.test_images[SHOWN_IMAGE], {n: [w[SHOWN_IMAGE] for w in ws] for n, ws in weights.items()}, out)
+    console.print(f"\nAttention maps: {out}", soft_wrap=True)
     console.print(
         f"Many heads against one: {'; '.join(verdicts)} ({time.perf_counter() - started:.1f} s in all)."
     )

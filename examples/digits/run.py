@@ -8,7 +8,7 @@
 3. Quantizes them (static int8) and reports what that cost, tensor by tensor.
 4. Compares the accuracy of the whole model before and after, on the test images.
 5. Exports each layer to out/digits/*.tflite, runs the files in every TFLite interpreter found here on the
-   real test activations, and counts the output bytes that differ from ours under the arithmetic of the same name.
+   real test activations, and counts the output bytes that differ from ours under the arithmetic of that name.
 
 The exit status is 0 only when no byte differs and the float32 accuracy is the one noted at training.
 """
@@ -36,17 +36,6 @@ BATCH = 64
 def batches(x):
     """Cut (N, L, E) along N into batches of at most BATCH."""
     return [x[start : start + BATCH] for start in range(0, len(x), BATCH)]
-
-
-def cost_table(title, report):
-    """One row per tensor of a layer: how well its int8 codes follow the float32 values."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("tensor")
-    for heading in ("SQNR dB", "cosine", "saturated"):
-        table.add_column(heading, justify="right")
-    for name, tensor in report.tensors.items():
-        table.add_row(name, f"{tensor.sqnr_db:.1f}", f"{tensor.cosine:.5f}", f"{tensor.saturation:.3%}")
-    return table
 
 
 def run_one_by_one(runtime, path, codes, description):
@@ -105,7 +94,10 @@ def main() -> int:
     test_inputs = model.attention_inputs(digits.test_images, attention)
     for i in range(NUM_LAYERS):
         report = quant.compare(attention[i], quantized[i], batches(test_inputs[i]))
-        console.print(cost_table(f"layer {i}, on the test images", report))
+        console.print(f"layer {i}, on the test images")
+        console.print(report)
+        for lint in report.lints:
+            console.print(f"note: {lint}", markup=False)
 
     console.rule("4. accuracy before and after", align="left")
     predicted_int8 = model.predict(digits.test_images, quantized)
