@@ -22,15 +22,15 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from digits.data import load_digits_split
+from digits.model import GRID, NUM_LAYERS, NUM_PATCHES, ONE_HEAD_WEIGHTS, WEIGHTS, DigitsModel, patches
 from rich.console import Console
 from rich.table import Table
 
 import edgeattn
-from digits.data import load_digits_split
-from digits.model import GRID, NUM_LAYERS, NUM_PATCHES, ONE_HEAD_WEIGHTS, WEIGHTS, DigitsModel, patches
 
-matplotlib.use("Agg")  # draw into a file, no window
-import matplotlib.pyplot as plt  # noqa: E402  the backend must be chosen first
+matplotlib.use("Agg")  # before pyplot: draw into a file, no window
+import matplotlib.pyplot as plt
 
 OUT = Path(__file__).resolve().parents[1] / "out" / "self_vs_multihead.png"
 SHOWN_IMAGE = 3  # of the test images
@@ -257,8 +257,8 @@ def draw(image: np.ndarray, weights: dict[str, list[np.ndarray]], path: Path) ->
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Compare attention with one head and with four, on trained layers.")
-    parser.add_argument("--out", type=Path, default=OUT, help="where to draw (default: out/self_vs_multihead.png)")
+    parser = argparse.ArgumentParser(description="Compare one head with four, on trained layers.")
+    parser.add_argument("--out", type=Path, default=OUT, help="where to draw (default: in out/)")
     out = parser.parse_args().out
     started = time.perf_counter()
     console = Console(highlight=False)

@@ -1,4 +1,4 @@
-"""The examples do what they print: accuracy, equality, similarities, and the measures of self_vs_multihead.py."""
+"""The examples do what they say: accuracy, equality, similarity, and the measures of self_vs_multihead.py."""
 
 import importlib
 import importlib.util

@@ -46,12 +46,12 @@ def layer_norm(x: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarra
 
 @numba.vectorize(["float32(float32)"])
 def gelu(x):
-    """x * Phi(x) with the exact normal distribution function, as torch.nn.GELU() computes it."""
+    """Gaussian error linear unit x * Phi(x), Phi exact, as torch.nn.GELU() computes it."""
     return 0.5 * x * (1.0 + math.erf(x * math.sqrt(0.5)))
 
 
 def linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
-    """x @ weight.T + bias, the weight stored (out, in) as torch does."""
+    """Return x @ weight.T + bias, the weight stored (out, in) as torch does."""
     return x @ weight.T + bias
 
 
@@ -75,10 +75,12 @@ class DigitsModel:
         self.path = path
         with safe_open(path, framework="numpy") as file:
             self.metadata = file.metadata()
-            self.weights = {name: file.get_tensor(name) for name in file.keys()}
+            names = file.keys()
+            self.weights = {name: file.get_tensor(name) for name in names}
 
     @property
     def num_heads(self) -> int:
+        """Heads of every attention layer, as trained."""
         return int(self.metadata["num_heads"])
 
     def attention_layers(self) -> list[edgeattn.MultiHeadAttention]:

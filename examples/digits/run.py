@@ -19,13 +19,13 @@ import time
 from pathlib import Path
 
 import numpy as np
+from data import load_digits_split
+from model import NUM_LAYERS, NUM_PATCHES, DigitsModel
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 import quant
-from data import load_digits_split
-from model import NUM_LAYERS, NUM_PATCHES, DigitsModel
 from quant.runtimes import RUNTIMES
 
 OUT = Path(__file__).resolve().parents[2] / "out" / "digits"

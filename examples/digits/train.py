@@ -10,11 +10,10 @@ The attention layers are torch.nn.MultiheadAttention and keep its names in the f
 
 import numpy as np
 import torch
-from safetensors.numpy import save_file
-from torch import nn
-
 from data import load_digits_split
 from model import NUM_LAYERS, NUM_PATCHES, ONE_HEAD_WEIGHTS, PATCH, WEIGHTS, patches
+from safetensors.numpy import save_file
+from torch import nn
 
 WIDTH = 32
 HIDDEN = 64
@@ -36,6 +35,7 @@ class Layer(nn.Module):
         self.dropout = nn.Dropout(0.1)
 
     def forward(self, x):
+        """(B, 16, width) to the same shape."""
         normed = self.norm_attention(x)
         x = x + self.dropout(self.attention(normed, normed, normed, need_weights=False)[0])
         return x + self.dropout(self.mlp(self.norm_mlp(x)))
@@ -53,6 +53,7 @@ class Model(nn.Module):
         self.head = nn.Linear(WIDTH, 10)
 
     def forward(self, x):
+        """Patches (B, 16, 4) to scores (B, 10)."""
         x = self.embed(x) + self.position
         for layer in self.layers:
             x = layer(x)

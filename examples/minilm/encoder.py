@@ -66,7 +66,7 @@ def layer_norm(x, weight, bias):
 
 @numba.vectorize(["float32(float32)"])
 def gelu(x):
-    """x * Phi(x) with the exact normal distribution function, as BERT defines it."""
+    """Gaussian error linear unit x * Phi(x), Phi exact, as BERT defines it."""
     return 0.5 * x * (1.0 + math.erf(x * math.sqrt(0.5)))
 
 

@@ -16,13 +16,13 @@ import sys
 import time
 
 import numpy as np
+from encoder import NUM_HEADS, NUM_LAYERS, SentenceEncoder, package_file
 from rich.console import Console
 from rich.table import Table
+from sentences import CALIBRATION, EVALUATION, PUBLISHED_COSINES, PUBLISHED_SENTENCES
 
 import edgeattn
 import quant
-from encoder import NUM_HEADS, NUM_LAYERS, SentenceEncoder, package_file
-from sentences import CALIBRATION, EVALUATION, PUBLISHED_COSINES, PUBLISHED_SENTENCES
 
 PUBLISHED_TOLERANCE = 1e-4
 
