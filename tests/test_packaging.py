@@ -1,0 +1,208 @@
+"""What is promised about packaging: metadata, extras, what an import brings in, who imports whom, the make targets."""
+
+import ast
+import configparser
+import importlib.metadata
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("edgeattn", "quant")
+# Packages that must not be loaded by `import edgeattn`: each costs a small machine time and memory, or is not there.
+NOT_ON_DEVICE = ("flatbuffers", "click", "rich", "torch", "ai_edge_litert", "tflite_runtime", "scipy", "numba.cuda")
+
+
+@pytest.fixture(scope="module")
+def setup_cfg():
+    parser = configparser.ConfigParser(interpolation=None)
+    parser.read(ROOT / "setup.cfg", encoding="utf-8")
+    return parser
+
+
+def requirements(text):
+    """Return the requirements of a setup.cfg option, comments left out."""
+    return [Requirement(line) for line in text.splitlines() if line.strip() and not line.startswith("#")]
+
+
+def extra(setup_cfg, name, python, machine):
+    """Return name -> specifier of an extra as pip would take it on that Python and processor, extras resolved."""
+    environment = {"python_version": python, "platform_machine": machine, "platform_system": "Linux", "extra": ""}
+    found = {}
+    for requirement in requirements(setup_cfg["options.extras_require"][name]):
+        if requirement.name == "edgeattn":
+            for inner in requirement.extras:
+                found.update(extra(setup_cfg, inner, python, machine))
+        elif requirement.marker is None or requirement.marker.evaluate(environment):
+            found[requirement.name] = str(requirement.specifier)
+    return found
+
+
+# -- metadata ----------------------------------------------------------------------------------------------------------
+
+
+def test_pyproject_holds_only_the_build_system():
+    tables = re.findall(r"^\s*(\[.*\])", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert tables == ["[build-system]"]
+
+
+def test_a_device_needs_three_packages(setup_cfg):
+    needed = requirements(setup_cfg["options"]["install_requires"])
+    assert sorted(requirement.name for requirement in needed) == ["numba", "numpy", "safetensors"]
+    assert all(requirement.marker is None and "<" not in str(requirement.specifier) for requirement in needed)
+
+
+def test_extras_are_the_promised_ones(setup_cfg):
+    promised = {"tflite", "cuda", "quant", "examples", "test", "test-numpy2", "peers", "dev"}
+    assert set(setup_cfg["options.extras_require"]) == promised
+    for name in ("tflite", "quant"):
+        assert "flatbuffers" in extra(setup_cfg, name, "3.11", "x86_64")
+
+
+@pytest.mark.parametrize(
+    ("python", "machine", "runtimes", "numpy"),
+    [
+        ("3.10", "x86_64", {"ai-edge-litert", "tflite-runtime", "tflite-micro"}, "==1.26.4"),
+        ("3.11", "x86_64", {"ai-edge-litert", "tflite-runtime", "tflite-micro"}, "==1.26.4"),
+        ("3.11", "aarch64", {"ai-edge-litert", "tflite-runtime"}, "==1.26.4"),
+        ("3.12", "x86_64", {"ai-edge-litert", "tflite-micro"}, None),
+        ("3.13", "x86_64", {"ai-edge-litert", "tflite-micro"}, None),
+        ("3.13", "aarch64", {"ai-edge-litert"}, None),
+    ],
+)
+def test_test_extra_takes_the_interpreters_that_have_a_wheel(setup_cfg, python, machine, runtimes, numpy):
+    taken = extra(setup_cfg, "test", python, machine)
+    assert {name for name in taken if "lite" in name} == runtimes
+    assert taken.get("numpy") == numpy
+
+
+def test_numpy2_extra_never_meets_tflite_runtime(setup_cfg):
+    taken = extra(setup_cfg, "test-numpy2", "3.11", "x86_64")
+    assert taken["numpy"] == ">=2"
+    assert "tflite-runtime" not in taken
+
+
+def test_installed_metadata_agrees_with_setup_cfg(setup_cfg):
+    try:
+        installed = importlib.metadata.distribution("edgeattn")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("edgeattn is not installed here: `make test` or `pip install -e .` installs it")
+    always = [Requirement(text) for text in installed.requires if "extra ==" not in text]
+    assert sorted(always, key=str) == sorted(requirements(setup_cfg["options"]["install_requires"]), key=str)
+    assert installed.metadata["Requires-Python"] == setup_cfg["options"]["python_requires"]
+    assert set(installed.metadata.get_all("Provides-Extra")) == set(setup_cfg["options.extras_require"])
+    scripts = {entry.name: entry.value for entry in installed.entry_points if entry.group == "console_scripts"}
+    assert scripts == {"edgeattn": "edgeattn.cli:main", "quant": "quant.cli:main"}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_command_exists_and_explains_itself(package):
+    code = f"import sys; sys.argv[0] = {package!r}; from {package}.cli import main; sys.exit(main())"
+    shown = subprocess.run([sys.executable, "-c", code, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    assert "usage" in shown.stdout.lower()
+
+
+# -- imports -----------------------------------------------------------------------------------------------------------
+
+
+def test_importing_edgeattn_loads_nothing_a_device_lacks():
+    code = f"import sys, edgeattn; print([name for name in {NOT_ON_DEVICE!r} if name in sys.modules])"
+    loaded = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (loaded.stdout.strip(), loaded.stderr) == ("[]", "")
+
+
+def imports_of(path, *, top_level_only=False):
+    """Return the dotted names that a module imports, ``from a import b`` as both ``a`` and ``a.b``."""
+    package = path.relative_to(ROOT).with_suffix("").parts
+    package = package[:-1]  # of a module its package; of an __init__ the package itself
+    tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
+    nodes = list(ast.walk(tree))
+    if top_level_only:
+        inside = {id(n) for f in nodes if isinstance(f, (ast.FunctionDef, ast.Lambda)) for n in ast.walk(f)}
+        nodes = [node for node in nodes if id(node) not in inside]
+    names = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = list(package[: len(package) - node.level + 1]) if node.level else []
+            base = ".".join(base + ([node.module] if node.module else []))
+            names.update([base, *(f"{base}.{alias.name}" for alias in node.names)])
+    return names
+
+
+def within(name, *modules):
+    """Say whether a dotted name is one of the modules or lies in one."""
+    return any(name == module or name.startswith(module + ".") for module in modules)
+
+
+def offenders(forbidden, *, scope="edgeattn quant", allowed=(), top_level_only=False):
+    """Return ``module imports name`` for every import in scope that a rule forbids."""
+    found = []
+    for path in sorted(p for top in scope.split() for p in (ROOT / top.replace(".", "/")).rglob("*.py")):
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        if within(module, *allowed):
+            continue
+        names = imports_of(path, top_level_only=top_level_only)
+        found += [f"{module} imports {name}" for name in sorted(names) if within(name, *forbidden)]
+    return found
+
+
+def test_rules_see_an_import(tmp_path, monkeypatch):
+    folder = tmp_path / "edgeattn" / "cpu"
+    folder.mkdir(parents=True)
+    (folder / "kernel.py").write_text("from .. import layers\ndef late():\n    from numba import cuda\n")
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    assert offenders(["edgeattn.layers"], scope="edgeattn") == ["edgeattn.cpu.kernel imports edgeattn.layers"]
+    assert offenders(["numba.cuda"], scope="edgeattn") == ["edgeattn.cpu.kernel imports numba.cuda"]
+    assert offenders(["numba.cuda"], scope="edgeattn", top_level_only=True) == []
+    assert offenders(["numba.cuda"], scope="edgeattn", allowed=["edgeattn.cpu"]) == []
+
+
+def test_edgeattn_never_imports_quant():
+    assert offenders(["quant"], scope="edgeattn") == []
+
+
+def test_only_the_cuda_package_imports_numba_cuda():
+    assert offenders(["numba.cuda", "numba_cuda"], allowed=["edgeattn.cuda"]) == []
+
+
+def test_cuda_is_imported_only_inside_the_call_that_asks_for_it():
+    assert offenders(["edgeattn.cuda"], allowed=["edgeattn.cuda"], top_level_only=True) == []
+
+
+def test_only_the_tflite_writer_and_reader_import_flatbuffers():
+    assert offenders(["flatbuffers"], allowed=["edgeattn.tflite", "quant.export.tflite"]) == []
+
+
+def test_kernels_import_no_public_layer():
+    public = ("functional", "layers", "quantized", "checkpoints", "storage", "tflite", "kv_cache", "masks", "cli")
+    forbidden = [f"edgeattn.{name}" for name in public]
+    assert offenders(forbidden, scope="edgeattn.cpu edgeattn.cuda") == []
+
+
+# -- make --------------------------------------------------------------------------------------------------------------
+
+
+def make(*arguments):
+    """Run make in the tree and return what it printed."""
+    done = subprocess.run(["make", "--no-print-directory", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_make_help_names_every_target():
+    phony = re.search(r"^\.PHONY:(.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE).group(1)
+    listed = re.findall(r"^  make (\S+)", make("help"), re.MULTILINE)
+    assert sorted(listed) == sorted(phony.split())
+
+
+def test_every_script_that_make_runs_exists():
+    scripts = re.findall(r"((?:examples|tools)/[\w/]+\.(?:py|sh))", (ROOT / "Makefile").read_text(encoding="utf-8"))
+    assert scripts
+    assert [name for name in scripts if not (ROOT / name).is_file()] == []
