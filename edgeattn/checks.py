@@ -1,0 +1,94 @@
+"""Arguments at the public edge: what is accepted, and how results reach the caller's array."""
+import math
+import numbers
+import operator
+
+import numpy as np
+
+
+def flag(name, value):
+    """`value` as a bool; 0 and 1 and arrays are refused."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
+
+
+def number(name, value):
+    """`value` as a finite float."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a real number, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value!r}")
+    return float(value)
+
+
+def count(name, value):
+    """`value` as an int of at least 1."""
+    try:
+        whole = operator.index(value)
+    except TypeError:
+        whole = None
+    if whole is None or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if whole < 1:
+        raise ValueError(f"{name} must be at least 1, got {whole}")
+    return whole
+
+
+def float_array(name, value):
+    """`value` as an array of float16, float32 or float64, not yet converted.
+
+    Raises
+    ------
+    TypeError
+        For every other dtype: an integer array is more often a mistake than a wish.
+    """
+    array = np.asarray(value)
+    if array.dtype.kind != "f" or array.dtype.itemsize not in (2, 4, 8):
+        raise TypeError(f"{name} must be a float16, float32 or float64 array, got dtype {array.dtype}; "
+                        f"convert it with {name}.astype(numpy.float32)")
+    return array
+
+
+def to_float32(array):
+    """Float32 values of `array` in C order, as a read-only view so that one compiled kernel serves all callers.
+
+    Copies only what is not float32 in C order already. Values beyond float32 become infinite.
+    """
+    if array.dtype == np.float32 and array.flags.c_contiguous and array.flags.aligned:
+        converted = array.view()
+    else:
+        with np.errstate(over="ignore"):
+            converted = array.astype(np.float32, order="C")
+    converted.flags.writeable = False
+    return converted
+
+
+def result_dtype(*arrays):
+    """The dtype of the result: the inputs' own, the widest of them where they differ, in native byte order."""
+    return np.dtype(np.result_type(*[array.dtype for array in arrays]).type)
+
+
+def check_out(out, shape, dtype):
+    """Raise unless `out` is None or an array that can take a result of `shape` and `dtype`."""
+    if out is None:
+        return
+    if not isinstance(out, np.ndarray):
+        raise TypeError(f"out must be a numpy.ndarray, got {type(out).__name__}")
+    if out.dtype != dtype:
+        raise TypeError(f"out must have dtype {dtype}, the result's, got {out.dtype}")
+    if out.shape != tuple(shape):
+        raise ValueError(f"out must have shape {tuple(shape)}, the result's, got {out.shape}")
+    if not out.flags.writeable:
+        raise ValueError("out must be writeable, got a read-only array; pass a copy of it")
+
+
+def deliver(result, out, dtype):
+    """The float32 `result` as the caller asked for it: in `out`, or as a new array of `dtype`."""
+    if result is out:
+        return out
+    with np.errstate(over="ignore"):
+        if out is None:
+            return result.astype(dtype, copy=False)
+        out[...] = result
+    return out

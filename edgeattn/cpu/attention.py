@@ -1,0 +1,109 @@
+"""Attention in float32 on the CPU, one row of scores at a time."""
+import math
+
+import numpy as np
+
+from edgeattn.jit import jit
+
+_NO_KEEP = np.empty((0, 0, 0, 0), np.bool_)
+_NO_BIAS = np.empty((0, 0, 0, 0), np.float32)
+for _absent in (_NO_KEEP, _NO_BIAS):
+    _absent.flags.writeable = False  # the type that a mask has, so that one compiled kernel serves both
+
+
+def attention(query, key, value, mask, *, scale, softcap, out, weights=None):
+    """softmax(softcap(query key^T * scale) + mask) value, without checks.
+
+    Parameters
+    ----------
+    query : (B, H, L, D) float32 array
+    key : (B, Hkv, S, D) float32 array
+    value : (B, Hkv, S, Dv) float32 array
+        All three in C order and read-only; query head h reads key/value head h // (H / Hkv).
+    mask : edgeattn.masks.Mask
+    scale : float
+    softcap : float
+        scores = softcap * tanh(scores / softcap); 0 = off.
+    out : (B, H, L, Dv) float32 array
+        Written, C order, overlapping no input. Rows with no permitted key become zeros.
+    weights : (B, H, L, S) float32 array, optional
+        Written with the probabilities.
+    """
+    _attention(query, key, value,
+               _NO_KEEP if mask.keep is None else mask.keep,
+               _NO_BIAS if mask.bias is None else mask.bias,
+               mask.left, mask.right, mask.offset, mask.lengths,
+               np.float32(scale), np.float32(softcap), out,
+               np.empty((0, 0, 0, 0), np.float32) if weights is None else weights)
+
+
+@jit
+def _attention(query, key, value, keep, bias, left, right, offset, lengths, scale, softcap, out, weights):
+    # query (B, H, L, D)  key (B, Hkv, S, D)  value (B, Hkv, S, Dv)  out (B, H, L, Dv)
+    # keep, bias (B or 1, H or 1, L or 1, S), or empty: absent   weights (B, H, L, S), or empty: not wanted
+    # offset, lengths (B,)
+    B, H, L, D = query.shape
+    Hkv, S = key.shape[1], key.shape[2]
+    has_keep, has_bias, has_weights = keep.size > 0, bias.size > 0, weights.size > 0
+    key_columns = np.empty((D, S), np.float32)
+    scores = np.empty(S, np.float32)
+    permitted = np.empty(S, np.bool_)
+    for b in range(B):
+        for kv in range(Hkv):
+            for j in range(S):
+                for d in range(D):
+                    key_columns[d, j] = key[b, kv, j, d]
+            for h in range(kv * (H // Hkv), (kv + 1) * (H // Hkv)):
+                for i in range(L):
+                    # 1. The keys [first, last) that length and window leave, and those of them that are permitted.
+                    first, last = 0, lengths[b]
+                    if left >= 0:
+                        first = max(first, i + offset[b] - left)
+                    if right >= 0:
+                        last = min(last, i + offset[b] + right + 1)
+                    permitted[:] = False
+                    for j in range(first, last):
+                        permitted[j] = True
+                    if has_keep:
+                        keep_row = keep[min(b, keep.shape[0] - 1), min(h, keep.shape[1] - 1), min(i, keep.shape[2] - 1)]
+                        for j in range(first, last):
+                            permitted[j] = keep_row[j]
+
+                    # 2. Scores, a column of keys at a time so that the inner loop runs along keys.
+                    scores[:] = 0
+                    for d in range(D):
+                        for j in range(first, last):
+                            scores[j] += query[b, h, i, d] * key_columns[d, j]
+                    for j in range(first, last):
+                        scores[j] *= scale
+                    if softcap != 0:
+                        for j in range(first, last):
+                            scores[j] = softcap * math.tanh(scores[j] / softcap)
+                    if has_bias:
+                        bias_row = bias[min(b, bias.shape[0] - 1), min(h, bias.shape[1] - 1), min(i, bias.shape[2] - 1)]
+                        for j in range(first, last):
+                            permitted[j] = permitted[j] and bias_row[j] != -np.inf
+                            scores[j] += bias_row[j]
+
+                    # 3. Softmax over the permitted keys. NaN never wins the comparison, and spreads from the sum.
+                    highest = np.float32(-np.inf)
+                    for j in range(first, last):
+                        if permitted[j] and scores[j] > highest:
+                            highest = scores[j]
+                    total = 0.0
+                    for j in range(first, last):
+                        if permitted[j]:
+                            scores[j] = math.exp(scores[j] - highest)
+                            total += scores[j]
+
+                    # 4. The weighted mean of the values. Without a permitted key nothing is divided or added.
+                    out[b, h, i, :] = 0
+                    if has_weights:
+                        weights[b, h, i, :] = 0
+                    for j in range(first, last):
+                        if permitted[j]:
+                            weight = np.float32(scores[j] / total)
+                            if has_weights:
+                                weights[b, h, i, j] = weight
+                            for d in range(value.shape[3]):
+                                out[b, h, i, d] += weight * value[b, kv, j, d]

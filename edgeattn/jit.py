@@ -1,0 +1,182 @@
+"""The one decorator every kernel is compiled with.
+
+``numba.njit(cache=True)`` raises at decoration time where no cache directory is writable, never reads a
+cache that somebody else prepared in a read-only folder, and compares only the kernel's own file, so an edit
+in a helper of another module brings back stale machine code. The cache here is looked for in several folders,
+each of which may be missing or read-only, and is valid for one state of all sources of this package.
+Nothing is compiled, hashed or written before the first call of a kernel.
+"""
+import functools
+import hashlib
+import os
+import pathlib
+import sys
+
+import numba
+from numba.core import caching
+
+_PACKAGE = pathlib.Path(__file__).resolve().parent
+
+
+def jit(function=None, *, inline="never"):
+    """Compile a kernel on its first call: releases the GIL, divides as NumPy does, cached on disk.
+
+    Parameters
+    ----------
+    function : callable
+        The kernel, a function at module level.
+    inline : {"never", "always"}
+        "always" pastes a small helper into its callers, as in ``numba.njit``.
+
+    Returns
+    -------
+    callable
+        Numba's dispatcher, or `function` itself under ``NUMBA_DISABLE_JIT=1``. Used as ``@jit`` or
+        ``@jit(inline="always")``.
+    """
+    if function is None:
+        return functools.partial(jit, inline=inline)
+    dispatcher = numba.njit(function, nogil=True, error_model="numpy", inline=inline)
+    if dispatcher is not function:
+        dispatcher._cache = _Cache(function)
+    return dispatcher
+
+
+class _Cache(caching._Cache):
+    """Reads from the first folder that has the kernel, writes to the first that can be written."""
+
+    def __init__(self, function):
+        self._function = function
+        self._enabled = True
+
+    @functools.cached_property
+    def _places(self):
+        stamp = _source_stamp(self._function.__code__.co_filename)
+        if stamp is None:
+            return []
+        return [_FolderCache(self._function, folder, stamp) for folder in _folders(self._function)]
+
+    @property
+    def cache_path(self):
+        return self._places[0].cache_path if self._places else None
+
+    def load_overload(self, sig, target_context):
+        for place in self._places if self._enabled else ():
+            # Damaged bytes make pickle and LLVM raise nearly anything; a cache that cannot be read is an empty
+            # cache, never a reason for a kernel not to run. It is emptied so that it can be filled again.
+            try:
+                found = place.load_overload(sig, target_context)
+            except Exception:
+                _ignoring_read_only(place.flush)
+                continue
+            if found is not None:
+                return found
+        return None
+
+    def save_overload(self, sig, data):
+        for place in self._places if self._enabled else ():
+            if _ignoring_read_only(place.save_overload, sig, data):
+                return
+
+    def enable(self):
+        self._enabled = True
+
+    def disable(self):
+        self._enabled = False
+
+    def flush(self):
+        for place in self._places:
+            _ignoring_read_only(place.flush)
+
+
+def _ignoring_read_only(action, *arguments):
+    """Whether `action` went through; a missing, full or read-only folder is no error."""
+    try:
+        action(*arguments)
+    except OSError:
+        return False
+    return True
+
+
+class _FolderCache(caching.FunctionCache):
+    """Numba's own file format in one folder."""
+
+    def __init__(self, function, folder, stamp):
+        self._impl_class = functools.partial(_FolderImpl, locator=_Locator(function, folder, stamp))
+        super().__init__(function)
+
+
+class _FolderImpl(caching.CompileResultCacheImpl):
+    def __init__(self, function, locator):
+        self._lineno = function.__code__.co_firstlineno
+        self._locator = locator
+        name = f"{pathlib.Path(function.__code__.co_filename).stem}.{function.__qualname__}"
+        self._filename_base = self.get_filename_base(name, getattr(sys, "abiflags", ""))
+
+
+class _Locator(caching._CacheLocator):
+    def __init__(self, function, folder, stamp):
+        self._py_file = function.__code__.co_filename
+        self._lineno = function.__code__.co_firstlineno
+        self._folder = folder
+        self._stamp = stamp
+
+    def get_cache_path(self):
+        return self._folder
+
+    def get_source_stamp(self):
+        return self._stamp
+
+    def get_disambiguator(self):
+        return str(self._lineno)
+
+
+def _folders(function):
+    """Where this kernel's machine code may be kept, best first.
+
+    Never a folder others can write to, such as the temporary one: what is read back is executed.
+    """
+    source = os.path.abspath(function.__code__.co_filename)
+    own_name = caching._CacheLocator.get_suitable_cache_subpath(source)
+    folders = [os.path.join(os.path.dirname(source), "__pycache__")]
+    if numba.config.CACHE_DIR:
+        folders.insert(0, os.path.join(numba.config.CACHE_DIR, own_name))
+    user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser(os.path.join("~", ".cache"))
+    if os.path.isabs(user):  # "~" stays where the user has no home
+        folders.append(os.path.join(user, "edgeattn", own_name))
+    return folders
+
+
+def _listing():
+    """Name, time and size of every source file of the package: what an edit changes, without reading it."""
+    found = []
+    for path in sorted(_PACKAGE.rglob("*.py")):
+        status = path.stat()
+        found.append((path.relative_to(_PACKAGE).as_posix(), status.st_mtime_ns, status.st_size))
+    return found
+
+
+@functools.lru_cache(maxsize=None)
+def _source_stamp(filename):
+    """Checksum of all sources of this package and of `filename`, which may lie outside it.
+
+    None, meaning "do not cache", where sources are missing, or were edited after this process read them:
+    the old code must not be filed under the new text.
+    """
+    try:
+        if not _LOADED or _listing() != _LOADED:
+            return None
+        checksum = hashlib.sha256()
+        for path in [_PACKAGE / name for name, _, _ in _LOADED] + [pathlib.Path(filename)]:
+            content = path.read_bytes()
+            checksum.update(f"{path.name} {len(content)}\n".encode())
+            checksum.update(content)
+    except OSError:
+        return None
+    return checksum.hexdigest()
+
+
+try:
+    _LOADED = _listing()
+except OSError:
+    _LOADED = []

@@ -1,0 +1,204 @@
+"""Which keys a query may see: every way of saying so, checked and brought into one form."""
+import dataclasses
+import operator
+
+import numpy as np
+
+from edgeattn.checks import flag
+
+_ALIGNMENTS = ("upper_left", "lower_right")
+
+
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """What is permitted between L queries and S keys, in the form that kernels read.
+
+    Query i of batch entry b has the position p = i + offset[b]. It may see key j when all of these hold:
+    j < lengths[b]; p - left <= j <= p + right (a bound of -1 is none); keep is None or True there;
+    bias is None or not -inf there.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        (B, H, L, S).
+    keep : (B or 1, H or 1, L or 1, S) bool array or None
+        True = attend.
+    bias : (B or 1, H or 1, L or 1, S) float32 array or None
+        Added to the scaled and softcapped scores.
+    left, right : int
+        Keys seen before and after the query's own position, -1 = unbounded.
+    offset : (B,) int64 array
+        The position of query 0.
+    lengths : (B,) int64 array
+        The number of leading keys that exist.
+    """
+
+    shape: tuple
+    keep: np.ndarray | None
+    bias: np.ndarray | None
+    left: int
+    right: int
+    offset: np.ndarray
+    lengths: np.ndarray
+
+    def permitted(self):
+        """All conditions as one array.
+
+        Returns
+        -------
+        (B or 1, H or 1, L or 1, S) bool array or None
+            True = attend; None when every query may see every key.
+        """
+        _, _, queries, keys = self.shape
+        column = np.arange(keys)
+        parts = []
+        if (self.lengths != keys).any():
+            parts.append(column < self.lengths[:, None, None, None])
+        position = np.arange(queries)[:, None] + self.offset[:, None, None, None]
+        if self.left >= 0:
+            parts.append(column >= position - self.left)
+        if self.right >= 0:
+            parts.append(column <= position + self.right)
+        if self.keep is not None:
+            parts.append(self.keep)
+        if self.bias is not None:
+            parts.append(self.bias != -np.inf)
+        if not parts:
+            return None
+        together = parts[0]
+        for part in parts[1:]:
+            together = together & part
+        return together
+
+
+def resolve_mask(shape, attn_mask=None, key_padding_mask=None, *, is_causal=False, causal_alignment=None,
+                 window_size=(-1, -1), kv_lengths=None):
+    """Check everything that restricts attention and bring it into one `Mask`.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        (..., H, L, S), the shape of the scores. The leading axes become one axis B.
+    attn_mask : bool or float array, broadcastable to `shape`, optional
+        bool: True = attend. float: added to the scores, -inf = do not attend.
+    key_padding_mask : (..., S) bool array, optional
+        True = a real token that may be attended to.
+    is_causal : bool
+        A query sees no key after its own position.
+    causal_alignment : {"upper_left", "lower_right"}, optional
+        The position of the queries among the keys, needed when their numbers differ and `is_causal` or
+        `window_size` asks for it. "upper_left": query 0 stands at key 0. "lower_right": the last query stands at
+        the last key (the last of `kv_lengths`).
+    window_size : (int, int)
+        (left, right): keys from p - left to p + right, both inclusive; -1 = unbounded.
+    kv_lengths : (...) int array, optional
+        The number of leading keys that exist, for each batch entry.
+
+    Returns
+    -------
+    Mask
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was required and what came.
+    """
+    shape = tuple(shape)
+    *lead, heads, queries, keys = shape
+    batch = int(np.prod(lead, dtype=np.int64))
+    is_causal = flag("is_causal", is_causal)
+    left, right = _window(window_size, queries + keys)
+    lengths = _lengths(kv_lengths, tuple(lead), batch, keys)
+    if causal_alignment is not None and causal_alignment not in _ALIGNMENTS:
+        raise ValueError(f"causal_alignment must be 'upper_left' or 'lower_right', got {causal_alignment!r}")
+    if is_causal:
+        right = 0
+
+    offset = np.zeros(batch, np.int64)
+    if is_causal or left >= 0 or right >= 0:
+        if causal_alignment is None and (queries != keys or (lengths != queries).any()):
+            lengths_given = "" if kv_lengths is None else f", kv_lengths = {np.asarray(kv_lengths).tolist()}"
+            raise ValueError(
+                f"causal_alignment is needed because L = {queries} queries and S = {keys} keys{lengths_given} differ: "
+                "'upper_left' puts the first query at the first key (torch, Keras, JAX, ONNX without a cache), "
+                "'lower_right' the last query at the last key (FlashAttention, ONNX with a cache)")
+        if causal_alignment == "lower_right":
+            offset = lengths - queries
+
+    keep, bias = _attn_mask(attn_mask, shape, batch)
+    padding = _key_padding_mask(key_padding_mask, (*lead, keys), batch)
+    if padding is not None:
+        keep = padding if keep is None else keep & padding
+    return Mask((batch, heads, queries, keys), _read_only(keep), _read_only(bias), left, right, offset, lengths)
+
+
+def _read_only(array):
+    if array is None:
+        return None
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
+def _window(window_size, unbounded):
+    try:
+        left, right = (operator.index(bound) for bound in window_size)
+    except (TypeError, ValueError):
+        raise TypeError(f"window_size must be two integers (left, right), -1 for unbounded, got {window_size!r}") from None
+    if left < -1 or right < -1:
+        raise ValueError(f"window_size must be (left, right) with bounds >= 0, or -1 for unbounded, got {window_size!r}")
+    # No distance exceeds `unbounded`; clipping keeps the kernel's sums within int64.
+    return min(left, unbounded), min(right, unbounded)
+
+
+def _lengths(kv_lengths, lead, batch, keys):
+    if kv_lengths is None:
+        return np.full(batch, keys, np.int64)
+    lengths = np.asarray(kv_lengths)
+    if lengths.dtype.kind not in "iu":
+        raise TypeError(f"kv_lengths must be an integer array, got dtype {lengths.dtype}")
+    if lengths.shape != lead:
+        raise ValueError(f"kv_lengths must have shape {lead}, one length per batch entry, got {lengths.shape}")
+    if lengths.size and (lengths.min() < 0 or lengths.max() > keys):
+        raise ValueError(f"kv_lengths must lie between 0 and S = {keys}, got {lengths.tolist()}")
+    return lengths.astype(np.int64).reshape(batch)
+
+
+def _attn_mask(attn_mask, shape, batch):
+    """(keep, bias): the one that `attn_mask` is, in four axes, and None."""
+    if attn_mask is None:
+        return None, None
+    mask = np.asarray(attn_mask)
+    if mask.dtype.kind not in "bf" or mask.dtype.itemsize > 8:
+        raise TypeError("attn_mask must be a bool array (True = attend) or a float array (added to the scores), "
+                        f"got dtype {mask.dtype}; convert 0/1 with .astype(bool)")
+    if not _broadcasts(mask.shape, shape):
+        raise ValueError(f"attn_mask must broadcast to (..., H, L, S) = {shape}, got shape {mask.shape}")
+    keys = shape[-1]
+    mask = mask.reshape((1,) * (len(shape) - mask.ndim) + mask.shape)
+    lead, entries = mask.shape[:-3], 1
+    if any(axis != 1 for axis in lead):
+        lead, entries = shape[:-3], batch
+    # The kernels walk along the keys, so that axis is always written out; the others may stay 1.
+    mask = np.broadcast_to(mask, lead + mask.shape[-3:-1] + (keys,))
+    with np.errstate(over="ignore"):
+        mask = np.require(mask, np.bool_ if mask.dtype.kind == "b" else np.float32, ["C", "A"])
+    mask = mask.reshape((entries,) + mask.shape[-3:])
+    return (mask, None) if mask.dtype == np.bool_ else (None, mask)
+
+
+def _key_padding_mask(key_padding_mask, shape, batch):
+    if key_padding_mask is None:
+        return None
+    mask = np.asarray(key_padding_mask)
+    if mask.dtype != np.bool_:
+        raise TypeError(f"key_padding_mask must be a bool array (True = a real token), got dtype {mask.dtype}; "
+                        "convert 0/1 with .astype(bool)")
+    if mask.shape != shape:
+        raise ValueError(f"key_padding_mask must have shape (..., S) = {shape}, got {mask.shape}")
+    return np.ascontiguousarray(mask).reshape(batch, 1, 1, shape[-1])
+
+
+def _broadcasts(given, shape):
+    return len(given) <= len(shape) and all(
+        axis in (1, wanted) for axis, wanted in zip(reversed(given), reversed(shape)))

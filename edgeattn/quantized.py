@@ -1,0 +1,499 @@
+"""Quantized multi-head attention: the parameters of the static form and the layer that runs them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgeattn import arithmetic as rules
+from edgeattn.arithmetic import CODE_MAX, CODE_MIN
+from edgeattn.checks import check_out, count, deliver
+from edgeattn.cpu import static
+from edgeattn.masks import resolve_mask
+
+INPUTS = ("query", "key", "value")
+SOURCES = ((0, 0, 0), (0, 1, 1), (0, 1, 2))
+
+
+@dataclass(frozen=True)
+class TensorQuantization:
+    """Per-tensor int8 quantization: ``real = scale * (code - zero_point)``.
+
+    Parameters
+    ----------
+    scale : float
+        Positive and finite; kept as float32.
+    zero_point : int
+        In [-128, 127].
+    """
+
+    scale: np.float32
+    zero_point: int
+
+    def __post_init__(self):
+        object.__setattr__(self, "scale", np.float32(self.scale))
+        object.__setattr__(self, "zero_point", int(self.zero_point))
+        if not (np.isfinite(self.scale) and self.scale > 0):
+            raise ValueError(f"scale must be positive and finite; got {self.scale}")
+        if not CODE_MIN <= self.zero_point <= CODE_MAX:
+            raise ValueError(f"zero_point must lie in [-128, 127]; got {self.zero_point}")
+
+    def to_json(self) -> list:
+        """[scale, zero_point]; a float32 survives the way through a JSON number."""
+        return [float(self.scale), self.zero_point]
+
+    def quantize(self, real) -> np.ndarray:
+        """Nearest codes of ``real``, halves to even, saturated; int8 of the same shape."""
+        codes = np.rint(np.asarray(real, np.float32) * (np.float32(1) / self.scale)) + np.float32(self.zero_point)
+        return np.clip(codes, CODE_MIN, CODE_MAX).astype(np.int8)
+
+    def dequantize(self, codes) -> np.ndarray:
+        """Reals that ``codes`` stand for, float32 of the same shape."""
+        return (np.asarray(codes, np.float32) - np.float32(self.zero_point)) * self.scale
+
+
+PROBABILITIES = TensorQuantization(rules.PROBABILITY_SCALE, rules.PROBABILITY_ZERO_POINT)
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedLinear:
+    """A fully connected layer: int8 weights, symmetric per output channel, and an int32 bias at input scale x weight scale.
+
+    Parameters
+    ----------
+    weight : int8 (out_features, in_features)
+        In [-127, 127].
+    scale : float32 (out_features,)
+        ``real weight = scale * code``.
+    bias : int32 (out_features,) or None
+    """
+
+    weight: np.ndarray
+    scale: np.ndarray
+    bias: np.ndarray | None = None
+
+    def __post_init__(self):
+        weight = _frozen(self.weight, np.int8, "weight")
+        if weight.ndim != 2:
+            raise ValueError(f"weight must be (out_features, in_features); got shape {weight.shape}")
+        scale = _frozen(np.broadcast_to(self.scale, (weight.shape[0],)), np.float32, "scale")
+        if not (np.isfinite(scale) & (scale > 0)).all():
+            raise ValueError("scale of a linear layer must be positive and finite in every channel")
+        object.__setattr__(self, "weight", weight)
+        object.__setattr__(self, "scale", scale)
+        if self.bias is not None:
+            bias = _frozen(self.bias, np.int32, "bias")
+            if bias.shape != (weight.shape[0],):
+                raise ValueError(f"bias must have shape {(weight.shape[0],)}; got {bias.shape}")
+            object.__setattr__(self, "bias", bias)
+
+
+@dataclass(frozen=True)
+class MulConstant:
+    """Scores times a constant: how other converters write 1/sqrt(D).
+
+    Parameters
+    ----------
+    code : int
+        The constant's int8 code.
+    constant, output : TensorQuantization
+    """
+
+    code: int
+    constant: TensorQuantization
+    output: TensorQuantization
+
+
+@dataclass(frozen=True, eq=False)
+class AddMask:
+    """Scores plus a constant mask: how other converters write a mask.
+
+    Parameters
+    ----------
+    codes : int8, broadcastable to (B, H, L, S)
+    mask, output : TensorQuantization
+    """
+
+    codes: np.ndarray
+    mask: TensorQuantization
+    output: TensorQuantization
+
+    def __post_init__(self):
+        object.__setattr__(self, "codes", _frozen(self.codes, np.int8, "codes"))
+
+
+@dataclass(frozen=True, eq=False)
+class SelectMask:
+    """Scores where permitted, a fill code elsewhere: how our exporter writes a mask. Keeps the scores' quantization.
+
+    Parameters
+    ----------
+    keep : bool, broadcastable to (B, H, L, S)
+        True = attend.
+    fill : int
+        The code of a masked score: the lowest, -128.
+    """
+
+    keep: np.ndarray
+    fill: int = CODE_MIN
+
+    def __post_init__(self):
+        object.__setattr__(self, "keep", _frozen(self.keep, np.bool_, "keep"))
+
+
+ScoreOp = MulConstant | AddMask | SelectMask
+
+
+def _frozen(array, dtype, name: str) -> np.ndarray:
+    """A C-contiguous, read-only copy; refuses a dtype that would have to be converted."""
+    array = np.asarray(array)
+    if array.dtype != dtype:
+        raise TypeError(f"{name} must be {np.dtype(dtype)}; got {array.dtype}")
+    array = np.array(array, order="C")
+    array.flags.writeable = False
+    return array
+
+
+class QuantizedMultiHeadAttention:
+    """Multi-head attention on integers. ``quant.quantize`` makes these; see StaticMultiHeadAttention."""
+
+    scheme: str
+
+
+class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
+    """int8 in, int8 out, every scale fixed at calibration: equal, bit for bit, to a TFLite kernel set.
+
+    ``scores = q k^T`` (1/sqrt(D) lies in q's scale), ``probabilities = softmax(scores)``, ``context = probabilities v``,
+    each requantized to int8 as the named kernel set rounds (see ``edgeattn.arithmetic``).
+
+    Parameters
+    ----------
+    num_heads : int
+        H. Every head has its own key and value head; grouped heads are repeated at quantization.
+    linears : mapping
+        "query" (H*D, Eq), "key" (H*D, Ek), "value" (H*Dv, Ev) and, with an output projection, "output" (Eo, H*Dv):
+        QuantizedLinear.
+    tensors : mapping
+        TensorQuantization of "query_input" (and "key_input", "value_input" where ``sources`` has them), "query", "key",
+        "value", "scores", "context" and, with an output projection, "output". "probabilities" are always 1/256, -128.
+    sources : tuple of int
+        Which input feeds the query, key and value projection: (0, 0, 0) self-attention, (0, 1, 1) the value is the
+        key, (0, 1, 2) three inputs.
+    score_ops : sequence of MulConstant, AddMask, SelectMask
+        What happens to the scores' codes before the softmax.
+    arithmetic : str
+        A name in ``edgeattn.arithmetic.KERNEL_SETS``.
+    """
+
+    scheme = "static"
+
+    def __init__(self, num_heads: int, linears: Mapping[str, QuantizedLinear], tensors: Mapping[str, TensorQuantization], *,
+                 sources: tuple[int, int, int] = (0, 0, 0), score_ops: tuple[ScoreOp, ...] = (),
+                 arithmetic: str = "litert"):
+        self._kernel_set = rules.kernel_set(arithmetic)
+        self.arithmetic = arithmetic
+        self.num_heads = self.num_kv_heads = count("num_heads", num_heads)
+        self.sources = tuple(sources)
+        if self.sources not in SOURCES:
+            raise ValueError(f"sources must be one of {SOURCES}; got {self.sources}")
+        self.linears = dict(linears)
+        self.tensors = {"probabilities": PROBABILITIES, **tensors}
+        self.score_ops = tuple(score_ops)
+        self._check_parameters()
+        self.embed_dim, self.kdim, self.vdim = (self.linears[name].weight.shape[1] for name in ("query", "key", "value"))
+        self.head_dim = self.linears["query"].weight.shape[0] // self.num_heads
+        self.value_dim = self.linears["value"].weight.shape[0] // self.num_heads
+        last = self.linears.get("output", self.linears["value"])
+        self.output_dim = last.weight.shape[0]
+        self._prepare()
+
+    def _check_parameters(self):
+        H = self.num_heads
+        required = ["query", "key", "value"]
+        for name in required:
+            if name not in self.linears:
+                raise ValueError(f"linears must hold {', '.join(map(repr, required))}; {name!r} is missing")
+        for name in sorted(set(self.linears) - {*required, "output"}):
+            raise ValueError(f"linears has an unexpected entry {name!r}")
+        required += [f"{INPUTS[source]}_input" for source in sorted(set(self.sources))]
+        required += ["scores", "probabilities", "context"] + ["output"] * ("output" in self.linears)
+        for name in required:
+            if name not in self.tensors:
+                raise ValueError(f"tensors must hold the quantization of {name!r}")
+        for name in sorted(set(self.tensors) - set(required)):
+            raise ValueError(f"tensors has an unexpected entry {name!r}; this layer has {', '.join(required)}")
+        q, k, v = (self.linears[name].weight for name in ("query", "key", "value"))
+        if q.shape[0] % H or q.shape[0] != k.shape[0] or v.shape[0] % H:
+            raise ValueError(f"num_heads = {H} does not fit projections of {q.shape[0]} query, {k.shape[0]} key and "
+                             f"{v.shape[0]} value features: query and key must agree, and all be multiples of num_heads")
+        for i, name in enumerate(("query", "key", "value")):
+            other = self.sources.index(self.sources[i])
+            if self.linears[name].weight.shape[1] != self.linears[("query", "key", "value")[other]].weight.shape[1]:
+                raise ValueError(f"the {name} projection takes {self.linears[name].weight.shape[1]} features, unlike the "
+                                 f"other projections of the same input")
+        if "output" in self.linears and self.linears["output"].weight.shape[1] != v.shape[0]:
+            raise ValueError(f"the output projection takes {self.linears['output'].weight.shape[1]} features; "
+                             f"the heads give {v.shape[0]}")
+
+    # -- derived once: what the kernels read ---------------------------------------------------------------------------
+
+    def _prepare(self):
+        kernel_set, t = self._kernel_set, self.tensors
+        self._linears = {}
+        for name, linear in self.linears.items():
+            real = rules.fully_connected_multiplier(kernel_set.fully_connected, self.input_of(name).scale, linear.scale,
+                                                    t[name].scale)
+            bias = np.zeros(linear.weight.shape[0], np.int32) if linear.bias is None else linear.bias
+            self._linears[name] = (linear.weight, bias, _requantization(real, t[name]),
+                                   static.REQUANTIZE[kernel_set.fully_connected])
+
+        def batch_matmul(lhs, rhs, output):
+            rule = kernel_set.batch_matmul if rhs.zero_point == 0 else kernel_set.batch_matmul_asymmetric
+            real = rules.batch_matmul_multiplier(rule, lhs.scale, rhs.scale, output.scale)
+            return _requantization(real, output), static.REQUANTIZE[rule]
+
+        self._scores = batch_matmul(t["query"], t["key"], t["scores"])
+        self._context = batch_matmul(t["probabilities"], t["value"], t["context"])
+        tables, classes, softmax_input = score_map(self.score_ops, t["scores"], kernel_set)
+        self._score_map = static.ScoreMap(tables, classes)
+        softmax = rules.SOFTMAX[kernel_set.softmax]
+        self._softmax = (static.Softmax(softmax.table(softmax_input.scale), softmax.zero), *static.SOFTMAX[kernel_set.softmax])
+
+    def input_of(self, linear: str) -> TensorQuantization:
+        """The quantization of the tensor that the linear layer called ``linear`` reads."""
+        return self.tensors["context" if linear == "output" else f"{INPUTS[self.sources[INPUTS.index(linear)]]}_input"]
+
+    # -- copies with one thing changed ---------------------------------------------------------------------------------
+
+    def with_arithmetic(self, arithmetic: str) -> StaticMultiHeadAttention:
+        """The same parameters under another kernel set."""
+        return self._replace(arithmetic=arithmetic)
+
+    def with_mask(self, mask) -> StaticMultiHeadAttention:
+        """The layer that carries ``mask``: what an exported graph with that mask computes, bit for bit.
+
+        A masked score gets the lowest code, -128, as the graph's SELECT_V2 gives it, and so keeps a trace of weight,
+        ``exp(-scale * (max + 128))``. A mask passed to a call leaves masked keys out altogether.
+
+        Parameters
+        ----------
+        mask : bool, broadcastable to (B, H, L, S)
+            True = attend.
+        """
+        return self._replace(score_ops=(*self.score_ops, SelectMask(np.asarray(mask))))
+
+    def _replace(self, **changes) -> StaticMultiHeadAttention:
+        arguments = dict(num_heads=self.num_heads, linears=self.linears, tensors=self.tensors, sources=self.sources,
+                         score_ops=self.score_ops, arithmetic=self.arithmetic)
+        return StaticMultiHeadAttention(**{**arguments, **changes})
+
+    def _to_state(self):
+        """(config, tensors): all that ``_from_state`` needs to build an equal layer."""
+        arrays = {}
+        for name, linear in self.linears.items():
+            arrays |= {f"{name}.{part}": array for part in ("weight", "scale", "bias")
+                       if (array := getattr(linear, part)) is not None}
+        ops = []
+        for i, op in enumerate(self.score_ops):
+            row = {"op": type(op).__name__}
+            for f in dataclasses.fields(op):
+                value = getattr(op, f.name)
+                if isinstance(value, np.ndarray):
+                    arrays[f"score_ops.{i}.{f.name}"] = value
+                else:
+                    row[f.name] = value.to_json() if isinstance(value, TensorQuantization) else value
+            ops.append(row)
+        return {"num_heads": self.num_heads, "arithmetic": self.arithmetic, "sources": list(self.sources),
+                "tensors": {name: t.to_json() for name, t in self.tensors.items()}, "score_ops": ops}, arrays
+
+    @classmethod
+    def _from_state(cls, config, tensors):
+        groups = {}
+        for name, array in tensors.items():
+            group, _, part = name.rpartition(".")
+            groups.setdefault(group, {})[part] = array
+        ops = []
+        for i, row in enumerate(config["score_ops"]):
+            row = {**row, **groups.pop(f"score_ops.{i}", {})}
+            kind = {op.__name__: op for op in (MulConstant, AddMask, SelectMask)}[row.pop("op")]
+            ops.append(kind(**{name: TensorQuantization(*value) if isinstance(value, list) else value
+                               for name, value in row.items()}))
+        return cls(config["num_heads"], {name: QuantizedLinear(**parts) for name, parts in groups.items()},
+                   {name: TensorQuantization(*pair) for name, pair in config["tensors"].items()},
+                   sources=tuple(config["sources"]), score_ops=tuple(ops), arithmetic=config["arithmetic"])
+
+    # -- running -------------------------------------------------------------------------------------------------------
+
+    def __call__(self, query, key=None, value=None, *, attn_mask=None, key_padding_mask=None, is_causal=False,
+                 causal_alignment=None):
+        """Attention on reals: quantize the inputs, ``run_int8``, dequantize. Parameters as ``run_int8``, float arrays.
+
+        Returns
+        -------
+        float32 (B, L, Eo) or (L, Eo)
+        """
+        inputs = [None if x is None else self.quantize_input(x, name)
+                  for name, x in zip(INPUTS, self._distinct(query, key, value), strict=True)]
+        return self.dequantize_output(self.run_int8(
+            *inputs, attn_mask=attn_mask, key_padding_mask=key_padding_mask, is_causal=is_causal,
+            causal_alignment=causal_alignment))
+
+    def quantize_input(self, x, name: str = "query") -> np.ndarray:
+        """int8 codes of a float input; ``name`` is "query", "key" or "value"."""
+        x = np.asarray(x)
+        if x.dtype.kind != "f":
+            raise TypeError(f"{name} must be a float array; got {x.dtype} (int8 codes go to run_int8)")
+        return self.tensors[f"{INPUTS[self.sources[INPUTS.index(name)]]}_input"].quantize(x)
+
+    def dequantize_output(self, codes) -> np.ndarray:
+        """float32 reals of ``run_int8``'s codes."""
+        return self.tensors["output" if "output" in self.linears else "context"].dequantize(codes)
+
+    def _distinct(self, query, key, value):
+        """The inputs this layer reads, None where it reads an earlier one; refuses others."""
+        given = [query, key, value]
+        for i, name in enumerate(INPUTS):
+            source = self.sources[i]
+            if source < i:
+                if given[i] is not None and given[i] is not given[source]:
+                    raise ValueError(f"{name} must be left out: this layer was quantized with {INPUTS[source]} as its {name}")
+                given[i] = None
+            elif given[i] is None:
+                raise ValueError(f"{name} is required: this layer was quantized with a {name} of its own")
+        return given
+
+    def run_int8(self, query, key=None, value=None, *, attn_mask=None, key_padding_mask=None, is_causal=False,
+                 causal_alignment=None, out=None) -> np.ndarray:
+        """Attention on codes, equal to the named kernel set.
+
+        Parameters
+        ----------
+        query : int8 (B, L, Eq) or (L, Eq)
+        key : int8 (B, S, Ek), optional
+            Required when the layer has an input of its own for it, and left out otherwise; likewise ``value``.
+        value : int8 (B, S, Ev), optional
+        attn_mask : bool, broadcastable to (B, H, L, S), optional
+            True = attend. A masked key is not there at all; a row with no key gives a context of real 0.
+        key_padding_mask : bool (B, S), optional
+            True = a real key.
+        is_causal : bool
+        causal_alignment : {"upper_left", "lower_right"}, optional
+            Required for causal attention with L != S.
+        out : int8 (B, L, Eo), optional
+            Where to write the result.
+
+        Returns
+        -------
+        int8 (B, L, Eo) or (L, Eo)
+        """
+        inputs = self._distinct(query, key, value)
+        arrays = [None if x is None else _codes(x, name) for name, x in zip(INPUTS, inputs, strict=True)]
+        query, key, value = (arrays[source] for source in self.sources)
+        unbatched = query.ndim == 2
+        for name, x, width in zip(INPUTS, (query, key, value), (self.embed_dim, self.kdim, self.vdim), strict=True):
+            if x.ndim != query.ndim:
+                raise ValueError(f"{name} must have as many axes as query, {query.ndim}; got shape {x.shape}")
+            if x.shape[-1] != width:
+                raise ValueError(f"{name} must have {width} features in its last axis; got shape {x.shape}")
+        if unbatched:
+            query, key, value = query[None], key[None], value[None]
+        (B, L, _), S = query.shape, key.shape[1]
+        if key.shape[:2] != (B, S) or value.shape[:2] != (B, S):
+            raise ValueError(f"query, key and value must share the batch, and key and value their length; "
+                             f"got {query.shape}, {key.shape}, {value.shape}")
+        shape = (L, self.output_dim) if unbatched else (B, L, self.output_dim)
+        check_out(out, shape, np.dtype(np.int8))
+        if attn_mask is not None and np.asarray(attn_mask).dtype != np.bool_:
+            raise TypeError(f"attn_mask must be bool for int8 (True = attend), got dtype {np.asarray(attn_mask).dtype}; "
+                            "for a mask with -inf pass mask == 0")
+        if key_padding_mask is not None and unbatched:
+            key_padding_mask = np.asarray(key_padding_mask)[None]
+        shape4 = (B, self.num_heads, L, S)
+        permitted = resolve_mask(shape4, attn_mask, key_padding_mask, is_causal=is_causal,
+                                 causal_alignment=causal_alignment).permitted()
+        keep = np.broadcast_to(np.True_ if permitted is None else permitted, shape4).view(np.uint8)
+        classes = self._classes(B, L, S)
+        q, k, v = (self._heads(name, x) for name, x in zip(INPUTS, (query, key, value), strict=True))
+        context = np.empty((B, L, self.num_heads, self.value_dim), np.int8)
+        zero_points = tuple(self.tensors[name].zero_point for name in INPUTS)
+        static.attention(q, k, v, zero_points, *self._scores, self._score_map._replace(classes=classes), keep,
+                         *self._softmax, *self._context, context.transpose(0, 2, 1, 3))
+        result = context.reshape(B, L, -1)
+        if "output" in self.linears:
+            result = self._linear("output", result)
+        return deliver(result.reshape(shape), out, np.dtype(np.int8))
+
+    def _linear(self, name: str, x: np.ndarray) -> np.ndarray:
+        weight, bias, requantization, rule = self._linears[name]
+        out = np.empty((*x.shape[:-1], weight.shape[0]), np.int8)
+        static.linear(x.reshape(-1, x.shape[-1]), self.input_of(name).zero_point, weight, bias, requantization, rule,
+                      out.reshape(-1, weight.shape[0]))
+        return out
+
+    def _heads(self, name: str, x: np.ndarray) -> np.ndarray:
+        """The projection of ``x``, (B, H, length, head size)."""
+        projected = self._linear(name, x)
+        return projected.reshape(*projected.shape[:2], self.num_heads, -1).transpose(0, 2, 1, 3)
+
+    def _classes(self, B: int, L: int, S: int) -> np.ndarray:
+        try:
+            return np.broadcast_to(self._score_map.classes, (B, self.num_heads, L, S))
+        except ValueError:
+            raise ValueError(f"the mask this layer carries has shape {self._score_map.classes.shape}, which does not "
+                             f"broadcast to (B, H, L, S) = {(B, self.num_heads, L, S)}") from None
+
+
+def _codes(x, name: str) -> np.ndarray:
+    """A C-contiguous int8 view or copy of an input."""
+    x = np.asarray(x)
+    if x.dtype != np.int8:
+        raise TypeError(f"{name} must be int8; got {x.dtype} (floats go to the call itself)")
+    if x.ndim not in (2, 3):
+        raise ValueError(f"{name} must be (B, L, E) or (L, E); got shape {x.shape}")
+    return np.ascontiguousarray(x)
+
+
+def _requantization(real: np.ndarray, output: TensorQuantization) -> static.Requantization:
+    return static.Requantization(*rules.fixed_point(real), real, output.zero_point)
+
+
+def score_map(ops: tuple[ScoreOp, ...], scores: TensorQuantization, kernel_set: rules.KernelSet
+              ) -> tuple[np.ndarray, np.ndarray, TensorQuantization]:
+    """Any chain of elementwise operators on int8 scores, as one table per class of position.
+
+    Returns
+    -------
+    tables : int8 (n, 256)
+        ``tables[class, code + 128]`` is the code the softmax sees.
+    classes : uint8, broadcastable to (B, H, L, S)
+    quantization : TensorQuantization
+        Of the tables' entries.
+    """
+    tables = np.arange(CODE_MIN, CODE_MAX + 1, dtype=np.int8)[None]
+    classes = np.zeros((1, 1, 1, 1), np.int64)
+    for op in ops:
+        q = (scores.scale, scores.zero_point)
+        if isinstance(op, MulConstant):
+            to = (op.output.scale, op.output.zero_point)
+            tables = rules.mul_codes(kernel_set.mul, tables, q, op.code, (op.constant.scale, op.constant.zero_point), to)
+            scores = op.output
+            continue
+        # one class per pair of a class so far and a value of the mask
+        mask = op.codes if isinstance(op, AddMask) else op.keep
+        values, index = np.unique(mask, return_inverse=True)
+        index = index.reshape((1,) * (4 - mask.ndim) + mask.shape)
+        classes = classes * len(values) + index
+        if isinstance(op, AddMask):
+            to = (op.output.scale, op.output.zero_point)
+            mapped = [rules.add_codes(kernel_set.add, tables, q, value, (op.mask.scale, op.mask.zero_point), to)
+                      for value in values]
+            scores = op.output
+        else:
+            mapped = [tables if keep else np.full_like(tables, op.fill) for keep in values]
+        tables = np.stack(mapped, axis=1).reshape(-1, 256)
+    if len(tables) > 256:
+        raise ValueError(f"score_ops distinguish {len(tables)} kinds of position; at most 256 are supported")
+    return tables, classes.astype(np.uint8), scores

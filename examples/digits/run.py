@@ -1,0 +1,145 @@
+"""The main job on a real model: float32 attention to int8 to .tflite, the same bits in every interpreter.
+
+    python examples/digits/run.py        (or: make run)
+
+1. Loads the trained digits Transformer, its two attention layers as `edgeattn.MultiHeadAttention`, and checks
+   the accuracy in float32 against the one noted when it was trained.
+2. Calibrates both layers on the activations of real training images.
+3. Quantizes them (static int8) and reports what that cost, tensor by tensor.
+4. Compares the accuracy of the whole model before and after, on the test images.
+5. Exports each layer to out/digits/*.tflite, runs the files in every TFLite interpreter found here on the
+   real test activations, and counts the output bytes that differ from ours under the arithmetic of that name.
+
+The exit status is 0 only when no byte differs and the float32 accuracy is the one noted at training.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from data import load_digits_split
+from model import NUM_LAYERS, NUM_PATCHES, DigitsModel
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import quant
+from quant.runtimes import RUNTIMES
+
+OUT = Path(__file__).resolve().parents[2] / "out" / "digits"
+CALIBRATION_IMAGES = 256
+BATCH = 64
+
+
+def batches(x):
+    """Cut (N, L, E) along N into batches of at most BATCH."""
+    return [x[start : start + BATCH] for start in range(0, len(x), BATCH)]
+
+
+def run_one_by_one(runtime, path, codes, description):
+    """The file's int8 output for every image; the graph takes one image at a time, as a device would."""
+    images = track(codes, description, transient=True)
+    outputs = [runtime.run(path, [image[np.newaxis]])[0] for image in images]
+    return np.concatenate(outputs)
+
+
+def compare_bytes(layer, path, codes, table):
+    """Compare the file's output bytes with ours in every interpreter; return (compared, differing)."""
+    readers = {name: runtime for name, runtime in RUNTIMES.items() if runtime.available() is None}
+    compared = differing = 0
+    for name, runtime in readers.items():
+        ours = layer.with_arithmetic(name).run_int8(codes)
+        theirs = run_one_by_one(runtime, path, codes, f"{path.name} in {runtime.name}")
+        if theirs.shape != ours.shape or theirs.dtype != np.int8:
+            raise RuntimeError(
+                f"{runtime.name} gave {theirs.dtype} {theirs.shape}; expected int8 {ours.shape}"
+            )
+        different = int((ours != theirs).sum())
+        verdict = "every byte equal" if different == 0 else f"{different} differ"
+        table.add_row(path.name, runtime.name, name, f"{ours.size:,}", verdict)
+        compared += ours.size
+        differing += different
+    return compared, differing
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Quantize a trained digits Transformer.")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder for the files (default: out/digits)")
+    out = parser.parse_args().out
+    started = time.perf_counter()
+    console = Console(highlight=False)
+    digits = load_digits_split()
+    model = DigitsModel()
+    total = len(digits.test_labels)
+
+    console.rule("1. float32", align="left")
+    attention = model.attention_layers()
+    predicted = model.predict(digits.test_images, attention)
+    correct = int((predicted == digits.test_labels).sum())
+    noted = int(model.metadata["test_correct"])
+    console.print(f"{NUM_LAYERS} attention layers of {model.num_heads} heads, width {attention[0].embed_dim}")
+    console.print(f"test accuracy {correct / total:.2%}: {correct} of {total} right, at training {noted}\n")
+
+    console.rule(f"2. calibrate on {CALIBRATION_IMAGES} training images", align="left")
+    inputs = model.attention_inputs(digits.train_images[:CALIBRATION_IMAGES], attention)
+    calibrations = [quant.calibrate(layer, batches(x)) for layer, x in zip(attention, inputs, strict=True)]
+
+    console.rule("3. quantize to static int8: what it cost", align="left")
+    quantized = [
+        quant.quantize(layer, calibration, scheme="static")
+        for layer, calibration in zip(attention, calibrations, strict=True)
+    ]
+    test_inputs = model.attention_inputs(digits.test_images, attention)
+    for i in range(NUM_LAYERS):
+        report = quant.compare(attention[i], quantized[i], batches(test_inputs[i]))
+        console.print(f"layer {i}, on the test images")
+        console.print(report)
+        for lint in report.lints:
+            console.print(f"note: {lint}", markup=False)
+
+    console.rule("4. accuracy before and after", align="left")
+    predicted_int8 = model.predict(digits.test_images, quantized)
+    correct_int8 = int((predicted_int8 == digits.test_labels).sum())
+    same = int((predicted == predicted_int8).sum())
+    console.print(f"float32 attention: {correct / total:.2%}, {correct} of {total} right")
+    console.print(f"int8 attention:    {correct_int8 / total:.2%}, {correct_int8} of {total} right")
+    console.print(f"same answer as float32 on {same} of {total} images\n")
+
+    console.rule("5. export to .tflite and run the files elsewhere", align="left")
+    out.mkdir(parents=True, exist_ok=True)
+    table = Table("file", "run by", "our arithmetic", "bytes", "result")
+    compared = differing = 0
+    int8_inputs = model.attention_inputs(digits.test_images, quantized)  # what the int8 model itself sees
+    for i in range(NUM_LAYERS):
+        path = out / f"layer_{i}.tflite"
+        quant.export(quantized[i], path, batch=1, sequence_length=NUM_PATCHES)
+        counts = compare_bytes(quantized[i], path, quantized[i].quantize_input(int8_inputs[i]), table)
+        compared, differing = compared + counts[0], differing + counts[1]
+    console.print(table)
+    for name, runtime in RUNTIMES.items():
+        reason = runtime.available()
+        if reason is not None:
+            console.print(f"not run: {name} ({reason})", markup=False)
+
+    seconds = time.perf_counter() - started
+    if compared == 0:
+        console.print(f"Nothing compared: no TFLite interpreter is installed here. {seconds:.1f} s.")
+        return 1
+    if differing or correct != noted:
+        console.print(
+            f"FAILED after {seconds:.1f} s: {differing:,} of {compared:,} bytes differ; "
+            f"{correct} images right in float32, {noted} at training."
+        )
+        return 1
+    console.print(
+        f"Done in {seconds:.1f} s: accuracy {correct / total:.2%} in float32, "
+        f"{correct_int8 / total:.2%} in int8; all {compared:,} output bytes of the .tflite files equal ours.",
+        soft_wrap=True,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

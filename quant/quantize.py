@@ -1,0 +1,122 @@
+"""From a float layer and its calibration to an int8 layer."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from edgeattn.layers import MultiHeadAttention
+from edgeattn.quantized import (
+    INPUTS,
+    PROBABILITIES,
+    QuantizedLinear,
+    QuantizedMultiHeadAttention,
+    StaticMultiHeadAttention,
+    TensorQuantization,
+)
+from quant.calibrate import Calibration, fingerprint
+
+# A masked score gets the lowest code, so the lowest code must be worth nothing in every row: exp(-10) is 1/86 of the
+# smallest probability int8 can hold, and ten more on the range cost less than a masked key's trace of weight
+# (docs/masks.md holds the measurement).
+MASK_MARGIN = 10.0
+
+
+def quantize(layer: MultiHeadAttention, calibration: Calibration | None = None, *, scheme: str = "static",
+             arithmetic: str = "litert") -> QuantizedMultiHeadAttention:
+    """Quantize a float layer to int8.
+
+    Weights are symmetric per output channel, keys and values symmetric per tensor, everything else asymmetric per
+    tensor. 1/sqrt(D) goes into the scale of the query projection, which changes no weight. Grouped key and value heads
+    are repeated. The scores' range is that of permitted scores, cut where a score no longer matters to any row; when a
+    mask was seen it reaches MASK_MARGIN below the lowest row's maximum, so that masks survive.
+
+    Parameters
+    ----------
+    layer : MultiHeadAttention
+    calibration : Calibration
+        From ``calibrate`` on the same layer.
+    scheme : {"static"}
+    arithmetic : str
+        The TFLite kernel set to equal, a name in ``edgeattn.arithmetic.KERNEL_SETS``.
+
+    Returns
+    -------
+    QuantizedMultiHeadAttention
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument.
+    """
+    if not isinstance(layer, MultiHeadAttention):
+        raise TypeError(f"layer must be an edgeattn.MultiHeadAttention; got {type(layer).__name__}")
+    if scheme != "static":
+        raise ValueError(f"scheme must be 'static'; got {scheme!r}")
+    if not isinstance(calibration, Calibration):
+        raise TypeError(f"calibration must be a quant.Calibration for scheme='static' (run quant.calibrate first); "
+                        f"got {type(calibration).__name__}")
+    if calibration.layer != fingerprint(layer):
+        raise ValueError("calibration was made with another layer: its weights differ from this layer's")
+    tensors = {name: _asymmetric(*calibration.range(name)) for name in calibration.statistics if name != "probabilities"}
+    for name in ("key", "value"):
+        tensors[name] = _symmetric(*calibration.range(name))
+    tensors["scores"] = _asymmetric(*_score_range(calibration))
+    tensors["probabilities"] = PROBABILITIES
+
+    def linear(name, weight, bias, source):
+        if name in ("key", "value"):
+            weight, bias = (_repeat_heads(a, layer.num_kv_heads, layer.num_heads) for a in (weight, bias))
+        return quantize_linear(weight, bias, tensors[source].scale)
+
+    linears = {name: linear(name, getattr(layer, f"{name[0]}_weight"), getattr(layer, f"{name[0]}_bias"),
+                            f"{INPUTS[calibration.sources[i]]}_input") for i, name in enumerate(INPUTS)}
+    if layer.out_weight is not None:
+        linears["output"] = linear("output", layer.out_weight, layer.out_bias, "context")
+    fold = np.float32(layer.scale)
+    q = linears["query"]
+    linears["query"] = QuantizedLinear(q.weight, q.scale * fold, q.bias)
+    tensors["query"] = TensorQuantization(tensors["query"].scale * fold, tensors["query"].zero_point)
+    return StaticMultiHeadAttention(layer.num_heads, linears, tensors, sources=calibration.sources, arithmetic=arithmetic)
+
+
+def quantize_linear(weight: np.ndarray, bias: np.ndarray | None, input_scale) -> QuantizedLinear:
+    """Symmetric int8 weights per output channel, int32 bias.
+
+    A channel of zeros, or one whose bias would leave int32, gets the scale its bias needs.
+    """
+    scale = np.abs(weight).max(1, initial=0).astype(np.float64) / 127
+    if bias is not None:
+        scale = np.maximum(scale, np.abs(bias) / (float(input_scale) * 2**30))
+    scale = np.where(scale > 0, scale, 1.0).astype(np.float32)
+    codes = np.clip(np.rint(weight / scale[:, None]), -127, 127).astype(np.int8)
+    if bias is not None:
+        bias = np.rint(bias.astype(np.float64) / (np.float64(input_scale) * scale)).astype(np.int32)
+    return QuantizedLinear(codes, scale, bias)
+
+
+def _score_range(calibration: Calibration) -> tuple[float, float]:
+    low, high = calibration.range("scores")
+    reach = calibration.lowest_row_maximum - MASK_MARGIN
+    return (reach if calibration.masked else max(low, reach)), high
+
+
+def _asymmetric(low: float, high: float) -> TensorQuantization:
+    """256 codes over [low, high], widened to hold 0."""
+    low, high = min(low, 0.0), max(high, 0.0)
+    if high == low:
+        return TensorQuantization(1.0, 0)
+    scale = np.float32((high - low) / 255)
+    return TensorQuantization(scale, int(np.clip(np.rint(-128 - low / float(scale)), -128, 127)))
+
+
+def _symmetric(low: float, high: float) -> TensorQuantization:
+    """255 codes around 0."""
+    return TensorQuantization(np.float32(max(abs(low), abs(high)) / 127) or 1.0, 0)
+
+
+def _repeat_heads(array: np.ndarray | None, heads: int, wanted: int) -> np.ndarray | None:
+    """Rows of grouped heads, each head ``wanted / heads`` times."""
+    if array is None or heads == wanted:
+        return array
+    grouped = array.reshape(heads, -1, *array.shape[1:])
+    return np.repeat(grouped, wanted // heads, axis=0).reshape(-1, *array.shape[1:])

