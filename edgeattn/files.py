@@ -1,0 +1,38 @@
+"""Whole files or none: writing without ever leaving half a file behind."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+
+def write_atomic(path: str | os.PathLike, data: bytes) -> None:
+    """Write ``data`` to ``path``: readers see the old file or the new one, never a part.
+
+    The bytes go to a new file in the same folder, which then takes the name ``path``. A temporary folder would not do:
+    a rename is one step only within a file system.
+
+    Parameters
+    ----------
+    path : str or os.PathLike
+        Replaced where it exists. Its folder must exist.
+    data : bytes
+
+    Raises
+    ------
+    OSError
+        When the folder is missing or not writable, or the disk is full; the temporary file is removed.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        # "x" with the usual mode: unlike tempfile's 0600, the file gets the permissions the user's umask asks for.
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

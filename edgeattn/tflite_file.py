@@ -1,0 +1,247 @@
+"""Bytes of a .tflite file read into a Graph, every offset checked.
+
+The ``flatbuffers`` package trusts its input: an offset that points before the file's start silently reads from its end.
+This reader needs only ``struct`` and NumPy, and answers every damaged file with a ValueError.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+from pathlib import Path
+
+import numpy as np
+
+from edgeattn.tflite_schema import BUILTIN_OPERATORS, DTYPES, IDENTIFIER, TABLES, Graph, Operator, Tensor
+
+_OPERATOR_NAMES = {builtin.code: name for name, builtin in BUILTIN_OPERATORS.items()}
+_SCALARS = {"bool": "<B", "int8": "<b", "uint8": "<B", "int32": "<i", "uint32": "<I", "uint64": "<Q", "float32": "<f"}
+_VECTORS = {"[int32]": "<i4", "[int64]": "<i8", "[float32]": "<f4", "[uint8]": "<u1"}
+# Offsets may be shared, so a small file can name a big text or shape very often: bound what each may cost.
+_LONGEST_STRING = 1000
+_HIGHEST_RANK = 8
+
+
+def read_bytes(path_or_bytes) -> tuple[bytes, str]:
+    """The bytes of a file, and what to call it in messages.
+
+    Parameters
+    ----------
+    path_or_bytes : str, os.PathLike, bytes, bytearray or memoryview
+
+    Raises
+    ------
+    TypeError
+        When it is something else.
+    """
+    if isinstance(path_or_bytes, (bytes, bytearray, memoryview)):
+        return bytes(path_or_bytes), "the .tflite bytes"
+    if not isinstance(path_or_bytes, (str, os.PathLike)):
+        raise TypeError(f"path_or_bytes must be a path or the bytes of a .tflite file; got {type(path_or_bytes).__name__}")
+    return Path(path_or_bytes).read_bytes(), str(path_or_bytes)
+
+
+def parse(data: bytes, name: str) -> Graph:
+    """The one subgraph of a .tflite file.
+
+    Parameters
+    ----------
+    data : bytes
+    name : str
+        What messages call the file.
+
+    Returns
+    -------
+    Graph
+        Constants are read-only views of ``data``. An operator that BUILTIN_OPERATORS does not list is called
+        "operator <code>" or by its custom name, and has no options.
+
+    Raises
+    ------
+    ValueError
+        When the file is truncated, damaged, or not a .tflite file with one subgraph.
+    """
+    return _Parser(data, name).graph()
+
+
+class _Parser:
+    def __init__(self, data: bytes, name: str):
+        self.data = data
+        self.name = name
+
+    def error(self, message: str) -> ValueError:
+        return ValueError(f"{self.name}: {message}")
+
+    # -- FlatBuffer primitives -----------------------------------------------------------------------------------------
+
+    def span(self, position: int, size: int, what: str) -> int:
+        """``position``, checked to have ``size`` bytes of the file behind it."""
+        if not 0 <= position <= len(self.data) - size:
+            raise self.error(f"is truncated or damaged: {what} needs {size} bytes at offset {position}; "
+                             f"the file has {len(self.data)}")
+        return position
+
+    def scalar(self, layout: str, position: int, what: str):
+        return struct.unpack_from(layout, self.data, self.span(position, struct.calcsize(layout), what))[0]
+
+    def target(self, position: int, what: str) -> int:
+        """Where the offset stored at ``position`` points."""
+        return position + self.scalar("<I", position, what)
+
+    def field_position(self, table: int, slot: int, size: int, what: str) -> int | None:
+        """Where a table keeps a field of ``size`` bytes, or None where it leaves it out."""
+        vtable = table - self.scalar("<i", table, what)
+        vtable_size = self.scalar("<H", vtable, f"field list of {what}")
+        table_size = self.scalar("<H", vtable + 2, f"field list of {what}")
+        self.span(vtable, vtable_size, f"field list of {what}")
+        self.span(table, table_size, what)
+        entry = 4 + 2 * slot
+        if entry + 2 > vtable_size:
+            return None
+        offset = self.scalar("<H", vtable + entry, f"field list of {what}")
+        if offset == 0:
+            return None
+        if offset + size > table_size:
+            raise self.error(f"is damaged: {what} has {table_size} bytes but a field of {size} at byte {offset}")
+        return table + offset
+
+    def vector(self, position: int, item_size: int, what: str) -> tuple[int, int]:
+        """Where the items of the vector that ``position`` refers to begin, and their number."""
+        start = self.target(position, what)
+        count = self.scalar("<I", start, what)
+        return self.span(start + 4, count * item_size, what), count
+
+    def get(self, table: int, kind: str, field: str):
+        """A field of a table of ``kind``: a number, a text, an array, the position of a table, or a list of those.
+
+        An absent number is the schema's default, an absent vector is empty, anything else absent is None.
+        """
+        declared = TABLES[kind][field]
+        what = f"{kind}.{field}"
+        layout = _SCALARS.get(declared.kind)
+        position = self.field_position(table, declared.slot, 4 if layout is None else struct.calcsize(layout), what)
+        if layout is not None:
+            return declared.default if position is None else self.scalar(layout, position, what)
+        if declared.kind in _VECTORS:
+            dtype = np.dtype(_VECTORS[declared.kind])
+            if position is None:
+                return np.empty(0, dtype)
+            start, count = self.vector(position, dtype.itemsize, what)
+            return np.frombuffer(self.data, dtype, count, start)
+        if declared.kind == "string":
+            if position is None:
+                return None
+            start, count = self.vector(position, 1, what)
+            return self.data[start:start + min(count, _LONGEST_STRING)].decode("utf-8", "replace")
+        if declared.kind.startswith("["):
+            if position is None:
+                return []
+            start, count = self.vector(position, 4, what)
+            return [self.target(start + 4 * i, what) for i in range(count)]
+        return None if position is None else self.target(position, what)
+
+    # -- tables --------------------------------------------------------------------------------------------------------
+
+    def graph(self) -> Graph:
+        if len(self.data) < 8 or self.data[4:8] != IDENTIFIER:
+            raise self.error(f"is not a .tflite file: expected the identifier {IDENTIFIER!r} at byte 4; "
+                             f"found {self.data[4:8]!r}")
+        model = self.target(0, "Model")
+        subgraphs = self.get(model, "Model", "subgraphs")
+        if len(subgraphs) != 1:
+            raise self.error(f"expected one subgraph; found {len(subgraphs)}")
+        subgraph = subgraphs[0]
+        self.buffers = self.get(model, "Model", "buffers")
+        codes = [self.operator_code(code) for code in self.get(model, "Model", "operator_codes")]
+        graph = Graph()
+        graph.tensors = [self.tensor(position, number)
+                         for number, position in enumerate(self.get(subgraph, "SubGraph", "tensors"))]
+        graph.operators = [self.operator(position, codes, len(graph.tensors))
+                           for position in self.get(subgraph, "SubGraph", "operators")]
+        for role in ("inputs", "outputs"):
+            numbers = self.get(subgraph, "SubGraph", role)
+            setattr(graph, role, self.tensor_numbers(numbers, len(graph.tensors), f"the graph's {role}", lowest=0))
+        return graph
+
+    def tensor_numbers(self, numbers: np.ndarray, count: int, what: str, lowest: int) -> list[int]:
+        for number in numbers.tolist():
+            if not lowest <= number < count:
+                raise self.error(f"{what} name tensor {number}; the file has tensors 0 to {count - 1}")
+        return numbers.tolist()
+
+    def operator_code(self, table: int) -> tuple[str, int]:
+        # Files from before the int32 field have the code in the int8 one; both are never smaller than the true code.
+        code = max(self.get(table, "OperatorCode", "deprecated_builtin_code"),
+                   self.get(table, "OperatorCode", "builtin_code"))
+        name = self.get(table, "OperatorCode", "custom_code") or _OPERATOR_NAMES.get(code, f"operator {code}")
+        return name, self.get(table, "OperatorCode", "version")
+
+    def operator(self, table: int, codes: list[tuple[str, int]], tensor_count: int) -> Operator:
+        index = self.get(table, "Operator", "opcode_index")
+        if index >= len(codes):
+            raise self.error(f"an operator has code number {index}; the file lists {len(codes)} codes")
+        name, version = codes[index]
+        inputs, outputs = (self.tensor_numbers(self.get(table, "Operator", role), tensor_count, f"{role} of {name}", lowest)
+                           for role, lowest in (("inputs", -1), ("outputs", 0)))
+        return Operator(name, tuple(inputs), tuple(outputs), self.options(table, name), version)
+
+    def options(self, table: int, name: str) -> dict[str, object]:
+        builtin = BUILTIN_OPERATORS.get(name)
+        if builtin is None:
+            return {}
+        code = self.get(table, "Operator", "builtin_options_type")
+        position = self.get(table, "Operator", "builtin_options")
+        fields = TABLES[builtin.options_table]
+        if code == 0 or position is None:
+            return {field: declared.default for field, declared in fields.items() if declared.kind in _SCALARS}
+        if code != builtin.options_code:
+            raise self.error(f"{name} has options of type {code}; expected {builtin.options_code} ({builtin.options_table})")
+        return {field: self.get(position, builtin.options_table, field) for field in fields}
+
+    def tensor(self, table: int, number: int) -> Tensor:
+        name = self.get(table, "Tensor", "name") or f"tensor {number}"
+        shape = self.get(table, "Tensor", "shape")
+        if shape.size > _HIGHEST_RANK or (shape < 0).any():
+            raise self.error(f"tensor {name!r} has shape {shape[:_HIGHEST_RANK + 1].tolist()}; expected at most "
+                             f"{_HIGHEST_RANK} axes, none negative")
+        shape = tuple(shape.tolist())
+        dtype = DTYPES.get(self.get(table, "Tensor", "type"))
+        scale, zero_point, axis = self.quantization(table, name)
+        return Tensor(name, shape, dtype, self.constant(table, name, shape, dtype), scale, zero_point, axis)
+
+    def quantization(self, table: int, name: str) -> tuple[np.ndarray | None, np.ndarray | None, int]:
+        position = self.get(table, "Tensor", "quantization")
+        if position is None:
+            return None, None, 0
+        scale = self.get(position, "QuantizationParameters", "scale")
+        zero_point = self.get(position, "QuantizationParameters", "zero_point")
+        if scale.size == 0:  # float tensors carry min and max only
+            return None, None, 0
+        if self.get(position, "QuantizationParameters", "details_type") != 0:
+            raise self.error(f"tensor {name!r} has quantization of a kind other than scale and zero point")
+        if zero_point.size == 0:
+            zero_point = np.zeros(scale.size, np.int64)
+        if zero_point.size != scale.size:
+            raise self.error(f"tensor {name!r} has {scale.size} scales and {zero_point.size} zero points; expected as many")
+        return (scale.astype(np.float32), zero_point.astype(np.int64),
+                self.get(position, "QuantizationParameters", "quantized_dimension"))
+
+    def constant(self, table: int, name: str, shape: tuple[int, ...], dtype: np.dtype | None) -> np.ndarray | None:
+        """The values of a constant tensor; None where it is computed at run time or of a type not read here."""
+        number = self.get(table, "Tensor", "buffer")
+        if number >= len(self.buffers):
+            raise self.error(f"tensor {name!r} has buffer number {number}; the file has {len(self.buffers)} buffers")
+        buffer = self.buffers[number]
+        # Offsets of 0 and 1 are placeholders; greater ones point behind the FlatBuffer, as in files of over 2 GB.
+        if self.get(table, "Tensor", "external_buffer") or self.get(buffer, "Buffer", "offset") > 1:
+            raise self.error(f"tensor {name!r} has its values outside the FlatBuffer; expected them inside")
+        raw = self.get(buffer, "Buffer", "data")
+        if raw.size == 0 or dtype is None:
+            return None
+        if self.get(table, "Tensor", "sparsity") is not None:
+            raise self.error(f"tensor {name!r} is stored sparse; expected a dense one")
+        expected = math.prod(shape) * dtype.itemsize
+        if raw.size != expected:
+            raise self.error(f"tensor {name!r} has a buffer of {raw.size} bytes; its shape {shape} of {dtype} takes {expected}")
+        return np.frombuffer(raw, dtype.newbyteorder("<")).reshape(shape)

@@ -1,0 +1,206 @@
+"""The part of the .tflite schema that attention needs, as data, and a graph in its terms.
+
+A .tflite file is a FlatBuffer (identifier "TFL3"): tables whose fields sit in numbered slots. The writer and the reader
+are both driven by TABLES, so a field exists once. Slots and codes: tensorflow/lite/schema/schema.fbs, version 3; slots
+are only ever appended there, so files of any age agree on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+import numpy as np
+
+IDENTIFIER = b"TFL3"
+SCHEMA_VERSION = 3
+BUFFER_ALIGNMENT = 16  # Buffer.data is force_align 16: runtimes use weights where the file is mapped
+
+# TensorType code -> dtype, for the types attention graphs use
+DTYPES: Mapping[int, np.dtype] = MappingProxyType({
+    0: np.dtype(np.float32), 1: np.dtype(np.float16), 2: np.dtype(np.int32), 3: np.dtype(np.uint8),
+    4: np.dtype(np.int64), 6: np.dtype(np.bool_), 7: np.dtype(np.int16), 9: np.dtype(np.int8),
+})
+TYPE_CODES: Mapping[np.dtype, int] = MappingProxyType({dtype: code for code, dtype in DTYPES.items()})
+
+
+@dataclass(frozen=True)
+class Field:
+    """A field of a table: its slot, what it holds and the value an absent scalar stands for.
+
+    ``kind`` is a scalar ("bool", "int8", "uint8", "int32", "uint32", "uint64", "float32"), "string", "union", the name of a
+    table, or one of these in brackets for a vector.
+    """
+
+    slot: int
+    kind: str
+    default: float = 0
+
+
+TABLES: Mapping[str, Mapping[str, Field]] = MappingProxyType({
+    "Model": {
+        "version": Field(0, "uint32"), "operator_codes": Field(1, "[OperatorCode]"), "subgraphs": Field(2, "[SubGraph]"),
+        "description": Field(3, "string"), "buffers": Field(4, "[Buffer]"), "signature_defs": Field(7, "[SignatureDef]"),
+    },
+    "OperatorCode": {
+        "deprecated_builtin_code": Field(0, "int8"), "custom_code": Field(1, "string"), "version": Field(2, "int32", 1),
+        "builtin_code": Field(3, "int32"),
+    },
+    "SubGraph": {
+        "tensors": Field(0, "[Tensor]"), "inputs": Field(1, "[int32]"), "outputs": Field(2, "[int32]"),
+        "operators": Field(3, "[Operator]"), "name": Field(4, "string"),
+    },
+    "Tensor": {
+        "shape": Field(0, "[int32]"), "type": Field(1, "int8"), "buffer": Field(2, "uint32"), "name": Field(3, "string"),
+        "quantization": Field(4, "QuantizationParameters"), "is_variable": Field(5, "bool"),
+        "sparsity": Field(6, "SparsityParameters"), "has_rank": Field(8, "bool"), "external_buffer": Field(10, "uint32"),
+    },
+    "QuantizationParameters": {
+        "scale": Field(2, "[float32]"), "zero_point": Field(3, "[int64]"), "details_type": Field(4, "uint8"),
+        "quantized_dimension": Field(6, "int32"),
+    },
+    "SparsityParameters": {},
+    "Operator": {
+        "opcode_index": Field(0, "uint32"), "inputs": Field(1, "[int32]"), "outputs": Field(2, "[int32]"),
+        "builtin_options_type": Field(3, "uint8"), "builtin_options": Field(4, "union"),
+    },
+    "Buffer": {"data": Field(0, "[uint8]"), "offset": Field(1, "uint64"), "size": Field(2, "uint64")},
+    "SignatureDef": {
+        "inputs": Field(0, "[TensorMap]"), "outputs": Field(1, "[TensorMap]"), "signature_key": Field(2, "string"),
+        "subgraph_index": Field(4, "uint32"),
+    },
+    "TensorMap": {"name": Field(0, "string"), "tensor_index": Field(1, "uint32")},
+    "FullyConnectedOptions": {
+        "fused_activation_function": Field(0, "int8"), "weights_format": Field(1, "int8"), "keep_num_dims": Field(2, "bool"),
+    },
+    "BatchMatMulOptions": {"adj_x": Field(0, "bool"), "adj_y": Field(1, "bool")},
+    "SoftmaxOptions": {"beta": Field(0, "float32")},
+    "AddOptions": {"fused_activation_function": Field(0, "int8")},
+    "MulOptions": {"fused_activation_function": Field(0, "int8")},
+    "ReshapeOptions": {"new_shape": Field(0, "[int32]")},
+    "TransposeOptions": {},
+    "SelectV2Options": {},
+    "QuantizeOptions": {},
+    "DequantizeOptions": {},
+})
+
+
+@dataclass(frozen=True)
+class BuiltinOperator:
+    """An operator: its code, the code of its options in the union, and the options' table."""
+
+    code: int
+    options_code: int
+    options_table: str
+
+
+BUILTIN_OPERATORS: Mapping[str, BuiltinOperator] = MappingProxyType({
+    "ADD": BuiltinOperator(0, 11, "AddOptions"),
+    "DEQUANTIZE": BuiltinOperator(6, 38, "DequantizeOptions"),
+    "FULLY_CONNECTED": BuiltinOperator(9, 8, "FullyConnectedOptions"),
+    "MUL": BuiltinOperator(18, 21, "MulOptions"),
+    "RESHAPE": BuiltinOperator(22, 17, "ReshapeOptions"),
+    "SOFTMAX": BuiltinOperator(25, 9, "SoftmaxOptions"),
+    "TRANSPOSE": BuiltinOperator(39, 26, "TransposeOptions"),
+    "QUANTIZE": BuiltinOperator(114, 89, "QuantizeOptions"),
+    "SELECT_V2": BuiltinOperator(123, 98, "SelectV2Options"),
+    "BATCH_MATMUL": BuiltinOperator(126, 101, "BatchMatMulOptions"),
+})
+# The int8 field that carried the operator's code before there were more than 127 of them; old readers look only there.
+DEPRECATED_CODE_MAX = 127
+
+
+@dataclass(frozen=True, eq=False)
+class Tensor:
+    """A tensor of a graph.
+
+    Parameters
+    ----------
+    name : str
+    shape : tuple of int
+    dtype : np.dtype or None
+        None for a type this subset of the schema does not name.
+    data : ndarray or None
+        A constant's values, of ``shape`` and ``dtype``.
+    scale : float32 (1,) or (channels,), or None
+        None = not quantized.
+    zero_point : int64, as ``scale``, or None
+    channel_axis : int
+        The axis that ``scale`` runs along where it has more than one element.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype | None
+    data: np.ndarray | None = None
+    scale: np.ndarray | None = None
+    zero_point: np.ndarray | None = None
+    channel_axis: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Operator:
+    """An operator of a graph: a name of BUILTIN_OPERATORS (or any other text, read from a file), and tensor numbers.
+
+    An input of -1 is an optional tensor left out.
+    """
+
+    name: str
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    options: Mapping[str, object] = field(default_factory=dict)
+    version: int = 1
+
+
+@dataclass(eq=False)
+class Graph:
+    """Tensors, operators in the order they run, and which tensors go in and come out.
+
+    >>> graph = Graph()
+    >>> x = graph.activation("x", (2, 3), np.float32)
+    >>> y = graph.activation("y", (2, 3), np.float32)
+    >>> graph.operator("SOFTMAX", [x], y, {"beta": 1.0})
+    >>> graph.inputs, graph.outputs = [x], [y]
+    """
+
+    tensors: list[Tensor] = field(default_factory=list)
+    operators: list[Operator] = field(default_factory=list)
+    inputs: list[int] = field(default_factory=list)
+    outputs: list[int] = field(default_factory=list)
+
+    def activation(self, name: str, shape: Sequence[int], dtype=np.int8, quantization=None) -> int:
+        """Add a tensor computed at run time and return its number.
+
+        ``quantization`` has a scalar ``scale`` and ``zero_point``, or is None.
+        """
+        return self._append(Tensor(name, tuple(map(int, shape)), np.dtype(dtype), None, *_parameters(quantization)))
+
+    def constant(self, name: str, values: np.ndarray, quantization=None, *, channel_scale=None) -> int:
+        """Add a constant and return its number.
+
+        ``quantization`` is as for ``activation``; ``channel_scale``, float32 (values.shape[0],), is instead symmetric
+        quantization along the first axis.
+        """
+        values = np.asarray(values)
+        if channel_scale is None:
+            scale, zero_point = _parameters(quantization)
+        else:
+            scale = np.array(channel_scale, np.float32)
+            zero_point = np.zeros(scale.shape, np.int64)
+        return self._append(Tensor(name, values.shape, values.dtype, values, scale, zero_point))
+
+    def operator(self, name: str, inputs: Sequence[int], output: int, options: Mapping[str, object] | None = None,
+                 version: int = 1) -> None:
+        """Add an operator that runs after those added before it."""
+        self.operators.append(Operator(name, tuple(inputs), (output,), dict(options or {}), version))
+
+    def _append(self, tensor: Tensor) -> int:
+        self.tensors.append(tensor)
+        return len(self.tensors) - 1
+
+
+def _parameters(quantization) -> tuple[np.ndarray | None, np.ndarray | None]:
+    if quantization is None:
+        return None, None
+    return np.array([quantization.scale], np.float32), np.array([quantization.zero_point], np.int64)
