@@ -114,7 +114,7 @@ def main() -> int:
 
     console.rule("5. export to .tflite and run the files elsewhere", align="left")
     out.mkdir(parents=True, exist_ok=True)
-    table = Table("file", "run by", "our arithmetic", "bytes", "that differ", box=SIMPLE_HEAD)
+    table = Table("file", "run by", "our arithmetic", "bytes", "differ", box=SIMPLE_HEAD)
     compared = differing = 0
     int8_inputs = model.attention_inputs(digits.test_images, quantized)  # what the int8 model itself sees
     for i in range(NUM_LAYERS):
