@@ -18,6 +18,9 @@ from edgeattn.tflite_schema import Graph, Operator, Tensor
 INPUTS = ("query", "key", "value")
 # Following elements takes four bytes for each: 64 MiB at this size, an activation of 4096 rows of 4096.
 _MOST_ELEMENTS = 2**24
+# Beyond these, scales and their products leave what float32 and the runtimes' 31-bit multipliers can hold.
+_SCALES = (2.0**-60, 2.0**60)
+_LARGEST_MULTIPLIER = 256.0
 
 
 def read_tflite(path_or_bytes, *, arithmetic: str = "litert") -> StaticMultiHeadAttention:
@@ -120,10 +123,23 @@ class _Matcher:
             raise self.error(f"expected {role}, tensor {tensor.name!r}, to have a scale and zero point; found none")
         if tensor.scale.size != 1:
             raise self.error(f"expected one scale for {role}, tensor {tensor.name!r}; found {tensor.scale.size}")
+        self.check_scales(tensor, role)
         try:
             return TensorQuantization(tensor.scale[0], tensor.zero_point[0])
         except ValueError as error:
             raise self.error(f"{role}, tensor {tensor.name!r}: {error}") from None
+
+    def check_scales(self, tensor: Tensor, role: str) -> None:
+        lowest, highest = _SCALES
+        wrong = tensor.scale[~((tensor.scale >= lowest) & (tensor.scale <= highest))]
+        if wrong.size:
+            raise self.error(f"expected a scale between {lowest:.0e} and {highest:.0e} for {role}, tensor {tensor.name!r}; "
+                             f"found {wrong[0]}")
+
+    def check_multiplier(self, largest: float, what: str) -> None:
+        if not largest < _LARGEST_MULTIPLIER:
+            raise self.error(f"expected input scales over output scale below {_LARGEST_MULTIPLIER:.0f} in {what}; "
+                             f"found {largest:.3g}")
 
     def constant(self, number: int, dtype, role: str) -> np.ndarray:
         tensor = self.tensor(number)
@@ -241,6 +257,11 @@ class _Matcher:
         value_dim = moves["value"].shape[-1]
         self.check_shape(second.outputs[0], (B, H, L, value_dim), "the context")
 
+        for left, right, out, what in (("query", "key", "scores", "the product of query and key"),
+                                       (None, "value", "context", "the product of probabilities and value")):
+            left_scale = (PROBABILITIES if left is None else tensors[left]).scale
+            self.check_multiplier(float(left_scale) * float(tensors[right].scale) / float(tensors[out].scale), what)
+
         sources = self.inputs(feeds, tensors)
         self.output(second.outputs[0], (B, H, L, value_dim), tensors, linears)
         for number, operator in enumerate(self.graph.operators):
@@ -299,12 +320,17 @@ class _Matcher:
             raise self.error(f"expected {stored.name!r} quantized per output channel, {weight.shape[0]} scales along axis 0; "
                              f"found {stored.scale.size} along axis {stored.channel_axis} (TFLite rounds per-tensor weights "
                              "by another rule: convert with per-channel weights)")
+        self.check_scales(stored, f"the weight of the {role} projection")
         bias = None
         if len(inputs) == 3 and inputs[2] >= 0:
             bias = self.constant(inputs[2], np.int32, f"the bias of the {role} projection")
+            if bias.shape != weight.shape[:1]:
+                raise self.error(f"expected the bias of the {role} projection to have shape {weight.shape[:1]}; "
+                                 f"found {bias.shape}")
         read, output = self.tensor(inputs[0]), self.tensor(operator.outputs[0])
-        self.quantization(inputs[0], f"the input of the {role} projection")
-        self.quantization(operator.outputs[0], f"the output of the {role} projection")
+        before = self.quantization(inputs[0], f"the input of the {role} projection")
+        after = self.quantization(operator.outputs[0], f"the output of the {role} projection")
+        self.check_multiplier(float(before.scale) * float(stored.scale.max()) / float(after.scale), f"the {role} projection")
         rows, remainder = divmod(self.size(inputs[0]), weight.shape[1])
         if remainder or rows * weight.shape[0] != self.size(operator.outputs[0]):
             raise self.error(f"the {role} projection {weight.shape} cannot take {read.name!r} {read.shape} to "
@@ -312,10 +338,7 @@ class _Matcher:
         if read.shape[-1:] != weight.shape[1:] or output.shape[-1:] != weight.shape[:1]:
             raise self.error(f"expected the {role} projection {weight.shape} between the last axes of {read.name!r} and "
                              f"{output.name!r}; found {read.shape} and {output.shape}")
-        try:
-            return QuantizedLinear(weight, stored.scale, None if bias is None else bias.astype(np.int32)), inputs[0]
-        except ValueError as error:
-            raise self.error(f"{role} projection: {error}") from None
+        return QuantizedLinear(weight, stored.scale, bias), inputs[0]
 
     def score_ops(self, tensor: int) -> tuple[int, list[tuple[Operator, int, int]]]:
         """Walk from the softmax back to the product.
@@ -359,9 +382,11 @@ class _Matcher:
         codes = self.constant(other, np.int8, f"the constant of {operator.name}")
         quantization = self.quantization(other, f"the constant of {operator.name}")
         if operator.name == "ADD":
+            self.check_multiplier(max(before.scale, quantization.scale) / float(after.scale), "ADD of the mask")
             return AddMask(self.mask(codes, tensor, scores).astype(np.int8), quantization, after)
         if codes.size != 1:
             raise self.error(f"expected MUL of the scores by one number; found a constant of shape {codes.shape}")
+        self.check_multiplier(float(before.scale) * float(quantization.scale) / float(after.scale), "MUL of the scores")
         return MulConstant(int(codes.flat[0]), quantization, after)
 
     def mask(self, values: np.ndarray, tensor: int, scores: tuple[int, int, int, int]) -> np.ndarray:
