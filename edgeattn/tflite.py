@@ -11,8 +11,15 @@ import math
 
 import numpy as np
 
-from edgeattn.quantized import (PROBABILITIES, AddMask, MulConstant, QuantizedLinear, SelectMask,
-                                StaticMultiHeadAttention, TensorQuantization)
+from edgeattn.quantized import (
+    PROBABILITIES,
+    AddMask,
+    MulConstant,
+    QuantizedLinear,
+    SelectMask,
+    StaticMultiHeadAttention,
+    TensorQuantization,
+)
 from edgeattn.tflite_file import parse, read_bytes
 from edgeattn.tflite_schema import Graph, Operator, Tensor
 
@@ -233,7 +240,7 @@ class _Matcher:
     def forward(self, tensor: int) -> tuple[int, np.ndarray, Operator | None]:
         """Follow RESHAPE and TRANSPOSE.
 
-        Returns the tensor they end with, the flat index of each of its elements in ``tensor``, and its reader.
+        Returns the tensor they end with, the flat index of its elements in ``tensor``, and its reader.
         """
         elements = np.arange(self.size(tensor), dtype=np.int32).reshape(self.tensor(tensor).shape)
         while (found := self.next_operator(tensor)) is not None and found[1].name in _MOVES:

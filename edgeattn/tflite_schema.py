@@ -41,8 +41,8 @@ class Field:
 TABLES: Mapping[str, Mapping[str, Field]] = MappingProxyType({
     "Model": {
         "version": Field(0, "uint32"), "operator_codes": Field(1, "[OperatorCode]"),
-        "subgraphs": Field(2, "[SubGraph]"), "description": Field(3, "string"), "buffers": Field(4, "[Buffer]"),
-        "signature_defs": Field(7, "[SignatureDef]"),
+        "subgraphs": Field(2, "[SubGraph]"), "description": Field(3, "string"),
+        "buffers": Field(4, "[Buffer]"), "signature_defs": Field(7, "[SignatureDef]"),
     },
     "OperatorCode": {
         "deprecated_builtin_code": Field(0, "int8"), "custom_code": Field(1, "string"),
