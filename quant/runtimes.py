@@ -71,7 +71,7 @@ class Session:
                     f"input {name!r} must have shape {shape}; got {x.shape} (a .tflite file has fixed"
                     " lengths: export one for these)"
                 )
-        return self._invoke([np.ascontiguousarray(x) for x in inputs])
+        return self._invoke([np.asarray(x, order="C") for x in inputs])
 
 
 @dataclass(frozen=True)

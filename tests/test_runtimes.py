@@ -88,6 +88,14 @@ def test_inputs_are_neither_resized_nor_converted(runtime, rng):
 
 
 @each_runtime()
+def test_an_input_without_axes_stays_one(runtime, rng):
+    x, factor = codes(rng, 2, 3), np.array(40, np.int8)
+    one = TensorQuantization(np.float32(1), 0)
+    (y,) = runtime.run(graphs.mul((2, 3), one, (), one, TensorQuantization(np.float32(40), 0)), [x, factor])
+    np.testing.assert_array_equal(y, x)
+
+
+@each_runtime()
 def test_damaged_models_are_refused_by_name(runtime, tmp_path):
     data = graphs.softmax((2, 3), Q)
     path = tmp_path / "cut.tflite"

@@ -275,12 +275,10 @@ def float_graph(layer, *, batch: int, sequence_length: int, key_length: int | No
         float32 (B, L, E) in, float32 (B, L, output width) out.
     """
     widths = (layer.embed_dim, layer.kdim, layer.vdim)
-    if sources is None:
-        sources = (
-            (0, 1, 2)
-            if widths[1] != widths[2]
-            else (0, 1, 1) if widths[0] != widths[1] or key_length is not None else (0, 0, 0)
-        )
+    if sources is None and widths[1] != widths[2]:
+        sources = (0, 1, 2)
+    elif sources is None:
+        sources = (0, 0, 0) if widths[0] == widths[1] and key_length is None else (0, 1, 1)
     lengths = _check_lengths(layer, sources, batch, sequence_length, key_length)
     builder = _Builder(lengths, np.float32, FLOAT_VERSIONS)
     feeds = _add_inputs(builder, sources, widths, (None, None, None))

@@ -19,9 +19,8 @@ from edgeattn.tflite_schema import (
 )
 from quant.export.attention_graph import float_graph, static_graph
 
-SIGNATURE = (  # the name TensorFlow gives; tools that take .tflite files refuse one without a signature
-    "serving_default"
-)
+# The name TensorFlow gives; some tools refuse a file without a signature.
+SIGNATURE = "serving_default"
 DESCRIPTION = "edgeattn"
 
 
@@ -39,7 +38,8 @@ def write_tflite(
     sequence_length : int
         L, the number of queries.
     key_length : int, optional
-        S, the number of keys; only for a layer whose keys are another input than its queries. Default: L.
+        S, the number of keys. Default: L. A quantized layer must have an input of its own for the keys; a float
+        layer gets one when this is given, and another for the values where kdim and vdim differ.
     mask : bool array, broadcastable to (B, H, L, S), optional
         True = attend; baked into the file. For a float layer also a float32 array that is added to the
         scores. A query with no permitted key gets the mean of all values: that is what TFLite's softmax makes
