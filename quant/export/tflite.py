@@ -38,8 +38,8 @@ def write_tflite(
     sequence_length : int
         L, the number of queries.
     key_length : int, optional
-        S, the number of keys. Default: L. A quantized layer must have an input of its own for the keys; a float
-        layer gets one when this is given, and another for the values where kdim and vdim differ.
+        S, the number of keys. Default: L. A quantized layer must have an input of its own for the keys; a
+        float layer gets one when this is given, and another for the values where kdim and vdim differ.
     mask : bool array, broadcastable to (B, H, L, S), optional
         True = attend; baked into the file. For a float layer also a float32 array that is added to the
         scores. A query with no permitted key gets the mean of all values: that is what TFLite's softmax makes
