@@ -20,7 +20,7 @@ EXTRAS ?= test,examples
 
 # Numba notices an edit in the file of a kernel, not in the files that the kernel calls into: one cache per state of
 # the sources. `make clean` drops them.
-sources_state = $(shell cat edgeattn/*.py edgeattn/*/*.py quant/*.py quant/*/*.py | cksum | cut -d' ' -f1)
+sources_state = $(shell find edgeattn quant -name '*.py' | LC_ALL=C sort | xargs cat | cksum | cut -d' ' -f1)
 run_python = NUMBA_CACHE_DIR=$(CURDIR)/build/numba/$(notdir $(VENV))-$(sources_state) $(python)
 
 define build_environment

@@ -1,4 +1,4 @@
-"""What is promised about packaging: metadata, extras, what an import brings in, who imports whom, the make targets."""
+"""What is promised about packaging: metadata, extras, what an import brings in, who imports whom, make."""
 
 import ast
 import configparser
@@ -13,8 +13,10 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("edgeattn", "quant")
-# Packages that must not be loaded by `import edgeattn`: each costs a small machine time and memory, or is not there.
-NOT_ON_DEVICE = ("flatbuffers", "click", "rich", "torch", "ai_edge_litert", "tflite_runtime", "scipy", "numba.cuda")
+# Not to be loaded by `import edgeattn`: each costs a small machine time and memory, or is not there.
+NOT_ON_DEVICE = (
+    "ai_edge_litert", "click", "flatbuffers", "numba.cuda", "rich", "scipy", "tflite_runtime", "torch",
+)
 
 
 @pytest.fixture(scope="module")
@@ -24,14 +26,20 @@ def setup_cfg():
     return parser
 
 
+def python(code, *arguments):
+    """Run code in a fresh interpreter, warnings as errors."""
+    command = [sys.executable, "-W", "error", "-c", code, *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
 def requirements(text):
     """Return the requirements of a setup.cfg option, comments left out."""
     return [Requirement(line) for line in text.splitlines() if line.strip() and not line.startswith("#")]
 
 
 def extra(setup_cfg, name, python, machine):
-    """Return name -> specifier of an extra as pip would take it on that Python and processor, extras resolved."""
-    environment = {"python_version": python, "platform_machine": machine, "platform_system": "Linux", "extra": ""}
+    """Return name -> specifier of an extra as pip would take it on that Python and processor."""
+    environment = {"python_version": python, "platform_machine": machine, "platform_system": "Linux"}
     found = {}
     for requirement in requirements(setup_cfg["options.extras_require"][name]):
         if requirement.name == "edgeattn":
@@ -42,7 +50,7 @@ def extra(setup_cfg, name, python, machine):
     return found
 
 
-# -- metadata ----------------------------------------------------------------------------------------------------------
+# -- metadata --------------------------------------------------------------------------------------
 
 
 def test_pyproject_holds_only_the_build_system():
@@ -95,24 +103,22 @@ def test_installed_metadata_agrees_with_setup_cfg(setup_cfg):
     assert sorted(always, key=str) == sorted(requirements(setup_cfg["options"]["install_requires"]), key=str)
     assert installed.metadata["Requires-Python"] == setup_cfg["options"]["python_requires"]
     assert set(installed.metadata.get_all("Provides-Extra")) == set(setup_cfg["options.extras_require"])
-    scripts = {entry.name: entry.value for entry in installed.entry_points if entry.group == "console_scripts"}
+    scripts = {e.name: e.value for e in installed.entry_points if e.group == "console_scripts"}
     assert scripts == {"edgeattn": "edgeattn.cli:main", "quant": "quant.cli:main"}
 
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_command_exists_and_explains_itself(package):
-    code = f"import sys; sys.argv[0] = {package!r}; from {package}.cli import main; sys.exit(main())"
-    shown = subprocess.run([sys.executable, "-c", code, "--help"], cwd=ROOT, capture_output=True, text=True)
+    shown = python(f"import sys; from {package}.cli import main; sys.exit(main())", "--help")
     assert shown.returncode == 0, shown.stderr
     assert "usage" in shown.stdout.lower()
 
 
-# -- imports -----------------------------------------------------------------------------------------------------------
+# -- imports ---------------------------------------------------------------------------------------
 
 
 def test_importing_edgeattn_loads_nothing_a_device_lacks():
-    code = f"import sys, edgeattn; print([name for name in {NOT_ON_DEVICE!r} if name in sys.modules])"
-    loaded = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    loaded = python(f"import sys, edgeattn; print([n for n in {NOT_ON_DEVICE!r} if n in sys.modules])")
     assert (loaded.stdout.strip(), loaded.stderr) == ("[]", "")
 
 
@@ -181,28 +187,33 @@ def test_only_the_tflite_writer_and_reader_import_flatbuffers():
 
 
 def test_kernels_import_no_public_layer():
-    public = ("functional", "layers", "quantized", "checkpoints", "storage", "tflite", "kv_cache", "masks", "cli")
-    forbidden = [f"edgeattn.{name}" for name in public]
+    public = "functional layers quantized checkpoints storage tflite kv_cache masks cli"
+    forbidden = [f"edgeattn.{name}" for name in public.split()]
     assert offenders(forbidden, scope="edgeattn.cpu edgeattn.cuda") == []
 
 
-# -- make --------------------------------------------------------------------------------------------------------------
+# -- make ------------------------------------------------------------------------------------------
+
+
+def makefile():
+    return (ROOT / "Makefile").read_text(encoding="utf-8")
 
 
 def make(*arguments):
     """Run make in the tree and return what it printed."""
-    done = subprocess.run(["make", "--no-print-directory", *arguments], cwd=ROOT, capture_output=True, text=True)
+    command = ["make", "--no-print-directory", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def test_make_help_names_every_target():
-    phony = re.search(r"^\.PHONY:(.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE).group(1)
+    phony = re.search(r"^\.PHONY:(.*)$", makefile(), re.MULTILINE).group(1)
     listed = re.findall(r"^  make (\S+)", make("help"), re.MULTILINE)
     assert sorted(listed) == sorted(phony.split())
 
 
 def test_every_script_that_make_runs_exists():
-    scripts = re.findall(r"((?:examples|tools)/[\w/]+\.(?:py|sh))", (ROOT / "Makefile").read_text(encoding="utf-8"))
+    scripts = re.findall(r"(?:examples|tools)/[\w/-]+\.(?:py|sh)", makefile())
     assert scripts
     assert [name for name in scripts if not (ROOT / name).is_file()] == []

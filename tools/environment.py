@@ -1,8 +1,8 @@
 """Build the virtual environment that the Makefile's targets run in, with nothing but the standard library.
 
-A stock Debian or Raspberry Pi OS has Python but neither pip nor ensurepip, and a user of it may not be root. So pip is
-taken from the first place that has it: the environment itself, ensurepip, a wheel that Debian put on the disk, another
-pip on this machine, Debian's package of that wheel, downloaded and unpacked without installing it.
+A stock Debian or Raspberry Pi OS has Python but neither pip nor ensurepip, and its user may not be root. So
+pip is taken from the first place that has it: the environment itself, ensurepip, a wheel on the disk, another
+pip on this machine, Debian's package of the wheel, downloaded and unpacked without installing it.
 
     python3 tools/environment.py --venv .venv --stamp .venv/.ready-test --extras test,examples
 """
@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 DEBIAN_WHEELS = "/usr/share/python-wheels"
 QUIET_SECONDS = 15.0  # where no terminal redraws the line, one line of progress each so many seconds
-# Shown when an environment is ready; those that do not exist for this Python or processor are named with what follows.
+# Shown when an environment is ready. Of these, some do not exist for every Python or processor.
 SHOWN = ("numpy", "numba", "safetensors", "ai-edge-litert", "tflite-runtime", "tflite-micro", "pytest")
 OPTIONAL = {
     "tflite-runtime": "has wheels for Python 3.10 and 3.11 only",
@@ -52,6 +52,7 @@ class Progress:
             print(f"  {title} ...", flush=True)
 
     def update(self, detail: str) -> None:
+        """Say what the step is at, if it is time for another line."""
         now = time.monotonic()
         if not self.redraws and now - self.shown < QUIET_SECONDS:
             return
@@ -59,6 +60,7 @@ class Progress:
         self._draw(f"{detail}  {now - self.began:.0f} s", "" if self.redraws else "\n")
 
     def done(self, detail: str) -> None:
+        """Close the step with its result."""
         self._draw(f"{detail}  ({time.monotonic() - self.began:.1f} s)", "\n")
 
     def _draw(self, text: str, end: str) -> None:
@@ -70,7 +72,7 @@ class Progress:
 
 
 def clean_environment() -> dict[str, str]:
-    """Return the environment variables for child processes: the user's, less what would redirect an installation."""
+    """Return the user's environment variables, less those that would install elsewhere."""
     blocked = ("PYTHONHOME", "PYTHONPATH", "PIP_USER", "PIP_TARGET", "PIP_PREFIX", "PIP_REQUIRE_VIRTUALENV")
     env = {name: value for name, value in os.environ.items() if name not in blocked}
     env.update(PIP_DISABLE_PIP_VERSION_CHECK="1", PIP_NO_INPUT="1", PIP_USER="0", PYTHONUNBUFFERED="1")
@@ -89,7 +91,7 @@ def succeeds(command: list, **options) -> bool:
     return done.returncode == 0
 
 
-# -- the environment itself --------------------------------------------------------------------------------------------
+# -- the environment itself ------------------------------------------------------------------------
 
 
 def ensure_venv(folder: Path, exact: bool) -> Path:
@@ -110,7 +112,7 @@ def ensure_venv(folder: Path, exact: bool) -> Path:
     python = folder / "bin" / "python"
     if folder.exists():
         if not (folder / "pyvenv.cfg").exists() and any(folder.iterdir()):
-            raise SetupError(f"{folder} exists and is no virtual environment: remove it, or choose another with VENV=")
+            raise SetupError(f"{folder} is no virtual environment: remove it, or name another with VENV=")
         same = f"import sys; sys.exit(sys.version_info[:2] != {tuple(sys.version_info[:2])})"
         if succeeds([python, "-c", same if exact else "import encodings"]):
             return python
@@ -121,7 +123,7 @@ def ensure_venv(folder: Path, exact: bool) -> Path:
     return python
 
 
-# -- pip ---------------------------------------------------------------------------------------------------------------
+# -- pip -------------------------------------------------------------------------------------------
 
 
 def pip_from_ensurepip(python: Path) -> bool:
@@ -147,7 +149,7 @@ def pip_from_debian_package(python: Path) -> bool:
     with tempfile.TemporaryDirectory() as scratch:
         lists = os.path.join(scratch, "lists")
         os.makedirs(os.path.join(lists, "partial"))
-        # The machine's own package lists may be missing or stale, and only root may renew them: fetch a private copy.
+        # The machine's package lists may be missing or stale, and only root may renew them: use another.
         private = ["-o", f"Dir::State::lists={lists}", "-o", f"Dir::Cache={scratch}"]
         for options, update in (([], False), (private, True)):
             if update and not succeeds(["apt-get", *options, "update"], cwd=scratch):
@@ -181,12 +183,12 @@ def ensure_pip(python: Path) -> None:
     step.done("found nowhere")
     tried = "; ".join(name for name, _ in PIP_SOURCES)
     raise SetupError(
-        f"no pip for {sys.executable} (tried: {tried}). "
-        "On Debian or Raspberry Pi OS run 'sudo apt install python3-venv', then the same command again."
+        f"no pip for {sys.executable} (tried: {tried}). If this machine was offline, run the same command "
+        "again once it is not. Else, on Debian or Raspberry Pi OS: sudo apt install python3-venv, then again."
     )
 
 
-# -- packages ----------------------------------------------------------------------------------------------------------
+# -- packages --------------------------------------------------------------------------------------
 
 
 def readable(line: str) -> str | None:
@@ -228,7 +230,8 @@ def pip_install(python: Path, arguments: list[str], title: str, log: Path) -> No
     with log.open("a+", encoding="utf-8") as written:
         begin = written.seek(0, os.SEEK_END)
         process = subprocess.Popen(
-            command, cwd=ROOT, env=clean_environment(), stdin=subprocess.DEVNULL, stdout=written, stderr=written
+            command, cwd=ROOT, env=clean_environment(),
+            stdin=subprocess.DEVNULL, stdout=written, stderr=subprocess.STDOUT,
         )
         detail = "starting pip"
         with log.open(encoding="utf-8", errors="replace") as reading:
@@ -257,19 +260,19 @@ def installed_versions(python: Path) -> dict[str, str]:
         "import importlib.metadata as m\n"
         "for d in m.distributions(): print(d.metadata['Name'].lower().replace('_', '-'), d.version)"
     )
-    listing = subprocess.run([str(python), "-I", "-c", code], check=True, capture_output=True, text=True).stdout
-    return dict(line.split(maxsplit=1) for line in listing.splitlines())
+    listing = subprocess.run([str(python), "-I", "-c", code], check=True, capture_output=True, text=True)
+    return dict(line.split(maxsplit=1) for line in listing.stdout.splitlines())
 
 
 def main() -> int:
     """Build or renew the environment, then write the stamp that tells make that it is ready."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--venv", required=True, type=Path, help="folder of the environment")
-    parser.add_argument("--stamp", required=True, type=Path, help="file written when everything is installed")
-    parser.add_argument("--extras", default="", help="extras of setup.cfg, separated by commas")
-    parser.add_argument("--exact", action="store_true", help="replace an environment of another Python version")
-    parser.add_argument("--alone", action="append", default=[], metavar="PACKAGE",
-                        help="also install PACKAGE, without what it depends on")
+    add = parser.add_argument
+    add("--venv", required=True, type=Path, help="folder of the environment")
+    add("--stamp", required=True, type=Path, help="file written when everything is installed")
+    add("--extras", default="", help="extras of setup.cfg, separated by commas")
+    add("--exact", action="store_true", help="replace an environment of another Python version")
+    add("--alone", action="append", default=[], metavar="PACKAGE", help="PACKAGE too, without dependencies")
     arguments = parser.parse_args()
     folder = arguments.venv if arguments.venv.is_absolute() else ROOT / arguments.venv
 
@@ -295,7 +298,7 @@ def main() -> int:
     if "pytest" in versions:
         for name, reason in OPTIONAL.items():
             if name not in versions:
-                print(f"  without {name}, which {reason}: what is checked against it elsewhere is not checked here")
+                print(f"  without {name}, which {reason}: tests against it are skipped here")
     arguments.stamp.write_text("", encoding="utf-8")
     print(f"Ready after {time.monotonic() - began:.0f} s.", flush=True)
     return 0
