@@ -3,7 +3,7 @@ import collections.abc
 
 import numpy as np
 
-from edgeattn.checks import count
+from edgeattn.checks import count, float_array
 from edgeattn.storage import read_tensors
 
 # Part of what BERT calls attention, but after it.
@@ -102,6 +102,8 @@ class _Tensors:
     """The tensors under a prefix, what is expected of them, and what is wrong with them."""
 
     def __init__(self, state_dict_or_path, prefix, *landmarks):
+        if not isinstance(prefix, str):
+            raise TypeError(f"prefix must be a string, got {prefix!r}")
         if isinstance(state_dict_or_path, collections.abc.Mapping):
             self.source = "state_dict"
             names = [name for name in state_dict_or_path if isinstance(name, str)]
@@ -140,16 +142,15 @@ class _Tensors:
         if wrong:
             raise ValueError(f"{self.source} does not hold the attention layer expected under prefix "
                              f"{self.prefix!r}: " + "; ".join(wrong))
-        return self.found
+        return {name: float_array(self.prefix + name, self.found[name]) for name in self.expected}
 
 
 def _array(name, tensor):
     # A tensor library says in its own words, and its own exceptions, why an array cannot be had of it.
     try:
-        array = np.asarray(tensor)
+        return np.asarray(tensor)
     except Exception as error:
         raise TypeError(f"state_dict[{name!r}] cannot be read as a NumPy array: {error}") from error
-    return array
 
 
 def _fits(given, wanted):

@@ -66,7 +66,7 @@ class _Cache(caching._Cache):
             # cache, never a reason for a kernel not to run. It is emptied so that it can be filled again.
             try:
                 found = place.load_overload(sig, target_context)
-            except Exception:
+            except Exception:  # noqa: BLE001
                 _ignoring_read_only(place.flush)
                 continue
             if found is not None:
@@ -156,7 +156,7 @@ def _listing():
     return found
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _source_stamp(filename):
     """Checksum of all sources of this package and of `filename`, which may lie outside it.
 

@@ -41,6 +41,8 @@ class MultiHeadAttention:
         1 / sqrt(D).
     """
 
+    _query_name = "query"  # what the caller calls it
+
     def __init__(self, num_heads, q_weight, k_weight, v_weight, out_weight=None, *, q_bias=None, k_bias=None,
                  v_bias=None, out_bias=None, num_kv_heads=None):
         self.num_heads = count("num_heads", num_heads)
@@ -181,13 +183,13 @@ class MultiHeadAttention:
         """The three inputs as float arrays of agreeing shapes."""
         if key is None and value is not None:
             raise ValueError("value needs key, got key=None; pass key=query to attend from query to itself")
-        query = float_array("query", query)
+        query = float_array(self._query_name, query)
         key = query if key is None else float_array("key", key)
         value = key if value is None else float_array("value", value)
         shapes = f"query {query.shape}, key {key.shape}, value {value.shape}"
         if query.ndim not in (2, 3):
-            raise ValueError(f"query must be (B, L, E) or (L, E), got shape {query.shape}")
-        for name, array, width in (("query", query, self.embed_dim), ("key", key, self.kdim),
+            raise ValueError(f"{self._query_name} must be (B, L, E) or (L, E), got shape {query.shape}")
+        for name, array, width in ((self._query_name, query, self.embed_dim), ("key", key, self.kdim),
                                    ("value", value, self.vdim)):
             if array.ndim != query.ndim or array.shape[:-2] != query.shape[:-2]:
                 raise ValueError(f"{name} must have query's batch axes {query.shape[:-2]}, got {shapes}")
@@ -223,6 +225,8 @@ class SelfAttention(MultiHeadAttention):
     q_bias, k_bias, v_bias, out_bias : (D,), (D,), (Dv,), (Eo,) float arrays, optional
     """
 
+    _query_name = "x"
+
     def __init__(self, q_weight, k_weight, v_weight, out_weight=None, *, q_bias=None, k_bias=None, v_bias=None,
                  out_bias=None):
         super().__init__(1, q_weight, k_weight, v_weight, out_weight, q_bias=q_bias, k_bias=k_bias, v_bias=v_bias,
@@ -244,7 +248,7 @@ class SelfAttention(MultiHeadAttention):
         Parameters
         ----------
         x : (B, L, E) or (L, E) float16, float32 or float64 array
-            Called query in error messages. All dtypes are computed in float32.
+            All dtypes are computed in float32.
         attn_mask, key_padding_mask, is_causal, need_weights, out
             As for `MultiHeadAttention`, with H = 1 and S = L.
 

@@ -9,6 +9,7 @@ import os
 import pathlib
 import secrets
 import zipfile
+import zlib
 
 import numpy as np
 import safetensors
@@ -47,7 +48,7 @@ def save(layer, path):
         raise ValueError(f"path must end in .safetensors, got {str(path)!r}; quant.export writes the other formats")
     config, tensors = layer._to_state()
     header = {"format": _FORMAT, "kind": kind, "config": config}
-    content = safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in tensors.items()},
+    content = safetensors.numpy.save({name: np.asarray(array, order="C") for name, array in tensors.items()},
                                      metadata={_METADATA_KEY: json.dumps(header, sort_keys=True)})
     write_atomically(path, content)
 
@@ -178,11 +179,9 @@ def _tensor(path, file, name):
 
 def _read_npz(path, prefix):
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise ValueError("it holds one array without a name")
+        with open(path, "rb") as raw, np.lib.npyio.NpzFile(raw, allow_pickle=False) as file:
             return {name: file[name] for name in file.files if name.startswith(prefix)}, list(file.files)
-    except (zipfile.BadZipFile, EOFError, ValueError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
         raise ValueError(f"{path} is not a whole .npz file of plain arrays: {error}") from error
 
 
@@ -198,6 +197,6 @@ def _parse_header(path, metadata):
         raise ValueError(f"{path} has unreadable edgeattn metadata: {error!r}") from error
     if version != _FORMAT:
         raise ValueError(f"{path} has format {version!r}, this edgeattn reads format {_FORMAT}; update edgeattn")
-    if kind not in _KINDS or not isinstance(config, dict):
+    if not isinstance(kind, str) or kind not in _KINDS or not isinstance(config, dict):
         raise ValueError(f"{path} must hold one of {', '.join(_KINDS)} with its config, got kind {kind!r}")
     return kind, config

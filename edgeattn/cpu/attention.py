@@ -43,10 +43,13 @@ def _attention(query, key, value, keep, bias, left, right, offset, lengths, scal
     # keep, bias (B or 1, H or 1, L or 1, S), or empty: absent   weights (B, H, L, S), or empty: not wanted
     # offset, lengths (B,)
     B, H, L, D = query.shape
-    Hkv, S = key.shape[1], key.shape[2]
+    Hkv, S, Dv = key.shape[1], key.shape[2], value.shape[3]
     has_keep, has_bias, has_weights = keep.size > 0, bias.size > 0, weights.size > 0
     key_columns = np.empty((D, S), np.float32)
+    # Long sums are kept in float64, where their roundings vanish; all else is float32.
+    products = np.empty(S, np.float64)
     scores = np.empty(S, np.float32)
+    context = np.empty(Dv, np.float64)
     permitted = np.empty(S, np.bool_)
     for b in range(B):
         for kv in range(Hkv):
@@ -70,12 +73,12 @@ def _attention(query, key, value, keep, bias, left, right, offset, lengths, scal
                             permitted[j] = keep_row[j]
 
                     # 2. Scores, a column of keys at a time so that the inner loop runs along keys.
-                    scores[:] = 0
+                    products[:] = 0
                     for d in range(D):
                         for j in range(first, last):
-                            scores[j] += query[b, h, i, d] * key_columns[d, j]
+                            products[j] += np.float64(query[b, h, i, d]) * np.float64(key_columns[d, j])
                     for j in range(first, last):
-                        scores[j] *= scale
+                        scores[j] = products[j] * scale
                     if softcap != 0:
                         for j in range(first, last):
                             scores[j] = softcap * math.tanh(scores[j] / softcap)
@@ -97,7 +100,7 @@ def _attention(query, key, value, keep, bias, left, right, offset, lengths, scal
                             total += scores[j]
 
                     # 4. The weighted mean of the values. Without a permitted key nothing is divided or added.
-                    out[b, h, i, :] = 0
+                    context[:] = 0
                     if has_weights:
                         weights[b, h, i, :] = 0
                     for j in range(first, last):
@@ -105,5 +108,7 @@ def _attention(query, key, value, keep, bias, left, right, offset, lengths, scal
                             weight = np.float32(scores[j] / total)
                             if has_weights:
                                 weights[b, h, i, j] = weight
-                            for d in range(value.shape[3]):
-                                out[b, h, i, d] += weight * value[b, kv, j, d]
+                            for d in range(Dv):
+                                context[d] += np.float64(weight) * np.float64(value[b, kv, j, d])
+                    for d in range(Dv):
+                        out[b, h, i, d] = context[d]

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from data import load_digits_split
 from model import NUM_LAYERS, NUM_PATCHES, DigitsModel
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -38,27 +39,31 @@ def batches(x):
     return [x[start : start + BATCH] for start in range(0, len(x), BATCH)]
 
 
-def run_one_by_one(runtime, path, codes, description):
+def run_one_by_one(runtime, path, codes, console):
     """The file's int8 output for every image; the graph takes one image at a time, as a device would."""
-    images = track(codes, description, transient=True)
-    outputs = [runtime.run(path, [image[np.newaxis]])[0] for image in images]
-    return np.concatenate(outputs)
+    session = runtime.session(path)
+    images = track(
+        codes[:, np.newaxis],
+        f"{path.name} in {runtime.name}",
+        transient=True,
+        console=console,
+        disable=not console.is_terminal,
+    )
+    return np.concatenate([session.run(image)[0] for image in images])
 
 
-def compare_bytes(layer, path, codes, table):
+def compare_bytes(layer, path, codes, table, console):
     """Compare the file's output bytes with ours in every interpreter; return (compared, differing)."""
     readers = {name: runtime for name, runtime in RUNTIMES.items() if runtime.available() is None}
     compared = differing = 0
     for name, runtime in readers.items():
         ours = layer.with_arithmetic(name).run_int8(codes)
-        theirs = run_one_by_one(runtime, path, codes, f"{path.name} in {runtime.name}")
+        theirs = run_one_by_one(runtime, path, codes, console)
         if theirs.shape != ours.shape or theirs.dtype != np.int8:
-            raise RuntimeError(
-                f"{runtime.name} gave {theirs.dtype} {theirs.shape}; expected int8 {ours.shape}"
-            )
+            raise RuntimeError(f"{runtime.name} gave {theirs.dtype} {theirs.shape}, not int8 {ours.shape}")
         different = int((ours != theirs).sum())
-        verdict = "every byte equal" if different == 0 else f"{different} differ"
-        table.add_row(path.name, runtime.name, name, f"{ours.size:,}", verdict)
+        verdict = f"{different:,}" if different else "none"
+        table.add_row(path.stem, runtime.name, name, f"{ours.size:,}", verdict)
         compared += ours.size
         differing += different
     return compared, differing
@@ -109,13 +114,14 @@ def main() -> int:
 
     console.rule("5. export to .tflite and run the files elsewhere", align="left")
     out.mkdir(parents=True, exist_ok=True)
-    table = Table("file", "run by", "our arithmetic", "bytes", "result")
+    table = Table("file", "run by", "our arithmetic", "bytes", "differ", box=SIMPLE_HEAD)
     compared = differing = 0
     int8_inputs = model.attention_inputs(digits.test_images, quantized)  # what the int8 model itself sees
     for i in range(NUM_LAYERS):
         path = out / f"layer_{i}.tflite"
         quant.export(quantized[i], path, batch=1, sequence_length=NUM_PATCHES)
-        counts = compare_bytes(quantized[i], path, quantized[i].quantize_input(int8_inputs[i]), table)
+        codes = quantized[i].quantize_input(int8_inputs[i])
+        counts = compare_bytes(quantized[i], path, codes, table, console)
         compared, differing = compared + counts[0], differing + counts[1]
     console.print(table)
     for name, runtime in RUNTIMES.items():
@@ -125,7 +131,7 @@ def main() -> int:
 
     seconds = time.perf_counter() - started
     if compared == 0:
-        console.print(f"Nothing compared: no TFLite interpreter is installed here. {seconds:.1f} s.")
+        console.print(f"FAILED, nothing compared: no TFLite interpreter is installed here. {seconds:.1f} s.")
         return 1
     if differing or correct != noted:
         console.print(

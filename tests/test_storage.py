@@ -1,0 +1,241 @@
+"""save and load: what comes back, what stands in the file, and which files are refused."""
+import json
+import pathlib
+import struct
+import sys
+import types
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from edgeattn import MultiHeadAttention, SelfAttention, load, save
+from edgeattn.storage import write_atomically
+
+
+def layers():
+    random = np.random.default_rng(0)
+
+    def weight(*shape):
+        return random.standard_normal(shape, np.float32)
+
+    return {
+        "whole": MultiHeadAttention(2, weight(6, 5), weight(6, 4), weight(8, 3), weight(7, 8), q_bias=weight(6),
+                                    k_bias=weight(6), v_bias=weight(8), out_bias=weight(7)),
+        "bare": MultiHeadAttention(2, weight(6, 5), weight(6, 5), weight(6, 5)),
+        "grouped": MultiHeadAttention(4, weight(8, 5), weight(4, 5), weight(6, 5), weight(5, 12), num_kv_heads=2),
+        "single": SelfAttention(weight(6, 5), weight(6, 5), weight(4, 5), weight(5, 4), v_bias=weight(4)),
+    }
+
+
+def state(layer):
+    config, tensors = layer._to_state()
+    return config, {name: tensor.tobytes() for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("name", layers())
+@pytest.mark.parametrize("as_text", [True, False])
+def test_what_was_saved_is_loaded(tmp_path, name, as_text):
+    layer = layers()[name]
+    path = tmp_path / "layer.safetensors"
+    save(layer, str(path) if as_text else path)
+    loaded = load(str(path) if as_text else path)
+    assert type(loaded) is type(layer)
+    assert repr(loaded) == repr(layer)
+    assert state(loaded) == state(layer)
+
+
+def test_file_is_written_the_same_every_time_and_says_what_it_is(tmp_path):
+    path, again = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    save(layers()["grouped"], path)
+    save(layers()["grouped"], again)
+    assert path.read_bytes() == again.read_bytes()
+    with safetensors.safe_open(path, "numpy") as file:
+        assert json.loads(file.metadata()["edgeattn"]) == {
+            "format": 1, "kind": "MultiHeadAttention", "config": {"num_heads": 4, "num_kv_heads": 2}}
+        assert sorted(file.keys()) == ["k_weight", "out_weight", "q_weight", "v_weight"]
+
+
+class QuantizedMultiHeadAttention:
+    """A stand-in that has what storage asks of a kind of layer, and int8 tensors."""
+
+    def __init__(self, config, tensors):
+        self.config, self.tensors = config, tensors
+
+    def _to_state(self):
+        return self.config, self.tensors
+
+    @classmethod
+    def _from_state(cls, config, tensors):
+        return cls(config, tensors)
+
+
+QuantizedMultiHeadAttention.__module__ = "edgeattn.quantized"
+
+
+@pytest.fixture
+def quantized(monkeypatch):
+    module = types.ModuleType("edgeattn.quantized")
+    module.QuantizedMultiHeadAttention = QuantizedMultiHeadAttention
+    monkeypatch.setitem(sys.modules, "edgeattn.quantized", module)
+    return QuantizedMultiHeadAttention(
+        {"arithmetic": "tflm", "ops": [{"fill": -128}]},
+        {"codes": np.arange(-6, 6, dtype=np.int8).reshape(3, 4).T, "bias": np.array([1, -2], np.int32),
+         "keep": np.array([True, False]), "one": np.float32(0.1)})
+
+
+def test_other_kinds_and_dtypes_round_trip(tmp_path, quantized):
+    path = tmp_path / "layer.safetensors"
+    save(quantized, path)
+    loaded = load(path)
+    assert loaded.config == quantized.config
+    for name, tensor in quantized.tensors.items():
+        np.testing.assert_array_equal(loaded.tensors[name], tensor)
+        assert loaded.tensors[name].shape == np.shape(tensor)
+        assert loaded.tensors[name].dtype == tensor.dtype
+
+
+def test_arithmetic_is_chosen_at_loading(tmp_path, quantized):
+    path = tmp_path / "layer.safetensors"
+    save(quantized, path)
+    assert load(path, arithmetic="litert").config["arithmetic"] == "litert"
+    save(layers()["bare"], path)
+    with pytest.raises(ValueError, match="arithmetic='litert' applies to int8 layers, but .* holds a MultiHeadAttention"):
+        load(path, arithmetic="litert")
+
+
+def test_tflite_goes_to_its_reader(tmp_path, monkeypatch):
+    reader = types.ModuleType("edgeattn.tflite")
+    reader.read_tflite = lambda path, *, arithmetic="default": (pathlib.Path(path).name, arithmetic)
+    monkeypatch.setitem(sys.modules, "edgeattn.tflite", reader)
+    assert load(tmp_path / "a.tflite") == ("a.tflite", "default")
+    assert load(tmp_path / "a.tflite", arithmetic="tflm") == ("a.tflite", "tflm")
+
+
+def test_failed_writing_leaves_what_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "layer.safetensors"
+    save(layers()["bare"], path)
+    before = path.read_bytes()
+
+    def fail(*arguments):
+        raise OSError("disk full")
+
+    for step in ("fsync", "replace"):
+        with monkeypatch.context() as patched:
+            patched.setattr(f"os.{step}", fail)
+            with pytest.raises(OSError, match="disk full"):
+                save(layers()["whole"], path)
+        assert [entry.name for entry in tmp_path.iterdir()] == ["layer.safetensors"]
+        assert path.read_bytes() == before
+
+
+def test_write_atomically_replaces_and_leaves_nothing_else(tmp_path):
+    path = tmp_path / "file.bin"
+    for content in (b"one", b"two"):
+        write_atomically(str(path), content)
+        assert path.read_bytes() == content
+    assert list(tmp_path.iterdir()) == [path]
+    # The permissions any new file would have, not those of a private temporary one.
+    (tmp_path / "plain").write_bytes(b"")
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_save_refuses_by_name(tmp_path):
+    with pytest.raises(TypeError, match="layer must be one of MultiHeadAttention, .*, got dict"):
+        save({}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="path must end in .safetensors, got .*a.tflite.*quant.export"):
+        save(layers()["bare"], tmp_path / "a.tflite")
+    with pytest.raises(TypeError, match="path must be a string or a path, got int"):
+        save(layers()["bare"], 3)
+    with pytest.raises(FileNotFoundError):
+        save(layers()["bare"], tmp_path / "missing" / "a.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_load_refuses_other_suffixes_and_missing_files(tmp_path):
+    with pytest.raises(ValueError, match="path must end in .safetensors or .tflite, got .*layer.npz"):
+        load(tmp_path / "layer.npz")
+    with pytest.raises(FileNotFoundError):
+        load(tmp_path / "layer.safetensors")
+
+
+def written(path, header, body=b""):
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + body)
+
+
+def metadata(**changes):
+    header = {"format": 1, "kind": "MultiHeadAttention", "config": {"num_heads": 1, "num_kv_heads": 1}, **changes}
+    return {"edgeattn": json.dumps(header)}
+
+
+LYING = {
+    "empty": (b"", "is not a whole .safetensors file"),
+    "short": (b"\x08\x00\x00", "is not a whole .safetensors file"),
+    "header beyond the end": (struct.pack("<Q", 1000) + b"{}", "is not a whole .safetensors file"),
+    "huge header": (struct.pack("<Q", 2**63) + b"{}", "is not a whole .safetensors file"),
+    "no JSON": (struct.pack("<Q", 4) + b"\xff\x00{}", "is not a whole .safetensors file"),
+    "data beyond the end": ({"q_weight": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}},
+                            "is not a whole .safetensors file"),
+    "shape and size differ": ({"q_weight": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 0]}},
+                              "is not a whole .safetensors file"),
+    "foreign": ({}, "holds tensors but no edgeattn layer: .*from_torch or from_bert"),
+    "metadata not JSON": ({"__metadata__": {"edgeattn": "{"}}, "has unreadable edgeattn metadata"),
+    "metadata not an object": ({"__metadata__": {"edgeattn": "3"}}, "has unreadable edgeattn metadata"),
+    "metadata without kind": ({"__metadata__": {"edgeattn": '{"format": 1}'}}, "unreadable edgeattn metadata: .*'kind'"),
+    "newer": ({"__metadata__": metadata(format=2)}, "has format 2, this edgeattn reads format 1; update edgeattn"),
+    "kind": ({"__metadata__": metadata(kind="os")}, "must hold one of MultiHeadAttention, .* got kind 'os'"),
+    "kind type": ({"__metadata__": metadata(kind=[])}, r"must hold one of MultiHeadAttention, .* got kind \[\]"),
+    "config": ({"__metadata__": metadata(config=[])}, "must hold one of MultiHeadAttention, .* with its config"),
+    "no tensors": ({"__metadata__": metadata()}, "valid MultiHeadAttention: missing tensors .*'q_weight'"),
+    "heads": ({"__metadata__": metadata(config={"num_heads": "two", "num_kv_heads": 1})}, "missing tensors"),
+}
+
+
+@pytest.mark.parametrize("name", LYING)
+def test_lying_files_are_refused_by_name(tmp_path, name):
+    content, message = LYING[name]
+    path = tmp_path / "layer.safetensors"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        written(path, content)
+    with pytest.raises(ValueError, match=f"layer.safetensors .*{message}"):
+        load(path)
+
+
+@pytest.mark.parametrize("kept", [0.1, 0.5, 0.999])
+def test_truncated_files_are_refused_by_name(tmp_path, kept):
+    path = tmp_path / "layer.safetensors"
+    save(layers()["whole"], path)
+    content = path.read_bytes()
+    path.write_bytes(content[:int(kept * len(content))])
+    with pytest.raises(ValueError, match="layer.safetensors is not a whole .safetensors file"):
+        load(path)
+
+
+def store(path, tensors, **changes):
+    safetensors.numpy.save_file(tensors, path, metadata=metadata(**changes))
+
+
+@pytest.mark.parametrize(("tensors", "changes", "message"), [
+    ({"extra": np.ones((2, 2), np.float32)}, {}, "unexpected tensors .'extra'"),
+    ({"k_weight": np.ones((3, 2), np.float32)}, {}, r"valid MultiHeadAttention: k_weight must have"),
+    ({"k_weight": np.ones((2, 2), np.int8)}, {}, "valid MultiHeadAttention: k_weight must be a float16"),
+    ({}, {"config": {"num_kv_heads": 1}}, "does not hold a whole MultiHeadAttention: 'num_heads' is missing"),
+    ({}, {"config": {"num_heads": "two", "num_kv_heads": 1}}, "num_heads must be an integer, got 'two'"),
+    ({}, {"kind": "SelfAttention", "config": {"num_heads": 2, "num_kv_heads": 2}}, "num_heads must be 1 for SelfAtt"),
+])
+def test_files_that_are_no_valid_layer_are_refused_by_name(tmp_path, tensors, changes, message):
+    path = tmp_path / "layer.safetensors"
+    square = np.ones((2, 2), np.float32)
+    store(path, {"q_weight": square, "k_weight": square, "v_weight": square, **tensors}, **changes)
+    with pytest.raises(ValueError, match=f"layer.safetensors .*{message}"):
+        load(path)
+
+
+def test_dtypes_that_numpy_lacks_are_refused(tmp_path):
+    path = tmp_path / "layer.safetensors"
+    written(path, {"q_weight": {"dtype": "BF16", "shape": [1, 1], "data_offsets": [0, 2]}}, b"\0\0")
+    with pytest.raises(ValueError, match="layer.safetensors stores q_weight as BF16, which NumPy does not have"):
+        load(path)
