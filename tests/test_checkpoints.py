@@ -175,8 +175,10 @@ BAD_TORCH = {
     "everything at once": (
         changed(torch_state(), drop=["out_proj.bias"], extra=random(1), out_proj__weight=random(E, 5)),
         ValueError,
-        (r"state_dict does not hold .* prefix '': missing: out_proj.bias; unexpected: extra; "
-        r"mis-shaped: out_proj.weight must be \(6, 6\), got \(6, 5\)"),
+        (
+            r"state_dict does not hold .* prefix '': missing: out_proj.bias; unexpected: extra; "
+            r"mis-shaped: out_proj.weight must be \(6, 6\), got \(6, 5\)"
+        ),
     ),
     "no in_proj_bias": (changed(torch_state(), drop=["in_proj_bias"]), ValueError, "missing: in_proj_bias"),
     "no weight": (changed(torch_state(), drop=["in_proj_weight"]), ValueError, "missing: in_proj_weight"),

@@ -8,6 +8,7 @@ import pytest
 import reference
 
 from edgeattn import scaled_dot_product_attention as attend
+from edgeattn.checks import to_float32
 from edgeattn.cpu.attention import _attention
 
 CASES = [case for case in cases.CASES if not case.padding]  # padding masks belong to layers
@@ -228,6 +229,13 @@ def test_every_memory_layout(tmp_path):
             np.testing.assert_array_equal(result, wanted, err_msg=name)
             assert result.dtype.isnative
             np.testing.assert_array_equal(np.asarray(array), before, err_msg=name)
+
+
+def test_kernels_get_aligned_arrays(tmp_path):
+    # Processors that forgive an unaligned load would hide this one from the test above.
+    unaligned = layouts(qkv(2, 3, 5, 4)[0], tmp_path)["unaligned"]
+    assert not unaligned.flags.aligned
+    assert to_float32(unaligned).flags.aligned
 
 
 def test_one_compiled_kernel_serves_every_call(tmp_path):

@@ -103,8 +103,9 @@ def test_attributes():
     assert layer(out_weight=None, out_bias=None).output_dim == 15
 
 
-def test_parameters_are_owned_read_only_float32():
-    given = {name: np.asfortranarray(tensor.astype(np.float64)) for name, tensor in parameters(CASE).items()}
+@pytest.mark.parametrize(("dtype", "order"), [(np.float64, "F"), (np.float32, "C")])
+def test_parameters_are_owned_read_only_float32(dtype, order):
+    given = {name: tensor.astype(dtype, order=order) for name, tensor in parameters(CASE).items()}
     made = MultiHeadAttention(CASE.H, **given)
     for name, tensor in given.items():
         kept = getattr(made, name)
