@@ -1,4 +1,5 @@
 """save and load: what comes back, what stands in the file, and which files are refused."""
+
 import json
 import pathlib
 import struct
@@ -20,10 +21,21 @@ def layers():
         return random.standard_normal(shape, np.float32)
 
     return {
-        "whole": MultiHeadAttention(2, weight(6, 5), weight(6, 4), weight(8, 3), weight(7, 8), q_bias=weight(6),
-                                    k_bias=weight(6), v_bias=weight(8), out_bias=weight(7)),
+        "whole": MultiHeadAttention(
+            2,
+            weight(6, 5),
+            weight(6, 4),
+            weight(8, 3),
+            weight(7, 8),
+            q_bias=weight(6),
+            k_bias=weight(6),
+            v_bias=weight(8),
+            out_bias=weight(7),
+        ),
         "bare": MultiHeadAttention(2, weight(6, 5), weight(6, 5), weight(6, 5)),
-        "grouped": MultiHeadAttention(4, weight(8, 5), weight(4, 5), weight(6, 5), weight(5, 12), num_kv_heads=2),
+        "grouped": MultiHeadAttention(
+            4, weight(8, 5), weight(4, 5), weight(6, 5), weight(5, 12), num_kv_heads=2
+        ),
         "single": SelfAttention(weight(6, 5), weight(6, 5), weight(4, 5), weight(5, 4), v_bias=weight(4)),
     }
 
@@ -52,7 +64,10 @@ def test_file_is_written_the_same_every_time_and_says_what_it_is(tmp_path):
     assert path.read_bytes() == again.read_bytes()
     with safetensors.safe_open(path, "numpy") as file:
         assert json.loads(file.metadata()["edgeattn"]) == {
-            "format": 1, "kind": "MultiHeadAttention", "config": {"num_heads": 4, "num_kv_heads": 2}}
+            "format": 1,
+            "kind": "MultiHeadAttention",
+            "config": {"num_heads": 4, "num_kv_heads": 2},
+        }
         assert sorted(file.keys()) == ["k_weight", "out_weight", "q_weight", "v_weight"]
 
 
@@ -80,8 +95,13 @@ def quantized(monkeypatch):
     monkeypatch.setitem(sys.modules, "edgeattn.quantized", module)
     return QuantizedMultiHeadAttention(
         {"arithmetic": "tflm", "ops": [{"fill": -128}]},
-        {"codes": np.arange(-6, 6, dtype=np.int8).reshape(3, 4).T, "bias": np.array([1, -2], np.int32),
-         "keep": np.array([True, False]), "one": np.float32(0.1)})
+        {
+            "codes": np.arange(-6, 6, dtype=np.int8).reshape(3, 4).T,
+            "bias": np.array([1, -2], np.int32),
+            "keep": np.array([True, False]),
+            "one": np.float32(0.1),
+        },
+    )
 
 
 def test_other_kinds_and_dtypes_round_trip(tmp_path, quantized):
@@ -100,7 +120,9 @@ def test_arithmetic_is_chosen_at_loading(tmp_path, quantized):
     save(quantized, path)
     assert load(path, arithmetic="litert").config["arithmetic"] == "litert"
     save(layers()["bare"], path)
-    with pytest.raises(ValueError, match="arithmetic='litert' applies to int8 layers, but .* holds a MultiHeadAttention"):
+    with pytest.raises(
+        ValueError, match="arithmetic='litert' applies to int8 layers, but .* holds a MultiHeadAttention"
+    ):
         load(path, arithmetic="litert")
 
 
@@ -165,7 +187,12 @@ def written(path, header, body=b""):
 
 
 def metadata(**changes):
-    header = {"format": 1, "kind": "MultiHeadAttention", "config": {"num_heads": 1, "num_kv_heads": 1}, **changes}
+    header = {
+        "format": 1,
+        "kind": "MultiHeadAttention",
+        "config": {"num_heads": 1, "num_kv_heads": 1},
+        **changes,
+    }
     return {"edgeattn": json.dumps(header)}
 
 
@@ -175,18 +202,34 @@ LYING = {
     "header beyond the end": (struct.pack("<Q", 1000) + b"{}", "is not a whole .safetensors file"),
     "huge header": (struct.pack("<Q", 2**63) + b"{}", "is not a whole .safetensors file"),
     "no JSON": (struct.pack("<Q", 4) + b"\xff\x00{}", "is not a whole .safetensors file"),
-    "data beyond the end": ({"q_weight": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}},
-                            "is not a whole .safetensors file"),
-    "shape and size differ": ({"q_weight": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 0]}},
-                              "is not a whole .safetensors file"),
+    "data beyond the end": (
+        {"q_weight": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}},
+        "is not a whole .safetensors file",
+    ),
+    "shape and size differ": (
+        {"q_weight": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 0]}},
+        "is not a whole .safetensors file",
+    ),
     "foreign": ({}, "holds tensors but no edgeattn layer: .*from_torch or from_bert"),
     "metadata not JSON": ({"__metadata__": {"edgeattn": "{"}}, "has unreadable edgeattn metadata"),
     "metadata not an object": ({"__metadata__": {"edgeattn": "3"}}, "has unreadable edgeattn metadata"),
-    "metadata without kind": ({"__metadata__": {"edgeattn": '{"format": 1}'}}, "unreadable edgeattn metadata: .*'kind'"),
-    "newer": ({"__metadata__": metadata(format=2)}, "has format 2, this edgeattn reads format 1; update edgeattn"),
+    "metadata without kind": (
+        {"__metadata__": {"edgeattn": '{"format": 1}'}},
+        "unreadable edgeattn metadata: .*'kind'",
+    ),
+    "newer": (
+        {"__metadata__": metadata(format=2)},
+        "has format 2, this edgeattn reads format 1; update edgeattn",
+    ),
     "kind": ({"__metadata__": metadata(kind="os")}, "must hold one of MultiHeadAttention, .* got kind 'os'"),
-    "kind type": ({"__metadata__": metadata(kind=[])}, r"must hold one of MultiHeadAttention, .* got kind \[\]"),
-    "config": ({"__metadata__": metadata(config=[])}, "must hold one of MultiHeadAttention, .* with its config"),
+    "kind type": (
+        {"__metadata__": metadata(kind=[])},
+        r"must hold one of MultiHeadAttention, .* got kind \[\]",
+    ),
+    "config": (
+        {"__metadata__": metadata(config=[])},
+        "must hold one of MultiHeadAttention, .* with its config",
+    ),
     "no tensors": ({"__metadata__": metadata()}, "valid MultiHeadAttention: missing tensors .*'q_weight'"),
     "heads": ({"__metadata__": metadata(config={"num_heads": "two", "num_kv_heads": 1})}, "missing tensors"),
 }
@@ -209,7 +252,7 @@ def test_truncated_files_are_refused_by_name(tmp_path, kept):
     path = tmp_path / "layer.safetensors"
     save(layers()["whole"], path)
     content = path.read_bytes()
-    path.write_bytes(content[:int(kept * len(content))])
+    path.write_bytes(content[: int(kept * len(content))])
     with pytest.raises(ValueError, match="layer.safetensors is not a whole .safetensors file"):
         load(path)
 
@@ -218,14 +261,25 @@ def store(path, tensors, **changes):
     safetensors.numpy.save_file(tensors, path, metadata=metadata(**changes))
 
 
-@pytest.mark.parametrize(("tensors", "changes", "message"), [
-    ({"extra": np.ones((2, 2), np.float32)}, {}, "unexpected tensors .'extra'"),
-    ({"k_weight": np.ones((3, 2), np.float32)}, {}, r"valid MultiHeadAttention: k_weight must have"),
-    ({"k_weight": np.ones((2, 2), np.int8)}, {}, "valid MultiHeadAttention: k_weight must be a float16"),
-    ({}, {"config": {"num_kv_heads": 1}}, "does not hold a whole MultiHeadAttention: 'num_heads' is missing"),
-    ({}, {"config": {"num_heads": "two", "num_kv_heads": 1}}, "num_heads must be an integer, got 'two'"),
-    ({}, {"kind": "SelfAttention", "config": {"num_heads": 2, "num_kv_heads": 2}}, "num_heads must be 1 for SelfAtt"),
-])
+@pytest.mark.parametrize(
+    ("tensors", "changes", "message"),
+    [
+        ({"extra": np.ones((2, 2), np.float32)}, {}, "unexpected tensors .'extra'"),
+        ({"k_weight": np.ones((3, 2), np.float32)}, {}, r"valid MultiHeadAttention: k_weight must have"),
+        ({"k_weight": np.ones((2, 2), np.int8)}, {}, "valid MultiHeadAttention: k_weight must be a float16"),
+        (
+            {},
+            {"config": {"num_kv_heads": 1}},
+            "does not hold a whole MultiHeadAttention: 'num_heads' is missing",
+        ),
+        ({}, {"config": {"num_heads": "two", "num_kv_heads": 1}}, "num_heads must be an integer, got 'two'"),
+        (
+            {},
+            {"kind": "SelfAttention", "config": {"num_heads": 2, "num_kv_heads": 2}},
+            "num_heads must be 1 for SelfAtt",
+        ),
+    ],
+)
 def test_files_that_are_no_valid_layer_are_refused_by_name(tmp_path, tensors, changes, message):
     path = tmp_path / "layer.safetensors"
     square = np.ones((2, 2), np.float32)
@@ -237,5 +291,7 @@ def test_files_that_are_no_valid_layer_are_refused_by_name(tmp_path, tensors, ch
 def test_dtypes_that_numpy_lacks_are_refused(tmp_path):
     path = tmp_path / "layer.safetensors"
     written(path, {"q_weight": {"dtype": "BF16", "shape": [1, 1], "data_offsets": [0, 2]}}, b"\0\0")
-    with pytest.raises(ValueError, match="layer.safetensors stores q_weight as BF16, which NumPy does not have"):
+    with pytest.raises(
+        ValueError, match="layer.safetensors stores q_weight as BF16, which NumPy does not have"
+    ):
         load(path)
