@@ -6,15 +6,15 @@ A layer's file is a .safetensors file: its tensors, and under the metadata key "
 
 import importlib
 import json
-import os
 import pathlib
-import secrets
 import zipfile
 import zlib
 
 import numpy as np
 import safetensors
 import safetensors.numpy
+
+from edgeattn.files import write_atomic
 
 _FORMAT = 1
 _METADATA_KEY = "edgeattn"
@@ -55,7 +55,7 @@ def save(layer, path):
         {name: np.asarray(array, order="C") for name, array in tensors.items()},
         metadata={_METADATA_KEY: json.dumps(header, sort_keys=True)},
     )
-    write_atomically(path, content)
+    write_atomic(path, content)
 
 
 def load(path, *, arithmetic=None):
@@ -125,28 +125,6 @@ def read_tensors(path, prefix=""):
         f"path must end in .safetensors or .npz, got {str(path)!r}; "
         "convert a torch checkpoint with safetensors.torch.save_file(state_dict, path)"
     )
-
-
-def write_atomically(path, content):
-    """Write bytes to a file that either appears whole under its name or not at all.
-
-    Parameters
-    ----------
-    path : str or path
-    content : bytes
-    """
-    path = pathlib.Path(path)
-    # In the same folder, since only within one file system is the last step a single one.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _path(path):
