@@ -162,6 +162,7 @@ class _Parser:
             raise self.error(f"is not a .tflite file: expected the identifier {IDENTIFIER!r} at byte 4; "
                              f"found {self.data[4:8]!r}")
         model = self.target(0, "Model")
+        self.get(model, "Model", "description")  # for a file cut short only there
         subgraphs = self.get(model, "Model", "subgraphs")
         if len(subgraphs) != 1:
             raise self.error(f"expected one subgraph; found {len(subgraphs)}")

@@ -1,4 +1,8 @@
-"""What the .tflite writer puts into a file, read back by the schema's own generated code, and what the file computes."""
+"""What the .tflite writer puts into a file, read back by the schema's own generated code, and what the file
+computes.
+"""
+
+import sys
 
 import numpy as np
 import pytest
@@ -7,10 +11,13 @@ import tflite_graphs as graphs
 import edgeattn
 from edgeattn.files import write_atomic
 from edgeattn.quantized import SelectMask
+from edgeattn.tflite import read_tflite
 from quant.export.tflite import write_tflite
 from quant.runtimes import RUNTIMES
 
-schema = pytest.importorskip("ai_edge_litert.schema_py_generated", reason="needs ai-edge-litert, which has the schema")
+schema = pytest.importorskip(
+    "ai_edge_litert.schema_py_generated", reason="needs ai-edge-litert, which has the schema"
+)
 CODES = {value: name for name, value in vars(schema.BuiltinOperator).items() if isinstance(value, int)}
 
 
@@ -24,8 +31,10 @@ def model_of(data):
 
 
 def operators_of(model):
-    return [(CODES[model.operatorCodes[op.opcodeIndex].builtinCode], model.operatorCodes[op.opcodeIndex].version)
-            for op in model.subgraphs[0].operators]
+    return [
+        (CODES[model.operatorCodes[op.opcodeIndex].builtinCode], model.operatorCodes[op.opcodeIndex].version)
+        for op in model.subgraphs[0].operators
+    ]
 
 
 SPLIT = [("RESHAPE", 1), ("TRANSPOSE", 2)]
@@ -40,18 +49,34 @@ def test_file_starts_with_the_identifier_and_is_repeatable(rng):
 
 
 def test_operators_of_a_masked_layer_and_their_versions(rng):
-    layer = graphs.random_layer(rng, score_ops=graphs.converted_score_ops(rng, 5, 5)).with_mask(np.tri(5, dtype=bool))
+    layer = graphs.random_layer(rng, score_ops=graphs.converted_score_ops(rng, 5, 5)).with_mask(
+        np.tri(5, dtype=bool)
+    )
     model = model_of(write_tflite(layer, batch=2, sequence_length=5))
     assert operators_of(model) == (
-        3 * (PROJECT + SPLIT) + [("BATCH_MATMUL", 2), ("MUL", 2), ("ADD", 2), ("SELECT_V2", 1), ("SOFTMAX", 2),
-                                 ("BATCH_MATMUL", 2), ("TRANSPOSE", 2), ("RESHAPE", 1)] + PROJECT)
+        3 * (PROJECT + SPLIT)
+        + [
+            ("BATCH_MATMUL", 2),
+            ("MUL", 2),
+            ("ADD", 2),
+            ("SELECT_V2", 1),
+            ("SOFTMAX", 2),
+            ("BATCH_MATMUL", 2),
+            ("TRANSPOSE", 2),
+            ("RESHAPE", 1),
+        ]
+        + PROJECT
+    )
     for code in model.operatorCodes:
         assert code.deprecatedBuiltinCode == min(code.builtinCode, 127)
 
 
 def test_one_head_needs_no_transposes(rng):
     model = model_of(write_tflite(graphs.random_layer(rng, H=1), sequence_length=5))
-    assert operators_of(model) == 3 * PROJECT + [("BATCH_MATMUL", 2), ("SOFTMAX", 2), ("BATCH_MATMUL", 2)] + PROJECT
+    assert (
+        operators_of(model)
+        == 3 * PROJECT + [("BATCH_MATMUL", 2), ("SOFTMAX", 2), ("BATCH_MATMUL", 2)] + PROJECT
+    )
 
 
 def test_without_an_output_projection_the_graph_ends_at_the_context(rng):
@@ -74,7 +99,9 @@ def test_inputs_are_named_shaped_and_in_the_signature(rng, sources, names, shape
     assert [graph.tensors[i].shape.tolist() for i in graph.inputs] == shapes
     (signature,) = model.signatureDefs
     assert signature.signatureKey == b"serving_default"
-    assert [(m.name.decode(), m.tensorIndex) for m in signature.inputs] == list(zip(names, graph.inputs, strict=True))
+    assert [(m.name.decode(), m.tensorIndex) for m in signature.inputs] == list(
+        zip(names, graph.inputs, strict=True)
+    )
     assert [(m.name, m.tensorIndex) for m in signature.outputs] == [(b"output", graph.outputs[0])]
 
 
@@ -93,7 +120,10 @@ def test_tensors_hold_the_layers_parameters(rng):
     for name in ("query", "key", "value", "scores", "probabilities", "context", "output"):
         stored = tensors[name].quantization
         expected = layer.tensors[name]
-        assert (stored.scale.tolist(), stored.zeroPoint.tolist()) == ([expected.scale], [expected.zero_point]), name
+        assert (stored.scale.tolist(), stored.zeroPoint.tolist()) == (
+            [expected.scale],
+            [expected.zero_point],
+        ), name
 
 
 def test_buffers_are_aligned_to_16_bytes_and_the_first_is_empty(rng):
@@ -114,9 +144,17 @@ def float_layer(rng, H, num_kv_heads, D, Dv, E, kdim, vdim, projected, bias):
         return array(n) if bias else None
 
     return edgeattn.MultiHeadAttention(
-        H, array(H * D, E), array(num_kv_heads * D, kdim), array(num_kv_heads * Dv, vdim),
-        array(E, H * Dv) if projected else None, q_bias=vector(H * D), k_bias=vector(num_kv_heads * D),
-        v_bias=vector(num_kv_heads * Dv), out_bias=vector(E) if projected else None, num_kv_heads=num_kv_heads)
+        H,
+        array(H * D, E),
+        array(num_kv_heads * D, kdim),
+        array(num_kv_heads * Dv, vdim),
+        array(E, H * Dv) if projected else None,
+        q_bias=vector(H * D),
+        k_bias=vector(num_kv_heads * D),
+        v_bias=vector(num_kv_heads * Dv),
+        out_bias=vector(E) if projected else None,
+        num_kv_heads=num_kv_heads,
+    )
 
 
 def float_reference(layer, inputs, mask=None):
@@ -125,7 +163,9 @@ def float_reference(layer, inputs, mask=None):
         return x.astype(np.float64) @ weight.T.astype(np.float64) + (0 if bias is None else bias)
 
     def heads(x, count):
-        return x.reshape(*x.shape[:2], count, -1).transpose(0, 2, 1, 3).repeat(layer.num_heads // count, axis=1)
+        return (
+            x.reshape(*x.shape[:2], count, -1).transpose(0, 2, 1, 3).repeat(layer.num_heads // count, axis=1)
+        )
 
     query, key, value = inputs[0], inputs[min(1, len(inputs) - 1)], inputs[-1]
     q = heads(project(query, layer.q_weight, layer.q_bias), layer.num_heads)
@@ -162,7 +202,11 @@ def test_float_graph_computes_attention(rng, case, runtime):
     mask = None
     if kind is not None:
         keep = np.tri(L, S, dtype=bool)
-        mask = keep if kind == "bool" else np.where(keep, rng.standard_normal((L, S)), -np.inf).astype(np.float32)
+        mask = (
+            keep
+            if kind == "bool"
+            else np.where(keep, rng.standard_normal((L, S)), -np.inf).astype(np.float32)
+        )
     data = write_tflite(layer, batch=B, sequence_length=L, key_length=key_length, mask=mask)
     session = RUNTIMES[runtime].session(data)
     inputs = [rng.standard_normal(shape).astype(np.float32) for _, shape, _ in session.inputs]
@@ -175,24 +219,45 @@ def test_float_graph_computes_attention(rng, case, runtime):
 def test_float_operators_have_their_first_versions(rng):
     model = model_of(write_tflite(float_layer(rng, 2, 2, 4, 4, 8, 8, 8, True, True), sequence_length=3,
                                   mask=np.ones((3, 3), bool)))
-    assert set(operators_of(model)) == {("FULLY_CONNECTED", 5), ("RESHAPE", 1), ("TRANSPOSE", 1), ("BATCH_MATMUL", 1),
-                                        ("SELECT_V2", 1), ("SOFTMAX", 1)}
+    assert set(operators_of(model)) == {
+        ("FULLY_CONNECTED", 5),
+        ("RESHAPE", 1),
+        ("TRANSPOSE", 1),
+        ("BATCH_MATMUL", 1),
+        ("SELECT_V2", 1),
+        ("SOFTMAX", 1),
+    }
 
 
 def test_mask_argument_equals_a_layer_that_carries_it(rng):
     layer, mask = graphs.random_layer(rng), np.tri(5, dtype=bool)
-    assert write_tflite(layer, sequence_length=5, mask=mask) == write_tflite(layer.with_mask(mask), sequence_length=5)
+    assert write_tflite(layer, sequence_length=5, mask=mask) == write_tflite(
+        layer.with_mask(mask), sequence_length=5
+    )
 
 
-@pytest.mark.parametrize("arguments, error, message", [
-    ({"sequence_length": 0}, ValueError, "sequence_length must be at least 1"),
-    ({"sequence_length": 5, "batch": -1}, ValueError, "batch must be at least 1 and fit int32; got -1"),
-    ({"sequence_length": 2**31}, ValueError, "sequence_length must be at least 1 and fit int32"),
-    ({"sequence_length": 5.0}, TypeError, "sequence_length must be an integer; got float"),
-    ({"sequence_length": 5, "key_length": 6}, ValueError, "key_length must be left out or equal sequence_length"),
-    ({"sequence_length": 6, "mask": np.tri(5, dtype=bool)}, ValueError,
-     r"mask of the layer's SelectMask must broadcast to \(B, H, L, S\) = \(1, 2, 6, 6\); got shape \(5, 5\)"),
-])
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ({"sequence_length": 0}, ValueError, "sequence_length must be at least 1"),
+        ({"sequence_length": 5, "batch": -1}, ValueError, "batch must be at least 1 and fit int32; got -1"),
+        ({"sequence_length": 2**31}, ValueError, "sequence_length must be at least 1 and fit int32"),
+        ({"sequence_length": 5.0}, TypeError, "sequence_length must be an integer; got float"),
+        (
+            {"sequence_length": 5, "key_length": 6},
+            ValueError,
+            "key_length must be left out or equal sequence_length",
+        ),
+        (
+            {"sequence_length": 6, "mask": np.tri(5, dtype=bool)},
+            ValueError,
+            (
+                r"mask of the layer's SelectMask must broadcast to \(B, H, L, S\) = \(1, 2, 6, 6\); got shape"
+                r" \(5, 5\)"
+            ),
+        ),
+    ],
+)
 def test_arguments_that_do_not_fit_are_refused(rng, arguments, error, message):
     with pytest.raises(error, match=message):
         write_tflite(graphs.random_layer(rng), **arguments)
@@ -204,15 +269,31 @@ def test_a_mask_may_not_enlarge_the_scores(rng):
         write_tflite(layer, batch=1, sequence_length=5)
 
 
-@pytest.mark.parametrize("mask, error, message", [
-    (np.ones((4, 4), bool), ValueError, r"mask must broadcast to \(B, H, L, S\) = \(1, 2, 3, 3\); got shape \(4, 4\)"),
-    (np.ones((3, 3)), TypeError, r"mask must be bool \(True = attend\) or float32 .*; got float64"),
-    (np.full((3, 3), np.nan, np.float32), ValueError, "mask must hold no NaN"),
-])
+@pytest.mark.parametrize(
+    "mask, error, message",
+    [
+        (
+            np.ones((4, 4), bool),
+            ValueError,
+            r"mask must broadcast to \(B, H, L, S\) = \(1, 2, 3, 3\); got shape \(4, 4\)",
+        ),
+        (np.ones((3, 3)), TypeError, r"mask must be bool \(True = attend\) or float32 .*; got float64"),
+        (np.full((3, 3), np.nan, np.float32), ValueError, "mask must hold no NaN"),
+    ],
+)
 def test_masks_that_a_float_graph_cannot_hold_are_refused(rng, mask, error, message):
     layer = float_layer(rng, 2, 2, 4, 4, 8, 8, 8, True, True)
     with pytest.raises(error, match=message):
         write_tflite(layer, sequence_length=3, mask=mask)
+
+
+def test_only_writing_needs_flatbuffers(rng, monkeypatch):
+    layer = graphs.random_layer(rng)
+    data = write_tflite(layer, sequence_length=3)
+    monkeypatch.setitem(sys.modules, "flatbuffers", None)
+    assert read_tflite(data).num_heads == 2
+    with pytest.raises(ImportError, match=r"pip install edgeattn\[tflite\]"):
+        write_tflite(layer, sequence_length=3)
 
 
 def test_other_layers_are_refused():

@@ -29,7 +29,10 @@ def _unary(name, shape, quantization, output, options, version):
 
 def _binary(name, lhs_shape, lhs, rhs_shape, rhs, shape, output, options):
     graph = Graph()
-    graph.inputs = [graph.activation("lhs", lhs_shape, np.int8, lhs), graph.activation("rhs", rhs_shape, np.int8, rhs)]
+    graph.inputs = [
+        graph.activation("lhs", lhs_shape, np.int8, lhs),
+        graph.activation("rhs", rhs_shape, np.int8, rhs),
+    ]
     graph.outputs = [graph.activation("y", shape, np.int8, output)]
     graph.operator(name, graph.inputs, graph.outputs[0], options, 2)
     return serialize(graph)
@@ -56,12 +59,16 @@ def batch_matmul(lhs_shape, lhs, rhs_shape, rhs, output, *, adj_y) -> bytes:
 
 def mul(lhs_shape, lhs, rhs_shape, rhs, output) -> bytes:
     """Two int8 inputs, broadcast."""
-    return _binary("MUL", lhs_shape, lhs, rhs_shape, rhs, np.broadcast_shapes(lhs_shape, rhs_shape), output, None)
+    return _binary(
+        "MUL", lhs_shape, lhs, rhs_shape, rhs, np.broadcast_shapes(lhs_shape, rhs_shape), output, None
+    )
 
 
 def add(lhs_shape, lhs, rhs_shape, rhs, output) -> bytes:
     """Two int8 inputs, broadcast."""
-    return _binary("ADD", lhs_shape, lhs, rhs_shape, rhs, np.broadcast_shapes(lhs_shape, rhs_shape), output, None)
+    return _binary(
+        "ADD", lhs_shape, lhs, rhs_shape, rhs, np.broadcast_shapes(lhs_shape, rhs_shape), output, None
+    )
 
 
 def softmax(shape, quantization) -> bytes:
@@ -88,14 +95,23 @@ def random_layer(rng, H=2, D=4, Dv=4, E=8, sources=(0, 0, 0), projected=True, ze
                  score_ops=()) -> StaticMultiHeadAttention:
     """A static layer of random parameters, keys and values with zero points; nothing in it is calibrated."""
     def tensor(scale):
-        return TensorQuantization(np.float32(scale * rng.uniform(0.8, 1.25)), int(rng.integers(-9, 10)) if zero_points else 0)
+        return TensorQuantization(
+            np.float32(scale * rng.uniform(0.8, 1.25)), int(rng.integers(-9, 10)) if zero_points else 0
+        )
 
     def linear(o, i):
-        return QuantizedLinear(rng.integers(-127, 128, (o, i)).astype(np.int8), rng.uniform(0.002, 0.01, o).astype(np.float32),
-                               rng.integers(-500, 500, o).astype(np.int32) if bias else None)
+        return QuantizedLinear(
+            rng.integers(-127, 128, (o, i)).astype(np.int8),
+            rng.uniform(0.002, 0.01, o).astype(np.float32),
+            rng.integers(-500, 500, o).astype(np.int32) if bias else None,
+        )
 
     widths = [E + source for source in sources]
-    linears = {"query": linear(H * D, widths[0]), "key": linear(H * D, widths[1]), "value": linear(H * Dv, widths[2])}
+    linears = {
+        "query": linear(H * D, widths[0]),
+        "key": linear(H * D, widths[1]),
+        "value": linear(H * Dv, widths[2]),
+    }
     tensors = {f"{INPUTS[source]}_input": tensor(0.03) for source in sources}
     tensors |= {"query": tensor(0.02), "key": tensor(0.1), "value": tensor(0.1), "scores": tensor(0.05 * D),
                 "context": tensor(0.05)}
@@ -107,9 +123,14 @@ def random_layer(rng, H=2, D=4, Dv=4, E=8, sources=(0, 0, 0), projected=True, ze
 def converted_score_ops(rng, L, S, D=4):
     """MUL and ADD as TensorFlow writes scale and mask."""
     scaled = TensorQuantization(np.float32(0.05 * D**0.5), 3)
-    return (MulConstant(127, TensorQuantization(np.float32(1 / 127 / D**0.5), 0), scaled),
-            AddMask(rng.choice(np.array([-128, 0], np.int8), (1, 1, L, S)), TensorQuantization(np.float32(0.05), 0),
-                    TensorQuantization(np.float32(0.08), -5)))
+    return (
+        MulConstant(127, TensorQuantization(np.float32(1 / 127 / D**0.5), 0), scaled),
+        AddMask(
+            rng.choice(np.array([-128, 0], np.int8), (1, 1, L, S)),
+            TensorQuantization(np.float32(0.05), 0),
+            TensorQuantization(np.float32(0.08), -5),
+        ),
+    )
 
 
 @dataclass(frozen=True)
@@ -120,7 +141,9 @@ class Form:
     key_transposed: bool = True  # K as (B, H, D, S), no adj_y
     value_transposed: bool = False  # V as (B, H, Dv, S), adj_y
     merged_heads: bool = False  # products on (B*H, L, D)
-    scores_first: bool = True  # the scores' place in MUL and ADD; False also gives SELECT_V2 the inverse condition
+    scores_first: bool = (
+        True  # the scores' place in MUL and ADD; False also gives SELECT_V2 the inverse condition
+    )
     float_edges: bool = False  # QUANTIZE and DEQUANTIZE around it
 
 
@@ -153,7 +176,9 @@ def converted(layer, B, L, S, form=None) -> Graph:
         if linear.bias is None:
             operands.append(-1)
         else:
-            operands.append(graph.constant(f"{name}_bias", linear.bias, channel_scale=source.scale * linear.scale))
+            operands.append(
+                graph.constant(f"{name}_bias", linear.bias, channel_scale=source.scale * linear.scale)
+            )
         return apply("FULLY_CONNECTED", operands, (*rows, linear.weight.shape[0]), t[name],
                      {"keep_num_dims": form.keep_num_dims}, 5)
 
@@ -177,24 +202,38 @@ def converted(layer, B, L, S, form=None) -> Graph:
     leading = (B * H,) if form.merged_heads else (B, H)
     q = heads("query", query, L, layer.head_dim, (0, 2, 1, 3))
     k = heads("key", key, S, layer.head_dim, (0, 2, 3, 1) if form.key_transposed else (0, 2, 1, 3))
-    scores = apply("BATCH_MATMUL", [q, k], (*leading, L, S), t["scores"], {"adj_y": not form.key_transposed}, 2)
+    scores = apply(
+        "BATCH_MATMUL", [q, k], (*leading, L, S), t["scores"], {"adj_y": not form.key_transposed}, 2
+    )
     current = t["scores"]
     for op in layer.score_ops:
         if isinstance(op, MulConstant):
             constant, current = graph.constant("scale", np.array(op.code, np.int8), op.constant), op.output
             operands, name = [scores, constant], "MUL"
         elif isinstance(op, AddMask):
-            constant, current = graph.constant("mask", op.codes.reshape(op.codes.shape[-2:]), op.mask), op.output
+            constant, current = (
+                graph.constant("mask", op.codes.reshape(op.codes.shape[-2:]), op.mask),
+                op.output,
+            )
             operands, name = [scores, constant], "ADD"
         elif isinstance(op, SelectMask):
             keep = op.keep.reshape(op.keep.shape[-2:])
             fill = graph.constant("fill", np.array([op.fill], np.int8), current)
             condition = graph.constant("condition", keep if form.scores_first else ~keep)
-            scores = apply("SELECT_V2", [condition, *([scores, fill] if form.scores_first else [fill, scores])],
-                           graph.tensors[scores].shape, current)
+            scores = apply(
+                "SELECT_V2",
+                [condition, *([scores, fill] if form.scores_first else [fill, scores])],
+                graph.tensors[scores].shape,
+                current,
+            )
             continue
-        scores = apply(name, operands if form.scores_first else operands[::-1], graph.tensors[scores].shape, current,
-                       version=2)
+        scores = apply(
+            name,
+            operands if form.scores_first else operands[::-1],
+            graph.tensors[scores].shape,
+            current,
+            version=2,
+        )
     probabilities = apply("SOFTMAX", [scores], graph.tensors[scores].shape, PROBABILITIES, {"beta": 1.0}, 2)
     v = heads("value", value, S, layer.value_dim, (0, 2, 3, 1) if form.value_transposed else (0, 2, 1, 3))
     context = apply("BATCH_MATMUL", [probabilities, v], (*leading, L, layer.value_dim), t["context"],
