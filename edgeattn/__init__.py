@@ -1,4 +1,5 @@
 """Attention for small computers: NumPy arrays in, NumPy arrays out."""
+
 from edgeattn.functional import scaled_dot_product_attention
 from edgeattn.layers import MultiHeadAttention, SelfAttention
 from edgeattn.quantized import QuantizedMultiHeadAttention
