@@ -13,8 +13,8 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("edgeattn", "quant")
-# Not to be loaded by `import edgeattn`: each costs a small machine time and memory, or is not there. (SciPy is not
-# in the list: Numba itself imports it wherever it is installed.)
+# Not to be loaded by `import edgeattn`: each costs a small machine time and memory, or is not there. SciPy
+# is not listed because Numba imports it wherever it is installed.
 NOT_ON_DEVICE = ("ai_edge_litert", "click", "flatbuffers", "numba.cuda", "rich", "tflite_runtime", "torch")
 
 
