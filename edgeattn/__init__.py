@@ -5,4 +5,11 @@ from edgeattn.layers import MultiHeadAttention, SelfAttention
 from edgeattn.quantized import QuantizedMultiHeadAttention
 from edgeattn.storage import load, save
 
-__all__ = ["MultiHeadAttention", "QuantizedMultiHeadAttention", "SelfAttention", "load", "save", "scaled_dot_product_attention"]
+__all__ = [
+    "MultiHeadAttention",
+    "QuantizedMultiHeadAttention",
+    "SelfAttention",
+    "load",
+    "save",
+    "scaled_dot_product_attention",
+]

@@ -185,7 +185,7 @@ def _array(name, tensor):
 
 
 def _fits(given, wanted):
-    return len(given) == len(wanted) and all(axis in (None, length) for axis, length in zip(wanted, given))
+    return len(given) == len(wanted) and all(axis in (None, length) for axis, length in zip(wanted, given, strict=True))
 
 
 def _times(factor, length):

@@ -223,5 +223,5 @@ def _key_padding_mask(key_padding_mask, shape, batch):
 
 def _broadcasts(given, shape):
     return len(given) <= len(shape) and all(
-        axis in (1, wanted) for axis, wanted in zip(reversed(given), reversed(shape))
+        axis in (1, wanted) for axis, wanted in zip(reversed(given), reversed(shape), strict=False)
     )

@@ -131,7 +131,7 @@ def test_nothing_leaks_from_behind_a_mask(bad, how):
     clean = attend(q, k, v, **masked, return_weights=True)
     k[:, :, 4:], v[:, :, 4:] = bad, bad
     rows = slice(0, 4) if how == "window" else slice(None)
-    for before, after in zip(clean, attend(q, k, v, **masked, return_weights=True)):
+    for before, after in zip(clean, attend(q, k, v, **masked, return_weights=True), strict=False):
         np.testing.assert_array_equal(before[:, :, rows], after[:, :, rows])
 
 
@@ -273,7 +273,7 @@ def test_inputs_are_not_changed_and_stay_writeable():
     for given in ([q, k, v, mask], [q, k, v, bias]):
         copies = [array.copy() for array in given]
         attend(*given, kv_lengths=lengths)
-        for array, copy in zip(given, copies):
+        for array, copy in zip(given, copies, strict=False):
             np.testing.assert_array_equal(array, copy)
             assert array.flags.writeable
     np.testing.assert_array_equal(lengths, [2, 5])

@@ -74,7 +74,7 @@ def test_as_accurate_as_plain_float32(case):
         )
         for dtype in (np.float64, np.float32)
     )
-    for ours, exact, simple in zip((result, weights), oracle, plain):
+    for ours, exact, simple in zip((result, weights), oracle, plain, strict=False):
         assert ours.dtype == np.float32
         reference.assert_as_accurate(ours, exact, simple)
 
@@ -202,7 +202,7 @@ def test_inputs_are_not_changed():
     given = inputs(CASE)
     copies = [array.copy() for array in given]
     layer()(*given)
-    for array, copy in zip(given, copies):
+    for array, copy in zip(given, copies, strict=False):
         np.testing.assert_array_equal(array, copy)
         assert array.flags.writeable
 
@@ -237,7 +237,7 @@ def test_self_attention_is_one_head():
     padding = np.arange(7) < np.array([[7], [4]])
     for ours, theirs in zip(
         one(x, key_padding_mask=padding, is_causal=True, need_weights=True),
-        many(x, key_padding_mask=padding, is_causal=True, need_weights=True),
+        many(x, key_padding_mask=padding, is_causal=True, need_weights=True), strict=False,
     ):
         np.testing.assert_array_equal(ours, theirs)
     assert one.output_dim == 3

@@ -44,7 +44,9 @@ def requantize(rule, acc, real, zero_point):
 def output_for(acc, real_per_acc, rng):
     """An output quantization under which most, not all, accumulators keep within int8."""
     spread = float(np.std(acc)) or 1.0
-    return TensorQuantization(np.float32(spread * real_per_acc * 10 ** rng.uniform(-2.2, -1.2)), int(rng.integers(-60, 60)))
+    return TensorQuantization(
+        np.float32(spread * real_per_acc * 10 ** rng.uniform(-2.2, -1.2)), int(rng.integers(-60, 60))
+    )
 
 
 def test_fully_connected(name):
@@ -58,8 +60,9 @@ def test_fully_connected(name):
         acc = product(x, x_q.zero_point, weight.T, 0) + (0 if bias is None else bias)
         y_q = output_for(acc, float(x_q.scale) * float(np.median(scale)), rng)
         rule = KERNEL_SETS[name].fully_connected
-        expected = requantize(rule, acc, arithmetic.fully_connected_multiplier(rule, x_q.scale, scale, y_q.scale),
-                              y_q.zero_point)
+        expected = requantize(
+            rule, acc, arithmetic.fully_connected_multiplier(rule, x_q.scale, scale, y_q.scale), y_q.zero_point
+        )
         file = tflite_graphs.fully_connected(x.shape, x_q, QuantizedLinear(weight, scale, bias), y_q)
         np.testing.assert_array_equal(RUNTIMES[name].run(file, [x])[0], expected)
 
@@ -78,8 +81,9 @@ def test_batch_matmul(name, adj_y, symmetric):
         y_q = output_for(acc, float(lhs_q.scale) * float(rhs_q.scale), rng)
         row = KERNEL_SETS[name]
         rule = row.batch_matmul if symmetric else row.batch_matmul_asymmetric
-        expected = requantize(rule, acc, arithmetic.batch_matmul_multiplier(rule, lhs_q.scale, rhs_q.scale, y_q.scale),
-                              y_q.zero_point)
+        expected = requantize(
+            rule, acc, arithmetic.batch_matmul_multiplier(rule, lhs_q.scale, rhs_q.scale, y_q.scale), y_q.zero_point
+        )
         given = np.ascontiguousarray(rhs.swapaxes(-1, -2)) if adj_y else rhs
         file = tflite_graphs.batch_matmul(lhs.shape, lhs_q, given.shape, rhs_q, y_q, adj_y=adj_y)
         np.testing.assert_array_equal(RUNTIMES[name].run(file, [lhs, given])[0], expected)

@@ -41,9 +41,7 @@ def layers():
             out_bias=weight(7),
         ),
         "bare": MultiHeadAttention(2, weight(6, 5), weight(6, 5), weight(6, 5)),
-        "grouped": MultiHeadAttention(
-            4, weight(8, 5), weight(4, 5), weight(6, 5), weight(5, 12), num_kv_heads=2
-        ),
+        "grouped": MultiHeadAttention(4, weight(8, 5), weight(4, 5), weight(6, 5), weight(5, 12), num_kv_heads=2),
         "single": SelfAttention(weight(6, 5), weight(6, 5), weight(4, 5), weight(5, 4), v_bias=weight(4)),
     }
 
@@ -122,7 +120,9 @@ def test_arithmetic_is_chosen_at_loading(tmp_path, quantized):
     path = tmp_path / "layer.safetensors"
     save(quantized, path)
     assert load(path, arithmetic="litert").arithmetic == "litert"
-    with pytest.raises(ValueError, match="layer.safetensors does not hold a valid .*arithmetic must be one of.*'nnpack'"):
+    with pytest.raises(
+        ValueError, match="layer.safetensors does not hold a valid .*arithmetic must be one of.*'nnpack'"
+    ):
         load(path, arithmetic="nnpack")
     save(layers()["bare"], path)
     with pytest.raises(
@@ -192,12 +192,7 @@ def written(path, header, body=b""):
 
 
 def metadata(**changes):
-    header = {
-        "format": 1,
-        "kind": "MultiHeadAttention",
-        "config": {"num_heads": 1, "num_kv_heads": 1},
-        **changes,
-    }
+    header = {"format": 1, "kind": "MultiHeadAttention", "config": {"num_heads": 1, "num_kv_heads": 1}, **changes}
     return {"edgeattn": json.dumps(header)}
 
 
@@ -222,19 +217,10 @@ LYING = {
         {"__metadata__": {"edgeattn": '{"format": 1}'}},
         "unreadable edgeattn metadata: .*'kind'",
     ),
-    "newer": (
-        {"__metadata__": metadata(format=2)},
-        "has format 2, this edgeattn reads format 1; update edgeattn",
-    ),
+    "newer": ({"__metadata__": metadata(format=2)}, "has format 2, this edgeattn reads format 1; update edgeattn"),
     "kind": ({"__metadata__": metadata(kind="os")}, "must hold one of MultiHeadAttention, .* got kind 'os'"),
-    "kind type": (
-        {"__metadata__": metadata(kind=[])},
-        r"must hold one of MultiHeadAttention, .* got kind \[\]",
-    ),
-    "config": (
-        {"__metadata__": metadata(config=[])},
-        "must hold one of MultiHeadAttention, .* with its config",
-    ),
+    "kind type": ({"__metadata__": metadata(kind=[])}, r"must hold one of MultiHeadAttention, .* got kind \[\]"),
+    "config": ({"__metadata__": metadata(config=[])}, "must hold one of MultiHeadAttention, .* with its config"),
     "no tensors": ({"__metadata__": metadata()}, "valid MultiHeadAttention: missing tensors .*'q_weight'"),
     "heads": ({"__metadata__": metadata(config={"num_heads": "two", "num_kv_heads": 1})}, "missing tensors"),
 }
@@ -272,11 +258,7 @@ def store(path, tensors, **changes):
         ({"extra": np.ones((2, 2), np.float32)}, {}, "unexpected tensors .'extra'"),
         ({"k_weight": np.ones((3, 2), np.float32)}, {}, r"valid MultiHeadAttention: k_weight must have"),
         ({"k_weight": np.ones((2, 2), np.int8)}, {}, "valid MultiHeadAttention: k_weight must be a float16"),
-        (
-            {},
-            {"config": {"num_kv_heads": 1}},
-            "does not hold a whole MultiHeadAttention: 'num_heads' is missing",
-        ),
+        ({}, {"config": {"num_kv_heads": 1}}, "does not hold a whole MultiHeadAttention: 'num_heads' is missing"),
         ({}, {"config": {"num_heads": "two", "num_kv_heads": 1}}, "num_heads must be an integer, got 'two'"),
         (
             {},
@@ -296,7 +278,5 @@ def test_files_that_are_no_valid_layer_are_refused_by_name(tmp_path, tensors, ch
 def test_dtypes_that_numpy_lacks_are_refused(tmp_path):
     path = tmp_path / "layer.safetensors"
     written(path, {"q_weight": {"dtype": "BF16", "shape": [1, 1], "data_offsets": [0, 2]}}, b"\0\0")
-    with pytest.raises(
-        ValueError, match="layer.safetensors stores q_weight as BF16, which NumPy does not have"
-    ):
+    with pytest.raises(ValueError, match="layer.safetensors stores q_weight as BF16, which NumPy does not have"):
         load(path)
