@@ -1,7 +1,7 @@
 """The integer arithmetic of the TFLite kernel sets: rounding rules, softmax rules, and the table of sets made of them.
 
-An int8 tensor stands for ``real = scale * (code - zero_point)``. Between two int8 tensors lies an int32 accumulator and
-a *requantization*: multiply by a real number below one, round to an integer. TFLite's runtimes differ in how they round,
+An int8 tensor stands for ``real = scale * (code - zero_point)``. Between two int8 tensors lies an int32 accumulator
+and a *requantization*: multiply by a real number below one, round to an integer. TFLite's runtimes differ in how they round,
 by one code on at most 0.33 % of the elements of an operator, and by up to ten codes at the end of an attention layer.
 So equality is only ever equality with a *named* set, and the sets are a table of rules here, not branches in kernels.
 
@@ -28,7 +28,8 @@ CODE_MIN, CODE_MAX = -128, 127  # of int8
 PROBABILITY_SCALE, PROBABILITY_ZERO_POINT = np.float32(1 / 256), -128  # every TFLite int8 softmax writes these
 
 
-# -- fixed-point primitives (gemmlowp, fixedpoint.h, named as there) ---------------------------------------------------
+# -- fixed-point primitives (gemmlowp, fixedpoint.h, named as there) -------------------------------------------------
+
 
 @register_jitable
 def wrap_int32(x):
@@ -81,9 +82,10 @@ def quantize_multiplier(real: float) -> tuple[int, int]:
     return q31, shift
 
 
-# -- requantization rules: int32 accumulator -> integer, before the zero point and the clamp ----------------------------
-# One signature for all, so that a kernel takes the rule as an argument: q31 and shift are ``quantize_multiplier`` of the
-# real multiplier, and ``real`` is that multiplier in float64 (already rounded to float32 where the rule computes so).
+# -- requantization rules: int32 accumulator -> integer, before the zero point and the clamp -------------------------
+# One signature for all, so that a kernel takes the rule as an argument: q31 and shift are ``quantize_multiplier`` of
+# the real multiplier, and ``real`` is that multiplier in float64 (already rounded to float32 where the rule computes so).
+
 
 @register_jitable
 def double(acc, q31, shift, real):
@@ -147,7 +149,8 @@ def to_code(value, zero_point):
     return np.clip(value + zero_point, CODE_MIN, CODE_MAX).astype(np.int8)
 
 
-# -- elementwise operators on codes; used to tabulate, so NumPy speed is enough -----------------------------------------
+# -- elementwise operators on codes; used to tabulate, so NumPy speed is enough --------------------------------------
+
 
 def mul_codes(rule: str, lhs, lhs_q, rhs, rhs_q, output_q) -> np.ndarray:
     """MUL of two int8 arrays. ``*_q`` are (scale, zero_point) pairs."""
@@ -175,11 +178,14 @@ def add_codes(rule: str, lhs, lhs_q, rhs, rhs_q, output_q) -> np.ndarray:
         q31, shift = quantize_multiplier(float(real))
         return requantize(value, q31, shift, real)
 
-    total = scaled((lhs - lhs_q[1]) << 20, np.float64(s1) / twice) + scaled((rhs - rhs_q[1]) << 20, np.float64(s2) / twice)
+    total = scaled((lhs - lhs_q[1]) << 20, np.float64(s1) / twice) + scaled(
+        (rhs - rhs_q[1]) << 20, np.float64(s2) / twice
+    )
     return to_code(scaled(total, twice / np.float64(np.float32(1 << 20) * so)), output_q[1])
 
 
-# -- softmax: every rule is a table of exp(-scale * d), d = row maximum - code, a sum, and a normalisation --------------
+# -- softmax: every rule is a table of exp(-scale * d), d = row maximum - code, a sum, and a normalisation -----------
+
 
 @functools.cache
 def _libm_expf() -> Callable[[float], float]:
@@ -204,6 +210,7 @@ def lut_f32_table(scale) -> np.ndarray:
 
 
 def lut_f32_weight(e):
+    """A float32 exponential as a term of the sum."""
     return e
 
 
@@ -222,6 +229,7 @@ def lut_u16_table(scale) -> np.ndarray:
 
 
 def lut_u16_weight(e):
+    """A Q0.16 exponential as a term of the integer sum."""
     return e
 
 
@@ -240,7 +248,13 @@ FIXED_SUM_BITS = 19  # sums are Q12.19
 EXP_MINUS_ONE_EIGHTH = 1895147668  # Q0.31
 ONE_THIRD = 715827883  # Q0.31
 EXP_MINUS_POWERS_OF_TWO = (  # exponent e -> exp(-2**e) in Q0.31
-    (-2, 1672461947), (-1, 1302514674), (0, 790015084), (1, 290630308), (2, 39332535), (3, 720401), (4, 242),
+    (-2, 1672461947),
+    (-1, 1302514674),
+    (0, 790015084),
+    (1, 290630308),
+    (2, 39332535),
+    (3, 720401),
+    (4, 242),
 )
 FORTY_EIGHT_OVER_SEVENTEEN = 1515870810  # Q2.29
 MINUS_THIRTY_TWO_OVER_SEVENTEEN = -1010580540  # Q2.29
@@ -276,8 +290,9 @@ def fixed_table(scale) -> np.ndarray:
     q31, shift = quantize_multiplier(real)
     smallest = -math.floor(31 * 2**FIXED_DIFFERENCE_BITS / 2**shift)
     mul = saturating_rounding_doubling_high_mul
-    return np.array([_exp_on_negative(mul(wrap_int32(-d << shift), q31)) if -d >= smallest else 0
-                     for d in range(256)], np.int32)
+    return np.array(
+        [_exp_on_negative(mul(wrap_int32(-d << shift), q31)) if -d >= smallest else 0 for d in range(256)], np.int32
+    )
 
 
 def fixed_weight(e):
@@ -320,7 +335,8 @@ SOFTMAX: dict[str, SoftmaxRule] = {
 }
 
 
-# -- the kernel sets ---------------------------------------------------------------------------------------------------
+# -- the kernel sets -------------------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class KernelSet:
@@ -336,20 +352,71 @@ class KernelSet:
     softmax: str
 
 
-KERNEL_SETS: dict[str, KernelSet] = {row.name: row for row in (
-    KernelSet("litert", "ai-edge-litert >= 2.1.3, default resolver (XNNPACK), x86-64",
-              "float_rne", "float_rne", "double", "float_rne", "xnn_add", "lut_f32"),
-    KernelSet("litert-arm", "ai-edge-litert >= 2.1.3, default resolver (XNNPACK), aarch64",
-              "float_rne", "float_rne", "double", "float_rne", "xnn_add", "lut_u16"),
-    KernelSet("litert-builtin", "ai-edge-litert, BUILTIN_WITHOUT_DEFAULT_DELEGATES, x86-64",
-              "ruy", "double", "double", "double", "double", "lut_f32"),
-    KernelSet("litert-reference", "ai-edge-litert, BUILTIN_REF, x86-64 and aarch64",
-              "float64", "double", "double", "double", "double", "fixed"),
-    KernelSet("tflite-runtime", "tflite-runtime 2.14, default resolver, x86-64",
-              "ruy", "ruy", "ruy", "double", "double", "lut_f32"),
-    KernelSet("tflm", "TFLite Micro, and CMSIS-NN, which promises equality with it",
-              "double", "double", "double", "double", "double", "fixed"),
-)}
+KERNEL_SETS: dict[str, KernelSet] = {
+    row.name: row
+    for row in (
+        KernelSet(
+            "litert",
+            "ai-edge-litert >= 2.1.3, default resolver (XNNPACK), x86-64",
+            "float_rne",
+            "float_rne",
+            "double",
+            "float_rne",
+            "xnn_add",
+            "lut_f32",
+        ),
+        KernelSet(
+            "litert-arm",
+            "ai-edge-litert >= 2.1.3, default resolver (XNNPACK), aarch64",
+            "float_rne",
+            "float_rne",
+            "double",
+            "float_rne",
+            "xnn_add",
+            "lut_u16",
+        ),
+        KernelSet(
+            "litert-builtin",
+            "ai-edge-litert, BUILTIN_WITHOUT_DEFAULT_DELEGATES, x86-64",
+            "ruy",
+            "double",
+            "double",
+            "double",
+            "double",
+            "lut_f32",
+        ),
+        KernelSet(
+            "litert-reference",
+            "ai-edge-litert, BUILTIN_REF, x86-64 and aarch64",
+            "float64",
+            "double",
+            "double",
+            "double",
+            "double",
+            "fixed",
+        ),
+        KernelSet(
+            "tflite-runtime",
+            "tflite-runtime 2.14, default resolver, x86-64",
+            "ruy",
+            "ruy",
+            "ruy",
+            "double",
+            "double",
+            "lut_f32",
+        ),
+        KernelSet(
+            "tflm",
+            "TFLite Micro, and CMSIS-NN, which promises equality with it",
+            "double",
+            "double",
+            "double",
+            "double",
+            "double",
+            "fixed",
+        ),
+    )
+}
 
 
 def kernel_set(name: str) -> KernelSet:

@@ -1,4 +1,5 @@
 """Attention weights of other libraries, as arguments for `edgeattn.MultiHeadAttention`."""
+
 import collections.abc
 
 import numpy as np
@@ -7,14 +8,19 @@ from edgeattn.checks import count, float_array
 from edgeattn.storage import read_tensors
 
 # Part of what BERT calls attention, but after it.
-_BERT_NORM = ("output.LayerNorm.weight", "output.LayerNorm.bias", "output.LayerNorm.gamma", "output.LayerNorm.beta")
+_BERT_NORM = (
+    "output.LayerNorm.weight",
+    "output.LayerNorm.bias",
+    "output.LayerNorm.gamma",
+    "output.LayerNorm.beta",
+)
 
 
 def torch_weights(state_dict_or_path, num_heads, prefix=""):
     """Weights of a torch.nn.MultiheadAttention.
 
-    in_proj_weight holds the rows of Q, K and V one after the other; where kdim or vdim differ from E there are
-    q_proj_weight, k_proj_weight and v_proj_weight instead, still with one in_proj_bias.
+    in_proj_weight holds the rows of Q, K and V one after the other; where kdim or vdim differ from E there
+    are q_proj_weight, k_proj_weight and v_proj_weight instead, still with one in_proj_bias.
 
     Parameters
     ----------
@@ -36,8 +42,10 @@ def torch_weights(state_dict_or_path, num_heads, prefix=""):
     tensors = _Tensors(state_dict_or_path, prefix, "in_proj_weight", "q_proj_weight")
     for name in ("bias_k", "bias_v"):
         if name in tensors.found:
-            raise ValueError(f"{tensors.source} has {prefix}{name}: layers made with add_bias_kv=True "
-                             "are not supported yet")
+            raise ValueError(
+                f"{tensors.source} has {prefix}{name}: layers made with add_bias_kv=True "
+                "are not supported yet"
+            )
     packed = "in_proj_weight" in tensors.found or "q_proj_weight" not in tensors.found
     embed = tensors.axis("in_proj_weight" if packed else "q_proj_weight", 1)
     if packed:
@@ -58,8 +66,12 @@ def torch_weights(state_dict_or_path, num_heads, prefix=""):
         q_weight, k_weight, v_weight = np.split(found["in_proj_weight"], 3)
     else:
         q_weight, k_weight, v_weight = (found[f"{letter}_proj_weight"] for letter in "qkv")
-    weights = {"q_weight": q_weight, "k_weight": k_weight, "v_weight": v_weight,
-               "out_weight": found["out_proj.weight"]}
+    weights = {
+        "q_weight": q_weight,
+        "k_weight": k_weight,
+        "v_weight": v_weight,
+        "out_weight": found["out_proj.weight"],
+    }
     if biased:
         weights["q_bias"], weights["k_bias"], weights["v_bias"] = np.split(found["in_proj_bias"], 3)
         weights["out_bias"] = found["out_proj.bias"]
@@ -95,7 +107,11 @@ def bert_weights(state_dict_or_path, prefix, num_heads):
         tensors.expect(f"{name}.bias", shape[:1])
     found = tensors.checked(ignored=_BERT_NORM)
     _check_heads(num_heads, inner)
-    return {f"{ours}_{part}": found[f"{theirs}.{part}"] for ours, theirs in names.items() for part in ("weight", "bias")}
+    return {
+        f"{ours}_{part}": found[f"{theirs}.{part}"]
+        for ours, theirs in names.items()
+        for part in ("weight", "bias")
+    }
 
 
 class _Tensors:
@@ -112,11 +128,15 @@ class _Tensors:
             self.source = str(state_dict_or_path)
             found, names = read_tensors(state_dict_or_path, prefix)
         if not found:
-            elsewhere = sorted({name[:-len(end)] for name in names for end in landmarks if name.endswith(end)})
-            raise ValueError(f"prefix {prefix!r} fits no tensor in {self.source}; "
-                             f"prefixes with {' or '.join(landmarks)}: {elsewhere}")
+            elsewhere = sorted(
+                {name[: -len(end)] for name in names for end in landmarks if name.endswith(end)}
+            )
+            raise ValueError(
+                f"prefix {prefix!r} fits no tensor in {self.source}; "
+                f"prefixes with {' or '.join(landmarks)}: {elsewhere}"
+            )
         self.prefix = prefix
-        self.found = {name[len(prefix):]: _array(name, tensor) for name, tensor in found.items()}
+        self.found = {name[len(prefix) :]: _array(name, tensor) for name, tensor in found.items()}
         self.expected = {}
 
     def axis(self, name, axis):
@@ -131,17 +151,28 @@ class _Tensors:
     def checked(self, ignored=()):
         """All expected tensors, or one error about all that is wrong."""
         missing = [self.prefix + name for name in self.expected if name not in self.found]
-        unexpected = [self.prefix + name for name in self.found if name not in self.expected and name not in ignored]
+        unexpected = [
+            self.prefix + name for name in self.found if name not in self.expected and name not in ignored
+        ]
         misshaped = []
         for name, shape in self.expected.items():
             if name in self.found and not _fits(self.found[name].shape, shape):
                 wanted = ", ".join("any" if axis is None else str(axis) for axis in shape)
                 misshaped.append(f"{self.prefix}{name} must be ({wanted}), got {self.found[name].shape}")
-        wrong = [f"{title}: {', '.join(entries)}" for title, entries in
-                 (("missing", missing), ("unexpected", unexpected), ("mis-shaped", misshaped)) if entries]
+        wrong = [
+            f"{title}: {', '.join(entries)}"
+            for title, entries in (
+                ("missing", missing),
+                ("unexpected", unexpected),
+                ("mis-shaped", misshaped),
+            )
+            if entries
+        ]
         if wrong:
-            raise ValueError(f"{self.source} does not hold the attention layer expected under prefix "
-                             f"{self.prefix!r}: " + "; ".join(wrong))
+            raise ValueError(
+                f"{self.source} does not hold the attention layer expected under prefix "
+                f"{self.prefix!r}: " + "; ".join(wrong)
+            )
         return {name: float_array(self.prefix + name, self.found[name]) for name in self.expected}
 
 
@@ -154,7 +185,7 @@ def _array(name, tensor):
 
 
 def _fits(given, wanted):
-    return len(given) == len(wanted) and all(axis in (None, length) for axis, length in zip(wanted, given))
+    return len(given) == len(wanted) and all(axis in (None, length) for axis, length in zip(wanted, given, strict=True))
 
 
 def _times(factor, length):

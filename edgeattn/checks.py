@@ -1,4 +1,5 @@
 """Arguments at the public edge: what is accepted, and how results reach the caller's array."""
+
 import math
 import numbers
 import operator
@@ -45,13 +46,15 @@ def float_array(name, value):
     """
     array = np.asarray(value)
     if array.dtype.kind != "f" or array.dtype.itemsize not in (2, 4, 8):
-        raise TypeError(f"{name} must be a float16, float32 or float64 array, got dtype {array.dtype}; "
-                        f"convert it with {name}.astype(numpy.float32)")
+        raise TypeError(
+            f"{name} must be a float16, float32 or float64 array, got dtype {array.dtype}; "
+            f"convert it with {name}.astype(numpy.float32)"
+        )
     return array
 
 
 def to_float32(array):
-    """Float32 values of `array` in C order, as a read-only view so that one compiled kernel serves all callers.
+    """Float32 values of `array` in C order, read-only so that one compiled kernel serves all callers.
 
     Copies only what is not float32 in C order already. Values beyond float32 become infinite.
     """
@@ -65,7 +68,7 @@ def to_float32(array):
 
 
 def result_dtype(*arrays):
-    """The dtype of the result: the inputs' own, the widest of them where they differ, in native byte order."""
+    """The dtype of the result: the inputs' own, the widest where they differ, in native byte order."""
     return np.dtype(np.result_type(*[array.dtype for array in arrays]).type)
 
 

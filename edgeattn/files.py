@@ -10,8 +10,8 @@ from pathlib import Path
 def write_atomic(path: str | os.PathLike, data: bytes) -> None:
     """Write ``data`` to ``path``: readers see the old file or the new one, never a part.
 
-    The bytes go to a new file in the same folder, which then takes the name ``path``. A temporary folder would not do:
-    a rename is one step only within a file system.
+    The bytes go to a new file in the same folder, which then takes the name ``path``. A temporary folder
+    would not do: a rename is one step only within a file system.
 
     Parameters
     ----------
@@ -27,7 +27,8 @@ def write_atomic(path: str | os.PathLike, data: bytes) -> None:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
-        # "x" with the usual mode: unlike tempfile's 0600, the file gets the permissions the user's umask asks for.
+        # "x" with the usual mode: unlike tempfile's 0600, the file gets the permissions the user's umask asks
+        # for.
         with open(temporary, "xb") as file:
             file.write(data)
             file.flush()

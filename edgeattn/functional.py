@@ -1,4 +1,5 @@
 """Attention as a function of arrays."""
+
 import math
 
 import numpy as np
@@ -8,14 +9,28 @@ from edgeattn.cpu.attention import attention
 from edgeattn.masks import resolve_mask
 
 
-def scaled_dot_product_attention(query, key, value, attn_mask=None, *, is_causal=False, causal_alignment=None,
-                                 scale=None, enable_gqa=False, softcap=0.0, window_size=(-1, -1), kv_lengths=None,
-                                 return_weights=False, out=None):
+def scaled_dot_product_attention(
+    query,
+    key,
+    value,
+    attn_mask=None,
+    *,
+    is_causal=False,
+    causal_alignment=None,
+    scale=None,
+    enable_gqa=False,
+    softcap=0.0,
+    window_size=(-1, -1),
+    kv_lengths=None,
+    return_weights=False,
+    out=None,
+):
     """softmax(query key^T * scale + mask) value.
 
-    The order is: scores = query key^T * scale, then softcap * tanh(scores / softcap), then masks, then softmax
-    over the permitted keys, then the weighted mean of the values. A query with no permitted key gives zeros.
-    Keys and values behind a mask have no influence, not even as NaN; NaN in a permitted place propagates.
+    The order is: scores = query key^T * scale, then softcap * tanh(scores / softcap), then masks, then
+    softmax over the permitted keys, then the weighted mean of the values. A query with no permitted key gives
+    zeros. Keys and values behind a mask have no influence, not even as NaN; NaN in a permitted place
+    propagates.
 
     Parameters
     ----------
@@ -29,8 +44,8 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, *, is_causal
         A query sees no key after its own position. May be combined with `attn_mask`.
     causal_alignment : {"upper_left", "lower_right"}, optional
         Where the queries stand among the keys; needed by `is_causal` and `window_size` when L != S, or when
-        `kv_lengths` differ from L. "upper_left": the first query at the first key. "lower_right": the last query
-        at the last key, the last of `kv_lengths` where given.
+        `kv_lengths` differ from L. "upper_left": the first query at the first key. "lower_right": the last
+        query at the last key, the last of `kv_lengths` where given.
     scale : float, optional
         1 / sqrt(D) unless given; 0 means 0.
     enable_gqa : bool
@@ -58,8 +73,9 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, *, is_causal
     TypeError, ValueError
         Naming the argument, what was required and what came.
     """
-    query, key, value = (float_array(name, array) for name, array in
-                         (("query", query), ("key", key), ("value", value)))
+    query, key, value = (
+        float_array(name, array) for name, array in (("query", query), ("key", key), ("value", value))
+    )
     grouped = flag("enable_gqa", enable_gqa)
     return_weights = flag("return_weights", return_weights)
     _check_shapes(query, key, value, grouped)
@@ -77,8 +93,14 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, *, is_causal
     # Two axes are one head without a name.
     lead, heads = (query.shape[:-3], query.shape[-3]) if query.ndim > 2 else ((), 1)
     queries, keys = query.shape[-2], key.shape[-2]
-    mask = resolve_mask((*lead, heads, queries, keys), attn_mask, is_causal=is_causal,
-                        causal_alignment=causal_alignment, window_size=window_size, kv_lengths=kv_lengths)
+    mask = resolve_mask(
+        (*lead, heads, queries, keys),
+        attn_mask,
+        is_causal=is_causal,
+        causal_alignment=causal_alignment,
+        window_size=window_size,
+        kv_lengths=kv_lengths,
+    )
     batch = mask.shape[0]
     kv_heads = key.shape[-3] if key.ndim > 2 else 1
     q = to_float32(query).reshape(batch, heads, queries, query.shape[-1])
@@ -87,8 +109,16 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, *, is_causal
 
     result = out if _writes_directly(out, q, k, v, mask) else np.empty(shape, np.float32)
     weights = np.empty(query.shape[:-1] + (keys,), np.float32) if return_weights else None
-    attention(q, k, v, mask, scale=scale, softcap=softcap, out=result.reshape(batch, heads, queries, shape[-1]),
-              weights=None if weights is None else weights.reshape(batch, heads, queries, keys))
+    attention(
+        q,
+        k,
+        v,
+        mask,
+        scale=scale,
+        softcap=softcap,
+        out=result.reshape(batch, heads, queries, shape[-1]),
+        weights=None if weights is None else weights.reshape(batch, heads, queries, keys),
+    )
     result = deliver(result, out, dtype)
     return (result, deliver(weights, None, dtype)) if return_weights else result
 
@@ -107,8 +137,10 @@ def _check_shapes(query, key, value, grouped):
         if array.ndim != query.ndim:
             raise ValueError(f"{name} must have as many axes as query, {query.ndim}, got {shapes}")
         if array.shape[:-3] != query.shape[:-3]:
-            raise ValueError(f"{name} must have query's leading axes {query.shape[:-3]}, got {shapes}; "
-                             "repeat it with numpy.broadcast_to")
+            raise ValueError(
+                f"{name} must have query's leading axes {query.shape[:-3]}, got {shapes}; "
+                "repeat it with numpy.broadcast_to"
+            )
     if key.shape[-1] != query.shape[-1]:
         raise ValueError(f"key must have query's last axis D = {query.shape[-1]}, got {shapes}")
     if value.shape[-2] != key.shape[-2]:
@@ -119,16 +151,19 @@ def _check_shapes(query, key, value, grouped):
     if value.shape[-3] != kv_heads:
         raise ValueError(f"value must have as many heads as key, {kv_heads}, got {shapes}")
     if heads != kv_heads and not grouped:
-        raise ValueError(f"key and value must have query's {heads} heads, got {shapes}; "
-                         "pass enable_gqa=True if groups of query heads share a key/value head")
+        raise ValueError(
+            f"key and value must have query's {heads} heads, got {shapes}; "
+            "pass enable_gqa=True if groups of query heads share a key/value head"
+        )
     if heads != kv_heads and (kv_heads == 0 or heads % kv_heads):
-        raise ValueError(f"query heads must be a multiple of key/value heads, got {heads} and {kv_heads} in {shapes}")
+        raise ValueError(
+            f"query heads must be a multiple of key/value heads, got {heads} and {kv_heads} in {shapes}"
+        )
 
 
 def _writes_directly(out, query, key, value, mask):
-    """Whether the kernel may write into the caller's array: its own layout, and no input would change under it."""
+    """Whether the kernel may write into the caller's array: right layout, and no input changes under it."""
     if out is None or out.dtype != np.float32 or not (out.flags.c_contiguous and out.flags.aligned):
         return False
     inputs = (query, key, value, mask.keep, mask.bias)
     return not any(array is not None and np.may_share_memory(out, array) for array in inputs)
-

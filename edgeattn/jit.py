@@ -6,6 +6,7 @@ in a helper of another module brings back stale machine code. The cache here is 
 each of which may be missing or read-only, and is valid for one state of all sources of this package.
 Nothing is compiled, hashed or written before the first call of a kernel.
 """
+
 import functools
 import hashlib
 import os
@@ -62,8 +63,8 @@ class _Cache(caching._Cache):
 
     def load_overload(self, sig, target_context):
         for place in self._places if self._enabled else ():
-            # Damaged bytes make pickle and LLVM raise nearly anything; a cache that cannot be read is an empty
-            # cache, never a reason for a kernel not to run. It is emptied so that it can be filled again.
+            # Damaged bytes make pickle and LLVM raise nearly anything; a cache that cannot be read is an
+            # empty cache, never a reason for a kernel not to run. It is emptied to be filled again.
             try:
                 found = place.load_overload(sig, target_context)
             except Exception:  # noqa: BLE001

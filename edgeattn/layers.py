@@ -1,4 +1,5 @@
 """Attention layers in float32: projections, attention, output projection."""
+
 import numpy as np
 
 from edgeattn import checkpoints
@@ -13,8 +14,8 @@ _TENSORS = ("q_weight", "k_weight", "v_weight", "out_weight", "q_bias", "k_bias"
 class MultiHeadAttention:
     """concat(head_1, ..., head_H) out_weight^T + out_bias, with head_h = attention(Q_h, K_h, V_h).
 
-    Q = query q_weight^T + q_bias, split into H heads of size D; K and V likewise, into Hkv heads. The scores are
-    scaled by 1 / sqrt(D). Vaswani et al., "Attention Is All You Need" (2017), section 3.2.2.
+    Q = query q_weight^T + q_bias, split into H heads of size D; K and V likewise, into Hkv heads. The scores
+    are scaled by 1 / sqrt(D). Vaswani et al., "Attention Is All You Need" (2017), section 3.2.2.
 
     Parameters
     ----------
@@ -43,13 +44,26 @@ class MultiHeadAttention:
 
     _query_name = "query"  # what the caller calls it
 
-    def __init__(self, num_heads, q_weight, k_weight, v_weight, out_weight=None, *, q_bias=None, k_bias=None,
-                 v_bias=None, out_bias=None, num_kv_heads=None):
+    def __init__(
+        self,
+        num_heads,
+        q_weight,
+        k_weight,
+        v_weight,
+        out_weight=None,
+        *,
+        q_bias=None,
+        k_bias=None,
+        v_bias=None,
+        out_bias=None,
+        num_kv_heads=None,
+    ):
         self.num_heads = count("num_heads", num_heads)
         self.num_kv_heads = self.num_heads if num_kv_heads is None else count("num_kv_heads", num_kv_heads)
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads must be a multiple of num_kv_heads, got {self.num_heads} and "
-                             f"{self.num_kv_heads}")
+            raise ValueError(
+                f"num_heads must be a multiple of num_kv_heads, got {self.num_heads} and {self.num_kv_heads}"
+            )
         self.q_weight = _parameter("q_weight", q_weight, 2)
         self.k_weight = _parameter("k_weight", k_weight, 2)
         self.v_weight = _parameter("v_weight", v_weight, 2)
@@ -62,23 +76,31 @@ class MultiHeadAttention:
         self.head_dim = _split("q_weight", self.q_weight, "num_heads", self.num_heads)
         self.value_dim = _split("v_weight", self.v_weight, "num_kv_heads", self.num_kv_heads)
         self.embed_dim, self.kdim, self.vdim = (
-            weight.shape[1] for weight in (self.q_weight, self.k_weight, self.v_weight))
+            weight.shape[1] for weight in (self.q_weight, self.k_weight, self.v_weight)
+        )
         self.scale = default_scale(self.head_dim)
         if self.k_weight.shape[0] != self.num_kv_heads * self.head_dim:
             raise ValueError(
                 f"k_weight must have Hkv * D = {self.num_kv_heads} * {self.head_dim} rows, D from q_weight "
-                f"{self.q_weight.shape}, got {self.k_weight.shape}; pass num_kv_heads if heads share keys")
+                f"{self.q_weight.shape}, got {self.k_weight.shape}; pass num_kv_heads if heads share keys"
+            )
         context_dim = self.num_heads * self.value_dim
         if self.out_weight is not None and self.out_weight.shape[1] != context_dim:
-            raise ValueError(f"out_weight must have H * Dv = {context_dim} columns, got shape {self.out_weight.shape}")
+            raise ValueError(
+                f"out_weight must have H * Dv = {context_dim} columns, got shape {self.out_weight.shape}"
+            )
         if self.out_weight is None and self.out_bias is not None:
-            raise ValueError("out_bias needs out_weight, got out_weight=None; pass numpy.eye to add a bias alone")
+            raise ValueError(
+                "out_bias needs out_weight, got out_weight=None; pass numpy.eye to add a bias alone"
+            )
         self.output_dim = context_dim if self.out_weight is None else self.out_weight.shape[0]
         for name in ("q", "k", "v", "out"):
             weight, bias = getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")
             if bias is not None and bias.shape != weight.shape[:1]:
-                raise ValueError(f"{name}_bias must have shape {weight.shape[:1]}, one per row of {name}_weight "
-                                 f"{weight.shape}, got {bias.shape}")
+                raise ValueError(
+                    f"{name}_bias must have shape {weight.shape[:1]}, one per row of {name}_weight "
+                    f"{weight.shape}, got {bias.shape}"
+                )
 
     @classmethod
     def from_torch(cls, state_dict_or_path, num_heads, prefix=""):
@@ -114,8 +136,19 @@ class MultiHeadAttention:
     def _build(cls, num_heads, weights, num_kv_heads=None):
         return cls(num_heads, **weights, num_kv_heads=num_kv_heads)
 
-    def __call__(self, query, key=None, value=None, *, attn_mask=None, key_padding_mask=None, is_causal=False,
-                 causal_alignment=None, need_weights=False, out=None):
+    def __call__(
+        self,
+        query,
+        key=None,
+        value=None,
+        *,
+        attn_mask=None,
+        key_padding_mask=None,
+        is_causal=False,
+        causal_alignment=None,
+        need_weights=False,
+        out=None,
+    ):
         """Attend from `query` to `key` and `value`.
 
         Parameters
@@ -156,8 +189,13 @@ class MultiHeadAttention:
         dtype = result_dtype(query, key, value)
         lead, (queries, keys) = query.shape[:-2], (query.shape[-2], key.shape[-2])
         check_out(out, (*lead, queries, self.output_dim), dtype)
-        mask = resolve_mask((*lead, self.num_heads, queries, keys), attn_mask, key_padding_mask, is_causal=is_causal,
-                            causal_alignment=causal_alignment)
+        mask = resolve_mask(
+            (*lead, self.num_heads, queries, keys),
+            attn_mask,
+            key_padding_mask,
+            is_causal=is_causal,
+            causal_alignment=causal_alignment,
+        )
         batch = mask.shape[0]
 
         q = _heads(_linear(query, self.q_weight, self.q_bias), batch, self.num_heads, self.head_dim)
@@ -175,9 +213,11 @@ class MultiHeadAttention:
         return result, deliver(weights.reshape(*lead, *mask.shape[1:]), None, dtype)
 
     def __repr__(self):
-        return (f"{type(self).__name__}(num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, "
-                f"embed_dim={self.embed_dim}, kdim={self.kdim}, vdim={self.vdim}, head_dim={self.head_dim}, "
-                f"value_dim={self.value_dim}, output_dim={self.output_dim})")
+        return (
+            f"{type(self).__name__}(num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, "
+            f"embed_dim={self.embed_dim}, kdim={self.kdim}, vdim={self.vdim}, head_dim={self.head_dim}, "
+            f"value_dim={self.value_dim}, output_dim={self.output_dim})"
+        )
 
     def _inputs(self, query, key, value):
         """The three inputs as float arrays of agreeing shapes."""
@@ -189,12 +229,17 @@ class MultiHeadAttention:
         shapes = f"query {query.shape}, key {key.shape}, value {value.shape}"
         if query.ndim not in (2, 3):
             raise ValueError(f"{self._query_name} must be (B, L, E) or (L, E), got shape {query.shape}")
-        for name, array, width in ((self._query_name, query, self.embed_dim), ("key", key, self.kdim),
-                                   ("value", value, self.vdim)):
+        for name, array, width in (
+            (self._query_name, query, self.embed_dim),
+            ("key", key, self.kdim),
+            ("value", value, self.vdim),
+        ):
             if array.ndim != query.ndim or array.shape[:-2] != query.shape[:-2]:
                 raise ValueError(f"{name} must have query's batch axes {query.shape[:-2]}, got {shapes}")
             if array.shape[-1] != width:
-                raise ValueError(f"{name} must have a last axis of {width}, the columns of its weight, got {shapes}")
+                raise ValueError(
+                    f"{name} must have a last axis of {width}, the columns of its weight, got {shapes}"
+                )
         if value.shape[-2] != key.shape[-2]:
             raise ValueError(f"value must have as many rows as key, S = {key.shape[-2]}, got {shapes}")
         return query, key, value
@@ -214,7 +259,7 @@ class MultiHeadAttention:
 
 
 class SelfAttention(MultiHeadAttention):
-    """Attention of a sequence to itself with one head: softmax(Q K^T / sqrt(D)) V, then the output projection.
+    """Attention of a sequence to itself with one head: softmax(Q K^T / sqrt(D)) V, then a projection.
 
     Parameters
     ----------
@@ -227,22 +272,47 @@ class SelfAttention(MultiHeadAttention):
 
     _query_name = "x"
 
-    def __init__(self, q_weight, k_weight, v_weight, out_weight=None, *, q_bias=None, k_bias=None, v_bias=None,
-                 out_bias=None):
-        super().__init__(1, q_weight, k_weight, v_weight, out_weight, q_bias=q_bias, k_bias=k_bias, v_bias=v_bias,
-                         out_bias=out_bias)
+    def __init__(
+        self,
+        q_weight,
+        k_weight,
+        v_weight,
+        out_weight=None,
+        *,
+        q_bias=None,
+        k_bias=None,
+        v_bias=None,
+        out_bias=None,
+    ):
+        super().__init__(
+            1,
+            q_weight,
+            k_weight,
+            v_weight,
+            out_weight,
+            q_bias=q_bias,
+            k_bias=k_bias,
+            v_bias=v_bias,
+            out_bias=out_bias,
+        )
         for name in ("k_weight", "v_weight"):
             if getattr(self, name).shape[1] != self.embed_dim:
-                raise ValueError(f"{name} must have the columns of q_weight, E = {self.embed_dim}, got "
-                                 f"{getattr(self, name).shape}; MultiHeadAttention takes keys of another width")
+                raise ValueError(
+                    f"{name} must have the columns of q_weight, E = {self.embed_dim}, got "
+                    f"{getattr(self, name).shape}; MultiHeadAttention takes keys of another width"
+                )
 
     @classmethod
     def _build(cls, num_heads, weights, num_kv_heads=None):
         if num_heads != 1 or num_kv_heads not in (None, 1):
-            raise ValueError(f"num_heads must be 1 for SelfAttention, got {num_heads}; use MultiHeadAttention")
+            raise ValueError(
+                f"num_heads must be 1 for SelfAttention, got {num_heads}; use MultiHeadAttention"
+            )
         return cls(**weights)
 
-    def __call__(self, x, *, attn_mask=None, key_padding_mask=None, is_causal=False, need_weights=False, out=None):
+    def __call__(
+        self, x, *, attn_mask=None, key_padding_mask=None, is_causal=False, need_weights=False, out=None
+    ):
         """Attend from `x` to itself.
 
         Parameters
@@ -258,8 +328,14 @@ class SelfAttention(MultiHeadAttention):
         (B, 1, L, L) or (1, L, L) array
             The probabilities, only with `need_weights`.
         """
-        return super().__call__(x, attn_mask=attn_mask, key_padding_mask=key_padding_mask, is_causal=is_causal,
-                                need_weights=need_weights, out=out)
+        return super().__call__(
+            x,
+            attn_mask=attn_mask,
+            key_padding_mask=key_padding_mask,
+            is_causal=is_causal,
+            need_weights=need_weights,
+            out=out,
+        )
 
 
 def _parameter(name, value, axes, optional=False):
@@ -278,7 +354,9 @@ def _parameter(name, value, axes, optional=False):
 def _split(name, weight, heads_name, heads):
     """Size of one head."""
     if weight.shape[0] % heads:
-        raise ValueError(f"{name} must have rows for {heads_name} = {heads} heads of equal size, got shape {weight.shape}")
+        raise ValueError(
+            f"{name} must have rows for {heads_name} = {heads} heads of equal size, got shape {weight.shape}"
+        )
     return weight.shape[0] // heads
 
 

@@ -1,4 +1,5 @@
 """Which keys a query may see: every way of saying so, checked and brought into one form."""
+
 import dataclasses
 import operator
 
@@ -71,8 +72,16 @@ class Mask:
         return together
 
 
-def resolve_mask(shape, attn_mask=None, key_padding_mask=None, *, is_causal=False, causal_alignment=None,
-                 window_size=(-1, -1), kv_lengths=None):
+def resolve_mask(
+    shape,
+    attn_mask=None,
+    key_padding_mask=None,
+    *,
+    is_causal=False,
+    causal_alignment=None,
+    window_size=(-1, -1),
+    kv_lengths=None,
+):
     """Check everything that restricts attention and bring it into one `Mask`.
 
     Parameters
@@ -87,8 +96,8 @@ def resolve_mask(shape, attn_mask=None, key_padding_mask=None, *, is_causal=Fals
         A query sees no key after its own position.
     causal_alignment : {"upper_left", "lower_right"}, optional
         The position of the queries among the keys, needed when their numbers differ and `is_causal` or
-        `window_size` asks for it. "upper_left": query 0 stands at key 0. "lower_right": the last query stands at
-        the last key (the last of `kv_lengths`).
+        `window_size` asks for it. "upper_left": query 0 stands at key 0. "lower_right": the last query stands
+        at the last key (the last of `kv_lengths`).
     window_size : (int, int)
         (left, right): keys from p - left to p + right, both inclusive; -1 = unbounded.
     kv_lengths : (...) int array, optional
@@ -117,11 +126,12 @@ def resolve_mask(shape, attn_mask=None, key_padding_mask=None, *, is_causal=Fals
     offset = np.zeros(batch, np.int64)
     if is_causal or left >= 0 or right >= 0:
         if causal_alignment is None and (queries != keys or (lengths != queries).any()):
-            lengths_given = "" if kv_lengths is None else f", kv_lengths = {np.asarray(kv_lengths).tolist()}"
+            lengths_text = "" if kv_lengths is None else f", kv_lengths = {np.asarray(kv_lengths).tolist()}"
             raise ValueError(
-                f"causal_alignment is needed because L = {queries} queries and S = {keys} keys{lengths_given} differ: "
-                "'upper_left' puts the first query at the first key (torch, Keras, JAX, ONNX without a cache), "
-                "'lower_right' the last query at the last key (FlashAttention, ONNX with a cache)")
+                f"causal_alignment is needed because L = {queries} queries and S = {keys} keys{lengths_text} "
+                "differ: 'upper_left' puts the first query at the first key (torch, Keras, JAX, ONNX without "
+                "a cache), 'lower_right' the last query at the last key (FlashAttention, ONNX with a cache)"
+            )
         if causal_alignment == "lower_right":
             offset = lengths - queries
 
@@ -129,7 +139,9 @@ def resolve_mask(shape, attn_mask=None, key_padding_mask=None, *, is_causal=Fals
     padding = _key_padding_mask(key_padding_mask, (*lead, keys), batch)
     if padding is not None:
         keep = padding if keep is None else keep & padding
-    return Mask((batch, heads, queries, keys), _read_only(keep), _read_only(bias), left, right, offset, lengths)
+    return Mask(
+        (batch, heads, queries, keys), _read_only(keep), _read_only(bias), left, right, offset, lengths
+    )
 
 
 def _read_only(array):
@@ -144,9 +156,13 @@ def _window(window_size, unbounded):
     try:
         left, right = (operator.index(bound) for bound in window_size)
     except (TypeError, ValueError):
-        raise TypeError(f"window_size must be two integers (left, right), -1 for unbounded, got {window_size!r}") from None
+        raise TypeError(
+            f"window_size must be two integers (left, right), -1 for unbounded, got {window_size!r}"
+        ) from None
     if left < -1 or right < -1:
-        raise ValueError(f"window_size must be (left, right) with bounds >= 0, or -1 for unbounded, got {window_size!r}")
+        raise ValueError(
+            f"window_size must be (left, right) with bounds >= 0, or -1 for unbounded, got {window_size!r}"
+        )
     # No distance exceeds `unbounded`; clipping keeps the kernel's sums within int64.
     return min(left, unbounded), min(right, unbounded)
 
@@ -158,7 +174,9 @@ def _lengths(kv_lengths, lead, batch, keys):
     if lengths.dtype.kind not in "iu":
         raise TypeError(f"kv_lengths must be an integer array, got dtype {lengths.dtype}")
     if lengths.shape != lead:
-        raise ValueError(f"kv_lengths must have shape {lead}, one length per batch entry, got {lengths.shape}")
+        raise ValueError(
+            f"kv_lengths must have shape {lead}, one length per batch entry, got {lengths.shape}"
+        )
     if lengths.size and (lengths.min() < 0 or lengths.max() > keys):
         raise ValueError(f"kv_lengths must lie between 0 and S = {keys}, got {lengths.tolist()}")
     return lengths.astype(np.int64).reshape(batch)
@@ -170,8 +188,10 @@ def _attn_mask(attn_mask, shape, batch):
         return None, None
     mask = np.asarray(attn_mask)
     if mask.dtype.kind not in "bf" or mask.dtype.itemsize > 8:
-        raise TypeError("attn_mask must be a bool array (True = attend) or a float array (added to the scores), "
-                        f"got dtype {mask.dtype}; convert 0/1 with .astype(bool)")
+        raise TypeError(
+            "attn_mask must be a bool array (True = attend) or a float array (added to the scores), "
+            f"got dtype {mask.dtype}; convert 0/1 with .astype(bool)"
+        )
     if not _broadcasts(mask.shape, shape):
         raise ValueError(f"attn_mask must broadcast to (..., H, L, S) = {shape}, got shape {mask.shape}")
     keys = shape[-1]
@@ -192,8 +212,10 @@ def _key_padding_mask(key_padding_mask, shape, batch):
         return None
     mask = np.asarray(key_padding_mask)
     if mask.dtype != np.bool_:
-        raise TypeError(f"key_padding_mask must be a bool array (True = a real token), got dtype {mask.dtype}; "
-                        "convert 0/1 with .astype(bool)")
+        raise TypeError(
+            f"key_padding_mask must be a bool array (True = a real token), got dtype {mask.dtype}; "
+            "convert 0/1 with .astype(bool)"
+        )
     if mask.shape != shape:
         raise ValueError(f"key_padding_mask must have shape (..., S) = {shape}, got {mask.shape}")
     return np.ascontiguousarray(mask).reshape(batch, 1, 1, shape[-1])
@@ -201,4 +223,5 @@ def _key_padding_mask(key_padding_mask, shape, batch):
 
 def _broadcasts(given, shape):
     return len(given) <= len(shape) and all(
-        axis in (1, wanted) for axis, wanted in zip(reversed(given), reversed(shape)))
+        axis in (1, wanted) for axis, wanted in zip(reversed(given), reversed(shape), strict=False)
+    )

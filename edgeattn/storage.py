@@ -3,17 +3,18 @@
 A layer's file is a .safetensors file: its tensors, and under the metadata key "edgeattn" one JSON object
 {"format": 1, "kind": the name of the layer's class, "config": that class's own settings}.
 """
+
 import importlib
 import json
-import os
 import pathlib
-import secrets
 import zipfile
 import zlib
 
 import numpy as np
 import safetensors
 import safetensors.numpy
+
+from edgeattn.files import write_atomic
 
 _FORMAT = 1
 _METADATA_KEY = "edgeattn"
@@ -45,12 +46,16 @@ def save(layer, path):
     if _KINDS.get(kind) != type(layer).__module__:
         raise TypeError(f"layer must be one of {', '.join(_KINDS)}, got {kind}")
     if path.suffix != ".safetensors":
-        raise ValueError(f"path must end in .safetensors, got {str(path)!r}; quant.export writes the other formats")
+        raise ValueError(
+            f"path must end in .safetensors, got {str(path)!r}; quant.export writes the other formats"
+        )
     config, tensors = layer._to_state()
     header = {"format": _FORMAT, "kind": kind, "config": config}
-    content = safetensors.numpy.save({name: np.asarray(array, order="C") for name, array in tensors.items()},
-                                     metadata={_METADATA_KEY: json.dumps(header, sort_keys=True)})
-    write_atomically(path, content)
+    content = safetensors.numpy.save(
+        {name: np.asarray(array, order="C") for name, array in tensors.items()},
+        metadata={_METADATA_KEY: json.dumps(header, sort_keys=True)},
+    )
+    write_atomic(path, content)
 
 
 def load(path, *, arithmetic=None):
@@ -61,8 +66,8 @@ def load(path, *, arithmetic=None):
     path : str or path
         Ends in ".safetensors" or ".tflite".
     arithmetic : str, optional
-        The kernel set an int8 layer shall follow, a name in `edgeattn.arithmetic.KERNEL_SETS`. Unless given: the
-        one a .safetensors file was saved with, "litert" for a .tflite file, which does not say.
+        The kernel set an int8 layer shall follow, a name in `edgeattn.arithmetic.KERNEL_SETS`. Unless given:
+        the one a .safetensors file was saved with, "litert" for a .tflite file, which does not say.
 
     Returns
     -------
@@ -116,30 +121,10 @@ def read_tensors(path, prefix=""):
     if path.suffix == ".safetensors":
         _, tensors = _read_safetensors(path, prefix, names := [])
         return tensors, names
-    raise ValueError(f"path must end in .safetensors or .npz, got {str(path)!r}; "
-                     "convert a torch checkpoint with safetensors.torch.save_file(state_dict, path)")
-
-
-def write_atomically(path, content):
-    """Write bytes to a file that either appears whole under its name or not at all.
-
-    Parameters
-    ----------
-    path : str or path
-    content : bytes
-    """
-    path = pathlib.Path(path)
-    # In the same folder, since only within one file system is the last step a single one.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    raise ValueError(
+        f"path must end in .safetensors or .npz, got {str(path)!r}; "
+        "convert a torch checkpoint with safetensors.torch.save_file(state_dict, path)"
+    )
 
 
 def _path(path):
@@ -173,8 +158,9 @@ def _tensor(path, file, name):
         return file.get_tensor(name)
     except (KeyError, TypeError, AttributeError) as error:  # what safetensors raises for a dtype NumPy lacks
         dtype = file.get_slice(name).get_dtype()
-        raise ValueError(f"{path} stores {name} as {dtype}, which NumPy does not have; "
-                         "convert the file to F32 first") from error
+        raise ValueError(
+            f"{path} stores {name} as {dtype}, which NumPy does not have; convert the file to F32 first"
+        ) from error
 
 
 def _read_npz(path, prefix):
@@ -188,15 +174,19 @@ def _read_npz(path, prefix):
 def _parse_header(path, metadata):
     """(kind, config) from the metadata of a layer's file."""
     if _METADATA_KEY not in metadata:
-        raise ValueError(f"{path} holds tensors but no edgeattn layer: read checkpoints of other libraries with "
-                         "MultiHeadAttention.from_torch or from_bert")
+        raise ValueError(
+            f"{path} holds tensors but no edgeattn layer: read checkpoints of other libraries with "
+            "MultiHeadAttention.from_torch or from_bert"
+        )
     try:
         header = json.loads(metadata[_METADATA_KEY])
         version, kind, config = header["format"], header["kind"], header["config"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} has unreadable edgeattn metadata: {error!r}") from error
     if version != _FORMAT:
-        raise ValueError(f"{path} has format {version!r}, this edgeattn reads format {_FORMAT}; update edgeattn")
+        raise ValueError(
+            f"{path} has format {version!r}, this edgeattn reads format {_FORMAT}; update edgeattn"
+        )
     if not isinstance(kind, str) or kind not in _KINDS or not isinstance(config, dict):
         raise ValueError(f"{path} must hold one of {', '.join(_KINDS)} with its config, got kind {kind!r}")
     return kind, config

@@ -1,7 +1,7 @@
 """Bytes of a .tflite file read into a Graph, every offset checked.
 
-The ``flatbuffers`` package trusts its input: an offset that points before the file's start silently reads from its end.
-This reader needs only ``struct`` and NumPy, and answers every damaged file with a ValueError.
+The ``flatbuffers`` package trusts its input: an offset that points before the file's start silently reads
+from its end. This reader needs only ``struct`` and NumPy, and answers every damaged file with a ValueError.
 """
 
 from __future__ import annotations
@@ -16,7 +16,15 @@ import numpy as np
 from edgeattn.tflite_schema import BUILTIN_OPERATORS, DTYPES, IDENTIFIER, TABLES, Graph, Operator, Tensor
 
 _OPERATOR_NAMES = {builtin.code: name for name, builtin in BUILTIN_OPERATORS.items()}
-_SCALARS = {"bool": "<B", "int8": "<b", "uint8": "<B", "int32": "<i", "uint32": "<I", "uint64": "<Q", "float32": "<f"}
+_SCALARS = {
+    "bool": "<B",
+    "int8": "<b",
+    "uint8": "<B",
+    "int32": "<i",
+    "uint32": "<I",
+    "uint64": "<Q",
+    "float32": "<f",
+}
 _VECTORS = {"[int32]": "<i4", "[int64]": "<i8", "[float32]": "<f4", "[uint8]": "<u1"}
 # Offsets may be shared, so a small file can name a big text or shape very often: bound what each may cost.
 _LONGEST_STRING = 1000
@@ -38,7 +46,9 @@ def read_bytes(path_or_bytes) -> tuple[bytes, str]:
     if isinstance(path_or_bytes, (bytes, bytearray, memoryview)):
         return bytes(path_or_bytes), "the .tflite bytes"
     if not isinstance(path_or_bytes, (str, os.PathLike)):
-        raise TypeError(f"path_or_bytes must be a path or the bytes of a .tflite file; got {type(path_or_bytes).__name__}")
+        raise TypeError(
+            f"path_or_bytes must be a path or the bytes of a .tflite file; got {type(path_or_bytes).__name__}"
+        )
     return Path(path_or_bytes).read_bytes(), str(path_or_bytes)
 
 
@@ -73,7 +83,7 @@ class _Parser:
     def error(self, message: str) -> ValueError:
         return ValueError(f"{self.name}: {message}")
 
-    # -- FlatBuffer primitives -----------------------------------------------------------------------------------------
+    # -- FlatBuffer primitives
 
     def span(self, position: int, size: int, what: str) -> int:
         """``position``, checked to have ``size`` bytes of the file behind it."""
@@ -103,7 +113,9 @@ class _Parser:
         if offset == 0:
             return None
         if offset + size > table_size:
-            raise self.error(f"is damaged: {what} has {table_size} bytes but a field of {size} at byte {offset}")
+            raise self.error(
+                f"is damaged: {what} has {table_size} bytes but a field of {size} at byte {offset}"
+            )
         return table + offset
 
     def vector(self, position: int, item_size: int, what: str) -> tuple[int, int]:
@@ -113,14 +125,16 @@ class _Parser:
         return self.span(start + 4, count * item_size, what), count
 
     def get(self, table: int, kind: str, field: str):
-        """A field of a table of ``kind``: a number, a text, an array, the position of a table, or a list of those.
+        """A field of a table of ``kind``: a number, a text, an array, a table's position, or a list of those.
 
         An absent number is the schema's default, an absent vector is empty, anything else absent is None.
         """
         declared = TABLES[kind][field]
         what = f"{kind}.{field}"
         layout = _SCALARS.get(declared.kind)
-        position = self.field_position(table, declared.slot, 4 if layout is None else struct.calcsize(layout), what)
+        position = self.field_position(
+            table, declared.slot, 4 if layout is None else struct.calcsize(layout), what
+        )
         if layout is not None:
             return declared.default if position is None else self.scalar(layout, position, what)
         if declared.kind in _VECTORS:
@@ -141,13 +155,14 @@ class _Parser:
             return [self.target(start + 4 * i, what) for i in range(count)]
         return None if position is None else self.target(position, what)
 
-    # -- tables --------------------------------------------------------------------------------------------------------
+    # -- tables
 
     def graph(self) -> Graph:
         if len(self.data) < 8 or self.data[4:8] != IDENTIFIER:
             raise self.error(f"is not a .tflite file: expected the identifier {IDENTIFIER!r} at byte 4; "
                              f"found {self.data[4:8]!r}")
         model = self.target(0, "Model")
+        self.get(model, "Model", "description")  # for a file cut short only there
         subgraphs = self.get(model, "Model", "subgraphs")
         if len(subgraphs) != 1:
             raise self.error(f"expected one subgraph; found {len(subgraphs)}")
@@ -161,7 +176,9 @@ class _Parser:
                            for position in self.get(subgraph, "SubGraph", "operators")]
         for role in ("inputs", "outputs"):
             numbers = self.get(subgraph, "SubGraph", role)
-            setattr(graph, role, self.tensor_numbers(numbers, len(graph.tensors), f"the graph's {role}", lowest=0))
+            setattr(
+                graph, role, self.tensor_numbers(numbers, len(graph.tensors), f"the graph's {role}", lowest=0)
+            )
         return graph
 
     def tensor_numbers(self, numbers: np.ndarray, count: int, what: str, lowest: int) -> list[int]:
@@ -171,7 +188,8 @@ class _Parser:
         return numbers.tolist()
 
     def operator_code(self, table: int) -> tuple[str, int]:
-        # Files from before the int32 field have the code in the int8 one; both are never smaller than the true code.
+        # Files from before the int32 field have the code in the int8 one; both are never smaller than the
+        # true code.
         code = max(self.get(table, "OperatorCode", "deprecated_builtin_code"),
                    self.get(table, "OperatorCode", "builtin_code"))
         name = self.get(table, "OperatorCode", "custom_code") or _OPERATOR_NAMES.get(code, f"operator {code}")
@@ -182,8 +200,10 @@ class _Parser:
         if index >= len(codes):
             raise self.error(f"an operator has code number {index}; the file lists {len(codes)} codes")
         name, version = codes[index]
-        inputs, outputs = (self.tensor_numbers(self.get(table, "Operator", role), tensor_count, f"{role} of {name}", lowest)
-                           for role, lowest in (("inputs", -1), ("outputs", 0)))
+        inputs, outputs = (
+            self.tensor_numbers(self.get(table, "Operator", role), tensor_count, f"{role} of {name}", lowest)
+            for role, lowest in (("inputs", -1), ("outputs", 0))
+        )
         return Operator(name, tuple(inputs), tuple(outputs), self.options(table, name), version)
 
     def options(self, table: int, name: str) -> dict[str, object]:
@@ -194,17 +214,24 @@ class _Parser:
         position = self.get(table, "Operator", "builtin_options")
         fields = TABLES[builtin.options_table]
         if code == 0 or position is None:
-            return {field: declared.default for field, declared in fields.items() if declared.kind in _SCALARS}
+            return {
+                field: declared.default for field, declared in fields.items() if declared.kind in _SCALARS
+            }
         if code != builtin.options_code:
-            raise self.error(f"{name} has options of type {code}; expected {builtin.options_code} ({builtin.options_table})")
+            raise self.error(
+                f"{name} has options of type {code}; expected {builtin.options_code}"
+                f" ({builtin.options_table})"
+            )
         return {field: self.get(position, builtin.options_table, field) for field in fields}
 
     def tensor(self, table: int, number: int) -> Tensor:
         name = self.get(table, "Tensor", "name") or f"tensor {number}"
         shape = self.get(table, "Tensor", "shape")
         if shape.size > _HIGHEST_RANK or (shape < 0).any():
-            raise self.error(f"tensor {name!r} has shape {shape[:_HIGHEST_RANK + 1].tolist()}; expected at most "
-                             f"{_HIGHEST_RANK} axes, none negative")
+            raise self.error(
+                f"tensor {name!r} has shape {shape[:_HIGHEST_RANK + 1].tolist()}; expected at most "
+                f"{_HIGHEST_RANK} axes, none negative"
+            )
         shape = tuple(shape.tolist())
         dtype = DTYPES.get(self.get(table, "Tensor", "type"))
         scale, zero_point, axis = self.quantization(table, name)
@@ -223,17 +250,24 @@ class _Parser:
         if zero_point.size == 0:
             zero_point = np.zeros(scale.size, np.int64)
         if zero_point.size != scale.size:
-            raise self.error(f"tensor {name!r} has {scale.size} scales and {zero_point.size} zero points; expected as many")
+            raise self.error(
+                f"tensor {name!r} has {scale.size} scales and {zero_point.size} zero points; expected as many"
+            )
         return (scale.astype(np.float32), zero_point.astype(np.int64),
                 self.get(position, "QuantizationParameters", "quantized_dimension"))
 
-    def constant(self, table: int, name: str, shape: tuple[int, ...], dtype: np.dtype | None) -> np.ndarray | None:
-        """The values of a constant tensor; None where it is computed at run time or of a type not read here."""
+    def constant(
+        self, table: int, name: str, shape: tuple[int, ...], dtype: np.dtype | None
+    ) -> np.ndarray | None:
+        """The values of a constant tensor; None when it is computed at run time or of no type of DTYPES."""
         number = self.get(table, "Tensor", "buffer")
         if number >= len(self.buffers):
-            raise self.error(f"tensor {name!r} has buffer number {number}; the file has {len(self.buffers)} buffers")
+            raise self.error(
+                f"tensor {name!r} has buffer number {number}; the file has {len(self.buffers)} buffers"
+            )
         buffer = self.buffers[number]
-        # Offsets of 0 and 1 are placeholders; greater ones point behind the FlatBuffer, as in files of over 2 GB.
+        # Offsets of 0 and 1 are placeholders; greater ones point behind the FlatBuffer, as in files of over 2
+        # GB.
         if self.get(table, "Tensor", "external_buffer") or self.get(buffer, "Buffer", "offset") > 1:
             raise self.error(f"tensor {name!r} has its values outside the FlatBuffer; expected them inside")
         raw = self.get(buffer, "Buffer", "data")
@@ -243,5 +277,8 @@ class _Parser:
             raise self.error(f"tensor {name!r} is stored sparse; expected a dense one")
         expected = math.prod(shape) * dtype.itemsize
         if raw.size != expected:
-            raise self.error(f"tensor {name!r} has a buffer of {raw.size} bytes; its shape {shape} of {dtype} takes {expected}")
+            raise self.error(
+                f"tensor {name!r} has a buffer of {raw.size} bytes; its shape {shape} of {dtype} takes"
+                f" {expected}"
+            )
         return np.frombuffer(raw, dtype.newbyteorder("<")).reshape(shape)

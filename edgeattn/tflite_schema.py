@@ -1,8 +1,8 @@
 """The part of the .tflite schema that attention needs, as data, and a graph in its terms.
 
-A .tflite file is a FlatBuffer (identifier "TFL3"): tables whose fields sit in numbered slots. The writer and the reader
-are both driven by TABLES, so a field exists once. Slots and codes: tensorflow/lite/schema/schema.fbs, version 3; slots
-are only ever appended there, so files of any age agree on them.
+A .tflite file is a FlatBuffer (identifier "TFL3"): tables whose fields sit in numbered slots. The writer and
+the reader are both driven by TABLES, so a field exists once. Slots and codes are those of
+tensorflow/lite/schema/schema.fbs, version 3; slots are only ever appended there, so files of any age agree.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ TYPE_CODES: Mapping[np.dtype, int] = MappingProxyType({dtype: code for code, dty
 class Field:
     """A field of a table: its slot, what it holds and the value an absent scalar stands for.
 
-    ``kind`` is a scalar ("bool", "int8", "uint8", "int32", "uint32", "uint64", "float32"), "string", "union", the name of a
-    table, or one of these in brackets for a vector.
+    ``kind`` is a scalar ("bool", "int8", "uint8", "int32", "uint32", "uint64", "float32"), "string", "union",
+    the name of a table, or one of these in brackets for a vector.
     """
 
     slot: int
@@ -40,21 +40,23 @@ class Field:
 
 TABLES: Mapping[str, Mapping[str, Field]] = MappingProxyType({
     "Model": {
-        "version": Field(0, "uint32"), "operator_codes": Field(1, "[OperatorCode]"), "subgraphs": Field(2, "[SubGraph]"),
-        "description": Field(3, "string"), "buffers": Field(4, "[Buffer]"), "signature_defs": Field(7, "[SignatureDef]"),
+        "version": Field(0, "uint32"), "operator_codes": Field(1, "[OperatorCode]"),
+        "subgraphs": Field(2, "[SubGraph]"), "description": Field(3, "string"),
+        "buffers": Field(4, "[Buffer]"), "signature_defs": Field(7, "[SignatureDef]"),
     },
     "OperatorCode": {
-        "deprecated_builtin_code": Field(0, "int8"), "custom_code": Field(1, "string"), "version": Field(2, "int32", 1),
-        "builtin_code": Field(3, "int32"),
+        "deprecated_builtin_code": Field(0, "int8"), "custom_code": Field(1, "string"),
+        "version": Field(2, "int32", 1), "builtin_code": Field(3, "int32"),
     },
     "SubGraph": {
         "tensors": Field(0, "[Tensor]"), "inputs": Field(1, "[int32]"), "outputs": Field(2, "[int32]"),
         "operators": Field(3, "[Operator]"), "name": Field(4, "string"),
     },
     "Tensor": {
-        "shape": Field(0, "[int32]"), "type": Field(1, "int8"), "buffer": Field(2, "uint32"), "name": Field(3, "string"),
-        "quantization": Field(4, "QuantizationParameters"), "is_variable": Field(5, "bool"),
-        "sparsity": Field(6, "SparsityParameters"), "has_rank": Field(8, "bool"), "external_buffer": Field(10, "uint32"),
+        "shape": Field(0, "[int32]"), "type": Field(1, "int8"), "buffer": Field(2, "uint32"),
+        "name": Field(3, "string"), "quantization": Field(4, "QuantizationParameters"),
+        "sparsity": Field(6, "SparsityParameters"), "has_rank": Field(8, "bool"),
+        "external_buffer": Field(10, "uint32"),
     },
     "QuantizationParameters": {
         "scale": Field(2, "[float32]"), "zero_point": Field(3, "[int64]"), "details_type": Field(4, "uint8"),
@@ -67,12 +69,13 @@ TABLES: Mapping[str, Mapping[str, Field]] = MappingProxyType({
     },
     "Buffer": {"data": Field(0, "[uint8]"), "offset": Field(1, "uint64"), "size": Field(2, "uint64")},
     "SignatureDef": {
-        "inputs": Field(0, "[TensorMap]"), "outputs": Field(1, "[TensorMap]"), "signature_key": Field(2, "string"),
-        "subgraph_index": Field(4, "uint32"),
+        "inputs": Field(0, "[TensorMap]"), "outputs": Field(1, "[TensorMap]"),
+        "signature_key": Field(2, "string"), "subgraph_index": Field(4, "uint32"),
     },
     "TensorMap": {"name": Field(0, "string"), "tensor_index": Field(1, "uint32")},
     "FullyConnectedOptions": {
-        "fused_activation_function": Field(0, "int8"), "weights_format": Field(1, "int8"), "keep_num_dims": Field(2, "bool"),
+        "fused_activation_function": Field(0, "int8"), "weights_format": Field(1, "int8"),
+        "keep_num_dims": Field(2, "bool"),
     },
     "BatchMatMulOptions": {"adj_x": Field(0, "bool"), "adj_y": Field(1, "bool")},
     "SoftmaxOptions": {"beta": Field(0, "float32")},
@@ -107,7 +110,7 @@ BUILTIN_OPERATORS: Mapping[str, BuiltinOperator] = MappingProxyType({
     "SELECT_V2": BuiltinOperator(123, 98, "SelectV2Options"),
     "BATCH_MATMUL": BuiltinOperator(126, 101, "BatchMatMulOptions"),
 })
-# The int8 field that carried the operator's code before there were more than 127 of them; old readers look only there.
+# What the old int8 field of an operator's code says where the code is greater.
 DEPRECATED_CODE_MAX = 127
 
 
@@ -141,7 +144,7 @@ class Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Operator:
-    """An operator of a graph: a name of BUILTIN_OPERATORS (or any other text, read from a file), and tensor numbers.
+    """An operator of a graph: a name of BUILTIN_OPERATORS (a file may hold others), and tensor numbers.
 
     An input of -1 is an optional tensor left out.
     """
@@ -174,13 +177,14 @@ class Graph:
 
         ``quantization`` has a scalar ``scale`` and ``zero_point``, or is None.
         """
-        return self._append(Tensor(name, tuple(map(int, shape)), np.dtype(dtype), None, *_parameters(quantization)))
+        shape = tuple(map(int, shape))
+        return self._append(Tensor(name, shape, np.dtype(dtype), None, *_parameters(quantization)))
 
     def constant(self, name: str, values: np.ndarray, quantization=None, *, channel_scale=None) -> int:
         """Add a constant and return its number.
 
-        ``quantization`` is as for ``activation``; ``channel_scale``, float32 (values.shape[0],), is instead symmetric
-        quantization along the first axis.
+        ``quantization`` is as for ``activation``; ``channel_scale``, float32 (values.shape[0],), is instead
+        symmetric quantization along the first axis.
         """
         values = np.asarray(values)
         if channel_scale is None:
@@ -190,8 +194,8 @@ class Graph:
             zero_point = np.zeros(scale.shape, np.int64)
         return self._append(Tensor(name, values.shape, values.dtype, values, scale, zero_point))
 
-    def operator(self, name: str, inputs: Sequence[int], output: int, options: Mapping[str, object] | None = None,
-                 version: int = 1) -> None:
+    def operator(self, name: str, inputs: Sequence[int], output: int,
+                 options: Mapping[str, object] | None = None, version: int = 1) -> None:
         """Add an operator that runs after those added before it."""
         self.operators.append(Operator(name, tuple(inputs), (output,), dict(options or {}), version))
 

@@ -277,6 +277,8 @@ def main() -> int:
 
     console.print()
     console.print(describe_heads(weights, digits.test_images))
+    console.print("on ink: the weight that falls on patches with more ink than the mean patch")
+    console.print("most often at: the most attended patch, seen from the query (share of queries)")
     values = ", ".join(f"layer {i} {diversity(w):.3f} bit" for i, w in enumerate(weights["four heads"]))
     console.print(f"\nDiversity of the four heads: {values}")
     console.print("(mean pairwise Jensen-Shannon divergence; 0 = all alike, 1 = no key in common)\n")

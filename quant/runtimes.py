@@ -63,11 +63,15 @@ class Session:
                              f"({', '.join(name for name, _, _ in self.inputs)}); got {len(inputs)}")
         for x, (name, shape, dtype) in zip(inputs, self.inputs, strict=True):
             if not isinstance(x, np.ndarray) or x.dtype != dtype:
-                raise TypeError(f"input {name!r} must be an array of {dtype}; got {getattr(x, 'dtype', type(x).__name__)}")
+                raise TypeError(
+                    f"input {name!r} must be an array of {dtype}; got {getattr(x, 'dtype', type(x).__name__)}"
+                )
             if x.shape != shape:
-                raise ValueError(f"input {name!r} must have shape {shape}; got {x.shape} (a .tflite file has fixed lengths: "
-                                 "export one for these)")
-        return self._invoke([np.ascontiguousarray(x) for x in inputs])
+                raise ValueError(
+                    f"input {name!r} must have shape {shape}; got {x.shape} (a .tflite file has fixed"
+                    " lengths: export one for these)"
+                )
+        return self._invoke([np.asarray(x, order="C") for x in inputs])
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,7 @@ class Runtime:
         return self.session(model).run(*inputs)
 
 
-# -- ai-edge-litert and tflite-runtime: one interface ----------------------------------------------------------------------
+# -- ai-edge-litert and tflite-runtime: one interface
 
 def _interpreter_session(interpreter, name: str) -> Session:
     interpreter.allocate_tensors()
@@ -137,15 +141,22 @@ def _interpreter_session(interpreter, name: str) -> Session:
         interpreter.invoke()
         return [interpreter.get_tensor(details["index"]) for details in outputs]
 
-    return Session(name, [(details["name"], tuple(int(size) for size in details["shape"]), np.dtype(details["dtype"]))
-                          for details in inputs], invoke)
+    return Session(
+        name,
+        [
+            (details["name"], tuple(int(size) for size in details["shape"]), np.dtype(details["dtype"]))
+            for details in inputs
+        ],
+        invoke,
+    )
 
 
 def _litert(resolver: str) -> Callable[[bytes, str], Session]:
     def open_model(data: bytes, name: str) -> Session:
         litert = importlib.import_module("ai_edge_litert.interpreter")
-        interpreter = litert.Interpreter(model_content=data,
-                                         experimental_op_resolver_type=getattr(litert.OpResolverType, resolver))
+        interpreter = litert.Interpreter(
+            model_content=data, experimental_op_resolver_type=getattr(litert.OpResolverType, resolver)
+        )
         return _interpreter_session(interpreter, name)
 
     return open_model
@@ -153,22 +164,30 @@ def _litert(resolver: str) -> Callable[[bytes, str], Session]:
 
 def _tflite_runtime(data: bytes, name: str) -> Session:
     # The default resolver only: this release's BUILTIN_REF corrupts the heap with per-channel weights.
-    return _interpreter_session(importlib.import_module("tflite_runtime.interpreter").Interpreter(model_content=data), name)
+    return _interpreter_session(
+        importlib.import_module("tflite_runtime.interpreter").Interpreter(model_content=data), name
+    )
 
 
-# -- TFLite Micro ----------------------------------------------------------------------------------------------------------
+# -- TFLite Micro
 
 def arena_size(data: bytes, name: str) -> int:
-    """Bytes to give TFLite Micro for a model: generous, because it dies without a Python error in a far too small arena.
+    """Bytes to give TFLite Micro for a model: generous, because it dies without a Python error in a far too
+    small arena.
 
-    Every activation twice (they may all be alive, and products transpose a side into scratch memory), 16 bytes for each
-    quantized channel, and a fixed part.
+    Every activation twice (they may all be alive, and products transpose a side into scratch memory), 16
+    bytes for each quantized channel, and a fixed part.
     """
     graph = parse(data, name)
     channels = sum(tensor.scale.size for tensor in graph.tensors if tensor.scale is not None)
     activations = sum(math.prod(tensor.shape) * (8 if tensor.dtype is None else tensor.dtype.itemsize)
                       for tensor in graph.tensors if tensor.data is None)
-    return _ARENA_BASE + _ARENA_PER_RECORD * (len(graph.tensors) + len(graph.operators)) + 16 * channels + 2 * activations
+    return (
+        _ARENA_BASE
+        + _ARENA_PER_RECORD * (len(graph.tensors) + len(graph.operators))
+        + 16 * channels
+        + 2 * activations
+    )
 
 
 def _tflm(data: bytes, name: str) -> Session:
@@ -194,7 +213,7 @@ def _tflm(data: bytes, name: str) -> Session:
     return Session(name, inputs, invoke)
 
 
-# -- what can run here -----------------------------------------------------------------------------------------------------
+# -- what can run here
 
 _MACHINES = {"x86-64": ("x86_64", "amd64"), "aarch64": ("aarch64", "arm64")}
 
@@ -232,7 +251,10 @@ def _litert_why_not(kernel_set: str, *machines: str) -> Callable[[], str | None]
         if version is None:
             return f"{reason} (pip install 'ai-edge-litert>={oldest}')"
         if _release(version) < OLDEST_LITERT:
-            return f"ai-edge-litert {version} ignores the zero point of keys and values; {oldest} or newer is needed"
+            return (
+                f"ai-edge-litert {version} ignores the zero point of keys and values; {oldest} or newer is"
+                " needed"
+            )
         return _import_error("ai_edge_litert.interpreter")
 
     return why_not
@@ -265,7 +287,10 @@ def _tflite_runtime_why_not() -> str | None:
         return f"'tflite-runtime' is what tflite-runtime 2.14 computes; {version} is installed"
     # It imports under numpy 2 and fails only when a model is loaded.
     if _release(np.__version__)[0] >= 2:
-        return f"tflite-runtime 2.14 is built for numpy 1; numpy {np.__version__} is installed (pip install 'numpy<2')"
+        return (
+            f"tflite-runtime 2.14 is built for numpy 1; numpy {np.__version__} is installed (pip install"
+            " 'numpy<2')"
+        )
     return _import_error("tflite_runtime.interpreter")
 
 
@@ -274,20 +299,49 @@ def _tflm_why_not() -> str | None:
     if version is not None:
         return _import_error("tflite_micro.python.tflite_micro.runtime")
     python = ".".join(map(str, sys.version_info[:2]))
-    if sys.version_info[:2] != (3, 11) or _wrong_machine("tflm", "x86-64") is not None or sys.platform != "linux":
+    if (
+        sys.version_info[:2] != (3, 11)
+        or _wrong_machine("tflm", "x86-64") is not None
+        or sys.platform != "linux"
+    ):
         return (f"tflite-micro has no wheel for Python {python} on {sys.platform} {platform.machine()} "
                 "(there is one for 3.11 on Linux x86-64)")
     return f"{reason} (pip install tflite-micro)"
 
 
 _LITERT = "ai-edge-litert"
-RUNTIMES: Mapping[str, Runtime] = MappingProxyType({runtime.kernel_set: runtime for runtime in (
-    Runtime("litert", "LiteRT (XNNPACK)", _LITERT, _litert_why_not("litert", "x86-64"), _litert("AUTO")),
-    Runtime("litert-arm", "LiteRT (XNNPACK) on ARM", _LITERT, _litert_why_not("litert-arm", "aarch64"), _litert("AUTO")),
-    Runtime("litert-builtin", "LiteRT without XNNPACK", _LITERT, _litert_why_not("litert-builtin", "x86-64"),
-            _litert("BUILTIN_WITHOUT_DEFAULT_DELEGATES")),
-    Runtime("litert-reference", "LiteRT reference kernels", _LITERT,
-            _litert_why_not("litert-reference", "x86-64", "aarch64"), _litert("BUILTIN_REF")),
-    Runtime("tflite-runtime", "tflite-runtime", "tflite-runtime", _tflite_runtime_why_not, _tflite_runtime),
-    Runtime("tflm", "TFLite Micro", "tflite-micro", _tflm_why_not, _tflm),
-)})
+RUNTIMES: Mapping[str, Runtime] = MappingProxyType(
+    {
+        runtime.kernel_set: runtime
+        for runtime in (
+            Runtime(
+                "litert", "LiteRT (XNNPACK)", _LITERT, _litert_why_not("litert", "x86-64"), _litert("AUTO")
+            ),
+            Runtime(
+                "litert-arm",
+                "LiteRT (XNNPACK) on ARM",
+                _LITERT,
+                _litert_why_not("litert-arm", "aarch64"),
+                _litert("AUTO"),
+            ),
+            Runtime(
+                "litert-builtin",
+                "LiteRT without XNNPACK",
+                _LITERT,
+                _litert_why_not("litert-builtin", "x86-64"),
+                _litert("BUILTIN_WITHOUT_DEFAULT_DELEGATES"),
+            ),
+            Runtime(
+                "litert-reference",
+                "LiteRT reference kernels",
+                _LITERT,
+                _litert_why_not("litert-reference", "x86-64", "aarch64"),
+                _litert("BUILTIN_REF"),
+            ),
+            Runtime(
+                "tflite-runtime", "tflite-runtime", "tflite-runtime", _tflite_runtime_why_not, _tflite_runtime
+            ),
+            Runtime("tflm", "TFLite Micro", "tflite-micro", _tflm_why_not, _tflm),
+        )
+    }
+)

@@ -1,4 +1,5 @@
-"""The one list of attention cases: correctness tests run all of them, benchmarks choose among them by name."""
+"""The one list of attention cases: correctness tests run all of them, benchmarks choose by name."""
+
 import dataclasses
 import zlib
 
@@ -22,7 +23,7 @@ class Case:
     window_size: tuple = (-1, -1)
     softcap: float = 0.0
     scale: float | None = None
-    bool_mask: tuple | None = None    # shape, broadcastable to (B, H, L, S)
+    bool_mask: tuple | None = None  # shape, broadcastable to (B, H, L, S)
     float_mask: tuple | None = None
     padding: bool = False
     kv_lengths: bool = False
@@ -42,9 +43,14 @@ class Case:
     def qkv(self):
         """query (B, H, L, D), key (B, Hkv, S, D), value (B, Hkv, S, Dv), float32."""
         random = self.random()
-        return tuple(random.standard_normal(shape, np.float32) for shape in (
-            (self.B, self.H, self.L, self.D), (self.B, self.kv_heads, self.S, self.D),
-            (self.B, self.kv_heads, self.S, self.value_dim)))
+        return tuple(
+            random.standard_normal(shape, np.float32)
+            for shape in (
+                (self.B, self.H, self.L, self.D),
+                (self.B, self.kv_heads, self.S, self.D),
+                (self.B, self.kv_heads, self.S, self.value_dim),
+            )
+        )
 
     def masks(self):
         """dict with keep, bias, padding, lengths: arrays, or None where the case has none."""
@@ -120,9 +126,32 @@ CASES = [
     Case("lengths", B=5, L=4, S=17, kv_lengths=True),
     Case("lengths-upper", B=4, L=9, S=9, kv_lengths=True, is_causal=True, causal_alignment="upper_left"),
     Case("lengths-lower", B=4, L=5, S=17, kv_lengths=True, is_causal=True, causal_alignment="lower_right"),
-    Case("lengths-window-lower", B=4, L=3, S=33, kv_lengths=True, window_size=(5, 0), causal_alignment="lower_right"),
-    Case("everything", B=3, H=4, Hkv=2, L=17, S=33, D=16, Dv=8, is_causal=True, causal_alignment="lower_right",
-         window_size=(20, -1), softcap=3.0, scale=0.4, bool_mask=(3, 1, 17, 33), kv_lengths=True),
+    Case(
+        "lengths-window-lower",
+        B=4,
+        L=3,
+        S=33,
+        kv_lengths=True,
+        window_size=(5, 0),
+        causal_alignment="lower_right",
+    ),
+    Case(
+        "everything",
+        B=3,
+        H=4,
+        Hkv=2,
+        L=17,
+        S=33,
+        D=16,
+        Dv=8,
+        is_causal=True,
+        causal_alignment="lower_right",
+        window_size=(20, -1),
+        softcap=3.0,
+        scale=0.4,
+        bool_mask=(3, 1, 17, 33),
+        kv_lengths=True,
+    ),
     Case("long", H=1, L=4, S=1025, D=64),
     Case("digits", B=2, H=4, L=16, S=16, D=8),
     Case("minilm", H=12, L=24, S=24, D=32, padding=True),

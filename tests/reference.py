@@ -1,13 +1,25 @@
 """Attention written as its formula says, in NumPy: what everything else is compared with.
 
-Imports nothing of the packages under test. In float64 it is the oracle; in float32 it is the plain implementation
-whose error is the measure for theirs.
+Imports nothing of the packages under test. In float64 it is the oracle; in float32 it is the plain
+implementation whose error is the measure for theirs.
 """
+
 import numpy as np
 
 
-def visible(B, H, L, S, *, keep=None, padding=None, causal=False, alignment="upper_left", window=(-1, -1),
-            lengths=None):
+def visible(
+    B,
+    H,
+    L,
+    S,
+    *,
+    keep=None,
+    padding=None,
+    causal=False,
+    alignment="upper_left",
+    window=(-1, -1),
+    lengths=None,
+):
     """(B, H, L, S) bool: True where query i of batch entry b may see key j, one rule after the other."""
     permitted = np.ones((B, H, L, S), bool)
     for b in range(B):
@@ -57,9 +69,19 @@ def attention(query, key, value, permitted=None, bias=None, *, scale=None, softc
     return output, weights
 
 
-def multi_head_attention(parameters, num_heads, query, key, value, permitted=None, bias=None, *, num_kv_heads=None,
-                         dtype=np.float64):
-    """(output (B, L, Eo), weights (B, H, L, S)) of a whole layer; `parameters` maps q_weight, q_bias, ... to arrays."""
+def multi_head_attention(
+    parameters,
+    num_heads,
+    query,
+    key,
+    value,
+    permitted=None,
+    bias=None,
+    *,
+    num_kv_heads=None,
+    dtype=np.float64,
+):
+    """(output (B, L, Eo), weights (B, H, L, S)) of a layer; `parameters`: q_weight, q_bias, ... to arrays."""
     kv_heads = num_kv_heads or num_heads
 
     def linear(x, name):
@@ -70,8 +92,14 @@ def multi_head_attention(parameters, num_heads, query, key, value, permitted=Non
     def split(x, heads):
         return x.reshape(*x.shape[:2], heads, x.shape[2] // heads).transpose(0, 2, 1, 3)
 
-    context, weights = attention(split(linear(query, "q"), num_heads), split(linear(key, "k"), kv_heads),
-                                 split(linear(value, "v"), kv_heads), permitted, bias, dtype=dtype)
+    context, weights = attention(
+        split(linear(query, "q"), num_heads),
+        split(linear(key, "k"), kv_heads),
+        split(linear(value, "v"), kv_heads),
+        permitted,
+        bias,
+        dtype=dtype,
+    )
     B, H, L, Dv = context.shape
     output = context.transpose(0, 2, 1, 3).reshape(B, L, H * Dv)
     return (linear(output, "out") if "out_weight" in parameters else output), weights
@@ -80,8 +108,8 @@ def multi_head_attention(parameters, num_heads, query, key, value, permitted=Non
 def assert_as_accurate(result, oracle, plain):
     """Error against float64 at most twice that of the plain float32 computation.
 
-    In short sums the plain error may be 0 by luck, so two units in the last place of the largest result are always
-    allowed: one for the roundings of a probability, one for those of the weighted sum.
+    In short sums the plain error may be 0 by luck, so two units in the last place of the largest result are
+    always allowed: one for the roundings of a probability, one for those of the weighted sum.
     """
     assert result.shape == oracle.shape
     if not result.size:

@@ -87,11 +87,14 @@ def add(rule, a, qa, b, qb, qo):
         ma, mb = half_even(ra * Fraction(2) ** k), half_even(rb * Fraction(2) ** k)
         return code(floor_half_up(Fraction(ma * (a - qa[1]) + mb * (b - qb[1])) / Fraction(2) ** k), qo[1])
     twice = 2.0 * float(max(sa, sb))
-    left = requantize(rule, (a - qa[1]) << 20, float(sa) / twice) + requantize(rule, (b - qb[1]) << 20, float(sb) / twice)
+    left = requantize(rule, (a - qa[1]) << 20, float(sa) / twice) + requantize(
+        rule, (b - qb[1]) << 20, float(sb) / twice
+    )
     return code(requantize(rule, left, twice / float(np.float32(2**20) * so)), qo[1])
 
 
 # -- softmax -----------------------------------------------------------------------------------------------------------
+
 
 def divide_by_pot(x: int, exponent: int) -> int:
     return half_away(Fraction(x, 2**exponent))
@@ -104,9 +107,12 @@ def q31(real_digits: str) -> int:
 
 EXP_MINUS_EIGHTH = q31("0.88249690258459540286489214322905")
 EXP_OF_MINUS = {  # 2**e -> exp(-2**e)
-    -2: q31("0.77880078307140486824517026697832"), -1: q31("0.60653065971263342360379953499118"),
-    0: q31("0.36787944117144232159552377016146"), 1: q31("0.13533528323661269189399949497248"),
-    2: q31("0.01831563888873418029371802127324"), 3: q31("0.00033546262790251183882138912578"),
+    -2: q31("0.77880078307140486824517026697832"),
+    -1: q31("0.60653065971263342360379953499118"),
+    0: q31("0.36787944117144232159552377016146"),
+    1: q31("0.13533528323661269189399949497248"),
+    2: q31("0.01831563888873418029371802127324"),
+    3: q31("0.00033546262790251183882138912578"),
     4: q31("0.00000011253517471925911451377518"),
 }
 
@@ -141,8 +147,10 @@ def softmax_fixed(row, scale: float) -> list[int]:
     for _ in range(3):
         x += min(max(high_mul(x, 2**29 - high_mul(half, x)) * 4, -(2**31)), 2**31 - 1)
     reciprocal = min(x * 2, 2**31 - 1)
-    return [min(divide_by_pot(high_mul(reciprocal, e[c]), 12 - leading + 31 - 8) - 128, 127) if c in e else -128
-            for c in row]
+    return [
+        min(divide_by_pot(high_mul(reciprocal, e[c]), 12 - leading + 31 - 8) - 128, 127) if c in e else -128
+        for c in row
+    ]
 
 
 def softmax_lut_f32(row, table) -> list[int]:

@@ -11,9 +11,23 @@ from edgeattn import arithmetic
 
 rng = np.random.default_rng(20260901)
 POWERS = [2**i + d for i in range(32) for d in (-2, -1, 0, 1, 2)]
-ACCUMULATORS = sorted({a for p in POWERS for a in (p, -p) if -(2**31) <= a < 2**31}) + rng.integers(
-    -(2**31), 2**31, 300).tolist() + rng.integers(-40000, 40000, 300).tolist()
-REALS = [0.0, 2.0**-33, 2.0**-32, 2.0**-31, 0.25, 0.5, 1 - 2.0**-33, 1 - 2.0**-24, 0.75, *(10 ** rng.uniform(-7, -0.01, 40))]
+ACCUMULATORS = (
+    sorted({a for p in POWERS for a in (p, -p) if -(2**31) <= a < 2**31})
+    + rng.integers(-(2**31), 2**31, 300).tolist()
+    + rng.integers(-40000, 40000, 300).tolist()
+)
+REALS = [
+    0.0,
+    2.0**-33,
+    2.0**-32,
+    2.0**-31,
+    0.25,
+    0.5,
+    1 - 2.0**-33,
+    1 - 2.0**-24,
+    0.75,
+    *(10 ** rng.uniform(-7, -0.01, 40)),
+]
 
 
 def test_multipliers_equal_the_oracle():
@@ -49,7 +63,11 @@ def test_the_rules_differ_where_they_should():
     assert rounded == {"double": -2, "ruy": -1, "single": -1, "float64": -2, "float_rne": -2}
 
 
-QUANTIZATIONS = [((0.05, 3), (0.02, 0), (0.07, -5)), ((0.1, -128), (0.00098, -128), (0.0001, 0)), ((1.0, 0), (1.0, 0), (1.0, 0))]
+QUANTIZATIONS = [
+    ((0.05, 3), (0.02, 0), (0.07, -5)),
+    ((0.1, -128), (0.00098, -128), (0.0001, 0)),
+    ((1.0, 0), (1.0, 0), (1.0, 0)),
+]
 ALL_PAIRS = np.array(list(itertools.product(range(-128, 128), repeat=2)), np.int8)
 
 
@@ -61,8 +79,9 @@ def test_elementwise_operators_equal_the_oracle_on_all_pairs(name, rules, a, b, 
         got = getattr(arithmetic, f"{name}_codes")(rule, ALL_PAIRS[:, 0], a, ALL_PAIRS[:, 1], b, out)
         oracle = getattr(reference_int8, name)
         sample = rng.choice(len(ALL_PAIRS), 4000, replace=False)
-        assert [int(got[i]) for i in sample] == [oracle(rule, int(ALL_PAIRS[i, 0]), a, int(ALL_PAIRS[i, 1]), b, out)
-                                                 for i in sample]
+        assert [int(got[i]) for i in sample] == [
+            oracle(rule, int(ALL_PAIRS[i, 0]), a, int(ALL_PAIRS[i, 1]), b, out) for i in sample
+        ]
 
 
 SCALES = [2.0**-12, 0.003, 0.0127, 0.05, 0.11, 0.4999, 1.0, 2.7, 16.0]
@@ -105,10 +124,18 @@ def test_exponentials_are_rounded_to_the_last_bit_or_nearly(scale):
 
 
 def test_every_set_names_rules_that_exist():
-    assert list(arithmetic.KERNEL_SETS) == ["litert", "litert-arm", "litert-builtin", "litert-reference",
-                                            "tflite-runtime", "tflm"]
+    assert list(arithmetic.KERNEL_SETS) == [
+        "litert",
+        "litert-arm",
+        "litert-builtin",
+        "litert-reference",
+        "tflite-runtime",
+        "tflm",
+    ]
     for row in arithmetic.KERNEL_SETS.values():
-        assert {row.fully_connected, row.batch_matmul, row.batch_matmul_asymmetric, row.mul} <= set(arithmetic.REQUANTIZE)
+        assert {row.fully_connected, row.batch_matmul, row.batch_matmul_asymmetric, row.mul} <= set(
+            arithmetic.REQUANTIZE
+        )
         assert row.add == "xnn_add" or row.add in arithmetic.REQUANTIZE
         assert row.softmax in arithmetic.SOFTMAX
 

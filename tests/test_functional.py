@@ -1,4 +1,5 @@
 """scaled_dot_product_attention against its formula, and at its edges."""
+
 import re
 
 import cases
@@ -7,6 +8,7 @@ import pytest
 import reference
 
 from edgeattn import scaled_dot_product_attention as attend
+from edgeattn.checks import to_float32
 from edgeattn.cpu.attention import _attention
 
 CASES = [case for case in cases.CASES if not case.padding]  # padding masks belong to layers
@@ -15,17 +17,34 @@ CASES = [case for case in cases.CASES if not case.padding]  # padding masks belo
 def arguments(case):
     """What `attend` takes beside q, k and v for a case."""
     masks = case.masks()
-    return {"attn_mask": masks["bias"] if masks["keep"] is None else masks["keep"], "is_causal": case.is_causal,
-            "causal_alignment": case.causal_alignment, "scale": case.scale, "softcap": case.softcap,
-            "enable_gqa": case.kv_heads != case.H, "window_size": case.window_size, "kv_lengths": masks["lengths"]}
+    return {
+        "attn_mask": masks["bias"] if masks["keep"] is None else masks["keep"],
+        "is_causal": case.is_causal,
+        "causal_alignment": case.causal_alignment,
+        "scale": case.scale,
+        "softcap": case.softcap,
+        "enable_gqa": case.kv_heads != case.H,
+        "window_size": case.window_size,
+        "kv_lengths": masks["lengths"],
+    }
 
 
 def expected(case, dtype):
     masks = case.masks()
-    permitted = reference.visible(case.B, case.H, case.L, case.S, keep=masks["keep"], causal=case.is_causal,
-                                  alignment=case.causal_alignment, window=case.window_size, lengths=masks["lengths"])
-    return reference.attention(*case.qkv(), permitted, masks["bias"], scale=case.scale, softcap=case.softcap,
-                               dtype=dtype)
+    permitted = reference.visible(
+        case.B,
+        case.H,
+        case.L,
+        case.S,
+        keep=masks["keep"],
+        causal=case.is_causal,
+        alignment=case.causal_alignment,
+        window=case.window_size,
+        lengths=masks["lengths"],
+    )
+    return reference.attention(
+        *case.qkv(), permitted, masks["bias"], scale=case.scale, softcap=case.softcap, dtype=dtype
+    )
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -55,8 +74,9 @@ def test_masking_equals_slicing():
 def test_grouped_heads_equal_repeated_heads():
     q, _, _ = qkv(2, 6, 5, 4)
     _, k, v = qkv(2, 3, 5, 4)
-    np.testing.assert_array_equal(attend(q, k, v, enable_gqa=True),
-                                  attend(q, np.repeat(k, 2, axis=1), np.repeat(v, 2, axis=1)))
+    np.testing.assert_array_equal(
+        attend(q, k, v, enable_gqa=True), attend(q, np.repeat(k, 2, axis=1), np.repeat(v, 2, axis=1))
+    )
 
 
 @pytest.mark.parametrize("shape", [(5, 4), (3, 5, 4), (2, 3, 5, 4), (2, 2, 3, 5, 4), (1, 2, 2, 3, 5, 4)])
@@ -83,7 +103,9 @@ def test_kv_lengths_over_several_leading_axes():
     lengths = np.array([[0, 1, 2], [3, 4, 2]], np.uint8)
     whole = attend(q, k, v, kv_lengths=lengths)
     for index in np.ndindex(2, 3):
-        np.testing.assert_array_equal(whole[index], attend(q[index], k[index], v[index], kv_lengths=lengths[index]))
+        np.testing.assert_array_equal(
+            whole[index], attend(q[index], k[index], v[index], kv_lengths=lengths[index])
+        )
 
 
 def test_rows_without_a_permitted_key_are_zeros():
@@ -100,14 +122,16 @@ def test_rows_without_a_permitted_key_are_zeros():
 @pytest.mark.parametrize("how", ["bool", "float", "lengths", "window"])
 def test_nothing_leaks_from_behind_a_mask(bad, how):
     q, k, v = qkv(1, 2, 6, 4)
-    masked = {"bool": {"attn_mask": np.arange(6) < 4},
-              "float": {"attn_mask": np.where(np.arange(6) < 4, 0.5, -np.inf)},
-              "lengths": {"kv_lengths": np.array([4])},
-              "window": {"window_size": (-1, 0)}}[how]
+    masked = {
+        "bool": {"attn_mask": np.arange(6) < 4},
+        "float": {"attn_mask": np.where(np.arange(6) < 4, 0.5, -np.inf)},
+        "lengths": {"kv_lengths": np.array([4])},
+        "window": {"window_size": (-1, 0)},
+    }[how]
     clean = attend(q, k, v, **masked, return_weights=True)
     k[:, :, 4:], v[:, :, 4:] = bad, bad
     rows = slice(0, 4) if how == "window" else slice(None)
-    for before, after in zip(clean, attend(q, k, v, **masked, return_weights=True)):
+    for before, after in zip(clean, attend(q, k, v, **masked, return_weights=True), strict=False):
         np.testing.assert_array_equal(before[:, :, rows], after[:, :, rows])
 
 
@@ -138,8 +162,9 @@ def test_scores_of_any_size_give_finite_probabilities():
 
 def test_a_float64_mask_below_float32_means_not_permitted():
     q, k, v = qkv(1, 1, 3, 4)
-    np.testing.assert_array_equal(attend(q, k, v, np.array([0, -1e300, 0])),
-                                  attend(q, k, v, np.array([True, False, True])))
+    np.testing.assert_array_equal(
+        attend(q, k, v, np.array([0, -1e300, 0])), attend(q, k, v, np.array([True, False, True]))
+    )
 
 
 def test_window_bounds_of_any_size_are_unbounded():
@@ -149,8 +174,9 @@ def test_window_bounds_of_any_size_are_unbounded():
 
 def test_causal_wins_over_the_right_bound_of_the_window():
     q, k, v = qkv(1, 1, 5, 4)
-    np.testing.assert_array_equal(attend(q, k, v, is_causal=True, window_size=(2, 3)),
-                                  attend(q, k, v, window_size=(2, 0)))
+    np.testing.assert_array_equal(
+        attend(q, k, v, is_causal=True, window_size=(2, 3)), attend(q, k, v, window_size=(2, 0))
+    )
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
@@ -205,6 +231,13 @@ def test_every_memory_layout(tmp_path):
             np.testing.assert_array_equal(np.asarray(array), before, err_msg=name)
 
 
+def test_kernels_get_aligned_arrays(tmp_path):
+    # Processors that forgive an unaligned load would hide this one from the test above.
+    unaligned = layouts(qkv(2, 3, 5, 4)[0], tmp_path)["unaligned"]
+    assert not unaligned.flags.aligned
+    assert to_float32(unaligned).flags.aligned
+
+
 def test_one_compiled_kernel_serves_every_call(tmp_path):
     q, k, v = qkv(2, 3, 5, 4)
     keep = np.tri(5, dtype=bool)
@@ -240,7 +273,7 @@ def test_inputs_are_not_changed_and_stay_writeable():
     for given in ([q, k, v, mask], [q, k, v, bias]):
         copies = [array.copy() for array in given]
         attend(*given, kv_lengths=lengths)
-        for array, copy in zip(given, copies):
+        for array, copy in zip(given, copies, strict=False):
             np.testing.assert_array_equal(array, copy)
             assert array.flags.writeable
     np.testing.assert_array_equal(lengths, [2, 5])
@@ -261,17 +294,20 @@ def test_out_takes_the_result_and_nothing_beside_it(dtype, order):
     assert (guarded == 123).all()
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.name in ("empty-keys", "length-17", "everything")],
-                         ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [case for case in CASES if case.name in ("empty-keys", "length-17", "everything")],
+    ids=lambda case: case.name,
+)
 def test_out_is_written_whole_inside_its_sentinels(case):
     shape = (case.B, case.H, case.L, case.value_dim)
     size = int(np.prod(shape))
     guarded = np.full(size + 32, np.nan, np.float32)
-    out = guarded[16:16 + size].reshape(shape)
+    out = guarded[16 : 16 + size].reshape(shape)
     attend(*case.qkv(), **arguments(case), out=out)
     assert np.isfinite(out).all()
     assert np.isnan(guarded[:16]).all()
-    assert np.isnan(guarded[16 + size:]).all()
+    assert np.isnan(guarded[16 + size :]).all()
 
 
 @pytest.mark.parametrize("which", [0, 1, 2, 3])
@@ -291,39 +327,78 @@ def test_return_weights_with_out():
     np.testing.assert_allclose(weights @ v, out, rtol=1e-5, atol=1e-6)
 
 
-Q, K, V = (np.zeros((2, 4, 5, 8), np.float32), np.zeros((2, 4, 7, 8), np.float32), np.zeros((2, 4, 7, 6), np.float32))
+Q, K, V = (
+    np.zeros((2, 4, 5, 8), np.float32),
+    np.zeros((2, 4, 7, 8), np.float32),
+    np.zeros((2, 4, 7, 6), np.float32),
+)
 BAD = {
-    "integer": (dict(query=Q.astype(int)), TypeError,
-                r"query must be a float16, float32 or float64 array, got dtype int64; convert it with query.astype"),
-    "complex": (dict(key=K.astype(complex)), TypeError, "key must be .* got dtype complex128"),
-    "bool": (dict(value=V.astype(bool)), TypeError, "value must be .* got dtype bool"),
-    "object": (dict(key=K.astype(object)), TypeError, "key must be .* got dtype object"),
-    "longdouble": (dict(query=Q.astype(np.longdouble)), TypeError, "query must be .* got dtype"),
-    "rank": (dict(query=Q[0, 0, 0]), ValueError, r"query must have at least 2 axes .* got shape \(8,\)"),
-    "ranks": (dict(key=K[0]), ValueError, r"key must have as many axes as query, 4, got query \(2, 4, 5, 8\), key \(4,"),
-    "batch": (dict(value=V[:1]), ValueError, r"value must have query's leading axes \(2,\), got .*numpy.broadcast_to"),
-    "size": (dict(key=K[..., :3]), ValueError, r"key must have query's last axis D = 8, got .* key \(2, 4, 7, 3\)"),
-    "rows": (dict(value=V[:, :, :3]), ValueError, "value must have as many rows as key, S = 7, got"),
-    "value heads": (dict(value=V[:, :3]), ValueError, "value must have as many heads as key, 4, got"),
-    "heads": (dict(key=K[:, :2], value=V[:, :2]), ValueError, "must have query's 4 heads, got .*enable_gqa=True"),
-    "groups": (dict(key=K[:, :3], value=V[:, :3], enable_gqa=True), ValueError,
-               "query heads must be a multiple of key/value heads, got 4 and 3"),
-    "no kv heads": (dict(key=K[:, :0], value=V[:, :0], enable_gqa=True), ValueError, "got 4 and 0"),
-    "enable_gqa": (dict(enable_gqa=1), TypeError, "enable_gqa must be True or False, got 1"),
-    "return_weights": (dict(return_weights="no"), TypeError, "return_weights must be True or False, got 'no'"),
-    "softcap": (dict(softcap=-1), ValueError, "softcap must be 0 .off. or positive, got -1"),
-    "softcap type": (dict(softcap="1"), TypeError, "softcap must be a real number, got '1'"),
-    "scale": (dict(scale=float("nan")), ValueError, "scale must be finite, got nan"),
-    "scale type": (dict(scale=True), TypeError, "scale must be a real number, got True"),
-    "out type": (dict(out=[]), TypeError, "out must be a numpy.ndarray, got list"),
-    "out dtype": (dict(out=np.zeros((2, 4, 5, 6))), TypeError, "out must have dtype float32, .* got float64"),
-    "out shape": (dict(out=np.zeros((2, 4, 5, 8), np.float32)), ValueError,
-                  r"out must have shape \(2, 4, 5, 6\), .* got \(2, 4, 5, 8\)"),
-    "out read-only": (dict(out=np.broadcast_to(np.float32(0), (2, 4, 5, 6))), ValueError,
-                      "out must be writeable, got a read-only array"),
-    "mask": (dict(attn_mask=np.ones((5, 5), bool)), ValueError,
-             r"attn_mask must broadcast to \(..., H, L, S\) = \(2, 4, 5, 7\), got shape \(5, 5\)"),
-    "causal": (dict(is_causal=True), ValueError, "causal_alignment is needed .*L = 5 .*S = 7 .*upper_left.*lower_right"),
+    "integer": (
+        {"query": Q.astype(int)},
+        TypeError,
+        r"query must be a float16, float32 or float64 array, got dtype int64; convert it with query.astype",
+    ),
+    "complex": ({"key": K.astype(complex)}, TypeError, "key must be .* got dtype complex128"),
+    "bool": ({"value": V.astype(bool)}, TypeError, "value must be .* got dtype bool"),
+    "object": ({"key": K.astype(object)}, TypeError, "key must be .* got dtype object"),
+    "longdouble": ({"query": Q.astype(np.longdouble)}, TypeError, "query must be .* got dtype"),
+    "rank": ({"query": Q[0, 0, 0]}, ValueError, r"query must have at least 2 axes .* got shape \(8,\)"),
+    "ranks": (
+        {"key": K[0]},
+        ValueError,
+        r"key must have as many axes as query, 4, got query \(2, 4, 5, 8\), key \(4,",
+    ),
+    "batch": (
+        {"value": V[:1]},
+        ValueError,
+        r"value must have query's leading axes \(2,\), got .*numpy.broadcast_to",
+    ),
+    "size": (
+        {"key": K[..., :3]},
+        ValueError,
+        r"key must have query's last axis D = 8, got .* key \(2, 4, 7, 3\)",
+    ),
+    "rows": ({"value": V[:, :, :3]}, ValueError, "value must have as many rows as key, S = 7, got"),
+    "value heads": ({"value": V[:, :3]}, ValueError, "value must have as many heads as key, 4, got"),
+    "heads": (
+        {"key": K[:, :2], "value": V[:, :2]},
+        ValueError,
+        "must have query's 4 heads, got .*enable_gqa=True",
+    ),
+    "groups": (
+        {"key": K[:, :3], "value": V[:, :3], "enable_gqa": True},
+        ValueError,
+        "query heads must be a multiple of key/value heads, got 4 and 3",
+    ),
+    "no kv heads": ({"key": K[:, :0], "value": V[:, :0], "enable_gqa": True}, ValueError, "got 4 and 0"),
+    "enable_gqa": ({"enable_gqa": 1}, TypeError, "enable_gqa must be True or False, got 1"),
+    "return_weights": ({"return_weights": "no"}, TypeError, "return_weights must be True or False, got 'no'"),
+    "softcap": ({"softcap": -1}, ValueError, "softcap must be 0 .off. or positive, got -1"),
+    "softcap type": ({"softcap": "1"}, TypeError, "softcap must be a real number, got '1'"),
+    "scale": ({"scale": float("nan")}, ValueError, "scale must be finite, got nan"),
+    "scale type": ({"scale": True}, TypeError, "scale must be a real number, got True"),
+    "out type": ({"out": []}, TypeError, "out must be a numpy.ndarray, got list"),
+    "out dtype": ({"out": np.zeros((2, 4, 5, 6))}, TypeError, "out must have dtype float32, .* got float64"),
+    "out shape": (
+        {"out": np.zeros((2, 4, 5, 8), np.float32)},
+        ValueError,
+        r"out must have shape \(2, 4, 5, 6\), .* got \(2, 4, 5, 8\)",
+    ),
+    "out read-only": (
+        {"out": np.broadcast_to(np.float32(0), (2, 4, 5, 6))},
+        ValueError,
+        "out must be writeable, got a read-only array",
+    ),
+    "mask": (
+        {"attn_mask": np.ones((5, 5), bool)},
+        ValueError,
+        r"attn_mask must broadcast to \(..., H, L, S\) = \(2, 4, 5, 7\), got shape \(5, 5\)",
+    ),
+    "causal": (
+        {"is_causal": True},
+        ValueError,
+        "causal_alignment is needed .*L = 5 .*S = 7 .*upper_left.*lower_right",
+    ),
 }
 
 

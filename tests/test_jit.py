@@ -1,4 +1,5 @@
-"""The kernel decorator: when it compiles, where it caches, and that a cache never gives stale or no results."""
+"""The kernel decorator: when it compiles, where it caches, and that no cache gives stale results."""
+
 import os
 import pathlib
 import shutil
@@ -9,7 +10,7 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "edgeattn"
 
-# Calls one kernel that calls a helper of another module, and says whether its machine code came from the cache.
+# Calls a kernel that calls a helper of another module; says whether its machine code came from the cache.
 CALL = """
 from edgeattn.kernel import double
 print(double(4), sum(double.stats.cache_hits.values()), sum(double.stats.cache_misses.values()))
@@ -24,22 +25,38 @@ def package(tmp_path):
     (folder / "__init__.py").write_text("")
     shutil.copy(PACKAGE / "jit.py", folder)
     (folder / "helper.py").write_text(
-        "from edgeattn.jit import jit\n\n@jit(inline='always')\ndef factor():\n    return 2\n")
+        "from edgeattn.jit import jit\n\n@jit(inline='always')\ndef factor():\n    return 2\n"
+    )
     (folder / "kernel.py").write_text(
         "from edgeattn.helper import factor\nfrom edgeattn.jit import jit\n\n"
-        "@jit\ndef double(x):\n    return factor() * x\n")
+        "@jit\ndef double(x):\n    return factor() * x\n"
+    )
     return folder
 
 
 def run(package, code=CALL, **environment):
-    """Run `code` in a new process that sees `package`, with a home of its own; variables of None are unset."""
+    """Run `code` in a new process that sees `package`, with its own home; variables of None are unset."""
     home = package.parents[1] / "home"
     home.mkdir(exist_ok=True)
-    settings = {**os.environ, "PYTHONPATH": str(package.parent), "HOME": str(home), "PYTHONDONTWRITEBYTECODE": "1",
-                "XDG_CACHE_HOME": None, "NUMBA_CACHE_DIR": None, "NUMBA_DISABLE_JIT": None, **environment}
+    settings = {
+        **os.environ,
+        "PYTHONPATH": str(package.parent),
+        "HOME": str(home),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "XDG_CACHE_HOME": None,
+        "NUMBA_CACHE_DIR": None,
+        "NUMBA_DISABLE_JIT": None,
+        **environment,
+    }
     settings = {name: value for name, value in settings.items() if value is not None}
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], env=settings, capture_output=True, text=True,
-                          cwd=package.parent, check=False)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        env=settings,
+        capture_output=True,
+        text=True,
+        cwd=package.parent,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -72,9 +89,12 @@ def test_edit_in_another_module_recompiles(package):
 
 
 def test_code_older_than_its_source_is_not_cached(package):
-    edited_meanwhile = CALL.replace("print(", "import edgeattn.helper, pathlib\n"
-                                    "path = pathlib.Path(edgeattn.helper.__file__)\n"
-                                    "path.write_text(path.read_text() + '# edited while this process runs')\nprint(")
+    edited_meanwhile = CALL.replace(
+        "print(",
+        "import edgeattn.helper, pathlib\n"
+        "path = pathlib.Path(edgeattn.helper.__file__)\n"
+        "path.write_text(path.read_text() + '# edited while this process runs')\nprint(",
+    )
     assert run(package, edited_meanwhile) == "8 0 1"
     assert run(package) == "8 0 1"
 
@@ -109,9 +129,12 @@ def test_without_any_writable_folder_it_computes_uncached(package, home):
 
 def test_cache_in_a_read_only_package_is_read(package):
     run(package)
-    code = CALL.replace("from edgeattn.kernel", "import tempfile\n"
-                        "def refuse(*args, **kwargs): raise PermissionError\n"
-                        "tempfile.TemporaryFile = refuse\nfrom edgeattn.kernel")
+    code = CALL.replace(
+        "from edgeattn.kernel",
+        "import tempfile\n"
+        "def refuse(*args, **kwargs): raise PermissionError\n"
+        "tempfile.TemporaryFile = refuse\nfrom edgeattn.kernel",
+    )
     assert run(package, code) == "8 1 0"
 
 
@@ -120,42 +143,58 @@ def test_damaged_cache_is_replaced(package, damage):
     run(package)
     for path in cached(package):
         content = path.read_bytes()
-        path.write_bytes(content[:len(content) // 2] if damage is None else damage)
+        path.write_bytes(content[: len(content) // 2] if damage is None else damage)
     assert run(package) == "8 0 1"
     assert run(package) == "8 1 0"
 
 
 def test_package_without_sources_is_not_cached(package):
-    code = CALL.replace("from edgeattn.kernel", "import edgeattn.jit\nedgeattn.jit._LOADED = []\nfrom edgeattn.kernel")
+    code = CALL.replace(
+        "from edgeattn.kernel", "import edgeattn.jit\nedgeattn.jit._LOADED = []\nfrom edgeattn.kernel"
+    )
     assert run(package, code) == "8 0 1"
     assert not cached(package)
 
 
 def test_disabled_jit_gives_the_plain_function(package):
-    assert run(package, "from edgeattn.kernel import double\nprint(type(double).__name__, double(4))",
-               NUMBA_DISABLE_JIT="1") == "function 8"
+    assert (
+        run(
+            package,
+            "from edgeattn.kernel import double\nprint(type(double).__name__, double(4))",
+            NUMBA_DISABLE_JIT="1",
+        )
+        == "function 8"
+    )
 
 
 def test_kernels_release_the_gil_and_divide_as_numpy_does(package):
-    (package / "kernel.py").write_text("from edgeattn.jit import jit\n\n@jit\ndef divide(a, b):\n    return a / b\n")
-    assert run(package, "from edgeattn.kernel import divide\n"
-               "print(divide(1.0, 0.0), divide.targetoptions['nogil'])") == "inf True"
+    (package / "kernel.py").write_text(
+        "from edgeattn.jit import jit\n\n@jit\ndef divide(a, b):\n    return a / b\n"
+    )
+    assert (
+        run(
+            package,
+            "from edgeattn.kernel import divide\nprint(divide(1.0, 0.0), divide.targetoptions['nogil'])",
+        )
+        == "inf True"
+    )
 
 
 def test_import_neither_compiles_nor_writes_nor_brings_more_than_it_needs(tmp_path):
     code = """
 import gc, sys
+import numba
+numba.njit(lambda: None)  # numba itself brings what it finds, such as scipy
 before = set(sys.modules)
 import edgeattn
 from numba.core.dispatcher import Dispatcher
 kernels = [found for found in gc.get_objects() if isinstance(found, Dispatcher)
            and found.py_func.__module__.startswith("edgeattn")]
 outside = {name.partition(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)
-print(len(kernels) > 0, any(kernel.signatures for kernel in kernels), sorted(
-    name for name in outside if not name.startswith("_")))
+print(len(kernels) > 0, any(kernel.signatures for kernel in kernels), sorted(outside))
 """
     copy = tmp_path / "site" / "edgeattn"
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
     before = sorted(copy.rglob("*"))
-    assert run(copy, code) == "True False ['edgeattn', 'llvmlite', 'numba', 'numpy', 'safetensors']"
+    assert run(copy, code) == "True False ['edgeattn', 'safetensors']"
     assert sorted(copy.rglob("*")) == before

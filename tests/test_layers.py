@@ -1,4 +1,5 @@
 """MultiHeadAttention and SelfAttention against their formula, and at their edges."""
+
 import cases
 import numpy as np
 import pytest
@@ -8,41 +9,72 @@ from edgeattn import MultiHeadAttention, SelfAttention, scaled_dot_product_atten
 from edgeattn.layers import _TENSORS
 
 # Layers have neither windows, lengths, softcap nor a scale of their own.
-CASES = [case for case in cases.CASES if case.H and case.window_size == (-1, -1) and not case.kv_lengths
-         and not case.softcap and case.scale is None]
+CASES = [
+    case
+    for case in cases.CASES
+    if case.H
+    and case.window_size == (-1, -1)
+    and not case.kv_lengths
+    and not case.softcap
+    and case.scale is None
+]
 
 
 def parameters(case, E=12, kdim=10, vdim=9, Eo=11):
     """All weights and biases of a layer with the case's heads."""
     random = case.random()
-    shapes = {"q": (case.H * case.D, E), "k": (case.kv_heads * case.D, kdim),
-              "v": (case.kv_heads * case.value_dim, vdim), "out": (Eo, case.H * case.value_dim)}
+    shapes = {
+        "q": (case.H * case.D, E),
+        "k": (case.kv_heads * case.D, kdim),
+        "v": (case.kv_heads * case.value_dim, vdim),
+        "out": (Eo, case.H * case.value_dim),
+    }
     tensors = {}
     for name, shape in shapes.items():
-        tensors[f"{name}_weight"] = random.standard_normal(shape, np.float32) / np.float32(max(shape[1], 1) ** 0.5)
+        tensors[f"{name}_weight"] = random.standard_normal(shape, np.float32) / np.float32(
+            max(shape[1], 1) ** 0.5
+        )
         tensors[f"{name}_bias"] = random.standard_normal(shape[0], np.float32)
     return tensors
 
 
 def inputs(case, E=12, kdim=10, vdim=9):
     random = case.random()
-    return [random.standard_normal(shape, np.float32)
-            for shape in ((case.B, case.L, E), (case.B, case.S, kdim), (case.B, case.S, vdim))]
+    return [
+        random.standard_normal(shape, np.float32)
+        for shape in ((case.B, case.L, E), (case.B, case.S, kdim), (case.B, case.S, vdim))
+    ]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_as_accurate_as_plain_float32(case):
     tensors, given, masks = parameters(case), inputs(case), case.masks()
     layer = MultiHeadAttention(case.H, **tensors, num_kv_heads=case.kv_heads)
-    result, weights = layer(*given, attn_mask=masks["bias"] if masks["keep"] is None else masks["keep"],
-                            key_padding_mask=masks["padding"], is_causal=case.is_causal,
-                            causal_alignment=case.causal_alignment, need_weights=True)
-    permitted = reference.visible(case.B, case.H, case.L, case.S, keep=masks["keep"], padding=masks["padding"],
-                                  causal=case.is_causal, alignment=case.causal_alignment)
-    oracle, plain = (reference.multi_head_attention(tensors, case.H, *given, permitted, masks["bias"],
-                                                    num_kv_heads=case.kv_heads, dtype=dtype)
-                     for dtype in (np.float64, np.float32))
-    for ours, exact, simple in zip((result, weights), oracle, plain):
+    result, weights = layer(
+        *given,
+        attn_mask=masks["bias"] if masks["keep"] is None else masks["keep"],
+        key_padding_mask=masks["padding"],
+        is_causal=case.is_causal,
+        causal_alignment=case.causal_alignment,
+        need_weights=True,
+    )
+    permitted = reference.visible(
+        case.B,
+        case.H,
+        case.L,
+        case.S,
+        keep=masks["keep"],
+        padding=masks["padding"],
+        causal=case.is_causal,
+        alignment=case.causal_alignment,
+    )
+    oracle, plain = (
+        reference.multi_head_attention(
+            tensors, case.H, *given, permitted, masks["bias"], num_kv_heads=case.kv_heads, dtype=dtype
+        )
+        for dtype in (np.float64, np.float32)
+    )
+    for ours, exact, simple in zip((result, weights), oracle, plain, strict=False):
         assert ours.dtype == np.float32
         reference.assert_as_accurate(ours, exact, simple)
 
@@ -64,13 +96,16 @@ def test_attributes():
     assert (made.num_heads, made.num_kv_heads, made.head_dim, made.value_dim) == (3, 3, 8, 5)
     assert (made.embed_dim, made.kdim, made.vdim, made.output_dim) == (12, 10, 9, 11)
     assert made.scale == 1 / np.sqrt(8)
-    assert repr(made) == ("MultiHeadAttention(num_heads=3, num_kv_heads=3, embed_dim=12, kdim=10, vdim=9, "
-                          "head_dim=8, value_dim=5, output_dim=11)")
+    assert repr(made) == (
+        "MultiHeadAttention(num_heads=3, num_kv_heads=3, embed_dim=12, kdim=10, vdim=9, "
+        "head_dim=8, value_dim=5, output_dim=11)"
+    )
     assert layer(out_weight=None, out_bias=None).output_dim == 15
 
 
-def test_parameters_are_owned_read_only_float32():
-    given = {name: np.asfortranarray(tensor.astype(np.float64)) for name, tensor in parameters(CASE).items()}
+@pytest.mark.parametrize(("dtype", "order"), [(np.float64, "F"), (np.float32, "C")])
+def test_parameters_are_owned_read_only_float32(dtype, order):
+    given = {name: tensor.astype(dtype, order=order) for name, tensor in parameters(CASE).items()}
     made = MultiHeadAttention(CASE.H, **given)
     for name, tensor in given.items():
         kept = getattr(made, name)
@@ -84,14 +119,18 @@ def test_parameters_are_owned_read_only_float32():
 @pytest.mark.parametrize("missing", ["q_bias", "k_bias", "v_bias", "out_bias"])
 def test_each_bias_is_optional_and_zero_when_missing(missing):
     zeros = np.zeros_like(parameters(CASE)[missing])
-    np.testing.assert_array_equal(layer(**{missing: None})(*inputs(CASE)), layer(**{missing: zeros})(*inputs(CASE)))
+    np.testing.assert_array_equal(
+        layer(**{missing: None})(*inputs(CASE)), layer(**{missing: zeros})(*inputs(CASE))
+    )
 
 
 def test_without_out_weight_the_heads_stand_side_by_side():
     bare = layer(out_weight=None, out_bias=None)
     context = bare(*inputs(CASE))
     whole = layer()
-    np.testing.assert_allclose(context @ whole.out_weight.T + whole.out_bias, whole(*inputs(CASE)), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        context @ whole.out_weight.T + whole.out_bias, whole(*inputs(CASE)), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_key_and_value_default_to_what_stands_before_them():
@@ -106,8 +145,9 @@ def test_unbatched_equals_a_batch_of_one():
     made, given = layer(), [array[0] for array in inputs(CASE)]
     padding = np.array([True, True, False, True, True, False])
     result, weights = made(*given, key_padding_mask=padding, need_weights=True)
-    batched, batched_weights = made(*(array[None] for array in given), key_padding_mask=padding[None],
-                                    need_weights=True)
+    batched, batched_weights = made(
+        *(array[None] for array in given), key_padding_mask=padding[None], need_weights=True
+    )
     np.testing.assert_array_equal(result, batched[0])
     np.testing.assert_array_equal(weights, batched_weights[0])
     assert weights.shape == (3, 4, 6)
@@ -116,8 +156,12 @@ def test_unbatched_equals_a_batch_of_one():
 def test_padding_equals_slicing():
     made, (query, key, value) = layer(), inputs(CASE)
     keep = np.array([True, False, True, True, False, True])
-    np.testing.assert_allclose(made(query, key, value, key_padding_mask=np.stack([keep, keep])),
-                               made(query, key[:, keep], value[:, keep]), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        made(query, key, value, key_padding_mask=np.stack([keep, keep])),
+        made(query, key[:, keep], value[:, keep]),
+        rtol=1e-6,
+        atol=1e-6,
+    )
 
 
 def test_nothing_leaks_from_padded_tokens():
@@ -139,8 +183,10 @@ def test_a_query_without_permitted_key_gives_the_output_bias():
 def test_causal_equals_an_explicit_mask():
     made, given = layer(), inputs(CASE)
     for alignment, diagonal in (("upper_left", 0), ("lower_right", 2)):
-        np.testing.assert_array_equal(made(*given, is_causal=True, causal_alignment=alignment),
-                                      made(*given, attn_mask=np.tri(4, 6, diagonal, bool)))
+        np.testing.assert_array_equal(
+            made(*given, is_causal=True, causal_alignment=alignment),
+            made(*given, attn_mask=np.tri(4, 6, diagonal, bool)),
+        )
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float64, ">f4"])
@@ -156,7 +202,7 @@ def test_inputs_are_not_changed():
     given = inputs(CASE)
     copies = [array.copy() for array in given]
     layer()(*given)
-    for array, copy in zip(given, copies):
+    for array, copy in zip(given, copies, strict=False):
         np.testing.assert_array_equal(array, copy)
         assert array.flags.writeable
 
@@ -189,8 +235,10 @@ def test_self_attention_is_one_head():
     one = SelfAttention(q, k, v, out, **biases)
     many = MultiHeadAttention(1, q, k, v, out, **biases)
     padding = np.arange(7) < np.array([[7], [4]])
-    for ours, theirs in zip(one(x, key_padding_mask=padding, is_causal=True, need_weights=True),
-                            many(x, key_padding_mask=padding, is_causal=True, need_weights=True)):
+    for ours, theirs in zip(
+        one(x, key_padding_mask=padding, is_causal=True, need_weights=True),
+        many(x, key_padding_mask=padding, is_causal=True, need_weights=True), strict=False,
+    ):
         np.testing.assert_array_equal(ours, theirs)
     assert one.output_dim == 3
 
@@ -199,27 +247,57 @@ def test_self_attention_without_output_projection_is_the_function():
     random = np.random.default_rng(0)
     q, k, v = random.standard_normal((3, 4, 6), np.float32)
     x = random.standard_normal((7, 6), np.float32)
-    np.testing.assert_allclose(SelfAttention(q, k, v)(x), scaled_dot_product_attention(x @ q.T, x @ k.T, x @ v.T),
-                               rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        SelfAttention(q, k, v)(x),
+        scaled_dot_product_attention(x @ q.T, x @ k.T, x @ v.T),
+        rtol=1e-6,
+        atol=1e-6,
+    )
 
 
 BAD_LAYERS = {
-    "heads type": (dict(num_heads=2.0), TypeError, "num_heads must be an integer, got 2.0"),
-    "heads bool": (dict(num_heads=True), TypeError, "num_heads must be an integer, got True"),
-    "heads": (dict(num_heads=0), ValueError, "num_heads must be at least 1, got 0"),
-    "kv heads": (dict(num_kv_heads=2), ValueError, "num_heads must be a multiple of num_kv_heads, got 3 and 2"),
-    "dtype": (dict(q_weight=np.ones((24, 12), int)), TypeError, "q_weight must be a float16, .* got dtype int64"),
-    "none": (dict(v_weight=None), TypeError, "v_weight must be a float16, .* got dtype object"),
-    "rank": (dict(k_weight=np.ones(4)), ValueError, r"k_weight must be \(outputs, inputs\), got shape \(4,\)"),
-    "bias rank": (dict(k_bias=np.ones((4, 1))), ValueError, r"k_bias must be \(outputs,\), got shape \(4, 1\)"),
-    "split": (dict(q_weight=np.ones((25, 12))), ValueError,
-              r"q_weight must have rows for num_heads = 3 heads of equal size, got shape \(25, 12\)"),
-    "value split": (dict(v_weight=np.ones((16, 9))), ValueError, "v_weight must have rows for num_kv_heads = 3 heads"),
-    "keys": (dict(k_weight=np.ones((8, 10))), ValueError,
-             r"k_weight must have Hkv \* D = 3 \* 8 rows, .* got \(8, 10\); pass num_kv_heads"),
-    "out": (dict(out_weight=np.ones((11, 14))), ValueError, r"out_weight must have H \* Dv = 15 columns, got .*\(11, 14\)"),
-    "out bias": (dict(out_weight=None), ValueError, "out_bias needs out_weight, got out_weight=None"),
-    "bias": (dict(v_bias=np.ones(3)), ValueError, r"v_bias must have shape \(15,\), .* got \(3,\)"),
+    "heads type": ({"num_heads": 2.0}, TypeError, "num_heads must be an integer, got 2.0"),
+    "heads bool": ({"num_heads": True}, TypeError, "num_heads must be an integer, got True"),
+    "heads": ({"num_heads": 0}, ValueError, "num_heads must be at least 1, got 0"),
+    "kv heads": (
+        {"num_kv_heads": 2},
+        ValueError,
+        "num_heads must be a multiple of num_kv_heads, got 3 and 2",
+    ),
+    "dtype": (
+        {"q_weight": np.ones((24, 12), int)},
+        TypeError,
+        "q_weight must be a float16, .* got dtype int64",
+    ),
+    "none": ({"v_weight": None}, TypeError, "v_weight must be a float16, .* got dtype object"),
+    "rank": ({"k_weight": np.ones(4)}, ValueError, r"k_weight must be \(outputs, inputs\), got shape \(4,\)"),
+    "bias rank": (
+        {"k_bias": np.ones((4, 1))},
+        ValueError,
+        r"k_bias must be \(outputs,\), got shape \(4, 1\)",
+    ),
+    "split": (
+        {"q_weight": np.ones((25, 12))},
+        ValueError,
+        r"q_weight must have rows for num_heads = 3 heads of equal size, got shape \(25, 12\)",
+    ),
+    "value split": (
+        {"v_weight": np.ones((16, 9))},
+        ValueError,
+        "v_weight must have rows for num_kv_heads = 3 heads",
+    ),
+    "keys": (
+        {"k_weight": np.ones((8, 10))},
+        ValueError,
+        r"k_weight must have Hkv \* D = 3 \* 8 rows, .* got \(8, 10\); pass num_kv_heads",
+    ),
+    "out": (
+        {"out_weight": np.ones((11, 14))},
+        ValueError,
+        r"out_weight must have H \* Dv = 15 columns, got .*\(11, 14\)",
+    ),
+    "out bias": ({"out_weight": None}, ValueError, "out_bias needs out_weight, got out_weight=None"),
+    "bias": ({"v_bias": np.ones(3)}, ValueError, r"v_bias must have shape \(15,\), .* got \(3,\)"),
 }
 
 
@@ -232,21 +310,47 @@ def test_bad_parameters_are_refused_by_name(name):
 
 X, Y, Z = inputs(CASE)
 BAD_CALLS = {
-    "dtype": (dict(query=X.astype(int)), TypeError, "query must be a float16, .* got dtype int64"),
-    "rank": (dict(query=X[None]), ValueError, r"query must be \(B, L, E\) or \(L, E\), got shape \(1, 2, 4, 12\)"),
-    "width": (dict(key=X), ValueError, r"key must have a last axis of 10, the columns of its weight, got .*\(2, 4, 12\)"),
-    "self": (dict(key=None, value=None), ValueError, "key must have a last axis of 10"),
-    "batch": (dict(value=Z[:1]), ValueError, r"value must have query's batch axes \(2,\), got .* value \(1, 6, 9\)"),
-    "unbatched": (dict(key=Y[0]), ValueError, r"key must have query's batch axes \(2,\), got"),
-    "rows": (dict(value=Z[:, :3]), ValueError, "value must have as many rows as key, S = 6, got"),
-    "value alone": (dict(key=None), ValueError, "value needs key, got key=None; pass key=query"),
-    "weights": (dict(need_weights=None), TypeError, "need_weights must be True or False, got None"),
-    "mask": (dict(attn_mask=np.ones((2, 4, 6), bool)), ValueError,
-             r"attn_mask must broadcast to \(..., H, L, S\) = \(2, 3, 4, 6\), got shape \(2, 4, 6\)"),
-    "padding": (dict(key_padding_mask=np.ones((2, 4), bool)), ValueError,
-                r"key_padding_mask must have shape \(..., S\) = \(2, 6\), got \(2, 4\)"),
-    "causal": (dict(is_causal=True), ValueError, "causal_alignment is needed because L = 4 queries and S = 6 keys"),
-    "out": (dict(out=np.zeros((2, 4, 12), np.float32)), ValueError, r"out must have shape \(2, 4, 11\), .*\(2, 4, 12\)"),
+    "dtype": ({"query": X.astype(int)}, TypeError, "query must be a float16, .* got dtype int64"),
+    "rank": (
+        {"query": X[None]},
+        ValueError,
+        r"query must be \(B, L, E\) or \(L, E\), got shape \(1, 2, 4, 12\)",
+    ),
+    "width": (
+        {"key": X},
+        ValueError,
+        r"key must have a last axis of 10, the columns of its weight, got .*\(2, 4, 12\)",
+    ),
+    "self": ({"key": None, "value": None}, ValueError, "key must have a last axis of 10"),
+    "batch": (
+        {"value": Z[:1]},
+        ValueError,
+        r"value must have query's batch axes \(2,\), got .* value \(1, 6, 9\)",
+    ),
+    "unbatched": ({"key": Y[0]}, ValueError, r"key must have query's batch axes \(2,\), got"),
+    "rows": ({"value": Z[:, :3]}, ValueError, "value must have as many rows as key, S = 6, got"),
+    "value alone": ({"key": None}, ValueError, "value needs key, got key=None; pass key=query"),
+    "weights": ({"need_weights": None}, TypeError, "need_weights must be True or False, got None"),
+    "mask": (
+        {"attn_mask": np.ones((2, 4, 6), bool)},
+        ValueError,
+        r"attn_mask must broadcast to \(..., H, L, S\) = \(2, 3, 4, 6\), got shape \(2, 4, 6\)",
+    ),
+    "padding": (
+        {"key_padding_mask": np.ones((2, 4), bool)},
+        ValueError,
+        r"key_padding_mask must have shape \(..., S\) = \(2, 6\), got \(2, 4\)",
+    ),
+    "causal": (
+        {"is_causal": True},
+        ValueError,
+        "causal_alignment is needed because L = 4 queries and S = 6 keys",
+    ),
+    "out": (
+        {"out": np.zeros((2, 4, 12), np.float32)},
+        ValueError,
+        r"out must have shape \(2, 4, 11\), .*\(2, 4, 12\)",
+    ),
 }
 
 
@@ -266,7 +370,9 @@ def test_self_attention_refuses_other_widths_and_heads():
     with pytest.raises(ValueError, match="x must have a last axis of 6"):
         SelfAttention(weight, weight, weight)(np.ones((2, 5)))
     state = {"in_proj_weight": np.ones((12, 4)), "out_proj.weight": np.ones((4, 4))}
-    with pytest.raises(ValueError, match="num_heads must be 1 for SelfAttention, got 2; use MultiHeadAttention"):
+    with pytest.raises(
+        ValueError, match="num_heads must be 1 for SelfAttention, got 2; use MultiHeadAttention"
+    ):
         SelfAttention.from_torch(state, 2)
     assert type(SelfAttention.from_torch(state, 1)) is SelfAttention
 

@@ -1,4 +1,5 @@
 """resolve_mask: every restriction alone and together, and what it refuses."""
+
 import cases
 import numpy as np
 import pytest
@@ -11,11 +12,24 @@ from edgeattn.masks import resolve_mask
 def test_permitted_is_what_the_rules_say(case):
     given = case.masks()
     shape = (case.B, case.H, case.L, case.S)
-    mask = resolve_mask(shape, given["bias"] if given["keep"] is None else given["keep"], given["padding"],
-                        is_causal=case.is_causal, causal_alignment=case.causal_alignment,
-                        window_size=case.window_size, kv_lengths=given["lengths"])
-    wanted = reference.visible(*shape, keep=given["keep"], padding=given["padding"], causal=case.is_causal,
-                               alignment=case.causal_alignment, window=case.window_size, lengths=given["lengths"])
+    mask = resolve_mask(
+        shape,
+        given["bias"] if given["keep"] is None else given["keep"],
+        given["padding"],
+        is_causal=case.is_causal,
+        causal_alignment=case.causal_alignment,
+        window_size=case.window_size,
+        kv_lengths=given["lengths"],
+    )
+    wanted = reference.visible(
+        *shape,
+        keep=given["keep"],
+        padding=given["padding"],
+        causal=case.is_causal,
+        alignment=case.causal_alignment,
+        window=case.window_size,
+        lengths=given["lengths"],
+    )
     if given["bias"] is not None:
         wanted = wanted & (given["bias"] != -np.inf)
     permitted = mask.permitted()
@@ -52,32 +66,61 @@ def test_alignment_is_asked_for_only_when_it_matters():
 
 
 BAD = {
-    "flag": (dict(is_causal=1), TypeError, "is_causal must be True or False, got 1"),
-    "alignment": (dict(causal_alignment="left"), ValueError,
-                  "causal_alignment must be 'upper_left' or 'lower_right', got 'left'"),
-    "ambiguous": (dict(is_causal=True), ValueError,
-                  "causal_alignment is needed because L = 3 queries and S = 4 keys differ: 'upper_left'.*'lower_right'"),
-    "ambiguous window": (dict(window_size=(1, -1)), ValueError, "causal_alignment is needed"),
-    "ambiguous lengths": (dict(shape=(2, 1, 4, 4), is_causal=True, kv_lengths=[4, 2]), ValueError,
-                          r"L = 4 queries and S = 4 keys, kv_lengths = \[4, 2\] differ"),
-    "mask dtype": (dict(attn_mask=np.ones((3, 4), int)), TypeError,
-                   r"attn_mask must be a bool array \(True = attend\) or a float array .*got dtype int64.*astype\(bool"),
-    "mask longdouble": (dict(attn_mask=np.ones((3, 4), np.longdouble)), TypeError, "attn_mask must be"),
-    "mask shape": (dict(attn_mask=np.ones((2, 3), bool)), ValueError,
-                   r"attn_mask must broadcast to \(..., H, L, S\) = \(2, 1, 3, 4\), got shape \(2, 3\)"),
-    "mask rank": (dict(attn_mask=np.ones((1, 2, 1, 3, 4), bool)), ValueError, "attn_mask must broadcast"),
-    "padding dtype": (dict(key_padding_mask=np.zeros((2, 4))), TypeError,
-                      r"key_padding_mask must be a bool array \(True = a real token\), got dtype float64"),
-    "padding shape": (dict(key_padding_mask=np.ones((2, 3), bool)), ValueError,
-                      r"key_padding_mask must have shape \(..., S\) = \(2, 4\), got \(2, 3\)"),
-    "window": (dict(window_size=3), TypeError, r"window_size must be two integers \(left, right\).*got 3"),
-    "window length": (dict(window_size=(1, 2, 3)), TypeError, "window_size must be two integers"),
-    "window float": (dict(window_size=(1.0, 2)), TypeError, "window_size must be two integers"),
-    "window negative": (dict(window_size=(-2, 0)), ValueError, r"window_size must be .*got \(-2, 0\)"),
-    "lengths dtype": (dict(kv_lengths=[1.0, 2.0]), TypeError, "kv_lengths must be an integer array, got dtype float64"),
-    "lengths shape": (dict(kv_lengths=[1]), ValueError, r"kv_lengths must have shape \(2,\), .* got \(1,\)"),
-    "lengths long": (dict(kv_lengths=[1, 5]), ValueError, r"kv_lengths must lie between 0 and S = 4, got \[1, 5\]"),
-    "lengths negative": (dict(kv_lengths=[1, -1]), ValueError, "kv_lengths must lie between 0 and S = 4"),
+    "flag": ({"is_causal": 1}, TypeError, "is_causal must be True or False, got 1"),
+    "alignment": (
+        {"causal_alignment": "left"},
+        ValueError,
+        "causal_alignment must be 'upper_left' or 'lower_right', got 'left'",
+    ),
+    "ambiguous": (
+        {"is_causal": True},
+        ValueError,
+        "causal_alignment is needed because L = 3 queries and S = 4 keys differ: 'upper_left'.*'lower_right'",
+    ),
+    "ambiguous window": ({"window_size": (1, -1)}, ValueError, "causal_alignment is needed"),
+    "ambiguous lengths": (
+        {"shape": (2, 1, 4, 4), "is_causal": True, "kv_lengths": [4, 2]},
+        ValueError,
+        r"L = 4 queries and S = 4 keys, kv_lengths = \[4, 2\] differ",
+    ),
+    "mask dtype": (
+        {"attn_mask": np.ones((3, 4), int)},
+        TypeError,
+        r"attn_mask must be a bool array \(True = attend\) or a float array .*got dtype int64.*astype\(bool",
+    ),
+    "mask longdouble": ({"attn_mask": np.ones((3, 4), np.longdouble)}, TypeError, "attn_mask must be"),
+    "mask shape": (
+        {"attn_mask": np.ones((2, 3), bool)},
+        ValueError,
+        r"attn_mask must broadcast to \(..., H, L, S\) = \(2, 1, 3, 4\), got shape \(2, 3\)",
+    ),
+    "mask rank": ({"attn_mask": np.ones((1, 2, 1, 3, 4), bool)}, ValueError, "attn_mask must broadcast"),
+    "padding dtype": (
+        {"key_padding_mask": np.zeros((2, 4))},
+        TypeError,
+        r"key_padding_mask must be a bool array \(True = a real token\), got dtype float64",
+    ),
+    "padding shape": (
+        {"key_padding_mask": np.ones((2, 3), bool)},
+        ValueError,
+        r"key_padding_mask must have shape \(..., S\) = \(2, 4\), got \(2, 3\)",
+    ),
+    "window": ({"window_size": 3}, TypeError, r"window_size must be two integers \(left, right\).*got 3"),
+    "window length": ({"window_size": (1, 2, 3)}, TypeError, "window_size must be two integers"),
+    "window float": ({"window_size": (1.0, 2)}, TypeError, "window_size must be two integers"),
+    "window negative": ({"window_size": (-2, 0)}, ValueError, r"window_size must be .*got \(-2, 0\)"),
+    "lengths dtype": (
+        {"kv_lengths": [1.0, 2.0]},
+        TypeError,
+        "kv_lengths must be an integer array, got dtype float64",
+    ),
+    "lengths shape": ({"kv_lengths": [1]}, ValueError, r"kv_lengths must have shape \(2,\), .* got \(1,\)"),
+    "lengths long": (
+        {"kv_lengths": [1, 5]},
+        ValueError,
+        r"kv_lengths must lie between 0 and S = 4, got \[1, 5\]",
+    ),
+    "lengths negative": ({"kv_lengths": [1, -1]}, ValueError, "kv_lengths must lie between 0 and S = 4"),
 }
 
 

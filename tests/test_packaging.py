@@ -13,10 +13,9 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("edgeattn", "quant")
-# Not to be loaded by `import edgeattn`: each costs a small machine time and memory, or is not there.
-NOT_ON_DEVICE = (
-    "ai_edge_litert", "click", "flatbuffers", "numba.cuda", "rich", "scipy", "tflite_runtime", "torch",
-)
+# Not to be loaded by `import edgeattn`: each costs a small machine time and memory, or is not there. SciPy
+# is not listed because Numba imports it wherever it is installed.
+NOT_ON_DEVICE = ("ai_edge_litert", "click", "flatbuffers", "numba.cuda", "rich", "tflite_runtime", "torch")
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The promise: every output byte of a static layer equals the named TFLite runtime's, layer by layer and operator by operator."""
+"""The promise: every output byte of a static layer equals the named TFLite runtime's."""
 
 import functools
 from dataclasses import dataclass
@@ -48,11 +48,23 @@ def random_layer(seed: int) -> RandomLayer:
         return None if seed % 7 == 0 else rng.normal(0, 0.3, o).astype(np.float32)
 
     layer = edgeattn.MultiHeadAttention(
-        H, weight(H * D, E), weight(H * D, E), weight(H * Dv, E), None if seed % 11 == 0 else weight(E, H * Dv),
-        q_bias=bias(H * D), k_bias=bias(H * D), v_bias=bias(H * Dv), out_bias=None if seed % 11 == 0 else bias(E))
+        H,
+        weight(H * D, E),
+        weight(H * D, E),
+        weight(H * Dv, E),
+        None if seed % 11 == 0 else weight(E, H * Dv),
+        q_bias=bias(H * D),
+        k_bias=bias(H * D),
+        v_bias=bias(H * Dv),
+        out_bias=None if seed % 11 == 0 else bias(E),
+    )
     x = (rng.standard_normal((3, B, L, E)) * rng.uniform(0.1, 5) + rng.uniform(-1, 1)).astype(np.float32)
-    mask = [None, np.tri(L, dtype=bool), rng.random((B, 1, L, L)) < 0.7, np.arange(L) < rng.integers(1, L + 1, (B, 1, 1, 1))
-            ][seed % 4]
+    mask = [
+        None,
+        np.tri(L, dtype=bool),
+        rng.random((B, 1, L, L)) < 0.7,
+        np.arange(L) < rng.integers(1, L + 1, (B, 1, 1, 1)),
+    ][seed % 4]
     calls = x if mask is None else [{"query": one, "attn_mask": mask} for one in x]
     quantized = quant.quantize(layer, quant.calibrate(layer, calls))
     if mask is not None:
@@ -102,9 +114,11 @@ def test_layers_as_other_converters_write_them_equal_the_runtime(name, seed):
     Ev = Ek if sources[2] == sources[1] else Ev
 
     def linear(o, i):
-        return QuantizedLinear(rng.integers(-127, 128, (o, i)).astype(np.int8),
-                               (10 ** rng.uniform(-3.5, -2.5, o)).astype(np.float32),
-                               rng.integers(-3000, 3000, o).astype(np.int32))
+        return QuantizedLinear(
+            rng.integers(-127, 128, (o, i)).astype(np.int8),
+            (10 ** rng.uniform(-3.5, -2.5, o)).astype(np.float32),
+            rng.integers(-3000, 3000, o).astype(np.int32),
+        )
 
     tensors = {name: random_quantization(rng) for name in ("query", "key", "value", "scores", "context", "output")}
     tensors |= {f"{INPUTS[source]}_input": random_quantization(rng) for source in set(sources)}
@@ -113,12 +127,21 @@ def test_layers_as_other_converters_write_them_equal_the_runtime(name, seed):
     scaled = TensorQuantization(np.float32(0.04), -3)
     ops = [MulConstant(127, TensorQuantization(scaled.scale / tensors["scores"].scale / 127, 0), scaled)]
     if seed % 2:
-        ops.append(AddMask(rng.choice(np.array([-128, 127], np.int8), (1, 1, L, S)), TensorQuantization(np.float32(0.03), 127),
-                           TensorQuantization(np.float32(0.05), 40)))
+        ops.append(
+            AddMask(
+                rng.choice(np.array([-128, 127], np.int8), (1, 1, L, S)),
+                TensorQuantization(np.float32(0.03), 127),
+                TensorQuantization(np.float32(0.05), 40),
+            )
+        )
     layer = StaticMultiHeadAttention(
-        H, {"query": linear(H * D, E), "key": linear(H * D, Ek), "value": linear(H * Dv, Ev), "output": linear(E, H * Dv)},
-        tensors, sources=sources, score_ops=ops)
-    lengths = (L, S, S)[:max(sources) + 1]
+        H,
+        {"query": linear(H * D, E), "key": linear(H * D, Ek), "value": linear(H * Dv, Ev), "output": linear(E, H * Dv)},
+        tensors,
+        sources=sources,
+        score_ops=ops,
+    )
+    lengths = (L, S, S)[: max(sources) + 1]
     codes = [rng.integers(-128, 128, (B, n, e)).astype(np.int8) for n, e in zip(lengths, (E, Ek, Ev), strict=False)]
     assert_equal_in(name, layer, *codes)
 
@@ -129,6 +152,9 @@ def test_the_random_layers_tell_the_kernel_sets_apart():
         for other in KERNEL_SETS:
             if name < other:
                 assert any(
-                    (random_layer(seed).quantized.with_arithmetic(name).run_int8(random_layer(seed).codes)
-                     != random_layer(seed).quantized.with_arithmetic(other).run_int8(random_layer(seed).codes)).any()
-                    for seed in range(LAYERS)), (name, other)
+                    (
+                        random_layer(seed).quantized.with_arithmetic(name).run_int8(random_layer(seed).codes)
+                        != random_layer(seed).quantized.with_arithmetic(other).run_int8(random_layer(seed).codes)
+                    ).any()
+                    for seed in range(LAYERS)
+                ), (name, other)

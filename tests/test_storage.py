@@ -1,4 +1,5 @@
 """save and load: what comes back, what stands in the file, and which files are refused."""
+
 import json
 import pathlib
 import struct
@@ -10,7 +11,15 @@ import pytest
 import safetensors.numpy
 
 from edgeattn import MultiHeadAttention, SelfAttention, load, save
-from edgeattn.storage import write_atomically
+from edgeattn.files import write_atomic
+from edgeattn.quantized import (
+    AddMask,
+    MulConstant,
+    QuantizedLinear,
+    SelectMask,
+    StaticMultiHeadAttention,
+    TensorQuantization,
+)
 
 
 def layers():
@@ -20,8 +29,17 @@ def layers():
         return random.standard_normal(shape, np.float32)
 
     return {
-        "whole": MultiHeadAttention(2, weight(6, 5), weight(6, 4), weight(8, 3), weight(7, 8), q_bias=weight(6),
-                                    k_bias=weight(6), v_bias=weight(8), out_bias=weight(7)),
+        "whole": MultiHeadAttention(
+            2,
+            weight(6, 5),
+            weight(6, 4),
+            weight(8, 3),
+            weight(7, 8),
+            q_bias=weight(6),
+            k_bias=weight(6),
+            v_bias=weight(8),
+            out_bias=weight(7),
+        ),
         "bare": MultiHeadAttention(2, weight(6, 5), weight(6, 5), weight(6, 5)),
         "grouped": MultiHeadAttention(4, weight(8, 5), weight(4, 5), weight(6, 5), weight(5, 12), num_kv_heads=2),
         "single": SelfAttention(weight(6, 5), weight(6, 5), weight(4, 5), weight(5, 4), v_bias=weight(4)),
@@ -52,55 +70,64 @@ def test_file_is_written_the_same_every_time_and_says_what_it_is(tmp_path):
     assert path.read_bytes() == again.read_bytes()
     with safetensors.safe_open(path, "numpy") as file:
         assert json.loads(file.metadata()["edgeattn"]) == {
-            "format": 1, "kind": "MultiHeadAttention", "config": {"num_heads": 4, "num_kv_heads": 2}}
+            "format": 1,
+            "kind": "MultiHeadAttention",
+            "config": {"num_heads": 4, "num_kv_heads": 2},
+        }
         assert sorted(file.keys()) == ["k_weight", "out_weight", "q_weight", "v_weight"]
 
 
-class QuantizedMultiHeadAttention:
-    """A stand-in that has what storage asks of a kind of layer, and int8 tensors."""
-
-    def __init__(self, config, tensors):
-        self.config, self.tensors = config, tensors
-
-    def _to_state(self):
-        return self.config, self.tensors
-
-    @classmethod
-    def _from_state(cls, config, tensors):
-        return cls(config, tensors)
-
-
-QuantizedMultiHeadAttention.__module__ = "edgeattn.quantized"
-
-
 @pytest.fixture
-def quantized(monkeypatch):
-    module = types.ModuleType("edgeattn.quantized")
-    module.QuantizedMultiHeadAttention = QuantizedMultiHeadAttention
-    monkeypatch.setitem(sys.modules, "edgeattn.quantized", module)
-    return QuantizedMultiHeadAttention(
-        {"arithmetic": "tflm", "ops": [{"fill": -128}]},
-        {"codes": np.arange(-6, 6, dtype=np.int8).reshape(3, 4).T, "bias": np.array([1, -2], np.int32),
-         "keep": np.array([True, False]), "one": np.float32(0.1)})
+def quantized():
+    """A static layer with every kind of parameter: no bias in one projection, and each kind of score operator."""
+    generator = np.random.default_rng(3)
+
+    def linear(outputs, inputs, bias=True):
+        return QuantizedLinear(
+            generator.integers(-127, 128, (outputs, inputs)).astype(np.int8),
+            generator.uniform(1e-3, 1e-2, outputs).astype(np.float32),
+            generator.integers(-999, 999, outputs).astype(np.int32) if bias else None,
+        )
+
+    tensor = TensorQuantization(0.1, 3)
+    names = ("query_input", "key_input", "query", "key", "value", "scores", "context", "output")
+    return StaticMultiHeadAttention(
+        2,
+        {"query": linear(8, 6), "key": linear(8, 5), "value": linear(10, 5, bias=False), "output": linear(6, 10)},
+        dict.fromkeys(names, tensor),
+        sources=(0, 1, 1),
+        score_ops=(
+            MulConstant(90, tensor, tensor),
+            AddMask(generator.choice(np.array([-128, 0], np.int8), (4, 7)), tensor, tensor),
+            SelectMask(np.tri(4, 7, dtype=bool)),
+        ),
+        arithmetic="tflm",
+    )
 
 
-def test_other_kinds_and_dtypes_round_trip(tmp_path, quantized):
+def test_a_static_layer_round_trips_to_the_same_state(tmp_path, quantized):
     path = tmp_path / "layer.safetensors"
     save(quantized, path)
-    loaded = load(path)
-    assert loaded.config == quantized.config
-    for name, tensor in quantized.tensors.items():
-        np.testing.assert_array_equal(loaded.tensors[name], tensor)
-        assert loaded.tensors[name].shape == np.shape(tensor)
-        assert loaded.tensors[name].dtype == tensor.dtype
+    (config, tensors), (loaded_config, loaded_tensors) = quantized._to_state(), load(path)._to_state()
+    assert loaded_config == config
+    assert sorted(loaded_tensors) == sorted(tensors)
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(loaded_tensors[name], tensor)
+        assert loaded_tensors[name].dtype == tensor.dtype
 
 
 def test_arithmetic_is_chosen_at_loading(tmp_path, quantized):
     path = tmp_path / "layer.safetensors"
     save(quantized, path)
-    assert load(path, arithmetic="litert").config["arithmetic"] == "litert"
+    assert load(path, arithmetic="litert").arithmetic == "litert"
+    with pytest.raises(
+        ValueError, match="layer.safetensors does not hold a valid .*arithmetic must be one of.*'nnpack'"
+    ):
+        load(path, arithmetic="nnpack")
     save(layers()["bare"], path)
-    with pytest.raises(ValueError, match="arithmetic='litert' applies to int8 layers, but .* holds a MultiHeadAttention"):
+    with pytest.raises(
+        ValueError, match="arithmetic='litert' applies to int8 layers, but .* holds a MultiHeadAttention"
+    ):
         load(path, arithmetic="litert")
 
 
@@ -129,10 +156,10 @@ def test_failed_writing_leaves_what_was_there(tmp_path, monkeypatch):
         assert path.read_bytes() == before
 
 
-def test_write_atomically_replaces_and_leaves_nothing_else(tmp_path):
+def test_write_atomic_replaces_and_leaves_nothing_else(tmp_path):
     path = tmp_path / "file.bin"
     for content in (b"one", b"two"):
-        write_atomically(str(path), content)
+        write_atomic(str(path), content)
         assert path.read_bytes() == content
     assert list(tmp_path.iterdir()) == [path]
     # The permissions any new file would have, not those of a private temporary one.
@@ -175,14 +202,21 @@ LYING = {
     "header beyond the end": (struct.pack("<Q", 1000) + b"{}", "is not a whole .safetensors file"),
     "huge header": (struct.pack("<Q", 2**63) + b"{}", "is not a whole .safetensors file"),
     "no JSON": (struct.pack("<Q", 4) + b"\xff\x00{}", "is not a whole .safetensors file"),
-    "data beyond the end": ({"q_weight": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}},
-                            "is not a whole .safetensors file"),
-    "shape and size differ": ({"q_weight": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 0]}},
-                              "is not a whole .safetensors file"),
+    "data beyond the end": (
+        {"q_weight": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}},
+        "is not a whole .safetensors file",
+    ),
+    "shape and size differ": (
+        {"q_weight": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 0]}},
+        "is not a whole .safetensors file",
+    ),
     "foreign": ({}, "holds tensors but no edgeattn layer: .*from_torch or from_bert"),
     "metadata not JSON": ({"__metadata__": {"edgeattn": "{"}}, "has unreadable edgeattn metadata"),
     "metadata not an object": ({"__metadata__": {"edgeattn": "3"}}, "has unreadable edgeattn metadata"),
-    "metadata without kind": ({"__metadata__": {"edgeattn": '{"format": 1}'}}, "unreadable edgeattn metadata: .*'kind'"),
+    "metadata without kind": (
+        {"__metadata__": {"edgeattn": '{"format": 1}'}},
+        "unreadable edgeattn metadata: .*'kind'",
+    ),
     "newer": ({"__metadata__": metadata(format=2)}, "has format 2, this edgeattn reads format 1; update edgeattn"),
     "kind": ({"__metadata__": metadata(kind="os")}, "must hold one of MultiHeadAttention, .* got kind 'os'"),
     "kind type": ({"__metadata__": metadata(kind=[])}, r"must hold one of MultiHeadAttention, .* got kind \[\]"),
@@ -209,7 +243,7 @@ def test_truncated_files_are_refused_by_name(tmp_path, kept):
     path = tmp_path / "layer.safetensors"
     save(layers()["whole"], path)
     content = path.read_bytes()
-    path.write_bytes(content[:int(kept * len(content))])
+    path.write_bytes(content[: int(kept * len(content))])
     with pytest.raises(ValueError, match="layer.safetensors is not a whole .safetensors file"):
         load(path)
 
@@ -218,14 +252,21 @@ def store(path, tensors, **changes):
     safetensors.numpy.save_file(tensors, path, metadata=metadata(**changes))
 
 
-@pytest.mark.parametrize(("tensors", "changes", "message"), [
-    ({"extra": np.ones((2, 2), np.float32)}, {}, "unexpected tensors .'extra'"),
-    ({"k_weight": np.ones((3, 2), np.float32)}, {}, r"valid MultiHeadAttention: k_weight must have"),
-    ({"k_weight": np.ones((2, 2), np.int8)}, {}, "valid MultiHeadAttention: k_weight must be a float16"),
-    ({}, {"config": {"num_kv_heads": 1}}, "does not hold a whole MultiHeadAttention: 'num_heads' is missing"),
-    ({}, {"config": {"num_heads": "two", "num_kv_heads": 1}}, "num_heads must be an integer, got 'two'"),
-    ({}, {"kind": "SelfAttention", "config": {"num_heads": 2, "num_kv_heads": 2}}, "num_heads must be 1 for SelfAtt"),
-])
+@pytest.mark.parametrize(
+    ("tensors", "changes", "message"),
+    [
+        ({"extra": np.ones((2, 2), np.float32)}, {}, "unexpected tensors .'extra'"),
+        ({"k_weight": np.ones((3, 2), np.float32)}, {}, r"valid MultiHeadAttention: k_weight must have"),
+        ({"k_weight": np.ones((2, 2), np.int8)}, {}, "valid MultiHeadAttention: k_weight must be a float16"),
+        ({}, {"config": {"num_kv_heads": 1}}, "does not hold a whole MultiHeadAttention: 'num_heads' is missing"),
+        ({}, {"config": {"num_heads": "two", "num_kv_heads": 1}}, "num_heads must be an integer, got 'two'"),
+        (
+            {},
+            {"kind": "SelfAttention", "config": {"num_heads": 2, "num_kv_heads": 2}},
+            "num_heads must be 1 for SelfAtt",
+        ),
+    ],
+)
 def test_files_that_are_no_valid_layer_are_refused_by_name(tmp_path, tensors, changes, message):
     path = tmp_path / "layer.safetensors"
     square = np.ones((2, 2), np.float32)

@@ -26,8 +26,8 @@ QUIET_SECONDS = 15.0  # where no terminal redraws the line, one line of progress
 # Shown when an environment is ready. Of these, some do not exist for every Python or processor.
 SHOWN = ("numpy", "numba", "safetensors", "ai-edge-litert", "tflite-runtime", "tflite-micro", "pytest")
 OPTIONAL = {
-    "tflite-runtime": "has wheels for Python 3.10 and 3.11 only",
-    "tflite-micro": "has wheels for Linux on x86-64 only",
+    "tflite-runtime": "needs Python 3.10 or 3.11 and numpy 1",
+    "tflite-micro": "needs Linux on x86-64",
 }
 
 

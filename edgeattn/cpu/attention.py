@@ -1,4 +1,5 @@
 """Attention in float32 on the CPU, one row of scores at a time."""
+
 import math
 
 import numpy as np
@@ -29,12 +30,27 @@ def attention(query, key, value, mask, *, scale, softcap, out, weights=None):
     weights : (B, H, L, S) float32 array, optional
         Written with the probabilities.
     """
-    _attention(query, key, value,
-               _NO_KEEP if mask.keep is None else mask.keep,
-               _NO_BIAS if mask.bias is None else mask.bias,
-               mask.left, mask.right, mask.offset, mask.lengths,
-               np.float32(scale), np.float32(softcap), out,
-               np.empty((0, 0, 0, 0), np.float32) if weights is None else weights)
+    _attention(
+        query,
+        key,
+        value,
+        _NO_KEEP if mask.keep is None else mask.keep,
+        _NO_BIAS if mask.bias is None else mask.bias,
+        mask.left,
+        mask.right,
+        mask.offset,
+        mask.lengths,
+        np.float32(scale),
+        np.float32(softcap),
+        out,
+        np.empty((0, 0, 0, 0), np.float32) if weights is None else weights,
+    )
+
+
+@jit(inline="always")
+def _row(mask, b, h, i):
+    # mask (B or 1, H or 1, L or 1, S) -> (S,)
+    return mask[min(b, mask.shape[0] - 1), min(h, mask.shape[1] - 1), min(i, mask.shape[2] - 1)]
 
 
 @jit
@@ -58,7 +74,7 @@ def _attention(query, key, value, keep, bias, left, right, offset, lengths, scal
                     key_columns[d, j] = key[b, kv, j, d]
             for h in range(kv * (H // Hkv), (kv + 1) * (H // Hkv)):
                 for i in range(L):
-                    # 1. The keys [first, last) that length and window leave, and those of them that are permitted.
+                    # 1. The keys [first, last) that length and window leave, and which of them are permitted.
                     first, last = 0, lengths[b]
                     if left >= 0:
                         first = max(first, i + offset[b] - left)
@@ -68,7 +84,7 @@ def _attention(query, key, value, keep, bias, left, right, offset, lengths, scal
                     for j in range(first, last):
                         permitted[j] = True
                     if has_keep:
-                        keep_row = keep[min(b, keep.shape[0] - 1), min(h, keep.shape[1] - 1), min(i, keep.shape[2] - 1)]
+                        keep_row = _row(keep, b, h, i)
                         for j in range(first, last):
                             permitted[j] = keep_row[j]
 
@@ -83,12 +99,12 @@ def _attention(query, key, value, keep, bias, left, right, offset, lengths, scal
                         for j in range(first, last):
                             scores[j] = softcap * math.tanh(scores[j] / softcap)
                     if has_bias:
-                        bias_row = bias[min(b, bias.shape[0] - 1), min(h, bias.shape[1] - 1), min(i, bias.shape[2] - 1)]
+                        bias_row = _row(bias, b, h, i)
                         for j in range(first, last):
                             permitted[j] = permitted[j] and bias_row[j] != -np.inf
                             scores[j] += bias_row[j]
 
-                    # 3. Softmax over the permitted keys. NaN never wins the comparison, and spreads from the sum.
+                    # 3. Softmax over the permitted keys. NaN wins no comparison, and spreads from the sum.
                     highest = np.float32(-np.inf)
                     for j in range(first, last):
                         if permitted[j] and scores[j] > highest:

@@ -1,14 +1,17 @@
 """Attention layers as graphs of TFLite operators.
 
-The form is one that all runtimes in quant.runtimes take and compute alike (tried operator by operator in each):
+The form is one that all runtimes in quant.runtimes take and compute alike (tried operator by operator in
+each):
 
 - Projections are FULLY_CONNECTED version 5 with keep_num_dims on (B, L, E): no reshape around them.
-- Several heads are split by RESHAPE and TRANSPOSE to (B, H, L, D); one head needs neither and stays (B, L, D).
+- Several heads are split by RESHAPE and TRANSPOSE to (B, H, L, D); one head needs neither and stays (B, L,
+  D).
 - BATCH_MATMUL takes K as it lies, with adj_y, so K needs no second transpose.
 - 1/sqrt(D) is folded into the query projection: no MUL of the scores.
-- A mask is SELECT_V2 with a constant condition of the scores' rank and a scalar fill. Every runtime broadcasts it in all
-  four axes, and unlike ADD it leaves the scores' range to the scores.
-- Operators carry the lowest version that knows their int8 form; the float graph, version 1 where that suffices.
+- A mask is SELECT_V2 with a constant condition of the scores' rank and a scalar fill. Every runtime
+  broadcasts it in all four axes, and unlike ADD it leaves the scores' range to the scores.
+- Operators carry the lowest version that knows their int8 form; the float graph, version 1 where that
+  suffices.
 """
 
 from __future__ import annotations
@@ -22,7 +25,15 @@ from edgeattn.quantized import AddMask, MulConstant, SelectMask
 from edgeattn.tflite_schema import Graph
 
 FULLY_CONNECTED_VERSION = 5  # the first with keep_num_dims
-INT8_VERSIONS = {"ADD": 2, "MUL": 2, "BATCH_MATMUL": 2, "SOFTMAX": 2, "TRANSPOSE": 2, "RESHAPE": 1, "SELECT_V2": 1}
+INT8_VERSIONS = {
+    "ADD": 2,
+    "MUL": 2,
+    "BATCH_MATMUL": 2,
+    "SOFTMAX": 2,
+    "TRANSPOSE": 2,
+    "RESHAPE": 1,
+    "SELECT_V2": 1,
+}
 FLOAT_VERSIONS = dict.fromkeys(INT8_VERSIONS, 1)
 # exp(MASKED_SCORE - any real score) is 0 in float32, and unlike -inf a row full of it gives no NaN.
 MASKED_SCORE = np.float32(-1e30)
@@ -74,7 +85,9 @@ class _Builder:
                              {"adj_x": False, "adj_y": adj_y})
 
     def softmax(self, x, quantization=None) -> int:
-        return self.operator("SOFTMAX", [x], "probabilities", self.graph.tensors[x].shape, quantization, {"beta": 1.0})
+        return self.operator(
+            "SOFTMAX", [x], "probabilities", self.graph.tensors[x].shape, quantization, {"beta": 1.0}
+        )
 
     def split_heads(self, x, quantization=None) -> int:
         """(B, L, H*D) -> (B, H, L, D); one head is left alone."""
@@ -97,7 +110,9 @@ class _Builder:
     def reshape(self, x, output_name, shape, quantization=None) -> int:
         target = np.array(shape, np.int32)
         constant = self.graph.constant(f"{output_name}/shape", target)
-        return self.operator("RESHAPE", [x, constant], output_name, shape, quantization, {"new_shape": target})
+        return self.operator(
+            "RESHAPE", [x, constant], output_name, shape, quantization, {"new_shape": target}
+        )
 
     def transpose_heads(self, x, output_name, quantization=None) -> int:
         if self._heads_first is None:
@@ -111,7 +126,8 @@ class _Builder:
 
 
 def mask_to_graph_rank(values: np.ndarray, scores: tuple[int, ...], what: str) -> np.ndarray:
-    """``values``, broadcastable to ``scores`` = (B, H, L, S), with the scores' rank in the graph: 4, or 3 for one head.
+    """``values``, broadcastable to ``scores`` = (B, H, L, S), with the scores' rank in the graph: 4, or 3 for
+    one head.
 
     Raises
     ------
@@ -136,13 +152,16 @@ def _check_lengths(layer, sources, batch, sequence_length, key_length) -> _Lengt
         try:
             sizes[name] = operator.index(value)
         except TypeError:
-            raise TypeError(f"{name} must be an integer; got {type(value).__name__}: a .tflite graph has fixed "
-                            "lengths") from None
+            raise TypeError(
+                f"{name} must be an integer; got {type(value).__name__}: a .tflite graph has fixed lengths"
+            ) from None
         if not 1 <= sizes[name] < 2**31:
             raise ValueError(f"{name} must be at least 1 and fit int32; got {value}")
     if sources[1] == sources[0] and sizes["key_length"] != sizes["sequence_length"]:
-        raise ValueError("key_length must be left out or equal sequence_length where keys and queries are one input; "
-                         f"got {sizes['key_length']} and {sizes['sequence_length']}")
+        raise ValueError(
+            "key_length must be left out or equal sequence_length where keys and queries are one input; "
+            f"got {sizes['key_length']} and {sizes['sequence_length']}"
+        )
     return _Lengths(sizes["batch"], layer.num_heads, sizes["sequence_length"], sizes["key_length"],
                     layer.head_dim, layer.value_dim)
 
@@ -188,14 +207,20 @@ def static_graph(layer, *, batch: int, sequence_length: int, key_length: int | N
         bias = None
         if linear.bias is not None:
             input_scale = builder.graph.tensors[x].scale
-            bias = builder.graph.constant(f"{name}/bias", linear.bias, channel_scale=input_scale * linear.scale)
+            bias = builder.graph.constant(
+                f"{name}/bias", linear.bias, channel_scale=input_scale * linear.scale
+            )
         return builder.fully_connected(x, weight, bias, name, tensors[name])
 
-    query, key, value = (builder.split_heads(project(name, x), tensors[name]) for name, x in zip(INPUTS, feeds))
+    query, key, value = (
+        builder.split_heads(project(name, x), tensors[name]) for name, x in zip(INPUTS, feeds, strict=True)
+    )
     scores = builder.batch_matmul(query, key, "scores", lengths.keys, tensors["scores"], adj_y=True)
     scores = _add_score_ops(builder, layer.score_ops, scores, tensors["scores"])
     probabilities = builder.softmax(scores, tensors["probabilities"])
-    context = builder.batch_matmul(probabilities, value, "context", lengths.value_dim, tensors["context"], adj_y=False)
+    context = builder.batch_matmul(
+        probabilities, value, "context", lengths.value_dim, tensors["context"], adj_y=False
+    )
     context = builder.merge_heads(context, tensors["context"])
     builder.graph.outputs = [project("output", context) if "output" in layer.linears else context]
     return builder.graph
@@ -217,7 +242,9 @@ def _add_score_ops(builder: _Builder, score_ops, scores: int, quantization) -> i
         elif isinstance(op, SelectMask):
             keep = builder.mask_constant(f"{name}/keep", op.keep, "mask of the layer's SelectMask")
             fill = builder.graph.constant(f"{name}/fill", np.array(op.fill, np.int8), quantization)
-            scores = builder.operator("SELECT_V2", [keep, scores, fill], f"{name}/masked", shape, quantization)
+            scores = builder.operator(
+                "SELECT_V2", [keep, scores, fill], f"{name}/masked", shape, quantization
+            )
         else:
             raise TypeError(f"score_ops must be MulConstant, AddMask or SelectMask; got {type(op).__name__}")
     return scores
@@ -227,7 +254,8 @@ def float_graph(layer, *, batch: int, sequence_length: int, key_length: int | No
                 sources: tuple[int, int, int] | None = None) -> Graph:
     """The float32 graph of a float layer.
 
-    1/sqrt(D) is multiplied into the query weights, and key and value heads shared by several query heads are repeated.
+    1/sqrt(D) is multiplied into the query weights, and key and value heads shared by several query heads are
+    repeated.
 
     Parameters
     ----------
@@ -237,8 +265,9 @@ def float_graph(layer, *, batch: int, sequence_length: int, key_length: int | No
     mask : bool or float32 array, broadcastable to (B, H, L, S), optional
         True = attend, or numbers added to the scores.
     sources : tuple of int, optional
-        Which input feeds the query, key and value projection. Default: (0, 0, 0), self-attention, where the widths are
-        equal and ``key_length`` is not given; else (0, 1, 1), or (0, 1, 2) where keys and values differ in width.
+        Which input feeds the query, key and value projection. Default: (0, 0, 0), self-attention, where the
+        widths are equal and ``key_length`` is not given; else (0, 1, 1), or (0, 1, 2) where keys and values
+        differ in width.
 
     Returns
     -------
@@ -246,9 +275,10 @@ def float_graph(layer, *, batch: int, sequence_length: int, key_length: int | No
         float32 (B, L, E) in, float32 (B, L, output width) out.
     """
     widths = (layer.embed_dim, layer.kdim, layer.vdim)
-    if sources is None:
-        sources = (0, 1, 2) if widths[1] != widths[2] else (0, 1, 1) if widths[0] != widths[1] or key_length is not None \
-            else (0, 0, 0)
+    if sources is None and widths[1] != widths[2]:
+        sources = (0, 1, 2)
+    elif sources is None:
+        sources = (0, 0, 0) if widths[0] == widths[1] and key_length is None else (0, 1, 1)
     lengths = _check_lengths(layer, sources, batch, sequence_length, key_length)
     builder = _Builder(lengths, np.float32, FLOAT_VERSIONS)
     feeds = _add_inputs(builder, sources, widths, (None, None, None))
@@ -262,7 +292,7 @@ def float_graph(layer, *, batch: int, sequence_length: int, key_length: int | No
                     -1, *array.shape[1:])
             values.append(array if array is None or scale is None else array * scale)
         constants = [None if array is None else builder.graph.constant(f"{name}/{part}", array)
-                     for part, array in zip(("weight", "bias"), values)]
+                     for part, array in zip(("weight", "bias"), values, strict=True)]
         return builder.fully_connected(x, *constants, name)
 
     query = project("query", feeds[0], layer.q_weight, layer.q_bias, np.float32(layer.scale))
@@ -287,7 +317,9 @@ def _add_float_mask(builder: _Builder, mask: np.ndarray, scores: int) -> int:
         fill = builder.graph.constant("scores/fill", np.array(MASKED_SCORE))
         return builder.operator("SELECT_V2", [keep, scores, fill], "scores/masked", shape)
     if mask.dtype != np.float32:
-        raise TypeError(f"mask must be bool (True = attend) or float32 (added to the scores); got {mask.dtype}")
+        raise TypeError(
+            f"mask must be bool (True = attend) or float32 (added to the scores); got {mask.dtype}"
+        )
     if np.isnan(mask).any():
         raise ValueError("mask must hold no NaN")
     added = builder.mask_constant("scores/mask", np.maximum(mask, MASKED_SCORE), "mask")

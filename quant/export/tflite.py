@@ -6,15 +6,27 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from edgeattn.tflite_schema import (BUFFER_ALIGNMENT, BUILTIN_OPERATORS, DEPRECATED_CODE_MAX, IDENTIFIER, SCHEMA_VERSION,
-                                    TABLES, TYPE_CODES, Graph, Tensor)
+from edgeattn.tflite_schema import (
+    BUFFER_ALIGNMENT,
+    BUILTIN_OPERATORS,
+    DEPRECATED_CODE_MAX,
+    IDENTIFIER,
+    SCHEMA_VERSION,
+    TABLES,
+    TYPE_CODES,
+    Graph,
+    Tensor,
+)
 from quant.export.attention_graph import float_graph, static_graph
 
-SIGNATURE = "serving_default"  # the name TensorFlow gives; tools that take .tflite files refuse one without a signature
+# The name TensorFlow gives; some tools refuse a file without a signature.
+SIGNATURE = "serving_default"
 DESCRIPTION = "edgeattn"
 
 
-def write_tflite(layer, *, batch: int = 1, sequence_length: int, key_length: int | None = None, mask=None) -> bytes:
+def write_tflite(
+    layer, *, batch: int = 1, sequence_length: int, key_length: int | None = None, mask=None
+) -> bytes:
     """The bytes of a .tflite file that computes ``layer`` at fixed lengths.
 
     Parameters
@@ -26,29 +38,34 @@ def write_tflite(layer, *, batch: int = 1, sequence_length: int, key_length: int
     sequence_length : int
         L, the number of queries.
     key_length : int, optional
-        S, the number of keys; only for a layer whose keys are another input than its queries. Default: L.
+        S, the number of keys. Default: L. A quantized layer must have an input of its own for the keys; a
+        float layer gets one when this is given, and another for the values where kdim and vdim differ.
     mask : bool array, broadcastable to (B, H, L, S), optional
-        True = attend; baked into the file. For a float layer also a float32 array that is added to the scores.
-        A query with no permitted key gets the mean of all values: that is what TFLite's softmax makes of equal scores,
-        where edgeattn's own kernels give zeros.
+        True = attend; baked into the file. For a float layer also a float32 array that is added to the
+        scores. A query with no permitted key gets the mean of all values: that is what TFLite's softmax makes
+        of equal scores, where edgeattn's own kernels give zeros.
 
     Returns
     -------
     bytes
-        Inputs in the order query, key, value, as many as the layer tells apart; one output, (B, L, output width).
+        Inputs in the order query, key, value, as many as the layer tells apart; one output, (B, L, output
+        width).
 
     Raises
     ------
     ImportError
         When ``flatbuffers`` is not installed.
     TypeError, ValueError
-        When ``layer`` is of another kind, a length is not a positive integer, or a mask does not fit the lengths.
+        When ``layer`` is of another kind, a length is not a positive integer, or a mask does not fit the
+        lengths.
     """
     if hasattr(layer, "linears"):
         return serialize(static_graph(layer if mask is None else layer.with_mask(np.asarray(mask)),
                                       batch=batch, sequence_length=sequence_length, key_length=key_length))
     if hasattr(layer, "q_weight"):
-        return serialize(float_graph(layer, batch=batch, sequence_length=sequence_length, key_length=key_length, mask=mask))
+        return serialize(
+            float_graph(layer, batch=batch, sequence_length=sequence_length, key_length=key_length, mask=mask)
+        )
     raise TypeError("layer must be a static QuantizedMultiHeadAttention or a MultiHeadAttention; "
                     f"got {type(layer).__name__}, which has no TFLite form")
 
@@ -64,7 +81,9 @@ def serialize(graph: Graph) -> bytes:
     try:
         import flatbuffers
     except ImportError as error:
-        raise ImportError("writing .tflite needs the package flatbuffers: pip install edgeattn[tflite]") from error
+        raise ImportError(
+            "writing .tflite needs the package flatbuffers: pip install edgeattn[tflite]"
+        ) from error
     builder = flatbuffers.Builder(1024)
     builder.Finish(_write_table(builder, "Model", _model(graph)), IDENTIFIER)
     return bytes(builder.Output())
@@ -72,7 +91,9 @@ def serialize(graph: Graph) -> bytes:
 
 def _model(graph: Graph) -> dict:
     """``graph`` as nested dicts in the terms of TABLES."""
-    buffers: list[dict] = [{}]  # buffer 0 is by convention the empty one of all tensors that are not constants
+    buffers: list[dict] = [
+        {}
+    ]  # buffer 0 is by convention the empty one of all tensors that are not constants
     tensors = []
     for tensor in graph.tensors:
         tensors.append(_tensor(tensor, buffer=0 if tensor.data is None else len(buffers)))
@@ -92,13 +113,24 @@ def _model(graph: Graph) -> dict:
     operator_codes = []
     for name, version in codes:
         code = BUILTIN_OPERATORS[name].code
-        operator_codes.append({"deprecated_builtin_code": min(code, DEPRECATED_CODE_MAX), "builtin_code": code,
-                               "version": version})
+        operator_codes.append(
+            {
+                "deprecated_builtin_code": min(code, DEPRECATED_CODE_MAX),
+                "builtin_code": code,
+                "version": version,
+            }
+        )
 
     signature = {"signature_key": SIGNATURE, "subgraph_index": 0}
     for role, numbers in (("inputs", graph.inputs), ("outputs", graph.outputs)):
         signature[role] = [{"name": graph.tensors[number].name, "tensor_index": number} for number in numbers]
-    subgraph = {"name": "main", "tensors": tensors, "inputs": graph.inputs, "outputs": graph.outputs, "operators": operators}
+    subgraph = {
+        "name": "main",
+        "tensors": tensors,
+        "inputs": graph.inputs,
+        "outputs": graph.outputs,
+        "operators": operators,
+    }
     return {"version": SCHEMA_VERSION, "description": DESCRIPTION, "operator_codes": operator_codes,
             "subgraphs": [subgraph], "buffers": buffers, "signature_defs": [signature]}
 
@@ -112,14 +144,23 @@ def _tensor(tensor: Tensor, buffer: int) -> dict:
     return values
 
 
-# Scalars a builder stores inside the table; everything else it stores elsewhere, and an offset inside the table.
-_SCALAR_METHODS = {"bool": "PrependBoolSlot", "int8": "PrependInt8Slot", "uint8": "PrependUint8Slot",
-                   "int32": "PrependInt32Slot", "uint32": "PrependUint32Slot", "float32": "PrependFloat32Slot"}
+# Scalars a builder stores inside the table; everything else it stores elsewhere, and an offset inside the
+# table.
+_SCALAR_METHODS = {
+    "bool": "PrependBoolSlot",
+    "int8": "PrependInt8Slot",
+    "uint8": "PrependUint8Slot",
+    "int32": "PrependInt32Slot",
+    "uint32": "PrependUint32Slot",
+    "float32": "PrependFloat32Slot",
+}
 _VECTOR_DTYPES = {"[int32]": np.int32, "[int64]": np.int64, "[float32]": np.float32}
 
 
 def _write_table(builder, table: str, values: Mapping[str, object]) -> int:
-    """Append ``values`` as a table and return its offset. Children first: a FlatBuffer is written from its end."""
+    """Append ``values`` as a table and return its offset. Children first: a FlatBuffer is written from its
+    end.
+    """
     fields = TABLES[table]
     offsets = {name: _write_reference(builder, fields[name].kind, value)
                for name, value in values.items() if fields[name].kind not in _SCALAR_METHODS}
