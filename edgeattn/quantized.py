@@ -64,7 +64,7 @@ PROBABILITIES = TensorQuantization(rules.PROBABILITY_SCALE, rules.PROBABILITY_ZE
 
 @dataclass(frozen=True, eq=False)
 class QuantizedLinear:
-    """A fully connected layer: int8 weights, symmetric per output channel, and an int32 bias at input scale x weight scale.
+    """A fully connected layer: int8 weights, symmetric per output channel, and an int32 bias at input x weight scale.
 
     Parameters
     ----------
@@ -206,8 +206,8 @@ class QuantizedMultiHeadAttention:
 class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
     """int8 in, int8 out, every scale fixed at calibration: equal, bit for bit, to a TFLite kernel set.
 
-    ``scores = q k^T`` (1/sqrt(D) lies in q's scale), ``probabilities = softmax(scores)``, ``context = probabilities v``,
-    each requantized to int8 as the named kernel set rounds (see ``edgeattn.arithmetic``).
+    ``scores = q k^T`` (1/sqrt(D) lies in q's scale), ``probabilities = softmax(scores)``,
+    ``context = probabilities v``, each requantized to int8 as the named kernel set rounds (see ``edgeattn.arithmetic``).
 
     Parameters
     ----------
@@ -233,8 +233,8 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
 
     scheme = "static"
 
-    def __init__(self, num_heads: int, linears: Mapping[str, QuantizedLinear], tensors: Mapping[str, TensorQuantization], *,
-                 sources: tuple[int, int, int] = (0, 0, 0), score_ops: tuple[ScoreOp, ...] = (),
+    def __init__(self, num_heads: int, linears: Mapping[str, QuantizedLinear],
+                 tensors: Mapping[str, TensorQuantization], *, sources: tuple[int, int, int] = (0, 0, 0), score_ops: tuple[ScoreOp, ...] = (),
                  arithmetic: str = "litert", mask_margin: float | None = None):
         self._kernel_set = rules.kernel_set(arithmetic)
         self.arithmetic = arithmetic
@@ -247,7 +247,7 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         self.score_ops = tuple(score_ops)
         self.mask_margin = None if mask_margin is None else number("mask_margin", mask_margin)
         self._check_parameters()
-        self.embed_dim, self.kdim, self.vdim = (self.linears[name].weight.shape[1] for name in ("query", "key", "value"))
+        self.embed_dim, self.kdim, self.vdim = (self.linears[name].weight.shape[1] for name in INPUTS)
         self.head_dim = self.linears["query"].weight.shape[0] // self.num_heads
         self.value_dim = self.linears["value"].weight.shape[0] // self.num_heads
         last = self.linears.get("output", self.linears["value"])
@@ -256,31 +256,31 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
 
     def _check_parameters(self):
         H = self.num_heads
-        required = ["query", "key", "value"]
-        for name in required:
+        for name in INPUTS:
             if name not in self.linears:
-                raise ValueError(f"linears must hold {', '.join(map(repr, required))}; {name!r} is missing")
-        for name in sorted(set(self.linears) - {*required, "output"}):
+                raise ValueError(f"linears must hold {', '.join(map(repr, INPUTS))}; {name!r} is missing")
+        for name in sorted(set(self.linears) - {*INPUTS, "output"}):
             raise ValueError(f"linears has an unexpected entry {name!r}")
-        required += [f"{INPUTS[source]}_input" for source in sorted(set(self.sources))]
-        required += ["scores", "probabilities", "context"] + ["output"] * ("output" in self.linears)
+        required = [f"{INPUTS[source]}_input" for source in sorted(set(self.sources))]
+        required += [*INPUTS, "scores", "probabilities", "context"] + ["output"] * ("output" in self.linears)
         for name in required:
             if name not in self.tensors:
                 raise ValueError(f"tensors must hold the quantization of {name!r}")
         for name in sorted(set(self.tensors) - set(required)):
             raise ValueError(f"tensors has an unexpected entry {name!r}; this layer has {', '.join(required)}")
         if self.tensors["probabilities"] != PROBABILITIES:
-            raise ValueError(f"probabilities must have the scale 1/256 and the zero point -128 of every int8 softmax; got "
-                             f"{self.tensors['probabilities']}")
-        q, k, v = (self.linears[name].weight for name in ("query", "key", "value"))
+            raise ValueError(f"probabilities must have the scale 1/256 and the zero point -128 of every int8 softmax; "
+                             f"got {self.tensors['probabilities']}")
+        self.tensors = {name: self.tensors[name] for name in required}  # in the order of the computation
+        q, k, v = (self.linears[name].weight for name in INPUTS)
         if q.shape[0] % H or q.shape[0] != k.shape[0] or v.shape[0] % H:
             raise ValueError(f"num_heads = {H} does not fit projections of {q.shape[0]} query, {k.shape[0]} key and "
-                             f"{v.shape[0]} value features: query and key must agree, and all be multiples of num_heads")
-        for i, name in enumerate(("query", "key", "value")):
-            other = self.sources.index(self.sources[i])
-            if self.linears[name].weight.shape[1] != self.linears[("query", "key", "value")[other]].weight.shape[1]:
-                raise ValueError(f"the {name} projection takes {self.linears[name].weight.shape[1]} features, unlike the "
-                                 f"other projections of the same input")
+                             f"{v.shape[0]} value features: query and key must agree, all be multiples of num_heads")
+        for name, source in zip(INPUTS, self.sources, strict=True):
+            width, other = (self.linears[linear].weight.shape[1] for linear in (name, INPUTS[source]))
+            if width != other:
+                raise ValueError(f"the {name} projection takes {width} features; the {INPUTS[source]} projection of "
+                                 f"the same input takes {other}")
         if "output" in self.linears and self.linears["output"].weight.shape[1] != v.shape[0]:
             raise ValueError(f"the output projection takes {self.linears['output'].weight.shape[1]} features; "
                              f"the heads give {v.shape[0]}")
@@ -307,7 +307,8 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         tables, classes, softmax_input = score_map(self.score_ops, t["scores"], kernel_set)
         self._score_map = static.ScoreMap(tables, classes)
         softmax = rules.SOFTMAX[kernel_set.softmax]
-        self._softmax = (static.Softmax(softmax.table(softmax_input.scale), softmax.zero), *static.SOFTMAX[kernel_set.softmax])
+        self._softmax = (static.Softmax(softmax.table(softmax_input.scale), softmax.zero),
+                         *static.SOFTMAX[kernel_set.softmax])
 
     def input_of(self, linear: str) -> TensorQuantization:
         """The quantization of the tensor that the linear layer called ``linear`` reads."""
@@ -340,9 +341,9 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         if mask.dtype != np.bool_:
             raise TypeError(f"mask must be bool (True = attend); got {mask.dtype}")
         if self.mask_margin == 0:
-            raise ValueError("mask needs a layer that was calibrated with masks: the scores' range of this one leaves no "
-                             "room below for masked scores; give quant.calibrate calls with attn_mask, key_padding_mask "
-                             "or is_causal, or pass the mask to each call of this layer")
+            raise ValueError("mask needs a layer that was calibrated with masks: the scores' range of this one leaves "
+                             "no room below for masked scores; give quant.calibrate calls with attn_mask, "
+                             "key_padding_mask or is_causal, or pass the mask to each call of this layer")
         return self._replace(score_ops=(*self.score_ops, SelectMask(mask)))
 
     def _replace(self, **changes) -> StaticMultiHeadAttention:
@@ -422,7 +423,7 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         return deliver(result, out, dtype)
 
     def _nan_rows(self, nan, masks) -> np.ndarray:
-        """Whether NaN reaches a query, (..., L); ``nan`` says which queries, keys and values hold any, (..., L or S)."""
+        """Whether NaN reaches a query, (..., L); ``nan``: which queries, keys and values hold any, (..., L or S)."""
         query, keys = nan[0], nan[1] | nan[2]
         mask = resolve_mask((*query.shape[:-1], self.num_heads, query.shape[-1], keys.shape[-1]), **masks)
         permitted = mask.permitted()
@@ -450,7 +451,8 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
             source = self.sources[i]
             if source < i:
                 if given[i] is not None and given[i] is not given[source]:
-                    raise ValueError(f"{name} must be left out: this layer was quantized with {INPUTS[source]} as its {name}")
+                    raise ValueError(f"{name} must be left out: this layer was quantized with {INPUTS[source]} as its "
+                                     f"{name}")
                 given[i] = None
             elif given[i] is None:
                 raise ValueError(f"{name} is required: this layer was quantized with a {name} of its own")
@@ -555,7 +557,8 @@ def score_map(ops: tuple[ScoreOp, ...], scores: TensorQuantization, kernel_set: 
         q = (scores.scale, scores.zero_point)
         if isinstance(op, MulConstant):
             to = (op.output.scale, op.output.zero_point)
-            tables = rules.mul_codes(kernel_set.mul, tables, q, op.code, (op.constant.scale, op.constant.zero_point), to)
+            constant = (op.constant.scale, op.constant.zero_point)
+            tables = rules.mul_codes(kernel_set.mul, tables, q, op.code, constant, to)
             scores = op.output
             continue
         # one class per pair of a class so far and a value of the mask

@@ -34,7 +34,7 @@ class Calibration:
     observer : str
         The rule that turns statistics into ranges, a name in ``quant.observers.OBSERVERS``.
     sources : tuple of int
-        Which inputs the layer was called with: (0, 0, 0) self-attention, (0, 1, 1) the value is the key, (0, 1, 2) three.
+        Which inputs the layer was called with: (0, 0, 0) self-attention, (0, 1, 1) the value is the key, (0, 1, 2) all.
     statistics : dict of Statistics
         By tensor name. Of scores, keys and values only those that a query was permitted to see.
     lowest_row_maximum : float
@@ -97,7 +97,8 @@ class Calibration:
             tensors[f"{name}.range"] = np.array([s.minimum, s.maximum, s.exponent], np.float64)
         header = {"format": _FORMAT, "layer": self.layer, "observer": self.observer, "sources": list(self.sources),
                   "lowest_row_maximum": self.lowest_row_maximum, "masked": self.masked}
-        write_atomic(path, safetensors.numpy.save(tensors, metadata={_METADATA_KEY: json.dumps(header, sort_keys=True)}))
+        metadata = {_METADATA_KEY: json.dumps(header, sort_keys=True)}
+        write_atomic(path, safetensors.numpy.save(tensors, metadata=metadata))
 
     @classmethod
     def load(cls, path) -> Calibration:
@@ -120,10 +121,24 @@ class Calibration:
                              f"Calibration.save writes it: {error}") from error
 
 
+def is_calibration(path) -> bool:
+    """Whether a file calls itself a calibration; False for a damaged file, too."""
+    with open(path, "rb") as file:
+        content = file.read()
+    try:
+        return _METADATA_KEY in _metadata(content)
+    except (ValueError, AttributeError):
+        return False
+
+
+def _metadata(content: bytes) -> dict:
+    length = int.from_bytes(content[:8], "little")
+    return json.loads(content[8:8 + length]).get("__metadata__", {})
+
+
 def _parse(content: bytes) -> Calibration:
     tensors = safetensors.numpy.load(content)  # refuses a file whose header lies
-    length = int.from_bytes(content[:8], "little")
-    metadata = json.loads(content[8:8 + length]).get("__metadata__", {})
+    metadata = _metadata(content)
     if _METADATA_KEY not in metadata:
         raise ValueError("its metadata name no calibration")
     header = json.loads(metadata[_METADATA_KEY])

@@ -58,8 +58,8 @@ def compare(layer: MultiHeadAttention, quantized: StaticMultiHeadAttention, batc
     lost = rows = 0.0
     for call in read_calls(layer, batches, "comparing"):
         if call.sources != quantized.sources:
-            raise ValueError(f"{call.where} calls the layer with {describe_sources(call.sources)}; it was quantized for "
-                             f"{describe_sources(quantized.sources)}")
+            raise ValueError(f"{call.where} calls the layer with {describe_sources(call.sources)}; it was quantized "
+                             f"for {describe_sources(quantized.sources)}")
         codes = static_trace(quantized, call)
         permitted = _with_carried_masks(call.permitted, quantized, codes["scores"].shape)
         real = float_trace(layer, dataclasses.replace(call, permitted=permitted))
@@ -92,12 +92,12 @@ def _lints(tensors: dict[str, Comparison], lost: float) -> list[str]:
     """What a reader of the numbers should know."""
     lints = []
     if lost > UNDERFLOW_LIMIT:
-        lints.append(f"probability underflow: the int8 probabilities of a row miss a sum of 1 by {lost:.0%} on average, "
-                     f"because they are multiples of 1/256 and rows here are spread thinner; attend to fewer keys")
+        lints.append(f"probability underflow: the int8 probabilities of a row miss a sum of 1 by {lost:.0%} on "
+                     f"average, because they are multiples of 1/256 and rows here are spread thinner; attend to fewer keys")
     for name, comparison in tensors.items():
         # probabilities near 1 lie above the fixed range, and scores below it no longer matter to their row
         outside = {"probabilities": 0, "scores": comparison.above}.get(name, comparison.below + comparison.above)
         if comparison.count and outside / comparison.count > SATURATION_LIMIT:
-            lints.append(f"saturation: {outside / comparison.count:.1%} of {name} lies outside its int8 range; calibrate "
-                         f"on data like this")
+            lints.append(f"saturation: {outside / comparison.count:.1%} of {name} lies outside its int8 range; "
+                         f"calibrate on data like this")
     return lints

@@ -16,8 +16,8 @@ from edgeattn.quantized import (
 from quant.calibrate import Calibration, check_layer, fingerprint
 
 # A masked score gets the lowest code, so the lowest code must be worth nothing in every row. exp(-10) is 1/86 of the
-# smallest probability int8 can hold; 8 to 14 give the same accuracy, less lets masked keys through, more makes the codes
-# coarser (measured: docs/masks.md).
+# smallest probability int8 can hold. 8 to 14 give the same accuracy; less lets masked keys through, more makes the
+# codes coarser (measured: docs/masks.md).
 MASK_MARGIN = 10.0
 # Zeros, and what is nearly zero: the product of two scales and the reciprocal of one shall be normal float32 numbers.
 SMALLEST_SCALE = 2.0**-60
@@ -77,8 +77,8 @@ def quantize(layer: MultiHeadAttention, calibration: Calibration | None = None, 
     q = linears["query"]
     linears["query"] = QuantizedLinear(q.weight, q.scale * fold, q.bias)
     tensors["query"] = TensorQuantization(tensors["query"].scale * fold, tensors["query"].zero_point)
-    return StaticMultiHeadAttention(layer.num_heads, linears, tensors, sources=calibration.sources, arithmetic=arithmetic,
-                                    mask_margin=MASK_MARGIN if calibration.masked else 0.0)
+    return StaticMultiHeadAttention(layer.num_heads, linears, tensors, sources=calibration.sources,
+                                    arithmetic=arithmetic, mask_margin=MASK_MARGIN if calibration.masked else 0.0)
 
 
 def quantize_linear(weight: np.ndarray, bias: np.ndarray | None, input_scale) -> QuantizedLinear:

@@ -57,8 +57,8 @@ def read_calls(layer: MultiHeadAttention, batches: Iterable, description: str) -
         Naming the batch and the argument.
     """
     if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
-        raise TypeError(f"batches must be an iterable of batches; got {type(batches).__name__} (put a single batch into "
-                        f"a list)")
+        raise TypeError(f"batches must be an iterable of batches; got {type(batches).__name__} (put a single batch "
+                        f"into a list)")
     for i, batch in enumerate(track(batches, description)):
         yield _read_call(layer, batch, f"batches[{i}]")
 
@@ -86,7 +86,8 @@ def _read_call(layer: MultiHeadAttention, batch, where: str) -> Call:
     masks = {name: arguments[name] for name in CALL_MASKS if name in arguments}
     attn_mask = masks.get("attn_mask")
     if attn_mask is not None and np.asarray(attn_mask).dtype != np.bool_:
-        raise TypeError(f"attn_mask of {where} must be bool (True = attend) for int8; got {np.asarray(attn_mask).dtype}")
+        raise TypeError(f"attn_mask of {where} must be bool (True = attend) for int8; "
+                        f"got {np.asarray(attn_mask).dtype}")
     try:
         mask = resolve_mask((*lead, layer.num_heads, query.shape[-2], key.shape[-2]), **masks)
     except (TypeError, ValueError) as error:
@@ -156,7 +157,8 @@ def _float_trace(layer, call):
     trace = {f"{INPUTS[i]}_input": inputs[i] for i in sorted(set(call.sources))}
     for name, x, heads, size in zip(INPUTS, inputs, (layer.num_heads, layer.num_kv_heads, layer.num_kv_heads),
                                     (layer.head_dim, layer.head_dim, layer.value_dim), strict=True):
-        y = _split_heads(_linear(x, getattr(layer, f"{name[0]}_weight"), getattr(layer, f"{name[0]}_bias")), heads, size)
+        y = _linear(x, getattr(layer, f"{name[0]}_weight"), getattr(layer, f"{name[0]}_bias"))
+        y = _split_heads(y, heads, size)
         trace[name] = y if name == "query" else np.repeat(y, groups, axis=1)
     scores = trace["query"] @ trace["key"].swapaxes(-1, -2) * np.float32(layer.scale)
     trace["scores"] = scores

@@ -47,7 +47,8 @@ def export(layer, path, *, batch: int = 1, sequence_length: int | None = None, k
     except TypeError:
         raise TypeError(f"path must be a string or a path; got {type(path).__name__}") from None
     if not isinstance(layer, (MultiHeadAttention, StaticMultiHeadAttention)):
-        raise TypeError(f"layer must be a MultiHeadAttention or what quant.quantize returns; got {type(layer).__name__}")
+        raise TypeError(f"layer must be a MultiHeadAttention or what quant.quantize returns; "
+                        f"got {type(layer).__name__}")
     if path.suffix not in SUFFIXES:
         raise ValueError(f"path must end in one of {', '.join(SUFFIXES)}; got {str(path)!r}")
     lengths = {"batch": batch, "sequence_length": sequence_length, "key_length": key_length}
