@@ -89,12 +89,13 @@ def quantize_linear(weight: np.ndarray, bias: np.ndarray | None, input_scale) ->
     """
     scale = np.abs(weight).max(1, initial=0).astype(np.float64) / 127
     if bias is not None:
-        scale = np.maximum(scale, np.abs(bias) / (float(input_scale) * 2**30))
+        scale = np.maximum(scale, np.abs(bias.astype(np.float64)) / (float(input_scale) * 2**30))
     scale = np.where(scale > 0, scale, scale.max(initial=0))
     scale = np.maximum(scale, SMALLEST_SCALE).astype(np.float32)
     codes = np.clip(np.rint(weight / scale[:, None]), -127, 127).astype(np.int8)
     if bias is not None:
-        bias = np.rint(bias.astype(np.float64) / (np.float64(input_scale) * scale)).astype(np.int32)
+        step = float(input_scale) * scale.astype(np.float64)  # explicitly: NumPy 1 and 2 promote scalars differently
+        bias = np.rint(bias.astype(np.float64) / step).astype(np.int32)
     return QuantizedLinear(codes, scale, bias)
 
 
