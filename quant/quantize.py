@@ -15,10 +15,10 @@ from edgeattn.quantized import (
 )
 from quant.calibrate import Calibration, check_layer, fingerprint
 
-# A masked score gets the lowest code, so the lowest code must be worth nothing in every row. exp(-10) is 1/86 of the
-# smallest probability int8 can hold. 8 to 14 give the same accuracy; less lets masked keys through, more makes the
-# codes coarser (measured: docs/masks.md).
-MASK_MARGIN = 10.0
+# A masked score gets the lowest code, so the lowest code must be worth nothing in every row. exp(-12) is 1/636 of the
+# smallest probability int8 can hold, which leaves room for rows lower than any seen at calibration. A smaller margin
+# lets masked keys through, a larger one makes the codes coarser (measured: docs/masks.md).
+MASK_MARGIN = 12.0
 # Zeros, and what is nearly zero: the product of two scales and the reciprocal of one shall be normal float32 numbers.
 SMALLEST_SCALE = 2.0**-60
 

@@ -126,7 +126,7 @@ def test_inspect(quant_command):
     for name, t in layer.tensors.items():
         assert any(row[:3] == [name, f"{t.scale:.8g}", str(t.zero_point)] for row in rows), name
     assert "arithmetic: litert-arm" in text
-    assert "mask margin: 10.0" in text
+    assert f"mask margin: {layer.mask_margin}" in text
     assert "score ops: none" in text
     assert "called with a query alone" in text
 

@@ -1,6 +1,4 @@
 """From ranges to int8: what quantize promises of the parameters it chooses, and of the accuracy they give."""
-import importlib
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -215,7 +213,3 @@ def test_bad_arguments_are_refused():
         quant.quantize(random_layer(9), calibration)
     with pytest.raises(ValueError, match="arithmetic must be one of 'litert'.*got 'fast'"):
         quant.quantize(layer, calibration, arithmetic="fast")
-
-
-def test_the_margin_is_the_documented_one():
-    assert importlib.import_module("quant.quantize").MASK_MARGIN == 10
