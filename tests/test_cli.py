@@ -111,7 +111,8 @@ def test_checkpoints_of_other_libraries(quant_command):
 
 def test_inspect(quant_command):
     quant_command("calibrate", "layer.safetensors", "x.npy", "masked.npz", "-o", "c.safetensors")
-    quant_command("quantize", "layer.safetensors", "c.safetensors", "-o", "q.safetensors", "--arithmetic", "litert-arm")
+    quant_command("quantize", "layer.safetensors", "c.safetensors", "-o", "q.safetensors",
+                  "--arithmetic", "litert-arm")
     quant_command("export", "q.safetensors", "q.tflite", "--sequence-length", 9, "--mask", "causal")
     quant_command("export", "layer.safetensors", "f.tflite", "--sequence-length", 9)
 

@@ -46,7 +46,8 @@ def test_numbers_are_those_of_plain_numpy(sources, masked, output):
             got.append((codes[name][keep].astype(np.float64) - t.zero_point) * float(t.scale))
         t = q.tensors[name]
         low, high = (float(t.scale) * (code - t.zero_point) for code in (-128, 127))
-        expected = expected_numbers(np.concatenate(real).astype(np.float64), np.concatenate(got), low, high, float(t.scale))
+        real, got = np.concatenate(real).astype(np.float64), np.concatenate(got)
+        expected = expected_numbers(real, got, low, high, float(t.scale))
         assert (numbers.sqnr_db, numbers.cosine, numbers.saturation) == pytest.approx(expected, rel=1e-4), name
     for head, numbers in enumerate(report.heads):
         t = q.tensors["context"]
@@ -91,7 +92,8 @@ def test_scores_that_a_converter_scales_later_are_compared_before():
                  "scores": edgeattn.quantized.TensorQuantization(t["scores"].scale / fold, t["scores"].zero_point)},
         linears={**q.linears, "query": edgeattn.quantized.QuantizedLinear(
             q.linears["query"].weight, q.linears["query"].scale / fold, q.linears["query"].bias)},
-        score_ops=(edgeattn.quantized.MulConstant(127, edgeattn.quantized.TensorQuantization(fold / 127, 0), t["scores"]),))
+        score_ops=(edgeattn.quantized.MulConstant(
+            127, edgeattn.quantized.TensorQuantization(fold / 127, 0), t["scores"]),))
     ours, theirs = quant.compare(layer, q, [x]), quant.compare(layer, unfolded, [x])
     for name in ours.tensors:
         assert theirs.tensors[name].cosine == pytest.approx(ours.tensors[name].cosine, abs=1e-3), name
