@@ -1,9 +1,10 @@
 """The integer arithmetic of the TFLite kernel sets: rounding rules, softmax rules, and the table of sets made of them.
 
 An int8 tensor stands for ``real = scale * (code - zero_point)``. Between two int8 tensors lies an int32 accumulator
-and a *requantization*: multiply by a real number below one, round to an integer. TFLite's runtimes differ in how they round,
-by one code on at most 0.33 % of the elements of an operator, and by up to ten codes at the end of an attention layer.
-So equality is only ever equality with a *named* set, and the sets are a table of rules here, not branches in kernels.
+and a *requantization*: multiply by a real number below one, round to an integer. TFLite's runtimes differ in how they
+round, by one code on at most 0.33 % of the elements of an operator, and by up to ten codes at the end of an attention
+layer. So equality is only ever equality with a *named* set, and the sets are a table of rules here, not branches in
+kernels.
 
 The rules are plain functions without branches. The same text runs on Python integers, broadcasts over NumPy int64
 arrays, and is what Numba compiles; ``register_jitable`` only tells Numba that it may, and leaves the function as it is.
@@ -84,7 +85,7 @@ def quantize_multiplier(real: float) -> tuple[int, int]:
 
 # -- requantization rules: int32 accumulator -> integer, before the zero point and the clamp -------------------------
 # One signature for all, so that a kernel takes the rule as an argument: q31 and shift are ``quantize_multiplier`` of
-# the real multiplier, and ``real`` is that multiplier in float64 (already rounded to float32 where the rule computes so).
+# the real multiplier, and ``real`` is that multiplier in float64, rounded to float32 first where the rule computes so.
 
 
 @register_jitable
