@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,7 +12,7 @@ import numpy as np
 
 from edgeattn import arithmetic as rules
 from edgeattn.arithmetic import CODE_MAX, CODE_MIN
-from edgeattn.checks import check_out, count, deliver
+from edgeattn.checks import check_out, count, deliver, float_array, number, result_dtype
 from edgeattn.cpu import static
 from edgeattn.masks import resolve_mask
 
@@ -35,7 +37,7 @@ class TensorQuantization:
 
     def __post_init__(self):
         object.__setattr__(self, "scale", np.float32(self.scale))
-        object.__setattr__(self, "zero_point", int(self.zero_point))
+        object.__setattr__(self, "zero_point", operator.index(self.zero_point))
         if not (np.isfinite(self.scale) and self.scale > 0):
             raise ValueError(f"scale must be positive and finite; got {self.scale}")
         if not CODE_MIN <= self.zero_point <= CODE_MAX:
@@ -46,8 +48,10 @@ class TensorQuantization:
         return [float(self.scale), self.zero_point]
 
     def quantize(self, real) -> np.ndarray:
-        """Nearest codes of ``real``, halves to even, saturated; int8 of the same shape."""
-        codes = np.rint(np.asarray(real, np.float32) * (np.float32(1) / self.scale)) + np.float32(self.zero_point)
+        """Nearest codes of ``real``, halves to even, saturated; int8 of the same shape. NaN gets the code of 0."""
+        with np.errstate(over="ignore"):
+            codes = np.rint(np.asarray(real, np.float32) * (np.float32(1) / self.scale)) + np.float32(self.zero_point)
+        codes = np.where(np.isnan(codes), np.float32(self.zero_point), codes)
         return np.clip(codes, CODE_MIN, CODE_MAX).astype(np.int8)
 
     def dequantize(self, codes) -> np.ndarray:
@@ -60,7 +64,7 @@ PROBABILITIES = TensorQuantization(rules.PROBABILITY_SCALE, rules.PROBABILITY_ZE
 
 @dataclass(frozen=True, eq=False)
 class QuantizedLinear:
-    """A fully connected layer: int8 weights, symmetric per output channel, and an int32 bias at input scale x weight scale.
+    """A fully connected layer: int8 weights, symmetric per output channel, and an int32 bias at input x weight scale.
 
     Parameters
     ----------
@@ -79,6 +83,8 @@ class QuantizedLinear:
         weight = _frozen(self.weight, np.int8, "weight")
         if weight.ndim != 2:
             raise ValueError(f"weight must be (out_features, in_features); got shape {weight.shape}")
+        if (weight == CODE_MIN).any():
+            raise ValueError("weight must lie in [-127, 127], as TFLite defines its FULLY_CONNECTED weights; got -128")
         scale = _frozen(np.broadcast_to(self.scale, (weight.shape[0],)), np.float32, "scale")
         if not (np.isfinite(scale) & (scale > 0)).all():
             raise ValueError("scale of a linear layer must be positive and finite in every channel")
@@ -106,6 +112,9 @@ class MulConstant:
     constant: TensorQuantization
     output: TensorQuantization
 
+    def __post_init__(self):
+        object.__setattr__(self, "code", _code(self.code, "code"))
+
 
 @dataclass(frozen=True, eq=False)
 class AddMask:
@@ -122,7 +131,7 @@ class AddMask:
     output: TensorQuantization
 
     def __post_init__(self):
-        object.__setattr__(self, "codes", _frozen(self.codes, np.int8, "codes"))
+        object.__setattr__(self, "codes", _mask(self.codes, np.int8, "codes"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +150,8 @@ class SelectMask:
     fill: int = CODE_MIN
 
     def __post_init__(self):
-        object.__setattr__(self, "keep", _frozen(self.keep, np.bool_, "keep"))
+        object.__setattr__(self, "keep", _mask(self.keep, np.bool_, "keep"))
+        object.__setattr__(self, "fill", _code(self.fill, "fill"))
 
 
 ScoreOp = MulConstant | AddMask | SelectMask
@@ -157,6 +167,36 @@ def _frozen(array, dtype, name: str) -> np.ndarray:
     return array
 
 
+def _mask(array, dtype, name: str) -> np.ndarray:
+    array = _frozen(array, dtype, name)
+    if array.ndim > 4:
+        raise ValueError(f"{name} must broadcast to (B, H, L, S); got shape {array.shape}")
+    return array
+
+
+def _code(value, name: str) -> int:
+    """An int8 code as a Python int."""
+    value = operator.index(value)
+    if not CODE_MIN <= value <= CODE_MAX:
+        raise ValueError(f"{name} must lie in [-128, 127]; got {value}")
+    return value
+
+
+def fit_mask(mask: np.ndarray, shape: tuple[int, int, int, int]) -> np.ndarray:
+    """A mask that a layer carries, or what was made of it, as a view of shape (B, H, L, S).
+
+    Raises
+    ------
+    ValueError
+        When it does not broadcast.
+    """
+    try:
+        return np.broadcast_to(mask, shape)
+    except ValueError:
+        raise ValueError(f"the mask this layer carries has shape {mask.shape}, which does not broadcast to "
+                         f"(B, H, L, S) = {shape}; call the layer with the lengths the mask was made for") from None
+
+
 class QuantizedMultiHeadAttention:
     """Multi-head attention on integers. ``quant.quantize`` makes these; see StaticMultiHeadAttention."""
 
@@ -166,8 +206,8 @@ class QuantizedMultiHeadAttention:
 class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
     """int8 in, int8 out, every scale fixed at calibration: equal, bit for bit, to a TFLite kernel set.
 
-    ``scores = q k^T`` (1/sqrt(D) lies in q's scale), ``probabilities = softmax(scores)``, ``context = probabilities v``,
-    each requantized to int8 as the named kernel set rounds (see ``edgeattn.arithmetic``).
+    ``scores = q k^T`` (1/sqrt(D) lies in q's scale), ``probabilities = softmax(scores)``,
+    ``context = probabilities v``, each requantized to int8 as the named kernel set rounds (see ``edgeattn.arithmetic``).
 
     Parameters
     ----------
@@ -186,13 +226,16 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         What happens to the scores' codes before the softmax.
     arithmetic : str
         A name in ``edgeattn.arithmetic.KERNEL_SETS``.
+    mask_margin : float, optional
+        How far the scores' range reaches below the lowest row maximum seen at calibration: the room that a masked score
+        needs. 0 when calibration saw no mask, None when it is not known.
     """
 
     scheme = "static"
 
-    def __init__(self, num_heads: int, linears: Mapping[str, QuantizedLinear], tensors: Mapping[str, TensorQuantization], *,
-                 sources: tuple[int, int, int] = (0, 0, 0), score_ops: tuple[ScoreOp, ...] = (),
-                 arithmetic: str = "litert"):
+    def __init__(self, num_heads: int, linears: Mapping[str, QuantizedLinear],
+                 tensors: Mapping[str, TensorQuantization], *, sources: tuple[int, int, int] = (0, 0, 0), score_ops: tuple[ScoreOp, ...] = (),
+                 arithmetic: str = "litert", mask_margin: float | None = None):
         self._kernel_set = rules.kernel_set(arithmetic)
         self.arithmetic = arithmetic
         self.num_heads = self.num_kv_heads = count("num_heads", num_heads)
@@ -202,8 +245,9 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         self.linears = dict(linears)
         self.tensors = {"probabilities": PROBABILITIES, **tensors}
         self.score_ops = tuple(score_ops)
+        self.mask_margin = None if mask_margin is None else number("mask_margin", mask_margin)
         self._check_parameters()
-        self.embed_dim, self.kdim, self.vdim = (self.linears[name].weight.shape[1] for name in ("query", "key", "value"))
+        self.embed_dim, self.kdim, self.vdim = (self.linears[name].weight.shape[1] for name in INPUTS)
         self.head_dim = self.linears["query"].weight.shape[0] // self.num_heads
         self.value_dim = self.linears["value"].weight.shape[0] // self.num_heads
         last = self.linears.get("output", self.linears["value"])
@@ -212,28 +256,31 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
 
     def _check_parameters(self):
         H = self.num_heads
-        required = ["query", "key", "value"]
-        for name in required:
+        for name in INPUTS:
             if name not in self.linears:
-                raise ValueError(f"linears must hold {', '.join(map(repr, required))}; {name!r} is missing")
-        for name in sorted(set(self.linears) - {*required, "output"}):
+                raise ValueError(f"linears must hold {', '.join(map(repr, INPUTS))}; {name!r} is missing")
+        for name in sorted(set(self.linears) - {*INPUTS, "output"}):
             raise ValueError(f"linears has an unexpected entry {name!r}")
-        required += [f"{INPUTS[source]}_input" for source in sorted(set(self.sources))]
-        required += ["scores", "probabilities", "context"] + ["output"] * ("output" in self.linears)
+        required = [f"{INPUTS[source]}_input" for source in sorted(set(self.sources))]
+        required += [*INPUTS, "scores", "probabilities", "context"] + ["output"] * ("output" in self.linears)
         for name in required:
             if name not in self.tensors:
                 raise ValueError(f"tensors must hold the quantization of {name!r}")
         for name in sorted(set(self.tensors) - set(required)):
             raise ValueError(f"tensors has an unexpected entry {name!r}; this layer has {', '.join(required)}")
-        q, k, v = (self.linears[name].weight for name in ("query", "key", "value"))
+        if self.tensors["probabilities"] != PROBABILITIES:
+            raise ValueError(f"probabilities must have the scale 1/256 and the zero point -128 of every int8 softmax; "
+                             f"got {self.tensors['probabilities']}")
+        self.tensors = {name: self.tensors[name] for name in required}  # in the order of the computation
+        q, k, v = (self.linears[name].weight for name in INPUTS)
         if q.shape[0] % H or q.shape[0] != k.shape[0] or v.shape[0] % H:
             raise ValueError(f"num_heads = {H} does not fit projections of {q.shape[0]} query, {k.shape[0]} key and "
-                             f"{v.shape[0]} value features: query and key must agree, and all be multiples of num_heads")
-        for i, name in enumerate(("query", "key", "value")):
-            other = self.sources.index(self.sources[i])
-            if self.linears[name].weight.shape[1] != self.linears[("query", "key", "value")[other]].weight.shape[1]:
-                raise ValueError(f"the {name} projection takes {self.linears[name].weight.shape[1]} features, unlike the "
-                                 f"other projections of the same input")
+                             f"{v.shape[0]} value features: query and key must agree, all be multiples of num_heads")
+        for name, source in zip(INPUTS, self.sources, strict=True):
+            width, other = (self.linears[linear].weight.shape[1] for linear in (name, INPUTS[source]))
+            if width != other:
+                raise ValueError(f"the {name} projection takes {width} features; the {INPUTS[source]} projection of "
+                                 f"the same input takes {other}")
         if "output" in self.linears and self.linears["output"].weight.shape[1] != v.shape[0]:
             raise ValueError(f"the output projection takes {self.linears['output'].weight.shape[1]} features; "
                              f"the heads give {v.shape[0]}")
@@ -260,7 +307,8 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         tables, classes, softmax_input = score_map(self.score_ops, t["scores"], kernel_set)
         self._score_map = static.ScoreMap(tables, classes)
         softmax = rules.SOFTMAX[kernel_set.softmax]
-        self._softmax = (static.Softmax(softmax.table(softmax_input.scale), softmax.zero), *static.SOFTMAX[kernel_set.softmax])
+        self._softmax = (static.Softmax(softmax.table(softmax_input.scale), softmax.zero),
+                         *static.SOFTMAX[kernel_set.softmax])
 
     def input_of(self, linear: str) -> TensorQuantization:
         """The quantization of the tensor that the linear layer called ``linear`` reads."""
@@ -282,12 +330,25 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         ----------
         mask : bool, broadcastable to (B, H, L, S)
             True = attend.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For another kind of mask, and for a layer that was calibrated without masks: its lowest code may stand for a
+            score like any other.
         """
-        return self._replace(score_ops=(*self.score_ops, SelectMask(np.asarray(mask))))
+        mask = np.asarray(mask)
+        if mask.dtype != np.bool_:
+            raise TypeError(f"mask must be bool (True = attend); got {mask.dtype}")
+        if self.mask_margin == 0:
+            raise ValueError("mask needs a layer that was calibrated with masks: the scores' range of this one leaves "
+                             "no room below for masked scores; give quant.calibrate calls with attn_mask, "
+                             "key_padding_mask or is_causal, or pass the mask to each call of this layer")
+        return self._replace(score_ops=(*self.score_ops, SelectMask(mask)))
 
     def _replace(self, **changes) -> StaticMultiHeadAttention:
         arguments = dict(num_heads=self.num_heads, linears=self.linears, tensors=self.tensors, sources=self.sources,
-                         score_ops=self.score_ops, arithmetic=self.arithmetic)
+                         score_ops=self.score_ops, arithmetic=self.arithmetic, mask_margin=self.mask_margin)
         return StaticMultiHeadAttention(**{**arguments, **changes})
 
     def _to_state(self):
@@ -307,10 +368,13 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
                     row[f.name] = value.to_json() if isinstance(value, TensorQuantization) else value
             ops.append(row)
         return {"num_heads": self.num_heads, "arithmetic": self.arithmetic, "sources": list(self.sources),
-                "tensors": {name: t.to_json() for name, t in self.tensors.items()}, "score_ops": ops}, arrays
+                "tensors": {name: t.to_json() for name, t in self.tensors.items()}, "score_ops": ops,
+                "mask_margin": self.mask_margin}, arrays
 
     @classmethod
     def _from_state(cls, config, tensors):
+        if not isinstance(config["tensors"], dict) or not all(isinstance(row, dict) for row in config["score_ops"]):
+            raise ValueError("tensors must be an object, and score_ops a list of objects")
         groups = {}
         for name, array in tensors.items():
             group, _, part = name.rpartition(".")
@@ -318,35 +382,63 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         ops = []
         for i, row in enumerate(config["score_ops"]):
             row = {**row, **groups.pop(f"score_ops.{i}", {})}
-            kind = {op.__name__: op for op in (MulConstant, AddMask, SelectMask)}[row.pop("op")]
+            kind = {op.__name__: op for op in (MulConstant, AddMask, SelectMask)}.get(row.pop("op"))
+            if kind is None:
+                raise ValueError(f"score_ops[{i}] must be MulConstant, AddMask or SelectMask")
             ops.append(kind(**{name: TensorQuantization(*value) if isinstance(value, list) else value
                                for name, value in row.items()}))
         return cls(config["num_heads"], {name: QuantizedLinear(**parts) for name, parts in groups.items()},
                    {name: TensorQuantization(*pair) for name, pair in config["tensors"].items()},
-                   sources=tuple(config["sources"]), score_ops=tuple(ops), arithmetic=config["arithmetic"])
+                   sources=tuple(config["sources"]), score_ops=tuple(ops), arithmetic=config["arithmetic"],
+                   mask_margin=config["mask_margin"])
 
     # -- running -------------------------------------------------------------------------------------------------------
 
     def __call__(self, query, key=None, value=None, *, attn_mask=None, key_padding_mask=None, is_causal=False,
-                 causal_alignment=None):
-        """Attention on reals: quantize the inputs, ``run_int8``, dequantize. Parameters as ``run_int8``, float arrays.
+                 causal_alignment=None, out=None):
+        """Attention on reals: quantize the inputs, ``run_int8``, dequantize.
+
+        Parameters
+        ----------
+        query, key, value : float16, float32 or float64 arrays
+            Otherwise as for ``run_int8``, like the masks. Infinite values saturate.
+        out : (B, L, Eo) or (L, Eo) array, optional
+            Takes the result; of the result's dtype.
 
         Returns
         -------
-        float32 (B, L, Eo) or (L, Eo)
+        (B, L, Eo) or (L, Eo) array
+            Of the inputs' dtype. The row of a query is NaN when it, or a key or value it may see, holds NaN.
         """
-        inputs = [None if x is None else self.quantize_input(x, name)
-                  for name, x in zip(INPUTS, self._distinct(query, key, value), strict=True)]
-        return self.dequantize_output(self.run_int8(
-            *inputs, attn_mask=attn_mask, key_padding_mask=key_padding_mask, is_causal=is_causal,
-            causal_alignment=causal_alignment))
+        masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask, "is_causal": is_causal,
+                 "causal_alignment": causal_alignment}
+        inputs = [None if x is None else np.asarray(x) for x in self._distinct(query, key, value)]
+        codes = [None if x is None else self.quantize_input(x, name) for name, x in zip(INPUTS, inputs, strict=True)]
+        result = self.dequantize_output(self.run_int8(*codes, **masks))
+        dtype = result_dtype(*(x for x in inputs if x is not None))
+        check_out(out, result.shape, dtype)
+        nan = [None if x is None else np.isnan(x).any(-1) for x in inputs]
+        if any(x is not None and x.any() for x in nan):
+            result[self._nan_rows([nan[source] for source in self.sources], masks)] = np.nan
+        return deliver(result, out, dtype)
+
+    def _nan_rows(self, nan, masks) -> np.ndarray:
+        """Whether NaN reaches a query, (..., L); ``nan``: which queries, keys and values hold any, (..., L or S)."""
+        query, keys = nan[0], nan[1] | nan[2]
+        mask = resolve_mask((*query.shape[:-1], self.num_heads, query.shape[-1], keys.shape[-1]), **masks)
+        permitted = mask.permitted()
+        seen = np.ones(mask.shape, bool) if permitted is None else np.broadcast_to(permitted, mask.shape)
+        for op in self.score_ops:
+            if isinstance(op, SelectMask):
+                seen = seen & op.keep
+        return query | (seen & keys.reshape(mask.shape[0], 1, 1, -1)).any((1, 3)).reshape(query.shape)
 
     def quantize_input(self, x, name: str = "query") -> np.ndarray:
         """int8 codes of a float input; ``name`` is "query", "key" or "value"."""
         x = np.asarray(x)
-        if x.dtype.kind != "f":
-            raise TypeError(f"{name} must be a float array; got {x.dtype} (int8 codes go to run_int8)")
-        return self.tensors[f"{INPUTS[self.sources[INPUTS.index(name)]]}_input"].quantize(x)
+        if x.dtype == np.int8:
+            raise TypeError(f"{name} must be a float array; got int8 (codes go to run_int8)")
+        return self.tensors[f"{INPUTS[self.sources[INPUTS.index(name)]]}_input"].quantize(float_array(name, x))
 
     def dequantize_output(self, codes) -> np.ndarray:
         """float32 reals of ``run_int8``'s codes."""
@@ -359,7 +451,8 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
             source = self.sources[i]
             if source < i:
                 if given[i] is not None and given[i] is not given[source]:
-                    raise ValueError(f"{name} must be left out: this layer was quantized with {INPUTS[source]} as its {name}")
+                    raise ValueError(f"{name} must be left out: this layer was quantized with {INPUTS[source]} as its "
+                                     f"{name}")
                 given[i] = None
             elif given[i] is None:
                 raise ValueError(f"{name} is required: this layer was quantized with a {name} of its own")
@@ -392,58 +485,44 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         inputs = self._distinct(query, key, value)
         arrays = [None if x is None else _codes(x, name) for name, x in zip(INPUTS, inputs, strict=True)]
         query, key, value = (arrays[source] for source in self.sources)
-        unbatched = query.ndim == 2
+        lead, L, S = query.shape[:-2], query.shape[-2], key.shape[-2]
         for name, x, width in zip(INPUTS, (query, key, value), (self.embed_dim, self.kdim, self.vdim), strict=True):
             if x.ndim != query.ndim:
                 raise ValueError(f"{name} must have as many axes as query, {query.ndim}; got shape {x.shape}")
             if x.shape[-1] != width:
                 raise ValueError(f"{name} must have {width} features in its last axis; got shape {x.shape}")
-        if unbatched:
-            query, key, value = query[None], key[None], value[None]
-        (B, L, _), S = query.shape, key.shape[1]
-        if key.shape[:2] != (B, S) or value.shape[:2] != (B, S):
+        if key.shape[:-2] != lead or value.shape[:-1] != (*lead, S):
             raise ValueError(f"query, key and value must share the batch, and key and value their length; "
                              f"got {query.shape}, {key.shape}, {value.shape}")
-        shape = (L, self.output_dim) if unbatched else (B, L, self.output_dim)
-        check_out(out, shape, np.dtype(np.int8))
+        check_out(out, (*lead, L, self.output_dim), np.dtype(np.int8))
         if attn_mask is not None and np.asarray(attn_mask).dtype != np.bool_:
-            raise TypeError(f"attn_mask must be bool for int8 (True = attend), got dtype {np.asarray(attn_mask).dtype}; "
+            raise TypeError(f"attn_mask must be bool for int8 (True = attend); got {np.asarray(attn_mask).dtype}; "
                             "for a mask with -inf pass mask == 0")
-        if key_padding_mask is not None and unbatched:
-            key_padding_mask = np.asarray(key_padding_mask)[None]
-        shape4 = (B, self.num_heads, L, S)
-        permitted = resolve_mask(shape4, attn_mask, key_padding_mask, is_causal=is_causal,
-                                 causal_alignment=causal_alignment).permitted()
-        keep = np.broadcast_to(np.True_ if permitted is None else permitted, shape4).view(np.uint8)
-        classes = self._classes(B, L, S)
-        q, k, v = (self._heads(name, x) for name, x in zip(INPUTS, (query, key, value), strict=True))
+        mask = resolve_mask((*lead, self.num_heads, L, S), attn_mask, key_padding_mask, is_causal=is_causal,
+                            causal_alignment=causal_alignment)
+        permitted = mask.permitted()
+        keep = np.broadcast_to(np.True_ if permitted is None else permitted, mask.shape).view(np.uint8)
+        classes = fit_mask(self._score_map.classes, mask.shape)
+        B = mask.shape[0]
+        sizes = (self.head_dim, self.head_dim, self.value_dim)
+        q, k, v = (self._linear(name, x).reshape(B, x.shape[-2], self.num_heads, size).transpose(0, 2, 1, 3)
+                   for name, x, size in zip(INPUTS, (query, key, value), sizes, strict=True))
         context = np.empty((B, L, self.num_heads, self.value_dim), np.int8)
         zero_points = tuple(self.tensors[name].zero_point for name in INPUTS)
         static.attention(q, k, v, zero_points, *self._scores, self._score_map._replace(classes=classes), keep,
                          *self._softmax, *self._context, context.transpose(0, 2, 1, 3))
-        result = context.reshape(B, L, -1)
+        result = context.reshape(*lead, L, self.num_heads * self.value_dim)
         if "output" in self.linears:
             result = self._linear("output", result)
-        return deliver(result.reshape(shape), out, np.dtype(np.int8))
+        return deliver(result, out, np.dtype(np.int8))
 
     def _linear(self, name: str, x: np.ndarray) -> np.ndarray:
         weight, bias, requantization, rule = self._linears[name]
-        out = np.empty((*x.shape[:-1], weight.shape[0]), np.int8)
-        static.linear(x.reshape(-1, x.shape[-1]), self.input_of(name).zero_point, weight, bias, requantization, rule,
-                      out.reshape(-1, weight.shape[0]))
-        return out
-
-    def _heads(self, name: str, x: np.ndarray) -> np.ndarray:
-        """The projection of ``x``, (B, H, length, head size)."""
-        projected = self._linear(name, x)
-        return projected.reshape(*projected.shape[:2], self.num_heads, -1).transpose(0, 2, 1, 3)
-
-    def _classes(self, B: int, L: int, S: int) -> np.ndarray:
-        try:
-            return np.broadcast_to(self._score_map.classes, (B, self.num_heads, L, S))
-        except ValueError:
-            raise ValueError(f"the mask this layer carries has shape {self._score_map.classes.shape}, which does not "
-                             f"broadcast to (B, H, L, S) = {(B, self.num_heads, L, S)}") from None
+        outputs, inputs = weight.shape
+        rows = math.prod(x.shape[:-1])
+        out = np.empty((rows, outputs), np.int8)
+        static.linear(x.reshape(rows, inputs), self.input_of(name).zero_point, weight, bias, requantization, rule, out)
+        return out.reshape(*x.shape[:-1], outputs)
 
 
 def _codes(x, name: str) -> np.ndarray:
@@ -478,7 +557,8 @@ def score_map(ops: tuple[ScoreOp, ...], scores: TensorQuantization, kernel_set: 
         q = (scores.scale, scores.zero_point)
         if isinstance(op, MulConstant):
             to = (op.output.scale, op.output.zero_point)
-            tables = rules.mul_codes(kernel_set.mul, tables, q, op.code, (op.constant.scale, op.constant.zero_point), to)
+            constant = (op.constant.scale, op.constant.zero_point)
+            tables = rules.mul_codes(kernel_set.mul, tables, q, op.code, constant, to)
             scores = op.output
             continue
         # one class per pair of a class so far and a value of the mask

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
+import safetensors
+import safetensors.numpy
 
+from edgeattn.files import write_atomic
 from edgeattn.layers import MultiHeadAttention
-from quant.observers import OBSERVERS, Statistics
-from quant.progress import track
-from quant.trace import float_trace, read_call
-
+from edgeattn.quantized import INPUTS, SOURCES
+from quant.observers import BINS, OBSERVERS, SMALLEST_EXPONENT, Statistics
+from quant.trace import Call, counted, describe_sources, float_trace, read_calls
 
 WEIGHTS = tuple(f"{name}_{part}" for name in ("q", "k", "v", "out") for part in ("weight", "bias"))
+_METADATA_KEY = "quant.calibration"
+_FORMAT = 1
 
 
-@dataclass
+@dataclass(eq=False)
 class Calibration:
     """What ``calibrate`` saw; give it to ``quantize``. Mergeable: ``a.merge(b)`` is calibration on both data sets.
 
@@ -28,15 +34,13 @@ class Calibration:
     observer : str
         The rule that turns statistics into ranges, a name in ``quant.observers.OBSERVERS``.
     sources : tuple of int
-        Which inputs the layer was called with: (0, 0, 0) self-attention, (0, 1, 1) the value is the key, (0, 1, 2) three.
+        Which inputs the layer was called with: (0, 0, 0) self-attention, (0, 1, 1) the value is the key, (0, 1, 2) all.
     statistics : dict of Statistics
-        By tensor name. Of the scores only those that a query was permitted to see.
+        By tensor name. Of scores, keys and values only those that a query was permitted to see.
     lowest_row_maximum : float
         The smallest maximum of a row of permitted scores.
     masked : bool
-        Whether any call left out a key.
-    underflow : float
-        The largest share of a row's probability in entries below 1/512, which int8 probabilities round to nothing.
+        Whether any call came with a mask.
     """
 
     layer: str
@@ -45,29 +49,128 @@ class Calibration:
     statistics: dict[str, Statistics] = field(default_factory=dict)
     lowest_row_maximum: float = np.inf
     masked: bool = False
-    underflow: float = 0.0
 
     def merge(self, other: Calibration) -> Calibration:
         """Calibration on the data of both.
 
         Raises
         ------
+        TypeError
+            When ``other`` is no Calibration.
         ValueError
-            When the two saw different layers, kinds of calls or observers.
+            When the two saw different layers or kinds of calls, or have different observers.
         """
-        for name in ("layer", "observer", "sources"):
-            if getattr(self, name) != getattr(other, name):
-                raise ValueError(f"cannot merge calibrations with different {name}: "
-                                 f"{getattr(self, name)} and {getattr(other, name)}")
+        if not isinstance(other, Calibration):
+            raise TypeError(f"other must be a quant.Calibration; got {type(other).__name__}")
+        if self.layer != other.layer:
+            raise ValueError("cannot merge calibrations of different layers")
+        if self.observer != other.observer:
+            raise ValueError(f"cannot merge calibrations with different observers, {self.observer!r} and "
+                             f"{other.observer!r}")
+        if self.sources != other.sources:
+            raise ValueError(f"cannot merge calibrations of different calls, with {describe_sources(self.sources)} and "
+                             f"with {describe_sources(other.sources)}")
         return Calibration(
             self.layer, self.observer, self.sources,
             {name: s.merge(other.statistics[name]) for name, s in self.statistics.items()},
-            min(self.lowest_row_maximum, other.lowest_row_maximum), self.masked or other.masked,
-            max(self.underflow, other.underflow))
+            min(self.lowest_row_maximum, other.lowest_row_maximum), self.masked or other.masked)
 
-    def range(self, name: str) -> tuple[float, float]:
-        """The observer's (low, high) for a tensor."""
-        return OBSERVERS[self.observer](self.statistics[name])
+    def range(self, name: str, *, symmetric: bool = False) -> tuple[float, float]:
+        """The observer's (low, high) for a tensor, low <= 0 <= high; (0, 0) for one without elements."""
+        statistics = self.statistics[name]
+        return OBSERVERS[self.observer](statistics, symmetric) if statistics.count else (0.0, 0.0)
+
+    def save(self, path) -> None:
+        """Write to a .safetensors file, whole or not at all: histograms and ranges, the rest as JSON metadata.
+
+        Parameters
+        ----------
+        path : str or path-like
+            Ends in ".safetensors". An existing file is replaced.
+        """
+        path = os.fspath(path)
+        if not str(path).endswith(".safetensors"):
+            raise ValueError(f"path must end in .safetensors; got {str(path)!r}")
+        tensors = {}
+        for name, s in self.statistics.items():
+            tensors[f"{name}.histogram"] = s.histogram
+            tensors[f"{name}.range"] = np.array([s.minimum, s.maximum, s.exponent], np.float64)
+        header = {"format": _FORMAT, "layer": self.layer, "observer": self.observer, "sources": list(self.sources),
+                  "lowest_row_maximum": self.lowest_row_maximum, "masked": self.masked}
+        metadata = {_METADATA_KEY: json.dumps(header, sort_keys=True)}
+        write_atomic(path, safetensors.numpy.save(tensors, metadata=metadata))
+
+    @classmethod
+    def load(cls, path) -> Calibration:
+        """Read what ``save`` wrote.
+
+        Raises
+        ------
+        OSError
+            When the file cannot be read.
+        ValueError
+            Naming the file, when it is truncated, of another kind, or does not hold what it says.
+        """
+        path = os.fspath(path)
+        with open(path, "rb") as file:
+            content = file.read()
+        try:
+            return _parse(content)
+        except (safetensors.SafetensorError, ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path} is not a whole calibration, as quant.calibrate gives and "
+                             f"Calibration.save writes it: {error}") from error
+
+
+def is_calibration(path) -> bool:
+    """Whether a file calls itself a calibration; False for a damaged file, too."""
+    with open(path, "rb") as file:
+        content = file.read()
+    try:
+        return _METADATA_KEY in _metadata(content)
+    except (ValueError, AttributeError):
+        return False
+
+
+def _metadata(content: bytes) -> dict:
+    length = int.from_bytes(content[:8], "little")
+    return json.loads(content[8:8 + length]).get("__metadata__", {})
+
+
+def _parse(content: bytes) -> Calibration:
+    tensors = safetensors.numpy.load(content)  # refuses a file whose header lies
+    metadata = _metadata(content)
+    if _METADATA_KEY not in metadata:
+        raise ValueError("its metadata name no calibration")
+    header = json.loads(metadata[_METADATA_KEY])
+    if not isinstance(header, dict) or header.get("format") != _FORMAT:
+        raise ValueError(f"its format must be {_FORMAT}")
+    sources = tuple(header["sources"])
+    if sources not in SOURCES or header["observer"] not in OBSERVERS:
+        raise ValueError(f"unknown sources {sources} or observer {header['observer']!r}")
+    names = [*(f"{INPUTS[i]}_input" for i in sorted(set(sources))), "query", "key", "value", "scores", "context"]
+    if "output.range" in tensors:
+        names.append("output")
+    expected = {f"{name}.{part}" for name in names for part in ("histogram", "range")}
+    if set(tensors) != expected:
+        raise ValueError(f"it must hold {sorted(expected)}; got {sorted(tensors)}")
+    statistics = {name: _parse_statistics(name, tensors[f"{name}.histogram"], tensors[f"{name}.range"])
+                  for name in names}
+    lowest = header["lowest_row_maximum"]
+    if not isinstance(lowest, float) or not np.isfinite(lowest) or not isinstance(header["masked"], bool):
+        raise ValueError("lowest_row_maximum must be a finite number, and masked true or false")
+    return Calibration(str(header["layer"]), header["observer"], sources, statistics, lowest, header["masked"])
+
+
+def _parse_statistics(name: str, histogram: np.ndarray, numbers: np.ndarray) -> Statistics:
+    if histogram.dtype != np.int64 or histogram.shape != (BINS,) or (histogram < 0).any():
+        raise ValueError(f"{name}.histogram must be {BINS} counts, int64")
+    if numbers.dtype != np.float64 or numbers.shape != (3,):
+        raise ValueError(f"{name}.range must be a minimum, a maximum and an exponent, float64")
+    minimum, maximum, exponent = (float(number) for number in numbers)
+    largest = max(abs(minimum), abs(maximum))
+    if histogram.any() and not (minimum <= maximum and largest < 2.0**exponent <= 2.0**129):
+        raise ValueError(f"{name}.range is no range of its histogram")
+    return Statistics(minimum, maximum, max(int(exponent), SMALLEST_EXPONENT), histogram)
 
 
 def calibrate(layer: MultiHeadAttention, batches: Iterable, *, observer: str = "minmax") -> Calibration:
@@ -91,19 +194,28 @@ def calibrate(layer: MultiHeadAttention, batches: Iterable, *, observer: str = "
     TypeError, ValueError
         No batch; NaN or infinite values; calls of different kinds; shapes that do not fit.
     """
-    if not isinstance(layer, MultiHeadAttention):
-        raise TypeError(f"layer must be an edgeattn.MultiHeadAttention; got {type(layer).__name__}")
+    check_layer(layer)
     if observer not in OBSERVERS:
         raise ValueError(f"observer must be one of {', '.join(map(repr, OBSERVERS))}; got {observer!r}")
-    total = None
-    for i, batch in enumerate(track(batches, "calibrating")):
-        one = _observe(layer, batch, observer, f"batches[{i}]")
-        total = one if total is None else total.merge(one)
+    checksum, total = fingerprint(layer), None
+    for call in read_calls(layer, batches, "calibrating"):
+        if total is None:
+            total = Calibration(checksum, observer, call.sources)
+        elif call.sources != total.sources:
+            raise ValueError(f"{call.where} calls the layer with {describe_sources(call.sources)}, the batches before "
+                             f"with {describe_sources(total.sources)}; a static layer has one kind of call")
+        _observe(layer, call, total)
     if total is None:
         raise ValueError("batches must hold at least one batch; got none")
     if total.statistics["scores"].count == 0:
         raise ValueError("batches must hold at least one query with a permitted key; got none")
     return total
+
+
+def check_layer(layer) -> None:
+    """Raise unless ``layer`` is a float layer."""
+    if not isinstance(layer, MultiHeadAttention):
+        raise TypeError(f"layer must be an edgeattn.MultiHeadAttention; got {type(layer).__name__}")
 
 
 def fingerprint(layer: MultiHeadAttention) -> str:
@@ -117,20 +229,13 @@ def fingerprint(layer: MultiHeadAttention) -> str:
     return digest.hexdigest()[:16]
 
 
-def _observe(layer, batch, observer: str, where: str) -> Calibration:
-    call = read_call(batch, layer.num_heads, where)
-    for name, x, width in (("query", call.query, layer.embed_dim), ("key", call.key, layer.kdim),
-                           ("value", call.value, layer.vdim)):
-        if x.shape[-1] != width:
-            raise ValueError(f"{name} of {where} must have {width} features in its last axis; got shape {x.shape}")
+def _observe(layer: MultiHeadAttention, call: Call, total: Calibration) -> None:
     trace = float_trace(layer, call)
-    one = Calibration(fingerprint(layer), observer, call.sources, masked=call.permitted is not None)
-    there = np.ones(trace["scores"].shape, bool) if call.permitted is None else call.permitted
     for name, values in trace.items():
-        one.statistics[name] = Statistics()
-        one.statistics[name].update(values[there] if name == "scores" else values)
-    rows = np.where(there, trace["scores"], -np.inf).max(-1, initial=-np.inf)
-    one.lowest_row_maximum = float(rows.min(initial=np.inf, where=np.isfinite(rows)))
-    p = trace["probabilities"]
-    one.underflow = float(np.where(p < 1 / 512, p, 0).sum(-1).max(initial=0.0))
-    return one
+        if name != "probabilities":  # theirs is a fixed range
+            total.statistics.setdefault(name, Statistics()).update(counted(name, values, call.permitted))
+    permitted = True if call.permitted is None else call.permitted
+    rows = np.where(permitted, trace["scores"], -np.inf).max(-1, initial=-np.inf)
+    lowest = float(rows.min(initial=np.inf, where=np.isfinite(rows)))
+    total.lowest_row_maximum = min(total.lowest_row_maximum, lowest)
+    total.masked |= call.permitted is not None

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 from collections.abc import Iterable
 
 import numpy as np
 
 from edgeattn.layers import MultiHeadAttention
-from edgeattn.quantized import MulConstant, StaticMultiHeadAttention
-from quant.progress import track
+from edgeattn.quantized import MulConstant, SelectMask, StaticMultiHeadAttention, fit_mask
+from quant.calibrate import check_layer
 from quant.report import Comparison, Report
-from quant.trace import float_trace, read_call, static_trace
+from quant.trace import counted, describe_sources, float_trace, read_calls, static_trace
 
-UNDERFLOW_LIMIT = 0.05  # lint when rows lose more of their probability than this to the fixed 1/256 scale
+UNDERFLOW_LIMIT = 0.05  # lint when int8 probabilities, multiples of 1/256, miss a sum of 1 by more than this on average
 SATURATION_LIMIT = 0.01  # lint when more of a tensor than this lies outside its range
 
 
@@ -32,57 +33,71 @@ def compare(layer: MultiHeadAttention, quantized: StaticMultiHeadAttention, batc
     -------
     Report
         SQNR = 10 log10(sum(real**2) / sum((real - dequantized)**2)) in dB, cosine similarity, saturation (the share of
-        elements outside the int8 range), by tensor and, for the context, by head. Masked scores do not count.
+        elements outside the int8 range), by tensor and, for the context, by head. Masked scores do not count, nor keys
+        and values that no query sees. A mask that ``quantized`` carries (``with_mask``) holds for ``layer`` too.
 
     Raises
     ------
     TypeError, ValueError
         Layers that do not belong together, no batch, batches that do not fit.
     """
-    if not isinstance(layer, MultiHeadAttention):
-        raise TypeError(f"layer must be an edgeattn.MultiHeadAttention; got {type(layer).__name__}")
+    check_layer(layer)
     if not isinstance(quantized, StaticMultiHeadAttention):
         raise TypeError(f"quantized must be a static layer from quant.quantize; got {type(quantized).__name__}")
-    for name in ("num_heads", "embed_dim", "kdim", "vdim", "head_dim", "value_dim"):
+    for name in ("num_heads", "embed_dim", "kdim", "vdim", "head_dim", "value_dim", "output_dim"):
         if getattr(layer, name) != getattr(quantized, name):
             raise ValueError(f"quantized does not belong to layer: {name} is {getattr(quantized, name)}, "
                              f"the layer's is {getattr(layer, name)}")
+    if (layer.out_weight is None) == ("output" in quantized.linears):
+        raise ValueError("quantized does not belong to layer: one of them has no output projection")
     # our layers carry 1/sqrt(D) in the query; other converters multiply the scores by it
     scale, folded = np.float32(layer.scale), not any(isinstance(op, MulConstant) for op in quantized.score_ops)
     factor = collections.defaultdict(lambda: np.float32(1), {"query": scale} if folded else {"scores": 1 / scale})
     tensors: dict[str, Comparison] = {}
     heads = [Comparison() for _ in range(layer.num_heads)]
-    underflow = []
-    for i, batch in enumerate(track(batches, "comparing")):
-        call = read_call(batch, layer.num_heads, f"batches[{i}]")
+    lost = rows = 0.0
+    for call in read_calls(layer, batches, "comparing"):
         if call.sources != quantized.sources:
-            raise ValueError(f"batches[{i}] calls the layer with inputs {call.sources}; it was quantized for "
-                             f"{quantized.sources}")
-        real, codes = float_trace(layer, call), static_trace(quantized, call)
-        there = np.ones(real["scores"].shape, bool) if call.permitted is None else call.permitted
+            raise ValueError(f"{call.where} calls the layer with {describe_sources(call.sources)}; it was quantized "
+                             f"for {describe_sources(quantized.sources)}")
+        codes = static_trace(quantized, call)
+        permitted = _with_carried_masks(call.permitted, quantized, codes["scores"].shape)
+        real = float_trace(layer, dataclasses.replace(call, permitted=permitted))
         for name, values in real.items():
-            kept = (values * factor[name])[there] if name == "scores" else values * factor[name]
             tensors.setdefault(name, Comparison()).update(
-                kept, codes[name][there] if name == "scores" else codes[name], quantized.tensors[name])
+                counted(name, values * factor[name], permitted), counted(name, codes[name], permitted),
+                quantized.tensors[name])
         for head, comparison in enumerate(heads):
             comparison.update(real["context"][:, head], codes["context"][:, head], quantized.tensors["context"])
-        p = real["probabilities"]
-        underflow.append(float(np.where(p < 1 / 512, p, 0).sum(-1).mean()))
+        total = quantized.tensors["probabilities"].dequantize(codes["probabilities"]).sum(-1)
+        attending = real["probabilities"].any(-1)
+        lost += float(np.abs(1 - total[attending]).sum())
+        rows += int(np.count_nonzero(attending))
     if not tensors:
         raise ValueError("batches must hold at least one batch; got none")
     return Report({name: c.result() for name, c in tensors.items()}, [c.result() for c in heads],
-                  _lints(tensors, float(np.mean(underflow))))
+                  _lints(tensors, lost / rows if rows else 0.0))
 
 
-def _lints(tensors: dict[str, Comparison], underflow: float) -> list[str]:
+def _with_carried_masks(permitted: np.ndarray | None, quantized: StaticMultiHeadAttention, shape) -> np.ndarray | None:
+    """What a call permits and the masks in the layer permit, together."""
+    for op in quantized.score_ops:
+        if isinstance(op, SelectMask):
+            keep = fit_mask(op.keep, shape)
+            permitted = keep if permitted is None else permitted & keep
+    return permitted
+
+
+def _lints(tensors: dict[str, Comparison], lost: float) -> list[str]:
     """What a reader of the numbers should know."""
     lints = []
-    if underflow > UNDERFLOW_LIMIT:
-        lints.append(f"probability underflow: rows lose {underflow:.0%} of their probability on average, because int8 "
-                     f"probabilities are multiples of 1/256; shorter sequences, or scheme='dynamic', do not")
+    if lost > UNDERFLOW_LIMIT:
+        lints.append(f"probability underflow: the int8 probabilities of a row miss a sum of 1 by {lost:.0%} on "
+                     f"average, because they are multiples of 1/256 and rows here are spread thinner; attend to fewer keys")
     for name, comparison in tensors.items():
-        saturation = comparison.result().saturation
-        if saturation > SATURATION_LIMIT and name != "probabilities":
-            lints.append(f"saturation: {saturation:.1%} of {name} lies outside its int8 range; calibrate on data like "
-                         f"this")
+        # probabilities near 1 lie above the fixed range, and scores below it no longer matter to their row
+        outside = {"probabilities": 0, "scores": comparison.above}.get(name, comparison.below + comparison.above)
+        if comparison.count and outside / comparison.count > SATURATION_LIMIT:
+            lints.append(f"saturation: {outside / comparison.count:.1%} of {name} lies outside its int8 range; "
+                         f"calibrate on data like this")
     return lints

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 BINS = 2048  # of the histogram; even, so that two halves fold into one when its range doubles
+SMALLEST_EXPONENT = -126  # of a normal float32: below it nothing needs finer bins
+DOUBLINGS = 12  # more than log2(BINS): after so many everything lies in the two middle bins
 
 
-@dataclass
+@dataclass(eq=False)
 class Statistics:
     """Minimum, maximum and histogram of everything seen, mergeable in any order with the same result.
 
@@ -19,38 +21,40 @@ class Statistics:
 
     minimum: float = np.inf
     maximum: float = -np.inf
-    exponent: int = -126
+    exponent: int = SMALLEST_EXPONENT
     histogram: np.ndarray = field(default_factory=lambda: np.zeros(BINS, np.int64))
 
     def update(self, values: np.ndarray) -> None:
-        """Take in a float array of any shape; empty arrays change nothing."""
+        """Take in a finite float32 array of any shape; empty arrays change nothing."""
         values = np.asarray(values, np.float64).ravel()
         if values.size == 0:
             return
         self.minimum, self.maximum = min(self.minimum, float(values.min())), max(self.maximum, float(values.max()))
         largest = max(abs(self.minimum), abs(self.maximum))
-        self._widen(int(np.frexp(largest)[1]))  # largest < 2**exponent
+        if largest > 0:  # zeros fit every range, and must not widen it
+            self._widen(int(np.frexp(largest)[1]))  # largest < 2**exponent
         index = np.floor(values * (BINS / 2) / 2.0**self.exponent).astype(np.int64) + BINS // 2
         self.histogram += np.bincount(index, minlength=BINS)
 
     def merge(self, other: Statistics) -> Statistics:
         """The statistics of both together."""
-        merged = Statistics(min(self.minimum, other.minimum), max(self.maximum, other.maximum), self.exponent,
-                            self.histogram.copy())
-        merged._widen(other.exponent)
-        copy = Statistics(exponent=other.exponent, histogram=other.histogram.copy())
-        copy._widen(merged.exponent)
-        merged.histogram += copy.histogram
+        merged, folded = (Statistics(exponent=s.exponent, histogram=s.histogram.copy()) for s in (self, other))
+        merged._widen(folded.exponent)
+        folded._widen(merged.exponent)
+        merged.histogram += folded.histogram
+        merged.minimum = min(self.minimum, other.minimum)
+        merged.maximum = max(self.maximum, other.maximum)
         return merged
 
     def _widen(self, exponent: int) -> None:
-        for _ in range(min(exponent - self.exponent, 12)):  # after 12 doublings everything lies in the middle pair
+        for _ in range(min(exponent - self.exponent, DOUBLINGS)):
             pairs = self.histogram.reshape(-1, 2).sum(1)
             self.histogram = np.concatenate([np.zeros(BINS // 4, np.int64), pairs, np.zeros(BINS // 4, np.int64)])
         self.exponent = max(self.exponent, exponent)
 
     @property
     def count(self) -> int:
+        """How many values were seen."""
         return int(self.histogram.sum())
 
     def edges(self) -> np.ndarray:
@@ -58,32 +62,45 @@ class Statistics:
         return np.linspace(-1, 1, BINS + 1) * 2.0**self.exponent
 
 
-def minmax(s: Statistics) -> tuple[float, float]:
+# An observer takes Statistics of at least one value and whether the range shall be symmetric, as int8 stores keys and
+# values; it returns (low, high) with low <= 0 <= high, since an int8 tensor always holds 0.
+
+def minmax(s: Statistics, symmetric: bool = False) -> tuple[float, float]:
     """Everything that was seen."""
-    return s.minimum, s.maximum
+    return _span(s.minimum, s.maximum, symmetric)
 
 
-def percentile(s: Statistics, tail: float = 1e-4) -> tuple[float, float]:
-    """All but the fraction ``tail`` at either end."""
+def percentile(s: Statistics, symmetric: bool = False, tail: float = 1e-4) -> tuple[float, float]:
+    """All but the fraction ``tail`` at either end, to the width of a bin."""
     cumulative = np.cumsum(s.histogram) / s.count
     edges = s.edges()
-    low = edges[np.searchsorted(cumulative, tail, side="right")]
-    high = edges[min(np.searchsorted(cumulative, 1 - tail, side="left") + 1, BINS)]
-    return max(low, s.minimum), min(high, s.maximum)
+    low = float(edges[np.searchsorted(cumulative, tail, side="right")])
+    high = float(edges[np.searchsorted(cumulative, 1 - tail, side="left") + 1])
+    return _span(max(low, s.minimum), min(high, s.maximum), symmetric)
 
 
-def mse(s: Statistics) -> tuple[float, float]:
-    """The fraction of the full range with the least mean squared error under 255 steps."""
-    centres = (s.edges()[1:] + s.edges()[:-1]) / 2
-    best, best_error = minmax(s), np.inf
-    for fraction in np.linspace(0.3, 1, 71):
-        low, high = s.minimum * fraction, s.maximum * fraction
-        step = (high - low) / 255
+def mse(s: Statistics, symmetric: bool = False) -> tuple[float, float]:
+    """The fraction of the full range with the least mean squared error: step**2 / 12 inside, the distance outside."""
+    full = minmax(s, symmetric)
+    edges = s.edges()
+    centres = np.clip((edges[1:] + edges[:-1]) / 2, s.minimum, s.maximum)
+    seen = s.histogram > 0
+    centres, share = centres[seen], s.histogram[seen] / s.count
+    best, best_error = full, np.inf
+    for fraction in np.linspace(1, 0.02, 99):
+        low, high = full[0] * fraction, full[1] * fraction
+        step = (high - low) / (254 if symmetric else 255)
         outside = centres - np.clip(centres, low, high)
-        error = np.dot(s.histogram, np.where(outside == 0, step**2 / 12, outside**2))
+        error = np.dot(share, np.where(outside == 0, step**2 / 12, outside**2))
         if error < best_error:
             best, best_error = (low, high), error
     return best
+
+
+def _span(low: float, high: float, symmetric: bool) -> tuple[float, float]:
+    low, high = min(low, 0.0), max(high, 0.0)
+    reach = max(-low, high)
+    return (-reach, reach) if symmetric else (low, high)
 
 
 OBSERVERS = {"minmax": minmax, "percentile": percentile, "mse": mse}

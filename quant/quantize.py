@@ -13,12 +13,14 @@ from edgeattn.quantized import (
     StaticMultiHeadAttention,
     TensorQuantization,
 )
-from quant.calibrate import Calibration, fingerprint
+from quant.calibrate import Calibration, check_layer, fingerprint
 
-# A masked score gets the lowest code, so the lowest code must be worth nothing in every row: exp(-10) is 1/86 of the
-# smallest probability int8 can hold, and ten more on the range cost less than a masked key's trace of weight
-# (docs/masks.md holds the measurement).
+# A masked score gets the lowest code, so the lowest code must be worth nothing in every row. exp(-10) is 1/86 of the
+# smallest probability int8 can hold. 8 to 14 give the same accuracy; less lets masked keys through, more makes the
+# codes coarser (measured: docs/masks.md).
 MASK_MARGIN = 10.0
+# Zeros, and what is nearly zero: the product of two scales and the reciprocal of one shall be normal float32 numbers.
+SMALLEST_SCALE = 2.0**-60
 
 
 def quantize(layer: MultiHeadAttention, calibration: Calibration | None = None, *, scheme: str = "static",
@@ -48,8 +50,7 @@ def quantize(layer: MultiHeadAttention, calibration: Calibration | None = None, 
     TypeError, ValueError
         Naming the argument.
     """
-    if not isinstance(layer, MultiHeadAttention):
-        raise TypeError(f"layer must be an edgeattn.MultiHeadAttention; got {type(layer).__name__}")
+    check_layer(layer)
     if scheme != "static":
         raise ValueError(f"scheme must be 'static'; got {scheme!r}")
     if not isinstance(calibration, Calibration):
@@ -57,10 +58,10 @@ def quantize(layer: MultiHeadAttention, calibration: Calibration | None = None, 
                         f"got {type(calibration).__name__}")
     if calibration.layer != fingerprint(layer):
         raise ValueError("calibration was made with another layer: its weights differ from this layer's")
-    tensors = {name: _asymmetric(*calibration.range(name)) for name in calibration.statistics if name != "probabilities"}
+    tensors = {name: _quantization(*calibration.range(name)) for name in calibration.statistics}
     for name in ("key", "value"):
-        tensors[name] = _symmetric(*calibration.range(name))
-    tensors["scores"] = _asymmetric(*_score_range(calibration))
+        tensors[name] = _symmetric_quantization(*calibration.range(name, symmetric=True))
+    tensors["scores"] = _quantization(*_score_range(calibration))
     tensors["probabilities"] = PROBABILITIES
 
     def linear(name, weight, bias, source):
@@ -76,18 +77,21 @@ def quantize(layer: MultiHeadAttention, calibration: Calibration | None = None, 
     q = linears["query"]
     linears["query"] = QuantizedLinear(q.weight, q.scale * fold, q.bias)
     tensors["query"] = TensorQuantization(tensors["query"].scale * fold, tensors["query"].zero_point)
-    return StaticMultiHeadAttention(layer.num_heads, linears, tensors, sources=calibration.sources, arithmetic=arithmetic)
+    return StaticMultiHeadAttention(layer.num_heads, linears, tensors, sources=calibration.sources,
+                                    arithmetic=arithmetic, mask_margin=MASK_MARGIN if calibration.masked else 0.0)
 
 
 def quantize_linear(weight: np.ndarray, bias: np.ndarray | None, input_scale) -> QuantizedLinear:
     """Symmetric int8 weights per output channel, int32 bias.
 
-    A channel of zeros, or one whose bias would leave int32, gets the scale its bias needs.
+    A channel whose bias would leave int32 gets the scale its bias needs, and a channel of zeros one as large as the
+    layer's largest, for runtimes refuse multipliers that stand out.
     """
     scale = np.abs(weight).max(1, initial=0).astype(np.float64) / 127
     if bias is not None:
         scale = np.maximum(scale, np.abs(bias) / (float(input_scale) * 2**30))
-    scale = np.where(scale > 0, scale, 1.0).astype(np.float32)
+    scale = np.where(scale > 0, scale, scale.max(initial=0))
+    scale = np.maximum(scale, SMALLEST_SCALE).astype(np.float32)
     codes = np.clip(np.rint(weight / scale[:, None]), -127, 127).astype(np.int8)
     if bias is not None:
         bias = np.rint(bias.astype(np.float64) / (np.float64(input_scale) * scale)).astype(np.int32)
@@ -97,21 +101,20 @@ def quantize_linear(weight: np.ndarray, bias: np.ndarray | None, input_scale) ->
 def _score_range(calibration: Calibration) -> tuple[float, float]:
     low, high = calibration.range("scores")
     reach = calibration.lowest_row_maximum - MASK_MARGIN
-    return (reach if calibration.masked else max(low, reach)), high
+    return min(0.0, reach if calibration.masked else max(low, reach)), high
 
 
-def _asymmetric(low: float, high: float) -> TensorQuantization:
-    """256 codes over [low, high], widened to hold 0."""
-    low, high = min(low, 0.0), max(high, 0.0)
+def _quantization(low: float, high: float) -> TensorQuantization:
+    """256 codes over [low, high], low <= 0 <= high."""
     if high == low:
         return TensorQuantization(1.0, 0)
-    scale = np.float32((high - low) / 255)
+    scale = np.float32(max((high - low) / 255, SMALLEST_SCALE))
     return TensorQuantization(scale, int(np.clip(np.rint(-128 - low / float(scale)), -128, 127)))
 
 
-def _symmetric(low: float, high: float) -> TensorQuantization:
-    """255 codes around 0."""
-    return TensorQuantization(np.float32(max(abs(low), abs(high)) / 127) or 1.0, 0)
+def _symmetric_quantization(low: float, high: float) -> TensorQuantization:
+    """255 codes over [low, high], low = -high."""
+    return TensorQuantization(max(high / 127, SMALLEST_SCALE) if high > low else 1.0, 0)
 
 
 def _repeat_heads(array: np.ndarray | None, heads: int, wanted: int) -> np.ndarray | None:

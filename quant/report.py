@@ -26,7 +26,8 @@ class TensorReport:
     cosine : float
         Of all elements as one vector; NaN without a signal.
     saturation : float
-        Share of real elements outside the int8 range, 0 to 1.
+        Share of real elements more than half a step outside the int8 range, 0 to 1. That of the scores is cut below
+        where no row would notice, so theirs may be large without harm.
     """
 
     sqnr_db: float
@@ -39,7 +40,7 @@ class Comparison:
 
     def __init__(self):
         self.signal = self.noise = self.dot = self.other = 0.0
-        self.outside = self.count = 0
+        self.below = self.above = self.count = 0
 
     def update(self, real: np.ndarray, codes: np.ndarray, quantization: TensorQuantization) -> None:
         """Take in float values and the int8 codes that stand for them, of one shape."""
@@ -50,16 +51,18 @@ class Comparison:
         self.noise += float(np.sum((real - got) ** 2))
         self.dot += float(np.sum(real * got))
         self.other += float(np.sum(got * got))
-        self.outside += int(np.count_nonzero((real < low - half) | (real > high + half)))
+        self.below += int(np.count_nonzero(real < low - half))
+        self.above += int(np.count_nonzero(real > high + half))
         self.count += real.size
 
     def result(self) -> TensorReport:
+        """The numbers of everything taken in."""
         if self.signal == 0:
             sqnr = cosine = math.nan
         else:
             sqnr = math.inf if self.noise == 0 else 10 * math.log10(self.signal / self.noise)
             cosine = self.dot / math.sqrt(self.signal * self.other) if self.other else 0.0
-        return TensorReport(sqnr, cosine, self.outside / self.count if self.count else 0.0)
+        return TensorReport(sqnr, cosine, (self.below + self.above) / self.count if self.count else 0.0)
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,6 @@ class Report:
         return table
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=80)
+        console = Console(file=io.StringIO(), width=80, force_terminal=False, color_system=None)
         console.print(self)
         return "\n".join([console.file.getvalue().rstrip(), *(f"note: {lint}" for lint in self.lints)])

@@ -6,13 +6,16 @@ The integer trace is a second implementation of ``StaticMultiHeadAttention`` on 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from edgeattn import arithmetic as rules
+from edgeattn.layers import MultiHeadAttention
 from edgeattn.masks import resolve_mask
-from edgeattn.quantized import INPUTS, StaticMultiHeadAttention, score_map
+from edgeattn.quantized import INPUTS, StaticMultiHeadAttention, fit_mask, score_map
+from quant.progress import track
 
 CALL_MASKS = ("attn_mask", "key_padding_mask", "is_causal", "causal_alignment")
 
@@ -23,6 +26,8 @@ class Call:
 
     Attributes
     ----------
+    where : str
+        Which batch this is, for messages.
     query, key, value : float32 (B, L, Eq), (B, S, Ek), (B, S, Ev)
     sources : tuple of int
         Which of the three are the same array: (0, 0, 0), (0, 1, 1) or (0, 1, 2).
@@ -30,6 +35,7 @@ class Call:
         None: every key, and no mask was given.
     """
 
+    where: str
     query: np.ndarray
     key: np.ndarray
     value: np.ndarray
@@ -37,67 +43,123 @@ class Call:
     permitted: np.ndarray | None
 
 
-def read_call(batch, num_heads: int, where: str) -> Call:
-    """One calibration batch: an array (the query of self-attention) or a mapping of the layer's call arguments.
+def describe_sources(sources: tuple[int, int, int]) -> str:
+    """The inputs of a call, in words."""
+    return {(0, 0, 0): "a query alone", (0, 1, 1): "a query and a key"}.get(sources, "a query, a key and a value")
+
+
+def read_calls(layer: MultiHeadAttention, batches: Iterable, description: str) -> Iterator[Call]:
+    """Every batch as a Call that fits ``layer``, under a progress bar. Batches are as ``quant.calibrate`` takes them.
 
     Raises
     ------
     TypeError, ValueError
-        Naming ``where`` (which batch) and the argument.
+        Naming the batch and the argument.
     """
+    if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
+        raise TypeError(f"batches must be an iterable of batches; got {type(batches).__name__} (put a single batch "
+                        f"into a list)")
+    for i, batch in enumerate(track(batches, description)):
+        yield _read_call(layer, batch, f"batches[{i}]")
+
+
+def _read_call(layer: MultiHeadAttention, batch, where: str) -> Call:
+    # an opened .npz has keys, too, but is no Mapping in every NumPy
     arguments = dict(batch) if hasattr(batch, "keys") else {"query": batch}
-    unknown = sorted(set(arguments) - {*INPUTS, *CALL_MASKS})
-    if unknown or "query" not in arguments:
+    unknown = sorted(set(arguments) - {*INPUTS, *CALL_MASKS}, key=str)
+    if unknown or arguments.get("query") is None:
         raise ValueError(f"{where} must be an array or a mapping with 'query' and any of "
-                         f"{', '.join(map(repr, (*INPUTS[1:], *CALL_MASKS)))}; got {sorted(arguments)}")
+                         f"{', '.join(map(repr, (*INPUTS[1:], *CALL_MASKS)))}; got {sorted(arguments, key=str)}")
     query, key, value = (arguments.get(name) for name in INPUTS)
     if key is None and value is not None:
         raise ValueError(f"{where} has a value without a key")
     key = query if key is None else key
     value = key if value is None else value
     sources = (0, 0, 0) if key is query and value is query else (0, 1, 1) if value is key else (0, 1, 2)
-    arrays = []
-    for name, array in zip(INPUTS, (query, key, value), strict=True):
-        array = np.asarray(array)
-        if array.dtype.kind != "f":
-            raise TypeError(f"{name} of {where} must be a float array; got {array.dtype}")
-        if array.ndim not in (2, 3):
-            raise ValueError(f"{name} of {where} must be (B, L, E) or (L, E); got shape {array.shape}")
-        if not np.isfinite(array).all():
-            raise ValueError(f"{name} of {where} holds NaN or infinite values")
-        arrays.append(np.asarray(array if array.ndim == 3 else array[None], np.float32))
-    query, key, value = arrays
-    if not query.shape[0] == key.shape[0] == value.shape[0] or key.shape[1] != value.shape[1]:
+    widths = (layer.embed_dim, layer.kdim, layer.vdim)
+    query, key, value = (_read_input(array, width, f"{name} of {where}")
+                         for name, array, width in zip(INPUTS, (query, key, value), widths, strict=True))
+    lead = query.shape[:-2]
+    if key.shape[:-2] != lead or value.shape[:-2] != lead or key.shape[-2] != value.shape[-2]:
         raise ValueError(f"{where}: query, key and value must share the batch, and key and value their length; "
                          f"got {query.shape}, {key.shape}, {value.shape}")
     masks = {name: arguments[name] for name in CALL_MASKS if name in arguments}
     attn_mask = masks.get("attn_mask")
     if attn_mask is not None and np.asarray(attn_mask).dtype != np.bool_:
-        raise TypeError(f"attn_mask of {where} must be bool (True = attend) for int8; got {np.asarray(attn_mask).dtype}")
-    (B, L, _), S = query.shape, key.shape[1]
-    permitted = resolve_mask((B, num_heads, L, S), **masks).permitted()
+        raise TypeError(f"attn_mask of {where} must be bool (True = attend) for int8; "
+                        f"got {np.asarray(attn_mask).dtype}")
+    try:
+        mask = resolve_mask((*lead, layer.num_heads, query.shape[-2], key.shape[-2]), **masks)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{where}: {error}") from None
+    permitted = mask.permitted()
     if permitted is not None:
-        permitted = np.broadcast_to(permitted, (B, num_heads, L, S))
-    return Call(query, key, value, sources, permitted)
+        permitted = np.broadcast_to(permitted, mask.shape)
+    if not lead:
+        query, key, value = query[None], key[None], value[None]
+    return Call(where, query, key, value, sources, permitted)
 
 
-def float_trace(layer, call: Call) -> dict[str, np.ndarray]:
+def _read_input(array, width: int, name: str) -> np.ndarray:
+    """A checked float32 array."""
+    array = np.asarray(array)
+    if array.dtype.kind != "f":
+        raise TypeError(f"{name} must be a float array; got {array.dtype}")
+    if array.ndim not in (2, 3):
+        raise ValueError(f"{name} must be (B, L, E) or (L, E); got shape {array.shape}")
+    if array.shape[-1] != width:
+        raise ValueError(f"{name} must have {width} features in its last axis; got shape {array.shape}")
+    with np.errstate(over="ignore"):
+        array = np.asarray(array, np.float32)
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} holds NaN or infinite values, or values beyond float32")
+    return array
+
+
+def counted(name: str, values: np.ndarray, permitted: np.ndarray | None) -> np.ndarray:
+    """The elements of a traced tensor that may reach a result: no masked score, no key or value that no query sees."""
+    if permitted is not None:
+        if name == "scores":
+            return values[permitted]
+        if name in ("key", "value"):
+            return values[permitted.any(2)]
+        if name in ("key_input", "value_input"):
+            return values[permitted.any((1, 2))]
+    return values
+
+
+def float_trace(layer: MultiHeadAttention, call: Call) -> dict[str, np.ndarray]:
     """Every tensor of ``MultiHeadAttention`` in float32.
 
     Returns
     -------
     dict
         "query_input" (and "key_input", "value_input" where they are arrays of their own), "query", "key", "value"
-        (B, heads, length, size), "scores" (scaled), "probabilities" (B, H, L, S), "context" (B, H, L, Dv), "output".
+        (B, H, length, size), "scores" (scaled), "probabilities" (B, H, L, S), "context" (B, H, L, Dv) and, with an
+        output projection, "output".
+
+    Raises
+    ------
+    ValueError
+        When a tensor leaves the range of float32.
     """
-    H, G = layer.num_heads, layer.num_heads // layer.num_kv_heads
+    with np.errstate(over="ignore", invalid="ignore"):
+        trace = _float_trace(layer, call)
+    for name, values in trace.items():
+        if not np.isfinite(values).all():
+            raise ValueError(f"{call.where}: the layer's {name} leaves the range of float32")
+    return trace
+
+
+def _float_trace(layer, call):
+    groups = layer.num_heads // layer.num_kv_heads
     inputs = (call.query, call.key, call.value)
     trace = {f"{INPUTS[i]}_input": inputs[i] for i in sorted(set(call.sources))}
-    for name, x in zip(INPUTS, inputs, strict=True):
-        heads = H if name == "query" else layer.num_kv_heads
+    for name, x, heads, size in zip(INPUTS, inputs, (layer.num_heads, layer.num_kv_heads, layer.num_kv_heads),
+                                    (layer.head_dim, layer.head_dim, layer.value_dim), strict=True):
         y = _linear(x, getattr(layer, f"{name[0]}_weight"), getattr(layer, f"{name[0]}_bias"))
-        y = y.reshape(*y.shape[:2], heads, -1).transpose(0, 2, 1, 3)
-        trace[name] = y if name == "query" else np.repeat(y, G, axis=1)
+        y = _split_heads(y, heads, size)
+        trace[name] = y if name == "query" else np.repeat(y, groups, axis=1)
     scores = trace["query"] @ trace["key"].swapaxes(-1, -2) * np.float32(layer.scale)
     trace["scores"] = scores
     if call.permitted is not None:
@@ -117,9 +179,9 @@ def static_trace(layer: StaticMultiHeadAttention, call: Call) -> dict[str, np.nd
     kernel_set, t = rules.kernel_set(layer.arithmetic), layer.tensors
     inputs = (call.query, call.key, call.value)
     trace = {f"{INPUTS[i]}_input": t[f"{INPUTS[i]}_input"].quantize(inputs[i]) for i in sorted(set(layer.sources))}
-    for i, name in enumerate(INPUTS):
+    for i, (name, size) in enumerate(zip(INPUTS, (layer.head_dim, layer.head_dim, layer.value_dim), strict=True)):
         y = _integer_linear(layer, name, trace[f"{INPUTS[layer.sources[i]]}_input"], kernel_set)
-        trace[name] = y.reshape(*y.shape[:2], layer.num_heads, -1).transpose(0, 2, 1, 3)
+        trace[name] = _split_heads(y, layer.num_heads, size)
 
     def batch_matmul(lhs, lhs_name, rhs, rhs_name, output):
         rule = kernel_set.batch_matmul if t[rhs_name].zero_point == 0 else kernel_set.batch_matmul_asymmetric
@@ -129,6 +191,7 @@ def static_trace(layer: StaticMultiHeadAttention, call: Call) -> dict[str, np.nd
 
     trace["scores"] = batch_matmul(trace["query"], "query", trace["key"].swapaxes(-1, -2), "key", "scores")
     tables, classes, quantization = score_map(layer.score_ops, t["scores"], kernel_set)
+    classes = fit_mask(classes, trace["scores"].shape)
     codes = tables[classes, trace["scores"].astype(np.int64) + 128].astype(np.int64)
     there = np.ones(codes.shape, bool) if call.permitted is None else call.permitted
     trace["probabilities"] = _softmax(rules.SOFTMAX[kernel_set.softmax], codes, there, quantization.scale)
@@ -141,6 +204,11 @@ def static_trace(layer: StaticMultiHeadAttention, call: Call) -> dict[str, np.nd
 def _linear(x, weight, bias):
     y = x @ weight.T
     return y if bias is None else y + bias
+
+
+def _split_heads(x, heads, size):
+    """(B, L, H*D) -> (B, H, L, D)."""
+    return x.reshape(*x.shape[:2], heads, size).transpose(0, 2, 1, 3)
 
 
 def _merge_heads(x):
@@ -174,12 +242,14 @@ def _softmax(rule, codes, there, scale):
     table = rule.table(scale)
     table = table if table.dtype.kind == "f" else table.astype(np.int64)
     top = np.where(there, codes, -129).max(-1, keepdims=True, initial=-129)
-    e = table[np.where(there, top - codes, 0)]
-    total = np.zeros(e.shape[:-1], type(rule.zero))
-    for j in range(e.shape[-1]):
-        total = total + np.where(there[..., j], rule.weight(e[..., j]), 0).astype(total.dtype)
+    difference = np.where(there, top - codes, 0)
+    total = np.zeros(codes.shape[:-1], type(rule.zero))
+    for j in range(codes.shape[-1]):
+        total = total + np.where(there[..., j], rule.weight(table[difference[..., j]]), 0).astype(total.dtype)
     probabilities = np.full(codes.shape, -128, np.int8)
-    for index in zip(*np.nonzero(there), strict=True):
-        value = min(int(rule.probability(e[index], total[index[:-1]])), 255) - 128
-        probabilities[index] = value
+    for row in np.ndindex(codes.shape[:-1]):
+        # rules take one number at a time, and a row repeats few differences many times
+        seen, index = np.unique(difference[row][there[row]], return_inverse=True)
+        values = [min(int(rule.probability(table[d], total[row])), 255) - 128 for d in seen]
+        probabilities[row][there[row]] = np.array(values, np.int8)[index]
     return probabilities

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
 
 import edgeattn
+from edgeattn.checks import count
 from edgeattn.files import write_atomic
 from edgeattn.layers import MultiHeadAttention
 from edgeattn.quantized import StaticMultiHeadAttention
@@ -24,38 +24,48 @@ def export(layer, path, *, batch: int = 1, sequence_length: int | None = None, k
     ----------
     layer : MultiHeadAttention or StaticMultiHeadAttention
     path : str or path-like
-        ``.tflite`` (fixed shapes, runs in LiteRT, tflite-runtime and TFLite Micro) or ``.safetensors``.
+        ``.tflite`` (fixed shapes, runs in LiteRT, tflite-runtime and TFLite Micro) or ``.safetensors`` (any shape).
     batch : int
         B of a ``.tflite``.
     sequence_length : int
-        L of a ``.tflite``; required there.
+        L of a ``.tflite``, required there, and of a causal mask.
     key_length : int, optional
         S of a ``.tflite`` with inputs of their own for key and value; L otherwise.
     mask : "causal" or bool array broadcastable to (B, H, L, S), optional
-        Written into the graph; True = attend. An int8 layer must have been calibrated with a mask of the kind, else
-        its score range leaves no room below for masked scores.
+        Written into the file; True = attend. An int8 layer must have been calibrated with masks, else its scores' range
+        leaves no room below for masked scores.
 
     Raises
     ------
     TypeError, ValueError
         Naming the argument, before anything is written.
+    OSError
+        When the folder is missing or cannot be written; a file of that name stays as it was.
     """
-    path = Path(os.fspath(path))
+    try:
+        path = Path(path)
+    except TypeError:
+        raise TypeError(f"path must be a string or a path; got {type(path).__name__}") from None
     if not isinstance(layer, (MultiHeadAttention, StaticMultiHeadAttention)):
-        raise TypeError(f"layer must be a MultiHeadAttention or what quant.quantize returns; got {type(layer).__name__}")
+        raise TypeError(f"layer must be a MultiHeadAttention or what quant.quantize returns; "
+                        f"got {type(layer).__name__}")
     if path.suffix not in SUFFIXES:
         raise ValueError(f"path must end in one of {', '.join(SUFFIXES)}; got {str(path)!r}")
-    if path.suffix == ".safetensors":
-        edgeattn.save(layer if mask is None else layer.with_mask(_mask(mask, sequence_length, key_length)), path)
-        return
-    if sequence_length is None:
-        raise ValueError("sequence_length is required for a .tflite: its shapes are fixed")
-    for name, size in (("batch", batch), ("sequence_length", sequence_length), ("key_length", key_length or 1)):
-        if not isinstance(size, (int, np.integer)) or isinstance(size, bool) or size < 1:
-            raise ValueError(f"{name} must be a positive integer; got {size!r}")
+    lengths = {"batch": batch, "sequence_length": sequence_length, "key_length": key_length}
+    lengths = {name: None if length is None else count(name, length) for name, length in lengths.items()}
     if mask is not None:
-        mask = _mask(mask, sequence_length, key_length)
-    write_atomic(path, write_tflite(layer, batch=batch, sequence_length=sequence_length, key_length=key_length, mask=mask))
+        mask = _mask(mask, lengths["sequence_length"], lengths["key_length"])
+    if path.suffix == ".tflite":
+        if sequence_length is None:
+            raise ValueError("sequence_length is required for a .tflite: its shapes are fixed")
+        write_atomic(path, write_tflite(layer, **lengths, mask=mask))
+        return
+    if mask is not None:
+        if isinstance(layer, MultiHeadAttention):
+            raise ValueError("mask must be None for a float layer in a .safetensors file, which holds none; pass it to "
+                             "each call")
+        layer = layer.with_mask(mask)
+    edgeattn.save(layer, path)
 
 
 def _mask(mask, sequence_length: int | None, key_length: int | None) -> np.ndarray:
@@ -68,7 +78,7 @@ def _mask(mask, sequence_length: int | None, key_length: int | None) -> np.ndarr
                              f"sequence_length={sequence_length}, key_length={key_length}")
         return np.tri(sequence_length, dtype=np.bool_)
     mask = np.asarray(mask)
-    if mask.dtype != np.bool_ or not 2 <= mask.ndim <= 4:
-        raise TypeError(f"mask must be 'causal' or a bool array of 2 to 4 axes (True = attend); got {mask.dtype} of "
-                        f"shape {mask.shape}")
+    if mask.dtype != np.bool_ or mask.ndim > 4:
+        raise TypeError(f"mask must be 'causal' or a bool array broadcastable to (B, H, L, S), True = attend; got "
+                        f"{mask.dtype} of shape {mask.shape}")
     return mask

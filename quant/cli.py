@@ -1,0 +1,202 @@
+"""The command `quant`: calibrate, quantize, compare, export and inspect, as the functions of these names do."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import numpy as np
+from rich.console import Console
+
+import edgeattn
+import edgeattn.storage
+import quant
+from edgeattn.arithmetic import KERNEL_SETS
+from edgeattn.layers import MultiHeadAttention
+from quant.calibrate import Calibration
+from quant.describe import describe_file
+from quant.observers import OBSERVERS
+
+# Of a .npy file: the results are the same however it is cut, and the (B, H, L, S) scores shall fit memory.
+ROWS_AT_ONCE = 32
+
+path_argument = click.Path(path_type=Path)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns its exit status: 0, or 2 after one line about an error."""
+    try:
+        return commands.main(args=arguments, prog_name="quant", standalone_mode=False) or 0
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message())
+        return 2
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        message = f"{context.command_path if context else 'quant'}: {error.format_message()}"
+    except click.Abort:
+        message = "quant: interrupted"
+    except OSError as error:
+        message = f"quant: {error.filename}: {error.strerror}" if error.filename else f"quant: {error}"
+    except (TypeError, ValueError, ImportError) as error:
+        message = f"quant: {error}"
+    print(" ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+def layer_options(command):
+    """Give a command LAYER and the options that say how to read it."""
+    for option in (
+        click.option("--num-heads", type=int, help="Number of heads in the checkpoint."),
+        click.option("--bert-prefix", help='LAYER is a BERT checkpoint; what stands before "self.query.weight".'),
+        click.option("--torch-prefix", help="LAYER holds a torch.nn.MultiheadAttention; what stands before "
+                                            '"in_proj_weight", "" if nothing does.'),
+        click.argument("layer", type=path_argument),
+    ):
+        command = option(command)
+    return command
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def commands():
+    """Turn a float attention layer into an int8 one.
+
+    LAYER is a .safetensors file written by edgeattn.save, or a checkpoint (.safetensors, .npz) read with
+    --torch-prefix
+    or --bert-prefix and --num-heads. DATA are .npy files, each (B, L, E) or (L, E), or .npz files with arrays
+    named as
+    the arguments of the layer's call: query, key, value, attn_mask, key_padding_mask, is_causal,
+    causal_alignment.
+    """
+
+
+@commands.command()
+@layer_options
+@click.argument("data", nargs=-1, required=True, type=path_argument)
+@click.option("-o", "--output", required=True, type=path_argument, help="The .safetensors file to write.")
+@click.option("--observer", type=click.Choice(list(OBSERVERS)), default="minmax", show_default=True,
+              help="How ranges come from what is seen.")
+def calibrate(layer, torch_prefix, bert_prefix, num_heads, data, output, observer):
+    """Run LAYER over DATA and keep the range of every tensor."""
+    check_folder(output)
+    layer = read_layer(layer, torch_prefix, bert_prefix, num_heads)
+    calibration = with_file_names(data, lambda batches: quant.calibrate(layer, batches, observer=observer))
+    calibration.save(output)
+    click.echo(f"wrote {output}: calibrated on {', '.join(map(str, data))}")
+
+
+@commands.command()
+@layer_options
+@click.argument("calibration", type=path_argument)
+@click.option("-o", "--output", required=True, type=path_argument, help="The .safetensors file to write.")
+@click.option("--arithmetic", type=click.Choice(list(KERNEL_SETS)), default="litert", show_default=True,
+              help="The TFLite kernel set to equal.")
+def quantize(layer, torch_prefix, bert_prefix, num_heads, calibration, output, arithmetic):
+    """Make an int8 layer of LAYER and what `quant calibrate` wrote."""
+    check_folder(output)
+    layer = read_layer(layer, torch_prefix, bert_prefix, num_heads)
+    quantized = quant.quantize(layer, Calibration.load(calibration), arithmetic=arithmetic)
+    edgeattn.save(quantized, output)
+    click.echo(f"wrote {output}: static int8, equal to {arithmetic}")
+
+
+@commands.command()
+@layer_options
+@click.argument("quantized", type=path_argument)
+@click.argument("data", nargs=-1, required=True, type=path_argument)
+def compare(layer, torch_prefix, bert_prefix, num_heads, quantized, data):
+    """Say what int8 cost: every tensor of QUANTIZED against LAYER on DATA."""
+    layer, quantized = read_layer(layer, torch_prefix, bert_prefix, num_heads), edgeattn.load(quantized)
+    click.echo(str(with_file_names(data, lambda batches: quant.compare(layer, quantized, batches))))
+
+
+@commands.command()
+@layer_options
+@click.argument("path", metavar="OUT", type=path_argument)
+@click.option("--batch", type=int, default=1, show_default=True, help="B of a .tflite.")
+@click.option("--sequence-length", type=int, help="L of a .tflite.")
+@click.option("--key-length", type=int, help="S of a .tflite whose keys are an input of their own.")
+@click.option("--mask", help='"causal", or a .npy file with a bool mask, True = attend.')
+def export(layer, torch_prefix, bert_prefix, num_heads, path, batch, sequence_length, key_length, mask):
+    """Write LAYER, float or int8, to OUT: .tflite or .safetensors."""
+    check_folder(path)
+    layer = read_layer(layer, torch_prefix, bert_prefix, num_heads)
+    if mask is not None and mask != "causal":
+        mask = read_array(Path(mask))
+    quant.export(layer, path, batch=batch, sequence_length=sequence_length, key_length=key_length, mask=mask)
+    click.echo(f"wrote {path}: {path.stat().st_size:,} bytes")
+
+
+@commands.command()
+@click.argument("file", type=path_argument)
+def inspect(file):
+    """Show what FILE holds: a layer, a calibration or a .tflite graph."""
+    console = Console(file=sys.stdout, width=100, highlight=False, soft_wrap=True)
+    for part in list(describe_file(file)):
+        console.print(part, markup=False) if isinstance(part, str) else console.print(part)
+
+
+def check_folder(path: Path) -> None:
+    """Refuse a file in a folder that is not there, before any work is done for it."""
+    if not path.parent.is_dir():
+        raise ValueError(f"cannot write {path}: there is no folder {path.parent}")
+
+
+def read_layer(path: Path, torch_prefix: str | None, bert_prefix: str | None, num_heads: int | None):
+    """The layer that LAYER and its options name."""
+    if torch_prefix is None and bert_prefix is None:
+        if num_heads is not None:
+            raise click.UsageError("--num-heads needs --torch-prefix or --bert-prefix: a saved layer knows its heads")
+        return edgeattn.load(path)
+    if torch_prefix is not None and bert_prefix is not None:
+        raise click.UsageError("--torch-prefix and --bert-prefix exclude each other")
+    if num_heads is None:
+        raise click.UsageError("--num-heads is required for a checkpoint, which does not name it")
+    if torch_prefix is not None:
+        return MultiHeadAttention.from_torch(path, num_heads, torch_prefix)
+    return MultiHeadAttention.from_bert(path, bert_prefix, num_heads)
+
+
+def with_file_names(data: tuple[Path, ...], run):
+    """``run(batches)``, with the names of files in its error messages where they say ``batches[i]``."""
+    names = []
+
+    def batches():
+        for path in data:
+            for batch in read_batches(path):
+                names.append(path)
+                yield batch
+
+    try:
+        return run(batches())
+    except (TypeError, ValueError) as error:
+        raise type(error)(re.sub(r"batches\[(\d+)\]", lambda match: str(names[int(match[1])]), str(error))) from None
+
+
+def read_batches(path: Path) -> Iterator[np.ndarray | dict]:
+    """The batches of one DATA file."""
+    if path.suffix == ".npy":
+        array = read_array(path)
+        pieces = range(0, len(array), ROWS_AT_ONCE) if array.ndim == 3 else ()
+        yield from [array[start:start + ROWS_AT_ONCE] for start in pieces] or [array]
+    elif path.suffix == ".npz":
+        tensors, _ = edgeattn.storage.read_tensors(path)
+        # single values: is_causal and causal_alignment
+        yield {name: array.item() if array.ndim == 0 else array for name, array in tensors.items()}
+    else:
+        raise ValueError(f"DATA must be .npy or .npz files; got {path}")
+
+
+def read_array(path: Path) -> np.ndarray:
+    """The array in a .npy file."""
+    try:
+        with open(path, "rb") as file:
+            return np.lib.format.read_array(file, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} is not a whole .npy file of plain numbers: {error}") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())
