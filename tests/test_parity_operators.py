@@ -84,7 +84,10 @@ def test_batch_matmul(name, adj_y, symmetric):
         row = KERNEL_SETS[name]
         rule = row.batch_matmul if symmetric else row.batch_matmul_asymmetric
         expected = requantize(
-            rule, acc, arithmetic.batch_matmul_multiplier(rule, row.precision, lhs_q.scale, rhs_q.scale, y_q.scale), y_q.zero_point
+            rule,
+            acc,
+            arithmetic.batch_matmul_multiplier(rule, row.precision, lhs_q.scale, rhs_q.scale, y_q.scale),
+            y_q.zero_point,
         )
         given = np.ascontiguousarray(rhs.swapaxes(-1, -2)) if adj_y else rhs
         file = tflite_graphs.batch_matmul(lhs.shape, lhs_q, given.shape, rhs_q, y_q, adj_y=adj_y)
@@ -147,8 +150,8 @@ def test_multipliers_next_to_a_tie(name, operator):
     for seed in REPEATS:
         rng = np.random.default_rng(500 + seed)
         a, b = (np.float32(10 ** rng.uniform(-2, -1)) for _ in range(2))
-        exact = np.float64(a) * np.float64(b) * 2.0 ** rng.integers(6, 9)
-        y = np.float32(exact * (1 + 2.0**-24)) if seed % 2 else np.float32(a * b) * np.float32(2.0 ** rng.integers(6, 9))
+        power = 2.0 ** rng.integers(6, 9)
+        y = np.float32(np.float64(a) * np.float64(b) * power * (1 + 2.0**-24) if seed % 2 else a * b * np.float32(power))
         x_q, y_q = TensorQuantization(a, 0), TensorQuantization(y, 0)
         b_q = TensorQuantization(b, 3 if operator == "batch_matmul_asymmetric" else 0)
         x, rhs = codes(rng, 1, 60, 40), codes(rng, 1, 40, 60) // 16
