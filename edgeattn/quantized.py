@@ -207,7 +207,8 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
     """int8 in, int8 out, every scale fixed at calibration: equal, bit for bit, to a TFLite kernel set.
 
     ``scores = q k^T`` (1/sqrt(D) lies in q's scale), ``probabilities = softmax(scores)``,
-    ``context = probabilities v``, each requantized to int8 as the named kernel set rounds (see ``edgeattn.arithmetic``).
+    ``context = probabilities v``, each requantized to int8 as the named kernel set rounds (see
+    ``edgeattn.arithmetic``).
 
     Parameters
     ----------
@@ -234,8 +235,8 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
     scheme = "static"
 
     def __init__(self, num_heads: int, linears: Mapping[str, QuantizedLinear],
-                 tensors: Mapping[str, TensorQuantization], *, sources: tuple[int, int, int] = (0, 0, 0), score_ops: tuple[ScoreOp, ...] = (),
-                 arithmetic: str = "litert", mask_margin: float | None = None):
+                 tensors: Mapping[str, TensorQuantization], *, sources: tuple[int, int, int] = (0, 0, 0),
+                 score_ops: tuple[ScoreOp, ...] = (), arithmetic: str = "litert", mask_margin: float | None = None):
         self._kernel_set = rules.kernel_set(arithmetic)
         self.arithmetic = arithmetic
         self.num_heads = self.num_kv_heads = count("num_heads", num_heads)

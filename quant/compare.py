@@ -93,7 +93,7 @@ def _lints(tensors: dict[str, Comparison], lost: float) -> list[str]:
     lints = []
     if lost > UNDERFLOW_LIMIT:
         lints.append(f"probability underflow: the int8 probabilities of a row miss a sum of 1 by {lost:.0%} on "
-                     f"average, because they are multiples of 1/256 and rows here are spread thinner; attend to fewer keys")
+                     f"average: they are multiples of 1/256, and rows here are spread thinner; attend to fewer keys")
     for name, comparison in tensors.items():
         # probabilities near 1 lie above the fixed range, and scores below it no longer matter to their row
         outside = {"probabilities": 0, "scores": comparison.above}.get(name, comparison.below + comparison.above)

@@ -8,6 +8,7 @@ import numpy as np
 
 BINS = 2048  # of the histogram; even, so that two halves fold into one when its range doubles
 SMALLEST_EXPONENT = -126  # of a normal float32: below it nothing needs finer bins
+FRACTIONS = np.linspace(1, 0.02, 99)  # of the full range that `mse` tries, the whole first
 DOUBLINGS = 12  # more than log2(BINS): after so many everything lies in the two middle bins
 
 
@@ -80,21 +81,27 @@ def percentile(s: Statistics, symmetric: bool = False, tail: float = 1e-4) -> tu
 
 
 def mse(s: Statistics, symmetric: bool = False) -> tuple[float, float]:
-    """The fraction of the full range with the least mean squared error: step**2 / 12 inside, the distance outside."""
-    full = minmax(s, symmetric)
+    """Fractions of the full range, at either end, with the least mean squared error.
+
+    That is step**2 / 12 for what lies inside, and the squared distance for what lies outside.
+    """
     edges = s.edges()
-    centres = np.clip((edges[1:] + edges[:-1]) / 2, s.minimum, s.maximum)
     seen = s.histogram > 0
-    centres, share = centres[seen], s.histogram[seen] / s.count
-    best, best_error = full, np.inf
-    for fraction in np.linspace(1, 0.02, 99):
-        low, high = full[0] * fraction, full[1] * fraction
-        step = (high - low) / (254 if symmetric else 255)
-        outside = centres - np.clip(centres, low, high)
-        error = np.dot(share, np.where(outside == 0, step**2 / 12, outside**2))
-        if error < best_error:
-            best, best_error = (low, high), error
-    return best
+    centres = np.clip((edges[1:] + edges[:-1]) / 2, s.minimum, s.maximum)[seen]
+    share = s.histogram[seen] / s.count
+    low, high = minmax(s, symmetric)
+    lows, highs = (end * FRACTIONS for end in (low, high))
+    below, above = np.maximum(lows[:, None] - centres, 0), np.maximum(centres - highs[:, None], 0)
+    # axes from here on: fraction of the low end, fraction of the high end
+    outside = (below**2 @ share)[:, None] + above**2 @ share
+    inside = 1 - ((below > 0) @ share)[:, None] - (above > 0) @ share
+    step = (highs - lows[:, None]) / (254 if symmetric else 255)
+    error = outside + inside * step**2 / 12
+    if symmetric:
+        best = np.argmin(np.diagonal(error))
+        return float(lows[best]), float(highs[best])
+    i, j = np.unravel_index(np.argmin(error), error.shape)
+    return float(lows[i]), float(highs[j])
 
 
 def _span(low: float, high: float, symmetric: bool) -> tuple[float, float]:

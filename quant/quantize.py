@@ -15,10 +15,10 @@ from edgeattn.quantized import (
 )
 from quant.calibrate import Calibration, check_layer, fingerprint
 
-# A masked score gets the lowest code, so the lowest code must be worth nothing in every row. exp(-10) is 1/86 of the
-# smallest probability int8 can hold. 8 to 14 give the same accuracy; less lets masked keys through, more makes the
-# codes coarser (measured: docs/masks.md).
-MASK_MARGIN = 10.0
+# A masked score gets the lowest code, so the lowest code must be worth nothing in every row. exp(-12) is 1/636 of the
+# smallest probability int8 can hold, which leaves room for rows lower than any seen at calibration. A smaller margin
+# lets masked keys through, a larger one makes the codes coarser (measured: docs/masks.md).
+MASK_MARGIN = 12.0
 # Zeros, and what is nearly zero: the product of two scales and the reciprocal of one shall be normal float32 numbers.
 SMALLEST_SCALE = 2.0**-60
 
@@ -89,12 +89,13 @@ def quantize_linear(weight: np.ndarray, bias: np.ndarray | None, input_scale) ->
     """
     scale = np.abs(weight).max(1, initial=0).astype(np.float64) / 127
     if bias is not None:
-        scale = np.maximum(scale, np.abs(bias) / (float(input_scale) * 2**30))
+        scale = np.maximum(scale, np.abs(bias.astype(np.float64)) / (float(input_scale) * 2**30))
     scale = np.where(scale > 0, scale, scale.max(initial=0))
     scale = np.maximum(scale, SMALLEST_SCALE).astype(np.float32)
     codes = np.clip(np.rint(weight / scale[:, None]), -127, 127).astype(np.int8)
     if bias is not None:
-        bias = np.rint(bias.astype(np.float64) / (np.float64(input_scale) * scale)).astype(np.int32)
+        step = float(input_scale) * scale.astype(np.float64)  # explicitly: NumPy 1 and 2 promote scalars differently
+        bias = np.rint(bias.astype(np.float64) / step).astype(np.int32)
     return QuantizedLinear(codes, scale, bias)
 
 
