@@ -151,7 +151,8 @@ def test_multipliers_next_to_a_tie(name, operator):
         rng = np.random.default_rng(500 + seed)
         a, b = (np.float32(10 ** rng.uniform(-2, -1)) for _ in range(2))
         power = 2.0 ** rng.integers(6, 9)
-        y = np.float32(np.float64(a) * np.float64(b) * power * (1 + 2.0**-24) if seed % 2 else a * b * np.float32(power))
+        above = np.float64(a) * np.float64(b) * power * (1 + 2.0**-24)
+        y = np.float32(above) if seed % 2 else a * b * np.float32(power)
         x_q, y_q = TensorQuantization(a, 0), TensorQuantization(y, 0)
         b_q = TensorQuantization(b, 3 if operator == "batch_matmul_asymmetric" else 0)
         x, rhs = codes(rng, 1, 60, 40), codes(rng, 1, 40, 60) // 16

@@ -40,4 +40,4 @@ def random_call(layer, sources, seed=0, *, B=2, L=12, S=9):
 
 
 def as_batch(inputs, **masks):
-    return {**dict(zip(("query", "key", "value"), inputs)), **masks}
+    return {**dict(zip(("query", "key", "value"), inputs, strict=False)), **masks}
