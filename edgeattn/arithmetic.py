@@ -1,9 +1,10 @@
 """The integer arithmetic of the TFLite kernel sets: rounding rules, softmax rules, and the table of sets made of them.
 
 An int8 tensor stands for ``real = scale * (code - zero_point)``. Between two int8 tensors lies an int32 accumulator
-and a *requantization*: multiply by a real number below one, round to an integer. TFLite's runtimes differ in how they round,
-by one code on at most 0.33 % of the elements of an operator, and by up to ten codes at the end of an attention layer.
-So equality is only ever equality with a *named* set, and the sets are a table of rules here, not branches in kernels.
+and a *requantization*: multiply by a real number below one, round to an integer. TFLite's runtimes differ in how they
+round, by one code on at most 0.33 % of the elements of an operator, and by up to ten codes at the end of an attention
+layer. So equality is only ever equality with a *named* set, and the sets are a table of rules here, not branches in
+kernels.
 
 The rules are plain functions without branches. The same text runs on Python integers, broadcasts over NumPy int64
 arrays, and is what Numba compiles; ``register_jitable`` only tells Numba that it may, and leaves the function as it is.
@@ -84,7 +85,7 @@ def quantize_multiplier(real: float) -> tuple[int, int]:
 
 # -- requantization rules: int32 accumulator -> integer, before the zero point and the clamp -------------------------
 # One signature for all, so that a kernel takes the rule as an argument: q31 and shift are ``quantize_multiplier`` of
-# the real multiplier, and ``real`` is that multiplier in float64 (already rounded to float32 where the rule computes so).
+# the real multiplier, and ``real`` is that multiplier in float64, rounded to float32 first where the rule computes so.
 
 
 @register_jitable
@@ -127,15 +128,17 @@ def fully_connected_multiplier(rule: str, input_scale, weight_scale, output_scal
     return np.float64(x) * w.astype(np.float64) / np.float64(y)
 
 
-def batch_matmul_multiplier(rule: str, lhs_scale, rhs_scale, output_scale) -> np.ndarray:
-    """Real multiplier of a BATCH_MATMUL, (1,) float64."""
-    product, y = np.float32(lhs_scale) * np.float32(rhs_scale), np.float32(output_scale)
+def batch_matmul_multiplier(rule: str, precision, lhs_scale, rhs_scale, output_scale) -> np.ndarray:
+    """Real multiplier of a BATCH_MATMUL, (1,) float64. ``precision``: in which the scales are multiplied."""
+    product = precision(np.float32(lhs_scale)) * precision(np.float32(rhs_scale))
+    y = np.float32(output_scale)
     return np.array([product / y if rule == "float_rne" else np.float64(product) / np.float64(y)], np.float64)
 
 
-def mul_multiplier(rule: str, lhs_scale, rhs_scale, output_scale) -> np.ndarray:
-    """Real multiplier of a MUL, (1,) float64: float32 arithmetic under every rule."""
-    return np.array([np.float32(lhs_scale) * np.float32(rhs_scale) / np.float32(output_scale)], np.float64)
+def mul_multiplier(precision, lhs_scale, rhs_scale, output_scale) -> np.ndarray:
+    """Real multiplier of a MUL, (1,) float64. ``precision``: of the whole computation."""
+    lhs, rhs, y = (precision(np.float32(scale)) for scale in (lhs_scale, rhs_scale, output_scale))
+    return np.array([lhs * rhs / y], np.float64)
 
 
 def fixed_point(real) -> tuple[np.ndarray, np.ndarray]:
@@ -152,9 +155,9 @@ def to_code(value, zero_point):
 # -- elementwise operators on codes; used to tabulate, so NumPy speed is enough --------------------------------------
 
 
-def mul_codes(rule: str, lhs, lhs_q, rhs, rhs_q, output_q) -> np.ndarray:
-    """MUL of two int8 arrays. ``*_q`` are (scale, zero_point) pairs."""
-    real = mul_multiplier(rule, lhs_q[0], rhs_q[0], output_q[0])
+def mul_codes(rule: str, precision, lhs, lhs_q, rhs, rhs_q, output_q) -> np.ndarray:
+    """MUL of two int8 arrays. ``*_q`` are (scale, zero_point) pairs; ``precision`` as in ``mul_multiplier``."""
+    real = mul_multiplier(precision, lhs_q[0], rhs_q[0], output_q[0])
     q31, shift = quantize_multiplier(float(real[0]))
     acc = (np.asarray(lhs, np.int64) - lhs_q[1]) * (np.asarray(rhs, np.int64) - rhs_q[1])
     return to_code(REQUANTIZE[rule](acc, q31, shift, real[0]), output_q[1])
@@ -340,10 +343,11 @@ SOFTMAX: dict[str, SoftmaxRule] = {
 
 @dataclass(frozen=True)
 class KernelSet:
-    """The rules one TFLite runtime computes an attention layer with; each field but two names a rule above."""
+    """The rules one TFLite runtime computes an attention layer with; fields from ``fully_connected`` on name them."""
 
     name: str
     runtime: str
+    precision: type  # in which BATCH_MATMUL and MUL multiply the scales of their inputs
     fully_connected: str
     batch_matmul: str
     batch_matmul_asymmetric: str  # the right operand has a zero point other than 0
@@ -352,71 +356,22 @@ class KernelSet:
     softmax: str
 
 
-KERNEL_SETS: dict[str, KernelSet] = {
-    row.name: row
-    for row in (
-        KernelSet(
-            "litert",
-            "ai-edge-litert >= 2.1.3, default resolver (XNNPACK), x86-64",
-            "float_rne",
-            "float_rne",
-            "double",
-            "float_rne",
-            "xnn_add",
-            "lut_f32",
-        ),
-        KernelSet(
-            "litert-arm",
-            "ai-edge-litert >= 2.1.3, default resolver (XNNPACK), aarch64",
-            "float_rne",
-            "float_rne",
-            "double",
-            "float_rne",
-            "xnn_add",
-            "lut_u16",
-        ),
-        KernelSet(
-            "litert-builtin",
-            "ai-edge-litert, BUILTIN_WITHOUT_DEFAULT_DELEGATES, x86-64",
-            "ruy",
-            "double",
-            "double",
-            "double",
-            "double",
-            "lut_f32",
-        ),
-        KernelSet(
-            "litert-reference",
-            "ai-edge-litert, BUILTIN_REF, x86-64 and aarch64",
-            "float64",
-            "double",
-            "double",
-            "double",
-            "double",
-            "fixed",
-        ),
-        KernelSet(
-            "tflite-runtime",
-            "tflite-runtime 2.14, default resolver, x86-64",
-            "ruy",
-            "ruy",
-            "ruy",
-            "double",
-            "double",
-            "lut_f32",
-        ),
-        KernelSet(
-            "tflm",
-            "TFLite Micro, and CMSIS-NN, which promises equality with it",
-            "double",
-            "double",
-            "double",
-            "double",
-            "double",
-            "fixed",
-        ),
-    )
-}
+# fmt: off
+KERNEL_SETS: dict[str, KernelSet] = {row.name: row for row in (
+    KernelSet("litert", "ai-edge-litert >= 2.1.3, default resolver (XNNPACK), x86-64", np.float32,
+              "float_rne", "float_rne", "double", "float_rne", "xnn_add", "lut_f32"),
+    KernelSet("litert-arm", "ai-edge-litert >= 2.1.3, default resolver (XNNPACK), aarch64", np.float32,
+              "float_rne", "float_rne", "double", "float_rne", "xnn_add", "lut_u16"),
+    KernelSet("litert-builtin", "ai-edge-litert, BUILTIN_WITHOUT_DEFAULT_DELEGATES, x86-64", np.float32,
+              "ruy", "double", "double", "double", "double", "lut_f32"),
+    KernelSet("litert-reference", "ai-edge-litert, BUILTIN_REF, x86-64 and aarch64", np.float32,
+              "float64", "double", "double", "double", "double", "fixed"),
+    KernelSet("tflite-runtime", "tflite-runtime 2.14, default resolver, x86-64", np.float32,
+              "ruy", "ruy", "ruy", "double", "double", "lut_f32"),
+    KernelSet("tflm", "TFLite Micro, and CMSIS-NN, which promises equality with it", np.float64,
+              "double", "double", "double", "double", "double", "fixed"),
+)}
+# fmt: on
 
 
 def kernel_set(name: str) -> KernelSet:

@@ -300,7 +300,7 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
 
         def batch_matmul(lhs, rhs, output):
             rule = kernel_set.batch_matmul if rhs.zero_point == 0 else kernel_set.batch_matmul_asymmetric
-            real = rules.batch_matmul_multiplier(rule, lhs.scale, rhs.scale, output.scale)
+            real = rules.batch_matmul_multiplier(rule, kernel_set.precision, lhs.scale, rhs.scale, output.scale)
             return _requantization(real, output), static.REQUANTIZE[rule]
 
         self._scores = batch_matmul(t["query"], t["key"], t["scores"])
@@ -559,7 +559,7 @@ def score_map(ops: tuple[ScoreOp, ...], scores: TensorQuantization, kernel_set: 
         if isinstance(op, MulConstant):
             to = (op.output.scale, op.output.zero_point)
             constant = (op.constant.scale, op.constant.zero_point)
-            tables = rules.mul_codes(kernel_set.mul, tables, q, op.code, constant, to)
+            tables = rules.mul_codes(kernel_set.mul, kernel_set.precision, tables, q, op.code, constant, to)
             scores = op.output
             continue
         # one class per pair of a class so far and a value of the mask

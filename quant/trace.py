@@ -185,7 +185,8 @@ def static_trace(layer: StaticMultiHeadAttention, call: Call) -> dict[str, np.nd
 
     def batch_matmul(lhs, lhs_name, rhs, rhs_name, output):
         rule = kernel_set.batch_matmul if t[rhs_name].zero_point == 0 else kernel_set.batch_matmul_asymmetric
-        real = rules.batch_matmul_multiplier(rule, t[lhs_name].scale, t[rhs_name].scale, t[output].scale)
+        real = rules.batch_matmul_multiplier(rule, kernel_set.precision, t[lhs_name].scale, t[rhs_name].scale,
+                                             t[output].scale)
         acc = _exact_product(lhs, t[lhs_name].zero_point, rhs, t[rhs_name].zero_point)
         return _requantize(rule, acc, real, t[output].zero_point)
 

@@ -70,8 +70,8 @@ def code(value: int, zero_point: int) -> int:
     return min(max(value + zero_point, -128), 127)
 
 
-def mul(rule, a, qa, b, qb, qo):
-    real = float(np.float32(qa[0]) * np.float32(qb[0]) / np.float32(qo[0]))
+def mul(rule, a, qa, b, qb, qo, precision=np.float32):
+    real = float(precision(np.float32(qa[0])) * precision(np.float32(qb[0])) / precision(np.float32(qo[0])))
     return code(requantize(rule, (a - qa[1]) * (b - qb[1]), real), qo[1])
 
 

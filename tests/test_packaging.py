@@ -66,8 +66,8 @@ def test_a_device_needs_three_packages(setup_cfg):
 def test_extras_are_the_promised_ones(setup_cfg):
     promised = {"tflite", "cuda", "quant", "examples", "test", "test-numpy2", "peers", "dev"}
     assert set(setup_cfg["options.extras_require"]) == promised
-    for name in ("tflite", "quant"):
-        assert "flatbuffers" in extra(setup_cfg, name, "3.11", "x86_64")
+    assert "flatbuffers" in extra(setup_cfg, "quant", "3.11", "x86_64")
+    assert "ai-edge-litert" in extra(setup_cfg, "tflite", "3.11", "x86_64")
 
 
 @pytest.mark.parametrize(

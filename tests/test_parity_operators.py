@@ -1,5 +1,7 @@
 """Operator by operator: the rules of every kernel set against its runtime, on single-operator files."""
 
+import functools
+
 import numpy as np
 import pytest
 import tflite_graphs
@@ -82,7 +84,10 @@ def test_batch_matmul(name, adj_y, symmetric):
         row = KERNEL_SETS[name]
         rule = row.batch_matmul if symmetric else row.batch_matmul_asymmetric
         expected = requantize(
-            rule, acc, arithmetic.batch_matmul_multiplier(rule, lhs_q.scale, rhs_q.scale, y_q.scale), y_q.zero_point
+            rule,
+            acc,
+            arithmetic.batch_matmul_multiplier(rule, row.precision, lhs_q.scale, rhs_q.scale, y_q.scale),
+            y_q.zero_point,
         )
         given = np.ascontiguousarray(rhs.swapaxes(-1, -2)) if adj_y else rhs
         file = tflite_graphs.batch_matmul(lhs.shape, lhs_q, given.shape, rhs_q, y_q, adj_y=adj_y)
@@ -101,8 +106,12 @@ def test_elementwise(name, operator):
         reach = float(a.scale * b.scale) * 128 if operator == "mul" else float(max(a.scale, b.scale))
         out = TensorQuantization(np.float32(reach * 10 ** rng.uniform(-0.3, 0.8)), int(rng.integers(-128, 128)))
         row = KERNEL_SETS[name]
-        function, rule = (arithmetic.mul_codes, row.mul) if operator == "mul" else (arithmetic.add_codes, row.add)
-        expected = function(rule, lhs, pair(a), rhs, pair(b), pair(out))
+        function = (
+            functools.partial(arithmetic.mul_codes, row.mul, row.precision)
+            if operator == "mul"
+            else functools.partial(arithmetic.add_codes, row.add)
+        )
+        expected = function(lhs, pair(a), rhs, pair(b), pair(out))
         file = getattr(tflite_graphs, operator)(lhs.shape, a, rhs.shape, b, out)
         np.testing.assert_array_equal(RUNTIMES[name].run(file, [lhs, rhs])[0], expected)
 
@@ -130,3 +139,34 @@ def test_select(name):
         keep = rng.random(x.shape) < 0.5
         file = tflite_graphs.select(keep, x.shape, q, -128)
         np.testing.assert_array_equal(RUNTIMES[name].run(file, [x])[0], np.where(keep, x, np.int8(-128)))
+
+
+@pytest.mark.parametrize("operator", ["fully_connected", "batch_matmul", "batch_matmul_asymmetric", "mul"])
+def test_multipliers_next_to_a_tie(name, operator):
+    # Scales whose ratio is a power of two, or off by the last bit: then every odd accumulator of a power of two lies on
+    # or beside a tie, and the precision in which a runtime multiplies scales shows.
+    row = KERNEL_SETS[name]
+    rule = getattr(row, operator)
+    for seed in REPEATS:
+        rng = np.random.default_rng(500 + seed)
+        a, b = (np.float32(10 ** rng.uniform(-2, -1)) for _ in range(2))
+        power = 2.0 ** rng.integers(6, 9)
+        above = np.float64(a) * np.float64(b) * power * (1 + 2.0**-24)
+        y = np.float32(above) if seed % 2 else a * b * np.float32(power)
+        x_q, y_q = TensorQuantization(a, 0), TensorQuantization(y, 0)
+        b_q = TensorQuantization(b, 3 if operator == "batch_matmul_asymmetric" else 0)
+        x, rhs = codes(rng, 1, 60, 40), codes(rng, 1, 40, 60) // 16
+        acc = product(x, 0, rhs, b_q.zero_point)
+        if operator == "mul":
+            x, rhs = (grid.astype(np.int8).reshape(1, 256, 256) for grid in np.mgrid[-128:128, -128:128])
+            expected = arithmetic.mul_codes(rule, row.precision, x, pair(x_q), rhs, pair(b_q), pair(y_q))
+            inputs, file = [x, rhs], tflite_graphs.mul(x.shape, x_q, rhs.shape, b_q, y_q)
+        elif operator == "fully_connected":
+            real = arithmetic.fully_connected_multiplier(rule, a, np.full(60, b), y)
+            linear = QuantizedLinear(np.ascontiguousarray(rhs[0].T), np.full(60, b, np.float32))
+            expected = requantize(rule, acc, real, 0)
+            inputs, file = [x], tflite_graphs.fully_connected(x.shape, x_q, linear, y_q)
+        else:
+            expected = requantize(rule, acc, arithmetic.batch_matmul_multiplier(rule, row.precision, a, b, y), 0)
+            inputs, file = [x, rhs], tflite_graphs.batch_matmul(x.shape, x_q, rhs.shape, b_q, y_q, adj_y=False)
+        np.testing.assert_array_equal(RUNTIMES[name].run(file, inputs)[0], expected)

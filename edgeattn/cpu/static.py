@@ -1,4 +1,4 @@
-"""int8 static attention: the integer operators a .tflite attention layer consists of, under any rounding and softmax rule.
+"""int8 static attention: the operators a .tflite attention layer consists of, under any rounding and softmax rule.
 
 A rule is an argument: one of the compiled functions in REQUANTIZE, or the (weight, probability) pair in SOFTMAX.
 """
