@@ -1,0 +1,360 @@
+"""Fused float32 attention: scores, softmax and context of one block of queries at a time, queries in lanes.
+
+Letters: B batch, H heads, L queries, S keys, D head size, Dv value size, E model width; W = WIDTH queries per block.
+
+Scores are computed transposed, (keys, W): a key is a broadcast row, a query is a lane.  Maxima and sums over keys are
+then plain vector operations, and the context comes out as (Dv, W), which is what the output projection broadcasts.
+Keys go by in blocks of KEY_BLOCK with a running maximum, so scratch memory does not depend on S (except for one row
+of mask per key where a mask differs from query to query).
+"""
+import numpy as np
+from numba import carray
+
+from .jit import inlined, kernel
+from .matmul import feature_position, multiply, project
+from .simd import (COLUMNS, LANES, ROWS, WIDTH, any_nan, lane_index, larger, load, load_bytes, pointer_to, select,
+                   splat, store, tile_load, tile_of_columns, tile_store, tile_zero, transpose_block)
+from .softmax import LOG2_E, exp2, tanh
+
+KEY_BLOCK = 256
+_MINUS_INFINITY = np.float32(-np.inf)
+_ZERO = np.float32(0)
+_ONE = np.float32(1)
+
+# Private scratch of one query block, float32 elements; SCORES keeps ROWS rows in front for a tile that steps back.
+AT_MAXIMUM = 0
+AT_SUM = AT_MAXIMUM + WIDTH
+AT_FACTOR = AT_SUM + WIDTH
+AT_TILE = AT_FACTOR + WIDTH
+AT_SCORES = AT_TILE + ROWS * WIDTH + WIDTH * WIDTH + ROWS * WIDTH
+AT_FREE = AT_SCORES + (KEY_BLOCK + ROWS) * WIDTH
+
+
+@inlined
+def mask_scores(scores, at, keys, s0, q0, band, low_edge, high_edge, full_from, full_to, masks, at_mask, has_mask):
+    """Lower the scores of what may not be seen to -inf and add the float mask, in place.
+
+    scores (keys, W); key s0 + s is visible to query q0 + l when q + low_edge <= key <= q + high_edge;
+    keys in [full_from, full_to) are visible to every query of the block.
+    """
+    if band:
+        for s in range(keys):
+            key = s0 + s
+            if full_from <= key < full_to:
+                continue
+            for c in range(COLUMNS):
+                distance = splat(np.int32(key - q0 - c * LANES)) - lane_index()
+                v = load(scores, at + s * WIDTH + c * LANES)
+                v = select(distance < splat(np.int32(low_edge)), splat(_MINUS_INFINITY), v)
+                v = select(distance > splat(np.int32(high_edge)), splat(_MINUS_INFINITY), v)
+                store(scores, at + s * WIDTH + c * LANES, v)
+    if has_mask:
+        for i in range(0, keys * WIDTH, LANES):
+            m = load(masks, at_mask + i)
+            v = load(scores, at + i) + m
+            store(scores, at + i, select(m == splat(_MINUS_INFINITY), m, v))
+
+
+@inlined
+def fill_mask(masks, at, keep, at_keep, keep_row, keep_key, bias, at_bias, bias_row, bias_key, queries, keys, square,
+              at_square):
+    """masks (keys, W) = bias * log2(e) where kept, else -inf; lanes past `queries` repeat the last one."""
+    has_keep, has_bias = keep.size > 0, bias.size > 0
+    fast = ((not has_keep) or keep_key == 1) and ((not has_bias) or bias_key == 1)
+    whole = keys // LANES * LANES if fast else 0
+    for s in range(0, whole, LANES):
+        for q0 in range(0, WIDTH, LANES):
+            for l in range(LANES):
+                q = min(q0 + l, queries - 1)
+                v = splat(_ZERO)
+                if has_bias:
+                    v = load(bias, at_bias + q * bias_row + s) * splat(LOG2_E)
+                if has_keep:
+                    kept = load_bytes(keep, at_keep + q * keep_row + s) == splat(np.int32(0))
+                    v = select(kept, splat(_MINUS_INFINITY), v)
+                store(square, at_square + l * LANES, v)
+            transpose_block(square, at_square, LANES, masks, at + s * WIDTH + q0, WIDTH)
+    for s in range(whole, keys):
+        for q0 in range(WIDTH):
+            q = min(q0, queries - 1)
+            v = _ZERO
+            if has_bias:
+                v = bias[at_bias + q * bias_row + s * bias_key] * LOG2_E
+            if has_keep and keep[at_keep + q * keep_row + s * keep_key] == 0:
+                v = _MINUS_INFINITY
+            masks[at + s * WIDTH + q0] = v
+
+
+@inlined
+def attend_block(q, at_q, k, at_k, k_row, v, at_v, v_row, first, last, D, Dv, scratch, out, at_out,
+                 q0, band, low_edge, high_edge, full_from, full_to, masks, at_masks, mask_from, has_mask, softcap):
+    """Attention of one head for W queries over keys first..last: out (Dv, W) = softmax(q k^T) v, transposed.
+
+    q (D, W), scaled so that scores come out in units of log 2 (or, with softcap, divided by it); k (S, k_row) and
+    v (S, v_row) row-major.  Rows of `out` are written in whole tiles: up to ROWS - 1 rows past Dv are overwritten.
+    """
+    masked = band or has_mask
+    top = (Dv + ROWS - 1) // ROWS * ROWS
+    at_scores = AT_SCORES + ROWS * WIDTH
+    if first >= last:  # no key at all
+        for i in range(0, Dv * WIDTH, LANES):
+            store(out, at_out + i, splat(_ZERO))
+        return
+    for s0 in range(first, last, KEY_BLOCK):
+        keys = min(KEY_BLOCK, last - s0)
+        # 1. scores (keys, W); the last tile steps back over keys already done rather than past the end
+        for s in range(0, keys, ROWS):
+            t = s
+            if s + ROWS > keys and s0 + keys >= ROWS:
+                t = keys - ROWS
+            tile = tile_zero(ROWS, COLUMNS, q)
+            tile = multiply(tile, k, at_k + (s0 + t) * k_row, k_row, 1, q, at_q, D)
+            tile_store(tile, scratch, at_scores + t * WIDTH, WIDTH, LANES)
+        # 2. softcap, then masks
+        if softcap > _ZERO:
+            for i in range(0, keys * WIDTH, LANES):
+                capped = tanh(load(scratch, at_scores + i)) * splat(softcap * LOG2_E)
+                store(scratch, at_scores + i, capped)
+        if masked:
+            mask_scores(scratch, at_scores, keys, s0, q0, band, low_edge, high_edge, full_from, full_to,
+                        masks, at_masks + (s0 - mask_from) * WIDTH, has_mask)
+        # 3. maximum, exponentials, sum
+        for c in range(COLUMNS):
+            at = at_scores + c * LANES
+            m0 = load(scratch, at)
+            m1 = m0
+            for s in range(1, keys, 2):
+                m0 = larger(load(scratch, at + s * WIDTH), m0)
+                m1 = larger(load(scratch, at + min(s + 1, keys - 1) * WIDTH), m1)
+            m = larger(m0, m1)
+            if s0 > first:
+                m = larger(load(scratch, AT_MAXIMUM + c * LANES), m)
+            if masked:
+                base = select(m == splat(_MINUS_INFINITY), splat(_ZERO), m)
+                total = splat(_ZERO)
+                for s in range(keys):
+                    score = load(scratch, at + s * WIDTH)
+                    p = select(score == splat(_MINUS_INFINITY), splat(_ZERO), exp2(score - base))
+                    total = total + p
+                    store(scratch, at + s * WIDTH, p)
+            else:
+                base = m
+                total = splat(_ZERO)
+                for s in range(keys):
+                    p = exp2(load(scratch, at + s * WIDTH) - base)
+                    total = total + p
+                    store(scratch, at + s * WIDTH, p)
+            if s0 > first:
+                before = load(scratch, AT_MAXIMUM + c * LANES)
+                factor = exp2(before - base)
+                if masked:
+                    factor = select(before == splat(_MINUS_INFINITY), splat(_ZERO), factor)
+                total = total + load(scratch, AT_SUM + c * LANES) * factor
+                for d in range(top):
+                    at_d = at_out + d * WIDTH + c * LANES
+                    store(out, at_d, load(out, at_d) * factor)
+            store(scratch, AT_MAXIMUM + c * LANES, m)
+            store(scratch, AT_SUM + c * LANES, total)
+        # 4. context (Dv, W) += v^T p
+        for d in range(0, Dv, ROWS):
+            if s0 > first:
+                tile = tile_load(ROWS, COLUMNS, out, at_out + d * WIDTH, WIDTH)
+            else:
+                tile = tile_zero(ROWS, COLUMNS, q)
+            tile = multiply(tile, v, at_v + s0 * v_row + d, 1, v_row, scratch, at_scores, keys)
+            tile_store(tile, out, at_out + d * WIDTH, WIDTH, LANES)
+    # 5. divide by the sum; a query that saw no key gets zeros
+    for c in range(COLUMNS):
+        total = load(scratch, AT_SUM + c * LANES)
+        factor = splat(_ONE) / total
+        if masked:
+            factor = select(total == splat(_ZERO), splat(_ZERO), factor)
+        for d in range(Dv):
+            at_d = at_out + d * WIDTH + c * LANES
+            store(out, at_d, load(out, at_d) * factor)
+
+
+@inlined
+def has_nan(out, at_out, Dv):
+    found = False
+    for i in range(0, Dv * WIDTH, LANES):
+        if any_nan(load(out, at_out + i)):
+            found = True
+    return found
+
+
+@inlined
+def attend_around(q, at_q, k, at_k, k_row, v, at_v, v_row, first, last, D, Dv, out, at_out, q0, band, low_edge,
+                  high_edge, masks, at_masks, mask_from, has_mask, softcap):
+    """attend_block in plain loops that never touch a masked key or value: for when what is masked holds NaN."""
+    for l in range(WIDTH):
+        best, total = _MINUS_INFINITY, _ZERO
+        for d in range(Dv):
+            out[at_out + d * WIDTH + l] = _ZERO
+        for s in range(first, last):
+            if band and not (low_edge <= s - q0 - l <= high_edge):
+                continue
+            m = _ZERO
+            if has_mask:
+                m = masks[at_masks + (s - mask_from) * WIDTH + l]
+                if m == _MINUS_INFINITY:
+                    continue
+            score = _ZERO
+            for d in range(D):
+                score += q[at_q + d * WIDTH + l] * k[at_k + s * k_row + d]
+            if softcap > _ZERO:
+                score = np.float32(np.tanh(score)) * softcap * LOG2_E
+            score += m
+            if not (score <= best):
+                factor = np.float32(2) ** (best - score)
+                best = score
+                total *= factor
+                for d in range(Dv):
+                    out[at_out + d * WIDTH + l] *= factor
+            p = np.float32(2) ** (score - best)
+            total += p
+            for d in range(Dv):
+                out[at_out + d * WIDTH + l] += p * v[at_v + s * v_row + d]
+        if total != _ZERO:
+            for d in range(Dv):
+                out[at_out + d * WIDTH + l] /= total
+
+
+# Positions in the integer parameters of `layer_float32`.
+(P_BATCH, P_L, P_S, P_EQ, P_EK, P_EV, P_EO, P_HEADS, P_KV_HEADS, P_D, P_DV, P_D_PAD, P_DV_PAD, P_HAS_OUT,
+ P_WQ, P_BQ, P_WK, P_BK, P_WV, P_BV, P_WO, P_BO,
+ P_BAND, P_LOW, P_HIGH, P_KEEP_B, P_KEEP_H, P_KEEP_L, P_KEEP_S, P_BIAS_B, P_BIAS_H, P_BIAS_L, P_BIAS_S,
+ P_COUNT) = range(34)
+
+
+@inlined
+def visible_range(q0, queries, S, band, low_edge, high_edge):
+    """(first, last, full_from, full_to): keys any of `queries` queries from q0 may see, and keys all of W may see."""
+    first, last, full_from, full_to = 0, S, 0, S
+    if band:
+        first = min(max(q0 + low_edge, 0), S)
+        last = max(min(q0 + queries + high_edge, S), first)
+        full_from = q0 + WIDTH - 1 + low_edge
+        full_to = q0 + high_edge + 1
+    return first, last, full_from, full_to
+
+
+@inlined
+def project_tokens(x, at_x, depth, first, last, S, p, at_weight, at_bias, weights, features, out, at_out, block,
+                   scratch, at_tail):
+    """project() for tokens first..last; the rows missing from the last tile are zeros, and written."""
+    step = (S + ROWS - 1) // ROWS * ROWS * block
+    whole = (last - first) // ROWS * ROWS
+    project(x, at_x + first * depth, depth, whole, depth, weights, at_weight, at_bias, features,
+            out, at_out + first * block, block, step)
+    if whole < last - first:
+        rest = last - first - whole
+        for i in range(rest * depth):
+            scratch[at_tail + i] = x[at_x + (first + whole) * depth + i]
+        for i in range(rest * depth, ROWS * depth):
+            scratch[at_tail + i] = _ZERO
+        project(scratch, at_tail, depth, ROWS, depth, weights, at_weight, at_bias, features,
+                out, at_out + (first + whole) * block, block, step)
+
+
+@kernel
+def layer_float32(xq, xk, xv, out, weights, p, keep, bias, shared, private, batch, phase, begin, end):
+    """One batch entry of a multi-head attention layer, in part or whole.
+
+    xq (B, L, Eq), xk (B, S, Ek), xv (B, S, Ev), out (B, L, Eo): flat float32.
+    weights: everything `FloatLayer` packed, at the positions in p (int64, see P_...).
+    keep, bias: flat mask data, empty where there is none, addressed by the strides in p.
+    shared: keys (KF / KB, S', KB) and values (VF / VB, S', VB) of this batch entry, S' = S rounded up to ROWS.
+    private: scratch of this thread.
+    phase 0: everything; 1: project keys and values of tokens begin..end; 2: query blocks begin..end.
+    """
+    L, S, H, Hkv = p[P_L], p[P_S], p[P_HEADS], p[P_KV_HEADS]
+    D, Dv, Dp, Dvp = p[P_D], p[P_DV], p[P_D_PAD], p[P_DV_PAD]
+    Eq, Ek, Ev, Eo = p[P_EQ], p[P_EK], p[P_EV], p[P_EO]
+    k_block, v_block = max(Dp, LANES), max(Dvp, LANES)
+    q_features = (H * Dp + WIDTH - 1) // WIDTH * WIDTH
+    k_features = (Hkv * Dp + WIDTH - 1) // WIDTH * WIDTH
+    v_features = (Hkv * Dvp + WIDTH - 1) // WIDTH * WIDTH
+    S_up = (S + ROWS - 1) // ROWS * ROWS
+    k_step, v_step = S_up * k_block, S_up * v_block
+    at_values = (k_features + k_block) * S_up
+    # private: fixed part, q natural (W, q_features) or a tail of x, q transposed, context, masks
+    at_natural = AT_FREE
+    natural = max(WIDTH * q_features, ROWS * max(Ek, Ev), WIDTH * Eq)
+    at_q = at_natural + natural
+    at_context = at_q + q_features * WIDTH
+    at_x_tail = at_context + (H * Dvp + ROWS) * WIDTH
+    at_masks = at_x_tail + WIDTH * Eq
+    # 1. keys and values of all tokens, in the layout the attention loop reads
+    if phase <= 1:
+        t0, t1 = (0, S) if phase == 0 else (begin, end)
+        project_tokens(xk, batch * S * Ek, Ek, t0, t1, S, p, p[P_WK], p[P_BK], weights, k_features, shared, 0, k_block,
+                       private, at_natural)
+        project_tokens(xv, batch * S * Ev, Ev, t0, t1, S, p, p[P_WV], p[P_BV], weights, v_features, shared, at_values,
+                       v_block, private, at_natural)
+    if phase == 1:
+        return
+    b0, b1 = (0, (L + WIDTH - 1) // WIDTH) if phase == 0 else (begin, end)
+    has_mask = keep.size > 0 or bias.size > 0
+    band = p[P_BAND] != 0
+    mask_per_head = p[P_KEEP_H] != 0 or p[P_BIAS_H] != 0
+    for block in range(b0, b1):
+        q0 = block * WIDTH
+        queries = min(WIDTH, L - q0)
+        # 2. queries of this block: project, then turn so that queries are lanes
+        rows = (queries + ROWS - 1) // ROWS * ROWS
+        if rows <= L - q0:
+            project(xq, (batch * L + q0) * Eq, Eq, rows, Eq, weights, p[P_WQ], p[P_BQ], q_features,
+                    private, at_natural, q_features, 0)
+        else:
+            for i in range(queries * Eq):
+                private[at_x_tail + i] = xq[(batch * L + q0) * Eq + i]
+            for i in range(queries * Eq, rows * Eq):
+                private[at_x_tail + i] = _ZERO
+            project(private, at_x_tail, Eq, rows, Eq, weights, p[P_WQ], p[P_BQ], q_features,
+                    private, at_natural, q_features, 0)
+        for i in range(rows * q_features, WIDTH * q_features):
+            private[at_natural + i] = _ZERO  # lanes without a query must not carry what an earlier call left
+        for f in range(0, q_features, LANES):
+            for l in range(0, WIDTH, LANES):
+                transpose_block(private, at_natural + l * q_features + f, q_features,
+                                private, at_q + f * WIDTH + l, WIDTH)
+        first, last, full_from, full_to = visible_range(q0, queries, S, band, p[P_LOW], p[P_HIGH])
+        # 3. attention, head by head, context (H * Dvp, W)
+        for h in range(H):
+            kv = h // (H // Hkv)
+            if has_mask and (h == 0 or mask_per_head):
+                fill_mask(private, at_masks,
+                          keep, batch * p[P_KEEP_B] + h * p[P_KEEP_H] + q0 * p[P_KEEP_L] + first * p[P_KEEP_S],
+                          p[P_KEEP_L], p[P_KEEP_S],
+                          bias, batch * p[P_BIAS_B] + h * p[P_BIAS_H] + q0 * p[P_BIAS_L] + first * p[P_BIAS_S],
+                          p[P_BIAS_L], p[P_BIAS_S], queries, last - first, private, AT_TILE)
+            at_k = feature_position(kv * Dp, k_block, k_step)
+            at_v = at_values + feature_position(kv * Dvp, v_block, v_step)
+            at_out = at_context + h * Dvp * WIDTH
+            attend_block(private, at_q + h * Dp * WIDTH, shared, at_k, k_block, shared, at_v, v_block, first, last,
+                         D, Dvp, private, private, at_out, q0, band, p[P_LOW], p[P_HIGH], full_from, full_to,
+                         private, at_masks, first, has_mask, _ZERO)
+            if (band or has_mask) and has_nan(private, at_out, Dvp):
+                attend_around(private, at_q + h * Dp * WIDTH, shared, at_k, k_block, shared, at_v, v_block, first,
+                              last, D, Dvp, private, at_out, q0, band, p[P_LOW], p[P_HIGH], private, at_masks, first,
+                              has_mask, _ZERO)
+        # 4. output rows: projection of the context, or the context itself
+        at_row = (batch * L + q0) * Eo
+        if p[P_HAS_OUT] == 0:
+            for h in range(H):
+                for d in range(Dv):
+                    for l in range(queries):
+                        out[at_row + l * Eo + h * Dv + d] = private[at_context + (h * Dvp + d) * WIDTH + l]
+            continue
+        for e in range(0, Eo, WIDTH):
+            for l in range(0, queries, ROWS):
+                tile = tile_of_columns(ROWS, COLUMNS, weights, p[P_BO] + e)
+                tile = multiply(tile, private, at_context + l, 1, WIDTH, weights, p[P_WO] + e * H * Dvp, H * Dvp)
+                if l + ROWS <= queries and e + WIDTH <= Eo:
+                    tile_store(tile, out, at_row + l * Eo + e, Eo, LANES)
+                else:
+                    tile_store(tile, private, AT_TILE, WIDTH, LANES)
+                    for i in range(min(ROWS, queries - l)):
+                        for j in range(min(WIDTH, Eo - e)):
+                            out[at_row + (l + i) * Eo + e + j] = private[AT_TILE + i * WIDTH + j]
