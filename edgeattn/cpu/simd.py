@@ -679,8 +679,8 @@ def tile_store_bytes(typing, t, array, at, row_step, column_step, zero_point, fl
 
 
 @intrinsic
-def tile_pack_rows(typing, t, zero_point):
-    """byte r of p[i][j][l] = clamp(t[4 i + r][j][l] + zero_point, -128, 127)"""
+def tile_pack_rows(typing, t, zero_point, flip):
+    """byte r of p[i][j][l] = clamp(t[4 i + r][j][l] + zero_point, -128, 127) ^ byte r of flip"""
     packed = Tile(I32, t.rows // 4, t.columns)
 
     def generate(context, builder, sig, args):
@@ -689,9 +689,10 @@ def tile_pack_rows(typing, t, zero_point):
             for j in range(packed.columns):
                 four = [builder.extract_value(args[0], (4 * i + r) * t.columns + j) for r in range(4)]
                 bytes_ = _transpose_bytes(builder, _pack(builder, four, args[1]))
+                bytes_ = builder.xor(bytes_, _splat(builder, args[2], bytes_.type))
                 out = builder.insert_value(out, bytes_, i * packed.columns + j)
         return out
-    return packed(t, types.int32), generate
+    return packed(t, types.int32, types.int32), generate
 
 
 @intrinsic
@@ -705,7 +706,7 @@ def tile_map(typing, t, function, parameters, at, column_step, plane):
     def generate(context, builder, signature, args):
         tile, _, array, position, step, plane_ = args
         compiled = context.get_function(function, sig)
-        context.add_linking_libs(builder, getattr(compiled, "libs", ()))
+        context.add_linking_libs(getattr(compiled, "libs", ()))
         positions = [position]
         for j in range(1, t.columns):
             positions.append(builder.add(positions[-1], step))
