@@ -102,10 +102,10 @@ def _ranges(total, unit, parts):
     return list(zip(edges[:-1], edges[1:]))
 
 
-def run_layer(function, arguments, dtype, shared_size, private_size, batch, tokens, token_unit, blocks, work):
+def run_layer(function, fixed, arguments, dtype, shared_size, private_size, batch, tokens, token_unit, blocks, work):
     """Run a layer kernel over all batch entries: on this thread if small, else its two phases split over threads.
 
-    The kernel is called as function(*arguments, shared, private, batch entry, phase, begin, end).
+    The kernel is called as function(*fixed, *arguments, shared, private, batch entry, phase, begin, end).
     """
     shared_size, private_size = -(-shared_size // 16) * 16, -(-private_size // 16) * 16  # whole cache lines
     count = _count if work >= SMALLEST_SHARED_WORK else 1
@@ -113,7 +113,7 @@ def run_layer(function, arguments, dtype, shared_size, private_size, batch, toke
         raw, memory = borrow(shared_size + private_size, dtype)
         shared, private = memory[:shared_size], memory[shared_size:]
         for b in range(batch):
-            function(*arguments, shared, private, b, 0, 0, 0)
+            function(*fixed, *arguments, shared, private, b, 0, 0, 0)
         give_back(raw)
         return
     raw, memory = borrow(shared_size + count * private_size, dtype)
@@ -121,7 +121,7 @@ def run_layer(function, arguments, dtype, shared_size, private_size, batch, toke
     privates = [memory[shared_size + i * private_size:shared_size + (i + 1) * private_size] for i in range(count)]
 
     def job(b, phase, bounds, private):
-        return lambda: function(*arguments, shared, private, b, phase, bounds[0], bounds[1])
+        return lambda: function(*fixed, *arguments, shared, private, b, phase, bounds[0], bounds[1])
 
     for b in range(batch):
         _submit([job(b, 1, r, m) for r, m in zip(_ranges(tokens, token_unit, count), privates)])

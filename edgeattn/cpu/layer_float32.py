@@ -3,6 +3,7 @@ import numpy as np
 
 from .. import threads
 from . import fused as f
+from .jit import entry
 from .matmul import aligned, pack_panels, pad_heads, padded_head, round_up
 from .simd import LANES, ROWS, WIDTH
 
@@ -79,6 +80,7 @@ class FloatLayer:
             p[slot] = at[name]
         self.output_dim = Eo
         self._plans = {}
+        self._run = None
 
     def _plan(self, B, L, S, masked):
         """(parameters, shared elements, private elements, work) for one shape."""
@@ -123,6 +125,9 @@ class FloatLayer:
         keep = _NO_KEEP if keep is None else keep.reshape(-1).view(np.uint8)
         bias = _NO_BIAS if bias is None else bias.reshape(-1)
         arguments = (xq.reshape(-1), xk.reshape(-1), xv.reshape(-1), out.reshape(-1), self.weights, p, keep, bias)
-        threads.run_layer(f.layer_float32, arguments, np.float32, shared_size, private_size, B,
+        if self._run is None:
+            scratch = np.zeros(1, np.float32)
+            self._run = entry(f.layer_float32, (*arguments, scratch, scratch, 0, 0, 0, 0))
+        threads.run_layer(self._run, (), arguments, np.float32, shared_size, private_size, B,
                           S, ROWS, -(-L // WIDTH), work)
         return out

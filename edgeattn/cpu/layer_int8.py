@@ -7,6 +7,7 @@ import numpy as np
 
 from .. import threads
 from . import fused_int8 as f
+from .jit import entry
 from .layer_float32 import _strides
 from .matmul import aligned, pack_byte_panels, pad_heads, padded_head, round_up
 from .requantize import RULES, encode
@@ -102,9 +103,10 @@ class StaticLayer:
             put(name, encode(rule, [m] * LANES))
         self.weights = aligned(sum(part.size for part in parts), np.int32)
         np.concatenate(parts, out=self.weights)
-        self._rules = tuple(RULES[name] for name in (project_rule, score_rule, context_rule))
-        self._table = aligned(256, softmax_table.dtype)
-        self._table[:] = softmax_table
+        table = aligned(256, softmax_table.dtype)
+        table[:] = softmax_table
+        self._fixed = (*(RULES[name] for name in (project_rule, score_rule, context_rule)), table)
+        self._run = None
         p = self._parameters = np.zeros(f.P_COUNT, np.int64)
         for slot, value in (
                 (f.P_EQ, linears["query"][0].shape[1]), (f.P_EK, linears["key"][0].shape[1]),
@@ -186,9 +188,12 @@ class StaticLayer:
         keep = _EMPTY_U8 if keep is None else keep.reshape(-1).view(np.uint8)
         classes = _EMPTY_U8 if classes is None else classes.reshape(-1)
         tables = _EMPTY_I8 if tables is None else tables.reshape(-1)
-        arguments = (*self._rules, self._table, xq.reshape(-1), xk.reshape(-1), xv.reshape(-1), out.reshape(-1),
+        arguments = (xq.reshape(-1), xk.reshape(-1), xv.reshape(-1), out.reshape(-1),
                      self.weights, p, keep, classes, tables)
-        threads.run_layer(f.layer_int8, arguments, np.int32, shared_size, private_size, B, S, f.TOKENS, -(-L // WIDTH),
+        if self._run is None:
+            scratch = np.zeros(1, np.int32)
+            self._run = entry(f.layer_int8, (*self._fixed, *arguments, scratch, scratch, 0, 0, 0, 0))
+        threads.run_layer(self._run, self._fixed, arguments, np.int32, shared_size, private_size, B, S, f.TOKENS, -(-L // WIDTH),
                           B * work)
         return out
 

@@ -104,7 +104,7 @@ def _literal(value):
 
 
 def _shuffle(builder, a, b, lanes):
-    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, len(lanes)), lanes))
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, len(lanes)), list(lanes)))
 
 
 # --- one vector ------------------------------------------------------------------------------------------------
