@@ -127,3 +127,18 @@ def run_layer(function, fixed, arguments, dtype, shared_size, private_size, batc
         _submit([job(b, 1, r, m) for r, m in zip(_ranges(tokens, token_unit, count), privates)])
         _submit([job(b, 2, r, m) for r, m in zip(_ranges(blocks, 1, count), privates)])
     give_back(raw)
+
+
+def run_items(function, arguments, dtype, private_size, items, work):
+    """Run function(*arguments, private, begin, end) over range(items): here if small, else split over threads."""
+    private_size = -(-private_size // 16) * 16
+    count = min(_count, items) if work >= SMALLEST_SHARED_WORK else 1
+    raw, memory = borrow(count * private_size, dtype)
+    if count <= 1:
+        function(*arguments, memory, 0, items)
+    else:
+        def job(bounds, i):
+            private = memory[i * private_size:(i + 1) * private_size]
+            return lambda: function(*arguments, private, bounds[0], bounds[1])
+        _submit([job(bounds, i) for i, bounds in enumerate(_ranges(items, 1, count))])
+    give_back(raw)

@@ -358,3 +358,98 @@ def layer_float32(xq, xk, xv, out, weights, p, keep, bias, shared, private, batc
                     for i in range(min(ROWS, queries - l)):
                         for j in range(min(WIDTH, Eo - e)):
                             out[at_row + (l + i) * Eo + e + j] = private[AT_TILE + i * WIDTH + j]
+
+
+# Positions in the integer parameters of `attention_float32`; strides count elements, addresses bytes.
+(F_B, F_H, F_KV_HEADS, F_L, F_S, F_D, F_DV,
+ F_Q, F_Q_B, F_Q_H, F_Q_L, F_K, F_K_B, F_K_H, F_K_S, F_V, F_V_B, F_V_H, F_V_S, F_O, F_O_B, F_O_H, F_O_L,
+ F_BAND, F_LOW, F_HIGH, F_KEEP_B, F_KEEP_H, F_KEEP_L, F_KEEP_S, F_BIAS_B, F_BIAS_H, F_BIAS_L, F_BIAS_S,
+ F_COUNT) = range(35)
+
+
+@kernel
+def attention_float32(p, scale, softcap, keep, bias, lengths, private, begin, end):
+    """Scaled dot product attention over given queries, keys and values, for (batch, head, block) begin..end.
+
+    q (B, H, L, D), k (B, Hkv, S, D), v (B, Hkv, S, Dv), out (B, H, L, Dv): float32 at addresses and strides in p, the
+    last dimension contiguous; they stay where they are unless a tile would read past their end.
+    keep, bias: flat mask data or empty.  lengths: (B,) int64 keys that exist per batch entry, or empty.
+    private: scratch, float32.
+    """
+    H, L, S, D, Dv = p[F_H], p[F_L], p[F_S], p[F_D], p[F_DV]
+    group = H // p[F_KV_HEADS]
+    blocks = (L + WIDTH - 1) // WIDTH
+    D_up = (D + LANES - 1) // LANES * LANES
+    Dv_up = (Dv + ROWS - 1) // ROWS * ROWS
+    Dv_lanes = (Dv + LANES - 1) // LANES * LANES
+    band = p[F_BAND] != 0
+    has_mask = keep.size > 0 or bias.size > 0
+    everything = np.int64(1) << 62
+    all_q = carray(pointer_to(p[F_Q], private), everything)
+    all_k = carray(pointer_to(p[F_K], private), everything)
+    all_v = carray(pointer_to(p[F_V], private), everything)
+    all_o = carray(pointer_to(p[F_O], private), everything)
+    at_natural = AT_FREE
+    at_q = at_natural + WIDTH * max(D_up, Dv_lanes)
+    at_context = at_q + D_up * WIDTH
+    at_k_copy = at_context + (max(Dv_up, Dv_lanes) + ROWS) * WIDTH
+    at_v_copy = at_k_copy + ROWS * D
+    at_masks = at_v_copy + S * Dv_up if Dv != Dv_up else at_v_copy
+    at_masks = (at_masks + 15) // 16 * 16
+    copied = -1
+    factor = scale / softcap if softcap > _ZERO else scale * LOG2_E
+    for item in range(begin, end):
+        batch, h, q0 = item // (H * blocks), item // blocks % H, item % blocks * WIDTH
+        kv = h // group
+        queries = min(WIDTH, L - q0)
+        keys = S if lengths.size == 0 else min(max(lengths[batch], 0), S)
+        # 1. queries of this block, scaled, turned so that queries are lanes
+        from_q = batch * p[F_Q_B] + h * p[F_Q_H] + q0 * p[F_Q_L]
+        for l in range(queries):
+            for d in range(D):
+                private[at_natural + l * D_up + d] = all_q[from_q + l * p[F_Q_L] + d] * factor
+        for i in range(queries * D_up, WIDTH * D_up):
+            private[at_natural + i] = _ZERO
+        for d in range(0, D_up, LANES):
+            for l in range(0, WIDTH, LANES):
+                transpose_block(private, at_natural + l * D_up + d, D_up, private, at_q + d * WIDTH + l, WIDTH)
+        first, last, full_from, full_to = visible_range(q0, queries, keys, band, p[F_LOW], p[F_HIGH])
+        if has_mask:
+            fill_mask(private, at_masks,
+                      keep, batch * p[F_KEEP_B] + h * p[F_KEEP_H] + q0 * p[F_KEEP_L] + first * p[F_KEEP_S],
+                      p[F_KEEP_L], p[F_KEEP_S],
+                      bias, batch * p[F_BIAS_B] + h * p[F_BIAS_H] + q0 * p[F_BIAS_L] + first * p[F_BIAS_S],
+                      p[F_BIAS_L], p[F_BIAS_S], queries, last - first, private, AT_TILE)
+        # 2. fewer keys than a tile has rows, or a value row narrower than whole tiles: read from a padded copy
+        k_at, k_row = batch * p[F_K_B] + kv * p[F_K_H], p[F_K_S]
+        v_at, v_row = batch * p[F_V_B] + kv * p[F_V_H], p[F_V_S]
+        short = keys < ROWS
+        if short:
+            for s in range(ROWS):
+                for d in range(D):
+                    private[at_k_copy + s * D + d] = all_k[k_at + s * k_row + d] if s < keys else _ZERO
+        if Dv != Dv_up and copied != batch * p[F_KV_HEADS] + kv:
+            copied = batch * p[F_KV_HEADS] + kv
+            for s in range(keys):
+                for d in range(Dv):
+                    private[at_v_copy + s * Dv_up + d] = all_v[v_at + s * v_row + d]
+                for d in range(Dv, Dv_up):
+                    private[at_v_copy + s * Dv_up + d] = _ZERO
+        v, from_v, step_v = (all_v, v_at, v_row) if Dv == Dv_up else (private, at_v_copy, Dv_up)
+        k, from_k, step_k = (private, at_k_copy, D) if short else (all_k, k_at, k_row)
+        # 3. attention
+        attend_block(private, at_q, k, from_k, step_k, v, from_v, step_v, first, last, D, Dv, private, private,
+                     at_context, q0, band, p[F_LOW], p[F_HIGH], full_from, full_to, private, at_masks, first,
+                     has_mask, softcap)
+        if (band or has_mask) and has_nan(private, at_context, Dv):
+            attend_around(private, at_q, k, from_k, step_k, v, from_v, step_v, first, last, D, Dv, private,
+                          at_context, q0, band, p[F_LOW], p[F_HIGH], private, at_masks, first, has_mask, softcap)
+        # 4. turn the context back into rows
+        for d in range(0, Dv_lanes, LANES):
+            for l in range(0, WIDTH, LANES):
+                transpose_block(private, at_context + d * WIDTH + l, WIDTH,
+                                private, at_natural + l * Dv_lanes + d, Dv_lanes)
+        to = batch * p[F_O_B] + h * p[F_O_H] + q0 * p[F_O_L]
+        for l in range(queries):
+            for d in range(Dv):
+                all_o[to + l * p[F_O_L] + d] = private[at_natural + l * Dv_lanes + d]

@@ -719,6 +719,49 @@ def tile_map(typing, t, function, parameters, at, column_step, plane):
 
 
 @intrinsic
+def tile_dequantize(typing, t, down, i0, across, j0):
+    """f[i][j] = float32(t[i][j]) * down[i0 + i] * load(across, j0 + j * LANES)"""
+    result = Tile(F32, t.rows, t.columns)
+
+    def generate(context, builder, sig, args):
+        vector = context.get_value_type(F32)
+        base = _pointer(context, builder, sig.args[3], args[3], args[4], vector)
+        columns_ = [_load(builder, builder.gep(base, [ir.Constant(_I64, j)])) for j in range(t.columns)]
+        first = builder.gep(_data(context, builder, sig.args[1], args[1]), [args[2]])
+        out = ir.Constant(context.get_value_type(result), ir.Undefined)
+        for i in range(t.rows):
+            row = _splat(builder, builder.load(builder.gep(first, [ir.Constant(_I64, i)])), vector)
+            for j in range(t.columns):
+                value = builder.sitofp(builder.extract_value(args[0], i * t.columns + j), vector)
+                value = builder.fmul(builder.fmul(value, row), columns_[j])
+                out = builder.insert_value(out, value, i * t.columns + j)
+        return out
+    return result(t, down, types.intp, across, types.intp), generate
+
+
+@intrinsic
+def tile_add_scaled(typing, t, array, at, row_step, across, j0):
+    """f[i][j] = load(array, at + i * row_step + j * LANES) + float32(t[i][j]) * load(across, j0 + j * LANES)"""
+    result = Tile(F32, t.rows, t.columns)
+
+    def generate(context, builder, sig, args):
+        vector = context.get_value_type(F32)
+        base = _pointer(context, builder, sig.args[4], args[4], args[5], vector)
+        columns_ = [_load(builder, builder.gep(base, [ir.Constant(_I64, j)])) for j in range(t.columns)]
+        out = ir.Constant(context.get_value_type(result), ir.Undefined)
+        position = args[2]
+        for i in range(t.rows):
+            row = _pointer(context, builder, sig.args[1], args[1], position, vector)
+            for j in range(t.columns):
+                old = _load(builder, builder.gep(row, [ir.Constant(_I64, j)]))
+                value = builder.sitofp(builder.extract_value(args[0], i * t.columns + j), vector)
+                out = builder.insert_value(out, _fma(builder, value, columns_[j], old), i * t.columns + j)
+            position = builder.add(position, args[3])
+        return out
+    return result(t, array, types.intp, types.intp, across, types.intp), generate
+
+
+@intrinsic
 def tile_column_max(typing, t, j, v):
     """m[l] = max(v[l], max over i of t[i][j][l]), float32 or int32"""
     column = _literal(j)
