@@ -11,7 +11,7 @@ import numpy as np
 from numba import carray
 
 from .jit import inlined, kernel
-from .matmul import feature_position, multiply, project
+from .matmul import DEPTH_BLOCK, feature_position, multiply, project
 from .simd import (COLUMNS, LANES, ROWS, WIDTH, any_nan, lane_index, larger, load, load_bytes, pointer_to, select,
                    splat, store, tile_load, tile_of_columns, tile_store, tile_zero, transpose_block)
 from .softmax import LOG2_E, exp2, tanh
@@ -158,7 +158,7 @@ def attend_block(q, at_q, k, at_k, k_row, v, at_v, v_row, first, last, D, Dv, sc
         # 4. context (Dv, W) += v^T p
         for d in range(0, Dv, ROWS):
             if s0 > first:
-                tile = tile_load(ROWS, COLUMNS, out, at_out + d * WIDTH, WIDTH)
+                tile = tile_load(ROWS, COLUMNS, out, at_out + d * WIDTH, WIDTH, LANES)
             else:
                 tile = tile_zero(ROWS, COLUMNS, q)
             tile = multiply(tile, v, at_v + s0 * v_row + d, 1, v_row, scratch, at_scores, keys)
@@ -347,17 +347,25 @@ def layer_float32(xq, xk, xv, out, weights, p, keep, bias, shared, private, batc
                     for l in range(queries):
                         out[at_row + l * Eo + h * Dv + d] = private[at_context + (h * Dvp + d) * WIDTH + l]
             continue
+        depth = H * Dvp
         for e in range(0, Eo, WIDTH):
-            for l in range(0, queries, ROWS):
-                tile = tile_of_columns(ROWS, COLUMNS, weights, p[P_BO] + e)
-                tile = multiply(tile, private, at_context + l, 1, WIDTH, weights, p[P_WO] + e * H * Dvp, H * Dvp)
-                if l + ROWS <= queries and e + WIDTH <= Eo:
+            whole = queries // ROWS * ROWS if e + WIDTH <= Eo else 0
+            for k in range(0, depth if whole > 0 else 0, DEPTH_BLOCK):
+                for l in range(0, whole, ROWS):
+                    if k == 0:
+                        tile = tile_of_columns(ROWS, COLUMNS, weights, p[P_BO] + e)
+                    else:
+                        tile = tile_load(ROWS, COLUMNS, out, at_row + l * Eo + e, Eo, LANES)
+                    tile = multiply(tile, private, at_context + k * WIDTH + l, 1, WIDTH,
+                                    weights, p[P_WO] + e * depth + k * WIDTH, min(DEPTH_BLOCK, depth - k))
                     tile_store(tile, out, at_row + l * Eo + e, Eo, LANES)
-                else:
-                    tile_store(tile, private, AT_TILE, WIDTH, LANES)
-                    for i in range(min(ROWS, queries - l)):
-                        for j in range(min(WIDTH, Eo - e)):
-                            out[at_row + (l + i) * Eo + e + j] = private[AT_TILE + i * WIDTH + j]
+            for l in range(whole, queries, ROWS):
+                tile = tile_of_columns(ROWS, COLUMNS, weights, p[P_BO] + e)
+                tile = multiply(tile, private, at_context + l, 1, WIDTH, weights, p[P_WO] + e * depth, depth)
+                tile_store(tile, private, AT_TILE, WIDTH, LANES)
+                for i in range(min(ROWS, queries - l)):
+                    for j in range(min(WIDTH, Eo - e)):
+                        out[at_row + (l + i) * Eo + e + j] = private[AT_TILE + i * WIDTH + j]
 
 
 # Positions in the integer parameters of `attention_float32`; strides count elements, addresses bytes.

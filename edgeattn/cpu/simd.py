@@ -295,6 +295,8 @@ def _round_to_int(builder, v, result):
                      [v, zero, ir.Constant(_I16, -1), ir.Constant(_I32, 4)])
     if ISA.x86 and v.type.count == 8:
         return _call(builder, "llvm.x86.avx.cvt.ps2dq.256", result, [v])
+    if ISA.name in ("neon", "neondot"):
+        return _call(builder, "llvm.aarch64.neon.fcvtns.v4i32.v4f32", result, [v])
     rounded = _call(builder, f"llvm.roundeven.v{v.type.count}f32", v.type, [v])
     return builder.fptosi(rounded, result)
 
@@ -625,8 +627,8 @@ def rank_one(typing, t, a, at_a, row_step, b, at_b):
 
 
 @intrinsic
-def tile_load(typing, rows, columns, array, at, row_step):
-    """t[i][j] = load(array, at + i * row_step + j * LANES)"""
+def tile_load(typing, rows, columns, array, at, row_step, column_step):
+    """t[i][j] = load(array, at + i * row_step + j * column_step)"""
     tile = Tile(_OF_ARRAY[array.dtype], _literal(rows), _literal(columns))
 
     def generate(context, builder, sig, args):
@@ -634,13 +636,14 @@ def tile_load(typing, rows, columns, array, at, row_step):
         out = ir.Constant(context.get_value_type(tile), ir.Undefined)
         position = args[3]
         for i in range(tile.rows):
-            base = _pointer(context, builder, sig.args[2], args[2], position, vector)
+            here = position
             for j in range(tile.columns):
-                out = builder.insert_value(out, _load(builder, builder.gep(base, [ir.Constant(_I64, j)])),
-                                           i * tile.columns + j)
+                value = _load(builder, _pointer(context, builder, sig.args[2], args[2], here, vector))
+                out = builder.insert_value(out, value, i * tile.columns + j)
+                here = builder.add(here, args[5])
             position = builder.add(position, args[4])
         return out
-    return tile(rows, columns, array, types.intp, types.intp), generate
+    return tile(rows, columns, array, types.intp, types.intp, types.intp), generate
 
 
 @intrinsic
