@@ -80,6 +80,13 @@ class _CacheImpl(CompileResultCacheImpl):
 class _Cache(FunctionCache):
     _impl_class = _CacheImpl
 
+    def _index_key(self, sig, codegen):
+        # Numba identifies a function passed as an argument by a number drawn anew in every process; its name and the
+        # stamp of the sources identify it just as well, and stay.
+        named = tuple(f"{t.dispatcher.py_func.__module__}.{t.dispatcher.py_func.__qualname__}"
+                      if isinstance(t, types.Dispatcher) else t for t in sig)
+        return named, codegen.magic_tuple(), STAMP
+
     def save_overload(self, sig, data):
         try:
             super().save_overload(sig, data)
@@ -114,5 +121,4 @@ def entry(dispatcher, arguments):
     """
     signature = tuple(typeof(argument) for argument in arguments)
     signature = tuple(t.copy(readonly=False) if isinstance(t, types.Array) else t for t in signature)
-    dispatcher.compile(signature)
-    return dispatcher.overloads[signature].entry_point
+    return dispatcher.compile(signature)
