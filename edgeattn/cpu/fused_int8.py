@@ -9,9 +9,10 @@ import numpy as np
 
 from .fused import visible_range
 from .jit import inlined, kernel
-from .matmul import feature_position, multiply
-from .simd import (COLUMNS, LANES, OFFSET, ROWS, WIDTH, dot_bytes, load, splat, store, tile_map, tile_of_columns,
-                   tile_of_rows_and_columns, tile_pack_rows, tile_store, tile_store_bytes, transpose_block)
+from .matmul import MATRIX, feature_position, linear_panel, linear_tile, multiply
+from .simd import (COLUMNS, LANES, OFFSET, ROWS, WIDTH, dot_bytes, load, matrix_configure, matrix_release, splat, store,
+                   tile_load, tile_map, tile_of_columns, tile_of_rows_and_columns, tile_pack_rows, tile_store,
+                   tile_store_bytes, transpose_block)
 from .softmax_int8 import LOWEST_CODES, softmax_codes
 
 # Flipping the top bit of every byte adds 128 to each code: int8 to unsigned bytes and back.
@@ -28,7 +29,8 @@ TOKENS = 32  # tokens packed and projected at a time; a multiple of every ROWS
  P_CLASS_B, P_CLASS_H, P_CLASS_L, P_CLASS_S,
  P_KROW, P_VSUM, P_VALUES,
  P_AT_X, P_AT_NATURAL, P_AT_Q, P_AT_CODES, P_AT_MASKS, P_AT_CLASSES, P_AT_SUMS, P_AT_CONTEXT, P_AT_VALUES,
- P_COUNT) = range(58)
+ P_AT_TILES, P_AT_TURNED,
+ P_COUNT) = range(60)
 
 
 @inlined
@@ -52,28 +54,32 @@ def pack_tokens(x, at, E, tokens, rows, out, at_out):
 
 @inlined
 def project_bytes(rule, x, x_row, tokens, weights, at_weight, at_bias, at_multiplier, features, zero_point, flip,
-                  out, at_out, token_step, block, block_step):
+                  out, at_out, token_step, block, block_step, tiles, at_tiles):
     """int8 out (features / block, tokens, block) = rule(x w^T + bias) + zero point; positions of out in bytes."""
+    use_matrix = MATRIX and x_row % 16 == 0
     for f in range(0, features, WIDTH):
         at = at_out + feature_position(f, block, block_step)
         next_column = at_out + feature_position(f + LANES, block, block_step) - at
+        linear_panel(use_matrix, x, 0, x_row, weights, at_weight + f * x_row, at_bias + f, x_row, tiles, at_tiles)
         for t in range(0, tokens, ROWS):
-            tile = tile_of_columns(ROWS, COLUMNS, weights, at_bias + f)
-            tile = multiply(tile, x, t * x_row, x_row, 1, weights, at_weight + f * x_row, x_row)
+            tile = linear_tile(use_matrix, t, x, x_row, weights, at_weight + f * x_row, at_bias + f, x_row,
+                               tiles, at_tiles)
             tile = tile_map(tile, rule, weights, at_multiplier + f, LANES, features)
             tile_store_bytes(tile, out, at + t * token_step, token_step, next_column, zero_point, flip)
 
 
 @inlined
 def project_values(rule, x, x_row, tokens, weights, at_weight, at_bias, at_multiplier, features, zero_point,
-                   out, at_out, block, block_step):
+                   out, at_out, block, block_step, tiles, at_tiles):
     """Four tokens to a lane: out (features / block, tokens / 4, block) of int32."""
+    use_matrix = MATRIX and x_row % 16 == 0
     for f in range(0, features, WIDTH):
         at = at_out + feature_position(f, block, block_step)
         next_column = at_out + feature_position(f + LANES, block, block_step) - at
+        linear_panel(use_matrix, x, 0, x_row, weights, at_weight + f * x_row, at_bias + f, x_row, tiles, at_tiles)
         for t in range(0, tokens, ROWS):
-            tile = tile_of_columns(ROWS, COLUMNS, weights, at_bias + f)
-            tile = multiply(tile, x, t * x_row, x_row, 1, weights, at_weight + f * x_row, x_row)
+            tile = linear_tile(use_matrix, t, x, x_row, weights, at_weight + f * x_row, at_bias + f, x_row,
+                               tiles, at_tiles)
             tile = tile_map(tile, rule, weights, at_multiplier + f, LANES, features)
             tile_store(tile_pack_rows(tile, zero_point, np.int32(0)), out, at + t // 4 * block, block, next_column)
 
@@ -157,6 +163,9 @@ def layer_int8(project_rule, score_rule, context_rule, table, xq, xk, xv, out, w
     private_b = private.view(np.int8)
     shared_b = shared.view(np.int8)
     x_u = private_u[at_x:]
+    at_tiles, at_turned = p[P_AT_TILES], p[P_AT_TURNED]
+    if MATRIX:
+        matrix_configure(private, at_tiles)
     # 1. keys and values of all tokens, in the layout the attention loop reads
     if phase <= 1:
         t0, t1 = (0, S) if phase == 0 else (begin, end)
@@ -166,15 +175,17 @@ def layer_int8(project_rule, score_rule, context_rule, table, xq, xk, xv, out, w
             Ek4, Ev4 = (Ek + 3) // 4, (Ev + 3) // 4
             pack_tokens(xk, (batch * S + t) * Ek, Ek, tokens, rows, private, at_x)
             project_bytes(project_rule, x_u, Ek4, rows, weights, p[P_WK], p[P_BK], p[P_MK], features, zk, np.int32(0),
-                          shared_b, t * k_block, k_block, k_block, k_step)
+                          shared_b, t * k_block, k_block, k_block, k_step, private, at_tiles)
             if p[P_SAME_KV] == 0:
                 pack_tokens(xv, (batch * S + t) * Ev, Ev, tokens, rows, private, at_x)
             project_values(project_rule, x_u, Ev4, rows, weights, p[P_WV], p[P_BV], p[P_MV], v_features, zv,
-                           shared, at_values + t // 4 * v_block, v_block, v_step)
+                           shared, at_values + t // 4 * v_block, v_block, v_step, private, at_tiles)
             for h in range(H):
                 at = feature_position(h * Dp, k_block, k_step) + t * k_block
                 key_terms(shared_b, at, k_block, rows, Dp, -q_offset, shared, at_krow + h * S_up + t)
     if phase == 1:
+        if MATRIX:
+            matrix_release()
         return
     b0, b1 = (0, (L + WIDTH - 1) // WIDTH) if phase == 0 else (begin, end)
     band = p[P_BAND] != 0
@@ -188,7 +199,7 @@ def layer_int8(project_rule, score_rule, context_rule, table, xq, xk, xv, out, w
         # 2. queries of this block: project, then turn so that queries are lanes
         pack_tokens(xq, (batch * L + q0) * Eq, Eq, queries, WIDTH, private, at_x)
         project_bytes(project_rule, x_u, Eq4, WIDTH, weights, p[P_WQ], p[P_BQ], p[P_MQ], features, zq, _FLIP_ONE,
-                      private_b, 4 * at_natural, 4 * natural_row, 4 * natural_row, 0)
+                      private_b, 4 * at_natural, 4 * natural_row, 4 * natural_row, 0, private, at_tiles)
         for f in range(0, natural_row, LANES):
             for l in range(0, WIDTH, LANES):
                 transpose_block(private, at_natural + l * natural_row + f, natural_row,
@@ -270,10 +281,20 @@ def layer_int8(project_rule, score_rule, context_rule, table, xq, xk, xv, out, w
             continue
         C4 = H * Dvp // 4
         Eo_up = (Eo + WIDTH - 1) // WIDTH * WIDTH
+        use_matrix = MATRIX and C4 % 16 == 0
+        if use_matrix:  # the matrix unit reads whole rows
+            for c in range(0, C4, LANES):
+                for l in range(0, WIDTH, LANES):
+                    transpose_block(private, at_context + c * WIDTH + l, WIDTH, private, at_turned + l * C4 + c, C4)
         for e in range(0, Eo, WIDTH):
+            linear_panel(use_matrix, private_u, at_turned, C4, weights, p[P_WO] + e * C4, p[P_BO] + e, C4,
+                         private, at_tiles)
             for l in range(0, queries, ROWS):
-                tile = tile_of_columns(ROWS, COLUMNS, weights, p[P_BO] + e)
-                tile = multiply(tile, private_u, at_context + l, 1, WIDTH, weights, p[P_WO] + e * C4, C4)
+                if use_matrix:
+                    tile = tile_load(ROWS, COLUMNS, private, at_tiles + l * WIDTH, WIDTH, LANES)
+                else:
+                    tile = tile_of_columns(ROWS, COLUMNS, weights, p[P_BO] + e)
+                    tile = multiply(tile, private_u, at_context + l, 1, WIDTH, weights, p[P_WO] + e * C4, C4)
                 tile = tile_map(tile, project_rule, weights, p[P_MO] + e, LANES, Eo_up)
                 if l + ROWS <= queries and e + WIDTH <= Eo:
                     tile_store_bytes(tile, out, at_row + l * Eo + e, Eo, LANES, zo, np.int32(0))
@@ -282,3 +303,5 @@ def layer_int8(project_rule, score_rule, context_rule, table, xq, xk, xv, out, w
                     for i in range(min(ROWS, queries - l)):
                         for j in range(min(WIDTH, Eo - e)):
                             out[at_row + (l + i) * Eo + e + j] = private_b[4 * at_x + i * WIDTH + j]
+    if MATRIX:
+        matrix_release()

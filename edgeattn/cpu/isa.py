@@ -18,11 +18,14 @@ class InstructionSet(NamedTuple):
     offset: int
     x86: bool
     needs: tuple
+    amx: bool = False  # whole projections by the matrix unit
 
+
+_AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni")
 
 TABLES = (
-    InstructionSet("avx512vnni", 16, 8, 2, "vpdpbusd", 128, True,
-                   ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni")),
+    InstructionSet("avx512amx", 16, 8, 2, "vpdpbusd", 128, True, (*_AVX512, "amx-tile", "amx-int8"), True),
+    InstructionSet("avx512vnni", 16, 8, 2, "vpdpbusd", 128, True, _AVX512),
     InstructionSet("avx2vnni", 8, 4, 2, "vpdpbusd", 128, True, ("avx2", "fma", "avxvnni")),
     InstructionSet("avx2", 8, 4, 2, "vpmaddwd", 128, True, ("avx2", "fma")),
     InstructionSet("neondot", 4, 8, 2, "sdot", 0, False, ("neon", "dotprod")),
@@ -56,6 +59,22 @@ def choose(forced, features):
         "unset it to use the best one")
 
 
+_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18  # x86-64 Linux: asm/prctl.h, XFEATURE_XTILEDATA
+
+
+def _may_use_matrix_unit():
+    """Ask Linux for the tile registers, which a process may not touch unasked; False where that is refused."""
+    import ctypes
+    import platform
+    import sys
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return False
+    try:
+        return ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA) == 0
+    except (OSError, AttributeError):
+        return False
+
+
 def _host_features():
     from llvmlite import binding
     import platform
@@ -63,6 +82,8 @@ def _host_features():
         found = [name for name, present in binding.get_host_cpu_features().items() if present]
     except RuntimeError:  # LLVM cannot tell on this platform
         found = []
+    if not _may_use_matrix_unit():
+        found = [name for name in found if not name.startswith("amx")]
     if platform.machine().lower() in ("aarch64", "arm64"):
         found.append("neon")  # part of every ARMv8-A core; LLVM does not always list it
     return found

@@ -9,7 +9,7 @@ from .. import threads
 from . import fused_int8 as f
 from .jit import entry
 from .layer_float32 import _strides
-from .matmul import aligned, pack_byte_panels, pad_heads, padded_head, round_up
+from .matmul import MATRIX, MATRIX_TOKENS, aligned, pack_byte_panels, pad_heads, padded_head, round_up
 from .requantize import RULES, encode
 from .simd import LANES, OFFSET, ROWS, WIDTH
 
@@ -156,7 +156,8 @@ class StaticLayer:
             (f.P_AT_NATURAL, WIDTH * natural_row), (f.P_AT_Q, natural_row * WIDTH),
             (f.P_AT_SUMS, 3 * WIDTH + 16), (f.P_AT_CONTEXT, (H * Dvp // 4 + ROWS) * WIDTH),
             (f.P_AT_CODES, (S_up // 4 + 4) * WIDTH), (f.P_AT_MASKS, (S_up // 4 + 4) * WIDTH),
-            (f.P_AT_VALUES, (S_up + 16) * WIDTH)))
+            (f.P_AT_VALUES, (S_up + 16) * WIDTH), (f.P_AT_TILES, MATRIX_TOKENS * WIDTH),
+            (f.P_AT_TURNED, WIDTH * H * Dvp // 4 if MATRIX else 0)))
         work = 2 * (L * Eq * H * Dp + S * H * (Ek * Dp + Ev * Dvp) + L * H * Dvp * Eo + L * S * H * (Dp + Dvp + 64)) // 3
         return p, shared, private, work
 

@@ -7,12 +7,16 @@ four-way dot product.  What happens to the finished tile is the caller's busines
 """
 import numpy as np
 
+from .isa import ISA
 from .jit import inlined
-from .simd import COLUMNS, LANES, OFFSET, ROWS, WIDTH, rank_one, tile_load, tile_of_columns, tile_store
+from .simd import (COLUMNS, LANES, MATRIX_ROWS, ROWS, WIDTH, matrix_dot, matrix_load, matrix_store, rank_one, tile_load,
+                   tile_of_columns, tile_store)
 
 # Depths multiplied at a time: a panel this deep (24 KiB at 32 features) stays in the first-level cache while all
 # tokens pass; deeper float32 products go through the output once per block.
 DEPTH_BLOCK = 192
+MATRIX = ISA.amx  # whether a matrix unit multiplies bytes, 16 groups of four at a time
+MATRIX_TOKENS = 2 * MATRIX_ROWS
 ALIGNMENT = 64  # bytes: one cache line, and the widest vector
 
 
@@ -68,6 +72,50 @@ def multiply(tile, a, at_a, row_step, step, b, at_b, depth):
     """tile[i][j] += sum over k of a[at_a + i row_step + k step] * vector j of b[at_b + k WIDTH]"""
     for k in range(depth):
         tile = rank_one(tile, a, at_a + k * step, row_step, b, at_b + k * WIDTH)
+    return tile
+
+
+@inlined
+def matrix_multiply(x, at_x, x_row, weights, at_weight, at_bias, depth4, out, at_out):
+    """out (MATRIX_TOKENS, WIDTH) int32 = x w^T + bias by the matrix unit; depth4 a multiple of 16.
+
+    x (MATRIX_TOKENS, depth4) unsigned bytes, rows x_row apart; weights: one panel (depth4, WIDTH) and its bias.
+    """
+    for_rows = MATRIX_ROWS * x_row
+    matrix_load(0, weights, at_bias, 0)  # every row of the tile is the bias
+    matrix_load(1, weights, at_bias + 16, 0)
+    matrix_load(2, weights, at_bias, 0)
+    matrix_load(3, weights, at_bias + 16, 0)
+    for k in range(0, depth4, 16):
+        matrix_load(4, x, at_x + k, x_row)
+        matrix_load(6, weights, at_weight + k * WIDTH, WIDTH)
+        matrix_load(7, weights, at_weight + k * WIDTH + 16, WIDTH)
+        matrix_load(5, x, at_x + for_rows + k, x_row)
+        matrix_dot(0, 4, 6)
+        matrix_dot(1, 4, 7)
+        matrix_dot(2, 5, 6)
+        matrix_dot(3, 5, 7)
+    matrix_store(0, out, at_out, WIDTH)
+    matrix_store(1, out, at_out + 16, WIDTH)
+    matrix_store(2, out, at_out + MATRIX_ROWS * WIDTH, WIDTH)
+    matrix_store(3, out, at_out + MATRIX_ROWS * WIDTH + 16, WIDTH)
+
+
+@inlined
+def linear_panel(use_matrix, x, at_x, x_row, weights, at_weight, at_bias, depth4, tiles, at_tiles):
+    """The matrix unit's part of a panel: fills tiles (MATRIX_TOKENS, WIDTH) if it is used at all."""
+    if use_matrix:
+        matrix_multiply(x, at_x, x_row, weights, at_weight, at_bias, depth4, tiles, at_tiles)
+
+
+@inlined
+def linear_tile(use_matrix, t, x, x_row, weights, at_weight, at_bias, depth4, tiles, at_tiles):
+    """The tile of tokens t.. of a panel: from what linear_panel left, or multiplied here."""
+    if use_matrix:
+        tile = tile_load(ROWS, COLUMNS, tiles, at_tiles + t * WIDTH, WIDTH, LANES)
+    else:
+        tile = tile_of_columns(ROWS, COLUMNS, weights, at_bias)
+        tile = multiply(tile, x, t * x_row, x_row, 1, weights, at_weight, depth4)
     return tile
 
 

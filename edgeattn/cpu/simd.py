@@ -827,3 +827,76 @@ def pointer_to(typing, address, like):
     def generate(context, builder, sig, args):
         return builder.inttoptr(args[0], context.get_value_type(pointer))
     return pointer(types.int64, like), generate
+
+
+# --- the matrix unit of x86-64: eight tiles of 16 rows by 64 bytes ------------------------------------------------
+
+MATRIX_ROWS = 16
+_BYTE_POINTER = _I8.as_pointer()
+
+
+def _void_call(builder, name, arguments):
+    signature = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
+    builder.call(cgutils.get_or_insert_function(builder.module, signature, name), arguments)
+
+
+@intrinsic
+def matrix_configure(typing, array, at):
+    """Give all eight tiles 16 rows of 64 bytes; array[at:at + 16], int32, is overwritten with the description."""
+    description = bytes([1, 0] + [0] * 14 + [64, 0] * 8 + [0] * 16 + [16] * 8 + [0] * 8)
+
+    def generate(context, builder, sig, args):
+        if not ISA.amx:
+            return
+        where = _pointer(context, builder, sig.args[0], args[0], args[1], ir.ArrayType(_I8, 64))
+        _store(builder, ir.Constant(ir.ArrayType(_I8, 64), bytearray(description)), where)
+        _void_call(builder, "llvm.x86.ldtilecfg", [builder.bitcast(where, _BYTE_POINTER)])
+    return types.void(array, types.intp), generate
+
+
+@intrinsic
+def matrix_release(typing):
+    """Say that the tiles are no longer needed."""
+    def generate(context, builder, sig, args):
+        if ISA.amx:
+            _void_call(builder, "llvm.x86.tilerelease", [])
+    return types.void(), generate
+
+
+@intrinsic
+def matrix_load(typing, t, array, at, row_step):
+    """tile t, row i = the 64 bytes from array[at + i * row_step] on; array of 32-bit elements"""
+    number = _literal(t)
+
+    def generate(context, builder, sig, args):
+        if not ISA.amx:
+            return
+        where = _pointer(context, builder, sig.args[1], args[1], args[2], _I8)
+        step = builder.mul(args[3], ir.Constant(_I64, 4))
+        _void_call(builder, "llvm.x86.tileloadd64", [ir.Constant(_I8, number), where, step])
+    return types.void(t, array, types.intp, types.intp), generate
+
+
+@intrinsic
+def matrix_store(typing, t, array, at, row_step):
+    """array[at + i * row_step :][:16] = tile t, row i; array of 32-bit elements"""
+    number = _literal(t)
+
+    def generate(context, builder, sig, args):
+        if not ISA.amx:
+            return
+        where = _pointer(context, builder, sig.args[1], args[1], args[2], _I8)
+        step = builder.mul(args[3], ir.Constant(_I64, 4))
+        _void_call(builder, "llvm.x86.tilestored64", [ir.Constant(_I8, number), where, step])
+    return types.void(t, array, types.intp, types.intp), generate
+
+
+@intrinsic
+def matrix_dot(typing, c, a, b):
+    """c[i][j] += sum over k, m of unsigned byte a[i][4 k + m] * signed byte b[k][4 j + m], j < 16, k < 16"""
+    numbers = [_literal(t) for t in (c, a, b)]
+
+    def generate(context, builder, sig, args):
+        if ISA.amx:
+            _void_call(builder, "llvm.x86.tdpbusd", [ir.Constant(_I8, n) for n in numbers])
+    return types.void(c, a, b), generate
