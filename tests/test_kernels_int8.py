@@ -40,7 +40,8 @@ def make_layer(rng, heads, E, D, Dv, Eo, zero_points, rules, softmax):
 
 SYMMETRIC = dict(query_input=3, key_input=-7, value_input=0, query=-4, key=0, value=0, scores=21, context=5, output=-9)
 ASYMMETRIC = dict(SYMMETRIC, key=11, value=-23)
-SHAPES = [(1, 1, 1, 4, 4, 1, 1, 3), (2, 5, 9, 7, 8, 2, 5, 6), (1, 33, 31, 20, 24, 3, 8, 12), (1, 40, 70, 33, 16, 2, 20, 40)]
+SHAPES = [(1, 1, 1, 4, 4, 1, 1, 3), (2, 5, 9, 7, 8, 2, 5, 6), (1, 33, 31, 20, 24, 3, 8, 12), (1, 40, 70, 33, 16, 2, 20, 40),
+          (1, 45, 37, 64, 16, 4, 16, 64)]  # the last: whole groups for the matrix unit
 
 
 def run(layer, linears, tensors, table, heads, rules, softmax, x, **masks):

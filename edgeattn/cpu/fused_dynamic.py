@@ -10,9 +10,9 @@ import numpy as np
 
 from .fused import KEY_BLOCK, fill_mask, mask_scores, visible_range
 from .jit import inlined, kernel
-from .matmul import feature_position, multiply
-from .simd import (COLUMNS, LANES, OFFSET, ROWS, WIDTH, any_nan, bits_of, float_of_bits, larger, load, max_lanes,
-                   pack_bytes, round_to_int, select, splat, store, store_bytes, sum_lanes, tile_add_scaled,
+from .matmul import MATRIX, feature_position, linear_tile, multiply
+from .simd import (COLUMNS, LANES, OFFSET, ROWS, WIDTH, any_nan, bits_of, float_of_bits, larger, load, matrix_configure,
+                   matrix_release, max_lanes, pack_bytes, round_to_int, select, splat, store, store_bytes, sum_lanes, tile_add_scaled,
                    tile_dequantize, tile_of_columns, tile_of_rows_and_columns, tile_store, tile_zero,
                    transpose_block)
 from .softmax import exp2
@@ -34,7 +34,8 @@ _PROBABILITY_FLIP = FLIP
  P_VALUES, P_KTERM, P_KSCALE, P_VSCALE,
  P_AT_X, P_AT_XSCALE, P_AT_NATURAL, P_AT_QBYTES, P_AT_Q, P_AT_QSCALE, P_AT_SCORES, P_AT_P, P_AT_STATS,
  P_AT_CONTEXT, P_AT_CBYTES, P_AT_TILE, P_AT_MASKS,
- P_COUNT) = range(59)
+ P_AT_TILES, P_AT_TURNED,
+ P_COUNT) = range(61)
 
 
 @inlined
@@ -76,12 +77,12 @@ def quantize_tokens(x, at, E, tokens, rows, out, at_out, scales, at_scales):
 
 @inlined
 def project(x, E4, x_scales, at_scales, rows, weights, at_weight, at_correction, factors, at_factor, features,
-            out, at_out):
+            out, at_out, tiles, at_tiles):
     """float32 out (rows, features) = x w^T, without bias."""
+    use_matrix = MATRIX and E4 % 16 == 0
     for f in range(0, features, WIDTH):
         for t in range(0, rows, ROWS):
-            tile = tile_of_columns(ROWS, COLUMNS, weights, at_correction + f)
-            tile = multiply(tile, x, t * E4, E4, 1, weights, at_weight + f * E4, E4)
+            tile = linear_tile(use_matrix, t, x, E4, weights, at_weight + f * E4, at_correction + f, E4, tiles, at_tiles)
             tile_store(tile_dequantize(tile, x_scales, at_scales + t, factors, at_factor + f),
                        out, at_out + t * features + f, features, LANES)
 
@@ -138,6 +139,9 @@ def layer_dynamic(xq, xk, xv, out, weights, factors, p, keep, bias, shared, priv
     private_u, private_b, private_f = private.view(np.uint32), private.view(np.int8), private.view(np.float32)
     shared_b, shared_f = shared.view(np.int8), shared.view(np.float32)
     x_u = private_u[at_x:]
+    at_tiles, at_turned = p[P_AT_TILES], p[P_AT_TURNED]
+    if MATRIX:
+        matrix_configure(private, at_tiles)
     # 1. keys and values of all tokens
     if phase <= 1:
         t0, t1 = (0, S) if phase == 0 else (begin, end)
@@ -146,7 +150,7 @@ def layer_dynamic(xq, xk, xv, out, weights, factors, p, keep, bias, shared, priv
             rows = (tokens + ROWS - 1) // ROWS * ROWS
             quantize_tokens(xk, (batch * S + t) * Ek, Ek, tokens, rows, private_b, 4 * at_x, private_f, at_xscale)
             project(x_u, (Ek + 3) // 4, private_f, at_xscale, rows, weights, p[P_WK], p[P_CK], factors, p[P_SK],
-                    k_features, private_f, at_natural)
+                    k_features, private_f, at_natural, private, at_tiles)
             for b in range(0, k_features, k_block):
                 for i in range(rows):
                     scale, inverse = block_scale(private_f, at_natural + i * k_features + b, k_block)
@@ -165,7 +169,7 @@ def layer_dynamic(xq, xk, xv, out, weights, factors, p, keep, bias, shared, priv
             if p[P_SAME_KV] == 0:
                 quantize_tokens(xv, (batch * S + t) * Ev, Ev, tokens, rows, private_b, 4 * at_x, private_f, at_xscale)
             project(x_u, (Ev + 3) // 4, private_f, at_xscale, rows, weights, p[P_WV], p[P_CV], factors, p[P_SV],
-                    v_features, private_f, at_natural)
+                    v_features, private_f, at_natural, private, at_tiles)
             add_bias(private_f, at_natural, rows, v_features, factors, p[P_BV])
             for b in range(0, v_features, v_block):
                 to_scale = at_vscale + b // v_block * S_up + t
@@ -193,6 +197,8 @@ def layer_dynamic(xq, xk, xv, out, weights, factors, p, keep, bias, shared, priv
                     for b in range(0, k_features, k_block):
                         shared_f[at_kscale + b // k_block * S_up + t + i] = np.float32(np.nan)
     if phase == 1:
+        if MATRIX:
+            matrix_release()
         return
     b0, b1 = (0, (L + WIDTH - 1) // WIDTH) if phase == 0 else (begin, end)
     has_mask = keep.size > 0 or bias.size > 0
@@ -206,7 +212,7 @@ def layer_dynamic(xq, xk, xv, out, weights, factors, p, keep, bias, shared, priv
         # 2. queries of this block; their scale carries log2(e) / sqrt(D), folded into the weight scales
         quantize_tokens(xq, (batch * L + q0) * Eq, Eq, queries, WIDTH, private_b, 4 * at_x, private_f, at_xscale)
         project(x_u, (Eq + 3) // 4, private_f, at_xscale, WIDTH, weights, p[P_WQ], p[P_CQ], factors, p[P_SQ],
-                q_features, private_f, at_natural)
+                q_features, private_f, at_natural, private, at_tiles)
         add_bias(private_f, at_natural, WIDTH, q_features, factors, p[P_BQ])
         for b in range(0, q_features, k_block):
             for l in range(WIDTH):
@@ -354,10 +360,20 @@ def layer_dynamic(xq, xk, xv, out, weights, factors, p, keep, bias, shared, priv
                 c3 = round_to_int(load(private_f, at + 3 * WIDTH) * inverse)
                 store(private, at_cbytes + i // 4 * WIDTH + c, pack_bytes(c0, c1, c2, c3, np.int32(0)) ^ splat(FLIP))
         C4 = C // 4
+        use_matrix = MATRIX and C4 % 16 == 0
+        turned_u = private_u[at_turned:]
+        if use_matrix:  # the matrix unit reads whole rows
+            for c in range(0, C4, LANES):
+                for l in range(0, WIDTH, LANES):
+                    transpose_block(private, at_cbytes + c * WIDTH + l, WIDTH, private, at_turned + l * C4 + c, C4)
         for e in range(0, Eo, WIDTH):
             for l in range(0, queries, ROWS):
-                tile = tile_of_columns(ROWS, COLUMNS, weights, p[P_CO] + e)
-                tile = multiply(tile, private_u, at_cbytes + l, 1, WIDTH, weights, p[P_WO] + e * C4, C4)
+                if use_matrix:
+                    tile = linear_tile(True, l, turned_u, C4, weights, p[P_WO] + e * C4, p[P_CO] + e, C4,
+                                       private, at_tiles)
+                else:
+                    tile = tile_of_columns(ROWS, COLUMNS, weights, p[P_CO] + e)
+                    tile = multiply(tile, private_u, at_cbytes + l, 1, WIDTH, weights, p[P_WO] + e * C4, C4)
                 tile_store(tile_dequantize(tile, private_f, at_xscale + l, factors, p[P_SO] + e),
                            private_f, at_tile, WIDTH, LANES)
                 inside = e + WIDTH <= Eo
@@ -369,3 +385,5 @@ def layer_dynamic(xq, xk, xv, out, weights, factors, p, keep, bias, shared, priv
                     else:
                         for j in range(Eo - e):
                             out[to + j] = private_f[at_tile + i * WIDTH + j] + factors[p[P_BO] + e + j]
+    if MATRIX:
+        matrix_release()

@@ -9,9 +9,9 @@ import numpy as np
 
 from .fused import visible_range
 from .jit import inlined, kernel
-from .matmul import MATRIX, feature_position, linear_panel, linear_tile, multiply
+from .matmul import MATRIX, feature_position, linear_tile, multiply
 from .simd import (COLUMNS, LANES, OFFSET, ROWS, WIDTH, dot_bytes, load, matrix_configure, matrix_release, splat, store,
-                   tile_load, tile_map, tile_of_columns, tile_of_rows_and_columns, tile_pack_rows, tile_store,
+                   tile_map, tile_of_columns, tile_of_rows_and_columns, tile_pack_rows, tile_store,
                    tile_store_bytes, transpose_block)
 from .softmax_int8 import LOWEST_CODES, softmax_codes
 
@@ -19,7 +19,7 @@ from .softmax_int8 import LOWEST_CODES, softmax_codes
 FLIP = np.int32(-2139062144) if OFFSET else np.int32(0)
 _FLIP_ONE = np.int32(OFFSET)
 _ONES = np.int32(0x01010101)
-TOKENS = 32  # tokens packed and projected at a time; a multiple of every ROWS
+TOKENS = 128  # tokens packed and projected at a time: each pass over the weights serves so many
 
 # Positions in the integer parameters (int64).
 (P_L, P_S, P_EQ, P_EK, P_EV, P_EO, P_HEADS, P_D, P_DV, P_D_PAD, P_DV_PAD, P_HAS_OUT, P_SAME_KV,
@@ -60,7 +60,6 @@ def project_bytes(rule, x, x_row, tokens, weights, at_weight, at_bias, at_multip
     for f in range(0, features, WIDTH):
         at = at_out + feature_position(f, block, block_step)
         next_column = at_out + feature_position(f + LANES, block, block_step) - at
-        linear_panel(use_matrix, x, 0, x_row, weights, at_weight + f * x_row, at_bias + f, x_row, tiles, at_tiles)
         for t in range(0, tokens, ROWS):
             tile = linear_tile(use_matrix, t, x, x_row, weights, at_weight + f * x_row, at_bias + f, x_row,
                                tiles, at_tiles)
@@ -76,7 +75,6 @@ def project_values(rule, x, x_row, tokens, weights, at_weight, at_bias, at_multi
     for f in range(0, features, WIDTH):
         at = at_out + feature_position(f, block, block_step)
         next_column = at_out + feature_position(f + LANES, block, block_step) - at
-        linear_panel(use_matrix, x, 0, x_row, weights, at_weight + f * x_row, at_bias + f, x_row, tiles, at_tiles)
         for t in range(0, tokens, ROWS):
             tile = linear_tile(use_matrix, t, x, x_row, weights, at_weight + f * x_row, at_bias + f, x_row,
                                tiles, at_tiles)
@@ -282,16 +280,16 @@ def layer_int8(project_rule, score_rule, context_rule, table, xq, xk, xv, out, w
         C4 = H * Dvp // 4
         Eo_up = (Eo + WIDTH - 1) // WIDTH * WIDTH
         use_matrix = MATRIX and C4 % 16 == 0
+        turned_u = private_u[at_turned:]
         if use_matrix:  # the matrix unit reads whole rows
             for c in range(0, C4, LANES):
                 for l in range(0, WIDTH, LANES):
                     transpose_block(private, at_context + c * WIDTH + l, WIDTH, private, at_turned + l * C4 + c, C4)
         for e in range(0, Eo, WIDTH):
-            linear_panel(use_matrix, private_u, at_turned, C4, weights, p[P_WO] + e * C4, p[P_BO] + e, C4,
-                         private, at_tiles)
             for l in range(0, queries, ROWS):
                 if use_matrix:
-                    tile = tile_load(ROWS, COLUMNS, private, at_tiles + l * WIDTH, WIDTH, LANES)
+                    tile = linear_tile(True, l, turned_u, C4, weights, p[P_WO] + e * C4, p[P_BO] + e, C4,
+                                       private, at_tiles)
                 else:
                     tile = tile_of_columns(ROWS, COLUMNS, weights, p[P_BO] + e)
                     tile = multiply(tile, private_u, at_context + l, 1, WIDTH, weights, p[P_WO] + e * C4, C4)

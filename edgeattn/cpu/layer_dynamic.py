@@ -5,7 +5,7 @@ from .. import threads
 from . import fused_dynamic as f
 from .jit import entry
 from .layer_float32 import _LOG2_E, _NO_BIAS, _NO_KEEP, _strides
-from .matmul import aligned, pack_byte_panels, pad_heads, padded_head, round_up
+from .matmul import MATRIX, MATRIX_TOKENS, aligned, pack_byte_panels, pad_heads, padded_head, round_up
 from .simd import LANES, OFFSET, ROWS, WIDTH
 
 
@@ -113,7 +113,8 @@ class DynamicLayer:
             (f.P_AT_SCORES, (f.KEY_BLOCK + ROWS) * WIDTH), (f.P_AT_P, (f.KEY_BLOCK // 4 + ROWS) * WIDTH),
             (f.P_AT_STATS, 4 * WIDTH + 16), (f.P_AT_CONTEXT, (H * Dvp + 2 * ROWS) * WIDTH),
             (f.P_AT_CBYTES, (H * Dvp // 4 + ROWS) * WIDTH), (f.P_AT_TILE, max(ROWS * WIDTH, LANES * LANES)),
-            (f.P_AT_MASKS, (S_up + ROWS) * WIDTH if masked else 0)))
+            (f.P_AT_MASKS, (S_up + ROWS) * WIDTH if masked else 0), (f.P_AT_TILES, MATRIX_TOKENS * WIDTH),
+            (f.P_AT_TURNED, WIDTH * H * Dvp // 4 if MATRIX else 0)))
         work = 2 * (L * Eq * H * Dp + S * Hkv * (Ek * Dp + Ev * Dvp) + L * H * Dvp * Eo
                     + L * S * H * (Dp + Dvp + 64)) // 3
         return p, shared, private, work
@@ -143,6 +144,6 @@ class DynamicLayer:
         if self._run is None:
             scratch = np.zeros(1, np.int32)
             self._run = entry(f.layer_dynamic, (*arguments, scratch, scratch, 0, 0, 0, 0))
-        threads.run_layer(self._run, (), arguments, np.int32, shared_size, private_size, B, S, f.TOKENS,
+        threads.run_layer(self._run, (), arguments, np.int32, shared_size, private_size, B, S, MATRIX_TOKENS,
                           -(-L // WIDTH), B * work)
         return out

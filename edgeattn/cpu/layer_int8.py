@@ -151,8 +151,7 @@ class StaticLayer:
         shared = layout(0, ((None, (features + k_block) * S_up // 4),
                             (f.P_VALUES, (v_features + v_block) * (S_up // 4) + 2 * WIDTH), (f.P_KROW, H * S_up)))
         private = layout(0, (
-            (f.P_AT_X, max(f.TOKENS, WIDTH) * max(round_up(E, 4) // 4 for E in (Eq, Ek, Ev, ROWS * WIDTH // WIDTH * 4))
-             + ROWS * WIDTH),
+            (f.P_AT_X, max(f.TOKENS, WIDTH) * max(round_up(E, 4) // 4 for E in (Eq, Ek, Ev)) + ROWS * WIDTH),
             (f.P_AT_NATURAL, WIDTH * natural_row), (f.P_AT_Q, natural_row * WIDTH),
             (f.P_AT_SUMS, 3 * WIDTH + 16), (f.P_AT_CONTEXT, (H * Dvp // 4 + ROWS) * WIDTH),
             (f.P_AT_CODES, (S_up // 4 + 4) * WIDTH), (f.P_AT_MASKS, (S_up // 4 + 4) * WIDTH),
@@ -194,7 +193,7 @@ class StaticLayer:
         if self._run is None:
             scratch = np.zeros(1, np.int32)
             self._run = entry(f.layer_int8, (*self._fixed, *arguments, scratch, scratch, 0, 0, 0, 0))
-        threads.run_layer(self._run, self._fixed, arguments, np.int32, shared_size, private_size, B, S, f.TOKENS, -(-L // WIDTH),
+        threads.run_layer(self._run, self._fixed, arguments, np.int32, shared_size, private_size, B, S, MATRIX_TOKENS, -(-L // WIDTH),
                           B * work)
         return out
 

@@ -102,17 +102,17 @@ def matrix_multiply(x, at_x, x_row, weights, at_weight, at_bias, depth4, out, at
 
 
 @inlined
-def linear_panel(use_matrix, x, at_x, x_row, weights, at_weight, at_bias, depth4, tiles, at_tiles):
-    """The matrix unit's part of a panel: fills tiles (MATRIX_TOKENS, WIDTH) if it is used at all."""
-    if use_matrix:
-        matrix_multiply(x, at_x, x_row, weights, at_weight, at_bias, depth4, tiles, at_tiles)
-
-
-@inlined
 def linear_tile(use_matrix, t, x, x_row, weights, at_weight, at_bias, depth4, tiles, at_tiles):
-    """The tile of tokens t.. of a panel: from what linear_panel left, or multiplied here."""
+    """x w^T + bias for the ROWS tokens from t on and one panel, t going up in steps of ROWS.
+
+    The matrix unit computes MATRIX_TOKENS tokens at once into `tiles`, from which the following calls are served;
+    x must then hold that many rows, whatever is in those past the last token.
+    """
     if use_matrix:
-        tile = tile_load(ROWS, COLUMNS, tiles, at_tiles + t * WIDTH, WIDTH, LANES)
+        ahead = t % MATRIX_TOKENS
+        if ahead == 0:
+            matrix_multiply(x, t * x_row, x_row, weights, at_weight, at_bias, depth4, tiles, at_tiles)
+        tile = tile_load(ROWS, COLUMNS, tiles, at_tiles + ahead * WIDTH, WIDTH, LANES)
     else:
         tile = tile_of_columns(ROWS, COLUMNS, weights, at_bias)
         tile = multiply(tile, x, t * x_row, x_row, 1, weights, at_weight, depth4)
