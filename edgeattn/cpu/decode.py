@@ -12,7 +12,7 @@ from .functional_float32 import _rows
 from .jit import entry, inlined, kernel
 from .matmul import round_up
 from .simd import (LANES, fma, larger, load, load_bytes, max_lanes, pointer_to, splat, store, sum_lanes,
-                   to_float)
+                   tile_add_products, tile_row_sums, tile_zero, to_float)
 from .softmax import LOG2_E, exp2, tanh
 
 BLOCK = 256  # keys whose scores are kept at a time
@@ -73,17 +73,29 @@ def _decode(numbers, p, scale, softcap, lengths, private, begin, end):
             count = min(BLOCK, keys - s0)
             count_up = (count + LANES - 1) // LANES * LANES
             # 1. scores (G, BLOCK) along D; lanes past the last key are -inf
+            whole = count // LANES * LANES
+            for s in range(0, whole, LANES):
+                at_k = from_k + (s0 + s) * k_row
+                for g in range(G):
+                    tile = tile_zero(LANES, 1, private)
+                    for d in range(0, D_whole, LANES):
+                        tile = tile_add_products(tile, all_k, at_k + d, k_row, load(private, at_q + g * D_up + d))
+                    store(private, at_scores + g * BLOCK + s, tile_row_sums(tile))
             for s in range(count):
                 at_k = from_k + (s0 + s) * k_row
-                key_scale = k_scales[from_ks + (s0 + s) * p[G_KS_S]] if has_scales else _ONE
-                for g in range(G):
-                    total = splat(_ZERO)
-                    for d in range(0, D_whole, LANES):
-                        total = fma(load_numbers(all_k, at_k + d), load(private, at_q + g * D_up + d), total)
-                    score = sum_lanes(total)
-                    for d in range(D_whole, D):
-                        score += np.float32(all_k[at_k + d]) * private[at_q + g * D_up + d]
-                    private[at_scores + g * BLOCK + s] = score * key_scale
+                if s >= whole:
+                    for g in range(G):
+                        total = splat(_ZERO)
+                        for d in range(0, D_whole, LANES):
+                            total = fma(load_numbers(all_k, at_k + d), load(private, at_q + g * D_up + d), total)
+                        private[at_scores + g * BLOCK + s] = sum_lanes(total)
+                if D_whole < D or has_scales:
+                    key_scale = k_scales[from_ks + (s0 + s) * p[G_KS_S]] if has_scales else _ONE
+                    for g in range(G):
+                        score = private[at_scores + g * BLOCK + s]
+                        for d in range(D_whole, D):
+                            score += np.float32(all_k[at_k + d]) * private[at_q + g * D_up + d]
+                        private[at_scores + g * BLOCK + s] = score * key_scale
             for g in range(G):
                 at = at_scores + g * BLOCK
                 if softcap > _ZERO:

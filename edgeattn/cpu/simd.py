@@ -784,6 +784,36 @@ def tile_column_max(typing, t, j, v):
 
 
 @intrinsic
+def tile_add_products(typing, t, array, at, row_step, v):
+    """t[i][0] += array[at + i * row_step + l] * v[l], of float32 or int8 numbers, float32 tile of one column"""
+    def generate(context, builder, sig, args):
+        tile, array_, position, step, factor = args
+        real = sig.args[1].dtype == types.float32
+        stored = factor.type if real else ir.VectorType(_I8, LANES)
+        for i in range(t.rows):
+            row = _load(builder, _pointer(context, builder, sig.args[1], array_, position, stored))
+            if not real:
+                row = builder.sitofp(builder.sext(row, context.get_value_type(I32)), factor.type)
+            tile = builder.insert_value(tile, _fma(builder, row, factor, builder.extract_value(tile, i)), i)
+            position = builder.add(position, step)
+        return tile
+    return t(t, array, types.intp, types.intp, v), generate
+
+
+@intrinsic
+def tile_row_sums(typing, t):
+    """v[i] = sum over l of t[i][0][l], for LANES rows of one column"""
+    def generate(context, builder, sig, args):
+        rows = [builder.extract_value(args[0], i) for i in range(t.rows)]
+        even, odd = range(0, 2 * LANES, 2), range(1, 2 * LANES, 2)
+        while len(rows) > 1:  # neighbouring lanes of two vectors add up into one vector
+            rows = [builder.fadd(_shuffle(builder, a, b, even), _shuffle(builder, a, b, odd))
+                    for a, b in zip(rows[::2], rows[1::2])]
+        return rows[0]
+    return t.vec(t), generate
+
+
+@intrinsic
 def tile_get(typing, t, i, j):
     """t[i][j]"""
     k = _literal(i) * t.columns + _literal(j)
