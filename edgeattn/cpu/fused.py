@@ -1,0 +1,463 @@
+"""Fused float32 attention: scores, softmax and context of one block of queries at a time, queries in lanes.
+
+Letters: B batch, H heads, L queries, S keys, D head size, Dv value size, E model width; W = WIDTH queries per block.
+
+Scores are computed transposed, (keys, W): a key is a broadcast row, a query is a lane.  Maxima and sums over keys are
+then plain vector operations, and the context comes out as (Dv, W), which is what the output projection broadcasts.
+Keys go by in blocks of KEY_BLOCK with a running maximum, so scratch memory does not depend on S (except for one row
+of mask per key where a mask differs from query to query).
+"""
+import numpy as np
+from numba import carray
+
+from .jit import inlined, kernel
+from .matmul import DEPTH_BLOCK, feature_position, multiply, project
+from .simd import (COLUMNS, LANES, ROWS, WIDTH, any_nan, lane_index, larger, load, load_bytes, pointer_to, select,
+                   splat, store, tile_load, tile_of_columns, tile_store, tile_zero, transpose_block)
+from .softmax import LOG2_E, exp2, tanh
+
+KEY_BLOCK = 256
+_MINUS_INFINITY = np.float32(-np.inf)
+_ZERO = np.float32(0)
+_ONE = np.float32(1)
+
+# Private scratch of one query block, float32 elements; SCORES keeps ROWS rows in front for a tile that steps back.
+AT_MAXIMUM = 0
+AT_SUM = AT_MAXIMUM + WIDTH
+AT_FACTOR = AT_SUM + WIDTH
+AT_TILE = AT_FACTOR + WIDTH
+AT_SCORES = AT_TILE + ROWS * WIDTH + WIDTH * WIDTH + ROWS * WIDTH
+AT_FREE = AT_SCORES + (KEY_BLOCK + ROWS) * WIDTH
+
+
+@inlined
+def mask_scores(scores, at, keys, s0, q0, band, low_edge, high_edge, full_from, full_to, masks, at_mask, has_mask):
+    """Lower the scores of what may not be seen to -inf and add the float mask, in place.
+
+    scores (keys, W); key s0 + s is visible to query q0 + l when q + low_edge <= key <= q + high_edge;
+    keys in [full_from, full_to) are visible to every query of the block.
+    """
+    if band:
+        for s in range(keys):
+            key = s0 + s
+            if full_from <= key < full_to:
+                continue
+            for c in range(COLUMNS):
+                distance = splat(np.int32(key - q0 - c * LANES)) - lane_index()
+                v = load(scores, at + s * WIDTH + c * LANES)
+                v = select(distance < splat(np.int32(low_edge)), splat(_MINUS_INFINITY), v)
+                v = select(distance > splat(np.int32(high_edge)), splat(_MINUS_INFINITY), v)
+                store(scores, at + s * WIDTH + c * LANES, v)
+    if has_mask:
+        for i in range(0, keys * WIDTH, LANES):
+            m = load(masks, at_mask + i)
+            v = load(scores, at + i) + m
+            store(scores, at + i, select(m == splat(_MINUS_INFINITY), m, v))
+
+
+@inlined
+def fill_mask(masks, at, keep, at_keep, keep_row, keep_key, bias, at_bias, bias_row, bias_key, queries, keys, square,
+              at_square):
+    """masks (keys, W) = bias * log2(e) where kept, else -inf; lanes past `queries` repeat the last one."""
+    has_keep, has_bias = keep.size > 0, bias.size > 0
+    fast = ((not has_keep) or keep_key == 1) and ((not has_bias) or bias_key == 1)
+    whole = keys // LANES * LANES if fast else 0
+    for s in range(0, whole, LANES):
+        for q0 in range(0, WIDTH, LANES):
+            for l in range(LANES):
+                q = min(q0 + l, queries - 1)
+                v = splat(_ZERO)
+                if has_bias:
+                    v = load(bias, at_bias + q * bias_row + s) * splat(LOG2_E)
+                if has_keep:
+                    kept = load_bytes(keep, at_keep + q * keep_row + s) == splat(np.int32(0))
+                    v = select(kept, splat(_MINUS_INFINITY), v)
+                store(square, at_square + l * LANES, v)
+            transpose_block(square, at_square, LANES, masks, at + s * WIDTH + q0, WIDTH)
+    for s in range(whole, keys):
+        for q0 in range(WIDTH):
+            q = min(q0, queries - 1)
+            v = _ZERO
+            if has_bias:
+                v = bias[at_bias + q * bias_row + s * bias_key] * LOG2_E
+            if has_keep and keep[at_keep + q * keep_row + s * keep_key] == 0:
+                v = _MINUS_INFINITY
+            masks[at + s * WIDTH + q0] = v
+
+
+@inlined
+def attend_block(q, at_q, k, at_k, k_row, v, at_v, v_row, first, last, D, Dv, scratch, out, at_out,
+                 q0, band, low_edge, high_edge, full_from, full_to, masks, at_masks, mask_from, has_mask, softcap):
+    """Attention of one head for W queries over keys first..last: out (Dv, W) = softmax(q k^T) v, transposed.
+
+    q (D, W), scaled so that scores come out in units of log 2 (or, with softcap, divided by it); k (S, k_row) and
+    v (S, v_row) row-major.  Rows of `out` are written in whole tiles: up to ROWS - 1 rows past Dv are overwritten.
+    """
+    masked = band or has_mask
+    top = (Dv + ROWS - 1) // ROWS * ROWS
+    at_scores = AT_SCORES + ROWS * WIDTH
+    if first >= last:  # no key at all
+        for i in range(0, Dv * WIDTH, LANES):
+            store(out, at_out + i, splat(_ZERO))
+        return
+    for s0 in range(first, last, KEY_BLOCK):
+        keys = min(KEY_BLOCK, last - s0)
+        # 1. scores (keys, W); the last tile steps back over keys already done rather than past the end
+        for s in range(0, keys, ROWS):
+            t = s
+            if s + ROWS > keys and s0 + keys >= ROWS:
+                t = keys - ROWS
+            tile = tile_zero(ROWS, COLUMNS, q)
+            tile = multiply(tile, k, at_k + (s0 + t) * k_row, k_row, 1, q, at_q, D)
+            tile_store(tile, scratch, at_scores + t * WIDTH, WIDTH, LANES)
+        # 2. softcap, then masks
+        if softcap > _ZERO:
+            for i in range(0, keys * WIDTH, LANES):
+                capped = tanh(load(scratch, at_scores + i)) * splat(softcap * LOG2_E)
+                store(scratch, at_scores + i, capped)
+        if masked:
+            mask_scores(scratch, at_scores, keys, s0, q0, band, low_edge, high_edge, full_from, full_to,
+                        masks, at_masks + (s0 - mask_from) * WIDTH, has_mask)
+        # 3. maximum, exponentials, sum
+        for c in range(COLUMNS):
+            at = at_scores + c * LANES
+            m0 = load(scratch, at)
+            m1 = m0
+            for s in range(1, keys, 2):
+                m0 = larger(load(scratch, at + s * WIDTH), m0)
+                m1 = larger(load(scratch, at + min(s + 1, keys - 1) * WIDTH), m1)
+            m = larger(m0, m1)
+            if s0 > first:
+                m = larger(load(scratch, AT_MAXIMUM + c * LANES), m)
+            if masked:
+                base = select(m == splat(_MINUS_INFINITY), splat(_ZERO), m)
+                total = splat(_ZERO)
+                for s in range(keys):
+                    score = load(scratch, at + s * WIDTH)
+                    p = select(score == splat(_MINUS_INFINITY), splat(_ZERO), exp2(score - base))
+                    total = total + p
+                    store(scratch, at + s * WIDTH, p)
+            else:
+                base = m
+                total = splat(_ZERO)
+                for s in range(keys):
+                    p = exp2(load(scratch, at + s * WIDTH) - base)
+                    total = total + p
+                    store(scratch, at + s * WIDTH, p)
+            if s0 > first:
+                before = load(scratch, AT_MAXIMUM + c * LANES)
+                factor = exp2(before - base)
+                if masked:
+                    factor = select(before == splat(_MINUS_INFINITY), splat(_ZERO), factor)
+                total = total + load(scratch, AT_SUM + c * LANES) * factor
+                for d in range(top):
+                    at_d = at_out + d * WIDTH + c * LANES
+                    store(out, at_d, load(out, at_d) * factor)
+            store(scratch, AT_MAXIMUM + c * LANES, m)
+            store(scratch, AT_SUM + c * LANES, total)
+        # 4. context (Dv, W) += v^T p
+        for d in range(0, Dv, ROWS):
+            if s0 > first:
+                tile = tile_load(ROWS, COLUMNS, out, at_out + d * WIDTH, WIDTH, LANES)
+            else:
+                tile = tile_zero(ROWS, COLUMNS, q)
+            tile = multiply(tile, v, at_v + s0 * v_row + d, 1, v_row, scratch, at_scores, keys)
+            tile_store(tile, out, at_out + d * WIDTH, WIDTH, LANES)
+    # 5. divide by the sum; a query that saw no key gets zeros
+    for c in range(COLUMNS):
+        total = load(scratch, AT_SUM + c * LANES)
+        factor = splat(_ONE) / total
+        if masked:
+            factor = select(total == splat(_ZERO), splat(_ZERO), factor)
+        for d in range(Dv):
+            at_d = at_out + d * WIDTH + c * LANES
+            store(out, at_d, load(out, at_d) * factor)
+
+
+@inlined
+def has_nan(out, at_out, Dv):
+    found = False
+    for i in range(0, Dv * WIDTH, LANES):
+        if any_nan(load(out, at_out + i)):
+            found = True
+    return found
+
+
+@inlined
+def attend_around(q, at_q, k, at_k, k_row, v, at_v, v_row, first, last, D, Dv, out, at_out, q0, band, low_edge,
+                  high_edge, masks, at_masks, mask_from, has_mask, softcap):
+    """attend_block in plain loops that never touch a masked key or value: for when what is masked holds NaN."""
+    for l in range(WIDTH):
+        best, total = _MINUS_INFINITY, _ZERO
+        for d in range(Dv):
+            out[at_out + d * WIDTH + l] = _ZERO
+        for s in range(first, last):
+            if band and not (low_edge <= s - q0 - l <= high_edge):
+                continue
+            m = _ZERO
+            if has_mask:
+                m = masks[at_masks + (s - mask_from) * WIDTH + l]
+                if m == _MINUS_INFINITY:
+                    continue
+            score = _ZERO
+            for d in range(D):
+                score += q[at_q + d * WIDTH + l] * k[at_k + s * k_row + d]
+            if softcap > _ZERO:
+                score = np.float32(np.tanh(score)) * softcap * LOG2_E
+            score += m
+            if not (score <= best):
+                factor = np.float32(2) ** (best - score)
+                best = score
+                total *= factor
+                for d in range(Dv):
+                    out[at_out + d * WIDTH + l] *= factor
+            p = np.float32(2) ** (score - best)
+            total += p
+            for d in range(Dv):
+                out[at_out + d * WIDTH + l] += p * v[at_v + s * v_row + d]
+        if total != _ZERO:
+            for d in range(Dv):
+                out[at_out + d * WIDTH + l] /= total
+
+
+# Positions in the integer parameters of `layer_float32`.
+(P_BATCH, P_L, P_S, P_EQ, P_EK, P_EV, P_EO, P_HEADS, P_KV_HEADS, P_D, P_DV, P_D_PAD, P_DV_PAD, P_HAS_OUT,
+ P_WQ, P_BQ, P_WK, P_BK, P_WV, P_BV, P_WO, P_BO,
+ P_BAND, P_LOW, P_HIGH, P_KEEP_B, P_KEEP_H, P_KEEP_L, P_KEEP_S, P_BIAS_B, P_BIAS_H, P_BIAS_L, P_BIAS_S,
+ P_COUNT) = range(34)
+
+
+@inlined
+def visible_range(q0, queries, S, band, low_edge, high_edge):
+    """(first, last, full_from, full_to): keys any of `queries` queries from q0 may see, and keys all of W may see."""
+    first, last, full_from, full_to = 0, S, 0, S
+    if band:
+        first = min(max(q0 + low_edge, 0), S)
+        last = max(min(q0 + queries + high_edge, S), first)
+        full_from = q0 + WIDTH - 1 + low_edge
+        full_to = q0 + high_edge + 1
+    return first, last, full_from, full_to
+
+
+@inlined
+def project_tokens(x, at_x, depth, first, last, S, p, at_weight, at_bias, weights, features, out, at_out, block,
+                   scratch, at_tail):
+    """project() for tokens first..last; the rows missing from the last tile are zeros, and written."""
+    step = (S + ROWS - 1) // ROWS * ROWS * block
+    whole = (last - first) // ROWS * ROWS
+    project(x, at_x + first * depth, depth, whole, depth, weights, at_weight, at_bias, features,
+            out, at_out + first * block, block, step)
+    if whole < last - first:
+        rest = last - first - whole
+        for i in range(rest * depth):
+            scratch[at_tail + i] = x[at_x + (first + whole) * depth + i]
+        for i in range(rest * depth, ROWS * depth):
+            scratch[at_tail + i] = _ZERO
+        project(scratch, at_tail, depth, ROWS, depth, weights, at_weight, at_bias, features,
+                out, at_out + (first + whole) * block, block, step)
+
+
+@kernel
+def layer_float32(xq, xk, xv, out, weights, p, keep, bias, shared, private, batch, phase, begin, end):
+    """One batch entry of a multi-head attention layer, in part or whole.
+
+    xq (B, L, Eq), xk (B, S, Ek), xv (B, S, Ev), out (B, L, Eo): flat float32.
+    weights: everything `FloatLayer` packed, at the positions in p (int64, see P_...).
+    keep, bias: flat mask data, empty where there is none, addressed by the strides in p.
+    shared: keys (KF / KB, S', KB) and values (VF / VB, S', VB) of this batch entry, S' = S rounded up to ROWS.
+    private: scratch of this thread.
+    phase 0: everything; 1: project keys and values of tokens begin..end; 2: query blocks begin..end.
+    """
+    L, S, H, Hkv = p[P_L], p[P_S], p[P_HEADS], p[P_KV_HEADS]
+    D, Dv, Dp, Dvp = p[P_D], p[P_DV], p[P_D_PAD], p[P_DV_PAD]
+    Eq, Ek, Ev, Eo = p[P_EQ], p[P_EK], p[P_EV], p[P_EO]
+    k_block, v_block = max(Dp, LANES), max(Dvp, LANES)
+    q_features = (H * Dp + WIDTH - 1) // WIDTH * WIDTH
+    k_features = (Hkv * Dp + WIDTH - 1) // WIDTH * WIDTH
+    v_features = (Hkv * Dvp + WIDTH - 1) // WIDTH * WIDTH
+    S_up = (S + ROWS - 1) // ROWS * ROWS
+    k_step, v_step = S_up * k_block, S_up * v_block
+    at_values = (k_features + k_block) * S_up
+    # private: fixed part, q natural (W, q_features) or a tail of x, q transposed, context, masks
+    at_natural = AT_FREE
+    natural = max(WIDTH * q_features, ROWS * max(Ek, Ev), WIDTH * Eq)
+    at_q = at_natural + natural
+    at_context = at_q + q_features * WIDTH
+    at_x_tail = at_context + (H * Dvp + ROWS) * WIDTH
+    at_masks = at_x_tail + WIDTH * Eq
+    # 1. keys and values of all tokens, in the layout the attention loop reads
+    if phase <= 1:
+        t0, t1 = (0, S) if phase == 0 else (begin, end)
+        project_tokens(xk, batch * S * Ek, Ek, t0, t1, S, p, p[P_WK], p[P_BK], weights, k_features, shared, 0, k_block,
+                       private, at_natural)
+        project_tokens(xv, batch * S * Ev, Ev, t0, t1, S, p, p[P_WV], p[P_BV], weights, v_features, shared, at_values,
+                       v_block, private, at_natural)
+    if phase == 1:
+        return
+    b0, b1 = (0, (L + WIDTH - 1) // WIDTH) if phase == 0 else (begin, end)
+    has_mask = keep.size > 0 or bias.size > 0
+    band = p[P_BAND] != 0
+    mask_per_head = p[P_KEEP_H] != 0 or p[P_BIAS_H] != 0
+    for block in range(b0, b1):
+        q0 = block * WIDTH
+        queries = min(WIDTH, L - q0)
+        # 2. queries of this block: project, then turn so that queries are lanes
+        rows = (queries + ROWS - 1) // ROWS * ROWS
+        if rows <= L - q0:
+            project(xq, (batch * L + q0) * Eq, Eq, rows, Eq, weights, p[P_WQ], p[P_BQ], q_features,
+                    private, at_natural, q_features, 0)
+        else:
+            for i in range(queries * Eq):
+                private[at_x_tail + i] = xq[(batch * L + q0) * Eq + i]
+            for i in range(queries * Eq, rows * Eq):
+                private[at_x_tail + i] = _ZERO
+            project(private, at_x_tail, Eq, rows, Eq, weights, p[P_WQ], p[P_BQ], q_features,
+                    private, at_natural, q_features, 0)
+        for i in range(rows * q_features, WIDTH * q_features):
+            private[at_natural + i] = _ZERO  # lanes without a query must not carry what an earlier call left
+        for f in range(0, q_features, LANES):
+            for l in range(0, WIDTH, LANES):
+                transpose_block(private, at_natural + l * q_features + f, q_features,
+                                private, at_q + f * WIDTH + l, WIDTH)
+        first, last, full_from, full_to = visible_range(q0, queries, S, band, p[P_LOW], p[P_HIGH])
+        # 3. attention, head by head, context (H * Dvp, W)
+        for h in range(H):
+            kv = h // (H // Hkv)
+            if has_mask and (h == 0 or mask_per_head):
+                fill_mask(private, at_masks,
+                          keep, batch * p[P_KEEP_B] + h * p[P_KEEP_H] + q0 * p[P_KEEP_L] + first * p[P_KEEP_S],
+                          p[P_KEEP_L], p[P_KEEP_S],
+                          bias, batch * p[P_BIAS_B] + h * p[P_BIAS_H] + q0 * p[P_BIAS_L] + first * p[P_BIAS_S],
+                          p[P_BIAS_L], p[P_BIAS_S], queries, last - first, private, AT_TILE)
+            at_k = feature_position(kv * Dp, k_block, k_step)
+            at_v = at_values + feature_position(kv * Dvp, v_block, v_step)
+            at_out = at_context + h * Dvp * WIDTH
+            attend_block(private, at_q + h * Dp * WIDTH, shared, at_k, k_block, shared, at_v, v_block, first, last,
+                         D, Dvp, private, private, at_out, q0, band, p[P_LOW], p[P_HIGH], full_from, full_to,
+                         private, at_masks, first, has_mask, _ZERO)
+            if (band or has_mask) and has_nan(private, at_out, Dvp):
+                attend_around(private, at_q + h * Dp * WIDTH, shared, at_k, k_block, shared, at_v, v_block, first,
+                              last, D, Dvp, private, at_out, q0, band, p[P_LOW], p[P_HIGH], private, at_masks, first,
+                              has_mask, _ZERO)
+        # 4. output rows: projection of the context, or the context itself
+        at_row = (batch * L + q0) * Eo
+        if p[P_HAS_OUT] == 0:
+            for h in range(H):
+                for d in range(Dv):
+                    for l in range(queries):
+                        out[at_row + l * Eo + h * Dv + d] = private[at_context + (h * Dvp + d) * WIDTH + l]
+            continue
+        depth = H * Dvp
+        for e in range(0, Eo, WIDTH):
+            whole = queries // ROWS * ROWS if e + WIDTH <= Eo else 0
+            for k in range(0, depth if whole > 0 else 0, DEPTH_BLOCK):
+                for l in range(0, whole, ROWS):
+                    if k == 0:
+                        tile = tile_of_columns(ROWS, COLUMNS, weights, p[P_BO] + e)
+                    else:
+                        tile = tile_load(ROWS, COLUMNS, out, at_row + l * Eo + e, Eo, LANES)
+                    tile = multiply(tile, private, at_context + k * WIDTH + l, 1, WIDTH,
+                                    weights, p[P_WO] + e * depth + k * WIDTH, min(DEPTH_BLOCK, depth - k))
+                    tile_store(tile, out, at_row + l * Eo + e, Eo, LANES)
+            for l in range(whole, queries, ROWS):
+                tile = tile_of_columns(ROWS, COLUMNS, weights, p[P_BO] + e)
+                tile = multiply(tile, private, at_context + l, 1, WIDTH, weights, p[P_WO] + e * depth, depth)
+                tile_store(tile, private, AT_TILE, WIDTH, LANES)
+                for i in range(min(ROWS, queries - l)):
+                    for j in range(min(WIDTH, Eo - e)):
+                        out[at_row + (l + i) * Eo + e + j] = private[AT_TILE + i * WIDTH + j]
+
+
+# Positions in the integer parameters of `attention_float32`; strides count elements, addresses bytes.
+(F_B, F_H, F_KV_HEADS, F_L, F_S, F_D, F_DV,
+ F_Q, F_Q_B, F_Q_H, F_Q_L, F_K, F_K_B, F_K_H, F_K_S, F_V, F_V_B, F_V_H, F_V_S, F_O, F_O_B, F_O_H, F_O_L,
+ F_BAND, F_LOW, F_HIGH, F_KEEP_B, F_KEEP_H, F_KEEP_L, F_KEEP_S, F_BIAS_B, F_BIAS_H, F_BIAS_L, F_BIAS_S,
+ F_COUNT) = range(35)
+
+
+@kernel
+def attention_float32(p, scale, softcap, keep, bias, lengths, private, begin, end):
+    """Scaled dot product attention over given queries, keys and values, for (batch, head, block) begin..end.
+
+    q (B, H, L, D), k (B, Hkv, S, D), v (B, Hkv, S, Dv), out (B, H, L, Dv): float32 at addresses and strides in p, the
+    last dimension contiguous; they stay where they are unless a tile would read past their end.
+    keep, bias: flat mask data or empty.  lengths: (B,) int64 keys that exist per batch entry, or empty.
+    private: scratch, float32.
+    """
+    H, L, S, D, Dv = p[F_H], p[F_L], p[F_S], p[F_D], p[F_DV]
+    group = H // p[F_KV_HEADS]
+    blocks = (L + WIDTH - 1) // WIDTH
+    D_up = (D + LANES - 1) // LANES * LANES
+    Dv_up = (Dv + ROWS - 1) // ROWS * ROWS
+    Dv_lanes = (Dv + LANES - 1) // LANES * LANES
+    band = p[F_BAND] != 0
+    has_mask = keep.size > 0 or bias.size > 0
+    everything = np.int64(1) << 62
+    all_q = carray(pointer_to(p[F_Q], private), everything)
+    all_k = carray(pointer_to(p[F_K], private), everything)
+    all_v = carray(pointer_to(p[F_V], private), everything)
+    all_o = carray(pointer_to(p[F_O], private), everything)
+    at_natural = AT_FREE
+    at_q = at_natural + WIDTH * max(D_up, Dv_lanes)
+    at_context = at_q + D_up * WIDTH
+    at_k_copy = at_context + (max(Dv_up, Dv_lanes) + ROWS) * WIDTH
+    at_v_copy = at_k_copy + ROWS * D
+    at_masks = at_v_copy + S * Dv_up if Dv != Dv_up else at_v_copy
+    at_masks = (at_masks + 15) // 16 * 16
+    copied = -1
+    factor = scale / softcap if softcap > _ZERO else scale * LOG2_E
+    for item in range(begin, end):
+        batch, h, q0 = item // (H * blocks), item // blocks % H, item % blocks * WIDTH
+        kv = h // group
+        queries = min(WIDTH, L - q0)
+        keys = S if lengths.size == 0 else min(max(lengths[batch], 0), S)
+        # 1. queries of this block, scaled, turned so that queries are lanes
+        from_q = batch * p[F_Q_B] + h * p[F_Q_H] + q0 * p[F_Q_L]
+        for l in range(queries):
+            for d in range(D):
+                private[at_natural + l * D_up + d] = all_q[from_q + l * p[F_Q_L] + d] * factor
+        for i in range(queries * D_up, WIDTH * D_up):
+            private[at_natural + i] = _ZERO
+        for d in range(0, D_up, LANES):
+            for l in range(0, WIDTH, LANES):
+                transpose_block(private, at_natural + l * D_up + d, D_up, private, at_q + d * WIDTH + l, WIDTH)
+        first, last, full_from, full_to = visible_range(q0, queries, keys, band, p[F_LOW], p[F_HIGH])
+        if has_mask:
+            fill_mask(private, at_masks,
+                      keep, batch * p[F_KEEP_B] + h * p[F_KEEP_H] + q0 * p[F_KEEP_L] + first * p[F_KEEP_S],
+                      p[F_KEEP_L], p[F_KEEP_S],
+                      bias, batch * p[F_BIAS_B] + h * p[F_BIAS_H] + q0 * p[F_BIAS_L] + first * p[F_BIAS_S],
+                      p[F_BIAS_L], p[F_BIAS_S], queries, last - first, private, AT_TILE)
+        # 2. fewer keys than a tile has rows, or a value row narrower than whole tiles: read from a padded copy
+        k_at, k_row = batch * p[F_K_B] + kv * p[F_K_H], p[F_K_S]
+        v_at, v_row = batch * p[F_V_B] + kv * p[F_V_H], p[F_V_S]
+        short = keys < ROWS
+        if short:
+            for s in range(ROWS):
+                for d in range(D):
+                    private[at_k_copy + s * D + d] = all_k[k_at + s * k_row + d] if s < keys else _ZERO
+        if Dv != Dv_up and copied != batch * p[F_KV_HEADS] + kv:
+            copied = batch * p[F_KV_HEADS] + kv
+            for s in range(keys):
+                for d in range(Dv):
+                    private[at_v_copy + s * Dv_up + d] = all_v[v_at + s * v_row + d]
+                for d in range(Dv, Dv_up):
+                    private[at_v_copy + s * Dv_up + d] = _ZERO
+        v, from_v, step_v = (all_v, v_at, v_row) if Dv == Dv_up else (private, at_v_copy, Dv_up)
+        k, from_k, step_k = (private, at_k_copy, D) if short else (all_k, k_at, k_row)
+        # 3. attention
+        attend_block(private, at_q, k, from_k, step_k, v, from_v, step_v, first, last, D, Dv, private, private,
+                     at_context, q0, band, p[F_LOW], p[F_HIGH], full_from, full_to, private, at_masks, first,
+                     has_mask, softcap)
+        if (band or has_mask) and has_nan(private, at_context, Dv):
+            attend_around(private, at_q, k, from_k, step_k, v, from_v, step_v, first, last, D, Dv, private,
+                          at_context, q0, band, p[F_LOW], p[F_HIGH], private, at_masks, first, has_mask, softcap)
+        # 4. turn the context back into rows
+        for d in range(0, Dv_lanes, LANES):
+            for l in range(0, WIDTH, LANES):
+                transpose_block(private, at_context + d * WIDTH + l, WIDTH,
+                                private, at_natural + l * Dv_lanes + d, Dv_lanes)
+        to = batch * p[F_O_B] + h * p[F_O_H] + q0 * p[F_O_L]
+        for l in range(queries):
+            for d in range(Dv):
+                all_o[to + l * p[F_O_L] + d] = private[at_natural + l * Dv_lanes + d]

@@ -1,0 +1,92 @@
+"""The instruction sets edgeattn knows, and which one this process uses.
+
+One row per instruction set.  `lanes` is the number of 32-bit lanes of a vector register; `rows` by `columns` is the
+register tile (rows of broadcast operands by column vectors); `dot` names the instruction sequence that adds four
+8-bit products to a 32-bit lane; `offset` is what the packing adds to an int8 operand before it meets an int8 one:
+128 where the instruction multiplies unsigned by signed, 0 where both are signed.
+"""
+import os
+from typing import NamedTuple
+
+
+class InstructionSet(NamedTuple):
+    name: str
+    lanes: int
+    rows: int
+    columns: int
+    dot: str
+    offset: int
+    x86: bool
+    needs: tuple
+    amx: bool = False  # whole projections by the matrix unit
+
+
+_AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni")
+
+TABLES = (
+    InstructionSet("avx512amx", 16, 8, 2, "vpdpbusd", 128, True, (*_AVX512, "amx-tile", "amx-int8"), True),
+    InstructionSet("avx512vnni", 16, 8, 2, "vpdpbusd", 128, True, _AVX512),
+    InstructionSet("avx2vnni", 8, 4, 2, "vpdpbusd", 128, True, ("avx2", "fma", "avxvnni")),
+    InstructionSet("avx2", 8, 4, 2, "vpmaddwd", 128, True, ("avx2", "fma")),
+    InstructionSet("neondot", 4, 8, 2, "sdot", 0, False, ("neon", "dotprod")),
+    InstructionSet("neon", 4, 8, 2, "sadalp", 128, False, ("neon",)),
+    InstructionSet("generic", 4, 4, 2, "plain", 128, False, ()),
+)
+
+
+def runnable(features):
+    """Instruction sets, best first, whose every needed feature is among `features`."""
+    features = set(features)
+    return [table for table in TABLES if features.issuperset(table.needs)]
+
+
+def choose(forced, features):
+    """The instruction set to use: the best runnable one, or the one named by `forced`.
+
+    Raises
+    ------
+    ValueError
+        If `forced` names no instruction set, or one this CPU cannot execute.
+    """
+    possible = runnable(features)
+    if not forced:
+        return possible[0]
+    for table in possible:
+        if table.name == forced:
+            return table
+    raise ValueError(
+        f"EDGEATTN_ISA must be one of {', '.join(t.name for t in possible)} on this CPU, got {forced!r}; "
+        "unset it to use the best one")
+
+
+_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18  # x86-64 Linux: asm/prctl.h, XFEATURE_XTILEDATA
+
+
+def _may_use_matrix_unit():
+    """Ask Linux for the tile registers, which a process may not touch unasked; False where that is refused."""
+    import ctypes
+    import platform
+    import sys
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return False
+    try:
+        return ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA) == 0
+    except (OSError, AttributeError):
+        return False
+
+
+def _host_features():
+    from llvmlite import binding
+    import platform
+    try:
+        found = [name for name, present in binding.get_host_cpu_features().items() if present]
+    except RuntimeError:  # LLVM cannot tell on this platform
+        found = []
+    if not _may_use_matrix_unit():
+        found = [name for name in found if not name.startswith("amx")]
+    if platform.machine().lower() in ("aarch64", "arm64"):
+        found.append("neon")  # part of every ARMv8-A core; LLVM does not always list it
+    return found
+
+
+ISA = choose(os.environ.get("EDGEATTN_ISA"), _host_features())

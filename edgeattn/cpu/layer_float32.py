@@ -1,0 +1,133 @@
+"""Packing and calling of the float32 multi-head layer."""
+import numpy as np
+
+from .. import threads
+from . import fused as f
+from .jit import entry
+from .matmul import aligned, pack_panels, pad_heads, padded_head, round_up
+from .simd import LANES, ROWS, WIDTH
+
+_LOG2_E = 1.4426950408889634
+_NO_KEEP = np.zeros(0, np.uint8)
+_NO_BIAS = np.zeros(0, np.float32)
+
+
+def _strides(mask, shape):
+    """Element strides of `mask` broadcast to four dimensions `shape`: 0 where it repeats."""
+    strides, step = [0, 0, 0, 0], 1
+    for axis in range(1, mask.ndim + 1):
+        size = mask.shape[-axis]
+        if size != 1:
+            strides[-axis] = step
+        step *= size
+    return strides
+
+
+class FloatLayer:
+    """A multi-head attention layer packed for `layer_float32`.
+
+    Parameters
+    ----------
+    num_heads, num_kv_heads : int
+    q_weight, k_weight, v_weight, out_weight : ndarray of float32
+        (H*D, Eq), (Hkv*D, Ek), (Hkv*Dv, Ev), (Eo, H*Dv) or None.
+    q_bias, k_bias, v_bias, out_bias : ndarray of float32, or None
+    scale : float
+        Multiplies the scores; folded into the query projection together with log2(e).
+    """
+
+    def __init__(self, num_heads, num_kv_heads, q_weight, k_weight, v_weight, out_weight,
+                 q_bias, k_bias, v_bias, out_bias, scale):
+        H, Hkv = num_heads, num_kv_heads
+        D, Dv = q_weight.shape[0] // H, v_weight.shape[0] // Hkv
+        Dp, Dvp = padded_head(D), padded_head(Dv)
+        fold = np.float64(scale) * _LOG2_E
+        parts, at = [], {}
+
+        def put(name, array):
+            at[name] = sum(part.size for part in parts)
+            padded = np.zeros(round_up(array.size, 16), np.float32)
+            padded[:array.size] = array.ravel()
+            parts.append(padded)
+
+        for name, weight, bias, heads, size, wide, factor in (
+                ("q", q_weight, q_bias, H, D, Dp, fold), ("k", k_weight, k_bias, Hkv, D, Dp, 1.0),
+                ("v", v_weight, v_bias, Hkv, Dv, Dvp, 1.0)):
+            bias = np.zeros(heads * size, np.float32) if bias is None else bias
+            weight, bias = ((a.astype(np.float64) * factor).astype(np.float32) for a in (weight, bias))
+            put("w" + name, pack_panels(pad_heads(weight, heads, size, wide)))
+            put("b" + name, pad_heads(bias, heads, size, wide))
+        if out_weight is not None:
+            Eo = out_weight.shape[0]
+            spread = np.zeros((round_up(Eo, WIDTH), H, Dvp), np.float32)
+            spread[:Eo, :, :Dv] = out_weight.reshape(Eo, H, Dv)
+            put("wo", pack_panels(spread.reshape(-1, H * Dvp)))
+            padded_bias = np.zeros(round_up(Eo, WIDTH), np.float32)
+            if out_bias is not None:
+                padded_bias[:Eo] = out_bias
+            put("bo", padded_bias)
+        else:
+            Eo = H * Dv
+            at["wo"] = at["bo"] = 0
+        self.weights = aligned(sum(part.size for part in parts), np.float32)
+        np.concatenate(parts, out=self.weights)
+        p = self._parameters = np.zeros(f.P_COUNT, np.int64)
+        p[f.P_EQ], p[f.P_EK], p[f.P_EV], p[f.P_EO] = q_weight.shape[1], k_weight.shape[1], v_weight.shape[1], Eo
+        p[f.P_HEADS], p[f.P_KV_HEADS], p[f.P_D], p[f.P_DV], p[f.P_D_PAD], p[f.P_DV_PAD] = H, Hkv, D, Dv, Dp, Dvp
+        p[f.P_HAS_OUT] = out_weight is not None
+        for slot, name in ((f.P_WQ, "wq"), (f.P_BQ, "bq"), (f.P_WK, "wk"), (f.P_BK, "bk"), (f.P_WV, "wv"),
+                           (f.P_BV, "bv"), (f.P_WO, "wo"), (f.P_BO, "bo")):
+            p[slot] = at[name]
+        self.output_dim = Eo
+        self._plans = {}
+        self._run = None
+
+    def _plan(self, B, L, S, masked):
+        """(parameters, shared elements, private elements, work) for one shape."""
+        p = self._parameters.copy()
+        p[f.P_BATCH], p[f.P_L], p[f.P_S] = B, L, S
+        H, Hkv, Dp, Dvp = (int(p[i]) for i in (f.P_HEADS, f.P_KV_HEADS, f.P_D_PAD, f.P_DV_PAD))
+        k_block, v_block = max(Dp, LANES), max(Dvp, LANES)
+        q_features, k_features, v_features = (round_up(n, WIDTH) for n in (H * Dp, Hkv * Dp, Hkv * Dvp))
+        S_up = round_up(S, ROWS)
+        shared = (k_features + k_block + v_features + v_block) * S_up + 4 * WIDTH + ROWS * v_block
+        Eq, Ek, Ev, Eo = (int(p[i]) for i in (f.P_EQ, f.P_EK, f.P_EV, f.P_EO))
+        private = (f.AT_FREE + max(WIDTH * q_features, ROWS * max(Ek, Ev), WIDTH * Eq) + q_features * WIDTH
+                   + (H * Dvp + ROWS) * WIDTH + WIDTH * Eq + (S * WIDTH if masked else 0) + 4 * WIDTH)
+        work = 2 * B * (L * Eq * H * Dp + S * (Ek * Hkv * Dp + Ev * Hkv * Dvp) + L * H * Dvp * Eo
+                        + L * S * H * (Dp + Dvp))
+        return p, shared, private, work
+
+    def __call__(self, xq, xk, xv, out, keep=None, bias=None, band=None):
+        """out (B, L, Eo) from xq (B, L, Eq), xk (B, S, Ek), xv (B, S, Ev), all float32 and C-contiguous.
+
+        keep : uint8 or bool, bias : float32, C-contiguous, broadcast to (B, H, L, S) by NumPy's rules, or None
+        band : (low, high) or None: query i sees key j when i + low <= j <= i + high
+        """
+        B, L = xq.shape[0], xq.shape[1]
+        S = xk.shape[1]
+        masked = keep is not None or bias is not None
+        key = (B, L, S, masked)
+        plan = self._plans.get(key)
+        if plan is None:
+            if len(self._plans) > 64:
+                self._plans.clear()
+            plan = self._plans[key] = self._plan(B, L, S, masked)
+        p, shared_size, private_size, work = plan
+        if masked or band is not None:
+            p = p.copy()
+            if band is not None:
+                p[f.P_BAND], p[f.P_LOW], p[f.P_HIGH] = 1, band[0], band[1]
+            if keep is not None:
+                p[f.P_KEEP_B:f.P_KEEP_S + 1] = _strides(keep, None)
+            if bias is not None:
+                p[f.P_BIAS_B:f.P_BIAS_S + 1] = _strides(bias, None)
+        keep = _NO_KEEP if keep is None else keep.reshape(-1).view(np.uint8)
+        bias = _NO_BIAS if bias is None else bias.reshape(-1)
+        arguments = (xq.reshape(-1), xk.reshape(-1), xv.reshape(-1), out.reshape(-1), self.weights, p, keep, bias)
+        if self._run is None:
+            scratch = np.zeros(1, np.float32)
+            self._run = entry(f.layer_float32, (*arguments, scratch, scratch, 0, 0, 0, 0))
+        threads.run_layer(self._run, (), arguments, np.float32, shared_size, private_size, B,
+                          S, ROWS, -(-L // WIDTH), work)
+        return out

@@ -1,0 +1,146 @@
+"""One tiled product for float32 and for bytes, and the packing of its operands.
+
+A product multiplies ROWS broadcast values by COLUMNS vectors, `depth` times.  The broadcast operand may lie anywhere
+(`row_step` between the rows of a tile, `step` between depths); the vector operand is packed in panels
+(depth, WIDTH).  float32 arrays take multiply-add; int32 and uint32 arrays hold four bytes per element and take the
+four-way dot product.  What happens to the finished tile is the caller's business.
+"""
+import numpy as np
+
+from .isa import ISA
+from .jit import inlined
+from .simd import (COLUMNS, LANES, MATRIX_ROWS, ROWS, WIDTH, matrix_dot, matrix_load, matrix_store, rank_one, tile_load,
+                   tile_of_columns, tile_store)
+
+# Depths multiplied at a time: a panel this deep (24 KiB at 32 features) stays in the first-level cache while all
+# tokens pass; deeper float32 products go through the output once per block.
+DEPTH_BLOCK = 192
+MATRIX = ISA.amx  # whether a matrix unit multiplies bytes, 16 groups of four at a time
+MATRIX_TOKENS = 2 * MATRIX_ROWS
+ALIGNMENT = 64  # bytes: one cache line, and the widest vector
+
+
+def aligned(count, dtype):
+    """An uninitialized one-dimensional array of `count` elements that starts on a cache line."""
+    size = count * np.dtype(dtype).itemsize
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    start = -raw.__array_interface__["data"][0] % ALIGNMENT
+    return raw[start:start + size].view(dtype)
+
+
+def round_up(value, multiple):
+    """The smallest multiple of `multiple` that is not below `value`."""
+    return -(-value // multiple) * multiple
+
+
+def padded_head(size):
+    """How many features one head occupies in a packed layout, so that no vector straddles two feature blocks.
+
+    The next power of two up to LANES, then multiples of LANES; at least 4, one group of bytes.
+    """
+    if size > LANES:
+        return round_up(size, LANES)
+    width = min(4, LANES)
+    while width < size:
+        width *= 2
+    return width
+
+
+def pad_heads(array, heads, size, padded):
+    """(heads * size, ...) -> (heads * padded rounded up to WIDTH, ...) with zeros between and after."""
+    out = np.zeros((round_up(heads * padded, WIDTH),) + array.shape[1:], array.dtype)
+    view = out[:heads * padded].reshape((heads, padded) + array.shape[1:])
+    view[:, :size] = array.reshape((heads, size) + array.shape[1:])
+    return out
+
+
+def pack_panels(weight):
+    """float32 weight (N, depth), N a multiple of WIDTH -> flat panels (N / WIDTH, depth, WIDTH)."""
+    n, depth = weight.shape
+    return weight.reshape(n // WIDTH, WIDTH, depth).transpose(0, 2, 1).ravel()
+
+
+def pack_byte_panels(weight):
+    """int8 weight (N, depth), N a multiple of WIDTH, depth of 4 -> int32 panels (N / WIDTH, depth / 4, WIDTH)."""
+    n, depth = weight.shape
+    panels = weight.reshape(n // WIDTH, WIDTH, depth // 4, 4).transpose(0, 2, 1, 3)
+    return np.ascontiguousarray(panels).view(np.int32).ravel()
+
+
+@inlined
+def multiply(tile, a, at_a, row_step, step, b, at_b, depth):
+    """tile[i][j] += sum over k of a[at_a + i row_step + k step] * vector j of b[at_b + k WIDTH]"""
+    for k in range(depth):
+        tile = rank_one(tile, a, at_a + k * step, row_step, b, at_b + k * WIDTH)
+    return tile
+
+
+@inlined
+def matrix_multiply(x, at_x, x_row, weights, at_weight, at_bias, depth4, out, at_out):
+    """out (MATRIX_TOKENS, WIDTH) int32 = x w^T + bias by the matrix unit; depth4 a multiple of 16.
+
+    x (MATRIX_TOKENS, depth4) unsigned bytes, rows x_row apart; weights: one panel (depth4, WIDTH) and its bias.
+    """
+    for_rows = MATRIX_ROWS * x_row
+    matrix_load(0, weights, at_bias, 0)  # every row of the tile is the bias
+    matrix_load(1, weights, at_bias + 16, 0)
+    matrix_load(2, weights, at_bias, 0)
+    matrix_load(3, weights, at_bias + 16, 0)
+    for k in range(0, depth4, 16):
+        matrix_load(4, x, at_x + k, x_row)
+        matrix_load(6, weights, at_weight + k * WIDTH, WIDTH)
+        matrix_load(7, weights, at_weight + k * WIDTH + 16, WIDTH)
+        matrix_load(5, x, at_x + for_rows + k, x_row)
+        matrix_dot(0, 4, 6)
+        matrix_dot(1, 4, 7)
+        matrix_dot(2, 5, 6)
+        matrix_dot(3, 5, 7)
+    matrix_store(0, out, at_out, WIDTH)
+    matrix_store(1, out, at_out + 16, WIDTH)
+    matrix_store(2, out, at_out + MATRIX_ROWS * WIDTH, WIDTH)
+    matrix_store(3, out, at_out + MATRIX_ROWS * WIDTH + 16, WIDTH)
+
+
+@inlined
+def linear_tile(use_matrix, t, x, x_row, weights, at_weight, at_bias, depth4, tiles, at_tiles):
+    """x w^T + bias for the ROWS tokens from t on and one panel, t going up in steps of ROWS.
+
+    The matrix unit computes MATRIX_TOKENS tokens at once into `tiles`, from which the following calls are served;
+    x must then hold that many rows, whatever is in those past the last token.
+    """
+    if use_matrix:
+        ahead = t % MATRIX_TOKENS
+        if ahead == 0:
+            matrix_multiply(x, t * x_row, x_row, weights, at_weight, at_bias, depth4, tiles, at_tiles)
+        tile = tile_load(ROWS, COLUMNS, tiles, at_tiles + ahead * WIDTH, WIDTH, LANES)
+    else:
+        tile = tile_of_columns(ROWS, COLUMNS, weights, at_bias)
+        tile = multiply(tile, x, t * x_row, x_row, 1, weights, at_weight, depth4)
+    return tile
+
+
+@inlined
+def feature_position(feature, block, block_step):
+    """Where `feature` of token 0 lies in the layout (features / block, tokens, block)."""
+    return feature // block * block_step + feature % block
+
+
+@inlined
+def project(x, at_x, x_row, tokens, depth, weights, at_weight, at_bias, features, out, at_out, block, block_step):
+    """out = x @ weight.T + bias for `tokens` (a multiple of ROWS), in the layout (features / block, tokens, block).
+
+    x        float32, row t at at_x + t x_row, `depth` long
+    weights  at_weight: panels (features / WIDTH, depth, WIDTH); at_bias: (features,)
+    """
+    for f in range(0, features, WIDTH):
+        at = at_out + feature_position(f, block, block_step)
+        next_column = at_out + feature_position(f + LANES, block, block_step) - at
+        for k in range(0, depth, DEPTH_BLOCK):
+            for t in range(0, tokens, ROWS):
+                if k == 0:
+                    tile = tile_of_columns(ROWS, COLUMNS, weights, at_bias + f)
+                else:
+                    tile = tile_load(ROWS, COLUMNS, out, at + t * block, block, next_column)
+                tile = multiply(tile, x, at_x + t * x_row + k, x_row, 1, weights, at_weight + f * depth + k * WIDTH,
+                                min(DEPTH_BLOCK, depth - k))
+                tile_store(tile, out, at + t * block, block, next_column)

@@ -1,0 +1,195 @@
+"""The three int8 softmax rules on transposed scores: queries in lanes, four keys to a lane, sums in key order.
+
+Each rule looks up one value per score in a table of 256 entries, indexed by (row maximum - code), adds them up in key
+order, and turns each value into a probability 0..255 (the int8 code plus 128) with what follows from the sum:
+
+  lut_f32   float32 exponentials, float32 sum; round_half_away(e * 1 / (sum / 256))
+  lut_u16   exponentials times 65535 as integers; `double` by the multiplier 1 / (sum / 256)
+  fixed     gemmlowp exp in Q0.31, sum in Q12.19, Newton reciprocal
+"""
+import numpy as np
+from numba import types
+from numba.extending import overload
+
+from .jit import inlined
+from .requantize import divide_by_power, doubling_high
+from .simd import (LANES, OFFSET, WIDTH, bits_of, float_of_bits, gather, larger, larger_bytes, load, narrow, pack_bytes,
+                   select, shift_right_logical, smaller, splat, store, subtract_bytes, to_float, truncate)
+
+LOWEST_CODES = np.int32(-2139062144)  # 0x80808080, four codes -128
+PROBABILITY_FLIP = LOWEST_CODES if OFFSET else np.int32(0)
+_BYTE = np.int32(255)
+_ONE = np.float32(1)
+_TO_PROBABILITY = np.float32(1 / 256)
+# The float32 below one half: adding it and truncating rounds halves up and never lifts 0.49999997 to 1.
+_HALF_ROUNDED_DOWN = np.float32(0.49999997)
+
+
+@inlined
+def maximum_codes(codes, at, groups):
+    """Row maxima over codes (groups, W) of four keys per lane: the two vectors of maxima, repeated in all bytes."""
+    m0 = splat(LOWEST_CODES)
+    m1 = splat(LOWEST_CODES)
+    for g in range(groups):
+        m0 = larger_bytes(m0, load(codes, at + g * WIDTH))
+        m1 = larger_bytes(m1, load(codes, at + g * WIDTH + LANES))
+    return spread_maximum(m0), spread_maximum(m1)
+
+
+@inlined
+def spread_maximum(m):
+    """The largest of a lane's four signed bytes, in all four."""
+    m = larger_bytes(m, shift_right_logical(m, splat(np.int32(16))) | (m << splat(np.int32(16))))
+    return larger_bytes(m, shift_right_logical(m, splat(np.int32(8))) | (m << splat(np.int32(24))))
+
+
+@inlined
+def _kept(value, mask, shift):
+    """value where byte `shift / 8` of mask is set, else 0 (the bits of a float32 zero too)."""
+    return value & ((mask << splat(np.int32(24 - shift))) >> splat(np.int32(24)))
+
+
+def softmax_codes(table, fixed, codes, at, groups, masks, at_masks, masked, values, at_values, rows, at_rows):
+    """codes (groups, W) of scores, in place, to bytes of probabilities as the product with V wants them.
+
+    table   (256,) float32 for lut_f32, int32 for lut_u16 and (fixed != 0) for fixed
+    masks   (groups, W) bytes 0 or 255; a key whose byte is 0 is not there
+    values  scratch (4 groups, W) of 32 bits; rows: scratch (2, W)
+    """
+    raise NotImplementedError("compiled only")
+
+
+@inlined
+def _float_pass(table, codes, at, groups, masks, at_masks, masked, values, at_values, m0, m1):
+    s0 = splat(np.float32(0))
+    s1 = splat(np.float32(0))
+    byte = splat(_BYTE)
+    for g in range(groups):
+        d0 = subtract_bytes(m0, load(codes, at + g * WIDTH))
+        d1 = subtract_bytes(m1, load(codes, at + g * WIDTH + LANES))
+        for j in range(4):
+            e0 = gather(table, d0 & byte)
+            e1 = gather(table, d1 & byte)
+            d0 = shift_right_logical(d0, splat(np.int32(8)))
+            d1 = shift_right_logical(d1, splat(np.int32(8)))
+            if masked:
+                k0 = load(masks, at_masks + g * WIDTH) << splat(np.int32(24 - 8 * j))
+                k1 = load(masks, at_masks + g * WIDTH + LANES) << splat(np.int32(24 - 8 * j))
+                e0 = float_of_bits(bits_of(e0) & (k0 >> splat(np.int32(24))))
+                e1 = float_of_bits(bits_of(e1) & (k1 >> splat(np.int32(24))))
+            s0 = s0 + e0
+            s1 = s1 + e1
+            store(values, at_values + (4 * g + j) * WIDTH, e0)
+            store(values, at_values + (4 * g + j) * WIDTH + LANES, e1)
+    return s0, s1
+
+
+@inlined
+def _softmax_lut_f32(table, codes, at, groups, masks, at_masks, masked, values, at_values):
+    m0, m1 = maximum_codes(codes, at, groups)
+    if masked:
+        s0, s1 = _float_pass(table, codes, at, groups, masks, at_masks, True, values, at_values, m0, m1)
+    else:
+        s0, s1 = _float_pass(table, codes, at, groups, masks, at_masks, False, values, at_values, m0, m1)
+    half = splat(_HALF_ROUNDED_DOWN)
+    for c in range(2):
+        inverse = splat(_ONE) / ((s0 if c == 0 else s1) * splat(_TO_PROBABILITY))
+        if masked:  # an empty row has sum 0: its values are 0, and so must be the probabilities
+            empty = (s0 if c == 0 else s1) == splat(np.float32(0))
+            inverse = _zero_where(empty, inverse)
+        for g in range(groups):
+            v = at_values + 4 * g * WIDTH + c * LANES
+            p0 = truncate(load(values, v) * inverse + half)
+            p1 = truncate(load(values, v + WIDTH) * inverse + half)
+            p2 = truncate(load(values, v + 2 * WIDTH) * inverse + half)
+            p3 = truncate(load(values, v + 3 * WIDTH) * inverse + half)
+            store(codes, at + g * WIDTH + c * LANES,
+                  pack_bytes(p0, p1, p2, p3, np.int32(-128)) ^ splat(PROBABILITY_FLIP))
+
+
+@inlined
+def _zero_where(mask, v):
+    return select(mask, splat(np.float32(0)), v)
+
+
+@inlined
+def reciprocal_fixed(total):
+    """gemmlowp GetReciprocal of a Q12.19 sum: (scale Q0.31, shift), scale * 2**-shift = 1 / total."""
+    zeros = 0
+    while zeros < 32 and (total << zeros) & (1 << 31) == 0:
+        zeros += 1
+    x = (total << zeros) - (1 << 31)
+    half = (x + 2147483647 + 1) >> 1  # Q0.31: (x + 1) / 2 rounded
+    r = 1515870810 + ((half * -1010580540 + (1 << 30)) >> 31)  # Q2.29: 48/17 - 32/17 half
+    for _ in range(3):
+        product = (half * r + (1 << 30)) >> 31
+        correction = (r * ((1 << 29) - product) + (1 << 30)) >> 31
+        r = r + correction * 4
+    return min(r * 2, 2147483647), 12 - zeros + 31 - 8
+
+
+@inlined
+def _integer_value(table, fixed, d):
+    return gather(table, d & splat(_BYTE))
+
+
+@inlined
+def _softmax_integer(table, fixed, codes, at, groups, masks, at_masks, masked, values, at_values, rows, at_rows):
+    m0, m1 = maximum_codes(codes, at, groups)
+    for c in range(2):
+        total = splat(np.int32(0))
+        m = m0 if c == 0 else m1
+        # 1. values and their sum
+        for g in range(groups):
+            d = subtract_bytes(m, load(codes, at + g * WIDTH + c * LANES))
+            for j in range(4):
+                e = gather(table, d & splat(_BYTE))
+                d = shift_right_logical(d, splat(np.int32(8)))
+                if masked:
+                    e = _kept(e, load(masks, at_masks + g * WIDTH + c * LANES), 8 * j)
+                store(values, at_values + (4 * g + j) * WIDTH + c * LANES, e)
+                if fixed:
+                    e = divide_by_power(e, splat(np.int32(12)))
+                total = total + e
+        # 2. multiplier and right shift of each row
+        if fixed:
+            store(rows, at_rows, total)
+            for l in range(LANES):
+                scale, shift = reciprocal_fixed(np.int64(rows[at_rows + l]))
+                rows[at_rows + l] = scale
+                rows[at_rows + WIDTH + l] = min(shift, 31)
+            q, right = load(rows, at_rows), load(rows, at_rows + WIDTH)
+        else:
+            bits = bits_of(splat(_ONE) / (to_float(total) * splat(_TO_PROBABILITY)))
+            q = ((bits & splat(np.int32(0x7FFFFF))) | splat(np.int32(0x800000))) << splat(np.int32(7))
+            right = splat(np.int32(126)) - (bits >> splat(np.int32(23)))
+            right = _clamp_shift(right)
+        # 3. probabilities
+        for g in range(groups):
+            v = at_values + 4 * g * WIDTH + c * LANES
+            p0 = divide_by_power(narrow(doubling_high(load(values, v), q)), right)
+            p1 = divide_by_power(narrow(doubling_high(load(values, v + WIDTH), q)), right)
+            p2 = divide_by_power(narrow(doubling_high(load(values, v + 2 * WIDTH), q)), right)
+            p3 = divide_by_power(narrow(doubling_high(load(values, v + 3 * WIDTH), q)), right)
+            store(codes, at + g * WIDTH + c * LANES,
+                  pack_bytes(p0, p1, p2, p3, np.int32(-128)) ^ splat(PROBABILITY_FLIP))
+
+
+@inlined
+def _clamp_shift(shift):
+    """Shifts into 0..31: only the row of an empty sum, whose values are all 0, lies outside."""
+    return smaller(larger(shift, splat(np.int32(0))), splat(np.int32(31)))
+
+
+
+
+@overload(softmax_codes)
+def _softmax_codes(table, fixed, codes, at, groups, masks, at_masks, masked, values, at_values, rows, at_rows):
+    if table.dtype == types.float32:
+        def run(table, fixed, codes, at, groups, masks, at_masks, masked, values, at_values, rows, at_rows):
+            _softmax_lut_f32(table, codes, at, groups, masks, at_masks, masked, values.view(np.float32), at_values)
+    else:
+        def run(table, fixed, codes, at, groups, masks, at_masks, masked, values, at_values, rows, at_rows):
+            _softmax_integer(table, fixed, codes, at, groups, masks, at_masks, masked, values, at_values, rows,
+                             at_rows)
+    return run

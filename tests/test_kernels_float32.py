@@ -1,0 +1,116 @@
+"""The float32 and dynamic kernels against float64."""
+import numpy as np
+import oracle_kernels as oracle
+import pytest
+
+from edgeattn.cpu.decode import decode
+from edgeattn.cpu.functional_float32 import attention
+from edgeattn.cpu.layer_dynamic import DynamicLayer
+from edgeattn.cpu.layer_float32 import FloatLayer
+
+# B, L, S, E, H, Hkv, D, Dv, Eo: lengths around the tile and the query block, odd sizes, D != Dv, L != S
+SHAPES = [(1, 32, 32, 64, 4, 4, 16, 16, 64), (2, 33, 9, 24, 3, 3, 8, 8, 24), (1, 7, 70, 20, 4, 2, 5, 3, 11),
+          (1, 1, 1, 16, 1, 1, 16, 16, 16), (1, 31, 300, 64, 8, 2, 8, 4, 64), (1, 130, 130, 96, 4, 4, 24, 40, 70)]
+
+
+def make_layer(rng, E, H, Hkv, D, Dv, Eo):
+    def weight(*shape):
+        return (rng.standard_normal(shape) / np.sqrt(shape[-1])).astype(np.float32)
+    return (weight(H * D, E), weight(Hkv * D, E), weight(Hkv * Dv, E), weight(Eo, H * Dv),
+            *(rng.standard_normal(n).astype(np.float32) for n in (H * D, Hkv * D, Hkv * Dv, Eo)))
+
+
+def mask_cases(rng, B, H, L, S):
+    keep = rng.random((B, 1, L, S)) > 0.4
+    keep[:, :, 0] = False
+    bias = rng.standard_normal((H, L, S)).astype(np.float32)
+    yield {}
+    yield dict(keep=keep)
+    yield dict(keep=np.ascontiguousarray(keep[:, :, -1:]))
+    yield dict(bias=bias)
+    yield dict(bias=bias[0])
+    yield dict(band=(-10**6, S - L))
+    yield dict(band=(-3, 2))
+    yield dict(keep=keep, bias=bias, band=(-50, 10))
+    yield dict(band=(S, S + 3))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_float_layer(shape):
+    B, L, S, E, H, Hkv, D, Dv, Eo = shape
+    rng = np.random.default_rng(L)
+    weights = make_layer(rng, E, H, Hkv, D, Dv, Eo)
+    layer = FloatLayer(H, Hkv, *weights, D ** -0.5)
+    x = [rng.standard_normal((B, n, E)).astype(np.float32) for n in (L, S, S)]
+    for masks in mask_cases(rng, B, H, L, S):
+        around = np.full((B + 2, L, Eo), 77, np.float32)
+        layer(*x, around[1:-1], **masks)
+        np.testing.assert_allclose(around[1:-1], oracle.layer(*x, weights, H, Hkv, **masks), atol=3e-6)
+        assert (around[0] == 77).all() and (around[-1] == 77).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_dynamic_layer(shape):
+    B, L, S, E, H, Hkv, D, Dv, Eo = shape
+    rng = np.random.default_rng(L)
+    weights = make_layer(rng, E, H, Hkv, D, Dv, Eo)
+    layer = DynamicLayer(H, Hkv, *weights, D ** -0.5)
+    x = [rng.standard_normal((B, n, E)).astype(np.float32) for n in (L, S, S)]
+    for masks in mask_cases(rng, B, H, L, S):
+        got = layer(*x, np.zeros((B, L, Eo), np.float32), **masks)
+        want = oracle.layer(*x, weights, H, Hkv, **masks)
+        # Three roundings to 8 bits in a row, each at most half a step of 1/127 of its row's largest value.
+        assert np.sqrt(((got - want) ** 2).mean() / (want ** 2).mean()) < 0.03
+
+
+@pytest.mark.parametrize("kind", [FloatLayer, DynamicLayer])
+def test_nan_stays_behind_the_mask_and_shows_before_it(kind):
+    rng = np.random.default_rng(3)
+    weights = make_layer(rng, 24, 3, 3, 8, 8, 24)
+    layer = kind(3, 3, *weights, 8 ** -0.5)
+    x = rng.standard_normal((1, 37, 24)).astype(np.float32)
+    broken = x.copy()
+    broken[0, 5] = np.nan
+    keep = np.ones((1, 1, 1, 37), bool)
+    keep[..., 5] = False
+    hidden = layer(x, broken, broken, np.zeros_like(x), keep=keep)
+    assert np.isfinite(hidden).all()
+    if kind is FloatLayer:
+        np.testing.assert_allclose(hidden, layer(x, x, x, np.zeros_like(x), keep=keep), atol=3e-6)
+    causal = layer(x, broken, broken, np.zeros_like(x), band=(-100, 0))
+    assert np.isfinite(causal[0, :5]).all() and np.isnan(causal[0, 5:]).all()
+    assert np.isnan(layer(x, broken, broken, np.zeros_like(x))).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES + [(1, 3, 700, 8, 2, 1, 64, 64, 8)], ids=str)
+def test_attention_on_given_arrays(shape):
+    B, L, S, _, H, Hkv, D, Dv, _ = shape
+    rng = np.random.default_rng(S)
+    q = rng.standard_normal((B, L, H, D)).astype(np.float32).transpose(0, 2, 1, 3)
+    k = rng.standard_normal((B, Hkv, S, D)).astype(np.float32)
+    v = rng.standard_normal((B, S, Hkv, Dv)).astype(np.float32).transpose(0, 2, 1, 3)
+    cases = list(mask_cases(rng, B, H, L, S)) + [dict(softcap=2.0), dict(softcap=3.0, band=(-20, 0)),
+                                                 dict(lengths=np.arange(B, dtype=np.int64) * 3)]
+    for masks in cases:
+        around = np.full((B, L, H + 2, Dv), 77, np.float32)
+        out = around.transpose(0, 2, 1, 3)[:, 1:-1]
+        attention(q, k, v, out, D ** -0.5, **masks)
+        np.testing.assert_allclose(out, oracle.attention(q, k, v, D ** -0.5, **masks), atol=3e-6)
+        assert (around[:, :, 0] == 77).all() and (around[:, :, -1] == 77).all()
+
+
+@pytest.mark.parametrize("D, Dv", [(16, 16), (64, 64), (5, 3), (72, 100)])
+@pytest.mark.parametrize("S", [1, 15, 256, 700])
+def test_decode(S, D, Dv):
+    rng = np.random.default_rng(S)
+    q = rng.standard_normal((2, 6, D)).astype(np.float32)
+    k = rng.standard_normal((2, 3, S, D)).astype(np.float32)
+    v = rng.standard_normal((2, 3, S, Dv)).astype(np.float32)
+    for options in ({}, dict(softcap=2.0), dict(lengths=np.array([S, S // 2], np.int64))):
+        out = decode(q, k, v, np.full((2, 6, Dv), 9, np.float32), D ** -0.5, **options)
+        np.testing.assert_allclose(out, oracle.attention(q[:, :, None], k, v, D ** -0.5, **options)[:, :, 0], atol=3e-6)
+    scales = [np.abs(a).max(-1) / np.float32(127) for a in (k, v)]
+    codes = [np.rint(a / s[..., None]).astype(np.int8) for a, s in zip((k, v), scales)]
+    out = decode(q, *codes, np.zeros((2, 6, Dv), np.float32), D ** -0.5, k_scale=scales[0], v_scale=scales[1])
+    back = [c * s[..., None] for c, s in zip(codes, scales)]
+    np.testing.assert_allclose(out, oracle.attention(q[:, :, None], *back, D ** -0.5)[:, :, 0], atol=3e-6)

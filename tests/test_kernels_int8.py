@@ -1,0 +1,121 @@
+"""The static int8 layer kernel against operator-by-operator integer arithmetic: equality, always."""
+import numpy as np
+import oracle_kernels as oracle
+import pytest
+
+from edgeattn.cpu.layer_int8 import StaticLayer, exponentials_float32
+from edgeattn.cpu.requantize import RULES, encode
+from edgeattn.cpu.simd import LANES
+
+RULE_SETS = [("float_rne", "float_rne", "float_rne", "lut_f32"), ("ruy", "double", "double", "lut_f32"),
+             ("ruy", "ruy", "ruy", "lut_f32"), ("float64", "double", "double", "fixed"),
+             ("double", "double", "double", "fixed"), ("float_rne", "float_rne", "double", "lut_u16")]
+
+
+def softmax_table(rule, scale):
+    if rule == "lut_f32":
+        return exponentials_float32(scale)
+    step = np.exp(-np.float64(scale) * np.arange(256))
+    if rule == "lut_u16":
+        return np.minimum(step * 65535 + 0.5, 65535).astype(np.int32)
+    return np.minimum(np.rint(step * 2.0**31), 2**31 - 1).astype(np.int32)
+
+
+def make_layer(rng, heads, E, D, Dv, Eo, zero_points, rules, softmax):
+    """A random layer whose codes use their whole range."""
+    linears, tensors = {}, {"probabilities": (np.float32(1 / 256), -128)}
+    for name, z in zero_points.items():
+        tensors[name] = (np.float32(rng.uniform(0.01, 0.03)), z)
+    for name, out, depth in (("query", heads * D, E), ("key", heads * D, E), ("value", heads * Dv, E),
+                             ("output", Eo, heads * Dv)):
+        ws = rng.uniform(0.5, 1.5, out).astype(np.float32) / np.float32(60 * np.sqrt(depth))
+        linears[name] = (rng.integers(-127, 128, (out, depth)).astype(np.int8), ws,
+                         rng.integers(-2000, 2000, out).astype(np.int32))
+    q, k = tensors["query"][0], tensors["key"][0]
+    tensors["scores"] = (np.float32(q * k * 50 * np.sqrt(D)), zero_points["scores"])
+    table = softmax_table(softmax, rng.uniform(0.02, 0.15))
+    layer = StaticLayer(heads, linears, tensors, *rules, table, fixed=softmax == "fixed")
+    return layer, linears, tensors, table
+
+
+SYMMETRIC = dict(query_input=3, key_input=-7, value_input=0, query=-4, key=0, value=0, scores=21, context=5, output=-9)
+ASYMMETRIC = dict(SYMMETRIC, key=11, value=-23)
+SHAPES = [(1, 1, 1, 4, 4, 1, 1, 3), (2, 5, 9, 7, 8, 2, 5, 6), (1, 33, 31, 20, 24, 3, 8, 12), (1, 40, 70, 33, 16, 2, 20, 40),
+          (1, 45, 37, 64, 16, 4, 16, 64)]  # the last: whole groups for the matrix unit
+
+
+def run(layer, linears, tensors, table, heads, rules, softmax, x, **masks):
+    out = np.full((x[0].shape[0], x[0].shape[1], layer.output_dim), 99, np.int8)
+    layer(*x, out, **masks)
+    want = oracle.static_layer(*x, heads, linears, tensors, rules, softmax, table, **masks)
+    np.testing.assert_array_equal(out, want)
+
+
+@pytest.mark.parametrize("zero_points", [SYMMETRIC, ASYMMETRIC], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("rules", RULE_SETS, ids="-".join)
+def test_every_rule_set_equals_integer_arithmetic(rules, zero_points):
+    rng = np.random.default_rng(5)
+    for B, L, S, E, D, heads, Dv, Eo in SHAPES:
+        layer, *parts = make_layer(rng, heads, E, D, Dv, Eo, zero_points, rules[:3], rules[3])
+        x = [rng.integers(-128, 128, (B, n, E)).astype(np.int8) for n in (L, S, S)]
+        run(layer, *parts, heads, rules[:3], rules[3], x)
+
+
+@pytest.mark.parametrize("softmax", ["lut_f32", "lut_u16", "fixed"])
+def test_a_dropped_key_is_not_there(softmax):
+    rng = np.random.default_rng(6)
+    rules = ("double", "double", "double") if softmax == "fixed" else ("float_rne",) * 3
+    for B, L, S, E, D, heads, Dv, Eo in SHAPES:
+        layer, *parts = make_layer(rng, heads, E, D, Dv, Eo, ASYMMETRIC, rules, softmax)
+        x = [rng.integers(-128, 128, (B, n, E)).astype(np.int8) for n in (L, S, S)]
+        keep = rng.random((B, heads, L, S)) > 0.5
+        keep[:, :, 0] = False
+        for masks in (dict(keep=keep), dict(keep=keep[:, :1]), dict(keep=keep[0, 0, :1]), dict(band=(-S, 0)),
+                      dict(band=(-2, 1)), dict(keep=keep[:, 0, :, :][:, None], band=(-5, 3)), dict(band=(S, S + 5))):
+            run(layer, *parts, heads, rules, softmax, x, **{
+                n: np.ascontiguousarray(m) if n == "keep" else m for n, m in masks.items()})
+
+
+def test_score_tables():
+    rng = np.random.default_rng(7)
+    rules = ("float_rne",) * 3
+    for B, L, S, E, D, heads, Dv, Eo in SHAPES:
+        layer, *parts = make_layer(rng, heads, E, D, Dv, Eo, SYMMETRIC, rules, "lut_f32")
+        x = [rng.integers(-128, 128, (B, n, E)).astype(np.int8) for n in (L, S, S)]
+        tables = rng.integers(-128, 128, (3, 256)).astype(np.int8)
+        classes = rng.integers(0, 3, (B, 1, L, S)).astype(np.uint8)
+        run(layer, *parts, heads, rules, "lut_f32", x, tables=tables)
+        run(layer, *parts, heads, rules, "lut_f32", x, tables=tables, classes=classes)
+
+
+def test_inputs_are_not_modified_and_sentinels_stay():
+    rng = np.random.default_rng(8)
+    layer, *_ = make_layer(rng, 2, 12, 8, 8, 10, SYMMETRIC, ("float_rne",) * 3, "lut_f32")
+    x = rng.integers(-128, 128, (1, 13, 12)).astype(np.int8)
+    x.flags.writeable = False
+    around = np.full((3, 13, 10), 77, np.int8)
+    layer(x, x, x, around[1:2])
+    assert (around[0] == 77).all() and (around[2] == 77).all()
+
+
+EDGES = [0, 1, -1, 2, -2, 127, -128, 2**15, -2**15, 2**20 + 1, -2**20 - 1, 2**24 + 1, -2**24 - 1, 2**30, -2**30]
+
+
+@pytest.mark.parametrize("name", sorted(RULES))
+def test_vector_rule_equals_the_rule_on_python_integers(name):
+    from kernels_under_test import apply_rule
+    rng = np.random.default_rng(9)
+    for m in (0.0003, 0.5, 0.25, 0.999999, 1.0, 2.0**-10, 1.5 * 2.0**-8, 0.0078125):
+        values = EDGES + [int(v) for v in rng.integers(-2**22, 2**22, 100)]
+        values += [s * (int((n + 0.5) / m) + d) for n in range(8) for d in (-1, 0, 1) for s in (1, -1)]
+        values = [v for v in values if abs(v * m) < 2**30 and abs(v) < 2**31]
+        values += [0] * (-len(values) % LANES)
+        acc = np.array(values, np.int32)
+        got = np.empty_like(acc)
+        apply_rule(RULES[name], acc, encode(name, [m] * LANES).ravel(), got)
+        scale = np.float32(m) if name == "float_rne" else np.float64(m)
+        if name in ("float_rne", "float64"):
+            want = [getattr(oracle, "rule_" + name)(v, scale) for v in values]
+        else:
+            want = [getattr(oracle, "rule_" + name)(v, *oracle.quantize_multiplier(scale)) for v in values]
+        np.testing.assert_array_equal(got, want)

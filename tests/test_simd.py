@@ -1,0 +1,188 @@
+"""Every vector and tile operation against its meaning as a plain loop."""
+import numpy as np
+import pytest
+from numba import njit
+
+from edgeattn.cpu import isa, simd, softmax
+from edgeattn.cpu.simd import COLUMNS, LANES, OFFSET, ROWS, WIDTH
+
+N = LANES
+
+
+@njit(error_model="numpy")
+def _arithmetic(a, b, out):
+    x, y = simd.load(a, 0), simd.load(b, 0)
+    simd.store(out, 0, x + y)
+    simd.store(out, N, x - y)
+    simd.store(out, 2 * N, x * y)
+    simd.store(out, 3 * N, simd.larger(x, y))
+    simd.store(out, 4 * N, simd.select(x > y, y, x))
+    simd.store(out, 5 * N, simd.select(x <= y, x, simd.splat(a[0])))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_arithmetic(dtype):
+    rng = np.random.default_rng(0)
+    a, b = (rng.integers(-1000, 1000, N).astype(dtype) for _ in range(2))
+    b[0] = a[0]
+    out = np.zeros(6 * N, dtype)
+    _arithmetic(a, b, out)
+    for l in range(N):
+        want = (a[l] + b[l], a[l] - b[l], a[l] * b[l], a[l] if a[l] > b[l] else b[l], b[l] if a[l] > b[l] else a[l],
+                a[l] if a[l] <= b[l] else a[0])
+        assert tuple(out[l::N]) == want
+
+
+@njit(error_model="numpy")
+def _larger(a, b, out):
+    simd.store(out, 0, simd.larger(simd.load(a, 0), simd.load(b, 0)))
+
+
+def test_larger_keeps_a_nan_on_its_right():
+    out = np.zeros(N, np.float32)
+    _larger(np.zeros(N, np.float32), np.full(N, np.nan, np.float32), out)
+    assert np.isnan(out).all()
+
+
+@njit(error_model="numpy")
+def _bits(a, out):
+    x = simd.load(a, 0)
+    four = simd.splat(np.int32(4))
+    simd.store(out, 0, x << four)
+    simd.store(out, N, x >> four)
+    simd.store(out, 2 * N, simd.shift_right_logical(x, four))
+    simd.store(out, 3 * N, (x & four) | (x ^ four))
+    simd.store(out, 4 * N, simd.smaller(x, four))
+    simd.store(out, 5 * N, x + simd.lane_index())
+
+
+def test_integer_bits():
+    a = np.random.default_rng(1).integers(-2**31, 2**31, N).astype(np.int32)
+    out = np.zeros(6 * N, np.int32)
+    _bits(a, out)
+    for l, v in enumerate(a.tolist()):
+        want = [v << 4, v >> 4, (v % 2**32) >> 4, (v & 4) | (v ^ 4), min(v, 4), v + l]
+        assert out[l::N].tolist() == [(w + 2**31) % 2**32 - 2**31 for w in want]
+
+
+@njit(error_model="numpy")
+def _convert(a, rounded, cut):
+    simd.store(rounded, 0, simd.round_to_int(simd.load(a, 0)))
+    simd.store(cut, 0, simd.truncate(simd.load(a, 0)))
+
+
+def test_rounding_to_integers():
+    values = np.array([0.5, 1.5, 2.5, -0.5, -1.5, 0.49999997, -2.5, 1e6 + 0.5, 3.7, -3.7, 0, -0.0, 7, 8, 9.5, 10.5], np.float32)
+    for start in range(0, 16, N):
+        a = values[start:start + N].copy()
+        rounded, cut = np.zeros(N, np.int32), np.zeros(N, np.int32)
+        _convert(a, rounded, cut)
+        assert rounded.tolist() == np.rint(a).tolist() and cut.tolist() == np.trunc(a).tolist()
+
+
+@njit(error_model="numpy")
+def _bytes(a, packed, biggest, difference, sums, u, s):
+    simd.store(packed, 0, simd.pack_bytes(simd.load(a, 0), simd.load(a, N), simd.load(a, 2 * N), simd.load(a, 3 * N),
+                                          np.int32(-3)))
+    simd.store(biggest, 0, simd.larger_bytes(simd.load(u, 0), simd.load(s, 0)))
+    simd.store(difference, 0, simd.subtract_bytes(simd.load(u, 0), simd.load(s, 0)))
+    simd.store(sums, 0, simd.dot_bytes(simd.load(a, 0), simd.load(u, 0), simd.load(s, 0)))
+
+
+def test_bytes_in_lanes():
+    rng = np.random.default_rng(2)
+    a = rng.integers(-400, 400, 4 * N).astype(np.int32)
+    a[:4] = [2**31 - 1, -2**31, 40000, -40000]
+    u = rng.integers(0, 256, (N, 4)).astype(np.uint8)
+    s = rng.integers(-128, 128, (N, 4)).astype(np.int8)
+    u[0], s[0] = 255, -128  # the largest products: an instruction that saturates pairs would show
+    packed, biggest, difference, sums = (np.zeros(N, np.int32) for _ in range(4))
+    _bytes(a, packed, biggest, difference, sums, u.view(np.int32).ravel(), s.view(np.int32).ravel())
+    for l in range(N):
+        for j in range(4):
+            v = min(max(int(a[j * N + l]), -2**15), 2**15 - 1) - 3
+            assert packed.view(np.int8).reshape(N, 4)[l, j] == min(max(v, -128), 127)
+            assert biggest.view(np.int8).reshape(N, 4)[l, j] == max(u.view(np.int8)[l, j], s[l, j])
+            assert difference.view(np.uint8).reshape(N, 4)[l, j] == (int(u[l, j]) - int(s[l, j])) % 256
+        left = u[l].astype(int) if OFFSET else u.view(np.int8)[l].astype(int)
+        total = int(a[l]) + int(left @ s[l].astype(int))
+        assert sums[l] == (total + 2**31) % 2**32 - 2**31
+
+
+@njit(error_model="numpy")
+def _product(a, b, out, depth, zero):
+    tile = simd.tile_zero(ROWS, COLUMNS, zero)
+    for k in range(depth):
+        tile = simd.rank_one(tile, a, k, depth, b, k * WIDTH)
+    simd.tile_store(tile, out, 0, WIDTH, N)
+
+
+def test_tile_of_floats_multiplies():
+    rng = np.random.default_rng(3)
+    a, b = (rng.integers(-9, 9, s).astype(np.float32) for s in ((ROWS, 7), (7, WIDTH)))
+    out = np.zeros((ROWS, WIDTH), np.float32)
+    _product(a.ravel(), b.ravel(), out.ravel(), 7, out.ravel())
+    np.testing.assert_array_equal(out, a @ b)
+
+
+@pytest.mark.parametrize("unsigned_rows", [True, False])
+def test_tile_of_bytes_multiplies(unsigned_rows):
+    rng = np.random.default_rng(4)
+    low, high = (0, 256) if OFFSET else (-128, 128)
+    u_type = np.uint8 if OFFSET else np.int8
+    ranges = [(low, high, u_type), (-128, 128, np.int8)]
+    (al, ah, at), (bl, bh, bt) = ranges if unsigned_rows else ranges[::-1]
+    a = rng.integers(al, ah, (ROWS, 5, 4)).astype(at)
+    b = rng.integers(bl, bh, (5, WIDTH, 4)).astype(bt)
+    views = (np.uint32, np.int32) if unsigned_rows else (np.int32, np.uint32)
+    out = np.zeros((ROWS, WIDTH), np.int32)
+    _product(a.view(views[0]).ravel(), b.view(views[1]).ravel(), out.ravel(), 5, out.ravel())
+    np.testing.assert_array_equal(out, np.einsum("rkj,kwj->rw", a.astype(int), b.astype(int)))
+
+
+@njit(error_model="numpy")
+def _transpose(a, out):
+    simd.transpose_block(a, 1, N + 2, out, 2, N + 1)
+
+
+def test_transpose_block():
+    a = np.arange((N + 2) * (N + 2), dtype=np.float32)
+    out = np.full((N + 2) * (N + 2), -1, np.float32)
+    _transpose(a, out)
+    want = np.full_like(out, -1)
+    for i in range(N):
+        for j in range(N):
+            want[2 + j * (N + 1) + i] = a[1 + i * (N + 2) + j]
+    np.testing.assert_array_equal(out, want)
+
+
+@njit(error_model="numpy")
+def _functions(x, powers, tanhs, reductions):
+    for i in range(0, x.size, N):
+        v = simd.load(x, i)
+        simd.store(powers, i, softmax.exp2(v))
+        simd.store(tanhs, i, softmax.tanh(v))
+    v = simd.load(x, 0)
+    reductions[0], reductions[1] = simd.sum_lanes(v), simd.max_lanes(v)
+
+
+def test_exponential_and_tanh():
+    x = np.concatenate([np.linspace(-126, 10, 4096), np.linspace(-2, 2, 4096)]).astype(np.float32)
+    powers, tanhs, reductions = np.zeros_like(x), np.zeros_like(x), np.zeros(2, np.float32)
+    _functions(x, powers, tanhs, reductions)
+    exact = np.exp2(x.astype(np.float64))
+    assert (np.abs(powers - exact) / exact).max() < 2.5e-7  # 9.2e-8 of the polynomial and its roundings
+    np.testing.assert_allclose(tanhs, np.tanh(x.astype(np.float64)), rtol=4e-7)
+    assert abs(reductions[0] - x[:N].astype(np.float64).sum()) < 1e-2 and reductions[1] == x[:N].max()
+    edges = np.resize(np.array([np.nan, -np.inf, -200], np.float32), N * 3)
+    out = np.zeros_like(edges)
+    _functions(edges, out, np.zeros_like(edges), reductions)
+    assert np.isnan(out[0]) and out[1] == out[2] == np.float32(2.0**-126)
+
+
+def test_a_forced_instruction_set_must_exist_and_be_executable():
+    assert isa.choose("generic", []).name == "generic"
+    assert isa.choose(None, ["avx2", "fma"]).name == "avx2"
+    assert isa.choose("", ["neon", "dotprod"]).name == "neondot"
+    with pytest.raises(ValueError, match="EDGEATTN_ISA must be one of avx2, generic on this CPU, got 'neon'"):
+        isa.choose("neon", ["avx2", "fma"])

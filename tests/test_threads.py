@@ -1,0 +1,105 @@
+"""Threads, scratch memory, the kernel cache and what importing costs."""
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+from edgeattn import threads
+from edgeattn.cpu.layer_float32 import FloatLayer
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+@pytest.fixture(autouse=True)
+def one_thread_afterwards():
+    yield
+    threads.set_num_threads(1)
+
+
+def make(E=64, H=4):
+    rng = np.random.default_rng(0)
+    weights = [rng.standard_normal((E, E)).astype(np.float32) / 8 for _ in range(4)] + [None] * 4
+    return FloatLayer(H, H, *weights, 0.25), rng
+
+
+def test_two_threads_give_the_same_bits():
+    layer, rng = make()
+    x = rng.standard_normal((2, 301, 64)).astype(np.float32)
+    alone = layer(x, x, x, np.zeros_like(x), band=(-100, 3))
+    threads.set_num_threads(2)
+    np.testing.assert_array_equal(layer(x, x, x, np.zeros_like(x), band=(-100, 3)), alone)
+
+
+def test_concurrent_callers():
+    layer, rng = make()
+    inputs = [rng.standard_normal((1, 200 + i, 64)).astype(np.float32) for i in range(6)]
+    want = [layer(x, x, x, np.zeros_like(x)) for x in inputs]
+    threads.set_num_threads(2)
+    wrong = []
+
+    def caller(i):
+        for _ in range(20):
+            if not np.array_equal(layer(inputs[i], inputs[i], inputs[i], np.zeros_like(inputs[i])), want[i]):
+                wrong.append(i)
+    workers = [threading.Thread(target=caller, args=(i,)) for i in range(6)]
+    for worker in workers:
+        worker.start()
+    for i in range(1, 20):
+        threads.set_num_threads(1 + i % 3)
+    for worker in workers:
+        worker.join()
+    assert wrong == []
+
+
+def test_a_forked_child_computes():
+    layer, rng = make()
+    x = rng.standard_normal((1, 301, 64)).astype(np.float32)
+    threads.set_num_threads(2)
+    want = layer(x, x, x, np.zeros_like(x))
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if np.array_equal(layer(x, x, x, np.zeros_like(x)), want) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize("n, error, message", [(0, ValueError, "n must be at least 1, got 0"),
+                                               (1.5, TypeError, "n must be an int, got float"),
+                                               (True, TypeError, "n must be an int, got bool")])
+def test_thread_count_is_checked(n, error, message):
+    with pytest.raises(error, match=message):
+        threads.set_num_threads(n)
+
+
+PROGRAM = """
+import numpy as np
+from edgeattn.cpu import fused, fused_int8
+from edgeattn.cpu.layer_float32 import FloatLayer
+from edgeattn.cpu.layer_int8 import StaticLayer, exponentials_float32
+assert not fused.layer_float32.signatures and not fused_int8.layer_int8.signatures, "importing compiled a kernel"
+w = np.eye(16, dtype=np.float32)
+x = np.ones((1, 3, 16), np.float32)
+FloatLayer(2, 2, w, w, w, w, None, None, None, None, 0.5)(x, x, x, np.zeros_like(x))
+linear = (np.eye(16, dtype=np.int8), np.full(16, 0.02, np.float32), None)
+names = "query_input key_input value_input query key value scores probabilities context output".split()
+layer = StaticLayer(2, dict.fromkeys(("query", "key", "value", "output"), linear), dict.fromkeys(names, (0.02, 0)),
+                    "float_rne", "float_rne", "float_rne", exponentials_float32(0.02))
+y = np.ones((1, 3, 16), np.int8)
+layer(y, y, y, np.zeros_like(y))
+print(*(f"{sum(k.stats.cache_hits.values())}/{sum(k.stats.cache_misses.values())}"
+        for k in (fused.layer_float32, fused_int8.layer_int8)))
+"""
+
+
+def run_program(**environment):
+    done = subprocess.run([sys.executable, "-W", "error", "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, **environment})
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_the_second_process_compiles_nothing(tmp_path):
+    assert run_program(NUMBA_CACHE_DIR=str(tmp_path)) == ["0/1", "0/1"]
+    assert run_program(NUMBA_CACHE_DIR=str(tmp_path)) == ["1/0", "1/0"]
