@@ -14,33 +14,48 @@ import pathlib
 import sys
 
 import numba
+from numba import types
 from numba.core import caching
+
+from edgeattn.isa import ISA
 
 _PACKAGE = pathlib.Path(__file__).resolve().parent
 
 
-def jit(function=None, *, inline="never"):
+def jit(function):
     """Compile a kernel on its first call: releases the GIL, divides as NumPy does, cached on disk.
 
     Parameters
     ----------
     function : callable
         The kernel, a function at module level.
-    inline : {"never", "always"}
-        "always" pastes a small helper into its callers, as in ``numba.njit``.
 
     Returns
     -------
     callable
-        Numba's dispatcher, or `function` itself under ``NUMBA_DISABLE_JIT=1``. Used as ``@jit`` or
-        ``@jit(inline="always")``.
+        Numba's dispatcher, or `function` itself under ``NUMBA_DISABLE_JIT=1``.
     """
-    if function is None:
-        return functools.partial(jit, inline=inline)
-    dispatcher = numba.njit(function, nogil=True, error_model="numpy", inline=inline)
+    dispatcher = numba.njit(function, nogil=True, error_model="numpy", boundscheck=False)
     if dispatcher is not function:
         dispatcher._cache = _Cache(function)
     return dispatcher
+
+
+def inlined(function):
+    """Compile `function` only as a part of the kernels that call it, so that vectors and tiles stay in registers."""
+    return numba.njit(function, error_model="numpy", boundscheck=False, forceinline=True)
+
+
+def entry(dispatcher, arguments):
+    """The compiled function of `dispatcher` for the types of `arguments`, to be called directly.
+
+    Numba's dispatcher finds out the type of every argument on every call, which costs 12 microseconds for a kernel
+    that takes functions. A layer knows its types: it asks once. The caller must keep passing arguments of the same
+    dtypes, dimensions and contiguity; whether an array is writable does not matter.
+    """
+    signature = tuple(numba.typeof(argument) for argument in arguments)
+    signature = tuple(t.copy(readonly=False) if isinstance(t, types.Array) else t for t in signature)
+    return dispatcher.compile(signature)
 
 
 class _Cache(caching._Cache):
@@ -105,6 +120,14 @@ class _FolderCache(caching.FunctionCache):
     def __init__(self, function, folder, stamp):
         self._impl_class = functools.partial(_FolderImpl, locator=_Locator(function, folder, stamp))
         super().__init__(function)
+
+    def _index_key(self, sig, codegen):
+        # Numba knows a function passed as an argument by a number drawn anew in every process. Its name and the
+        # checksum of the sources identify it as well, and stay. The instruction set we chose is part of the code.
+        named = tuple(
+            f"{t.dispatcher.py_func.__module__}.{t.dispatcher.py_func.__qualname__}"
+            if isinstance(t, types.Dispatcher) else t for t in sig)
+        return named, codegen.magic_tuple(), ISA.name
 
 
 class _FolderImpl(caching.CompileResultCacheImpl):

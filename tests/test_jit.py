@@ -24,8 +24,9 @@ def package(tmp_path):
     folder.mkdir(parents=True)
     (folder / "__init__.py").write_text("")
     shutil.copy(PACKAGE / "jit.py", folder)
+    shutil.copy(PACKAGE / "isa.py", folder)
     (folder / "helper.py").write_text(
-        "from edgeattn.jit import jit\n\n@jit(inline='always')\ndef factor():\n    return 2\n"
+        "from edgeattn.jit import inlined\n\n@inlined\ndef factor():\n    return 2\n"
     )
     (folder / "kernel.py").write_text(
         "from edgeattn.helper import factor\nfrom edgeattn.jit import jit\n\n"

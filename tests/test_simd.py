@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 from numba import njit
 
-from edgeattn.cpu import isa, simd, softmax
+from edgeattn import isa
+from edgeattn.cpu import simd, softmax
 from edgeattn.cpu.simd import COLUMNS, LANES, OFFSET, ROWS, WIDTH
 
 N = LANES

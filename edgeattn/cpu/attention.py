@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from edgeattn.jit import jit
+from edgeattn.jit import inlined, jit
 
 _NO_KEEP = np.empty((0, 0, 0, 0), np.bool_)
 _NO_BIAS = np.empty((0, 0, 0, 0), np.float32)
@@ -47,7 +47,7 @@ def attention(query, key, value, mask, *, scale, softcap, out, weights=None):
     )
 
 
-@jit(inline="always")
+@inlined
 def _row(mask, b, h, i):
     # mask (B or 1, H or 1, L or 1, S) -> (S,)
     return mask[min(b, mask.shape[0] - 1), min(h, mask.shape[1] - 1), min(i, mask.shape[2] - 1)]

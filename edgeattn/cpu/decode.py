@@ -7,9 +7,9 @@ import numpy as np
 from numba import carray, types
 from numba.extending import overload
 
-from .. import threads
+from edgeattn import threads
 from .functional_float32 import _rows
-from .jit import entry, inlined, kernel
+from edgeattn.jit import entry, inlined, jit
 from .matmul import round_up
 from .simd import (LANES, fma, larger, load, load_bytes, max_lanes, pointer_to, splat, store, sum_lanes,
                    tile_add_products, tile_row_sums, tile_zero, to_float)
@@ -171,13 +171,13 @@ def _decode(numbers, p, scale, softcap, lengths, private, begin, end):
                 all_o[to + d] = private[at_out + g * Dv_up + d] * inverse
 
 
-@kernel
+@jit
 def decode_float32(p, scale, softcap, lengths, private, begin, end):
     """Query (B, H, D) over keys (B, Hkv, S, D), values (B, Hkv, S, Dv), float32, for items (batch, kv head)."""
     _decode(private, p, scale, softcap, lengths, private, begin, end)
 
 
-@kernel
+@jit
 def decode_int8(codes, p, scale, softcap, lengths, private, begin, end):
     """As decode_float32, keys and values int8 with one float32 scale per token and head; codes: any int8 array."""
     _decode(codes, p, scale, softcap, lengths, private, begin, end)

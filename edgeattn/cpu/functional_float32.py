@@ -1,9 +1,9 @@
 """Calling the float32 attention kernel on given queries, keys and values."""
 import numpy as np
 
-from .. import threads
+from edgeattn import threads
 from . import fused as f
-from .jit import entry
+from edgeattn.jit import entry
 from .layer_float32 import _NO_BIAS, _NO_KEEP, _strides
 from .matmul import round_up
 from .simd import LANES, ROWS, WIDTH

@@ -10,7 +10,7 @@ of mask per key where a mask differs from query to query).
 import numpy as np
 from numba import carray
 
-from .jit import inlined, kernel
+from edgeattn.jit import inlined, jit
 from .matmul import DEPTH_BLOCK, feature_position, multiply, project
 from .simd import (COLUMNS, LANES, ROWS, WIDTH, any_nan, lane_index, larger, load, load_bytes, pointer_to, select,
                    splat, store, tile_load, tile_of_columns, tile_store, tile_zero, transpose_block)
@@ -257,7 +257,7 @@ def project_tokens(x, at_x, depth, first, last, S, p, at_weight, at_bias, weight
                 out, at_out + (first + whole) * block, block, step)
 
 
-@kernel
+@jit
 def layer_float32(xq, xk, xv, out, weights, p, keep, bias, shared, private, batch, phase, begin, end):
     """One batch entry of a multi-head attention layer, in part or whole.
 
@@ -375,7 +375,7 @@ def layer_float32(xq, xk, xv, out, weights, p, keep, bias, shared, private, batc
  F_COUNT) = range(35)
 
 
-@kernel
+@jit
 def attention_float32(p, scale, softcap, keep, bias, lengths, private, begin, end):
     """Scaled dot product attention over given queries, keys and values, for (batch, head, block) begin..end.
 

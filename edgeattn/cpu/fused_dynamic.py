@@ -9,7 +9,7 @@ out: it adds the same number to all scores of a query, which softmax does not se
 import numpy as np
 
 from .fused import KEY_BLOCK, fill_mask, mask_scores, visible_range
-from .jit import inlined, kernel
+from edgeattn.jit import inlined, jit
 from .matmul import MATRIX, feature_position, linear_tile, multiply
 from .simd import (COLUMNS, LANES, OFFSET, ROWS, WIDTH, any_nan, bits_of, float_of_bits, larger, load, matrix_configure,
                    matrix_release, max_lanes, pack_bytes, round_to_int, select, splat, store, store_bytes, sum_lanes, tile_add_scaled,
@@ -111,7 +111,7 @@ def add_bias(x, at, rows, features, bias, at_bias):
             store(x, at + t * features + f, load(x, at + t * features + f) + load(bias, at_bias + f))
 
 
-@kernel
+@jit
 def layer_dynamic(xq, xk, xv, out, weights, factors, p, keep, bias, shared, private, batch, phase, begin, end):
     """One batch entry of a dynamic int8 multi-head attention layer, in part or whole.
 

@@ -8,7 +8,7 @@ The arithmetic is exact: whatever instruction set runs it, the bits are those of
 import numpy as np
 
 from .fused import visible_range
-from .jit import inlined, kernel
+from edgeattn.jit import inlined, jit
 from .matmul import MATRIX, feature_position, linear_tile, multiply
 from .simd import (COLUMNS, LANES, OFFSET, ROWS, WIDTH, dot_bytes, load, matrix_configure, matrix_release, splat, store,
                    tile_map, tile_of_columns, tile_of_rows_and_columns, tile_pack_rows, tile_store,
@@ -128,7 +128,7 @@ def map_codes(codes, at, groups, tables, classes, at_classes, class_row, class_k
             codes[at + g * WIDTH + q] = np.int32(result)
 
 
-@kernel
+@jit
 def layer_int8(project_rule, score_rule, context_rule, table, xq, xk, xv, out, weights, p, keep, classes, tables,
                shared, private, batch, phase, begin, end):
     """One batch entry of a static int8 multi-head attention layer, in part or whole.

@@ -1,9 +1,9 @@
 """Packing and calling of the dynamic int8 multi-head layer."""
 import numpy as np
 
-from .. import threads
+from edgeattn import threads
 from . import fused_dynamic as f
-from .jit import entry
+from edgeattn.jit import entry
 from .layer_float32 import _LOG2_E, _NO_BIAS, _NO_KEEP, _strides
 from .matmul import MATRIX, MATRIX_TOKENS, aligned, pack_byte_panels, pad_heads, padded_head, round_up
 from .simd import LANES, OFFSET, ROWS, WIDTH

@@ -1,9 +1,9 @@
 """Packing and calling of the float32 multi-head layer."""
 import numpy as np
 
-from .. import threads
+from edgeattn import threads
 from . import fused as f
-from .jit import entry
+from edgeattn.jit import entry
 from .matmul import aligned, pack_panels, pad_heads, padded_head, round_up
 from .simd import LANES, ROWS, WIDTH
 

@@ -5,9 +5,9 @@ import ctypes.util
 
 import numpy as np
 
-from .. import threads
+from edgeattn import threads
 from . import fused_int8 as f
-from .jit import entry
+from edgeattn.jit import entry
 from .layer_float32 import _strides
 from .matmul import MATRIX, MATRIX_TOKENS, aligned, pack_byte_panels, pad_heads, padded_head, round_up
 from .requantize import RULES, encode

@@ -7,8 +7,8 @@ four-way dot product.  What happens to the finished tile is the caller's busines
 """
 import numpy as np
 
-from .isa import ISA
-from .jit import inlined
+from edgeattn.isa import ISA
+from edgeattn.jit import inlined
 from .simd import (COLUMNS, LANES, MATRIX_ROWS, ROWS, WIDTH, matrix_dot, matrix_load, matrix_store, rank_one, tile_load,
                    tile_of_columns, tile_store)
 

@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 
-from .jit import inlined
+from edgeattn.jit import inlined
 from .simd import (double_of_bits, float_of_bits, larger, load, narrow, round_to_int, select, splat, to_double,
                    to_float, truncate, truncate_double, widen)
 

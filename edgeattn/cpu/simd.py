@@ -15,7 +15,7 @@ from numba.core import cgutils
 from numba.core.errors import RequireLiteralValue
 from numba.extending import intrinsic, models, overload, register_model
 
-from .isa import ISA
+from edgeattn.isa import ISA
 
 LANES = ISA.lanes
 ROWS = ISA.rows

@@ -11,7 +11,7 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
-from .jit import inlined
+from edgeattn.jit import inlined
 from .requantize import divide_by_power, doubling_high
 from .simd import (LANES, OFFSET, WIDTH, bits_of, float_of_bits, gather, larger, larger_bytes, load, narrow, pack_bytes,
                    select, shift_right_logical, smaller, splat, store, subtract_bytes, to_float, truncate)
