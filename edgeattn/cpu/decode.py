@@ -208,28 +208,31 @@ def decode(q, k, v, out, scale, softcap=0.0, lengths=None, first=0, k_scale=None
     q = _rows(q)
     B, H, D = q.shape
     Hkv, S, Dv = k.shape[1], k.shape[2], v.shape[3]
-    p = np.zeros(G_COUNT, np.int64)
-    p[:5] = H, Hkv, S, D, Dv
-    at = G_Q
-    for array in (q, k, v, out) if k_scale is None else (q, k, v, out, k_scale, v_scale):
-        count = array.ndim if array is k_scale or array is v_scale else array.ndim - 1
-        p[at] = array.__array_interface__["data"][0]
-        p[at + 1:at + 1 + count] = [stride // array.itemsize for stride in array.strides[:count]]
-        at += 1 + count
-    p[G_FIRST] = max(first, 0)
+    scales = (0,) * 8
+    if k_scale is not None:
+        k0, k1, k2 = k_scale.strides
+        v0, v1, v2 = v_scale.strides
+        scales = (k_scale.ctypes.data, k0 // 4, k1 // 4, k2 // 4, v_scale.ctypes.data, v0 // 4, v1 // 4, v2 // 4)
+    size = k.itemsize
+    q0, q1, _ = q.strides
+    k0, k1, k2, _ = k.strides
+    v0, v1, v2, _ = v.strides
+    o0, o1, _ = out.strides
+    p = np.array((H, Hkv, S, D, Dv, q.ctypes.data, q0 // 4, q1 // 4, k.ctypes.data, k0 // size, k1 // size, k2 // size,
+                  v.ctypes.data, v0 // size, v1 // size, v2 // size, out.ctypes.data, o0 // 4, o1 // 4,
+                  *scales, max(first, 0)), np.int64)
     G = H // Hkv
     private = G * (round_up(D, LANES) + BLOCK + round_up(Dv, LANES) + 2) + LANES
     lengths = _NO_LENGTHS if lengths is None else lengths
     arguments = (p, np.float32(scale), np.float32(softcap), lengths)
-    scratch = (np.zeros(1, np.float32), 0, 0)
     if k_scale is None:
         if _float_run is None:
-            _float_run = entry(decode_float32, arguments + scratch)
+            _float_run = entry(decode_float32, (*arguments, np.zeros(1, np.float32), 0, 0))
         run = _float_run
     else:
         arguments = (_CODES, *arguments)
         if _int8_run is None:
-            _int8_run = entry(decode_int8, arguments + scratch)
+            _int8_run = entry(decode_int8, (*arguments, np.zeros(1, np.float32), 0, 0))
         run = _int8_run
     threads.run_items(run, arguments, np.float32, private, B * Hkv, 2 * B * H * S * (D + Dv))
     return out

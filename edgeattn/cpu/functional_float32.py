@@ -14,6 +14,8 @@ _run = None
 
 def _rows(array):
     """`array` itself if its last dimension is contiguous and it is float32, else a copy that is."""
+    if array.dtype == np.float32 and array.flags.c_contiguous:
+        return array
     if array.dtype != np.float32 or (array.shape[-1] > 1 and array.strides[-1] != 4) or any(
             s % 4 for s in array.strides):
         return np.ascontiguousarray(array, np.float32)
@@ -44,7 +46,7 @@ def attention(q, k, v, out, scale, softcap=0.0, keep=None, bias=None, band=None,
     p[:7] = B, H, Hkv, L, S, D, Dv
     at = f.F_Q
     for array in (q, k, v, out):
-        p[at] = array.__array_interface__["data"][0]
+        p[at] = array.ctypes.data
         p[at + 1:at + 4] = [stride // 4 for stride in array.strides[:3]]
         at += 4
     if band is not None:
