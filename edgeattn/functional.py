@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from edgeattn.checks import check_out, deliver, flag, float_array, number, result_dtype, to_float32
-from edgeattn.cpu.attention import attention
+from edgeattn.cpu import functional_float32, plain
 from edgeattn.masks import resolve_mask
 
 
@@ -109,16 +109,21 @@ def scaled_dot_product_attention(
 
     result = out if _writes_directly(out, q, k, v, mask) else np.empty(shape, np.float32)
     weights = np.empty(query.shape[:-1] + (keys,), np.float32) if return_weights else None
-    attention(
-        q,
-        k,
-        v,
-        mask,
-        scale=scale,
-        softcap=softcap,
-        out=result.reshape(batch, heads, queries, shape[-1]),
-        weights=None if weights is None else weights.reshape(batch, heads, queries, keys),
-    )
+    context = result.reshape(batch, heads, queries, shape[-1])
+    if return_weights or not (context.size and keys and query.shape[-1]):
+        plain.attention(
+            q,
+            k,
+            v,
+            mask,
+            scale=scale,
+            softcap=softcap,
+            out=context,
+            weights=None if weights is None else weights.reshape(batch, heads, queries, keys),
+        )
+    else:
+        keep, bias, band = mask.for_kernels()
+        functional_float32.attention(q, k, v, context, scale, softcap, keep, bias, band)
     result = deliver(result, out, dtype)
     return (result, deliver(weights, None, dtype)) if return_weights else result
 

@@ -1,10 +1,13 @@
 """Attention layers in float32: projections, attention, output projection."""
 
+import functools
+
 import numpy as np
 
 from edgeattn import checkpoints
 from edgeattn.checks import check_out, count, deliver, flag, float_array, result_dtype, to_float32
-from edgeattn.cpu.attention import attention
+from edgeattn.cpu import plain
+from edgeattn.cpu.layer_float32 import FloatLayer
 from edgeattn.functional import default_scale
 from edgeattn.masks import resolve_mask
 
@@ -196,14 +199,28 @@ class MultiHeadAttention:
             is_causal=is_causal,
             causal_alignment=causal_alignment,
         )
-        batch = mask.shape[0]
+        if need_weights or not (queries and keys and self.head_dim and self.value_dim and self.output_dim):
+            return self._attend_plainly(query, key, value, mask, need_weights, out, dtype)
+        q, k, v = (to_float32(x).reshape(mask.shape[0], -1, x.shape[-1]) for x in (query, key, value))
+        result = np.empty((*lead, queries, self.output_dim), np.float32)
+        self._kernel(q, k, v, result.reshape(mask.shape[0], queries, self.output_dim), *mask.for_kernels())
+        return deliver(result, out, dtype)
 
+    @functools.cached_property
+    def _kernel(self):
+        return FloatLayer(
+            self.num_heads, self.num_kv_heads, self.q_weight, self.k_weight, self.v_weight, self.out_weight,
+            self.q_bias, self.k_bias, self.v_bias, self.out_bias, self.scale)
+
+    def _attend_plainly(self, query, key, value, mask, need_weights, out, dtype):
+        """The steps one by one: for when the probabilities are wanted, or an axis is empty."""
+        lead, queries, batch = query.shape[:-2], query.shape[-2], mask.shape[0]
         q = _heads(_linear(query, self.q_weight, self.q_bias), batch, self.num_heads, self.head_dim)
         k = _heads(_linear(key, self.k_weight, self.k_bias), batch, self.num_kv_heads, self.head_dim)
         v = _heads(_linear(value, self.v_weight, self.v_bias), batch, self.num_kv_heads, self.value_dim)
         context = np.empty((batch, self.num_heads, queries, self.value_dim), np.float32)
         weights = np.empty(mask.shape, np.float32) if need_weights else None
-        attention(q, k, v, mask, scale=self.scale, softcap=0.0, out=context, weights=weights)
+        plain.attention(q, k, v, mask, scale=self.scale, softcap=0.0, out=context, weights=weights)
         result = context.swapaxes(1, 2).reshape(*lead, queries, self.num_heads * self.value_dim)
         if self.out_weight is not None:
             result = _linear(result, self.out_weight, self.out_bias)

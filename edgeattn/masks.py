@@ -72,6 +72,28 @@ class Mask:
         return together
 
 
+    def for_kernels(self):
+        """The same conditions as the tiled kernels take them.
+
+        Returns
+        -------
+        keep : bool array as above, or None
+        bias : float32 array as above, or None
+        band : (int, int) or None
+            (low, high): query i may see key j when i + low <= j <= i + high; None when it may see every key.
+        """
+        _, _, queries, keys = self.shape
+        if not self.lengths.size or (self.lengths == keys).all() and (self.offset == self.offset[0]).all():
+            if self.left < 0 and self.right < 0:
+                return self.keep, self.bias, None
+            offset = int(self.offset[0]) if self.offset.size else 0
+            low = offset - self.left if self.left >= 0 else -queries - keys
+            high = offset + self.right if self.right >= 0 else queries + keys
+            return self.keep, self.bias, (low, high)
+        # where batch entries differ, one array says it all
+        return np.ascontiguousarray(self.permitted()), self.bias, None
+
+
 def resolve_mask(
     shape,
     attn_mask=None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import numpy as np
 from edgeattn import arithmetic as rules
 from edgeattn.arithmetic import CODE_MAX, CODE_MIN
 from edgeattn.checks import check_out, count, deliver, float_array, number, result_dtype
-from edgeattn.cpu import static
+from edgeattn.cpu.layer_int8 import StaticLayer
 from edgeattn.masks import resolve_mask
 
 INPUTS = ("query", "key", "value")
@@ -290,26 +289,27 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
 
     def _prepare(self):
         kernel_set, t = self._kernel_set, self.tensors
-        self._linears = {}
+        linears = {}
         for name, linear in self.linears.items():
             real = rules.fully_connected_multiplier(kernel_set.fully_connected, self.input_of(name).scale, linear.scale,
                                                     t[name].scale)
-            bias = np.zeros(linear.weight.shape[0], np.int32) if linear.bias is None else linear.bias
-            self._linears[name] = (linear.weight, bias, _requantization(real, t[name]),
-                                   static.REQUANTIZE[kernel_set.fully_connected])
+            linears[name] = (linear.weight, real, linear.bias)
 
         def batch_matmul(lhs, rhs, output):
             rule = kernel_set.batch_matmul if rhs.zero_point == 0 else kernel_set.batch_matmul_asymmetric
             real = rules.batch_matmul_multiplier(rule, kernel_set.precision, lhs.scale, rhs.scale, output.scale)
-            return _requantization(real, output), static.REQUANTIZE[rule]
+            return rule, real[0]
 
-        self._scores = batch_matmul(t["query"], t["key"], t["scores"])
-        self._context = batch_matmul(t["probabilities"], t["value"], t["context"])
+        scores_rule, scores = batch_matmul(t["query"], t["key"], t["scores"])
+        context_rule, context = batch_matmul(t["probabilities"], t["value"], t["context"])
         tables, classes, softmax_input = score_map(self.score_ops, t["scores"], kernel_set)
-        self._score_map = static.ScoreMap(tables, classes)
-        softmax = rules.SOFTMAX[kernel_set.softmax]
-        self._softmax = (static.Softmax(softmax.table(softmax_input.scale), softmax.zero),
-                         *static.SOFTMAX[kernel_set.softmax])
+        self._tables = tables if self.score_ops else None
+        self._classes = np.ascontiguousarray(classes) if classes.size > 1 else None
+        zero_points = {f"{name}_input": self.input_of(name).zero_point for name in INPUTS}
+        zero_points |= {name: tensor.zero_point for name, tensor in t.items()}
+        self._kernel = StaticLayer(
+            self.num_heads, linears, scores, context, zero_points, kernel_set.fully_connected, scores_rule, context_rule,
+            rules.SOFTMAX[kernel_set.softmax].table(softmax_input.scale), fixed=kernel_set.softmax == "fixed")
 
     def input_of(self, linear: str) -> TensorQuantization:
         """The quantization of the tensor that the linear layer called ``linear`` reads."""
@@ -501,29 +501,19 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
                             "for a mask with -inf pass mask == 0")
         mask = resolve_mask((*lead, self.num_heads, L, S), attn_mask, key_padding_mask, is_causal=is_causal,
                             causal_alignment=causal_alignment)
-        permitted = mask.permitted()
-        keep = np.broadcast_to(np.True_ if permitted is None else permitted, mask.shape).view(np.uint8)
-        classes = fit_mask(self._score_map.classes, mask.shape)
         B = mask.shape[0]
-        sizes = (self.head_dim, self.head_dim, self.value_dim)
-        q, k, v = (self._linear(name, x).reshape(B, x.shape[-2], self.num_heads, size).transpose(0, 2, 1, 3)
-                   for name, x, size in zip(INPUTS, (query, key, value), sizes, strict=True))
-        context = np.empty((B, L, self.num_heads, self.value_dim), np.int8)
-        zero_points = tuple(self.tensors[name].zero_point for name in INPUTS)
-        static.attention(q, k, v, zero_points, *self._scores, self._score_map._replace(classes=classes), keep,
-                         *self._softmax, *self._context, context.transpose(0, 2, 1, 3))
-        result = context.reshape(*lead, L, self.num_heads * self.value_dim)
-        if "output" in self.linears:
-            result = self._linear("output", result)
-        return deliver(result, out, np.dtype(np.int8))
-
-    def _linear(self, name: str, x: np.ndarray) -> np.ndarray:
-        weight, bias, requantization, rule = self._linears[name]
-        outputs, inputs = weight.shape
-        rows = math.prod(x.shape[:-1])
-        out = np.empty((rows, outputs), np.int8)
-        static.linear(x.reshape(rows, inputs), self.input_of(name).zero_point, weight, bias, requantization, rule, out)
-        return out.reshape(*x.shape[:-1], outputs)
+        result = np.empty((B, L, self.output_dim), np.int8)
+        if result.size:
+            query, key, value = (x.reshape(B, *x.shape[-2:]) for x in (query, key, value))
+            keep, _, band = mask.for_kernels()
+            classes = self._classes
+            if classes is not None:
+                fit_mask(classes, mask.shape)
+            if S == 0:  # one key that is not there
+                key, value = (np.zeros((B, 1, x.shape[-1]), np.int8) for x in (key, value))
+                keep, band, classes = np.zeros((1, 1, 1, 1), np.bool_), None, None
+            self._kernel(query, key, value, result, keep, band, classes, self._tables)
+        return deliver(result.reshape(*lead, L, self.output_dim), out, np.dtype(np.int8))
 
 
 def _codes(x, name: str) -> np.ndarray:
@@ -534,10 +524,6 @@ def _codes(x, name: str) -> np.ndarray:
     if x.ndim not in (2, 3):
         raise ValueError(f"{name} must be (B, L, E) or (L, E); got shape {x.shape}")
     return np.ascontiguousarray(x)
-
-
-def _requantization(real: np.ndarray, output: TensorQuantization) -> static.Requantization:
-    return static.Requantization(*rules.fixed_point(real), real, output.zero_point)
 
 
 def score_map(ops: tuple[ScoreOp, ...], scores: TensorQuantization, kernel_set: rules.KernelSet

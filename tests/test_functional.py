@@ -9,7 +9,7 @@ import reference
 
 from edgeattn import scaled_dot_product_attention as attend
 from edgeattn.checks import to_float32
-from edgeattn.cpu.attention import _attention
+from edgeattn.cpu import fused, plain
 
 CASES = [case for case in cases.CASES if not case.padding]  # padding masks belong to layers
 
@@ -56,7 +56,7 @@ def test_as_accurate_as_plain_float32(case):
     reference.assert_as_accurate(result, oracle, plain)
     reference.assert_as_accurate(weights, oracle_weights, plain_weights)
     assert (weights[oracle_weights == 0] == 0).all()
-    np.testing.assert_array_equal(result, attend(*case.qkv(), **arguments(case)))
+    reference.assert_as_accurate(attend(*case.qkv(), **arguments(case)), oracle, plain)
 
 
 def qkv(*shape, seed=0, dtype=np.float32):
@@ -182,7 +182,7 @@ def test_causal_wins_over_the_right_bound_of_the_window():
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_result_has_the_inputs_dtype_and_is_computed_in_float32(dtype):
     q, k, v = qkv(1, 2, 5, 4, dtype=dtype)
-    result, weights = attend(q, k, v, return_weights=True)
+    result, (_, weights) = attend(q, k, v), attend(q, k, v, return_weights=True)
     assert result.dtype == weights.dtype == dtype
     single = attend(*(array.astype(np.float32) for array in (q, k, v)))
     np.testing.assert_array_equal(result, single.astype(dtype))
@@ -243,9 +243,11 @@ def test_one_compiled_kernel_serves_every_call(tmp_path):
     keep = np.tri(5, dtype=bool)
     for mask in (None, keep, np.where(keep, 0, -np.inf), keep[:, :1]):
         for array in layouts(q, tmp_path).values():
-            attend(array, k, v, mask, return_weights=True)
-            attend(array, k, v, mask, is_causal=True, kv_lengths=[4, 5], causal_alignment="lower_right")
-    assert len(_attention.signatures) == 1
+            for wanted in (False, True):
+                attend(array, k, v, mask, return_weights=wanted)
+                attend(array, k, v, mask, is_causal=True, kv_lengths=[4, 5], causal_alignment="lower_right",
+                       return_weights=wanted)
+    assert len(plain._attention.signatures) == len(fused.attention_float32.signatures) == 1
 
 
 def test_big_endian_inputs_give_native_results():

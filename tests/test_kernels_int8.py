@@ -2,8 +2,9 @@
 import numpy as np
 import oracle_kernels as oracle
 import pytest
+from kernels_under_test import static_kernel
 
-from edgeattn.cpu.layer_int8 import StaticLayer, exponentials_float32
+from edgeattn.arithmetic import lut_f32_table
 from edgeattn.cpu.requantize import RULES, encode
 from edgeattn.cpu.simd import LANES
 
@@ -14,7 +15,7 @@ RULE_SETS = [("float_rne", "float_rne", "float_rne", "lut_f32"), ("ruy", "double
 
 def softmax_table(rule, scale):
     if rule == "lut_f32":
-        return exponentials_float32(scale)
+        return lut_f32_table(scale)
     step = np.exp(-np.float64(scale) * np.arange(256))
     if rule == "lut_u16":
         return np.minimum(step * 65535 + 0.5, 65535).astype(np.int32)
@@ -34,7 +35,7 @@ def make_layer(rng, heads, E, D, Dv, Eo, zero_points, rules, softmax):
     q, k = tensors["query"][0], tensors["key"][0]
     tensors["scores"] = (np.float32(q * k * 50 * np.sqrt(D)), zero_points["scores"])
     table = softmax_table(softmax, rng.uniform(0.02, 0.15))
-    layer = StaticLayer(heads, linears, tensors, *rules, table, fixed=softmax == "fixed")
+    layer = static_kernel(heads, linears, tensors, *rules, table, fixed=softmax == "fixed")
     return layer, linears, tensors, table
 
 

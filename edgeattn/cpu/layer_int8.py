@@ -1,8 +1,4 @@
 """Packing and calling of the static int8 multi-head layer."""
-import ctypes
-import ctypes.util
-
-
 import numpy as np
 
 from edgeattn import threads
@@ -17,22 +13,6 @@ _EMPTY_U8 = np.zeros(0, np.uint8)
 _EMPTY_I8 = np.zeros(0, np.int8)
 
 
-def fully_connected_multipliers(rule, input_scale, weight_scale, output_scale):
-    """Multiplier per output channel in the precision `rule` prescribes."""
-    xs, ws, ys = np.float32(input_scale), np.asarray(weight_scale, np.float32), np.float32(output_scale)
-    if rule == "float_rne":
-        return (xs * ws) / ys
-    return np.float64(xs) * ws.astype(np.float64) / np.float64(ys)
-
-
-def batch_matmul_multiplier(rule, a_scale, b_scale, output_scale):
-    """The one multiplier of a batch matmul in the precision `rule` prescribes."""
-    product = np.float32(a_scale) * np.float32(b_scale)
-    if rule == "float_rne":
-        return np.float32(product / np.float32(output_scale))
-    return np.float64(product) / np.float64(np.float32(output_scale))
-
-
 class StaticLayer:
     """A static int8 multi-head layer packed for `layer_int8`.
 
@@ -40,11 +20,13 @@ class StaticLayer:
     ----------
     num_heads : int
     linears : dict
-        "query", "key", "value" and optionally "output" -> (weight int8 (out, in), scale float32 (out,),
+        "query", "key", "value" and optionally "output" -> (weight int8 (out, in), real multiplier float64 (out,),
         bias int32 (out,) or None).
-    tensors : dict
-        name -> (scale, zero point) for "query_input", "key_input", "value_input", "query", "key", "value", "scores",
-        "probabilities", "context" and, with an output projection, "output".
+    scores, context : float
+        Real multipliers of the two batch matmuls. All real multipliers in the precision their rule prescribes.
+    zero_points : dict
+        Of "query_input", "key_input", "value_input", "query", "key", "value", "scores", "context" and, with an output
+        projection, "output".
     project_rule, score_rule, context_rule : str
         Names of RULES.
     softmax_table : ndarray
@@ -53,7 +35,8 @@ class StaticLayer:
         Whether an int32 table belongs to the rule "fixed".
     """
 
-    def __init__(self, num_heads, linears, tensors, project_rule, score_rule, context_rule, softmax_table, fixed=False):
+    def __init__(self, num_heads, linears, scores, context, zero_points, project_rule, score_rule, context_rule,
+                 softmax_table, fixed=False):
         H = num_heads
         D, Dv = linears["query"][0].shape[0] // H, linears["value"][0].shape[0] // H
         Dp, Dvp = padded_head(D), padded_head(Dv)
@@ -65,42 +48,39 @@ class StaticLayer:
             padded[:array.size] = array.ravel()
             parts.append(padded)
 
-        def put_linear(letter, weight, bias, scale, source, target):
-            """Spread weight (n, k), bias, scale are already padded; the zero point of the source goes into the bias."""
+        def put_linear(letter, weight, bias, multipliers, source):
+            """Weight (n, k), bias and multipliers are already padded; the source's zero point goes into the bias."""
             sums = weight.astype(np.int64).sum(1)
-            correction = bias.astype(np.int64) - (OFFSET + int(source[1])) * sums
+            correction = bias.astype(np.int64) - (OFFSET + zero_points[source]) * sums
             correction = (correction + 2**31) % 2**32 - 2**31  # wraps as the accumulator does
             put("w" + letter, pack_byte_panels(weight))
             put("b" + letter, correction.astype(np.int32))
-            multipliers = fully_connected_multipliers(project_rule, source[0], scale, target[0])
             put("m" + letter, encode(project_rule, multipliers))
 
         for letter, name, size, wide in (("q", "query", D, Dp), ("k", "key", D, Dp), ("v", "value", Dv, Dvp)):
-            weight, scale, bias = linears[name]
+            weight, real, bias = linears[name]
             depth = weight.shape[1]
             deep = np.zeros((weight.shape[0], round_up(depth, 4)), np.int8)
             deep[:, :depth] = weight
             bias = np.zeros(len(weight), np.int32) if bias is None else bias
             put_linear(letter, pad_heads(deep, H, size, wide), pad_heads(bias, H, size, wide),
-                       pad_heads(np.asarray(scale, np.float32), H, size, wide), tensors[name + "_input"], tensors[name])
+                       pad_heads(real, H, size, wide), name + "_input")
         if "output" in linears:
-            weight, scale, bias = linears["output"]
+            weight, real, bias = linears["output"]
             Eo = weight.shape[0]
             up = round_up(Eo, WIDTH)
             spread = np.zeros((up, H, Dvp), np.int8)
             spread[:Eo, :, :Dv] = weight.reshape(Eo, H, Dv)
-            wide_bias, wide_scale = np.zeros(up, np.int32), np.zeros(up, np.float32)
-            wide_scale[:Eo] = scale
+            wide_bias, wide_real = np.zeros(up, np.int32), np.zeros(up)
+            wide_real[:Eo] = real
             if bias is not None:
                 wide_bias[:Eo] = bias
-            put_linear("o", spread.reshape(up, H * Dvp), wide_bias, wide_scale, tensors["context"], tensors["output"])
+            put_linear("o", spread.reshape(up, H * Dvp), wide_bias, wide_real, "context")
         else:
             Eo = H * Dv
             at["wo"] = at["bo"] = at["mo"] = 0
-        for name, rule, a, b, c in (("ms", score_rule, "query", "key", "scores"),
-                                    ("mc", context_rule, "probabilities", "value", "context")):
-            m = batch_matmul_multiplier(rule, tensors[a][0], tensors[b][0], tensors[c][0])
-            put(name, encode(rule, [m] * LANES))
+        put("ms", encode(score_rule, [scores] * LANES))
+        put("mc", encode(context_rule, [context] * LANES))
         self.weights = aligned(sum(part.size for part in parts), np.int32)
         np.concatenate(parts, out=self.weights)
         table = aligned(256, softmax_table.dtype)
@@ -115,21 +95,12 @@ class StaticLayer:
                 (f.P_WQ, at["wq"]), (f.P_BQ, at["bq"]), (f.P_MQ, at["mq"]), (f.P_WK, at["wk"]), (f.P_BK, at["bk"]),
                 (f.P_MK, at["mk"]), (f.P_WV, at["wv"]), (f.P_BV, at["bv"]), (f.P_MV, at["mv"]), (f.P_WO, at["wo"]),
                 (f.P_BO, at["bo"]), (f.P_MO, at["mo"]), (f.P_MS, at["ms"]), (f.P_MC, at["mc"]),
-                (f.P_ZQ, tensors["query"][1]), (f.P_ZK, tensors["key"][1]), (f.P_ZV, tensors["value"][1]),
-                (f.P_ZS, tensors["scores"][1]), (f.P_ZC, tensors["context"][1]),
-                (f.P_ZO, tensors["output"][1] if "output" in linears else 0)):
+                (f.P_ZQ, zero_points["query"]), (f.P_ZK, zero_points["key"]), (f.P_ZV, zero_points["value"]),
+                (f.P_ZS, zero_points["scores"]), (f.P_ZC, zero_points["context"]),
+                (f.P_ZO, zero_points["output"] if "output" in linears else 0)):
             p[slot] = value
         self.output_dim = Eo
         self._plans = {}
-
-    @classmethod
-    def from_reference(cls, P, Q, H):
-        """From the dictionaries of a parameter table: P name -> (scale, zero point), Q weights, scales, biases."""
-        names = {"query": "q", "key": "k", "value": "v", "output": "o"}
-        linears = {n: (Q["w" + c], Q["ws" + c], Q["b" + c]) for n, c in names.items()}
-        tensors = {"query_input": P["x"], "key_input": P["x"], "value_input": P["x"], "query": P["q"], "key": P["k"],
-                   "value": P["v"], "scores": P["s"], "probabilities": P["p"], "context": P["c"], "output": P["y"]}
-        return cls(H, linears, tensors, "float_rne", "float_rne", "float_rne", exponentials_float32(P["s"][0]))
 
     def _plan(self, L, S):
         p = self._parameters.copy()
@@ -196,11 +167,3 @@ class StaticLayer:
         threads.run_layer(self._run, self._fixed, arguments, np.int32, shared_size, private_size, B, S, MATRIX_TOKENS, -(-L // WIDTH),
                           B * work)
         return out
-
-
-def exponentials_float32(scale):
-    """lut_f32: float32 exp(-scale * d) for d in 0..255, by the C library's expf."""
-    expf = ctypes.CDLL(ctypes.util.find_library("m")).expf
-    expf.restype, expf.argtypes = ctypes.c_float, [ctypes.c_float]
-    step = np.float32(-np.float32(scale))
-    return np.array([expf(float(step * np.float32(d))) for d in range(256)], np.float32)

@@ -4,10 +4,9 @@ Every rule takes (accumulator, parameters, at, plane): two planes of int32 param
 elements apart.  It returns the scaled value before the zero point is added and the result clamped, both of which
 packing does.  The scalar forms and what they mean stand in edgeattn/arithmetic.py.
 """
-import math
-
 import numpy as np
 
+from edgeattn.arithmetic import quantize_multiplier
 from edgeattn.jit import inlined
 from .simd import (double_of_bits, float_of_bits, larger, load, narrow, round_to_int, select, splat, to_double,
                    to_float, truncate, truncate_double, widen)
@@ -75,17 +74,6 @@ def float64(accumulator, parameters, at, plane):
 
 
 RULES = {"float_rne": float_rne, "double": double, "ruy": ruy, "float64": float64}
-
-
-def quantize_multiplier(m):
-    """(q31, shift) with m = q31 * 2**(shift - 31), as TFLite's QuantizeMultiplier."""
-    if m == 0:
-        return 0, 0
-    fraction, shift = math.frexp(m)
-    q = int(math.floor(fraction * (1 << 31) + 0.5))
-    if q == 1 << 31:
-        q, shift = q // 2, shift + 1
-    return (0, 0) if shift < -31 else (q, shift)
 
 
 def encode(rule, multipliers):
