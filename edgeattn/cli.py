@@ -10,7 +10,7 @@ import llvmlite.binding
 import numba
 
 from edgeattn import jit
-from edgeattn.cpu import static
+from edgeattn.cpu import fused
 
 _NEEDED = ("numpy", "numba", "llvmlite", "safetensors")
 _OPTIONAL = {
@@ -65,7 +65,7 @@ def _cache():
     if numba.config.DISABLE_JIT:
         yield "cache", "none: NUMBA_DISABLE_JIT is set, kernels run as plain Python"
         return
-    folders = [(folder, _writable(folder)) for folder in jit._folders(static.linear.py_func)]
+    folders = [(folder, _writable(folder)) for folder in jit._folders(fused.layer_float32.py_func)]
     for folder, writable in folders:
         yield "cache", f"{folder} ({'writable' if writable else 'not writable'})"
     if not any(writable for _, writable in folders):

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 
 class InstructionSet(NamedTuple):
+    """One row of the table; the fields are described above."""
+
     name: str
     lanes: int
     rows: int
@@ -76,8 +78,9 @@ def _may_use_matrix_unit():
 
 
 def _host_features():
-    from llvmlite import binding
     import platform
+
+    from llvmlite import binding
     try:
         found = [name for name, present in binding.get_host_cpu_features().items() if present]
     except RuntimeError:  # LLVM cannot tell on this platform

@@ -308,8 +308,9 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         zero_points = {f"{name}_input": self.input_of(name).zero_point for name in INPUTS}
         zero_points |= {name: tensor.zero_point for name, tensor in t.items()}
         self._kernel = StaticLayer(
-            self.num_heads, linears, scores, context, zero_points, kernel_set.fully_connected, scores_rule, context_rule,
-            rules.SOFTMAX[kernel_set.softmax].table(softmax_input.scale), fixed=kernel_set.softmax == "fixed")
+            self.num_heads, linears, scores, context, zero_points, kernel_set.fully_connected, scores_rule,
+            context_rule, rules.SOFTMAX[kernel_set.softmax].table(softmax_input.scale),
+            kernel_set.softmax == "fixed")
 
     def input_of(self, linear: str) -> TensorQuantization:
         """The quantization of the tensor that the linear layer called ``linear`` reads."""

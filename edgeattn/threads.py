@@ -8,10 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from .cpu.matmul import aligned
-
 # Below this many operations a hand-over to another thread costs more than it saves.
 SMALLEST_SHARED_WORK = 4_000_000
+ALIGNMENT = 64  # bytes: one cache line, and the widest vector
 _KEPT = 8  # scratch buffers kept for the next call
 
 _lock = threading.Lock()
@@ -74,6 +73,14 @@ def _submit(jobs):
                 future.result()
 
 
+def aligned(count, dtype):
+    """An uninitialized one-dimensional array of `count` elements that starts on a cache line."""
+    size = count * np.dtype(dtype).itemsize
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    start = -raw.__array_interface__["data"][0] % ALIGNMENT
+    return raw[start:start + size].view(dtype)
+
+
 def borrow(size, dtype):
     """A scratch array of at least `size` elements, to be given back with `give_back`."""
     needed = size * np.dtype(dtype).itemsize
@@ -99,7 +106,7 @@ def _ranges(total, unit, parts):
     units = -(-total // unit)
     parts = min(parts, units)
     edges = [units * i // parts * unit for i in range(parts)] + [total]
-    return list(zip(edges[:-1], edges[1:]))
+    return list(zip(edges[:-1], edges[1:], strict=False))
 
 
 def run_layer(function, fixed, arguments, dtype, shared_size, private_size, batch, tokens, token_unit, blocks, work):
@@ -124,8 +131,8 @@ def run_layer(function, fixed, arguments, dtype, shared_size, private_size, batc
         return lambda: function(*fixed, *arguments, shared, private, b, phase, bounds[0], bounds[1])
 
     for b in range(batch):
-        _submit([job(b, 1, r, m) for r, m in zip(_ranges(tokens, token_unit, count), privates)])
-        _submit([job(b, 2, r, m) for r, m in zip(_ranges(blocks, 1, count), privates)])
+        _submit([job(b, 1, r, m) for r, m in zip(_ranges(tokens, token_unit, count), privates, strict=False)])
+        _submit([job(b, 2, r, m) for r, m in zip(_ranges(blocks, 1, count), privates, strict=False)])
     give_back(raw)
 
 

@@ -110,7 +110,7 @@ def test_decode(S, D, Dv):
         out = decode(q, k, v, np.full((2, 6, Dv), 9, np.float32), D ** -0.5, **options)
         np.testing.assert_allclose(out, oracle.attention(q[:, :, None], k, v, D ** -0.5, **options)[:, :, 0], atol=3e-6)
     scales = [np.abs(a).max(-1) / np.float32(127) for a in (k, v)]
-    codes = [np.rint(a / s[..., None]).astype(np.int8) for a, s in zip((k, v), scales)]
+    codes = [np.rint(a / s[..., None]).astype(np.int8) for a, s in zip((k, v), scales, strict=False)]
     out = decode(q, *codes, np.zeros((2, 6, Dv), np.float32), D ** -0.5, k_scale=scales[0], v_scale=scales[1])
-    back = [c * s[..., None] for c, s in zip(codes, scales)]
+    back = [c * s[..., None] for c, s in zip(codes, scales, strict=False)]
     np.testing.assert_allclose(out, oracle.attention(q[:, :, None], *back, D ** -0.5)[:, :, 0], atol=3e-6)

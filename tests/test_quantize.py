@@ -99,7 +99,7 @@ def test_codes_stay_in_range_for_any_magnitudes(seed, weight_power, bias_power, 
     linear = quantize_linear(weight, bias, scale)
     assert (np.abs(linear.weight.astype(int)) <= 127).all()
     assert (np.abs(linear.bias.astype(np.int64)) <= 2**30 * 1.01).all()
-    np.testing.assert_allclose(linear.bias * (float(scale) * linear.scale.astype(np.float64)), bias,
+    np.testing.assert_allclose(linear.bias * (float(scale) * linear.scale.astype(np.float64)), bias.astype(np.float64),
                                atol=float(scale) * float(linear.scale.max()) * 0.51, rtol=1e-6)
 
 

@@ -8,11 +8,26 @@ from numba import carray, types
 from numba.extending import overload
 
 from edgeattn import threads
-from .functional_float32 import _rows
 from edgeattn.jit import entry, inlined, jit
+
+from .functional_float32 import _rows
 from .matmul import round_up
-from .simd import (LANES, fma, larger, load, load_bytes, max_lanes, pointer_to, splat, store, sum_lanes,
-                   tile_add_products, tile_row_sums, tile_zero, to_float)
+from .simd import (
+    LANES,
+    fma,
+    larger,
+    load,
+    load_bytes,
+    max_lanes,
+    pointer_to,
+    splat,
+    store,
+    sum_lanes,
+    tile_add_products,
+    tile_row_sums,
+    tile_zero,
+    to_float,
+)
 from .softmax import LOG2_E, exp2, tanh
 
 BLOCK = 256  # keys whose scores are kept at a time

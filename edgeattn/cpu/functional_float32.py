@@ -2,8 +2,9 @@
 import numpy as np
 
 from edgeattn import threads
-from . import fused as f
 from edgeattn.jit import entry
+
+from . import fused as f
 from .layer_float32 import _NO_BIAS, _NO_KEEP, _strides
 from .matmul import round_up
 from .simd import LANES, ROWS, WIDTH

@@ -11,9 +11,28 @@ import numpy as np
 from numba import carray
 
 from edgeattn.jit import inlined, jit
+
 from .matmul import DEPTH_BLOCK, feature_position, multiply, project
-from .simd import (COLUMNS, LANES, ROWS, WIDTH, any_nan, lane_index, larger, load, load_bytes, pointer_to, select,
-                   splat, store, tile_load, tile_of_columns, tile_store, tile_zero, transpose_block)
+from .simd import (
+    COLUMNS,
+    LANES,
+    ROWS,
+    WIDTH,
+    any_nan,
+    lane_index,
+    larger,
+    load,
+    load_bytes,
+    pointer_to,
+    select,
+    splat,
+    store,
+    tile_load,
+    tile_of_columns,
+    tile_store,
+    tile_zero,
+    transpose_block,
+)
 from .softmax import LOG2_E, exp2, tanh
 
 KEY_BLOCK = 256
@@ -176,6 +195,7 @@ def attend_block(q, at_q, k, at_k, k_row, v, at_v, v_row, first, last, D, Dv, sc
 
 @inlined
 def has_nan(out, at_out, Dv):
+    """Whether a context (Dv, W) holds a NaN."""
     found = False
     for i in range(0, Dv * WIDTH, LANES):
         if any_nan(load(out, at_out + i)):

@@ -8,13 +8,38 @@ out: it adds the same number to all scores of a query, which softmax does not se
 """
 import numpy as np
 
-from .fused import KEY_BLOCK, fill_mask, mask_scores, visible_range
 from edgeattn.jit import inlined, jit
+
+from .fused import KEY_BLOCK, fill_mask, mask_scores, visible_range
 from .matmul import MATRIX, feature_position, linear_tile, multiply
-from .simd import (COLUMNS, LANES, OFFSET, ROWS, WIDTH, any_nan, bits_of, float_of_bits, larger, load, matrix_configure,
-                   matrix_release, max_lanes, pack_bytes, round_to_int, select, splat, store, store_bytes, sum_lanes, tile_add_scaled,
-                   tile_dequantize, tile_of_columns, tile_of_rows_and_columns, tile_store, tile_zero,
-                   transpose_block)
+from .simd import (
+    COLUMNS,
+    LANES,
+    OFFSET,
+    ROWS,
+    WIDTH,
+    any_nan,
+    bits_of,
+    float_of_bits,
+    larger,
+    load,
+    matrix_configure,
+    matrix_release,
+    max_lanes,
+    pack_bytes,
+    round_to_int,
+    select,
+    splat,
+    store,
+    store_bytes,
+    tile_add_scaled,
+    tile_dequantize,
+    tile_of_columns,
+    tile_of_rows_and_columns,
+    tile_store,
+    tile_zero,
+    transpose_block,
+)
 from .softmax import exp2
 
 TOKENS = 32
@@ -40,6 +65,7 @@ _PROBABILITY_FLIP = FLIP
 
 @inlined
 def magnitude(v):
+    """|v|, by clearing the sign bit."""
     return float_of_bits(bits_of(v) & splat(_MAGNITUDE))
 
 
@@ -82,7 +108,8 @@ def project(x, E4, x_scales, at_scales, rows, weights, at_weight, at_correction,
     use_matrix = MATRIX and E4 % 16 == 0
     for f in range(0, features, WIDTH):
         for t in range(0, rows, ROWS):
-            tile = linear_tile(use_matrix, t, x, E4, weights, at_weight + f * E4, at_correction + f, E4, tiles, at_tiles)
+            tile = linear_tile(use_matrix, t, x, E4, weights, at_weight + f * E4, at_correction + f, E4, tiles,
+                               at_tiles)
             tile_store(tile_dequantize(tile, x_scales, at_scales + t, factors, at_factor + f),
                        out, at_out + t * features + f, features, LANES)
 
@@ -106,6 +133,7 @@ def block_scale(x, at, block):
 
 @inlined
 def add_bias(x, at, rows, features, bias, at_bias):
+    """x (rows, features) += bias (features,), in place."""
     for t in range(rows):
         for f in range(0, features, LANES):
             store(x, at + t * features + f, load(x, at + t * features + f) + load(bias, at_bias + f))
@@ -381,7 +409,8 @@ def layer_dynamic(xq, xk, xv, out, weights, factors, p, keep, bias, shared, priv
                     to = at_row + (l + i) * Eo + e
                     if inside:
                         for c in range(0, WIDTH, LANES):
-                            store(out, to + c, load(private_f, at_tile + i * WIDTH + c) + load(factors, p[P_BO] + e + c))
+                            v = load(private_f, at_tile + i * WIDTH + c)
+                            store(out, to + c, v + load(factors, p[P_BO] + e + c))
                     else:
                         for j in range(Eo - e):
                             out[to + j] = private_f[at_tile + i * WIDTH + j] + factors[p[P_BO] + e + j]

@@ -7,12 +7,30 @@ The arithmetic is exact: whatever instruction set runs it, the bits are those of
 """
 import numpy as np
 
-from .fused import visible_range
 from edgeattn.jit import inlined, jit
+
+from .fused import visible_range
 from .matmul import MATRIX, feature_position, linear_tile, multiply
-from .simd import (COLUMNS, LANES, OFFSET, ROWS, WIDTH, dot_bytes, load, matrix_configure, matrix_release, splat, store,
-                   tile_map, tile_of_columns, tile_of_rows_and_columns, tile_pack_rows, tile_store,
-                   tile_store_bytes, transpose_block)
+from .simd import (
+    COLUMNS,
+    LANES,
+    OFFSET,
+    ROWS,
+    WIDTH,
+    dot_bytes,
+    load,
+    matrix_configure,
+    matrix_release,
+    splat,
+    store,
+    tile_map,
+    tile_of_columns,
+    tile_of_rows_and_columns,
+    tile_pack_rows,
+    tile_store,
+    tile_store_bytes,
+    transpose_block,
+)
 from .softmax_int8 import LOWEST_CODES, softmax_codes
 
 # Flipping the top bit of every byte adds 128 to each code: int8 to unsigned bytes and back.
@@ -154,7 +172,7 @@ def layer_int8(project_rule, score_rule, context_rule, table, xq, xk, xv, out, w
     zq, zk, zv = np.int32(p[P_ZQ]), np.int32(p[P_ZK]), np.int32(p[P_ZV])
     zs, zc, zo = np.int32(p[P_ZS]), np.int32(p[P_ZC]), np.int32(p[P_ZO])
     q_offset = np.int32(OFFSET + zq)
-    at_krow, at_vsum, at_values = p[P_KROW], p[P_VSUM], p[P_VALUES]
+    at_krow, at_values = p[P_KROW], p[P_VALUES]
     at_x, at_natural, at_q, at_codes = p[P_AT_X], p[P_AT_NATURAL], p[P_AT_Q], p[P_AT_CODES]
     at_masks, at_sums, at_context, at_softmax = p[P_AT_MASKS], p[P_AT_SUMS], p[P_AT_CONTEXT], p[P_AT_VALUES]
     private_u = private.view(np.uint32)

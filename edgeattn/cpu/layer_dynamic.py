@@ -2,10 +2,11 @@
 import numpy as np
 
 from edgeattn import threads
-from . import fused_dynamic as f
 from edgeattn.jit import entry
+
+from . import fused_dynamic as f
 from .layer_float32 import _LOG2_E, _NO_BIAS, _NO_KEEP, _strides
-from .matmul import MATRIX, MATRIX_TOKENS, aligned, pack_byte_panels, pad_heads, padded_head, round_up
+from .matmul import MATRIX, MATRIX_TOKENS, pack_byte_panels, pad_heads, padded_head, round_up
 from .simd import LANES, OFFSET, ROWS, WIDTH
 
 
@@ -71,8 +72,8 @@ class DynamicLayer:
             if out_bias is not None:
                 bias[:Eo] = out_bias
             put_linear(f.P_WO, spread.reshape(up, H * Dvp), f.P_SO, factors, bias)
-        self._weights = aligned(sum(part.size for part in parts[np.int32]), np.int32)
-        self._factors = aligned(sum(part.size for part in parts[np.float32]), np.float32)
+        self._weights = threads.aligned(sum(part.size for part in parts[np.int32]), np.int32)
+        self._factors = threads.aligned(sum(part.size for part in parts[np.float32]), np.float32)
         np.concatenate(parts[np.int32], out=self._weights)
         np.concatenate(parts[np.float32], out=self._factors)
         for slot, value in ((f.P_EQ, q[0].shape[1]), (f.P_EK, k[0].shape[1]), (f.P_EV, v[0].shape[1]), (f.P_EO, Eo),
@@ -120,7 +121,7 @@ class DynamicLayer:
         return p, shared, private, work
 
     def __call__(self, xq, xk, xv, out, keep=None, bias=None, band=None):
-        """out (B, L, Eo) from xq (B, L, Eq), xk (B, S, Ek), xv (B, S, Ev), float32, C-contiguous; masks as FloatLayer."""
+        """out (B, L, Eo) from xq (B, L, Eq), xk (B, S, Ek), xv (B, S, Ev): float32, C order; masks as FloatLayer."""
         B, L, S = xq.shape[0], xq.shape[1], xk.shape[1]
         masked = keep is not None or bias is not None
         plan = self._plans.get((L, S, masked))

@@ -2,9 +2,10 @@
 import numpy as np
 
 from edgeattn import threads
-from . import fused as f
 from edgeattn.jit import entry
-from .matmul import aligned, pack_panels, pad_heads, padded_head, round_up
+
+from . import fused as f
+from .matmul import pack_panels, pad_heads, padded_head, round_up
 from .simd import LANES, ROWS, WIDTH
 
 _LOG2_E = 1.4426950408889634
@@ -69,7 +70,7 @@ class FloatLayer:
         else:
             Eo = H * Dv
             at["wo"] = at["bo"] = 0
-        self.weights = aligned(sum(part.size for part in parts), np.float32)
+        self.weights = threads.aligned(sum(part.size for part in parts), np.float32)
         np.concatenate(parts, out=self.weights)
         p = self._parameters = np.zeros(f.P_COUNT, np.int64)
         p[f.P_EQ], p[f.P_EK], p[f.P_EV], p[f.P_EO] = q_weight.shape[1], k_weight.shape[1], v_weight.shape[1], Eo

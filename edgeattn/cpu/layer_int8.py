@@ -2,10 +2,11 @@
 import numpy as np
 
 from edgeattn import threads
-from . import fused_int8 as f
 from edgeattn.jit import entry
+
+from . import fused_int8 as f
 from .layer_float32 import _strides
-from .matmul import MATRIX, MATRIX_TOKENS, aligned, pack_byte_panels, pad_heads, padded_head, round_up
+from .matmul import MATRIX, MATRIX_TOKENS, pack_byte_panels, pad_heads, padded_head, round_up
 from .requantize import RULES, encode
 from .simd import LANES, OFFSET, ROWS, WIDTH
 
@@ -81,9 +82,9 @@ class StaticLayer:
             at["wo"] = at["bo"] = at["mo"] = 0
         put("ms", encode(score_rule, [scores] * LANES))
         put("mc", encode(context_rule, [context] * LANES))
-        self.weights = aligned(sum(part.size for part in parts), np.int32)
+        self.weights = threads.aligned(sum(part.size for part in parts), np.int32)
         np.concatenate(parts, out=self.weights)
-        table = aligned(256, softmax_table.dtype)
+        table = threads.aligned(256, softmax_table.dtype)
         table[:] = softmax_table
         self._fixed = (*(RULES[name] for name in (project_rule, score_rule, context_rule)), table)
         self._run = None
@@ -128,7 +129,8 @@ class StaticLayer:
             (f.P_AT_CODES, (S_up // 4 + 4) * WIDTH), (f.P_AT_MASKS, (S_up // 4 + 4) * WIDTH),
             (f.P_AT_VALUES, (S_up + 16) * WIDTH), (f.P_AT_TILES, MATRIX_TOKENS * WIDTH),
             (f.P_AT_TURNED, WIDTH * H * Dvp // 4 if MATRIX else 0)))
-        work = 2 * (L * Eq * H * Dp + S * H * (Ek * Dp + Ev * Dvp) + L * H * Dvp * Eo + L * S * H * (Dp + Dvp + 64)) // 3
+        work = 2 * (L * Eq * H * Dp + S * H * (Ek * Dp + Ev * Dvp) + L * H * Dvp * Eo
+                    + L * S * H * (Dp + Dvp + 64)) // 3
         return p, shared, private, work
 
     def __call__(self, xq, xk, xv, out, keep=None, band=None, classes=None, tables=None):
@@ -164,6 +166,6 @@ class StaticLayer:
         if self._run is None:
             scratch = np.zeros(1, np.int32)
             self._run = entry(f.layer_int8, (*self._fixed, *arguments, scratch, scratch, 0, 0, 0, 0))
-        threads.run_layer(self._run, self._fixed, arguments, np.int32, shared_size, private_size, B, S, MATRIX_TOKENS, -(-L // WIDTH),
-                          B * work)
+        threads.run_layer(self._run, self._fixed, arguments, np.int32, shared_size, private_size, B, S,
+                          MATRIX_TOKENS, -(-L // WIDTH), B * work)
         return out

@@ -9,23 +9,27 @@ import numpy as np
 
 from edgeattn.isa import ISA
 from edgeattn.jit import inlined
-from .simd import (COLUMNS, LANES, MATRIX_ROWS, ROWS, WIDTH, matrix_dot, matrix_load, matrix_store, rank_one, tile_load,
-                   tile_of_columns, tile_store)
+
+from .simd import (
+    COLUMNS,
+    LANES,
+    MATRIX_ROWS,
+    ROWS,
+    WIDTH,
+    matrix_dot,
+    matrix_load,
+    matrix_store,
+    rank_one,
+    tile_load,
+    tile_of_columns,
+    tile_store,
+)
 
 # Depths multiplied at a time: a panel this deep (24 KiB at 32 features) stays in the first-level cache while all
 # tokens pass; deeper float32 products go through the output once per block.
 DEPTH_BLOCK = 192
 MATRIX = ISA.amx  # whether a matrix unit multiplies bytes, 16 groups of four at a time
 MATRIX_TOKENS = 2 * MATRIX_ROWS
-ALIGNMENT = 64  # bytes: one cache line, and the widest vector
-
-
-def aligned(count, dtype):
-    """An uninitialized one-dimensional array of `count` elements that starts on a cache line."""
-    size = count * np.dtype(dtype).itemsize
-    raw = np.empty(size + ALIGNMENT, np.uint8)
-    start = -raw.__array_interface__["data"][0] % ALIGNMENT
-    return raw[start:start + size].view(dtype)
 
 
 def round_up(value, multiple):

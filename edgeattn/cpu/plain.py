@@ -1,4 +1,4 @@
-"""Attention in float32, one row of scores at a time: for when the probabilities themselves are wanted, or an axis is empty."""
+"""Attention in float32, one row of scores at a time: for when the probabilities are wanted, or an axis is empty."""
 
 import math
 

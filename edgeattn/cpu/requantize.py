@@ -8,8 +8,22 @@ import numpy as np
 
 from edgeattn.arithmetic import quantize_multiplier
 from edgeattn.jit import inlined
-from .simd import (double_of_bits, float_of_bits, larger, load, narrow, round_to_int, select, splat, to_double,
-                   to_float, truncate, truncate_double, widen)
+
+from .simd import (
+    double_of_bits,
+    float_of_bits,
+    larger,
+    load,
+    narrow,
+    round_to_int,
+    select,
+    splat,
+    to_double,
+    to_float,
+    truncate,
+    truncate_double,
+    widen,
+)
 
 _HALF_STEP = np.int64(1 << 30)
 _LOW_WORD = np.int64(0xFFFFFFFF)

@@ -27,12 +27,16 @@ _I1, _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 
 
 class Vec(types.Type):
+    """A vector of `lanes` elements of a scalar type."""
+
     def __init__(self, dtype, lanes):
         self.dtype, self.lanes = dtype, lanes
         super().__init__(f"Vec({dtype},{lanes})")
 
 
 class Tile(types.Type):
+    """A block of `rows` x `columns` vectors."""
+
     def __init__(self, vec, rows, columns):
         self.vec, self.rows, self.columns = vec, rows, columns
         super().__init__(f"Tile({vec},{rows},{columns})")
@@ -435,7 +439,7 @@ def _pack(builder, vectors, zero_point):
         pairs = [_call(builder, words, words_type, vectors[i:i + 2]) for i in (0, 2)]
         pairs = [_call(builder, f"llvm.sadd.sat.v{2 * n}i16", words_type, [p, word_zero]) for p in pairs]
         return builder.bitcast(_call(builder, half, bytes_type, pairs), ir.VectorType(_I32, n))
-    assert n == 4
+    # four lanes: NEON
     pairs = []
     for i in (0, 2):
         joined = _shuffle(builder, vectors[i], vectors[i + 1], range(8))
@@ -517,15 +521,15 @@ def _dot(builder, accumulator, u, s):
     if ISA.dot == "sdot":
         return _call(builder, "llvm.aarch64.neon.sdot.v4i32.v16i8", t, [accumulator, u, s])
     if ISA.dot == "vpmaddwd":
-        for a, b in zip(u, s):
+        for a, b in zip(u, s, strict=False):
             accumulator = builder.add(accumulator, _call(builder, "llvm.x86.avx2.pmadd.wd", t, [a, b]))
         return accumulator
     if ISA.dot == "sadalp":  # 255 * -128 still fits an int16: the product is exact, the pairs add into 32 bits
-        for a, b in zip(u, s):
+        for a, b in zip(u, s, strict=False):
             pairs = _call(builder, "llvm.aarch64.neon.saddlp.v4i32.v8i16", t, [builder.mul(a, b)])
             accumulator = builder.add(accumulator, pairs)
         return accumulator
-    for a, b in zip(u, s):
+    for a, b in zip(u, s, strict=False):
         accumulator = builder.add(accumulator, builder.mul(a, b))
     return accumulator
 
@@ -711,7 +715,7 @@ def tile_map(typing, t, function, parameters, at, column_step, plane):
         compiled = context.get_function(function, sig)
         context.add_linking_libs(getattr(compiled, "libs", ()))
         positions = [position]
-        for j in range(1, t.columns):
+        for _j in range(1, t.columns):
             positions.append(builder.add(positions[-1], step))
         out = ir.Constant(context.get_value_type(result), ir.Undefined)
         for k in range(t.rows * t.columns):
@@ -808,7 +812,7 @@ def tile_row_sums(typing, t):
         even, odd = range(0, 2 * LANES, 2), range(1, 2 * LANES, 2)
         while len(rows) > 1:  # neighbouring lanes of two vectors add up into one vector
             rows = [builder.fadd(_shuffle(builder, a, b, even), _shuffle(builder, a, b, odd))
-                    for a, b in zip(rows[::2], rows[1::2])]
+                    for a, b in zip(rows[::2], rows[1::2], strict=False)]
         return rows[0]
     return t.vec(t), generate
 

@@ -2,6 +2,7 @@
 import numpy as np
 
 from edgeattn.jit import inlined
+
 from .simd import bits_of, float_of_bits, fma, larger, select, splat
 
 # 2**r on [-0.5, 0.5] with c0 = 1, minimax in relative error: at most 9.2e-8 before rounding.

@@ -12,9 +12,29 @@ from numba import types
 from numba.extending import overload
 
 from edgeattn.jit import inlined
+
 from .requantize import divide_by_power, doubling_high
-from .simd import (LANES, OFFSET, WIDTH, bits_of, float_of_bits, gather, larger, larger_bytes, load, narrow, pack_bytes,
-                   select, shift_right_logical, smaller, splat, store, subtract_bytes, to_float, truncate)
+from .simd import (
+    LANES,
+    OFFSET,
+    WIDTH,
+    bits_of,
+    float_of_bits,
+    gather,
+    larger,
+    larger_bytes,
+    load,
+    narrow,
+    pack_bytes,
+    select,
+    shift_right_logical,
+    smaller,
+    splat,
+    store,
+    subtract_bytes,
+    to_float,
+    truncate,
+)
 
 LOWEST_CODES = np.int32(-2139062144)  # 0x80808080, four codes -128
 PROBABILITY_FLIP = LOWEST_CODES if OFFSET else np.int32(0)
