@@ -8,6 +8,8 @@ from edgeattn.checks import check_out, deliver, flag, float_array, number, resul
 from edgeattn.cpu import functional_float32, plain
 from edgeattn.masks import resolve_mask
 
+_SMALLEST_SOFTCAP = 1e-30  # its reciprocal is a float32 too
+
 
 def scaled_dot_product_attention(
     query,
@@ -91,9 +93,7 @@ def scaled_dot_product_attention(
     return_weights = flag("return_weights", return_weights)
     return_lse = flag("return_lse", return_lse)
     _check_shapes(query, key, value, grouped)
-    softcap = number("softcap", softcap)
-    if softcap < 0:
-        raise ValueError(f"softcap must be 0 (off) or positive, got {softcap}")
+    softcap = checked_softcap(softcap)
     if scale is None:
         scale = default_scale(query.shape[-1])
     else:
@@ -148,6 +148,14 @@ def scaled_dot_product_attention(
 def default_scale(head_dim):
     """1 / sqrt(head_dim); heads of size 0 have scores of 0 whatever the scale."""
     return 1 / math.sqrt(head_dim) if head_dim else 1.0
+
+
+def checked_softcap(softcap):
+    """`softcap` as a float that kernels can divide by, or 0."""
+    softcap = number("softcap", softcap)
+    if softcap != 0 and softcap < _SMALLEST_SOFTCAP:
+        raise ValueError(f"softcap must be 0 (off), or positive and at least {_SMALLEST_SOFTCAP}, got {softcap}")
+    return softcap
 
 
 def _check_shapes(query, key, value, grouped):

@@ -8,7 +8,7 @@ from numpy.lib.stride_tricks import as_strided
 from edgeattn.checks import check_out, count, deliver, flag, float_array, number, result_dtype, to_float32
 from edgeattn.cpu import functional_float32, plain
 from edgeattn.cpu.decode import decode
-from edgeattn.functional import default_scale
+from edgeattn.functional import checked_softcap, default_scale
 from edgeattn.masks import resolve_mask
 
 _DTYPES = ("float32", "int8")
@@ -250,9 +250,7 @@ class KVCache:
             raise ValueError(
                 f"query must have a multiple of the cache's {self.num_kv_heads} key/value heads, got {query.shape}"
             )
-        softcap = number("softcap", softcap)
-        if softcap < 0:
-            raise ValueError(f"softcap must be 0 (off) or positive, got {softcap}")
+        softcap = checked_softcap(softcap)
         scale = default_scale(self.head_dim) if scale is None else number("scale", scale)
         if position is None:
             position = self._length - queries

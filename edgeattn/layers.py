@@ -5,15 +5,16 @@ import functools
 import numpy as np
 
 from edgeattn import checkpoints
-from edgeattn.checks import check_out, count, deliver, flag, float_array, number, result_dtype, to_float32
+from edgeattn.checks import check_out, count, deliver, flag, float_array, result_dtype, to_float32
 from edgeattn.cpu import functional_float32, plain
 from edgeattn.cpu.layer_float32 import FloatLayer
 from edgeattn.cpu.linear import Linear
-from edgeattn.functional import default_scale
+from edgeattn.functional import checked_softcap, default_scale
 from edgeattn.kv_cache import KVCache
 from edgeattn.masks import resolve_mask, torch_masks
 
 _TENSORS = ("q_weight", "k_weight", "v_weight", "out_weight", "q_bias", "k_bias", "v_bias", "out_bias")
+_NO_WINDOW = (-1, -1)
 _KEY_TENSORS = ("bias_k", "bias_v")  # of a key that is no token, where a layer has one
 
 
@@ -113,6 +114,7 @@ class MultiHeadAttention:
                 "out_bias needs out_weight, got out_weight=None; pass numpy.eye to add a bias alone"
             )
         self.output_dim = context_dim if self.out_weight is None else self.out_weight.shape[0]
+        self._whole = bool(self.head_dim and self.value_dim and self.output_dim)  # the tiled kernels take nothing empty
         for name in ("q", "k", "v", "out"):
             weight, bias = getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")
             if bias is not None and bias.shape != weight.shape[:1]:
@@ -172,7 +174,7 @@ class MultiHeadAttention:
         key_padding_mask=None,
         is_causal=False,
         causal_alignment=None,
-        window_size=(-1, -1),
+        window_size=_NO_WINDOW,
         softcap=0.0,
         alibi_slopes=None,
         kv_cache=None,
@@ -228,6 +230,15 @@ class MultiHeadAttention:
         TypeError, ValueError
             Naming the argument, what was required and what came.
         """
+        if key is None and attn_mask is None and key_padding_mask is None and is_causal is False and (
+                need_weights is False and out is None and type(query) is np.ndarray and query.dtype == np.float32
+                and query.ndim == 3 and query.shape[2] == self.embed_dim == self.kdim == self.vdim
+                and query.flags.carray and query.size and value is None and self._whole
+                and window_size is _NO_WINDOW and alibi_slopes is None and kv_cache is None
+                and average_attn_weights is False and type(softcap) is float and not softcap and not self.extra_keys):
+            # what small layers are called with, again and again: self-attention, nothing masked
+            result = np.empty((*query.shape[:2], self.output_dim), np.float32)
+            return self._kernel(query, query, query, result)
         if kv_cache is not None:
             return self._attend_cached(
                 query, key, value, kv_cache, causal_alignment, softcap, need_weights, average_attn_weights, out,
@@ -235,7 +246,7 @@ class MultiHeadAttention:
                 window_size=window_size, alibi_slopes=alibi_slopes)
         need_weights = flag("need_weights", need_weights)
         average = flag("average_attn_weights", average_attn_weights)
-        softcap = _softcap(softcap)
+        softcap = checked_softcap(softcap)
         query, key, value = self._inputs(query, key, value)
         dtype = result_dtype(query, key, value)
         lead, (queries, keys) = query.shape[:-2], (query.shape[-2], key.shape[-2])
@@ -249,7 +260,7 @@ class MultiHeadAttention:
             window_size=window_size,
             alibi_slopes=alibi_slopes,
         )
-        plainly = need_weights or not (queries and keys and self.head_dim and self.value_dim and self.output_dim)
+        plainly = need_weights or not (queries and keys and self._whole)
         if plainly or softcap or self.extra_keys:
             return self._attend_in_steps(query, key, value, mask, softcap, plainly, need_weights, average, out, dtype)
         q, k, v = (to_float32(x).reshape(mask.shape[0], -1, x.shape[-1]) for x in (query, key, value))
@@ -364,7 +375,7 @@ class MultiHeadAttention:
         """Append this chunk's keys and values to the cache, and attend to what it holds."""
         need_weights = flag("need_weights", need_weights)
         average = flag("average_attn_weights", average)
-        softcap = _softcap(softcap)
+        softcap = checked_softcap(softcap)
         self._check_cache(cache, causal_alignment)
         query, key, value = self._inputs(query, key, value)
         lead, queries, keys = query.shape[:-2], query.shape[-2], key.shape[-2]
@@ -543,7 +554,7 @@ class SelfAttention(MultiHeadAttention):
         attn_mask=None,
         key_padding_mask=None,
         is_causal=False,
-        window_size=(-1, -1),
+        window_size=_NO_WINDOW,
         softcap=0.0,
         alibi_slopes=None,
         kv_cache=None,
@@ -577,13 +588,6 @@ class SelfAttention(MultiHeadAttention):
             need_weights=need_weights,
             out=out,
         )
-
-
-def _softcap(value):
-    softcap = number("softcap", value)
-    if softcap < 0:
-        raise ValueError(f"softcap must be 0 (off) or positive, got {softcap}")
-    return softcap
 
 
 def _key_tensor(name, value, size):
