@@ -354,7 +354,7 @@ class KVCache:
             plain.attention(
                 to_float32(query), held_keys, held_values, part,
                 scale=scale, softcap=softcap, out=out, weights=part_weights,
-            )  # fmt: skip
+            )
             if weights is not None:
                 weights[..., self._start : self._length] = part_weights
         elif key_scales is None and not (scores_alone and queries == 1):
@@ -415,7 +415,7 @@ def _decode(query, stored, out, scale, softcap, run):
         decode(
             query[:, :, begin], keys, values, out[:, :, begin], scale, softcap,
             k_scale=key_scales, v_scale=value_scales,
-        )  # fmt: skip
+        )
         return
     # The queries of one batch entry stand in for a batch: query i sees the same storage, `step` rows further on.
     lengths, size = np.array(counts, np.int64), max(counts)
@@ -432,4 +432,4 @@ def _decode(query, stored, out, scale, softcap, run):
         decode(
             query[b, :, begin:end].swapaxes(0, 1), keys, values, out[b, :, begin:end].swapaxes(0, 1),
             scale, softcap, lengths=lengths, k_scale=key_scales, v_scale=value_scales,
-        )  # fmt: skip
+        )

@@ -390,12 +390,12 @@ class MultiHeadAttention:
         # Without later keys to see, a chunk may come in pieces that fit into the window.
         piece = keys
         if cache.window is not None and queries == keys and mask.right == 0:
-            piece = max(min(keys, cache.capacity - cache.window + 1), 1)
+            piece = min(keys, cache.capacity - cache.window + 1)
         cache._check_room(piece)
 
         def split(name, x, heads, size):
             rows = self._linears[name](to_float32(x).reshape(-1, x.shape[-1]))
-            return to_float32(rows.reshape(batch, -1, heads, size).swapaxes(1, 2))
+            return to_float32(rows.reshape(batch, x.shape[-2], heads, size).swapaxes(1, 2))
 
         q = split("q", query, self.num_heads, self.head_dim)
         k = split("k", key, self.num_kv_heads, self.head_dim)
@@ -405,7 +405,7 @@ class MultiHeadAttention:
         if piece == keys:
             cache._append(k, v)
             cache._attend(q, mask, self.scale, softcap, context, weights)
-        for begin in range(0, keys if piece < keys else 0, piece):
+        for begin in range(0, keys if piece < keys else 0, max(piece, 1)):
             end = min(begin + piece, keys)
             cache._append(k[:, :, begin:end], v[:, :, begin:end])
             part = mask.part((begin, end), (0, cache.length))
@@ -431,7 +431,8 @@ class MultiHeadAttention:
             raise ValueError(
                 f"causal_alignment must be None with kv_cache, which knows the positions, got {causal_alignment!r}")
         if self.extra_keys:
-            raise ValueError("kv_cache needs a layer without bias_k, bias_v and add_zero_attn: a cache holds tokens only")
+            raise ValueError(
+                "kv_cache needs a layer without bias_k, bias_v and add_zero_attn: a cache holds tokens only")
         wanted = (self.num_kv_heads, self.head_dim, self.value_dim)
         given = (cache.num_kv_heads, cache.head_dim, cache.value_dim)
         if wanted != given:
@@ -596,7 +597,8 @@ def _key_tensor(name, value, size):
         return None
     array = float_array(name, value)
     if array.shape not in ((size,), (1, 1, size)):
-        raise ValueError(f"{name} must have shape {(size,)} or {(1, 1, size)}, Hkv heads side by side, got {array.shape}")
+        raise ValueError(
+            f"{name} must have shape {(size,)} or {(1, 1, size)}, Hkv heads side by side, got {array.shape}")
     array = np.array(to_float32(array)).reshape(size)
     array.flags.writeable = False
     return array
