@@ -165,7 +165,7 @@ ERRORS = [
     ("quantize layer.safetensors layer.safetensors -o q.safetensors", "layer.safetensors is not a whole calibration"),
     ("quantize layer.safetensors other.safetensors -o q.safetensors", "calibration was made with another layer"),
     ("quantize layer.safetensors other.safetensors -o q.safetensors --arithmetic x", "Invalid value for '--arithmetic'"),
-    ("compare layer.safetensors layer.safetensors x.npy", "quantized must be a static layer from quant.quantize"),
+    ("compare layer.safetensors layer.safetensors x.npy", "quantized must be a layer from quant.quantize"),
     ("export layer.safetensors a.tflite", "sequence_length is required for a .tflite"),
     ("export layer.safetensors a.onnx --sequence-length 9", "path must end in one of .tflite, .safetensors"),
     ("export layer.safetensors a.tflite --sequence-length nine", "Invalid value for '--sequence-length'"),
