@@ -254,6 +254,13 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         self.output_dim = last.weight.shape[0]
         self._prepare()
 
+    def __repr__(self):
+        return (f"{type(self).__name__}(num_heads={self.num_heads}, embed_dim={self.embed_dim}, kdim={self.kdim}, "
+                f"vdim={self.vdim}, head_dim={self.head_dim}, value_dim={self.value_dim}, "
+                f"output_dim={self.output_dim}, sources={self.sources}, "
+                f"score_ops=[{', '.join(type(op).__name__ for op in self.score_ops)}], "
+                f"arithmetic={self.arithmetic!r}, mask_margin={self.mask_margin})")
+
     def _check_parameters(self):
         H = self.num_heads
         for name in INPUTS:
