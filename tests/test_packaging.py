@@ -103,12 +103,12 @@ def test_installed_metadata_agrees_with_setup_cfg(setup_cfg):
     assert installed.metadata["Requires-Python"] == setup_cfg["options"]["python_requires"]
     assert set(installed.metadata.get_all("Provides-Extra")) == set(setup_cfg["options.extras_require"])
     scripts = {e.name: e.value for e in installed.entry_points if e.group == "console_scripts"}
-    assert scripts == {"edgeattn": "edgeattn.cli:main", "quant": "quant.cli:main"}
+    assert scripts == {"edgeattn": "edgeattn.cli:main", "quant": "quant.__main__:main"}
 
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_command_exists_and_explains_itself(package):
-    shown = python(f"import sys; from {package}.cli import main; sys.exit(main())", "--help")
+    shown = python(f"import sys; from {package}.__main__ import main; sys.exit(main())", "--help")
     assert shown.returncode == 0, shown.stderr
     assert "usage" in shown.stdout.lower()
 
