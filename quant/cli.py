@@ -122,17 +122,27 @@ def calibrate(layer, torch_prefix, bert_prefix, num_heads, data, output, observe
 
 @commands.command()
 @layer_options
-@click.argument("calibration", type=path_argument)
+@click.argument("calibration", required=False, type=path_argument)
 @click.option("-o", "--output", required=True, type=path_argument, help="The .safetensors file to write.")
-@click.option("--arithmetic", type=click.Choice(list(KERNEL_SETS)), default="litert", show_default=True,
-              help="The TFLite kernel set to equal.")
-def quantize(layer, torch_prefix, bert_prefix, num_heads, calibration, output, arithmetic):
-    """Make an int8 layer of LAYER and what `quant calibrate` wrote."""
+@click.option("--scheme", type=click.Choice(["static", "dynamic"]), default="static", show_default=True,
+              help="static: int8 in and out, as a .tflite; dynamic: float in and out, without CALIBRATION.")
+@click.option("--arithmetic", type=click.Choice(list(KERNEL_SETS)),
+              help="The TFLite kernel set that a static layer equals; litert unless given.")
+def quantize(layer, torch_prefix, bert_prefix, num_heads, calibration, output, scheme, arithmetic):
+    """Make an int8 layer of LAYER and of CALIBRATION, which `quant calibrate` wrote."""
+    if scheme == "static" and calibration is None:
+        raise click.UsageError("CALIBRATION is missing: run `quant calibrate` first, or choose --scheme dynamic")
+    if scheme == "dynamic" and (calibration is not None or arithmetic is not None):
+        raise click.UsageError("--scheme dynamic takes neither CALIBRATION nor --arithmetic")
     check_folder(output)
     layer = read_layer(layer, torch_prefix, bert_prefix, num_heads)
-    quantized = quant.quantize(layer, Calibration.load(calibration), arithmetic=arithmetic)
+    if scheme == "dynamic":
+        edgeattn.save(quant.quantize(layer, scheme=scheme), output)
+        say(f"wrote {output}: dynamic int8, float in and out")
+        return
+    quantized = quant.quantize(layer, Calibration.load(calibration), arithmetic=arithmetic or "litert")
     edgeattn.save(quantized, output)
-    say(f"wrote {output}: static int8, equal to {arithmetic}")
+    say(f"wrote {output}: static int8, equal to {quantized.arithmetic}")
 
 
 @commands.command()
@@ -145,7 +155,10 @@ def compare(layer, torch_prefix, bert_prefix, num_heads, quantized, data, arithm
     layer = read_layer(layer, torch_prefix, bert_prefix, num_heads)
     int8 = edgeattn.load(quantized, arithmetic=arithmetic)
     report = with_file_names(data, lambda batches: quant.compare(layer, int8, batches))
-    say(f"arithmetic: {arithmetic_of_tflite(arithmetic) if quantized.suffix == '.tflite' else int8.arithmetic}")
+    if quantized.suffix == ".tflite":
+        say(f"arithmetic: {arithmetic_of_tflite(arithmetic)}")
+    else:
+        say(f"arithmetic: {getattr(int8, 'arithmetic', 'our own, dynamic')}")
     click.echo(str(report))
 
 

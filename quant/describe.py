@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 import edgeattn
 from edgeattn.arithmetic import CODE_MAX, CODE_MIN
 from edgeattn.layers import MultiHeadAttention
-from edgeattn.quantized import INPUTS, AddMask, MulConstant, StaticMultiHeadAttention
+from edgeattn.quantized import INPUTS, AddMask, DynamicMultiHeadAttention, MulConstant, StaticMultiHeadAttention
 from edgeattn.tflite_file import parse, read_bytes
 from quant.calibrate import Calibration, is_calibration
 from quant.quantize import MASK_MARGIN
@@ -42,7 +42,9 @@ def describe_file(path, *, arithmetic: str | None = None) -> Iterator:
     else:
         layer = edgeattn.load(path, arithmetic=arithmetic)
         if isinstance(layer, StaticMultiHeadAttention):
-            yield from _describe_static(layer, f"{layer.arithmetic}")
+            yield from _describe_static(layer, layer.arithmetic)
+        elif isinstance(layer, DynamicMultiHeadAttention):
+            yield from _describe_dynamic(layer)
         else:
             yield from _describe_float(layer)
 
@@ -81,6 +83,23 @@ def _describe_float(layer: MultiHeadAttention) -> Iterator:
     yield f"{sum(array.size for array in tensors.values()):,} parameters"
 
 
+def _describe_dynamic(layer: DynamicMultiHeadAttention) -> Iterator:
+    yield f"{type(layer).__name__}: float in and out, int8 inside, no calibration"
+    yield from _describe_sizes(layer)
+    yield _projections((name, layer.weights.get(name), "float32" if name in layer.biases else "none")
+                       for name in (*INPUTS, "output"))
+
+
+def _projections(rows: Iterable):
+    """A table of (name, QuantizedLinear or None, kind of its bias)."""
+    shown = table("projection", "weight", "bias", "smallest scale", "largest scale")
+    for name, linear, bias in rows:
+        if linear is not None:
+            shown.add_row(name, str(linear.weight.shape), bias, f"{linear.scale.min():.4g}",
+                          f"{linear.scale.max():.4g}")
+    return shown
+
+
 def _describe_static(layer: StaticMultiHeadAttention, arithmetic: str) -> Iterator:
     yield f"{type(layer).__name__}, int8, called with {describe_sources(layer.sources)}"
     yield from _describe_sizes(layer)
@@ -92,13 +111,9 @@ def _describe_static(layer: StaticMultiHeadAttention, arithmetic: str) -> Iterat
         low, high = (f"{float(t.dequantize(code)):.4g}" for code in (CODE_MIN, CODE_MAX))
         shown.add_row(name, f"{t.scale:.8g}", str(t.zero_point), low, high)
     yield shown
-    shown = table("projection", "weight", "bias", "smallest scale", "largest scale")
-    for name in (*INPUTS, "output"):
-        if (linear := layer.linears.get(name)) is None:
-            continue
-        shown.add_row(name, str(linear.weight.shape), "none" if linear.bias is None else "int32",
-                      f"{linear.scale.min():.4g}", f"{linear.scale.max():.4g}")
-    yield shown
+    biased = {name for name, linear in layer.linears.items() if linear.bias is not None}
+    yield _projections((name, layer.linears.get(name), "int32" if name in biased else "none")
+                       for name in (*INPUTS, "output"))
     if not layer.score_ops:
         yield "score ops: none"
     for op in layer.score_ops:

@@ -114,6 +114,17 @@ def test_checkpoints_of_other_libraries(quant_command):
     assert "prefix 'attn.' fits no tensor in torch.npz; prefixes with" in error
 
 
+def test_dynamic(quant_command):
+    out = quant_command("quantize", "layer.safetensors", "-o", "d.safetensors", "--scheme", "dynamic")
+    assert out == "wrote d.safetensors: dynamic int8, float in and out\n"
+    text = quant_command("inspect", "d.safetensors")
+    assert "DynamicMultiHeadAttention: float in and out" in text
+    assert [row.split()[0] for row in text.splitlines() if "(32, 32)" in row] == ["query", "key", "value", "output"]
+    report = quant_command("compare", "layer.safetensors", "d.safetensors", "x.npy")
+    expected = quant.compare(random_layer(1), edgeattn.load("d.safetensors"), [np.load("x.npy")])
+    assert report == f"arithmetic: our own, dynamic\n{expected}\n"
+
+
 def test_what_a_tflite_does_not_say(quant_command):
     quant_command("calibrate", "layer.safetensors", "x.npy", "-o", "c.safetensors")
     quant_command("quantize", "layer.safetensors", "c.safetensors", "-o", "q.safetensors")
@@ -192,6 +203,8 @@ ERRORS = [
     ("quantize layer.safetensors layer.safetensors -o q.safetensors", "layer.safetensors is not a whole calibration"),
     ("quantize layer.safetensors other.safetensors -o q.safetensors", "calibration was made with another layer"),
     ("quantize layer.safetensors other.safetensors -o q.safetensors --arithmetic x", "Invalid value for '--arithmetic'"),
+    ("quantize layer.safetensors -o q.safetensors", "CALIBRATION is missing: run `quant calibrate` first, or choose"),
+    ("quantize layer.safetensors other.safetensors -o q.safetensors --scheme dynamic", "takes neither CALIBRATION nor"),
     ("quantize layer.npz other.safetensors -o q.safetensors", "--torch-prefix or --bert-prefix, and --num-heads"),
     ("quantize plain.safetensors other.safetensors -o q.safetensors",
      "of other libraries with --torch-prefix or --bert-prefix, and --num-heads\n"),
@@ -203,7 +216,7 @@ ERRORS = [
      "run `quant calibrate` on DATA in .npz files that hold attn_mask, key_padding_mask or is_causal"),
     ("inspect other.safetensors --arithmetic tflm", "applies to int8 layers, but other.safetensors holds a calib"),
     ("inspect layer.safetensors --arithmetic tflm", "applies to int8 layers, but layer.safetensors holds a Multi"),
-    ("compare layer.safetensors layer.safetensors x.npy", "quantized must be a static layer from quant.quantize"),
+    ("compare layer.safetensors layer.safetensors x.npy", "quantized must be a layer from quant.quantize"),
     ("export layer.safetensors a.tflite", "quant: --sequence-length is required for a .tflite"),
     ("export layer.safetensors a.onnx --sequence-length 9", "path must end in one of .tflite, .safetensors"),
     ("export layer.safetensors a.tflite --sequence-length nine", "Invalid value for '--sequence-length'"),
@@ -216,24 +229,38 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize("line,expected", ERRORS)
-def test_errors_are_one_line_and_write_nothing(quant_command, folder, line, expected):
-    np.save("narrow.npy", random_input(0, 2, 9, 31))
-    np.savez("nan.npz", query=np.full((2, 9, 32), np.nan, np.float32))
-    np.savez("names.npz", x=np.zeros(3, np.float32))
-    np.save("objects.npy", np.array([{}], object), allow_pickle=True)
-    Path("cut.npy").write_bytes(Path("x.npy").read_bytes()[:500])
-    Path("cut.npz").write_bytes(Path("masked.npz").read_bytes()[:500])
-    Path("cut.safetensors").write_bytes(Path("layer.safetensors").read_bytes()[:500])
-    Path("cut.tflite").write_bytes(b"\0\0\0\0TFL3")
-    quant.calibrate(random_layer(2), random_input(0, 2, 9, 32)).save("other.safetensors")
+@pytest.fixture(scope="module")
+def awkward(tmp_path_factory):
+    """A folder of files that are not what a command wants, made once."""
+    folder = tmp_path_factory.mktemp("awkward")
     layer = random_layer(1)
-    edgeattn.save(quant.quantize(layer, quant.calibrate(layer, [np.load("x.npy")])), "unmasked.safetensors")
+    calibration = quant.calibrate(layer, [random_input(0, 2, 9, 32)])
+    edgeattn.save(layer, folder / "layer.safetensors")
+    edgeattn.save(quant.quantize(layer, calibration), folder / "unmasked.safetensors")
+    quant.calibrate(random_layer(2), [random_input(0, 2, 9, 32)]).save(folder / "other.safetensors")
     safetensors.numpy.save_file({"a.in_proj_weight": np.zeros((96, 32), np.float32),
-                                 "a.out_proj.weight": np.zeros((32, 32), np.float32)}, "plain.safetensors")
-    before = sorted(os.listdir())
-    assert expected in quant_command(*line.split(), status=2)
-    assert sorted(os.listdir()) == before
+                                 "a.out_proj.weight": np.zeros((32, 32), np.float32)}, folder / "plain.safetensors")
+    np.save(folder / "x.npy", random_input(0, 3, 9, 32))
+    np.save(folder / "narrow.npy", random_input(0, 2, 9, 31))
+    np.savez(folder / "nan.npz", query=np.full((2, 9, 32), np.nan, np.float32))
+    np.savez(folder / "names.npz", x=np.zeros(3, np.float32))
+    np.save(folder / "objects.npy", np.array([{}], object), allow_pickle=True)
+    np.savez(folder / "whole.npz", query=random_input(2, 2, 9, 32))
+    for whole, cut in (("x.npy", "cut.npy"), ("whole.npz", "cut.npz"), ("layer.safetensors", "cut.safetensors")):
+        (folder / cut).write_bytes((folder / whole).read_bytes()[:500])
+    (folder / "cut.tflite").write_bytes(b"\0\0\0\0TFL3")
+    return folder
+
+
+@pytest.mark.parametrize("line,expected", ERRORS)
+def test_errors_are_one_line_and_write_nothing(awkward, monkeypatch, capsys, line, expected):
+    monkeypatch.chdir(awkward)
+    before = {path: path.read_bytes() for path in awkward.iterdir()}
+    assert quant.cli.main(line.split()) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert expected in err
+    assert {path: path.read_bytes() for path in awkward.iterdir()} == before
 
 
 def run(*arguments, **environment):
