@@ -9,6 +9,7 @@ import io
 import re
 import sys
 import textwrap
+from pathlib import Path
 
 INSTALL = "pip install '.[quant]' in edgeattn's folder"
 WIDTH = 80  # where there is no terminal to ask
@@ -56,6 +57,12 @@ def console():
 def fill(text: str) -> str:
     """``text`` in lines of at most 80, words and paths whole."""
     return textwrap.fill(text, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+
+
+def short(path) -> Path:
+    """A path as seen from the current folder where it lies within."""
+    path = Path(path)
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def render(part) -> str:
