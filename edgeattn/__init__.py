@@ -5,6 +5,8 @@ from edgeattn.layers import MultiHeadAttention, SelfAttention
 from edgeattn.quantized import QuantizedMultiHeadAttention
 from edgeattn.storage import load, save
 
+__version__ = "0.1.0"
+
 __all__ = [
     "MultiHeadAttention",
     "QuantizedMultiHeadAttention",
