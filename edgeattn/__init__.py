@@ -3,13 +3,16 @@
 from edgeattn.functional import scaled_dot_product_attention
 from edgeattn.layers import MultiHeadAttention, SelfAttention
 from edgeattn.quantized import QuantizedMultiHeadAttention
+from edgeattn.rotary import apply_rotary_embedding, rotary_cache
 from edgeattn.storage import load, save
 
 __all__ = [
     "MultiHeadAttention",
     "QuantizedMultiHeadAttention",
     "SelfAttention",
+    "apply_rotary_embedding",
     "load",
+    "rotary_cache",
     "save",
     "scaled_dot_product_attention",
 ]
