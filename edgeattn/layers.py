@@ -131,7 +131,7 @@ class MultiHeadAttention:
         self.extra_keys = (self.bias_k is not None) + self.add_zero_attn
 
     @classmethod
-    def from_torch(cls, state_dict_or_path, num_heads, prefix=""):
+    def from_torch(cls, state_dict_or_path, num_heads, prefix="", *, add_zero_attn=False):
         """The layer that torch.nn.MultiheadAttention stored; see `checkpoints.torch_weights`.
 
         Masks of this layer mean True = attend, the inverse of torch.nn.MultiheadAttention. Inputs are (B, L, E)
@@ -144,8 +144,11 @@ class MultiHeadAttention:
         num_heads : int
         prefix : str
             What stands before "in_proj_weight", such as "encoder.layers.0.self_attn.".
+        add_zero_attn : bool
+            What the layer was made with, which its state dict does not say.
         """
-        return cls._build(num_heads, checkpoints.torch_weights(state_dict_or_path, num_heads, prefix))
+        weights = checkpoints.torch_weights(state_dict_or_path, num_heads, prefix)
+        return cls._build(num_heads, {**weights, "add_zero_attn": add_zero_attn})
 
     @classmethod
     def from_bert(cls, state_dict_or_path, prefix, num_heads):

@@ -92,6 +92,15 @@ def test_torch_without_bias(kdim):
     assert (layer.q_bias, layer.k_bias, layer.v_bias, layer.out_bias) == (None,) * 4
 
 
+def test_torch_added_keys():
+    """add_bias_kv=True stores bias_k and bias_v; add_zero_attn=True stores nothing."""
+    state = changed(torch_state(), bias_k=random(1, 1, E), bias_v=random(1, 1, E) + 1)
+    layer = MultiHeadAttention.from_torch(state, 2, add_zero_attn=True)
+    same(layer, bias_k=state["bias_k"].reshape(-1), bias_v=state["bias_v"].reshape(-1))
+    assert layer.extra_keys == 2
+    assert MultiHeadAttention.from_torch(state, 2).extra_keys == 1
+
+
 def test_torch_numbers_by_hand():
     """One head, two tokens, weights that select: worked out without any attention code."""
     state = {
@@ -211,9 +220,9 @@ BAD_TORCH = {
         r"k_proj_weight must be \(6, 5\), got \(3, 5\)",
     ),
     "bias_k": (
-        changed(torch_state(), bias_k=random(1, 1, E), bias_v=random(1, 1, E)),
+        changed(torch_state(), bias_k=random(1, 1, 5)),
         ValueError,
-        "state_dict has bias_k: layers made with add_bias_kv=True are not supported yet",
+        r"missing: bias_v; mis-shaped: bias_k must be \(1, 1, 6\), got \(1, 1, 5\)",
     ),
     "integers": (
         changed(torch_state(), in_proj_weight=np.ones((3 * E, E), int)),

@@ -139,7 +139,7 @@ class _Graph:
         return None
 
     def shape(self, node):
-        """The shape that a Reshape asks for, None in place of computed entries; empty if all of it is computed."""
+        """The shape that a Reshape asks for, one None for each run of computed entries; empty if all are computed."""
         array = self.constant(node.input[1])
         if array is not None:
             return array.reshape(-1).tolist()
@@ -285,8 +285,9 @@ def _walk_up(graph, value, place):
     while (node := graph.maker.get(value)) is not None:
         if layout is None and graph.swaps_heads(node):
             layout, heads_first, value = "split", True, node.input[0]
-        elif layout == "split" and node.op_type == "Reshape" and len(shape := graph.shape(node)) == 4:
-            layout, head_sizes, value = "joined", shape[2:], node.input[0]
+        elif layout == "split" and node.op_type == "Reshape" and len(shape := graph.shape(node)) >= 2:
+            # four axes in all, since the Transpose behind it has four
+            layout, head_sizes, value = "joined", shape[-2:], node.input[0]
         elif layout != "split" and (linear := graph.linear(node, node.input[0])) is not None:
             for change in reversed(changes):
                 linear = linear and change(linear)

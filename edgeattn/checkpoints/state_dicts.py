@@ -19,7 +19,8 @@ def torch_weights(state_dict_or_path, num_heads, prefix=""):
     """Weights of a torch.nn.MultiheadAttention.
 
     in_proj_weight holds the rows of Q, K and V one after the other; where kdim or vdim differ from E there
-    are q_proj_weight, k_proj_weight and v_proj_weight instead, still with one in_proj_bias.
+    are q_proj_weight, k_proj_weight and v_proj_weight instead, still with one in_proj_bias. Layers made with
+    add_bias_kv=True have bias_k and bias_v besides.
 
     Parameters
     ----------
@@ -31,7 +32,7 @@ def torch_weights(state_dict_or_path, num_heads, prefix=""):
     Returns
     -------
     dict of str to array
-        q_weight, k_weight, v_weight, out_weight, and the biases where there are any.
+        q_weight, k_weight, v_weight, out_weight, and the biases, bias_k and bias_v where there are any.
 
     Raises
     ------
@@ -39,12 +40,6 @@ def torch_weights(state_dict_or_path, num_heads, prefix=""):
         Listing all missing, unexpected and mis-shaped tensors.
     """
     tensors = open_state_dict(state_dict_or_path, prefix, "in_proj_weight", "q_proj_weight")
-    for name in ("bias_k", "bias_v"):
-        if name in tensors:
-            raise ValueError(
-                f"{tensors.source} has {prefix}{name}: layers made with add_bias_kv=True "
-                "are not supported yet"
-            )
     packed = "in_proj_weight" in tensors or "q_proj_weight" not in tensors
     embed = tensors.axis("in_proj_weight" if packed else "q_proj_weight", 1)
     if packed:
@@ -58,6 +53,9 @@ def torch_weights(state_dict_or_path, num_heads, prefix=""):
     if biased:
         tensors.expect("in_proj_bias", (times(3, embed),))
         tensors.expect("out_proj.bias", (embed,))
+    added = [name for name in ("bias_k", "bias_v") if "bias_k" in tensors or "bias_v" in tensors]
+    for name in added:
+        tensors.expect(name, (1, 1, embed))
     found = tensors.checked()
     check_heads(num_heads, embed)
 
@@ -74,7 +72,7 @@ def torch_weights(state_dict_or_path, num_heads, prefix=""):
     if biased:
         weights["q_bias"], weights["k_bias"], weights["v_bias"] = np.split(found["in_proj_bias"], 3)
         weights["out_bias"] = found["out_proj.bias"]
-    return weights
+    return weights | {name: found[name] for name in added}
 
 
 def bert_weights(state_dict_or_path, prefix, num_heads):
