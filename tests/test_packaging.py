@@ -16,7 +16,17 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("edgeattn", "quant")
 # Not to be loaded by `import edgeattn`: each costs a small machine time and memory, or is not there. SciPy
 # is not listed because Numba imports it wherever it is installed.
-NOT_ON_DEVICE = ("ai_edge_litert", "click", "flatbuffers", "numba.cuda", "rich", "tflite_runtime", "torch")
+NOT_ON_DEVICE = (
+    "ai_edge_litert",
+    "click",
+    "flatbuffers",
+    "h5py",
+    "numba.cuda",
+    "onnx",
+    "rich",
+    "tflite_runtime",
+    "torch",
+)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +75,7 @@ def test_a_device_needs_three_packages(setup_cfg):
 
 
 def test_extras_are_the_promised_ones(setup_cfg):
-    promised = {"tflite", "cuda", "quant", "examples", "test", "test-numpy2", "peers", "dev"}
+    promised = {"checkpoints", "tflite", "cuda", "quant", "examples", "test", "test-numpy2", "peers", "dev"}
     assert set(setup_cfg["options.extras_require"]) == promised
     assert "flatbuffers" in extra(setup_cfg, "quant", "3.11", "x86_64")
     assert "ai-edge-litert" in extra(setup_cfg, "tflite", "3.11", "x86_64")
@@ -186,8 +196,21 @@ def test_only_the_tflite_writer_and_reader_import_flatbuffers():
     assert offenders(["flatbuffers"], allowed=["edgeattn.tflite", "quant.export.tflite"]) == []
 
 
+@pytest.mark.parametrize(
+    ("package", "reader"),
+    [
+        ("h5py", "edgeattn.checkpoints.keras_files"),
+        ("onnx", "edgeattn.checkpoints.onnx_graphs"),
+        ("torch", "edgeattn.checkpoints.tensors"),
+    ],
+)
+def test_checkpoint_readers_import_their_package_only_when_they_open_a_file(package, reader):
+    assert offenders([package], scope="edgeattn", allowed=[reader]) == []
+    assert offenders([package], scope="edgeattn", top_level_only=True) == []
+
+
 def test_kernels_import_no_public_layer():
-    public = "functional layers quantized checkpoints storage tflite kv_cache masks cli"
+    public = "functional rotary layers quantized checkpoints storage tflite kv_cache masks cli"
     forbidden = [f"edgeattn.{name}" for name in public.split()]
     assert offenders(forbidden, scope="edgeattn.cpu edgeattn.cuda") == []
 
