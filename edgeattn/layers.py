@@ -131,34 +131,95 @@ class MultiHeadAttention:
         self.extra_keys = (self.bias_k is not None) + self.add_zero_attn
 
     @classmethod
-    def from_torch(cls, state_dict_or_path, num_heads, prefix=""):
+    def from_torch(cls, state_dict_or_path, num_heads, prefix="", *, add_zero_attn=False):
         """The layer that torch.nn.MultiheadAttention stored; see `checkpoints.torch_weights`.
 
-        Masks of this layer mean True = attend, the inverse of torch.nn.MultiheadAttention.
+        Masks of this layer mean True = attend, the inverse of torch.nn.MultiheadAttention. Inputs are (B, L, E)
+        whatever batch_first was.
 
         Parameters
         ----------
-        state_dict_or_path : mapping of str to array, or path of a .safetensors or .npz file
+        state_dict_or_path : mapping of str to array, or path of a .safetensors, .npz or torch file
+            A .pt, .pth, .bin or .ckpt file is read by torch.load(weights_only=True), which needs torch.
         num_heads : int
         prefix : str
             What stands before "in_proj_weight", such as "encoder.layers.0.self_attn.".
+        add_zero_attn : bool
+            What the layer was made with, which its state dict does not say.
         """
-        return cls._build(num_heads, checkpoints.torch_weights(state_dict_or_path, num_heads, prefix))
+        weights = checkpoints.torch_weights(state_dict_or_path, num_heads, prefix)
+        return cls._build(num_heads, {**weights, "add_zero_attn": add_zero_attn})
 
     @classmethod
     def from_bert(cls, state_dict_or_path, prefix, num_heads):
         """The attention of one BERT layer; see `checkpoints.bert_weights`.
 
-        The residual connection and output.LayerNorm, which BERT also calls attention, are not part of it.
+        The residual connection and output.LayerNorm, which BERT also calls attention, are not part of it. The
+        attention_mask of BERT models, 1 = a real token, is key_padding_mask=attention_mask != 0.
 
         Parameters
         ----------
-        state_dict_or_path : mapping of str to array, or path of a .safetensors or .npz file
+        state_dict_or_path : mapping of str to array, or path of a .safetensors, .npz or torch file
         prefix : str
             What stands before "self.query.weight", such as "encoder.layer.0.attention.".
         num_heads : int
         """
         return cls._build(num_heads, checkpoints.bert_weights(state_dict_or_path, prefix, num_heads))
+
+    @classmethod
+    def from_gpt2(cls, state_dict_or_path, prefix, num_heads):
+        """The attention of one GPT-2 layer; see `checkpoints.gpt2_weights`.
+
+        GPT-2 is causal: call the layer with is_causal=True. Its attention_mask, 1 = a real token, is
+        key_padding_mask=attention_mask != 0. The scale is 1 / sqrt(D): models whose configuration asks for another
+        (scale_attn_weights=False, scale_attn_by_inverse_layer_idx=True) do not say so in their weights.
+
+        Parameters
+        ----------
+        state_dict_or_path : mapping of str to array, or path of a .safetensors, .npz or torch file
+        prefix : str
+            What stands before "c_attn.weight", such as "transformer.h.0.attn.".
+        num_heads : int
+        """
+        return cls._build(num_heads, checkpoints.gpt2_weights(state_dict_or_path, prefix, num_heads))
+
+    @classmethod
+    def from_keras(cls, weights_or_path, layer=None):
+        """A MultiHeadAttention or GroupQueryAttention of Keras; see `checkpoints.keras_weights`.
+
+        Masks mean True = attend in both. Keras is called (query, value, key), this layer (query, key, value).
+        use_causal_mask=True is is_causal=True, with causal_alignment="upper_left" where L != S. A query with no
+        permitted key gives zeros here, in Keras the mean of all values.
+
+        Parameters
+        ----------
+        weights_or_path : path, mapping of str to array, or sequence of arrays
+            A .keras, .weights.h5, .h5 (these need h5py), .npz or .safetensors file, variables by their paths, or
+            layer.get_weights(). Numbers of heads are in the shapes of the kernels.
+        layer : str, optional
+            The layer's name or its path in the file; not needed where there is one attention layer.
+        """
+        num_heads, num_kv_heads, weights = checkpoints.keras_weights(weights_or_path, layer)
+        return cls._build(num_heads, weights, num_kv_heads)
+
+    @classmethod
+    def from_onnx(cls, path_or_model, node=None):
+        """The layer around an attention node of an ONNX model; see `checkpoints.onnx_weights`.
+
+        Bool masks mean True = attend in both. What the node itself says of masks (is_causal, unidirectional, a
+        window) is told by a warning, and is to be given with each call. Inputs are (B, L, E), those of the
+        projections before the node.
+
+        Parameters
+        ----------
+        path_or_model : path or onnx.ModelProto
+            Needs the onnx package.
+        node : str or int, optional
+            Name of an Attention (opsets 23 to 25, com.microsoft) or MultiHeadAttention (com.microsoft) node, or
+            its index among these; not needed where there is one.
+        """
+        num_heads, num_kv_heads, weights = checkpoints.onnx_weights(path_or_model, node)
+        return cls._build(num_heads, weights, num_kv_heads)
 
     @classmethod
     def _build(cls, num_heads, weights, num_kv_heads=None):
