@@ -8,6 +8,8 @@ from edgeattn.quantized import QuantizedMultiHeadAttention
 from edgeattn.rotary import apply_rotary_embedding, rotary_cache
 from edgeattn.storage import load, save
 
+__version__ = "0.1.0"
+
 __all__ = [
     "KVCache",
     "MultiHeadAttention",

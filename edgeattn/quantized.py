@@ -271,6 +271,11 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention):
 
         self._kernel = DynamicLayer(H, Hkv, *map(pair, names), *(self.biases.get(name) for name in names), self.scale)
 
+    def __repr__(self):
+        return (f"{type(self).__name__}(num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, "
+                f"embed_dim={self.embed_dim}, kdim={self.kdim}, vdim={self.vdim}, head_dim={self.head_dim}, "
+                f"value_dim={self.value_dim}, output_dim={self.output_dim})")
+
     def __call__(self, query, key=None, value=None, *, attn_mask=None, key_padding_mask=None, is_causal=False,
                  causal_alignment=None, out=None):
         """Attend from ``query`` to ``key`` and ``value``; arguments and result as ``MultiHeadAttention``'s."""
@@ -368,6 +373,13 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         last = self.linears.get("output", self.linears["value"])
         self.output_dim = last.weight.shape[0]
         self._prepare()
+
+    def __repr__(self):
+        return (f"{type(self).__name__}(num_heads={self.num_heads}, embed_dim={self.embed_dim}, kdim={self.kdim}, "
+                f"vdim={self.vdim}, head_dim={self.head_dim}, value_dim={self.value_dim}, "
+                f"output_dim={self.output_dim}, sources={self.sources}, "
+                f"score_ops=[{', '.join(type(op).__name__ for op in self.score_ops)}], "
+                f"arithmetic={self.arithmetic!r}, mask_margin={self.mask_margin})")
 
     def _check_parameters(self):
         H = self.num_heads

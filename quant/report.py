@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import math
 from dataclasses import dataclass
 
 import numpy as np
-import rich.box
-from rich.console import Console
-from rich.table import Table
 
 from edgeattn.arithmetic import CODE_MAX, CODE_MIN
 from edgeattn.quantized import TensorQuantization
+from quant.tables import fill, render, table
 
 
 @dataclass(frozen=True)
@@ -87,18 +84,13 @@ class Report:
     heads: list[TensorReport]
     lints: list[str]
 
-    def __rich__(self) -> Table:
-        table = Table(box=rich.box.SIMPLE_HEAD)
-        table.add_column("tensor")
-        for title in ("SQNR dB", "cosine", "saturated"):
-            table.add_column(title, justify="right")
+    def __rich__(self):
+        shown = table("tensor", "SQNR dB", "cosine", "saturated")
         rows = [*self.tensors.items(), *((f"context of head {h}", r) for h, r in enumerate(self.heads))]
         for i, (name, r) in enumerate(rows):
-            table.add_row(name, f"{r.sqnr_db:.1f}", f"{r.cosine:.5f}", f"{r.saturation:.2%}",
+            shown.add_row(name, f"{r.sqnr_db:.1f}", f"{r.cosine:.5f}", f"{r.saturation:.2%}",
                           end_section=i + 1 == len(self.tensors))
-        return table
+        return shown
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=80, force_terminal=False, color_system=None)
-        console.print(self)
-        return "\n".join([console.file.getvalue().rstrip(), *(f"note: {lint}" for lint in self.lints)])
+        return "\n".join([render(self), *(fill(f"note: {lint}") for lint in self.lints)])

@@ -3,6 +3,7 @@
 import ast
 import configparser
 import importlib.metadata
+import importlib.util
 import re
 import subprocess
 import sys
@@ -113,12 +114,12 @@ def test_installed_metadata_agrees_with_setup_cfg(setup_cfg):
     assert installed.metadata["Requires-Python"] == setup_cfg["options"]["python_requires"]
     assert set(installed.metadata.get_all("Provides-Extra")) == set(setup_cfg["options.extras_require"])
     scripts = {e.name: e.value for e in installed.entry_points if e.group == "console_scripts"}
-    assert scripts == {"edgeattn": "edgeattn.cli:main", "quant": "quant.cli:main"}
+    assert scripts == {"edgeattn": "edgeattn.cli:main", "quant": "quant.__main__:main"}
 
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_command_exists_and_explains_itself(package):
-    shown = python(f"import sys; from {package}.cli import main; sys.exit(main())", "--help")
+    shown = python(f"import sys; from {package}.__main__ import main; sys.exit(main())", "--help")
     assert shown.returncode == 0, shown.stderr
     assert "usage" in shown.stdout.lower()
 
@@ -233,6 +234,23 @@ def test_make_help_names_every_target():
     phony = re.search(r"^\.PHONY:(.*)$", makefile(), re.MULTILINE).group(1)
     listed = re.findall(r"^  make (\S+)", make("help"), re.MULTILINE)
     assert sorted(listed) == sorted(phony.split())
+
+
+def test_make_help_fits_a_terminal():
+    assert max(map(len, make("help").splitlines())) <= 80
+
+
+def test_environment_knows_what_is_installed_until_setup_cfg_changes(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("environment", ROOT / "tools" / "environment.py")
+    environment = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(environment)
+    assert environment.recorded(tmp_path) == {}
+    environment.record(tmp_path, ["test", "examples"], [], {})
+    environment.record(tmp_path, ["dev"], ["a-package"], environment.recorded(tmp_path))
+    there = environment.recorded(tmp_path)
+    assert (there["installed"], there["alone"]) == (["a-package", "dev", "examples", "test"], ["a-package"])
+    monkeypatch.setattr(environment, "state", lambda: "another")
+    assert environment.recorded(tmp_path) == {}
 
 
 def test_every_script_that_make_runs_exists():

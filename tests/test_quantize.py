@@ -1,7 +1,7 @@
 """From ranges to int8: what quantize promises of the parameters it chooses, and of the accuracy they give."""
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from workbench import as_batch, cosine, random_call, random_input, random_layer
 
@@ -93,6 +93,7 @@ def test_grouped_heads_are_repeated():
 @settings(max_examples=200, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.floats(-45, 19), st.floats(-45, 25), st.floats(-18, 17))
 def test_codes_stay_in_range_for_any_magnitudes(seed, weight_power, bias_power, input_power):
+    assume(bias_power < input_power + 26)  # beyond, no scale within 2**60 holds the bias
     rng = np.random.default_rng(seed)
     weight = (rng.standard_normal((4, 6)) * 10.0**weight_power).astype(np.float32)
     weight[1] = 0
