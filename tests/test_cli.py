@@ -358,3 +358,33 @@ def test_edgeattn_alone_prints_its_help(capsys):
     shown = capsys.readouterr().out
     assert shown.startswith("usage: edgeattn")
     assert "\n    info " in shown
+
+
+def test_edgeattn_warmup_compiles_once_and_says_so(folder):
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(folder / "kernels"), "PYTHONPATH": str(ROOT)}
+    layer = random_layer(2)
+    edgeattn.save(quant.quantize(layer, quant.calibrate(layer, [random_input(1, 2, 9, 32)])), "int8.safetensors")
+    command = [sys.executable, "-m", "edgeattn", "warmup", "layer.safetensors", "int8.safetensors", "--length", "5"]
+    shown = [subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+             for _ in range(2)]
+    assert len(shown[0]) == 3 and "kernels" in shown[0][2]
+    assert all("layer.safetensors, 5 tokens" in first or "int8.safetensors, 5 tokens" in first for first in shown[0][:2])
+    assert all(line.endswith("nothing to compile") for line in shown[1][:2])
+
+
+def test_edgeattn_bench_times_every_layer_and_length(folder, capsys):
+    assert edgeattn.cli.main(["bench", "layer.safetensors", "--length", "4", "8"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines[1:]] == ["layer.safetensors, 4 tokens", "layer.safetensors, 8 tokens"]
+    assert all(float(line.split()[-2]) > 0 for line in lines[1:])
+
+
+@pytest.mark.parametrize("arguments,message", [
+    (["bench", "nothing.safetensors"], "nothing.safetensors"),
+    (["warmup", "x.npy"], "path must end in .safetensors or .tflite"),
+    (["bench", "layer.safetensors", "--length", "0"], "--length must be at least 1, got 0"),
+])
+def test_edgeattn_errors_are_one_line(folder, capsys, arguments, message):
+    assert edgeattn.cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("edgeattn: ") and error.count("\n") == 1
