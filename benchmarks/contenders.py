@@ -16,7 +16,6 @@ import numpy as np
 
 from benchmarks import peers
 from benchmarks.problem import Problem
-from edgeattn.cpu.layer_dynamic import DynamicLayer
 
 FLOAT_PLAIN_ERRORS = 2  # our own float32: at most so many times the error of plain NumPy, as the tests demand
 FLOAT_PEER_ERROR = 1e-3  # float32 of others, of the largest number: far from a mistake, near to any approximation
@@ -147,29 +146,22 @@ CHECKS = {"float": check_float, "float-peer": check_float_peer, "bytes": check_b
 # -- ours
 
 def _edgeattn_float32(problem, _threads):
-    layer, x, out = problem.layer, problem.x, np.empty_like(problem.x)
-    return lambda: layer(x, out=out), lambda: out
+    layer, x = problem.layer, problem.x
+    return lambda: layer(x), lambda: layer(x)
 
 
 def _edgeattn_static(problem, _threads):
-    layer, codes, out = problem.static, problem.codes, np.empty(problem.x.shape, np.int8)
-    return lambda: layer.run_int8(codes, out=out), lambda: out
+    layer, codes = problem.static, problem.codes
+    return lambda: layer.run_int8(codes), lambda: layer.run_int8(codes)
 
 
 def _edgeattn_dynamic(problem, _threads):
-    w, x, out = problem.layer, problem.x, np.empty_like(problem.x)
-    layer = DynamicLayer(w.num_heads, w.num_kv_heads, w.q_weight, w.k_weight, w.v_weight, w.out_weight,
-                         w.q_bias, w.k_bias, w.v_bias, w.out_bias, w.scale)
-    return lambda: layer(x, x, x, out), lambda: out
+    layer, x = problem.dynamic, problem.x
+    return lambda: layer(x), lambda: layer(x)
 
 
 def _numpy(problem, _threads):
-    answer = problem.formula(np.float32)
-
-    def call():
-        answer[:] = problem.formula(np.float32)
-
-    return call, lambda: answer
+    return lambda: problem.formula(np.float32), lambda: problem.formula(np.float32)
 
 
 OURS = (

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmarks.contenders import Contender
-from benchmarks.peers import _torch, onnx_session
+from benchmarks.peers import onnx_session, torch_with
 from edgeattn.cpu.decode import decode
 
 HEADS, HEAD_SIZE = 8, 64
@@ -106,7 +106,7 @@ def _numpy(problem, _threads):
 
 def _torch_sdpa(problem, threads):
     """Queries that share a key head as queries of one head: faster than enable_gqa, which repeats the keys."""
-    torch = _torch(threads)
+    torch = torch_with(threads)
     attend = torch.nn.functional.scaled_dot_product_attention
     point = problem.point
     q = torch.from_numpy(problem.q).reshape(1, point.Hkv, point.H // point.Hkv, point.D)

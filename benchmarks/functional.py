@@ -9,7 +9,7 @@ import numpy as np
 
 import edgeattn
 from benchmarks.contenders import Contender
-from benchmarks.peers import _torch
+from benchmarks.peers import torch_with
 
 LENGTHS = (64, 128, 256, 512, 1024)
 LONG_LENGTHS = (1024, 2048, 4096, 8192, 16384)
@@ -78,7 +78,7 @@ def _numpy(problem, _threads):
 
 
 def _torch_sdpa(problem, threads):
-    torch = _torch(threads)
+    torch = torch_with(threads)
     attend = torch.nn.functional.scaled_dot_product_attention
     q, k, v = (torch.from_numpy(a) for a in (problem.q, problem.k, problem.v))
     answer = []
@@ -98,14 +98,13 @@ PEERS = (Contender("torch sdpa", _torch_sdpa, "float-peer", "torch", "float32"),
 
 def causal_calls(problem) -> dict:
     """Every layer of a `benchmarks.problem.Problem` without and with a causal mask."""
-    from benchmarks.contenders import dynamic_layer
-    x, codes, out, out_codes = problem.x, problem.codes, np.empty_like(problem.x), np.empty(problem.x.shape, np.int8)
-    layer, static, dynamic = problem.layer, problem.static, dynamic_layer(problem)
+    x, codes = problem.x, problem.codes
+    layer, static, dynamic = problem.layer, problem.static, problem.dynamic
     return {
-        "edgeattn float32": lambda: layer(x, out=out),
-        "edgeattn float32 causal": lambda: layer(x, is_causal=True, out=out),
-        "edgeattn int8": lambda: static.run_int8(codes, out=out_codes),
-        "edgeattn int8 causal": lambda: static.run_int8(codes, is_causal=True, out=out_codes),
-        "edgeattn dynamic": lambda: dynamic(x, out=out),
-        "edgeattn dynamic causal": lambda: dynamic(x, is_causal=True, out=out),
+        "edgeattn float32": lambda: layer(x),
+        "edgeattn float32 causal": lambda: layer(x, is_causal=True),
+        "edgeattn int8": lambda: static.run_int8(codes),
+        "edgeattn int8 causal": lambda: static.run_int8(codes, is_causal=True),
+        "edgeattn dynamic": lambda: dynamic(x),
+        "edgeattn dynamic causal": lambda: dynamic(x, is_causal=True),
     }

@@ -7,11 +7,12 @@ and a way to read the answer.
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
 from quant.export.attention_graph import float_graph
 from quant.export.tflite import serialize, write_tflite
-
 
 # -- ai-edge-litert and tflite-runtime: the same interface, XNNPACK in both
 
@@ -107,11 +108,12 @@ def onnx_session(nodes, inputs, outputs, constants, threads):
 def _bound(session, x):
     """Input and output bound once: no dictionary, no copy per call."""
     import onnxruntime
-    out = np.empty_like(x)
+    wrap = onnxruntime.OrtValue.ortvalue_from_numpy
+    out = wrap(np.zeros_like(x))  # the binding keeps it; a mere address of ours it would not
     binding = session.io_binding()
-    binding.bind_ortvalue_input("x", onnxruntime.OrtValue.ortvalue_from_numpy(x))
-    binding.bind_output("y", "cpu", 0, np.float32, out.shape, out.ctypes.data)
-    return lambda: session.run_with_iobinding(binding), lambda: out
+    binding.bind_ortvalue_input("x", wrap(x))
+    binding.bind_ortvalue_output("y", out)
+    return lambda: session.run_with_iobinding(binding), lambda: out.numpy()
 
 
 def _joined(layer):
@@ -156,18 +158,29 @@ def onnxruntime_qattention(problem, threads):
 
 # -- PyTorch
 
-def _torch(threads):
+@functools.cache
+def _inference_mode():
+    """Inference mode for good: entering it anew in every call would cost microseconds."""
+    import torch
+    mode = torch.inference_mode()
+    mode.__enter__()
+    return mode
+
+
+def torch_with(threads):
+    """The module, set to a number of threads, in inference mode."""
     import torch
     torch.set_num_threads(threads)
-    torch.inference_mode(True).__enter__()  # for good: entering it anew in every call would cost microseconds
+    _inference_mode()
     return torch
 
 
 def torch_module(problem, threads):
     """nn.MultiheadAttention on its fast path: eval, inference mode, no weights asked for."""
-    torch = _torch(threads)
+    torch = torch_with(threads)
     layer = problem.layer
-    module = torch.nn.MultiheadAttention(problem.point.E, problem.point.H, batch_first=True).eval().requires_grad_(False)
+    module = torch.nn.MultiheadAttention(problem.point.E, problem.point.H, batch_first=True).eval()
+    module.requires_grad_(False)
     weight, bias = _joined(layer)
     for parameter, values in ((module.in_proj_weight, weight.T), (module.in_proj_bias, bias),
                               (module.out_proj.weight, layer.out_weight), (module.out_proj.bias, layer.out_bias)):
@@ -182,7 +195,7 @@ def torch_module(problem, threads):
 
 def torch_sdpa(problem, threads):
     """One linear for queries, keys and values, scaled_dot_product_attention, one linear."""
-    torch = _torch(threads)
+    torch = torch_with(threads)
     linear, attend = torch.nn.functional.linear, torch.nn.functional.scaled_dot_product_attention
     layer, (E, H, L) = problem.layer, (problem.point.E, problem.point.H, problem.point.L)
     weight, bias = (torch.from_numpy(np.array(a)) for a in _joined(layer))

@@ -9,7 +9,7 @@ import numpy as np
 
 import edgeattn
 import quant
-from edgeattn.quantized import MulConstant, StaticMultiHeadAttention, TensorQuantization
+from edgeattn.quantized import DynamicMultiHeadAttention, MulConstant, StaticMultiHeadAttention, TensorQuantization
 from quant.trace import read_calls, static_trace
 
 WIDTHS, HEADS, LENGTHS = (64, 128, 256, 384), (4, 8, 12), (32, 64, 128, 256, 512)
@@ -110,6 +110,11 @@ class Problem:
     def static(self) -> StaticMultiHeadAttention:
         """The int8 layer as ``quant.quantize`` makes it: symmetric keys and values, 1/sqrt(D) in the query."""
         return quant.quantize(self.layer, self._calibration, arithmetic="litert")
+
+    @functools.cached_property
+    def dynamic(self) -> DynamicMultiHeadAttention:
+        """The int8 layer that quantizes every token as it comes."""
+        return quant.quantize(self.layer, scheme="dynamic")
 
     @functools.cached_property
     def usual(self) -> StaticMultiHeadAttention:

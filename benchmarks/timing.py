@@ -2,6 +2,9 @@
 
 Only numbers of one round are compared, so what slows the machine for a second slows all of them. A contender's time is
 the median over the rounds; a ratio is the median of the rounds' ratios.
+
+On one thread the clock is the processor time of the whole process: what other processes take does not count, what a
+contender's secret helpers take does. On several it is the clock on the wall.
 """
 
 from __future__ import annotations
@@ -36,7 +39,8 @@ def interleave(calls: Mapping[str, Callable], *, seconds: float, threads: int = 
     dict of str to list of float
         Seconds per call, one number per round; the same rounds for all.
     """
-    repeats = {name: _repeats(call) for name, call in calls.items()}
+    clock = time.process_time if threads == 1 else time.perf_counter
+    repeats = {name: _repeats(call, clock) for name, call in calls.items()}
     times = {name: [] for name in calls}
     rng = np.random.default_rng(seed)
     names = list(calls)
@@ -51,27 +55,27 @@ def interleave(calls: Mapping[str, Callable], *, seconds: float, threads: int = 
                 name = names[i]
                 if threads > 1:
                     time.sleep(SETTLE)
-                times[name].append(_block(calls[name], *repeats[name]))
+                times[name].append(_block(calls[name], clock, *repeats[name]))
     finally:
         if collecting:
             gc.enable()
     return times
 
 
-def _repeats(call):
+def _repeats(call, clock):
     """(calls in a block, whether to warm up): from three calls, the second and third timed."""
     call()
-    once = min(_block(call, 1, False) for _ in range(2))
-    return max(1, int(BLOCK / once)), once < WARM_BELOW
+    once = min(_block(call, clock, 1, False) for _ in range(2))
+    return max(1, int(BLOCK / max(once, 1e-7))), once < WARM_BELOW
 
 
-def _block(call, repeats, warm):
+def _block(call, clock, repeats, warm):
     if warm:
         call()
-    start = time.perf_counter()
+    start = clock()
     for _ in range(repeats):
         call()
-    return (time.perf_counter() - start) / repeats
+    return (clock() - start) / repeats
 
 
 def median_ratio(slower: list, faster: list) -> float:
