@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.problem import Point
+from benchmarks.problem import LENGTHS, Point
 from benchmarks.targets import ALL_PEERS, FLOAT_PEERS, fastest, outcomes, speed
 from benchmarks.timing import median_ratio
 
@@ -85,19 +85,19 @@ def write_plots(found: dict) -> list[Path]:
     from matplotlib import pyplot
 
     layers = _layers(found)
-    widths = sorted({point.E for point in layers})
+    most_heads = {point.E: point.H for point in sorted(layers)}
     written = []
-    if widths:
-        figure, panels = pyplot.subplots(1, len(widths), figsize=(3.4 * len(widths), 3.6), sharey=True, squeeze=False)
-        for panel, E in zip(panels[0], widths, strict=True):
-            heads = max(point.H for point in layers if point.E == E)
-            points = sorted(point for point in layers if point.E == E and point.H == heads)
+    if layers:
+        figure, panels = pyplot.subplots(1, len(most_heads), figsize=(3.4 * len(most_heads), 3.6), sharey=True,
+                                         squeeze=False)
+        for panel, (E, H) in zip(panels[0], most_heads.items(), strict=True):
+            points = [point for point in (Point(E, H, L) for L in LENGTHS) if point in layers]
             for label, name, colour, style in _KINDS:
                 shown = [point for point in points if name in layers[point]["times"]]
                 panel.plot([point.L for point in shown],
                            [np.median(speed(layers[point], name)) / 1e9 for point in shown], style, color=colour,
                            label=label, marker="." if style == "-" else None)
-            panel.set(title=f"E = {E}, H = {heads}", xlabel="L", xscale="log", yscale="log")
+            panel.set(title=f"E = {E}, H = {H}", xlabel="L", xscale="log", yscale="log")
             panel.set_xticks([point.L for point in points], [str(point.L) for point in points], minor=False)
             panel.set_xticks([], minor=True)
             panel.grid(alpha=0.3)
