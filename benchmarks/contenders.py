@@ -178,6 +178,7 @@ PEERS = (
     Contender("tflite-runtime float32", peers.tflite_runtime_float32, "float-peer", "tflite_runtime", "float32"),
     Contender("tflite-runtime int8", peers.tflite_runtime_int8, "tflite-runtime", "tflite_runtime", "int8"),
     Contender("onnxruntime float32", peers.onnxruntime_attention, "float-peer", "onnxruntime", "float32"),
+    Contender("onnxruntime mha", peers.onnxruntime_mha, "float-peer", "onnxruntime", "float32"),
     Contender("onnxruntime int8", peers.onnxruntime_qattention, "cosine", "onnxruntime", "int8"),
     Contender("torch module", peers.torch_module, "float-peer", "torch", "float32"),
     Contender("torch sdpa", peers.torch_sdpa, "float-peer", "torch", "float32"),

@@ -43,10 +43,10 @@ def call_overhead(problem: Problem) -> dict[str, float]:
 
 
 def _seconds(call):
-    begin = time.perf_counter()
+    begin = time.process_time()
     for _ in range(_CALLS):
         call()
-    return (time.perf_counter() - begin) / _CALLS
+    return (time.process_time() - begin) / _CALLS
 
 
 def processes(peers: bool, counts) -> dict[str, dict]:
@@ -56,7 +56,7 @@ def processes(peers: bool, counts) -> dict[str, dict]:
     -------
     dict
         "cold" and "warm": as ``fresh.start`` gives them; "compiled_at_import": bool; "memory": by number of threads, as
-        ``fresh.memory`` gives it; "peers": seconds to import each.
+        ``fresh.memory`` gives it; "peers": seconds of processor time to import each.
     """
     with tempfile.TemporaryDirectory() as folder:
         run = _installed_in(Path(folder))
@@ -67,7 +67,7 @@ def processes(peers: bool, counts) -> dict[str, dict]:
         found["memory"] = {str(count): run("memory", str(count)) for count in counts}
     found["peers"] = {}
     for module in PEER_MODULES if peers else ():
-        script = f"import time; b = time.perf_counter(); import {module}; print(time.perf_counter() - b)"
+        script = f"import time; b = time.process_time(); import {module}; print(time.process_time() - b)"
         answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
         if answer.returncode == 0:
             found["peers"][module] = float(answer.stdout)

@@ -55,10 +55,11 @@ class DecodeProblem:
     def formula(self, dtype) -> np.ndarray:
         """(1, H, D), every step in ``dtype``."""
         groups = self.point.H // self.point.Hkv
-        k, v = (np.repeat(a[0], groups, axis=0).astype(dtype) for a in (self.k, self.v))
-        scores = np.einsum("hd,hsd->hs", self.q[0].astype(dtype), k) / dtype(np.sqrt(self.point.D))
+        k, v = (a[0].astype(dtype, copy=False) for a in (self.k, self.v))
+        q = self.q.reshape(self.point.Hkv, groups, -1).astype(dtype, copy=False)
+        scores = q @ k.swapaxes(1, 2) / dtype(np.sqrt(self.point.D))
         scores = np.exp(scores - scores.max(-1, keepdims=True))
-        return (np.einsum("hs,hsd->hd", scores, v) / scores.sum(-1, keepdims=True))[None]
+        return (scores @ v / scores.sum(-1, keepdims=True)).reshape(self.q.shape)
 
     @functools.cached_property
     def exact(self):

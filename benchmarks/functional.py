@@ -52,7 +52,7 @@ class AttentionProblem:
 
     def formula(self, dtype) -> np.ndarray:
         """(1, H, L, D), every step in ``dtype``."""
-        q, k, v = (a.astype(dtype) for a in (self.q, self.k, self.v))
+        q, k, v = (a.astype(dtype, copy=False) for a in (self.q, self.k, self.v))
         scores = q @ k.swapaxes(-1, -2) / dtype(np.sqrt(self.point.D))
         scores = np.exp(scores - scores.max(-1, keepdims=True))
         return scores @ v / scores.sum(-1, keepdims=True)

@@ -138,6 +138,20 @@ def onnxruntime_attention(problem, threads):
     return _bound(onnx_session(nodes, {"x": value}, {"y": value}, constants, threads), problem.x)
 
 
+def onnxruntime_mha(problem, threads):
+    """com.microsoft.MultiHeadAttention after three MatMul: its blocked softmax wins where rows are long."""
+    from onnx import helper
+    layer = problem.layer
+    nodes = [helper.make_node("MatMul", ["x", f"w{name}"], [name]) for name in "qkv"]
+    nodes += [helper.make_node("MultiHeadAttention", ["q", "k", "v", "b"], ["a"], domain="com.microsoft",
+                               num_heads=problem.point.H),
+              helper.make_node("MatMul", ["a", "wo"], ["m"]), helper.make_node("Add", ["m", "bo"], ["y"])]
+    constants = {"b": _joined(layer)[1], "wo": layer.out_weight.T, "bo": layer.out_bias}
+    constants |= {f"w{name}": getattr(layer, f"{name}_weight").T for name in "qkv"}
+    value = _float_value(problem)
+    return _bound(onnx_session(nodes, {"x": value}, {"y": value}, constants, threads), problem.x)
+
+
 def onnxruntime_qattention(problem, threads):
     """com.microsoft.QAttention and DynamicQuantizeMatMul: int8 weights, activations quantized on the fly."""
     from onnx import helper

@@ -83,9 +83,10 @@ class Problem:
         layer, H = self.layer, self.point.H
 
         def linear(x, name):
-            return x @ getattr(layer, f"{name}_weight").astype(dtype).T + getattr(layer, f"{name}_bias").astype(dtype)
+            weight, bias = (getattr(layer, f"{name}_{part}").astype(dtype, copy=False) for part in ("weight", "bias"))
+            return x @ weight.T + bias
 
-        x = self.x[0].astype(dtype)
+        x = self.x[0].astype(dtype, copy=False)
         q, k, v = (linear(x, name).reshape(len(x), H, -1).swapaxes(0, 1) for name in "qkv")
         scores = q @ k.swapaxes(1, 2) * dtype(layer.scale)
         scores = np.exp(scores - scores.max(-1, keepdims=True))

@@ -17,11 +17,14 @@ WIDTH = 100
 SHORT = {  # column heads: the library over what is special
     "litert float32": "LiteRT\nf32", "litert int8": "LiteRT\nint8", "litert int8 usual": "LiteRT\nusual",
     "litert dynamic": "LiteRT\ndyn", "tflite-runtime float32": "tflrt\nf32", "tflite-runtime int8": "tflrt\nint8",
-    "onnxruntime float32": "ORT\nf32", "onnxruntime int8": "ORT\nint8", "onnxruntime GQA": "ORT\nGQA",
+    "onnxruntime float32": "ORT\nf32", "onnxruntime mha": "ORT\nmha",
+    "onnxruntime int8": "ORT\nint8", "onnxruntime GQA": "ORT\nGQA",
     "torch module": "torch\nmodule", "torch sdpa": "torch\nsdpa", "numpy": "numpy\nf32",
     "edgeattn float32": "ours\nf32", "edgeattn int8": "ours\nint8", "edgeattn dynamic": "ours\ndyn"}
 BOUND = {"edgeattn float32": "float32 limit", "edgeattn int8": "int8 limit", "edgeattn dynamic": "int8 limit"}
 OURS = tuple(BOUND)
+_BESIDE_THE_POINT = {"edgeattn float32": {"litert int8 usual"}, "edgeattn int8": {"numpy"},
+                     "edgeattn dynamic": {"numpy"}}
 _HEADS = {"layer": "E/H/L", "decode": "H/Hkv/D/S", "functional": "H/L/D", "causal": "E/H/L", "long": "H/L/D"}
 
 
@@ -54,7 +57,7 @@ def speed_table(records: Sequence[dict], section: str, ours: str, threads: int) 
     if not rows:
         return None
     others = [name for name in SHORT if name != ours and any(name in r["times"] for r in rows)
-              and (section != "layer" or name not in OURS)]
+              and (section != "layer" or name not in {*OURS, *_BESIDE_THE_POINT[ours]})]
     title = f"{ours}, {section}, {threads} thread{'s' * (threads > 1)}: times as fast as"
     table = _table(title, _HEADS[section], "us", "GOP/s", "limit", *(SHORT[name] for name in others))
     for r in rows:
@@ -107,25 +110,30 @@ def _processes(found):
     if "process" not in found:
         return None
     process = found["process"]
-    table = _table("a process of its own", "", "cold cache", "warm cache")
+    table = _table("a process of its own: processor time (time that passed)", "", "cold cache", "warm cache")
     cold, warm = process["cold"], process["warm"]
-    table.add_row("import, s", f"{cold['import']:.2f}", f"{warm['import']:.2f}")
+
+    def seconds(name, kind):
+        return f"{kind[name]:.2f} ({kind[f'{name}_wall']:.2f})"
+
+    table.add_row("import, s", seconds("import", cold), seconds("import", warm))
     table.add_row("  resident after it, MiB", f"{cold['import_mib']:.0f}", f"{warm['import_mib']:.0f}")
     for kind in ("float32", "int8", "dynamic"):
-        table.add_row(f"then first {kind} result at 128/4/64, s", f"{cold[kind]:.2f}", f"{warm[kind]:.2f}")
-    for module, seconds in process["peers"].items():
-        table.add_row(f"for comparison: import {module}, s", "", f"{seconds:.2f}")
+        table.add_row(f"then the first {kind} result, 128/4/64, s", seconds(kind, cold), seconds(kind, warm))
+    for module, value in process["peers"].items():
+        table.add_row(f"for comparison: import {module.partition('.')[0]}, s", "", f"{value:.2f}")
     for count, sizes in process["memory"].items():
-        text = ", ".join(f"{kind} {size / 2**20:.2f}" for kind, size in sizes.items())
-        table.add_row(f"peak MiB at 384/12/512, threads: {count}", "", text)
+        for kind, size in sizes.items():
+            table.add_row(f"peak of {kind}, 384/12/512, threads: {count}, MiB", "", f"{size / 2**20:.2f}")
     return table
 
 
 def _targets(found):
-    table = _table("targets", "", "target", "met", "worst case", "has")
+    table = _table("targets: cases that meet them; the worst case, and what part of the target it has", "target", "met",
+                   "worst case", "has")
     for row in outcomes(found):
-        worst = row.cases[row.worst]
-        table.add_row(row.number, row.text, f"{row.met} of {len(row.cases)}", row.worst, f"{worst:.0%} of it")
+        table.add_row(f"{row.number} {row.text}", f"{row.met} of {len(row.cases)}", row.worst,
+                      f"{row.cases[row.worst]:.0%}")
     return table
 
 

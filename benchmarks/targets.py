@@ -73,21 +73,21 @@ def _of_limit(ours: str, bound: str, part: float, smallest: Point) -> Callable:
 
 # number, what is demanded, section, what one record says: the measured number over the demanded one, or None
 _OF_RECORDS = (
-    ("1", "float32 as fast as the fastest float32 peer", "layer", _against("edgeattn float32", 1, FLOAT_PEERS)),
-    ("1", "float32 at 70 % of its limit, from 128/4/128 up", "layer",
+    ("1", "float32: as fast as any float32 peer", "layer", _against("edgeattn float32", 1, FLOAT_PEERS)),
+    ("1", "float32: 70 % of its limit, from 128/4/128 up", "layer",
      _of_limit("edgeattn float32", "float32 limit", 0.7, Point(128, 4, 128))),
-    ("2", "int8 3 times as fast as LiteRT's best int8", "layer", _against("edgeattn int8", 3, {"litert int8"})),
-    ("2", "int8 twice as fast as the fastest float32 peer", "layer", _against("edgeattn int8", 2, FLOAT_PEERS)),
-    ("2", "int8 10 times as fast as the usual int8 file", "layer",
+    ("2", "int8: 3 times as fast as LiteRT's best int8", "layer", _against("edgeattn int8", 3, {"litert int8"})),
+    ("2", "int8: twice as fast as any float32 peer", "layer", _against("edgeattn int8", 2, FLOAT_PEERS)),
+    ("2", "int8: 10 times as fast as the usual int8 file", "layer",
      _against("edgeattn int8", 10, {"litert int8 usual"})),
-    ("2", "int8 at 50 % of its limit, from 256/4/128 up", "layer",
+    ("2", "int8: 50 % of its limit, from 256/4/128 up", "layer",
      _of_limit("edgeattn int8", "int8 limit", 0.5, Point(256, 4, 128))),
-    ("3", "dynamic int8 as fast as every peer at any precision", "layer", _against("edgeattn dynamic", 1, ALL_PEERS)),
-    ("4", "decode as fast as torch", "decode", _against("edgeattn float32", 1, {"torch sdpa"})),
-    ("4", "decode as fast as GroupQueryAttention", "decode", _against("edgeattn float32", 1, {"onnxruntime GQA"})),
-    ("4", "decode from an int8 cache twice as fast as float32", "decode",
+    ("3", "dynamic: as fast as any peer at any precision", "layer", _against("edgeattn dynamic", 1, ALL_PEERS)),
+    ("4", "decode: as fast as torch", "decode", _against("edgeattn float32", 1, {"torch sdpa"})),
+    ("4", "decode: as fast as GroupQueryAttention", "decode", _against("edgeattn float32", 1, {"onnxruntime GQA"})),
+    ("4", "decode: int8 cache twice as fast as float32", "decode",
      _against("edgeattn int8", 2, {"edgeattn float32"})),
-    *(("+", f"causal {kind} at 60 % of full", "causal",
+    *(("+", f"causal {kind}: 60 % of the time of full", "causal",
        lambda record, ours=f"edgeattn {kind}": 0.6 * median_ratio(record["times"][ours],
                                                                   record["times"][f"{ours} causal"]))
       for kind in ("float32", "int8", "dynamic")),
@@ -107,11 +107,11 @@ def outcomes(found: dict) -> list[Outcome]:
     if "long" in found:
         costs = {r["case"]: float(np.median(r["times"]["edgeattn float32"])) / r["operations"] for r in found["long"]}
         first = next(iter(costs.values()))
-        rows.append(Outcome("+", "rows to 16384 keys: time grows at most as L S (15 % allowed)",
+        rows.append(Outcome("+", "rows to 16384 keys: time grows as L S (+ 15 %)",
                             {case: 1.15 * first / cost for case, cost in costs.items()}))
     if "overhead" in found:
         case = found["overhead"]["case"]
-        rows.append(Outcome("5", "a call under 5 us beside its kernel",
+        rows.append(Outcome("5", "call: under 5 us beside its kernel",
                             {f"{name} {case}": 5e-6 / value for name, value in found["overhead"]["seconds"].items()}))
     if "process" in found:
         rows += _of_processes(found["process"])
@@ -123,13 +123,13 @@ def _of_processes(process):
     memory = {f"{kind}, {count} threads": MIB * int(count) / max(size, 1)
               for count, sizes in process["memory"].items() for kind, size in sizes.items()}
     return [
-        Outcome("6", "import under 0.5 s", {"import": 0.5 / warm["import"]}),
-        Outcome("6", "import under 100 MiB resident", {"import": 100 / warm["import_mib"]}),
-        Outcome("6", "first result from a warm cache under 0.3 s more", {kind: 0.3 / warm[kind] for kind in kinds}),
-        Outcome("6", "nothing compiled at import, nor from a warm cache",
+        Outcome("6", "import: under 0.5 s", {"import": 0.5 / warm["import"]}),
+        Outcome("6", "import: under 100 MiB resident", {"import": 100 / warm["import_mib"]}),
+        Outcome("6", "warm cache: first result under 0.3 s more", {kind: 0.3 / warm[kind] for kind in kinds}),
+        Outcome("6", "warm cache, import: nothing compiled",
                 {"import": float(not process["compiled_at_import"]),
                  **{kind: float(not warm[f"{kind}_compiled"]) for kind in kinds}}),
-        Outcome("7", "at 384/12/512 under 1 MiB a thread beside input and output", memory),
+        Outcome("7", "memory: 384/12/512 under 1 MiB a thread", memory),
     ]
 
 
