@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import contenders, measure, readme, targets
+from benchmarks import contenders, decode, functional, measure, readme, targets
 from benchmarks.__main__ import main
 from benchmarks.contenders import OURS, Contender, WrongAnswerError
 from benchmarks.problem import GRID, QUICK, Point, Problem
@@ -91,6 +91,16 @@ def test_wrong_answer_is_not_timed_and_fails_the_run(tmp_path, capsys, monkeypat
     assert "REFUSED: edgeattn float32 at 16/4/12" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("module, problem", [
+    (decode, decode.DecodeProblem(decode.Step(S=70, Hkv=2, H=4, D=16))),
+    (functional, functional.AttentionProblem(functional.Shape(2, 33, 16)))], ids=["decode", "functional"])
+def test_other_sections_check_too(module, problem):
+    for row in module.OURS:
+        row.ready(problem, 1)
+        with pytest.raises(WrongAnswerError, match=row.name):
+            spoiled(row, lambda answer: -answer).ready(problem, 1)
+
+
 def test_bytes_are_held_to_the_rules_and_float_to_the_error_of_plain_numpy(problem):
     exact = problem.exact
     assert contenders.check_float(problem, exact) is None
@@ -159,6 +169,17 @@ def test_readme_table_and_marks(tmp_path, monkeypatch):
     text = (tmp_path / "README.md").read_text()
     assert text.startswith("before\n") and text.endswith(f"{readme.END}\nafter\n") and "old" not in text
     assert "| 256 / 4 / 128 | 10 | 0.9 x onnxruntime float32 | 4 | 2.0 x | 20.0 x | 6 | 1.3 x litert int8 |" in text
+
+
+def test_plots(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="the plots need matplotlib (pip install 'edgeattn[examples]')")
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    (tmp_path / "docs").mkdir()
+    found = made_up()
+    step = {**found["records"][0], "section": "decode", "case": "8/2/64/256"}
+    written = readme.write_plots({**found, "records": [*found["records"], step]})
+    assert [path.name for path in written] == ["speed.png", "decode.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
 
 
 @pytest.mark.parametrize("arguments, what", [
