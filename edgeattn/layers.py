@@ -321,10 +321,10 @@ class MultiHeadAttention:
             window_size=window_size,
             alibi_slopes=alibi_slopes,
         )
-        plainly = need_weights or not (queries and keys and self._whole)
+        plainly = need_weights or not (query.size and key.size and value.size and self._whole)
         if plainly or softcap or self.extra_keys:
             return self._attend_in_steps(query, key, value, mask, softcap, plainly, need_weights, average, out, dtype)
-        q, k, v = (to_float32(x).reshape(mask.shape[0], -1, x.shape[-1]) for x in (query, key, value))
+        q, k, v = (to_float32(x).reshape(mask.shape[0], *x.shape[-2:]) for x in (query, key, value))
         result = np.empty((*lead, queries, self.output_dim), np.float32)
         self._kernel(q, k, v, result.reshape(mask.shape[0], queries, self.output_dim), *mask.for_kernels())
         return deliver(result, out, dtype)

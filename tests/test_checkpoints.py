@@ -1,5 +1,6 @@
 """from_torch, from_bert and from_gpt2: where every row goes, and what is refused."""
 
+import json
 import sys
 import types
 
@@ -8,6 +9,7 @@ import pytest
 import safetensors.numpy
 
 from edgeattn import MultiHeadAttention
+from edgeattn.storage import read_tensors
 
 E = 6
 
@@ -330,6 +332,23 @@ def test_npz_with_objects_is_not_unpickled(tmp_path):
     np.savez(path, in_proj_weight=np.array([{}], object))
     with pytest.raises(ValueError, match="model.npz is not a whole .npz file of plain arrays"):
         MultiHeadAttention.from_torch(path, 2)
+
+
+def test_bfloat16_files_are_read_exactly(tmp_path):
+    """Upper halves of float32, at odd offsets behind another tensor."""
+    halves = {name: (tensor.view(np.uint32) >> 16).astype("<u2") for name, tensor in torch_state().items()}
+    header, content = {"other": {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]}}, b"abc"
+    for name, half in halves.items():
+        end = len(content) + half.nbytes
+        header[name] = {"dtype": "BF16", "shape": half.shape, "data_offsets": [len(content), end]}
+        content += half.tobytes()
+    text = json.dumps(header).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content)
+    state = {name: tensor for name, tensor in read_tensors(path)[0].items() if name != "other"}
+    for name, half in halves.items():
+        np.testing.assert_array_equal(state[name].view(np.uint32), half.astype(np.uint32) << 16)
+    same(MultiHeadAttention.from_torch(state, 2), out_weight=state["out_proj.weight"])
 
 
 def gpt2_state(prefix="", width=8, inner=8):

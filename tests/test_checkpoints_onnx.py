@@ -375,12 +375,12 @@ def test_softcaps_are_refused():
     [
         (lambda graph, value: "query", "'query', an input of the graph"),
         (lambda graph, value: graph.add("Relu", value, name="r"), "Relu node 'r'"),
-        (lambda graph, value: graph.add("Add", value, random(L, H * D), name="a"), "got MatMul"),
+        (lambda graph, value: graph.add("Add", value, random(L, H * D), name="a"), "Add node 'a'"),
         (lambda graph, value: graph.add("Mul", value, random(H * D), name="m"), "Mul node 'm'"),
         (lambda graph, value: graph.add("MatMul", "query", graph.add("Exp", random(E, H * D)), name="w"), "MatMul node 'w'"),
         # heads interleaved differently from what the attention node reads
         (lambda graph, value: graph.add("Reshape", graph.split(value, H), np.array([0, 0, -1])), "Transpose node"),
-        (lambda graph, value: graph.add("Reshape", value, np.array([0, 0, H, D]), name="s"), "got MatMul"),
+        (lambda graph, value: graph.add("Reshape", value, np.array([0, 0, H, D]), name="s"), "Reshape node 's'"),
     ],
 )
 def test_what_is_no_projection_is_refused(change, found):
@@ -388,7 +388,7 @@ def test_what_is_no_projection_is_refused(change, found):
         query, key, value = projected(graph, biased=False)
         return plain_node(graph, [change(graph, query), key, value])
 
-    refused(f"input 0 of Attention node '' must come from a MatMul or Gemm with constant weights, .* got .*{found}|{found}", build)
+    refused(f"input 0 of Attention node '' must come from a MatMul or Gemm with constant weights, .*, got {found}", build)
 
 
 def test_mixed_layouts_are_refused():

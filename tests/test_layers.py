@@ -79,6 +79,13 @@ def test_as_accurate_as_plain_float32(case):
         reference.assert_as_accurate(ours, exact, simple)
 
 
+@pytest.mark.parametrize("shape", [(0, 4, 12), (2, 0, 12), (0, 0, 12)])
+def test_nothing_in_gives_nothing_out(shape):
+    made, x = self_layer(E=12), np.zeros(shape, np.float32)
+    assert made(x).shape == shape
+    assert made(x, attn_mask=np.ones((shape[1], shape[1]), bool), softcap=2.0).shape == shape
+
+
 CASE = cases.Case("layer", B=2, H=3, L=4, S=6, D=8, Dv=5)
 
 

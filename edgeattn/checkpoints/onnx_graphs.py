@@ -289,10 +289,10 @@ def _walk_up(graph, value, place):
             # four axes in all, since the Transpose behind it has four
             layout, head_sizes, value = "joined", shape[-2:], node.input[0]
         elif layout != "split" and (linear := graph.linear(node, node.input[0])) is not None:
-            for change in reversed(changes):
-                linear = linear and change(linear)
-            if linear is None:
-                break
+            for passed, change in reversed(changes):
+                linear = change(linear)
+                if linear is None:
+                    raise _no_projection(place, passed, value)
             heads = _heads(head_sizes, len(linear.weight), place) if heads_first else None
             return dataclasses.replace(linear, heads=heads, heads_first=heads_first)
         else:
@@ -302,9 +302,14 @@ def _walk_up(graph, value, place):
             if node.op_type in ("Add", "Split", "Reshape"):
                 layout = "joined"
             value = above
-            changes.append(change)
+            changes.append((node, change))
+    raise _no_projection(place, node, value)
+
+
+def _no_projection(place, node, value):
+    """The error for an input that comes from something else."""
     found = f"{node.op_type} node {node.name!r}" if node is not None else f"{value!r}, an input of the graph"
-    raise ValueError(
+    return ValueError(
         f"{place} must come from a MatMul or Gemm with constant weights, through nothing but Add of a bias, Mul or Div "
         f"by a number, Split, and Reshape and Transpose between (B, L, H * D) and (B, H, L, D), got {found}"
     )

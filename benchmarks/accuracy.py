@@ -1,0 +1,130 @@
+"""How large float32 errors are beside those of a plain float32 implementation, both against float64.
+
+Runs every case of tests/cases.py through the function, the layer, and a cache fed one token at a time, and prints the
+ratio of the largest errors: 1 means as good as NumPy in float32, step by step; the tests allow 2. Where PyTorch is
+installed its ratio stands beside ours.
+
+    python -m benchmarks.accuracy
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import cases  # noqa: E402
+import reference  # noqa: E402
+
+import edgeattn  # noqa: E402
+
+try:
+    import torch
+except ImportError:
+    torch = None
+
+
+def error(result, oracle):
+    """The largest difference, 0 where there is nothing to compare."""
+    return float(np.abs(result - oracle).max()) if oracle.size else 0.0
+
+
+def ratio(ours, plain, oracle):
+    """Ours / plain; None where the plain one is right to within half a unit in the last place of its largest result."""
+    if not oracle.size or error(plain, oracle) <= np.spacing(np.float32(np.abs(oracle).max())) / 2:
+        return None
+    return error(ours, oracle) / error(plain, oracle)
+
+
+def function_ratios(case):
+    """{name: ratio} of scaled_dot_product_attention, and of a cache where the case can be streamed."""
+    masks, (q, k, v) = case.masks(), case.qkv()
+    keep = masks["keep"]
+    if masks["padding"] is not None:
+        padding = masks["padding"][:, None, None]
+        keep = padding if keep is None else keep & padding
+    visible = reference.visible(
+        case.B, case.H, case.L, case.S, keep=keep, causal=case.is_causal, alignment=case.causal_alignment,
+        window=case.window_size, lengths=masks["lengths"])
+    options = {"scale": case.scale, "softcap": case.softcap}
+    oracle, plain = (
+        reference.attention(q, k, v, visible, masks["bias"], **options, dtype=t)[0] for t in (np.float64, np.float32))
+    mask = masks["bias"]
+    if mask is None:
+        mask = keep
+    elif keep is not None:
+        mask = np.where(keep, mask, np.float32(-np.inf))
+    arguments = {
+        "is_causal": case.is_causal, "causal_alignment": case.causal_alignment, "enable_gqa": True, **options,
+        "window_size": case.window_size, "kv_lengths": masks["lengths"]}
+    results = {"attention": edgeattn.scaled_dot_product_attention(q, k, v, mask, **arguments)}
+    results["attention, probabilities asked for"] = edgeattn.scaled_dot_product_attention(
+        q, k, v, mask, **arguments, return_weights=True)[0]
+    if case.L == case.S and q.size and v.size and masks["lengths"] is None and mask is None:
+        results["cache, one token at a time"] = streamed(case, q, k, v, options) if case.is_causal else None
+    if torch is not None and q.size and case.softcap == 0:
+        # the mask written out; rows that see nothing are zeros in torch too
+        added = np.where(visible, 0 if masks["bias"] is None else masks["bias"], -np.inf).astype(np.float32)
+        results["attention, PyTorch"] = torch.nn.functional.scaled_dot_product_attention(
+            *map(torch.from_numpy, (q, k, v)), torch.from_numpy(added), scale=case.scale, enable_gqa=True).numpy()
+    return {name: ratio(result, plain, oracle) for name, result in results.items() if result is not None}
+
+
+def streamed(case, q, k, v, options):
+    """Results of a KVCache that gets one token at a time; only causal cases whose window looks back."""
+    if case.window_size[1] > 0:
+        return None
+    cache = edgeattn.KVCache(case.B, case.kv_heads, case.S, case.D, value_dim=case.value_dim)
+    rows = []
+    for i in range(case.L):
+        cache.append(k[:, :, i : i + 1], v[:, :, i : i + 1])
+        rows.append(cache.attend(q[:, :, i : i + 1], window_size=case.window_size, **options))
+    return np.concatenate(rows, axis=2)
+
+
+def layer_ratio(case):
+    """The ratio of a layer of width H * D with the case's heads and masks, or None where it has none."""
+    if not case.H or case.kv_lengths or case.scale is not None or case.softcap:
+        return None
+    random, width = case.random(), max(case.H * case.D, 1)
+    shapes = {"q": (case.H * case.D, width), "k": (case.kv_heads * case.D, width),
+              "v": (case.kv_heads * case.value_dim, width), "out": (width, case.H * case.value_dim)}
+    tensors = {}
+    for name, shape in shapes.items():
+        tensors[f"{name}_weight"] = random.standard_normal(shape, np.float32) / np.float32(max(shape[1], 1) ** 0.5)
+        tensors[f"{name}_bias"] = random.standard_normal(shape[0], np.float32)
+    x, y = (random.standard_normal((case.B, n, width), np.float32) for n in (case.L, case.S))
+    masks = case.masks()
+    visible = reference.visible(
+        case.B, case.H, case.L, case.S, keep=masks["keep"], padding=masks["padding"], causal=case.is_causal,
+        alignment=case.causal_alignment, window=case.window_size)
+    oracle, plain = (
+        reference.multi_head_attention(
+            tensors, case.H, x, y, y, visible, masks["bias"], num_kv_heads=case.kv_heads, dtype=t)[0]
+        for t in (np.float64, np.float32))
+    layer = edgeattn.MultiHeadAttention(case.H, **tensors, num_kv_heads=case.kv_heads)
+    result = layer(
+        x, y, attn_mask=masks["bias"] if masks["keep"] is None else masks["keep"], key_padding_mask=masks["padding"],
+        is_causal=case.is_causal, causal_alignment=case.causal_alignment, window_size=case.window_size)
+    return ratio(result, plain, oracle)
+
+
+def main():
+    """Print one line per way of calling: cases, median and worst ratio, and the case that is worst."""
+    ratios = {}
+    for case in cases.CASES:
+        found = {**function_ratios(case), "layer": layer_ratio(case)}
+        for name, value in found.items():
+            if value is not None:
+                ratios.setdefault(name, []).append((value, case.name))
+    print("error / error of plain float32    cases  median   worst  in case")
+    for name, found in sorted(ratios.items()):
+        values = [value for value, _ in found]
+        worst, where = max(found)
+        print(f"{name:34} {len(found):4} {np.median(values):7.2f} {worst:7.2f}  {where}")
+
+
+if __name__ == "__main__":
+    main()
