@@ -30,7 +30,7 @@ endef
 setup_files = setup.cfg pyproject.toml tools/environment.py tools/find-python.sh
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint examples example-minilm example-self-vs-multihead bench bench-peers clean distclean
+.PHONY: help run test test-cortex-m lint examples example-minilm example-self-vs-multihead bench bench-peers clean distclean
 
 help: ## this list
 	@echo "edgeattn: attention for small computers. Targets:"
@@ -42,6 +42,9 @@ run: $(ready) ## a real float model -> calibrate -> int8 -> report -> .tflite ->
 
 test: $(ready) ## the test suite
 	@$(run_python) -m pytest $(ARGS)
+
+test-cortex-m: $(ready) ## exported C on emulated Cortex-M3, M4, M7, M55, AArch64 and ARMv7; names the packages it needs
+	@$(run_python) tools/cortex_m/run.py $(ARGS)
 
 lint: $(ready_dev) ## style, import directions, and what no tracked file may hold
 	@$(python) -m ruff check --quiet .

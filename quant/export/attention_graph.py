@@ -146,6 +146,7 @@ def mask_to_graph_rank(values: np.ndarray, scores: tuple[int, ...], what: str) -
 
 
 def check_lengths(layer, sources, batch, sequence_length, key_length) -> _Lengths:
+    """B, H, L, S and the head sizes of an export; refuses lengths that are not positive or do not fit the inputs."""
     sizes = {"batch": batch, "sequence_length": sequence_length,
              "key_length": sequence_length if key_length is None else key_length}
     for name, value in sizes.items():

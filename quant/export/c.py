@@ -29,8 +29,8 @@ C_KEYWORDS = frozenset(
 )
 # A file called string.h would be found in place of the compiler's own.
 C_HEADERS = frozenset(
-    "assert complex ctype errno fenv float inttypes iso646 limits locale math setjmp signal stdarg stdbool stddef stdint "
-    "stdio stdlib string tgmath time wchar wctype arm_nnfunctions arm_nn_types arm_nn_math_types".split()
+    "assert complex ctype errno fenv float inttypes iso646 limits locale math setjmp signal stdarg stdbool stddef "
+    "stdint stdio stdlib string tgmath time wchar wctype arm_nnfunctions arm_nn_types arm_nn_math_types".split()
 )
 
 
@@ -78,8 +78,8 @@ def write_c(layer, stem: str, *, batch: int = 1, sequence_length: int, key_lengt
 def check_stem(stem: str) -> None:
     """Refuse a stem that cannot be the prefix of C names and the name of a header."""
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", stem, re.ASCII):
-        raise ValueError(f"path must be named like a C identifier, for its functions get that name: letters, digits and "
-                         f"underscores after a letter; got {stem!r}")
+        raise ValueError(f"path must be named like a C identifier, for its functions get that name: letters, digits "
+                         f"and underscores after a letter; got {stem!r}")
     if stem in C_KEYWORDS:
         raise ValueError(f"path must not be named by a keyword of C; got {stem!r}")
     if stem.lower() in C_HEADERS:
@@ -93,10 +93,12 @@ def check_layer(layer) -> None:
                          f"{type(layer).__name__}: quantize it first, quant.quantize(layer, calibration, "
                          "arithmetic='tflm')")
     if not isinstance(layer, StaticMultiHeadAttention):
-        raise TypeError(f"layer must be a static int8 layer for C; got {type(layer).__name__}; quant.quantize makes one")
+        raise TypeError(f"layer must be a static int8 layer for C; quant.quantize makes one; "
+                        f"got {type(layer).__name__}")
     if layer.arithmetic != "tflm":
         raise ValueError("layer must have the arithmetic 'tflm' for C, which equals TFLite Micro; got "
-                         f"{layer.arithmetic!r}: export layer.with_arithmetic('tflm')")
+                         f"{layer.arithmetic!r}: export layer.with_arithmetic('tflm'), or quantize with "
+                         "arithmetic='tflm'")
 
 
 def _check_sizes(layer, lengths) -> None:
@@ -109,15 +111,16 @@ def _check_sizes(layer, lengths) -> None:
         if not 1 <= size <= largest:
             raise ValueError(f"layer must have {name} from 1 to {largest} for C; got {size}")
     if lengths.keys > MAX_KEYS:
-        raise ValueError(f"there may be at most {MAX_KEYS} keys in C: TFLite Micro sums a softmax row in 12 integer bits; "
-                         f"got {lengths.keys}")
+        raise ValueError(f"there may be at most {MAX_KEYS} keys in C: TFLite Micro sums a softmax row in 12 integer "
+                         f"bits; got {lengths.keys}")
     sizes = {"scratch memory": _scratch_bytes(layer, lengths) + 4 * _sums(layer, lengths),
              "output": lengths.batch * lengths.queries * layer.output_dim,
              "query input": lengths.batch * lengths.queries * layer.embed_dim,
              "key input": lengths.batch * lengths.keys * max(layer.kdim, layer.vdim)}
     for name, size in sizes.items():
         if size > MAX_SCRATCH:
-            raise ValueError(f"batch and lengths are too large: {size} bytes of {name}; at most {MAX_SCRATCH} fit int32")
+            raise ValueError(f"batch and lengths are too large: {size} bytes of {name}; at most {MAX_SCRATCH} "
+                             "fit int32")
 
 
 def input_names(layer) -> list[str]:
@@ -170,8 +173,8 @@ def _body(layer: StaticMultiHeadAttention, passes: ScorePasses) -> dict[str, str
     projected = "output" in layer.linears
     all_keys = passes.permitted == "S"
     text = "" if all_keys else f"const int32_t permitted = {passes.permitted};\n"
-    text += (f"failed |= batch_matmul_s8(&scores_product, row, key, {'S' if all_keys else 'permitted'}, D, sums, scores);"
-             "\n\n")
+    keys = "S" if all_keys else "permitted"
+    text += f"failed |= batch_matmul_s8(&scores_product, row, key, {keys}, D, sums, scores);\n\n"
     text += passes.code + "/* 4. probabilities, in place */\nsoftmax_s8(scores, S);\n"
     rows = [("tensor", "shape", "scale", "zero point")]
     shapes = {"query": "(B, L, H*D)", "key": "(B, S, H*D)", "value": "(B, S, H*DV)", "scores": "(B, H, L, S)",
@@ -190,13 +193,14 @@ def _body(layer: StaticMultiHeadAttention, passes: ScorePasses) -> dict[str, str
         "scaling_note": "lies in its scale" if not layer.score_ops or passes.scale == tensors["scores"].scale
                         else "lies in its scale or in pass 3",
         "score_passes": textwrap.indent(text, " " * 16),
-        "context_declaration": "    int8_t *const context = scores + S;                            "
-                               "/* (L, H, DV) */\n" if projected else "",
-        "context_of_batch": "" if projected else "        int8_t *const context = output + b * L * EO; /* (L, H, DV) */\n",
+        "context_declaration": CONTEXT_IN_SCRATCH if projected else "",
+        "context_of_batch": "" if projected else CONTEXT_IN_OUTPUT,
         "output_pass": OUTPUT_PASS if projected else "",
     }
 
 
+CONTEXT_IN_SCRATCH = "    int8_t *const context = scores + S;                            /* (L, H, DV) */\n"
+CONTEXT_IN_OUTPUT = "        int8_t *const context = output + b * L * EO; /* (L, H, DV) */\n"
 OUTPUT_PASS = """
         /* 6. the output projection */
         for (int32_t i = 0; i < L; i++) {
@@ -220,7 +224,8 @@ def _linear(layer, name: str) -> str:
                  f"The {name} projection. Weight ({outputs.replace(' ', '')}, {inputs.replace(' ', '')}), one row per "
                  f"output; scales {span}."),
         constant("int32_t", f"{name}_bias_s32", outputs, bias,
-                 f"Bias ({outputs.replace(' ', '')}), at (scale of the input) * (scale of the row), zero point folded in."),
+                 f"Bias ({outputs.replace(' ', '')}), at (scale of the input) * (scale of the row), zero point folded "
+                 "in."),
         constant("int32_t", f"{name}_multiplier_s32", outputs, multiplier, "Multiplier, Q0.31."),
         constant("int32_t", f"{name}_shift_s32", outputs, shift, "Its power of two."),
         f"static const linear_s8 {name}_linear = {{{name}_weight_s8, {name}_bias_s32, {name}_multiplier_s32, "
@@ -245,12 +250,9 @@ def _fixed_point(real: np.ndarray, what: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def softmax_parameters(scale) -> tuple[int, int, int]:
-    """What CMSIS-NN's softmax takes for scores of a scale: multiplier, shift, and the lowest difference not taken as 0."""
+    """What CMSIS-NN's softmax takes for scores of a scale: multiplier, shift, lowest difference whose exp is not 0."""
     bits = rules.FIXED_DIFFERENCE_BITS
     multiplier, shift = rules.quantize_multiplier(min(float(np.float32(scale)) * 2**bits, 2.0**31 - 1))
-    if shift < 0:
-        raise ValueError(f"layer has scores of the scale {scale:.3g}, too small for TFLite Micro's softmax; at least "
-                         f"{2.0**-bits:.3g} is required")
     return multiplier, shift, -(31 * 2**bits // 2**shift)
 
 
@@ -263,13 +265,15 @@ def _header(layer, stem: str, lengths, passes: ScorePasses) -> dict[str, str]:
     macros, rows = [], []
     widths = (layer.embed_dim, layer.kdim, layer.vdim)
     for name, source in zip(input_names(layer), sorted(set(layer.sources)), strict=True):
-        length, axis, role = (lengths.queries, "L", "Q") if source == 0 else (lengths.keys, "S", INPUTS[source][0].upper())
+        length, axis = (lengths.queries, "L") if source == 0 else (lengths.keys, "S")
+        role = INPUTS[source][0].upper()
         rows.append(f" * {name:<13}  (B, {axis}, E{role}) = ({lengths.batch}, {length}, {widths[source]}) codes")
         macros.append((name, lengths.batch * length * widths[source], layer.tensors[f"{INPUTS[source]}_input"]))
     macros.append(("output", lengths.batch * lengths.queries * layer.output_dim,
                    layer.tensors["output" if projected else "context"]))
     return {
-        "tensor_macros": "\n".join(f"#define {stem.upper()}_{name.upper()}_{what} {value}" for name, size, tensor in macros
+        "tensor_macros": "\n".join(f"#define {stem.upper()}_{name.upper()}_{what} {value}"
+                                   for name, size, tensor in macros
                                    for what, value in (("SIZE", size), ("SCALE", float_literal(tensor.scale)),
                                                        ("ZERO_POINT", f"({tensor.zero_point})"))),
         "parameter_table": "\n".join(rows),

@@ -138,7 +138,7 @@ def _table_passes(layer: StaticMultiHeadAttention) -> ScorePasses:
 
 
 def _broadcast_index(shape: tuple[int, ...]) -> tuple[str, str]:
-    """C for the size and the index of an array with the leading axes b, h, i, j, of which those of size 1 are left out."""
+    """C for size and index of an array with the leading axes b, h, i, j; those of size 1 are left out."""
     axes = [(SIZES[n], AXES[n]) for n, length in enumerate(shape) if length > 1]
     if not axes:
         return "1", "0"

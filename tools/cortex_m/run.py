@@ -7,6 +7,8 @@ instructions that takes. They know nothing of pipelines, caches and wait states:
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import re
 import shutil
 import subprocess
 import sys
@@ -25,6 +27,9 @@ import quant  # noqa: E402
 
 VECTORS = 6
 WARNINGS = ["-std=gnu99", "-Wall", "-Wextra", "-Werror"]
+# What the exported C calls, and what that calls; -O3 is how CMSIS-NN is built.
+CMSIS_NN_FILES = """arm_fully_connected_per_channel_s8 arm_batch_matmul_s8 arm_softmax_s8 arm_nn_softmax_common_s8
+    arm_vector_sum_s8 arm_nn_vec_mat_mult_t_per_ch_s8 arm_nn_vec_mat_mult_t_s8""".split()
 # Every fourth case, for CI; the last ones have the masks.
 SHORT_CASES = CASES[::4]
 
@@ -41,6 +46,7 @@ class Target:
 
     @property
     def bare_metal(self) -> bool:
+        """Whether there is no operating system: our own start-up, and counters to read."""
         return "system" in self.emulator[0]
 
 
@@ -73,6 +79,18 @@ def missing_packages(targets) -> list[str]:
     return sorted({package for target in targets if not (shutil.which(target.compiler) and
                                                          shutil.which(target.emulator[0]))
                    for package in target.packages.split()})
+
+
+def with_cmsis_nn(target: Target, sources: Path, work: Path) -> Target:
+    """A target whose programs call into CMSIS-NN, compiled from its sources."""
+    flags = ["-DATTENTION_USE_CMSIS_NN", f"-I{sources / 'Include'}"]
+    for name in CMSIS_NN_FILES:
+        (source,) = sources.glob(f"Source/*/{name}.c")
+        work.mkdir(parents=True, exist_ok=True)
+        compiled = work / f"{target.name}-{name}.o"
+        _run([target.compiler, "-O3", *target.flags, *flags[:2], "-c", str(source), "-o", str(compiled)])
+        flags.append(str(compiled))
+    return dataclasses.replace(target, flags=(*target.flags, *flags))
 
 
 def build(target: Target, folder: Path, optimize: str, program: Path) -> None:
@@ -147,7 +165,8 @@ def products(E: int, L: int, mask) -> int:
 
 def object_sizes(target: Target, folder: Path, optimize: str) -> tuple[int, int]:
     """Bytes of constants and of code in attention.o."""
-    _run([target.compiler, *WARNINGS, optimize, *target.flags, "-ffunction-sections", "-c", str(folder / "attention.c"),
+    flags = [flag for flag in target.flags if not flag.endswith(".o")]
+    _run([target.compiler, *WARNINGS, optimize, *flags, "-ffunction-sections", "-c", str(folder / "attention.c"),
           "-o", str(folder / "attention.o")])
     listing = _run(["arm-none-eabi-size", "-A", str(folder / "attention.o")])
     sizes = {}
@@ -162,29 +181,32 @@ def object_sizes(target: Target, folder: Path, optimize: str) -> tuple[int, int]
 
 
 def print_table(targets, work: Path, optimize: str) -> None:
-    """Flash, RAM and instructions of MEASURED, as Markdown."""
+    """Flash, RAM and instructions of MEASURED, as Markdown. Code and stack: of the core that needs most of it."""
     targets = [target for target in targets if target.bare_metal]
-    print(f"\n{_run([targets[0].compiler, '--version']).splitlines()[0]}, {optimize}; bytes, and instructions per call\n")
-    print("| E | H | L | mask | products | constants | scratch | in, out | "
-          + " | ".join(f"{target.name} code, stack | instructions" for target in targets) + " |")
-    print("|" + " ---: |" * (8 + 2 * len(targets)))
+    print(f"\n{_run([targets[0].compiler, '--version']).splitlines()[0]}, {optimize}\n")
+    names = ["E", "H", "L", "mask", "constants", "code", "scratch", "in + out", "stack", "products",
+             *(target.name for target in targets)]
+    print("| " + " | ".join(names) + " |\n" + "| ---: " * len(names) + "|")
     for E, H, L, mask in MEASURED:
         folder = work / f"measured-{E}-{H}-{L}-{mask}"
-        case = measured_case(E, H, L, mask)
-        export(case, folder)
-        macros = dict(line.split(None, 2)[1:] for line in (folder / "attention.h").read_text().splitlines()
-                      if line.startswith("#define") and len(line.split(None, 2)) == 3)
-        cells, constants = [], 0
+        export(measured_case(E, H, L, mask), folder)
+        constants, code, stack, instructions = 0, 0, 0, []
         for target in targets:
-            constants, code = object_sizes(target, folder, optimize)
-            program = folder / "program"
-            build(target, folder, optimize, program)
-            seen = execute(target, program)
-            count = seen["ticks"] * seen["calibration_instructions"] / seen["calibration_ticks"]
-            cells += [f"{code:,}, {seen['stack']:,}", f"{count / 1e6:.3g} M" if count >= 1e6 else f"{count / 1e3:.0f} k"]
-        scratch = macros["ATTENTION_SCRATCH_BYTES"].split()[0].lstrip("(")
-        print(f"| {E} | {H} | {L} | {mask or ''} | {products(E, L, mask):,} | {constants:,} | {int(scratch):,} | "
-              f"{2 * L * E:,} | " + " | ".join(cells) + " |", flush=True)
+            sizes = object_sizes(target, folder, optimize)
+            build(target, folder, optimize, folder / "program")
+            seen = execute(target, folder / "program")
+            constants, code, stack = max(constants, sizes[0]), max(code, sizes[1]), max(stack, seen["stack"])
+            instructions.append(seen["ticks"] * seen["calibration_instructions"] // seen["calibration_ticks"])
+        scratch = _macro(folder / "attention.h", "ATTENTION_SCRATCH_BYTES")
+        numbers = (constants, code, scratch, 2 * L * E, stack, products(E, L, mask),
+                   *(round(n, -3) for n in instructions))
+        print(f"| {E} | {H} | {L} | {mask or ''} | " + " | ".join(f"{n:,}" for n in numbers) + " |", flush=True)
+
+
+def _macro(header: Path, name: str) -> int:
+    """The first number in a macro: of the scratch memory, the bytes without CMSIS-NN."""
+    line = next(line for line in header.read_text(encoding="ascii").splitlines() if line.startswith(f"#define {name} "))
+    return int(re.search(r"\d+", line.split(None, 2)[2])[0])
 
 
 def main() -> int:
@@ -192,18 +214,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--short", action="store_true", help="every fourth layer, and no table")
     parser.add_argument("--table", action="store_true", help="the table alone")
+    parser.add_argument("--cmsis-nn", type=Path, help="a checkout of CMSIS-NN: the Cortex-M alone, by its kernels")
     parser.add_argument("--optimize", default="-O2", help="for the compilers (default -O2)")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "cortex_m", help="folder for what is built")
     arguments = parser.parse_args()
     missing = missing_packages(TARGETS)
     if missing:
-        print("test-cortex-m: compilers or emulators are missing; on Debian and Ubuntu they come with\n    apt-get install "
-              f"{' '.join(missing)}", file=sys.stderr)
+        print("test-cortex-m: compilers or emulators are missing; on Debian and Ubuntu they come with\n"
+              f"    apt-get install {' '.join(missing)}", file=sys.stderr)
         return 2
+    targets = TARGETS
+    if arguments.cmsis_nn is not None:
+        if not (arguments.cmsis_nn / "Include" / "arm_nnfunctions.h").is_file():
+            parser.error(f"--cmsis-nn must be a folder with CMSIS-NN's Include and Source; got {arguments.cmsis_nn}")
+        targets = [with_cmsis_nn(target, arguments.cmsis_nn, arguments.work) for target in TARGETS if target.bare_metal]
     if not arguments.table:
-        check_equality(TARGETS, SHORT_CASES if arguments.short else CASES, arguments.work, arguments.optimize)
+        check_equality(targets, SHORT_CASES if arguments.short else CASES, arguments.work, arguments.optimize)
     if not arguments.short:
-        print_table(TARGETS, arguments.work, arguments.optimize)
+        print_table(targets, arguments.work, arguments.optimize)
     return 0
 
 
