@@ -33,7 +33,7 @@ endef
 setup_files = setup.cfg pyproject.toml tools/environment.py tools/find-python.sh
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-arm64 test-arm64-short lint examples example-minilm example-self-vs-multihead bench bench-peers clean distclean
+.PHONY: help run test test-arm64 test-arm64-short test-cortex-m lint examples example-minilm example-self-vs-multihead bench bench-peers clean distclean
 
 help: ## this list
 	@echo "edgeattn: attention for small computers. Targets:"
@@ -46,6 +46,9 @@ run: $(ready) ## the main job: float, int8, report, .tflite
 
 test: $(ready) ## the test suite
 	@$(run_python) -m pytest $(ARGS)
+
+test-cortex-m: $(ready) ## exported C on emulated Cortex-M3, M4, M7, M55, AArch64 and ARMv7; names the packages it needs
+	@$(run_python) tools/cortex_m/run.py $(ARGS)
 
 test-arm64: $(ready_arm64) ## what depends on the CPU, as on Raspberry Pi 3, 4 and 5, under qemu-user
 	@$(python) tools/arm64/run.py $(ARM64) -- $(ARGS)

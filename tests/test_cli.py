@@ -61,6 +61,11 @@ def test_the_whole_job(quant_command, folder):
     report = quant_command("compare", "layer.safetensors", "q.safetensors", *data)
     out = quant_command("export", "q.safetensors", "q.tflite", "--sequence-length", 9, "--batch", 2, "--mask", "causal")
     assert out == f"wrote q.tflite: {os.path.getsize('q.tflite'):,} bytes\n"
+    quant_command("export", "q.safetensors", "q.c", "--sequence-length", 9, "--mask", "causal", "--test-vectors", 2)
+    os.mkdir("again")
+    quant.export(edgeattn.load("q.safetensors"), "again/q.c", sequence_length=9, mask="causal", test_vectors=2)
+    for name in ("q.c", "q.h", "q_test.c", "q_test.h"):
+        assert Path(name).read_text() == Path("again", name).read_text()
 
     # the same as the Python functions
     layer = random_layer(1)
@@ -218,7 +223,7 @@ ERRORS = [
     ("inspect layer.safetensors --arithmetic tflm", "applies to int8 layers, but layer.safetensors holds a Multi"),
     ("compare layer.safetensors layer.safetensors x.npy", "quantized must be a layer from quant.quantize"),
     ("export layer.safetensors a.tflite", "quant: --sequence-length is required for a .tflite"),
-    ("export layer.safetensors a.onnx --sequence-length 9", "path must end in one of .tflite, .safetensors"),
+    ("export layer.safetensors a.onnx --sequence-length 9", "path must end in one of .tflite, .safetensors, .c"),
     ("export layer.safetensors a.tflite --sequence-length nine", "Invalid value for '--sequence-length'"),
     ("export layer.safetensors a.tflite --sequence-length 9 --mask diagonal", "quant: diagonal: No such file"),
     ("inspect x.npy", "path must end in .safetensors or .tflite, got 'x.npy'"),
