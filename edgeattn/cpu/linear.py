@@ -10,7 +10,7 @@ from edgeattn import threads
 from edgeattn.jit import entry, jit
 
 from .matmul import DEPTH_BLOCK, multiply, pack_panels, round_up
-from .simd import COLUMNS, LANES, ROWS, WIDTH, tile_load, tile_of_columns, tile_store
+from .simd import COLUMNS, LANES, ROWS, WIDTH, load, store, tile_load, tile_store, tile_zero
 
 _run = None
 
@@ -31,7 +31,7 @@ def linear_float32(x, weights, depth, features, out, private, begin, end):
             for t in range(0, whole, ROWS):
                 at = t * features + f
                 if k == 0:
-                    tile = tile_of_columns(ROWS, COLUMNS, weights, features * depth + f)
+                    tile = tile_zero(ROWS, COLUMNS, x)
                 else:
                     tile = tile_load(ROWS, COLUMNS, out, at, features, LANES)
                 tile = multiply(tile, x, t * depth + k, depth, 1, weights, at_weight, count)
@@ -39,11 +39,15 @@ def linear_float32(x, weights, depth, features, out, private, begin, end):
             for t in range(whole, tokens):
                 at = t * features + f
                 if k == 0:
-                    row = tile_of_columns(1, COLUMNS, weights, features * depth + f)
+                    row = tile_zero(1, COLUMNS, x)
                 else:
                     row = tile_load(1, COLUMNS, out, at, features, LANES)
                 row = multiply(row, x, t * depth + k, depth, 1, weights, at_weight, count)
                 tile_store(row, out, at, features, LANES)
+        # the bias last: carried along from the first product on, it would make every partial sum round more coarsely
+        for t in range(tokens):
+            for j in range(f, f + WIDTH, LANES):
+                store(out, t * features + j, load(out, t * features + j) + load(weights, features * depth + j))
 
 
 class Linear:
@@ -75,7 +79,7 @@ class Linear:
         if not out.size:
             return out[:, : self.outputs]
         if not self.inputs:
-            out[:] = self._weights
+            out[:] = self._weights  # the bias is all there is
             return out[:, : self.outputs]
         arguments = (x.reshape(-1), self._weights, self.inputs, self._features, out.reshape(-1))
         if _run is None:
