@@ -8,9 +8,11 @@ from numba import carray, types
 from numba.extending import overload
 
 from edgeattn import threads
-from edgeattn.jit import entry, inlined, jit
+from edgeattn.crew import separate, share
+from edgeattn.jit import entry, jit
 
 from .functional_float32 import _rows
+from .fused import portions
 from .matmul import round_up
 from .simd import (
     LANES,
@@ -36,7 +38,8 @@ _ONE = np.float32(1)
 _MINUS_INFINITY = np.float32(-np.inf)
 
 (G_H, G_KV_HEADS, G_S, G_D, G_DV, G_Q, G_Q_B, G_Q_H, G_K, G_K_B, G_K_H, G_K_S, G_V, G_V_B, G_V_H, G_V_S,
- G_O, G_O_B, G_O_H, G_KS, G_KS_B, G_KS_H, G_KS_S, G_VS, G_VS_B, G_VS_H, G_VS_S, G_FIRST, G_COUNT) = range(29)
+ G_O, G_O_B, G_O_H, G_KS, G_KS_B, G_KS_H, G_KS_S, G_VS, G_VS_B, G_VS_H, G_VS_S, G_FIRST, G_BATCH, G_PRIVATE,
+ G_COUNT) = range(31)
 
 
 def load_numbers(array, at):
@@ -51,9 +54,10 @@ def _load_numbers(array, at):
     return lambda array, at: to_float(load_bytes(array, at))
 
 
-@inlined
-def _decode(numbers, p, scale, softcap, lengths, private, begin, end):
-    """The body of `decode_float32` and `decode_int8`; `numbers` is an array of the cache's dtype."""
+@separate
+def decode_part(numbers, p, scale, softcap, lengths, scratch, portion, worker, part):
+    """A portion of the items (batch, kv head) of `decode`; `numbers` is an array of the cache's dtype."""
+    private = scratch[worker * p[G_PRIVATE]:]
     H, Hkv, S, D, Dv = p[G_H], p[G_KV_HEADS], p[G_S], p[G_D], p[G_DV]
     G = H // Hkv
     D_whole, Dv_whole = D // LANES * LANES, Dv // LANES * LANES
@@ -69,7 +73,7 @@ def _decode(numbers, p, scale, softcap, lengths, private, begin, end):
     at_out = at_scores + G * BLOCK  # (G, Dv_up)
     at_stats = at_out + G * Dv_up  # (G, 2): maximum, sum
     factor = scale / softcap if softcap > _ZERO else scale * LOG2_E
-    for item in range(begin, end):
+    for item in range(part * portion, min((part + 1) * portion, p[G_BATCH] * Hkv)):
         batch, kv = item // Hkv, item % Hkv
         keys = S if lengths.size == 0 else min(max(lengths[batch], 0), S)
         for g in range(G):
@@ -187,21 +191,19 @@ def _decode(numbers, p, scale, softcap, lengths, private, begin, end):
 
 
 @jit
-def decode_float32(p, scale, softcap, lengths, private, begin, end):
-    """Query (B, H, D) over keys (B, Hkv, S, D), values (B, Hkv, S, Dv), float32, for items (batch, kv head)."""
-    _decode(private, p, scale, softcap, lengths, private, begin, end)
+def decode_any(numbers, p, scale, softcap, lengths, scratch, board, count):
+    """Query (B, H, D) over keys (B, Hkv, S, D), values (B, Hkv, S, Dv), of the dtype of `numbers` (any array).
+
+    float32, or int8 with one float32 scale per token and head; on at most `count` threads that serve the board.
+    """
+    portion, parts = portions(p[G_BATCH] * p[G_KV_HEADS], 1, count)
+    share(board, parts, decode_part, numbers, p, scale, softcap, lengths, scratch, portion)
 
 
-@jit
-def decode_int8(codes, p, scale, softcap, lengths, private, begin, end):
-    """As decode_float32, keys and values int8 with one float32 scale per token and head; codes: any int8 array."""
-    _decode(codes, p, scale, softcap, lengths, private, begin, end)
-
-
-_float_run = None
-_int8_run = None
+_runs = {}
 _NO_LENGTHS = np.zeros(0, np.int64)
 _CODES = np.zeros(1, np.int8)
+_FLOATS = np.zeros(1, np.float32)
 
 
 def decode(q, k, v, out, scale, softcap=0.0, lengths=None, first=0, k_scale=None, v_scale=None):
@@ -219,7 +221,6 @@ def decode(q, k, v, out, scale, softcap=0.0, lengths=None, first=0, k_scale=None
         The first key that may be seen (a window).
     k_scale, v_scale : (B, Hkv, S) float32, or None for float32 caches
     """
-    global _float_run, _int8_run
     q = _rows(q)
     B, H, D = q.shape
     Hkv, S, Dv = k.shape[1], k.shape[2], v.shape[3]
@@ -233,21 +234,15 @@ def decode(q, k, v, out, scale, softcap=0.0, lengths=None, first=0, k_scale=None
     k0, k1, k2, _ = k.strides
     v0, v1, v2, _ = v.strides
     o0, o1, _ = out.strides
+    private = round_up(H // Hkv * (round_up(D, LANES) + BLOCK + round_up(Dv, LANES) + 2) + LANES, 16)
     p = np.array((H, Hkv, S, D, Dv, q.ctypes.data, q0 // 4, q1 // 4, k.ctypes.data, k0 // size, k1 // size, k2 // size,
                   v.ctypes.data, v0 // size, v1 // size, v2 // size, out.ctypes.data, o0 // 4, o1 // 4,
-                  *scales, max(first, 0)), np.int64)
-    G = H // Hkv
-    private = G * (round_up(D, LANES) + BLOCK + round_up(Dv, LANES) + 2) + LANES
+                  *scales, max(first, 0), B, private), np.int64)
     lengths = _NO_LENGTHS if lengths is None else lengths
-    arguments = (p, np.float32(scale), np.float32(softcap), lengths)
-    if k_scale is None:
-        if _float_run is None:
-            _float_run = entry(decode_float32, (*arguments, np.zeros(1, np.float32), 0, 0))
-        run = _float_run
-    else:
-        arguments = (_CODES, *arguments)
-        if _int8_run is None:
-            _int8_run = entry(decode_int8, (*arguments, np.zeros(1, np.float32), 0, 0))
-        run = _int8_run
-    threads.run_items(run, arguments, np.float32, private, B * Hkv, 2 * B * H * S * (D + Dv))
+    arguments = (_FLOATS if k_scale is None else _CODES, p, np.float32(scale), np.float32(softcap), lengths)
+    run = _runs.get(k_scale is None)
+    if run is None:
+        run = _runs[k_scale is None] = entry(
+            decode_any, (*arguments, np.zeros(1, np.float32), np.zeros(1, np.int64), 1))
+    threads.run(run, arguments, np.float32, 0, private, 8 * B * H * S * (D + Dv))
     return out

@@ -60,13 +60,12 @@ def attention(q, k, v, out, scale, softcap=0.0, keep=None, bias=None, band=None,
     D_up, Dv_up, Dv_lanes = round_up(D, LANES), round_up(Dv, ROWS), round_up(Dv, LANES)
     private = (f.AT_FREE + WIDTH * (max(D_up, Dv_lanes) + D_up + max(Dv_up, Dv_lanes) + ROWS) + ROWS * D + 64
                + (S * Dv_up if Dv != Dv_up else 0) + (S * WIDTH if masked else 0))
+    p[f.F_PRIVATE] = private = round_up(private, 16)
     keep = _NO_KEEP if keep is None else keep.reshape(-1).view(np.uint8)
     bias = _NO_BIAS if bias is None else bias.reshape(-1)
     lengths = _NO_LENGTHS if lengths is None else lengths
     arguments = (p, np.float32(scale), np.float32(softcap / 1), keep, bias, lengths)
     if _run is None:
-        _run = entry(f.attention_float32, (p, np.float32(0), np.float32(0), keep, bias, lengths,
-                                           np.zeros(1, np.float32), 0, 0))
-    threads.run_items(_run, arguments, np.float32, private, B * H * -(-L // WIDTH),
-                      2 * B * H * L * S * (D + Dv))
+        _run = entry(f.attention_float32, (*arguments, np.zeros(1, np.float32), np.zeros(1, np.int64), 1))
+    threads.run(_run, arguments, np.float32, 0, private, 2 * B * H * L * S * (D + Dv))
     return out
