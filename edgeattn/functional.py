@@ -8,6 +8,8 @@ from edgeattn.checks import check_out, deliver, flag, float_array, number, resul
 from edgeattn.cpu import functional_float32, plain
 from edgeattn.masks import resolve_mask
 
+_SMALLEST_SOFTCAP = 1e-30  # its reciprocal is a float32 too
+
 
 def scaled_dot_product_attention(
     query,
@@ -80,8 +82,8 @@ def scaled_dot_product_attention(
     return_weights = flag("return_weights", return_weights)
     _check_shapes(query, key, value, grouped)
     softcap = number("softcap", softcap)
-    if softcap < 0:
-        raise ValueError(f"softcap must be 0 (off) or positive, got {softcap}")
+    if softcap != 0 and softcap < _SMALLEST_SOFTCAP:
+        raise ValueError(f"softcap must be 0 (off), or positive and at least {_SMALLEST_SOFTCAP}, got {softcap}")
     if scale is None:
         scale = default_scale(query.shape[-1])
     else:

@@ -97,6 +97,7 @@ class MultiHeadAttention:
                 "out_bias needs out_weight, got out_weight=None; pass numpy.eye to add a bias alone"
             )
         self.output_dim = context_dim if self.out_weight is None else self.out_weight.shape[0]
+        self._whole = bool(self.head_dim and self.value_dim and self.output_dim)  # the tiled kernels take nothing empty
         for name in ("q", "k", "v", "out"):
             weight, bias = getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")
             if bias is not None and bias.shape != weight.shape[:1]:
@@ -187,6 +188,13 @@ class MultiHeadAttention:
         TypeError, ValueError
             Naming the argument, what was required and what came.
         """
+        if key is None and attn_mask is None and key_padding_mask is None and is_causal is False and (
+                need_weights is False and out is None and type(query) is np.ndarray and query.dtype == np.float32
+                and query.ndim == 3 and query.shape[2] == self.embed_dim == self.kdim == self.vdim
+                and query.flags.carray and query.size and value is None and self._whole):
+            # what small layers are called with, again and again: self-attention, nothing masked
+            result = np.empty((*query.shape[:2], self.output_dim), np.float32)
+            return self._kernel(query, query, query, result)
         need_weights = flag("need_weights", need_weights)
         query, key, value = self._inputs(query, key, value)
         dtype = result_dtype(query, key, value)
@@ -199,7 +207,7 @@ class MultiHeadAttention:
             is_causal=is_causal,
             causal_alignment=causal_alignment,
         )
-        if need_weights or not (queries and keys and self.head_dim and self.value_dim and self.output_dim):
+        if need_weights or not (queries and keys and self._whole):
             return self._attend_plainly(query, key, value, mask, need_weights, out, dtype)
         q, k, v = (to_float32(x).reshape(mask.shape[0], -1, x.shape[-1]) for x in (query, key, value))
         result = np.empty((*lead, queries, self.output_dim), np.float32)

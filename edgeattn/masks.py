@@ -223,6 +223,9 @@ def _attn_mask(attn_mask, shape, batch):
         lead, entries = shape[:-3], batch
     # The kernels walk along the keys, so that axis is always written out; the others may stay 1.
     mask = np.broadcast_to(mask, lead + mask.shape[-3:-1] + (keys,))
+    if mask.dtype == np.float64:  # what is finite stays so: only -inf means "do not attend"
+        largest = np.finfo(np.float32).max
+        mask = np.where(np.isfinite(mask), np.clip(mask, -largest, largest), mask)
     with np.errstate(over="ignore"):
         mask = np.require(mask, np.bool_ if mask.dtype.kind == "b" else np.float32, ["C", "A"])
     mask = mask.reshape((entries,) + mask.shape[-3:])

@@ -44,15 +44,19 @@ class Comparison:
 
     def update(self, real: np.ndarray, codes: np.ndarray, quantization: TensorQuantization) -> None:
         """Take in float values and the int8 codes that stand for them, of one shape."""
-        real, got = real.astype(np.float64), quantization.dequantize(codes).astype(np.float64)
         half = float(quantization.scale) / 2
         low, high = (float(quantization.dequantize(code)) for code in (CODE_MIN, CODE_MAX))
+        self.below += int(np.count_nonzero(real < low - half))
+        self.above += int(np.count_nonzero(real > high + half))
+        self.add(real, quantization.dequantize(codes))
+
+    def add(self, real: np.ndarray, got: np.ndarray) -> None:
+        """Take in float values and what was computed in their place, of one shape."""
+        real, got = real.astype(np.float64), got.astype(np.float64)
         self.signal += float(np.sum(real * real))
         self.noise += float(np.sum((real - got) ** 2))
         self.dot += float(np.sum(real * got))
         self.other += float(np.sum(got * got))
-        self.below += int(np.count_nonzero(real < low - half))
-        self.above += int(np.count_nonzero(real > high + half))
         self.count += real.size
 
     def result(self) -> TensorReport:

@@ -10,7 +10,7 @@ import edgeattn
 from edgeattn.checks import count
 from edgeattn.files import write_atomic
 from edgeattn.layers import MultiHeadAttention
-from edgeattn.quantized import StaticMultiHeadAttention
+from edgeattn.quantized import DynamicMultiHeadAttention, QuantizedMultiHeadAttention
 from quant.export.tflite import write_tflite
 
 SUFFIXES = (".tflite", ".safetensors")
@@ -22,7 +22,7 @@ def export(layer, path, *, batch: int = 1, sequence_length: int | None = None, k
 
     Parameters
     ----------
-    layer : MultiHeadAttention or StaticMultiHeadAttention
+    layer : MultiHeadAttention or QuantizedMultiHeadAttention
     path : str or path-like
         ``.tflite`` (fixed shapes, runs in LiteRT, tflite-runtime and TFLite Micro) or ``.safetensors`` (any shape).
     batch : int
@@ -46,11 +46,14 @@ def export(layer, path, *, batch: int = 1, sequence_length: int | None = None, k
         path = Path(path)
     except TypeError:
         raise TypeError(f"path must be a string or a path; got {type(path).__name__}") from None
-    if not isinstance(layer, (MultiHeadAttention, StaticMultiHeadAttention)):
+    if not isinstance(layer, (MultiHeadAttention, QuantizedMultiHeadAttention)):
         raise TypeError(f"layer must be a MultiHeadAttention or what quant.quantize returns; "
                         f"got {type(layer).__name__}")
     if path.suffix not in SUFFIXES:
         raise ValueError(f"path must end in one of {', '.join(SUFFIXES)}; got {str(path)!r}")
+    if isinstance(layer, DynamicMultiHeadAttention) and (path.suffix != ".safetensors" or mask is not None):
+        raise ValueError(f"layer is dynamic, which only .safetensors files hold, without a mask; got {str(path)!r}; "
+                         "quantize with scheme='static' for the other formats")
     lengths = {"batch": batch, "sequence_length": sequence_length, "key_length": key_length}
     lengths = {name: None if length is None else count(name, length) for name, length in lengths.items()}
     if mask is not None:
