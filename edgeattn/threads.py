@@ -57,7 +57,7 @@ class _Crew:
 
     def join(self):
         """Wait for the threads to end."""
-        for i, thread in enumerate(self._threads):
+        for thread in self._threads:
             while thread.is_alive():  # one may have fallen asleep just after it was told to stop
                 thread.join(0.01)
                 with self.taken:

@@ -19,6 +19,7 @@ from .simd import (
     LANES,
     ROWS,
     WIDTH,
+    address_of,
     any_nan,
     lane_index,
     larger,
@@ -510,9 +511,23 @@ def attention_part(p, scale, softcap, keep, bias, lengths, scratch, portion, wor
                 all_o[to + l * p[F_O_L] + d] = private[at_natural + l * Dv_lanes + d]
 
 
+@inlined
+def describe(p, at, array, axes):
+    """p[at] = the address of `array`, p[at + 1 :] = the strides of its first `axes` axes, in elements."""
+    p[at] = address_of(array)
+    for axis in range(axes):
+        p[at + 1 + axis] = array.strides[axis] // array.itemsize
+
+
 @jit
-def attention_float32(p, scale, softcap, keep, bias, lengths, scratch, board, count):
-    """See `attention_part`; on at most `count` threads that serve the board."""
+def attention_float32(q, k, v, out, p, scale, softcap, keep, bias, lengths, scratch, board, count):
+    """See `attention_part`; arrays with any strides but the last; on at most `count` threads that serve the board."""
+    p[F_B], p[F_H], p[F_L], p[F_D] = q.shape
+    p[F_KV_HEADS], p[F_S], p[F_DV] = k.shape[1], k.shape[2], v.shape[3]
+    describe(p, F_Q, q, 3)
+    describe(p, F_K, k, 3)
+    describe(p, F_V, v, 3)
+    describe(p, F_O, out, 3)
     items = p[F_B] * p[F_H] * ((p[F_L] + WIDTH - 1) // WIDTH)
     portion, parts = portions(items, 1, count)
     share(board, parts, attention_part, p, scale, softcap, keep, bias, lengths, scratch, portion)
