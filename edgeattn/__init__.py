@@ -7,6 +7,7 @@ from edgeattn.masks import sliding_window
 from edgeattn.quantized import QuantizedMultiHeadAttention
 from edgeattn.rotary import apply_rotary_embedding, rotary_cache
 from edgeattn.storage import load, save
+from edgeattn.threads import get_num_threads, set_num_threads
 
 __version__ = "0.1.0"
 
@@ -16,9 +17,11 @@ __all__ = [
     "QuantizedMultiHeadAttention",
     "SelfAttention",
     "apply_rotary_embedding",
+    "get_num_threads",
     "load",
     "rotary_cache",
     "save",
     "scaled_dot_product_attention",
+    "set_num_threads",
     "sliding_window",
 ]

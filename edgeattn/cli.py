@@ -3,18 +3,22 @@ import argparse
 import importlib.metadata
 import os
 import platform
+import statistics
 import sys
 import textwrap
+import time
 
 import llvmlite.binding
 import numba
+import numpy as np
 
 import edgeattn
 from edgeattn import jit, threads
-from edgeattn.cpu import fused
+from edgeattn.cpu import fused, fused_dynamic, fused_int8
 from edgeattn.isa import ISA
 
 _WIDTH = 80
+KERNELS = (fused.layer_float32, fused_int8.layer_int8, fused_dynamic.layer_dynamic)
 _NEEDED = ("numpy", "numba", "llvmlite", "safetensors")
 # Reading a .tflite and computing what it computes needs none of these.
 _OPTIONAL = {
@@ -27,12 +31,78 @@ def main(arguments=None):
     """Run the command; returns its exit status. Without a command it prints its help."""
     parser = argparse.ArgumentParser(prog="edgeattn", description="Attention for small computers.")
     parser.add_argument("--version", action="version", version=f"edgeattn {edgeattn.__version__}")
-    parser.set_defaults(run=lambda: parser.print_help() or 2)
+    parser.set_defaults(run=lambda _: parser.print_help() or 2)
     commands = parser.add_subparsers(metavar="COMMAND")
     info = commands.add_parser("info", help="versions, processor, threads, cache and optional packages of this machine",
                                description="Say what this machine has: include it when you report a problem.")
-    info.set_defaults(run=_info)
-    return parser.parse_args(arguments).run()
+    info.set_defaults(run=lambda _: _info())
+    for name, run, text in (
+            ("warmup", _warmup, "compile ahead of time what layers need, so that no later process waits"),
+            ("bench", _bench, "time layers on this machine")):
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        command.add_argument("layers", nargs="+", metavar="LAYER", help=".safetensors or int8 .tflite file")
+        command.add_argument("--length", type=int, nargs="+", default=None, metavar="L",
+                             help="tokens per call")
+        command.set_defaults(run=run)
+    chosen = parser.parse_args(arguments)
+    try:
+        return chosen.run(chosen)
+    except (OSError, TypeError, ValueError) as error:
+        print(f"edgeattn: {error}", file=sys.stderr)
+        return 2
+
+
+def _warmup(chosen):
+    """Call every layer once; say what that cost, and whether a later process will find the machine code."""
+    for path in chosen.layers:
+        layer = edgeattn.load(path)
+        for length in chosen.length or [16]:
+            before, began = _compiled(), time.perf_counter()
+            _call(layer, length)
+            seconds = time.perf_counter() - began
+            new = _compiled() - before
+            print(f"{path}, {length} tokens: {seconds:.2f} s, " + (
+                f"{new} kernel{'s'[:new != 1]} compiled" if new else "nothing to compile"))
+    folders = [folder for folder in jit._folders(fused.layer_float32.py_func) if _writable(folder)]
+    print(f"Machine code is kept in {folders[0]}" if folders else
+          "Nothing is kept: no cache folder is writable; set NUMBA_CACHE_DIR to one that is.")
+    return 0
+
+
+def _bench(chosen):
+    """Median time of a call, batch 1, for every layer and length."""
+    print(f"{edgeattn.get_num_threads()} thread(s), {ISA.name}; batch 1, median of calls over half a second")
+    for path in chosen.layers:
+        layer = edgeattn.load(path)
+        for length in chosen.length or [16, 64, 256]:
+            call = _call(layer, length)
+            times, until = [], time.perf_counter() + 0.5
+            while len(times) < 5 or time.perf_counter() < until:
+                began = time.perf_counter()
+                call()
+                times.append(time.perf_counter() - began)
+            print(f"{path}, {length} tokens: {statistics.median(times) * 1e6:.1f} us")
+    return 0
+
+
+def _call(layer, length):
+    """A call of the layer on made-up data of ``length`` tokens, made once already."""
+    if length < 1:
+        raise ValueError(f"--length must be at least 1, got {length}")
+    run = getattr(layer, "run_int8", layer)
+    dtype = np.int8 if run is not layer else np.float32
+    made = np.random.default_rng(0)
+    sources = getattr(layer, "sources", (0, 0, 0) if layer.embed_dim == layer.kdim == layer.vdim else (0, 1, 2))
+    widths = (layer.embed_dim, layer.kdim, layer.vdim)
+    inputs = [made.integers(-9, 10, (1, length, width)).astype(dtype)
+              for i, width in enumerate(widths) if sources[i] == i]
+    run(*inputs)
+    return lambda: run(*inputs)
+
+
+def _compiled():
+    """How many kernels this process has compiled, rather than read from the cache."""
+    return sum(sum(kernel.stats.cache_misses.values()) for kernel in KERNELS)
 
 
 def _info():

@@ -77,6 +77,36 @@ def _may_use_matrix_unit():
         return False
 
 
+_AT_HWCAP, _HWCAP_ASIMDDP = 16, 1 << 20  # arm64 Linux: linux/auxvec.h, asm/hwcap.h
+
+
+def arm64_features(hardware, cpu):
+    """What LLVM's list of features lacks on ARM64.
+
+    Parameters
+    ----------
+    hardware : int
+        The bits of AT_HWCAP.
+    cpu : str
+        LLVM's name of the CPU. LLVM uses the dot product where the name implies it, so not for an unknown CPU.
+    """
+    found = ["neon"]  # part of every ARMv8-A core
+    if hardware & _HWCAP_ASIMDDP and cpu != "generic":
+        found.append("dotprod")
+    return found
+
+
+def _hardware_bits():
+    """AT_HWCAP of this process; 0 where the system has no such thing."""
+    import ctypes
+    try:
+        ask = ctypes.CDLL(None).getauxval
+    except (OSError, AttributeError):
+        return 0
+    ask.restype, ask.argtypes = ctypes.c_ulong, [ctypes.c_ulong]
+    return ask(_AT_HWCAP)
+
+
 def _host_features():
     import platform
 
@@ -88,7 +118,7 @@ def _host_features():
     if not _may_use_matrix_unit():
         found = [name for name in found if not name.startswith("amx")]
     if platform.machine().lower() in ("aarch64", "arm64"):
-        found.append("neon")  # part of every ARMv8-A core; LLVM does not always list it
+        found += arm64_features(_hardware_bits(), binding.get_host_cpu_name())
     return found
 
 

@@ -46,16 +46,18 @@ def inlined(function):
     return numba.njit(function, error_model="numpy", boundscheck=False, forceinline=True)
 
 
-def entry(dispatcher, arguments):
+def entry(dispatcher, arguments, strided=0):
     """The compiled function of `dispatcher` for the types of `arguments`, to be called directly.
 
     Numba's dispatcher finds out the type of every argument on every call, which costs 12 microseconds for a kernel
     that takes functions. A layer knows its types: it asks once. The caller must keep passing arguments of the same
-    dtypes, dimensions and contiguity; whether an array is writable does not matter.
+    dtypes, dimensions and contiguity; whether an array is writable does not matter. The first `strided` arguments
+    are arrays that may have any strides.
     """
-    signature = tuple(numba.typeof(argument) for argument in arguments)
-    signature = tuple(t.copy(readonly=False) if isinstance(t, types.Array) else t for t in signature)
-    return dispatcher.compile(signature)
+    signature = [numba.typeof(argument) for argument in arguments]
+    signature = [t.copy(readonly=False) if isinstance(t, types.Array) else t for t in signature]
+    signature[:strided] = [t.copy(layout="A") for t in signature[:strided]]
+    return dispatcher.compile(tuple(signature))
 
 
 class _Cache(caching._Cache):

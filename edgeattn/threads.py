@@ -2,21 +2,66 @@
 
 Numba's own layers are not used: `workqueue` aborts when two Python threads enter it, `omp` kills a forked child.
 """
+import atexit
 import os
 import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from edgeattn import crew
+
 # Below this many operations a hand-over to another thread costs more than it saves.
-SMALLEST_SHARED_WORK = 4_000_000
+SMALLEST_SHARED_WORK = 2_000_000
 ALIGNMENT = 64  # bytes: one cache line, and the widest vector
 _KEPT = 8  # scratch buffers kept for the next call
 
 _lock = threading.Lock()
 _count = 1
-_pool = None
+_crew = None
 _scratch = []
+_ALONE = np.zeros(0, np.int64)
+
+
+class _Crew:
+    """Threads that wait for the jobs of one caller at a time; see edgeattn/crew.py."""
+
+    def __init__(self, workers):
+        self.taken = threading.Lock()
+        self.board = aligned(crew.BOARD_SIZE, np.int64)
+        self.board[:] = 0
+        self._asleep = [False] * workers
+        self._beds = [threading.Lock() for _ in range(workers)]
+        self._threads = [threading.Thread(target=self._work, args=(i,), name=f"edgeattn-{i}", daemon=True)
+                         for i in range(workers)]
+        for bed, thread in zip(self._beds, self._threads, strict=True):
+            bed.acquire()
+            thread.start()
+
+    def _work(self, i):
+        while crew.serve(self.board, i + 1, crew.PATIENCE):
+            self._asleep[i] = True
+            self._beds[i].acquire()  # until somebody wakes it; a job posted just before this is done without it
+
+    def wake(self):
+        """Bring the threads back to the board."""
+        for i, asleep in enumerate(self._asleep):
+            if asleep:
+                self._asleep[i] = False
+                self._beds[i].release()
+
+    def dismiss(self):
+        """End the threads once they have done what they have begun."""
+        self.board[crew.STOP] = 1
+        with self.taken:  # nobody else wakes them meanwhile
+            self.wake()
+
+    def join(self):
+        """Wait for the threads to end."""
+        for thread in self._threads:
+            while thread.is_alive():  # one may have fallen asleep just after it was told to stop
+                thread.join(0.01)
+                with self.taken:
+                    self.wake()
 
 
 def set_num_threads(n):
@@ -27,16 +72,18 @@ def set_num_threads(n):
     TypeError, ValueError
         If `n` is not an integer of at least 1.
     """
-    global _count, _pool
+    global _count, _crew
     if isinstance(n, bool) or not isinstance(n, (int, np.integer)):
         raise TypeError(f"n must be an int, got {type(n).__name__}; pass the number of threads, 1 or more")
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}; 1 keeps every call on its caller's thread")
     with _lock:
-        if n != _count:
-            old, _pool, _count = _pool, None, int(n)
-            if old is not None:
-                old.shutdown(wait=False)
+        if n == _count:
+            return
+        old, _crew, _count = _crew, None, int(n)
+    if old is not None:
+        old.dismiss()
+        old.join()
 
 
 def get_num_threads():
@@ -46,31 +93,34 @@ def get_num_threads():
 
 def _forget_after_fork():
     """A forked child has none of its parent's threads: start afresh, with a lock nobody holds."""
-    global _lock, _pool, _scratch
-    _lock, _pool, _scratch = threading.Lock(), None, []
+    global _lock, _crew, _scratch
+    _lock, _crew, _scratch = threading.Lock(), None, []
 
 
+def _end():
+    """Threads must not be inside compiled code when the interpreter takes it down."""
+    if _crew is not None:
+        _crew.dismiss()
+        _crew.join()
+
+
+atexit.register(_end)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_after_fork)
 
 
-def _submit(jobs):
-    """Run callables, the last one on this thread; return when all are done, raising what they raised."""
-    global _pool
+def _take_crew():
+    """The crew, now this caller's, or None: with one thread, or where another caller has it."""
+    global _crew
     with _lock:
-        if _pool is None:
-            _pool = ThreadPoolExecutor(max_workers=max(_count - 1, 1), thread_name_prefix="edgeattn")
-        # Submitting under the lock: set_num_threads cannot shut this pool down in between.
-        waiting = [_pool.submit(job) for job in jobs[:-1]]
-    try:
-        jobs[-1]()
-    finally:
-        for future in waiting:
-            # A pool busy with other callers may not have started it: then it is done here.
-            if future.cancel():
-                jobs[waiting.index(future)]()
-            else:
-                future.result()
+        if _crew is None:
+            if _count == 1:
+                return None
+            _crew = _Crew(_count - 1)
+        taken = _crew if _crew.taken.acquire(blocking=False) else None
+    if taken is not None:
+        taken.wake()
+    return taken
 
 
 def aligned(count, dtype):
@@ -101,51 +151,20 @@ def give_back(raw):
         _scratch.append(raw)
 
 
-def _ranges(total, unit, parts):
-    """Split range(total) into at most `parts` pieces whose bounds are multiples of `unit`."""
-    units = -(-total // unit)
-    parts = min(parts, units)
-    edges = [units * i // parts * unit for i in range(parts)] + [total]
-    return list(zip(edges[:-1], edges[1:], strict=False))
+def run(function, arguments, dtype, shared_size, private_size, work):
+    """function(*arguments, scratch, board, count): alone if the work is small, else with up to `count` threads.
 
-
-def run_layer(function, fixed, arguments, dtype, shared_size, private_size, batch, tokens, token_unit, blocks, work):
-    """Run a layer kernel over all batch entries: on this thread if small, else its two phases split over threads.
-
-    The kernel is called as function(*fixed, *arguments, shared, private, batch entry, phase, begin, end).
+    The scratch holds `shared_size` elements for all threads and then `private_size` for each; both whole cache lines.
     """
-    shared_size, private_size = -(-shared_size // 16) * 16, -(-private_size // 16) * 16  # whole cache lines
-    count = _count if work >= SMALLEST_SHARED_WORK else 1
-    if count == 1:
+    mates = _take_crew() if _count > 1 and work >= SMALLEST_SHARED_WORK else None
+    if mates is None:
         raw, memory = borrow(shared_size + private_size, dtype)
-        shared, private = memory[:shared_size], memory[shared_size:]
-        for b in range(batch):
-            function(*fixed, *arguments, shared, private, b, 0, 0, 0)
-        give_back(raw)
-        return
-    raw, memory = borrow(shared_size + count * private_size, dtype)
-    shared = memory[:shared_size]
-    privates = [memory[shared_size + i * private_size:shared_size + (i + 1) * private_size] for i in range(count)]
-
-    def job(b, phase, bounds, private):
-        return lambda: function(*fixed, *arguments, shared, private, b, phase, bounds[0], bounds[1])
-
-    for b in range(batch):
-        _submit([job(b, 1, r, m) for r, m in zip(_ranges(tokens, token_unit, count), privates, strict=False)])
-        _submit([job(b, 2, r, m) for r, m in zip(_ranges(blocks, 1, count), privates, strict=False)])
-    give_back(raw)
-
-
-def run_items(function, arguments, dtype, private_size, items, work):
-    """Run function(*arguments, private, begin, end) over range(items): here if small, else split over threads."""
-    private_size = -(-private_size // 16) * 16
-    count = min(_count, items) if work >= SMALLEST_SHARED_WORK else 1
-    raw, memory = borrow(count * private_size, dtype)
-    if count <= 1:
-        function(*arguments, memory, 0, items)
+        function(*arguments, memory, _ALONE, 1)
     else:
-        def job(bounds, i):
-            private = memory[i * private_size:(i + 1) * private_size]
-            return lambda: function(*arguments, private, bounds[0], bounds[1])
-        _submit([job(bounds, i) for i, bounds in enumerate(_ranges(items, 1, count))])
+        try:
+            count = len(mates._beds) + 1
+            raw, memory = borrow(shared_size + count * private_size, dtype)
+            function(*arguments, memory, mates.board, count)
+        finally:
+            mates.taken.release()
     give_back(raw)

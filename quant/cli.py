@@ -165,17 +165,19 @@ def compare(layer, torch_prefix, bert_prefix, num_heads, quantized, data, arithm
 @commands.command()
 @layer_options
 @click.argument("path", metavar="OUT", type=path_argument)
-@click.option("--batch", type=int, default=1, show_default=True, help="B of a .tflite.")
-@click.option("--sequence-length", type=int, help="L of a .tflite.")
-@click.option("--key-length", type=int, help="S of a .tflite whose keys are an input of their own.")
+@click.option("--batch", type=int, default=1, show_default=True, help="B of a .tflite or .c.")
+@click.option("--sequence-length", type=int, help="L of a .tflite or .c.")
+@click.option("--key-length", type=int, help="S of a .tflite or .c whose keys are an input of their own.")
 @click.option("--mask", help='"causal", or a .npy file with a bool mask, True = attend.')
-def export(layer, torch_prefix, bert_prefix, num_heads, path, batch, sequence_length, key_length, mask):
-    """Write LAYER, float or int8, to OUT: .tflite or .safetensors."""
+@click.option("--test-vectors", type=int, help="How many to write beside a .c, with a program that checks them.")
+def export(layer, torch_prefix, bert_prefix, num_heads, path, batch, sequence_length, key_length, mask, test_vectors):
+    """Write LAYER, float or int8, to OUT: .tflite, .safetensors or .c (with a header beside it)."""
     check_folder(path)
     layer = read_layer(layer, torch_prefix, bert_prefix, num_heads)
     if mask is not None and mask != "causal":
         mask = read_array(Path(mask))
-    quant.export(layer, path, batch=batch, sequence_length=sequence_length, key_length=key_length, mask=mask)
+    quant.export(layer, path, batch=batch, sequence_length=sequence_length, key_length=key_length, mask=mask,
+                 test_vectors=test_vectors)
     say(f"wrote {path}: {path.stat().st_size:,} bytes")
 
 

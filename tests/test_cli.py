@@ -61,6 +61,11 @@ def test_the_whole_job(quant_command, folder):
     report = quant_command("compare", "layer.safetensors", "q.safetensors", *data)
     out = quant_command("export", "q.safetensors", "q.tflite", "--sequence-length", 9, "--batch", 2, "--mask", "causal")
     assert out == f"wrote q.tflite: {os.path.getsize('q.tflite'):,} bytes\n"
+    quant_command("export", "q.safetensors", "q.c", "--sequence-length", 9, "--mask", "causal", "--test-vectors", 2)
+    os.mkdir("again")
+    quant.export(edgeattn.load("q.safetensors"), "again/q.c", sequence_length=9, mask="causal", test_vectors=2)
+    for name in ("q.c", "q.h", "q_test.c", "q_test.h"):
+        assert Path(name).read_text() == Path("again", name).read_text()
 
     # the same as the Python functions
     layer = random_layer(1)
@@ -218,7 +223,7 @@ ERRORS = [
     ("inspect layer.safetensors --arithmetic tflm", "applies to int8 layers, but layer.safetensors holds a Multi"),
     ("compare layer.safetensors layer.safetensors x.npy", "quantized must be a layer from quant.quantize"),
     ("export layer.safetensors a.tflite", "quant: --sequence-length is required for a .tflite"),
-    ("export layer.safetensors a.onnx --sequence-length 9", "path must end in one of .tflite, .safetensors"),
+    ("export layer.safetensors a.onnx --sequence-length 9", "path must end in one of .tflite, .safetensors, .c"),
     ("export layer.safetensors a.tflite --sequence-length nine", "Invalid value for '--sequence-length'"),
     ("export layer.safetensors a.tflite --sequence-length 9 --mask diagonal", "quant: diagonal: No such file"),
     ("inspect x.npy", "path must end in .safetensors or .tflite, got 'x.npy'"),
@@ -358,3 +363,33 @@ def test_edgeattn_alone_prints_its_help(capsys):
     shown = capsys.readouterr().out
     assert shown.startswith("usage: edgeattn")
     assert "\n    info " in shown
+
+
+def test_edgeattn_warmup_compiles_once_and_says_so(folder):
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(folder / "kernels"), "PYTHONPATH": str(ROOT)}
+    layer = random_layer(2)
+    edgeattn.save(quant.quantize(layer, quant.calibrate(layer, [random_input(1, 2, 9, 32)])), "int8.safetensors")
+    command = [sys.executable, "-m", "edgeattn", "warmup", "layer.safetensors", "int8.safetensors", "--length", "5"]
+    shown = [subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+             for _ in range(2)]
+    assert len(shown[0]) == 3 and "kernels" in shown[0][2]
+    assert all("layer.safetensors, 5 tokens" in first or "int8.safetensors, 5 tokens" in first for first in shown[0][:2])
+    assert all(line.endswith("nothing to compile") for line in shown[1][:2])
+
+
+def test_edgeattn_bench_times_every_layer_and_length(folder, capsys):
+    assert edgeattn.cli.main(["bench", "layer.safetensors", "--length", "4", "8"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines[1:]] == ["layer.safetensors, 4 tokens", "layer.safetensors, 8 tokens"]
+    assert all(float(line.split()[-2]) > 0 for line in lines[1:])
+
+
+@pytest.mark.parametrize("arguments,message", [
+    (["bench", "nothing.safetensors"], "nothing.safetensors"),
+    (["warmup", "x.npy"], "path must end in .safetensors or .tflite"),
+    (["bench", "layer.safetensors", "--length", "0"], "--length must be at least 1, got 0"),
+])
+def test_edgeattn_errors_are_one_line(folder, capsys, arguments, message):
+    assert edgeattn.cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("edgeattn: ") and error.count("\n") == 1

@@ -22,7 +22,7 @@ from edgeattn.quantized import (
 from quant.export.tflite import write_tflite
 from quant.runtimes import RUNTIMES
 
-LAYERS = 200
+KERNEL_SET_SEEDS = range(200)
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,14 @@ def random_layer(seed: int) -> RandomLayer:
     return RandomLayer(quantized, rng.integers(-128, 128, (B, L, E)).astype(np.int8), mask)
 
 
-def in_each_runtime(seeds: int):
-    """Seeds x runtimes."""
-    cases = [pytest.param(name, seed, id=f"{name}-{seed}") for name in HERE for seed in range(seeds)]
-    return pytest.mark.parametrize("name,seed", cases)
+def pytest_generate_tests(metafunc):
+    """Runtimes x seeds."""
+    if "seed" not in metafunc.fixturenames:
+        return
+    layers = metafunc.config.getoption("layers")
+    seeds = -(-layers * 3 // 10) if "other_converters" in metafunc.function.__name__ else layers
+    metafunc.parametrize("name,seed", [pytest.param(name, seed, id=f"{name}-{seed}")
+                                       for name in HERE for seed in range(seeds)])
 
 
 def assert_equal_in(name: str, layer, *codes: np.ndarray) -> None:
@@ -87,7 +91,6 @@ def assert_equal_in(name: str, layer, *codes: np.ndarray) -> None:
     np.testing.assert_array_equal(layer.with_arithmetic(name).run_int8(*codes), expected)
 
 
-@in_each_runtime(LAYERS)
 def test_layers_equal_the_runtime(name, seed):
     layer = random_layer(seed)
     assert_equal_in(name, layer.quantized, layer.codes)
@@ -97,7 +100,6 @@ def random_quantization(rng, symmetric=False):
     return TensorQuantization(np.float32(10 ** rng.uniform(-2.5, -1)), 0 if symmetric else int(rng.integers(-60, 60)))
 
 
-@in_each_runtime(60)
 def test_layers_as_other_converters_write_them_equal_the_runtime(name, seed):
     # keys and values with a zero point, the scores scaled by MUL and masked by ADD; two or three inputs
     rng = np.random.default_rng(1000 + seed)
@@ -151,5 +153,5 @@ def test_the_random_layers_tell_the_kernel_sets_apart():
                         random_layer(seed).quantized.with_arithmetic(name).run_int8(random_layer(seed).codes)
                         != random_layer(seed).quantized.with_arithmetic(other).run_int8(random_layer(seed).codes)
                     ).any()
-                    for seed in range(LAYERS)
+                    for seed in KERNEL_SET_SEEDS
                 ), (name, other)

@@ -8,9 +8,11 @@ from numba import carray, types
 from numba.extending import overload
 
 from edgeattn import threads
+from edgeattn.crew import separate, share
 from edgeattn.jit import entry, inlined, jit
 
 from .functional_float32 import _rows
+from .fused import describe, portions
 from .matmul import round_up
 from .simd import (
     LANES,
@@ -24,6 +26,8 @@ from .simd import (
     store,
     sum_lanes,
     tile_add_products,
+    tile_add_rows,
+    tile_add_to,
     tile_row_sums,
     tile_zero,
     to_float,
@@ -36,7 +40,8 @@ _ONE = np.float32(1)
 _MINUS_INFINITY = np.float32(-np.inf)
 
 (G_H, G_KV_HEADS, G_S, G_D, G_DV, G_Q, G_Q_B, G_Q_H, G_K, G_K_B, G_K_H, G_K_S, G_V, G_V_B, G_V_H, G_V_S,
- G_O, G_O_B, G_O_H, G_KS, G_KS_B, G_KS_H, G_KS_S, G_VS, G_VS_B, G_VS_H, G_VS_S, G_FIRST, G_COUNT) = range(29)
+ G_O, G_O_B, G_O_H, G_KS, G_KS_B, G_KS_H, G_KS_S, G_VS, G_VS_B, G_VS_H, G_VS_S, G_FIRST, G_BATCH, G_PRIVATE,
+ G_SCALED, G_COUNT) = range(32)
 
 
 def load_numbers(array, at):
@@ -52,13 +57,24 @@ def _load_numbers(array, at):
 
 
 @inlined
-def _decode(numbers, p, scale, softcap, lengths, private, begin, end):
-    """The body of `decode_float32` and `decode_int8`; `numbers` is an array of the cache's dtype."""
+def add_last(columns, values, at_v, v_row, private, at, from_s, count, to):
+    """private[to :] += p v for the keys from_s..count that fill no tile."""
+    for s in range(from_s, count):
+        for j in range(columns):
+            here = to + j * LANES
+            v = load_numbers(values, at_v + s * v_row + j * LANES)
+            store(private, here, fma(splat(private[at + s]), v, load(private, here)))
+
+
+@separate
+def decode_part(numbers, p, scale, softcap, lengths, scratch, portion, worker, part):
+    """A portion of the items (batch, kv head) of `decode`; `numbers` is an array of the cache's dtype."""
+    private = scratch[worker * p[G_PRIVATE]:]
     H, Hkv, S, D, Dv = p[G_H], p[G_KV_HEADS], p[G_S], p[G_D], p[G_DV]
     G = H // Hkv
     D_whole, Dv_whole = D // LANES * LANES, Dv // LANES * LANES
     D_up, Dv_up = (D + LANES - 1) // LANES * LANES, (Dv + LANES - 1) // LANES * LANES
-    has_scales = p[G_KS] != 0
+    has_scales = p[G_SCALED] != 0
     everything = np.int64(1) << 60
     all_q, all_o = carray(pointer_to(p[G_Q], private), everything), carray(pointer_to(p[G_O], private), everything)
     all_k, all_v = carray(pointer_to(p[G_K], numbers), everything), carray(pointer_to(p[G_V], numbers), everything)
@@ -69,7 +85,7 @@ def _decode(numbers, p, scale, softcap, lengths, private, begin, end):
     at_out = at_scores + G * BLOCK  # (G, Dv_up)
     at_stats = at_out + G * Dv_up  # (G, 2): maximum, sum
     factor = scale / softcap if softcap > _ZERO else scale * LOG2_E
-    for item in range(begin, end):
+    for item in range(part * portion, min((part + 1) * portion, p[G_BATCH] * Hkv)):
         batch, kv = item // Hkv, item % Hkv
         keys = S if lengths.size == 0 else min(max(lengths[batch], 0), S)
         for g in range(G):
@@ -143,36 +159,31 @@ def _decode(numbers, p, scale, softcap, lengths, private, begin, end):
                 if has_scales:
                     for s in range(count):
                         private[at + s] *= v_scales[from_vs + (s0 + s) * p[G_VS_S]]
-            # 3. context (G, Dv) += p v, four vectors of it at a time in registers
+            # 3. context (G, Dv) += p v, eight chains of additions at a time in registers
             for g in range(G):
                 at, to = at_scores + g * BLOCK, at_out + g * Dv_up
                 at_v = from_v + s0 * v_row
                 d = 0
                 while d + 4 * LANES <= Dv_whole:
-                    c0, c1 = load(private, to + d), load(private, to + d + LANES)
-                    c2, c3 = load(private, to + d + 2 * LANES), load(private, to + d + 3 * LANES)
-                    for s in range(count):
-                        weight = splat(private[at + s])
-                        here = at_v + s * v_row + d
-                        c0 = fma(weight, load_numbers(all_v, here), c0)
-                        c1 = fma(weight, load_numbers(all_v, here + LANES), c1)
-                        c2 = fma(weight, load_numbers(all_v, here + 2 * LANES), c2)
-                        c3 = fma(weight, load_numbers(all_v, here + 3 * LANES), c3)
-                    store(private, to + d, c0)
-                    store(private, to + d + LANES, c1)
-                    store(private, to + d + 2 * LANES, c2)
-                    store(private, to + d + 3 * LANES, c3)
-                    d += 4 * LANES
-                while d < Dv_whole:
-                    c0, c1 = load(private, to + d), splat(_ZERO)
+                    tile = tile_zero(2, 4, private)
                     for s in range(0, count - 1, 2):
-                        here = at_v + s * v_row + d
-                        c0 = fma(splat(private[at + s]), load_numbers(all_v, here), c0)
-                        c1 = fma(splat(private[at + s + 1]), load_numbers(all_v, here + v_row), c1)
-                    if count % 2:
-                        last = count - 1
-                        c0 = fma(splat(private[at + last]), load_numbers(all_v, at_v + last * v_row + d), c0)
-                    store(private, to + d, c0 + c1)
+                        tile = tile_add_rows(tile, all_v, at_v + s * v_row + d, v_row, private, at + s)
+                    tile_add_to(tile, private, to + d)
+                    add_last(4, all_v, at_v + d, v_row, private, at, count // 2 * 2, count, to + d)
+                    d += 4 * LANES
+                while d + 2 * LANES <= Dv_whole:
+                    tile = tile_zero(4, 2, private)
+                    for s in range(0, count - 3, 4):
+                        tile = tile_add_rows(tile, all_v, at_v + s * v_row + d, v_row, private, at + s)
+                    tile_add_to(tile, private, to + d)
+                    add_last(2, all_v, at_v + d, v_row, private, at, count // 4 * 4, count, to + d)
+                    d += 2 * LANES
+                while d < Dv_whole:
+                    tile = tile_zero(8, 1, private)
+                    for s in range(0, count - 7, 8):
+                        tile = tile_add_rows(tile, all_v, at_v + s * v_row + d, v_row, private, at + s)
+                    tile_add_to(tile, private, to + d)
+                    add_last(1, all_v, at_v + d, v_row, private, at, count // 8 * 8, count, to + d)
                     d += LANES
                 for d in range(Dv_whole, Dv):
                     for s in range(count):
@@ -187,21 +198,28 @@ def _decode(numbers, p, scale, softcap, lengths, private, begin, end):
 
 
 @jit
-def decode_float32(p, scale, softcap, lengths, private, begin, end):
-    """Query (B, H, D) over keys (B, Hkv, S, D), values (B, Hkv, S, Dv), float32, for items (batch, kv head)."""
-    _decode(private, p, scale, softcap, lengths, private, begin, end)
+def decode_any(q, k, v, out, k_scale, v_scale, first, scale, softcap, lengths, private_size, scratch, board, count):
+    """Query (B, H, D) over keys (B, Hkv, S, D) and values (B, Hkv, S, Dv), float32 or int8; any strides but the last.
+
+    k_scale, v_scale (B, Hkv, S): empty for a float32 cache.  On at most `count` threads that serve the board.
+    """
+    p = np.zeros(G_COUNT, np.int64)
+    p[G_BATCH], p[G_H], p[G_D] = q.shape
+    p[G_KV_HEADS], p[G_S], p[G_DV] = k.shape[1], k.shape[2], v.shape[3]
+    p[G_FIRST], p[G_PRIVATE], p[G_SCALED] = max(first, 0), private_size, k_scale.size > 0
+    describe(p, G_Q, q, 2)
+    describe(p, G_K, k, 3)
+    describe(p, G_V, v, 3)
+    describe(p, G_O, out, 2)
+    describe(p, G_KS, k_scale, 3)
+    describe(p, G_VS, v_scale, 3)
+    portion, parts = portions(p[G_BATCH] * p[G_KV_HEADS], 1, count)
+    share(board, parts, decode_part, k[0, 0, 0, :0], p, scale, softcap, lengths, scratch, portion)
 
 
-@jit
-def decode_int8(codes, p, scale, softcap, lengths, private, begin, end):
-    """As decode_float32, keys and values int8 with one float32 scale per token and head; codes: any int8 array."""
-    _decode(codes, p, scale, softcap, lengths, private, begin, end)
-
-
-_float_run = None
-_int8_run = None
+_runs = {}
 _NO_LENGTHS = np.zeros(0, np.int64)
-_CODES = np.zeros(1, np.int8)
+_NO_SCALES = np.zeros((0, 0, 0), np.float32)
 
 
 def decode(q, k, v, out, scale, softcap=0.0, lengths=None, first=0, k_scale=None, v_scale=None):
@@ -219,35 +237,15 @@ def decode(q, k, v, out, scale, softcap=0.0, lengths=None, first=0, k_scale=None
         The first key that may be seen (a window).
     k_scale, v_scale : (B, Hkv, S) float32, or None for float32 caches
     """
-    global _float_run, _int8_run
     q = _rows(q)
     B, H, D = q.shape
     Hkv, S, Dv = k.shape[1], k.shape[2], v.shape[3]
-    scales = (0,) * 8
-    if k_scale is not None:
-        k0, k1, k2 = k_scale.strides
-        v0, v1, v2 = v_scale.strides
-        scales = (k_scale.ctypes.data, k0 // 4, k1 // 4, k2 // 4, v_scale.ctypes.data, v0 // 4, v1 // 4, v2 // 4)
-    size = k.itemsize
-    q0, q1, _ = q.strides
-    k0, k1, k2, _ = k.strides
-    v0, v1, v2, _ = v.strides
-    o0, o1, _ = out.strides
-    p = np.array((H, Hkv, S, D, Dv, q.ctypes.data, q0 // 4, q1 // 4, k.ctypes.data, k0 // size, k1 // size, k2 // size,
-                  v.ctypes.data, v0 // size, v1 // size, v2 // size, out.ctypes.data, o0 // 4, o1 // 4,
-                  *scales, max(first, 0)), np.int64)
-    G = H // Hkv
-    private = G * (round_up(D, LANES) + BLOCK + round_up(Dv, LANES) + 2) + LANES
-    lengths = _NO_LENGTHS if lengths is None else lengths
-    arguments = (p, np.float32(scale), np.float32(softcap), lengths)
-    if k_scale is None:
-        if _float_run is None:
-            _float_run = entry(decode_float32, (*arguments, np.zeros(1, np.float32), 0, 0))
-        run = _float_run
-    else:
-        arguments = (_CODES, *arguments)
-        if _int8_run is None:
-            _int8_run = entry(decode_int8, (*arguments, np.zeros(1, np.float32), 0, 0))
-        run = _int8_run
-    threads.run_items(run, arguments, np.float32, private, B * Hkv, 2 * B * H * S * (D + Dv))
+    private = round_up(H // Hkv * (round_up(D, LANES) + BLOCK + round_up(Dv, LANES) + 2) + LANES, 16)
+    arguments = (q, k, v, out, _NO_SCALES if k_scale is None else k_scale, _NO_SCALES if v_scale is None else v_scale,
+                 first, np.float32(scale), np.float32(softcap), _NO_LENGTHS if lengths is None else lengths, private)
+    run = _runs.get(k_scale is None)
+    if run is None:
+        run = _runs[k_scale is None] = entry(
+            decode_any, (*arguments, np.zeros(1, np.float32), np.zeros(1, np.int64), 1), strided=6)
+    threads.run(run, arguments, np.float32, 0, private, 8 * B * H * S * (D + Dv))
     return out

@@ -42,14 +42,8 @@ def attention(q, k, v, out, scale, softcap=0.0, keep=None, bias=None, band=None,
     global _run
     q, k, v = _rows(q), _rows(k), _rows(v)
     B, H, L, D = q.shape
-    Hkv, S, Dv = k.shape[1], k.shape[2], v.shape[3]
+    S, Dv = k.shape[2], v.shape[3]
     p = np.zeros(f.F_COUNT, np.int64)
-    p[:7] = B, H, Hkv, L, S, D, Dv
-    at = f.F_Q
-    for array in (q, k, v, out):
-        p[at] = array.ctypes.data
-        p[at + 1:at + 4] = [stride // 4 for stride in array.strides[:3]]
-        at += 4
     if band is not None:
         p[f.F_BAND], p[f.F_LOW], p[f.F_HIGH] = 1, band[0], band[1]
     if keep is not None:
@@ -60,13 +54,12 @@ def attention(q, k, v, out, scale, softcap=0.0, keep=None, bias=None, band=None,
     D_up, Dv_up, Dv_lanes = round_up(D, LANES), round_up(Dv, ROWS), round_up(Dv, LANES)
     private = (f.AT_FREE + WIDTH * (max(D_up, Dv_lanes) + D_up + max(Dv_up, Dv_lanes) + ROWS) + ROWS * D + 64
                + (S * Dv_up if Dv != Dv_up else 0) + (S * WIDTH if masked else 0))
+    p[f.F_PRIVATE] = private = round_up(private, 16)
     keep = _NO_KEEP if keep is None else keep.reshape(-1).view(np.uint8)
     bias = _NO_BIAS if bias is None else bias.reshape(-1)
     lengths = _NO_LENGTHS if lengths is None else lengths
-    arguments = (p, np.float32(scale), np.float32(softcap / 1), keep, bias, lengths)
+    arguments = (q, k, v, out, p, np.float32(scale), np.float32(softcap), keep, bias, lengths)
     if _run is None:
-        _run = entry(f.attention_float32, (p, np.float32(0), np.float32(0), keep, bias, lengths,
-                                           np.zeros(1, np.float32), 0, 0))
-    threads.run_items(_run, arguments, np.float32, private, B * H * -(-L // WIDTH),
-                      2 * B * H * L * S * (D + Dv))
+        _run = entry(f.attention_float32, (*arguments, np.zeros(1, np.float32), np.zeros(1, np.int64), 1), strided=4)
+    threads.run(_run, arguments, np.float32, 0, private, 2 * B * H * L * S * (D + Dv))
     return out

@@ -10,6 +10,7 @@ of mask per key where a mask differs from query to query).
 import numpy as np
 from numba import carray
 
+from edgeattn.crew import separate, share
 from edgeattn.jit import inlined, jit
 
 from .matmul import DEPTH_BLOCK, feature_position, multiply, project
@@ -18,6 +19,7 @@ from .simd import (
     LANES,
     ROWS,
     WIDTH,
+    address_of,
     any_nan,
     lane_index,
     larger,
@@ -244,7 +246,8 @@ def attend_around(q, at_q, k, at_k, k_row, v, at_v, v_row, first, last, D, Dv, o
 (P_BATCH, P_L, P_S, P_EQ, P_EK, P_EV, P_EO, P_HEADS, P_KV_HEADS, P_D, P_DV, P_D_PAD, P_DV_PAD, P_HAS_OUT,
  P_WQ, P_BQ, P_WK, P_BK, P_WV, P_BV, P_WO, P_BO,
  P_BAND, P_LOW, P_HIGH, P_KEEP_B, P_KEEP_H, P_KEEP_L, P_KEEP_S, P_BIAS_B, P_BIAS_H, P_BIAS_L, P_BIAS_S,
- P_COUNT) = range(34)
+ P_SHARED, P_PRIVATE, P_COUNT) = range(36)
+PROJECTING, ATTENDING = 1, 2  # the two phases of a layer, whose parts may run at the same time
 
 
 @inlined
@@ -277,17 +280,30 @@ def project_tokens(x, at_x, depth, first, last, S, p, at_weight, at_bias, weight
                 out, at_out + (first + whole) * block, block, step)
 
 
-@jit
-def layer_float32(xq, xk, xv, out, weights, p, keep, bias, shared, private, batch, phase, begin, end):
-    """One batch entry of a multi-head attention layer, in part or whole.
+@inlined
+def portions(total, unit, count):
+    """(size, number) of the portions of range(total) that `count` threads take one by one; size a multiple of unit."""
+    if count == 1:
+        return max(total, 1), 1
+    size = max((total + 2 * count - 1) // (2 * count), 1)
+    size = (size + unit - 1) // unit * unit
+    return size, max((total + size - 1) // size, 1)
+
+
+@separate
+def layer_part(xq, xk, xv, out, weights, p, keep, bias, scratch, batch, phase, portion, worker, part):
+    """One portion of one phase of one batch entry of a multi-head attention layer.
 
     xq (B, L, Eq), xk (B, S, Ek), xv (B, S, Ev), out (B, L, Eo): flat float32.
     weights: everything `FloatLayer` packed, at the positions in p (int64, see P_...).
     keep, bias: flat mask data, empty where there is none, addressed by the strides in p.
-    shared: keys (KF / KB, S', KB) and values (VF / VB, S', VB) of this batch entry, S' = S rounded up to ROWS.
-    private: scratch of this thread.
-    phase 0: everything; 1: project keys and values of tokens begin..end; 2: query blocks begin..end.
+    scratch: first what all threads share: keys (KF / KB, S', KB) and values (VF / VB, S', VB) of this batch entry,
+    S' = S rounded up to ROWS; then what each thread has to itself.
+    PROJECTING: keys and values of `portion` tokens; ATTENDING: `portion` blocks of queries; counted from 0 by `part`.
     """
+    shared = scratch[:p[P_SHARED]]
+    private = scratch[p[P_SHARED] + worker * p[P_PRIVATE]:]
+    begin = part * portion
     L, S, H, Hkv = p[P_L], p[P_S], p[P_HEADS], p[P_KV_HEADS]
     D, Dv, Dp, Dvp = p[P_D], p[P_DV], p[P_D_PAD], p[P_DV_PAD]
     Eq, Ek, Ev, Eo = p[P_EQ], p[P_EK], p[P_EV], p[P_EO]
@@ -306,15 +322,14 @@ def layer_float32(xq, xk, xv, out, weights, p, keep, bias, shared, private, batc
     at_x_tail = at_context + (H * Dvp + ROWS) * WIDTH
     at_masks = at_x_tail + WIDTH * Eq
     # 1. keys and values of all tokens, in the layout the attention loop reads
-    if phase <= 1:
-        t0, t1 = (0, S) if phase == 0 else (begin, end)
+    if phase == PROJECTING:
+        t0, t1 = begin, min(begin + portion, S)
         project_tokens(xk, batch * S * Ek, Ek, t0, t1, S, p, p[P_WK], p[P_BK], weights, k_features, shared, 0, k_block,
                        private, at_natural)
         project_tokens(xv, batch * S * Ev, Ev, t0, t1, S, p, p[P_WV], p[P_BV], weights, v_features, shared, at_values,
                        v_block, private, at_natural)
-    if phase == 1:
         return
-    b0, b1 = (0, (L + WIDTH - 1) // WIDTH) if phase == 0 else (begin, end)
+    b0, b1 = begin, min(begin + portion, (L + WIDTH - 1) // WIDTH)
     has_mask = keep.size > 0 or bias.size > 0
     band = p[P_BAND] != 0
     mask_per_head = p[P_KEEP_H] != 0 or p[P_BIAS_H] != 0
@@ -388,22 +403,35 @@ def layer_float32(xq, xk, xv, out, weights, p, keep, bias, shared, private, batc
                         out[at_row + (l + i) * Eo + e + j] = private[AT_TILE + i * WIDTH + j]
 
 
+@jit
+def layer_float32(xq, xk, xv, out, weights, p, keep, bias, scratch, board, count):
+    """A multi-head attention layer, see `layer_part`, on at most `count` threads that serve the board."""
+    tokens, token_parts = portions(p[P_S], ROWS, count)
+    blocks, block_parts = portions((p[P_L] + WIDTH - 1) // WIDTH, 1, count)
+    for batch in range(p[P_BATCH]):
+        share(board, token_parts, layer_part, xq, xk, xv, out, weights, p, keep, bias, scratch, batch,
+              PROJECTING, tokens)
+        share(board, block_parts, layer_part, xq, xk, xv, out, weights, p, keep, bias, scratch, batch,
+              ATTENDING, blocks)
+
+
 # Positions in the integer parameters of `attention_float32`; strides count elements, addresses bytes.
 (F_B, F_H, F_KV_HEADS, F_L, F_S, F_D, F_DV,
  F_Q, F_Q_B, F_Q_H, F_Q_L, F_K, F_K_B, F_K_H, F_K_S, F_V, F_V_B, F_V_H, F_V_S, F_O, F_O_B, F_O_H, F_O_L,
  F_BAND, F_LOW, F_HIGH, F_KEEP_B, F_KEEP_H, F_KEEP_L, F_KEEP_S, F_BIAS_B, F_BIAS_H, F_BIAS_L, F_BIAS_S,
- F_COUNT) = range(35)
+ F_PRIVATE, F_COUNT) = range(36)
 
 
-@jit
-def attention_float32(p, scale, softcap, keep, bias, lengths, private, begin, end):
-    """Scaled dot product attention over given queries, keys and values, for (batch, head, block) begin..end.
+@separate
+def attention_part(p, scale, softcap, keep, bias, lengths, scratch, portion, worker, part):
+    """Scaled dot product attention over given queries, keys and values, for a portion of (batch, head, block).
 
     q (B, H, L, D), k (B, Hkv, S, D), v (B, Hkv, S, Dv), out (B, H, L, Dv): float32 at addresses and strides in p, the
     last dimension contiguous; they stay where they are unless a tile would read past their end.
     keep, bias: flat mask data or empty.  lengths: (B,) int64 keys that exist per batch entry, or empty.
-    private: scratch, float32.
+    scratch: float32, for each thread its own.
     """
+    private = scratch[worker * p[F_PRIVATE]:]
     H, L, S, D, Dv = p[F_H], p[F_L], p[F_S], p[F_D], p[F_DV]
     group = H // p[F_KV_HEADS]
     blocks = (L + WIDTH - 1) // WIDTH
@@ -426,7 +454,7 @@ def attention_float32(p, scale, softcap, keep, bias, lengths, private, begin, en
     at_masks = (at_masks + 15) // 16 * 16
     copied = -1
     factor = scale / softcap if softcap > _ZERO else scale * LOG2_E
-    for item in range(begin, end):
+    for item in range(part * portion, min((part + 1) * portion, p[F_B] * H * blocks)):
         batch, h, q0 = item // (H * blocks), item // blocks % H, item % blocks * WIDTH
         kv = h // group
         queries = min(WIDTH, L - q0)
@@ -481,3 +509,25 @@ def attention_float32(p, scale, softcap, keep, bias, lengths, private, begin, en
         for l in range(queries):
             for d in range(Dv):
                 all_o[to + l * p[F_O_L] + d] = private[at_natural + l * Dv_lanes + d]
+
+
+@inlined
+def describe(p, at, array, axes):
+    """p[at] = the address of `array`, p[at + 1 :] = the strides of its first `axes` axes, in elements."""
+    p[at] = address_of(array)
+    for axis in range(axes):
+        p[at + 1 + axis] = array.strides[axis] // array.itemsize
+
+
+@jit
+def attention_float32(q, k, v, out, p, scale, softcap, keep, bias, lengths, scratch, board, count):
+    """See `attention_part`; arrays with any strides but the last; on at most `count` threads that serve the board."""
+    p[F_B], p[F_H], p[F_L], p[F_D] = q.shape
+    p[F_KV_HEADS], p[F_S], p[F_DV] = k.shape[1], k.shape[2], v.shape[3]
+    describe(p, F_Q, q, 3)
+    describe(p, F_K, k, 3)
+    describe(p, F_V, v, 3)
+    describe(p, F_O, out, 3)
+    items = p[F_B] * p[F_H] * ((p[F_L] + WIDTH - 1) // WIDTH)
+    portion, parts = portions(items, 1, count)
+    share(board, parts, attention_part, p, scale, softcap, keep, bias, lengths, scratch, portion)

@@ -8,10 +8,11 @@ out: it adds the same number to all scores of a query, which softmax does not se
 """
 import numpy as np
 
+from edgeattn.crew import separate, share
 from edgeattn.jit import inlined, jit
 
-from .fused import KEY_BLOCK, fill_mask, mask_scores, visible_range
-from .matmul import MATRIX, feature_position, linear_tile, multiply
+from .fused import ATTENDING, KEY_BLOCK, PROJECTING, fill_mask, mask_scores, portions, visible_range
+from .matmul import MATRIX, MATRIX_TOKENS, feature_position, linear_tile, multiply
 from .simd import (
     COLUMNS,
     LANES,
@@ -59,8 +60,8 @@ _PROBABILITY_FLIP = FLIP
  P_VALUES, P_KTERM, P_KSCALE, P_VSCALE,
  P_AT_X, P_AT_XSCALE, P_AT_NATURAL, P_AT_QBYTES, P_AT_Q, P_AT_QSCALE, P_AT_SCORES, P_AT_P, P_AT_STATS,
  P_AT_CONTEXT, P_AT_CBYTES, P_AT_TILE, P_AT_MASKS,
- P_AT_TILES, P_AT_TURNED,
- P_COUNT) = range(61)
+ P_AT_TILES, P_AT_TURNED, P_BATCH, P_SHARED, P_PRIVATE,
+ P_COUNT) = range(64)
 
 
 @inlined
@@ -139,15 +140,18 @@ def add_bias(x, at, rows, features, bias, at_bias):
             store(x, at + t * features + f, load(x, at + t * features + f) + load(bias, at_bias + f))
 
 
-@jit
-def layer_dynamic(xq, xk, xv, out, weights, factors, p, keep, bias, shared, private, batch, phase, begin, end):
-    """One batch entry of a dynamic int8 multi-head attention layer, in part or whole.
+@separate
+def layer_part(xq, xk, xv, out, weights, factors, p, keep, bias, scratch, batch, phase, portion, worker, part):
+    """One portion of one phase of one batch entry of a dynamic int8 multi-head attention layer.
 
     xq (B, L, Eq), xk (B, S, Ek), xv (B, S, Ev), out (B, L, Eo): flat float32.
     weights int32: byte panels and corrections; factors float32: weight scales and biases, at the positions in p.
-    keep, bias: flat mask data, or empty.  shared, private: int32 scratch, as in layer_int8.
-    phase 0: everything; 1: project keys and values of tokens begin..end; 2: query blocks begin..end.
+    keep, bias: flat mask data, or empty.  scratch: int32, as in fused_int8.layer_part.
+    phase, portion, part: as in fused.layer_part.
     """
+    shared = scratch[:p[P_SHARED]]
+    private = scratch[p[P_SHARED] + worker * p[P_PRIVATE]:p[P_SHARED] + (worker + 1) * p[P_PRIVATE]]
+    begin = part * portion
     L, S, H, Hkv = p[P_L], p[P_S], p[P_HEADS], p[P_KV_HEADS]
     Dv, Dp, Dvp = p[P_DV], p[P_D_PAD], p[P_DV_PAD]
     Eq, Ek, Ev, Eo = p[P_EQ], p[P_EK], p[P_EV], p[P_EO]
@@ -171,8 +175,8 @@ def layer_dynamic(xq, xk, xv, out, weights, factors, p, keep, bias, shared, priv
     if MATRIX:
         matrix_configure(private, at_tiles)
     # 1. keys and values of all tokens
-    if phase <= 1:
-        t0, t1 = (0, S) if phase == 0 else (begin, end)
+    if phase == PROJECTING:
+        t0, t1 = begin, min(begin + portion, S)
         for t in range(t0, t1, TOKENS):
             tokens = min(TOKENS, t1 - t)
             rows = (tokens + ROWS - 1) // ROWS * ROWS
@@ -224,11 +228,10 @@ def layer_dynamic(xq, xk, xv, out, weights, factors, p, keep, bias, shared, priv
                 if bad:
                     for b in range(0, k_features, k_block):
                         shared_f[at_kscale + b // k_block * S_up + t + i] = np.float32(np.nan)
-    if phase == 1:
         if MATRIX:
             matrix_release()
         return
-    b0, b1 = (0, (L + WIDTH - 1) // WIDTH) if phase == 0 else (begin, end)
+    b0, b1 = begin, min(begin + portion, (L + WIDTH - 1) // WIDTH)
     has_mask = keep.size > 0 or bias.size > 0
     band = p[P_BAND] != 0
     masked = band or has_mask
@@ -416,3 +419,15 @@ def layer_dynamic(xq, xk, xv, out, weights, factors, p, keep, bias, shared, priv
                             out[to + j] = private_f[at_tile + i * WIDTH + j] + factors[p[P_BO] + e + j]
     if MATRIX:
         matrix_release()
+
+
+@jit
+def layer_dynamic(xq, xk, xv, out, weights, factors, p, keep, bias, scratch, board, count):
+    """A dynamic int8 multi-head attention layer, see `layer_part`, on at most `count` threads that serve the board."""
+    tokens, token_parts = portions(p[P_S], MATRIX_TOKENS, count)
+    blocks, block_parts = portions((p[P_L] + WIDTH - 1) // WIDTH, 1, count)
+    for batch in range(p[P_BATCH]):
+        share(board, token_parts, layer_part, xq, xk, xv, out, weights, factors, p, keep, bias, scratch, batch,
+              PROJECTING, tokens)
+        share(board, block_parts, layer_part, xq, xk, xv, out, weights, factors, p, keep, bias, scratch, batch,
+              ATTENDING, blocks)

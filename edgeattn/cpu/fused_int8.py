@@ -7,10 +7,11 @@ The arithmetic is exact: whatever instruction set runs it, the bits are those of
 """
 import numpy as np
 
+from edgeattn.crew import separate, share
 from edgeattn.jit import inlined, jit
 
-from .fused import visible_range
-from .matmul import MATRIX, feature_position, linear_tile, multiply
+from .fused import ATTENDING, PROJECTING, portions, visible_range
+from .matmul import MATRIX, MATRIX_TOKENS, feature_position, linear_tile, multiply
 from .simd import (
     COLUMNS,
     LANES,
@@ -47,8 +48,8 @@ TOKENS = 128  # tokens packed and projected at a time: each pass over the weight
  P_CLASS_B, P_CLASS_H, P_CLASS_L, P_CLASS_S,
  P_KROW, P_VSUM, P_VALUES,
  P_AT_X, P_AT_NATURAL, P_AT_Q, P_AT_CODES, P_AT_MASKS, P_AT_CLASSES, P_AT_SUMS, P_AT_CONTEXT, P_AT_VALUES,
- P_AT_TILES, P_AT_TURNED,
- P_COUNT) = range(60)
+ P_AT_TILES, P_AT_TURNED, P_BATCH, P_SHARED, P_PRIVATE,
+ P_COUNT) = range(63)
 
 
 @inlined
@@ -146,19 +147,22 @@ def map_codes(codes, at, groups, tables, classes, at_classes, class_row, class_k
             codes[at + g * WIDTH + q] = np.int32(result)
 
 
-@jit
-def layer_int8(project_rule, score_rule, context_rule, table, xq, xk, xv, out, weights, p, keep, classes, tables,
-               shared, private, batch, phase, begin, end):
-    """One batch entry of a static int8 multi-head attention layer, in part or whole.
+@separate
+def layer_part(table, project_rule, score_rule, context_rule, xq, xk, xv, out, weights, p, keep, classes, tables,
+               scratch, batch, phase, portion, worker, part):
+    """One portion of one phase of one batch entry of a static int8 multi-head attention layer.
 
     project_rule, score_rule, context_rule: functions of requantize.py.
     table    (256,) of the softmax rule (float32: lut_f32; int32: lut_u16 or fixed)
     xq (B, L, Eq), xk (B, S, Ek), xv (B, S, Ev), out (B, L, Eo): flat int8
     weights  int32: panels, biases and multipliers at the positions in p
     keep     flat uint8 or empty; classes flat uint8 or empty; tables flat int8 (n * 256) or empty
-    shared   int32: keys, values, key terms, value sums of this batch entry; private: int32 scratch of this thread
-    phase    0: everything; 1: project keys and values of tokens begin..end; 2: query blocks begin..end
+    scratch  int32: keys, values and key terms of this batch entry for all threads, then what each has to itself
+    phase, portion, part: as in fused.layer_part
     """
+    shared = scratch[:p[P_SHARED]]
+    private = scratch[p[P_SHARED] + worker * p[P_PRIVATE]:p[P_SHARED] + (worker + 1) * p[P_PRIVATE]]
+    begin = part * portion
     L, S, H = p[P_L], p[P_S], p[P_HEADS]
     Dv, Dp, Dvp = p[P_DV], p[P_D_PAD], p[P_DV_PAD]
     Eq, Ek, Ev, Eo = p[P_EQ], p[P_EK], p[P_EV], p[P_EO]
@@ -183,8 +187,8 @@ def layer_int8(project_rule, score_rule, context_rule, table, xq, xk, xv, out, w
     if MATRIX:
         matrix_configure(private, at_tiles)
     # 1. keys and values of all tokens, in the layout the attention loop reads
-    if phase <= 1:
-        t0, t1 = (0, S) if phase == 0 else (begin, end)
+    if phase == PROJECTING:
+        t0, t1 = begin, min(begin + portion, S)
         for t in range(t0, t1, TOKENS):
             tokens = min(TOKENS, t1 - t)
             rows = (tokens + ROWS - 1) // ROWS * ROWS
@@ -199,11 +203,10 @@ def layer_int8(project_rule, score_rule, context_rule, table, xq, xk, xv, out, w
             for h in range(H):
                 at = feature_position(h * Dp, k_block, k_step) + t * k_block
                 key_terms(shared_b, at, k_block, rows, Dp, -q_offset, shared, at_krow + h * S_up + t)
-    if phase == 1:
         if MATRIX:
             matrix_release()
         return
-    b0, b1 = (0, (L + WIDTH - 1) // WIDTH) if phase == 0 else (begin, end)
+    b0, b1 = begin, min(begin + portion, (L + WIDTH - 1) // WIDTH)
     band = p[P_BAND] != 0
     has_keep = keep.size > 0
     fixed = p[P_FIXED] != 0
@@ -321,3 +324,16 @@ def layer_int8(project_rule, score_rule, context_rule, table, xq, xk, xv, out, w
                             out[at_row + (l + i) * Eo + e + j] = private_b[4 * at_x + i * WIDTH + j]
     if MATRIX:
         matrix_release()
+
+
+@jit
+def layer_int8(project_rule, score_rule, context_rule, table, xq, xk, xv, out, weights, p, keep, classes, tables,
+               scratch, board, count):
+    """A static int8 multi-head attention layer, see `layer_part`, on at most `count` threads that serve the board."""
+    tokens, token_parts = portions(p[P_S], MATRIX_TOKENS, count)
+    blocks, block_parts = portions((p[P_L] + WIDTH - 1) // WIDTH, 1, count)
+    for batch in range(p[P_BATCH]):  # the table first: Numba takes arguments that begin with a function for functions
+        share(board, token_parts, layer_part, table, project_rule, score_rule, context_rule, xq, xk, xv, out, weights,
+              p, keep, classes, tables, scratch, batch, PROJECTING, tokens)
+        share(board, block_parts, layer_part, table, project_rule, score_rule, context_rule, xq, xk, xv, out, weights,
+              p, keep, classes, tables, scratch, batch, ATTENDING, blocks)

@@ -83,7 +83,7 @@ class DynamicLayer:
         self.output_dim = Eo
         self._plans, self._run = {}, None
 
-    def _plan(self, L, S, masked):
+    def _plan(self, B, L, S, masked):
         p = self._parameters.copy()
         p[f.P_L], p[f.P_S] = L, S
         H, Hkv, Dp, Dvp = (int(p[i]) for i in (f.P_HEADS, f.P_KV_HEADS, f.P_D_PAD, f.P_DV_PAD))
@@ -118,17 +118,18 @@ class DynamicLayer:
             (f.P_AT_TURNED, WIDTH * H * Dvp // 4 if MATRIX else 0)))
         work = 2 * (L * Eq * H * Dp + S * Hkv * (Ek * Dp + Ev * Dvp) + L * H * Dvp * Eo
                     + L * S * H * (Dp + Dvp + 64)) // 3
+        p[f.P_BATCH], p[f.P_SHARED], p[f.P_PRIVATE] = B, shared, private
         return p, shared, private, work
 
     def __call__(self, xq, xk, xv, out, keep=None, bias=None, band=None):
         """out (B, L, Eo) from xq (B, L, Eq), xk (B, S, Ek), xv (B, S, Ev): float32, C order; masks as FloatLayer."""
         B, L, S = xq.shape[0], xq.shape[1], xk.shape[1]
         masked = keep is not None or bias is not None
-        plan = self._plans.get((L, S, masked))
+        plan = self._plans.get((B, L, S, masked))
         if plan is None:
             if len(self._plans) > 64:
                 self._plans.clear()
-            plan = self._plans[L, S, masked] = self._plan(L, S, masked)
+            plan = self._plans[B, L, S, masked] = self._plan(B, L, S, masked)
         p, shared_size, private_size, work = plan
         p = p.copy()
         p[f.P_SAME_KV] = xk is xv
@@ -143,8 +144,6 @@ class DynamicLayer:
         arguments = (xq.reshape(-1), xk.reshape(-1), xv.reshape(-1), out.reshape(-1), self._weights, self._factors, p,
                      keep, bias)
         if self._run is None:
-            scratch = np.zeros(1, np.int32)
-            self._run = entry(f.layer_dynamic, (*arguments, scratch, scratch, 0, 0, 0, 0))
-        threads.run_layer(self._run, (), arguments, np.int32, shared_size, private_size, B, S, MATRIX_TOKENS,
-                          -(-L // WIDTH), B * work)
+            self._run = entry(f.layer_dynamic, (*arguments, np.zeros(1, np.int32), np.zeros(1, np.int64), 1))
+        threads.run(self._run, arguments, np.int32, shared_size, private_size, B * work)
         return out

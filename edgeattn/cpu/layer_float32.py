@@ -97,6 +97,7 @@ class FloatLayer:
                    + (H * Dvp + ROWS) * WIDTH + WIDTH * Eq + (S * WIDTH if masked else 0) + 4 * WIDTH)
         work = 2 * B * (L * Eq * H * Dp + S * (Ek * Hkv * Dp + Ev * Hkv * Dvp) + L * H * Dvp * Eo
                         + L * S * H * (Dp + Dvp))
+        p[f.P_SHARED], p[f.P_PRIVATE] = shared, private = round_up(shared, 16), round_up(private, 16)
         return p, shared, private, work
 
     def __call__(self, xq, xk, xv, out, keep=None, bias=None, band=None):
@@ -127,8 +128,6 @@ class FloatLayer:
         bias = _NO_BIAS if bias is None else bias.reshape(-1)
         arguments = (xq.reshape(-1), xk.reshape(-1), xv.reshape(-1), out.reshape(-1), self.weights, p, keep, bias)
         if self._run is None:
-            scratch = np.zeros(1, np.float32)
-            self._run = entry(f.layer_float32, (*arguments, scratch, scratch, 0, 0, 0, 0))
-        threads.run_layer(self._run, (), arguments, np.float32, shared_size, private_size, B,
-                          S, ROWS, -(-L // WIDTH), work)
+            self._run = entry(f.layer_float32, (*arguments, np.zeros(1, np.float32), np.zeros(1, np.int64), 1))
+        threads.run(self._run, arguments, np.float32, shared_size, private_size, work)
         return out

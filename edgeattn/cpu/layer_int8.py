@@ -103,7 +103,7 @@ class StaticLayer:
         self.output_dim = Eo
         self._plans = {}
 
-    def _plan(self, L, S):
+    def _plan(self, B, L, S):
         p = self._parameters.copy()
         p[f.P_L], p[f.P_S] = L, S
         H, Dp, Dvp = (int(p[i]) for i in (f.P_HEADS, f.P_D_PAD, f.P_DV_PAD))
@@ -131,6 +131,7 @@ class StaticLayer:
             (f.P_AT_TURNED, WIDTH * H * Dvp // 4 if MATRIX else 0)))
         work = 2 * (L * Eq * H * Dp + S * H * (Ek * Dp + Ev * Dvp) + L * H * Dvp * Eo
                     + L * S * H * (Dp + Dvp + 64)) // 3
+        p[f.P_BATCH], p[f.P_SHARED], p[f.P_PRIVATE] = B, shared, private
         return p, shared, private, work
 
     def __call__(self, xq, xk, xv, out, keep=None, band=None, classes=None, tables=None):
@@ -142,11 +143,11 @@ class StaticLayer:
         classes : uint8 broadcast to (B, H, L, S): which table; class 0 everywhere if None
         """
         B, L, S = xq.shape[0], xq.shape[1], xk.shape[1]
-        plan = self._plans.get((L, S))
+        plan = self._plans.get((B, L, S))
         if plan is None:
             if len(self._plans) > 64:
                 self._plans.clear()
-            plan = self._plans[L, S] = self._plan(L, S)
+            plan = self._plans[B, L, S] = self._plan(B, L, S)
         p, shared_size, private_size, work = plan
         same = xk is xv
         if keep is not None or band is not None or classes is not None or not same:
@@ -164,8 +165,6 @@ class StaticLayer:
         arguments = (xq.reshape(-1), xk.reshape(-1), xv.reshape(-1), out.reshape(-1),
                      self.weights, p, keep, classes, tables)
         if self._run is None:
-            scratch = np.zeros(1, np.int32)
-            self._run = entry(f.layer_int8, (*self._fixed, *arguments, scratch, scratch, 0, 0, 0, 0))
-        threads.run_layer(self._run, self._fixed, arguments, np.int32, shared_size, private_size, B, S,
-                          MATRIX_TOKENS, -(-L // WIDTH), B * work)
+            self._run = entry(f.layer_int8, (*self._fixed, *arguments, np.zeros(1, np.int32), np.zeros(1, np.int64), 1))
+        threads.run(self._run, (*self._fixed, *arguments), np.int32, shared_size, private_size, B * work)
         return out

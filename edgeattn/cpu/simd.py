@@ -805,6 +805,44 @@ def tile_add_products(typing, t, array, at, row_step, v):
 
 
 @intrinsic
+def tile_add_rows(typing, t, array, at, row_step, weights, at_weights):
+    """t[i][j] += weights[at_weights + i] * array[at + i * row_step + j * LANES + l], array of float32 or int8"""
+    def generate(context, builder, sig, args):
+        tile, array_, position, step, weights_, at_weights_ = args
+        vector = context.get_value_type(t.vec)
+        real = sig.args[1].dtype == types.float32
+        stored = vector if real else ir.VectorType(_I8, LANES)
+        first = builder.gep(_data(context, builder, sig.args[4], weights_), [at_weights_])
+        for i in range(t.rows):
+            weight = _splat(builder, builder.load(builder.gep(first, [ir.Constant(_I64, i)])), vector)
+            row = _pointer(context, builder, sig.args[1], array_, position, stored)
+            for j in range(t.columns):
+                value = _load(builder, builder.gep(row, [ir.Constant(_I64, j)]))
+                if not real:
+                    value = builder.sitofp(builder.sext(value, context.get_value_type(I32)), vector)
+                k = i * t.columns + j
+                tile = builder.insert_value(tile, _fma(builder, weight, value, builder.extract_value(tile, k)), k)
+            position = builder.add(position, step)
+        return tile
+    return t(t, array, types.intp, types.intp, weights, types.intp), generate
+
+
+@intrinsic
+def tile_add_to(typing, t, array, at):
+    """array[at + j * LANES + l] += sum over i of t[i][j][l]"""
+    def generate(context, builder, sig, args):
+        vector = context.get_value_type(t.vec)
+        base = _pointer(context, builder, sig.args[1], args[1], args[2], vector)
+        for j in range(t.columns):
+            rows = [builder.extract_value(args[0], i * t.columns + j) for i in range(t.rows)]
+            while len(rows) > 1:
+                rows = [builder.fadd(a, b) for a, b in zip(rows[::2], rows[1::2], strict=True)]
+            where = builder.gep(base, [ir.Constant(_I64, j)])
+            _store(builder, builder.fadd(_load(builder, where), rows[0]), where)
+    return types.void(t, array, types.intp), generate
+
+
+@intrinsic
 def tile_row_sums(typing, t):
     """v[i] = sum over l of t[i][0][l], for LANES rows of one column"""
     def generate(context, builder, sig, args):
@@ -861,6 +899,14 @@ def pointer_to(typing, address, like):
     def generate(context, builder, sig, args):
         return builder.inttoptr(args[0], context.get_value_type(pointer))
     return pointer(types.int64, like), generate
+
+
+@intrinsic
+def address_of(typing, array):
+    """The address of an array's first element."""
+    def generate(context, builder, sig, args):
+        return builder.ptrtoint(_data(context, builder, sig.args[0], args[0]), _I64)
+    return types.int64(array), generate
 
 
 # --- the matrix unit of x86-64: eight tiles of 16 rows by 64 bytes ------------------------------------------------

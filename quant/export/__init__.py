@@ -11,36 +11,43 @@ from edgeattn.checks import count
 from edgeattn.files import write_atomic
 from edgeattn.layers import MultiHeadAttention
 from edgeattn.quantized import DynamicMultiHeadAttention, QuantizedMultiHeadAttention
+from quant.export.c import write_c
+from quant.export.c_files import write_together
 from quant.export.tflite import write_tflite
 
-SUFFIXES = (".tflite", ".safetensors")
+SUFFIXES = (".tflite", ".safetensors", ".c")
 
 
 def export(layer, path, *, batch: int = 1, sequence_length: int | None = None, key_length: int | None = None,
-           mask=None) -> None:
+           mask=None, test_vectors: int | None = None) -> None:
     """Write ``layer`` to ``path`` in the format its suffix names; nothing half-written is ever left there.
 
     Parameters
     ----------
     layer : MultiHeadAttention or QuantizedMultiHeadAttention
     path : str or path-like
-        ``.tflite`` (fixed shapes, runs in LiteRT, tflite-runtime and TFLite Micro) or ``.safetensors`` (any shape).
+        ``.tflite`` (fixed shapes, runs in LiteRT, tflite-runtime and TFLite Micro), ``.safetensors`` (any shape) or
+        ``.c`` (fixed shapes, C99 for microcontrollers: the source, and a header of the same name beside it; the name
+        must be a C identifier, the layer a static one with the arithmetic "tflm").
     batch : int
-        B of a ``.tflite``.
+        B of a ``.tflite`` or ``.c``.
     sequence_length : int
-        L of a ``.tflite``, required there, and of a causal mask.
+        L of a ``.tflite`` or ``.c``, required there, and of a causal mask.
     key_length : int, optional
-        S of a ``.tflite`` with inputs of their own for key and value; L otherwise.
+        S of a ``.tflite`` or ``.c`` with inputs of their own for key and value; L otherwise.
     mask : "causal" or bool array broadcastable to (B, H, L, S), optional
         Written into the file; True = attend. An int8 layer must have been calibrated with masks, else its scores' range
         leaves no room below for masked scores.
+    test_vectors : int, optional
+        Of a ``.c``: how many test vectors to write beside it, ``NAME_test.h``, with a program that checks them,
+        ``NAME_test.c``.
 
     Raises
     ------
     TypeError, ValueError
         Naming the argument, before anything is written.
     OSError
-        When the folder is missing or cannot be written; a file of that name stays as it was.
+        When the folder is missing or cannot be written; files of these names stay as they were.
     """
     try:
         path = Path(path)
@@ -54,13 +61,21 @@ def export(layer, path, *, batch: int = 1, sequence_length: int | None = None, k
     if isinstance(layer, DynamicMultiHeadAttention) and (path.suffix != ".safetensors" or mask is not None):
         raise ValueError(f"layer is dynamic, which only .safetensors files hold, without a mask; got {str(path)!r}; "
                          "quantize with scheme='static' for the other formats")
+    if test_vectors is not None:
+        if path.suffix != ".c":
+            raise ValueError(f"test_vectors must be None but for a .c; got {test_vectors!r} for {str(path)!r}")
+        test_vectors = count("test_vectors", test_vectors)
     lengths = {"batch": batch, "sequence_length": sequence_length, "key_length": key_length}
     lengths = {name: None if length is None else count(name, length) for name, length in lengths.items()}
     if mask is not None:
         mask = _mask(mask, lengths["sequence_length"], lengths["key_length"])
+    if path.suffix != ".safetensors" and sequence_length is None:
+        raise ValueError(f"sequence_length is required for a {path.suffix}: its shapes are fixed")
+    if path.suffix == ".c":
+        texts = write_c(layer, path.stem, **lengths, mask=mask, test_vectors=test_vectors)
+        write_together({path.with_name(name): text.encode("ascii") for name, text in texts.items()})
+        return
     if path.suffix == ".tflite":
-        if sequence_length is None:
-            raise ValueError("sequence_length is required for a .tflite: its shapes are fixed")
         write_atomic(path, write_tflite(layer, **lengths, mask=mask))
         return
     if mask is not None:

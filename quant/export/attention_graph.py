@@ -145,7 +145,8 @@ def mask_to_graph_rank(values: np.ndarray, scores: tuple[int, ...], what: str) -
     return values[:, 0] if scores[1] == 1 else values
 
 
-def _check_lengths(layer, sources, batch, sequence_length, key_length) -> _Lengths:
+def check_lengths(layer, sources, batch, sequence_length, key_length) -> _Lengths:
+    """B, H, L, S and the head sizes of an export; refuses lengths that are not positive or do not fit the inputs."""
     sizes = {"batch": batch, "sequence_length": sequence_length,
              "key_length": sequence_length if key_length is None else key_length}
     for name, value in sizes.items():
@@ -194,7 +195,7 @@ def static_graph(layer, *, batch: int, sequence_length: int, key_length: int | N
     Graph
         int8 (B, L, E) in, int8 (B, L, output width) out.
     """
-    lengths = _check_lengths(layer, layer.sources, batch, sequence_length, key_length)
+    lengths = check_lengths(layer, layer.sources, batch, sequence_length, key_length)
     builder = _Builder(lengths, np.int8, INT8_VERSIONS)
     tensors = layer.tensors
     input_names = [f"{name}_input" for name in INPUTS]
@@ -282,7 +283,7 @@ def float_graph(layer, *, batch: int, sequence_length: int, key_length: int | No
         sources = (0, 1, 2)
     elif sources is None:
         sources = (0, 0, 0) if widths[0] == widths[1] and key_length is None else (0, 1, 1)
-    lengths = _check_lengths(layer, sources, batch, sequence_length, key_length)
+    lengths = check_lengths(layer, sources, batch, sequence_length, key_length)
     builder = _Builder(lengths, np.float32, FLOAT_VERSIONS)
     feeds = _add_inputs(builder, sources, widths, (None, None, None))
     repeats = layer.num_heads // layer.num_kv_heads

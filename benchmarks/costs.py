@@ -1,0 +1,92 @@
+"""What stands around a kernel: the call from Python, the start of a process, the memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+import edgeattn
+from benchmarks import fresh
+from benchmarks.problem import Problem
+
+PEER_MODULES = ("torch", "onnxruntime", "ai_edge_litert.interpreter", "tflite_runtime.interpreter")
+_BLOCKS, _CALLS = 30, 200
+
+
+def call_overhead(problem: Problem) -> dict[str, float]:
+    """Seconds that a call of each layer takes beside the work of its kernel: checks, dispatch, allocation, arguments.
+
+    The compiled function is called as always, but asked for the blocks from 0 to 0 of its second phase: none.
+    """
+    layers = {"float32": (problem.layer, lambda: problem.layer(problem.x)),
+              "int8": (problem.static, lambda: problem.static.run_int8(problem.codes)),
+              "dynamic": (problem.dynamic, lambda: problem.dynamic(problem.x))}
+    found = {}
+    for name, (layer, call) in layers.items():
+        call()
+        kernel = layer._kernel
+        run = kernel._run
+        kernel._run = lambda *arguments, run=run: run(*arguments[:-3], 2, 0, 0)
+        try:
+            found[name] = float(np.median([_seconds(call) for _ in range(_BLOCKS)]))
+        finally:
+            kernel._run = run
+    return found
+
+
+def _seconds(call):
+    begin = time.process_time()
+    for _ in range(_CALLS):
+        call()
+    return (time.process_time() - begin) / _CALLS
+
+
+def processes(peers: bool, counts) -> dict[str, dict]:
+    """Import, first result and memory in processes of their own: nothing cached at first, then everything.
+
+    Returns
+    -------
+    dict
+        "cold" and "warm": as ``fresh.start`` gives them; "compiled_at_import": bool; "memory": by number of threads, as
+        ``fresh.memory`` gives it; "peers": seconds of processor time to import each.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        run = _installed_in(Path(folder))
+        found = {"cold": run("start")}
+        warm = [run("start") for _ in range(3)]
+        found["warm"] = {key: float(np.median([w[key] for w in warm])) for key in warm[0]}
+        found["compiled_at_import"] = run("compiled")["compiled"]
+        found["memory"] = {str(count): run("memory", str(count)) for count in counts}
+    found["peers"] = {}
+    for module in PEER_MODULES if peers else ():
+        script = f"import time; b = time.process_time(); import {module}; print(time.process_time() - b)"
+        answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+        if answer.returncode == 0:
+            found["peers"][module] = float(answer.stdout)
+    return found
+
+
+def _installed_in(folder: Path):
+    """A function that runs fresh.py on a copy of edgeattn in ``folder``, which starts without any cache."""
+    source = Path(edgeattn.__file__).parent
+    shutil.copytree(source, folder / "edgeattn", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(fresh.__file__, folder / "fresh.py")
+    environment = {**os.environ, "HOME": str(folder), "XDG_CACHE_HOME": str(folder / "cache"),
+                   "NUMBA_CACHE_DIR": str(folder / "numba"), "PYTHONPATH": str(folder)}
+
+    def run(*arguments):
+        answer = subprocess.run([sys.executable, str(folder / "fresh.py"), *arguments], cwd=folder, env=environment,
+                                capture_output=True, text=True, check=False)
+        if answer.returncode:
+            raise RuntimeError(f"fresh.py {' '.join(arguments)} failed:\n{answer.stderr}")
+        return json.loads(answer.stdout)
+
+    return run

@@ -1,0 +1,92 @@
+"""What one core, or several, can multiply and add at most: loops over register tiles that touch no memory to speak of.
+
+Written with the vectors of edgeattn.cpu.simd, so each instruction set has its own limit: float32 by multiply-add, int8
+by the four-way dot product and, where there is one, by the matrix unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from edgeattn import threads
+from edgeattn.cpu.matmul import MATRIX
+from edgeattn.cpu.simd import (
+    COLUMNS,
+    LANES,
+    MATRIX_ROWS,
+    ROWS,
+    WIDTH,
+    matrix_configure,
+    matrix_dot,
+    matrix_load,
+    matrix_release,
+    matrix_store,
+    rank_one,
+    tile_store,
+    tile_zero,
+)
+from edgeattn.jit import jit
+
+STEPS = 80_000  # products of a tile in one call, and of four tiles of the matrix unit: some tenths of a millisecond
+MATRIX_STEPS = 20_000
+SHARED_FACTOR = 5  # more on several threads, which take a while to start
+_ALL_WORK = threads.SMALLEST_SHARED_WORK  # asks for every thread
+
+
+@jit
+def tile_limit(steps, a, b, private, begin, end):
+    """`steps` rank-one updates of a register tile per item; the operands change so that no product is computed once."""
+    for _ in range(begin, end):
+        tile = tile_zero(ROWS, COLUMNS, b)
+        for k in range(steps):
+            tile = rank_one(tile, a, 0, 1, b, (k & 1) * WIDTH)
+        tile_store(tile, private, 0, WIDTH, LANES)
+
+
+@jit
+def matrix_limit(steps, private, begin, end):
+    """`steps` products of four tiles of the matrix unit per item, of zeros."""
+    for _ in range(begin, end):
+        matrix_configure(private, 0)
+        for i in range(16):
+            private[i] = 0
+        matrix_load(0, private, 0, 0)
+        matrix_load(1, private, 0, 0)
+        matrix_load(2, private, 0, 0)
+        matrix_load(3, private, 0, 0)
+        matrix_load(4, private, 0, 0)
+        matrix_load(5, private, 0, 0)
+        matrix_load(6, private, 0, 0)
+        matrix_load(7, private, 0, 0)
+        for _k in range(steps):
+            matrix_dot(0, 4, 6)
+            matrix_dot(1, 4, 7)
+            matrix_dot(2, 5, 6)
+            matrix_dot(3, 5, 7)
+        matrix_store(0, private, 0, MATRIX_ROWS)
+        matrix_release()
+
+
+def limits(count: int) -> dict[str, tuple[Callable, int]]:
+    """name -> (call, its operations), for ``count`` threads, which edgeattn must be set to.
+
+    "float32 limit", "int8 limit" and, on a machine that has one, "matrix limit" (int8).
+    """
+    size = 2 * WIDTH + ROWS
+    floats, scratch = np.ones(size, np.float32), ROWS * WIDTH
+    unsigned, signed = np.ones(size, np.uint32), np.ones(size, np.int32)
+
+    def call(function, arguments, dtype):
+        return lambda: threads.run_items(function, arguments, dtype, scratch, count, _ALL_WORK)
+
+    factor = 1 if count == 1 else SHARED_FACTOR
+    steps, matrix_steps = factor * STEPS, factor * MATRIX_STEPS
+    tile = 2 * ROWS * WIDTH * steps * count
+    found = {"float32 limit": (call(tile_limit, (steps, floats, floats), np.float32), tile),
+             "int8 limit": (call(tile_limit, (steps, unsigned, signed), np.int32), 4 * tile)}
+    if MATRIX:
+        found["matrix limit"] = (call(matrix_limit, (matrix_steps,), np.int32),
+                                 2 * 4 * MATRIX_ROWS * MATRIX_ROWS * 4 * MATRIX_ROWS * matrix_steps * count)
+    return found

@@ -1,0 +1,43 @@
+"""What a measurement was made on: it goes into the JSON."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+
+from edgeattn.isa import ISA
+
+PACKAGES = ("edgeattn", "numpy", "numba", "llvmlite", "ai-edge-litert", "tflite-runtime", "onnxruntime", "torch")
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OMP_WAIT_POLICY", "EDGEATTN_ISA")
+
+
+def describe() -> dict:
+    """Processor, system, instruction set, versions, date, load, and the environment that steers threads."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "processor": _processor(), "cores": os.cpu_count(), "affinity": _affinity(), "machine": platform.machine(),
+        "system": f"{platform.system()} {platform.release()}", "python": platform.python_version(),
+        "instruction_set": ISA.name, "versions": versions, "load": os.getloadavg(),
+        "environment": {name: os.environ[name] for name in _THREAD_VARIABLES if name in os.environ},
+    }
+
+
+def _affinity():
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+
+
+def _processor():
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            names = {line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model"))}
+    except OSError:
+        names = set()
+    return " / ".join(sorted(names)) or platform.processor() or platform.machine()

@@ -1,0 +1,189 @@
+"""Handing parts of a call to waiting threads, from inside compiled code.
+
+A hand-over through Python needs the interpreter's lock on both sides and a wake-up by the kernel: tens of microseconds,
+as long as a whole small layer. Here the threads of a crew wait in `serve`, compiled and without that lock, for the
+state word of a board to change; a caller posts a job there, and everybody, the caller too, claims its parts one by
+one. A thread that is late finds nothing left: nobody waits for a thread that has not begun.
+"""
+import os
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from edgeattn.isa import ISA
+from edgeattn.jit import inlined, jit
+
+# Positions on a board, int64 elements; what different threads write lies on different cache lines.
+STATE, FINISHED, CODE, DATA, STOP, BOARD_SIZE = 0, 8, 16, 17, 24, 32
+# The state word: generation, then the next part nobody has claimed, then the number of parts.
+_NEXT, _GENERATION, _FIELD = np.int64(20), np.int64(40), np.int64((1 << 20) - 1)
+MOST_PARTS = 1 << 20
+_SPINS_BEFORE_YIELD = 2000
+PATIENCE = 4000 if ISA.x86 else 16000  # looks at the board before going to sleep: about 0.2 ms
+
+_I32, _I64, _VOID = ir.IntType(32), ir.IntType(64), ir.VoidType()
+_JOB = ir.FunctionType(_VOID, [_I64, _I64, _I64])
+_HAS_YIELD = os.name == "posix"
+
+
+def separate(function):
+    """Compile `function` as a part of the kernels that use it, but not into them: a job, called by its address."""
+    return numba.njit(function, error_model="numpy", boundscheck=False)
+
+
+@intrinsic
+def job(typing, function, arguments):
+    """(code, data): call(code, data, worker, part) runs function(*arguments, worker, part).
+
+    `arguments` is kept in the frame of the calling function, which must outlive the calls.
+    """
+    signature = typing.resolve_function_type(function, (*arguments.types, types.int64, types.int64), {})
+    if signature is None:
+        return None
+
+    def generate(context, builder, sig, args):
+        kept = cgutils.alloca_once_value(builder, args[1])
+        compiled = function.dispatcher.get_compile_result(signature)
+        context.add_linking_libs([compiled.library])
+        adapter = ir.Function(builder.module, _JOB, builder.module.get_unique_name("job"))
+        adapter.linkage = "internal"
+        inside = ir.IRBuilder(adapter.append_basic_block())
+        values = inside.load(inside.inttoptr(adapter.args[0], kept.type))
+        values = cgutils.unpack_tuple(inside, values, len(arguments.types))
+        callee = context.declare_function(builder.module, compiled.fndesc)
+        context.call_conv.call_function(inside, callee, signature.return_type, signature.args,
+                                        (*values, adapter.args[1], adapter.args[2]))
+        inside.ret_void()
+        return context.make_tuple(builder, sig.return_type,
+                                  [builder.ptrtoint(adapter, _I64), builder.ptrtoint(kept, _I64)])
+    return types.UniTuple(types.int64, 2)(function, arguments), generate
+
+
+@intrinsic
+def call(typing, code, data, worker, part):
+    """Run one part of a job."""
+    def generate(context, builder, sig, args):
+        builder.call(builder.inttoptr(args[0], _JOB.as_pointer()), args[1:])
+    return types.void(types.int64, types.int64, types.int64, types.int64), generate
+
+
+def _word(context, builder, board_type, board, at):
+    return builder.gep(context.make_array(board_type)(context, builder, board).data, [at])
+
+
+@intrinsic
+def read(typing, board, at):
+    """board[at], seeing all that was written before the `write` or `add` it reads from"""
+    def generate(context, builder, sig, args):
+        return builder.load_atomic(_word(context, builder, sig.args[0], *args), "acquire", 8)
+    return types.int64(board, types.intp), generate
+
+
+@intrinsic
+def write(typing, board, at, value):
+    """board[at] = value, after all that was written before"""
+    def generate(context, builder, sig, args):
+        builder.store_atomic(args[2], _word(context, builder, sig.args[0], *args[:2]), "release", 8)
+    return types.void(board, types.intp, types.int64), generate
+
+
+@intrinsic
+def add(typing, board, at, value):
+    """board[at] += value in one step"""
+    def generate(context, builder, sig, args):
+        builder.atomic_rmw("add", _word(context, builder, sig.args[0], *args[:2]), args[2], "acq_rel")
+    return types.void(board, types.intp, types.int64), generate
+
+
+@intrinsic
+def exchange(typing, board, at, old, new):
+    """In one step: whether board[at] == old, and if so board[at] = new"""
+    def generate(context, builder, sig, args):
+        both = builder.cmpxchg(_word(context, builder, sig.args[0], *args[:2]), args[2], args[3], "acq_rel", "acquire")
+        return builder.extract_value(both, 1)
+    return types.boolean(board, types.intp, types.int64, types.int64), generate
+
+
+@intrinsic
+def relax(typing):
+    """Tell the core that this is a waiting loop."""
+    def generate(context, builder, sig, args):
+        name, arguments = ("llvm.x86.sse2.pause", []) if ISA.x86 else ("llvm.aarch64.isb", [ir.Constant(_I32, 15)])
+        if ISA.name == "generic":  # the barrier still keeps the loop's loads in the loop
+            builder.fence("seq_cst")
+            return
+        signature = ir.FunctionType(_VOID, [a.type for a in arguments])
+        builder.call(cgutils.get_or_insert_function(builder.module, signature, name), arguments)
+    return types.void(), generate
+
+
+@intrinsic
+def give_way(typing):
+    """Let another thread have this core, where the operating system can be asked to."""
+    def generate(context, builder, sig, args):
+        if _HAS_YIELD:
+            signature = ir.FunctionType(_I32, [])
+            builder.call(cgutils.get_or_insert_function(builder.module, signature, "sched_yield"), [])
+    return types.void(), generate
+
+
+@inlined
+def claim(board):
+    """The next part of the posted job, now this thread's to run; -1 if there is none."""
+    while True:
+        state = read(board, STATE)
+        part = (state >> _NEXT) & _FIELD
+        if part >= (state & _FIELD):
+            return np.int64(-1)
+        if exchange(board, STATE, state, state + (np.int64(1) << _NEXT)):
+            return part
+
+
+@inlined
+def share(board, parts, function, *arguments):
+    """function(*arguments, worker, part) for every part in range(parts); returns when all are done.
+
+    On this thread (worker 0) and those that serve the board; an empty board stands for this thread alone.
+    """
+    code, data = job(function, arguments)
+    if board.size == 0 or parts == 1:
+        for part in range(parts):
+            call(code, data, 0, part)
+        return
+    board[CODE], board[DATA], board[FINISHED] = code, data, 0
+    generation = (read(board, STATE) >> _GENERATION) + 1
+    write(board, STATE, (generation << _GENERATION) | parts)
+    while True:
+        part = claim(board)
+        if part < 0:
+            break
+        call(code, data, 0, part)
+        add(board, FINISHED, 1)
+    spins = 0
+    while read(board, FINISHED) < parts:
+        relax()
+        spins += 1
+        if spins > _SPINS_BEFORE_YIELD:
+            give_way()
+
+
+@jit
+def serve(board, worker, patience):
+    """Run parts of whatever is posted; True when nothing came for `patience` looks, False when told to stop."""
+    idle = 0
+    while idle < patience:
+        part = claim(board)
+        if part >= 0:
+            call(board[CODE], board[DATA], worker, part)
+            add(board, FINISHED, 1)
+            idle = 0
+            continue
+        if read(board, STOP) != 0:
+            return False
+        relax()
+        idle += 1
+    return True

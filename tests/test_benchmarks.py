@@ -1,0 +1,197 @@
+"""The benchmark: its quick form runs, a wrong answer is refused, and its arithmetic is right."""
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks import contenders, decode, functional, measure, readme, targets
+from benchmarks.__main__ import main
+from benchmarks.contenders import OURS, Contender, WrongAnswerError
+from benchmarks.problem import GRID, QUICK, Point, Problem
+from benchmarks.timing import FEWEST_ROUNDS, interleave, median_ratio
+
+SMALL = Point(16, 4, 12)
+OUR_NAMES = ["edgeattn float32", "edgeattn int8", "edgeattn dynamic", "numpy"]
+
+
+@pytest.fixture(scope="module")
+def problem():
+    return Problem(SMALL)
+
+
+def test_grid():
+    assert len(GRID) == len(set(GRID)) == 45
+    assert set(QUICK) <= set(GRID)
+    assert Point(128, 4, 128).operations == 8 * 128 * 128**2 + 4 * 128**2 * 128
+
+
+@pytest.mark.parametrize("text, what", [("64/4", "E/H/L"), ("64/x/32", "E/H/L"), ("64/12/32", "multiple"),
+                                        ("0/1/2", "positive")])
+def test_point_refuses(text, what):
+    with pytest.raises(ValueError, match=what):
+        Point.parse(text)
+
+
+def test_quick_run_writes_json(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("benchmarks.__main__.QUICK", (SMALL, Point(32, 4, 32)))
+    path = tmp_path / "found.json"
+    assert main(["--quick", "--seconds", "0.05", "--json", str(path)]) == 0
+    found = json.loads(path.read_text())
+    assert [r["case"] for r in found["records"]] == ["16/4/12", "32/4/32"]
+    for r in found["records"]:
+        assert not r["refused"]
+        assert set(r["times"]) == {*OUR_NAMES, *r["bounds"]}
+        assert {"float32 limit", "int8 limit"} <= set(r["bounds"])
+        rounds = {len(times) for times in r["times"].values()}
+        assert len(rounds) == 1 and rounds.pop() >= FEWEST_ROUNDS
+        assert all(0 < time < 10 for times in r["times"].values() for time in times)
+    assert found["machine"]["versions"]["numpy"] == np.__version__
+    assert found["machine"]["instruction_set"] and len(found["machine"]["load"]) == 3
+    printed = capsys.readouterr().out
+    assert "edgeattn float32, layer, 1 thread" in printed and "float32 limit" in printed
+    # a file is reported as the run was
+    assert main(["--from-json", str(path)]) == 0
+    assert "edgeattn dynamic, layer, 1 thread" in capsys.readouterr().out
+
+
+def spoiled(row: Contender, spoil) -> Contender:
+    def build(problem, threads):
+        call, read = row.build(problem, threads)
+        return call, lambda: spoil(read())
+    return dataclasses.replace(row, build=build)
+
+
+def one_off(answer):
+    answer = np.array(answer)
+    answer.flat[7] += np.asarray(1 if answer.dtype == np.int8 else 1e-4, answer.dtype)
+    return answer
+
+
+SPOILT = {"edgeattn float32": (one_off, "error"), "edgeattn int8": (one_off, "1 of 192 bytes differ"),
+          "edgeattn dynamic": (lambda answer: answer[:, ::-1], "cosine"), "numpy": (lambda answer: answer * np.nan, "error")}
+
+
+@pytest.mark.parametrize("row", OURS, ids=lambda row: row.name)
+def test_wrong_answer_is_refused(row, problem):
+    row.ready(problem, 1)
+    spoil, complaint = SPOILT[row.name]
+    with pytest.raises(WrongAnswerError, match=f"{row.name} at 16/4/12: .*{complaint}.*not timed"):
+        spoiled(row, spoil).ready(problem, 1)
+
+
+def test_wrong_answer_is_not_timed_and_fails_the_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(contenders, "OURS", (spoiled(OURS[0], one_off), *OURS[1:]))
+    path = tmp_path / "found.json"
+    arguments = ["--points", str(SMALL), "--sections", "layer", "--seconds", "0.05", "--json", str(path)]
+    assert main(arguments) == 1
+    record, = json.loads(path.read_text())["records"]
+    assert list(record["refused"]) == ["edgeattn float32"]
+    assert "edgeattn float32" not in record["times"] and "edgeattn int8" in record["times"]
+    assert "REFUSED: edgeattn float32 at 16/4/12" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("module, problem", [
+    (decode, decode.DecodeProblem(decode.Step(S=70, Hkv=2, H=4, D=16))),
+    (functional, functional.AttentionProblem(functional.Shape(2, 33, 16)))], ids=["decode", "functional"])
+def test_other_sections_check_too(module, problem):
+    for row in module.OURS:
+        row.ready(problem, 1)
+        with pytest.raises(WrongAnswerError, match=row.name):
+            spoiled(row, lambda answer: -answer).ready(problem, 1)
+
+
+def test_bytes_are_held_to_the_rules_and_float_to_the_error_of_plain_numpy(problem):
+    exact = problem.exact
+    assert contenders.check_float(problem, exact) is None
+    assert "error" in contenders.check_float(problem, exact + 5 * problem.plain_error + 1e-6)
+    assert "int64" in contenders.check_bytes(problem, problem.static_bytes.astype(np.int64))
+    assert "shape" in contenders.check_cosine(problem, exact[0])
+    assert contenders.check_usual(problem, problem.usual.run_int8(problem.codes)) is None
+
+
+@pytest.mark.parametrize("name", ["litert int8", "litert int8 usual", "litert float32", "litert dynamic"])
+def test_litert_contenders_pass_their_checks(name, problem):
+    row, = (row for row in contenders.PEERS if row.name == name)
+    if row.why_not():
+        pytest.skip(f"{row.why_not()} (pip install 'edgeattn[tflite]')")
+    row.ready(problem, 1)
+
+
+def test_interleave_calls_all_in_every_round():
+    calls = {"a": 0, "b": 0}
+
+    def count(name):
+        calls[name] += 1
+
+    times = interleave({name: lambda name=name: count(name) for name in calls}, seconds=0)
+    assert len(times["a"]) == len(times["b"]) == FEWEST_ROUNDS
+    assert min(calls.values()) > FEWEST_ROUNDS
+
+
+def test_ratio_is_of_rounds_not_of_medians():
+    # the machine slows down threefold in two rounds of three, for both alike
+    assert median_ratio([2.0, 6.0, 6.0], [1.0, 3.0, 3.0]) == 2.0
+
+
+def made_up():
+    """One layer, with peers, of known times."""
+    times = {"edgeattn float32": 10.0, "edgeattn int8": 4.0, "edgeattn dynamic": 6.0, "litert float32": 20.0,
+             "litert int8": 8.0, "litert int8 usual": 80.0, "onnxruntime float32": 9.0, "float32 limit": 1.0,
+             "int8 limit": 1.0}
+    point = Point(256, 4, 128)
+    record = {"section": "layer", "threads": 1, "case": str(point), "operations": point.operations,
+              "bounds": {"float32 limit": point.operations / 8, "int8 limit": point.operations / 2}, "refused": {},
+              "times": {name: [time * 1e-6] * 3 for name, time in times.items()}}
+    return {"records": [record], "machine": {"processor": "p", "instruction_set": "i", "date": "2000-01-01", "versions": {}}}
+
+
+def test_targets():
+    rows = {row.text: row for row in targets.outcomes(made_up())}
+    value = {text: next(iter(row.cases.values())) for text, row in rows.items()}
+    assert value["float32: as fast as any float32 peer"] == pytest.approx(0.9)
+    assert value["float32: 70 % of its limit, from 128/4/128 up"] == pytest.approx(0.8 / 0.7)
+    assert value["int8: 3 times as fast as LiteRT's best int8"] == pytest.approx(2 / 3)
+    assert value["int8: 10 times as fast as the usual int8 file"] == pytest.approx(2)
+    assert value["int8: 50 % of its limit, from 256/4/128 up"] == pytest.approx(1)
+    assert value["dynamic: as fast as any peer at any precision"] == pytest.approx(8 / 6)
+    row = rows["float32: as fast as any float32 peer"]
+    assert (row.met, row.worst) == (0, "256/4/128")
+
+
+def test_readme_table_and_marks(tmp_path, monkeypatch):
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    (tmp_path / "README.md").write_text("before\n")
+    with pytest.raises(ValueError, match="README.md must hold one line"):
+        readme.write_table(made_up())
+    (tmp_path / "README.md").write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
+    readme.write_table(made_up())
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith("before\n") and text.endswith(f"{readme.END}\nafter\n") and "old" not in text
+    assert "| 256 / 4 / 128 | 10 | 0.9 x onnxruntime float32 | 4 | 2.0 x | 20.0 x | 6 | 1.3 x litert int8 |" in text
+
+
+def test_plots(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="the plots need matplotlib (pip install 'edgeattn[examples]')")
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    (tmp_path / "docs").mkdir()
+    found = made_up()
+    step = {**found["records"][0], "section": "decode", "case": "8/2/64/256"}
+    written = readme.write_plots({**found, "records": [*found["records"], step]})
+    assert [path.name for path in written] == ["speed.png", "decode.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
+
+
+@pytest.mark.parametrize("arguments, what", [
+    (["--points", "64/5/32"], "multiple"), (["--threads", "0"], "at least 1"),
+    (["--quick", "--points", "64/4/32"], "leave out"), (["--sections", "nothing"], "invalid choice")])
+def test_arguments_are_refused(arguments, what, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert what in capsys.readouterr().err
+
+
+def test_sections_run_alone(capsys):
+    assert set(measure.SECTIONS) == {"layer", "functional", "decode", "causal", "long", "overhead", "process"}
+    assert main(["--sections", "overhead"]) == 0
+    assert "a call beside its kernel" in capsys.readouterr().out

@@ -1,0 +1,17 @@
+"""Which features of an ARM64 CPU lead to which instruction set."""
+import pytest
+
+from edgeattn import isa
+
+# AT_HWCAP as Linux reports it: Cortex-A72 has fp, asimd, aes, ..., crc32; Cortex-A76 has asimddp (bit 20) too.
+A72, A76 = 0x8FB, 0x119FFB
+
+
+@pytest.mark.parametrize("hardware, cpu, expected", [
+    (A76, "cortex-a76", "neondot"),
+    (A72, "cortex-a72", "neon"),
+    (A76, "generic", "neon"),  # LLVM knows no dot product there, and would stop the process
+    (0, "cortex-a76", "neon"),  # a system that does not tell
+])
+def test_the_dot_product_needs_the_cpu_and_the_compiler(hardware, cpu, expected):
+    assert isa.choose(None, isa.arm64_features(hardware, cpu)).name == expected

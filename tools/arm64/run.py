@@ -1,0 +1,131 @@
+"""Run the part of the test suite that may differ on ARM64, once per CPU, under the emulator.
+
+    python tools/arm64/run.py .arm64              every CPU: under 15 minutes on two idle cores
+    python tools/arm64/run.py .arm64 --short      one CPU, a few dozen tests
+    python tools/arm64/run.py .arm64 --cpu cortex-a53 -- -k softmax
+
+What follows ``--`` goes to pytest. Kernels are compiled anew whenever a source changes, which is most of the time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from build import CPUS, ROOT, Progress, clean_environment
+
+# A whole layer kernel takes the emulator half a minute to compile, so what is chosen are the tests of what depends
+# on the CPU: its instructions, its LiteRT, its threads, its cache. Argument checks are the same everywhere.
+SHORT = (
+    "tests/test_arm64.py",
+    "tests/test_simd.py",
+    "tests/test_parity.py::test_layers_equal_the_runtime",
+    "tests/test_threads.py::test_two_threads_give_the_same_bits",
+    "tests/test_storage.py::test_what_was_saved_is_loaded",
+    "tests/test_tflite_reader.py::test_reads_a_path",
+)
+FULL = (
+    *SHORT,
+    "tests/test_parity.py::test_layers_as_other_converters_write_them_equal_the_runtime",
+    "tests/test_kernels_int8.py",
+    "tests/test_kernels_float32.py::test_float_layer",
+    "tests/test_functional.py::test_as_accurate_as_plain_float32",
+    "tests/test_functional.py::test_nothing_leaks_from_behind_a_mask",
+    "tests/test_layers.py::test_as_accurate_as_plain_float32",
+    "tests/test_storage.py::test_a_static_layer_round_trips_to_the_same_state",
+    "tests/test_threads.py",
+    "tests/test_jit.py::test_second_process_reads_the_cache",
+    "tests/test_jit.py::test_edit_in_another_module_recompiles",
+)
+# Six layer kernels for six sets of rules. A53 and A72 have the same instructions; the rules of LiteRT on ARM and of its
+# reference kernels are compared on both by test_parity.py, and each rule alone by the rest of test_kernels_int8.py.
+LEFT_OUT = {"cortex-a53": ("tests/test_kernels_int8.py::test_every_rule_set_equals_integer_arithmetic",)}
+SHORT_CPU = "cortex-a76"  # the one with an instruction set that the others lack
+LAYERS = {True: 8, False: 20}  # of the 200 that test_parity.py compares where that takes seconds
+
+
+def start(folder: Path, cpu: str, tests: tuple[str, ...], layers: int, extra: list[str]) -> subprocess.Popen:
+    """Start pytest in a CPU's environment, with its output in a log."""
+    environment = {
+        **clean_environment(), "NUMBA_CACHE_DIR": str(folder / "numba" / cpu), "PYTHONDONTWRITEBYTECODE": "1"}
+    left_out = [f"--deselect={name}" for name in LEFT_OUT.get(cpu, ())]
+    command = [folder / cpu / "bin" / "python", "-m", "pytest", "-p", "no:cacheprovider", "--color=no", "-v",
+               "--durations=10", f"--layers={layers}", *left_out, *tests, *extra]
+    with log_of(folder, cpu).open("w", encoding="utf-8") as log:
+        return subprocess.Popen(
+            [str(part) for part in command], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log,
+            stderr=subprocess.STDOUT)
+
+
+def log_of(folder: Path, cpu: str) -> Path:
+    """Return the file that receives what pytest says about a CPU."""
+    return folder / f"{cpu}.log"
+
+
+def summary(log: Path) -> str:
+    """Return pytest's last line without its frame, as "60 passed, 8 skipped in 211.92s (0:03:31)"."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    found = [line.strip("= ") for line in lines if re.fullmatch(r"=+ .* in [\d.]+s\b.*=+", line)]
+    return found[-1] if found else f"ended without a result; see {os.path.relpath(log)}"
+
+
+def percentage(log: Path) -> str:
+    """Return how far pytest is, as "42%"."""
+    found = re.findall(r"\[ *(\d+%)\]", log.read_text(encoding="utf-8", errors="replace"))
+    return found[-1] if found else "0%"
+
+
+def run(folder: Path, cpus: list[str], tests: tuple[str, ...], layers: int, extra: list[str]) -> int:
+    """Test on every CPU, as many at a time as this machine has cores; return how many failed."""
+    waiting, running, failed, results = list(cpus), {}, [], {}
+    at_once = len(os.sched_getaffinity(0))
+    step = Progress("tests under emulation")
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                cpu = waiting.pop(0)
+                running[cpu] = start(folder, cpu, tests, layers, extra)
+            time.sleep(0.5)
+            step.update(", ".join(f"{cpu} {percentage(log_of(folder, cpu))}" for cpu in running))
+            for cpu in [cpu for cpu, process in running.items() if process.poll() is not None]:
+                status = running.pop(cpu).returncode
+                results[cpu] = summary(log_of(folder, cpu))
+                if status:
+                    failed.append(cpu)
+    finally:
+        for process in running.values():
+            process.terminate()
+    step.done(f"{len(cpus) - len(failed)} passed, {len(failed)} failed")
+    for cpu in failed:
+        print(f"\n---- {cpu}\n{log_of(folder, cpu).read_text(encoding='utf-8', errors='replace')[-6000:]}")
+    for cpu in cpus:
+        print(f"  {'FAILED' if cpu in failed else 'passed'}  {cpu}: {results[cpu]}")
+    return len(failed)
+
+
+def main() -> int:
+    """Read the command line and run; return 1 when a test failed on a CPU."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("folder", type=Path, help="where tools/arm64/build.py built")
+    add("--short", action="store_true", help=f"{SHORT_CPU} alone, a few dozen tests")
+    add("--cpu", action="append", choices=[cpu.name for cpu in CPUS], help="this CPU alone; may be repeated")
+    add("pytest", nargs="*", help="further arguments for pytest, after --")
+    arguments = parser.parse_args()
+    cpus = arguments.cpu or ([SHORT_CPU] if arguments.short else [cpu.name for cpu in CPUS])
+    tests = SHORT if arguments.short else FULL
+    folder = arguments.folder.absolute()
+    missing = [cpu for cpu in cpus if not (folder / cpu / "bin" / "python").exists()]
+    if missing:
+        print(f"{folder} has no {', '.join(missing)}: build it first with python tools/arm64/build.py", file=sys.stderr)
+        return 2
+    return 1 if run(folder, cpus, tests, LAYERS[arguments.short], arguments.pytest) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
