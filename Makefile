@@ -34,38 +34,39 @@ setup_files = setup.cfg pyproject.toml tools/environment.py tools/find-python.sh
 
 help: ## this list
 	@echo "edgeattn: attention for small computers. Targets:"
-	@sed -n 's/^\([a-z][a-z0-9-]*\):.*## \(.*\)/  make \1~\2/p' Makefile | awk -F'~' '{ printf "%-34s %s\n", $$1, $$2 }'
-	@echo "Each sets up what it needs in $(VENV) first. PYTHON= chooses the Python, ARGS= adds arguments."
+	@sed -n 's/^\([a-z][a-z0-9-]*\):.*## \(.*\)/  make \1~\2/p' Makefile | awk -F'~' '{ printf "%-33s %s\n", $$1, $$2 }'
+	@echo "Each sets up what it needs in $(VENV) first."
+	@echo "PYTHON= chooses the Python, ARGS= adds arguments."
 
-run: $(ready) ## a real float model -> calibrate -> int8 -> report -> .tflite -> the same bytes in LiteRT
+run: $(ready) ## the main job: float, int8, report, .tflite
 	@$(run_python) examples/digits/run.py $(ARGS)
 
 test: $(ready) ## the test suite
 	@$(run_python) -m pytest $(ARGS)
 
-test-cortex-m: $(ready) ## exported C on emulated Cortex-M3, M4, M7, M55, AArch64 and ARMv7; names the packages it needs
+test-cortex-m: $(ready) ## exported C on emulated Cortex-M, AArch64 and ARMv7
 	@$(run_python) tools/cortex_m/run.py $(ARGS)
 
-lint: $(ready_dev) ## style, import directions, and what no tracked file may hold
+lint: $(ready_dev) ## style, imports, what no tracked file may hold
 	@$(python) -m ruff check --quiet .
 	@$(python) -m importlinter.cli --no-cache --no-logo
 	@$(python) tools/check_tree.py
 
 examples: run example-self-vs-multihead example-minilm ## every example, each under a minute
 
-example-minilm: $(ready_minilm) ## the sentence encoder all-MiniLM-L6-v2, float32 against int8
+example-minilm: $(ready_minilm) ## a sentence encoder, float32 against int8
 	@$(run_python) examples/minilm/run.py
 
-example-self-vs-multihead: $(ready) ## one head against many on the same input: a picture and a table
+example-self-vs-multihead: $(ready) ## one head against many: picture, table
 	@$(run_python) examples/self_vs_multihead.py
 
 bench: $(ready) ## how fast, on this machine
 	@$(run_python) -m benchmarks $(ARGS)
 
-bench-peers: $(ready_peers) ## how fast beside LiteRT, onnxruntime and PyTorch (large downloads)
+bench-peers: $(ready_peers) ## ... beside other runtimes (large downloads)
 	@$(run_python) -m benchmarks --peers $(ARGS)
 
-clean: ## remove what was built and cached; keep the environments
+clean: ## remove what was built; keep environments
 	rm -rf build dist out ./*.egg-info .pytest_cache .hypothesis .ruff_cache .import_linter_cache
 	find . -path './.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 

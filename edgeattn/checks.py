@@ -6,6 +6,8 @@ import operator
 
 import numpy as np
 
+_LARGEST = float(np.finfo(np.float32).max)
+
 
 def flag(name, value):
     """`value` as a bool; 0 and 1 and arrays are refused."""
@@ -15,12 +17,18 @@ def flag(name, value):
 
 
 def number(name, value):
-    """`value` as a finite float."""
+    """`value` as a float that float32 can hold."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a real number, got {value!r}")
+    try:
+        value = float(value)
+    except OverflowError:
+        value = math.inf
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value!r}")
-    return float(value)
+    if abs(value) > _LARGEST:
+        raise ValueError(f"{name} must lie within float32, got {value!r}")
+    return value
 
 
 def count(name, value):

@@ -9,39 +9,43 @@ import textwrap
 import llvmlite.binding
 import numba
 
-from edgeattn import jit
+import edgeattn
+from edgeattn import jit, threads
 from edgeattn.cpu import fused
+from edgeattn.isa import ISA
 
+_WIDTH = 80
 _NEEDED = ("numpy", "numba", "llvmlite", "safetensors")
+# Reading a .tflite and computing what it computes needs none of these.
 _OPTIONAL = {
-    "reading .tflite files": ("flatbuffers",),
-    "running .tflite files": ("ai-edge-litert", "tflite-runtime", "tflite-micro"),
-    "the workbench (quant)": ("click", "rich"),
+    "other runtimes": ("ai-edge-litert", "tflite-runtime", "tflite-micro"),
+    "workbench": ("flatbuffers", "click", "rich"),
 }
 
 
 def main(arguments=None):
-    """Run the command; returns its exit status."""
+    """Run the command; returns its exit status. Without a command it prints its help."""
     parser = argparse.ArgumentParser(prog="edgeattn", description="Attention for small computers.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser.add_argument("--version", action="version", version=f"edgeattn {edgeattn.__version__}")
+    parser.set_defaults(run=lambda: parser.print_help() or 2)
+    commands = parser.add_subparsers(metavar="COMMAND")
     info = commands.add_parser("info", help="versions, processor, threads, cache and optional packages of this machine",
                                description="Say what this machine has: include it when you report a problem.")
     info.set_defaults(run=_info)
-    chosen = parser.parse_args(arguments)
-    return chosen.run()
+    return parser.parse_args(arguments).run()
 
 
 def _info():
     rows = [*_software(), *_processor(), *_cache(), *_extras()]
     width = max(len(name) for name, _ in rows)
     for name, text in rows:
-        print(textwrap.fill(f"{name:{width}}  {text}", 100, subsequent_indent=" " * (width + 2),
+        print(textwrap.fill(f"{name:{width}}  {text}", _WIDTH, subsequent_indent=" " * (width + 2),
                             break_long_words=False, break_on_hyphens=False))
     return 0
 
 
 def _software():
-    yield "edgeattn", f"{_version('edgeattn') or 'not installed, run from its folder'}"
+    yield "edgeattn", edgeattn.__version__ + ("" if _version("edgeattn") else " (not installed, run from its folder)")
     yield "python", f"{platform.python_version()} ({sys.executable or 'no executable'})"
     yield "system", platform.platform()
     yield "packages", ", ".join(f"{name} {_version(name) or '(unknown version)'}" for name in _NEEDED)
@@ -50,10 +54,13 @@ def _software():
 def _processor():
     features = llvmlite.binding.get_host_cpu_features()
     yield "processor", f"{llvmlite.binding.get_host_cpu_name()} ({platform.machine()}), as LLVM sees it"
+    forced = " (asked for by EDGEATTN_ISA)" if os.environ.get("EDGEATTN_ISA") else ""
+    yield "kernels for", f"{ISA.name}{forced}: {ISA.lanes} floats or {4 * ISA.lanes} int8 per instruction"
     yield "features", " ".join(sorted(name for name, there in features.items() if there)) or "none known to LLVM"
     if numba.config.CPU_NAME or numba.config.CPU_FEATURES:
         yield "compiled for", f"{numba.config.CPU_NAME or 'this processor'} {numba.config.CPU_FEATURES or ''}".rstrip()
-    yield "threads", f"{_usable_cores()} of {os.cpu_count()} cores usable"
+    yield "threads", (f"{threads.get_num_threads()} unless edgeattn.threads.set_num_threads says otherwise; "
+                      f"{_usable_cores()} of {os.cpu_count()} cores usable")
 
 
 def _usable_cores():
@@ -66,10 +73,14 @@ def _cache():
         yield "cache", "none: NUMBA_DISABLE_JIT is set, kernels run as plain Python"
         return
     folders = [(folder, _writable(folder)) for folder in jit._folders(fused.layer_float32.py_func)]
+    used = next((folder for folder, writable in folders if writable), None)
+    if used is None:
+        yield "cache", ("none, every process compiles anew: no folder is writable; set NUMBA_CACHE_DIR to one that is")
     for folder, writable in folders:
-        yield "cache", f"{folder} ({'writable' if writable else 'not writable'})"
-    if not any(writable for _, writable in folders):
-        yield "", "no folder is writable: every process compiles anew; set NUMBA_CACHE_DIR to one that is"
+        if folder == used:
+            yield "cache", f"{folder} (used)"
+        else:
+            yield "also read", f"{folder}{'' if writable else ' (not writable)'}"
 
 
 def _writable(folder):
@@ -81,6 +92,7 @@ def _writable(folder):
 
 
 def _extras():
+    yield ".tflite files", "read and computed with what is here; the packages below are for more"
     for purpose, packages in _OPTIONAL.items():
         yield purpose, ", ".join(f"{name} {_version(name) or '(not installed)'}" for name in packages)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from pathlib import Path
@@ -25,6 +26,8 @@ def write_atomic(path: str | os.PathLike, data: bytes) -> None:
         When the folder is missing or not writable, or the disk is full; the temporary file is removed.
     """
     path = Path(path)
+    if not path.parent.is_dir():  # the error of opening would name the temporary file
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         # "x" with the usual mode: unlike tempfile's 0600, the file gets the permissions the user's umask asks

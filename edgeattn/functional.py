@@ -8,6 +8,8 @@ from edgeattn.checks import check_out, deliver, flag, float_array, number, resul
 from edgeattn.cpu import functional_float32, plain
 from edgeattn.masks import resolve_mask
 
+_SMALLEST_SOFTCAP = 1e-30  # its reciprocal is a float32 too
+
 
 def scaled_dot_product_attention(
     query,
@@ -22,7 +24,9 @@ def scaled_dot_product_attention(
     softcap=0.0,
     window_size=(-1, -1),
     kv_lengths=None,
+    alibi_slopes=None,
     return_weights=False,
+    return_lse=False,
     out=None,
 ):
     """softmax(query key^T * scale + mask) value.
@@ -54,10 +58,17 @@ def scaled_dot_product_attention(
         Bound of the scores, 0 = none.
     window_size : (int, int)
         (left, right): a query at position p sees keys p - left to p + right, both inclusive; -1 = unbounded.
+        `sliding_window` gives it for a number of keys in all.
     kv_lengths : (...) int array, optional
         Number of leading keys that exist, per batch entry: the axes of `query` before H.
+    alibi_slopes : (H,) or (..., H) float array, optional
+        Adds -slope * |p - j| to the score of the query at position p and key j, after the softcap, as
+        FlashAttention does. Positions follow `causal_alignment`.
     return_weights : bool
-        Return the probabilities too.
+        Return the probabilities too. Probabilities and `return_lse` take a slower way through the same sums.
+    return_lse : bool
+        Return log(sum(exp(scores))) over the permitted keys too: what is needed to join the results over parts
+        of the keys.
     out : (..., H, L, Dv) array, optional
         Takes the result; of the result's dtype. It may overlap inputs.
 
@@ -67,6 +78,8 @@ def scaled_dot_product_attention(
         Of the inputs' dtype, the widest of them where they differ.
     (..., H, L, S) array
         The probabilities, only with `return_weights`.
+    (..., H, L) float32 array
+        The log of the sum, only with `return_lse`; -inf for a query with no permitted key.
 
     Raises
     ------
@@ -78,10 +91,9 @@ def scaled_dot_product_attention(
     )
     grouped = flag("enable_gqa", enable_gqa)
     return_weights = flag("return_weights", return_weights)
+    return_lse = flag("return_lse", return_lse)
     _check_shapes(query, key, value, grouped)
-    softcap = number("softcap", softcap)
-    if softcap < 0:
-        raise ValueError(f"softcap must be 0 (off) or positive, got {softcap}")
+    softcap = checked_softcap(softcap)
     if scale is None:
         scale = default_scale(query.shape[-1])
     else:
@@ -100,6 +112,7 @@ def scaled_dot_product_attention(
         causal_alignment=causal_alignment,
         window_size=window_size,
         kv_lengths=kv_lengths,
+        alibi_slopes=alibi_slopes,
     )
     batch = mask.shape[0]
     kv_heads = key.shape[-3] if key.ndim > 2 else 1
@@ -109,8 +122,9 @@ def scaled_dot_product_attention(
 
     result = out if _writes_directly(out, q, k, v, mask) else np.empty(shape, np.float32)
     weights = np.empty(query.shape[:-1] + (keys,), np.float32) if return_weights else None
+    lse = np.empty(query.shape[:-1], np.float32) if return_lse else None
     context = result.reshape(batch, heads, queries, shape[-1])
-    if return_weights or not (context.size and keys and query.shape[-1]):
+    if return_weights or return_lse or not (context.size and keys and query.shape[-1]):
         plain.attention(
             q,
             k,
@@ -120,17 +134,28 @@ def scaled_dot_product_attention(
             softcap=softcap,
             out=context,
             weights=None if weights is None else weights.reshape(batch, heads, queries, keys),
+            lse=None if lse is None else lse.reshape(batch, heads, queries),
         )
     else:
         keep, bias, band = mask.for_kernels()
         functional_float32.attention(q, k, v, context, scale, softcap, keep, bias, band)
     result = deliver(result, out, dtype)
-    return (result, deliver(weights, None, dtype)) if return_weights else result
+    if not (return_weights or return_lse):
+        return result
+    return (result, *([deliver(weights, None, dtype)] if return_weights else []), *([lse] if return_lse else []))
 
 
 def default_scale(head_dim):
     """1 / sqrt(head_dim); heads of size 0 have scores of 0 whatever the scale."""
     return 1 / math.sqrt(head_dim) if head_dim else 1.0
+
+
+def checked_softcap(softcap):
+    """`softcap` as a float that kernels can divide by, or 0."""
+    softcap = number("softcap", softcap)
+    if softcap != 0 and softcap < _SMALLEST_SOFTCAP:
+        raise ValueError(f"softcap must be 0 (off), or positive and at least {_SMALLEST_SOFTCAP}, got {softcap}")
+    return softcap
 
 
 def _check_shapes(query, key, value, grouped):

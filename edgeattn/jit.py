@@ -91,8 +91,11 @@ class _Cache(caching._Cache):
 
     def save_overload(self, sig, data):
         for place in self._places if self._enabled else ():
-            if _ignoring_read_only(place.save_overload, sig, data):
-                return
+            try:
+                place.save_overload(sig, data)
+            except Exception:  # noqa: BLE001 - as above: whatever keeps a kernel out of the cache, it still runs
+                continue
+            return
 
     def enable(self):
         self._enabled = True

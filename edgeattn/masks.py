@@ -5,7 +5,7 @@ import operator
 
 import numpy as np
 
-from edgeattn.checks import flag
+from edgeattn.checks import count, flag, float_array
 
 _ALIGNMENTS = ("upper_left", "lower_right")
 
@@ -71,6 +71,61 @@ class Mask:
             together = together & part
         return together
 
+    def part(self, rows, columns):
+        """The same conditions for some of the queries and keys.
+
+        Parameters
+        ----------
+        rows, columns : (int, int)
+            First and one past the last, of the L queries and of the S keys.
+
+        Returns
+        -------
+        Mask
+        """
+        batch, heads, _, _ = self.shape
+
+        def cut(array):
+            if array is None:
+                return None
+            if array.shape[2] > 1:
+                array = array[:, :, slice(*rows)]
+            return _read_only(np.ascontiguousarray(array[..., slice(*columns)]))
+
+        size = columns[1] - columns[0]
+        return dataclasses.replace(
+            self,
+            shape=(batch, heads, rows[1] - rows[0], size),
+            keep=cut(self.keep),
+            bias=cut(self.bias),
+            offset=self.offset + rows[0] - columns[0],
+            lengths=np.clip(self.lengths - columns[0], 0, size),
+        )
+
+    def with_keys(self, extra):
+        """The same conditions, and `extra` further keys at the end that every query may see.
+
+        Returns
+        -------
+        Mask
+        """
+        batch, heads, queries, keys = self.shape
+
+        def widen(array, value):
+            if array is None:
+                return None
+            return np.pad(array, ((0, 0), (0, 0), (0, 0), (0, extra)), constant_values=value)
+
+        return dataclasses.replace(
+            self,
+            shape=(batch, heads, queries, keys + extra),
+            keep=_read_only(widen(self.permitted(), True)),
+            bias=_read_only(widen(self.bias, 0)),
+            left=-1,
+            right=-1,
+            offset=np.zeros_like(self.offset),
+            lengths=np.full_like(self.lengths, keys + extra),
+        )
 
     def for_kernels(self):
         """The same conditions as the tiled kernels take them.
@@ -103,6 +158,8 @@ def resolve_mask(
     causal_alignment=None,
     window_size=(-1, -1),
     kv_lengths=None,
+    alibi_slopes=None,
+    position=None,
 ):
     """Check everything that restricts attention and bring it into one `Mask`.
 
@@ -124,6 +181,11 @@ def resolve_mask(
         (left, right): keys from p - left to p + right, both inclusive; -1 = unbounded.
     kv_lengths : (...) int array, optional
         The number of leading keys that exist, for each batch entry.
+    alibi_slopes : (H,) or (..., H) float array, optional
+        Adds -slope * |p - j| to the score of the query at position p and key j (Press et al., "Train Short,
+        Test Long", 2022, section 3, with the distance on both sides as in FlashAttention).
+    position : int, optional
+        The position of query 0 where it is known, as in a cache; takes the place of `causal_alignment`.
 
     Returns
     -------
@@ -146,7 +208,10 @@ def resolve_mask(
         right = 0
 
     offset = np.zeros(batch, np.int64)
-    if is_causal or left >= 0 or right >= 0:
+    slopes = _alibi_slopes(alibi_slopes, tuple(lead), heads, batch)
+    if position is not None:
+        offset += position
+    elif is_causal or left >= 0 or right >= 0 or slopes is not None:
         if causal_alignment is None and (queries != keys or (lengths != queries).any()):
             lengths_text = "" if kv_lengths is None else f", kv_lengths = {np.asarray(kv_lengths).tolist()}"
             raise ValueError(
@@ -158,12 +223,111 @@ def resolve_mask(
             offset = lengths - queries
 
     keep, bias = _attn_mask(attn_mask, shape, batch)
+    if slopes is not None:
+        # the entries of a batch share one array unless their positions or slopes differ
+        starts = offset[:1] if (offset == offset[:1]).all() else offset
+        places = starts[:, None, None, None] + np.arange(queries)[:, None]
+        distance = np.abs(places - np.arange(keys)).astype(np.float32)
+        alibi = -slopes[:, :, None, None] * distance
+        bias = alibi if bias is None else bias + alibi
     padding = _key_padding_mask(key_padding_mask, (*lead, keys), batch)
     if padding is not None:
         keep = padding if keep is None else keep & padding
     return Mask(
         (batch, heads, queries, keys), _read_only(keep), _read_only(bias), left, right, offset, lengths
     )
+
+
+def sliding_window(keys):
+    """The `window_size` in which a query sees `keys` keys in all: itself and those before it.
+
+    Keras, onnxruntime and Hugging Face count so (`sliding_window=W`); `window_size` counts the keys on either
+    side of the query, as FlashAttention and ONNX do.
+
+    Parameters
+    ----------
+    keys : int
+        W, at least 1.
+
+    Returns
+    -------
+    (int, int)
+        (W - 1, 0)
+    """
+    return count("keys", keys) - 1, 0
+
+
+def torch_masks(shape, attn_mask=None, key_padding_mask=None):
+    """The masks of torch.nn.MultiheadAttention, where True = blocked, as masks of this package.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        (B, H, L, S), or (H, L, S) for inputs without a batch axis.
+    attn_mask : (L, S) or (B * H, L, S) bool or float array, optional
+        bool: True = do not attend. float: added to the scores.
+    key_padding_mask : (B, S) or (S,) bool or float array, optional
+        bool: True = padding, not to be attended to. float: added to the scores.
+
+    Returns
+    -------
+    attn_mask : bool or float array, broadcastable to `shape`, or None
+        bool: True = attend.
+    key_padding_mask : (B, S) or (S,) bool array, or None
+        True = a real token. None where `key_padding_mask` was a float array: `attn_mask` then holds both.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was required and what came.
+    """
+    *lead, heads, queries, keys = shape
+    batch = int(np.prod(lead, dtype=np.int64))
+    if attn_mask is not None:
+        attn_mask = _bool_or_float("attn_mask", attn_mask, "True = do not attend")
+        if attn_mask.shape == (batch * heads, queries, keys):
+            attn_mask = attn_mask.reshape(shape)
+        elif attn_mask.shape != (queries, keys):
+            raise ValueError(
+                f"attn_mask must have torch's shape (L, S) = {(queries, keys)} or (B * H, L, S) = "
+                f"{(batch * heads, queries, keys)}, got {attn_mask.shape}"
+            )
+        if attn_mask.dtype == np.bool_:
+            attn_mask = ~attn_mask
+    if key_padding_mask is None:
+        return attn_mask, None
+    key_padding_mask = _bool_or_float("key_padding_mask", key_padding_mask, "True = padding")
+    if key_padding_mask.shape != (*lead, keys):
+        raise ValueError(f"key_padding_mask must have shape {(*lead, keys)}, got {key_padding_mask.shape}")
+    if key_padding_mask.dtype == np.bool_:
+        return attn_mask, ~key_padding_mask
+    added = key_padding_mask[..., None, None, :]
+    if attn_mask is None:
+        return added, None
+    return (np.where(attn_mask, added, -np.inf) if attn_mask.dtype == np.bool_ else attn_mask + added), None
+
+
+def _bool_or_float(name, value, meaning):
+    mask = np.asarray(value)
+    if mask.dtype.kind not in "bf" or mask.dtype.itemsize > 8:
+        raise TypeError(
+            f"{name} must be a bool array ({meaning}) or a float array (added to the scores), got dtype {mask.dtype}"
+        )
+    return mask
+
+
+def _alibi_slopes(alibi_slopes, lead, heads, batch):
+    """(B or 1, H) float32, or None."""
+    if alibi_slopes is None:
+        return None
+    slopes = float_array("alibi_slopes", alibi_slopes)
+    if slopes.shape not in ((heads,), (*lead, heads)):
+        raise ValueError(
+            f"alibi_slopes must have shape (H,) = {(heads,)} or (..., H) = {(*lead, heads)}, got {slopes.shape}"
+        )
+    if not np.isfinite(slopes).all():
+        raise ValueError("alibi_slopes must be finite, got inf or NaN among them")
+    return slopes.astype(np.float32).reshape(-1 if slopes.ndim == 1 else batch, heads)
 
 
 def _read_only(array):
@@ -223,6 +387,9 @@ def _attn_mask(attn_mask, shape, batch):
         lead, entries = shape[:-3], batch
     # The kernels walk along the keys, so that axis is always written out; the others may stay 1.
     mask = np.broadcast_to(mask, lead + mask.shape[-3:-1] + (keys,))
+    if mask.dtype == np.float64:  # what is finite stays so: only -inf means "do not attend"
+        largest = np.finfo(np.float32).max
+        mask = np.where(np.isfinite(mask), np.clip(mask, -largest, largest), mask)
     with np.errstate(over="ignore"):
         mask = np.require(mask, np.bool_ if mask.dtype.kind == "b" else np.float32, ["C", "A"])
     mask = mask.reshape((entries,) + mask.shape[-3:])

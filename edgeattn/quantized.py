@@ -1,4 +1,4 @@
-"""Quantized multi-head attention: the parameters of the static form and the layer that runs them."""
+"""Quantized multi-head attention: its parameters, the static and the dynamic layer."""
 
 from __future__ import annotations
 
@@ -11,12 +11,18 @@ import numpy as np
 
 from edgeattn import arithmetic as rules
 from edgeattn.arithmetic import CODE_MAX, CODE_MIN
-from edgeattn.checks import check_out, count, deliver, float_array, number, result_dtype
+from edgeattn.checks import check_out, count, deliver, float_array, number, result_dtype, to_float32
+from edgeattn.cpu.layer_dynamic import DynamicLayer
 from edgeattn.cpu.layer_int8 import StaticLayer
+from edgeattn.functional import default_scale
+from edgeattn.layers import MultiHeadAttention
 from edgeattn.masks import resolve_mask
 
 INPUTS = ("query", "key", "value")
 SOURCES = ((0, 0, 0), (0, 1, 1), (0, 1, 2))
+SMALLEST_SCALE, LARGEST_SCALE = 2.0**-60, 2.0**60
+# gemmlowp's softmax takes differences of scores in Q5.26; the runtimes that use it abort on a scale below that.
+SMALLEST_SOFTMAX_SCALE = 2.0**-26
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,7 @@ class TensorQuantization:
     Parameters
     ----------
     scale : float
-        Positive and finite; kept as float32.
+        In [2**-60, 2**60], where products and quotients of two scales are normal float32 numbers; kept as float32.
     zero_point : int
         In [-128, 127].
     """
@@ -35,10 +41,8 @@ class TensorQuantization:
     zero_point: int
 
     def __post_init__(self):
-        object.__setattr__(self, "scale", np.float32(self.scale))
+        object.__setattr__(self, "scale", _scale(self.scale, "scale"))
         object.__setattr__(self, "zero_point", operator.index(self.zero_point))
-        if not (np.isfinite(self.scale) and self.scale > 0):
-            raise ValueError(f"scale must be positive and finite; got {self.scale}")
         if not CODE_MIN <= self.zero_point <= CODE_MAX:
             raise ValueError(f"zero_point must lie in [-128, 127]; got {self.zero_point}")
 
@@ -56,9 +60,6 @@ class TensorQuantization:
     def dequantize(self, codes) -> np.ndarray:
         """Reals that ``codes`` stand for, float32 of the same shape."""
         return (np.asarray(codes, np.float32) - np.float32(self.zero_point)) * self.scale
-
-
-PROBABILITIES = TensorQuantization(rules.PROBABILITY_SCALE, rules.PROBABILITY_ZERO_POINT)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,8 +86,9 @@ class QuantizedLinear:
         if (weight == CODE_MIN).any():
             raise ValueError("weight must lie in [-127, 127], as TFLite defines its FULLY_CONNECTED weights; got -128")
         scale = _frozen(np.broadcast_to(self.scale, (weight.shape[0],)), np.float32, "scale")
-        if not (np.isfinite(scale) & (scale > 0)).all():
-            raise ValueError("scale of a linear layer must be positive and finite in every channel")
+        if not ((scale >= SMALLEST_SCALE) & (scale <= LARGEST_SCALE)).all():
+            raise ValueError("scale of a linear layer must be positive and finite in every channel, within "
+                             "[2**-60, 2**60]")
         object.__setattr__(self, "weight", weight)
         object.__setattr__(self, "scale", scale)
         if self.bias is not None:
@@ -156,6 +158,14 @@ class SelectMask:
 ScoreOp = MulConstant | AddMask | SelectMask
 
 
+def _scale(value, name: str) -> np.float32:
+    """A scale as float32."""
+    value = number(name, value)
+    if not SMALLEST_SCALE <= value <= LARGEST_SCALE:
+        raise ValueError(f"{name} must be positive and finite, within [2**-60, 2**60]; got {value}")
+    return np.float32(value)
+
+
 def _frozen(array, dtype, name: str) -> np.ndarray:
     """A C-contiguous, read-only copy; refuses a dtype that would have to be converted."""
     array = np.asarray(array)
@@ -181,6 +191,9 @@ def _code(value, name: str) -> int:
     return value
 
 
+PROBABILITIES = TensorQuantization(rules.PROBABILITY_SCALE, rules.PROBABILITY_ZERO_POINT)
+
+
 def fit_mask(mask: np.ndarray, shape: tuple[int, int, int, int]) -> np.ndarray:
     """A mask that a layer carries, or what was made of it, as a view of shape (B, H, L, S).
 
@@ -197,9 +210,116 @@ def fit_mask(mask: np.ndarray, shape: tuple[int, int, int, int]) -> np.ndarray:
 
 
 class QuantizedMultiHeadAttention:
-    """Multi-head attention on integers. ``quant.quantize`` makes these; see StaticMultiHeadAttention."""
+    """Multi-head attention in int8, as ``quant.quantize`` makes it: a static or a dynamic layer, see ``scheme``."""
 
     scheme: str
+
+
+class DynamicMultiHeadAttention(QuantizedMultiHeadAttention):
+    """Float in, float out, int8 inside: nothing is calibrated, every token is quantized by its own range at run time.
+
+    Weights are int8 per output channel, activations int8 per token, products accumulate in int32, the softmax is
+    float32, and probabilities are quantized per row. Biases, masks and the softmax never meet an int8 range, so long
+    rows and masks cost nothing.
+
+    Parameters
+    ----------
+    num_heads : int
+        H.
+    weights : mapping
+        "query" (H*D, Eq), "key" (Hkv*D, Ek), "value" (Hkv*Dv, Ev) and, with an output projection, "output"
+        (Eo, H*Dv): QuantizedLinear without a bias.
+    biases : mapping
+        By the same names float32 (out_features,), where there is one. A key bias has no influence and may be left out.
+    num_kv_heads : int, optional
+        Hkv, H unless given.
+    """
+
+    scheme = "dynamic"
+    _query_name = "query"
+    _inputs = MultiHeadAttention._inputs
+
+    def __init__(self, num_heads: int, weights: Mapping[str, QuantizedLinear], biases: Mapping[str, np.ndarray], *,
+                 num_kv_heads: int | None = None):
+        self.num_heads = count("num_heads", num_heads)
+        self.num_kv_heads = self.num_heads if num_kv_heads is None else count("num_kv_heads", num_kv_heads)
+        self.weights, self.biases = dict(weights), {}
+        names = (*INPUTS, "output")
+        unknown = sorted(set(self.weights) - set(names)) + sorted(set(biases) - set(self.weights))
+        missing = [name for name in INPUTS if name not in self.weights]
+        if missing or unknown:
+            raise ValueError(f"weights and biases must be of {', '.join(names)}; "
+                             f"missing {missing}, unexpected {unknown}")
+        for name, bias in biases.items():
+            self.biases[name] = _frozen(bias, np.float32, f"bias of {name}")
+            if self.biases[name].shape != self.weights[name].scale.shape:
+                raise ValueError(f"bias of {name} must have shape {self.weights[name].scale.shape}; "
+                                 f"got {self.biases[name].shape}")
+        shapes = {name: linear.weight.shape for name, linear in self.weights.items()}
+        (q, self.embed_dim), (k, self.kdim), (v, self.vdim) = (shapes[name] for name in INPUTS)
+        H, Hkv = self.num_heads, self.num_kv_heads
+        self.head_dim, self.value_dim = q // H, v // Hkv
+        fits = H % Hkv == 0 and (q, k, v) == (H * self.head_dim, Hkv * self.head_dim, Hkv * self.value_dim)
+        merged = shapes.get("output", (0, H * self.value_dim))[1]
+        if not fits or not (self.head_dim and self.value_dim) or merged != H * self.value_dim:
+            raise ValueError(f"weights of shapes {shapes} do not fit num_heads = {H} and num_kv_heads = {Hkv}")
+        self.output_dim = shapes.get("output", (H * self.value_dim,))[0]
+        self.scale = default_scale(self.head_dim)
+
+        def pair(name):
+            return (self.weights[name].weight, self.weights[name].scale) if name in self.weights else None
+
+        self._kernel = DynamicLayer(H, Hkv, *map(pair, names), *(self.biases.get(name) for name in names), self.scale)
+
+    def __repr__(self):
+        return (f"{type(self).__name__}(num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, "
+                f"embed_dim={self.embed_dim}, kdim={self.kdim}, vdim={self.vdim}, head_dim={self.head_dim}, "
+                f"value_dim={self.value_dim}, output_dim={self.output_dim})")
+
+    def __call__(self, query, key=None, value=None, *, attn_mask=None, key_padding_mask=None, is_causal=False,
+                 causal_alignment=None, out=None):
+        """Attend from ``query`` to ``key`` and ``value``; arguments and result as ``MultiHeadAttention``'s."""
+        if key is None and value is None and attn_mask is None and key_padding_mask is None and is_causal is False and (
+                out is None and type(query) is np.ndarray and query.dtype == np.float32 and query.ndim == 3
+                and query.shape[2] == self.embed_dim == self.kdim == self.vdim and query.flags.carray and query.size
+                and self.output_dim):
+            # what small layers are called with, again and again: self-attention, nothing masked
+            return self._kernel(query, query, query, np.empty((*query.shape[:2], self.output_dim), np.float32))
+        query, key, value = self._inputs(query, key, value)
+        dtype = result_dtype(query, key, value)
+        lead, queries = query.shape[:-2], query.shape[-2]
+        check_out(out, (*lead, queries, self.output_dim), dtype)
+        mask = resolve_mask((*lead, self.num_heads, queries, key.shape[-2]), attn_mask, key_padding_mask,
+                            is_causal=is_causal, causal_alignment=causal_alignment)
+        batch = mask.shape[0]
+        keep, bias, band = mask.for_kernels()
+        if key.shape[-2] == 0:  # one key that is not there
+            key, value = (np.zeros((*lead, 1, x.shape[-1]), np.float32) for x in (key, value))
+            keep, bias, band = np.zeros((1, 1, 1, 1), np.bool_), None, None
+        q = to_float32(query).reshape(batch, queries, self.embed_dim)
+        k = q if key is query else to_float32(key).reshape(batch, -1, self.kdim)
+        v = k if value is key else to_float32(value).reshape(batch, -1, self.vdim)
+        result = np.empty((*lead, queries, self.output_dim), np.float32)
+        if result.size:
+            self._kernel(q, k, v, result.reshape(batch, queries, self.output_dim), keep, bias, band)
+        return deliver(result, out, dtype)
+
+    def _to_state(self):
+        """(config, tensors): all that ``_from_state`` needs to build an equal layer."""
+        tensors = {f"{name}.{part}": getattr(linear, part) for name, linear in self.weights.items()
+                   for part in ("weight", "scale")}
+        tensors |= {f"{name}.bias": bias for name, bias in self.biases.items()}
+        return {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads}, tensors
+
+    @classmethod
+    def _from_state(cls, config, tensors):
+        groups = {}
+        for name, array in tensors.items():
+            group, _, part = name.rpartition(".")
+            groups.setdefault(group, {})[part] = array
+        biases = {name: parts.pop("bias") for name, parts in groups.items() if "bias" in parts}
+        return cls(config["num_heads"], {name: QuantizedLinear(**parts) for name, parts in groups.items()}, biases,
+                   num_kv_heads=config["num_kv_heads"])
 
 
 class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
@@ -254,6 +374,13 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         self.output_dim = last.weight.shape[0]
         self._prepare()
 
+    def __repr__(self):
+        return (f"{type(self).__name__}(num_heads={self.num_heads}, embed_dim={self.embed_dim}, kdim={self.kdim}, "
+                f"vdim={self.vdim}, head_dim={self.head_dim}, value_dim={self.value_dim}, "
+                f"output_dim={self.output_dim}, sources={self.sources}, "
+                f"score_ops=[{', '.join(type(op).__name__ for op in self.score_ops)}], "
+                f"arithmetic={self.arithmetic!r}, mask_margin={self.mask_margin})")
+
     def _check_parameters(self):
         H = self.num_heads
         for name in INPUTS:
@@ -303,6 +430,9 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         scores_rule, scores = batch_matmul(t["query"], t["key"], t["scores"])
         context_rule, context = batch_matmul(t["probabilities"], t["value"], t["context"])
         tables, classes, softmax_input = score_map(self.score_ops, t["scores"], kernel_set)
+        if softmax_input.scale <= SMALLEST_SOFTMAX_SCALE:
+            raise ValueError(f"the scores' scale must be above 2**-26, the resolution of TFLite's softmax; got "
+                             f"{softmax_input.scale}")
         self._tables = tables if self.score_ops else None
         self._classes = np.ascontiguousarray(classes) if classes.size > 1 else None
         zero_points = {f"{name}_input": self.input_of(name).zero_point for name in INPUTS}
@@ -484,6 +614,13 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         -------
         int8 (B, L, Eo) or (L, Eo)
         """
+        if key is None and value is None and attn_mask is None and key_padding_mask is None and is_causal is False and (
+                out is None and self._classes is None and type(query) is np.ndarray and query.dtype == np.int8
+                and query.ndim == 3 and query.shape[2] == self.embed_dim and query.flags.carray and query.size
+                and self.sources == (0, 0, 0) and self.output_dim):
+            # what small layers are called with, again and again: self-attention, nothing masked
+            result = np.empty((*query.shape[:2], self.output_dim), np.int8)
+            return self._kernel(query, query, query, result, None, None, None, self._tables)
         inputs = self._distinct(query, key, value)
         arrays = [None if x is None else _codes(x, name) for name, x in zip(INPUTS, inputs, strict=True)]
         query, key, value = (arrays[source] for source in self.sources)

@@ -24,6 +24,7 @@ _KINDS = {
     "MultiHeadAttention": "edgeattn.layers",
     "SelfAttention": "edgeattn.layers",
     "StaticMultiHeadAttention": "edgeattn.quantized",
+    "DynamicMultiHeadAttention": "edgeattn.quantized",
 }
 
 
@@ -167,7 +168,10 @@ def _read_npz(path, prefix):
     try:
         with open(path, "rb") as raw, np.lib.npyio.NpzFile(raw, allow_pickle=False) as file:
             return {name: file[name] for name in file.files if name.startswith(prefix)}, list(file.files)
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
+    except FileNotFoundError:
+        raise
+    # zipfile and zlib have an error of their own for each kind of damage
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError, OSError, KeyError) as error:
         raise ValueError(f"{path} is not a whole .npz file of plain arrays: {error}") from error
 
 

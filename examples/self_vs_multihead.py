@@ -24,10 +24,10 @@ import matplotlib
 import numpy as np
 from digits.data import load_digits_split
 from digits.model import GRID, NUM_LAYERS, NUM_PATCHES, ONE_HEAD_WEIGHTS, WEIGHTS, DigitsModel, patches
-from rich.console import Console
-from rich.table import Table
 
 import edgeattn
+from quant.tables import console as new_console
+from quant.tables import short, table
 
 matplotlib.use("Agg")  # before pyplot: draw into a file, no window
 import matplotlib.pyplot as plt
@@ -73,24 +73,18 @@ def favourite_neighbour(weights: np.ndarray) -> tuple[str, float]:
     return f"{down:+d}, {right:+d}", count / (target.size // 2)
 
 
-def describe_heads(weights: dict[str, list[np.ndarray]], images: np.ndarray) -> Table:
+def describe_heads(weights: dict[str, list[np.ndarray]], images: np.ndarray):
     """One row per head: what it attends to, over all test images."""
     ink = patches(images).mean(axis=-1)  # (B, L)
     inked = ink > ink.mean(axis=1, keepdims=True)
-    table = Table(title="What each head attends to, mean over the test images", title_justify="left")
-    table.add_column("model")
-    table.add_column("layer", justify="right")
-    table.add_column("head", justify="right")
-    table.add_column("distance\npatches", justify="right")
-    table.add_column("entropy\nbits", justify="right")
-    table.add_column("on ink", justify="right")
-    table.add_column("most often at\ndown, right")
+    titles = ("model", "layer", "head", "distance\npatches", "entropy\nbits", "on ink", "most often at\ndown, right")
+    shown = table(*titles, title="What each head attends to, mean over the test images")
     for name, layers in weights.items():
         for layer, w in enumerate(layers):
             for head in range(w.shape[1]):
                 one = w[:, head]
                 where, share = favourite_neighbour(one)
-                table.add_row(
+                shown.add_row(
                     name,
                     str(layer),
                     str(head),
@@ -99,8 +93,8 @@ def describe_heads(weights: dict[str, list[np.ndarray]], images: np.ndarray) -> 
                     f"{(one * inked[:, np.newaxis]).sum(-1).mean():.0%}",
                     f"{where} ({share:.0%})",
                 )
-            table.add_section()
-    table.add_row(
+            shown.add_section()
+    shown.add_row(
         "even attention",
         "",
         "",
@@ -109,7 +103,7 @@ def describe_heads(weights: dict[str, list[np.ndarray]], images: np.ndarray) -> 
         f"{inked.mean():.0%}",
         "",
     )
-    return table
+    return shown
 
 
 def median_times(layers, x: np.ndarray) -> list[float]:
@@ -155,9 +149,8 @@ def random_pair(width: int, num_heads: int) -> list[edgeattn.MultiHeadAttention]
     return [edgeattn.MultiHeadAttention(heads, *weights) for heads in (1, num_heads)]
 
 
-def cost_table(trained) -> tuple[Table, list[str]]:
+def cost_table(trained):
     """Parameters, operations and time of one head and many: trained, on a longer input, in a wider layer."""
-    table = Table(title="Cost of one layer on one sequence", title_justify="left")
     headings = (
         "width x\nlength",
         "heads",
@@ -167,8 +160,7 @@ def cost_table(trained) -> tuple[Table, list[str]]:
         "time\nus",
         "ratio",
     )
-    for heading in headings:
-        table.add_column(heading, justify="right")
+    shown = table(*headings, text=0, title="Cost of one layer on one sequence")
     rng = np.random.default_rng(0)
     verdicts = []
     for pair, length in ((trained, NUM_PATCHES), (trained, 128), (random_pair(256, 8), 128)):
@@ -177,7 +169,7 @@ def cost_table(trained) -> tuple[Table, list[str]]:
         size = f"{pair[0].embed_dim} x {length}"
         for layer, seconds in zip(pair, times, strict=True):
             multiply_adds, exponentials = operations(layer, length)
-            table.add_row(
+            shown.add_row(
                 size,
                 str(layer.num_heads),
                 f"{num_parameters(layer):,}",
@@ -186,9 +178,9 @@ def cost_table(trained) -> tuple[Table, list[str]]:
                 f"{seconds * 1e6:,.0f}",
                 f"{seconds / times[0]:.2f}",
             )
-        table.add_section()
-        verdicts.append(f"{pair[1].num_heads} heads take {times[1] / times[0]:.2f} times as long at {size}")
-    return table, verdicts
+        shown.add_section()
+        verdicts.append(f"{pair[1].num_heads} heads take {times[1] / times[0]:.2f} times as long as one at {size}")
+    return shown, verdicts
 
 
 def _frame(corner, width: float, linewidth: float):
@@ -261,7 +253,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=OUT, help="where to draw (default: in out/)")
     out = parser.parse_args().out
     started = time.perf_counter()
-    console = Console(highlight=False)
+    console = new_console()
     digits = load_digits_split()
 
     weights, layers = {}, {}
@@ -283,15 +275,13 @@ def main() -> int:
     console.print(f"\nDiversity of the four heads: {values}")
     console.print("(mean pairwise Jensen-Shannon divergence; 0 = all alike, 1 = no key in common)\n")
 
-    table, verdicts = cost_table((layers["one head"][0], layers["four heads"][0]))
-    console.print(table)
+    costs, verdicts = cost_table((layers["one head"][0], layers["four heads"][0]))
+    console.print(costs)
     console.print("Parameters and multiply-adds are the same; only the softmax grows, one per head.")
 
     draw(digits.test_images[SHOWN_IMAGE], {n: [w[SHOWN_IMAGE] for w in ws] for n, ws in weights.items()}, out)
-    console.print(f"\nAttention maps: {out}", soft_wrap=True)
-    console.print(
-        f"Many heads against one: {'; '.join(verdicts)} ({time.perf_counter() - started:.1f} s in all)."
-    )
+    console.print(f"\nwrote {short(out)}: the attention maps", soft_wrap=True, markup=False)
+    console.print(f"Done in {time.perf_counter() - started:.1f} s: {verdicts[-1]}.")
     return 0
 
 

@@ -213,9 +213,12 @@ def calibrate(layer: MultiHeadAttention, batches: Iterable, *, observer: str = "
 
 
 def check_layer(layer) -> None:
-    """Raise unless ``layer`` is a float layer."""
+    """Raise unless ``layer`` is a float layer that can be quantized."""
     if not isinstance(layer, MultiHeadAttention):
         raise TypeError(f"layer must be an edgeattn.MultiHeadAttention; got {type(layer).__name__}")
+    if layer.extra_keys:
+        raise ValueError("layer must have no bias_k, bias_v and add_zero_attn: int8 layers hold tokens only; got "
+                         f"{layer.extra_keys} added keys")
 
 
 def fingerprint(layer: MultiHeadAttention) -> str:

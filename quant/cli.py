@@ -9,7 +9,6 @@ from pathlib import Path
 
 import click
 import numpy as np
-from rich.console import Console
 
 import edgeattn
 import edgeattn.storage
@@ -17,13 +16,33 @@ import quant
 from edgeattn.arithmetic import KERNEL_SETS
 from edgeattn.layers import MultiHeadAttention
 from quant.calibrate import Calibration
-from quant.describe import describe_file
+from quant.describe import arithmetic_of_tflite, describe_file, describe_masks, describe_seen
 from quant.observers import OBSERVERS
+from quant.tables import console, fill
 
 # Of a .npy file: the results are the same however it is cut, and the (B, H, L, S) scores shall fit memory.
 ROWS_AT_ONCE = 32
 
+# What errors advise in terms of Python, and what does the same here.
+ADVICE = {
+    "read checkpoints of other libraries with MultiHeadAttention.from_torch or from_bert":
+        "read checkpoints of other libraries with --torch-prefix or --bert-prefix, and --num-heads",
+    "convert a torch checkpoint with safetensors.torch.save_file(state_dict, path)":
+        "convert a torch checkpoint with safetensors.torch.save_file(state_dict, path) in Python",
+    "give quant.calibrate calls with attn_mask, key_padding_mask or is_causal, or pass the mask to each call of this "
+    "layer": "run `quant calibrate` on DATA in .npz files that hold attn_mask, key_padding_mask or is_causal, too",
+    "mask must be 'causal' or a bool array": "--mask must be \"causal\" or a .npy file with a bool array",
+    "mask='causal' needs sequence_length, and as many keys as queries": "--mask causal needs --sequence-length, and no "
+                                                                        "other --key-length",
+    "sequence_length is required": "--sequence-length is required",
+    "(run quant.calibrate first)": "(run `quant calibrate` first)",
+    "num_heads must": "--num-heads must",
+    "convert 0/1 with .astype(bool)": "convert 0/1 with .astype(bool) before numpy.savez",
+}
+
 path_argument = click.Path(path_type=Path)
+arithmetic_option = click.option("--arithmetic", type=click.Choice(list(KERNEL_SETS)),
+                                 help="The TFLite kernel set to compute with; by default the one stored, or litert.")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -42,6 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
         message = f"quant: {error.filename}: {error.strerror}" if error.filename else f"quant: {error}"
     except (TypeError, ValueError, ImportError) as error:
         message = f"quant: {error}"
+        for python, option in ADVICE.items():
+            message = message.replace(python, option)
     print(" ".join(message.split()), file=sys.stderr)
     return 2
 
@@ -60,15 +81,15 @@ def layer_options(command):
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(edgeattn.__version__, prog_name="quant", message="%(prog)s %(version)s")
 def commands():
     """Turn a float attention layer into an int8 one.
 
     LAYER is a .safetensors file written by edgeattn.save, or a checkpoint (.safetensors, .npz) read with
-    --torch-prefix
-    or --bert-prefix and --num-heads. DATA are .npy files, each (B, L, E) or (L, E), or .npz files with arrays
-    named as
-    the arguments of the layer's call: query, key, value, attn_mask, key_padding_mask, is_causal,
-    causal_alignment.
+    --torch-prefix or --bert-prefix, and --num-heads.
+
+    DATA are .npy files, each (B, L, E) or (L, E), or .npz files with arrays named as the arguments of the layer's
+    call: query, key, value, attn_mask, key_padding_mask, is_causal, causal_alignment.
     """
 
 
@@ -82,34 +103,63 @@ def calibrate(layer, torch_prefix, bert_prefix, num_heads, data, output, observe
     """Run LAYER over DATA and keep the range of every tensor."""
     check_folder(output)
     layer = read_layer(layer, torch_prefix, bert_prefix, num_heads)
-    calibration = with_file_names(data, lambda batches: quant.calibrate(layer, batches, observer=observer))
+    calls = 0
+
+    def run(batches):
+        def counted():
+            nonlocal calls
+            for batch in batches:
+                calls += 1
+                yield batch
+        return quant.calibrate(layer, counted(), observer=observer)
+
+    calibration = with_file_names(data, run)
     calibration.save(output)
-    click.echo(f"wrote {output}: calibrated on {', '.join(map(str, data))}")
+    say(f"wrote {output}: calibrated on {', '.join(map(str, data))}")
+    say(f"saw {describe_seen(calibration, layer)} in {calls} call{'s' * (calls != 1)} of the layer")
+    say(f"masks: {describe_masks(calibration)}")
 
 
 @commands.command()
 @layer_options
-@click.argument("calibration", type=path_argument)
+@click.argument("calibration", required=False, type=path_argument)
 @click.option("-o", "--output", required=True, type=path_argument, help="The .safetensors file to write.")
-@click.option("--arithmetic", type=click.Choice(list(KERNEL_SETS)), default="litert", show_default=True,
-              help="The TFLite kernel set to equal.")
-def quantize(layer, torch_prefix, bert_prefix, num_heads, calibration, output, arithmetic):
-    """Make an int8 layer of LAYER and what `quant calibrate` wrote."""
+@click.option("--scheme", type=click.Choice(["static", "dynamic"]), default="static", show_default=True,
+              help="static: int8 in and out, as a .tflite; dynamic: float in and out, without CALIBRATION.")
+@click.option("--arithmetic", type=click.Choice(list(KERNEL_SETS)),
+              help="The TFLite kernel set that a static layer equals; litert unless given.")
+def quantize(layer, torch_prefix, bert_prefix, num_heads, calibration, output, scheme, arithmetic):
+    """Make an int8 layer of LAYER and of CALIBRATION, which `quant calibrate` wrote."""
+    if scheme == "static" and calibration is None:
+        raise click.UsageError("CALIBRATION is missing: run `quant calibrate` first, or choose --scheme dynamic")
+    if scheme == "dynamic" and (calibration is not None or arithmetic is not None):
+        raise click.UsageError("--scheme dynamic takes neither CALIBRATION nor --arithmetic")
     check_folder(output)
     layer = read_layer(layer, torch_prefix, bert_prefix, num_heads)
-    quantized = quant.quantize(layer, Calibration.load(calibration), arithmetic=arithmetic)
+    if scheme == "dynamic":
+        edgeattn.save(quant.quantize(layer, scheme=scheme), output)
+        say(f"wrote {output}: dynamic int8, float in and out")
+        return
+    quantized = quant.quantize(layer, Calibration.load(calibration), arithmetic=arithmetic or "litert")
     edgeattn.save(quantized, output)
-    click.echo(f"wrote {output}: static int8, equal to {arithmetic}")
+    say(f"wrote {output}: static int8, equal to {quantized.arithmetic}")
 
 
 @commands.command()
 @layer_options
 @click.argument("quantized", type=path_argument)
 @click.argument("data", nargs=-1, required=True, type=path_argument)
-def compare(layer, torch_prefix, bert_prefix, num_heads, quantized, data):
+@arithmetic_option
+def compare(layer, torch_prefix, bert_prefix, num_heads, quantized, data, arithmetic):
     """Say what int8 cost: every tensor of QUANTIZED against LAYER on DATA."""
-    layer, quantized = read_layer(layer, torch_prefix, bert_prefix, num_heads), edgeattn.load(quantized)
-    click.echo(str(with_file_names(data, lambda batches: quant.compare(layer, quantized, batches))))
+    layer = read_layer(layer, torch_prefix, bert_prefix, num_heads)
+    int8 = edgeattn.load(quantized, arithmetic=arithmetic)
+    report = with_file_names(data, lambda batches: quant.compare(layer, int8, batches))
+    if quantized.suffix == ".tflite":
+        say(f"arithmetic: {arithmetic_of_tflite(arithmetic)}")
+    else:
+        say(f"arithmetic: {getattr(int8, 'arithmetic', 'our own, dynamic')}")
+    click.echo(str(report))
 
 
 @commands.command()
@@ -128,16 +178,22 @@ def export(layer, torch_prefix, bert_prefix, num_heads, path, batch, sequence_le
         mask = read_array(Path(mask))
     quant.export(layer, path, batch=batch, sequence_length=sequence_length, key_length=key_length, mask=mask,
                  test_vectors=test_vectors)
-    click.echo(f"wrote {path}: {path.stat().st_size:,} bytes")
+    say(f"wrote {path}: {path.stat().st_size:,} bytes")
 
 
 @commands.command()
 @click.argument("file", type=path_argument)
-def inspect(file):
+@arithmetic_option
+def inspect(file, arithmetic):
     """Show what FILE holds: a layer, a calibration or a .tflite graph."""
-    console = Console(file=sys.stdout, width=100, highlight=False, soft_wrap=True)
-    for part in list(describe_file(file)):
-        console.print(part, markup=False) if isinstance(part, str) else console.print(part)
+    shown = console()
+    for part in list(describe_file(file, arithmetic=arithmetic)):
+        click.echo(part) if isinstance(part, str) else shown.print(part)
+
+
+def say(text: str) -> None:
+    """Print a line, or several where it is long."""
+    click.echo(fill(text))
 
 
 def check_folder(path: Path) -> None:
@@ -151,6 +207,8 @@ def read_layer(path: Path, torch_prefix: str | None, bert_prefix: str | None, nu
     if torch_prefix is None and bert_prefix is None:
         if num_heads is not None:
             raise click.UsageError("--num-heads needs --torch-prefix or --bert-prefix: a saved layer knows its heads")
+        if path.suffix == ".npz":
+            raise click.UsageError(f"{path} is a checkpoint: give --torch-prefix or --bert-prefix, and --num-heads")
         return edgeattn.load(path)
     if torch_prefix is not None and bert_prefix is not None:
         raise click.UsageError("--torch-prefix and --bert-prefix exclude each other")

@@ -9,7 +9,14 @@ from collections.abc import Iterable
 import numpy as np
 
 from edgeattn.layers import MultiHeadAttention
-from edgeattn.quantized import MulConstant, SelectMask, StaticMultiHeadAttention, fit_mask
+from edgeattn.quantized import (
+    DynamicMultiHeadAttention,
+    MulConstant,
+    QuantizedMultiHeadAttention,
+    SelectMask,
+    StaticMultiHeadAttention,
+    fit_mask,
+)
 from quant.calibrate import check_layer
 from quant.report import Comparison, Report
 from quant.trace import counted, describe_sources, float_trace, read_calls, static_trace
@@ -18,14 +25,15 @@ UNDERFLOW_LIMIT = 0.05  # lint when int8 probabilities, multiples of 1/256, miss
 SATURATION_LIMIT = 0.01  # lint when more of a tensor than this lies outside its range
 
 
-def compare(layer: MultiHeadAttention, quantized: StaticMultiHeadAttention, batches: Iterable) -> Report:
+def compare(layer: MultiHeadAttention, quantized: QuantizedMultiHeadAttention, batches: Iterable) -> Report:
     """Compare every tensor and every head of ``quantized`` with the float ``layer`` on ``batches``.
 
     Parameters
     ----------
     layer : MultiHeadAttention
-    quantized : StaticMultiHeadAttention
-        What ``quantize`` made of it.
+    quantized : QuantizedMultiHeadAttention
+        What ``quantize`` made of it. Of a dynamic layer, whose inner tensors have no fixed codes, only the output is
+        compared.
     batches : iterable
         As for ``calibrate``; better other data than was calibrated on.
 
@@ -42,12 +50,14 @@ def compare(layer: MultiHeadAttention, quantized: StaticMultiHeadAttention, batc
         Layers that do not belong together, no batch, batches that do not fit.
     """
     check_layer(layer)
-    if not isinstance(quantized, StaticMultiHeadAttention):
-        raise TypeError(f"quantized must be a static layer from quant.quantize; got {type(quantized).__name__}")
+    if not isinstance(quantized, QuantizedMultiHeadAttention):
+        raise TypeError(f"quantized must be a layer from quant.quantize; got {type(quantized).__name__}")
     for name in ("num_heads", "embed_dim", "kdim", "vdim", "head_dim", "value_dim", "output_dim"):
         if getattr(layer, name) != getattr(quantized, name):
             raise ValueError(f"quantized does not belong to layer: {name} is {getattr(quantized, name)}, "
                              f"the layer's is {getattr(layer, name)}")
+    if isinstance(quantized, DynamicMultiHeadAttention):
+        return _compare_outputs(layer, quantized, batches)
     if (layer.out_weight is None) == ("output" in quantized.linears):
         raise ValueError("quantized does not belong to layer: one of them has no output projection")
     # our layers carry 1/sqrt(D) in the query; other converters multiply the scores by it
@@ -77,6 +87,16 @@ def compare(layer: MultiHeadAttention, quantized: StaticMultiHeadAttention, batc
         raise ValueError("batches must hold at least one batch; got none")
     return Report({name: c.result() for name, c in tensors.items()}, [c.result() for c in heads],
                   _lints(tensors, lost / rows if rows else 0.0))
+
+
+def _compare_outputs(layer: MultiHeadAttention, quantized: DynamicMultiHeadAttention, batches: Iterable) -> Report:
+    output = Comparison()
+    for call in read_calls(layer, batches, "comparing"):
+        real, got = (each(call.query, call.key, call.value, attn_mask=call.permitted) for each in (layer, quantized))
+        output.add(real, got)
+    if not output.count:
+        raise ValueError("batches must hold at least one batch; got none")
+    return Report({"output": output.result()}, [], [])
 
 
 def _with_carried_masks(permitted: np.ndarray | None, quantized: StaticMultiHeadAttention, shape) -> np.ndarray | None:

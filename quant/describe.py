@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-import rich.box
-from rich.console import RenderableType
-from rich.table import Table
 
 import edgeattn
 from edgeattn.arithmetic import CODE_MAX, CODE_MIN
 from edgeattn.layers import MultiHeadAttention
-from edgeattn.quantized import AddMask, MulConstant, StaticMultiHeadAttention
+from edgeattn.quantized import INPUTS, AddMask, DynamicMultiHeadAttention, MulConstant, StaticMultiHeadAttention
 from edgeattn.tflite_file import parse, read_bytes
 from quant.calibrate import Calibration, is_calibration
+from quant.quantize import MASK_MARGIN
+from quant.tables import fill, table
 from quant.trace import describe_sources
 
 
-def describe_file(path) -> Iterator[RenderableType]:
+def describe_file(path, *, arithmetic: str | None = None) -> Iterator:
     """Lines and tables about a .tflite file, a saved layer or a saved calibration.
+
+    Parameters
+    ----------
+    path : str or path
+    arithmetic : str, optional
+        The kernel set to read an int8 layer with, as ``edgeattn.load`` takes it.
 
     Raises
     ------
@@ -29,57 +34,86 @@ def describe_file(path) -> Iterator[RenderableType]:
     """
     path = Path(path)
     if path.suffix == ".tflite":
-        yield from _describe_tflite(path)
+        yield from _describe_tflite(path, arithmetic)
     elif is_calibration(path):
+        if arithmetic is not None:
+            raise ValueError(f"arithmetic={arithmetic!r} applies to int8 layers, but {path} holds a calibration")
         yield from _describe_calibration(Calibration.load(path))
     else:
-        layer = edgeattn.load(path)
-        yield from (_describe_static if isinstance(layer, StaticMultiHeadAttention) else _describe_float)(layer)
+        layer = edgeattn.load(path, arithmetic=arithmetic)
+        if isinstance(layer, StaticMultiHeadAttention):
+            yield from _describe_static(layer, layer.arithmetic)
+        elif isinstance(layer, DynamicMultiHeadAttention):
+            yield from _describe_dynamic(layer)
+        else:
+            yield from _describe_float(layer)
 
 
-def _describe_tflite(path: Path) -> Iterator[RenderableType]:
+def arithmetic_of_tflite(arithmetic: str | None) -> str:
+    """Under which kernel set a .tflite was read, and that the file does not say."""
+    if arithmetic is None:
+        return "not stored in a .tflite; read as litert (--arithmetic chooses)"
+    return f"not stored in a .tflite; read as {arithmetic}, as asked"
+
+
+def _describe_tflite(path: Path, arithmetic: str | None) -> Iterator:
     graph = parse(*read_bytes(path))
     for role, numbers in (("input", graph.inputs), ("output", graph.outputs)):
         for number in numbers:
             tensor = graph.tensors[number]
             yield f"{role} {tensor.name!r}: {tensor.dtype} {tuple(int(size) for size in tensor.shape)}"
-    yield f"operators: {', '.join(operator.name for operator in graph.operators)}"
+    yield fill(f"operators: {', '.join(operator.name for operator in graph.operators)}")
     if any(graph.tensors[number].dtype == np.int8 for number in (*graph.inputs, *graph.outputs)):
         try:
-            layer = edgeattn.load(path)
+            layer = edgeattn.load(path, arithmetic=arithmetic)
         except ValueError as error:
-            yield f"not a layer that edgeattn can load: {error}"
+            yield fill(f"not a layer that edgeattn can load: {error}")
         else:
-            yield from _describe_static(layer)
+            yield from _describe_static(layer, arithmetic_of_tflite(arithmetic))
 
 
-def _describe_float(layer: MultiHeadAttention) -> Iterator[RenderableType]:
+def _describe_float(layer: MultiHeadAttention) -> Iterator:
     yield f"{type(layer).__name__}, float32"
     yield from _describe_sizes(layer)
-    table = _table("parameter", "shape", "largest")
+    shown = table("parameter", "shape", "largest")
     _, tensors = layer._to_state()
     for name, array in tensors.items():
-        table.add_row(name, str(array.shape), f"{np.abs(array).max(initial=0):.4g}")
-    yield table
+        shown.add_row(name, str(array.shape), f"{np.abs(array).max(initial=0):.4g}")
+    yield shown
     yield f"{sum(array.size for array in tensors.values()):,} parameters"
 
 
-def _describe_static(layer: StaticMultiHeadAttention) -> Iterator[RenderableType]:
+def _describe_dynamic(layer: DynamicMultiHeadAttention) -> Iterator:
+    yield f"{type(layer).__name__}: float in and out, int8 inside, no calibration"
+    yield from _describe_sizes(layer)
+    yield _projections((name, layer.weights.get(name), "float32" if name in layer.biases else "none")
+                       for name in (*INPUTS, "output"))
+
+
+def _projections(rows: Iterable):
+    """A table of (name, QuantizedLinear or None, kind of its bias)."""
+    shown = table("projection", "weight", "bias", "smallest scale", "largest scale")
+    for name, linear, bias in rows:
+        if linear is not None:
+            shown.add_row(name, str(linear.weight.shape), bias, f"{linear.scale.min():.4g}",
+                          f"{linear.scale.max():.4g}")
+    return shown
+
+
+def _describe_static(layer: StaticMultiHeadAttention, arithmetic: str) -> Iterator:
     yield f"{type(layer).__name__}, int8, called with {describe_sources(layer.sources)}"
     yield from _describe_sizes(layer)
-    yield f"arithmetic: {layer.arithmetic}"
+    yield f"arithmetic: {arithmetic}"
     margin = {None: "not known", 0.0: "0, calibrated without masks: it cannot carry one"}
     yield f"mask margin: {margin.get(layer.mask_margin, layer.mask_margin)}"
-    table = _table("tensor", "scale", "zero point", "lowest", "highest")
+    shown = table("tensor", "scale", "zero point", "lowest", "highest")
     for name, t in layer.tensors.items():
         low, high = (f"{float(t.dequantize(code)):.4g}" for code in (CODE_MIN, CODE_MAX))
-        table.add_row(name, f"{t.scale:.8g}", str(t.zero_point), low, high)
-    yield table
-    table = _table("projection", "weight", "bias", "smallest scale", "largest scale")
-    for name, linear in layer.linears.items():
-        table.add_row(name, str(linear.weight.shape), "none" if linear.bias is None else "int32",
-                      f"{linear.scale.min():.4g}", f"{linear.scale.max():.4g}")
-    yield table
+        shown.add_row(name, f"{t.scale:.8g}", str(t.zero_point), low, high)
+    yield shown
+    biased = {name for name, linear in layer.linears.items() if linear.bias is not None}
+    yield _projections((name, layer.linears.get(name), "int32" if name in biased else "none")
+                       for name in (*INPUTS, "output"))
     if not layer.score_ops:
         yield "score ops: none"
     for op in layer.score_ops:
@@ -94,27 +128,34 @@ def _describe_op(op) -> str:
     return f"SelectMask of shape {op.keep.shape}, {op.keep.mean():.1%} permitted, fill {op.fill}"
 
 
-def _describe_calibration(calibration: Calibration) -> Iterator[RenderableType]:
+def _describe_calibration(calibration: Calibration) -> Iterator:
     yield f"Calibration of a layer called with {describe_sources(calibration.sources)}"
     yield f"layer checksum: {calibration.layer}"
     yield f"observer: {calibration.observer}"
-    yield f"masks: {'seen' if calibration.masked else 'none seen'}"
-    table = _table("tensor", "values", "minimum", "maximum", "range low", "range high")
+    yield fill(f"masks: {describe_masks(calibration)}")
+    shown = table("tensor", "values", "minimum", "maximum", "range low", "range high")
     for name, s in calibration.statistics.items():
         low, high = calibration.range(name, symmetric=name in ("key", "value"))
-        table.add_row(name, f"{s.count:,}", *(f"{number:.4g}" for number in (s.minimum, s.maximum, low, high)))
-    yield table
+        shown.add_row(name, f"{s.count:,}", *(f"{number:.4g}" for number in (s.minimum, s.maximum, low, high)))
+    yield shown
+
+
+def describe_seen(calibration: Calibration, layer: MultiHeadAttention) -> str:
+    """How many tokens ``layer`` was calibrated on; the keys' too where they are an input of their own."""
+    tokens = [f"{calibration.statistics['query_input'].count // max(layer.embed_dim, 1):,} tokens"]
+    if calibration.sources[1]:
+        tokens.append(f"{calibration.statistics['key_input'].count // max(layer.kdim, 1):,} of keys")
+    return " and ".join(tokens)
+
+
+def describe_masks(calibration: Calibration) -> str:
+    """Whether a calibration saw masks, and what that means for the int8 layer."""
+    if calibration.masked:
+        return f"seen; an int8 layer can carry one: masked scores lie {MASK_MARGIN:g} below the lowest row or further"
+    return "none seen; mask margin 0: an int8 layer takes masks in its calls, but cannot carry one"
 
 
 def _describe_sizes(layer) -> Iterator[str]:
     yield f"heads: {layer.num_heads} (key and value heads: {layer.num_kv_heads})"
     yield f"widths: query {layer.embed_dim}, key {layer.kdim}, value {layer.vdim}, output {layer.output_dim}"
     yield f"head size: {layer.head_dim}, value size: {layer.value_dim}"
-
-
-def _table(*titles: str) -> Table:
-    table = Table(box=rich.box.SIMPLE_HEAD)
-    table.add_column(titles[0])
-    for title in titles[1:]:
-        table.add_column(title, justify="right")
-    return table

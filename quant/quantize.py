@@ -7,7 +7,10 @@ import numpy as np
 from edgeattn.layers import MultiHeadAttention
 from edgeattn.quantized import (
     INPUTS,
+    LARGEST_SCALE,
     PROBABILITIES,
+    SMALLEST_SCALE,
+    DynamicMultiHeadAttention,
     QuantizedLinear,
     QuantizedMultiHeadAttention,
     StaticMultiHeadAttention,
@@ -19,27 +22,31 @@ from quant.calibrate import Calibration, check_layer, fingerprint
 # smallest probability int8 can hold, which leaves room for rows lower than any seen at calibration. A smaller margin
 # lets masked keys through, a larger one makes the codes coarser (measured: docs/masks.md).
 MASK_MARGIN = 12.0
-# Zeros, and what is nearly zero: the product of two scales and the reciprocal of one shall be normal float32 numbers.
-SMALLEST_SCALE = 2.0**-60
+# Scores this close are equal to any softmax: exp(255 * 2**-20) is 1.0002.
+SMALLEST_SCORE_SCALE = 2.0**-20
 
 
 def quantize(layer: MultiHeadAttention, calibration: Calibration | None = None, *, scheme: str = "static",
              arithmetic: str = "litert") -> QuantizedMultiHeadAttention:
     """Quantize a float layer to int8.
 
-    Weights are symmetric per output channel, keys and values symmetric per tensor, everything else asymmetric per
-    tensor. 1/sqrt(D) goes into the scale of the query projection, which changes no weight. Grouped key and value heads
-    are repeated. The scores' range is that of permitted scores, cut where a score no longer matters to any row; when a
-    mask was seen it reaches MASK_MARGIN below the lowest row's maximum, so that masks survive.
+    Dynamic: weights symmetric per output channel, everything else at run time; no calibration.
+
+    Static: weights are symmetric per output channel, keys and values symmetric per tensor, everything else asymmetric
+    per tensor. 1/sqrt(D) goes into the scale of the query projection, which changes no weight. Grouped key and value
+    heads are repeated. The scores' range is that of permitted scores, cut where a score no longer matters to any row;
+    when a mask was seen it reaches MASK_MARGIN below the lowest row's maximum, so that masks survive.
 
     Parameters
     ----------
     layer : MultiHeadAttention
     calibration : Calibration
-        From ``calibrate`` on the same layer.
-    scheme : {"static"}
+        From ``calibrate`` on the same layer; the dynamic scheme needs none.
+    scheme : {"static", "dynamic"}
+        "static": int8 in and out, what ``.tflite`` files and microcontrollers run. "dynamic": float in and out, the
+        more accurate choice where Python is the host.
     arithmetic : str
-        The TFLite kernel set to equal, a name in ``edgeattn.arithmetic.KERNEL_SETS``.
+        The TFLite kernel set for the static scheme to equal, a name in ``edgeattn.arithmetic.KERNEL_SETS``.
 
     Returns
     -------
@@ -51,17 +58,23 @@ def quantize(layer: MultiHeadAttention, calibration: Calibration | None = None, 
         Naming the argument.
     """
     check_layer(layer)
+    if scheme == "dynamic":
+        return _quantize_dynamic(layer)
     if scheme != "static":
-        raise ValueError(f"scheme must be 'static'; got {scheme!r}")
+        raise ValueError(f"scheme must be 'static' or 'dynamic'; got {scheme!r}")
     if not isinstance(calibration, Calibration):
         raise TypeError(f"calibration must be a quant.Calibration for scheme='static' (run quant.calibrate first); "
                         f"got {type(calibration).__name__}")
     if calibration.layer != fingerprint(layer):
         raise ValueError("calibration was made with another layer: its weights differ from this layer's")
+    for name in calibration.statistics:
+        low, high = calibration.range(name)
+        if high - low > 127 * LARGEST_SCALE:
+            raise ValueError(f"calibration saw {name} values up to {max(-low, high):.3g}; int8 scales end at 2**60")
     tensors = {name: _quantization(*calibration.range(name)) for name in calibration.statistics}
     for name in ("key", "value"):
         tensors[name] = _symmetric_quantization(*calibration.range(name, symmetric=True))
-    tensors["scores"] = _quantization(*_score_range(calibration))
+    tensors["scores"] = _quantization(*_score_range(calibration), smallest=SMALLEST_SCORE_SCALE)
     tensors["probabilities"] = PROBABILITIES
 
     def linear(name, weight, bias, source):
@@ -75,10 +88,22 @@ def quantize(layer: MultiHeadAttention, calibration: Calibration | None = None, 
         linears["output"] = linear("output", layer.out_weight, layer.out_bias, "context")
     fold = np.float32(layer.scale)
     q = linears["query"]
-    linears["query"] = QuantizedLinear(q.weight, q.scale * fold, q.bias)
-    tensors["query"] = TensorQuantization(tensors["query"].scale * fold, tensors["query"].zero_point)
+    smallest = np.float32(SMALLEST_SCALE)
+    linears["query"] = QuantizedLinear(q.weight, np.maximum(q.scale * fold, smallest), q.bias)
+    tensors["query"] = TensorQuantization(max(tensors["query"].scale * fold, smallest), tensors["query"].zero_point)
     return StaticMultiHeadAttention(layer.num_heads, linears, tensors, sources=calibration.sources,
                                     arithmetic=arithmetic, mask_margin=MASK_MARGIN if calibration.masked else 0.0)
+
+
+def _quantize_dynamic(layer: MultiHeadAttention) -> DynamicMultiHeadAttention:
+    weights, biases = {}, {}
+    for name, short in zip((*INPUTS, "output"), ("q", "k", "v", "out"), strict=True):
+        weight, bias = getattr(layer, f"{short}_weight"), getattr(layer, f"{short}_bias")
+        if weight is not None:
+            weights[name] = quantize_linear(weight, None, 1.0)
+        if bias is not None:
+            biases[name] = bias
+    return DynamicMultiHeadAttention(layer.num_heads, weights, biases, num_kv_heads=layer.num_kv_heads)
 
 
 def quantize_linear(weight: np.ndarray, bias: np.ndarray | None, input_scale) -> QuantizedLinear:
@@ -105,11 +130,11 @@ def _score_range(calibration: Calibration) -> tuple[float, float]:
     return min(0.0, reach if calibration.masked else max(low, reach)), high
 
 
-def _quantization(low: float, high: float) -> TensorQuantization:
+def _quantization(low: float, high: float, smallest: float = SMALLEST_SCALE) -> TensorQuantization:
     """256 codes over [low, high], low <= 0 <= high."""
     if high == low:
         return TensorQuantization(1.0, 0)
-    scale = np.float32(max((high - low) / 255, SMALLEST_SCALE))
+    scale = np.float32(max((high - low) / 255, smallest))
     return TensorQuantization(scale, int(np.clip(np.rint(-128 - low / float(scale)), -128, 127)))
 
 

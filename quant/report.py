@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import math
 from dataclasses import dataclass
 
 import numpy as np
-import rich.box
-from rich.console import Console
-from rich.table import Table
 
 from edgeattn.arithmetic import CODE_MAX, CODE_MIN
 from edgeattn.quantized import TensorQuantization
+from quant.tables import fill, render, table
 
 
 @dataclass(frozen=True)
@@ -44,15 +41,19 @@ class Comparison:
 
     def update(self, real: np.ndarray, codes: np.ndarray, quantization: TensorQuantization) -> None:
         """Take in float values and the int8 codes that stand for them, of one shape."""
-        real, got = real.astype(np.float64), quantization.dequantize(codes).astype(np.float64)
         half = float(quantization.scale) / 2
         low, high = (float(quantization.dequantize(code)) for code in (CODE_MIN, CODE_MAX))
+        self.below += int(np.count_nonzero(real < low - half))
+        self.above += int(np.count_nonzero(real > high + half))
+        self.add(real, quantization.dequantize(codes))
+
+    def add(self, real: np.ndarray, got: np.ndarray) -> None:
+        """Take in float values and what was computed in their place, of one shape."""
+        real, got = real.astype(np.float64), got.astype(np.float64)
         self.signal += float(np.sum(real * real))
         self.noise += float(np.sum((real - got) ** 2))
         self.dot += float(np.sum(real * got))
         self.other += float(np.sum(got * got))
-        self.below += int(np.count_nonzero(real < low - half))
-        self.above += int(np.count_nonzero(real > high + half))
         self.count += real.size
 
     def result(self) -> TensorReport:
@@ -83,18 +84,13 @@ class Report:
     heads: list[TensorReport]
     lints: list[str]
 
-    def __rich__(self) -> Table:
-        table = Table(box=rich.box.SIMPLE_HEAD)
-        table.add_column("tensor")
-        for title in ("SQNR dB", "cosine", "saturated"):
-            table.add_column(title, justify="right")
+    def __rich__(self):
+        shown = table("tensor", "SQNR dB", "cosine", "saturated")
         rows = [*self.tensors.items(), *((f"context of head {h}", r) for h, r in enumerate(self.heads))]
         for i, (name, r) in enumerate(rows):
-            table.add_row(name, f"{r.sqnr_db:.1f}", f"{r.cosine:.5f}", f"{r.saturation:.2%}",
+            shown.add_row(name, f"{r.sqnr_db:.1f}", f"{r.cosine:.5f}", f"{r.saturation:.2%}",
                           end_section=i + 1 == len(self.tensors))
-        return table
+        return shown
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=80, force_terminal=False, color_system=None)
-        console.print(self)
-        return "\n".join([console.file.getvalue().rstrip(), *(f"note: {lint}" for lint in self.lints)])
+        return "\n".join([render(self), *(fill(f"note: {lint}") for lint in self.lints)])

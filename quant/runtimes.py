@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import math
+import os
 import platform
 import sys
+import tempfile
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -132,7 +135,6 @@ class Runtime:
 # -- ai-edge-litert and tflite-runtime: one interface
 
 def _interpreter_session(interpreter, name: str) -> Session:
-    interpreter.allocate_tensors()
     inputs, outputs = interpreter.get_input_details(), interpreter.get_output_details()
 
     def invoke(arrays):
@@ -151,12 +153,40 @@ def _interpreter_session(interpreter, name: str) -> Session:
     )
 
 
+_GREETING = b"INFO: Created TensorFlow Lite XNNPACK delegate for CPU.\n"
+
+
+_descriptor_lock = threading.Lock()  # the descriptor is the whole process's
+
+
+def _allocate_without_greeting(interpreter) -> None:
+    """Allocate, and keep back the line in which LiteRT says, past Python on descriptor 2, that it runs as usual.
+
+    No setting of LiteRT turns it off. Whatever else is written meanwhile arrives a moment later.
+    """
+    with _descriptor_lock, tempfile.TemporaryFile() as said:
+        try:
+            stderr = os.dup(2)
+        except OSError:  # closed: there is nothing to keep clean
+            interpreter.allocate_tensors()
+            return
+        os.dup2(said.fileno(), 2)
+        try:
+            interpreter.allocate_tensors()
+        finally:
+            os.dup2(stderr, 2)
+            said.seek(0)
+            os.write(stderr, said.read().replace(_GREETING, b""))
+            os.close(stderr)
+
+
 def _litert(resolver: str) -> Callable[[bytes, str], Session]:
     def open_model(data: bytes, name: str) -> Session:
         litert = importlib.import_module("ai_edge_litert.interpreter")
         interpreter = litert.Interpreter(
             model_content=data, experimental_op_resolver_type=getattr(litert.OpResolverType, resolver)
         )
+        _allocate_without_greeting(interpreter)
         return _interpreter_session(interpreter, name)
 
     return open_model
@@ -164,9 +194,9 @@ def _litert(resolver: str) -> Callable[[bytes, str], Session]:
 
 def _tflite_runtime(data: bytes, name: str) -> Session:
     # The default resolver only: this release's BUILTIN_REF corrupts the heap with per-channel weights.
-    return _interpreter_session(
-        importlib.import_module("tflite_runtime.interpreter").Interpreter(model_content=data), name
-    )
+    interpreter = importlib.import_module("tflite_runtime.interpreter").Interpreter(model_content=data)
+    interpreter.allocate_tensors()
+    return _interpreter_session(interpreter, name)
 
 
 # -- TFLite Micro

@@ -1,4 +1,7 @@
-"""from_torch and from_bert: where every row goes, and what is refused."""
+"""from_torch, from_bert and from_gpt2: where every row goes, and what is refused."""
+
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -87,6 +90,15 @@ def test_torch_separate():
 def test_torch_without_bias(kdim):
     layer = MultiHeadAttention.from_torch(torch_state(kdim=kdim, bias=False), 2)
     assert (layer.q_bias, layer.k_bias, layer.v_bias, layer.out_bias) == (None,) * 4
+
+
+def test_torch_added_keys():
+    """add_bias_kv=True stores bias_k and bias_v; add_zero_attn=True stores nothing."""
+    state = changed(torch_state(), bias_k=random(1, 1, E), bias_v=random(1, 1, E) + 1)
+    layer = MultiHeadAttention.from_torch(state, 2, add_zero_attn=True)
+    same(layer, bias_k=state["bias_k"].reshape(-1), bias_v=state["bias_v"].reshape(-1))
+    assert layer.extra_keys == 2
+    assert MultiHeadAttention.from_torch(state, 2).extra_keys == 1
 
 
 def test_torch_numbers_by_hand():
@@ -208,9 +220,9 @@ BAD_TORCH = {
         r"k_proj_weight must be \(6, 5\), got \(3, 5\)",
     ),
     "bias_k": (
-        changed(torch_state(), bias_k=random(1, 1, E), bias_v=random(1, 1, E)),
+        changed(torch_state(), bias_k=random(1, 1, 5)),
         ValueError,
-        "state_dict has bias_k: layers made with add_bias_kv=True are not supported yet",
+        r"missing: bias_v; mis-shaped: bias_k must be \(1, 1, 6\), got \(1, 1, 5\)",
     ),
     "integers": (
         changed(torch_state(), in_proj_weight=np.ones((3 * E, E), int)),
@@ -220,7 +232,7 @@ BAD_TORCH = {
     "unreadable": (
         changed(torch_state(), in_proj_bias=Unreadable()),
         TypeError,
-        r"state_dict\['in_proj_bias'\] cannot be read as a NumPy array: requires grad",
+        "'in_proj_bias' cannot be read as a NumPy array: requires grad",
     ),
     "empty": ({}, ValueError, "prefix '' fits no tensor in state_dict"),
     "no path": (3, TypeError, "path must be a string or a path, got int"),
@@ -289,7 +301,7 @@ def test_bad_bert_checkpoints_are_refused():
         MultiHeadAttention.from_bert(bert_state("a."), "b.", 2)
 
 
-@pytest.mark.parametrize("suffix", [".pt", ".bin", ""])
+@pytest.mark.parametrize("suffix", [".msgpack", ""])
 def test_other_files_are_refused(tmp_path, suffix):
     with pytest.raises(
         ValueError, match=r"path must end in .safetensors or .npz, got .*safetensors.torch.save_file"
@@ -318,3 +330,146 @@ def test_npz_with_objects_is_not_unpickled(tmp_path):
     np.savez(path, in_proj_weight=np.array([{}], object))
     with pytest.raises(ValueError, match="model.npz is not a whole .npz file of plain arrays"):
         MultiHeadAttention.from_torch(path, 2)
+
+
+def gpt2_state(prefix="", width=8, inner=8):
+    return {
+        f"{prefix}c_attn.weight": random(width, 3 * inner),
+        f"{prefix}c_attn.bias": random(3 * inner),
+        f"{prefix}c_proj.weight": random(inner, width),
+        f"{prefix}c_proj.bias": random(width),
+        f"{prefix}bias": np.tril(np.ones((1, 1, 4, 4), bool)),
+        f"{prefix}masked_bias": np.array(-1e4, np.float32),
+    }
+
+
+def conv1d_attention(x, source, q, kv, proj, heads):
+    """Attention of GPT-2 written out for Conv1D weights, (inputs, outputs), in float64, not masked."""
+    queries = x @ q[0] + q[1]
+    keys, values = np.split(source @ kv[0] + kv[1], 2, axis=-1)
+    context = []
+    for q_head, k_head, v_head in zip(*(np.split(y, heads, axis=-1) for y in (queries, keys, values)), strict=True):
+        scores = np.exp(q_head @ k_head.swapaxes(-1, -2) / np.sqrt(q_head.shape[-1]))
+        context.append(scores / scores.sum(-1, keepdims=True) @ v_head)
+    return np.concatenate(context, -1) @ proj[0] + proj[1]
+
+
+@pytest.mark.parametrize("inner", [8, 6])
+def test_gpt2(tmp_path, inner):
+    state = gpt2_state("h.0.attn.", inner=inner)
+    path = save(state, tmp_path / "gpt2.safetensors")
+    layer = MultiHeadAttention.from_gpt2(path, "h.0.attn.", 2)
+    weight, bias, projection, offset = (x.astype(np.float64) for x in list(state.values())[:4])
+    x = random(2, 5, 8)
+    q, kv = (weight[:, :inner], bias[:inner]), (weight[:, inner:], bias[inner:])
+    np.testing.assert_allclose(
+        layer(x), conv1d_attention(x, x, q, kv, (projection, offset), 2), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_gpt2_cross_attention():
+    state = gpt2_state()
+    state.update({"c_attn.weight": random(8, 16), "c_attn.bias": random(16)})
+    state.update({"q_attn.weight": random(8, 8), "q_attn.bias": random(8)})
+    layer = MultiHeadAttention.from_gpt2(state, "", 4)
+    x, source = random(2, 5, 8), random(2, 3, 8)
+    pairs = [(state[f"{name}.weight"], state[f"{name}.bias"]) for name in ("q_attn", "c_attn", "c_proj")]
+    np.testing.assert_allclose(layer(x, source), conv1d_attention(x, source, *pairs, 4), rtol=1e-4, atol=1e-4)
+
+
+def test_bad_gpt2_checkpoints_are_refused():
+    state = changed(
+        gpt2_state(), drop=["c_proj.bias"], c_attn__bias=random(23), lora__weight=random(2, 2)
+    )
+    with pytest.raises(
+        ValueError, match=r"missing: c_proj.bias; unexpected: lora.weight; mis-shaped: c_attn.bias must be \(24\), got"
+    ):
+        MultiHeadAttention.from_gpt2(state, "", 2)
+    with pytest.raises(ValueError, match=r"prefixes with c_attn.weight: \['h.0.attn.'\]"):
+        MultiHeadAttention.from_gpt2(gpt2_state("h.0.attn."), "h.1.attn.", 2)
+    with pytest.raises(ValueError, match="num_heads must divide the width 8 of the projections, got 3"):
+        MultiHeadAttention.from_gpt2(gpt2_state(), "", 3)
+
+
+class Bfloat16Parameter:
+    """What torch gives of a parameter, as far as a reader needs it."""
+
+    def __init__(self, array):
+        self.array, self.dtype = array, "torch.bfloat16"
+
+    def detach(self):
+        return self
+
+    cpu = detach
+
+    def float(self):
+        return self.array
+
+
+def test_torch_parameters_are_read_without_their_gradient():
+    state = {name: Bfloat16Parameter(tensor) for name, tensor in torch_state().items()}
+    same(MultiHeadAttention.from_torch(state, 2), out_weight=torch_state()["out_proj.weight"])
+
+
+def torch_that_loads(monkeypatch, content, version="2.6.0+cpu"):
+    """Put a stand-in for torch in place that loads `content`, and return the list of its calls."""
+    calls = []
+
+    def load(path, **options):
+        calls.append(options)
+        if isinstance(content, Exception):
+            raise content
+        return content
+
+    module = types.ModuleType("torch")
+    module.__version__, module.load = version, load
+    monkeypatch.setitem(sys.modules, "torch", module)
+    return calls
+
+
+@pytest.fixture
+def pickled(tmp_path):
+    path = tmp_path / "model.pt"
+    path.write_bytes(b"what is in it is the stand-in's business")
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin", ".ckpt"])
+def test_torch_files_are_read_by_the_safe_loader_only(monkeypatch, tmp_path, suffix):
+    path = tmp_path / f"model{suffix}"
+    path.write_bytes(b"")
+    calls = torch_that_loads(monkeypatch, torch_state())
+    same(MultiHeadAttention.from_torch(path, 2), out_weight=torch_state()["out_proj.weight"])
+    assert calls == [{"map_location": "cpu", "weights_only": True}]
+
+
+def test_torch_files_without_torch(monkeypatch, pickled):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ImportError, match=r"model.pt is a pickle of torch, .*convert .*safetensors.torch.save_file"):
+        MultiHeadAttention.from_torch(pickled, 2)
+
+
+def test_torch_files_are_not_given_to_an_unsafe_torch(monkeypatch, pickled):
+    calls = torch_that_loads(monkeypatch, torch_state(), version="2.5.1")
+    with pytest.raises(ImportError, match="torch before 2.6 can be made to run code by one, got torch 2.5.1"):
+        MultiHeadAttention.from_torch(pickled, 2)
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([1], "model.pt must hold a state dict, got list"),
+        ({"state_dict": torch_state(), "epoch": 3}, r"got mappings under \['state_dict'\]; .*\['state_dict'\]"),
+        (RuntimeError("load failed. Disable safety to go on"), "model.pt is not a whole file .*: load failed$"),
+    ],
+)
+def test_other_torch_files_are_refused(monkeypatch, pickled, content, message):
+    torch_that_loads(monkeypatch, content)
+    with pytest.raises(ValueError, match=message):
+        MultiHeadAttention.from_torch(pickled, 2)
+
+
+def test_missing_torch_files_are_the_systems_error(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        MultiHeadAttention.from_torch(tmp_path / "model.pt", 2)

@@ -1,4 +1,5 @@
 """The command lines: the whole job through files, one line for every error, and nothing that a device lacks."""
+import contextlib
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import edgeattn
 import edgeattn.cli
 import quant
 import quant.cli
+from edgeattn.isa import ISA
 from quant.calibrate import Calibration
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,7 +52,10 @@ def quant_command(folder, capsys):
 def test_the_whole_job(quant_command, folder):
     data = ("x.npy", "one.npy", "masked.npz", "causal.npz")
     out = quant_command("calibrate", "layer.safetensors", *data, "-o", "c.safetensors")
-    assert out == "wrote c.safetensors: calibrated on x.npy, one.npy, masked.npz, causal.npz\n"
+    assert out == ("wrote c.safetensors: calibrated on x.npy, one.npy, masked.npz, causal.npz\n"
+                   "saw 675 tokens in 6 calls of the layer\n"
+                   "masks: seen; an int8 layer can carry one: masked scores lie 12 below the lowest\n"
+                   "  row or further\n")
     out = quant_command("quantize", "layer.safetensors", "c.safetensors", "-o", "q.safetensors", "--arithmetic", "tflm")
     assert out == "wrote q.safetensors: static int8, equal to tflm\n"
     report = quant_command("compare", "layer.safetensors", "q.safetensors", *data)
@@ -72,7 +77,7 @@ def test_the_whole_job(quant_command, folder):
     expected = quant.quantize(layer, calibration, arithmetic="tflm")
     loaded = edgeattn.load("q.safetensors")
     assert (loaded.arithmetic, loaded.tensors) == ("tflm", expected.tensors)
-    assert report.strip() == str(quant.compare(layer, expected, batches)).strip()
+    assert report == f"arithmetic: tflm\n{quant.compare(layer, expected, batches)}\n"
     x = np.random.default_rng(0).integers(-128, 128, (2, 9, 32)).astype(np.int8)
     np.testing.assert_array_equal(edgeattn.load("q.tflite", arithmetic="tflm").run_int8(x),
                                   expected.with_mask(np.tri(9, dtype=bool)).run_int8(x))
@@ -114,6 +119,33 @@ def test_checkpoints_of_other_libraries(quant_command):
     assert "prefix 'attn.' fits no tensor in torch.npz; prefixes with" in error
 
 
+def test_dynamic(quant_command):
+    out = quant_command("quantize", "layer.safetensors", "-o", "d.safetensors", "--scheme", "dynamic")
+    assert out == "wrote d.safetensors: dynamic int8, float in and out\n"
+    text = quant_command("inspect", "d.safetensors")
+    assert "DynamicMultiHeadAttention: float in and out" in text
+    assert [row.split()[0] for row in text.splitlines() if "(32, 32)" in row] == ["query", "key", "value", "output"]
+    report = quant_command("compare", "layer.safetensors", "d.safetensors", "x.npy")
+    expected = quant.compare(random_layer(1), edgeattn.load("d.safetensors"), [np.load("x.npy")])
+    assert report == f"arithmetic: our own, dynamic\n{expected}\n"
+
+
+def test_what_a_tflite_does_not_say(quant_command):
+    quant_command("calibrate", "layer.safetensors", "x.npy", "-o", "c.safetensors")
+    quant_command("quantize", "layer.safetensors", "c.safetensors", "-o", "q.safetensors")
+    quant_command("export", "q.safetensors", "q.tflite", "--sequence-length", 9)
+    unsaid = "arithmetic: not stored in a .tflite; read as litert (--arithmetic chooses)\n"
+    assert unsaid in quant_command("inspect", "q.tflite")
+    assert quant_command("compare", "layer.safetensors", "q.tflite", "x.npy").startswith(unsaid)
+    asked = "arithmetic: not stored in a .tflite; read as tflm, as asked\n"
+    assert asked in quant_command("inspect", "q.tflite", "--arithmetic", "tflm")
+    report = quant_command("compare", "layer.safetensors", "q.tflite", "x.npy", "--arithmetic", "tflm")
+    assert report.startswith(asked)
+    assert report.removeprefix(asked) == str(quant.compare(
+        random_layer(1), edgeattn.load("q.tflite", arithmetic="tflm"), [np.load("x.npy")])) + "\n"
+    assert "arithmetic: tflm\n" in quant_command("inspect", "q.safetensors", "--arithmetic", "tflm")
+
+
 def test_inspect(quant_command):
     quant_command("calibrate", "layer.safetensors", "x.npy", "masked.npz", "-o", "c.safetensors")
     quant_command("quantize", "layer.safetensors", "c.safetensors", "-o", "q.safetensors",
@@ -132,13 +164,15 @@ def test_inspect(quant_command):
     for name, t in layer.tensors.items():
         assert any(row[:3] == [name, f"{t.scale:.8g}", str(t.zero_point)] for row in rows), name
     assert "arithmetic: litert-arm" in text
+    names = [row[0] for row in rows[[row[:1] for row in rows].index(["projection"]):] if row]
+    assert [name for name in names if name in ("query", "key", "value", "output")] == ["query", "key", "value", "output"]
     assert f"mask margin: {layer.mask_margin}" in text
     assert "score ops: none" in text
     assert "called with a query alone" in text
 
     text = quant_command("inspect", "q.tflite")
     assert "input 'input': int8 (1, 9, 32)" in text
-    assert "SELECT_V2, SOFTMAX, BATCH_MATMUL" in text
+    assert "SELECT_V2, SOFTMAX, BATCH_MATMUL" in " ".join(text.split())
     assert "score op: SelectMask of shape (1, 1, 9, 9), 55.6% permitted, fill -128" in text
 
     text = quant_command("inspect", "f.tflite")
@@ -148,6 +182,10 @@ def test_inspect(quant_command):
     text = quant_command("inspect", "c.safetensors")
     assert "observer: minmax" in text
     assert "masks: seen" in text
+    for file in ("layer.safetensors", "q.safetensors", "q.tflite", "c.safetensors"):
+        lines = quant_command("inspect", file).split("\n")
+        assert max(map(len, lines)) <= 80, file
+        assert all(line == line.rstrip() for line in lines), file
     assert any(row[:2] == ["query_input", f"{72 * 9 * 32:,}"] for row in map(str.split, text.splitlines()))
 
 
@@ -170,8 +208,21 @@ ERRORS = [
     ("quantize layer.safetensors layer.safetensors -o q.safetensors", "layer.safetensors is not a whole calibration"),
     ("quantize layer.safetensors other.safetensors -o q.safetensors", "calibration was made with another layer"),
     ("quantize layer.safetensors other.safetensors -o q.safetensors --arithmetic x", "Invalid value for '--arithmetic'"),
-    ("compare layer.safetensors layer.safetensors x.npy", "quantized must be a static layer from quant.quantize"),
-    ("export layer.safetensors a.tflite", "sequence_length is required for a .tflite"),
+    ("quantize layer.safetensors -o q.safetensors", "CALIBRATION is missing: run `quant calibrate` first, or choose"),
+    ("quantize layer.safetensors other.safetensors -o q.safetensors --scheme dynamic", "takes neither CALIBRATION nor"),
+    ("quantize layer.npz other.safetensors -o q.safetensors", "--torch-prefix or --bert-prefix, and --num-heads"),
+    ("quantize plain.safetensors other.safetensors -o q.safetensors",
+     "of other libraries with --torch-prefix or --bert-prefix, and --num-heads\n"),
+    ("quantize plain.safetensors other.safetensors -o q.safetensors --num-heads 5 --torch-prefix a.",
+     "--num-heads must divide the width 32"),
+    ("export layer.safetensors a.tflite --sequence-length 9 --mask x.npy", "--mask must be \"causal\" or a .npy file"),
+    ("export layer.safetensors a.tflite --mask causal", "--mask causal needs --sequence-length"),
+    ("export unmasked.safetensors a.tflite --sequence-length 9 --mask causal",
+     "run `quant calibrate` on DATA in .npz files that hold attn_mask, key_padding_mask or is_causal"),
+    ("inspect other.safetensors --arithmetic tflm", "applies to int8 layers, but other.safetensors holds a calib"),
+    ("inspect layer.safetensors --arithmetic tflm", "applies to int8 layers, but layer.safetensors holds a Multi"),
+    ("compare layer.safetensors layer.safetensors x.npy", "quantized must be a layer from quant.quantize"),
+    ("export layer.safetensors a.tflite", "quant: --sequence-length is required for a .tflite"),
     ("export layer.safetensors a.onnx --sequence-length 9", "path must end in one of .tflite, .safetensors, .c"),
     ("export layer.safetensors a.tflite --sequence-length nine", "Invalid value for '--sequence-length'"),
     ("export layer.safetensors a.tflite --sequence-length 9 --mask diagonal", "quant: diagonal: No such file"),
@@ -183,20 +234,38 @@ ERRORS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def awkward(tmp_path_factory):
+    """A folder of files that are not what a command wants, made once."""
+    folder = tmp_path_factory.mktemp("awkward")
+    layer = random_layer(1)
+    calibration = quant.calibrate(layer, [random_input(0, 2, 9, 32)])
+    edgeattn.save(layer, folder / "layer.safetensors")
+    edgeattn.save(quant.quantize(layer, calibration), folder / "unmasked.safetensors")
+    quant.calibrate(random_layer(2), [random_input(0, 2, 9, 32)]).save(folder / "other.safetensors")
+    safetensors.numpy.save_file({"a.in_proj_weight": np.zeros((96, 32), np.float32),
+                                 "a.out_proj.weight": np.zeros((32, 32), np.float32)}, folder / "plain.safetensors")
+    np.save(folder / "x.npy", random_input(0, 3, 9, 32))
+    np.save(folder / "narrow.npy", random_input(0, 2, 9, 31))
+    np.savez(folder / "nan.npz", query=np.full((2, 9, 32), np.nan, np.float32))
+    np.savez(folder / "names.npz", x=np.zeros(3, np.float32))
+    np.save(folder / "objects.npy", np.array([{}], object), allow_pickle=True)
+    np.savez(folder / "whole.npz", query=random_input(2, 2, 9, 32))
+    for whole, cut in (("x.npy", "cut.npy"), ("whole.npz", "cut.npz"), ("layer.safetensors", "cut.safetensors")):
+        (folder / cut).write_bytes((folder / whole).read_bytes()[:500])
+    (folder / "cut.tflite").write_bytes(b"\0\0\0\0TFL3")
+    return folder
+
+
 @pytest.mark.parametrize("line,expected", ERRORS)
-def test_errors_are_one_line_and_write_nothing(quant_command, folder, line, expected):
-    np.save("narrow.npy", random_input(0, 2, 9, 31))
-    np.savez("nan.npz", query=np.full((2, 9, 32), np.nan, np.float32))
-    np.savez("names.npz", x=np.zeros(3, np.float32))
-    np.save("objects.npy", np.array([{}], object), allow_pickle=True)
-    Path("cut.npy").write_bytes(Path("x.npy").read_bytes()[:500])
-    Path("cut.npz").write_bytes(Path("masked.npz").read_bytes()[:500])
-    Path("cut.safetensors").write_bytes(Path("layer.safetensors").read_bytes()[:500])
-    Path("cut.tflite").write_bytes(b"\0\0\0\0TFL3")
-    quant.calibrate(random_layer(2), random_input(0, 2, 9, 32)).save("other.safetensors")
-    before = sorted(os.listdir())
-    assert expected in quant_command(*line.split(), status=2)
-    assert sorted(os.listdir()) == before
+def test_errors_are_one_line_and_write_nothing(awkward, monkeypatch, capsys, line, expected):
+    monkeypatch.chdir(awkward)
+    before = {path: path.read_bytes() for path in awkward.iterdir()}
+    assert quant.cli.main(line.split()) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert expected in err
+    assert {path: path.read_bytes() for path in awkward.iterdir()} == before
 
 
 def run(*arguments, **environment):
@@ -205,12 +274,51 @@ def run(*arguments, **environment):
 
 
 def test_quant_as_a_process(tmp_path):
-    shown = run("quant.cli", "inspect", str(tmp_path / "no.tflite"))
+    shown = run("quant", "inspect", str(tmp_path / "no.tflite"))
     assert (shown.returncode, shown.stdout) == (2, "")
     assert shown.stderr.endswith("no.tflite: No such file or directory\n")
-    shown = run("quant.cli", "--help")
+    shown = run("quant", "--help")
     assert shown.returncode == 0
     assert all(f"\n  {verb} " in shown.stdout for verb in ("calibrate", "quantize", "compare", "export", "inspect"))
+
+
+def without_the_extra(code):
+    code = f"import sys; sys.modules.update(click=None, rich=None, flatbuffers=None)\n{code}"
+    return subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_quant_without_its_extra_says_what_to_install():
+    shown = without_the_extra("from quant.__main__ import main; sys.exit(main(['--help']))")
+    assert (shown.returncode, shown.stdout) == (2, "")
+    assert shown.stderr == ("quant: the command needs the package click: pip install '.[quant]' in edgeattn's folder\n")
+
+
+def test_import_quant_needs_no_extra():
+    shown = without_the_extra("""
+import quant, numpy as np
+sys.path.insert(0, "tests")
+from workbench import random_layer, random_input
+layer, x = random_layer(1), random_input(0, 2, 9, 32)
+calibration = quant.calibrate(layer, [x])
+report = quant.compare(layer, quant.quantize(layer, calibration), [x])
+assert report.tensors["output"].cosine > 0.99
+for use in (lambda: str(report), lambda: quant.export(layer, "never.tflite", sequence_length=9)):
+    try:
+        use()
+    except ImportError as error:
+        print(error)
+""")
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout == ("a table needs the package rich: pip install '.[quant]' in edgeattn's folder\n"
+                            "writing .tflite needs the package flatbuffers: pip install '.[quant]' in edgeattn's "
+                            "folder\n")
+
+
+@pytest.mark.parametrize("main,name", [(edgeattn.cli.main, "edgeattn"), (quant.cli.main, "quant")])
+def test_version(main, name, capsys):
+    with contextlib.suppress(SystemExit):
+        assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"{name} {edgeattn.__version__}\n"
 
 
 def test_edgeattn_info_says_what_is_here(capsys):
@@ -219,16 +327,19 @@ def test_edgeattn_info_says_what_is_here(capsys):
     assert f"numpy {np.__version__}" in text
     for name in ("processor", "features", "threads", "cache", "ai-edge-litert", "flatbuffers"):
         assert name in text
-    assert "writable" in text
+    assert f"{ISA.name}: {ISA.lanes} floats" in text
+    assert text.count("(used)") == 1
+    assert all(len(line) <= 80 for line in text.splitlines() if len(line.split()) > 1 and "(used)" not in line)
 
 
 def test_edgeattn_info_without_a_writable_cache(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("no folder")
-    shown = run("edgeattn.cli", "info", NUMBA_CACHE_DIR=str(blocked / "x"), XDG_CACHE_HOME=str(blocked / "y"))
+    shown = run("edgeattn", "info", NUMBA_CACHE_DIR=str(blocked / "x"), XDG_CACHE_HOME=str(blocked / "y"))
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout.count("(not writable)") == 2
-    shown = run("edgeattn.cli", "info", NUMBA_DISABLE_JIT="1")
+    assert shown.stdout.count("(used)") == 1
+    shown = run("edgeattn", "info", NUMBA_DISABLE_JIT="1")
     assert "NUMBA_DISABLE_JIT is set" in shown.stdout
 
 
@@ -240,8 +351,15 @@ def test_edgeattn_needs_no_workbench():
 
 
 def test_edgeattn_refuses_what_it_does_not_know(capsys):
-    for arguments in ([], ["polish"], ["info", "--more"]):
+    for arguments in (["polish"], ["info", "--more"]):
         with pytest.raises(SystemExit) as caught:
             edgeattn.cli.main(arguments)
         assert caught.value.code == 2
         assert "usage: edgeattn" in capsys.readouterr().err
+
+
+def test_edgeattn_alone_prints_its_help(capsys):
+    assert edgeattn.cli.main([]) == 2
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: edgeattn")
+    assert "\n    info " in shown

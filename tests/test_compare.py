@@ -190,7 +190,7 @@ def test_bad_arguments_are_refused():
     q = make(layer, [x])
     with pytest.raises(TypeError, match="layer must be an edgeattn.MultiHeadAttention; got StaticMultiHeadAttention"):
         quant.compare(q, q, [x])
-    with pytest.raises(TypeError, match="quantized must be a static layer from quant.quantize; got MultiHeadAttention"):
+    with pytest.raises(TypeError, match="quantized must be a layer from quant.quantize; got MultiHeadAttention"):
         quant.compare(layer, layer, [x])
     with pytest.raises(ValueError, match="quantized does not belong to layer: num_heads is 4, the layer's is 2"):
         quant.compare(random_layer(9, H=2), q, [x])

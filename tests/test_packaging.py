@@ -3,6 +3,7 @@
 import ast
 import configparser
 import importlib.metadata
+import importlib.util
 import re
 import subprocess
 import sys
@@ -15,7 +16,17 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("edgeattn", "quant")
 # Not to be loaded by `import edgeattn`: each costs a small machine time and memory, or is not there. SciPy
 # is not listed because Numba imports it wherever it is installed.
-NOT_ON_DEVICE = ("ai_edge_litert", "click", "flatbuffers", "numba.cuda", "rich", "tflite_runtime", "torch")
+NOT_ON_DEVICE = (
+    "ai_edge_litert",
+    "click",
+    "flatbuffers",
+    "h5py",
+    "numba.cuda",
+    "onnx",
+    "rich",
+    "tflite_runtime",
+    "torch",
+)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +75,7 @@ def test_a_device_needs_three_packages(setup_cfg):
 
 
 def test_extras_are_the_promised_ones(setup_cfg):
-    promised = {"tflite", "cuda", "quant", "examples", "test", "test-numpy2", "peers", "dev"}
+    promised = {"checkpoints", "tflite", "cuda", "quant", "examples", "test", "test-numpy2", "peers", "dev"}
     assert set(setup_cfg["options.extras_require"]) == promised
     assert "flatbuffers" in extra(setup_cfg, "quant", "3.11", "x86_64")
     assert "ai-edge-litert" in extra(setup_cfg, "tflite", "3.11", "x86_64")
@@ -103,12 +114,12 @@ def test_installed_metadata_agrees_with_setup_cfg(setup_cfg):
     assert installed.metadata["Requires-Python"] == setup_cfg["options"]["python_requires"]
     assert set(installed.metadata.get_all("Provides-Extra")) == set(setup_cfg["options.extras_require"])
     scripts = {e.name: e.value for e in installed.entry_points if e.group == "console_scripts"}
-    assert scripts == {"edgeattn": "edgeattn.cli:main", "quant": "quant.cli:main"}
+    assert scripts == {"edgeattn": "edgeattn.cli:main", "quant": "quant.__main__:main"}
 
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_command_exists_and_explains_itself(package):
-    shown = python(f"import sys; from {package}.cli import main; sys.exit(main())", "--help")
+    shown = python(f"import sys; from {package}.__main__ import main; sys.exit(main())", "--help")
     assert shown.returncode == 0, shown.stderr
     assert "usage" in shown.stdout.lower()
 
@@ -185,8 +196,21 @@ def test_only_the_tflite_writer_and_reader_import_flatbuffers():
     assert offenders(["flatbuffers"], allowed=["edgeattn.tflite", "quant.export.tflite"]) == []
 
 
+@pytest.mark.parametrize(
+    ("package", "reader"),
+    [
+        ("h5py", "edgeattn.checkpoints.keras_files"),
+        ("onnx", "edgeattn.checkpoints.onnx_graphs"),
+        ("torch", "edgeattn.checkpoints.tensors"),
+    ],
+)
+def test_checkpoint_readers_import_their_package_only_when_they_open_a_file(package, reader):
+    assert offenders([package], scope="edgeattn", allowed=[reader]) == []
+    assert offenders([package], scope="edgeattn", top_level_only=True) == []
+
+
 def test_kernels_import_no_public_layer():
-    public = "functional layers quantized checkpoints storage tflite kv_cache masks cli"
+    public = "functional rotary layers quantized checkpoints storage tflite kv_cache masks cli"
     forbidden = [f"edgeattn.{name}" for name in public.split()]
     assert offenders(forbidden, scope="edgeattn.cpu edgeattn.cuda") == []
 
@@ -210,6 +234,23 @@ def test_make_help_names_every_target():
     phony = re.search(r"^\.PHONY:(.*)$", makefile(), re.MULTILINE).group(1)
     listed = re.findall(r"^  make (\S+)", make("help"), re.MULTILINE)
     assert sorted(listed) == sorted(phony.split())
+
+
+def test_make_help_fits_a_terminal():
+    assert max(map(len, make("help").splitlines())) <= 80
+
+
+def test_environment_knows_what_is_installed_until_setup_cfg_changes(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("environment", ROOT / "tools" / "environment.py")
+    environment = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(environment)
+    assert environment.recorded(tmp_path) == {}
+    environment.record(tmp_path, ["test", "examples"], [], {})
+    environment.record(tmp_path, ["dev"], ["a-package"], environment.recorded(tmp_path))
+    there = environment.recorded(tmp_path)
+    assert (there["installed"], there["alone"]) == (["a-package", "dev", "examples", "test"], ["a-package"])
+    monkeypatch.setattr(environment, "state", lambda: "another")
+    assert environment.recorded(tmp_path) == {}
 
 
 def test_every_script_that_make_runs_exists():

@@ -5,6 +5,7 @@ import functools
 import numpy as np
 import pytest
 import tflite_graphs
+from runtimes import each_runtime
 
 from edgeattn import arithmetic
 from edgeattn.arithmetic import KERNEL_SETS, REQUANTIZE, SOFTMAX
@@ -13,13 +14,7 @@ from quant.runtimes import RUNTIMES
 
 REPEATS = range(40)
 
-
-def runtime(name):
-    reason = RUNTIMES[name].available()
-    return pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=str(reason)))
-
-
-pytestmark = pytest.mark.parametrize("name", [runtime(name) for name in RUNTIMES])
+pytestmark = each_runtime
 
 
 def tensor(rng, symmetric=False):

@@ -1,13 +1,16 @@
 """From ranges to int8: what quantize promises of the parameters it chooses, and of the accuracy they give."""
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from workbench import as_batch, cosine, random_call, random_input, random_layer
 
 import edgeattn
 import quant
+from edgeattn.tflite import read_tflite
+from quant.export.tflite import write_tflite
 from quant.quantize import MASK_MARGIN, quantize_linear
+from quant.runtimes import RUNTIMES
 
 FORMS = {
     "self": ({}, (0, 0, 0)), "value is key": ({}, (0, 1, 1)), "three inputs": ({}, (0, 1, 2)),
@@ -88,8 +91,9 @@ def test_grouped_heads_are_repeated():
 # -- one linear layer --------------------------------------------------------------------------------------------------
 
 @settings(max_examples=200, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.floats(-45, 30), st.floats(-45, 25), st.floats(-18, 30))
+@given(st.integers(0, 2**32 - 1), st.floats(-45, 19), st.floats(-45, 25), st.floats(-18, 17))
 def test_codes_stay_in_range_for_any_magnitudes(seed, weight_power, bias_power, input_power):
+    assume(bias_power < input_power + 26)  # beyond, no scale within 2**60 holds the bias
     rng = np.random.default_rng(seed)
     weight = (rng.standard_normal((4, 6)) * 10.0**weight_power).astype(np.float32)
     weight[1] = 0
@@ -125,7 +129,7 @@ def test_a_layer_of_zeros_runs():
     np.testing.assert_allclose(q(random_input(1, 1, 4, 16)), 1, rtol=1e-5)
 
 
-@pytest.mark.parametrize("scale", [0.0, 1e-44, 1e-25, 1e-8, 1e-3, 1e8, 1e15])
+@pytest.mark.parametrize("scale", [0.0, 1e-44, 1e-25, 1e-8, 1e-3, 1e8])
 def test_extreme_inputs_are_quantized(scale):
     layer = random_layer(5, bias=False)
     x = random_input(0, 2, 6, 32) * np.float32(scale)
@@ -205,7 +209,7 @@ def test_bad_arguments_are_refused():
     calibration = quant.calibrate(layer, [random_input(0, 1, 5, 32)])
     with pytest.raises(TypeError, match="layer must be an edgeattn.MultiHeadAttention; got NoneType"):
         quant.quantize(None, calibration)
-    with pytest.raises(ValueError, match="scheme must be 'static'; got 'int4'"):
+    with pytest.raises(ValueError, match="scheme must be 'static' or 'dynamic'; got 'int4'"):
         quant.quantize(layer, calibration, scheme="int4")
     with pytest.raises(TypeError, match=r"calibration must be a quant.Calibration .*run quant.calibrate.*got NoneType"):
         quant.quantize(layer)
@@ -213,3 +217,32 @@ def test_bad_arguments_are_refused():
         quant.quantize(random_layer(9), calibration)
     with pytest.raises(ValueError, match="arithmetic must be one of 'litert'.*got 'fast'"):
         quant.quantize(layer, calibration, arithmetic="fast")
+
+
+def scaled_layer(factor):
+    made = random_layer(0, bias=False)
+    return edgeattn.MultiHeadAttention(made.num_heads, made.q_weight * np.float32(factor),
+                                       made.k_weight * np.float32(factor), made.v_weight, made.out_weight)
+
+
+@pytest.mark.parametrize("weight,data", [(1e-4, 1.0), (1.0, 1e-6), (0.0, 1.0), (1e-12, 1e-6), (1.0, 1e8)])
+def test_layers_of_any_magnitude_run_in_every_runtime(weight, data):
+    # gemmlowp's softmax aborts the process on a scale below 2**-26, and readers refuse scales beyond 2**60
+    rng = np.random.default_rng(0)
+    made = scaled_layer(weight)
+    x = (rng.standard_normal((1, 9, made.embed_dim)) * data).astype(np.float32)
+    static = quant.quantize(made, quant.calibrate(made, [x]))
+    file = write_tflite(static, batch=1, sequence_length=9)
+    codes = static.quantize_input(x)
+    np.testing.assert_array_equal(read_tflite(file).run_int8(codes), static.run_int8(codes))
+    for name, runtime in RUNTIMES.items():
+        if runtime.available() is None:
+            np.testing.assert_array_equal(runtime.run(file, [codes])[0], static.with_arithmetic(name).run_int8(codes))
+
+
+def test_values_beyond_int8_scales_are_refused_by_name():
+    rng = np.random.default_rng(0)
+    made = random_layer(0)
+    x = (rng.standard_normal((1, 9, made.embed_dim)) * 1e12).astype(np.float32)
+    with pytest.raises(ValueError, match="calibration saw scores values up to .*; int8 scales end at 2..60"):
+        quant.quantize(made, quant.calibrate(made, [x]))

@@ -3,11 +3,16 @@ them.
 """
 
 import importlib.metadata
+import os
 import platform
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tflite_graphs as graphs
+from runtimes import NOT_HERE, each_runtime
 
 from edgeattn.arithmetic import KERNEL_SETS
 from edgeattn.quantized import TensorQuantization
@@ -18,13 +23,9 @@ from quant.runtimes import RUNTIMES, arena_size
 Q = TensorQuantization(np.float32(0.1), 3)
 
 
-def each_runtime():
-    cases = []
-    for name, runtime in RUNTIMES.items():
-        reason = runtime.available()
-        marks = [] if reason is None else [pytest.mark.skip(reason=reason)]
-        cases.append(pytest.param(runtime, id=name, marks=marks))
-    return pytest.mark.parametrize("runtime", cases)
+@pytest.fixture
+def runtime(name):
+    return RUNTIMES[name]
 
 
 @pytest.fixture
@@ -41,7 +42,14 @@ def test_every_kernel_set_has_a_runtime():
     assert all(name == runtime.kernel_set for name, runtime in RUNTIMES.items())
 
 
-@each_runtime()
+def test_runtimes_that_are_not_here_say_why():
+    # the other tests leave them out
+    assert all(NOT_HERE.values())
+    if NOT_HERE:
+        pytest.skip("; ".join(f"{name}: {reason}" for name, reason in NOT_HERE.items()))
+
+
+@each_runtime
 def test_select_takes_every_broadcast_of_its_condition(runtime, rng):
     for condition, shape in [
         ((2, 3, 4, 5), (2, 3, 4, 5)),
@@ -60,7 +68,7 @@ def test_select_takes_every_broadcast_of_its_condition(runtime, rng):
             np.testing.assert_array_equal(runtime.run(data, [x])[0], np.where(keep, x, -128))
 
 
-@each_runtime()
+@each_runtime
 def test_a_session_runs_many_times_and_returns_copies(runtime, rng):
     session = runtime.session(graphs.select(np.tri(4, dtype=bool), (4, 4), Q, -128))
     (name, shape, dtype), = session.inputs
@@ -71,7 +79,7 @@ def test_a_session_runs_many_times_and_returns_copies(runtime, rng):
     np.testing.assert_array_equal(second, np.where(np.tri(4, dtype=bool), b, -128))
 
 
-@each_runtime()
+@each_runtime
 def test_inputs_are_neither_resized_nor_converted(runtime, rng):
     session = runtime.session(graphs.add((2, 3), Q, (2, 3), Q, Q))
     x = codes(rng, 2, 3)
@@ -87,7 +95,7 @@ def test_inputs_are_neither_resized_nor_converted(runtime, rng):
     np.testing.assert_array_equal(strided, session.run(x, x)[0])
 
 
-@each_runtime()
+@each_runtime
 def test_an_input_without_axes_stays_one(runtime, rng):
     x, factor = codes(rng, 2, 3), np.array(40, np.int8)
     one = TensorQuantization(np.float32(1), 0)
@@ -95,7 +103,7 @@ def test_an_input_without_axes_stays_one(runtime, rng):
     np.testing.assert_array_equal(y, x)
 
 
-@each_runtime()
+@each_runtime
 def test_damaged_models_are_refused_by_name(runtime, tmp_path):
     data = graphs.softmax((2, 3), Q)
     path = tmp_path / "cut.tflite"
@@ -106,7 +114,7 @@ def test_damaged_models_are_refused_by_name(runtime, tmp_path):
         runtime.run(b"something else", [])
 
 
-@each_runtime()
+@each_runtime
 def test_models_the_runtime_does_not_take_are_refused(runtime, rng):
     layer = graphs.random_layer(rng)
     graph = graphs.converted(layer, 1, 3, 3)
@@ -119,7 +127,7 @@ def test_models_the_runtime_does_not_take_are_refused(runtime, rng):
         runtime.session(graphs.serialize(graph))
 
 
-@each_runtime()
+@each_runtime
 def test_large_and_small_models_get_an_arena(runtime, rng):
     for L, E in ((1, 8), (150, 8), (2, 300)):
         layer = graphs.random_layer(rng, E=E)
@@ -221,3 +229,37 @@ def test_package_that_cannot_be_imported_is_said(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda package: "2.3.0")
     monkeypatch.setitem(runtimes.sys.modules, "ai_edge_litert.interpreter", None)
     assert "ai_edge_litert.interpreter cannot be imported" in RUNTIMES["litert"].available()
+
+
+GREETED = """
+import sys
+from quant.runtimes import RUNTIMES
+print("before", file=sys.stderr)
+RUNTIMES["litert"].session(sys.argv[1])
+print("after", file=sys.stderr)
+"""
+
+
+@pytest.mark.skipif("litert" in NOT_HERE, reason=str(NOT_HERE.get("litert")))
+def test_litert_does_not_write_to_stderr(tmp_path):
+    path = tmp_path / "x.tflite"
+    path.write_bytes(graphs.softmax((2, 3), Q))
+    done = subprocess.run([sys.executable, "-c", GREETED, path], capture_output=True, text=True,
+                          cwd=Path(__file__).parents[1])
+    assert (done.returncode, done.stderr) == (0, "before\nafter\n")
+
+
+class Interpreter:
+    """One that writes past Python and then fails, as one in C++ may."""
+
+    def allocate_tensors(self):
+        os.write(2, b"first\n" + runtimes._GREETING + b"ERROR: the reason\n")
+        raise RuntimeError("refused")
+
+
+def test_other_lines_on_stderr_arrive(capfd):
+    with pytest.raises(RuntimeError, match="refused"):
+        runtimes._allocate_without_greeting(Interpreter())
+    assert capfd.readouterr().err == "first\nERROR: the reason\n"
+    print("still there", file=sys.stderr)
+    assert capfd.readouterr().err == "still there\n"

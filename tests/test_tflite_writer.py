@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import tflite_graphs as graphs
+from runtimes import each_runtime
 
 import edgeattn
 from edgeattn.files import write_atomic
@@ -191,11 +192,9 @@ FLOAT_CASES = {
 }
 
 
-@pytest.mark.parametrize("runtime", RUNTIMES)
+@each_runtime
 @pytest.mark.parametrize("case", FLOAT_CASES)
-def test_float_graph_computes_attention(rng, case, runtime):
-    if (reason := RUNTIMES[runtime].available()) is not None:
-        pytest.skip(reason)
+def test_float_graph_computes_attention(rng, case, name):
     *sizes, key_length, kind = FLOAT_CASES[case]
     layer = float_layer(rng, *sizes)
     B, L, S = 2, 7, key_length or 7
@@ -208,7 +207,7 @@ def test_float_graph_computes_attention(rng, case, runtime):
             else np.where(keep, rng.standard_normal((L, S)), -np.inf).astype(np.float32)
         )
     data = write_tflite(layer, batch=B, sequence_length=L, key_length=key_length, mask=mask)
-    session = RUNTIMES[runtime].session(data)
+    session = RUNTIMES[name].session(data)
     inputs = [rng.standard_normal(shape).astype(np.float32) for _, shape, _ in session.inputs]
     assert len(inputs) == {None: 1, 9: 2}[key_length] + (layer.kdim != layer.vdim)
     (output,) = session.run(*inputs)
@@ -292,7 +291,7 @@ def test_only_writing_needs_flatbuffers(rng, monkeypatch):
     data = write_tflite(layer, sequence_length=3)
     monkeypatch.setitem(sys.modules, "flatbuffers", None)
     assert read_tflite(data).num_heads == 2
-    with pytest.raises(ImportError, match=r"pip install edgeattn\[tflite\]"):
+    with pytest.raises(ImportError, match=r"flatbuffers: pip install .\.\[quant\]."):
         write_tflite(layer, sequence_length=3)
 
 

@@ -97,6 +97,9 @@ def run_program(**environment):
     return done.stdout.split()
 
 
-def test_the_second_process_compiles_nothing(tmp_path):
+def test_later_processes_compile_nothing_and_add_no_files(tmp_path):
     run_program(NUMBA_CACHE_DIR=str(tmp_path))
-    assert run_program(NUMBA_CACHE_DIR=str(tmp_path)) == ["1/0", "1/0"]
+    files = sorted(tmp_path.rglob("*"))
+    for _ in range(3):
+        assert run_program(NUMBA_CACHE_DIR=str(tmp_path)) == ["1/0", "1/0"]
+    assert sorted(tmp_path.rglob("*")) == files

@@ -11,17 +11,21 @@ from __future__ import annotations
 
 import argparse
 import glob
+import hashlib
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 DEBIAN_WHEELS = "/usr/share/python-wheels"
+RECORD = "edgeattn-extras.json"  # in the environment: what was asked for so far
 QUIET_SECONDS = 15.0  # where no terminal redraws the line, one line of progress each so many seconds
 # Shown when an environment is ready. Of these, some do not exist for every Python or processor.
 SHOWN = ("numpy", "numba", "safetensors", "ai-edge-litert", "tflite-runtime", "tflite-micro", "pytest")
@@ -264,6 +268,33 @@ def installed_versions(python: Path) -> dict[str, str]:
     return dict(line.split(maxsplit=1) for line in listing.stdout.splitlines())
 
 
+def show(text: str) -> None:
+    """Print a line of the list, or two where it is long."""
+    print(textwrap.fill(text, 79, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False))
+
+
+def state() -> str:
+    """What the packages follow from: a checksum of the files that name them."""
+    return hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in ("setup.cfg", "pyproject.toml"))).hexdigest()
+
+
+def recorded(folder: Path) -> dict:
+    """What is installed in the environment for the present setup.cfg; {} when nothing, or for another one."""
+    try:
+        found = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if found.get("state") == state() else {}
+
+
+def record(folder: Path, extras: list[str], alone: list[str], there: dict) -> None:
+    """Add to what is installed."""
+    installed = sorted({*extras, *alone, *there.get("installed", ())})
+    alone = sorted({*alone, *there.get("alone", ())})
+    (folder / RECORD).write_text(json.dumps({"state": state(), "installed": installed, "alone": alone}),
+                                 encoding="utf-8")
+
+
 def main() -> int:
     """Build or renew the environment, then write the stamp that tells make that it is ready."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -277,15 +308,31 @@ def main() -> int:
     folder = arguments.venv if arguments.venv.is_absolute() else ROOT / arguments.venv
 
     began = time.monotonic()
-    print(f"Setting up {os.path.relpath(folder, ROOT)} (once; again only when setup.cfg changes)", flush=True)
+    wanted = [name for name in arguments.extras.split(",") if name]
+    name, new = os.path.relpath(folder, ROOT), [*wanted, *arguments.alone]
+    there = recorded(folder) if (folder / "bin" / "python").exists() else {}
+    if there:
+        new = [entry for entry in new if entry not in there["installed"]]
+        print(f"Adding {', '.join(new)} to {name}" if new else f"Checking {name}", flush=True)
+    else:
+        print(f"Setting up {name} (once; again only when setup.cfg changes)", flush=True)
     try:
         python = ensure_venv(folder, arguments.exact)
         ensure_pip(python)
         log = folder / "setup.log"
-        extras = f"[{arguments.extras}]" if arguments.extras else ""
-        pip_install(python, ["--editable", f".{extras}"], f"packages for edgeattn{extras}", log)
+        # An environment replaced by one of another Python has lost its record.
+        there = recorded(folder)
+        missing = [entry for entry in wanted if entry not in there.get("installed", ())]
+        if missing or not there:
+            # Those that are there are named again, so that pip keeps what they ask for.
+            kept = set(there.get("installed", ())) - set(there.get("alone", ())) - set(wanted)
+            extras = ",".join([*wanted, *sorted(kept)])
+            pip_install(python, ["--editable", f".[{extras}]" if extras else "."],
+                        f"packages for {', '.join(missing) or 'edgeattn'}", log)
         for package in arguments.alone:
-            pip_install(python, ["--no-deps", package], package, log)
+            if package not in there.get("installed", ()):
+                pip_install(python, ["--no-deps", package], package, log)
+        record(folder, wanted, arguments.alone, there)
     except SetupError as error:
         print(f"\nSetting up stopped: {error}", file=sys.stderr)
         return 1
@@ -294,11 +341,11 @@ def main() -> int:
         return 130
 
     versions = installed_versions(python)
-    print("  has: " + ", ".join(f"{name} {versions[name]}" for name in SHOWN if name in versions))
-    if "pytest" in versions:
-        for name, reason in OPTIONAL.items():
+    if not there:
+        show("has: " + ", ".join(f"{name} {versions[name]}" for name in SHOWN if name in versions))
+        for name, reason in OPTIONAL.items() if "pytest" in versions else ():
             if name not in versions:
-                print(f"  without {name}, which {reason}: tests against it are skipped here")
+                show(f"without {name}, which {reason}: tests against it are skipped here")
     arguments.stamp.write_text("", encoding="utf-8")
     print(f"Ready after {time.monotonic() - began:.0f} s.", flush=True)
     return 0

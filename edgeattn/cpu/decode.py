@@ -41,7 +41,7 @@ _MINUS_INFINITY = np.float32(-np.inf)
 
 def load_numbers(array, at):
     """array[at : at + LANES] as float32: of a float32 or an int8 array."""
-    raise NotImplementedError("compiled only")
+    raise TypeError("for kernels only: Numba compiles what stands below in its place")
 
 
 @overload(load_numbers)

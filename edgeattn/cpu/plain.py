@@ -12,7 +12,7 @@ for _absent in (_NO_KEEP, _NO_BIAS):
     _absent.flags.writeable = False  # the type that a mask has, so that one compiled kernel serves both
 
 
-def attention(query, key, value, mask, *, scale, softcap, out, weights=None):
+def attention(query, key, value, mask, *, scale, softcap, out, weights=None, lse=None):
     """softmax(softcap(query key^T * scale) + mask) value, without checks.
 
     Parameters
@@ -29,6 +29,8 @@ def attention(query, key, value, mask, *, scale, softcap, out, weights=None):
         Written, C order, overlapping no input. Rows with no permitted key become zeros.
     weights : (B, H, L, S) float32 array, optional
         Written with the probabilities.
+    lse : (B, H, L) float32 array, optional
+        Written with log(sum(exp(scores))) over the permitted keys, -inf where there is none.
     """
     _attention(
         query,
@@ -44,6 +46,7 @@ def attention(query, key, value, mask, *, scale, softcap, out, weights=None):
         np.float32(softcap),
         out,
         np.empty((0, 0, 0, 0), np.float32) if weights is None else weights,
+        np.empty((0, 0, 0), np.float32) if lse is None else lse,
     )
 
 
@@ -54,13 +57,14 @@ def _row(mask, b, h, i):
 
 
 @jit
-def _attention(query, key, value, keep, bias, left, right, offset, lengths, scale, softcap, out, weights):
+def _attention(query, key, value, keep, bias, left, right, offset, lengths, scale, softcap, out, weights, lse):
     # query (B, H, L, D)  key (B, Hkv, S, D)  value (B, Hkv, S, Dv)  out (B, H, L, Dv)
     # keep, bias (B or 1, H or 1, L or 1, S), or empty: absent   weights (B, H, L, S), or empty: not wanted
+    # lse (B, H, L), or empty: not wanted
     # offset, lengths (B,)
     B, H, L, D = query.shape
     Hkv, S, Dv = key.shape[1], key.shape[2], value.shape[3]
-    has_keep, has_bias, has_weights = keep.size > 0, bias.size > 0, weights.size > 0
+    has_keep, has_bias, has_weights, has_lse = keep.size > 0, bias.size > 0, weights.size > 0, lse.size > 0
     key_columns = np.empty((D, S), np.float32)
     # Long sums are kept in float64, where their roundings vanish; all else is float32.
     products = np.empty(S, np.float64)
@@ -114,6 +118,9 @@ def _attention(query, key, value, keep, bias, left, right, offset, lengths, scal
                         if permitted[j]:
                             scores[j] = math.exp(scores[j] - highest)
                             total += scores[j]
+                    if has_lse:
+                        # without a permitted key: -inf, the log of an empty sum
+                        lse[b, h, i] = highest if total == 0 else highest + math.log(total)
 
                     # 4. The weighted mean of the values. Without a permitted key nothing is divided or added.
                     context[:] = 0

@@ -76,7 +76,7 @@ def softmax_codes(table, fixed, codes, at, groups, masks, at_masks, masked, valu
     masks   (groups, W) bytes 0 or 255; a key whose byte is 0 is not there
     values  scratch (4 groups, W) of 32 bits; rows: scratch (2, W)
     """
-    raise NotImplementedError("compiled only")
+    raise TypeError("for kernels only: Numba compiles what stands below in its place")
 
 
 @inlined

@@ -21,13 +21,13 @@ from pathlib import Path
 import numpy as np
 from data import load_digits_split
 from model import NUM_LAYERS, NUM_PATCHES, DigitsModel
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 import quant
+from quant.describe import describe_masks, describe_seen
 from quant.runtimes import RUNTIMES
+from quant.tables import console as new_console
+from quant.tables import fill, short, table
 
 OUT = Path(__file__).resolve().parents[2] / "out" / "digits"
 CALIBRATION_IMAGES = 256
@@ -52,7 +52,7 @@ def run_one_by_one(runtime, path, codes, console):
     return np.concatenate([session.run(image)[0] for image in images])
 
 
-def compare_bytes(layer, path, codes, table, console):
+def compare_bytes(layer, path, codes, shown, console):
     """Compare the file's output bytes with ours in every interpreter; return (compared, differing)."""
     readers = {name: runtime for name, runtime in RUNTIMES.items() if runtime.available() is None}
     compared = differing = 0
@@ -63,7 +63,7 @@ def compare_bytes(layer, path, codes, table, console):
             raise RuntimeError(f"{runtime.name} gave {theirs.dtype} {theirs.shape}, not int8 {ours.shape}")
         different = int((ours != theirs).sum())
         verdict = f"{different:,}" if different else "none"
-        table.add_row(path.stem, runtime.name, name, f"{ours.size:,}", verdict)
+        shown.add_row(path.stem, runtime.name, name, f"{ours.size:,}", verdict)
         compared += ours.size
         differing += different
     return compared, differing
@@ -74,7 +74,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=OUT, help="folder for the files (default: out/digits)")
     out = parser.parse_args().out
     started = time.perf_counter()
-    console = Console(highlight=False)
+    console = new_console()
     digits = load_digits_split()
     model = DigitsModel()
     total = len(digits.test_labels)
@@ -90,6 +90,9 @@ def main() -> int:
     console.rule(f"2. calibrate on {CALIBRATION_IMAGES} training images", align="left")
     inputs = model.attention_inputs(digits.train_images[:CALIBRATION_IMAGES], attention)
     calibrations = [quant.calibrate(layer, batches(x)) for layer, x in zip(attention, inputs, strict=True)]
+    for i in range(NUM_LAYERS):
+        console.print(f"layer {i}: saw {describe_seen(calibrations[i], attention[i])}")
+    console.print(fill(f"masks: {describe_masks(calibrations[0])}") + "\n", markup=False)
 
     console.rule("3. quantize to static int8: what it cost", align="left")
     quantized = [
@@ -102,7 +105,7 @@ def main() -> int:
         console.print(f"layer {i}, on the test images")
         console.print(report)
         for lint in report.lints:
-            console.print(f"note: {lint}", markup=False)
+            console.print(fill(f"note: {lint}"), markup=False)
 
     console.rule("4. accuracy before and after", align="left")
     predicted_int8 = model.predict(digits.test_images, quantized)
@@ -114,35 +117,35 @@ def main() -> int:
 
     console.rule("5. export to .tflite and run the files elsewhere", align="left")
     out.mkdir(parents=True, exist_ok=True)
-    table = Table("file", "run by", "our arithmetic", "bytes", "differ", box=SIMPLE_HEAD)
+    shown = table("file", "run by", "our arithmetic", "bytes", "differ", text=3)
     compared = differing = 0
     int8_inputs = model.attention_inputs(digits.test_images, quantized)  # what the int8 model itself sees
     for i in range(NUM_LAYERS):
         path = out / f"layer_{i}.tflite"
         quant.export(quantized[i], path, batch=1, sequence_length=NUM_PATCHES)
         codes = quantized[i].quantize_input(int8_inputs[i])
-        counts = compare_bytes(quantized[i], path, codes, table, console)
+        counts = compare_bytes(quantized[i], path, codes, shown, console)
         compared, differing = compared + counts[0], differing + counts[1]
-    console.print(table)
+    console.print(shown)
     for name, runtime in RUNTIMES.items():
         reason = runtime.available()
         if reason is not None:
-            console.print(f"not run: {name} ({reason})", markup=False)
+            console.print(fill(f"not run: {name} ({reason})"), markup=False)
+    for i in range(NUM_LAYERS):
+        path = out / f"layer_{i}.tflite"
+        console.print(f"wrote {short(path)}: {path.stat().st_size:,} bytes", soft_wrap=True, markup=False)
 
     seconds = time.perf_counter() - started
     if compared == 0:
         console.print(f"FAILED, nothing compared: no TFLite interpreter is installed here. {seconds:.1f} s.")
         return 1
     if differing or correct != noted:
-        console.print(
-            f"FAILED after {seconds:.1f} s: {differing:,} of {compared:,} bytes differ; "
-            f"{correct} images right in float32, {noted} at training."
-        )
+        console.print(f"{differing:,} of {compared:,} output bytes of the .tflite files differ from ours")
+        console.print(f"FAILED after {seconds:.1f} s: {correct} images right in float32, {noted} at training")
         return 1
+    console.print(f"all {compared:,} output bytes of the .tflite files equal ours")
     console.print(
-        f"Done in {seconds:.1f} s: accuracy {correct / total:.2%} in float32, "
-        f"{correct_int8 / total:.2%} in int8; all {compared:,} output bytes of the .tflite files equal ours.",
-        soft_wrap=True,
+        f"Done in {seconds:.1f} s: accuracy {correct / total:.2%} in float32, {correct_int8 / total:.2%} in int8."
     )
     return 0
 

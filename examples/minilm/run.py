@@ -17,12 +17,13 @@ import time
 
 import numpy as np
 from encoder import NUM_HEADS, NUM_LAYERS, SentenceEncoder, package_file
-from rich.console import Console
-from rich.table import Table
 from sentences import CALIBRATION, EVALUATION, PUBLISHED_COSINES, PUBLISHED_SENTENCES
 
 import edgeattn
 import quant
+from quant.describe import describe_masks, describe_seen
+from quant.tables import console as new_console
+from quant.tables import fill, table
 
 PUBLISHED_TOLERANCE = 1e-4
 
@@ -38,13 +39,10 @@ def check_against_published(encoder, attention, console) -> bool:
     """Print the published cosines beside ours; True when they agree."""
     embeddings = encoder.encode(PUBLISHED_SENTENCES, attention)
     cosines = embeddings[1:] @ embeddings[0]
-    table = Table(title=f'Cosine to "{PUBLISHED_SENTENCES[0]}"', title_justify="left")
-    table.add_column("sentence")
-    table.add_column("published", justify="right")
-    table.add_column("here", justify="right")
+    shown = table("sentence", "published", "here", title=f'Cosine to "{PUBLISHED_SENTENCES[0]}"')
     for sentence, published, cosine in zip(PUBLISHED_SENTENCES[1:], PUBLISHED_COSINES, cosines, strict=True):
-        table.add_row(sentence, f"{published:.6f}", f"{cosine:.6f}")
-    console.print(table)
+        shown.add_row(sentence, f"{published:.6f}", f"{cosine:.6f}")
+    console.print(shown)
     return bool(np.abs(cosines - PUBLISHED_COSINES).max() < PUBLISHED_TOLERANCE)
 
 
@@ -68,7 +66,7 @@ def calibrate(encoder, attention) -> list[quant.Calibration]:
 
 def main() -> int:
     started = time.perf_counter()
-    console = Console()
+    console = new_console()
     try:
         encoder = SentenceEncoder()
     except (ModuleNotFoundError, FileNotFoundError) as error:
@@ -86,6 +84,8 @@ def main() -> int:
 
     console.rule(f"2. calibrate {NUM_LAYERS} layers on {len(CALIBRATION)} sentences", align="left")
     calibrations = calibrate(encoder, attention)
+    console.print(f"each layer saw {describe_seen(calibrations[0], attention[0])}")
+    console.print(fill(f"masks: {describe_masks(calibrations[0])}") + "\n", markup=False)
 
     console.rule("3. quantize (static int8) and encode again", align="left")
     quantized = [
@@ -95,20 +95,17 @@ def main() -> int:
     quantized_embeddings = encoder.encode(EVALUATION, quantized)
     cosines = (embeddings * quantized_embeddings).sum(axis=-1)
 
-    table = Table(title="Held-out sentences, float32 against int8 attention", title_justify="left")
-    table.add_column("sentence")
-    table.add_column("cosine", justify="right")
+    shown = table("sentence", "cosine", title="Held-out sentences, float32 against int8 attention")
     for sentence, cosine in zip(EVALUATION, cosines, strict=True):
-        table.add_row(sentence, f"{cosine:.5f}")
-    console.print(table)
+        shown.add_row(sentence, f"{cosine:.5f}")
+    console.print(shown)
     within, between = paraphrase_margin(quantized_embeddings)
     console.print(f"with int8 attention: paraphrases at least {within:.3f}; unrelated at most {between:.3f}")
     console.print(
-        f"MiniLM, {NUM_LAYERS} attention layers in int8: cosine to float32 mean {cosines.mean():.5f}, "
-        f"minimum {cosines.min():.5f}, over {len(EVALUATION)} held-out sentences; "
-        f"{time.perf_counter() - started:.1f} s.",
-        highlight=False,
+        f"cosine to float32: mean {cosines.mean():.5f}, minimum {cosines.min():.5f}, "
+        f"over {len(EVALUATION)} held-out sentences"
     )
+    console.print(f"Done in {time.perf_counter() - started:.1f} s: {NUM_LAYERS} attention layers in int8.")
     return 0
 
 

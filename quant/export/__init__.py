@@ -10,7 +10,7 @@ import edgeattn
 from edgeattn.checks import count
 from edgeattn.files import write_atomic
 from edgeattn.layers import MultiHeadAttention
-from edgeattn.quantized import StaticMultiHeadAttention
+from edgeattn.quantized import DynamicMultiHeadAttention, QuantizedMultiHeadAttention
 from quant.export.c import write_c
 from quant.export.c_files import write_together
 from quant.export.tflite import write_tflite
@@ -24,7 +24,7 @@ def export(layer, path, *, batch: int = 1, sequence_length: int | None = None, k
 
     Parameters
     ----------
-    layer : MultiHeadAttention or StaticMultiHeadAttention
+    layer : MultiHeadAttention or QuantizedMultiHeadAttention
     path : str or path-like
         ``.tflite`` (fixed shapes, runs in LiteRT, tflite-runtime and TFLite Micro), ``.safetensors`` (any shape) or
         ``.c`` (fixed shapes, C99 for microcontrollers: the source, and a header of the same name beside it; the name
@@ -53,11 +53,14 @@ def export(layer, path, *, batch: int = 1, sequence_length: int | None = None, k
         path = Path(path)
     except TypeError:
         raise TypeError(f"path must be a string or a path; got {type(path).__name__}") from None
-    if not isinstance(layer, (MultiHeadAttention, StaticMultiHeadAttention)):
+    if not isinstance(layer, (MultiHeadAttention, QuantizedMultiHeadAttention)):
         raise TypeError(f"layer must be a MultiHeadAttention or what quant.quantize returns; "
                         f"got {type(layer).__name__}")
     if path.suffix not in SUFFIXES:
         raise ValueError(f"path must end in one of {', '.join(SUFFIXES)}; got {str(path)!r}")
+    if isinstance(layer, DynamicMultiHeadAttention) and (path.suffix != ".safetensors" or mask is not None):
+        raise ValueError(f"layer is dynamic, which only .safetensors files hold, without a mask; got {str(path)!r}; "
+                         "quantize with scheme='static' for the other formats")
     if test_vectors is not None:
         if path.suffix != ".c":
             raise ValueError(f"test_vectors must be None but for a .c; got {test_vectors!r} for {str(path)!r}")

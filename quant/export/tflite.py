@@ -18,6 +18,7 @@ from edgeattn.tflite_schema import (
     Tensor,
 )
 from quant.export.attention_graph import float_graph, static_graph
+from quant.tables import missing
 
 # The name TensorFlow gives; some tools refuse a file without a signature.
 SIGNATURE = "serving_default"
@@ -81,9 +82,7 @@ def serialize(graph: Graph) -> bytes:
     try:
         import flatbuffers
     except ImportError as error:
-        raise ImportError(
-            "writing .tflite needs the package flatbuffers: pip install edgeattn[tflite]"
-        ) from error
+        raise missing("writing .tflite", "flatbuffers") from error
     builder = flatbuffers.Builder(1024)
     builder.Finish(_write_table(builder, "Model", _model(graph)), IDENTIFIER)
     return bytes(builder.Output())

@@ -1,0 +1,6 @@
+"""`python -m edgeattn`: the command `edgeattn`."""
+import sys
+
+from edgeattn.cli import main
+
+sys.exit(main())

@@ -1,0 +1,254 @@
+"""Weights of keras.layers.MultiHeadAttention and GroupQueryAttention, from files, names or a plain list.
+
+Keras 3 stores a layer's variables under their place in the model's structure and leaves the layer's own name as
+an attribute beside them:
+
+    layers/multi_head_attention_1/query_dense/vars/0      query/kernel (E, H, D)
+    layers/multi_head_attention_1/vars                    attribute name = "the name given in Python"
+
+Other files (.npz, legacy .h5) and dictionaries have names such as "encoder/attention/query/kernel".
+"""
+
+import collections.abc
+import contextlib
+import io
+import json
+import pathlib
+import re
+import warnings
+import zipfile
+import zlib
+
+import numpy as np
+
+from edgeattn.checkpoints.tensors import Tensors, read_named
+
+_CLASSES = ("MultiHeadAttention", "GroupQueryAttention", "GroupedQueryAttention")
+# As in layer.get_weights(): of each a kernel and, with use_bias=True, a bias.
+_PARTS = ("query", "key", "value", "attention_output")
+_PLACES = {f"{part}_dense": part for part in ("query", "key", "value", "gate")} | {"output_dense": "attention_output"}
+_STORED = re.compile(rf"(^|/)_?({'|'.join(_PLACES)})/vars/([01])$")
+_VARIABLE = re.compile(r"^(?:(.*)/)?(query|key|value|gate|attention_output)/(kernel|bias)$")
+# What a layer stores that plays no part in inference.
+_STATE = re.compile(r"_?(dropout_layer|softmax|seed_generator)/")
+_UNNAMED = re.compile(r"arr_(\d+)$")  # how numpy.savez(path, *arrays) names them
+
+
+def keras_weights(weights_or_path, layer=None):
+    """Weights of one attention layer of Keras.
+
+    The kernels of query, key and value are (inputs, heads, size), that of attention_output is
+    (heads, size, outputs): all become (outputs, inputs). An output_shape of several axes becomes one axis of
+    their product. Keras masks mean True = attend, as here; its use_causal_mask aligns the first query with the
+    first key: is_causal=True, causal_alignment="upper_left". Keras layers are called (query, value, key), ours
+    (query, key, value).
+
+    Parameters
+    ----------
+    weights_or_path : path, mapping of str to array, or sequence of arrays
+        A .keras, .weights.h5 or legacy .h5 file (these need h5py), an .npz or .safetensors file, variables under
+        their paths as in {v.path: v.numpy() for v in model.variables}, or layer.get_weights().
+    layer : str, optional
+        The layer's name in Python, or all that stands before "query/kernel" or "query_dense". Not needed where
+        there is one attention layer.
+
+    Returns
+    -------
+    num_heads, num_kv_heads : int
+    weights : dict of str to array
+        q_weight, k_weight, v_weight, out_weight, and the biases where there are any.
+
+    Raises
+    ------
+    ValueError
+        For a layer with use_gate=True or attention_axes that cannot be expressed; naming the layers that there
+        are; or listing all missing, unexpected and mis-shaped tensors.
+
+    Warns
+    -----
+    UserWarning
+        When the file says that the layer has a sliding_window, which here is an attn_mask of each call.
+    """
+    if isinstance(weights_or_path, (list, tuple)):
+        return _convert(_from_list("weights", weights_or_path))
+    with _opened(weights_or_path) as (source, stored, names, configs):
+        if stored and all(_UNNAMED.match(name) for name in stored):
+            arrays = sorted(stored.items(), key=lambda entry: int(_UNNAMED.match(entry[0])[1]))
+            return _convert(_from_list(source, [array for _, array in arrays]))
+        tensors, name = _choose(source, stored, names, layer)
+    _check_config(tensors, name, configs)
+    return _convert(tensors)
+
+
+def _convert(tensors):
+    """(num_heads, num_kv_heads, weights) once everything is there."""
+    if any(name.startswith("gate/") for name in tensors.found):
+        raise ValueError(
+            f"{tensors.source} has {tensors.prefix}gate: a layer with use_gate=True multiplies its heads by "
+            "sigmoid(query gate) before the output projection, which edgeattn layers do not do"
+        )
+    heads, size = (tensors.axis("query/kernel", axis, 3) for axis in (1, 2))
+    kv_heads = tensors.axis("key/kernel", 1, 3)
+    value_size = tensors.axis("value/kernel", 2, 3)
+    output = tensors.found.get("attention_output/kernel")
+    output = output.shape[2:] if output is not None and output.ndim > 2 else (None,)
+    shapes = {
+        "query": ((tensors.axis("query/kernel", 0, 3), heads, size), (heads, size)),
+        "key": ((tensors.axis("key/kernel", 0, 3), kv_heads, size), (kv_heads, size)),
+        "value": ((tensors.axis("value/kernel", 0, 3), kv_heads, value_size), (kv_heads, value_size)),
+        "attention_output": ((heads, value_size, *output), output),
+    }
+    biased = any(f"{part}/bias" in tensors for part in _PARTS)
+    for part, (kernel, bias) in shapes.items():
+        tensors.expect(f"{part}/kernel", kernel)
+        if biased:
+            tensors.expect(f"{part}/bias", bias)
+    found = tensors.checked()
+    weights = {}
+    for ours, part in zip("q k v out".split(), _PARTS, strict=True):
+        kernel = found[f"{part}/kernel"]
+        inputs = heads * value_size if part == "attention_output" else kernel.shape[0]
+        weights[f"{ours}_weight"] = kernel.reshape(inputs, -1).T
+        if biased:
+            weights[f"{ours}_bias"] = found[f"{part}/bias"].reshape(-1)
+    return heads, kv_heads, weights
+
+
+def _from_list(source, arrays):
+    """Tensors of the arrays of layer.get_weights(), which have no names."""
+    variables = {4: ("kernel",), 8: ("kernel", "bias")}
+    gated = {5: ("kernel",), 10: ("kernel", "bias")}
+    if len(arrays) in variables:
+        parts, variables = _PARTS, variables[len(arrays)]
+    elif len(arrays) in gated:
+        parts, variables = ("query", "key", "gate", "value", "attention_output"), gated[len(arrays)]
+    else:
+        raise ValueError(
+            f"{source} must hold the 4 kernels of query, key, value and attention_output, or these each followed by "
+            f"its bias, as layer.get_weights() returns them, got {len(arrays)} arrays"
+        )
+    names = [f"{part}/{variable}" for part in parts for variable in variables]
+    return Tensors(source, "", dict(zip(names, arrays, strict=True)))
+
+
+@contextlib.contextmanager
+def _opened(weights_or_path):
+    """(source, stored tensors by name, layer names by path, layer configurations) while the file is open."""
+    path = None if isinstance(weights_or_path, collections.abc.Mapping) else weights_or_path
+    suffix = pathlib.Path(path).suffix if isinstance(path, (str, pathlib.PurePath)) else ""
+    if suffix not in (".keras", ".h5"):
+        source, stored, _ = read_named(weights_or_path)
+        yield "weights" if path is None else source, stored, {}, []
+        return
+    h5py = _import_h5py(path)
+    with open(path, "rb") as file:  # a missing or forbidden file is the operating system's error
+        configs = []
+        try:
+            if suffix == ".keras":
+                with zipfile.ZipFile(file) as archive:
+                    configs = _configs(json.loads(archive.read("config.json")))
+                    file = io.BytesIO(archive.read("model.weights.h5"))
+            with h5py.File(file, "r") as content:
+                if "model_config" in content.attrs:
+                    configs = _configs(json.loads(content.attrs["model_config"]))
+                stored, names = _contents(content, h5py)
+                yield str(path), stored, names, configs
+        except (OSError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is not a whole {suffix} file of Keras: {error}") from error
+
+
+def _import_h5py(path):
+    try:
+        import h5py
+    except ImportError as error:
+        raise ImportError(f"reading {path} needs h5py: pip install 'edgeattn[checkpoints]'") from error
+    return h5py
+
+
+def _contents(content, h5py):
+    """(data sets by path, names of layers by the path of the layer) of an HDF5 file."""
+    stored, names = {}, {}
+
+    # visititems follows no link out of the file.
+    def visit(path, entry):
+        if isinstance(entry, h5py.Dataset):
+            if entry.external or entry.is_virtual:
+                raise OSError(f"{path} lies in another file")
+            stored[path] = entry
+        elif path.endswith("/vars") and "name" in entry.attrs:
+            names[path.removesuffix("/vars")] = str(entry.attrs["name"])
+
+    content.visititems(visit)
+    return stored, names
+
+
+def _choose(source, stored, names, wanted):
+    """(tensors of the wanted attention layer, its name)."""
+    if wanted is not None and not isinstance(wanted, str):
+        raise TypeError(f"layer must be a string, got {wanted!r}")
+    variables = {_variable(name): name for name in stored}
+    parts = {name: _VARIABLE.match(name) for name in variables}
+    paths = sorted(
+        {found[1] or "" for found in parts.values() if found and found[2] in ("query", "attention_output")}
+    )
+    names = {path: names.get(path, path.rpartition("/")[2]) for path in paths}
+    if wanted is None:
+        chosen = paths
+    else:
+        chosen = [path for path in paths if path == wanted.strip("/")]
+        chosen = chosen or [path for path in paths if names[path] == wanted]
+    if len(chosen) != 1:
+        known = ", ".join(f"{path!r} (named {names[path]!r})" for path in paths) or "none"
+        asked = "layer must be given" if wanted is None else f"layer must name one attention layer, got {wanted!r}"
+        raise ValueError(f"{asked}; attention layers of {source}: {known}")
+    prefix = f"{chosen[0]}/" if chosen[0] else ""
+    found = {
+        name[len(prefix) :]: _decoded(stored[original])
+        for name, original in variables.items()
+        if name.startswith(prefix) and not _STATE.match(name[len(prefix) :])
+    }
+    return Tensors(source, prefix, found), names[chosen[0]]
+
+
+def _variable(name):
+    """The path of a variable in Python, whatever the file calls it."""
+    name = name.removesuffix(":0")
+    return _STORED.sub(lambda m: f"{m[1]}{_PLACES[m[2]]}/{('kernel', 'bias')[int(m[3])]}", name)
+
+
+def _decoded(entry):
+    """An array in memory; Keras stores bfloat16 as bare pairs of bytes, the upper half of a float32."""
+    if getattr(entry, "attrs", {}).get("dtype") == "bfloat16":
+        return (entry[()].view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return entry
+
+
+def _configs(node):
+    """Settings of all attention layers anywhere in a model's configuration."""
+    if isinstance(node, list):
+        return [config for entry in node for config in _configs(entry)]
+    if not isinstance(node, dict):
+        return []
+    found = [config for entry in node.values() for config in _configs(entry)]
+    if node.get("class_name") in _CLASSES and isinstance(node.get("config"), dict):
+        found.append(node["config"])
+    return found
+
+
+def _check_config(tensors, name, configs):
+    """What the settings of a layer say that its weights do not."""
+    settings = [config for config in configs if config.get("name") == name]
+    if not settings:
+        return
+    if any(config.get("attention_axes") not in (None, [1]) for config in settings):
+        raise ValueError(
+            f"{tensors.source}: layer {name!r} attends over axes {settings[0]['attention_axes']}, "
+            "edgeattn layers over the one axis of (B, L, E)"
+        )
+    windows = [config["sliding_window"] for config in settings if config.get("sliding_window") is not None]
+    if windows:
+        warnings.warn(
+            f"{tensors.source}: layer {name!r} has sliding_window={windows[0]}; pass each call an attn_mask that is "
+            f"True where query and key are less than {windows[0]} positions apart",
+            stacklevel=4,
+        )

@@ -1,0 +1,85 @@
+"""A projection in float32 whose every row is computed alike, however many rows come at a time.
+
+A library's matrix product sums in another order for one row than for many. Keys that are quantized to int8 must not
+depend on that: with this projection a token gives the same bits alone and inside a chunk.
+"""
+
+import numpy as np
+
+from edgeattn import threads
+from edgeattn.jit import entry, jit
+
+from .matmul import DEPTH_BLOCK, multiply, pack_panels, round_up
+from .simd import COLUMNS, LANES, ROWS, WIDTH, tile_load, tile_of_columns, tile_store
+
+_run = None
+
+
+@jit
+def linear_float32(x, weights, depth, features, out, private, begin, end):
+    """out = x w^T + bias for the panels begin..end of WIDTH features.
+
+    x (tokens, depth) flat; weights: panels (features / WIDTH, depth, WIDTH), then the bias (features,);
+    out (tokens, features) flat; features a multiple of WIDTH.
+    """
+    tokens = out.size // features
+    whole = tokens // ROWS * ROWS
+    for f in range(begin * WIDTH, end * WIDTH, WIDTH):
+        for k in range(0, depth, DEPTH_BLOCK):
+            at_weight, count = f * depth + k * WIDTH, min(DEPTH_BLOCK, depth - k)
+            # whole tiles, then one token at a time: either way a sum is one chain of multiply-adds in order of depth
+            for t in range(0, whole, ROWS):
+                at = t * features + f
+                if k == 0:
+                    tile = tile_of_columns(ROWS, COLUMNS, weights, features * depth + f)
+                else:
+                    tile = tile_load(ROWS, COLUMNS, out, at, features, LANES)
+                tile = multiply(tile, x, t * depth + k, depth, 1, weights, at_weight, count)
+                tile_store(tile, out, at, features, LANES)
+            for t in range(whole, tokens):
+                at = t * features + f
+                if k == 0:
+                    row = tile_of_columns(1, COLUMNS, weights, features * depth + f)
+                else:
+                    row = tile_load(1, COLUMNS, out, at, features, LANES)
+                row = multiply(row, x, t * depth + k, depth, 1, weights, at_weight, count)
+                tile_store(row, out, at, features, LANES)
+
+
+class Linear:
+    """y = x weight^T + bias, packed.
+
+    Parameters
+    ----------
+    weight : (outputs, inputs) float32 array
+    bias : (outputs,) float32 array or None
+    """
+
+    def __init__(self, weight, bias):
+        self.outputs, self.inputs = weight.shape
+        features = round_up(self.outputs, WIDTH)
+        padded = np.zeros((features, self.inputs + 1), np.float32)
+        padded[: self.outputs, :-1] = weight
+        if bias is not None:
+            padded[: self.outputs, -1] = bias
+        self._features = features
+        self._weights = threads.aligned(padded.size, np.float32)
+        self._weights[: -features or None] = pack_panels(padded[:, :-1])
+        self._weights[self._weights.size - features :] = padded[:, -1]
+
+    def __call__(self, x):
+        """(tokens, inputs) float32 in C order -> (tokens, outputs) float32, a view of padded rows."""
+        global _run
+        tokens = len(x)
+        out = np.empty((tokens, self._features), np.float32)
+        if not out.size:
+            return out[:, : self.outputs]
+        if not self.inputs:
+            out[:] = self._weights
+            return out[:, : self.outputs]
+        arguments = (x.reshape(-1), self._weights, self.inputs, self._features, out.reshape(-1))
+        if _run is None:
+            _run = entry(linear_float32, (*arguments, np.zeros(1, np.float32), 0, 0))
+        work = 2 * tokens * self.inputs * self._features
+        threads.run_items(_run, arguments, np.float32, 16, self._features // WIDTH, work)
+        return out[:, : self.outputs]

@@ -1,0 +1,435 @@
+"""Keys and values of the tokens seen so far, so that each is computed once."""
+
+import operator
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+
+from edgeattn.checks import check_out, count, deliver, flag, float_array, number, result_dtype, to_float32
+from edgeattn.cpu import functional_float32, plain
+from edgeattn.cpu.decode import decode
+from edgeattn.functional import checked_softcap, default_scale
+from edgeattn.masks import resolve_mask
+
+_DTYPES = ("float32", "int8")
+_LARGEST_CODE = np.float32(127)
+
+
+class KVCache:
+    """Storage for the keys and values of up to `capacity` tokens, allocated once.
+
+    A token's position is the number of tokens appended before it. `append` adds a chunk, `attend` lets queries
+    see what is there; `MultiHeadAttention(..., kv_cache=cache)` does both. Without `window` the cache holds
+    every token. With `window` a query sees only the last `window` keys, older tokens are dropped as room is
+    needed, and a stream may be endless.
+
+    Results do not depend on how a sequence was cut into chunks: within the rounding of float32 for a float32
+    cache, bit for bit for an int8 cache.
+
+    Parameters
+    ----------
+    batch : int
+        B.
+    num_kv_heads : int
+        Hkv.
+    capacity : int
+        Tokens held at a time. With `window` at least that; chunks of n tokens need window - 1 + n. What goes
+        beyond `window` makes dropping cheaper (twice the window is ample) and leaves room to truncate.
+    head_dim : int
+        D.
+    value_dim : int, optional
+        Dv, D unless given.
+    dtype : {"float32", "int8"}
+        "int8": one symmetric scale per token and head, max|x| / 127, for keys and for values; a quarter of the
+        memory. Rows with max|x| < 1.5e-36 become zeros, rows with NaN or infinity NaN.
+    window : int, optional
+        W: a query at position p sees the keys p - W + 1 to p, W in all.
+
+    Attributes
+    ----------
+    batch, num_kv_heads, capacity, head_dim, value_dim : int
+    dtype : str
+    window : int or None
+    length : int
+        Tokens appended so far, less those truncated: the position of the next one.
+    start : int
+        Position of the oldest token still held; 0 without `window`.
+    nbytes : int
+        Bytes of storage.
+    """
+
+    def __init__(
+        self, batch, num_kv_heads, capacity, head_dim, *, value_dim=None, dtype="float32", window=None
+    ):
+        self.batch = count("batch", batch)
+        self.num_kv_heads = count("num_kv_heads", num_kv_heads)
+        self.capacity = count("capacity", capacity)
+        self.head_dim = count("head_dim", head_dim)
+        self.value_dim = self.head_dim if value_dim is None else count("value_dim", value_dim)
+        if dtype not in _DTYPES:
+            raise ValueError(f"dtype must be 'float32' or 'int8', got {dtype!r}")
+        self.dtype = dtype
+        self.window = None if window is None else count("window", window)
+        if self.window is not None and self.capacity < self.window:
+            raise ValueError(
+                f"capacity must be at least window = {self.window}, got {self.capacity}; "
+                "twice the window makes dropping old tokens cheap"
+            )
+        rows = (self.batch, self.num_kv_heads, self.capacity)
+        self._keys = np.zeros((*rows, self.head_dim), dtype)
+        self._values = np.zeros((*rows, self.value_dim), dtype)
+        self._key_scales = self._value_scales = None
+        if dtype == "int8":
+            self._key_scales, self._value_scales = np.zeros(rows, np.float32), np.zeros(rows, np.float32)
+        self._length = self._start = 0
+        self._first = 0  # the slot of token `start`; tokens lie side by side, in order
+
+    @property
+    def length(self):
+        """Position of the next token."""
+        return self._length
+
+    @property
+    def start(self):
+        """Position of the oldest token still held."""
+        return self._start
+
+    @property
+    def nbytes(self):
+        """Bytes of storage."""
+        return sum(array.nbytes for array in self._storage())
+
+    def __len__(self):
+        return self._length
+
+    def __repr__(self):
+        return (
+            f"KVCache(batch={self.batch}, num_kv_heads={self.num_kv_heads}, capacity={self.capacity}, "
+            f"head_dim={self.head_dim}, value_dim={self.value_dim}, dtype={self.dtype!r}, window={self.window}, "
+            f"length={self.length})"
+        )
+
+    def append(self, key, value):
+        """Add the keys and values of n tokens, those at positions `length` to `length` + n - 1.
+
+        Parameters
+        ----------
+        key : (B, Hkv, n, D) float16, float32 or float64 array
+        value : (B, Hkv, n, Dv) array
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the argument; or where the tokens do not fit. The cache is unchanged then.
+        """
+        key, value = float_array("key", key), float_array("value", value)
+        tokens = key.shape[2] if key.ndim == 4 else 0
+        for name, array, size in (("key", key, self.head_dim), ("value", value, self.value_dim)):
+            wanted = (self.batch, self.num_kv_heads, tokens, size)
+            if array.shape != wanted:
+                shown = f"({self.batch}, {self.num_kv_heads}, n, {size})"
+                raise ValueError(
+                    f"{name} must have shape (B, Hkv, n, size) = {shown}, n the same for key and value, "
+                    f"got key {key.shape}, value {value.shape}"
+                )
+        self._check_room(tokens)
+        if tokens:
+            self._append(to_float32(key), to_float32(value))
+
+    def truncate(self, length):
+        """Forget the tokens at position `length` and after, as if they had not been appended.
+
+        Parameters
+        ----------
+        length : int
+            At most the present one. With `window`, the keys that the next query may see must still be held: that
+            is so at least back to where the last `append` began.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming what was required and what came.
+        """
+        try:
+            wanted = operator.index(length)
+        except TypeError:
+            raise TypeError(f"length must be an integer, got {length!r}") from None
+        if not 0 <= wanted <= self._length:
+            raise ValueError(f"length must lie between 0 and the cache's length {self._length}, got {wanted}")
+        if self.window is not None and max(wanted - self.window + 1, 0) < self._start:
+            raise ValueError(
+                f"length must be at least {self._start + self.window - 1}, or 0 after reset(): older tokens "
+                f"than position {self._start} were dropped; got {wanted}. A larger capacity keeps more of them"
+            )
+        self._length = wanted
+
+    def reset(self):
+        """Forget every token; the storage stays."""
+        self._length = self._start = self._first = 0
+
+    def held(self):
+        """The tokens `start` to `length` - 1 as float32 copies; int8 codes times their scales.
+
+        Returns
+        -------
+        key : (B, Hkv, length - start, D) float32 array
+        value : (B, Hkv, length - start, Dv) float32 array
+        """
+        keys, values, key_scales, value_scales = self._views()
+        if key_scales is None:
+            return keys.copy(), values.copy()
+        with np.errstate(invalid="ignore"):
+            return keys * key_scales[..., None], values * value_scales[..., None]
+
+    def attend(
+        self,
+        query,
+        *,
+        attn_mask=None,
+        key_padding_mask=None,
+        is_causal=False,
+        scale=None,
+        softcap=0.0,
+        window_size=(-1, -1),
+        alibi_slopes=None,
+        position=None,
+        return_weights=False,
+        out=None,
+    ):
+        """Attend from queries to the tokens in the cache.
+
+        What `scaled_dot_product_attention` computes with the cached keys and values; S is `length`. One query
+        at a time reads the cache in place. So does any number of queries, unless an int8 cache is used with
+        masks or slopes, or the probabilities are wanted.
+
+        Parameters
+        ----------
+        query : (B, H, L, D) float16, float32 or float64 array
+            H a multiple of Hkv: query head h reads key/value head h // (H / Hkv).
+        attn_mask : bool or float array, broadcastable to (B, H, L, S), optional
+            bool: True = attend. float: added to the scores. Columns are positions, also of dropped tokens.
+        key_padding_mask : (B, S) bool array, optional
+            True = a real token that may be attended to.
+        is_causal : bool
+            A query sees no key after its own position.
+        scale : float, optional
+            1 / sqrt(D) unless given; 0 means 0.
+        softcap : float
+            Bound of the scores, 0 = none.
+        window_size : (int, int)
+            (left, right), -1 = unbounded; the cache's own `window` holds as well.
+        alibi_slopes : (H,) or (B, H) float array, optional
+        position : int, optional
+            Position of the first query. `length` - L unless given: the queries belong to the last L tokens
+            appended.
+        return_weights : bool
+            Return the probabilities too.
+        out : (B, H, L, Dv) array, optional
+            Takes the result; of the result's dtype.
+
+        Returns
+        -------
+        (B, H, L, Dv) array
+            Of the query's dtype.
+        (B, H, L, S) array
+            The probabilities, only with `return_weights`; 0 for dropped tokens.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the argument, what was required and what came.
+        """
+        query = float_array("query", query)
+        return_weights = flag("return_weights", return_weights)
+        if query.ndim != 4 or query.shape[0] != self.batch or query.shape[3] != self.head_dim:
+            raise ValueError(
+                f"query must have shape (B, H, L, D) = ({self.batch}, H, L, {self.head_dim}), got {query.shape}"
+            )
+        _, heads, queries, _ = query.shape
+        if heads % self.num_kv_heads:
+            raise ValueError(
+                f"query must have a multiple of the cache's {self.num_kv_heads} key/value heads, got {query.shape}"
+            )
+        softcap = checked_softcap(softcap)
+        scale = default_scale(self.head_dim) if scale is None else number("scale", scale)
+        if position is None:
+            position = self._length - queries
+        try:
+            position = operator.index(position)
+        except TypeError:
+            raise TypeError(f"position must be an integer, got {position!r}") from None
+        if position < 0:
+            raise ValueError(
+                f"position must be at least 0, got {position} for L = {queries} queries and a cache of length "
+                f"{self._length}; append the keys of these tokens first"
+            )
+        mask = resolve_mask(
+            (self.batch, heads, queries, self._length),
+            attn_mask,
+            key_padding_mask,
+            is_causal=is_causal,
+            window_size=self._narrow(window_size),
+            alibi_slopes=alibi_slopes,
+            position=position,
+        )
+        dtype = result_dtype(query)
+        shape = (*query.shape[:3], self.value_dim)
+        check_out(out, shape, dtype)
+        result = np.empty(shape, np.float32)
+        weights = np.zeros(mask.shape, np.float32) if return_weights else None
+        self._attend(to_float32(query), mask, scale, softcap, result, weights)
+        result = deliver(result, out, dtype)
+        return (result, deliver(weights, None, dtype)) if return_weights else result
+
+    def _storage(self):
+        arrays = (self._keys, self._values, self._key_scales, self._value_scales)
+        return [array for array in arrays if array is not None]
+
+    def _views(self):
+        """Keys, values, key scales and value scales of the tokens held, in place; None for no scales."""
+        slots = slice(self._first, self._first + self._length - self._start)
+        arrays = (self._keys, self._values, self._key_scales, self._value_scales)
+        return [None if array is None else array[:, :, slots] for array in arrays]
+
+    def _room(self):
+        """The largest chunk that can come next."""
+        if self.window is None:
+            return self.capacity - self._length
+        return self.capacity - min(self._length - self._start, self.window - 1)
+
+    def _check_room(self, tokens):
+        if tokens <= self._room():
+            return
+        if self.window is None:
+            raise ValueError(
+                f"the cache is full: its capacity is {self.capacity} tokens, it holds {self._length}, and "
+                f"{tokens} more came; truncate or reset it, build it with a larger capacity, or with a window"
+            )
+        raise ValueError(
+            f"a chunk of {tokens} tokens needs a capacity of window - 1 + {tokens} = {self.window - 1 + tokens}, "
+            f"got {self.capacity}; append at most {self._room()} tokens at a time"
+        )
+
+    def _narrow(self, window_size):
+        """`window_size` within the cache's own window; what is no window is left to `resolve_mask`."""
+        if self.window is None:
+            return window_size
+        try:
+            left, right = (operator.index(bound) for bound in window_size)
+        except (TypeError, ValueError):
+            return window_size
+        return (self.window - 1 if left == -1 else min(left, self.window - 1)), right
+
+    def _append(self, key, value):
+        """Store float32 (B, Hkv, n, D) and (B, Hkv, n, Dv), for which there is room."""
+        tokens, held = key.shape[2], self._length - self._start
+        if self._first + held + tokens > self.capacity:
+            # Only with a window: move what the coming queries may see to the front, drop what is older.
+            kept = min(held, self.window - 1)
+            begin = self._first + held - kept
+            for array in self._storage():
+                array[:, :, :kept] = array[:, :, begin : begin + kept]
+            self._first, self._start, held = 0, self._length - kept, kept
+        slots = slice(self._first + held, self._first + held + tokens)
+        if self._key_scales is None:
+            self._keys[:, :, slots], self._values[:, :, slots] = key, value
+        else:
+            self._keys[:, :, slots], self._key_scales[:, :, slots] = _quantize_rows(key)
+            self._values[:, :, slots], self._value_scales[:, :, slots] = _quantize_rows(value)
+        self._length += tokens
+
+    def _attend(self, query, mask, scale, softcap, out, weights=None):
+        """`attend` without checks: query (B, H, L, D), out (B, H, L, Dv), weights (B, H, L, S) or None, float32.
+
+        mask : Mask of all positions, the offset the same for the whole batch. Within a window, `weights` must be
+        zeros: nothing is written for dropped tokens.
+        """
+        queries = query.shape[2]
+        part = mask.part((0, queries), (self._start, self._length))
+        keys, values, key_scales, value_scales = self._views()
+        scores_alone = part.keep is None and part.bias is None
+        if weights is not None or not out.size or (key_scales is not None and not scores_alone):
+            held_keys, held_values = (to_float32(array) for array in self.held())
+            part_weights = None if weights is None else np.empty(part.shape, np.float32)
+            plain.attention(
+                to_float32(query), held_keys, held_values, part,
+                scale=scale, softcap=softcap, out=out, weights=part_weights,
+            )
+            if weights is not None:
+                weights[..., self._start : self._length] = part_weights
+        elif key_scales is None and not (scores_alone and queries == 1):
+            if keys.shape[2]:
+                functional_float32.attention(query, keys, values, out, scale, softcap, *part.for_kernels())
+            else:
+                out[:] = 0
+        else:
+            for run in _runs(*_visible(part)):
+                _decode(query, (keys, values, key_scales, value_scales), out, scale, softcap, run)
+
+
+def _quantize_rows(x):
+    """(codes int8 (..., size), scale float32 (...)): x = codes * scale, scale = max|x| / 127."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        scale = np.abs(x).max(-1) / _LARGEST_CODE
+        # zeros, and scales that float32 holds only in part
+        scale = np.where(scale < np.finfo(np.float32).tiny, np.float32(0), scale)
+        codes = x / np.where(scale > 0, scale, np.float32(1))[..., None]
+        codes = np.clip(np.rint(codes), -_LARGEST_CODE, _LARGEST_CODE)
+    if not np.isfinite(scale).all():
+        # 0 * NaN is NaN: what was not finite is seen by whoever attends to it
+        codes = np.where(np.isfinite(scale)[..., None], codes, 0)
+        scale = np.where(np.isfinite(scale), scale, np.float32(np.nan))
+    return codes.astype(np.int8), scale
+
+
+def _visible(mask):
+    """(first, last) per query: it sees the keys first .. last - 1; of a mask that is a band alone."""
+    _, _, queries, keys = mask.shape
+    position = np.arange(queries) + (mask.offset[0] if mask.offset.size else 0)
+    first = np.clip(position - mask.left, 0, keys) if mask.left >= 0 else np.zeros(queries, np.int64)
+    last = np.clip(position + mask.right + 1, 0, keys) if mask.right >= 0 else np.full(queries, keys)
+    return first.tolist(), np.maximum(first, last).tolist()
+
+
+def _runs(first, last):
+    """Cut queries into runs in which `first` goes up evenly: (begin, end, first key, step, key counts)."""
+    begin, runs = 0, []
+    while begin < len(first):
+        end, step = begin + 1, 0
+        if end < len(first):
+            step = first[end] - first[begin]
+            while end < len(first) and first[end] - first[end - 1] == step:
+                end += 1
+        counts = [last[i] - first[i] for i in range(begin, end)]
+        runs.append((begin, end, first[begin], step, counts))
+        begin = end
+    return runs
+
+
+def _decode(query, stored, out, scale, softcap, run):
+    """One query at a time through the kernel for that, which reads the cache in place."""
+    begin, end, first, step, counts = run
+    if end - begin == 1:
+        views = [None if array is None else array[:, :, first : first + counts[0]] for array in stored]
+        keys, values, key_scales, value_scales = views
+        decode(
+            query[:, :, begin], keys, values, out[:, :, begin], scale, softcap,
+            k_scale=key_scales, v_scale=value_scales,
+        )
+        return
+    # The queries of one batch entry stand in for a batch: query i sees the same storage, `step` rows further on.
+    lengths, size = np.array(counts, np.int64), max(counts)
+    for b in range(query.shape[0]):
+        views = []
+        for array in stored:
+            if array is None:
+                views.append(None)
+                continue
+            rows = array[b, :, first:]
+            shape = (end - begin, rows.shape[0], size, *rows.shape[2:])
+            views.append(as_strided(rows, shape, (step * rows.strides[1], *rows.strides), writeable=False))
+        keys, values, key_scales, value_scales = views
+        decode(
+            query[b, :, begin:end].swapaxes(0, 1), keys, values, out[b, :, begin:end].swapaxes(0, 1),
+            scale, softcap, lengths=lengths, k_scale=key_scales, v_scale=value_scales,
+        )
