@@ -44,7 +44,7 @@ run: $(ready) ## the main job: float, int8, report, .tflite
 test: $(ready) ## the test suite
 	@$(run_python) -m pytest $(ARGS)
 
-test-cortex-m: $(ready) ## exported C on emulated Cortex-M, AArch64 and ARMv7
+test-cortex-m: $(ready) ## exported C on emulated ARM processors
 	@$(run_python) tools/cortex_m/run.py $(ARGS)
 
 lint: $(ready_dev) ## style, imports, what no tracked file may hold
