@@ -47,13 +47,13 @@ run: $(ready) ## the main job: float, int8, report, .tflite
 test: $(ready) ## the test suite
 	@$(run_python) -m pytest $(ARGS)
 
-test-cortex-m: $(ready) ## exported C on emulated Cortex-M3, M4, M7, M55, AArch64 and ARMv7; names the packages it needs
+test-cortex-m: $(ready) ## exported C on emulated ARM processors
 	@$(run_python) tools/cortex_m/run.py $(ARGS)
 
-test-arm64: $(ready_arm64) ## what depends on the CPU, as on Raspberry Pi 3, 4 and 5, under qemu-user
+test-arm64: $(ready_arm64) ## the CPU's part, emulated Pi 3, 4 and 5
 	@$(python) tools/arm64/run.py $(ARM64) -- $(ARGS)
 
-test-arm64-short: $(ready_arm64) ## ... a few dozen tests of it, as on a Raspberry Pi 5
+test-arm64-short: $(ready_arm64) ## ... a few dozen tests, emulated Pi 5
 	@$(python) tools/arm64/run.py $(ARM64) --short -- $(ARGS)
 
 lint: $(ready_dev) ## style, imports, what no tracked file may hold

@@ -149,6 +149,7 @@ def _names(layer, stem, lengths) -> dict[str, str]:
         "stem": stem, "PREFIX": stem.upper(),
         "title": "self-attention" if layer.num_heads == 1 and len(names) == 1 else
                  "multi-head self-attention" if len(names) == 1 else "multi-head attention",
+        "indent": " " * len(f"int {stem}_s8("),
         "parameters": ", ".join(f"const int8_t *{name}" for name in names),
         "B": str(lengths.batch), "H": str(lengths.heads), "L": str(lengths.queries), "S": str(lengths.keys),
         "D": str(layer.head_dim), "DV": str(layer.value_dim), "EQ": str(layer.embed_dim), "EK": str(layer.kdim),

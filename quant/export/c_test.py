@@ -63,6 +63,6 @@ def vectors_c(layer, stem: str, names: list[str], lengths, how_many: int) -> dic
         "stem": stem, "PREFIX": stem.upper(), "count": str(how_many), "vectors": "\n".join(vectors),
         "fields": "".join(f"    int8_t {name}[{stem.upper()}_{name.upper()}_SIZE];\n" for name in names),
         "arguments": ", ".join(f"vector->{name}" for name in names),
-        "first_arguments": ", ".join(f"{stem}_test_vectors[0].{name}" for name in names),
+        "first_arguments": ", ".join(f"first->{name}" for name in names),
     }
     return {f"{stem}_test.h": fill_template("test.h", values), f"{stem}_test.c": fill_template("test.c", values)}
