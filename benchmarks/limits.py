@@ -7,6 +7,7 @@ by the four-way dot product and, where there is one, by the matrix unit.
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -32,7 +33,6 @@ from edgeattn.jit import jit
 STEPS = 80_000  # products of a tile in one call, and of four tiles of the matrix unit: some tenths of a millisecond
 MATRIX_STEPS = 20_000
 SHARED_FACTOR = 5  # more on several threads, which take a while to start
-_ALL_WORK = threads.SMALLEST_SHARED_WORK  # asks for every thread
 
 
 @jit
@@ -70,7 +70,7 @@ def matrix_limit(steps, private, begin, end):
 
 
 def limits(count: int) -> dict[str, tuple[Callable, int]]:
-    """name -> (call, its operations), for ``count`` threads, which edgeattn must be set to.
+    """name -> (call, its operations), for ``count`` threads.
 
     "float32 limit", "int8 limit" and, on a machine that has one, "matrix limit" (int8).
     """
@@ -78,8 +78,15 @@ def limits(count: int) -> dict[str, tuple[Callable, int]]:
     floats, scratch = np.ones(size, np.float32), ROWS * WIDTH
     unsigned, signed = np.ones(size, np.uint32), np.ones(size, np.int32)
 
+    pool = ThreadPoolExecutor(count)
+
     def call(function, arguments, dtype):
-        return lambda: threads.run_items(function, arguments, dtype, scratch, count, _ALL_WORK)
+        privates = [threads.aligned(scratch, dtype) for _ in range(count)]
+
+        def run(private):
+            function(*arguments, private, 0, 1)
+
+        return (lambda: run(privates[0])) if count == 1 else (lambda: list(pool.map(run, privates)))
 
     factor = 1 if count == 1 else SHARED_FACTOR
     steps, matrix_steps = factor * STEPS, factor * MATRIX_STEPS

@@ -16,15 +16,15 @@ _run = None
 
 
 @jit
-def linear_float32(x, weights, depth, features, out, private, begin, end):
-    """out = x w^T + bias for the panels begin..end of WIDTH features.
+def linear_float32(x, weights, depth, features, out):
+    """out = x w^T + bias, panel of WIDTH features by panel.
 
     x (tokens, depth) flat; weights: panels (features / WIDTH, depth, WIDTH), then the bias (features,);
     out (tokens, features) flat; features a multiple of WIDTH.
     """
     tokens = out.size // features
     whole = tokens // ROWS * ROWS
-    for f in range(begin * WIDTH, end * WIDTH, WIDTH):
+    for f in range(0, features, WIDTH):
         for k in range(0, depth, DEPTH_BLOCK):
             at_weight, count = f * depth + k * WIDTH, min(DEPTH_BLOCK, depth - k)
             # whole tiles, then one token at a time: either way a sum is one chain of multiply-adds in order of depth
@@ -83,7 +83,6 @@ class Linear:
             return out[:, : self.outputs]
         arguments = (x.reshape(-1), self._weights, self.inputs, self._features, out.reshape(-1))
         if _run is None:
-            _run = entry(linear_float32, (*arguments, np.zeros(1, np.float32), 0, 0))
-        work = 2 * tokens * self.inputs * self._features
-        threads.run_items(_run, arguments, np.float32, 16, self._features // WIDTH, work)
+            _run = entry(linear_float32, arguments)
+        _run(*arguments)
         return out[:, : self.outputs]
