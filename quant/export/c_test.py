@@ -61,6 +61,7 @@ def vectors_c(layer, stem: str, names: list[str], lengths, how_many: int) -> dic
         vectors.append(f'    {{"{name}", "{catches}",\n{arrays}}},')
     values = {
         "stem": stem, "PREFIX": stem.upper(), "count": str(how_many), "vectors": "\n".join(vectors),
+        "indent": " " * len(f"{stem}_s8(   "),
         "fields": "".join(f"    int8_t {name}[{stem.upper()}_{name.upper()}_SIZE];\n" for name in names),
         "arguments": ", ".join(f"vector->{name}" for name in names),
         "first_arguments": ", ".join(f"first->{name}" for name in names),
