@@ -110,13 +110,15 @@ def run(folder: Path, cpus: list[str], tests: tuple[str, ...], layers: int, extr
 
 def main() -> int:
     """Read the command line and run; return 1 when a test failed on a CPU."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="What follows -- goes to pytest.")
     add = parser.add_argument
     add("folder", type=Path, help="where tools/arm64/build.py built")
     add("--short", action="store_true", help=f"{SHORT_CPU} alone, a few dozen tests")
     add("--cpu", action="append", choices=[cpu.name for cpu in CPUS], help="this CPU alone; may be repeated")
-    add("pytest", nargs="*", help="further arguments for pytest, after --")
-    arguments = parser.parse_args()
+    # argparse gives what follows "--" to no list that comes after an option.
+    given = sys.argv[1:]
+    end = given.index("--") if "--" in given else len(given)
+    arguments = parser.parse_args(given[:end])
     cpus = arguments.cpu or ([SHORT_CPU] if arguments.short else [cpu.name for cpu in CPUS])
     tests = SHORT if arguments.short else FULL
     folder = arguments.folder.absolute()
@@ -124,7 +126,7 @@ def main() -> int:
     if missing:
         print(f"{folder} has no {', '.join(missing)}: build it first with python tools/arm64/build.py", file=sys.stderr)
         return 2
-    return 1 if run(folder, cpus, tests, LAYERS[arguments.short], arguments.pytest) else 0
+    return 1 if run(folder, cpus, tests, LAYERS[arguments.short], given[end + 1:]) else 0
 
 
 if __name__ == "__main__":
