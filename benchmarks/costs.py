@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ import numpy as np
 import edgeattn
 from benchmarks import fresh
 from benchmarks.problem import Problem
+from edgeattn.cpu import fused, fused_dynamic, fused_int8
 
 PEER_MODULES = ("torch", "onnxruntime", "ai_edge_litert.interpreter", "tflite_runtime.interpreter")
 _BLOCKS, _CALLS = 30, 200
@@ -24,22 +26,29 @@ _BLOCKS, _CALLS = 30, 200
 def call_overhead(problem: Problem) -> dict[str, float]:
     """Seconds that a call of each layer takes beside the work of its kernel: checks, dispatch, allocation, arguments.
 
-    The compiled function is called as always, but asked for the blocks from 0 to 0 of its second phase: none.
+    The compiled function is called as always, but told of a batch of 0: it finds nothing to do.
     """
-    layers = {"float32": (problem.layer, lambda: problem.layer(problem.x)),
-              "int8": (problem.static, lambda: problem.static.run_int8(problem.codes)),
-              "dynamic": (problem.dynamic, lambda: problem.dynamic(problem.x))}
+    layers = {"float32": (problem.layer, fused, lambda: problem.layer(problem.x)),
+              "int8": (problem.static, fused_int8, lambda: problem.static.run_int8(problem.codes)),
+              "dynamic": (problem.dynamic, fused_dynamic, lambda: problem.dynamic(problem.x))}
     found = {}
-    for name, (layer, call) in layers.items():
+    for name, (layer, module, call) in layers.items():
         call()
         kernel = layer._kernel
-        run = kernel._run
-        kernel._run = lambda *arguments, run=run: run(*arguments[:-3], 2, 0, 0)
+        run, kernel._run = kernel._run, functools.partial(_on_nothing, kernel._run, module)
         try:
             found[name] = float(np.median([_seconds(call) for _ in range(_BLOCKS)]))
         finally:
             kernel._run = run
+            kernel._plans.clear()  # their parameters were overwritten
     return found
+
+
+def _on_nothing(run, module, *arguments):
+    for argument in arguments:
+        if isinstance(argument, np.ndarray) and argument.dtype == np.int64 and argument.size == module.P_COUNT:
+            argument[module.P_BATCH] = 0
+    return run(*arguments)
 
 
 def _seconds(call):
