@@ -21,10 +21,8 @@ ready_arm64 = $(ARM64)/.ready
 # Extras of the environment; .ci/run asks for test-numpy2,examples in a second one.
 EXTRAS ?= test,examples
 
-# Numba notices an edit in the file of a kernel, not in the files that the kernel calls into: one cache per state of
-# the sources. `make clean` drops them.
-sources_state = $(shell find edgeattn quant -name '*.py' | LC_ALL=C sort | xargs cat | cksum | cut -d' ' -f1)
-run_python = NUMBA_CACHE_DIR=$(CURDIR)/build/numba/$(notdir $(VENV))-$(sources_state) $(python)
+# Machine code of its own for each environment, where `make clean` finds it; edgeattn/jit.py sees to edits.
+run_python = NUMBA_CACHE_DIR=$(CURDIR)/build/numba/$(notdir $(VENV)) $(python)
 
 define build_environment
 @found=$$(sh tools/find-python.sh "$(PYTHON)") && \

@@ -63,7 +63,7 @@ def _warmup(chosen):
             new = _compiled() - before
             print(f"{path}, {length} tokens: {seconds:.2f} s, " + (
                 f"{new} kernel{'s'[:new != 1]} compiled" if new else "nothing to compile"))
-    folders = [folder for folder in jit._folders(fused.layer_float32.py_func) if _writable(folder)]
+    folders = [folder for folder in jit.folders(fused.layer_float32.py_func) if _writable(folder)]
     print(f"Machine code is kept in {folders[0]}" if folders else
           "Nothing is kept: no cache folder is writable; set NUMBA_CACHE_DIR to one that is.")
     return 0
@@ -142,7 +142,7 @@ def _cache():
     if numba.config.DISABLE_JIT:
         yield "cache", "none: NUMBA_DISABLE_JIT is set, kernels run as plain Python"
         return
-    folders = [(folder, _writable(folder)) for folder in jit._folders(fused.layer_float32.py_func)]
+    folders = [(folder, _writable(folder)) for folder in jit.folders(fused.layer_float32.py_func)]
     used = next((folder for folder, writable in folders if writable), None)
     if used is None:
         yield "cache", ("none, every process compiles anew: no folder is writable; set NUMBA_CACHE_DIR to one that is")

@@ -72,7 +72,7 @@ class _Cache(caching._Cache):
         stamp = _source_stamp(self._function.__code__.co_filename)
         if stamp is None:
             return []
-        return [_FolderCache(self._function, folder, stamp) for folder in _folders(self._function)]
+        return [_FolderCache(self._function, folder, stamp) for folder in folders(self._function)]
 
     @property
     def cache_path(self):
@@ -160,20 +160,20 @@ class _Locator(caching._CacheLocator):
         return str(self._lineno)
 
 
-def _folders(function):
+def folders(function):
     """Where this kernel's machine code may be kept, best first.
 
     Never a folder others can write to, such as the temporary one: what is read back is executed.
     """
     source = os.path.abspath(function.__code__.co_filename)
     own_name = caching._CacheLocator.get_suitable_cache_subpath(source)
-    folders = [os.path.join(os.path.dirname(source), "__pycache__")]
+    found = [os.path.join(os.path.dirname(source), "__pycache__")]
     if numba.config.CACHE_DIR:
-        folders.insert(0, os.path.join(numba.config.CACHE_DIR, own_name))
+        found.insert(0, os.path.join(numba.config.CACHE_DIR, own_name))
     user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser(os.path.join("~", ".cache"))
     if os.path.isabs(user):  # "~" stays where the user has no home
-        folders.append(os.path.join(user, "edgeattn", own_name))
-    return folders
+        found.append(os.path.join(user, "edgeattn", own_name))
+    return found
 
 
 def _listing():

@@ -12,6 +12,7 @@ import math
 import numpy as np
 
 from edgeattn.quantized import (
+    INPUTS,
     PROBABILITIES,
     AddMask,
     MulConstant,
@@ -23,7 +24,6 @@ from edgeattn.quantized import (
 from edgeattn.tflite_file import parse, read_bytes
 from edgeattn.tflite_schema import Graph, Operator, Tensor
 
-INPUTS = ("query", "key", "value")
 # Following elements takes four bytes for each: 64 MiB at this size, an activation of 4096 rows of 4096.
 _MOST_ELEMENTS = 2**24
 # Beyond these, scales and their products leave what float32 and the runtimes' 31-bit multipliers can hold.

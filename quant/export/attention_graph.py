@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgeattn.quantized import AddMask, MulConstant, SelectMask
+from edgeattn.quantized import INPUTS, AddMask, MulConstant, SelectMask
 from edgeattn.tflite_schema import Graph
 
 FULLY_CONNECTED_VERSION = 5  # the first with keep_num_dims
@@ -37,7 +37,6 @@ INT8_VERSIONS = {
 FLOAT_VERSIONS = dict.fromkeys(INT8_VERSIONS, 1)
 # exp(MASKED_SCORE - any real score) is 0 in float32, and unlike -inf a row full of it gives no NaN.
 MASKED_SCORE = np.float32(-1e30)
-INPUTS = ("query", "key", "value")
 
 
 @dataclass(frozen=True)
