@@ -142,6 +142,54 @@ def test_tile_of_bytes_multiplies(unsigned_rows):
 
 
 @njit(error_model="numpy")
+def _tile_to_bytes(a, down, out, flip):
+    tile = simd.tile_add_down(simd.tile_load(ROWS, COLUMNS, a, 0, WIDTH, N), down, 1)
+    simd.tile_store_bytes(tile, out, 3, COLUMNS * (N + 2), N + 2, np.int32(-3), flip)
+
+
+def test_tile_to_bytes():
+    rng = np.random.default_rng(4)
+    a = rng.integers(-300, 300, (ROWS, COLUMNS, N)).astype(np.int32)
+    a[0, 0, :4] = [2**31 - 1000, -2**31 + 1000, 40000, -40000]
+    down = rng.integers(-100, 100, ROWS + 1).astype(np.int32)
+    flips = np.array([1, 2, 4, -128], np.int8)
+    out = np.full(3 + ROWS * COLUMNS * (N + 2), 77, np.int8)
+    _tile_to_bytes(a.ravel(), down, out, flips.view(np.int32)[0])
+    want = np.clip(np.clip(a.astype(np.int64) + down[1:, None, None], -2**15, 2**15 - 1) - 3, -128, 127).astype(np.int8)
+    got = out[3:].reshape(ROWS, COLUMNS, N + 2)
+    np.testing.assert_array_equal(got[:, :, :N], want ^ np.resize(flips, N))
+    assert (out[:3] == 77).all() and (got[:, :, N:] == 77).all()
+
+
+@njit(error_model="numpy")
+def _look_up(table, index, out):
+    found = simd.look_up_bytes(table, simd.load(index, 0))
+    for j in range(4):
+        simd.store(out, j * N, found[j])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_look_up_every_entry(dtype):
+    table = np.random.default_rng(5).integers(1, 2**30, 256).astype(np.int32).view(dtype)
+    wide = simd.byte_planes(table)
+    out = np.zeros(4 * N, dtype)
+    for start in range(0, 256, 4 * N):
+        index = np.arange(start, start + 4 * N, dtype=np.uint8).reshape(4, N)
+        _look_up(wide, np.ascontiguousarray(index.T).view(np.int32).ravel(), out)
+        np.testing.assert_array_equal(out, table[start:start + 4 * N])
+
+
+@njit
+def _quotient(a, b):
+    return simd.quotient(a, b)
+
+
+def test_quotient():
+    assert [_quotient(a, b) for a in (0, 1, 95, 96, 2**40) for b in (1, 32, 96)] == [
+        a // b for a in (0, 1, 95, 96, 2**40) for b in (1, 32, 96)]
+
+
+@njit(error_model="numpy")
 def _transpose(a, out):
     simd.transpose_block(a, 1, N + 2, out, 2, N + 1)
 

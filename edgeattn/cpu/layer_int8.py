@@ -6,9 +6,18 @@ from edgeattn.jit import entry
 
 from . import fused_int8 as f
 from .layer_float32 import _strides
-from .matmul import MATRIX, MATRIX_TOKENS, pack_byte_panels, pad_heads, padded_head, round_up
+from .matmul import (
+    MATRIX,
+    MATRIX_DEPTH,
+    MATRIX_SCRATCH,
+    MATRIX_TOKENS,
+    pack_byte_panels,
+    pad_heads,
+    padded_head,
+    round_up,
+)
 from .requantize import RULES, encode
-from .simd import LANES, OFFSET, ROWS, WIDTH
+from .simd import LANES, OFFSET, ROWS, WIDTH, byte_planes
 
 _EMPTY_U8 = np.zeros(0, np.uint8)
 _EMPTY_I8 = np.zeros(0, np.int8)
@@ -61,7 +70,7 @@ class StaticLayer:
         for letter, name, size, wide in (("q", "query", D, Dp), ("k", "key", D, Dp), ("v", "value", Dv, Dvp)):
             weight, real, bias = linears[name]
             depth = weight.shape[1]
-            deep = np.zeros((weight.shape[0], round_up(depth, 4)), np.int8)
+            deep = np.zeros((weight.shape[0], 4 * f.packed_depth(depth)), np.int8)
             deep[:, :depth] = weight
             bias = np.zeros(len(weight), np.int32) if bias is None else bias
             put_linear(letter, pad_heads(deep, H, size, wide), pad_heads(bias, H, size, wide),
@@ -70,13 +79,13 @@ class StaticLayer:
             weight, real, bias = linears["output"]
             Eo = weight.shape[0]
             up = round_up(Eo, WIDTH)
-            spread = np.zeros((up, H, Dvp), np.int8)
-            spread[:Eo, :, :Dv] = weight.reshape(Eo, H, Dv)
+            spread = np.zeros((up, 4 * f.packed_depth(H * Dvp)), np.int8)
+            spread[:Eo, :H * Dvp].reshape(Eo, H, Dvp)[:, :, :Dv] = weight.reshape(Eo, H, Dv)
             wide_bias, wide_real = np.zeros(up, np.int32), np.zeros(up)
             wide_real[:Eo] = real
             if bias is not None:
                 wide_bias[:Eo] = bias
-            put_linear("o", spread.reshape(up, H * Dvp), wide_bias, wide_real, "context")
+            put_linear("o", spread, wide_bias, wide_real, "context")
         else:
             Eo = H * Dv
             at["wo"] = at["bo"] = at["mo"] = 0
@@ -84,8 +93,8 @@ class StaticLayer:
         put("mc", encode(context_rule, [context] * LANES))
         self.weights = threads.aligned(sum(part.size for part in parts), np.int32)
         np.concatenate(parts, out=self.weights)
-        table = threads.aligned(256, softmax_table.dtype)
-        table[:] = softmax_table
+        table = threads.aligned(512, softmax_table.dtype)
+        table[:] = byte_planes(softmax_table)
         self._fixed = (*(RULES[name] for name in (project_rule, score_rule, context_rule)), table)
         self._run = None
         p = self._parameters = np.zeros(f.P_COUNT, np.int64)
@@ -110,8 +119,15 @@ class StaticLayer:
         Eq, Ek, Ev, Eo = (int(p[i]) for i in (f.P_EQ, f.P_EK, f.P_EV, f.P_EO))
         features, v_features = round_up(H * Dp, WIDTH), round_up(H * Dvp, WIDTH)
         k_block, v_block = max(Dp, LANES), max(Dvp, LANES)
-        S_up = round_up(S, ROWS)
+        S_up = f.padded_keys(S)
         natural_row = round_up(features // 4, LANES)
+        q_groups = round_up(Dp // 4, MATRIX_DEPTH)
+        context4 = f.packed_depth(H * Dvp)
+        ahead = MATRIX_TOKENS if MATRIX else 0  # the matrix unit reads that many rows, and 16 groups, whatever is there
+        if MATRIX:
+            values = (v_features + ahead) * round_up(S_up // 4, MATRIX_DEPTH) + MATRIX_DEPTH
+        else:
+            values = (v_features + v_block) * (S_up // 4) + 2 * WIDTH
 
         def layout(start, sizes):
             for slot, size in sizes:
@@ -120,15 +136,17 @@ class StaticLayer:
                 start += round_up(size, 16)
             return start
 
-        shared = layout(0, ((None, (features + k_block) * S_up // 4),
-                            (f.P_VALUES, (v_features + v_block) * (S_up // 4) + 2 * WIDTH), (f.P_KROW, H * S_up)))
+        shared = layout(0, ((None, (features * S_up + k_block * (ahead + ROWS + LANES)) // 4 + LANES),
+                            (f.P_VALUES, values), (f.P_KROW, H * S_up)))
         private = layout(0, (
-            (f.P_AT_X, max(f.TOKENS, WIDTH) * max(round_up(E, 4) // 4 for E in (Eq, Ek, Ev)) + ROWS * WIDTH),
-            (f.P_AT_NATURAL, WIDTH * natural_row), (f.P_AT_Q, natural_row * WIDTH),
-            (f.P_AT_SUMS, 3 * WIDTH + 16), (f.P_AT_CONTEXT, (H * Dvp // 4 + ROWS) * WIDTH),
-            (f.P_AT_CODES, (S_up // 4 + 4) * WIDTH), (f.P_AT_MASKS, (S_up // 4 + 4) * WIDTH),
-            (f.P_AT_VALUES, (S_up + 16) * WIDTH), (f.P_AT_TILES, MATRIX_TOKENS * WIDTH),
-            (f.P_AT_TURNED, WIDTH * H * Dvp // 4 if MATRIX else 0)))
+            (f.P_AT_X, f.TOKENS * max(f.packed_depth(E) for E in (Eq, Ek, Ev)) + ROWS * WIDTH),
+            (f.P_AT_NATURAL, max(WIDTH * natural_row + LANES, f.TOKENS // 4 * WIDTH, LANES * LANES)),
+            (f.P_AT_Q, max(natural_row, H * q_groups) * WIDTH), (f.P_AT_SUMS, 3 * WIDTH),
+            (f.P_AT_TERMS, Dvp + LANES + ROWS if OFFSET == 0 else 0),
+            (f.P_AT_CONTEXT, (context4 + ROWS) * WIDTH),
+            (f.P_AT_CODES, (round_up(S_up // 4, MATRIX_DEPTH) + 4) * WIDTH), (f.P_AT_MASKS, (S_up // 4 + 4) * WIDTH),
+            (f.P_AT_VALUES, (S_up + 16) * WIDTH), (f.P_AT_TILES, MATRIX_SCRATCH),
+            (f.P_AT_TURNED, WIDTH * context4 if MATRIX else 0)))
         work = 2 * (L * Eq * H * Dp + S * H * (Ek * Dp + Ev * Dvp) + L * H * Dvp * Eo
                     + L * S * H * (Dp + Dvp + 64)) // 3
         p[f.P_BATCH], p[f.P_SHARED], p[f.P_PRIVATE] = B, shared, private

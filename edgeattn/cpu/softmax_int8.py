@@ -20,10 +20,10 @@ from .simd import (
     WIDTH,
     bits_of,
     float_of_bits,
-    gather,
     larger,
     larger_bytes,
     load,
+    look_up_bytes,
     narrow,
     pack_bytes,
     select,
@@ -38,7 +38,6 @@ from .simd import (
 
 LOWEST_CODES = np.int32(-2139062144)  # 0x80808080, four codes -128
 PROBABILITY_FLIP = LOWEST_CODES if OFFSET else np.int32(0)
-_BYTE = np.int32(255)
 _ONE = np.float32(1)
 _TO_PROBABILITY = np.float32(1 / 256)
 # The float32 below one half: adding it and truncating rounds halves up and never lifts 0.49999997 to 1.
@@ -72,7 +71,8 @@ def _kept(value, mask, shift):
 def softmax_codes(table, fixed, codes, at, groups, masks, at_masks, masked, values, at_values, rows, at_rows):
     """codes (groups, W) of scores, in place, to bytes of probabilities as the product with V wants them.
 
-    table   (256,) float32 for lut_f32, int32 for lut_u16 and (fixed != 0) for fixed
+    table   256 entries as `simd.byte_planes` arranges them: float32 for lut_f32, int32 for lut_u16 and (fixed != 0)
+            for fixed
     masks   (groups, W) bytes 0 or 255; a key whose byte is 0 is not there
     values  scratch (4 groups, W) of 32 bits; rows: scratch (2, W)
     """
@@ -83,15 +83,11 @@ def softmax_codes(table, fixed, codes, at, groups, masks, at_masks, masked, valu
 def _float_pass(table, codes, at, groups, masks, at_masks, masked, values, at_values, m0, m1):
     s0 = splat(np.float32(0))
     s1 = splat(np.float32(0))
-    byte = splat(_BYTE)
     for g in range(groups):
-        d0 = subtract_bytes(m0, load(codes, at + g * WIDTH))
-        d1 = subtract_bytes(m1, load(codes, at + g * WIDTH + LANES))
+        found0 = look_up_bytes(table, subtract_bytes(m0, load(codes, at + g * WIDTH)))
+        found1 = look_up_bytes(table, subtract_bytes(m1, load(codes, at + g * WIDTH + LANES)))
         for j in range(4):
-            e0 = gather(table, d0 & byte)
-            e1 = gather(table, d1 & byte)
-            d0 = shift_right_logical(d0, splat(np.int32(8)))
-            d1 = shift_right_logical(d1, splat(np.int32(8)))
+            e0, e1 = found0[j], found1[j]
             if masked:
                 k0 = load(masks, at_masks + g * WIDTH) << splat(np.int32(24 - 8 * j))
                 k1 = load(masks, at_masks + g * WIDTH + LANES) << splat(np.int32(24 - 8 * j))
@@ -149,11 +145,6 @@ def reciprocal_fixed(total):
 
 
 @inlined
-def _integer_value(table, fixed, d):
-    return gather(table, d & splat(_BYTE))
-
-
-@inlined
 def _softmax_integer(table, fixed, codes, at, groups, masks, at_masks, masked, values, at_values, rows, at_rows):
     m0, m1 = maximum_codes(codes, at, groups)
     for c in range(2):
@@ -161,10 +152,9 @@ def _softmax_integer(table, fixed, codes, at, groups, masks, at_masks, masked, v
         m = m0 if c == 0 else m1
         # 1. values and their sum
         for g in range(groups):
-            d = subtract_bytes(m, load(codes, at + g * WIDTH + c * LANES))
+            found = look_up_bytes(table, subtract_bytes(m, load(codes, at + g * WIDTH + c * LANES)))
             for j in range(4):
-                e = gather(table, d & splat(_BYTE))
-                d = shift_right_logical(d, splat(np.int32(8)))
+                e = found[j]
                 if masked:
                     e = _kept(e, load(masks, at_masks + g * WIDTH + c * LANES), 8 * j)
                 store(values, at_values + (4 * g + j) * WIDTH + c * LANES, e)
@@ -199,7 +189,6 @@ def _softmax_integer(table, fixed, codes, at, groups, masks, at_masks, masked, v
 def _clamp_shift(shift):
     """Shifts into 0..31: only the row of an empty sum, whose values are all 0, lies outside."""
     return smaller(larger(shift, splat(np.int32(0))), splat(np.int32(31)))
-
 
 
 
