@@ -20,7 +20,7 @@ _HOMES = {
     "sliding_window": "masks",
 }
 
-__all__ = [*_HOMES]
+__all__ = list(_HOMES)
 
 
 def __getattr__(name):
