@@ -21,10 +21,10 @@ _METADATA_KEY = "edgeattn"
 # Where each kind of layer lives; imported only when a file of that kind is opened. Every class has
 #     _to_state() -> (config, tensors)    and    _from_state(config, tensors), a class method.
 _KINDS = {
-    "MultiHeadAttention": "edgeattn.layers",
-    "SelfAttention": "edgeattn.layers",
-    "StaticMultiHeadAttention": "edgeattn.quantized",
-    "DynamicMultiHeadAttention": "edgeattn.quantized",
+    "MultiHeadAttention": "edgeattn.layers.multi_head",
+    "SelfAttention": "edgeattn.layers.self_attention",
+    "StaticMultiHeadAttention": "edgeattn.quantized.static",
+    "DynamicMultiHeadAttention": "edgeattn.quantized.dynamic",
 }
 
 
@@ -85,7 +85,8 @@ def load(path, *, arithmetic=None):
 
         return read_tflite(path) if arithmetic is None else read_tflite(path, arithmetic=arithmetic)
     if path.suffix != ".safetensors":
-        raise ValueError(f"path must end in .safetensors or .tflite, got {str(path)!r}")
+        bundle = "; edgeattn.bundle.load runs a bundle" if path.suffix == ".so" else ""
+        raise ValueError(f"path must end in .safetensors or .tflite, got {str(path)!r}{bundle}")
     metadata, tensors = _read_safetensors(path)
     kind, config = _parse_header(path, metadata)
     if arithmetic is not None:

@@ -1,5 +1,6 @@
 """Packing and calling of the static int8 multi-head layer."""
 import numpy as np
+from numba.extending import register_jitable
 
 from edgeattn import threads
 from edgeattn.jit import entry
@@ -14,6 +15,7 @@ from .matmul import (
     pack_byte_panels,
     pad_heads,
     padded_head,
+    place,
     round_up,
 )
 from .requantize import RULES, encode
@@ -21,6 +23,41 @@ from .simd import LANES, OFFSET, ROWS, WIDTH, byte_planes
 
 _EMPTY_U8 = np.zeros(0, np.uint8)
 _EMPTY_I8 = np.zeros(0, np.int8)
+
+
+@register_jitable
+def plan(p, B, L, S):
+    """Write a call's shape, and where what it needs lies in its scratch, into p; (shared, private) elements of that."""
+    p[f.P_BATCH], p[f.P_L], p[f.P_S] = B, L, S
+    H, Dp, Dvp = p[f.P_HEADS], p[f.P_D_PAD], p[f.P_DV_PAD]
+    features, v_features = round_up(H * Dp, WIDTH), round_up(H * Dvp, WIDTH)
+    k_block, v_block = max(Dp, LANES), max(Dvp, LANES)
+    S_up = f.padded_keys(S)
+    natural_row = round_up(features // 4, LANES)
+    q_groups = round_up(Dp // 4, MATRIX_DEPTH)
+    context4 = f.packed_depth(H * Dvp)
+    deepest = f.packed_depth(max(p[f.P_EQ], p[f.P_EK], p[f.P_EV]))
+    # The matrix unit reads MATRIX_TOKENS rows of MATRIX_DEPTH groups, whatever is there.
+    if MATRIX:
+        values = (v_features + MATRIX_TOKENS) * round_up(S_up // 4, MATRIX_DEPTH) + MATRIX_DEPTH
+    else:
+        values = (v_features + v_block) * (S_up // 4) + 2 * WIDTH
+    shared = round_up((features * S_up + k_block * (MATRIX_TOKENS + LANES)) // 4 + LANES, 16)  # the keys
+    shared = place(p, f.P_VALUES, shared, values)
+    shared = place(p, f.P_KROW, shared, H * S_up)
+    private = place(p, f.P_AT_X, 0, f.TOKENS * deepest + ROWS * WIDTH)
+    private = place(p, f.P_AT_NATURAL, private, max(WIDTH * natural_row + LANES, f.TOKENS // 4 * WIDTH, LANES * LANES))
+    private = place(p, f.P_AT_Q, private, max(natural_row, H * q_groups) * WIDTH)
+    private = place(p, f.P_AT_SUMS, private, 3 * WIDTH)
+    private = place(p, f.P_AT_TERMS, private, Dvp + LANES + ROWS if OFFSET == 0 else 0)
+    private = place(p, f.P_AT_CONTEXT, private, (context4 + ROWS) * WIDTH)
+    private = place(p, f.P_AT_CODES, private, (round_up(S_up // 4, MATRIX_DEPTH) + 4) * WIDTH)
+    private = place(p, f.P_AT_MASKS, private, (S_up // 4 + 4) * WIDTH)
+    private = place(p, f.P_AT_VALUES, private, (S_up + 16) * WIDTH)
+    private = place(p, f.P_AT_TILES, private, max(MATRIX_SCRATCH, 16))
+    private = place(p, f.P_AT_TURNED, private, WIDTH * context4 if MATRIX else 0)
+    p[f.P_SHARED], p[f.P_PRIVATE] = shared, private
+    return shared, private
 
 
 class StaticLayer:
@@ -113,43 +150,13 @@ class StaticLayer:
         self._plans = {}
 
     def _plan(self, B, L, S):
+        """(parameters, shared elements, private elements, work) for one shape."""
         p = self._parameters.copy()
-        p[f.P_L], p[f.P_S] = L, S
-        H, Dp, Dvp = (int(p[i]) for i in (f.P_HEADS, f.P_D_PAD, f.P_DV_PAD))
-        Eq, Ek, Ev, Eo = (int(p[i]) for i in (f.P_EQ, f.P_EK, f.P_EV, f.P_EO))
-        features, v_features = round_up(H * Dp, WIDTH), round_up(H * Dvp, WIDTH)
-        k_block, v_block = max(Dp, LANES), max(Dvp, LANES)
-        S_up = f.padded_keys(S)
-        natural_row = round_up(features // 4, LANES)
-        q_groups = round_up(Dp // 4, MATRIX_DEPTH)
-        context4 = f.packed_depth(H * Dvp)
-        ahead = MATRIX_TOKENS if MATRIX else 0  # the matrix unit reads that many rows, and 16 groups, whatever is there
-        if MATRIX:
-            values = (v_features + ahead) * round_up(S_up // 4, MATRIX_DEPTH) + MATRIX_DEPTH
-        else:
-            values = (v_features + v_block) * (S_up // 4) + 2 * WIDTH
-
-        def layout(start, sizes):
-            for slot, size in sizes:
-                if slot is not None:
-                    p[slot] = start
-                start += round_up(size, 16)
-            return start
-
-        shared = layout(0, ((None, (features * S_up + k_block * (ahead + ROWS + LANES)) // 4 + LANES),
-                            (f.P_VALUES, values), (f.P_KROW, H * S_up)))
-        private = layout(0, (
-            (f.P_AT_X, f.TOKENS * max(f.packed_depth(E) for E in (Eq, Ek, Ev)) + ROWS * WIDTH),
-            (f.P_AT_NATURAL, max(WIDTH * natural_row + LANES, f.TOKENS // 4 * WIDTH, LANES * LANES)),
-            (f.P_AT_Q, max(natural_row, H * q_groups) * WIDTH), (f.P_AT_SUMS, 3 * WIDTH),
-            (f.P_AT_TERMS, Dvp + LANES + ROWS if OFFSET == 0 else 0),
-            (f.P_AT_CONTEXT, (context4 + ROWS) * WIDTH),
-            (f.P_AT_CODES, (round_up(S_up // 4, MATRIX_DEPTH) + 4) * WIDTH), (f.P_AT_MASKS, (S_up // 4 + 4) * WIDTH),
-            (f.P_AT_VALUES, (S_up + 16) * WIDTH), (f.P_AT_TILES, MATRIX_SCRATCH),
-            (f.P_AT_TURNED, WIDTH * context4 if MATRIX else 0)))
+        shared, private = map(int, plan(p, B, L, S))
+        H, Dp, Dvp, Eq, Ek, Ev, Eo = (int(p[i]) for i in (f.P_HEADS, f.P_D_PAD, f.P_DV_PAD, f.P_EQ, f.P_EK, f.P_EV,
+                                                          f.P_EO))
         work = 2 * (L * Eq * H * Dp + S * H * (Ek * Dp + Ev * Dvp) + L * H * Dvp * Eo
                     + L * S * H * (Dp + Dvp + 64)) // 3
-        p[f.P_BATCH], p[f.P_SHARED], p[f.P_PRIVATE] = B, shared, private
         return p, shared, private, work
 
     def __call__(self, xq, xk, xv, out, keep=None, band=None, classes=None, tables=None):

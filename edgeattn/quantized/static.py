@@ -1,325 +1,26 @@
-"""Quantized multi-head attention: its parameters, the static and the dynamic layer."""
+"""Multi-head attention in int8 throughout, every scale fixed: equal, bit for bit, to a TFLite kernel set."""
 
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 
 from edgeattn import arithmetic as rules
-from edgeattn.arithmetic import CODE_MAX, CODE_MIN
-from edgeattn.checks import check_out, count, deliver, float_array, number, result_dtype, to_float32
-from edgeattn.cpu.layer_dynamic import DynamicLayer
+from edgeattn.arithmetic import CODE_MIN
+from edgeattn.checks import check_out, count, deliver, flag, float_array, number, result_dtype
 from edgeattn.cpu.layer_int8 import StaticLayer
-from edgeattn.functional import default_scale
-from edgeattn.layers import MultiHeadAttention
+from edgeattn.layers.call import NO_WINDOW, check_cache, resolve_call_mask
 from edgeattn.masks import resolve_mask
+from edgeattn.quantized import steps
+from edgeattn.quantized.layer import INPUTS, QuantizedMultiHeadAttention
+from edgeattn.quantized.parameters import PROBABILITIES, QuantizedLinear, TensorQuantization
+from edgeattn.quantized.score_ops import AddMask, MulConstant, ScoreOp, SelectMask, fit_mask, score_map
 
-INPUTS = ("query", "key", "value")
 SOURCES = ((0, 0, 0), (0, 1, 1), (0, 1, 2))
-SMALLEST_SCALE, LARGEST_SCALE = 2.0**-60, 2.0**60
 # gemmlowp's softmax takes differences of scores in Q5.26; the runtimes that use it abort on a scale below that.
 SMALLEST_SOFTMAX_SCALE = 2.0**-26
-
-
-@dataclass(frozen=True)
-class TensorQuantization:
-    """Per-tensor int8 quantization: ``real = scale * (code - zero_point)``.
-
-    Parameters
-    ----------
-    scale : float
-        In [2**-60, 2**60], where products and quotients of two scales are normal float32 numbers; kept as float32.
-    zero_point : int
-        In [-128, 127].
-    """
-
-    scale: np.float32
-    zero_point: int
-
-    def __post_init__(self):
-        object.__setattr__(self, "scale", _scale(self.scale, "scale"))
-        object.__setattr__(self, "zero_point", operator.index(self.zero_point))
-        if not CODE_MIN <= self.zero_point <= CODE_MAX:
-            raise ValueError(f"zero_point must lie in [-128, 127]; got {self.zero_point}")
-
-    def to_json(self) -> list:
-        """[scale, zero_point]; a float32 survives the way through a JSON number."""
-        return [float(self.scale), self.zero_point]
-
-    def quantize(self, real) -> np.ndarray:
-        """Nearest codes of ``real``, halves to even, saturated; int8 of the same shape. NaN gets the code of 0."""
-        with np.errstate(over="ignore"):
-            codes = np.rint(np.asarray(real, np.float32) * (np.float32(1) / self.scale)) + np.float32(self.zero_point)
-        codes = np.where(np.isnan(codes), np.float32(self.zero_point), codes)
-        return np.clip(codes, CODE_MIN, CODE_MAX).astype(np.int8)
-
-    def dequantize(self, codes) -> np.ndarray:
-        """Reals that ``codes`` stand for, float32 of the same shape."""
-        return (np.asarray(codes, np.float32) - np.float32(self.zero_point)) * self.scale
-
-
-@dataclass(frozen=True, eq=False)
-class QuantizedLinear:
-    """A fully connected layer: int8 weights, symmetric per output channel, and an int32 bias at input x weight scale.
-
-    Parameters
-    ----------
-    weight : int8 (out_features, in_features)
-        In [-127, 127].
-    scale : float32 (out_features,)
-        ``real weight = scale * code``.
-    bias : int32 (out_features,) or None
-    """
-
-    weight: np.ndarray
-    scale: np.ndarray
-    bias: np.ndarray | None = None
-
-    def __post_init__(self):
-        weight = _frozen(self.weight, np.int8, "weight")
-        if weight.ndim != 2:
-            raise ValueError(f"weight must be (out_features, in_features); got shape {weight.shape}")
-        if (weight == CODE_MIN).any():
-            raise ValueError("weight must lie in [-127, 127], as TFLite defines its FULLY_CONNECTED weights; got -128")
-        scale = _frozen(np.broadcast_to(self.scale, (weight.shape[0],)), np.float32, "scale")
-        if not ((scale >= SMALLEST_SCALE) & (scale <= LARGEST_SCALE)).all():
-            raise ValueError("scale of a linear layer must be positive and finite in every channel, within "
-                             "[2**-60, 2**60]")
-        object.__setattr__(self, "weight", weight)
-        object.__setattr__(self, "scale", scale)
-        if self.bias is not None:
-            bias = _frozen(self.bias, np.int32, "bias")
-            if bias.shape != (weight.shape[0],):
-                raise ValueError(f"bias must have shape {(weight.shape[0],)}; got {bias.shape}")
-            object.__setattr__(self, "bias", bias)
-
-
-@dataclass(frozen=True)
-class MulConstant:
-    """Scores times a constant: how other converters write 1/sqrt(D).
-
-    Parameters
-    ----------
-    code : int
-        The constant's int8 code.
-    constant, output : TensorQuantization
-    """
-
-    code: int
-    constant: TensorQuantization
-    output: TensorQuantization
-
-    def __post_init__(self):
-        object.__setattr__(self, "code", _code(self.code, "code"))
-
-
-@dataclass(frozen=True, eq=False)
-class AddMask:
-    """Scores plus a constant mask: how other converters write a mask.
-
-    Parameters
-    ----------
-    codes : int8, broadcastable to (B, H, L, S)
-    mask, output : TensorQuantization
-    """
-
-    codes: np.ndarray
-    mask: TensorQuantization
-    output: TensorQuantization
-
-    def __post_init__(self):
-        object.__setattr__(self, "codes", _mask(self.codes, np.int8, "codes"))
-
-
-@dataclass(frozen=True, eq=False)
-class SelectMask:
-    """Scores where permitted, a fill code elsewhere: how our exporter writes a mask. Keeps the scores' quantization.
-
-    Parameters
-    ----------
-    keep : bool, broadcastable to (B, H, L, S)
-        True = attend.
-    fill : int
-        The code of a masked score: the lowest, -128.
-    """
-
-    keep: np.ndarray
-    fill: int = CODE_MIN
-
-    def __post_init__(self):
-        object.__setattr__(self, "keep", _mask(self.keep, np.bool_, "keep"))
-        object.__setattr__(self, "fill", _code(self.fill, "fill"))
-
-
-ScoreOp = MulConstant | AddMask | SelectMask
-
-
-def _scale(value, name: str) -> np.float32:
-    """A scale as float32."""
-    value = number(name, value)
-    if not SMALLEST_SCALE <= value <= LARGEST_SCALE:
-        raise ValueError(f"{name} must be positive and finite, within [2**-60, 2**60]; got {value}")
-    return np.float32(value)
-
-
-def _frozen(array, dtype, name: str) -> np.ndarray:
-    """A C-contiguous, read-only copy; refuses a dtype that would have to be converted."""
-    array = np.asarray(array)
-    if array.dtype != dtype:
-        raise TypeError(f"{name} must be {np.dtype(dtype)}; got {array.dtype}")
-    array = np.array(array, order="C")
-    array.flags.writeable = False
-    return array
-
-
-def _mask(array, dtype, name: str) -> np.ndarray:
-    array = _frozen(array, dtype, name)
-    if array.ndim > 4:
-        raise ValueError(f"{name} must broadcast to (B, H, L, S); got shape {array.shape}")
-    return array
-
-
-def _code(value, name: str) -> int:
-    """An int8 code as a Python int."""
-    value = operator.index(value)
-    if not CODE_MIN <= value <= CODE_MAX:
-        raise ValueError(f"{name} must lie in [-128, 127]; got {value}")
-    return value
-
-
-PROBABILITIES = TensorQuantization(rules.PROBABILITY_SCALE, rules.PROBABILITY_ZERO_POINT)
-
-
-def fit_mask(mask: np.ndarray, shape: tuple[int, int, int, int]) -> np.ndarray:
-    """A mask that a layer carries, or what was made of it, as a view of shape (B, H, L, S).
-
-    Raises
-    ------
-    ValueError
-        When it does not broadcast.
-    """
-    try:
-        return np.broadcast_to(mask, shape)
-    except ValueError:
-        raise ValueError(f"the mask this layer carries has shape {mask.shape}, which does not broadcast to "
-                         f"(B, H, L, S) = {shape}; call the layer with the lengths the mask was made for") from None
-
-
-class QuantizedMultiHeadAttention:
-    """Multi-head attention in int8, as ``quant.quantize`` makes it: a static or a dynamic layer, see ``scheme``."""
-
-    scheme: str
-
-
-class DynamicMultiHeadAttention(QuantizedMultiHeadAttention):
-    """Float in, float out, int8 inside: nothing is calibrated, every token is quantized by its own range at run time.
-
-    Weights are int8 per output channel, activations int8 per token, products accumulate in int32, the softmax is
-    float32, and probabilities are quantized per row. Biases, masks and the softmax never meet an int8 range, so long
-    rows and masks cost nothing.
-
-    Parameters
-    ----------
-    num_heads : int
-        H.
-    weights : mapping
-        "query" (H*D, Eq), "key" (Hkv*D, Ek), "value" (Hkv*Dv, Ev) and, with an output projection, "output"
-        (Eo, H*Dv): QuantizedLinear without a bias.
-    biases : mapping
-        By the same names float32 (out_features,), where there is one. A key bias has no influence and may be left out.
-    num_kv_heads : int, optional
-        Hkv, H unless given.
-    """
-
-    scheme = "dynamic"
-    _query_name = "query"
-    _inputs = MultiHeadAttention._inputs
-
-    def __init__(self, num_heads: int, weights: Mapping[str, QuantizedLinear], biases: Mapping[str, np.ndarray], *,
-                 num_kv_heads: int | None = None):
-        self.num_heads = count("num_heads", num_heads)
-        self.num_kv_heads = self.num_heads if num_kv_heads is None else count("num_kv_heads", num_kv_heads)
-        self.weights, self.biases = dict(weights), {}
-        names = (*INPUTS, "output")
-        unknown = sorted(set(self.weights) - set(names)) + sorted(set(biases) - set(self.weights))
-        missing = [name for name in INPUTS if name not in self.weights]
-        if missing or unknown:
-            raise ValueError(f"weights and biases must be of {', '.join(names)}; "
-                             f"missing {missing}, unexpected {unknown}")
-        for name, bias in biases.items():
-            self.biases[name] = _frozen(bias, np.float32, f"bias of {name}")
-            if self.biases[name].shape != self.weights[name].scale.shape:
-                raise ValueError(f"bias of {name} must have shape {self.weights[name].scale.shape}; "
-                                 f"got {self.biases[name].shape}")
-        shapes = {name: linear.weight.shape for name, linear in self.weights.items()}
-        (q, self.embed_dim), (k, self.kdim), (v, self.vdim) = (shapes[name] for name in INPUTS)
-        H, Hkv = self.num_heads, self.num_kv_heads
-        self.head_dim, self.value_dim = q // H, v // Hkv
-        fits = H % Hkv == 0 and (q, k, v) == (H * self.head_dim, Hkv * self.head_dim, Hkv * self.value_dim)
-        merged = shapes.get("output", (0, H * self.value_dim))[1]
-        if not fits or not (self.head_dim and self.value_dim) or merged != H * self.value_dim:
-            raise ValueError(f"weights of shapes {shapes} do not fit num_heads = {H} and num_kv_heads = {Hkv}")
-        self.output_dim = shapes.get("output", (H * self.value_dim,))[0]
-        self.scale = default_scale(self.head_dim)
-
-        def pair(name):
-            return (self.weights[name].weight, self.weights[name].scale) if name in self.weights else None
-
-        self._kernel = DynamicLayer(H, Hkv, *map(pair, names), *(self.biases.get(name) for name in names), self.scale)
-
-    def __repr__(self):
-        return (f"{type(self).__name__}(num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, "
-                f"embed_dim={self.embed_dim}, kdim={self.kdim}, vdim={self.vdim}, head_dim={self.head_dim}, "
-                f"value_dim={self.value_dim}, output_dim={self.output_dim})")
-
-    def __call__(self, query, key=None, value=None, *, attn_mask=None, key_padding_mask=None, is_causal=False,
-                 causal_alignment=None, out=None):
-        """Attend from ``query`` to ``key`` and ``value``; arguments and result as ``MultiHeadAttention``'s."""
-        if key is None and value is None and attn_mask is None and key_padding_mask is None and is_causal is False and (
-                out is None and type(query) is np.ndarray and query.dtype == np.float32 and query.ndim == 3
-                and query.shape[2] == self.embed_dim == self.kdim == self.vdim and query.flags.carray and query.size
-                and self.output_dim):
-            # what small layers are called with, again and again: self-attention, nothing masked
-            return self._kernel(query, query, query, np.empty((*query.shape[:2], self.output_dim), np.float32))
-        query, key, value = self._inputs(query, key, value)
-        dtype = result_dtype(query, key, value)
-        lead, queries = query.shape[:-2], query.shape[-2]
-        check_out(out, (*lead, queries, self.output_dim), dtype)
-        mask = resolve_mask((*lead, self.num_heads, queries, key.shape[-2]), attn_mask, key_padding_mask,
-                            is_causal=is_causal, causal_alignment=causal_alignment)
-        batch = mask.shape[0]
-        keep, bias, band = mask.for_kernels()
-        if key.shape[-2] == 0:  # one key that is not there
-            key, value = (np.zeros((*lead, 1, x.shape[-1]), np.float32) for x in (key, value))
-            keep, bias, band = np.zeros((1, 1, 1, 1), np.bool_), None, None
-        q = to_float32(query).reshape(batch, queries, self.embed_dim)
-        k = q if key is query else to_float32(key).reshape(batch, -1, self.kdim)
-        v = k if value is key else to_float32(value).reshape(batch, -1, self.vdim)
-        result = np.empty((*lead, queries, self.output_dim), np.float32)
-        if result.size:
-            self._kernel(q, k, v, result.reshape(batch, queries, self.output_dim), keep, bias, band)
-        return deliver(result, out, dtype)
-
-    def _to_state(self):
-        """(config, tensors): all that ``_from_state`` needs to build an equal layer."""
-        tensors = {f"{name}.{part}": getattr(linear, part) for name, linear in self.weights.items()
-                   for part in ("weight", "scale")}
-        tensors |= {f"{name}.bias": bias for name, bias in self.biases.items()}
-        return {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads}, tensors
-
-    @classmethod
-    def _from_state(cls, config, tensors):
-        groups = {}
-        for name, array in tensors.items():
-            group, _, part = name.rpartition(".")
-            groups.setdefault(group, {})[part] = array
-        biases = {name: parts.pop("bias") for name, parts in groups.items() if "bias" in parts}
-        return cls(config["num_heads"], {name: QuantizedLinear(**parts) for name, parts in groups.items()}, biases,
-                   num_kv_heads=config["num_kv_heads"])
 
 
 class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
@@ -356,7 +57,7 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
     def __init__(self, num_heads: int, linears: Mapping[str, QuantizedLinear],
                  tensors: Mapping[str, TensorQuantization], *, sources: tuple[int, int, int] = (0, 0, 0),
                  score_ops: tuple[ScoreOp, ...] = (), arithmetic: str = "litert", mask_margin: float | None = None):
-        self._kernel_set = rules.kernel_set(arithmetic)
+        self.kernel_set = rules.kernel_set(arithmetic)
         self.arithmetic = arithmetic
         self.num_heads = self.num_kv_heads = count("num_heads", num_heads)
         self.sources = tuple(sources)
@@ -415,7 +116,7 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
     # -- derived once: what the kernels read ---------------------------------------------------------------------------
 
     def _prepare(self):
-        kernel_set, t = self._kernel_set, self.tensors
+        kernel_set, t = self.kernel_set, self.tensors
         linears = {}
         for name, linear in self.linears.items():
             real = rules.fully_connected_multiplier(kernel_set.fully_connected, self.input_of(name).scale, linear.scale,
@@ -429,7 +130,7 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
 
         scores_rule, scores = batch_matmul(t["query"], t["key"], t["scores"])
         context_rule, context = batch_matmul(t["probabilities"], t["value"], t["context"])
-        tables, classes, softmax_input = score_map(self.score_ops, t["scores"], kernel_set)
+        self.score_map = tables, classes, softmax_input = score_map(self.score_ops, t["scores"], kernel_set)
         if softmax_input.scale <= SMALLEST_SOFTMAX_SCALE:
             raise ValueError(f"the scores' scale must be above 2**-26, the resolution of TFLite's softmax; got "
                              f"{softmax_input.scale}")
@@ -527,32 +228,48 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
     # -- running -------------------------------------------------------------------------------------------------------
 
     def __call__(self, query, key=None, value=None, *, attn_mask=None, key_padding_mask=None, is_causal=False,
-                 causal_alignment=None, out=None):
+                 causal_alignment=None, window_size=NO_WINDOW, kv_cache=None, need_weights=False,
+                 average_attn_weights=False, out=None):
         """Attention on reals: quantize the inputs, ``run_int8``, dequantize.
 
         Parameters
         ----------
         query, key, value : float16, float32 or float64 arrays
             Otherwise as for ``run_int8``, like the masks. Infinite values saturate.
+        average_attn_weights : bool
+            Return the mean of the probabilities over the heads.
         out : (B, L, Eo) or (L, Eo) array, optional
             Takes the result; of the result's dtype.
 
         Returns
         -------
         (B, L, Eo) or (L, Eo) array
-            Of the inputs' dtype. The row of a query is NaN when it, or a key or value it may see, holds NaN.
+            Of the inputs' dtype. The row of a query is NaN when it, or a key or value it may see, holds NaN; with
+            ``kv_cache``, whose codes have no NaN, it is refused.
+        (B, H, L, S) or (H, L, S) array
+            The probabilities, multiples of 1/256, only with ``need_weights``; without the axis H when averaged.
         """
+        average = flag("average_attn_weights", average_attn_weights)
         masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask, "is_causal": is_causal,
-                 "causal_alignment": causal_alignment}
+                 "causal_alignment": causal_alignment, "window_size": window_size}
         inputs = [None if x is None else np.asarray(x) for x in self._distinct(query, key, value)]
         codes = [None if x is None else self.quantize_input(x, name) for name, x in zip(INPUTS, inputs, strict=True)]
-        result = self.dequantize_output(self.run_int8(*codes, **masks))
-        dtype = result_dtype(*(x for x in inputs if x is not None))
-        check_out(out, result.shape, dtype)
         nan = [None if x is None else np.isnan(x).any(-1) for x in inputs]
-        if any(x is not None and x.any() for x in nan):
+        dtype = result_dtype(*(x for x in inputs if x is not None))
+        check_out(out, (*inputs[0].shape[:-1], self.output_dim), dtype)
+        some_nan = any(x is not None and x.any() for x in nan)
+        if some_nan and kv_cache is not None:
+            raise ValueError("query, key and value must hold no NaN with kv_cache: codes cannot keep it")
+        result = self.run_int8(*codes, **masks, kv_cache=kv_cache, need_weights=need_weights)
+        result, weights = result if need_weights else (result, None)
+        result = self.dequantize_output(result)
+        if some_nan:
             result[self._nan_rows([nan[source] for source in self.sources], masks)] = np.nan
-        return deliver(result, out, dtype)
+        result = deliver(result, out, dtype)
+        if weights is None:
+            return result
+        weights = self.tensors["probabilities"].dequantize(weights)
+        return result, deliver(weights.mean(axis=-3) if average else weights, None, dtype)
 
     def _nan_rows(self, nan, masks) -> np.ndarray:
         """Whether NaN reaches a query, (..., L); ``nan``: which queries, keys and values hold any, (..., L or S)."""
@@ -591,7 +308,7 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         return given
 
     def run_int8(self, query, key=None, value=None, *, attn_mask=None, key_padding_mask=None, is_causal=False,
-                 causal_alignment=None, out=None) -> np.ndarray:
+                 causal_alignment=None, window_size=NO_WINDOW, kv_cache=None, need_weights=False, out=None):
         """Attention on codes, equal to the named kernel set.
 
         Parameters
@@ -607,24 +324,64 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         is_causal : bool
         causal_alignment : {"upper_left", "lower_right"}, optional
             Required for causal attention with L != S.
+        window_size : (int, int)
+            (left, right): a query at position p sees keys p - left to p + right; -1 = unbounded.
+        kv_cache : KVCache, optional
+            From ``KVCache.for_layer(layer, ...)``: keeps the codes of keys and values, otherwise as for
+            ``MultiHeadAttention``. Results do not depend on how a sequence was cut into chunks, bit for bit.
+        need_weights : bool
+            Return the codes of the probabilities too.
         out : int8 (B, L, Eo), optional
             Where to write the result.
 
         Returns
         -------
         int8 (B, L, Eo) or (L, Eo)
+        int8 (B, H, L, S) or (H, L, S)
+            Only with ``need_weights``: the probability of a code is (code + 128) / 256.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the argument, what was required and what came.
         """
         if key is None and value is None and attn_mask is None and key_padding_mask is None and is_causal is False and (
                 out is None and self._classes is None and type(query) is np.ndarray and query.dtype == np.int8
                 and query.ndim == 3 and query.shape[2] == self.embed_dim and query.flags.carray and query.size
-                and self.sources == (0, 0, 0) and self.output_dim):
+                and self.sources == (0, 0, 0) and self.output_dim and window_size is NO_WINDOW and kv_cache is None
+                and need_weights is False):
             # what small layers are called with, again and again: self-attention, nothing masked
             result = np.empty((*query.shape[:2], self.output_dim), np.int8)
             return self._kernel(query, query, query, result, None, None, None, self._tables)
+        need_weights = flag("need_weights", need_weights)
+        query, key, value = self._check_codes(query, key, value)
+        lead, L, S = query.shape[:-2], query.shape[-2], key.shape[-2]
+        check_out(out, (*lead, L, self.output_dim), np.dtype(np.int8))
+        if attn_mask is not None and np.asarray(attn_mask).dtype != np.bool_:
+            raise TypeError(f"attn_mask must be bool for int8 (True = attend); got {np.asarray(attn_mask).dtype}; "
+                            "for a mask with -inf pass mask == 0")
+        masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask, "is_causal": is_causal,
+                 "causal_alignment": causal_alignment, "window_size": window_size}
+        if kv_cache is not None:
+            self._check_cache(kv_cache, causal_alignment)
+        mask, pieces = resolve_call_mask((*lead, self.num_heads, L, S), kv_cache, **masks)
+        B = mask.shape[0]
+        query, key, value = (x.reshape(B, *x.shape[-2:]) for x in (query, key, value))
+        result = np.empty((B, L, self.output_dim), np.int8)
+        weights = np.full(mask.shape, CODE_MIN, np.int8) if need_weights else None
+        if kv_cache is not None or need_weights:
+            self._run_in_steps(query, key, value, mask, kv_cache, pieces, result, weights)
+        elif result.size:
+            self._run_fused(query, key, value, mask, result)
+        result = deliver(result.reshape(*lead, L, self.output_dim), out, np.dtype(np.int8))
+        return (result, weights.reshape(*lead, *weights.shape[1:])) if need_weights else result
+
+    def _check_codes(self, query, key, value):
+        """The three inputs as int8 arrays of agreeing shapes."""
         inputs = self._distinct(query, key, value)
         arrays = [None if x is None else _codes(x, name) for name, x in zip(INPUTS, inputs, strict=True)]
         query, key, value = (arrays[source] for source in self.sources)
-        lead, L, S = query.shape[:-2], query.shape[-2], key.shape[-2]
+        lead, S = query.shape[:-2], key.shape[-2]
         for name, x, width in zip(INPUTS, (query, key, value), (self.embed_dim, self.kdim, self.vdim), strict=True):
             if x.ndim != query.ndim:
                 raise ValueError(f"{name} must have as many axes as query, {query.ndim}; got shape {x.shape}")
@@ -633,25 +390,52 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         if key.shape[:-2] != lead or value.shape[:-1] != (*lead, S):
             raise ValueError(f"query, key and value must share the batch, and key and value their length; "
                              f"got {query.shape}, {key.shape}, {value.shape}")
-        check_out(out, (*lead, L, self.output_dim), np.dtype(np.int8))
-        if attn_mask is not None and np.asarray(attn_mask).dtype != np.bool_:
-            raise TypeError(f"attn_mask must be bool for int8 (True = attend); got {np.asarray(attn_mask).dtype}; "
-                            "for a mask with -inf pass mask == 0")
-        mask = resolve_mask((*lead, self.num_heads, L, S), attn_mask, key_padding_mask, is_causal=is_causal,
-                            causal_alignment=causal_alignment)
-        B = mask.shape[0]
-        result = np.empty((B, L, self.output_dim), np.int8)
-        if result.size:
-            query, key, value = (x.reshape(B, *x.shape[-2:]) for x in (query, key, value))
-            keep, _, band = mask.for_kernels()
-            classes = self._classes
-            if classes is not None:
-                fit_mask(classes, mask.shape)
-            if S == 0:  # one key that is not there
-                key, value = (np.zeros((B, 1, x.shape[-1]), np.int8) for x in (key, value))
-                keep, band, classes = np.zeros((1, 1, 1, 1), np.bool_), None, None
-            self._kernel(query, key, value, result, keep, band, classes, self._tables)
-        return deliver(result.reshape(*lead, L, self.output_dim), out, np.dtype(np.int8))
+        return query, key, value
+
+    @property
+    def cache_scales(self) -> tuple[float, float]:
+        """The scales of keys and values, for ``KVCache.for_layer``."""
+        for name in ("key", "value"):
+            if self.tensors[name].zero_point != 0:
+                raise ValueError(f"layer must have keys and values without a zero point for a cache; got "
+                                 f"{self.tensors[name].zero_point} of its {name}: quantize the float layer with "
+                                 "quant.quantize, or give each call the whole sequence")
+        return tuple(float(self.tensors[name].scale) for name in ("key", "value"))
+
+    def _check_cache(self, cache, causal_alignment):
+        check_cache(self, cache, causal_alignment)
+        if cache.scales != self.cache_scales:
+            raise ValueError(f"kv_cache must have this layer's scales {self.cache_scales}, got {cache.scales}; make it "
+                             "with KVCache.for_layer(layer, ...)")
+        if self._classes is not None:
+            raise ValueError("kv_cache needs a layer without a mask of its own, which is for one length; pass masks to "
+                             "each call")
+
+    def _run_fused(self, query, key, value, mask, result):
+        keep, _, band = mask.for_kernels()
+        classes = self._classes
+        if classes is not None:
+            fit_mask(classes, mask.shape)
+        if mask.shape[3] == 0:  # one key that is not there
+            key, value = (np.zeros((len(x), 1, x.shape[-1]), np.int8) for x in (key, value))
+            keep, band, classes = np.zeros((1, 1, 1, 1), np.bool_), None, None
+        self._kernel(query, key, value, result, keep, band, classes, self._tables)
+
+    def _run_in_steps(self, query, key, value, mask, cache, pieces, result, weights):
+        q, k, v = (steps.heads(self, steps.project(self, name, x))
+                   for name, x in zip(INPUTS, (query, key, value), strict=True))
+        context = np.empty((*q.shape[:3], self.value_dim), np.int8)
+        if cache is None:
+            steps.attend(self, q, k, v, mask, context, weights)
+        for rows, tokens in pieces:
+            cache._append(k[:, :, slice(*tokens)], v[:, :, slice(*tokens)])
+            keys, values, _, _ = cache._views()
+            held = slice(cache.start, cache.length)
+            some = None if weights is None else weights[:, :, slice(*rows), held]
+            steps.attend(self, q[:, :, slice(*rows)], keys, values, mask.part(rows, (held.start, held.stop)),
+                         context[:, :, slice(*rows)], some)
+        merged = context.swapaxes(1, 2).reshape(*result.shape[:2], self.num_heads * self.value_dim)
+        result[...] = steps.project(self, "output", merged) if "output" in self.linears else merged
 
 
 def _codes(x, name: str) -> np.ndarray:
@@ -662,43 +446,3 @@ def _codes(x, name: str) -> np.ndarray:
     if x.ndim not in (2, 3):
         raise ValueError(f"{name} must be (B, L, E) or (L, E); got shape {x.shape}")
     return np.ascontiguousarray(x)
-
-
-def score_map(ops: tuple[ScoreOp, ...], scores: TensorQuantization, kernel_set: rules.KernelSet
-              ) -> tuple[np.ndarray, np.ndarray, TensorQuantization]:
-    """Any chain of elementwise operators on int8 scores, as one table per class of position.
-
-    Returns
-    -------
-    tables : int8 (n, 256)
-        ``tables[class, code + 128]`` is the code the softmax sees.
-    classes : uint8, broadcastable to (B, H, L, S)
-    quantization : TensorQuantization
-        Of the tables' entries.
-    """
-    tables = np.arange(CODE_MIN, CODE_MAX + 1, dtype=np.int8)[None]
-    classes = np.zeros((1, 1, 1, 1), np.int64)
-    for op in ops:
-        q = (scores.scale, scores.zero_point)
-        if isinstance(op, MulConstant):
-            to = (op.output.scale, op.output.zero_point)
-            constant = (op.constant.scale, op.constant.zero_point)
-            tables = rules.mul_codes(kernel_set.mul, kernel_set.precision, tables, q, op.code, constant, to)
-            scores = op.output
-            continue
-        # one class per pair of a class so far and a value of the mask
-        mask = op.codes if isinstance(op, AddMask) else op.keep
-        values, index = np.unique(mask, return_inverse=True)
-        index = index.reshape((1,) * (4 - mask.ndim) + mask.shape)
-        classes = classes * len(values) + index
-        if isinstance(op, AddMask):
-            to = (op.output.scale, op.output.zero_point)
-            mapped = [rules.add_codes(kernel_set.add, tables, q, value, (op.mask.scale, op.mask.zero_point), to)
-                      for value in values]
-            scores = op.output
-        else:
-            mapped = [tables if keep else np.full_like(tables, op.fill) for keep in values]
-        tables = np.stack(mapped, axis=1).reshape(-1, 256)
-    if len(tables) > 256:
-        raise ValueError(f"score_ops distinguish {len(tables)} kinds of position; at most 256 are supported")
-    return tables, classes.astype(np.uint8), scores
