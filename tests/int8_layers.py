@@ -12,8 +12,10 @@ import quant
 from edgeattn.isa import ISA
 
 RULES = (("float_rne", "float_rne", "float_rne", "lut_f32"), ("double", "double", "double", "fixed"))
-# B, L, S, E, D, heads, Dv, Eo: less than a tile; heads that share a vector; whole and part groups of a matrix unit
-SHAPES = ((2, 5, 9, 7, 8, 2, 5, 6), (1, 33, 31, 20, 24, 3, 8, 12), (1, 37, 70, 64, 16, 4, 16, 64), (1, 20, 90, 70, 96, 1, 40, 33))
+# B, L, S, E, D, heads, Dv, Eo: less than a tile; heads that share a vector; whole and part groups of a matrix unit;
+# rows whose exponentials are not all kept
+SHAPES = ((2, 5, 9, 7, 8, 2, 5, 6), (1, 33, 31, 20, 24, 3, 8, 12), (1, 37, 70, 64, 16, 4, 16, 64),
+          (1, 20, 90, 70, 96, 1, 40, 33), (1, 3, 650, 5, 4, 1, 4, 4))
 DYNAMIC_CASES = {"dynamic": {}, "dynamic causal": {"is_causal": True}}
 
 

@@ -71,6 +71,24 @@ def test_inputs_are_not_modified_and_sentinels_stay():
     assert (around[0] == 77).all() and (around[2] == 77).all()
 
 
+def test_scratch_grows_with_the_keys_and_knows_no_queries():
+    layer, *_ = make_layer(np.random.default_rng(11), 12, 384, 32, 32, 384, SYMMETRIC, ("float_rne",) * 3, "lut_f32")
+
+    def sizes(L, S):
+        """Bytes for all threads together, and for each."""
+        _, shared, private, _ = layer._plan(1, L, S)
+        return np.array([4 * shared, 4 * private])
+
+    assert sizes(512, 512).sum() < 2**20
+    for S in (64, 512, 4096):
+        np.testing.assert_array_equal(sizes(1, S), sizes(4096, S))
+    step = sizes(1, 4096) - sizes(1, 2048)
+    np.testing.assert_array_equal(sizes(1, 8192) - sizes(1, 4096), 2 * step)
+    # for each key: its codes, those of its value with a head to spare, 12 sums; and for each query of a block a score
+    # and a byte of mask
+    assert tuple(step // 2048) == (384 + 384 + 32 + 12 * 4, 2 * WIDTH)
+
+
 EDGES = [0, 1, -1, 2, -2, 127, -128, 2**15, -2**15, 2**20 + 1, -2**20 - 1, 2**24 + 1, -2**24 - 1, 2**30, -2**30]
 
 

@@ -51,6 +51,7 @@ def packed_depth(E):
     """Groups of four bytes in a packed row of E."""
     return round_up((E + 3) // 4, MATRIX_DEPTH)
 
+
 # Positions in the integer parameters (int64).
 (P_L, P_S, P_EQ, P_EK, P_EV, P_EO, P_HEADS, P_D, P_DV, P_D_PAD, P_DV_PAD, P_HAS_OUT, P_SAME_KV,
  P_WQ, P_BQ, P_MQ, P_WK, P_BK, P_MK, P_WV, P_BV, P_MV, P_WO, P_BO, P_MO, P_MS, P_MC,
@@ -294,9 +295,8 @@ def layer_part(table, project_rule, score_rule, context_rule, xq, xk, xv, out, w
                 for l in range(0, WIDTH, LANES):
                     transpose_block(private, at_natural + l * natural_row + h * D4 + f, natural_row,
                                     private, at_q + (h * turn + f) * WIDTH + l, WIDTH)
-            if turns > 1:  # depth that only fills up the matrix unit counts for nothing
-                for i in range(D4 * WIDTH, turn * WIDTH, LANES):
-                    store(private, at_q + h * turn * WIDTH + i, splat(np.int32(0)))
+            for i in range(D4 * WIDTH, q_groups * WIDTH, LANES):  # depth that only fills up the matrix unit: nothing
+                store(private, at_q + h * turn * WIDTH + i, splat(np.int32(0)))
         first, last, full_from, full_to = visible_range(q0, queries, S, band, p[P_LOW], p[P_HIGH])
         first = first // ROWS * ROWS
         last_up = (last + ROWS - 1) // ROWS * ROWS

@@ -20,6 +20,7 @@ from .matmul import (
 )
 from .requantize import RULES, encode
 from .simd import LANES, OFFSET, ROWS, WIDTH, byte_planes
+from .softmax_int8 import KEPT_GROUPS
 
 _EMPTY_U8 = np.zeros(0, np.uint8)
 _EMPTY_I8 = np.zeros(0, np.int8)
@@ -53,7 +54,7 @@ def plan(p, B, L, S):
     private = place(p, f.P_AT_CONTEXT, private, (context4 + ROWS) * WIDTH)
     private = place(p, f.P_AT_CODES, private, (round_up(S_up // 4, MATRIX_DEPTH) + 4) * WIDTH)
     private = place(p, f.P_AT_MASKS, private, (S_up // 4 + 4) * WIDTH)
-    private = place(p, f.P_AT_VALUES, private, (S_up + 16) * WIDTH)
+    private = place(p, f.P_AT_VALUES, private, min(S_up, 4 * KEPT_GROUPS) * WIDTH)
     private = place(p, f.P_AT_TILES, private, max(MATRIX_SCRATCH, 16))
     private = place(p, f.P_AT_TURNED, private, WIDTH * context4 if MATRIX else 0)
     p[f.P_SHARED], p[f.P_PRIVATE] = shared, private
