@@ -1,4 +1,8 @@
-"""The bytes of int8 layers under every instruction set that this machine can execute: one process for each."""
+"""The bytes of int8 layers under every instruction set that this machine can execute: one process for each.
+
+Two sets of rules stand for all; the others: EDGEATTN_ISA=avx2 python -m pytest tests/test_kernels_int8.py
+"""
+import concurrent.futures
 import os
 import subprocess
 import sys
@@ -28,7 +32,8 @@ def _answers(name, tmp_path):
 def answers(tmp_path_factory):
     """Instruction set -> what int8_layers.py computes under it."""
     folder = tmp_path_factory.mktemp("answers")
-    return {name: _answers(name, folder) for name in RUNNABLE}
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(RUNNABLE, pool.map(_answers, RUNNABLE, [folder] * len(RUNNABLE)), strict=True))
 
 
 def test_the_processes_used_what_they_were_told_to_use(answers):
