@@ -1,27 +1,34 @@
 """Attention for small computers: NumPy arrays in, NumPy arrays out."""
 
-from edgeattn.functional import scaled_dot_product_attention
-from edgeattn.kv_cache import KVCache
-from edgeattn.layers import MultiHeadAttention, SelfAttention
-from edgeattn.masks import sliding_window
-from edgeattn.quantized import QuantizedMultiHeadAttention
-from edgeattn.rotary import apply_rotary_embedding, rotary_cache
-from edgeattn.storage import load, save
-from edgeattn.threads import get_num_threads, set_num_threads
+import importlib
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "KVCache",
-    "MultiHeadAttention",
-    "QuantizedMultiHeadAttention",
-    "SelfAttention",
-    "apply_rotary_embedding",
-    "get_num_threads",
-    "load",
-    "rotary_cache",
-    "save",
-    "scaled_dot_product_attention",
-    "set_num_threads",
-    "sliding_window",
-]
+# A name's module is imported when the name is asked for: `edgeattn.bundle` must not bring Numba in.
+_HOMES = {
+    "KVCache": "kv_cache",
+    "MultiHeadAttention": "layers",
+    "QuantizedMultiHeadAttention": "quantized",
+    "SelfAttention": "layers",
+    "apply_rotary_embedding": "rotary",
+    "get_num_threads": "threads",
+    "load": "storage",
+    "rotary_cache": "rotary",
+    "save": "storage",
+    "scaled_dot_product_attention": "functional",
+    "set_num_threads": "threads",
+    "sliding_window": "masks",
+}
+
+__all__ = list(_HOMES)
+
+
+def __getattr__(name):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return value
+
+
+def __dir__():
+    return sorted({*globals(), *_HOMES})

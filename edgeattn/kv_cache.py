@@ -338,25 +338,34 @@ class KVCache:
             self._values[:, :, slots], self._value_scales[:, :, slots] = _quantize_rows(value)
         self._length += tokens
 
-    def _attend(self, query, mask, scale, softcap, out, weights=None):
+    def _attend(self, query, mask, scale, softcap, out, weights=None, added=None):
         """`attend` without checks: query (B, H, L, D), out (B, H, L, Dv), weights (B, H, L, S) or None, float32.
 
         mask : Mask of all positions, the offset the same for the whole batch. Within a window, `weights` must be
         zeros: nothing is written for dropped tokens.
+        added : keys (B, Hkv, n, D) and values (B, Hkv, n, Dv) that every query sees after the tokens; S counts them.
         """
         queries = query.shape[2]
         part = mask.part((0, queries), (self._start, self._length))
         keys, values, key_scales, value_scales = self._views()
         scores_alone = part.keep is None and part.bias is None
-        if weights is not None or not out.size or (key_scales is not None and not scores_alone):
-            held_keys, held_values = (to_float32(array) for array in self.held())
+        if weights is not None or added or not out.size or (key_scales is not None and not scores_alone):
+            held = self.held()
+            if added:
+                held = [np.concatenate(pair, axis=2) for pair in zip(held, added, strict=True)]
+                part = part.with_keys(added[0].shape[2])
+            keys, values = (to_float32(array) for array in held)
+            if weights is None and out.size and key_scales is None:
+                functional_float32.attention(query, keys, values, out, scale, softcap, *part.for_kernels())
+                return
             part_weights = None if weights is None else np.empty(part.shape, np.float32)
             plain.attention(
-                to_float32(query), held_keys, held_values, part,
-                scale=scale, softcap=softcap, out=out, weights=part_weights,
-            )
+                to_float32(query), keys, values, part, scale=scale, softcap=softcap, out=out, weights=part_weights)
             if weights is not None:
-                weights[..., self._start : self._length] = part_weights
+                tokens = self._length - self._start
+                weights[..., self._start : self._length] = part_weights[..., :tokens]
+                if added:
+                    weights[..., -added[0].shape[2] :] = part_weights[..., tokens:]
         elif key_scales is None and not (scores_alone and queries == 1):
             if keys.shape[2]:
                 functional_float32.attention(query, keys, values, out, scale, softcap, *part.for_kernels())

@@ -21,10 +21,10 @@ _METADATA_KEY = "edgeattn"
 # Where each kind of layer lives; imported only when a file of that kind is opened. Every class has
 #     _to_state() -> (config, tensors)    and    _from_state(config, tensors), a class method.
 _KINDS = {
-    "MultiHeadAttention": "edgeattn.layers",
-    "SelfAttention": "edgeattn.layers",
-    "StaticMultiHeadAttention": "edgeattn.quantized",
-    "DynamicMultiHeadAttention": "edgeattn.quantized",
+    "MultiHeadAttention": "edgeattn.layers.multi_head",
+    "SelfAttention": "edgeattn.layers.self_attention",
+    "StaticMultiHeadAttention": "edgeattn.quantized.static",
+    "DynamicMultiHeadAttention": "edgeattn.quantized.dynamic",
 }
 
 

@@ -187,7 +187,7 @@ import gc, sys
 import numba
 numba.njit(lambda: None)  # numba itself brings what it finds, such as scipy
 before = set(sys.modules)
-import edgeattn
+from edgeattn import *
 from numba.core.dispatcher import Dispatcher
 kernels = [found for found in gc.get_objects() if isinstance(found, Dispatcher)
            and found.py_func.__module__.startswith("edgeattn")]

@@ -407,6 +407,44 @@ def test_bad_calls_of_a_layer_leave_the_cache_alone(arguments, error, message):
     assert target.length == 0
 
 
-def test_a_layer_with_added_keys_has_no_cache():
-    with pytest.raises(ValueError, match="kv_cache needs a layer without bias_k, bias_v and add_zero_attn"):
-        layer(add_zero_attn=True)(numbers(B, 4, E), kv_cache=cache())
+ADDED_KEYS = {
+    "bias": {"bias_k": numbers(HKV * D, seed=7), "bias_v": numbers(HKV * DV, seed=8)},
+    "zeros": {"add_zero_attn": True},
+    "both": {"bias_k": numbers(HKV * D, seed=7), "bias_v": numbers(HKV * DV, seed=8), "add_zero_attn": True},
+}
+
+
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("added", ADDED_KEYS)
+def test_added_keys_stand_behind_the_cached_tokens(added, window):
+    made, x = layer(**ADDED_KEYS[added]), numbers(B, LENGTH, E)
+    bounds = {"is_causal": True, "window_size": sliding_window(window) if window else (-1, -1)}
+    whole, whole_weights = made(x, need_weights=True, **bounds)
+    for chunks in CHUNKS.values():
+        result = through(cache(79, window=window), made, x, chunks, is_causal=True)
+        np.testing.assert_allclose(result, whole, atol=2e-6)
+    target = cache(79, window=window)
+    through(target, made, x[:, :-2], [17, 21], is_causal=True)
+    result, weights = made(x[:, -2:], kv_cache=target, is_causal=True, need_weights=True)
+    np.testing.assert_allclose(result, whole[:, -2:], atol=2e-6)
+    np.testing.assert_allclose(weights, whole_weights[:, :, -2:], atol=1e-6)
+    assert weights.shape[-1] == LENGTH + made.extra_keys
+    assert (weights[..., LENGTH:] > 0).all()
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_added_keys_and_an_int8_cache_give_the_same_bits_whatever_the_chunks(window):
+    made, x = layer(**ADDED_KEYS["both"]), numbers(B, LENGTH, E)
+    results = [
+        through(cache(46, dtype="int8", window=window), made, x, chunks, is_causal=True) for chunks in CHUNKS.values()]
+    for result in results:
+        np.testing.assert_array_equal(result, results[0])
+    bounds = sliding_window(window) if window else (-1, -1)
+    np.testing.assert_allclose(results[0], made(x, is_causal=True, window_size=bounds), atol=0.05)
+
+
+def test_an_added_key_is_all_that_a_query_without_tokens_sees():
+    made, x = layer(**ADDED_KEYS["bias"]), numbers(B, 1, E)
+    result = made(x, kv_cache=cache(), key_padding_mask=np.zeros((B, 1), bool))
+    value = np.repeat(ADDED_KEYS["bias"]["bias_v"].reshape(HKV, DV), H // HKV, axis=0).ravel()
+    np.testing.assert_allclose(result[:, 0], np.tile(made.out_weight @ value + made.out_bias, (B, 1)), atol=1e-6)

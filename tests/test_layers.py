@@ -6,7 +6,7 @@ import pytest
 import reference
 
 from edgeattn import MultiHeadAttention, SelfAttention, scaled_dot_product_attention
-from edgeattn.layers import _TENSORS
+from edgeattn.layers.weights import TENSORS
 
 # Layers have neither windows, lengths, softcap nor a scale of their own.
 CASES = [
@@ -386,4 +386,4 @@ def test_self_attention_refuses_other_widths_and_heads():
 
 
 def test_the_tensor_names_are_all_parameters():
-    assert set(_TENSORS) == set(parameters(CASE))
+    assert set(TENSORS) == set(parameters(CASE))

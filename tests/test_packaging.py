@@ -128,8 +128,16 @@ def test_command_exists_and_explains_itself(package):
 
 
 def test_importing_edgeattn_loads_nothing_a_device_lacks():
-    loaded = python(f"import sys, edgeattn; print([n for n in {NOT_ON_DEVICE!r} if n in sys.modules])")
+    loaded = python(f"import sys; from edgeattn import *; print([n for n in {NOT_ON_DEVICE!r} if n in sys.modules])")
     assert (loaded.stdout.strip(), loaded.stderr) == ("[]", "")
+
+
+def test_names_of_edgeattn_are_imported_when_they_are_asked_for():
+    asked = python("import sys, edgeattn; print('numba' in sys.modules, set(edgeattn.__all__) <= set(dir(edgeattn)));"
+                   "edgeattn.load; print('edgeattn.layers' in sys.modules, 'edgeattn.storage' in sys.modules)")
+    assert (asked.stdout.split(), asked.stderr) == (["False", "True", "False", "True"], "")
+    missing = python("import edgeattn; edgeattn.attention")
+    assert missing.stderr.strip().endswith("AttributeError: module 'edgeattn' has no attribute 'attention'")
 
 
 def imports_of(path, *, top_level_only=False):

@@ -1,12 +1,13 @@
 """Packing and calling of the dynamic int8 multi-head layer."""
 import numpy as np
+from numba.extending import register_jitable
 
 from edgeattn import threads
 from edgeattn.jit import entry
 
 from . import fused_dynamic as f
 from .layer_float32 import _LOG2_E, _NO_BIAS, _NO_KEEP, _strides
-from .matmul import MATRIX, MATRIX_TOKENS, pack_byte_panels, pad_heads, padded_head, round_up
+from .matmul import MATRIX, MATRIX_TOKENS, pack_byte_panels, pad_heads, padded_head, place, round_up
 from .simd import LANES, OFFSET, ROWS, WIDTH
 
 
@@ -15,6 +16,42 @@ def quantize_weight(weight):
     largest = np.abs(weight).max(axis=1, initial=0).astype(np.float32)
     scale = np.where(largest > 0, largest / np.float32(127), np.float32(1)).astype(np.float32)
     return np.clip(np.rint(weight / scale[:, None]), -127, 127).astype(np.int8), scale
+
+
+@register_jitable
+def plan(p, B, L, S, masked):
+    """Write a call's shape, and where what it needs lies in its scratch, into p; (shared, private) elements of that."""
+    p[f.P_BATCH], p[f.P_L], p[f.P_S] = B, L, S
+    H, Hkv, Dp, Dvp = p[f.P_HEADS], p[f.P_KV_HEADS], p[f.P_D_PAD], p[f.P_DV_PAD]
+    q_features, k_features, v_features = round_up(H * Dp, WIDTH), round_up(Hkv * Dp, WIDTH), round_up(Hkv * Dvp, WIDTH)
+    k_block, v_block = max(Dp, LANES), max(Dvp, LANES)
+    S_up = round_up(S, ROWS)
+    q_row = round_up(round_up(q_features, k_block) // 4, LANES)
+    rows = max(f.TOKENS, WIDTH)
+    deepest = round_up(max(p[f.P_EQ], p[f.P_EK], p[f.P_EV]), 4) // 4
+    shared = round_up((k_features + k_block) * S_up // 4, 16)  # the keys
+    shared = place(p, f.P_VALUES, shared, (v_features + v_block) * (S_up // 4) + 2 * WIDTH)
+    shared = place(p, f.P_KTERM, shared, Hkv * S_up)
+    shared = place(p, f.P_KSCALE, shared, (k_features // k_block + 1) * S_up)
+    shared = place(p, f.P_VSCALE, shared, (v_features // v_block + 1) * S_up)
+    private = place(p, f.P_AT_X, 0, rows * deepest + WIDTH)
+    private = place(p, f.P_AT_XSCALE, private, rows + WIDTH)
+    private = place(p, f.P_AT_NATURAL, private,
+                    rows * max(q_features, k_features, v_features) + max(k_block, v_block))
+    private = place(p, f.P_AT_QBYTES, private, WIDTH * q_row)
+    private = place(p, f.P_AT_Q, private, WIDTH * q_row)
+    private = place(p, f.P_AT_QSCALE, private, (q_features // k_block + 1) * WIDTH)
+    private = place(p, f.P_AT_SCORES, private, (f.KEY_BLOCK + ROWS) * WIDTH)
+    private = place(p, f.P_AT_P, private, (f.KEY_BLOCK // 4 + ROWS) * WIDTH)
+    private = place(p, f.P_AT_STATS, private, 4 * WIDTH + 16)
+    private = place(p, f.P_AT_CONTEXT, private, (H * Dvp + 2 * ROWS) * WIDTH)
+    private = place(p, f.P_AT_CBYTES, private, (H * Dvp // 4 + ROWS) * WIDTH)
+    private = place(p, f.P_AT_TILE, private, max(ROWS * WIDTH, LANES * LANES))
+    private = place(p, f.P_AT_MASKS, private, (S_up + ROWS) * WIDTH if masked else 0)
+    private = place(p, f.P_AT_TILES, private, MATRIX_TOKENS * WIDTH)
+    private = place(p, f.P_AT_TURNED, private, WIDTH * H * Dvp // 4 if MATRIX else 0)
+    p[f.P_SHARED], p[f.P_PRIVATE] = shared, private
+    return shared, private
 
 
 class DynamicLayer:
@@ -84,41 +121,13 @@ class DynamicLayer:
         self._plans, self._run = {}, None
 
     def _plan(self, B, L, S, masked):
+        """(parameters, shared elements, private elements, work) for one shape."""
         p = self._parameters.copy()
-        p[f.P_L], p[f.P_S] = L, S
-        H, Hkv, Dp, Dvp = (int(p[i]) for i in (f.P_HEADS, f.P_KV_HEADS, f.P_D_PAD, f.P_DV_PAD))
-        Eq, Ek, Ev, Eo = (int(p[i]) for i in (f.P_EQ, f.P_EK, f.P_EV, f.P_EO))
-        q_features, k_features, v_features = (round_up(n, WIDTH) for n in (H * Dp, Hkv * Dp, Hkv * Dvp))
-        k_block, v_block = max(Dp, LANES), max(Dvp, LANES)
-        S_up = round_up(S, ROWS)
-        q_row = round_up(round_up(q_features, k_block) // 4, LANES)
-        rows = max(f.TOKENS, WIDTH)
-
-        def layout(sizes):
-            start = 0
-            for slot, size in sizes:
-                if slot is not None:
-                    p[slot] = start
-                start += round_up(size, 16)
-            return start
-
-        shared = layout(((None, (k_features + k_block) * S_up // 4),
-                         (f.P_VALUES, (v_features + v_block) * (S_up // 4) + 2 * WIDTH),
-                         (f.P_KTERM, Hkv * S_up), (f.P_KSCALE, (k_features // k_block + 1) * S_up),
-                         (f.P_VSCALE, (v_features // v_block + 1) * S_up)))
-        private = layout((
-            (f.P_AT_X, rows * max(round_up(E, 4) // 4 for E in (Eq, Ek, Ev)) + WIDTH), (f.P_AT_XSCALE, rows + WIDTH),
-            (f.P_AT_NATURAL, rows * (max(q_features, k_features, v_features)) + max(k_block, v_block)),
-            (f.P_AT_QBYTES, WIDTH * q_row), (f.P_AT_Q, WIDTH * q_row),
-            (f.P_AT_QSCALE, (q_features // k_block + 1) * WIDTH),
-            (f.P_AT_SCORES, (f.KEY_BLOCK + ROWS) * WIDTH), (f.P_AT_P, (f.KEY_BLOCK // 4 + ROWS) * WIDTH),
-            (f.P_AT_STATS, 4 * WIDTH + 16), (f.P_AT_CONTEXT, (H * Dvp + 2 * ROWS) * WIDTH),
-            (f.P_AT_CBYTES, (H * Dvp // 4 + ROWS) * WIDTH), (f.P_AT_TILE, max(ROWS * WIDTH, LANES * LANES)),
-            (f.P_AT_MASKS, (S_up + ROWS) * WIDTH if masked else 0), (f.P_AT_TILES, MATRIX_TOKENS * WIDTH),
-            (f.P_AT_TURNED, WIDTH * H * Dvp // 4 if MATRIX else 0)))
+        shared, private = map(int, plan(p, B, L, S, masked))
+        H, Hkv, Dp, Dvp, Eq, Ek, Ev, Eo = (int(p[i]) for i in (f.P_HEADS, f.P_KV_HEADS, f.P_D_PAD, f.P_DV_PAD, f.P_EQ,
+                                                               f.P_EK, f.P_EV, f.P_EO))
         work = 2 * (L * Eq * H * Dp + S * Hkv * (Ek * Dp + Ev * Dvp) + L * H * Dvp * Eo
                     + L * S * H * (Dp + Dvp + 64)) // 3
-        p[f.P_BATCH], p[f.P_SHARED], p[f.P_PRIVATE] = B, shared, private
         return p, shared, private, work
 
     def __call__(self, xq, xk, xv, out, keep=None, bias=None, band=None):

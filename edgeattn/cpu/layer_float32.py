@@ -1,5 +1,6 @@
 """Packing and calling of the float32 multi-head layer."""
 import numpy as np
+from numba.extending import register_jitable
 
 from edgeattn import threads
 from edgeattn.jit import entry
@@ -22,6 +23,21 @@ def _strides(mask, shape):
             strides[-axis] = step
         step *= size
     return strides
+
+
+@register_jitable
+def plan(p, B, L, S, masked):
+    """Write a call's shape and the size of its scratch into p; (shared, private) elements of that."""
+    p[f.P_BATCH], p[f.P_L], p[f.P_S] = B, L, S
+    H, Hkv, Dp, Dvp = p[f.P_HEADS], p[f.P_KV_HEADS], p[f.P_D_PAD], p[f.P_DV_PAD]
+    Eq, Ek, Ev = p[f.P_EQ], p[f.P_EK], p[f.P_EV]
+    k_block, v_block = max(Dp, LANES), max(Dvp, LANES)
+    q_features, k_features, v_features = round_up(H * Dp, WIDTH), round_up(Hkv * Dp, WIDTH), round_up(Hkv * Dvp, WIDTH)
+    shared = (k_features + k_block + v_features + v_block) * round_up(S, ROWS) + 4 * WIDTH + ROWS * v_block
+    private = (f.AT_FREE + max(WIDTH * q_features, ROWS * max(Ek, Ev), WIDTH * Eq) + q_features * WIDTH
+               + (H * Dvp + ROWS) * WIDTH + WIDTH * Eq + (S * WIDTH if masked else 0) + 4 * WIDTH)
+    p[f.P_SHARED], p[f.P_PRIVATE] = round_up(shared, 16), round_up(private, 16)
+    return p[f.P_SHARED], p[f.P_PRIVATE]
 
 
 class FloatLayer:
@@ -86,18 +102,11 @@ class FloatLayer:
     def _plan(self, B, L, S, masked):
         """(parameters, shared elements, private elements, work) for one shape."""
         p = self._parameters.copy()
-        p[f.P_BATCH], p[f.P_L], p[f.P_S] = B, L, S
-        H, Hkv, Dp, Dvp = (int(p[i]) for i in (f.P_HEADS, f.P_KV_HEADS, f.P_D_PAD, f.P_DV_PAD))
-        k_block, v_block = max(Dp, LANES), max(Dvp, LANES)
-        q_features, k_features, v_features = (round_up(n, WIDTH) for n in (H * Dp, Hkv * Dp, Hkv * Dvp))
-        S_up = round_up(S, ROWS)
-        shared = (k_features + k_block + v_features + v_block) * S_up + 4 * WIDTH + ROWS * v_block
-        Eq, Ek, Ev, Eo = (int(p[i]) for i in (f.P_EQ, f.P_EK, f.P_EV, f.P_EO))
-        private = (f.AT_FREE + max(WIDTH * q_features, ROWS * max(Ek, Ev), WIDTH * Eq) + q_features * WIDTH
-                   + (H * Dvp + ROWS) * WIDTH + WIDTH * Eq + (S * WIDTH if masked else 0) + 4 * WIDTH)
+        shared, private = map(int, plan(p, B, L, S, masked))
+        H, Hkv, Dp, Dvp, Eq, Ek, Ev, Eo = (int(p[i]) for i in (f.P_HEADS, f.P_KV_HEADS, f.P_D_PAD, f.P_DV_PAD, f.P_EQ,
+                                                               f.P_EK, f.P_EV, f.P_EO))
         work = 2 * B * (L * Eq * H * Dp + S * (Ek * Hkv * Dp + Ev * Hkv * Dvp) + L * H * Dvp * Eo
                         + L * S * H * (Dp + Dvp))
-        p[f.P_SHARED], p[f.P_PRIVATE] = shared, private = round_up(shared, 16), round_up(private, 16)
         return p, shared, private, work
 
     def __call__(self, xq, xk, xv, out, keep=None, bias=None, band=None):

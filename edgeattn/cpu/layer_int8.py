@@ -1,17 +1,45 @@
 """Packing and calling of the static int8 multi-head layer."""
 import numpy as np
+from numba.extending import register_jitable
 
 from edgeattn import threads
 from edgeattn.jit import entry
 
 from . import fused_int8 as f
 from .layer_float32 import _strides
-from .matmul import MATRIX, MATRIX_TOKENS, pack_byte_panels, pad_heads, padded_head, round_up
+from .matmul import MATRIX, MATRIX_TOKENS, pack_byte_panels, pad_heads, padded_head, place, round_up
 from .requantize import RULES, encode
 from .simd import LANES, OFFSET, ROWS, WIDTH
 
 _EMPTY_U8 = np.zeros(0, np.uint8)
 _EMPTY_I8 = np.zeros(0, np.int8)
+
+
+@register_jitable
+def plan(p, B, L, S):
+    """Write a call's shape, and where what it needs lies in its scratch, into p; (shared, private) elements of that."""
+    p[f.P_BATCH], p[f.P_L], p[f.P_S] = B, L, S
+    H, Dp, Dvp = p[f.P_HEADS], p[f.P_D_PAD], p[f.P_DV_PAD]
+    features, v_features = round_up(H * Dp, WIDTH), round_up(H * Dvp, WIDTH)
+    k_block, v_block = max(Dp, LANES), max(Dvp, LANES)
+    S_up = round_up(S, ROWS)
+    natural_row = round_up(features // 4, LANES)
+    deepest = round_up(max(p[f.P_EQ], p[f.P_EK], p[f.P_EV]), 4) // 4
+    shared = round_up((features + k_block) * S_up // 4, 16)  # the keys
+    shared = place(p, f.P_VALUES, shared, (v_features + v_block) * (S_up // 4) + 2 * WIDTH)
+    shared = place(p, f.P_KROW, shared, H * S_up)
+    private = place(p, f.P_AT_X, 0, max(f.TOKENS, WIDTH) * deepest + ROWS * WIDTH)
+    private = place(p, f.P_AT_NATURAL, private, WIDTH * natural_row)
+    private = place(p, f.P_AT_Q, private, natural_row * WIDTH)
+    private = place(p, f.P_AT_SUMS, private, 3 * WIDTH + 16)
+    private = place(p, f.P_AT_CONTEXT, private, (H * Dvp // 4 + ROWS) * WIDTH)
+    private = place(p, f.P_AT_CODES, private, (S_up // 4 + 4) * WIDTH)
+    private = place(p, f.P_AT_MASKS, private, (S_up // 4 + 4) * WIDTH)
+    private = place(p, f.P_AT_VALUES, private, (S_up + 16) * WIDTH)
+    private = place(p, f.P_AT_TILES, private, MATRIX_TOKENS * WIDTH)
+    private = place(p, f.P_AT_TURNED, private, WIDTH * H * Dvp // 4 if MATRIX else 0)
+    p[f.P_SHARED], p[f.P_PRIVATE] = shared, private
+    return shared, private
 
 
 class StaticLayer:
@@ -104,34 +132,13 @@ class StaticLayer:
         self._plans = {}
 
     def _plan(self, B, L, S):
+        """(parameters, shared elements, private elements, work) for one shape."""
         p = self._parameters.copy()
-        p[f.P_L], p[f.P_S] = L, S
-        H, Dp, Dvp = (int(p[i]) for i in (f.P_HEADS, f.P_D_PAD, f.P_DV_PAD))
-        Eq, Ek, Ev, Eo = (int(p[i]) for i in (f.P_EQ, f.P_EK, f.P_EV, f.P_EO))
-        features, v_features = round_up(H * Dp, WIDTH), round_up(H * Dvp, WIDTH)
-        k_block, v_block = max(Dp, LANES), max(Dvp, LANES)
-        S_up = round_up(S, ROWS)
-        natural_row = round_up(features // 4, LANES)
-
-        def layout(start, sizes):
-            for slot, size in sizes:
-                if slot is not None:
-                    p[slot] = start
-                start += round_up(size, 16)
-            return start
-
-        shared = layout(0, ((None, (features + k_block) * S_up // 4),
-                            (f.P_VALUES, (v_features + v_block) * (S_up // 4) + 2 * WIDTH), (f.P_KROW, H * S_up)))
-        private = layout(0, (
-            (f.P_AT_X, max(f.TOKENS, WIDTH) * max(round_up(E, 4) // 4 for E in (Eq, Ek, Ev)) + ROWS * WIDTH),
-            (f.P_AT_NATURAL, WIDTH * natural_row), (f.P_AT_Q, natural_row * WIDTH),
-            (f.P_AT_SUMS, 3 * WIDTH + 16), (f.P_AT_CONTEXT, (H * Dvp // 4 + ROWS) * WIDTH),
-            (f.P_AT_CODES, (S_up // 4 + 4) * WIDTH), (f.P_AT_MASKS, (S_up // 4 + 4) * WIDTH),
-            (f.P_AT_VALUES, (S_up + 16) * WIDTH), (f.P_AT_TILES, MATRIX_TOKENS * WIDTH),
-            (f.P_AT_TURNED, WIDTH * H * Dvp // 4 if MATRIX else 0)))
+        shared, private = map(int, plan(p, B, L, S))
+        H, Dp, Dvp, Eq, Ek, Ev, Eo = (int(p[i]) for i in (f.P_HEADS, f.P_D_PAD, f.P_DV_PAD, f.P_EQ, f.P_EK, f.P_EV,
+                                                          f.P_EO))
         work = 2 * (L * Eq * H * Dp + S * H * (Ek * Dp + Ev * Dvp) + L * H * Dvp * Eo
                     + L * S * H * (Dp + Dvp + 64)) // 3
-        p[f.P_BATCH], p[f.P_SHARED], p[f.P_PRIVATE] = B, shared, private
         return p, shared, private, work
 
     def __call__(self, xq, xk, xv, out, keep=None, band=None, classes=None, tables=None):

@@ -6,6 +6,7 @@ A product multiplies ROWS broadcast values by COLUMNS vectors, `depth` times.  T
 four-way dot product.  What happens to the finished tile is the caller's business.
 """
 import numpy as np
+from numba.extending import register_jitable
 
 from edgeattn.isa import ISA
 from edgeattn.jit import inlined
@@ -32,9 +33,17 @@ MATRIX = ISA.amx  # whether a matrix unit multiplies bytes, 16 groups of four at
 MATRIX_TOKENS = 2 * MATRIX_ROWS
 
 
+@register_jitable
 def round_up(value, multiple):
     """The smallest multiple of `multiple` that is not below `value`."""
     return -(-value // multiple) * multiple
+
+
+@register_jitable
+def place(p, slot, start, size):
+    """Let p[slot] say that `size` elements of scratch begin at `start`; where the next ones may, on a cache line."""
+    p[slot] = start
+    return start + round_up(size, 16)
 
 
 def padded_head(size):

@@ -1,0 +1,136 @@
+"""One call of a layer: its arguments checked once, in the form that every backend reads."""
+
+import dataclasses
+
+import numpy as np
+
+from edgeattn.checks import check_out, deliver, flag, float_array, result_dtype
+from edgeattn.functional import checked_softcap
+from edgeattn.kv_cache import KVCache
+from edgeattn.masks import Mask, resolve_mask
+
+NO_WINDOW = (-1, -1)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Call:
+    """The checked arguments of a call. The batch axis is made where inputs have none.
+
+    Attributes
+    ----------
+    query, key, value : (B, L, E), (B, S, kdim), (B, S, vdim) float16, float32 or float64 array
+        Not yet converted. `key is query` and `value is key` where the caller left them out.
+    mask : Mask
+        Of shape (B, H, L, S). With a cache S counts its tokens too.
+    softcap : float
+    need_weights, average : bool
+    lead : tuple of int
+        (B,), or () for inputs without a batch axis.
+    out : array or None
+        The caller's, which can take the result.
+    dtype : dtype
+        The result's.
+    cache : KVCache or None
+        It has room for `key` and `value` in pieces of `piece` tokens.
+    piece : int
+    """
+
+    query: np.ndarray
+    key: np.ndarray
+    value: np.ndarray
+    mask: Mask
+    softcap: float
+    need_weights: bool
+    average: bool
+    lead: tuple
+    out: np.ndarray | None
+    dtype: np.dtype
+    cache: KVCache | None
+    piece: int
+
+    def deliver(self, result, weights=None):
+        """What the caller gets, from result (B, L, Eo) and weights (B, H, L, S) or None, both float32."""
+        result = deliver(result.reshape(*self.lead, *result.shape[1:]), self.out, self.dtype)
+        if weights is None:
+            return result
+        weights = weights.reshape(*self.lead, *weights.shape[1:])
+        return result, deliver(weights.mean(axis=-3) if self.average else weights, None, self.dtype)
+
+
+def check_call(layer, query, key, value, *, softcap, need_weights, average_attn_weights, kv_cache, out,
+               causal_alignment, **masks):
+    """The arguments of a call of `layer` as a `Call`.
+
+    Parameters
+    ----------
+    layer : object
+        Has num_heads, num_kv_heads, head_dim, value_dim, embed_dim, kdim, vdim and output_dim.
+    **masks
+        As for `resolve_mask`; the other arguments as for a call of `MultiHeadAttention`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was required and what came.
+    """
+    need_weights = flag("need_weights", need_weights)
+    average = flag("average_attn_weights", average_attn_weights)
+    softcap = checked_softcap(softcap)
+    if kv_cache is not None:
+        _check_cache(layer, kv_cache, causal_alignment)
+    query, key, value = check_inputs(layer, query, key, value)
+    dtype = result_dtype(query, key, value)
+    lead, queries, keys = query.shape[:-2], query.shape[-2], key.shape[-2]
+    check_out(out, (*lead, queries, layer.output_dim), dtype)
+    shape = (*lead, layer.num_heads, queries, keys)
+    piece = keys
+    if kv_cache is None:
+        mask = resolve_mask(shape, causal_alignment=causal_alignment, **masks)
+    else:
+        if (lead or (1,)) != (kv_cache.batch,):
+            raise ValueError(f"query must have the cache's batch, B = {kv_cache.batch}, got shape {query.shape}")
+        masks["window_size"] = kv_cache._narrow(masks["window_size"])
+        before = kv_cache.length
+        mask = resolve_mask((*shape[:-1], before + keys), position=before, **masks)
+        # Without later keys to see, a chunk may come in pieces that fit into the window.
+        if kv_cache.window is not None and queries == keys and mask.right == 0:
+            piece = min(keys, kv_cache.capacity - kv_cache.window + 1)
+        kv_cache._check_room(piece)
+    if not lead:
+        given, query = (query, key, value), query[None]
+        key = query if given[1] is given[0] else key[None]
+        value = key if given[2] is given[1] else value[None]
+    return Call(query, key, value, mask, softcap, need_weights, average, lead, out, dtype, kv_cache, piece)
+
+
+def _check_cache(layer, cache, causal_alignment):
+    if not isinstance(cache, KVCache):
+        raise TypeError(f"kv_cache must be an edgeattn.KVCache, got {type(cache).__name__}")
+    if causal_alignment is not None:
+        raise ValueError(
+            f"causal_alignment must be None with kv_cache, which knows the positions, got {causal_alignment!r}")
+    wanted = (layer.num_kv_heads, layer.head_dim, layer.value_dim)
+    given = (cache.num_kv_heads, cache.head_dim, cache.value_dim)
+    if wanted != given:
+        raise ValueError(f"kv_cache must have the layer's num_kv_heads, head_dim and value_dim {wanted}, got {given}")
+
+
+def check_inputs(layer, query, key, value):
+    """The three inputs as float arrays of agreeing shapes."""
+    if key is None and value is not None:
+        raise ValueError("value needs key, got key=None; pass key=query to attend from query to itself")
+    first = layer._query_name
+    query = float_array(first, query)
+    key = query if key is None else float_array("key", key)
+    value = key if value is None else float_array("value", value)
+    shapes = f"query {query.shape}, key {key.shape}, value {value.shape}"
+    if query.ndim not in (2, 3):
+        raise ValueError(f"{first} must be (B, L, E) or (L, E), got shape {query.shape}")
+    for name, array, width in ((first, query, layer.embed_dim), ("key", key, layer.kdim), ("value", value, layer.vdim)):
+        if array.ndim != query.ndim or array.shape[:-2] != query.shape[:-2]:
+            raise ValueError(f"{name} must have query's batch axes {query.shape[:-2]}, got {shapes}")
+        if array.shape[-1] != width:
+            raise ValueError(f"{name} must have a last axis of {width}, the columns of its weight, got {shapes}")
+    if value.shape[-2] != key.shape[-2]:
+        raise ValueError(f"value must have as many rows as key, S = {key.shape[-2]}, got {shapes}")
+    return query, key, value

@@ -1,0 +1,214 @@
+"""Multi-head attention in float32."""
+
+import functools
+
+import numpy as np
+
+from edgeattn.checks import to_float32
+from edgeattn.cpu.layer_float32 import FloatLayer
+from edgeattn.cpu.linear import Linear
+from edgeattn.layers import steps
+from edgeattn.layers.call import NO_WINDOW, check_call, check_inputs
+from edgeattn.layers.weights import AttentionWeights
+from edgeattn.masks import torch_masks
+
+
+class MultiHeadAttention(AttentionWeights):
+    """concat(head_1, ..., head_H) out_weight^T + out_bias, with head_h = attention(Q_h, K_h, V_h).
+
+    Q = query q_weight^T + q_bias, split into H heads of size D; K and V likewise, into Hkv heads. The scores
+    are scaled by 1 / sqrt(D). Vaswani et al., "Attention Is All You Need" (2017), section 3.2.2.
+
+    Parameters
+    ----------
+    num_heads : int
+        H.
+    q_weight : (H * D, E) float array
+        All weights are (outputs, inputs), as in torch.nn.Linear; they are copied to float32.
+    k_weight : (Hkv * D, kdim) float array
+    v_weight : (Hkv * Dv, vdim) float array
+    out_weight : (Eo, H * Dv) float array, optional
+        Without it the heads side by side are the output.
+    q_bias, k_bias, v_bias : (H * D,), (Hkv * D,), (Hkv * Dv,) float arrays, optional
+    out_bias : (Eo,) float array, optional
+    num_kv_heads : int, optional
+        Hkv, H unless given. Query head h reads key/value head h // (H / Hkv).
+    bias_k, bias_v : (Hkv * D,), (Hkv * Dv,) or (1, 1, Hkv * D), (1, 1, Hkv * Dv) float arrays, optional
+        Key and value of one more key that every query sees, whatever the masks, as in
+        torch.nn.MultiheadAttention; both or neither. Not `k_bias` and `v_bias`, which the projections add.
+    add_zero_attn : bool
+        One more key of zeros, with a value of zeros, after that.
+
+    Attributes
+    ----------
+    q_weight, k_weight, v_weight, out_weight, q_bias, k_bias, v_bias, out_bias : float32 array or None
+        Read-only, in C order.
+    bias_k, bias_v : float32 array (Hkv * D,), (Hkv * Dv,) or None
+        Read-only.
+    add_zero_attn : bool
+    extra_keys : int
+        0 to 2: the keys that `bias_k` and `add_zero_attn` add to every call.
+    num_heads, num_kv_heads, embed_dim, kdim, vdim, head_dim, value_dim, output_dim : int
+        H, Hkv, E, width of key, width of value, D, Dv, Eo.
+    scale : float
+        1 / sqrt(D).
+    """
+
+    _query_name = "query"  # what the caller calls it
+
+    def __call__(
+        self,
+        query,
+        key=None,
+        value=None,
+        *,
+        attn_mask=None,
+        key_padding_mask=None,
+        is_causal=False,
+        causal_alignment=None,
+        window_size=NO_WINDOW,
+        softcap=0.0,
+        alibi_slopes=None,
+        kv_cache=None,
+        need_weights=False,
+        average_attn_weights=False,
+        out=None,
+    ):
+        """Attend from `query` to `key` and `value`.
+
+        Parameters
+        ----------
+        query : (B, L, E) or (L, E) float16, float32 or float64 array
+            All dtypes are computed in float32.
+        key : (B, S, kdim) or (S, kdim) array, optional
+            `query` unless given: self-attention.
+        value : (B, S, vdim) or (S, vdim) array, optional
+            `key` unless given.
+        attn_mask : bool or float array, broadcastable to (B, H, L, S) or (H, L, S), optional
+            bool: True = attend. float: added to the scaled scores; -inf = do not attend.
+        key_padding_mask : (B, S) or (S,) bool array, optional
+            True = a real token that may be attended to.
+        is_causal : bool
+            A query sees no key after its own position.
+        causal_alignment : {"upper_left", "lower_right"}, optional
+            Needed by `is_causal` when L != S, see `scaled_dot_product_attention`.
+        window_size : (int, int)
+            (left, right): a query at position p sees keys p - left to p + right; -1 = unbounded.
+        softcap : float
+            Bound of the scores, 0 = none.
+        alibi_slopes : (H,) or (B, H) float array, optional
+            Adds -slope * |p - j| to the score of the query at position p and key j.
+        kv_cache : KVCache, optional
+            The projected keys and values of this chunk are appended to it, and the queries attend to everything
+            it holds: S is its length after that, in masks and weights too. The first query stands at the
+            position that was the cache's length before; that takes the place of `causal_alignment`. A chunk
+            too long for a cache with a window is cut by itself where queries see no later key.
+        need_weights : bool
+            Return the probabilities of each head too.
+        average_attn_weights : bool
+            Return their mean over the heads instead. torch.nn.MultiheadAttention does unless told otherwise.
+        out : (B, L, Eo) or (L, Eo) array, optional
+            Takes the result; of the result's dtype. It may overlap inputs.
+
+        Returns
+        -------
+        (B, L, Eo) or (L, Eo) array
+            Of the inputs' dtype. A query with no permitted key gives `out_bias`: its heads are zeros.
+        (B, H, L, S) or (H, L, S) array
+            The probabilities, only with `need_weights`; without the axis H when averaged. S counts `extra_keys`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the argument, what was required and what came.
+        """
+        if key is None and attn_mask is None and key_padding_mask is None and is_causal is False and (
+                need_weights is False and out is None and type(query) is np.ndarray and query.dtype == np.float32
+                and query.ndim == 3 and query.shape[2] == self.embed_dim == self.kdim == self.vdim
+                and query.flags.carray and query.size and value is None and self._whole
+                and window_size is NO_WINDOW and alibi_slopes is None and kv_cache is None
+                and average_attn_weights is False and type(softcap) is float and not softcap and not self.extra_keys):
+            # what small layers are called with, again and again: self-attention, nothing masked
+            result = np.empty((*query.shape[:2], self.output_dim), np.float32)
+            return self._kernel(query, query, query, result)
+        call = check_call(
+            self, query, key, value, attn_mask=attn_mask, key_padding_mask=key_padding_mask, is_causal=is_causal,
+            causal_alignment=causal_alignment, window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes,
+            kv_cache=kv_cache, need_weights=need_weights, average_attn_weights=average_attn_weights, out=out)
+        fused = not (call.need_weights or call.softcap or self.extra_keys or kv_cache is not None)
+        if not (fused and self._whole and call.query.size and call.key.size and call.value.size):
+            return steps.attend(self, call)
+        result = np.empty((*call.query.shape[:2], self.output_dim), np.float32)
+        q, k, v = (to_float32(x) for x in (call.query, call.key, call.value))
+        self._kernel(q, k, v, result, *call.mask.for_kernels())
+        return call.deliver(result)
+
+    @functools.cached_property
+    def _whole(self):
+        """Whether no axis of the weights is empty: the tiled kernels take nothing empty."""
+        return bool(self.head_dim and self.value_dim and self.output_dim)
+
+    @functools.cached_property
+    def _kernel(self):
+        return FloatLayer(
+            self.num_heads, self.num_kv_heads, self.q_weight, self.k_weight, self.v_weight, self.out_weight,
+            self.q_bias, self.k_bias, self.v_bias, self.out_bias, self.scale)
+
+    @functools.cached_property
+    def _linears(self):
+        pairs = {
+            "q": (self.q_weight, self.q_bias), "k": (self.k_weight, self.k_bias), "v": (self.v_weight, self.v_bias),
+            "out": (self.out_weight, self.out_bias)}
+        return {name: Linear(*pair) for name, pair in pairs.items() if pair[0] is not None}
+
+    def call_with_torch_masks(
+        self,
+        query,
+        key=None,
+        value=None,
+        *,
+        attn_mask=None,
+        key_padding_mask=None,
+        is_causal=False,
+        need_weights=False,
+        average_attn_weights=True,
+        out=None,
+    ):
+        """Attend with masks as torch.nn.MultiheadAttention takes them: True = blocked.
+
+        Inputs are (B, L, E), as there with batch_first=True. A query with no permitted key has heads of zeros,
+        where torch gives NaN.
+
+        Parameters
+        ----------
+        query, key, value : array
+            As for a call of the layer.
+        attn_mask : (L, S) or (B * H, L, S) bool or float array, optional
+            bool: True = do not attend. float: added to the scores.
+        key_padding_mask : (B, S) or (S,) bool or float array, optional
+            bool: True = padding. float: added to the scores.
+        is_causal : bool
+            A query sees no key after its own position, the first query standing at the first key. Unlike torch's
+            this is no hint: it needs no `attn_mask`.
+        need_weights, average_attn_weights, out
+            As for a call of the layer; the weights are averaged over the heads unless told otherwise.
+
+        Returns
+        -------
+        (B, L, Eo) or (L, Eo) array
+        (B, L, S) or (L, S) array
+            The probabilities, only with `need_weights`; (B, H, L, S) or (H, L, S) when not averaged.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the argument, what was required and what came.
+        """
+        query, key, value = check_inputs(self, query, key, value)
+        shape = (*query.shape[:-2], self.num_heads, query.shape[-2], key.shape[-2])
+        attn_mask, key_padding_mask = torch_masks(shape, attn_mask, key_padding_mask)
+        return MultiHeadAttention.__call__(
+            self, query, key, value, attn_mask=attn_mask, key_padding_mask=key_padding_mask, is_causal=is_causal,
+            causal_alignment="upper_left", need_weights=need_weights, average_attn_weights=average_attn_weights,
+            out=out)
+

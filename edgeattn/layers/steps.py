@@ -1,0 +1,79 @@
+"""A layer's steps one by one, for what its fused kernel does not do: probabilities, softcap, added keys, a cache.
+
+The projections give a token the same bits alone and in a chunk, so that a cache does not show how a sequence was cut.
+"""
+
+import numpy as np
+
+from edgeattn.checks import to_float32
+from edgeattn.cpu import functional_float32, plain
+
+
+def attend(layer, call):
+    """The result of `call`, a `Call` of `layer`, which has the attributes below.
+
+    num_heads, num_kv_heads, head_dim, value_dim, output_dim, scale, extra_keys, bias_k, bias_v
+        As `MultiHeadAttention` has them.
+    _linears : mapping
+        "q", "k", "v" and, with an output projection, "out": (tokens, inputs) -> (tokens, outputs), float32.
+    """
+    batch, heads, queries, _ = call.mask.shape
+    q = _project(layer, "q", call.query, heads, layer.head_dim)
+    k = _project(layer, "k", call.key, layer.num_kv_heads, layer.head_dim)
+    v = _project(layer, "v", call.value, layer.num_kv_heads, layer.value_dim)
+    added = _added_keys(layer, batch) if layer.extra_keys else None
+    context = np.empty((batch, heads, queries, layer.value_dim), np.float32)
+    shape = (*call.mask.shape[:3], call.mask.shape[3] + layer.extra_keys)
+    weights = np.zeros(shape, np.float32) if call.need_weights else None
+    if call.cache is None:
+        _attend_once(layer, call, q, k, v, added, context, weights)
+    else:
+        _attend_cached(layer, call, q, k, v, added, context, weights)
+    merged = context.swapaxes(1, 2).reshape(batch * queries, heads * layer.value_dim)
+    result = layer._linears["out"](merged) if "out" in layer._linears else merged
+    return call.deliver(result.reshape(batch, queries, layer.output_dim), weights)
+
+
+def _project(layer, name, x, heads, size):
+    """(B, length, inputs) -> (B, heads, length, size) as kernels read it."""
+    rows = layer._linears[name](to_float32(x).reshape(-1, x.shape[-1]))
+    return to_float32(rows.reshape(*x.shape[:2], heads, size).swapaxes(1, 2))
+
+
+def _added_keys(layer, batch):
+    """Key and value (B, Hkv, extra_keys, size) of `bias_k` and `bias_v`, then zeros."""
+    arrays = []
+    for bias, size in ((layer.bias_k, layer.head_dim), (layer.bias_v, layer.value_dim)):
+        array = np.zeros((batch, layer.num_kv_heads, layer.extra_keys, size), np.float32)
+        if bias is not None:
+            array[:, :, 0] = bias.reshape(layer.num_kv_heads, size)
+        arrays.append(array)
+    return arrays
+
+
+def _attend_once(layer, call, q, k, v, added, context, weights):
+    mask = call.mask
+    if added:
+        k, v = (to_float32(np.concatenate(pair, axis=2)) for pair in zip((k, v), added, strict=True))
+        mask = mask.with_keys(layer.extra_keys)
+    if weights is None and context.size and k.size:
+        functional_float32.attention(q, k, v, context, layer.scale, call.softcap, *mask.for_kernels())
+    else:
+        plain.attention(q, k, v, mask, scale=layer.scale, softcap=call.softcap, out=context, weights=weights)
+
+
+def _attend_cached(layer, call, q, k, v, added, context, weights):
+    """Append this chunk's keys and values to the cache, and attend to what it holds."""
+    cache, tokens = call.cache, k.shape[2]
+    if call.piece == tokens:
+        cache._append(k, v)
+        cache._attend(q, call.mask, layer.scale, call.softcap, context, weights, added)
+        return
+    for begin in range(0, tokens, call.piece):
+        end = min(begin + call.piece, tokens)
+        cache._append(k[:, :, begin:end], v[:, :, begin:end])
+        part = call.mask.part((begin, end), (0, cache.length))
+        some = np.empty((*context.shape[:2], end - begin, layer.value_dim), np.float32)
+        rows = None if weights is None else weights[:, :, begin:end]
+        cache._attend(to_float32(q[:, :, begin:end]), part, layer.scale, call.softcap, some, rows, added)
+        context[:, :, begin:end] = some

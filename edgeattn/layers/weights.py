@@ -1,0 +1,245 @@
+"""What a float attention layer holds: checked weights, and where they come from."""
+
+import numpy as np
+
+from edgeattn import checkpoints
+from edgeattn.checks import count, flag, float_array, to_float32
+from edgeattn.functional import default_scale
+
+TENSORS = ("q_weight", "k_weight", "v_weight", "out_weight", "q_bias", "k_bias", "v_bias", "out_bias")
+KEY_TENSORS = ("bias_k", "bias_v")  # of a key that is no token, where a layer has one
+
+
+class AttentionWeights:
+    """Weights, numbers of heads and sizes of a float layer; parameters and attributes as `MultiHeadAttention`'s."""
+
+    def __init__(
+        self,
+        num_heads,
+        q_weight,
+        k_weight,
+        v_weight,
+        out_weight=None,
+        *,
+        q_bias=None,
+        k_bias=None,
+        v_bias=None,
+        out_bias=None,
+        num_kv_heads=None,
+        bias_k=None,
+        bias_v=None,
+        add_zero_attn=False,
+    ):
+        self.num_heads = count("num_heads", num_heads)
+        self.num_kv_heads = self.num_heads if num_kv_heads is None else count("num_kv_heads", num_kv_heads)
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads must be a multiple of num_kv_heads, got {self.num_heads} and {self.num_kv_heads}"
+            )
+        self.q_weight = _parameter("q_weight", q_weight, 2)
+        self.k_weight = _parameter("k_weight", k_weight, 2)
+        self.v_weight = _parameter("v_weight", v_weight, 2)
+        self.out_weight = _parameter("out_weight", out_weight, 2, optional=True)
+        self.q_bias = _parameter("q_bias", q_bias, 1, optional=True)
+        self.k_bias = _parameter("k_bias", k_bias, 1, optional=True)
+        self.v_bias = _parameter("v_bias", v_bias, 1, optional=True)
+        self.out_bias = _parameter("out_bias", out_bias, 1, optional=True)
+
+        self.head_dim = _split("q_weight", self.q_weight, "num_heads", self.num_heads)
+        self.value_dim = _split("v_weight", self.v_weight, "num_kv_heads", self.num_kv_heads)
+        self.embed_dim, self.kdim, self.vdim = (
+            weight.shape[1] for weight in (self.q_weight, self.k_weight, self.v_weight)
+        )
+        self.scale = default_scale(self.head_dim)
+        if self.k_weight.shape[0] != self.num_kv_heads * self.head_dim:
+            raise ValueError(
+                f"k_weight must have Hkv * D = {self.num_kv_heads} * {self.head_dim} rows, D from q_weight "
+                f"{self.q_weight.shape}, got {self.k_weight.shape}; pass num_kv_heads if heads share keys"
+            )
+        context_dim = self.num_heads * self.value_dim
+        if self.out_weight is not None and self.out_weight.shape[1] != context_dim:
+            raise ValueError(
+                f"out_weight must have H * Dv = {context_dim} columns, got shape {self.out_weight.shape}"
+            )
+        if self.out_weight is None and self.out_bias is not None:
+            raise ValueError(
+                "out_bias needs out_weight, got out_weight=None; pass numpy.eye to add a bias alone"
+            )
+        self.output_dim = context_dim if self.out_weight is None else self.out_weight.shape[0]
+        for name in ("q", "k", "v", "out"):
+            weight, bias = getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")
+            if bias is not None and bias.shape != weight.shape[:1]:
+                raise ValueError(
+                    f"{name}_bias must have shape {weight.shape[:1]}, one per row of {name}_weight "
+                    f"{weight.shape}, got {bias.shape}"
+                )
+        self.bias_k, self.bias_v, self.add_zero_attn, self.extra_keys = added_keys(
+            bias_k, bias_v, add_zero_attn, self.num_kv_heads * self.head_dim, self.num_kv_heads * self.value_dim)
+
+    @classmethod
+    def from_torch(cls, state_dict_or_path, num_heads, prefix="", *, add_zero_attn=False):
+        """The layer that torch.nn.MultiheadAttention stored; see `checkpoints.torch_weights`.
+
+        Masks of this layer mean True = attend, the inverse of torch.nn.MultiheadAttention. Inputs are (B, L, E)
+        whatever batch_first was.
+
+        Parameters
+        ----------
+        state_dict_or_path : mapping of str to array, or path of a .safetensors, .npz or torch file
+            A .pt, .pth, .bin or .ckpt file is read by torch.load(weights_only=True), which needs torch.
+        num_heads : int
+        prefix : str
+            What stands before "in_proj_weight", such as "encoder.layers.0.self_attn.".
+        add_zero_attn : bool
+            What the layer was made with, which its state dict does not say.
+        """
+        weights = checkpoints.torch_weights(state_dict_or_path, num_heads, prefix)
+        return cls._build(num_heads, {**weights, "add_zero_attn": add_zero_attn})
+
+    @classmethod
+    def from_bert(cls, state_dict_or_path, prefix, num_heads):
+        """The attention of one BERT layer; see `checkpoints.bert_weights`.
+
+        The residual connection and output.LayerNorm, which BERT also calls attention, are not part of it. The
+        attention_mask of BERT models, 1 = a real token, is key_padding_mask=attention_mask != 0.
+
+        Parameters
+        ----------
+        state_dict_or_path : mapping of str to array, or path of a .safetensors, .npz or torch file
+        prefix : str
+            What stands before "self.query.weight", such as "encoder.layer.0.attention.".
+        num_heads : int
+        """
+        return cls._build(num_heads, checkpoints.bert_weights(state_dict_or_path, prefix, num_heads))
+
+    @classmethod
+    def from_gpt2(cls, state_dict_or_path, prefix, num_heads):
+        """The attention of one GPT-2 layer; see `checkpoints.gpt2_weights`.
+
+        GPT-2 is causal: call the layer with is_causal=True. Its attention_mask, 1 = a real token, is
+        key_padding_mask=attention_mask != 0. The scale is 1 / sqrt(D): models whose configuration asks for another
+        (scale_attn_weights=False, scale_attn_by_inverse_layer_idx=True) do not say so in their weights.
+
+        Parameters
+        ----------
+        state_dict_or_path : mapping of str to array, or path of a .safetensors, .npz or torch file
+        prefix : str
+            What stands before "c_attn.weight", such as "transformer.h.0.attn.".
+        num_heads : int
+        """
+        return cls._build(num_heads, checkpoints.gpt2_weights(state_dict_or_path, prefix, num_heads))
+
+    @classmethod
+    def from_keras(cls, weights_or_path, layer=None):
+        """A MultiHeadAttention or GroupQueryAttention of Keras; see `checkpoints.keras_weights`.
+
+        Masks mean True = attend in both. Keras is called (query, value, key), this layer (query, key, value).
+        use_causal_mask=True is is_causal=True, with causal_alignment="upper_left" where L != S. A query with no
+        permitted key gives zeros here, in Keras the mean of all values.
+
+        Parameters
+        ----------
+        weights_or_path : path, mapping of str to array, or sequence of arrays
+            A .keras, .weights.h5, .h5 (these need h5py), .npz or .safetensors file, variables by their paths, or
+            layer.get_weights(). Numbers of heads are in the shapes of the kernels.
+        layer : str, optional
+            The layer's name or its path in the file; not needed where there is one attention layer.
+        """
+        num_heads, num_kv_heads, weights = checkpoints.keras_weights(weights_or_path, layer)
+        return cls._build(num_heads, weights, num_kv_heads)
+
+    @classmethod
+    def from_onnx(cls, path_or_model, node=None):
+        """The layer around an attention node of an ONNX model; see `checkpoints.onnx_weights`.
+
+        Bool masks mean True = attend in both. What the node itself says of masks (is_causal, unidirectional, a
+        window) is told by a warning, and is to be given with each call. Inputs are (B, L, E), those of the
+        projections before the node.
+
+        Parameters
+        ----------
+        path_or_model : path or onnx.ModelProto
+            Needs the onnx package.
+        node : str or int, optional
+            Name of an Attention (opsets 23 to 25, com.microsoft) or MultiHeadAttention (com.microsoft) node, or
+            its index among these; not needed where there is one.
+        """
+        num_heads, num_kv_heads, weights = checkpoints.onnx_weights(path_or_model, node)
+        return cls._build(num_heads, weights, num_kv_heads)
+
+    @classmethod
+    def _build(cls, num_heads, weights, num_kv_heads=None):
+        return cls(num_heads, **weights, num_kv_heads=num_kv_heads)
+
+    def __repr__(self):
+        return (
+            f"{type(self).__name__}(num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, "
+            f"embed_dim={self.embed_dim}, kdim={self.kdim}, vdim={self.vdim}, head_dim={self.head_dim}, "
+            f"value_dim={self.value_dim}, output_dim={self.output_dim})"
+        )
+
+    def _to_state(self):
+        """(config, tensors): all that `_from_state` needs to build an equal layer."""
+        tensors = {name: getattr(self, name) for name in TENSORS if getattr(self, name) is not None}
+        config, added = added_keys_state(self)
+        return {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads, **config}, {**tensors, **added}
+
+    @classmethod
+    def _from_state(cls, config, tensors):
+        unexpected = sorted(set(tensors) - set(TENSORS + KEY_TENSORS))
+        missing = sorted({"q_weight", "k_weight", "v_weight"} - set(tensors))
+        if missing or unexpected:
+            raise ValueError(f"missing tensors {missing}, unexpected tensors {unexpected}")
+        arguments = {**tensors, "add_zero_attn": config.get("add_zero_attn", False)}
+        return cls._build(config["num_heads"], arguments, config["num_kv_heads"])
+
+
+def added_keys(bias_k, bias_v, add_zero_attn, key_size, value_size):
+    """(bias_k, bias_v, add_zero_attn, extra_keys), checked: the keys that a layer adds to those of its tokens."""
+    keys, values = _key_tensor("bias_k", bias_k, key_size), _key_tensor("bias_v", bias_v, value_size)
+    if (keys is None) != (values is None):
+        given, missing = ("bias_k", "bias_v") if values is None else ("bias_v", "bias_k")
+        raise ValueError(f"{missing} must be given with {given}: the added key needs a value, got None")
+    zero = flag("add_zero_attn", add_zero_attn)
+    return keys, values, zero, (keys is not None) + zero
+
+
+def added_keys_state(layer):
+    """(config, tensors) of the added keys, empty for a layer without."""
+    tensors = {name: getattr(layer, name) for name in KEY_TENSORS if getattr(layer, name) is not None}
+    return {"add_zero_attn": True} if layer.add_zero_attn else {}, tensors
+
+
+def _key_tensor(name, value, size):
+    """An owned, read-only float32 (size,) of `bias_k` or `bias_v`, or None."""
+    if value is None:
+        return None
+    array = float_array(name, value)
+    if array.shape not in ((size,), (1, 1, size)):
+        raise ValueError(
+            f"{name} must have shape {(size,)} or {(1, 1, size)}, Hkv heads side by side, got {array.shape}")
+    array = np.array(to_float32(array)).reshape(size)
+    array.flags.writeable = False
+    return array
+
+
+def _parameter(name, value, axes, optional=False):
+    """An owned, read-only float32 copy of a weight or bias, or None."""
+    if value is None and optional:
+        return None
+    array = float_array(name, value)
+    if array.ndim != axes:
+        wanted = "(outputs, inputs)" if axes == 2 else "(outputs,)"
+        raise ValueError(f"{name} must be {wanted}, got shape {array.shape}")
+    array = np.array(to_float32(array))
+    array.flags.writeable = False
+    return array
+
+
+def _split(name, weight, heads_name, heads):
+    """Size of one head."""
+    if weight.shape[0] % heads:
+        raise ValueError(
+            f"{name} must have rows for {heads_name} = {heads} heads of equal size, got shape {weight.shape}"
+        )
+    return weight.shape[0] // heads

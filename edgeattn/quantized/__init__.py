@@ -1,0 +1,33 @@
+"""Quantized multi-head attention: its parameters, the static and the dynamic layer."""
+
+from edgeattn.quantized.dynamic import DynamicMultiHeadAttention
+from edgeattn.quantized.layer import INPUTS, QuantizedMultiHeadAttention
+from edgeattn.quantized.parameters import (
+    LARGEST_SCALE,
+    PROBABILITIES,
+    SMALLEST_SCALE,
+    QuantizedLinear,
+    TensorQuantization,
+)
+from edgeattn.quantized.score_ops import AddMask, MulConstant, ScoreOp, SelectMask, fit_mask, score_map
+from edgeattn.quantized.static import SMALLEST_SOFTMAX_SCALE, SOURCES, StaticMultiHeadAttention
+
+__all__ = [
+    "INPUTS",
+    "LARGEST_SCALE",
+    "PROBABILITIES",
+    "SMALLEST_SCALE",
+    "SMALLEST_SOFTMAX_SCALE",
+    "SOURCES",
+    "AddMask",
+    "DynamicMultiHeadAttention",
+    "MulConstant",
+    "QuantizedLinear",
+    "QuantizedMultiHeadAttention",
+    "ScoreOp",
+    "SelectMask",
+    "StaticMultiHeadAttention",
+    "TensorQuantization",
+    "fit_mask",
+    "score_map",
+]

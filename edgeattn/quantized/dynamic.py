@@ -1,0 +1,142 @@
+"""Multi-head attention with int8 weights and activations quantized at run time."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+
+import numpy as np
+
+from edgeattn.checks import count, to_float32
+from edgeattn.cpu.layer_dynamic import DynamicLayer
+from edgeattn.cpu.linear_dynamic import DynamicLinear
+from edgeattn.functional import default_scale
+from edgeattn.layers import steps
+from edgeattn.layers.call import NO_WINDOW, check_call
+from edgeattn.layers.weights import KEY_TENSORS, added_keys, added_keys_state
+from edgeattn.quantized.layer import INPUTS, QuantizedMultiHeadAttention
+from edgeattn.quantized.parameters import QuantizedLinear, frozen
+
+
+class DynamicMultiHeadAttention(QuantizedMultiHeadAttention):
+    """Float in, float out, int8 inside: nothing is calibrated, every token is quantized by its own range at run time.
+
+    Weights are int8 per output channel, activations int8 per token, products accumulate in int32, the softmax is
+    float32, and probabilities are quantized per row. Biases, masks and the softmax never meet an int8 range, so long
+    rows and masks cost nothing.
+
+    Parameters
+    ----------
+    num_heads : int
+        H.
+    weights : mapping
+        "query" (H*D, Eq), "key" (Hkv*D, Ek), "value" (Hkv*Dv, Ev) and, with an output projection, "output"
+        (Eo, H*Dv): QuantizedLinear without a bias.
+    biases : mapping
+        By the same names float32 (out_features,), where there is one. A key bias matters to added keys, a softcap and
+        what a cache holds, to nothing else.
+    num_kv_heads : int, optional
+        Hkv, H unless given.
+    bias_k, bias_v, add_zero_attn
+        The added keys, as for ``MultiHeadAttention``.
+    """
+
+    scheme = "dynamic"
+    _query_name = "query"
+
+    def __init__(self, num_heads: int, weights: Mapping[str, QuantizedLinear], biases: Mapping[str, np.ndarray], *,
+                 num_kv_heads: int | None = None, bias_k=None, bias_v=None, add_zero_attn: bool = False):
+        self.num_heads = count("num_heads", num_heads)
+        self.num_kv_heads = self.num_heads if num_kv_heads is None else count("num_kv_heads", num_kv_heads)
+        self.weights, self.biases = dict(weights), {}
+        names = (*INPUTS, "output")
+        unknown = sorted(set(self.weights) - set(names)) + sorted(set(biases) - set(self.weights))
+        missing = [name for name in INPUTS if name not in self.weights]
+        if missing or unknown:
+            raise ValueError(f"weights and biases must be of {', '.join(names)}; "
+                             f"missing {missing}, unexpected {unknown}")
+        for name, bias in biases.items():
+            self.biases[name] = frozen(bias, np.float32, f"bias of {name}")
+            if self.biases[name].shape != self.weights[name].scale.shape:
+                raise ValueError(f"bias of {name} must have shape {self.weights[name].scale.shape}; "
+                                 f"got {self.biases[name].shape}")
+        shapes = {name: linear.weight.shape for name, linear in self.weights.items()}
+        (q, self.embed_dim), (k, self.kdim), (v, self.vdim) = (shapes[name] for name in INPUTS)
+        H, Hkv = self.num_heads, self.num_kv_heads
+        self.head_dim, self.value_dim = q // H, v // Hkv
+        fits = H % Hkv == 0 and (q, k, v) == (H * self.head_dim, Hkv * self.head_dim, Hkv * self.value_dim)
+        merged = shapes.get("output", (0, H * self.value_dim))[1]
+        if not fits or not (self.head_dim and self.value_dim) or merged != H * self.value_dim:
+            raise ValueError(f"weights of shapes {shapes} do not fit num_heads = {H} and num_kv_heads = {Hkv}")
+        self.output_dim = shapes.get("output", (H * self.value_dim,))[0]
+        self.scale = default_scale(self.head_dim)
+        self.bias_k, self.bias_v, self.add_zero_attn, self.extra_keys = added_keys(
+            bias_k, bias_v, add_zero_attn, Hkv * self.head_dim, Hkv * self.value_dim)
+
+        def pair(name):
+            return (self.weights[name].weight, self.weights[name].scale) if name in self.weights else None
+
+        self._kernel = DynamicLayer(H, Hkv, *map(pair, names), *(self.biases.get(name) for name in names), self.scale)
+
+    def __repr__(self):
+        return (f"{type(self).__name__}(num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, "
+                f"embed_dim={self.embed_dim}, kdim={self.kdim}, vdim={self.vdim}, head_dim={self.head_dim}, "
+                f"value_dim={self.value_dim}, output_dim={self.output_dim})")
+
+    def __call__(self, query, key=None, value=None, *, attn_mask=None, key_padding_mask=None, is_causal=False,
+                 causal_alignment=None, window_size=NO_WINDOW, softcap=0.0, alibi_slopes=None, kv_cache=None,
+                 need_weights=False, average_attn_weights=False, out=None):
+        """Attend from ``query`` to ``key`` and ``value``; arguments and result as ``MultiHeadAttention``'s.
+
+        With ``softcap``, ``kv_cache``, ``need_weights`` or added keys the projections alone are int8: what lies
+        between them is computed in float32, or as the cache stores it.
+        """
+        if key is None and value is None and attn_mask is None and key_padding_mask is None and is_causal is False and (
+                out is None and type(query) is np.ndarray and query.dtype == np.float32 and query.ndim == 3
+                and query.shape[2] == self.embed_dim == self.kdim == self.vdim and query.flags.carray and query.size
+                and self.output_dim and need_weights is False and average_attn_weights is False
+                and window_size is NO_WINDOW and alibi_slopes is None and kv_cache is None
+                and type(softcap) is float and not softcap and not self.extra_keys):
+            # what small layers are called with, again and again: self-attention, nothing masked
+            return self._kernel(query, query, query, np.empty((*query.shape[:2], self.output_dim), np.float32))
+        call = check_call(
+            self, query, key, value, attn_mask=attn_mask, key_padding_mask=key_padding_mask, is_causal=is_causal,
+            causal_alignment=causal_alignment, window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes,
+            kv_cache=kv_cache, need_weights=need_weights, average_attn_weights=average_attn_weights, out=out)
+        fused = not (call.need_weights or call.softcap or self.extra_keys or kv_cache is not None)
+        result = np.empty((*call.query.shape[:2], self.output_dim), np.float32)
+        if not (fused and result.size and call.query.size and call.key.size and call.value.size):
+            return steps.attend(self, call)
+        q = to_float32(call.query)
+        k = q if call.key is call.query else to_float32(call.key)
+        v = k if call.value is call.key else to_float32(call.value)
+        self._kernel(q, k, v, result, *call.mask.for_kernels())
+        return call.deliver(result)
+
+    @functools.cached_property
+    def _linears(self):
+        """The projections one by one, as ``steps`` takes them."""
+        return {short: DynamicLinear(linear.weight, linear.scale, self.biases.get(name))
+                for short, name in zip(("q", "k", "v", "out"), (*INPUTS, "output"), strict=True)
+                if (linear := self.weights.get(name)) is not None}
+
+    def _to_state(self):
+        """(config, tensors): all that ``_from_state`` needs to build an equal layer."""
+        tensors = {f"{name}.{part}": getattr(linear, part) for name, linear in self.weights.items()
+                   for part in ("weight", "scale")}
+        tensors |= {f"{name}.bias": bias for name, bias in self.biases.items()}
+        config, added = added_keys_state(self)
+        return {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads, **config}, {**tensors, **added}
+
+    @classmethod
+    def _from_state(cls, config, tensors):
+        groups, added = {}, {}
+        for name, array in tensors.items():
+            if name in KEY_TENSORS:
+                added[name] = array
+                continue
+            group, _, part = name.rpartition(".")
+            groups.setdefault(group, {})[part] = array
+        biases = {name: parts.pop("bias") for name, parts in groups.items() if "bias" in parts}
+        return cls(config["num_heads"], {name: QuantizedLinear(**parts) for name, parts in groups.items()}, biases,
+                   num_kv_heads=config["num_kv_heads"], add_zero_attn=config.get("add_zero_attn", False), **added)

@@ -1,0 +1,108 @@
+"""What int8 codes stand for: the quantization of a tensor, and of a fully connected layer."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgeattn import arithmetic as rules
+from edgeattn.arithmetic import CODE_MAX, CODE_MIN
+from edgeattn.checks import number
+
+SMALLEST_SCALE, LARGEST_SCALE = 2.0**-60, 2.0**60
+
+
+@dataclass(frozen=True)
+class TensorQuantization:
+    """Per-tensor int8 quantization: ``real = scale * (code - zero_point)``.
+
+    Parameters
+    ----------
+    scale : float
+        In [2**-60, 2**60], where products and quotients of two scales are normal float32 numbers; kept as float32.
+    zero_point : int
+        In [-128, 127].
+    """
+
+    scale: np.float32
+    zero_point: int
+
+    def __post_init__(self):
+        object.__setattr__(self, "scale", _scale(self.scale, "scale"))
+        object.__setattr__(self, "zero_point", operator.index(self.zero_point))
+        if not CODE_MIN <= self.zero_point <= CODE_MAX:
+            raise ValueError(f"zero_point must lie in [-128, 127]; got {self.zero_point}")
+
+    def to_json(self) -> list:
+        """[scale, zero_point]; a float32 survives the way through a JSON number."""
+        return [float(self.scale), self.zero_point]
+
+    def quantize(self, real) -> np.ndarray:
+        """Nearest codes of ``real``, halves to even, saturated; int8 of the same shape. NaN gets the code of 0."""
+        with np.errstate(over="ignore"):
+            codes = np.rint(np.asarray(real, np.float32) * (np.float32(1) / self.scale)) + np.float32(self.zero_point)
+        codes = np.where(np.isnan(codes), np.float32(self.zero_point), codes)
+        return np.clip(codes, CODE_MIN, CODE_MAX).astype(np.int8)
+
+    def dequantize(self, codes) -> np.ndarray:
+        """Reals that ``codes`` stand for, float32 of the same shape."""
+        return (np.asarray(codes, np.float32) - np.float32(self.zero_point)) * self.scale
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedLinear:
+    """A fully connected layer: int8 weights, symmetric per output channel, and an int32 bias at input x weight scale.
+
+    Parameters
+    ----------
+    weight : int8 (out_features, in_features)
+        In [-127, 127].
+    scale : float32 (out_features,)
+        ``real weight = scale * code``.
+    bias : int32 (out_features,) or None
+    """
+
+    weight: np.ndarray
+    scale: np.ndarray
+    bias: np.ndarray | None = None
+
+    def __post_init__(self):
+        weight = frozen(self.weight, np.int8, "weight")
+        if weight.ndim != 2:
+            raise ValueError(f"weight must be (out_features, in_features); got shape {weight.shape}")
+        if (weight == CODE_MIN).any():
+            raise ValueError("weight must lie in [-127, 127], as TFLite defines its FULLY_CONNECTED weights; got -128")
+        scale = frozen(np.broadcast_to(self.scale, (weight.shape[0],)), np.float32, "scale")
+        if not ((scale >= SMALLEST_SCALE) & (scale <= LARGEST_SCALE)).all():
+            raise ValueError("scale of a linear layer must be positive and finite in every channel, within "
+                             "[2**-60, 2**60]")
+        object.__setattr__(self, "weight", weight)
+        object.__setattr__(self, "scale", scale)
+        if self.bias is not None:
+            bias = frozen(self.bias, np.int32, "bias")
+            if bias.shape != (weight.shape[0],):
+                raise ValueError(f"bias must have shape {(weight.shape[0],)}; got {bias.shape}")
+            object.__setattr__(self, "bias", bias)
+
+
+def _scale(value, name: str) -> np.float32:
+    """A scale as float32."""
+    value = number(name, value)
+    if not SMALLEST_SCALE <= value <= LARGEST_SCALE:
+        raise ValueError(f"{name} must be positive and finite, within [2**-60, 2**60]; got {value}")
+    return np.float32(value)
+
+
+def frozen(array, dtype, name: str) -> np.ndarray:
+    """A C-contiguous, read-only copy; refuses a dtype that would have to be converted."""
+    array = np.asarray(array)
+    if array.dtype != dtype:
+        raise TypeError(f"{name} must be {np.dtype(dtype)}; got {array.dtype}")
+    array = np.array(array, order="C")
+    array.flags.writeable = False
+    return array
+
+
+PROBABILITIES = TensorQuantization(rules.PROBABILITY_SCALE, rules.PROBABILITY_ZERO_POINT)

@@ -1,0 +1,142 @@
+"""What an int8 graph does to its scores before the softmax, operator by operator, and all of it as one table."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgeattn import arithmetic as rules
+from edgeattn.arithmetic import CODE_MAX, CODE_MIN
+from edgeattn.quantized.parameters import TensorQuantization, frozen
+
+
+@dataclass(frozen=True)
+class MulConstant:
+    """Scores times a constant: how other converters write 1/sqrt(D).
+
+    Parameters
+    ----------
+    code : int
+        The constant's int8 code.
+    constant, output : TensorQuantization
+    """
+
+    code: int
+    constant: TensorQuantization
+    output: TensorQuantization
+
+    def __post_init__(self):
+        object.__setattr__(self, "code", _code(self.code, "code"))
+
+
+@dataclass(frozen=True, eq=False)
+class AddMask:
+    """Scores plus a constant mask: how other converters write a mask.
+
+    Parameters
+    ----------
+    codes : int8, broadcastable to (B, H, L, S)
+    mask, output : TensorQuantization
+    """
+
+    codes: np.ndarray
+    mask: TensorQuantization
+    output: TensorQuantization
+
+    def __post_init__(self):
+        object.__setattr__(self, "codes", _mask(self.codes, np.int8, "codes"))
+
+
+@dataclass(frozen=True, eq=False)
+class SelectMask:
+    """Scores where permitted, a fill code elsewhere: how our exporter writes a mask. Keeps the scores' quantization.
+
+    Parameters
+    ----------
+    keep : bool, broadcastable to (B, H, L, S)
+        True = attend.
+    fill : int
+        The code of a masked score: the lowest, -128.
+    """
+
+    keep: np.ndarray
+    fill: int = CODE_MIN
+
+    def __post_init__(self):
+        object.__setattr__(self, "keep", _mask(self.keep, np.bool_, "keep"))
+        object.__setattr__(self, "fill", _code(self.fill, "fill"))
+
+
+ScoreOp = MulConstant | AddMask | SelectMask
+
+
+def _mask(array, dtype, name: str) -> np.ndarray:
+    array = frozen(array, dtype, name)
+    if array.ndim > 4:
+        raise ValueError(f"{name} must broadcast to (B, H, L, S); got shape {array.shape}")
+    return array
+
+
+def _code(value, name: str) -> int:
+    """An int8 code as a Python int."""
+    value = operator.index(value)
+    if not CODE_MIN <= value <= CODE_MAX:
+        raise ValueError(f"{name} must lie in [-128, 127]; got {value}")
+    return value
+
+
+def fit_mask(mask: np.ndarray, shape: tuple[int, int, int, int]) -> np.ndarray:
+    """A mask that a layer carries, or what was made of it, as a view of shape (B, H, L, S).
+
+    Raises
+    ------
+    ValueError
+        When it does not broadcast.
+    """
+    try:
+        return np.broadcast_to(mask, shape)
+    except ValueError:
+        raise ValueError(f"the mask this layer carries has shape {mask.shape}, which does not broadcast to "
+                         f"(B, H, L, S) = {shape}; call the layer with the lengths the mask was made for") from None
+
+
+def score_map(ops: tuple[ScoreOp, ...], scores: TensorQuantization, kernel_set: rules.KernelSet
+              ) -> tuple[np.ndarray, np.ndarray, TensorQuantization]:
+    """Any chain of elementwise operators on int8 scores, as one table per class of position.
+
+    Returns
+    -------
+    tables : int8 (n, 256)
+        ``tables[class, code + 128]`` is the code the softmax sees.
+    classes : uint8, broadcastable to (B, H, L, S)
+    quantization : TensorQuantization
+        Of the tables' entries.
+    """
+    tables = np.arange(CODE_MIN, CODE_MAX + 1, dtype=np.int8)[None]
+    classes = np.zeros((1, 1, 1, 1), np.int64)
+    for op in ops:
+        q = (scores.scale, scores.zero_point)
+        if isinstance(op, MulConstant):
+            to = (op.output.scale, op.output.zero_point)
+            constant = (op.constant.scale, op.constant.zero_point)
+            tables = rules.mul_codes(kernel_set.mul, kernel_set.precision, tables, q, op.code, constant, to)
+            scores = op.output
+            continue
+        # one class per pair of a class so far and a value of the mask
+        mask = op.codes if isinstance(op, AddMask) else op.keep
+        values, index = np.unique(mask, return_inverse=True)
+        index = index.reshape((1,) * (4 - mask.ndim) + mask.shape)
+        classes = classes * len(values) + index
+        if isinstance(op, AddMask):
+            to = (op.output.scale, op.output.zero_point)
+            mapped = [rules.add_codes(kernel_set.add, tables, q, value, (op.mask.scale, op.mask.zero_point), to)
+                      for value in values]
+            scores = op.output
+        else:
+            mapped = [tables if keep else np.full_like(tables, op.fill) for keep in values]
+        tables = np.stack(mapped, axis=1).reshape(-1, 256)
+    if len(tables) > 256:
+        raise ValueError(f"score_ops distinguish {len(tables)} kinds of position; at most 256 are supported")
+    return tables, classes.astype(np.uint8), scores
