@@ -41,30 +41,20 @@ class Memory:
         """The address of an array, or 0 for None."""
         if array is None:
             return 0
-        low, high = np.lib.array_utils.byte_bounds(array) if hasattr(np.lib, "array_utils") else np.byte_bounds(array)
-        base = array
-        while isinstance(base.base, np.ndarray):
-            base = base.base
-        flat = np.lib.stride_tricks.as_strided(np.ndarray((high - low,), np.uint8, buffer=_buffer(low, high - low)),
-                                               (high - low,), (1,))
-        self.lent.append((low, high, flat, writable, array))
-        return array.__array_interface__["data"][0]
+        assert array.flags.c_contiguous
+        low = array.ctypes.data
+        self.lent.append((low, low + array.nbytes, array.reshape(-1).view(np.uint8), writable))
+        return low
 
     def bytes(self, addresses, size, mask, write):
         """(flat bytes, offsets) for so many bytes at each address."""
         wanted = addresses[mask]
-        for low, high, flat, writable, _ in self.lent:
+        for low, high, flat, writable in self.lent:
             if (wanted >= low).all() and (wanted + size <= high).all():
                 assert writable or not write, "a kernel writes to an array that it was lent for reading"
                 assert (wanted % size == 0).all(), f"a global access of {size} bytes is misaligned"
                 return flat, np.where(mask, addresses - low, 0)
         raise AssertionError("a global access lies outside the arrays that were lent")
-
-
-def _buffer(address, size):
-    import ctypes
-
-    return (ctypes.c_uint8 * size).from_address(address)
 
 
 class Block:

@@ -1,4 +1,4 @@
-"""Arrays on the device: whoever made them, as an address, a shape and strides; and where results of the same kind come from."""
+"""Arrays on the device: an address, a shape and strides, whoever made them; and where results of the same kind are made."""
 import dataclasses
 import sys
 
@@ -95,7 +95,8 @@ def view(name, array):
     dtype, shape = np.dtype(interface["typestr"]), tuple(interface["shape"])
     strides = interface.get("strides")
     pointer, read_only = interface["data"]
-    return View(array, pointer or 0, shape, c_strides(shape, dtype) if strides is None else tuple(strides), dtype, read_only)
+    strides = c_strides(shape, dtype) if strides is None else tuple(strides)
+    return View(array, pointer or 0, shape, strides, dtype, read_only)
 
 
 class _Torch:

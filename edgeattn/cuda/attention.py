@@ -5,7 +5,20 @@ key/value heads, L queries, S keys, D head size, Dv value size. A block has ROWS
 2 ROWS threads; thread (x, y) of 16 columns has 8 queries and 4 keys, then 8 queries and CHUNK / 16 value elements.
 D is walked in pieces of CHUNK, Dv is cut into pieces of CHUNK along the grid, so any size works in the same memory.
 """
-from edgeattn.cuda.language import Kernel, cuda, device, float32, int32, int64, larger, log, shared, smaller, specialised, tanh
+from edgeattn.cuda.language import (
+    Kernel,
+    cuda,
+    device,
+    float32,
+    int32,
+    int64,
+    larger,
+    log,
+    shared,
+    smaller,
+    specialised,
+    tanh,
+)
 from edgeattn.cuda.ptx import (
     bits_of,
     block_x,
@@ -77,7 +90,7 @@ def exp2(x):
     return float_of_bits(int32(bits_of(y) + (bits_of(shifted) << 23)))
 
 
-# -- formats of queries, keys and values: four neighbouring numbers as float32, the first `left` of which exist ----------
+# -- formats of queries, keys and values: four neighbouring numbers as float32, the first `left` of which exist ------
 
 
 @device
@@ -308,7 +321,8 @@ def attention(rows, chunk, q_format, kv_format, wide, out_format):
                         at = int32(row_at + times(column, p[P_KEEP_S]))
                         seen = load_u8((row < L) & (column < last), keep + at) != 0
                         s[i, j] = select_f(seen, s[i, j], float32(_MINUS_INFINITY))
-            edge = (int32(k0 + KEYS) > last) | (int32(q0 + ROWS - 1 + low) > k0) | (int32(q0 + high) < int32(k0 + KEYS - 1))
+            edge = (int32(k0 + KEYS) > last) | (int32(q0 + ROWS - 1 + low) > k0) | (
+                int32(q0 + high) < int32(k0 + KEYS - 1))
             if edge:
                 for i in range(8):
                     from_key = int32(q0 + y * 8 + i + low - k0 - x * 4)
@@ -373,9 +387,10 @@ def attention(rows, chunk, q_format, kv_format, wide, out_format):
                                 o[i, j] = fma(left[i], right[j], o[i, j])
 
         # 7. divide by the sum; a query that saw no key gets zeros
-        out = (a[A_OUT] + times_wide(batch, p[P_OUT_B]) + times_wide(head, p[P_OUT_H]) + times_wide(split, p[P_OUT_SPLIT])
-               + (d_out + x * OUT) * OUT_SIZE)
-        lse = a[A_LSE] + times_wide(batch, p[P_LSE_B]) + times_wide(head, p[P_LSE_H]) + times_wide(split, p[P_LSE_SPLIT])
+        out = (a[A_OUT] + times_wide(batch, p[P_OUT_B]) + times_wide(head, p[P_OUT_H])
+               + times_wide(split, p[P_OUT_SPLIT]) + (d_out + x * OUT) * OUT_SIZE)
+        lse = (a[A_LSE] + times_wide(batch, p[P_LSE_B]) + times_wide(head, p[P_LSE_H])
+               + times_wide(split, p[P_LSE_SPLIT]))
         for i in range(8):
             row_sum = total[i]
             row_sum = row_sum + shuffle_f(row_sum, 8)

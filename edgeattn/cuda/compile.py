@@ -52,7 +52,7 @@ def _intrinsic(instruction):
 
     letters = _letters()
     results = [letters[letter][0] for letter in instruction.results]
-    result = types.void if not results else results[0] if len(results) == 1 else types.UniTuple(results[0], len(results))
+    result = types.UniTuple(results[0], len(results)) if len(results) > 1 else results[0] if results else types.void
     signature = result(*(letters[letter][0] for letter in instruction.arguments))
 
     def lower(context, builder, signature, values):

@@ -1,4 +1,4 @@
-"""The only file that speaks to the GPU's driver: memory, loading, launching. Everything above it can run without one."""
+"""The only file that speaks to the GPU's driver: memory, loading, launching. Everything above it runs without one."""
 import ctypes
 import functools
 import importlib.util
@@ -73,7 +73,7 @@ class Driver:
     def __init__(self):
         for module in ("numba_cuda", "cuda.bindings"):
             if not _installed(module):
-                raise RuntimeError(f"CUDA needs the extra 'cuda' ({_INSTALL}): the package of {module} is not installed")
+                raise RuntimeError(f"CUDA needs the extra 'cuda' ({_INSTALL}): {module} is not installed")
         from cuda.bindings import driver as api
 
         self._api = api
@@ -128,7 +128,7 @@ class Driver:
         """Number of multiprocessors of the current device."""
         return self._processors(self._here())
 
-    # -- memory ---------------------------------------------------------------------------------------------------------
+    # -- memory ------------------------------------------------------------------------------------------------------
 
     def allocate(self, size):
         """The address of so many bytes."""
@@ -161,7 +161,7 @@ class Driver:
             self.copy_to_device(made.pointer, host)
         return made
 
-    # -- kernels --------------------------------------------------------------------------------------------------------
+    # -- kernels -----------------------------------------------------------------------------------------------------
 
     def launch(self, kernel, grid, addresses, numbers, stream):
         """Start a Kernel on a stream; returns at once, allocates nothing once the kernel is loaded."""

@@ -1,6 +1,6 @@
 """From arrays on the device to launches: which kernel, which grid, which numbers. Nothing here waits for the GPU.
 
-Letters as in attention.py. Every `like` is an array whose kind scratch memory is made of, and `stream` an integer handle.
+Letters as in attention.py. Every `like` is an array whose kind scratch memory is of, and `stream` a handle, an int.
 """
 import functools
 
@@ -10,7 +10,7 @@ from edgeattn.cuda import attention as fa
 from edgeattn.cuda import int8 as i8
 from edgeattn.cuda import linear as fl
 from edgeattn.cuda import merge as fm
-from edgeattn.cuda.arrays import View, c_strides, kind, view
+from edgeattn.cuda.arrays import View, kind, view
 from edgeattn.cuda.driver import driver
 from edgeattn.cuda.rules import planes
 
@@ -63,7 +63,7 @@ def address(array):
     return 0 if array is None else array.pointer
 
 
-# -- float32 attention -----------------------------------------------------------------------------------------------------
+# -- float32 attention -----------------------------------------------------------------------------------------------
 
 
 def is_wide(arrays):
@@ -100,9 +100,9 @@ def attend(q, k, v, out, scale, softcap=0.0, *, left=-1, right=-1, offset=0, at_
     Parameters
     ----------
     q, k, v, out : View
-        (B, H, L, D), (B, Hkv, S, D), (B, Hkv, S, Dv), (B, H, L, Dv), neighbours along the last axis. float32 or float16,
-        all the same; keys and values may be int8 with `key_scale` and `value_scale` (B, Hkv, S) float32 of equal strides.
-        No axis is empty.
+        (B, H, L, D), (B, Hkv, S, D), (B, Hkv, S, Dv), (B, H, L, Dv), neighbours along the last axis. float32 or
+        float16, all the same; keys and values may be int8 with `key_scale` and `value_scale` (B, Hkv, S) float32 of
+        equal strides. No axis is empty.
     left, right, offset : int
         As edgeattn.masks.Mask, `offset` of all entries; with `at_end` the length minus L instead.
     lengths : View of (B,) int32 or int64, optional
@@ -150,7 +150,7 @@ def attend(q, k, v, out, scale, softcap=0.0, *, left=-1, right=-1, offset=0, at_
                     [part.pointer, part_lse.pointer, out.pointer, address(lse)], m, stream)
 
 
-# -- projections -----------------------------------------------------------------------------------------------------------
+# -- projections -----------------------------------------------------------------------------------------------------
 
 
 class Projection:
@@ -161,7 +161,7 @@ class Projection:
 
 
 def project(projections, stream):
-    """Up to three float32 projections in one launch; x (B, T, E) C-contiguous, out (B, heads, T, size) of any strides."""
+    """Up to three float32 projections in one launch; x (B, T, E) C-contiguous, out (B, heads, T, size)."""
     a, p = [0] * fl.A_COUNT, [0] * fl.P_COUNT
     for z, one in enumerate(projections):
         B, T, E = one.x.shape
@@ -213,7 +213,7 @@ class FloatLayer:
         project([Projection(context, weight, self.biases.get("out"), as_heads(out, 1), weight.shape[0])], stream)
 
     def __call__(self, xq, xk, xv, out, stream, like, **masks):
-        """out (B, L, Eo) from xq (B, L, Eq), xk (B, S, Ek), xv (B, S, Ev), float32 and C-contiguous; masks of `attend`."""
+        """out (B, L, Eo) from xq (B, L, Eq), xk (B, S, Ek), xv (B, S, Ev), float32 in C order; masks as `attend`."""
         q, k, v = self.projected((xq, xk, xv), stream, like)
         last = "out" not in self.weights
         context = out if last else scratch((*xq.shape[:2], self.heads * v.shape[3]), np.float32, like)
@@ -222,7 +222,7 @@ class FloatLayer:
             self.finish(context, out, stream)
 
 
-# -- int8 ------------------------------------------------------------------------------------------------------------------
+# -- int8 ------------------------------------------------------------------------------------------------------------
 
 
 def padded_weight(weight, heads, tile=i8.TILE):
@@ -257,7 +257,7 @@ class Int8Linear:
     """
 
     def __init__(self, weight, heads, bias, first, second=None, zero_point=0):
-        self.heads, self.size, self.depth, self.zero_point = heads, weight.shape[0] // heads, weight.shape[1], zero_point
+        self.heads, self.size, self.zero_point = heads, weight.shape[0] // heads, zero_point
         self.weight = _owned(padded_weight(weight, heads))
         self.bias, self.first = _owned(padded_list(bias, heads)), _owned(padded_list(first, heads))
         self.second = None if second is None else _owned(padded_list(second, heads))
@@ -271,8 +271,8 @@ def project_int8(rule, items, stream):
     rule : str or None
         None: dynamic, float32 out.
     items : list of (Int8Linear, x, x_scale, out, strides, stored)
-        x View (B, T, depth) int8 of contiguous rows; out View; strides in bytes of out along (B, heads, T, size); how many
-        of each head's numbers out has room for.
+        x View (B, T, depth) int8 of contiguous rows; out View; strides in bytes of out along (B, heads, T, size); how
+        many of each head's numbers out has room for.
     """
     a, p = [0] * i8.L_ADDRESSES, [0] * i8.L_NUMBERS
     wide, grid = True, [1, 1, len(items)]
@@ -349,6 +349,5 @@ class StaticLayer:
         driver().launch(self.kernel, (ceil_div(L, i8.TILE), B * H, Dv_up // i8.TILE), a, p, stream)
         if not last:
             inner = View(context.owner, context.pointer, (B, L, H * Dv), context.strides, context.dtype)
-            project_int8(self.rule, [(self.linears["output"], inner, None, out, (*out.strides[:1], 0, out.strides[1], 1),
-                                      self.output_dim)],
-                         stream)
+            strides = (out.strides[0], 0, out.strides[1], 1)
+            project_int8(self.rule, [(self.linears["output"], inner, None, out, strides, self.output_dim)], stream)

@@ -5,16 +5,14 @@ warps of 16 rows; lane l of a warp holds, with g = l // 4 and t = l % 4, rows g 
 next, n = 0..7. Letters as in attention.py. Projections leave queries and keys as (B, H, T, D padded to 64) with zeros
 behind D, and values turned, (B, H, D padded to 64, S padded to 64), so that attention reads whole 16 bytes.
 """
-from edgeattn.cuda.language import Kernel, cuda, device, float32, int32, int64, larger, shared, smaller, specialised
+from edgeattn.cuda.language import Kernel, cuda, device, float32, int32, larger, shared, smaller, specialised
 from edgeattn.cuda.ptx import (
     add,
     bits_of,
     block_x,
     block_y,
     block_z,
-    divide,
     dot_bytes,
-    float_of_bits,
     fma,
     from_lane_f,
     load_b32,
@@ -22,18 +20,14 @@ from edgeattn.cuda.ptx import (
     load_f32,
     load_s8,
     load_u8,
-    maximum,
     mma_s8,
     mma_u8s8,
-    nearest,
     quotient,
     read_b32,
     read_f32,
     read_matrices,
     remainder,
-    select_f,
     select_i,
-    shuffle_f,
     shuffle_i,
     store_f32,
     store_s8,
@@ -43,11 +37,9 @@ from edgeattn.cuda.ptx import (
     to_float,
     write_b32,
     write_b32x4,
-    write_f32,
     write_s8,
 )
 
-from .attention import FAR, exp2
 from .rules import RULES, SOFTMAX, clamp_code
 
 TILE, PITCH, THREADS = 64, 80, 128
@@ -120,7 +112,7 @@ def clear(c):
             c[n, j] = int32(0)
 
 
-# -- projections -------------------------------------------------------------------------------------------------------
+# -- projections -----------------------------------------------------------------------------------------------------
 # One of each per projection, up to three: where z = 0, 1, 2.
 (L_X, L_W, L_BIAS, L_FIRST, L_SECOND, L_OUT, L_X_SCALE) = range(0, 21, 3)
 L_ADDRESSES = 21
@@ -143,9 +135,9 @@ def pick(z, first, second, third):
 def linear_int8(rule, wide):
     """The kernel of up to three projections on int8 codes.
 
-    out[b, h, t, d] = clamp(rule(x[b t] . w[h D + d] + bias) + zero point), zeros for D <= d < L_STORED; with `rule` None
-    float32 (x . w) * x_scale[b t] * w_scale + bias instead, w_scale and bias float32 at L_FIRST and L_BIAS.
-    Grid (ceil(rows / 64), heads * padded D / 64, projections). x (rows, depth), w (features padded, depth padded to 64),
+    out[b, h, t, d] = clamp(rule(x[b t] . w[h D + d] + bias) + zero point), zeros for D <= d < L_STORED; with
+    `rule` None float32 (x . w) * x_scale[b t] * w_scale + bias, w_scale and bias float32 at L_FIRST and L_BIAS.
+    Grid (ceil(rows / 64), heads * padded D / 64, projections). x (rows, depth), w (features and depth padded to 64s),
     bias with the input's zero point already in it. `wide`: x has rows of whole, aligned 16 bytes.
     """
     WIDE, STATIC = bool(wide), rule is not None
@@ -223,7 +215,7 @@ def stage_bytes_wide(to, t, address, row_bytes, rows, left):
         write_b32x4(int32(to + row * PITCH + part * 16), w0, w1, w2, w3)
 
 
-# -- static attention --------------------------------------------------------------------------------------------------
+# -- static attention ------------------------------------------------------------------------------------------------
 
 (A_Q, A_K, A_V, A_OUT, A_TABLE, A_KEEP, A_CLASSES, A_TABLES, A_COUNT) = range(9)
 (P_H, P_L, P_S, P_D, P_DV, P_D_UP, P_DV_UP, P_L_ROWS, P_S_ROWS, P_ZQ, P_ZK, P_ZV, P_ZS, P_ZC, P_SCORE, P_SCORE_2,

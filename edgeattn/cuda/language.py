@@ -5,9 +5,9 @@ below) are placeholders, and so are the functions it calls (`device`). `bind` ma
 target supplies for them: compile.py Numba's intrinsics, tests/cuda_emulator.py NumPy vectors with one lane per thread.
 So the function that is compiled is the function that is tested, and importing a kernel needs no CUDA package.
 
-Two rules follow for kernels. Branches and loop bounds are the same for all threads of a block; what differs by thread is
-selected (`select_f`) or predicated (`load_f32`, `store_f32`, ...). And sums of int32 are int64 to Numba, so an address is
-made int32 again with `int32(...)` before it meets memory.
+Two rules follow for kernels. Branches and loop bounds are the same for all threads of a block; what differs by thread
+is selected (`select_f`) or predicated (`load_f32`, `store_f32`, ...). And sums of int32 are int64 to Numba, so an
+address is made int32 again with `int32(...)` before it meets memory.
 """
 import dataclasses
 import functools
@@ -34,7 +34,7 @@ class Instruction:
     arguments: str
     effect: bool = False
 
-    def __call__(self, *arguments):
+    def __call__(self, *arguments):  # noqa: D102
         raise TypeError("for kernels only: a target supplies what this stands for")
 
 
@@ -44,7 +44,7 @@ class Supplied:
 
     name: str
 
-    def __call__(self, *arguments):
+    def __call__(self, *arguments):  # noqa: D102
         raise TypeError(f"{self.name} is for kernels only: a target supplies it")
 
     def __getattr__(self, attribute):
@@ -57,7 +57,7 @@ class Device:
 
     function: Callable
 
-    def __call__(self, *arguments):
+    def __call__(self, *arguments):  # noqa: D102
         raise TypeError(f"{self.function.__name__} is for kernels only")
 
 

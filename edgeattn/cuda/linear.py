@@ -1,4 +1,4 @@
-"""float32 projections: y = x w^T + bias, the heads written apart, up to three of them (query, key, value) in one launch.
+"""float32 projections: y = x w^T + bias, the heads written apart, up to three (query, key, value) in one launch.
 
 A block has 64 tokens and 64 features, 32 numbers of depth at a time, in the tiles of attention.py.
 """

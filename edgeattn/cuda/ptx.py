@@ -35,7 +35,7 @@ def _mma(shape, result, left, right, registers):
         "{$10, $11, $12, $13};", registers * 4, "iiiiii" + registers * 4, True)
 
 
-# -- where a thread stands ---------------------------------------------------------------------------------------------
+# -- where a thread stands -------------------------------------------------------------------------------------------
 thread = Instruction("mov.u32 $0, %tid.x;", "i", "")
 block_x = Instruction("mov.u32 $0, %ctaid.x;", "i", "")
 block_y = Instruction("mov.u32 $0, %ctaid.y;", "i", "")
@@ -66,12 +66,12 @@ dot_bytes = Instruction("dp4a.s32.s32 $0, $1, $2, $3;", "i", "iii")  # c + the p
 half_pair = Instruction("cvt.rn.f16x2.f32 $0, $1, $2;", "i", "ff")  # (high, low) as two float16 in a word
 to_tf32 = Instruction("cvt.rna.tf32.f32 $0, $1;", "i", "f")  # the bits of a float with 10 bits of fraction
 
-# -- between threads of a warp -----------------------------------------------------------------------------------------
+# -- between threads of a warp ---------------------------------------------------------------------------------------
 shuffle_f = Instruction(f"shfl.sync.bfly.b32 $0, $1, $2, {FULL};", "f", "fi", True)  # the value of lane ^ distance
 shuffle_i = Instruction(f"shfl.sync.bfly.b32 $0, $1, $2, {FULL};", "i", "ii", True)
 from_lane_f = Instruction(f"shfl.sync.idx.b32 $0, $1, $2, {FULL};", "f", "fi", True)  # the value of a lane
 
-# -- global memory -----------------------------------------------------------------------------------------------------
+# -- global memory ---------------------------------------------------------------------------------------------------
 load_uniform = Instruction("ld.global.nc.b32 $0, [$1];", "i", "l")  # one address for the whole block
 load_uniform_64 = Instruction("ld.global.nc.b64 $0, [$1];", "l", "l")
 load_f32 = _load("f32", 1, "f")
@@ -91,7 +91,7 @@ store_s8 = _store("b8", 1, "i")  # the low byte
 store_f16 = Instruction("{ .reg .pred p; .reg .b16 h; setp.ne.b32 p, $0, 0; cvt.rn.f16.f32 h, $2; "
                         "@p st.global.b16 [$1], h; }", "", "blf", True)
 
-# -- shared memory -----------------------------------------------------------------------------------------------------
+# -- shared memory ---------------------------------------------------------------------------------------------------
 read_f32 = Instruction("ld.shared.f32 $0, [$1];", "f", "i", True)
 read_f32x2 = Instruction("ld.shared.v2.f32 {$0, $1}, [$2];", "ff", "i", True)
 read_f32x4 = Instruction("ld.shared.v4.f32 {$0, $1, $2, $3}, [$4];", "ffff", "i", True)
@@ -102,7 +102,7 @@ write_b32 = Instruction("st.shared.b32 [$0], $1;", "", "ii", True)
 write_b32x4 = Instruction("st.shared.v4.b32 [$0], {$1, $2, $3, $4};", "", "iiiii", True)
 write_s8 = Instruction("st.shared.b8 [$0], $1;", "", "ii", True)
 
-# -- tensor cores, sm_80 -----------------------------------------------------------------------------------------------
+# -- tensor cores, sm_80 ---------------------------------------------------------------------------------------------
 # Lane l holds, with g = l // 4 and t = l % 4: of C (16, 8) the elements (g, 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1); of
 # A (16, K) and B (K, 8) words of four bytes along K: A rows g, g+8 at word t, then both at word t + K/2 bytes on; B
 # column g at words t and t + K/2 bytes on.

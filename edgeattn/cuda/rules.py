@@ -1,7 +1,7 @@
 """How an int32 accumulator becomes an output code, and a table value a probability, as functions that kernels call.
 
-The rules and what they mean stand in edgeattn/arithmetic.py. Every requantization rule takes (accumulator, first, second)
-with the two int32 that `planes` makes of its real multiplier, and gives the value before zero point and clamp.
+The rules and what they mean stand in edgeattn/arithmetic.py. Every requantization rule takes (accumulator, first,
+second) with the two int32 that `planes` makes of its real multiplier, and gives the value before zero point and clamp.
 """
 import numpy as np
 
@@ -102,7 +102,7 @@ def clamp_code(v, zero_point):
     return select_i(v < -128, int32(-128), v)
 
 
-# -- softmax: each rule's term of the sum, what it makes of the sum, and a probability 0..255 ---------------------------
+# -- softmax: each rule's term of the sum, what it makes of the sum, and a probability 0..255 ------------------------
 # A table entry is an int32: the bits of a float32 for lut_f32. `prepare` gives two int32 that `probability` reads.
 
 _HALF_ROUNDED_DOWN = float(np.float32(0.49999997))  # the float32 below one half: rounds halves up, never 0.49999997
