@@ -153,7 +153,7 @@ class _Locator(caching._CacheLocator):
     def get_cache_path(self):
         return self._folder
 
-    def getsource_stamp(self):
+    def get_source_stamp(self):
         return self._stamp
 
     def get_disambiguator(self):

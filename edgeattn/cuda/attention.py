@@ -63,8 +63,8 @@ FAR = 1 << 30  # beyond any distance between a query and a key
 # Numbers (int32). Strides are bytes, of B, H, L or S, and along the keys for masks; floats are given by their bits.
 (P_H, P_GROUP, P_L, P_S, P_D, P_DV, P_CHUNKS, P_VALUE_CHUNKS, P_SPLITS, P_OFFSET, P_AT_END, P_LEFT, P_RIGHT,
  P_LENGTHS_64, P_FACTOR, P_SOFTCAP, P_Q_B, P_Q_H, P_Q_L, P_K_B, P_K_H, P_K_S, P_V_B, P_V_H, P_V_S,
- P_OUT_B, P_OUT_H, P_OUT_L, P_OUT_SPLIT, P_LSE_B, P_LSE_H, P_LSE_SPLIT, P_KEEP_B, P_KEEP_H, P_KEEP_L, P_KEEP_S,
- P_BIAS_B, P_BIAS_H, P_BIAS_L, P_BIAS_S, P_SLOPES_B, P_SCALE_B, P_SCALE_H, P_SCALE_S, P_COUNT) = range(45)
+ P_OUT_B, P_OUT_H, P_OUT_L, P_OUT_SPLIT, P_LSE_B, P_LSE_H, P_LSE_SPLIT, P_SUMS, P_KEEP_B, P_KEEP_H, P_KEEP_L, P_KEEP_S,
+ P_BIAS_B, P_BIAS_H, P_BIAS_L, P_BIAS_S, P_SLOPES_B, P_SCALE_B, P_SCALE_H, P_SCALE_S, P_COUNT) = range(46)
 
 _LOG2_E = 1.4426950408889634
 _LN_2 = 0.6931471805599453
@@ -197,7 +197,8 @@ def attention(rows, chunk, q_format, kv_format, wide, out_format):
     -------
     Kernel
         Grid (ceil(L / rows), B H, value pieces * splits). With P_SPLITS above 1 each split sees a part
-        of the keys, and writes its float32 result and its log-sum to the places P_OUT_SPLIT and P_LSE_SPLIT apart.
+        of the keys, and writes its float32 result P_OUT_SPLIT apart; P_LSE_SPLIT apart, in place of the log-sum, the
+        largest score to base 2, and P_SUMS behind that the sum.
     """
     ROWS, CHUNK, THREADS, WIDE = rows, chunk, 2 * rows, bool(wide)
     QUADS, PITCH = chunk // 4, rows * 4
@@ -367,7 +368,11 @@ def attention(rows, chunk, q_format, kv_format, wide, out_format):
                 write_f32x4(int32(keys_at + row * CHUNK * 4 + column * 16), e0, e1, e2, e3)
                 finite = finite + (e0 - e0) + (e1 - e1) + (e2 - e2) + (e3 - e3)
             careful = cuda.syncthreads_or(int32(finite != float32(0.0))) != 0  # an infinity or NaN minus itself is NaN
-            # 6. context; a value that is not finite must not meet the 0 of a key that is not to be seen
+            # 6. context; a value that is not finite must not meet the 0 of a key that is not to be seen. Each tile has a
+            # sum of its own, in the scores' registers: one long chain of additions would double the rounding error.
+            for i in range(8):
+                for j in range(OUT):
+                    s[i, j] = float32(0.0)
             for quad in range(KEYS // 4):
                 swap = int32((quad & 7) << 2)
                 p_at = int32(probabilities_at + quad * 4 * PITCH + ((int32(y * 8) ^ swap) << 2))
@@ -380,11 +385,14 @@ def attention(rows, chunk, q_format, kv_format, wide, out_format):
                     if careful:
                         for i in range(8):
                             for j in range(OUT):
-                                o[i, j] = select_f(bits_of(left[i]) == _GONE, o[i, j], fma(left[i], right[j], o[i, j]))
+                                s[i, j] = select_f(bits_of(left[i]) == _GONE, s[i, j], fma(left[i], right[j], s[i, j]))
                     else:
                         for i in range(8):
                             for j in range(OUT):
-                                o[i, j] = fma(left[i], right[j], o[i, j])
+                                s[i, j] = fma(left[i], right[j], s[i, j])
+            for i in range(8):
+                for j in range(OUT):
+                    o[i, j] = o[i, j] + s[i, j]
 
         # 7. divide by the sum; a query that saw no key gets zeros
         out = (a[A_OUT] + times_wide(batch, p[P_OUT_B]) + times_wide(head, p[P_OUT_H])
@@ -412,7 +420,11 @@ def attention(rows, chunk, q_format, kv_format, wide, out_format):
                         store_f16(inside, to + j * OUT_SIZE, o[i, j] * inverse)
                     else:
                         store_f32(inside, to + j * OUT_SIZE, o[i, j] * inverse)
-            if a[A_LSE] != 0:
+            if p[P_SPLITS] > 1:
+                to = lse + row * 4
+                store_f32(good & (x == 0) & (d_out == 0), to, m[i])
+                store_f32(good & (x == 0) & (d_out == 0), to + p[P_SUMS], row_sum)
+            elif a[A_LSE] != 0:
                 found = float32(log(select_f(none, float32(1.0), row_sum))) + m[i] * float32(_LN_2)
                 found = select_f(none, float32(_MINUS_INFINITY), found)
                 store_f32(good & (x == 0) & (d_out == 0), lse + row * 4, found)

@@ -10,6 +10,7 @@ from edgeattn.cuda import attention as fa
 from edgeattn.cuda import int8 as i8
 from edgeattn.cuda import linear as fl
 from edgeattn.cuda import merge as fm
+from edgeattn.cuda import quantize as qz
 from edgeattn.cuda.arrays import View, kind, view
 from edgeattn.cuda.driver import driver
 from edgeattn.cuda.rules import planes
@@ -78,13 +79,13 @@ def _attention_plan(q, k, v, out, numbers, processors):
     (B, H, L, D), (_, Hkv, S, _), Dv = q[0], k[0], v[0][3]
     rows = 32 if L <= 32 else 64
     chunk = 32 if max(D, Dv) <= 32 else 64
-    value_chunks = ceil_div(Dv, chunk)
+    value_chunks = max(ceil_div(Dv, chunk), 1)
     blocks = ceil_div(L, rows) * B * H * value_chunks
     splits = min(ceil_div(2 * processors, blocks), ceil_div(S, 4 * fa.KEYS))
     splits = splits if blocks < processors and splits > 1 else 1
     p = [0] * fa.P_COUNT
     for slot, value in ((fa.P_H, H), (fa.P_GROUP, H // Hkv), (fa.P_L, L), (fa.P_S, S), (fa.P_D, D), (fa.P_DV, Dv),
-                        (fa.P_CHUNKS, ceil_div(D, chunk)), (fa.P_VALUE_CHUNKS, value_chunks), (fa.P_SPLITS, splits)):
+                        (fa.P_CHUNKS, max(ceil_div(D, chunk), 1)), (fa.P_VALUE_CHUNKS, value_chunks), (fa.P_SPLITS, splits)):
         p[slot] = value
     for slot, (_, strides) in ((fa.P_Q_B, q), (fa.P_K_B, k), (fa.P_V_B, v), (fa.P_OUT_B, out)):
         p[slot:slot + 3] = strides[:3]
@@ -139,15 +140,15 @@ def attend(q, k, v, out, scale, softcap=0.0, *, left=-1, right=-1, offset=0, at_
         return
     # each split to a place of its own, in float32, then all together
     part = scratch((splits, B, H, L, Dv), np.float32, like)
-    part_lse = scratch((splits, B, H, L), np.float32, like)
+    sums = scratch((2, splits, B, H, L), np.float32, like)  # largest scores, then sums
     check_reach("scratch", part)
-    a[fa.A_OUT], a[fa.A_LSE] = part.pointer, part_lse.pointer
+    a[fa.A_OUT], a[fa.A_LSE] = part.pointer, sums.pointer
     p[fa.P_OUT_SPLIT], p[fa.P_OUT_B], p[fa.P_OUT_H], p[fa.P_OUT_L] = part.strides[:4]
-    p[fa.P_LSE_SPLIT] = part_lse.strides[0]
+    p[fa.P_SUMS], p[fa.P_LSE_SPLIT] = sums.strides[:2]
     driver().launch(kernel, grid, a, p, stream)
     m = [B * H * L, Dv, splits, L, H, *out.strides[:3]]
     driver().launch(fm.merge(out.dtype.name), (ceil_div(B * H * L * Dv, fm.THREADS), 1, 1),
-                    [part.pointer, part_lse.pointer, out.pointer, address(lse)], m, stream)
+                    [part.pointer, sums.pointer, sums.pointer + sums.strides[0], out.pointer, address(lse)], m, stream)
 
 
 # -- projections -----------------------------------------------------------------------------------------------------
@@ -206,6 +207,23 @@ class FloatLayer:
             projections.append(Projection(x, weight, self.biases.get(name), out, size))
         project(projections, stream)
         return made
+
+    def through_cache(self, xq, xk, xv, out, cache, stream, like, **masks):
+        """As a call, keys and values going into a cache, all of which the queries attend to."""
+        tokens = xk.shape[1]
+        size, value_size = cache.head_dim, cache.value_dim
+        q = scratch((xq.shape[0], self.heads, xq.shape[1], size), np.float32, like)
+        places = cache.places(tokens)
+        k, v = places if cache.dtype == "float32" else (
+            scratch((xk.shape[0], self.kv_heads, tokens, n), np.float32, like) for n in (size, value_size))
+        parts = zip(("q", "k", "v"), (xq, xk, xv), (q, k, v), (size, size, value_size), strict=True)
+        project([Projection(x, self.weights[name], self.biases.get(name), to, n) for name, x, to, n in parts], stream)
+        cache.took(tokens, None if cache.dtype == "float32" else (k, v), stream)
+        last = "out" not in self.weights
+        context = out if last else scratch((*xq.shape[:2], self.heads * value_size), np.float32, like)
+        cache.see(q, as_heads(context, self.heads), self.scale, stream=stream, like=like, **masks)
+        if not last:
+            self.finish(context, out, stream)
 
     def finish(self, context, out, stream):
         """out (B, L, Eo) = context (B, L, H Dv) out_weight^T + out_bias."""
@@ -351,3 +369,19 @@ class StaticLayer:
             inner = View(context.owner, context.pointer, (B, L, H * Dv), context.strides, context.dtype)
             strides = (out.strides[0], 0, out.strides[1], 1)
             project_int8(self.rule, [(self.linears["output"], inner, None, out, strides, self.output_dim)], stream)
+
+
+# -- rows -------------------------------------------------------------------------------------------------------------
+
+
+def store_rows(x, out, scale, stream, up=0, out_strides=None):
+    """x (B, H, T, D) float32 to out, as it is or, where there is a `scale` (B, H, T), as int8 codes; rows in one piece.
+
+    up : numbers of a row that are written, zeros behind D; out_strides : bytes along (B, H, T, D), out's unless given.
+    """
+    B, H, T, D = x.shape
+    check_reach("a cache", out)
+    p = [B * H * T, H, T, D, max(up, D), *x.strides[:3], *(out_strides or out.strides),
+         *((0, 0, 0) if scale is None else scale.strides)]
+    driver().launch(qz.store_rows(scale is not None), (ceil_div(B * H * T, qz.ROWS), 1, 1),
+                    [x.pointer, out.pointer, address(scale)], p, stream)

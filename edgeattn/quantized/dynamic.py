@@ -42,7 +42,6 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention):
     """
 
     scheme = "dynamic"
-    _query_name = "query"
 
     def __init__(self, num_heads: int, weights: Mapping[str, QuantizedLinear], biases: Mapping[str, np.ndarray], *,
                  num_kv_heads: int | None = None, bias_k=None, bias_v=None, add_zero_attn: bool = False):
