@@ -23,7 +23,9 @@ class CacheOnCuda(KVCache):
         if cache.window is not None:
             raise ValueError(f"window is missing on CUDA, got a cache with window={cache.window}; without one a cache "
                              "holds every token, and attend(window_size=...) narrows what is seen")
-        for name in ("batch", "num_kv_heads", "capacity", "head_dim", "value_dim", "dtype", "window"):
+        if cache.scales is not None:
+            raise ValueError("scales are missing on CUDA, where an int8 cache has a scale per token and head; leave them out")
+        for name in ("batch", "num_kv_heads", "capacity", "head_dim", "value_dim", "dtype", "window", "scales"):
             setattr(self, name, getattr(cache, name))
         self._length = self._start = self._first = 0
         rows = (self.batch, self.num_kv_heads, self.capacity)

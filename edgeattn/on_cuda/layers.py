@@ -189,7 +189,7 @@ class StaticOnCuda(OnCuda):
         from edgeattn.cuda.driver import driver
         from edgeattn.cuda.host import StaticLayer
 
-        self._kernels = StaticLayer(**layer._kernel_parameters(), softmax=layer._kernel_set.softmax)
+        self._kernels = StaticLayer(**layer._kernel_parameters(), softmax=layer.kernel_set.softmax)
         self._tables = None if layer._tables is None else view("tables", driver().array(layer._tables))
         self._classes = None if layer._classes is None else view("classes", driver().array(layer._classes))
 
