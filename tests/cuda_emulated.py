@@ -1,6 +1,7 @@
 """A driver for edgeattn.cuda whose GPU is the emulator: device memory is host memory, launches run in NumPy."""
 import cuda_emulator
 import numpy as np
+import pytest
 
 from edgeattn.cuda import driver as driver_module
 
@@ -48,3 +49,6 @@ class EmulatedDriver:
         self.launched.append(kernel.name)
         self.streams.append(stream)
         self.last = cuda_emulator.run(kernel, grid, addresses, numbers, memory)
+
+
+emulated_only = pytest.mark.skipif("config.getoption('--cuda')", reason="looks into the emulator; leave out --cuda")

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import reference
 from cases import CASES, Case
-from cuda_emulated import EmulatedDriver
+from cuda_emulated import emulated_only
 
 import edgeattn
 from edgeattn.cuda import driver as driver_module
@@ -22,11 +22,7 @@ EXTRA = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def device(monkeypatch):
-    emulated = EmulatedDriver()
-    monkeypatch.setattr(driver_module, "_current", emulated)
-    return emulated
+pytestmark = pytest.mark.usefixtures("device")
 
 
 def put(array):
@@ -145,6 +141,7 @@ def test_out_takes_the_result_and_nothing_around_it():
     np.testing.assert_array_equal(host[1:3], edgeattn.scaled_dot_product_attention(*map(put, arrays)).numpy())
 
 
+@emulated_only
 def test_strided_inputs_are_read_in_place(device):
     case = Case("strided", B=2, H=3, L=6, S=9, D=8)
     arrays = case.qkv()
@@ -163,6 +160,7 @@ def test_strided_inputs_are_read_in_place(device):
     np.testing.assert_array_equal(got.numpy(), edgeattn.scaled_dot_product_attention(*map(put, arrays)).numpy())
 
 
+@emulated_only
 def test_the_arrays_stream_is_used(device):
     case = Case("stream", L=2, S=3)
     q, k, v = map(put, case.qkv())

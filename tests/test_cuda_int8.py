@@ -4,7 +4,6 @@ import numpy as np
 import oracle_kernels as oracle
 import pytest
 from cuda_cases import seen
-from cuda_emulated import EmulatedDriver
 from test_kernels_int8 import ASYMMETRIC, EDGES, RULE_SETS, SYMMETRIC, make_layer
 
 from edgeattn.cuda import driver as driver_module
@@ -18,11 +17,7 @@ SHAPES = [(2, 5, 9, 7, 8, 2, 5, 6), (1, 40, 70, 33, 16, 2, 20, 40), (1, 17, 65, 
 ZERO_POINTS = {"symmetric": SYMMETRIC, "asymmetric": ASYMMETRIC}
 
 
-@pytest.fixture(autouse=True)
-def device(monkeypatch):
-    emulated = EmulatedDriver()
-    monkeypatch.setattr(driver_module, "_current", emulated)
-    return emulated
+pytestmark = pytest.mark.usefixtures("device")
 
 
 def run(parts, heads, rules, x, keep=None, band=None, classes=None, tables=None):

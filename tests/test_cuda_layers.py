@@ -2,19 +2,13 @@
 import numpy as np
 import pytest
 import reference
-from cuda_emulated import EmulatedDriver
 
 import edgeattn
 import quant
 from edgeattn.arithmetic import KERNEL_SETS
 from edgeattn.cuda import driver as driver_module
 
-
-@pytest.fixture(autouse=True)
-def device(monkeypatch):
-    emulated = EmulatedDriver()
-    monkeypatch.setattr(driver_module, "_current", emulated)
-    return emulated
+pytestmark = pytest.mark.usefixtures("device")
 
 
 def put(array):
@@ -102,6 +96,24 @@ def test_static_layer_on_reals():
         int8.to("cuda").run_int8(put(x))
     with pytest.raises(TypeError, match="attn_mask must be bool for int8"):
         int8.to("cuda").run_int8(put(int8.quantize_input(x)), attn_mask=put(np.zeros((9, 9), np.float32)))
+
+
+def test_dynamic_layer_is_as_close_as_the_cpus():
+    rng = np.random.default_rng(10)
+    weights = parameters(rng)
+    layer = quant.quantize(edgeattn.MultiHeadAttention(2, **weights, num_kv_heads=1), scheme="dynamic")
+    x, context = rng.standard_normal((2, 33, 24), np.float32), rng.standard_normal((2, 37, 24), np.float32)
+    keep = rng.random((33, 37)) < 0.7
+    want = reference.multi_head_attention(weights, 2, x, context, context, np.broadcast_to(keep, (2, 2, 33, 37)),
+                                          num_kv_heads=1)[0]
+    got = layer.to("cuda")(put(x), put(context), attn_mask=put(keep)).numpy()
+    cpu = layer(x, context, attn_mask=keep)
+    assert np.abs(got - want).mean() <= 1.1 * np.abs(cpu - want).mean()
+    x[0, 3, 5] = np.nan
+    got = layer.to("cuda")(x, is_causal=True)
+    assert np.isnan(got[0, 3:]).all() and np.isfinite(got[0, :3]).all() and np.isfinite(got[1]).all()
+    with pytest.raises(ValueError, match="kv_cache is missing on CUDA for dynamic layers"):
+        layer.to("cuda")(x, kv_cache=edgeattn.KVCache(2, 1, 80, 8, value_dim=12))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])

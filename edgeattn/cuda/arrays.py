@@ -1,4 +1,4 @@
-"""Arrays on the device: an address, a shape, strides, whoever made them; and where results of the same kind are made."""
+"""Arrays on the device: an address, a shape, strides, whoever made them; and who makes results of the same kind."""
 import dataclasses
 import sys
 

@@ -367,9 +367,10 @@ def attention(rows, chunk, q_format, kv_format, wide, out_format):
                     e0, e1, e2, e3 = e0 * w, e1 * w, e2 * w, e3 * w
                 write_f32x4(int32(keys_at + row * CHUNK * 4 + column * 16), e0, e1, e2, e3)
                 finite = finite + (e0 - e0) + (e1 - e1) + (e2 - e2) + (e3 - e3)
-            careful = cuda.syncthreads_or(int32(finite != float32(0.0))) != 0  # an infinity or NaN minus itself is NaN
-            # 6. context; a value that is not finite must not meet the 0 of a key that is not to be seen. Each tile has a
-            # sum of its own, in the scores' registers: one long chain of additions would double the rounding error.
+            # an infinity or NaN minus itself is NaN
+            careful = cuda.syncthreads_or(int32(finite != float32(0.0))) != 0
+            # 6. context; a value that is not finite must not meet the 0 of a key that is not to be seen. Each tile has
+            # a sum of its own, in the scores' registers: one long chain of additions would double the rounding error.
             for i in range(8):
                 for j in range(OUT):
                     s[i, j] = float32(0.0)
@@ -385,7 +386,9 @@ def attention(rows, chunk, q_format, kv_format, wide, out_format):
                     if careful:
                         for i in range(8):
                             for j in range(OUT):
-                                s[i, j] = select_f(bits_of(left[i]) == _GONE, s[i, j], fma(left[i], right[j], s[i, j]))
+                                gone = bits_of(left[i]) == _GONE
+                                more = fma(left[i], right[j], s[i, j])
+                                s[i, j] = select_f(gone, s[i, j], more)
                     else:
                         for i in range(8):
                             for j in range(OUT):

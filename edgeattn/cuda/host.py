@@ -85,7 +85,8 @@ def _attention_plan(q, k, v, out, numbers, processors):
     splits = splits if blocks < processors and splits > 1 else 1
     p = [0] * fa.P_COUNT
     for slot, value in ((fa.P_H, H), (fa.P_GROUP, H // Hkv), (fa.P_L, L), (fa.P_S, S), (fa.P_D, D), (fa.P_DV, Dv),
-                        (fa.P_CHUNKS, max(ceil_div(D, chunk), 1)), (fa.P_VALUE_CHUNKS, value_chunks), (fa.P_SPLITS, splits)):
+                        (fa.P_CHUNKS, max(ceil_div(D, chunk), 1)), (fa.P_VALUE_CHUNKS, value_chunks),
+                        (fa.P_SPLITS, splits)):
         p[slot] = value
     for slot, (_, strides) in ((fa.P_Q_B, q), (fa.P_K_B, k), (fa.P_V_B, v), (fa.P_OUT_B, out)):
         p[slot:slot + 3] = strides[:3]
@@ -385,3 +386,64 @@ def store_rows(x, out, scale, stream, up=0, out_strides=None):
          *((0, 0, 0) if scale is None else scale.strides)]
     driver().launch(qz.store_rows(scale is not None), (ceil_div(B * H * T, qz.ROWS), 1, 1),
                     [x.pointer, out.pointer, address(scale)], p, stream)
+
+
+class DynamicLayer:
+    """A dynamic int8 multi-head layer on the device: float32 in and out, int8 weights, activations per token.
+
+    Keys and values are int8 with a scale per token and head, as in an int8 cache; queries and probabilities stay
+    float32, where the CPU quantizes them too. The bits are not the CPU's.
+
+    Parameters
+    ----------
+    weights : dict
+        "query", "key", "value" and optionally "output" -> (int8 codes (out, in), float32 scale (out,)).
+    biases : dict
+        By the same names float32 (out,), where there is one.
+    """
+
+    def __init__(self, num_heads, num_kv_heads, weights, biases, scale):
+        self.heads, self.kv_heads, self.scale = num_heads, num_kv_heads, scale
+        count = {"query": num_heads, "key": num_kv_heads, "value": num_kv_heads, "output": 1}
+        self.linears = {}
+        for name, (codes, factors) in weights.items():
+            bias = biases.get(name)
+            bias = np.zeros(len(codes), np.float32) if bias is None else bias
+            self.linears[name] = Int8Linear(codes, count[name], bias, factors)
+
+    def _codes(self, x, stream, like):
+        """x (B, T, E) float32 as int8 codes in rows of whole 16 bytes, and a scale per token."""
+        B, T, E = x.shape
+        codes = scratch((B, T, round_up(E, 16)), np.int8, like)
+        scale = scratch((1, 1, B * T), np.float32, like)
+        rows, wide = x.reshape(1, 1, B * T, E), codes.reshape(1, 1, B * T, codes.shape[2])
+        store_rows(rows, wide, scale, stream, up=codes.shape[2])
+        return codes, scale
+
+    def __call__(self, xq, xk, xv, out, stream, like, **masks):
+        """out (B, L, Eo) from xq (B, L, Eq), xk (B, S, Ek), xv (B, S, Ev), float32 in C order; masks as `attend`."""
+        quantized, items, made = {}, [], []
+        for name, x in zip(("query", "key", "value"), (xq, xk, xv), strict=True):
+            if (x.pointer, x.shape) not in quantized:
+                quantized[x.pointer, x.shape] = self._codes(x, stream, like)
+            codes, scale = quantized[x.pointer, x.shape]
+            linear = self.linears[name]
+            y = scratch((x.shape[0], linear.heads, x.shape[1], linear.size), np.float32, like)
+            items.append((linear, codes, scale, y, y.strides, linear.size))
+            made.append(y)
+        project_int8(None, items, stream)
+        q, (k, k_scale), (v, v_scale) = made[0], *(self._rows(y, stream, like) for y in made[1:])
+        last = "output" not in self.linears
+        context = out if last else scratch((*xq.shape[:2], self.heads * v.shape[3]), np.float32, like)
+        attend(q, k, v, as_heads(context, self.heads), self.scale, key_scale=k_scale, value_scale=v_scale,
+               stream=stream, like=like, **masks)
+        if not last:
+            codes, scale = self._codes(context, stream, like)
+            linear, strides = self.linears["output"], (out.strides[0], 0, out.strides[1], 4)
+            project_int8(None, [(linear, codes, scale, out, strides, linear.size)], stream)
+
+    def _rows(self, y, stream, like):
+        """y (B, Hkv, S, size) as int8 codes and scales (B, Hkv, S)."""
+        codes, scale = scratch(y.shape, np.int8, like), scratch(y.shape[:3], np.float32, like)
+        store_rows(y, codes, scale, stream)
+        return codes, scale

@@ -62,8 +62,8 @@ def scaled_dot_product_attention(query, key, value, attn_mask, is_causal, causal
 
     (q, k, v), like, stream = views(query=query, key=key, value=value)
     if return_weights:
-        raise ValueError("return_weights is missing on CUDA, where probabilities are never stored; return_lse=True gives "
-                         "what they are made of, or pass NumPy arrays")
+        raise ValueError("return_weights is missing on CUDA, where probabilities are never stored; return_lse=True "
+                         "gives what they are made of, or pass NumPy arrays")
     numbers(query=q, key=k, value=v)
     check_shapes(q, k, v)
     lead, heads = (q.shape[:-3], q.shape[-3]) if q.ndim > 2 else ((), 1)
@@ -86,6 +86,6 @@ def scaled_dot_product_attention(query, key, value, attn_mask, is_causal, causal
         kv_heads = k.shape[-3] if k.ndim > 2 else 1
         if lse_view is not None:
             lse_view = dataclasses.replace(lse_view, shape=(batch, heads, queries))
-        host.attend(four(q, heads), four(k, kv_heads), four(v, kv_heads), four(taken, heads), scale, softcap, lse=lse_view,
-                    stream=stream, like=like, **masks)
+        host.attend(four(q, heads), four(k, kv_heads), four(v, kv_heads), four(taken, heads), scale, softcap,
+                    lse=lse_view, stream=stream, like=like, **masks)
     return (result, lse) if return_lse else result

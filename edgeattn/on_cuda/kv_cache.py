@@ -24,7 +24,8 @@ class CacheOnCuda(KVCache):
             raise ValueError(f"window is missing on CUDA, got a cache with window={cache.window}; without one a cache "
                              "holds every token, and attend(window_size=...) narrows what is seen")
         if cache.scales is not None:
-            raise ValueError("scales are missing on CUDA, where an int8 cache has a scale per token and head; leave them out")
+            raise ValueError("scales are missing on CUDA, where an int8 cache has a scale per token and head; leave "
+                             "them out")
         for name in ("batch", "num_kv_heads", "capacity", "head_dim", "value_dim", "dtype", "window", "scales"):
             setattr(self, name, getattr(cache, name))
         self._length = self._start = self._first = 0
@@ -36,9 +37,9 @@ class CacheOnCuda(KVCache):
             self._key_scales, self._value_scales = (driver().empty(rows, np.float32) for _ in range(2))
 
     def to(self, device):
-        """This cache for "cuda"; another device would need a copy, which `held` gives."""
+        """The cache itself for "cuda"; another device would need a copy, which `held` gives."""
         if device != "cuda":
-            raise ValueError(f"device must be 'cuda' for a cache on the GPU, got {device!r}; held() copies what it holds")
+            raise ValueError(f"device must be 'cuda' for a cache on the GPU, got {device!r}; held() copies it")
         return self
 
     def append(self, key, value):
@@ -82,7 +83,7 @@ class CacheOnCuda(KVCache):
             self.see(q, taken, scale, softcap=softcap, stream=stream, like=like, **masks)
         return result
 
-    # -- for kernels -----------------------------------------------------------------------------------------------------
+    # -- for kernels ---------------------------------------------------------------------------------------------------
 
     def _slots(self, array, begin, count):
         """A View of the tokens begin to begin + count - 1 of one of the storage arrays."""

@@ -62,7 +62,7 @@ class OnCuda:
         return f"{self.layer!r}.to('cuda')"
 
     def _inputs(self, dtype, query, key, value):
-        """(views, like, stream, host): the inputs as C-contiguous Views (B, T, E), a copy of each where they are NumPy's.
+        """(views, like, stream, host): the inputs as C-contiguous Views, a copy of each where they are NumPy's.
 
         host : dtype that a NumPy result shall have, or None for arrays on the device.
         """
@@ -145,8 +145,8 @@ def _check_cache(layer, cache, batch, tokens, masks):
     wanted = (batch, layer.num_kv_heads, layer.head_dim, layer.value_dim)
     given = (cache.batch, cache.num_kv_heads, cache.head_dim, cache.value_dim)
     if wanted != given:
-        raise ValueError(f"kv_cache must have the call's B and the layer's num_kv_heads, head_dim and value_dim {wanted}, "
-                         f"got {given}")
+        raise ValueError(f"kv_cache must have the call's B and the layer's num_kv_heads, head_dim and value_dim "
+                         f"{wanted}, got {given}")
     cache._check_room(tokens)
     return cache.length
 
@@ -154,8 +154,8 @@ def _check_cache(layer, cache, batch, tokens, masks):
 def _call(placed, query, key, value, softcap, kv_cache, need_weights, out, **masks):
     layer = placed.layer
     if need_weights is not False:
-        raise ValueError(f"need_weights is missing on CUDA, where probabilities are never stored, got {need_weights!r}; "
-                         "call the layer on the CPU")
+        raise ValueError("need_weights is missing on CUDA, where probabilities are never stored; call the layer on the "
+                         "CPU")
     if key is None and value is not None:
         raise ValueError("value needs key, got key=None; pass key=query to attend from query to itself")
     softcap = checked_softcap(softcap)
@@ -180,6 +180,23 @@ def _call(placed, query, key, value, softcap, kv_cache, need_weights, out, **mas
     return result if host is None else deliver(result.numpy(), out, host)
 
 
+class DynamicOnCuda(FloatOnCuda):
+    """A dynamic int8 layer on the GPU: int8 weights, activations, keys and values; queries and softmax float32."""
+
+    def __init__(self, layer):
+        OnCuda.__init__(self, layer)
+        from edgeattn.cuda.host import DynamicLayer
+
+        weights = {name: (linear.weight, linear.scale) for name, linear in layer.weights.items()}
+        self._kernels = DynamicLayer(layer.num_heads, layer.num_kv_heads, weights, layer.biases, layer.scale)
+
+    def __call__(self, query, key=None, value=None, *, kv_cache=None, **arguments):
+        """Attend from `query` to `key` and `value`, as `FloatOnCuda`; a cache is missing."""
+        if kv_cache is not None:
+            raise ValueError("kv_cache is missing on CUDA for dynamic layers; a float layer there takes an int8 cache")
+        return super().__call__(query, key, value, **arguments)
+
+
 class StaticOnCuda(OnCuda):
     """A static int8 layer on the GPU, equal to the CPU's bit for bit."""
 
@@ -198,14 +215,16 @@ class StaticOnCuda(OnCuda):
         from edgeattn.cuda.arrays import on_device
 
         if on_device(query):
-            raise TypeError("query must be a NumPy array, or int8 codes on the device given to run_int8: quantizing reals "
-                            "on the device is missing for static layers")
+            raise TypeError("query must be a NumPy array, or int8 codes on the device given to run_int8: quantizing "
+                            "reals on the device is missing for static layers")
         return type(self.layer).__call__(self, query, key, value, **masks_and_out)
 
     def run_int8(self, query, key=None, value=None, *, attn_mask=None, key_padding_mask=None, is_causal=False,
-                 causal_alignment=None, out=None):
+                 causal_alignment=None, window_size=NO_WINDOW, kv_cache=None, need_weights=False, out=None):
         """Attention on codes, equal to the named kernel set; arguments and result as the layer's on the CPU."""
         layer = self.layer
+        if kv_cache is not None or need_weights is not False:
+            raise ValueError("kv_cache and need_weights are missing on CUDA for static layers; call it on the CPU")
         int8 = np.dtype(np.int8)
         query, key, value = layer._distinct(query, key, value)
         given = (query, key, value)
@@ -215,7 +234,7 @@ class StaticOnCuda(OnCuda):
         lead, (L, S) = q.shape[:-2], (q.shape[-2], k.shape[-2])
         shape, batch = (*lead, L, layer.output_dim), lead[0] if lead else 1
         masks = device_masks((*lead, layer.num_heads, L, S), self._device(host), attn_mask, key_padding_mask,
-                             is_causal=is_causal, causal_alignment=causal_alignment)
+                             is_causal=is_causal, causal_alignment=causal_alignment, window_size=window_size)
         if "bias" in masks:
             raise TypeError("attn_mask must be bool for int8 (True = attend); for a mask with -inf pass mask == 0")
         if self._classes is not None:
@@ -224,8 +243,9 @@ class StaticOnCuda(OnCuda):
             check_out(out, shape, int8)
         result, taken = result_array(None if host is not None else out, shape, int8, like, (q, k, v))
         if taken.size:
-            right = masks["right"]
-            band = None if right < 0 else (-L - S, masks["offset"] + right)
+            left, right, offset = masks["left"], masks["right"], masks["offset"]
+            band = None if left < 0 and right < 0 else (
+                offset - left if left >= 0 else -L - S, offset + right if right >= 0 else L + S)
             classes = self._classes
             if classes is not None and classes.ndim < 4:
                 classes = classes.reshape(*(1,) * (4 - classes.ndim), *classes.shape)

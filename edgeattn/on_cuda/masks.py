@@ -38,8 +38,8 @@ def device_masks(shape, like, attn_mask=None, key_padding_mask=None, *, is_causa
         if lengths.dtype not in (np.int32, np.int64):
             raise TypeError(f"kv_lengths must be int32 or int64 on CUDA, got dtype {lengths.dtype}")
         if lengths.shape != tuple(lead) or not lengths.contiguous:
-            raise ValueError(f"kv_lengths must have shape {tuple(lead)}, one length per batch entry, and be contiguous, "
-                             f"got {lengths.shape}")
+            raise ValueError(f"kv_lengths must have shape {tuple(lead)}, one length per batch entry, and be "
+                             f"contiguous, got {lengths.shape}")
         found["lengths"] = lengths
     slopes = None if alibi_slopes is None else like("alibi_slopes", alibi_slopes)
     # positions matter to all of these, and must be told where they are not plain
@@ -62,8 +62,8 @@ def device_masks(shape, like, attn_mask=None, key_padding_mask=None, *, is_causa
     if attn_mask is not None:
         given = like("attn_mask", attn_mask)
         if given.dtype not in (np.bool_, np.float32):
-            raise TypeError(f"attn_mask must be bool (True = attend) or float32 (added to the scores) on CUDA, got dtype "
-                            f"{given.dtype}")
+            raise TypeError(f"attn_mask must be bool (True = attend) or float32 (added to the scores) on CUDA, got "
+                            f"dtype {given.dtype}")
         found["keep" if given.dtype == np.bool_ else "bias"] = _four_axes(given, tuple(lead), heads, queries, keys)
     if key_padding_mask is not None:
         padding = like("key_padding_mask", key_padding_mask)

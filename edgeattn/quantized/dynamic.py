@@ -112,6 +112,12 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention):
         self._kernel(q, k, v, result, *call.mask.for_kernels())
         return call.deliver(result)
 
+    def to(self, device: str):
+        """The layer on ``device``: "cpu", or "cuda", a GPU (docs/cuda.md); ``.layer`` of that is this one."""
+        from edgeattn.on_cuda.layers import DynamicOnCuda, place
+
+        return place(self, device, DynamicOnCuda)
+
     @functools.cached_property
     def _linears(self):
         """The projections one by one, as ``steps`` takes them."""
