@@ -81,7 +81,8 @@ class Driver:
             self._check(api.cuInit(0))
             count = self._check(api.cuDeviceGetCount())
         except Exception as error:  # noqa: BLE001 - the loader's own errors differ by version
-            raise RuntimeError(f"CUDA needs an NVIDIA driver, and none answers: {str(error).splitlines()[0]}") from None
+            raise RuntimeError("CUDA needs an NVIDIA driver, and none answers: "
+                               f"{str(error).splitlines()[0].rstrip('.')}") from None
         if not count:
             raise RuntimeError("CUDA needs an NVIDIA GPU; the driver sees none")
         self._functions, self._lock = {}, threading.Lock()
