@@ -141,6 +141,27 @@ def test_out_takes_the_result_and_nothing_around_it():
     np.testing.assert_array_equal(host[1:3], edgeattn.scaled_dot_product_attention(*map(put, arrays)).numpy())
 
 
+def test_a_call_like_one_before_is_the_same_launch():
+    case = Case("again", B=1, H=2, L=5, S=9, D=8)
+    first, second = case.qkv(), [x + 1 for x in case.qkv()]
+    keep, bias = np.arange(9) < 7, np.linspace(-1, 1, 9, dtype=np.float32)
+    for mask in (None, keep, bias):
+        for arrays in (first, second):
+            alone = edgeattn.scaled_dot_product_attention(*map(put, arrays), put(mask), softcap=2.0).numpy()
+            for _ in range(2):
+                out = put(np.zeros((1, 2, 5, 8), np.float32))
+                edgeattn.scaled_dot_product_attention(*map(put, arrays), put(mask), softcap=2.0, out=out)
+                np.testing.assert_array_equal(out.numpy(), alone)
+    q, k, v = map(put, first)
+    with pytest.raises(TypeError, match="is_causal must be True or False"):
+        edgeattn.scaled_dot_product_attention(q, k, v, is_causal=0, softcap=2.0, out=put(np.zeros((1, 2, 5, 8), np.float32)))
+    same = [put(np.zeros((1, 2, 5, 8), np.float32)) for _ in range(4)]
+    for _ in range(2):
+        edgeattn.scaled_dot_product_attention(*same[:3], out=same[3])
+    with pytest.raises(ValueError, match="out must not overlap"):
+        edgeattn.scaled_dot_product_attention(*same[:3], out=same[1])
+
+
 @emulated_only
 def test_strided_inputs_are_read_in_place(device):
     case = Case("strided", B=2, H=3, L=6, S=9, D=8)

@@ -99,8 +99,20 @@ def view(name, array):
     return View(array, pointer or 0, shape, strides, dtype, read_only)
 
 
+def _described(array):
+    """(address, everything else about an array that decides how it is read), without making a View."""
+    interface = array.__cuda_array_interface__
+    pointer = interface["data"][0]
+    return pointer, (interface["data"][1], interface["shape"], interface["strides"], interface["typestr"], pointer % 16)
+
+
 class _Torch:
     """Arrays of PyTorch: its allocator, its current stream."""
+
+    @staticmethod
+    def describe(array):
+        pointer = array.data_ptr()
+        return pointer, (array.dtype, array.shape, array.stride(), array.device, array.requires_grad, pointer % 16)
 
     @staticmethod
     def empty(shape, dtype, like):
@@ -115,6 +127,8 @@ class _Torch:
 class _CuPy:
     """Arrays of CuPy: its memory pool, its current stream."""
 
+    describe = staticmethod(_described)
+
     @staticmethod
     def empty(shape, dtype, like):
         return sys.modules["cupy"].empty(shape, dtype)
@@ -126,6 +140,8 @@ class _CuPy:
 
 class _Ours:
     """Arrays of this package or of anybody else: memory of ours, the stream the array names or the default one."""
+
+    describe = staticmethod(_described)
 
     @staticmethod
     def empty(shape, dtype, like):
@@ -142,5 +158,5 @@ _KINDS = {"torch": _Torch, "cupy": _CuPy}
 
 
 def kind(array):
-    """Who makes arrays of the same kind: an object with empty(shape, dtype, like) and stream(like)."""
+    """Who makes arrays of the same kind: an object with empty(shape, dtype, like), stream(like) and describe(array)."""
     return _KINDS.get(type(array).__module__.partition(".")[0], _Ours)

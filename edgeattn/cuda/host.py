@@ -111,6 +111,11 @@ def attend(q, k, v, out, scale, softcap=0.0, *, left=-1, right=-1, offset=0, at_
     keep, bias : View (B or 1, H or 1, L or 1, S or 1) of bool, of float32, optional
     slopes : View (H,) or (B, H) of float32, optional
     lse : View (B, H, L) of float32, C-contiguous, optional
+
+    Returns
+    -------
+    (kernel, grid, numbers) or None
+        What the one launch was; the same again, with other addresses, is the same for other arrays of these layouts.
     """
     for name, array in (("query", q), ("key", k), ("value", v), ("out", out), ("attn_mask", keep), ("attn_mask", bias)):
         if array is not None:
@@ -138,7 +143,7 @@ def attend(q, k, v, out, scale, softcap=0.0, *, left=-1, right=-1, offset=0, at_
     p[fa.P_LSE_B], p[fa.P_LSE_H] = 4 * H * L, 4 * L
     if splits == 1:
         driver().launch(kernel, grid, a, p, stream)
-        return
+        return kernel, grid, tuple(p)
     # each split to a place of its own, in float32, then all together
     part = scratch((splits, B, H, L, Dv), np.float32, like)
     sums = scratch((2, splits, B, H, L), np.float32, like)  # largest scores, then sums
@@ -150,6 +155,7 @@ def attend(q, k, v, out, scale, softcap=0.0, *, left=-1, right=-1, offset=0, at_
     m = [B * H * L, Dv, splits, L, H, *out.strides[:3]]
     driver().launch(fm.merge(out.dtype.name), (ceil_div(B * H * L * Dv, fm.THREADS), 1, 1),
                     [part.pointer, sums.pointer, sums.pointer + sums.strides[0], out.pointer, address(lse)], m, stream)
+    return None
 
 
 # -- projections -----------------------------------------------------------------------------------------------------

@@ -51,11 +51,61 @@ def numbers(**arrays):
                              "bytes; make it contiguous")
 
 
+# A call with `out` that was checked once is known by the layouts of its arrays and by its options: the next one like it
+# is the same launch with other addresses.
+_KNOWN = {}
+_MOST = 256
+
+
+def again(arrays, options):
+    """Whether the call was known, and launched; arrays: query, key, value, out, attn_mask, kv_lengths, alibi_slopes."""
+    from edgeattn.cuda.arrays import kind
+    from edgeattn.cuda.driver import driver
+
+    if arrays[3] is None or not _KNOWN:
+        return False
+    kinds, pointers, key = kind(arrays[0]), [], [options, tuple(map(type, options))]
+    try:
+        for array in arrays:
+            pointer, layout = (0, None) if array is None else kind(array).describe(array)
+            pointers.append(pointer)
+            key.append(layout)
+        known = _KNOWN.get(tuple(key))
+    except (AttributeError, TypeError):  # not on the device, or not hashable: the checks have words for it
+        return False
+    if known is None:
+        return False
+    kernel, grid, numbers, has_bias, spans = known
+    low, high = pointers[3] + spans[3][0], pointers[3] + spans[3][1]
+    for pointer, (begin, end) in zip(pointers[:3], spans[:3], strict=True):
+        if pointer + begin < high and low < pointer + end:
+            return False
+    q, k, v, out, mask, lengths, slopes = pointers
+    keep, bias = (0, mask) if has_bias else (mask, 0)
+    addresses = (q, k, v, out, 0, keep, bias, lengths, slopes, 0, 0)
+    driver().launch(kernel, grid, addresses, numbers, kinds.stream(arrays[0]))
+    return True
+
+
+def _remember(call, plan, has_bias, inputs, out):
+    from edgeattn.cuda.arrays import kind
+
+    arrays, options = call
+    layouts = [None if array is None else kind(array).describe(array)[1] for array in arrays]
+    spans = [tuple(edge - array.pointer for edge in array.span()) for array in (*inputs, out)]
+    if len(_KNOWN) >= _MOST:
+        _KNOWN.clear()
+    try:
+        _KNOWN[(options, tuple(map(type, options)), *layouts)] = (*plan, has_bias, spans)
+    except TypeError:  # a window_size given as a list
+        return
+
+
 def scaled_dot_product_attention(query, key, value, attn_mask, is_causal, causal_alignment, scale, softcap, window_size,
-                                 kv_lengths, alibi_slopes, return_weights, return_lse, out, check_shapes):
+                                 kv_lengths, alibi_slopes, return_weights, return_lse, out, check_shapes, call):
     """`edgeattn.scaled_dot_product_attention` on the current stream; nothing waits, nothing is copied.
 
-    scale and softcap are checked, scale is None for the default; `check_shapes` takes the three Views.
+    scale and softcap are checked; `check_shapes` takes the three Views; `call` is what `again` will be asked with.
     """
     from edgeattn.cuda import host
     from edgeattn.cuda.arrays import view
@@ -86,6 +136,8 @@ def scaled_dot_product_attention(query, key, value, attn_mask, is_causal, causal
         kv_heads = k.shape[-3] if k.ndim > 2 else 1
         if lse_view is not None:
             lse_view = dataclasses.replace(lse_view, shape=(batch, heads, queries))
-        host.attend(four(q, heads), four(k, kv_heads), four(v, kv_heads), four(taken, heads), scale, softcap,
-                    lse=lse_view, stream=stream, like=like, **masks)
+        plan = host.attend(four(q, heads), four(k, kv_heads), four(v, kv_heads), four(taken, heads), scale, softcap,
+                           lse=lse_view, stream=stream, like=like, **masks)
+        if plan and out is not None and not return_lse:
+            _remember(call, plan, "bias" in masks, (q, k, v), taken)
     return (result, lse) if return_lse else result
