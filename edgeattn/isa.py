@@ -6,6 +6,7 @@ register tile (rows of broadcast operands by column vectors); `dot` names the in
 128 where the instruction multiplies unsigned by signed, 0 where both are signed.
 """
 import os
+import sys
 from typing import NamedTuple
 
 
@@ -123,3 +124,20 @@ def _host_features():
 
 
 ISA = choose(os.environ.get("EDGEATTN_ISA"), _host_features())
+
+
+def use(name):
+    """Let kernels be compiled for the instruction set `name`, whether or not this CPU has it.
+
+    For a process that compiles for another machine and runs nothing of it. The kernels read `ISA` when their modules
+    are imported, so this comes first.
+
+    Raises
+    ------
+    RuntimeError
+        If kernels have been imported already.
+    """
+    global ISA
+    if "edgeattn.jit" in sys.modules:
+        raise RuntimeError(f"isa.use({name!r}) must come before the first import of a kernel")
+    ISA = next(table for table in TABLES if table.name == name)
