@@ -1,17 +1,16 @@
 """The benchmark: its quick form runs, a wrong answer is refused, and its arithmetic is right."""
 import dataclasses
 import json
-import platform
 
 import numpy as np
 import pytest
+from workbench import needs_compiler
 
 from benchmarks import contenders, decode, functional, measure, readme, start, targets
 from benchmarks.__main__ import main
 from benchmarks.contenders import OURS, Contender, WrongAnswerError
 from benchmarks.problem import GRID, QUICK, Point, Problem
 from benchmarks.timing import FEWEST_ROUNDS, interleave, median_ratio
-from quant.export import linker
 
 SMALL = Point(16, 4, 12)
 OUR_NAMES = ["edgeattn float32", "edgeattn int8", "edgeattn dynamic", "numpy"]
@@ -201,10 +200,7 @@ def test_sections_run_alone(capsys):
 
 def test_start_compares_forms_that_give_the_same_bytes(tmp_path, monkeypatch):
     pytest.importorskip("ai_edge_litert", reason="needs ai-edge-litert: pip install 'edgeattn[tflite]'")
-    try:
-        linker.find_linker(platform.machine())
-    except RuntimeError as error:
-        pytest.skip(str(error))
+    needs_compiler()
     start.make_files(tmp_path)
     found = start.measure(tmp_path, rounds=1)
     assert list(found) == ["bundle", "compiled when called", "LiteRT"]

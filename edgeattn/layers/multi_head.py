@@ -143,6 +143,24 @@ class MultiHeadAttention(AttentionWeights):
         self._kernel(q, k, v, result, *call.mask.for_kernels())
         return call.deliver(result)
 
+    def to(self, device):
+        """The layer on `device`: "cpu", or "cuda", a GPU (docs/cuda.md); `.layer` of that is this one.
+
+        Parameters
+        ----------
+        device : {"cpu", "cuda"}
+
+        Raises
+        ------
+        ValueError
+            For another device, and a layer with added keys, which CUDA lacks.
+        RuntimeError
+            Where there is no CUDA, saying what of it is missing.
+        """
+        from edgeattn.on_cuda.layers import FloatOnCuda, place
+
+        return place(self, device, FloatOnCuda)
+
     @functools.cached_property
     def _whole(self):
         """Whether no axis of the weights is empty: the tiled kernels take nothing empty."""

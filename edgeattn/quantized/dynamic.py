@@ -42,7 +42,6 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention):
     """
 
     scheme = "dynamic"
-    _query_name = "query"
 
     def __init__(self, num_heads: int, weights: Mapping[str, QuantizedLinear], biases: Mapping[str, np.ndarray], *,
                  num_kv_heads: int | None = None, bias_k=None, bias_v=None, add_zero_attn: bool = False):
@@ -112,6 +111,12 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention):
         v = k if call.value is call.key else to_float32(call.value)
         self._kernel(q, k, v, result, *call.mask.for_kernels())
         return call.deliver(result)
+
+    def to(self, device: str):
+        """The layer on ``device``: "cpu", or "cuda", a GPU (docs/cuda.md); ``.layer`` of that is this one."""
+        from edgeattn.on_cuda.layers import DynamicOnCuda, place
+
+        return place(self, device, DynamicOnCuda)
 
     @functools.cached_property
     def _linears(self):

@@ -115,7 +115,8 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
 
     # -- derived once: what the kernels read ---------------------------------------------------------------------------
 
-    def _prepare(self):
+    def _kernel_parameters(self):
+        """What the kernels of any target read, as ``StaticLayer`` names it."""
         kernel_set, t = self.kernel_set, self.tensors
         linears = {}
         for name, linear in self.linears.items():
@@ -130,18 +131,28 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
 
         scores_rule, scores = batch_matmul(t["query"], t["key"], t["scores"])
         context_rule, context = batch_matmul(t["probabilities"], t["value"], t["context"])
-        self.score_map = tables, classes, softmax_input = score_map(self.score_ops, t["scores"], kernel_set)
+        softmax_input = self.score_map[2]
+        zero_points = {f"{name}_input": self.input_of(name).zero_point for name in INPUTS}
+        zero_points |= {name: tensor.zero_point for name, tensor in t.items()}
+        return dict(num_heads=self.num_heads, linears=linears, scores=scores, context=context, zero_points=zero_points,
+                    project_rule=kernel_set.fully_connected, score_rule=scores_rule, context_rule=context_rule,
+                    softmax_table=rules.SOFTMAX[kernel_set.softmax].table(softmax_input.scale))
+
+    def _prepare(self):
+        self.score_map = tables, classes, softmax_input = score_map(
+            self.score_ops, self.tensors["scores"], self.kernel_set)
         if softmax_input.scale <= SMALLEST_SOFTMAX_SCALE:
             raise ValueError(f"the scores' scale must be above 2**-26, the resolution of TFLite's softmax; got "
                              f"{softmax_input.scale}")
         self._tables = tables if self.score_ops else None
         self._classes = np.ascontiguousarray(classes) if classes.size > 1 else None
-        zero_points = {f"{name}_input": self.input_of(name).zero_point for name in INPUTS}
-        zero_points |= {name: tensor.zero_point for name, tensor in t.items()}
-        self._kernel = StaticLayer(
-            self.num_heads, linears, scores, context, zero_points, kernel_set.fully_connected, scores_rule,
-            context_rule, rules.SOFTMAX[kernel_set.softmax].table(softmax_input.scale),
-            kernel_set.softmax == "fixed")
+        self._kernel = StaticLayer(**self._kernel_parameters(), fixed=self.kernel_set.softmax == "fixed")
+
+    def to(self, device: str):
+        """The layer on ``device``: "cpu", or "cuda", a GPU (docs/cuda.md); ``.layer`` of that is this one."""
+        from edgeattn.on_cuda.layers import StaticOnCuda, place
+
+        return place(self, device, StaticOnCuda)
 
     def input_of(self, linear: str) -> TensorQuantization:
         """The quantization of the tensor that the linear layer called ``linear`` reads."""
