@@ -1,5 +1,6 @@
 """Attention as a function of arrays."""
 
+import functools
 import math
 
 import numpy as np
@@ -39,7 +40,8 @@ def scaled_dot_product_attention(
     Parameters
     ----------
     query : (..., H, L, D) float16, float32 or float64 array
-        All dtypes are computed in float32. The three may also have two axes, (L, D) and so on.
+        All dtypes are computed in float32. The three may also have two axes, (L, D) and so on. Arrays on a GPU, with
+        `__cuda_array_interface__`, are computed there, docs/cuda.md says how; all arrays must be there then.
     key : (..., Hkv, S, D) array
     value : (..., Hkv, S, Dv) array
     attn_mask : bool or float array, broadcastable to (..., H, L, S), optional
@@ -68,7 +70,7 @@ def scaled_dot_product_attention(
         Return the probabilities too. Probabilities and `return_lse` take a slower way through the same sums.
     return_lse : bool
         Return log(sum(exp(scores))) over the permitted keys too: what is needed to join the results over parts
-        of the keys.
+        of the keys. With the probabilities it gives the scores that softmax saw, log(weights) + lse.
     out : (..., H, L, Dv) array, optional
         Takes the result; of the result's dtype. It may overlap inputs.
 
@@ -86,14 +88,28 @@ def scaled_dot_product_attention(
     TypeError, ValueError
         Naming the argument, what was required and what came.
     """
-    query, key, value = (
-        float_array(name, array) for name, array in (("query", query), ("key", key), ("value", value))
-    )
+    on_cuda = not isinstance(query, np.ndarray) and hasattr(query, "__cuda_array_interface__")
+    if on_cuda:
+        from edgeattn.on_cuda import functional as on_cuda
+
+        arrays = (query, key, value, out, attn_mask, kv_lengths, alibi_slopes)
+        options = (is_causal, causal_alignment, scale, enable_gqa, softcap, window_size, return_weights, return_lse)
+        if on_cuda.again(arrays, options):
+            return out
     grouped = flag("enable_gqa", enable_gqa)
     return_weights = flag("return_weights", return_weights)
     return_lse = flag("return_lse", return_lse)
-    _check_shapes(query, key, value, grouped)
     softcap = checked_softcap(softcap)
+    if on_cuda:
+        scale = default_scale(query.shape[-1]) if scale is None else number("scale", scale)
+        return on_cuda.scaled_dot_product_attention(
+            query, key, value, attn_mask, is_causal, causal_alignment, scale, softcap, window_size, kv_lengths,
+            alibi_slopes, return_weights, return_lse, out, functools.partial(_check_shapes, grouped=grouped),
+            (arrays, options))
+    query, key, value = (
+        float_array(name, array) for name, array in (("query", query), ("key", key), ("value", value))
+    )
+    _check_shapes(query, key, value, grouped)
     if scale is None:
         scale = default_scale(query.shape[-1])
     else:
@@ -193,7 +209,7 @@ def _check_shapes(query, key, value, grouped):
 
 def _writes_directly(out, query, key, value, mask):
     """Whether the kernel may write into the caller's array: right layout, and no input changes under it."""
-    if out is None or out.dtype != np.float32 or not (out.flags.c_contiguous and out.flags.aligned):
+    if type(out) is not np.ndarray or out.dtype != np.float32 or not (out.flags.c_contiguous and out.flags.aligned):
         return False
     inputs = (query, key, value, mask.keep, mask.bias)
     return not any(array is not None and np.may_share_memory(out, array) for array in inputs)

@@ -6,7 +6,7 @@ from edgeattn import threads
 from edgeattn.jit import entry
 
 from . import fused_int8 as f
-from .layer_float32 import _strides
+from .layer_float32 import _flat, _strides
 from .matmul import (
     MATRIX,
     MATRIX_DEPTH,
@@ -150,9 +150,10 @@ class StaticLayer:
         self.output_dim = Eo
         self._plans = {}
 
-    def _plan(self, B, L, S):
+    def _plan(self, B, L, S, same):
         """(parameters, shared elements, private elements, work) for one shape."""
         p = self._parameters.copy()
+        p[f.P_SAME_KV] = same
         shared, private = map(int, plan(p, B, L, S))
         H, Dp, Dvp, Eq, Ek, Ev, Eo = (int(p[i]) for i in (f.P_HEADS, f.P_D_PAD, f.P_DV_PAD, f.P_EQ, f.P_EK, f.P_EV,
                                                           f.P_EO))
@@ -169,14 +170,14 @@ class StaticLayer:
         classes : uint8 broadcast to (B, H, L, S): which table; class 0 everywhere if None
         """
         B, L, S = xq.shape[0], xq.shape[1], xk.shape[1]
-        plan = self._plans.get((B, L, S))
+        key = (B, L, S, xk is xv)
+        plan = self._plans.get(key)
         if plan is None:
             if len(self._plans) > 64:
                 self._plans.clear()
-            plan = self._plans[B, L, S] = self._plan(B, L, S)
+            plan = self._plans[key] = self._plan(*key)
         p, shared_size, private_size, work = plan
-        same = xk is xv
-        if keep is not None or band is not None or classes is not None or not same:
+        if keep is not None or band is not None or classes is not None:
             p = p.copy()
             if band is not None:
                 p[f.P_BAND], p[f.P_LOW], p[f.P_HIGH] = 1, band[0], band[1]
@@ -184,13 +185,11 @@ class StaticLayer:
                 p[f.P_KEEP_B:f.P_KEEP_S + 1] = _strides(keep, None)
             if classes is not None:
                 p[f.P_CLASS_B:f.P_CLASS_S + 1] = _strides(classes, None)
-            p[f.P_SAME_KV] = same
         keep = _EMPTY_U8 if keep is None else keep.reshape(-1).view(np.uint8)
         classes = _EMPTY_U8 if classes is None else classes.reshape(-1)
         tables = _EMPTY_I8 if tables is None else tables.reshape(-1)
-        arguments = (xq.reshape(-1), xk.reshape(-1), xv.reshape(-1), out.reshape(-1),
-                     self.weights, p, keep, classes, tables)
+        arguments = (*self._fixed, *_flat(xq, xk, xv), out.reshape(-1), self.weights, p, keep, classes, tables)
         if self._run is None:
-            self._run = entry(f.layer_int8, (*self._fixed, *arguments, np.zeros(1, np.int32), np.zeros(1, np.int64), 1))
-        threads.run(self._run, (*self._fixed, *arguments), np.int32, shared_size, private_size, B * work)
+            self._run = entry(f.layer_int8, (*arguments, np.zeros(1, np.int32), np.zeros(1, np.int64), 1))
+        threads.run(self._run, arguments, np.int32, shared_size, private_size, B * work)
         return out
