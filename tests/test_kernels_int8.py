@@ -4,6 +4,7 @@ import oracle_kernels as oracle
 import pytest
 from kernels_under_test import ASYMMETRIC, SYMMETRIC, apply_linear, make_layer
 
+from edgeattn.cpu.layer_int8 import plan
 from edgeattn.cpu.matmul import MATRIX_DEPTH, MATRIX_SCRATCH, pack_byte_panels, round_up
 from edgeattn.cpu.requantize import RULES, encode
 from edgeattn.cpu.simd import LANES, OFFSET, ROWS, WIDTH
@@ -76,8 +77,7 @@ def test_scratch_grows_with_the_keys_and_knows_no_queries():
 
     def sizes(L, S):
         """Bytes for all threads together, and for each."""
-        _, shared, private, _ = layer._plan(1, L, S)
-        return np.array([4 * shared, 4 * private])
+        return 4 * np.array(plan(layer._parameters.copy(), 1, L, S))
 
     assert sizes(512, 512).sum() < 2**20
     for S in (64, 512, 4096):
