@@ -70,7 +70,7 @@ def scaled_dot_product_attention(
         Return the probabilities too. Probabilities and `return_lse` take a slower way through the same sums.
     return_lse : bool
         Return log(sum(exp(scores))) over the permitted keys too: what is needed to join the results over parts
-        of the keys.
+        of the keys. With the probabilities it gives the scores that softmax saw, log(weights) + lse.
     out : (..., H, L, Dv) array, optional
         Takes the result; of the result's dtype. It may overlap inputs.
 
@@ -209,7 +209,7 @@ def _check_shapes(query, key, value, grouped):
 
 def _writes_directly(out, query, key, value, mask):
     """Whether the kernel may write into the caller's array: right layout, and no input changes under it."""
-    if out is None or out.dtype != np.float32 or not (out.flags.c_contiguous and out.flags.aligned):
+    if type(out) is not np.ndarray or out.dtype != np.float32 or not (out.flags.c_contiguous and out.flags.aligned):
         return False
     inputs = (query, key, value, mask.keep, mask.bias)
     return not any(array is not None and np.may_share_memory(out, array) for array in inputs)

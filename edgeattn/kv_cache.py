@@ -5,13 +5,24 @@ import operator
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from edgeattn.checks import check_out, count, deliver, flag, float_array, number, result_dtype, to_float32
+from edgeattn.checks import (
+    check_out,
+    count,
+    deliver,
+    flag,
+    float_array,
+    is_one_of,
+    number,
+    result_dtype,
+    to_float32,
+)
 from edgeattn.cpu import functional_float32, plain
 from edgeattn.cpu.decode import decode
 from edgeattn.functional import checked_softcap, default_scale
 from edgeattn.masks import resolve_mask
 
 _DTYPES = ("float32", "int8")
+_LARGEST_POSITION = 2**31 - 1
 _LARGEST_CODE = np.float32(127)
 
 
@@ -70,7 +81,7 @@ class KVCache:
         self.capacity = count("capacity", capacity)
         self.head_dim = count("head_dim", head_dim)
         self.value_dim = self.head_dim if value_dim is None else count("value_dim", value_dim)
-        if dtype not in _DTYPES:
+        if not is_one_of(dtype, _DTYPES):
             raise ValueError(f"dtype must be 'float32' or 'int8', got {dtype!r}")
         self.dtype = dtype
         self.window = None if window is None else count("window", window)
@@ -113,9 +124,10 @@ class KVCache:
         except AttributeError:
             raise TypeError(f"layer must be an attention layer, got {type(layer).__name__}") from None
         scales = getattr(layer, "cache_scales", None)
-        if scales is not None and dtype not in (None, "int8"):
+        if scales is not None and dtype is not None and not is_one_of(dtype, ["int8"]):
             raise ValueError(f"dtype must be 'int8' for a static layer, whose codes the cache holds, got {dtype!r}")
-        dtype = dtype or ("float32" if scales is None else "int8")
+        if dtype is None:
+            dtype = "float32" if scales is None else "int8"
         return cls(batch, sizes[0], capacity, sizes[1], value_dim=sizes[2], dtype=dtype, scales=scales, window=window)
 
     @property
@@ -329,10 +341,10 @@ class KVCache:
             position = operator.index(position)
         except TypeError:
             raise TypeError(f"position must be an integer, got {position!r}") from None
-        if position < 0:
+        if not 0 <= position <= _LARGEST_POSITION:
             raise ValueError(
-                f"position must be at least 0, got {position} for L = {queries} queries and a cache of length "
-                f"{self._length}; append the keys of these tokens first"
+                f"position must be at least 0, and below 2**31, got {position} for L = {queries} queries and a cache "
+                f"of length {self._length}; append the keys of these tokens first"
             )
         return heads, queries, position
 

@@ -142,6 +142,54 @@ def test_tile_of_bytes_multiplies(unsigned_rows):
 
 
 @njit(error_model="numpy")
+def _tile_to_bytes(a, down, out, flip):
+    tile = simd.tile_add_down(simd.tile_load(ROWS, COLUMNS, a, 0, WIDTH, N), down, 1)
+    simd.tile_store_bytes(tile, out, 3, COLUMNS * (N + 2), N + 2, np.int32(-3), flip)
+
+
+def test_tile_to_bytes():
+    rng = np.random.default_rng(4)
+    a = rng.integers(-300, 300, (ROWS, COLUMNS, N)).astype(np.int32)
+    a[0, 0, :4] = [2**31 - 1000, -2**31 + 1000, 40000, -40000]
+    down = rng.integers(-100, 100, ROWS + 1).astype(np.int32)
+    flips = np.array([1, 2, 4, -128], np.int8)
+    out = np.full(3 + ROWS * COLUMNS * (N + 2), 77, np.int8)
+    _tile_to_bytes(a.ravel(), down, out, flips.view(np.int32)[0])
+    want = np.clip(np.clip(a.astype(np.int64) + down[1:, None, None], -2**15, 2**15 - 1) - 3, -128, 127).astype(np.int8)
+    got = out[3:].reshape(ROWS, COLUMNS, N + 2)
+    np.testing.assert_array_equal(got[:, :, :N], want ^ np.resize(flips, N))
+    assert (out[:3] == 77).all() and (got[:, :, N:] == 77).all()
+
+
+@njit(error_model="numpy")
+def _look_up(table, index, out):
+    found = simd.look_up_bytes(table, simd.load(index, 0))
+    for j in range(4):
+        simd.store(out, j * N, found[j])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_look_up_every_entry(dtype):
+    table = np.random.default_rng(5).integers(1, 2**30, 256).astype(np.int32).view(dtype)
+    wide = simd.byte_planes(table)
+    out = np.zeros(4 * N, dtype)
+    for start in range(0, 256, 4 * N):
+        index = np.arange(start, start + 4 * N, dtype=np.uint8).reshape(4, N)
+        _look_up(wide, np.ascontiguousarray(index.T).view(np.int32).ravel(), out)
+        np.testing.assert_array_equal(out, table[start:start + 4 * N])
+
+
+@njit
+def _quotient(a, b):
+    return simd.quotient(a, b)
+
+
+def test_quotient():
+    assert [_quotient(a, b) for a in (0, 1, 95, 96, 2**40) for b in (1, 32, 96)] == [
+        a // b for a in (0, 1, 95, 96, 2**40) for b in (1, 32, 96)]
+
+
+@njit(error_model="numpy")
 def _transpose(a, out):
     simd.transpose_block(a, 1, N + 2, out, 2, N + 1)
 
@@ -236,16 +284,19 @@ def test_pointers_and_the_first_lanes():
 
 
 @njit(error_model="numpy")
-def _matrix(a, b, first, second, configuration):
+def _matrix(a, b, first, second, third, configuration):
     simd.matrix_configure(configuration, 0)
     simd.matrix_zero(0)
     simd.matrix_zero(1)
+    simd.matrix_zero(4)
     simd.matrix_load(2, a, 1, 17)
     simd.matrix_load(3, b, 2, 18)
-    simd.matrix_dot(0, 2, 3)
+    simd.matrix_dot(0, 2, 3, a.view(np.uint32), b)
     simd.matrix_dot_signed(1, 2, 3)
+    simd.matrix_dot(4, 2, 3, a, b.view(np.uint32))
     simd.matrix_store(0, first, 0, 16)
     simd.matrix_store(1, second, 0, 16)
+    simd.matrix_store(4, third, 0, 16)
     simd.matrix_release()
 
 
@@ -253,12 +304,15 @@ def _matrix(a, b, first, second, configuration):
 def test_matrix_unit():
     rng = np.random.default_rng(8)
     a, b = (rng.integers(-128, 128, (16 * step, 4)).astype(np.int8) for step in (18, 19))
-    unsigned, signed = np.zeros((16, 16), np.int32), np.zeros((16, 16), np.int32)
-    _matrix(a.view(np.int32).ravel(), b.view(np.int32).ravel(), unsigned.ravel(), signed.ravel(), np.zeros(16, np.int32))
+    unsigned, signed, right_unsigned = (np.zeros((16, 16), np.int32) for _ in range(3))
+    _matrix(a.view(np.int32).ravel(), b.view(np.int32).ravel(), unsigned.ravel(), signed.ravel(), right_unsigned.ravel(),
+            np.zeros(16, np.int32))
     left = a[1:1 + 16 * 17].reshape(16, 17, 4)[:, :16]
-    right = b[2:2 + 16 * 18].reshape(16, 18, 4)[:, :16].astype(int)
-    np.testing.assert_array_equal(signed, np.einsum("ikm,kjm->ij", left.astype(int), right))
-    np.testing.assert_array_equal(unsigned, np.einsum("ikm,kjm->ij", left.view(np.uint8).astype(int), right))
+    right = b[2:2 + 16 * 18].reshape(16, 18, 4)[:, :16]
+    np.testing.assert_array_equal(signed, np.einsum("ikm,kjm->ij", left.astype(int), right.astype(int)))
+    np.testing.assert_array_equal(unsigned, np.einsum("ikm,kjm->ij", left.view(np.uint8).astype(int), right.astype(int)))
+    np.testing.assert_array_equal(right_unsigned,
+                                  np.einsum("ikm,kjm->ij", left.astype(int), right.view(np.uint8).astype(int)))
 
 
 @njit(error_model="numpy")

@@ -6,7 +6,7 @@ from edgeattn import threads
 from edgeattn.jit import entry
 
 from . import fused_dynamic as f
-from .layer_float32 import _LOG2_E, _NO_BIAS, _NO_KEEP, _strides
+from .layer_float32 import _LOG2_E, _NO_BIAS, _NO_KEEP, _flat, _strides
 from .matmul import MATRIX, MATRIX_TOKENS, pack_byte_panels, pad_heads, padded_head, place, round_up
 from .simd import LANES, OFFSET, ROWS, WIDTH
 
@@ -120,9 +120,10 @@ class DynamicLayer:
         self.output_dim = Eo
         self._plans, self._run = {}, None
 
-    def _plan(self, B, L, S, masked):
+    def _plan(self, B, L, S, masked, same):
         """(parameters, shared elements, private elements, work) for one shape."""
         p = self._parameters.copy()
+        p[f.P_SAME_KV] = same
         shared, private = map(int, plan(p, B, L, S, masked))
         H, Hkv, Dp, Dvp, Eq, Ek, Ev, Eo = (int(p[i]) for i in (f.P_HEADS, f.P_KV_HEADS, f.P_D_PAD, f.P_DV_PAD, f.P_EQ,
                                                                f.P_EK, f.P_EV, f.P_EO))
@@ -134,14 +135,15 @@ class DynamicLayer:
         """out (B, L, Eo) from xq (B, L, Eq), xk (B, S, Ek), xv (B, S, Ev): float32, C order; masks as FloatLayer."""
         B, L, S = xq.shape[0], xq.shape[1], xk.shape[1]
         masked = keep is not None or bias is not None
-        plan = self._plans.get((B, L, S, masked))
+        key = (B, L, S, masked, xk is xv)
+        plan = self._plans.get(key)
         if plan is None:
             if len(self._plans) > 64:
                 self._plans.clear()
-            plan = self._plans[B, L, S, masked] = self._plan(B, L, S, masked)
+            plan = self._plans[key] = self._plan(*key)
         p, shared_size, private_size, work = plan
-        p = p.copy()
-        p[f.P_SAME_KV] = xk is xv
+        if masked or band is not None:
+            p = p.copy()
         if band is not None:
             p[f.P_BAND], p[f.P_LOW], p[f.P_HIGH] = 1, band[0], band[1]
         if keep is not None:
@@ -150,7 +152,7 @@ class DynamicLayer:
             p[f.P_BIAS_B:f.P_BIAS_S + 1] = _strides(bias, None)
         keep = _NO_KEEP if keep is None else keep.reshape(-1).view(np.uint8)
         bias = _NO_BIAS if bias is None else bias.reshape(-1)
-        arguments = (xq.reshape(-1), xk.reshape(-1), xv.reshape(-1), out.reshape(-1), self._weights, self._factors, p,
+        arguments = (*_flat(xq, xk, xv), out.reshape(-1), self._weights, self._factors, p,
                      keep, bias)
         if self._run is None:
             self._run = entry(f.layer_dynamic, (*arguments, np.zeros(1, np.int32), np.zeros(1, np.int64), 1))

@@ -20,6 +20,7 @@ from .simd import (
     matrix_dot,
     matrix_load,
     matrix_store,
+    quotient,
     rank_one,
     tile_load,
     tile_of_columns,
@@ -31,6 +32,8 @@ from .simd import (
 DEPTH_BLOCK = 192
 MATRIX = ISA.amx  # whether a matrix unit multiplies bytes, 16 groups of four at a time
 MATRIX_TOKENS = 2 * MATRIX_ROWS
+MATRIX_DEPTH = 16 if MATRIX else 1  # what the depth of a product of bytes must be a multiple of, in groups of four
+MATRIX_SCRATCH = MATRIX_TOKENS * WIDTH if MATRIX else 0
 
 
 @register_jitable
@@ -89,29 +92,78 @@ def multiply(tile, a, at_a, row_step, step, b, at_b, depth):
 
 
 @inlined
-def matrix_multiply(x, at_x, x_row, weights, at_weight, at_bias, depth4, out, at_out):
-    """out (MATRIX_TOKENS, WIDTH) int32 = x w^T + bias by the matrix unit; depth4 a multiple of 16.
+def matrix_multiply(x, at_x, x_row, rows, weights, at_weight, bias, at_bias, depth4):
+    """Tiles 0 to 3 of the matrix unit = x w^T + bias, a block (MATRIX_TOKENS, WIDTH); at least its first `rows`.
 
-    x (MATRIX_TOKENS, depth4) unsigned bytes, rows x_row apart; weights: one panel (depth4, WIDTH) and its bias.
+    x        (MATRIX_TOKENS, depth4) groups of four bytes, depth4 a multiple of 16, rows x_row apart
+    weights  one panel (depth4, WIDTH); bias (WIDTH,)
     """
-    for_rows = MATRIX_ROWS * x_row
-    matrix_load(0, weights, at_bias, 0)  # every row of the tile is the bias
-    matrix_load(1, weights, at_bias + 16, 0)
-    matrix_load(2, weights, at_bias, 0)
-    matrix_load(3, weights, at_bias + 16, 0)
+    below = MATRIX_ROWS * x_row
+    both = rows > MATRIX_ROWS
+    matrix_load(0, bias, at_bias, 0)  # every row of the tile is the bias
+    matrix_load(1, bias, at_bias + 16, 0)
+    if both:
+        matrix_load(2, bias, at_bias, 0)
+        matrix_load(3, bias, at_bias + 16, 0)
     for k in range(0, depth4, 16):
         matrix_load(4, x, at_x + k, x_row)
         matrix_load(6, weights, at_weight + k * WIDTH, WIDTH)
         matrix_load(7, weights, at_weight + k * WIDTH + 16, WIDTH)
-        matrix_load(5, x, at_x + for_rows + k, x_row)
-        matrix_dot(0, 4, 6)
-        matrix_dot(1, 4, 7)
-        matrix_dot(2, 5, 6)
-        matrix_dot(3, 5, 7)
+        matrix_dot(0, 4, 6, x, weights)
+        matrix_dot(1, 4, 7, x, weights)
+        if both:
+            matrix_load(5, x, at_x + below + k, x_row)
+            matrix_dot(2, 5, 6, x, weights)
+            matrix_dot(3, 5, 7, x, weights)
+
+
+@inlined
+def matrix_keep(rows, out, at_out):
+    """out (MATRIX_TOKENS, WIDTH) = what `matrix_multiply` computed, at least its first `rows`."""
     matrix_store(0, out, at_out, WIDTH)
     matrix_store(1, out, at_out + 16, WIDTH)
-    matrix_store(2, out, at_out + MATRIX_ROWS * WIDTH, WIDTH)
-    matrix_store(3, out, at_out + MATRIX_ROWS * WIDTH + 16, WIDTH)
+    if rows > MATRIX_ROWS:
+        matrix_store(2, out, at_out + MATRIX_ROWS * WIDTH, WIDTH)
+        matrix_store(3, out, at_out + MATRIX_ROWS * WIDTH + 16, WIDTH)
+
+
+@inlined
+def linear(finish, arguments, x, at_x, x_row, x_step, tokens, weights, at_weight, bias, at_bias, features, depth4,
+           tiles, at_tiles):
+    """finish(tile, t, f, *arguments) with every register tile of x w^T + bias: tokens from t, features from f on.
+
+    arguments  not a function first: Numba would take them all for functions
+    x          group k of four bytes of token t at at_x + t x_row + k x_step
+    weights    panels (features / WIDTH, depth4, WIDTH); bias (features,) int32
+    tokens     a multiple of ROWS, or x holds as many more
+
+    With a matrix unit x_step is 1, depth4 a multiple of MATRIX_DEPTH, and x holds a multiple of 16 tokens. `tiles`,
+    MATRIX_SCRATCH elements, then holds one block, which is finished while the next one is multiplied.
+    """
+    if MATRIX:
+        blocks = (tokens + MATRIX_TOKENS - 1) // MATRIX_TOKENS * (features // WIDTH)
+        t, f, t_before, f_before = 0, 0, 0, 0
+        for block in range(blocks + 1):
+            if block < blocks:
+                matrix_multiply(x, at_x + t * x_row, x_row, tokens - t, weights, at_weight + f * depth4,
+                                bias, at_bias + f, depth4)
+            if block > 0:
+                for i in range(0, min(MATRIX_TOKENS, tokens - t_before), ROWS):
+                    tile = tile_load(ROWS, COLUMNS, tiles, at_tiles + i * WIDTH, WIDTH, LANES)
+                    finish(tile, t_before + i, f_before, *arguments)
+            if block < blocks:
+                matrix_keep(tokens - t, tiles, at_tiles)
+            t_before, f_before = t, f
+            t += MATRIX_TOKENS
+            if t >= tokens:
+                t = 0
+                f += WIDTH
+    else:
+        for f in range(0, features, WIDTH):
+            for t in range(0, tokens, ROWS):
+                tile = tile_of_columns(ROWS, COLUMNS, bias, at_bias + f)
+                tile = multiply(tile, x, at_x + t * x_row, x_row, x_step, weights, at_weight + f * depth4, depth4)
+                finish(tile, t, f, *arguments)
 
 
 @inlined
@@ -124,7 +176,8 @@ def linear_tile(use_matrix, t, x, x_row, weights, at_weight, at_bias, depth4, ti
     if use_matrix:
         ahead = t % MATRIX_TOKENS
         if ahead == 0:
-            matrix_multiply(x, t * x_row, x_row, weights, at_weight, at_bias, depth4, tiles, at_tiles)
+            matrix_multiply(x, t * x_row, x_row, MATRIX_TOKENS, weights, at_weight, weights, at_bias, depth4)
+            matrix_keep(MATRIX_TOKENS, tiles, at_tiles)
         tile = tile_load(ROWS, COLUMNS, tiles, at_tiles + ahead * WIDTH, WIDTH, LANES)
     else:
         tile = tile_of_columns(ROWS, COLUMNS, weights, at_bias)
@@ -135,7 +188,8 @@ def linear_tile(use_matrix, t, x, x_row, weights, at_weight, at_bias, depth4, ti
 @inlined
 def feature_position(feature, block, block_step):
     """Where `feature` of token 0 lies in the layout (features / block, tokens, block)."""
-    return feature // block * block_step + feature % block
+    number = quotient(feature, block)
+    return number * block_step + feature - number * block
 
 
 @inlined

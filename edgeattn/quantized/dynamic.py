@@ -94,7 +94,7 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention):
                 out is None and type(query) is np.ndarray and query.dtype == np.float32 and query.ndim == 3
                 and query.shape[2] == self.embed_dim == self.kdim == self.vdim and query.flags.carray and query.size
                 and self.output_dim and need_weights is False and average_attn_weights is False
-                and window_size is NO_WINDOW and alibi_slopes is None and kv_cache is None
+                and window_size is NO_WINDOW and alibi_slopes is None and kv_cache is None and causal_alignment is None
                 and type(softcap) is float and not softcap and not self.extra_keys):
             # what small layers are called with, again and again: self-attention, nothing masked
             return self._kernel(query, query, query, np.empty((*query.shape[:2], self.output_dim), np.float32))

@@ -9,7 +9,7 @@ import numpy as np
 
 from edgeattn import arithmetic as rules
 from edgeattn.arithmetic import CODE_MIN
-from edgeattn.checks import check_out, count, deliver, flag, float_array, number, result_dtype
+from edgeattn.checks import as_array, check_out, count, deliver, flag, float_array, is_one_of, number, result_dtype
 from edgeattn.cpu.layer_int8 import StaticLayer
 from edgeattn.layers.call import NO_WINDOW, check_cache, resolve_call_mask
 from edgeattn.masks import resolve_mask
@@ -181,7 +181,7 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
             For another kind of mask, and for a layer that was calibrated without masks: its lowest code may stand for a
             score like any other.
         """
-        mask = np.asarray(mask)
+        mask = as_array("mask", mask)
         if mask.dtype != np.bool_:
             raise TypeError(f"mask must be bool (True = attend); got {mask.dtype}")
         if self.mask_margin == 0:
@@ -263,7 +263,8 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         average = flag("average_attn_weights", average_attn_weights)
         masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask, "is_causal": is_causal,
                  "causal_alignment": causal_alignment, "window_size": window_size}
-        inputs = [None if x is None else np.asarray(x) for x in self._distinct(query, key, value)]
+        inputs = [None if x is None else as_array(name, x)
+                  for name, x in zip(INPUTS, self._distinct(query, key, value), strict=True)]
         codes = [None if x is None else self.quantize_input(x, name) for name, x in zip(INPUTS, inputs, strict=True)]
         nan = [None if x is None else np.isnan(x).any(-1) for x in inputs]
         dtype = result_dtype(*(x for x in inputs if x is not None))
@@ -295,7 +296,9 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
 
     def quantize_input(self, x, name: str = "query") -> np.ndarray:
         """int8 codes of a float input; ``name`` is "query", "key" or "value"."""
-        x = np.asarray(x)
+        if not is_one_of(name, INPUTS):
+            raise ValueError(f"name must be 'query', 'key' or 'value'; got {name!r}")
+        x = as_array(name, x)
         if x.dtype == np.int8:
             raise TypeError(f"{name} must be a float array; got int8 (codes go to run_int8)")
         return self.tensors[f"{INPUTS[self.sources[INPUTS.index(name)]]}_input"].quantize(float_array(name, x))
@@ -360,7 +363,7 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
                 out is None and self._classes is None and type(query) is np.ndarray and query.dtype == np.int8
                 and query.ndim == 3 and query.shape[2] == self.embed_dim and query.flags.carray and query.size
                 and self.sources == (0, 0, 0) and self.output_dim and window_size is NO_WINDOW and kv_cache is None
-                and need_weights is False):
+                and need_weights is False and causal_alignment is None):
             # what small layers are called with, again and again: self-attention, nothing masked
             result = np.empty((*query.shape[:2], self.output_dim), np.int8)
             return self._kernel(query, query, query, result, None, None, None, self._tables)
@@ -368,8 +371,8 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         query, key, value = self._check_codes(query, key, value)
         lead, L, S = query.shape[:-2], query.shape[-2], key.shape[-2]
         check_out(out, (*lead, L, self.output_dim), np.dtype(np.int8))
-        if attn_mask is not None and np.asarray(attn_mask).dtype != np.bool_:
-            raise TypeError(f"attn_mask must be bool for int8 (True = attend); got {np.asarray(attn_mask).dtype}; "
+        if attn_mask is not None and (attn_mask := as_array("attn_mask", attn_mask)).dtype != np.bool_:
+            raise TypeError(f"attn_mask must be bool for int8 (True = attend); got {attn_mask.dtype}; "
                             "for a mask with -inf pass mask == 0")
         masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask, "is_causal": is_causal,
                  "causal_alignment": causal_alignment, "window_size": window_size}
@@ -451,7 +454,7 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
 
 def _codes(x, name: str) -> np.ndarray:
     """A C-contiguous int8 view or copy of an input."""
-    x = np.asarray(x)
+    x = as_array(name, x)
     if x.dtype != np.int8:
         raise TypeError(f"{name} must be int8; got {x.dtype} (floats go to the call itself)")
     if x.ndim not in (2, 3):
