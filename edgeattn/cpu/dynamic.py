@@ -36,11 +36,17 @@ from .simd import (
     store,
     store_bytes,
     sum_lanes,
+    tile_get,
+    tile_load,
+    tile_map,
+    tile_row_sums,
     to_float,
     transpose_block,
 )
 from .softmax import exp2, exp2_roughly, log2_roughly
 
+TOKENS = 32  # tokens that are quantized at a time: whole blocks of W for every instruction set
+BLOCKS = TOKENS // WIDTH
 STEP = 4 * LANES  # bytes that are joined at a time
 SHIFT = 0 if MATRIX else OFFSET  # what is added to the signed bytes in lanes before a product
 FLIP = np.int32(-2139062144) if SHIFT else np.int32(0)  # four bytes plus SHIFT
@@ -54,6 +60,7 @@ _LARGEST = np.float32(127)
 _LARGEST_FLOAT = np.float32(3.4028235e38)
 _LOG2_LARGEST = np.float32(np.log2(127))
 _LOG2_TOP = np.float32(np.log2(255))
+_SMALLEST = np.float32(1e-30)  # its reciprocal is a float32 too
 _SMALLEST_VALUE = np.float32(127 * 2.0**-60)  # values have a scale of 2**-60 at least, as all tensors have
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 
@@ -221,6 +228,87 @@ def quantize_values(x, at, rows, out, at_out, row_bytes, logs, at_logs, inverses
         for d in range(rows):
             codes = round_to_int(load(x, at + d * WIDTH + c) * inverse)
             store_bytes(out, at_out + d * row_bytes + c, codes)
+
+
+@inlined
+def seen_by_any(key, keep, at_keep, keep_head, keep_row, keep_key, bias, at_bias, bias_head, bias_row, bias_key,
+                heads, queries, band, low_edge, high_edge):
+    """Whether any query of any head may see `key`."""
+    if band and not (low_edge <= key <= queries - 1 + high_edge):
+        return False
+    if keep.size == 0 and bias.size == 0:
+        return True
+    for h in range(heads if keep_head != 0 or bias_head != 0 else 1):
+        for q in range(queries if keep_row != 0 or bias_row != 0 else 1):
+            kept = keep.size == 0 or keep[at_keep + h * keep_head + q * keep_row + key * keep_key] != 0
+            if kept and (bias.size == 0
+                         or bias[at_bias + h * bias_head + q * bias_row + key * bias_key] != -np.inf):
+                return True
+    return False
+
+
+@inlined
+def weigh_tokens(weights, at, tokens, keep, at_keep, keep_head, keep_row, keep_key, bias, at_bias, bias_head, bias_row,
+                 bias_key, heads, queries, band, low_edge, high_edge):
+    """weights (TOKENS,), magnitudes of the first keys, to their parts in a mean: alike in units of those magnitudes.
+
+    So that a large one does not outweigh all others; none for what no query sees, and for what is not finite.
+    """
+    total = _ZERO
+    for s in range(TOKENS):
+        weight, size = _ZERO, weights[at + s]
+        if s < tokens and _SMALLEST < size < _INFINITY and seen_by_any(
+                s, keep, at_keep, keep_head, keep_row, keep_key, bias, at_bias, bias_head, bias_row, bias_key, heads,
+                queries, band, low_edge, high_edge):
+            weight = _ONE / size
+        weights[at + s] = weight
+        total += weight
+    for s in range(TOKENS):
+        weights[at + s] /= max(total, _SMALLEST)
+
+
+@inlined
+def weigh(v, weights, at, plane):
+    """v times weights[at:], 0 where the weight is 0 whatever v is there."""
+    w = load(weights, at)
+    return select(w > splat(_ZERO), v * w, splat(_ZERO))
+
+
+@inlined
+def token_sums(values, at, block_step, j, at_weight):
+    """Of LANES rows, the weighted sums over the tokens from j LANES on, LANES of them."""
+    b, c = j * LANES // WIDTH, j * LANES % WIDTH
+    tile = tile_load(LANES, 1, values, at + b * block_step + c, WIDTH, 0)
+    return tile_get(tile_row_sums(tile_map(tile, weigh, values, at_weight + j * LANES, 0, 0)), 0, 0)
+
+
+@inlined
+def pair_sums(values, at, block_step, j, at_weight):
+    """`token_sums` of j and of j + 1."""
+    return token_sums(values, at, block_step, j, at_weight) + token_sums(values, at, block_step, j + 1, at_weight)
+
+
+@inlined
+def subtract_mean(values, at, block_step, rows, at_weight, shared, at_mean):
+    """values (blocks, rows, W) minus their weighted mean over all tokens, which is left, negative, in shared[at_mean:].
+
+    The sums are trees of neighbours, the same for every number of lanes.
+    """
+    for d in range(0, rows, LANES):
+        here = at + d * WIDTH
+        total = pair_sums(values, here, block_step, 0, at_weight)
+        if TOKENS // LANES >= 4:
+            total = total + pair_sums(values, here, block_step, 2, at_weight)
+        if TOKENS // LANES == 8:
+            total = total + (pair_sums(values, here, block_step, 4, at_weight)
+                             + pair_sums(values, here, block_step, 6, at_weight))
+        store(shared, at_mean + d, splat(_ZERO) - total)
+    for b in range(BLOCKS):
+        for d in range(rows):
+            minus = broadcast(shared, at_mean + d)
+            for c in range(0, WIDTH, LANES):
+                i = at + b * block_step + d * WIDTH + c
+                store(values, i, load(values, i) + minus)
 
 
 @inlined

@@ -15,8 +15,10 @@ from edgeattn.crew import separate, share
 from edgeattn.jit import inlined, jit
 
 from .dynamic import (
+    BLOCKS,
     FLIP,
     SHIFT,
+    TOKENS,
     attend_bytes,
     depth_groups,
     inverse_of,
@@ -28,11 +30,13 @@ from .dynamic import (
     quantize_rows,
     quantize_values,
     scale_of,
+    subtract_mean,
     turn,
+    weigh_tokens,
 )
 from .fused import ATTENDING, PROJECTING, fill_mask, portions, visible_range
 from .linear_dynamic import FLIP as UNSIGNED
-from .linear_dynamic import TOKENS, linear_rows
+from .linear_dynamic import linear_rows
 from .matmul import MATRIX, MATRIX_DEPTH, ROW_STEP, lane_product, round_up
 from .simd import (
     LANES,
@@ -43,23 +47,13 @@ from .simd import (
     load,
     matrix_configure,
     matrix_release,
-    select,
     splat,
     store,
-    tile_get,
-    tile_load,
-    tile_map,
-    tile_row_sums,
     to_float,
 )
 
 SMOOTHING = 0  # the phase before those of fused.py
 QUERIES, KEYS, VALUES = 0, 1, 2
-_BLOCKS = TOKENS // WIDTH
-_ZERO = np.float32(0)
-_ONE = np.float32(1)
-_SMALLEST = np.float32(1e-30)  # its reciprocal is a float32 too
-_INFINITY = np.float32(np.inf)
 
 (P_L, P_S, P_EQ, P_EK, P_EV, P_EO, P_HEADS, P_KV_HEADS, P_D, P_DV, P_D_PAD, P_DV_PAD, P_HAS_OUT, P_SAME_QK, P_SAME_KV,
  P_WQ, P_CQ, P_WK, P_CK, P_WV, P_CV, P_WO, P_CO,  # bytes, and what SHIFT adds to their products, in the int32 weights
@@ -75,23 +69,6 @@ _INFINITY = np.float32(np.inf)
 def heads_together(size):
     """Of how many heads with `size` features the rows are projected at once: enough to fill a matrix unit."""
     return max(2 * MATRIX_ROWS // size, 1)
-
-
-@inlined
-def seen_by_any(key, keep, at_keep, keep_head, keep_row, keep_key, bias, at_bias, bias_head, bias_row, bias_key,
-                heads, queries, band, low_edge, high_edge):
-    """Whether any query of any head may see `key`."""
-    if band and not (low_edge <= key <= queries - 1 + high_edge):
-        return False
-    if keep.size == 0 and bias.size == 0:
-        return True
-    for h in range(heads if keep_head != 0 or bias_head != 0 else 1):
-        for q in range(queries if keep_row != 0 or bias_row != 0 else 1):
-            kept = keep.size == 0 or keep[at_keep + h * keep_head + q * keep_row + key * keep_key] != 0
-            if kept and (bias.size == 0
-                         or bias[at_bias + h * bias_head + q * bias_row + key * bias_key] != -np.inf):
-                return True
-    return False
 
 
 @inlined
@@ -114,55 +91,11 @@ def project_rows(weights, at_weight, at_correction, depth4, factors, at_factor, 
 def quantize_block(x, at, E, tokens, p, private, private_f):
     """Up to TOKENS rows of x to bytes with tokens in lanes, block of W by block, and their scales."""
     E4 = depth_groups(E)
-    for b in range(_BLOCKS):
+    for b in range(BLOCKS):
         some = max(min(tokens - b * WIDTH, WIDTH), 0)
         quantize_rows(x, at + b * WIDTH * E, E, some, WIDTH, FLIP, private, p[P_AT_NATURAL], private_f,
                       p[P_AT_XSCALE] + b * WIDTH, private, private_f, p[P_AT_INVERSE], p[P_AT_TAIL])
         turn(private, p[P_AT_NATURAL], WIDTH, E4, private, p[P_AT_X] + b * E4 * WIDTH)
-
-
-@inlined
-def weigh(v, weights, at, plane):
-    """v times weights[at:], 0 where the weight is 0 whatever v is there."""
-    w = load(weights, at)
-    return select(w > splat(_ZERO), v * w, splat(_ZERO))
-
-
-@inlined
-def token_sums(values, at, block_step, j, at_weight):
-    """Of LANES rows, the weighted sums over the tokens from j LANES on, LANES of them."""
-    b, c = j * LANES // WIDTH, j * LANES % WIDTH
-    tile = tile_load(LANES, 1, values, at + b * block_step + c, WIDTH, 0)
-    return tile_get(tile_row_sums(tile_map(tile, weigh, values, at_weight + j * LANES, 0, 0)), 0, 0)
-
-
-@inlined
-def pair_sums(values, at, block_step, j, at_weight):
-    """`token_sums` of j and of j + 1."""
-    return token_sums(values, at, block_step, j, at_weight) + token_sums(values, at, block_step, j + 1, at_weight)
-
-
-@inlined
-def subtract_mean(values, at, block_step, rows, at_weight, shared, at_mean):
-    """values (blocks, rows, W) minus their weighted mean over all tokens, which is left, negative, in shared[at_mean:].
-
-    The sums are trees of neighbours, the same for every number of lanes.
-    """
-    for d in range(0, rows, LANES):
-        here = at + d * WIDTH
-        total = pair_sums(values, here, block_step, 0, at_weight)
-        if TOKENS // LANES >= 4:
-            total = total + pair_sums(values, here, block_step, 2, at_weight)
-        if TOKENS // LANES == 8:
-            total = total + (pair_sums(values, here, block_step, 4, at_weight)
-                             + pair_sums(values, here, block_step, 6, at_weight))
-        store(shared, at_mean + d, splat(_ZERO) - total)
-    for b in range(_BLOCKS):
-        for d in range(rows):
-            minus = broadcast(shared, at_mean + d)
-            for c in range(0, WIDTH, LANES):
-                i = at + b * block_step + d * WIDTH + c
-                store(values, i, load(values, i) + minus)
 
 
 @inlined
@@ -183,13 +116,13 @@ def project_heads(kind, heads, size, E, weights, at_weight, at_correction, facto
     for h0 in range(0, heads, together):
         count = min(together, heads - h0)
         row = h0 * size
-        for b in range(_BLOCKS):
+        for b in range(BLOCKS):
             project_rows(weights, at_weight + h0 // together * group_rows * E4, at_correction + row, E4, factors,
                          at_factor + row, bias, at_bias + row, count * size, private_u, p[P_AT_X] + b * E4 * WIDTH,
                          private_f, p[P_AT_XSCALE] + b * WIDTH, private, private_f, at_values + b * values_step)
         if kind == KEYS and smooth:
             subtract_mean(private_f, at_values, values_step, count * size, p[P_AT_WEIGHTS], shared_f, p[P_MEAN] + row)
-        for b in range(_BLOCKS):
+        for b in range(BLOCKS):
             for h in range(h0, h0 + count):
                 at = at_values + b * values_step + (h - h0) * size * WIDTH
                 to_scale = at_scale + b * block_step + h * scale_step
@@ -255,24 +188,16 @@ def layer_part(xq, xk, xv, out, weights, factors, p, keep, bias, scratch, batch,
             if is_query:
                 continue
             if phase == SMOOTHING:
-                # tokens that a query sees, each in units of its own scale, so that one does not outweigh all others
-                total = _ZERO
                 for s in range(TOKENS):
-                    weight, scale = _ZERO, private_f[at_xscale + s]
-                    if s < tokens and _SMALLEST < scale < _INFINITY and seen_by_any(
-                            s, keep, batch * p[P_KEEP_B], p[P_KEEP_H], p[P_KEEP_L], p[P_KEEP_S],
-                            bias, batch * p[P_BIAS_B], p[P_BIAS_H], p[P_BIAS_L], p[P_BIAS_S], H, L, band, p[P_LOW],
-                            p[P_HIGH]):
-                        weight = _ONE / scale
-                    private_f[p[P_AT_WEIGHTS] + s] = weight
-                    total += weight
-                for s in range(TOKENS):
-                    private_f[p[P_AT_WEIGHTS] + s] /= max(total, _SMALLEST)
+                    private_f[p[P_AT_WEIGHTS] + s] = private_f[at_xscale + s]
+                weigh_tokens(private_f, p[P_AT_WEIGHTS], tokens, keep, batch * p[P_KEEP_B], p[P_KEEP_H], p[P_KEEP_L],
+                             p[P_KEEP_S], bias, batch * p[P_BIAS_B], p[P_BIAS_H], p[P_BIAS_L], p[P_BIAS_S], H, L, band,
+                             p[P_LOW], p[P_HIGH])
             minus, at_minus = (factors, p[P_BK]) if phase == SMOOTHING else (shared_f, p[P_MEAN])  # of those, 0
             project_heads(KEYS, Hkv, Dp, Ek, weights, p[P_WK], p[P_CK], factors, p[P_SK], minus, at_minus,
                           phase == SMOOTHING, p, private, private_u, private_f, private, shared_b, p[P_AT_KEYS],
                           K4 * WIDTH, 0, 0, shared, shared_f, at_kscale + t, S_up, WIDTH, at_kterm + t, S_up)
-            for b in range(_BLOCKS):
+            for b in range(BLOCKS):
                 keys_to_rows(private, p[P_AT_KEYS] + b * K4 * WIDTH, K4, shared, (t + b * WIDTH) * K4, K4)
             if p[P_SAME_KV] == 0:
                 quantize_block(xv, (batch * S + t) * Ev, Ev, tokens, p, private, private_f)

@@ -6,10 +6,10 @@ from edgeattn import threads
 from edgeattn.jit import entry
 
 from . import fused_dynamic as f
-from .dynamic import SHIFT, STEP
+from .dynamic import SHIFT, STEP, TOKENS
 from .fused import KEY_BLOCK
 from .layer_float32 import _LOG2_E, _NO_BIAS, _NO_KEEP, _flat, _strides
-from .linear_dynamic import TILES_SIZE, TOKENS, join_depth
+from .linear_dynamic import TILES_SIZE, join_depth
 from .matmul import MATRIX_DEPTH, ROW_STEP, pack_byte_panels, pack_byte_rows, place, round_up
 from .simd import LANES, MATRIX_ROWS, OFFSET, WIDTH
 

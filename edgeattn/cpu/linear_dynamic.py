@@ -8,7 +8,7 @@ import numpy as np
 from edgeattn import threads
 from edgeattn.jit import entry, inlined, jit
 
-from .dynamic import STEP, depth_groups, quantize_rows
+from .dynamic import STEP, TOKENS, depth_groups, quantize_rows
 from .matmul import MATRIX, MATRIX_SCRATCH, linear, pack_byte_panels, round_up
 from .simd import (
     LANES,
@@ -25,7 +25,6 @@ from .simd import (
     to_float,
 )
 
-TOKENS = 32  # tokens that each pass over the weights serves; whole tiles for every instruction set
 FLIP = np.int32(-2139062144) if OFFSET else np.int32(0)  # four bytes plus OFFSET
 TILES_SIZE = MATRIX_SCRATCH + max(ROWS * WIDTH, 16)  # a block of the matrix unit, or its description; one tile
 
