@@ -6,7 +6,7 @@ import math
 import numpy as np
 
 from edgeattn.checks import check_out, deliver, flag, float_array, number, result_dtype, to_float32
-from edgeattn.cpu import functional_float32, plain
+from edgeattn.cpu import functional_dynamic, functional_float32, plain
 from edgeattn.masks import resolve_mask
 
 _SMALLEST_SOFTCAP = 1e-30  # its reciprocal is a float32 too
@@ -28,6 +28,7 @@ def scaled_dot_product_attention(
     alibi_slopes=None,
     return_weights=False,
     return_lse=False,
+    precision="float32",
     out=None,
 ):
     """softmax(query key^T * scale + mask) value.
@@ -71,6 +72,10 @@ def scaled_dot_product_attention(
     return_lse : bool
         Return log(sum(exp(scores))) over the permitted keys too: what is needed to join the results over parts
         of the keys. With the probabilities it gives the scores that softmax saw, log(weights) + lse.
+    precision : {"float32", "int8"}
+        Of the two products. "int8" quantizes every query, key, value and row of probabilities by its own range as it
+        comes, as dynamic int8 layers do; the softmax stays float32. Without `softcap`, `return_weights` and
+        `return_lse`, and not on CUDA.
     out : (..., H, L, Dv) array, optional
         Takes the result; of the result's dtype. It may overlap inputs.
 
@@ -89,6 +94,8 @@ def scaled_dot_product_attention(
         Naming the argument, what was required and what came.
     """
     on_cuda = not isinstance(query, np.ndarray) and hasattr(query, "__cuda_array_interface__")
+    if precision != "float32":
+        _check_precision(precision, softcap, return_weights, return_lse, on_cuda)
     if on_cuda:
         from edgeattn.on_cuda import functional as on_cuda
 
@@ -154,11 +161,25 @@ def scaled_dot_product_attention(
         )
     else:
         keep, bias, band = mask.for_kernels()
-        functional_float32.attention(q, k, v, context, scale, softcap, keep, bias, band)
+        if precision == "int8":
+            functional_dynamic.attention(q, k, v, context, scale, keep, bias, band)
+        else:
+            functional_float32.attention(q, k, v, context, scale, softcap, keep, bias, band)
     result = deliver(result, out, dtype)
     if not (return_weights or return_lse):
         return result
     return (result, *([deliver(weights, None, dtype)] if return_weights else []), *([lse] if return_lse else []))
+
+
+def _check_precision(precision, softcap, return_weights, return_lse, on_cuda):
+    """Refuse what is no precision, and what the int8 products do not come with."""
+    if precision != "int8":
+        raise ValueError(f"precision must be 'float32' or 'int8', got {precision!r}")
+    for name, given in (("softcap", softcap), ("return_weights", return_weights), ("return_lse", return_lse)):
+        if given is not False and given != 0:
+            raise ValueError(f"{name} must be left out with precision='int8', got {given}; use precision='float32'")
+    if on_cuda:
+        raise ValueError("precision must be 'float32' for arrays on CUDA, got 'int8'")
 
 
 def default_scale(head_dim):

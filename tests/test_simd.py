@@ -111,6 +111,24 @@ def test_bytes_in_lanes():
 
 
 @njit(error_model="numpy")
+def _joined(a, numbers, joined, spread):
+    simd.store(joined, 0, simd.join_bytes(simd.load(a, 0), simd.load(a, N), simd.load(a, 2 * N), simd.load(a, 3 * N)))
+    simd.store(spread, 0, simd.broadcast(numbers, 1))
+
+
+def test_bytes_joined_and_a_number_in_every_lane():
+    a = np.random.default_rng(7).integers(-200, 200, 4 * N).astype(np.int32)
+    joined, spread = np.zeros(N, np.int32), np.zeros(N, np.float32)
+    _joined(a, np.array([1, 2.5], np.float32), joined, spread)
+    got = joined.view(np.int8)
+    for g in range(N // 4):
+        for i in range(4):
+            for j in range(4):
+                assert got[16 * g + 4 * i + j] == np.clip(a[i * N + 4 * g + j], -128, 127)
+    assert (spread == 2.5).all()
+
+
+@njit(error_model="numpy")
 def _product(a, b, out, depth, zero):
     tile = simd.tile_zero(ROWS, COLUMNS, zero)
     for k in range(depth):
@@ -337,6 +355,25 @@ def test_exponential_and_tanh():
     out = np.zeros_like(edges)
     _functions(edges, out, np.zeros_like(edges), reductions)
     assert np.isnan(out[0]) and out[1] == out[2] == np.float32(2.0**-126)
+
+
+@njit(error_model="numpy")
+def _rough_functions(x, powers, logarithms):
+    for i in range(0, x.size, N):
+        simd.store(powers, i, softmax.exp2_roughly(simd.load(x, i)))
+        simd.store(logarithms, i, softmax.log2_roughly(softmax.exp2(simd.load(x, i))))
+
+
+def test_rough_exponential_and_logarithm():
+    x = np.linspace(-126, 100, 4096).astype(np.float32)
+    powers, logarithms = np.zeros_like(x), np.zeros_like(x)
+    _rough_functions(x, powers, logarithms)
+    exact = np.exp2(x.astype(np.float64))
+    assert (np.abs(powers - exact) / exact).max() < 1.1e-4
+    assert np.abs(logarithms - x).max() < 1.2e-4
+    edges = np.resize(np.array([np.nan, -np.inf], np.float32), N)
+    _rough_functions(edges, powers, logarithms)
+    assert np.isnan(powers[0]) and powers[1] == np.float32(2.0**-126)
 
 
 def test_a_forced_instruction_set_must_exist_and_be_executable():

@@ -18,13 +18,16 @@ from .simd import (
     ROWS,
     WIDTH,
     matrix_dot,
+    matrix_dot_signed,
     matrix_load,
     matrix_store,
+    matrix_zero,
     quotient,
     rank_one,
     tile_load,
     tile_of_columns,
     tile_store,
+    tile_zero,
 )
 
 # Depths multiplied at a time: a panel this deep (24 KiB at 32 features) stays in the first-level cache while all
@@ -34,6 +37,7 @@ MATRIX = ISA.amx  # whether a matrix unit multiplies bytes, 16 groups of four at
 MATRIX_TOKENS = 2 * MATRIX_ROWS
 MATRIX_DEPTH = 16 if MATRIX else 1  # what the depth of a product of bytes must be a multiple of, in groups of four
 MATRIX_SCRATCH = MATRIX_TOKENS * WIDTH if MATRIX else 0
+ROW_STEP = MATRIX_ROWS if MATRIX else ROWS  # rows that `lane_product` writes at a time
 
 
 @register_jitable
@@ -81,6 +85,17 @@ def pack_byte_panels(weight):
     n, depth = weight.shape
     panels = weight.reshape(n // WIDTH, WIDTH, depth // 4, 4).transpose(0, 2, 1, 3)
     return np.ascontiguousarray(panels).view(np.int32).ravel()
+
+
+def pack_byte_rows(weight):
+    """int8 weight (N, depth), N a multiple of ROW_STEP, depth of 4 -> int32 for `lane_product`.
+
+    Rows one after the other; for a matrix unit, which needs a depth of 64, its tiles one after the other.
+    """
+    n, depth = weight.shape
+    if MATRIX:
+        weight = weight.reshape(n // MATRIX_ROWS, MATRIX_ROWS, depth // 64, 64).swapaxes(1, 2)
+    return np.ascontiguousarray(weight).view(np.int32).ravel()
 
 
 @inlined
@@ -167,22 +182,57 @@ def linear(finish, arguments, x, at_x, x_row, x_step, tokens, weights, at_weight
 
 
 @inlined
-def linear_tile(use_matrix, t, x, x_row, weights, at_weight, at_bias, depth4, tiles, at_tiles):
-    """x w^T + bias for the ROWS tokens from t on and one panel, t going up in steps of ROWS.
+def lane_product(unsigned, tiled, a, at_a, a_row, rows, b, at_b, depth4, out, at_out):
+    """out (rows, WIDTH) int32 = a b, bytes; the rows up to the next multiple of ROW_STEP are read and written too.
 
-    The matrix unit computes MATRIX_TOKENS tokens at once into `tiles`, from which the following calls are served;
-    x must then hold that many rows, whatever is in those past the last token.
+    a         int32: signed bytes, row r from a[at_a + r a_row] on, or as `pack_byte_rows` leaves them
+    b         uint32: (depth4, WIDTH), depth4 a multiple of MATRIX_DEPTH; what does not belong to the product is 0 here,
+              whatever `a` holds there
+    unsigned  a constant: whether b holds unsigned bytes; where it does not, a matrix unit takes them as they are, the
+              other instruction sets plus `OFFSET`
+    tiled     a constant: whether `pack_byte_rows` laid a out
     """
-    if use_matrix:
-        ahead = t % MATRIX_TOKENS
-        if ahead == 0:
-            matrix_multiply(x, t * x_row, x_row, MATRIX_TOKENS, weights, at_weight, weights, at_bias, depth4)
-            matrix_keep(MATRIX_TOKENS, tiles, at_tiles)
-        tile = tile_load(ROWS, COLUMNS, tiles, at_tiles + ahead * WIDTH, WIDTH, LANES)
+    if MATRIX:
+        row, next_depth, next_tile = a_row, 16, MATRIX_ROWS * a_row
+        if tiled:
+            row, next_depth, next_tile = 16, 16 * MATRIX_ROWS, MATRIX_ROWS * depth4
+        for r in range(0, rows, 2 * MATRIX_ROWS):
+            second = rows - r > MATRIX_ROWS
+            here = at_a + r // MATRIX_ROWS * next_tile
+            matrix_zero(0)
+            matrix_zero(1)
+            matrix_zero(2)
+            matrix_zero(3)
+            for k in range(0, depth4, 16):
+                matrix_load(6, b, at_b + k * WIDTH, WIDTH)
+                matrix_load(7, b, at_b + k * WIDTH + 16, WIDTH)
+                matrix_load(4, a, here, row)
+                if unsigned:
+                    matrix_dot(0, 4, 6, a, b)
+                    matrix_dot(1, 4, 7, a, b)
+                else:
+                    matrix_dot_signed(0, 4, 6)
+                    matrix_dot_signed(1, 4, 7)
+                if second:
+                    matrix_load(5, a, here + next_tile, row)
+                    if unsigned:
+                        matrix_dot(2, 5, 6, a, b)
+                        matrix_dot(3, 5, 7, a, b)
+                    else:
+                        matrix_dot_signed(2, 5, 6)
+                        matrix_dot_signed(3, 5, 7)
+                here += next_depth
+            to = at_out + r * WIDTH
+            matrix_store(0, out, to, WIDTH)
+            matrix_store(1, out, to + 16, WIDTH)
+            if second:
+                matrix_store(2, out, to + MATRIX_ROWS * WIDTH, WIDTH)
+                matrix_store(3, out, to + MATRIX_ROWS * WIDTH + 16, WIDTH)
     else:
-        tile = tile_of_columns(ROWS, COLUMNS, weights, at_bias)
-        tile = multiply(tile, x, t * x_row, x_row, 1, weights, at_weight, depth4)
-    return tile
+        for r in range(0, rows, ROWS):
+            tile = tile_zero(ROWS, COLUMNS, out)
+            tile = multiply(tile, a, at_a + r * a_row, a_row, 1, b, at_b, depth4)
+            tile_store(tile, out, at_out + r * WIDTH, WIDTH, LANES)
 
 
 @inlined

@@ -164,6 +164,17 @@ def load(typing, array, at):
 
 
 @intrinsic
+def broadcast(typing, array, at):
+    """v[l] = array[at], at never negative, for float32, int32 and uint32 arrays"""
+    vec = _OF_ARRAY[array.dtype]
+
+    def generate(context, builder, sig, args):
+        element = builder.load(builder.gep(_data(context, builder, sig.args[0], args[0]), [args[1]]))
+        return _splat(builder, element, context.get_value_type(vec))
+    return vec(array, types.intp), generate
+
+
+@intrinsic
 def load_first(typing, array, at, count):
     """v[l] = array[at + l] if l < count else 0, float32; nothing beyond is read"""
     def generate(context, builder, sig, args):
@@ -557,6 +568,14 @@ def pack_bytes(typing, a, b, c, d, zero_point):
     def generate(context, builder, sig, args):
         return _transpose_bytes(builder, _pack(builder, args[:4], args[4]))
     return I32(I32, I32, I32, I32, types.int32), generate
+
+
+@intrinsic
+def join_bytes(typing, a, b, c, d):
+    """byte 16 g + 4 i + j of v = clamp((a, b, c, d)[i][4 g + j], -128, 127): cheaper than any other order"""
+    def generate(context, builder, sig, args):
+        return _pack(builder, args, ir.Constant(_I32, 0))
+    return I32(I32, I32, I32, I32), generate
 
 
 @intrinsic

@@ -383,7 +383,7 @@ def static_attention(score_rule, context_rule, softmax):
                         for n in range(8):
                             for j in range(4):
                                 row = int32(warp * 16 + g + 8 * (j >> 1))
-                                write_b32(int32(e_at + row * E_ROW + (n * 8 + tg * 2 + (j & 1)) * 4), c[n, j])
+                                write_b32(int32(e_at + times(row, E_ROW) + (n * 8 + tg * 2 + (j & 1)) * 4), c[n, j])
                         cuda.syncwarp()
                         from_row = int32(e_at + (warp * 16 + (lane & 15)) * E_ROW)
                         for j in range(TILE):
@@ -398,7 +398,7 @@ def static_attention(score_rule, context_rule, softmax):
                         byte = probability(c[n, j], one[j >> 1], two[j >> 1])
                         p_sum[j >> 1] = int32(p_sum[j >> 1] + byte)
                         row = int32(warp * 16 + g + 8 * (j >> 1))
-                        write_s8(int32(p_at + row * PITCH + n * 8 + tg * 2 + (j & 1)), byte)
+                        write_s8(int32(p_at + times(row, PITCH) + n * 8 + tg * 2 + (j & 1)), byte)
                 stage_rows(v_at, t, value + k0, S_rows, int32(p[P_DV_UP] - d_out), True)
                 cuda.syncthreads()
                 multiply_u8s8(p_at, v_at, warp, lane, o)
