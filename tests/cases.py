@@ -107,7 +107,8 @@ CASES = [
     Case("scale", scale=0.7),
     Case("scale-zero", scale=0.0),
     Case("scale-negative", scale=-0.5),
-    Case("scale-large", L=16, S=64, D=32, scale=8.0),
+    # many rows: the largest error of few is an accident of the order in which some library sums
+    Case("scale-large", B=16, L=16, S=64, D=32, scale=8.0),
     Case("bool-full", B=2, H=3, L=5, S=9, bool_mask=(2, 3, 5, 9)),
     Case("bool-two-axes", B=2, H=3, L=5, S=9, bool_mask=(5, 9)),
     Case("bool-keys", B=2, L=5, S=9, bool_mask=(9,)),
