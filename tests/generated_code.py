@@ -80,13 +80,18 @@ def main(name, triple=None, cpu="", features=""):
     os.environ["EDGEATTN_ISA"] = name  # the package believes in that machine when it is imported, Numba does not
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
-    from edgeattn.cpu.matmul import multiply
+    from edgeattn.cpu.matmul import multiply, multiply_ahead
     from edgeattn.cpu.simd import COLUMNS, LANES, ROWS, WIDTH, tile_store, tile_zero
     llvm.get_host_cpu_features = real
 
     def product(a, b, out, depth):
         tile = tile_zero(ROWS, COLUMNS, b)
         tile = multiply(tile, a, 0, depth, 1, b, 0, depth)
+        tile_store(tile, out, 0, WIDTH, LANES)
+
+    def product_ahead(a, b, out, depth):
+        tile = tile_zero(ROWS, COLUMNS, b)
+        tile = multiply_ahead(tile, a, 0, depth, 1, b, 0, depth, depth * WIDTH, depth)
         tile_store(tile, out, 0, WIDTH, LANES)
 
     if triple is None:
@@ -96,6 +101,8 @@ def main(name, triple=None, cpu="", features=""):
         arrays = [types.Array(dtype, 1, "C") for dtype in dtypes]
         print("### float32" if dtypes[0] is types.float32 else "### bytes")
         print(assembly(product, (*arrays, types.int64), triple, cpu, features))
+        if dtypes[0] is types.float32:
+            print(assembly(product_ahead, (*arrays, types.int64), triple, cpu, features))
 
 
 if __name__ == "__main__":

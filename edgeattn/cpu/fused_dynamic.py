@@ -11,7 +11,7 @@ import numpy as np
 from edgeattn.crew import separate, share
 from edgeattn.jit import inlined, jit
 
-from .fused import ATTENDING, KEY_BLOCK, PROJECTING, fill_mask, mask_scores, portions, visible_range
+from .fused import ATTENDING, PROJECTING, fill_mask, mask_scores, portions, visible_range
 from .matmul import MATRIX, MATRIX_TOKENS, feature_position, linear_tile, multiply
 from .simd import (
     COLUMNS,
@@ -44,6 +44,7 @@ from .simd import (
 from .softmax import exp2
 
 TOKENS = 32
+KEY_BLOCK = 256
 _ZERO = np.float32(0)
 _ONE = np.float32(1)
 _LARGEST = np.float32(127)
