@@ -188,6 +188,7 @@ def add_codes(rule: str, lhs, lhs_q, rhs, rhs_q, output_q) -> np.ndarray:
 
 
 # -- softmax: every rule is a table of exp(-scale * d), d = row maximum - code, a sum, and a normalisation -----------
+# Weights and probabilities are functions of numbers, and of arrays element by element.
 
 
 @functools.cache
@@ -239,11 +240,10 @@ def lut_u16_weight(e):
 def lut_u16_probability(e, total):
     """``e / (total / 256)`` through a fixed-point reciprocal and the ``double`` rule."""
     inverse = np.float64(np.float32(1) / np.float32(np.float32(total) * np.float32(1 / 256)))
-    fraction, shift = math.frexp(inverse)
+    fraction, shift = np.frexp(inverse)
     q31 = np.int64(fraction * 2147483648.0 + 0.5)
     carry = q31 >> 31
-    q31, shift = q31 >> carry, shift + carry
-    return double(np.int64(e), q31, np.int64(shift), 0.0)
+    return double(np.int64(e), q31 >> carry, np.int64(shift) + carry, 0.0)
 
 
 FIXED_DIFFERENCE_BITS = 26  # scaled differences are Q5.26
@@ -304,16 +304,19 @@ def fixed_weight(e):
 
 
 def fixed_probability(e, total):
-    """``e / total`` by gemmlowp's Newton reciprocal; ``e`` Q0.31, ``total`` Q12.19 above zero."""
+    """``e / total`` by gemmlowp's Newton reciprocal; ``e`` Q0.31, ``total`` Q12.19 above zero.
+
+    From a sum of 512 on, where the runtimes abort, no probability reaches half a code: all are 0.
+    """
     mul = saturating_rounding_doubling_high_mul
-    bits = math.frexp(np.float64(total))[1]  # bit length; total < 2**31 is exact in float64
-    zeros = 32 - bits
+    total = np.minimum(np.int64(total), INT32_MAX)
+    zeros = 32 - np.int64(np.frexp(np.float64(total))[1])  # 32 - bit length; exact in float64
     fraction = (total << zeros) - 2**31  # 1 + fraction is total, normalised to [1, 2), Q0.31
     half_denominator = (fraction + INT32_MAX + 1) >> 1
     x = FORTY_EIGHT_OVER_SEVENTEEN + mul(half_denominator, MINUS_THIRTY_TWO_OVER_SEVENTEEN)
     for _ in range(3):
         x = x + (mul(x, 2**29 - mul(half_denominator, x)) << 2)
-    reciprocal = min(x << 1, 2147483647)
+    reciprocal = np.minimum(x << 1, INT32_MAX)
     return rounding_divide_by_pot(mul(reciprocal, np.int64(e)), 12 - zeros + 31 - 8)
 
 

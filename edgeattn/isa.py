@@ -8,6 +8,7 @@ float32 tile, and of a tile of bytes, stand in one turn of the loop: as many as 
 few as leave the compiler no room to load ahead until it runs out of registers.
 """
 import os
+import sys
 from typing import NamedTuple
 
 
@@ -126,3 +127,20 @@ def _host_features():
 
 
 ISA = choose(os.environ.get("EDGEATTN_ISA"), _host_features())
+
+
+def use(name):
+    """Let kernels be compiled for the instruction set `name`, whether or not this CPU has it.
+
+    For a process that compiles for another machine and runs nothing of it. The kernels read `ISA` when their modules
+    are imported, so this comes first.
+
+    Raises
+    ------
+    RuntimeError
+        If kernels have been imported already.
+    """
+    global ISA
+    if "edgeattn.jit" in sys.modules:
+        raise RuntimeError(f"isa.use({name!r}) must come before the first import of a kernel")
+    ISA = next(table for table in TABLES if table.name == name)

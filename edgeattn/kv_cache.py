@@ -42,6 +42,9 @@ class KVCache:
     dtype : {"float32", "int8"}
         "int8": one symmetric scale per token and head, max|x| / 127, for keys and for values; a quarter of the
         memory. Rows with max|x| < 1.5e-36 become zeros, rows with NaN or infinity NaN.
+    scales : (float, float), optional
+        Of an int8 cache: one scale for all keys and one for all values instead, as a static layer has them. What lies
+        beyond 127 scales saturates; NaN and infinity are refused.
     window : int, optional
         W: a query at position p sees the keys p - W + 1 to p, W in all.
 
@@ -49,6 +52,7 @@ class KVCache:
     ----------
     batch, num_kv_heads, capacity, head_dim, value_dim : int
     dtype : str
+    scales : (float, float) or None
     window : int or None
     length : int
         Tokens appended so far, less those truncated: the position of the next one.
@@ -59,7 +63,7 @@ class KVCache:
     """
 
     def __init__(
-        self, batch, num_kv_heads, capacity, head_dim, *, value_dim=None, dtype="float32", window=None
+        self, batch, num_kv_heads, capacity, head_dim, *, value_dim=None, dtype="float32", scales=None, window=None
     ):
         self.batch = count("batch", batch)
         self.num_kv_heads = count("num_kv_heads", num_kv_heads)
@@ -79,10 +83,40 @@ class KVCache:
         self._keys = np.zeros((*rows, self.head_dim), dtype)
         self._values = np.zeros((*rows, self.value_dim), dtype)
         self._key_scales = self._value_scales = None
-        if dtype == "int8":
+        self.scales = None if scales is None else _fixed_scales(scales, dtype)
+        if self.scales is not None:
+            self._key_scales, self._value_scales = (np.broadcast_to(np.float32(scale), rows) for scale in self.scales)
+        elif dtype == "int8":
             self._key_scales, self._value_scales = np.zeros(rows, np.float32), np.zeros(rows, np.float32)
         self._length = self._start = 0
         self._first = 0  # the slot of token `start`; tokens lie side by side, in order
+
+    @classmethod
+    def for_layer(cls, layer, batch, capacity, *, dtype=None, window=None):
+        """A cache that fits `layer`.
+
+        Parameters
+        ----------
+        layer : MultiHeadAttention, SelfAttention or QuantizedMultiHeadAttention
+        batch, capacity, window
+            As for the class.
+        dtype : {"float32", "int8"}, optional
+            "float32" unless given. A static layer always has an int8 cache, with its own scales.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the argument; or for a static layer whose keys or values have a zero point.
+        """
+        try:
+            sizes = layer.num_kv_heads, layer.head_dim, layer.value_dim
+        except AttributeError:
+            raise TypeError(f"layer must be an attention layer, got {type(layer).__name__}") from None
+        scales = getattr(layer, "cache_scales", None)
+        if scales is not None and dtype not in (None, "int8"):
+            raise ValueError(f"dtype must be 'int8' for a static layer, whose codes the cache holds, got {dtype!r}")
+        dtype = dtype or ("float32" if scales is None else "int8")
+        return cls(batch, sizes[0], capacity, sizes[1], value_dim=sizes[2], dtype=dtype, scales=scales, window=window)
 
     @property
     def length(self):
@@ -105,8 +139,8 @@ class KVCache:
     def __repr__(self):
         return (
             f"KVCache(batch={self.batch}, num_kv_heads={self.num_kv_heads}, capacity={self.capacity}, "
-            f"head_dim={self.head_dim}, value_dim={self.value_dim}, dtype={self.dtype!r}, window={self.window}, "
-            f"length={self.length})"
+            f"head_dim={self.head_dim}, value_dim={self.value_dim}, dtype={self.dtype!r}, scales={self.scales}, "
+            f"window={self.window}, length={self.length})"
         )
 
     def append(self, key, value):
@@ -133,6 +167,10 @@ class KVCache:
                     f"got key {key.shape}, value {value.shape}"
                 )
         self._check_room(tokens)
+        if self.scales is not None:
+            for name, array in (("key", key), ("value", value)):
+                if not np.isfinite(array).all():
+                    raise ValueError(f"{name} must be finite for a cache with fixed scales, whose codes have no NaN")
         if tokens:
             self._append(to_float32(key), to_float32(value))
 
@@ -282,8 +320,10 @@ class KVCache:
         return (result, deliver(weights, None, dtype)) if return_weights else result
 
     def _storage(self):
-        arrays = (self._keys, self._values, self._key_scales, self._value_scales)
-        return [array for array in arrays if array is not None]
+        arrays = [self._keys, self._values]
+        if self.dtype == "int8" and self.scales is None:
+            arrays += [self._key_scales, self._value_scales]
+        return arrays
 
     def _views(self):
         """Keys, values, key scales and value scales of the tokens held, in place; None for no scales."""
@@ -310,6 +350,20 @@ class KVCache:
             f"got {self.capacity}; append at most {self._room()} tokens at a time"
         )
 
+    def _pieces(self, queries, tokens, right):
+        """How a chunk is taken in: (first, last) query and (first, last) token of each piece; raises without room.
+
+        Where queries see no later key, `right` = 0, a chunk too long for the window comes in pieces that fit.
+        """
+        piece = tokens
+        if self.window is not None and queries == tokens and right == 0:
+            piece = min(tokens, self.capacity - self.window + 1)
+        self._check_room(piece)
+        if piece == tokens:
+            return [((0, queries), (0, tokens))]
+        ends = [(begin, min(begin + piece, tokens)) for begin in range(0, tokens, piece)]
+        return [(end, end) for end in ends]
+
     def _narrow(self, window_size):
         """`window_size` within the cache's own window; what is no window is left to `resolve_mask`."""
         if self.window is None:
@@ -321,7 +375,7 @@ class KVCache:
         return (self.window - 1 if left == -1 else min(left, self.window - 1)), right
 
     def _append(self, key, value):
-        """Store float32 (B, Hkv, n, D) and (B, Hkv, n, Dv), for which there is room."""
+        """Store float32 (B, Hkv, n, D) and (B, Hkv, n, Dv), for which there is room; or their codes, by `scales`."""
         tokens, held = key.shape[2], self._length - self._start
         if self._first + held + tokens > self.capacity:
             # Only with a window: move what the coming queries may see to the front, drop what is older.
@@ -331,8 +385,11 @@ class KVCache:
                 array[:, :, :kept] = array[:, :, begin : begin + kept]
             self._first, self._start, held = 0, self._length - kept, kept
         slots = slice(self._first + held, self._first + held + tokens)
-        if self._key_scales is None:
+        if self.dtype == "float32" or key.dtype == np.int8:
             self._keys[:, :, slots], self._values[:, :, slots] = key, value
+        elif self.scales is not None:
+            self._keys[:, :, slots] = _quantize_by(self.scales[0], key)
+            self._values[:, :, slots] = _quantize_by(self.scales[1], value)
         else:
             self._keys[:, :, slots], self._key_scales[:, :, slots] = _quantize_rows(key)
             self._values[:, :, slots], self._value_scales[:, :, slots] = _quantize_rows(value)
@@ -374,6 +431,25 @@ class KVCache:
         else:
             for run in _runs(*_visible(part)):
                 _decode(query, (keys, values, key_scales, value_scales), out, scale, softcap, run)
+
+
+def _fixed_scales(scales, dtype):
+    """`scales` as two floats that float32 holds exactly."""
+    if dtype != "int8":
+        raise ValueError(f"scales must be None for a cache of dtype {dtype!r}, got {scales!r}; pass dtype='int8'")
+    try:
+        key, value = scales
+    except (TypeError, ValueError):
+        raise TypeError(f"scales must be two numbers, of the keys and of the values, got {scales!r}") from None
+    fixed = tuple(float(np.float32(number("scales", scale))) for scale in (key, value))
+    if min(fixed) < np.finfo(np.float32).tiny:
+        raise ValueError(f"scales must be positive, got {scales!r}")
+    return fixed
+
+
+def _quantize_by(scale, x):
+    """int8 codes of x by one scale, saturated."""
+    return np.clip(np.rint(x / np.float32(scale)), -_LARGEST_CODE, _LARGEST_CODE).astype(np.int8)
 
 
 def _quantize_rows(x):

@@ -85,7 +85,8 @@ def load(path, *, arithmetic=None):
 
         return read_tflite(path) if arithmetic is None else read_tflite(path, arithmetic=arithmetic)
     if path.suffix != ".safetensors":
-        raise ValueError(f"path must end in .safetensors or .tflite, got {str(path)!r}")
+        bundle = "; edgeattn.bundle.load runs a bundle" if path.suffix == ".so" else ""
+        raise ValueError(f"path must end in .safetensors or .tflite, got {str(path)!r}{bundle}")
     metadata, tensors = _read_safetensors(path)
     kind, config = _parse_header(path, metadata)
     if arithmetic is not None:

@@ -212,13 +212,15 @@ def calibrate(layer: MultiHeadAttention, batches: Iterable, *, observer: str = "
     return total
 
 
-def check_layer(layer) -> None:
-    """Raise unless ``layer`` is a float layer that can be quantized."""
+def check_layer(layer, scheme: str = "static") -> None:
+    """Raise unless ``layer`` is a float layer that can be quantized by ``scheme``."""
     if not isinstance(layer, MultiHeadAttention):
         raise TypeError(f"layer must be an edgeattn.MultiHeadAttention; got {type(layer).__name__}")
-    if layer.extra_keys:
-        raise ValueError("layer must have no bias_k, bias_v and add_zero_attn: int8 layers hold tokens only; got "
-                         f"{layer.extra_keys} added keys")
+    if scheme not in ("static", "dynamic"):
+        raise ValueError(f"scheme must be 'static' or 'dynamic'; got {scheme!r}")
+    if layer.extra_keys and scheme == "static":
+        raise ValueError("layer must have no bias_k, bias_v and add_zero_attn: a static int8 layer holds tokens only; "
+                         f"got {layer.extra_keys} added keys; scheme='dynamic' takes them")
 
 
 def fingerprint(layer: MultiHeadAttention) -> str:

@@ -17,6 +17,7 @@ from edgeattn.arithmetic import KERNEL_SETS
 from edgeattn.layers import MultiHeadAttention
 from quant.calibrate import Calibration
 from quant.describe import arithmetic_of_tflite, describe_file, describe_masks, describe_seen
+from quant.export.targets import TARGETS
 from quant.observers import OBSERVERS
 from quant.tables import console, fill
 
@@ -170,14 +171,16 @@ def compare(layer, torch_prefix, bert_prefix, num_heads, quantized, data, arithm
 @click.option("--key-length", type=int, help="S of a .tflite or .c whose keys are an input of their own.")
 @click.option("--mask", help='"causal", or a .npy file with a bool mask, True = attend.')
 @click.option("--test-vectors", type=int, help="How many to write beside a .c, with a program that checks them.")
-def export(layer, torch_prefix, bert_prefix, num_heads, path, batch, sequence_length, key_length, mask, test_vectors):
-    """Write LAYER, float or int8, to OUT: .tflite, .safetensors or .c (with a header beside it)."""
+@click.option("--target", type=click.Choice(list(TARGETS)), help="The processor of a .so.")
+def export(layer, torch_prefix, bert_prefix, num_heads, path, batch, sequence_length, key_length, mask, test_vectors,
+           target):
+    """Write LAYER, float or int8, to OUT: .tflite, .safetensors, .c or .so (these two with a header beside them)."""
     check_folder(path)
     layer = read_layer(layer, torch_prefix, bert_prefix, num_heads)
     if mask is not None and mask != "causal":
         mask = read_array(Path(mask))
     quant.export(layer, path, batch=batch, sequence_length=sequence_length, key_length=key_length, mask=mask,
-                 test_vectors=test_vectors)
+                 test_vectors=test_vectors, target=target)
     say(f"wrote {path}: {path.stat().st_size:,} bytes")
 
 

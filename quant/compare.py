@@ -49,9 +49,9 @@ def compare(layer: MultiHeadAttention, quantized: QuantizedMultiHeadAttention, b
     TypeError, ValueError
         Layers that do not belong together, no batch, batches that do not fit.
     """
-    check_layer(layer)
     if not isinstance(quantized, QuantizedMultiHeadAttention):
         raise TypeError(f"quantized must be a layer from quant.quantize; got {type(quantized).__name__}")
+    check_layer(layer, quantized.scheme)
     for name in ("num_heads", "embed_dim", "kdim", "vdim", "head_dim", "value_dim", "output_dim"):
         if getattr(layer, name) != getattr(quantized, name):
             raise ValueError(f"quantized does not belong to layer: {name} is {getattr(quantized, name)}, "

@@ -57,11 +57,9 @@ def quantize(layer: MultiHeadAttention, calibration: Calibration | None = None, 
     TypeError, ValueError
         Naming the argument.
     """
-    check_layer(layer)
+    check_layer(layer, scheme)
     if scheme == "dynamic":
         return _quantize_dynamic(layer)
-    if scheme != "static":
-        raise ValueError(f"scheme must be 'static' or 'dynamic'; got {scheme!r}")
     if not isinstance(calibration, Calibration):
         raise TypeError(f"calibration must be a quant.Calibration for scheme='static' (run quant.calibrate first); "
                         f"got {type(calibration).__name__}")
@@ -103,7 +101,9 @@ def _quantize_dynamic(layer: MultiHeadAttention) -> DynamicMultiHeadAttention:
             weights[name] = quantize_linear(weight, None, 1.0)
         if bias is not None:
             biases[name] = bias
-    return DynamicMultiHeadAttention(layer.num_heads, weights, biases, num_kv_heads=layer.num_kv_heads)
+    return DynamicMultiHeadAttention(
+        layer.num_heads, weights, biases, num_kv_heads=layer.num_kv_heads, bias_k=layer.bias_k, bias_v=layer.bias_v,
+        add_zero_attn=layer.add_zero_attn)
 
 
 def quantize_linear(weight: np.ndarray, bias: np.ndarray | None, input_scale) -> QuantizedLinear:

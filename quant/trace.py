@@ -1,7 +1,6 @@
 """Every intermediate tensor of a layer, for calibration and comparison: the float layer's and the static int8 layer's.
 
 Written in NumPy without regard for memory: the workbench may hold the (B, H, L, S) scores that the kernels never do.
-The integer trace is a second implementation of ``StaticMultiHeadAttention`` on the same rules, and tested against it.
 """
 
 from __future__ import annotations
@@ -11,10 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgeattn import arithmetic as rules
 from edgeattn.layers import MultiHeadAttention
 from edgeattn.masks import resolve_mask
-from edgeattn.quantized import INPUTS, StaticMultiHeadAttention, fit_mask, score_map
+from edgeattn.quantized import INPUTS, StaticMultiHeadAttention, fit_mask, steps
 from quant.progress import track
 
 CALL_MASKS = ("attn_mask", "key_padding_mask", "is_causal", "causal_alignment")
@@ -176,29 +174,18 @@ def _float_trace(layer, call):
 
 def static_trace(layer: StaticMultiHeadAttention, call: Call) -> dict[str, np.ndarray]:
     """Every tensor of a static layer as int8 codes; names and shapes as in ``float_trace``."""
-    kernel_set, t = rules.kernel_set(layer.arithmetic), layer.tensors
     inputs = (call.query, call.key, call.value)
-    trace = {f"{INPUTS[i]}_input": t[f"{INPUTS[i]}_input"].quantize(inputs[i]) for i in sorted(set(layer.sources))}
-    for i, (name, size) in enumerate(zip(INPUTS, (layer.head_dim, layer.head_dim, layer.value_dim), strict=True)):
-        y = _integer_linear(layer, name, trace[f"{INPUTS[layer.sources[i]]}_input"], kernel_set)
-        trace[name] = _split_heads(y, layer.num_heads, size)
-
-    def batch_matmul(lhs, lhs_name, rhs, rhs_name, output):
-        rule = kernel_set.batch_matmul if t[rhs_name].zero_point == 0 else kernel_set.batch_matmul_asymmetric
-        real = rules.batch_matmul_multiplier(rule, kernel_set.precision, t[lhs_name].scale, t[rhs_name].scale,
-                                             t[output].scale)
-        acc = _exact_product(lhs, t[lhs_name].zero_point, rhs, t[rhs_name].zero_point)
-        return _requantize(rule, acc, real, t[output].zero_point)
-
-    trace["scores"] = batch_matmul(trace["query"], "query", trace["key"].swapaxes(-1, -2), "key", "scores")
-    tables, classes, quantization = score_map(layer.score_ops, t["scores"], kernel_set)
-    classes = fit_mask(classes, trace["scores"].shape)
-    codes = tables[classes, trace["scores"].astype(np.int64) + 128].astype(np.int64)
-    there = np.ones(codes.shape, bool) if call.permitted is None else call.permitted
-    trace["probabilities"] = _softmax(rules.SOFTMAX[kernel_set.softmax], codes, there, quantization.scale)
-    trace["context"] = batch_matmul(trace["probabilities"], "probabilities", trace["value"], "value", "context")
+    trace = {f"{INPUTS[i]}_input": layer.tensors[f"{INPUTS[i]}_input"].quantize(inputs[i])
+             for i in sorted(set(layer.sources))}
+    for i, name in enumerate(INPUTS):
+        trace[name] = steps.heads(layer, steps.project(layer, name, trace[f"{INPUTS[layer.sources[i]]}_input"]))
+    trace["scores"] = steps.scores(layer, trace["query"], trace["key"])
+    permitted = np.ones(trace["scores"].shape, bool) if call.permitted is None else call.permitted
+    classes = fit_mask(layer.score_map[1], trace["scores"].shape)
+    trace["probabilities"] = steps.probabilities(layer, trace["scores"], permitted, classes)
+    trace["context"] = steps.context(layer, trace["probabilities"], trace["value"])
     if "output" in layer.linears:
-        trace["output"] = _integer_linear(layer, "output", _merge_heads(trace["context"]), kernel_set)
+        trace["output"] = steps.project(layer, "output", _merge_heads(trace["context"]))
     return trace
 
 
@@ -216,41 +203,3 @@ def _merge_heads(x):
     """(B, H, L, D) -> (B, L, H*D)."""
     B, H, L, D = x.shape
     return x.transpose(0, 2, 1, 3).reshape(B, L, H * D)
-
-
-def _exact_product(lhs, lhs_zero_point, rhs, rhs_zero_point):
-    """Integer matrix product in float64, exact below 2**53, as int64."""
-    return ((lhs.astype(np.float64) - lhs_zero_point) @ (rhs.astype(np.float64) - rhs_zero_point)).astype(np.int64)
-
-
-def _requantize(rule, acc, real, zero_point):
-    q31, shift = (a.astype(np.int64) for a in rules.fixed_point(real))
-    return rules.to_code(rules.REQUANTIZE[rule](acc, q31, shift, real), zero_point)
-
-
-def _integer_linear(layer, name, x, kernel_set):
-    linear, source = layer.linears[name], layer.input_of(name)
-    acc = _exact_product(x, source.zero_point, linear.weight.T, 0)
-    if linear.bias is not None:
-        acc = acc + linear.bias
-    real = rules.fully_connected_multiplier(kernel_set.fully_connected, source.scale, linear.scale,
-                                            layer.tensors[name].scale)
-    return _requantize(kernel_set.fully_connected, acc, real, layer.tensors[name].zero_point)
-
-
-def _softmax(rule, codes, there, scale):
-    """int8 probabilities of the codes that are there, row by row in key order."""
-    table = rule.table(scale)
-    table = table if table.dtype.kind == "f" else table.astype(np.int64)
-    top = np.where(there, codes, -129).max(-1, keepdims=True, initial=-129)
-    difference = np.where(there, top - codes, 0)
-    total = np.zeros(codes.shape[:-1], type(rule.zero))
-    for j in range(codes.shape[-1]):
-        total = total + np.where(there[..., j], rule.weight(table[difference[..., j]]), 0).astype(total.dtype)
-    probabilities = np.full(codes.shape, -128, np.int8)
-    for row in np.ndindex(codes.shape[:-1]):
-        # rules take one number at a time, and a row repeats few differences many times
-        seen, index = np.unique(difference[row][there[row]], return_inverse=True)
-        values = [min(int(rule.probability(table[d], total[row])), 255) - 128 for d in seen]
-        probabilities[row][there[row]] = np.array(values, np.int8)[index]
-    return probabilities

@@ -57,7 +57,7 @@ def test_float_layers_are_written(tmp_path, layer):
 
 BAD = [
     ({"path": 3}, TypeError, "path must be a string or a path; got int"),
-    ({"path": "a.onnx"}, ValueError, "path must end in one of .tflite, .safetensors, .c; got 'a.onnx'"),
+    ({"path": "a.onnx"}, ValueError, "path must end in one of .tflite, .safetensors, .c, .so; got 'a.onnx'"),
     ({"path": "tflite"}, ValueError, "path must end in one of"),
     ({"sequence_length": None}, ValueError, "sequence_length is required for a .tflite"),
     ({"sequence_length": 0}, ValueError, "sequence_length must be at least 1, got 0"),

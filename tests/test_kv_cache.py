@@ -119,6 +119,38 @@ def test_int8_attention_is_attention_over_codes_times_scales():
         assert (np.abs(stored - given) > step * 0.3).any()
 
 
+@pytest.mark.parametrize("window", [None, 7])
+def test_fixed_scales_stand_for_those_of_every_token(window):
+    q, k, v = qkv()
+    scales = (float(np.abs(k).max()) / 100, float(np.abs(v).max()) / 127)
+    results = [streamed(cache(79, dtype="int8", scales=scales, window=window), q, k, v, chunks, is_causal=True)
+               for chunks in CHUNKS.values()]
+    for result in results:
+        np.testing.assert_array_equal(result, results[0])
+    target = cache(79, dtype="int8", scales=scales)
+    target.append(k, v)
+    for held, given, scale in zip(target.held(), (k, v), scales, strict=True):
+        np.testing.assert_allclose(held, np.clip(np.rint(given / np.float32(scale)), -127, 127) * np.float32(scale))
+    keys, values = target.held()
+    bounds = sliding_window(window) if window else (-1, -1)
+    exact = scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=True, window_size=bounds)
+    np.testing.assert_allclose(results[0], exact, atol=1e-5)
+    assert target.nbytes < cache(79, dtype="int8").nbytes
+    with pytest.raises(ValueError, match="value must be finite for a cache with fixed scales"):
+        target.append(k[:, :, :1], np.full_like(v[:, :, :1], np.inf))
+    assert target.length == LENGTH
+
+
+def test_a_cache_for_a_layer():
+    made = layer()
+    for dtype in ("float32", "int8"):
+        target = KVCache.for_layer(made, B, 40, dtype=dtype, window=9)
+        assert (target.dtype, target.window, target.num_kv_heads, target.head_dim, target.value_dim) == (
+            dtype, 9, HKV, D, DV)
+    np.testing.assert_array_equal(
+        made(numbers(B, 4, E), kv_cache=KVCache.for_layer(made, B, 9)), made(numbers(B, 4, E), kv_cache=cache(9)))
+
+
 def test_int8_rows_of_zeros_and_tiny_numbers_are_zeros():
     target = KVCache(1, 1, 2, 4, dtype="int8")
     key = np.array([[[[0, 0, 0, 0], [1e-37, 0, 0, 0]]]], np.float32)
@@ -318,11 +350,16 @@ def test_inputs_are_taken_in_any_layout_and_never_changed(dtype):
 
 def test_repr():
     assert repr(cache(9, window=5)) == (
-        "KVCache(batch=2, num_kv_heads=2, capacity=9, head_dim=8, value_dim=6, dtype='float32', window=5, length=0)")
+        "KVCache(batch=2, num_kv_heads=2, capacity=9, head_dim=8, value_dim=6, dtype='float32', scales=None, "
+        "window=5, length=0)")
 
 
 @pytest.mark.parametrize(("changes", "error", "message"), [
     ({"capacity": 0}, ValueError, "capacity must be at least 1, got 0"),
+    ({"scales": (1, 1)}, ValueError, "scales must be None for a cache of dtype 'float32', .*; pass dtype='int8'"),
+    ({"scales": 1.0, "dtype": "int8"}, TypeError, "scales must be two numbers, of the keys and of the values, got 1.0"),
+    ({"scales": (1, 0), "dtype": "int8"}, ValueError, r"scales must be positive, got \(1, 0\)"),
+    ({"scales": (1, "a"), "dtype": "int8"}, TypeError, "scales must be a real number, got 'a'"),
     ({"capacity": 2.5}, TypeError, "capacity must be an integer, got 2.5"),
     ({"dtype": "float16"}, ValueError, "dtype must be 'float32' or 'int8', got 'float16'"),
     ({"window": 0}, ValueError, "window must be at least 1, got 0"),

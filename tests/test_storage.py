@@ -182,6 +182,8 @@ def test_save_refuses_by_name(tmp_path):
 def test_load_refuses_other_suffixes_and_missing_files(tmp_path):
     with pytest.raises(ValueError, match="path must end in .safetensors or .tflite, got .*layer.npz"):
         load(tmp_path / "layer.npz")
+    with pytest.raises(ValueError, match="got .*layer.so'; edgeattn.bundle.load runs a bundle"):
+        load(tmp_path / "layer.so")
     with pytest.raises(FileNotFoundError):
         load(tmp_path / "layer.safetensors")
 

@@ -40,6 +40,7 @@ LOWEST_CODES = np.int32(-2139062144)  # 0x80808080, four codes -128
 PROBABILITY_FLIP = LOWEST_CODES if OFFSET else np.int32(0)
 _BYTE = np.int32(255)
 _ONE = np.float32(1)
+_LARGEST_SUM = np.int32(1 << 30)  # 2048 in Q12.19: sums from 512 on are all one, and must not overflow
 _TO_PROBABILITY = np.float32(1 / 256)
 # The float32 below one half: adding it and truncating rounds halves up and never lifts 0.49999997 to 1.
 _HALF_ROUNDED_DOWN = np.float32(0.49999997)
@@ -171,12 +172,15 @@ def _softmax_integer(table, fixed, codes, at, groups, masks, at_masks, masked, v
                 if fixed:
                     e = divide_by_power(e, splat(np.int32(12)))
                 total = total + e
+            if fixed:
+                total = smaller(total, splat(_LARGEST_SUM))
         # 2. multiplier and right shift of each row
         if fixed:
             store(rows, at_rows, total)
             for l in range(LANES):
                 scale, shift = reciprocal_fixed(np.int64(rows[at_rows + l]))
-                rows[at_rows + l] = scale
+                # from a sum of 512 on the shift leaves 31 bits, and no probability reaches half a code
+                rows[at_rows + l] = scale if shift <= 31 else 0
                 rows[at_rows + WIDTH + l] = min(shift, 31)
             q, right = load(rows, at_rows), load(rows, at_rows + WIDTH)
         else:

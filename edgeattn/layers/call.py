@@ -31,8 +31,9 @@ class Call:
     dtype : dtype
         The result's.
     cache : KVCache or None
-        It has room for `key` and `value` in pieces of `piece` tokens.
-    piece : int
+        It has room for `key` and `value`, in pieces.
+    pieces : list
+        Of the cache: (first, last) query and (first, last) token of each piece.
     """
 
     query: np.ndarray
@@ -46,7 +47,7 @@ class Call:
     out: np.ndarray | None
     dtype: np.dtype
     cache: KVCache | None
-    piece: int
+    pieces: list
 
     def deliver(self, result, weights=None):
         """What the caller gets, from result (B, L, Eo) and weights (B, H, L, S) or None, both float32."""
@@ -77,33 +78,38 @@ def check_call(layer, query, key, value, *, softcap, need_weights, average_attn_
     average = flag("average_attn_weights", average_attn_weights)
     softcap = checked_softcap(softcap)
     if kv_cache is not None:
-        _check_cache(layer, kv_cache, causal_alignment)
+        check_cache(layer, kv_cache, causal_alignment)
     query, key, value = check_inputs(layer, query, key, value)
     dtype = result_dtype(query, key, value)
     lead, queries, keys = query.shape[:-2], query.shape[-2], key.shape[-2]
     check_out(out, (*lead, queries, layer.output_dim), dtype)
-    shape = (*lead, layer.num_heads, queries, keys)
-    piece = keys
-    if kv_cache is None:
-        mask = resolve_mask(shape, causal_alignment=causal_alignment, **masks)
-    else:
-        if (lead or (1,)) != (kv_cache.batch,):
-            raise ValueError(f"query must have the cache's batch, B = {kv_cache.batch}, got shape {query.shape}")
-        masks["window_size"] = kv_cache._narrow(masks["window_size"])
-        before = kv_cache.length
-        mask = resolve_mask((*shape[:-1], before + keys), position=before, **masks)
-        # Without later keys to see, a chunk may come in pieces that fit into the window.
-        if kv_cache.window is not None and queries == keys and mask.right == 0:
-            piece = min(keys, kv_cache.capacity - kv_cache.window + 1)
-        kv_cache._check_room(piece)
+    mask, pieces = resolve_call_mask(
+        (*lead, layer.num_heads, queries, keys), kv_cache, causal_alignment=causal_alignment, **masks)
     if not lead:
         given, query = (query, key, value), query[None]
         key = query if given[1] is given[0] else key[None]
         value = key if given[2] is given[1] else value[None]
-    return Call(query, key, value, mask, softcap, need_weights, average, lead, out, dtype, kv_cache, piece)
+    return Call(query, key, value, mask, softcap, need_weights, average, lead, out, dtype, kv_cache, pieces)
 
 
-def _check_cache(layer, cache, causal_alignment):
+def resolve_call_mask(shape, cache, *, causal_alignment, window_size, **masks):
+    """The Mask of a call with scores of `shape` (..., H, L, S), and the pieces in which the cache, if any, takes it.
+
+    With a cache, tokens it has seen stand before the S keys, and the mask is over all.
+    """
+    if cache is None:
+        return resolve_mask(shape, causal_alignment=causal_alignment, window_size=window_size, **masks), []
+    *lead, heads, queries, keys = shape
+    if (tuple(lead) or (1,)) != (cache.batch,):
+        raise ValueError(f"query must have the cache's batch, B = {cache.batch}, got {(*lead, queries)} tokens")
+    before = cache.length
+    mask = resolve_mask(
+        (*lead, heads, queries, before + keys), position=before, window_size=cache._narrow(window_size), **masks)
+    return mask, cache._pieces(queries, keys, mask.right)
+
+
+def check_cache(layer, cache, causal_alignment):
+    """Raise unless `cache` is one of the sizes of `layer`, and knows the positions alone."""
     if not isinstance(cache, KVCache):
         raise TypeError(f"kv_cache must be an edgeattn.KVCache, got {type(cache).__name__}")
     if causal_alignment is not None:

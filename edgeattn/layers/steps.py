@@ -64,16 +64,12 @@ def _attend_once(layer, call, q, k, v, added, context, weights):
 
 def _attend_cached(layer, call, q, k, v, added, context, weights):
     """Append this chunk's keys and values to the cache, and attend to what it holds."""
-    cache, tokens = call.cache, k.shape[2]
-    if call.piece == tokens:
-        cache._append(k, v)
-        cache._attend(q, call.mask, layer.scale, call.softcap, context, weights, added)
-        return
-    for begin in range(0, tokens, call.piece):
-        end = min(begin + call.piece, tokens)
-        cache._append(k[:, :, begin:end], v[:, :, begin:end])
-        part = call.mask.part((begin, end), (0, cache.length))
-        some = np.empty((*context.shape[:2], end - begin, layer.value_dim), np.float32)
-        rows = None if weights is None else weights[:, :, begin:end]
-        cache._attend(to_float32(q[:, :, begin:end]), part, layer.scale, call.softcap, some, rows, added)
-        context[:, :, begin:end] = some
+    cache = call.cache
+    for rows, tokens in call.pieces:
+        cache._append(k[:, :, slice(*tokens)], v[:, :, slice(*tokens)])
+        part = call.mask.part(rows, (0, cache.length))
+        some = np.empty((*part.shape[:3], layer.value_dim), np.float32)
+        some_weights = None if weights is None else weights[:, :, slice(*rows)]
+        cache._attend(
+            to_float32(q[:, :, slice(*rows)]), part, layer.scale, call.softcap, some, some_weights, added)
+        context[:, :, slice(*rows)] = some

@@ -7,7 +7,7 @@ from edgeattn.checks import count, flag, float_array, to_float32
 from edgeattn.functional import default_scale
 
 TENSORS = ("q_weight", "k_weight", "v_weight", "out_weight", "q_bias", "k_bias", "v_bias", "out_bias")
-_KEY_TENSORS = ("bias_k", "bias_v")  # of a key that is no token, where a layer has one
+KEY_TENSORS = ("bias_k", "bias_v")  # of a key that is no token, where a layer has one
 
 
 class AttentionWeights:
@@ -73,13 +73,8 @@ class AttentionWeights:
                     f"{name}_bias must have shape {weight.shape[:1]}, one per row of {name}_weight "
                     f"{weight.shape}, got {bias.shape}"
                 )
-        self.bias_k = _key_tensor("bias_k", bias_k, self.num_kv_heads * self.head_dim)
-        self.bias_v = _key_tensor("bias_v", bias_v, self.num_kv_heads * self.value_dim)
-        if (bias_k is None) != (bias_v is None):
-            given, missing = ("bias_k", "bias_v") if bias_v is None else ("bias_v", "bias_k")
-            raise ValueError(f"{missing} must be given with {given}: the added key needs a value, got None")
-        self.add_zero_attn = flag("add_zero_attn", add_zero_attn)
-        self.extra_keys = (self.bias_k is not None) + self.add_zero_attn
+        self.bias_k, self.bias_v, self.add_zero_attn, self.extra_keys = added_keys(
+            bias_k, bias_v, add_zero_attn, self.num_kv_heads * self.head_dim, self.num_kv_heads * self.value_dim)
 
     @classmethod
     def from_torch(cls, state_dict_or_path, num_heads, prefix="", *, add_zero_attn=False):
@@ -185,19 +180,34 @@ class AttentionWeights:
 
     def _to_state(self):
         """(config, tensors): all that `_from_state` needs to build an equal layer."""
-        names = TENSORS + _KEY_TENSORS
-        tensors = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        config = {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads}
-        return {**config, "add_zero_attn": True} if self.add_zero_attn else config, tensors
+        tensors = {name: getattr(self, name) for name in TENSORS if getattr(self, name) is not None}
+        config, added = added_keys_state(self)
+        return {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads, **config}, {**tensors, **added}
 
     @classmethod
     def _from_state(cls, config, tensors):
-        unexpected = sorted(set(tensors) - set(TENSORS + _KEY_TENSORS))
+        unexpected = sorted(set(tensors) - set(TENSORS + KEY_TENSORS))
         missing = sorted({"q_weight", "k_weight", "v_weight"} - set(tensors))
         if missing or unexpected:
             raise ValueError(f"missing tensors {missing}, unexpected tensors {unexpected}")
         arguments = {**tensors, "add_zero_attn": config.get("add_zero_attn", False)}
         return cls._build(config["num_heads"], arguments, config["num_kv_heads"])
+
+
+def added_keys(bias_k, bias_v, add_zero_attn, key_size, value_size):
+    """(bias_k, bias_v, add_zero_attn, extra_keys), checked: the keys that a layer adds to those of its tokens."""
+    keys, values = _key_tensor("bias_k", bias_k, key_size), _key_tensor("bias_v", bias_v, value_size)
+    if (keys is None) != (values is None):
+        given, missing = ("bias_k", "bias_v") if values is None else ("bias_v", "bias_k")
+        raise ValueError(f"{missing} must be given with {given}: the added key needs a value, got None")
+    zero = flag("add_zero_attn", add_zero_attn)
+    return keys, values, zero, (keys is not None) + zero
+
+
+def added_keys_state(layer):
+    """(config, tensors) of the added keys, empty for a layer without."""
+    tensors = {name: getattr(layer, name) for name in KEY_TENSORS if getattr(layer, name) is not None}
+    return {"add_zero_attn": True} if layer.add_zero_attn else {}, tensors
 
 
 def _key_tensor(name, value, size):

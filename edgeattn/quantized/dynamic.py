@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import numpy as np
 
-from edgeattn.checks import check_out, count, deliver, result_dtype, to_float32
+from edgeattn.checks import count, to_float32
 from edgeattn.cpu.layer_dynamic import DynamicLayer
+from edgeattn.cpu.linear_dynamic import DynamicLinear
 from edgeattn.functional import default_scale
-from edgeattn.layers.call import check_inputs
-from edgeattn.masks import resolve_mask
+from edgeattn.layers import steps
+from edgeattn.layers.call import NO_WINDOW, check_call
+from edgeattn.layers.weights import KEY_TENSORS, added_keys, added_keys_state
 from edgeattn.quantized.layer import INPUTS, QuantizedMultiHeadAttention
 from edgeattn.quantized.parameters import QuantizedLinear, frozen
 
@@ -30,16 +33,19 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention):
         "query" (H*D, Eq), "key" (Hkv*D, Ek), "value" (Hkv*Dv, Ev) and, with an output projection, "output"
         (Eo, H*Dv): QuantizedLinear without a bias.
     biases : mapping
-        By the same names float32 (out_features,), where there is one. A key bias has no influence and may be left out.
+        By the same names float32 (out_features,), where there is one. A key bias matters to added keys, a softcap and
+        what a cache holds, to nothing else.
     num_kv_heads : int, optional
         Hkv, H unless given.
+    bias_k, bias_v, add_zero_attn
+        The added keys, as for ``MultiHeadAttention``.
     """
 
     scheme = "dynamic"
     _query_name = "query"
 
     def __init__(self, num_heads: int, weights: Mapping[str, QuantizedLinear], biases: Mapping[str, np.ndarray], *,
-                 num_kv_heads: int | None = None):
+                 num_kv_heads: int | None = None, bias_k=None, bias_v=None, add_zero_attn: bool = False):
         self.num_heads = count("num_heads", num_heads)
         self.num_kv_heads = self.num_heads if num_kv_heads is None else count("num_kv_heads", num_kv_heads)
         self.weights, self.biases = dict(weights), {}
@@ -64,6 +70,8 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention):
             raise ValueError(f"weights of shapes {shapes} do not fit num_heads = {H} and num_kv_heads = {Hkv}")
         self.output_dim = shapes.get("output", (H * self.value_dim,))[0]
         self.scale = default_scale(self.head_dim)
+        self.bias_k, self.bias_v, self.add_zero_attn, self.extra_keys = added_keys(
+            bias_k, bias_v, add_zero_attn, Hkv * self.head_dim, Hkv * self.value_dim)
 
         def pair(name):
             return (self.weights[name].weight, self.weights[name].scale) if name in self.weights else None
@@ -76,46 +84,59 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention):
                 f"value_dim={self.value_dim}, output_dim={self.output_dim})")
 
     def __call__(self, query, key=None, value=None, *, attn_mask=None, key_padding_mask=None, is_causal=False,
-                 causal_alignment=None, out=None):
-        """Attend from ``query`` to ``key`` and ``value``; arguments and result as ``MultiHeadAttention``'s."""
+                 causal_alignment=None, window_size=NO_WINDOW, softcap=0.0, alibi_slopes=None, kv_cache=None,
+                 need_weights=False, average_attn_weights=False, out=None):
+        """Attend from ``query`` to ``key`` and ``value``; arguments and result as ``MultiHeadAttention``'s.
+
+        With ``softcap``, ``kv_cache``, ``need_weights`` or added keys the projections alone are int8: what lies
+        between them is computed in float32, or as the cache stores it.
+        """
         if key is None and value is None and attn_mask is None and key_padding_mask is None and is_causal is False and (
                 out is None and type(query) is np.ndarray and query.dtype == np.float32 and query.ndim == 3
                 and query.shape[2] == self.embed_dim == self.kdim == self.vdim and query.flags.carray and query.size
-                and self.output_dim):
+                and self.output_dim and need_weights is False and average_attn_weights is False
+                and window_size is NO_WINDOW and alibi_slopes is None and kv_cache is None
+                and type(softcap) is float and not softcap and not self.extra_keys):
             # what small layers are called with, again and again: self-attention, nothing masked
             return self._kernel(query, query, query, np.empty((*query.shape[:2], self.output_dim), np.float32))
-        query, key, value = check_inputs(self, query, key, value)
-        dtype = result_dtype(query, key, value)
-        lead, queries = query.shape[:-2], query.shape[-2]
-        check_out(out, (*lead, queries, self.output_dim), dtype)
-        mask = resolve_mask((*lead, self.num_heads, queries, key.shape[-2]), attn_mask, key_padding_mask,
-                            is_causal=is_causal, causal_alignment=causal_alignment)
-        batch = mask.shape[0]
-        keep, bias, band = mask.for_kernels()
-        if key.shape[-2] == 0:  # one key that is not there
-            key, value = (np.zeros((*lead, 1, x.shape[-1]), np.float32) for x in (key, value))
-            keep, bias, band = np.zeros((1, 1, 1, 1), np.bool_), None, None
-        q = to_float32(query).reshape(batch, queries, self.embed_dim)
-        k = q if key is query else to_float32(key).reshape(batch, -1, self.kdim)
-        v = k if value is key else to_float32(value).reshape(batch, -1, self.vdim)
-        result = np.empty((*lead, queries, self.output_dim), np.float32)
-        if result.size:
-            self._kernel(q, k, v, result.reshape(batch, queries, self.output_dim), keep, bias, band)
-        return deliver(result, out, dtype)
+        call = check_call(
+            self, query, key, value, attn_mask=attn_mask, key_padding_mask=key_padding_mask, is_causal=is_causal,
+            causal_alignment=causal_alignment, window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes,
+            kv_cache=kv_cache, need_weights=need_weights, average_attn_weights=average_attn_weights, out=out)
+        fused = not (call.need_weights or call.softcap or self.extra_keys or kv_cache is not None)
+        result = np.empty((*call.query.shape[:2], self.output_dim), np.float32)
+        if not (fused and result.size and call.query.size and call.key.size and call.value.size):
+            return steps.attend(self, call)
+        q = to_float32(call.query)
+        k = q if call.key is call.query else to_float32(call.key)
+        v = k if call.value is call.key else to_float32(call.value)
+        self._kernel(q, k, v, result, *call.mask.for_kernels())
+        return call.deliver(result)
+
+    @functools.cached_property
+    def _linears(self):
+        """The projections one by one, as ``steps`` takes them."""
+        return {short: DynamicLinear(linear.weight, linear.scale, self.biases.get(name))
+                for short, name in zip(("q", "k", "v", "out"), (*INPUTS, "output"), strict=True)
+                if (linear := self.weights.get(name)) is not None}
 
     def _to_state(self):
         """(config, tensors): all that ``_from_state`` needs to build an equal layer."""
         tensors = {f"{name}.{part}": getattr(linear, part) for name, linear in self.weights.items()
                    for part in ("weight", "scale")}
         tensors |= {f"{name}.bias": bias for name, bias in self.biases.items()}
-        return {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads}, tensors
+        config, added = added_keys_state(self)
+        return {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads, **config}, {**tensors, **added}
 
     @classmethod
     def _from_state(cls, config, tensors):
-        groups = {}
+        groups, added = {}, {}
         for name, array in tensors.items():
+            if name in KEY_TENSORS:
+                added[name] = array
+                continue
             group, _, part = name.rpartition(".")
             groups.setdefault(group, {})[part] = array
         biases = {name: parts.pop("bias") for name, parts in groups.items() if "bias" in parts}
         return cls(config["num_heads"], {name: QuantizedLinear(**parts) for name, parts in groups.items()}, biases,
-                   num_kv_heads=config["num_kv_heads"])
+                   num_kv_heads=config["num_kv_heads"], add_zero_attn=config.get("add_zero_attn", False), **added)

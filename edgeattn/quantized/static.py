@@ -8,9 +8,12 @@ from collections.abc import Mapping
 import numpy as np
 
 from edgeattn import arithmetic as rules
-from edgeattn.checks import check_out, count, deliver, float_array, number, result_dtype
+from edgeattn.arithmetic import CODE_MIN
+from edgeattn.checks import check_out, count, deliver, flag, float_array, number, result_dtype
 from edgeattn.cpu.layer_int8 import StaticLayer
+from edgeattn.layers.call import NO_WINDOW, check_cache, resolve_call_mask
 from edgeattn.masks import resolve_mask
+from edgeattn.quantized import steps
 from edgeattn.quantized.layer import INPUTS, QuantizedMultiHeadAttention
 from edgeattn.quantized.parameters import PROBABILITIES, QuantizedLinear, TensorQuantization
 from edgeattn.quantized.score_ops import AddMask, MulConstant, ScoreOp, SelectMask, fit_mask, score_map
@@ -54,7 +57,7 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
     def __init__(self, num_heads: int, linears: Mapping[str, QuantizedLinear],
                  tensors: Mapping[str, TensorQuantization], *, sources: tuple[int, int, int] = (0, 0, 0),
                  score_ops: tuple[ScoreOp, ...] = (), arithmetic: str = "litert", mask_margin: float | None = None):
-        self._kernel_set = rules.kernel_set(arithmetic)
+        self.kernel_set = rules.kernel_set(arithmetic)
         self.arithmetic = arithmetic
         self.num_heads = self.num_kv_heads = count("num_heads", num_heads)
         self.sources = tuple(sources)
@@ -113,7 +116,7 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
     # -- derived once: what the kernels read ---------------------------------------------------------------------------
 
     def _prepare(self):
-        kernel_set, t = self._kernel_set, self.tensors
+        kernel_set, t = self.kernel_set, self.tensors
         linears = {}
         for name, linear in self.linears.items():
             real = rules.fully_connected_multiplier(kernel_set.fully_connected, self.input_of(name).scale, linear.scale,
@@ -127,7 +130,7 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
 
         scores_rule, scores = batch_matmul(t["query"], t["key"], t["scores"])
         context_rule, context = batch_matmul(t["probabilities"], t["value"], t["context"])
-        tables, classes, softmax_input = score_map(self.score_ops, t["scores"], kernel_set)
+        self.score_map = tables, classes, softmax_input = score_map(self.score_ops, t["scores"], kernel_set)
         if softmax_input.scale <= SMALLEST_SOFTMAX_SCALE:
             raise ValueError(f"the scores' scale must be above 2**-26, the resolution of TFLite's softmax; got "
                              f"{softmax_input.scale}")
@@ -225,32 +228,48 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
     # -- running -------------------------------------------------------------------------------------------------------
 
     def __call__(self, query, key=None, value=None, *, attn_mask=None, key_padding_mask=None, is_causal=False,
-                 causal_alignment=None, out=None):
+                 causal_alignment=None, window_size=NO_WINDOW, kv_cache=None, need_weights=False,
+                 average_attn_weights=False, out=None):
         """Attention on reals: quantize the inputs, ``run_int8``, dequantize.
 
         Parameters
         ----------
         query, key, value : float16, float32 or float64 arrays
             Otherwise as for ``run_int8``, like the masks. Infinite values saturate.
+        average_attn_weights : bool
+            Return the mean of the probabilities over the heads.
         out : (B, L, Eo) or (L, Eo) array, optional
             Takes the result; of the result's dtype.
 
         Returns
         -------
         (B, L, Eo) or (L, Eo) array
-            Of the inputs' dtype. The row of a query is NaN when it, or a key or value it may see, holds NaN.
+            Of the inputs' dtype. The row of a query is NaN when it, or a key or value it may see, holds NaN; with
+            ``kv_cache``, whose codes have no NaN, it is refused.
+        (B, H, L, S) or (H, L, S) array
+            The probabilities, multiples of 1/256, only with ``need_weights``; without the axis H when averaged.
         """
+        average = flag("average_attn_weights", average_attn_weights)
         masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask, "is_causal": is_causal,
-                 "causal_alignment": causal_alignment}
+                 "causal_alignment": causal_alignment, "window_size": window_size}
         inputs = [None if x is None else np.asarray(x) for x in self._distinct(query, key, value)]
         codes = [None if x is None else self.quantize_input(x, name) for name, x in zip(INPUTS, inputs, strict=True)]
-        result = self.dequantize_output(self.run_int8(*codes, **masks))
-        dtype = result_dtype(*(x for x in inputs if x is not None))
-        check_out(out, result.shape, dtype)
         nan = [None if x is None else np.isnan(x).any(-1) for x in inputs]
-        if any(x is not None and x.any() for x in nan):
+        dtype = result_dtype(*(x for x in inputs if x is not None))
+        check_out(out, (*inputs[0].shape[:-1], self.output_dim), dtype)
+        some_nan = any(x is not None and x.any() for x in nan)
+        if some_nan and kv_cache is not None:
+            raise ValueError("query, key and value must hold no NaN with kv_cache: codes cannot keep it")
+        result = self.run_int8(*codes, **masks, kv_cache=kv_cache, need_weights=need_weights)
+        result, weights = result if need_weights else (result, None)
+        result = self.dequantize_output(result)
+        if some_nan:
             result[self._nan_rows([nan[source] for source in self.sources], masks)] = np.nan
-        return deliver(result, out, dtype)
+        result = deliver(result, out, dtype)
+        if weights is None:
+            return result
+        weights = self.tensors["probabilities"].dequantize(weights)
+        return result, deliver(weights.mean(axis=-3) if average else weights, None, dtype)
 
     def _nan_rows(self, nan, masks) -> np.ndarray:
         """Whether NaN reaches a query, (..., L); ``nan``: which queries, keys and values hold any, (..., L or S)."""
@@ -289,7 +308,7 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         return given
 
     def run_int8(self, query, key=None, value=None, *, attn_mask=None, key_padding_mask=None, is_causal=False,
-                 causal_alignment=None, out=None) -> np.ndarray:
+                 causal_alignment=None, window_size=NO_WINDOW, kv_cache=None, need_weights=False, out=None):
         """Attention on codes, equal to the named kernel set.
 
         Parameters
@@ -305,24 +324,64 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         is_causal : bool
         causal_alignment : {"upper_left", "lower_right"}, optional
             Required for causal attention with L != S.
+        window_size : (int, int)
+            (left, right): a query at position p sees keys p - left to p + right; -1 = unbounded.
+        kv_cache : KVCache, optional
+            From ``KVCache.for_layer(layer, ...)``: keeps the codes of keys and values, otherwise as for
+            ``MultiHeadAttention``. Results do not depend on how a sequence was cut into chunks, bit for bit.
+        need_weights : bool
+            Return the codes of the probabilities too.
         out : int8 (B, L, Eo), optional
             Where to write the result.
 
         Returns
         -------
         int8 (B, L, Eo) or (L, Eo)
+        int8 (B, H, L, S) or (H, L, S)
+            Only with ``need_weights``: the probability of a code is (code + 128) / 256.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the argument, what was required and what came.
         """
         if key is None and value is None and attn_mask is None and key_padding_mask is None and is_causal is False and (
                 out is None and self._classes is None and type(query) is np.ndarray and query.dtype == np.int8
                 and query.ndim == 3 and query.shape[2] == self.embed_dim and query.flags.carray and query.size
-                and self.sources == (0, 0, 0) and self.output_dim):
+                and self.sources == (0, 0, 0) and self.output_dim and window_size is NO_WINDOW and kv_cache is None
+                and need_weights is False):
             # what small layers are called with, again and again: self-attention, nothing masked
             result = np.empty((*query.shape[:2], self.output_dim), np.int8)
             return self._kernel(query, query, query, result, None, None, None, self._tables)
+        need_weights = flag("need_weights", need_weights)
+        query, key, value = self._check_codes(query, key, value)
+        lead, L, S = query.shape[:-2], query.shape[-2], key.shape[-2]
+        check_out(out, (*lead, L, self.output_dim), np.dtype(np.int8))
+        if attn_mask is not None and np.asarray(attn_mask).dtype != np.bool_:
+            raise TypeError(f"attn_mask must be bool for int8 (True = attend); got {np.asarray(attn_mask).dtype}; "
+                            "for a mask with -inf pass mask == 0")
+        masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask, "is_causal": is_causal,
+                 "causal_alignment": causal_alignment, "window_size": window_size}
+        if kv_cache is not None:
+            self._check_cache(kv_cache, causal_alignment)
+        mask, pieces = resolve_call_mask((*lead, self.num_heads, L, S), kv_cache, **masks)
+        B = mask.shape[0]
+        query, key, value = (x.reshape(B, *x.shape[-2:]) for x in (query, key, value))
+        result = np.empty((B, L, self.output_dim), np.int8)
+        weights = np.full(mask.shape, CODE_MIN, np.int8) if need_weights else None
+        if kv_cache is not None or need_weights:
+            self._run_in_steps(query, key, value, mask, kv_cache, pieces, result, weights)
+        elif result.size:
+            self._run_fused(query, key, value, mask, result)
+        result = deliver(result.reshape(*lead, L, self.output_dim), out, np.dtype(np.int8))
+        return (result, weights.reshape(*lead, *weights.shape[1:])) if need_weights else result
+
+    def _check_codes(self, query, key, value):
+        """The three inputs as int8 arrays of agreeing shapes."""
         inputs = self._distinct(query, key, value)
         arrays = [None if x is None else _codes(x, name) for name, x in zip(INPUTS, inputs, strict=True)]
         query, key, value = (arrays[source] for source in self.sources)
-        lead, L, S = query.shape[:-2], query.shape[-2], key.shape[-2]
+        lead, S = query.shape[:-2], key.shape[-2]
         for name, x, width in zip(INPUTS, (query, key, value), (self.embed_dim, self.kdim, self.vdim), strict=True):
             if x.ndim != query.ndim:
                 raise ValueError(f"{name} must have as many axes as query, {query.ndim}; got shape {x.shape}")
@@ -331,25 +390,52 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         if key.shape[:-2] != lead or value.shape[:-1] != (*lead, S):
             raise ValueError(f"query, key and value must share the batch, and key and value their length; "
                              f"got {query.shape}, {key.shape}, {value.shape}")
-        check_out(out, (*lead, L, self.output_dim), np.dtype(np.int8))
-        if attn_mask is not None and np.asarray(attn_mask).dtype != np.bool_:
-            raise TypeError(f"attn_mask must be bool for int8 (True = attend); got {np.asarray(attn_mask).dtype}; "
-                            "for a mask with -inf pass mask == 0")
-        mask = resolve_mask((*lead, self.num_heads, L, S), attn_mask, key_padding_mask, is_causal=is_causal,
-                            causal_alignment=causal_alignment)
-        B = mask.shape[0]
-        result = np.empty((B, L, self.output_dim), np.int8)
-        if result.size:
-            query, key, value = (x.reshape(B, *x.shape[-2:]) for x in (query, key, value))
-            keep, _, band = mask.for_kernels()
-            classes = self._classes
-            if classes is not None:
-                fit_mask(classes, mask.shape)
-            if S == 0:  # one key that is not there
-                key, value = (np.zeros((B, 1, x.shape[-1]), np.int8) for x in (key, value))
-                keep, band, classes = np.zeros((1, 1, 1, 1), np.bool_), None, None
-            self._kernel(query, key, value, result, keep, band, classes, self._tables)
-        return deliver(result.reshape(*lead, L, self.output_dim), out, np.dtype(np.int8))
+        return query, key, value
+
+    @property
+    def cache_scales(self) -> tuple[float, float]:
+        """The scales of keys and values, for ``KVCache.for_layer``."""
+        for name in ("key", "value"):
+            if self.tensors[name].zero_point != 0:
+                raise ValueError(f"layer must have keys and values without a zero point for a cache; got "
+                                 f"{self.tensors[name].zero_point} of its {name}: quantize the float layer with "
+                                 "quant.quantize, or give each call the whole sequence")
+        return tuple(float(self.tensors[name].scale) for name in ("key", "value"))
+
+    def _check_cache(self, cache, causal_alignment):
+        check_cache(self, cache, causal_alignment)
+        if cache.scales != self.cache_scales:
+            raise ValueError(f"kv_cache must have this layer's scales {self.cache_scales}, got {cache.scales}; make it "
+                             "with KVCache.for_layer(layer, ...)")
+        if self._classes is not None:
+            raise ValueError("kv_cache needs a layer without a mask of its own, which is for one length; pass masks to "
+                             "each call")
+
+    def _run_fused(self, query, key, value, mask, result):
+        keep, _, band = mask.for_kernels()
+        classes = self._classes
+        if classes is not None:
+            fit_mask(classes, mask.shape)
+        if mask.shape[3] == 0:  # one key that is not there
+            key, value = (np.zeros((len(x), 1, x.shape[-1]), np.int8) for x in (key, value))
+            keep, band, classes = np.zeros((1, 1, 1, 1), np.bool_), None, None
+        self._kernel(query, key, value, result, keep, band, classes, self._tables)
+
+    def _run_in_steps(self, query, key, value, mask, cache, pieces, result, weights):
+        q, k, v = (steps.heads(self, steps.project(self, name, x))
+                   for name, x in zip(INPUTS, (query, key, value), strict=True))
+        context = np.empty((*q.shape[:3], self.value_dim), np.int8)
+        if cache is None:
+            steps.attend(self, q, k, v, mask, context, weights)
+        for rows, tokens in pieces:
+            cache._append(k[:, :, slice(*tokens)], v[:, :, slice(*tokens)])
+            keys, values, _, _ = cache._views()
+            held = slice(cache.start, cache.length)
+            some = None if weights is None else weights[:, :, slice(*rows), held]
+            steps.attend(self, q[:, :, slice(*rows)], keys, values, mask.part(rows, (held.start, held.stop)),
+                         context[:, :, slice(*rows)], some)
+        merged = context.swapaxes(1, 2).reshape(*result.shape[:2], self.num_heads * self.value_dim)
+        result[...] = steps.project(self, "output", merged) if "output" in self.linears else merged
 
 
 def _codes(x, name: str) -> np.ndarray:

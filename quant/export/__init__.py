@@ -11,24 +11,27 @@ from edgeattn.checks import count
 from edgeattn.files import write_atomic
 from edgeattn.layers import MultiHeadAttention
 from edgeattn.quantized import DynamicMultiHeadAttention, QuantizedMultiHeadAttention
+from quant.export.bundle import write_bundle
 from quant.export.c import write_c
 from quant.export.c_files import write_together
 from quant.export.tflite import write_tflite
 
-SUFFIXES = (".tflite", ".safetensors", ".c")
+SUFFIXES = (".tflite", ".safetensors", ".c", ".so")
+ANY_SHAPE = (".safetensors", ".so")
 
 
 def export(layer, path, *, batch: int = 1, sequence_length: int | None = None, key_length: int | None = None,
-           mask=None, test_vectors: int | None = None) -> None:
+           mask=None, test_vectors: int | None = None, target: str | None = None) -> None:
     """Write ``layer`` to ``path`` in the format its suffix names; nothing half-written is ever left there.
 
     Parameters
     ----------
     layer : MultiHeadAttention or QuantizedMultiHeadAttention
     path : str or path-like
-        ``.tflite`` (fixed shapes, runs in LiteRT, tflite-runtime and TFLite Micro), ``.safetensors`` (any shape) or
+        ``.tflite`` (fixed shapes, runs in LiteRT, tflite-runtime and TFLite Micro), ``.safetensors`` (any shape),
         ``.c`` (fixed shapes, C99 for microcontrollers: the source, and a header of the same name beside it; the name
-        must be a C identifier, the layer a static one with the arithmetic "tflm").
+        must be a C identifier, the layer a static one with the arithmetic "tflm") or ``.so`` (any shape, our kernels
+        compiled for ``target``, with a C header beside it; `edgeattn.bundle.load` runs it without Numba).
     batch : int
         B of a ``.tflite`` or ``.c``.
     sequence_length : int
@@ -41,11 +44,15 @@ def export(layer, path, *, batch: int = 1, sequence_length: int | None = None, k
     test_vectors : int, optional
         Of a ``.c``: how many test vectors to write beside it, ``NAME_test.h``, with a program that checks them,
         ``NAME_test.c``.
+    target : str, optional
+        Of a ``.so``, required there: the processor, a name in ``quant.export.targets.TARGETS``, such as "cortex-a72".
 
     Raises
     ------
     TypeError, ValueError
         Naming the argument, before anything is written.
+    RuntimeError
+        Where what a ``.so`` needs is missing: a linker for the target, or a Numba that it can be compiled with.
     OSError
         When the folder is missing or cannot be written; files of these names stay as they were.
     """
@@ -58,9 +65,12 @@ def export(layer, path, *, batch: int = 1, sequence_length: int | None = None, k
                         f"got {type(layer).__name__}")
     if path.suffix not in SUFFIXES:
         raise ValueError(f"path must end in one of {', '.join(SUFFIXES)}; got {str(path)!r}")
-    if isinstance(layer, DynamicMultiHeadAttention) and (path.suffix != ".safetensors" or mask is not None):
-        raise ValueError(f"layer is dynamic, which only .safetensors files hold, without a mask; got {str(path)!r}; "
-                         "quantize with scheme='static' for the other formats")
+    if isinstance(layer, DynamicMultiHeadAttention) and (path.suffix not in ANY_SHAPE or mask is not None):
+        raise ValueError(f"layer is dynamic, which only .safetensors and .so files hold, without a mask; got "
+                         f"{str(path)!r}; quantize with scheme='static' for the other formats")
+    if (target is not None) != (path.suffix == ".so"):
+        raise ValueError(f"target must name a processor for a .so, and be None for others; got {target!r} for "
+                         f"{str(path)!r}")
     if test_vectors is not None:
         if path.suffix != ".c":
             raise ValueError(f"test_vectors must be None but for a .c; got {test_vectors!r} for {str(path)!r}")
@@ -69,7 +79,7 @@ def export(layer, path, *, batch: int = 1, sequence_length: int | None = None, k
     lengths = {name: None if length is None else count(name, length) for name, length in lengths.items()}
     if mask is not None:
         mask = _mask(mask, lengths["sequence_length"], lengths["key_length"])
-    if path.suffix != ".safetensors" and sequence_length is None:
+    if path.suffix not in ANY_SHAPE and sequence_length is None:
         raise ValueError(f"sequence_length is required for a {path.suffix}: its shapes are fixed")
     if path.suffix == ".c":
         texts = write_c(layer, path.stem, **lengths, mask=mask, test_vectors=test_vectors)
@@ -80,9 +90,13 @@ def export(layer, path, *, batch: int = 1, sequence_length: int | None = None, k
         return
     if mask is not None:
         if isinstance(layer, MultiHeadAttention):
-            raise ValueError("mask must be None for a float layer in a .safetensors file, which holds none; pass it to "
-                             "each call")
+            raise ValueError(f"mask must be None for a float layer in a {path.suffix} file, which holds none; pass it "
+                             "to each call")
         layer = layer.with_mask(mask)
+    if path.suffix == ".so":
+        files = write_bundle(layer, path.name, target)
+        write_together({path.with_name(name): content for name, content in files.items()})
+        return
     edgeattn.save(layer, path)
 
 

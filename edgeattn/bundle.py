@@ -1,0 +1,329 @@
+"""Running layers compiled ahead of time: needs NumPy and ctypes, neither Numba nor LLVM.
+
+`quant.export(layer, "attention.so", target=...)` compiles a layer's kernels for a processor into a shared library that
+holds the weights too. Behind the library, which any C program can call (see the header beside it), follow a description
+in JSON and a footer of 24 bytes: MAGIC, the description's length and the CRC-32 of all before the footer, both little
+endian. Whoever loads a bundle reads these first: a damaged file, or one for another processor, is never executed.
+"""
+
+import ctypes
+import json
+import os
+import platform
+import struct
+import zlib
+
+import numpy as np
+
+from edgeattn.checks import check_out, deliver, float_array, result_dtype, to_float32
+from edgeattn.masks import resolve_mask
+
+ABI_VERSION = 1
+MAGIC = b"edgeattn bundle\n"
+FOOTER = struct.Struct("<16sII")
+ALIGNMENT = 64  # bytes, of scratch
+
+# One call: FIELDS numbers of 64 bits, as the struct of the header says.
+(ABI, BATCH, QUERIES, KEYS, QUERY, KEY, VALUE, OUTPUT, KEEP, KEEP_STRIDES) = range(10)
+(BIAS, BIAS_STRIDES, BANDED, LOW, HIGH, SCRATCH, SCRATCH_BYTES, FIELDS) = 13, 14, 18, 19, 20, 21, 22, 23
+# What a call returns; nothing has been written unless it is OK.
+OK, BAD_ABI, BAD_SHAPE, BAD_POINTER, BAD_SCRATCH = range(5)
+LARGEST = 1 << 24  # B, L and S
+
+INPUTS = ("query", "key", "value")
+_AT_HWCAP = 16  # linux/auxvec.h
+# Bits of AT_HWCAP on ARM64, named as Linux names them in /proc/cpuinfo; asm/hwcap.h.
+HARDWARE_BITS = {"fp": 0, "asimd": 1, "crc32": 7, "atomics": 8, "fphp": 9, "asimdhp": 10, "asimdrdm": 12, "lrcpc": 15,
+                 "asimddp": 20}
+_KEPT = 4  # scratch buffers kept for the next call
+
+
+def load(path):
+    """Load a bundle that `quant.export` wrote.
+
+    Parameters
+    ----------
+    path : str or path
+
+    Returns
+    -------
+    FloatBundle or StaticBundle
+        Called like the layer it was made of.
+
+    Raises
+    ------
+    ValueError
+        For a file that is no bundle or is damaged, one of another ABI version, and one for a processor that is not
+        this one. Nothing of the file has been run then.
+    OSError
+        When it cannot be read.
+    """
+    try:
+        path = os.path.abspath(path)
+    except TypeError:
+        raise TypeError(f"path must be a string or a path, got {type(path).__name__}") from None
+    about = read_description(path)
+    if about["abi"] != ABI_VERSION:
+        raise ValueError(f"{path} has ABI version {about['abi']}, and this edgeattn reads {ABI_VERSION}; export it "
+                         "again with the edgeattn that runs it")
+    machine = platform.machine()
+    if about["machine"] != machine:
+        raise ValueError(f"{path} is for {about['machine']} ({about['target']}); this machine is {machine}")
+    lacking = sorted(set(about["requires"]) - cpu_flags())
+    if lacking:
+        raise ValueError(f"{path} is for {about['target']}; this processor lacks {', '.join(lacking)}: export the "
+                         "layer for another target")
+    try:
+        library = ctypes.CDLL(path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be loaded: {error}") from error
+    kinds = {"static": StaticBundle, "dynamic": FloatBundle, "float32": FloatBundle}
+    return kinds[about["scheme"]](about, library)
+
+
+def read_description(path):
+    """The description in a bundle, as a dict; nothing of the file is run."""
+    with open(path, "rb") as file:
+        content = file.read()
+    body, footer = content[:-FOOTER.size], content[-FOOTER.size:]
+    if len(footer) < FOOTER.size or footer[:len(MAGIC)] != MAGIC:
+        raise ValueError(f"{path} is no bundle that quant.export wrote, or its end is missing")
+    _, size, checksum = FOOTER.unpack(footer)
+    if size > len(body) or zlib.crc32(body) != checksum:
+        raise ValueError(f"{path} is damaged: its checksum is not the one it was written with")
+    return json.loads(body[len(body) - size:])
+
+
+def cpu_flags():
+    """What this processor can do, in the words of /proc/cpuinfo."""
+    if platform.machine() == "aarch64":  # asked for directly: under emulation /proc is the host's
+        ask = ctypes.CDLL(None).getauxval
+        ask.restype, ask.argtypes = ctypes.c_ulong, [ctypes.c_ulong]
+        bits = ask(_AT_HWCAP)
+        return {name for name, bit in HARDWARE_BITS.items() if bits >> bit & 1}
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next((set(line.split()[2:]) for line in file if line.startswith("flags")), set())
+    except OSError:
+        return set()
+
+
+class Bundle:
+    """A layer compiled ahead of time.
+
+    Attributes
+    ----------
+    scheme : "float32", "dynamic" or "static"
+    target : str
+        What it was compiled for.
+    num_heads, num_kv_heads, embed_dim, kdim, vdim, head_dim, value_dim, output_dim : int
+    """
+
+    def __init__(self, about, library):
+        self.scheme, self.target = about["scheme"], about["target"]
+        for name in SIZES:
+            setattr(self, name, about["sizes"][name])
+        self._run = getattr(library, f"{about['prefix']}_run")
+        self._run.argtypes, self._run.restype = [ctypes.c_void_p], ctypes.c_int32
+        self._measure = getattr(library, f"{about['prefix']}_scratch_bytes")
+        self._measure.argtypes, self._measure.restype = [ctypes.c_int64] * 3 + [ctypes.c_int32], ctypes.c_int64
+        self._needs = {}
+        self._scratch = []
+
+    def __repr__(self):
+        sizes = ", ".join(f"{name}={getattr(self, name)}" for name in SIZES)
+        return f"{type(self).__name__}(scheme={self.scheme!r}, target={self.target!r}, {sizes})"
+
+    def _kernel(self, query, key, value, out, keep, bias, band):
+        """out (B, L, Eo) from query (B, L, E), key (B, S, kdim), value (B, S, vdim), in C order and not empty."""
+        call = np.zeros(FIELDS, np.int64)
+        shape = (*query.shape[:2], key.shape[1], keep is not None or bias is not None)
+        if max(shape) > LARGEST:
+            raise ValueError(f"B, L and S must be at most {LARGEST}, got {shape[:3]}")
+        needed = self._needs.get(shape)
+        if needed is None:
+            if len(self._needs) > 64:
+                self._needs.clear()
+            needed = self._needs[shape] = self._measure(*shape)
+        try:
+            scratch = self._scratch.pop()
+        except IndexError:
+            scratch = np.empty(0, np.uint8)
+        if scratch.size < needed + ALIGNMENT:
+            scratch = np.zeros(needed + ALIGNMENT, np.uint8)
+        call[ABI] = ABI_VERSION
+        call[BATCH:QUERY] = shape[:3]
+        call[QUERY:KEEP] = [x.ctypes.data for x in (query, key, value, out)]
+        for mask, field, strides in ((keep, KEEP, KEEP_STRIDES), (bias, BIAS, BIAS_STRIDES)):
+            if mask is not None:
+                call[field] = mask.ctypes.data
+                call[strides:strides + 4] = _strides(mask)
+        if band is not None:
+            call[BANDED:SCRATCH] = 1, *band
+        call[SCRATCH] = scratch.ctypes.data + -scratch.ctypes.data % ALIGNMENT
+        call[SCRATCH_BYTES] = needed
+        status = self._run(call.ctypes.data)
+        if len(self._scratch) < _KEPT:
+            self._scratch.append(scratch)
+        if status != OK:
+            raise RuntimeError(f"the bundle refused a call with status {status}: it is not the library its description "
+                               "is about")
+        return out
+
+
+SIZES = ("num_heads", "num_kv_heads", "embed_dim", "kdim", "vdim", "head_dim", "value_dim", "output_dim")
+
+
+def _strides(mask):
+    """Strides in elements of a mask that NumPy broadcasts to four axes: 0 where it repeats."""
+    strides, step = [0, 0, 0, 0], 1
+    for axis in range(1, mask.ndim + 1):
+        if mask.shape[-axis] != 1:
+            strides[-axis] = step
+        step *= mask.shape[-axis]
+    return strides
+
+
+def _check_shapes(bundle, query, key, value):
+    """Refuse inputs whose shapes do not agree with the layer or each other."""
+    shapes = f"query {query.shape}, key {key.shape}, value {value.shape}"
+    if query.ndim not in (2, 3):
+        raise ValueError(f"query must be (B, L, E) or (L, E), got shape {query.shape}")
+    widths = (bundle.embed_dim, bundle.kdim, bundle.vdim)
+    for name, x, width in zip(INPUTS, (query, key, value), widths, strict=True):
+        if x.ndim != query.ndim or x.shape[:-2] != query.shape[:-2]:
+            raise ValueError(f"{name} must have query's batch axes {query.shape[:-2]}, got {shapes}")
+        if x.shape[-1] != width:
+            raise ValueError(f"{name} must have a last axis of {width}, got {shapes}")
+    if value.shape[-2] != key.shape[-2]:
+        raise ValueError(f"value must have as many rows as key, S = {key.shape[-2]}, got {shapes}")
+
+
+class FloatBundle(Bundle):
+    """A float32 layer, or a dynamic int8 one, compiled ahead of time."""
+
+    def __call__(self, query, key=None, value=None, *, attn_mask=None, key_padding_mask=None, is_causal=False,
+                 causal_alignment=None, window_size=(-1, -1), alibi_slopes=None, out=None):
+        """Attend from `query` to `key` and `value`; arguments and result as `MultiHeadAttention`'s."""
+        if key is None and value is not None:
+            raise ValueError("value needs key, got key=None; pass key=query to attend from query to itself")
+        query = float_array("query", query)
+        key = query if key is None else float_array("key", key)
+        value = key if value is None else float_array("value", value)
+        _check_shapes(self, query, key, value)
+        dtype = result_dtype(query, key, value)
+        lead, queries, keys = query.shape[:-2], query.shape[-2], key.shape[-2]
+        check_out(out, (*lead, queries, self.output_dim), dtype)
+        mask = resolve_mask((*lead, self.num_heads, queries, keys), attn_mask, key_padding_mask, is_causal=is_causal,
+                            causal_alignment=causal_alignment, window_size=window_size, alibi_slopes=alibi_slopes)
+        batch = mask.shape[0]
+        keep, bias, band = mask.for_kernels()
+        if keys == 0:  # one key that is not there
+            key, value = (np.zeros((*lead, 1, x.shape[-1]), np.float32) for x in (key, value))
+            keep, bias, band = np.zeros((1, 1, 1, 1), np.bool_), None, None
+        q = to_float32(query).reshape(batch, queries, self.embed_dim)
+        k = q if key is query else to_float32(key).reshape(batch, -1, self.kdim)
+        v = k if value is key else to_float32(value).reshape(batch, -1, self.vdim)
+        result = np.empty((*lead, queries, self.output_dim), np.float32)
+        if result.size:
+            self._kernel(q, k, v, result, keep, bias, band)
+        return deliver(result, out, dtype)
+
+
+class StaticBundle(Bundle):
+    """A static int8 layer compiled ahead of time: int8 in, int8 out.
+
+    Attributes
+    ----------
+    arithmetic : str
+        The TFLite kernel set it equals.
+    sources : tuple of int
+        Which input feeds the query, key and value projection.
+    quantization : dict
+        "query" (and "key", "value" where `sources` has them) and "output" -> (scale, zero_point).
+    mask_shape : tuple of int or None
+        Of the mask the layer carries, which broadcasts to (B, H, L, S).
+    """
+
+    def __init__(self, about, library):
+        super().__init__(about, library)
+        self.arithmetic = about["arithmetic"]
+        self.sources = tuple(about["sources"])
+        self.mask_shape = None if about["mask_shape"] is None else tuple(about["mask_shape"])
+        self.quantization = {name: (np.float32(scale), zero) for name, (scale, zero) in about["quantization"].items()}
+
+    def quantize_input(self, x, name="query"):
+        """int8 codes of a float input; `name` is "query", "key" or "value"."""
+        scale, zero = self.quantization[INPUTS[self.sources[INPUTS.index(name)]]]
+        with np.errstate(over="ignore"):
+            codes = np.rint(np.asarray(float_array(name, x), np.float32) * (np.float32(1) / scale)) + np.float32(zero)
+        codes = np.where(np.isnan(codes), np.float32(zero), codes)
+        return np.clip(codes, -128, 127).astype(np.int8)
+
+    def dequantize_output(self, codes):
+        """float32 reals of `run_int8`'s codes."""
+        scale, zero = self.quantization["output"]
+        return (np.asarray(codes, np.float32) - np.float32(zero)) * scale
+
+    def run_int8(self, query, key=None, value=None, *, attn_mask=None, key_padding_mask=None, is_causal=False,
+                 causal_alignment=None, window_size=(-1, -1), out=None):
+        """Attention on codes; arguments and result as `run_int8` of the layer it was made of."""
+        given = [query, key, value]
+        for i, name in enumerate(INPUTS):
+            if self.sources[i] < i:
+                if given[i] is not None and given[i] is not given[self.sources[i]]:
+                    raise ValueError(f"{name} must be left out: this layer was quantized with "
+                                     f"{INPUTS[self.sources[i]]} as its {name}")
+                continue
+            given[i] = np.asarray(given[i])
+            if given[i].dtype != np.int8:
+                raise TypeError(f"{name} must be int8, got {given[i].dtype}; quantize_input makes codes of floats")
+            given[i] = np.ascontiguousarray(given[i])
+        query, key, value = (given[source] for source in self.sources)
+        _check_shapes(self, query, key, value)
+        lead, queries, keys = query.shape[:-2], query.shape[-2], key.shape[-2]
+        check_out(out, (*lead, queries, self.output_dim), np.dtype(np.int8))
+        if attn_mask is not None and np.asarray(attn_mask).dtype != np.bool_:
+            raise TypeError(f"attn_mask must be bool for int8 (True = attend), got {np.asarray(attn_mask).dtype}")
+        mask = resolve_mask((*lead, self.num_heads, queries, keys), attn_mask, key_padding_mask, is_causal=is_causal,
+                            causal_alignment=causal_alignment, window_size=window_size)
+        if self.mask_shape is not None and any(
+                size not in (1, wanted) for size, wanted in zip(self.mask_shape, mask.shape, strict=True)):
+            raise ValueError(f"the mask this layer carries has shape {self.mask_shape}, which does not broadcast to "
+                             f"(B, H, L, S) = {mask.shape}; call the layer with the lengths the mask was made for")
+        keep, _, band = mask.for_kernels()
+        if keys == 0:  # one key that is not there
+            key, value = (np.zeros((*lead, 1, x.shape[-1]), np.int8) for x in (key, value))
+            keep, band = np.zeros((1, 1, 1, 1), np.bool_), None
+        query, key, value = (x.reshape(mask.shape[0], *x.shape[-2:]) for x in (query, key, value))
+        result = np.empty((*lead, queries, self.output_dim), np.int8)
+        if result.size:
+            self._kernel(query, key, value, result, keep, None, band)
+        return deliver(result, out, np.dtype(np.int8))
+
+    def __call__(self, query, key=None, value=None, *, attn_mask=None, key_padding_mask=None, is_causal=False,
+                 causal_alignment=None, window_size=(-1, -1), out=None):
+        """Attention on reals: quantize the inputs, `run_int8`, dequantize; arguments and result as the layer's.
+
+        A row is NaN where its query, or a key or value that the arguments let it see, holds NaN.
+        """
+        masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask, "is_causal": is_causal,
+                 "causal_alignment": causal_alignment, "window_size": window_size}
+        inputs = [None if x is None else np.asarray(x) for x in (query, key, value)]
+        codes = [None if x is None else self.quantize_input(x, name) for name, x in zip(INPUTS, inputs, strict=True)]
+        if codes[1] is not None and key is query:
+            codes[1] = codes[0]
+        if codes[2] is not None and (value is key or value is query):
+            codes[2] = codes[1] if value is key else codes[0]
+        result = self.dequantize_output(self.run_int8(*codes, **masks))
+        dtype = result_dtype(*(x for x in inputs if x is not None))
+        check_out(out, result.shape, dtype)
+        nan = [None if x is None else np.isnan(x).any(-1) for x in inputs]
+        if any(x is not None and x.any() for x in nan):
+            queries, keys, values = (nan[source] for source in self.sources)
+            mask = resolve_mask((*queries.shape[:-1], self.num_heads, queries.shape[-1], keys.shape[-1]), **masks)
+            permitted = mask.permitted()
+            seen = np.ones(mask.shape, bool) if permitted is None else np.broadcast_to(permitted, mask.shape)
+            reached = (seen & (keys | values).reshape(mask.shape[0], 1, 1, -1)).any((1, 3))
+            result[queries | reached.reshape(queries.shape)] = np.nan
+        return deliver(result, out, dtype)

@@ -1,0 +1,96 @@
+"""A static layer's steps one by one, on codes in NumPy: for the probabilities, for a cache, and to look at.
+
+A second implementation of the fused kernel's arithmetic on the rules of ``edgeattn.arithmetic``, and equal to it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from edgeattn import arithmetic as rules
+from edgeattn.quantized.score_ops import fit_mask
+
+_SCORES_AT_ONCE = 1 << 20  # scores held at a time: 8 MiB each, as the float64 of an exact product
+
+
+def project(layer, name: str, x: np.ndarray) -> np.ndarray:
+    """int8 codes (..., inputs) through the linear layer called ``name``: codes (..., outputs)."""
+    linear, source, rule = layer.linears[name], layer.input_of(name), layer.kernel_set.fully_connected
+    acc = _exact_product(x, source.zero_point, linear.weight.T, 0)
+    if linear.bias is not None:
+        acc = acc + linear.bias
+    real = rules.fully_connected_multiplier(rule, source.scale, linear.scale, layer.tensors[name].scale)
+    return _requantize(rule, acc, real, layer.tensors[name].zero_point)
+
+
+def heads(layer, x: np.ndarray) -> np.ndarray:
+    """(B, length, H * size) -> (B, H, length, size)."""
+    return x.reshape(*x.shape[:2], layer.num_heads, x.shape[2] // layer.num_heads).swapaxes(1, 2)
+
+
+def scores(layer, query: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """Codes (B, H, L, S) of query (B, H, L, D) and key (B, H, S, D)."""
+    return _batch_matmul(layer, query, "query", key.swapaxes(-1, -2), "key", "scores")
+
+
+def probabilities(layer, scores: np.ndarray, permitted: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """Codes of the softmax over the permitted keys, after the layer's ``score_ops``; others -128. All (B, H, L, S).
+
+    classes : of the positions, as in ``score_map``
+    """
+    tables, _, quantization = layer.score_map
+    codes = tables[classes, scores.astype(np.int64) + 128].astype(np.int64)
+    rule = rules.SOFTMAX[layer.kernel_set.softmax]
+    table = rule.table(quantization.scale)
+    table = table if table.dtype.kind == "f" else table.astype(np.int64)
+    top = np.where(permitted, codes, -129).max(-1, keepdims=True, initial=-129)
+    e = table[np.where(permitted, top - codes, 0)]
+    # in key order, one after the other: where the sum is float32, the order shows
+    terms = np.where(permitted, rule.weight(e), 0).astype(type(rule.zero))
+    total = np.add.accumulate(terms, axis=-1)[..., -1:] if terms.shape[-1] else np.ones((*terms.shape[:-1], 1))
+    codes = np.minimum(rule.probability(e, np.where(permitted.any(-1, keepdims=True), total, 1)), 255) - 128
+    return np.where(permitted, codes, -128).astype(np.int8)
+
+
+def context(layer, probabilities: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """Codes (B, H, L, Dv) of probabilities (B, H, L, S) and value (B, H, S, Dv)."""
+    return _batch_matmul(layer, probabilities, "probabilities", value, "value", "context")
+
+
+def attend(layer, query, key, value, mask, out, weights=None) -> None:
+    """All of it between the projections, some queries at a time.
+
+    query (B, H, L, D), key (B, H, S, D), value (B, H, S, Dv): codes; mask: Mask of shape (B, H, L, S).
+    out (B, H, L, Dv) and, where wanted, weights (B, H, L, S) take the codes of the context and the probabilities.
+    """
+    B, H, L, S = mask.shape
+    classes = fit_mask(layer.score_map[1], mask.shape)
+    step = max(1, _SCORES_AT_ONCE // max(1, B * H * S))
+    for begin in range(0, L, step):
+        rows = slice(begin, min(begin + step, L))
+        part = mask.part((rows.start, rows.stop), (0, S))
+        permitted = part.permitted()
+        permitted = np.broadcast_to(True if permitted is None else permitted, part.shape)
+        codes = probabilities(layer, scores(layer, query[:, :, rows], key), permitted, classes[:, :, rows])
+        out[:, :, rows] = context(layer, codes, value)
+        if weights is not None:
+            weights[:, :, rows] = codes
+
+
+def _batch_matmul(layer, lhs, lhs_name, rhs, rhs_name, output):
+    t, kernel_set = layer.tensors, layer.kernel_set
+    rule = kernel_set.batch_matmul if t[rhs_name].zero_point == 0 else kernel_set.batch_matmul_asymmetric
+    real = rules.batch_matmul_multiplier(rule, kernel_set.precision, t[lhs_name].scale, t[rhs_name].scale,
+                                         t[output].scale)
+    acc = _exact_product(lhs, t[lhs_name].zero_point, rhs, t[rhs_name].zero_point)
+    return _requantize(rule, acc, real, t[output].zero_point)
+
+
+def _exact_product(lhs, lhs_zero_point, rhs, rhs_zero_point):
+    """Integer matrix product in float64, exact below 2**53, as int64."""
+    return ((lhs.astype(np.float64) - lhs_zero_point) @ (rhs.astype(np.float64) - rhs_zero_point)).astype(np.int64)
+
+
+def _requantize(rule, acc, real, zero_point):
+    q31, shift = (a.astype(np.int64) for a in rules.fixed_point(real))
+    return rules.to_code(rules.REQUANTIZE[rule](acc, q31, shift, real), zero_point)

@@ -1,0 +1,225 @@
+"""What a bundle makes known to C, as functions that Numba compiles: how much scratch a call needs, and the call.
+
+A call is an array of int64, the struct of the bundle's header (see edgeattn/bundle.py for its fields). Everything of
+the layer that does not change from call to call is constant data of the library.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from llvmlite import ir
+from numba import from_dtype, types
+from numba.core import cgutils
+from numba.extending import intrinsic, register_jitable
+from numba.np.arrayobj import populate_array
+
+from edgeattn.bundle import (
+    ABI,
+    ABI_VERSION,
+    ALIGNMENT,
+    BAD_ABI,
+    BAD_POINTER,
+    BAD_SCRATCH,
+    BAD_SHAPE,
+    BANDED,
+    BATCH,
+    BIAS,
+    BIAS_STRIDES,
+    FIELDS,
+    HIGH,
+    KEEP,
+    KEEP_STRIDES,
+    KEY,
+    KEYS,
+    LARGEST,
+    LOW,
+    OK,
+    OUTPUT,
+    QUERIES,
+    QUERY,
+    SCRATCH,
+    SCRATCH_BYTES,
+    VALUE,
+)
+from edgeattn.cpu import fused, fused_dynamic, fused_int8, layer_dynamic, layer_float32, layer_int8
+from edgeattn.crew import separate
+
+_I8, _I64 = ir.IntType(8), ir.IntType(64)
+
+
+def _array(context, builder, array_type, pointer, size):
+    """An array of `size` elements from `pointer` on, which nobody frees."""
+    array = context.make_array(array_type)(context, builder)
+    item = ir.Constant(_I64, context.get_abi_sizeof(context.get_data_type(array_type.dtype)))
+    data = builder.bitcast(pointer, context.get_data_type(array_type.dtype).as_pointer())
+    populate_array(array, data=data, shape=[size], strides=[item], itemsize=item, meminfo=None)
+    return array._getvalue()
+
+
+@intrinsic
+def array_at(typing, address, size, dtype):
+    """The `size` elements of a dtype from an address on."""
+    array_type = types.Array(dtype.instance_type, 1, "C")
+
+    def generate(context, builder, sig, args):
+        return _array(context, builder, array_type, builder.inttoptr(args[0], _I8.as_pointer()), args[1])
+    return array_type(types.int64, types.int64, dtype), generate
+
+
+def constant(name, values):
+    """A function that gives an array's elements as constant data of the library, called `name` there.
+
+    Parameters
+    ----------
+    name : str
+    values : one-dimensional array
+    """
+    array_type = types.Array(from_dtype(values.dtype), 1, "C")
+
+    @intrinsic
+    def elements(typing):
+        def generate(context, builder, sig, args):
+            data = ir.Constant(ir.ArrayType(_I8, max(values.nbytes, 1)), bytearray(values.tobytes() or b"\0"))
+            variable = cgutils.global_constant(builder.module, name, data)
+            variable.align = ALIGNMENT
+            return _array(context, builder, array_type, builder.bitcast(variable, _I8.as_pointer()),
+                          ir.Constant(_I64, values.size))
+        return array_type(), generate
+    return elements
+
+
+def local_copy(name, values):
+    """A function that gives a copy of an array in the frame of its caller."""
+    array_type = types.Array(from_dtype(values.dtype), 1, "C")
+
+    @intrinsic
+    def copy(typing):
+        def generate(context, builder, sig, args):
+            data = ir.Constant(ir.ArrayType(_I8, values.nbytes), bytearray(values.tobytes()))
+            frame = cgutils.alloca_once(builder, data.type)
+            frame.align = ALIGNMENT
+            builder.store(builder.load(cgutils.global_constant(builder.module, name, data)), frame)
+            return _array(context, builder, array_type, builder.bitcast(frame, _I8.as_pointer()),
+                          ir.Constant(_I64, values.size))
+        return array_type(), generate
+    return copy
+
+
+@register_jitable
+def _fits(B, L, S):
+    return 0 < B <= LARGEST and 0 < L <= LARGEST and 0 < S <= LARGEST
+
+
+@register_jitable
+def _check(call):
+    """OK, or what is wrong with a call beside its scratch."""
+    if call[ABI] != ABI_VERSION:
+        return BAD_ABI
+    if not _fits(call[BATCH], call[QUERIES], call[KEYS]):
+        return BAD_SHAPE
+    if call[QUERY] == 0 or call[KEY] == 0 or call[VALUE] == 0 or call[OUTPUT] == 0:
+        return BAD_POINTER
+    return OK
+
+
+@register_jitable
+def _copy(p, first, call, field, count):
+    for i in range(count):
+        p[first + i] = call[field + i]
+
+
+def float_entry(kernel, dynamic):
+    """(scratch_bytes, run) of a FloatLayer, or of a DynamicLayer."""
+    if dynamic:
+        f, plan, layer = fused_dynamic, layer_dynamic.plan, separate(fused_dynamic.layer_dynamic.py_func)
+        weights, factors = constant("weights", kernel._weights), constant("factors", kernel._factors)
+        unit = np.int32
+    else:
+        f, plan, layer = fused, layer_float32.plan, separate(fused.layer_float32.py_func)
+        weights, factors = constant("weights", kernel.weights), None
+        unit = np.float32
+    parameters = local_copy("parameters", kernel._parameters)
+
+    def scratch_bytes(B, L, S, masked):
+        if not _fits(B, L, S):
+            return np.int64(-1)
+        shared, private = plan(parameters(), B, L, S, masked != 0)
+        return np.int64(4 * (shared + private))
+
+    def run(address):
+        call = array_at(address, FIELDS, np.int64)
+        status = _check(call)
+        if status != OK:
+            return status
+        B, L, S = call[BATCH], call[QUERIES], call[KEYS]
+        p = parameters()
+        shared, private = plan(p, B, L, S, call[KEEP] != 0 or call[BIAS] != 0)
+        if call[SCRATCH] == 0 or call[SCRATCH] % ALIGNMENT != 0 or call[SCRATCH_BYTES] < 4 * (shared + private):
+            return BAD_SCRATCH
+        p[f.P_BAND], p[f.P_LOW], p[f.P_HIGH] = call[BANDED], call[LOW], call[HIGH]
+        _copy(p, f.P_KEEP_B, call, KEEP_STRIDES, 4)
+        _copy(p, f.P_BIAS_B, call, BIAS_STRIDES, 4)
+        mask_size = B * p[f.P_HEADS] * L * S
+        xq = array_at(call[QUERY], B * L * p[f.P_EQ], np.float32)
+        xk = array_at(call[KEY], B * S * p[f.P_EK], np.float32)
+        xv = array_at(call[VALUE], B * S * p[f.P_EV], np.float32)
+        out = array_at(call[OUTPUT], B * L * p[f.P_EO], np.float32)
+        keep = array_at(call[KEEP], mask_size if call[KEEP] != 0 else 0, np.uint8)
+        bias = array_at(call[BIAS], mask_size if call[BIAS] != 0 else 0, np.float32)
+        scratch = array_at(call[SCRATCH], shared + private, unit)
+        alone = array_at(0, 0, np.int64)
+        if dynamic:
+            p[f.P_SAME_KV] = call[KEY] == call[VALUE]
+            layer(xq, xk, xv, out, weights(), factors(), p, keep, bias, scratch, alone, 1)
+        else:
+            layer(xq, xk, xv, out, weights(), p, keep, bias, scratch, alone, 1)
+        return OK
+    return scratch_bytes, run
+
+
+def static_entry(kernel, tables, classes):
+    """(scratch_bytes, run) of a StaticLayer with the tables and classes of its score operators, or None."""
+    f, plan, layer = fused_int8, layer_int8.plan, separate(fused_int8.layer_int8.py_func)
+    project_rule, score_rule, context_rule, softmax = kernel._fixed
+    softmax, weights = constant("softmax", softmax), constant("weights", kernel.weights)
+    parameters = local_copy("parameters", kernel._parameters)
+    empty = np.zeros(0, np.uint8)
+    tables = constant("tables", empty.view(np.int8) if tables is None else tables.reshape(-1))
+    shape = (1, 1, 1, 1) if classes is None else (1,) * (4 - classes.ndim) + classes.shape
+    strides = tuple(layer_float32._strides(np.empty(shape, np.uint8), None))
+    classes = constant("classes", empty if classes is None else classes.reshape(-1))
+
+    def scratch_bytes(B, L, S, masked):
+        if not _fits(B, L, S):
+            return np.int64(-1)
+        shared, private = plan(parameters(), B, L, S)
+        return np.int64(4 * (shared + private))
+
+    def run(address):
+        call = array_at(address, FIELDS, np.int64)
+        status = _check(call)
+        if status != OK:
+            return status
+        B, L, S = call[BATCH], call[QUERIES], call[KEYS]
+        p = parameters()
+        if not (shape[0] in (1, B) and shape[1] in (1, p[f.P_HEADS]) and shape[2] in (1, L) and shape[3] in (1, S)):
+            return BAD_SHAPE
+        if call[BIAS] != 0:
+            return BAD_POINTER
+        shared, private = plan(p, B, L, S)
+        if call[SCRATCH] == 0 or call[SCRATCH] % ALIGNMENT != 0 or call[SCRATCH_BYTES] < 4 * (shared + private):
+            return BAD_SCRATCH
+        p[f.P_BAND], p[f.P_LOW], p[f.P_HIGH] = call[BANDED], call[LOW], call[HIGH]
+        _copy(p, f.P_KEEP_B, call, KEEP_STRIDES, 4)
+        p[f.P_CLASS_B], p[f.P_CLASS_H], p[f.P_CLASS_L], p[f.P_CLASS_S] = strides
+        p[f.P_SAME_KV] = call[KEY] == call[VALUE]
+        xq = array_at(call[QUERY], B * L * p[f.P_EQ], np.int8)
+        xk = array_at(call[KEY], B * S * p[f.P_EK], np.int8)
+        xv = array_at(call[VALUE], B * S * p[f.P_EV], np.int8)
+        out = array_at(call[OUTPUT], B * L * p[f.P_EO], np.int8)
+        keep = array_at(call[KEEP], B * p[f.P_HEADS] * L * S if call[KEEP] != 0 else 0, np.uint8)
+        scratch = array_at(call[SCRATCH], shared + private, np.int32)
+        layer(project_rule, score_rule, context_rule, softmax(), xq, xk, xv, out, weights(), p, keep, classes(),
+              tables(), scratch, array_at(0, 0, np.int64), 1)
+        return OK
+    return scratch_bytes, run

@@ -1,0 +1,64 @@
+"""Making a shared library of an object file, for this machine or another, with whatever linker there is."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+# What kernels may leave to the device: a few functions of the C library and its mathematics.
+DEVICE_LIBRARIES = {"libc.so.6": ("memcpy", "memmove", "memset", "sched_yield"),
+                    "libm.so.6": ("exp2f", "expf", "fmaf", "fmodf", "ldexpf", "powf", "tanhf")}
+
+
+def find_linker(machine: str) -> list[str]:
+    """The command that links for a machine, without its arguments.
+
+    Raises
+    ------
+    RuntimeError
+        Saying what to install when there is none.
+    """
+    if found := shutil.which("ld.lld") or shutil.which(f"{machine}-linux-gnu-ld"):
+        return [found]
+    if machine == platform.machine() and (found := shutil.which("ld")):
+        return [found]
+    if importlib.util.find_spec("ziglang") is not None:
+        return [sys.executable, "-m", "ziglang", "ld.lld"]
+    raise RuntimeError(f"target needs a linker for {machine}, and there is none: apt-get install lld, or pip install "
+                       "'edgeattn[bundle]', which brings one for every machine")
+
+
+def link(machine: str, folder: Path, name: str, exported: list[str]) -> bytes:
+    """The shared library made of ``layer.o`` in ``folder``.
+
+    Parameters
+    ----------
+    machine : str
+    folder : Path
+        With ``layer.o``, and for every library in DEVICE_LIBRARIES an object file with its functions, none of which
+        does anything: the device's libraries are not at hand, and all that is needed are their names.
+    name : str
+        What the library is called by those that are linked against it.
+    exported : list of str
+        The names it makes known.
+    """
+    linker = find_linker(machine)
+    for library in DEVICE_LIBRARIES:
+        _run([*linker, "-shared", "-soname", library, "-o", folder / library, folder / f"{library}.o"])
+    script = folder / "exported.map"
+    script.write_text("{ global: " + " ".join(f"{symbol};" for symbol in exported) + " local: *; };\n")
+    # Pages of 64 KiB divide by those of every kernel: a Raspberry Pi 5's are of 16.
+    _run([*linker, "-shared", "-soname", name, "--version-script", script, "--strip-all", "--hash-style=gnu",
+          "-z", "defs", "-z", "noexecstack", "-z", "relro", "-z", "now", "-z", "max-page-size=65536",
+          "-o", folder / "layer.so", folder / "layer.o", "--as-needed", *(folder / name for name in DEVICE_LIBRARIES)])
+    return (folder / "layer.so").read_bytes()
+
+
+def _run(command) -> None:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{Path(str(command[0])).name} failed: {done.stderr.strip()}")

@@ -1,0 +1,415 @@
+"""Layers compiled ahead of time: the bytes of the compiled form without Numba, from Python and C, and what is refused."""
+import ctypes
+import json
+import os
+import pickle
+import platform
+import shutil
+import struct
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from workbench import random_input, random_layer
+
+import edgeattn
+import quant
+from edgeattn import bundle, isa
+from quant.export import linker
+from quant.export.targets import TARGETS
+
+ROOT = Path(__file__).resolve().parent.parent
+X86 = platform.machine() == "x86_64"
+# The instruction sets of this machine that targets are made for; AMX is for none.
+HERE = {t.isa: name for name, t in TARGETS.items() if t.machine == platform.machine() and set(t.requires) <= bundle.cpu_flags()}
+HOST = HERE.get("avx2") or HERE.get("neondot") or HERE.get("neon")
+KERNEL_SETS = ("litert", "tflite-runtime", "tflm")
+FLOATS = ("float32", "dynamic")
+MASKED = "static-tflm"  # the one that carries a mask
+
+
+def needs_linker(machine=None):
+    try:
+        linker.find_linker(machine or platform.machine())
+    except RuntimeError as error:
+        pytest.skip(str(error))
+
+
+def static_layer(arithmetic, **options):
+    layer = random_layer(3, **options)
+    calls = [{"query": x, "is_causal": True} for x in random_input(0, 4, 2, 9, 32)]
+    return quant.quantize(layer, quant.calibrate(layer, calls), arithmetic=arithmetic)
+
+
+def cross_layer():
+    """Three inputs of their own, grouped heads, widths that fill no vector."""
+    return random_layer(5, H=6, Hkv=2, D=7, Dv=5, E=30, kdim=19, vdim=23)
+
+
+def layers():
+    made = {f"static-{name}": static_layer(name) for name in KERNEL_SETS}
+    made[MASKED] = made[MASKED].with_mask(np.tri(9, dtype=bool))
+    return made | {"float32": cross_layer(), "dynamic": quant.quantize(cross_layer(), scheme="dynamic")}
+
+
+def calls_of(name):
+    """Keyword arguments of calls whose results are compared."""
+    rng = np.random.default_rng(7)
+    masks = [{}, {"is_causal": True}, {"attn_mask": rng.random((2, 1, 9, 9)) < 0.6},
+             {"attn_mask": rng.random((1, 9)) < 0.6, "key_padding_mask": rng.random((2, 9)) < 0.6}]
+    if name.startswith("static"):
+        codes = rng.integers(-128, 128, (2, 9, 32)).astype(np.int8)
+        calls = [{"query": codes, **mask} for mask in masks]
+        if name != MASKED:
+            longer = rng.integers(-128, 128, (1, 70, 32)).astype(np.int8)
+            calls += [{"query": longer}, {"query": longer[0], "is_causal": True}, {"query": codes[:, :1]}]
+        return calls
+    heads = rng.standard_normal((6, 9, 9)).astype(np.float32)
+    masks += [{"window_size": (2, 1)}, {"attn_mask": heads}, {"alibi_slopes": np.float32(2) ** -np.arange(6.0, dtype="f")},
+              {"attn_mask": np.zeros((9, 9), bool)}]
+
+    def inputs(B, L, S):
+        return {n: rng.standard_normal((B, s, e)).astype(np.float32)
+                for n, s, e in (("query", L, 30), ("key", S, 19), ("value", S, 23))}
+
+    calls = [{**inputs(2, 9, 9), **mask} for mask in masks]
+    calls += [inputs(1, 3, 300), {**inputs(1, 70, 33), "is_causal": True, "causal_alignment": "lower_right"}, inputs(2, 1, 1)]
+    return calls + [{n: x[0] for n, x in inputs(1, 5, 4).items()}, inputs(2, 4, 0)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The bundles of all layers for this machine."""
+    needs_linker()
+    folder = tmp_path_factory.mktemp("bundles")
+
+    def export(item):
+        quant.export(item[1], folder / f"{item[0]}.so", target=HOST)
+
+    with ThreadPoolExecutor(2) as workers:
+        list(workers.map(export, layers().items()))
+    return folder
+
+
+def python(code, *arguments, **environment):
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code, *map(str, arguments)], cwd=ROOT, text=True,
+                          capture_output=True, env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", **environment})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# Runs in a process where the packages that a device lacks cannot be imported.
+WITHOUT_NUMBA = """
+import pickle, sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("numba", "llvmlite", "safetensors", "quant"):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Absent())
+from edgeattn.bundle import load
+folder = sys.argv[1]
+with open(f"{folder}/calls", "rb") as file:
+    calls = pickle.load(file)
+results = {}
+for name, some in calls.items():
+    layer = load(f"{folder}/{name}.so")
+    run = layer.run_int8 if name.startswith("static") else layer
+    results[name] = [run(**call) for call in some for _ in range(2)][::2]  # the second call has a used scratch
+with open(f"{folder}/results", "wb") as file:
+    pickle.dump(results, file)
+"""
+# What the kernels give that are compiled when they are called: floats depend on the instruction set, codes do not.
+COMPILED_HERE = """
+import pickle, sys
+import test_bundle as t
+found = {name: [layer(**call) for call in t.calls_of(name)] for name, layer in t.layers().items() if name in t.FLOATS}
+with open(f"{sys.argv[1]}/expected", "wb") as file:
+    pickle.dump(found, file)
+"""
+
+
+def test_bytes_are_those_of_the_kernels_compiled_here(folder):
+    (folder / "calls").write_bytes(pickle.dumps({name: calls_of(name) for name in layers()}))
+    python(WITHOUT_NUMBA, folder)
+    python(COMPILED_HERE, folder, EDGEATTN_ISA=TARGETS[HOST].isa)
+    results, expected = (pickle.loads((folder / name).read_bytes()) for name in ("results", "expected"))
+    for name, layer in layers().items():
+        if name not in FLOATS:
+            expected[name] = [layer.run_int8(**call) for call in calls_of(name)]
+    assert set(results) == set(expected)
+    for name in expected:
+        for i, (one, other) in enumerate(zip(results[name], expected[name], strict=True)):
+            np.testing.assert_array_equal(one, other, err_msg=f"{name}, call {i}")
+            assert one.dtype == other.dtype
+
+
+@pytest.mark.parametrize("instructions", [name for name in ("avx512vnni", "avx2vnni") if name in HERE])
+def test_other_instruction_sets_of_this_machine_give_the_same_codes(tmp_path, instructions):
+    needs_linker()
+    layer = static_layer("litert")
+    quant.export(layer, tmp_path / "a.so", target=HERE[instructions])
+    loaded = bundle.load(tmp_path / "a.so")
+    for call in calls_of("static-litert"):
+        np.testing.assert_array_equal(loaded.run_int8(**call), layer.run_int8(**call))
+
+
+def test_a_static_bundle_takes_and_gives_reals_as_the_layer(folder):
+    layer, loaded = static_layer("litert"), bundle.load(folder / "static-litert.so")
+    x = random_input(1, 2, 9, 32) * 3
+    x[0, 4, 1] = np.nan
+    for dtype in (np.float32, np.float64, np.float16):
+        for masks in ({}, {"is_causal": True}, {"key_padding_mask": np.arange(9) != np.full((2, 1), 4)}):
+            found, wanted = (one(x.astype(dtype), **masks) for one in (loaded, layer))
+            np.testing.assert_array_equal(found, wanted)
+            assert found.dtype == wanted.dtype
+    out = np.empty((2, 9, 32), np.float32)
+    assert loaded(x, out=out) is out
+    assert repr(loaded) == ("StaticBundle(scheme='static', target='" + HOST + "', num_heads=4, num_kv_heads=4, embed_dim=32, "
+                            "kdim=32, vdim=32, head_dim=8, value_dim=8, output_dim=32)")
+
+
+def test_threads_may_call_one_bundle_at_once(folder):
+    loaded, calls = bundle.load(folder / "float32.so"), calls_of("float32")[:8]
+    alone = [loaded(**call) for call in calls]
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(20):
+            for one, other in zip(threads.map(lambda call: loaded(**call), calls), alone, strict=True):
+                np.testing.assert_array_equal(one, other)
+
+
+# -- from C --------------------------------------------------------------------------------------------------------------
+
+PROGRAM = r"""
+#include "static-litert.h"
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { N = 9, B = 2 };
+
+int main(void)
+{
+    static int8_t x[B * N * STATIC_LITERT_QUERY_WIDTH], y[B * N * STATIC_LITERT_OUTPUT_WIDTH];
+    static const uint8_t keep[B * N] = {1, 1, 1, 1, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 0};
+    if (!static_litert_supported()) return 10;
+    int64_t bytes = static_litert_scratch_bytes(B, N, N, 1);
+    if (bytes <= 0 || bytes % 64 || static_litert_scratch_bytes(0, N, N, 0) != -1) return 11;
+    unsigned char *scratch = aligned_alloc(64, (size_t)bytes + 64);
+    memset(scratch, 0xff, (size_t)bytes + 64);
+    if (fread(x, 1, sizeof x, stdin) != sizeof x) return 12;
+    static_litert_call call = {0};
+    call.abi = STATIC_LITERT_ABI;
+    call.batch = B, call.queries = N, call.keys = N;
+    call.query = call.key = call.value = x;
+    call.output = y;
+    call.keep = keep, call.keep_strides[0] = N, call.keep_strides[3] = 1;
+    call.banded = 1, call.low = -N, call.high = 0;
+    call.scratch = scratch, call.scratch_bytes = bytes - 1;
+    if (static_litert_run(&call) != STATIC_LITERT_BAD_SCRATCH) return 13;
+    call.scratch_bytes = bytes, call.scratch = scratch + 1;
+    if (static_litert_run(&call) != STATIC_LITERT_BAD_SCRATCH) return 14;
+    call.scratch = scratch, call.abi = STATIC_LITERT_ABI + 1;
+    if (static_litert_run(&call) != STATIC_LITERT_BAD_ABI) return 15;
+    call.abi = STATIC_LITERT_ABI, call.keys = 0;
+    if (static_litert_run(&call) != STATIC_LITERT_BAD_SHAPE) return 16;
+    call.keys = N, call.output = NULL;
+    if (static_litert_run(&call) != STATIC_LITERT_BAD_POINTER) return 17;
+    for (size_t i = 0; i < sizeof y; i++) if (y[i]) return 18;
+    call.output = y;
+    if (static_litert_run(&call) != STATIC_LITERT_OK) return 19;
+    for (int i = 0; i < 64; i++) if (scratch[bytes + i] != 0xff) return 20;
+    free(scratch);
+    fwrite(y, 1, sizeof y, stdout);
+    return 0;
+}
+"""
+
+
+@pytest.mark.parametrize("compiler", ["gcc", "clang"])
+def test_a_c_program_gets_the_same_codes(folder, tmp_path, compiler):
+    if shutil.which(compiler) is None:
+        pytest.skip(f"needs {compiler}: apt-get install {compiler}")
+    (tmp_path / "main.c").write_text(PROGRAM)
+    built = subprocess.run([compiler, "-std=c11", "-Wall", "-Wextra", "-Werror", "-Wpedantic", "-Wconversion", "-I", folder, "main.c",
+                            folder / "static-litert.so", f"-Wl,-rpath,{folder}", "-o", "main"], cwd=tmp_path, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    codes = np.random.default_rng(3).integers(-128, 128, (2, 9, 32)).astype(np.int8)
+    ran = subprocess.run([tmp_path / "main"], input=codes.tobytes(), capture_output=True)
+    assert ran.returncode == 0
+    keep = np.arange(9) < np.array([[4], [7]])
+    expected = static_layer("litert").run_int8(codes, key_padding_mask=keep, is_causal=True)
+    np.testing.assert_array_equal(np.frombuffer(ran.stdout, np.int8).reshape(2, 9, 32), expected)
+
+
+# -- for other machines ------------------------------------------------------------------------------------------------
+
+
+def test_a_bundle_for_another_machine_is_made_and_refused(tmp_path):
+    needs_linker(machine := "aarch64" if X86 else "x86_64")
+    target = "cortex-a76" if X86 else "x86-64-v3"
+    quant.export(static_layer("litert-arm"), tmp_path / "attention-pi5.so", target=target)
+    written = (tmp_path / "attention-pi5.so").read_bytes()
+    assert written[:4] == b"\x7fELF"
+    assert struct.unpack("<H", written[18:20])[0] == (183 if X86 else 62)  # e_machine: EM_AARCH64, EM_X86_64
+    header = (tmp_path / "attention-pi5.h").read_text()
+    assert "int32_t attention_pi5_run(const attention_pi5_call *call);" in header
+    with pytest.raises(ValueError, match=rf"attention-pi5.so is for {machine} \({target}\); this machine is"):
+        bundle.load(tmp_path / "attention-pi5.so")
+
+
+def test_targets_name_instruction_sets_and_flags_that_exist():
+    rows = {table.name: table for table in isa.TABLES}
+    for name, target in TARGETS.items():
+        assert rows[target.isa].x86 == (target.machine == "x86_64"), name
+        if target.machine == "aarch64":
+            assert set(target.requires) <= set(bundle.HARDWARE_BITS), name
+        else:  # LLVM's names of what the tiles need, as Linux spells them
+            spelled = {"avx512vnni": "avx512_vnni", "avxvnni": "avx_vnni"}
+            assert {spelled.get(need, need) for need in rows[target.isa].needs} <= set(target.requires), name
+
+
+# -- what is refused -----------------------------------------------------------------------------------------------------
+
+
+def rewritten(path, to, **changes):
+    """A bundle with another description and the right checksum."""
+    content = path.read_bytes()
+    _, size, _ = bundle.FOOTER.unpack(content[-bundle.FOOTER.size:])
+    library = content[:-bundle.FOOTER.size - size]
+    body = library + json.dumps({**bundle.read_description(path), **changes}).encode()
+    to.write_bytes(body + bundle.FOOTER.pack(bundle.MAGIC, len(body) - len(library), bundle.zlib.crc32(body)))
+    return to
+
+
+def test_what_cannot_run_here_is_refused_before_it_is_loaded(folder, tmp_path, monkeypatch):
+    path = folder / "float32.so"
+    changed = {"abi": (99, "has ABI version 99, and this edgeattn reads 1; export it again"),
+               "machine": ("riscv64", r"is for riscv64 \(.*\); this machine is"),
+               "requires": (["avx9000", *bundle.read_description(path)["requires"]], "this processor lacks avx9000: export the layer")}
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_: pytest.fail("loaded") if X86 else ctypes.PyDLL(None))
+    for key, (value, message) in changed.items():
+        with pytest.raises(ValueError, match=message):
+            bundle.load(rewritten(path, tmp_path / "a.so", **{key: value}))
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda b: b[:-1], "is no bundle that quant.export wrote, or its end is missing"),
+    (lambda b: b[:10], "is no bundle"), (lambda b: b"", "is no bundle"), (lambda b: b[:2000] + bytes([b[2000] ^ 1]) + b[2001:], "is damaged"),
+    (lambda b: b[100:], "is damaged"), (lambda b: b[:-20] + b"\xff\xff\xff\xff" + b[-16:], "is no bundle|is damaged"),
+    (lambda b: b"x" + b[-24:-8] + b"\xff\xff\xff\x7f" + b[-4:], "is damaged")])
+def test_damaged_files_are_refused(folder, tmp_path, damage, message):
+    (tmp_path / "a.so").write_bytes(damage((folder / "float32.so").read_bytes()))
+    with pytest.raises(ValueError, match=f"a.so {message}"):
+        bundle.load(tmp_path / "a.so")
+
+
+def test_a_library_that_does_not_load_is_refused(tmp_path):
+    body = b"no library" + json.dumps({"abi": 1, "machine": platform.machine(), "requires": [], "target": "x"}).encode()
+    (tmp_path / "a.so").write_bytes(body + bundle.FOOTER.pack(bundle.MAGIC, len(body) - 10, bundle.zlib.crc32(body)))
+    with pytest.raises(ValueError, match="a.so cannot be loaded"):
+        bundle.load(tmp_path / "a.so")
+    with pytest.raises(TypeError, match="path must be a string or a path, got int"):
+        bundle.load(3)
+    with pytest.raises(FileNotFoundError):
+        bundle.load(tmp_path / "b.so")
+
+
+@pytest.mark.parametrize("call, error, message", [
+    ({"query": np.zeros((2, 9, 31), np.float32)}, ValueError, "query must have a last axis of 30"),
+    ({"query": np.zeros((1, 2, 9, 30), np.float32)}, ValueError, r"query must be \(B, L, E\) or \(L, E\)"),
+    ({"query": np.zeros((2, 9, 30), np.int32)}, TypeError, "query must be a float16, float32 or float64 array"),
+    ({"key": np.zeros((1, 9, 19), np.float32)}, ValueError, "key must have query's batch axes"),
+    ({"value": np.zeros((2, 8, 23), np.float32)}, ValueError, "value must have as many rows as key, S = 9"),
+    ({"key": None}, ValueError, "value needs key, got key=None"),
+    ({"out": np.zeros((2, 9, 29), np.float32)}, ValueError, "out must have shape"),
+    ({"key_padding_mask": np.ones((2, 8), bool)}, ValueError, "key_padding_mask must have shape"),
+])
+def test_float_calls_that_do_not_fit_are_refused(folder, call, error, message):
+    with pytest.raises(error, match=message):
+        bundle.load(folder / "float32.so")(**{**calls_of("float32")[0], **call})
+
+
+@pytest.mark.parametrize("call, error, message", [
+    ({"query": np.zeros((2, 9, 32), np.float32)}, TypeError, "query must be int8, got float32; quantize_input makes codes"),
+    ({"key": np.zeros((2, 9, 32), np.int8)}, ValueError, "key must be left out: this layer was quantized with query as its key"),
+    ({"attn_mask": np.zeros((9, 9), np.float32)}, TypeError, "attn_mask must be bool for int8"),
+    ({"query": np.zeros((2, 8, 32), np.int8)}, ValueError, r"the mask this layer carries has shape \(1, 1, 9, 9\)"),
+])
+def test_int8_calls_that_do_not_fit_are_refused(folder, call, error, message):
+    with pytest.raises(error, match=message):
+        bundle.load(folder / f"{MASKED}.so").run_int8(**{**calls_of(MASKED)[0], **call})
+
+
+def test_sizes_beyond_the_largest_are_refused(folder, monkeypatch):
+    monkeypatch.setattr(bundle, "LARGEST", 8)
+    with pytest.raises(ValueError, match=r"B, L and S must be at most 8, got \(2, 9, 9\)"):
+        bundle.load(folder / "float32.so")(**calls_of("float32")[0])
+
+
+@pytest.mark.parametrize("layer, name, options, message", [
+    (None, "a.so", {"target": "cortex-m4"}, "target must be one of cortex-a53, cortex-a72, .*; got 'cortex-m4'"),
+    (None, "a.so", {}, "target must name a processor for a .so, and be None for others; got None for"),
+    (None, "a.safetensors", {"target": "cortex-a72"}, "target must name a processor for a .so, and be None for others; got 'cortex-a72'"),
+    (None, "7.so", {"target": "cortex-a72"}, "path must be named by a letter and what follows it, .*; got '7.so'"),
+    (None, "a.so", {"target": "cortex-a72", "mask": np.ones((9, 9), bool)}, "mask must be None for a float layer in a .so file"),
+    ("extra", "a.so", {"target": "cortex-a72"}, "layer must have neither bias_k, bias_v nor add_zero_attn"),
+    ("empty", "a.so", {"target": "cortex-a72"}, "layer must have no empty axis to be compiled"),
+])
+def test_what_cannot_be_exported_is_refused(tmp_path, layer, name, options, message):
+    w = np.zeros((8, 8), np.float32)
+    layer = {None: random_layer(1), "extra": edgeattn.MultiHeadAttention(2, w, w, w, add_zero_attn=True),
+             "empty": edgeattn.MultiHeadAttention(2, w, w, w[:0])}[layer]
+    with pytest.raises(ValueError, match=message):
+        quant.export(layer, tmp_path / name, **options)
+    assert os.listdir(tmp_path) == []
+
+
+def test_without_a_linker_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(linker.shutil, "which", lambda name: None)
+    monkeypatch.setattr(linker.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match="target needs a linker for aarch64, and there is none: apt-get install lld"):
+        quant.export(random_layer(1), tmp_path / "a.so", target="cortex-a72")
+    assert os.listdir(tmp_path) == []
+
+
+def test_every_linker_is_known(monkeypatch):
+    there = {"ld.lld"}
+    monkeypatch.setattr(linker.shutil, "which", lambda name: name if name in there else None)
+    monkeypatch.setattr(linker.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(linker.platform, "machine", lambda: "x86_64")
+    assert linker.find_linker("aarch64") == ["ld.lld"]
+    there = {"aarch64-linux-gnu-ld", "ld"}
+    assert linker.find_linker("aarch64") == ["aarch64-linux-gnu-ld"]
+    assert linker.find_linker("x86_64") == ["ld"]
+    there = {"ld"}
+    assert linker.find_linker("aarch64") == [sys.executable, "-m", "ziglang", "ld.lld"]
+
+
+def test_a_linker_that_fails_says_why(tmp_path):
+    needs_linker()
+    with pytest.raises(RuntimeError, match="failed: .*libc.so.6.o"):
+        linker.link(platform.machine(), tmp_path, "a.so", ["a_run"])
+
+
+def test_what_this_leans_on_in_numba_is_tested_for_named_versions_only():
+    said = python("import numba; numba.__version__ = '0.99.1'\nfrom quant.export.crosscompile import check_version\n"
+                  "try:\n    check_version()\nexcept RuntimeError as error:\n    print(error)")
+    assert "leans on inner names of Numba 0.68; this is Numba 0.99.1: pip install 'numba==0.68.*'" in said
+
+
+def test_instructions_are_chosen_before_kernels_are_imported():
+    with pytest.raises(RuntimeError, match=r"isa.use\('neon'\) must come before the first import of a kernel"):
+        isa.use("neon")
+
+
+def test_a_failed_compilation_is_told_and_leaves_nothing(tmp_path, monkeypatch):
+    needs_linker()
+    monkeypatch.setattr(sys.modules["quant.export.bundle"], "_BUILD", "raise ValueError('no such luck')")
+    with pytest.raises(RuntimeError, match=f"compiling for {HOST} failed: ValueError: no such luck"):
+        quant.export(random_layer(1), tmp_path / "a.so", target=HOST)
+    assert os.listdir(tmp_path) == []
