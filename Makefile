@@ -31,7 +31,7 @@ endef
 setup_files = setup.cfg pyproject.toml tools/environment.py tools/find-python.sh
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-arm64 test-arm64-short test-cortex-m lint examples example-minilm example-self-vs-multihead bench bench-peers clean distclean
+.PHONY: help run test test-arm64 test-arm64-short test-cortex-m lint examples example-minilm example-self-vs-multihead bench bench-peers bench-start clean distclean
 
 help: ## this list
 	@echo "edgeattn: attention for small computers. Targets:"
@@ -72,6 +72,9 @@ bench: $(ready) ## how fast, on this machine
 
 bench-peers: $(ready_peers) ## ... beside other runtimes (large downloads)
 	@$(run_python) -m benchmarks --peers $(ARGS)
+
+bench-start: $(ready) ## start of a process, in three forms
+	@$(run_python) -m benchmarks.start
 
 clean: ## remove what was built; keep environments
 	rm -rf build dist out ./*.egg-info .pytest_cache .hypothesis .ruff_cache .import_linter_cache

@@ -1,4 +1,4 @@
-"""Assembly of the tiled product for one instruction set: python tests/generated_code.py NAME [TRIPLE CPU].
+"""Assembly of inner loops for one instruction set: python tests/generated_code.py NAME [TRIPLE CPU].
 
 Run as a program, in a process of its own: the instruction set is chosen at import, and what is generated for another
 machine must not be called on this one. Nothing is executed.
@@ -15,7 +15,9 @@ from edgeattn import isa
 def main(name, triple=None, cpu=""):
     isa.use(name)
     from edgeattn.cpu.matmul import multiply, multiply_ahead
-    from edgeattn.cpu.simd import COLUMNS, LANES, ROWS, WIDTH, tile_store, tile_zero
+    from edgeattn.cpu.requantize import RULES
+    from edgeattn.cpu.simd import COLUMNS, LANES, ROWS, WIDTH, load, splat, store, tile_store, tile_zero
+    from edgeattn.cpu.softmax import exp2
     from quant.export.crosscompile import assembly, compile_for
 
     def product(a, b, out, depth):
@@ -28,16 +30,29 @@ def main(name, triple=None, cpu=""):
         tile = multiply_ahead(tile, a, 0, depth, 1, b, 0, depth, depth * WIDTH, depth)
         tile_store(tile, out, 0, WIDTH, LANES)
 
+    def exponentials(a, out, highest):
+        for i in range(0, out.size, LANES):
+            store(out, i, exp2(load(a, i) - splat(highest)))
+
+    def requantization(rule):
+        def requantize(a, out, parameters):
+            for i in range(0, out.size, LANES):
+                store(out, i, rule(load(a, i), parameters, 0, LANES))
+        return requantize
+
     if triple is None:
         compile_for("x86_64-unknown-linux-gnu", "", ",".join("+" + feature for feature in isa.ISA.needs))
     else:
         compile_for(triple, cpu)
-    for dtypes in ((types.float32,) * 3, (types.int32, types.uint32, types.int32)):
-        arrays = [types.Array(dtype, 1, "C") for dtype in dtypes]
-        print("### float32" if dtypes[0] is types.float32 else "### bytes")
-        print(assembly(product, (*arrays, types.int64)))
-        if dtypes[0] is types.float32:
-            print(assembly(product_ahead, (*arrays, types.int64)))
+    floats, codes, unsigned = (types.Array(dtype, 1, "C") for dtype in (types.float32, types.int32, types.uint32))
+    functions = {"product float32": (product, (floats, floats, floats, types.int64)),
+                 "product float32 ahead": (product_ahead, (floats, floats, floats, types.int64)),
+                 "product int8": (product, (codes, unsigned, codes, types.int64)),
+                 "exponentials": (exponentials, (floats, floats, types.float32))}
+    for rule, function in RULES.items():
+        functions[f"requantization {rule}"] = (requantization(function), (codes, codes, codes))
+    for title, (function, arguments) in functions.items():
+        print(f"### {title}\n{assembly(function, arguments)}")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,19 @@
 """The benchmark: its quick form runs, a wrong answer is refused, and its arithmetic is right."""
 import dataclasses
 import json
+import platform
 
 import numpy as np
 import pytest
 
-from benchmarks import contenders, decode, functional, machine, measure, readme, targets
+from benchmarks import contenders, decode, functional, machine, measure, readme, start, targets
 from benchmarks.__main__ import main
 from benchmarks.contenders import OURS, Contender, WrongAnswerError
 from benchmarks.functional import Shape
 from benchmarks.problem import GRID, QUICK, Point, Problem
 from benchmarks.report import as_text
 from benchmarks.timing import FEWEST_ROUNDS, interleave, median_ratio
+from quant.export import linker
 
 SMALL = Point(16, 4, 12)
 OUR_NAMES = ["edgeattn float32", "edgeattn int8", "edgeattn dynamic", "numpy"]
@@ -215,3 +217,22 @@ def test_sections_run_alone(capsys):
     assert set(measure.SECTIONS) == {"layer", "functional", "decode", "causal", "long", "overhead", "process"}
     assert main(["--sections", "overhead"]) == 0
     assert "a call beside its kernel" in capsys.readouterr().out
+
+
+def test_start_compares_forms_that_give_the_same_bytes(tmp_path, monkeypatch):
+    pytest.importorskip("ai_edge_litert", reason="needs ai-edge-litert: pip install 'edgeattn[tflite]'")
+    try:
+        linker.find_linker(platform.machine())
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    start.make_files(tmp_path)
+    found = start.measure(tmp_path, rounds=1)
+    assert list(found) == ["bundle", "compiled when called", "LiteRT"]
+    assert len({form["crc"] for form in found.values()}) == 1
+    assert found["bundle"]["mib"] < found["compiled when called"]["mib"]
+    monkeypatch.setitem(start.FORMS, "LiteRT", ("attention.tflite", "y = numpy.zeros(3)"))
+    with pytest.raises(RuntimeError, match="the forms gave 2 different results"):
+        start.measure(tmp_path, rounds=1)
+    monkeypatch.setitem(start.FORMS, "LiteRT", ("attention.tflite", "raise ValueError('no')"))
+    with pytest.raises(RuntimeError, match="LiteRT failed: ValueError: no"):
+        start.measure(tmp_path, rounds=1)

@@ -24,8 +24,10 @@ from quant.export.targets import TARGETS
 ROOT = Path(__file__).resolve().parent.parent
 X86 = platform.machine() == "x86_64"
 # The instruction sets of this machine that targets are made for; AMX is for none.
+# A folder that export_all filled on another machine, named by its target: what `make test-arm64` does.
+GIVEN = os.environ.get("TEST_BUNDLES")
 HERE = {t.isa: name for name, t in TARGETS.items() if t.machine == platform.machine() and set(t.requires) <= bundle.cpu_flags()}
-HOST = HERE.get("avx2") or HERE.get("neondot") or HERE.get("neon")
+HOST = Path(GIVEN).name if GIVEN else HERE.get("avx2") or HERE.get("neondot") or HERE.get("neon")
 KERNEL_SETS = ("litert", "tflite-runtime", "tflm")
 FLOATS = ("float32", "dynamic")
 MASKED = "static-tflm"  # the one that carries a mask
@@ -80,17 +82,27 @@ def calls_of(name):
     return calls + [{n: x[0] for n, x in inputs(1, 5, 4).items()}, inputs(2, 4, 0)]
 
 
+def export_all(folder, target):
+    """Bundles of all layers in a folder, the calls to make, and the codes they must give."""
+    def export(item):
+        quant.export(item[1], folder / f"{item[0]}.so", target=target)
+
+    made = layers()
+    with ThreadPoolExecutor(2) as workers:
+        list(workers.map(export, made.items()))
+    (folder / "calls").write_bytes(pickle.dumps({name: calls_of(name) for name in made}))
+    codes = {name: [layer.run_int8(**call) for call in calls_of(name)] for name, layer in made.items() if name not in FLOATS}
+    (folder / "codes").write_bytes(pickle.dumps(codes))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """The bundles of all layers for this machine."""
+    if GIVEN:
+        return Path(GIVEN)
     needs_linker()
     folder = tmp_path_factory.mktemp("bundles")
-
-    def export(item):
-        quant.export(item[1], folder / f"{item[0]}.so", target=HOST)
-
-    with ThreadPoolExecutor(2) as workers:
-        list(workers.map(export, layers().items()))
+    export_all(folder, HOST)
     return folder
 
 
@@ -112,7 +124,7 @@ class Absent:
 
 sys.meta_path.insert(0, Absent())
 from edgeattn.bundle import load
-folder = sys.argv[1]
+folder, results_path = sys.argv[1:]
 with open(f"{folder}/calls", "rb") as file:
     calls = pickle.load(file)
 results = {}
@@ -120,7 +132,7 @@ for name, some in calls.items():
     layer = load(f"{folder}/{name}.so")
     run = layer.run_int8 if name.startswith("static") else layer
     results[name] = [run(**call) for call in some for _ in range(2)][::2]  # the second call has a used scratch
-with open(f"{folder}/results", "wb") as file:
+with open(results_path, "wb") as file:
     pickle.dump(results, file)
 """
 # What the kernels give that are compiled when they are called: floats depend on the instruction set, codes do not.
@@ -128,24 +140,28 @@ COMPILED_HERE = """
 import pickle, sys
 import test_bundle as t
 found = {name: [layer(**call) for call in t.calls_of(name)] for name, layer in t.layers().items() if name in t.FLOATS}
-with open(f"{sys.argv[1]}/expected", "wb") as file:
+with open(sys.argv[1], "wb") as file:
     pickle.dump(found, file)
 """
 
 
-def test_bytes_are_those_of_the_kernels_compiled_here(folder):
-    (folder / "calls").write_bytes(pickle.dumps({name: calls_of(name) for name in layers()}))
-    python(WITHOUT_NUMBA, folder)
-    python(COMPILED_HERE, folder, EDGEATTN_ISA=TARGETS[HOST].isa)
-    results, expected = (pickle.loads((folder / name).read_bytes()) for name in ("results", "expected"))
-    for name, layer in layers().items():
-        if name not in FLOATS:
-            expected[name] = [layer.run_int8(**call) for call in calls_of(name)]
-    assert set(results) == set(expected)
+def test_bytes_are_those_of_the_kernels_compiled_here(folder, tmp_path):
+    python(WITHOUT_NUMBA, folder, tmp_path / "results")
+    python(COMPILED_HERE, tmp_path / "floats", EDGEATTN_ISA=TARGETS[HOST].isa)
+    results, floats, codes = (pickle.loads(path.read_bytes())
+                              for path in (tmp_path / "results", tmp_path / "floats", folder / "codes"))
+    expected = codes | floats
+    assert set(results) == set(expected) == set(layers())
     for name in expected:
         for i, (one, other) in enumerate(zip(results[name], expected[name], strict=True)):
             np.testing.assert_array_equal(one, other, err_msg=f"{name}, call {i}")
             assert one.dtype == other.dtype
+
+
+@pytest.mark.skipif(not GIVEN or HOST == "cortex-a76", reason="needs bundles for a processor older than this one: make test-arm64")
+def test_a_bundle_for_a_newer_processor_is_refused(folder):
+    with pytest.raises(ValueError, match="is for cortex-a76; this processor lacks asimddp, .*: export the layer for another target"):
+        bundle.load(rewritten(folder / "float32.so", folder / "newer.so", target="cortex-a76", requires=TARGETS["cortex-a76"].requires))
 
 
 @pytest.mark.parametrize("instructions", [name for name in ("avx512vnni", "avx2vnni") if name in HERE])

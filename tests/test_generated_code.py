@@ -1,4 +1,4 @@
-"""What the compiler makes of the tiled product, for every instruction set, those of other machines too."""
+"""What the compiler makes of the inner loops, for every instruction set, those of other machines too."""
 import os
 import re
 import subprocess
@@ -9,11 +9,12 @@ import pytest
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 
-# name, its machine where this one cannot be described by features, multiply-add, four-way dot product
-CASES = [("avx512vnni", (), r"vfmadd\w+ps\b.*zmm", r"vpdpbusd\b.*zmm"), ("avx2vnni", (), r"vfmadd\w+ps\b.*ymm", r"vpdpbusd\b.*ymm"),
-         ("avx2", (), r"vfmadd\w+ps\b.*ymm", r"vpmaddwd\b.*ymm"),
-         ("neondot", ("aarch64-unknown-linux-gnu", "cortex-a76"), r"fmla\b", r"sdot\b"),
-         ("neon", ("aarch64-unknown-linux-gnu", "cortex-a72"), r"fmla\b", r"sadalp\b")]
+# name, its machine where this one cannot be described by features, multiply-add, what makes the four-way dot product
+CASES = [("avx512vnni", (), r"vfmadd\w+ps\b.*zmm", (r"vpdpbusd\b.*zmm",)), ("avx2vnni", (), r"vfmadd\w+ps\b.*ymm", (r"vpdpbusd\b.*ymm",)),
+         ("avx2", (), r"vfmadd\w+ps\b.*ymm", (r"vpmaddwd\b.*ymm",)),
+         ("neondot", ("aarch64-unknown-linux-gnu", "cortex-a76"), r"fmla\b", (r"sdot\b",)),
+         ("neon", ("aarch64-unknown-linux-gnu", "cortex-a72"), r"fmla\b", (r"sadalp\b", r"(?:s?mull?2?|smlal2?)\s+v\d+\.(?:8h|4s)")),
+         ("neon", ("aarch64-unknown-linux-gnu", "cortex-a53"), r"fmla\b", (r"sadalp\b", r"(?:s?mull?2?|smlal2?)\s+v\d+\.(?:8h|4s)"))]
 
 
 def loops(assembly):
@@ -21,22 +22,35 @@ def loops(assembly):
     lines = assembly.splitlines()
     labels = {line.split(":")[0]: i for i, line in enumerate(lines) if re.match(r"\.L\w+:", line)}
     for end, line in enumerate(lines):
-        target = re.match(r"\s+(?:j\w+|b\.\w+|cbn?z\s+\w+,|b)\s+(\.L\w+)$", line)
+        target = re.match(r"\s+(?:j\w+|b\.\w+|cbn?z\s+\w+,|tbn?z\s+\w+, #\d+,|b)\s+(\.L\w+)$", line)
         start = labels.get(target[1], end) if target else end
         body = lines[start + 1:end]
         if start < end and not any(re.match(r"\.L\w+:", inner) for inner in body):
             yield body
 
 
-@pytest.mark.parametrize("name, machine, multiply, dot", CASES, ids=[case[0] for case in CASES])
-def test_the_inner_loop_uses_the_instruction_and_spills_nothing(name, machine, multiply, dot):
+def generated(name, *machine):
+    """title -> assembly of the functions of generated_code.py."""
     done = subprocess.run([sys.executable, os.path.join(HERE, "generated_code.py"), name, *machine], cwd=ROOT, text=True,
                           capture_output=True, env={**{k: v for k, v in os.environ.items() if k != "EDGEATTN_ISA"}, "PYTHONPATH": ROOT})
     assert done.returncode == 0, done.stderr
-    floats, codes = done.stdout.split("### bytes")
-    for assembly, instruction in ((floats, multiply), (codes, dot)):
-        with_it = [body for body in loops(assembly) if any(re.search(r"^\s+(?:\{vex\}\s+)?" + instruction, line) for line in body)]
-        assert with_it, f"no loop with {instruction}"
+    return dict(part.split("\n", 1) for part in done.stdout.split("### ")[1:])
+
+
+@pytest.mark.parametrize("name, machine, multiply, dot", CASES, ids=["-".join((case[0], *case[1][1:])) for case in CASES])
+def test_the_inner_loop_uses_the_instruction_and_spills_nothing(name, machine, multiply, dot):
+    functions = generated(name, *machine)
+    for title, instructions in (("product float32", (multiply,)), ("product float32 ahead", (multiply,)), ("product int8", dot)):
+        with_it = [body for body in loops(functions[title]) if any(re.search(r"^\s+(?:\{vex\}\s+)?" + instructions[0], line) for line in body)]
+        assert with_it, f"no loop with {instructions[0]}"
         for body in with_it:
+            for instruction in instructions:
+                assert any(re.search(r"^\s+(?:\{vex\}\s+)?" + instruction, line) for line in body), "\n".join(body)
             vectors = [line for line in body if re.search(r"\b[xyz]mm\d|\b[vq]\d", line)]
-            assert not [line for line in vectors if re.search(r"\brsp\b|\bsp\b", line)], "\n".join(body)
+            assert not [line for line in vectors if re.search(r"\br[sb]p\b|\bsp\b|\bx29\b", line)], "\n".join(body)
+
+
+def test_a_spill_and_a_missing_instruction_would_be_seen():
+    body, = loops(".LBB0_1:\n\tfmla\tv0.4s, v1.4s, v2.4s\n\tstr\tq3, [sp, #16]\n\tb.ne\t.LBB0_1\n")
+    assert [line.split()[0] for line in body] == ["fmla", "str"]
+    assert [list(loops(f".L1:\n\tnop\n\t{jump}\n")) for jump in ("b.eq\t.L1", "cbnz\tx8, .L1", "tbz\tw0, #0, .L1", "jne\t.L1")] == [[["\tnop"]]] * 4

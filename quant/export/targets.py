@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import platform
 from typing import NamedTuple
+
+from edgeattn.bundle import cpu_flags
 
 
 class Target(NamedTuple):
@@ -31,11 +34,12 @@ _V2 = ("cx16", "lahf_lm", "popcnt", "pni", "sse4_1", "sse4_2", "ssse3")
 _V3 = (*_V2, "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave")
 _V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
 
+# Of those that a machine can run, the last is the best.
 TARGETS = {
+    "aarch64": Target("aarch64", "generic", "neon", _ARM),
     "cortex-a53": Target("aarch64", "cortex-a53", "neon", (*_ARM, "crc32")),
     "cortex-a72": Target("aarch64", "cortex-a72", "neon", (*_ARM, "crc32")),
     "cortex-a76": Target("aarch64", "cortex-a76", "neondot", _ARM_8_2),
-    "aarch64": Target("aarch64", "generic", "neon", _ARM),
     "x86-64-v3": Target("x86_64", "x86-64-v3", "avx2", _V3),
     "x86-64-v3-vnni": Target("x86_64", "x86-64-v3", "avx2vnni", (*_V3, "avx_vnni"), "+avxvnni"),
     "x86-64-v4": Target("x86_64", "x86-64-v4", "avx2", _V4),
@@ -54,3 +58,19 @@ def target_of(name) -> Target:
     if name not in TARGETS:
         raise ValueError(f"target must be one of {', '.join(TARGETS)}; got {name!r}")
     return TARGETS[name]
+
+
+def host_target() -> str:
+    """The name of the best target that this machine can run.
+
+    Raises
+    ------
+    RuntimeError
+        When it can run none.
+    """
+    flags = cpu_flags()
+    found = [name for name, row in TARGETS.items()
+             if row.machine == platform.machine() and flags.issuperset(row.requires)]
+    if not found:
+        raise RuntimeError(f"no target is for this machine, {platform.machine()} with {' '.join(sorted(flags))}")
+    return found[-1]

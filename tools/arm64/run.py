@@ -17,12 +17,15 @@ import sys
 import time
 from pathlib import Path
 
-from build import CPUS, ROOT, Progress, clean_environment
+from build import CPUS, ROOT, Progress, SetupError, clean_environment
 
 # A whole layer kernel takes the emulator half a minute to compile, so what is chosen are the tests of what depends
 # on the CPU: its instructions, its LiteRT, its threads, its cache. Argument checks are the same everywhere.
 SHORT = (
     "tests/test_arm64.py",
+    "tests/test_bundle.py::test_bytes_are_those_of_the_kernels_compiled_here",
+    "tests/test_bundle.py::test_a_bundle_for_a_newer_processor_is_refused",
+    "tests/test_bundle.py::test_what_cannot_run_here_is_refused_before_it_is_loaded",
     "tests/test_simd.py",
     "tests/test_parity.py::test_layers_equal_the_runtime",
     "tests/test_threads.py::test_two_threads_give_the_same_bits",
@@ -49,10 +52,36 @@ SHORT_CPU = "cortex-a76"  # the one with an instruction set that the others lack
 LAYERS = {True: 8, False: 20}  # of the 200 that test_parity.py compares where that takes seconds
 
 
+EXPORT = "import sys, test_bundle; from pathlib import Path; test_bundle.export_all(Path(sys.argv[1]), sys.argv[2])"
+
+
+def export_bundles(folder: Path, cpus: list[str]) -> None:
+    """Compile layers for each CPU on this machine, ahead of time, for tests/test_bundle.py to run there."""
+    step = Progress("layers compiled ahead of time")
+    python_path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    for cpu in cpus:
+        step.update(cpu)
+        bundles_of(folder, cpu).mkdir(parents=True, exist_ok=True)
+        environment = {**clean_environment(), "PYTHONPATH": python_path,
+                       "NUMBA_CACHE_DIR": str(folder / "numba" / "here")}
+        done = subprocess.run([sys.executable, "-c", EXPORT, str(bundles_of(folder, cpu)), cpu], env=environment,
+                              capture_output=True, text=True, check=False)
+        if done.returncode:
+            step.done(f"failed for {cpu}")
+            raise SetupError(done.stderr.strip().splitlines()[-1])
+    step.done(", ".join(cpus))
+
+
+def bundles_of(folder: Path, cpu: str) -> Path:
+    """Return where the bundles for a CPU are."""
+    return folder / "bundles" / cpu
+
+
 def start(folder: Path, cpu: str, tests: tuple[str, ...], layers: int, extra: list[str]) -> subprocess.Popen:
     """Start pytest in a CPU's environment, with its output in a log."""
     environment = {
-        **clean_environment(), "NUMBA_CACHE_DIR": str(folder / "numba" / cpu), "PYTHONDONTWRITEBYTECODE": "1"}
+        **clean_environment(), "NUMBA_CACHE_DIR": str(folder / "numba" / cpu), "PYTHONDONTWRITEBYTECODE": "1",
+        "TEST_BUNDLES": str(bundles_of(folder, cpu))}
     left_out = [f"--deselect={name}" for name in LEFT_OUT.get(cpu, ())]
     command = [folder / cpu / "bin" / "python", "-m", "pytest", "-p", "no:cacheprovider", "--color=no", "-v",
                "--durations=10", f"--layers={layers}", *left_out, *tests, *extra]
@@ -126,6 +155,11 @@ def main() -> int:
     if missing:
         print(f"{folder} has no {', '.join(missing)}: build it first with python tools/arm64/build.py", file=sys.stderr)
         return 2
+    try:
+        export_bundles(folder, cpus)
+    except SetupError as error:
+        print(f"\nThe layers were not compiled: {error}", file=sys.stderr)
+        return 1
     return 1 if run(folder, cpus, tests, LAYERS[arguments.short], given[end + 1:]) else 0
 
 

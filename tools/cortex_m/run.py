@@ -213,21 +213,23 @@ def main() -> int:
     """Check, then measure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--short", action="store_true", help="every fourth layer, and no table")
-    parser.add_argument("--table", action="store_true", help="the table alone")
+    parser.add_argument("--cortex-m", action="store_true", help="on the Cortex-M alone")
+    parser.add_argument("--table", action="store_true", help="the table alone, of the Cortex-M")
     parser.add_argument("--cmsis-nn", type=Path, help="a checkout of CMSIS-NN: the Cortex-M alone, by its kernels")
     parser.add_argument("--optimize", default="-O2", help="for the compilers (default -O2)")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "cortex_m", help="folder for what is built")
     arguments = parser.parse_args()
-    missing = missing_packages(TARGETS)
+    alone = arguments.cortex_m or arguments.table or arguments.cmsis_nn is not None
+    targets = [target for target in TARGETS if target.bare_metal or not alone]
+    missing = missing_packages(targets)
     if missing:
         print("test-cortex-m: compilers or emulators are missing; on Debian and Ubuntu they come with\n"
               f"    apt-get install {' '.join(missing)}", file=sys.stderr)
         return 2
-    targets = TARGETS
     if arguments.cmsis_nn is not None:
         if not (arguments.cmsis_nn / "Include" / "arm_nnfunctions.h").is_file():
             parser.error(f"--cmsis-nn must be a folder with CMSIS-NN's Include and Source; got {arguments.cmsis_nn}")
-        targets = [with_cmsis_nn(target, arguments.cmsis_nn, arguments.work) for target in TARGETS if target.bare_metal]
+        targets = [with_cmsis_nn(target, arguments.cmsis_nn, arguments.work) for target in targets]
     if not arguments.table:
         check_equality(targets, SHORT_CASES if arguments.short else CASES, arguments.work, arguments.optimize)
     if not arguments.short:

@@ -1,0 +1,110 @@
+"""From nothing to the first result: one int8 layer as a bundle, compiled when called (from a warm cache), in LiteRT.
+
+    python -m benchmarks.start
+
+Every form runs in processes of its own, in turn; the first process of each fills the caches and is not counted. All
+must give the same bytes. Seconds count from the first import on; the memory is the largest resident size, Python's
+included.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+import edgeattn
+import quant
+from quant.export.targets import host_target
+
+WIDTH, HEADS, LENGTH = 128, 4, 64
+ROUNDS = 7
+# What each process runs between its clock readings: x is read from a file, y is the result.
+FORMS = {
+    "bundle": ("attention.so", """
+from edgeattn.bundle import load
+y = load(path).run_int8(numpy.load(data))
+"""),
+    "compiled when called": ("attention.safetensors", """
+import edgeattn
+y = edgeattn.load(path).run_int8(numpy.load(data))
+"""),
+    "LiteRT": ("attention.tflite", """
+from ai_edge_litert.interpreter import Interpreter
+interpreter = Interpreter(path)
+interpreter.allocate_tensors()
+interpreter.set_tensor(interpreter.get_input_details()[0]["index"], numpy.load(data))
+interpreter.invoke()
+y = interpreter.get_tensor(interpreter.get_output_details()[0]["index"])
+"""),
+}
+PROCESS = """
+import sys, time
+wall, processor = time.perf_counter(), time.process_time()
+path, data = sys.argv[1:]
+import numpy
+{work}
+wall, processor = time.perf_counter() - wall, time.process_time() - processor
+import json, zlib
+with open("/proc/self/status") as status:
+    resident = next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024
+print(json.dumps(dict(wall=wall, processor=processor, mib=resident, crc=zlib.crc32(y.tobytes()))))
+"""
+
+
+def make_files(folder: Path) -> None:
+    """Write one layer in every form, and an input."""
+    rng = np.random.default_rng(0)
+    weights = [(rng.standard_normal((WIDTH, WIDTH)) / WIDTH**0.5).astype(np.float32) for _ in range(4)]
+    layer = edgeattn.MultiHeadAttention(HEADS, *weights)
+    x = rng.standard_normal((4, 1, LENGTH, WIDTH)).astype(np.float32)
+    static = quant.quantize(layer, quant.calibrate(layer, x))
+    for name, _ in FORMS.values():
+        options = {".tflite": {"sequence_length": LENGTH}, ".so": {"target": host_target()}}
+        quant.export(static, folder / name, **options.get(Path(name).suffix, {}))
+    np.save(folder / "x.npy", static.quantize_input(x[0]))
+
+
+def measure(folder: Path, rounds: int = ROUNDS) -> dict[str, dict]:
+    """form -> medians of "wall" and "processor" in seconds and of "mib", "bytes" of its file, "crc" of its result.
+
+    Raises
+    ------
+    RuntimeError
+        When a form fails, or gives other bytes than another.
+    """
+    runs = {form: [] for form in FORMS}
+    for number in range(rounds + 1):
+        for form, (name, work) in FORMS.items():
+            done = subprocess.run([sys.executable, "-c", PROCESS.format(work=work), folder / name, folder / "x.npy"],
+                                  capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"{form} failed: {done.stderr.strip().splitlines()[-1]}")
+            if number:
+                runs[form].append(json.loads(done.stdout))
+    checksums = {run["crc"] for some in runs.values() for run in some}
+    if len(checksums) != 1:
+        raise RuntimeError(f"the forms gave {len(checksums)} different results")
+    return {form: {key: statistics.median(run[key] for run in some) for key in some[0]}
+            | {"bytes": (folder / FORMS[form][0]).stat().st_size} for form, some in runs.items()}
+
+
+def main() -> None:
+    """Print a table."""
+    print(f"int8 layer {WIDTH}/{HEADS}/{LENGTH}, target {host_target()}, medians of {ROUNDS} processes")
+    print(f"{'':22}{'first result, s':>16}{'of processor time':>19}{'resident, MiB':>15}{'file, KiB':>11}")
+    with tempfile.TemporaryDirectory() as folder:
+        make_files(Path(folder))
+        table = measure(Path(folder))
+    for form, found in table.items():
+        print(f"{form:22}{found['wall']:16.3f}{found['processor']:19.3f}{found['mib']:15.0f}"
+              f"{found['bytes'] / 1024:11.0f}")
+
+
+if __name__ == "__main__":
+    main()
