@@ -38,6 +38,7 @@ ADVICE = {
     "sequence_length is required": "--sequence-length is required",
     "(run quant.calibrate first)": "(run `quant calibrate` first)",
     "num_heads must": "--num-heads must",
+    "target must name": "--target must name",
     "convert 0/1 with .astype(bool)": "convert 0/1 with .astype(bool) before numpy.savez",
 }
 
@@ -60,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
         message = "quant: interrupted"
     except OSError as error:
         message = f"quant: {error.filename}: {error.strerror}" if error.filename else f"quant: {error}"
-    except (TypeError, ValueError, ImportError) as error:
+    except (TypeError, ValueError, ImportError, RuntimeError) as error:
         message = f"quant: {error}"
         for python, option in ADVICE.items():
             message = message.replace(python, option)

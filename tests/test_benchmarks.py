@@ -1,10 +1,10 @@
 """The benchmark: its quick form runs, a wrong answer is refused, and its arithmetic is right."""
 import dataclasses
 import json
-import platform
 
 import numpy as np
 import pytest
+from workbench import needs_compiler
 
 from benchmarks import contenders, decode, functional, machine, measure, readme, start, targets
 from benchmarks.__main__ import main
@@ -13,7 +13,6 @@ from benchmarks.functional import Shape
 from benchmarks.problem import GRID, QUICK, Point, Problem
 from benchmarks.report import as_text
 from benchmarks.timing import FEWEST_ROUNDS, interleave, median_ratio
-from quant.export import linker
 
 SMALL = Point(16, 4, 12)
 OUR_NAMES = ["edgeattn float32", "edgeattn int8", "edgeattn dynamic", "numpy"]
@@ -221,10 +220,7 @@ def test_sections_run_alone(capsys):
 
 def test_start_compares_forms_that_give_the_same_bytes(tmp_path, monkeypatch):
     pytest.importorskip("ai_edge_litert", reason="needs ai-edge-litert: pip install 'edgeattn[tflite]'")
-    try:
-        linker.find_linker(platform.machine())
-    except RuntimeError as error:
-        pytest.skip(str(error))
+    needs_compiler()
     start.make_files(tmp_path)
     found = start.measure(tmp_path, rounds=1)
     assert list(found) == ["bundle", "compiled when called", "LiteRT"]

@@ -1,6 +1,8 @@
 """The command lines: the whole job through files, one line for every error, and nothing that a device lacks."""
 import contextlib
+import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -224,6 +226,8 @@ ERRORS = [
     ("compare layer.safetensors layer.safetensors x.npy", "quantized must be a layer from quant.quantize"),
     ("export layer.safetensors a.tflite", "quant: --sequence-length is required for a .tflite"),
     ("export layer.safetensors a.onnx --sequence-length 9", "path must end in one of .tflite, .safetensors, .c"),
+    ("export layer.safetensors a.so", "quant: --target must name a processor for a .so, and be None for others; got None"),
+    ("export layer.safetensors a.so --target cortex-m4", "Invalid value for '--target': 'cortex-m4' is not one of"),
     ("export layer.safetensors a.tflite --sequence-length nine", "Invalid value for '--sequence-length'"),
     ("export layer.safetensors a.tflite --sequence-length 9 --mask diagonal", "quant: diagonal: No such file"),
     ("inspect x.npy", "path must end in .safetensors or .tflite, got 'x.npy'"),
@@ -393,3 +397,11 @@ def test_edgeattn_errors_are_one_line(folder, capsys, arguments, message):
     assert edgeattn.cli.main(arguments) == 2
     error = capsys.readouterr().err
     assert message in error and error.startswith("edgeattn: ") and error.count("\n") == 1
+
+
+def test_a_missing_linker_is_one_line(awkward, monkeypatch, capsys):
+    monkeypatch.chdir(awkward)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert quant.cli.main(["export", "layer.safetensors", "a.so", "--target", "cortex-a53"]) == 2
+    assert capsys.readouterr().err.startswith("quant: target needs a linker for aarch64, and there is none: apt-get install lld")

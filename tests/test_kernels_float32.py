@@ -4,7 +4,6 @@ import oracle_kernels as oracle
 import pytest
 
 from edgeattn.cpu import fused, layer_float32
-from edgeattn.cpu.decode import decode
 from edgeattn.cpu.functional_float32 import attention
 from edgeattn.cpu.layer_dynamic import DynamicLayer
 from edgeattn.cpu.layer_float32 import FloatLayer, group_size
@@ -140,20 +139,3 @@ def test_attention_on_given_arrays(shape):
         attention(q, k, v, out, D ** -0.5, **masks)
         np.testing.assert_allclose(out, oracle.attention(q, k, v, D ** -0.5, **masks), atol=3e-6)
         assert (around[:, :, 0] == 77).all() and (around[:, :, -1] == 77).all()
-
-
-@pytest.mark.parametrize("D, Dv", [(16, 16), (64, 64), (5, 3), (72, 100)])
-@pytest.mark.parametrize("S", [1, 15, 256, 700])
-def test_decode(S, D, Dv):
-    rng = np.random.default_rng(S)
-    q = rng.standard_normal((2, 6, D)).astype(np.float32)
-    k = rng.standard_normal((2, 3, S, D)).astype(np.float32)
-    v = rng.standard_normal((2, 3, S, Dv)).astype(np.float32)
-    for options in ({}, dict(softcap=2.0), dict(lengths=np.array([S, S // 2], np.int64))):
-        out = decode(q, k, v, np.full((2, 6, Dv), 9, np.float32), D ** -0.5, **options)
-        np.testing.assert_allclose(out, oracle.attention(q[:, :, None], k, v, D ** -0.5, **options)[:, :, 0], atol=3e-6)
-    scales = [np.abs(a).max(-1) / np.float32(127) for a in (k, v)]
-    codes = [np.rint(a / s[..., None]).astype(np.int8) for a, s in zip((k, v), scales, strict=False)]
-    out = decode(q, *codes, np.zeros((2, 6, Dv), np.float32), D ** -0.5, k_scale=scales[0], v_scale=scales[1])
-    back = [c * s[..., None] for c, s in zip(codes, scales, strict=False)]
-    np.testing.assert_allclose(out, oracle.attention(q[:, :, None], *back, D ** -0.5)[:, :, 0], atol=3e-6)

@@ -149,10 +149,17 @@ def _transpose(a, out):
     simd.transpose_block(a, 1, N + 2, out, 2, N + 1)
 
 
+@njit(error_model="numpy")
+def _transpose_bytes(a, out):
+    simd.transpose_block(a, 4, 4 * (N + 2), out, 2, N + 1)
+
+
 def test_transpose_block():
     a = np.arange((N + 2) * (N + 2), dtype=np.float32)
-    out = np.full((N + 2) * (N + 2), -1, np.float32)
+    out, again = (np.full((N + 2) * (N + 2), -1, np.float32) for _ in range(2))
     _transpose(a, out)
+    _transpose_bytes(a.view(np.int8), again)
+    np.testing.assert_array_equal(out, again)
     want = np.full_like(out, -1)
     for i in range(N):
         for j in range(N):
@@ -197,6 +204,103 @@ def test_tile_add():
     for i, j in np.ndindex(ROWS, COLUMNS):
         at = 3 + i * (WIDTH + 1) + j * (N + 2)
         np.testing.assert_array_equal(out[i, j], start[i, j] + a[at:at + N])
+
+
+@njit(error_model="numpy")
+def _dots(keys, queries, whole, part, folded, count):
+    zero = simd.tile_zero(4, 2, keys)
+    simd.tile_store(simd.tile_add_dots(zero, keys, 1, N + 3, queries, 2, N + 1), whole, 0, 2 * N, N)
+    simd.tile_store(simd.tile_add_part_dots(zero, keys, 1, N + 3, queries, 2, N + 1, count), part, 0, 2 * N, N)
+    simd.tile_store(simd.tile_row_sums(simd.tile_load(4, 2, whole, 0, 2 * N, N)), folded, 0, 0, N)
+
+
+def test_tile_of_dot_products_and_its_sums():
+    rng = np.random.default_rng(5)
+    keys, queries = (rng.integers(-9, 9, size).astype(np.float32) for size in (4 * (N + 3), 2 * (N + 1) + 1))
+    keys[1 + 3 * (N + 3) + 1:] = np.nan  # of the last row only one number is there
+    whole, part, folded = np.zeros((4, 2, N), np.float32), np.zeros((4, 2, N), np.float32), np.zeros((2, N), np.float32)
+    _dots(keys, queries, whole.ravel(), part.ravel(), folded.ravel(), 1)
+    for i in range(4):
+        for j in range(2):
+            want = keys[1 + i * (N + 3):][:N] * queries[2 + j * (N + 1):][:N]
+            np.testing.assert_array_equal(whole[i, j, :len(want)], want)
+            assert part[i, j, 0] == want[0] and (part[i, j, 1:] == 0).all()
+    n = N // 4
+    np.testing.assert_array_equal(folded.reshape(2, 4, n), whole.swapaxes(0, 1).reshape(2, 4, n, 4).sum(-1))
+
+
+@njit(error_model="numpy")
+def _weighted(rows, weights, out, part, count):
+    tile = simd.tile_add_rows(simd.tile_zero(2, 3, rows), rows, 1, 4 * N, weights, 1)
+    simd.tile_add_to(tile, out, 0)
+    simd.tile_add_to(simd.tile_add_part_rows(simd.tile_zero(2, 1, rows), rows, 1, 4 * N, weights, 1, count), part, 0)
+
+
+def test_tile_of_weighted_rows():
+    rng = np.random.default_rng(6)
+    rows, weights = (rng.integers(-9, 9, size).astype(np.float32) for size in (8 * N + 1, 3))
+    out, part = np.ones(3 * N, np.float32), np.ones(N, np.float32)
+    _weighted(rows, weights, out, part, 2)
+    want = 1 + weights[1:] @ rows[1:].reshape(2, 4 * N)
+    np.testing.assert_array_equal(out, want[:3 * N])
+    np.testing.assert_array_equal(part, np.where(np.arange(N) < 2, want[:N], 1))
+
+
+@njit(error_model="numpy")
+def _interleave(source, out, flip):
+    simd.interleave_rows(source, 3, 5 * N, flip, out, 1, 3 * N)
+
+
+@pytest.mark.parametrize("flip", [0, -0x7f7f7f80])
+def test_rows_of_bytes_become_groups_of_four(flip):
+    source = np.random.default_rng(7).integers(-128, 128, 20 * N + 3).astype(np.int8)
+    out = np.zeros(1 + 5 * N, np.uint32)
+    _interleave(source, out, np.int32(flip))
+    for j in range(4):
+        for l in range(N):
+            four = source[3 + np.arange(4) * 5 * N + l // 4 * 16 + j * 4 + l % 4] ^ np.int8(-128 if flip else 0)
+            assert out[1 + j // 2 * 3 * N + j % 2 * N + l] == four.view(np.uint32)[0]
+
+
+@njit(error_model="numpy")
+def _pieces(a, out, count):
+    pointer = simd.pointer_to(simd.address_of(a) + 4, np.float32)
+    simd.store(out, 0, simd.load_first(pointer, 0, count))
+    out[N] = simd.first_lane(simd.load(pointer, 0))
+    out[N + 1] = pointer[1]
+
+
+def test_pointers_and_the_first_lanes():
+    a, out = np.arange(1, N + 2, dtype=np.float32), np.zeros(N + 2, np.float32)
+    for count in range(1, N + 3):
+        _pieces(a, out, count)
+        assert out.tolist() == [*(l + 2 if l < count else 0 for l in range(N)), 2, 3]
+
+
+@njit(error_model="numpy")
+def _matrix(a, b, first, second, configuration):
+    simd.matrix_configure(configuration, 0)
+    simd.matrix_zero(0)
+    simd.matrix_zero(1)
+    simd.matrix_load(2, a, 1, 17)
+    simd.matrix_load(3, b, 2, 18)
+    simd.matrix_dot(0, 2, 3)
+    simd.matrix_dot_signed(1, 2, 3)
+    simd.matrix_store(0, first, 0, 16)
+    simd.matrix_store(1, second, 0, 16)
+    simd.matrix_release()
+
+
+@pytest.mark.skipif(not isa.ISA.amx, reason="needs a processor with AMX, and EDGEATTN_ISA not lower than avx512amx")
+def test_matrix_unit():
+    rng = np.random.default_rng(8)
+    a, b = (rng.integers(-128, 128, (16 * step, 4)).astype(np.int8) for step in (18, 19))
+    unsigned, signed = np.zeros((16, 16), np.int32), np.zeros((16, 16), np.int32)
+    _matrix(a.view(np.int32).ravel(), b.view(np.int32).ravel(), unsigned.ravel(), signed.ravel(), np.zeros(16, np.int32))
+    left = a[1:1 + 16 * 17].reshape(16, 17, 4)[:, :16]
+    right = b[2:2 + 16 * 18].reshape(16, 18, 4)[:, :16].astype(int)
+    np.testing.assert_array_equal(signed, np.einsum("ikm,kjm->ij", left.astype(int), right))
+    np.testing.assert_array_equal(unsigned, np.einsum("ikm,kjm->ij", left.view(np.uint8).astype(int), right))
 
 
 @njit(error_model="numpy")

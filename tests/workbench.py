@@ -1,7 +1,12 @@
 """Random float layers and calls for the tests of the workbench."""
+import platform
+
 import numpy as np
+import pytest
 
 import edgeattn
+from quant.export.bundle import check_numba
+from quant.export.linker import find_linker
 
 
 def cosine(a, b):
@@ -41,3 +46,12 @@ def random_call(layer, sources, seed=0, *, B=2, L=12, S=9):
 
 def as_batch(inputs, **masks):
     return {**dict(zip(("query", "key", "value"), inputs, strict=False)), **masks}
+
+
+def needs_compiler(machine=None):
+    """Skip where no bundle can be made for a machine, this one unless named."""
+    try:
+        check_numba()
+        find_linker(machine or platform.machine())
+    except RuntimeError as error:
+        pytest.skip(str(error))

@@ -68,6 +68,8 @@ _OF_ARRAY = {types.float32: F32, types.int32: I32, types.uint32: I32}
 # --- building blocks for the code generators -------------------------------------------------------------------
 
 def _data(context, builder, array_type, array):
+    if isinstance(array_type, types.CPointer):
+        return array
     return context.make_array(array_type)(context, builder, array).data
 
 
@@ -80,6 +82,15 @@ def _load(builder, pointer):
     value = builder.load(pointer)
     value.align = 1
     return value
+
+
+def _load_first(builder, pointer, count):
+    """The first `count` elements of a vector in memory, whose others are not touched and count as zero."""
+    vector = pointer.type.pointee
+    present = builder.icmp_signed("<", ir.Constant(ir.VectorType(_I32, vector.count), list(range(vector.count))),
+                                  _splat(builder, builder.trunc(count, _I32), ir.VectorType(_I32, vector.count)))
+    return _call(builder, f"llvm.masked.load.v{vector.count}f32.p0", vector,
+                 [pointer, ir.Constant(_I32, 1), present, ir.Constant(vector, None)])
 
 
 def _store(builder, value, pointer):
@@ -142,6 +153,15 @@ def load(typing, array, at):
     def generate(context, builder, sig, args):
         return _load(builder, _pointer(context, builder, sig.args[0], args[0], args[1], context.get_value_type(vec)))
     return vec(array, types.intp), generate
+
+
+@intrinsic
+def load_first(typing, array, at, count):
+    """v[l] = array[at + l] if l < count else 0, float32; nothing beyond is read"""
+    def generate(context, builder, sig, args):
+        vector = context.get_value_type(F32)
+        return _load_first(builder, _pointer(context, builder, sig.args[0], args[0], args[1], vector), args[2])
+    return F32(array, types.intp, types.intp), generate
 
 
 @intrinsic
@@ -272,11 +292,24 @@ def sum_lanes(typing, v):
 
 @intrinsic
 def max_lanes(typing, v):
-    """max over l of v[l]"""
+    """max over l of v[l]; of float32, NaN counts for nothing or is the result"""
     def generate(context, builder, sig, args):
         if v.dtype == types.int32:
             return _call(builder, f"llvm.vector.reduce.smax.v{v.lanes}i32", _I32, args)
-        return _call(builder, f"llvm.vector.reduce.fmax.v{v.lanes}f32", ir.FloatType(), args)
+        best, half = args[0], v.lanes // 2
+        while half:  # LLVM's own reduction obeys the rules for NaN lane by lane
+            other = _shuffle(builder, best, best, [(l + half) % v.lanes for l in range(v.lanes)])
+            best = builder.select(builder.fcmp_ordered(">", best, other), best, other)
+            half //= 2
+        return builder.extract_element(best, ir.Constant(_I32, 0))
+    return v.dtype(v), generate
+
+
+@intrinsic
+def first_lane(typing, v):
+    """v[0]"""
+    def generate(context, builder, sig, args):
+        return builder.extract_element(args[0], ir.Constant(_I32, 0))
     return v.dtype(v), generate
 
 
@@ -859,6 +892,32 @@ def tile_add_scaled(typing, t, array, at, row_step, across, j0):
 
 
 @intrinsic
+def interleave_rows(typing, source, at, row_step, flip, target, to, panel_step):
+    """byte r of target[to + j // 2 * panel_step + j % 2 * LANES + l] = source[at + r * row_step + f] ^ byte of flip
+
+    for r < 4, j < 4 and f = l // 4 * 16 + j * 4 + l % 4: four rows of 4 LANES bytes become vectors of groups of
+    four.  source of 8-bit elements, target of 32-bit ones.
+    """
+    def generate(context, builder, sig, args):
+        vector = ir.VectorType(_I8, 4 * LANES)
+        rows, position = [], args[1]
+        for _ in range(4):
+            rows.append(_load(builder, _pointer(context, builder, sig.args[0], args[0], position, vector)))
+            position = builder.add(position, args[2])
+
+        pairs = [[_zip(builder, *rows[i:i + 2], 1, half) for i in (0, 2)] for half in range(2)]
+        groups = [_zip(builder, *pair, 2, half) for pair in pairs for half in range(2)]
+        whole = ir.VectorType(_I32, LANES)
+        flips = _splat(builder, args[3], whole)
+        for j, group in enumerate(groups):
+            here = args[5] if j < 2 else builder.add(args[5], args[6])
+            here = builder.add(here, ir.Constant(_I64, j % 2 * LANES))
+            _store(builder, builder.xor(builder.bitcast(group, whole), flips),
+                   _pointer(context, builder, sig.args[4], args[4], here, whole))
+    return types.void(source, types.intp, types.intp, types.int32, target, types.intp, types.intp), generate
+
+
+@intrinsic
 def tile_column_max(typing, t, j, v):
     """m[l] = max(v[l], max over i of t[i][j][l]), float32 or int32"""
     column = _literal(j)
@@ -877,44 +936,69 @@ def tile_column_max(typing, t, j, v):
     return v(t, j, v), generate
 
 
+def _add_dots(context, builder, sig, args):
+    """tile_add_dots; with an eighth argument only that many lanes."""
+    t = sig.args[0]
+    tile, keys, at_k, k_row, queries, at_q, q_row = args[:7]
+    vector = context.get_value_type(t.vec)
+
+    def row(number, array, at):
+        pointer = _pointer(context, builder, sig.args[number], array, at, vector)
+        return _load_first(builder, pointer, args[7]) if len(args) == 8 else _load(builder, pointer)
+
+    across = []
+    for _ in range(t.columns):
+        across.append(row(4, queries, at_q))
+        at_q = builder.add(at_q, q_row)
+    for i in range(t.rows):
+        down = row(1, keys, at_k)
+        for j in range(t.columns):
+            k = i * t.columns + j
+            tile = builder.insert_value(tile, _fma(builder, down, across[j], builder.extract_value(tile, k)), k)
+        at_k = builder.add(at_k, k_row)
+    return tile
+
+
 @intrinsic
-def tile_add_products(typing, t, array, at, row_step, v):
-    """t[i][0] += array[at + i * row_step + l] * v[l], of float32 or int8 numbers, float32 tile of one column"""
-    def generate(context, builder, sig, args):
-        tile, array_, position, step, factor = args
-        real = sig.args[1].dtype == types.float32
-        stored = factor.type if real else ir.VectorType(_I8, LANES)
-        for i in range(t.rows):
-            row = _load(builder, _pointer(context, builder, sig.args[1], array_, position, stored))
-            if not real:
-                row = builder.sitofp(builder.sext(row, context.get_value_type(I32)), factor.type)
-            tile = builder.insert_value(tile, _fma(builder, row, factor, builder.extract_value(tile, i)), i)
-            position = builder.add(position, step)
-        return tile
-    return t(t, array, types.intp, types.intp, v), generate
+def tile_add_dots(typing, t, keys, at_k, k_row, queries, at_q, q_row):
+    """t[i][j][l] += keys[at_k + i * k_row + l] * queries[at_q + j * q_row + l], float32"""
+    return t(t, keys, types.intp, types.intp, queries, types.intp, types.intp), _add_dots
+
+
+@intrinsic
+def tile_add_part_dots(typing, t, keys, at_k, k_row, queries, at_q, q_row, count):
+    """tile_add_dots for the lanes l < count, 0 < count < LANES; nothing beyond is read"""
+    return t(t, keys, types.intp, types.intp, queries, types.intp, types.intp, types.intp), _add_dots
+
+
+def _add_rows(context, builder, sig, args):
+    """tile_add_rows; with a seventh argument only that many lanes."""
+    t = sig.args[0]
+    tile, array, position, step, weights, at_weights = args[:6]
+    vector = context.get_value_type(t.vec)
+    first = builder.gep(_data(context, builder, sig.args[4], weights), [at_weights])
+    for i in range(t.rows):
+        weight = _splat(builder, builder.load(builder.gep(first, [ir.Constant(_I64, i)])), vector)
+        row = _pointer(context, builder, sig.args[1], array, position, vector)
+        for j in range(t.columns):
+            here = builder.gep(row, [ir.Constant(_I64, j)])
+            value = _load_first(builder, here, args[6]) if len(args) == 7 else _load(builder, here)
+            k = i * t.columns + j
+            tile = builder.insert_value(tile, _fma(builder, weight, value, builder.extract_value(tile, k)), k)
+        position = builder.add(position, step)
+    return tile
 
 
 @intrinsic
 def tile_add_rows(typing, t, array, at, row_step, weights, at_weights):
-    """t[i][j] += weights[at_weights + i] * array[at + i * row_step + j * LANES + l], array of float32 or int8"""
-    def generate(context, builder, sig, args):
-        tile, array_, position, step, weights_, at_weights_ = args
-        vector = context.get_value_type(t.vec)
-        real = sig.args[1].dtype == types.float32
-        stored = vector if real else ir.VectorType(_I8, LANES)
-        first = builder.gep(_data(context, builder, sig.args[4], weights_), [at_weights_])
-        for i in range(t.rows):
-            weight = _splat(builder, builder.load(builder.gep(first, [ir.Constant(_I64, i)])), vector)
-            row = _pointer(context, builder, sig.args[1], array_, position, stored)
-            for j in range(t.columns):
-                value = _load(builder, builder.gep(row, [ir.Constant(_I64, j)]))
-                if not real:
-                    value = builder.sitofp(builder.sext(value, context.get_value_type(I32)), vector)
-                k = i * t.columns + j
-                tile = builder.insert_value(tile, _fma(builder, weight, value, builder.extract_value(tile, k)), k)
-            position = builder.add(position, step)
-        return tile
-    return t(t, array, types.intp, types.intp, weights, types.intp), generate
+    """t[i][j] += weights[at_weights + i] * array[at + i * row_step + j * LANES + l], float32"""
+    return t(t, array, types.intp, types.intp, weights, types.intp), _add_rows
+
+
+@intrinsic
+def tile_add_part_rows(typing, t, array, at, row_step, weights, at_weights, count):
+    """tile_add_rows of one column for the lanes l < count, 0 < count < LANES; nothing beyond is read"""
+    return t(t, array, types.intp, types.intp, weights, types.intp, types.intp), _add_rows
 
 
 @intrinsic
@@ -934,15 +1018,20 @@ def tile_add_to(typing, t, array, at):
 
 @intrinsic
 def tile_row_sums(typing, t):
-    """v[i] = sum over l of t[i][0][l], for LANES rows of one column"""
+    """s[0][j][i * n + m] = sum of t[i][j][m * rows : (m + 1) * rows], n = LANES / rows; rows a power of two"""
+    sums = Tile(t.vec, 1, t.columns)
+    even, odd = range(0, 2 * LANES, 2), range(1, 2 * LANES, 2)
+
     def generate(context, builder, sig, args):
-        rows = [builder.extract_value(args[0], i) for i in range(t.rows)]
-        even, odd = range(0, 2 * LANES, 2), range(1, 2 * LANES, 2)
-        while len(rows) > 1:  # neighbouring lanes of two vectors add up into one vector
-            rows = [builder.fadd(_shuffle(builder, a, b, even), _shuffle(builder, a, b, odd))
-                    for a, b in zip(rows[::2], rows[1::2], strict=False)]
-        return rows[0]
-    return t.vec(t), generate
+        out = ir.Constant(context.get_value_type(sums), ir.Undefined)
+        for j in range(t.columns):
+            rows = [builder.extract_value(args[0], i * t.columns + j) for i in range(t.rows)]
+            while len(rows) > 1:  # neighbouring lanes of two vectors add up into one vector
+                rows = [builder.fadd(_shuffle(builder, a, b, even), _shuffle(builder, a, b, odd))
+                        for a, b in zip(rows[::2], rows[1::2], strict=True)]
+            out = builder.insert_value(out, rows[0], j)
+        return out
+    return sums(t), generate
 
 
 @intrinsic
@@ -955,36 +1044,56 @@ def tile_get(typing, t, i, j):
     return t.vec(t, i, j), generate
 
 
+def _zip(builder, a, b, size, half):
+    """Within groups of 16 bytes: pieces of `size` elements of a and b in turn, from the low half or the high one."""
+    n = a.type.count
+    group = 128 // a.type.element.width
+    return _shuffle(builder, a, b, [g + half * group // 2 + e + i + which * n for g in range(0, n, group)
+                                    for e in range(0, group // 2, size) for which in range(2) for i in range(size)])
+
+
 @intrinsic
 def transpose_block(typing, source, at, row_step, target, to, target_step):
-    """target[to + j * target_step + i] = source[at + i * row_step + j], a LANES by LANES block of 32-bit elements"""
+    """target[to + j * target_step + i] = source[at + i * row_step + j], a LANES by LANES block of 32-bit elements
+
+    source may hold bytes: at and row_step then count bytes.
+    """
     def generate(context, builder, sig, args):
-        vector = ir.VectorType(_I32, LANES)
-        rows = []
-        position = args[1]
+        quarter, vector = ir.VectorType(_I32, 4), ir.VectorType(_I32, LANES)
+        bytes_ = sig.args[0].dtype.bitwidth // 8
+        starts, position = [], args[1]
         for _ in range(LANES):
-            rows.append(_load(builder, _pointer(context, builder, sig.args[0], args[0], position, vector)))
+            starts.append(position)
             position = builder.add(position, args[2])
-        half = LANES // 2
-        while half:  # exchange off-diagonal blocks of half by half
-            low = [l if l & half == 0 else LANES + l - half for l in range(LANES)]
-            high = [l + half if l & half == 0 else LANES + l for l in range(LANES)]
-            for i in range(LANES):
-                if i & half == 0:
-                    a, b = rows[i], rows[i + half]
-                    rows[i], rows[i + half] = _shuffle(builder, a, b, low), _shuffle(builder, a, b, high)
-            half //= 2
+        columns_ = []
+        for j in range(0, LANES, 4):  # rows i, 4 + i, 8 + i, ... side by side, which loads do; then four by four
+            rows = []
+            for i in range(4):
+                row = ir.Constant(vector, ir.Undefined)
+                for g in range(LANES // 4):
+                    where = builder.add(starts[4 * g + i], ir.Constant(_I64, 4 * j // bytes_))
+                    four = _load(builder, _pointer(context, builder, sig.args[0], args[0], where, quarter))
+                    wide = _shuffle(builder, four, four, [l % 4 for l in range(LANES)])
+                    row = _shuffle(builder, row, wide, [LANES + l if l // 4 == g else l for l in range(LANES)])
+                rows.append(row)
+            for half in range(2):
+                pairs = [_zip(builder, rows[k], rows[k + 1], 1, half) for k in (0, 2)]
+                columns_ += [_zip(builder, *pairs, 2, which) for which in range(2)]
         position = args[4]
-        for row in rows:
-            _store(builder, row, _pointer(context, builder, sig.args[3], args[3], position, vector))
+        for column in columns_:
+            _store(builder, column, _pointer(context, builder, sig.args[3], args[3], position, vector))
             position = builder.add(position, args[5])
     return types.void(source, types.intp, types.intp, target, types.intp, types.intp), generate
 
 
 @intrinsic
 def pointer_to(typing, address, like):
-    """An unchecked pointer to elements of `like`'s dtype at an integer address; for numba.carray."""
-    pointer = types.CPointer(like.dtype)
+    """An unchecked pointer at an integer address, to elements of the scalar type `like` or of an array's dtype.
+
+    For numba.carray, or to be used as an array: it holds no reference, whose counting would empty the registers in
+    loops that Numba does not see through.
+    """
+    pointer = types.CPointer(like.instance_type if isinstance(like, types.NumberClass) else like.dtype)
 
     def generate(context, builder, sig, args):
         return builder.inttoptr(args[0], context.get_value_type(pointer))
@@ -1048,6 +1157,17 @@ def matrix_load(typing, t, array, at, row_step):
 
 
 @intrinsic
+def matrix_zero(typing, t):
+    """tile t = 0"""
+    number = _literal(t)
+
+    def generate(context, builder, sig, args):
+        if ISA.amx:
+            _void_call(builder, "llvm.x86.tilezero", [ir.Constant(_I8, number)])
+    return types.void(t), generate
+
+
+@intrinsic
 def matrix_store(typing, t, array, at, row_step):
     """array[at + i * row_step :][:16] = tile t, row i; array of 32-bit elements"""
     number = _literal(t)
@@ -1064,9 +1184,19 @@ def matrix_store(typing, t, array, at, row_step):
 @intrinsic
 def matrix_dot(typing, c, a, b):
     """c[i][j] += sum over k, m of unsigned byte a[i][4 k + m] * signed byte b[k][4 j + m], j < 16, k < 16"""
-    numbers = [_literal(t) for t in (c, a, b)]
+    return types.void(c, a, b), _matrix_dot("llvm.x86.tdpbusd", c, a, b)
+
+
+@intrinsic
+def matrix_dot_signed(typing, c, a, b):
+    """c[i][j] += sum over k, m of signed byte a[i][4 k + m] * signed byte b[k][4 j + m], j < 16, k < 16"""
+    return types.void(c, a, b), _matrix_dot("llvm.x86.tdpbssd", c, a, b)
+
+
+def _matrix_dot(instruction, *tiles):
+    numbers = [_literal(t) for t in tiles]
 
     def generate(context, builder, sig, args):
         if ISA.amx:
-            _void_call(builder, "llvm.x86.tdpbusd", [ir.Constant(_I8, n) for n in numbers])
-    return types.void(c, a, b), generate
+            _void_call(builder, instruction, [ir.Constant(_I8, n) for n in numbers])
+    return generate

@@ -11,6 +11,8 @@ import tempfile
 import zlib
 from pathlib import Path
 
+import numba
+
 import edgeattn
 from edgeattn.bundle import ABI_VERSION, FOOTER, HARDWARE_BITS, INPUTS, LARGEST, MAGIC, SIZES
 from edgeattn.layers import MultiHeadAttention
@@ -19,6 +21,8 @@ from quant.export.c_text import fill_template, float_literal
 from quant.export.linker import find_linker, link
 from quant.export.targets import Target, target_of
 
+# Compiling for another machine leans on inner names of Numba: crosscompile.py and bundle_entry.py.
+TESTED_NUMBA = ("0.68",)
 # The instruction set is chosen before anything that reads it is imported.
 _BUILD = ("import sys; from edgeattn import isa; isa.use(sys.argv[1]); "
           "from quant.export.bundle_build import main; main(*sys.argv[2:])")
@@ -59,12 +63,26 @@ def write_bundle(layer, name: str, target: str) -> dict[str, bytes]:
         raise ValueError(f"path must be named by a letter and what follows it, for its functions get that name; got "
                          f"{name!r}")
     _check_layer(layer)
+    check_numba()
     find_linker(row.machine)
     about = _describe(layer, prefix, target, row)
     library = _compile(layer, row, target, prefix, name)
     body = library + json.dumps(about).encode("ascii")
     footer = FOOTER.pack(MAGIC, len(body) - len(library), zlib.crc32(body))
     return {name: body + footer, f"{stem}.h": _header(layer, stem, about).encode("ascii")}
+
+
+def check_numba() -> None:
+    """Refuse a Numba whose inner names may be others.
+
+    Raises
+    ------
+    RuntimeError
+        Naming the version that is wanted.
+    """
+    if ".".join(numba.__version__.split(".")[:2]) not in TESTED_NUMBA:
+        raise RuntimeError(f"target leans on inner names of Numba {', '.join(TESTED_NUMBA)}, and this is Numba "
+                           f"{numba.__version__}: pip install 'numba=={TESTED_NUMBA[-1]}.*'")
 
 
 def _check_layer(layer) -> None:

@@ -5,20 +5,17 @@ one is a crash. Which instruction set the kernels are written for is `edgeattn.i
 imported.
 
 This leans on names that Numba keeps to itself: its code generator for ahead-of-time compilation, the context's slot
-for a code generator, the runtime's library. TESTED says of which versions it is known to work.
+for a code generator, the runtime's library. quant.export.bundle names the versions with which it is known to work.
 """
 
 from __future__ import annotations
 
 import llvmlite.binding as llvm
-import numba
 from llvmlite import ir
 from numba.core import codegen, types
 from numba.core.compiler import DEFAULT_FLAGS, compile_extra
 from numba.core.registry import cpu_target
 from numba.core.runtime import nrtdynmod, rtsys
-
-TESTED = ("0.68",)
 
 
 class _Library(codegen.AOTCodeLibrary):
@@ -56,23 +53,8 @@ class _Generator(codegen.AOTCPUCodegen):
         pass
 
 
-def check_version() -> None:
-    """Refuse a Numba whose inner names may be others.
-
-    Raises
-    ------
-    RuntimeError
-        Naming the version that is wanted.
-    """
-    version = ".".join(numba.__version__.split(".")[:2])
-    if version not in TESTED:
-        raise RuntimeError(f"compiling for another machine leans on inner names of Numba {', '.join(TESTED)}; this is "
-                           f"Numba {numba.__version__}: pip install 'numba=={TESTED[-1]}.*'")
-
-
 def compile_for(triple: str, cpu: str, features: str = "") -> None:
     """From here on, compile for the machine that LLVM calls so."""
-    check_version()
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
     context = cpu_target.target_context

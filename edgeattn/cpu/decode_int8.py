@@ -1,0 +1,320 @@
+"""A single query per head against int8 keys and values: four-way dot products, exact but for the rounding of float32.
+
+Letters as in decode_blocks.  Queries, and the weights of the values (probabilities times the values' scales), are
+written in three signed digits to the base 256: at least 22 bits and a sign of the largest of their row, nearly what
+float32 holds of it.  Each digit is a row of bytes that meets the stored bytes; the sums are integers, whatever their
+order.  The matrix unit takes 16 rows of digits at once.
+"""
+import numpy as np
+
+from edgeattn.crew import separate, share
+from edgeattn.jit import inlined, jit
+
+from .decode_blocks import (
+    BLOCK,
+    D_B,
+    D_BLOCKS,
+    D_D,
+    D_DV,
+    D_DV_UP,
+    D_H,
+    D_K,
+    D_K_B,
+    D_K_H,
+    D_K_S,
+    D_KS,
+    D_KS_B,
+    D_KS_H,
+    D_KS_S,
+    D_KV_HEADS,
+    D_O,
+    D_PRIVATE,
+    D_RESULT,
+    D_S,
+    D_SHARED,
+    D_V,
+    D_V_B,
+    D_V_H,
+    D_V_S,
+    D_VS,
+    D_VS_B,
+    D_VS_H,
+    D_VS_S,
+    cap_and_maximum,
+    join_blocks,
+    keys_of,
+    parameters,
+    take_queries,
+)
+from .fused import describe, portions
+from .matmul import MATRIX, multiply
+from .simd import (
+    COLUMNS,
+    LANES,
+    MATRIX_ROWS,
+    OFFSET,
+    WIDTH,
+    address_of,
+    bits_of,
+    first_lane,
+    float_of_bits,
+    fma,
+    interleave_rows,
+    larger,
+    load,
+    load_first,
+    matrix_configure,
+    matrix_dot_signed,
+    matrix_load,
+    matrix_release,
+    matrix_store,
+    matrix_zero,
+    max_lanes,
+    pointer_to,
+    round_to_int,
+    splat,
+    store,
+    store_bytes,
+    sum_lanes,
+    tile_store,
+    tile_zero,
+    to_float,
+    transpose_block,
+)
+from .softmax import exp2
+
+CHUNK = 4 * LANES  # bytes of a vector
+QUADS = BLOCK // 4
+DIGITS = 3
+TWO = 2 * DIGITS
+_FLIP = np.int32(0 if MATRIX or OFFSET == 0 else -0x7f7f7f80)  # the matrix unit multiplies signed by signed
+_BASE, _SQUARE = np.float32(256), np.float32(65536)
+_BIAS = np.int32(0x808080)
+_MOST = np.float32(0x7f7f7f)  # three digits of 127
+_FINE, _COARSE = np.int32((1 << 20) - 1), np.int32(-1 << 20)  # all but three bits of a mantissa, and the rest
+_SMALLEST = np.finfo(np.float32).tiny
+_ZERO = np.float32(0)
+_ONE = np.float32(1)
+
+
+@inlined
+def write_digits(private, at, size, rows, to, row_step, corrections, at_correction):
+    """The three digits of private[at : at + size], lowest first, as rows of bytes; what a unit of them is worth.
+
+    private[at + i] = unit * sum over r of 256 ** r * rows[to + r * row_step + i].  corrections[at_correction + r] =
+    what the sums of row r are too large by where the other operand's bytes are kept with their highest bit flipped.
+    A unit of NaN where a number is NaN.
+    """
+    best, poison = splat(_ZERO), splat(_ZERO)
+    for i in range(0, size, LANES):
+        v = load(private, at + i)
+        best = larger(larger(v, splat(_ZERO) - v), best)
+        poison = fma(v, splat(_ZERO), poison)
+    # _MOST units or a little less are the largest number; a unit of few bits makes the products with it nearly exact
+    fine = bits_of(splat(max_lanes(best) / _MOST))
+    unit = larger(float_of_bits((fine + splat(_FINE)) & splat(_COARSE)), splat(_SMALLEST))
+    inverse = splat(_ONE) / unit
+    sums0, sums1, sums2 = splat(np.int32(0)), splat(np.int32(0)), splat(np.int32(0))
+    eight, sixteen, far = splat(np.int32(8)), splat(np.int32(16)), splat(np.int32(24))
+    for i in range(0, size, LANES):
+        x = round_to_int(load(private, at + i) * inverse)
+        x = (x + splat(_BIAS)) ^ splat(_BIAS)
+        store_bytes(rows, to + i, x)
+        store_bytes(rows, to + row_step + i, x >> eight)
+        store_bytes(rows, to + 2 * row_step + i, x >> sixteen)
+        if _FLIP != 0:
+            sums0 = sums0 + ((x << far) >> far)
+            sums1 = sums1 + ((x << sixteen) >> far)
+            sums2 = sums2 + ((x << eight) >> far)
+    corrections[at_correction] = np.int32(OFFSET * sum_lanes(sums0))
+    corrections[at_correction + 1] = np.int32(OFFSET * sum_lanes(sums1))
+    corrections[at_correction + 2] = np.int32(OFFSET * sum_lanes(sums2))
+    return first_lane(unit) + sum_lanes(poison)
+
+
+@inlined
+def readable(rows, at, row, size, left, copy):
+    """(address, distance) of LANES rows that may be read to the end of their last chunk: in place or copied.
+
+    rows: address; at, row, size in bytes; left: how many rows there are from the first on.
+    """
+    size_up = (size + CHUNK - 1) // CHUNK * CHUNK
+    if size == size_up and left >= LANES or (left - LANES) * row >= size_up - size:
+        return rows + at, row
+    source, target = pointer_to(rows + at, np.int8), pointer_to(copy, np.int8)
+    for i in range(min(left, LANES)):
+        for d in range(size):
+            target[i * size_up + d] = source[i * row + d]
+    return copy, size_up
+
+
+@inlined
+def products(rows, digits, at_digits, row_step, panels, panel_step, count, depth4, out, out_row):
+    """out[r out_row + l] = row r of digits, bytes, times column l of panels (depth4, WIDTH), l < count or more."""
+    for column in range(0, count, WIDTH):
+        panel = column // WIDTH * panel_step
+        if MATRIX:
+            for r in range(0, rows, MATRIX_ROWS):
+                matrix_zero(0)
+                matrix_zero(1)
+                for k in range(0, depth4, 16):
+                    matrix_load(4, digits, at_digits + r * row_step + k, row_step)
+                    matrix_load(6, panels, panel + k * WIDTH, WIDTH)
+                    matrix_load(7, panels, panel + k * WIDTH + 16, WIDTH)
+                    matrix_dot_signed(0, 4, 6)
+                    matrix_dot_signed(1, 4, 7)
+                matrix_store(0, out, r * out_row + column, out_row)
+                matrix_store(1, out, r * out_row + column + 16, out_row)
+        else:
+            r = 0
+            while r + TWO <= rows:
+                found = multiply(tile_zero(TWO, COLUMNS, digits), digits, at_digits + r * row_step, row_step, 1,
+                                 panels, panel, depth4)
+                tile_store(found, out, r * out_row + column, out_row, LANES)
+                r += TWO
+            if r < rows:
+                found = multiply(tile_zero(DIGITS, COLUMNS, digits), digits, at_digits + r * row_step, row_step, 1,
+                                 panels, panel, depth4)
+                tile_store(found, out, r * out_row + column, out_row, LANES)
+
+
+@inlined
+def join_digits(sums, at, row, corrections, at_correction):
+    """The LANES numbers whose digits' sums lie at `at`, rows `row` apart, lowest first."""
+    low = to_float(load(sums, at) - splat(corrections[at_correction]))
+    middle = to_float(load(sums, at + row) - splat(corrections[at_correction + 1]))
+    high = to_float(load(sums, at + 2 * row) - splat(corrections[at_correction + 2]))
+    return fma(high, splat(_SQUARE), fma(middle, splat(_BASE), low))
+
+
+@inlined
+def load_scales(scales, at, step, s, count):
+    """scales[at + s :] with zeros from the count-th on, or where step is 0 the one scale there is."""
+    if step == 0:
+        found = splat(scales[at])
+    elif s + LANES <= count:
+        found = load(scales, at + s)
+    else:
+        found = load_first(scales, at + s, count - s)
+    return found
+
+
+@inlined
+def private_sizes(G, D, Dv):
+    """32-bit elements of a thread's arrays.
+
+    Queries, units, scores, digits of both, corrections, panels of keys or of values, copies, sums of digits.
+    """
+    D_up, Dv_up = (D + CHUNK - 1) // CHUNK * CHUNK, (Dv + CHUNK - 1) // CHUNK * CHUNK
+    rows = (G * DIGITS + MATRIX_ROWS - 1) // MATRIX_ROWS * MATRIX_ROWS
+    deep = (D_up // 4 + 15) // 16 * 16
+    return (G * D_up, (2 * G + 15) // 16 * 16, G * BLOCK, rows * deep, rows * QUADS, 2 * rows,
+            max(deep * BLOCK, Dv_up * QUADS), LANES * max(D_up, Dv_up) // 4, rows * max(BLOCK, Dv_up))
+
+
+@separate
+def decode_part(p, scale, softcap, lengths, scratch, portion, worker, part):
+    """`portion` blocks of keys of `decode`."""
+    base = address_of(scratch)
+    results = pointer_to(base, np.float32)
+    D, Dv, Dv_up, G = p[D_D], p[D_DV], p[D_DV_UP], p[D_H] // p[D_KV_HEADS]
+    D_up, deep = (D + CHUNK - 1) // CHUNK * CHUNK, ((D + CHUNK - 1) // CHUNK * LANES + 15) // 16 * 16
+    sizes = private_sizes(G, D, Dv)
+    address_q = base + (p[D_SHARED] + worker * p[D_PRIVATE]) * 4
+    address_units = address_q + sizes[0] * 4
+    address_scores = address_units + sizes[1] * 4
+    address_qd = address_scores + sizes[2] * 4
+    address_wd = address_qd + sizes[3] * 4
+    address_corrections = address_wd + sizes[4] * 4
+    address_panels = address_corrections + sizes[5] * 4
+    address_copy = address_panels + sizes[6] * 4
+    address_sums = address_copy + sizes[7] * 4
+    q, units = pointer_to(address_q, np.float32), pointer_to(address_units, np.float32)
+    scores = pointer_to(address_scores, np.float32)
+    qd_bytes, qd = pointer_to(address_qd, np.int8), pointer_to(address_qd, np.int32)
+    wd_bytes, wd = pointer_to(address_wd, np.int8), pointer_to(address_wd, np.int32)
+    corrections = pointer_to(address_corrections, np.int32)
+    w_corrections = pointer_to(address_corrections + sizes[5] * 2, np.int32)
+    panels, sums = pointer_to(address_panels, np.uint32), pointer_to(address_sums, np.int32)
+    k_scales, v_scales = pointer_to(p[D_KS], np.float32), pointer_to(p[D_VS], np.float32)
+    if MATRIX:
+        matrix_configure(sums, 0)
+    ready = np.int64(-1)
+    for number in range(part * portion, min((part + 1) * portion, p[D_B] * p[D_KV_HEADS] * p[D_BLOCKS])):
+        item, s0 = number // p[D_BLOCKS], number % p[D_BLOCKS] * BLOCK
+        batch, kv = item // p[D_KV_HEADS], item % p[D_KV_HEADS]
+        count = min(keys_of(p, lengths, batch) - s0, BLOCK)
+        if count <= 0:
+            continue
+        if item != ready:
+            take_queries(p, item, scale, softcap, q, 0, D_up)
+            for g in range(G):
+                units[g] = write_digits(q, g * D_up, D_up, qd_bytes, g * DIGITS * deep * 4, deep * 4, corrections,
+                                        g * DIGITS)
+            ready = item
+        # 1. scores (G, BLOCK): keys become panels (D / 4, WIDTH)
+        from_k, k_row = batch * p[D_K_B] + kv * p[D_K_H] + s0 * p[D_K_S], p[D_K_S]
+        from_ks = batch * p[D_KS_B] + kv * p[D_KS_H] + s0 * p[D_KS_S]
+        for s in range(0, count, LANES):
+            at, row = readable(p[D_K], from_k + s * k_row, k_row, D, p[D_S] - s0 - s, address_copy)
+            rows, to = pointer_to(at, np.int8), s // WIDTH * (deep * WIDTH) + s % WIDTH
+            for k in range(0, D_up // 4, LANES):
+                transpose_block(rows, 4 * k, row, panels, to + k * WIDTH, WIDTH)
+                if _FLIP != 0:
+                    for i in range(k, k + LANES):
+                        store(panels, to + i * WIDTH, load(panels, to + i * WIDTH) ^ splat(_FLIP))
+        products(G * DIGITS, qd, 0, deep, panels, deep * WIDTH, count, deep if MATRIX else D_up // 4, sums, BLOCK)
+        # 2. softmax of the block, and its probabilities times the values' scales in digits
+        to = number * p[D_RESULT]
+        from_vs = batch * p[D_VS_B] + kv * p[D_VS_H] + s0 * p[D_VS_S]
+        for g in range(G):
+            at = g * BLOCK
+            for s in range(0, count, LANES):
+                dots = join_digits(sums, DIGITS * at + s, BLOCK, corrections, DIGITS * g)
+                store(scores, at + s, dots * (splat(units[g]) * load_scales(k_scales, from_ks, p[D_KS_S], s, count)))
+            m = cap_and_maximum(scores, at, count, softcap)
+            total = splat(_ZERO)
+            for s in range(0, count, LANES):
+                e = exp2(load(scores, at + s) - splat(m))
+                total = total + e
+                store(scores, at + s, e * load_scales(v_scales, from_vs, p[D_VS_S], s, count))
+            whole = (count + CHUNK - 1) // CHUNK * CHUNK
+            for s in range((count + LANES - 1) // LANES * LANES, whole, LANES):
+                store(scores, at + s, splat(_ZERO))
+            units[G + g] = write_digits(scores, at, whole, wd_bytes, DIGITS * at, BLOCK, w_corrections, DIGITS * g)
+            results[to + G * Dv_up + g], results[to + G * (Dv_up + 1) + g] = m, sum_lanes(total)
+        # 3. context (G, Dv'), positions as `interleaved` says: four keys at a time become a row of the panels
+        from_v, v_row = batch * p[D_V_B] + kv * p[D_V_H] + s0 * p[D_V_S], p[D_V_S]
+        for s in range(0, count, LANES):
+            at, row = readable(p[D_V], from_v + s * v_row, v_row, Dv, p[D_S] - s0 - s, address_copy)
+            rows = pointer_to(at, np.int8)
+            for i in range(0, min(LANES, count - s), 4):
+                for d in range(0, Dv_up, CHUNK):
+                    interleave_rows(rows, i * row + d, row, _FLIP, panels, d * QUADS + (s + i) // 4 * WIDTH,
+                                    QUADS * WIDTH)
+        products(G * DIGITS, wd, 0, QUADS, panels, QUADS * WIDTH, Dv_up, (count + 3) // 4, sums, Dv_up)
+        for g in range(G):
+            for d in range(0, Dv_up, LANES):
+                part_sums = join_digits(sums, DIGITS * g * Dv_up + d, Dv_up, w_corrections, DIGITS * g)
+                store(results, to + g * Dv_up + d, part_sums * splat(units[G + g]))
+    if MATRIX:
+        matrix_release()
+
+
+@inlined
+def interleaved(position):
+    """The feature at a position of a context: see `interleave_rows`."""
+    chunk, rest = position // CHUNK, position % CHUNK
+    j, l = rest // LANES, rest % LANES
+    return chunk * CHUNK + l // 4 * 16 + j * 4 + l % 4
+
+
+@jit
+def decode(q, k, v, out, k_scale, v_scale, scale, softcap, lengths, private, scratch, board, count):
+    """See `decode.decode`; on at most `count` threads that serve the board."""
+    p = parameters(q, k, v, out, (v.shape[3] + CHUNK - 1) // CHUNK * CHUNK, private)
+    describe(p, D_KS, k_scale, 3)
+    describe(p, D_VS, v_scale, 3)
+    portion, parts = portions(p[D_B] * p[D_KV_HEADS] * p[D_BLOCKS], 1, count)
+    share(board, parts, decode_part, p, np.float32(scale), np.float32(softcap), lengths, scratch, portion)
+    join_blocks(p, pointer_to(p[D_O], np.float32), lengths, pointer_to(address_of(scratch), np.float32), interleaved)
