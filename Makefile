@@ -13,6 +13,7 @@ python = $(VENV)/bin/python
 suffix = $(if $(PYTHON),-$(notdir $(PYTHON)))
 ready = $(VENV)/.ready-test$(suffix)
 ready_dev = $(VENV)/.ready-dev$(suffix)
+ready_cuda = $(VENV)/.ready-cuda$(suffix)
 ready_minilm = $(VENV)/.ready-minilm$(suffix)
 ready_peers = $(VENV)/.ready-peers$(suffix)
 # The aarch64 environments for `make test-arm64`, 550 MB.
@@ -31,7 +32,7 @@ endef
 setup_files = setup.cfg pyproject.toml tools/environment.py tools/find-python.sh
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-arm64 test-arm64-short test-cortex-m lint examples example-minilm example-self-vs-multihead bench bench-peers bench-start clean distclean
+.PHONY: help run test test-arm64 test-arm64-short test-cortex-m test-cuda test-cuda-offline lint examples example-minilm example-self-vs-multihead bench bench-cuda bench-peers bench-start clean distclean
 
 help: ## this list
 	@echo "edgeattn: attention for small computers. Targets:"
@@ -54,6 +55,12 @@ test-arm64: $(ready_arm64) ## the CPU's part, emulated Pi 3, 4 and 5
 test-arm64-short: $(ready_arm64) ## ... a few dozen tests, emulated Pi 5
 	@$(python) tools/arm64/run.py $(ARM64) --short -- $(ARGS)
 
+test-cuda: $(ready_cuda) ## the CUDA tests on a GPU, and compute-sanitizer
+	@$(run_python) tools/cuda/run.py $(ARGS)
+
+test-cuda-offline: $(ready_cuda) ## ... emulated and compiled, without a GPU
+	@$(run_python) -m pytest tests/test_cuda_*.py $(ARGS)
+
 lint: $(ready_dev) ## style, imports, what no tracked file may hold
 	@$(python) -m ruff check --quiet .
 	@$(python) -m importlinter.cli --no-cache --no-logo
@@ -69,6 +76,9 @@ example-self-vs-multihead: $(ready) ## one head against many: picture, table
 
 bench: $(ready) ## how fast, on this machine
 	@$(run_python) -m benchmarks $(ARGS)
+
+bench-cuda: $(ready_cuda) ## ... on a GPU, beside torch (its CUDA build)
+	@$(run_python) -m benchmarks.cuda $(ARGS)
 
 bench-peers: $(ready_peers) ## ... beside other runtimes (large downloads)
 	@$(run_python) -m benchmarks --peers $(ARGS)
@@ -88,6 +98,9 @@ $(ready): $(setup_files)
 
 $(ready_dev): $(ready)
 	$(build_environment) --extras $(EXTRAS),dev
+
+$(ready_cuda): $(ready)
+	$(build_environment) --extras $(EXTRAS),cuda-offline
 
 $(ready_peers): $(ready)
 	$(build_environment) --extras $(EXTRAS),peers

@@ -84,10 +84,10 @@ def streamed(case, q, k, v, options):
     return np.concatenate(rows, axis=2)
 
 
-def layer_ratio(case):
-    """The ratio of a layer of width H * D with the case's heads and masks, or None where it has none."""
+def layer_ratios(case):
+    """{name: ratio} of a layer of width H * D with the case's heads and masks; empty where it has none."""
     if not case.H or case.kv_lengths or case.scale is not None or case.softcap:
-        return None
+        return {}
     random, width = case.random(), max(case.H * case.D, 1)
     shapes = {"q": (case.H * case.D, width), "k": (case.kv_heads * case.D, width),
               "v": (case.kv_heads * case.value_dim, width), "out": (width, case.H * case.value_dim)}
@@ -108,14 +108,33 @@ def layer_ratio(case):
     result = layer(
         x, y, attn_mask=masks["bias"] if masks["keep"] is None else masks["keep"], key_padding_mask=masks["padding"],
         is_causal=case.is_causal, causal_alignment=case.causal_alignment, window_size=case.window_size)
-    return ratio(result, plain, oracle)
+    results = {"layer": result}
+    if torch is not None and x.size and y.size and case.D and case.value_dim:
+        results["layer, PyTorch"] = torch_layer(case, tensors, x, y, visible, masks["bias"])
+    return {name: ratio(result, plain, oracle) for name, result in results.items()}
+
+
+def torch_layer(case, tensors, x, y, visible, bias):
+    """The same layer from torch's linear maps and attention, with the mask written out."""
+    given = {name: torch.from_numpy(tensor) for name, tensor in tensors.items()}
+    x, y = torch.from_numpy(x), torch.from_numpy(y)
+
+    def project(source, name, heads):
+        rows = torch.nn.functional.linear(source, given[f"{name}_weight"], given[f"{name}_bias"])
+        return rows.reshape(*source.shape[:2], heads, -1).transpose(1, 2)
+
+    added = torch.from_numpy(np.where(visible, 0 if bias is None else bias, -np.inf).astype(np.float32))
+    context = torch.nn.functional.scaled_dot_product_attention(
+        project(x, "q", case.H), project(y, "k", case.kv_heads), project(y, "v", case.kv_heads), added, enable_gqa=True)
+    merged = context.transpose(1, 2).reshape(*x.shape[:2], -1)
+    return torch.nn.functional.linear(merged, given["out_weight"], given["out_bias"]).numpy()
 
 
 def main():
     """Print one line per way of calling: cases, median and worst ratio, and the case that is worst."""
     ratios = {}
     for case in cases.CASES:
-        found = {**function_ratios(case), "layer": layer_ratio(case)}
+        found = {**function_ratios(case), **layer_ratios(case)}
         for name, value in found.items():
             if value is not None:
                 ratios.setdefault(name, []).append((value, case.name))

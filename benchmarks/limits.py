@@ -49,6 +49,7 @@ def tile_limit(steps, a, b, private, begin, end):
 def matrix_limit(steps, private, begin, end):
     """`steps` products of four tiles of the matrix unit per item, of zeros."""
     for _ in range(begin, end):
+        unsigned = private.view(np.uint32)
         matrix_configure(private, 0)
         for i in range(16):
             private[i] = 0
@@ -61,10 +62,10 @@ def matrix_limit(steps, private, begin, end):
         matrix_load(6, private, 0, 0)
         matrix_load(7, private, 0, 0)
         for _k in range(steps):
-            matrix_dot(0, 4, 6)
-            matrix_dot(1, 4, 7)
-            matrix_dot(2, 5, 6)
-            matrix_dot(3, 5, 7)
+            matrix_dot(0, 4, 6, unsigned, private)
+            matrix_dot(1, 4, 7, unsigned, private)
+            matrix_dot(2, 5, 6, unsigned, private)
+            matrix_dot(3, 5, 7, unsigned, private)
         matrix_store(0, private, 0, MATRIX_ROWS)
         matrix_release()
 

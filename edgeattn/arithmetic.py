@@ -385,6 +385,6 @@ def kernel_set(name: str) -> KernelSet:
     ValueError
         When there is none; the message lists those there are.
     """
-    if name not in KERNEL_SETS:
+    if not isinstance(name, str) or name not in KERNEL_SETS:
         raise ValueError(f"arithmetic must be one of {', '.join(map(repr, KERNEL_SETS))}; got {name!r}")
     return KERNEL_SETS[name]

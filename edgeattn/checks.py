@@ -6,6 +6,7 @@ import operator
 
 import numpy as np
 
+_LARGEST_COUNT = 2**31 - 1
 _LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -14,6 +15,11 @@ def flag(name, value):
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} must be True or False, got {value!r}")
     return bool(value)
+
+
+def is_one_of(value, names):
+    """Whether `value` is a string among `names`; False for what cannot be compared with one, such as an array."""
+    return isinstance(value, str) and value in names
 
 
 def number(name, value):
@@ -32,7 +38,7 @@ def number(name, value):
 
 
 def count(name, value):
-    """`value` as an int of at least 1."""
+    """`value` as an int of at least 1 that int32 can hold."""
     try:
         whole = operator.index(value)
     except TypeError:
@@ -41,7 +47,30 @@ def count(name, value):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if whole < 1:
         raise ValueError(f"{name} must be at least 1, got {whole}")
+    if whole > _LARGEST_COUNT:
+        raise ValueError(f"{name} must be at most {_LARGEST_COUNT}, got more")
     return whole
+
+
+def as_array(name, value):
+    """`value` as an array, not copied where it is one.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Where NumPy makes no array of it, and for masked arrays: what they hide would be seen.
+    """
+    if type(value) is np.ndarray:
+        return value
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(
+            f"{name} must be a plain array, got a numpy.ma.MaskedArray; pass {name}.filled(...), and say in attn_mask "
+            "or key_padding_mask what must not be seen")
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        kind = ValueError if isinstance(error, ValueError) else TypeError
+        raise kind(f"{name} must be an array, or rows of equal length: numpy.asarray says {error}") from error
 
 
 def float_array(name, value):
@@ -52,7 +81,7 @@ def float_array(name, value):
     TypeError
         For every other dtype: an integer array is more often a mistake than a wish.
     """
-    array = np.asarray(value)
+    array = as_array(name, value)
     if array.dtype.kind != "f" or array.dtype.itemsize not in (2, 4, 8):
         raise TypeError(
             f"{name} must be a float16, float32 or float64 array, got dtype {array.dtype}; "
@@ -84,7 +113,7 @@ def check_out(out, shape, dtype):
     """Raise unless `out` is None or an array that can take a result of `shape` and `dtype`."""
     if out is None:
         return
-    if not isinstance(out, np.ndarray):
+    if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
         raise TypeError(f"out must be a numpy.ndarray, got {type(out).__name__}")
     if out.dtype != dtype:
         raise TypeError(f"out must have dtype {dtype}, the result's, got {out.dtype}")

@@ -106,7 +106,7 @@ def _compiled():
 
 
 def _info():
-    rows = [*_software(), *_processor(), *_cache(), *_extras()]
+    rows = [*_software(), *_processor(), *_cache(), *_cuda(), *_extras()]
     width = max(len(name) for name, _ in rows)
     for name, text in rows:
         print(textwrap.fill(f"{name:{width}}  {text}", _WIDTH, subsequent_indent=" " * (width + 2),
@@ -131,6 +131,16 @@ def _processor():
         yield "compiled for", f"{numba.config.CPU_NAME or 'this processor'} {numba.config.CPU_FEATURES or ''}".rstrip()
     yield "threads", (f"{threads.get_num_threads()} unless edgeattn.threads.set_num_threads says otherwise; "
                       f"{_usable_cores()} of {os.cpu_count()} cores usable")
+
+
+def _cuda():
+    from edgeattn.cuda.driver import driver, why_not
+
+    reason = why_not()
+    if reason is None:
+        yield "CUDA", f"{driver().name()}, compute capability {'.'.join(map(str, driver().capability()))}"
+    else:
+        yield "CUDA", f"not used: {reason}"
 
 
 def _usable_cores():

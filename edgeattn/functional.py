@@ -1,11 +1,12 @@
 """Attention as a function of arrays."""
 
+import functools
 import math
 
 import numpy as np
 
 from edgeattn.checks import check_out, deliver, flag, float_array, number, result_dtype, to_float32
-from edgeattn.cpu import functional_float32, plain
+from edgeattn.cpu import functional_dynamic, functional_float32, plain
 from edgeattn.masks import resolve_mask
 
 _SMALLEST_SOFTCAP = 1e-30  # its reciprocal is a float32 too
@@ -27,6 +28,7 @@ def scaled_dot_product_attention(
     alibi_slopes=None,
     return_weights=False,
     return_lse=False,
+    precision="float32",
     out=None,
 ):
     """softmax(query key^T * scale + mask) value.
@@ -39,7 +41,8 @@ def scaled_dot_product_attention(
     Parameters
     ----------
     query : (..., H, L, D) float16, float32 or float64 array
-        All dtypes are computed in float32. The three may also have two axes, (L, D) and so on.
+        All dtypes are computed in float32. The three may also have two axes, (L, D) and so on. Arrays on a GPU, with
+        `__cuda_array_interface__`, are computed there, docs/cuda.md says how; all arrays must be there then.
     key : (..., Hkv, S, D) array
     value : (..., Hkv, S, Dv) array
     attn_mask : bool or float array, broadcastable to (..., H, L, S), optional
@@ -68,7 +71,11 @@ def scaled_dot_product_attention(
         Return the probabilities too. Probabilities and `return_lse` take a slower way through the same sums.
     return_lse : bool
         Return log(sum(exp(scores))) over the permitted keys too: what is needed to join the results over parts
-        of the keys.
+        of the keys. With the probabilities it gives the scores that softmax saw, log(weights) + lse.
+    precision : {"float32", "int8"}
+        Of the two products. "int8" quantizes every query, key, value and row of probabilities by its own range as it
+        comes, as dynamic int8 layers do; the softmax stays float32. Without `softcap`, `return_weights` and
+        `return_lse`, and not on CUDA.
     out : (..., H, L, Dv) array, optional
         Takes the result; of the result's dtype. It may overlap inputs.
 
@@ -86,14 +93,30 @@ def scaled_dot_product_attention(
     TypeError, ValueError
         Naming the argument, what was required and what came.
     """
-    query, key, value = (
-        float_array(name, array) for name, array in (("query", query), ("key", key), ("value", value))
-    )
+    on_cuda = not isinstance(query, np.ndarray) and hasattr(query, "__cuda_array_interface__")
+    if precision != "float32":
+        _check_precision(precision, softcap, return_weights, return_lse, on_cuda)
+    if on_cuda:
+        from edgeattn.on_cuda import functional as on_cuda
+
+        arrays = (query, key, value, out, attn_mask, kv_lengths, alibi_slopes)
+        options = (is_causal, causal_alignment, scale, enable_gqa, softcap, window_size, return_weights, return_lse)
+        if on_cuda.again(arrays, options):
+            return out
     grouped = flag("enable_gqa", enable_gqa)
     return_weights = flag("return_weights", return_weights)
     return_lse = flag("return_lse", return_lse)
-    _check_shapes(query, key, value, grouped)
     softcap = checked_softcap(softcap)
+    if on_cuda:
+        scale = default_scale(query.shape[-1]) if scale is None else number("scale", scale)
+        return on_cuda.scaled_dot_product_attention(
+            query, key, value, attn_mask, is_causal, causal_alignment, scale, softcap, window_size, kv_lengths,
+            alibi_slopes, return_weights, return_lse, out, functools.partial(_check_shapes, grouped=grouped),
+            (arrays, options))
+    query, key, value = (
+        float_array(name, array) for name, array in (("query", query), ("key", key), ("value", value))
+    )
+    _check_shapes(query, key, value, grouped)
     if scale is None:
         scale = default_scale(query.shape[-1])
     else:
@@ -138,11 +161,25 @@ def scaled_dot_product_attention(
         )
     else:
         keep, bias, band = mask.for_kernels()
-        functional_float32.attention(q, k, v, context, scale, softcap, keep, bias, band)
+        if precision == "int8":
+            functional_dynamic.attention(q, k, v, context, scale, keep, bias, band)
+        else:
+            functional_float32.attention(q, k, v, context, scale, softcap, keep, bias, band)
     result = deliver(result, out, dtype)
     if not (return_weights or return_lse):
         return result
     return (result, *([deliver(weights, None, dtype)] if return_weights else []), *([lse] if return_lse else []))
+
+
+def _check_precision(precision, softcap, return_weights, return_lse, on_cuda):
+    """Refuse what is no precision, and what the int8 products do not come with."""
+    if precision != "int8":
+        raise ValueError(f"precision must be 'float32' or 'int8', got {precision!r}")
+    for name, given in (("softcap", softcap), ("return_weights", return_weights), ("return_lse", return_lse)):
+        if given is not False and given != 0:
+            raise ValueError(f"{name} must be left out with precision='int8', got {given}; use precision='float32'")
+    if on_cuda:
+        raise ValueError("precision must be 'float32' for arrays on CUDA, got 'int8'")
 
 
 def default_scale(head_dim):
@@ -193,7 +230,7 @@ def _check_shapes(query, key, value, grouped):
 
 def _writes_directly(out, query, key, value, mask):
     """Whether the kernel may write into the caller's array: right layout, and no input changes under it."""
-    if out is None or out.dtype != np.float32 or not (out.flags.c_contiguous and out.flags.aligned):
+    if type(out) is not np.ndarray or out.dtype != np.float32 or not (out.flags.c_contiguous and out.flags.aligned):
         return False
     inputs = (query, key, value, mask.keep, mask.bias)
     return not any(array is not None and np.may_share_memory(out, array) for array in inputs)

@@ -24,13 +24,15 @@ class InstructionSet(NamedTuple):
     steps: tuple
     x86: bool
     needs: tuple
-    amx: bool = False  # whole projections by the matrix unit
+    amx: bool = False  # products of bytes by the matrix unit
+    byte_permute: bool = False  # tables of bytes in registers: vpermb
 
 
 _AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni")
 
 TABLES = (
-    InstructionSet("avx512amx", 16, 8, 2, "vpdpbusd", 128, (4, 4), True, (*_AVX512, "amx-tile", "amx-int8"), True),
+    InstructionSet("avx512amx", 16, 8, 2, "vpdpbusd", 128, (4, 4), True,
+                   (*_AVX512, "avx512vbmi", "amx-tile", "amx-int8"), True, True),
     InstructionSet("avx512vnni", 16, 8, 2, "vpdpbusd", 128, (4, 4), True, _AVX512),
     InstructionSet("avx2vnni", 8, 4, 2, "vpdpbusd", 128, (4, 4), True, ("avx2", "fma", "avxvnni")),
     InstructionSet("avx2", 8, 4, 2, "vpmaddwd", 128, (4, 1), True, ("avx2", "fma")),

@@ -69,7 +69,7 @@ class _Cache(caching._Cache):
 
     @functools.cached_property
     def _places(self):
-        stamp = _source_stamp(self._function.__code__.co_filename)
+        stamp = source_stamp(self._function.__code__.co_filename)
         if stamp is None:
             return []
         return [_FolderCache(self._function, folder, stamp) for folder in folders(self._function)]
@@ -186,7 +186,7 @@ def _listing():
 
 
 @functools.cache
-def _source_stamp(filename):
+def source_stamp(filename):
     """Checksum of all sources of this package and of `filename`, which may lie outside it.
 
     None, meaning "do not cache", where sources are missing, or were edited after this process read them:

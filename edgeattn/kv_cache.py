@@ -5,13 +5,24 @@ import operator
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from edgeattn.checks import check_out, count, deliver, flag, float_array, number, result_dtype, to_float32
+from edgeattn.checks import (
+    check_out,
+    count,
+    deliver,
+    flag,
+    float_array,
+    is_one_of,
+    number,
+    result_dtype,
+    to_float32,
+)
 from edgeattn.cpu import functional_float32, plain
 from edgeattn.cpu.decode import decode
 from edgeattn.functional import checked_softcap, default_scale
 from edgeattn.masks import resolve_mask
 
 _DTYPES = ("float32", "int8")
+_LARGEST_POSITION = 2**31 - 1
 _LARGEST_CODE = np.float32(127)
 
 
@@ -70,7 +81,7 @@ class KVCache:
         self.capacity = count("capacity", capacity)
         self.head_dim = count("head_dim", head_dim)
         self.value_dim = self.head_dim if value_dim is None else count("value_dim", value_dim)
-        if dtype not in _DTYPES:
+        if not is_one_of(dtype, _DTYPES):
             raise ValueError(f"dtype must be 'float32' or 'int8', got {dtype!r}")
         self.dtype = dtype
         self.window = None if window is None else count("window", window)
@@ -113,9 +124,10 @@ class KVCache:
         except AttributeError:
             raise TypeError(f"layer must be an attention layer, got {type(layer).__name__}") from None
         scales = getattr(layer, "cache_scales", None)
-        if scales is not None and dtype not in (None, "int8"):
+        if scales is not None and dtype is not None and not is_one_of(dtype, ["int8"]):
             raise ValueError(f"dtype must be 'int8' for a static layer, whose codes the cache holds, got {dtype!r}")
-        dtype = dtype or ("float32" if scales is None else "int8")
+        if dtype is None:
+            dtype = "float32" if scales is None else "int8"
         return cls(batch, sizes[0], capacity, sizes[1], value_dim=sizes[2], dtype=dtype, scales=scales, window=window)
 
     @property
@@ -157,6 +169,17 @@ class KVCache:
             Naming the argument; or where the tokens do not fit. The cache is unchanged then.
         """
         key, value = float_array("key", key), float_array("value", value)
+        tokens = self._check_tokens(key, value)
+        self._check_room(tokens)
+        if self.scales is not None:
+            for name, array in (("key", key), ("value", value)):
+                if not np.isfinite(array).all():
+                    raise ValueError(f"{name} must be finite for a cache with fixed scales, whose codes have no NaN")
+        if tokens:
+            self._append(to_float32(key), to_float32(value))
+
+    def _check_tokens(self, key, value):
+        """The number of tokens in key and value, whose shapes must be as `append` takes them."""
         tokens = key.shape[2] if key.ndim == 4 else 0
         for name, array, size in (("key", key, self.head_dim), ("value", value, self.value_dim)):
             wanted = (self.batch, self.num_kv_heads, tokens, size)
@@ -166,13 +189,7 @@ class KVCache:
                     f"{name} must have shape (B, Hkv, n, size) = {shown}, n the same for key and value, "
                     f"got key {key.shape}, value {value.shape}"
                 )
-        self._check_room(tokens)
-        if self.scales is not None:
-            for name, array in (("key", key), ("value", value)):
-                if not np.isfinite(array).all():
-                    raise ValueError(f"{name} must be finite for a cache with fixed scales, whose codes have no NaN")
-        if tokens:
-            self._append(to_float32(key), to_float32(value))
+        return tokens
 
     def truncate(self, length):
         """Forget the tokens at position `length` and after, as if they had not been appended.
@@ -204,6 +221,13 @@ class KVCache:
     def reset(self):
         """Forget every token; the storage stays."""
         self._length = self._start = self._first = 0
+
+    def to(self, device):
+        """An empty cache of the same sizes on `device`: "cpu" is this one, "cuda" on a GPU (docs/cuda.md)."""
+        from edgeattn.on_cuda.kv_cache import CacheOnCuda
+        from edgeattn.on_cuda.layers import place
+
+        return place(self, device, CacheOnCuda)
 
     def held(self):
         """The tokens `start` to `length` - 1 as float32 copies; int8 codes times their scales.
@@ -279,28 +303,9 @@ class KVCache:
         """
         query = float_array("query", query)
         return_weights = flag("return_weights", return_weights)
-        if query.ndim != 4 or query.shape[0] != self.batch or query.shape[3] != self.head_dim:
-            raise ValueError(
-                f"query must have shape (B, H, L, D) = ({self.batch}, H, L, {self.head_dim}), got {query.shape}"
-            )
-        _, heads, queries, _ = query.shape
-        if heads % self.num_kv_heads:
-            raise ValueError(
-                f"query must have a multiple of the cache's {self.num_kv_heads} key/value heads, got {query.shape}"
-            )
+        heads, queries, position = self._check_query(query, position)
         softcap = checked_softcap(softcap)
         scale = default_scale(self.head_dim) if scale is None else number("scale", scale)
-        if position is None:
-            position = self._length - queries
-        try:
-            position = operator.index(position)
-        except TypeError:
-            raise TypeError(f"position must be an integer, got {position!r}") from None
-        if position < 0:
-            raise ValueError(
-                f"position must be at least 0, got {position} for L = {queries} queries and a cache of length "
-                f"{self._length}; append the keys of these tokens first"
-            )
         mask = resolve_mask(
             (self.batch, heads, queries, self._length),
             attn_mask,
@@ -318,6 +323,30 @@ class KVCache:
         self._attend(to_float32(query), mask, scale, softcap, result, weights)
         result = deliver(result, out, dtype)
         return (result, deliver(weights, None, dtype)) if return_weights else result
+
+    def _check_query(self, query, position):
+        """(heads, queries, position) of a query of `attend`, the position found where it is None."""
+        if query.ndim != 4 or query.shape[0] != self.batch or query.shape[3] != self.head_dim:
+            raise ValueError(
+                f"query must have shape (B, H, L, D) = ({self.batch}, H, L, {self.head_dim}), got {query.shape}"
+            )
+        _, heads, queries, _ = query.shape
+        if heads % self.num_kv_heads:
+            raise ValueError(
+                f"query must have a multiple of the cache's {self.num_kv_heads} key/value heads, got {query.shape}"
+            )
+        if position is None:
+            position = self._length - queries
+        try:
+            position = operator.index(position)
+        except TypeError:
+            raise TypeError(f"position must be an integer, got {position!r}") from None
+        if not 0 <= position <= _LARGEST_POSITION:
+            raise ValueError(
+                f"position must be at least 0, and below 2**31, got {position} for L = {queries} queries and a cache "
+                f"of length {self._length}; append the keys of these tokens first"
+            )
+        return heads, queries, position
 
     def _storage(self):
         arrays = [self._keys, self._values]

@@ -5,7 +5,7 @@ import operator
 
 import numpy as np
 
-from edgeattn.checks import count, flag, float_array
+from edgeattn.checks import as_array, count, flag, float_array, is_one_of
 
 _ALIGNMENTS = ("upper_left", "lower_right")
 
@@ -202,7 +202,7 @@ def resolve_mask(
     is_causal = flag("is_causal", is_causal)
     left, right = _window(window_size, queries + keys)
     lengths = _lengths(kv_lengths, tuple(lead), batch, keys)
-    if causal_alignment is not None and causal_alignment not in _ALIGNMENTS:
+    if causal_alignment is not None and not is_one_of(causal_alignment, _ALIGNMENTS):
         raise ValueError(f"causal_alignment must be 'upper_left' or 'lower_right', got {causal_alignment!r}")
     if is_causal:
         right = 0
@@ -308,7 +308,7 @@ def torch_masks(shape, attn_mask=None, key_padding_mask=None):
 
 
 def _bool_or_float(name, value, meaning):
-    mask = np.asarray(value)
+    mask = as_array(name, value)
     if mask.dtype.kind not in "bf" or mask.dtype.itemsize > 8:
         raise TypeError(
             f"{name} must be a bool array ({meaning}) or a float array (added to the scores), got dtype {mask.dtype}"
@@ -356,7 +356,7 @@ def _window(window_size, unbounded):
 def _lengths(kv_lengths, lead, batch, keys):
     if kv_lengths is None:
         return np.full(batch, keys, np.int64)
-    lengths = np.asarray(kv_lengths)
+    lengths = as_array("kv_lengths", kv_lengths)
     if lengths.dtype.kind not in "iu":
         raise TypeError(f"kv_lengths must be an integer array, got dtype {lengths.dtype}")
     if lengths.shape != lead:
@@ -372,7 +372,7 @@ def _attn_mask(attn_mask, shape, batch):
     """(keep, bias): the one that `attn_mask` is, in four axes, and None."""
     if attn_mask is None:
         return None, None
-    mask = np.asarray(attn_mask)
+    mask = as_array("attn_mask", attn_mask)
     if mask.dtype.kind not in "bf" or mask.dtype.itemsize > 8:
         raise TypeError(
             "attn_mask must be a bool array (True = attend) or a float array (added to the scores), "
@@ -399,7 +399,7 @@ def _attn_mask(attn_mask, shape, batch):
 def _key_padding_mask(key_padding_mask, shape, batch):
     if key_padding_mask is None:
         return None
-    mask = np.asarray(key_padding_mask)
+    mask = as_array("key_padding_mask", key_padding_mask)
     if mask.dtype != np.bool_:
         raise TypeError(
             f"key_padding_mask must be a bool array (True = a real token), got dtype {mask.dtype}; "

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from edgeattn.checks import count, flag, float_array, number, result_dtype
+from edgeattn.checks import as_array, count, flag, float_array, number, result_dtype
 
 
 def apply_rotary_embedding(
@@ -155,7 +155,7 @@ def _rows(cos, sin, position_ids, heads_shape, pairs):
 
 
 def _positions(position_ids, shape, rows):
-    positions = np.asarray(position_ids)
+    positions = as_array("position_ids", position_ids)
     if positions.dtype.kind not in "iu":
         raise TypeError(f"position_ids must be an integer array, got dtype {positions.dtype}")
     if positions.shape != shape:

@@ -18,6 +18,7 @@ from edgeattn.files import write_atomic
 
 _FORMAT = 1
 _METADATA_KEY = "edgeattn"
+_ENCRYPTED = 1  # in a zip member's flags
 # Where each kind of layer lives; imported only when a file of that kind is opened. Every class has
 #     _to_state() -> (config, tensors)    and    _from_state(config, tensors), a class method.
 _KINDS = {
@@ -181,6 +182,8 @@ def _bfloat16(path, name):
 def _read_npz(path, prefix):
     try:
         with open(path, "rb") as raw, np.lib.npyio.NpzFile(raw, allow_pickle=False) as file:
+            if any(member.flag_bits & _ENCRYPTED for member in file.zip.infolist()):
+                raise ValueError("it is encrypted; save it again without a password")
             return {name: file[name] for name in file.files if name.startswith(prefix)}, list(file.files)
     except FileNotFoundError:
         raise

@@ -29,6 +29,8 @@ _MOST_ELEMENTS = 2**24
 # Beyond these, scales and their products leave what float32 and the runtimes' 31-bit multipliers can hold.
 _SCALES = (2.0**-60, 2.0**60)
 _LARGEST_MULTIPLIER = 256.0
+_MASK_IN_THE_RANGE = ("; a mask of -3e38 in the scores' range leaves the scores no codes: convert without the "
+                      "mask and pass it to each call, or quantize the float layer with quant.quantize")
 _MOVES = ("RESHAPE", "TRANSPOSE")
 _SCORE_OPS = ("MUL", "ADD", "SELECT_V2")
 
@@ -163,7 +165,7 @@ class _Matcher:
         if wrong.size:
             raise self.error(
                 f"expected a scale between {lowest:.0e} and {highest:.0e} for {role}, tensor {tensor.name!r};"
-                f" found {wrong[0]}"
+                f" found {wrong[0]}" + (_MASK_IN_THE_RANGE if wrong.max() > highest else "")
             )
 
     def check_multiplier(self, largest: float, what: str) -> None:

@@ -133,22 +133,23 @@ def aligned(count, dtype):
 
 def borrow(size, dtype):
     """A scratch array of at least `size` elements, to be given back with `give_back`."""
-    needed = size * np.dtype(dtype).itemsize
     try:
-        raw = _scratch.pop()
-        if raw.size >= needed:
-            return raw, raw.view(dtype)
+        array = _scratch.pop()
     except IndexError:
-        pass
-    raw = aligned((needed + 63) // 64 * 64, np.uint8)
-    raw.fill(0)
-    return raw, raw.view(dtype)
+        array = None
+    if array is not None and array.dtype.type is not dtype:
+        array = array.view(dtype)
+    if array is None or array.size < size:
+        raw = aligned((size * np.dtype(dtype).itemsize + 63) // 64 * 64, np.uint8)
+        raw.fill(0)
+        array = raw.view(dtype)
+    return array
 
 
-def give_back(raw):
-    """Keep `raw` for the next `borrow`, unless enough are kept already."""
+def give_back(array):
+    """Keep `array` for the next `borrow`, unless enough are kept already."""
     if len(_scratch) < _KEPT:
-        _scratch.append(raw)
+        _scratch.append(array)
 
 
 def run(function, arguments, dtype, shared_size, private_size, work):
@@ -158,13 +159,13 @@ def run(function, arguments, dtype, shared_size, private_size, work):
     """
     mates = _take_crew() if _count > 1 and work >= SMALLEST_SHARED_WORK else None
     if mates is None:
-        raw, memory = borrow(shared_size + private_size, dtype)
+        memory = borrow(shared_size + private_size, dtype)
         function(*arguments, memory, _ALONE, 1)
     else:
         try:
             count = len(mates._beds) + 1
-            raw, memory = borrow(shared_size + count * private_size, dtype)
+            memory = borrow(shared_size + count * private_size, dtype)
             function(*arguments, memory, mates.board, count)
         finally:
             mates.taken.release()
-    give_back(raw)
+    give_back(memory)

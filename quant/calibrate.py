@@ -12,6 +12,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from edgeattn.checks import is_one_of
 from edgeattn.files import write_atomic
 from edgeattn.layers import MultiHeadAttention
 from edgeattn.quantized import INPUTS, SOURCES
@@ -195,7 +196,7 @@ def calibrate(layer: MultiHeadAttention, batches: Iterable, *, observer: str = "
         No batch; NaN or infinite values; calls of different kinds; shapes that do not fit.
     """
     check_layer(layer)
-    if observer not in OBSERVERS:
+    if not is_one_of(observer, OBSERVERS):
         raise ValueError(f"observer must be one of {', '.join(map(repr, OBSERVERS))}; got {observer!r}")
     checksum, total = fingerprint(layer), None
     for call in read_calls(layer, batches, "calibrating"):
@@ -216,7 +217,7 @@ def check_layer(layer, scheme: str = "static") -> None:
     """Raise unless ``layer`` is a float layer that can be quantized by ``scheme``."""
     if not isinstance(layer, MultiHeadAttention):
         raise TypeError(f"layer must be an edgeattn.MultiHeadAttention; got {type(layer).__name__}")
-    if scheme not in ("static", "dynamic"):
+    if not is_one_of(scheme, ("static", "dynamic")):
         raise ValueError(f"scheme must be 'static' or 'dynamic'; got {scheme!r}")
     if layer.extra_keys and scheme == "static":
         raise ValueError("layer must have no bias_k, bias_v and add_zero_attn: a static int8 layer holds tokens only; "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from edgeattn.layers import MultiHeadAttention
 from edgeattn.quantized import (
     DynamicMultiHeadAttention,
     MulConstant,
+    QuantizedLinear,
     QuantizedMultiHeadAttention,
     SelectMask,
     StaticMultiHeadAttention,
@@ -57,11 +58,13 @@ def compare(layer: MultiHeadAttention, quantized: QuantizedMultiHeadAttention, b
             raise ValueError(f"quantized does not belong to layer: {name} is {getattr(quantized, name)}, "
                              f"the layer's is {getattr(layer, name)}")
     if isinstance(quantized, DynamicMultiHeadAttention):
+        _check_weights(layer, quantized.weights, 1.0)
         return _compare_outputs(layer, quantized, batches)
     if (layer.out_weight is None) == ("output" in quantized.linears):
         raise ValueError("quantized does not belong to layer: one of them has no output projection")
     # our layers carry 1/sqrt(D) in the query; other converters multiply the scores by it
     scale, folded = np.float32(layer.scale), not any(isinstance(op, MulConstant) for op in quantized.score_ops)
+    _check_weights(layer, quantized.linears, scale if folded else 1.0)
     factor = collections.defaultdict(lambda: np.float32(1), {"query": scale} if folded else {"scores": 1 / scale})
     tensors: dict[str, Comparison] = {}
     heads = [Comparison() for _ in range(layer.num_heads)]
@@ -87,6 +90,20 @@ def compare(layer: MultiHeadAttention, quantized: QuantizedMultiHeadAttention, b
         raise ValueError("batches must hold at least one batch; got none")
     return Report({name: c.result() for name, c in tensors.items()}, [c.result() for c in heads],
                   _lints(tensors, lost / rows if rows else 0.0))
+
+
+def _check_weights(layer: MultiHeadAttention, linears: Mapping[str, QuantizedLinear], fold: float) -> None:
+    """Raise unless every int8 weight lies within a step of the layer's; ``fold`` is in the query's scale."""
+    groups = layer.num_heads // layer.num_kv_heads
+    for name, linear in linears.items():
+        weight = layer.out_weight if name == "output" else getattr(layer, f"{name[0]}_weight")
+        if name in ("key", "value") and len(weight) != len(linear.weight):
+            weight = np.repeat(weight.reshape(layer.num_kv_heads, -1, weight.shape[1]), groups, axis=0)
+        step = (linear.scale / np.float32(fold if name == "query" else 1))[:, None]
+        off = np.abs(weight.reshape(linear.weight.shape) - linear.weight * step) / step
+        if off.max(initial=0) > 1:
+            raise ValueError(f"quantized does not belong to layer: its {name} weights are off by up to "
+                             f"{off.max():.3g} steps of int8; compare it with the layer it was made of")
 
 
 def _compare_outputs(layer: MultiHeadAttention, quantized: DynamicMultiHeadAttention, batches: Iterable) -> Report:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from edgeattn.checks import as_array
 from edgeattn.layers import MultiHeadAttention
 from edgeattn.masks import resolve_mask
 from edgeattn.quantized import INPUTS, StaticMultiHeadAttention, fit_mask, steps
@@ -83,9 +84,8 @@ def _read_call(layer: MultiHeadAttention, batch, where: str) -> Call:
                          f"got {query.shape}, {key.shape}, {value.shape}")
     masks = {name: arguments[name] for name in CALL_MASKS if name in arguments}
     attn_mask = masks.get("attn_mask")
-    if attn_mask is not None and np.asarray(attn_mask).dtype != np.bool_:
-        raise TypeError(f"attn_mask of {where} must be bool (True = attend) for int8; "
-                        f"got {np.asarray(attn_mask).dtype}")
+    if attn_mask is not None and (given := as_array(f"attn_mask of {where}", attn_mask).dtype) != np.bool_:
+        raise TypeError(f"attn_mask of {where} must be bool (True = attend) for int8; got {given}")
     try:
         mask = resolve_mask((*lead, layer.num_heads, query.shape[-2], key.shape[-2]), **masks)
     except (TypeError, ValueError) as error:
@@ -100,8 +100,8 @@ def _read_call(layer: MultiHeadAttention, batch, where: str) -> Call:
 
 def _read_input(array, width: int, name: str) -> np.ndarray:
     """A checked float32 array."""
-    array = np.asarray(array)
-    if array.dtype.kind != "f":
+    array = as_array(name, array)
+    if array.dtype.kind != "f" or array.dtype.itemsize > 8:
         raise TypeError(f"{name} must be a float array; got {array.dtype}")
     if array.ndim not in (2, 3):
         raise ValueError(f"{name} must be (B, L, E) or (L, E); got shape {array.shape}")

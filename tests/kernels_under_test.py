@@ -2,9 +2,11 @@
 import numpy as np
 from numba import njit
 
-from edgeattn.arithmetic import batch_matmul_multiplier, fully_connected_multiplier
+from edgeattn.arithmetic import batch_matmul_multiplier, fully_connected_multiplier, lut_f32_table
 from edgeattn.cpu.layer_int8 import StaticLayer
-from edgeattn.cpu.simd import LANES, load, store
+from edgeattn.cpu.matmul import MATRIX, linear
+from edgeattn.cpu.simd import LANES, load, matrix_configure, matrix_release, store, tile_store
+from edgeattn.jit import inlined
 
 
 @njit(error_model="numpy")
@@ -12,6 +14,21 @@ def apply_rule(rule, accumulators, parameters, out):
     """out = rule(accumulators), LANES at a time; parameters (2, LANES) flat."""
     for i in range(0, accumulators.size, LANES):
         store(out, i, rule(load(accumulators, i), parameters, 0, LANES))
+
+
+@inlined
+def _keep_tile(tile, t, f, out, features):
+    tile_store(tile, out, t * features + f, features, LANES)
+
+
+@njit(error_model="numpy")
+def apply_linear(x, x_row, tokens, panels, bias, features, depth4, out, tiles):
+    """out (tokens, features) = x w^T + bias by the tiled product of bytes."""
+    if MATRIX:
+        matrix_configure(tiles, 0)
+    linear(_keep_tile, (out, features), x, 0, x_row, 1, tokens, panels, 0, bias, 0, features, depth4, tiles, 0)
+    if MATRIX:
+        matrix_release()
 
 
 def static_kernel(heads, linears, tensors, project_rule, score_rule, context_rule, table, fixed=False):
@@ -28,3 +45,33 @@ def static_kernel(heads, linears, tensors, project_rule, score_rule, context_rul
                        product(context_rule, "probabilities", "value", "context"),
                        {name: zero_point for name, (_, zero_point) in tensors.items()},
                        project_rule, score_rule, context_rule, table, fixed)
+
+
+SYMMETRIC = dict(query_input=3, key_input=-7, value_input=0, query=-4, key=0, value=0, scores=21, context=5, output=-9)
+ASYMMETRIC = dict(SYMMETRIC, key=11, value=-23)
+
+
+def softmax_table(rule, scale):
+    if rule == "lut_f32":
+        return lut_f32_table(scale)
+    step = np.exp(-np.float64(scale) * np.arange(256))
+    if rule == "lut_u16":
+        return np.minimum(step * 65535 + 0.5, 65535).astype(np.int32)
+    return np.minimum(np.rint(step * 2.0**31), 2**31 - 1).astype(np.int32)
+
+
+def make_layer(rng, heads, E, D, Dv, Eo, zero_points, rules, softmax):
+    """A random layer whose codes use their whole range."""
+    linears, tensors = {}, {"probabilities": (np.float32(1 / 256), -128)}
+    for name, z in zero_points.items():
+        tensors[name] = (np.float32(rng.uniform(0.01, 0.03)), z)
+    for name, out, depth in (("query", heads * D, E), ("key", heads * D, E), ("value", heads * Dv, E),
+                             ("output", Eo, heads * Dv)):
+        ws = rng.uniform(0.5, 1.5, out).astype(np.float32) / np.float32(60 * np.sqrt(depth))
+        linears[name] = (rng.integers(-127, 128, (out, depth)).astype(np.int8), ws,
+                         rng.integers(-2000, 2000, out).astype(np.int32))
+    q, k = tensors["query"][0], tensors["key"][0]
+    tensors["scores"] = (np.float32(q * k * 50 * np.sqrt(D)), zero_points["scores"])
+    table = softmax_table(softmax, rng.uniform(0.02, 0.15))
+    layer = static_kernel(heads, linears, tensors, *rules, table, fixed=softmax == "fixed")
+    return layer, linears, tensors, table

@@ -7,23 +7,20 @@ import edgeattn
 
 # Elements of the tensors that edgeattn takes; bfloat16 is no dtype of NumPy's.
 FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
-PROBABILITIES = 3  # the value of qk_matmul_output_mode at which the fourth output is what softmax gave
+# What the fourth output is, by qk_matmul_output_mode: the scores after one of these steps, or what softmax gave.
+SCALED, CAPPED, MASKED, PROBABILITIES = range(4)
 
 
 def unsupported(model):
     """Why edgeattn cannot give every output of a one-node model, or None."""
-    node = model.graph.node[0]
-    attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
     kinds = {given.type.tensor_type.elem_type for given in model.graph.input}
     if onnx.TensorProto.BFLOAT16 in kinds:
         return "bfloat16 is refused: NumPy has no such dtype"
-    if len(node.output) > 3 and attributes.get("qk_matmul_output_mode", 0) != PROBABILITIES:
-        return "scores before softmax are not given out: no kernel keeps them"
     return None
 
 
 def run(model, inputs):
-    """The outputs of a model of one node, in the node's order; None for one that is absent or cannot be given."""
+    """The outputs of a model of one node, in the node's order; None for one that is absent."""
     (node,) = model.graph.node
     given = dict(zip((value.name for value in model.graph.input), inputs, strict=True))
     arguments = [given.get(name) for name in node.input]
@@ -84,7 +81,28 @@ def attention(
     np.testing.assert_allclose(output, same, rtol=1e-3, atol=1e-5)
     if three_axes:
         output = output.swapaxes(1, 2).reshape(len(output), output.shape[2], -1)
-    return output, K, V, weights if qk_matmul_output_mode == PROBABILITIES else None
+    if qk_matmul_output_mode == PROBABILITIES:
+        return output, K, V, weights
+    return output, K, V, scores(Q, K, V, qk_matmul_output_mode, common, nonpad_kv_seqlen, past)
+
+
+def scores(Q, K, V, mode, common, kv_lengths, past):
+    """The scores after the step that `mode` names. No kernel keeps them; probabilities and log-sum-exp hold them:
+
+    weight = exp(score - lse), so score = log(weight) + lse.
+    """
+    steps = {"scale": common["scale"], "enable_gqa": Q.shape[1] != K.shape[1]}
+    if mode >= CAPPED:
+        steps["softcap"] = common["softcap"]
+    if mode == MASKED:
+        steps.update(common, kv_lengths=kv_lengths)
+        steps["causal_alignment"] = "upper_left" if kv_lengths is None else "lower_right"
+        if past:  # the first query stands behind the past keys: neither alignment
+            seen = np.tri(Q.shape[2], K.shape[2], past, bool) | (not common["is_causal"])
+            steps.update(is_causal=False, attn_mask=np.where(seen, common["attn_mask"], -np.inf))
+    _, weights, lse = edgeattn.scaled_dot_product_attention(Q, K, V, **steps, return_weights=True, return_lse=True)
+    with np.errstate(divide="ignore"):  # no weight: a score of -inf
+        return (np.log(weights) + lse[..., None]).astype(Q.dtype)
 
 
 def rotary_embedding(

@@ -334,6 +334,17 @@ def test_npz_with_objects_is_not_unpickled(tmp_path):
         MultiHeadAttention.from_torch(path, 2)
 
 
+def test_an_encrypted_npz_is_refused_as_such(tmp_path):
+    path = tmp_path / "model.npz"
+    np.savez(path, in_proj_weight=np.ones(3))
+    content = bytearray(path.read_bytes())
+    for header, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):  # of the member, and of the directory
+        content[content.index(header) + flags] |= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="model.npz is not .*: it is encrypted; save it again without a password"):
+        MultiHeadAttention.from_torch(path, 2)
+
+
 def test_bfloat16_files_are_read_exactly(tmp_path):
     """Upper halves of float32, at odd offsets behind another tensor."""
     halves = {name: (tensor.view(np.uint32) >> 16).astype("<u2") for name, tensor in torch_state().items()}

@@ -340,6 +340,8 @@ def test_files(tmp_path):
         MultiHeadAttention.from_onnx(str(tmp_path / "cut.onnx"))
     with pytest.raises(FileNotFoundError):
         MultiHeadAttention.from_onnx(tmp_path / "none.onnx")
+    with pytest.raises(TypeError, match="path_or_model must be a path or an onnx.ModelProto, got int"):
+        MultiHeadAttention.from_onnx(3)
 
 
 def test_without_onnx(monkeypatch, tmp_path):

@@ -99,6 +99,21 @@ def test_scores_that_a_converter_scales_later_are_compared_before():
         assert theirs.tensors[name].cosine == pytest.approx(ours.tensors[name].cosine, abs=1e-3), name
 
 
+@pytest.mark.parametrize("scheme", ["static", "dynamic"])
+def test_another_layer_of_the_same_shape_is_refused(scheme):
+    layer, other, x = random_layer(5, Hkv=2), random_layer(6, Hkv=2), random_input(0, 2, 9, 32)
+    q = make(layer, [x]) if scheme == "static" else quant.quantize(layer, scheme="dynamic")
+    assert quant.compare(layer, q, [x]).tensors["output"].cosine > 0.99
+    with pytest.raises(ValueError, match=r"does not belong to layer: its query weights are off by up to .* steps of int8"):
+        quant.compare(other, q, [x])
+    _, tensors = layer._to_state()
+    changed = tensors["out_weight"].copy()
+    changed[3, 4] += np.abs(changed[3]).max() / 20
+    near = edgeattn.MultiHeadAttention(4, **{**tensors, "out_weight": changed}, num_kv_heads=2)
+    with pytest.raises(ValueError, match="its output weights are off by up to"):
+        quant.compare(near, q, [x])
+
+
 # -- lints -------------------------------------------------------------------------------------------------------------
 
 def diffuse_layer():

@@ -32,8 +32,8 @@ def codes(*shape):
 
 def test_a_layer_comes_back_from_either_format(tmp_path, static):
     x = codes(2, 9, 32)
-    for name in ("a.tflite", "a.safetensors"):
-        quant.export(static, tmp_path / name, batch=2, sequence_length=9)
+    for name, shapes in (("a.tflite", {"batch": 2, "sequence_length": 9}), ("a.safetensors", {})):
+        quant.export(static, tmp_path / name, **shapes)
         np.testing.assert_array_equal(edgeattn.load(tmp_path / name).run_int8(x), static.run_int8(x))
     assert sorted(os.listdir(tmp_path)) == ["a.safetensors", "a.tflite"]
 
@@ -42,8 +42,8 @@ def test_a_layer_comes_back_from_either_format(tmp_path, static):
 def test_masks_are_written_into_either_format(tmp_path, static, mask):
     x = codes(2, 9, 32)
     carried = static.with_mask(np.tri(9, dtype=bool) if isinstance(mask, str) else mask)
-    for name in ("a.tflite", "a.safetensors"):
-        quant.export(static, str(tmp_path / name), batch=2, sequence_length=9, mask=mask)
+    for name, shapes in (("a.tflite", {"batch": 2}), ("a.safetensors", {})):
+        quant.export(static, str(tmp_path / name), **shapes, sequence_length=9, mask=mask)
         np.testing.assert_array_equal(edgeattn.load(tmp_path / name).run_int8(x), carried.run_int8(x))
 
 
@@ -56,6 +56,9 @@ def test_float_layers_are_written(tmp_path, layer):
 
 
 BAD = [
+    ({"path": "a.safetensors", "batch": 2, "sequence_length": None}, ValueError,
+     "batch must be left out for a .safetensors, which takes any; got 2"),
+    ({"path": "a.safetensors"}, ValueError, "sequence_length must be left out for a .safetensors, which takes any; got"),
     ({"path": 3}, TypeError, "path must be a string or a path; got int"),
     ({"path": "a.onnx"}, ValueError, "path must end in one of .tflite, .safetensors, .c, .so; got 'a.onnx'"),
     ({"path": "tflite"}, ValueError, "path must end in one of"),
@@ -105,8 +108,9 @@ def test_bad_layers_are_refused(tmp_path, layer, without_room):
 
 @pytest.mark.parametrize("name", ["a.tflite", "a.safetensors"])
 def test_a_failed_export_leaves_everything_as_it_was(tmp_path, static, monkeypatch, name):
+    shapes = {"sequence_length": 9} if name == "a.tflite" else {}
     with pytest.raises(OSError, match=f"No such file or directory: '.*nowhere/{name}'"):
-        quant.export(static, tmp_path / "nowhere" / name, sequence_length=9)
+        quant.export(static, tmp_path / "nowhere" / name, **shapes)
     path = tmp_path / name
     path.write_bytes(b"before")
     with pytest.raises(ValueError, match="must broadcast|sequence_length must be"):
@@ -118,10 +122,10 @@ def test_a_failed_export_leaves_everything_as_it_was(tmp_path, static, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", fail)
         with pytest.raises(OSError, match="disk full"):
-            quant.export(static, path, sequence_length=9)
+            quant.export(static, path, **shapes)
     assert path.read_bytes() == b"before"
     assert os.listdir(tmp_path) == [name]
-    quant.export(static, path, sequence_length=9)
+    quant.export(static, path, **shapes)
     assert path.read_bytes() != b"before"
 
 
@@ -131,7 +135,7 @@ def test_an_unwritable_folder_is_an_error(tmp_path, static, name):
     tmp_path.chmod(0o500)
     try:
         with pytest.raises(OSError, match="Permission denied"):
-            quant.export(static, tmp_path / name, sequence_length=9)
+            quant.export(static, tmp_path / name, **({"sequence_length": 9} if name == "a.tflite" else {}))
     finally:
         tmp_path.chmod(0o700)
     assert os.listdir(tmp_path) == []

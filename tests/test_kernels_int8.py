@@ -2,45 +2,18 @@
 import numpy as np
 import oracle_kernels as oracle
 import pytest
-from kernels_under_test import static_kernel
+from kernels_under_test import ASYMMETRIC, SYMMETRIC, apply_linear, make_layer
 
-from edgeattn.arithmetic import lut_f32_table
+from edgeattn.cpu.layer_int8 import plan
+from edgeattn.cpu.matmul import MATRIX_DEPTH, MATRIX_SCRATCH, pack_byte_panels, round_up
 from edgeattn.cpu.requantize import RULES, encode
-from edgeattn.cpu.simd import LANES
+from edgeattn.cpu.simd import LANES, OFFSET, ROWS, WIDTH
 
 RULE_SETS = [("float_rne", "float_rne", "float_rne", "lut_f32"), ("ruy", "double", "double", "lut_f32"),
              ("ruy", "ruy", "ruy", "lut_f32"), ("float64", "double", "double", "fixed"),
              ("double", "double", "double", "fixed"), ("float_rne", "float_rne", "double", "lut_u16")]
 
 
-def softmax_table(rule, scale):
-    if rule == "lut_f32":
-        return lut_f32_table(scale)
-    step = np.exp(-np.float64(scale) * np.arange(256))
-    if rule == "lut_u16":
-        return np.minimum(step * 65535 + 0.5, 65535).astype(np.int32)
-    return np.minimum(np.rint(step * 2.0**31), 2**31 - 1).astype(np.int32)
-
-
-def make_layer(rng, heads, E, D, Dv, Eo, zero_points, rules, softmax):
-    """A random layer whose codes use their whole range."""
-    linears, tensors = {}, {"probabilities": (np.float32(1 / 256), -128)}
-    for name, z in zero_points.items():
-        tensors[name] = (np.float32(rng.uniform(0.01, 0.03)), z)
-    for name, out, depth in (("query", heads * D, E), ("key", heads * D, E), ("value", heads * Dv, E),
-                             ("output", Eo, heads * Dv)):
-        ws = rng.uniform(0.5, 1.5, out).astype(np.float32) / np.float32(60 * np.sqrt(depth))
-        linears[name] = (rng.integers(-127, 128, (out, depth)).astype(np.int8), ws,
-                         rng.integers(-2000, 2000, out).astype(np.int32))
-    q, k = tensors["query"][0], tensors["key"][0]
-    tensors["scores"] = (np.float32(q * k * 50 * np.sqrt(D)), zero_points["scores"])
-    table = softmax_table(softmax, rng.uniform(0.02, 0.15))
-    layer = static_kernel(heads, linears, tensors, *rules, table, fixed=softmax == "fixed")
-    return layer, linears, tensors, table
-
-
-SYMMETRIC = dict(query_input=3, key_input=-7, value_input=0, query=-4, key=0, value=0, scores=21, context=5, output=-9)
-ASYMMETRIC = dict(SYMMETRIC, key=11, value=-23)
 SHAPES = [(1, 1, 1, 4, 4, 1, 1, 3), (2, 5, 9, 7, 8, 2, 5, 6), (1, 33, 31, 20, 24, 3, 8, 12), (1, 40, 70, 33, 16, 2, 20, 40),
           (1, 45, 37, 64, 16, 4, 16, 64)]  # the last: whole groups for the matrix unit
 
@@ -99,6 +72,23 @@ def test_inputs_are_not_modified_and_sentinels_stay():
     assert (around[0] == 77).all() and (around[2] == 77).all()
 
 
+def test_scratch_grows_with_the_keys_and_knows_no_queries():
+    layer, *_ = make_layer(np.random.default_rng(11), 12, 384, 32, 32, 384, SYMMETRIC, ("float_rne",) * 3, "lut_f32")
+
+    def sizes(L, S):
+        """Bytes for all threads together, and for each."""
+        return 4 * np.array(plan(layer._parameters.copy(), 1, L, S))
+
+    assert sizes(512, 512).sum() < 2**20
+    for S in (64, 512, 4096):
+        np.testing.assert_array_equal(sizes(1, S), sizes(4096, S))
+    step = sizes(1, 4096) - sizes(1, 2048)
+    np.testing.assert_array_equal(sizes(1, 8192) - sizes(1, 4096), 2 * step)
+    # for each key: its codes, those of its value with a head to spare, 12 sums; and for each query of a block a score
+    # and a byte of mask
+    assert tuple(step // 2048) == (384 + 384 + 32 + 12 * 4, 2 * WIDTH)
+
+
 EDGES = [0, 1, -1, 2, -2, 127, -128, 2**15, -2**15, 2**20 + 1, -2**20 - 1, 2**24 + 1, -2**24 - 1, 2**30, -2**30]
 
 
@@ -120,3 +110,20 @@ def test_vector_rule_equals_the_rule_on_python_integers(name):
         else:
             want = [getattr(oracle, "rule_" + name)(v, *oracle.quantize_multiplier(scale)) for v in values]
         np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("unsigned_rows", [True, False])
+def test_linear_equals_integer_products(unsigned_rows):
+    rng = np.random.default_rng(10)
+    for tokens, panels, depth4 in ((ROWS, 1, MATRIX_DEPTH), (32, 2, 3 * MATRIX_DEPTH), (48 + ROWS, 1, 16), (64, 3, 32)):
+        rows, features = round_up(tokens, 32), panels * WIDTH
+        kinds = (np.uint8, np.int8) if unsigned_rows and OFFSET else (np.int8, np.uint8 if OFFSET else np.int8)
+        low, high = zip(*((np.iinfo(kind).min, np.iinfo(kind).max + 1) for kind in kinds), strict=True)
+        x = rng.integers(low[0], high[0], (rows, depth4 * 4 + 8)).astype(kinds[0])
+        w = rng.integers(low[1], high[1], (features, depth4 * 4)).astype(kinds[1])
+        bias = rng.integers(-10**6, 10**6, features).astype(np.int32)
+        out = np.zeros((tokens, features), np.int32)
+        views = (np.uint32, np.int32) if unsigned_rows else (np.int32, np.uint32)
+        apply_linear(x.view(views[0]).ravel(), depth4 + 2, tokens, pack_byte_panels(w.view(np.int8)).view(views[1]), bias,
+                     features, depth4, out.ravel(), np.zeros(MATRIX_SCRATCH, np.int32))
+        np.testing.assert_array_equal(out, x[:tokens, :depth4 * 4].astype(int) @ w.astype(int).T + bias)

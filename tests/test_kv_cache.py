@@ -411,7 +411,7 @@ def test_bad_truncations_are_refused():
 @pytest.mark.parametrize(("changes", "error", "message"), [
     ({"query": numbers(B, H, 3, D + 1)}, ValueError, r"query must have shape \(B, H, L, D\) = \(2, H, L, 8\), got \(2, 4, 3, 9\)"),
     ({"query": numbers(B, 3, 3, D)}, ValueError, r"query must have a multiple of the cache's 2 key/value heads, got \(2, 3, 3, 8\)"),
-    ({"query": numbers(B, H, 6, D)}, ValueError, "position must be at least 0, got -1 for L = 6 queries and a cache of length 5; append"),
+    ({"query": numbers(B, H, 6, D)}, ValueError, "position must be at least 0, and below 2.*, got -1 for L = 6 queries and a cache of length 5; append"),
     ({"position": 1.0}, TypeError, "position must be an integer, got 1.0"),
     ({"softcap": -1.0}, ValueError, r"softcap must be 0 \(off\), or positive"),
     ({"scale": "1"}, TypeError, "scale must be a real number, got '1'"),

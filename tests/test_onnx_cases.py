@@ -32,7 +32,7 @@ ATTENTION, ROTARY = CASES["Attention"], CASES["RotaryEmbedding"]
 
 
 def check(case):
-    """Compare every output that edgeattn can give with the case's own; return the names of those."""
+    """Compare every output with the case's own; return their names."""
     names, compared = case.model.graph.node[0].output, set()
     for inputs, expected in case.data_sets:
         inputs = [np.asarray(array) for array in inputs]
@@ -43,8 +43,6 @@ def check(case):
             if not name:
                 continue
             want = np.asarray(next(wanted))
-            if output is None:
-                continue
             compared.add(name)
             assert output.dtype == want.dtype
             np.testing.assert_allclose(output, want, rtol=case.rtol, atol=case.atol)
@@ -59,13 +57,6 @@ def test_attention(case):
 
 
 @pytest.mark.parametrize("case", [
-    c for c in ATTENTION if "scores" in (onnx_backend.unsupported(c.values[0].model) or "")])
-def test_attention_but_for_the_scores(case):
-    names = {name for name in case.model.graph.node[0].output if name}
-    assert check(case) == names - {"qk_matmul_output"}
-
-
-@pytest.mark.parametrize("case", [
     c for c in ATTENTION if "bfloat16" in (onnx_backend.unsupported(c.values[0].model) or "")])
 def test_bfloat16_is_refused(case):
     with pytest.raises(TypeError, match="query must be a float16, float32 or float64 array, got dtype bfloat16"):
@@ -77,7 +68,8 @@ def test_rotary_embedding(case):
     assert check(case) == {"output"}
 
 
-def test_most_cases_can_be_run():
+def test_what_cannot_be_run_is_bfloat16_and_nothing_else():
     reasons = [onnx_backend.unsupported(case.values[0].model) for case in ATTENTION]
     assert len(reasons) >= 50
-    assert reasons.count(None) >= 0.7 * len(reasons)
+    assert sum(reason is not None for reason in reasons) <= 5
+    assert all(reason is None or reason.startswith("bfloat16 is refused") for reason in reasons)

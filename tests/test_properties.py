@@ -5,6 +5,7 @@ import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import quant
 from edgeattn import KVCache, MultiHeadAttention, sliding_window
 from edgeattn import scaled_dot_product_attention as attend
 
@@ -340,3 +341,55 @@ def test_layers_stream_what_they_compute_at_once(stream, width):
                 int8 = result
             else:
                 np.testing.assert_array_equal(result, int8)
+
+
+@st.composite
+def quantized_layers(draw):
+    """(random, float layer, dynamic, static): self-attention with grouped heads."""
+    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    kv_heads, group, width = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 40))
+    D, Dv = draw(st.integers(1, 17)), draw(st.integers(1, 17))
+    shapes = ((kv_heads * group * D, width), (kv_heads * D, width), (kv_heads * Dv, width),
+              (draw(st.integers(1, 40)), kv_heads * group * Dv))
+    layer = MultiHeadAttention(
+        kv_heads * group, *(random.standard_normal(s) / np.sqrt(s[1]) for s in shapes), num_kv_heads=kv_heads)
+    samples = random.standard_normal((4, 9, width)).astype(np.float32)
+    calibration = quant.calibrate(layer, [{"query": samples, "is_causal": True}])
+    arithmetic = draw(st.sampled_from(["litert", "litert-arm", "litert-builtin", "tflm"]))
+    return random, layer, quant.quantize(layer, scheme="dynamic"), quant.quantize(
+        layer, calibration, arithmetic=arithmetic)
+
+
+@EXAMPLES
+@given(quantized_layers(), st.lists(st.integers(1, 9), min_size=1, max_size=5), st.one_of(st.none(), st.integers(1, 9)))
+def test_int8_layers_stream_the_whole_bit_for_bit(layers, chunks, window):
+    random, layer, dynamic, static = layers
+    x = random.standard_normal((2, sum(chunks), layer.embed_dim)).astype(np.float32)
+    for int8, options in ((dynamic, {"dtype": "int8"}), (static, {})):
+        results = []
+        for cut in (chunks, [len(x[0])]):
+            cache = KVCache.for_layer(int8, 2, 10 + x.shape[1], window=window, **options)
+            parts = [int8(part, kv_cache=cache, is_causal=True) for part in np.split(x, np.cumsum(cut)[:-1], axis=1)]
+            results.append(np.concatenate(parts, axis=1))
+        np.testing.assert_array_equal(*results)
+        if int8 is static:
+            bounds = (-1, -1) if window is None else sliding_window(window)
+            np.testing.assert_array_equal(results[0], static(x, is_causal=True, window_size=bounds))
+
+
+@EXAMPLES
+@given(quantized_layers(), st.integers(1, 40), st.integers(1, 40))
+def test_a_mask_is_a_slice_for_int8_layers_and_nothing_leaks(layers, length, keys):
+    random, layer, dynamic, static = layers
+    keys = min(keys, length)
+    x = random.standard_normal((1, length, layer.embed_dim)).astype(np.float32)
+    keep = np.arange(length) < keys
+    spoiled = x.copy()
+    spoiled[:, keys:] = np.nan
+    for int8 in (dynamic, static):
+        alone = int8(x[:, :keys])
+        np.testing.assert_allclose(int8(x, attn_mask=keep)[:, :keys], alone, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(int8(spoiled, attn_mask=keep)[:, :keys], alone, rtol=1e-5, atol=1e-5)
+        assert np.isnan(int8(spoiled, attn_mask=keep)[:, keys:]).all()
+        result, weights = int8(x, attn_mask=keep, need_weights=True)
+        assert (weights[..., keys:] == 0).all() and np.isfinite(result).all()

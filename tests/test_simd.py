@@ -111,6 +111,24 @@ def test_bytes_in_lanes():
 
 
 @njit(error_model="numpy")
+def _joined(a, numbers, joined, spread):
+    simd.store(joined, 0, simd.join_bytes(simd.load(a, 0), simd.load(a, N), simd.load(a, 2 * N), simd.load(a, 3 * N)))
+    simd.store(spread, 0, simd.broadcast(numbers, 1))
+
+
+def test_bytes_joined_and_a_number_in_every_lane():
+    a = np.random.default_rng(7).integers(-200, 200, 4 * N).astype(np.int32)
+    joined, spread = np.zeros(N, np.int32), np.zeros(N, np.float32)
+    _joined(a, np.array([1, 2.5], np.float32), joined, spread)
+    got = joined.view(np.int8)
+    for g in range(N // 4):
+        for i in range(4):
+            for j in range(4):
+                assert got[16 * g + 4 * i + j] == np.clip(a[i * N + 4 * g + j], -128, 127)
+    assert (spread == 2.5).all()
+
+
+@njit(error_model="numpy")
 def _product(a, b, out, depth, zero):
     tile = simd.tile_zero(ROWS, COLUMNS, zero)
     count = simd.steps(b)
@@ -142,6 +160,54 @@ def test_tile_of_bytes_multiplies(unsigned_rows):
     out = np.zeros((ROWS, WIDTH), np.int32)
     _product(a.view(views[0]).ravel(), b.view(views[1]).ravel(), out.ravel(), 5, out.ravel())
     np.testing.assert_array_equal(out, np.einsum("rkj,kwj->rw", a.astype(int), b.astype(int)))
+
+
+@njit(error_model="numpy")
+def _tile_to_bytes(a, down, out, flip):
+    tile = simd.tile_add_down(simd.tile_load(ROWS, COLUMNS, a, 0, WIDTH, N), down, 1)
+    simd.tile_store_bytes(tile, out, 3, COLUMNS * (N + 2), N + 2, np.int32(-3), flip)
+
+
+def test_tile_to_bytes():
+    rng = np.random.default_rng(4)
+    a = rng.integers(-300, 300, (ROWS, COLUMNS, N)).astype(np.int32)
+    a[0, 0, :4] = [2**31 - 1000, -2**31 + 1000, 40000, -40000]
+    down = rng.integers(-100, 100, ROWS + 1).astype(np.int32)
+    flips = np.array([1, 2, 4, -128], np.int8)
+    out = np.full(3 + ROWS * COLUMNS * (N + 2), 77, np.int8)
+    _tile_to_bytes(a.ravel(), down, out, flips.view(np.int32)[0])
+    want = np.clip(np.clip(a.astype(np.int64) + down[1:, None, None], -2**15, 2**15 - 1) - 3, -128, 127).astype(np.int8)
+    got = out[3:].reshape(ROWS, COLUMNS, N + 2)
+    np.testing.assert_array_equal(got[:, :, :N], want ^ np.resize(flips, N))
+    assert (out[:3] == 77).all() and (got[:, :, N:] == 77).all()
+
+
+@njit(error_model="numpy")
+def _look_up(table, index, out):
+    found = simd.look_up_bytes(table, simd.load(index, 0))
+    for j in range(4):
+        simd.store(out, j * N, found[j])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_look_up_every_entry(dtype):
+    table = np.random.default_rng(5).integers(1, 2**30, 256).astype(np.int32).view(dtype)
+    wide = simd.byte_planes(table)
+    out = np.zeros(4 * N, dtype)
+    for start in range(0, 256, 4 * N):
+        index = np.arange(start, start + 4 * N, dtype=np.uint8).reshape(4, N)
+        _look_up(wide, np.ascontiguousarray(index.T).view(np.int32).ravel(), out)
+        np.testing.assert_array_equal(out, table[start:start + 4 * N])
+
+
+@njit
+def _quotient(a, b):
+    return simd.quotient(a, b)
+
+
+def test_quotient():
+    assert [_quotient(a, b) for a in (0, 1, 95, 96, 2**40) for b in (1, 32, 96)] == [
+        a // b for a in (0, 1, 95, 96, 2**40) for b in (1, 32, 96)]
 
 
 @njit(error_model="numpy")
@@ -278,16 +344,19 @@ def test_pointers_and_the_first_lanes():
 
 
 @njit(error_model="numpy")
-def _matrix(a, b, first, second, configuration):
+def _matrix(a, b, first, second, third, configuration):
     simd.matrix_configure(configuration, 0)
     simd.matrix_zero(0)
     simd.matrix_zero(1)
+    simd.matrix_zero(4)
     simd.matrix_load(2, a, 1, 17)
     simd.matrix_load(3, b, 2, 18)
-    simd.matrix_dot(0, 2, 3)
+    simd.matrix_dot(0, 2, 3, a.view(np.uint32), b)
     simd.matrix_dot_signed(1, 2, 3)
+    simd.matrix_dot(4, 2, 3, a, b.view(np.uint32))
     simd.matrix_store(0, first, 0, 16)
     simd.matrix_store(1, second, 0, 16)
+    simd.matrix_store(4, third, 0, 16)
     simd.matrix_release()
 
 
@@ -295,12 +364,15 @@ def _matrix(a, b, first, second, configuration):
 def test_matrix_unit():
     rng = np.random.default_rng(8)
     a, b = (rng.integers(-128, 128, (16 * step, 4)).astype(np.int8) for step in (18, 19))
-    unsigned, signed = np.zeros((16, 16), np.int32), np.zeros((16, 16), np.int32)
-    _matrix(a.view(np.int32).ravel(), b.view(np.int32).ravel(), unsigned.ravel(), signed.ravel(), np.zeros(16, np.int32))
+    unsigned, signed, right_unsigned = (np.zeros((16, 16), np.int32) for _ in range(3))
+    _matrix(a.view(np.int32).ravel(), b.view(np.int32).ravel(), unsigned.ravel(), signed.ravel(), right_unsigned.ravel(),
+            np.zeros(16, np.int32))
     left = a[1:1 + 16 * 17].reshape(16, 17, 4)[:, :16]
-    right = b[2:2 + 16 * 18].reshape(16, 18, 4)[:, :16].astype(int)
-    np.testing.assert_array_equal(signed, np.einsum("ikm,kjm->ij", left.astype(int), right))
-    np.testing.assert_array_equal(unsigned, np.einsum("ikm,kjm->ij", left.view(np.uint8).astype(int), right))
+    right = b[2:2 + 16 * 18].reshape(16, 18, 4)[:, :16]
+    np.testing.assert_array_equal(signed, np.einsum("ikm,kjm->ij", left.astype(int), right.astype(int)))
+    np.testing.assert_array_equal(unsigned, np.einsum("ikm,kjm->ij", left.view(np.uint8).astype(int), right.astype(int)))
+    np.testing.assert_array_equal(right_unsigned,
+                                  np.einsum("ikm,kjm->ij", left.astype(int), right.view(np.uint8).astype(int)))
 
 
 @njit(error_model="numpy")
@@ -325,6 +397,25 @@ def test_exponential_and_tanh():
     out = np.zeros_like(edges)
     _functions(edges, out, np.zeros_like(edges), reductions)
     assert np.isnan(out[0]) and out[1] == out[2] == np.float32(2.0**-126)
+
+
+@njit(error_model="numpy")
+def _rough_functions(x, powers, logarithms):
+    for i in range(0, x.size, N):
+        simd.store(powers, i, softmax.exp2_roughly(simd.load(x, i)))
+        simd.store(logarithms, i, softmax.log2_roughly(softmax.exp2(simd.load(x, i))))
+
+
+def test_rough_exponential_and_logarithm():
+    x = np.linspace(-126, 100, 4096).astype(np.float32)
+    powers, logarithms = np.zeros_like(x), np.zeros_like(x)
+    _rough_functions(x, powers, logarithms)
+    exact = np.exp2(x.astype(np.float64))
+    assert (np.abs(powers - exact) / exact).max() < 1.1e-4
+    assert np.abs(logarithms - x).max() < 1.2e-4
+    edges = np.resize(np.array([np.nan, -np.inf], np.float32), N)
+    _rough_functions(edges, powers, logarithms)
+    assert np.isnan(powers[0]) and powers[1] == np.float32(2.0**-126)
 
 
 def test_a_forced_instruction_set_must_exist_and_be_executable():

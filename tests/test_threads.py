@@ -76,9 +76,11 @@ def test_thread_count_is_checked(n, error, message):
 PROGRAM = """
 import numpy as np
 import edgeattn
-from edgeattn.cpu import fused, fused_int8
-from edgeattn.quantized import QuantizedLinear, StaticMultiHeadAttention, TensorQuantization
-kernels = fused.layer_float32, fused_int8.layer_int8
+from edgeattn.cpu import decode_float32, decode_int8, functional_dynamic, fused, fused_dynamic, fused_int8
+from edgeattn.quantized import (
+    DynamicMultiHeadAttention, QuantizedLinear, StaticMultiHeadAttention, TensorQuantization)
+kernels = (fused.layer_float32, fused_int8.layer_int8, fused_dynamic.layer_dynamic, fused.attention_float32,
+           decode_float32.decode, decode_int8.decode, functional_dynamic.attention_dynamic)
 assert not any(kernel.signatures for kernel in kernels), "importing compiled a kernel"
 w = np.eye(16, dtype=np.float32)
 edgeattn.MultiHeadAttention(2, w, w, w, w)(np.ones((1, 3, 16), np.float32))
@@ -86,6 +88,14 @@ linears = dict.fromkeys(("query", "key", "value", "output"), QuantizedLinear(np.
                                                                             np.full(16, 0.02, np.float32)))
 tensors = dict.fromkeys("query_input query key value scores context output".split(), TensorQuantization(0.02, 0))
 StaticMultiHeadAttention(2, linears, tensors).run_int8(np.ones((1, 3, 16), np.int8))
+DynamicMultiHeadAttention(2, linears, {})(np.ones((1, 3, 16), np.float32))
+heads = np.ones((1, 2, 3, 8), np.float32)
+for precision in ("float32", "int8"):
+    edgeattn.scaled_dot_product_attention(heads, heads, heads, precision=precision)
+for dtype in ("float32", "int8"):
+    cache = edgeattn.KVCache(1, 2, 4, 8, dtype=dtype)
+    cache.append(heads, heads)
+    cache.attend(heads[:, :, :1])
 print(*(f"{sum(k.stats.cache_hits.values())}/{sum(k.stats.cache_misses.values())}" for k in kernels))
 """
 
@@ -101,5 +111,5 @@ def test_later_processes_compile_nothing_and_add_no_files(tmp_path):
     run_program(NUMBA_CACHE_DIR=str(tmp_path))
     files = sorted(tmp_path.rglob("*"))
     for _ in range(3):
-        assert run_program(NUMBA_CACHE_DIR=str(tmp_path)) == ["1/0", "1/0"]
+        assert run_program(NUMBA_CACHE_DIR=str(tmp_path)) == ["1/0"] * 7
     assert sorted(tmp_path.rglob("*")) == files

@@ -8,6 +8,7 @@ walking from its inputs up to the linear maps that feed them, and from its outpu
 
 import dataclasses
 import math
+import os
 import warnings
 
 import numpy as np
@@ -198,6 +199,8 @@ def _load(path_or_model):
         raise ImportError("reading an ONNX model needs onnx: pip install 'edgeattn[checkpoints]'") from error
     if isinstance(path_or_model, onnx.ModelProto):
         return path_or_model, onnx, "the model"
+    if not isinstance(path_or_model, (str, os.PathLike)):
+        raise TypeError(f"path_or_model must be a path or an onnx.ModelProto, got {type(path_or_model).__name__}")
     with open(path_or_model, "rb"):
         pass  # a missing or forbidden file is the operating system's error, not a damaged file
     try:

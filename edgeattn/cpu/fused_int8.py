@@ -6,14 +6,14 @@ Sizes with a 4 count groups of four bytes.  `OFFSET` turns a code into the unsig
 The arithmetic is exact: whatever instruction set runs it, the bits are those of the named TFLite kernel set.
 """
 import numpy as np
+from numba.extending import register_jitable
 
 from edgeattn.crew import separate, share
 from edgeattn.jit import inlined, jit
 
 from .fused import ATTENDING, PROJECTING, portions, visible_range
-from .matmul import MATRIX, MATRIX_TOKENS, feature_position, linear_tile, multiply
+from .matmul import MATRIX, MATRIX_DEPTH, feature_position, linear, round_up
 from .simd import (
-    COLUMNS,
     LANES,
     OFFSET,
     ROWS,
@@ -24,9 +24,8 @@ from .simd import (
     matrix_release,
     splat,
     store,
+    tile_add_down,
     tile_map,
-    tile_of_columns,
-    tile_of_rows_and_columns,
     tile_pack_rows,
     tile_store,
     tile_store_bytes,
@@ -36,9 +35,22 @@ from .softmax_int8 import LOWEST_CODES, softmax_codes
 
 # Flipping the top bit of every byte adds 128 to each code: int8 to unsigned bytes and back.
 FLIP = np.int32(-2139062144) if OFFSET else np.int32(0)
-_FLIP_ONE = np.int32(OFFSET)
 _ONES = np.int32(0x01010101)
 TOKENS = 128  # tokens packed and projected at a time: each pass over the weights serves so many
+TOKENS_TOGETHER = 64  # what threads share keys by: values are turned LANES groups of four tokens at a time
+
+
+@register_jitable
+def padded_keys(S):
+    """Keys of one head that have room: a multiple of ROWS and of LANES, which both go by at a time."""
+    return round_up(S, max(ROWS, LANES))
+
+
+@register_jitable
+def packed_depth(E):
+    """Groups of four bytes in a packed row of E."""
+    return round_up((E + 3) // 4, MATRIX_DEPTH)
+
 
 # Positions in the integer parameters (int64).
 (P_L, P_S, P_EQ, P_EK, P_EV, P_EO, P_HEADS, P_D, P_DV, P_D_PAD, P_DV_PAD, P_HAS_OUT, P_SAME_KV,
@@ -46,69 +58,116 @@ TOKENS = 128  # tokens packed and projected at a time: each pass over the weight
  P_ZQ, P_ZK, P_ZV, P_ZS, P_ZC, P_ZO, P_FIXED,
  P_BAND, P_LOW, P_HIGH, P_KEEP_B, P_KEEP_H, P_KEEP_L, P_KEEP_S,
  P_CLASS_B, P_CLASS_H, P_CLASS_L, P_CLASS_S,
- P_KROW, P_VSUM, P_VALUES,
+ P_KROW, P_VALUES,
  P_AT_X, P_AT_NATURAL, P_AT_Q, P_AT_CODES, P_AT_MASKS, P_AT_CLASSES, P_AT_SUMS, P_AT_CONTEXT, P_AT_VALUES,
- P_AT_TILES, P_AT_TURNED, P_BATCH, P_SHARED, P_PRIVATE,
+ P_AT_TERMS, P_AT_TILES, P_AT_TURNED, P_BATCH, P_SHARED, P_PRIVATE,
  P_COUNT) = range(63)
 
 
 @inlined
-def pack_tokens(x, at, E, tokens, rows, out, at_out):
-    """int8 rows of x as unsigned operand (rows, E4); missing bytes and rows are zero codes."""
-    E4 = (E + 3) // 4
-    if E == E4 * 4:
-        words = x.view(np.int32)
-        for i in range(tokens * E4):
-            out[at_out + i] = words[at // 4 + i] ^ FLIP
-    else:
-        for t in range(tokens):
-            for e4 in range(E4):
-                word = np.int32(0)
-                for j in range(min(4, E - 4 * e4)):
-                    word |= (np.int32(x[at + t * E + 4 * e4 + j]) & np.int32(255)) << np.int32(8 * j)
-                out[at_out + t * E4 + e4] = word ^ FLIP
-    for i in range(tokens * E4, rows * E4):
+def pack_tokens(x, at, E, tokens, rows, out, at_out, out_row):
+    """int8 rows of x as unsigned operand (rows, out_row); missing bytes and rows are zero codes."""
+    whole = E // (4 * LANES) * LANES if E % 4 == 0 else 0  # groups that come in vectors
+    words = x[:x.size // 4 * 4].view(np.int32)
+    flip = splat(FLIP)
+    for t in range(tokens):
+        from_x, to = at + t * E, at_out + t * out_row
+        for i in range(0, whole, LANES):
+            store(out, to + i, load(words, from_x // 4 + i) ^ flip)
+        for i in range(whole, out_row):
+            word = np.int32(0)
+            for j in range(min(4, E - 4 * i)):
+                word |= (np.int32(x[from_x + 4 * i + j]) & np.int32(255)) << np.int32(8 * j)
+            out[to + i] = word ^ FLIP
+    for i in range(tokens * out_row, rows * out_row):
         out[at_out + i] = FLIP
 
 
 @inlined
-def project_bytes(rule, x, x_row, tokens, weights, at_weight, at_bias, at_multiplier, features, zero_point, flip,
-                  out, at_out, token_step, block, block_step, tiles, at_tiles):
-    """int8 out (features / block, tokens, block) = rule(x w^T + bias) + zero point; positions of out in bytes."""
-    use_matrix = MATRIX and x_row % 16 == 0
-    for f in range(0, features, WIDTH):
-        at = at_out + feature_position(f, block, block_step)
-        next_column = at_out + feature_position(f + LANES, block, block_step) - at
-        for t in range(0, tokens, ROWS):
-            tile = linear_tile(use_matrix, t, x, x_row, weights, at_weight + f * x_row, at_bias + f, x_row,
-                               tiles, at_tiles)
-            tile = tile_map(tile, rule, weights, at_multiplier + f, LANES, features)
-            tile_store_bytes(tile, out, at + t * token_step, token_step, next_column, zero_point, flip)
+def finish_bytes(tile, t, f, weights, rule, at_multiplier, features, zero_point, flip, out, at_out, token_step, block,
+                 block_step):
+    """Codes to bytes of out (features / block, tokens, block)."""
+    at = at_out + feature_position(f, block, block_step)
+    next_column = at_out + feature_position(f + LANES, block, block_step) - at
+    tile = tile_map(tile, rule, weights, at_multiplier + f, LANES, features)
+    tile_store_bytes(tile, out, at + t * token_step, token_step, next_column, zero_point, flip)
 
 
 @inlined
-def project_values(rule, x, x_row, tokens, weights, at_weight, at_bias, at_multiplier, features, zero_point,
-                   out, at_out, block, block_step, tiles, at_tiles):
-    """Four tokens to a lane: out (features / block, tokens / 4, block) of int32."""
-    use_matrix = MATRIX and x_row % 16 == 0
-    for f in range(0, features, WIDTH):
-        at = at_out + feature_position(f, block, block_step)
-        next_column = at_out + feature_position(f + LANES, block, block_step) - at
-        for t in range(0, tokens, ROWS):
-            tile = linear_tile(use_matrix, t, x, x_row, weights, at_weight + f * x_row, at_bias + f, x_row,
-                               tiles, at_tiles)
-            tile = tile_map(tile, rule, weights, at_multiplier + f, LANES, features)
-            tile_store(tile_pack_rows(tile, zero_point, np.int32(0)), out, at + t // 4 * block, block, next_column)
+def finish_values(tile, t, f, weights, rule, at_multiplier, features, zero_point, out, at_out, block, block_step):
+    """Four tokens to a lane: codes to out (features / block, tokens / 4, block) of int32."""
+    at = at_out + feature_position(f, block, block_step)
+    next_column = at_out + feature_position(f + LANES, block, block_step) - at
+    tile = tile_map(tile, rule, weights, at_multiplier + f, LANES, features)
+    tile_store(tile_pack_rows(tile, zero_point, np.int32(0)), out, at + t // 4 * block, block, next_column)
 
 
 @inlined
-def key_terms(keys, at, k_row, tokens, D, factor, out, at_out):
-    """out[s] = factor * sum over d of keys[s, d]; keys (tokens, k_row) int8."""
-    for s in range(tokens):
-        total = np.int32(0)
-        for d in range(D):
-            total += np.int32(keys[at + s * k_row + d])
-        out[at_out + s] = np.int32(factor * total)
+def finish_turned_values(tile, t, f, weights, rule, at_multiplier, features, zero_point, out, at_out, out_row, tokens,
+                         panel, at_panel):
+    """As the matrix unit wants its rows: out (features, tokens / 4) of int32, by way of one panel (tokens / 4, W)."""
+    tile = tile_map(tile, rule, weights, at_multiplier + f, LANES, features)
+    tile_store(tile_pack_rows(tile, zero_point, np.int32(0)), panel, at_panel + t // 4 * WIDTH, WIDTH, LANES)
+    if t + ROWS >= tokens:
+        for g in range(0, (tokens + 3) // 4, LANES):
+            for c in range(0, WIDTH, LANES):
+                transpose_block(panel, at_panel + g * WIDTH + c, WIDTH, out, at_out + (f + c) * out_row + g, out_row)
+
+
+@inlined
+def finish_scores(tile, s, f, weights, rule, at_multiplier, zero_point, terms, at_terms, codes, at_codes):
+    """Scores of ROWS keys to codes (keys / 4, W) of four keys to a lane."""
+    tile = tile_map(tile_add_down(tile, terms, at_terms + s), rule, weights, at_multiplier, 0, LANES)
+    tile_store(tile_pack_rows(tile, zero_point, np.int32(0)), codes, at_codes + s // 4 * WIDTH, WIDTH, LANES)
+
+
+@inlined
+def finish_context(tile, d, f, weights, rule, at_multiplier, zero_point, terms, at_terms, context, at_context):
+    """ROWS features of the context to unsigned operands (features / 4, W), four features to a lane."""
+    if OFFSET == 0:
+        tile = tile_add_down(tile, terms, at_terms + d)
+    tile = tile_map(tile, rule, weights, at_multiplier, 0, LANES)
+    tile_store(tile_pack_rows(tile, zero_point, FLIP), context, at_context + d // 4 * WIDTH, WIDTH, LANES)
+
+
+@inlined
+def finish_output(tile, l, e, weights, rule, at_multiplier, features, zero_point, out, at_out, Eo, queries, edge,
+                  at_edge):
+    """Codes to the rows of out, Eo bytes each; a tile that reaches past the edge goes by way of `edge`."""
+    tile = tile_map(tile, rule, weights, at_multiplier + e, LANES, features)
+    to = at_out + l * Eo + e
+    if l + ROWS <= queries and e + WIDTH <= Eo:
+        tile_store_bytes(tile, out, to, Eo, LANES, zero_point, np.int32(0))
+    else:
+        tile_store_bytes(tile, edge, at_edge, WIDTH, LANES, zero_point, np.int32(0))
+        for i in range(min(ROWS, queries - l)):
+            for j in range(min(WIDTH, Eo - e)):
+                out[to + i * Eo + j] = edge[at_edge + i * WIDTH + j]
+
+
+@inlined
+def key_terms(keys, at, k_row, tokens, D4, zero_point, out, at_out, square, at_square):
+    """out[s] = - zero_point * sum over d of keys[s, d], LANES keys at a time; keys (tokens, k_row) of four bytes.
+
+    zero_point in four bytes, as an unsigned operand; square: scratch (LANES, LANES).
+    """
+    for s in range(0, tokens, LANES):
+        total = splat(np.int32(0))
+        for d in range(0, D4, LANES):
+            transpose_block(keys, at + s * k_row + d, k_row, square, at_square, LANES)
+            for i in range(min(LANES, D4 - d)):
+                total = dot_bytes(total, splat(zero_point), load(square, at_square + i * LANES))
+        store(out, at_out + s, splat(np.int32(0)) - total)
+
+
+@inlined
+def value_terms(values, at, v_block, groups, features, out, at_out):
+    """out[d] = 128 * sum over keys of values[d, key]: what probabilities lack that are stored less 128."""
+    for d in range(0, features, LANES):
+        total = splat(np.int32(0))
+        for g in range(groups):
+            total = dot_bytes(total, splat(_ONES), load(values, at + g * v_block + d))
+        store(out, at_out + d, total * splat(np.int32(128)))
 
 
 @inlined
@@ -153,7 +212,7 @@ def layer_part(table, project_rule, score_rule, context_rule, xq, xk, xv, out, w
     """One portion of one phase of one batch entry of a static int8 multi-head attention layer.
 
     project_rule, score_rule, context_rule: functions of requantize.py.
-    table    (256,) of the softmax rule (float32: lut_f32; int32: lut_u16 or fixed)
+    table    of the softmax rule, see `softmax_codes` (float32: lut_f32; int32: lut_u16 or fixed)
     xq (B, L, Eq), xk (B, S, Ek), xv (B, S, Ev), out (B, L, Eo): flat int8
     weights  int32: panels, biases and multipliers at the positions in p
     keep     flat uint8 or empty; classes flat uint8 or empty; tables flat int8 (n * 256) or empty
@@ -171,19 +230,20 @@ def layer_part(table, project_rule, score_rule, context_rule, xq, xk, xv, out, w
     k_row = k_block // 4
     features = (H * Dp + WIDTH - 1) // WIDTH * WIDTH
     v_features = (H * Dvp + WIDTH - 1) // WIDTH * WIDTH
-    S_up = (S + ROWS - 1) // ROWS * ROWS
+    S_up = padded_keys(S)
     k_step, v_step = S_up * k_block, S_up // 4 * v_block
+    v_row = round_up(S_up // 4, MATRIX_DEPTH)  # where values lie turned
+    q_groups = round_up(D4, MATRIX_DEPTH)
     zq, zk, zv = np.int32(p[P_ZQ]), np.int32(p[P_ZK]), np.int32(p[P_ZV])
     zs, zc, zo = np.int32(p[P_ZS]), np.int32(p[P_ZC]), np.int32(p[P_ZO])
-    q_offset = np.int32(OFFSET + zq)
+    q_zero = np.int32((OFFSET + zq & 255) * _ONES)  # what a zero is among the unsigned operands, in all four bytes
     at_krow, at_values = p[P_KROW], p[P_VALUES]
     at_x, at_natural, at_q, at_codes = p[P_AT_X], p[P_AT_NATURAL], p[P_AT_Q], p[P_AT_CODES]
     at_masks, at_sums, at_context, at_softmax = p[P_AT_MASKS], p[P_AT_SUMS], p[P_AT_CONTEXT], p[P_AT_VALUES]
     private_u = private.view(np.uint32)
     private_b = private.view(np.int8)
     shared_b = shared.view(np.int8)
-    x_u = private_u[at_x:]
-    at_tiles, at_turned = p[P_AT_TILES], p[P_AT_TURNED]
+    at_tiles, at_turned, at_terms = p[P_AT_TILES], p[P_AT_TURNED], p[P_AT_TERMS]
     if MATRIX:
         matrix_configure(private, at_tiles)
     # 1. keys and values of all tokens, in the layout the attention loop reads
@@ -192,17 +252,26 @@ def layer_part(table, project_rule, score_rule, context_rule, xq, xk, xv, out, w
         for t in range(t0, t1, TOKENS):
             tokens = min(TOKENS, t1 - t)
             rows = (tokens + ROWS - 1) // ROWS * ROWS
-            Ek4, Ev4 = (Ek + 3) // 4, (Ev + 3) // 4
-            pack_tokens(xk, (batch * S + t) * Ek, Ek, tokens, rows, private, at_x)
-            project_bytes(project_rule, x_u, Ek4, rows, weights, p[P_WK], p[P_BK], p[P_MK], features, zk, np.int32(0),
-                          shared_b, t * k_block, k_block, k_block, k_step, private, at_tiles)
+            Ek4, Ev4 = packed_depth(Ek), packed_depth(Ev)
+            pack_tokens(xk, (batch * S + t) * Ek, Ek, tokens, rows, private, at_x, Ek4)
+            linear(finish_bytes, (weights, project_rule, p[P_MK], features, zk, np.int32(0), shared_b, t * k_block,
+                                  k_block, k_block, k_step),
+                   private_u, at_x, Ek4, 1, rows, weights, p[P_WK], weights, p[P_BK], features, Ek4, private, at_tiles)
             if p[P_SAME_KV] == 0:
-                pack_tokens(xv, (batch * S + t) * Ev, Ev, tokens, rows, private, at_x)
-            project_values(project_rule, x_u, Ev4, rows, weights, p[P_WV], p[P_BV], p[P_MV], v_features, zv,
-                           shared, at_values + t // 4 * v_block, v_block, v_step, private, at_tiles)
+                pack_tokens(xv, (batch * S + t) * Ev, Ev, tokens, rows, private, at_x, Ev4)
+            if MATRIX:
+                linear(finish_turned_values, (weights, project_rule, p[P_MV], v_features, zv, shared,
+                                              at_values + t // 4, v_row, rows, private, at_natural),
+                       private_u, at_x, Ev4, 1, rows, weights, p[P_WV], weights, p[P_BV], v_features, Ev4,
+                       private, at_tiles)
+            else:
+                linear(finish_values, (weights, project_rule, p[P_MV], v_features, zv, shared,
+                                       at_values + t // 4 * v_block, v_block, v_step),
+                       private_u, at_x, Ev4, 1, rows, weights, p[P_WV], weights, p[P_BV], v_features, Ev4,
+                       private, at_tiles)
             for h in range(H):
-                at = feature_position(h * Dp, k_block, k_step) + t * k_block
-                key_terms(shared_b, at, k_block, rows, Dp, -q_offset, shared, at_krow + h * S_up + t)
+                at = feature_position(h * Dp, k_block, k_step) // 4 + t * k_row
+                key_terms(shared, at, k_row, rows, D4, q_zero, shared, at_krow + h * S_up + t, private, at_natural)
         if MATRIX:
             matrix_release()
         return
@@ -214,15 +283,20 @@ def layer_part(table, project_rule, score_rule, context_rule, xq, xk, xv, out, w
     for block in range(b0, b1):
         q0 = block * WIDTH
         queries = min(WIDTH, L - q0)
-        Eq4 = (Eq + 3) // 4
-        # 2. queries of this block: project, then turn so that queries are lanes
-        pack_tokens(xq, (batch * L + q0) * Eq, Eq, queries, WIDTH, private, at_x)
-        project_bytes(project_rule, x_u, Eq4, WIDTH, weights, p[P_WQ], p[P_BQ], p[P_MQ], features, zq, _FLIP_ONE,
-                      private_b, 4 * at_natural, 4 * natural_row, 4 * natural_row, 0, private, at_tiles)
-        for f in range(0, natural_row, LANES):
-            for l in range(0, WIDTH, LANES):
-                transpose_block(private, at_natural + l * natural_row + f, natural_row,
-                                private, at_q + f * WIDTH + l, WIDTH)
+        Eq4 = packed_depth(Eq)
+        # 2. queries of this block: project, then turn so that queries are lanes: (H, q_groups, W)
+        pack_tokens(xq, (batch * L + q0) * Eq, Eq, queries, WIDTH, private, at_x, Eq4)
+        linear(finish_bytes, (weights, project_rule, p[P_MQ], features, zq, FLIP, private_b, 4 * at_natural,
+                              4 * natural_row, 4 * natural_row, 0),
+               private_u, at_x, Eq4, 1, WIDTH, weights, p[P_WQ], weights, p[P_BQ], features, Eq4, private, at_tiles)
+        turns, turn = (1, natural_row) if q_groups == D4 else (H, q_groups)
+        for h in range(turns):
+            for f in range(0, turn, LANES):
+                for l in range(0, WIDTH, LANES):
+                    transpose_block(private, at_natural + l * natural_row + h * D4 + f, natural_row,
+                                    private, at_q + (h * turn + f) * WIDTH + l, WIDTH)
+            for i in range(D4 * WIDTH, q_groups * WIDTH, LANES):  # depth that only fills up the matrix unit: nothing
+                store(private, at_q + h * turn * WIDTH + i, splat(np.int32(0)))
         first, last, full_from, full_to = visible_range(q0, queries, S, band, p[P_LOW], p[P_HIGH])
         first = first // ROWS * ROWS
         last_up = (last + ROWS - 1) // ROWS * ROWS
@@ -230,24 +304,21 @@ def layer_part(table, project_rule, score_rule, context_rule, xq, xk, xv, out, w
         masked = band or has_keep or last_up > last
         # 3. attention, head by head: context (H * Dvp / 4, W) of unsigned operands
         for h in range(H):
-            at_q_head = at_q + h * D4 * WIDTH
+            at_q_head = at_q + h * q_groups * WIDTH
             at_k = feature_position(h * Dp, k_block, k_step) // 4
-            at_v = at_values + feature_position(h * Dvp, v_block, v_step) + first // 4 * v_block
             # a. what a key zero point adds to every score of a query
             for c in range(0, WIDTH, LANES):
                 term = splat(np.int32(0))
                 if zk != 0:
                     for d in range(D4):
                         term = dot_bytes(term, load(private, at_q_head + d * WIDTH + c), splat(_ONES))
-                    term = (term - splat(np.int32(q_offset * Dp))) * splat(np.int32(-zk))
+                    term = (term - splat(np.int32((OFFSET + zq) * Dp))) * splat(np.int32(-zk))
                 store(private, at_sums + c, term)
             # b. scores, as codes of four keys to a lane
-            for s in range(first, last_up, ROWS):
-                tile = tile_of_rows_and_columns(ROWS, COLUMNS, shared, at_krow + h * S_up + s, private, at_sums)
-                tile = multiply(tile, shared, at_k + s * k_row, k_row, 1, private_u, at_q_head, D4)
-                tile = tile_map(tile, score_rule, weights, p[P_MS], 0, LANES)
-                tile_store(tile_pack_rows(tile, zs, np.int32(0)), private, at_codes + (s - first) // 4 * WIDTH,
-                           WIDTH, LANES)
+            linear(finish_scores, (weights, score_rule, p[P_MS], zs, shared, at_krow + h * S_up + first, private,
+                                   at_codes),
+                   shared, at_k + first * k_row, k_row, 1, last_up - first, private_u, at_q_head, private, at_sums,
+                   WIDTH, q_groups, private, at_tiles)
             if tables.size > 0 and last > first:
                 map_codes(private, at_codes, groups, tables, classes,
                           batch * p[P_CLASS_B] + h * p[P_CLASS_H] + q0 * p[P_CLASS_L], p[P_CLASS_L], p[P_CLASS_S],
@@ -275,20 +346,19 @@ def layer_part(table, project_rule, score_rule, context_rule, xq, xk, xv, out, w
                         term = term + splat(np.int32(128 * 4 * groups))
                     term = term * splat(np.int32(-zv))
                 store(private, at_sums + c, term)
-            for d in range(0, Dvp, ROWS):
-                at_row_terms = at_sums + 3 * WIDTH
-                for i in range(ROWS):
-                    total = np.int32(0)
-                    if OFFSET == 0:
-                        for g in range(groups):
-                            for j in range(4):
-                                total += np.int32(shared_b[4 * (at_v + g * v_block + d + i) + j])
-                    private[at_row_terms + i] = np.int32(128 * total)
-                tile = tile_of_rows_and_columns(ROWS, COLUMNS, private, at_row_terms, private, at_sums)
-                tile = multiply(tile, shared, at_v + d, 1, v_block, private_u, at_codes, groups)
-                tile = tile_map(tile, context_rule, weights, p[P_MC], 0, LANES)
-                tile_store(tile_pack_rows(tile, zc, FLIP), private, at_context + (h * Dvp + d) // 4 * WIDTH,
-                           WIDTH, LANES)
+            if MATRIX:
+                for i in range(groups * WIDTH, round_up(groups, MATRIX_DEPTH) * WIDTH, LANES):
+                    store(private, at_codes + i, splat(np.int32(0)))
+                at_v, v_feature, v_group = at_values + h * Dvp * v_row + first // 4, v_row, 1
+            else:
+                at_v = at_values + feature_position(h * Dvp, v_block, v_step) + first // 4 * v_block
+                v_feature, v_group = 1, v_block
+                if OFFSET == 0:
+                    value_terms(shared, at_v, v_block, groups, Dvp, private, at_terms)
+            linear(finish_context, (weights, context_rule, p[P_MC], zc, private, at_terms, private,
+                                    at_context + h * Dvp // 4 * WIDTH),
+                   shared, at_v, v_feature, v_group, Dvp, private_u, at_codes, private, at_sums, WIDTH,
+                   round_up(groups, MATRIX_DEPTH), private, at_tiles)
         # 4. output rows: projection of the context, or the context itself
         at_row = (batch * L + q0) * Eo
         if p[P_HAS_OUT] == 0:
@@ -298,30 +368,18 @@ def layer_part(table, project_rule, score_rule, context_rule, xq, xk, xv, out, w
                         byte = (at_context + (h * Dvp + d) // 4 * WIDTH + l) * 4 + d % 4
                         out[at_row + l * Eo + h * Dv + d] = private_b[byte] ^ np.int8(-128 if OFFSET else 0)
             continue
-        C4 = H * Dvp // 4
-        Eo_up = (Eo + WIDTH - 1) // WIDTH * WIDTH
-        use_matrix = MATRIX and C4 % 16 == 0
-        turned_u = private_u[at_turned:]
-        if use_matrix:  # the matrix unit reads whole rows
+        C4 = round_up(H * Dvp // 4, MATRIX_DEPTH)
+        Eo_up = round_up(Eo, WIDTH)
+        at_rows, row_step, group_step = at_context, 1, WIDTH
+        if MATRIX:  # the matrix unit reads whole rows
             for c in range(0, C4, LANES):
                 for l in range(0, WIDTH, LANES):
                     transpose_block(private, at_context + c * WIDTH + l, WIDTH, private, at_turned + l * C4 + c, C4)
-        for e in range(0, Eo, WIDTH):
-            for l in range(0, queries, ROWS):
-                if use_matrix:
-                    tile = linear_tile(True, l, turned_u, C4, weights, p[P_WO] + e * C4, p[P_BO] + e, C4,
-                                       private, at_tiles)
-                else:
-                    tile = tile_of_columns(ROWS, COLUMNS, weights, p[P_BO] + e)
-                    tile = multiply(tile, private_u, at_context + l, 1, WIDTH, weights, p[P_WO] + e * C4, C4)
-                tile = tile_map(tile, project_rule, weights, p[P_MO] + e, LANES, Eo_up)
-                if l + ROWS <= queries and e + WIDTH <= Eo:
-                    tile_store_bytes(tile, out, at_row + l * Eo + e, Eo, LANES, zo, np.int32(0))
-                else:
-                    tile_store_bytes(tile, private_b, 4 * at_x, WIDTH, LANES, zo, np.int32(0))
-                    for i in range(min(ROWS, queries - l)):
-                        for j in range(min(WIDTH, Eo - e)):
-                            out[at_row + (l + i) * Eo + e + j] = private_b[4 * at_x + i * WIDTH + j]
+            at_rows, row_step, group_step = at_turned, C4, 1
+        linear(finish_output, (weights, project_rule, p[P_MO], Eo_up, zo, out, at_row, Eo, queries, private_b,
+                               4 * at_x),
+               private_u, at_rows, row_step, group_step, queries, weights, p[P_WO], weights, p[P_BO], Eo_up, C4,
+               private, at_tiles)
     if MATRIX:
         matrix_release()
 
@@ -330,7 +388,7 @@ def layer_part(table, project_rule, score_rule, context_rule, xq, xk, xv, out, w
 def layer_int8(project_rule, score_rule, context_rule, table, xq, xk, xv, out, weights, p, keep, classes, tables,
                scratch, board, count):
     """A static int8 multi-head attention layer, see `layer_part`, on at most `count` threads that serve the board."""
-    tokens, token_parts = portions(p[P_S], MATRIX_TOKENS, count)
+    tokens, token_parts = portions(p[P_S], TOKENS_TOGETHER, count)
     blocks, block_parts = portions((p[P_L] + WIDTH - 1) // WIDTH, 1, count)
     for batch in range(p[P_BATCH]):  # the table first: Numba takes arguments that begin with a function for functions
         share(board, token_parts, layer_part, table, project_rule, score_rule, context_rule, xq, xk, xv, out, weights,

@@ -6,9 +6,11 @@ from edgeattn import threads
 from edgeattn.jit import entry
 
 from . import fused_dynamic as f
-from .layer_float32 import _LOG2_E, _NO_BIAS, _NO_KEEP, _strides
-from .matmul import MATRIX, MATRIX_TOKENS, pack_byte_panels, pad_heads, padded_head, place, round_up
-from .simd import LANES, OFFSET, ROWS, WIDTH
+from .dynamic import KEY_BLOCK, SHIFT, STEP, TOKENS
+from .layer_float32 import _LOG2_E, _NO_BIAS, _NO_KEEP, _flat, _strides
+from .linear_dynamic import TILES_SIZE, join_depth
+from .matmul import MATRIX_DEPTH, ROW_STEP, pack_byte_panels, pack_byte_rows, place, round_up
+from .simd import LANES, MATRIX_ROWS, OFFSET, WIDTH
 
 
 def quantize_weight(weight):
@@ -23,35 +25,54 @@ def plan(p, B, L, S, masked):
     """Write a call's shape, and where what it needs lies in its scratch, into p; (shared, private) elements of that."""
     p[f.P_BATCH], p[f.P_L], p[f.P_S] = B, L, S
     H, Hkv, Dp, Dvp = p[f.P_HEADS], p[f.P_KV_HEADS], p[f.P_D_PAD], p[f.P_DV_PAD]
-    q_features, k_features, v_features = round_up(H * Dp, WIDTH), round_up(Hkv * Dp, WIDTH), round_up(Hkv * Dvp, WIDTH)
-    k_block, v_block = max(Dp, LANES), max(Dvp, LANES)
-    S_up = round_up(S, ROWS)
-    q_row = round_up(round_up(q_features, k_block) // 4, LANES)
-    rows = max(f.TOKENS, WIDTH)
-    deepest = round_up(max(p[f.P_EQ], p[f.P_EK], p[f.P_EV]), 4) // 4
-    shared = round_up((k_features + k_block) * S_up // 4, 16)  # the keys
-    shared = place(p, f.P_VALUES, shared, (v_features + v_block) * (S_up // 4) + 2 * WIDTH)
+    S_up, L_up = round_up(S, TOKENS), round_up(L, TOKENS)
+    D4, K4, C4 = Dp // 4, round_up(Hkv * Dp // 4, LANES), round_up(H * Dvp // 4, LANES)
+    deepest = round_up(max(p[f.P_EQ], p[f.P_EK], p[f.P_EV]), STEP) // 4
+    past = 2 * MATRIX_ROWS  # rows that a tile may read past the last, and a row past the last number
+    shared = round_up((S_up + past) * K4 + past, 16)  # the keys
+    shared = place(p, f.P_VALUES, shared, (Hkv * Dvp + past) * (round_up(S, 64) // 4) + past)
+    shared = place(p, f.P_QUERIES, shared, L_up * H * D4)
+    shared = place(p, f.P_QSCALE, shared, L_up * H)
     shared = place(p, f.P_KTERM, shared, Hkv * S_up)
-    shared = place(p, f.P_KSCALE, shared, (k_features // k_block + 1) * S_up)
-    shared = place(p, f.P_VSCALE, shared, (v_features // v_block + 1) * S_up)
-    private = place(p, f.P_AT_X, 0, rows * deepest + WIDTH)
-    private = place(p, f.P_AT_XSCALE, private, rows + WIDTH)
-    private = place(p, f.P_AT_NATURAL, private,
-                    rows * max(q_features, k_features, v_features) + max(k_block, v_block))
-    private = place(p, f.P_AT_QBYTES, private, WIDTH * q_row)
-    private = place(p, f.P_AT_Q, private, WIDTH * q_row)
-    private = place(p, f.P_AT_QSCALE, private, (q_features // k_block + 1) * WIDTH)
-    private = place(p, f.P_AT_SCORES, private, (f.KEY_BLOCK + ROWS) * WIDTH)
-    private = place(p, f.P_AT_P, private, (f.KEY_BLOCK // 4 + ROWS) * WIDTH)
-    private = place(p, f.P_AT_STATS, private, 4 * WIDTH + 16)
-    private = place(p, f.P_AT_CONTEXT, private, (H * Dvp + 2 * ROWS) * WIDTH)
-    private = place(p, f.P_AT_CBYTES, private, (H * Dvp // 4 + ROWS) * WIDTH)
-    private = place(p, f.P_AT_TILE, private, max(ROWS * WIDTH, LANES * LANES))
-    private = place(p, f.P_AT_MASKS, private, (S_up + ROWS) * WIDTH if masked else 0)
-    private = place(p, f.P_AT_TILES, private, MATRIX_TOKENS * WIDTH)
-    private = place(p, f.P_AT_TURNED, private, WIDTH * H * Dvp // 4 if MATRIX else 0)
+    shared = place(p, f.P_KSCALE, shared, Hkv * S_up)
+    shared = place(p, f.P_VLOG, shared, Hkv * S_up)
+    shared = place(p, f.P_VINVERSE, shared, Hkv * S_up)
+    shared = place(p, f.P_MEAN, shared, Hkv * Dp + LANES)
+    private = place(p, f.P_AT_NATURAL, 0, WIDTH * deepest)
+    private = place(p, f.P_AT_X, private, TOKENS * deepest)
+    private = place(p, f.P_AT_XSCALE, private, TOKENS)
+    private = place(p, f.P_AT_INVERSE, private, WIDTH)
+    private = place(p, f.P_AT_TAIL, private, STEP)
+    private = place(p, f.P_AT_WEIGHTS, private, TOKENS)
+    private = place(p, f.P_AT_KEYS, private, TOKENS * K4)
+    private = place(p, f.P_AT_Q, private, round_up(D4, MATRIX_DEPTH) * WIDTH)
+    rows = max(32, Dp, Dvp) + max(ROW_STEP, LANES)  # of one product, for all tokens or for W of them
+    private = place(p, f.P_AT_SCORES, private, max((KEY_BLOCK + ROW_STEP) * WIDTH, rows * TOKENS))
+    private = place(p, f.P_AT_P, private, KEY_BLOCK // 4 * WIDTH)
+    private = place(p, f.P_AT_STATS, private, 4 * WIDTH)
+    private = place(p, f.P_AT_CONTEXT, private, H * Dvp * WIDTH)
+    private = place(p, f.P_AT_CBYTES, private, C4 * WIDTH)
+    private = place(p, f.P_AT_TURNED, private, C4 * WIDTH)
+    private = place(p, f.P_AT_TILES, private, max(TILES_SIZE, LANES * LANES))
+    private = place(p, f.P_AT_MASKS, private, (S + 4) * WIDTH if masked else 0)
     p[f.P_SHARED], p[f.P_PRIVATE] = shared, private
     return shared, private
+
+
+def pad_heads(array, heads, size, padded):
+    """(heads * size, ...) -> (heads * padded, ...) with zeros between."""
+    out = np.zeros((heads, padded) + array.shape[1:], array.dtype)
+    out[:, :size] = array.reshape((heads, size) + array.shape[1:])
+    return out.reshape((heads * padded,) + array.shape[1:])
+
+
+def pack_heads(codes, heads, size):
+    """int8 codes (heads * size, depth) -> int32 for `project_heads`: what is projected at once in whole tiles."""
+    together = f.heads_together(size)
+    groups = -(-heads // together)
+    codes = np.concatenate((codes, np.zeros(((groups * together - heads) * size, codes.shape[1]), np.int8)))
+    codes = pad_heads(codes, groups, together * size, round_up(together * size, ROW_STEP))
+    return pack_byte_rows(join_depth(codes))
 
 
 class DynamicLayer:
@@ -73,7 +94,7 @@ class DynamicLayer:
         q, k, v, o = (w if w is None or isinstance(w, tuple) else quantize_weight(w)
                       for w in (q_weight, k_weight, v_weight, out_weight))
         D, Dv = q[0].shape[0] // H, v[0].shape[0] // Hkv
-        Dp, Dvp = padded_head(D), padded_head(Dv)
+        Dp, Dvp = round_up(D, 4), round_up(Dv, 4)
         parts = {np.int32: [], np.float32: []}
         p = self._parameters = np.zeros(f.P_COUNT, np.int64)
 
@@ -83,11 +104,9 @@ class DynamicLayer:
             padded[:array.size] = array.ravel()
             parts[dtype].append(padded)
 
-        def put_linear(slot, codes, scale_slot, factors, bias):
-            deep = np.zeros((codes.shape[0], round_up(codes.shape[1], 4)), np.int8)
-            deep[:, :codes.shape[1]] = codes
-            put(slot, pack_byte_panels(deep), np.int32)
-            put(slot + 1, -OFFSET * deep.astype(np.int32).sum(1), np.int32)
+        def put_linear(slot, words, codes, shift, scale_slot, factors, bias):
+            put(slot, words, np.int32)
+            put(slot + 1, -shift * codes.astype(np.int32).sum(1), np.int32)
             put(scale_slot, factors, np.float32)
             put(scale_slot + 1, bias, np.float32)
 
@@ -96,19 +115,20 @@ class DynamicLayer:
                 (f.P_WV, f.P_SV, v, v_bias, Hkv, Dv, Dvp, 1.0)):
             bias = np.zeros(heads * size, np.float32) if bias is None else bias
             factors, bias = ((a.astype(np.float64) * fold).astype(np.float32) for a in (factors, bias))
-            put_linear(slot, pad_heads(codes, heads, size, wide), scale_slot, pad_heads(factors, heads, size, wide),
-                       pad_heads(bias, heads, size, wide))
+            codes, factors, bias = (pad_heads(a, heads, size, wide) for a in (codes, factors, bias))
+            put_linear(slot, pack_heads(codes, heads, wide), codes, SHIFT, scale_slot, factors, bias)
         Eo = H * Dv
         if o is not None:
             Eo = o[0].shape[0]
             up = round_up(Eo, WIDTH)
-            spread = np.zeros((up, H, Dvp), np.int8)
-            spread[:Eo, :, :Dv] = o[0].reshape(Eo, H, Dv)
+            spread = np.zeros((up, round_up(H * Dvp, STEP)), np.int8)
+            gaps = ((0, 0), (0, 0), (0, Dvp - Dv))
+            spread[:Eo, : H * Dvp] = np.pad(o[0].reshape(Eo, H, Dv), gaps).reshape(Eo, H * Dvp)
             factors, bias = np.zeros(up, np.float32), np.zeros(up, np.float32)
             factors[:Eo] = o[1]
             if out_bias is not None:
                 bias[:Eo] = out_bias
-            put_linear(f.P_WO, spread.reshape(up, H * Dvp), f.P_SO, factors, bias)
+            put_linear(f.P_WO, pack_byte_panels(spread), spread, OFFSET, f.P_SO, factors, bias)
         self._weights = threads.aligned(sum(part.size for part in parts[np.int32]), np.int32)
         self._factors = threads.aligned(sum(part.size for part in parts[np.float32]), np.float32)
         np.concatenate(parts[np.int32], out=self._weights)
@@ -120,9 +140,10 @@ class DynamicLayer:
         self.output_dim = Eo
         self._plans, self._run = {}, None
 
-    def _plan(self, B, L, S, masked):
+    def _plan(self, B, L, S, masked, same_qk, same_kv):
         """(parameters, shared elements, private elements, work) for one shape."""
         p = self._parameters.copy()
+        p[f.P_SAME_QK], p[f.P_SAME_KV] = same_qk, same_kv
         shared, private = map(int, plan(p, B, L, S, masked))
         H, Hkv, Dp, Dvp, Eq, Ek, Ev, Eo = (int(p[i]) for i in (f.P_HEADS, f.P_KV_HEADS, f.P_D_PAD, f.P_DV_PAD, f.P_EQ,
                                                                f.P_EK, f.P_EV, f.P_EO))
@@ -134,14 +155,15 @@ class DynamicLayer:
         """out (B, L, Eo) from xq (B, L, Eq), xk (B, S, Ek), xv (B, S, Ev): float32, C order; masks as FloatLayer."""
         B, L, S = xq.shape[0], xq.shape[1], xk.shape[1]
         masked = keep is not None or bias is not None
-        plan = self._plans.get((B, L, S, masked))
+        key = (B, L, S, masked, xq is xk, xk is xv)
+        plan = self._plans.get(key)
         if plan is None:
             if len(self._plans) > 64:
                 self._plans.clear()
-            plan = self._plans[B, L, S, masked] = self._plan(B, L, S, masked)
+            plan = self._plans[key] = self._plan(*key)
         p, shared_size, private_size, work = plan
-        p = p.copy()
-        p[f.P_SAME_KV] = xk is xv
+        if masked or band is not None:
+            p = p.copy()
         if band is not None:
             p[f.P_BAND], p[f.P_LOW], p[f.P_HIGH] = 1, band[0], band[1]
         if keep is not None:
@@ -150,8 +172,7 @@ class DynamicLayer:
             p[f.P_BIAS_B:f.P_BIAS_S + 1] = _strides(bias, None)
         keep = _NO_KEEP if keep is None else keep.reshape(-1).view(np.uint8)
         bias = _NO_BIAS if bias is None else bias.reshape(-1)
-        arguments = (xq.reshape(-1), xk.reshape(-1), xv.reshape(-1), out.reshape(-1), self._weights, self._factors, p,
-                     keep, bias)
+        arguments = (*_flat(xq, xk, xv), out.reshape(-1), self._weights, self._factors, p, keep, bias)
         if self._run is None:
             self._run = entry(f.layer_dynamic, (*arguments, np.zeros(1, np.int32), np.zeros(1, np.int64), 1))
         threads.run(self._run, arguments, np.int32, shared_size, private_size, B * work)

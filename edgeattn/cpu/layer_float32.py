@@ -61,6 +61,13 @@ def plan(p, B, L, S, masked):
     return shared, private
 
 
+def _flat(xq, xk, xv):
+    """The inputs in one dimension; mostly they are one array."""
+    q = xq.reshape(-1)
+    k = q if xk is xq else xk.reshape(-1)
+    return q, k, k if xv is xk else xv.reshape(-1)
+
+
 class FloatLayer:
     """A multi-head attention layer packed for `layer_float32`.
 
@@ -156,7 +163,7 @@ class FloatLayer:
                 p[f.P_BIAS_B:f.P_BIAS_S + 1] = _strides(bias, None)
         keep = _NO_KEEP if keep is None else keep.reshape(-1).view(np.uint8)
         bias = _NO_BIAS if bias is None else bias.reshape(-1)
-        arguments = (xq.reshape(-1), xk.reshape(-1), xv.reshape(-1), out.reshape(-1), self.weights, p, keep, bias)
+        arguments = (*_flat(xq, xk, xv), out.reshape(-1), self.weights, p, keep, bias)
         if self._run is None:
             self._run = entry(f.layer_float32, (*arguments, np.zeros(1, np.float32), np.zeros(1, np.int64), 1))
         threads.run(self._run, arguments, np.float32, shared_size, private_size, work)

@@ -6,10 +6,21 @@ from edgeattn import threads
 from edgeattn.jit import entry
 
 from . import fused_int8 as f
-from .layer_float32 import _strides
-from .matmul import MATRIX, MATRIX_TOKENS, pack_byte_panels, pad_heads, padded_head, place, round_up
+from .layer_float32 import _flat, _strides
+from .matmul import (
+    MATRIX,
+    MATRIX_DEPTH,
+    MATRIX_SCRATCH,
+    MATRIX_TOKENS,
+    pack_byte_panels,
+    pad_heads,
+    padded_head,
+    place,
+    round_up,
+)
 from .requantize import RULES, encode
-from .simd import LANES, OFFSET, ROWS, WIDTH
+from .simd import LANES, OFFSET, ROWS, WIDTH, byte_planes
+from .softmax_int8 import KEPT_GROUPS
 
 _EMPTY_U8 = np.zeros(0, np.uint8)
 _EMPTY_I8 = np.zeros(0, np.int8)
@@ -22,22 +33,30 @@ def plan(p, B, L, S):
     H, Dp, Dvp = p[f.P_HEADS], p[f.P_D_PAD], p[f.P_DV_PAD]
     features, v_features = round_up(H * Dp, WIDTH), round_up(H * Dvp, WIDTH)
     k_block, v_block = max(Dp, LANES), max(Dvp, LANES)
-    S_up = round_up(S, ROWS)
+    S_up = f.padded_keys(S)
     natural_row = round_up(features // 4, LANES)
-    deepest = round_up(max(p[f.P_EQ], p[f.P_EK], p[f.P_EV]), 4) // 4
-    shared = round_up((features + k_block) * S_up // 4, 16)  # the keys
-    shared = place(p, f.P_VALUES, shared, (v_features + v_block) * (S_up // 4) + 2 * WIDTH)
+    q_groups = round_up(Dp // 4, MATRIX_DEPTH)
+    context4 = f.packed_depth(H * Dvp)
+    deepest = f.packed_depth(max(p[f.P_EQ], p[f.P_EK], p[f.P_EV]))
+    # The matrix unit reads MATRIX_TOKENS rows of MATRIX_DEPTH groups, whatever is there.
+    if MATRIX:
+        values = (v_features + MATRIX_TOKENS) * round_up(S_up // 4, MATRIX_DEPTH) + MATRIX_DEPTH
+    else:
+        values = (v_features + v_block) * (S_up // 4) + 2 * WIDTH
+    shared = round_up((features * S_up + k_block * (MATRIX_TOKENS + LANES)) // 4 + LANES, 16)  # the keys
+    shared = place(p, f.P_VALUES, shared, values)
     shared = place(p, f.P_KROW, shared, H * S_up)
-    private = place(p, f.P_AT_X, 0, max(f.TOKENS, WIDTH) * deepest + ROWS * WIDTH)
-    private = place(p, f.P_AT_NATURAL, private, WIDTH * natural_row)
-    private = place(p, f.P_AT_Q, private, natural_row * WIDTH)
-    private = place(p, f.P_AT_SUMS, private, 3 * WIDTH + 16)
-    private = place(p, f.P_AT_CONTEXT, private, (H * Dvp // 4 + ROWS) * WIDTH)
-    private = place(p, f.P_AT_CODES, private, (S_up // 4 + 4) * WIDTH)
+    private = place(p, f.P_AT_X, 0, f.TOKENS * deepest + ROWS * WIDTH)
+    private = place(p, f.P_AT_NATURAL, private, max(WIDTH * natural_row + LANES, f.TOKENS // 4 * WIDTH, LANES * LANES))
+    private = place(p, f.P_AT_Q, private, max(natural_row, H * q_groups) * WIDTH)
+    private = place(p, f.P_AT_SUMS, private, 3 * WIDTH)
+    private = place(p, f.P_AT_TERMS, private, Dvp + LANES + ROWS if OFFSET == 0 else 0)
+    private = place(p, f.P_AT_CONTEXT, private, (context4 + ROWS) * WIDTH)
+    private = place(p, f.P_AT_CODES, private, (round_up(S_up // 4, MATRIX_DEPTH) + 4) * WIDTH)
     private = place(p, f.P_AT_MASKS, private, (S_up // 4 + 4) * WIDTH)
-    private = place(p, f.P_AT_VALUES, private, (S_up + 16) * WIDTH)
-    private = place(p, f.P_AT_TILES, private, MATRIX_TOKENS * WIDTH)
-    private = place(p, f.P_AT_TURNED, private, WIDTH * H * Dvp // 4 if MATRIX else 0)
+    private = place(p, f.P_AT_VALUES, private, min(S_up, 4 * KEPT_GROUPS) * WIDTH)
+    private = place(p, f.P_AT_TILES, private, max(MATRIX_SCRATCH, 16))
+    private = place(p, f.P_AT_TURNED, private, WIDTH * context4 if MATRIX else 0)
     p[f.P_SHARED], p[f.P_PRIVATE] = shared, private
     return shared, private
 
@@ -89,7 +108,7 @@ class StaticLayer:
         for letter, name, size, wide in (("q", "query", D, Dp), ("k", "key", D, Dp), ("v", "value", Dv, Dvp)):
             weight, real, bias = linears[name]
             depth = weight.shape[1]
-            deep = np.zeros((weight.shape[0], round_up(depth, 4)), np.int8)
+            deep = np.zeros((weight.shape[0], 4 * f.packed_depth(depth)), np.int8)
             deep[:, :depth] = weight
             bias = np.zeros(len(weight), np.int32) if bias is None else bias
             put_linear(letter, pad_heads(deep, H, size, wide), pad_heads(bias, H, size, wide),
@@ -98,13 +117,13 @@ class StaticLayer:
             weight, real, bias = linears["output"]
             Eo = weight.shape[0]
             up = round_up(Eo, WIDTH)
-            spread = np.zeros((up, H, Dvp), np.int8)
-            spread[:Eo, :, :Dv] = weight.reshape(Eo, H, Dv)
+            spread = np.zeros((up, 4 * f.packed_depth(H * Dvp)), np.int8)
+            spread[:Eo, :H * Dvp].reshape(Eo, H, Dvp)[:, :, :Dv] = weight.reshape(Eo, H, Dv)
             wide_bias, wide_real = np.zeros(up, np.int32), np.zeros(up)
             wide_real[:Eo] = real
             if bias is not None:
                 wide_bias[:Eo] = bias
-            put_linear("o", spread.reshape(up, H * Dvp), wide_bias, wide_real, "context")
+            put_linear("o", spread, wide_bias, wide_real, "context")
         else:
             Eo = H * Dv
             at["wo"] = at["bo"] = at["mo"] = 0
@@ -112,8 +131,8 @@ class StaticLayer:
         put("mc", encode(context_rule, [context] * LANES))
         self.weights = threads.aligned(sum(part.size for part in parts), np.int32)
         np.concatenate(parts, out=self.weights)
-        table = threads.aligned(256, softmax_table.dtype)
-        table[:] = softmax_table
+        table = threads.aligned(512, softmax_table.dtype)
+        table[:] = byte_planes(softmax_table)
         self._fixed = (*(RULES[name] for name in (project_rule, score_rule, context_rule)), table)
         self._run = None
         p = self._parameters = np.zeros(f.P_COUNT, np.int64)
@@ -131,9 +150,10 @@ class StaticLayer:
         self.output_dim = Eo
         self._plans = {}
 
-    def _plan(self, B, L, S):
+    def _plan(self, B, L, S, same):
         """(parameters, shared elements, private elements, work) for one shape."""
         p = self._parameters.copy()
+        p[f.P_SAME_KV] = same
         shared, private = map(int, plan(p, B, L, S))
         H, Dp, Dvp, Eq, Ek, Ev, Eo = (int(p[i]) for i in (f.P_HEADS, f.P_D_PAD, f.P_DV_PAD, f.P_EQ, f.P_EK, f.P_EV,
                                                           f.P_EO))
@@ -150,14 +170,14 @@ class StaticLayer:
         classes : uint8 broadcast to (B, H, L, S): which table; class 0 everywhere if None
         """
         B, L, S = xq.shape[0], xq.shape[1], xk.shape[1]
-        plan = self._plans.get((B, L, S))
+        key = (B, L, S, xk is xv)
+        plan = self._plans.get(key)
         if plan is None:
             if len(self._plans) > 64:
                 self._plans.clear()
-            plan = self._plans[B, L, S] = self._plan(B, L, S)
+            plan = self._plans[key] = self._plan(*key)
         p, shared_size, private_size, work = plan
-        same = xk is xv
-        if keep is not None or band is not None or classes is not None or not same:
+        if keep is not None or band is not None or classes is not None:
             p = p.copy()
             if band is not None:
                 p[f.P_BAND], p[f.P_LOW], p[f.P_HIGH] = 1, band[0], band[1]
@@ -165,13 +185,11 @@ class StaticLayer:
                 p[f.P_KEEP_B:f.P_KEEP_S + 1] = _strides(keep, None)
             if classes is not None:
                 p[f.P_CLASS_B:f.P_CLASS_S + 1] = _strides(classes, None)
-            p[f.P_SAME_KV] = same
         keep = _EMPTY_U8 if keep is None else keep.reshape(-1).view(np.uint8)
         classes = _EMPTY_U8 if classes is None else classes.reshape(-1)
         tables = _EMPTY_I8 if tables is None else tables.reshape(-1)
-        arguments = (xq.reshape(-1), xk.reshape(-1), xv.reshape(-1), out.reshape(-1),
-                     self.weights, p, keep, classes, tables)
+        arguments = (*self._fixed, *_flat(xq, xk, xv), out.reshape(-1), self.weights, p, keep, classes, tables)
         if self._run is None:
-            self._run = entry(f.layer_int8, (*self._fixed, *arguments, np.zeros(1, np.int32), np.zeros(1, np.int64), 1))
-        threads.run(self._run, (*self._fixed, *arguments), np.int32, shared_size, private_size, B * work)
+            self._run = entry(f.layer_int8, (*arguments, np.zeros(1, np.int32), np.zeros(1, np.int64), 1))
+        threads.run(self._run, arguments, np.int32, shared_size, private_size, B * work)
         return out

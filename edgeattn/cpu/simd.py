@@ -9,6 +9,7 @@ Bytes travel four to a 32-bit lane: an array of dtype uint32 holds four unsigned
 """
 import operator
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -138,6 +139,14 @@ def splat(typing, scalar):
 
 
 @intrinsic
+def quotient(typing, a, b):
+    """a // b for a >= 0 and b > 0: unlike Python's, without a branch, so that it is taken out of loops"""
+    def generate(context, builder, sig, args):
+        return builder.udiv(*args)
+    return types.int64(types.int64, types.int64), generate
+
+
+@intrinsic
 def lane_index(typing):
     """v[l] = l, int32"""
     def generate(context, builder, sig, args):
@@ -152,6 +161,17 @@ def load(typing, array, at):
 
     def generate(context, builder, sig, args):
         return _load(builder, _pointer(context, builder, sig.args[0], args[0], args[1], context.get_value_type(vec)))
+    return vec(array, types.intp), generate
+
+
+@intrinsic
+def broadcast(typing, array, at):
+    """v[l] = array[at], at never negative, for float32, int32 and uint32 arrays"""
+    vec = _OF_ARRAY[array.dtype]
+
+    def generate(context, builder, sig, args):
+        element = builder.load(builder.gep(_data(context, builder, sig.args[0], args[0]), [args[1]]))
+        return _splat(builder, element, context.get_value_type(vec))
     return vec(array, types.intp), generate
 
 
@@ -192,31 +212,77 @@ def store_bytes(typing, array, at, v):
     return types.void(array, types.intp, v), generate
 
 
-@intrinsic
-def gather(typing, table, index):
+def _gather(context, builder, table_type, table, index, value_type):
     """v[l] = table[index[l]], index never negative"""
+    base = _data(context, builder, table_type, table)
+    if not (ISA.x86 and LANES >= 8):
+        out = ir.Constant(value_type, ir.Undefined)
+        for l in range(LANES):
+            position = ir.Constant(_I32, l)
+            element = builder.load(builder.gep(base, [builder.extract_element(index, position)]))
+            out = builder.insert_element(out, element, position)
+        return out
+    wide = ir.VectorType(_I64, LANES)
+    start = _splat(builder, builder.ptrtoint(base, _I64), wide)
+    addresses = builder.add(start, builder.shl(builder.sext(index, wide), _all(2, wide)))
+    pointers = ir.VectorType(base.type, LANES)
+    mask = _all(True, ir.VectorType(_I1, LANES))
+    kind = "f32" if value_type.element == ir.FloatType() else "i32"
+    return _call(builder, f"llvm.masked.gather.v{LANES}{kind}.v{LANES}p0", value_type,
+                 [builder.inttoptr(addresses, pointers), ir.Constant(_I32, 4), mask,
+                  ir.Constant(value_type, ir.Undefined)])
+
+
+@intrinsic
+def look_up_bytes(typing, table, d):
+    """four vectors, v[j][l] = table[byte j of d[l]]
+
+    table (512,) of 32 bits: 256 entries, and the same again as `byte_planes` arranges it.
+    """
     vec = _OF_ARRAY[table.dtype]
 
     def generate(context, builder, sig, args):
-        base = _data(context, builder, sig.args[0], args[0])
         value_type = context.get_value_type(vec)
-        if not (ISA.x86 and LANES >= 8):
-            out = ir.Constant(value_type, ir.Undefined)
-            for l in range(LANES):
-                position = ir.Constant(_I32, l)
-                element = builder.load(builder.gep(base, [builder.extract_element(args[1], position)]))
-                out = builder.insert_element(out, element, position)
-            return out
-        wide = ir.VectorType(_I64, LANES)
-        start = _splat(builder, builder.ptrtoint(base, _I64), wide)
-        addresses = builder.add(start, builder.shl(builder.sext(args[1], wide), _all(2, wide)))
-        pointers = ir.VectorType(base.type, LANES)
-        mask = _all(True, ir.VectorType(_I1, LANES))
-        kind = "f32" if vec is F32 else "i32"
-        return _call(builder, f"llvm.masked.gather.v{LANES}{kind}.v{LANES}p0", value_type,
-                     [builder.inttoptr(addresses, pointers), ir.Constant(_I32, 4), mask,
-                      ir.Constant(value_type, ir.Undefined)])
-    return vec(table, index), generate
+        if not ISA.byte_permute:
+            found = []
+            for j in range(4):
+                index = builder.and_(builder.lshr(args[1], _all(8 * j, args[1].type)), _all(255, args[1].type))
+                found.append(_gather(context, builder, sig.args[0], args[0], index, value_type))
+            return context.make_tuple(builder, sig.return_type, found)
+        # 64 bytes of a plane at a time; bits 6 and 7 of the index choose among the four permutations
+        bytes_type = ir.VectorType(_I8, 64)
+        index = builder.bitcast(_transpose_bytes(builder, args[1]), bytes_type)
+        zero = _all(0, bytes_type)
+        bit7 = builder.icmp_signed("<", index, zero)
+        bit6 = builder.icmp_signed("<", builder.shl(index, _all(1, bytes_type)), zero)
+        planes = []
+        for j in range(4):
+            quarters = []
+            for k in range(4):
+                at = ir.Constant(_I64, 256 + 64 * j + 16 * k)
+                piece = _load(builder, _pointer(context, builder, sig.args[0], args[0], at, bytes_type))
+                quarters.append(_call(builder, "llvm.x86.avx512.permvar.qi.512", bytes_type, [piece, index]))
+            low, high = (builder.select(bit6, quarters[k + 1], quarters[k]) for k in (0, 2))
+            planes.append(builder.select(bit7, high, low))
+        # bytes of the planes side by side, first to 16 and then to 32 bits
+        halves = []
+        for half in (0, 8):
+            order = [16 * g + half + i + 64 * side for g in range(4) for i in range(8) for side in (0, 1)]
+            pairs = [_shuffle(builder, planes[j], planes[j + 1], order) for j in (0, 2)]
+            halves.append([builder.bitcast(pair, ir.VectorType(_I16, 32)) for pair in pairs])
+        found = []
+        for pairs in halves:
+            for half in (0, 4):
+                order = [8 * g + half + i + 32 * side for g in range(4) for i in range(4) for side in (0, 1)]
+                found.append(builder.bitcast(_shuffle(builder, *pairs, order), value_type))
+        return context.make_tuple(builder, sig.return_type, found)
+    return types.UniTuple(vec, 4)(table, d), generate
+
+
+def byte_planes(table):
+    """A table of 256 entries of 32 bits as `look_up_bytes` wants it: the entries, then their first bytes, second ..."""
+    planes = np.ascontiguousarray(table.view(np.uint8).reshape(256, 4).T)
+    return np.concatenate([table, planes.ravel().view(table.dtype)])
 
 
 @intrinsic
@@ -530,6 +596,14 @@ def pack_bytes(typing, a, b, c, d, zero_point):
 
 
 @intrinsic
+def join_bytes(typing, a, b, c, d):
+    """byte 16 g + 4 i + j of v = clamp((a, b, c, d)[i][4 g + j], -128, 127): cheaper than any other order"""
+    def generate(context, builder, sig, args):
+        return _pack(builder, args, ir.Constant(_I32, 0))
+    return I32(I32, I32, I32, I32), generate
+
+
+@intrinsic
 def larger_bytes(typing, a, b):
     """each signed byte of v[l] = max of the two"""
     def generate(context, builder, sig, args):
@@ -636,6 +710,21 @@ def tile_of_rows_and_columns(typing, rows, columns, down, i0, across, j0):
                 out = builder.insert_value(out, getattr(builder, addition)(row, columns_[j]), i * tile.columns + j)
         return out
     return tile(rows, columns, down, types.intp, across, types.intp), generate
+
+
+@intrinsic
+def tile_add_down(typing, t, down, i0):
+    """u[i][j] = t[i][j] + splat(down[i0 + i]), int32"""
+    def generate(context, builder, sig, args):
+        tile = args[0]
+        first = builder.gep(_data(context, builder, sig.args[1], args[1]), [args[2]])
+        for i in range(t.rows):
+            row = builder.load(builder.gep(first, [ir.Constant(_I64, i)]))
+            row = _splat(builder, row, context.get_value_type(t.vec))
+            for k in range(i * t.columns, (i + 1) * t.columns):
+                tile = builder.insert_value(tile, builder.add(builder.extract_value(tile, k), row), k)
+        return tile
+    return t(t, down, types.intp), generate
 
 
 @intrinsic
@@ -790,21 +879,27 @@ def prefetch(typing, array, at):
 
 @intrinsic
 def tile_store_bytes(typing, t, array, at, row_step, column_step, zero_point, flip):
-    """array[at + i * row_step + j * column_step + l] = clamp(t[i][j][l] + zero_point, -128, 127) ^ flip"""
+    """array[at + i * row_step + j * column_step + l] = clamp(t[i][j][l] + zero_point, -128, 127) ^ byte l % 4 of flip
+
+    array of bytes; rows * columns a multiple of 4.
+    """
     def generate(context, builder, sig, args):
         tile, array_, position, row_step_, column_step_, zero, flip_ = args
-        vector = context.get_value_type(t.vec)
-        narrow_type = ir.VectorType(_I8, LANES)
-        zeros = _splat(builder, zero, vector)
-        flips = _splat(builder, builder.trunc(flip_, _I8), narrow_type)
-        for i in range(t.rows):
+        positions = []
+        for _ in range(t.rows):
             here = position
-            for j in range(t.columns):
-                value = builder.add(builder.extract_value(tile, i * t.columns + j), zeros)
-                value = builder.xor(_saturate(builder, value, _I8), flips)
-                _store(builder, value, _pointer(context, builder, sig.args[1], array_, here, narrow_type))
+            for _ in range(t.columns):
+                positions.append(here)
                 here = builder.add(here, column_step_)
             position = builder.add(position, row_step_)
+        quarter = ir.VectorType(_I32, LANES // 4)
+        for k in range(0, t.rows * t.columns, 4):
+            packed = _pack(builder, [builder.extract_value(tile, k + c) for c in range(4)], zero)
+            packed = builder.xor(packed, _splat(builder, flip_, packed.type))
+            packed = _shuffle(builder, packed, packed, [4 * g + c for c in range(4) for g in range(LANES // 4)])
+            for c in range(4):
+                part = _shuffle(builder, packed, packed, range(c * quarter.count, (c + 1) * quarter.count))
+                _store(builder, part, _pointer(context, builder, sig.args[1], array_, positions[k + c], quarter))
     return types.void(t, array, types.intp, types.intp, types.intp, types.int32, types.int32), generate
 
 
@@ -1182,9 +1277,15 @@ def matrix_store(typing, t, array, at, row_step):
 
 
 @intrinsic
-def matrix_dot(typing, c, a, b):
-    """c[i][j] += sum over k, m of unsigned byte a[i][4 k + m] * signed byte b[k][4 j + m], j < 16, k < 16"""
-    return types.void(c, a, b), _matrix_dot("llvm.x86.tdpbusd", c, a, b)
+def matrix_dot(typing, c, a, b, of_a, of_b):
+    """c[i][j] += sum over k, m of byte a[i][4 k + m] * byte b[k][4 j + m], j < 16, k < 16
+
+    `of_a` and `of_b` are the arrays the two tiles came from: exactly one must be of dtype uint32, the unsigned side.
+    """
+    if (of_a.dtype == types.uint32) == (of_b.dtype == types.uint32):
+        return None
+    instruction = "llvm.x86.tdpbusd" if of_a.dtype == types.uint32 else "llvm.x86.tdpbsud"
+    return types.void(c, a, b, of_a, of_b), _matrix_dot(instruction, c, a, b)
 
 
 @intrinsic

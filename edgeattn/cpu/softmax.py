@@ -3,12 +3,18 @@ import numpy as np
 
 from edgeattn.jit import inlined
 
-from .simd import bits_of, float_of_bits, fma, fraction, larger, scale_by_power, select, splat
+from .simd import bits_of, float_of_bits, fma, fraction, larger, scale_by_power, select, splat, to_float
 
 # 2**r on [0, 1] with c0 = 1, minimax in relative error: at most 8.8e-8 before rounding.
 EXP2 = (np.float32(0.69315135), np.float32(0.24016438), np.float32(0.055799916), np.float32(0.009017042),
         np.float32(0.0018671312))
 _C1, _C2, _C3, _C4, _C5 = EXP2
+# The same to the third power only, at most 1.1e-4: for what becomes one of 256 steps anyway.
+_B1, _B2, _B3 = np.float32(0.6932828979925825), np.float32(0.24221097466536887), np.float32(0.055009057806582905)
+# log2(1 + r) on [0, 1], minimax in absolute error: at most 1.1e-4.
+_L1, _L2, _L3, _L4 = (np.float32(1.439014713548267), np.float32(-0.6799443458292148), np.float32(0.32559606724538315),
+                      np.float32(-0.0847687653054377))
+_ROUND = np.float32(12582912.0)  # 1.5 * 2**23: adding it leaves the nearest integer in the low bits
 _LOWEST = np.float32(-126.0)  # 2**-126 is the smallest normal float32
 _ONE = np.float32(1)
 _TWO = np.float32(2)
@@ -33,6 +39,30 @@ def exp2_within(t):
 def exp2(t):
     """2**t per lane for t < 127; t below -126 counts as -126 and a NaN stays."""
     return exp2_within(larger(splat(_LOWEST), t))
+
+
+@inlined
+def exp2_roughly(t):
+    """2**t per lane to a ten-thousandth; limits and NaN as in exp2."""
+    t = larger(splat(_LOWEST), t)
+    shifted = t + splat(_ROUND)
+    r = t - (shifted - splat(_ROUND))
+    p = fma(splat(_B3), r, splat(_B2))
+    p = fma(p, r, splat(_B1))
+    p = fma(p, r, splat(_ONE))
+    return float_of_bits(bits_of(p) + (bits_of(shifted) << splat(np.int32(23))))
+
+
+@inlined
+def log2_roughly(x):
+    """log2(x) per lane to a ten-thousandth, x positive, normal and finite."""
+    bits = bits_of(x)
+    exponent = to_float((bits >> splat(np.int32(23))) - splat(np.int32(127)))
+    r = float_of_bits((bits & splat(np.int32(0x007FFFFF))) | splat(np.int32(0x3F800000))) - splat(_ONE)
+    p = fma(splat(_L4), r, splat(_L3))
+    p = fma(p, r, splat(_L2))
+    p = fma(p, r, splat(_L1))
+    return fma(p, r, exponent)
 
 
 @inlined

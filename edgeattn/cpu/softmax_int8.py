@@ -20,10 +20,10 @@ from .simd import (
     WIDTH,
     bits_of,
     float_of_bits,
-    gather,
     larger,
     larger_bytes,
     load,
+    look_up_bytes,
     narrow,
     pack_bytes,
     select,
@@ -38,12 +38,12 @@ from .simd import (
 
 LOWEST_CODES = np.int32(-2139062144)  # 0x80808080, four codes -128
 PROBABILITY_FLIP = LOWEST_CODES if OFFSET else np.int32(0)
-_BYTE = np.int32(255)
 _ONE = np.float32(1)
 _LARGEST_SUM = np.int32(1 << 30)  # 2048 in Q12.19: sums from 512 on are all one, and must not overflow
 _TO_PROBABILITY = np.float32(1 / 256)
 # The float32 below one half: adding it and truncating rounds halves up and never lifts 0.49999997 to 1.
 _HALF_ROUNDED_DOWN = np.float32(0.49999997)
+KEPT_GROUPS = 128  # groups of keys whose values are kept for the second pass; those of longer rows are looked up again
 
 
 @inlined
@@ -73,59 +73,89 @@ def _kept(value, mask, shift):
 def softmax_codes(table, fixed, codes, at, groups, masks, at_masks, masked, values, at_values, rows, at_rows):
     """codes (groups, W) of scores, in place, to bytes of probabilities as the product with V wants them.
 
-    table   (256,) float32 for lut_f32, int32 for lut_u16 and (fixed != 0) for fixed
+    table   256 entries as `simd.byte_planes` arranges them: float32 for lut_f32, int32 for lut_u16 and (fixed != 0)
+            for fixed
     masks   (groups, W) bytes 0 or 255; a key whose byte is 0 is not there
-    values  scratch (4 groups, W) of 32 bits; rows: scratch (2, W)
+    values  scratch (4 min(groups, KEPT_GROUPS), W) of 32 bits; rows: scratch (2, W)
     """
     raise TypeError("for kernels only: Numba compiles what stands below in its place")
 
 
 @inlined
-def _float_pass(table, codes, at, groups, masks, at_masks, masked, values, at_values, m0, m1):
+def _float_values(table, m, codes, at, masks, at_masks, masked):
+    """The exponentials of four keys to a lane, one vector for each of the four."""
+    e0, e1, e2, e3 = look_up_bytes(table, subtract_bytes(m, load(codes, at)))
+    if masked:
+        mask = load(masks, at_masks)
+        e0 = float_of_bits(_kept(bits_of(e0), mask, 0))
+        e1 = float_of_bits(_kept(bits_of(e1), mask, 8))
+        e2 = float_of_bits(_kept(bits_of(e2), mask, 16))
+        e3 = float_of_bits(_kept(bits_of(e3), mask, 24))
+    return e0, e1, e2, e3
+
+
+@inlined
+def _float_sums(table, codes, at, groups, masks, at_masks, masked, values, at_values, m0, m1):
     s0 = splat(np.float32(0))
     s1 = splat(np.float32(0))
-    byte = splat(_BYTE)
     for g in range(groups):
-        d0 = subtract_bytes(m0, load(codes, at + g * WIDTH))
-        d1 = subtract_bytes(m1, load(codes, at + g * WIDTH + LANES))
-        for j in range(4):
-            e0 = gather(table, d0 & byte)
-            e1 = gather(table, d1 & byte)
-            d0 = shift_right_logical(d0, splat(np.int32(8)))
-            d1 = shift_right_logical(d1, splat(np.int32(8)))
-            if masked:
-                k0 = load(masks, at_masks + g * WIDTH) << splat(np.int32(24 - 8 * j))
-                k1 = load(masks, at_masks + g * WIDTH + LANES) << splat(np.int32(24 - 8 * j))
-                e0 = float_of_bits(bits_of(e0) & (k0 >> splat(np.int32(24))))
-                e1 = float_of_bits(bits_of(e1) & (k1 >> splat(np.int32(24))))
-            s0 = s0 + e0
-            s1 = s1 + e1
-            store(values, at_values + (4 * g + j) * WIDTH, e0)
-            store(values, at_values + (4 * g + j) * WIDTH + LANES, e1)
+        i = g * WIDTH
+        a0, a1, a2, a3 = _float_values(table, m0, codes, at + i, masks, at_masks + i, masked)
+        b0, b1, b2, b3 = _float_values(table, m1, codes, at + i + LANES, masks, at_masks + i + LANES, masked)
+        s0 = s0 + a0
+        s1 = s1 + b0
+        s0 = s0 + a1
+        s1 = s1 + b1
+        s0 = s0 + a2
+        s1 = s1 + b2
+        s0 = s0 + a3
+        s1 = s1 + b3
+        if g < KEPT_GROUPS:
+            _keep(values, at_values + 4 * i, a0, a1, a2, a3)
+            _keep(values, at_values + 4 * i + LANES, b0, b1, b2, b3)
     return s0, s1
+
+
+@inlined
+def _keep(values, at, v0, v1, v2, v3):
+    store(values, at, v0)
+    store(values, at + WIDTH, v1)
+    store(values, at + 2 * WIDTH, v2)
+    store(values, at + 3 * WIDTH, v3)
+
+
+@inlined
+def _kept_values(values, at):
+    return load(values, at), load(values, at + WIDTH), load(values, at + 2 * WIDTH), load(values, at + 3 * WIDTH)
+
+
+@inlined
+def _float_probability(e, inverse):
+    return truncate(e * inverse + splat(_HALF_ROUNDED_DOWN))
 
 
 @inlined
 def _softmax_lut_f32(table, codes, at, groups, masks, at_masks, masked, values, at_values):
     m0, m1 = maximum_codes(codes, at, groups)
     if masked:
-        s0, s1 = _float_pass(table, codes, at, groups, masks, at_masks, True, values, at_values, m0, m1)
+        s0, s1 = _float_sums(table, codes, at, groups, masks, at_masks, True, values, at_values, m0, m1)
     else:
-        s0, s1 = _float_pass(table, codes, at, groups, masks, at_masks, False, values, at_values, m0, m1)
-    half = splat(_HALF_ROUNDED_DOWN)
+        s0, s1 = _float_sums(table, codes, at, groups, masks, at_masks, False, values, at_values, m0, m1)
     for c in range(2):
+        m = m0 if c == 0 else m1
         inverse = splat(_ONE) / ((s0 if c == 0 else s1) * splat(_TO_PROBABILITY))
         if masked:  # an empty row has sum 0: its values are 0, and so must be the probabilities
             empty = (s0 if c == 0 else s1) == splat(np.float32(0))
             inverse = _zero_where(empty, inverse)
         for g in range(groups):
-            v = at_values + 4 * g * WIDTH + c * LANES
-            p0 = truncate(load(values, v) * inverse + half)
-            p1 = truncate(load(values, v + WIDTH) * inverse + half)
-            p2 = truncate(load(values, v + 2 * WIDTH) * inverse + half)
-            p3 = truncate(load(values, v + 3 * WIDTH) * inverse + half)
-            store(codes, at + g * WIDTH + c * LANES,
-                  pack_bytes(p0, p1, p2, p3, np.int32(-128)) ^ splat(PROBABILITY_FLIP))
+            i = g * WIDTH + c * LANES
+            if g < KEPT_GROUPS:
+                e0, e1, e2, e3 = _kept_values(values, at_values + 4 * g * WIDTH + c * LANES)
+            else:
+                e0, e1, e2, e3 = _float_values(table, m, codes, at + i, masks, at_masks + i, masked)
+            packed = pack_bytes(_float_probability(e0, inverse), _float_probability(e1, inverse),
+                                _float_probability(e2, inverse), _float_probability(e3, inverse), np.int32(-128))
+            store(codes, at + i, packed ^ splat(PROBABILITY_FLIP))
 
 
 @inlined
@@ -150,8 +180,24 @@ def reciprocal_fixed(total):
 
 
 @inlined
-def _integer_value(table, fixed, d):
-    return gather(table, d & splat(_BYTE))
+def _integer_values(table, m, codes, at, masks, at_masks, masked):
+    """The exponentials of four keys to a lane, one vector for each of the four."""
+    e0, e1, e2, e3 = look_up_bytes(table, subtract_bytes(m, load(codes, at)))
+    if masked:
+        mask = load(masks, at_masks)
+        e0, e1, e2, e3 = _kept(e0, mask, 0), _kept(e1, mask, 8), _kept(e2, mask, 16), _kept(e3, mask, 24)
+    return e0, e1, e2, e3
+
+
+@inlined
+def _rounded(e, fixed):
+    """What a value adds to the sum: of Q0.31 the rounded Q12.19."""
+    return divide_by_power(e, splat(np.int32(12))) if fixed else e
+
+
+@inlined
+def _integer_probability(e, q, right):
+    return divide_by_power(narrow(doubling_high(e, q)), right)
 
 
 @inlined
@@ -162,18 +208,13 @@ def _softmax_integer(table, fixed, codes, at, groups, masks, at_masks, masked, v
         m = m0 if c == 0 else m1
         # 1. values and their sum
         for g in range(groups):
-            d = subtract_bytes(m, load(codes, at + g * WIDTH + c * LANES))
-            for j in range(4):
-                e = gather(table, d & splat(_BYTE))
-                d = shift_right_logical(d, splat(np.int32(8)))
-                if masked:
-                    e = _kept(e, load(masks, at_masks + g * WIDTH + c * LANES), 8 * j)
-                store(values, at_values + (4 * g + j) * WIDTH + c * LANES, e)
-                if fixed:
-                    e = divide_by_power(e, splat(np.int32(12)))
-                total = total + e
+            i = g * WIDTH + c * LANES
+            e0, e1, e2, e3 = _integer_values(table, m, codes, at + i, masks, at_masks + i, masked)
+            total = total + _rounded(e0, fixed) + _rounded(e1, fixed) + _rounded(e2, fixed) + _rounded(e3, fixed)
             if fixed:
                 total = smaller(total, splat(_LARGEST_SUM))
+            if g < KEPT_GROUPS:
+                _keep(values, at_values + 4 * g * WIDTH + c * LANES, e0, e1, e2, e3)
         # 2. multiplier and right shift of each row
         if fixed:
             store(rows, at_rows, total)
@@ -190,20 +231,20 @@ def _softmax_integer(table, fixed, codes, at, groups, masks, at_masks, masked, v
             right = _clamp_shift(right)
         # 3. probabilities
         for g in range(groups):
-            v = at_values + 4 * g * WIDTH + c * LANES
-            p0 = divide_by_power(narrow(doubling_high(load(values, v), q)), right)
-            p1 = divide_by_power(narrow(doubling_high(load(values, v + WIDTH), q)), right)
-            p2 = divide_by_power(narrow(doubling_high(load(values, v + 2 * WIDTH), q)), right)
-            p3 = divide_by_power(narrow(doubling_high(load(values, v + 3 * WIDTH), q)), right)
-            store(codes, at + g * WIDTH + c * LANES,
-                  pack_bytes(p0, p1, p2, p3, np.int32(-128)) ^ splat(PROBABILITY_FLIP))
+            i = g * WIDTH + c * LANES
+            if g < KEPT_GROUPS:
+                e0, e1, e2, e3 = _kept_values(values, at_values + 4 * g * WIDTH + c * LANES)
+            else:
+                e0, e1, e2, e3 = _integer_values(table, m, codes, at + i, masks, at_masks + i, masked)
+            packed = pack_bytes(_integer_probability(e0, q, right), _integer_probability(e1, q, right),
+                                _integer_probability(e2, q, right), _integer_probability(e3, q, right), np.int32(-128))
+            store(codes, at + i, packed ^ splat(PROBABILITY_FLIP))
 
 
 @inlined
 def _clamp_shift(shift):
     """Shifts into 0..31: only the row of an empty sum, whose values are all 0, lies outside."""
     return smaller(larger(shift, splat(np.int32(0))), splat(np.int32(31)))
-
 
 
 

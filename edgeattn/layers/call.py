@@ -129,6 +129,13 @@ def check_inputs(layer, query, key, value):
     query = float_array(first, query)
     key = query if key is None else float_array("key", key)
     value = key if value is None else float_array("value", value)
+    check_input_shapes(layer, query, key, value)
+    return query, key, value
+
+
+def check_input_shapes(layer, query, key, value):
+    """Raise unless the shapes of three inputs, arrays of any kind, fit the layer and each other."""
+    first = layer._query_name
     shapes = f"query {query.shape}, key {key.shape}, value {value.shape}"
     if query.ndim not in (2, 3):
         raise ValueError(f"{first} must be (B, L, E) or (L, E), got shape {query.shape}")
@@ -139,4 +146,3 @@ def check_inputs(layer, query, key, value):
             raise ValueError(f"{name} must have a last axis of {width}, the columns of its weight, got {shapes}")
     if value.shape[-2] != key.shape[-2]:
         raise ValueError(f"value must have as many rows as key, S = {key.shape[-2]}, got {shapes}")
-    return query, key, value

@@ -126,7 +126,7 @@ class MultiHeadAttention(AttentionWeights):
                 need_weights is False and out is None and type(query) is np.ndarray and query.dtype == np.float32
                 and query.ndim == 3 and query.shape[2] == self.embed_dim == self.kdim == self.vdim
                 and query.flags.carray and query.size and value is None and self._whole
-                and window_size is NO_WINDOW and alibi_slopes is None and kv_cache is None
+                and window_size is NO_WINDOW and alibi_slopes is None and kv_cache is None and causal_alignment is None
                 and average_attn_weights is False and type(softcap) is float and not softcap and not self.extra_keys):
             # what small layers are called with, again and again: self-attention, nothing masked
             result = np.empty((*query.shape[:2], self.output_dim), np.float32)
@@ -142,6 +142,24 @@ class MultiHeadAttention(AttentionWeights):
         q, k, v = (to_float32(x) for x in (call.query, call.key, call.value))
         self._kernel(q, k, v, result, *call.mask.for_kernels())
         return call.deliver(result)
+
+    def to(self, device):
+        """The layer on `device`: "cpu", or "cuda", a GPU (docs/cuda.md); `.layer` of that is this one.
+
+        Parameters
+        ----------
+        device : {"cpu", "cuda"}
+
+        Raises
+        ------
+        ValueError
+            For another device, and a layer with added keys, which CUDA lacks.
+        RuntimeError
+            Where there is no CUDA, saying what of it is missing.
+        """
+        from edgeattn.on_cuda.layers import FloatOnCuda, place
+
+        return place(self, device, FloatOnCuda)
 
     @functools.cached_property
     def _whole(self):

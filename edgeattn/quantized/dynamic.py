@@ -42,7 +42,6 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention):
     """
 
     scheme = "dynamic"
-    _query_name = "query"
 
     def __init__(self, num_heads: int, weights: Mapping[str, QuantizedLinear], biases: Mapping[str, np.ndarray], *,
                  num_kv_heads: int | None = None, bias_k=None, bias_v=None, add_zero_attn: bool = False):
@@ -95,7 +94,7 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention):
                 out is None and type(query) is np.ndarray and query.dtype == np.float32 and query.ndim == 3
                 and query.shape[2] == self.embed_dim == self.kdim == self.vdim and query.flags.carray and query.size
                 and self.output_dim and need_weights is False and average_attn_weights is False
-                and window_size is NO_WINDOW and alibi_slopes is None and kv_cache is None
+                and window_size is NO_WINDOW and alibi_slopes is None and kv_cache is None and causal_alignment is None
                 and type(softcap) is float and not softcap and not self.extra_keys):
             # what small layers are called with, again and again: self-attention, nothing masked
             return self._kernel(query, query, query, np.empty((*query.shape[:2], self.output_dim), np.float32))
@@ -112,6 +111,12 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention):
         v = k if call.value is call.key else to_float32(call.value)
         self._kernel(q, k, v, result, *call.mask.for_kernels())
         return call.deliver(result)
+
+    def to(self, device: str):
+        """The layer on ``device``: "cpu", or "cuda", a GPU (docs/cuda.md); ``.layer`` of that is this one."""
+        from edgeattn.on_cuda.layers import DynamicOnCuda, place
+
+        return place(self, device, DynamicOnCuda)
 
     @functools.cached_property
     def _linears(self):

@@ -9,7 +9,7 @@ import numpy as np
 
 from edgeattn import arithmetic as rules
 from edgeattn.arithmetic import CODE_MAX, CODE_MIN
-from edgeattn.checks import number
+from edgeattn.checks import as_array, number
 
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-60, 2.0**60
 
@@ -97,7 +97,7 @@ def _scale(value, name: str) -> np.float32:
 
 def frozen(array, dtype, name: str) -> np.ndarray:
     """A C-contiguous, read-only copy; refuses a dtype that would have to be converted."""
-    array = np.asarray(array)
+    array = as_array(name, array)
     if array.dtype != dtype:
         raise TypeError(f"{name} must be {np.dtype(dtype)}; got {array.dtype}")
     array = np.array(array, order="C")

@@ -9,7 +9,7 @@ import numpy as np
 
 from edgeattn import arithmetic as rules
 from edgeattn.arithmetic import CODE_MIN
-from edgeattn.checks import check_out, count, deliver, flag, float_array, number, result_dtype
+from edgeattn.checks import as_array, check_out, count, deliver, flag, float_array, is_one_of, number, result_dtype
 from edgeattn.cpu.layer_int8 import StaticLayer
 from edgeattn.layers.call import NO_WINDOW, check_cache, resolve_call_mask
 from edgeattn.masks import resolve_mask
@@ -115,7 +115,8 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
 
     # -- derived once: what the kernels read ---------------------------------------------------------------------------
 
-    def _prepare(self):
+    def _kernel_parameters(self):
+        """What the kernels of any target read, as ``StaticLayer`` names it."""
         kernel_set, t = self.kernel_set, self.tensors
         linears = {}
         for name, linear in self.linears.items():
@@ -130,18 +131,28 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
 
         scores_rule, scores = batch_matmul(t["query"], t["key"], t["scores"])
         context_rule, context = batch_matmul(t["probabilities"], t["value"], t["context"])
-        self.score_map = tables, classes, softmax_input = score_map(self.score_ops, t["scores"], kernel_set)
+        softmax_input = self.score_map[2]
+        zero_points = {f"{name}_input": self.input_of(name).zero_point for name in INPUTS}
+        zero_points |= {name: tensor.zero_point for name, tensor in t.items()}
+        return dict(num_heads=self.num_heads, linears=linears, scores=scores, context=context, zero_points=zero_points,
+                    project_rule=kernel_set.fully_connected, score_rule=scores_rule, context_rule=context_rule,
+                    softmax_table=rules.SOFTMAX[kernel_set.softmax].table(softmax_input.scale))
+
+    def _prepare(self):
+        self.score_map = tables, classes, softmax_input = score_map(
+            self.score_ops, self.tensors["scores"], self.kernel_set)
         if softmax_input.scale <= SMALLEST_SOFTMAX_SCALE:
             raise ValueError(f"the scores' scale must be above 2**-26, the resolution of TFLite's softmax; got "
                              f"{softmax_input.scale}")
         self._tables = tables if self.score_ops else None
         self._classes = np.ascontiguousarray(classes) if classes.size > 1 else None
-        zero_points = {f"{name}_input": self.input_of(name).zero_point for name in INPUTS}
-        zero_points |= {name: tensor.zero_point for name, tensor in t.items()}
-        self._kernel = StaticLayer(
-            self.num_heads, linears, scores, context, zero_points, kernel_set.fully_connected, scores_rule,
-            context_rule, rules.SOFTMAX[kernel_set.softmax].table(softmax_input.scale),
-            kernel_set.softmax == "fixed")
+        self._kernel = StaticLayer(**self._kernel_parameters(), fixed=self.kernel_set.softmax == "fixed")
+
+    def to(self, device: str):
+        """The layer on ``device``: "cpu", or "cuda", a GPU (docs/cuda.md); ``.layer`` of that is this one."""
+        from edgeattn.on_cuda.layers import StaticOnCuda, place
+
+        return place(self, device, StaticOnCuda)
 
     def input_of(self, linear: str) -> TensorQuantization:
         """The quantization of the tensor that the linear layer called ``linear`` reads."""
@@ -170,7 +181,7 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
             For another kind of mask, and for a layer that was calibrated without masks: its lowest code may stand for a
             score like any other.
         """
-        mask = np.asarray(mask)
+        mask = as_array("mask", mask)
         if mask.dtype != np.bool_:
             raise TypeError(f"mask must be bool (True = attend); got {mask.dtype}")
         if self.mask_margin == 0:
@@ -252,7 +263,8 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         average = flag("average_attn_weights", average_attn_weights)
         masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask, "is_causal": is_causal,
                  "causal_alignment": causal_alignment, "window_size": window_size}
-        inputs = [None if x is None else np.asarray(x) for x in self._distinct(query, key, value)]
+        inputs = [None if x is None else as_array(name, x)
+                  for name, x in zip(INPUTS, self._distinct(query, key, value), strict=True)]
         codes = [None if x is None else self.quantize_input(x, name) for name, x in zip(INPUTS, inputs, strict=True)]
         nan = [None if x is None else np.isnan(x).any(-1) for x in inputs]
         dtype = result_dtype(*(x for x in inputs if x is not None))
@@ -284,7 +296,9 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
 
     def quantize_input(self, x, name: str = "query") -> np.ndarray:
         """int8 codes of a float input; ``name`` is "query", "key" or "value"."""
-        x = np.asarray(x)
+        if not is_one_of(name, INPUTS):
+            raise ValueError(f"name must be 'query', 'key' or 'value'; got {name!r}")
+        x = as_array(name, x)
         if x.dtype == np.int8:
             raise TypeError(f"{name} must be a float array; got int8 (codes go to run_int8)")
         return self.tensors[f"{INPUTS[self.sources[INPUTS.index(name)]]}_input"].quantize(float_array(name, x))
@@ -349,7 +363,7 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
                 out is None and self._classes is None and type(query) is np.ndarray and query.dtype == np.int8
                 and query.ndim == 3 and query.shape[2] == self.embed_dim and query.flags.carray and query.size
                 and self.sources == (0, 0, 0) and self.output_dim and window_size is NO_WINDOW and kv_cache is None
-                and need_weights is False):
+                and need_weights is False and causal_alignment is None):
             # what small layers are called with, again and again: self-attention, nothing masked
             result = np.empty((*query.shape[:2], self.output_dim), np.int8)
             return self._kernel(query, query, query, result, None, None, None, self._tables)
@@ -357,8 +371,8 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         query, key, value = self._check_codes(query, key, value)
         lead, L, S = query.shape[:-2], query.shape[-2], key.shape[-2]
         check_out(out, (*lead, L, self.output_dim), np.dtype(np.int8))
-        if attn_mask is not None and np.asarray(attn_mask).dtype != np.bool_:
-            raise TypeError(f"attn_mask must be bool for int8 (True = attend); got {np.asarray(attn_mask).dtype}; "
+        if attn_mask is not None and (attn_mask := as_array("attn_mask", attn_mask)).dtype != np.bool_:
+            raise TypeError(f"attn_mask must be bool for int8 (True = attend); got {attn_mask.dtype}; "
                             "for a mask with -inf pass mask == 0")
         masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask, "is_causal": is_causal,
                  "causal_alignment": causal_alignment, "window_size": window_size}
@@ -440,7 +454,7 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
 
 def _codes(x, name: str) -> np.ndarray:
     """A C-contiguous int8 view or copy of an input."""
-    x = np.asarray(x)
+    x = as_array(name, x)
     if x.dtype != np.int8:
         raise TypeError(f"{name} must be int8; got {x.dtype} (floats go to the call itself)")
     if x.ndim not in (2, 3):

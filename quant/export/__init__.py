@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 import edgeattn
-from edgeattn.checks import count
+from edgeattn.checks import as_array, count
 from edgeattn.files import write_atomic
 from edgeattn.layers import MultiHeadAttention
 from edgeattn.quantized import DynamicMultiHeadAttention, QuantizedMultiHeadAttention
@@ -33,7 +33,7 @@ def export(layer, path, *, batch: int = 1, sequence_length: int | None = None, k
         must be a C identifier, the layer a static one with the arithmetic "tflm") or ``.so`` (any shape, our kernels
         compiled for ``target``, with a C header beside it; `edgeattn.bundle.load` runs it without Numba).
     batch : int
-        B of a ``.tflite`` or ``.c``.
+        B of a ``.tflite`` or ``.c``. A ``.safetensors`` or ``.so`` takes any, and lengths only for a mask.
     sequence_length : int
         L of a ``.tflite`` or ``.c``, required there, and of a causal mask.
     key_length : int, optional
@@ -77,6 +77,11 @@ def export(layer, path, *, batch: int = 1, sequence_length: int | None = None, k
         test_vectors = count("test_vectors", test_vectors)
     lengths = {"batch": batch, "sequence_length": sequence_length, "key_length": key_length}
     lengths = {name: None if length is None else count(name, length) for name, length in lengths.items()}
+    if path.suffix in ANY_SHAPE:
+        needed = {"sequence_length": sequence_length, "key_length": key_length} if mask is None else {}
+        for name, value, default in (("batch", batch, 1), *((n, v, None) for n, v in needed.items())):
+            if value != default:
+                raise ValueError(f"{name} must be left out for a {path.suffix}, which takes any; got {value}")
     if mask is not None:
         mask = _mask(mask, lengths["sequence_length"], lengths["key_length"])
     if path.suffix not in ANY_SHAPE and sequence_length is None:
@@ -109,7 +114,7 @@ def _mask(mask, sequence_length: int | None, key_length: int | None) -> np.ndarr
             raise ValueError(f"mask='causal' needs sequence_length, and as many keys as queries; got "
                              f"sequence_length={sequence_length}, key_length={key_length}")
         return np.tri(sequence_length, dtype=np.bool_)
-    mask = np.asarray(mask)
+    mask = as_array("mask", mask)
     if mask.dtype != np.bool_ or mask.ndim > 4:
         raise TypeError(f"mask must be 'causal' or a bool array broadcastable to (B, H, L, S), True = attend; got "
                         f"{mask.dtype} of shape {mask.shape}")

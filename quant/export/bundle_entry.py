@@ -169,7 +169,7 @@ def float_entry(kernel, dynamic):
         scratch = array_at(call[SCRATCH], shared + private, unit)
         alone = array_at(0, 0, np.int64)
         if dynamic:
-            p[f.P_SAME_KV] = call[KEY] == call[VALUE]
+            p[f.P_SAME_QK], p[f.P_SAME_KV] = call[QUERY] == call[KEY], call[KEY] == call[VALUE]
             layer(xq, xk, xv, out, weights(), factors(), p, keep, bias, scratch, alone, 1)
         else:
             layer(xq, xk, xv, out, weights(), p, keep, bias, scratch, alone, 1)

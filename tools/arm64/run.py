@@ -1,6 +1,6 @@
 """Run the part of the test suite that may differ on ARM64, once per CPU, under the emulator.
 
-    python tools/arm64/run.py .arm64              every CPU: under 15 minutes on two idle cores
+    python tools/arm64/run.py .arm64              every CPU; meant to fit 15 minutes on two idle cores
     python tools/arm64/run.py .arm64 --short      one CPU, a few dozen tests
     python tools/arm64/run.py .arm64 --cpu cortex-a53 -- -k softmax
 
@@ -17,40 +17,49 @@ import sys
 import time
 from pathlib import Path
 
-from build import CPUS, ROOT, Progress, SetupError, clean_environment
+from build import ROOT, Progress, SetupError, clean_environment
 
 # A whole layer kernel takes the emulator half a minute to compile, so what is chosen are the tests of what depends
 # on the CPU: its instructions, its LiteRT, its threads, its cache. Argument checks are the same everywhere.
-SHORT = (
+EVERYWHERE = (
     "tests/test_arm64.py",
     "tests/test_bundle.py::test_bytes_are_those_of_the_kernels_compiled_here",
     "tests/test_bundle.py::test_a_bundle_for_a_newer_processor_is_refused",
     "tests/test_bundle.py::test_what_cannot_run_here_is_refused_before_it_is_loaded",
-    "tests/test_simd.py",
     "tests/test_parity.py::test_layers_equal_the_runtime",
     "tests/test_threads.py::test_two_threads_give_the_same_bits",
     "tests/test_storage.py::test_what_was_saved_is_loaded",
     "tests/test_tflite_reader.py::test_reads_a_path",
 )
-FULL = (
-    *SHORT,
-    "tests/test_parity.py::test_layers_as_other_converters_write_them_equal_the_runtime",
-    "tests/test_kernels_int8.py",
-    "tests/test_kernels_float32.py::test_float_layer",
-    "tests/test_functional.py::test_as_accurate_as_plain_float32",
-    "tests/test_functional.py::test_nothing_leaks_from_behind_a_mask",
-    "tests/test_layers.py::test_as_accurate_as_plain_float32",
-    "tests/test_storage.py::test_a_static_layer_round_trips_to_the_same_state",
-    "tests/test_threads.py",
-    "tests/test_jit.py::test_second_process_reads_the_cache",
-    "tests/test_jit.py::test_edit_in_another_module_recompiles",
-)
-# Six layer kernels for six sets of rules. A53 and A72 have the same instructions; the rules of LiteRT on ARM and of its
-# reference kernels are compared on both by test_parity.py, and each rule alone by the rest of test_kernels_int8.py.
-LEFT_OUT = {"cortex-a53": ("tests/test_kernels_int8.py::test_every_rule_set_equals_integer_arithmetic",)}
+# A53 and A72 have the same instructions, and A76 has those for bytes besides: each is tested in full on one of them.
+# The longest comes first.
+FULL = {
+    "cortex-a76": (
+        *EVERYWHERE,
+        "tests/test_simd.py",
+        "tests/test_kernels_int8.py",
+        "tests/test_parity.py::test_layers_as_other_converters_write_them_equal_the_runtime",
+        "tests/test_storage.py::test_a_static_layer_round_trips_to_the_same_state",
+    ),
+    "cortex-a72": (
+        *EVERYWHERE,
+        "tests/test_parity.py::test_layers_as_other_converters_write_them_equal_the_runtime",
+        "tests/test_kernels_float32.py::test_float_layer",
+        "tests/test_functional.py::test_as_accurate_as_plain_float32",
+        "tests/test_functional.py::test_nothing_leaks_from_behind_a_mask",
+        "tests/test_layers.py::test_as_accurate_as_plain_float32",
+        "tests/test_threads.py",
+    ),
+    "cortex-a53": (
+        *EVERYWHERE,
+        "tests/test_simd.py",
+        "tests/test_jit.py::test_second_process_reads_the_cache",
+        "tests/test_jit.py::test_edit_in_another_module_recompiles",
+    ),
+}
+SHORT = (*EVERYWHERE, "tests/test_simd.py")
 SHORT_CPU = "cortex-a76"  # the one with an instruction set that the others lack
 LAYERS = {True: 8, False: 20}  # of the 200 that test_parity.py compares where that takes seconds
-
 
 EXPORT = "import sys, test_bundle; from pathlib import Path; test_bundle.export_all(Path(sys.argv[1]), sys.argv[2])"
 
@@ -82,9 +91,8 @@ def start(folder: Path, cpu: str, tests: tuple[str, ...], layers: int, extra: li
     environment = {
         **clean_environment(), "NUMBA_CACHE_DIR": str(folder / "numba" / cpu), "PYTHONDONTWRITEBYTECODE": "1",
         "TEST_BUNDLES": str(bundles_of(folder, cpu))}
-    left_out = [f"--deselect={name}" for name in LEFT_OUT.get(cpu, ())]
     command = [folder / cpu / "bin" / "python", "-m", "pytest", "-p", "no:cacheprovider", "--color=no", "-v",
-               "--durations=10", f"--layers={layers}", *left_out, *tests, *extra]
+               "--durations=10", f"--layers={layers}", *tests, *extra]
     with log_of(folder, cpu).open("w", encoding="utf-8") as log:
         return subprocess.Popen(
             [str(part) for part in command], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log,
@@ -109,7 +117,7 @@ def percentage(log: Path) -> str:
     return found[-1] if found else "0%"
 
 
-def run(folder: Path, cpus: list[str], tests: tuple[str, ...], layers: int, extra: list[str]) -> int:
+def run(folder: Path, cpus: list[str], tests: dict[str, tuple[str, ...]], layers: int, extra: list[str]) -> int:
     """Test on every CPU, as many at a time as this machine has cores; return how many failed."""
     waiting, running, failed, results = list(cpus), {}, [], {}
     at_once = len(os.sched_getaffinity(0))
@@ -118,7 +126,7 @@ def run(folder: Path, cpus: list[str], tests: tuple[str, ...], layers: int, extr
         while waiting or running:
             while waiting and len(running) < at_once:
                 cpu = waiting.pop(0)
-                running[cpu] = start(folder, cpu, tests, layers, extra)
+                running[cpu] = start(folder, cpu, tests[cpu], layers, extra)
             time.sleep(0.5)
             step.update(", ".join(f"{cpu} {percentage(log_of(folder, cpu))}" for cpu in running))
             for cpu in [cpu for cpu, process in running.items() if process.poll() is not None]:
@@ -143,13 +151,13 @@ def main() -> int:
     add = parser.add_argument
     add("folder", type=Path, help="where tools/arm64/build.py built")
     add("--short", action="store_true", help=f"{SHORT_CPU} alone, a few dozen tests")
-    add("--cpu", action="append", choices=[cpu.name for cpu in CPUS], help="this CPU alone; may be repeated")
+    add("--cpu", action="append", choices=list(FULL), help="this CPU alone; may be repeated")
     # argparse gives what follows "--" to no list that comes after an option.
     given = sys.argv[1:]
     end = given.index("--") if "--" in given else len(given)
     arguments = parser.parse_args(given[:end])
-    cpus = arguments.cpu or ([SHORT_CPU] if arguments.short else [cpu.name for cpu in CPUS])
-    tests = SHORT if arguments.short else FULL
+    cpus = arguments.cpu or ([SHORT_CPU] if arguments.short else list(FULL))
+    tests = dict.fromkeys(FULL, SHORT) if arguments.short else FULL
     folder = arguments.folder.absolute()
     missing = [cpu for cpu in cpus if not (folder / cpu / "bin" / "python").exists()]
     if missing:

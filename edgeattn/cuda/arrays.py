@@ -1,0 +1,162 @@
+"""Arrays on the device: an address, a shape, strides, whoever made them; and who makes results of the same kind."""
+import dataclasses
+import sys
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """What `__cuda_array_interface__` (version 2 or 3) says about an array.
+
+    Parameters
+    ----------
+    owner : object
+        The array itself.
+    pointer : int
+    shape, strides : tuple of int
+        Strides in bytes.
+    dtype : numpy.dtype
+    read_only : bool
+    """
+
+    owner: object
+    pointer: int
+    shape: tuple
+    strides: tuple
+    dtype: np.dtype
+    read_only: bool = False
+
+    @property
+    def ndim(self):
+        """Number of axes."""
+        return len(self.shape)
+
+    @property
+    def size(self):
+        """Number of elements."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def contiguous(self):
+        """Whether the elements lie side by side in C order."""
+        return self.strides == c_strides(self.shape, self.dtype) or self.size == 0
+
+    def reshape(self, *shape):
+        """The same elements in C order under other axes; the axes put together must be contiguous among themselves."""
+        return dataclasses.replace(self, shape=shape, strides=_reshaped(self, shape))
+
+    def span(self):
+        """(first, last + 1) byte address that the elements touch."""
+        low = self.pointer + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True) if s < 0)
+        high = self.pointer + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True) if s > 0)
+        return low, high + self.dtype.itemsize
+
+
+def c_strides(shape, dtype):
+    """Strides in bytes of a C-contiguous array."""
+    strides, step = [], np.dtype(dtype).itemsize
+    for n in reversed(shape):
+        strides.append(step)
+        step *= n
+    return tuple(reversed(strides))
+
+
+def _reshaped(view, shape):
+    """Strides for `shape`, or ValueError where the elements would have to move."""
+    # NumPy knows whether they would: its array of the same layout holds no memory of its own.
+    like = np.lib.stride_tricks.as_strided(np.empty(1, view.dtype), view.shape, view.strides, writeable=False)
+    made = like.view()
+    try:
+        made.shape = shape
+    except AttributeError:
+        raise ValueError(f"axes of shape {view.shape} and strides {view.strides} cannot be joined to {shape} without a "
+                         "copy; pass a contiguous array") from None
+    return made.strides
+
+
+def on_device(array):
+    """Whether an array lies in a GPU's memory."""
+    return hasattr(array, "__cuda_array_interface__")
+
+
+def view(name, array):
+    """The View of an array on the device.
+
+    Raises
+    ------
+    TypeError
+        When it lies elsewhere.
+    """
+    interface = getattr(array, "__cuda_array_interface__", None)
+    if interface is None:
+        raise TypeError(f"{name} must be an array on the device like query (with __cuda_array_interface__), got "
+                        f"{type(array).__name__}; nothing is copied there behind your back")
+    dtype, shape = np.dtype(interface["typestr"]), tuple(interface["shape"])
+    strides = interface.get("strides")
+    pointer, read_only = interface["data"]
+    strides = c_strides(shape, dtype) if strides is None else tuple(strides)
+    return View(array, pointer or 0, shape, strides, dtype, read_only)
+
+
+def _described(array):
+    """(address, everything else about an array that decides how it is read), without making a View."""
+    interface = array.__cuda_array_interface__
+    pointer = interface["data"][0]
+    return pointer, (interface["data"][1], interface["shape"], interface["strides"], interface["typestr"], pointer % 16)
+
+
+class _Torch:
+    """Arrays of PyTorch: its allocator, its current stream."""
+
+    @staticmethod
+    def describe(array):
+        pointer = array.data_ptr()
+        return pointer, (array.dtype, array.shape, array.stride(), array.device, array.requires_grad, pointer % 16)
+
+    @staticmethod
+    def empty(shape, dtype, like):
+        torch = sys.modules["torch"]
+        return torch.empty(shape, dtype=getattr(torch, np.dtype(dtype).name), device=like.device)
+
+    @staticmethod
+    def stream(like):
+        return sys.modules["torch"].cuda.current_stream(like.device).cuda_stream
+
+
+class _CuPy:
+    """Arrays of CuPy: its memory pool, its current stream."""
+
+    describe = staticmethod(_described)
+
+    @staticmethod
+    def empty(shape, dtype, like):
+        return sys.modules["cupy"].empty(shape, dtype)
+
+    @staticmethod
+    def stream(like):
+        return sys.modules["cupy"].cuda.get_current_stream().ptr
+
+
+class _Ours:
+    """Arrays of this package or of anybody else: memory of ours, the stream the array names or the default one."""
+
+    describe = staticmethod(_described)
+
+    @staticmethod
+    def empty(shape, dtype, like):
+        from edgeattn.cuda.driver import driver
+
+        return driver().empty(shape, dtype)
+
+    @staticmethod
+    def stream(like):
+        return like.__cuda_array_interface__.get("stream") or 0
+
+
+_KINDS = {"torch": _Torch, "cupy": _CuPy}
+
+
+def kind(array):
+    """Who makes arrays of the same kind: an object with empty(shape, dtype, like), stream(like) and describe(array)."""
+    return _KINDS.get(type(array).__module__.partition(".")[0], _Ours)

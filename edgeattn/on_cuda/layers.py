@@ -1,0 +1,255 @@
+"""Layers whose weights lie on a GPU: what `layer.to("cuda")` gives."""
+
+import numpy as np
+
+from edgeattn.checks import check_out, deliver, float_array, result_dtype, to_float32
+from edgeattn.functional import checked_softcap
+from edgeattn.layers.call import NO_WINDOW, check_input_shapes
+from edgeattn.on_cuda.functional import result_array
+from edgeattn.on_cuda.masks import device_masks
+from edgeattn.quantized.score_ops import fit_mask
+
+
+def place(layer, device, on_cuda):
+    """`layer.to(device)`: the layer itself for "cpu", `on_cuda(layer)` for "cuda".
+
+    Raises
+    ------
+    ValueError
+        For another device.
+    RuntimeError
+        Where CUDA is missing, saying what of it.
+    """
+    if device == "cpu":
+        return layer
+    if device != "cuda":
+        raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}")
+    return on_cuda(layer)
+
+
+class OnCuda:
+    """A layer on the GPU.
+
+    Arrays on the device are read where they lie, on their kind's current stream; the result is a new array of the same
+    kind, or `out`, and nothing waits for it. NumPy arrays are copied to the device by the call, and the result back,
+    after which it is there; a call has one or the other.
+
+    Attributes
+    ----------
+    layer : object
+        The layer it was made of, which `to("cpu")` gives back.
+    """
+
+    def __init__(self, layer):
+        from edgeattn.cuda.driver import driver
+
+        driver()  # says what is missing
+        if getattr(layer, "extra_keys", 0):
+            raise ValueError("bias_k, bias_v and add_zero_attn are missing on CUDA; call the layer on the CPU")
+        self.layer = layer
+
+    def to(self, device):
+        """The layer on another device: "cpu" gives the one this was made of."""
+        return self.layer if device == "cpu" else place(self, device, lambda layer: layer)
+
+    def __getattr__(self, name):
+        # sizes and parameters are those of the layer on the CPU
+        if name == "layer":
+            raise AttributeError(name)
+        return getattr(self.layer, name)
+
+    def __repr__(self):
+        return f"{self.layer!r}.to('cuda')"
+
+    def _inputs(self, dtype, query, key, value):
+        """(views, like, stream, host): the inputs as C-contiguous Views, a copy of each where they are NumPy's.
+
+        host : dtype that a NumPy result shall have, or None for arrays on the device.
+        """
+        from edgeattn.cuda.arrays import kind, on_device, view
+        from edgeattn.cuda.driver import driver
+
+        first, host = self.layer._query_name, None
+        given = {first: query, "key": key, "value": value}
+        if not on_device(query):
+            arrays = {n: float_array(n, x) if dtype == np.float32 else np.asarray(x)
+                      for n, x in given.items() if x is not None}
+            host = result_dtype(*arrays.values())
+            moved, made = {}, {}
+            for name, array in arrays.items():
+                source = next((n for n in made if given[n] is given[name]), None)
+                if source is None:
+                    moved[name] = driver().array(to_float32(array) if dtype == np.float32 else array)
+                    made[name] = moved[name]
+                else:
+                    moved[name] = moved[source]
+            given = {name: moved.get(name) for name in given}
+        like = given[first]
+        found = {name: None if x is None else view(name, x) for name, x in given.items()}
+        q = found[first]
+        k = q if found["key"] is None else found["key"]
+        v = k if found["value"] is None else found["value"]
+        for name, x in ((first, q), ("key", k), ("value", v)):
+            if x.dtype != dtype:
+                raise TypeError(f"{name} must be {np.dtype(dtype)} on CUDA, got dtype {x.dtype}; convert it")
+            if not x.contiguous:
+                raise ValueError(f"{name} must be contiguous on CUDA, got strides {x.strides} bytes")
+        return (q, k, v), like, kind(like).stream(like), host
+
+    def _device(self, host):
+        """A function from a name and an array argument to its View; NumPy arrays are copied where the inputs were."""
+        from edgeattn.cuda.arrays import view
+        from edgeattn.cuda.driver import driver
+
+        def moved(name, array):
+            if host is None:
+                return view(name, array)
+            array = np.asarray(array)
+            if array.dtype.kind == "f":
+                array = to_float32(array)
+            return view(name, driver().array(array))
+
+        return moved
+
+
+class FloatOnCuda(OnCuda):
+    """A float layer on the GPU; arguments and result as `MultiHeadAttention`'s, float32 on the device."""
+
+    def __init__(self, layer):
+        super().__init__(layer)
+        from edgeattn.cuda.host import FloatLayer
+
+        names = ("q", "k", "v", "out")
+        self._kernels = FloatLayer(
+            layer.num_heads, layer.num_kv_heads, {name: getattr(layer, f"{name}_weight") for name in names},
+            {name: getattr(layer, f"{name}_bias") for name in names}, layer.scale)
+
+    def __call__(self, query, key=None, value=None, *, attn_mask=None, key_padding_mask=None, is_causal=False,
+                 causal_alignment=None, window_size=NO_WINDOW, softcap=0.0, alibi_slopes=None, kv_cache=None,
+                 need_weights=False, out=None):
+        """Attend from `query` to `key` and `value`; `kv_cache` is one on the GPU. Probabilities are not to be had."""
+        return _call(self, query, key, value, softcap, kv_cache, need_weights, out, attn_mask=attn_mask,
+                     key_padding_mask=key_padding_mask, is_causal=is_causal, causal_alignment=causal_alignment,
+                     window_size=window_size, alibi_slopes=alibi_slopes)
+
+
+def _check_cache(layer, cache, batch, tokens, masks):
+    """The position of the first token; raises unless `cache` takes `tokens` more of this layer."""
+    from edgeattn.on_cuda.kv_cache import CacheOnCuda
+
+    if not isinstance(cache, CacheOnCuda):
+        raise TypeError(f'kv_cache must be on the GPU, KVCache(...).to("cuda"), got {type(cache).__name__}')
+    if masks["causal_alignment"] is not None:
+        raise ValueError("causal_alignment must be None with kv_cache, which knows the positions, got "
+                         f"{masks['causal_alignment']!r}")
+    wanted = (batch, layer.num_kv_heads, layer.head_dim, layer.value_dim)
+    given = (cache.batch, cache.num_kv_heads, cache.head_dim, cache.value_dim)
+    if wanted != given:
+        raise ValueError(f"kv_cache must have the call's B and the layer's num_kv_heads, head_dim and value_dim "
+                         f"{wanted}, got {given}")
+    cache._check_room(tokens)
+    return cache.length
+
+
+def _call(placed, query, key, value, softcap, kv_cache, need_weights, out, **masks):
+    layer = placed.layer
+    if need_weights is not False:
+        raise ValueError("need_weights is missing on CUDA, where probabilities are never stored; call the layer on the "
+                         "CPU")
+    if key is None and value is not None:
+        raise ValueError("value needs key, got key=None; pass key=query to attend from query to itself")
+    softcap = checked_softcap(softcap)
+    (q, k, v), like, stream, host = placed._inputs(np.dtype(np.float32), query, key, value)
+    check_input_shapes(layer, q, k, v)
+    lead, (queries, keys) = q.shape[:-2], (q.shape[-2], k.shape[-2])
+    shape = (*lead, queries, layer.output_dim)
+    batch = lead[0] if lead else 1
+    if kv_cache is not None:
+        before = _check_cache(layer, kv_cache, batch, keys, masks)
+        masks["position"], keys = before, before + keys
+    masks = device_masks((*lead, layer.num_heads, queries, keys), placed._device(host), **masks)
+    if host is not None:
+        check_out(out, shape, host)
+    result, taken = result_array(None if host is not None else out, shape, np.dtype(np.float32), like, (q, k, v))
+    if taken.size:
+        q, k, v, taken = (x.reshape(batch, *x.shape[-2:]) for x in (q, k, v, taken))
+        if kv_cache is None:
+            placed._kernels(q, k, v, taken, stream, like, softcap=softcap, **masks)
+        else:
+            placed._kernels.through_cache(q, k, v, taken, kv_cache, stream, like, softcap=softcap, **masks)
+    return result if host is None else deliver(result.numpy(), out, host)
+
+
+class DynamicOnCuda(FloatOnCuda):
+    """A dynamic int8 layer on the GPU: int8 weights, activations, keys and values; queries and softmax float32."""
+
+    def __init__(self, layer):
+        OnCuda.__init__(self, layer)
+        from edgeattn.cuda.host import DynamicLayer
+
+        weights = {name: (linear.weight, linear.scale) for name, linear in layer.weights.items()}
+        self._kernels = DynamicLayer(layer.num_heads, layer.num_kv_heads, weights, layer.biases, layer.scale)
+
+    def __call__(self, query, key=None, value=None, *, kv_cache=None, **arguments):
+        """Attend from `query` to `key` and `value`, as `FloatOnCuda`; a cache is missing."""
+        if kv_cache is not None:
+            raise ValueError("kv_cache is missing on CUDA for dynamic layers; a float layer there takes an int8 cache")
+        return super().__call__(query, key, value, **arguments)
+
+
+class StaticOnCuda(OnCuda):
+    """A static int8 layer on the GPU, equal to the CPU's bit for bit."""
+
+    def __init__(self, layer):
+        super().__init__(layer)
+        from edgeattn.cuda.arrays import view
+        from edgeattn.cuda.driver import driver
+        from edgeattn.cuda.host import StaticLayer
+
+        self._kernels = StaticLayer(**layer._kernel_parameters(), softmax=layer.kernel_set.softmax)
+        self._tables = None if layer._tables is None else view("tables", driver().array(layer._tables))
+        self._classes = None if layer._classes is None else view("classes", driver().array(layer._classes))
+
+    def __call__(self, query, key=None, value=None, **masks_and_out):
+        """Attention on reals in NumPy arrays; codes of arrays on the device go to `run_int8`."""
+        from edgeattn.cuda.arrays import on_device
+
+        if on_device(query):
+            raise TypeError("query must be a NumPy array, or int8 codes on the device given to run_int8: quantizing "
+                            "reals on the device is missing for static layers")
+        return type(self.layer).__call__(self, query, key, value, **masks_and_out)
+
+    def run_int8(self, query, key=None, value=None, *, attn_mask=None, key_padding_mask=None, is_causal=False,
+                 causal_alignment=None, window_size=NO_WINDOW, kv_cache=None, need_weights=False, out=None):
+        """Attention on codes, equal to the named kernel set; arguments and result as the layer's on the CPU."""
+        layer = self.layer
+        if kv_cache is not None or need_weights is not False:
+            raise ValueError("kv_cache and need_weights are missing on CUDA for static layers; call it on the CPU")
+        int8 = np.dtype(np.int8)
+        query, key, value = layer._distinct(query, key, value)
+        given = (query, key, value)
+        query, key, value = (given[source] for source in layer.sources)
+        (q, k, v), like, stream, host = self._inputs(int8, query, key, value)
+        check_input_shapes(self, q, k, v)
+        lead, (L, S) = q.shape[:-2], (q.shape[-2], k.shape[-2])
+        shape, batch = (*lead, L, layer.output_dim), lead[0] if lead else 1
+        masks = device_masks((*lead, layer.num_heads, L, S), self._device(host), attn_mask, key_padding_mask,
+                             is_causal=is_causal, causal_alignment=causal_alignment, window_size=window_size)
+        if "bias" in masks:
+            raise TypeError("attn_mask must be bool for int8 (True = attend); for a mask with -inf pass mask == 0")
+        if self._classes is not None:
+            fit_mask(layer._classes, (batch, layer.num_heads, L, S))
+        if host is not None:
+            check_out(out, shape, int8)
+        result, taken = result_array(None if host is not None else out, shape, int8, like, (q, k, v))
+        if taken.size:
+            left, right, offset = masks["left"], masks["right"], masks["offset"]
+            band = None if left < 0 and right < 0 else (
+                offset - left if left >= 0 else -L - S, offset + right if right >= 0 else L + S)
+            classes = self._classes
+            if classes is not None and classes.ndim < 4:
+                classes = classes.reshape(*(1,) * (4 - classes.ndim), *classes.shape)
+            q, k, v, taken = (x.reshape(batch, *x.shape[-2:]) for x in (q, k, v, taken))
+            self._kernels(q, k, v, taken, stream, like, band=band, keep=masks.get("keep"), classes=classes,
+                          tables=self._tables)
+        return result if host is None else deliver(result.numpy(), out, int8)

@@ -1,0 +1,34 @@
+"""What the CUDA tests share: a layer of the int8 oracle as the device takes it, and arrays on the (emulated) device."""
+import numpy as np
+import oracle_kernels as oracle
+
+from edgeattn.cuda import host
+from edgeattn.cuda.arrays import view
+from edgeattn.cuda.driver import driver
+
+
+def on_device(array):
+    """A DeviceArray of a NumPy array, or None."""
+    return None if array is None else driver().array(array)
+
+
+def seen(array):
+    """The View of what `on_device` makes, which it keeps alive."""
+    return None if array is None else view("array", on_device(array))
+
+
+def static_layer(num_heads, linears, tensors, project_rule, score_rule, context_rule, table, softmax):
+    """host.StaticLayer from what oracle_kernels.static_layer takes."""
+    real = {}
+    for name, (weight, scale, bias) in linears.items():
+        source = "context" if name == "output" else f"{name}_input"
+        real[name] = (weight, np.asarray(oracle.multipliers_fc(project_rule, tensors[source][0], scale,
+                                                               tensors[name][0]), np.float64), bias)
+
+    def matmul(rule, *names):
+        return float(oracle.multiplier_bmm(rule, *(tensors[name][0] for name in names)))
+
+    return host.StaticLayer(num_heads, real, matmul(score_rule, "query", "key", "scores"),
+                            matmul(context_rule, "probabilities", "value", "context"),
+                            {name: zero for name, (_, zero) in tensors.items()}, project_rule, score_rule, context_rule,
+                            table, softmax)

@@ -1,0 +1,33 @@
+"""Every kernel that is launched, and what its machine code may use: registers, and bytes of shared memory of a block.
+
+The ceilings are what the assembler gave for sm_87 and sm_90 when they were written, and a few registers: going above one
+is a reason to look, not to raise it. No kernel may spill, keep an array in memory, or multiply 64-bit integers more often
+than the last column says: an address is int32, and only gemmlowp's reciprocal, once per row, needs them.
+"""
+from edgeattn.cuda import attention, int8, linear, merge, quantize
+
+LIMITS = [
+    # kernel, registers on sm_87 and sm_90, shared memory, 64-bit multiplications
+    (attention.attention(64, 64, "float32", "float32", True, "float32"), (255, 255), 49152, 0),
+    (attention.attention(64, 32, "float32", "float32", True, "float32"), (255, 255), 32768, 0),
+    (attention.attention(32, 64, "float32", "float32", True, "float32"), (224, 224), 32768, 0),
+    (attention.attention(32, 32, "float32", "float32", False, "float32"), (224, 224), 20480, 0),
+    (attention.attention(32, 64, "float32", "int8", True, "float32"), (224, 224), 32768, 0),
+    (attention.attention(64, 64, "float16", "float16", True, "float16"), (255, 255), 49152, 0),
+    (merge.merge("float32"), (48, 48), 0, 0),
+    (linear.linear(True), (144, 144), 16384, 0),
+    (linear.linear(False), (144, 144), 16384, 0),
+    (quantize.store_rows(True), (48, 48), 0, 0),
+    (quantize.store_rows(False), (48, 48), 0, 0),
+    (int8.linear_int8("float_rne", True), (128, 176), 10240, 0),
+    (int8.linear_int8("double", False), (144, 160), 10240, 0),
+    (int8.linear_int8("ruy", True), (128, 216), 10240, 0),
+    (int8.linear_int8("float64", True), (128, 128), 10240, 0),
+    (int8.linear_int8(None, True), (128, 128), 10240, 0),
+    (int8.static_attention("float_rne", "float_rne", "lut_f32"), (232, 248), 38656, 0),
+    (int8.static_attention("double", "double", "lut_f32"), (232, 248), 38656, 0),
+    (int8.static_attention("ruy", "ruy", "lut_f32"), (232, 248), 38656, 0),
+    (int8.static_attention("float_rne", "float_rne", "lut_u16"), (232, 248), 22016, 0),
+    (int8.static_attention("double", "double", "fixed"), (232, 248), 22016, 14),
+]
+CAPABILITIES = [(8, 7), (9, 0)]

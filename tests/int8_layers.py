@@ -1,0 +1,58 @@
+"""What int8 layers compute under one instruction set: EDGEATTN_ISA=NAME python tests/int8_layers.py FILE.npz.
+
+A program of its own because the instruction set is chosen at import.
+"""
+import sys
+
+import numpy as np
+from kernels_under_test import ASYMMETRIC, SYMMETRIC, make_layer
+
+import edgeattn
+import quant
+from edgeattn.isa import ISA
+
+RULES = (("float_rne", "float_rne", "float_rne", "lut_f32"), ("double", "double", "double", "fixed"))
+# B, L, S, E, D, heads, Dv, Eo: less than a tile; heads that share a vector; whole and part groups of a matrix unit;
+# rows whose exponentials are not all kept
+SHAPES = ((2, 5, 9, 7, 8, 2, 5, 6), (1, 33, 31, 20, 24, 3, 8, 12), (1, 37, 70, 64, 16, 4, 16, 64),
+          (1, 20, 90, 70, 96, 1, 40, 33), (1, 3, 650, 5, 4, 1, 4, 4))
+DYNAMIC_CASES = {"dynamic": {}, "dynamic causal": {"is_causal": True}}
+
+
+def static_cases():
+    """name -> (layer, (xq, xk, xv), masks, what oracle_kernels.static_layer takes between them)."""
+    cases = {}
+    for number, (B, L, S, E, D, heads, Dv, Eo) in enumerate(SHAPES):
+        rng = np.random.default_rng(number)
+        for *rules, softmax in RULES:
+            for name, zero_points in (("symmetric", SYMMETRIC), ("asymmetric", ASYMMETRIC)):
+                layer, linears, tensors, table = make_layer(rng, heads, E, D, Dv, Eo, zero_points, rules, softmax)
+                x = [rng.integers(-128, 128, (B, n, E)).astype(np.int8) for n in (L, S, S)]
+                masks = {} if name == "symmetric" else {"keep": rng.random((B, 1, L, S)) > 0.4, "band": (-S // 2, 3)}
+                cases[f"{name} {softmax} {number}"] = layer, x, masks, (heads, linears, tensors, rules, softmax, table)
+    return cases
+
+
+def dynamic_answer(masks):
+    """float32 output of a dynamic layer with three query heads to a key head and sizes that fill no vector."""
+    rng = np.random.default_rng(9)
+
+    def weight(o, i):
+        return (rng.standard_normal((o, i)) / np.sqrt(i)).astype(np.float32)
+
+    layer = edgeattn.MultiHeadAttention(6, weight(72, 50), weight(24, 50), weight(20, 50), weight(50, 60), num_kv_heads=2)
+    return quant.quantize(layer, scheme="dynamic")(rng.standard_normal((1, 70, 50)).astype(np.float32), **masks)
+
+
+def main(path):
+    answers = {"instruction_set": ISA.name}
+    for name, (layer, x, masks, _) in static_cases().items():
+        answers[name] = np.zeros((x[0].shape[0], x[0].shape[1], layer.output_dim), np.int8)
+        layer(*x, answers[name], **masks)
+    for name, masks in DYNAMIC_CASES.items():
+        answers[name] = dynamic_answer(masks)
+    np.savez(path, **answers)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,234 @@
+"""The public calls on arrays on the device, every case of tests/cases.py, in the emulator against the float64 oracle."""
+import dataclasses
+
+import numpy as np
+import pytest
+import reference
+from cases import CASES, Case
+from cuda_emulated import emulated_only
+
+import edgeattn
+from edgeattn.cuda import driver as driver_module
+
+# emulated blocks take half a second each; what is large elsewhere is so for the CPU's tiles
+SMALLER = {"minilm": dict(H=2), "long": dict(S=270)}
+EXTRA = [
+    Case("tiles-65-129", H=1, L=65, S=129, D=40, Dv=24),
+    Case("pieces", H=1, L=33, S=70, D=72, Dv=68),
+    Case("wide-pieces", H=1, L=5, S=70, D=136, Dv=32),
+    Case("band-tiles", H=1, L=130, S=130, D=8, window_size=(70, 3)),
+    Case("decode-split", H=2, L=1, S=700, D=16),
+    Case("decode-split-causal", B=2, H=2, Hkv=1, L=3, S=600, D=16, is_causal=True, causal_alignment="lower_right"),
+]
+
+
+pytestmark = pytest.mark.usefixtures("device")
+
+
+def put(array):
+    return None if array is None else driver_module.driver().array(array)
+
+
+def attend(case, arrays, masks, **options):
+    mask = masks["keep"] if masks["bias"] is None else masks["bias"]
+    if masks["padding"] is not None:  # the functional form has no padding argument
+        seen = masks["padding"][:, None, None, :]
+        mask = seen if mask is None else mask & seen if mask.dtype == bool else np.where(seen, mask, np.float32(-np.inf))
+    return edgeattn.scaled_dot_product_attention(
+        *map(put, arrays), put(mask), is_causal=case.is_causal, causal_alignment=case.causal_alignment, scale=case.scale,
+        enable_gqa=case.kv_heads != case.H, softcap=case.softcap, window_size=case.window_size,
+        kv_lengths=put(masks["lengths"]), **options)
+
+
+def oracle(case, arrays, masks, dtype):
+    permitted = reference.visible(
+        case.B, case.H, case.L, case.S, keep=masks["keep"], padding=masks["padding"], causal=case.is_causal,
+        alignment=case.causal_alignment or "upper_left", window=case.window_size, lengths=masks["lengths"])
+    return reference.attention(*arrays, permitted, masks["bias"], scale=case.scale, softcap=case.softcap, dtype=dtype)[0]
+
+
+@pytest.mark.parametrize("case", [*CASES, *EXTRA], ids=lambda case: case.name)
+def test_case(case):
+    case = dataclasses.replace(case, **SMALLER.get(case.name, {}))
+    arrays, masks = case.qkv(), case.masks()
+    result = attend(case, arrays, masks).numpy()
+    assert result.dtype == np.float32
+    plain = oracle(case, arrays, masks, np.float32)
+    reference.assert_as_accurate(result, oracle(case, arrays, masks, np.float64), plain)
+
+
+@pytest.mark.parametrize("name", ["cross-17-33", "everything", "empty-keys", "decode-split", "lengths-lower"])
+def test_lse_is_the_log_of_the_sum(name):
+    case = next(case for case in [*CASES, *EXTRA] if case.name == name)
+    arrays, masks = case.qkv(), case.masks()
+    _, lse = attend(case, arrays, masks, return_lse=True)
+    permitted = reference.visible(
+        case.B, case.H, case.L, case.S, keep=masks["keep"], causal=case.is_causal,
+        alignment=case.causal_alignment or "upper_left", window=case.window_size, lengths=masks["lengths"])
+    q, k = (np.asarray(x, np.float64) for x in arrays[:2])
+    scores = q @ np.repeat(k, case.H // case.kv_heads, 1).swapaxes(2, 3)
+    scores *= case.D**-0.5 if case.scale is None else case.scale
+    if case.softcap:
+        scores = case.softcap * np.tanh(scores / case.softcap)
+    with np.errstate(divide="ignore"):
+        want = np.log(np.where(permitted, np.exp(scores), 0).sum(-1))
+    np.testing.assert_allclose(lse.numpy(), want, rtol=3e-6, atol=3e-6)
+
+
+def test_alibi_slopes():
+    case = Case("alibi", B=2, H=2, L=5, S=70, D=8)
+    arrays, slopes = case.qkv(), np.array([[0.5, 0.02], [0.1, 1.0]], np.float32)
+    distance = np.abs(np.arange(5)[:, None] + 65 - np.arange(70)).astype(np.float32)
+    bias = -slopes[:, :, None, None] * distance
+    got = edgeattn.scaled_dot_product_attention(*map(put, arrays), alibi_slopes=put(slopes), causal_alignment="lower_right")
+    want = [reference.attention(*arrays, None, bias, dtype=dtype)[0] for dtype in (np.float64, np.float32)]
+    reference.assert_as_accurate(got.numpy(), *want)
+
+
+def test_float16_arrays_are_computed_in_float32():
+    case = Case("half", B=1, H=2, L=9, S=70, D=16, Dv=8)
+    for shape in ((9, 70), (1, 70)):
+        arrays = [x.astype(np.float16) for x in case.qkv()]
+        got = edgeattn.scaled_dot_product_attention(*map(put, arrays)).numpy()
+        assert got.dtype == np.float16, shape
+        want = reference.attention(*arrays)[0]
+        np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4)
+    narrow = [np.ascontiguousarray(x[..., :7]) for x in arrays]
+    got = edgeattn.scaled_dot_product_attention(*map(put, narrow)).numpy()
+    np.testing.assert_allclose(got, reference.attention(*narrow)[0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("place", ["key", "value"])
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_what_is_behind_a_mask_stays_there(place, poison):
+    case = Case("nan", B=1, H=2, L=70, S=70, D=8)
+    arrays = list(case.qkv())
+    arrays[1 if place == "key" else 2][:, :, 40] = poison
+    got = edgeattn.scaled_dot_product_attention(*map(put, arrays), is_causal=True).numpy()
+    assert np.isfinite(got[:, :, :40]).all()
+    assert not np.isfinite(got[:, :, 40:]).any(-1).any() or place == "key" or poison == np.inf
+    assert not np.isfinite(got[:, :, 40:]).all()
+    keep = np.arange(70) != 40
+    got = edgeattn.scaled_dot_product_attention(*map(put, arrays), put(keep)).numpy()
+    want = [reference.attention(*arrays, np.broadcast_to(keep, (1, 2, 70, 70)), dtype=d)[0] for d in (np.float64, np.float32)]
+    reference.assert_as_accurate(got, *want)
+    bias = np.where(keep, np.float32(0), np.float32(-np.inf)).reshape(1, 70)
+    got = edgeattn.scaled_dot_product_attention(*map(put, arrays), put(bias)).numpy()
+    reference.assert_as_accurate(got, *want)
+
+
+def test_only_the_values_nan_row_is_nan():
+    case = Case("nan-channel", B=1, H=1, L=3, S=5, D=4)
+    arrays = list(case.qkv())
+    arrays[2][0, 0, 2, 1] = np.nan
+    got = edgeattn.scaled_dot_product_attention(*map(put, arrays)).numpy()
+    assert np.isnan(got[..., 1]).all() and np.isfinite(got[..., [0, 2, 3]]).all()
+
+
+def test_out_takes_the_result_and_nothing_around_it():
+    case = Case("out", B=2, H=2, L=5, S=9, D=8)
+    arrays = case.qkv()
+    around = put(np.full((4, 2, 5, 8), 7, np.float32))
+
+    class Middle:
+        __cuda_array_interface__ = {**around.__cuda_array_interface__, "shape": (2, 2, 5, 8),
+                                    "data": (around.pointer + around.strides[0], False)}
+
+    out = Middle()
+    assert edgeattn.scaled_dot_product_attention(*map(put, arrays), out=out) is out
+    host = around.numpy()
+    assert (host[[0, 3]] == 7).all()
+    np.testing.assert_array_equal(host[1:3], edgeattn.scaled_dot_product_attention(*map(put, arrays)).numpy())
+
+
+def test_a_call_like_one_before_is_the_same_launch():
+    case = Case("again", B=1, H=2, L=5, S=9, D=8)
+    first, second = case.qkv(), [x + 1 for x in case.qkv()]
+    keep, bias = np.arange(9) < 7, np.linspace(-1, 1, 9, dtype=np.float32)
+    for mask in (None, keep, bias):
+        for arrays in (first, second):
+            alone = edgeattn.scaled_dot_product_attention(*map(put, arrays), put(mask), softcap=2.0).numpy()
+            for _ in range(2):
+                out = put(np.zeros((1, 2, 5, 8), np.float32))
+                edgeattn.scaled_dot_product_attention(*map(put, arrays), put(mask), softcap=2.0, out=out)
+                np.testing.assert_array_equal(out.numpy(), alone)
+    q, k, v = map(put, first)
+    with pytest.raises(TypeError, match="is_causal must be True or False"):
+        edgeattn.scaled_dot_product_attention(q, k, v, is_causal=0, softcap=2.0, out=put(np.zeros((1, 2, 5, 8), np.float32)))
+    same = [put(np.zeros((1, 2, 5, 8), np.float32)) for _ in range(4)]
+    for _ in range(2):
+        edgeattn.scaled_dot_product_attention(*same[:3], out=same[3])
+    with pytest.raises(ValueError, match="out must not overlap"):
+        edgeattn.scaled_dot_product_attention(*same[:3], out=same[1])
+
+
+@emulated_only
+def test_strided_inputs_are_read_in_place(device):
+    case = Case("strided", B=2, H=3, L=6, S=9, D=8)
+    arrays = case.qkv()
+    # (B, L, H, D), as projections leave it, seen as (B, H, L, D)
+    stored = [put(np.ascontiguousarray(x.swapaxes(1, 2))) for x in arrays]
+
+    def turned(array):
+        b, l, h, d = array.strides
+        B, L, H, D = array.shape
+        return type("Turned", (), {"keeps": array, "shape": (B, H, L, D), "__cuda_array_interface__": {
+            **array.__cuda_array_interface__, "shape": (B, H, L, D), "strides": (b, h, l, d)}})()
+
+    before = len(device.memory)
+    got = edgeattn.scaled_dot_product_attention(*map(turned, stored))
+    assert len(device.memory) == before + 1  # the result, and no copy of an input
+    np.testing.assert_array_equal(got.numpy(), edgeattn.scaled_dot_product_attention(*map(put, arrays)).numpy())
+
+
+@emulated_only
+def test_the_arrays_stream_is_used(device):
+    case = Case("stream", L=2, S=3)
+    q, k, v = map(put, case.qkv())
+
+    class OnStream:
+        shape = q.shape
+        __cuda_array_interface__ = {**q.__cuda_array_interface__, "stream": 77}
+
+    edgeattn.scaled_dot_product_attention(OnStream(), k, v)
+    assert device.streams == [77]
+
+
+GOOD = dict(query=(1, 2, 5, 8), key=(1, 2, 7, 8), value=(1, 2, 7, 8))
+
+
+@pytest.mark.parametrize(("error", "words", "options"), [
+    (TypeError, "key must be an array on the device like query", {"key": np.zeros((1, 2, 7, 8), np.float32)}),
+    (TypeError, "query must be float32 or float16 on CUDA, got dtype float64", {"query": np.float64}),
+    (TypeError, "value must have the dtype of query, float32, on CUDA, got float16", {"value": np.float16}),
+    (ValueError, "return_weights is missing on CUDA", {"return_weights": True}),
+    (ValueError, "causal_alignment is needed because L = 5 queries", {"is_causal": True}),
+    (TypeError, "attn_mask must be bool .* or float32 .* on CUDA, got dtype float64", {"attn_mask": ((5, 7), np.float64)}),
+    (ValueError, r"attn_mask must broadcast to .* = \(1, 2, 5, 7\), got shape \(4, 7\)", {"attn_mask": ((4, 7), np.float32)}),
+    (TypeError, "attn_mask must be an array on the device", {"attn_mask": np.ones((5, 7), bool)}),
+    (TypeError, "kv_lengths must be int32 or int64 on CUDA, got dtype int16", {"kv_lengths": ((1,), np.int16)}),
+    (ValueError, r"kv_lengths must have shape \(1,\)", {"kv_lengths": ((2,), np.int32)}),
+    (TypeError, "alibi_slopes must be float32 on CUDA", {"alibi_slopes": ((2,), np.float16), "causal_alignment": "upper_left"}),
+    (ValueError, r"alibi_slopes must have shape \(H,\)", {"alibi_slopes": ((3,), np.float32), "causal_alignment": "upper_left"}),
+    (TypeError, "out must have dtype float32", {"out": ((1, 2, 5, 8), np.float16)}),
+    (ValueError, r"out must have shape \(1, 2, 5, 8\)", {"out": ((1, 2, 5, 7), np.float32)}),
+    (TypeError, "out must be an array on the device", {"out": np.zeros((1, 2, 5, 8), np.float32)}),
+])
+def test_errors_name_the_argument(error, words, options):
+    arrays = {name: put(np.zeros(shape, options.pop(name) if isinstance(options.get(name), type) else np.float32))
+              for name, shape in GOOD.items()}
+    arrays |= {name: put(np.zeros(*value)) if isinstance(value, tuple) else value for name, value in options.items()}
+    with pytest.raises(error, match=words):
+        edgeattn.scaled_dot_product_attention(**arrays)
+
+
+def test_out_must_not_overlap_an_input():
+    q, k, v = (put(np.zeros((1, 2, 5, 8), np.float32)) for _ in range(3))
+    with pytest.raises(ValueError, match="out must not overlap an input on CUDA"):
+        edgeattn.scaled_dot_product_attention(q, k, v, out=k)
+
+
+def test_lengths_need_an_alignment_where_positions_matter():
+    q, k, v = (put(np.zeros((2, 2, 5, 8), np.float32)) for _ in range(3))
+    with pytest.raises(ValueError, match="causal_alignment is needed"):
+        edgeattn.scaled_dot_product_attention(q, k, v, is_causal=True, kv_lengths=put(np.array([3, 5])))

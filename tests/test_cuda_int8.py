@@ -1,0 +1,107 @@
+"""The static int8 layer of the CUDA target, in the emulator: equality with integer arithmetic, always."""
+import cuda_cases
+import numpy as np
+import oracle_kernels as oracle
+import pytest
+from cuda_cases import seen
+from test_kernels_int8 import ASYMMETRIC, EDGES, RULE_SETS, SYMMETRIC, make_layer
+
+from edgeattn.cuda import driver as driver_module
+from edgeattn.cuda.arrays import view
+from edgeattn.cuda.language import Kernel, int32, specialised
+from edgeattn.cuda.ptx import load_b32, store_b32, thread
+from edgeattn.cuda.rules import RULES, planes
+
+# B, L, S, E, D, heads, Dv, Eo: around 16, 64 and 16-byte rows, several pieces of D and Dv, one query
+SHAPES = [(2, 5, 9, 7, 8, 2, 5, 6), (1, 40, 70, 33, 16, 2, 20, 40), (1, 17, 65, 64, 72, 1, 66, 64), (1, 1, 130, 16, 16, 1, 16, 3)]
+ZERO_POINTS = {"symmetric": SYMMETRIC, "asymmetric": ASYMMETRIC}
+
+
+pytestmark = pytest.mark.usefixtures("device")
+
+
+def run(parts, heads, rules, x, keep=None, band=None, classes=None, tables=None):
+    linears, tensors, table = parts
+    layer = cuda_cases.static_layer(heads, linears, tensors, *rules[:3], table, rules[3])
+    B, L, _ = x[0].shape
+    out = driver_module.driver().array(np.full((B, L, layer.output_dim), 99, np.int8))
+    layer(*map(seen, x), view("out", out), 0, out, keep=seen(keep), band=band, classes=seen(classes), tables=seen(tables))
+    want = oracle.static_layer(*x, heads, linears, tensors, rules[:3], rules[3], table, keep=keep, band=band,
+                               classes=classes, tables=tables)
+    np.testing.assert_array_equal(out.numpy(), want)
+
+
+@pytest.mark.parametrize("zero_points", ZERO_POINTS)
+@pytest.mark.parametrize("rules", RULE_SETS, ids="-".join)
+def test_every_rule_set_equals_integer_arithmetic(rules, zero_points):
+    rng = np.random.default_rng(5)
+    for B, L, S, E, D, heads, Dv, Eo in SHAPES[:3]:
+        _, *parts = make_layer(rng, heads, E, D, Dv, Eo, ZERO_POINTS[zero_points], rules[:3], rules[3])
+        run(parts, heads, rules, [rng.integers(-128, 128, (B, n, E)).astype(np.int8) for n in (L, S, S)])
+
+
+@pytest.mark.parametrize("softmax", ["lut_f32", "lut_u16", "fixed"])
+def test_a_dropped_key_is_not_there(softmax):
+    rng = np.random.default_rng(6)
+    rules = (*(("double",) * 3 if softmax == "fixed" else ("float_rne",) * 3), softmax)
+    for B, L, S, E, D, heads, Dv, Eo in (SHAPES[0], SHAPES[3]):
+        _, *parts = make_layer(rng, heads, E, D, Dv, Eo, ASYMMETRIC, rules[:3], softmax)
+        x = [rng.integers(-128, 128, (B, n, E)).astype(np.int8) for n in (L, S, S)]
+        keep = rng.random((B, heads, L, S)) > 0.5
+        keep[:, :, 0] = False
+        for masks in (dict(keep=keep), dict(keep=keep[:1, :1, :1]), dict(band=(-S, 0)), dict(band=(-2, 1)),
+                      dict(keep=keep[:, :1], band=(-5, 3)), dict(band=(S, S + 5))):
+            run(parts, heads, rules, x, **masks)
+
+
+def test_score_tables():
+    rng = np.random.default_rng(7)
+    rules = (*("float_rne",) * 3, "lut_f32")
+    B, L, S, E, D, heads, Dv, Eo = SHAPES[1]
+    _, *parts = make_layer(rng, heads, E, D, Dv, Eo, SYMMETRIC, rules[:3], "lut_f32")
+    x = [rng.integers(-128, 128, (B, n, E)).astype(np.int8) for n in (L, S, S)]
+    tables = rng.integers(-128, 128, (3, 256)).astype(np.int8)
+    run(parts, heads, rules, x, tables=tables)
+    run(parts, heads, rules, x, tables=tables, classes=rng.integers(0, 3, (B, 1, L, S)).astype(np.uint8))
+
+
+def test_without_an_output_projection_the_codes_of_the_heads_are_the_result():
+    rng = np.random.default_rng(8)
+    rules = (*("float_rne",) * 3, "lut_f32")
+    _, linears, tensors, table = make_layer(rng, 2, 16, 8, 12, 10, SYMMETRIC, rules[:3], "lut_f32")
+    del linears["output"]
+    x = rng.integers(-128, 128, (2, 9, 16)).astype(np.int8)
+    run((linears, tensors, table), 2, rules, [x, x, x])
+
+
+@specialised
+def apply_rule(name):
+    """out[i] = rule(acc[i], first, second), 32 at a time."""
+    rule = RULES[name]
+
+    def apply(a, p):
+        at = thread() * 4
+        store_b32(at >= 0, a[1] + at, int32(rule(load_b32(at >= 0, a[0] + at), p[0], p[1])))
+
+    return Kernel(apply, 2, 2, 32, 0)
+
+
+@pytest.mark.parametrize("name", sorted(RULES))
+def test_rule_equals_the_rule_on_python_integers(name, device):
+    rng = np.random.default_rng(9)
+    for m in (0.0003, 0.5, 0.25, 0.999999, 1.0, 2.0**-10, 1.5 * 2.0**-8, 0.0078125):
+        values = EDGES + [int(v) for v in rng.integers(-2**22, 2**22, 100)]
+        values += [s * (int((n + 0.5) / m) + d) for n in range(8) for d in (-1, 0, 1) for s in (1, -1)]
+        values = [v for v in values if abs(v * m) < 2**30 and abs(v) < 2**31]
+        values += [0] * (-len(values) % 32)
+        scale = np.float32(m) if name == "float_rne" else np.float64(m)
+        first, second = (int(x) for x in planes(name, [scale])[:, 0])
+        for begin in range(0, len(values), 32):
+            some = values[begin:begin + 32]
+            acc, got = device.array(np.array(some, np.int32)), device.empty((32,), np.int32)
+            device.launch(apply_rule(name), (1, 1, 1), [acc.pointer, got.pointer], [first, second], 0)
+            if name in ("float_rne", "float64"):
+                want = [getattr(oracle, "rule_" + name)(v, scale) for v in some]
+            else:
+                want = [getattr(oracle, "rule_" + name)(v, *oracle.quantize_multiplier(scale)) for v in some]
+            np.testing.assert_array_equal(got.numpy(), want)

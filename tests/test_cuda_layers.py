@@ -1,0 +1,197 @@
+"""Layers and caches on the GPU, in the emulator, beside the same ones on the CPU."""
+import numpy as np
+import pytest
+import reference
+
+import edgeattn
+import quant
+from edgeattn.arithmetic import KERNEL_SETS
+from edgeattn.cuda import driver as driver_module
+
+pytestmark = pytest.mark.usefixtures("device")
+
+
+def put(array):
+    return driver_module.driver().array(array)
+
+
+def parameters(rng, heads=2, kv_heads=1, E=24, D=8, Dv=12, Eo=20, kdim=None):
+    shapes = {"q": (heads * D, E), "k": (kv_heads * D, kdim or E), "v": (kv_heads * Dv, kdim or E), "out": (Eo, heads * Dv)}
+    found = {f"{name}_weight": rng.standard_normal(shape, np.float32) / np.float32(np.sqrt(shape[1]))
+             for name, shape in shapes.items()}
+    return found | {f"{name}_bias": rng.standard_normal(shape[0], np.float32) * np.float32(0.1)
+                    for name, shape in shapes.items()}
+
+
+def as_accurate(got, weights, heads, kv_heads, x, context=None, **masks):
+    key = x if context is None else context
+    want = [reference.multi_head_attention(weights, heads, x, key, key, num_kv_heads=kv_heads, dtype=dtype, **masks)[0]
+            for dtype in (np.float64, np.float32)]
+    # projections sum in one chain, as on the CPU: README, Limits
+    assert np.abs(got - want[0]).max() <= 5 * np.abs(want[1] - want[0]).max() + 4 * np.spacing(np.float32(np.abs(want[0]).max()))
+
+
+def test_float_layer():
+    rng = np.random.default_rng(1)
+    weights = parameters(rng)
+    layer = edgeattn.MultiHeadAttention(2, **weights, num_kv_heads=1)
+    placed = layer.to("cuda")
+    assert placed.to("cuda") is placed and placed.to("cpu") is layer and layer.to("cpu") is layer
+    x = rng.standard_normal((2, 37, 24), np.float32)
+    result = placed(put(x))
+    assert isinstance(result, driver_module.DeviceArray)
+    as_accurate(result.numpy(), weights, 2, 1, x)
+    causal = reference.visible(2, 2, 37, 37, causal=True)
+    out = put(np.zeros((2, 37, 20), np.float32))
+    assert placed(put(x), is_causal=True, out=out) is out
+    as_accurate(out.numpy(), weights, 2, 1, x, permitted=causal)
+
+
+def test_numpy_arrays_are_copied_there_and_back():
+    rng = np.random.default_rng(2)
+    weights = parameters(rng, kdim=15)
+    layer = edgeattn.MultiHeadAttention(2, **weights, num_kv_heads=1)
+    x, context = rng.standard_normal((5, 24), np.float32), rng.standard_normal((9, 15), np.float32)
+    padding = np.arange(9) < 7
+    result = layer.to("cuda")(x, context, key_padding_mask=padding)
+    assert type(result) is np.ndarray
+    as_accurate(result[None], weights, 2, 1, x[None], context[None], permitted=np.broadcast_to(padding, (1, 2, 5, 9)))
+    out = np.empty((5, 20))
+    assert layer.to("cuda")(x.astype(np.float64), context, key_padding_mask=padding, out=out) is out
+    np.testing.assert_array_equal(out, result)
+
+
+def test_a_query_without_keys_gets_the_bias():
+    rng = np.random.default_rng(3)
+    layer = edgeattn.MultiHeadAttention(2, **parameters(rng), num_kv_heads=1)
+    got = layer.to("cuda")(rng.standard_normal((1, 3, 24), np.float32), np.zeros((1, 0, 24), np.float32))
+    np.testing.assert_array_equal(got, np.broadcast_to(layer.out_bias, (1, 3, 20)))
+    assert layer.to("cuda")(np.zeros((0, 3, 24), np.float32)).shape == (0, 3, 20)
+
+
+@pytest.mark.parametrize("arithmetic", KERNEL_SETS)
+def test_static_layer_equals_the_cpu(arithmetic):
+    rng = np.random.default_rng(4)
+    layer = edgeattn.MultiHeadAttention(2, **parameters(rng, kv_heads=2))
+    data = [rng.standard_normal((2, 35, 24), np.float32)]
+    int8 = quant.quantize(layer, quant.calibrate(layer, [{"query": data[0], "is_causal": True}]), arithmetic=arithmetic)
+    codes = int8.quantize_input(data[0])
+    placed = int8.to("cuda")
+    np.testing.assert_array_equal(placed.run_int8(put(codes)).numpy(), int8.run_int8(codes))
+    np.testing.assert_array_equal(placed.run_int8(codes, is_causal=True), int8.run_int8(codes, is_causal=True))
+    carried = int8.with_mask(np.tri(35, dtype=bool))
+    np.testing.assert_array_equal(carried.to("cuda").run_int8(codes), carried.run_int8(codes))
+
+
+def test_static_layer_on_reals():
+    rng = np.random.default_rng(5)
+    layer = edgeattn.MultiHeadAttention(2, **parameters(rng, kv_heads=2))
+    x = rng.standard_normal((1, 9, 24), np.float32)
+    int8 = quant.quantize(layer, quant.calibrate(layer, [x]))
+    keep = np.tri(9, dtype=bool)
+    np.testing.assert_array_equal(int8.to("cuda")(x, attn_mask=keep), int8(x, attn_mask=keep))
+    with pytest.raises(TypeError, match="query must be a NumPy array, or int8 codes on the device given to run_int8"):
+        int8.to("cuda")(put(x))
+    with pytest.raises(TypeError, match="query must be int8 on CUDA, got dtype float32"):
+        int8.to("cuda").run_int8(put(x))
+    with pytest.raises(TypeError, match="attn_mask must be bool for int8"):
+        int8.to("cuda").run_int8(put(int8.quantize_input(x)), attn_mask=put(np.zeros((9, 9), np.float32)))
+
+
+def test_dynamic_layer_is_as_close_as_the_cpus():
+    rng = np.random.default_rng(10)
+    weights = parameters(rng)
+    layer = quant.quantize(edgeattn.MultiHeadAttention(2, **weights, num_kv_heads=1), scheme="dynamic")
+    x, context = rng.standard_normal((2, 33, 24), np.float32), rng.standard_normal((2, 37, 24), np.float32)
+    keep = rng.random((33, 37)) < 0.7
+    want = reference.multi_head_attention(weights, 2, x, context, context, np.broadcast_to(keep, (2, 2, 33, 37)),
+                                          num_kv_heads=1)[0]
+    got = layer.to("cuda")(put(x), put(context), attn_mask=put(keep)).numpy()
+    cpu = layer(x, context, attn_mask=keep)
+    assert np.abs(got - want).mean() <= 1.1 * np.abs(cpu - want).mean()
+    x[0, 3, 5] = np.nan
+    got = layer.to("cuda")(x, is_causal=True)
+    assert np.isnan(got[0, 3:]).all() and np.isfinite(got[0, :3]).all() and np.isfinite(got[1]).all()
+    with pytest.raises(ValueError, match="kv_cache is missing on CUDA for dynamic layers"):
+        layer.to("cuda")(x, kv_cache=edgeattn.KVCache(2, 1, 80, 8, value_dim=12))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_cache_holds_what_the_cpu_holds(dtype):
+    rng = np.random.default_rng(6)
+    cpu = edgeattn.KVCache(2, 2, 80, 8, value_dim=12, dtype=dtype)
+    gpu = cpu.to("cuda")
+    assert gpu.to("cuda") is gpu
+    for tokens in (3, 1, 66):
+        k, v = rng.standard_normal((2, 2, tokens, 8), np.float32), rng.standard_normal((2, 2, tokens, 12), np.float32)
+        k[0, 0, 0] = 0
+        v[1, 1, 0, 3] = np.nan
+        cpu.append(k, v)
+        gpu.append(put(k), put(v))
+    cpu.truncate(68)
+    gpu.truncate(68)
+    for ours, theirs in zip(gpu.held(), cpu.held(), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    q = rng.standard_normal((2, 4, 2, 8), np.float32)
+    got = gpu.attend(put(q), is_causal=True).numpy()
+    want = cpu.attend(q, is_causal=True)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    assert gpu.nbytes == cpu.nbytes and len(gpu) == 68
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_decoding_through_a_cache_gives_what_the_whole_gives(dtype):
+    rng = np.random.default_rng(7)
+    weights = parameters(rng)
+    layer = edgeattn.MultiHeadAttention(2, **weights, num_kv_heads=1)
+    placed, cache = layer.to("cuda"), edgeattn.KVCache(1, 1, 20, 8, value_dim=12, dtype=dtype).to("cuda")
+    x = rng.standard_normal((1, 9, 24), np.float32)
+    parts = [placed(put(x[:, begin:end]), kv_cache=cache, is_causal=True).numpy()
+             for begin, end in ((0, 4), (4, 5), (5, 9))]
+    assert cache.length == 9
+    whole = reference.multi_head_attention(weights, 2, x, x, x, reference.visible(1, 2, 9, 9, causal=True), num_kv_heads=1)[0]
+    np.testing.assert_allclose(np.concatenate(parts, 1), whole, atol=3e-6 if dtype == "float32" else 0.05)
+
+
+def test_errors_name_what_is_missing_on_cuda():
+    rng = np.random.default_rng(8)
+    weights = parameters(rng)
+    layer = edgeattn.MultiHeadAttention(2, **weights, num_kv_heads=1)
+    placed, x = layer.to("cuda"), put(rng.standard_normal((1, 3, 24), np.float32))
+    with pytest.raises(ValueError, match="device must be 'cpu' or 'cuda', got 'gpu'"):
+        layer.to("gpu")
+    with pytest.raises(ValueError, match="need_weights is missing on CUDA"):
+        placed(x, need_weights=True)
+    with pytest.raises(ValueError, match="value needs key"):
+        placed(x, value=x)
+    with pytest.raises(ValueError, match="query must have a last axis of 24"):
+        placed(put(np.zeros((1, 3, 23), np.float32)))
+    with pytest.raises(TypeError, match="kv_cache must be on the GPU"):
+        placed(x, kv_cache=edgeattn.KVCache(1, 1, 20, 8, value_dim=12))
+    with pytest.raises(ValueError, match="kv_cache must have the call's B"):
+        placed(x, kv_cache=edgeattn.KVCache(2, 1, 20, 8, value_dim=12).to("cuda"))
+    with pytest.raises(ValueError, match="causal_alignment must be None with kv_cache"):
+        placed(x, kv_cache=edgeattn.KVCache(1, 1, 20, 8, value_dim=12).to("cuda"), causal_alignment="upper_left")
+    with pytest.raises(ValueError, match="the cache is full"):
+        placed(x, kv_cache=edgeattn.KVCache(1, 1, 2, 8, value_dim=12).to("cuda"))
+    with pytest.raises(ValueError, match="window is missing on CUDA, got a cache with window=4"):
+        edgeattn.KVCache(1, 1, 8, 8, window=4).to("cuda")
+    with pytest.raises(ValueError, match="device must be 'cuda' for a cache on the GPU"):
+        edgeattn.KVCache(1, 1, 8, 8).to("cuda").to("cpu")
+    with pytest.raises(ValueError, match="bias_k, bias_v and add_zero_attn are missing on CUDA"):
+        edgeattn.MultiHeadAttention(2, **weights, num_kv_heads=1, add_zero_attn=True).to("cuda")
+    turned = type("Turned", (), {"__cuda_array_interface__": {
+        **put(np.zeros((1, 24, 3), np.float32)).__cuda_array_interface__, "shape": (1, 3, 24), "strides": (288, 4, 12)}})()
+    with pytest.raises(ValueError, match="query must be contiguous on CUDA"):
+        placed(turned)
+    with pytest.raises(ValueError, match="key_padding_mask together with a bool attn_mask is missing on CUDA"):
+        placed(x, attn_mask=put(np.ones((3, 3), bool)), key_padding_mask=put(np.ones((1, 3), bool)))
+
+
+def test_cuda_without_a_gpu_says_what_is_missing(monkeypatch):
+    monkeypatch.setattr(driver_module, "_current", None)
+    layer = edgeattn.MultiHeadAttention(2, **parameters(np.random.default_rng(9)), num_kv_heads=1)
+    monkeypatch.setattr(driver_module, "_installed", lambda module: False)
+    with pytest.raises(RuntimeError, match=r"needs the extra 'cuda' \(pip install 'edgeattn\[cuda\]'\): numba_cuda"):
+        layer.to("cuda")
+    assert "the extra 'cuda'" in driver_module.why_not()

@@ -1,0 +1,201 @@
+"""Planted bugs: each line of MUTATIONS breaks a kernel in one place, and the named check must fail for it."""
+import contextlib
+import importlib
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import reference
+import test_cuda_float32
+import test_cuda_int8
+from cases import Case
+from cuda_emulated import emulated_only
+from test_kernels_int8 import ASYMMETRIC, make_layer
+
+from edgeattn.cuda import driver as driver_module
+from edgeattn.cuda import host
+from edgeattn.cuda.language import Kernel, int32
+from edgeattn.cuda.ptx import load_b32, store_b32, thread
+
+pytestmark = [pytest.mark.usefixtures("device"), emulated_only]
+ORDER = ("attention", "merge", "linear", "quantize", "rules", "int8")
+IN_HOST = {"attention": "fa", "merge": "fm", "linear": "fl", "quantize": "qz", "int8": "i8"}
+
+
+@contextlib.contextmanager
+def planted(name, old, new):
+    """The kernels, built anew with one place of one file changed, in place of those that host.py launches."""
+    kept = {module: sys.modules[f"edgeattn.cuda.{module}"] for module in ORDER}
+    in_host = {module: getattr(host, attribute) for module, attribute in IN_HOST.items()}
+    try:
+        for module in ORDER:
+            text = Path(kept[module].__file__).read_text(encoding="utf-8")
+            if module == name:
+                assert text.count(old) == 1, f"the place to break is {text.count(old)} times in {name}.py"
+                text = text.replace(old, new)
+            made = types.ModuleType(f"edgeattn.cuda.{module}")
+            made.__package__ = "edgeattn.cuda"
+            exec(compile(text, kept[module].__file__, "exec"), made.__dict__)
+            sys.modules[made.__name__] = made
+            if module in IN_HOST:
+                setattr(host, IN_HOST[module], made)
+        yield
+    finally:
+        for module in ORDER:
+            sys.modules[f"edgeattn.cuda.{module}"] = kept[module]
+        for module, attribute in IN_HOST.items():
+            setattr(host, attribute, in_host[module])
+
+
+def check_case(**options):
+    case = Case("planted", **{**dict(B=1, H=1, D=8), **options})
+    arrays, masks = case.qkv(), case.masks()
+    got = test_cuda_float32.attend(case, arrays, masks).numpy()
+    want = [test_cuda_float32.oracle(case, arrays, masks, dtype) for dtype in (np.float64, np.float32)]
+    reference.assert_as_accurate(got, *want)
+
+
+def check_float():
+    check_case(L=33, S=70)
+
+
+def check_band():
+    check_case(L=70, S=70, is_causal=True)
+
+
+def check_groups():
+    check_case(H=4, Hkv=2, L=2, S=5)
+
+
+def check_masks():
+    check_case(L=5, S=9, bool_mask=(5, 9))
+    check_case(L=5, S=9, float_mask=(5, 9))
+
+
+def check_pieces():
+    check_case(L=3, S=5, D=72, Dv=70)
+
+
+def check_split():
+    check_case(L=1, S=700)
+
+
+def check_nan():
+    case = Case("planted-nan", B=1, H=1, L=5, S=9, D=8)
+    q, k, v = case.qkv()
+    v[:, :, 4] = np.nan
+    keep = np.arange(9) != 4
+    put = driver_module.driver().array
+    for mask in (keep, np.where(keep, np.float32(0), np.float32(-np.inf))):
+        got = host_attention(put(q), put(k), put(v), put(mask))
+        assert np.isfinite(got).all()
+    k[:, :, 4] = np.nan
+    assert np.isfinite(host_attention(put(q), put(k), put(v), put(mask))).all()
+
+
+def host_attention(*arrays):
+    return importlib.import_module("edgeattn").scaled_dot_product_attention(*arrays).numpy()
+
+
+def check_static(rules=("float_rne", "float_rne", "float_rne", "lut_f32"), shape=(1, 17, 70, 20, 8, 1, 12, 10)):
+    rng = np.random.default_rng(11)
+    B, L, S, E, D, heads, Dv, Eo = shape
+    _, *parts = make_layer(rng, heads, E, D, Dv, Eo, ASYMMETRIC, rules[:3], rules[3])
+    x = [rng.integers(-128, 128, (B, n, E)).astype(np.int8) for n in (L, S, S)]
+    test_cuda_int8.run(parts, heads, rules, x, band=(-S, 40))
+
+
+def check_fixed():
+    check_static(("double", "double", "double", "fixed"))
+
+
+def check_u16():
+    check_static(("float_rne", "float_rne", "double", "lut_u16"))
+
+
+def check_deep():
+    check_static(shape=(1, 3, 5, 70, 72, 1, 70, 66))
+
+
+def check_wide():
+    check_static(shape=(1, 3, 5, 80, 8, 1, 8, 8))
+
+
+def check_rules():
+    import oracle_kernels as oracle
+
+    device, rules = driver_module.driver(), sys.modules["edgeattn.cuda.rules"]
+    values = np.array([-6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7, 100, -100] * 2, np.int32)
+    for name in ("double", "ruy", "float_rne", "float64"):
+        rule = rules.RULES[name]
+
+        def kernel(rule):
+            def apply(a, p):
+                at = thread() * 4
+                store_b32(at >= 0, a[1] + at, int32(rule(load_b32(at >= 0, a[0] + at), p[0], p[1])))
+            return Kernel(apply, 2, 2, 32, 0)
+
+        m = np.float32(0.125) if name == "float_rne" else np.float64(0.125)
+        first, second = (int(x) for x in rules.planes(name, [m])[:, 0])
+        acc, got = device.array(values), device.empty((32,), np.int32)
+        device.launch(kernel(rule), (1, 1, 1), [acc.pointer, got.pointer], [first, second], 0)
+        given = (m,) if name in ("float_rne", "float64") else oracle.quantize_multiplier(m)
+        np.testing.assert_array_equal(got.numpy(), [getattr(oracle, "rule_" + name)(int(v), *given) for v in values])
+
+
+CHECKS = [check_float, check_band, check_groups, check_masks, check_pieces, check_split, check_nan, check_static,
+          check_fixed, check_u16, check_deep, check_wide, check_rules]
+
+MUTATIONS = [
+    # float32 attention
+    ("attention", "cuda.syncthreads()\n                multiply_tiles", "multiply_tiles", check_float),
+    ("attention", "            cuda.syncthreads()\n            # 5. values", "            # 5. values", check_float),
+    ("attention", "shrink = exp2(m[i] - above)", "shrink = float32(1.0)", check_float),
+    ("attention", "                    o[i, j] = o[i, j] * shrink", "                    o[i, j] = o[i, j]", check_float),
+    ("attention", "edge = (int32(k0 + KEYS) > last) |", "edge = ", check_float),
+    ("attention", "int32(q0 + high) < int32(k0 + KEYS - 1))", "int32(q0 + high) < k0)", check_band),
+    ("attention", "(j >= from_key) & (j < to_key)", "(j >= from_key) & (j <= to_key)", check_band),
+    ("attention", "float32(-0.0)", "float32(0.0)", check_nan),
+    ("attention", "swap = int32((x & 7) << 2)", "swap = int32(0)", check_float),
+    ("attention", "good = row < L\n            to = out", "good = row >= 0\n            to = out", check_float),
+    ("attention", "kv = quotient(head, p[P_GROUP])", "kv = head", check_groups),
+    ("attention", "seen = load_u8((row < L) & (column < last), keep + at) != 0", "seen = column >= 0", check_masks),
+    ("attention", "select_f(b == float32(_MINUS_INFINITY), b, fma(", "select_f(b == float32(1.0), b, fma(", check_nan),
+    ("attention", "if p[P_CHUNKS] > 1 or k0 == first:", "if k0 == first and piece == 0:", check_pieces),
+    ("attention", "row_sum = row_sum + shuffle_f(row_sum, 8)\n", "\n", check_float),
+    ("attention", "float32(-126.0)", "float32(-1.0)", check_float),
+    ("merge", "weight = exp2(found - base) *", "weight =", check_split),
+    # int8
+    ("int8", "v = int32(v - times(zk,", "v = int32(v + times(zk,", check_static),
+    ("int8", "v = int32(v - times(zq,", "v = int32(v + times(zq,", check_static),
+    ("int8", "v = int32(o[n, j] - times(zv,", "v = int32(o[n, j] + times(zv,", check_static),
+    ("int8", "int32(g + 8 * i))", "int32(g))", check_static),
+    ("int8", "ordered = add(ordered, read_f32(int32(from_row + j * 4)))",
+     "ordered = add(read_f32(int32(from_row + j * 4)), float32(0.0))", check_static),
+    ("int8", "select_i(d < size, clamp_code(v, zero_point), int32(0))", "clamp_code(v, zero_point)", check_static),
+    ("int8", "total = int32(total + shuffle_i(total, 1))", "total = int32(total)", check_static),
+    ("int8", "total[i] = int32(total[i] + shuffle_i(total[i], 2))", "total[i] = int32(total[i])", check_fixed),
+    ("int8", "                cuda.syncthreads()\n                multiply_u8s8", "                multiply_u8s8", check_static),
+    ("int8", "if D_up > TILE:\n                        stage_rows", "if D_up < 0:\n                        stage_rows", check_deep),
+    ("int8", "(row < rows) & (part * 16 < left)", "row < rows", check_wide),
+    ("rules", "threshold = int32((mask >> 1) + select_i(v < 0, int32(1), int32(0)))", "threshold = int32(mask >> 1)", check_rules),
+    ("rules", "(int64(1) << right) >> int64(1)", "(int64(1) << right) >> int64(2)", check_rules),
+    ("rules", "rest <= float64(-0.5)", "rest < float64(-0.5)", check_rules),
+    ("rules", "int32(35 - zeros)", "int32(34 - zeros)", check_fixed),
+    ("rules", "int32(126 - (bits >> 23))", "int32(127 - (bits >> 23))", check_u16),
+    ("rules", "float32(0.00390625)))\n    return bits_of", "float32(0.0078125)))\n    return bits_of", check_static),
+]
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_nothing_planted_nothing_found(check):
+    with planted("attention", "BYTES = AT_PROBABILITIES", "BYTES = AT_PROBABILITIES"):
+        check()
+
+
+@pytest.mark.parametrize(("name", "old", "new", "check"), MUTATIONS, ids=[f"{m[0]}-{i}" for i, m in enumerate(MUTATIONS)])
+def test_a_planted_bug_is_found(name, old, new, check):
+    with planted(name, old, new), pytest.raises((AssertionError, ValueError)):
+        check()

@@ -1,0 +1,118 @@
+"""The parts of the dynamic int8 kernels, and what they promise: little scratch, smooth keys."""
+import numpy as np
+import pytest
+from numba import njit
+
+import edgeattn
+import quant
+from edgeattn.cpu.dynamic import STEP, quantize_rows
+from edgeattn.cpu.linear_dynamic import join_depth
+from edgeattn.cpu.matmul import MATRIX, ROW_STEP, lane_product, pack_byte_rows
+from edgeattn.cpu.simd import LANES, OFFSET, WIDTH, matrix_configure, matrix_release
+
+
+@njit(error_model="numpy")
+def _lane_products(a, packed, a_row, rows, b, depth4, scratch, mixed, signed, tiled):
+    if MATRIX:
+        matrix_configure(scratch, 0)
+    lane_product(True, False, a, 0, a_row, rows, b, 0, depth4, mixed, 0)
+    lane_product(False, False, a, 0, a_row, rows, b, 0, depth4, signed, 0)
+    lane_product(False, True, packed, 0, a_row, rows, b, 0, depth4, tiled, 0)
+    if MATRIX:
+        matrix_release()
+
+
+@pytest.mark.parametrize("rows", [1, ROW_STEP, ROW_STEP + 1, 40, 64])
+@pytest.mark.parametrize("depth4", [16, 48])
+def test_products_with_lanes(rows, depth4):
+    rng = np.random.default_rng(rows + depth4)
+    rows_up = -(-rows // ROW_STEP) * ROW_STEP
+    a = rng.integers(-128, 128, (rows_up + 16, depth4, 4)).astype(np.int8)
+    b = rng.integers(0, 256, (depth4, WIDTH, 4)).astype(np.uint8)
+    results = [np.full((rows_up + 1, WIDTH), 7, np.int32) for _ in range(3)]
+    packed = pack_byte_rows(a[:rows_up].reshape(rows_up, 4 * depth4))
+    _lane_products(a.view(np.int32).ravel(), packed, depth4, rows, b.view(np.uint32).ravel(), depth4,
+                   np.zeros(16, np.int32), *(r.ravel() for r in results))
+    wide, unsigned = a[:rows].astype(int), b.astype(int)
+    signed = b.view(np.int8).astype(int)
+    mixed = np.einsum("rkj,kwj->rw", wide, unsigned if OFFSET else signed)  # where offset is 0, all bytes are signed
+    plain = np.einsum("rkj,kwj->rw", wide, signed if MATRIX or not OFFSET else unsigned)
+    for got, wanted in zip(results, (mixed, plain, plain), strict=True):
+        np.testing.assert_array_equal(got[:rows], wanted)
+        assert (got[rows_up:] == 7).all()
+
+
+@njit(error_model="numpy")
+def _quantized_rows(x, E, tokens, rows, out, scales, private):
+    quantize_rows(x, 0, E, tokens, rows, np.int32(0), out, 0, scales, 0, private, private.view(np.float32), 0, rows)
+
+
+@pytest.mark.parametrize("E", [1, 5, STEP - 1, STEP, STEP + 3, 200])
+def test_every_token_is_quantized_by_its_own_largest_number(E):
+    rng = np.random.default_rng(E)
+    tokens, rows = 3, -(-5 // LANES) * LANES
+    x = (rng.standard_normal((tokens, E)) * [[1], [1000], [0]]).astype(np.float32)
+    depth = -(-E // STEP) * STEP
+    out, scales = np.full((rows, depth // 4), 9, np.int32), np.zeros(rows, np.float32)
+    _quantized_rows(x.ravel(), E, tokens, rows, out.ravel(), scales, np.zeros(rows + STEP, np.int32))
+    largest = np.abs(x).max(1)
+    np.testing.assert_allclose(scales[:tokens], largest / 127, rtol=1e-6)
+    inverse = np.float32(127) / np.where(largest > 0, largest, np.float32(1))
+    np.testing.assert_array_equal(out.view(np.int8)[:tokens], join_depth(np.rint(x * inverse[:, None]).astype(np.int8)))
+    assert not out[tokens:].any() and not scales[tokens:].any()
+    x[0, -1] = np.nan
+    _quantized_rows(x.ravel(), E, tokens, rows, out.ravel(), scales, np.zeros(rows + STEP, np.int32))
+    assert np.isnan(scales[0]) and np.isfinite(scales[1:]).all()
+
+
+def make(rng, H=4, Hkv=4, D=16, Dv=16, E=64, out=True):
+    def weight(o, i):
+        return (rng.standard_normal((o, i)) / np.sqrt(i)).astype(np.float32)
+
+    return edgeattn.MultiHeadAttention(H, weight(H * D, E), weight(Hkv * D, E), weight(Hkv * Dv, E),
+                                       weight(E, H * Dv) if out else None, num_kv_heads=Hkv)
+
+
+def sqnr(exact, got):
+    exact, got = exact.astype(np.float64), got.astype(np.float64)
+    return 10 * np.log10((exact**2).sum() / ((exact - got) ** 2).sum())
+
+
+@pytest.mark.parametrize("masks", [{}, {"is_causal": True}, {"key_padding_mask": np.arange(90)[None] < 60}],
+                         ids=["all", "causal", "padding"])
+def test_an_offset_that_all_keys_share_costs_no_accuracy(masks):
+    rng = np.random.default_rng(11)
+    plain = make(rng)
+    k_weight = plain.k_weight.copy()
+    k_weight[:, :32] *= 6
+    layer = edgeattn.MultiHeadAttention(4, plain.q_weight, k_weight, plain.v_weight, plain.out_weight)
+    dynamic = quant.quantize(layer, scheme="dynamic")
+    x = rng.standard_normal((1, 90, 64)).astype(np.float32)
+    apart, offset = x.copy(), x.copy()
+    apart[..., :32], offset[..., :32] = 0, 3  # the second: 18 times what tells the keys apart, in all keys alike
+    without, with_it = (sqnr(layer(x, keys, x, **masks), dynamic(x, keys, x, **masks)) for keys in (apart, offset))
+    assert with_it > without - 1  # without smoothing it costs 8 dB
+
+
+def test_one_large_key_does_not_move_all_others():
+    rng = np.random.default_rng(12)
+    layer = make(rng)
+    x = rng.standard_normal((1, 40, 64)).astype(np.float32)
+    memory = x.copy()
+    memory[0, 3] *= 1000
+    keep = np.arange(40)[None] != 3
+    dynamic = quant.quantize(layer, scheme="dynamic")
+    assert sqnr(layer(x, memory, x, attn_mask=keep), dynamic(x, memory, x, attn_mask=keep)) > 30
+    for other in (np.nan, np.inf, -1e30):  # what no query sees has no part in the mean
+        memory[0, 3] = other
+        np.testing.assert_array_equal(dynamic(x, memory, x, attn_mask=keep), dynamic(x, x, x, attn_mask=keep))
+
+
+def test_scratch_of_a_large_layer_stays_below_a_mebibyte():
+    kernel = quant.quantize(make(np.random.default_rng(13), 12, 12, 32, 32, 384), scheme="dynamic")._kernel
+    for masked in (False, True):
+        _, shared, private, _ = kernel._plan(1, 512, 512, masked, True, True)
+        assert 4 * (shared + private) < 2**20
+        _, longer, same, _ = kernel._plan(1, 4096, 4096, masked, True, True)
+        assert longer < 8.1 * shared  # grows as the sequence does
+        assert masked or same == private

@@ -1,0 +1,54 @@
+"""The bytes of int8 layers under every instruction set that this machine can execute: one process for each.
+
+Two sets of rules stand for all; the others: EDGEATTN_ISA=avx2 python -m pytest tests/test_kernels_int8.py
+"""
+import concurrent.futures
+import os
+import subprocess
+import sys
+
+import numpy as np
+import oracle_kernels as oracle
+import pytest
+from int8_layers import DYNAMIC_CASES, static_cases
+
+from edgeattn import isa
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+RUNNABLE = [table.name for table in isa.runnable(isa._host_features())]
+
+
+def _answers(name, tmp_path):
+    path = tmp_path / f"{name}.npz"
+    done = subprocess.run([sys.executable, os.path.join(HERE, "int8_layers.py"), path], text=True, capture_output=True,
+                          cwd=HERE, env={**os.environ, "EDGEATTN_ISA": name,
+                                         "PYTHONPATH": os.pathsep.join([os.path.dirname(HERE), HERE])})
+    assert done.returncode == 0, done.stderr
+    with np.load(path) as answers:
+        return dict(answers)
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """Instruction set -> what int8_layers.py computes under it."""
+    folder = tmp_path_factory.mktemp("answers")
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(RUNNABLE, pool.map(_answers, RUNNABLE, [folder] * len(RUNNABLE)), strict=True))
+
+
+def test_the_processes_used_what_they_were_told_to_use(answers):
+    assert [str(found["instruction_set"]) for found in answers.values()] == RUNNABLE
+    assert RUNNABLE[-1] == "generic"
+
+
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_static_layers_equal_integer_arithmetic(answers, name):
+    for case, (_, x, masks, oracle_arguments) in static_cases().items():
+        want = oracle.static_layer(*x, *oracle_arguments, **masks)
+        np.testing.assert_array_equal(answers[name][case], want, err_msg=f"{case} under {name}")
+
+
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_dynamic_layers_give_the_same_bits(answers, name):
+    for case in DYNAMIC_CASES:
+        np.testing.assert_array_equal(answers[name][case], answers["generic"][case], err_msg=f"{case} under {name}")

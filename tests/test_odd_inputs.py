@@ -1,0 +1,132 @@
+"""What is no argument at all: refused by TypeError or ValueError with the argument's name, wherever it is given."""
+
+import numpy as np
+import pytest
+from workbench import random_input, random_layer
+
+import edgeattn
+import quant
+
+LAYER = random_layer(0, E=6, H=2, D=4, Dv=4)
+DYNAMIC = quant.quantize(LAYER, scheme="dynamic")
+X = random_input(0, 2, 5, 6)
+CALIBRATION = quant.calibrate(LAYER, [X])
+STATIC = quant.quantize(LAYER, CALIBRATION)
+Q, K, V = random_input(1, 3, 2, 2, 5, 4)
+
+
+class Unwilling:
+    """Has no array form, as a tensor on another device."""
+
+    def __array__(self, *arguments, **options):
+        raise RuntimeError("cannot be converted")
+
+
+# None of these is right anywhere; arrays have the shape that queries have.
+ODD = {
+    "ragged lists": [[1.0, 2.0], [3.0]],
+    "objects": np.full((2, 5, 6), None),
+    "text": "abc",
+    "bytes": b"abc",
+    "a mapping": {"a": 1},
+    "complex numbers": np.ones((2, 5, 6), complex),
+    "records": np.zeros((2, 5, 6), [("a", "f4")]),
+    "dates": np.zeros((2, 5, 6), "M8[s]"),
+    "long doubles": np.ones((2, 5, 6), np.longdouble),
+    "text in an array": np.array(["a", "b"]),
+    "a masked array": np.ma.masked_array(np.ones((2, 5, 6), "f"), np.ones((2, 5, 6), bool)),
+    "what has no array form": Unwilling(),
+    "a function": len,
+    "an empty list": [],
+    "a number beyond all": 10**400,
+}
+
+
+def full_cache():
+    cache = edgeattn.KVCache(2, 2, 9, 4)
+    cache.append(K, V)
+    return cache
+
+
+MASKS = "attn_mask is_causal causal_alignment window_size"
+CALLS = {
+    "scaled_dot_product_attention": (
+        edgeattn.scaled_dot_product_attention, {"query": Q, "key": K, "value": V},
+        f"{MASKS} scale enable_gqa softcap kv_lengths alibi_slopes return_weights return_lse out"),
+    "MultiHeadAttention": (
+        LAYER, {"query": X}, f"key {MASKS} key_padding_mask softcap alibi_slopes kv_cache need_weights "
+        "average_attn_weights out"),
+    "torch masks": (LAYER.call_with_torch_masks, {"query": X}, "key attn_mask key_padding_mask is_causal need_weights"),
+    "dynamic": (
+        DYNAMIC, {"query": X}, f"key {MASKS} key_padding_mask softcap alibi_slopes kv_cache need_weights "
+        "average_attn_weights out"),
+    "static": (
+        STATIC, {"query": X}, f"{MASKS} key_padding_mask kv_cache need_weights average_attn_weights out"),
+    "run_int8": (
+        STATIC.run_int8, {"query": STATIC.quantize_input(X)}, f"{MASKS} key_padding_mask kv_cache need_weights out"),
+    "with_mask": (STATIC.with_mask, {"mask": None}, ""),
+    "KVCache": (
+        edgeattn.KVCache, {"batch": 1, "num_kv_heads": 1, "capacity": 3, "head_dim": 4}, "value_dim dtype scales window"),
+    "for_layer": (edgeattn.KVCache.for_layer, {"layer": LAYER, "batch": 1, "capacity": 3}, "dtype window"),
+    "append": (full_cache().append, {"key": K[:, :, :1], "value": V[:, :, :1]}, ""),
+    "attend": (full_cache().attend, {"query": Q}, "attn_mask is_causal scale softcap window_size alibi_slopes position out"),
+    "truncate": (full_cache().truncate, {"length": 1}, ""),
+    "apply_rotary_embedding": (
+        edgeattn.apply_rotary_embedding, {"x": Q, "cos": np.ones((2, 5, 2), "f"), "sin": np.ones((2, 5, 2), "f")},
+        "position_ids interleaved rotary_embedding_dim"),
+    "a layer": (
+        edgeattn.MultiHeadAttention, {"num_heads": 2, **{f"{n}_weight": np.ones((8, 6), "f") for n in "qkv"}},
+        "out_weight q_bias k_bias v_bias out_bias num_kv_heads bias_k bias_v add_zero_attn"),
+    "calibrate": (quant.calibrate, {"layer": LAYER, "batches": [X]}, "observer"),
+    "quantize": (quant.quantize, {"layer": LAYER, "calibration": CALIBRATION}, "scheme arithmetic"),
+    "compare": (quant.compare, {"layer": LAYER, "quantized": STATIC, "batches": [X]}, ""),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_what_is_no_argument_is_refused_by_its_name(call):
+    function, given, others = CALLS[call]
+    for argument in (*given, *others.split()):
+        for what, value in ODD.items():
+            with pytest.raises((TypeError, ValueError), match=argument):
+                function(**{**given, argument: value})
+                pytest.fail(f"{argument} took {what}")
+
+
+def test_a_masked_array_is_refused_with_the_way_out():
+    with pytest.raises(TypeError, match=r"query must be a plain array, got a numpy.ma.MaskedArray; pass query.filled"):
+        LAYER(ODD["a masked array"])
+
+
+@pytest.mark.parametrize("function", [LAYER, DYNAMIC, STATIC])
+def test_subclasses_lists_and_scalars_of_numpy_are_arrays(function):
+    class Own(np.ndarray):
+        pass
+
+    wanted = function(X)
+    for given in (X.view(Own), X.tolist(), list(X), X.astype(">f4")):
+        np.testing.assert_allclose(function(given), wanted, atol=1e-6)
+    assert type(function(X.view(Own))) is np.ndarray
+
+
+@pytest.mark.parametrize("function", [LAYER, DYNAMIC, STATIC])
+def test_values_beyond_float32_and_float16_do_what_floats_do(function):
+    wide = np.full((1, 2, 6), 1e300)
+    with np.errstate(all="raise"):
+        result = function(wide)
+    assert result.dtype == np.float64
+    if function is STATIC:  # saturates
+        assert np.isfinite(result).all()
+    half = function(np.full((1, 2, 6), 6e4, np.float16))
+    assert half.dtype == np.float16
+
+
+def test_out_may_be_the_memory_that_is_read():
+    backwards = X[:, ::-1]
+    wanted = LAYER(backwards.copy())
+    memory = X.copy()
+    np.testing.assert_array_equal(LAYER(memory[:, ::-1], out=memory), wanted)
+    q = np.concatenate((Q, Q), axis=-1)  # keys and result overlap in part
+    wanted = edgeattn.scaled_dot_product_attention(q[..., :4].copy(), K, V)
+    np.testing.assert_array_equal(
+        edgeattn.scaled_dot_product_attention(q[..., :4], K, V, out=q[..., 2:6]), wanted)
