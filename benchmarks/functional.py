@@ -31,8 +31,14 @@ class Shape:
         """Multiplications and additions of the two products."""
         return 4 * self.H * self.L**2 * self.D
 
+    @property
+    def causal_operations(self) -> int:
+        """Those that are left where no query sees a later key."""
+        return 2 * self.H * self.L * (self.L + 1) * self.D
+
 
 SHAPES = tuple(Shape(4, L) for L in LENGTHS)
+CAUSAL = (Shape(12, 512, 32), Shape(12, 512))
 LONG = tuple(Shape(1, L) for L in LONG_LENGTHS)
 
 
@@ -96,7 +102,15 @@ OURS = (
 PEERS = (Contender("torch sdpa", _torch_sdpa, "float-peer", "torch", "float32"),)
 
 
-def causal_calls(problem) -> dict:
+def causal_calls(problem: AttentionProblem) -> dict:
+    """Attention alone without and with a causal mask."""
+    q, k, v, out = problem.q, problem.k, problem.v, np.empty_like(problem.q)
+    attend = edgeattn.scaled_dot_product_attention
+    return {"edgeattn float32": lambda: attend(q, k, v, out=out),
+            "edgeattn float32 causal": lambda: attend(q, k, v, is_causal=True, out=out)}
+
+
+def causal_layer_calls(problem) -> dict:
     """Every layer of a `benchmarks.problem.Problem` without and with a causal mask."""
     x, codes = problem.x, problem.codes
     layer, static, dynamic = problem.layer, problem.static, problem.dynamic

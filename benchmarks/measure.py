@@ -110,11 +110,15 @@ def run(sections: Sequence[str], points: Sequence[Point], counts: Sequence[int],
             part = seconds if section == "layer" else seconds / 3
             found["records"].append(record(section, kind(point), rows(module), count, part, bounds))
         if "causal" in sections:
-            progress(f"causal {CAUSAL_POINT}")
-            times = interleave(functional.causal_calls(Problem(CAUSAL_POINT)), seconds=seconds, threads=count)
-            found["records"].append({"section": "causal", "threads": count, "case": str(CAUSAL_POINT),
-                                     "operations": CAUSAL_POINT.operations, "bounds": {}, "times": times,
-                                     "refused": {}})
+            cases = [("causal layer", CAUSAL_POINT, Problem, functional.causal_layer_calls)]
+            cases += [("causal attention", shape, functional.AttentionProblem, functional.causal_calls)
+                      for shape in functional.CAUSAL]
+            for section, point, kind, calls in cases:
+                progress(f"{section} {point}")
+                found["records"].append({
+                    "section": section, "threads": count, "case": str(point), "operations": point.operations,
+                    "causal_operations": point.causal_operations, "bounds": {}, "refused": {},
+                    "times": interleave(calls(kind(point)), seconds=seconds, threads=count)})
     set_num_threads(1)
     if "long" in sections:
         found["long"] = []

@@ -48,6 +48,11 @@ class Point:
         """Multiplications and additions of a layer: four projections and two products."""
         return 8 * self.L * self.E**2 + 4 * self.L**2 * self.E
 
+    @property
+    def causal_operations(self) -> int:
+        """Those that are left where no query sees a later key: the projections do not shrink."""
+        return 8 * self.L * self.E**2 + 2 * self.L * (self.L + 1) * self.E
+
 
 GRID = tuple(Point(E, H, L) for E in WIDTHS for H in HEADS if E % H == 0 for L in LENGTHS)
 QUICK = (Point(64, 4, 32), Point(128, 4, 64), Point(256, 4, 128))

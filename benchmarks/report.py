@@ -25,7 +25,7 @@ BOUND = {"edgeattn float32": "float32 limit", "edgeattn int8": "int8 limit", "ed
 OURS = tuple(BOUND)
 _BESIDE_THE_POINT = {"edgeattn float32": {"litert int8 usual"}, "edgeattn int8": {"numpy"},
                      "edgeattn dynamic": {"numpy"}}
-_HEADS = {"layer": "E/H/L", "decode": "H/Hkv/D/S", "functional": "H/L/D", "causal": "E/H/L", "long": "H/L/D"}
+_HEADS = {"layer": "E/H/L", "decode": "H/Hkv/D/S", "functional": "H/L/D", "long": "H/L/D"}
 
 
 def console() -> Console:
@@ -84,13 +84,15 @@ def limits_lines(found: dict) -> list[str]:
 
 
 def _causal(found):
-    rows = [r for r in found["records"] if r["section"] == "causal"]
+    rows = [r for r in found["records"] if r["section"].startswith("causal")]
     if not rows:
         return None
-    table = _table("causal against full attention", "E/H/L", "threads", *(f"{name}" for name in OURS))
+    table = _table("causal against full", "E/H/L, H/L/D", "threads", "operations", *OURS)
     for r in rows:
-        table.add_row(r["case"], str(r["threads"]),
-                      *(f"{median_ratio(r['times'][f'{name} causal'], r['times'][name]):.0%}" for name in OURS))
+        shares = (f"{median_ratio(r['times'][f'{name} causal'], r['times'][name]):.0%}" if name in r["times"] else ""
+                  for name in OURS)
+        table.add_row(f"{r['section'].removeprefix('causal ')} {r['case']}", str(r["threads"]),
+                      f"{r['causal_operations'] / r['operations']:.0%}", *shares)
     return table
 
 

@@ -14,7 +14,7 @@ from edgeattn import isa
 @global_compiler_lock
 def main(name, triple=None, cpu=""):
     isa.use(name)
-    from edgeattn.cpu.matmul import multiply
+    from edgeattn.cpu.matmul import multiply, multiply_ahead
     from edgeattn.cpu.requantize import RULES
     from edgeattn.cpu.simd import COLUMNS, LANES, ROWS, WIDTH, load, splat, store, tile_store, tile_zero
     from edgeattn.cpu.softmax import exp2
@@ -23,6 +23,11 @@ def main(name, triple=None, cpu=""):
     def product(a, b, out, depth):
         tile = tile_zero(ROWS, COLUMNS, b)
         tile = multiply(tile, a, 0, depth, 1, b, 0, depth)
+        tile_store(tile, out, 0, WIDTH, LANES)
+
+    def product_ahead(a, b, out, depth):
+        tile = tile_zero(ROWS, COLUMNS, b)
+        tile = multiply_ahead(tile, a, 0, depth, 1, b, 0, depth, depth * WIDTH, depth)
         tile_store(tile, out, 0, WIDTH, LANES)
 
     def exponentials(a, out, highest):
@@ -41,6 +46,7 @@ def main(name, triple=None, cpu=""):
         compile_for(triple, cpu)
     floats, codes, unsigned = (types.Array(dtype, 1, "C") for dtype in (types.float32, types.int32, types.uint32))
     functions = {"product float32": (product, (floats, floats, floats, types.int64)),
+                 "product float32 ahead": (product_ahead, (floats, floats, floats, types.int64)),
                  "product int8": (product, (codes, unsigned, codes, types.int64)),
                  "exponentials": (exponentials, (floats, floats, types.float32))}
     for rule, function in RULES.items():

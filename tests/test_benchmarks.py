@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from workbench import needs_compiler
 
-from benchmarks import contenders, decode, functional, measure, readme, start, targets
+from benchmarks import contenders, decode, functional, machine, measure, readme, start, targets
 from benchmarks.__main__ import main
 from benchmarks.contenders import OURS, Contender, WrongAnswerError
+from benchmarks.functional import Shape
 from benchmarks.problem import GRID, QUICK, Point, Problem
+from benchmarks.report import as_text
 from benchmarks.timing import FEWEST_ROUNDS, interleave, median_ratio
 
 SMALL = Point(16, 4, 12)
@@ -158,6 +160,24 @@ def test_targets():
     assert value["dynamic: as fast as any peer at any precision"] == pytest.approx(8 / 6)
     row = rows["float32: as fast as any float32 peer"]
     assert (row.met, row.worst) == (0, "256/4/128")
+
+
+def test_causal_targets_count_what_a_mask_leaves_to_do():
+    shape, layer = Shape(12, 512), Point(384, 12, 512)
+    assert shape.causal_operations / shape.operations == pytest.approx(0.5, abs=0.001)
+    part = layer.causal_operations / layer.operations  # 60 % of a layer's operations are projections
+    assert part == pytest.approx(0.6 + 0.4 / 2, abs=0.001)
+    names = ("edgeattn float32", "edgeattn int8", "edgeattn dynamic")
+    records = [{"section": f"causal {what}", "threads": 1, "case": str(case), "operations": case.operations,
+                "causal_operations": case.causal_operations, "bounds": {}, "refused": {},
+                "times": {name + mask: [1.0 - 0.4 * bool(mask)] * 3 for name in names for mask in ("", " causal")}}
+               for what, case in (("attention", shape), ("layer", layer))]
+    value = {row.text: row.cases for row in targets.outcomes({"records": records})}
+    assert value["causal attention: 60 % of the time of full"] == {"12/512/64": pytest.approx(1)}
+    for kind in ("float32", "int8", "dynamic"):
+        assert value[f"causal {kind} layer: its operations' part of full (+ 10 %)"] == {
+            "384/12/512": pytest.approx(1.1 * part / 0.6)}
+    assert "80%" in as_text({"machine": machine.describe() | {"seconds": 1.0}, "records": records})
 
 
 def test_readme_table_and_marks(tmp_path, monkeypatch):

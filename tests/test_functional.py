@@ -67,7 +67,8 @@ def qkv(*shape, seed=0, dtype=np.float32):
 def test_masking_equals_slicing():
     q, k, v = qkv(1, 2, 6, 4)
     keep = np.array([True, False, True, True, False, False])
-    np.testing.assert_array_equal(attend(q, k, v, keep), attend(q, k[:, :, keep], v[:, :, keep]))
+    sliced = attend(q, k[:, :, keep], v[:, :, keep])  # its sums pair other keys: equal but for their roundings
+    np.testing.assert_allclose(attend(q, k, v, keep), sliced, rtol=0, atol=4 * np.spacing(np.abs(sliced).max()))
     np.testing.assert_array_equal(attend(q, k, v, kv_lengths=[4]), attend(q, k[:, :, :4], v[:, :, :4]))
 
 

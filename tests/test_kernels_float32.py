@@ -3,9 +3,12 @@ import numpy as np
 import oracle_kernels as oracle
 import pytest
 
+from edgeattn.cpu import fused, layer_float32
 from edgeattn.cpu.functional_float32 import attention
 from edgeattn.cpu.layer_dynamic import DynamicLayer
-from edgeattn.cpu.layer_float32 import FloatLayer
+from edgeattn.cpu.layer_float32 import FloatLayer, group_size
+from edgeattn.cpu.matmul import padded_head
+from edgeattn.cpu.simd import LANES, ROWS, WIDTH
 
 # B, L, S, E, H, Hkv, D, Dv, Eo: lengths around the tile and the query block, odd sizes, D != Dv, L != S
 SHAPES = [(1, 32, 32, 64, 4, 4, 16, 16, 64), (2, 33, 9, 24, 3, 3, 8, 8, 24), (1, 7, 70, 20, 4, 2, 5, 3, 11),
@@ -46,6 +49,46 @@ def test_float_layer(shape):
         layer(*x, around[1:-1], **masks)
         np.testing.assert_allclose(around[1:-1], oracle.layer(*x, weights, H, Hkv, **masks), atol=3e-6)
         assert (around[0] == 77).all() and (around[-1] == 77).all()
+
+
+@pytest.mark.parametrize("E, H, L", [(384, 12, 512), (384, 4, 300), (256, 8, 77), (64, 8, 1024), (60, 5, 90)])
+def test_layers_in_groups_of_heads(E, H, L, monkeypatch):
+    """Heads that are projected and attended to a few at a time add up in the output, with and without masks."""
+    rng = np.random.default_rng(L)
+    D = E // H
+    weights = make_layer(rng, E, H, H, D, D, E)
+    layer = FloatLayer(H, H, *weights, D ** -0.5)
+    x = [rng.standard_normal((1, L, E)).astype(np.float32)] * 3
+    for most in (layer_float32.GROUP, 1):
+        monkeypatch.setattr(layer_float32, "GROUP", most)
+        for masks in ({}, dict(band=(-10**6, 0)), dict(keep=rng.random((1, H, 1, L)) > 0.2)):
+            layer._plans.clear()
+            got = layer(*x, np.empty_like(x[0]), **masks)
+            np.testing.assert_allclose(got, oracle.layer(*x, weights, H, H, **masks), atol=3e-6)
+
+
+@pytest.mark.parametrize("E, H", [(64, 4), (64, 8), (128, 8), (256, 4), (384, 4), (384, 8), (384, 12)])
+def test_scratch_does_not_grow_with_queries_and_holds_few_heads(E, H):
+    D = E // H
+    layer = FloatLayer(H, H, *make_layer(np.random.default_rng(0), E, H, H, D, D, E), D ** -0.5)
+
+    def sizes(L, S, masked=False):
+        return layer._plan(1, L, S, masked)[1:3]
+
+    block = fused.QUERIES
+    assert sizes(block, 512) == sizes(16384, 512) and sizes(block, 512, True) == sizes(16384, 512, True)
+    Dp = padded_head(D)
+    unit = -(-WIDTH // Dp)  # heads that fill a panel of features
+    for S in (1, 64, 512, 4096, 16384):
+        shared, private = sizes(block, S)
+        largest = max(layer_float32.GROUP, unit * 2 * S * Dp)  # keys and values of as many heads
+        assert shared <= largest + (S + ROWS) * 4 * max(Dp, WIDTH)
+        assert private == sizes(block, 1)[1] or group_size(S, H, Dp, Dp) < H
+        assert private <= sizes(block, 1)[1]
+        assert 0 <= sizes(block, S, True)[1] - private <= S * WIDTH + 16
+    if LANES == 16:  # what the other instruction sets need less of lanes they have in tokens
+        shared, private = sizes(512, 512)
+        assert 4 * (shared + private) < 2**20
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -50,14 +50,13 @@ def inputs(case, E=12, kdim=10, vdim=9):
 def test_as_accurate_as_plain_float32(case):
     tensors, given, masks = parameters(case), inputs(case), case.masks()
     layer = MultiHeadAttention(case.H, **tensors, num_kv_heads=case.kv_heads)
-    result, weights = layer(
-        *given,
-        attn_mask=masks["bias"] if masks["keep"] is None else masks["keep"],
-        key_padding_mask=masks["padding"],
-        is_causal=case.is_causal,
-        causal_alignment=case.causal_alignment,
-        need_weights=True,
-    )
+    arguments = {
+        "attn_mask": masks["bias"] if masks["keep"] is None else masks["keep"],
+        "key_padding_mask": masks["padding"],
+        "is_causal": case.is_causal,
+        "causal_alignment": case.causal_alignment,
+    }
+    result, weights = layer(*given, **arguments, need_weights=True)  # in steps; without weights by the whole kernel
     permitted = reference.visible(
         case.B,
         case.H,
@@ -77,6 +76,27 @@ def test_as_accurate_as_plain_float32(case):
     for ours, exact, simple in zip((result, weights), oracle, plain, strict=False):
         assert ours.dtype == np.float32
         reference.assert_as_accurate(ours, exact, simple)
+    reference.assert_as_accurate(layer(*given, **arguments), oracle[0], plain[0])
+
+
+@pytest.mark.parametrize(
+    ("E", "H", "L"), [(64, 4, 32), (64, 8, 65), (128, 4, 128), (128, 8, 33), (256, 8, 100), (384, 4, 64), (384, 12, 200)]
+)
+def test_whole_layers_are_as_accurate_as_plain_float32(E, H, L):
+    """Long sums: projections over E, attention over L; sums in one chain have several times NumPy's error."""
+    random = np.random.default_rng((E, H, L))
+    tensors = {}
+    for name in ("q", "k", "v", "out"):
+        tensors[f"{name}_weight"] = random.standard_normal((E, E), np.float32) / np.float32(E**0.5)
+        tensors[f"{name}_bias"] = random.standard_normal(E, np.float32)
+    x = random.standard_normal((2, L, E), np.float32)
+    oracle, plain = (
+        reference.multi_head_attention(tensors, H, x, x, x, dtype=dtype)[0] for dtype in (np.float64, np.float32)
+    )
+    result = MultiHeadAttention(H, **tensors)(x)
+    reference.assert_as_accurate(result, oracle, plain)
+    ours, theirs = (np.sqrt(np.square(array - oracle).mean()) for array in (result, plain))
+    assert ours <= 1.5 * theirs  # the root of the mean square, which luck in single elements does not move
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 12), (2, 0, 12), (0, 0, 12)])

@@ -14,7 +14,7 @@ import numpy as np
 
 from edgeattn.jit import inlined
 
-from .fused import KEY_BLOCK, mask_scores
+from .fused import mask_scores
 from .matmul import MATRIX, MATRIX_DEPTH, lane_product
 from .simd import (
     LANES,
@@ -47,6 +47,7 @@ from .softmax import exp2, exp2_roughly, log2_roughly
 
 TOKENS = 32  # tokens that are quantized at a time: whole blocks of W for every instruction set
 BLOCKS = TOKENS // WIDTH
+KEY_BLOCK = 256  # keys whose scores are kept at a time
 STEP = 4 * LANES  # bytes that are joined at a time
 SHIFT = 0 if MATRIX else OFFSET  # what is added to the signed bytes in lanes before a product
 FLIP = np.int32(-2139062144) if SHIFT else np.int32(0)  # four bytes plus SHIFT

@@ -7,6 +7,7 @@ from edgeattn.jit import entry, inlined, jit
 
 from .dynamic import (
     BLOCKS,
+    KEY_BLOCK,
     TOKENS,
     attend_bytes,
     keys_to_rows,
@@ -18,7 +19,7 @@ from .dynamic import (
     turn,
     weigh_tokens,
 )
-from .fused import ATTENDING, KEY_BLOCK, PROJECTING, fill_mask, portions, visible_range
+from .fused import ATTENDING, PROJECTING, fill_mask, portions, visible_range
 from .layer_float32 import _NO_BIAS, _NO_KEEP, _strides
 from .matmul import MATRIX, MATRIX_DEPTH, ROW_STEP, place, round_up
 from .simd import (

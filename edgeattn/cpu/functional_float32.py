@@ -53,7 +53,7 @@ def attention(q, k, v, out, scale, softcap=0.0, keep=None, bias=None, band=None,
     masked = keep is not None or bias is not None
     D_up, Dv_up, Dv_lanes = round_up(D, LANES), round_up(Dv, ROWS), round_up(Dv, LANES)
     private = (f.AT_FREE + WIDTH * (max(D_up, Dv_lanes) + D_up + max(Dv_up, Dv_lanes) + ROWS) + ROWS * D + 64
-               + (S * Dv_up if Dv != Dv_up else 0) + (S * WIDTH if masked else 0))
+               + (S * Dv_up if Dv != Dv_up else 0) + D_up + (S * WIDTH if masked else 0))
     p[f.F_PRIVATE] = private = round_up(private, 16)
     keep = _NO_KEEP if keep is None else keep.reshape(-1).view(np.uint8)
     bias = _NO_BIAS if bias is None else bias.reshape(-1)

@@ -4,8 +4,9 @@ Letters: B batch, H heads, L queries, S keys, D head size, Dv value size, E mode
 
 Scores are computed transposed, (keys, W): a key is a broadcast row, a query is a lane.  Maxima and sums over keys are
 then plain vector operations, and the context comes out as (Dv, W), which is what the output projection broadcasts.
-Keys go by in blocks of KEY_BLOCK with a running maximum, so scratch memory does not depend on S (except for one row
-of mask per key where a mask differs from query to query).
+Keys go by in blocks of KEY_BLOCK, so scratch memory does not depend on S (except for one row of mask per key where a
+mask differs from query to query).  Where no score can be large, exponentials are taken of the scores as they are;
+else of their distance to a running maximum.  Every sum is a sum of the sums of short blocks: see CHAIN.
 """
 import numpy as np
 from numba import carray
@@ -13,14 +14,18 @@ from numba import carray
 from edgeattn.crew import separate, share
 from edgeattn.jit import inlined, jit
 
-from .matmul import DEPTH_BLOCK, feature_position, multiply, project
+from .matmul import CHAIN, feature_position, multiply, multiply_ahead, part_of_chain, project
 from .simd import (
     COLUMNS,
     LANES,
     ROWS,
     WIDTH,
     address_of,
+    any_lane,
     any_nan,
+    bits_of,
+    float_of_bits,
+    fma,
     lane_index,
     larger,
     load,
@@ -29,15 +34,19 @@ from .simd import (
     select,
     splat,
     store,
-    tile_load,
-    tile_of_columns,
+    tile_add,
     tile_store,
     tile_zero,
     transpose_block,
 )
-from .softmax import LOG2_E, exp2, tanh
+from .softmax import LOG2_E, exp2, exp2_within, tanh
 
-KEY_BLOCK = 256
+KEY_BLOCK = CHAIN
+# Scores in units of log 2 that are certain to be smaller than this need no maximum: powers of two between 2**-60 and
+# 2**60, their sums, and their products with values stay far from the ends of float32.
+SMALL = np.float32(60)
+_SMALL_BITS = SMALL.view(np.int32)
+_MAGNITUDE = np.int32(0x7FFFFFFF)
 _MINUS_INFINITY = np.float32(-np.inf)
 _ZERO = np.float32(0)
 _ONE = np.float32(1)
@@ -45,9 +54,8 @@ _ONE = np.float32(1)
 # Private scratch of one query block, float32 elements; SCORES keeps ROWS rows in front for a tile that steps back.
 AT_MAXIMUM = 0
 AT_SUM = AT_MAXIMUM + WIDTH
-AT_FACTOR = AT_SUM + WIDTH
-AT_TILE = AT_FACTOR + WIDTH
-AT_SCORES = AT_TILE + ROWS * WIDTH + WIDTH * WIDTH + ROWS * WIDTH
+AT_TILE = AT_SUM + WIDTH
+AT_SCORES = AT_TILE + max(ROWS * WIDTH, LANES * LANES)
 AT_FREE = AT_SCORES + (KEY_BLOCK + ROWS) * WIDTH
 
 
@@ -107,12 +115,78 @@ def fill_mask(masks, at, keep, at_keep, keep_row, keep_key, bias, at_bias, bias_
 
 
 @inlined
-def attend_block(q, at_q, k, at_k, k_row, v, at_v, v_row, first, last, D, Dv, scratch, out, at_out,
-                 q0, band, low_edge, high_edge, full_from, full_to, masks, at_masks, mask_from, has_mask, softcap):
+def largest_magnitudes(k, at_k, k_row, keys, D, out, at_out):
+    """out[d] = max over keys of |k[key][d]|, NaN if any is; k (keys, k_row), D at least LANES."""
+    for start in range(0, D, LANES):
+        d = min(start, D - LANES)
+        largest = splat(np.int32(0))  # of the bits: as integers, NaN is the largest of all
+        for s in range(keys):
+            largest = larger(bits_of(load(k, at_k + s * k_row + d)) & splat(_MAGNITUDE), largest)
+        store(out, at_out + d, float_of_bits(largest))
+
+
+@inlined
+def all_small(q, at_q, D, largest, at_largest):
+    """Whether no score of q (D, W) with keys whose features are at most largest (D,) can be as large as SMALL."""
+    small = True
+    for c in range(COLUMNS):
+        bound = splat(_ZERO)
+        for d in range(D):
+            size = float_of_bits(bits_of(load(q, at_q + d * WIDTH + c * LANES)) & splat(_MAGNITUDE))
+            bound = fma(size, splat(largest[at_largest + d]), bound)
+        if any_lane(bits_of(bound) >= splat(_SMALL_BITS)):  # a NaN's bits are
+            small = False
+    return small
+
+
+@inlined
+def power_of_small(score, base):
+    """2**score"""
+    return exp2_within(score)
+
+
+@inlined
+def power_of_distance(score, base):
+    """2**(score - base)"""
+    return exp2(score - base)
+
+
+@inlined
+def power_if_visible(score, base):
+    """2**(score - base), and exactly 0 where the score is -inf"""
+    return select(score == splat(_MINUS_INFINITY), splat(_ZERO), exp2(score - base))
+
+
+@inlined
+def powers(power, scores, at, keys, base):
+    """Replace the LANES scores at `at` of each of `keys` rows by power(score, base), and return their sums."""
+    total = splat(_ZERO)
+    for s in range(0, keys - 3, 4):
+        row = at + s * WIDTH
+        p0 = power(load(scores, row), base)
+        p1 = power(load(scores, row + WIDTH), base)
+        p2 = power(load(scores, row + 2 * WIDTH), base)
+        p3 = power(load(scores, row + 3 * WIDTH), base)
+        store(scores, row, p0)
+        store(scores, row + WIDTH, p1)
+        store(scores, row + 2 * WIDTH, p2)
+        store(scores, row + 3 * WIDTH, p3)
+        total = total + ((p0 + p1) + (p2 + p3))
+    for s in range(keys // 4 * 4, keys):
+        p0 = power(load(scores, at + s * WIDTH), base)
+        store(scores, at + s * WIDTH, p0)
+        total = total + p0
+    return total
+
+
+@inlined
+def attend_block(q, at_q, k, at_k, k_row, v, at_v, v_row, first, last, D, Dv, scratch, out, at_out, q0, band, low_edge,
+                 high_edge, full_from, full_to, masks, at_masks, mask_from, has_mask, softcap, small):
     """Attention of one head for W queries over keys first..last: out (Dv, W) = softmax(q k^T) v, transposed.
 
     q (D, W), scaled so that scores come out in units of log 2 (or, with softcap, divided by it); k (S, k_row) and
-    v (S, v_row) row-major.  Rows of `out` are written in whole tiles: up to ROWS - 1 rows past Dv are overwritten.
+    v (S, v_row) row-major; small: whether every score is certain to be smaller than SMALL.
+    Rows of `out` are written in whole tiles: up to ROWS - 1 rows past Dv are overwritten.
     """
     masked = band or has_mask
     top = (Dv + ROWS - 1) // ROWS * ROWS
@@ -136,53 +210,49 @@ def attend_block(q, at_q, k, at_k, k_row, v, at_v, v_row, first, last, D, Dv, sc
             for i in range(0, keys * WIDTH, LANES):
                 capped = tanh(load(scratch, at_scores + i)) * splat(softcap * LOG2_E)
                 store(scratch, at_scores + i, capped)
-        if masked:
+        hides = has_mask or (band and not (full_from <= s0 and s0 + keys <= full_to))
+        if hides:
             mask_scores(scratch, at_scores, keys, s0, q0, band, low_edge, high_edge, full_from, full_to,
                         masks, at_masks + (s0 - mask_from) * WIDTH, has_mask)
         # 3. maximum, exponentials, sum
         for c in range(COLUMNS):
             at = at_scores + c * LANES
-            m0 = load(scratch, at)
-            m1 = m0
-            for s in range(1, keys, 2):
-                m0 = larger(load(scratch, at + s * WIDTH), m0)
-                m1 = larger(load(scratch, at + min(s + 1, keys - 1) * WIDTH), m1)
-            m = larger(m0, m1)
-            if s0 > first:
-                m = larger(load(scratch, AT_MAXIMUM + c * LANES), m)
-            if masked:
-                base = select(m == splat(_MINUS_INFINITY), splat(_ZERO), m)
-                total = splat(_ZERO)
-                for s in range(keys):
-                    score = load(scratch, at + s * WIDTH)
-                    p = select(score == splat(_MINUS_INFINITY), splat(_ZERO), exp2(score - base))
-                    total = total + p
-                    store(scratch, at + s * WIDTH, p)
+            base = splat(_ZERO)
+            if not small:
+                m0 = load(scratch, at)
+                m1 = m0
+                for s in range(1, keys, 2):
+                    m0 = larger(load(scratch, at + s * WIDTH), m0)
+                    m1 = larger(load(scratch, at + min(s + 1, keys - 1) * WIDTH), m1)
+                base = larger(m0, m1)
+                if s0 > first:
+                    before = load(scratch, AT_MAXIMUM + c * LANES)
+                    base = larger(before, base)
+                    factor = exp2(before - base)
+                    if masked:
+                        factor = select(before == splat(_MINUS_INFINITY), splat(_ZERO), factor)
+                    store(scratch, AT_SUM + c * LANES, load(scratch, AT_SUM + c * LANES) * factor)
+                    for d in range(top):
+                        at_d = at_out + d * WIDTH + c * LANES
+                        store(out, at_d, load(out, at_d) * factor)
+                store(scratch, AT_MAXIMUM + c * LANES, base)
+                if masked:  # a query that has seen no key yet
+                    base = select(base == splat(_MINUS_INFINITY), splat(_ZERO), base)
+            if hides:
+                total = powers(power_if_visible, scratch, at, keys, base)
+            elif small:
+                total = powers(power_of_small, scratch, at, keys, base)
             else:
-                base = m
-                total = splat(_ZERO)
-                for s in range(keys):
-                    p = exp2(load(scratch, at + s * WIDTH) - base)
-                    total = total + p
-                    store(scratch, at + s * WIDTH, p)
+                total = powers(power_of_distance, scratch, at, keys, base)
             if s0 > first:
-                before = load(scratch, AT_MAXIMUM + c * LANES)
-                factor = exp2(before - base)
-                if masked:
-                    factor = select(before == splat(_MINUS_INFINITY), splat(_ZERO), factor)
-                total = total + load(scratch, AT_SUM + c * LANES) * factor
-                for d in range(top):
-                    at_d = at_out + d * WIDTH + c * LANES
-                    store(out, at_d, load(out, at_d) * factor)
-            store(scratch, AT_MAXIMUM + c * LANES, m)
+                total = total + load(scratch, AT_SUM + c * LANES)
             store(scratch, AT_SUM + c * LANES, total)
         # 4. context (Dv, W) += v^T p
         for d in range(0, Dv, ROWS):
-            if s0 > first:
-                tile = tile_load(ROWS, COLUMNS, out, at_out + d * WIDTH, WIDTH, LANES)
-            else:
-                tile = tile_zero(ROWS, COLUMNS, q)
+            tile = tile_zero(ROWS, COLUMNS, q)
             tile = multiply(tile, v, at_v + s0 * v_row + d, 1, v_row, scratch, at_scores, keys)
+            if s0 > first:
+                tile = tile_add(tile, out, at_out + d * WIDTH, WIDTH, LANES)
             tile_store(tile, out, at_out + d * WIDTH, WIDTH, LANES)
     # 5. divide by the sum; a query that saw no key gets zeros
     for c in range(COLUMNS):
@@ -246,8 +316,10 @@ def attend_around(q, at_q, k, at_k, k_row, v, at_v, v_row, first, last, D, Dv, o
 (P_BATCH, P_L, P_S, P_EQ, P_EK, P_EV, P_EO, P_HEADS, P_KV_HEADS, P_D, P_DV, P_D_PAD, P_DV_PAD, P_HAS_OUT,
  P_WQ, P_BQ, P_WK, P_BK, P_WV, P_BV, P_WO, P_BO,
  P_BAND, P_LOW, P_HIGH, P_KEEP_B, P_KEEP_H, P_KEEP_L, P_KEEP_S, P_BIAS_B, P_BIAS_H, P_BIAS_L, P_BIAS_S,
- P_SHARED, P_PRIVATE, P_COUNT) = range(36)
+ P_GROUP, P_VALUES, P_AT_LARGEST, P_AT_NATURAL, P_AT_Q, P_AT_CONTEXT, P_AT_TAIL, P_AT_MASKS,
+ P_SHARED, P_PRIVATE, P_COUNT) = range(44)
 PROJECTING, ATTENDING = 1, 2  # the two phases of a layer, whose parts may run at the same time
+QUERIES = 128  # projected at a time; a multiple of WIDTH
 
 
 @inlined
@@ -263,21 +335,62 @@ def visible_range(q0, queries, S, band, low_edge, high_edge):
 
 
 @inlined
-def project_tokens(x, at_x, depth, first, last, S, p, at_weight, at_bias, weights, features, out, at_out, block,
-                   scratch, at_tail):
-    """project() for tokens first..last; the rows missing from the last tile are zeros, and written."""
-    step = (S + ROWS - 1) // ROWS * ROWS * block
-    whole = (last - first) // ROWS * ROWS
-    project(x, at_x + first * depth, depth, whole, depth, weights, at_weight, at_bias, features,
-            out, at_out + first * block, block, step)
-    if whole < last - first:
-        rest = last - first - whole
+def project_tokens(x, at_x, tokens, depth, weights, at_weight, at_bias, features, out, at_out, block, step, scratch,
+                   at_tail):
+    """project() for any number of tokens; the rows missing from the last tile are zeros, and written."""
+    whole = tokens // ROWS * ROWS
+    project(x, at_x, depth, whole, depth, weights, at_weight, at_bias, features, out, at_out, block, step)
+    rest = tokens - whole
+    if rest > 0:
         for i in range(rest * depth):
-            scratch[at_tail + i] = x[at_x + (first + whole) * depth + i]
+            scratch[at_tail + i] = x[at_x + whole * depth + i]
         for i in range(rest * depth, ROWS * depth):
             scratch[at_tail + i] = _ZERO
         project(scratch, at_tail, depth, ROWS, depth, weights, at_weight, at_bias, features,
-                out, at_out + (first + whole) * block, block, step)
+                out, at_out + whole * block, block, step)
+
+
+@inlined
+def project_context(context, at_context, step, depth, first, last, tokens, weights, at_weight, row, at_bias, out,
+                    at_out, Eo, scratch):
+    """out (tokens, Eo) = or += context @ weight.T for some of the heads, which are `depth` features; the bias last.
+
+    context (blocks of W tokens, depth, W), `step` between blocks; weights: at_weight: panels (Eo / WIDTH, depth,
+    WIDTH), `row` apart; at_bias: (Eo,).  first, last: whether these are the first heads, and the last.
+    """
+    for e in range(0, Eo, WIDTH):
+        whole = tokens // ROWS * ROWS if e + WIDTH <= Eo else 0
+        at_panel = at_weight + e // WIDTH * row
+        for k in range(0, depth, CHAIN):
+            count = min(CHAIN, depth - k)
+            at_next = at_panel + (k + CHAIN) * WIDTH if k + CHAIN < depth else at_panel + row
+            part = part_of_chain(count, whole)
+            for t in range(0, whole, ROWS):
+                at_row = at_out + t * Eo + e
+                tile = tile_zero(ROWS, COLUMNS, context)
+                tile = multiply_ahead(tile, context, at_context + t // WIDTH * step + k * WIDTH + t % WIDTH, 1, WIDTH,
+                                      weights, at_panel + k * WIDTH, count, at_next + t // ROWS * part, part)
+                if k > 0 or not first:
+                    tile = tile_add(tile, out, at_row, Eo, LANES)
+                if last and k + CHAIN >= depth:
+                    tile = tile_add(tile, weights, at_bias + e, 0, LANES)
+                tile_store(tile, out, at_row, Eo, LANES)
+        for t in range(whole, tokens, ROWS):
+            for k in range(0, depth, CHAIN):
+                tile = tile_zero(ROWS, COLUMNS, context)
+                tile = multiply(tile, context, at_context + t // WIDTH * step + k * WIDTH + t % WIDTH, 1, WIDTH,
+                                weights, at_panel + k * WIDTH, min(CHAIN, depth - k))
+                if k > 0:
+                    tile = tile_add(tile, scratch, AT_TILE, WIDTH, LANES)
+                tile_store(tile, scratch, AT_TILE, WIDTH, LANES)
+            for i in range(min(ROWS, tokens - t)):
+                for j in range(min(WIDTH, Eo - e)):
+                    value = scratch[AT_TILE + i * WIDTH + j]
+                    if not first:
+                        value += out[at_out + (t + i) * Eo + e + j]
+                    if last:
+                        value += weights[at_bias + e + j]
+                    out[at_out + (t + i) * Eo + e + j] = value
 
 
 @inlined
@@ -291,14 +404,15 @@ def portions(total, unit, count):
 
 
 @separate
-def layer_part(xq, xk, xv, out, weights, p, keep, bias, scratch, batch, phase, portion, worker, part):
-    """One portion of one phase of one batch entry of a multi-head attention layer.
+def layer_part(xq, xk, xv, out, weights, p, keep, bias, scratch, batch, from_head, phase, portion, worker, part):
+    """One portion of one phase of one group of heads of one batch entry of a multi-head attention layer.
 
     xq (B, L, Eq), xk (B, S, Ek), xv (B, S, Ev), out (B, L, Eo): flat float32.
     weights: everything `FloatLayer` packed, at the positions in p (int64, see P_...).
     keep, bias: flat mask data, empty where there is none, addressed by the strides in p.
-    scratch: first what all threads share: keys (KF / KB, S', KB) and values (VF / VB, S', VB) of this batch entry,
-    S' = S rounded up to ROWS; then what each thread has to itself.
+    scratch: first what all threads share: keys (KF / KB, S', KB) and values (VF / VB, S', VB) of this group, S' = S
+    rounded up to ROWS; then what each thread has to itself.
+    from_head: the first key/value head of the group, which are p[P_GROUP] heads, or as many as are left.
     PROJECTING: keys and values of `portion` tokens; ATTENDING: `portion` blocks of queries; counted from 0 by `part`.
     """
     shared = scratch[:p[P_SHARED]]
@@ -308,99 +422,87 @@ def layer_part(xq, xk, xv, out, weights, p, keep, bias, scratch, batch, phase, p
     D, Dv, Dp, Dvp = p[P_D], p[P_DV], p[P_D_PAD], p[P_DV_PAD]
     Eq, Ek, Ev, Eo = p[P_EQ], p[P_EK], p[P_EV], p[P_EO]
     k_block, v_block = max(Dp, LANES), max(Dvp, LANES)
-    q_features = (H * Dp + WIDTH - 1) // WIDTH * WIDTH
-    k_features = (Hkv * Dp + WIDTH - 1) // WIDTH * WIDTH
-    v_features = (Hkv * Dvp + WIDTH - 1) // WIDTH * WIDTH
     S_up = (S + ROWS - 1) // ROWS * ROWS
     k_step, v_step = S_up * k_block, S_up * v_block
-    at_values = (k_features + k_block) * S_up
-    # private: fixed part, q natural (W, q_features) or a tail of x, q transposed, context, masks
-    at_natural = AT_FREE
-    natural = max(WIDTH * q_features, ROWS * max(Ek, Ev), WIDTH * Eq)
-    at_q = at_natural + natural
-    at_context = at_q + q_features * WIDTH
-    at_x_tail = at_context + (H * Dvp + ROWS) * WIDTH
-    at_masks = at_x_tail + WIDTH * Eq
+    repeats = H // Hkv
+    kv_heads = min(p[P_GROUP], Hkv - from_head)
+    heads = kv_heads * repeats
+    q_features = (heads * Dp + WIDTH - 1) // WIDTH * WIDTH
+    k_features = (kv_heads * Dp + WIDTH - 1) // WIDTH * WIDTH
+    v_features = (kv_heads * Dvp + WIDTH - 1) // WIDTH * WIDTH
+    q_from, k_from, v_from = from_head * repeats * Dp, from_head * Dp, from_head * Dvp
+    at_values, at_tail = p[P_VALUES], p[P_AT_TAIL]
     # 1. keys and values of all tokens, in the layout the attention loop reads
     if phase == PROJECTING:
-        t0, t1 = begin, min(begin + portion, S)
-        project_tokens(xk, batch * S * Ek, Ek, t0, t1, S, p, p[P_WK], p[P_BK], weights, k_features, shared, 0, k_block,
-                       private, at_natural)
-        project_tokens(xv, batch * S * Ev, Ev, t0, t1, S, p, p[P_WV], p[P_BV], weights, v_features, shared, at_values,
-                       v_block, private, at_natural)
+        tokens = min(portion, S - begin)
+        project_tokens(xk, (batch * S + begin) * Ek, tokens, Ek, weights, p[P_WK] + k_from * Ek, p[P_BK] + k_from,
+                       k_features, shared, begin * k_block, k_block, k_step, private, at_tail)
+        project_tokens(xv, (batch * S + begin) * Ev, tokens, Ev, weights, p[P_WV] + v_from * Ev, p[P_BV] + v_from,
+                       v_features, shared, at_values + begin * v_block, v_block, v_step, private, at_tail)
         return
-    b0, b1 = begin, min(begin + portion, (L + WIDTH - 1) // WIDTH)
     has_mask = keep.size > 0 or bias.size > 0
     band = p[P_BAND] != 0
     mask_per_head = p[P_KEEP_H] != 0 or p[P_BIAS_H] != 0
-    for block in range(b0, b1):
-        q0 = block * WIDTH
-        queries = min(WIDTH, L - q0)
-        # 2. queries of this block: project, then turn so that queries are lanes
-        rows = (queries + ROWS - 1) // ROWS * ROWS
-        if rows <= L - q0:
-            project(xq, (batch * L + q0) * Eq, Eq, rows, Eq, weights, p[P_WQ], p[P_BQ], q_features,
-                    private, at_natural, q_features, 0)
-        else:
-            for i in range(queries * Eq):
-                private[at_x_tail + i] = xq[(batch * L + q0) * Eq + i]
-            for i in range(queries * Eq, rows * Eq):
-                private[at_x_tail + i] = _ZERO
-            project(private, at_x_tail, Eq, rows, Eq, weights, p[P_WQ], p[P_BQ], q_features,
-                    private, at_natural, q_features, 0)
-        for i in range(rows * q_features, WIDTH * q_features):
-            private[at_natural + i] = _ZERO  # lanes without a query must not carry what an earlier call left
-        for f in range(0, q_features, LANES):
-            for l in range(0, WIDTH, LANES):
-                transpose_block(private, at_natural + l * q_features + f, q_features,
-                                private, at_q + f * WIDTH + l, WIDTH)
-        first, last, full_from, full_to = visible_range(q0, queries, S, band, p[P_LOW], p[P_HIGH])
-        # 3. attention, head by head, context (H * Dvp, W)
-        for h in range(H):
-            kv = h // (H // Hkv)
-            if has_mask and (h == 0 or mask_per_head):
-                fill_mask(private, at_masks,
-                          keep, batch * p[P_KEEP_B] + h * p[P_KEEP_H] + q0 * p[P_KEEP_L] + first * p[P_KEEP_S],
-                          p[P_KEEP_L], p[P_KEEP_S],
-                          bias, batch * p[P_BIAS_B] + h * p[P_BIAS_H] + q0 * p[P_BIAS_L] + first * p[P_BIAS_S],
-                          p[P_BIAS_L], p[P_BIAS_S], queries, last - first, private, AT_TILE)
-            at_k = feature_position(kv * Dp, k_block, k_step)
-            at_v = at_values + feature_position(kv * Dvp, v_block, v_step)
-            at_out = at_context + h * Dvp * WIDTH
-            attend_block(private, at_q + h * Dp * WIDTH, shared, at_k, k_block, shared, at_v, v_block, first, last,
-                         D, Dvp, private, private, at_out, q0, band, p[P_LOW], p[P_HIGH], full_from, full_to,
-                         private, at_masks, first, has_mask, _ZERO)
-            if (band or has_mask) and has_nan(private, at_out, Dvp):
-                attend_around(private, at_q + h * Dp * WIDTH, shared, at_k, k_block, shared, at_v, v_block, first,
-                              last, D, Dvp, private, at_out, q0, band, p[P_LOW], p[P_HIGH], private, at_masks, first,
-                              has_mask, _ZERO)
+    at_natural, at_q, at_context, at_masks, at_largest = (p[P_AT_NATURAL], p[P_AT_Q], p[P_AT_CONTEXT], p[P_AT_MASKS],
+                                                          p[P_AT_LARGEST])
+    if bias.size == 0:
+        for f in range(0, k_features, k_block):
+            largest_magnitudes(shared, f * S_up, k_block, S, k_block, private, at_largest + f)
+    step = heads * Dvp * WIDTH
+    to = min((begin + portion) * WIDTH, L)
+    for first_query in range(begin * WIDTH, to, QUERIES):
+        tokens = min(QUERIES, to - first_query)
+        # 2. queries: project, rows (q_features / W, tokens, W)
+        natural_rows = (tokens + WIDTH - 1) // WIDTH * WIDTH
+        natural_step = natural_rows * WIDTH
+        project_tokens(xq, (batch * L + first_query) * Eq, tokens, Eq, weights, p[P_WQ] + q_from * Eq, p[P_BQ] + q_from,
+                       q_features, private, at_natural, WIDTH, natural_step, private, at_tail)
+        for t in range(0, tokens, WIDTH):
+            q0 = first_query + t
+            queries = min(WIDTH, L - q0)
+            # turn them so that queries are lanes; lanes without a query must not carry what an earlier call left
+            for f in range(0, q_features, WIDTH):
+                at_rows = at_natural + f // WIDTH * natural_step + t * WIDTH
+                for i in range((queries + ROWS - 1) // ROWS * ROWS * WIDTH, WIDTH * WIDTH):
+                    private[at_rows + i] = _ZERO
+                for c in range(0, WIDTH, LANES):
+                    for l in range(0, WIDTH, LANES):
+                        transpose_block(private, at_rows + l * WIDTH + c, WIDTH, private, at_q + (f + c) * WIDTH + l,
+                                        WIDTH)
+            first, last, full_from, full_to = visible_range(q0, queries, S, band, p[P_LOW], p[P_HIGH])
+            # 3. attention, head by head, context (heads * Dvp, W)
+            for h in range(heads):
+                head, kv = from_head * repeats + h, h // repeats
+                if has_mask and (h == 0 or mask_per_head):
+                    fill_mask(private, at_masks,
+                              keep, batch * p[P_KEEP_B] + head * p[P_KEEP_H] + q0 * p[P_KEEP_L] + first * p[P_KEEP_S],
+                              p[P_KEEP_L], p[P_KEEP_S],
+                              bias, batch * p[P_BIAS_B] + head * p[P_BIAS_H] + q0 * p[P_BIAS_L] + first * p[P_BIAS_S],
+                              p[P_BIAS_L], p[P_BIAS_S], queries, last - first, private, AT_TILE)
+                at_head = at_q + h * Dp * WIDTH
+                at_k = feature_position(kv * Dp, k_block, k_step)
+                at_v = at_values + feature_position(kv * Dvp, v_block, v_step)
+                at_out = at_context + t // WIDTH * step + h * Dvp * WIDTH
+                small = bias.size == 0 and all_small(private, at_head, D, private, at_largest + kv * Dp)
+                attend_block(private, at_head, shared, at_k, k_block, shared, at_v, v_block, first, last, D, Dvp,
+                             private, private, at_out, q0, band, p[P_LOW], p[P_HIGH], full_from, full_to, private,
+                             at_masks, first, has_mask, _ZERO, small)
+                if (band or has_mask) and has_nan(private, at_out, Dvp):
+                    attend_around(private, at_head, shared, at_k, k_block, shared, at_v, v_block, first, last, D, Dvp,
+                                  private, at_out, q0, band, p[P_LOW], p[P_HIGH], private, at_masks, first, has_mask,
+                                  _ZERO)
         # 4. output rows: projection of the context, or the context itself
-        at_row = (batch * L + q0) * Eo
-        if p[P_HAS_OUT] == 0:
-            for h in range(H):
-                for d in range(Dv):
-                    for l in range(queries):
-                        out[at_row + l * Eo + h * Dv + d] = private[at_context + (h * Dvp + d) * WIDTH + l]
+        at_row = (batch * L + first_query) * Eo
+        if p[P_HAS_OUT] != 0:
+            project_context(private, at_context, step, heads * Dvp, from_head == 0, from_head + kv_heads == Hkv, tokens,
+                            weights, p[P_WO] + v_from * repeats * WIDTH, H * Dvp * WIDTH, p[P_BO], out, at_row, Eo,
+                            private)
             continue
-        depth = H * Dvp
-        for e in range(0, Eo, WIDTH):
-            whole = queries // ROWS * ROWS if e + WIDTH <= Eo else 0
-            for k in range(0, depth if whole > 0 else 0, DEPTH_BLOCK):
-                for l in range(0, whole, ROWS):
-                    if k == 0:
-                        tile = tile_of_columns(ROWS, COLUMNS, weights, p[P_BO] + e)
-                    else:
-                        tile = tile_load(ROWS, COLUMNS, out, at_row + l * Eo + e, Eo, LANES)
-                    tile = multiply(tile, private, at_context + k * WIDTH + l, 1, WIDTH,
-                                    weights, p[P_WO] + e * depth + k * WIDTH, min(DEPTH_BLOCK, depth - k))
-                    tile_store(tile, out, at_row + l * Eo + e, Eo, LANES)
-            for l in range(whole, queries, ROWS):
-                tile = tile_of_columns(ROWS, COLUMNS, weights, p[P_BO] + e)
-                tile = multiply(tile, private, at_context + l, 1, WIDTH, weights, p[P_WO] + e * depth, depth)
-                tile_store(tile, private, AT_TILE, WIDTH, LANES)
-                for i in range(min(ROWS, queries - l)):
-                    for j in range(min(WIDTH, Eo - e)):
-                        out[at_row + (l + i) * Eo + e + j] = private[AT_TILE + i * WIDTH + j]
+        for t in range(tokens):
+            at_lane = at_context + t // WIDTH * step + t % WIDTH
+            for h in range(heads):
+                for d in range(Dv):
+                    out[at_row + t * Eo + (from_head * repeats + h) * Dv + d] = private[at_lane + (h * Dvp + d) * WIDTH]
 
 
 @jit
@@ -409,10 +511,11 @@ def layer_float32(xq, xk, xv, out, weights, p, keep, bias, scratch, board, count
     tokens, token_parts = portions(p[P_S], ROWS, count)
     blocks, block_parts = portions((p[P_L] + WIDTH - 1) // WIDTH, 1, count)
     for batch in range(p[P_BATCH]):
-        share(board, token_parts, layer_part, xq, xk, xv, out, weights, p, keep, bias, scratch, batch,
-              PROJECTING, tokens)
-        share(board, block_parts, layer_part, xq, xk, xv, out, weights, p, keep, bias, scratch, batch,
-              ATTENDING, blocks)
+        for from_head in range(0, p[P_KV_HEADS], p[P_GROUP]):
+            share(board, token_parts, layer_part, xq, xk, xv, out, weights, p, keep, bias, scratch, batch, from_head,
+                  PROJECTING, tokens)
+            share(board, block_parts, layer_part, xq, xk, xv, out, weights, p, keep, bias, scratch, batch, from_head,
+                  ATTENDING, blocks)
 
 
 # Positions in the integer parameters of `attention_float32`; strides count elements, addresses bytes.
@@ -450,9 +553,10 @@ def attention_part(p, scale, softcap, keep, bias, lengths, scratch, portion, wor
     at_context = at_q + D_up * WIDTH
     at_k_copy = at_context + (max(Dv_up, Dv_lanes) + ROWS) * WIDTH
     at_v_copy = at_k_copy + ROWS * D
-    at_masks = at_v_copy + S * Dv_up if Dv != Dv_up else at_v_copy
-    at_masks = (at_masks + 15) // 16 * 16
-    copied = -1
+    at_largest = at_v_copy + S * Dv_up if Dv != Dv_up else at_v_copy
+    at_masks = (at_largest + D_up + 15) // 16 * 16
+    bounded = D >= LANES and bias.size == 0 and not softcap > _ZERO
+    measured = copied = -1
     factor = scale / softcap if softcap > _ZERO else scale * LOG2_E
     for item in range(part * portion, min((part + 1) * portion, p[F_B] * H * blocks)):
         batch, h, q0 = item // (H * blocks), item // blocks % H, item % blocks * WIDTH
@@ -494,9 +598,13 @@ def attention_part(p, scale, softcap, keep, bias, lengths, scratch, portion, wor
         v, from_v, step_v = (all_v, v_at, v_row) if Dv == Dv_up else (private, at_v_copy, Dv_up)
         k, from_k, step_k = (private, at_k_copy, D) if short else (all_k, k_at, k_row)
         # 3. attention
+        if bounded and measured != batch * p[F_KV_HEADS] + kv:
+            measured = batch * p[F_KV_HEADS] + kv
+            largest_magnitudes(k, from_k, step_k, keys, D, private, at_largest)
+        small = bounded and all_small(private, at_q, D, private, at_largest)
         attend_block(private, at_q, k, from_k, step_k, v, from_v, step_v, first, last, D, Dv, private, private,
                      at_context, q0, band, p[F_LOW], p[F_HIGH], full_from, full_to, private, at_masks, first,
-                     has_mask, softcap)
+                     has_mask, softcap, small)
         if (band or has_mask) and has_nan(private, at_context, Dv):
             attend_around(private, at_q, k, from_k, step_k, v, from_v, step_v, first, last, D, Dv, private,
                           at_context, q0, band, p[F_LOW], p[F_HIGH], private, at_masks, first, has_mask, softcap)

@@ -6,8 +6,7 @@ from edgeattn import threads
 from edgeattn.jit import entry
 
 from . import fused_dynamic as f
-from .dynamic import SHIFT, STEP, TOKENS
-from .fused import KEY_BLOCK
+from .dynamic import KEY_BLOCK, SHIFT, STEP, TOKENS
 from .layer_float32 import _LOG2_E, _NO_BIAS, _NO_KEEP, _flat, _strides
 from .linear_dynamic import TILES_SIZE, join_depth
 from .matmul import MATRIX_DEPTH, ROW_STEP, pack_byte_panels, pack_byte_rows, place, round_up

@@ -6,9 +6,10 @@ from edgeattn import threads
 from edgeattn.jit import entry
 
 from . import fused as f
-from .matmul import pack_panels, pad_heads, padded_head, round_up
+from .matmul import pack_panels, pad_heads, padded_head, place, round_up
 from .simd import LANES, ROWS, WIDTH
 
+GROUP = 1 << 17  # elements of keys and values in scratch at a time, where a head does not need more: 512 KiB
 _LOG2_E = 1.4426950408889634
 _NO_KEEP = np.zeros(0, np.uint8)
 _NO_BIAS = np.zeros(0, np.float32)
@@ -26,18 +27,38 @@ def _strides(mask, shape):
 
 
 @register_jitable
+def group_size(S, Hkv, Dp, Dvp):
+    """How many key/value heads are projected and attended to at a time: about as many as GROUP elements hold.
+
+    Groups of fewer heads than there are fill whole panels of features.
+    """
+    unit = max(WIDTH // min(Dp & -Dp, WIDTH), WIDTH // min(Dvp & -Dvp, WIDTH))
+    most = max(GROUP // max(S * (Dp + Dvp), 1) // unit * unit, unit)
+    count = -(-Hkv // most)
+    return min(round_up(-(-Hkv // count), unit), Hkv)
+
+
+@register_jitable
 def plan(p, B, L, S, masked):
-    """Write a call's shape and the size of its scratch into p; (shared, private) elements of that."""
+    """Write a call's shape, and where what it needs lies in its scratch, into p; (shared, private) elements of that."""
     p[f.P_BATCH], p[f.P_L], p[f.P_S] = B, L, S
     H, Hkv, Dp, Dvp = p[f.P_HEADS], p[f.P_KV_HEADS], p[f.P_D_PAD], p[f.P_DV_PAD]
-    Eq, Ek, Ev = p[f.P_EQ], p[f.P_EK], p[f.P_EV]
+    group = p[f.P_GROUP] = group_size(S, Hkv, Dp, Dvp)
     k_block, v_block = max(Dp, LANES), max(Dvp, LANES)
-    q_features, k_features, v_features = round_up(H * Dp, WIDTH), round_up(Hkv * Dp, WIDTH), round_up(Hkv * Dvp, WIDTH)
-    shared = (k_features + k_block + v_features + v_block) * round_up(S, ROWS) + 4 * WIDTH + ROWS * v_block
-    private = (f.AT_FREE + max(WIDTH * q_features, ROWS * max(Ek, Ev), WIDTH * Eq) + q_features * WIDTH
-               + (H * Dvp + ROWS) * WIDTH + WIDTH * Eq + (S * WIDTH if masked else 0) + 4 * WIDTH)
-    p[f.P_SHARED], p[f.P_PRIVATE] = round_up(shared, 16), round_up(private, 16)
-    return p[f.P_SHARED], p[f.P_PRIVATE]
+    heads = group * (H // Hkv)
+    q_features, k_features, v_features = (round_up(heads * Dp, WIDTH), round_up(group * Dp, WIDTH),
+                                          round_up(group * Dvp, WIDTH))
+    S_up, tokens = round_up(S, ROWS), min(round_up(L, WIDTH), f.QUERIES)
+    shared = round_up((k_features + k_block) * S_up, 16)  # the keys
+    shared = place(p, f.P_VALUES, shared, (v_features + v_block) * S_up + ROWS * v_block)
+    private = place(p, f.P_AT_LARGEST, f.AT_FREE, k_features + k_block)
+    private = place(p, f.P_AT_NATURAL, private, tokens * q_features)
+    private = place(p, f.P_AT_Q, private, q_features * WIDTH)
+    private = place(p, f.P_AT_CONTEXT, private, tokens * heads * Dvp + ROWS * WIDTH)
+    private = place(p, f.P_AT_TAIL, private, ROWS * max(p[f.P_EQ], p[f.P_EK], p[f.P_EV]))
+    private = place(p, f.P_AT_MASKS, private, S * WIDTH if masked else 0)
+    p[f.P_SHARED], p[f.P_PRIVATE] = shared, private
+    return shared, private
 
 
 def _flat(xq, xk, xv):

@@ -7,22 +7,12 @@ depend on that: with this projection a token gives the same bits alone and insid
 import numpy as np
 
 from edgeattn import threads
-from edgeattn.jit import entry, inlined, jit
+from edgeattn.jit import entry, jit
 
-from .matmul import multiply, pack_panels, round_up
-from .simd import COLUMNS, LANES, ROWS, WIDTH, load, store, tile_store, tile_zero
+from .matmul import CHAIN, multiply, pack_panels, round_up
+from .simd import COLUMNS, LANES, ROWS, WIDTH, load, store, tile_add, tile_store, tile_zero
 
-CHAIN = 64  # products summed one after another; the sums of the chains are summed then, so that roundings stay small
 _run = None
-
-
-@inlined
-def add_part(part, rows, first, out, at, row):
-    """out (rows, WIDTH), rows `row` apart, = or += part (rows, WIDTH)."""
-    for i in range(rows):
-        for j in range(0, WIDTH, LANES):
-            v = load(part, i * WIDTH + j)
-            store(out, at + i * row + j, v if first else load(out, at + i * row + j) + v)
 
 
 @jit
@@ -34,19 +24,22 @@ def linear_float32(x, weights, depth, features, out):
     """
     tokens = out.size // features
     whole = tokens // ROWS * ROWS
-    part = np.empty(ROWS * WIDTH, np.float32)
     for f in range(0, features, WIDTH):
         for k in range(0, depth, CHAIN):
             at_weight, count = f * depth + k * WIDTH, min(CHAIN, depth - k)
             # whole tiles, then one token at a time: either way a sum is the same chains of multiply-adds
             for t in range(0, whole, ROWS):
+                at = t * features + f
                 tile = multiply(tile_zero(ROWS, COLUMNS, x), x, t * depth + k, depth, 1, weights, at_weight, count)
-                tile_store(tile, part, 0, WIDTH, LANES)
-                add_part(part, ROWS, k == 0, out, t * features + f, features)
+                if k > 0:
+                    tile = tile_add(tile, out, at, features, LANES)
+                tile_store(tile, out, at, features, LANES)
             for t in range(whole, tokens):
+                at = t * features + f
                 row = multiply(tile_zero(1, COLUMNS, x), x, t * depth + k, depth, 1, weights, at_weight, count)
-                tile_store(row, part, 0, WIDTH, LANES)
-                add_part(part, 1, k == 0, out, t * features + f, features)
+                if k > 0:
+                    row = tile_add(row, out, at, features, LANES)
+                tile_store(row, out, at, features, LANES)
         # the bias last: carried along from the first product on, it would make every partial sum round more coarsely
         for t in range(tokens):
             for j in range(f, f + WIDTH, LANES):

@@ -22,19 +22,24 @@ from .simd import (
     matrix_load,
     matrix_store,
     matrix_zero,
+    prefetch,
     quotient,
     rank_one,
+    rank_steps,
+    steps,
+    tile_add,
     tile_load,
     tile_of_columns,
     tile_store,
     tile_zero,
 )
 
-# Depths multiplied at a time: a panel this deep (24 KiB at 32 features) stays in the first-level cache while all
-# tokens pass; deeper float32 products go through the output once per block.
-DEPTH_BLOCK = 192
+# float32 products summed one after another.  The sums of the chains are summed then: a rounding error grows with the
+# length of a chain.  It also is how much of a panel (8 KiB at 32 features) stays near while all tokens pass.
+CHAIN = 64
 MATRIX = ISA.amx  # whether a matrix unit multiplies bytes, 16 groups of four at a time
 MATRIX_TOKENS = 2 * MATRIX_ROWS
+_LINE = 16  # elements of four bytes in a cache line
 MATRIX_DEPTH = 16 if MATRIX else 1  # what the depth of a product of bytes must be a multiple of, in groups of four
 MATRIX_SCRATCH = MATRIX_TOKENS * WIDTH if MATRIX else 0
 ROW_STEP = MATRIX_ROWS if MATRIX else ROWS  # rows that `lane_product` writes at a time
@@ -101,7 +106,28 @@ def pack_byte_rows(weight):
 @inlined
 def multiply(tile, a, at_a, row_step, step, b, at_b, depth):
     """tile[i][j] += sum over k of a[at_a + i row_step + k step] * vector j of b[at_b + k WIDTH]"""
-    for k in range(depth):
+    count = steps(b)
+    for k in range(0, depth - count + 1, count):
+        tile = rank_steps(tile, a, at_a + k * step, row_step, step, b, at_b + k * WIDTH)
+    for k in range(depth // count * count, depth):
+        tile = rank_one(tile, a, at_a + k * step, row_step, b, at_b + k * WIDTH)
+    return tile
+
+
+@inlined
+def multiply_ahead(tile, a, at_a, row_step, step, b, at_b, depth, at_next, part):
+    """multiply(), while `part` elements of b from at_next on, at most 8 times `depth`, are brought near."""
+    count = steps(b)
+    pace = part // max(depth, 1)
+    for k in range(0, depth - 2 * count + 1, 2 * count):
+        half = k + count
+        prefetch(b, at_next + k * pace)
+        prefetch(b, at_next + k * pace + _LINE)
+        tile = rank_steps(tile, a, at_a + k * step, row_step, step, b, at_b + k * WIDTH)
+        prefetch(b, at_next + half * pace)
+        prefetch(b, at_next + half * pace + _LINE)
+        tile = rank_steps(tile, a, at_a + half * step, row_step, step, b, at_b + half * WIDTH)
+    for k in range(depth // (2 * count) * (2 * count), depth):
         tile = rank_one(tile, a, at_a + k * step, row_step, b, at_b + k * WIDTH)
     return tile
 
@@ -243,21 +269,33 @@ def feature_position(feature, block, block_step):
 
 
 @inlined
+def part_of_chain(count, tokens):
+    """How much of the next `count` rows of a panel one of the tiles of `tokens` tokens brings near."""
+    return (count * WIDTH * ROWS // max(tokens, 1) + _LINE - 1) // _LINE * _LINE
+
+
+@inlined
 def project(x, at_x, x_row, tokens, depth, weights, at_weight, at_bias, features, out, at_out, block, block_step):
     """out = x @ weight.T + bias for `tokens` (a multiple of ROWS), in the layout (features / block, tokens, block).
 
     x        float32, row t at at_x + t x_row, `depth` long
     weights  at_weight: panels (features / WIDTH, depth, WIDTH); at_bias: (features,)
+
+    The bias comes last: carried along from the first product on, it would make every partial sum round more coarsely.
     """
     for f in range(0, features, WIDTH):
         at = at_out + feature_position(f, block, block_step)
         next_column = at_out + feature_position(f + LANES, block, block_step) - at
-        for k in range(0, depth, DEPTH_BLOCK):
+        for k in range(0, depth, CHAIN):
+            count = min(CHAIN, depth - k)
+            at_rows = at_weight + f * depth + k * WIDTH
+            at_next, part = at_rows + count * WIDTH, part_of_chain(count, tokens)
             for t in range(0, tokens, ROWS):
-                if k == 0:
-                    tile = tile_of_columns(ROWS, COLUMNS, weights, at_bias + f)
-                else:
-                    tile = tile_load(ROWS, COLUMNS, out, at + t * block, block, next_column)
-                tile = multiply(tile, x, at_x + t * x_row + k, x_row, 1, weights, at_weight + f * depth + k * WIDTH,
-                                min(DEPTH_BLOCK, depth - k))
+                tile = tile_zero(ROWS, COLUMNS, x)
+                tile = multiply_ahead(tile, x, at_x + t * x_row + k, x_row, 1, weights, at_rows, count,
+                                      at_next + t // ROWS * part, part)
+                if k > 0:
+                    tile = tile_add(tile, out, at + t * block, block, next_column)
+                if k + CHAIN >= depth:
+                    tile = tile_add(tile, weights, at_bias + f, 0, LANES)
                 tile_store(tile, out, at + t * block, block, next_column)

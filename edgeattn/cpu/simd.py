@@ -23,6 +23,7 @@ ROWS = ISA.rows
 COLUMNS = ISA.columns
 WIDTH = LANES * COLUMNS  # queries, or features, that one tile covers
 OFFSET = ISA.offset
+_SCALES = ISA.x86 and LANES == 16  # AVX-512 has instructions for fractions and for powers of two
 
 _I1, _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 
@@ -404,6 +405,14 @@ def _round_to_int(builder, v, result):
     return builder.fptosi(rounded, result)
 
 
+def _fraction(builder, v, result):
+    if _SCALES:  # 8: no exception is raised; 1: rounded down
+        zero, every = ir.Constant(result, None), ir.Constant(_I16, -1)
+        return _call(builder, "llvm.x86.avx512.mask.reduce.ps.512", result,
+                     [v, ir.Constant(_I32, 8 + 1), zero, every, ir.Constant(_I32, 4)])
+    return builder.fsub(v, _call(builder, f"llvm.floor.v{v.type.count}f32", v.type, [v]))
+
+
 to_float = _unary(lambda v: F32, lambda b, v, t: b.sitofp(v, t), "v[l] = float32(a[l])")
 to_double = _unary(lambda v: F64, lambda b, v, t: b.sitofp(v, t), "v[l] = float64(a[l])")
 widen = _unary(lambda v: I64, lambda b, v, t: b.sext(v, t), "v[l] = int64(a[l])")
@@ -413,6 +422,7 @@ round_to_int = _unary(lambda v: I32, _round_to_int, "v[l] = int(a[l]) to nearest
 bits_of = _unary(lambda v: I32, lambda b, v, t: b.bitcast(v, t), "v[l] = the bits of float32 a[l]")
 float_of_bits = _unary(lambda v: F32, lambda b, v, t: b.bitcast(v, t), "v[l] = the float32 with bits a[l]")
 double_of_bits = _unary(lambda v: F64, lambda b, v, t: b.bitcast(v, t), "v[l] = the float64 with bits a[l]")
+fraction = _unary(lambda v: F32, _fraction, "v[l] = a[l] - floor(a[l]), rounded to nearest or down")
 truncate_double = _unary(lambda v: F64, lambda b, v, t: _call(b, f"llvm.trunc.v{v.type.count}f64", t, [v]),
                          "v[l] = trunc(a[l]), float64")
 
@@ -445,6 +455,21 @@ _shl, _shr = _binary("shl", None), _binary("ashr", None)
 _lt, _le, _gt, _ge, _eq = (_comparison("<"), _comparison("<="), _comparison(">"), _comparison(">="),
                            _comparison("=="))
 shift_right_logical = _binary("lshr", None)
+
+
+@intrinsic
+def scale_by_power(typing, a, t):
+    """v[l] = a[l] * 2 ** floor(t[l]), for a[l] in [1, 2] and t[l] in [-126, 127)"""
+    def generate(context, builder, sig, args):
+        value, power = args
+        if _SCALES:
+            return _call(builder, "llvm.x86.avx512.mask.scalef.ps.512", value.type,
+                         [value, power, ir.Constant(value.type, None), ir.Constant(_I16, -1), ir.Constant(_I32, 4)])
+        integer = context.get_value_type(I32)
+        whole = builder.fptosi(_call(builder, f"llvm.floor.v{LANES}f32", power.type, [power]), integer)
+        bits = builder.add(builder.bitcast(value, integer), builder.shl(whole, _all(23, integer)))
+        return builder.bitcast(bits, value.type)
+    return a(a, t), generate
 
 
 def _is_pair(a, b):
@@ -712,6 +737,40 @@ def tile_zero(typing, rows, columns, like):
     return tile(rows, columns, like), generate
 
 
+def _rank_one(context, builder, sig, args):
+    t, a, b = sig.args[0], sig.args[1], sig.args[4]
+    tile, a_array, at_a_, step, b_array, at_b_ = args
+    vector = context.get_value_type(t.vec)
+    real = t.vec.dtype == types.float32
+    base = _pointer(context, builder, b, b_array, at_b_, vector)
+    across = [_load(builder, builder.gep(base, [ir.Constant(_I64, j)])) for j in range(t.columns)]
+    if not real:
+        across = [_prepare(builder, v, b.dtype == types.uint32) for v in across]
+    first = _data(context, builder, a, a_array)
+    position = at_a_
+    for i in range(t.rows):
+        row = _splat(builder, builder.load(builder.gep(first, [position])), vector)
+        if not real:
+            row = _prepare(builder, row, a.dtype == types.uint32)
+        for j in range(t.columns):
+            k = i * t.columns + j
+            accumulator = builder.extract_value(tile, k)
+            if real:
+                value = _fma(builder, row, across[j], accumulator)
+            elif a.dtype == types.uint32:
+                value = _dot(builder, accumulator, row, across[j])
+            else:
+                value = _dot(builder, accumulator, across[j], row)
+            tile = builder.insert_value(tile, value, k)
+        if i + 1 < t.rows:
+            position = builder.add(position, step)
+    return tile
+
+
+def _may_multiply(t, a, b):
+    return t.vec is F32 or (a.dtype == types.uint32) != (b.dtype == types.uint32)
+
+
 @intrinsic
 def rank_one(typing, t, a, at_a, row_step, b, at_b):
     """t[i][j] += splat(a[at_a + i * row_step]) * load(b, at_b + j * LANES)
@@ -719,37 +778,38 @@ def rank_one(typing, t, a, at_a, row_step, b, at_b):
     float32 arrays multiply; integer ones take the four-way dot product of bytes, and exactly one of `a` and `b`
     must be of dtype uint32, the unsigned side.
     """
-    if t.vec is not F32 and (a.dtype == types.uint32) == (b.dtype == types.uint32):
+    if not _may_multiply(t, a, b):
+        return None
+    return t(t, a, types.intp, types.intp, b, types.intp), _rank_one
+
+
+def _steps(array_type):
+    return ISA.steps[array_type.dtype != types.float32]
+
+
+@intrinsic
+def steps(typing, like):
+    """How many updates `rank_steps` makes with arrays of this kind."""
+    def generate(context, builder, sig, args):
+        return ir.Constant(_I64, _steps(like))
+    return types.intp(like), generate
+
+
+@intrinsic
+def rank_steps(typing, t, a, at_a, row_step, step, b, at_b):
+    """rank_one(t, a, at_a + k * step, row_step, b, at_b + k * WIDTH) for every k in range(steps(b))"""
+    if not _may_multiply(t, a, b):
         return None
 
     def generate(context, builder, sig, args):
-        tile, a_array, at_a_, step, b_array, at_b_ = args
-        vector = context.get_value_type(t.vec)
-        real = t.vec.dtype == types.float32
-        base = _pointer(context, builder, sig.args[4], b_array, at_b_, vector)
-        across = [_load(builder, builder.gep(base, [ir.Constant(_I64, j)])) for j in range(t.columns)]
-        if not real:
-            across = [_prepare(builder, v, b.dtype == types.uint32) for v in across]
-        first = _data(context, builder, sig.args[1], a_array)
-        position = at_a_
-        for i in range(t.rows):
-            row = _splat(builder, builder.load(builder.gep(first, [position])), vector)
-            if not real:
-                row = _prepare(builder, row, a.dtype == types.uint32)
-            for j in range(t.columns):
-                k = i * t.columns + j
-                accumulator = builder.extract_value(tile, k)
-                if real:
-                    value = _fma(builder, row, across[j], accumulator)
-                elif a.dtype == types.uint32:
-                    value = _dot(builder, accumulator, row, across[j])
-                else:
-                    value = _dot(builder, accumulator, across[j], row)
-                tile = builder.insert_value(tile, value, k)
-            if i + 1 < t.rows:
-                position = builder.add(position, step)
+        tile, a_array, at_a_, row_step_, step_, b_array, at_b_ = args
+        one = t(t, a, types.intp, types.intp, b, types.intp)
+        for k in range(_steps(b)):
+            tile = _rank_one(context, builder, one, (tile, a_array, at_a_, row_step_, b_array, at_b_))
+            if k + 1 < _steps(b):
+                at_a_, at_b_ = builder.add(at_a_, step_), builder.add(at_b_, ir.Constant(_I64, LANES * t.columns))
         return tile
-    return t(t, a, types.intp, types.intp, b, types.intp), generate
+    return t(t, a, types.intp, types.intp, types.intp, b, types.intp), generate
 
 
 @intrinsic
@@ -785,6 +845,36 @@ def tile_store(typing, t, array, at, row_step, column_step):
                 here = builder.add(here, column_step_)
             position = builder.add(position, row_step_)
     return types.void(t, array, types.intp, types.intp, types.intp), generate
+
+
+@intrinsic
+def tile_add(typing, t, array, at, row_step, column_step):
+    """t[i][j] += load(array, at + i * row_step + j * column_step)"""
+    def generate(context, builder, sig, args):
+        tile, array_, position, row_step_, column_step_ = args
+        vector = context.get_value_type(t.vec)
+        for i in range(t.rows):
+            here = position
+            for j in range(t.columns):
+                k = i * t.columns + j
+                value = _load(builder, _pointer(context, builder, sig.args[1], array_, here, vector))
+                tile = builder.insert_value(tile, builder.fadd(builder.extract_value(tile, k), value), k)
+                here = builder.add(here, column_step_)
+            position = builder.add(position, row_step_)
+        return tile
+    return t(t, array, types.intp, types.intp, types.intp), generate
+
+
+@intrinsic
+def prefetch(typing, array, at):
+    """Nothing but a hint: array[at] will soon be read."""
+    def generate(context, builder, sig, args):
+        where = _pointer(context, builder, sig.args[0], args[0], args[1], _I8)
+        # to be read, into the second-level cache, data
+        arguments = [where, *(ir.Constant(_I32, value) for value in (0, 2, 1))]
+        signature = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
+        builder.call(cgutils.get_or_insert_function(builder.module, signature, "llvm.prefetch.p0"), arguments)
+    return types.void(array, types.intp), generate
 
 
 @intrinsic
