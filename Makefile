@@ -63,7 +63,7 @@ test-cuda-offline: $(ready_cuda) ## ... emulated and compiled, without a GPU
 
 lint: $(ready_dev) ## style, imports, what no tracked file may hold
 	@$(python) -m ruff check --quiet .
-	@$(python) -m importlinter.cli --no-cache --no-logo
+	@$(VENV)/bin/lint-imports --no-cache --no-logo
 	@$(python) tools/check_tree.py
 
 examples: run example-self-vs-multihead example-minilm ## every example, each under a minute

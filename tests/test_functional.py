@@ -313,6 +313,18 @@ def test_out_is_written_whole_inside_its_sentinels(case):
     assert np.isnan(guarded[16 + size :]).all()
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_the_usual_call_and_the_checked_one_give_the_same_bits(is_causal, scale):
+    random = np.random.default_rng(11)
+    q, k, v = (random.standard_normal((2, 3, 41, 24), np.float32) for _ in range(3))
+    usual = attend(q, k, v, is_causal=is_causal, scale=scale)
+    for array in (q, k, v):
+        array.flags.writeable = False
+    checked = attend(q, k, v, is_causal=is_causal, scale=scale)
+    np.testing.assert_array_equal(usual, checked)
+
+
 @pytest.mark.parametrize("which", [0, 1, 2, 3])
 def test_out_may_be_an_input(which):
     q, k, v = qkv(2, 2, 4, 4)

@@ -525,6 +525,17 @@ def layer_float32(xq, xk, xv, out, weights, p, keep, bias, scratch, board, count
  F_PRIVATE, F_COUNT) = range(36)
 
 
+@inlined
+def copy_rows(source, at, step, rows, size, factor, target, to, target_step):
+    """target = source * factor, `rows` rows of `size` that are `step` and `target_step` apart."""
+    for row in range(rows):
+        i, j = at + row * step, to + row * target_step
+        for d in range(0, size - LANES + 1, LANES):
+            store(target, j + d, load(source, i + d) * splat(factor))
+        for d in range(size // LANES * LANES, size):
+            target[j + d] = source[i + d] * factor
+
+
 @separate
 def attention_part(p, scale, softcap, keep, bias, lengths, scratch, portion, worker, part):
     """Scaled dot product attention over given queries, keys and values, for a portion of (batch, head, block).
@@ -564,10 +575,8 @@ def attention_part(p, scale, softcap, keep, bias, lengths, scratch, portion, wor
         queries = min(WIDTH, L - q0)
         keys = S if lengths.size == 0 else min(max(lengths[batch], 0), S)
         # 1. queries of this block, scaled, turned so that queries are lanes
-        from_q = batch * p[F_Q_B] + h * p[F_Q_H] + q0 * p[F_Q_L]
-        for l in range(queries):
-            for d in range(D):
-                private[at_natural + l * D_up + d] = all_q[from_q + l * p[F_Q_L] + d] * factor
+        copy_rows(all_q, batch * p[F_Q_B] + h * p[F_Q_H] + q0 * p[F_Q_L], p[F_Q_L], queries, D, factor,
+                  private, at_natural, D_up)
         for i in range(queries * D_up, WIDTH * D_up):
             private[at_natural + i] = _ZERO
         for d in range(0, D_up, LANES):
@@ -613,10 +622,8 @@ def attention_part(p, scale, softcap, keep, bias, lengths, scratch, portion, wor
             for l in range(0, WIDTH, LANES):
                 transpose_block(private, at_context + d * WIDTH + l, WIDTH,
                                 private, at_natural + l * Dv_lanes + d, Dv_lanes)
-        to = batch * p[F_O_B] + h * p[F_O_H] + q0 * p[F_O_L]
-        for l in range(queries):
-            for d in range(Dv):
-                all_o[to + l * p[F_O_L] + d] = private[at_natural + l * Dv_lanes + d]
+        copy_rows(private, at_natural, Dv_lanes, queries, Dv, _ONE,
+                  all_o, batch * p[F_O_B] + h * p[F_O_H] + q0 * p[F_O_L], p[F_O_L])
 
 
 @inlined
