@@ -59,11 +59,11 @@ test-cuda: $(ready_cuda) ## the CUDA tests on a GPU, and compute-sanitizer
 	@$(run_python) tools/cuda/run.py $(ARGS)
 
 test-cuda-offline: $(ready_cuda) ## ... emulated and compiled, without a GPU
-	@$(run_python) -m pytest tests/test_cuda_*.py $(ARGS)
+	@$(run_python) -m pytest --long tests/test_cuda_*.py $(ARGS)
 
 lint: $(ready_dev) ## style, imports, what no tracked file may hold
 	@$(python) -m ruff check --quiet .
-	@$(python) -m importlinter.cli --no-cache --no-logo
+	@$(VENV)/bin/lint-imports --no-cache --no-logo
 	@$(python) tools/check_tree.py
 
 examples: run example-self-vs-multihead example-minilm ## every example, each under a minute

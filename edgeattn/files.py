@@ -1,4 +1,4 @@
-"""Whole files or none: writing without ever leaving half a file behind."""
+"""Paths, and files that are whole or not there: writing never leaves half a file behind."""
 
 from __future__ import annotations
 
@@ -40,3 +40,11 @@ def write_atomic(path: str | os.PathLike, data: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def as_path(path: str | os.PathLike) -> Path:
+    """`path` as a Path; TypeError where it is neither a string nor a path."""
+    try:
+        return Path(path)
+    except TypeError:
+        raise TypeError(f"path must be a string or a path, got {type(path).__name__}") from None

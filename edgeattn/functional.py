@@ -5,10 +5,11 @@ import math
 
 import numpy as np
 
-from edgeattn.checks import check_out, deliver, flag, float_array, number, result_dtype, to_float32
+from edgeattn.checks import check_out, deliver, flag, float_array, is_one_of, number, result_dtype, to_float32
 from edgeattn.cpu import functional_dynamic, functional_float32, plain
 from edgeattn.masks import resolve_mask
 
+_NO_WINDOW = (-1, -1)
 _SMALLEST_SOFTCAP = 1e-30  # its reciprocal is a float32 too
 
 
@@ -23,7 +24,7 @@ def scaled_dot_product_attention(
     scale=None,
     enable_gqa=False,
     softcap=0.0,
-    window_size=(-1, -1),
+    window_size=_NO_WINDOW,
     kv_lengths=None,
     alibi_slopes=None,
     return_weights=False,
@@ -93,8 +94,18 @@ def scaled_dot_product_attention(
     TypeError, ValueError
         Naming the argument, what was required and what came.
     """
+    if (attn_mask is None and causal_alignment is None and type(softcap) is float and not softcap
+            and window_size is _NO_WINDOW and kv_lengths is None and alibi_slopes is None and return_weights is False
+            and return_lse is False and type(precision) is str and precision == "float32"
+            and (is_causal is False or is_causal is True) and (enable_gqa is False or enable_gqa is True)
+            and _is_usual(query, key, value, is_causal, out)):
+        # what small attention is called with, again and again: nothing to convert, no mask but the causal one
+        result = np.empty_like(query) if out is None else out
+        scale = default_scale(query.shape[3]) if scale is None else number("scale", scale)
+        band = (-2 * key.shape[2], 0) if is_causal else None
+        return functional_float32.attention(query, key, value, result, scale, band=band)
     on_cuda = not isinstance(query, np.ndarray) and hasattr(query, "__cuda_array_interface__")
-    if precision != "float32":
+    if not is_one_of(precision, ("float32",)):
         _check_precision(precision, softcap, return_weights, return_lse, on_cuda)
     if on_cuda:
         from edgeattn.on_cuda import functional as on_cuda
@@ -171,12 +182,27 @@ def scaled_dot_product_attention(
     return (result, *([deliver(weights, None, dtype)] if return_weights else []), *([lse] if return_lse else []))
 
 
+def _is_usual(query, key, value, is_causal, out):
+    """Whether these are float32 arrays with four axes in C order that fit, of one size D, and nothing needs a copy."""
+    arrays = (query, key, value) if out is None else (query, key, value, out)
+    for array in arrays:
+        if type(array) is not np.ndarray or array.dtype != np.float32 or not array.flags.carray or not array.size:
+            return False
+    shape = query.shape
+    if len(shape) != 4 or key.shape != value.shape or key.shape[:2] != shape[:2] or key.shape[3:] != shape[3:]:
+        return False
+    if is_causal and key.shape[2] != shape[2]:
+        return False
+    return out is None or out.shape == shape and not any(np.may_share_memory(out, array) for array in arrays[:3])
+
+
 def _check_precision(precision, softcap, return_weights, return_lse, on_cuda):
     """Refuse what is no precision, and what the int8 products do not come with."""
-    if precision != "int8":
+    if not is_one_of(precision, ("int8",)):
         raise ValueError(f"precision must be 'float32' or 'int8', got {precision!r}")
-    for name, given in (("softcap", softcap), ("return_weights", return_weights), ("return_lse", return_lse)):
-        if given is not False and given != 0:
+    flags = {"return_weights": return_weights, "return_lse": return_lse}
+    for name, given in {"softcap": checked_softcap(softcap), **{n: flag(n, f) for n, f in flags.items()}}.items():
+        if given:
             raise ValueError(f"{name} must be left out with precision='int8', got {given}; use precision='float32'")
     if on_cuda:
         raise ValueError("precision must be 'float32' for arrays on CUDA, got 'int8'")

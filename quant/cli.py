@@ -11,10 +11,10 @@ import click
 import numpy as np
 
 import edgeattn
-import edgeattn.storage
 import quant
 from edgeattn.arithmetic import KERNEL_SETS
 from edgeattn.layers import MultiHeadAttention
+from edgeattn.tensor_files import read_tensors
 from quant.calibrate import Calibration
 from quant.describe import arithmetic_of_tflite, describe_file, describe_masks, describe_seen
 from quant.export.targets import TARGETS
@@ -246,7 +246,7 @@ def read_batches(path: Path) -> Iterator[np.ndarray | dict]:
         pieces = range(0, len(array), ROWS_AT_ONCE) if array.ndim == 3 else ()
         yield from [array[start:start + ROWS_AT_ONCE] for start in pieces] or [array]
     elif path.suffix == ".npz":
-        tensors, _ = edgeattn.storage.read_tensors(path)
+        tensors, _ = read_tensors(path)
         # single values: is_causal and causal_alignment
         yield {name: array.item() if array.ndim == 0 else array for name, array in tensors.items()}
     else:

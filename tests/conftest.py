@@ -9,6 +9,9 @@ def pytest_addoption(parser):
         help="how many random layers tests/test_parity.py compares in each runtime (default: %(default)s); "
              "three in ten more in the form of other converters")
     parser.addoption("--cuda", action="store_true", help="run tests/test_cuda_*.py on the GPU, not in the emulator")
+    parser.addoption(
+        "--long", action="store_true",
+        help="the long form of tests/test_cuda_*.py: every shape, and the CPU's kernels beside")
 
 
 @pytest.fixture

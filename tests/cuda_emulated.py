@@ -52,3 +52,6 @@ class EmulatedDriver:
 
 
 emulated_only = pytest.mark.skipif("config.getoption('--cuda')", reason="looks into the emulator; leave out --cuda")
+long_form = pytest.mark.skipif(
+    "not (config.getoption('--long') or config.getoption('--cuda'))",
+    reason="a shape or a comparison of the long form: make test-cuda-offline, or --long")

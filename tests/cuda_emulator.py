@@ -6,8 +6,6 @@ shared memory that nothing wrote, and a shuffle or matrix operation of a block t
 cannot see is a missing barrier between threads of different warps when the order of statements hides it; shared memory
 written and read without a barrier in between by another warp is noticed (`Block.sync`).
 """
-import collections
-
 import numpy as np
 
 from edgeattn.cuda import ptx
@@ -49,10 +47,11 @@ class Memory:
     def bytes(self, addresses, size, mask, write):
         """(flat bytes, offsets) for so many bytes at each address."""
         wanted = addresses[mask]
+        first, last = wanted.min(), wanted.max() + size
         for low, high, flat, writable in self.lent:
-            if (wanted >= low).all() and (wanted + size <= high).all():
+            if first >= low and last <= high:
                 assert writable or not write, "a kernel writes to an array that it was lent for reading"
-                assert (wanted % size == 0).all(), f"a global access of {size} bytes is misaligned"
+                assert not (wanted & (size - 1)).any(), f"a global access of {size} bytes is misaligned"
                 return flat, np.where(mask, addresses - low, 0)
         raise AssertionError("a global access lies outside the arrays that were lent")
 
@@ -67,52 +66,56 @@ class Block:
         self.lanes = np.arange(threads, dtype=np.int32)
         self.shared = np.zeros(MEMORY, np.uint8)
         self.written = np.zeros(MEMORY, bool)
-        self.writer = np.full(MEMORY, -1, np.int32)  # warp that wrote a byte since the last barrier
-        self.reader = np.full(MEMORY, -1, np.int32)  # warp that read a byte since, -2 for several
-        self.counts = collections.Counter()
-        self.wavefronts = collections.Counter()  # of shared memory: needed, and fewest possible
+        self.writers, self.readers = (np.zeros((-(-threads // 32), MEMORY), bool) for _ in range(2))  # warps since a barrier
+        self.wrote = self.used = False  # whether there are any
 
     # -- helpers ------------------------------------------------------------------------------------------------------
 
     def vector(self, value, dtype=None):
-        return np.broadcast_to(np.asarray(value, dtype), (self.threads,))
+        value = np.asarray(value, dtype)
+        return value if value.shape == (self.threads,) else np.full(self.threads, value)
 
     def warps(self, value, dtype):
         assert self.threads % 32 == 0, "a warp is not whole"
         return self.vector(value, dtype).reshape(-1, 32)
 
     def sync(self):
-        self.writer[:] = -1
-        self.reader[:] = -1
+        if self.used:
+            self.writers[:] = self.readers[:] = self.wrote = self.used = False
 
-    def _shared_at(self, address, size, mask=None):
+    def _shared_at(self, address, size):
+        """Which of the pieces of `size` bytes each thread means."""
         at = self.vector(address, np.int64)
-        assert (at % size == 0).all(), f"a shared access of {size} bytes is misaligned"
-        assert (at >= 0).all() and (at + size <= self.size).all(), "a shared access lies outside the block's memory"
-        warp = self.lanes // 32
-        per = {1: 32, 2: 32, 4: 32, 8: 16, 16: 8}[size]  # threads served together
-        for begin in range(0, self.threads, per):
-            words = np.unique(at[begin:begin + per, None] // 4 + np.arange(max(size // 4, 1)))
-            self.wavefronts["needed"] += int(np.bincount(words % 32).max())
-            self.wavefronts["fewest"] += -(-len(words) // 32)
-        return at[:, None] + np.arange(size), warp[:, None]
+        assert not (at & (size - 1)).any(), f"a shared access of {size} bytes is misaligned"
+        assert at.min() >= 0 and at.max() + size <= self.size, "a shared access lies outside the block's memory"
+        return at // size
+
+    def _others(self, users, at, size):
+        """Whether another warp than a thread's own is among those that used its piece since the last barrier."""
+        found = users.view(f"V{size}").take(at, 1).view(bool).reshape(len(users), self.threads, size)
+        return (found & (np.arange(len(users))[:, None, None] != self.lanes[:, None] // 32)).any()
+
+    def _uses(self, users, at, size):
+        users.view(f"V{size}")[self.lanes // 32, at] = np.ones(size, bool).view(f"V{size}")
+        self.used = True
 
     def read(self, address, size):
-        at, warp = self._shared_at(address, size)
-        assert self.written[at].all(), "shared memory is read that nothing wrote"
-        other = self.writer[at]
-        assert ((other == -1) | (other == warp)).all(), "shared memory is read before a barrier after another warp wrote it"
-        before = self.reader[at]
-        self.reader[at] = np.where((before == -1) | (before == warp), warp, -2)
-        self.counts["shared"] += 1
-        return self.shared[at]
+        at = self._shared_at(address, size)
+        assert self.written.view(f"V{size}")[at].view(bool).all(), "shared memory is read that nothing wrote"
+        assert not (self.wrote and self._others(self.writers, at, size)), \
+            "shared memory is read before a barrier after another warp wrote it"
+        self._uses(self.readers, at, size)
+        return self.shared.view(f"V{size}")[at].view(np.uint8).reshape(-1, size)
 
     def write(self, address, data):
-        at, warp = self._shared_at(address, data.shape[1])
-        for others in (self.writer[at], self.reader[at]):
-            assert ((others == -1) | (others == warp)).all(), "shared memory is overwritten before a barrier"
-        self.shared[at], self.written[at], self.writer[at] = data, True, np.broadcast_to(warp, at.shape)
-        self.counts["shared"] += 1
+        size = data.shape[1]
+        at = self._shared_at(address, size)
+        assert not (self.used and (self._others(self.writers, at, size) or self._others(self.readers, at, size))), \
+            "shared memory is overwritten before a barrier"
+        self._uses(self.writers, at, size)
+        self.wrote = True
+        self.shared.view(f"V{size}")[at] = data.view(f"V{size}")[:, 0]
+        self.written.view(f"V{size}")[at] = np.ones(size, bool).view(f"V{size}")
 
     def as_bytes(self, *values, dtype):
         columns = [np.ascontiguousarray(self.vector(value).astype(dtype)) for value in values]
@@ -126,13 +129,11 @@ class Block:
         flat, offsets = self.global_memory.bytes(at, size, mask, False)
         data = flat[offsets[:, None] + np.arange(size)]
         data[~mask] = 0
-        self.counts["global"] += 1
         return list(np.ascontiguousarray(data).view(dtype).T)
 
     def store(self, good, address, *values, dtype):
         mask, at = self.vector(good, bool), self.vector(address, np.int64)
         data = self.as_bytes(*values, dtype=dtype)
-        self.counts["global"] += 1
         if mask.any():
             flat, offsets = self.global_memory.bytes(at, data.shape[1], mask, True)
             flat[offsets[mask][:, None] + np.arange(data.shape[1])] = data[mask]
@@ -156,26 +157,21 @@ class Block:
             found.append((low | high << 16).view(np.int32).reshape(-1))
         return found
 
-    def mma(self, left, right, K, wide, *registers):
-        """C (16, 8) += A (16, K) B (K, 8) for every warp; `left`, `right` the dtypes of A and B."""
-        a_words = [np.ascontiguousarray(self.warps(r, np.int32)) for r in registers[:4]]
-        b_words = [np.ascontiguousarray(self.warps(r, np.int32)) for r in registers[4:6]]
-        warps, lane = self.threads // 32, np.arange(32)
-        g, t, per = lane // 4, lane % 4, 4 // np.dtype(left).itemsize
-        A, Bm = np.zeros((warps, 16, K), wide), np.zeros((warps, K, 8), wide)
-        for j, word in enumerate(a_words):
-            parts = word.view(left).reshape(warps, 32, per)
-            for e in range(per):
-                A[:, g + 8 * (j % 2), t * per + e + K // 2 * (j // 2)] = parts[:, :, e]
-        for j, word in enumerate(b_words):
-            parts = word.view(right).reshape(warps, 32, per)
-            for e in range(per):
-                Bm[:, t * per + e + K // 2 * j, g] = parts[:, :, e]
-        C = A @ Bm
-        result = np.int32 if wide is np.int64 else np.float32
-        self.counts["mma"] += 1
-        return [(self.warps(registers[6 + j], result) + C[:, g + 8 * (j // 2), 2 * t + j % 2]).astype(result).reshape(-1)
-                for j in range(4)]
+    def mma(self, left, right, K, result, *registers):
+        """C (16, 8) += A (16, K) B (K, 8) for every warp; `left`, `right`, `result` the dtypes of A, B and C.
+
+        Summed in float64, which is exact for the integers, and rounded once.
+        """
+        warps, per = self.threads // 32, 4 // np.dtype(left).itemsize
+        lane, word, part = np.ogrid[:32, :4, :per]
+        g, along = lane // 4, lane % 4 * per + part  # row or column, and depth
+        A, B = np.zeros((warps, 16, K)), np.zeros((warps, K, 8))
+        words = np.stack([self.warps(r, np.int32) for r in registers[:6]], 2)
+        A[:, g + 8 * (word % 2), along + K // 2 * (word // 2)] = words[:, :, :4].copy().view(left).reshape(warps, 32, 4, per)
+        B[:, along + K // 2 * word[:, :2], g] = words[:, :, 4:].copy().view(right).reshape(warps, 32, 2, per)
+        j = np.arange(4)
+        C = (A @ B)[:, g[..., 0] + 8 * (j // 2), lane[..., 0] % 4 * 2 + j % 2]
+        return [(self.warps(registers[6 + i], result) + C[:, :, i]).astype(result).reshape(-1) for i in j]
 
     # -- the list -----------------------------------------------------------------------------------------------------
 
@@ -256,10 +252,10 @@ class Block:
             "write_b32x4": lambda at, *v: self.write(at, self.as_bytes(*v, dtype=i32)),
             "write_s8": lambda at, v: self.write(at, self.as_bytes(v, dtype=np.int8)),
             "read_matrices": lambda at: self.matrices(at, False), "read_turned": lambda at: self.matrices(at, True),
-            "mma_s8": lambda *r: self.mma(np.int8, np.int8, 32, np.int64, *r),
-            "mma_u8s8": lambda *r: self.mma(np.uint8, np.int8, 32, np.int64, *r),
-            "mma_f16": lambda *r: self.mma(np.float16, np.float16, 16, f64, *r),
-            "mma_tf32": lambda *r: self.mma(f32, f32, 8, f64, *r),
+            "mma_s8": lambda *r: self.mma(np.int8, np.int8, 32, i32, *r),
+            "mma_u8s8": lambda *r: self.mma(np.uint8, np.int8, 32, i32, *r),
+            "mma_f16": lambda *r: self.mma(np.float16, np.float16, 16, f32, *r),
+            "mma_tf32": lambda *r: self.mma(f32, f32, 8, f32, *r),
         }
 
     def supply(self, placeholder):

@@ -5,13 +5,18 @@ import numpy as np
 import pytest
 import reference
 from cases import CASES, Case
-from cuda_emulated import emulated_only
+from cuda_emulated import emulated_only, long_form
 
 import edgeattn
 from edgeattn.cuda import driver as driver_module
 
-# emulated blocks take half a second each; what is large elsewhere is so for the CPU's tiles
-SMALLER = {"minilm": dict(H=2), "long": dict(S=270)}
+# an emulated block takes a tenth of a second; what is large elsewhere is so for the CPU's tiles
+SMALLER = {"minilm": dict(H=2), "long": dict(S=270), "batch": dict(H=2), "grouped-one-query": dict(H=4),
+           "cross-64-15": dict(B=1, H=2)}
+# sizes around the CPU's vectors: a block here has 32 or 64 queries, 64 keys, pieces of 32 or 64 numbers, four at a time
+ALIKE = {*(f"length-{n}" for n in (2, 3, 4, 5, 7, 8, 9, 15, 16, 63, 100)), *(f"causal-{n}" for n in (1, 3, 4, 16, 17, 64)),
+         *(f"size-{n}" for n in (4, 5, 7, 9, 15, 17, 63)), *(f"value-size-{n}" for n in (1, 15, 16)),
+         *(f"one-query-{n}" for n in (1, 15, 16, 64)), "one-key-17", "grouped-4-1", "grouped-6-3", "cross-3-8", "cross-8-3"}
 EXTRA = [
     Case("tiles-65-129", H=1, L=65, S=129, D=40, Dv=24),
     Case("pieces", H=1, L=33, S=70, D=72, Dv=68),
@@ -47,7 +52,8 @@ def oracle(case, arrays, masks, dtype):
     return reference.attention(*arrays, permitted, masks["bias"], scale=case.scale, softcap=case.softcap, dtype=dtype)[0]
 
 
-@pytest.mark.parametrize("case", [*CASES, *EXTRA], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [
+    pytest.param(case, id=case.name, marks=[long_form] if case.name in ALIKE else []) for case in [*CASES, *EXTRA]])
 def test_case(case):
     case = dataclasses.replace(case, **SMALLER.get(case.name, {}))
     arrays, masks = case.qkv(), case.masks()

@@ -59,7 +59,7 @@ BAD = [
     ({"path": "a.safetensors", "batch": 2, "sequence_length": None}, ValueError,
      "batch must be left out for a .safetensors, which takes any; got 2"),
     ({"path": "a.safetensors"}, ValueError, "sequence_length must be left out for a .safetensors, which takes any; got"),
-    ({"path": 3}, TypeError, "path must be a string or a path; got int"),
+    ({"path": 3}, TypeError, "path must be a string or a path, got int"),
     ({"path": "a.onnx"}, ValueError, "path must end in one of .tflite, .safetensors, .c, .so; got 'a.onnx'"),
     ({"path": "tflite"}, ValueError, "path must end in one of"),
     ({"sequence_length": None}, ValueError, "sequence_length is required for a .tflite"),

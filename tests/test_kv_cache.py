@@ -325,6 +325,21 @@ def test_attend_takes_positions_windows_scale_and_out():
     assert target.attend(q[:, :, :3].astype(np.float16)).dtype == np.float16
 
 
+@pytest.mark.parametrize("window_size", [(20, -1), (12, 0)])
+def test_windows_reach_back_from_positions_far_behind_the_cache(window_size):
+    q, k, v = qkv()
+    target, windowed = cache(), cache(40, window=window_size[0] + 1)
+    for each in (target, windowed):
+        each.append(k[:, :, :5], v[:, :, :5])
+    position = 13 if window_size[1] == -1 else 14
+    seen = np.arange(5) >= position - window_size[0]
+    assert seen.any()
+    expected = scaled_dot_product_attention(q[:, :, :1], k[:, :, :5], v[:, :, :5], seen, enable_gqa=True)
+    for result in (target.attend(q[:, :, :1], position=position, window_size=window_size),
+                   windowed.attend(q[:, :, :1], position=position)):
+        np.testing.assert_allclose(result, expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_an_empty_cache_and_no_queries_give_zeros_and_nothing(dtype):
     target = cache(dtype=dtype)

@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 
 from edgeattn.checks import count, float_array
-from edgeattn.storage import read_tensors
+from edgeattn.tensor_files import read_tensors
 
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 # Before 2.6 a made-up file could run code in spite of weights_only=True (CVE-2025-32434).

@@ -48,6 +48,7 @@ SMALL = np.float32(60)
 _SMALL_BITS = SMALL.view(np.int32)
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 _MINUS_INFINITY = np.float32(-np.inf)
+_LOWEST_BIAS = np.float32(-2.3e38)  # times log2(e) it is finite still: only -inf hides a key
 _ZERO = np.float32(0)
 _ONE = np.float32(1)
 
@@ -97,7 +98,9 @@ def fill_mask(masks, at, keep, at_keep, keep_row, keep_key, bias, at_bias, bias_
                 q = min(q0 + l, queries - 1)
                 v = splat(_ZERO)
                 if has_bias:
-                    v = load(bias, at_bias + q * bias_row + s) * splat(LOG2_E)
+                    b = load(bias, at_bias + q * bias_row + s)
+                    v = larger(splat(_LOWEST_BIAS), b) * splat(LOG2_E)
+                    v = select(b == splat(_MINUS_INFINITY), b, v)
                 if has_keep:
                     kept = load_bytes(keep, at_keep + q * keep_row + s) == splat(np.int32(0))
                     v = select(kept, splat(_MINUS_INFINITY), v)
@@ -108,7 +111,8 @@ def fill_mask(masks, at, keep, at_keep, keep_row, keep_key, bias, at_bias, bias_
             q = min(q0, queries - 1)
             v = _ZERO
             if has_bias:
-                v = bias[at_bias + q * bias_row + s * bias_key] * LOG2_E
+                v = bias[at_bias + q * bias_row + s * bias_key]
+                v = (_LOWEST_BIAS if _MINUS_INFINITY < v < _LOWEST_BIAS else v) * LOG2_E
             if has_keep and keep[at_keep + q * keep_row + s * keep_key] == 0:
                 v = _MINUS_INFINITY
             masks[at + s * WIDTH + q0] = v
@@ -525,6 +529,17 @@ def layer_float32(xq, xk, xv, out, weights, p, keep, bias, scratch, board, count
  F_PRIVATE, F_COUNT) = range(36)
 
 
+@inlined
+def copy_rows(source, at, step, rows, size, factor, target, to, target_step):
+    """target = source * factor, `rows` rows of `size` that are `step` and `target_step` apart."""
+    for row in range(rows):
+        i, j = at + row * step, to + row * target_step
+        for d in range(0, size - LANES + 1, LANES):
+            store(target, j + d, load(source, i + d) * splat(factor))
+        for d in range(size // LANES * LANES, size):
+            target[j + d] = source[i + d] * factor
+
+
 @separate
 def attention_part(p, scale, softcap, keep, bias, lengths, scratch, portion, worker, part):
     """Scaled dot product attention over given queries, keys and values, for a portion of (batch, head, block).
@@ -564,10 +579,8 @@ def attention_part(p, scale, softcap, keep, bias, lengths, scratch, portion, wor
         queries = min(WIDTH, L - q0)
         keys = S if lengths.size == 0 else min(max(lengths[batch], 0), S)
         # 1. queries of this block, scaled, turned so that queries are lanes
-        from_q = batch * p[F_Q_B] + h * p[F_Q_H] + q0 * p[F_Q_L]
-        for l in range(queries):
-            for d in range(D):
-                private[at_natural + l * D_up + d] = all_q[from_q + l * p[F_Q_L] + d] * factor
+        copy_rows(all_q, batch * p[F_Q_B] + h * p[F_Q_H] + q0 * p[F_Q_L], p[F_Q_L], queries, D, factor,
+                  private, at_natural, D_up)
         for i in range(queries * D_up, WIDTH * D_up):
             private[at_natural + i] = _ZERO
         for d in range(0, D_up, LANES):
@@ -613,10 +626,8 @@ def attention_part(p, scale, softcap, keep, bias, lengths, scratch, portion, wor
             for l in range(0, WIDTH, LANES):
                 transpose_block(private, at_context + d * WIDTH + l, WIDTH,
                                 private, at_natural + l * Dv_lanes + d, Dv_lanes)
-        to = batch * p[F_O_B] + h * p[F_O_H] + q0 * p[F_O_L]
-        for l in range(queries):
-            for d in range(Dv):
-                all_o[to + l * p[F_O_L] + d] = private[at_natural + l * Dv_lanes + d]
+        copy_rows(private, at_natural, Dv_lanes, queries, Dv, _ONE,
+                  all_o, batch * p[F_O_B] + h * p[F_O_H] + q0 * p[F_O_L], p[F_O_L])
 
 
 @inlined

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 
 import edgeattn
 from edgeattn.checks import as_array, count
-from edgeattn.files import write_atomic
+from edgeattn.files import as_path, write_atomic
 from edgeattn.layers import MultiHeadAttention
 from edgeattn.quantized import DynamicMultiHeadAttention, QuantizedMultiHeadAttention
 from quant.export.bundle import write_bundle
@@ -56,10 +54,7 @@ def export(layer, path, *, batch: int = 1, sequence_length: int | None = None, k
     OSError
         When the folder is missing or cannot be written; files of these names stay as they were.
     """
-    try:
-        path = Path(path)
-    except TypeError:
-        raise TypeError(f"path must be a string or a path; got {type(path).__name__}") from None
+    path = as_path(path)
     if not isinstance(layer, (MultiHeadAttention, QuantizedMultiHeadAttention)):
         raise TypeError(f"layer must be a MultiHeadAttention or what quant.quantize returns; "
                         f"got {type(layer).__name__}")
