@@ -123,6 +123,13 @@ def check_wide():
     check_static(shape=(1, 3, 5, 80, 8, 1, 8, 8))
 
 
+def check_static_band():
+    rng = np.random.default_rng(12)
+    rules = ("double", "double", "double", "fixed")
+    _, *parts = make_layer(rng, 1, 7, 8, 5, 6, ASYMMETRIC, rules[:3], rules[3])
+    test_cuda_int8.run(parts, 1, rules, [rng.integers(-128, 128, (1, 67, 7)).astype(np.int8)] * 3, band=(-5, 0))
+
+
 def check_rules():
     import oracle_kernels as oracle
 
@@ -146,7 +153,7 @@ def check_rules():
 
 
 CHECKS = [check_float, check_band, check_groups, check_masks, check_pieces, check_split, check_nan, check_static,
-          check_fixed, check_u16, check_deep, check_wide, check_rules]
+          check_fixed, check_u16, check_deep, check_wide, check_static_band, check_rules]
 
 MUTATIONS = [
     # float32 attention
@@ -180,6 +187,7 @@ MUTATIONS = [
     ("int8", "                cuda.syncthreads()\n                multiply_u8s8", "                multiply_u8s8", check_static),
     ("int8", "if D_up > TILE:\n                        stage_rows", "if D_up < 0:\n                        stage_rows", check_deep),
     ("int8", "(row < rows) & (part * 16 < left)", "row < rows", check_wide),
+    ("int8", "(larger(0, int32(q0 + p[P_LOW])) & -16)", "(larger(0, int32(q0 + p[P_LOW])))", check_static_band),
     ("rules", "threshold = int32((mask >> 1) + select_i(v < 0, int32(1), int32(0)))", "threshold = int32(mask >> 1)", check_rules),
     ("rules", "(int64(1) << right) >> int64(1)", "(int64(1) << right) >> int64(2)", check_rules),
     ("rules", "rest <= float64(-0.5)", "rest < float64(-0.5)", check_rules),
