@@ -5,11 +5,12 @@ import math
 
 import numpy as np
 
-from edgeattn.checks import check_out, deliver, flag, float_array, number, result_dtype, to_float32
+from edgeattn.checks import check_out, deliver, flag, float_array, is_one_of, number, result_dtype, to_float32
 from edgeattn.cpu import functional_dynamic, functional_float32, plain
 from edgeattn.masks import resolve_mask
 
 _NO_WINDOW = (-1, -1)
+_ATTENTION = {"float32": functional_float32.attention, "int8": functional_dynamic.attention}
 _SMALLEST_SOFTCAP = 1e-30  # its reciprocal is a float32 too
 
 
@@ -97,15 +98,16 @@ def scaled_dot_product_attention(
     """
     if (attn_mask is None and causal_alignment is None and type(softcap) is float and not softcap
             and window_size is _NO_WINDOW and kv_lengths is None and alibi_slopes is None and return_weights is False
-            and return_lse is False and precision == "float32" and (is_causal is False or is_causal is True)
-            and (enable_gqa is False or enable_gqa is True) and _is_usual(query, key, value, is_causal, out)):
+            and return_lse is False and type(precision) is str and precision in _ATTENTION
+            and (is_causal is False or is_causal is True) and (enable_gqa is False or enable_gqa is True)
+            and _is_usual(query, key, value, is_causal, out)):
         # what small attention is called with, again and again: nothing to convert, no mask but the causal one
         result = np.empty_like(query) if out is None else out
         scale = default_scale(query.shape[3]) if scale is None else number("scale", scale)
         band = (-2 * key.shape[2], 0) if is_causal else None
-        return functional_float32.attention(query, key, value, result, scale, band=band)
+        return _ATTENTION[precision](query, key, value, result, scale, band=band)
     on_cuda = not isinstance(query, np.ndarray) and hasattr(query, "__cuda_array_interface__")
-    if precision != "float32":
+    if not is_one_of(precision, ("float32",)):
         _check_precision(precision, softcap, return_weights, return_lse, on_cuda)
     if on_cuda:
         from edgeattn.on_cuda import functional as on_cuda
@@ -199,15 +201,16 @@ def _is_usual(query, key, value, is_causal, out):
 
 def _check_precision(precision, softcap, return_weights, return_lse, on_cuda):
     """Refuse what is no precision, or none of where the arrays are, and what the int8 products do not come with."""
-    if precision in ("float16", "tf32"):
+    if not is_one_of(precision, ("int8", "float16", "tf32")):
+        raise ValueError(f"precision must be 'float32', 'int8', 'float16' or 'tf32', got {precision!r}")
+    if precision != "int8":
         if not on_cuda:
             raise ValueError(f"precision must be 'float32' or 'int8' for arrays on the CPU, got {precision!r}, which "
                              "tensor cores have; leave it out, or pass arrays on a GPU")
         return
-    if precision != "int8":
-        raise ValueError(f"precision must be 'float32', 'int8', 'float16' or 'tf32', got {precision!r}")
-    for name, given in (("softcap", softcap), ("return_weights", return_weights), ("return_lse", return_lse)):
-        if given is not False and given != 0:
+    flags = {"return_weights": return_weights, "return_lse": return_lse}
+    for name, given in {"softcap": checked_softcap(softcap), **{n: flag(n, f) for n, f in flags.items()}}.items():
+        if given:
             raise ValueError(f"{name} must be left out with precision='int8', got {given}; use precision='float32'")
     if on_cuda:
         raise ValueError("precision must be 'float32', 'float16' or 'tf32' for arrays on CUDA, got 'int8'")

@@ -200,7 +200,8 @@ def resolve_mask(
     *lead, heads, queries, keys = shape
     batch = int(np.prod(lead, dtype=np.int64))
     is_causal = flag("is_causal", is_causal)
-    left, right = _window(window_size, queries + keys)
+    # no query is further from a key; clipping keeps the kernels' sums within int64
+    left, right = _window(window_size, queries + keys + (position or 0))
     lengths = _lengths(kv_lengths, tuple(lead), batch, keys)
     if causal_alignment is not None and not is_one_of(causal_alignment, _ALIGNMENTS):
         raise ValueError(f"causal_alignment must be 'upper_left' or 'lower_right', got {causal_alignment!r}")
@@ -327,7 +328,7 @@ def _alibi_slopes(alibi_slopes, lead, heads, batch):
         )
     if not np.isfinite(slopes).all():
         raise ValueError("alibi_slopes must be finite, got inf or NaN among them")
-    return slopes.astype(np.float32).reshape(-1 if slopes.ndim == 1 else batch, heads)
+    return slopes.astype(np.float32).reshape(1 if slopes.ndim == 1 else batch, heads)
 
 
 def _read_only(array):
@@ -338,7 +339,7 @@ def _read_only(array):
     return view
 
 
-def _window(window_size, unbounded):
+def _window(window_size, furthest):
     try:
         left, right = (operator.index(bound) for bound in window_size)
     except (TypeError, ValueError):
@@ -349,8 +350,7 @@ def _window(window_size, unbounded):
         raise ValueError(
             f"window_size must be (left, right) with bounds >= 0, or -1 for unbounded, got {window_size!r}"
         )
-    # No distance exceeds `unbounded`; clipping keeps the kernel's sums within int64.
-    return min(left, unbounded), min(right, unbounded)
+    return min(left, furthest), min(right, furthest)
 
 
 def _lengths(kv_lengths, lead, batch, keys):

@@ -219,6 +219,8 @@ def check_layer(layer, scheme: str = "static") -> None:
         raise TypeError(f"layer must be an edgeattn.MultiHeadAttention; got {type(layer).__name__}")
     if not is_one_of(scheme, ("static", "dynamic")):
         raise ValueError(f"scheme must be 'static' or 'dynamic'; got {scheme!r}")
+    if layer.gated and scheme == "static":
+        raise ValueError("layer must have no gate_weight: no TFLite kernel set has a gate; scheme='dynamic' takes it")
     if layer.extra_keys and scheme == "static":
         raise ValueError("layer must have no bias_k, bias_v and add_zero_attn: a static int8 layer holds tokens only; "
                          f"got {layer.extra_keys} added keys; scheme='dynamic' takes them")

@@ -10,6 +10,7 @@ import numpy as np
 
 from edgeattn.layers import MultiHeadAttention
 from edgeattn.quantized import (
+    SHORT,
     DynamicMultiHeadAttention,
     MulConstant,
     QuantizedLinear,
@@ -60,8 +61,6 @@ def compare(layer: MultiHeadAttention, quantized: QuantizedMultiHeadAttention, b
     if isinstance(quantized, DynamicMultiHeadAttention):
         _check_weights(layer, quantized.weights, 1.0)
         return _compare_outputs(layer, quantized, batches)
-    if (layer.out_weight is None) == ("output" in quantized.linears):
-        raise ValueError("quantized does not belong to layer: one of them has no output projection")
     # our layers carry 1/sqrt(D) in the query; other converters multiply the scores by it
     scale, folded = np.float32(layer.scale), not any(isinstance(op, MulConstant) for op in quantized.score_ops)
     _check_weights(layer, quantized.linears, scale if folded else 1.0)
@@ -95,8 +94,12 @@ def compare(layer: MultiHeadAttention, quantized: QuantizedMultiHeadAttention, b
 def _check_weights(layer: MultiHeadAttention, linears: Mapping[str, QuantizedLinear], fold: float) -> None:
     """Raise unless every int8 weight lies within a step of the layer's; ``fold`` is in the query's scale."""
     groups = layer.num_heads // layer.num_kv_heads
-    for name, linear in linears.items():
-        weight = layer.out_weight if name == "output" else getattr(layer, f"{name[0]}_weight")
+    for name, short in SHORT.items():
+        weight, linear = getattr(layer, f"{short}_weight"), linears.get(name)
+        if (weight is None) != (linear is None):
+            raise ValueError(f"quantized does not belong to layer: one of them has no {name} projection")
+        if linear is None:
+            continue
         if name in ("key", "value") and len(weight) != len(linear.weight):
             weight = np.repeat(weight.reshape(layer.num_kv_heads, -1, weight.shape[1]), groups, axis=0)
         step = (linear.scale / np.float32(fold if name == "query" else 1))[:, None]

@@ -9,6 +9,7 @@ from edgeattn.quantized import (
     INPUTS,
     LARGEST_SCALE,
     PROBABILITIES,
+    SHORT,
     SMALLEST_SCALE,
     DynamicMultiHeadAttention,
     QuantizedLinear,
@@ -95,7 +96,7 @@ def quantize(layer: MultiHeadAttention, calibration: Calibration | None = None, 
 
 def _quantize_dynamic(layer: MultiHeadAttention) -> DynamicMultiHeadAttention:
     weights, biases = {}, {}
-    for name, short in zip((*INPUTS, "output"), ("q", "k", "v", "out"), strict=True):
+    for name, short in SHORT.items():
         weight, bias = getattr(layer, f"{short}_weight"), getattr(layer, f"{short}_bias")
         if weight is not None:
             weights[name] = quantize_linear(weight, None, 1.0)

@@ -366,12 +366,14 @@ def test_sizes_beyond_the_largest_are_refused(folder, monkeypatch):
     (None, "a.safetensors", {"target": "cortex-a72"}, "target must name a processor for a .so, and be None for others; got 'cortex-a72'"),
     (None, "7.so", {"target": "cortex-a72"}, "path must be named by a letter and what follows it, .*; got '7.so'"),
     (None, "a.so", {"target": "cortex-a72", "mask": np.ones((9, 9), bool)}, "mask must be None for a float layer in a .so file"),
-    ("extra", "a.so", {"target": "cortex-a72"}, "layer must have neither bias_k, bias_v nor add_zero_attn"),
+    ("extra", "a.so", {"target": "cortex-a72"}, "layer must have neither bias_k, bias_v, add_zero_attn nor gate_weight"),
+    ("dynamic with extra", "a.so", {"target": "cortex-a72"}, "layer must have neither bias_k, bias_v, add_zero_attn nor"),
     ("empty", "a.so", {"target": "cortex-a72"}, "layer must have no empty axis to be compiled"),
 ])
 def test_what_cannot_be_exported_is_refused(tmp_path, layer, name, options, message):
     w = np.zeros((8, 8), np.float32)
-    layer = {None: random_layer(1), "extra": edgeattn.MultiHeadAttention(2, w, w, w, add_zero_attn=True),
+    extra = edgeattn.MultiHeadAttention(2, w, w, w, add_zero_attn=True)
+    layer = {None: random_layer(1), "extra": extra, "dynamic with extra": quant.quantize(extra, scheme="dynamic"),
              "empty": edgeattn.MultiHeadAttention(2, w, w, w[:0])}[layer]
     with pytest.raises(ValueError, match=message):
         quant.export(layer, tmp_path / name, **options)

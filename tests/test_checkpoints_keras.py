@@ -23,13 +23,14 @@ LAYERS = {
 }
 
 
-def variables(name="plain", bias=True):
+def variables(name="plain", bias=True, gate=False):
     """The variables of a layer as {"query/kernel": ..., ...}, in the order of layer.get_weights()."""
     heads, kv_heads, value_dim, output = LAYERS[name]
     random = np.random.default_rng(3).standard_normal
     shapes = {
         "query": (E, heads, D),
         "key": (KDIM, kv_heads, D),
+        **({"gate": (E, heads, value_dim)} if gate else {}),
         "value": (VDIM, kv_heads, value_dim),
         "attention_output": (heads, value_dim, *output),
     }
@@ -48,10 +49,13 @@ def keras_attention(found, query, key, value):
         result = np.einsum(equation, x, found[f"{part}/kernel"].astype(np.float64))
         return result + found.get(f"{part}/bias", 0)
 
-    q, k, v = (dense("btm,mhd->bthd", x, part) for x, part in zip((query, key, value), PARTS, strict=False))
+    inputs = {"query": query, "key": key, "value": value}
+    q, k, v = (dense("btm,mhd->bthd", x, part) for part, x in inputs.items())
     k, v = (np.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
     scores = np.exp(np.einsum("bthd,bshd->bhts", q, k) / np.sqrt(q.shape[-1]))
     context = np.einsum("bhts,bshd->bthd", scores / scores.sum(-1, keepdims=True), v)
+    if "gate/kernel" in found:
+        context = context / (1 + np.exp(-dense("btm,mhd->bthd", query, "gate")))
     equation = "bthd,hdxy->btxy" if found["attention_output/kernel"].ndim == 4 else "bthd,hdx->btx"
     return dense(equation, context, "attention_output")
 
@@ -236,17 +240,27 @@ def test_everything_wrong_at_once():
     )
 
 
-@pytest.mark.parametrize("as_list", [True, False])
+@pytest.mark.parametrize("form", ["list", "names", "weights.h5", "keras"])
 @pytest.mark.parametrize("bias", [True, False])
-def test_gates_are_refused(as_list, bias):
-    found = variables(bias=bias)
-    gated = {name: found[name] for name in found if name.startswith(("query", "key"))}
-    gated["gate/kernel"] = found["query/kernel"]
-    if bias:
-        gated["gate/bias"] = found["query/bias"]
-    gated |= {name: found[name] for name in found if name.startswith(("value", "attention"))}
-    with pytest.raises(ValueError, match=r"use_gate=True multiplies its heads by sigmoid\(query gate\)"):
-        MultiHeadAttention.from_keras(list(gated.values()) if as_list else gated)
+@pytest.mark.parametrize("name", ["plain", "value_dim", "grouped"])
+def test_gates_are_read(form, bias, name, tmp_path):
+    found = variables(name, bias, gate=True)
+    if form == "weights.h5":
+        write_weights(tmp_path / "model.weights.h5", {FIRST: ("att", found)})
+    given = {
+        "list": lambda: list(found.values()), "names": lambda: found,
+        "weights.h5": lambda: tmp_path / "model.weights.h5",
+        "keras": lambda: write_keras(tmp_path / "model.keras", {FIRST: ("att", found)})}[form]()
+    layer = MultiHeadAttention.from_keras(given)
+    assert layer.gated
+    check(layer, found)
+
+
+def test_gates_of_another_size_are_refused():
+    found = variables("value_dim", gate=True)
+    found["gate/kernel"] = found["query/kernel"]
+    with pytest.raises(ValueError, match=r"mis-shaped: gate/kernel must be \(6, 4, 2\), got \(6, 4, 3\)"):
+        MultiHeadAttention.from_keras(found)
 
 
 @pytest.mark.parametrize(
@@ -279,7 +293,7 @@ def test_a_name_used_twice_needs_a_path(tmp_path):
 def test_a_window_is_told(tmp_path):
     require_h5py()
     path = write_keras(tmp_path / "model.keras", {FIRST: ("att", variables())}, sliding_window=3)
-    with pytest.warns(UserWarning, match="layer 'att' has sliding_window=3; pass each call an attn_mask") as told:
+    with pytest.warns(UserWarning, match="layer 'att' has sliding_window=3; pass each call window_size=.2, 2.") as told:
         check(MultiHeadAttention.from_keras(path), variables())
     assert told[0].filename == __file__
 

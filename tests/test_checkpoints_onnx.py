@@ -228,7 +228,7 @@ def test_masks_are_told():
 def test_windows_are_told():
     graph = cross()
     output = graph.add("Attention", *projected(graph), q_num_heads=H, kv_num_heads=H, left_window_size=2)
-    with pytest.warns(UserWarning, match="window of 2 keys to the left and -1 to the right"):
+    with pytest.warns(UserWarning, match=r"has a window; pass window_size=\(2, -1\) in each call"):
         MultiHeadAttention.from_onnx(graph.model(output))
 
 
@@ -368,8 +368,14 @@ def test_no_attention_node():
     refused("attention nodes of the model: none; onnxruntime's", lambda graph: graph.linear("query", random(E, 8)))
 
 
-def test_softcaps_are_refused():
-    refused("has softcap=5.0, which edgeattn layers do not do", lambda g: plain_node(g, projected(g), softcap=5.0))
+def test_softcaps_are_told():
+    graph = cross()
+    model = graph.model(plain_node(graph, projected(graph), softcap=0.5))
+    with pytest.warns(UserWarning, match="caps its scores; pass softcap=0.5 in each call") as told:
+        layer = MultiHeadAttention.from_onnx(model)
+    assert told[0].filename == __file__
+    wanted = ReferenceEvaluator(model).run(None, graph.inputs)[0]
+    np.testing.assert_allclose(layer(*graph.inputs.values(), softcap=0.5), wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -230,6 +230,10 @@ def test_errors_name_what_is_missing_on_cuda():
         edgeattn.KVCache(1, 1, 8, 8).to("cuda").to("cpu")
     with pytest.raises(ValueError, match="bias_k, bias_v and add_zero_attn are missing on CUDA"):
         edgeattn.MultiHeadAttention(2, **weights, num_kv_heads=1, add_zero_attn=True).to("cuda")
+    gated = edgeattn.MultiHeadAttention(2, **weights, num_kv_heads=1, gate_weight=np.ones((24, 24)))
+    for each in (gated, quant.quantize(gated, scheme="dynamic")):
+        with pytest.raises(ValueError, match="gate_weight is missing on CUDA; call the layer on the CPU"):
+            each.to("cuda")
     turned = type("Turned", (), {"__cuda_array_interface__": {
         **put(np.zeros((1, 24, 3), np.float32)).__cuda_array_interface__, "shape": (1, 3, 24), "strides": (288, 4, 12)}})()
     with pytest.raises(ValueError, match="query must be contiguous on CUDA"):

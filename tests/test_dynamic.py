@@ -113,9 +113,9 @@ def test_refusals(tmp_path):
     dynamic = quant.quantize(layer, scheme="dynamic")
     with pytest.raises(ValueError, match="layer is dynamic, which only .safetensors and .so files hold"):
         quant.export(dynamic, tmp_path / "a.tflite", sequence_length=4)
-    with pytest.raises(ValueError, match=r"missing \['value'\], unexpected \['gate'\]"):
+    with pytest.raises(ValueError, match=r"missing \['value'\], unexpected \['gates'\]"):
         DynamicMultiHeadAttention(4, {**{k: v for k, v in dynamic.weights.items() if k != "value"},
-                                      "gate": dynamic.weights["key"]}, {})
+                                      "gates": dynamic.weights["key"]}, {})
     with pytest.raises(ValueError, match="do not fit num_heads = 5"):
         DynamicMultiHeadAttention(5, dynamic.weights, {})
     with pytest.raises(ValueError, match=r"bias of query must have shape \(32,\); got \(3,\)"):

@@ -168,6 +168,18 @@ def test_a_float64_mask_below_float32_means_not_permitted():
     )
 
 
+@pytest.mark.parametrize("keys", [5, 40])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_only_infinity_hides_a_key(keys, dtype):
+    """Rows whose keys all have the lowest finite number, as transformers masks them, are the mean of the values."""
+    q, k, v = qkv(1, 2, keys, 16)
+    lowest, mean = np.full((1, keys), np.finfo(dtype).min), v.mean(axis=2, keepdims=True).repeat(keys, axis=2)
+    for result in (attend(q, k, v, lowest), attend(q, k, v, lowest, return_weights=True)[0]):
+        np.testing.assert_allclose(result, mean, atol=1e-6)
+    half = np.where(np.arange(keys) < 3, 0, lowest)
+    np.testing.assert_allclose(attend(q, k, v, half), attend(q, k[:, :, :3], v[:, :, :3]), atol=1e-6)
+
+
 def test_window_bounds_of_any_size_are_unbounded():
     q, k, v = qkv(1, 1, 5, 4)
     np.testing.assert_array_equal(attend(q, k, v, window_size=(2**80, 2**63 - 1)), attend(q, k, v))

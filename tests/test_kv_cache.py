@@ -159,6 +159,22 @@ def test_int8_rows_of_zeros_and_tiny_numbers_are_zeros():
     assert (target.attend(np.ones((1, 1, 1, 4), np.float32)) == 0).all()
 
 
+@pytest.mark.parametrize("size", [1, 5, 16, 33, 64, 100])
+def test_int8_codes_are_the_nearest_to_each_row_over_its_scale(size):
+    rng = np.random.default_rng(size)
+    x = (rng.standard_normal((2, 3, 9, size)) * 10.0 ** rng.integers(-30, 30, (2, 3, 9, 1))).astype(np.float32)
+    x[0, 0, :3] = np.array([[0], [1e-37], [5]])  # the second with a scale that float32 holds only in part
+    x[0, 0, 3] = np.resize([127, 0.5, 1.5, -2.5], size)  # ties
+    holder = KVCache(2, 3, 12, size, dtype="int8")
+    holder.append(x[:, :, :4], x[:, :, :4])
+    holder.append(x[:, :, 4:], x[:, :, 4:])
+    scale = np.abs(x).max(-1) / np.float32(127)
+    scale[scale < np.finfo(np.float32).tiny] = 0
+    codes = np.rint(x / np.where(scale > 0, scale, np.float32(1))[..., None]).astype(np.int8)
+    for held in holder.held():
+        np.testing.assert_array_equal(held, codes * scale[..., None])
+
+
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_what_is_not_finite_reaches_those_who_see_it_and_no_others(dtype, bad):
@@ -323,6 +339,21 @@ def test_attend_takes_positions_windows_scale_and_out():
     np.testing.assert_allclose(again, expected, atol=1e-6)
     assert ((weights > 0) == keep).all()
     assert target.attend(q[:, :, :3].astype(np.float16)).dtype == np.float16
+
+
+@pytest.mark.parametrize("window_size", [(20, -1), (12, 0)])
+def test_windows_reach_back_from_positions_far_behind_the_cache(window_size):
+    q, k, v = qkv()
+    target, windowed = cache(), cache(40, window=window_size[0] + 1)
+    for each in (target, windowed):
+        each.append(k[:, :, :5], v[:, :, :5])
+    position = 13 if window_size[1] == -1 else 14
+    seen = np.arange(5) >= position - window_size[0]
+    assert seen.any()
+    expected = scaled_dot_product_attention(q[:, :, :1], k[:, :, :5], v[:, :, :5], seen, enable_gqa=True)
+    for result in (target.attend(q[:, :, :1], position=position, window_size=window_size),
+                   windowed.attend(q[:, :, :1], position=position)):
+        np.testing.assert_allclose(result, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])

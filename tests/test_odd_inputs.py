@@ -52,7 +52,7 @@ MASKS = "attn_mask is_causal causal_alignment window_size"
 CALLS = {
     "scaled_dot_product_attention": (
         edgeattn.scaled_dot_product_attention, {"query": Q, "key": K, "value": V},
-        f"{MASKS} scale enable_gqa softcap kv_lengths alibi_slopes return_weights return_lse out"),
+        f"{MASKS} scale enable_gqa softcap kv_lengths alibi_slopes return_weights return_lse precision out"),
     "MultiHeadAttention": (
         LAYER, {"query": X}, f"key {MASKS} key_padding_mask softcap alibi_slopes kv_cache need_weights "
         "average_attn_weights out"),

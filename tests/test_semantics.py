@@ -110,6 +110,15 @@ def test_alibi_in_layers():
         made(x, alibi_slopes=slopes), made(x, attn_mask=-slopes[:, None, None] * distance), atol=1e-5)
 
 
+@pytest.mark.parametrize("lead", [(), (0,), (2,)])
+@pytest.mark.parametrize("per_batch", [False, True])
+def test_alibi_without_heads_or_batch_entries(lead, per_batch):
+    heads = 4 if lead == (0,) else 0
+    x = numbers(*lead, heads, L, D)
+    slopes = np.ones((*lead, heads) if per_batch else heads, np.float32)
+    assert attend(x, x, x, alibi_slopes=slopes).shape == x.shape
+
+
 @pytest.mark.parametrize(("slopes", "error", "message"), [
     (np.ones(3), ValueError, r"alibi_slopes must have shape \(H,\) = \(4,\) or \(..., H\) = \(2, 4\), got \(3,\)"),
     (np.ones(4, int), TypeError, "alibi_slopes must be a float16, float32 or float64 array, got dtype int64"),

@@ -25,7 +25,8 @@ from edgeattn.checkpoints.tensors import Tensors, read_named
 
 _CLASSES = ("MultiHeadAttention", "GroupQueryAttention", "GroupedQueryAttention")
 # As in layer.get_weights(): of each a kernel and, with use_bias=True, a bias.
-_PARTS = ("query", "key", "value", "attention_output")
+_PARTS = {"query": "q", "key": "k", "value": "v", "attention_output": "out"}
+_GATED_PARTS = {"query": "q", "key": "k", "gate": "gate", "value": "v", "attention_output": "out"}
 _PLACES = {f"{part}_dense": part for part in ("query", "key", "value", "gate")} | {"output_dense": "attention_output"}
 _STORED = re.compile(rf"(^|/)_?({'|'.join(_PLACES)})/vars/([01])$")
 _VARIABLE = re.compile(r"^(?:(.*)/)?(query|key|value|gate|attention_output)/(kernel|bias)$")
@@ -56,18 +57,18 @@ def keras_weights(weights_or_path, layer=None):
     -------
     num_heads, num_kv_heads : int
     weights : dict of str to array
-        q_weight, k_weight, v_weight, out_weight, and the biases where there are any.
+        q_weight, k_weight, v_weight, out_weight, with use_gate=True gate_weight, and the biases where there are any.
 
     Raises
     ------
     ValueError
-        For a layer with use_gate=True or attention_axes that cannot be expressed; naming the layers that there
-        are; or listing all missing, unexpected and mis-shaped tensors.
+        For attention_axes that cannot be expressed; naming the layers that there are; or listing all missing,
+        unexpected and mis-shaped tensors.
 
     Warns
     -----
     UserWarning
-        When the file says that the layer has a sliding_window, which here is an attn_mask of each call.
+        When the file says that the layer has a sliding_window, which here is a window_size of each call.
     """
     if isinstance(weights_or_path, (list, tuple)):
         return _convert(_from_list("weights", weights_or_path))
@@ -82,11 +83,7 @@ def keras_weights(weights_or_path, layer=None):
 
 def _convert(tensors):
     """(num_heads, num_kv_heads, weights) once everything is there."""
-    if any(name.startswith("gate/") for name in tensors.found):
-        raise ValueError(
-            f"{tensors.source} has {tensors.prefix}gate: a layer with use_gate=True multiplies its heads by "
-            "sigmoid(query gate) before the output projection, which edgeattn layers do not do"
-        )
+    parts = _GATED_PARTS if any(name.startswith("gate/") for name in tensors.found) else _PARTS
     heads, size = (tensors.axis("query/kernel", axis, 3) for axis in (1, 2))
     kv_heads = tensors.axis("key/kernel", 1, 3)
     value_size = tensors.axis("value/kernel", 2, 3)
@@ -97,15 +94,17 @@ def _convert(tensors):
         "key": ((tensors.axis("key/kernel", 0, 3), kv_heads, size), (kv_heads, size)),
         "value": ((tensors.axis("value/kernel", 0, 3), kv_heads, value_size), (kv_heads, value_size)),
         "attention_output": ((heads, value_size, *output), output),
+        "gate": ((tensors.axis("query/kernel", 0, 3), heads, value_size), (heads, value_size)),
     }
-    biased = any(f"{part}/bias" in tensors for part in _PARTS)
-    for part, (kernel, bias) in shapes.items():
+    biased = any(f"{part}/bias" in tensors for part in parts)
+    for part in parts:
+        kernel, bias = shapes[part]
         tensors.expect(f"{part}/kernel", kernel)
         if biased:
             tensors.expect(f"{part}/bias", bias)
     found = tensors.checked()
     weights = {}
-    for ours, part in zip("q k v out".split(), _PARTS, strict=True):
+    for part, ours in parts.items():
         kernel = found[f"{part}/kernel"]
         inputs = heads * value_size if part == "attention_output" else kernel.shape[0]
         weights[f"{ours}_weight"] = kernel.reshape(inputs, -1).T
@@ -116,18 +115,15 @@ def _convert(tensors):
 
 def _from_list(source, arrays):
     """Tensors of the arrays of layer.get_weights(), which have no names."""
-    variables = {4: ("kernel",), 8: ("kernel", "bias")}
-    gated = {5: ("kernel",), 10: ("kernel", "bias")}
-    if len(arrays) in variables:
-        parts, variables = _PARTS, variables[len(arrays)]
-    elif len(arrays) in gated:
-        parts, variables = ("query", "key", "gate", "value", "attention_output"), gated[len(arrays)]
-    else:
+    forms = {len(parts) * len(variables): [f"{part}/{variable}" for part in parts for variable in variables]
+             for parts in (_PARTS, _GATED_PARTS) for variables in (("kernel",), ("kernel", "bias"))}
+    names = forms.get(len(arrays))
+    if names is None:
         raise ValueError(
-            f"{source} must hold the 4 kernels of query, key, value and attention_output, or these each followed by "
-            f"its bias, as layer.get_weights() returns them, got {len(arrays)} arrays"
+            f"{source} must hold the 4 kernels of query, key, value and attention_output, with use_gate=True one of "
+            "gate before that of value, or these each followed by its bias, as layer.get_weights() returns them, got "
+            f"{len(arrays)} arrays"
         )
-    names = [f"{part}/{variable}" for part in parts for variable in variables]
     return Tensors(source, "", dict(zip(names, arrays, strict=True)))
 
 
@@ -248,7 +244,7 @@ def _check_config(tensors, name, configs):
     windows = [config["sliding_window"] for config in settings if config.get("sliding_window") is not None]
     if windows:
         warnings.warn(
-            f"{tensors.source}: layer {name!r} has sliding_window={windows[0]}; pass each call an attn_mask that is "
-            f"True where query and key are less than {windows[0]} positions apart",
+            f"{tensors.source}: layer {name!r} has sliding_window={windows[0]}; pass each call "
+            f"window_size=({windows[0] - 1}, {windows[0] - 1})",
             stacklevel=4,
         )

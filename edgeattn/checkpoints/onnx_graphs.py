@@ -55,15 +55,14 @@ def onnx_weights(path_or_model, node=None):
     Warns
     -----
     UserWarning
-        When the node is causal or has a window, which here are arguments of each call.
+        When the node is causal, or has a window or a softcap, which here are arguments of each call.
     """
     graph = _Graph(*_load(path_or_model))
     found = _choose(graph, node)
     name, operator = _title(found), (_domain(found), found.op_type)
     attributes = graph.attributes(found)
-    for option in ("softcap", "do_rotary"):
-        if attributes.get(option):
-            raise ValueError(f"{name} has {option}={attributes[option]}, which edgeattn layers do not do")
+    if attributes.get("do_rotary"):
+        raise ValueError(f"{name} has do_rotary={attributes['do_rotary']}, which edgeattn layers do not do")
     if operator == ("com.microsoft", "Attention"):
         parts = _packed_projections(graph, found, name, attributes)
     else:
@@ -439,7 +438,6 @@ def _warn_of_masks(name, attributes, node):
     sides = [attributes.get(f"{side}_window_size", -1) for side in ("left", "right")]
     if sides != [-1, -1]:
         warnings.warn(
-            f"{name} has a window of {sides[0]} keys to the left and {sides[1]} to the right, -1 meaning all; pass "
-            "each call an attn_mask that says so",
-            stacklevel=4,
-        )
+            f"{name} has a window; pass window_size=({sides[0]}, {sides[1]}) in each call", stacklevel=4)
+    if attributes.get("softcap"):
+        warnings.warn(f"{name} caps its scores; pass softcap={attributes['softcap']:g} in each call", stacklevel=4)

@@ -33,7 +33,7 @@ def decode(q, k, v, out, scale, softcap=0.0, lengths=None, k_scale=None, v_scale
     scale, softcap : float
     lengths : (B,) int64 or None
         Keys that exist per batch entry.
-    k_scale, v_scale : (B, Hkv, S) float32, contiguous along S or of stride 0, None for a float32 cache
+    k_scale, v_scale : (B, Hkv, S) float32, none negative, contiguous along S or of stride 0; None for a float32 cache
     """
     q = _rows(q)
     B, H, D = q.shape

@@ -56,13 +56,14 @@ from .simd import (
     WIDTH,
     address_of,
     bits_of,
+    dot_bytes,
     first_lane,
     float_of_bits,
     fma,
+    gather_byte,
     interleave_rows,
     larger,
     load,
-    load_first,
     matrix_configure,
     matrix_dot_signed,
     matrix_load,
@@ -74,7 +75,6 @@ from .simd import (
     round_to_int,
     splat,
     store,
-    store_bytes,
     sum_lanes,
     tile_store,
     tile_zero,
@@ -95,41 +95,61 @@ _FINE, _COARSE = np.int32((1 << 20) - 1), np.int32(-1 << 20)  # all but three bi
 _SMALLEST = np.finfo(np.float32).tiny
 _ZERO = np.float32(0)
 _ONE = np.float32(1)
+_LOWEST = np.finfo(np.float32).min
+_MINUS_INFINITY = np.float32(-np.inf)
 
 
 @inlined
-def write_digits(private, at, size, rows, to, row_step, corrections, at_correction):
-    """The three digits of private[at : at + size], lowest first, as rows of bytes; what a unit of them is worth.
-
-    private[at + i] = unit * sum over r of 256 ** r * rows[to + r * row_step + i].  corrections[at_correction + r] =
-    what the sums of row r are too large by where the other operand's bytes are kept with their highest bit flipped.
-    A unit of NaN where a number is NaN.
-    """
+def largest_of(private, at, size):
+    """The largest magnitude in private[at : at + size], and zero, or NaN where a number is not finite."""
     best, poison = splat(_ZERO), splat(_ZERO)
     for i in range(0, size, LANES):
         v = load(private, at + i)
         best = larger(larger(v, splat(_ZERO) - v), best)
         poison = fma(v, splat(_ZERO), poison)
+    return max_lanes(best), sum_lanes(poison)
+
+
+@inlined
+def digits_of(private, at, inverse):
+    """Numbers over a unit to whole ones, and those to three digits that are bytes with a sign."""
+    return (round_to_int(load(private, at) * inverse) + splat(_BIAS)) ^ splat(_BIAS)
+
+
+@inlined
+def write_digits(private, at, size, largest, rows, to, row_step, corrections, at_correction):
+    """The three digits of private[at : at + size], lowest first, as rows of four bytes; what a unit of them is worth.
+
+    private[at + i] = unit * sum over r of 256 ** r * byte i of rows[to + r * row_step:], none larger than `largest`;
+    size a multiple of CHUNK.  corrections[at_correction + r] = what the sums of row r are too large by where the
+    other operand's bytes are kept with their highest bit flipped.
+    """
     # _MOST units or a little less are the largest number; a unit of few bits makes the products with it nearly exact
-    fine = bits_of(splat(max_lanes(best) / _MOST))
+    fine = bits_of(splat(largest / _MOST))
     unit = larger(float_of_bits((fine + splat(_FINE)) & splat(_COARSE)), splat(_SMALLEST))
     inverse = splat(_ONE) / unit
     sums0, sums1, sums2 = splat(np.int32(0)), splat(np.int32(0)), splat(np.int32(0))
-    eight, sixteen, far = splat(np.int32(8)), splat(np.int32(16)), splat(np.int32(24))
-    for i in range(0, size, LANES):
-        x = round_to_int(load(private, at + i) * inverse)
-        x = (x + splat(_BIAS)) ^ splat(_BIAS)
-        store_bytes(rows, to + i, x)
-        store_bytes(rows, to + row_step + i, x >> eight)
-        store_bytes(rows, to + 2 * row_step + i, x >> sixteen)
-        if _FLIP != 0:
-            sums0 = sums0 + ((x << far) >> far)
-            sums1 = sums1 + ((x << sixteen) >> far)
-            sums2 = sums2 + ((x << eight) >> far)
-    corrections[at_correction] = np.int32(OFFSET * sum_lanes(sums0))
-    corrections[at_correction + 1] = np.int32(OFFSET * sum_lanes(sums1))
-    corrections[at_correction + 2] = np.int32(OFFSET * sum_lanes(sums2))
-    return first_lane(unit) + sum_lanes(poison)
+    flips = splat(np.int32(_FLIP))
+    for i in range(0, size, CHUNK):
+        x0 = digits_of(private, at + i, inverse)
+        x1 = digits_of(private, at + i + LANES, inverse)
+        x2 = digits_of(private, at + i + 2 * LANES, inverse)
+        x3 = digits_of(private, at + i + 3 * LANES, inverse)
+        digit0 = gather_byte(x0, x1, x2, x3, 0)
+        digit1 = gather_byte(x0, x1, x2, x3, 1)
+        digit2 = gather_byte(x0, x1, x2, x3, 2)
+        store(rows, to + i // 4, digit0)
+        store(rows, to + row_step + i // 4, digit1)
+        store(rows, to + 2 * row_step + i // 4, digit2)
+        if _FLIP != 0:  # bytes of 128, unsigned
+            sums0 = dot_bytes(sums0, flips, digit0)
+            sums1 = dot_bytes(sums1, flips, digit1)
+            sums2 = dot_bytes(sums2, flips, digit2)
+    if _FLIP != 0:
+        corrections[at_correction] = sum_lanes(sums0)
+        corrections[at_correction + 1] = sum_lanes(sums1)
+        corrections[at_correction + 2] = sum_lanes(sums2)
+    return first_lane(unit)
 
 
 @inlined
@@ -181,35 +201,44 @@ def products(rows, digits, at_digits, row_step, panels, panel_step, count, depth
 @inlined
 def join_digits(sums, at, row, corrections, at_correction):
     """The LANES numbers whose digits' sums lie at `at`, rows `row` apart, lowest first."""
-    low = to_float(load(sums, at) - splat(corrections[at_correction]))
-    middle = to_float(load(sums, at + row) - splat(corrections[at_correction + 1]))
-    high = to_float(load(sums, at + 2 * row) - splat(corrections[at_correction + 2]))
-    return fma(high, splat(_SQUARE), fma(middle, splat(_BASE), low))
+    low, middle, high = load(sums, at), load(sums, at + row), load(sums, at + 2 * row)
+    if _FLIP != 0:
+        low = low - splat(corrections[at_correction])
+        middle = middle - splat(corrections[at_correction + 1])
+        high = high - splat(corrections[at_correction + 2])
+    return fma(to_float(high), splat(_SQUARE), fma(to_float(middle), splat(_BASE), to_float(low)))
 
 
 @inlined
-def load_scales(scales, at, step, s, count):
-    """scales[at + s :] with zeros from the count-th on, or where step is 0 the one scale there is."""
-    if step == 0:
-        found = splat(scales[at])
-    elif s + LANES <= count:
-        found = load(scales, at + s)
-    else:
-        found = load_first(scales, at + s, count - s)
-    return found
+def take_scales(scales, at, step, count, size, out, to):
+    """out[to + s] = scales[at + s], or where step is 0 the one scale there is; zeros from the count-th to the size-th.
+
+    Returns zero, or NaN where a scale is not finite.
+    """
+    whole, poison = count // LANES * LANES, splat(_ZERO)
+    for s in range(0, whole, LANES):
+        store(out, to + s, splat(scales[at]) if step == 0 else load(scales, at + s))
+    for s in range(whole, size, LANES):
+        store(out, to + s, splat(_ZERO))
+    for s in range(whole, count):
+        out[to + s] = scales[at + s * step]
+    for s in range(0, size, LANES):
+        poison = fma(load(out, to + s), splat(_ZERO), poison)
+    return sum_lanes(poison)
 
 
 @inlined
 def private_sizes(G, D, Dv):
     """32-bit elements of a thread's arrays.
 
-    Queries, units, scores, digits of both, corrections, panels of keys or of values, copies, sums of digits.
+    Queries; per query two units, a maximum; scores; digits of both; corrections; scales of keys and of values, what is
+    added to scores; panels of keys or of values; copies; sums of digits.
     """
     D_up, Dv_up = (D + CHUNK - 1) // CHUNK * CHUNK, (Dv + CHUNK - 1) // CHUNK * CHUNK
     rows = (G * DIGITS + MATRIX_ROWS - 1) // MATRIX_ROWS * MATRIX_ROWS
     deep = (D_up // 4 + 15) // 16 * 16
-    return (G * D_up, (2 * G + 15) // 16 * 16, G * BLOCK, rows * deep, rows * QUADS, 2 * rows,
-            max(deep * BLOCK, Dv_up * QUADS), LANES * max(D_up, Dv_up) // 4, rows * max(BLOCK, Dv_up))
+    return (G * D_up, (3 * G + 15) // 16 * 16, G * BLOCK, rows * deep, rows * QUADS, 2 * rows,
+            3 * BLOCK, max(deep * BLOCK, Dv_up * QUADS), LANES * max(D_up, Dv_up) // 4, rows * max(BLOCK, Dv_up))
 
 
 @separate
@@ -226,19 +255,20 @@ def decode_part(p, scale, softcap, lengths, scratch, portion, worker, part):
     address_qd = address_scores + sizes[2] * 4
     address_wd = address_qd + sizes[3] * 4
     address_corrections = address_wd + sizes[4] * 4
-    address_panels = address_corrections + sizes[5] * 4
-    address_copy = address_panels + sizes[6] * 4
-    address_sums = address_copy + sizes[7] * 4
+    address_scales = address_corrections + sizes[5] * 4
+    address_panels = address_scales + sizes[6] * 4
+    address_copy = address_panels + sizes[7] * 4
+    address_sums = address_copy + sizes[8] * 4
     q, units = pointer_to(address_q, np.float32), pointer_to(address_units, np.float32)
-    scores = pointer_to(address_scores, np.float32)
-    qd_bytes, qd = pointer_to(address_qd, np.int8), pointer_to(address_qd, np.int32)
-    wd_bytes, wd = pointer_to(address_wd, np.int8), pointer_to(address_wd, np.int32)
+    scores, own_scales = pointer_to(address_scores, np.float32), pointer_to(address_scales, np.float32)
+    qd, wd = pointer_to(address_qd, np.int32), pointer_to(address_wd, np.int32)
     corrections = pointer_to(address_corrections, np.int32)
     w_corrections = pointer_to(address_corrections + sizes[5] * 2, np.int32)
     panels, sums = pointer_to(address_panels, np.uint32), pointer_to(address_sums, np.int32)
     k_scales, v_scales = pointer_to(p[D_KS], np.float32), pointer_to(p[D_VS], np.float32)
     if MATRIX:
         matrix_configure(sums, 0)
+    of_keys, of_values, absent = 0, BLOCK, 2 * BLOCK
     ready = np.int64(-1)
     for number in range(part * portion, min((part + 1) * portion, p[D_B] * p[D_KV_HEADS] * p[D_BLOCKS])):
         item, s0 = number // p[D_BLOCKS], number % p[D_BLOCKS] * BLOCK
@@ -249,12 +279,12 @@ def decode_part(p, scale, softcap, lengths, scratch, portion, worker, part):
         if item != ready:
             take_queries(p, item, scale, softcap, q, 0, D_up)
             for g in range(G):
-                units[g] = write_digits(q, g * D_up, D_up, qd_bytes, g * DIGITS * deep * 4, deep * 4, corrections,
-                                        g * DIGITS)
+                largest, poison = largest_of(q, g * D_up, D_up)
+                units[g] = poison + write_digits(q, g * D_up, D_up, largest, qd, g * DIGITS * deep, deep,
+                                                 corrections, g * DIGITS)
             ready = item
         # 1. scores (G, BLOCK): keys become panels (D / 4, WIDTH)
         from_k, k_row = batch * p[D_K_B] + kv * p[D_K_H] + s0 * p[D_K_S], p[D_K_S]
-        from_ks = batch * p[D_KS_B] + kv * p[D_KS_H] + s0 * p[D_KS_S]
         for s in range(0, count, LANES):
             at, row = readable(p[D_K], from_k + s * k_row, k_row, D, p[D_S] - s0 - s, address_copy)
             rows, to = pointer_to(at, np.int8), s // WIDTH * (deep * WIDTH) + s % WIDTH
@@ -264,25 +294,38 @@ def decode_part(p, scale, softcap, lengths, scratch, portion, worker, part):
                     for i in range(k, k + LANES):
                         store(panels, to + i * WIDTH, load(panels, to + i * WIDTH) ^ splat(_FLIP))
         products(G * DIGITS, qd, 0, deep, panels, deep * WIDTH, count, deep if MATRIX else D_up // 4, sums, BLOCK)
-        # 2. softmax of the block, and its probabilities times the values' scales in digits
-        to = number * p[D_RESULT]
-        from_vs = batch * p[D_VS_B] + kv * p[D_VS_H] + s0 * p[D_VS_S]
+        # 2. softmax of the block, and its probabilities times the values' scales in digits; zeros up to a whole vector
+        to, whole = number * p[D_RESULT], (count + CHUNK - 1) // CHUNK * CHUNK
+        take_scales(k_scales, batch * p[D_KS_B] + kv * p[D_KS_H] + s0 * p[D_KS_S], p[D_KS_S], count, whole,
+                    own_scales, of_keys)
+        poison = take_scales(v_scales, batch * p[D_VS_B] + kv * p[D_VS_H] + s0 * p[D_VS_S], p[D_VS_S], count, whole,
+                    own_scales, of_values)
+        for s in range(0, whole, LANES):
+            store(own_scales, absent + s, splat(_ZERO))
+        for s in range(count, whole):
+            own_scales[absent + s] = _MINUS_INFINITY
         for g in range(G):
-            at = g * BLOCK
-            for s in range(0, count, LANES):
+            at, best, unit = g * BLOCK, splat(_LOWEST), splat(units[g])
+            for s in range(0, whole, LANES):
                 dots = join_digits(sums, DIGITS * at + s, BLOCK, corrections, DIGITS * g)
-                store(scores, at + s, dots * (splat(units[g]) * load_scales(k_scales, from_ks, p[D_KS_S], s, count)))
-            m = cap_and_maximum(scores, at, count, softcap)
-            total = splat(_ZERO)
-            for s in range(0, count, LANES):
-                e = exp2(load(scores, at + s) - splat(m))
+                score = fma(dots, unit * load(own_scales, of_keys + s), load(own_scales, absent + s))
+                store(scores, at + s, score)
+                best = larger(score, best)
+            units[2 * G + g] = max_lanes(best) if softcap == _ZERO else cap_and_maximum(scores, at, count, softcap)
+        for g in range(G):
+            at, m = g * BLOCK, splat(units[2 * G + g])
+            total, largest = splat(_ZERO), splat(_ZERO)
+            for s in range(0, whole, LANES):
+                e = exp2(load(scores, at + s) - m)
+                weight = e * load(own_scales, of_values + s)
+                store(scores, at + s, weight)
                 total = total + e
-                store(scores, at + s, e * load_scales(v_scales, from_vs, p[D_VS_S], s, count))
-            whole = (count + CHUNK - 1) // CHUNK * CHUNK
-            for s in range((count + LANES - 1) // LANES * LANES, whole, LANES):
-                store(scores, at + s, splat(_ZERO))
-            units[G + g] = write_digits(scores, at, whole, wd_bytes, DIGITS * at, BLOCK, w_corrections, DIGITS * g)
-            results[to + G * Dv_up + g], results[to + G * (Dv_up + 1) + g] = m, sum_lanes(total)
+                largest = larger(weight, largest)
+            results[to + G * Dv_up + g], results[to + G * (Dv_up + 1) + g] = units[2 * G + g], sum_lanes(total)
+            units[G + g] = max_lanes(largest)
+        for g in range(G):
+            units[G + g] = poison + write_digits(
+                scores, g * BLOCK, whole, units[G + g], wd, DIGITS * g * QUADS, QUADS, w_corrections, DIGITS * g)
         # 3. context (G, Dv'), positions as `interleaved` says: four keys at a time become a row of the panels
         from_v, v_row = batch * p[D_V_B] + kv * p[D_V_H] + s0 * p[D_V_S], p[D_V_S]
         for s in range(0, count, LANES):

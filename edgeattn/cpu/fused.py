@@ -48,6 +48,7 @@ SMALL = np.float32(60)
 _SMALL_BITS = SMALL.view(np.int32)
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 _MINUS_INFINITY = np.float32(-np.inf)
+_LOWEST_BIAS = np.float32(-2.3e38)  # times log2(e) it is finite still: only -inf hides a key
 _ZERO = np.float32(0)
 _ONE = np.float32(1)
 
@@ -97,7 +98,9 @@ def fill_mask(masks, at, keep, at_keep, keep_row, keep_key, bias, at_bias, bias_
                 q = min(q0 + l, queries - 1)
                 v = splat(_ZERO)
                 if has_bias:
-                    v = load(bias, at_bias + q * bias_row + s) * splat(LOG2_E)
+                    b = load(bias, at_bias + q * bias_row + s)
+                    v = larger(splat(_LOWEST_BIAS), b) * splat(LOG2_E)
+                    v = select(b == splat(_MINUS_INFINITY), b, v)
                 if has_keep:
                     kept = load_bytes(keep, at_keep + q * keep_row + s) == splat(np.int32(0))
                     v = select(kept, splat(_MINUS_INFINITY), v)
@@ -108,7 +111,8 @@ def fill_mask(masks, at, keep, at_keep, keep_row, keep_key, bias, at_bias, bias_
             q = min(q0, queries - 1)
             v = _ZERO
             if has_bias:
-                v = bias[at_bias + q * bias_row + s * bias_key] * LOG2_E
+                v = bias[at_bias + q * bias_row + s * bias_key]
+                v = (_LOWEST_BIAS if _MINUS_INFINITY < v < _LOWEST_BIAS else v) * LOG2_E
             if has_keep and keep[at_keep + q * keep_row + s * keep_key] == 0:
                 v = _MINUS_INFINITY
             masks[at + s * WIDTH + q0] = v

@@ -176,15 +176,6 @@ def broadcast(typing, array, at):
 
 
 @intrinsic
-def load_first(typing, array, at, count):
-    """v[l] = array[at + l] if l < count else 0, float32; nothing beyond is read"""
-    def generate(context, builder, sig, args):
-        vector = context.get_value_type(F32)
-        return _load_first(builder, _pointer(context, builder, sig.args[0], args[0], args[1], vector), args[2])
-    return F32(array, types.intp, types.intp), generate
-
-
-@intrinsic
 def store(typing, array, at, v):
     """array[at + l] = v[l]"""
     def generate(context, builder, sig, args):
@@ -601,6 +592,18 @@ def join_bytes(typing, a, b, c, d):
     def generate(context, builder, sig, args):
         return _pack(builder, args, ir.Constant(_I32, 0))
     return I32(I32, I32, I32, I32), generate
+
+
+@intrinsic
+def gather_byte(typing, a, b, c, d, r):
+    """byte i * LANES + l of v = byte r of (a, b, c, d)[i][l]"""
+    number = _literal(r)
+
+    def generate(context, builder, sig, args):
+        bytes_ = [builder.bitcast(v, ir.VectorType(_I8, 4 * LANES)) for v in args[:4]]
+        pairs = [_shuffle(builder, *bytes_[i:i + 2], range(number, 8 * LANES, 4)) for i in (0, 2)]
+        return builder.bitcast(_shuffle(builder, *pairs, range(4 * LANES)), args[0].type)
+    return I32(I32, I32, I32, I32, r), generate
 
 
 @intrinsic

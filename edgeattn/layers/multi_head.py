@@ -8,7 +8,7 @@ from edgeattn.checks import to_float32
 from edgeattn.cpu.layer_float32 import FloatLayer
 from edgeattn.cpu.linear import Linear
 from edgeattn.layers import steps
-from edgeattn.layers.call import NO_WINDOW, check_call, check_inputs
+from edgeattn.layers.call import NO_WINDOW, causal_band, check_call, check_inputs
 from edgeattn.layers.weights import AttentionWeights
 from edgeattn.masks import torch_masks
 
@@ -38,16 +38,23 @@ class MultiHeadAttention(AttentionWeights):
         torch.nn.MultiheadAttention; both or neither. Not `k_bias` and `v_bias`, which the projections add.
     add_zero_attn : bool
         One more key of zeros, with a value of zeros, after that.
+    gate_weight, gate_bias : (H * Dv, E), (H * Dv,) float arrays, optional
+        The heads side by side are multiplied by sigmoid(query gate_weight^T + gate_bias), before the output
+        projection, as in Keras layers with use_gate=True.
 
     Attributes
     ----------
     q_weight, k_weight, v_weight, out_weight, q_bias, k_bias, v_bias, out_bias : float32 array or None
         Read-only, in C order.
+    gate_weight, gate_bias : float32 array or None
+        Likewise.
     bias_k, bias_v : float32 array (Hkv * D,), (Hkv * Dv,) or None
         Read-only.
     add_zero_attn : bool
     extra_keys : int
         0 to 2: the keys that `bias_k` and `add_zero_attn` add to every call.
+    gated : bool
+        Whether there is a `gate_weight`.
     num_heads, num_kv_heads, embed_dim, kdim, vdim, head_dim, value_dim, output_dim : int
         H, Hkv, E, width of key, width of value, D, Dv, Eo.
     scale : float
@@ -122,21 +129,22 @@ class MultiHeadAttention(AttentionWeights):
         TypeError, ValueError
             Naming the argument, what was required and what came.
         """
-        if key is None and attn_mask is None and key_padding_mask is None and is_causal is False and (
-                need_weights is False and out is None and type(query) is np.ndarray and query.dtype == np.float32
-                and query.ndim == 3 and query.shape[2] == self.embed_dim == self.kdim == self.vdim
-                and query.flags.carray and query.size and value is None and self._whole
+        if key is None and attn_mask is None and key_padding_mask is None and (
+                (is_causal is False or is_causal is True) and need_weights is False and out is None
+                and type(query) is np.ndarray and query.dtype == np.float32 and query.ndim == 3
+                and query.shape[2] == self.embed_dim == self.kdim == self.vdim
+                and query.flags.carray and query.size and value is None and self._fusible
                 and window_size is NO_WINDOW and alibi_slopes is None and kv_cache is None and causal_alignment is None
-                and average_attn_weights is False and type(softcap) is float and not softcap and not self.extra_keys):
-            # what small layers are called with, again and again: self-attention, nothing masked
+                and average_attn_weights is False and type(softcap) is float and not softcap):
+            # what small layers are called with, again and again: self-attention, no mask but the causal one
             result = np.empty((*query.shape[:2], self.output_dim), np.float32)
-            return self._kernel(query, query, query, result)
+            return self._kernel(query, query, query, result, band=causal_band(is_causal, query.shape[1]))
         call = check_call(
             self, query, key, value, attn_mask=attn_mask, key_padding_mask=key_padding_mask, is_causal=is_causal,
             causal_alignment=causal_alignment, window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes,
             kv_cache=kv_cache, need_weights=need_weights, average_attn_weights=average_attn_weights, out=out)
-        fused = not (call.need_weights or call.softcap or self.extra_keys or kv_cache is not None)
-        if not (fused and self._whole and call.query.size and call.key.size and call.value.size):
+        fused = self._fusible and not (call.need_weights or call.softcap or kv_cache is not None)
+        if not (fused and call.query.size and call.key.size and call.value.size):
             return steps.attend(self, call)
         result = np.empty((*call.query.shape[:2], self.output_dim), np.float32)
         q, k, v = (to_float32(x) for x in (call.query, call.key, call.value))
@@ -155,7 +163,7 @@ class MultiHeadAttention(AttentionWeights):
         Raises
         ------
         ValueError
-            For another device or precision, and a layer with added keys, which CUDA lacks.
+            For another device or precision, and a layer with added keys or a gate, which CUDA lacks.
         RuntimeError
             Where there is no CUDA, saying what of it is missing.
         """
@@ -166,9 +174,10 @@ class MultiHeadAttention(AttentionWeights):
         return place(self, device, lambda layer: FloatOnCuda(layer, precision))
 
     @functools.cached_property
-    def _whole(self):
-        """Whether no axis of the weights is empty: the tiled kernels take nothing empty."""
-        return bool(self.head_dim and self.value_dim and self.output_dim)
+    def _fusible(self):
+        """Whether the fused kernel can be the layer: it takes no empty weights, and knows no added keys and no gate."""
+        whole = self.head_dim and self.value_dim and self.output_dim
+        return bool(whole and not self.extra_keys and not self.gated)
 
     @functools.cached_property
     def _kernel(self):
@@ -180,7 +189,7 @@ class MultiHeadAttention(AttentionWeights):
     def _linears(self):
         pairs = {
             "q": (self.q_weight, self.q_bias), "k": (self.k_weight, self.k_bias), "v": (self.v_weight, self.v_bias),
-            "out": (self.out_weight, self.out_bias)}
+            "out": (self.out_weight, self.out_bias), "gate": (self.gate_weight, self.gate_bias)}
         return {name: Linear(*pair) for name, pair in pairs.items() if pair[0] is not None}
 
     def call_with_torch_masks(

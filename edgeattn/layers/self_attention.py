@@ -14,7 +14,7 @@ class SelfAttention(MultiHeadAttention):
     out_weight : (Eo, Dv) float array, optional
         Without it the head itself is the output.
     q_bias, k_bias, v_bias, out_bias : (D,), (D,), (Dv,), (Eo,) float arrays, optional
-    bias_k, bias_v, add_zero_attn
+    bias_k, bias_v, add_zero_attn, gate_weight, gate_bias
         As for `MultiHeadAttention`.
     """
 
@@ -34,6 +34,8 @@ class SelfAttention(MultiHeadAttention):
         bias_k=None,
         bias_v=None,
         add_zero_attn=False,
+        gate_weight=None,
+        gate_bias=None,
     ):
         super().__init__(
             1,
@@ -48,6 +50,8 @@ class SelfAttention(MultiHeadAttention):
             bias_k=bias_k,
             bias_v=bias_v,
             add_zero_attn=add_zero_attn,
+            gate_weight=gate_weight,
+            gate_bias=gate_bias,
         )
         for name in ("k_weight", "v_weight"):
             if getattr(self, name).shape[1] != self.embed_dim:

@@ -1,4 +1,4 @@
-"""A layer's steps one by one, for what its fused kernel does not do: probabilities, softcap, added keys, a cache.
+"""A layer's steps one by one, for what its fused kernel does not do: probabilities, softcap, added keys, gates, caches.
 
 The projections give a token the same bits alone and in a chunk, so that a cache does not show how a sequence was cut.
 """
@@ -12,10 +12,10 @@ from edgeattn.cpu import functional_float32, plain
 def attend(layer, call):
     """The result of `call`, a `Call` of `layer`, which has the attributes below.
 
-    num_heads, num_kv_heads, head_dim, value_dim, output_dim, scale, extra_keys, bias_k, bias_v
+    num_heads, num_kv_heads, head_dim, value_dim, output_dim, scale, extra_keys, bias_k, bias_v, gated
         As `MultiHeadAttention` has them.
     _linears : mapping
-        "q", "k", "v" and, with an output projection, "out": (tokens, inputs) -> (tokens, outputs), float32.
+        "q", "k", "v" and, where the layer has them, "gate" and "out": (tokens, inputs) -> (tokens, outputs), float32.
     """
     batch, heads, queries, _ = call.mask.shape
     q = _project(layer, "q", call.query, heads, layer.head_dim)
@@ -30,14 +30,25 @@ def attend(layer, call):
     else:
         _attend_cached(layer, call, q, k, v, added, context, weights)
     merged = context.swapaxes(1, 2).reshape(batch * queries, heads * layer.value_dim)
+    if layer.gated:
+        merged = merged * _sigmoid(_rows(layer, "gate", call.query))
     result = layer._linears["out"](merged) if "out" in layer._linears else merged
     return call.deliver(result.reshape(batch, queries, layer.output_dim), weights)
 
 
 def _project(layer, name, x, heads, size):
     """(B, length, inputs) -> (B, heads, length, size) as kernels read it."""
-    rows = layer._linears[name](to_float32(x).reshape(-1, x.shape[-1]))
-    return to_float32(rows.reshape(*x.shape[:2], heads, size).swapaxes(1, 2))
+    return to_float32(_rows(layer, name, x).reshape(*x.shape[:2], heads, size).swapaxes(1, 2))
+
+
+def _rows(layer, name, x):
+    """(B, length, inputs) -> (B * length, outputs)"""
+    return layer._linears[name](to_float32(x).reshape(-1, x.shape[-1]))
+
+
+def _sigmoid(x):
+    with np.errstate(over="ignore"):  # of what becomes 0
+        return 1 / (1 + np.exp(-x))
 
 
 def _added_keys(layer, batch):

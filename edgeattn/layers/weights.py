@@ -6,7 +6,9 @@ from edgeattn import checkpoints
 from edgeattn.checks import count, flag, float_array, to_float32
 from edgeattn.functional import default_scale
 
-TENSORS = ("q_weight", "k_weight", "v_weight", "out_weight", "q_bias", "k_bias", "v_bias", "out_bias")
+TENSORS = (
+    "q_weight", "k_weight", "v_weight", "out_weight", "gate_weight",
+    "q_bias", "k_bias", "v_bias", "out_bias", "gate_bias")
 KEY_TENSORS = ("bias_k", "bias_v")  # of a key that is no token, where a layer has one
 
 
@@ -29,6 +31,8 @@ class AttentionWeights:
         bias_k=None,
         bias_v=None,
         add_zero_attn=False,
+        gate_weight=None,
+        gate_bias=None,
     ):
         self.num_heads = count("num_heads", num_heads)
         self.num_kv_heads = self.num_heads if num_kv_heads is None else count("num_kv_heads", num_kv_heads)
@@ -44,6 +48,8 @@ class AttentionWeights:
         self.k_bias = _parameter("k_bias", k_bias, 1, optional=True)
         self.v_bias = _parameter("v_bias", v_bias, 1, optional=True)
         self.out_bias = _parameter("out_bias", out_bias, 1, optional=True)
+        self.gate_weight = _parameter("gate_weight", gate_weight, 2, optional=True)
+        self.gate_bias = _parameter("gate_bias", gate_bias, 1, optional=True)
 
         self.head_dim = _split("q_weight", self.q_weight, "num_heads", self.num_heads)
         self.value_dim = _split("v_weight", self.v_weight, "num_kv_heads", self.num_kv_heads)
@@ -65,8 +71,16 @@ class AttentionWeights:
             raise ValueError(
                 "out_bias needs out_weight, got out_weight=None; pass numpy.eye to add a bias alone"
             )
+        if self.gate_weight is None and self.gate_bias is not None:
+            raise ValueError("gate_bias needs gate_weight, got gate_weight=None")
+        if self.gate_weight is not None and self.gate_weight.shape != (context_dim, self.embed_dim):
+            raise ValueError(
+                f"gate_weight must have shape (H * Dv, E) = {(context_dim, self.embed_dim)}, got "
+                f"{self.gate_weight.shape}"
+            )
+        self.gated = self.gate_weight is not None
         self.output_dim = context_dim if self.out_weight is None else self.out_weight.shape[0]
-        for name in ("q", "k", "v", "out"):
+        for name in ("q", "k", "v", "out", "gate"):
             weight, bias = getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")
             if bias is not None and bias.shape != weight.shape[:1]:
                 raise ValueError(

@@ -46,6 +46,8 @@ class OnCuda:
         driver()  # says what is missing
         if getattr(layer, "extra_keys", 0):
             raise ValueError("bias_k, bias_v and add_zero_attn are missing on CUDA; call the layer on the CPU")
+        if getattr(layer, "gated", False):
+            raise ValueError("gate_weight is missing on CUDA; call the layer on the CPU")
         self.layer = layer
 
     def to(self, device):

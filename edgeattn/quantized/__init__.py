@@ -1,7 +1,7 @@
 """Quantized multi-head attention: its parameters, the static and the dynamic layer."""
 
 from edgeattn.quantized.dynamic import DynamicMultiHeadAttention
-from edgeattn.quantized.layer import INPUTS, QuantizedMultiHeadAttention
+from edgeattn.quantized.layer import INPUTS, SHORT, QuantizedMultiHeadAttention
 from edgeattn.quantized.parameters import (
     LARGEST_SCALE,
     PROBABILITIES,
@@ -16,6 +16,7 @@ __all__ = [
     "INPUTS",
     "LARGEST_SCALE",
     "PROBABILITIES",
+    "SHORT",
     "SMALLEST_SCALE",
     "SMALLEST_SOFTMAX_SCALE",
     "SOURCES",

@@ -12,9 +12,9 @@ from edgeattn.cpu.layer_dynamic import DynamicLayer
 from edgeattn.cpu.linear_dynamic import DynamicLinear
 from edgeattn.functional import default_scale
 from edgeattn.layers import steps
-from edgeattn.layers.call import NO_WINDOW, check_call
+from edgeattn.layers.call import NO_WINDOW, causal_band, check_call
 from edgeattn.layers.weights import KEY_TENSORS, added_keys, added_keys_state
-from edgeattn.quantized.layer import INPUTS, QuantizedMultiHeadAttention
+from edgeattn.quantized.layer import INPUTS, SHORT, QuantizedMultiHeadAttention
 from edgeattn.quantized.parameters import QuantizedLinear, frozen
 
 
@@ -30,8 +30,8 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention):
     num_heads : int
         H.
     weights : mapping
-        "query" (H*D, Eq), "key" (Hkv*D, Ek), "value" (Hkv*Dv, Ev) and, with an output projection, "output"
-        (Eo, H*Dv): QuantizedLinear without a bias.
+        "query" (H*D, Eq), "key" (Hkv*D, Ek), "value" (Hkv*Dv, Ev) and, where there are an output projection and a gate,
+        "output" (Eo, H*Dv) and "gate" (H*Dv, Eq): QuantizedLinear without a bias.
     biases : mapping
         By the same names float32 (out_features,), where there is one. A key bias matters to added keys, a softcap and
         what a cache holds, to nothing else.
@@ -48,11 +48,10 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention):
         self.num_heads = count("num_heads", num_heads)
         self.num_kv_heads = self.num_heads if num_kv_heads is None else count("num_kv_heads", num_kv_heads)
         self.weights, self.biases = dict(weights), {}
-        names = (*INPUTS, "output")
-        unknown = sorted(set(self.weights) - set(names)) + sorted(set(biases) - set(self.weights))
+        unknown = sorted(set(self.weights) - set(SHORT)) + sorted(set(biases) - set(self.weights))
         missing = [name for name in INPUTS if name not in self.weights]
         if missing or unknown:
-            raise ValueError(f"weights and biases must be of {', '.join(names)}; "
+            raise ValueError(f"weights and biases must be of {', '.join(SHORT)}; "
                              f"missing {missing}, unexpected {unknown}")
         for name, bias in biases.items():
             self.biases[name] = frozen(bias, np.float32, f"bias of {name}")
@@ -65,7 +64,9 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention):
         self.head_dim, self.value_dim = q // H, v // Hkv
         fits = H % Hkv == 0 and (q, k, v) == (H * self.head_dim, Hkv * self.head_dim, Hkv * self.value_dim)
         merged = shapes.get("output", (0, H * self.value_dim))[1]
-        if not fits or not (self.head_dim and self.value_dim) or merged != H * self.value_dim:
+        fits = fits and merged == H * self.value_dim
+        fits = fits and shapes.get("gate", (merged, self.embed_dim)) == (merged, self.embed_dim)
+        if not fits or not (self.head_dim and self.value_dim):
             raise ValueError(f"weights of shapes {shapes} do not fit num_heads = {H} and num_kv_heads = {Hkv}")
         self.output_dim = shapes.get("output", (H * self.value_dim,))[0]
         self.scale = default_scale(self.head_dim)
@@ -75,7 +76,10 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention):
         def pair(name):
             return (self.weights[name].weight, self.weights[name].scale) if name in self.weights else None
 
-        self._kernel = DynamicLayer(H, Hkv, *map(pair, names), *(self.biases.get(name) for name in names), self.scale)
+        self.gated = "gate" in self.weights
+        self._fusible = not (self.extra_keys or self.gated)
+        fused = (*INPUTS, "output")
+        self._kernel = DynamicLayer(H, Hkv, *map(pair, fused), *(self.biases.get(name) for name in fused), self.scale)
 
     def __repr__(self):
         return (f"{type(self).__name__}(num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, "
@@ -87,22 +91,24 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention):
                  need_weights=False, average_attn_weights=False, out=None):
         """Attend from ``query`` to ``key`` and ``value``; arguments and result as ``MultiHeadAttention``'s.
 
-        With ``softcap``, ``kv_cache``, ``need_weights`` or added keys the projections alone are int8: what lies
+        With ``softcap``, ``kv_cache``, ``need_weights``, added keys or a gate the projections alone are int8: what lies
         between them is computed in float32, or as the cache stores it.
         """
-        if key is None and value is None and attn_mask is None and key_padding_mask is None and is_causal is False and (
-                out is None and type(query) is np.ndarray and query.dtype == np.float32 and query.ndim == 3
+        if key is None and value is None and attn_mask is None and key_padding_mask is None and (
+                (is_causal is False or is_causal is True) and out is None and type(query) is np.ndarray
+                and query.dtype == np.float32 and query.ndim == 3
                 and query.shape[2] == self.embed_dim == self.kdim == self.vdim and query.flags.carray and query.size
                 and self.output_dim and need_weights is False and average_attn_weights is False
                 and window_size is NO_WINDOW and alibi_slopes is None and kv_cache is None and causal_alignment is None
-                and type(softcap) is float and not softcap and not self.extra_keys):
-            # what small layers are called with, again and again: self-attention, nothing masked
-            return self._kernel(query, query, query, np.empty((*query.shape[:2], self.output_dim), np.float32))
+                and type(softcap) is float and not softcap and self._fusible):
+            # what small layers are called with, again and again: self-attention, no mask but the causal one
+            result = np.empty((*query.shape[:2], self.output_dim), np.float32)
+            return self._kernel(query, query, query, result, band=causal_band(is_causal, query.shape[1]))
         call = check_call(
             self, query, key, value, attn_mask=attn_mask, key_padding_mask=key_padding_mask, is_causal=is_causal,
             causal_alignment=causal_alignment, window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes,
             kv_cache=kv_cache, need_weights=need_weights, average_attn_weights=average_attn_weights, out=out)
-        fused = not (call.need_weights or call.softcap or self.extra_keys or kv_cache is not None)
+        fused = self._fusible and not (call.need_weights or call.softcap or kv_cache is not None)
         result = np.empty((*call.query.shape[:2], self.output_dim), np.float32)
         if not (fused and result.size and call.query.size and call.key.size and call.value.size):
             return steps.attend(self, call)
@@ -122,7 +128,7 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention):
     def _linears(self):
         """The projections one by one, as ``steps`` takes them."""
         return {short: DynamicLinear(linear.weight, linear.scale, self.biases.get(name))
-                for short, name in zip(("q", "k", "v", "out"), (*INPUTS, "output"), strict=True)
+                for name, short in SHORT.items()
                 if (linear := self.weights.get(name)) is not None}
 
     def _to_state(self):

@@ -1,6 +1,8 @@
 """What the int8 layers have in common."""
 
 INPUTS = ("query", "key", "value")
+# All projections, and what the weights of a float layer call them.
+SHORT = {"query": "q", "key": "k", "value": "v", "output": "out", "gate": "gate"}
 
 
 class QuantizedMultiHeadAttention:

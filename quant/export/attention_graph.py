@@ -277,6 +277,8 @@ def float_graph(layer, *, batch: int, sequence_length: int, key_length: int | No
     if layer.extra_keys:
         raise ValueError("layer must have no bias_k, bias_v and add_zero_attn: the graph has no place for added keys; "
                          f"got {layer.extra_keys}")
+    if layer.gated:
+        raise ValueError("layer must have no gate_weight: the graph has no place for a gate")
     widths = (layer.embed_dim, layer.kdim, layer.vdim)
     if sources is None and widths[1] != widths[2]:
         sources = (0, 1, 2)

@@ -15,7 +15,6 @@ import numba
 
 import edgeattn
 from edgeattn.bundle import ABI_VERSION, FOOTER, HARDWARE_BITS, INPUTS, LARGEST, MAGIC, SIZES
-from edgeattn.layers import MultiHeadAttention
 from edgeattn.quantized import StaticMultiHeadAttention
 from quant.export.c_text import fill_template, float_literal
 from quant.export.linker import find_linker, link
@@ -88,9 +87,9 @@ def check_numba() -> None:
 def _check_layer(layer) -> None:
     if not all((layer.head_dim, layer.value_dim, layer.output_dim, layer.embed_dim, layer.kdim, layer.vdim)):
         raise ValueError(f"layer must have no empty axis to be compiled; got {layer!r}")
-    if isinstance(layer, MultiHeadAttention) and layer.extra_keys:
-        raise ValueError("layer must have neither bias_k, bias_v nor add_zero_attn to be compiled: the kernels know no "
-                         "keys that are no tokens")
+    if not isinstance(layer, StaticMultiHeadAttention) and (layer.extra_keys or layer.gated):
+        raise ValueError("layer must have neither bias_k, bias_v, add_zero_attn nor gate_weight to be compiled: the "
+                         "kernels know no keys that are no tokens, and no gate")
 
 
 def _describe(layer, prefix: str, target: str, row: Target) -> dict:
