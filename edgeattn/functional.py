@@ -10,6 +10,7 @@ from edgeattn.cpu import functional_dynamic, functional_float32, plain
 from edgeattn.masks import resolve_mask
 
 _NO_WINDOW = (-1, -1)
+_ATTENTION = {"float32": functional_float32.attention, "int8": functional_dynamic.attention}
 _SMALLEST_SOFTCAP = 1e-30  # its reciprocal is a float32 too
 
 
@@ -96,14 +97,14 @@ def scaled_dot_product_attention(
     """
     if (attn_mask is None and causal_alignment is None and type(softcap) is float and not softcap
             and window_size is _NO_WINDOW and kv_lengths is None and alibi_slopes is None and return_weights is False
-            and return_lse is False and type(precision) is str and precision == "float32"
+            and return_lse is False and type(precision) is str and precision in _ATTENTION
             and (is_causal is False or is_causal is True) and (enable_gqa is False or enable_gqa is True)
             and _is_usual(query, key, value, is_causal, out)):
         # what small attention is called with, again and again: nothing to convert, no mask but the causal one
         result = np.empty_like(query) if out is None else out
         scale = default_scale(query.shape[3]) if scale is None else number("scale", scale)
         band = (-2 * key.shape[2], 0) if is_causal else None
-        return functional_float32.attention(query, key, value, result, scale, band=band)
+        return _ATTENTION[precision](query, key, value, result, scale, band=band)
     on_cuda = not isinstance(query, np.ndarray) and hasattr(query, "__cuda_array_interface__")
     if not is_one_of(precision, ("float32",)):
         _check_precision(precision, softcap, return_weights, return_lse, on_cuda)

@@ -17,6 +17,7 @@ from edgeattn.checks import (
     to_float32,
 )
 from edgeattn.cpu import functional_float32, plain
+from edgeattn.cpu.cache_int8 import quantize_into
 from edgeattn.cpu.decode import decode
 from edgeattn.functional import checked_softcap, default_scale
 from edgeattn.masks import resolve_mask
@@ -24,6 +25,7 @@ from edgeattn.masks import resolve_mask
 _DTYPES = ("float32", "int8")
 _LARGEST_POSITION = 2**31 - 1
 _LARGEST_CODE = np.float32(127)
+_NO_WINDOW = (-1, -1)
 
 
 class KVCache:
@@ -257,7 +259,7 @@ class KVCache:
         is_causal=False,
         scale=None,
         softcap=0.0,
-        window_size=(-1, -1),
+        window_size=_NO_WINDOW,
         alibi_slopes=None,
         position=None,
         return_weights=False,
@@ -306,6 +308,14 @@ class KVCache:
         TypeError, ValueError
             Naming the argument, what was required and what came.
         """
+        if (attn_mask is None and key_padding_mask is None and (is_causal is False or is_causal is True)
+                and type(softcap) is float and not softcap and window_size is _NO_WINDOW and alibi_slopes is None
+                and position is None and return_weights is False and out is None and self._is_next(query)):
+            # what a decoding loop calls again and again: one query, that of the last token; it sees all before it
+            scale = default_scale(self.head_dim) if scale is None else number("scale", scale)
+            result = np.empty((*query.shape[:3], self.value_dim), np.float32)
+            self._attend_last(query, scale, 0.0, result)
+            return result
         query = float_array("query", query)
         return_weights = flag("return_weights", return_weights)
         heads, queries, position = self._check_query(query, position)
@@ -328,6 +338,24 @@ class KVCache:
         self._attend(to_float32(query), mask, scale, softcap, result, weights)
         result = deliver(result, out, dtype)
         return (result, deliver(weights, None, dtype)) if return_weights else result
+
+    def _is_next(self, query):
+        """Whether `query` is float32 (B, H, 1, D) in C order that nothing needs to be done to, and there are tokens."""
+        if type(query) is not np.ndarray or query.dtype != np.float32 or query.ndim != 4 or not query.flags.carray:
+            return False
+        batch, heads, queries, size = query.shape
+        return (queries == 1 and batch == self.batch and size == self.head_dim and heads > 0
+                and heads % self.num_kv_heads == 0 and self._length > 0)
+
+    def _attend_last(self, query, scale, softcap, out):
+        """`_attend` of one query that stands at the last token and sees all of the cache's window."""
+        last = self._first + self._length - self._start
+        first = self._first if self.window is None else max(self._first, last - self.window)
+        key_scales = value_scales = None
+        if self._key_scales is not None:
+            key_scales, value_scales = self._key_scales[:, :, first:last], self._value_scales[:, :, first:last]
+        decode(query[:, :, 0], self._keys[:, :, first:last], self._values[:, :, first:last], out[:, :, 0], scale,
+               softcap, k_scale=key_scales, v_scale=value_scales)
 
     def _check_query(self, query, position):
         """(heads, queries, position) of a query of `attend`, the position found where it is None."""
@@ -425,8 +453,8 @@ class KVCache:
             self._keys[:, :, slots] = _quantize_by(self.scales[0], key)
             self._values[:, :, slots] = _quantize_by(self.scales[1], value)
         else:
-            self._keys[:, :, slots], self._key_scales[:, :, slots] = _quantize_rows(key)
-            self._values[:, :, slots], self._value_scales[:, :, slots] = _quantize_rows(value)
+            quantize_into(key, self._keys[:, :, slots], self._key_scales[:, :, slots])
+            quantize_into(value, self._values[:, :, slots], self._value_scales[:, :, slots])
         self._length += tokens
 
     def _attend(self, query, mask, scale, softcap, out, weights=None, added=None):
@@ -485,21 +513,6 @@ def _quantize_by(scale, x):
     """int8 codes of x by one scale, saturated."""
     with np.errstate(over="ignore"):  # what saturates
         return np.clip(np.rint(x / np.float32(scale)), -_LARGEST_CODE, _LARGEST_CODE).astype(np.int8)
-
-
-def _quantize_rows(x):
-    """(codes int8 (..., size), scale float32 (...)): x = codes * scale, scale = max|x| / 127."""
-    with np.errstate(invalid="ignore", over="ignore"):
-        scale = np.abs(x).max(-1) / _LARGEST_CODE
-        # zeros, and scales that float32 holds only in part
-        scale = np.where(scale < np.finfo(np.float32).tiny, np.float32(0), scale)
-        codes = x / np.where(scale > 0, scale, np.float32(1))[..., None]
-        codes = np.clip(np.rint(codes), -_LARGEST_CODE, _LARGEST_CODE)
-    if not np.isfinite(scale).all():
-        # 0 * NaN is NaN: what was not finite is seen by whoever attends to it
-        codes = np.where(np.isfinite(scale)[..., None], codes, 0)
-        scale = np.where(np.isfinite(scale), scale, np.float32(np.nan))
-    return codes.astype(np.int8), scale
 
 
 def _visible(mask):

@@ -175,6 +175,22 @@ def test_int8_rows_of_zeros_and_tiny_numbers_are_zeros():
     assert (target.attend(np.ones((1, 1, 1, 4), np.float32)) == 0).all()
 
 
+@pytest.mark.parametrize("size", [1, 5, 16, 33, 64, 100])
+def test_int8_codes_are_the_nearest_to_each_row_over_its_scale(size):
+    rng = np.random.default_rng(size)
+    x = (rng.standard_normal((2, 3, 9, size)) * 10.0 ** rng.integers(-30, 30, (2, 3, 9, 1))).astype(np.float32)
+    x[0, 0, :3] = np.array([[0], [1e-37], [5]])  # the second with a scale that float32 holds only in part
+    x[0, 0, 3] = np.resize([127, 0.5, 1.5, -2.5], size)  # ties
+    holder = KVCache(2, 3, 12, size, dtype="int8")
+    holder.append(x[:, :, :4], x[:, :, :4])
+    holder.append(x[:, :, 4:], x[:, :, 4:])
+    scale = np.abs(x).max(-1) / np.float32(127)
+    scale[scale < np.finfo(np.float32).tiny] = 0
+    codes = np.rint(x / np.where(scale > 0, scale, np.float32(1))[..., None]).astype(np.int8)
+    for held in holder.held():
+        np.testing.assert_array_equal(held, codes * scale[..., None])
+
+
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_what_is_not_finite_reaches_those_who_see_it_and_no_others(dtype, bad):

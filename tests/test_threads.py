@@ -76,11 +76,11 @@ def test_thread_count_is_checked(n, error, message):
 PROGRAM = """
 import numpy as np
 import edgeattn
-from edgeattn.cpu import decode_float32, decode_int8, functional_dynamic, fused, fused_dynamic, fused_int8
+from edgeattn.cpu import cache_int8, decode_float32, decode_int8, functional_dynamic, fused, fused_dynamic, fused_int8
 from edgeattn.quantized import (
     DynamicMultiHeadAttention, QuantizedLinear, StaticMultiHeadAttention, TensorQuantization)
 kernels = (fused.layer_float32, fused_int8.layer_int8, fused_dynamic.layer_dynamic, fused.attention_float32,
-           decode_float32.decode, decode_int8.decode, functional_dynamic.attention_dynamic)
+           decode_float32.decode, decode_int8.decode, functional_dynamic.attention_dynamic, cache_int8.store_rows)
 assert not any(kernel.signatures for kernel in kernels), "importing compiled a kernel"
 w = np.eye(16, dtype=np.float32)
 edgeattn.MultiHeadAttention(2, w, w, w, w)(np.ones((1, 3, 16), np.float32))
@@ -111,5 +111,5 @@ def test_later_processes_compile_nothing_and_add_no_files(tmp_path):
     run_program(NUMBA_CACHE_DIR=str(tmp_path))
     files = sorted(tmp_path.rglob("*"))
     for _ in range(3):
-        assert run_program(NUMBA_CACHE_DIR=str(tmp_path)) == ["1/0"] * 7
+        assert run_program(NUMBA_CACHE_DIR=str(tmp_path)) == ["1/0"] * 8
     assert sorted(tmp_path.rglob("*")) == files

@@ -1,4 +1,6 @@
 """Attention on given queries, keys and values with int8 products: float32 in and out, quantized at run time."""
+import functools
+
 import numpy as np
 
 from edgeattn import threads
@@ -191,6 +193,15 @@ def plan(p, masked):
     return shared, private
 
 
+@functools.lru_cache(64)
+def _plan_of(q, k, v, masked):
+    """(parameters, shared elements, private elements) for arrays of these shapes."""
+    p = np.zeros(A_COUNT, np.int64)
+    p[A_B], p[A_H], p[A_L], p[A_D] = q
+    p[A_KV_HEADS], p[A_S], p[A_DV] = k[1], k[2], v[3]
+    return p, *map(int, plan(p, masked))
+
+
 def attention(q, k, v, out, scale, keep=None, bias=None, band=None):
     """out (B, H, L, Dv) = softmax(q k^T scale, masked) v, products in int8.
 
@@ -203,16 +214,16 @@ def attention(q, k, v, out, scale, keep=None, bias=None, band=None):
         As `functional_float32.attention` takes them.
     """
     global _run
-    p = np.zeros(A_COUNT, np.int64)
-    p[A_B], p[A_H], p[A_L], p[A_D] = q.shape
-    p[A_KV_HEADS], p[A_S], p[A_DV] = k.shape[1], k.shape[2], v.shape[3]
+    masked = keep is not None or bias is not None
+    p, shared, private = _plan_of(q.shape, k.shape, v.shape, masked)
+    if masked or band is not None:
+        p = p.copy()
     if band is not None:
         p[A_BAND], p[A_LOW], p[A_HIGH] = 1, band[0], band[1]
     if keep is not None:
         p[A_KEEP_B:A_KEEP_S + 1] = _strides(keep, None)
     if bias is not None:
         p[A_BIAS_B:A_BIAS_S + 1] = _strides(bias, None)
-    shared, private = plan(p, keep is not None or bias is not None)
     keep = _NO_KEEP if keep is None else keep.reshape(-1).view(np.uint8)
     bias = _NO_BIAS if bias is None else bias.reshape(-1)
     arguments = (*(np.ascontiguousarray(a).reshape(-1) for a in (q, k, v)), out.reshape(-1), p, np.float32(scale), keep,
@@ -221,3 +232,4 @@ def attention(q, k, v, out, scale, keep=None, bias=None, band=None):
         _run = entry(attention_dynamic, (*arguments, np.zeros(1, np.int32), np.zeros(1, np.int64), 1))
     threads.run(_run, arguments, np.int32, shared, private, q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
                 * (q.shape[3] + v.shape[3]))
+    return out

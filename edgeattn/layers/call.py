@@ -108,6 +108,11 @@ def resolve_call_mask(shape, cache, *, causal_alignment, window_size, **masks):
     return mask, cache._pieces(queries, keys, mask.right)
 
 
+def causal_band(is_causal, length):
+    """`Mask.for_kernels`'s band where queries and keys are the same tokens: None, or what no query sees cut off."""
+    return (-2 * length, 0) if is_causal else None
+
+
 def check_cache(layer, cache, causal_alignment):
     """Raise unless `cache` is one of the sizes of `layer`, and knows the positions alone."""
     if not isinstance(cache, KVCache):

@@ -8,7 +8,7 @@ from edgeattn.checks import to_float32
 from edgeattn.cpu.layer_float32 import FloatLayer
 from edgeattn.cpu.linear import Linear
 from edgeattn.layers import steps
-from edgeattn.layers.call import NO_WINDOW, check_call, check_inputs
+from edgeattn.layers.call import NO_WINDOW, causal_band, check_call, check_inputs
 from edgeattn.layers.weights import AttentionWeights
 from edgeattn.masks import torch_masks
 
@@ -129,15 +129,16 @@ class MultiHeadAttention(AttentionWeights):
         TypeError, ValueError
             Naming the argument, what was required and what came.
         """
-        if key is None and attn_mask is None and key_padding_mask is None and is_causal is False and (
-                need_weights is False and out is None and type(query) is np.ndarray and query.dtype == np.float32
-                and query.ndim == 3 and query.shape[2] == self.embed_dim == self.kdim == self.vdim
+        if key is None and attn_mask is None and key_padding_mask is None and (
+                (is_causal is False or is_causal is True) and need_weights is False and out is None
+                and type(query) is np.ndarray and query.dtype == np.float32 and query.ndim == 3
+                and query.shape[2] == self.embed_dim == self.kdim == self.vdim
                 and query.flags.carray and query.size and value is None and self._fusible
                 and window_size is NO_WINDOW and alibi_slopes is None and kv_cache is None and causal_alignment is None
                 and average_attn_weights is False and type(softcap) is float and not softcap):
-            # what small layers are called with, again and again: self-attention, nothing masked
+            # what small layers are called with, again and again: self-attention, no mask but the causal one
             result = np.empty((*query.shape[:2], self.output_dim), np.float32)
-            return self._kernel(query, query, query, result)
+            return self._kernel(query, query, query, result, band=causal_band(is_causal, query.shape[1]))
         call = check_call(
             self, query, key, value, attn_mask=attn_mask, key_padding_mask=key_padding_mask, is_causal=is_causal,
             causal_alignment=causal_alignment, window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes,

@@ -11,7 +11,7 @@ from edgeattn import arithmetic as rules
 from edgeattn.arithmetic import CODE_MIN
 from edgeattn.checks import as_array, check_out, count, deliver, flag, float_array, is_one_of, number, result_dtype
 from edgeattn.cpu.layer_int8 import StaticLayer
-from edgeattn.layers.call import NO_WINDOW, check_cache, resolve_call_mask
+from edgeattn.layers.call import NO_WINDOW, causal_band, check_cache, resolve_call_mask
 from edgeattn.masks import resolve_mask
 from edgeattn.quantized import steps
 from edgeattn.quantized.layer import INPUTS, QuantizedMultiHeadAttention
@@ -359,14 +359,16 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         TypeError, ValueError
             Naming the argument, what was required and what came.
         """
-        if key is None and value is None and attn_mask is None and key_padding_mask is None and is_causal is False and (
-                out is None and self._classes is None and type(query) is np.ndarray and query.dtype == np.int8
-                and query.ndim == 3 and query.shape[2] == self.embed_dim and query.flags.carray and query.size
+        if key is None and value is None and attn_mask is None and key_padding_mask is None and (
+                (is_causal is False or is_causal is True) and out is None and self._classes is None
+                and type(query) is np.ndarray and query.dtype == np.int8 and query.ndim == 3
+                and query.shape[2] == self.embed_dim and query.flags.carray and query.size
                 and self.sources == (0, 0, 0) and self.output_dim and window_size is NO_WINDOW and kv_cache is None
                 and need_weights is False and causal_alignment is None):
-            # what small layers are called with, again and again: self-attention, nothing masked
+            # what small layers are called with, again and again: self-attention, no mask but the causal one
             result = np.empty((*query.shape[:2], self.output_dim), np.int8)
-            return self._kernel(query, query, query, result, None, None, None, self._tables)
+            return self._kernel(query, query, query, result, None, causal_band(is_causal, query.shape[1]), None,
+                                self._tables)
         need_weights = flag("need_weights", need_weights)
         query, key, value = self._check_codes(query, key, value)
         lead, L, S = query.shape[:-2], query.shape[-2], key.shape[-2]
