@@ -1,7 +1,7 @@
 # Everything is run from an environment of its own in .venv, which the first target that needs it builds.
 #   make test PYTHON=python3.12      use this Python instead of the first suitable one
 #   make test VENV=.venv-312         keep the environment somewhere else
-#   make test ARGS="-k softmax -x"   further arguments for pytest
+#   make test ARGS="-k softmax -x"   further arguments for pytest ("-n 0": in one process)
 #   make bench ARGS="..."            ... or for the benchmark
 
 VENV ?= .venv
@@ -44,7 +44,7 @@ run: $(ready) ## the main job: float, int8, report, .tflite
 	@$(run_python) examples/digits/run.py $(ARGS)
 
 test: $(ready) ## the test suite
-	@$(run_python) -m pytest $(ARGS)
+	@$(run_python) -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-cortex-m: $(ready) ## exported C on emulated ARM processors
 	@$(run_python) tools/cortex_m/run.py $(ARGS)

@@ -1,6 +1,21 @@
-"""Options of the test suite."""
+"""Options of the test suite, its order, and how many processes it runs in."""
+
+import os
 
 import pytest
+
+# These compile most; they come first, so that no process is left with one of them when the others have ended.
+FIRST = """test_instruction_sets test_threads test_bundle test_generated_code test_export_c""".split()
+# What these hold does not depend on NumPy: instructions, compiled loops, caches, emulated processors, C. `--numpy` leaves
+# them out, for a leg that repeats the suite on another NumPy.
+WITHOUT_NUMPY = """
+    test_arm64 test_crew test_cuda_compile test_cuda_float32 test_cuda_instructions test_cuda_int8 test_cuda_layers
+    test_cuda_mutations test_decode test_dynamic_kernels test_export_c test_generated_code test_instruction_sets test_isa
+    test_jit test_kernels_float32 test_kernels_int8 test_simd test_threads
+""".split()
+
+# Each process compiles kernels and loads interpreters: more of them than fit into memory would end each other.
+WORKER_BYTES = 2**30
 
 
 def pytest_addoption(parser):
@@ -12,6 +27,26 @@ def pytest_addoption(parser):
     parser.addoption(
         "--long", action="store_true",
         help="the long form of tests/test_cuda_*.py: every shape, and the CPU's kernels beside")
+    parser.addoption("--numpy", action="store_true", help="leave out the files whose results do not depend on NumPy")
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Leave out what `--numpy` leaves out."""
+    return True if config.getoption("numpy") and collection_path.stem in WITHOUT_NUMPY else None
+
+
+def pytest_collection_modifyitems(items):
+    """FIRST first, the others in the order of their names."""
+    items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """What `-n auto` means: one process a core, as far as there is memory for them; 0 is this process alone."""
+    with open("/proc/meminfo", encoding="ascii") as file:
+        available = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    workers = min(len(os.sched_getaffinity(0)), available // WORKER_BYTES)
+    return workers if workers > 1 else 0
 
 
 @pytest.fixture

@@ -282,7 +282,7 @@ def test_other_arithmetics_are_refused(tmp_path, layer, arithmetic):
 
 
 @pytest.mark.parametrize("name", ["int.c", "2nd.c", "my-layer.c", "_a.c", "a b.c", "stdint.c", "String.c", "\N{GREEK SMALL LETTER ALPHA}.c",
-                                  "arm_nnfunctions.c", "a.b.c", ".c.c"])
+                                  "arm_nnfunctions.c", "a.b.c", ".c.c", "softmax.c", "linear.c", "query_weight.c", "arm_softmax.c"])
 def test_names_that_c_does_not_take_are_refused(tmp_path, layer, name):
     with pytest.raises(ValueError, match="path must (not )?be named"):
         quant.export(layer, tmp_path / name, sequence_length=3)

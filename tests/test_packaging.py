@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import conftest
 import pytest
 from packaging.requirements import Requirement
 
@@ -265,3 +266,20 @@ def test_every_script_that_make_runs_exists():
     scripts = re.findall(r"(?:examples|tools)/[\w/-]+\.(?:py|sh)", makefile())
     assert scripts
     assert [name for name in scripts if not (ROOT / name).is_file()] == []
+
+
+# -- the suite itself ------------------------------------------------------------------------------
+
+
+def test_files_that_the_suite_treats_apart_exist():
+    tests = {path.stem for path in (ROOT / "tests").glob("test_*.py")}
+    assert set(conftest.FIRST) < tests
+    assert set(conftest.WITHOUT_NUMPY) < tests
+
+
+def test_processes_are_as_many_as_cores_and_memory_allow(monkeypatch):
+    monkeypatch.setattr(conftest, "WORKER_BYTES", 1)
+    monkeypatch.setattr(conftest.os, "sched_getaffinity", lambda _: {0, 1, 2})
+    assert conftest.pytest_xdist_auto_num_workers() == 3
+    monkeypatch.setattr(conftest, "WORKER_BYTES", 2**60)
+    assert conftest.pytest_xdist_auto_num_workers() == 0

@@ -69,6 +69,7 @@ def write_c(layer, stem: str, *, batch: int = 1, sequence_length: int, key_lengt
     passes = score_passes(layer, lengths.scores)
     _check_sizes(layer, lengths)
     values = {**_names(layer, stem, lengths), **_body(layer, passes), **_header(layer, stem, lengths, passes)}
+    _check_names(stem, fill_template("layer.c", values | {"stem": ""}))
     result = {f"{stem}.c": fill_template("layer.c", values), f"{stem}.h": fill_template("layer.h", values)}
     if test_vectors is not None:
         result |= vectors_c(layer, stem, input_names(layer), lengths, test_vectors)
@@ -84,6 +85,13 @@ def check_stem(stem: str) -> None:
         raise ValueError(f"path must not be named by a keyword of C; got {stem!r}")
     if stem.lower() in C_HEADERS:
         raise ValueError(f"path must not be named like a header, {stem.lower()}.h, that C files include; got {stem!r}")
+
+
+def _check_names(stem: str, text: str) -> None:
+    """Refuse a stem whose function has the name of something else in the file."""
+    if re.search(rf"\b{stem}_s8\b", text):
+        raise ValueError(f"path must not be named {stem!r}: the file has a {stem}_s8 of its own beside the function "
+                         "that gets that name")
 
 
 def check_layer(layer) -> None:
