@@ -2,6 +2,7 @@
 import contextlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -369,16 +370,41 @@ def test_edgeattn_alone_prints_its_help(capsys):
     assert "\n    info " in shown
 
 
-def test_edgeattn_warmup_compiles_once_and_says_so(folder):
+AFTER_WARMUP = """
+import sys
+import numpy as np
+from numba.core import event
+compiled = event.RecordingListener()
+event.register("numba:compile", compiled)
+import edgeattn
+x = np.random.default_rng(0).standard_normal((2, 7, 32)).astype(np.float32)
+for path in sys.argv[1:]:
+    layer = edgeattn.load(path)
+    layer(x), layer(x, is_causal=True), layer(x, x, x, attn_mask=np.tri(7, dtype=bool), window_size=(3, -1),
+                                              causal_alignment="upper_left")
+    for dtype in ["int8"] if path == "int8.safetensors" else ["float32", "int8"]:
+        cache = edgeattn.KVCache.for_layer(layer, 2, 9, dtype=dtype)
+        layer(x, kv_cache=cache, is_causal=True), layer(x[:, :1], kv_cache=cache)
+    assert not compiled.buffer, (path, compiled.buffer)
+"""
+
+
+def test_after_edgeattn_warmup_nothing_is_compiled(folder):
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(folder / "kernels"), "PYTHONPATH": str(ROOT)}
     layer = random_layer(2)
     edgeattn.save(quant.quantize(layer, quant.calibrate(layer, [random_input(1, 2, 9, 32)])), "int8.safetensors")
-    command = [sys.executable, "-m", "edgeattn", "warmup", "layer.safetensors", "int8.safetensors", "--length", "5"]
+    edgeattn.save(quant.quantize(layer, scheme="dynamic"), "dynamic.safetensors")
+    paths = ["layer.safetensors", "int8.safetensors", "dynamic.safetensors"]
+    command = [sys.executable, "-m", "edgeattn", "warmup", *paths, "--length", "5"]
     shown = [subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
              for _ in range(2)]
-    assert len(shown[0]) == 3 and "kernels" in shown[0][2]
-    assert all("layer.safetensors, 5 tokens" in first or "int8.safetensors, 5 tokens" in first for first in shown[0][:2])
-    assert all(line.endswith("nothing to compile") for line in shown[1][:2])
+    assert len(shown[0]) == 4 and "kernels" in shown[0][3]
+    for path, first, second in zip(paths, *shown, strict=False):
+        assert re.fullmatch(rf"{path}, 5 tokens: [0-9.]+ s, [1-9]\d* kernels? compiled", first)
+        assert second.startswith(f"{path}, 5 tokens: ") and second.endswith("nothing to compile")
+    done = subprocess.run([sys.executable, "-W", "error", "-c", AFTER_WARMUP, *paths], env=environment, text=True,
+                          capture_output=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_edgeattn_bench_times_every_layer_and_length(folder, capsys):
