@@ -77,7 +77,7 @@ def scaled_dot_product_attention(
     precision : {"float32", "int8", "float16", "tf32"}
         Of the two products; the softmax and all sums stay float32. "int8" quantizes every query, key, value and row of
         probabilities by its own range as it comes, as dynamic int8 layers do; without `softcap`, `return_weights` and
-        `return_lse`, and not on CUDA. "float16" and "tf32" (10 bits of fraction, the range of float32) are for arrays
+        `return_lse`. "float16" and "tf32" (10 bits of fraction, the range of float32) are for arrays
         on a GPU, where tensor cores multiply them; float16 makes infinities of numbers from 65520 on.
     out : (..., H, L, Dv) array, optional
         Takes the result; of the result's dtype. It may overlap inputs.
@@ -212,8 +212,6 @@ def _check_precision(precision, softcap, return_weights, return_lse, on_cuda):
     for name, given in {"softcap": checked_softcap(softcap), **{n: flag(n, f) for n, f in flags.items()}}.items():
         if given:
             raise ValueError(f"{name} must be left out with precision='int8', got {given}; use precision='float32'")
-    if on_cuda:
-        raise ValueError("precision must be 'float32', 'float16' or 'tf32' for arrays on CUDA, got 'int8'")
 
 
 def default_scale(head_dim):

@@ -186,7 +186,7 @@ def _call(placed, query, key, value, softcap, kv_cache, need_weights, out, **mas
 
 
 class DynamicOnCuda(FloatOnCuda):
-    """A dynamic int8 layer on the GPU: int8 weights, activations, keys and values; queries and softmax float32."""
+    """A dynamic int8 layer on the GPU: every product int8, softmax float32; with `kv_cache` attention is float32."""
 
     def __init__(self, layer):
         OnCuda.__init__(self, layer)
@@ -194,12 +194,6 @@ class DynamicOnCuda(FloatOnCuda):
 
         weights = {name: (linear.weight, linear.scale) for name, linear in layer.weights.items()}
         self._kernels = DynamicLayer(layer.num_heads, layer.num_kv_heads, weights, layer.biases, layer.scale)
-
-    def __call__(self, query, key=None, value=None, *, kv_cache=None, **arguments):
-        """Attend from `query` to `key` and `value`, as `FloatOnCuda`; a cache is missing."""
-        if kv_cache is not None:
-            raise ValueError("kv_cache is missing on CUDA for dynamic layers; a float layer there takes an int8 cache")
-        return super().__call__(query, key, value, **arguments)
 
 
 class StaticOnCuda(OnCuda):
