@@ -74,10 +74,11 @@ def scaled_dot_product_attention(
     return_lse : bool
         Return log(sum(exp(scores))) over the permitted keys too: what is needed to join the results over parts
         of the keys. With the probabilities it gives the scores that softmax saw, log(weights) + lse.
-    precision : {"float32", "int8"}
-        Of the two products. "int8" quantizes every query, key, value and row of probabilities by its own range as it
-        comes, as dynamic int8 layers do; the softmax stays float32. Without `softcap`, `return_weights` and
-        `return_lse`, and not on CUDA.
+    precision : {"float32", "int8", "float16", "tf32"}
+        Of the two products; the softmax and all sums stay float32. "int8" quantizes every query, key, value and row of
+        probabilities by its own range as it comes, as dynamic int8 layers do; without `softcap`, `return_weights` and
+        `return_lse`, and not on CUDA. "float16" and "tf32" (10 bits of fraction, the range of float32) are for arrays
+        on a GPU, where tensor cores multiply them; float16 makes infinities of numbers from 65520 on.
     out : (..., H, L, Dv) array, optional
         Takes the result; of the result's dtype. It may overlap inputs.
 
@@ -112,7 +113,8 @@ def scaled_dot_product_attention(
         from edgeattn.on_cuda import functional as on_cuda
 
         arrays = (query, key, value, out, attn_mask, kv_lengths, alibi_slopes)
-        options = (is_causal, causal_alignment, scale, enable_gqa, softcap, window_size, return_weights, return_lse)
+        options = (is_causal, causal_alignment, scale, enable_gqa, softcap, window_size, return_weights, return_lse,
+                   precision)
         if on_cuda.again(arrays, options):
             return out
     grouped = flag("enable_gqa", enable_gqa)
@@ -123,8 +125,8 @@ def scaled_dot_product_attention(
         scale = default_scale(query.shape[-1]) if scale is None else number("scale", scale)
         return on_cuda.scaled_dot_product_attention(
             query, key, value, attn_mask, is_causal, causal_alignment, scale, softcap, window_size, kv_lengths,
-            alibi_slopes, return_weights, return_lse, out, functools.partial(_check_shapes, grouped=grouped),
-            (arrays, options))
+            alibi_slopes, return_weights, return_lse, precision, out,
+            functools.partial(_check_shapes, grouped=grouped), (arrays, options))
     query, key, value = (
         float_array(name, array) for name, array in (("query", query), ("key", key), ("value", value))
     )
@@ -198,15 +200,20 @@ def _is_usual(query, key, value, is_causal, out):
 
 
 def _check_precision(precision, softcap, return_weights, return_lse, on_cuda):
-    """Refuse what is no precision, and what the int8 products do not come with."""
-    if not is_one_of(precision, ("int8",)):
-        raise ValueError(f"precision must be 'float32' or 'int8', got {precision!r}")
+    """Refuse what is no precision, or none of where the arrays are, and what the int8 products do not come with."""
+    if not is_one_of(precision, ("int8", "float16", "tf32")):
+        raise ValueError(f"precision must be 'float32', 'int8', 'float16' or 'tf32', got {precision!r}")
+    if precision != "int8":
+        if not on_cuda:
+            raise ValueError(f"precision must be 'float32' or 'int8' for arrays on the CPU, got {precision!r}, which "
+                             "tensor cores have; leave it out, or pass arrays on a GPU")
+        return
     flags = {"return_weights": return_weights, "return_lse": return_lse}
     for name, given in {"softcap": checked_softcap(softcap), **{n: flag(n, f) for n, f in flags.items()}}.items():
         if given:
             raise ValueError(f"{name} must be left out with precision='int8', got {given}; use precision='float32'")
     if on_cuda:
-        raise ValueError("precision must be 'float32' for arrays on CUDA, got 'int8'")
+        raise ValueError("precision must be 'float32', 'float16' or 'tf32' for arrays on CUDA, got 'int8'")
 
 
 def default_scale(head_dim):

@@ -74,11 +74,12 @@ def is_wide(arrays):
 
 
 @functools.lru_cache(maxsize=256)
-def _attention_plan(q, k, v, out, numbers, processors):
+def _attention_plan(precision, q, k, v, out, numbers, processors):
     """(rows, chunk, grid, splits) and what the shapes alone say of P_..., for (shape, strides) pairs."""
     (B, H, L, D), (_, Hkv, S, _), Dv = q[0], k[0], v[0][3]
     rows = 32 if L <= 32 else 64
-    chunk = 32 if max(D, Dv) <= 32 else 64
+    # a piece as long as shared memory has room for: pieces of values cost the scores anew
+    chunk = 32 if max(D, Dv) <= 32 else 64 if max(D, Dv) <= 64 or precision != "float16" else 128
     value_chunks = max(ceil_div(Dv, chunk), 1)
     blocks = ceil_div(L, rows) * B * H * value_chunks
     splits = min(ceil_div(2 * processors, blocks), ceil_div(S, 4 * fa.KEYS))
@@ -96,8 +97,9 @@ def _attention_plan(q, k, v, out, numbers, processors):
 
 
 def attend(q, k, v, out, scale, softcap=0.0, *, left=-1, right=-1, offset=0, at_end=False, lengths=None, keep=None,
-           bias=None, slopes=None, lse=None, key_scale=None, value_scale=None, stream=0, like=None):
-    """softmax(q k^T scale + masks) v.
+           bias=None, slopes=None, lse=None, key_scale=None, value_scale=None, precision="float32", stream=0,
+           like=None):
+    """softmax(q k^T scale + masks) v, the two products in `precision`, a key of tiles.FORMS, with float32 sums.
 
     Parameters
     ----------
@@ -134,9 +136,10 @@ def attend(q, k, v, out, scale, softcap=0.0, *, left=-1, right=-1, offset=0, at_
     if key_scale is not None:
         numbers += enumerate(key_scale.strides, fa.P_SCALE_B)
     rows, chunk, grid, splits, p = _attention_plan(
-        *((x.shape, x.strides) for x in (q, k, v, out)), tuple(numbers), driver().processors())
+        precision, *((x.shape, x.strides) for x in (q, k, v, out)), tuple(numbers), driver().processors())
     wide = is_wide((q, k, v, out))
-    kernel = fa.attention(rows, chunk, q.dtype.name, k.dtype.name, wide, "float32" if splits > 1 else out.dtype.name)
+    kernel = fa.attention(precision, rows, chunk, q.dtype.name, k.dtype.name, wide,
+                          "float32" if splits > 1 else out.dtype.name)
     a = [q.pointer, k.pointer, v.pointer, out.pointer, address(lse), address(keep), address(bias), address(lengths),
          address(slopes), address(key_scale), address(value_scale)]
     p = list(p)
@@ -196,10 +199,13 @@ def as_heads(x, heads):
 
 
 class FloatLayer:
-    """A float32 multi-head layer on the device; weights as edgeattn.layers.MultiHeadAttention holds them."""
+    """A float32 multi-head layer on the device; weights as edgeattn.layers.MultiHeadAttention holds them.
 
-    def __init__(self, num_heads, num_kv_heads, weights, biases, scale):
-        self.heads, self.kv_heads, self.scale = num_heads, num_kv_heads, scale
+    `precision` is that of the two products of attention, as `attend` takes it; projections are float32.
+    """
+
+    def __init__(self, num_heads, num_kv_heads, weights, biases, scale, precision="float32"):
+        self.heads, self.kv_heads, self.scale, self.precision = num_heads, num_kv_heads, scale, precision
         self.weights = {name: _owned(weight) for name, weight in weights.items() if weight is not None}
         self.biases = {name: _owned(bias) for name, bias in biases.items() if bias is not None}
 
@@ -228,7 +234,8 @@ class FloatLayer:
         cache.took(tokens, None if cache.dtype == "float32" else (k, v), stream)
         last = "out" not in self.weights
         context = out if last else scratch((*xq.shape[:2], self.heads * value_size), np.float32, like)
-        cache.see(q, as_heads(context, self.heads), self.scale, stream=stream, like=like, **masks)
+        cache.see(q, as_heads(context, self.heads), self.scale, precision=self.precision, stream=stream, like=like,
+                  **masks)
         if not last:
             self.finish(context, out, stream)
 
@@ -242,7 +249,8 @@ class FloatLayer:
         q, k, v = self.projected((xq, xk, xv), stream, like)
         last = "out" not in self.weights
         context = out if last else scratch((*xq.shape[:2], self.heads * v.shape[3]), np.float32, like)
-        attend(q, k, v, as_heads(context, self.heads), self.scale, stream=stream, like=like, **masks)
+        attend(q, k, v, as_heads(context, self.heads), self.scale, precision=self.precision, stream=stream, like=like,
+               **masks)
         if not last:
             self.finish(context, out, stream)
 

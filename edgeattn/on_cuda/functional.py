@@ -102,7 +102,8 @@ def _remember(call, plan, has_bias, inputs, out):
 
 
 def scaled_dot_product_attention(query, key, value, attn_mask, is_causal, causal_alignment, scale, softcap, window_size,
-                                 kv_lengths, alibi_slopes, return_weights, return_lse, out, check_shapes, call):
+                                 kv_lengths, alibi_slopes, return_weights, return_lse, precision, out, check_shapes,
+                                 call):
     """`edgeattn.scaled_dot_product_attention` on the current stream; nothing waits, nothing is copied.
 
     scale and softcap are checked; `check_shapes` takes the three Views; `call` is what `again` will be asked with.
@@ -137,7 +138,7 @@ def scaled_dot_product_attention(query, key, value, attn_mask, is_causal, causal
         if lse_view is not None:
             lse_view = dataclasses.replace(lse_view, shape=(batch, heads, queries))
         plan = host.attend(four(q, heads), four(k, kv_heads), four(v, kv_heads), four(taken, heads), scale, softcap,
-                           lse=lse_view, stream=stream, like=like, **masks)
+                           lse=lse_view, precision=precision, stream=stream, like=like, **masks)
         if plan and out is not None and not return_lse:
             _remember(call, plan, "bias" in masks, (q, k, v), taken)
     return (result, lse) if return_lse else result

@@ -117,14 +117,17 @@ class OnCuda:
 class FloatOnCuda(OnCuda):
     """A float layer on the GPU; arguments and result as `MultiHeadAttention`'s, float32 on the device."""
 
-    def __init__(self, layer):
+    def __init__(self, layer, precision="float32"):
+        if precision not in ("float32", "float16", "tf32"):
+            raise ValueError(f"precision must be 'float32', 'float16' or 'tf32', got {precision!r}; for int8 see "
+                             "quant.quantize")
         super().__init__(layer)
         from edgeattn.cuda.host import FloatLayer
 
         names = ("q", "k", "v", "out")
         self._kernels = FloatLayer(
             layer.num_heads, layer.num_kv_heads, {name: getattr(layer, f"{name}_weight") for name in names},
-            {name: getattr(layer, f"{name}_bias") for name in names}, layer.scale)
+            {name: getattr(layer, f"{name}_bias") for name in names}, layer.scale, precision)
 
     def __call__(self, query, key=None, value=None, *, attn_mask=None, key_padding_mask=None, is_causal=False,
                  causal_alignment=None, window_size=NO_WINDOW, softcap=0.0, alibi_slopes=None, kv_cache=None,
