@@ -11,6 +11,7 @@ import reference
 import test_cuda_float32
 import test_cuda_int8
 import test_cuda_int8_functional
+import test_cuda_layers
 import test_cuda_precision
 from cases import Case
 from cuda_emulated import emulated_only
@@ -22,8 +23,8 @@ from edgeattn.cuda.language import Kernel, int32
 from edgeattn.cuda.ptx import load_b32, store_b32, thread
 
 pytestmark = [pytest.mark.usefixtures("device"), emulated_only]
-ORDER = ("tiles", "attention", "merge", "linear", "quantize", "smooth", "rules", "int8")
-IN_HOST = {"attention": "fa", "merge": "fm", "linear": "fl", "quantize": "qz", "smooth": "sm", "int8": "i8"}
+ORDER = ("tiles", "attention", "merge", "linear", "quantize", "smooth", "masks", "rules", "int8")
+IN_HOST = {"attention": "fa", "merge": "fm", "linear": "fl", "quantize": "qz", "smooth": "sm", "masks": "mk", "int8": "i8"}
 
 
 @contextlib.contextmanager
@@ -128,6 +129,10 @@ def check_codes():
     test_cuda_int8_functional.test_codes_and_scales_are_the_cpus(driver_module.driver())
 
 
+def check_padding():
+    test_cuda_layers.test_a_mask_and_padding_together((2, 2, 5, 9))
+
+
 def check_nan():
     case = Case("planted-nan", B=1, H=1, L=5, S=9, D=8)
     q, k, v = case.qkv()
@@ -201,7 +206,7 @@ def check_rules():
 CHECKS = [check_float, check_band, check_groups, check_masks, check_pieces, check_split, check_nan, check_static,
           check_fixed, check_u16, check_deep, check_wide, check_static_band, check_rules,
           check_half, check_tf32, check_half_masks, check_not_finite, check_dynamic, check_dynamic_window, check_dynamic_masks, check_offset,
-          check_codes]
+          check_codes, check_padding]
 
 MUTATIONS = [
     # float32 attention
@@ -258,6 +263,8 @@ MUTATIONS = [
     ("quantize", "divide(float32(127.0), largest)", "divide(float32(128.0), largest)", check_codes),
     ("quantize", "code = nearest(v * inverse)", "code = nearest(v * inverse - float32(0.5))", check_codes),
     ("quantize", "select_i(finite, code, int32(0))", "code", check_codes),
+    ("masks", "select_i(seen & real,", "select_i(seen,", check_padding),
+    ("masks", "times_wide(b, p[P_PADDING_B]) + ", "", check_padding),
     # int8
     ("int8", "v = int32(v - times(zk,", "v = int32(v + times(zk,", check_static),
     ("int8", "v = int32(v - times(zq,", "v = int32(v + times(zq,", check_static),

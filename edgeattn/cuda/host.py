@@ -9,6 +9,7 @@ import numpy as np
 from edgeattn.cuda import attention as fa
 from edgeattn.cuda import int8 as i8
 from edgeattn.cuda import linear as fl
+from edgeattn.cuda import masks as mk
 from edgeattn.cuda import merge as fm
 from edgeattn.cuda import quantize as qz
 from edgeattn.cuda import smooth as sm
@@ -172,6 +173,19 @@ def attend(q, k, v, out, scale, softcap=0.0, *, left=-1, right=-1, offset=0, at_
     driver().launch(fm.merge(out.dtype.name), (ceil_div(B * H * L * Dv, fm.THREADS), 1, 1),
                     [part.pointer, sums.pointer, sums.pointer + sums.strides[0], out.pointer, address(lse)], m, stream)
     return None
+
+
+def both(keep, padding, stream, like):
+    """`keep` (B or 1, H or 1, L or 1, S or 1) and `padding` (B, S), Views, as one of (B, H or 1, L or 1, S)."""
+    shape = (padding.shape[0], *keep.shape[1:3], padding.shape[1])
+    out = scratch(shape, np.bool_, like)
+    for array in (keep, padding, out):
+        check_reach("attn_mask and key_padding_mask together", array)
+    if out.size:
+        p = [out.size, *shape[1:], *spread(keep), *padding.strides]
+        driver().launch(mk.both(), (ceil_div(out.size, mk.THREADS), 1, 1), [keep.pointer, padding.pointer, out.pointer],
+                        p, stream)
+    return out
 
 
 def _smooth(k, masks, H, L, stream, like):

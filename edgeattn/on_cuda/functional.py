@@ -106,10 +106,12 @@ def scaled_dot_product_attention(query, key, value, attn_mask, is_causal, causal
                                  call):
     """`edgeattn.scaled_dot_product_attention` on the current stream; nothing waits, nothing is copied.
 
-    scale and softcap are checked; `check_shapes` takes the three Views; `call` is what `again` will be asked with.
+    scale, which may be None, and softcap are checked; `check_shapes` takes the three Views; `call` is what `again` will
+    be asked with.
     """
     from edgeattn.cuda import host
     from edgeattn.cuda.arrays import view
+    from edgeattn.functional import default_scale
 
     (q, k, v), like, stream = views(query=query, key=key, value=value)
     if return_weights:
@@ -119,6 +121,7 @@ def scaled_dot_product_attention(query, key, value, attn_mask, is_causal, causal
     if precision == "int8" and q.dtype != np.float32:
         raise TypeError(f"query must be float32 with precision='int8' on CUDA, got dtype {q.dtype}; convert it")
     check_shapes(q, k, v)
+    scale = default_scale(q.shape[-1]) if scale is None else scale
     lead, heads = (q.shape[:-3], q.shape[-3]) if q.ndim > 2 else ((), 1)
     queries, keys = q.shape[-2], k.shape[-2]
     shape = q.shape[:-1] + v.shape[-1:]
