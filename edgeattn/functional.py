@@ -44,7 +44,7 @@ def scaled_dot_product_attention(
     ----------
     query : (..., H, L, D) float16, float32 or float64 array
         All dtypes are computed in float32. The three may also have two axes, (L, D) and so on. Arrays on a GPU, with
-        `__cuda_array_interface__`, are computed there, docs/cuda.md says how; all arrays must be there then.
+        `__cuda_array_interface__` or DLPack, are computed there, docs/cuda.md says how; all arrays must be there then.
     key : (..., Hkv, S, D) array
     value : (..., Hkv, S, Dv) array
     attn_mask : bool or float array, broadcastable to (..., H, L, S), optional
@@ -77,7 +77,7 @@ def scaled_dot_product_attention(
     precision : {"float32", "int8", "float16", "tf32"}
         Of the two products; the softmax and all sums stay float32. "int8" quantizes every query, key, value and row of
         probabilities by its own range as it comes, as dynamic int8 layers do; without `softcap`, `return_weights` and
-        `return_lse`, and not on CUDA. "float16" and "tf32" (10 bits of fraction, the range of float32) are for arrays
+        `return_lse`. "float16" and "tf32" (10 bits of fraction, the range of float32) are for arrays
         on a GPU, where tensor cores multiply them; float16 makes infinities of numbers from 65520 on.
     out : (..., H, L, Dv) array, optional
         Takes the result; of the result's dtype. It may overlap inputs.
@@ -106,7 +106,7 @@ def scaled_dot_product_attention(
         scale = default_scale(query.shape[3]) if scale is None else number("scale", scale)
         band = (-2 * key.shape[2], 0) if is_causal else None
         return _ATTENTION[precision](query, key, value, result, scale, band=band)
-    on_cuda = not isinstance(query, np.ndarray) and hasattr(query, "__cuda_array_interface__")
+    on_cuda = not isinstance(query, np.ndarray) and _on_gpu(query)
     if not is_one_of(precision, ("float32",)):
         _check_precision(precision, softcap, return_weights, return_lse, on_cuda)
     if on_cuda:
@@ -122,7 +122,7 @@ def scaled_dot_product_attention(
     return_lse = flag("return_lse", return_lse)
     softcap = checked_softcap(softcap)
     if on_cuda:
-        scale = default_scale(query.shape[-1]) if scale is None else number("scale", scale)
+        scale = None if scale is None else number("scale", scale)
         return on_cuda.scaled_dot_product_attention(
             query, key, value, attn_mask, is_causal, causal_alignment, scale, softcap, window_size, kv_lengths,
             alibi_slopes, return_weights, return_lse, precision, out,
@@ -202,6 +202,17 @@ def _is_usual(query, key, value, is_causal, grouped, out):
         np.may_share_memory(out, array) for array in arrays[:3])
 
 
+def _on_gpu(array):
+    """Whether an array that is not NumPy's lies in a GPU's memory."""
+    if hasattr(array, "__cuda_array_interface__"):
+        return True
+    if not hasattr(array, "__dlpack_device__"):
+        return False
+    from edgeattn.cuda import dlpack
+
+    return dlpack.on_gpu(array)
+
+
 def _check_precision(precision, softcap, return_weights, return_lse, on_cuda):
     """Refuse what is no precision, or none of where the arrays are, and what the int8 products do not come with."""
     if not is_one_of(precision, ("int8", "float16", "tf32")):
@@ -215,8 +226,6 @@ def _check_precision(precision, softcap, return_weights, return_lse, on_cuda):
     for name, given in {"softcap": checked_softcap(softcap), **{n: flag(n, f) for n, f in flags.items()}}.items():
         if given:
             raise ValueError(f"{name} must be left out with precision='int8', got {given}; use precision='float32'")
-    if on_cuda:
-        raise ValueError("precision must be 'float32', 'float16' or 'tf32' for arrays on CUDA, got 'int8'")
 
 
 def default_scale(head_dim):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from workbench import needs_compiler
 
-from benchmarks import cases, contenders, decode, functional, limits, machine, measure, readme, start, targets
+from benchmarks import cases, contenders, cuda, decode, functional, limits, machine, measure, readme, start, targets
 from benchmarks.__main__ import main
 from benchmarks.contenders import OURS, Contender, WrongAnswerError
 from benchmarks.functional import Shape
@@ -286,3 +286,22 @@ def test_start_compares_forms_that_give_the_same_bytes(tmp_path, monkeypatch):
     monkeypatch.setitem(start.FORMS, "LiteRT", ("attention.tflite", "raise ValueError('no')"))
     with pytest.raises(RuntimeError, match="LiteRT failed: ValueError: no"):
         start.measure(tmp_path, rounds=1)
+
+
+def test_cuda_names_its_contenders_and_why_it_does_not_run(capsys, monkeypatch):
+    monkeypatch.setattr(cuda, "_why_not", lambda: "no GPU to run on: none is there")
+    assert cuda.main([]) == 1
+    said = capsys.readouterr()
+    assert all(contender.name in said.out for contender in cuda.CONTENDERS)
+    assert "bench-cuda: not run, no GPU to run on: none is there." in said.err
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("name", ["torch float32 math", "torch int8 _int_mm"])
+def test_cuda_contenders_attend(name, causal):
+    torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'edgeattn[peers]'")
+    (contender,) = (contender for contender in cuda.CONTENDERS if contender.name == name)
+    q, k, v = (torch.randn(2, 3, 24, 16, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    want = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=causal)
+    error = (contender.make(torch, q, k, v, causal)().double() - want).abs().max() / want.square().mean().sqrt()
+    assert error < cuda.ALLOWED[contender.precision]

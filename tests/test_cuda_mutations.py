@@ -10,6 +10,8 @@ import pytest
 import reference
 import test_cuda_float32
 import test_cuda_int8
+import test_cuda_int8_functional
+import test_cuda_layers
 import test_cuda_precision
 from cases import Case
 from cuda_emulated import emulated_only
@@ -21,8 +23,8 @@ from edgeattn.cuda.language import Kernel, int32
 from edgeattn.cuda.ptx import load_b32, store_b32, thread
 
 pytestmark = [pytest.mark.usefixtures("device"), emulated_only]
-ORDER = ("tiles", "attention", "merge", "linear", "quantize", "rules", "int8")
-IN_HOST = {"attention": "fa", "merge": "fm", "linear": "fl", "quantize": "qz", "int8": "i8"}
+ORDER = ("tiles", "attention", "merge", "linear", "quantize", "smooth", "masks", "rules", "int8")
+IN_HOST = {"attention": "fa", "merge": "fm", "linear": "fl", "quantize": "qz", "smooth": "sm", "masks": "mk", "int8": "i8"}
 
 
 @contextlib.contextmanager
@@ -106,6 +108,31 @@ def check_not_finite():
         test_cuda_precision.test_what_is_not_finite_goes_where_it_is_seen(name)
 
 
+def check_dynamic():
+    test_cuda_int8_functional.test_everything_without_a_softcap()
+
+
+def check_dynamic_window():
+    test_cuda_int8_functional.test_a_window_may_begin_at_any_key()
+
+
+def check_dynamic_masks():
+    for bad in (np.nan, 1e38):
+        test_cuda_int8_functional.test_what_is_behind_a_mask_stays_there(bad)
+
+
+def check_offset():
+    test_cuda_int8_functional.test_an_offset_that_all_keys_share_changes_little()
+
+
+def check_codes():
+    test_cuda_int8_functional.test_codes_and_scales_are_the_cpus(driver_module.driver())
+
+
+def check_padding():
+    test_cuda_layers.test_a_mask_and_padding_together((2, 2, 5, 9))
+
+
 def check_nan():
     case = Case("planted-nan", B=1, H=1, L=5, S=9, D=8)
     q, k, v = case.qkv()
@@ -178,7 +205,8 @@ def check_rules():
 
 CHECKS = [check_float, check_band, check_groups, check_masks, check_pieces, check_split, check_nan, check_static,
           check_fixed, check_u16, check_deep, check_wide, check_static_band, check_rules,
-          check_half, check_tf32, check_half_masks, check_not_finite]
+          check_half, check_tf32, check_half_masks, check_not_finite, check_dynamic, check_dynamic_window, check_dynamic_masks, check_offset,
+          check_codes, check_padding]
 
 MUTATIONS = [
     # float32 attention
@@ -219,6 +247,24 @@ MUTATIONS = [
     ("tiles", "both = (above > 0) & (below > 0)", "both = (above > 0) & (below < 0)", check_not_finite),
     ("tiles", "s[r, k] = select_f(bits_of(s[r, k]) == GONE, float32(0.0), float32(1.0))", "s[r, k] = float32(1.0)", check_not_finite),
     ("attention", "if careful:\n                    cuda.syncthreads()\n", "if careful:\n", check_not_finite),
+    # dynamic int8
+    ("attention", "first = int32(first & -4)", "first = int32(first)", check_dynamic_window),
+    ("attention", "s[r, k] = s[r, k] + value_log", "s[r, k] = s[r, k] - value_log", check_dynamic),
+    ("attention", "above = above - float32(_LOG2_255)", "above = above - float32(7.0)", check_dynamic),
+    ("attention", "row_sum = fma(s[r, k], read_f32(at), row_sum)", "row_sum = row_sum + s[r, k]", check_dynamic),
+    ("attention", "write_f32(int32(lists + t * 4), select_f(t < KEYS, w, value_log))",
+     "write_f32(int32(lists + t * 4), select_f(t < KEYS, w, w))", check_dynamic),
+    ("attention", "select_f(size == size, divide(float32(1.0), size), float32(0.0))", "divide(float32(1.0), size)", check_dynamic_masks),
+    ("tiles", "at = int32(to + times(int32(row + 8 * r), PITCH)", "at = int32(to + times(int32(row + r), PITCH)", check_dynamic),
+    ("smooth", "-mean)", "mean)", check_offset),
+    ("smooth", "divide(float32(1.0), select_f(good, size, float32(1.0)))", "float32(1.0)", check_dynamic),
+    ("smooth", "for n0 in range(0, queries, 4):", "for n0 in range(0, 1, 4):", check_dynamic),
+    ("smooth", "seen = select_f(good & kept, float32(1.0), seen)", "seen = float32(1.0)", check_dynamic_masks),
+    ("quantize", "divide(float32(127.0), largest)", "divide(float32(128.0), largest)", check_codes),
+    ("quantize", "code = nearest(v * inverse)", "code = nearest(v * inverse - float32(0.5))", check_codes),
+    ("quantize", "select_i(finite, code, int32(0))", "code", check_codes),
+    ("masks", "select_i(seen & real,", "select_i(seen,", check_padding),
+    ("masks", "times_wide(b, p[P_PADDING_B]) + ", "", check_padding),
     # int8
     ("int8", "v = int32(v - times(zk,", "v = int32(v + times(zk,", check_static),
     ("int8", "v = int32(v - times(zq,", "v = int32(v + times(zq,", check_static),

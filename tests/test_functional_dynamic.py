@@ -129,11 +129,3 @@ def test_scratch_grows_with_the_keys_alone():
 def test_refusals(options, complaint):
     with pytest.raises(ValueError, match=complaint):
         attend(*qkv(1, 1, 2, 4), **{"precision": "int8", **options})
-
-
-def test_arrays_on_cuda_are_refused():
-    class Array:
-        __cuda_array_interface__ = {}
-
-    with pytest.raises(ValueError, match="precision must be 'float32', 'float16' or 'tf32' for arrays on CUDA, got 'int8'"):
-        attend(Array(), Array(), Array(), precision="int8")

@@ -2,7 +2,7 @@
 
 Dao et al., "FlashAttention" (2022), algorithm 1. Letters: B batch, H query heads, Hkv key/value heads, L queries, S
 keys, D head size, Dv value size. A block has ROWS queries of one head, 64 keys at a time, 2 ROWS threads; tiles.py says
-who holds what, and has the products: float32 multiply-adds, or float16 or tf32 on the tensor cores, sums in float32.
+who holds what, and has the products: float32 multiply-adds, or float16, tf32 or int8 ones of the tensor cores.
 D is walked in pieces of CHUNK, Dv is cut into pieces of CHUNK along the grid, so any size works in the same memory.
 """
 import functools
@@ -41,6 +41,7 @@ from edgeattn.cuda.ptx import (
     load_uniform_64,
     maximum,
     quotient,
+    read_f32,
     remainder,
     select_f,
     shuffle_f,
@@ -53,6 +54,7 @@ from edgeattn.cuda.ptx import (
     times_wide,
     to_float,
     unpack_f16,
+    write_f32,
 )
 
 from .tiles import FORMS, KEYS
@@ -60,7 +62,8 @@ from .tiles import FORMS, KEYS
 FAR = 1 << 30  # beyond any distance between a query and a key
 
 # Addresses (int64), 0 where there is none.
-(A_Q, A_K, A_V, A_OUT, A_LSE, A_KEEP, A_BIAS, A_LENGTHS, A_SLOPES, A_KEY_SCALE, A_VALUE_SCALE, A_COUNT) = range(12)
+(A_Q, A_K, A_V, A_OUT, A_LSE, A_KEEP, A_BIAS, A_LENGTHS, A_SLOPES, A_KEY_SCALE, A_VALUE_SCALE, A_Q_SCALE,
+ A_COUNT) = range(13)
 # Numbers (int32). Strides are bytes, of B, H, L or S, and along the keys for masks; floats are given by their bits.
 (P_H, P_GROUP, P_L, P_S, P_D, P_DV, P_CHUNKS, P_VALUE_CHUNKS, P_SPLITS, P_OFFSET, P_AT_END, P_LEFT, P_RIGHT,
  P_LENGTHS_64, P_FACTOR, P_SOFTCAP, P_Q_B, P_Q_H, P_Q_L, P_K_B, P_K_H, P_K_S, P_V_B, P_V_H, P_V_S,
@@ -70,6 +73,8 @@ FAR = 1 << 30  # beyond any distance between a query and a key
 _LOG2_E = 1.4426950408889634
 _LN_2 = 0.6931471805599453
 _MINUS_INFINITY = float("-inf")
+_LOG2_255 = 7.994353436858858  # of the largest probability as a byte
+_SMALLEST_SCALE = 2.0**-60  # of values in int8, as of all int8 tensors
 _ROUND = 12582912.0  # 1.5 * 2**23: adding it leaves the nearest integer in the low bits
 # 2**r on [-0.5, 0.5], minimax in relative error, as edgeattn/cpu/softmax.py
 _C1, _C2, _C3, _C4, _C5 = (0.6931469775973295, 0.24022242082675763, 0.055507337448249136, 0.00967151281259882,
@@ -125,7 +130,16 @@ def fetch_int8(wide, address, good, left):
             to_float(load_s8(good & (left > 2), address + 2)), to_float(load_s8(good & (left > 3), address + 3)))
 
 
-FETCH = {"float32": (fetch_float32, 4), "float16": (fetch_float16, 2), "int8": (fetch_int8, 1)}  # and bytes a number
+@device
+def fetch_codes(wide, address, good, left):
+    """Four int8 codes as they are: one word, by its bits."""
+    word = load_b32(good & (left > 0), address)
+    return float_of_bits(word), float32(0.0), float32(0.0), float32(0.0)
+
+
+# format -> (function, bytes of a number)
+FETCH = {"float32": (fetch_float32, 4), "float16": (fetch_float16, 2), "int8": (fetch_int8, 1),
+         "codes": (fetch_codes, 1)}
 
 
 @device
@@ -164,6 +178,24 @@ def staging(fetch, size, scaled, chunk, threads, wide, put):
     return stage
 
 
+@functools.cache
+def staging_turned(chunk, threads, put):
+    """As `staging`, of int8 values that lie turned: a row of keys for each number of a value, P_V_S bytes apart."""
+    STEP = threads * 4 // KEYS
+
+    @device
+    def stage(a, p, values_at, t, value, scale_at, k0, last, d_out):
+        column = int32(t & 15)
+        for i in range(0, chunk, STEP):
+            row = int32((t >> 4) + i)
+            at = int32(times(int32(d_out + row), p[P_V_S]) + k0 + column * 4)
+            e0, e1, e2, e3 = fetch_codes(True, value + at, int32(k0 + column * 4) < last, int32(1))
+            put(values_at, row, column, e0, e1, e2, e3)
+        return float32(0.0)
+
+    return stage
+
+
 @specialised
 def attention(precision, rows, chunk, q_format, kv_format, wide, out_format):
     """The kernel for blocks of `rows` (32 or 64) queries and pieces of `chunk` numbers (32 or 64; 128 for float16).
@@ -175,6 +207,8 @@ def attention(precision, rows, chunk, q_format, kv_format, wide, out_format):
     rows, chunk : int
     q_format, kv_format : str
         Keys of FETCH. int8 keys and values have a scale each, A_KEY_SCALE and A_VALUE_SCALE (B, Hkv, S).
+        "codes" with precision "int8": int8 and padded with zeros to whole pieces, values turned (B, Hkv, Dv, S) in rows
+        of whole words, and A_Q_SCALE (B, H, L), which has the factor of the scores in it.
     wide : bool
         All rows of query, key, value and out begin at a multiple of four numbers, and D and Dv are such multiples.
     out_format : str
@@ -197,9 +231,12 @@ def attention(precision, rows, chunk, q_format, kv_format, wide, out_format):
     SHIFT, MASK = (chunk // 4).bit_length() - 1, chunk // 4 - 1  # the threads bring STEP rows at a time, in fours
     STEP = THREADS >> SHIFT
     (fetch_q, Q_SIZE), (fetch, SIZE) = FETCH[q_format], FETCH[kv_format]
-    SCALED, HALF = kv_format == "int8", out_format == "float16"
+    SCALED, HALF, CODES = kv_format == "int8", out_format == "float16", kv_format == "codes"
     OUT_SIZE = 2 if HALF else 4
-    stage_values = staging(fetch, SIZE, SCALED, chunk, THREADS, WIDE, form.put_value)
+    stage_values = (staging_turned(chunk, THREADS, form.put_value) if CODES else
+                    staging(fetch, SIZE, SCALED, chunk, THREADS, WIDE, form.put_value))
+    AT_LISTS = form.bytes  # of int8 products, a float32 per key: scale, the value's log2 of the scale, and its inverse
+    BYTES = form.bytes + (4 * KEYS * 4 if CODES else 0)
     SECOND = form.put_left is not None
     stage_left = staging(fetch, SIZE, SCALED, chunk, THREADS, WIDE, form.put_left) if SECOND else stage_values
     left_context = form.left_context if SECOND else form.context
@@ -244,6 +281,8 @@ def attention(precision, rows, chunk, q_format, kv_format, wide, out_format):
         if p[P_RIGHT] >= 0:
             high = int32(offset + p[P_RIGHT])
         first = int32(larger(0, int32(q0 + low)))
+        if CODES:
+            first = int32(first & -4)  # values are read four keys at a time
         last = int32(smaller(length, int32(int32(smaller(q0 + ROWS, L)) + high)))
         tiles = int32((larger(last - first, 0) + KEYS - 1) >> 6)
         per_split = quotient(int32(tiles + p[P_SPLITS] - 1), p[P_SPLITS])
@@ -261,6 +300,12 @@ def attention(precision, rows, chunk, q_format, kv_format, wide, out_format):
             total[r] = float32(0.0)
             for k in range(OUT):
                 o[r, k] = float32(0.0)
+        q_scale = cuda.local.array(QUERIES, float32)
+        lists = int32(base + AT_LISTS)
+        if CODES:
+            for r in range(QUERIES):
+                row = int32(row0 + down(r))
+                q_scale[r] = load_f32(row < L, a[A_Q_SCALE] + times_wide(times(block_y(), L), 4) + row * 4)
         for k0 in range(first, last, KEYS):
             k0 = int32(k0)
             # 2. scores, D in pieces; the queries stay where they are one piece
@@ -287,9 +332,24 @@ def attention(precision, rows, chunk, q_format, kv_format, wide, out_format):
                         w = load_f32(good, a[A_KEY_SCALE] + scale_at + times(int32(k0 + row), p[P_SCALE_S]))
                         e0, e1, e2, e3 = e0 * w, e1 * w, e2 * w, e3 * w
                     put_key(keys_at, row, column, e0, e1, e2, e3)
+                if CODES:
+                    i = int32(k0 + (t & (KEYS - 1)))
+                    at = int32(scale_at + times(i, p[P_SCALE_S]))
+                    w = load_f32((t < KEYS) & (i < last), a[A_KEY_SCALE] + at)
+                    size = load_f32(i < last, a[A_VALUE_SCALE] + at)
+                    size = maximum(size, float32(_SMALLEST_SCALE))
+                    value_log = float32(log(size)) * float32(_LOG2_E)
+                    write_f32(int32(lists + t * 4), select_f(t < KEYS, w, value_log))
+                    inverse = select_f(size == size, divide(float32(1.0), size), float32(0.0))  # NaN shows in its log
+                    write_f32(int32(lists + (t + 2 * KEYS) * 4), inverse)
                 cuda.syncthreads()
                 scores(base, keys_at, t, s, left, right)
-            if LATE:
+            if CODES:
+                for k in range(EACH):
+                    at = int32(lists + (column0 + across(k)) * 4)
+                    for r in range(QUERIES):
+                        s[r, k] = s[r, k] * read_f32(at) * q_scale[r]
+            elif LATE:
                 for r in range(QUERIES):
                     for k in range(EACH):
                         s[r, k] = s[r, k] * factor
@@ -298,6 +358,11 @@ def attention(precision, rows, chunk, q_format, kv_format, wide, out_format):
                 for r in range(QUERIES):
                     for k in range(EACH):
                         s[r, k] = tanh(s[r, k]) * softcap
+            if CODES:  # a probability that is a byte has the value's scale in it
+                for k in range(EACH):
+                    value_log = read_f32(int32(lists + (KEYS + column0 + across(k)) * 4))
+                    for r in range(QUERIES):
+                        s[r, k] = s[r, k] + value_log
             key0 = int32(k0 + column0)
             if has_slope:
                 for r in range(QUERIES):
@@ -343,10 +408,16 @@ def attention(precision, rows, chunk, q_format, kv_format, wide, out_format):
                 shrink = exp2(m[r] - above)
                 m[r] = best
                 row_sum = float32(0.0)
+                if CODES:
+                    above = above - float32(_LOG2_255)
                 for k in range(EACH):
                     gone = s[r, k] == float32(_MINUS_INFINITY)
                     s[r, k] = select_f(gone, float32(-0.0), exp2(s[r, k] - above))
-                    row_sum = row_sum + s[r, k]
+                    if CODES:
+                        at = int32(lists + (2 * KEYS + column0 + across(k)) * 4)
+                        row_sum = fma(s[r, k], read_f32(at), row_sum)
+                    else:
+                        row_sum = row_sum + s[r, k]
                 total[r] = fma(total[r], shrink, row_sum)
                 for k in range(OUT):
                     o[r, k] = o[r, k] * shrink
@@ -401,4 +472,4 @@ def attention(precision, rows, chunk, q_format, kv_format, wide, out_format):
                 sum_log = float32(log(select_f(none, float32(1.0), row_sum))) + m[r] * float32(_LN_2)
                 store_f32(good, lse + row * 4, select_f(none, float32(_MINUS_INFINITY), sum_log))
 
-    return Kernel(attention_kernel, A_COUNT, P_COUNT, THREADS, form.bytes)
+    return Kernel(attention_kernel, A_COUNT, P_COUNT, THREADS, BYTES)

@@ -19,7 +19,10 @@ from edgeattn.cuda.ptx import (
     half_pair,
     maximum,
     mma_f16,
+    mma_s8,
     mma_tf32,
+    mma_u8s8,
+    nearest,
     read_b32,
     read_f32x2,
     read_f32x4,
@@ -28,12 +31,15 @@ from edgeattn.cuda.ptx import (
     select_f,
     select_i,
     times,
+    to_float,
     to_tf32,
     truncate,
+    write_b32,
     write_b32x2,
     write_b32x4,
     write_f32,
     write_f32x4,
+    write_s8,
 )
 
 KEYS = 64  # of a tile
@@ -216,6 +222,14 @@ def multiply_adds(rows, chunk):
 
 
 @device
+def fragment_place(t):
+    """Of warps, 16 queries each."""
+    lane = int32(t & 31)
+    pair = int32((lane & 3) * 2)
+    return int32((t >> 5) * 16 + (lane >> 2)), pair, pair
+
+
+@device
 def fragment_row(r):
     """Own queries are 8 apart."""
     return 8 * r
@@ -286,12 +300,6 @@ def tensor_cores(precision, rows, chunk):
     DEEP, OUT = chunk * SIZE // 32, chunk // 4
     put = put_halves if HALF else put_tf32
     multiply = products(mma_f16 if HALF else mma_tf32, DEEP, PITCH)
-
-    @device
-    def place(t):
-        lane = int32(t & 31)
-        pair = int32((lane & 3) * 2)
-        return int32((t >> 5) * 16 + (lane >> 2)), pair, pair
 
     @device
     def put_row(at, row, column, a, b, c, d):
@@ -378,9 +386,62 @@ def tensor_cores(precision, rows, chunk):
 
     at_keys = rows * PITCH
     end = at_keys + KEYS * PITCH
-    return Form(2, 16, OUT, 2, at_keys, end, end, True, place, fragment_row, fragment_column, put_row, put_row,
-                put_value, scores, nothing_to_share, context, put_left, left_context)
+    return Form(2, 16, OUT, 2, at_keys, end, end, True, fragment_place, fragment_row, fragment_column, put_row,
+                put_row, put_value, scores, nothing_to_share, context, put_left, left_context)
 
 
-FORMS = {"float32": multiply_adds, "float16": functools.partial(tensor_cores, "float16"),
+# -- int8 ------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def int8_products(rows, chunk):
+    """The Form of int8 products with int32 sums: tiles in rows of 64 codes, 16 bytes longer; values lie turned.
+
+    Probabilities are bytes 0..255 in a tile of their own, which only the warp that wrote it reads. The fours of numbers
+    are one word of four codes, in the first of the four.
+    """
+    PITCH = chunk + 16
+    multiply, multiply_values = products(mma_s8, chunk // 32, PITCH), products(mma_u8s8, KEYS // 32, PITCH)
+
+    @device
+    def put_word(at, row, column, a, b, c, d):
+        write_b32(int32(at + times(row, PITCH) + column * 4), bits_of(a))
+        return float32(0.0)
+
+    @device
+    def scores(queries_at, keys_at, t, s, left, right):
+        found = cuda.local.array((2, 16), int32)
+        for r in range(2):
+            for k in range(16):
+                found[r, k] = int32(0)
+        multiply(queries_at, keys_at, t, found)
+        for r in range(2):
+            for k in range(16):
+                s[r, k] = s[r, k] + to_float(found[r, k])
+
+    @device
+    def share(to, t, s):
+        row, pair, _ = fragment_place(t)
+        for r in range(2):
+            for k in range(16):
+                at = int32(to + times(int32(row + 8 * r), PITCH) + pair + fragment_column(k))
+                write_s8(at, nearest(s[r, k]))
+
+    @device
+    def context(probabilities_at, values_at, t, careful, s, o, left, right):
+        found = cuda.local.array((2, 16), int32)
+        for r in range(2):
+            for k in range(16):
+                found[r, k] = int32(0)
+        multiply_values(probabilities_at, values_at, t, found)
+        for r in range(2):
+            for k in range(16):
+                o[r, k] = o[r, k] + to_float(found[r, k])
+
+    at_keys, at_probabilities = rows * PITCH, (rows + KEYS) * PITCH
+    return Form(2, 16, 16, 2, at_keys, at_probabilities, at_probabilities + rows * PITCH, True, fragment_place,
+                fragment_row, fragment_column, put_word, put_word, put_word, scores, share, context)
+
+
+FORMS = {"float32": multiply_adds, "int8": int8_products, "float16": functools.partial(tensor_cores, "float16"),
          "tf32": functools.partial(tensor_cores, "tf32")}
