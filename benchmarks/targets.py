@@ -178,9 +178,8 @@ def outcomes(found: dict) -> list[Outcome]:
         rows.append(Outcome("+", "rows to 16384 keys: time grows as L S (+ 15 %)",
                             {case: 1.15 * first / cost for case, cost in costs.items()}, 1.15, at_most=True))
     if "overhead" in found:
-        case = found["overhead"]["case"]
         rows.append(Outcome("5", "call: under 5 us beside its kernel",
-                            {f"{name} {case}": 5e-6 / value for name, value in found["overhead"]["seconds"].items()},
+                            {name: 5e-6 / value for name, value in found["overhead"]["seconds"].items()},
                             5, " us", at_most=True))
     if "process" in found:
         rows += _of_processes(found["process"])
