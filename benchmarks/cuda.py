@@ -1,104 +1,209 @@
-"""How fast on a GPU, beside torch's scaled_dot_product_attention: ``make bench-cuda``. Ratios, with the card named.
+"""How fast on a GPU, beside torch and SageAttention: ``make bench-cuda``. Ratios, with the card named.
 
-Every answer is checked before it is timed; contenders are timed in turn, and a ratio is the median over the rounds.
+Every answer is checked before it is timed; all are timed in turn, and a ratio is the median over the rounds: the
+contender's time by that of our call in the precision named behind it, so above 1 is faster than the contender.
 """
 
 import argparse
+import dataclasses
 import importlib.util
 import statistics
 import sys
 import time
+from collections.abc import Callable
 
 # B, H, L, D: edge shapes, then one that fills a card
 SHAPES = [(1, 4, 32, 32), (1, 4, 128, 32), (1, 8, 128, 64), (4, 12, 256, 64), (1, 12, 1024, 64), (4, 12, 1024, 64)]
+CALLS = 20  # between two events
+# Largest error against float64, by the root mean square of the exact answer.
+ALLOWED = {"float32": 1e-5, "tf32": 5e-3, "float16": 5e-3, "int8": 0.1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """Somebody else's attention.
+
+    Parameters
+    ----------
+    name : str
+    precision : str
+        Which of ours it is compared with, and how exact it must be.
+    needs : str
+        The module it is in.
+    make : callable
+        (torch, q, k, v, causal) -> a call without arguments; RuntimeError or ValueError where it does not take these.
+    """
+
+    name: str
+    precision: str
+    needs: str
+    make: Callable
+
+
+def _sdpa(kind, backend):
+    def make(torch, q, k, v, causal):
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        arrays, chosen = [x.to(getattr(torch, kind)) for x in (q, k, v)], getattr(SDPBackend, backend)
+
+        def call():
+            with sdpa_kernel(chosen):
+                return torch.nn.functional.scaled_dot_product_attention(*arrays, is_causal=causal)
+
+        return call
+
+    return make
+
+
+def _int_mm(torch, q, k, v, causal):
+    """int8 products by torch._int_mm, which takes one matrix at a time; every row and value column by its own range."""
+    def codes(x, axis):
+        scale = x.abs().amax(axis, keepdim=True).clamp_min(1e-12) / 127
+        return torch.round(x / scale).to(torch.int8), scale
+
+    if q.shape[2] <= 16 or q.shape[2] % 8 or q.shape[3] % 8:
+        raise ValueError("torch._int_mm takes more than 16 rows, and multiples of 8")
+    hidden = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu(1) if causal else None
+
+    def call():
+        out = torch.empty_like(q)
+        for b in range(q.shape[0]):
+            for h in range(q.shape[1]):
+                (qc, qs), (kc, ks), (vc, vs) = codes(q[b, h], 1), codes(k[b, h], 1), codes(v[b, h], 0)
+                scores = torch._int_mm(qc, kc.t()) * (qs * ks.t() * q.shape[3] ** -0.5)
+                if causal:
+                    scores = scores.masked_fill(hidden, float("-inf"))
+                pc, ps = codes(torch.softmax(scores, 1), 1)
+                out[b, h] = torch._int_mm(pc, vc) * (ps * vs)
+        return out
+
+    return call
+
+
+def _sage(_torch, q, k, v, causal):
+    from sageattention import sageattn
+
+    arrays = [x.half() for x in (q, k, v)]
+    return lambda: sageattn(*arrays, tensor_layout="HND", is_causal=causal)
+
+
+CONTENDERS = [
+    Contender("torch float32 efficient", "float32", "torch", _sdpa("float32", "EFFICIENT_ATTENTION")),
+    Contender("torch float32 math", "float32", "torch", _sdpa("float32", "MATH")),
+    Contender("torch float16 flash", "float16", "torch", _sdpa("float16", "FLASH_ATTENTION")),
+    Contender("torch float16 efficient", "float16", "torch", _sdpa("float16", "EFFICIENT_ATTENTION")),
+    Contender("torch float16 math", "float16", "torch", _sdpa("float16", "MATH")),
+    Contender("torch int8 _int_mm", "int8", "torch", _int_mm),
+    Contender("SageAttention", "int8", "sageattention", _sage),
+]
+
+
+def _why_not():
+    """A line that says what is missing, or None."""
+    from edgeattn.cuda.driver import why_not
+
+    if reason := why_not():
+        return f"no GPU to run on: {reason}"
+    if importlib.util.find_spec("torch") is None:
+        return "torch makes the arrays, and is not installed"
+    import torch
+
+    return None if torch.cuda.is_available() else "this torch was built without CUDA"
 
 
 def main(arguments=None):
-    """Print a table; 1 and a line that says why where there is no GPU or no torch for it."""
+    """Print the contenders and a line per shape; 1 and the reason where nothing can be run."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda", description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15, help="rounds of timing per shape (default: %(default)s)")
     options = parser.parse_args(arguments)
-    from edgeattn.cuda.driver import driver, why_not
-
-    reason = why_not()
-    if reason:
-        print(f"bench-cuda: not run. {reason}.", file=sys.stderr)
-        return 1
-    if importlib.util.find_spec("torch") is None:
-        print("bench-cuda: not run. It compares with torch, which is not installed.", file=sys.stderr)
+    print("contender, and which of ours it is compared with:")
+    for contender in CONTENDERS:
+        there = importlib.util.find_spec(contender.needs) is not None
+        print(f"  {contender.name}: {contender.precision}{'' if there else f' ({contender.needs} is not installed)'}")
+    if reason := _why_not():
+        print(f"bench-cuda: not run, {reason}.", file=sys.stderr)
         return 1
     import torch
 
-    if not torch.cuda.is_available():
-        print("bench-cuda: not run. This torch was built without CUDA.", file=sys.stderr)
-        return 1
-    print(f"{driver().name()}, torch {torch.__version__}; times as fast as the contender, median of "
-          f"{options.rounds} rounds")
+    from edgeattn.cuda.driver import driver
+
+    print(f"{driver().name()}, torch {torch.__version__}; median of {options.rounds} rounds of {CALLS} calls")
     for shape in SHAPES:
         for causal in (False, True):
             _compare(torch, shape, causal, options.rounds)
     return 0
 
 
-def _contenders(torch, q, k, v, causal):
-    """name -> call, for each backend of torch that takes these inputs."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
+def _ours(torch, q, k, v, causal, precision):
+    """Our call; float16 products of float16 arrays, as the contenders have them."""
+    import edgeattn
 
-    found = {}
-    for kind, arrays in (("float32", (q, k, v)), ("float16", tuple(x.half() for x in (q, k, v)))):
-        for backend in (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH):
-            def call(arrays=arrays, backend=backend):
-                with sdpa_kernel(backend):
-                    return torch.nn.functional.scaled_dot_product_attention(*arrays, is_causal=causal)
+    arrays = [x.half() if precision == "float16" else x for x in (q, k, v)]
+    out = torch.empty_like(arrays[0])
 
-            try:
-                call()
-            except RuntimeError:  # a backend says so of inputs that it does not take
-                continue
-            found[f"torch {kind} {backend.name.partition('_')[0].lower()}"] = call
-    return found
+    def call():
+        return edgeattn.scaled_dot_product_attention(*arrays, is_causal=causal, precision=precision, out=out)
+
+    return call
+
+
+def _timed(torch, call):
+    """(us on the device, us on the host) of a call."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    before = time.perf_counter()
+    begin.record()
+    for _ in range(CALLS):
+        call()
+    end.record()
+    host = time.perf_counter() - before
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / CALLS * 1e3, host / CALLS * 1e6
 
 
 def _compare(torch, shape, causal, rounds):
-    import edgeattn
-
-    B, H, L, D = shape
     torch.manual_seed(0)
-    q, k, v = (torch.randn(B, H, L, D, device="cuda") for _ in range(3))
-    out = torch.empty_like(q)
-
-    def ours():
-        return edgeattn.scaled_dot_product_attention(q, k, v, is_causal=causal, out=out)
-
-    contenders = _contenders(torch, q, k, v, causal)
+    q, k, v = (torch.randn(*shape, device="cuda") for _ in range(3))
     want = torch.nn.functional.scaled_dot_product_attention(*(x.double() for x in (q, k, v)), is_causal=causal)
-    error = (ours().double() - want).abs().max().item()
-    if not error < 1e-5:
-        raise SystemExit(f"bench-cuda: {shape}, causal {causal}: our result is off by {error:.2g}; nothing is timed")
-    calls = {"ours": ours, **contenders}
+    calls, errors, left_out = {}, {}, []
+
+    def add(name, precision, make):
+        call = make()
+        error = ((call().double() - want).abs().max() / want.square().mean().sqrt()).item()
+        if not error < ALLOWED[precision]:
+            raise ValueError(f"{name} is off by {error:.2g}")
+        calls[name], errors[name] = call, error
+
+    for precision in ALLOWED:
+        add(f"ours {precision}", precision, lambda precision=precision: _ours(torch, q, k, v, causal, precision))
+    for contender in CONTENDERS:
+        try:
+            add(contender.name, contender.precision,
+                lambda contender=contender: contender.make(torch, q, k, v, causal))
+        except (ImportError, RuntimeError, ValueError) as error:
+            left_out.append(f"{contender.name} ({str(error).splitlines()[0]})")
     device, host = {name: [] for name in calls}, {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            torch.cuda.synchronize()
-            before = time.perf_counter()
-            begin.record()
-            for _ in range(20):
-                call()
-            end.record()
-            host[name].append((time.perf_counter() - before) / 20 * 1e6)
-            torch.cuda.synchronize()
-            device[name].append(begin.elapsed_time(end) / 20 * 1e3)
+            on_device, on_host = _timed(torch, call)
+            device[name].append(on_device)
+            host[name].append(on_host)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        ours()
+        calls["ours float32"]()
     graph.replay()
     torch.cuda.synchronize()
-    ratios = {name: statistics.median(theirs / mine for theirs, mine in zip(device[name], device["ours"], strict=True))
-              for name in contenders}
-    print(f"{B}/{H}/{L}/{D}{' causal' if causal else ''}: {statistics.median(device['ours']):.1f} us, host "
-          f"{statistics.median(host['ours']):.1f} us, error {error:.1e}; "
-          + ", ".join(f"{ratio:.2f} x {name}" for name, ratio in ratios.items()), flush=True)
+    print("/".join(map(str, shape)) + (" causal" if causal else ""), flush=True)
+    for precision in ALLOWED:
+        ours = f"ours {precision}"
+        ratios = []
+        for name in (c.name for c in CONTENDERS if c.precision == precision and c.name in calls):
+            ratio = statistics.median(t / o for t, o in zip(device[name], device[ours], strict=True))
+            ratios.append(f"{ratio:.2f} x {name}")
+        print(f"  {ours}: {statistics.median(device[ours]):.1f} us, host {statistics.median(host[ours]):.1f} us, error "
+              f"{errors[ours]:.1e}; {', '.join(ratios)}")
+    if left_out:
+        print("  left out: " + "; ".join(left_out))
 
 
 if __name__ == "__main__":

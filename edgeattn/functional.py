@@ -44,7 +44,7 @@ def scaled_dot_product_attention(
     ----------
     query : (..., H, L, D) float16, float32 or float64 array
         All dtypes are computed in float32. The three may also have two axes, (L, D) and so on. Arrays on a GPU, with
-        `__cuda_array_interface__`, are computed there, docs/cuda.md says how; all arrays must be there then.
+        `__cuda_array_interface__` or DLPack, are computed there, docs/cuda.md says how; all arrays must be there then.
     key : (..., Hkv, S, D) array
     value : (..., Hkv, S, Dv) array
     attn_mask : bool or float array, broadcastable to (..., H, L, S), optional
@@ -74,10 +74,11 @@ def scaled_dot_product_attention(
     return_lse : bool
         Return log(sum(exp(scores))) over the permitted keys too: what is needed to join the results over parts
         of the keys. With the probabilities it gives the scores that softmax saw, log(weights) + lse.
-    precision : {"float32", "int8"}
-        Of the two products. "int8" quantizes every query, key, value and row of probabilities by its own range as it
-        comes, as dynamic int8 layers do; the softmax stays float32. Without `softcap`, `return_weights` and
-        `return_lse`, and not on CUDA.
+    precision : {"float32", "int8", "float16", "tf32"}
+        Of the two products; the softmax and all sums stay float32. "int8" quantizes every query, key, value and row of
+        probabilities by its own range as it comes, as dynamic int8 layers do; without `softcap`, `return_weights` and
+        `return_lse`. "float16" and "tf32" (10 bits of fraction, the range of float32) are for arrays
+        on a GPU, where tensor cores multiply them; float16 makes infinities of numbers from 65520 on.
     out : (..., H, L, Dv) array, optional
         Takes the result; of the result's dtype. It may overlap inputs.
 
@@ -99,20 +100,21 @@ def scaled_dot_product_attention(
             and window_size is _NO_WINDOW and kv_lengths is None and alibi_slopes is None and return_weights is False
             and return_lse is False and type(precision) is str and precision in _ATTENTION
             and (is_causal is False or is_causal is True) and (enable_gqa is False or enable_gqa is True)
-            and _is_usual(query, key, value, is_causal, out)):
+            and _is_usual(query, key, value, is_causal, enable_gqa, out)):
         # what small attention is called with, again and again: nothing to convert, no mask but the causal one
-        result = np.empty_like(query) if out is None else out
+        result = np.empty((*query.shape[:3], value.shape[3]), np.float32) if out is None else out
         scale = default_scale(query.shape[3]) if scale is None else number("scale", scale)
         band = (-2 * key.shape[2], 0) if is_causal else None
         return _ATTENTION[precision](query, key, value, result, scale, band=band)
-    on_cuda = not isinstance(query, np.ndarray) and hasattr(query, "__cuda_array_interface__")
+    on_cuda = not isinstance(query, np.ndarray) and _on_gpu(query)
     if not is_one_of(precision, ("float32",)):
         _check_precision(precision, softcap, return_weights, return_lse, on_cuda)
     if on_cuda:
         from edgeattn.on_cuda import functional as on_cuda
 
         arrays = (query, key, value, out, attn_mask, kv_lengths, alibi_slopes)
-        options = (is_causal, causal_alignment, scale, enable_gqa, softcap, window_size, return_weights, return_lse)
+        options = (is_causal, causal_alignment, scale, enable_gqa, softcap, window_size, return_weights, return_lse,
+                   precision)
         if on_cuda.again(arrays, options):
             return out
     grouped = flag("enable_gqa", enable_gqa)
@@ -120,11 +122,11 @@ def scaled_dot_product_attention(
     return_lse = flag("return_lse", return_lse)
     softcap = checked_softcap(softcap)
     if on_cuda:
-        scale = default_scale(query.shape[-1]) if scale is None else number("scale", scale)
+        scale = None if scale is None else number("scale", scale)
         return on_cuda.scaled_dot_product_attention(
             query, key, value, attn_mask, is_causal, causal_alignment, scale, softcap, window_size, kv_lengths,
-            alibi_slopes, return_weights, return_lse, out, functools.partial(_check_shapes, grouped=grouped),
-            (arrays, options))
+            alibi_slopes, return_weights, return_lse, precision, out,
+            functools.partial(_check_shapes, grouped=grouped), (arrays, options))
     query, key, value = (
         float_array(name, array) for name, array in (("query", query), ("key", key), ("value", value))
     )
@@ -183,30 +185,47 @@ def scaled_dot_product_attention(
     return (result, *([deliver(weights, None, dtype)] if return_weights else []), *([lse] if return_lse else []))
 
 
-def _is_usual(query, key, value, is_causal, out):
-    """Whether these are float32 arrays with four axes in C order that fit, of one size D, and nothing needs a copy."""
+def _is_usual(query, key, value, is_causal, grouped, out):
+    """Whether these are float32 arrays with four axes in C order that fit, and nothing needs a copy."""
     arrays = (query, key, value) if out is None else (query, key, value, out)
     for array in arrays:
         if type(array) is not np.ndarray or array.dtype != np.float32 or not array.flags.carray or not array.size:
             return False
-    shape = query.shape
-    if len(shape) != 4 or key.shape != value.shape or key.shape[:2] != shape[:2] or key.shape[3:] != shape[3:]:
+    if not query.ndim == key.ndim == value.ndim == 4:
         return False
-    if is_causal and key.shape[2] != shape[2]:
+    (batch, heads, queries, size), (of_keys, kv_heads, keys, key_size) = query.shape, key.shape
+    if value.shape[:3] != key.shape[:3] or of_keys != batch or key_size != size or is_causal and keys != queries:
         return False
-    return out is None or out.shape == shape and not any(np.may_share_memory(out, array) for array in arrays[:3])
+    if heads != kv_heads and (not grouped or heads % kv_heads):
+        return False
+    return out is None or out.shape == (batch, heads, queries, value.shape[3]) and not any(
+        np.may_share_memory(out, array) for array in arrays[:3])
+
+
+def _on_gpu(array):
+    """Whether an array that is not NumPy's lies in a GPU's memory."""
+    if hasattr(array, "__cuda_array_interface__"):
+        return True
+    if not hasattr(array, "__dlpack_device__"):
+        return False
+    from edgeattn.cuda import dlpack
+
+    return dlpack.on_gpu(array)
 
 
 def _check_precision(precision, softcap, return_weights, return_lse, on_cuda):
-    """Refuse what is no precision, and what the int8 products do not come with."""
-    if not is_one_of(precision, ("int8",)):
-        raise ValueError(f"precision must be 'float32' or 'int8', got {precision!r}")
+    """Refuse what is no precision, or none of where the arrays are, and what the int8 products do not come with."""
+    if not is_one_of(precision, ("int8", "float16", "tf32")):
+        raise ValueError(f"precision must be 'float32', 'int8', 'float16' or 'tf32', got {precision!r}")
+    if precision != "int8":
+        if not on_cuda:
+            raise ValueError(f"precision must be 'float32' or 'int8' for arrays on the CPU, got {precision!r}, which "
+                             "tensor cores have; leave it out, or pass arrays on a GPU")
+        return
     flags = {"return_weights": return_weights, "return_lse": return_lse}
     for name, given in {"softcap": checked_softcap(softcap), **{n: flag(n, f) for n, f in flags.items()}}.items():
         if given:
             raise ValueError(f"{name} must be left out with precision='int8', got {given}; use precision='float32'")
-    if on_cuda:
-        raise ValueError("precision must be 'float32' for arrays on CUDA, got 'int8'")
 
 
 def default_scale(head_dim):

@@ -173,10 +173,7 @@ class KVCache:
         key, value = float_array("key", key), float_array("value", value)
         tokens = self._check_tokens(key, value)
         self._check_room(tokens)
-        if self.scales is not None:
-            for name, array in (("key", key), ("value", value)):
-                if not np.isfinite(array).all():
-                    raise ValueError(f"{name} must be finite for a cache with fixed scales, whose codes have no NaN")
+        self._check_finite(key, value)
         if tokens:
             self._append(to_float32(key), to_float32(value))
 
@@ -192,6 +189,14 @@ class KVCache:
                     f"got key {key.shape}, value {value.shape}"
                 )
         return tokens
+
+    def _check_finite(self, key, value):
+        """Raise if key or value, float arrays, hold what codes by `scales` cannot keep."""
+        if self.scales is None:
+            return
+        for name, array in (("key", key), ("value", value)):
+            if not np.isfinite(array).all():
+                raise ValueError(f"{name} must be finite for a cache with fixed scales, whose codes have no NaN")
 
     def truncate(self, length):
         """Forget the tokens at position `length` and after, as if they had not been appended.
@@ -506,7 +511,8 @@ def _fixed_scales(scales, dtype):
 
 def _quantize_by(scale, x):
     """int8 codes of x by one scale, saturated."""
-    return np.clip(np.rint(x / np.float32(scale)), -_LARGEST_CODE, _LARGEST_CODE).astype(np.int8)
+    with np.errstate(over="ignore"):  # what saturates
+        return np.clip(np.rint(x / np.float32(scale)), -_LARGEST_CODE, _LARGEST_CODE).astype(np.int8)
 
 
 def _visible(mask):

@@ -260,9 +260,18 @@ def test_a_wrong_prefix_names_the_right_ones():
         r"or q_proj_weight: \['layers.0.self_attn.', 'layers.1.self_attn.'\]",
     ):
         MultiHeadAttention.from_torch(state, 2, prefix="layer.0.")
-    with pytest.raises(
-        ValueError, match="missing: layers.0.self_attn_in_proj_weight|missing: layers.0.in_proj_weight"
-    ):
+
+
+@pytest.mark.parametrize(("prefix", "longer"), [("", "0 1 12"), ("layers", "0 1 12"), ("layers.1", "1 12")])
+def test_a_prefix_too_short_names_the_longer_ones(prefix, longer):
+    state = {f"layers.{i}.{name}": tensor for i in (0, 1, 12) for name, tensor in torch_state().items()}
+    names = ", ".join(rf"'layers\.{i}\.'" for i in longer.split())
+    with pytest.raises(ValueError, match=(
+            rf"prefix '{prefix}' fits no attention layer in state_dict; prefixes with in_proj_weight or q_proj_weight: "
+            rf"\[{names}\]")):
+        MultiHeadAttention.from_torch(state, 2, prefix=prefix)
+    del state["layers.0.in_proj_weight"]  # of a part of a layer all that is missing is told
+    with pytest.raises(ValueError, match="missing: layers.0.in_proj_weight"):
         MultiHeadAttention.from_torch(state, 2, prefix="layers.0.")
 
 

@@ -1,4 +1,5 @@
 """The public calls on arrays on the device, every case of tests/cases.py, in the emulator against the float64 oracle."""
+import ctypes
 import dataclasses
 
 import numpy as np
@@ -8,6 +9,7 @@ from cases import CASES, Case
 from cuda_emulated import emulated_only, long_form
 
 import edgeattn
+from edgeattn.cuda import dlpack
 from edgeattn.cuda import driver as driver_module
 
 # an emulated block takes a tenth of a second; what is large elsewhere is so for the CPU's tiles
@@ -185,6 +187,50 @@ def test_strided_inputs_are_read_in_place(device):
     got = edgeattn.scaled_dot_product_attention(*map(turned, stored))
     assert len(device.memory) == before + 1  # the result, and no copy of an input
     np.testing.assert_array_equal(got.numpy(), edgeattn.scaled_dot_product_attention(*map(put, arrays)).numpy())
+
+
+class OverDLPack:
+    """An array on the device that has nothing but DLPack to tell of itself."""
+
+    def __init__(self, array, strides=None, **changes):
+        self.keeps = array, (ctypes.c_int64 * len(array.shape))(*array.shape), strides and (
+            ctypes.c_int64 * len(strides))(*strides)
+        kinds = {"i": 0, "u": 1, "f": 2, "b": 6}
+        fields = dict(data=array.pointer, device_type=2, ndim=len(array.shape), code=kinds[array.dtype.kind],
+                      bits=8 * array.dtype.itemsize, lanes=1, shape=self.keeps[1], byte_offset=0)
+        self.tensor = dlpack._Tensor(**fields | changes)
+        if strides:
+            self.tensor.strides = self.keeps[2]
+
+    def __dlpack_device__(self):
+        return self.tensor.device_type, 0
+
+    def __dlpack__(self, *, stream):
+        assert stream == 1
+        make = ctypes.pythonapi.PyCapsule_New
+        make.restype, make.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+        return make(ctypes.addressof(self.tensor), b"dltensor", None)
+
+
+@emulated_only
+def test_arrays_that_only_have_dlpack():
+    q, k, v = Case("dlpack", B=1, H=2, L=5, S=9, D=8).qkv()
+    keep = np.arange(9) < 7
+    want = edgeattn.scaled_dot_product_attention(put(q), put(k), put(v), put(keep)).numpy()
+    turned = put(np.ascontiguousarray(k.swapaxes(1, 2)))  # (B, S, H, D), seen as (B, H, S, D)
+    turned.shape = k.shape
+    shifted = put(np.concatenate([np.zeros(8, np.float32), v.ravel()]))
+    shifted.shape = v.shape
+    got = edgeattn.scaled_dot_product_attention(
+        OverDLPack(put(q)), OverDLPack(turned, (144, 8, 16, 1)), OverDLPack(shifted, byte_offset=32), OverDLPack(put(keep)))
+    np.testing.assert_array_equal(got.numpy(), want)
+    layer = edgeattn.MultiHeadAttention(1, *(np.eye(8, dtype=np.float32),) * 3).to("cuda")
+    x = q[0]
+    np.testing.assert_array_equal(layer(OverDLPack(put(x))).numpy(), layer(put(x)).numpy())
+    with pytest.raises(TypeError, match="query must have a dtype that NumPy has, got DLPack's code 4 with 16 bits"):
+        edgeattn.scaled_dot_product_attention(OverDLPack(put(q), code=4, bits=16), put(k), put(v))
+    with pytest.raises(TypeError, match="key must be an array on the device like query"):
+        edgeattn.scaled_dot_product_attention(put(q), OverDLPack(put(k), device_type=1), put(v))
 
 
 @emulated_only

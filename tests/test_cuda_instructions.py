@@ -82,18 +82,60 @@ def test_the_emulator_notices(kernel, words):
         launch(kernel, arrays=[(np.zeros(40, np.float32), False)])
 
 
-def test_a_matrix_product_by_fragments():
+def tile(block, at, array):
+    """An array's bytes in the block's shared memory."""
+    data = array.reshape(-1).view(np.uint8)
+    block.shared[at:at + data.size], block.written[at:at + data.size] = data, True
+
+
+@pytest.mark.parametrize(("name", "left_type", "right_type", "per_word"), [
+    ("mma_s8", np.int8, np.int8, 4), ("mma_u8s8", np.uint8, np.int8, 4), ("mma_f16", np.float16, np.float16, 2),
+    ("mma_tf32", np.float32, np.float32, 1)])
+def test_a_matrix_product_by_fragments(name, left_type, right_type, per_word):
     rng = np.random.default_rng(0)
     block = Block(Memory(), Kernel(None, 0, 0, 32, 2048), (0, 0, 0))
-    left, right = rng.integers(-128, 128, (16, 32)).astype(np.int8), rng.integers(-128, 128, (8, 32)).astype(np.int8)
-    block.shared[:512], block.shared[512:768] = left.reshape(-1).view(np.uint8), right.reshape(-1).view(np.uint8)
-    block.written[:768] = True
-    lane = block.lanes
-    meaning = block.meanings()
+    depth = 8 * per_word
+    left = rng.integers(0 if left_type == np.uint8 else -128, 128, (16, depth)).astype(left_type)
+    right = rng.integers(-128, 128, (8, depth)).astype(right_type)
+    tile(block, 0, left)
+    tile(block, 512, right)
+    lane, meaning = block.lanes, block.meanings()
     a = meaning["read_matrices"]((lane & 15) * 32 + (lane >> 4) * 16)
     b = meaning["read_matrices"](512 + (lane & 7) * 32 + ((lane >> 3) & 1) * 16)
-    c = meaning["mma_s8"](*a, *b[:2], *[np.zeros(32, np.int32)] * 4)
-    got = np.empty((16, 8), np.int32)
+    before = rng.integers(-9, 9, (4, 32)).astype(np.int32 if per_word == 4 else np.float32)
+    c = meaning[name](*a, *b[:2], *before)
+    want = left.astype(np.int64) @ right.astype(np.int64).T  # small enough for all formats
     for j in range(4):
-        got[lane // 4 + 8 * (j // 2), lane % 4 * 2 + j % 2] = c[j]
-    np.testing.assert_array_equal(got, left.astype(np.int32) @ right.T.astype(np.int32))
+        np.testing.assert_array_equal(c[j] - before[j], want[lane // 4 + 8 * (j // 2), lane % 4 * 2 + j % 2])
+
+
+def test_turned_matrices_are_the_right_operand_of_rows():
+    rng = np.random.default_rng(1)
+    block = Block(Memory(), Kernel(None, 0, 0, 32, 2048), (0, 0, 0))
+    left, right = (rng.integers(-8, 8, shape).astype(np.float16) for shape in ((16, 16), (16, 16)))
+    tile(block, 0, left)
+    tile(block, 512, right)
+    lane, meaning = block.lanes, block.meanings()
+    a = meaning["read_matrices"]((lane & 15) * 32 + (lane >> 4) * 16)
+    b = meaning["read_turned"](512 + (lane & 15) * 32 + (lane >> 4) * 16)
+    want = left.astype(np.float32) @ right.astype(np.float32)
+    for half in range(2):
+        c = meaning["mma_f16"](*a, *b[2 * half:2 * half + 2], *np.zeros((4, 32), np.float32))
+        for j in range(4):
+            np.testing.assert_array_equal(c[j], want[lane // 4 + 8 * (j // 2), 8 * half + lane % 4 * 2 + j % 2])
+
+
+def test_rounding_to_the_tensor_cores_formats():
+    meaning = Block(Memory(), Kernel(None, 0, 0, 32, 0), (0, 0, 0)).meanings()
+    ulp = np.float32(2.0**-10)  # of 1 in both formats
+    x = np.resize(np.array([1, 1 + ulp / 2, 1 + ulp * 1.5, -1 - ulp / 2, 1 + ulp * 0.49, 65520, -1e30, 0], np.float32), 32)
+    with np.errstate(over="ignore"):
+        words = meaning["half_pair"](x, -x)
+    halves = words.view(np.float16).reshape(32, 2)
+    even = [1, 1, 1 + 2 * ulp, -1, 1, np.inf, -np.inf, 0]
+    np.testing.assert_array_equal(halves[:8, 1], np.array(even, np.float16))  # the first is the high one
+    np.testing.assert_array_equal(halves[:8, 0], -np.array(even, np.float16))
+    away = [1, 1 + ulp, 1 + 2 * ulp, -1 - ulp, 1, 65536, -1e30, 0]
+    np.testing.assert_allclose(meaning["to_tf32"](x).view(np.float32)[:8], np.array(away, np.float32), rtol=2.0**-11)
+    np.testing.assert_array_equal(meaning["to_tf32"](x).view(np.float32)[:6], np.array(away[:6], np.float32))
+    np.testing.assert_array_equal(meaning["to_tf32"](x) & 0x1FFF, 0)

@@ -68,6 +68,13 @@ def test_a_dropped_key_is_not_there(softmax):
         run(parts, heads, rules, x, **some)
 
 
+def test_a_band_may_begin_at_any_key():
+    rng = np.random.default_rng(12)
+    rules = (*("double",) * 3, "fixed")
+    _, *parts = make_layer(rng, 1, 7, 8, 5, 6, SYMMETRIC, rules[:3], rules[3])
+    run(parts, 1, rules, [rng.integers(-128, 128, (1, 67, 7)).astype(np.int8)] * 3, band=(-5, 0))
+
+
 def test_score_tables():
     rng = np.random.default_rng(7)
     rules = (*("float_rne",) * 3, "lut_f32")

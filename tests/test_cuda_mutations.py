@@ -10,6 +10,9 @@ import pytest
 import reference
 import test_cuda_float32
 import test_cuda_int8
+import test_cuda_int8_functional
+import test_cuda_layers
+import test_cuda_precision
 from cases import Case
 from cuda_emulated import emulated_only
 from test_kernels_int8 import ASYMMETRIC, make_layer
@@ -20,8 +23,8 @@ from edgeattn.cuda.language import Kernel, int32
 from edgeattn.cuda.ptx import load_b32, store_b32, thread
 
 pytestmark = [pytest.mark.usefixtures("device"), emulated_only]
-ORDER = ("attention", "merge", "linear", "quantize", "rules", "int8")
-IN_HOST = {"attention": "fa", "merge": "fm", "linear": "fl", "quantize": "qz", "int8": "i8"}
+ORDER = ("tiles", "attention", "merge", "linear", "quantize", "smooth", "masks", "rules", "int8")
+IN_HOST = {"attention": "fa", "merge": "fm", "linear": "fl", "quantize": "qz", "smooth": "sm", "masks": "mk", "int8": "i8"}
 
 
 @contextlib.contextmanager
@@ -82,6 +85,54 @@ def check_split():
     check_case(L=1, S=700)
 
 
+def check_precision(name, **options):
+    case = Case("planted", **{**dict(B=1, H=1, D=8), **options})
+    arrays, masks = case.qkv(), case.masks()
+    test_cuda_precision.check(test_cuda_float32.attend(case, arrays, masks, precision=name).numpy(), case, arrays, masks, name)
+
+
+def check_half():
+    check_precision("float16", L=33, S=70, Dv=20)
+
+
+def check_tf32():
+    check_precision("tf32", L=33, S=70, Dv=20)
+
+
+def check_half_masks():
+    check_precision("float16", L=40, S=70, window_size=(9, 2), causal_alignment="upper_left", softcap=2.0, float_mask=(40, 70))
+
+
+def check_not_finite():
+    for name in test_cuda_precision.PRECISIONS:
+        test_cuda_precision.test_what_is_not_finite_goes_where_it_is_seen(name)
+
+
+def check_dynamic():
+    test_cuda_int8_functional.test_everything_without_a_softcap()
+
+
+def check_dynamic_window():
+    test_cuda_int8_functional.test_a_window_may_begin_at_any_key()
+
+
+def check_dynamic_masks():
+    for bad in (np.nan, 1e38):
+        test_cuda_int8_functional.test_what_is_behind_a_mask_stays_there(bad)
+
+
+def check_offset():
+    test_cuda_int8_functional.test_an_offset_that_all_keys_share_changes_little()
+
+
+def check_codes():
+    test_cuda_int8_functional.test_codes_and_scales_are_the_cpus(driver_module.driver())
+
+
+def check_padding():
+    test_cuda_layers.test_a_mask_and_padding_together((2, 2, 5, 9))
+
+
 def check_nan():
     case = Case("planted-nan", B=1, H=1, L=5, S=9, D=8)
     q, k, v = case.qkv()
@@ -123,6 +174,13 @@ def check_wide():
     check_static(shape=(1, 3, 5, 80, 8, 1, 8, 8))
 
 
+def check_static_band():
+    rng = np.random.default_rng(12)
+    rules = ("double", "double", "double", "fixed")
+    _, *parts = make_layer(rng, 1, 7, 8, 5, 6, ASYMMETRIC, rules[:3], rules[3])
+    test_cuda_int8.run(parts, 1, rules, [rng.integers(-128, 128, (1, 67, 7)).astype(np.int8)] * 3, band=(-5, 0))
+
+
 def check_rules():
     import oracle_kernels as oracle
 
@@ -146,27 +204,67 @@ def check_rules():
 
 
 CHECKS = [check_float, check_band, check_groups, check_masks, check_pieces, check_split, check_nan, check_static,
-          check_fixed, check_u16, check_deep, check_wide, check_rules]
+          check_fixed, check_u16, check_deep, check_wide, check_static_band, check_rules,
+          check_half, check_tf32, check_half_masks, check_not_finite, check_dynamic, check_dynamic_window, check_dynamic_masks, check_offset,
+          check_codes, check_padding]
 
 MUTATIONS = [
     # float32 attention
-    ("attention", "cuda.syncthreads()\n                multiply_tiles", "multiply_tiles", check_float),
+    ("attention", "cuda.syncthreads()\n                scores(", "scores(", check_float),
     ("attention", "            cuda.syncthreads()\n            # 5. values", "            # 5. values", check_float),
-    ("attention", "shrink = exp2(m[i] - above)", "shrink = float32(1.0)", check_float),
-    ("attention", "                    o[i, j] = o[i, j] * shrink", "                    o[i, j] = o[i, j]", check_float),
+    ("attention", "shrink = exp2(m[r] - above)", "shrink = float32(1.0)", check_float),
+    ("attention", "                    o[r, k] = o[r, k] * shrink", "                    o[r, k] = o[r, k]", check_float),
     ("attention", "edge = (int32(k0 + KEYS) > last) |", "edge = ", check_float),
     ("attention", "int32(q0 + high) < int32(k0 + KEYS - 1))", "int32(q0 + high) < k0)", check_band),
-    ("attention", "(j >= from_key) & (j < to_key)", "(j >= from_key) & (j <= to_key)", check_band),
+    ("attention", "(across(k) < to_key)", "(across(k) <= to_key)", check_band),
     ("attention", "float32(-0.0)", "float32(0.0)", check_nan),
-    ("attention", "swap = int32((x & 7) << 2)", "swap = int32(0)", check_float),
+    ("tiles", "swap = int32((x & 7) << 2)", "swap = int32(0)", check_float),
     ("attention", "good = row < L\n            to = out", "good = row >= 0\n            to = out", check_float),
     ("attention", "kv = quotient(head, p[P_GROUP])", "kv = head", check_groups),
-    ("attention", "seen = load_u8((row < L) & (column < last), keep + at) != 0", "seen = column >= 0", check_masks),
+    ("attention", "seen = load_u8((row < L) & (there < last), keep + at) != 0", "seen = there >= 0", check_masks),
     ("attention", "select_f(b == float32(_MINUS_INFINITY), b, fma(", "select_f(b == float32(1.0), b, fma(", check_nan),
     ("attention", "if p[P_CHUNKS] > 1 or k0 == first:", "if k0 == first and piece == 0:", check_pieces),
-    ("attention", "row_sum = row_sum + shuffle_f(row_sum, 8)\n", "\n", check_float),
+    ("attention", "row_sum = row_sum + shuffle_f(row_sum, int32(1 << step))", "row_sum = row_sum + float32(0.0)", check_float),
     ("attention", "float32(-126.0)", "float32(-1.0)", check_float),
     ("merge", "weight = exp2(found - base) *", "weight =", check_split),
+    # float16 and tf32
+    ("tiles", "half_pair(b, a), half_pair(d, c)", "half_pair(a, b), half_pair(d, c)", check_half),
+    ("tiles", "half_pair(s[0, 4 * k + 1], s[0, 4 * k])", "half_pair(s[0, 4 * k], s[0, 4 * k + 1])", check_half),
+    ("tiles", "b0, b1, b2, b3 = read_turned(", "b0, b1, b2, b3 = read_matrices(", check_half),
+    ("tiles", "at + k * 16 * PITCH + n * 32", "at + k * 8 * PITCH + n * 32", check_half),
+    ("tiles", "c[0, 4 * n + 2], c[0, 4 * n + 3], c[1, 4 * n + 2], c[1, 4 * n + 3] = mma(\n                    a0, a1, a2, a3, b2, b3",
+     "c[0, 4 * n + 2], c[0, 4 * n + 3], c[1, 4 * n + 2], c[1, 4 * n + 3] = mma(\n                    a0, a1, a2, a3, b1, b3",
+     check_half),
+    ("tiles", "return 8 * (k >> 1) + (k & 1)", "return 8 * (k & 1) + (k >> 1)", check_half),
+    ("tiles", "(k * 8 + 1) * PITCH", "(k * 8 + 4) * PITCH", check_tf32),
+    ("tiles", "a2, a3 = to_tf32(s[0, 2 * k + 1]), to_tf32(s[1, 2 * k + 1])", "a2, a3 = to_tf32(s[1, 2 * k + 1]), to_tf32(s[0, 2 * k + 1])",
+     check_tf32),
+    ("tiles", "PITCH = chunk * SIZE + 16", "PITCH = chunk * SIZE + 8", check_half),
+    ("tiles", "return int32((t >> 5) * 16 + (lane >> 2)), pair, pair", "return int32((t >> 5) * 16 + (lane >> 2)), lane, pair", check_half),
+    ("attention", "s[r, k] = s[r, k] * factor", "s[r, k] = s[r, k]", check_half),
+    ("attention", "s[r, k] = tanh(s[r, k]) * softcap", "s[r, k] = tanh(s[r, k])", check_half_masks),
+    ("tiles", "return select_f(finite(e), e, float32(0.0))", "return e", check_not_finite),
+    ("tiles", "both = (above > 0) & (below > 0)", "both = (above > 0) & (below < 0)", check_not_finite),
+    ("tiles", "s[r, k] = select_f(bits_of(s[r, k]) == GONE, float32(0.0), float32(1.0))", "s[r, k] = float32(1.0)", check_not_finite),
+    ("attention", "if careful:\n                    cuda.syncthreads()\n", "if careful:\n", check_not_finite),
+    # dynamic int8
+    ("attention", "first = int32(first & -4)", "first = int32(first)", check_dynamic_window),
+    ("attention", "s[r, k] = s[r, k] + value_log", "s[r, k] = s[r, k] - value_log", check_dynamic),
+    ("attention", "above = above - float32(_LOG2_255)", "above = above - float32(7.0)", check_dynamic),
+    ("attention", "row_sum = fma(s[r, k], read_f32(at), row_sum)", "row_sum = row_sum + s[r, k]", check_dynamic),
+    ("attention", "write_f32(int32(lists + t * 4), select_f(t < KEYS, w, value_log))",
+     "write_f32(int32(lists + t * 4), select_f(t < KEYS, w, w))", check_dynamic),
+    ("attention", "select_f(size == size, divide(float32(1.0), size), float32(0.0))", "divide(float32(1.0), size)", check_dynamic_masks),
+    ("tiles", "at = int32(to + times(int32(row + 8 * r), PITCH)", "at = int32(to + times(int32(row + r), PITCH)", check_dynamic),
+    ("smooth", "-mean)", "mean)", check_offset),
+    ("smooth", "divide(float32(1.0), select_f(good, size, float32(1.0)))", "float32(1.0)", check_dynamic),
+    ("smooth", "for n0 in range(0, queries, 4):", "for n0 in range(0, 1, 4):", check_dynamic),
+    ("smooth", "seen = select_f(good & kept, float32(1.0), seen)", "seen = float32(1.0)", check_dynamic_masks),
+    ("quantize", "divide(float32(127.0), largest)", "divide(float32(128.0), largest)", check_codes),
+    ("quantize", "code = nearest(v * inverse)", "code = nearest(v * inverse - float32(0.5))", check_codes),
+    ("quantize", "select_i(finite, code, int32(0))", "code", check_codes),
+    ("masks", "select_i(seen & real,", "select_i(seen,", check_padding),
+    ("masks", "times_wide(b, p[P_PADDING_B]) + ", "", check_padding),
     # int8
     ("int8", "v = int32(v - times(zk,", "v = int32(v + times(zk,", check_static),
     ("int8", "v = int32(v - times(zq,", "v = int32(v + times(zq,", check_static),
@@ -180,6 +278,7 @@ MUTATIONS = [
     ("int8", "                cuda.syncthreads()\n                multiply_u8s8", "                multiply_u8s8", check_static),
     ("int8", "if D_up > TILE:\n                        stage_rows", "if D_up < 0:\n                        stage_rows", check_deep),
     ("int8", "(row < rows) & (part * 16 < left)", "row < rows", check_wide),
+    ("int8", "(larger(0, int32(q0 + p[P_LOW])) & -16)", "(larger(0, int32(q0 + p[P_LOW])))", check_static_band),
     ("rules", "threshold = int32((mask >> 1) + select_i(v < 0, int32(1), int32(0)))", "threshold = int32(mask >> 1)", check_rules),
     ("rules", "(int64(1) << right) >> int64(1)", "(int64(1) << right) >> int64(2)", check_rules),
     ("rules", "rest <= float64(-0.5)", "rest < float64(-0.5)", check_rules),
@@ -191,7 +290,7 @@ MUTATIONS = [
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_nothing_planted_nothing_found(check):
-    with planted("attention", "BYTES = AT_PROBABILITIES", "BYTES = AT_PROBABILITIES"):
+    with planted("attention", "offset = p[P_OFFSET]", "offset = p[P_OFFSET]"):
         check()
 
 

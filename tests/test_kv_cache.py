@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import reference
 
+import quant
 from edgeattn import KVCache, MultiHeadAttention, SelfAttention, scaled_dot_product_attention, sliding_window
 
 B, H, HKV, D, DV, E, LENGTH = 2, 4, 2, 8, 6, 24, 40
@@ -139,6 +140,21 @@ def test_fixed_scales_stand_for_those_of_every_token(window):
     with pytest.raises(ValueError, match="value must be finite for a cache with fixed scales"):
         target.append(k[:, :, :1], np.full_like(v[:, :, :1], np.inf))
     assert target.length == LENGTH
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_layers_refuse_what_fixed_scales_cannot_keep_and_saturate_the_rest(dynamic):
+    made, x = layer(), numbers(B, 6, E)
+    made = quant.quantize(made, scheme="dynamic") if dynamic else made
+    target = cache(9, dtype="int8", scales=(0.05, 1e-30))
+    made(x[:, :2], kv_cache=target)
+    spoiled = x.copy()
+    spoiled[0, 3, 2] = np.nan
+    with pytest.raises(ValueError, match="key must be finite for a cache with fixed scales"):
+        made(spoiled, kv_cache=target)
+    assert target.length == 2
+    spoiled[0, 3, 2] = 1e30
+    assert np.isfinite(made(spoiled, kv_cache=target)).all()
 
 
 def test_a_cache_for_a_layer():

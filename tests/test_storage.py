@@ -1,7 +1,9 @@
 """save and load: what comes back, what stands in the file, and which files are refused."""
 
+import copy
 import json
 import pathlib
+import pickle
 import struct
 import sys
 import types
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+import quant
 from edgeattn import MultiHeadAttention, SelfAttention, load, save
 from edgeattn.files import write_atomic
 from edgeattn.quantized import (
@@ -61,6 +64,25 @@ def test_what_was_saved_is_loaded(tmp_path, name, as_text):
     assert type(loaded) is type(layer)
     assert repr(loaded) == repr(layer)
     assert state(loaded) == state(layer)
+
+
+@pytest.mark.parametrize("name", layers())
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_layers_are_copied_and_pickled_before_and_after_a_call(name, copied):
+    layer = layers()[name]
+    inputs = [np.ones((1, 3, width), np.float32) for width in (layer.embed_dim, layer.kdim, layer.vdim)]
+    inputs = inputs[:1] if isinstance(layer, SelfAttention) else inputs
+    for again in (copied(layer), copied(layer) if layer(*inputs).size else None):
+        assert state(again) == state(layer)
+        np.testing.assert_array_equal(again(*inputs), layer(*inputs))
+    dynamic = quant.quantize(layer, scheme="dynamic")
+    wanted = dynamic(*inputs)
+    np.testing.assert_array_equal(copied(dynamic)(*inputs), wanted)
+
+
+def test_static_layers_are_copied_and_pickled(quantized):
+    for again in (copy.deepcopy(quantized), pickle.loads(pickle.dumps(quantized))):
+        assert state(again) == state(quantized)
 
 
 def test_file_is_written_the_same_every_time_and_says_what_it_is(tmp_path):

@@ -79,7 +79,7 @@ def open_state_dict(state_dict_or_path, prefix, *landmarks):
     state_dict_or_path : mapping of str to array, or path of a .safetensors, .npz or torch file
     prefix : str
     *landmarks : str
-        Names that tell, where the prefix fits nothing, which prefixes would.
+        Names that tell, where the prefix fits nothing or too much, which prefixes would do.
 
     Returns
     -------
@@ -88,10 +88,12 @@ def open_state_dict(state_dict_or_path, prefix, *landmarks):
     if not isinstance(prefix, str):
         raise TypeError(f"prefix must be a string, got {prefix!r}")
     source, found, names = read_named(state_dict_or_path, prefix)
-    if not found:
-        elsewhere = sorted({name[: -len(end)] for name in names for end in landmarks if name.endswith(end)})
+    prefixes = sorted({name[: -len(end)] for name in names for end in landmarks if name.endswith(end)})
+    longer = [each for each in prefixes if each.startswith(prefix)]
+    if not found or (longer and prefix not in longer):
+        fits = "no attention layer" if found else "no tensor"
         raise ValueError(
-            f"prefix {prefix!r} fits no tensor in {source}; prefixes with {' or '.join(landmarks)}: {elsewhere}"
+            f"prefix {prefix!r} fits {fits} in {source}; prefixes with {' or '.join(landmarks)}: {longer or prefixes}"
         )
     return Tensors(source, prefix, {name[len(prefix) :]: tensor for name, tensor in found.items()})
 

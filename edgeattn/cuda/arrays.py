@@ -4,15 +4,17 @@ import sys
 
 import numpy as np
 
+from edgeattn.cuda import dlpack
+
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """What `__cuda_array_interface__` (version 2 or 3) says about an array.
+    """What `__cuda_array_interface__` (version 2 or 3) or DLPack says about an array.
 
     Parameters
     ----------
     owner : object
-        The array itself.
+        The array itself, and what else its memory lives as long as.
     pointer : int
     shape, strides : tuple of int
         Strides in bytes.
@@ -77,7 +79,7 @@ def _reshaped(view, shape):
 
 def on_device(array):
     """Whether an array lies in a GPU's memory."""
-    return hasattr(array, "__cuda_array_interface__")
+    return hasattr(array, "__cuda_array_interface__") or dlpack.on_gpu(array)
 
 
 def view(name, array):
@@ -89,8 +91,11 @@ def view(name, array):
         When it lies elsewhere.
     """
     interface = getattr(array, "__cuda_array_interface__", None)
+    if interface is None and dlpack.on_gpu(array):
+        capsule, pointer, shape, strides, dtype = dlpack.described(name, array)
+        return View((array, capsule), pointer, shape, c_strides(shape, dtype) if strides is None else strides, dtype)
     if interface is None:
-        raise TypeError(f"{name} must be an array on the device like query (with __cuda_array_interface__), got "
+        raise TypeError(f"{name} must be an array on the device like query (__cuda_array_interface__ or DLPack), got "
                         f"{type(array).__name__}; nothing is copied there behind your back")
     dtype, shape = np.dtype(interface["typestr"]), tuple(interface["shape"])
     strides = interface.get("strides")
@@ -151,7 +156,7 @@ class _Ours:
 
     @staticmethod
     def stream(like):
-        return like.__cuda_array_interface__.get("stream") or 0
+        return getattr(like, "__cuda_array_interface__", {}).get("stream") or 0
 
 
 _KINDS = {"torch": _Torch, "cupy": _CuPy}

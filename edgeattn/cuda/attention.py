@@ -1,10 +1,12 @@
-"""float32 attention on the device: softmax(query key^T * scale + mask) value with online softmax, and its merge.
+"""Attention on the device: softmax(query key^T * scale + mask) value with online softmax.
 
-Dao et al., "FlashAttention" (2022), algorithm 1, on the ordinary multiply-adds. Letters: B batch, H query heads, Hkv
-key/value heads, L queries, S keys, D head size, Dv value size. A block has ROWS queries of one head, 64 keys at a time,
-2 ROWS threads; thread (x, y) of 16 columns has 8 queries and 4 keys, then 8 queries and CHUNK / 16 value elements.
+Dao et al., "FlashAttention" (2022), algorithm 1. Letters: B batch, H query heads, Hkv key/value heads, L queries, S
+keys, D head size, Dv value size. A block has ROWS queries of one head, 64 keys at a time, 2 ROWS threads; tiles.py says
+who holds what, and has the products: float32 multiply-adds, or float16, tf32 or int8 ones of the tensor cores.
 D is walked in pieces of CHUNK, Dv is cut into pieces of CHUNK along the grid, so any size works in the same memory.
 """
+import functools
+
 from edgeattn.cuda.language import (
     Kernel,
     cuda,
@@ -27,6 +29,7 @@ from edgeattn.cuda.ptx import (
     divide,
     float_of_bits,
     fma,
+    half_pair,
     load_b32,
     load_b32x2,
     load_f16,
@@ -38,28 +41,29 @@ from edgeattn.cuda.ptx import (
     load_uniform_64,
     maximum,
     quotient,
-    read_f32x2,
-    read_f32x4,
+    read_f32,
     remainder,
     select_f,
     shuffle_f,
+    store_b32,
     store_f16,
     store_f32,
-    store_f32x4,
+    store_f32x2,
     thread,
     times,
     times_wide,
     to_float,
     unpack_f16,
     write_f32,
-    write_f32x4,
 )
 
-KEYS = 64  # of a tile
+from .tiles import FORMS, KEYS
+
 FAR = 1 << 30  # beyond any distance between a query and a key
 
 # Addresses (int64), 0 where there is none.
-(A_Q, A_K, A_V, A_OUT, A_LSE, A_KEEP, A_BIAS, A_LENGTHS, A_SLOPES, A_KEY_SCALE, A_VALUE_SCALE, A_COUNT) = range(12)
+(A_Q, A_K, A_V, A_OUT, A_LSE, A_KEEP, A_BIAS, A_LENGTHS, A_SLOPES, A_KEY_SCALE, A_VALUE_SCALE, A_Q_SCALE,
+ A_COUNT) = range(13)
 # Numbers (int32). Strides are bytes, of B, H, L or S, and along the keys for masks; floats are given by their bits.
 (P_H, P_GROUP, P_L, P_S, P_D, P_DV, P_CHUNKS, P_VALUE_CHUNKS, P_SPLITS, P_OFFSET, P_AT_END, P_LEFT, P_RIGHT,
  P_LENGTHS_64, P_FACTOR, P_SOFTCAP, P_Q_B, P_Q_H, P_Q_L, P_K_B, P_K_H, P_K_S, P_V_B, P_V_H, P_V_S,
@@ -69,7 +73,8 @@ FAR = 1 << 30  # beyond any distance between a query and a key
 _LOG2_E = 1.4426950408889634
 _LN_2 = 0.6931471805599453
 _MINUS_INFINITY = float("-inf")
-_GONE = -2147483648  # the bits of -0.0, which marks the probability of a key that is not to be seen
+_LOG2_255 = 7.994353436858858  # of the largest probability as a byte
+_SMALLEST_SCALE = 2.0**-60  # of values in int8, as of all int8 tensors
 _ROUND = 12582912.0  # 1.5 * 2**23: adding it leaves the nearest integer in the low bits
 # 2**r on [-0.5, 0.5], minimax in relative error, as edgeattn/cpu/softmax.py
 _C1, _C2, _C3, _C4, _C5 = (0.6931469775973295, 0.24022242082675763, 0.055507337448249136, 0.00967151281259882,
@@ -125,46 +130,16 @@ def fetch_int8(wide, address, good, left):
             to_float(load_s8(good & (left > 2), address + 2)), to_float(load_s8(good & (left > 3), address + 3)))
 
 
-FETCH = {"float32": (fetch_float32, 4), "float16": (fetch_float16, 2), "int8": (fetch_int8, 1)}  # and bytes a number
-
-
 @device
-def write_column(at, pitch, row, column, a, b, c, d):
-    """Elements (row, column * 4 ...) of a tile to shared memory, turned; rows permuted so that banks are not shared."""
-    to = int32(at + column * 4 * pitch + ((row ^ ((column & 7) << 2)) << 2))
-    write_f32(to, a)
-    write_f32(int32(to + pitch), b)
-    write_f32(int32(to + 2 * pitch), c)
-    write_f32(int32(to + 3 * pitch), d)
+def fetch_codes(wide, address, good, left):
+    """Four int8 codes as they are: one word, by its bits."""
+    word = load_b32(good & (left > 0), address)
+    return float_of_bits(word), float32(0.0), float32(0.0), float32(0.0)
 
 
-@device
-def read_four(at, b):
-    """b[:4] = four numbers of shared memory."""
-    b[0], b[1], b[2], b[3] = read_f32x4(at)
-
-
-@device
-def read_two(at, b):
-    """b[:2] = two numbers of shared memory."""
-    b[0], b[1] = read_f32x2(at)
-
-
-@device
-def multiply_tiles(left, left_pitch, right, columns, x, y, a, b, sums):
-    """sums (8, 4) += the rows 8 y ... of one turned tile times the rows 4 x ... of another, both of 4 `columns`."""
-    for column in range(columns):
-        swap = int32((column & 7) << 2)
-        a_at = int32(left + column * 4 * left_pitch + ((int32(y * 8) ^ swap) << 2))
-        a_next = int32(left + column * 4 * left_pitch + ((int32(y * 8 + 4) ^ swap) << 2))
-        b_at = int32(right + column * 1024 + ((int32(x * 4) ^ swap) << 2))
-        for u in range(4):
-            a[0], a[1], a[2], a[3] = read_f32x4(int32(a_at + u * left_pitch))
-            a[4], a[5], a[6], a[7] = read_f32x4(int32(a_next + u * left_pitch))
-            read_four(int32(b_at + u * 256), b)
-            for i in range(8):
-                for j in range(4):
-                    sums[i, j] = fma(a[i], b[j], sums[i, j])
+# format -> (function, bytes of a number)
+FETCH = {"float32": (fetch_float32, 4), "float16": (fetch_float16, 2), "int8": (fetch_int8, 1),
+         "codes": (fetch_codes, 1)}
 
 
 @device
@@ -179,15 +154,61 @@ def visible_keys(lengths, wide_lengths, batch, keys):
     return int32(smaller(larger(found, 0), keys))
 
 
+@functools.cache
+def staging(fetch, size, scaled, chunk, threads, wide, put):
+    """A function that brings a tile of values to shared memory with `put`; the sum of what that gives."""
+    SHIFT, MASK = (chunk // 4).bit_length() - 1, chunk // 4 - 1
+    STEP = threads >> SHIFT
+
+    @device
+    def stage(a, p, values_at, t, value, scale_at, k0, last, d_out):
+        found = float32(0.0)
+        column = int32(t & MASK)
+        for i in range(0, KEYS, STEP):
+            row = int32((t >> SHIFT) + i)
+            at = int32(times(int32(k0 + row), p[P_V_S]) + (d_out + column * 4) * size)
+            good = int32(k0 + row) < last
+            e0, e1, e2, e3 = fetch(wide, value + at, good, int32(p[P_DV] - d_out - column * 4))
+            if scaled:
+                w = load_f32(good, a[A_VALUE_SCALE] + scale_at + times(int32(k0 + row), p[P_SCALE_S]))
+                e0, e1, e2, e3 = e0 * w, e1 * w, e2 * w, e3 * w
+            found = found + put(values_at, row, column, e0, e1, e2, e3)
+        return found
+
+    return stage
+
+
+@functools.cache
+def staging_turned(chunk, threads, put):
+    """As `staging`, of int8 values that lie turned: a row of keys for each number of a value, P_V_S bytes apart."""
+    STEP = threads * 4 // KEYS
+
+    @device
+    def stage(a, p, values_at, t, value, scale_at, k0, last, d_out):
+        column = int32(t & 15)
+        for i in range(0, chunk, STEP):
+            row = int32((t >> 4) + i)
+            at = int32(times(int32(d_out + row), p[P_V_S]) + k0 + column * 4)
+            e0, e1, e2, e3 = fetch_codes(True, value + at, int32(k0 + column * 4) < last, int32(1))
+            put(values_at, row, column, e0, e1, e2, e3)
+        return float32(0.0)
+
+    return stage
+
+
 @specialised
-def attention(rows, chunk, q_format, kv_format, wide, out_format):
-    """The kernel for blocks of `rows` (32 or 64) queries and pieces of `chunk` (32 or 64) numbers.
+def attention(precision, rows, chunk, q_format, kv_format, wide, out_format):
+    """The kernel for blocks of `rows` (32 or 64) queries and pieces of `chunk` numbers (32 or 64; 128 for float16).
 
     Parameters
     ----------
+    precision : str
+        A key of tiles.FORMS.
     rows, chunk : int
     q_format, kv_format : str
         Keys of FETCH. int8 keys and values have a scale each, A_KEY_SCALE and A_VALUE_SCALE (B, Hkv, S).
+        "codes" with precision "int8": int8 and padded with zeros to whole pieces, values turned (B, Hkv, Dv, S) in rows
+        of whole words, and A_Q_SCALE (B, H, L), which has the factor of the scores in it.
     wide : bool
         All rows of query, key, value and out begin at a multiple of four numbers, and D and Dv are such multiples.
     out_format : str
@@ -200,25 +221,35 @@ def attention(rows, chunk, q_format, kv_format, wide, out_format):
         of the keys, and writes its float32 result P_OUT_SPLIT apart; P_LSE_SPLIT apart, in place of the log-sum, the
         largest score to base 2, and P_SUMS behind that the sum.
     """
+    form = FORMS[precision](rows, chunk)
+    QUERIES, EACH, OUT, LANES, LATE = form.queries, form.keys, form.values, form.lanes, form.late
+    AT_KEYS, AT_PROBABILITIES = form.at_keys, form.at_probabilities
+    place, down, across = form.place, form.down, form.across
+    put_query, put_key, scores, share, context = (
+        form.put_query, form.put_key, form.scores, form.share, form.context)
     ROWS, CHUNK, THREADS, WIDE = rows, chunk, 2 * rows, bool(wide)
-    QUADS, PITCH = chunk // 4, rows * 4
-    OUT = chunk // 16
-    PER_ROW = chunk // 4
-    Q_TURNS, K_TURNS = rows * PER_ROW // THREADS, KEYS * PER_ROW // THREADS
-    AT_KEYS, AT_PROBABILITIES = rows * chunk * 4, rows * chunk * 4 + KEYS * chunk * 4
-    BYTES = AT_PROBABILITIES + KEYS * rows * 4
+    SHIFT, MASK = (chunk // 4).bit_length() - 1, chunk // 4 - 1  # the threads bring STEP rows at a time, in fours
+    STEP = THREADS >> SHIFT
     (fetch_q, Q_SIZE), (fetch, SIZE) = FETCH[q_format], FETCH[kv_format]
-    SCALED, HALF = kv_format == "int8", out_format == "float16"
+    SCALED, HALF, CODES = kv_format == "int8", out_format == "float16", kv_format == "codes"
     OUT_SIZE = 2 if HALF else 4
-    read_values = read_four if OUT == 4 else read_two
+    stage_values = (staging_turned(chunk, THREADS, form.put_value) if CODES else
+                    staging(fetch, SIZE, SCALED, chunk, THREADS, WIDE, form.put_value))
+    AT_LISTS = form.bytes  # of int8 products, a float32 per key: scale, the value's log2 of the scale, and its inverse
+    BYTES = form.bytes + (4 * KEYS * 4 if CODES else 0)
+    SECOND = form.put_left is not None
+    stage_left = staging(fetch, SIZE, SCALED, chunk, THREADS, WIDE, form.put_left) if SECOND else stage_values
+    left_context = form.left_context if SECOND else form.context
 
     def attention_kernel(a, p):
         # query (B, H, L, D)  key (B, Hkv, S, D)  value (B, Hkv, S, Dv)  out (B, H, L, Dv)  lse (B, H, L)
         base = shared()
         keys_at, probabilities_at = int32(base + AT_KEYS), int32(base + AT_PROBABILITIES)
         t = thread()
-        x, y = int32(t & 15), int32(t >> 4)
+        row0, column0, d0 = place(t)
         q0 = int32(block_x() * ROWS)
+        row0 = int32(q0 + row0)
+        four_row, column = int32(t >> SHIFT), int32(t & MASK)  # of what the thread brings to shared memory
         batch = quotient(block_y(), p[P_H])
         head = remainder(block_y(), p[P_H])
         split = quotient(block_z(), p[P_VALUE_CHUNKS])
@@ -250,186 +281,195 @@ def attention(rows, chunk, q_format, kv_format, wide, out_format):
         if p[P_RIGHT] >= 0:
             high = int32(offset + p[P_RIGHT])
         first = int32(larger(0, int32(q0 + low)))
+        if CODES:
+            first = int32(first & -4)  # values are read four keys at a time
         last = int32(smaller(length, int32(int32(smaller(q0 + ROWS, L)) + high)))
         tiles = int32((larger(last - first, 0) + KEYS - 1) >> 6)
         per_split = quotient(int32(tiles + p[P_SPLITS] - 1), p[P_SPLITS])
         first = int32(first + times(split, per_split) * KEYS)
         last = int32(smaller(last, int32(first + per_split * KEYS)))
 
-        s = cuda.local.array((8, 4), float32)
-        o = cuda.local.array((8, OUT), float32)
+        s = cuda.local.array((QUERIES, EACH), float32)
+        o = cuda.local.array((QUERIES, OUT), float32)
         left = cuda.local.array(8, float32)
         right = cuda.local.array(4, float32)
-        m = cuda.local.array(8, float32)
-        total = cuda.local.array(8, float32)
-        for i in range(8):
-            m[i] = float32(_MINUS_INFINITY)
-            total[i] = float32(0.0)
-            for j in range(OUT):
-                o[i, j] = float32(0.0)
+        m = cuda.local.array(QUERIES, float32)
+        total = cuda.local.array(QUERIES, float32)
+        for r in range(QUERIES):
+            m[r] = float32(_MINUS_INFINITY)
+            total[r] = float32(0.0)
+            for k in range(OUT):
+                o[r, k] = float32(0.0)
+        q_scale = cuda.local.array(QUERIES, float32)
+        lists = int32(base + AT_LISTS)
+        if CODES:
+            for r in range(QUERIES):
+                row = int32(row0 + down(r))
+                q_scale[r] = load_f32(row < L, a[A_Q_SCALE] + times_wide(times(block_y(), L), 4) + row * 4)
         for k0 in range(first, last, KEYS):
             k0 = int32(k0)
             # 2. scores, D in pieces; the queries stay where they are one piece
-            for i in range(8):
-                for j in range(4):
-                    s[i, j] = float32(0.0)
+            for r in range(QUERIES):
+                for k in range(EACH):
+                    s[r, k] = float32(0.0)
             for piece in range(p[P_CHUNKS]):
-                d0 = int32(piece * CHUNK)
+                d_in = int32(piece * CHUNK)
                 cuda.syncthreads()
                 if p[P_CHUNKS] > 1 or k0 == first:
-                    for i in range(Q_TURNS):
-                        row, column = int32((t + i * THREADS) // PER_ROW), int32((t + i * THREADS) % PER_ROW)
-                        at = int32(times(int32(q0 + row), p[P_Q_L]) + (d0 + column * 4) * Q_SIZE)
-                        e0, e1, e2, e3 = fetch_q(WIDE, query + at, int32(q0 + row) < L, int32(D - d0 - column * 4))
-                        write_column(base, PITCH, row, column, e0 * factor, e1 * factor, e2 * factor, e3 * factor)
-                for i in range(K_TURNS):
-                    row, column = int32((t + i * THREADS) // PER_ROW), int32((t + i * THREADS) % PER_ROW)
-                    at = int32(times(int32(k0 + row), p[P_K_S]) + (d0 + column * 4) * SIZE)
+                    for i in range(0, ROWS, STEP):
+                        row = int32(four_row + i)
+                        at = int32(times(int32(q0 + row), p[P_Q_L]) + (d_in + column * 4) * Q_SIZE)
+                        e0, e1, e2, e3 = fetch_q(WIDE, query + at, int32(q0 + row) < L, int32(D - d_in - column * 4))
+                        if not LATE:
+                            e0, e1, e2, e3 = e0 * factor, e1 * factor, e2 * factor, e3 * factor
+                        put_query(base, row, column, e0, e1, e2, e3)
+                for i in range(KEYS // STEP):
+                    row = int32(int32(t + i * THREADS) >> SHIFT)
+                    at = int32(times(int32(k0 + row), p[P_K_S]) + (d_in + column * 4) * SIZE)
                     good = int32(k0 + row) < last
-                    e0, e1, e2, e3 = fetch(WIDE, key + at, good, int32(D - d0 - column * 4))
+                    e0, e1, e2, e3 = fetch(WIDE, key + at, good, int32(D - d_in - column * 4))
                     if SCALED:
                         w = load_f32(good, a[A_KEY_SCALE] + scale_at + times(int32(k0 + row), p[P_SCALE_S]))
                         e0, e1, e2, e3 = e0 * w, e1 * w, e2 * w, e3 * w
-                    write_column(keys_at, KEYS * 4, row, column, e0, e1, e2, e3)
+                    put_key(keys_at, row, column, e0, e1, e2, e3)
+                if CODES:
+                    i = int32(k0 + (t & (KEYS - 1)))
+                    at = int32(scale_at + times(i, p[P_SCALE_S]))
+                    w = load_f32((t < KEYS) & (i < last), a[A_KEY_SCALE] + at)
+                    size = load_f32(i < last, a[A_VALUE_SCALE] + at)
+                    size = maximum(size, float32(_SMALLEST_SCALE))
+                    value_log = float32(log(size)) * float32(_LOG2_E)
+                    write_f32(int32(lists + t * 4), select_f(t < KEYS, w, value_log))
+                    inverse = select_f(size == size, divide(float32(1.0), size), float32(0.0))  # NaN shows in its log
+                    write_f32(int32(lists + (t + 2 * KEYS) * 4), inverse)
                 cuda.syncthreads()
-                multiply_tiles(base, PITCH, keys_at, QUADS, x, y, left, right, s)
+                scores(base, keys_at, t, s, left, right)
+            if CODES:
+                for k in range(EACH):
+                    at = int32(lists + (column0 + across(k)) * 4)
+                    for r in range(QUERIES):
+                        s[r, k] = s[r, k] * read_f32(at) * q_scale[r]
+            elif LATE:
+                for r in range(QUERIES):
+                    for k in range(EACH):
+                        s[r, k] = s[r, k] * factor
             # 3. softcap, then masks
             if capped:
-                for i in range(8):
-                    for j in range(4):
-                        s[i, j] = tanh(s[i, j]) * softcap
+                for r in range(QUERIES):
+                    for k in range(EACH):
+                        s[r, k] = tanh(s[r, k]) * softcap
+            if CODES:  # a probability that is a byte has the value's scale in it
+                for k in range(EACH):
+                    value_log = read_f32(int32(lists + (KEYS + column0 + across(k)) * 4))
+                    for r in range(QUERIES):
+                        s[r, k] = s[r, k] + value_log
+            key0 = int32(k0 + column0)
             if has_slope:
-                for i in range(8):
-                    for j in range(4):
-                        distance = int32(q0 + y * 8 + i + offset - k0 - x * 4 - j)
+                for r in range(QUERIES):
+                    for k in range(EACH):
+                        distance = int32(row0 + down(r) + offset - key0 - across(k))
                         distance = int32(larger(distance, int32(0 - distance)))
-                        s[i, j] = fma(to_float(distance), slope, s[i, j])
+                        s[r, k] = fma(to_float(distance), slope, s[r, k])
             if has_bias:
-                for i in range(8):
-                    row = int32(q0 + y * 8 + i)
+                for r in range(QUERIES):
+                    row = int32(row0 + down(r))
                     row_at = times(row, p[P_BIAS_L])
-                    for j in range(4):
-                        column = int32(k0 + x * 4 + j)
-                        at = int32(row_at + times(column, p[P_BIAS_S]))
-                        b = load_f32((row < L) & (column < last), bias + at)
-                        s[i, j] = select_f(b == float32(_MINUS_INFINITY), b, fma(b, float32(_LOG2_E), s[i, j]))
+                    for k in range(EACH):
+                        there = int32(key0 + across(k))
+                        at = int32(row_at + times(there, p[P_BIAS_S]))
+                        b = load_f32((row < L) & (there < last), bias + at)
+                        s[r, k] = select_f(b == float32(_MINUS_INFINITY), b, fma(b, float32(_LOG2_E), s[r, k]))
             if has_keep:
-                for i in range(8):
-                    row = int32(q0 + y * 8 + i)
+                for r in range(QUERIES):
+                    row = int32(row0 + down(r))
                     row_at = times(row, p[P_KEEP_L])
-                    for j in range(4):
-                        column = int32(k0 + x * 4 + j)
-                        at = int32(row_at + times(column, p[P_KEEP_S]))
-                        seen = load_u8((row < L) & (column < last), keep + at) != 0
-                        s[i, j] = select_f(seen, s[i, j], float32(_MINUS_INFINITY))
+                    for k in range(EACH):
+                        there = int32(key0 + across(k))
+                        at = int32(row_at + times(there, p[P_KEEP_S]))
+                        seen = load_u8((row < L) & (there < last), keep + at) != 0
+                        s[r, k] = select_f(seen, s[r, k], float32(_MINUS_INFINITY))
             edge = (int32(k0 + KEYS) > last) | (int32(q0 + ROWS - 1 + low) > k0) | (
                 int32(q0 + high) < int32(k0 + KEYS - 1))
             if edge:
-                for i in range(8):
-                    from_key = int32(q0 + y * 8 + i + low - k0 - x * 4)
-                    to_key = int32(smaller(int32(q0 + y * 8 + i + high + 1), last) - k0 - x * 4)
-                    for j in range(4):
-                        s[i, j] = select_f((j >= from_key) & (j < to_key), s[i, j], float32(_MINUS_INFINITY))
-            # 4. online softmax to base 2; a row's 64 scores lie with 16 neighbouring threads
-            for i in range(8):
-                best = maximum(maximum(s[i, 0], s[i, 1]), maximum(s[i, 2], s[i, 3]))
-                best = maximum(best, shuffle_f(best, 8))
-                best = maximum(best, shuffle_f(best, 4))
-                best = maximum(best, shuffle_f(best, 2))
-                best = maximum(best, shuffle_f(best, 1))
-                best = maximum(best, m[i])
+                for r in range(QUERIES):
+                    from_key = int32(row0 + down(r) + low - key0)
+                    to_key = int32(smaller(int32(row0 + down(r) + high + 1), last) - key0)
+                    for k in range(EACH):
+                        s[r, k] = select_f((across(k) >= from_key) & (across(k) < to_key), s[r, k],
+                                           float32(_MINUS_INFINITY))
+            # 4. online softmax to base 2; a row's 64 scores lie with neighbouring threads
+            for r in range(QUERIES):
+                best = m[r]
+                for k in range(EACH):
+                    best = maximum(best, s[r, k])
+                for step in range(LANES):
+                    best = maximum(best, shuffle_f(best, int32(1 << step)))
                 above = select_f(best == float32(_MINUS_INFINITY), float32(0.0), best)
-                shrink = exp2(m[i] - above)
-                m[i] = best
+                shrink = exp2(m[r] - above)
+                m[r] = best
                 row_sum = float32(0.0)
-                for j in range(4):
-                    gone = s[i, j] == float32(_MINUS_INFINITY)
-                    s[i, j] = select_f(gone, float32(-0.0), exp2(s[i, j] - above))
-                    row_sum = row_sum + s[i, j]
-                total[i] = fma(total[i], shrink, row_sum)
-                for j in range(OUT):
-                    o[i, j] = o[i, j] * shrink
-            for j in range(4):
-                to = int32(probabilities_at + (x * 4 + j) * PITCH)
-                swap = int32((x & 7) << 2)
-                write_f32x4(int32(to + ((int32(y * 8) ^ swap) << 2)), s[0, j], s[1, j], s[2, j], s[3, j])
-                write_f32x4(int32(to + ((int32(y * 8 + 4) ^ swap) << 2)), s[4, j], s[5, j], s[6, j], s[7, j])
+                if CODES:
+                    above = above - float32(_LOG2_255)
+                for k in range(EACH):
+                    gone = s[r, k] == float32(_MINUS_INFINITY)
+                    s[r, k] = select_f(gone, float32(-0.0), exp2(s[r, k] - above))
+                    if CODES:
+                        at = int32(lists + (2 * KEYS + column0 + across(k)) * 4)
+                        row_sum = fma(s[r, k], read_f32(at), row_sum)
+                    else:
+                        row_sum = row_sum + s[r, k]
+                total[r] = fma(total[r], shrink, row_sum)
+                for k in range(OUT):
+                    o[r, k] = o[r, k] * shrink
+            share(probabilities_at, t, s)
             cuda.syncthreads()
             # 5. values, as they are; whether all of them are finite
-            finite = float32(0.0)
-            for i in range(K_TURNS):
-                row, column = int32((t + i * THREADS) // PER_ROW), int32((t + i * THREADS) % PER_ROW)
-                at = int32(times(int32(k0 + row), p[P_V_S]) + (d_out + column * 4) * SIZE)
-                good = int32(k0 + row) < last
-                e0, e1, e2, e3 = fetch(WIDE, value + at, good, int32(Dv - d_out - column * 4))
-                if SCALED:
-                    w = load_f32(good, a[A_VALUE_SCALE] + scale_at + times(int32(k0 + row), p[P_SCALE_S]))
-                    e0, e1, e2, e3 = e0 * w, e1 * w, e2 * w, e3 * w
-                write_f32x4(int32(keys_at + row * CHUNK * 4 + column * 16), e0, e1, e2, e3)
-                finite = finite + (e0 - e0) + (e1 - e1) + (e2 - e2) + (e3 - e3)
-            # an infinity or NaN minus itself is NaN
-            careful = cuda.syncthreads_or(int32(finite != float32(0.0))) != 0
-            # 6. context; a value that is not finite must not meet the 0 of a key that is not to be seen. Each tile has
-            # a sum of its own, in the scores' registers: one long chain of additions would double the rounding error.
-            for i in range(8):
-                for j in range(OUT):
-                    s[i, j] = float32(0.0)
-            for quad in range(KEYS // 4):
-                swap = int32((quad & 7) << 2)
-                p_at = int32(probabilities_at + quad * 4 * PITCH + ((int32(y * 8) ^ swap) << 2))
-                p_next = int32(probabilities_at + quad * 4 * PITCH + ((int32(y * 8 + 4) ^ swap) << 2))
-                v_at = int32(keys_at + quad * 16 * CHUNK + x * OUT * 4)
-                for u in range(4):
-                    left[0], left[1], left[2], left[3] = read_f32x4(int32(p_at + u * PITCH))
-                    left[4], left[5], left[6], left[7] = read_f32x4(int32(p_next + u * PITCH))
-                    read_values(int32(v_at + u * 4 * CHUNK), right)
-                    if careful:
-                        for i in range(8):
-                            for j in range(OUT):
-                                gone = bits_of(left[i]) == _GONE
-                                more = fma(left[i], right[j], s[i, j])
-                                s[i, j] = select_f(gone, s[i, j], more)
-                    else:
-                        for i in range(8):
-                            for j in range(OUT):
-                                s[i, j] = fma(left[i], right[j], s[i, j])
-            for i in range(8):
-                for j in range(OUT):
-                    o[i, j] = o[i, j] + s[i, j]
+            found = stage_values(a, p, keys_at, t, value, scale_at, k0, last, d_out)
+            careful = cuda.syncthreads_or(int32(found != float32(0.0))) != 0
+            # 6. context
+            context(probabilities_at, keys_at, t, careful, s, o, left, right)
+            if SECOND:  # noqa: SIM102 - known when the kernel is made, and left out where there is none
+                if careful:
+                    cuda.syncthreads()
+                    stage_left(a, p, keys_at, t, value, scale_at, k0, last, d_out)
+                    cuda.syncthreads()
+                    left_context(keys_at, t, s, o)
 
         # 7. divide by the sum; a query that saw no key gets zeros
+        d0 = int32(d_out + d0)
         out = (a[A_OUT] + times_wide(batch, p[P_OUT_B]) + times_wide(head, p[P_OUT_H])
-               + times_wide(split, p[P_OUT_SPLIT]) + (d_out + x * OUT) * OUT_SIZE)
+               + times_wide(split, p[P_OUT_SPLIT]) + d0 * OUT_SIZE)
         lse = (a[A_LSE] + times_wide(batch, p[P_LSE_B]) + times_wide(head, p[P_LSE_H])
                + times_wide(split, p[P_LSE_SPLIT]))
-        for i in range(8):
-            row_sum = total[i]
-            row_sum = row_sum + shuffle_f(row_sum, 8)
-            row_sum = row_sum + shuffle_f(row_sum, 4)
-            row_sum = row_sum + shuffle_f(row_sum, 2)
-            row_sum = row_sum + shuffle_f(row_sum, 1)
+        for r in range(QUERIES):
+            row_sum = total[r]
+            for step in range(LANES):
+                row_sum = row_sum + shuffle_f(row_sum, int32(1 << step))
             none = row_sum == float32(0.0)
             inverse = select_f(none, float32(0.0), divide(float32(1.0), row_sum))
-            row = int32(q0 + y * 8 + i)
+            row = int32(row0 + down(r))
             good = row < L
             to = out + times(row, p[P_OUT_L])
-            if WIDE and OUT == 4 and not HALF:
-                store_f32x4(good & (int32(d_out + x * OUT) < Dv), to,
-                            o[i, 0] * inverse, o[i, 1] * inverse, o[i, 2] * inverse, o[i, 3] * inverse)
-            else:
-                for j in range(OUT):
-                    inside = good & (int32(d_out + x * OUT + j) < Dv)
-                    if HALF:
-                        store_f16(inside, to + j * OUT_SIZE, o[i, j] * inverse)
-                    else:
-                        store_f32(inside, to + j * OUT_SIZE, o[i, j] * inverse)
+            for k in range(0, OUT, 2):
+                d = int32(across(k))
+                y0, y1 = o[r, k] * inverse, o[r, k + 1] * inverse
+                if WIDE and HALF:
+                    store_b32(good & (int32(d0 + d) < Dv), to + d * OUT_SIZE, half_pair(y1, y0))
+                elif WIDE:
+                    store_f32x2(good & (int32(d0 + d) < Dv), to + d * OUT_SIZE, y0, y1)
+                elif HALF:
+                    store_f16(good & (int32(d0 + d) < Dv), to + d * OUT_SIZE, y0)
+                    store_f16(good & (int32(d0 + d + 1) < Dv), to + d * OUT_SIZE + OUT_SIZE, y1)
+                else:
+                    store_f32(good & (int32(d0 + d) < Dv), to + d * OUT_SIZE, y0)
+                    store_f32(good & (int32(d0 + d + 1) < Dv), to + d * OUT_SIZE + OUT_SIZE, y1)
+            good = good & (column0 == 0) & (d_out == 0)
             if p[P_SPLITS] > 1:
                 to = lse + row * 4
-                store_f32(good & (x == 0) & (d_out == 0), to, m[i])
-                store_f32(good & (x == 0) & (d_out == 0), to + p[P_SUMS], row_sum)
+                store_f32(good, to, m[r])
+                store_f32(good, to + p[P_SUMS], row_sum)
             elif a[A_LSE] != 0:
-                found = float32(log(select_f(none, float32(1.0), row_sum))) + m[i] * float32(_LN_2)
-                found = select_f(none, float32(_MINUS_INFINITY), found)
-                store_f32(good & (x == 0) & (d_out == 0), lse + row * 4, found)
+                sum_log = float32(log(select_f(none, float32(1.0), row_sum))) + m[r] * float32(_LN_2)
+                store_f32(good, lse + row * 4, select_f(none, float32(_MINUS_INFINITY), sum_log))
 
     return Kernel(attention_kernel, A_COUNT, P_COUNT, THREADS, BYTES)

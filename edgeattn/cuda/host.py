@@ -9,8 +9,10 @@ import numpy as np
 from edgeattn.cuda import attention as fa
 from edgeattn.cuda import int8 as i8
 from edgeattn.cuda import linear as fl
+from edgeattn.cuda import masks as mk
 from edgeattn.cuda import merge as fm
 from edgeattn.cuda import quantize as qz
+from edgeattn.cuda import smooth as sm
 from edgeattn.cuda.arrays import View, kind, view
 from edgeattn.cuda.driver import driver
 from edgeattn.cuda.rules import planes
@@ -74,11 +76,14 @@ def is_wide(arrays):
 
 
 @functools.lru_cache(maxsize=256)
-def _attention_plan(q, k, v, out, numbers, processors):
+def _attention_plan(precision, q, k, v, out, numbers, processors):
     """(rows, chunk, grid, splits) and what the shapes alone say of P_..., for (shape, strides) pairs."""
     (B, H, L, D), (_, Hkv, S, _), Dv = q[0], k[0], v[0][3]
-    rows = 32 if L <= 32 else 64
-    chunk = 32 if max(D, Dv) <= 32 else 64
+    rows, longest = 32 if L <= 32 else 64, max(D, Dv)
+    # a piece as long as shared memory has room for: pieces of values cost the scores anew
+    chunk = 32 if longest <= 32 else 128 if longest > 64 and precision == "float16" else 64
+    if precision == "int8":
+        rows = chunk = 64
     value_chunks = max(ceil_div(Dv, chunk), 1)
     blocks = ceil_div(L, rows) * B * H * value_chunks
     splits = min(ceil_div(2 * processors, blocks), ceil_div(S, 4 * fa.KEYS))
@@ -95,16 +100,23 @@ def _attention_plan(q, k, v, out, numbers, processors):
     return rows, chunk, (ceil_div(L, rows), B * H, value_chunks * splits), splits, tuple(p)
 
 
+def _factor(scale, softcap):
+    """Of products before the hyperbolic tangent of a softcap, or else of scores to base 2."""
+    return scale / softcap if softcap else scale * LOG2_E
+
+
 def attend(q, k, v, out, scale, softcap=0.0, *, left=-1, right=-1, offset=0, at_end=False, lengths=None, keep=None,
-           bias=None, slopes=None, lse=None, key_scale=None, value_scale=None, stream=0, like=None):
-    """softmax(q k^T scale + masks) v.
+           bias=None, slopes=None, lse=None, key_scale=None, value_scale=None, q_scale=None, precision="float32",
+           stream=0, like=None):
+    """softmax(q k^T scale + masks) v, the two products in `precision`, a key of tiles.FORMS, with float32 sums.
 
     Parameters
     ----------
     q, k, v, out : View
         (B, H, L, D), (B, Hkv, S, D), (B, Hkv, S, Dv), (B, H, L, Dv), neighbours along the last axis. float32 or
         float16, all the same; keys and values may be int8 with `key_scale` and `value_scale` (B, Hkv, S) float32 of
-        equal strides. No axis is empty.
+        equal strides. No axis is empty. For precision "int8" what `attend_int8` makes of them, with `q_scale`
+        (B, H, L).
     left, right, offset : int
         As edgeattn.masks.Mask, `offset` of all entries; with `at_end` the length minus L instead.
     lengths : View of (B,) int32 or int64, optional
@@ -122,7 +134,7 @@ def attend(q, k, v, out, scale, softcap=0.0, *, left=-1, right=-1, offset=0, at_
             check_reach(name, array)
     B, H, L, Dv = out.shape
     numbers = [(fa.P_LEFT, left), (fa.P_RIGHT, right), (fa.P_OFFSET, offset), (fa.P_AT_END, int(at_end)),
-               (fa.P_FACTOR, bits(scale / softcap if softcap else scale * LOG2_E)),
+               (fa.P_FACTOR, bits(_factor(scale, softcap))),
                (fa.P_SOFTCAP, bits(softcap * LOG2_E) if softcap else 0)]
     if lengths is not None:
         numbers.append((fa.P_LENGTHS_64, int(lengths.dtype.itemsize == 8)))
@@ -133,12 +145,17 @@ def attend(q, k, v, out, scale, softcap=0.0, *, left=-1, right=-1, offset=0, at_
         numbers.append((fa.P_SLOPES_B, slopes.strides[0]))
     if key_scale is not None:
         numbers += enumerate(key_scale.strides, fa.P_SCALE_B)
+    if precision == "int8":
+        numbers.append((fa.P_V_S, v.strides[3]))
     rows, chunk, grid, splits, p = _attention_plan(
-        *((x.shape, x.strides) for x in (q, k, v, out)), tuple(numbers), driver().processors())
-    wide = is_wide((q, k, v, out))
-    kernel = fa.attention(rows, chunk, q.dtype.name, k.dtype.name, wide, "float32" if splits > 1 else out.dtype.name)
+        precision, *((x.shape, x.strides) for x in (q, k, v, out)), tuple(numbers), driver().processors())
+    formats, read = (q.dtype.name, k.dtype.name), (q, k, v, out)
+    if precision == "int8":
+        formats, read = ("codes", "codes"), (out,)
+    kernel = fa.attention(precision, rows, chunk, *formats, is_wide(read),
+                          "float32" if splits > 1 else out.dtype.name)
     a = [q.pointer, k.pointer, v.pointer, out.pointer, address(lse), address(keep), address(bias), address(lengths),
-         address(slopes), address(key_scale), address(value_scale)]
+         address(slopes), address(key_scale), address(value_scale), address(q_scale)]
     p = list(p)
     p[fa.P_LSE_B], p[fa.P_LSE_H] = 4 * H * L, 4 * L
     if splits == 1:
@@ -156,6 +173,53 @@ def attend(q, k, v, out, scale, softcap=0.0, *, left=-1, right=-1, offset=0, at_
     driver().launch(fm.merge(out.dtype.name), (ceil_div(B * H * L * Dv, fm.THREADS), 1, 1),
                     [part.pointer, sums.pointer, sums.pointer + sums.strides[0], out.pointer, address(lse)], m, stream)
     return None
+
+
+def both(keep, padding, stream, like):
+    """`keep` (B or 1, H or 1, L or 1, S or 1) and `padding` (B, S), Views, as one of (B, H or 1, L or 1, S)."""
+    shape = (padding.shape[0], *keep.shape[1:3], padding.shape[1])
+    out = scratch(shape, np.bool_, like)
+    for array in (keep, padding, out):
+        check_reach("attn_mask and key_padding_mask together", array)
+    if out.size:
+        p = [out.size, *shape[1:], *spread(keep), *padding.strides]
+        driver().launch(mk.both(), (ceil_div(out.size, mk.THREADS), 1, 1), [keep.pointer, padding.pointer, out.pointer],
+                        p, stream)
+    return out
+
+
+def _smooth(k, masks, H, L, stream, like):
+    """(B, Hkv, D) float32, what `attend_int8` adds to keys (B, Hkv, S, D) float32."""
+    B, Hkv, S, D = k.shape
+    minus = scratch((B, Hkv, D), np.float32, like)
+    keep, bias, lengths = (masks.get(name) for name in ("keep", "bias", "lengths"))
+    p = [Hkv, H, L, S, D, masks["left"], masks["right"], masks["offset"], int(masks["at_end"]),
+         int(lengths is not None and lengths.dtype.itemsize == 8), *k.strides[:3], *spread(keep), *spread(bias)]
+    driver().launch(sm.smooth(), (B * Hkv, 1, 1),
+                    [k.pointer, minus.pointer, address(keep), address(bias), address(lengths)], p, stream)
+    return minus
+
+
+def attend_int8(q, k, v, out, scale, softcap=0.0, stream=0, like=None, **masks):
+    """`attend` on float32 arrays with int8 products: every query, key and value by its own range, as on the CPU."""
+    (B, H, L, D), (Hkv, S), Dv = q.shape, k.shape[1:3], v.shape[3]
+    for name, array in (("key", k), ("attn_mask", masks.get("keep")), ("attn_mask", masks.get("bias"))):
+        if array is not None:
+            check_reach(name, array)
+    D_up, Dv_up, S_up = round_up(D, 64), round_up(Dv, 64), round_up(S, 16)
+    minus = _smooth(k, masks, H, L, stream, like)
+    made = []
+    for x, heads, n, options in ((q, H, L, dict(factor=_factor(scale, softcap))), (k, Hkv, S, dict(minus=minus))):
+        codes, scales = scratch((B, heads, n, D_up), np.int8, like), scratch((B, heads, n), np.float32, like)
+        store_rows(x, codes, scales, stream, up=D_up, rule="dynamic", **options)
+        made.append((codes, scales))
+    (q, q_scale), (k, key_scale) = made
+    stored, value_scale = scratch((B, Hkv, Dv_up, S_up), np.int8, like), scratch((B, Hkv, S), np.float32, like)
+    b, h, row, one = stored.strides
+    turned = View(stored.owner, stored.pointer, v.shape, (b, h, one, row), stored.dtype)
+    store_rows(v, turned, value_scale, stream, rule="dynamic")
+    attend(q, k, turned, out, scale, softcap, key_scale=key_scale, value_scale=value_scale, q_scale=q_scale,
+           precision="int8", stream=stream, like=like, **masks)
 
 
 # -- projections -----------------------------------------------------------------------------------------------------
@@ -196,10 +260,13 @@ def as_heads(x, heads):
 
 
 class FloatLayer:
-    """A float32 multi-head layer on the device; weights as edgeattn.layers.MultiHeadAttention holds them."""
+    """A float32 multi-head layer on the device; weights as edgeattn.layers.MultiHeadAttention holds them.
 
-    def __init__(self, num_heads, num_kv_heads, weights, biases, scale):
-        self.heads, self.kv_heads, self.scale = num_heads, num_kv_heads, scale
+    `precision` is that of the two products of attention, as `attend` takes it; projections are float32.
+    """
+
+    def __init__(self, num_heads, num_kv_heads, weights, biases, scale, precision="float32"):
+        self.heads, self.kv_heads, self.scale, self.precision = num_heads, num_kv_heads, scale, precision
         self.weights = {name: _owned(weight) for name, weight in weights.items() if weight is not None}
         self.biases = {name: _owned(bias) for name, bias in biases.items() if bias is not None}
 
@@ -228,7 +295,8 @@ class FloatLayer:
         cache.took(tokens, None if cache.dtype == "float32" else (k, v), stream)
         last = "out" not in self.weights
         context = out if last else scratch((*xq.shape[:2], self.heads * value_size), np.float32, like)
-        cache.see(q, as_heads(context, self.heads), self.scale, stream=stream, like=like, **masks)
+        cache.see(q, as_heads(context, self.heads), self.scale, precision=self.precision, stream=stream, like=like,
+                  **masks)
         if not last:
             self.finish(context, out, stream)
 
@@ -242,7 +310,8 @@ class FloatLayer:
         q, k, v = self.projected((xq, xk, xv), stream, like)
         last = "out" not in self.weights
         context = out if last else scratch((*xq.shape[:2], self.heads * v.shape[3]), np.float32, like)
-        attend(q, k, v, as_heads(context, self.heads), self.scale, stream=stream, like=like, **masks)
+        attend(q, k, v, as_heads(context, self.heads), self.scale, precision=self.precision, stream=stream, like=like,
+               **masks)
         if not last:
             self.finish(context, out, stream)
 
@@ -381,24 +450,25 @@ class StaticLayer:
 # -- rows -------------------------------------------------------------------------------------------------------------
 
 
-def store_rows(x, out, scale, stream, up=0, out_strides=None):
+def store_rows(x, out, scale, stream, up=0, out_strides=None, rule="cache", factor=1.0, minus=None):
     """x (B, H, T, D) float32 to out, as it is or, where there is a `scale` (B, H, T), as int8 codes; rows in one piece.
 
-    up : numbers of a row that are written, zeros behind D; out_strides : bytes along (B, H, T, D), out's unless given.
+    up : numbers of a row that are written, zeros behind D; out_strides : bytes along (B, H, T, D), out's unless given;
+    rule, factor, minus : as the kernel's.
     """
     B, H, T, D = x.shape
     check_reach("a cache", out)
-    p = [B * H * T, H, T, D, max(up, D), *x.strides[:3], *(out_strides or out.strides),
+    p = [B * H * T, H, T, D, max(up, D), bits(factor), *x.strides[:3], *(out_strides or out.strides),
          *((0, 0, 0) if scale is None else scale.strides)]
-    driver().launch(qz.store_rows(scale is not None), (ceil_div(B * H * T, qz.ROWS), 1, 1),
-                    [x.pointer, out.pointer, address(scale)], p, stream)
+    driver().launch(qz.store_rows(None if scale is None else rule), (ceil_div(B * H * T, qz.ROWS), 1, 1),
+                    [x.pointer, out.pointer, address(scale), address(minus)], p, stream)
 
 
 class DynamicLayer:
-    """A dynamic int8 multi-head layer on the device: float32 in and out, int8 weights, activations per token.
+    """A dynamic int8 multi-head layer on the device: float32 in and out, every product of the tensor cores' int8.
 
-    Keys and values are int8 with a scale per token and head, as in an int8 cache; queries and probabilities stay
-    float32, where the CPU quantizes them too. The bits are not the CPU's.
+    Every token is quantized by its own range, over a head where it is a query, key or value. Through a cache the keys
+    and values are what it holds, and queries and probabilities float32.
 
     Parameters
     ----------
@@ -426,10 +496,10 @@ class DynamicLayer:
         store_rows(rows, wide, scale, stream, up=codes.shape[2])
         return codes, scale
 
-    def __call__(self, xq, xk, xv, out, stream, like, **masks):
-        """out (B, L, Eo) from xq (B, L, Eq), xk (B, S, Ek), xv (B, S, Ev), float32 in C order; masks as `attend`."""
+    def _projected(self, inputs, stream, like):
+        """q (B, H, L, D), k, v (B, Hkv, S, ...) float32 of inputs (B, T, E)."""
         quantized, items, made = {}, [], []
-        for name, x in zip(("query", "key", "value"), (xq, xk, xv), strict=True):
+        for name, x in zip(("query", "key", "value"), inputs, strict=True):
             if (x.pointer, x.shape) not in quantized:
                 quantized[x.pointer, x.shape] = self._codes(x, stream, like)
             codes, scale = quantized[x.pointer, x.shape]
@@ -438,18 +508,32 @@ class DynamicLayer:
             items.append((linear, codes, scale, y, y.strides, linear.size))
             made.append(y)
         project_int8(None, items, stream)
-        q, (k, k_scale), (v, v_scale) = made[0], *(self._rows(y, stream, like) for y in made[1:])
-        last = "output" not in self.linears
-        context = out if last else scratch((*xq.shape[:2], self.heads * v.shape[3]), np.float32, like)
-        attend(q, k, v, as_heads(context, self.heads), self.scale, key_scale=k_scale, value_scale=v_scale,
-               stream=stream, like=like, **masks)
-        if not last:
-            codes, scale = self._codes(context, stream, like)
-            linear, strides = self.linears["output"], (out.strides[0], 0, out.strides[1], 4)
-            project_int8(None, [(linear, codes, scale, out, strides, linear.size)], stream)
+        return made
 
-    def _rows(self, y, stream, like):
-        """y (B, Hkv, S, size) as int8 codes and scales (B, Hkv, S)."""
-        codes, scale = scratch(y.shape, np.int8, like), scratch(y.shape[:3], np.float32, like)
-        store_rows(y, codes, scale, stream)
-        return codes, scale
+    def _context(self, x, out, like):
+        """Where attention writes its result for queries of x: `out` itself without an output projection."""
+        width = self.heads * self.linears["value"].size
+        return scratch((*x.shape[:2], width), np.float32, like) if "output" in self.linears else out
+
+    def _finish(self, context, out, stream, like):
+        if "output" not in self.linears:
+            return
+        codes, scale = self._codes(context, stream, like)
+        linear, strides = self.linears["output"], (out.strides[0], 0, out.strides[1], 4)
+        project_int8(None, [(linear, codes, scale, out, strides, linear.size)], stream)
+
+    def through_cache(self, xq, xk, xv, out, cache, stream, like, **masks):
+        """As a call, keys and values going into a cache, all of which the queries attend to."""
+        q, k, v = self._projected((xq, xk, xv), stream, like)
+        cache.took(k.shape[2], (k, v), stream)
+        context = self._context(xq, out, like)
+        cache.see(q, as_heads(context, self.heads), self.scale, stream=stream, like=like, **masks)
+        self._finish(context, out, stream, like)
+
+    def __call__(self, xq, xk, xv, out, stream, like, **masks):
+        """out (B, L, Eo) from xq (B, L, Eq), xk (B, S, Ek), xv (B, S, Ev), float32 in C order; masks as `attend`."""
+        q, k, v = self._projected((xq, xk, xv), stream, like)
+        context = self._context(xq, out, like)
+        run = attend_int8 if k.shape[2] else attend  # no key has no range
+        run(q, k, v, as_heads(context, self.heads), self.scale, stream=stream, like=like, **masks)
+        self._finish(context, out, stream, like)

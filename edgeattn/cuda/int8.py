@@ -276,7 +276,7 @@ def static_attention(score_rule, context_rule, softmax):
         keep = a[A_KEEP] + times_wide(batch, p[P_KEEP_B]) + times_wide(head, p[P_KEEP_H])
         classes = a[A_CLASSES] + times_wide(batch, p[P_CLASS_B]) + times_wide(head, p[P_CLASS_H])
         zq, zk, zv = p[P_ZQ], p[P_ZK], p[P_ZV]
-        first = int32(larger(0, int32(q0 + p[P_LOW])))
+        first = int32(larger(0, int32(q0 + p[P_LOW])) & -16)  # values are read 16 keys at a time
         last = int32(smaller(p[P_S], int32(int32(smaller(q0 + TILE, L)) + p[P_HIGH])))
         row0 = int32(q0 + warp * 16 + g)
         for i in range(2):

@@ -15,7 +15,8 @@ from edgeattn.cuda.ptx import (
     times,
 )
 
-from .attention import fetch_float32, multiply_tiles, write_column
+from .attention import fetch_float32
+from .tiles import multiply_tiles, write_column
 
 TILE, DEPTH, THREADS = 64, 32, 128
 # One of each per projection, three projections: where z = 0, 1, 2.

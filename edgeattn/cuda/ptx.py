@@ -85,6 +85,7 @@ load_f16 = Instruction("{ .reg .pred p; .reg .b16 h; setp.ne.b32 p, $1, 0; mov.b
                        "cvt.f32.f16 $0, h; }", "f", "bl")
 unpack_f16 = Instruction("{ .reg .b16 a, b; mov.b32 {a, b}, $2; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b; }", "ff", "i")
 store_f32 = _store("f32", 1, "f")
+store_f32x2 = _store("v2.f32", 2, "f")
 store_f32x4 = _store("v4.f32", 4, "f")
 store_b32 = _store("b32", 1, "i")
 store_s8 = _store("b8", 1, "i")  # the low byte
@@ -99,6 +100,7 @@ read_b32 = Instruction("ld.shared.b32 $0, [$1];", "i", "i", True)
 write_f32 = Instruction("st.shared.f32 [$0], $1;", "", "if", True)
 write_f32x4 = Instruction("st.shared.v4.f32 [$0], {$1, $2, $3, $4};", "", "iffff", True)
 write_b32 = Instruction("st.shared.b32 [$0], $1;", "", "ii", True)
+write_b32x2 = Instruction("st.shared.v2.b32 [$0], {$1, $2};", "", "iii", True)
 write_b32x4 = Instruction("st.shared.v4.b32 [$0], {$1, $2, $3, $4};", "", "iiiii", True)
 write_s8 = Instruction("st.shared.b8 [$0], $1;", "", "ii", True)
 

@@ -151,23 +151,27 @@ class MultiHeadAttention(AttentionWeights):
         self._kernel(q, k, v, result, *call.mask.for_kernels())
         return call.deliver(result)
 
-    def to(self, device):
+    def to(self, device, *, precision="float32"):
         """The layer on `device`: "cpu", or "cuda", a GPU (docs/cuda.md); `.layer` of that is this one.
 
         Parameters
         ----------
         device : {"cpu", "cuda"}
+        precision : {"float32", "float16", "tf32"}
+            Of attention's two products on "cuda", as in `scaled_dot_product_attention`; projections are float32.
 
         Raises
         ------
         ValueError
-            For another device, and a layer with added keys or a gate, which CUDA lacks.
+            For another device or precision, and a layer with added keys or a gate, which CUDA lacks.
         RuntimeError
             Where there is no CUDA, saying what of it is missing.
         """
         from edgeattn.on_cuda.layers import FloatOnCuda, place
 
-        return place(self, device, FloatOnCuda)
+        if device == "cpu" and precision != "float32":
+            raise ValueError(f"precision must be 'float32' on the CPU, got {precision!r}, which tensor cores have")
+        return place(self, device, lambda layer: FloatOnCuda(layer, precision))
 
     @functools.cached_property
     def _fusible(self):

@@ -76,6 +76,7 @@ def _attend_once(layer, call, q, k, v, added, context, weights):
 def _attend_cached(layer, call, q, k, v, added, context, weights):
     """Append this chunk's keys and values to the cache, and attend to what it holds."""
     cache = call.cache
+    cache._check_finite(k, v)
     for rows, tokens in call.pieces:
         cache._append(k[:, :, slice(*tokens)], v[:, :, slice(*tokens)])
         part = call.mask.part(rows, (0, cache.length))

@@ -192,6 +192,10 @@ class AttentionWeights:
             f"value_dim={self.value_dim}, output_dim={self.output_dim})"
         )
 
+    def __reduce__(self):
+        """Copies and pickles hold what a file holds: kernels belong to the process."""
+        return type(self)._from_state, self._to_state()
+
     def _to_state(self):
         """(config, tensors): all that `_from_state` needs to build an equal layer."""
         tensors = {name: getattr(self, name) for name in TENSORS if getattr(self, name) is not None}

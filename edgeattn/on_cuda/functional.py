@@ -82,7 +82,7 @@ def again(arrays, options):
             return False
     q, k, v, out, mask, lengths, slopes = pointers
     keep, bias = (0, mask) if has_bias else (mask, 0)
-    addresses = (q, k, v, out, 0, keep, bias, lengths, slopes, 0, 0)
+    addresses = (q, k, v, out, 0, keep, bias, lengths, slopes, 0, 0, 0)
     driver().launch(kernel, grid, addresses, numbers, kinds.stream(arrays[0]))
     return True
 
@@ -102,20 +102,26 @@ def _remember(call, plan, has_bias, inputs, out):
 
 
 def scaled_dot_product_attention(query, key, value, attn_mask, is_causal, causal_alignment, scale, softcap, window_size,
-                                 kv_lengths, alibi_slopes, return_weights, return_lse, out, check_shapes, call):
+                                 kv_lengths, alibi_slopes, return_weights, return_lse, precision, out, check_shapes,
+                                 call):
     """`edgeattn.scaled_dot_product_attention` on the current stream; nothing waits, nothing is copied.
 
-    scale and softcap are checked; `check_shapes` takes the three Views; `call` is what `again` will be asked with.
+    scale, which may be None, and softcap are checked; `check_shapes` takes the three Views; `call` is what `again` will
+    be asked with.
     """
     from edgeattn.cuda import host
     from edgeattn.cuda.arrays import view
+    from edgeattn.functional import default_scale
 
     (q, k, v), like, stream = views(query=query, key=key, value=value)
     if return_weights:
         raise ValueError("return_weights is missing on CUDA, where probabilities are never stored; return_lse=True "
                          "gives what they are made of, or pass NumPy arrays")
     numbers(query=q, key=k, value=v)
+    if precision == "int8" and q.dtype != np.float32:
+        raise TypeError(f"query must be float32 with precision='int8' on CUDA, got dtype {q.dtype}; convert it")
     check_shapes(q, k, v)
+    scale = default_scale(q.shape[-1]) if scale is None else scale
     lead, heads = (q.shape[:-3], q.shape[-3]) if q.ndim > 2 else ((), 1)
     queries, keys = q.shape[-2], k.shape[-2]
     shape = q.shape[:-1] + v.shape[-1:]
@@ -136,8 +142,13 @@ def scaled_dot_product_attention(query, key, value, attn_mask, is_causal, causal
         kv_heads = k.shape[-3] if k.ndim > 2 else 1
         if lse_view is not None:
             lse_view = dataclasses.replace(lse_view, shape=(batch, heads, queries))
+        if precision == "int8" and keys and q.shape[-1]:
+            host.attend_int8(four(q, heads), four(k, kv_heads), four(v, kv_heads), four(taken, heads), scale, stream,
+                             like, **masks)
+            return result
+        precision = "float32" if precision == "int8" else precision
         plan = host.attend(four(q, heads), four(k, kv_heads), four(v, kv_heads), four(taken, heads), scale, softcap,
-                           lse=lse_view, stream=stream, like=like, **masks)
+                           lse=lse_view, precision=precision, stream=stream, like=like, **masks)
         if plan and out is not None and not return_lse:
             _remember(call, plan, "bias" in masks, (q, k, v), taken)
     return (result, lse) if return_lse else result

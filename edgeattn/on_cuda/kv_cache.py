@@ -1,6 +1,7 @@
 """A cache of keys and values on a GPU."""
 
 import dataclasses
+import functools
 
 import numpy as np
 
@@ -66,6 +67,7 @@ class CacheOnCuda(KVCache):
                window_size=(-1, -1), alibi_slopes=None, position=None, return_weights=False, out=None):
         """Attend from queries on the device to the tokens in the cache; as `KVCache.attend`, without probabilities."""
         from edgeattn.cuda.arrays import view
+        from edgeattn.cuda.host import both
 
         (q,), like, stream = views(query=query)
         numbers(query=q)
@@ -77,7 +79,8 @@ class CacheOnCuda(KVCache):
         softcap = checked_softcap(softcap)
         scale = default_scale(self.head_dim) if scale is None else number("scale", scale)
         masks = device_masks((self.batch, heads, queries, self._length), view, attn_mask, key_padding_mask,
-                             is_causal=is_causal, window_size=window_size, alibi_slopes=alibi_slopes, position=position)
+                             is_causal=is_causal, window_size=window_size, alibi_slopes=alibi_slopes, position=position,
+                             join=functools.partial(both, stream=stream, like=like))
         result, taken = result_array(out, (*q.shape[:3], self.value_dim), np.dtype(np.float32), like, (q,))
         if taken.size:
             self.see(q, taken, scale, softcap=softcap, stream=stream, like=like, **masks)

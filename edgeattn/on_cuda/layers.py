@@ -1,5 +1,7 @@
 """Layers whose weights lie on a GPU: what `layer.to("cuda")` gives."""
 
+import functools
+
 import numpy as np
 
 from edgeattn.checks import check_out, deliver, float_array, result_dtype, to_float32
@@ -117,14 +119,17 @@ class OnCuda:
 class FloatOnCuda(OnCuda):
     """A float layer on the GPU; arguments and result as `MultiHeadAttention`'s, float32 on the device."""
 
-    def __init__(self, layer):
+    def __init__(self, layer, precision="float32"):
+        if precision not in ("float32", "float16", "tf32"):
+            raise ValueError(f"precision must be 'float32', 'float16' or 'tf32', got {precision!r}; for int8 see "
+                             "quant.quantize")
         super().__init__(layer)
         from edgeattn.cuda.host import FloatLayer
 
         names = ("q", "k", "v", "out")
         self._kernels = FloatLayer(
             layer.num_heads, layer.num_kv_heads, {name: getattr(layer, f"{name}_weight") for name in names},
-            {name: getattr(layer, f"{name}_bias") for name in names}, layer.scale)
+            {name: getattr(layer, f"{name}_bias") for name in names}, layer.scale, precision)
 
     def __call__(self, query, key=None, value=None, *, attn_mask=None, key_padding_mask=None, is_causal=False,
                  causal_alignment=None, window_size=NO_WINDOW, softcap=0.0, alibi_slopes=None, kv_cache=None,
@@ -154,6 +159,8 @@ def _check_cache(layer, cache, batch, tokens, masks):
 
 
 def _call(placed, query, key, value, softcap, kv_cache, need_weights, out, **masks):
+    from edgeattn.cuda.host import both
+
     layer = placed.layer
     if need_weights is not False:
         raise ValueError("need_weights is missing on CUDA, where probabilities are never stored; call the layer on the "
@@ -169,7 +176,8 @@ def _call(placed, query, key, value, softcap, kv_cache, need_weights, out, **mas
     if kv_cache is not None:
         before = _check_cache(layer, kv_cache, batch, keys, masks)
         masks["position"], keys = before, before + keys
-    masks = device_masks((*lead, layer.num_heads, queries, keys), placed._device(host), **masks)
+    masks = device_masks((*lead, layer.num_heads, queries, keys), placed._device(host), **masks,
+                         join=functools.partial(both, stream=stream, like=like))
     if host is not None:
         check_out(out, shape, host)
     result, taken = result_array(None if host is not None else out, shape, np.dtype(np.float32), like, (q, k, v))
@@ -183,7 +191,7 @@ def _call(placed, query, key, value, softcap, kv_cache, need_weights, out, **mas
 
 
 class DynamicOnCuda(FloatOnCuda):
-    """A dynamic int8 layer on the GPU: int8 weights, activations, keys and values; queries and softmax float32."""
+    """A dynamic int8 layer on the GPU: every product int8, softmax float32; with `kv_cache` attention is float32."""
 
     def __init__(self, layer):
         OnCuda.__init__(self, layer)
@@ -191,12 +199,6 @@ class DynamicOnCuda(FloatOnCuda):
 
         weights = {name: (linear.weight, linear.scale) for name, linear in layer.weights.items()}
         self._kernels = DynamicLayer(layer.num_heads, layer.num_kv_heads, weights, layer.biases, layer.scale)
-
-    def __call__(self, query, key=None, value=None, *, kv_cache=None, **arguments):
-        """Attend from `query` to `key` and `value`, as `FloatOnCuda`; a cache is missing."""
-        if kv_cache is not None:
-            raise ValueError("kv_cache is missing on CUDA for dynamic layers; a float layer there takes an int8 cache")
-        return super().__call__(query, key, value, **arguments)
 
 
 class StaticOnCuda(OnCuda):
@@ -224,6 +226,8 @@ class StaticOnCuda(OnCuda):
     def run_int8(self, query, key=None, value=None, *, attn_mask=None, key_padding_mask=None, is_causal=False,
                  causal_alignment=None, window_size=NO_WINDOW, kv_cache=None, need_weights=False, out=None):
         """Attention on codes, equal to the named kernel set; arguments and result as the layer's on the CPU."""
+        from edgeattn.cuda.host import both
+
         layer = self.layer
         if kv_cache is not None or need_weights is not False:
             raise ValueError("kv_cache and need_weights are missing on CUDA for static layers; call it on the CPU")
@@ -236,7 +240,8 @@ class StaticOnCuda(OnCuda):
         lead, (L, S) = q.shape[:-2], (q.shape[-2], k.shape[-2])
         shape, batch = (*lead, L, layer.output_dim), lead[0] if lead else 1
         masks = device_masks((*lead, layer.num_heads, L, S), self._device(host), attn_mask, key_padding_mask,
-                             is_causal=is_causal, causal_alignment=causal_alignment, window_size=window_size)
+                             is_causal=is_causal, causal_alignment=causal_alignment, window_size=window_size,
+                             join=functools.partial(both, stream=stream, like=like))
         if "bias" in masks:
             raise TypeError("attn_mask must be bool for int8 (True = attend); for a mask with -inf pass mask == 0")
         if self._classes is not None:

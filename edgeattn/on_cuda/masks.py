@@ -8,7 +8,7 @@ from edgeattn.masks import resolve_mask
 
 
 def device_masks(shape, like, attn_mask=None, key_padding_mask=None, *, is_causal=False, causal_alignment=None,
-                 window_size=(-1, -1), kv_lengths=None, alibi_slopes=None, position=None):
+                 window_size=(-1, -1), kv_lengths=None, alibi_slopes=None, position=None, join=None):
     """The arguments of `edgeattn.cuda.host.attend` that say what is permitted.
 
     Parameters
@@ -20,6 +20,9 @@ def device_masks(shape, like, attn_mask=None, key_padding_mask=None, *, is_causa
         Arrays on the device, otherwise as for `edgeattn.masks.resolve_mask`. attn_mask and alibi_slopes are bool or
         float32, kv_lengths int32 or int64. Their values are not looked at: that would wait for the device. Lengths are
         clipped to 0 and S.
+    join : function, optional
+        From a bool mask (B or 1, H or 1, L or 1, S or 1) and a padding (B, S), Views, to one of both; needed where
+        there may be both.
 
     Returns
     -------
@@ -72,9 +75,9 @@ def device_masks(shape, like, attn_mask=None, key_padding_mask=None, *, is_causa
         if padding.shape != (*lead, keys):
             raise ValueError(f"key_padding_mask must have shape (..., S) = {(*lead, keys)}, got {padding.shape}")
         if "keep" in found:
-            raise ValueError("key_padding_mask together with a bool attn_mask is missing on CUDA; pass one attn_mask, "
-                             "attn_mask & key_padding_mask[..., None, None, :]")
-        found["keep"] = padding.reshape(batch, 1, 1, keys)
+            found["keep"] = join(found["keep"], padding.reshape(batch, keys))
+        else:
+            found["keep"] = padding.reshape(batch, 1, 1, keys)
     return found
 
 

@@ -10,3 +10,7 @@ class QuantizedMultiHeadAttention:
 
     scheme: str
     _query_name = "query"  # what the caller calls it
+
+    def __reduce__(self):
+        """Copies and pickles hold what a file holds: kernels belong to the process."""
+        return type(self)._from_state, self._to_state()
