@@ -31,8 +31,8 @@ def _arguments(arguments):
     parser.add_argument("--peers", action="store_true", help="also time LiteRT, tflite-runtime, onnxruntime and torch, "
                                                              "as far as they are installed")
     parser.add_argument("--points", type=_points, help="layers to time, as E/H/L,E/H/L,... (default: the whole grid)")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1], metavar="N",
-                        help="numbers of threads (default: 1)")
+    parser.add_argument("--threads", type=int, nargs="+", metavar="N",
+                        help="numbers of threads (default: 1, and 2 where there are cores for it)")
     parser.add_argument("--seconds", type=float, help=f"to time each case, about (default: {SECONDS:g})")
     parser.add_argument("--sections", nargs="+", choices=measure.SECTIONS, metavar="SECTION",
                         help=f"of {', '.join(measure.SECTIONS)} (default: all)")
@@ -41,6 +41,8 @@ def _arguments(arguments):
     parser.add_argument("--from-json", type=Path, metavar="FILE", help="measure nothing: report what FILE holds")
     parser.add_argument("--readme", action="store_true", help="rewrite the table in README.md and the plots in docs/")
     found = parser.parse_args(arguments)
+    if found.threads is None:
+        found.threads = [1] if found.quick or machine.cores() == 1 else [1, 2]
     if min(found.threads) < 1:
         parser.error(f"--threads must be at least 1; got {min(found.threads)}")
     if found.quick and (found.points or found.sections):

@@ -33,6 +33,10 @@ class WrongAnswerError(Exception):
     """A contender computes something else: it is not timed."""
 
 
+class CannotSayError(Exception):
+    """A library has no words for a problem: it is left out of it."""
+
+
 @dataclass(frozen=True)
 class Contender:
     """One row of the table.
@@ -42,7 +46,7 @@ class Contender:
     name : str
         How it is called in tables and in JSON.
     build : callable
-        ``build(problem, threads) -> (call, read)``.
+        ``build(problem, threads) -> (call, read)``; raises CannotSayError.
     check : str
         A name in CHECKS: what its answer is held to.
     package : str or None
@@ -70,6 +74,8 @@ class Contender:
         ------
         WrongAnswerError
             When the answer is not what the layer computes.
+        CannotSayError
+            When the library has no words for the problem.
         """
         ready = Ready(*self.build(problem, threads))
         ready.call()

@@ -15,18 +15,20 @@ import numpy as np
 
 import edgeattn
 from benchmarks import fresh
+from benchmarks.functional import AttentionProblem, Shape
 from benchmarks.problem import Problem
-from edgeattn.cpu import fused, fused_dynamic, fused_int8
+from edgeattn import threads
+from edgeattn.cpu import functional_dynamic, fused, fused_dynamic, fused_int8
 
 PEER_MODULES = ("torch", "onnxruntime", "ai_edge_litert.interpreter", "tflite_runtime.interpreter")
 _BLOCKS, _CALLS = 30, 200
 
 
 def call_overhead(problem: Problem) -> dict[str, float]:
-    """Seconds that a call of each layer takes beside the work of its kernel: checks, dispatch, allocation, arguments.
+    """Seconds that a call takes beside the work of its kernel: checks, dispatch, allocation, arguments.
 
-    Nothing stands in the way of the call, but the layer's plan for this shape says that the batch is empty: the kernel
-    finds nothing to do.
+    Of the layers of ``problem``, and of attention and a decode step of the same heads. Nothing stands in the way of the
+    call, but the batch that the kernel is told of is empty: it finds nothing to do.
     """
     layers = {"float32": (problem.layer, fused, lambda: problem.layer(problem.x)),
               "int8": (problem.static, fused_int8, lambda: problem.static.run_int8(problem.codes)),
@@ -41,7 +43,45 @@ def call_overhead(problem: Problem) -> dict[str, float]:
             found[name] = float(np.median([_seconds(call) for _ in range(_BLOCKS)]))
         finally:
             plans.clear()
+    return found | _without_layers(problem)
+
+
+def _without_layers(problem):
+    """The same for attention on given arrays, and for one query against a cache."""
+    E, H, L = problem.point.E, problem.point.H, problem.point.L
+    given = AttentionProblem(Shape(H, L, E // H))
+    q, k, v, keep = given.q, given.k, given.v, np.tri(L, dtype=bool)
+    attend = edgeattn.scaled_dot_product_attention
+    calls = {"attention": lambda: attend(q, k, v), "attention, causal": lambda: attend(q, k, v, is_causal=True),
+             "attention, masked": lambda: attend(q, k, v, keep),
+             "attention, int8 products": lambda: attend(q, k, v, precision="int8")}
+    last = np.ascontiguousarray(q[:, :, -1:])
+    for dtype in ("float32", "int8"):
+        cache = edgeattn.KVCache(1, H, L, E // H, dtype=dtype)
+        cache.append(k, v)
+        calls[f"decode, {dtype} cache"] = lambda cache=cache: cache.attend(last)
+    run, found = threads.run, {}
+    for name, call in calls.items():
+        call()
+        seen = []
+        threads.run = lambda *given, seen=seen: seen.append(given[1])
+        try:
+            call()
+            nothing = _emptied(*seen)
+            threads.run = lambda function, _, *rest, nothing=nothing: run(function, nothing, *rest)
+            found[name] = float(np.median([_seconds(call) for _ in range(_BLOCKS)]))
+        finally:
+            threads.run = run
     return found
+
+
+def _emptied(arguments):
+    """The arguments of a kernel with an empty batch: query, key, value and out come first, flat with parameters."""
+    if arguments[0].ndim > 1:
+        return (*(array[:0] for array in arguments[:4]), *arguments[4:])
+    parameters = arguments[4].copy()
+    parameters[functional_dynamic.A_B] = 0
+    return (*arguments[:4], parameters, *arguments[5:])
 
 
 def _seconds(call):

@@ -62,6 +62,20 @@ class DecodeProblem:
         return (scores @ v / scores.sum(-1, keepdims=True)).reshape(self.q.shape)
 
     @functools.cached_property
+    def int8(self) -> tuple:
+        """Keys, values, and the scales of both, as an int8 cache holds them."""
+        codes, scales = [], []
+        for numbers in (self.k, self.v):
+            factor = np.abs(numbers).max(-1) / np.float32(127)
+            codes.append(np.rint(numbers / factor[..., None]).astype(np.int8))
+            scales.append(factor)
+        return (*codes, *scales)
+
+    def caches(self) -> dict[str, tuple]:
+        """What a step reads, for `benchmarks.limits.read_limits`."""
+        return {"float32 read": (self.k, self.v), "int8 read": self.int8}
+
+    @functools.cached_property
     def exact(self):
         """The answer in float64."""
         return self.formula(np.float64)
@@ -86,12 +100,7 @@ def _edgeattn_float32(problem, _threads):
 
 def _edgeattn_int8(problem, _threads):
     out, scale = np.empty_like(problem.q), problem.point.D**-0.5
-    q, codes, scales = problem.q, [], []
-    for numbers in (problem.k, problem.v):
-        factor = np.abs(numbers).max(-1) / np.float32(127)
-        codes.append(np.rint(numbers / factor[..., None]).astype(np.int8))
-        scales.append(factor)
-    (k, v), (k_scale, v_scale) = codes, scales
+    q, (k, v, k_scale, v_scale) = problem.q, problem.int8
     new = [a[:, :, -1].copy() for a in (k, v, k_scale, v_scale)]
 
     def call():

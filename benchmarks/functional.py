@@ -79,6 +79,11 @@ def _edgeattn(problem, _threads):
     return lambda: edgeattn.scaled_dot_product_attention(q, k, v, out=out), lambda: out
 
 
+def _edgeattn_dynamic(problem, _threads):
+    q, k, v, out = problem.q, problem.k, problem.v, np.empty_like(problem.q)
+    return lambda: edgeattn.scaled_dot_product_attention(q, k, v, out=out, precision="int8"), lambda: out
+
+
 def _numpy(problem, _threads):
     return lambda: problem.formula(np.float32), lambda: problem.formula(np.float32)
 
@@ -97,6 +102,7 @@ def _torch_sdpa(problem, threads):
 
 OURS = (
     Contender("edgeattn float32", _edgeattn, "float", None, "ours"),
+    Contender("edgeattn dynamic", _edgeattn_dynamic, "cosine", None, "ours"),
     Contender("numpy", _numpy, "float", None, "float32"),
 )
 PEERS = (Contender("torch sdpa", _torch_sdpa, "float-peer", "torch", "float32"),)

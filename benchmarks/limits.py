@@ -1,4 +1,4 @@
-"""What one core, or several, can multiply and add at most: loops over register tiles that touch no memory to speak of.
+"""What one core, or several, can do at most: multiply and add in registers, and read memory.
 
 Written with the vectors of edgeattn.cpu.simd, so each instruction set has its own limit: float32 by multiply-add, int8
 by the four-way dot product and, where there is one, by the matrix unit.
@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from benchmarks.machine import cache_sizes
+from benchmarks.timing import interleave
 from edgeattn import threads
 from edgeattn.cpu.matmul import MATRIX
 from edgeattn.cpu.simd import (
@@ -25,10 +27,12 @@ from edgeattn.cpu.simd import (
     matrix_release,
     matrix_store,
     rank_one,
+    tile_add,
     tile_store,
     tile_zero,
 )
-from edgeattn.jit import jit
+from edgeattn.crew import separate, share
+from edgeattn.jit import entry, jit
 
 STEPS = 80_000  # products of a tile in one call, and of four tiles of the matrix unit: some tenths of a millisecond
 MATRIX_STEPS = 20_000
@@ -68,6 +72,47 @@ def matrix_limit(steps, private, begin, end):
             matrix_dot(3, 5, 7, unsigned, private)
         matrix_store(0, private, 0, MATRIX_ROWS)
         matrix_release()
+
+
+@separate
+def read_part(numbers, scratch, portion, worker, part):
+    """Add up `portion` tiles of numbers, which is as much as loading them."""
+    tile = tile_zero(ROWS, COLUMNS, numbers)
+    size = ROWS * WIDTH
+    for at in range(part * portion * size, min((part + 1) * portion * size, numbers.size // size * size), size):
+        tile = tile_add(tile, numbers, at, WIDTH, LANES)
+    tile_store(tile, scratch[worker * size:], 0, WIDTH, LANES)
+
+
+@jit
+def read(numbers, scratch, board, count):
+    """Read all numbers, on at most `count` threads."""
+    tiles = numbers.size // (ROWS * WIDTH)
+    parts = 1 if count == 1 else 2 * count
+    share(board, parts, read_part, numbers, scratch, (tiles + parts - 1) // parts)
+
+
+def _reader(size: int) -> Callable:
+    """A call that reads `size` bytes in one piece, on as many threads as a kernel would."""
+    numbers = threads.aligned(-(-size // (4 * ROWS * WIDTH)) * ROWS * WIDTH, np.float32)
+    numbers[:] = 1
+    run = entry(read, (numbers, np.zeros(1, np.float32), np.zeros(1, np.int64), 1))
+    return lambda: threads.run(run, (numbers,), np.float32, 0, ROWS * WIDTH, max(size, threads.SMALLEST_SHARED_WORK))
+
+
+def read_limits(arrays: dict[str, tuple], operations: int) -> dict[str, tuple[Callable, int]]:
+    """name -> (call, ``operations``): the call reads as many bytes, again and again, as the arrays have together."""
+    return {name: (_reader(sum(array.nbytes for array in some)), operations) for name, some in arrays.items()}
+
+
+def read_rates(count: int) -> dict[str, float]:
+    """Bytes a second out of each cache, and out of memory where the last cache leaves it to be measured."""
+    found = {}
+    for name, size in cache_sizes().items():
+        call = _reader(size)
+        times = interleave({name: call}, seconds=0.2, threads=count)[name]
+        found[f"{name} ({size / 2**20:g} MiB)"] = size / float(np.median(times))
+    return found
 
 
 def limits(count: int) -> dict[str, tuple[Callable, int]]:

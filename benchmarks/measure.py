@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+from benchmarks import cases as small
 from benchmarks import contenders, costs, decode, functional
-from benchmarks.contenders import Contender, WrongAnswerError
-from benchmarks.limits import limits
+from benchmarks.contenders import CannotSayError, Contender, WrongAnswerError
+from benchmarks.limits import limits, read_limits, read_rates
 from benchmarks.problem import Point, Problem
 from benchmarks.timing import interleave
 from edgeattn.threads import set_num_threads
 
-SECTIONS = ("layer", "functional", "decode", "causal", "long", "overhead", "process")
+SECTIONS = ("layer", "functional", "cases", "decode", "causal", "long", "overhead", "process")
+PARTS = {"functional": 1 / 3, "decode": 1 / 3, "cases": 1 / 30}  # of the seconds that a layer is timed for
 CAUSAL_POINT = Point(384, 12, 512)
 OVERHEAD_POINT = Point(64, 4, 32)
 
@@ -45,6 +47,8 @@ def record(section: str, problem, rows: Sequence[Contender], threads: int, secon
             ready[row.name] = row.ready(problem, threads)
         except WrongAnswerError as error:
             refused[row.name] = str(error)
+        except CannotSayError:
+            continue
     calls = {name: contender.call for name, contender in ready.items()}
     calls |= {name: call for name, (call, _) in bounds.items()}
     times = interleave(calls, seconds=seconds, threads=threads) if calls else {}
@@ -88,7 +92,8 @@ def run(sections: Sequence[str], points: Sequence[Point], counts: Sequence[int],
     Returns
     -------
     dict
-        "records": list as ``record`` gives them; "long", "overhead", "process": see `benchmarks.costs`.
+        "records": list as ``record`` gives them; "reads": by number of threads, as ``read_rates`` gives it; "long",
+        "overhead", "process": see `benchmarks.costs`.
     """
     def rows(module):
         return available([*module.OURS, *(module.PEERS if peers else ())])
@@ -103,12 +108,18 @@ def run(sections: Sequence[str], points: Sequence[Point], counts: Sequence[int],
             cases += [("layer", Problem, point, contenders) for point in points]
         if "functional" in sections:
             cases += [("functional", functional.AttentionProblem, shape, functional) for shape in functional.SHAPES]
+        if "cases" in sections:
+            cases += [("cases", small.CaseProblem, point, small) for point in small.CASES]
         if "decode" in sections:
+            found.setdefault("reads", {})[str(count)] = read_rates(count)
             cases += [("decode", decode.DecodeProblem, step, decode) for step in decode.STEPS]
         for section, kind, point, module in cases:
             progress(f"{section} {point}, {count} thread{'s' * (count > 1)}")
-            part = seconds if section == "layer" else seconds / 3
-            found["records"].append(record(section, kind(point), rows(module), count, part, bounds))
+            part, problem = seconds * PARTS.get(section, 1), kind(point)
+            beside = {} if section == "cases" else bounds
+            if section == "decode":
+                beside = read_limits(problem.caches(), point.operations)
+            found["records"].append(record(section, problem, rows(module), count, part, beside))
         if "causal" in sections:
             cases = [("causal layer", CAUSAL_POINT, Problem, functional.causal_layer_calls)]
             cases += [("causal attention", shape, functional.AttentionProblem, functional.causal_calls)

@@ -22,10 +22,11 @@ SHORT = {  # column heads: the library over what is special
     "torch module": "torch\nmodule", "torch sdpa": "torch\nsdpa", "numpy": "numpy\nf32",
     "edgeattn float32": "ours\nf32", "edgeattn int8": "ours\nint8", "edgeattn dynamic": "ours\ndyn"}
 BOUND = {"edgeattn float32": "float32 limit", "edgeattn int8": "int8 limit", "edgeattn dynamic": "int8 limit"}
+READ_BOUND = {"edgeattn float32": "float32 read", "edgeattn int8": "int8 read"}  # of a decode step
 OURS = tuple(BOUND)
 _BESIDE_THE_POINT = {"edgeattn float32": {"litert int8 usual"}, "edgeattn int8": {"numpy"},
                      "edgeattn dynamic": {"numpy"}}
-_HEADS = {"layer": "E/H/L", "decode": "H/Hkv/D/S", "functional": "H/L/D", "long": "H/L/D"}
+_HEADS = {"layer": "E/H/L", "cases": "of tests/cases.py", "decode": "H/Hkv/D/S", "functional": "H/L/D", "long": "H/L/D"}
 
 
 def console() -> Console:
@@ -59,9 +60,11 @@ def speed_table(records: Sequence[dict], section: str, ours: str, threads: int) 
     others = [name for name in SHORT if name != ours and any(name in r["times"] for r in rows)
               and (section != "layer" or name not in {*OURS, *_BESIDE_THE_POINT[ours]})]
     title = f"{ours}, {section}, {threads} thread{'s' * (threads > 1)}: times as fast as"
-    table = _table(title, _HEADS[section], "us", "GOP/s", "limit", *(SHORT[name] for name in others))
+    bound = READ_BOUND if section == "decode" else BOUND
+    limit = "of read\nlimit" if section == "decode" else "limit"
+    table = _table(title, _HEADS[section], "us", "GOP/s", limit, *(SHORT[name] for name in others))
     for r in rows:
-        limit = f"{share(r, ours, BOUND[ours]):.0%}" if BOUND[ours] in r["times"] else ""
+        limit = f"{share(r, ours, bound[ours]):.0%}" if bound.get(ours) in r["times"] else ""
         ratios = [_ratio(median_ratio(r["times"][name], r["times"][ours])) if name in r["times"] else "-"
                   for name in others]
         table.add_row(r["case"], _microseconds(r["times"][ours]), f"{np.median(speed(r, ours)) / 1e9:.0f}", limit,
@@ -75,11 +78,14 @@ def limits_lines(found: dict) -> list[str]:
     for threads in sorted({r["threads"] for r in found["records"]}):
         rates = {}
         for r in found["records"]:
-            for name in r["bounds"] if r["threads"] == threads else ():
+            for name in r["bounds"] if r["threads"] == threads and r["section"] != "decode" else ():
                 rates.setdefault(name, []).append(np.median(speed(r, name)) / 1e9)
         if rates:
             text = ", ".join(f"{name} {np.median(values):.0f} GOP/s" for name, values in rates.items())
             lines.append(f"{threads} thread{'s' * (threads > 1)}: {text} (register loops, median over all cases)")
+    for threads, rates in found.get("reads", {}).items():
+        text = ", ".join(f"{name} {rate / 1e9:.0f} GB/s" for name, rate in rates.items())
+        lines.append(f"{threads} thread{'s' * (int(threads) > 1)}: reads of {text}")
     return lines
 
 
@@ -131,11 +137,11 @@ def _processes(found):
 
 
 def _targets(found):
-    table = _table("targets: cases that meet them; the worst case, and what part of the target it has", "target", "met",
-                   "worst case", "has")
+    table = _table("targets: cases that meet them; the worst case, and its figure", "target", "", "met", "worst case",
+                   "figure")
     for row in outcomes(found):
-        table.add_row(f"{row.number} {row.text}", f"{row.met} of {len(row.cases)}", row.worst,
-                      f"{row.cases[row.worst]:.0%}")
+        table.add_row(f"{row.number} {row.text}", "reached" if row.reached else "missed",
+                      f"{row.met} of {len(row.cases)}", row.worst, row.figure)
     return table
 
 
@@ -150,7 +156,7 @@ def print_report(found: dict, out: Console) -> None:
     out.print()
     tables = [speed_table(found["records"], section, ours, threads)
               for threads in sorted({r["threads"] for r in found["records"]})
-              for section in ("layer", "functional", "decode") for ours in OURS]
+              for section in ("layer", "functional", "cases", "decode") for ours in OURS]
     tables += [_causal(found), _long(found), _processes(found)]
     for table in tables:
         if table is not None:

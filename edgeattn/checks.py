@@ -125,8 +125,8 @@ def check_out(out, shape, dtype):
 
 def deliver(result, out, dtype):
     """The float32 `result` as the caller asked for it: in `out`, or as a new array of `dtype`."""
-    if result is out:
-        return out
+    if result is out or out is None and result.dtype == dtype:
+        return result
     with np.errstate(over="ignore"):
         if out is None:
             return result.astype(dtype, copy=False)

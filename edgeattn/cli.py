@@ -14,11 +14,10 @@ import numpy as np
 
 import edgeattn
 from edgeattn import jit, threads
-from edgeattn.cpu import fused, fused_dynamic, fused_int8
+from edgeattn.cpu import fused
 from edgeattn.isa import ISA
 
 _WIDTH = 80
-KERNELS = (fused.layer_float32, fused_int8.layer_int8, fused_dynamic.layer_dynamic)
 _NEEDED = ("numpy", "numba", "llvmlite", "safetensors")
 # Reading a .tflite and computing what it computes needs none of these.
 _OPTIONAL = {
@@ -53,14 +52,16 @@ def main(arguments=None):
 
 
 def _warmup(chosen):
-    """Call every layer once; say what that cost, and whether a later process will find the machine code."""
+    """Use every layer in each way; say what that cost, and whether a later process will find the machine code."""
     for path in chosen.layers:
         layer = edgeattn.load(path)
         for length in chosen.length or [16]:
-            before, began = _compiled(), time.perf_counter()
+            before, began = jit.compiled(), time.perf_counter()
             _call(layer, length)
+            for cache in _caches(layer, length + 1):
+                _call(layer, length, kv_cache=cache, is_causal=True)
             seconds = time.perf_counter() - began
-            new = _compiled() - before
+            new = jit.compiled() - before
             print(f"{path}, {length} tokens: {seconds:.2f} s, " + (
                 f"{new} kernel{'s'[:new != 1]} compiled" if new else "nothing to compile"))
     folders = [folder for folder in jit.folders(fused.layer_float32.py_func) if _writable(folder)]
@@ -85,8 +86,20 @@ def _bench(chosen):
     return 0
 
 
-def _call(layer, length):
-    """A call of the layer on made-up data of ``length`` tokens, made once already."""
+def _caches(layer, capacity):
+    """An empty cache of every dtype that goes with the layer."""
+    if getattr(layer, "_classes", None) is not None:  # a mask of its own, which is for one length
+        return []
+    try:
+        if hasattr(layer, "cache_scales"):
+            return [edgeattn.KVCache.for_layer(layer, 1, capacity)]
+    except ValueError:  # keys or values with a zero point
+        return []
+    return [edgeattn.KVCache.for_layer(layer, 1, capacity, dtype=dtype) for dtype in ("float32", "int8")]
+
+
+def _call(layer, length, **arguments):
+    """A call of the layer on made-up data of ``length`` tokens, made once already; then, with a cache, of one more."""
     if length < 1:
         raise ValueError(f"--length must be at least 1, got {length}")
     run = getattr(layer, "run_int8", layer)
@@ -96,13 +109,10 @@ def _call(layer, length):
     widths = (layer.embed_dim, layer.kdim, layer.vdim)
     inputs = [made.integers(-9, 10, (1, length, width)).astype(dtype)
               for i, width in enumerate(widths) if sources[i] == i]
-    run(*inputs)
+    run(*inputs, **arguments)
+    if arguments:
+        run(*(x[:, :1] for x in inputs), **arguments)
     return lambda: run(*inputs)
-
-
-def _compiled():
-    """How many kernels this process has compiled, rather than read from the cache."""
-    return sum(sum(kernel.stats.cache_misses.values()) for kernel in KERNELS)
 
 
 def _info():

@@ -100,9 +100,9 @@ def scaled_dot_product_attention(
             and window_size is _NO_WINDOW and kv_lengths is None and alibi_slopes is None and return_weights is False
             and return_lse is False and type(precision) is str and precision in _ATTENTION
             and (is_causal is False or is_causal is True) and (enable_gqa is False or enable_gqa is True)
-            and _is_usual(query, key, value, is_causal, out)):
+            and _is_usual(query, key, value, is_causal, enable_gqa, out)):
         # what small attention is called with, again and again: nothing to convert, no mask but the causal one
-        result = np.empty_like(query) if out is None else out
+        result = np.empty((*query.shape[:3], value.shape[3]), np.float32) if out is None else out
         scale = default_scale(query.shape[3]) if scale is None else number("scale", scale)
         band = (-2 * key.shape[2], 0) if is_causal else None
         return _ATTENTION[precision](query, key, value, result, scale, band=band)
@@ -185,18 +185,21 @@ def scaled_dot_product_attention(
     return (result, *([deliver(weights, None, dtype)] if return_weights else []), *([lse] if return_lse else []))
 
 
-def _is_usual(query, key, value, is_causal, out):
-    """Whether these are float32 arrays with four axes in C order that fit, of one size D, and nothing needs a copy."""
+def _is_usual(query, key, value, is_causal, grouped, out):
+    """Whether these are float32 arrays with four axes in C order that fit, and nothing needs a copy."""
     arrays = (query, key, value) if out is None else (query, key, value, out)
     for array in arrays:
         if type(array) is not np.ndarray or array.dtype != np.float32 or not array.flags.carray or not array.size:
             return False
-    shape = query.shape
-    if len(shape) != 4 or key.shape != value.shape or key.shape[:2] != shape[:2] or key.shape[3:] != shape[3:]:
+    if not query.ndim == key.ndim == value.ndim == 4:
         return False
-    if is_causal and key.shape[2] != shape[2]:
+    (batch, heads, queries, size), (of_keys, kv_heads, keys, key_size) = query.shape, key.shape
+    if value.shape[:3] != key.shape[:3] or of_keys != batch or key_size != size or is_causal and keys != queries:
         return False
-    return out is None or out.shape == shape and not any(np.may_share_memory(out, array) for array in arrays[:3])
+    if heads != kv_heads and (not grouped or heads % kv_heads):
+        return False
+    return out is None or out.shape == (batch, heads, queries, value.shape[3]) and not any(
+        np.may_share_memory(out, array) for array in arrays[:3])
 
 
 @functools.cache

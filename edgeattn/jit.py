@@ -19,6 +19,7 @@ from numba.core import caching
 
 from edgeattn.isa import ISA
 
+KERNELS = []  # every dispatcher that `jit` has made
 _PACKAGE = pathlib.Path(__file__).resolve().parent
 
 
@@ -38,12 +39,18 @@ def jit(function):
     dispatcher = numba.njit(function, nogil=True, error_model="numpy", boundscheck=False)
     if dispatcher is not function:
         dispatcher._cache = _Cache(function)
+        KERNELS.append(dispatcher)
     return dispatcher
 
 
 def inlined(function):
     """Compile `function` only as a part of the kernels that call it, so that vectors and tiles stay in registers."""
     return numba.njit(function, error_model="numpy", boundscheck=False, forceinline=True)
+
+
+def compiled():
+    """How many kernels this process has compiled, rather than read from the cache."""
+    return sum(sum(kernel.stats.cache_misses.values()) for kernel in KERNELS)
 
 
 def entry(dispatcher, arguments, strided=0):

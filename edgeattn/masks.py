@@ -1,11 +1,12 @@
 """Which keys a query may see: every way of saying so, checked and brought into one form."""
 
 import dataclasses
+import math
 import operator
 
 import numpy as np
 
-from edgeattn.checks import as_array, count, flag, float_array, is_one_of
+from edgeattn.checks import as_array, count, flag, float_array, is_one_of, to_float32
 
 _ALIGNMENTS = ("upper_left", "lower_right")
 
@@ -138,7 +139,7 @@ class Mask:
             (low, high): query i may see key j when i + low <= j <= i + high; None when it may see every key.
         """
         _, _, queries, keys = self.shape
-        if not self.lengths.size or (self.lengths == keys).all() and (self.offset == self.offset[0]).all():
+        if not self.lengths.size or _is_all(self.lengths, keys) and _is_all(self.offset, self.offset[0]):
             if self.left < 0 and self.right < 0:
                 return self.keep, self.bias, None
             offset = int(self.offset[0]) if self.offset.size else 0
@@ -198,7 +199,7 @@ def resolve_mask(
     """
     shape = tuple(shape)
     *lead, heads, queries, keys = shape
-    batch = int(np.prod(lead, dtype=np.int64))
+    batch = math.prod(lead)
     is_causal = flag("is_causal", is_causal)
     # no query is further from a key; clipping keeps the kernels' sums within int64
     left, right = _window(window_size, queries + keys + (position or 0))
@@ -283,7 +284,7 @@ def torch_masks(shape, attn_mask=None, key_padding_mask=None):
         Naming the argument, what was required and what came.
     """
     *lead, heads, queries, keys = shape
-    batch = int(np.prod(lead, dtype=np.int64))
+    batch = math.prod(lead)
     if attn_mask is not None:
         attn_mask = _bool_or_float("attn_mask", attn_mask, "True = do not attend")
         if attn_mask.shape == (batch * heads, queries, keys):
@@ -386,12 +387,16 @@ def _attn_mask(attn_mask, shape, batch):
     if any(axis != 1 for axis in lead):
         lead, entries = shape[:-3], batch
     # The kernels walk along the keys, so that axis is always written out; the others may stay 1.
-    mask = np.broadcast_to(mask, lead + mask.shape[-3:-1] + (keys,))
+    wanted = lead + mask.shape[-3:-1] + (keys,)
+    if mask.shape != wanted:
+        mask = np.broadcast_to(mask, wanted)
     if mask.dtype == np.float64:  # what is finite stays so: only -inf means "do not attend"
         largest = np.finfo(np.float32).max
         mask = np.where(np.isfinite(mask), np.clip(mask, -largest, largest), mask)
-    with np.errstate(over="ignore"):
-        mask = np.require(mask, np.bool_ if mask.dtype.kind == "b" else np.float32, ["C", "A"])
+    if mask.dtype.kind == "f":
+        mask = to_float32(mask)
+    elif not (mask.flags.c_contiguous and mask.flags.aligned):
+        mask = np.require(mask, np.bool_, ["C", "A"])
     mask = mask.reshape((entries,) + mask.shape[-3:])
     return (mask, None) if mask.dtype == np.bool_ else (None, mask)
 
@@ -408,6 +413,10 @@ def _key_padding_mask(key_padding_mask, shape, batch):
     if mask.shape != shape:
         raise ValueError(f"key_padding_mask must have shape (..., S) = {shape}, got {mask.shape}")
     return np.ascontiguousarray(mask).reshape(batch, 1, 1, shape[-1])
+
+
+def _is_all(array, value):
+    return array[0] == value if array.size == 1 else (array == value).all()
 
 
 def _broadcasts(given, shape):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from workbench import needs_compiler
 
-from benchmarks import contenders, cuda, decode, functional, machine, measure, readme, start, targets
+from benchmarks import cases, contenders, cuda, decode, functional, limits, machine, measure, readme, start, targets
 from benchmarks.__main__ import main
 from benchmarks.contenders import OURS, Contender, WrongAnswerError
 from benchmarks.functional import Shape
@@ -86,7 +86,8 @@ def test_wrong_answer_is_refused(row, problem):
 def test_wrong_answer_is_not_timed_and_fails_the_run(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(contenders, "OURS", (spoiled(OURS[0], one_off), *OURS[1:]))
     path = tmp_path / "found.json"
-    arguments = ["--points", str(SMALL), "--sections", "layer", "--seconds", "0.05", "--json", str(path)]
+    arguments = ["--points", str(SMALL), "--sections", "layer", "--seconds", "0.05", "--threads", "1", "--json",
+                 str(path)]
     assert main(arguments) == 1
     record, = json.loads(path.read_text())["records"]
     assert list(record["refused"]) == ["edgeattn float32"]
@@ -96,7 +97,9 @@ def test_wrong_answer_is_not_timed_and_fails_the_run(tmp_path, capsys, monkeypat
 
 @pytest.mark.parametrize("module, problem", [
     (decode, decode.DecodeProblem(decode.Step(S=70, Hkv=2, H=4, D=16))),
-    (functional, functional.AttentionProblem(functional.Shape(2, 33, 16)))], ids=["decode", "functional"])
+    (functional, functional.AttentionProblem(functional.Shape(2, 33, 16))),
+    (cases, cases.CaseProblem(next(point for point in cases.CASES if str(point) == "everything")))],
+    ids=["decode", "functional", "cases"])
 def test_other_sections_check_too(module, problem):
     for row in module.OURS:
         row.ready(problem, 1)
@@ -159,7 +162,21 @@ def test_targets():
     assert value["int8: 50 % of its limit, from 256/4/128 up"] == pytest.approx(1)
     assert value["dynamic: as fast as any peer at any precision"] == pytest.approx(8 / 6)
     row = rows["float32: as fast as any float32 peer"]
-    assert (row.met, row.worst) == (0, "256/4/128")
+    assert (row.met, row.reached, row.worst, row.figure) == (0, False, "256/4/128", "0.90 x")
+    row = rows["int8: 3 times as fast as LiteRT's best int8"]
+    assert (row.reached, row.figure) == (False, "2.00 x")
+    assert rows["float32: 70 % of its limit, from 128/4/128 up"].figure == "80%"
+    row = rows["float32: at least 0.9 times as fast as its peers"]
+    assert (row.reached, row.figure) == (True, "0.90 x")
+    assert value["int8: twice LiteRT's best int8 where L >= 64"] == pytest.approx(1)
+    assert "int8: ahead of both where L = 32" not in rows
+
+
+def test_costs_are_shown_in_their_unit_and_a_part_of_the_cases_can_be_enough():
+    found = {"records": [], "overhead": {"case": "64/4/32", "seconds": {"float32": 4e-6, "int8": 8e-6}}}
+    row, = targets.outcomes(found)
+    assert (row.met, row.reached, row.worst, row.figure) == (1, False, "int8", "8.00 us")
+    assert dataclasses.replace(row, part=0.5).reached
 
 
 def test_causal_targets_count_what_a_mask_leaves_to_do():
@@ -213,9 +230,46 @@ def test_arguments_are_refused(arguments, what, capsys):
 
 
 def test_sections_run_alone(capsys):
-    assert set(measure.SECTIONS) == {"layer", "functional", "decode", "causal", "long", "overhead", "process"}
+    assert set(measure.SECTIONS) == {"layer", "functional", "cases", "decode", "causal", "long", "overhead",
+                                     "process"}
     assert main(["--sections", "overhead"]) == 0
     assert "a call beside its kernel" in capsys.readouterr().out
+
+
+def test_cases_are_those_of_the_tests_that_compute_something(monkeypatch):
+    names = {str(point) for point in cases.CASES}
+    assert {"length-1", "everything", "padding-causal", "long"} <= names
+    assert not {name for name in names if name.startswith("empty")}
+    problem = cases.CaseProblem(next(point for point in cases.CASES if str(point) == "lengths"))
+    for row in measure.available([*cases.OURS, *cases.PEERS]):
+        row.ready(problem, 1)
+
+
+def test_what_a_library_cannot_say_is_left_out_of_it():
+    def build(problem, threads):
+        raise contenders.CannotSayError("no words")
+
+    rows = [cases.OURS[0], dataclasses.replace(cases.OURS[1], build=build)]
+    found = measure.record("cases", cases.CaseProblem(cases.CASES[0]), rows, 1, 0, {})
+    assert (list(found["times"]), found["refused"]) == (["edgeattn float32"], {})
+
+
+def test_decode_stands_beside_reads_of_as_many_bytes():
+    problem = decode.DecodeProblem(decode.Step(S=70, Hkv=2, H=4, D=16))
+    bounds = limits.read_limits(problem.caches(), problem.point.operations)
+    found = measure.record("decode", problem, decode.OURS, 1, 0, bounds)
+    assert set(found["bounds"]) == {"float32 read", "int8 read"} <= set(found["times"])
+    found = {"machine": machine.describe() | {"seconds": 1.0}, "records": [found], "reads": {"1": {"L2 (1 MiB)": 5e9}}}
+    assert "reads of L2 (1 MiB) 5 GB/s" in as_text(found) and "of read" in as_text(found)
+    assert "register loops" not in as_text(found)
+
+
+def test_every_cache_and_the_memory_are_read_from(monkeypatch):
+    sizes = machine.cache_sizes()
+    assert sizes and all(size > 0 for size in sizes.values())
+    monkeypatch.setattr(limits, "cache_sizes", lambda: {"memory": 1 << 20})
+    (name, rate), = limits.read_rates(1).items()
+    assert name == "memory (1 MiB)" and 1e8 < rate < 1e13
 
 
 def test_start_compares_forms_that_give_the_same_bytes(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 import contextlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -373,12 +374,48 @@ def test_edgeattn_warmup_compiles_once_and_says_so(folder):
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(folder / "kernels"), "PYTHONPATH": str(ROOT)}
     layer = random_layer(2)
     edgeattn.save(quant.quantize(layer, quant.calibrate(layer, [random_input(1, 2, 9, 32)])), "int8.safetensors")
-    command = [sys.executable, "-m", "edgeattn", "warmup", "layer.safetensors", "int8.safetensors", "--length", "5"]
-    shown = [subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
-             for _ in range(2)]
-    assert len(shown[0]) == 3 and "kernels" in shown[0][2]
-    assert all("layer.safetensors, 5 tokens" in first or "int8.safetensors, 5 tokens" in first for first in shown[0][:2])
-    assert all(line.endswith("nothing to compile") for line in shown[1][:2])
+    command = [sys.executable, "-m", "edgeattn", "warmup", "int8.safetensors", "--length", "5"]
+    first, second = (subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+                     for _ in range(2))
+    assert re.match(r"int8.safetensors, 5 tokens: [0-9.]+ s, [1-9]\d* kernels? compiled\n.*kernels", first)
+    assert re.match("int8.safetensors, 5 tokens: [0-9.]+ s, nothing to compile\n", second)
+
+
+KERNELS_USED = """
+import re, sys
+import numpy as np
+import edgeattn, edgeattn.cli
+from edgeattn import jit
+
+def used():  # a function passed to a kernel has an address that differs from process to process
+    return {re.sub("0x[0-9a-f]+", "", f"{k.py_func.__module__}.{k.py_func.__name__} {signature}")
+            for k in jit.KERNELS for signature in k.signatures}
+
+if sys.argv[1] == "warmup":
+    assert edgeattn.cli.main([*sys.argv[1:], "--length", "5"]) == 0
+else:
+    x = np.random.default_rng(0).standard_normal((2, 7, 32)).astype(np.float32)
+    for path in sys.argv[2:]:
+        layer = edgeattn.load(path)
+        layer(x), layer(x, is_causal=True)
+        layer(x, x, x, attn_mask=np.tri(7, dtype=bool), window_size=(3, -1), causal_alignment="upper_left")
+        for dtype in ["int8"] if path == "int8.safetensors" else ["float32", "int8"]:
+            cache = edgeattn.KVCache.for_layer(layer, 2, 9, dtype=dtype)
+            layer(x, kv_cache=cache, is_causal=True), layer(x[:, :1], kv_cache=cache)
+print(*sorted(used()), sep="\\n", file=sys.stderr)
+"""
+
+
+def test_warmup_leaves_nothing_to_compile_for_any_call(folder):
+    layer = random_layer(2)
+    edgeattn.save(quant.quantize(layer, quant.calibrate(layer, [random_input(1, 2, 9, 32)])), "int8.safetensors")
+    edgeattn.save(quant.quantize(layer, scheme="dynamic"), "dynamic.safetensors")
+    for path in ("layer.safetensors", "int8.safetensors", "dynamic.safetensors"):
+        warm, calls = (
+            set(subprocess.run([sys.executable, "-W", "error", "-c", KERNELS_USED, verb, path], text=True, check=True,
+                               capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)}).stderr.splitlines())
+            for verb in ("warmup", "call"))
+        assert calls and calls <= warm, path
 
 
 def test_edgeattn_bench_times_every_layer_and_length(folder, capsys):

@@ -1,4 +1,6 @@
 """Calling the float32 attention kernel on given queries, keys and values."""
+import functools
+
 import numpy as np
 
 from edgeattn import threads
@@ -23,6 +25,15 @@ def _rows(array):
     return array
 
 
+@functools.lru_cache(64)
+def _private(D, Dv, S, masked):
+    """Scratch elements that a thread needs for itself; S is 0 where its size depends on no number of keys."""
+    D_up, Dv_up, Dv_lanes = round_up(D, LANES), round_up(Dv, ROWS), round_up(Dv, LANES)
+    private = (f.AT_FREE + WIDTH * (max(D_up, Dv_lanes) + D_up + max(Dv_up, Dv_lanes) + ROWS) + ROWS * D + 64
+               + (S * Dv_up if Dv != Dv_up else 0) + D_up + (S * WIDTH if masked else 0))
+    return round_up(private, 16)
+
+
 def attention(q, k, v, out, scale, softcap=0.0, keep=None, bias=None, band=None, lengths=None):
     """out (B, H, L, Dv) = softmax(q k^T scale, capped and masked) v.
 
@@ -43,18 +54,16 @@ def attention(q, k, v, out, scale, softcap=0.0, keep=None, bias=None, band=None,
     q, k, v = _rows(q), _rows(k), _rows(v)
     B, H, L, D = q.shape
     S, Dv = k.shape[2], v.shape[3]
+    masked = keep is not None or bias is not None
+    private = _private(D, Dv, S if masked or Dv % ROWS else 0, masked)
     p = np.zeros(f.F_COUNT, np.int64)
+    p[f.F_PRIVATE] = private
     if band is not None:
         p[f.F_BAND], p[f.F_LOW], p[f.F_HIGH] = 1, band[0], band[1]
     if keep is not None:
         p[f.F_KEEP_B:f.F_KEEP_S + 1] = _strides(keep, None)
     if bias is not None:
         p[f.F_BIAS_B:f.F_BIAS_S + 1] = _strides(bias, None)
-    masked = keep is not None or bias is not None
-    D_up, Dv_up, Dv_lanes = round_up(D, LANES), round_up(Dv, ROWS), round_up(Dv, LANES)
-    private = (f.AT_FREE + WIDTH * (max(D_up, Dv_lanes) + D_up + max(Dv_up, Dv_lanes) + ROWS) + ROWS * D + 64
-               + (S * Dv_up if Dv != Dv_up else 0) + D_up + (S * WIDTH if masked else 0))
-    p[f.F_PRIVATE] = private = round_up(private, 16)
     keep = _NO_KEEP if keep is None else keep.reshape(-1).view(np.uint8)
     bias = _NO_BIAS if bias is None else bias.reshape(-1)
     lengths = _NO_LENGTHS if lengths is None else lengths
