@@ -15,3 +15,11 @@ A72, A76 = 0x8FB, 0x119FFB
 ])
 def test_the_dot_product_needs_the_cpu_and_the_compiler(hardware, cpu, expected):
     assert isa.choose(None, isa.arm64_features(hardware, cpu)).name == expected
+
+
+@pytest.mark.parametrize("name", ["AVX2", "nonsense", " avx2", "neondot"])
+def test_a_forced_instruction_set_must_be_one_that_this_cpu_has(name):
+    features = ("avx2", "fma")
+    with pytest.raises(ValueError, match=f"EDGEATTN_ISA must be one of avx2, generic on this CPU, got '{name}'; unset it"):
+        isa.choose(name, features)
+    assert isa.choose("", features).name == isa.choose("avx2", features).name == "avx2"
