@@ -110,13 +110,13 @@ def scaled_dot_product_attention(
     if not is_one_of(precision, ("float32",)):
         _check_precision(precision, softcap, return_weights, return_lse, on_cuda)
     if on_cuda:
-        from edgeattn.on_cuda import functional as on_cuda
-
+        on_cuda = _functions_on_cuda()
         arrays = (query, key, value, out, attn_mask, kv_lengths, alibi_slopes)
         options = (is_causal, causal_alignment, scale, enable_gqa, softcap, window_size, return_weights, return_lse,
                    precision)
-        if on_cuda.again(arrays, options):
-            return out
+        result = on_cuda.again(arrays, options)
+        if result is not None:
+            return result
     grouped = flag("enable_gqa", enable_gqa)
     return_weights = flag("return_weights", return_weights)
     return_lse = flag("return_lse", return_lse)
@@ -200,6 +200,14 @@ def _is_usual(query, key, value, is_causal, grouped, out):
         return False
     return out is None or out.shape == (batch, heads, queries, value.shape[3]) and not any(
         np.may_share_memory(out, array) for array in arrays[:3])
+
+
+@functools.cache
+def _functions_on_cuda():
+    """edgeattn.on_cuda.functional, imported by the first call that needs it."""
+    from edgeattn.on_cuda import functional
+
+    return functional
 
 
 def _on_gpu(array):

@@ -55,7 +55,9 @@ def device(request, monkeypatch):
     from cuda_emulated import EmulatedDriver
 
     from edgeattn.cuda import driver as driver_module
+    from edgeattn.on_cuda import functional as on_cuda
 
     found = driver_module.Driver() if request.config.getoption("--cuda") else EmulatedDriver()
     monkeypatch.setattr(driver_module, "_current", found)
+    monkeypatch.setattr(on_cuda, "_KNOWN", {})  # launches that another driver knew
     return found

@@ -106,6 +106,13 @@ def test_float16_arrays_are_computed_in_float32():
     np.testing.assert_allclose(got, reference.attention(*narrow)[0], rtol=1e-3, atol=1e-4)
 
 
+def test_more_heads_than_a_grid_has_rows_are_refused():
+    q, k, v = (put(np.zeros((65536, 1, 1, 1), np.float32)) for _ in range(3))
+    for precision in ("float32", "int8"):
+        with pytest.raises(ValueError, match="query must have at most 65535 batch entries times heads on CUDA, got 65536"):
+            edgeattn.scaled_dot_product_attention(q, k, v, precision=precision)
+
+
 @pytest.mark.parametrize("place", ["key", "value"])
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 def test_what_is_behind_a_mask_stays_there(place, poison):
@@ -152,10 +159,14 @@ def test_out_takes_the_result_and_nothing_around_it():
 def test_a_call_like_one_before_is_the_same_launch():
     case = Case("again", B=1, H=2, L=5, S=9, D=8)
     first, second = case.qkv(), [x + 1 for x in case.qkv()]
-    keep, bias = np.arange(9) < 7, np.linspace(-1, 1, 9, dtype=np.float32)
-    for mask in (None, keep, bias):
+    keep, bias_mask = np.arange(9) < 7, np.linspace(-1, 1, 9, dtype=np.float32)
+    for mask in (None, keep, bias_mask):
         for arrays in (first, second):
             alone = edgeattn.scaled_dot_product_attention(*map(put, arrays), put(mask), softcap=2.0).numpy()
+            seen, bias = (None, mask) if mask is bias_mask else (mask, None)
+            permitted = None if seen is None else np.broadcast_to(seen, (1, 2, 5, 9))
+            want = reference.attention(*arrays, permitted, bias, softcap=2.0)[0]
+            np.testing.assert_allclose(alone, want, atol=1e-5)
             for _ in range(2):
                 out = put(np.zeros((1, 2, 5, 8), np.float32))
                 edgeattn.scaled_dot_product_attention(*map(put, arrays), put(mask), softcap=2.0, out=out)

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("device")
 
 def codes(x):
     """(codes, scales) of the last axis, as edgeattn/cpu/dynamic.py has them: float32, a multiplication each."""
-    largest = np.abs(x).max(-1, keepdims=True)
+    largest = np.abs(x).max(-1, keepdims=True, initial=0)
     with np.errstate(divide="ignore", over="ignore"):
         inverse = np.minimum(np.float32(127) / largest, np.finfo(np.float32).max)
     return np.rint(x * inverse), largest * np.float32(1 / 127)

@@ -21,6 +21,7 @@ from edgeattn.cuda import driver as driver_module
 from edgeattn.cuda import host
 from edgeattn.cuda.language import Kernel, int32
 from edgeattn.cuda.ptx import load_b32, store_b32, thread
+from edgeattn.on_cuda import functional as on_cuda
 
 pytestmark = [pytest.mark.usefixtures("device"), emulated_only]
 ORDER = ("tiles", "attention", "merge", "linear", "quantize", "smooth", "masks", "rules", "int8")
@@ -44,6 +45,7 @@ def planted(name, old, new):
             sys.modules[made.__name__] = made
             if module in IN_HOST:
                 setattr(host, IN_HOST[module], made)
+        on_cuda._KNOWN.clear()
         yield
     finally:
         for module in ORDER:

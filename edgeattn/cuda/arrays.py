@@ -160,8 +160,12 @@ class _Ours:
 
 
 _KINDS = {"torch": _Torch, "cupy": _CuPy}
+_OF_TYPE = {}
 
 
 def kind(array):
     """Who makes arrays of the same kind: an object with empty(shape, dtype, like), stream(like) and describe(array)."""
-    return _KINDS.get(type(array).__module__.partition(".")[0], _Ours)
+    found = _OF_TYPE.get(type(array))
+    if found is None:
+        found = _OF_TYPE[type(array)] = _KINDS.get(type(array).__module__.partition(".")[0], _Ours)
+    return found

@@ -19,6 +19,7 @@ from edgeattn.cuda.rules import planes
 
 LOG2_E = 1.4426950408889634
 SMALL = 2**31
+MOST_HEADS = 65535  # the second axis of a grid
 
 
 def bits(x):
@@ -59,6 +60,13 @@ def check_reach(name, array):
     if array.size and high - low >= SMALL:
         raise ValueError(f"{name} must reach over less than 2 GiB on CUDA, where offsets are int32, got shape "
                          f"{array.shape} and strides {array.strides} bytes; call with parts of the batch")
+
+
+def check_heads(batch, heads):
+    """Raise unless there is a block row for every head of every batch entry."""
+    if batch * heads > MOST_HEADS:
+        raise ValueError(f"query must have at most {MOST_HEADS} batch entries times heads on CUDA, got {batch} times "
+                         f"{heads}; call with parts of the batch")
 
 
 def address(array):
@@ -133,6 +141,7 @@ def attend(q, k, v, out, scale, softcap=0.0, *, left=-1, right=-1, offset=0, at_
         if array is not None:
             check_reach(name, array)
     B, H, L, Dv = out.shape
+    check_heads(B, H)
     numbers = [(fa.P_LEFT, left), (fa.P_RIGHT, right), (fa.P_OFFSET, offset), (fa.P_AT_END, int(at_end)),
                (fa.P_FACTOR, bits(_factor(scale, softcap))),
                (fa.P_SOFTCAP, bits(softcap * LOG2_E) if softcap else 0)]
@@ -206,6 +215,7 @@ def attend_int8(q, k, v, out, scale, softcap=0.0, stream=0, like=None, **masks):
     for name, array in (("key", k), ("attn_mask", masks.get("keep")), ("attn_mask", masks.get("bias"))):
         if array is not None:
             check_reach(name, array)
+    check_heads(B, H)
     D_up, Dv_up, S_up = round_up(D, 64), round_up(Dv, 64), round_up(S, 16)
     minus = _smooth(k, masks, H, L, stream, like)
     made = []
@@ -419,6 +429,7 @@ class StaticLayer:
         None; tables : View (n, 256) of int8, or None.
         """
         (B, L, _), S, H = xq.shape, xk.shape[1], self.heads
+        check_heads(B, H)
         D, Dv = self.linears["query"].size, self.linears["value"].size
         D_up, Dv_up = round_up(D, i8.TILE), round_up(Dv, i8.TILE)
         L_rows, S_rows = round_up(L, i8.TILE), round_up(S, i8.TILE)

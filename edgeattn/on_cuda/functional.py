@@ -1,6 +1,7 @@
 """Attention as a function of arrays on the device."""
 
 import dataclasses
+import functools
 
 import numpy as np
 
@@ -51,19 +52,20 @@ def numbers(**arrays):
                              "bytes; make it contiguous")
 
 
-# A call with `out` that was checked once is known by the layouts of its arrays and by its options: the next one like it
-# is the same launch with other addresses.
+# A call that was checked once is known by the layouts of its arrays and by its options: the next one like it is the
+# same launch with other addresses.
 _KNOWN = {}
 _MOST = 256
 
 
 def again(arrays, options):
-    """Whether the call was known, and launched; arrays: query, key, value, out, attn_mask, kv_lengths, alibi_slopes."""
-    from edgeattn.cuda.arrays import kind
-    from edgeattn.cuda.driver import driver
+    """The result of a call that was known, launched, or None.
 
-    if arrays[3] is None or not _KNOWN:
-        return False
+    arrays : query, key, value, out, attn_mask, kv_lengths, alibi_slopes
+    """
+    if not _KNOWN:
+        return None
+    kind, driver = _machine()
     kinds, pointers, key = kind(arrays[0]), [], [options, tuple(map(type, options))]
     try:
         for array in arrays:
@@ -72,32 +74,45 @@ def again(arrays, options):
             key.append(layout)
         known = _KNOWN.get(tuple(key))
     except (AttributeError, TypeError):  # not on the device, or not hashable: the checks have words for it
-        return False
+        return None
     if known is None:
-        return False
-    kernel, grid, numbers, has_bias, spans = known
-    low, high = pointers[3] + spans[3][0], pointers[3] + spans[3][1]
-    for pointer, (begin, end) in zip(pointers[:3], spans[:3], strict=True):
-        if pointer + begin < high and low < pointer + end:
-            return False
+        return None
+    kernel, grid, numbers, has_bias, spans, made = known
     q, k, v, out, mask, lengths, slopes = pointers
+    result = arrays[3]
+    if result is None:
+        result = kinds.empty(*made, arrays[0])
+        out = kinds.describe(result)[0]
+    else:
+        low, high = out + spans[3][0], out + spans[3][1]
+        for pointer, (begin, end) in zip(pointers[:3], spans[:3], strict=True):
+            if pointer + begin < high and low < pointer + end:
+                return None
     keep, bias = (0, mask) if has_bias else (mask, 0)
     addresses = (q, k, v, out, 0, keep, bias, lengths, slopes, 0, 0, 0)
     driver().launch(kernel, grid, addresses, numbers, kinds.stream(arrays[0]))
-    return True
+    return result
+
+
+@functools.cache
+def _machine():
+    """What `again` needs of edgeattn.cuda, imported once."""
+    from edgeattn.cuda.arrays import kind
+    from edgeattn.cuda.driver import driver
+
+    return kind, driver
 
 
 def _remember(call, plan, has_bias, inputs, out):
-    from edgeattn.cuda.arrays import kind
-
+    kind, _ = _machine()
     arrays, options = call
-    layouts = [None if array is None else kind(array).describe(array)[1] for array in arrays]
     spans = [tuple(edge - array.pointer for edge in array.span()) for array in (*inputs, out)]
     if len(_KNOWN) >= _MOST:
         _KNOWN.clear()
     try:
-        _KNOWN[(options, tuple(map(type, options)), *layouts)] = (*plan, has_bias, spans)
-    except TypeError:  # a window_size given as a list
+        layouts = [None if array is None else kind(array).describe(array)[1] for array in arrays]
+        _KNOWN[(options, tuple(map(type, options)), *layouts)] = (*plan, has_bias, spans, (out.shape, out.dtype))
+    except (AttributeError, TypeError):  # an array of DLPack alone, a window_size given as a list
         return
 
 
@@ -149,6 +164,6 @@ def scaled_dot_product_attention(query, key, value, attn_mask, is_causal, causal
         precision = "float32" if precision == "int8" else precision
         plan = host.attend(four(q, heads), four(k, kv_heads), four(v, kv_heads), four(taken, heads), scale, softcap,
                            lse=lse_view, precision=precision, stream=stream, like=like, **masks)
-        if plan and out is not None and not return_lse:
+        if plan and not return_lse:
             _remember(call, plan, "bias" in masks, (q, k, v), taken)
     return (result, lse) if return_lse else result
