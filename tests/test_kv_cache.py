@@ -221,6 +221,22 @@ def test_a_layer_streams_what_it_computes_at_once(dtype, window, capacity):
             np.testing.assert_array_equal(result, results[0])
 
 
+@pytest.mark.parametrize("scheme", ["float", "dynamic"])
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("changes", [{}, {"out_weight": None, "out_bias": None}])
+def test_a_token_alone_gives_the_bits_of_the_call_with_every_check(scheme, dtype, changes):
+    made, x = layer(**changes), numbers(B, 9, E)
+    made = made if scheme == "float" else quant.quantize(made, scheme="dynamic")
+    for window in (None, 4):
+        short, checked = (KVCache.for_layer(made, B, 9, dtype=dtype, window=window) for _ in range(2))
+        got = through(short, made, x, [1] * 9, is_causal=True)
+        # float64 of the same values needs a conversion, and so every check
+        expected = through(checked, made, x.astype(np.float64), [1] * 9, is_causal=True)
+        np.testing.assert_array_equal(got, expected)
+        for array, other in zip(short._storage(), checked._storage(), strict=True):
+            np.testing.assert_array_equal(array, other)
+
+
 def test_a_streamed_layer_is_as_accurate_as_plain_float32():
     made, x = layer(), numbers(B, LENGTH, E)
     tensors = {name: getattr(made, name) for name in

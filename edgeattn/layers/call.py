@@ -126,6 +126,13 @@ def check_cache(layer, cache, causal_alignment):
         raise ValueError(f"kv_cache must have the layer's num_kv_heads, head_dim and value_dim {wanted}, got {given}")
 
 
+def is_next(layer, query, cache):
+    """Whether `query` (B, L, E) is one token per batch entry that `cache` has room for: nothing is to be raised."""
+    return (query.shape[1] == 1 and type(cache) is KVCache and cache.batch == query.shape[0]
+            and cache.num_kv_heads == layer.num_kv_heads and cache.head_dim == layer.head_dim
+            and cache.value_dim == layer.value_dim and cache._room() > 0)
+
+
 def check_inputs(layer, query, key, value):
     """The three inputs as float arrays of agreeing shapes."""
     if key is None and value is not None:

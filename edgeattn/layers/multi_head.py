@@ -8,7 +8,7 @@ from edgeattn.checks import to_float32
 from edgeattn.cpu.layer_float32 import FloatLayer
 from edgeattn.cpu.linear import Linear
 from edgeattn.layers import steps
-from edgeattn.layers.call import NO_WINDOW, causal_band, check_call, check_inputs
+from edgeattn.layers.call import NO_WINDOW, causal_band, check_call, check_inputs, is_next
 from edgeattn.layers.weights import AttentionWeights
 from edgeattn.masks import torch_masks
 
@@ -134,9 +134,12 @@ class MultiHeadAttention(AttentionWeights):
                 and type(query) is np.ndarray and query.dtype == np.float32 and query.ndim == 3
                 and query.shape[2] == self.embed_dim == self.kdim == self.vdim
                 and query.flags.carray and query.size and value is None and self._fusible
-                and window_size is NO_WINDOW and alibi_slopes is None and kv_cache is None and causal_alignment is None
-                and average_attn_weights is False and type(softcap) is float and not softcap):
+                and window_size is NO_WINDOW and alibi_slopes is None and causal_alignment is None
+                and average_attn_weights is False and type(softcap) is float and not softcap
+                and (kv_cache is None or is_next(self, query, kv_cache))):
             # what small layers are called with, again and again: self-attention, no mask but the causal one
+            if kv_cache is not None:
+                return steps.attend_next(self, query, kv_cache)
             result = np.empty((*query.shape[:2], self.output_dim), np.float32)
             return self._kernel(query, query, query, result, band=causal_band(is_causal, query.shape[1]))
         call = check_call(

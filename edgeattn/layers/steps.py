@@ -36,6 +36,23 @@ def attend(layer, call):
     return call.deliver(result.reshape(batch, queries, layer.output_dim), weights)
 
 
+def attend_next(layer, x, cache):
+    """`attend` without masks for one token per batch entry, x (B, 1, E) float32 in C order, and all before it."""
+    batch, linears = len(x), layer._linears
+    x = x.reshape(batch, -1)
+    k = linears["k"](x).reshape(batch, layer.num_kv_heads, 1, layer.head_dim)
+    v = linears["v"](x).reshape(batch, layer.num_kv_heads, 1, layer.value_dim)
+    cache._check_finite(k, v)
+    cache._append(k, v)
+    context = np.empty((batch, layer.num_heads, 1, layer.value_dim), np.float32)
+    cache._attend_last(
+        linears["q"](x).reshape(batch, layer.num_heads, 1, layer.head_dim), layer.scale, 0.0, context)
+    result = context.reshape(batch, -1)
+    if "out" in linears:
+        result = linears["out"](result)
+    return result.reshape(batch, 1, layer.output_dim)
+
+
 def _project(layer, name, x, heads, size):
     """(B, length, inputs) -> (B, heads, length, size) as kernels read it."""
     return to_float32(_rows(layer, name, x).reshape(*x.shape[:2], heads, size).swapaxes(1, 2))

@@ -12,7 +12,7 @@ from edgeattn.cpu.layer_dynamic import DynamicLayer
 from edgeattn.cpu.linear_dynamic import DynamicLinear
 from edgeattn.functional import default_scale
 from edgeattn.layers import steps
-from edgeattn.layers.call import NO_WINDOW, causal_band, check_call
+from edgeattn.layers.call import NO_WINDOW, causal_band, check_call, is_next
 from edgeattn.layers.weights import KEY_TENSORS, added_keys, added_keys_state
 from edgeattn.quantized.layer import INPUTS, SHORT, QuantizedMultiHeadAttention
 from edgeattn.quantized.parameters import QuantizedLinear, frozen
@@ -99,9 +99,12 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention):
                 and query.dtype == np.float32 and query.ndim == 3
                 and query.shape[2] == self.embed_dim == self.kdim == self.vdim and query.flags.carray and query.size
                 and self.output_dim and need_weights is False and average_attn_weights is False
-                and window_size is NO_WINDOW and alibi_slopes is None and kv_cache is None and causal_alignment is None
-                and type(softcap) is float and not softcap and self._fusible):
+                and window_size is NO_WINDOW and alibi_slopes is None and causal_alignment is None
+                and type(softcap) is float and not softcap and self._fusible
+                and (kv_cache is None or is_next(self, query, kv_cache))):
             # what small layers are called with, again and again: self-attention, no mask but the causal one
+            if kv_cache is not None:
+                return steps.attend_next(self, query, kv_cache)
             result = np.empty((*query.shape[:2], self.output_dim), np.float32)
             return self._kernel(query, query, query, result, band=causal_band(is_causal, query.shape[1]))
         call = check_call(
