@@ -132,6 +132,7 @@ class _FolderCache(caching.FunctionCache):
     def __init__(self, function, folder, stamp):
         self._impl_class = functools.partial(_FolderImpl, locator=_Locator(function, folder, stamp))
         super().__init__(function)
+        self._cache_file = _CacheFile(folder, self._impl.filename_base, stamp)
 
     def _index_key(self, sig, codegen):
         # Numba knows a function passed as an argument by a number drawn anew in every process. Its name and the
@@ -140,6 +141,21 @@ class _FolderCache(caching.FunctionCache):
             f"{t.dispatcher.py_func.__module__}.{t.dispatcher.py_func.__qualname__}"
             if isinstance(t, types.Dispatcher) else t for t in sig)
         return named, codegen.magic_tuple(), ISA.name
+
+
+class _CacheFile(caching.IndexDataCacheFile):
+    """Writes into each file whose machine code it holds.
+
+    Files are numbered, and two processes that compile a kernel for different types at the same time may give both
+    codes one number: without a look at the name inside, one of them would later be run for the types of the other.
+    """
+
+    def save(self, key, data):
+        super().save(key, (key, self._source_stamp, data))
+
+    def load(self, key):
+        found = super().load(key)
+        return found[2] if found is not None and found[:2] == (key, self._source_stamp) else None
 
 
 class _FolderImpl(caching.CompileResultCacheImpl):

@@ -1,17 +1,29 @@
 """What int8 layers compute under one instruction set: EDGEATTN_ISA=NAME python tests/int8_layers.py FILE.npz.
 
-A program of its own because the instruction set is chosen at import.
+A program of its own because the instruction set is chosen at import. Whole layers, which take long to compile, in one
+set of rules; every other rule by itself.
 """
 import sys
 
 import numpy as np
-from kernels_under_test import ASYMMETRIC, SYMMETRIC, make_layer
+from kernels_under_test import (
+    ASYMMETRIC,
+    MULTIPLIERS,
+    SYMMETRIC,
+    accumulators,
+    make_layer,
+    probabilities,
+    scaled,
+    softmax_table,
+)
 
 import edgeattn
 import quant
+from edgeattn.cpu.requantize import RULES
+from edgeattn.cpu.simd import byte_planes
 from edgeattn.isa import ISA
 
-RULES = (("float_rne", "float_rne", "float_rne", "lut_f32"), ("double", "double", "double", "fixed"))
+LAYER_RULES, LAYER_SOFTMAX = ("float_rne", "float_rne", "float_rne"), "lut_f32"
 # B, L, S, E, D, heads, Dv, Eo: less than a tile; heads that share a vector; whole and part groups of a matrix unit;
 # rows whose exponentials are not all kept
 SHAPES = ((2, 5, 9, 7, 8, 2, 5, 6), (1, 33, 31, 20, 24, 3, 8, 12), (1, 37, 70, 64, 16, 4, 16, 64),
@@ -24,12 +36,28 @@ def static_cases():
     cases = {}
     for number, (B, L, S, E, D, heads, Dv, Eo) in enumerate(SHAPES):
         rng = np.random.default_rng(number)
-        for *rules, softmax in RULES:
-            for name, zero_points in (("symmetric", SYMMETRIC), ("asymmetric", ASYMMETRIC)):
-                layer, linears, tensors, table = make_layer(rng, heads, E, D, Dv, Eo, zero_points, rules, softmax)
-                x = [rng.integers(-128, 128, (B, n, E)).astype(np.int8) for n in (L, S, S)]
-                masks = {} if name == "symmetric" else {"keep": rng.random((B, 1, L, S)) > 0.4, "band": (-S // 2, 3)}
-                cases[f"{name} {softmax} {number}"] = layer, x, masks, (heads, linears, tensors, rules, softmax, table)
+        for name, zero_points in (("symmetric", SYMMETRIC), ("asymmetric", ASYMMETRIC)):
+            layer, linears, tensors, table = make_layer(rng, heads, E, D, Dv, Eo, zero_points, LAYER_RULES, LAYER_SOFTMAX)
+            x = [rng.integers(-128, 128, (B, n, E)).astype(np.int8) for n in (L, S, S)]
+            masks = {} if name == "symmetric" else {"keep": rng.random((B, 1, L, S)) > 0.4, "band": (-S // 2, 3)}
+            cases[f"{name} {number}"] = layer, x, masks, (heads, linears, tensors, LAYER_RULES, LAYER_SOFTMAX, table)
+    return cases
+
+
+def rule_cases():
+    """name -> (rule, accumulators, multiplier)."""
+    return {f"{rule} {m}": (rule, accumulators(m), m) for rule in RULES for m in MULTIPLIERS}
+
+
+def softmax_cases():
+    """name -> (rule, table, codes (queries, keys), keep or None); the longer rows' values are not all kept."""
+    cases, rng = {}, np.random.default_rng(0)
+    for rule in ("lut_f32", "lut_u16", "fixed"):
+        table = softmax_table(rule, 0.06)
+        for keys in (20, 528):
+            codes = rng.integers(-128, 128, (32, keys)).astype(np.int8)
+            cases[f"{rule} {keys}"] = rule, table, codes, None
+            cases[f"{rule} {keys} masked"] = rule, table, codes, rng.random(codes.shape) > np.arange(32)[:, None] / 31
     return cases
 
 
@@ -49,6 +77,10 @@ def main(path):
     for name, (layer, x, masks, _) in static_cases().items():
         answers[name] = np.zeros((x[0].shape[0], x[0].shape[1], layer.output_dim), np.int8)
         layer(*x, answers[name], **masks)
+    for name, (rule, values, m) in rule_cases().items():
+        answers[name] = scaled(rule, values, m)
+    for name, (rule, table, codes, keep) in softmax_cases().items():
+        answers[name] = probabilities(byte_planes(table), rule == "fixed", codes, keep)
     for name, masks in DYNAMIC_CASES.items():
         answers[name] = dynamic_answer(masks)
     np.savez(path, **answers)

@@ -5,7 +5,9 @@ from numba import njit
 from edgeattn.arithmetic import batch_matmul_multiplier, fully_connected_multiplier, lut_f32_table
 from edgeattn.cpu.layer_int8 import StaticLayer
 from edgeattn.cpu.matmul import MATRIX, linear
-from edgeattn.cpu.simd import LANES, load, matrix_configure, matrix_release, store, tile_store
+from edgeattn.cpu.requantize import RULES, encode
+from edgeattn.cpu.simd import LANES, WIDTH, load, matrix_configure, matrix_release, store, tile_store
+from edgeattn.cpu.softmax_int8 import KEPT_GROUPS, PROBABILITY_FLIP, softmax_codes
 from edgeattn.jit import inlined
 
 
@@ -14,6 +16,51 @@ def apply_rule(rule, accumulators, parameters, out):
     """out = rule(accumulators), LANES at a time; parameters (2, LANES) flat."""
     for i in range(0, accumulators.size, LANES):
         store(out, i, rule(load(accumulators, i), parameters, 0, LANES))
+
+
+EDGES = [0, 1, -1, 2, -2, 127, -128, 2**15, -2**15, 2**20 + 1, -2**20 - 1, 2**24 + 1, -2**24 - 1, 2**30, -2**30]
+MULTIPLIERS = (0.0003, 0.5, 0.25, 0.999999, 1.0, 2.0**-10, 1.5 * 2.0**-8, 0.0078125)
+
+
+def accumulators(m):
+    """Sums that a rule scales by m: ends, anything, and both sides of every tie; int32, a multiple of 16 of them."""
+    values = EDGES + [int(v) for v in np.random.default_rng(9).integers(-2**22, 2**22, 100)]
+    values += [s * (int((n + 0.5) / m) + d) for n in range(8) for d in (-1, 0, 1) for s in (1, -1)]
+    values = [v for v in values if abs(v * m) < 2**30 and abs(v) < 2**31]
+    return np.array(values + [0] * (-len(values) % 16), np.int32)
+
+
+def scaled(name, values, m):
+    """The rule of that name on accumulators."""
+    out = np.empty_like(values)
+    apply_rule(RULES[name], values, encode(name, [m] * LANES).ravel(), out)
+    return out
+
+
+@njit(error_model="numpy")
+def apply_softmax(table, fixed, codes, groups, masks, scratch):
+    """codes (groups, WIDTH) of four keys to a lane, in place, to bytes of probabilities; masks likewise, or empty."""
+    softmax_codes(table, fixed, codes, 0, groups, masks, 0, masks.size != 0, scratch, 0, scratch,
+                  4 * min(groups, KEPT_GROUPS) * WIDTH)
+
+
+def probabilities(table, fixed, codes, keep=None):
+    """Probabilities 0..255 of int8 scores (queries, keys): multiples of WIDTH and of 4; keep likewise, bool."""
+    def in_lanes(x):  # (queries, keys) bytes to (blocks, groups, WIDTH) of four bytes
+        return np.ascontiguousarray(x.view(np.int32).reshape(-1, WIDTH, x.shape[1] // 4).transpose(0, 2, 1))
+
+    words, out = in_lanes(codes), np.empty(codes.shape, np.int8)
+    masks = np.zeros((len(words), 0), np.int32) if keep is None else in_lanes(-keep.astype(np.int8))
+    groups = words.shape[1]
+    if keep is not None:
+        words = words & masks | ~masks & np.int32(-2139062144)  # four codes -128
+    scratch = np.zeros((4 * groups + 2) * WIDTH, np.int32)
+    for block, (word, mask) in enumerate(zip(words, masks, strict=True)):
+        flat = word.ravel()
+        apply_softmax(table, fixed, flat, groups, mask.ravel(), scratch)
+        rows = np.ascontiguousarray((flat ^ PROBABILITY_FLIP).reshape(groups, WIDTH).T)
+        out[block * WIDTH:(block + 1) * WIDTH] = rows.view(np.int8)
+    return out.astype(np.int64) + 128
 
 
 @inlined

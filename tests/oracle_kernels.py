@@ -95,6 +95,15 @@ def quantize_multiplier(m):
     return (0, 0) if shift < -31 else (q, int(shift))
 
 
+def scaled(rule, acc, m):
+    """Accumulators (n,) by the rule's name, before a zero point is added."""
+    if rule == "float_rne":
+        return [rule_float_rne(int(a), np.float32(m)) for a in acc]
+    if rule == "float64":
+        return [rule_float64(int(a), m) for a in acc]
+    return [{"double": rule_double, "ruy": rule_ruy}[rule](int(a), *quantize_multiplier(m)) for a in acc]
+
+
 def requantize(rule, acc, m, zero_point):
     """Codes of an integer array by the rule's name; m broadcasts against acc."""
     acc, m = np.broadcast_arrays(acc, m)

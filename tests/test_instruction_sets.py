@@ -1,6 +1,6 @@
 """The bytes of int8 layers under every instruction set that this machine can execute: one process for each.
 
-Two sets of rules stand for all; the others: EDGEATTN_ISA=avx2 python -m pytest tests/test_kernels_int8.py
+One set of rules stands for all in whole layers; the others: EDGEATTN_ISA=avx2 python -m pytest tests/test_kernels_int8.py
 """
 import concurrent.futures
 import os
@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import oracle_kernels as oracle
 import pytest
-from int8_layers import DYNAMIC_CASES, static_cases
+from int8_layers import DYNAMIC_CASES, rule_cases, softmax_cases, static_cases
 
 from edgeattn import isa
 
@@ -45,6 +45,22 @@ def test_the_processes_used_what_they_were_told_to_use(answers):
 def test_static_layers_equal_integer_arithmetic(answers, name):
     for case, (_, x, masks, oracle_arguments) in static_cases().items():
         want = oracle.static_layer(*x, *oracle_arguments, **masks)
+        np.testing.assert_array_equal(answers[name][case], want, err_msg=f"{case} under {name}")
+
+
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_every_rule_equals_integer_arithmetic(answers, name):
+    for case, (rule, values, m) in rule_cases().items():
+        np.testing.assert_array_equal(answers[name][case], oracle.scaled(rule, values, m), err_msg=f"{case} under {name}")
+
+
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_every_softmax_equals_integer_arithmetic(answers, name):
+    for case, (rule, table, codes, keep) in softmax_cases().items():
+        want = np.zeros(codes.shape, np.int64)
+        for row, seen in enumerate(np.ones(codes.shape, bool) if keep is None else keep):
+            if seen.any():
+                want[row, seen] = oracle.SOFTMAX[rule](codes[row, seen], table)
         np.testing.assert_array_equal(answers[name][case], want, err_msg=f"{case} under {name}")
 
 

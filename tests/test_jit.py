@@ -149,6 +149,16 @@ def test_damaged_cache_is_replaced(package, damage):
     assert run(package) == "8 1 0"
 
 
+def test_code_of_other_types_is_not_run(package):
+    # what two processes leave that number their files at the same time
+    both = CALL + "double(0.5)"
+    run(package, both)
+    integers, floats = (path for path in cached(package) if path.suffix == ".nbc")
+    integers.write_bytes(floats.read_bytes())
+    assert run(package) == "8 0 1"
+    assert run(package) == "8 1 0"
+
+
 def test_package_without_sources_is_not_cached(package):
     code = CALL.replace(
         "from edgeattn.kernel", "import edgeattn.jit\nedgeattn.jit._LOADED = []\nfrom edgeattn.kernel"

@@ -1,5 +1,6 @@
 """Threads, scratch memory, the kernel cache and what importing costs."""
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -108,6 +109,9 @@ def run_program(**environment):
 
 
 def test_later_processes_compile_nothing_and_add_no_files(tmp_path):
+    if common := os.environ.get("NUMBA_CACHE_DIR"):  # other tests need the same kernels: once is enough
+        run_program()
+        shutil.copytree(common, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.tmp.*"))
     run_program(NUMBA_CACHE_DIR=str(tmp_path))
     files = sorted(tmp_path.rglob("*"))
     for _ in range(3):

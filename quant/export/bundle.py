@@ -16,7 +16,7 @@ import numba
 import edgeattn
 from edgeattn.bundle import ABI_VERSION, FOOTER, HARDWARE_BITS, INPUTS, LARGEST, MAGIC, SIZES
 from edgeattn.quantized import StaticMultiHeadAttention
-from quant.export.c_text import fill_template, float_literal
+from quant.export.c_text import check_header_name, fill_template, float_literal
 from quant.export.linker import find_linker, link
 from quant.export.targets import Target, target_of
 
@@ -61,6 +61,7 @@ def write_bundle(layer, name: str, target: str) -> dict[str, bytes]:
     if not re.match(r"[A-Za-z]", prefix):
         raise ValueError(f"path must be named by a letter and what follows it, for its functions get that name; got "
                          f"{name!r}")
+    check_header_name(stem)
     _check_layer(layer)
     check_numba()
     find_linker(row.machine)
@@ -68,7 +69,7 @@ def write_bundle(layer, name: str, target: str) -> dict[str, bytes]:
     library = _compile(layer, row, target, prefix, name)
     body = library + json.dumps(about).encode("ascii")
     footer = FOOTER.pack(MAGIC, len(body) - len(library), zlib.crc32(body))
-    return {name: body + footer, f"{stem}.h": _header(layer, stem, about).encode("ascii")}
+    return {name: body + footer, f"{stem}.h": _header(layer, stem, about).encode()}
 
 
 def check_numba() -> None:

@@ -13,7 +13,14 @@ from edgeattn.quantized import INPUTS, StaticMultiHeadAttention
 from quant.export.attention_graph import check_lengths
 from quant.export.c_mask import ScorePasses, score_passes
 from quant.export.c_test import vectors_c
-from quant.export.c_text import block_comment_lines, constant, fill_template, float_literal, numbers
+from quant.export.c_text import (
+    block_comment_lines,
+    check_header_name,
+    constant,
+    fill_template,
+    float_literal,
+    numbers,
+)
 
 KERNEL_SET = rules.KERNEL_SETS["tflm"]
 # The sum of a softmax row is Q12.19 in int32, and each of its terms may be 1.
@@ -26,11 +33,6 @@ LARGEST_SHIFT = 30
 C_KEYWORDS = frozenset(
     "auto break case char const continue default do double else enum extern float for goto if inline int long register "
     "restrict return short signed sizeof static struct switch typedef union unsigned void volatile while".split()
-)
-# A file called string.h would be found in place of the compiler's own.
-C_HEADERS = frozenset(
-    "assert complex ctype errno fenv float inttypes iso646 limits locale math setjmp signal stdarg stdbool stddef "
-    "stdint stdio stdlib string tgmath time wchar wctype arm_nnfunctions arm_nn_types arm_nn_math_types".split()
 )
 
 
@@ -83,8 +85,7 @@ def check_stem(stem: str) -> None:
                          f"and underscores after a letter; got {stem!r}")
     if stem in C_KEYWORDS:
         raise ValueError(f"path must not be named by a keyword of C; got {stem!r}")
-    if stem.lower() in C_HEADERS:
-        raise ValueError(f"path must not be named like a header, {stem.lower()}.h, that C files include; got {stem!r}")
+    check_header_name(stem)
 
 
 def _check_names(stem: str, text: str) -> None:

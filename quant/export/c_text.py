@@ -11,6 +11,23 @@ import numpy as np
 # Of the lines that hold an array's numbers.
 LINE_LENGTH = 118
 INDENT = " " * 4
+# A file called string.h would be found in place of the compiler's own.
+C_HEADERS = frozenset(
+    "assert complex ctype errno fenv float inttypes iso646 limits locale math setjmp signal stdarg stdbool stddef "
+    "stdint stdio stdlib string tgmath time wchar wctype arm_nnfunctions arm_nn_types arm_nn_math_types".split()
+)
+
+
+def check_header_name(stem: str) -> None:
+    """Refuse a header that would be found in place of one of the compiler's own.
+
+    Raises
+    ------
+    ValueError
+        Naming ``path``.
+    """
+    if stem.lower() in C_HEADERS:
+        raise ValueError(f"path must not be named like a header, {stem.lower()}.h, that C files include; got {stem!r}")
 
 
 def fill_template(name: str, values: dict[str, str]) -> str:
