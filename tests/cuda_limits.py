@@ -1,4 +1,4 @@
-"""Every kernel that is launched, and what its machine code may use: registers, and bytes of shared memory of a block.
+"""Every kernel, in the usual formats, and what its machine code may use: registers, and a block's shared memory.
 
 The ceilings are what the assembler gave for sm_87 and sm_90 when they were written, and a few registers: going above one
 is a reason to look, not to raise it. No kernel may spill, keep an array in memory, or multiply 64-bit integers more often
@@ -19,6 +19,7 @@ LIMITS = [
     (attention.attention("float16", 32, 64, "float32", "float32", True, "float32"), (255, 255), 13824, 0),
     (attention.attention("float16", 64, 64, "float16", "float16", True, "float16"), (208, 200), 18432, 0),
     (attention.attention("float16", 64, 128, "float16", "float16", True, "float16"), (255, 255), 34816, 0),
+    (attention.attention("float16", 32, 128, "float16", "float16", True, "float16"), (248, 255), 26112, 0),
     (attention.attention("float16", 32, 64, "float32", "int8", True, "float32"), (184, 224), 13824, 0),
     (attention.attention("tf32", 64, 64, "float32", "float32", True, "float32"), (224, 216), 34816, 0),
     (attention.attention("tf32", 32, 64, "float32", "float32", True, "float32"), (255, 255), 26112, 0),

@@ -1,4 +1,6 @@
 """The list of instructions, its emulated meanings, and what the emulator must notice."""
+from pathlib import Path
+
 import numpy as np
 import pytest
 from cuda_emulator import Block, Memory, run
@@ -18,6 +20,11 @@ def test_every_text_uses_each_of_its_values_once_or_more():
         values = len(instruction.results) + len(instruction.arguments)
         used = {i for i in range(values) if any(f"${i}{end}" in instruction.text + " " for end in " ,;]})")}
         assert used == set(range(values)) or not instruction.text, name
+
+
+def test_ptx_stands_in_one_file():
+    folder = Path(ptx.__file__).parent
+    assert {path.name for path in folder.glob("*.py") if "Instruction(" in path.read_text(encoding="utf-8")} == {"ptx.py"}
 
 
 def test_an_instruction_outside_a_kernel_says_so():

@@ -5,7 +5,8 @@ import oracle_kernels as oracle
 import pytest
 from cuda_cases import seen
 from cuda_emulated import long_form
-from test_kernels_int8 import ASYMMETRIC, EDGES, RULE_SETS, SYMMETRIC, make_layer
+from kernels_under_test import ASYMMETRIC, MULTIPLIERS, SYMMETRIC, accumulators, make_layer
+from test_kernels_int8 import RULE_SETS
 
 from edgeattn.cuda import driver as driver_module
 from edgeattn.cuda.arrays import view
@@ -109,20 +110,12 @@ def apply_rule(name):
 
 @pytest.mark.parametrize("name", sorted(RULES))
 def test_rule_equals_the_rule_on_python_integers(name, device):
-    rng = np.random.default_rng(9)
-    for m in (0.0003, 0.5, 0.25, 0.999999, 1.0, 2.0**-10, 1.5 * 2.0**-8, 0.0078125):
-        values = EDGES + [int(v) for v in rng.integers(-2**22, 2**22, 100)]
-        values += [s * (int((n + 0.5) / m) + d) for n in range(8) for d in (-1, 0, 1) for s in (1, -1)]
-        values = [v for v in values if abs(v * m) < 2**30 and abs(v) < 2**31]
-        values += [0] * (-len(values) % 32)
+    for m in MULTIPLIERS:
+        values = accumulators(m)
+        values = np.append(values, np.zeros(-len(values) % 32, np.int32))
         scale = np.float32(m) if name == "float_rne" else np.float64(m)
         first, second = (int(x) for x in planes(name, [scale])[:, 0])
-        for begin in range(0, len(values), 32):
-            some = values[begin:begin + 32]
-            acc, got = device.array(np.array(some, np.int32)), device.empty((32,), np.int32)
+        for some in values.reshape(-1, 32):
+            acc, got = device.array(some), device.empty((32,), np.int32)
             device.launch(apply_rule(name), (1, 1, 1), [acc.pointer, got.pointer], [first, second], 0)
-            if name in ("float_rne", "float64"):
-                want = [getattr(oracle, "rule_" + name)(v, scale) for v in some]
-            else:
-                want = [getattr(oracle, "rule_" + name)(v, *oracle.quantize_multiplier(scale)) for v in some]
-            np.testing.assert_array_equal(got.numpy(), want)
+            np.testing.assert_array_equal(got.numpy(), oracle.scaled(name, some, m))

@@ -3,10 +3,11 @@ import numpy as np
 import pytest
 import reference
 from cuda_cases import layer_oracle
-from cuda_emulated import long_form
+from cuda_emulated import emulated_only, long_form
 
 import edgeattn
 import quant
+from edgeattn import cli
 from edgeattn.arithmetic import KERNEL_SETS
 from edgeattn.cuda import driver as driver_module
 
@@ -147,6 +148,19 @@ def test_dynamic_layer():
     assert np.isnan(got[0, 3:]).all() and np.isfinite(got[0, :3]).all() and np.isfinite(got[1]).all()
 
 
+def test_dynamic_layer_with_every_option():
+    rng = np.random.default_rng(13)
+    layer = edgeattn.MultiHeadAttention(2, **parameters(rng), num_kv_heads=1)
+    x, slopes = put(3 * rng.standard_normal((1, 70, 24), np.float32)), put(np.array([0.1, 0.02], np.float32))
+    options = dict(softcap=1.5, alibi_slopes=slopes, window_size=(40, -1), is_causal=True,
+                   attn_mask=put(rng.standard_normal((70, 70), np.float32)))
+    exact = layer.to("cuda")(x, **options).numpy()
+    got = quant.quantize(layer, scheme="dynamic").to("cuda")(x, **options).numpy()
+    assert np.linalg.norm(got - exact) < 0.03 * np.linalg.norm(exact)
+    free = layer.to("cuda")(x, **options | {"softcap": 0.0}).numpy()
+    assert np.linalg.norm(free - exact) > 0.1 * np.linalg.norm(exact)  # the softcap matters here
+
+
 @long_form
 def test_dynamic_layer_is_as_close_as_the_cpus():
     layer, x, context, keep, want = dynamic_layer(np.random.default_rng(10))
@@ -272,3 +286,14 @@ def test_cuda_without_a_gpu_says_what_is_missing(monkeypatch):
     with pytest.raises(RuntimeError, match=r"needs the extra 'cuda' \(pip install 'edgeattn\[cuda\]'\): numba_cuda"):
         layer.to("cuda")
     assert "the extra 'cuda'" in driver_module.why_not()
+
+
+@emulated_only
+def test_info_says_what_it_found_and_why_cuda_is_not_used(capsys, monkeypatch):
+    assert cli.main(["info"]) == 0
+    assert "an emulator, compute capability 8.7" in " ".join(capsys.readouterr().out.split())
+    monkeypatch.setattr(driver_module, "_current", None)
+    monkeypatch.setattr(driver_module, "_installed", lambda module: module != "cuda.bindings")
+    assert cli.main(["info"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "CUDA not used: CUDA needs the extra 'cuda' (pip install 'edgeattn[cuda]'): cuda.bindings is not" in said

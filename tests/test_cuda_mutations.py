@@ -15,7 +15,7 @@ import test_cuda_layers
 import test_cuda_precision
 from cases import Case
 from cuda_emulated import emulated_only
-from test_kernels_int8 import ASYMMETRIC, make_layer
+from kernels_under_test import ASYMMETRIC, make_layer
 
 from edgeattn.cuda import driver as driver_module
 from edgeattn.cuda import host

@@ -6,7 +6,7 @@ Scores are computed transposed, (keys, W): a key is a broadcast row, a query is 
 then plain vector operations, and the context comes out as (Dv, W), which is what the output projection broadcasts.
 Keys go by in blocks of KEY_BLOCK, so scratch memory does not depend on S (except for one row of mask per key where a
 mask differs from query to query).  Where no score can be large, exponentials are taken of the scores as they are;
-else of their distance to a running maximum.  Every sum is a sum of the sums of short blocks: see CHAIN.
+else of their distance to a running maximum.  Every sum is a sum of the sums of short chains: see CHAIN.
 """
 import numpy as np
 from numba import carray
@@ -14,7 +14,7 @@ from numba import carray
 from edgeattn.crew import separate, share
 from edgeattn.jit import inlined, jit
 
-from .matmul import CHAIN, feature_position, multiply, multiply_ahead, part_of_chain, project
+from .matmul import BLOCK, CHAIN, add_product, feature_position, multiply_ahead, part_of_block, project
 from .simd import (
     COLUMNS,
     LANES,
@@ -41,7 +41,8 @@ from .simd import (
 )
 from .softmax import LOG2_E, exp2, exp2_within, tanh
 
-KEY_BLOCK = CHAIN
+KEY_BLOCK = BLOCK
+SCORE_CHAIN = CHAIN // 2  # an error of a score counts as often as the score is large
 # Scores in units of log 2 that are certain to be smaller than this need no maximum: powers of two between 2**-60 and
 # 2**60, their sums, and their products with values stay far from the ends of float32.
 SMALL = np.float32(60)
@@ -206,9 +207,8 @@ def attend_block(q, at_q, k, at_k, k_row, v, at_v, v_row, first, last, D, Dv, sc
             t = s
             if s + ROWS > keys and s0 + keys >= ROWS:
                 t = keys - ROWS
-            tile = tile_zero(ROWS, COLUMNS, q)
-            tile = multiply(tile, k, at_k + (s0 + t) * k_row, k_row, 1, q, at_q, D)
-            tile_store(tile, scratch, at_scores + t * WIDTH, WIDTH, LANES)
+            add_product(False, k, at_k + (s0 + t) * k_row, k_row, 1, q, at_q, D, SCORE_CHAIN,
+                        scratch, at_scores + t * WIDTH, WIDTH, LANES)
         # 2. softcap, then masks
         if softcap > _ZERO:
             for i in range(0, keys * WIDTH, LANES):
@@ -253,11 +253,8 @@ def attend_block(q, at_q, k, at_k, k_row, v, at_v, v_row, first, last, D, Dv, sc
             store(scratch, AT_SUM + c * LANES, total)
         # 4. context (Dv, W) += v^T p
         for d in range(0, Dv, ROWS):
-            tile = tile_zero(ROWS, COLUMNS, q)
-            tile = multiply(tile, v, at_v + s0 * v_row + d, 1, v_row, scratch, at_scores, keys)
-            if s0 > first:
-                tile = tile_add(tile, out, at_out + d * WIDTH, WIDTH, LANES)
-            tile_store(tile, out, at_out + d * WIDTH, WIDTH, LANES)
+            add_product(s0 > first, v, at_v + s0 * v_row + d, 1, v_row, scratch, at_scores, keys, CHAIN,
+                        out, at_out + d * WIDTH, WIDTH, LANES)
     # 5. divide by the sum; a query that saw no key gets zeros
     for c in range(COLUMNS):
         total = load(scratch, AT_SUM + c * LANES)
@@ -365,28 +362,33 @@ def project_context(context, at_context, step, depth, first, last, tokens, weigh
     for e in range(0, Eo, WIDTH):
         whole = tokens // ROWS * ROWS if e + WIDTH <= Eo else 0
         at_panel = at_weight + e // WIDTH * row
-        for k in range(0, depth, CHAIN):
-            count = min(CHAIN, depth - k)
-            at_next = at_panel + (k + CHAIN) * WIDTH if k + CHAIN < depth else at_panel + row
-            part = part_of_chain(count, whole)
+        for k in range(0, depth, BLOCK):
+            count = min(BLOCK, depth - k)
+            at_next = at_panel + (k + BLOCK) * WIDTH if k + BLOCK < depth else at_panel + row
+            part = part_of_block(count, whole)
             for t in range(0, whole, ROWS):
                 at_row = at_out + t * Eo + e
+                at_rows, at_near = at_panel + k * WIDTH, at_next + t // ROWS * part
+                at_lanes, done = at_context + t // WIDTH * step + k * WIDTH + t % WIDTH, 0
+                if count > CHAIN:
+                    done = CHAIN
+                    tile = tile_zero(ROWS, COLUMNS, context)
+                    tile = multiply_ahead(tile, context, at_lanes, 1, WIDTH, weights, at_rows, CHAIN,
+                                          at_near, part // 2)
+                    if k > 0 or not first:
+                        tile = tile_add(tile, out, at_row, Eo, LANES)
+                    tile_store(tile, out, at_row, Eo, LANES)
                 tile = tile_zero(ROWS, COLUMNS, context)
-                tile = multiply_ahead(tile, context, at_context + t // WIDTH * step + k * WIDTH + t % WIDTH, 1, WIDTH,
-                                      weights, at_panel + k * WIDTH, count, at_next + t // ROWS * part, part)
-                if k > 0 or not first:
+                tile = multiply_ahead(tile, context, at_lanes + done * WIDTH, 1, WIDTH, weights, at_rows + done * WIDTH,
+                                      count - done, at_near + part // 2, part // 2)
+                if k + done > 0 or not first:
                     tile = tile_add(tile, out, at_row, Eo, LANES)
-                if last and k + CHAIN >= depth:
+                if last and k + BLOCK >= depth:
                     tile = tile_add(tile, weights, at_bias + e, 0, LANES)
                 tile_store(tile, out, at_row, Eo, LANES)
         for t in range(whole, tokens, ROWS):
-            for k in range(0, depth, CHAIN):
-                tile = tile_zero(ROWS, COLUMNS, context)
-                tile = multiply(tile, context, at_context + t // WIDTH * step + k * WIDTH + t % WIDTH, 1, WIDTH,
-                                weights, at_panel + k * WIDTH, min(CHAIN, depth - k))
-                if k > 0:
-                    tile = tile_add(tile, scratch, AT_TILE, WIDTH, LANES)
-                tile_store(tile, scratch, AT_TILE, WIDTH, LANES)
+            add_product(False, context, at_context + t // WIDTH * step + t % WIDTH, 1, WIDTH, weights, at_panel, depth,
+                        CHAIN, scratch, AT_TILE, WIDTH, LANES)
             for i in range(min(ROWS, tokens - t)):
                 for j in range(min(WIDTH, Eo - e)):
                     value = scratch[AT_TILE + i * WIDTH + j]

@@ -35,8 +35,9 @@ from .simd import (
 )
 
 # float32 products summed one after another.  The sums of the chains are summed then: a rounding error grows with the
-# length of a chain.  It also is how much of a panel (8 KiB at 32 features) stays near while all tokens pass.
-CHAIN = 64
+# length of a chain.
+CHAIN = 32
+BLOCK = 2 * CHAIN  # two chains: how much of a panel (8 KiB at 32 features) stays near while all tokens pass
 MATRIX = ISA.amx  # whether a matrix unit multiplies bytes, 16 groups of four at a time
 MATRIX_TOKENS = 2 * MATRIX_ROWS
 _LINE = 16  # elements of four bytes in a cache line
@@ -130,6 +131,23 @@ def multiply_ahead(tile, a, at_a, row_step, step, b, at_b, depth, at_next, part)
     for k in range(depth // (2 * count) * (2 * count), depth):
         tile = rank_one(tile, a, at_a + k * step, row_step, b, at_b + k * WIDTH)
     return tile
+
+
+@inlined
+def add_product(begun, a, at_a, row_step, step, b, at_b, depth, chain, out, at_out, out_row, out_column):
+    """Add a tile of a b, in chains of `chain` products, to the tile at `out`, zeros unless begun."""
+    last = max(depth - 1, 0) // chain * chain
+    for k in range(0, last, chain):
+        part = tile_zero(ROWS, COLUMNS, a)
+        part = multiply(part, a, at_a + k * step, row_step, step, b, at_b + k * WIDTH, chain)
+        if begun or k > 0:
+            part = tile_add(part, out, at_out, out_row, out_column)
+        tile_store(part, out, at_out, out_row, out_column)
+    tile = tile_zero(ROWS, COLUMNS, a)
+    tile = multiply(tile, a, at_a + last * step, row_step, step, b, at_b + last * WIDTH, depth - last)
+    if begun or last > 0:
+        tile = tile_add(tile, out, at_out, out_row, out_column)
+    tile_store(tile, out, at_out, out_row, out_column)
 
 
 @inlined
@@ -269,7 +287,7 @@ def feature_position(feature, block, block_step):
 
 
 @inlined
-def part_of_chain(count, tokens):
+def part_of_block(count, tokens):
     """How much of the next `count` rows of a panel one of the tiles of `tokens` tokens brings near."""
     return (count * WIDTH * ROWS // max(tokens, 1) + _LINE - 1) // _LINE * _LINE
 
@@ -286,16 +304,24 @@ def project(x, at_x, x_row, tokens, depth, weights, at_weight, at_bias, features
     for f in range(0, features, WIDTH):
         at = at_out + feature_position(f, block, block_step)
         next_column = at_out + feature_position(f + LANES, block, block_step) - at
-        for k in range(0, depth, CHAIN):
-            count = min(CHAIN, depth - k)
+        for k in range(0, depth, BLOCK):
+            count = min(BLOCK, depth - k)
             at_rows = at_weight + f * depth + k * WIDTH
-            at_next, part = at_rows + count * WIDTH, part_of_chain(count, tokens)
+            at_next, part = at_rows + count * WIDTH, part_of_block(count, tokens)
             for t in range(0, tokens, ROWS):
+                at_row, at_near, done = at_x + t * x_row + k, at_next + t // ROWS * part, 0
+                if count > CHAIN:
+                    done = CHAIN
+                    tile = tile_zero(ROWS, COLUMNS, x)
+                    tile = multiply_ahead(tile, x, at_row, x_row, 1, weights, at_rows, CHAIN, at_near, part // 2)
+                    if k > 0:
+                        tile = tile_add(tile, out, at + t * block, block, next_column)
+                    tile_store(tile, out, at + t * block, block, next_column)
                 tile = tile_zero(ROWS, COLUMNS, x)
-                tile = multiply_ahead(tile, x, at_x + t * x_row + k, x_row, 1, weights, at_rows, count,
-                                      at_next + t // ROWS * part, part)
-                if k > 0:
+                tile = multiply_ahead(tile, x, at_row + done, x_row, 1, weights, at_rows + done * WIDTH, count - done,
+                                      at_near + part // 2, part // 2)
+                if k + done > 0:
                     tile = tile_add(tile, out, at + t * block, block, next_column)
-                if k + CHAIN >= depth:
+                if k + BLOCK >= depth:
                     tile = tile_add(tile, weights, at_bias + f, 0, LANES)
                 tile_store(tile, out, at + t * block, block, next_column)

@@ -217,7 +217,8 @@ def attend_int8(q, k, v, out, scale, softcap=0.0, stream=0, like=None, **masks):
             check_reach(name, array)
     check_heads(B, H)
     D_up, Dv_up, S_up = round_up(D, 64), round_up(Dv, 64), round_up(S, 16)
-    minus = _smooth(k, masks, H, L, stream, like)
+    # the hyperbolic tangent sees what all scores share
+    minus = None if softcap else _smooth(k, masks, H, L, stream, like)
     made = []
     for x, heads, n, options in ((q, H, L, dict(factor=_factor(scale, softcap))), (k, Hkv, S, dict(minus=minus))):
         codes, scales = scratch((B, heads, n, D_up), np.int8, like), scratch((B, heads, n), np.float32, like)
