@@ -3,6 +3,8 @@
 Numba's own layers are not used: `workqueue` aborts when two Python threads enter it, `omp` kills a forked child.
 """
 import atexit
+import contextlib
+import ctypes
 import os
 import threading
 
@@ -20,6 +22,7 @@ _count = 1
 _crew = None
 _scratch = []
 _ALONE = np.zeros(0, np.int64)
+_current_cpu = getattr(ctypes.CDLL(None), "sched_getcpu", None) if hasattr(os, "sched_setaffinity") else None
 
 
 class _Crew:
@@ -30,6 +33,7 @@ class _Crew:
         self.board = aligned(crew.BOARD_SIZE, np.int64)
         self.board[:] = 0
         self._asleep = [False] * workers
+        self._cpus = None
         self._beds = [threading.Lock() for _ in range(workers)]
         self._threads = [threading.Thread(target=self._work, args=(i,), name=f"edgeattn-{i}", daemon=True)
                          for i in range(workers)]
@@ -44,10 +48,25 @@ class _Crew:
 
     def wake(self):
         """Bring the threads back to the board."""
+        if _current_cpu is not None and any(self._asleep):
+            self._keep_away()
         for i, asleep in enumerate(self._asleep):
             if asleep:
                 self._asleep[i] = False
                 self._beds[i].release()
+
+    def _keep_away(self):
+        """Have the threads wake on other processors than the caller's.
+
+        Linux may wake a thread beside the one that wakes it; both busy, they share that processor for milliseconds.
+        """
+        allowed = os.sched_getaffinity(0)
+        cpus = allowed - {_current_cpu()} or allowed
+        if cpus != self._cpus:
+            self._cpus = cpus
+            with contextlib.suppress(OSError):  # a sandbox may forbid it: then the kernel's choice stands
+                for thread in self._threads:
+                    os.sched_setaffinity(thread.native_id, cpus)
 
     def dismiss(self):
         """End the threads once they have done what they have begun."""

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -53,6 +54,23 @@ def test_concurrent_callers():
     for worker in workers:
         worker.join()
     assert wrong == []
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2,
+                    reason="needs Linux, and two processors for this process")
+def test_threads_wake_on_other_processors_than_the_callers(monkeypatch):
+    layer, rng = make()
+    x = rng.standard_normal((1, 301, 64)).astype(np.float32)
+    threads.set_num_threads(2)
+    layer(x, x, x, np.zeros_like(x))
+    worker, allowed = threads._crew._threads[0].native_id, os.sched_getaffinity(0)
+    for cpu in allowed:
+        while not threads._crew._asleep[0]:
+            time.sleep(0.001)
+        monkeypatch.setattr(threads, "_current_cpu", lambda cpu=cpu: cpu)
+        layer(x, x, x, np.zeros_like(x))
+        assert os.sched_getaffinity(worker) == allowed - {cpu}
+    assert os.sched_getaffinity(0) == allowed
 
 
 def test_a_forked_child_computes():
