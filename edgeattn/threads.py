@@ -33,7 +33,7 @@ class _Crew:
         self.board = aligned(crew.BOARD_SIZE, np.int64)
         self.board[:] = 0
         self._asleep = [False] * workers
-        self._cpus = None
+        self._homes = [None] * workers
         self._beds = [threading.Lock() for _ in range(workers)]
         self._threads = [threading.Thread(target=self._work, args=(i,), name=f"edgeattn-{i}", daemon=True)
                          for i in range(workers)]
@@ -45,28 +45,30 @@ class _Crew:
         while crew.serve(self.board, i + 1, crew.PATIENCE):
             self._asleep[i] = True
             self._beds[i].acquire()  # until somebody wakes it; a job posted just before this is done without it
+            if self._homes[i] is not None:
+                with contextlib.suppress(OSError):
+                    os.sched_setaffinity(0, self._homes[i])
 
     def wake(self):
         """Bring the threads back to the board."""
-        if _current_cpu is not None and any(self._asleep):
-            self._keep_away()
         for i, asleep in enumerate(self._asleep):
             if asleep:
+                if _current_cpu is not None:
+                    self._keep_away(i)
                 self._asleep[i] = False
                 self._beds[i].release()
 
-    def _keep_away(self):
-        """Have the threads wake on other processors than the caller's.
+    def _keep_away(self, i):
+        """Have a thread wake on another processor than the caller's; awake, it may use its own again.
 
         Linux may wake a thread beside the one that wakes it; both busy, they share that processor for milliseconds.
         """
-        allowed = os.sched_getaffinity(0)
-        cpus = allowed - {_current_cpu()} or allowed
-        if cpus != self._cpus:
-            self._cpus = cpus
-            with contextlib.suppress(OSError):  # a sandbox may forbid it: then the kernel's choice stands
-                for thread in self._threads:
-                    os.sched_setaffinity(thread.native_id, cpus)
+        thread, self._homes[i] = self._threads[i].native_id, None
+        with contextlib.suppress(OSError):  # a sandbox may forbid it: then the kernel's choice stands
+            home = os.sched_getaffinity(thread)
+            if others := home - {_current_cpu()}:
+                os.sched_setaffinity(thread, others)
+                self._homes[i] = home
 
     def dismiss(self):
         """End the threads once they have done what they have begun."""
