@@ -140,6 +140,17 @@ def test_only_the_values_nan_row_is_nan():
     assert np.isnan(got[..., 1]).all() and np.isfinite(got[..., [0, 2, 3]]).all()
 
 
+def test_a_finite_mask_hides_no_key_by_itself():
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, 2, 5, 8)).astype(np.float32) for _ in range(3))
+    mask = np.full((5, 5), np.finfo(np.float32).min, np.float32)  # the scores are lost beside it: all keys alike
+    result = edgeattn.scaled_dot_product_attention(*map(put, (q, k, v, mask))).numpy()
+    np.testing.assert_allclose(result, np.broadcast_to(v.mean(2, keepdims=True), v.shape), rtol=1e-5, atol=1e-6)
+    mask[:, 1] = 0
+    result = edgeattn.scaled_dot_product_attention(*map(put, (q, k, v, mask))).numpy()
+    np.testing.assert_array_equal(result, np.broadcast_to(v[:, :, 1:2], v.shape))
+
+
 def test_out_takes_the_result_and_nothing_around_it():
     case = Case("out", B=2, H=2, L=5, S=9, D=8)
     arrays = case.qkv()

@@ -79,6 +79,10 @@ def check_masks():
     check_case(L=5, S=9, float_mask=(5, 9))
 
 
+def check_finite_mask():
+    test_cuda_float32.test_a_finite_mask_hides_no_key_by_itself()
+
+
 def check_pieces():
     check_case(L=3, S=5, D=72, Dv=70)
 
@@ -205,7 +209,7 @@ def check_rules():
         np.testing.assert_array_equal(got.numpy(), [getattr(oracle, "rule_" + name)(int(v), *given) for v in values])
 
 
-CHECKS = [check_float, check_band, check_groups, check_masks, check_pieces, check_split, check_nan, check_static,
+CHECKS = [check_float, check_band, check_groups, check_masks, check_finite_mask, check_pieces, check_split, check_nan, check_static,
           check_fixed, check_u16, check_deep, check_wide, check_static_band, check_rules,
           check_half, check_tf32, check_half_masks, check_not_finite, check_dynamic, check_dynamic_window, check_dynamic_masks, check_offset,
           check_codes, check_padding]
@@ -225,6 +229,7 @@ MUTATIONS = [
     ("attention", "kv = quotient(head, p[P_GROUP])", "kv = head", check_groups),
     ("attention", "seen = load_u8((row < L) & (there < last), keep + at) != 0", "seen = there >= 0", check_masks),
     ("attention", "select_f(b == float32(_MINUS_INFINITY), b, fma(", "select_f(b == float32(1.0), b, fma(", check_nan),
+    ("attention", "fma(bounded,", "fma(b,", check_finite_mask),
     ("attention", "if p[P_CHUNKS] > 1 or k0 == first:", "if k0 == first and piece == 0:", check_pieces),
     ("attention", "row_sum = row_sum + shuffle_f(row_sum, int32(1 << step))", "row_sum = row_sum + float32(0.0)", check_float),
     ("attention", "float32(-126.0)", "float32(-1.0)", check_float),

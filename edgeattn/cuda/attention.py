@@ -71,6 +71,7 @@ FAR = 1 << 30  # beyond any distance between a query and a key
  P_BIAS_B, P_BIAS_H, P_BIAS_L, P_BIAS_S, P_SLOPES_B, P_SCALE_B, P_SCALE_H, P_SCALE_S, P_COUNT) = range(46)
 
 _LOG2_E = 1.4426950408889634
+_LOWEST_BIAS = -2.3e38  # times log2(e) it is finite still: only -inf hides a key
 _LN_2 = 0.6931471805599453
 _MINUS_INFINITY = float("-inf")
 _LOG2_255 = 7.994353436858858  # of the largest probability as a byte
@@ -378,7 +379,8 @@ def attention(precision, rows, chunk, q_format, kv_format, wide, out_format):
                         there = int32(key0 + across(k))
                         at = int32(row_at + times(there, p[P_BIAS_S]))
                         b = load_f32((row < L) & (there < last), bias + at)
-                        s[r, k] = select_f(b == float32(_MINUS_INFINITY), b, fma(b, float32(_LOG2_E), s[r, k]))
+                        bounded = select_f(b < float32(_LOWEST_BIAS), float32(_LOWEST_BIAS), b)
+                        s[r, k] = select_f(b == float32(_MINUS_INFINITY), b, fma(bounded, float32(_LOG2_E), s[r, k]))
             if has_keep:
                 for r in range(QUERIES):
                     row = int32(row0 + down(r))
