@@ -28,7 +28,9 @@ LAYER_RULES, LAYER_SOFTMAX = ("float_rne", "float_rne", "float_rne"), "lut_f32"
 # B, L, S, E, D, heads, Dv, Eo: less than a tile; heads that share a vector; whole and part groups of a matrix unit;
 # rows whose exponentials are not all kept
 SHAPES = ((2, 5, 9, 7, 8, 2, 5, 6), (1, 33, 31, 20, 24, 3, 8, 12), (1, 37, 70, 64, 16, 4, 16, 64),
-          (1, 20, 90, 70, 96, 1, 40, 33), (1, 3, 650, 5, 4, 1, 4, 4))
+          (1, 20, 90, 70, 96, 1, 40, 33), (1, 3, 650, 5, 4, 1, 4, 4),
+          # one query, which a cache serves otherwise than several: blocks of keys, heads in more than one block of lanes
+          (2, 1, 150, 20, 24, 3, 8, 12), (1, 1, 131, 40, 72, 2, 68, 33), (1, 1, 6, 9, 4, 35, 5, 7))
 DYNAMIC_CASES = {"dynamic": {}, "dynamic causal": {"is_causal": True}}
 
 
@@ -40,7 +42,7 @@ def static_cases():
         for name, zero_points in (("symmetric", SYMMETRIC), ("asymmetric", ASYMMETRIC)):
             layer, linears, tensors, table = make_layer(rng, heads, E, D, Dv, Eo, zero_points, LAYER_RULES, LAYER_SOFTMAX)
             x = [rng.integers(-128, 128, (B, n, E)).astype(np.int8) for n in (L, S, S)]
-            masks = {} if name == "symmetric" else {"keep": rng.random((B, 1, L, S)) > 0.4, "band": (-S // 2, 3)}
+            masks = {} if name == "symmetric" or L == 1 else {"keep": rng.random((B, 1, L, S)) > 0.4, "band": (-S // 2, 3)}
             cases[f"{name} {number}"] = layer, x, masks, (heads, linears, tensors, LAYER_RULES, LAYER_SOFTMAX, table)
     return cases
 

@@ -11,7 +11,7 @@ from edgeattn.jit import inlined, jit
 
 from . import fused_int8 as f
 from .fused import ATTENDING, portions
-from .matmul import MATRIX, MATRIX_DEPTH, feature_position, linear, round_up
+from .matmul import MATRIX, MATRIX_DEPTH, feature_position, round_up
 from .simd import (
     LANES,
     ROWS,
@@ -26,26 +26,18 @@ from .simd import (
     store,
     transpose_block,
 )
+from .step_int8 import project_codes, step_part
 
 
 @inlined
-def append_codes(x, at_x, E, tokens, weights, rule, at_weight, at_bias, at_multiplier, zero_point, size, padded, p,
-                 private, cache, at_cache):
-    """Codes of at most W tokens of x, projected, to the heads' rows of a cache from at_cache on."""
-    H, rows, depth4 = p[f.P_HEADS], round_up(tokens, ROWS), f.packed_depth(E)
-    features = round_up(H * padded, WIDTH)
-    row, at_natural = 4 * round_up(features // 4, LANES), 4 * p[f.P_AT_NATURAL]
-    private_b = private.view(np.int8)
-    f.pack_tokens(x, at_x, E, tokens, rows, private, p[f.P_AT_X], depth4)
-    linear(f.finish_bytes, (weights, rule, at_multiplier, features, zero_point, np.int32(0), private_b, at_natural, row,
-                            row, 0),
-           private.view(np.uint32), p[f.P_AT_X], depth4, 1, rows, weights, at_weight, weights, at_bias, features,
-           depth4, private, p[f.P_AT_TILES])
-    for h in range(H):
+def append_codes(row, tokens, size, padded, p, private, cache, at_cache):
+    """Codes that `project_codes` left, to the heads' rows of a cache from at_cache on."""
+    codes = private.view(np.int8)
+    for h in range(p[f.P_HEADS]):
         for t in range(tokens):
-            at, to = at_natural + t * row + h * padded, at_cache + (h * p[f.P_CAPACITY] + t) * size
+            at, to = 4 * p[f.P_AT_NATURAL] + t * row + h * padded, at_cache + (h * p[f.P_CAPACITY] + t) * size
             for d in range(size):
-                cache[to + d] = private_b[at + d]
+                cache[to + d] = codes[at + d]
 
 
 @separate
@@ -59,10 +51,12 @@ def append_part(table, project_rule, xk, xv, weights, p, keys, values, scratch, 
     end = min((part + 1) * portion, p[f.P_NEW])
     for t in range(part * portion, end, WIDTH):
         tokens, row = min(WIDTH, end - t), batch * p[f.P_NEW] + t
-        append_codes(xk, row * Ek, Ek, tokens, weights, project_rule, p[f.P_WK], p[f.P_BK], p[f.P_MK],
-                     np.int32(p[f.P_ZK]), D, p[f.P_D_PAD], p, private, keys, (slot + t) * D)
-        append_codes(xv, row * Ev, Ev, tokens, weights, project_rule, p[f.P_WV], p[f.P_BV], p[f.P_MV],
-                     np.int32(p[f.P_ZV]), Dv, p[f.P_DV_PAD], p, private, values, (slot + t) * Dv)
+        k_row = project_codes(xk, row * Ek, Ek, tokens, weights, project_rule, p[f.P_WK], p[f.P_BK], p[f.P_MK],
+                              np.int32(p[f.P_ZK]), p[f.P_D_PAD], p, private)
+        append_codes(k_row, tokens, D, p[f.P_D_PAD], p, private, keys, (slot + t) * D)
+        v_row = project_codes(xv, row * Ev, Ev, tokens, weights, project_rule, p[f.P_WV], p[f.P_BV], p[f.P_MV],
+                              np.int32(p[f.P_ZV]), p[f.P_DV_PAD], p, private)
+        append_codes(v_row, tokens, Dv, p[f.P_DV_PAD], p, private, values, (slot + t) * Dv)
     if MATRIX:
         matrix_release()
 
@@ -149,6 +143,10 @@ def cached_int8(project_rule, score_rule, context_rule, table, xq, xk, xv, out, 
     for batch in range(p[f.P_BATCH]):
         share(board, append_parts, append_part, table, project_rule, xk, xv, weights, p, keys, values, scratch, batch,
               some)
+        if p[f.P_L] == 1 and keep.size == 0 and p[f.P_BAND] == 0:
+            share(board, 1, step_part, table, project_rule, score_rule, context_rule, xq, out, weights, p, classes,
+                  tables, keys, values, scratch, batch)
+            continue
         share(board, token_parts, arrange_part, p, keys, values, scratch, batch, tokens)
         share(board, block_parts, f.layer_part, table, project_rule, score_rule, context_rule, xq, xk, xv, out, weights,
               p, keep, classes, tables, scratch, batch, ATTENDING, blocks)

@@ -169,6 +169,34 @@ def readable(rows, at, row, size, left, copy):
 
 
 @inlined
+def key_panels(keys, row, size, count, left, deep, panels, copy):
+    """`count` keys as panels (keys / WIDTH, deep, WIDTH) of four features, their highest bits flipped.
+
+    keys, copy: addresses, of rows `size` bytes long and `row` apart, `left` of them, and of room for LANES rows.
+    """
+    for s in range(0, count, LANES):
+        at, near_row = readable(keys, s * row, row, size, left - s, copy)
+        rows, to = pointer_to(at, np.int8), s // WIDTH * (deep * WIDTH) + s % WIDTH
+        for k in range(0, (size + CHUNK - 1) // CHUNK * LANES, LANES):
+            transpose_block(rows, 4 * k, near_row, panels, to + k * WIDTH, WIDTH)
+            if _FLIP != 0:
+                for i in range(k, k + LANES):
+                    store(panels, to + i * WIDTH, load(panels, to + i * WIDTH) ^ splat(_FLIP))
+
+
+@inlined
+def value_panels(values, row, size, count, left, panels, copy):
+    """`count` values as panels (positions / WIDTH, QUADS, WIDTH) of four keys; otherwise as `key_panels`."""
+    for s in range(0, count, LANES):
+        at, near_row = readable(values, s * row, row, size, left - s, copy)
+        rows = pointer_to(at, np.int8)
+        for i in range(0, min(LANES, count - s), 4):
+            for d in range(0, size, CHUNK):
+                interleave_rows(rows, i * near_row + d, near_row, _FLIP, panels, d * QUADS + (s + i) // 4 * WIDTH,
+                                QUADS * WIDTH)
+
+
+@inlined
 def products(rows, digits, at_digits, row_step, panels, panel_step, count, depth4, out, out_row):
     """out[r out_row + l] = row r of digits, bytes, times column l of panels (depth4, WIDTH), l < count or more."""
     for column in range(0, count, WIDTH):
@@ -285,14 +313,7 @@ def decode_part(p, scale, softcap, lengths, scratch, portion, worker, part):
             ready = item
         # 1. scores (G, BLOCK): keys become panels (D / 4, WIDTH)
         from_k, k_row = batch * p[D_K_B] + kv * p[D_K_H] + s0 * p[D_K_S], p[D_K_S]
-        for s in range(0, count, LANES):
-            at, row = readable(p[D_K], from_k + s * k_row, k_row, D, p[D_S] - s0 - s, address_copy)
-            rows, to = pointer_to(at, np.int8), s // WIDTH * (deep * WIDTH) + s % WIDTH
-            for k in range(0, D_up // 4, LANES):
-                transpose_block(rows, 4 * k, row, panels, to + k * WIDTH, WIDTH)
-                if _FLIP != 0:
-                    for i in range(k, k + LANES):
-                        store(panels, to + i * WIDTH, load(panels, to + i * WIDTH) ^ splat(_FLIP))
+        key_panels(p[D_K] + from_k, k_row, D, count, p[D_S] - s0, deep, panels, address_copy)
         products(G * DIGITS, qd, 0, deep, panels, deep * WIDTH, count, deep if MATRIX else D_up // 4, sums, BLOCK)
         # 2. softmax of the block, and its probabilities times the values' scales in digits; zeros up to a whole vector
         to, whole = number * p[D_RESULT], (count + CHUNK - 1) // CHUNK * CHUNK
@@ -328,13 +349,7 @@ def decode_part(p, scale, softcap, lengths, scratch, portion, worker, part):
                 scores, g * BLOCK, whole, units[G + g], wd, DIGITS * g * QUADS, QUADS, w_corrections, DIGITS * g)
         # 3. context (G, Dv'), positions as `interleaved` says: four keys at a time become a row of the panels
         from_v, v_row = batch * p[D_V_B] + kv * p[D_V_H] + s0 * p[D_V_S], p[D_V_S]
-        for s in range(0, count, LANES):
-            at, row = readable(p[D_V], from_v + s * v_row, v_row, Dv, p[D_S] - s0 - s, address_copy)
-            rows = pointer_to(at, np.int8)
-            for i in range(0, min(LANES, count - s), 4):
-                for d in range(0, Dv_up, CHUNK):
-                    interleave_rows(rows, i * row + d, row, _FLIP, panels, d * QUADS + (s + i) // 4 * WIDTH,
-                                    QUADS * WIDTH)
+        value_panels(p[D_V] + from_v, v_row, Dv, count, p[D_S] - s0, panels, address_copy)
         products(G * DIGITS, wd, 0, QUADS, panels, QUADS * WIDTH, Dv_up, (count + 3) // 4, sums, Dv_up)
         for g in range(G):
             for d in range(0, Dv_up, LANES):

@@ -61,8 +61,8 @@ def packed_depth(E):
  P_KROW, P_VALUES,
  P_AT_X, P_AT_NATURAL, P_AT_Q, P_AT_CODES, P_AT_MASKS, P_AT_CLASSES, P_AT_SUMS, P_AT_CONTEXT, P_AT_VALUES,
  P_AT_TERMS, P_AT_TILES, P_AT_TURNED, P_BATCH, P_SHARED, P_PRIVATE,
- P_FIRST, P_NEW, P_CAPACITY,  # of a cache, see cached_int8
- P_COUNT) = range(66)
+ P_FIRST, P_NEW, P_CAPACITY, P_AT_STEP,  # of a cache, see cached_int8
+ P_COUNT) = range(67)
 
 
 @inlined

@@ -22,6 +22,7 @@ from .matmul import (
 from .requantize import RULES, encode
 from .simd import LANES, OFFSET, ROWS, WIDTH, byte_planes
 from .softmax_int8 import KEPT_GROUPS
+from .step_int8 import step_sizes
 
 _EMPTY_U8 = np.zeros(0, np.uint8)
 _EMPTY_I8 = np.zeros(0, np.int8)
@@ -152,16 +153,18 @@ class StaticLayer:
         self.output_dim = Eo
         self._plans = {}
 
-    def _plan(self, B, L, S, tokens, same):
+    def _plan(self, B, L, S, tokens, same, cached):
         """(parameters, shared elements, private elements, work) for one shape, of which `tokens` keys are projected."""
         p = self._parameters.copy()
         p[f.P_SAME_KV] = same
         shared, private = map(int, plan(p, B, L, S))
+        if cached:
+            private = p[f.P_PRIVATE] = place(p, f.P_AT_STEP, private, sum(step_sizes(p[f.P_D], p[f.P_DV])))
         H, Dp, Dvp, Eq, Ek, Ev, Eo = (int(p[i]) for i in (f.P_HEADS, f.P_D_PAD, f.P_DV_PAD, f.P_EQ, f.P_EK, f.P_EV,
                                                           f.P_EO))
         work = 2 * (L * Eq * H * Dp + tokens * H * (Ek * Dp + Ev * Dvp) + L * H * Dvp * Eo
                     + L * S * H * (Dp + Dvp + 64)) // 3
-        return p, shared, private, work
+        return p, shared, int(private), work
 
     def __call__(self, xq, xk, xv, out, keep=None, band=None, classes=None, tables=None, cached=None):
         """out (B, L, Eo) from xq (B, L, Eq), xk (B, S, Ek), xv (B, S, Ev), all int8 and C-contiguous.
@@ -178,7 +181,7 @@ class StaticLayer:
         if cached is not None:
             keys, values, first, S = cached
             room = round_up(S, _MORE_KEYS)  # a plan serves fewer keys too
-        key = (B, L, room, tokens, xk is xv)
+        key = (B, L, room, tokens, xk is xv, cached is not None)
         plan = self._plans.get(key)
         if plan is None:
             if len(self._plans) > 64:
