@@ -75,6 +75,32 @@ def _without_layers(problem):
     return found
 
 
+def cached_steps(problem: Problem) -> dict[str, float]:
+    """Seconds that one token takes through each layer of ``problem``, whose cache holds the L tokens before it."""
+    x, found = problem.x[:1], {}
+    layers = {"float32": problem.layer, "dynamic": problem.dynamic, "static": problem.static,
+              "static, codes": problem.static}
+    for name, layer in layers.items():
+        tokens, run = (problem.codes[:1], layer.run_int8) if name == "static, codes" else (x, layer)
+        cache, last = edgeattn.KVCache.for_layer(layer, 1, x.shape[1] + 1), np.ascontiguousarray(tokens[:, -1:])
+        run(tokens, kv_cache=cache, is_causal=True)
+
+        def step(run=run, cache=cache, last=last, held=x.shape[1]):
+            run(last, kv_cache=cache)
+            cache.truncate(held)
+
+        step()
+        found[name] = float(np.median([_seconds(step) for _ in range(_BLOCKS)]))
+    return found
+
+
+def steps_text(overhead: dict) -> str:
+    """What ``cached_steps`` found, in words."""
+    E, H, L = overhead["case"].split("/")
+    times = ", ".join(f"{name} {value * 1e6:.1f} us" for name, value in overhead["steps"].items())
+    return f"one token through a layer of E = {E}, H = {H}, with a cache that holds {L}: {times}"
+
+
 def _emptied(arguments):
     """The arguments of a kernel with an empty batch: query, key, value and out come first, flat with parameters."""
     if arguments[0].ndim > 1:

@@ -143,7 +143,9 @@ def run(sections: Sequence[str], points: Sequence[Point], counts: Sequence[int],
                                   "bounds": {k: n for k, (_, n) in limits(1).items()}, "times": times, "refused": {}})
     if "overhead" in sections:
         progress(f"call overhead {OVERHEAD_POINT}")
-        found["overhead"] = {"case": str(OVERHEAD_POINT), "seconds": costs.call_overhead(Problem(OVERHEAD_POINT))}
+        problem = Problem(OVERHEAD_POINT)
+        found["overhead"] = {"case": str(OVERHEAD_POINT), "seconds": costs.call_overhead(problem),
+                             "steps": costs.cached_steps(problem)}
     if "process" in sections:
         progress("import, first results and memory in processes of their own (compiles everything once)")
         found["process"] = costs.processes(peers, sorted({*counts, 1}))

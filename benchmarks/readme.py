@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.costs import steps_text
 from benchmarks.problem import LENGTHS, Point
 from benchmarks.targets import ALL_PEERS, FLOAT_PEERS, fastest, outcomes, speed
 from benchmarks.timing import median_ratio
@@ -55,6 +56,9 @@ def table(found: dict) -> str:
                  times("edgeattn int8", "litert int8 usual"), time("edgeattn dynamic"),
                  f"{times('edgeattn dynamic', best)} {best or ''}"]
         lines.append(f"| {str(point).replace('/', ' / ')} | {' | '.join(cell.strip() for cell in cells)} |")
+    if "overhead" in found:
+        text = steps_text(found["overhead"])
+        lines += ["", f"{text[0].upper()}{text[1:]}."]
     lines += ["", "| target, over all shapes measured | | met | worst |", "|---|---|---|---|"]
     lines += [f"| {row.text} | {'reached' if row.reached else 'missed'} | {row.met} of {len(row.cases)} | "
               f"{row.worst}: {row.figure} |" for row in outcomes(found)]

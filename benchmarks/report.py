@@ -10,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.costs import steps_text
 from benchmarks.targets import outcomes, share, speed
 from benchmarks.timing import median_ratio
 
@@ -164,6 +165,7 @@ def print_report(found: dict, out: Console) -> None:
     if "overhead" in found:
         text = ", ".join(f"{name} {value * 1e6:.1f} us" for name, value in found["overhead"]["seconds"].items())
         out.print(f"a call beside its kernel, {found['overhead']['case']}: {text}\n", **plain)
+        out.print(f"{steps_text(found['overhead'])}\n", **plain)
     for r in found["records"]:
         for why in r["refused"].values():
             out.print(f"REFUSED: {why}", **plain)

@@ -203,9 +203,12 @@ def test_readme_table_and_marks(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="README.md must hold one line"):
         readme.write_table(made_up())
     (tmp_path / "README.md").write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
-    readme.write_table(made_up())
+    overhead = {"case": "64/4/32", "seconds": {}, "steps": {"float32": 13.21e-6, "static": 2e-5}}
+    readme.write_table({**made_up(), "overhead": overhead})
     text = (tmp_path / "README.md").read_text()
-    assert text.startswith("before\n") and text.endswith(f"{readme.END}\nafter\n") and "old" not in text
+    assert ("\nOne token through a layer of E = 64, H = 4, with a cache that holds 32: float32 13.2 us, static 20.0 us.\n"
+            in text)
+    assert text.startswith("before\n") and text.endswith(f"{readme.END}\nafter\n") and "\nold\n" not in text
     assert "| 256 / 4 / 128 | 10 | 0.9 x onnxruntime float32 | 4 | 2.0 x | 20.0 x | 6 | 1.3 x litert int8 |" in text
 
 
@@ -229,11 +232,15 @@ def test_arguments_are_refused(arguments, what, capsys):
     assert what in capsys.readouterr().err
 
 
-def test_sections_run_alone(capsys):
+def test_sections_run_alone(tmp_path, capsys):
     assert set(measure.SECTIONS) == {"layer", "functional", "cases", "decode", "causal", "long", "overhead",
                                      "process"}
-    assert main(["--sections", "overhead"]) == 0
-    assert "a call beside its kernel" in capsys.readouterr().out
+    path = tmp_path / "found.json"
+    assert main(["--sections", "overhead", "--json", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "a call beside its kernel" in printed and "one token through a layer of" in printed
+    steps = json.loads(path.read_text())["overhead"]["steps"]
+    assert list(steps) == ["float32", "dynamic", "static", "static, codes"] and min(steps.values()) > 0
 
 
 def test_cases_are_those_of_the_tests_that_compute_something(monkeypatch):

@@ -133,12 +133,11 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
 
         scores_rule, scores = batch_matmul(t["query"], t["key"], t["scores"])
         context_rule, context = batch_matmul(t["probabilities"], t["value"], t["context"])
-        softmax_input = self.score_map[2]
         zero_points = {f"{name}_input": self.input_of(name).zero_point for name in INPUTS}
         zero_points |= {name: tensor.zero_point for name, tensor in t.items()}
         return dict(num_heads=self.num_heads, linears=linears, scores=scores, context=context, zero_points=zero_points,
                     project_rule=kernel_set.fully_connected, score_rule=scores_rule, context_rule=context_rule,
-                    softmax_table=rules.SOFTMAX[kernel_set.softmax].table(softmax_input.scale))
+                    softmax_table=self._softmax_table)
 
     def _prepare(self):
         self.score_map = tables, classes, softmax_input = score_map(
@@ -146,6 +145,7 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         if softmax_input.scale <= SMALLEST_SOFTMAX_SCALE:
             raise ValueError(f"the scores' scale must be above 2**-26, the resolution of TFLite's softmax; got "
                              f"{softmax_input.scale}")
+        self._softmax_table = rules.SOFTMAX[self.kernel_set.softmax].table(softmax_input.scale)
         self._tables = tables if self.score_ops else None
         self._classes = np.ascontiguousarray(classes) if classes.size > 1 else None
         self._kernel = StaticLayer(**self._kernel_parameters(), fixed=self.kernel_set.softmax == "fixed")
@@ -476,6 +476,10 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
             self._kernel(xq, xk, xv, some, keep, band, None, self._tables,
                          (cache._keys, cache._values, cache._first, held))
             result[:, slice(*rows)] = some
+
+    @functools.cached_property
+    def _requantizations(self):
+        return steps.requantizations(self)
 
     def _run_in_steps(self, query, key, value, mask, cache, pieces, result, weights):
         q, k, v = (steps.heads(self, steps.project(self, name, x))

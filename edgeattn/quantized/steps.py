@@ -1,4 +1,4 @@
-"""A static layer's steps one by one, on codes in NumPy: for the probabilities, for a cache, and to look at.
+"""A static layer's steps one by one, on codes in NumPy: for the probabilities, and to look at.
 
 A second implementation of the fused kernel's arithmetic on the rules of ``edgeattn.arithmetic``, and equal to it.
 """
@@ -13,14 +13,21 @@ from edgeattn.quantized.score_ops import fit_mask
 _SCORES_AT_ONCE = 1 << 20  # scores held at a time: 8 MiB each, as the float64 of an exact product
 
 
+def requantizations(layer) -> dict[str, tuple]:
+    """How accumulators become codes, by the tensor's name: (rule, q31, shift, real multiplier)."""
+    given = layer._kernel_parameters()
+    found = {name: (given["project_rule"], real) for name, (_, real, _) in given["linears"].items()}
+    found |= {name: (given[rule], np.array([given[name]]))
+              for name, rule in (("scores", "score_rule"), ("context", "context_rule"))}
+    return {name: (rules.REQUANTIZE[rule], *(a.astype(np.int64) for a in rules.fixed_point(real)), real)
+            for name, (rule, real) in found.items()}
+
+
 def project(layer, name: str, x: np.ndarray) -> np.ndarray:
     """int8 codes (..., inputs) through the linear layer called ``name``: codes (..., outputs)."""
-    linear, source, rule = layer.linears[name], layer.input_of(name), layer.kernel_set.fully_connected
-    acc = _exact_product(x, source.zero_point, linear.weight.T, 0)
-    if linear.bias is not None:
-        acc = acc + linear.bias
-    real = rules.fully_connected_multiplier(rule, source.scale, linear.scale, layer.tensors[name].scale)
-    return _requantize(rule, acc, real, layer.tensors[name].zero_point)
+    linear = layer.linears[name]
+    acc = _exact_product(x, layer.input_of(name).zero_point, linear.weight.T, 0)
+    return _requantize(layer, name, acc if linear.bias is None else acc + linear.bias)
 
 
 def heads(layer, x: np.ndarray) -> np.ndarray:
@@ -38,10 +45,10 @@ def probabilities(layer, scores: np.ndarray, permitted: np.ndarray, classes: np.
 
     classes : of the positions, as in ``score_map``
     """
-    tables, _, quantization = layer.score_map
+    tables, _, _ = layer.score_map
     codes = tables[classes, scores.astype(np.int64) + 128].astype(np.int64)
     rule = rules.SOFTMAX[layer.kernel_set.softmax]
-    table = rule.table(quantization.scale)
+    table = layer._softmax_table
     table = table if table.dtype.kind == "f" else table.astype(np.int64)
     top = np.where(permitted, codes, -129).max(-1, keepdims=True, initial=-129)
     e = table[np.where(permitted, top - codes, 0)]
@@ -78,12 +85,8 @@ def attend(layer, query, key, value, mask, out, weights=None) -> None:
 
 
 def _batch_matmul(layer, lhs, lhs_name, rhs, rhs_name, output):
-    t, kernel_set = layer.tensors, layer.kernel_set
-    rule = kernel_set.batch_matmul if t[rhs_name].zero_point == 0 else kernel_set.batch_matmul_asymmetric
-    real = rules.batch_matmul_multiplier(rule, kernel_set.precision, t[lhs_name].scale, t[rhs_name].scale,
-                                         t[output].scale)
-    acc = _exact_product(lhs, t[lhs_name].zero_point, rhs, t[rhs_name].zero_point)
-    return _requantize(rule, acc, real, t[output].zero_point)
+    t = layer.tensors
+    return _requantize(layer, output, _exact_product(lhs, t[lhs_name].zero_point, rhs, t[rhs_name].zero_point))
 
 
 def _exact_product(lhs, lhs_zero_point, rhs, rhs_zero_point):
@@ -91,6 +94,6 @@ def _exact_product(lhs, lhs_zero_point, rhs, rhs_zero_point):
     return ((lhs.astype(np.float64) - lhs_zero_point) @ (rhs.astype(np.float64) - rhs_zero_point)).astype(np.int64)
 
 
-def _requantize(rule, acc, real, zero_point):
-    q31, shift = (a.astype(np.int64) for a in rules.fixed_point(real))
-    return rules.to_code(rules.REQUANTIZE[rule](acc, q31, shift, real), zero_point)
+def _requantize(layer, name, acc):
+    rule, q31, shift, real = layer._requantizations[name]
+    return rules.to_code(rule(acc, q31, shift, real), layer.tensors[name].zero_point)
