@@ -143,7 +143,7 @@ def cached_int8(project_rule, score_rule, context_rule, table, xq, xk, xv, out, 
     for batch in range(p[f.P_BATCH]):
         share(board, append_parts, append_part, table, project_rule, xk, xv, weights, p, keys, values, scratch, batch,
               some)
-        if p[f.P_L] == 1 and keep.size == 0 and p[f.P_BAND] == 0:
+        if p[f.P_L] == 1 and keep.size == 0 and classes.size == 0 and p[f.P_BAND] == 0:
             share(board, 1, step_part, table, project_rule, score_rule, context_rule, xq, out, weights, p, classes,
                   tables, keys, values, scratch, batch)
             continue

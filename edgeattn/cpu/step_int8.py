@@ -96,7 +96,10 @@ def write_probabilities(codes, at, count, digits):
 @separate
 def step_part(table, project_rule, score_rule, context_rule, xq, out, weights, p, classes, tables, keys, values,
               scratch, batch, worker, part):
-    """A batch entry's one query against its S keys and values; arguments as cached_int8's. There is one part."""
+    """A batch entry's one query against its S keys and values, all of which it sees; arguments as cached_int8's.
+
+    There is one part, and one class.
+    """
     private = scratch[p[f.P_SHARED] + worker * p[f.P_PRIVATE]:p[f.P_SHARED] + (worker + 1) * p[f.P_PRIVATE]]
     H, S, D, Dv, Dp, Dvp, Eq, Eo = (p[f.P_HEADS], p[f.P_S], p[f.P_D], p[f.P_DV], p[f.P_D_PAD], p[f.P_DV_PAD], p[f.P_EQ],
                                     p[f.P_EO])
