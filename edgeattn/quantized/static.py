@@ -445,6 +445,10 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
 
     def _check_cache(self, cache, causal_alignment):
         check_cache(self, cache, causal_alignment)
+        self.check_codes_of(cache)
+
+    def check_codes_of(self, cache):
+        """Raise unless `cache`, of this layer's sizes, holds codes of this layer's scales."""
         if cache.scales != self.cache_scales:
             raise ValueError(f"kv_cache must have this layer's scales {self.cache_scales}, got {cache.scales}; make it "
                              "with KVCache.for_layer(layer, ...)")
