@@ -28,7 +28,7 @@ LAYER_RULES, LAYER_SOFTMAX = ("float_rne", "float_rne", "float_rne"), "lut_f32"
 # B, L, S, E, D, heads, Dv, Eo: less than a tile; heads that share a vector; whole and part groups of a matrix unit;
 # rows whose exponentials are not all kept
 SHAPES = ((2, 5, 9, 7, 8, 2, 5, 6), (1, 33, 31, 20, 24, 3, 8, 12), (1, 37, 70, 64, 16, 4, 16, 64),
-          (1, 20, 90, 70, 96, 1, 40, 33), (1, 3, 650, 5, 4, 1, 4, 4),
+          (1, 20, 90, 70, 96, 1, 40, 33), (1, 3, 650, 5, 4, 1, 4, 4), (1, 2, 150, 8, 48, 1, 8, 4),
           # one query, which a cache serves otherwise than several: blocks of keys, heads in more than one block of lanes
           (2, 1, 150, 20, 24, 3, 8, 12), (1, 1, 131, 40, 72, 2, 68, 33), (1, 1, 6, 9, 4, 35, 5, 7))
 DYNAMIC_CASES = {"dynamic": {}, "dynamic causal": {"is_causal": True}}

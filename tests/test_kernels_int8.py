@@ -25,6 +25,7 @@ RULE_SETS = [("float_rne", "float_rne", "float_rne", "lut_f32"), ("ruy", "double
 
 SHAPES = [(1, 1, 1, 4, 4, 1, 1, 3), (2, 5, 9, 7, 8, 2, 5, 6), (1, 33, 31, 20, 24, 3, 8, 12), (1, 40, 70, 33, 16, 2, 20, 40),
           (1, 45, 37, 64, 16, 4, 16, 64),  # whole groups for the matrix unit
+          (1, 2, 150, 8, 48, 1, 8, 4),  # heads that fill no whole number of vectors, keys that come in two goes
           (2, 1, 150, 20, 24, 3, 8, 12), (1, 1, 6, 9, 4, 35, 5, 7)]  # one query, which a cache serves by another kernel
 
 

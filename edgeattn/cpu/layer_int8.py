@@ -46,7 +46,8 @@ def plan(p, B, L, S):
         values = (v_features + MATRIX_TOKENS) * round_up(S_up // 4, MATRIX_DEPTH) + MATRIX_DEPTH
     else:
         values = (v_features + v_block) * (S_up // 4) + 2 * WIDTH
-    shared = round_up((features * S_up + k_block * (MATRIX_TOKENS + LANES)) // 4 + LANES, 16)  # the keys
+    keys = round_up(features, k_block) * S_up + k_block * (MATRIX_TOKENS + LANES)
+    shared = round_up(keys // 4 + LANES, 16)
     shared = place(p, f.P_VALUES, shared, values)
     shared = place(p, f.P_KROW, shared, H * S_up)
     private = place(p, f.P_AT_X, 0, f.TOKENS * deepest + ROWS * WIDTH)
