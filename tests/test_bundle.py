@@ -206,6 +206,23 @@ def test_threads_may_call_one_bundle_at_once(folder):
                 np.testing.assert_array_equal(one, other)
 
 
+def test_what_now_lies_at_a_path_is_loaded(folder, tmp_path):
+    """The C library keeps what it loaded from a path, and gives it again for that path."""
+    path, calls = tmp_path / "a.so", calls_of("static-litert")[0]
+    shutil.copy(folder / "static-litert.so", path)
+    first = bundle.load(path)
+    shutil.copy(folder / "float32.so", tmp_path / "b.so")
+    os.replace(tmp_path / "b.so", path)
+    floats = calls_of("float32")[0]
+    np.testing.assert_array_equal(bundle.load(path)(**floats), bundle.load(folder / "float32.so")(**floats))
+    codes = first.run_int8(**calls)
+    np.testing.assert_array_equal(codes, bundle.load(folder / "static-litert.so").run_int8(**calls))
+    with open(path, "r+b") as file:  # not cut off first, which would take away what the loaded library runs on
+        file.write(rewritten(path, tmp_path / "b.so", target="x" * len(HOST)).read_bytes())
+    with pytest.raises(ValueError, match="a.so was written over in place since this process loaded it; write a new file"):
+        bundle.load(path)
+
+
 # -- from C --------------------------------------------------------------------------------------------------------------
 
 PROGRAM = r"""
