@@ -394,6 +394,7 @@ def test_sizes_beyond_the_largest_are_refused(folder, monkeypatch):
 
 @pytest.mark.parametrize("layer, name, options, message", [
     (None, "a.so", {"target": "cortex-m4"}, "target must be one of aarch64, cortex-a53, cortex-a72, .*; got 'cortex-m4'"),
+    (None, "a.so", {"target": ["cortex-a72"]}, r"target must be one of .*; got \['cortex-a72'\]"),
     (None, "a.so", {}, "target must name a processor for a .so, and be None for others; got None for"),
     (None, "a.safetensors", {"target": "cortex-a72"}, "target must name a processor for a .so, and be None for others; got 'cortex-a72'"),
     (None, "7.so", {"target": "cortex-a72"}, "path must be named by a letter and what follows it, .*; got '7.so'"),
@@ -418,6 +419,8 @@ def test_without_a_linker_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(linker.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match="target needs a linker for aarch64, and there is none: apt-get install lld"):
         quant.export(random_layer(1), tmp_path / "a.so", target="cortex-a72")
+    with pytest.raises(FileNotFoundError, match="No such file or directory: '.*nowhere/a.so'"):
+        quant.export(random_layer(1), tmp_path / "nowhere" / "a.so", target="cortex-a72")
     assert os.listdir(tmp_path) == []
 
 

@@ -327,8 +327,10 @@ def test_all_files_or_none(tmp_path, layer, monkeypatch):
     assert (tmp_path / "a.c").read_text() == "before"
     assert sorted(os.listdir(tmp_path)) == ["a.c", "a.h"]
     (tmp_path / "a.h").rmdir()
-    with pytest.raises(OSError, match="No such file or directory"):
+    with pytest.raises(FileNotFoundError, match="No such file or directory: '.*nowhere/a.c'"):
         quant.export(layer, tmp_path / "nowhere" / "a.c", sequence_length=3)
+    with pytest.raises(FileNotFoundError, match="No such file or directory: '.*nowhere/a.c'"):
+        write_together({tmp_path / "nowhere" / "a.c": b""})
     with monkeypatch.context() as patch:
         replace = os.replace
 

@@ -6,7 +6,7 @@ import numpy as np
 
 import edgeattn
 from edgeattn.checks import as_array, count
-from edgeattn.files import as_path, write_atomic
+from edgeattn.files import as_path, check_folder, write_atomic
 from edgeattn.layers import MultiHeadAttention
 from edgeattn.quantized import DynamicMultiHeadAttention, QuantizedMultiHeadAttention
 from quant.export.bundle import write_bundle
@@ -77,6 +77,7 @@ def export(layer, path, *, batch: int = 1, sequence_length: int | None = None, k
         for name, value, default in (("batch", batch, 1), *((n, v, None) for n, v in needed.items())):
             if value != default:
                 raise ValueError(f"{name} must be left out for a {path.suffix}, which takes any; got {value}")
+    check_folder(path)
     if mask is not None:
         mask = _mask(mask, lengths["sequence_length"], lengths["key_length"])
     if path.suffix not in ANY_SHAPE and sequence_length is None:

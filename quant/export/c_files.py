@@ -7,6 +7,8 @@ import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
+from edgeattn.files import check_folder
+
 
 def write_together(files: Mapping[Path, bytes]) -> None:
     """Write every file, or leave all as they were.
@@ -24,6 +26,8 @@ def write_together(files: Mapping[Path, bytes]) -> None:
     OSError
         When a folder is missing or not writable, the disk is full, or a name belongs to a folder.
     """
+    for path in files:
+        check_folder(path)
     mark = secrets.token_hex(6)
     new = {path: path.with_name(f".{path.name}.{mark}.tmp") for path in files}
     old = {path: path.with_name(f".{path.name}.{mark}.old") for path in files}
