@@ -424,6 +424,14 @@ def test_without_a_linker_nothing_is_written(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
+def test_the_header_of_another_export_is_not_replaced(tmp_path):
+    static = static_layer("tflm")
+    quant.export(static, tmp_path / "a.c", sequence_length=9)
+    with pytest.raises(ValueError, match="path must have another name than '.*a.so': a.h would be replaced, and is of no earlier"):
+        quant.export(static, tmp_path / "a.so", target="cortex-a72")
+    assert sorted(os.listdir(tmp_path)) == ["a.c", "a.h"]
+
+
 def test_every_linker_is_known(monkeypatch):
     there = {"ld.lld"}
     monkeypatch.setattr(linker.shutil, "which", lambda name: name if name in there else None)
