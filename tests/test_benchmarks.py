@@ -1,6 +1,8 @@
 """The benchmark: its quick form runs, a wrong answer is refused, and its arithmetic is right."""
 import dataclasses
 import json
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -21,6 +23,25 @@ OUR_NAMES = ["edgeattn float32", "edgeattn int8", "edgeattn dynamic", "numpy"]
 @pytest.fixture(scope="module")
 def problem():
     return Problem(SMALL)
+
+
+def test_a_block_on_several_threads_begins_when_the_threads_of_the_one_before_sleep():
+    seen, helpers = [], []
+
+    def leaves_a_thread_at_work():
+        def work():
+            end = time.perf_counter() + 0.02
+            while time.perf_counter() < end:
+                pass
+        helpers.append(threading.Thread(target=work))
+        helpers[-1].start()
+        time.sleep(0.004)  # long enough to be called once in a block
+
+    interleave({"busy": leaves_a_thread_at_work, "other": lambda: seen.append(any(h.is_alive() for h in helpers))},
+               seconds=0, threads=2)
+    for helper in helpers:
+        helper.join()
+    assert len(seen) > 3 and not any(seen[3:])  # the first three only tell how long a call takes
 
 
 def test_grid():
