@@ -1,14 +1,26 @@
 """The benchmark: its quick form runs, a wrong answer is refused, and its arithmetic is right."""
 import dataclasses
 import json
-import threading
-import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from workbench import needs_compiler
 
-from benchmarks import cases, contenders, cuda, decode, functional, limits, machine, measure, readme, start, targets
+from benchmarks import (
+    cases,
+    contenders,
+    cuda,
+    decode,
+    functional,
+    limits,
+    machine,
+    measure,
+    readme,
+    start,
+    targets,
+    timing,
+)
 from benchmarks.__main__ import main
 from benchmarks.contenders import OURS, Contender, WrongAnswerError
 from benchmarks.functional import Shape
@@ -25,23 +37,20 @@ def problem():
     return Problem(SMALL)
 
 
-def test_a_block_on_several_threads_begins_when_the_threads_of_the_one_before_sleep():
-    seen, helpers = [], []
+@pytest.mark.parametrize("working, pauses", [
+    (0, FEWEST_ROUNDS), (3, FEWEST_ROUNDS + 3), (10**6, FEWEST_ROUNDS * timing.LONGEST_SETTLE / timing.SETTLE)])
+def test_a_block_on_several_threads_begins_when_no_thread_works_any_more(working, pauses, monkeypatch):
+    wall = processor = slept = 0.0
 
-    def leaves_a_thread_at_work():
-        def work():
-            end = time.perf_counter() + 0.02
-            while time.perf_counter() < end:
-                pass
-        helpers.append(threading.Thread(target=work))
-        helpers[-1].start()
-        time.sleep(0.004)  # long enough to be called once in a block
+    def sleep(seconds):
+        nonlocal wall, processor, slept
+        wall, slept = wall + seconds, slept + 1
+        processor += seconds if slept <= working else 0  # somebody else works for so many pauses
 
-    interleave({"busy": leaves_a_thread_at_work, "other": lambda: seen.append(any(h.is_alive() for h in helpers))},
-               seconds=0, threads=2)
-    for helper in helpers:
-        helper.join()
-    assert len(seen) > 3 and not any(seen[3:])  # the first three only tell how long a call takes
+    monkeypatch.setattr(timing, "time", SimpleNamespace(
+        sleep=sleep, perf_counter=lambda: wall, process_time=lambda: processor))
+    interleave({"one": lambda: None}, seconds=0, threads=2)
+    assert slept == pytest.approx(pauses, rel=0.01)
 
 
 def test_grid():
