@@ -110,6 +110,8 @@ def _call(layer, length, **arguments):
     inputs = [made.integers(-9, 10, (1, length, width)).astype(dtype)
               for i, width in enumerate(widths) if sources[i] == i]
     run(*inputs, **arguments)
+    if run is not layer:  # reals to codes, and back
+        layer(*(x.astype(np.float32) for x in inputs))
     if arguments:
         run(*(x[:, :1] for x in inputs), **arguments)
     return lambda: run(*inputs)

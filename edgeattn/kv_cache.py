@@ -348,13 +348,17 @@ class KVCache:
 
     def _attend_last(self, query, scale, softcap, out):
         """`_attend` of one query that stands at the last token and sees all of the cache's window."""
-        last = self._first + self._length - self._start
-        first = self._first if self.window is None else max(self._first, last - self.window)
+        first, last = self._last_seen()
         key_scales = value_scales = None
         if self._key_scales is not None:
             key_scales, value_scales = self._key_scales[:, :, first:last], self._value_scales[:, :, first:last]
         decode(query[:, :, 0], self._keys[:, :, first:last], self._values[:, :, first:last], out[:, :, 0], scale,
                softcap, k_scale=key_scales, v_scale=value_scales)
+
+    def _last_seen(self):
+        """(first, last) of the slots that a query at the last token sees."""
+        last = self._first + self._length - self._start
+        return (self._first if self.window is None else max(self._first, last - self.window)), last
 
     def _check_query(self, query, position):
         """(heads, queries, position) of a query of `attend`, the position found where it is None."""
@@ -437,15 +441,7 @@ class KVCache:
 
     def _append(self, key, value):
         """Store float32 (B, Hkv, n, D) and (B, Hkv, n, Dv), for which there is room; or their codes, by `scales`."""
-        tokens, held = key.shape[2], self._length - self._start
-        if self._first + held + tokens > self.capacity:
-            # Only with a window: move what the coming queries may see to the front, drop what is older.
-            kept = min(held, self.window - 1)
-            begin = self._first + held - kept
-            for array in self._storage():
-                array[:, :, :kept] = array[:, :, begin : begin + kept]
-            self._first, self._start, held = 0, self._length - kept, kept
-        slots = slice(self._first + held, self._first + held + tokens)
+        slots = self._take_slots(key.shape[2])
         if self.dtype == "float32" or key.dtype == np.int8:
             self._keys[:, :, slots], self._values[:, :, slots] = key, value
         elif self.scales is not None:
@@ -454,7 +450,19 @@ class KVCache:
         else:
             quantize_into(key, self._keys[:, :, slots], self._key_scales[:, :, slots])
             quantize_into(value, self._values[:, :, slots], self._value_scales[:, :, slots])
+
+    def _take_slots(self, tokens):
+        """The slots of so many new tokens, for which there is room: held from now on, and to be written."""
+        held = self._length - self._start
+        if self._first + held + tokens > self.capacity:
+            # Only with a window: move what the coming queries may see to the front, drop what is older.
+            kept = min(held, self.window - 1)
+            begin = self._first + held - kept
+            for array in self._storage():
+                array[:, :, :kept] = array[:, :, begin : begin + kept]
+            self._first, self._start, held = 0, self._length - kept, kept
         self._length += tokens
+        return slice(self._first + held, self._first + held + tokens)
 
     def _attend(self, query, mask, scale, softcap, out, weights=None, added=None):
         """`attend` without checks: query (B, H, L, D), out (B, H, L, Dv), weights (B, H, L, S) or None, float32.

@@ -13,6 +13,7 @@ from kernels_under_test import (
     accumulators,
     make_layer,
     probabilities,
+    run_cached,
     scaled,
     softmax_table,
 )
@@ -77,6 +78,8 @@ def main(path):
     for name, (layer, x, masks, _) in static_cases().items():
         answers[name] = np.zeros((x[0].shape[0], x[0].shape[1], layer.output_dim), np.int8)
         layer(*x, answers[name], **masks)
+        answers[f"{name} cached"] = np.zeros_like(answers[name])
+        run_cached(layer, *x, answers[f"{name} cached"], **masks)
     for name, (rule, values, m) in rule_cases().items():
         answers[name] = scaled(rule, values, m)
     for name, (rule, table, codes, keep) in softmax_cases().items():

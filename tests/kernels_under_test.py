@@ -3,6 +3,7 @@ import numpy as np
 from numba import njit
 
 from edgeattn.arithmetic import batch_matmul_multiplier, fully_connected_multiplier, lut_f32_table
+from edgeattn.cpu import fused_int8
 from edgeattn.cpu.layer_int8 import StaticLayer
 from edgeattn.cpu.matmul import MATRIX, linear
 from edgeattn.cpu.requantize import RULES, encode
@@ -122,3 +123,16 @@ def make_layer(rng, heads, E, D, Dv, Eo, zero_points, rules, softmax):
     table = softmax_table(softmax, rng.uniform(0.02, 0.15))
     layer = static_kernel(heads, linears, tensors, *rules, table, fixed=softmax == "fixed")
     return layer, linears, tensors, table
+
+
+def run_cached(layer, xq, xk, xv, out, **masks):
+    """The call of a StaticLayer, with keys and values that come in two halves by way of a cache, from slot 2 on."""
+    H, D, Dv = (int(layer._parameters[i]) for i in (fused_int8.P_HEADS, fused_int8.P_D, fused_int8.P_DV))
+    (B, S), half = xk.shape[:2], xk.shape[1] // 2
+    keys, values = (np.full((B, H, S + 3, size), 99, np.int8) for size in (D, Dv))
+    first, second = ([np.ascontiguousarray(x[:, part]) for x in (xk, xv)] for part in (slice(half), slice(half, S)))
+    if half:
+        layer(xq[:, :0], *first, out[:, :0], cached=(keys, values, 2, half))
+    layer(xq, *second, out, **masks, cached=(keys, values, 2, S))
+    for array in (keys, values):
+        assert (array[:, :, :2] == 99).all() and (array[:, :, S + 2:] == 99).all()

@@ -275,7 +275,6 @@ GOOD = dict(query=(1, 2, 5, 8), key=(1, 2, 7, 8), value=(1, 2, 7, 8))
     (TypeError, "key must be an array on the device like query", {"key": np.zeros((1, 2, 7, 8), np.float32)}),
     (TypeError, "query must be float32 or float16 on CUDA, got dtype float64", {"query": np.float64}),
     (TypeError, "value must have the dtype of query, float32, on CUDA, got float16", {"value": np.float16}),
-    (ValueError, "return_weights is missing on CUDA", {"return_weights": True}),
     (ValueError, "causal_alignment is needed because L = 5 queries", {"is_causal": True}),
     (TypeError, "attn_mask must be bool .* or float32 .* on CUDA, got dtype float64", {"attn_mask": ((5, 7), np.float64)}),
     (ValueError, r"attn_mask must broadcast to .* = \(1, 2, 5, 7\), got shape \(4, 7\)", {"attn_mask": ((4, 7), np.float32)}),

@@ -10,6 +10,7 @@ import quant
 from edgeattn import cli
 from edgeattn.arithmetic import KERNEL_SETS
 from edgeattn.cuda import driver as driver_module
+from edgeattn.quantized import steps
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -109,6 +110,81 @@ def test_static_layer_equals_the_cpu(arithmetic):
     np.testing.assert_array_equal(int8.to("cuda").run_int8(put(codes)).numpy(), int8.run_int8(codes))
 
 
+def in_steps(layer, x, seen):
+    """(result, probabilities) codes of a layer that attends from the codes x to themselves, where `seen`, by NumPy."""
+    q, k, v = (steps.heads(layer, steps.project(layer, name, x)) for name in ("query", "key", "value"))
+    classes = np.zeros((1, 1, 1, 1), np.uint8) if layer._classes is None else layer._classes
+    codes = steps.scores(layer, q, k)
+    probabilities = steps.probabilities(layer, codes, np.broadcast_to(seen, codes.shape),
+                                        np.broadcast_to(classes, codes.shape))
+    context = steps.context(layer, probabilities, v).swapaxes(1, 2).reshape(*x.shape[:2], -1)
+    return steps.project(layer, "output", context), probabilities
+
+
+@pytest.mark.parametrize("arithmetic", KERNEL_SETS)
+def test_probabilities_of_a_static_layer(arithmetic):
+    rng = np.random.default_rng(14)
+    int8, codes = int8_layer(rng, arithmetic=arithmetic)
+    keep = rng.random((2, 1, 19, 19)) < 0.7
+    keep[0, 0, 5] = False
+    result, weights = int8.to("cuda").run_int8(put(codes), attn_mask=put(keep), window_size=(9, 3), need_weights=True)
+    seen = keep & reference.visible(2, 1, 19, 19, window=(9, 3))
+    for ours, wanted in zip((result, weights), in_steps(int8, codes, seen), strict=True):
+        np.testing.assert_array_equal(ours.numpy(), wanted)
+    carried = int8.with_mask(np.tri(19, dtype=bool))
+    for ours, wanted in zip(carried.to("cuda").run_int8(codes, need_weights=True),
+                            in_steps(carried, codes, np.True_), strict=True):
+        np.testing.assert_array_equal(ours, wanted)
+
+
+@pytest.mark.parametrize(("arithmetic", "window"), [
+    pytest.param(name, window, marks=[] if window or name == "litert" else long_form)
+    for name in KERNEL_SETS for window in (None, 7)])
+def test_static_decoding_gives_the_bits_of_the_whole(arithmetic, window):
+    rng = np.random.default_rng(15)
+    int8, codes = int8_layer(rng, arithmetic=arithmetic)
+    placed, cache = int8.to("cuda"), edgeattn.KVCache.for_layer(int8, 2, 11 if window else 20, window=window).to("cuda")
+    keep = rng.random((2, 1, 19, 19)) < 0.8
+    parts, probabilities = [], np.full((2, 2, 19, 19), 77, np.int8)
+    chunks = ((0, 8), (8, 18), (18, 19))  # with a window the second comes in two pieces
+    for begin, end in chunks:
+        part, got = placed.run_int8(put(codes[:, begin:end]), kv_cache=cache, is_causal=True, need_weights=True,
+                                    attn_mask=put(keep[:, :, begin:end, :end]))
+        probabilities[:, :, begin:end, :end] = got.numpy()
+        parts.append(part.numpy())
+    seen = keep & reference.visible(2, 1, 19, 19, causal=True, window=(-1 if window is None else window - 1, -1))
+    result, wanted = in_steps(int8, codes, seen)
+    np.testing.assert_array_equal(np.concatenate(parts, 1), result)
+    for begin, end in chunks:
+        np.testing.assert_array_equal(probabilities[:, :, begin:end, :end], wanted[:, :, begin:end, :end])
+
+
+def test_static_decoding_of_many_tokens_and_sizes():
+    rng = np.random.default_rng(16)
+    layer = edgeattn.MultiHeadAttention(1, **parameters(rng, heads=1, D=70, Dv=66))
+    x = rng.standard_normal((1, 90, 24), np.float32)
+    int8 = quant.quantize(layer, quant.calibrate(layer, [{"query": x, "is_causal": True}]))
+    codes = int8.quantize_input(x)
+    cache = edgeattn.KVCache.for_layer(int8, 1, 100).to("cuda")
+    got = [int8.to("cuda").run_int8(codes[:, begin:end], kv_cache=cache, is_causal=True)
+           for begin, end in ((0, 70), (70, 89), (89, 90))]
+    np.testing.assert_array_equal(np.concatenate(got, 1), in_steps(int8, codes, np.tri(90, dtype=bool))[0])
+    again = int8.to("cuda")(x[:, 89:], kv_cache=cache, window_size=(70, 0))
+    assert np.isfinite(again).all() and cache.length == 91
+
+
+@long_form
+@pytest.mark.parametrize("arithmetic", KERNEL_SETS)
+def test_static_decoding_equals_the_cpu(arithmetic):
+    int8, codes = int8_layer(np.random.default_rng(17), arithmetic=arithmetic)
+    caches = [edgeattn.KVCache.for_layer(int8, 2, 12, window=6).to(device) for device in ("cpu", "cuda")]
+    for begin, end in ((0, 3), (3, 12), (12, 13), (13, 19)):
+        cpu, gpu = (layer.run_int8(codes[:, begin:end], kv_cache=cache, is_causal=True, need_weights=True)
+                    for layer, cache in zip((int8, int8.to("cuda")), caches, strict=True))
+        for ours, theirs in zip(gpu, cpu, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
 def test_static_layer_on_reals():
     rng = np.random.default_rng(5)
     layer = edgeattn.MultiHeadAttention(2, **parameters(rng, kv_heads=2))
@@ -121,9 +197,11 @@ def test_static_layer_on_reals():
         int8.to("cuda")(put(x))
     with pytest.raises(TypeError, match="query must be int8 on CUDA, got dtype float32"):
         int8.to("cuda").run_int8(put(x))
-    for missing in (dict(need_weights=True), dict(kv_cache=edgeattn.KVCache(1, 2, 9, 8))):
-        with pytest.raises(ValueError, match="kv_cache and need_weights are missing on CUDA for static layers"):
-            int8.to("cuda").run_int8(put(int8.quantize_input(x)), **missing)
+    with pytest.raises(TypeError, match="kv_cache must be on the GPU"):
+        int8.to("cuda").run_int8(put(int8.quantize_input(x)), kv_cache=edgeattn.KVCache.for_layer(int8, 1, 9))
+    other = edgeattn.KVCache(1, 2, 9, 8, value_dim=12, dtype="int8", scales=(1, 1)).to("cuda")
+    with pytest.raises(ValueError, match="kv_cache must have this layer's scales"):
+        int8.to("cuda").run_int8(put(int8.quantize_input(x)), kv_cache=other)
     with pytest.raises(TypeError, match="attn_mask must be bool for int8"):
         int8.to("cuda").run_int8(put(int8.quantize_input(x)), attn_mask=put(np.zeros((9, 9), np.float32)))
 
@@ -238,15 +316,15 @@ def test_decoding_through_a_cache_gives_what_the_whole_gives(dtype, scheme):
         assert np.linalg.norm(got - whole) < 0.03 * np.linalg.norm(whole)
 
 
-def test_errors_name_what_is_missing_on_cuda():
+def test_errors_name_the_argument():
     rng = np.random.default_rng(8)
     weights = parameters(rng)
     layer = edgeattn.MultiHeadAttention(2, **weights, num_kv_heads=1)
     placed, x = layer.to("cuda"), put(rng.standard_normal((1, 3, 24), np.float32))
     with pytest.raises(ValueError, match="device must be 'cpu' or 'cuda', got 'gpu'"):
         layer.to("gpu")
-    with pytest.raises(ValueError, match="need_weights is missing on CUDA"):
-        placed(x, need_weights=True)
+    with pytest.raises(TypeError, match="need_weights must be True or False"):
+        placed(x, need_weights=1)
     with pytest.raises(ValueError, match="value needs key"):
         placed(x, value=x)
     with pytest.raises(ValueError, match="query must have a last axis of 24"):
@@ -259,24 +337,15 @@ def test_errors_name_what_is_missing_on_cuda():
         placed(x, kv_cache=edgeattn.KVCache(1, 1, 20, 8, value_dim=12).to("cuda"), causal_alignment="upper_left")
     with pytest.raises(ValueError, match="the cache is full"):
         placed(x, kv_cache=edgeattn.KVCache(1, 1, 2, 8, value_dim=12).to("cuda"))
-    with pytest.raises(ValueError, match="window is missing on CUDA, got a cache with window=4"):
-        edgeattn.KVCache(1, 1, 8, 8, window=4).to("cuda")
-    with pytest.raises(ValueError, match="scales are missing on CUDA, where an int8 cache has a scale per token and head"):
-        edgeattn.KVCache(1, 1, 8, 8, dtype="int8", scales=(0.1, 0.1)).to("cuda")
-    with pytest.raises(ValueError, match="return_weights is missing on CUDA"):
-        edgeattn.KVCache(1, 1, 8, 8).to("cuda").attend(put(np.zeros((1, 1, 1, 8), np.float32)), return_weights=True)
     with pytest.raises(ValueError, match="device must be 'cuda' for a cache on the GPU"):
         edgeattn.KVCache(1, 1, 8, 8).to("cuda").to("cpu")
-    with pytest.raises(ValueError, match="bias_k, bias_v and add_zero_attn are missing on CUDA"):
-        edgeattn.MultiHeadAttention(2, **weights, num_kv_heads=1, add_zero_attn=True).to("cuda")
-    gated = edgeattn.MultiHeadAttention(2, **weights, num_kv_heads=1, gate_weight=np.ones((24, 24)))
-    for each in (gated, quant.quantize(gated, scheme="dynamic")):
-        with pytest.raises(ValueError, match="gate_weight is missing on CUDA; call the layer on the CPU"):
-            each.to("cuda")
     turned = type("Turned", (), {"__cuda_array_interface__": {
         **put(np.zeros((1, 24, 3), np.float32)).__cuda_array_interface__, "shape": (1, 3, 24), "strides": (288, 4, 12)}})()
     with pytest.raises(ValueError, match="query must be contiguous on CUDA"):
         placed(turned)
+    turned.__cuda_array_interface__ |= {"shape": (1, 3, 20), "strides": (240, 4, 12)}
+    with pytest.raises(ValueError, match="out must have neighbours along its last axis on CUDA"):
+        placed(x, out=turned)
 
 
 def test_cuda_without_a_gpu_says_what_is_missing(monkeypatch):

@@ -13,6 +13,7 @@ import test_cuda_int8
 import test_cuda_int8_functional
 import test_cuda_layers
 import test_cuda_precision
+import test_cuda_probabilities
 from cases import Case
 from cuda_emulated import emulated_only
 from kernels_under_test import ASYMMETRIC, make_layer
@@ -24,8 +25,9 @@ from edgeattn.cuda.ptx import load_b32, store_b32, thread
 from edgeattn.on_cuda import functional as on_cuda
 
 pytestmark = [pytest.mark.usefixtures("device"), emulated_only]
-ORDER = ("tiles", "attention", "merge", "linear", "quantize", "smooth", "masks", "rules", "int8")
-IN_HOST = {"attention": "fa", "merge": "fm", "linear": "fl", "quantize": "qz", "smooth": "sm", "masks": "mk", "int8": "i8"}
+ORDER = ("tiles", "attention", "merge", "linear", "quantize", "smooth", "masks", "elements", "rules", "int8")
+IN_HOST = {"attention": "fa", "merge": "fm", "linear": "fl", "quantize": "qz", "smooth": "sm", "masks": "mk",
+           "elements": "el", "int8": "i8"}
 
 
 @contextlib.contextmanager
@@ -139,6 +141,34 @@ def check_padding():
     test_cuda_layers.test_a_mask_and_padding_together((2, 2, 5, 9))
 
 
+def check_weights():
+    test_cuda_probabilities.test_probabilities("band-tiles")
+
+
+def check_split_weights():
+    test_cuda_probabilities.test_probabilities("decode-split")
+
+
+def check_nothing():
+    test_cuda_probabilities.test_keys_and_weights_of_nothing()
+
+
+def check_extras():
+    test_cuda_probabilities.test_layers(("keys", "gate"))
+
+
+def check_cache():
+    test_cuda_probabilities.test_what_a_cache_with_a_window_holds()
+
+
+def check_static_cache():
+    test_cuda_layers.test_static_decoding_gives_the_bits_of_the_whole("litert", 7)
+
+
+def check_static_weights():
+    test_cuda_layers.test_probabilities_of_a_static_layer("litert")
+
+
 def check_nan():
     case = Case("planted-nan", B=1, H=1, L=5, S=9, D=8)
     q, k, v = case.qkv()
@@ -212,7 +242,8 @@ def check_rules():
 CHECKS = [check_float, check_band, check_groups, check_masks, check_finite_mask, check_pieces, check_split, check_nan, check_static,
           check_fixed, check_u16, check_deep, check_wide, check_static_band, check_rules,
           check_half, check_tf32, check_half_masks, check_not_finite, check_dynamic, check_dynamic_window, check_dynamic_masks, check_offset,
-          check_codes, check_padding]
+          check_codes, check_padding, check_weights, check_split_weights, check_nothing, check_extras, check_cache,
+          check_static_cache, check_static_weights]
 
 MUTATIONS = [
     # float32 attention
@@ -234,6 +265,16 @@ MUTATIONS = [
     ("attention", "row_sum = row_sum + shuffle_f(row_sum, int32(1 << step))", "row_sum = row_sum + float32(0.0)", check_float),
     ("attention", "float32(-126.0)", "float32(-1.0)", check_float),
     ("merge", "weight = exp2(found - base) *", "weight =", check_split),
+    ("merge", "stored = good & (d < p[P_DV])", "stored = good", check_nothing),
+    # probabilities, added keys, gates
+    ("attention", "first, end = int32(0), p[P_S]", "end = p[P_S]", check_weights),
+    ("attention", "if p[P_SUMS] != 0:", "if p[P_SPLITS] > 1:", check_weights),
+    ("attention", "exp2(s[r, k] - m[r]) * total[r])", "exp2(s[r, k] - m[r]))", check_weights),
+    ("attention", "(int32(key0 + across(k)) < p[P_S])", "(int32(key0) < p[P_S])", check_weights),
+    ("attention", "fma(exp2(load_f32(row < L, found) - m[r]), size, total[r])", "total[r] + size", check_split_weights),
+    ("elements", "divide(total, float_of_bits(p[M_HEADS]))", "total", check_extras),
+    ("elements", "float32(1.0) + exp2(power)", "float32(1.5) + exp2(power)", check_extras),
+    ("quantize", "divisor = factor", "divisor = float32(1.0)", check_cache),
     # float16 and tf32
     ("tiles", "half_pair(b, a), half_pair(d, c)", "half_pair(a, b), half_pair(d, c)", check_half),
     ("tiles", "half_pair(s[0, 4 * k + 1], s[0, 4 * k])", "half_pair(s[0, 4 * k], s[0, 4 * k + 1])", check_half),
@@ -286,6 +327,11 @@ MUTATIONS = [
     ("int8", "if D_up > TILE:\n                        stage_rows", "if D_up < 0:\n                        stage_rows", check_deep),
     ("int8", "(row < rows) & (part * 16 < left)", "row < rows", check_wide),
     ("int8", "(larger(0, int32(q0 + p[P_LOW])) & -16)", "(larger(0, int32(q0 + p[P_LOW])))", check_static_band),
+    ("int8", "(n & 3) + ((n >> 5) << 2) & 63", "(n & 3) + ((n >> 5) << 2) & 31", check_static_cache),
+    ("int8", "write_s8(int32(at + j * PITCH)", "write_s8(int32(at + j)", check_static_cache),
+    ("int8", "p[P_WEIGHTS_FIRST] + column", "column", check_static_cache),
+    ("int8", "int32(byte - 128)", "byte", check_static_weights),
+    ("int8", "range(0, p[P_WEIGHTS_ROW], TILE)", "range(0, 0, TILE)", check_static_cache),
     ("rules", "threshold = int32((mask >> 1) + select_i(v < 0, int32(1), int32(0)))", "threshold = int32(mask >> 1)", check_rules),
     ("rules", "(int64(1) << right) >> int64(1)", "(int64(1) << right) >> int64(2)", check_rules),
     ("rules", "rest <= float64(-0.5)", "rest < float64(-0.5)", check_rules),

@@ -2,7 +2,16 @@
 import numpy as np
 import oracle_kernels as oracle
 import pytest
-from kernels_under_test import ASYMMETRIC, MULTIPLIERS, SYMMETRIC, accumulators, apply_linear, make_layer, scaled
+from kernels_under_test import (
+    ASYMMETRIC,
+    MULTIPLIERS,
+    SYMMETRIC,
+    accumulators,
+    apply_linear,
+    make_layer,
+    run_cached,
+    scaled,
+)
 
 from edgeattn.cpu.layer_int8 import plan
 from edgeattn.cpu.matmul import MATRIX_DEPTH, MATRIX_SCRATCH, pack_byte_panels, round_up
@@ -22,6 +31,9 @@ def run(layer, linears, tensors, table, heads, rules, softmax, x, **masks):
     out = np.full((x[0].shape[0], x[0].shape[1], layer.output_dim), 99, np.int8)
     layer(*x, out, **masks)
     want = oracle.static_layer(*x, heads, linears, tensors, rules, softmax, table, **masks)
+    np.testing.assert_array_equal(out, want)
+    out[:] = 99
+    run_cached(layer, *x, out, **masks)
     np.testing.assert_array_equal(out, want)
 
 

@@ -1,4 +1,6 @@
 """The static layer itself: its parameters' checks, masks, empty and NaN inputs, copies, files."""
+import itertools
+
 import numpy as np
 import pytest
 from workbench import as_batch, cosine, random_call, random_input, random_layer
@@ -6,6 +8,7 @@ from workbench import as_batch, cosine, random_call, random_input, random_layer
 import edgeattn
 import quant
 from edgeattn.arithmetic import KERNEL_SETS
+from edgeattn.cpu.reals import to_codes, to_reals
 from edgeattn.quantized import (
     AddMask,
     MulConstant,
@@ -139,6 +142,63 @@ def test_chunks_through_a_cache_are_the_whole_bit_for_bit(static, arithmetic, wi
                 np.testing.assert_array_equal(result, whole[:, part])
                 np.testing.assert_array_equal(weights, whole_weights[:, :, part, :at])
             assert cache.length == 30
+
+
+FORMS = {"odd": dict(H=3, D=5, Dv=7, E=21), "long heads": dict(H=2, D=20, Dv=72, E=70), "grouped": dict(Hkv=2),
+         "without output": dict(output=False), "converter": {}}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("window", [None, 9])
+def test_a_cache_gives_the_bytes_of_the_steps(form, window):
+    layer, q = make(3, **FORMS[form])
+    if form == "converter":
+        q = q._replace(score_ops=(MulConstant(99, TensorQuantization(0.01, 0), TensorQuantization(0.03, -3)),))
+    B, L = 2, 80
+    x, rng = codes(2, B, L, layer.embed_dim), np.random.default_rng(3)
+    keep = rng.random((B, q.num_heads, L, L)) < 0.7
+    keep[1, :, 3] = False
+    for arithmetic, given in itertools.product(("litert", "tflm"), ({}, {"is_causal": True}, {"attn_mask": keep})):
+        q = q.with_arithmetic(arithmetic)
+        caches = [edgeattn.KVCache.for_layer(q, B, L, window=window) for _ in range(2)]
+        at = 0
+        for n in (1, 1, 1, 0, 30, 1, 1, 45):
+            masks, part = dict(given), slice(at, at + n)
+            at += n
+            if "attn_mask" in masks:
+                masks["attn_mask"] = keep[:, :, part, :at]
+            got = q.run_int8(x[:, part], kv_cache=caches[0], **masks)
+            steps, _ = q.run_int8(x[:, part], kv_cache=caches[1], need_weights=True, **masks)
+            np.testing.assert_array_equal(got, steps)
+        for array, other in zip(caches[0]._storage(), caches[1]._storage(), strict=True):
+            np.testing.assert_array_equal(array, other)
+
+
+@pytest.mark.parametrize("sources", SOURCES[1:])
+def test_keys_and_values_of_others_through_a_cache(sources):
+    layer, q = make(4, sources, kdim=32 if sources == (0, 1, 1) else 20, vdim=32 if sources == (0, 1, 1) else 24)
+    query, *others = (codes(i, *x.shape) for i, x in enumerate(random_call(layer, sources, L=40, S=33)))
+    cache = edgeattn.KVCache.for_layer(q, 2, 33)
+    nothing = q.run_int8(query, *(x[:, :0] for x in others), kv_cache=cache)
+    np.testing.assert_array_equal(nothing, q.run_int8(query, *others, attn_mask=np.zeros((40, 33), bool)))
+    for part in (slice(20), slice(20, 33), slice(33, 33)):
+        got = q.run_int8(query, *(x[:, part] for x in others), kv_cache=cache)
+        np.testing.assert_array_equal(got, q.run_int8(query, *(x[:, :part.stop] for x in others)))
+
+
+def test_a_cache_on_two_threads_gives_the_same_bytes():
+    layer, q = make(5, E=64, D=16)
+    x, results = codes(2, 1, 400, 64), []
+    for count in (1, 2):
+        edgeattn.set_num_threads(count)
+        try:
+            cache = edgeattn.KVCache.for_layer(q, 1, 400)
+            parts = [q.run_int8(part, kv_cache=cache, is_causal=True) for part in np.split(x, [170, 399], axis=1)]
+        finally:
+            edgeattn.set_num_threads(1)
+        results.append(np.concatenate(parts, axis=1))
+    np.testing.assert_array_equal(*results)
+    np.testing.assert_array_equal(results[0], q.run_int8(x, is_causal=True))
 
 
 def test_a_window_shorter_than_a_chunk_takes_it_in_pieces(static):
@@ -315,6 +375,22 @@ def test_floats_in_floats_out(static, dtype):
     assert got.dtype == dtype
     expected = static.dequantize_output(static.run_int8(static.quantize_input(x)))
     np.testing.assert_array_equal(got, expected.astype(dtype))
+
+
+@pytest.mark.parametrize("zero_point", [-128, -7, 0, 127])
+def test_one_pass_gives_the_codes_and_reals_of_the_quantization(zero_point):
+    tensor = TensorQuantization(0.037, zero_point)
+    x = np.arange(-70_000, 70_001, dtype=np.float32) * np.float32(0.037 / 256)  # every tie, and beyond either end
+    x = np.concatenate([x, np.float32([np.inf, -np.inf, 3e38, -3e38, 1e-45, -0.0])]).reshape(1, -1)
+    got, some_nan = to_codes(x, tensor.scale, tensor.zero_point)
+    np.testing.assert_array_equal(got, tensor.quantize(x))
+    assert not some_nan
+    every = np.arange(-128, 128, dtype=np.int8).reshape(2, 128)
+    np.testing.assert_array_equal(to_reals(every, tensor.scale, tensor.zero_point), tensor.dequantize(every))
+    for at in (0, 63, -1):
+        spoiled = x[:, :1000].copy()
+        spoiled[0, at] = np.nan
+        assert to_codes(spoiled, tensor.scale, tensor.zero_point)[1]
 
 
 def test_nan_goes_where_it_may_be_seen(pair):

@@ -109,18 +109,22 @@ def test_thread_count_is_checked(n, error, message):
 PROGRAM = """
 import numpy as np
 import edgeattn
-from edgeattn.cpu import cache_int8, decode_float32, decode_int8, functional_dynamic, fused, fused_dynamic, fused_int8
+from edgeattn.cpu import (
+    cache_int8, cached_int8, decode_float32, decode_int8, functional_dynamic, fused, fused_dynamic, fused_int8, reals)
 from edgeattn.quantized import (
     DynamicMultiHeadAttention, QuantizedLinear, StaticMultiHeadAttention, TensorQuantization)
 kernels = (fused.layer_float32, fused_int8.layer_int8, fused_dynamic.layer_dynamic, fused.attention_float32,
-           decode_float32.decode, decode_int8.decode, functional_dynamic.attention_dynamic, cache_int8.store_rows)
+           decode_float32.decode, decode_int8.decode, functional_dynamic.attention_dynamic, cache_int8.store_rows,
+           cached_int8.cached_int8, reals.quantize, reals.dequantize)
 assert not any(kernel.signatures for kernel in kernels), "importing compiled a kernel"
 w = np.eye(16, dtype=np.float32)
 edgeattn.MultiHeadAttention(2, w, w, w, w)(np.ones((1, 3, 16), np.float32))
 linears = dict.fromkeys(("query", "key", "value", "output"), QuantizedLinear(np.eye(16, dtype=np.int8),
                                                                             np.full(16, 0.02, np.float32)))
 tensors = dict.fromkeys("query_input query key value scores context output".split(), TensorQuantization(0.02, 0))
-StaticMultiHeadAttention(2, linears, tensors).run_int8(np.ones((1, 3, 16), np.int8))
+static = StaticMultiHeadAttention(2, linears, tensors)
+for cache in (None, edgeattn.KVCache.for_layer(static, 1, 3)):
+    static(np.ones((1, 3, 16), np.float32), kv_cache=cache)
 DynamicMultiHeadAttention(2, linears, {})(np.ones((1, 3, 16), np.float32))
 heads = np.ones((1, 2, 3, 8), np.float32)
 for precision in ("float32", "int8"):
@@ -147,5 +151,5 @@ def test_later_processes_compile_nothing_and_add_no_files(tmp_path):
     run_program(NUMBA_CACHE_DIR=str(tmp_path))
     files = sorted(tmp_path.rglob("*"))
     for _ in range(3):
-        assert run_program(NUMBA_CACHE_DIR=str(tmp_path)) == ["1/0"] * 8
+        assert run_program(NUMBA_CACHE_DIR=str(tmp_path)) == ["1/0"] * 11
     assert sorted(tmp_path.rglob("*")) == files

@@ -61,7 +61,8 @@ def packed_depth(E):
  P_KROW, P_VALUES,
  P_AT_X, P_AT_NATURAL, P_AT_Q, P_AT_CODES, P_AT_MASKS, P_AT_CLASSES, P_AT_SUMS, P_AT_CONTEXT, P_AT_VALUES,
  P_AT_TERMS, P_AT_TILES, P_AT_TURNED, P_BATCH, P_SHARED, P_PRIVATE,
- P_COUNT) = range(63)
+ P_FIRST, P_NEW, P_CAPACITY,  # of a cache, see cached_int8
+ P_COUNT) = range(66)
 
 
 @inlined
@@ -143,6 +144,12 @@ def finish_output(tile, l, e, weights, rule, at_multiplier, features, zero_point
         for i in range(min(ROWS, queries - l)):
             for j in range(min(WIDTH, Eo - e)):
                 out[to + i * Eo + j] = edge[at_edge + i * WIDTH + j]
+
+
+@inlined
+def zero_bytes(zero_point):
+    """What a zero is among the unsigned operands, in all four bytes."""
+    return np.int32((OFFSET + zero_point & 255) * _ONES)
 
 
 @inlined
@@ -236,7 +243,7 @@ def layer_part(table, project_rule, score_rule, context_rule, xq, xk, xv, out, w
     q_groups = round_up(D4, MATRIX_DEPTH)
     zq, zk, zv = np.int32(p[P_ZQ]), np.int32(p[P_ZK]), np.int32(p[P_ZV])
     zs, zc, zo = np.int32(p[P_ZS]), np.int32(p[P_ZC]), np.int32(p[P_ZO])
-    q_zero = np.int32((OFFSET + zq & 255) * _ONES)  # what a zero is among the unsigned operands, in all four bytes
+    q_zero = zero_bytes(zq)
     at_krow, at_values = p[P_KROW], p[P_VALUES]
     at_x, at_natural, at_q, at_codes = p[P_AT_X], p[P_AT_NATURAL], p[P_AT_Q], p[P_AT_CODES]
     at_masks, at_sums, at_context, at_softmax = p[P_AT_MASKS], p[P_AT_SUMS], p[P_AT_CONTEXT], p[P_AT_VALUES]
@@ -285,10 +292,11 @@ def layer_part(table, project_rule, score_rule, context_rule, xq, xk, xv, out, w
         queries = min(WIDTH, L - q0)
         Eq4 = packed_depth(Eq)
         # 2. queries of this block: project, then turn so that queries are lanes: (H, q_groups, W)
-        pack_tokens(xq, (batch * L + q0) * Eq, Eq, queries, WIDTH, private, at_x, Eq4)
+        rows = round_up(queries, ROWS)  # lanes without a query hold whatever lies there, and nothing reads them
+        pack_tokens(xq, (batch * L + q0) * Eq, Eq, queries, rows, private, at_x, Eq4)
         linear(finish_bytes, (weights, project_rule, p[P_MQ], features, zq, FLIP, private_b, 4 * at_natural,
                               4 * natural_row, 4 * natural_row, 0),
-               private_u, at_x, Eq4, 1, WIDTH, weights, p[P_WQ], weights, p[P_BQ], features, Eq4, private, at_tiles)
+               private_u, at_x, Eq4, 1, rows, weights, p[P_WQ], weights, p[P_BQ], features, Eq4, private, at_tiles)
         turns, turn = (1, natural_row) if q_groups == D4 else (H, q_groups)
         for h in range(turns):
             for f in range(0, turn, LANES):

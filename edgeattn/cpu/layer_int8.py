@@ -6,6 +6,7 @@ from edgeattn import threads
 from edgeattn.jit import entry
 
 from . import fused_int8 as f
+from .cached_int8 import cached_int8
 from .layer_float32 import _flat, place_masks, shape_of
 from .matmul import (
     MATRIX,
@@ -24,6 +25,7 @@ from .softmax_int8 import KEPT_GROUPS
 
 _EMPTY_U8 = np.zeros(0, np.uint8)
 _EMPTY_I8 = np.zeros(0, np.int8)
+_MORE_KEYS = 64  # of a cache, that a plan has room for
 
 
 @register_jitable
@@ -34,7 +36,7 @@ def plan(p, B, L, S):
     features, v_features = round_up(H * Dp, WIDTH), round_up(H * Dvp, WIDTH)
     k_block, v_block = max(Dp, LANES), max(Dvp, LANES)
     S_up = f.padded_keys(S)
-    natural_row = round_up(features // 4, LANES)
+    natural_row = round_up(max(features, v_features) // 4, LANES)
     q_groups = round_up(Dp // 4, MATRIX_DEPTH)
     context4 = f.packed_depth(H * Dvp)
     deepest = f.packed_depth(max(p[f.P_EQ], p[f.P_EK], p[f.P_EV]))
@@ -134,7 +136,7 @@ class StaticLayer:
         table = threads.aligned(512, softmax_table.dtype)
         table[:] = byte_planes(softmax_table)
         self._fixed = (*(RULES[name] for name in (project_rule, score_rule, context_rule)), table)
-        self._run = None
+        self._runs = {}
         p = self._parameters = np.zeros(f.P_COUNT, np.int64)
         for slot, value in (
                 (f.P_EQ, linears["query"][0].shape[1]), (f.P_EK, linears["key"][0].shape[1]),
@@ -150,39 +152,54 @@ class StaticLayer:
         self.output_dim = Eo
         self._plans = {}
 
-    def _plan(self, B, L, S, same):
-        """(parameters, shared elements, private elements, work) for one shape."""
+    def _plan(self, B, L, S, tokens, same):
+        """(parameters, shared elements, private elements, work) for one shape, of which `tokens` keys are projected."""
         p = self._parameters.copy()
         p[f.P_SAME_KV] = same
         shared, private = map(int, plan(p, B, L, S))
         H, Dp, Dvp, Eq, Ek, Ev, Eo = (int(p[i]) for i in (f.P_HEADS, f.P_D_PAD, f.P_DV_PAD, f.P_EQ, f.P_EK, f.P_EV,
                                                           f.P_EO))
-        work = 2 * (L * Eq * H * Dp + S * H * (Ek * Dp + Ev * Dvp) + L * H * Dvp * Eo
+        work = 2 * (L * Eq * H * Dp + tokens * H * (Ek * Dp + Ev * Dvp) + L * H * Dvp * Eo
                     + L * S * H * (Dp + Dvp + 64)) // 3
         return p, shared, private, work
 
-    def __call__(self, xq, xk, xv, out, keep=None, band=None, classes=None, tables=None):
+    def __call__(self, xq, xk, xv, out, keep=None, band=None, classes=None, tables=None, cached=None):
         """out (B, L, Eo) from xq (B, L, Eq), xk (B, S, Ek), xv (B, S, Ev), all int8 and C-contiguous.
 
         keep : uint8 or bool, C-contiguous, broadcast to (B, H, L, S) by NumPy's rules; 0 means the key is not there
         band : (low, high): query i sees key j when i + low <= j <= i + high
         tables : int8 (n, 256): score code c becomes tables[class, c + 128] before the softmax
         classes : uint8 broadcast to (B, H, L, S): which table; class 0 everywhere if None
+        cached : (keys (B, H, capacity, D), values (B, H, capacity, Dv), first, S), int8 and C-contiguous: attention is
+            over the S slots from `first` on, and the codes of xk and xv go into the last of these
         """
-        B, L, S = xq.shape[0], xq.shape[1], xk.shape[1]
-        key = (B, L, S, xk is xv, shape_of(keep), shape_of(classes), band)
+        B, L, tokens = xq.shape[0], xq.shape[1], xk.shape[1]
+        S = room = tokens
+        masks = in_plan = (shape_of(keep), shape_of(classes), band)
+        if cached is not None:
+            keys, values, first, S = cached
+            room, in_plan = round_up(S, _MORE_KEYS), (None, None, None)  # a plan serves fewer keys too
+        key = (B, L, room, tokens, xk is xv, *in_plan)
         plan = self._plans.get(key)
         if plan is None:
             if len(self._plans) > 64:
                 self._plans.clear()
-            plan = self._plans[key] = self._plan(*key[:4])
-            place_masks(plan[0], f.P_BAND, *key[4:])
+            plan = self._plans[key] = self._plan(*key[:5])
+            place_masks(plan[0], f.P_BAND, *in_plan)
         p, shared_size, private_size, work = plan
+        if cached is not None:
+            p = p.copy()
+            place_masks(p, f.P_BAND, *masks)
         keep = _EMPTY_U8 if keep is None else keep.reshape(-1).view(np.uint8)
         classes = _EMPTY_U8 if classes is None else classes.reshape(-1)
         tables = _EMPTY_I8 if tables is None else tables.reshape(-1)
         arguments = (*self._fixed, *_flat(xq, xk, xv), out.reshape(-1), self.weights, p, keep, classes, tables)
-        if self._run is None:
-            self._run = entry(f.layer_int8, (*arguments, np.zeros(1, np.int32), np.zeros(1, np.int64), 1))
-        threads.run(self._run, arguments, np.int32, shared_size, private_size, B * work)
+        kernel = f.layer_int8
+        if cached is not None:
+            p[f.P_S], p[f.P_NEW], p[f.P_FIRST], p[f.P_CAPACITY] = S, tokens, first, keys.shape[2]
+            arguments, kernel = (*arguments, keys.reshape(-1), values.reshape(-1)), cached_int8
+        run = self._runs.get(kernel)
+        if run is None:
+            run = self._runs[kernel] = entry(kernel, (*arguments, np.zeros(1, np.int32), np.zeros(1, np.int64), 1))
+        threads.run(run, arguments, np.int32, shared_size, private_size, B * work)
         return out

@@ -68,7 +68,7 @@ FAR = 1 << 30  # beyond any distance between a query and a key
 (P_H, P_GROUP, P_L, P_S, P_D, P_DV, P_CHUNKS, P_VALUE_CHUNKS, P_SPLITS, P_OFFSET, P_AT_END, P_LEFT, P_RIGHT,
  P_LENGTHS_64, P_FACTOR, P_SOFTCAP, P_Q_B, P_Q_H, P_Q_L, P_K_B, P_K_H, P_K_S, P_V_B, P_V_H, P_V_S,
  P_OUT_B, P_OUT_H, P_OUT_L, P_OUT_SPLIT, P_LSE_B, P_LSE_H, P_LSE_SPLIT, P_SUMS, P_KEEP_B, P_KEEP_H, P_KEEP_L, P_KEEP_S,
- P_BIAS_B, P_BIAS_H, P_BIAS_L, P_BIAS_S, P_SLOPES_B, P_SCALE_B, P_SCALE_H, P_SCALE_S, P_COUNT) = range(46)
+ P_BIAS_B, P_BIAS_H, P_BIAS_L, P_BIAS_S, P_SLOPES_B, P_SCALE_B, P_SCALE_H, P_SCALE_S, P_PARTS, P_COUNT) = range(47)
 
 _LOG2_E = 1.4426950408889634
 _LOWEST_BIAS = -2.3e38  # times log2(e) it is finite still: only -inf hides a key
@@ -198,7 +198,7 @@ def staging_turned(chunk, threads, put):
 
 
 @specialised
-def attention(precision, rows, chunk, q_format, kv_format, wide, out_format):
+def attention(precision, rows, chunk, q_format, kv_format, wide, out_format, weights=False):
     """The kernel for blocks of `rows` (32 or 64) queries and pieces of `chunk` numbers (32 or 64; 128 for float16).
 
     Parameters
@@ -213,15 +213,18 @@ def attention(precision, rows, chunk, q_format, kv_format, wide, out_format):
     wide : bool
         All rows of query, key, value and out begin at a multiple of four numbers, and D and Dv are such multiples.
     out_format : str
-        "float32" or "float16"; float32 where there is more than one split.
+        "float32" or "float16"; float32 where there is more than one part.
+    weights : bool
+        The kernel that writes probabilities, (B, H, L, S) to A_OUT, from what all parts left at A_LSE.
 
     Returns
     -------
     Kernel
         Grid (ceil(L / rows), B H, value pieces * splits). With P_SPLITS above 1 each split sees a part
-        of the keys, and writes its float32 result P_OUT_SPLIT apart; P_LSE_SPLIT apart, in place of the log-sum, the
-        largest score to base 2, and P_SUMS behind that the sum.
+        of the keys, and writes its float32 result P_OUT_SPLIT apart. Where there is P_SUMS, in place of the log-sum
+        P_LSE_SPLIT apart the largest score to base 2, and P_SUMS behind that the sum: of P_PARTS parts for `weights`.
     """
+    WEIGHTS = bool(weights)
     form = FORMS[precision](rows, chunk)
     QUERIES, EACH, OUT, LANES, LATE = form.queries, form.keys, form.values, form.lanes, form.late
     AT_KEYS, AT_PROBABILITIES = form.at_keys, form.at_probabilities
@@ -285,10 +288,15 @@ def attention(precision, rows, chunk, q_format, kv_format, wide, out_format):
         if CODES:
             first = int32(first & -4)  # values are read four keys at a time
         last = int32(smaller(length, int32(int32(smaller(q0 + ROWS, L)) + high)))
-        tiles = int32((larger(last - first, 0) + KEYS - 1) >> 6)
+        end = last
+        if WEIGHTS:  # every key has one, 0 where it is not to be seen
+            first, end = int32(0), p[P_S]
+        tiles = int32((larger(end - first, 0) + KEYS - 1) >> 6)
         per_split = quotient(int32(tiles + p[P_SPLITS] - 1), p[P_SPLITS])
         first = int32(first + times(split, per_split) * KEYS)
-        last = int32(smaller(last, int32(first + per_split * KEYS)))
+        end = int32(smaller(end, int32(first + per_split * KEYS)))
+        if not WEIGHTS:
+            last = end
 
         s = cuda.local.array((QUERIES, EACH), float32)
         o = cuda.local.array((QUERIES, OUT), float32)
@@ -301,13 +309,27 @@ def attention(precision, rows, chunk, q_format, kv_format, wide, out_format):
             total[r] = float32(0.0)
             for k in range(OUT):
                 o[r, k] = float32(0.0)
+        if WEIGHTS:  # of all parts together: what each row's scores are measured from, and 1 / sum
+            sums = a[A_LSE] + times_wide(batch, p[P_LSE_B]) + times_wide(head, p[P_LSE_H])
+            for r in range(QUERIES):
+                row = int32(row0 + down(r))
+                at = sums + row * 4
+                for part in range(p[P_PARTS]):
+                    m[r] = maximum(m[r], load_f32(row < L, at + times_wide(int32(part), p[P_LSE_SPLIT])))
+                m[r] = select_f(m[r] == float32(_MINUS_INFINITY), float32(0.0), m[r])
+                for part in range(p[P_PARTS]):
+                    found = at + times_wide(int32(part), p[P_LSE_SPLIT])
+                    size = load_f32(row < L, found + p[P_SUMS])
+                    total[r] = fma(exp2(load_f32(row < L, found) - m[r]), size, total[r])
+                none = total[r] == float32(0.0)
+                total[r] = select_f(none, float32(0.0), divide(float32(1.0), total[r]))
         q_scale = cuda.local.array(QUERIES, float32)
         lists = int32(base + AT_LISTS)
         if CODES:
             for r in range(QUERIES):
                 row = int32(row0 + down(r))
                 q_scale[r] = load_f32(row < L, a[A_Q_SCALE] + times_wide(times(block_y(), L), 4) + row * 4)
-        for k0 in range(first, last, KEYS):
+        for k0 in range(first, end, KEYS):
             k0 = int32(k0)
             # 2. scores, D in pieces; the queries stay where they are one piece
             for r in range(QUERIES):
@@ -399,6 +421,22 @@ def attention(precision, rows, chunk, q_format, kv_format, wide, out_format):
                     for k in range(EACH):
                         s[r, k] = select_f((across(k) >= from_key) & (across(k) < to_key), s[r, k],
                                            float32(_MINUS_INFINITY))
+            if WEIGHTS:
+                to = (a[A_OUT] + times_wide(batch, p[P_OUT_B]) + times_wide(head, p[P_OUT_H])
+                      + key0 * OUT_SIZE)
+                for r in range(QUERIES):
+                    row = int32(row0 + down(r))
+                    row_at = times(row, p[P_OUT_L])
+                    for k in range(EACH):
+                        gone = s[r, k] == float32(_MINUS_INFINITY)
+                        y = select_f(gone, float32(0.0), exp2(s[r, k] - m[r]) * total[r])
+                        good = (row < L) & (int32(key0 + across(k)) < p[P_S])
+                        at = to + int32(row_at + across(k) * OUT_SIZE)
+                        if HALF:
+                            store_f16(good, at, y)
+                        else:
+                            store_f32(good, at, y)
+                continue
             # 4. online softmax to base 2; a row's 64 scores lie with neighbouring threads
             for r in range(QUERIES):
                 best = m[r]
@@ -437,6 +475,8 @@ def attention(precision, rows, chunk, q_format, kv_format, wide, out_format):
                     cuda.syncthreads()
                     left_context(keys_at, t, s, o)
 
+        if WEIGHTS:
+            return
         # 7. divide by the sum; a query that saw no key gets zeros
         d0 = int32(d_out + d0)
         out = (a[A_OUT] + times_wide(batch, p[P_OUT_B]) + times_wide(head, p[P_OUT_H])
@@ -466,7 +506,7 @@ def attention(precision, rows, chunk, q_format, kv_format, wide, out_format):
                     store_f32(good & (int32(d0 + d) < Dv), to + d * OUT_SIZE, y0)
                     store_f32(good & (int32(d0 + d + 1) < Dv), to + d * OUT_SIZE + OUT_SIZE, y1)
             good = good & (column0 == 0) & (d_out == 0)
-            if p[P_SPLITS] > 1:
+            if p[P_SUMS] != 0:
                 to = lse + row * 4
                 store_f32(good, to, m[r])
                 store_f32(good, to + p[P_SUMS], row_sum)

@@ -75,6 +75,18 @@ def stage_bytes(to, t, address, row_bytes, rows, left):
 
 
 @device
+def stage_turned(to, t, address, row_bytes, rows):
+    """64 rows of 64 bytes, turned, to shared memory; rows past `rows` become zeros."""
+    for i in range(8):
+        n = int32(t + i * THREADS)
+        row, word = int32((n & 3) + ((n >> 5) << 2) & 63), int32(((n >> 2) & 7) + ((n >> 9) << 3))
+        codes = load_b32(row < rows, address + int32(times(row, row_bytes) + word * 4))
+        at = int32(to + word * 4 * PITCH + row)
+        for j in range(4):
+            write_s8(int32(at + j * PITCH), int32(codes >> (8 * j)))
+
+
+@device
 def multiply_s8(left, right, warp, lane, c):
     """c (8, 4) += 16 rows of the warp in one tile times the 64 rows of another, 64 bytes deep."""
     a_at = int32(left + (warp * 16 + (lane & 15)) * PITCH + (lane >> 4) * 16)
@@ -217,10 +229,10 @@ def stage_bytes_wide(to, t, address, row_bytes, rows, left):
 
 # -- static attention ------------------------------------------------------------------------------------------------
 
-(A_Q, A_K, A_V, A_OUT, A_TABLE, A_KEEP, A_CLASSES, A_TABLES, A_COUNT) = range(9)
+(A_Q, A_K, A_V, A_OUT, A_TABLE, A_KEEP, A_CLASSES, A_TABLES, A_WEIGHTS, A_COUNT) = range(10)
 (P_H, P_L, P_S, P_D, P_DV, P_D_UP, P_DV_UP, P_L_ROWS, P_S_ROWS, P_ZQ, P_ZK, P_ZV, P_ZS, P_ZC, P_SCORE, P_SCORE_2,
- P_CONTEXT, P_CONTEXT_2, P_LOW, P_HIGH, P_OUT_ROW, P_KEEP_B, P_KEEP_H, P_KEEP_L, P_KEEP_S,
- P_CLASS_B, P_CLASS_H, P_CLASS_L, P_CLASS_S, P_COUNT) = range(30)
+ P_CONTEXT, P_CONTEXT_2, P_LOW, P_HIGH, P_OUT_B, P_OUT_ROW, P_KEEP_B, P_KEEP_H, P_KEEP_L, P_KEEP_S,
+ P_CLASS_B, P_CLASS_H, P_CLASS_L, P_CLASS_S, P_WEIGHTS_HEAD, P_WEIGHTS_ROW, P_WEIGHTS_FIRST, P_COUNT) = range(34)
 
 
 @device
@@ -243,14 +255,17 @@ def no_order(value):
 
 
 @specialised
-def static_attention(score_rule, context_rule, softmax):
+def static_attention(score_rule, context_rule, softmax, cached=False, weights=False):
     """The kernel of static int8 attention, equal to the named rules bit for bit.
 
     Keys are walked three times: for the largest code of each row, for the sum (lut_f32 adds float32 in key order, one
     thread per row), and for the probabilities and the context. Scores are computed anew each time: no row is too long.
-    Grid (ceil(L / 64), B H, padded Dv / 64). q (B, H, L rows, D up), k (B, H, S rows, D up), v (B, H, Dv up, S rows),
-    out (B L, H Dv) codes; table (256,) 32 bits; keep, classes as masks; tables (n, 256) int8.
+    Grid (ceil(L / 64), B H, padded Dv / 64). q (B, H, L rows, D up), k (B, H, S rows, D up), v (B, H, Dv up, S rows)
+    or, `cached`, (B, H, S rows, Dv up), out (B, L, H Dv) codes; table (256,) 32 bits; keep, classes as masks; tables
+    (n, 256) int8. With `weights` A_WEIGHTS, (B H, ...) rows of P_WEIGHTS_ROW bytes, takes the codes of the
+    probabilities: of the keys from column P_WEIGHTS_FIRST on, and of 0 elsewhere.
     """
+    CACHED, WEIGHTS = bool(cached), bool(weights)
     requantize_score, requantize_context = RULES[score_rule], RULES[context_rule]
     ORDERED, term, prepare, probability = SOFTMAX[softmax]
     AT_K, AT_V, AT_P, AT_TABLE = TILE_BYTES, 2 * TILE_BYTES, 3 * TILE_BYTES, 4 * TILE_BYTES
@@ -272,7 +287,12 @@ def static_attention(score_rule, context_rule, softmax):
         L, D_up, S_rows = p[P_L], p[P_D_UP], p[P_S_ROWS]
         query = a[A_Q] + times_wide(block_y(), times(p[P_L_ROWS], D_up)) + times_wide(q0, D_up)
         key = a[A_K] + times_wide(block_y(), times(S_rows, D_up))
-        value = a[A_V] + times_wide(block_y(), times(S_rows, p[P_DV_UP])) + times_wide(d_out, S_rows)
+        value = a[A_V] + times_wide(block_y(), times(S_rows, p[P_DV_UP]))
+        if CACHED:
+            value = value + d_out
+        else:
+            value = value + times_wide(d_out, S_rows)
+        to_weights = a[A_WEIGHTS] + times_wide(block_y(), p[P_WEIGHTS_HEAD])
         keep = a[A_KEEP] + times_wide(batch, p[P_KEEP_B]) + times_wide(head, p[P_KEEP_H])
         classes = a[A_CLASSES] + times_wide(batch, p[P_CLASS_B]) + times_wide(head, p[P_CLASS_H])
         zq, zk, zv = p[P_ZQ], p[P_ZK], p[P_ZV]
@@ -284,6 +304,14 @@ def static_attention(score_rule, context_rule, softmax):
         write_b32(int32(q_sums + t * 4), int32(0))  # and k_sums, which follow
         stage_rows(base, t, query, D_up, int32(L - q0), True)
         cuda.syncthreads()
+
+        if WEIGHTS:
+            for k0 in range(0, p[P_WEIGHTS_ROW], TILE):
+                for n in range(8):
+                    for j in range(4):
+                        row, column = int32(row0 + 8 * (j >> 1)), int32(k0 + n * 8 + tg * 2 + (j & 1))
+                        store_s8((row < L) & (column < p[P_WEIGHTS_ROW]) & (d_out == 0),
+                                 to_weights + int32(times(row, p[P_WEIGHTS_ROW]) + column), int32(-128))
 
         c = cuda.local.array((8, 4), int32)
         o = cuda.local.array((8, 4), int32)
@@ -399,7 +427,14 @@ def static_attention(score_rule, context_rule, softmax):
                         p_sum[j >> 1] = int32(p_sum[j >> 1] + byte)
                         row = int32(warp * 16 + g + 8 * (j >> 1))
                         write_s8(int32(p_at + times(row, PITCH) + n * 8 + tg * 2 + (j & 1)), byte)
-                stage_rows(v_at, t, value + k0, S_rows, int32(p[P_DV_UP] - d_out), True)
+                        if WEIGHTS:
+                            row, column = int32(row0 + 8 * (j >> 1)), int32(k0 + n * 8 + tg * 2 + (j & 1))
+                            at = int32(times(row, p[P_WEIGHTS_ROW]) + p[P_WEIGHTS_FIRST] + column)
+                            store_s8((row < L) & (column < last) & (d_out == 0), to_weights + at, int32(byte - 128))
+                if CACHED:
+                    stage_turned(v_at, t, value + times_wide(k0, p[P_DV_UP]), p[P_DV_UP], int32(last - k0))
+                else:
+                    stage_rows(v_at, t, value + k0, S_rows, int32(p[P_DV_UP] - d_out), True)
                 cuda.syncthreads()
                 multiply_u8s8(p_at, v_at, warp, lane, o)
             # d. between the walks: what the four lanes of a row found
@@ -421,7 +456,7 @@ def static_attention(score_rule, context_rule, softmax):
             p_sum[i] = int32(p_sum[i] + shuffle_i(p_sum[i], 1))
             p_sum[i] = int32(p_sum[i] + shuffle_i(p_sum[i], 2))
         # e. context codes
-        out = a[A_OUT] + times_wide(times(batch, L), p[P_OUT_ROW]) + times(head, p[P_DV])
+        out = a[A_OUT] + times_wide(batch, p[P_OUT_B]) + times(head, p[P_DV])
         for n in range(8):
             for j in range(4):
                 row = int32(row0 + 8 * (j >> 1))

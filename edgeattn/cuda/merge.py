@@ -1,5 +1,5 @@
 """Joining what several splits of the keys gave for the same queries."""
-from edgeattn.cuda.language import Kernel, device, float32, int32, log, specialised
+from edgeattn.cuda.language import Kernel, device, float32, int32, larger, log, specialised
 from edgeattn.cuda.ptx import (
     block_x,
     divide,
@@ -37,16 +37,17 @@ def store_f32_or_f16(half, good, address, value):
 def merge(out_format):
     """The kernel: out = the mean of the splits' results, weighted by 2**(largest - the largest of all) * sum.
 
-    Grid ceil(rows * Dv / 128): a thread per number of the result. `rows` counts B H L.
+    Grid ceil(rows * Dv / 128): a thread per number of the result, and one per row where Dv is 0. `rows` counts B H L.
     """
     HALF, SIZE = out_format == "float16", 2 if out_format == "float16" else 4
 
     def merge_kernel(a, p):
         # part (splits, B H L, Dv)  largest, sums (splits, B H L), to base 2  out (B, H, L, Dv)  lse (B H L)
         n = int32(block_x() * THREADS + thread())
-        row = quotient(n, p[P_DV])
-        d = remainder(n, p[P_DV])
+        size = int32(larger(p[P_DV], 1))
+        row, d = quotient(n, size), remainder(n, size)
         good = row < p[P_ROWS]
+        stored = good & (d < p[P_DV])
         best = float32(_MINUS_INFINITY)
         for split in range(p[P_SPLITS]):
             found = load_f32(good, a[A_LARGEST] + times(int32(times(int32(split), p[P_ROWS]) + row), 4))
@@ -58,7 +59,7 @@ def merge(out_format):
             found = load_f32(good, a[A_LARGEST] + times(at, 4))
             weight = exp2(found - base) * load_f32(good, a[A_SUMS] + times(at, 4))
             total = total + weight
-            part = load_f32(good, a[A_PART] + times(int32(times(at, p[P_DV]) + d), 4))
+            part = load_f32(stored, a[A_PART] + times(int32(times(at, p[P_DV]) + d), 4))
             mixed = fma(weight, part, mixed)
         none = total == float32(0.0)
         result = select_f(none, float32(0.0), divide(mixed, select_f(none, float32(1.0), total)))
@@ -66,7 +67,7 @@ def merge(out_format):
         i = remainder(row, p[P_L])
         at = int32(times(quotient(head, p[P_H]), p[P_OUT_B]) + times(remainder(head, p[P_H]), p[P_OUT_H])
                    + times(i, p[P_OUT_L]) + d * SIZE)
-        store_f32_or_f16(HALF, good, a[A_OUT] + at, result)
+        store_f32_or_f16(HALF, stored, a[A_OUT] + at, result)
         if a[A_LSE] != 0:
             store_f32(good & (d == 0), a[A_LSE] + times(row, 4),
                       select_f(none, float32(_MINUS_INFINITY), float32(log(total)) + base * float32(_LN_2)))

@@ -35,10 +35,11 @@ def store_rows(rule):
     With a `rule` int8 codes, a scale per row to A_SCALE, and zeros for D <= d < P_UP; a row with NaN or infinity has
     scale NaN and codes 0. "cache": codes rint(x / scale), scale = max|x| / 127, 0 for a row of zeros or of scales below
     normal float32, as edgeattn/kv_cache.py. "dynamic": of x' = (x + A_MINUS (B, H, D), where given) * P_FACTOR the
-    codes rint(x' * (127 / max|x'|)), scale = max|x'| * (1 / 127), as edgeattn/cpu/dynamic.py.
+    codes rint(x' * (127 / max|x'|)), scale = max|x'| * (1 / 127), as edgeattn/cpu/dynamic.py. "fixed": codes
+    rint(x / P_FACTOR) and no scales; infinity saturates, NaN has code 0.
     Grid ceil(B H T / 4).
     """
-    INT8, DYNAMIC = rule is not None, rule == "dynamic"
+    INT8, DYNAMIC, FIXED = rule is not None, rule == "dynamic", rule == "fixed"
 
     def store_kernel(a, p):
         t = thread()
@@ -54,7 +55,7 @@ def store_rows(rule):
             factor = float_of_bits(p[P_FACTOR])
             minus = a[A_MINUS] + times_wide(int32(times(batch, p[P_H]) + head), int32(p[P_D] * 4))
             largest = float32(0.0)
-            for d0 in range(0, p[P_D], 32):
+            for d0 in range(0, 0 if FIXED else p[P_D], 32):
                 d = int32(d0 + lane)
                 v = load_f32(good & (d < p[P_D]), x + d * 4)
                 if DYNAMIC:
@@ -70,6 +71,8 @@ def store_rows(rule):
                 scale = largest * float32(1 / 127)
                 inverse = divide(float32(127.0), largest)
                 inverse = select_f(inverse < float32(_LARGEST_FLOAT), inverse, float32(_LARGEST_FLOAT))
+            elif FIXED:
+                divisor = factor
             else:
                 scale = divide(largest, float32(127.0))
                 scale = select_f(scale < float32(_TINY), float32(0.0), scale)
@@ -84,9 +87,10 @@ def store_rows(rule):
                     code = nearest(divide(v, divisor))
                 code = select_i(code > 127, int32(127), select_i(code < -127, int32(-127), code))
                 store_s8(good & (d < p[P_UP]), out + times(d, p[P_OUT_D]), select_i(finite, code, int32(0)))
-            to = a[A_SCALE] + times_wide(batch, p[P_SCALE_B]) + times_wide(head, p[P_SCALE_H])
-            scale = select_f(finite, scale, float_of_bits(int32(0x7FC00000)))
-            store_f32(good & (lane == 0), to + times(i, p[P_SCALE_T]), scale)
+            if not FIXED:
+                to = a[A_SCALE] + times_wide(batch, p[P_SCALE_B]) + times_wide(head, p[P_SCALE_H])
+                scale = select_f(finite, scale, float_of_bits(int32(0x7FC00000)))
+                store_f32(good & (lane == 0), to + times(i, p[P_SCALE_T]), scale)
         else:
             for d0 in range(0, p[P_D], 32):
                 d = int32(d0 + lane)

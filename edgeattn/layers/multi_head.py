@@ -170,7 +170,7 @@ class MultiHeadAttention(AttentionWeights):
         Raises
         ------
         ValueError
-            For another device or precision, and a layer with added keys or a gate, which CUDA lacks.
+            For another device or precision.
         RuntimeError
             Where there is no CUDA, saying what of it is missing.
         """

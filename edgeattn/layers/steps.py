@@ -21,7 +21,7 @@ def attend(layer, call):
     q = _project(layer, "q", call.query, heads, layer.head_dim)
     k = _project(layer, "k", call.key, layer.num_kv_heads, layer.head_dim)
     v = _project(layer, "v", call.value, layer.num_kv_heads, layer.value_dim)
-    added = _added_keys(layer, batch) if layer.extra_keys else None
+    added = added_keys(layer, batch) if layer.extra_keys else None
     context = np.empty((batch, heads, queries, layer.value_dim), np.float32)
     shape = (*call.mask.shape[:3], call.mask.shape[3] + layer.extra_keys)
     weights = np.zeros(shape, np.float32) if call.need_weights else None
@@ -68,7 +68,7 @@ def _sigmoid(x):
         return 1 / (1 + np.exp(-x))
 
 
-def _added_keys(layer, batch):
+def added_keys(layer, batch):
     """Key and value (B, Hkv, extra_keys, size) of `bias_k` and `bias_v`, then zeros."""
     arrays = []
     for bias, size in ((layer.bias_k, layer.head_dim), (layer.bias_v, layer.value_dim)):

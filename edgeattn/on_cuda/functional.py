@@ -29,6 +29,9 @@ def result_array(out, shape, dtype, like, inputs):
         raise TypeError(f"out must have dtype {dtype}, the result's, got {taken.dtype}")
     if taken.shape != tuple(shape):
         raise ValueError(f"out must have shape {tuple(shape)}, the result's, got {taken.shape}")
+    if taken.size and taken.shape[-1] > 1 and taken.strides[-1] != taken.dtype.itemsize:
+        raise ValueError(f"out must have neighbours along its last axis on CUDA, got strides {taken.strides} bytes; "
+                         "make it contiguous")
     if taken.read_only:
         raise ValueError("out must be writeable, got a read-only array; pass a copy of it")
     low, high = taken.span()
@@ -129,9 +132,6 @@ def scaled_dot_product_attention(query, key, value, attn_mask, is_causal, causal
     from edgeattn.functional import default_scale
 
     (q, k, v), like, stream = views(query=query, key=key, value=value)
-    if return_weights:
-        raise ValueError("return_weights is missing on CUDA, where probabilities are never stored; return_lse=True "
-                         "gives what they are made of, or pass NumPy arrays")
     numbers(query=q, key=k, value=v)
     if precision == "int8" and q.dtype != np.float32:
         raise TypeError(f"query must be float32 with precision='int8' on CUDA, got dtype {q.dtype}; convert it")
@@ -144,11 +144,12 @@ def scaled_dot_product_attention(query, key, value, attn_mask, is_causal, causal
                          causal_alignment=causal_alignment, window_size=window_size, kv_lengths=kv_lengths,
                          alibi_slopes=alibi_slopes)
     result, taken = result_array(out, shape, q.dtype, like, (q, k, v))
-    numbers(out=taken)
-    lse = lse_view = None
+    lse = lse_view = weights = weights_view = None
     if return_lse:
         lse, lse_view = result_array(None, q.shape[:-1], np.dtype(np.float32), like, ())
-    if taken.size or lse is not None and lse_view.size:
+    if return_weights:
+        weights, weights_view = result_array(None, (*q.shape[:-1], keys), q.dtype, like, ())
+    if any(array is not None and array.size for array in (taken, lse_view, weights_view)):
         batch = int(np.prod(lead, dtype=np.int64))
 
         def four(array, count):
@@ -163,7 +164,9 @@ def scaled_dot_product_attention(query, key, value, attn_mask, is_causal, causal
             return result
         precision = "float32" if precision == "int8" else precision
         plan = host.attend(four(q, heads), four(k, kv_heads), four(v, kv_heads), four(taken, heads), scale, softcap,
-                           lse=lse_view, precision=precision, stream=stream, like=like, **masks)
+                           lse=lse_view, weights=None if weights_view is None else four(weights_view, heads),
+                           precision=precision, stream=stream, like=like, **masks)
         if plan and not return_lse:
             _remember(call, plan, "bias" in masks, (q, k, v), taken)
-    return (result, lse) if return_lse else result
+    found = [result, *([weights] if return_weights else []), *([lse] if return_lse else [])]
+    return tuple(found) if len(found) > 1 else result

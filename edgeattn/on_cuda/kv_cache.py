@@ -5,7 +5,7 @@ import functools
 
 import numpy as np
 
-from edgeattn.checks import number
+from edgeattn.checks import flag, number
 from edgeattn.functional import checked_softcap, default_scale
 from edgeattn.kv_cache import KVCache
 from edgeattn.on_cuda.functional import numbers, result_array, views
@@ -15,26 +15,26 @@ from edgeattn.on_cuda.masks import device_masks
 class CacheOnCuda(KVCache):
     """`KVCache(...).to("cuda")`: an empty cache of the same sizes, its storage on the GPU.
 
-    `append` and `attend` take float32 arrays on the device and work on their current stream; a window is missing.
+    `append` and `attend` take float32 arrays on the device and work on their current stream. Values are not looked at:
+    with `scales` a NaN is stored as 0, and infinity as the largest code.
     """
 
     def __init__(self, cache):
         from edgeattn.cuda.driver import driver
 
-        if cache.window is not None:
-            raise ValueError(f"window is missing on CUDA, got a cache with window={cache.window}; without one a cache "
-                             "holds every token, and attend(window_size=...) narrows what is seen")
-        if cache.scales is not None:
-            raise ValueError("scales are missing on CUDA, where an int8 cache has a scale per token and head; leave "
-                             "them out")
         for name in ("batch", "num_kv_heads", "capacity", "head_dim", "value_dim", "dtype", "window", "scales"):
             setattr(self, name, getattr(cache, name))
         self._length = self._start = self._first = 0
         rows = (self.batch, self.num_kv_heads, self.capacity)
-        self._keys = driver().empty((*rows, self.head_dim), self.dtype)
-        self._values = driver().empty((*rows, self.value_dim), self.dtype)
+        # rows of whole words; of whole tiles, with zeros behind, where a static layer reads them
+        step = 1 if self.dtype == "float32" else 4 if self.scales is None else 64
+        self._keys, self._values = (driver().empty((*rows, -(-size // step) * step), self.dtype)
+                                    for size in (self.head_dim, self.value_dim))
         self._key_scales = self._value_scales = None
-        if self.dtype == "int8":
+        if self.scales is not None:
+            self._key_scales, self._value_scales = (
+                driver().array(np.full((1, 1, 1), scale, np.float32)) for scale in self.scales)
+        elif self.dtype == "int8":
             self._key_scales, self._value_scales = (driver().empty(rows, np.float32) for _ in range(2))
 
     def to(self, device):
@@ -45,27 +45,30 @@ class CacheOnCuda(KVCache):
 
     def append(self, key, value):
         """Add the keys and values of n tokens: (B, Hkv, n, D) and (B, Hkv, n, Dv) float32 on the device."""
-        (k, v), _, stream = views(key=key, value=value)
+        (k, v), like, stream = views(key=key, value=value)
         numbers(key=k, value=v)
         if k.dtype != np.float32:
             raise TypeError(f"key must be float32 for a cache on CUDA, got dtype {k.dtype}; convert it")
         tokens = self._check_tokens(k, v)
         self._check_room(tokens)
         if tokens:
-            self.took(tokens, (k, v), stream)
+            self.took(tokens, (k, v), stream, like)
 
     def held(self):
-        """The tokens held as float32 NumPy copies: (B, Hkv, length, D) and (B, Hkv, length, Dv)."""
-        keys, values = (array.numpy()[:, :, :self._length] for array in (self._keys, self._values))
+        """The tokens held as float32 NumPy copies: (B, Hkv, length - start, D) and (B, Hkv, length - start, Dv)."""
+        slots = slice(self._first, self._first + self._length - self._start)
+        keys, values = (array.numpy()[:, :, slots, :size].copy() for array, size in (
+            (self._keys, self.head_dim), (self._values, self.value_dim)))
         if self._key_scales is None:
             return keys, values
-        scales = (array.numpy()[:, :, :self._length, None] for array in (self._key_scales, self._value_scales))
+        scales = (array.numpy()[:, :, slots if self.scales is None else slice(None), None]
+                  for array in (self._key_scales, self._value_scales))
         with np.errstate(invalid="ignore"):
             return tuple(codes * scale for codes, scale in zip((keys, values), scales, strict=True))
 
     def attend(self, query, *, attn_mask=None, key_padding_mask=None, is_causal=False, scale=None, softcap=0.0,
                window_size=(-1, -1), alibi_slopes=None, position=None, return_weights=False, out=None):
-        """Attend from queries on the device to the tokens in the cache; as `KVCache.attend`, without probabilities."""
+        """Attend from queries on the device to the tokens in the cache; as `KVCache.attend`."""
         from edgeattn.cuda.arrays import view
         from edgeattn.cuda.host import both
 
@@ -73,49 +76,83 @@ class CacheOnCuda(KVCache):
         numbers(query=q)
         if q.dtype != np.float32:
             raise TypeError(f"query must be float32 for a cache on CUDA, got dtype {q.dtype}; convert it")
-        if return_weights is not False:
-            raise ValueError("return_weights is missing on CUDA, where probabilities are never stored")
+        return_weights = flag("return_weights", return_weights)
         heads, queries, position = self._check_query(q, position)
         softcap = checked_softcap(softcap)
         scale = default_scale(self.head_dim) if scale is None else number("scale", scale)
-        masks = device_masks((self.batch, heads, queries, self._length), view, attn_mask, key_padding_mask,
-                             is_causal=is_causal, window_size=window_size, alibi_slopes=alibi_slopes, position=position,
+        shape = (self.batch, heads, queries, self._length)
+        masks = device_masks(shape, view, attn_mask, key_padding_mask, is_causal=is_causal,
+                             window_size=self._narrow(window_size), alibi_slopes=alibi_slopes, position=position,
                              join=functools.partial(both, stream=stream, like=like))
         result, taken = result_array(out, (*q.shape[:3], self.value_dim), np.dtype(np.float32), like, (q,))
-        if taken.size:
-            self.see(q, taken, scale, softcap=softcap, stream=stream, like=like, **masks)
-        return result
+        weights, to = result_array(None, shape, np.dtype(np.float32), like, ()) if return_weights else (None, None)
+        if taken.size or (to is not None and to.size):
+            self.see(q, taken, scale, (0, queries), softcap=softcap, weights=to, stream=stream, like=like, **masks)
+        return (result, weights) if return_weights else result
 
     # -- for kernels ---------------------------------------------------------------------------------------------------
 
-    def _slots(self, array, begin, count):
-        """A View of the tokens begin to begin + count - 1 of one of the storage arrays."""
+    def slots(self, begin, count):
+        """Views of keys (B, Hkv, count, D), values and their scales, or None, from a slot on."""
         from edgeattn.cuda.arrays import view
+        from edgeattn.cuda.host import part
 
-        if array is None:
-            return None
-        whole = view("cache", array)
-        return dataclasses.replace(whole, pointer=whole.pointer + begin * whole.strides[2],
-                                   shape=(*whole.shape[:2], count, *whole.shape[3:]))
+        found = []
+        for array, size in ((self._keys, self.head_dim), (self._values, self.value_dim)):
+            found.append(part(part(view("cache", array), 2, begin, begin + count), 3, 0, size))
+        for array in (self._key_scales, self._value_scales):
+            if array is not None and self.scales is not None:
+                found.append(dataclasses.replace(view("cache", array), shape=(*found[0].shape[:2], count),
+                                                 strides=(0, 0, 0)))
+            else:
+                found.append(None if array is None else part(view("cache", array), 2, begin, begin + count))
+        return found
 
-    def places(self, tokens):
-        """Views of where the keys and values of the next tokens go."""
-        return [self._slots(array, self._length, tokens) for array in (self._keys, self._values)]
+    def held_slots(self):
+        """`slots` of the tokens held."""
+        return self.slots(self._first, self._length - self._start)
 
-    def took(self, tokens, rows, stream):
-        """Count tokens, whose keys and values (B, Hkv, tokens, size) are stored first; None where they are in place."""
-        from edgeattn.cuda.host import store_rows
+    def places(self, tokens, stream, like):
+        """Views of where the keys and values of the next tokens go, room made for them."""
+        from edgeattn.cuda.arrays import view
+        from edgeattn.cuda.host import to_front
+
+        held = self._length - self._start
+        if self._first + held + tokens > self.capacity:  # as on the CPU, only with a window
+            kept = min(held, self.window - 1)
+            if kept:
+                for array in self._storage():
+                    to_front(view("cache", array), self._first + held - kept, kept, stream, like)
+            self._first, self._start, held = 0, self._length - kept, kept
+        return self.slots(self._first + held, tokens)[:2]
+
+    def took(self, tokens, rows, stream, like):
+        """Count tokens, whose keys and values (B, Hkv, tokens, size) are stored first; None where they are in place.
+
+        int8 rows are codes by `scales`, as long as those of the storage.
+        """
+        from edgeattn.cuda.host import store_rows, words
 
         if rows is not None:
-            storage = ((self._keys, self._key_scales), (self._values, self._value_scales))
-            for x, arrays in zip(rows, storage, strict=True):
-                store_rows(x, *(self._slots(array, self._length, tokens) for array in arrays), stream)
+            self.places(tokens, stream, like)
+            *places, key_scale, value_scale = self.slots(self._first + self._length - self._start, tokens)
+            fixed = (None, None) if self.scales is None else self.scales
+            for x, to, scale, factor in zip(rows, places, (key_scale, value_scale), fixed, strict=True):
+                if x.dtype == np.int8:
+                    store_rows(words(x), words(to), None, stream)
+                elif factor is None:
+                    store_rows(x, to, scale, stream)
+                else:
+                    store_rows(x, to, None, stream, up=to.strides[2], rule="fixed", factor=factor)
         self._length += tokens
 
-    def see(self, query, out, scale, **arguments):
-        """`edgeattn.cuda.host.attend` to all tokens held."""
-        from edgeattn.cuda.host import attend
+    def see(self, query, out, scale, rows, softcap=0.0, *, left, right, offset, at_end, keep=None, bias=None,
+            **options):
+        """`edgeattn.cuda.host.attend` to all tokens held; masks of all positions, of queries rows[0] to rows[1] - 1."""
+        from edgeattn.cuda.host import attend, masks_part
 
-        keys, values, key_scale, value_scale = (self._slots(array, 0, self._length) for array in (
-            self._keys, self._values, self._key_scales, self._value_scales))
-        attend(query, keys, values, out, scale, key_scale=key_scale, value_scale=value_scale, **arguments)
+        masks = masks_part(dict(left=left, right=right, offset=offset, at_end=at_end, keep=keep, bias=bias), rows,
+                           (self._start, self._length))
+        keys, values, key_scale, value_scale = self.held_slots()
+        attend(query, keys, values, out, scale, softcap, key_scale=key_scale, value_scale=value_scale,
+               column=self._start, **options, **masks)

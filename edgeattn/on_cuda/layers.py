@@ -4,9 +4,10 @@ import functools
 
 import numpy as np
 
-from edgeattn.checks import check_out, deliver, float_array, result_dtype, to_float32
+from edgeattn.checks import check_out, deliver, flag, float_array, result_dtype, to_float32
 from edgeattn.functional import checked_softcap
 from edgeattn.layers.call import check_input_shapes
+from edgeattn.layers.steps import added_keys
 from edgeattn.masks import NO_WINDOW
 from edgeattn.on_cuda.functional import result_array
 from edgeattn.on_cuda.masks import device_masks
@@ -47,10 +48,6 @@ class OnCuda:
         from edgeattn.cuda.driver import driver
 
         driver()  # says what is missing
-        if getattr(layer, "extra_keys", 0):
-            raise ValueError("bias_k, bias_v and add_zero_attn are missing on CUDA; call the layer on the CPU")
-        if getattr(layer, "gated", False):
-            raise ValueError("gate_weight is missing on CUDA; call the layer on the CPU")
         self.layer = layer
 
     def to(self, device):
@@ -127,22 +124,28 @@ class FloatOnCuda(OnCuda):
         super().__init__(layer)
         from edgeattn.cuda.host import FloatLayer
 
-        names = ("q", "k", "v", "out")
+        names = ("q", "k", "v", "out", "gate")
         self._kernels = FloatLayer(
             layer.num_heads, layer.num_kv_heads, {name: getattr(layer, f"{name}_weight") for name in names},
             {name: getattr(layer, f"{name}_bias") for name in names}, layer.scale, precision)
+        self._kernels.add(_added_keys(layer))
 
     def __call__(self, query, key=None, value=None, *, attn_mask=None, key_padding_mask=None, is_causal=False,
                  causal_alignment=None, window_size=NO_WINDOW, softcap=0.0, alibi_slopes=None, kv_cache=None,
-                 need_weights=False, out=None):
-        """Attend from `query` to `key` and `value`; `kv_cache` is one on the GPU. Probabilities are not to be had."""
-        return _call(self, query, key, value, softcap, kv_cache, need_weights, out, attn_mask=attn_mask,
-                     key_padding_mask=key_padding_mask, is_causal=is_causal, causal_alignment=causal_alignment,
-                     window_size=window_size, alibi_slopes=alibi_slopes)
+                 need_weights=False, average_attn_weights=False, out=None):
+        """Attend from `query` to `key` and `value`; `kv_cache` is one on the GPU."""
+        return _call(self, query, key, value, softcap, kv_cache, need_weights, average_attn_weights, out,
+                     attn_mask=attn_mask, key_padding_mask=key_padding_mask, is_causal=is_causal,
+                     causal_alignment=causal_alignment, window_size=window_size, alibi_slopes=alibi_slopes)
 
 
-def _check_cache(layer, cache, batch, tokens, masks):
-    """The position of the first token; raises unless `cache` takes `tokens` more of this layer."""
+def _added_keys(layer):
+    """What `add` of the kernels takes."""
+    return added_keys(layer, 1) if layer.extra_keys else None
+
+
+def _check_cache(layer, cache, batch, masks):
+    """Raise unless `cache` is one of the sizes of `layer` on the GPU."""
     from edgeattn.on_cuda.kv_cache import CacheOnCuda
 
     if not isinstance(cache, CacheOnCuda):
@@ -155,44 +158,71 @@ def _check_cache(layer, cache, batch, tokens, masks):
     if wanted != given:
         raise ValueError(f"kv_cache must have the call's B and the layer's num_kv_heads, head_dim and value_dim "
                          f"{wanted}, got {given}")
-    cache._check_room(tokens)
-    return cache.length
 
 
-def _call(placed, query, key, value, softcap, kv_cache, need_weights, out, **masks):
+def _resolve(placed, shape, host, kv_cache, stream, like, **masks):
+    """(`device_masks` of a call of a layer, the pieces in which the cache, if any, takes it); shape (..., H, L, S).
+
+    With a cache, tokens it has seen stand before the S keys, and the masks are over all.
+    """
     from edgeattn.cuda.host import both
 
+    *lead, heads, queries, keys = shape
+    before = None
+    if kv_cache is not None:
+        _check_cache(placed.layer, kv_cache, lead[0] if lead else 1, masks)
+        before, masks["window_size"] = kv_cache.length, kv_cache._narrow(masks["window_size"])
+    masks = device_masks((*lead, heads, queries, keys + (before or 0)), placed._device(host), **masks, position=before,
+                         join=functools.partial(both, stream=stream, like=like))
+    return masks, [] if kv_cache is None else kv_cache._pieces(queries, keys, masks["right"])
+
+
+def _call(placed, query, key, value, softcap, kv_cache, need_weights, average_attn_weights, out, **masks):
+    from edgeattn.cuda.host import mean_of_heads
+
     layer = placed.layer
-    if need_weights is not False:
-        raise ValueError("need_weights is missing on CUDA, where probabilities are never stored; call the layer on the "
-                         "CPU")
+    need_weights = flag("need_weights", need_weights)
+    average = flag("average_attn_weights", average_attn_weights)
     if key is None and value is not None:
         raise ValueError("value needs key, got key=None; pass key=query to attend from query to itself")
     softcap = checked_softcap(softcap)
-    (q, k, v), like, stream, host = placed._inputs(np.dtype(np.float32), query, key, value)
+    float32 = np.dtype(np.float32)
+    (q, k, v), like, stream, host = placed._inputs(float32, query, key, value)
     check_input_shapes(layer, q, k, v)
     lead, (queries, keys) = q.shape[:-2], (q.shape[-2], k.shape[-2])
     shape = (*lead, queries, layer.output_dim)
     batch = lead[0] if lead else 1
-    if kv_cache is not None:
-        before = _check_cache(layer, kv_cache, batch, keys, masks)
-        masks["position"], keys = before, before + keys
-    masks = device_masks((*lead, layer.num_heads, queries, keys), placed._device(host), **masks,
-                         join=functools.partial(both, stream=stream, like=like))
+    masks, pieces = _resolve(placed, (*lead, layer.num_heads, queries, keys), host, kv_cache, stream, like, **masks)
     if host is not None:
         check_out(out, shape, host)
-    result, taken = result_array(None if host is not None else out, shape, np.dtype(np.float32), like, (q, k, v))
-    if taken.size:
+    result, taken = result_array(None if host is not None else out, shape, float32, like, (q, k, v))
+    weights = to = None
+    if need_weights:
+        seen = keys + (0 if kv_cache is None else kv_cache.length) + layer.extra_keys
+        weights, to = result_array(None, (*lead, layer.num_heads, queries, seen), float32, like, ())
+        to = to.reshape(batch, *to.shape[-3:])
+    if taken.size or (to is not None and to.size):
         q, k, v, taken = (x.reshape(batch, *x.shape[-2:]) for x in (q, k, v, taken))
+        options = dict(softcap=softcap, weights=to, **masks)
         if kv_cache is None:
-            placed._kernels(q, k, v, taken, stream, like, softcap=softcap, **masks)
+            placed._kernels(q, k, v, taken, stream, like, **options)
         else:
-            placed._kernels.through_cache(q, k, v, taken, kv_cache, stream, like, softcap=softcap, **masks)
-    return result if host is None else deliver(result.numpy(), out, host)
+            placed._kernels.through_cache(q, k, v, taken, kv_cache, pieces, stream, like, **options)
+    if average and need_weights:
+        by_head = to
+        weights, to = result_array(None, (*lead, queries, seen), float32, like, ())
+        mean_of_heads(by_head, to, stream)
+    result = result if host is None else deliver(result.numpy(), out, host)
+    if not need_weights:
+        return result
+    return result, weights if host is None else deliver(weights.numpy(), None, host)
 
 
 class DynamicOnCuda(FloatOnCuda):
-    """A dynamic int8 layer on the GPU: every product int8, softmax float32; with `kv_cache` attention is float32."""
+    """A dynamic int8 layer on the GPU: every product int8, softmax float32.
+
+    With `kv_cache`, `need_weights` and added keys attention itself is float32.
+    """
 
     def __init__(self, layer):
         OnCuda.__init__(self, layer)
@@ -200,6 +230,7 @@ class DynamicOnCuda(FloatOnCuda):
 
         weights = {name: (linear.weight, linear.scale) for name, linear in layer.weights.items()}
         self._kernels = DynamicLayer(layer.num_heads, layer.num_kv_heads, weights, layer.biases, layer.scale)
+        self._kernels.add(_added_keys(layer))
 
 
 class StaticOnCuda(OnCuda):
@@ -227,11 +258,10 @@ class StaticOnCuda(OnCuda):
     def run_int8(self, query, key=None, value=None, *, attn_mask=None, key_padding_mask=None, is_causal=False,
                  causal_alignment=None, window_size=NO_WINDOW, kv_cache=None, need_weights=False, out=None):
         """Attention on codes, equal to the named kernel set; arguments and result as the layer's on the CPU."""
-        from edgeattn.cuda.host import both
+        from edgeattn.cuda.host import band_of
 
         layer = self.layer
-        if kv_cache is not None or need_weights is not False:
-            raise ValueError("kv_cache and need_weights are missing on CUDA for static layers; call it on the CPU")
+        need_weights = flag("need_weights", need_weights)
         int8 = np.dtype(np.int8)
         query, key, value = layer._distinct(query, key, value)
         given = (query, key, value)
@@ -240,24 +270,38 @@ class StaticOnCuda(OnCuda):
         check_input_shapes(self, q, k, v)
         lead, (L, S) = q.shape[:-2], (q.shape[-2], k.shape[-2])
         shape, batch = (*lead, L, layer.output_dim), lead[0] if lead else 1
-        masks = device_masks((*lead, layer.num_heads, L, S), self._device(host), attn_mask, key_padding_mask,
-                             is_causal=is_causal, causal_alignment=causal_alignment, window_size=window_size,
-                             join=functools.partial(both, stream=stream, like=like))
+        masks, pieces = _resolve(
+            self, (*lead, layer.num_heads, L, S), host, kv_cache, stream, like, attn_mask=attn_mask,
+            key_padding_mask=key_padding_mask, is_causal=is_causal, causal_alignment=causal_alignment,
+            window_size=window_size)
         if "bias" in masks:
             raise TypeError("attn_mask must be bool for int8 (True = attend); for a mask with -inf pass mask == 0")
-        if self._classes is not None:
+        if kv_cache is not None:
+            layer.check_codes_of(kv_cache)
+        elif self._classes is not None:
             fit_mask(layer._classes, (batch, layer.num_heads, L, S))
         if host is not None:
             check_out(out, shape, int8)
         result, taken = result_array(None if host is not None else out, shape, int8, like, (q, k, v))
-        if taken.size:
-            left, right, offset = masks["left"], masks["right"], masks["offset"]
-            band = None if left < 0 and right < 0 else (
-                offset - left if left >= 0 else -L - S, offset + right if right >= 0 else L + S)
-            classes = self._classes
-            if classes is not None and classes.ndim < 4:
-                classes = classes.reshape(*(1,) * (4 - classes.ndim), *classes.shape)
+        weights = to = None
+        if need_weights:
+            keys = S + (0 if kv_cache is None else kv_cache.length)
+            weights, to = result_array(None, (*lead, layer.num_heads, L, keys), int8, like, ())
+            to = to.reshape(batch, *to.shape[-3:])
+        if taken.size or (to is not None and to.size):
             q, k, v, taken = (x.reshape(batch, *x.shape[-2:]) for x in (q, k, v, taken))
-            self._kernels(q, k, v, taken, stream, like, band=band, keep=masks.get("keep"), classes=classes,
-                          tables=self._tables)
-        return result if host is None else deliver(result.numpy(), out, int8)
+            left, right, offset = masks["left"], masks["right"], masks["offset"]
+            options = dict(keep=masks.get("keep"), tables=self._tables, weights=to)
+            if kv_cache is None:
+                classes = self._classes
+                if classes is not None and classes.ndim < 4:
+                    classes = classes.reshape(*(1,) * (4 - classes.ndim), *classes.shape)
+                self._kernels(q, k, v, taken, stream, like, band=band_of(left, right, offset), classes=classes,
+                              **options)
+            else:
+                self._kernels.through_cache(q, k, v, taken, kv_cache, pieces, stream, like, left=left, right=right,
+                                            offset=offset, **options)
+        result = result if host is None else deliver(result.numpy(), out, int8)
+        if not need_weights:
+            return result
+        return result, weights if host is None else deliver(weights.numpy(), None, int8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 import numpy as np
@@ -11,7 +12,15 @@ from edgeattn import arithmetic as rules
 from edgeattn.arithmetic import CODE_MIN
 from edgeattn.checks import as_array, check_out, count, deliver, flag, float_array, is_one_of, number, result_dtype
 from edgeattn.cpu.layer_int8 import StaticLayer
-from edgeattn.layers.call import check_cache, is_read_as_it_is, resolve_call_mask, self_masks
+from edgeattn.cpu.reals import to_codes, to_reals
+from edgeattn.layers.call import (
+    check_cache,
+    is_next,
+    is_read_as_it_is,
+    is_unmasked,
+    resolve_call_mask,
+    self_masks,
+)
 from edgeattn.masks import NO_WINDOW, resolve_mask
 from edgeattn.quantized import steps
 from edgeattn.quantized.layer import INPUTS, QuantizedMultiHeadAttention
@@ -261,6 +270,16 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         (B, H, L, S) or (H, L, S) array
             The probabilities, multiples of 1/256, only with ``need_weights``; without the axis H when averaged.
         """
+        if (key is None and value is None and self.sources == (0, 0, 0) and need_weights is False
+                and average_attn_weights is False and out is None and type(query) is np.ndarray
+                and query.dtype == np.float32 and query.flags.carray):
+            source, result = self.tensors["query_input"], self._last
+            codes, some_nan = to_codes(query, source.scale, source.zero_point)
+            if not some_nan:
+                return to_reals(
+                    self.run_int8(codes, attn_mask=attn_mask, key_padding_mask=key_padding_mask, is_causal=is_causal,
+                                  causal_alignment=causal_alignment, window_size=window_size, kv_cache=kv_cache),
+                    result.scale, result.zero_point)
         average = flag("average_attn_weights", average_attn_weights)
         masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask, "is_causal": is_causal,
                  "causal_alignment": causal_alignment, "window_size": window_size}
@@ -306,7 +325,12 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
 
     def dequantize_output(self, codes) -> np.ndarray:
         """float32 reals of ``run_int8``'s codes."""
-        return self.tensors["output" if "output" in self.linears else "context"].dequantize(codes)
+        return self._last.dequantize(codes)
+
+    @property
+    def _last(self):
+        """The quantization of the result."""
+        return self.tensors["output" if "output" in self.linears else "context"]
 
     def _distinct(self, query, key, value):
         """The inputs this layer reads, None where it reads an earlier one; refuses others."""
@@ -360,15 +384,22 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         TypeError, ValueError
             Naming the argument, what was required and what came.
         """
-        if (key is None and value is None and out is None and need_weights is False and kv_cache is None
-                and self._classes is None and self.sources == (0, 0, 0) and self.output_dim
+        if (key is None and value is None and out is None and need_weights is False and self._classes is None
+                and self.sources == (0, 0, 0) and self.output_dim
                 and (attn_mask is None or type(attn_mask) is np.ndarray and attn_mask.dtype == np.bool_)
                 and is_read_as_it_is(self, query, _INT8)):
             # what small layers are called with, again and again: self-attention
-            keep, _, band = self_masks(self, query, attn_mask, key_padding_mask, is_causal, causal_alignment,
-                                       window_size, None)
-            result = np.empty((*query.shape[:2], self.output_dim), _INT8)
-            return self._kernel(query, query, query, result, keep, band, None, self._tables)
+            masks = (attn_mask, key_padding_mask, is_causal, causal_alignment, window_size, None)
+            if kv_cache is None:
+                keep, _, band = self_masks(self, query, *masks)
+                result = np.empty((*query.shape[:2], self.output_dim), _INT8)
+                return self._kernel(query, query, query, result, keep, band, None, self._tables)
+            if is_unmasked(*masks) and is_next(self, query, kv_cache) and kv_cache.scales == self.cache_scales:
+                kv_cache._take_slots(1)
+                first, last = kv_cache._last_seen()
+                result = np.empty((*query.shape[:2], self.output_dim), _INT8)
+                return self._kernel(query, query, query, result, tables=self._tables,
+                                    cached=(kv_cache._keys, kv_cache._values, first, last - first))
         need_weights = flag("need_weights", need_weights)
         query, key, value = self._check_codes(query, key, value)
         lead, L, S = query.shape[:-2], query.shape[-2], key.shape[-2]
@@ -385,8 +416,10 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         query, key, value = (x.reshape(B, *x.shape[-2:]) for x in (query, key, value))
         result = np.empty((B, L, self.output_dim), np.int8)
         weights = np.full(mask.shape, CODE_MIN, np.int8) if need_weights else None
-        if kv_cache is not None or need_weights:
+        if need_weights:
             self._run_in_steps(query, key, value, mask, kv_cache, pieces, result, weights)
+        elif kv_cache is not None:
+            self._run_cached(query, key, value, mask, kv_cache, pieces, result)
         elif result.size:
             self._run_fused(query, key, value, mask, result)
         result = deliver(result.reshape(*lead, L, self.output_dim), out, _INT8)
@@ -408,7 +441,7 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
                              f"got {query.shape}, {key.shape}, {value.shape}")
         return query, key, value
 
-    @property
+    @functools.cached_property
     def cache_scales(self) -> tuple[float, float]:
         """The scales of keys and values, for ``KVCache.for_layer``."""
         for name in ("key", "value"):
@@ -420,6 +453,10 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
 
     def _check_cache(self, cache, causal_alignment):
         check_cache(self, cache, causal_alignment)
+        self.check_codes_of(cache)
+
+    def check_codes_of(self, cache):
+        """Raise unless `cache`, of this layer's sizes, holds codes of this layer's scales."""
         if cache.scales != self.cache_scales:
             raise ValueError(f"kv_cache must have this layer's scales {self.cache_scales}, got {cache.scales}; make it "
                              "with KVCache.for_layer(layer, ...)")
@@ -436,6 +473,21 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
             key, value = (np.zeros((len(x), 1, x.shape[-1]), np.int8) for x in (key, value))
             keep, band, classes = np.zeros((1, 1, 1, 1), np.bool_), None, None
         self._kernel(query, key, value, result, keep, band, classes, self._tables)
+
+    def _run_cached(self, query, key, value, mask, cache, pieces, result):
+        for rows, tokens in pieces:
+            xk = np.ascontiguousarray(key[:, slice(*tokens)])
+            xv = xk if value is key else np.ascontiguousarray(value[:, slice(*tokens)])
+            xq = xk if query is key and rows == tokens else np.ascontiguousarray(query[:, slice(*rows)])
+            cache._take_slots(tokens[1] - tokens[0])
+            keep, _, band = mask.part(rows, (cache.start, cache.length)).for_kernels()
+            held = cache.length - cache.start
+            if held == 0:  # one key that is not there
+                held, keep, band = 1, np.zeros((1, 1, 1, 1), np.bool_), None
+            some = np.empty((*xq.shape[:2], self.output_dim), np.int8)
+            self._kernel(xq, xk, xv, some, keep, band, None, self._tables,
+                         (cache._keys, cache._values, cache._first, held))
+            result[:, slice(*rows)] = some
 
     def _run_in_steps(self, query, key, value, mask, cache, pieces, result, weights):
         q, k, v = (steps.heads(self, steps.project(self, name, x))
