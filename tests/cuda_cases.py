@@ -2,7 +2,7 @@
 import numpy as np
 import oracle_kernels as oracle
 
-from edgeattn.cuda import host
+from edgeattn.cuda import layers
 from edgeattn.cuda.arrays import view
 from edgeattn.cuda.driver import driver
 
@@ -18,7 +18,7 @@ def seen(array):
 
 
 def static_layer(num_heads, linears, tensors, project_rule, score_rule, context_rule, table, softmax):
-    """host.StaticLayer from what oracle_kernels.static_layer takes."""
+    """layers.StaticLayer from what oracle_kernels.static_layer takes."""
     real = {}
     for name, (weight, scale, bias) in linears.items():
         source = "context" if name == "output" else f"{name}_input"
@@ -28,7 +28,7 @@ def static_layer(num_heads, linears, tensors, project_rule, score_rule, context_
     def matmul(rule, *names):
         return float(oracle.multiplier_bmm(rule, *(tensors[name][0] for name in names)))
 
-    return host.StaticLayer(num_heads, real, matmul(score_rule, "query", "key", "scores"),
+    return layers.StaticLayer(num_heads, real, matmul(score_rule, "query", "key", "scores"),
                             matmul(context_rule, "probabilities", "value", "context"),
                             {name: zero for name, (_, zero) in tensors.items()}, project_rule, score_rule, context_rule,
                             table, softmax)

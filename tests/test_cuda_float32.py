@@ -1,6 +1,8 @@
 """The public calls on arrays on the device, every case of tests/cases.py, in the emulator against the float64 oracle."""
 import ctypes
 import dataclasses
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -9,8 +11,9 @@ from cases import CASES, Case
 from cuda_emulated import emulated_only, long_form
 
 import edgeattn
-from edgeattn.cuda import dlpack
+from edgeattn.cuda import dlpack, host
 from edgeattn.cuda import driver as driver_module
+from edgeattn.on_cuda import functional as on_cuda
 
 # an emulated block takes a tenth of a second; what is large elsewhere is so for the CPU's tiles
 SMALLER = {"minilm": dict(H=2), "long": dict(S=270), "batch": dict(H=2), "grouped-one-query": dict(H=4),
@@ -190,6 +193,74 @@ def test_a_call_like_one_before_is_the_same_launch():
         edgeattn.scaled_dot_product_attention(*same[:3], out=same[3])
     with pytest.raises(ValueError, match="out must not overlap"):
         edgeattn.scaled_dot_product_attention(*same[:3], out=same[1])
+
+
+@pytest.mark.parametrize("options", [
+    dict(precision="int8"), dict(return_weights=True, return_lse=True), dict(attn_mask=True, return_lse=True),
+    dict(attn_mask=True, precision="int8"), dict(kv_lengths=True), dict(alibi_slopes=True, causal_alignment="upper_left"),
+], ids=lambda options: "-".join(options))
+@pytest.mark.parametrize("keys", [9, pytest.param(700, marks=long_form)])
+def test_a_known_call_reads_and_writes_its_own_arrays(keys, options, monkeypatch):
+    case, made = Case("known", B=1, H=2, L=1, S=keys, D=8), []
+    rng = np.random.default_rng(3)
+    for _ in range(2):
+        given = dict(options)
+        for name, array in (("attn_mask", rng.random((1, keys)) < 0.7), ("kv_lengths", rng.integers(3, 9, 1)),
+                            ("alibi_slopes", rng.random(2, np.float32))):
+            if name in given:
+                given[name] = put(array)
+        made.append(([put(x + rng.random(dtype=np.float32)) for x in case.qkv()], given))
+    made.append(([made[0][0][0], made[1][0][1], made[0][0][2]], made[1][1]))
+
+    def results(arrays, given):
+        found = edgeattn.scaled_dot_product_attention(*arrays, **given)
+        return [x.numpy() for x in (found if isinstance(found, tuple) else (found,))]
+
+    known = [results(*one) for one in made]
+    assert len(on_cuda._KNOWN) == 1
+    for one, ours in zip(made, known, strict=True):
+        on_cuda._KNOWN.clear()
+        for x, y in zip(ours, results(*one), strict=True):
+            np.testing.assert_array_equal(x, y)
+    monkeypatch.setattr(host, "attend", None)  # a known call does not come by here
+    results(*made[0])
+
+
+def test_an_array_given_twice_is_not_taken_for_two():
+    q, k, v = map(put, Case("twice", B=1, H=2, L=5, S=5, D=8).qkv())
+    alone = edgeattn.scaled_dot_product_attention(q, k, v).numpy()
+    on_cuda._KNOWN.clear()
+    for precision in ("float32", "int8"):
+        edgeattn.scaled_dot_product_attention(q, q, q, precision=precision)
+    np.testing.assert_array_equal(edgeattn.scaled_dot_product_attention(q, k, v).numpy(), alone)
+
+
+@emulated_only
+def test_arrays_of_torch_give_arrays_of_torch_on_its_stream(device, monkeypatch):
+    class Tensor:
+        """What is asked of a torch.Tensor on a GPU."""
+
+        __module__, is_cuda, requires_grad, device = "torch", True, False, "cuda:1"
+
+        def __init__(self, array):
+            self.ours, self.shape, self.dtype = array, array.shape, f"torch.{array.dtype.name}"
+            self.data_ptr, self.numpy = lambda: array.pointer, array.numpy
+            self.stride = lambda: tuple(n // array.dtype.itemsize for n in array.strides)
+            self.__cuda_array_interface__ = array.__cuda_array_interface__
+
+    stream = types.SimpleNamespace(cuda_stream=99)
+    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(
+        float32=np.float32, int8=np.int8,
+        cuda=types.SimpleNamespace(current_stream=lambda device: {"cuda:1": stream}[device]),
+        empty=lambda shape, dtype, device: {"cuda:1": Tensor}[device](driver_module.driver().empty(shape, dtype))))
+    arrays = Case("torch", B=1, H=2, L=5, S=9, D=8).qkv()
+    for precision in ("float32", "int8"):
+        want = edgeattn.scaled_dot_product_attention(*map(put, arrays), precision=precision).numpy()
+        for _ in range(2):
+            device.streams.clear()
+            got = edgeattn.scaled_dot_product_attention(*(Tensor(put(x)) for x in arrays), precision=precision)
+            assert type(got) is Tensor and set(device.streams) == {99}
+            np.testing.assert_array_equal(got.numpy(), want)
 
 
 @emulated_only

@@ -19,7 +19,7 @@ from cuda_emulated import emulated_only
 from kernels_under_test import ASYMMETRIC, make_layer
 
 from edgeattn.cuda import driver as driver_module
-from edgeattn.cuda import host
+from edgeattn.cuda import host, layers
 from edgeattn.cuda.language import Kernel, int32
 from edgeattn.cuda.ptx import load_b32, store_b32, thread
 from edgeattn.on_cuda import functional as on_cuda
@@ -32,9 +32,10 @@ IN_HOST = {"attention": "fa", "merge": "fm", "linear": "fl", "quantize": "qz", "
 
 @contextlib.contextmanager
 def planted(name, old, new):
-    """The kernels, built anew with one place of one file changed, in place of those that host.py launches."""
+    """The kernels, built anew with one place of one file changed, in place of those that are launched."""
     kept = {module: sys.modules[f"edgeattn.cuda.{module}"] for module in ORDER}
-    in_host = {module: getattr(host, attribute) for module, attribute in IN_HOST.items()}
+    used = [(where, module, attribute, getattr(where, attribute)) for where in (host, layers)
+            for module, attribute in IN_HOST.items() if hasattr(where, attribute)]
     try:
         for module in ORDER:
             text = Path(kept[module].__file__).read_text(encoding="utf-8")
@@ -45,15 +46,16 @@ def planted(name, old, new):
             made.__package__ = "edgeattn.cuda"
             exec(compile(text, kept[module].__file__, "exec"), made.__dict__)
             sys.modules[made.__name__] = made
-            if module in IN_HOST:
-                setattr(host, IN_HOST[module], made)
+            for where, of, attribute, _ in used:
+                if of == module:
+                    setattr(where, attribute, made)
         on_cuda._KNOWN.clear()
         yield
     finally:
         for module in ORDER:
             sys.modules[f"edgeattn.cuda.{module}"] = kept[module]
-        for module, attribute in IN_HOST.items():
-            setattr(host, attribute, in_host[module])
+        for where, _, attribute, before in used:
+            setattr(where, attribute, before)
 
 
 def check_case(**options):

@@ -1,6 +1,6 @@
-"""Arrays on the device: an address, a shape, strides, whoever made them; and who makes results of the same kind."""
+"""Arrays on the device: an address, a shape, strides, and whoever made them."""
 import dataclasses
-import sys
+import math
 
 import numpy as np
 
@@ -37,7 +37,7 @@ class View:
     @property
     def size(self):
         """Number of elements."""
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
     @property
     def contiguous(self):
@@ -102,70 +102,3 @@ def view(name, array):
     pointer, read_only = interface["data"]
     strides = c_strides(shape, dtype) if strides is None else tuple(strides)
     return View(array, pointer or 0, shape, strides, dtype, read_only)
-
-
-def _described(array):
-    """(address, everything else about an array that decides how it is read), without making a View."""
-    interface = array.__cuda_array_interface__
-    pointer = interface["data"][0]
-    return pointer, (interface["data"][1], interface["shape"], interface["strides"], interface["typestr"], pointer % 16)
-
-
-class _Torch:
-    """Arrays of PyTorch: its allocator, its current stream."""
-
-    @staticmethod
-    def describe(array):
-        pointer = array.data_ptr()
-        return pointer, (array.dtype, array.shape, array.stride(), array.device, array.requires_grad, pointer % 16)
-
-    @staticmethod
-    def empty(shape, dtype, like):
-        torch = sys.modules["torch"]
-        return torch.empty(shape, dtype=getattr(torch, np.dtype(dtype).name), device=like.device)
-
-    @staticmethod
-    def stream(like):
-        return sys.modules["torch"].cuda.current_stream(like.device).cuda_stream
-
-
-class _CuPy:
-    """Arrays of CuPy: its memory pool, its current stream."""
-
-    describe = staticmethod(_described)
-
-    @staticmethod
-    def empty(shape, dtype, like):
-        return sys.modules["cupy"].empty(shape, dtype)
-
-    @staticmethod
-    def stream(like):
-        return sys.modules["cupy"].cuda.get_current_stream().ptr
-
-
-class _Ours:
-    """Arrays of this package or of anybody else: memory of ours, the stream the array names or the default one."""
-
-    describe = staticmethod(_described)
-
-    @staticmethod
-    def empty(shape, dtype, like):
-        from edgeattn.cuda.driver import driver
-
-        return driver().empty(shape, dtype)
-
-    @staticmethod
-    def stream(like):
-        return getattr(like, "__cuda_array_interface__", {}).get("stream") or 0
-
-
-_KINDS = {"torch": _Torch, "cupy": _CuPy}
-_OF_TYPE = {}
-
-
-def kind(array):
-    """Who makes arrays of the same kind: an object with empty(shape, dtype, like), stream(like) and describe(array)."""
-    found = _OF_TYPE.get(type(array))
-    if found is None:
-        found = _OF_TYPE[type(array)] = _KINDS.get(type(array).__module__.partition(".")[0], _Ours)
-    return found

@@ -101,10 +101,12 @@ class Driver:
 
     def _here(self):
         """The device of the current context; without one, the first device's primary context becomes current."""
-        if not int(self._check(self._api.cuCtxGetCurrent())):
+        status, device = self._api.cuCtxGetDevice()
+        if status:  # there is no context
             device = self._check(self._api.cuDeviceGet(0))
             self._check(self._api.cuCtxSetCurrent(self._check(self._api.cuDevicePrimaryCtxRetain(device))))
-        return int(self._check(self._api.cuCtxGetDevice()))
+            device = self._check(self._api.cuCtxGetDevice())
+        return int(device)
 
     def name(self):
         """The GPU's name."""

@@ -10,19 +10,19 @@ from edgeattn.on_cuda.masks import device_masks
 
 def views(**arrays):
     """Views of arrays on the device by their names, and what is said of them as (like, stream)."""
-    from edgeattn.cuda.arrays import kind, view
+    from edgeattn.cuda.arrays import view
 
     found = [view(name, array) for name, array in arrays.items()]
     first = next(iter(arrays.values()))
-    return found, first, kind(first).stream(first)
+    return found, first, _kind()(first).stream(first)
 
 
 def result_array(out, shape, dtype, like, inputs):
     """(array, View) that takes a result: the caller's `out`, checked, or a new one of the kind of `like`."""
-    from edgeattn.cuda.arrays import kind, view
+    from edgeattn.cuda.arrays import view
 
     if out is None:
-        made = kind(like).empty(shape, dtype, like)
+        made = _kind()(like).empty(shape, dtype, like)
         return made, view("out", made)
     taken = view("out", out)
     if taken.dtype != dtype:
@@ -56,9 +56,11 @@ def numbers(**arrays):
 
 
 # A call that was checked once is known by the layouts of its arrays and by its options: the next one like it is the
-# same launch with other addresses.
+# same launches with other addresses. Arrays by their places: query, key, value, out, attn_mask, kv_lengths,
+# alibi_slopes, then the probabilities and the log of the sum.
 _KNOWN = {}
 _MOST = 256
+_OUT, _MASK, _LENGTHS, _SLOPES, _WEIGHTS, _LSE = range(3, 9)
 
 
 def again(arrays, options):
@@ -68,8 +70,9 @@ def again(arrays, options):
     """
     if not _KNOWN:
         return None
-    kind, driver = _machine()
-    kinds, pointers, key = kind(arrays[0]), [], [options, tuple(map(type, options))]
+    kind = _kind()
+    like = arrays[0]
+    kinds, pointers, key = kind(like), [], [options, tuple(map(type, options))]
     try:
         for array in arrays:
             pointer, layout = (0, None) if array is None else kind(array).describe(array)
@@ -80,41 +83,43 @@ def again(arrays, options):
         return None
     if known is None:
         return None
-    kernel, grid, numbers, has_bias, spans, made = known
-    q, k, v, out, mask, lengths, slopes = pointers
-    result = arrays[3]
-    if result is None:
-        result = kinds.empty(*made, arrays[0])
-        out = kinds.describe(result)[0]
-    else:
-        low, high = out + spans[3][0], out + spans[3][1]
+    record, spans, made = known
+    results, out = [], arrays[_OUT]
+    if out is not None:
+        low, high = pointers[_OUT] + spans[_OUT][0], pointers[_OUT] + spans[_OUT][1]
         for pointer, (begin, end) in zip(pointers[:3], spans[:3], strict=True):
             if pointer + begin < high and low < pointer + end:
                 return None
-    keep, bias = (0, mask) if has_bias else (mask, 0)
-    addresses = (q, k, v, out, 0, keep, bias, lengths, slopes, 0, 0, 0)
-    driver().launch(kernel, grid, addresses, numbers, kinds.stream(arrays[0]))
-    return result
+        results.append(out)
+    pointers += 0, 0
+    for place, shape, dtype in made[out is not None:]:
+        results.append(kinds.empty(shape, dtype, like))
+        pointers[place] = kinds.address(results[-1])
+    scratch = kinds.empty((record.scratch,), np.int8, like) if record.scratch else None
+    pointers += kinds.address(scratch) if record.scratch else 0, 0
+    record.replay(pointers, kinds.stream(like))
+    return tuple(results) if len(results) > 1 else results[0]
 
 
 @functools.cache
-def _machine():
-    """What `again` needs of edgeattn.cuda, imported once."""
-    from edgeattn.cuda.arrays import kind
-    from edgeattn.cuda.driver import driver
+def _kind():
+    """`edgeattn.cuda.kinds.kind`, imported once."""
+    from edgeattn.cuda.kinds import kind
 
-    return kind, driver
+    return kind
 
 
-def _remember(call, plan, has_bias, inputs, out):
-    kind, _ = _machine()
+def _remember(call, record, inputs, made):
+    """Know the call from now on: inputs, Views of query, key and value, and made, pairs of a place and a View."""
+    kind = _kind()
     arrays, options = call
-    spans = [tuple(edge - array.pointer for edge in array.span()) for array in (*inputs, out)]
+    spans = [tuple(edge - array.pointer for edge in array.span()) for array in (*inputs, made[0][1])]
     if len(_KNOWN) >= _MOST:
         _KNOWN.clear()
     try:
         layouts = [None if array is None else kind(array).describe(array)[1] for array in arrays]
-        _KNOWN[(options, tuple(map(type, options)), *layouts)] = (*plan, has_bias, spans, (out.shape, out.dtype))
+        _KNOWN[(options, tuple(map(type, options)), *layouts)] = (
+            record, spans, [(place, view.shape, view.dtype) for place, view in made])
     except (AttributeError, TypeError):  # an array of DLPack alone, a window_size given as a list
         return
 
@@ -129,6 +134,7 @@ def scaled_dot_product_attention(query, key, value, attn_mask, is_causal, causal
     """
     from edgeattn.cuda import host
     from edgeattn.cuda.arrays import view
+    from edgeattn.cuda.record import placed, take
     from edgeattn.functional import default_scale
 
     (q, k, v), like, stream = views(query=query, key=key, value=value)
@@ -140,33 +146,31 @@ def scaled_dot_product_attention(query, key, value, attn_mask, is_causal, causal
     lead, heads = (q.shape[:-3], q.shape[-3]) if q.ndim > 2 else ((), 1)
     queries, keys = q.shape[-2], k.shape[-2]
     shape = q.shape[:-1] + v.shape[-1:]
-    masks = device_masks((*lead, heads, queries, keys), view, attn_mask, is_causal=is_causal,
-                         causal_alignment=causal_alignment, window_size=window_size, kv_lengths=kv_lengths,
-                         alibi_slopes=alibi_slopes)
-    result, taken = result_array(out, shape, q.dtype, like, (q, k, v))
-    lse = lse_view = weights = weights_view = None
-    if return_lse:
-        lse, lse_view = result_array(None, q.shape[:-1], np.dtype(np.float32), like, ())
-    if return_weights:
-        weights, weights_view = result_array(None, (*q.shape[:-1], keys), q.dtype, like, ())
-    if any(array is not None and array.size for array in (taken, lse_view, weights_view)):
-        batch = int(np.prod(lead, dtype=np.int64))
+    places = {"attn_mask": _MASK, "kv_lengths": _LENGTHS, "alibi_slopes": _SLOPES}
+    masks = device_masks((*lead, heads, queries, keys), lambda name, array: placed(view(name, array), places[name]),
+                         attn_mask, is_causal=is_causal, causal_alignment=causal_alignment, window_size=window_size,
+                         kv_lengths=kv_lengths, alibi_slopes=alibi_slopes)
+    results, made = zip(*(
+        result_array(given, wanted, dtype, like, inputs) for is_wanted, given, wanted, dtype, inputs in (
+            (True, out, shape, q.dtype, (q, k, v)),
+            (return_weights, None, (*q.shape[:-1], keys), q.dtype, ()),
+            (return_lse, None, q.shape[:-1], np.dtype(np.float32), ())) if is_wanted), strict=True)
+    made_at = [_OUT, *([_WEIGHTS] if return_weights else []), *([_LSE] if return_lse else [])]
+    if any(array.size for array in made):
+        batch, kv_heads = int(np.prod(lead, dtype=np.int64)), k.shape[-3] if k.ndim > 2 else 1
 
-        def four(array, count):
-            return array.reshape(batch, count, *array.shape[-2:])
+        def four(array, count, place):
+            return placed(array.reshape(batch, count, *array.shape[-2:]), place)
 
-        kv_heads = k.shape[-3] if k.ndim > 2 else 1
-        if lse_view is not None:
-            lse_view = dataclasses.replace(lse_view, shape=(batch, heads, queries))
-        if precision == "int8" and keys and q.shape[-1]:
-            host.attend_int8(four(q, heads), four(k, kv_heads), four(v, kv_heads), four(taken, heads), scale, stream,
-                             like, **masks)
-            return result
-        precision = "float32" if precision == "int8" else precision
-        plan = host.attend(four(q, heads), four(k, kv_heads), four(v, kv_heads), four(taken, heads), scale, softcap,
-                           lse=lse_view, weights=None if weights_view is None else four(weights_view, heads),
-                           precision=precision, stream=stream, like=like, **masks)
-        if plan and not return_lse:
-            _remember(call, plan, "bias" in masks, (q, k, v), taken)
-    found = [result, *([weights] if return_weights else []), *([lse] if return_lse else [])]
-    return tuple(found) if len(found) > 1 else result
+        arrays = [four(x, count, place) for place, (x, count) in enumerate(((q, heads), (k, kv_heads), (v, kv_heads)))]
+        arrays.append(four(made[0], heads, _OUT))
+        weights = four(made[1], heads, _WEIGHTS) if return_weights else None
+        lse = placed(dataclasses.replace(made[-1], shape=(batch, heads, queries)), _LSE) if return_lse else None
+        with take() as record:
+            if precision == "int8" and keys and q.shape[-1]:
+                host.attend_int8(*arrays, scale, stream=stream, like=like, **masks)
+            else:
+                host.attend(*arrays, scale, softcap, lse=lse, weights=weights, stream=stream, like=like,
+                            precision="float32" if precision == "int8" else precision, **masks)
+        _remember(call, record, (q, k, v), list(zip(made_at, made, strict=True)))
+    return results if len(results) > 1 else results[0]

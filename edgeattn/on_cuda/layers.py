@@ -68,8 +68,9 @@ class OnCuda:
 
         host : dtype that a NumPy result shall have, or None for arrays on the device.
         """
-        from edgeattn.cuda.arrays import kind, on_device, view
+        from edgeattn.cuda.arrays import on_device, view
         from edgeattn.cuda.driver import driver
+        from edgeattn.cuda.kinds import kind
 
         first, host = self.layer._query_name, None
         given = {first: query, "key": key, "value": value}
@@ -122,7 +123,7 @@ class FloatOnCuda(OnCuda):
             raise ValueError(f"precision must be 'float32', 'float16' or 'tf32', got {precision!r}; for int8 see "
                              "quant.quantize")
         super().__init__(layer)
-        from edgeattn.cuda.host import FloatLayer
+        from edgeattn.cuda.layers import FloatLayer
 
         names = ("q", "k", "v", "out", "gate")
         self._kernels = FloatLayer(
@@ -226,7 +227,7 @@ class DynamicOnCuda(FloatOnCuda):
 
     def __init__(self, layer):
         OnCuda.__init__(self, layer)
-        from edgeattn.cuda.host import DynamicLayer
+        from edgeattn.cuda.layers import DynamicLayer
 
         weights = {name: (linear.weight, linear.scale) for name, linear in layer.weights.items()}
         self._kernels = DynamicLayer(layer.num_heads, layer.num_kv_heads, weights, layer.biases, layer.scale)
@@ -240,7 +241,7 @@ class StaticOnCuda(OnCuda):
         super().__init__(layer)
         from edgeattn.cuda.arrays import view
         from edgeattn.cuda.driver import driver
-        from edgeattn.cuda.host import StaticLayer
+        from edgeattn.cuda.layers import StaticLayer
 
         self._kernels = StaticLayer(**layer._kernel_parameters(), softmax=layer.kernel_set.softmax)
         self._tables = None if layer._tables is None else view("tables", driver().array(layer._tables))
@@ -258,7 +259,7 @@ class StaticOnCuda(OnCuda):
     def run_int8(self, query, key=None, value=None, *, attn_mask=None, key_padding_mask=None, is_causal=False,
                  causal_alignment=None, window_size=NO_WINDOW, kv_cache=None, need_weights=False, out=None):
         """Attention on codes, equal to the named kernel set; arguments and result as the layer's on the CPU."""
-        from edgeattn.cuda.host import band_of
+        from edgeattn.cuda.layers import band_of
 
         layer = self.layer
         need_weights = flag("need_weights", need_weights)
