@@ -18,7 +18,8 @@ import numpy as np
 BLOCK = 1e-3  # seconds that one contender is timed in one round, or one call where that takes longer
 WARM_BELOW = 3e-3  # a call shorter than this is made once untimed before its block, to find its data in the caches
 FEWEST_ROUNDS, MOST_ROUNDS = 7, 61
-SETTLE = 2e-3  # with several threads: how long others' threads may still spin for work after their call
+SETTLE = 2e-3  # seconds without work of any thread, before a block on several threads
+LONGEST_SETTLE = 0.5  # OpenBLAS's threads look for work for 0.1 s after a product, onnxruntime's for 25 ms
 
 
 def interleave(calls: Mapping[str, Callable], *, seconds: float, threads: int = 1, seed: int = 0) -> dict[str, list]:
@@ -54,7 +55,7 @@ def interleave(calls: Mapping[str, Callable], *, seconds: float, threads: int = 
             for i in rng.permutation(len(names)):
                 name = names[i]
                 if threads > 1:
-                    time.sleep(SETTLE)
+                    _settle()
                 times[name].append(_block(calls[name], clock, *repeats[name]))
     finally:
         if collecting:
@@ -67,6 +68,16 @@ def _repeats(call, clock):
     call()
     once = min(_block(call, clock, 1, False) for _ in range(2))
     return max(1, int(BLOCK / max(once, 1e-7))), once < WARM_BELOW
+
+
+def _settle():
+    """Wait until the threads of the call before sleep; awake they look for work, on a processor that others need."""
+    end = time.perf_counter() + LONGEST_SETTLE
+    while time.perf_counter() < end:
+        before = time.process_time()
+        time.sleep(SETTLE)
+        if time.process_time() - before < SETTLE / 10:
+            break
 
 
 def _block(call, clock, repeats, warm):

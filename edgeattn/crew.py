@@ -3,9 +3,11 @@
 A hand-over through Python needs the interpreter's lock on both sides and a wake-up by the kernel: tens of microseconds,
 as long as a whole small layer. Here the threads of a crew wait in `serve`, compiled and without that lock, for the
 state word of a board to change; a caller posts a job there, and everybody, the caller too, claims its parts one by
-one. A thread that is late finds nothing left: nobody waits for a thread that has not begun.
+one. A thread that is late finds nothing left: nobody waits for a thread that has not begun. One that has waited for
+long sleeps in the kernel, from where the next job's poster wakes it, still without the interpreter.
 """
 import os
+import sys
 
 import numba
 import numpy as np
@@ -18,12 +20,27 @@ from edgeattn.isa import ISA
 from edgeattn.jit import inlined, jit
 
 # Positions on a board, int64 elements; what different threads write lies on different cache lines.
-STATE, FINISHED, CODE, DATA, STOP, BOARD_SIZE = 0, 8, 16, 17, 24, 32
+STATE, FINISHED, CODE, DATA, STOP, _BEDS = 0, 8, 16, 17, 24, 32
+# Then a bed for each thread that serves: how it sleeps, its number in the kernel, a semaphore of the C library, the
+# processors it may use, and those it is to wake on.
+_SLEEP, _THREAD, _SEMAPHORE, _HOME, _AWAY, _BED_SIZE = 0, 1, 2, 8, 24, 40
+_AWAKE, _ASLEEP, _ROUSED, _MOVED = 0, 1, 2, 3
+_MOST_PROCESSORS = 64 * (_AWAY - _HOME)
 # The state word: generation, then the next part nobody has claimed, then the number of parts.
 _NEXT, _GENERATION, _FIELD = np.int64(20), np.int64(40), np.int64((1 << 20) - 1)
 MOST_PARTS = 1 << 20
-_SPINS_BEFORE_YIELD = 2000
 PATIENCE = 4000 if ISA.x86 else 16000  # looks at the board before going to sleep: about 0.2 ms
+# A thread of ours may have lost its processor to the caller who waits for it. Any other gets a whole slice by a yield,
+# so that comes late: after about a millisecond.
+_SPINS_BEFORE_YIELD = 5 * PATIENCE
+
+CAN_SLEEP = sys.platform == "linux"  # in compiled code: with what follows, of the C library
+_sem_init = types.ExternalFunction("sem_init", types.int32(types.int64, types.int32, types.uint32))
+_sem_wait = types.ExternalFunction("sem_wait", types.int32(types.int64))
+_sem_post = types.ExternalFunction("sem_post", types.int32(types.int64))
+_sched_getcpu = types.ExternalFunction("sched_getcpu", types.int32())
+_sched_getaffinity = types.ExternalFunction("sched_getaffinity", types.int32(types.int32, types.int64, types.int64))
+_sched_setaffinity = types.ExternalFunction("sched_setaffinity", types.int32(types.int32, types.int64, types.int64))
 
 _I32, _I64, _VOID = ir.IntType(32), ir.IntType(64), ir.VoidType()
 _JOB = ir.FunctionType(_VOID, [_I64, _I64, _I64])
@@ -131,6 +148,22 @@ def give_way(typing):
     return types.void(), generate
 
 
+@intrinsic
+def fence(typing):
+    """What was written before is seen by others before anything after this is read."""
+    def generate(context, builder, sig, args):
+        builder.fence("seq_cst")
+    return types.void(), generate
+
+
+@intrinsic
+def address(typing, board, at):
+    """Where board[at] is."""
+    def generate(context, builder, sig, args):
+        return builder.ptrtoint(_word(context, builder, sig.args[0], *args), _I64)
+    return types.int64(board, types.intp), generate
+
+
 @inlined
 def claim(board):
     """The next part of the posted job, now this thread's to run; -1 if there is none."""
@@ -141,6 +174,45 @@ def claim(board):
             return np.int64(-1)
         if exchange(board, STATE, state, state + (np.int64(1) << _NEXT)):
             return part
+
+
+@separate
+def rouse(board):
+    """Wake those who sleep by the board, each on another processor than this thread's.
+
+    Left to itself Linux may wake a thread beside the one that wakes it; both busy, they share that processor for
+    milliseconds. Awake, it may use its own processors again.
+    """
+    fence()
+    for bed in range(_BEDS, board.size, _BED_SIZE):
+        if read(board, bed + _SLEEP) != _ASLEEP or not exchange(board, bed + _SLEEP, _ASLEEP, _ROUSED):
+            continue
+        thread, size, others = board[bed + _THREAD], _MOST_PROCESSORS // 8, np.int64(0)
+        # A sandbox may forbid any of this: then the kernel's choice stands.
+        if _sched_getaffinity(thread, size, address(board, bed + _HOME)) == 0:
+            here = max(np.int64(_sched_getcpu()), np.int64(0))
+            for i in range(_AWAY - _HOME):
+                here_too = np.int64(1) << here % 64 if i == here // 64 else np.int64(0)
+                board[bed + _AWAY + i] = board[bed + _HOME + i] & ~here_too
+                others |= board[bed + _AWAY + i]
+        moved = others != 0 and _sched_setaffinity(thread, size, address(board, bed + _AWAY)) == 0
+        write(board, bed + _SLEEP, _MOVED if moved else _AWAKE)
+        _sem_post(address(board, bed + _SEMAPHORE))
+
+
+@inlined
+def sleep(board, bed):
+    """Sleep until roused; not if there is something to claim, or an end."""
+    write(board, bed + _SLEEP, _ASLEEP)
+    fence()
+    state = read(board, STATE)
+    nothing = (state >> _NEXT) & _FIELD >= state & _FIELD and read(board, STOP) == 0
+    if not nothing and exchange(board, bed + _SLEEP, _ASLEEP, _AWAKE):
+        return
+    while _sem_wait(address(board, bed + _SEMAPHORE)) != 0:  # a signal interrupts it
+        pass
+    if read(board, bed + _SLEEP) == _MOVED:
+        _sched_setaffinity(0, _MOST_PROCESSORS // 8, address(board, bed + _HOME))
 
 
 @inlined
@@ -157,6 +229,8 @@ def share(board, parts, function, *arguments):
     board[CODE], board[DATA], board[FINISHED] = code, data, 0
     generation = (read(board, STATE) >> _GENERATION) + 1
     write(board, STATE, (generation << _GENERATION) | parts)
+    if CAN_SLEEP:
+        rouse(board)
     while True:
         part = claim(board)
         if part < 0:
@@ -172,18 +246,43 @@ def share(board, parts, function, *arguments):
 
 
 @jit
-def serve(board, worker, patience):
-    """Run parts of whatever is posted; True when nothing came for `patience` looks, False when told to stop."""
+def serve(board, worker, thread, patience):
+    """Run parts of whatever is posted, until told to stop; sleep when nothing has come for `patience` looks.
+
+    `thread` is this one's number in the operating system. False when told to stop; where compiled code cannot sleep,
+    True instead of that.
+    """
+    bed = _BEDS + (worker - 1) * _BED_SIZE
+    if CAN_SLEEP:
+        board[bed + _THREAD] = thread
+        _sem_init(address(board, bed + _SEMAPHORE), 0, 0)
     idle = 0
-    while idle < patience:
+    while True:
         part = claim(board)
         if part >= 0:
             call(board[CODE], board[DATA], worker, part)
             add(board, FINISHED, 1)
             idle = 0
-            continue
-        if read(board, STOP) != 0:
+        elif read(board, STOP) != 0:
             return False
-        relax()
-        idle += 1
-    return True
+        elif idle < patience:
+            relax()
+            idle += 1
+        elif not CAN_SLEEP:
+            return True
+        else:
+            sleep(board, bed)
+            idle = 0
+
+
+@jit
+def dismiss(board):
+    """Have those who serve a board end once they have done what they have begun."""
+    write(board, STOP, 1)
+    if CAN_SLEEP:
+        rouse(board)
+
+
+def board_size(workers):
+    """Elements of a board that so many threads serve."""
+    return _BEDS + workers * _BED_SIZE

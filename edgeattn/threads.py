@@ -3,10 +3,9 @@
 Numba's own layers are not used: `workqueue` aborts when two Python threads enter it, `omp` kills a forked child.
 """
 import atexit
-import contextlib
-import ctypes
 import os
 import threading
+import time
 
 import numpy as np
 
@@ -15,6 +14,7 @@ from edgeattn import crew
 # Below this many operations a hand-over to another thread costs more than it saves.
 SMALLEST_SHARED_WORK = 2_000_000
 ALIGNMENT = 64  # bytes: one cache line, and the widest vector
+_NAP = 1e-3  # seconds between a thread's looks for work, where compiled code cannot sleep until there is some
 _KEPT = 8  # scratch buffers kept for the next call
 
 _lock = threading.Lock()
@@ -22,7 +22,6 @@ _count = 1
 _crew = None
 _scratch = []
 _ALONE = np.zeros(0, np.int64)
-_current_cpu = getattr(ctypes.CDLL(None), "sched_getcpu", None) if hasattr(os, "sched_setaffinity") else None
 
 
 class _Crew:
@@ -30,59 +29,26 @@ class _Crew:
 
     def __init__(self, workers):
         self.taken = threading.Lock()
-        self.board = aligned(crew.BOARD_SIZE, np.int64)
+        self.board = aligned(crew.board_size(workers), np.int64)
         self.board[:] = 0
-        self._asleep = [False] * workers
-        self._homes = [None] * workers
-        self._beds = [threading.Lock() for _ in range(workers)]
-        self._threads = [threading.Thread(target=self._work, args=(i,), name=f"edgeattn-{i}", daemon=True)
+        self.count = workers + 1
+        self._threads = [threading.Thread(target=self._work, args=(i + 1,), name=f"edgeattn-{i}", daemon=True)
                          for i in range(workers)]
-        for bed, thread in zip(self._beds, self._threads, strict=True):
-            bed.acquire()
+        for thread in self._threads:
             thread.start()
 
-    def _work(self, i):
-        while crew.serve(self.board, i + 1, crew.PATIENCE):
-            self._asleep[i] = True
-            self._beds[i].acquire()  # until somebody wakes it; a job posted just before this is done without it
-            if self._homes[i] is not None:
-                with contextlib.suppress(OSError):
-                    os.sched_setaffinity(0, self._homes[i])
-
-    def wake(self):
-        """Bring the threads back to the board."""
-        for i, asleep in enumerate(self._asleep):
-            if asleep:
-                if _current_cpu is not None:
-                    self._keep_away(i)
-                self._asleep[i] = False
-                self._beds[i].release()
-
-    def _keep_away(self, i):
-        """Have a thread wake on another processor than the caller's; awake, it may use its own again.
-
-        Linux may wake a thread beside the one that wakes it; both busy, they share that processor for milliseconds.
-        """
-        thread, self._homes[i] = self._threads[i].native_id, None
-        with contextlib.suppress(OSError):  # a sandbox may forbid it: then the kernel's choice stands
-            home = os.sched_getaffinity(thread)
-            if others := home - {_current_cpu()}:
-                os.sched_setaffinity(thread, others)
-                self._homes[i] = home
+    def _work(self, worker):
+        while crew.serve(self.board, worker, threading.get_native_id(), crew.PATIENCE):
+            time.sleep(_NAP)
 
     def dismiss(self):
         """End the threads once they have done what they have begun."""
-        self.board[crew.STOP] = 1
-        with self.taken:  # nobody else wakes them meanwhile
-            self.wake()
+        crew.dismiss(self.board)
 
     def join(self):
         """Wait for the threads to end."""
         for thread in self._threads:
-            while thread.is_alive():  # one may have fallen asleep just after it was told to stop
-                thread.join(0.01)
-                with self.taken:
-                    self.wake()
+            thread.join()
 
 
 def set_num_threads(n):
@@ -138,10 +104,7 @@ def _take_crew():
             if _count == 1:
                 return None
             _crew = _Crew(_count - 1)
-        taken = _crew if _crew.taken.acquire(blocking=False) else None
-    if taken is not None:
-        taken.wake()
-    return taken
+        return _crew if _crew.taken.acquire(blocking=False) else None
 
 
 def aligned(count, dtype):
@@ -184,7 +147,7 @@ def run(function, arguments, dtype, shared_size, private_size, work):
         function(*arguments, memory, _ALONE, 1)
     else:
         try:
-            count = len(mates._beds) + 1
+            count = mates.count
             memory = borrow(shared_size + count * private_size, dtype)
             function(*arguments, memory, mates.board, count)
         finally:

@@ -56,8 +56,9 @@ def device(request, monkeypatch):
 
     from edgeattn.cuda import driver as driver_module
     from edgeattn.on_cuda import functional as on_cuda
+    from edgeattn.on_cuda.known import Known
 
     found = driver_module.Driver() if request.config.getoption("--cuda") else EmulatedDriver()
     monkeypatch.setattr(driver_module, "_current", found)
-    monkeypatch.setattr(on_cuda, "_KNOWN", {})  # launches that another driver knew
+    monkeypatch.setattr(on_cuda, "_KNOWN", Known())  # launches that another driver knew
     return found

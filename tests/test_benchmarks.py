@@ -1,12 +1,26 @@
 """The benchmark: its quick form runs, a wrong answer is refused, and its arithmetic is right."""
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from workbench import needs_compiler
 
-from benchmarks import cases, contenders, cuda, decode, functional, limits, machine, measure, readme, start, targets
+from benchmarks import (
+    cases,
+    contenders,
+    cuda,
+    decode,
+    functional,
+    limits,
+    machine,
+    measure,
+    readme,
+    start,
+    targets,
+    timing,
+)
 from benchmarks.__main__ import main
 from benchmarks.contenders import OURS, Contender, WrongAnswerError
 from benchmarks.functional import Shape
@@ -21,6 +35,22 @@ OUR_NAMES = ["edgeattn float32", "edgeattn int8", "edgeattn dynamic", "numpy"]
 @pytest.fixture(scope="module")
 def problem():
     return Problem(SMALL)
+
+
+@pytest.mark.parametrize("working, pauses", [
+    (0, FEWEST_ROUNDS), (3, FEWEST_ROUNDS + 3), (10**6, FEWEST_ROUNDS * timing.LONGEST_SETTLE / timing.SETTLE)])
+def test_a_block_on_several_threads_begins_when_no_thread_works_any_more(working, pauses, monkeypatch):
+    wall = processor = slept = 0.0
+
+    def sleep(seconds):
+        nonlocal wall, processor, slept
+        wall, slept = wall + seconds, slept + 1
+        processor += seconds if slept <= working else 0  # somebody else works for so many pauses
+
+    monkeypatch.setattr(timing, "time", SimpleNamespace(
+        sleep=sleep, perf_counter=lambda: wall, process_time=lambda: processor))
+    interleave({"one": lambda: None}, seconds=0, threads=2)
+    assert slept == pytest.approx(pauses, rel=0.01)
 
 
 def test_grid():

@@ -1,5 +1,9 @@
 """Jobs handed from compiled code to waiting threads: every part once, whoever runs it."""
+import os
+import subprocess
+import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -21,6 +25,22 @@ def mark(done, workers, steps, worker, part):
 @jit
 def run(done, workers, steps, scratch, board, count):
     crew.share(board, done.size, mark, done, workers, steps)
+
+
+@crew.separate
+def locate(processors, steps, worker, part):
+    """Note which processor a worker runs its first part on, then work for a while."""
+    if processors[worker] < 0:
+        processors[worker] = crew._sched_getcpu()
+    x = 0.0
+    for i in range(steps):
+        x += np.sqrt(x + i)
+    processors[-1] += 1 if x >= 0 else 0
+
+
+@jit
+def run_locate(processors, parts, steps, scratch, board, count):
+    crew.share(board, parts, locate, processors, steps)
 
 
 @pytest.fixture(autouse=True)
@@ -81,3 +101,66 @@ def test_no_thread_is_left_behind():
     assert sum(thread.name.startswith("edgeattn") for thread in threading.enumerate()) == 2
     threads.set_num_threads(1)
     assert not any(thread.name.startswith("edgeattn") for thread in threading.enumerate())
+
+
+def asleep():
+    """Wait until the one thread of the crew sleeps."""
+    end = time.monotonic() + 30
+    while threads._crew.board[crew._BEDS + crew._SLEEP] != crew._ASLEEP:
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def processors_of_two():
+    """The processors where the caller and the crew's one thread begin, the thread having slept before."""
+    for _ in range(20):  # of a busy machine
+        asleep()
+        found = np.full(3, -1)
+        threads.run(run_locate, (found, 100, 30_000), np.float32, 0, 16, threads.SMALLEST_SHARED_WORK)
+        if found[1] >= 0:
+            return found[:2].tolist()
+    raise AssertionError("the thread took no part")
+
+
+@pytest.mark.skipif(not crew.CAN_SLEEP or len(os.sched_getaffinity(0)) < 2,
+                    reason="needs Linux, and two processors for this process")
+def test_a_thread_wakes_on_another_processor_than_the_callers_and_keeps_those_it_may_use():
+    threads.set_num_threads(2)
+    call(10)
+    worker, allowed = threads._crew._threads[0].native_id, os.sched_getaffinity(0)
+    try:
+        for cpu in allowed:
+            os.sched_setaffinity(0, {cpu})
+            caller, other = processors_of_two()
+            assert caller == cpu != other
+            assert os.sched_getaffinity(worker) == allowed
+        # a thread that somebody has bound to the caller's processor stays there
+        os.sched_setaffinity(worker, {cpu})
+        assert processors_of_two() == [cpu, cpu]
+        assert os.sched_getaffinity(worker) == {cpu}
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+def test_where_compiled_code_cannot_sleep_threads_look_for_work_now_and_then():
+    program = """
+import time
+import numba
+from edgeattn import crew, threads
+crew.CAN_SLEEP = False
+crew.serve = numba.njit(nogil=True)(crew.serve.py_func)  # compiled now: the cache holds it as it is on this system
+import test_crew
+threads.set_num_threads(2)
+for _ in range(200):
+    time.sleep(0.002)
+    if test_crew.call(200, 30_000) == {0, 1}:
+        break
+else:
+    raise AssertionError("the thread took no part")
+assert (threads._crew.board[crew._BEDS:] == 0).all()
+threads.set_num_threads(1)
+"""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", program], cwd=os.path.dirname(__file__), text=True,
+                          capture_output=True, timeout=120,
+                          env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    assert done.returncode == 0, done.stderr

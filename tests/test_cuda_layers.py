@@ -316,6 +316,39 @@ def test_decoding_through_a_cache_gives_what_the_whole_gives(dtype, scheme):
         assert np.linalg.norm(got - whole) < 0.03 * np.linalg.norm(whole)
 
 
+@pytest.mark.parametrize("scheme", ["float32", "dynamic", "static"])
+def test_a_known_call_of_a_layer_reads_and_writes_its_own_arrays(scheme, monkeypatch):
+    rng = np.random.default_rng(18)
+    layer = edgeattn.MultiHeadAttention(2, **parameters(rng, kv_heads=2))
+    arrays = [rng.standard_normal((2, 9, 24), np.float32) for _ in range(3)]
+    if scheme == "dynamic":
+        layer = quant.quantize(layer, scheme="dynamic")
+    if scheme == "static":
+        layer = quant.quantize(layer, quant.calibrate(layer, [{"query": x, "key": y} for x, y in zip(
+            arrays, arrays[1:], strict=False)]))
+        arrays = [layer.quantize_input(x) for x in arrays]
+    masks = [dict(attn_mask=rng.random((9, 9)) < 0.7, key_padding_mask=rng.random((2, 9)) < 0.8) for _ in range(2)]
+    x, y, z = arrays
+    calls = [((x, x), {}), ((x, y), {}), ((y, z), masks[0] | dict(need_weights=True)),
+             ((z, x), masks[1] | dict(need_weights=True))]
+    if scheme != "static":
+        calls += [((x, x, x), {}), ((x, y, z), {}), ((z,), {}), ((y,), {})]
+        calls += [((z, y), masks[n] | dict(need_weights=True, average_attn_weights=True)) for n in range(2)]
+
+    def results(placed, inputs, options):
+        call = placed.run_int8 if scheme == "static" else placed
+        found = call(*map(put, inputs), **{n: put(o) if isinstance(o, np.ndarray) else o for n, o in options.items()})
+        return [array.numpy() for array in (found if isinstance(found, tuple) else (found,))]
+
+    placed = layer.to("cuda")
+    for inputs, options in calls:
+        for ours, alone in zip(results(placed, inputs, options), results(layer.to("cuda"), inputs, options), strict=True):
+            np.testing.assert_array_equal(ours, alone)
+    assert len(placed._known) == len(calls) // 2
+    monkeypatch.setattr(placed, "_kernels", None)  # a known call does not come by here
+    results(placed, *calls[0])
+
+
 def test_errors_name_the_argument():
     rng = np.random.default_rng(8)
     weights = parameters(rng)

@@ -3,6 +3,7 @@ import numpy as np
 import oracle_kernels as oracle
 import pytest
 
+from edgeattn import threads
 from edgeattn.cpu import fused, layer_float32
 from edgeattn.cpu.functional_float32 import attention
 from edgeattn.cpu.layer_dynamic import DynamicLayer
@@ -49,6 +50,27 @@ def test_float_layer(shape):
         layer(*x, around[1:-1], **masks)
         np.testing.assert_allclose(around[1:-1], oracle.layer(*x, weights, H, Hkv, **masks), atol=3e-6)
         assert (around[0] == 77).all() and (around[-1] == 77).all()
+
+
+@pytest.mark.parametrize("B, L, S, E, H, Hkv, D, Dv, Eo", [
+    *SHAPES, (1, 32, 32, 128, 4, 4, 32, 32, 128), (2, 5, 40, 64, 8, 8, 16, 16, 100), (1, 90, 60, 64, 6, 3, 8, 24, 64),
+    (1, 1, 500, 128, 4, 4, 64, 16, 30), (1, 32, 2000, 96, 8, 8, 40, 40, 96)])
+def test_any_number_of_threads_gives_the_same_bits(B, L, S, E, H, Hkv, D, Dv, Eo, monkeypatch):
+    """Whether they take blocks of queries, or, where there are few of these, heads."""
+    monkeypatch.setattr(threads, "SMALLEST_SHARED_WORK", 0)
+    rng = np.random.default_rng(L)
+    weights = make_layer(rng, E, H, Hkv, D, Dv, Eo)
+    layers = FloatLayer(H, Hkv, *weights, 0.3), FloatLayer(H, Hkv, *weights[:3], None, *weights[4:7], None, 0.3)
+    x = [rng.standard_normal((B, n, E)).astype(np.float32) for n in (L, S, S)]
+    for layer in layers:
+        for masks in mask_cases(rng, B, H, L, S):
+            results = []
+            for count in (1, 2, 3, 5):
+                threads.set_num_threads(count)
+                results.append(layer(*x, np.full((B, L, layer.output_dim), 77, np.float32), **masks))
+            threads.set_num_threads(1)
+            for result in results[1:]:
+                np.testing.assert_array_equal(result, results[0])
 
 
 @pytest.mark.parametrize("E, H, L", [(384, 12, 512), (384, 4, 300), (256, 8, 77), (64, 8, 1024), (60, 5, 90)])

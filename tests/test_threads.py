@@ -4,7 +4,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -54,37 +53,6 @@ def test_concurrent_callers():
     for worker in workers:
         worker.join()
     assert wrong == []
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2,
-                    reason="needs Linux, and two processors for this process")
-def test_threads_wake_on_other_processors_than_the_callers_and_keep_those_they_may_use(monkeypatch):
-    layer, rng = make()
-    x = rng.standard_normal((1, 301, 64)).astype(np.float32)
-    threads.set_num_threads(2)
-    layer(x, x, x, np.zeros_like(x))
-    worker, allowed, chosen = threads._crew._threads[0].native_id, os.sched_getaffinity(0), []
-    choose = os.sched_setaffinity
-    monkeypatch.setattr(os, "sched_setaffinity", lambda *asked: (chosen.append(asked), choose(*asked)))
-
-    def asleep():
-        while not threads._crew._asleep[0]:
-            time.sleep(0.001)
-
-    for cpu in allowed:
-        asleep()
-        chosen.clear()
-        monkeypatch.setattr(threads, "_current_cpu", lambda cpu=cpu: cpu)
-        layer(x, x, x, np.zeros_like(x))
-        asleep()
-        assert chosen == [(worker, allowed - {cpu}), (0, allowed)]
-        assert os.sched_getaffinity(worker) == os.sched_getaffinity(0) == allowed
-    # a thread that somebody has bound to the caller's processor stays there
-    choose(worker, {cpu})
-    chosen.clear()
-    layer(x, x, x, np.zeros_like(x))
-    asleep()
-    assert chosen == [] and os.sched_getaffinity(worker) == {cpu}
 
 
 def test_a_forked_child_computes():

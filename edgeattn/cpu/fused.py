@@ -317,9 +317,9 @@ def attend_around(q, at_q, k, at_k, k_row, v, at_v, v_row, first, last, D, Dv, o
 (P_BATCH, P_L, P_S, P_EQ, P_EK, P_EV, P_EO, P_HEADS, P_KV_HEADS, P_D, P_DV, P_D_PAD, P_DV_PAD, P_HAS_OUT,
  P_WQ, P_BQ, P_WK, P_BK, P_WV, P_BV, P_WO, P_BO,
  P_BAND, P_LOW, P_HIGH, P_KEEP_B, P_KEEP_H, P_KEEP_L, P_KEEP_S, P_BIAS_B, P_BIAS_H, P_BIAS_L, P_BIAS_S,
- P_GROUP, P_VALUES, P_AT_LARGEST, P_AT_NATURAL, P_AT_Q, P_AT_CONTEXT, P_AT_TAIL, P_AT_MASKS,
- P_SHARED, P_PRIVATE, P_COUNT) = range(44)
-PROJECTING, ATTENDING = 1, 2  # the two phases of a layer, whose parts may run at the same time
+ P_GROUP, P_UNIT, P_VALUES, P_AT_LARGEST, P_AT_NATURAL, P_AT_Q, P_AT_CONTEXT, P_AT_TAIL, P_AT_MASKS,
+ P_SHARED, P_PRIVATE, P_COUNT) = range(45)
+PROJECTING, ATTENDING, FINISHING = 1, 2, 3  # the phases of a layer; parts of one may run at the same time
 QUERIES = 128  # projected at a time; a multiple of WIDTH
 
 
@@ -353,13 +353,14 @@ def project_tokens(x, at_x, tokens, depth, weights, at_weight, at_bias, features
 
 @inlined
 def project_context(context, at_context, step, depth, first, last, tokens, weights, at_weight, row, at_bias, out,
-                    at_out, Eo, scratch):
-    """out (tokens, Eo) = or += context @ weight.T for some of the heads, which are `depth` features; the bias last.
+                    at_out, Eo, e_from, e_to, scratch):
+    """out (tokens, e_from .. e_to of Eo) = or += context @ weight.T for some of the heads, which are `depth` features.
 
+    The bias comes last.
     context (blocks of W tokens, depth, W), `step` between blocks; weights: at_weight: panels (Eo / WIDTH, depth,
     WIDTH), `row` apart; at_bias: (Eo,).  first, last: whether these are the first heads, and the last.
     """
-    for e in range(0, Eo, WIDTH):
+    for e in range(e_from, e_to, WIDTH):
         whole = tokens // ROWS * ROWS if e + WIDTH <= Eo else 0
         at_panel = at_weight + e // WIDTH * row
         for k in range(0, depth, BLOCK):
@@ -410,7 +411,8 @@ def portions(total, unit, count):
 
 
 @separate
-def layer_part(xq, xk, xv, out, weights, p, keep, bias, scratch, batch, from_head, phase, portion, worker, part):
+def layer_part(xq, xk, xv, out, weights, p, keep, bias, scratch, batch, from_head, phase, portion, at_once, worker,
+               part):
     """One portion of one phase of one group of heads of one batch entry of a multi-head attention layer.
 
     xq (B, L, Eq), xk (B, S, Ek), xv (B, S, Ev), out (B, L, Eo): flat float32.
@@ -419,11 +421,12 @@ def layer_part(xq, xk, xv, out, weights, p, keep, bias, scratch, batch, from_hea
     scratch: first what all threads share: keys (KF / KB, S', KB) and values (VF / VB, S', VB) of this group, S' = S
     rounded up to ROWS; then what each thread has to itself.
     from_head: the first key/value head of the group, which are p[P_GROUP] heads, or as many as are left.
-    PROJECTING: keys and values of `portion` tokens; ATTENDING: `portion` blocks of queries; counted from 0 by `part`.
+    PROJECTING: keys and values of `portion` tokens; ATTENDING: `portion` blocks of queries; both for `at_once` heads of
+    the group, and `part` counts the portions, and in each of them the heads. FINISHING, where ATTENDING did not have
+    all heads of the group at once: `portion` features of the output, counted by `part`.
     """
     shared = scratch[:p[P_SHARED]]
     private = scratch[p[P_SHARED] + worker * p[P_PRIVATE]:]
-    begin = part * portion
     L, S, H, Hkv = p[P_L], p[P_S], p[P_HEADS], p[P_KV_HEADS]
     D, Dv, Dp, Dvp = p[P_D], p[P_DV], p[P_D_PAD], p[P_DV_PAD]
     Eq, Ek, Ev, Eo = p[P_EQ], p[P_EK], p[P_EV], p[P_EO]
@@ -431,8 +434,20 @@ def layer_part(xq, xk, xv, out, weights, p, keep, bias, scratch, batch, from_hea
     S_up = (S + ROWS - 1) // ROWS * ROWS
     k_step, v_step = S_up * k_block, S_up * v_block
     repeats = H // Hkv
-    kv_heads = min(p[P_GROUP], Hkv - from_head)
+    group = min(p[P_GROUP], Hkv - from_head)
+    depth, first_group, last_group = group * repeats * Dvp, from_head == 0, from_head + group == Hkv
+    step, at_context, at_out_weight = depth * WIDTH, p[P_AT_CONTEXT], p[P_WO] + from_head * repeats * Dvp * WIDTH
+    splits = (group + at_once - 1) // at_once
+    context = private if splits == 1 else scratch[p[P_SHARED]:]  # the first thread's, of which all write their heads
+    if phase == FINISHING:
+        project_context(context, at_context, step, depth, first_group, last_group, L, weights, at_out_weight,
+                        H * Dvp * WIDTH, p[P_BO], out, batch * L * Eo, Eo, part * portion,
+                        min((part + 1) * portion, Eo), private)
+        return
+    begin, from_kv = part // splits * portion, part % splits * at_once
+    kv_heads = min(at_once, group - from_kv)
     heads = kv_heads * repeats
+    from_head += from_kv
     q_features = (heads * Dp + WIDTH - 1) // WIDTH * WIDTH
     k_features = (kv_heads * Dp + WIDTH - 1) // WIDTH * WIDTH
     v_features = (kv_heads * Dvp + WIDTH - 1) // WIDTH * WIDTH
@@ -441,23 +456,24 @@ def layer_part(xq, xk, xv, out, weights, p, keep, bias, scratch, batch, from_hea
     # 1. keys and values of all tokens, in the layout the attention loop reads
     if phase == PROJECTING:
         tokens = min(portion, S - begin)
+        at_k = begin * k_block + feature_position(from_kv * Dp, k_block, k_step)
+        at_v = at_values + begin * v_block + feature_position(from_kv * Dvp, v_block, v_step)
         project_tokens(xk, (batch * S + begin) * Ek, tokens, Ek, weights, p[P_WK] + k_from * Ek, p[P_BK] + k_from,
-                       k_features, shared, begin * k_block, k_block, k_step, private, at_tail)
+                       k_features, shared, at_k, k_block, k_step, private, at_tail)
         project_tokens(xv, (batch * S + begin) * Ev, tokens, Ev, weights, p[P_WV] + v_from * Ev, p[P_BV] + v_from,
-                       v_features, shared, at_values + begin * v_block, v_block, v_step, private, at_tail)
+                       v_features, shared, at_v, v_block, v_step, private, at_tail)
         return
     has_mask = keep.size > 0 or bias.size > 0
     band = p[P_BAND] != 0
     mask_per_head = p[P_KEEP_H] != 0 or p[P_BIAS_H] != 0
-    at_natural, at_q, at_context, at_masks, at_largest = (p[P_AT_NATURAL], p[P_AT_Q], p[P_AT_CONTEXT], p[P_AT_MASKS],
-                                                          p[P_AT_LARGEST])
+    at_natural, at_q, at_masks, at_largest = p[P_AT_NATURAL], p[P_AT_Q], p[P_AT_MASKS], p[P_AT_LARGEST]
     if bias.size == 0:
-        for f in range(0, k_features, k_block):
+        for f in range(from_kv * Dp, from_kv * Dp + k_features, k_block):
             largest_magnitudes(shared, f * S_up, k_block, S, k_block, private, at_largest + f)
-    step = heads * Dvp * WIDTH
     to = min((begin + portion) * WIDTH, L)
     for first_query in range(begin * WIDTH, to, QUERIES):
         tokens = min(QUERIES, to - first_query)
+        at_chunk = at_context + (first_query // WIDTH * step if splits > 1 else 0) + from_kv * repeats * Dvp * WIDTH
         # 2. queries: project, rows (q_features / W, tokens, W)
         natural_rows = (tokens + WIDTH - 1) // WIDTH * WIDTH
         natural_step = natural_rows * WIDTH
@@ -478,7 +494,7 @@ def layer_part(xq, xk, xv, out, weights, p, keep, bias, scratch, batch, from_hea
             first, last, full_from, full_to = visible_range(q0, queries, S, band, p[P_LOW], p[P_HIGH])
             # 3. attention, head by head, context (heads * Dvp, W)
             for h in range(heads):
-                head, kv = from_head * repeats + h, h // repeats
+                head, kv = from_head * repeats + h, from_kv + h // repeats
                 if has_mask and (h == 0 or mask_per_head):
                     fill_mask(private, at_masks,
                               keep, batch * p[P_KEEP_B] + head * p[P_KEEP_H] + q0 * p[P_KEEP_L] + first * p[P_KEEP_S],
@@ -488,40 +504,50 @@ def layer_part(xq, xk, xv, out, weights, p, keep, bias, scratch, batch, from_hea
                 at_head = at_q + h * Dp * WIDTH
                 at_k = feature_position(kv * Dp, k_block, k_step)
                 at_v = at_values + feature_position(kv * Dvp, v_block, v_step)
-                at_out = at_context + t // WIDTH * step + h * Dvp * WIDTH
+                at_out = at_chunk + t // WIDTH * step + h * Dvp * WIDTH
                 small = bias.size == 0 and all_small(private, at_head, D, private, at_largest + kv * Dp)
                 attend_block(private, at_head, shared, at_k, k_block, shared, at_v, v_block, first, last, D, Dvp,
-                             private, private, at_out, q0, band, p[P_LOW], p[P_HIGH], full_from, full_to, private,
+                             private, context, at_out, q0, band, p[P_LOW], p[P_HIGH], full_from, full_to, private,
                              at_masks, first, has_mask, _ZERO, small)
-                if (band or has_mask) and has_nan(private, at_out, Dvp):
+                if (band or has_mask) and has_nan(context, at_out, Dvp):
                     attend_around(private, at_head, shared, at_k, k_block, shared, at_v, v_block, first, last, D, Dvp,
-                                  private, at_out, q0, band, p[P_LOW], p[P_HIGH], private, at_masks, first, has_mask,
+                                  context, at_out, q0, band, p[P_LOW], p[P_HIGH], private, at_masks, first, has_mask,
                                   _ZERO)
         # 4. output rows: projection of the context, or the context itself
         at_row = (batch * L + first_query) * Eo
         if p[P_HAS_OUT] != 0:
-            project_context(private, at_context, step, heads * Dvp, from_head == 0, from_head + kv_heads == Hkv, tokens,
-                            weights, p[P_WO] + v_from * repeats * WIDTH, H * Dvp * WIDTH, p[P_BO], out, at_row, Eo,
-                            private)
+            if splits == 1:
+                project_context(context, at_context, step, depth, first_group, last_group, tokens, weights,
+                                at_out_weight, H * Dvp * WIDTH, p[P_BO], out, at_row, Eo, 0, Eo, private)
             continue
         for t in range(tokens):
-            at_lane = at_context + t // WIDTH * step + t % WIDTH
+            at_lane = at_chunk + t // WIDTH * step + t % WIDTH
             for h in range(heads):
                 for d in range(Dv):
-                    out[at_row + t * Eo + (from_head * repeats + h) * Dv + d] = private[at_lane + (h * Dvp + d) * WIDTH]
+                    out[at_row + t * Eo + (from_head * repeats + h) * Dv + d] = context[at_lane + (h * Dvp + d) * WIDTH]
 
 
 @jit
 def layer_float32(xq, xk, xv, out, weights, p, keep, bias, scratch, board, count):
     """A multi-head attention layer, see `layer_part`, on at most `count` threads that serve the board."""
-    tokens, token_parts = portions(p[P_S], ROWS, count)
-    blocks, block_parts = portions((p[P_L] + WIDTH - 1) // WIDTH, 1, count)
+    units, all_blocks = (p[P_GROUP] + p[P_UNIT] - 1) // p[P_UNIT], (p[P_L] + WIDTH - 1) // WIDTH
+    # Few blocks do not occupy all threads: then these take some heads each.
+    splits = min(units, 2 * count) if all_blocks < 2 * count and all_blocks % count != 0 and p[P_L] <= QUERIES else 1
+    at_once = (units + splits - 1) // splits * p[P_UNIT]
+    others = (count + splits - 1) // splits
+    tokens, token_parts = portions(p[P_S], ROWS, others)
+    blocks, block_parts = portions(all_blocks, 1, others)
+    features, feature_parts = portions(p[P_EO], WIDTH, count)
     for batch in range(p[P_BATCH]):
         for from_head in range(0, p[P_KV_HEADS], p[P_GROUP]):
-            share(board, token_parts, layer_part, xq, xk, xv, out, weights, p, keep, bias, scratch, batch, from_head,
-                  PROJECTING, tokens)
-            share(board, block_parts, layer_part, xq, xk, xv, out, weights, p, keep, bias, scratch, batch, from_head,
-                  ATTENDING, blocks)
+            splits = (min(p[P_GROUP], p[P_KV_HEADS] - from_head) + at_once - 1) // at_once
+            share(board, token_parts * splits, layer_part, xq, xk, xv, out, weights, p, keep, bias, scratch, batch,
+                  from_head, PROJECTING, tokens, at_once)
+            share(board, block_parts * splits, layer_part, xq, xk, xv, out, weights, p, keep, bias, scratch, batch,
+                  from_head, ATTENDING, blocks, at_once)
+            if splits > 1 and p[P_HAS_OUT] != 0:
+                share(board, feature_parts, layer_part, xq, xk, xv, out, weights, p, keep, bias, scratch, batch,
+                      from_head, FINISHING, features, at_once)
 
 
 # Positions in the integer parameters of `attention_float32`; strides count elements, addresses bytes.

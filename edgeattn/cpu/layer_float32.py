@@ -40,12 +40,15 @@ def shape_of(mask):
 
 
 @register_jitable
-def group_size(S, Hkv, Dp, Dvp):
-    """How many key/value heads are projected and attended to at a time: about as many as GROUP elements hold.
+def unit_size(Dp, Dvp):
+    """Any multiple of so many heads fills whole panels of features."""
+    return max(WIDTH // min(Dp & -Dp, WIDTH), WIDTH // min(Dvp & -Dvp, WIDTH))
 
-    Groups of fewer heads than there are fill whole panels of features.
-    """
-    unit = max(WIDTH // min(Dp & -Dp, WIDTH), WIDTH // min(Dvp & -Dvp, WIDTH))
+
+@register_jitable
+def group_size(S, Hkv, Dp, Dvp):
+    """How many key/value heads are projected and attended to at a time: about as many as GROUP elements hold."""
+    unit = unit_size(Dp, Dvp)
     most = max(GROUP // max(S * (Dp + Dvp), 1) // unit * unit, unit)
     count = -(-Hkv // most)
     return min(round_up(-(-Hkv // count), unit), Hkv)
@@ -56,7 +59,8 @@ def plan(p, B, L, S, masked):
     """Write a call's shape, and where what it needs lies in its scratch, into p; (shared, private) elements of that."""
     p[f.P_BATCH], p[f.P_L], p[f.P_S] = B, L, S
     H, Hkv, Dp, Dvp = p[f.P_HEADS], p[f.P_KV_HEADS], p[f.P_D_PAD], p[f.P_DV_PAD]
-    group = p[f.P_GROUP] = group_size(S, Hkv, Dp, Dvp)
+    group, p[f.P_UNIT] = group_size(S, Hkv, Dp, Dvp), unit_size(Dp, Dvp)
+    p[f.P_GROUP] = group
     k_block, v_block = max(Dp, LANES), max(Dvp, LANES)
     heads = group * (H // Hkv)
     q_features, k_features, v_features = (round_up(heads * Dp, WIDTH), round_up(group * Dp, WIDTH),

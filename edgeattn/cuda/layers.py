@@ -388,9 +388,10 @@ class DynamicLayer(_Layer):
         """q (B, H, L, D), k, v (B, Hkv, S, ...) float32 of inputs (B, T, E); k and v at `places` where given."""
         quantized, items, made = {}, [], []
         for name, x in zip(("query", "key", "value"), inputs, strict=True):
-            if (x.pointer, x.shape) not in quantized:
-                quantized[x.pointer, x.shape] = self._codes(x, stream, like)
-            codes, scale = quantized[x.pointer, x.shape]
+            source = getattr(x.pointer, "place", name)  # what is one array in this call may be two in one like it
+            if source not in quantized:
+                quantized[source] = self._codes(x, stream, like)
+            codes, scale = quantized[source]
             linear = self.linears[name]
             y = places[len(made) - 1] if places and made else scratch(
                 (x.shape[0], linear.heads, x.shape[1], linear.size), np.float32, like)

@@ -1,10 +1,10 @@
 """Attention as a function of arrays on the device."""
 
 import dataclasses
-import functools
 
 import numpy as np
 
+from edgeattn.on_cuda.known import OUT, RESULTS, Known, kinds
 from edgeattn.on_cuda.masks import device_masks
 
 
@@ -14,7 +14,7 @@ def views(**arrays):
 
     found = [view(name, array) for name, array in arrays.items()]
     first = next(iter(arrays.values()))
-    return found, first, _kind()(first).stream(first)
+    return found, first, kinds()(first).stream(first)
 
 
 def result_array(out, shape, dtype, like, inputs):
@@ -22,7 +22,7 @@ def result_array(out, shape, dtype, like, inputs):
     from edgeattn.cuda.arrays import view
 
     if out is None:
-        made = _kind()(like).empty(shape, dtype, like)
+        made = kinds()(like).empty(shape, dtype, like)
         return made, view("out", made)
     taken = view("out", out)
     if taken.dtype != dtype:
@@ -55,73 +55,14 @@ def numbers(**arrays):
                              "bytes; make it contiguous")
 
 
-# A call that was checked once is known by the layouts of its arrays and by its options: the next one like it is the
-# same launches with other addresses. Arrays by their places: query, key, value, out, attn_mask, kv_lengths,
-# alibi_slopes, then the probabilities and the log of the sum.
-_KNOWN = {}
-_MOST = 256
-_OUT, _MASK, _LENGTHS, _SLOPES, _WEIGHTS, _LSE = range(3, 9)
+_KNOWN = Known()  # its places: query, key, value, out, attn_mask, kv_lengths, alibi_slopes
+_PLACES = {"attn_mask": 4, "kv_lengths": 5, "alibi_slopes": 6}
+_WEIGHTS, _LSE = RESULTS, RESULTS + 1
 
 
 def again(arrays, options):
-    """The result of a call that was known, launched, or None.
-
-    arrays : query, key, value, out, attn_mask, kv_lengths, alibi_slopes
-    """
-    if not _KNOWN:
-        return None
-    kind = _kind()
-    like = arrays[0]
-    kinds, pointers, key = kind(like), [], [options, tuple(map(type, options))]
-    try:
-        for array in arrays:
-            pointer, layout = (0, None) if array is None else kind(array).describe(array)
-            pointers.append(pointer)
-            key.append(layout)
-        known = _KNOWN.get(tuple(key))
-    except (AttributeError, TypeError):  # not on the device, or not hashable: the checks have words for it
-        return None
-    if known is None:
-        return None
-    record, spans, made = known
-    results, out = [], arrays[_OUT]
-    if out is not None:
-        low, high = pointers[_OUT] + spans[_OUT][0], pointers[_OUT] + spans[_OUT][1]
-        for pointer, (begin, end) in zip(pointers[:3], spans[:3], strict=True):
-            if pointer + begin < high and low < pointer + end:
-                return None
-        results.append(out)
-    pointers += 0, 0
-    for place, shape, dtype in made[out is not None:]:
-        results.append(kinds.empty(shape, dtype, like))
-        pointers[place] = kinds.address(results[-1])
-    scratch = kinds.empty((record.scratch,), np.int8, like) if record.scratch else None
-    pointers += kinds.address(scratch) if record.scratch else 0, 0
-    record.replay(pointers, kinds.stream(like))
-    return tuple(results) if len(results) > 1 else results[0]
-
-
-@functools.cache
-def _kind():
-    """`edgeattn.cuda.kinds.kind`, imported once."""
-    from edgeattn.cuda.kinds import kind
-
-    return kind
-
-
-def _remember(call, record, inputs, made):
-    """Know the call from now on: inputs, Views of query, key and value, and made, pairs of a place and a View."""
-    kind = _kind()
-    arrays, options = call
-    spans = [tuple(edge - array.pointer for edge in array.span()) for array in (*inputs, made[0][1])]
-    if len(_KNOWN) >= _MOST:
-        _KNOWN.clear()
-    try:
-        layouts = [None if array is None else kind(array).describe(array)[1] for array in arrays]
-        _KNOWN[(options, tuple(map(type, options)), *layouts)] = (
-            record, spans, [(place, view.shape, view.dtype) for place, view in made])
-    except (AttributeError, TypeError):  # an array of DLPack alone, a window_size given as a list
-        return
+    """`Known.again` of scaled_dot_product_attention."""
+    return _KNOWN.again(arrays, options)
 
 
 def scaled_dot_product_attention(query, key, value, attn_mask, is_causal, causal_alignment, scale, softcap, window_size,
@@ -146,8 +87,7 @@ def scaled_dot_product_attention(query, key, value, attn_mask, is_causal, causal
     lead, heads = (q.shape[:-3], q.shape[-3]) if q.ndim > 2 else ((), 1)
     queries, keys = q.shape[-2], k.shape[-2]
     shape = q.shape[:-1] + v.shape[-1:]
-    places = {"attn_mask": _MASK, "kv_lengths": _LENGTHS, "alibi_slopes": _SLOPES}
-    masks = device_masks((*lead, heads, queries, keys), lambda name, array: placed(view(name, array), places[name]),
+    masks = device_masks((*lead, heads, queries, keys), lambda name, array: placed(view(name, array), _PLACES[name]),
                          attn_mask, is_causal=is_causal, causal_alignment=causal_alignment, window_size=window_size,
                          kv_lengths=kv_lengths, alibi_slopes=alibi_slopes)
     results, made = zip(*(
@@ -155,7 +95,7 @@ def scaled_dot_product_attention(query, key, value, attn_mask, is_causal, causal
             (True, out, shape, q.dtype, (q, k, v)),
             (return_weights, None, (*q.shape[:-1], keys), q.dtype, ()),
             (return_lse, None, q.shape[:-1], np.dtype(np.float32), ())) if is_wanted), strict=True)
-    made_at = [_OUT, *([_WEIGHTS] if return_weights else []), *([_LSE] if return_lse else [])]
+    made_at = [OUT, *([_WEIGHTS] if return_weights else []), *([_LSE] if return_lse else [])]
     if any(array.size for array in made):
         batch, kv_heads = int(np.prod(lead, dtype=np.int64)), k.shape[-3] if k.ndim > 2 else 1
 
@@ -163,7 +103,7 @@ def scaled_dot_product_attention(query, key, value, attn_mask, is_causal, causal
             return placed(array.reshape(batch, count, *array.shape[-2:]), place)
 
         arrays = [four(x, count, place) for place, (x, count) in enumerate(((q, heads), (k, kv_heads), (v, kv_heads)))]
-        arrays.append(four(made[0], heads, _OUT))
+        arrays.append(four(made[0], heads, OUT))
         weights = four(made[1], heads, _WEIGHTS) if return_weights else None
         lse = placed(dataclasses.replace(made[-1], shape=(batch, heads, queries)), _LSE) if return_lse else None
         with take() as record:
@@ -172,5 +112,5 @@ def scaled_dot_product_attention(query, key, value, attn_mask, is_causal, causal
             else:
                 host.attend(*arrays, scale, softcap, lse=lse, weights=weights, stream=stream, like=like,
                             precision="float32" if precision == "int8" else precision, **masks)
-        _remember(call, record, (q, k, v), list(zip(made_at, made, strict=True)))
+        _KNOWN.remember(*call, record, (q, k, v), list(zip(made_at, made, strict=True)))
     return results if len(results) > 1 else results[0]

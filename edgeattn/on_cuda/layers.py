@@ -10,8 +10,12 @@ from edgeattn.layers.call import check_input_shapes
 from edgeattn.layers.steps import added_keys
 from edgeattn.masks import NO_WINDOW
 from edgeattn.on_cuda.functional import result_array
+from edgeattn.on_cuda.known import OUT, RESULTS, Known
 from edgeattn.on_cuda.masks import device_masks
 from edgeattn.quantized.score_ops import fit_mask
+
+# Of a call's arrays, as edgeattn.on_cuda.known counts them, behind the inputs and `out`.
+_PLACES = {"attn_mask": 4, "key_padding_mask": 5, "alibi_slopes": 6}
 
 
 def place(layer, device, on_cuda):
@@ -48,7 +52,7 @@ class OnCuda:
         from edgeattn.cuda.driver import driver
 
         driver()  # says what is missing
-        self.layer = layer
+        self.layer, self._known = layer, Known()
 
     def to(self, device):
         """The layer on another device: "cpu" gives the one this was made of."""
@@ -71,6 +75,7 @@ class OnCuda:
         from edgeattn.cuda.arrays import on_device, view
         from edgeattn.cuda.driver import driver
         from edgeattn.cuda.kinds import kind
+        from edgeattn.cuda.record import placed
 
         first, host = self.layer._query_name, None
         given = {first: query, "key": key, "value": value}
@@ -88,7 +93,8 @@ class OnCuda:
                     moved[name] = moved[source]
             given = {name: moved.get(name) for name in given}
         like = given[first]
-        found = {name: None if x is None else view(name, x) for name, x in given.items()}
+        found = {name: None if x is None else placed(view(name, x), place)
+                 for place, (name, x) in enumerate(given.items())}
         q = found[first]
         k = q if found["key"] is None else found["key"]
         v = k if found["value"] is None else found["value"]
@@ -103,10 +109,11 @@ class OnCuda:
         """A function from a name and an array argument to its View; NumPy arrays are copied where the inputs were."""
         from edgeattn.cuda.arrays import view
         from edgeattn.cuda.driver import driver
+        from edgeattn.cuda.record import placed
 
         def moved(name, array):
             if host is None:
-                return view(name, array)
+                return placed(view(name, array), _PLACES[name])
             array = np.asarray(array)
             if array.dtype.kind == "f":
                 array = to_float32(array)
@@ -178,41 +185,56 @@ def _resolve(placed, shape, host, kv_cache, stream, like, **masks):
     return masks, [] if kv_cache is None else kv_cache._pieces(queries, keys, masks["right"])
 
 
-def _call(placed, query, key, value, softcap, kv_cache, need_weights, average_attn_weights, out, **masks):
-    from edgeattn.cuda.host import mean_of_heads
+def _call(placed, query, key, value, softcap, kv_cache, need_weights, average_attn_weights, out, attn_mask=None,
+          key_padding_mask=None, alibi_slopes=None, **masks):
+    arrays = query, key, value, out, attn_mask, key_padding_mask, alibi_slopes
+    options = softcap, need_weights, average_attn_weights, *masks.values()
+    result = placed._known.again(arrays, options) if kv_cache is None else None
+    if result is not None:
+        return result
+    from edgeattn.cuda.host import mean_of_heads, scratch
+    from edgeattn.cuda.record import placed as at
+    from edgeattn.cuda.record import take
 
     layer = placed.layer
     need_weights = flag("need_weights", need_weights)
-    average = flag("average_attn_weights", average_attn_weights)
+    average = flag("average_attn_weights", average_attn_weights) and need_weights
     if key is None and value is not None:
         raise ValueError("value needs key, got key=None; pass key=query to attend from query to itself")
     softcap = checked_softcap(softcap)
     float32 = np.dtype(np.float32)
-    (q, k, v), like, stream, host = placed._inputs(float32, query, key, value)
+    (q, k, v), like, stream, host = inputs, *_ = placed._inputs(float32, query, key, value)
     check_input_shapes(layer, q, k, v)
     lead, (queries, keys) = q.shape[:-2], (q.shape[-2], k.shape[-2])
     shape = (*lead, queries, layer.output_dim)
     batch = lead[0] if lead else 1
-    masks, pieces = _resolve(placed, (*lead, layer.num_heads, queries, keys), host, kv_cache, stream, like, **masks)
-    if host is not None:
-        check_out(out, shape, host)
-    result, taken = result_array(None if host is not None else out, shape, float32, like, (q, k, v))
-    weights = to = None
-    if need_weights:
-        seen = keys + (0 if kv_cache is None else kv_cache.length) + layer.extra_keys
-        weights, to = result_array(None, (*lead, layer.num_heads, queries, seen), float32, like, ())
-        to = to.reshape(batch, *to.shape[-3:])
-    if taken.size or (to is not None and to.size):
-        q, k, v, taken = (x.reshape(batch, *x.shape[-2:]) for x in (q, k, v, taken))
-        options = dict(softcap=softcap, weights=to, **masks)
-        if kv_cache is None:
-            placed._kernels(q, k, v, taken, stream, like, **options)
-        else:
-            placed._kernels.through_cache(q, k, v, taken, kv_cache, pieces, stream, like, **options)
-    if average and need_weights:
-        by_head = to
-        weights, to = result_array(None, (*lead, queries, seen), float32, like, ())
-        mean_of_heads(by_head, to, stream)
+    with take() as record:
+        masks, pieces = _resolve(placed, (*lead, layer.num_heads, queries, keys), host, kv_cache, stream, like,
+                                 attn_mask=attn_mask, key_padding_mask=key_padding_mask, alibi_slopes=alibi_slopes,
+                                 **masks)
+        if host is not None:
+            check_out(out, shape, host)
+        result, taken = result_array(None if host is not None else out, shape, float32, like, (q, k, v))
+        made, weights, by_head = [(OUT, taken)], None, None
+        if need_weights:
+            seen = keys + (0 if kv_cache is None else kv_cache.length) + layer.extra_keys
+            of_heads = (*lead, layer.num_heads, queries, seen)
+            weights, to = result_array(None, (*lead, queries, seen) if average else of_heads, float32, like, ())
+            made.append((RESULTS, to))
+            to = at(to, RESULTS)
+            by_head = scratch(of_heads, float32, like) if average else to
+            by_head = by_head.reshape(batch, *of_heads[-3:])
+        if taken.size or (by_head is not None and by_head.size):
+            q, k, v, taken = (x.reshape(batch, *x.shape[-2:]) for x in (q, k, v, at(taken, OUT)))
+            options_of = dict(softcap=softcap, weights=by_head, **masks)
+            if kv_cache is None:
+                placed._kernels(q, k, v, taken, stream, like, **options_of)
+            else:
+                placed._kernels.through_cache(q, k, v, taken, kv_cache, pieces, stream, like, **options_of)
+        if average:
+            mean_of_heads(by_head, to, stream)
+    if host is None and kv_cache is None:
+        placed._known.remember(arrays, options, record, inputs, made)
     result = result if host is None else deliver(result.numpy(), out, host)
     if not need_weights:
         return result
@@ -259,49 +281,56 @@ class StaticOnCuda(OnCuda):
     def run_int8(self, query, key=None, value=None, *, attn_mask=None, key_padding_mask=None, is_causal=False,
                  causal_alignment=None, window_size=NO_WINDOW, kv_cache=None, need_weights=False, out=None):
         """Attention on codes, equal to the named kernel set; arguments and result as the layer's on the CPU."""
+        arrays = query, key, value, out, attn_mask, key_padding_mask, None
+        options = is_causal, causal_alignment, window_size, need_weights
+        result = self._known.again(arrays, options) if kv_cache is None else None
+        if result is not None:
+            return result
         from edgeattn.cuda.layers import band_of
+        from edgeattn.cuda.record import placed, take
 
         layer = self.layer
         need_weights = flag("need_weights", need_weights)
         int8 = np.dtype(np.int8)
-        query, key, value = layer._distinct(query, key, value)
-        given = (query, key, value)
-        query, key, value = (given[source] for source in layer.sources)
-        (q, k, v), like, stream, host = self._inputs(int8, query, key, value)
+        (q, k, v), like, stream, host = inputs, *_ = self._inputs(int8, *layer._distinct(query, key, value))
         check_input_shapes(self, q, k, v)
         lead, (L, S) = q.shape[:-2], (q.shape[-2], k.shape[-2])
         shape, batch = (*lead, L, layer.output_dim), lead[0] if lead else 1
-        masks, pieces = _resolve(
-            self, (*lead, layer.num_heads, L, S), host, kv_cache, stream, like, attn_mask=attn_mask,
-            key_padding_mask=key_padding_mask, is_causal=is_causal, causal_alignment=causal_alignment,
-            window_size=window_size)
-        if "bias" in masks:
-            raise TypeError("attn_mask must be bool for int8 (True = attend); for a mask with -inf pass mask == 0")
-        if kv_cache is not None:
-            layer.check_codes_of(kv_cache)
-        elif self._classes is not None:
-            fit_mask(layer._classes, (batch, layer.num_heads, L, S))
-        if host is not None:
-            check_out(out, shape, int8)
-        result, taken = result_array(None if host is not None else out, shape, int8, like, (q, k, v))
-        weights = to = None
-        if need_weights:
-            keys = S + (0 if kv_cache is None else kv_cache.length)
-            weights, to = result_array(None, (*lead, layer.num_heads, L, keys), int8, like, ())
-            to = to.reshape(batch, *to.shape[-3:])
-        if taken.size or (to is not None and to.size):
-            q, k, v, taken = (x.reshape(batch, *x.shape[-2:]) for x in (q, k, v, taken))
-            left, right, offset = masks["left"], masks["right"], masks["offset"]
-            options = dict(keep=masks.get("keep"), tables=self._tables, weights=to)
-            if kv_cache is None:
-                classes = self._classes
-                if classes is not None and classes.ndim < 4:
-                    classes = classes.reshape(*(1,) * (4 - classes.ndim), *classes.shape)
-                self._kernels(q, k, v, taken, stream, like, band=band_of(left, right, offset), classes=classes,
-                              **options)
-            else:
-                self._kernels.through_cache(q, k, v, taken, kv_cache, pieces, stream, like, left=left, right=right,
-                                            offset=offset, **options)
+        with take() as record:
+            masks, pieces = _resolve(
+                self, (*lead, layer.num_heads, L, S), host, kv_cache, stream, like, attn_mask=attn_mask,
+                key_padding_mask=key_padding_mask, is_causal=is_causal, causal_alignment=causal_alignment,
+                window_size=window_size)
+            if "bias" in masks:
+                raise TypeError("attn_mask must be bool for int8 (True = attend); for a mask with -inf pass mask == 0")
+            if kv_cache is not None:
+                layer.check_codes_of(kv_cache)
+            elif self._classes is not None:
+                fit_mask(layer._classes, (batch, layer.num_heads, L, S))
+            if host is not None:
+                check_out(out, shape, int8)
+            result, taken = result_array(None if host is not None else out, shape, int8, like, (q, k, v))
+            made, weights, to = [(OUT, taken)], None, None
+            if need_weights:
+                keys = S + (0 if kv_cache is None else kv_cache.length)
+                weights, to = result_array(None, (*lead, layer.num_heads, L, keys), int8, like, ())
+                made.append((RESULTS, to))
+                to = placed(to.reshape(batch, *to.shape[-3:]), RESULTS)
+            if taken.size or (to is not None and to.size):
+                q, k, v, taken = (x.reshape(batch, *x.shape[-2:]) for x in (q, k, v, placed(taken, OUT)))
+                left, right, offset = masks["left"], masks["right"], masks["offset"]
+                options_of = dict(keep=masks.get("keep"), tables=self._tables, weights=to)
+                if kv_cache is None:
+                    classes = self._classes
+                    if classes is not None and classes.ndim < 4:
+                        classes = classes.reshape(*(1,) * (4 - classes.ndim), *classes.shape)
+                    self._kernels(q, k, v, taken, stream, like, band=band_of(left, right, offset), classes=classes,
+                                  **options_of)
+                else:
+                    self._kernels.through_cache(q, k, v, taken, kv_cache, pieces, stream, like, left=left, right=right,
+                                                offset=offset, **options_of)
+        if host is None and kv_cache is None:
+            self._known.remember(arrays, options, record, inputs, made)
         result = result if host is None else deliver(result.numpy(), out, int8)
         if not need_weights:
             return result

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 # What kernels may leave to the device: a few functions of the C library and its mathematics.
-DEVICE_LIBRARIES = {"libc.so.6": ("memcpy", "memmove", "memset", "sched_yield"),
+DEVICE_LIBRARIES = {"libc.so.6": ("memcpy", "memmove", "memset", "sched_getaffinity", "sched_getcpu",
+                                  "sched_setaffinity", "sched_yield", "sem_post"),
                     "libm.so.6": ("exp2f", "expf", "fmaf", "fmodf", "ldexpf", "powf", "tanhf")}
 
 
