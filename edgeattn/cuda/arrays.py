@@ -7,9 +7,9 @@ import numpy as np
 from edgeattn.cuda import dlpack
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(slots=True, eq=False)
 class View:
-    """What `__cuda_array_interface__` (version 2 or 3) or DLPack says about an array.
+    """What `__cuda_array_interface__` (version 2 or 3) or DLPack says about an array. Nobody changes one.
 
     Parameters
     ----------
@@ -50,8 +50,12 @@ class View:
 
     def span(self):
         """(first, last + 1) byte address that the elements touch."""
-        low = self.pointer + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True) if s < 0)
-        high = self.pointer + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True) if s > 0)
+        low = high = int(self.pointer)
+        for n, step in zip(self.shape, self.strides, strict=True):
+            if step < 0:
+                low += (n - 1) * step
+            else:
+                high += (n - 1) * step
         return low, high + self.dtype.itemsize
 
 

@@ -80,9 +80,9 @@ def taking():
 
 
 @contextlib.contextmanager
-def take():
-    """A Record of what is launched in this block by this thread."""
-    _taking.record = Record()
+def take(wanted=True):
+    """A Record of what is launched in this block by this thread; None where none is wanted."""
+    _taking.record = Record() if wanted else None
     try:
         yield _taking.record
     finally:
@@ -90,5 +90,5 @@ def take():
 
 
 def placed(view, place):
-    """A View whose address tells its place among the arrays of the call; None stays."""
-    return None if view is None else dataclasses.replace(view, pointer=Address(view.pointer, place))
+    """A View whose address tells its place among the arrays of the call, where somebody takes the call down."""
+    return view if taking() is None else dataclasses.replace(view, pointer=Address(view.pointer, place))

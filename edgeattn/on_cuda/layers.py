@@ -203,12 +203,12 @@ def _call(placed, query, key, value, softcap, kv_cache, need_weights, average_at
         raise ValueError("value needs key, got key=None; pass key=query to attend from query to itself")
     softcap = checked_softcap(softcap)
     float32 = np.dtype(np.float32)
-    (q, k, v), like, stream, host = inputs, *_ = placed._inputs(float32, query, key, value)
-    check_input_shapes(layer, q, k, v)
-    lead, (queries, keys) = q.shape[:-2], (q.shape[-2], k.shape[-2])
-    shape = (*lead, queries, layer.output_dim)
-    batch = lead[0] if lead else 1
-    with take() as record:
+    with take(kv_cache is None) as record:
+        (q, k, v), like, stream, host = inputs, *_ = placed._inputs(float32, query, key, value)
+        check_input_shapes(layer, q, k, v)
+        lead, (queries, keys) = q.shape[:-2], (q.shape[-2], k.shape[-2])
+        shape = (*lead, queries, layer.output_dim)
+        batch = lead[0] if lead else 1
         masks, pieces = _resolve(placed, (*lead, layer.num_heads, queries, keys), host, kv_cache, stream, like,
                                  attn_mask=attn_mask, key_padding_mask=key_padding_mask, alibi_slopes=alibi_slopes,
                                  **masks)
@@ -292,11 +292,11 @@ class StaticOnCuda(OnCuda):
         layer = self.layer
         need_weights = flag("need_weights", need_weights)
         int8 = np.dtype(np.int8)
-        (q, k, v), like, stream, host = inputs, *_ = self._inputs(int8, *layer._distinct(query, key, value))
-        check_input_shapes(self, q, k, v)
-        lead, (L, S) = q.shape[:-2], (q.shape[-2], k.shape[-2])
-        shape, batch = (*lead, L, layer.output_dim), lead[0] if lead else 1
-        with take() as record:
+        with take(kv_cache is None) as record:
+            (q, k, v), like, stream, host = inputs, *_ = self._inputs(int8, *layer._distinct(query, key, value))
+            check_input_shapes(self, q, k, v)
+            lead, (L, S) = q.shape[:-2], (q.shape[-2], k.shape[-2])
+            shape, batch = (*lead, L, layer.output_dim), lead[0] if lead else 1
             masks, pieces = _resolve(
                 self, (*lead, layer.num_heads, L, S), host, kv_cache, stream, like, attn_mask=attn_mask,
                 key_padding_mask=key_padding_mask, is_causal=is_causal, causal_alignment=causal_alignment,

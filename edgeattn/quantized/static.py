@@ -25,7 +25,7 @@ from edgeattn.masks import NO_WINDOW, resolve_mask
 from edgeattn.quantized import steps
 from edgeattn.quantized.layer import INPUTS, QuantizedMultiHeadAttention
 from edgeattn.quantized.parameters import PROBABILITIES, QuantizedLinear, TensorQuantization
-from edgeattn.quantized.score_ops import AddMask, MulConstant, ScoreOp, SelectMask, fit_mask, score_map
+from edgeattn.quantized.score_ops import AddMask, MulConstant, ScoreOp, SelectMask, check_masks, fit_mask, score_map
 
 _INT8 = np.dtype(np.int8)
 SOURCES = ((0, 0, 0), (0, 1, 1), (0, 1, 2))
@@ -122,6 +122,7 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         if "output" in self.linears and self.linears["output"].weight.shape[1] != v.shape[0]:
             raise ValueError(f"the output projection takes {self.linears['output'].weight.shape[1]} features; "
                              f"the heads give {v.shape[0]}")
+        check_masks(self.score_ops, H, "masks in score_ops")
 
     # -- derived once: what the kernels read ---------------------------------------------------------------------------
 
@@ -198,7 +199,9 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
             raise ValueError("mask needs a layer that was calibrated with masks: the scores' range of this one leaves "
                              "no room below for masked scores; give quant.calibrate calls with attn_mask, "
                              "key_padding_mask or is_causal, or pass the mask to each call of this layer")
-        return self._replace(score_ops=(*self.score_ops, SelectMask(mask)))
+        score_ops = (*self.score_ops, SelectMask(mask))
+        check_masks(score_ops, self.num_heads, "mask")
+        return self._replace(score_ops=score_ops)
 
     def _replace(self, **changes) -> StaticMultiHeadAttention:
         arguments = dict(num_heads=self.num_heads, linears=self.linears, tensors=self.tensors, sources=self.sources,
