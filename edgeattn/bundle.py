@@ -36,6 +36,7 @@ _AT_HWCAP = 16  # linux/auxvec.h
 HARDWARE_BITS = {"fp": 0, "asimd": 1, "crc32": 7, "atomics": 8, "fphp": 9, "asimdhp": 10, "asimdrdm": 12, "lrcpc": 15,
                  "asimddp": 20}
 _KEPT = 4  # scratch buffers kept for the next call
+_LOADED = {}  # (device, inode) of a file -> its checksum and library
 
 
 def load(path):
@@ -53,8 +54,8 @@ def load(path):
     Raises
     ------
     ValueError
-        For a file that is no bundle or is damaged, one of another ABI version, and one for a processor that is not
-        this one. Nothing of the file has been run then.
+        For a file that is no bundle or is damaged, one of another ABI version, one for a processor that is not this
+        one, and one that was written over in place since this process loaded it. Nothing of the file has been run then.
     OSError
         When it cannot be read.
     """
@@ -62,7 +63,12 @@ def load(path):
         path = os.path.abspath(path)
     except TypeError:
         raise TypeError(f"path must be a string or a path, got {type(path).__name__}") from None
-    about = read_description(path)
+    with open(path, "rb") as file:
+        return _load(path, file)
+
+
+def _load(path, file):
+    about, checksum = _read(path, file)
     if about["abi"] != ABI_VERSION:
         raise ValueError(f"{path} has ABI version {about['abi']}, and this edgeattn reads {ABI_VERSION}; export it "
                          "again with the edgeattn that runs it")
@@ -73,25 +79,49 @@ def load(path):
     if lacking:
         raise ValueError(f"{path} is for {about['target']}; this processor lacks {', '.join(lacking)}: export the "
                          "layer for another target")
-    try:
-        library = ctypes.CDLL(path)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be loaded: {error}") from error
+    library = _library(path, file, checksum)
     kinds = {"static": StaticBundle, "dynamic": FloatBundle, "float32": FloatBundle}
     return kinds[about["scheme"]](about, library)
+
+
+def _library(path, file, checksum):
+    """The library in an open file whose checksum was read.
+
+    By the file's number: to a path that it knows, the C library answers with what it loaded from there, whatever now
+    lies there. The number is never given back, so that it too means one file for ever.
+    """
+    status = os.fstat(file.fileno())
+    identity = status.st_dev, status.st_ino
+    if identity not in _LOADED:
+        number = os.dup(file.fileno())
+        try:
+            _LOADED[identity] = checksum, ctypes.CDLL(f"/proc/self/fd/{number}")
+        except OSError as error:
+            os.close(number)
+            raise ValueError(f"{path} cannot be loaded: {error}") from error
+    known, library = _LOADED[identity]
+    if known != checksum:
+        raise ValueError(f"{path} was written over in place since this process loaded it; write a new file and rename "
+                         "it, as quant.export does")
+    return library
 
 
 def read_description(path):
     """The description in a bundle, as a dict; nothing of the file is run."""
     with open(path, "rb") as file:
-        content = file.read()
+        return _read(path, file)[0]
+
+
+def _read(path, file):
+    """(description, checksum) of an open bundle."""
+    content = file.read()
     body, footer = content[:-FOOTER.size], content[-FOOTER.size:]
     if len(footer) < FOOTER.size or footer[:len(MAGIC)] != MAGIC:
         raise ValueError(f"{path} is no bundle that quant.export wrote, or its end is missing")
     _, size, checksum = FOOTER.unpack(footer)
     if size > len(body) or zlib.crc32(body) != checksum:
         raise ValueError(f"{path} is damaged: its checksum is not the one it was written with")
-    return json.loads(body[len(body) - size:])
+    return json.loads(body[len(body) - size:]), checksum
 
 
 def cpu_flags():

@@ -26,8 +26,7 @@ def write_atomic(path: str | os.PathLike, data: bytes) -> None:
         When the folder is missing or not writable, or the disk is full; the temporary file is removed.
     """
     path = Path(path)
-    if not path.parent.is_dir():  # the error of opening would name the temporary file
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    check_folder(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         # "x" with the usual mode: unlike tempfile's 0600, the file gets the permissions the user's umask asks
@@ -40,6 +39,17 @@ def write_atomic(path: str | os.PathLike, data: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def check_folder(path: Path) -> None:
+    """Refuse a file in a folder that is not there, by the file's name: opening would name the temporary one.
+
+    Raises
+    ------
+    FileNotFoundError
+    """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
 
 
 def as_path(path: str | os.PathLike) -> Path:

@@ -206,6 +206,23 @@ def test_threads_may_call_one_bundle_at_once(folder):
                 np.testing.assert_array_equal(one, other)
 
 
+def test_what_now_lies_at_a_path_is_loaded(folder, tmp_path):
+    """The C library keeps what it loaded from a path, and gives it again for that path."""
+    path, calls = tmp_path / "a.so", calls_of("static-litert")[0]
+    shutil.copy(folder / "static-litert.so", path)
+    first = bundle.load(path)
+    shutil.copy(folder / "float32.so", tmp_path / "b.so")
+    os.replace(tmp_path / "b.so", path)
+    floats = calls_of("float32")[0]
+    np.testing.assert_array_equal(bundle.load(path)(**floats), bundle.load(folder / "float32.so")(**floats))
+    codes = first.run_int8(**calls)
+    np.testing.assert_array_equal(codes, bundle.load(folder / "static-litert.so").run_int8(**calls))
+    with open(path, "r+b") as file:  # not cut off first, which would take away what the loaded library runs on
+        file.write(rewritten(path, tmp_path / "b.so", target="x" * len(HOST)).read_bytes())
+    with pytest.raises(ValueError, match="a.so was written over in place since this process loaded it; write a new file"):
+        bundle.load(path)
+
+
 # -- from C --------------------------------------------------------------------------------------------------------------
 
 PROGRAM = r"""
@@ -377,6 +394,7 @@ def test_sizes_beyond_the_largest_are_refused(folder, monkeypatch):
 
 @pytest.mark.parametrize("layer, name, options, message", [
     (None, "a.so", {"target": "cortex-m4"}, "target must be one of aarch64, cortex-a53, cortex-a72, .*; got 'cortex-m4'"),
+    (None, "a.so", {"target": ["cortex-a72"]}, r"target must be one of .*; got \['cortex-a72'\]"),
     (None, "a.so", {}, "target must name a processor for a .so, and be None for others; got None for"),
     (None, "a.safetensors", {"target": "cortex-a72"}, "target must name a processor for a .so, and be None for others; got 'cortex-a72'"),
     (None, "7.so", {"target": "cortex-a72"}, "path must be named by a letter and what follows it, .*; got '7.so'"),
@@ -401,7 +419,17 @@ def test_without_a_linker_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(linker.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match="target needs a linker for aarch64, and there is none: apt-get install lld"):
         quant.export(random_layer(1), tmp_path / "a.so", target="cortex-a72")
+    with pytest.raises(FileNotFoundError, match="No such file or directory: '.*nowhere/a.so'"):
+        quant.export(random_layer(1), tmp_path / "nowhere" / "a.so", target="cortex-a72")
     assert os.listdir(tmp_path) == []
+
+
+def test_the_header_of_another_export_is_not_replaced(tmp_path):
+    static = static_layer("tflm")
+    quant.export(static, tmp_path / "a.c", sequence_length=9)
+    with pytest.raises(ValueError, match="path must have another name than '.*a.so': a.h would be replaced, and is of no earlier"):
+        quant.export(static, tmp_path / "a.so", target="cortex-a72")
+    assert sorted(os.listdir(tmp_path)) == ["a.c", "a.h"]
 
 
 def test_every_linker_is_known(monkeypatch):

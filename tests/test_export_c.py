@@ -319,6 +319,18 @@ def test_bad_layers_are_refused(tmp_path, layer):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("name", ["a.h", "a_test.c", "a_test.h"])
+def test_what_lies_beside_is_replaced_only_if_it_was_exported(tmp_path, layer, name):
+    for _ in range(2):
+        quant.export(layer, tmp_path / "a.c", sequence_length=3, test_vectors=1)
+    (tmp_path / name).write_text("/* quant.export wrote a.so */")
+    before = (tmp_path / "a.c").read_text()
+    with pytest.raises(ValueError, match=f"path must have another name than '.*a.c': {name} would be replaced, and is of no"):
+        quant.export(layer, tmp_path / "a.c", sequence_length=4, test_vectors=1)
+    assert (tmp_path / "a.c").read_text() == before
+    assert (tmp_path / name).read_text() == "/* quant.export wrote a.so */"
+
+
 def test_all_files_or_none(tmp_path, layer, monkeypatch):
     (tmp_path / "a.c").write_text("before")
     (tmp_path / "a.h").mkdir()
@@ -327,8 +339,10 @@ def test_all_files_or_none(tmp_path, layer, monkeypatch):
     assert (tmp_path / "a.c").read_text() == "before"
     assert sorted(os.listdir(tmp_path)) == ["a.c", "a.h"]
     (tmp_path / "a.h").rmdir()
-    with pytest.raises(OSError, match="No such file or directory"):
+    with pytest.raises(FileNotFoundError, match="No such file or directory: '.*nowhere/a.c'"):
         quant.export(layer, tmp_path / "nowhere" / "a.c", sequence_length=3)
+    with pytest.raises(FileNotFoundError, match="No such file or directory: '.*nowhere/a.c'"):
+        write_together({tmp_path / "nowhere" / "a.c": b""})
     with monkeypatch.context() as patch:
         replace = os.replace
 

@@ -1,5 +1,6 @@
 """The static layer itself: its parameters' checks, masks, empty and NaN inputs, copies, files."""
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -567,7 +568,15 @@ def test_masks_that_do_not_fit_are_refused(static):
         static.with_mask(np.zeros((5, 5)))
     with pytest.raises(ValueError, match=r"keep must broadcast to \(B, H, L, S\); got shape \(1, 1, 1, 5, 5\)"):
         static.with_mask(np.ones((1, 1, 1, 5, 5), bool))
+    for shape in ((7, 5, 5), (0, 5), (2, 0, 5, 5)):
+        with pytest.raises(ValueError, match=rf"mask must broadcast to \(B, H, L, S\) with H = 4 and no empty axis; got shape "
+                                             rf"{re.escape(str(shape))}"):
+            static.with_mask(np.ones(shape, bool))
     masked = static.with_mask(np.ones((5, 5), bool))
+    with pytest.raises(ValueError, match=r"mask must broadcast to .*; got shape \(6, 6\) beside \(5, 5\)"):
+        masked.with_mask(np.ones((6, 6), bool))
+    with pytest.raises(ValueError, match=r"masks in score_ops must broadcast to \(B, H, L, S\) with H = 4 .* \(3, 1, 5\)"):
+        static._replace(score_ops=(SelectMask(np.ones((3, 1, 5), bool)),))
     with pytest.raises(ValueError, match=r"the mask this layer carries has shape \(1, 1, 5, 5\), which does not "
                                          r"broadcast to \(B, H, L, S\) = \(1, 4, 6, 6\)"):
         masked.run_int8(codes(0, 6, 32))

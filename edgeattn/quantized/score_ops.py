@@ -87,6 +87,23 @@ def _code(value, name: str) -> int:
     return value
 
 
+def check_masks(ops: tuple[ScoreOp, ...], num_heads: int, name: str) -> None:
+    """Refuse masks that broadcast to no (B, H, L, S) with this H, or not together; the message calls them ``name``.
+
+    Raises
+    ------
+    ValueError
+    """
+    shapes = [(op.codes if isinstance(op, AddMask) else op.keep).shape for op in ops if not isinstance(op, MulConstant)]
+    try:
+        together = np.broadcast_shapes((1, num_heads, 1, 1), *shapes)
+    except ValueError:
+        together = ()
+    if together[1:2] != (num_heads,) or 0 in together:
+        raise ValueError(f"{name} must broadcast to (B, H, L, S) with H = {num_heads} and no empty axis; got shape "
+                         f"{' beside '.join(map(str, reversed(shapes)))}")
+
+
 def fit_mask(mask: np.ndarray, shape: tuple[int, int, int, int]) -> np.ndarray:
     """A mask that a layer carries, or what was made of it, as a view of shape (B, H, L, S).
 

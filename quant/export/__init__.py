@@ -6,12 +6,12 @@ import numpy as np
 
 import edgeattn
 from edgeattn.checks import as_array, count
-from edgeattn.files import as_path, write_atomic
+from edgeattn.files import as_path, check_folder, write_atomic
 from edgeattn.layers import MultiHeadAttention
 from edgeattn.quantized import DynamicMultiHeadAttention, QuantizedMultiHeadAttention
 from quant.export.bundle import write_bundle
 from quant.export.c import write_c
-from quant.export.c_files import write_together
+from quant.export.c_files import check_beside, write_together
 from quant.export.tflite import write_tflite
 
 SUFFIXES = (".tflite", ".safetensors", ".c", ".so")
@@ -29,7 +29,8 @@ def export(layer, path, *, batch: int = 1, sequence_length: int | None = None, k
         ``.tflite`` (fixed shapes, runs in LiteRT, tflite-runtime and TFLite Micro), ``.safetensors`` (any shape),
         ``.c`` (fixed shapes, C99 for microcontrollers: the source, and a header of the same name beside it; the name
         must be a C identifier, the layer a static one with the arithmetic "tflm") or ``.so`` (any shape, our kernels
-        compiled for ``target``, with a C header beside it; `edgeattn.bundle.load` runs it without Numba).
+        compiled for ``target``, with a C header beside it; `edgeattn.bundle.load` runs it without Numba). A file of
+        this name is replaced; what has the name of a file that goes beside it, only if it is of an earlier export.
     batch : int
         B of a ``.tflite`` or ``.c``. A ``.safetensors`` or ``.so`` takes any, and lengths only for a mask.
     sequence_length : int
@@ -77,12 +78,14 @@ def export(layer, path, *, batch: int = 1, sequence_length: int | None = None, k
         for name, value, default in (("batch", batch, 1), *((n, v, None) for n, v in needed.items())):
             if value != default:
                 raise ValueError(f"{name} must be left out for a {path.suffix}, which takes any; got {value}")
+    check_folder(path)
     if mask is not None:
         mask = _mask(mask, lengths["sequence_length"], lengths["key_length"])
     if path.suffix not in ANY_SHAPE and sequence_length is None:
         raise ValueError(f"sequence_length is required for a {path.suffix}: its shapes are fixed")
     if path.suffix == ".c":
         texts = write_c(layer, path.stem, **lengths, mask=mask, test_vectors=test_vectors)
+        check_beside(path, texts.keys() - {path.name})
         write_together({path.with_name(name): text.encode("ascii") for name, text in texts.items()})
         return
     if path.suffix == ".tflite":
@@ -94,6 +97,7 @@ def export(layer, path, *, batch: int = 1, sequence_length: int | None = None, k
                              "to each call")
         layer = layer.with_mask(mask)
     if path.suffix == ".so":
+        check_beside(path, [f"{path.stem}.h"])
         files = write_bundle(layer, path.name, target)
         write_together({path.with_name(name): content for name, content in files.items()})
         return

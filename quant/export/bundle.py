@@ -69,7 +69,7 @@ def write_bundle(layer, name: str, target: str) -> dict[str, bytes]:
     library = _compile(layer, row, target, prefix, name)
     body = library + json.dumps(about).encode("ascii")
     footer = FOOTER.pack(MAGIC, len(body) - len(library), zlib.crc32(body))
-    return {name: body + footer, f"{stem}.h": _header(layer, stem, about).encode()}
+    return {name: body + footer, f"{stem}.h": _header(layer, stem, about).encode(errors="replace")}
 
 
 def check_numba() -> None:

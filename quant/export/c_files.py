@@ -4,8 +4,36 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+
+from edgeattn.files import check_folder
+
+
+def check_beside(path: Path, names: Iterable[str]) -> None:
+    """Refuse to replace what lies beside ``path`` and is not of an earlier export to it.
+
+    Parameters
+    ----------
+    path : Path
+        What the caller named, which may be replaced.
+    names : iterable of str
+        Of the files that are written beside it; each names ``path`` in its first comment.
+
+    Raises
+    ------
+    ValueError
+        Naming ``path`` and the file.
+    """
+    for name in names:
+        other = path.with_name(name)
+        if not other.is_file():
+            continue
+        with open(other, "rb") as file:
+            head = file.read(500)
+        if b"quant.export" not in head or path.name.encode(errors="replace") not in head:
+            raise ValueError(f"path must have another name than {str(path)!r}: {name} would be replaced, and is of no "
+                             f"earlier export to {path.name}")
 
 
 def write_together(files: Mapping[Path, bytes]) -> None:
@@ -24,6 +52,8 @@ def write_together(files: Mapping[Path, bytes]) -> None:
     OSError
         When a folder is missing or not writable, the disk is full, or a name belongs to a folder.
     """
+    for path in files:
+        check_folder(path)
     mark = secrets.token_hex(6)
     new = {path: path.with_name(f".{path.name}.{mark}.tmp") for path in files}
     old = {path: path.with_name(f".{path.name}.{mark}.old") for path in files}

@@ -55,7 +55,7 @@ def target_of(name) -> Target:
     ValueError
         When there is none.
     """
-    if name not in TARGETS:
+    if not isinstance(name, str) or name not in TARGETS:
         raise ValueError(f"target must be one of {', '.join(TARGETS)}; got {name!r}")
     return TARGETS[name]
 

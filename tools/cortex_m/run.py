@@ -125,7 +125,8 @@ def _run(command: list[str]) -> str:
 
 def export(case: Exported, folder: Path) -> None:
     """Write a case's C and test vectors."""
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     quant.export(case.layer, folder / "attention.c", **case.arguments, test_vectors=VECTORS)
 
 
