@@ -149,6 +149,8 @@ def _installed_in(folder: Path):
     shutil.copy(fresh.__file__, folder / "fresh.py")
     environment = {**os.environ, "HOME": str(folder), "XDG_CACHE_HOME": str(folder / "cache"),
                    "NUMBA_CACHE_DIR": str(folder / "numba"), "PYTHONPATH": str(folder)}
+    # compiling sources takes memory, and an installed package comes with its bytecode: the first process writes it
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
 
     def run(*arguments):
         answer = subprocess.run([sys.executable, str(folder / "fresh.py"), *arguments], cwd=folder, env=environment,

@@ -8,11 +8,14 @@ import numpy as np
 
 _LARGEST_COUNT = 2**31 - 1
 _LARGEST = float(np.finfo(np.float32).max)
+FLOAT32 = np.dtype(np.float32)
 
 
 def flag(name, value):
     """`value` as a bool; 0 and 1 and arrays are refused."""
-    if not isinstance(value, (bool, np.bool_)):
+    if value is True or value is False:
+        return value
+    if not isinstance(value, np.bool_):
         raise TypeError(f"{name} must be True or False, got {value!r}")
     return bool(value)
 
@@ -24,12 +27,13 @@ def is_one_of(value, names):
 
 def number(name, value):
     """`value` as a float that float32 can hold."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a real number, got {value!r}")
-    try:
-        value = float(value)
-    except OverflowError:
-        value = math.inf
+    if type(value) is not float:
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"{name} must be a real number, got {value!r}")
+        try:
+            value = float(value)
+        except OverflowError:
+            value = math.inf
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value!r}")
     if abs(value) > _LARGEST:
@@ -106,6 +110,8 @@ def to_float32(array):
 
 def result_dtype(*arrays):
     """The dtype of the result: the inputs' own, the widest where they differ, in native byte order."""
+    if {array.dtype for array in arrays} == {FLOAT32}:
+        return FLOAT32
     return np.dtype(np.result_type(*[array.dtype for array in arrays]).type)
 
 

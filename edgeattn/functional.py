@@ -2,15 +2,14 @@
 
 import functools
 import math
+from typing import NamedTuple
 
 import numpy as np
 
-from edgeattn.checks import check_out, deliver, flag, float_array, is_one_of, number, result_dtype, to_float32
+from edgeattn.checks import FLOAT32, check_out, deliver, flag, float_array, is_one_of, number, result_dtype, to_float32
 from edgeattn.cpu import functional_dynamic, functional_float32, plain
-from edgeattn.masks import resolve_mask
+from edgeattn.masks import NO_WINDOW, Mask, resolve_mask
 
-_NO_WINDOW = (-1, -1)
-_ATTENTION = {"float32": functional_float32.attention, "int8": functional_dynamic.attention}
 _SMALLEST_SOFTCAP = 1e-30  # its reciprocal is a float32 too
 
 
@@ -25,7 +24,7 @@ def scaled_dot_product_attention(
     scale=None,
     enable_gqa=False,
     softcap=0.0,
-    window_size=_NO_WINDOW,
+    window_size=NO_WINDOW,
     kv_lengths=None,
     alibi_slopes=None,
     return_weights=False,
@@ -96,19 +95,9 @@ def scaled_dot_product_attention(
     TypeError, ValueError
         Naming the argument, what was required and what came.
     """
-    if (attn_mask is None and causal_alignment is None and type(softcap) is float and not softcap
-            and window_size is _NO_WINDOW and kv_lengths is None and alibi_slopes is None and return_weights is False
-            and return_lse is False and type(precision) is str and precision in _ATTENTION
-            and (is_causal is False or is_causal is True) and (enable_gqa is False or enable_gqa is True)
-            and _is_usual(query, key, value, is_causal, enable_gqa, out)):
-        # what small attention is called with, again and again: nothing to convert, no mask but the causal one
-        result = np.empty((*query.shape[:3], value.shape[3]), np.float32) if out is None else out
-        scale = default_scale(query.shape[3]) if scale is None else number("scale", scale)
-        band = (-2 * key.shape[2], 0) if is_causal else None
-        return _ATTENTION[precision](query, key, value, result, scale, band=band)
     on_cuda = not isinstance(query, np.ndarray) and _on_gpu(query)
     if not is_one_of(precision, ("float32",)):
-        _check_precision(precision, softcap, return_weights, return_lse, on_cuda)
+        _check_precision(precision, on_cuda)
     if on_cuda:
         on_cuda = _functions_on_cuda()
         arrays = (query, key, value, out, attn_mask, kv_lengths, alibi_slopes)
@@ -121,85 +110,50 @@ def scaled_dot_product_attention(
     return_weights = flag("return_weights", return_weights)
     return_lse = flag("return_lse", return_lse)
     softcap = checked_softcap(softcap)
+    if precision == "int8" and (softcap or return_weights or return_lse):
+        name, given = next((name, given) for name, given in (
+            ("softcap", softcap), ("return_weights", return_weights), ("return_lse", return_lse)) if given)
+        raise ValueError(f"{name} must be left out with precision='int8', got {given}; use precision='float32'")
     if on_cuda:
         scale = None if scale is None else number("scale", scale)
         return on_cuda.scaled_dot_product_attention(
             query, key, value, attn_mask, is_causal, causal_alignment, scale, softcap, window_size, kv_lengths,
             alibi_slopes, return_weights, return_lse, precision, out,
-            functools.partial(_check_shapes, grouped=grouped), (arrays, options))
-    query, key, value = (
-        float_array(name, array) for name, array in (("query", query), ("key", key), ("value", value))
-    )
-    _check_shapes(query, key, value, grouped)
-    if scale is None:
-        scale = default_scale(query.shape[-1])
-    else:
-        scale = number("scale", scale)
-    dtype = result_dtype(query, key, value)
-    shape = query.shape[:-1] + value.shape[-1:]
-    check_out(out, shape, dtype)
-
-    # Two axes are one head without a name.
-    lead, heads = (query.shape[:-3], query.shape[-3]) if query.ndim > 2 else ((), 1)
-    queries, keys = query.shape[-2], key.shape[-2]
-    mask = resolve_mask(
-        (*lead, heads, queries, keys),
-        attn_mask,
-        is_causal=is_causal,
-        causal_alignment=causal_alignment,
-        window_size=window_size,
-        kv_lengths=kv_lengths,
-        alibi_slopes=alibi_slopes,
-    )
-    batch = mask.shape[0]
-    kv_heads = key.shape[-3] if key.ndim > 2 else 1
-    q = to_float32(query).reshape(batch, heads, queries, query.shape[-1])
-    k = to_float32(key).reshape(batch, kv_heads, keys, key.shape[-1])
-    v = to_float32(value).reshape(batch, kv_heads, keys, value.shape[-1])
-
-    result = out if _writes_directly(out, q, k, v, mask) else np.empty(shape, np.float32)
-    weights = np.empty(query.shape[:-1] + (keys,), np.float32) if return_weights else None
+            lambda *views: _shapes(*(view.shape for view in views), grouped), (arrays, options))
+    dtype = FLOAT32
+    as_read = _are_read_as_they_are(query, key, value)
+    if not as_read:
+        query, key, value = float_array("query", query), float_array("key", key), float_array("value", value)
+        dtype = result_dtype(query, key, value)
+    shapes = _shapes(query.shape, key.shape, value.shape, grouped)
+    scale = shapes.scale if scale is None else number("scale", scale)
+    check_out(out, shapes.result, dtype)
+    mask = shapes.unmasked
+    if (attn_mask is not None or is_causal is not False or causal_alignment is not None or window_size is not NO_WINDOW
+            or kv_lengths is not None or alibi_slopes is not None):
+        mask = resolve_mask(shapes.scores, attn_mask, is_causal=is_causal, causal_alignment=causal_alignment,
+                            window_size=window_size, kv_lengths=kv_lengths, alibi_slopes=alibi_slopes)
+    q, k, v = query, key, value
+    if not as_read:
+        q, k, v = map(np.reshape, map(to_float32, (query, key, value)), shapes.inputs)
+    direct = out is not None and _writes_directly(out, (q, k, v, mask.keep, mask.bias))
+    result = out if direct else np.empty(shapes.result, FLOAT32)
+    context = result if result.ndim == 4 else result.reshape(shapes.context)
+    weights = np.empty((*query.shape[:-1], key.shape[-2]), np.float32) if return_weights else None
     lse = np.empty(query.shape[:-1], np.float32) if return_lse else None
-    context = result.reshape(batch, heads, queries, shape[-1])
-    if return_weights or return_lse or not (context.size and keys and query.shape[-1]):
+    if return_weights or return_lse or shapes.empty:
         plain.attention(
-            q,
-            k,
-            v,
-            mask,
-            scale=scale,
-            softcap=softcap,
-            out=context,
-            weights=None if weights is None else weights.reshape(batch, heads, queries, keys),
-            lse=None if lse is None else lse.reshape(batch, heads, queries),
-        )
+            *map(to_float32, (q, k, v)), mask, scale=scale, softcap=softcap, out=context,
+            weights=None if weights is None else weights.reshape(mask.shape),
+            lse=None if lse is None else lse.reshape(mask.shape[:3]))
+    elif precision == "int8":
+        functional_dynamic.attention(q, k, v, context, scale, *mask.for_kernels())
     else:
-        keep, bias, band = mask.for_kernels()
-        if precision == "int8":
-            functional_dynamic.attention(q, k, v, context, scale, keep, bias, band)
-        else:
-            functional_float32.attention(q, k, v, context, scale, softcap, keep, bias, band)
+        functional_float32.attention(q, k, v, context, scale, softcap, *mask.for_kernels())
     result = deliver(result, out, dtype)
     if not (return_weights or return_lse):
         return result
     return (result, *([deliver(weights, None, dtype)] if return_weights else []), *([lse] if return_lse else []))
-
-
-def _is_usual(query, key, value, is_causal, grouped, out):
-    """Whether these are float32 arrays with four axes in C order that fit, and nothing needs a copy."""
-    arrays = (query, key, value) if out is None else (query, key, value, out)
-    for array in arrays:
-        if type(array) is not np.ndarray or array.dtype != np.float32 or not array.flags.carray or not array.size:
-            return False
-    if not query.ndim == key.ndim == value.ndim == 4:
-        return False
-    (batch, heads, queries, size), (of_keys, kv_heads, keys, key_size) = query.shape, key.shape
-    if value.shape[:3] != key.shape[:3] or of_keys != batch or key_size != size or is_causal and keys != queries:
-        return False
-    if heads != kv_heads and (not grouped or heads % kv_heads):
-        return False
-    return out is None or out.shape == (batch, heads, queries, value.shape[3]) and not any(
-        np.may_share_memory(out, array) for array in arrays[:3])
 
 
 @functools.cache
@@ -224,19 +178,13 @@ def _on_gpu(array):
     return dlpack.on_gpu(array)
 
 
-def _check_precision(precision, softcap, return_weights, return_lse, on_cuda):
-    """Refuse what is no precision, or none of where the arrays are, and what the int8 products do not come with."""
+def _check_precision(precision, on_cuda):
+    """Refuse what is no precision, or none of where the arrays are."""
     if not is_one_of(precision, ("int8", "float16", "tf32")):
         raise ValueError(f"precision must be 'float32', 'int8', 'float16' or 'tf32', got {precision!r}")
-    if precision != "int8":
-        if not on_cuda:
-            raise ValueError(f"precision must be 'float32' or 'int8' for arrays on the CPU, got {precision!r}, which "
-                             "tensor cores have; leave it out, or pass arrays on a GPU")
-        return
-    flags = {"return_weights": return_weights, "return_lse": return_lse}
-    for name, given in {"softcap": checked_softcap(softcap), **{n: flag(n, f) for n, f in flags.items()}}.items():
-        if given:
-            raise ValueError(f"{name} must be left out with precision='int8', got {given}; use precision='float32'")
+    if precision != "int8" and not on_cuda:
+        raise ValueError(f"precision must be 'float32' or 'int8' for arrays on the CPU, got {precision!r}, which "
+                         "tensor cores have; leave it out, or pass arrays on a GPU")
 
 
 def default_scale(head_dim):
@@ -252,27 +200,45 @@ def checked_softcap(softcap):
     return softcap
 
 
-def _check_shapes(query, key, value, grouped):
-    """Ranks, then the axes that must agree, then the numbers of heads."""
-    shapes = f"query {query.shape}, key {key.shape}, value {value.shape}"
-    for name, array in (("query", query), ("key", key), ("value", value)):
-        if array.ndim < 2:
-            raise ValueError(f"{name} must have at least 2 axes (..., length, size), got shape {array.shape}")
-        if array.ndim != query.ndim:
-            raise ValueError(f"{name} must have as many axes as query, {query.ndim}, got {shapes}")
-        if array.shape[:-3] != query.shape[:-3]:
+class _Shapes(NamedTuple):
+    """What follows from the shapes of query, key and value.
+
+    scores (..., H, L, S), result (..., H, L, Dv); inputs: the three, and context: the result, in four axes;
+    empty: whether an axis is; scale: of the scores, unless another is given; unmasked: the Mask without conditions.
+    """
+
+    scores: tuple
+    result: tuple
+    inputs: tuple
+    context: tuple
+    empty: bool
+    scale: float
+    unmasked: Mask
+
+
+@functools.lru_cache(256)
+def _shapes(query, key, value, grouped):
+    """The `_Shapes` of three shapes: checked are ranks, then the axes that must agree, then the numbers of heads."""
+    shapes = f"query {query}, key {key}, value {value}"
+    for name, shape in (("query", query), ("key", key), ("value", value)):
+        if len(shape) < 2:
+            raise ValueError(f"{name} must have at least 2 axes (..., length, size), got shape {shape}")
+        if len(shape) != len(query):
+            raise ValueError(f"{name} must have as many axes as query, {len(query)}, got {shapes}")
+        if shape[:-3] != query[:-3]:
             raise ValueError(
-                f"{name} must have query's leading axes {query.shape[:-3]}, got {shapes}; "
+                f"{name} must have query's leading axes {query[:-3]}, got {shapes}; "
                 "repeat it with numpy.broadcast_to"
             )
-    if key.shape[-1] != query.shape[-1]:
-        raise ValueError(f"key must have query's last axis D = {query.shape[-1]}, got {shapes}")
-    if value.shape[-2] != key.shape[-2]:
-        raise ValueError(f"value must have as many rows as key, S = {key.shape[-2]}, got {shapes}")
-    if query.ndim == 2:
-        return
-    heads, kv_heads = query.shape[-3], key.shape[-3]
-    if value.shape[-3] != kv_heads:
+    if key[-1] != query[-1]:
+        raise ValueError(f"key must have query's last axis D = {query[-1]}, got {shapes}")
+    if value[-2] != key[-2]:
+        raise ValueError(f"value must have as many rows as key, S = {key[-2]}, got {shapes}")
+    result = (*query[:-1], value[-1])
+    if len(query) == 2:  # one head without a name
+        query, key, value = (1, *query), (1, *key), (1, *value)
+    (*lead, heads, queries, size), (kv_heads, keys), value_size = query, key[-3:-1], value[-1]
+    if value[-3] != kv_heads:
         raise ValueError(f"value must have as many heads as key, {kv_heads}, got {shapes}")
     if heads != kv_heads and not grouped:
         raise ValueError(
@@ -283,11 +249,28 @@ def _check_shapes(query, key, value, grouped):
         raise ValueError(
             f"query heads must be a multiple of key/value heads, got {heads} and {kv_heads} in {shapes}"
         )
+    batch = math.prod(lead)
+    inputs = (batch, heads, queries, size), (batch, kv_heads, keys, size), (batch, kv_heads, keys, value_size)
+    scores = (*lead, heads, queries, keys)
+    return _Shapes(scores, result, inputs, (batch, heads, queries, value_size),
+                   0 in (batch, heads, queries, keys, size, value_size), default_scale(size), resolve_mask(scores))
 
 
-def _writes_directly(out, query, key, value, mask):
+def _are_read_as_they_are(query, key, value):
+    """Whether kernels read these three as they are: float32 in C order, in four axes."""
+    return (type(query) is type(key) is type(value) is np.ndarray and query.dtype is key.dtype is value.dtype is FLOAT32
+            and query.ndim == key.ndim == value.ndim == 4
+            and query.flags.carray and key.flags.carray and value.flags.carray)
+
+
+def _writes_directly(out, inputs):
     """Whether the kernel may write into the caller's array: right layout, and no input changes under it."""
-    if type(out) is not np.ndarray or out.dtype != np.float32 or not (out.flags.c_contiguous and out.flags.aligned):
+    if type(out) is not np.ndarray or out.dtype != np.float32 or not out.flags.carray:
         return False
-    inputs = (query, key, value, mask.keep, mask.bias)
-    return not any(array is not None and np.may_share_memory(out, array) for array in inputs)
+    alone = out.flags.owndata
+    for array in inputs:
+        if array is None or alone and array is not out and array.flags.owndata:  # each has memory of its own
+            continue
+        if np.may_share_memory(out, array):
+            return False
+    return True

@@ -20,12 +20,11 @@ from edgeattn.cpu import functional_float32, plain
 from edgeattn.cpu.cache_int8 import quantize_into
 from edgeattn.cpu.decode import decode
 from edgeattn.functional import checked_softcap, default_scale
-from edgeattn.masks import resolve_mask
+from edgeattn.masks import NO_WINDOW, resolve_mask
 
 _DTYPES = ("float32", "int8")
 _LARGEST_POSITION = 2**31 - 1
 _LARGEST_CODE = np.float32(127)
-_NO_WINDOW = (-1, -1)
 
 
 class KVCache:
@@ -259,7 +258,7 @@ class KVCache:
         is_causal=False,
         scale=None,
         softcap=0.0,
-        window_size=_NO_WINDOW,
+        window_size=NO_WINDOW,
         alibi_slopes=None,
         position=None,
         return_weights=False,
@@ -309,7 +308,7 @@ class KVCache:
             Naming the argument, what was required and what came.
         """
         if (attn_mask is None and key_padding_mask is None and (is_causal is False or is_causal is True)
-                and type(softcap) is float and not softcap and window_size is _NO_WINDOW and alibi_slopes is None
+                and type(softcap) is float and not softcap and window_size is NO_WINDOW and alibi_slopes is None
                 and position is None and return_weights is False and out is None and self._is_next(query)):
             # what a decoding loop calls again and again: one query, that of the last token; it sees all before it
             scale = default_scale(self.head_dim) if scale is None else number("scale", scale)
@@ -526,7 +525,7 @@ def _quantize_by(scale, x):
 def _visible(mask):
     """(first, last) per query: it sees the keys first .. last - 1; of a mask that is a band alone."""
     _, _, queries, keys = mask.shape
-    position = np.arange(queries) + (mask.offset[0] if mask.offset.size else 0)
+    position = np.arange(queries) + mask.offset
     first = np.clip(position - mask.left, 0, keys) if mask.left >= 0 else np.zeros(queries, np.int64)
     last = np.clip(position + mask.right + 1, 0, keys) if mask.right >= 0 else np.full(queries, keys)
     return first.tolist(), np.maximum(first, last).tolist()

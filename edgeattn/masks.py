@@ -1,38 +1,40 @@
 """Which keys a query may see: every way of saying so, checked and brought into one form."""
 
-import dataclasses
+import functools
 import math
 import operator
+from typing import NamedTuple
 
 import numpy as np
 
-from edgeattn.checks import as_array, count, flag, float_array, is_one_of, to_float32
+from edgeattn.checks import FLOAT32, as_array, count, flag, float_array, is_one_of, to_float32
 
+NO_WINDOW = (-1, -1)
+_BOOL = np.dtype(np.bool_)
 _ALIGNMENTS = ("upper_left", "lower_right")
 
 
-@dataclasses.dataclass(frozen=True)
-class Mask:
+class Mask(NamedTuple):
     """What is permitted between L queries and S keys, in the form that kernels read.
 
-    Query i of batch entry b has the position p = i + offset[b]. It may see key j when all of these hold:
-    j < lengths[b]; p - left <= j <= p + right (a bound of -1 is none); keep is None or True there;
-    bias is None or not -inf there.
+    Query i of batch entry b has the position p = i + offset (or offset[b]). It may see key j when all of these hold:
+    lengths is None or j < lengths[b]; p - left <= j <= p + right (a bound of -1 is none); keep is None or True
+    there; bias is None or not -inf there.
 
     Attributes
     ----------
     shape : tuple of int
         (B, H, L, S).
     keep : (B or 1, H or 1, L or 1, S) bool array or None
-        True = attend.
+        True = attend. Like `bias` read-only and in C order.
     bias : (B or 1, H or 1, L or 1, S) float32 array or None
         Added to the scaled and softcapped scores.
     left, right : int
         Keys seen before and after the query's own position, -1 = unbounded.
-    offset : (B,) int64 array
-        The position of query 0.
-    lengths : (B,) int64 array
-        The number of leading keys that exist.
+    offset : int or (B,) int64 array
+        The position of query 0. An int where `lengths` is None.
+    lengths : (B,) int64 array or None
+        The number of leading keys that exist; None where all do.
     """
 
     shape: tuple
@@ -40,8 +42,8 @@ class Mask:
     bias: np.ndarray | None
     left: int
     right: int
-    offset: np.ndarray
-    lengths: np.ndarray
+    offset: int | np.ndarray
+    lengths: np.ndarray | None
 
     def permitted(self):
         """All conditions as one array.
@@ -54,9 +56,9 @@ class Mask:
         _, _, queries, keys = self.shape
         column = np.arange(keys)
         parts = []
-        if (self.lengths != keys).any():
+        if self.lengths is not None:
             parts.append(column < self.lengths[:, None, None, None])
-        position = np.arange(queries)[:, None] + self.offset[:, None, None, None]
+        position = np.arange(queries)[:, None] + np.reshape(self.offset, (-1, 1, 1, 1))
         if self.left >= 0:
             parts.append(column >= position - self.left)
         if self.right >= 0:
@@ -94,13 +96,12 @@ class Mask:
             return _read_only(np.ascontiguousarray(array[..., slice(*columns)]))
 
         size = columns[1] - columns[0]
-        return dataclasses.replace(
-            self,
+        return self._replace(
             shape=(batch, heads, rows[1] - rows[0], size),
             keep=cut(self.keep),
             bias=cut(self.bias),
             offset=self.offset + rows[0] - columns[0],
-            lengths=np.clip(self.lengths - columns[0], 0, size),
+            lengths=None if self.lengths is None else np.clip(self.lengths - columns[0], 0, size),
         )
 
     def with_keys(self, extra):
@@ -115,18 +116,10 @@ class Mask:
         def widen(array, value):
             if array is None:
                 return None
-            return np.pad(array, ((0, 0), (0, 0), (0, 0), (0, extra)), constant_values=value)
+            return _read_only(np.pad(array, ((0, 0), (0, 0), (0, 0), (0, extra)), constant_values=value))
 
-        return dataclasses.replace(
-            self,
-            shape=(batch, heads, queries, keys + extra),
-            keep=_read_only(widen(self.permitted(), True)),
-            bias=_read_only(widen(self.bias, 0)),
-            left=-1,
-            right=-1,
-            offset=np.zeros_like(self.offset),
-            lengths=np.full_like(self.lengths, keys + extra),
-        )
+        return Mask((batch, heads, queries, keys + extra), widen(self.permitted(), True), widen(self.bias, 0), -1, -1,
+                    0, None)
 
     def for_kernels(self):
         """The same conditions as the tiled kernels take them.
@@ -138,16 +131,14 @@ class Mask:
         band : (int, int) or None
             (low, high): query i may see key j when i + low <= j <= i + high; None when it may see every key.
         """
+        if self.lengths is not None:  # where batch entries differ, one array says it all
+            return np.ascontiguousarray(self.permitted()), self.bias, None
+        if self.left < 0 and self.right < 0:
+            return self.keep, self.bias, None
         _, _, queries, keys = self.shape
-        if not self.lengths.size or _is_all(self.lengths, keys) and _is_all(self.offset, self.offset[0]):
-            if self.left < 0 and self.right < 0:
-                return self.keep, self.bias, None
-            offset = int(self.offset[0]) if self.offset.size else 0
-            low = offset - self.left if self.left >= 0 else -queries - keys
-            high = offset + self.right if self.right >= 0 else queries + keys
-            return self.keep, self.bias, (low, high)
-        # where batch entries differ, one array says it all
-        return np.ascontiguousarray(self.permitted()), self.bias, None
+        low = self.offset - self.left if self.left >= 0 else -queries - keys
+        high = self.offset + self.right if self.right >= 0 else queries + keys
+        return self.keep, self.bias, (low, high)
 
 
 def resolve_mask(
@@ -157,7 +148,7 @@ def resolve_mask(
     *,
     is_causal=False,
     causal_alignment=None,
-    window_size=(-1, -1),
+    window_size=NO_WINDOW,
     kv_lengths=None,
     alibi_slopes=None,
     position=None,
@@ -199,22 +190,22 @@ def resolve_mask(
     """
     shape = tuple(shape)
     *lead, heads, queries, keys = shape
-    batch = math.prod(lead)
+    batch = lead[0] if len(lead) == 1 else math.prod(lead)
     is_causal = flag("is_causal", is_causal)
     # no query is further from a key; clipping keeps the kernels' sums within int64
-    left, right = _window(window_size, queries + keys + (position or 0))
-    lengths = _lengths(kv_lengths, tuple(lead), batch, keys)
+    left, right = NO_WINDOW
+    if window_size is not NO_WINDOW:
+        left, right = _window(window_size, queries + keys + (position or 0))
+    lengths = None if kv_lengths is None else _lengths(kv_lengths, tuple(lead), keys)
     if causal_alignment is not None and not is_one_of(causal_alignment, _ALIGNMENTS):
         raise ValueError(f"causal_alignment must be 'upper_left' or 'lower_right', got {causal_alignment!r}")
     if is_causal:
         right = 0
 
-    offset = np.zeros(batch, np.int64)
-    slopes = _alibi_slopes(alibi_slopes, tuple(lead), heads, batch)
-    if position is not None:
-        offset += position
-    elif is_causal or left >= 0 or right >= 0 or slopes is not None:
-        if causal_alignment is None and (queries != keys or (lengths != queries).any()):
+    slopes = None if alibi_slopes is None else _alibi_slopes(alibi_slopes, tuple(lead), heads, batch)
+    offset = position or 0
+    if position is None and (left >= 0 or right >= 0 or slopes is not None):
+        if causal_alignment is None and (queries != keys or lengths is not None):
             lengths_text = "" if kv_lengths is None else f", kv_lengths = {np.asarray(kv_lengths).tolist()}"
             raise ValueError(
                 f"causal_alignment is needed because L = {queries} queries and S = {keys} keys{lengths_text} "
@@ -222,22 +213,24 @@ def resolve_mask(
                 "a cache), 'lower_right' the last query at the last key (FlashAttention, ONNX with a cache)"
             )
         if causal_alignment == "lower_right":
-            offset = lengths - queries
+            offset = (keys if lengths is None else lengths) - queries
 
-    keep, bias = _attn_mask(attn_mask, shape, batch)
+    keep = bias = None
+    if attn_mask is not None:
+        mask = _attn_mask(attn_mask, shape)
+        keep, bias = (mask, None) if mask.dtype is _BOOL else (None, mask)
     if slopes is not None:
         # the entries of a batch share one array unless their positions or slopes differ
-        starts = offset[:1] if (offset == offset[:1]).all() else offset
+        starts = np.reshape(offset, -1)
+        starts = starts[:1] if (starts == starts[:1]).all() else starts
         places = starts[:, None, None, None] + np.arange(queries)[:, None]
         distance = np.abs(places - np.arange(keys)).astype(np.float32)
         alibi = -slopes[:, :, None, None] * distance
-        bias = alibi if bias is None else bias + alibi
-    padding = _key_padding_mask(key_padding_mask, (*lead, keys), batch)
-    if padding is not None:
-        keep = padding if keep is None else keep & padding
-    return Mask(
-        (batch, heads, queries, keys), _read_only(keep), _read_only(bias), left, right, offset, lengths
-    )
+        bias = _read_only(alibi if bias is None else bias + alibi)
+    if key_padding_mask is not None:
+        padding = _key_padding_mask(key_padding_mask, (*lead, keys), batch)
+        keep = padding if keep is None else _read_only(keep & padding)
+    return Mask((batch, heads, queries, keys), keep, bias, left, right, offset, lengths)
 
 
 def sliding_window(keys):
@@ -319,9 +312,7 @@ def _bool_or_float(name, value, meaning):
 
 
 def _alibi_slopes(alibi_slopes, lead, heads, batch):
-    """(B or 1, H) float32, or None."""
-    if alibi_slopes is None:
-        return None
+    """(B or 1, H) float32."""
     slopes = float_array("alibi_slopes", alibi_slopes)
     if slopes.shape not in ((heads,), (*lead, heads)):
         raise ValueError(
@@ -342,7 +333,7 @@ def _read_only(array):
 
 def _window(window_size, furthest):
     try:
-        left, right = (operator.index(bound) for bound in window_size)
+        left, right = map(operator.index, window_size)
     except (TypeError, ValueError):
         raise TypeError(
             f"window_size must be two integers (left, right), -1 for unbounded, got {window_size!r}"
@@ -354,9 +345,8 @@ def _window(window_size, furthest):
     return min(left, furthest), min(right, furthest)
 
 
-def _lengths(kv_lengths, lead, batch, keys):
-    if kv_lengths is None:
-        return np.full(batch, keys, np.int64)
+def _lengths(kv_lengths, lead, keys):
+    """(B,) int64, or None where all keys exist."""
     lengths = as_array("kv_lengths", kv_lengths)
     if lengths.dtype.kind not in "iu":
         raise TypeError(f"kv_lengths must be an integer array, got dtype {lengths.dtype}")
@@ -366,44 +356,51 @@ def _lengths(kv_lengths, lead, batch, keys):
         )
     if lengths.size and (lengths.min() < 0 or lengths.max() > keys):
         raise ValueError(f"kv_lengths must lie between 0 and S = {keys}, got {lengths.tolist()}")
-    return lengths.astype(np.int64).reshape(batch)
+    return None if (lengths == keys).all() else lengths.astype(np.int64).reshape(-1)
 
 
-def _attn_mask(attn_mask, shape, batch):
-    """(keep, bias): the one that `attn_mask` is, in four axes, and None."""
-    if attn_mask is None:
-        return None, None
+def _attn_mask(attn_mask, shape):
+    """`attn_mask` in four axes, as `Mask` has it: bool or float32."""
     mask = as_array("attn_mask", attn_mask)
-    if mask.dtype.kind not in "bf" or mask.dtype.itemsize > 8:
-        raise TypeError(
-            "attn_mask must be a bool array (True = attend) or a float array (added to the scores), "
-            f"got dtype {mask.dtype}; convert 0/1 with .astype(bool)"
-        )
-    if not _broadcasts(mask.shape, shape):
-        raise ValueError(f"attn_mask must broadcast to (..., H, L, S) = {shape}, got shape {mask.shape}")
-    keys = shape[-1]
-    mask = mask.reshape((1,) * (len(shape) - mask.ndim) + mask.shape)
-    lead, entries = mask.shape[:-3], 1
-    if any(axis != 1 for axis in lead):
-        lead, entries = shape[:-3], batch
-    # The kernels walk along the keys, so that axis is always written out; the others may stay 1.
-    wanted = lead + mask.shape[-3:-1] + (keys,)
-    if mask.shape != wanted:
-        mask = np.broadcast_to(mask, wanted)
-    if mask.dtype == np.float64:  # what is finite stays so: only -inf means "do not attend"
-        largest = np.finfo(np.float32).max
-        mask = np.where(np.isfinite(mask), np.clip(mask, -largest, largest), mask)
-    if mask.dtype.kind == "f":
+    if mask.dtype is not _BOOL and mask.dtype is not FLOAT32:
+        if mask.dtype.kind not in "bf" or mask.dtype.itemsize > 8:
+            raise TypeError(
+                "attn_mask must be a bool array (True = attend) or a float array (added to the scores), "
+                f"got dtype {mask.dtype}; convert 0/1 with .astype(bool)"
+            )
+        if mask.dtype == np.float64:  # what is finite stays so: only -inf means "do not attend"
+            largest = np.finfo(np.float32).max
+            mask = np.where(np.isfinite(mask), np.clip(mask, -largest, largest), mask)
         mask = to_float32(mask)
-    elif not (mask.flags.c_contiguous and mask.flags.aligned):
-        mask = np.require(mask, np.bool_, ["C", "A"])
-    mask = mask.reshape((entries,) + mask.shape[-3:])
-    return (mask, None) if mask.dtype == np.bool_ else (None, mask)
+    fitted = _fitted(mask.shape, shape)
+    if fitted is None:
+        raise ValueError(f"attn_mask must broadcast to (..., H, L, S) = {shape}, got shape {mask.shape}")
+    repeated, four_axes = fitted
+    if repeated is not None:
+        mask = np.broadcast_to(mask, repeated)
+    return _in_rows(mask, four_axes)
+
+
+@functools.lru_cache(256)
+def _fitted(given, shape):
+    """How a mask of shape `given` becomes one for scores of `shape`, (..., H, L, S), or None where it does not.
+
+    (what to repeat it to, or None where it is that already; its shape in four axes)
+    """
+    if len(given) > len(shape) or any(
+            axis not in (1, wanted) for axis, wanted in zip(reversed(given), reversed(shape), strict=False)):
+        return None
+    *lead, heads, queries, keys = (1,) * (len(shape) - len(given)) + given
+    # The kernels walk along the keys, so that axis is always written out; the others may stay 1.
+    if any(axis != 1 for axis in lead):
+        lead = shape[:-3]
+    wanted = (*lead, heads, queries, shape[-1])
+    four_axes = (math.prod(lead), heads, queries, shape[-1])
+    return None if math.prod(wanted) == math.prod(given) else wanted, four_axes
 
 
 def _key_padding_mask(key_padding_mask, shape, batch):
-    if key_padding_mask is None:
-        return None
+    """`key_padding_mask` in four axes, (B, 1, 1, S)."""
     mask = as_array("key_padding_mask", key_padding_mask)
     if mask.dtype != np.bool_:
         raise TypeError(
@@ -412,14 +409,14 @@ def _key_padding_mask(key_padding_mask, shape, batch):
         )
     if mask.shape != shape:
         raise ValueError(f"key_padding_mask must have shape (..., S) = {shape}, got {mask.shape}")
-    return np.ascontiguousarray(mask).reshape(batch, 1, 1, shape[-1])
+    return _in_rows(mask, (batch, 1, 1, shape[-1]))
 
 
-def _is_all(array, value):
-    return array[0] == value if array.size == 1 else (array == value).all()
-
-
-def _broadcasts(given, shape):
-    return len(given) <= len(shape) and all(
-        axis in (1, wanted) for axis, wanted in zip(reversed(given), reversed(shape), strict=False)
-    )
+def _in_rows(mask, shape):
+    """A mask in C order, read-only and of `shape`."""
+    flags = mask.flags
+    if not flags.c_contiguous or not flags.aligned:
+        mask = np.array(mask, order="C")
+    mask = mask.reshape(shape)
+    mask.flags.writeable = False
+    return mask

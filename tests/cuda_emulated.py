@@ -43,6 +43,7 @@ class EmulatedDriver:
     array = driver_module.Driver.array
 
     def launch(self, kernel, grid, addresses, numbers, stream):
+        assert min(grid) > 0, "a GPU refuses an empty grid"
         memory = cuda_emulator.Memory()
         for array in self.memory.values():
             memory.lend(array, writable=True)

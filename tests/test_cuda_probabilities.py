@@ -150,6 +150,10 @@ def test_keys_and_weights_of_nothing():
     layer = edgeattn.MultiHeadAttention(2, **weights, num_kv_heads=1).to("cuda")
     result, got = layer(rng.standard_normal((1, 3, 24), np.float32), np.zeros((1, 0, 24), np.float32), need_weights=True)
     assert got.shape == (1, 2, 3, 2) and np.isfinite(result).all()
+    bare = edgeattn.MultiHeadAttention(2, **parameters(rng), num_kv_heads=1).to("cuda")
+    _, none = bare(put(np.ones((1, 3, 24), np.float32)), put(np.zeros((1, 0, 24), np.float32)), need_weights=True,
+                   average_attn_weights=True)
+    assert none.shape == (1, 3, 0)
     np.testing.assert_allclose(got.sum(-1), 1, rtol=1e-6)
     q, k, v = (put(np.zeros((1, 2, 3, n), np.float32)) for n in (4, 4, 0))
     result, got, lse = edgeattn.scaled_dot_product_attention(q, k, v, return_weights=True, return_lse=True)

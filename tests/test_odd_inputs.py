@@ -130,3 +130,25 @@ def test_out_may_be_the_memory_that_is_read():
     wanted = edgeattn.scaled_dot_product_attention(q[..., :4].copy(), K, V)
     np.testing.assert_array_equal(
         edgeattn.scaled_dot_product_attention(q[..., :4], K, V, out=q[..., 2:6]), wanted)
+    for place in range(3):  # the whole of an input, or of a mask
+        given = [Q.copy(), K.copy(), V.copy()]
+        wanted = edgeattn.scaled_dot_product_attention(*given)
+        np.testing.assert_array_equal(edgeattn.scaled_dot_product_attention(*given, out=given[place]), wanted)
+    mask = np.zeros((*Q.shape[:2], Q.shape[2], K.shape[2]), np.float32)
+    mask[..., 1:, 0] = -np.inf
+    wanted = edgeattn.scaled_dot_product_attention(Q, K, V, mask)
+    out = mask.reshape(-1)[:wanted.size].reshape(wanted.shape)
+    np.testing.assert_array_equal(edgeattn.scaled_dot_product_attention(Q, K, V, mask, out=out), wanted)
+
+
+def test_what_fits_once_is_still_asked_of_the_next_call():
+    """Shapes that were checked before are not checked again; options and values are."""
+    attend = edgeattn.scaled_dot_product_attention
+    q, k = np.repeat(Q[:, :1], 2, 1), K[:, :1]
+    attend(q, k, V[:, :1], enable_gqa=True, is_causal=True, causal_alignment="lower_right", window_size=(2, 1))
+    for changes, message in (
+            ({"enable_gqa": 1}, "enable_gqa must be True or False"), ({"enable_gqa": False}, "pass enable_gqa=True"),
+            ({"is_causal": 1}, "is_causal must be True or False"), ({"window_size": (2.0, 1.0)}, "window_size must be two"),
+            ({"attn_mask": np.ones((Q.shape[2], K.shape[2]), int)}, "attn_mask must be a bool array")):
+        with pytest.raises((TypeError, ValueError), match=message):
+            attend(q, k, V[:, :1], **{"enable_gqa": True, **changes})

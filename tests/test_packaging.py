@@ -2,6 +2,7 @@
 
 import ast
 import configparser
+import importlib
 import importlib.metadata
 import importlib.util
 import re
@@ -216,6 +217,17 @@ def test_only_the_tflite_writer_and_reader_import_flatbuffers():
 def test_checkpoint_readers_import_their_package_only_when_they_open_a_file(package, reader):
     assert offenders([package], scope="edgeattn", allowed=[reader]) == []
     assert offenders([package], scope="edgeattn", top_level_only=True) == []
+
+
+def test_layers_bring_no_checkpoint_reader_until_one_is_asked_for():
+    script = ("import sys, edgeattn.checkpoints; edgeattn.MultiHeadAttention, edgeattn.QuantizedMultiHeadAttention\n"
+              "print(*sorted(name for name in sys.modules if name.startswith('edgeattn.checkpoints.')))\n"
+              "print(*(getattr(edgeattn.checkpoints, name).__module__ for name in edgeattn.checkpoints.__all__))")
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    nothing, found = done.stdout.split("\n")[:2]
+    assert nothing == ""
+    assert {name.rpartition(".")[2] for name in found.split()} == {"keras_files", "onnx_graphs", "state_dicts"}
+    assert not hasattr(importlib.import_module("edgeattn.checkpoints"), "jax_weights")
 
 
 def test_kernels_import_no_public_layer():

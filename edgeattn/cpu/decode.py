@@ -8,11 +8,20 @@ from edgeattn.jit import entry
 
 from . import decode_float32, decode_int8
 from .decode_blocks import BLOCK
-from .functional_float32 import _rows
 from .matmul import round_up
 
 _NO_LENGTHS = np.zeros(0, np.int64)
 _runs = {}
+
+
+def _rows(array):
+    """`array` itself if its last dimension is contiguous and it is float32, else a copy that is."""
+    if array.dtype == np.float32 and array.flags.c_contiguous:
+        return array
+    if array.dtype != np.float32 or (array.shape[-1] > 1 and array.strides[-1] != 4) or any(
+            s % 4 for s in array.strides):
+        return np.ascontiguousarray(array, np.float32)
+    return array
 
 
 @functools.lru_cache

@@ -22,7 +22,7 @@ from .dynamic import (
     weigh_tokens,
 )
 from .fused import ATTENDING, PROJECTING, fill_mask, portions, visible_range
-from .layer_float32 import _NO_BIAS, _NO_KEEP, _strides
+from .layer_float32 import _NO_BIAS, _NO_KEEP, place_masks, shape_of
 from .matmul import MATRIX, MATRIX_DEPTH, ROW_STEP, place, round_up
 from .simd import (
     LANES,
@@ -193,13 +193,14 @@ def plan(p, masked):
     return shared, private
 
 
-@functools.lru_cache(64)
-def _plan_of(q, k, v, masked):
-    """(parameters, shared elements, private elements) for arrays of these shapes."""
+@functools.lru_cache(256)
+def _plan_of(q, k, v, keep, bias, band):
+    """(parameters, shared elements, private elements) for arrays and masks of these shapes."""
     p = np.zeros(A_COUNT, np.int64)
     p[A_B], p[A_H], p[A_L], p[A_D] = q
     p[A_KV_HEADS], p[A_S], p[A_DV] = k[1], k[2], v[3]
-    return p, *map(int, plan(p, masked))
+    place_masks(p, A_BAND, keep, bias, band)
+    return p, *map(int, plan(p, keep is not None or bias is not None))
 
 
 def attention(q, k, v, out, scale, keep=None, bias=None, band=None):
@@ -207,27 +208,17 @@ def attention(q, k, v, out, scale, keep=None, bias=None, band=None):
 
     Parameters
     ----------
-    q, k, v : float32 arrays
+    q, k, v : float32 arrays, C order
         (B, H, L, D), (B, Hkv, S, D), (B, Hkv, S, Dv); no axis empty.
     out : float32 array, C order
     keep, bias, band
         As `functional_float32.attention` takes them.
     """
     global _run
-    masked = keep is not None or bias is not None
-    p, shared, private = _plan_of(q.shape, k.shape, v.shape, masked)
-    if masked or band is not None:
-        p = p.copy()
-    if band is not None:
-        p[A_BAND], p[A_LOW], p[A_HIGH] = 1, band[0], band[1]
-    if keep is not None:
-        p[A_KEEP_B:A_KEEP_S + 1] = _strides(keep, None)
-    if bias is not None:
-        p[A_BIAS_B:A_BIAS_S + 1] = _strides(bias, None)
+    p, shared, private = _plan_of(q.shape, k.shape, v.shape, shape_of(keep), shape_of(bias), band)
     keep = _NO_KEEP if keep is None else keep.reshape(-1).view(np.uint8)
     bias = _NO_BIAS if bias is None else bias.reshape(-1)
-    arguments = (*(np.ascontiguousarray(a).reshape(-1) for a in (q, k, v)), out.reshape(-1), p, np.float32(scale), keep,
-                 bias)
+    arguments = (q.reshape(-1), k.reshape(-1), v.reshape(-1), out.reshape(-1), p, np.float32(scale), keep, bias)
     if _run is None:
         _run = entry(attention_dynamic, (*arguments, np.zeros(1, np.int32), np.zeros(1, np.int64), 1))
     threads.run(_run, arguments, np.int32, shared, private, q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]

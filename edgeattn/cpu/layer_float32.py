@@ -15,15 +15,28 @@ _NO_KEEP = np.zeros(0, np.uint8)
 _NO_BIAS = np.zeros(0, np.float32)
 
 
-def _strides(mask, shape):
-    """Element strides of `mask` broadcast to four dimensions `shape`: 0 where it repeats."""
+def _strides(shape):
+    """Element strides of a mask of `shape`, in C order, along the axes of the scores: 0 where it repeats."""
     strides, step = [0, 0, 0, 0], 1
-    for axis in range(1, mask.ndim + 1):
-        size = mask.shape[-axis]
-        if size != 1:
+    for axis in range(1, len(shape) + 1):
+        if shape[-axis] != 1:
             strides[-axis] = step
-        step *= size
+        step *= shape[-axis]
     return strides
+
+
+def place_masks(p, at, keep, bias, band):
+    """Write what P_BAND and the ten slots after it say into p[at:], of a band and masks of two shapes, or None."""
+    if band is not None:
+        p[at:at + 3] = 1, *band
+    for slot, shape in ((at + 3, keep), (at + 7, bias)):
+        if shape is not None:
+            p[slot:slot + 4] = _strides(shape)
+
+
+def shape_of(mask):
+    """The shape of a mask, or None of none."""
+    return None if mask is None else mask.shape
 
 
 @register_jitable
@@ -149,22 +162,14 @@ class FloatLayer:
         """
         B, L = xq.shape[0], xq.shape[1]
         S = xk.shape[1]
-        masked = keep is not None or bias is not None
-        key = (B, L, S, masked)
+        key = (B, L, S, shape_of(keep), shape_of(bias), band)
         plan = self._plans.get(key)
         if plan is None:
             if len(self._plans) > 64:
                 self._plans.clear()
-            plan = self._plans[key] = self._plan(B, L, S, masked)
+            plan = self._plans[key] = self._plan(B, L, S, keep is not None or bias is not None)
+            place_masks(plan[0], f.P_BAND, *key[3:])
         p, shared_size, private_size, work = plan
-        if masked or band is not None:
-            p = p.copy()
-            if band is not None:
-                p[f.P_BAND], p[f.P_LOW], p[f.P_HIGH] = 1, band[0], band[1]
-            if keep is not None:
-                p[f.P_KEEP_B:f.P_KEEP_S + 1] = _strides(keep, None)
-            if bias is not None:
-                p[f.P_BIAS_B:f.P_BIAS_S + 1] = _strides(bias, None)
         keep = _NO_KEEP if keep is None else keep.reshape(-1).view(np.uint8)
         bias = _NO_BIAS if bias is None else bias.reshape(-1)
         arguments = (*_flat(xq, xk, xv), out.reshape(-1), self.weights, p, keep, bias)

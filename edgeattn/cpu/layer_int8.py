@@ -7,7 +7,7 @@ from edgeattn.jit import entry
 
 from . import fused_int8 as f
 from .cached_int8 import cached_int8
-from .layer_float32 import _flat, _strides
+from .layer_float32 import _flat, place_masks, shape_of
 from .matmul import (
     MATRIX,
     MATRIX_DEPTH,
@@ -179,24 +179,21 @@ class StaticLayer:
         """
         B, L, tokens = xq.shape[0], xq.shape[1], xk.shape[1]
         S = room = tokens
+        masks = in_plan = (shape_of(keep), shape_of(classes), band)
         if cached is not None:
             keys, values, first, S = cached
-            room = round_up(S, _MORE_KEYS)  # a plan serves fewer keys too
-        key = (B, L, room, tokens, xk is xv, cached is not None)
+            room, in_plan = round_up(S, _MORE_KEYS), (None, None, None)  # a plan serves fewer keys too
+        key = (B, L, room, tokens, xk is xv, cached is not None, *in_plan)
         plan = self._plans.get(key)
         if plan is None:
             if len(self._plans) > 64:
                 self._plans.clear()
-            plan = self._plans[key] = self._plan(*key)
+            plan = self._plans[key] = self._plan(*key[:6])
+            place_masks(plan[0], f.P_BAND, *in_plan)
         p, shared_size, private_size, work = plan
-        if keep is not None or band is not None or classes is not None or cached is not None:
+        if cached is not None:
             p = p.copy()
-            if band is not None:
-                p[f.P_BAND], p[f.P_LOW], p[f.P_HIGH] = 1, band[0], band[1]
-            if keep is not None:
-                p[f.P_KEEP_B:f.P_KEEP_S + 1] = _strides(keep, None)
-            if classes is not None:
-                p[f.P_CLASS_B:f.P_CLASS_S + 1] = _strides(classes, None)
+            place_masks(p, f.P_BAND, *masks)
         keep = _EMPTY_U8 if keep is None else keep.reshape(-1).view(np.uint8)
         classes = _EMPTY_U8 if classes is None else classes.reshape(-1)
         tables = _EMPTY_I8 if tables is None else tables.reshape(-1)

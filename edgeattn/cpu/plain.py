@@ -32,6 +32,7 @@ def attention(query, key, value, mask, *, scale, softcap, out, weights=None, lse
     lse : (B, H, L) float32 array, optional
         Written with log(sum(exp(scores))) over the permitted keys, -inf where there is none.
     """
+    batch, _, _, keys = mask.shape
     _attention(
         query,
         key,
@@ -40,8 +41,8 @@ def attention(query, key, value, mask, *, scale, softcap, out, weights=None, lse
         _NO_BIAS if mask.bias is None else mask.bias,
         mask.left,
         mask.right,
-        mask.offset,
-        mask.lengths,
+        np.zeros(batch, np.int64) + mask.offset,
+        np.full(batch, keys, np.int64) if mask.lengths is None else mask.lengths,
         np.float32(scale),
         np.float32(softcap),
         out,

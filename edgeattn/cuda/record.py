@@ -68,7 +68,9 @@ class Record:
 
 
 def launch(kernel, grid, addresses, numbers, stream):
-    """Start a Kernel, taken down where somebody does."""
+    """Start a Kernel, taken down where somebody does; an empty grid is nothing to start."""
+    if 0 in grid:
+        return
     driver().launch(kernel, grid, addresses, numbers, stream)
     if (record := taking()) is not None:
         record.launch(kernel, grid, addresses, numbers)

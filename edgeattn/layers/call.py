@@ -1,18 +1,17 @@
 """One call of a layer: its arguments checked once, in the form that every backend reads."""
 
 import dataclasses
+import functools
 
 import numpy as np
 
 from edgeattn.checks import check_out, deliver, flag, float_array, result_dtype
 from edgeattn.functional import checked_softcap
 from edgeattn.kv_cache import KVCache
-from edgeattn.masks import Mask, resolve_mask
-
-NO_WINDOW = (-1, -1)
+from edgeattn.masks import NO_WINDOW, Mask, resolve_mask
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(slots=True, eq=False)
 class Call:
     """The checked arguments of a call. The batch axis is made where inputs have none.
 
@@ -113,6 +112,28 @@ def causal_band(is_causal, length):
     return (-2 * length, 0) if is_causal else None
 
 
+def is_read_as_it_is(layer, x, dtype):
+    """Whether x is an array (B, L, E) that the kernel of `layer` reads as it is, for queries, keys and values."""
+    return (type(x) is np.ndarray and x.dtype is dtype and x.ndim == 3 and x.flags.carray and x.size > 0
+            and x.shape[2] == layer.embed_dim == layer.kdim == layer.vdim)
+
+
+def is_unmasked(attn_mask, key_padding_mask, is_causal, causal_alignment, window_size, alibi_slopes):
+    """Whether no argument hides a key from the last token; causal attention does not."""
+    return (attn_mask is None and key_padding_mask is None and (is_causal is False or is_causal is True)
+            and causal_alignment is None and window_size is NO_WINDOW and alibi_slopes is None)
+
+
+def self_masks(layer, x, attn_mask, key_padding_mask, is_causal, causal_alignment, window_size, alibi_slopes):
+    """`Mask.for_kernels` of attention of the tokens x (B, L, E) to themselves."""
+    batch, length, _ = x.shape
+    if is_unmasked(attn_mask, key_padding_mask, is_causal, causal_alignment, window_size, alibi_slopes):
+        return None, None, causal_band(is_causal, length)
+    return resolve_mask((batch, layer.num_heads, length, length), attn_mask, key_padding_mask, is_causal=is_causal,
+                        causal_alignment=causal_alignment, window_size=window_size,
+                        alibi_slopes=alibi_slopes).for_kernels()
+
+
 def check_cache(layer, cache, causal_alignment):
     """Raise unless `cache` is one of the sizes of `layer`, and knows the positions alone."""
     if not isinstance(cache, KVCache):
@@ -147,14 +168,18 @@ def check_inputs(layer, query, key, value):
 
 def check_input_shapes(layer, query, key, value):
     """Raise unless the shapes of three inputs, arrays of any kind, fit the layer and each other."""
-    first = layer._query_name
-    shapes = f"query {query.shape}, key {key.shape}, value {value.shape}"
-    if query.ndim not in (2, 3):
-        raise ValueError(f"{first} must be (B, L, E) or (L, E), got shape {query.shape}")
-    for name, array, width in ((first, query, layer.embed_dim), ("key", key, layer.kdim), ("value", value, layer.vdim)):
-        if array.ndim != query.ndim or array.shape[:-2] != query.shape[:-2]:
-            raise ValueError(f"{name} must have query's batch axes {query.shape[:-2]}, got {shapes}")
-        if array.shape[-1] != width:
+    _check_shapes(layer._query_name, (layer.embed_dim, layer.kdim, layer.vdim), query.shape, key.shape, value.shape)
+
+
+@functools.lru_cache(256)
+def _check_shapes(first, widths, query, key, value):
+    shapes = f"query {query}, key {key}, value {value}"
+    if len(query) not in (2, 3):
+        raise ValueError(f"{first} must be (B, L, E) or (L, E), got shape {query}")
+    for name, shape, width in zip((first, "key", "value"), (query, key, value), widths, strict=True):
+        if len(shape) != len(query) or shape[:-2] != query[:-2]:
+            raise ValueError(f"{name} must have query's batch axes {query[:-2]}, got {shapes}")
+        if shape[-1] != width:
             raise ValueError(f"{name} must have a last axis of {width}, the columns of its weight, got {shapes}")
-    if value.shape[-2] != key.shape[-2]:
-        raise ValueError(f"value must have as many rows as key, S = {key.shape[-2]}, got {shapes}")
+    if value[-2] != key[-2]:
+        raise ValueError(f"value must have as many rows as key, S = {key[-2]}, got {shapes}")

@@ -4,13 +4,20 @@ import functools
 
 import numpy as np
 
-from edgeattn.checks import to_float32
+from edgeattn.checks import FLOAT32, to_float32
 from edgeattn.cpu.layer_float32 import FloatLayer
 from edgeattn.cpu.linear import Linear
 from edgeattn.layers import steps
-from edgeattn.layers.call import NO_WINDOW, causal_band, check_call, check_inputs, is_next
+from edgeattn.layers.call import (
+    check_call,
+    check_inputs,
+    is_next,
+    is_read_as_it_is,
+    is_unmasked,
+    self_masks,
+)
 from edgeattn.layers.weights import AttentionWeights
-from edgeattn.masks import torch_masks
+from edgeattn.masks import NO_WINDOW, torch_masks
 
 
 class MultiHeadAttention(AttentionWeights):
@@ -129,19 +136,16 @@ class MultiHeadAttention(AttentionWeights):
         TypeError, ValueError
             Naming the argument, what was required and what came.
         """
-        if key is None and attn_mask is None and key_padding_mask is None and (
-                (is_causal is False or is_causal is True) and need_weights is False and out is None
-                and type(query) is np.ndarray and query.dtype == np.float32 and query.ndim == 3
-                and query.shape[2] == self.embed_dim == self.kdim == self.vdim
-                and query.flags.carray and query.size and value is None and self._fusible
-                and window_size is NO_WINDOW and alibi_slopes is None and causal_alignment is None
-                and average_attn_weights is False and type(softcap) is float and not softcap
-                and (kv_cache is None or is_next(self, query, kv_cache))):
-            # what small layers are called with, again and again: self-attention, no mask but the causal one
-            if kv_cache is not None:
+        if (key is None and value is None and out is None and need_weights is False and average_attn_weights is False
+                and type(softcap) is float and not softcap and self._fusible
+                and is_read_as_it_is(self, query, FLOAT32)):
+            # what small layers are called with, again and again: self-attention
+            masks = (attn_mask, key_padding_mask, is_causal, causal_alignment, window_size, alibi_slopes)
+            if kv_cache is None:
+                result = np.empty((*query.shape[:2], self.output_dim), FLOAT32)
+                return self._kernel(query, query, query, result, *self_masks(self, query, *masks))
+            if is_unmasked(*masks) and is_next(self, query, kv_cache):
                 return steps.attend_next(self, query, kv_cache)
-            result = np.empty((*query.shape[:2], self.output_dim), np.float32)
-            return self._kernel(query, query, query, result, band=causal_band(is_causal, query.shape[1]))
         call = check_call(
             self, query, key, value, attn_mask=attn_mask, key_padding_mask=key_padding_mask, is_causal=is_causal,
             causal_alignment=causal_alignment, window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes,

@@ -1,7 +1,7 @@
 """Self-attention with one head."""
 
-from edgeattn.layers.call import NO_WINDOW
 from edgeattn.layers.multi_head import MultiHeadAttention
+from edgeattn.masks import NO_WINDOW
 
 
 class SelfAttention(MultiHeadAttention):

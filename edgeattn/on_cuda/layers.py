@@ -6,8 +6,9 @@ import numpy as np
 
 from edgeattn.checks import check_out, deliver, flag, float_array, result_dtype, to_float32
 from edgeattn.functional import checked_softcap
-from edgeattn.layers.call import NO_WINDOW, check_input_shapes
+from edgeattn.layers.call import check_input_shapes
 from edgeattn.layers.steps import added_keys
+from edgeattn.masks import NO_WINDOW
 from edgeattn.on_cuda.functional import result_array
 from edgeattn.on_cuda.known import OUT, RESULTS, Known
 from edgeattn.on_cuda.masks import device_masks

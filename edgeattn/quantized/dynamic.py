@@ -7,13 +7,14 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from edgeattn.checks import count, to_float32
+from edgeattn.checks import FLOAT32, count, to_float32
 from edgeattn.cpu.layer_dynamic import DynamicLayer
 from edgeattn.cpu.linear_dynamic import DynamicLinear
 from edgeattn.functional import default_scale
 from edgeattn.layers import steps
-from edgeattn.layers.call import NO_WINDOW, causal_band, check_call, is_next
+from edgeattn.layers.call import check_call, is_next, is_read_as_it_is, is_unmasked, self_masks
 from edgeattn.layers.weights import KEY_TENSORS, added_keys, added_keys_state
+from edgeattn.masks import NO_WINDOW
 from edgeattn.quantized.layer import INPUTS, SHORT, QuantizedMultiHeadAttention
 from edgeattn.quantized.parameters import QuantizedLinear, frozen
 
@@ -94,19 +95,16 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention):
         With ``softcap``, ``kv_cache``, ``need_weights``, added keys or a gate the projections alone are int8: what lies
         between them is computed in float32, or as the cache stores it.
         """
-        if key is None and value is None and attn_mask is None and key_padding_mask is None and (
-                (is_causal is False or is_causal is True) and out is None and type(query) is np.ndarray
-                and query.dtype == np.float32 and query.ndim == 3
-                and query.shape[2] == self.embed_dim == self.kdim == self.vdim and query.flags.carray and query.size
-                and self.output_dim and need_weights is False and average_attn_weights is False
-                and window_size is NO_WINDOW and alibi_slopes is None and causal_alignment is None
-                and type(softcap) is float and not softcap and self._fusible
-                and (kv_cache is None or is_next(self, query, kv_cache))):
-            # what small layers are called with, again and again: self-attention, no mask but the causal one
-            if kv_cache is not None:
+        if (key is None and value is None and out is None and need_weights is False and average_attn_weights is False
+                and type(softcap) is float and not softcap and self._fusible and self.output_dim
+                and is_read_as_it_is(self, query, FLOAT32)):
+            # what small layers are called with, again and again: self-attention
+            masks = (attn_mask, key_padding_mask, is_causal, causal_alignment, window_size, alibi_slopes)
+            if kv_cache is None:
+                result = np.empty((*query.shape[:2], self.output_dim), FLOAT32)
+                return self._kernel(query, query, query, result, *self_masks(self, query, *masks))
+            if is_unmasked(*masks) and is_next(self, query, kv_cache):
                 return steps.attend_next(self, query, kv_cache)
-            result = np.empty((*query.shape[:2], self.output_dim), np.float32)
-            return self._kernel(query, query, query, result, band=causal_band(is_causal, query.shape[1]))
         call = check_call(
             self, query, key, value, attn_mask=attn_mask, key_padding_mask=key_padding_mask, is_causal=is_causal,
             causal_alignment=causal_alignment, window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes,

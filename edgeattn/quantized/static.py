@@ -13,13 +13,21 @@ from edgeattn.arithmetic import CODE_MIN
 from edgeattn.checks import as_array, check_out, count, deliver, flag, float_array, is_one_of, number, result_dtype
 from edgeattn.cpu.layer_int8 import StaticLayer
 from edgeattn.cpu.reals import to_codes, to_reals
-from edgeattn.layers.call import NO_WINDOW, causal_band, check_cache, is_next, resolve_call_mask
-from edgeattn.masks import resolve_mask
+from edgeattn.layers.call import (
+    check_cache,
+    is_next,
+    is_read_as_it_is,
+    is_unmasked,
+    resolve_call_mask,
+    self_masks,
+)
+from edgeattn.masks import NO_WINDOW, resolve_mask
 from edgeattn.quantized import steps
 from edgeattn.quantized.layer import INPUTS, QuantizedMultiHeadAttention
 from edgeattn.quantized.parameters import PROBABILITIES, QuantizedLinear, TensorQuantization
 from edgeattn.quantized.score_ops import AddMask, MulConstant, ScoreOp, SelectMask, check_masks, fit_mask, score_map
 
+_INT8 = np.dtype(np.int8)
 SOURCES = ((0, 0, 0), (0, 1, 1), (0, 1, 2))
 # gemmlowp's softmax takes differences of scores in Q5.26; the runtimes that use it abort on a scale below that.
 SMALLEST_SOFTMAX_SCALE = 2.0**-26
@@ -379,26 +387,26 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         TypeError, ValueError
             Naming the argument, what was required and what came.
         """
-        if key is None and value is None and attn_mask is None and key_padding_mask is None and (
-                (is_causal is False or is_causal is True) and out is None and self._classes is None
-                and type(query) is np.ndarray and query.dtype == np.int8 and query.ndim == 3
-                and query.shape[2] == self.embed_dim and query.flags.carray and query.size
-                and self.sources == (0, 0, 0) and self.output_dim and window_size is NO_WINDOW
-                and need_weights is False and causal_alignment is None
-                and (kv_cache is None or is_next(self, query, kv_cache) and kv_cache.scales == self.cache_scales)):
-            # what small layers are called with, again and again: self-attention, no mask but the causal one
-            result = np.empty((*query.shape[:2], self.output_dim), np.int8)
-            if kv_cache is not None:
+        if (key is None and value is None and out is None and need_weights is False and self._classes is None
+                and self.sources == (0, 0, 0) and self.output_dim
+                and (attn_mask is None or type(attn_mask) is np.ndarray and attn_mask.dtype == np.bool_)
+                and is_read_as_it_is(self, query, _INT8)):
+            # what small layers are called with, again and again: self-attention
+            masks = (attn_mask, key_padding_mask, is_causal, causal_alignment, window_size, None)
+            if kv_cache is None:
+                keep, _, band = self_masks(self, query, *masks)
+                result = np.empty((*query.shape[:2], self.output_dim), _INT8)
+                return self._kernel(query, query, query, result, keep, band, None, self._tables)
+            if is_unmasked(*masks) and is_next(self, query, kv_cache) and kv_cache.scales == self.cache_scales:
                 kv_cache._take_slots(1)
                 first, last = kv_cache._last_seen()
+                result = np.empty((*query.shape[:2], self.output_dim), _INT8)
                 return self._kernel(query, query, query, result, tables=self._tables,
                                     cached=(kv_cache._keys, kv_cache._values, first, last - first))
-            return self._kernel(query, query, query, result, None, causal_band(is_causal, query.shape[1]), None,
-                                self._tables)
         need_weights = flag("need_weights", need_weights)
         query, key, value = self._check_codes(query, key, value)
         lead, L, S = query.shape[:-2], query.shape[-2], key.shape[-2]
-        check_out(out, (*lead, L, self.output_dim), np.dtype(np.int8))
+        check_out(out, (*lead, L, self.output_dim), _INT8)
         if attn_mask is not None and (attn_mask := as_array("attn_mask", attn_mask)).dtype != np.bool_:
             raise TypeError(f"attn_mask must be bool for int8 (True = attend); got {attn_mask.dtype}; "
                             "for a mask with -inf pass mask == 0")
@@ -417,7 +425,7 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
             self._run_cached(query, key, value, mask, kv_cache, pieces, result)
         elif result.size:
             self._run_fused(query, key, value, mask, result)
-        result = deliver(result.reshape(*lead, L, self.output_dim), out, np.dtype(np.int8))
+        result = deliver(result.reshape(*lead, L, self.output_dim), out, _INT8)
         return (result, weights.reshape(*lead, *weights.shape[1:])) if need_weights else result
 
     def _check_codes(self, query, key, value):

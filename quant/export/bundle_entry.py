@@ -186,7 +186,7 @@ def static_entry(kernel, tables, classes):
     empty = np.zeros(0, np.uint8)
     tables = constant("tables", empty.view(np.int8) if tables is None else tables.reshape(-1))
     shape = (1, 1, 1, 1) if classes is None else (1,) * (4 - classes.ndim) + classes.shape
-    strides = tuple(layer_float32._strides(np.empty(shape, np.uint8), None))
+    strides = tuple(layer_float32._strides(shape))
     classes = constant("classes", empty if classes is None else classes.reshape(-1))
 
     def scratch_bytes(B, L, S, masked):
