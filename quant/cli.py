@@ -175,13 +175,16 @@ def compare(layer, torch_prefix, bert_prefix, num_heads, quantized, data, arithm
 @click.option("--target", type=click.Choice(list(TARGETS)), help="The processor of a .so.")
 def export(layer, torch_prefix, bert_prefix, num_heads, path, batch, sequence_length, key_length, mask, test_vectors,
            target):
-    """Write LAYER, float or int8, to OUT: .tflite, .safetensors, .c or .so (these two with a header beside them)."""
+    """Write LAYER, float or int8, to OUT: .tflite, .safetensors, .c or .so (these two with a header beside them).
+
+    With --target a folder stands for attention-TARGET.so in it.
+    """
     check_folder(path)
     layer = read_layer(layer, torch_prefix, bert_prefix, num_heads)
     if mask is not None and mask != "causal":
         mask = read_array(Path(mask))
-    quant.export(layer, path, batch=batch, sequence_length=sequence_length, key_length=key_length, mask=mask,
-                 test_vectors=test_vectors, target=target)
+    path = quant.export(layer, path, batch=batch, sequence_length=sequence_length, key_length=key_length, mask=mask,
+                        test_vectors=test_vectors, target=target)
     say(f"wrote {path}: {path.stat().st_size:,} bytes")
 
 

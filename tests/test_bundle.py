@@ -176,8 +176,9 @@ def test_a_bundle_for_a_newer_processor_is_refused(folder):
 def test_other_instruction_sets_of_this_machine_give_the_same_codes(tmp_path, instructions):
     needs_compiler()
     layer = static_layer("litert")
-    quant.export(layer, tmp_path / "a.so", target=HERE[instructions])
-    loaded = bundle.load(tmp_path / "a.so")
+    path = quant.export(layer, tmp_path, target=HERE[instructions])  # a folder
+    assert path == tmp_path / f"attention-{HERE[instructions]}.so" and path.with_suffix(".h").exists()
+    loaded = bundle.load(path)
     for call in calls_of("static-litert"):
         np.testing.assert_array_equal(loaded.run_int8(**call), layer.run_int8(**call))
 
@@ -394,6 +395,7 @@ def test_sizes_beyond_the_largest_are_refused(folder, monkeypatch):
 
 @pytest.mark.parametrize("layer, name, options, message", [
     (None, "a.so", {"target": "cortex-m4"}, "target must be one of aarch64, cortex-a53, cortex-a72, .*; got 'cortex-m4'"),
+    (None, "", {"target": "cortex-m4"}, "target must be one of aarch64, cortex-a53, cortex-a72, .*; got 'cortex-m4'"),
     (None, "a.so", {"target": ["cortex-a72"]}, r"target must be one of .*; got \['cortex-a72'\]"),
     (None, "a.so", {}, "target must name a processor for a .so, and be None for others; got None for"),
     (None, "a.safetensors", {"target": "cortex-a72"}, "target must name a processor for a .so, and be None for others; got 'cortex-a72'"),

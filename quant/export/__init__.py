@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 import edgeattn
@@ -12,6 +14,7 @@ from edgeattn.quantized import DynamicMultiHeadAttention, QuantizedMultiHeadAtte
 from quant.export.bundle import write_bundle
 from quant.export.c import write_c
 from quant.export.c_files import check_beside, write_together
+from quant.export.targets import target_of
 from quant.export.tflite import write_tflite
 
 SUFFIXES = (".tflite", ".safetensors", ".c", ".so")
@@ -19,7 +22,7 @@ ANY_SHAPE = (".safetensors", ".so")
 
 
 def export(layer, path, *, batch: int = 1, sequence_length: int | None = None, key_length: int | None = None,
-           mask=None, test_vectors: int | None = None, target: str | None = None) -> None:
+           mask=None, test_vectors: int | None = None, target: str | None = None) -> Path:
     """Write ``layer`` to ``path`` in the format its suffix names; nothing half-written is ever left there.
 
     Parameters
@@ -29,8 +32,9 @@ def export(layer, path, *, batch: int = 1, sequence_length: int | None = None, k
         ``.tflite`` (fixed shapes, runs in LiteRT, tflite-runtime and TFLite Micro), ``.safetensors`` (any shape),
         ``.c`` (fixed shapes, C99 for microcontrollers: the source, and a header of the same name beside it; the name
         must be a C identifier, the layer a static one with the arithmetic "tflm") or ``.so`` (any shape, our kernels
-        compiled for ``target``, with a C header beside it; `edgeattn.bundle.load` runs it without Numba). A file of
-        this name is replaced; what has the name of a file that goes beside it, only if it is of an earlier export.
+        compiled for ``target``, with a C header beside it; `edgeattn.bundle.load` runs it without Numba). With a
+        target, a folder that exists stands for ``attention-TARGET.so`` in it. A file of this name is replaced; what has
+        the name of a file that goes beside it, only if it is of an earlier export.
     batch : int
         B of a ``.tflite`` or ``.c``. A ``.safetensors`` or ``.so`` takes any, and lengths only for a mask.
     sequence_length : int
@@ -46,6 +50,11 @@ def export(layer, path, *, batch: int = 1, sequence_length: int | None = None, k
     target : str, optional
         Of a ``.so``, required there: the processor, a name in ``quant.export.targets.TARGETS``, such as "cortex-a72".
 
+    Returns
+    -------
+    Path
+        The file that was written, of those beside it the one that holds the layer.
+
     Raises
     ------
     TypeError, ValueError
@@ -59,6 +68,9 @@ def export(layer, path, *, batch: int = 1, sequence_length: int | None = None, k
     if not isinstance(layer, (MultiHeadAttention, QuantizedMultiHeadAttention)):
         raise TypeError(f"layer must be a MultiHeadAttention or what quant.quantize returns; "
                         f"got {type(layer).__name__}")
+    if target is not None and path.is_dir():
+        target_of(target)
+        path /= f"attention-{target}.so"
     if path.suffix not in SUFFIXES:
         raise ValueError(f"path must end in one of {', '.join(SUFFIXES)}; got {str(path)!r}")
     if isinstance(layer, DynamicMultiHeadAttention) and (path.suffix not in ANY_SHAPE or mask is not None):
@@ -87,10 +99,10 @@ def export(layer, path, *, batch: int = 1, sequence_length: int | None = None, k
         texts = write_c(layer, path.stem, **lengths, mask=mask, test_vectors=test_vectors)
         check_beside(path, texts.keys() - {path.name})
         write_together({path.with_name(name): text.encode("ascii") for name, text in texts.items()})
-        return
+        return path
     if path.suffix == ".tflite":
         write_atomic(path, write_tflite(layer, **lengths, mask=mask))
-        return
+        return path
     if mask is not None:
         if isinstance(layer, MultiHeadAttention):
             raise ValueError(f"mask must be None for a float layer in a {path.suffix} file, which holds none; pass it "
@@ -100,8 +112,9 @@ def export(layer, path, *, batch: int = 1, sequence_length: int | None = None, k
         check_beside(path, [f"{path.stem}.h"])
         files = write_bundle(layer, path.name, target)
         write_together({path.with_name(name): content for name, content in files.items()})
-        return
+        return path
     edgeattn.save(layer, path)
+    return path
 
 
 def _mask(mask, sequence_length: int | None, key_length: int | None) -> np.ndarray:
