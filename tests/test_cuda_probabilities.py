@@ -34,7 +34,10 @@ def test_probabilities(name):
     result, weights = attend(case, arrays, masks, return_weights=True)
     results, probabilities = wanted(case, arrays, masks)
     reference.assert_as_accurate(result.numpy(), *results)
-    reference.assert_as_accurate(weights.numpy(), *probabilities)
+    exact, plain = probabilities
+    if case.D > 64:  # a score is one chain of D products: docs/cuda.md
+        plain = exact + 2 * (plain - exact)
+    reference.assert_as_accurate(weights.numpy(), exact, plain)
     assert not weights.numpy()[probabilities[0] == 0].any()
 
 

@@ -43,7 +43,7 @@ from .simd import (
     to_float,
     transpose_block,
 )
-from .softmax import exp2, exp2_roughly, log2_roughly
+from .softmax import exp2, exp2_roughly, exp2_within, log2_roughly
 
 TOKENS = 32  # tokens that are quantized at a time: whole blocks of W for every instruction set
 BLOCKS = TOKENS // WIDTH
@@ -223,7 +223,7 @@ def quantize_values(x, at, rows, out, at_out, row_bytes, logs, at_logs, inverses
         size = select(largest > splat(_SMALLEST_VALUE), largest, splat(_SMALLEST_VALUE))
         size = select(size < splat(_LARGEST_FLOAT), size, splat(_LARGEST_FLOAT))
         log = log2_roughly(size) - splat(_LOG2_LARGEST)
-        inverse = exp2(splat(_ZERO) - log)
+        inverse = exp2_within(splat(_ZERO) - log)
         store(logs, at_logs + c, log + largest * splat(_ZERO))
         store(inverses, at_inverses + c, inverse)
         for d in range(rows):
