@@ -8,7 +8,6 @@ import importlib
 import json
 
 import numpy as np
-import safetensors.numpy
 
 from edgeattn.files import as_path, write_atomic
 from edgeattn.tensor_files import read_safetensors
@@ -39,6 +38,8 @@ def save(layer, path):
     TypeError, ValueError
         For another kind of object or another suffix.
     """
+    import safetensors.numpy  # 0.8 MiB that only files need
+
     path = as_path(path)
     kind = type(layer).__name__
     if _KINDS.get(kind) != type(layer).__module__:

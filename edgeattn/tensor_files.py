@@ -5,7 +5,6 @@ import zipfile
 import zlib
 
 import numpy as np
-import safetensors
 
 from edgeattn.files import as_path
 
@@ -41,6 +40,8 @@ def read_tensors(path, prefix=""):
 
 def read_safetensors(path, prefix="", names=None):
     """(metadata, tensors whose names start with `prefix`); fills `names` with all names."""
+    import safetensors  # 0.8 MiB that only files need
+
     with open(path, "rb"):
         pass  # a missing or forbidden file is the operating system's error, not a damaged file
     try:

@@ -292,11 +292,10 @@ def layer_part(table, project_rule, score_rule, context_rule, xq, xk, xv, out, w
         queries = min(WIDTH, L - q0)
         Eq4 = packed_depth(Eq)
         # 2. queries of this block: project, then turn so that queries are lanes: (H, q_groups, W)
-        rows = round_up(queries, ROWS)  # lanes without a query hold whatever lies there, and nothing reads them
-        pack_tokens(xq, (batch * L + q0) * Eq, Eq, queries, rows, private, at_x, Eq4)
+        pack_tokens(xq, (batch * L + q0) * Eq, Eq, queries, WIDTH, private, at_x, Eq4)
         linear(finish_bytes, (weights, project_rule, p[P_MQ], features, zq, FLIP, private_b, 4 * at_natural,
                               4 * natural_row, 4 * natural_row, 0),
-               private_u, at_x, Eq4, 1, rows, weights, p[P_WQ], weights, p[P_BQ], features, Eq4, private, at_tiles)
+               private_u, at_x, Eq4, 1, WIDTH, weights, p[P_WQ], weights, p[P_BQ], features, Eq4, private, at_tiles)
         turns, turn = (1, natural_row) if q_groups == D4 else (H, q_groups)
         for h in range(turns):
             for f in range(0, turn, LANES):
