@@ -15,7 +15,6 @@ import re
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from build import ROOT, Progress, SetupError, clean_environment
@@ -69,7 +68,6 @@ FULL = {
     ),
 }
 SHORT_CPU = "cortex-a76"  # the one with an instruction set that the others lack
-AT_ONCE = len(os.sched_getaffinity(0))  # one process per processor
 LAYERS = {True: 8, False: 20}  # of the 200 that test_parity.py compares where that takes seconds
 
 EXPORT = "import sys, test_bundle; from pathlib import Path; test_bundle.export_all(Path(sys.argv[1]), sys.argv[2])"
@@ -79,20 +77,16 @@ def export_bundles(folder: Path, cpus: list[str]) -> None:
     """Compile layers for each CPU on this machine, ahead of time, for tests/test_bundle.py to run there."""
     step = Progress("layers compiled ahead of time")
     python_path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
-
-    def export(cpu: str) -> subprocess.CompletedProcess:
+    for cpu in cpus:
+        step.update(cpu)
         bundles_of(folder, cpu).mkdir(parents=True, exist_ok=True)
         environment = {**clean_environment(), "PYTHONPATH": python_path,
                        "NUMBA_CACHE_DIR": str(folder / "numba" / "here")}
-        return subprocess.run([sys.executable, "-c", EXPORT, str(bundles_of(folder, cpu)), cpu], env=environment,
+        done = subprocess.run([sys.executable, "-c", EXPORT, str(bundles_of(folder, cpu)), cpu], env=environment,
                               capture_output=True, text=True, check=False)
-
-    step.update(", ".join(cpus))
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        for cpu, done in zip(cpus, pool.map(export, cpus), strict=True):
-            if done.returncode:
-                step.done(f"failed for {cpu}")
-                raise SetupError(done.stderr.strip().splitlines()[-1])
+        if done.returncode:
+            step.done(f"failed for {cpu}")
+            raise SetupError(done.stderr.strip().splitlines()[-1])
     step.done(", ".join(cpus))
 
 
@@ -135,10 +129,11 @@ def percentage(log: Path) -> str:
 def run(folder: Path, cpus: list[str], tests: dict[str, tuple[str, ...]], layers: int, extra: list[str]) -> int:
     """Test on every CPU, as many at a time as this machine has cores; return how many failed."""
     waiting, running, failed, results = list(cpus), {}, [], {}
+    at_once = len(os.sched_getaffinity(0))
     step = Progress("tests under emulation")
     try:
         while waiting or running:
-            while waiting and len(running) < AT_ONCE:
+            while waiting and len(running) < at_once:
                 cpu = waiting.pop(0)
                 running[cpu] = start(folder, cpu, tests[cpu], layers, extra)
             time.sleep(0.5)
