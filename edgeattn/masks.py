@@ -10,7 +10,6 @@ import numpy as np
 from edgeattn.checks import FLOAT32, as_array, count, flag, float_array, is_one_of, to_float32
 
 NO_WINDOW = (-1, -1)
-_BOOL = np.dtype(np.bool_)
 _ALIGNMENTS = ("upper_left", "lower_right")
 
 
@@ -218,7 +217,7 @@ def resolve_mask(
     keep = bias = None
     if attn_mask is not None:
         mask = _attn_mask(attn_mask, shape)
-        keep, bias = (mask, None) if mask.dtype is _BOOL else (None, mask)
+        keep, bias = (mask, None) if mask.dtype.kind == "b" else (None, mask)
     if slopes is not None:
         # the entries of a batch share one array unless their positions or slopes differ
         starts = np.reshape(offset, -1)
@@ -362,8 +361,8 @@ def _lengths(kv_lengths, lead, keys):
 def _attn_mask(attn_mask, shape):
     """`attn_mask` in four axes, as `Mask` has it: bool or float32."""
     mask = as_array("attn_mask", attn_mask)
-    if mask.dtype is not _BOOL and mask.dtype is not FLOAT32:
-        if mask.dtype.kind not in "bf" or mask.dtype.itemsize > 8:
+    if mask.dtype.kind != "b" and mask.dtype is not FLOAT32:
+        if mask.dtype.kind != "f" or mask.dtype.itemsize > 8:
             raise TypeError(
                 "attn_mask must be a bool array (True = attend) or a float array (added to the scores), "
                 f"got dtype {mask.dtype}; convert 0/1 with .astype(bool)"

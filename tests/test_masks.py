@@ -1,11 +1,28 @@
 """resolve_mask: every restriction alone and together, and what it refuses."""
 
+import pickle
+
 import cases
 import numpy as np
 import pytest
 import reference
 
+import edgeattn
 from edgeattn.masks import resolve_mask
+
+
+@pytest.mark.parametrize("dtype", [np.bool_, np.float32, np.float64])
+def test_masks_whose_dtype_is_an_object_of_its_own(dtype):
+    # what pickle and np.load return need not have NumPy's one object for the dtype
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 3, 5, 8)).astype(np.float32)
+    mask = (rng.random((2, 1, 5, 5)) < 0.6).astype(dtype)
+    other = pickle.loads(pickle.dumps(mask))
+    assert other.dtype == mask.dtype and other.dtype is not mask.dtype
+    np.testing.assert_array_equal(edgeattn.scaled_dot_product_attention(x, x, x, attn_mask=other),
+                                  edgeattn.scaled_dot_product_attention(x, x, x, attn_mask=mask))
+    keep, bias, band = resolve_mask((2, 3, 5, 5), other).for_kernels()
+    assert (keep is None) == (dtype is not np.bool_) and (bias is None) == (dtype is np.bool_) and band is None
 
 
 @pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
