@@ -195,7 +195,7 @@ def resolve_mask(
     # no query is further from a key; clipping keeps the kernels' sums within int64
     left, right = NO_WINDOW
     if window_size is not NO_WINDOW:
-        left, right = _window(window_size, queries + keys + (position or 0))
+        left, right = window_bounds(window_size, queries + keys + (position or 0))
     lengths = None if kv_lengths is None else _lengths(kv_lengths, tuple(lead), keys)
     if causal_alignment is not None and not is_one_of(causal_alignment, _ALIGNMENTS):
         raise ValueError(f"causal_alignment must be 'upper_left' or 'lower_right', got {causal_alignment!r}")
@@ -331,7 +331,8 @@ def _read_only(array):
     return view
 
 
-def _window(window_size, furthest):
+def window_bounds(window_size, furthest):
+    """`window_size` as two ints, each at most `furthest`; -1 = unbounded."""
     try:
         left, right = map(operator.index, window_size)
     except (TypeError, ValueError):

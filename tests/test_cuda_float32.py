@@ -1,4 +1,5 @@
 """The public calls on arrays on the device, every case of tests/cases.py, in the emulator against the float64 oracle."""
+import contextlib
 import ctypes
 import dataclasses
 import sys
@@ -11,7 +12,7 @@ from cases import CASES, Case
 from cuda_emulated import emulated_only, long_form
 
 import edgeattn
-from edgeattn.cuda import dlpack, host
+from edgeattn.cuda import dlpack, host, kinds
 from edgeattn.cuda import driver as driver_module
 from edgeattn.on_cuda import functional as on_cuda
 
@@ -193,6 +194,39 @@ def test_a_call_like_one_before_is_the_same_launch():
         edgeattn.scaled_dot_product_attention(*same[:3], out=same[3])
     with pytest.raises(ValueError, match="out must not overlap"):
         edgeattn.scaled_dot_product_attention(*same[:3], out=same[1])
+    edgeattn.scaled_dot_product_attention(*same[:3], window_size=(2, 1))
+    with pytest.raises(TypeError, match=r"window_size must be two integers .* got \(2.0, 1.0\)"):
+        edgeattn.scaled_dot_product_attention(*same[:3], window_size=(2.0, 1.0))
+
+
+@pytest.mark.parametrize("name", ["attn_mask", "alibi_slopes", "kv_lengths"])
+def test_out_must_not_overlap_a_mask(name):
+    """Blocks of 64 queries would read what others wrote."""
+    shape = (1, 1, 70, 70)
+    q, k, v, apart, out = (put(np.zeros(shape, np.float32)) for _ in range(5))
+
+    class Within:
+        """A mask that lies where an array does."""
+
+        def __init__(self, array):
+            kinds = {"attn_mask": (shape, "<f4"), "alibi_slopes": ((1,), "<f4"), "kv_lengths": ((1,), "<i4")}
+            self.__cuda_array_interface__ = array.__cuda_array_interface__ | dict(
+                zip(("shape", "typestr"), kinds[name], strict=True))
+
+    options = dict(causal_alignment="upper_left", out=out)
+    for mask in (out, apart, out):  # the last one in a call that is known
+        with pytest.raises(ValueError, match="out must not overlap an input") if mask is out else contextlib.nullcontext():
+            edgeattn.scaled_dot_product_attention(q, k, v, **options, **{name: Within(mask)})
+    layer = edgeattn.MultiHeadAttention(1, *(np.eye(70, dtype=np.float32),) * 3).to("cuda")
+    x, out = (put(np.zeros((1, 70, 70), np.float32)) for _ in range(2))
+    for mask in (out, apart, out) if name != "kv_lengths" else ():
+        with pytest.raises(ValueError, match="out must not overlap an input") if mask is out else contextlib.nullcontext():
+            layer(x, out=out, **{name: Within(mask)})
+    if name == "attn_mask":
+        cache = edgeattn.KVCache(1, 1, 70, 70).to("cuda")
+        cache.append(k, v)
+        with pytest.raises(ValueError, match="out must not overlap an input"):
+            cache.attend(q, attn_mask=k, out=k)
 
 
 @pytest.mark.parametrize("options", [
@@ -261,6 +295,30 @@ def test_arrays_of_torch_give_arrays_of_torch_on_its_stream(device, monkeypatch)
             got = edgeattn.scaled_dot_product_attention(*(Tensor(put(x)) for x in arrays), precision=precision)
             assert type(got) is Tensor and set(device.streams) == {99}
             np.testing.assert_array_equal(got.numpy(), want)
+
+
+def test_the_kind_of_an_array_is_that_of_what_it_is_derived_from():
+    tensor = type("Tensor", (), {"__module__": "torch"})
+    image = type("Image", (tensor,), {"__module__": "torchvision.tv_tensors"})
+    assert kinds.kind(image()) is kinds.kind(tensor()) is kinds._Torch
+    assert kinds.kind(type("Buffer", (), {"__module__": "elsewhere"})()) is kinds._Foreign
+
+
+def test_an_interface_without_strides_is_that_of_a_contiguous_array():
+    class Plain:
+        """Strides are optional in `__cuda_array_interface__`."""
+
+        def __init__(self, array):
+            self.keeps = array
+            self.__cuda_array_interface__ = {
+                name: value for name, value in array.__cuda_array_interface__.items() if name != "strides"}
+
+    arrays = [put(x) for x in Case("plain", B=1, H=2, L=5, S=9, D=8).qkv()]
+    want = edgeattn.scaled_dot_product_attention(*arrays).numpy()
+    for _ in range(2):
+        got = edgeattn.scaled_dot_product_attention(*map(Plain, arrays)).numpy()
+        np.testing.assert_array_equal(got, want)
+    assert len(on_cuda._KNOWN) == 2
 
 
 @emulated_only
@@ -350,6 +408,7 @@ GOOD = dict(query=(1, 2, 5, 8), key=(1, 2, 7, 8), value=(1, 2, 7, 8))
     (TypeError, "attn_mask must be bool .* or float32 .* on CUDA, got dtype float64", {"attn_mask": ((5, 7), np.float64)}),
     (ValueError, r"attn_mask must broadcast to .* = \(1, 2, 5, 7\), got shape \(4, 7\)", {"attn_mask": ((4, 7), np.float32)}),
     (TypeError, "attn_mask must be an array on the device", {"attn_mask": np.ones((5, 7), bool)}),
+    (TypeError, r"window_size must be two integers \(left, right\), -1 for unbounded, got 3", {"window_size": 3}),
     (TypeError, "kv_lengths must be int32 or int64 on CUDA, got dtype int16", {"kv_lengths": ((1,), np.int16)}),
     (ValueError, r"kv_lengths must have shape \(1,\)", {"kv_lengths": ((2,), np.int32)}),
     (TypeError, "alibi_slopes must be float32 on CUDA", {"alibi_slopes": ((2,), np.float16), "causal_alignment": "upper_left"}),

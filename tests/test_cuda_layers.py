@@ -199,6 +199,13 @@ def test_static_layer_on_reals():
         int8.to("cuda").run_int8(put(x))
     with pytest.raises(TypeError, match="kv_cache must be on the GPU"):
         int8.to("cuda").run_int8(put(int8.quantize_input(x)), kv_cache=edgeattn.KVCache.for_layer(int8, 1, 9))
+    placed, own, other = int8.to("cuda"), *(put(int8.quantize_input(sign * x)) for sign in (1, -1))
+    for key in (other, own, other):  # the last one is like a known call
+        if key is own:
+            placed.run_int8(own, key)
+            continue
+        with pytest.raises(ValueError, match="key must be left out: this layer was quantized with query as its key"):
+            placed.run_int8(own, key)
     other = edgeattn.KVCache(1, 2, 9, 8, value_dim=12, dtype="int8", scales=(1, 1)).to("cuda")
     with pytest.raises(ValueError, match="kv_cache must have this layer's scales"):
         int8.to("cuda").run_int8(put(int8.quantize_input(x)), kv_cache=other)
@@ -358,6 +365,8 @@ def test_errors_name_the_argument():
         layer.to("gpu")
     with pytest.raises(TypeError, match="need_weights must be True or False"):
         placed(x, need_weights=1)
+    with pytest.raises(TypeError, match="attn_mask must be a NumPy array like query, got DeviceArray on the device"):
+        placed(np.zeros((1, 3, 24), np.float32), attn_mask=put(np.ones((3, 3), bool)))
     with pytest.raises(ValueError, match="value needs key"):
         placed(x, value=x)
     with pytest.raises(ValueError, match="query must have a last axis of 24"):

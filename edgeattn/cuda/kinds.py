@@ -39,7 +39,7 @@ class _Foreign:
     def describe(array):
         interface = array.__cuda_array_interface__
         pointer, read_only = interface["data"]
-        return pointer, (read_only, interface["shape"], interface["strides"], interface["typestr"], pointer % 16)
+        return pointer, (read_only, interface["shape"], interface.get("strides"), interface["typestr"], pointer % 16)
 
     @staticmethod
     def address(array):
@@ -91,5 +91,6 @@ def kind(array):
     """The kind of an array."""
     found = _OF_TYPE.get(type(array))
     if found is None:
-        found = _OF_TYPE[type(array)] = _OF_MODULE.get(type(array).__module__.partition(".")[0], _Foreign)
+        modules = (base.__module__.partition(".")[0] for base in type(array).__mro__)  # also of what is derived
+        found = _OF_TYPE[type(array)] = next((_OF_MODULE[name] for name in modules if name in _OF_MODULE), _Foreign)
     return found

@@ -3,7 +3,7 @@
 import numpy as np
 
 from edgeattn.on_cuda.known import OUT, RESULTS, Known, kinds
-from edgeattn.on_cuda.masks import device_masks
+from edgeattn.on_cuda.masks import arrays_read, device_masks
 
 
 def views(**arrays):
@@ -87,24 +87,24 @@ def scaled_dot_product_attention(query, key, value, attn_mask, is_causal, causal
     shape = q.shape[:-1] + v.shape[-1:]
     batch, kv_heads = int(np.prod(lead, dtype=np.int64)), k.shape[-3] if k.ndim > 2 else 1
 
-    def four(array, count, place):
-        return placed(array.reshape(batch, count, *array.shape[-2:]), place)
+    def four(array, count):
+        return array.reshape(batch, count, *array.shape[-2:])
 
     with take() as record:
+        q, k, v = (placed(x, place) for place, x in enumerate((q, k, v)))
         masks = device_masks(
             (*lead, heads, queries, keys), lambda name, array: placed(view(name, array), _PLACES[name]), attn_mask,
             is_causal=is_causal, causal_alignment=causal_alignment, window_size=window_size, kv_lengths=kv_lengths,
             alibi_slopes=alibi_slopes)
+        read = (q, k, v, *arrays_read(masks))
         results, made = zip(*(
             result_array(given, wanted, dtype, like, inputs) for is_wanted, given, wanted, dtype, inputs in (
-                (True, out, shape, q.dtype, (q, k, v)),
+                (True, out, shape, q.dtype, read),
                 (return_weights, None, (*q.shape[:-1], keys), q.dtype, ()),
                 (return_lse, None, q.shape[:-1], np.dtype(np.float32), ())) if is_wanted), strict=True)
         if any(array.size for array in made):
-            arrays = [four(x, count, place) for place, (x, count) in enumerate(
-                ((q, heads), (k, kv_heads), (v, kv_heads)))]
-            arrays.append(four(made[0], heads, OUT))
-            weights = four(made[1], heads, _WEIGHTS) if return_weights else None
+            arrays = [four(q, heads), four(k, kv_heads), four(v, kv_heads), four(placed(made[0], OUT), heads)]
+            weights = four(placed(made[1], _WEIGHTS), heads) if return_weights else None
             lse = placed(made[-1].reshape(batch, heads, queries), _LSE) if return_lse else None
             if precision == "int8" and keys and q.shape[-1]:
                 host.attend_int8(*arrays, scale, stream=stream, like=like, **masks)
@@ -112,5 +112,5 @@ def scaled_dot_product_attention(query, key, value, attn_mask, is_causal, causal
                 host.attend(*arrays, scale, softcap, lse=lse, weights=weights, stream=stream, like=like,
                             precision="float32" if precision == "int8" else precision, **masks)
     made_at = [OUT, *([_WEIGHTS] if return_weights else []), *([_LSE] if return_lse else [])]
-    _KNOWN.remember(*call, record, (q, k, v), list(zip(made_at, made, strict=True)))
+    _KNOWN.remember(*call, record, read, list(zip(made_at, made, strict=True)))
     return results if len(results) > 1 else results[0]

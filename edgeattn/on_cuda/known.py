@@ -34,7 +34,7 @@ class Known:
             return None
         kind = kinds()
         like = arrays[0]
-        makes, pointers, key = kind(like), [], [options, tuple(map(type, options))]
+        makes, pointers, key = kind(like), [], [options, _types(options)]
         try:
             for array in arrays:
                 pointer, layout = (0, None) if array is None else kind(array).describe(array)
@@ -45,12 +45,12 @@ class Known:
             return None
         if known is None:
             return None
-        record, spans, made = known
+        record, read, written, made = known
         results, out = [], arrays[OUT]
         if out is not None:
-            low, high = pointers[OUT] + spans[OUT][0], pointers[OUT] + spans[OUT][1]
-            for pointer, (begin, end) in zip(pointers[:OUT], spans[:OUT], strict=True):
-                if pointer and pointer + begin < high and low < pointer + end:
+            low, high = pointers[OUT] + written[0], pointers[OUT] + written[1]
+            for place, (begin, end) in read:
+                if pointers[place] + begin < high and low < pointers[place] + end:
                     return None
             results.append(out)
         pointers += 0, 0
@@ -62,22 +62,33 @@ class Known:
         record.replay(pointers, makes.stream(like))
         return tuple(results) if len(results) > 1 else results[0]
 
-    def remember(self, arrays, options, record, inputs, made):
+    def remember(self, arrays, options, record, read, made):
         """Know a call from now on.
 
-        record : edgeattn.cuda.record.Record; inputs : Views of the three inputs; made : of each result, `out` first,
-        its place and its View
+        record : edgeattn.cuda.record.Record; read : Views, with their places, of what `out` must not overlap; made : of
+        each result, `out` first, its place and its View
         """
         kind = kinds()
-        spans = [tuple(edge - view.pointer for edge in view.span()) for view in (*inputs, made[0][1])]
+        read = [(view.pointer.place, _around(view)) for view in read if view.pointer.place >= 0 and view.size]
         if len(self._calls) >= _MOST:
             self._calls.clear()
         try:
             layouts = [None if array is None else kind(array).describe(array)[1] for array in arrays]
-            self._calls[(options, tuple(map(type, options)), *layouts)] = (
-                record, spans, [(place, view.shape, view.dtype) for place, view in made])
+            self._calls[(options, _types(options), *layouts)] = (
+                record, read, _around(made[0][1]), [(place, view.shape, view.dtype) for place, view in made])
         except (AttributeError, TypeError):  # an array of DLPack alone, a window_size given as a list
             return
+
+
+def _types(options):
+    """What tells True from 1 among options, and 1 from 1.0 in a pair."""
+    return tuple([tuple(map(type, x)) if isinstance(x, tuple) else type(x) for x in options])
+
+
+def _around(view):
+    """The first and last + 1 byte of a View, from its address."""
+    low, high = view.span()
+    return low - view.pointer, high - view.pointer
 
 
 @functools.cache

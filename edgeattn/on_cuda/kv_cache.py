@@ -9,7 +9,7 @@ from edgeattn.checks import flag, number
 from edgeattn.functional import checked_softcap, default_scale
 from edgeattn.kv_cache import KVCache
 from edgeattn.on_cuda.functional import numbers, result_array, views
-from edgeattn.on_cuda.masks import device_masks
+from edgeattn.on_cuda.masks import arrays_read, device_masks
 
 
 class CacheOnCuda(KVCache):
@@ -84,7 +84,8 @@ class CacheOnCuda(KVCache):
         masks = device_masks(shape, view, attn_mask, key_padding_mask, is_causal=is_causal,
                              window_size=self._narrow(window_size), alibi_slopes=alibi_slopes, position=position,
                              join=functools.partial(both, stream=stream, like=like))
-        result, taken = result_array(out, (*q.shape[:3], self.value_dim), np.dtype(np.float32), like, (q,))
+        result, taken = result_array(out, (*q.shape[:3], self.value_dim), np.dtype(np.float32), like,
+                                     (q, *arrays_read(masks)))
         weights, to = result_array(None, shape, np.dtype(np.float32), like, ()) if return_weights else (None, None)
         if taken.size or (to is not None and to.size):
             self.see(q, taken, scale, (0, queries), softcap=softcap, weights=to, stream=stream, like=like, **masks)

@@ -11,7 +11,7 @@ from edgeattn.layers.steps import added_keys
 from edgeattn.masks import NO_WINDOW
 from edgeattn.on_cuda.functional import result_array
 from edgeattn.on_cuda.known import OUT, RESULTS, Known
-from edgeattn.on_cuda.masks import device_masks
+from edgeattn.on_cuda.masks import arrays_read, device_masks
 from edgeattn.quantized.score_ops import fit_mask
 
 # Of a call's arrays, as edgeattn.on_cuda.known counts them, behind the inputs and `out`.
@@ -107,13 +107,16 @@ class OnCuda:
 
     def _device(self, host):
         """A function from a name and an array argument to its View; NumPy arrays are copied where the inputs were."""
-        from edgeattn.cuda.arrays import view
+        from edgeattn.cuda.arrays import on_device, view
         from edgeattn.cuda.driver import driver
         from edgeattn.cuda.record import placed
 
         def moved(name, array):
             if host is None:
                 return placed(view(name, array), _PLACES[name])
+            if on_device(array):
+                raise TypeError(f"{name} must be a NumPy array like query, got {type(array).__name__} on the device; "
+                                "pass all arrays of a call there, or none")
             array = np.asarray(array)
             if array.dtype.kind == "f":
                 array = to_float32(array)
@@ -204,7 +207,7 @@ def _call(placed, query, key, value, softcap, kv_cache, need_weights, average_at
     softcap = checked_softcap(softcap)
     float32 = np.dtype(np.float32)
     with take(kv_cache is None) as record:
-        (q, k, v), like, stream, host = inputs, *_ = placed._inputs(float32, query, key, value)
+        (q, k, v), like, stream, host = placed._inputs(float32, query, key, value)
         check_input_shapes(layer, q, k, v)
         lead, (queries, keys) = q.shape[:-2], (q.shape[-2], k.shape[-2])
         shape = (*lead, queries, layer.output_dim)
@@ -212,9 +215,10 @@ def _call(placed, query, key, value, softcap, kv_cache, need_weights, average_at
         masks, pieces = _resolve(placed, (*lead, layer.num_heads, queries, keys), host, kv_cache, stream, like,
                                  attn_mask=attn_mask, key_padding_mask=key_padding_mask, alibi_slopes=alibi_slopes,
                                  **masks)
+        read = (q, k, v, *arrays_read(masks))
         if host is not None:
             check_out(out, shape, host)
-        result, taken = result_array(None if host is not None else out, shape, float32, like, (q, k, v))
+        result, taken = result_array(None if host is not None else out, shape, float32, like, read)
         made, weights, by_head = [(OUT, taken)], None, None
         if need_weights:
             seen = keys + (0 if kv_cache is None else kv_cache.length) + layer.extra_keys
@@ -234,7 +238,7 @@ def _call(placed, query, key, value, softcap, kv_cache, need_weights, average_at
         if average:
             mean_of_heads(by_head, to, stream)
     if host is None and kv_cache is None:
-        placed._known.remember(arrays, options, record, inputs, made)
+        placed._known.remember(arrays, options, record, read, made)
     result = result if host is None else deliver(result.numpy(), out, host)
     if not need_weights:
         return result
@@ -281,6 +285,7 @@ class StaticOnCuda(OnCuda):
     def run_int8(self, query, key=None, value=None, *, attn_mask=None, key_padding_mask=None, is_causal=False,
                  causal_alignment=None, window_size=NO_WINDOW, kv_cache=None, need_weights=False, out=None):
         """Attention on codes, equal to the named kernel set; arguments and result as the layer's on the CPU."""
+        query, key, value = self.layer._distinct(query, key, value)  # refuses what a known call would not look at
         arrays = query, key, value, out, attn_mask, key_padding_mask, None
         options = is_causal, causal_alignment, window_size, need_weights
         result = self._known.again(arrays, options) if kv_cache is None else None
@@ -293,7 +298,7 @@ class StaticOnCuda(OnCuda):
         need_weights = flag("need_weights", need_weights)
         int8 = np.dtype(np.int8)
         with take(kv_cache is None) as record:
-            (q, k, v), like, stream, host = inputs, *_ = self._inputs(int8, *layer._distinct(query, key, value))
+            (q, k, v), like, stream, host = self._inputs(int8, query, key, value)
             check_input_shapes(self, q, k, v)
             lead, (L, S) = q.shape[:-2], (q.shape[-2], k.shape[-2])
             shape, batch = (*lead, L, layer.output_dim), lead[0] if lead else 1
@@ -307,9 +312,10 @@ class StaticOnCuda(OnCuda):
                 layer.check_codes_of(kv_cache)
             elif self._classes is not None:
                 fit_mask(layer._classes, (batch, layer.num_heads, L, S))
+            read = (q, k, v, *arrays_read(masks))
             if host is not None:
                 check_out(out, shape, int8)
-            result, taken = result_array(None if host is not None else out, shape, int8, like, (q, k, v))
+            result, taken = result_array(None if host is not None else out, shape, int8, like, read)
             made, weights, to = [(OUT, taken)], None, None
             if need_weights:
                 keys = S + (0 if kv_cache is None else kv_cache.length)
@@ -330,7 +336,7 @@ class StaticOnCuda(OnCuda):
                     self._kernels.through_cache(q, k, v, taken, kv_cache, pieces, stream, like, left=left, right=right,
                                                 offset=offset, **options_of)
         if host is None and kv_cache is None:
-            self._known.remember(arrays, options, record, inputs, made)
+            self._known.remember(arrays, options, record, read, made)
         result = result if host is None else deliver(result.numpy(), out, int8)
         if not need_weights:
             return result

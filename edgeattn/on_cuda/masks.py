@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from edgeattn.masks import resolve_mask
+from edgeattn.masks import resolve_mask, window_bounds
 
 
 def device_masks(shape, like, attn_mask=None, key_padding_mask=None, *, is_causal=False, causal_alignment=None,
@@ -46,7 +46,7 @@ def device_masks(shape, like, attn_mask=None, key_padding_mask=None, *, is_causa
         found["lengths"] = lengths
     slopes = None if alibi_slopes is None else like("alibi_slopes", alibi_slopes)
     # positions matter to all of these, and must be told where they are not plain
-    placed = is_causal is True or tuple(window_size) != (-1, -1) or slopes is not None
+    placed = is_causal is True or window_bounds(window_size, queries + keys) != (-1, -1) or slopes is not None
     told = kv_lengths is not None or queries != keys
     if placed and told and causal_alignment is None and position is None:
         resolve_mask((*lead, heads, queries, max(keys, queries + 1)), is_causal=True)  # raises, naming both
@@ -79,6 +79,11 @@ def device_masks(shape, like, attn_mask=None, key_padding_mask=None, *, is_causa
         else:
             found["keep"] = padding.reshape(batch, 1, 1, keys)
     return found
+
+
+def arrays_read(masks):
+    """The Views among the arguments that `device_masks` gives."""
+    return [x for name in ("lengths", "slopes", "keep", "bias") if (x := masks.get(name)) is not None]
 
 
 def _four_axes(mask, lead, heads, queries, keys):
