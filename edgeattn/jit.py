@@ -16,11 +16,18 @@ import sys
 import numba
 from numba import types
 from numba.core import caching
+from numba.core.compiler_lock import global_compiler_lock
 
 from edgeattn.isa import ISA
 
 KERNELS = []  # every dispatcher that `jit` has made
 _PACKAGE = pathlib.Path(__file__).resolve().parent
+
+
+# A forked child would find Numba's lock held for good by a thread that compiles in its parent: a fork waits for that.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=global_compiler_lock.acquire, after_in_parent=global_compiler_lock.release,
+                        after_in_child=global_compiler_lock.release)
 
 
 def jit(function):

@@ -31,11 +31,15 @@ class _Crew:
         self.taken = threading.Lock()
         self.board = aligned(crew.board_size(workers), np.int64)
         self.board[:] = 0
-        self.count = workers + 1
-        self._threads = [threading.Thread(target=self._work, args=(i + 1,), name=f"edgeattn-{i}", daemon=True)
-                         for i in range(workers)]
-        for thread in self._threads:
-            thread.start()
+        self._threads = []
+        for i in range(workers):
+            thread = threading.Thread(target=self._work, args=(i + 1,), name=f"edgeattn-{i}", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # no more threads for this process: those there are do the work
+                break
+            self._threads.append(thread)
+        self.count = len(self._threads) + 1
 
     def _work(self, worker):
         while crew.serve(self.board, worker, threading.get_native_id(), crew.PATIENCE):

@@ -103,6 +103,22 @@ def test_no_thread_is_left_behind():
     assert not any(thread.name.startswith("edgeattn") for thread in threading.enumerate())
 
 
+def test_threads_that_cannot_be_started_are_done_without(monkeypatch):
+    start, started = threading.Thread.start, []
+
+    def start_one(thread):
+        if started:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+    monkeypatch.setattr(threading.Thread, "start", start_one)
+    threads.set_num_threads(4)
+    for _ in range(3):
+        assert call(10) <= {0, 1}
+    threads.set_num_threads(1)
+    assert len(started) == 1 and not started[0].is_alive()
+
+
 def asleep():
     """Wait until the one thread of the crew sleeps."""
     end = time.monotonic() + 30

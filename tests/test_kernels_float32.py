@@ -54,7 +54,7 @@ def test_float_layer(shape):
 
 @pytest.mark.parametrize("B, L, S, E, H, Hkv, D, Dv, Eo", [
     *SHAPES, (1, 32, 32, 128, 4, 4, 32, 32, 128), (2, 5, 40, 64, 8, 8, 16, 16, 100), (1, 90, 60, 64, 6, 3, 8, 24, 64),
-    (1, 1, 500, 128, 4, 4, 64, 16, 30), (1, 32, 2000, 96, 8, 8, 40, 40, 96)])
+    (1, 1, 500, 128, 4, 4, 64, 16, 30), (1, 32, 2000, 96, 8, 8, 40, 40, 96), (2, 33, 40, 32, 24, 24, 8, 3, 30)])
 def test_any_number_of_threads_gives_the_same_bits(B, L, S, E, H, Hkv, D, Dv, Eo, monkeypatch):
     """Whether they take blocks of queries, or, where there are few of these, heads."""
     monkeypatch.setattr(threads, "SMALLEST_SHARED_WORK", 0)

@@ -66,6 +66,29 @@ def test_a_forked_child_computes():
     assert os.waitpid(child, 0)[1] == 0
 
 
+def test_a_fork_waits_until_no_thread_compiles():
+    """Else Numba's lock stays held in the child, which then waits for ever at its first kernel."""
+    program = """
+import os, threading
+from numba.core.compiler_lock import global_compiler_lock
+import edgeattn.jit
+compiling = threading.Event()
+
+def compile():
+    with global_compiler_lock:
+        compiling.set()
+        threading.Event().wait(0.2)
+
+threading.Thread(target=compile).start()
+compiling.wait()
+child = os.fork()
+if child == 0:
+    os._exit(0 if global_compiler_lock._lock.acquire(timeout=5) else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=120)
+
+
 @pytest.mark.parametrize("n, error, message", [(0, ValueError, "n must be at least 1, got 0"),
                                                (1.5, TypeError, "n must be an int, got float"),
                                                (True, TypeError, "n must be an int, got bool")])

@@ -532,7 +532,9 @@ def layer_float32(xq, xk, xv, out, weights, p, keep, bias, scratch, board, count
     """A multi-head attention layer, see `layer_part`, on at most `count` threads that serve the board."""
     units, all_blocks = (p[P_GROUP] + p[P_UNIT] - 1) // p[P_UNIT], (p[P_L] + WIDTH - 1) // WIDTH
     # Few blocks do not occupy all threads: then these take some heads each.
-    splits = min(units, 2 * count) if all_blocks < 2 * count and all_blocks % count != 0 and p[P_L] <= QUERIES else 1
+    few = all_blocks < 2 * count and all_blocks % count != 0 and p[P_L] <= QUERIES
+    # Not heads narrower than a tile: the last rows of its tile are the next head's, which may be another thread's.
+    splits = min(units, 2 * count) if few and p[P_DV_PAD] % ROWS == 0 else 1
     at_once = (units + splits - 1) // splits * p[P_UNIT]
     others = (count + splits - 1) // splits
     tokens, token_parts = portions(p[P_S], ROWS, others)
