@@ -60,6 +60,9 @@ def compiled():
     return sum(sum(kernel.stats.cache_misses.values()) for kernel in KERNELS)
 
 
+_entries = {}  # (dispatcher, types): compiled function
+
+
 def entry(dispatcher, arguments, strided=0):
     """The compiled function of `dispatcher` for the types of `arguments`, to be called directly.
 
@@ -71,7 +74,10 @@ def entry(dispatcher, arguments, strided=0):
     signature = [numba.typeof(argument) for argument in arguments]
     signature = [t.copy(readonly=False) if isinstance(t, types.Array) else t for t in signature]
     signature[:strided] = [t.copy(layout="A") for t in signature[:strided]]
-    return dispatcher.compile(tuple(signature))
+    key = dispatcher, tuple(signature)
+    if key not in _entries:  # Numba knows no kernel again that it read from the cache, where it takes functions
+        _entries[key] = dispatcher.compile(key[1])
+    return _entries[key]
 
 
 class _Cache(caching._Cache):

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from edgeattn import threads
+from edgeattn.cpu import fused_int8
 from edgeattn.cpu.layer_float32 import FloatLayer
+from edgeattn.quantized import QuantizedLinear, StaticMultiHeadAttention, TensorQuantization
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -144,3 +146,21 @@ def test_later_processes_compile_nothing_and_add_no_files(tmp_path):
     for _ in range(3):
         assert run_program(NUMBA_CACHE_DIR=str(tmp_path)) == ["1/0"] * 11
     assert sorted(tmp_path.rglob("*")) == files
+
+
+def test_another_layer_reads_no_kernel_again():
+    def layer():
+        linears = dict.fromkeys(("query", "key", "value", "output"),
+                                QuantizedLinear(np.eye(16, dtype=np.int8), np.full(16, 0.02, np.float32)))
+        tensors = dict.fromkeys("query_input query key value scores context output".split(), TensorQuantization(0.02, 0))
+        return StaticMultiHeadAttention(2, linears, tensors)
+
+    def reads():
+        stats = fused_int8.layer_int8.stats
+        return sum(stats.cache_hits.values()) + sum(stats.cache_misses.values())
+
+    codes = np.ones((1, 3, 16), np.int8)
+    layer().run_int8(codes)
+    before = reads()
+    layer().run_int8(codes)
+    assert reads() == before
