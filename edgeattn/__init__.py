@@ -1,6 +1,6 @@
 """Attention for small computers: NumPy arrays in, NumPy arrays out."""
 
-import importlib
+from edgeattn.lazy import names_from as _names_from
 
 __version__ = "0.1.0"
 
@@ -23,11 +23,7 @@ _HOMES = {
 __all__ = list(_HOMES)
 
 
-def __getattr__(name):
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    return value
+__getattr__ = _names_from(__name__, _HOMES)
 
 
 def __dir__():

@@ -4,7 +4,7 @@ Every reader turns weights into (outputs, inputs) float arrays, and none of them
 arguments of a call. What a library's masks mean, and how that is said to this one, stands with its reader.
 """
 
-import importlib
+from edgeattn.lazy import names_from
 
 # A reader's module is imported when the reader is asked for: most layers are made without one.
 _HOMES = {
@@ -16,10 +16,4 @@ _HOMES = {
 }
 
 __all__ = list(_HOMES)
-
-
-def __getattr__(name):
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    return value
+__getattr__ = names_from(__name__, _HOMES)
