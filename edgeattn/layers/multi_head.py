@@ -8,14 +8,7 @@ from edgeattn.checks import FLOAT32, to_float32
 from edgeattn.cpu.layer_float32 import FloatLayer
 from edgeattn.cpu.linear import Linear
 from edgeattn.layers import steps
-from edgeattn.layers.call import (
-    check_call,
-    check_inputs,
-    is_next,
-    is_read_as_it_is,
-    is_unmasked,
-    self_masks,
-)
+from edgeattn.layers.call import check_call, check_inputs, is_read_as_it_is
 from edgeattn.layers.weights import AttentionWeights
 from edgeattn.masks import NO_WINDOW, torch_masks
 
@@ -140,12 +133,10 @@ class MultiHeadAttention(AttentionWeights):
                 and type(softcap) is float and not softcap and self._fusible
                 and is_read_as_it_is(self, query, FLOAT32)):
             # what small layers are called with, again and again: self-attention
-            masks = (attn_mask, key_padding_mask, is_causal, causal_alignment, window_size, alibi_slopes)
-            if kv_cache is None:
-                result = np.empty((*query.shape[:2], self.output_dim), FLOAT32)
-                return self._kernel(query, query, query, result, *self_masks(self, query, *masks))
-            if is_unmasked(*masks) and is_next(self, query, kv_cache):
-                return steps.attend_next(self, query, kv_cache)
+            result = steps.attend_to_itself(self, query, kv_cache, attn_mask, key_padding_mask, is_causal,
+                                            causal_alignment, window_size, alibi_slopes)
+            if result is not None:
+                return result
         call = check_call(
             self, query, key, value, attn_mask=attn_mask, key_padding_mask=key_padding_mask, is_causal=is_causal,
             causal_alignment=causal_alignment, window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes,

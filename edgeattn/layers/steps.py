@@ -5,8 +5,19 @@ The projections give a token the same bits alone and in a chunk, so that a cache
 
 import numpy as np
 
-from edgeattn.checks import to_float32
+from edgeattn.checks import FLOAT32, to_float32
 from edgeattn.cpu import functional_float32, plain
+from edgeattn.layers.call import is_next, is_unmasked, self_masks
+
+
+def attend_to_itself(layer, query, kv_cache, *masks):
+    """What `layer` gives for tokens that its kernel reads as they are; None where a cache needs more than that."""
+    if kv_cache is None:
+        result = np.empty((*query.shape[:2], layer.output_dim), FLOAT32)
+        return layer._kernel(query, query, query, result, *self_masks(layer, query, *masks))
+    if is_unmasked(*masks) and is_next(layer, query, kv_cache):
+        return attend_next(layer, query, kv_cache)
+    return None
 
 
 def attend(layer, call):

@@ -12,7 +12,7 @@ from edgeattn.cpu.layer_dynamic import DynamicLayer
 from edgeattn.cpu.linear_dynamic import DynamicLinear
 from edgeattn.functional import default_scale
 from edgeattn.layers import steps
-from edgeattn.layers.call import check_call, is_next, is_read_as_it_is, is_unmasked, self_masks
+from edgeattn.layers.call import check_call, is_read_as_it_is
 from edgeattn.layers.weights import KEY_TENSORS, added_keys, added_keys_state
 from edgeattn.masks import NO_WINDOW
 from edgeattn.quantized.layer import INPUTS, SHORT, QuantizedMultiHeadAttention
@@ -99,12 +99,10 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention):
                 and type(softcap) is float and not softcap and self._fusible and self.output_dim
                 and is_read_as_it_is(self, query, FLOAT32)):
             # what small layers are called with, again and again: self-attention
-            masks = (attn_mask, key_padding_mask, is_causal, causal_alignment, window_size, alibi_slopes)
-            if kv_cache is None:
-                result = np.empty((*query.shape[:2], self.output_dim), FLOAT32)
-                return self._kernel(query, query, query, result, *self_masks(self, query, *masks))
-            if is_unmasked(*masks) and is_next(self, query, kv_cache):
-                return steps.attend_next(self, query, kv_cache)
+            result = steps.attend_to_itself(self, query, kv_cache, attn_mask, key_padding_mask, is_causal,
+                                            causal_alignment, window_size, alibi_slopes)
+            if result is not None:
+                return result
         call = check_call(
             self, query, key, value, attn_mask=attn_mask, key_padding_mask=key_padding_mask, is_causal=is_causal,
             causal_alignment=causal_alignment, window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes,
