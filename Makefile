@@ -16,9 +16,12 @@ ready_dev = $(VENV)/.ready-dev$(suffix)
 ready_cuda = $(VENV)/.ready-cuda$(suffix)
 ready_minilm = $(VENV)/.ready-minilm$(suffix)
 ready_peers = $(VENV)/.ready-peers$(suffix)
+ready_bundle = $(VENV)/.ready-bundle$(suffix)
 # The aarch64 environments for `make test-arm64`, 550 MB.
 ARM64 ?= .arm64
 ready_arm64 = $(ARM64)/.ready
+# What links for aarch64: a linker of this system's, or the one that pip brings.
+linking = $(if $(shell which ld.lld aarch64-linux-gnu-ld 2>/dev/null),$(ready),$(ready_bundle))
 # Extras of the environment; .ci/run asks for test-numpy2,examples in a second one.
 EXTRAS ?= test,examples
 
@@ -49,10 +52,10 @@ test: $(ready) ## the test suite
 test-cortex-m: $(ready) ## exported C on emulated ARM processors
 	@$(run_python) tools/cortex_m/run.py $(ARGS)
 
-test-arm64: $(ready_arm64) ## the CPU's part, emulated Pi 3, 4 and 5
+test-arm64: $(ready_arm64) $(linking) ## the CPU's part, emulated Pi 3, 4 and 5
 	@$(python) tools/arm64/run.py $(ARM64) -- $(ARGS)
 
-test-arm64-short: $(ready_arm64) ## ... a few dozen tests, emulated Pi 5
+test-arm64-short: $(ready_arm64) $(linking) ## ... a few dozen tests, emulated Pi 5
 	@$(python) tools/arm64/run.py $(ARM64) --short -- $(ARGS)
 
 test-cuda: $(ready_cuda) ## the CUDA tests on a GPU, and compute-sanitizer
@@ -101,6 +104,9 @@ $(ready_dev): $(ready)
 
 $(ready_cuda): $(ready)
 	$(build_environment) --extras $(EXTRAS),cuda-offline
+
+$(ready_bundle): $(ready)
+	$(build_environment) --extras $(EXTRAS),bundle
 
 $(ready_peers): $(ready)
 	$(build_environment) --extras $(EXTRAS),peers

@@ -22,8 +22,8 @@ from edgeattn.jit import inlined, jit
 # Positions on a board, int64 elements; what different threads write lies on different cache lines.
 STATE, FINISHED, CODE, DATA, STOP, _BEDS = 0, 8, 16, 17, 24, 32
 # Then a bed for each thread that serves: how it sleeps, its number in the kernel, a semaphore of the C library, the
-# processors it may use, and those it is to wake on.
-_SLEEP, _THREAD, _SEMAPHORE, _HOME, _AWAY, _BED_SIZE = 0, 1, 2, 8, 24, 40
+# processors it may use, those it is to wake on, and those it finds that it may use when awake.
+_SLEEP, _THREAD, _SEMAPHORE, _HOME, _AWAY, _FOUND, _BED_SIZE = 0, 1, 2, 8, 24, 40, 56
 _AWAKE, _ASLEEP, _ROUSED, _MOVED = 0, 1, 2, 3
 _MOST_PROCESSORS = 64 * (_AWAY - _HOME)
 # The state word: generation, then the next part nobody has claimed, then the number of parts.
@@ -211,8 +211,13 @@ def sleep(board, bed):
         return
     while _sem_wait(address(board, bed + _SEMAPHORE)) != 0:  # a signal interrupts it
         pass
-    if read(board, bed + _SLEEP) == _MOVED:
-        _sched_setaffinity(0, _MOST_PROCESSORS // 8, address(board, bed + _HOME))
+    size = _MOST_PROCESSORS // 8
+    if read(board, bed + _SLEEP) != _MOVED or _sched_getaffinity(0, size, address(board, bed + _FOUND)) != 0:
+        return
+    for i in range(_AWAY - _HOME):
+        if board[bed + _FOUND + i] != board[bed + _AWAY + i]:
+            return  # somebody else has chosen its processors since
+    _sched_setaffinity(0, size, address(board, bed + _HOME))
 
 
 @inlined

@@ -158,6 +158,43 @@ def test_a_thread_wakes_on_another_processor_than_the_callers_and_keeps_those_it
         os.sched_setaffinity(0, allowed)
 
 
+@jit
+def sleep_once(board):
+    crew._sem_init(crew.address(board, crew._BEDS + crew._SEMAPHORE), 0, 0)
+    crew.sleep(board, crew._BEDS)
+
+
+@jit
+def wake_moved(board):
+    crew.write(board, crew._BEDS + crew._SLEEP, crew._MOVED)
+    crew._sem_post(crew.address(board, crew._BEDS + crew._SEMAPHORE))
+
+
+@pytest.mark.skipif(not crew.CAN_SLEEP or len(os.sched_getaffinity(0)) < 2,
+                    reason="needs Linux, and two processors for this process")
+@pytest.mark.parametrize("chosen", [False, True])
+def test_processors_chosen_by_others_while_a_thread_wakes_are_kept(chosen):
+    allowed = os.sched_getaffinity(0)
+    away, other = [{cpu} for cpu in sorted(allowed)[:2]]
+    board, numbers, bed = np.zeros(crew.board_size(1), np.int64), [], crew._BEDS
+    for at, cpus in ((crew._HOME, allowed), (crew._AWAY, away)):
+        for cpu in cpus:
+            board[bed + at + cpu // 64] |= np.int64(1) << (cpu % 64)
+
+    def serve():
+        numbers.append(threading.get_native_id())
+        sleep_once(board)
+        numbers.append(os.sched_getaffinity(0))
+    thread = threading.Thread(target=serve)
+    thread.start()
+    while board[bed + crew._SLEEP] != crew._ASLEEP:
+        time.sleep(0.001)
+    os.sched_setaffinity(numbers[0], other if chosen else away)
+    wake_moved(board)
+    thread.join()
+    assert numbers[1] == (other if chosen else allowed)
+
+
 def test_where_compiled_code_cannot_sleep_threads_look_for_work_now_and_then():
     program = """
 import time

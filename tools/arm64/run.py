@@ -12,12 +12,13 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from subprocess import DEVNULL, STDOUT, Popen
 
-from build import ROOT, Progress, SetupError, clean_environment
+from build import ROOT, Progress, clean_environment
 
 # A whole layer kernel takes the emulator one to three minutes to compile, so what is chosen are the tests of what
 # depends on the CPU: its instructions, its LiteRT, its threads, its cache. Argument checks are the same everywhere.
@@ -32,15 +33,17 @@ EVERYWHERE = (
     LITERT,
 )
 SHORT = (*EVERYWHERE, f"--deselect={LITERT}[litert-reference", "tests/test_simd.py")
-# A53 and A72 have the same instructions, and A76 has those for bytes besides: each is tested in full on one of them.
-# The longest comes first.
+# A53 and A72 have the same instructions, and A76 has those for bytes besides: each is tested in full on one of them,
+# in parts that take two cores the same time.
 FULL = {
     "cortex-a76": (
         *EVERYWHERE,
         "tests/test_simd.py",
-        f"{BUNDLE}floats_are_those_of_the_kernels_compiled_here",
+        f"{BUNDLE}floats_are_those_of_the_kernels_compiled_here[dynamic]",
         "tests/test_kernels_int8.py::test_vector_rule_equals_the_rule_on_python_integers",
         "tests/test_kernels_int8.py::test_linear_equals_integer_products",
+        "tests/test_functional.py::test_as_accurate_as_plain_float32",
+        "tests/test_functional.py::test_nothing_leaks_from_behind_a_mask",
         "tests/test_storage.py::test_what_was_saved_is_loaded",
         "tests/test_tflite_reader.py::test_reads_a_path",
     ),
@@ -49,8 +52,6 @@ FULL = {
         f"--deselect={LITERT}[litert-arm",
         f"{BUNDLE}floats_are_those_of_the_kernels_compiled_here[float32]",
         "tests/test_kernels_float32.py::test_float_layer",
-        "tests/test_functional.py::test_as_accurate_as_plain_float32",
-        "tests/test_functional.py::test_nothing_leaks_from_behind_a_mask",
         "tests/test_layers.py::test_as_accurate_as_plain_float32",
         "tests/test_threads.py::test_two_threads_give_the_same_bits",
         "tests/test_threads.py::test_concurrent_callers",
@@ -67,42 +68,25 @@ FULL = {
 SHORT_CPU = "cortex-a76"  # the one with an instruction set that the others lack
 LAYERS = {True: 8, False: 20}  # of the 200 that test_parity.py compares where that takes seconds
 
-EXPORT = "import sys, test_bundle; from pathlib import Path; test_bundle.export_all(Path(sys.argv[1]), sys.argv[2])"
+EXPORT = ("import sys, test_bundle; from pathlib import Path; "
+          "test_bundle.export_all(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])")
 
 
-def export_bundles(folder: Path, cpus: list[str]) -> None:
-    """Compile layers for each CPU on this machine, ahead of time, for tests/test_bundle.py to run there."""
-    step = Progress("layers compiled ahead of time")
+def commands(folder: Path, cpu: str, tests: tuple[str, ...], layers: int, extra: list[str]) -> Iterator[Popen]:
+    """Start, each when the one before has ended: the compiler of a CPU's bundles, here; pytest in its environment."""
+    bundles = folder / "bundles" / cpu
+    bundles.mkdir(parents=True, exist_ok=True)
     python_path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
-    for cpu in cpus:
-        step.update(cpu)
-        bundles_of(folder, cpu).mkdir(parents=True, exist_ok=True)
-        environment = {**clean_environment(), "PYTHONPATH": python_path,
-                       "NUMBA_CACHE_DIR": str(folder / "numba" / "here")}
-        done = subprocess.run([sys.executable, "-c", EXPORT, str(bundles_of(folder, cpu)), cpu], env=environment,
-                              capture_output=True, text=True, check=False)
-        if done.returncode:
-            step.done(f"failed for {cpu}")
-            raise SetupError(done.stderr.strip().splitlines()[-1])
-    step.done(", ".join(cpus))
-
-
-def bundles_of(folder: Path, cpu: str) -> Path:
-    """Return where the bundles for a CPU are."""
-    return folder / "bundles" / cpu
-
-
-def start(folder: Path, cpu: str, tests: tuple[str, ...], layers: int, extra: list[str]) -> subprocess.Popen:
-    """Start pytest in a CPU's environment, with its output in a log."""
-    environment = {
-        **clean_environment(), "NUMBA_CACHE_DIR": str(folder / "numba" / cpu), "PYTHONDONTWRITEBYTECODE": "1",
-        "TEST_BUNDLES": str(bundles_of(folder, cpu))}
-    command = [folder / cpu / "bin" / "python", "-m", "pytest", "-p", "no:cacheprovider", "--color=no", "-v",
-               "--durations=10", f"--layers={layers}", *tests, *extra]
-    with log_of(folder, cpu).open("w", encoding="utf-8") as log:
-        return subprocess.Popen(
-            [str(part) for part in command], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log,
-            stderr=subprocess.STDOUT)
+    pytest = [folder / cpu / "bin" / "python", "-m", "pytest", "-p", "no:cacheprovider", "--color=no", "-v",
+              "--durations=10", f"--layers={layers}", *tests, *extra]
+    floats = re.findall(rf"{BUNDLE}floats\S+\[(\w+)\]", " ".join(tests))
+    for command, numba, settings in (
+            ([sys.executable, "-c", EXPORT, bundles, cpu, *floats], "here", {"PYTHONPATH": python_path}),
+            (pytest, cpu, {"PYTHONDONTWRITEBYTECODE": "1", "TEST_BUNDLES": str(bundles)})):
+        environment = {**clean_environment(), "NUMBA_CACHE_DIR": str(folder / "numba" / numba), **settings}
+        with log_of(folder, cpu).open("a", encoding="utf-8") as log:
+            yield Popen([str(part) for part in command], cwd=ROOT, env=environment, stdin=DEVNULL, stdout=log,
+                        stderr=STDOUT)
 
 
 def log_of(folder: Path, cpu: str) -> Path:
@@ -120,23 +104,29 @@ def summary(log: Path) -> str:
 def percentage(log: Path) -> str:
     """Return how far pytest is, as "42%"."""
     found = re.findall(r"\[ *(\d+%)\]", log.read_text(encoding="utf-8", errors="replace"))
-    return found[-1] if found else "0%"
+    return found[-1] if found else "compiling"
 
 
 def run(folder: Path, cpus: list[str], tests: dict[str, tuple[str, ...]], layers: int, extra: list[str]) -> int:
     """Test on every CPU, as many at a time as this machine has cores; return how many failed."""
-    waiting, running, failed, results = list(cpus), {}, [], {}
+    waiting, rest, running, failed, results = list(cpus), {}, {}, [], {}
     at_once = len(os.sched_getaffinity(0))
     step = Progress("tests under emulation")
     try:
         while waiting or running:
             while waiting and len(running) < at_once:
                 cpu = waiting.pop(0)
-                running[cpu] = start(folder, cpu, tests[cpu], layers, extra)
+                log_of(folder, cpu).unlink(missing_ok=True)
+                rest[cpu] = commands(folder, cpu, tests[cpu], layers, extra)
+                running[cpu] = next(rest[cpu])
             time.sleep(0.5)
             step.update(", ".join(f"{cpu} {percentage(log_of(folder, cpu))}" for cpu in running))
             for cpu in [cpu for cpu, process in running.items() if process.poll() is not None]:
                 status = running.pop(cpu).returncode
+                following = None if status else next(rest[cpu], None)
+                if following:
+                    running[cpu] = following
+                    continue
                 results[cpu] = summary(log_of(folder, cpu))
                 if status:
                     failed.append(cpu)
@@ -169,11 +159,6 @@ def main() -> int:
     if missing:
         print(f"{folder} has no {', '.join(missing)}: build it first with python tools/arm64/build.py", file=sys.stderr)
         return 2
-    try:
-        export_bundles(folder, cpus)
-    except SetupError as error:
-        print(f"\nThe layers were not compiled: {error}", file=sys.stderr)
-        return 1
     return 1 if run(folder, cpus, tests, LAYERS[arguments.short], given[end + 1:]) else 0
 
 
