@@ -33,6 +33,7 @@ _AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni")
 TABLES = (
     InstructionSet("avx512amx", 16, 8, 2, "vpdpbusd", 128, (4, 4), True,
                    (*_AVX512, "avx512vbmi", "amx-tile", "amx-int8"), True, True),
+    InstructionSet("avx512vbmi", 16, 8, 2, "vpdpbusd", 128, (4, 4), True, (*_AVX512, "avx512vbmi"), False, True),
     InstructionSet("avx512vnni", 16, 8, 2, "vpdpbusd", 128, (4, 4), True, _AVX512),
     InstructionSet("avx2vnni", 8, 4, 2, "vpdpbusd", 128, (4, 4), True, ("avx2", "fma", "avxvnni")),
     InstructionSet("avx2", 8, 4, 2, "vpmaddwd", 128, (4, 1), True, ("avx2", "fma")),

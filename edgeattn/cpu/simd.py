@@ -240,21 +240,17 @@ def look_up_bytes(typing, table, d):
                 index = builder.and_(builder.lshr(args[1], _all(8 * j, args[1].type)), _all(255, args[1].type))
                 found.append(_gather(context, builder, sig.args[0], args[0], index, value_type))
             return context.make_tuple(builder, sig.return_type, found)
-        # 64 bytes of a plane at a time; bits 6 and 7 of the index choose among the four permutations
+        # half a plane at a time, two registers; bit 7 of the index chooses between the halves
         bytes_type = ir.VectorType(_I8, 64)
         index = builder.bitcast(_transpose_bytes(builder, args[1]), bytes_type)
-        zero = _all(0, bytes_type)
-        bit7 = builder.icmp_signed("<", index, zero)
-        bit6 = builder.icmp_signed("<", builder.shl(index, _all(1, bytes_type)), zero)
+        upper = builder.icmp_signed("<", index, _all(0, bytes_type))
         planes = []
         for j in range(4):
-            quarters = []
-            for k in range(4):
-                at = ir.Constant(_I64, 256 + 64 * j + 16 * k)
-                piece = _load(builder, _pointer(context, builder, sig.args[0], args[0], at, bytes_type))
-                quarters.append(_call(builder, "llvm.x86.avx512.permvar.qi.512", bytes_type, [piece, index]))
-            low, high = (builder.select(bit6, quarters[k + 1], quarters[k]) for k in (0, 2))
-            planes.append(builder.select(bit7, high, low))
+            q = [_load(builder, _pointer(context, builder, sig.args[0], args[0], ir.Constant(_I64, 256 + 64 * j + 16 * k),
+                                         bytes_type)) for k in range(4)]
+            low, high = (_call(builder, "llvm.x86.avx512.vpermi2var.qi.512", bytes_type, [q[k], index, q[k + 1]])
+                         for k in (0, 2))
+            planes.append(builder.select(upper, high, low))
         # bytes of the planes side by side, first to 16 and then to 32 bits
         halves = []
         for half in (0, 8):
