@@ -152,3 +152,39 @@ def test_what_fits_once_is_still_asked_of_the_next_call():
             ({"attn_mask": np.ones((Q.shape[2], K.shape[2]), int)}, "attn_mask must be a bool array")):
         with pytest.raises((TypeError, ValueError), match=message):
             attend(q, k, V[:, :1], **{"enable_gqa": True, **changes})
+
+
+@pytest.mark.parametrize("function", [LAYER, DYNAMIC, STATIC, STATIC.run_int8])
+@pytest.mark.parametrize("batched", [True, False])
+def test_a_result_in_out_is_the_one_without(function, batched):
+    codes = function == STATIC.run_int8
+    x = STATIC.quantize_input(X) if codes else X
+    x = x if batched else x[0]
+    sees = random_input(5, 5, 5) > 0
+    for masks in ({}, {"is_causal": True}, {"attn_mask": sees}, {"key_padding_mask": np.ones(x.shape[:-1], bool)},
+                  {"window_size": [1, 1]}, {"attn_mask": sees.tolist()}):
+        wanted = function(x, **masks)
+        assert wanted.shape == x.shape and wanted.dtype == x.dtype
+        wide = np.zeros((*x.shape[:-1], 12), x.dtype)
+        for out in (np.empty_like(x), np.empty_like(x, order="F"), wide[..., ::2], wide[..., 3:9]):
+            assert function(x, **masks, out=out) is out
+            np.testing.assert_array_equal(out, wanted)
+        for place in (slice(None), slice(None, None, -1)):  # over the input, in its order and against it
+            memory = x.copy()
+            np.testing.assert_array_equal(function(memory, **masks, out=memory[place]), wanted)
+    memory = np.zeros(x.size, x.dtype)
+    mask = memory[:25].view(bool)[:25].reshape(5, 5)
+    mask[...] = sees
+    wanted = function(x, attn_mask=sees)
+    np.testing.assert_array_equal(function(x, attn_mask=mask, out=memory.reshape(x.shape)), wanted)
+    if function != STATIC and function != STATIC.run_int8:
+        with pytest.raises(TypeError, match="out must have dtype float32"):
+            function(x, out=np.empty_like(x, np.float64))
+    for out, message in ((np.empty((*x.shape[:-1], 7), x.dtype), "out must have shape"),
+                         (np.empty((1, *x.shape), x.dtype), "out must have shape")):
+        with pytest.raises(ValueError, match=message):
+            function(x, out=out)
+    out = np.empty_like(x)
+    out.flags.writeable = False
+    with pytest.raises(ValueError, match="out must be writeable"):
+        function(x, out=out)

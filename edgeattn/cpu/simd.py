@@ -246,8 +246,8 @@ def look_up_bytes(typing, table, d):
         upper = builder.icmp_signed("<", index, _all(0, bytes_type))
         planes = []
         for j in range(4):
-            q = [_load(builder, _pointer(context, builder, sig.args[0], args[0], ir.Constant(_I64, 256 + 64 * j + 16 * k),
-                                         bytes_type)) for k in range(4)]
+            places = [ir.Constant(_I64, 256 + 64 * j + 16 * k) for k in range(4)]
+            q = [_load(builder, _pointer(context, builder, sig.args[0], args[0], at, bytes_type)) for at in places]
             low, high = (_call(builder, "llvm.x86.avx512.vpermi2var.qi.512", bytes_type, [q[k], index, q[k + 1]])
                          for k in (0, 2))
             planes.append(builder.select(upper, high, low))

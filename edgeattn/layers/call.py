@@ -113,9 +113,31 @@ def causal_band(is_causal, length):
 
 
 def is_read_as_it_is(layer, x, dtype):
-    """Whether x is an array (B, L, E) that the kernel of `layer` reads as it is, for queries, keys and values."""
-    return (type(x) is np.ndarray and x.dtype is dtype and x.ndim == 3 and x.flags.carray and x.size > 0
-            and x.shape[2] == layer.embed_dim == layer.kdim == layer.vdim)
+    """Whether x is an array (B, L, E) or (L, E) that a kernel of `layer` reads as queries, keys and values."""
+    return (type(x) is np.ndarray and x.dtype is dtype and 2 <= x.ndim <= 3 and x.flags.carray and x.size > 0
+            and x.shape[-1] == layer.embed_dim == layer.kdim == layer.vdim)
+
+
+def is_written_as_it_is(out, query, width, dtype):
+    """Whether a kernel can write the result for `query` to `out`; None stands for a new array."""
+    return out is None or (type(out) is np.ndarray and out.dtype is dtype and out.flags.carray
+                           and out.shape == (*query.shape[:-1], width))
+
+
+def room(out, shape, dtype, *read):
+    """An array (B, L, Eo) for the result: `out`, as the last check lets it pass, unless that lies over what is read."""
+    if out is None or any(isinstance(x, np.ndarray) and np.may_share_memory(x, out) for x in read):
+        return np.empty(shape, dtype)
+    return out.reshape(shape)
+
+
+def handed_over(result, query, out):
+    """What the caller gets of a result (B, L, Eo) in its `room`, of the dtype that it wants."""
+    if out is None:
+        return result if query.ndim == 3 else result[0]
+    if result is not out and result.base is not out:
+        out[...] = result.reshape(out.shape)
+    return out
 
 
 def is_unmasked(attn_mask, key_padding_mask, is_causal, causal_alignment, window_size, alibi_slopes):

@@ -8,7 +8,7 @@ from edgeattn.checks import FLOAT32, to_float32
 from edgeattn.cpu.layer_float32 import FloatLayer
 from edgeattn.cpu.linear import Linear
 from edgeattn.layers import steps
-from edgeattn.layers.call import check_call, check_inputs, is_read_as_it_is
+from edgeattn.layers.call import check_call, check_inputs, is_read_as_it_is, is_written_as_it_is
 from edgeattn.layers.weights import AttentionWeights
 from edgeattn.masks import NO_WINDOW, torch_masks
 
@@ -129,11 +129,12 @@ class MultiHeadAttention(AttentionWeights):
         TypeError, ValueError
             Naming the argument, what was required and what came.
         """
-        if (key is None and value is None and out is None and need_weights is False and average_attn_weights is False
+        if (key is None and value is None and need_weights is False and average_attn_weights is False
                 and type(softcap) is float and not softcap and self._fusible
-                and is_read_as_it_is(self, query, FLOAT32)):
+                and is_read_as_it_is(self, query, FLOAT32)
+                and is_written_as_it_is(out, query, self.output_dim, FLOAT32)):
             # what small layers are called with, again and again: self-attention
-            result = steps.attend_to_itself(self, query, kv_cache, attn_mask, key_padding_mask, is_causal,
+            result = steps.attend_to_itself(self, query, out, kv_cache, attn_mask, key_padding_mask, is_causal,
                                             causal_alignment, window_size, alibi_slopes)
             if result is not None:
                 return result

@@ -7,17 +7,24 @@ import numpy as np
 
 from edgeattn.checks import FLOAT32, to_float32
 from edgeattn.cpu import functional_float32, plain
-from edgeattn.layers.call import is_next, is_unmasked, self_masks
+from edgeattn.layers.call import handed_over, is_next, is_unmasked, room, self_masks
 
 
-def attend_to_itself(layer, query, kv_cache, *masks):
-    """What `layer` gives for tokens that its kernel reads as they are; None where a cache needs more than that."""
+def attend_to_itself(layer, query, out, kv_cache, *masks):
+    """What `layer` gives for tokens that its kernel reads as they are, in `out` if there is one; None for other calls.
+
+    Those have a cache that needs more than the next token, or masks without a batch axis.
+    """
+    x = query if query.ndim == 3 else query[None]
+    plain = kv_cache is None and x is query
+    if not plain and not (is_unmasked(*masks) and (kv_cache is None or is_next(layer, x, kv_cache))):
+        return None
     if kv_cache is None:
-        result = np.empty((*query.shape[:2], layer.output_dim), FLOAT32)
-        return layer._kernel(query, query, query, result, *self_masks(layer, query, *masks))
-    if is_unmasked(*masks) and is_next(layer, query, kv_cache):
-        return attend_next(layer, query, kv_cache)
-    return None
+        result = room(out, (*x.shape[:2], layer.output_dim), FLOAT32, x, *masks)
+        layer._kernel(x, x, x, result, *self_masks(layer, x, *masks))
+    else:
+        result = attend_next(layer, x, kv_cache)
+    return handed_over(result, query, out)
 
 
 def attend(layer, call):

@@ -12,7 +12,7 @@ from edgeattn.cpu.layer_dynamic import DynamicLayer
 from edgeattn.cpu.linear_dynamic import DynamicLinear
 from edgeattn.functional import default_scale
 from edgeattn.layers import steps
-from edgeattn.layers.call import check_call, is_read_as_it_is
+from edgeattn.layers.call import check_call, is_read_as_it_is, is_written_as_it_is
 from edgeattn.layers.weights import KEY_TENSORS, added_keys, added_keys_state
 from edgeattn.masks import NO_WINDOW
 from edgeattn.quantized.layer import INPUTS, SHORT, QuantizedMultiHeadAttention
@@ -95,11 +95,12 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention):
         With ``softcap``, ``kv_cache``, ``need_weights``, added keys or a gate the projections alone are int8: what lies
         between them is computed in float32, or as the cache stores it.
         """
-        if (key is None and value is None and out is None and need_weights is False and average_attn_weights is False
+        if (key is None and value is None and need_weights is False and average_attn_weights is False
                 and type(softcap) is float and not softcap and self._fusible and self.output_dim
-                and is_read_as_it_is(self, query, FLOAT32)):
+                and is_read_as_it_is(self, query, FLOAT32)
+                and is_written_as_it_is(out, query, self.output_dim, FLOAT32)):
             # what small layers are called with, again and again: self-attention
-            result = steps.attend_to_itself(self, query, kv_cache, attn_mask, key_padding_mask, is_causal,
+            result = steps.attend_to_itself(self, query, out, kv_cache, attn_mask, key_padding_mask, is_causal,
                                             causal_alignment, window_size, alibi_slopes)
             if result is not None:
                 return result

@@ -10,15 +10,29 @@ import numpy as np
 
 from edgeattn import arithmetic as rules
 from edgeattn.arithmetic import CODE_MIN
-from edgeattn.checks import as_array, check_out, count, deliver, flag, float_array, is_one_of, number, result_dtype
+from edgeattn.checks import (
+    FLOAT32,
+    as_array,
+    check_out,
+    count,
+    deliver,
+    flag,
+    float_array,
+    is_one_of,
+    number,
+    result_dtype,
+)
 from edgeattn.cpu.layer_int8 import StaticLayer
 from edgeattn.cpu.reals import to_codes, to_reals
 from edgeattn.layers.call import (
     check_cache,
+    handed_over,
     is_next,
     is_read_as_it_is,
     is_unmasked,
+    is_written_as_it_is,
     resolve_call_mask,
+    room,
     self_masks,
 )
 from edgeattn.masks import NO_WINDOW, resolve_mask
@@ -274,15 +288,16 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
             The probabilities, multiples of 1/256, only with ``need_weights``; without the axis H when averaged.
         """
         if (key is None and value is None and self.sources == (0, 0, 0) and need_weights is False
-                and average_attn_weights is False and out is None and type(query) is np.ndarray
-                and query.dtype == np.float32 and query.flags.carray):
+                and average_attn_weights is False and type(query) is np.ndarray and query.dtype == FLOAT32
+                and query.flags.carray and is_written_as_it_is(out, query, self.output_dim, FLOAT32)):
             source, result = self.tensors["query_input"], self._last
             codes, some_nan = to_codes(query, source.scale, source.zero_point)
             if not some_nan:
-                return to_reals(
+                reals = to_reals(
                     self.run_int8(codes, attn_mask=attn_mask, key_padding_mask=key_padding_mask, is_causal=is_causal,
                                   causal_alignment=causal_alignment, window_size=window_size, kv_cache=kv_cache),
                     result.scale, result.zero_point)
+                return deliver(reals, out, FLOAT32)
         average = flag("average_attn_weights", average_attn_weights)
         masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask, "is_causal": is_causal,
                  "causal_alignment": causal_alignment, "window_size": window_size}
@@ -387,22 +402,26 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         TypeError, ValueError
             Naming the argument, what was required and what came.
         """
-        if (key is None and value is None and out is None and need_weights is False and self._classes is None
+        if (key is None and value is None and need_weights is False and self._classes is None
                 and self.sources == (0, 0, 0) and self.output_dim
                 and (attn_mask is None or type(attn_mask) is np.ndarray and attn_mask.dtype == np.bool_)
-                and is_read_as_it_is(self, query, _INT8)):
+                and is_read_as_it_is(self, query, _INT8) and is_written_as_it_is(out, query, self.output_dim, _INT8)):
             # what small layers are called with, again and again: self-attention
             masks = (attn_mask, key_padding_mask, is_causal, causal_alignment, window_size, None)
-            if kv_cache is None:
-                keep, _, band = self_masks(self, query, *masks)
-                result = np.empty((*query.shape[:2], self.output_dim), _INT8)
-                return self._kernel(query, query, query, result, keep, band, None, self._tables)
-            if is_unmasked(*masks) and is_next(self, query, kv_cache) and kv_cache.scales == self.cache_scales:
+            x = query if query.ndim == 3 else query[None]
+            if kv_cache is None and (x is query or is_unmasked(*masks)):
+                keep, _, band = self_masks(self, x, *masks)
+                result = room(out, (*x.shape[:2], self.output_dim), _INT8, x, *masks)
+                self._kernel(x, x, x, result, keep, band, None, self._tables)
+                return handed_over(result, query, out)
+            if (kv_cache is not None and is_unmasked(*masks) and is_next(self, x, kv_cache)
+                    and kv_cache.scales == self.cache_scales):
                 kv_cache._take_slots(1)
                 first, last = kv_cache._last_seen()
-                result = np.empty((*query.shape[:2], self.output_dim), _INT8)
-                return self._kernel(query, query, query, result, tables=self._tables,
-                                    cached=(kv_cache._keys, kv_cache._values, first, last - first))
+                result = room(out, (*x.shape[:2], self.output_dim), _INT8, x)
+                self._kernel(x, x, x, result, tables=self._tables,
+                             cached=(kv_cache._keys, kv_cache._values, first, last - first))
+                return handed_over(result, query, out)
         need_weights = flag("need_weights", need_weights)
         query, key, value = self._check_codes(query, key, value)
         lead, L, S = query.shape[:-2], query.shape[-2], key.shape[-2]
