@@ -27,6 +27,12 @@ _LARGEST_POSITION = 2**31 - 1
 _LARGEST_CODE = np.float32(127)
 
 
+def _name_of(dtype):
+    """NumPy's dtypes, and its types of scalars, by their names; anything else as it is."""
+    is_numpys = isinstance(dtype, np.dtype) or (isinstance(dtype, type) and issubclass(dtype, np.generic))
+    return np.dtype(dtype).name if is_numpys else dtype
+
+
 class KVCache:
     """Storage for the keys and values of up to `capacity` tokens, allocated once.
 
@@ -51,7 +57,7 @@ class KVCache:
         D.
     value_dim : int, optional
         Dv, D unless given.
-    dtype : {"float32", "int8"}
+    dtype : {"float32", "int8"}, or such a NumPy dtype
         "int8": one symmetric scale per token and head, max|x| / 127, for keys and for values; a quarter of the
         memory. Rows with max|x| < 1.5e-36 become zeros, rows with NaN or infinity NaN.
     scales : (float, float), optional
@@ -82,6 +88,7 @@ class KVCache:
         self.capacity = count("capacity", capacity)
         self.head_dim = count("head_dim", head_dim)
         self.value_dim = self.head_dim if value_dim is None else count("value_dim", value_dim)
+        dtype = _name_of(dtype)
         if not is_one_of(dtype, _DTYPES):
             raise ValueError(f"dtype must be 'float32' or 'int8', got {dtype!r}")
         self.dtype = dtype
@@ -125,7 +132,7 @@ class KVCache:
         except AttributeError:
             raise TypeError(f"layer must be an attention layer, got {type(layer).__name__}") from None
         scales = getattr(layer, "cache_scales", None)
-        if scales is not None and dtype is not None and not is_one_of(dtype, ["int8"]):
+        if scales is not None and dtype is not None and not is_one_of(_name_of(dtype), ["int8"]):
             raise ValueError(f"dtype must be 'int8' for a static layer, whose codes the cache holds, got {dtype!r}")
         if dtype is None:
             dtype = "float32" if scales is None else "int8"

@@ -425,12 +425,18 @@ def test_repr():
     ({"scales": (1, "a"), "dtype": "int8"}, TypeError, "scales must be a real number, got 'a'"),
     ({"capacity": 2.5}, TypeError, "capacity must be an integer, got 2.5"),
     ({"dtype": "float16"}, ValueError, "dtype must be 'float32' or 'int8', got 'float16'"),
+    ({"dtype": np.uint8}, ValueError, "dtype must be 'float32' or 'int8', got 'uint8'"),
     ({"window": 0}, ValueError, "window must be at least 1, got 0"),
     ({"window": 9, "capacity": 8}, ValueError, "capacity must be at least window = 9, got 8; twice the window"),
 ])
 def test_bad_caches_are_refused_by_name(changes, error, message):
     with pytest.raises(error, match=message):
         cache(**changes)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.dtype(np.int8), np.dtype("int8").type])
+def test_a_dtype_may_be_numpys(dtype):
+    assert cache(9, dtype=dtype).dtype == "int8"
 
 
 def test_bad_chunks_are_refused_and_change_nothing():
