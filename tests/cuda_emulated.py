@@ -1,4 +1,6 @@
 """A driver for edgeattn.cuda whose GPU is the emulator: device memory is host memory, launches run in NumPy."""
+import functools
+
 import cuda_emulator
 import numpy as np
 import pytest
@@ -38,6 +40,12 @@ class EmulatedDriver:
 
     def copy_to_device(self, pointer, host):
         self.memory[pointer][:host.nbytes] = host.reshape(-1).view(np.uint8)
+
+    def device(self):
+        return 0
+
+    def starter(self, kernel, device):
+        return functools.partial(self.launch, kernel)
 
     empty = driver_module.Driver.empty
     array = driver_module.Driver.array

@@ -11,6 +11,7 @@ from benchmarks import (
     cases,
     contenders,
     cuda,
+    cuda_host,
     decode,
     functional,
     limits,
@@ -342,3 +343,17 @@ def test_cuda_contenders_attend(name, causal):
     want = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=causal)
     error = (contender.make(torch, q, k, v, causal)().double() - want).abs().max() / want.square().mean().sqrt()
     assert error < cuda.ALLOWED[contender.precision]
+
+
+def test_calls_on_an_idle_gpu_are_the_same_launches_when_repeated(monkeypatch):
+    gpu, launches = cuda_host._IdleDriver(), []
+    monkeypatch.setattr(cuda_host.driver, "_current", gpu)
+    monkeypatch.setattr(cuda_host._Idle, "cuLaunchKernel", lambda _, function, *sizes: launches.append(sizes[:7]) or (0,))
+    for name, call in cuda_host.calls().items():
+        launches.clear()
+        call()
+        first = launches.copy()
+        for _ in range(2):
+            launches.clear()
+            call()
+            assert launches == first != [], name

@@ -86,7 +86,7 @@ class Driver:
         if not count:
             raise RuntimeError("CUDA needs an NVIDIA GPU; the driver sees none")
         self._functions, self._lock = {}, threading.Lock()
-        self._here()
+        self.device()
         if self.capability() < LOWEST:
             raise RuntimeError(f"CUDA needs a GPU of compute capability {LOWEST[0]}.{LOWEST[1]} or above (Jetson Orin, "
                                f"A100 and later); {self.name()} has {'.'.join(map(str, self.capability()))}")
@@ -99,7 +99,7 @@ class Driver:
             raise RuntimeError(f"the CUDA driver says {(text or b'?').decode()} ({status})")
         return values[0] if len(values) == 1 else values
 
-    def _here(self):
+    def device(self):
         """The device of the current context; without one, the first device's primary context becomes current."""
         status, device = self._api.cuCtxGetDevice()
         if status:  # there is no context
@@ -110,7 +110,7 @@ class Driver:
 
     def name(self):
         """The GPU's name."""
-        return self._check(self._api.cuDeviceGetName(128, self._here())).split(b"\0")[0].decode()
+        return self._check(self._api.cuDeviceGetName(128, self.device())).split(b"\0")[0].decode()
 
     @functools.lru_cache  # noqa: B019 - there is one Driver, as long as the process
     def _capability(self, device):
@@ -120,7 +120,7 @@ class Driver:
 
     def capability(self):
         """(major, minor) of the current device."""
-        return self._capability(self._here())
+        return self._capability(self.device())
 
     @functools.lru_cache  # noqa: B019
     def _processors(self, device):
@@ -129,13 +129,13 @@ class Driver:
 
     def processors(self):
         """Number of multiprocessors of the current device."""
-        return self._processors(self._here())
+        return self._processors(self.device())
 
     # -- memory ------------------------------------------------------------------------------------------------------
 
     def allocate(self, size):
         """The address of so many bytes."""
-        self._here()
+        self.device()
         return int(self._check(self._api.cuMemAlloc(size)))
 
     def free(self, pointer):
@@ -144,12 +144,12 @@ class Driver:
 
     def copy_to_host(self, host, pointer):
         """Fill a C-contiguous NumPy array, after everything before it on the default stream."""
-        self._here()
+        self.device()
         self._check(self._api.cuMemcpyDtoH(host.ctypes.data, pointer, host.nbytes))
 
     def copy_to_device(self, pointer, host):
         """Fill memory from a C-contiguous NumPy array."""
-        self._here()
+        self.device()
         self._check(self._api.cuMemcpyHtoD(pointer, host.ctypes.data, host.nbytes))
 
     def empty(self, shape, dtype):
@@ -168,11 +168,14 @@ class Driver:
 
     def launch(self, kernel, grid, addresses, numbers, stream):
         """Start a Kernel on a stream; returns at once, allocates nothing once the kernel is loaded."""
-        device = self._here()
+        self.starter(kernel, self.device())(grid, addresses, numbers, stream)
+
+    def starter(self, kernel, device):
+        """What `launch` does for a Kernel on a device that is the current one, as a function of the rest."""
         found = self._functions.get((kernel, device))
         if found is None:
             found = self._functions[kernel, device] = self._load(kernel, device)
-        found.launch(grid, addresses, numbers, stream)
+        return found.launch
 
     def _load(self, kernel, device):
         ptx, name = cache.ptx(kernel, self._capability(device))
@@ -187,7 +190,8 @@ class _Loaded:
     """A kernel on one device, and the block of memory its arguments are packed into."""
 
     def __init__(self, driver, kernel, function, library):
-        self._driver, self._kernel, self._function, self._library = driver, kernel, function, library
+        self._driver, self._function, self._library = driver, function, library  # kept as long as this
+        self._start, self._block = driver._api.cuLaunchKernel, (kernel.threads, 1, 1, kernel.shared)
         self._layout = struct.Struct(f"={kernel.addresses}q{kernel.numbers}i")
         self._buffer = ctypes.create_string_buffer(self._layout.size)
         start = ctypes.addressof(self._buffer)
@@ -201,8 +205,7 @@ class _Loaded:
         """Pack and go."""
         with self._lock:
             self._layout.pack_into(self._buffer, 0, *addresses, *numbers)
-            status, = self._driver._api.cuLaunchKernel(
-                self._function, *grid, self._kernel.threads, 1, 1, self._kernel.shared, stream, self._arguments, 0)
+            status, = self._start(self._function, *grid, *self._block, stream, self._arguments, 0)
         if status:
             self._driver._check((status,))
 

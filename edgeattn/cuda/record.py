@@ -48,6 +48,7 @@ class Record:
 
     def __init__(self):
         self.launches, self.scratch = [], 0
+        self._starters = {}  # by device
 
     def launch(self, kernel, grid, addresses, numbers):
         """Note a launch."""
@@ -62,9 +63,13 @@ class Record:
 
     def replay(self, pointers, stream):
         """All launches; pointers of the arrays, then of scratch memory, then 0."""
-        launch = driver().launch
-        for kernel, grid, places, numbers in self.launches:
-            launch(kernel, grid, [pointers[place] + offset for place, offset in places], numbers, stream)
+        gpu = driver()
+        device = gpu.device()
+        starters = self._starters.get(device)
+        if starters is None:
+            starters = self._starters[device] = [gpu.starter(kernel, device) for kernel, *_ in self.launches]
+        for start, (_, grid, places, numbers) in zip(starters, self.launches, strict=True):
+            start(grid, [pointers[place] + offset for place, offset in places], numbers, stream)
 
 
 def launch(kernel, grid, addresses, numbers, stream):
