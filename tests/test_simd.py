@@ -277,6 +277,22 @@ def test_tile_add():
 
 
 @njit(error_model="numpy")
+def _dequantize(tile, down, across, out):
+    found = simd.tile_dequantize(simd.tile_load(ROWS, COLUMNS, tile, 0, WIDTH, N), down, 2, across, 1, 3 + WIDTH)
+    simd.tile_store(found, out, 0, WIDTH, N)
+
+
+def test_tile_to_floats():
+    rng = np.random.default_rng(11)
+    # numbers whose products float32 holds, so that it does not matter where it rounds
+    tile, down = rng.integers(-99, 99, (ROWS, WIDTH)).astype(np.int32), rng.integers(-9, 9, 2 + ROWS).astype(np.float32)
+    across, out = rng.integers(-9, 9, 3 + 2 * WIDTH).astype(np.float32), np.zeros((ROWS, WIDTH), np.float32)
+    _dequantize(tile.ravel(), down, across, out.ravel())
+    for i, j in np.ndindex(ROWS, WIDTH):
+        assert out[i, j] == tile[i, j] * across[1 + j] * down[2 + i] + across[3 + WIDTH + j]
+
+
+@njit(error_model="numpy")
 def _dots(keys, queries, whole, part, folded, count):
     zero = simd.tile_zero(4, 2, keys)
     simd.tile_store(simd.tile_add_dots(zero, keys, 1, N + 3, queries, 2, N + 1), whole, 0, 2 * N, N)

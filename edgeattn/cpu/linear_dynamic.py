@@ -21,6 +21,7 @@ from .simd import (
     matrix_configure,
     matrix_release,
     store,
+    tile_dequantize,
     tile_store,
     to_float,
 )
@@ -43,6 +44,10 @@ def join_depth(weight):
 def finish_rows(tile, t, f, scales, at_scales, factors, at_factor, at_bias, tokens, features, out, at_out, out_row,
                 scratch, scratch_f, at_tile):
     """Rows of out = scale tile factor + bias: the tile's tokens from t, its features from f on, as far as there are."""
+    if t + ROWS <= tokens and f + WIDTH <= features:
+        whole = tile_dequantize(tile, scales, at_scales + t, factors, at_factor + f, at_bias + f)
+        tile_store(whole, out, at_out + t * out_row + f, out_row, LANES)
+        return
     tile_store(tile, scratch, at_tile, WIDTH, LANES)
     for i in range(min(ROWS, tokens - t)):
         scale = broadcast(scales, at_scales + t + i)

@@ -692,26 +692,6 @@ def tile_of_columns(typing, rows, columns, array, at):
 
 
 @intrinsic
-def tile_of_rows_and_columns(typing, rows, columns, down, i0, across, j0):
-    """t[i][j] = splat(down[i0 + i]) + load(across, j0 + j * LANES)"""
-    tile = Tile(_OF_ARRAY[across.dtype], _literal(rows), _literal(columns))
-    addition = "fadd" if tile.vec is F32 else "add"
-
-    def generate(context, builder, sig, args):
-        vector = context.get_value_type(tile.vec)
-        base = _pointer(context, builder, sig.args[4], args[4], args[5], vector)
-        columns_ = [_load(builder, builder.gep(base, [ir.Constant(_I64, j)])) for j in range(tile.columns)]
-        first = builder.gep(_data(context, builder, sig.args[2], args[2]), [args[3]])
-        out = ir.Constant(context.get_value_type(tile), ir.Undefined)
-        for i in range(tile.rows):
-            row = _splat(builder, builder.load(builder.gep(first, [ir.Constant(_I64, i)])), vector)
-            for j in range(tile.columns):
-                out = builder.insert_value(out, getattr(builder, addition)(row, columns_[j]), i * tile.columns + j)
-        return out
-    return tile(rows, columns, down, types.intp, across, types.intp), generate
-
-
-@intrinsic
 def tile_add_down(typing, t, down, i0):
     """u[i][j] = t[i][j] + splat(down[i0 + i]), int32"""
     def generate(context, builder, sig, args):
@@ -943,46 +923,25 @@ def tile_map(typing, t, function, parameters, at, column_step, plane):
 
 
 @intrinsic
-def tile_dequantize(typing, t, down, i0, across, j0):
-    """f[i][j] = float32(t[i][j]) * down[i0 + i] * load(across, j0 + j * LANES)"""
+def tile_dequantize(typing, t, down, i0, across, j0, k0):
+    """f[i][j] = fma(float32(t[i][j]) * load(across, j0 + j * LANES), down[i0 + i], load(across, k0 + j * LANES))"""
     result = Tile(F32, t.rows, t.columns)
 
     def generate(context, builder, sig, args):
         vector = context.get_value_type(F32)
-        base = _pointer(context, builder, sig.args[3], args[3], args[4], vector)
-        columns_ = [_load(builder, builder.gep(base, [ir.Constant(_I64, j)])) for j in range(t.columns)]
+        factors, terms = (
+            [_load(builder, builder.gep(_pointer(context, builder, sig.args[3], args[3], at, vector),
+                                        [ir.Constant(_I64, j)])) for j in range(t.columns)] for at in args[4:])
         first = builder.gep(_data(context, builder, sig.args[1], args[1]), [args[2]])
         out = ir.Constant(context.get_value_type(result), ir.Undefined)
         for i in range(t.rows):
             row = _splat(builder, builder.load(builder.gep(first, [ir.Constant(_I64, i)])), vector)
             for j in range(t.columns):
                 value = builder.sitofp(builder.extract_value(args[0], i * t.columns + j), vector)
-                value = builder.fmul(builder.fmul(value, row), columns_[j])
+                value = _fma(builder, builder.fmul(value, factors[j]), row, terms[j])
                 out = builder.insert_value(out, value, i * t.columns + j)
         return out
-    return result(t, down, types.intp, across, types.intp), generate
-
-
-@intrinsic
-def tile_add_scaled(typing, t, array, at, row_step, across, j0):
-    """f[i][j] = load(array, at + i * row_step + j * LANES) + float32(t[i][j]) * load(across, j0 + j * LANES)"""
-    result = Tile(F32, t.rows, t.columns)
-
-    def generate(context, builder, sig, args):
-        vector = context.get_value_type(F32)
-        base = _pointer(context, builder, sig.args[4], args[4], args[5], vector)
-        columns_ = [_load(builder, builder.gep(base, [ir.Constant(_I64, j)])) for j in range(t.columns)]
-        out = ir.Constant(context.get_value_type(result), ir.Undefined)
-        position = args[2]
-        for i in range(t.rows):
-            row = _pointer(context, builder, sig.args[1], args[1], position, vector)
-            for j in range(t.columns):
-                old = _load(builder, builder.gep(row, [ir.Constant(_I64, j)]))
-                value = builder.sitofp(builder.extract_value(args[0], i * t.columns + j), vector)
-                out = builder.insert_value(out, _fma(builder, value, columns_[j], old), i * t.columns + j)
-            position = builder.add(position, args[3])
-        return out
-    return result(t, array, types.intp, types.intp, across, types.intp), generate
+    return result(t, down, types.intp, across, types.intp, types.intp), generate
 
 
 @intrinsic
@@ -1009,25 +968,6 @@ def interleave_rows(typing, source, at, row_step, flip, target, to, panel_step):
             _store(builder, builder.xor(builder.bitcast(group, whole), flips),
                    _pointer(context, builder, sig.args[4], args[4], here, whole))
     return types.void(source, types.intp, types.intp, types.int32, target, types.intp, types.intp), generate
-
-
-@intrinsic
-def tile_column_max(typing, t, j, v):
-    """m[l] = max(v[l], max over i of t[i][j][l]), float32 or int32"""
-    column = _literal(j)
-
-    def generate(context, builder, sig, args):
-        best = args[2]
-        for i in range(t.rows):
-            value = builder.extract_value(args[0], i * t.columns + column)
-            if t.vec.dtype == types.int32:
-                best = _call(builder, f"llvm.smax.v{LANES}i32", best.type, [value, best])
-            elif ISA.x86 or ISA.name == "generic":
-                best = builder.select(builder.fcmp_ordered(">", value, best), value, best)
-            else:
-                best = _call(builder, f"llvm.maxnum.v{LANES}f32", best.type, [value, best])
-        return best
-    return v(t, j, v), generate
 
 
 def _add_dots(context, builder, sig, args):
