@@ -48,8 +48,11 @@ _HAS_YIELD = os.name == "posix"
 
 
 def separate(function):
-    """Compile `function` as a part of the kernels that use it, but not into them: a job, called by its address."""
-    return numba.njit(function, error_model="numpy", boundscheck=False)
+    """Compile `function` as a part of the kernels that use it, but not into them: a job, called by its address.
+
+    It can make no array, and counts no references to those it is given: the caller of `share` has them.
+    """
+    return numba.njit(function, error_model="numpy", boundscheck=False, _nrt=False)
 
 
 @intrinsic

@@ -51,8 +51,11 @@ def jit(function):
 
 
 def inlined(function):
-    """Compile `function` only as a part of the kernels that call it, so that vectors and tiles stay in registers."""
-    return numba.njit(function, error_model="numpy", boundscheck=False, forceinline=True)
+    """Compile `function` only as a part of the kernels that call it, so that vectors and tiles stay in registers.
+
+    It can make no array, and counts no references to those it is given, which its caller has.
+    """
+    return numba.njit(function, error_model="numpy", boundscheck=False, forceinline=True, _nrt=False)
 
 
 def compiled():

@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 
+import numba
 import numpy as np
 import pytest
 
@@ -193,6 +194,28 @@ def test_processors_chosen_by_others_while_a_thread_wakes_are_kept(chosen):
     wake_moved(board)
     thread.join()
     assert numbers[1] == (other if chosen else allowed)
+
+
+def test_jobs_count_no_references():
+    """What tells Numba so (`_nrt`) is not of its public interface; without it kernels call for every tile they finish."""
+    from edgeattn.jit import inlined
+
+    def step(some, i, out, at):
+        out[at] += some[i]
+
+    def sum_up(finish, x, out, worker, part):
+        some, arguments = x[part:], (out, part)
+        for i in range(some.size):
+            finish(some, i, *arguments)
+    floats = numba.float64[::1]
+    for make, make_step, expected in ((crew.separate, inlined, False), (numba.njit, numba.njit, True)):
+        finish, job = make_step(step), make(sum_up)
+        job.compile((numba.typeof(finish), floats, floats, numba.int64, numba.int64))
+        assembly, = job.inspect_asm().values()
+        assert ("NRT_incref" in assembly) == expected
+        x, out = np.arange(5.0), np.zeros(2)
+        job(finish, x, out, 0, 1)
+        assert out.tolist() == [0, 10]
 
 
 def test_where_compiled_code_cannot_sleep_threads_look_for_work_now_and_then():

@@ -10,7 +10,8 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 
 # name, its machine where this one cannot be described by features, multiply-add, what makes the four-way dot product
-CASES = [("avx512vnni", (), r"vfmadd\w+ps\b.*zmm", (r"vpdpbusd\b.*zmm",)), ("avx2vnni", (), r"vfmadd\w+ps\b.*ymm", (r"vpdpbusd\b.*ymm",)),
+CASES = [("avx512vbmi", (), r"vfmadd\w+ps\b.*zmm", (r"vpdpbusd\b.*zmm",)), ("avx512vnni", (), r"vfmadd\w+ps\b.*zmm", (r"vpdpbusd\b.*zmm",)),
+         ("avx2vnni", (), r"vfmadd\w+ps\b.*ymm", (r"vpdpbusd\b.*ymm",)),
          ("avx2", (), r"vfmadd\w+ps\b.*ymm", (r"vpmaddwd\b.*ymm",)),
          ("neondot", ("aarch64-unknown-linux-gnu", "cortex-a76"), r"fmla\b", (r"sdot\b",)),
          ("neon", ("aarch64-unknown-linux-gnu", "cortex-a72"), r"fmla\b", (r"sadalp\b", r"(?:s?mull?2?|smlal2?)\s+v\d+\.(?:8h|4s)")),

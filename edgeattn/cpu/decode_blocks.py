@@ -6,6 +6,7 @@ of threads.  Of each block (G, Dv') context, Dv' = Dv rounded up, then (G,) maxi
 all threads share.
 """
 import numpy as np
+from numba.extending import register_jitable
 
 from edgeattn.jit import inlined
 
@@ -25,7 +26,7 @@ _LOWEST = np.finfo(np.float32).min
  D_KS, D_KS_B, D_KS_H, D_KS_S, D_VS, D_VS_B, D_VS_H, D_VS_S, D_COUNT) = range(34)
 
 
-@inlined
+@register_jitable
 def parameters(q, k, v, out, result_row, private):
     """The parameters of one call, without scales; `result_row` is Dv', `private` the scratch elements of a thread."""
     p = np.zeros(D_COUNT, np.int64)
