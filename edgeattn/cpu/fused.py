@@ -9,7 +9,6 @@ mask differs from query to query).  Where no score can be large, exponentials ar
 else of their distance to a running maximum.  Every sum is a sum of the sums of short chains: see CHAIN.
 """
 import numpy as np
-from numba import carray
 
 from edgeattn.crew import separate, share
 from edgeattn.jit import inlined, jit
@@ -588,11 +587,9 @@ def attention_part(p, scale, softcap, keep, bias, lengths, scratch, portion, wor
     Dv_lanes = (Dv + LANES - 1) // LANES * LANES
     band = p[F_BAND] != 0
     has_mask = keep.size > 0 or bias.size > 0
-    everything = np.int64(1) << 62
-    all_q = carray(pointer_to(p[F_Q], private), everything)
-    all_k = carray(pointer_to(p[F_K], private), everything)
-    all_v = carray(pointer_to(p[F_V], private), everything)
-    all_o = carray(pointer_to(p[F_O], private), everything)
+    all_q, all_k = pointer_to(p[F_Q], private), pointer_to(p[F_K], private)
+    all_v, all_o = pointer_to(p[F_V], private), pointer_to(p[F_O], private)
+    own = pointer_to(address_of(private), private)
     at_natural = AT_FREE
     at_q = at_natural + WIDTH * max(D_up, Dv_lanes)
     at_context = at_q + D_up * WIDTH
@@ -638,8 +635,8 @@ def attention_part(p, scale, softcap, keep, bias, lengths, scratch, portion, wor
                     private[at_v_copy + s * Dv_up + d] = all_v[v_at + s * v_row + d]
                 for d in range(Dv, Dv_up):
                     private[at_v_copy + s * Dv_up + d] = _ZERO
-        v, from_v, step_v = (all_v, v_at, v_row) if Dv == Dv_up else (private, at_v_copy, Dv_up)
-        k, from_k, step_k = (private, at_k_copy, D) if short else (all_k, k_at, k_row)
+        v, from_v, step_v = (all_v, v_at, v_row) if Dv == Dv_up else (own, at_v_copy, Dv_up)
+        k, from_k, step_k = (own, at_k_copy, D) if short else (all_k, k_at, k_row)
         # 3. attention
         if bounded and measured != batch * p[F_KV_HEADS] + kv:
             measured = batch * p[F_KV_HEADS] + kv

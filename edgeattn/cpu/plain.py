@@ -3,8 +3,9 @@
 import math
 
 import numpy as np
+from numba.extending import register_jitable
 
-from edgeattn.jit import inlined, jit
+from edgeattn.jit import jit
 
 _NO_KEEP = np.empty((0, 0, 0, 0), np.bool_)
 _NO_BIAS = np.empty((0, 0, 0, 0), np.float32)
@@ -51,7 +52,7 @@ def attention(query, key, value, mask, *, scale, softcap, out, weights=None, lse
     )
 
 
-@inlined
+@register_jitable
 def _row(mask, b, h, i):
     # mask (B or 1, H or 1, L or 1, S) -> (S,)
     return mask[min(b, mask.shape[0] - 1), min(h, mask.shape[1] - 1), min(i, mask.shape[2] - 1)]

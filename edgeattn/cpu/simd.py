@@ -1124,8 +1124,7 @@ def transpose_block(typing, source, at, row_step, target, to, target_step):
 def pointer_to(typing, address, like):
     """An unchecked pointer at an integer address, to elements of the scalar type `like` or of an array's dtype.
 
-    For numba.carray, or to be used as an array: it holds no reference, whose counting would empty the registers in
-    loops that Numba does not see through.
+    To be used as an array.
     """
     pointer = types.CPointer(like.instance_type if isinstance(like, types.NumberClass) else like.dtype)
 
