@@ -28,9 +28,11 @@ _LARGEST_CODE = np.float32(127)
 
 
 def _name_of(dtype):
-    """NumPy's dtypes, and its types of scalars, by their names; anything else as it is."""
-    is_numpys = isinstance(dtype, np.dtype) or (isinstance(dtype, type) and issubclass(dtype, np.generic))
-    return np.dtype(dtype).name if is_numpys else dtype
+    """NumPy's dtypes of a cache, and their types of scalars, by their names; anything else as it is."""
+    for name in _DTYPES:
+        if dtype is np.dtype(name).type or isinstance(dtype, np.dtype) and dtype == np.dtype(name):
+            return name
+    return dtype
 
 
 class KVCache:

@@ -425,7 +425,9 @@ def test_repr():
     ({"scales": (1, "a"), "dtype": "int8"}, TypeError, "scales must be a real number, got 'a'"),
     ({"capacity": 2.5}, TypeError, "capacity must be an integer, got 2.5"),
     ({"dtype": "float16"}, ValueError, "dtype must be 'float32' or 'int8', got 'float16'"),
-    ({"dtype": np.uint8}, ValueError, "dtype must be 'float32' or 'int8', got 'uint8'"),
+    ({"dtype": np.uint8}, ValueError, "dtype must be 'float32' or 'int8', got <class 'numpy.uint8'>"),
+    ({"dtype": np.floating}, ValueError, "dtype must be 'float32' or 'int8', got <class 'numpy.floating'>"),
+    ({"dtype": np.dtype(">f4")}, ValueError, "dtype must be 'float32' or 'int8', got dtype"),
     ({"window": 0}, ValueError, "window must be at least 1, got 0"),
     ({"window": 9, "capacity": 8}, ValueError, "capacity must be at least window = 9, got 8; twice the window"),
 ])

@@ -176,7 +176,15 @@ def test_a_result_in_out_is_the_one_without(function, batched):
     mask = memory[:25].view(bool)[:25].reshape(5, 5)
     mask[...] = sees
     wanted = function(x, attn_mask=sees)
-    np.testing.assert_array_equal(function(x, attn_mask=mask, out=memory.reshape(x.shape)), wanted)
+    for given in (mask, memoryview(mask)):
+        mask[...] = sees
+        np.testing.assert_array_equal(function(x, attn_mask=given, out=memory.reshape(x.shape)), wanted)
+    padding = memory[:25].view(bool)[:x[..., 0].size].reshape(x.shape[:-1])
+    for given in (padding, memoryview(padding)):
+        padding[...] = True
+        padding[..., 3] = False
+        wanted = function(x, key_padding_mask=padding.copy())
+        np.testing.assert_array_equal(function(x, key_padding_mask=given, out=memory.reshape(x.shape)), wanted)
     if function != STATIC and function != STATIC.run_int8:
         with pytest.raises(TypeError, match="out must have dtype float32"):
             function(x, out=np.empty_like(x, np.float64))

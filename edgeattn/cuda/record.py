@@ -48,7 +48,7 @@ class Record:
 
     def __init__(self):
         self.launches, self.scratch = [], 0
-        self._starters = {}  # by device
+        self._starters = {}  # by driver and device
 
     def launch(self, kernel, grid, addresses, numbers):
         """Note a launch."""
@@ -65,9 +65,9 @@ class Record:
         """All launches; pointers of the arrays, then of scratch memory, then 0."""
         gpu = driver()
         device = gpu.device()
-        starters = self._starters.get(device)
+        starters = self._starters.get((gpu, device))
         if starters is None:
-            starters = self._starters[device] = [gpu.starter(kernel, device) for kernel, *_ in self.launches]
+            starters = self._starters[gpu, device] = [gpu.starter(kernel, device) for kernel, *_ in self.launches]
         for start, (_, grid, places, numbers) in zip(starters, self.launches, strict=True):
             start(grid, [pointers[place] + offset for place, offset in places], numbers, stream)
 

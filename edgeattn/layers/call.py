@@ -125,17 +125,23 @@ def is_written_as_it_is(out, query, width, dtype):
 
 
 def room(out, shape, dtype, *read):
-    """An array (B, L, Eo) for the result: `out`, as the last check lets it pass, unless that lies over what is read."""
-    if out is None or any(isinstance(x, np.ndarray) and np.may_share_memory(x, out) for x in read):
+    """An array (B, L, Eo) for the result: `out`, which the last check let pass, unless it may lie over what is read."""
+    if out is None or any(_may_lie_over(x, out) for x in read):
         return np.empty(shape, dtype)
     return out.reshape(shape)
 
 
+def _may_lie_over(x, out):
+    if isinstance(x, np.ndarray):
+        return np.may_share_memory(x, out)
+    return x is not None and not isinstance(x, (bool, str, tuple))  # what has an array form may be anywhere
+
+
 def handed_over(result, query, out):
-    """What the caller gets of a result (B, L, Eo) in its `room`, of the dtype that it wants."""
+    """What the caller gets of a result (B, L, Eo) of the dtype that it wants, which may be in `out` already."""
     if out is None:
         return result if query.ndim == 3 else result[0]
-    if result is not out and result.base is not out:
+    if not np.may_share_memory(result, out):
         out[...] = result.reshape(out.shape)
     return out
 

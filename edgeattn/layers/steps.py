@@ -49,7 +49,8 @@ def attend(layer, call):
         _attend_cached(layer, call, q, k, v, added, context, weights)
     merged = context.swapaxes(1, 2).reshape(batch * queries, heads * layer.value_dim)
     if layer.gated:
-        merged = merged * _sigmoid(_rows(layer, "gate", call.query))
+        with np.errstate(invalid="ignore"):  # NaN of what is not finite
+            merged = merged * _sigmoid(_rows(layer, "gate", call.query))
     result = layer._linears["out"](merged) if "out" in layer._linears else merged
     return call.deliver(result.reshape(batch, queries, layer.output_dim), weights)
 
