@@ -120,10 +120,10 @@ def test_threads_that_cannot_be_started_are_done_without(monkeypatch):
     assert len(started) == 1 and not started[0].is_alive()
 
 
-def asleep():
-    """Wait until the one thread of the crew sleeps."""
+def asleep(board):
+    """Wait until the one thread that serves a board sleeps."""
     end = time.monotonic() + 30
-    while threads._crew.board[crew._BEDS + crew._SLEEP] != crew._ASLEEP:
+    while board[crew._BEDS + crew._SLEEP] != crew._ASLEEP:
         assert time.monotonic() < end
         time.sleep(0.001)
 
@@ -131,7 +131,7 @@ def asleep():
 def processors_of_two():
     """The processors where the caller and the crew's one thread begin, the thread having slept before."""
     for _ in range(20):  # of a busy machine
-        asleep()
+        asleep(threads._crew.board)
         found = np.full(3, -1)
         threads.run(run_locate, (found, 100, 30_000), np.float32, 0, 16, threads.SMALLEST_SHARED_WORK)
         if found[1] >= 0:
@@ -188,8 +188,7 @@ def test_processors_chosen_by_others_while_a_thread_wakes_are_kept(chosen):
         numbers.append(os.sched_getaffinity(0))
     thread = threading.Thread(target=serve)
     thread.start()
-    while board[bed + crew._SLEEP] != crew._ASLEEP:
-        time.sleep(0.001)
+    asleep(board)
     os.sched_setaffinity(numbers[0], other if chosen else away)
     wake_moved(board)
     thread.join()

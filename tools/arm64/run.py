@@ -72,7 +72,7 @@ EXPORT = ("import sys, test_bundle; from pathlib import Path; "
           "test_bundle.export_all(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])")
 
 
-def commands(folder: Path, cpu: str, tests: tuple[str, ...], layers: int, extra: list[str]) -> Iterator[Popen]:
+def processes(folder: Path, cpu: str, tests: tuple[str, ...], layers: int, extra: list[str]) -> Iterator[Popen]:
     """Start, each when the one before has ended: the compiler of a CPU's bundles, here; pytest in its environment."""
     bundles = folder / "bundles" / cpu
     bundles.mkdir(parents=True, exist_ok=True)
@@ -117,7 +117,7 @@ def run(folder: Path, cpus: list[str], tests: dict[str, tuple[str, ...]], layers
             while waiting and len(running) < at_once:
                 cpu = waiting.pop(0)
                 log_of(folder, cpu).unlink(missing_ok=True)
-                rest[cpu] = commands(folder, cpu, tests[cpu], layers, extra)
+                rest[cpu] = processes(folder, cpu, tests[cpu], layers, extra)
                 running[cpu] = next(rest[cpu])
             time.sleep(0.5)
             step.update(", ".join(f"{cpu} {percentage(log_of(folder, cpu))}" for cpu in running))
