@@ -9,7 +9,6 @@ computed, so this says nothing about a card; a real driver's launch comes on top
 from __future__ import annotations
 
 import itertools
-import threading
 import time
 
 import numpy as np
@@ -48,7 +47,7 @@ class _IdleDriver(driver.Driver):
     """A driver without a GPU."""
 
     def __init__(self):
-        self._api, self._functions, self._lock = _Idle(), {}, threading.Lock()
+        self._api, self._functions = _Idle(), {}
 
     def capability(self):
         return DEVICE

@@ -85,7 +85,7 @@ class Driver:
                                f"{str(error).splitlines()[0].rstrip('.')}") from None
         if not count:
             raise RuntimeError("CUDA needs an NVIDIA GPU; the driver sees none")
-        self._functions, self._lock = {}, threading.Lock()
+        self._functions = {}
         self.device()
         if self.capability() < LOWEST:
             raise RuntimeError(f"CUDA needs a GPU of compute capability {LOWEST[0]}.{LOWEST[1]} or above (Jetson Orin, "
