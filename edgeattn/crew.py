@@ -52,7 +52,8 @@ def separate(function):
 
     It can make no array, and counts no references to those it is given: the caller of `share` has them.
     """
-    return numba.njit(function, error_model="numpy", boundscheck=False, _nrt=False)
+    return numba.njit(function, error_model="numpy", boundscheck=False, _nrt=False,
+                      no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 
 @intrinsic

@@ -16,6 +16,8 @@ import sys
 import numba
 from numba import types
 from numba.core import caching
+from numba.core import codegen as _codegen
+from numba.core.compiler import CompilerBase, DefaultPassBuilder
 from numba.core.compiler_lock import global_compiler_lock
 
 from edgeattn.isa import ISA
@@ -28,6 +30,46 @@ _PACKAGE = pathlib.Path(__file__).resolve().parent
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=global_compiler_lock.acquire, after_in_parent=global_compiler_lock.release,
                         after_in_child=global_compiler_lock.release)
+
+
+class _Part(_codegen.JITCodeLibrary):
+    """A function that only serves as part of a kernel: linked into it, and optimized and translated there, once."""
+
+    def _optimize_final_module(self):
+        pass
+
+    def _finalize_final_module(self):
+        self._finalize_dynamic_globals()
+        self._verify_declare_only_symbols()
+        self._finalized = True
+
+    def get_pointer_to_function(self, name):
+        self._ensure_finalized()
+        return 0
+
+
+class _Kernel(CompilerBase):
+    """Numba's pipeline; whatever is compiled on the way to a kernel is a `_Part`."""
+
+    def define_pipelines(self):
+        return [DefaultPassBuilder.define_nopython_pipeline(self.state)]
+
+    def compile_extra(self, func):
+        codegen = self.state.targetctx.codegen()
+        self.state.library = codegen.create_library(func.__qualname__)
+        self.state.library.enable_object_caching()
+        before = codegen._library_class
+        codegen._library_class = _Part
+
+        def set_env(env_name, env):
+            if codegen._engine.get_global_value_address(env_name):
+                type(codegen).set_env(codegen, env_name, env)
+        codegen.set_env = set_env
+        try:
+            return super().compile_extra(func)
+        finally:
+            codegen._library_class = before
+            del codegen.set_env
 
 
 def jit(function):
@@ -43,7 +85,7 @@ def jit(function):
     callable
         Numba's dispatcher, or `function` itself under ``NUMBA_DISABLE_JIT=1``.
     """
-    dispatcher = numba.njit(function, nogil=True, error_model="numpy", boundscheck=False)
+    dispatcher = numba.njit(function, nogil=True, error_model="numpy", boundscheck=False, pipeline_class=_Kernel)
     if dispatcher is not function:
         dispatcher._cache = _Cache(function)
         KERNELS.append(dispatcher)
@@ -55,7 +97,8 @@ def inlined(function):
 
     It can make no array, and counts no references to those it is given, which its caller has.
     """
-    return numba.njit(function, error_model="numpy", boundscheck=False, forceinline=True, _nrt=False)
+    return numba.njit(function, error_model="numpy", boundscheck=False, forceinline=True, _nrt=False,
+                      no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 
 def compiled():
