@@ -41,7 +41,7 @@ def decode(q, k, v, out, scale, softcap=0.0, lengths=None, k_scale=None, v_scale
     out : (B, H, Dv) float32, last dimension contiguous
     scale, softcap : float
     lengths : (B,) int64 or None
-        Keys that exist per batch entry.
+        Keys that exist per batch entry; nothing behind them is read, nor need there be anything.
     k_scale, v_scale : (B, Hkv, S) float32, none negative, contiguous along S or of stride 0; None for a float32 cache
     """
     q = _rows(q)

@@ -301,7 +301,8 @@ def decode_part(p, scale, softcap, lengths, scratch, portion, worker, part):
     for number in range(part * portion, min((part + 1) * portion, p[D_B] * p[D_KV_HEADS] * p[D_BLOCKS])):
         item, s0 = number // p[D_BLOCKS], number % p[D_BLOCKS] * BLOCK
         batch, kv = item // p[D_KV_HEADS], item % p[D_KV_HEADS]
-        count = min(keys_of(p, lengths, batch) - s0, BLOCK)
+        left = keys_of(p, lengths, batch) - s0  # not p[D_S] - s0: there may be no memory behind a shorter entry's keys
+        count = min(left, BLOCK)
         if count <= 0:
             continue
         if item != ready:
@@ -313,7 +314,7 @@ def decode_part(p, scale, softcap, lengths, scratch, portion, worker, part):
             ready = item
         # 1. scores (G, BLOCK): keys become panels (D / 4, WIDTH)
         from_k, k_row = batch * p[D_K_B] + kv * p[D_K_H] + s0 * p[D_K_S], p[D_K_S]
-        key_panels(p[D_K] + from_k, k_row, D, count, p[D_S] - s0, deep, panels, address_copy)
+        key_panels(p[D_K] + from_k, k_row, D, count, left, deep, panels, address_copy)
         products(G * DIGITS, qd, 0, deep, panels, deep * WIDTH, count, deep if MATRIX else D_up // 4, sums, BLOCK)
         # 2. softmax of the block, and its probabilities times the values' scales in digits; zeros up to a whole vector
         to, whole = number * p[D_RESULT], (count + CHUNK - 1) // CHUNK * CHUNK
@@ -349,7 +350,7 @@ def decode_part(p, scale, softcap, lengths, scratch, portion, worker, part):
                 scores, g * BLOCK, whole, units[G + g], wd, DIGITS * g * QUADS, QUADS, w_corrections, DIGITS * g)
         # 3. context (G, Dv'), positions as `interleaved` says: four keys at a time become a row of the panels
         from_v, v_row = batch * p[D_V_B] + kv * p[D_V_H] + s0 * p[D_V_S], p[D_V_S]
-        value_panels(p[D_V] + from_v, v_row, Dv, count, p[D_S] - s0, panels, address_copy)
+        value_panels(p[D_V] + from_v, v_row, Dv, count, left, panels, address_copy)
         products(G * DIGITS, wd, 0, QUADS, panels, QUADS * WIDTH, Dv_up, (count + 3) // 4, sums, Dv_up)
         for g in range(G):
             for d in range(0, Dv_up, LANES):

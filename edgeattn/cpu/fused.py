@@ -189,7 +189,8 @@ def attend_block(q, at_q, k, at_k, k_row, v, at_v, v_row, first, last, D, Dv, sc
     """Attention of one head for W queries over keys first..last: out (Dv, W) = softmax(q k^T) v, transposed.
 
     q (D, W), scaled so that scores come out in units of log 2 (or, with softcap, divided by it); k (S, k_row) and
-    v (S, v_row) row-major; small: whether every score is certain to be smaller than SMALL.
+    v (S, v_row) row-major, of which rows before `first` may be read, and past `last` those that make k ROWS rows;
+    small: whether every score is certain to be smaller than SMALL.
     Rows of `out` are written in whole tiles: up to ROWS - 1 rows past Dv are overwritten.
     """
     masked = band or has_mask
@@ -201,11 +202,9 @@ def attend_block(q, at_q, k, at_k, k_row, v, at_v, v_row, first, last, D, Dv, sc
         return
     for s0 in range(first, last, KEY_BLOCK):
         keys = min(KEY_BLOCK, last - s0)
-        # 1. scores (keys, W); the last tile steps back over keys already done rather than past the end
+        # 1. scores (keys, W); the last tile steps back rather than past the end, to key 0 at most
         for s in range(0, keys, ROWS):
-            t = s
-            if s + ROWS > keys and s0 + keys >= ROWS:
-                t = keys - ROWS
+            t = max(min(s, keys - ROWS), -s0)
             add_product(False, k, at_k + (s0 + t) * k_row, k_row, 1, q, at_q, D, SCORE_CHAIN,
                         scratch, at_scores + t * WIDTH, WIDTH, LANES)
         # 2. softcap, then masks
