@@ -35,7 +35,7 @@ endef
 setup_files = setup.cfg pyproject.toml tools/environment.py tools/find-python.sh
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-arm64 test-arm64-short test-cortex-m test-cuda test-cuda-offline lint examples example-minilm example-self-vs-multihead bench bench-cuda bench-peers bench-start clean distclean
+.PHONY: help run test test-fence test-mutations test-arm64 test-arm64-short test-cortex-m test-cuda test-cuda-offline lint examples example-minilm example-self-vs-multihead bench bench-cuda bench-peers bench-start clean distclean
 
 help: ## this list
 	@echo "edgeattn: attention for small computers. Targets:"
@@ -48,6 +48,12 @@ run: $(ready) ## the main job: float, int8, report, .tflite
 
 test: $(ready) ## the test suite
 	@$(run_python) -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-fence: $(ready) ## kernels between guard pages, long form
+	@$(run_python) -m pytest -n auto --long tests/test_fence.py $(ARGS)
+
+test-mutations: $(ready) ## bugs planted in CPU kernels, which find what
+	@$(run_python) tests/planted_bugs.py $(ARGS)
 
 test-cortex-m: $(ready) ## exported C on emulated ARM processors
 	@$(run_python) tools/cortex_m/run.py $(ARGS)

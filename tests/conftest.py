@@ -5,13 +5,16 @@ import os
 import pytest
 
 # These compile most; they come first, so that no process is left with one of them when the others have ended.
-FIRST = """test_instruction_sets test_threads test_bundle test_generated_code test_export_c""".split()
+FIRST = """
+    test_instruction_sets test_fence test_threads test_bundle test_generated_code test_planted_bugs test_export_c
+""".split()
 # What these hold does not depend on NumPy: instructions, compiled loops, caches, emulated processors, C. `--numpy` leaves
 # them out, for a leg that repeats the suite on another NumPy.
 WITHOUT_NUMPY = """
     test_arm64 test_crew test_cuda_compile test_cuda_float32 test_cuda_instructions test_cuda_int8 test_cuda_layers
-    test_cuda_mutations test_cuda_probabilities test_decode test_dynamic_kernels test_export_c test_generated_code
-    test_instruction_sets test_isa test_jit test_kernels_float32 test_kernels_int8 test_simd test_threads
+    test_cuda_mutations test_cuda_probabilities test_decode test_dynamic_kernels test_export_c test_fence
+    test_generated_code test_instruction_sets test_isa test_jit test_kernels_float32 test_kernels_int8 test_planted_bugs
+    test_simd test_threads
 """.split()
 
 # Each process compiles kernels and loads interpreters: more of them than fit into memory would end each other.
@@ -26,7 +29,8 @@ def pytest_addoption(parser):
     parser.addoption("--cuda", action="store_true", help="run tests/test_cuda_*.py on the GPU, not in the emulator")
     parser.addoption(
         "--long", action="store_true",
-        help="the long form of tests/test_cuda_*.py: every shape, and the CPU's kernels beside")
+        help="the long form of tests/test_cuda_*.py (every shape, and the CPU's kernels beside), of test_fence.py (every "
+             "kernel under every instruction set, ten times as many cases) and of test_planted_bugs.py (all of them)")
     parser.addoption("--numpy", action="store_true", help="leave out the files whose results do not depend on NumPy")
 
 

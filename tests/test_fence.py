@@ -66,7 +66,7 @@ place = fence.Fenced(how != "before", fence.NAN)
 if how == "scratch":
     def stale(place):
         return [place.make(3, np.float32)]
-    fence.check("stale scratch", stale, None)
+    fence.check("stale scratch", stale, [])
 copy = place.input(a)
 print("case", copy.sum(), touch(copy, 4, False), flush=True)
 touch(copy, {"behind": 5, "before": -1, "input": 2}[how], how == "input")

@@ -30,7 +30,6 @@ from .decode_blocks import (
     D_O,
     D_PRIVATE,
     D_RESULT,
-    D_S,
     D_SHARED,
     D_V,
     D_V_B,

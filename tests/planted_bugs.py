@@ -1,0 +1,261 @@
+"""Bugs planted in the kernels of the CPU, each with the test that must find it: python tests/planted_bugs.py [WORD ...]
+
+Each is one replacement in a copy of the package, whose kernels are then compiled for the plainest instruction set and
+run by one test.  Every such test passes on a copy that is not changed, or nothing is said.  Prints a table; exit 1 if a
+bug was not found.  WORDS choose the bugs whose file, text or test holds one of them.
+"""
+import argparse
+import concurrent.futures
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
+# What an exception looks like that says nothing about results: the changed text does not compile.
+BROKEN = ("SyntaxError", "NameError", "TypingError", "LoweringError", "ImportError", "UnsupportedError")
+
+
+class Bug(NamedTuple):
+    """`new` in place of `old`, once in a file of edgeattn/cpu; `test`: of pytest, or "fence KERNEL"."""
+
+    what: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+GIVEN = "test_kernels_float32.py::test_attention_on_given_arrays"
+FLOAT = "test_kernels_float32.py::test_float_layer"
+GROUPS = "test_kernels_float32.py::test_layers_in_groups_of_heads"
+STATIC = "test_kernels_int8.py::test_every_rule_set_equals_integer_arithmetic[float_rne-float_rne-float_rne-lut_f32-"
+SYMMETRIC, ASYMMETRIC = STATIC + "symmetric]", STATIC + "asymmetric]"
+DROPPED = "test_kernels_int8.py::test_a_dropped_key_is_not_there[lut_f32]"
+DECODE = "test_decode.py::test_is_accurate"
+DYNAMIC = "test_kernels_float32.py::test_dynamic_layer"
+FORMULA = "test_functional_dynamic.py::test_equals_its_formula_and_is_close_to_float64"
+TOKEN = "test_dynamic_kernels.py::test_every_token_is_quantized_by_its_own_largest_number"
+PROJECTION = "test_dynamic.py::test_the_projection_alone_is_exact_integers_and_the_same_for_a_token_alone"
+FUNCTIONS = "test_simd.py::test_exponential_and_tanh"
+
+BUGS = [
+    # float32, given queries, keys and values
+    Bug("a last tile of keys runs past the end where the keys fill none", "fused.py",
+        "t = max(min(s, keys - ROWS), -s0)", "t = min(s, keys - ROWS) if s0 + keys >= ROWS else s",
+        "fence float32-few-keys"),
+    Bug("a last tile of keys steps back one row too far", "fused.py",
+        "t = max(min(s, keys - ROWS), -s0)", "t = max(min(s, keys - ROWS - 1), -s0)", GIVEN),
+    Bug("a window's left edge hides its first key", "fused.py",
+        "distance < splat(np.int32(low_edge))", "distance < splat(np.int32(low_edge + 1))", GIVEN),
+    Bug("a window's right edge shows a key more", "fused.py",
+        "distance > splat(np.int32(high_edge))", "distance > splat(np.int32(high_edge + 1))", GIVEN),
+    Bug("keys that some queries see count as seen by all", "fused.py",
+        "full_from = q0 + WIDTH - 1 + low_edge", "full_from = q0 + low_edge", GIVEN),
+    Bug("the last key of a window is left out", "fused.py",
+        "last = max(min(q0 + queries + high_edge, S), first)", "last = max(min(q0 + queries + high_edge - 1, S), first)",
+        GIVEN),
+    Bug("the sum of earlier blocks is not rescaled", "fused.py",
+        "load(scratch, AT_SUM + c * LANES) * factor)", "load(scratch, AT_SUM + c * LANES))", GIVEN),
+    Bug("the context of earlier blocks is not rescaled", "fused.py",
+        "for d in range(top):", "for d in range(0):", GIVEN),
+    Bug("the sum leaves out the keys after the last four", "fused.py",
+        "        total = total + p0\n    return total", "    return total", GIVEN),
+    Bug("softcap bounds the scores and does not scale them back", "fused.py",
+        "splat(softcap * LOG2_E)", "splat(LOG2_E)", GIVEN),
+    Bug("a query head reads another group's keys", "fused.py", "kv = h // group", "kv = h % p[F_KV_HEADS]", GIVEN),
+    Bug("the last keys' float mask is in other units", "fused.py",
+        "(_LOWEST_BIAS if _MINUS_INFINITY < v < _LOWEST_BIAS else v) * LOG2_E",
+        "(_LOWEST_BIAS if _MINUS_INFINITY < v < _LOWEST_BIAS else v)", GIVEN),
+    Bug("a padded copy of keys takes rows behind the last", "fused.py",
+        "all_k[k_at + s * k_row + d] if s < keys else _ZERO", "all_k[k_at + s * k_row + d]", "fence float32-few-keys"),
+    Bug("the last features of a key are measured past its end", "fused.py",
+        "d = min(start, D - LANES)", "d = start", "fence float32-function"),
+    Bug("the padded copy of another batch entry's values is used", "fused.py",
+        "copied != batch * p[F_KV_HEADS] + kv:", "copied != kv:", "fence float32-function"),
+    Bug("no scratch for masks", "functional_float32.py", "(S * WIDTH if masked else 0)", "0",
+        "fence float32-function"),
+    # float32 layers, and the tiled product
+    Bug("lanes without a query keep what an earlier call left", "fused.py",
+        "range((queries + ROWS - 1) // ROWS * ROWS * WIDTH, WIDTH * WIDTH)", "range(0)", "fence float32-layer"),
+    Bug("a layer's query head reads another group's keys", "fused.py",
+        "from_kv + h // repeats", "from_kv + h % kv_heads", FLOAT),
+    Bug("the last tokens are those of the first tile", "fused.py",
+        "x[at_x + whole * depth + i]", "x[at_x + i]", FLOAT),
+    Bug("the output's bias is added with every group of heads", "fused.py",
+        "                    if last:\n", "                    if last or not first:\n", GROUPS),
+    Bug("a sum of chains loses all but its last two", "matmul.py",
+        "        if begun or k > 0:\n", "        if begun:\n", GIVEN),
+    Bug("a bias is added for every block of the depth", "matmul.py",
+        "if k + BLOCK >= depth:", "if k >= 0:", FLOAT),
+    # one query against a cache
+    Bug("a block's sum is not weighed when blocks are joined", "decode_blocks.py",
+        "results[total + here] * first_lane(weight)", "results[total + here]", DECODE),
+    Bug("scores behind a block's last key are left as they were", "decode_blocks.py",
+        "for s in range(count, count_up):", "for s in range(0):", "fence float32-cache"),
+    Bug("the last key of a part vector has no score", "decode_float32.py",
+        "for s in range(whole, count):", "for s in range(whole, count - 1):", DECODE),
+    Bug("a last part vector of a key is read whole", "decode_float32.py",
+        "tile_add_part_dots(tile, keys, at_k + whole, k_row, q, at_q + whole, q_row, D - whole)",
+        "tile_add_dots(tile, keys, at_k + whole, k_row, q, at_q + whole, q_row)", "fence float32-cache"),
+    Bug("rows of a cache count as there that only a longer entry has", "decode_int8.py",
+        "left = keys_of(p, lengths, batch) - s0", "left = p[D_KV_HEADS + 1] - s0", "fence int8-cache-left-windows"),
+    Bug("the last row of a cache is read to the end of a vector", "decode_int8.py",
+        "(left - LANES) * row >= size_up - size", "left >= LANES", "fence int8-cache"),
+    Bug("the middle digit lacks its correction", "decode_int8.py",
+        "        middle = middle - splat(corrections[at_correction + 1])\n", "", DECODE),
+    Bug("a key's score is scaled as its value", "decode_int8.py",
+        "unit * load(own_scales, of_keys + s)", "unit * load(own_scales, of_values + s)", DECODE),
+    Bug("keys that only fill up a vector are seen", "decode_int8.py",
+        "own_scales[absent + s] = _MINUS_INFINITY", "own_scales[absent + s] = _ZERO", DECODE),
+    Bug("the last numbers of a row have no part in its scale", "cache_int8.py",
+        "largest = max(largest, abs(numbers[d]))", "largest = max(largest, _ZERO)",
+        "test_kv_cache.py::test_int8_codes_are_the_nearest_to_each_row_over_its_scale"),
+    # static int8
+    Bug("keys that only fill up a tile are seen", "fused_int8.py",
+        "masked = band or has_keep or last_up > last", "masked = band or has_keep", SYMMETRIC),
+    Bug("the keys' zero point is corrected without that of the queries", "fused_int8.py",
+        "(OFFSET + zq) * Dp", "OFFSET * Dp", ASYMMETRIC),
+    Bug("a head's scores are corrected by the sums of the first head's keys", "fused_int8.py",
+        "at_krow + h * S_up + first", "at_krow + first", SYMMETRIC),
+    Bug("every head has the first head's mask", "fused_int8.py",
+        "if h == 0 or (has_keep and p[P_KEEP_H] != 0):", "if h == 0:", DROPPED),
+    Bug("a last tile of queries is written whole", "fused_int8.py",
+        "if l + ROWS <= queries and e + WIDTH <= Eo:", "if e + WIDTH <= Eo:", "fence static-layer"),
+    Bug("a row without a key keeps its reciprocal of zero", "softmax_int8.py",
+        "inverse = _zero_where(empty, inverse)", "inverse = inverse + _zero_where(empty, inverse)", DROPPED),
+    Bug("a row's maximum is that of every other key", "softmax_int8.py",
+        "return larger_bytes(m, shift_right_logical(m, splat(np.int32(8))) | (m << splat(np.int32(24))))", "return m",
+        SYMMETRIC),
+    Bug("a negative tie is rounded up", "requantize.py",
+        "threshold = (mask >> one) + select(v < splat(np.int32(0)), one, splat(np.int32(0)))", "threshold = mask >> one",
+        "test_kernels_int8.py::test_vector_rule_equals_the_rule_on_python_integers[double]"),
+    Bug("a token's probabilities are not corrected for the values' zero point", "step_int8.py",
+        "total * (_SHIFT + zv)", "total * _SHIFT", ASYMMETRIC),
+    Bug("a group of four takes values behind the last", "cached_int8.py",
+        "min(at0 + 3 * Dv, last)", "at0 + 3 * Dv", "fence static-layer"),
+    Bug("a projection's sums are not corrected for its input's zero point", "layer_int8.py",
+        "(OFFSET + zero_points[source]) * sums", "OFFSET * sums", SYMMETRIC),
+    # dynamic int8
+    Bug("a product with keys lacks what its shift adds", "dynamic.py",
+        "total * splat(np.int32(-SHIFT))", "total * splat(np.int32(0))", FORMULA),
+    Bug("a row's tail takes in the next row", "dynamic.py",
+        "x[at + whole + i] if whole + i < E else _ZERO", "x[at + whole + i]", TOKEN),
+    Bug("rows that only fill up a block keep what was there", "dynamic.py",
+        "range(at_out + tokens * E4, at_out + rows * E4, LANES)", "range(0)", TOKEN),
+    Bug("a key that is not finite has a part in the mean", "dynamic.py",
+        "_SMALLEST < size < _INFINITY", "_SMALLEST < size",
+        "test_functional_dynamic.py::test_what_is_behind_a_mask_stays_there"),
+    Bug("a function's query head reads another group's keys", "functional_dynamic.py",
+        "kv = h // (H // Hkv)", "kv = h % Hkv", FORMULA),
+    Bug("the last features of a function's row are not cleared", "functional_dynamic.py",
+        "private_f[at_natural + t * padded + d] = _ZERO", "pass", "fence dynamic-function"),
+    Bug("a weight's sum is not corrected for the shift", "layer_dynamic.py",
+        "-shift * codes.astype(np.int32).sum(1)", "0 * codes.astype(np.int32).sum(1)", DYNAMIC),
+    Bug("no scratch for a layer's masks", "layer_dynamic.py",
+        "place(p, f.P_AT_MASKS, private, (S + 4) * WIDTH if masked else 0)", "place(p, f.P_AT_MASKS, private, 0)",
+        "fence dynamic-layer"),
+    Bug("the last tokens of a projection have the scale of a tile's first", "linear_dynamic.py",
+        "broadcast(scales, at_scales + t + i)", "broadcast(scales, at_scales + t)", PROJECTION),
+    # projections and functions
+    Bug("the last tokens of a projection lose a chain", "linear.py",
+        "row = tile_add(row, out, at, features, LANES)", "row = tile_add(row, weights, 0, 0, 0)", "fence projections"),
+    Bug("powers below the smallest are taken as they are", "softmax.py",
+        "return exp2_within(larger(splat(_LOWEST), t))", "return exp2_within(t)", FUNCTIONS),
+]
+# One each of the tests that compile little: what `make test` plants.
+SHORT = [next(bug for bug in BUGS if bug.test.startswith(test)) for test in (
+    "fence float32-few-keys", TOKEN, PROJECTION, FUNCTIONS, "test_kernels_int8.py::test_vector_rule")]
+
+
+def copy_package(folder):
+    """The packages as they are, in `folder`."""
+    for name in ("edgeattn", "quant"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+
+
+def plant(bug, folder):
+    """Change the copy in `folder`; AssertionError where the place is not there once."""
+    path = folder / "edgeattn" / "cpu" / bug.file
+    text = path.read_text(encoding="utf-8")
+    assert text.count(bug.old) == 1, f"the place of {bug.what!r} is {text.count(bug.old)} times in {bug.file}"
+    path.write_text(text.replace(bug.old, bug.new), encoding="utf-8")
+
+
+def run(test, folder):
+    """(exit status, output) of a test on the package in `folder`."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment.update(EDGEATTN_ISA="generic", PYTHONPATH=os.pathsep.join([str(folder), str(TESTS)]),
+                       NUMBA_CACHE_DIR=str(folder / "kernels"))
+    kind, _, kernel = test.partition(" ")
+    command = [TESTS / "fence.py", kernel] if kind == "fence" else [
+        "-m", "pytest", "-q", "-x", "-p", "no:xdist", "-p", "no:cacheprovider", TESTS / test]
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=folder, env=environment, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return done.returncode, done.stdout
+
+
+def found(bug):
+    """How the bug's test finds it: the case, or the assertion; AssertionError if it does not."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        copy_package(folder)
+        plant(bug, folder)
+        status, output = run(bug.test, folder)
+    for word in BROKEN:
+        assert word not in output, f"{bug.what!r} does not compile: {output[-2000:]}"
+    assert status == 1 or status < 0, f"{bug.test} did not find {bug.what!r}: exit {status}\n{output[-2000:]}"
+    if status < 0:
+        cases = [line for line in output.splitlines() if line.startswith("case ")]
+        return f"signal {-status} at {cases[-1] if cases else '?'}"
+    lines = [line for line in output.splitlines() if line.startswith(("FAILED", "AssertionError")) or " on 1 threads" in line
+             or " on 2 threads" in line]
+    return lines[-1] if lines else output.splitlines()[-1]
+
+
+def passes(tests):
+    """Those of the tests that fail on a copy without a bug, with what they print."""
+    failing = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        copy_package(folder)
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            for test, (status, output) in zip(tests, pool.map(lambda test: run(test, folder), tests), strict=True):
+                if status:
+                    failing[test] = output[-2000:]
+    return failing
+
+
+def main(words):
+    bugs = [bug for bug in BUGS if not words or any(word in " ".join(bug) for word in words)]
+    failing = passes(sorted({bug.test for bug in bugs}))
+    for test, output in failing.items():
+        print(f"{test} fails without a bug:\n{output}")
+    if failing:
+        return 1
+
+    def look(bug):
+        try:
+            return True, found(bug)
+        except AssertionError as error:
+            return False, str(error)
+
+    missed = 0
+    print("| file | bug | found by | how |\n|---|---|---|---|")
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        for bug, (ok, how) in zip(bugs, pool.map(look, bugs), strict=True):
+            missed += not ok
+            print(f"| {bug.file} | {bug.what} | {bug.test if ok else '**nothing**'} | {how[:150] if ok else how} |",
+                  flush=True)
+    print(f"{len(bugs) - missed} of {len(bugs)} bugs found")
+    return int(missed > 0)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("words", nargs="*")
+    sys.exit(main(parser.parse_args().words))
