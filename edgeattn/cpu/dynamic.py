@@ -4,8 +4,12 @@ Letters as in fused.py; sizes with a 4 count groups of four bytes.  Tokens are l
 in float32, and every token of every head gets a scale of its own.
 
     scores        w = k_scale q_scale (k q) + log2(v_scale), in units of log 2
-    probabilities p = round(255 * 2**(w - max(w))), bytes: the largest is 255 whatever the values' scales are
-    context       sum of p v / sum of 255 * 2**(w - max(w)) / v_scale
+    probabilities p = 254 * 2**(w - max(w)), the largest of every KEY_BLOCK keys 254 whatever the values' scales are
+    context       sum of round(p + d) v / sum of p / v_scale, of each block; then the blocks by 2**max(w)
+
+What is added before rounding, d, is between -1/2 and 1/2, different for the keys of a block and 0 for a p of SMALL or
+more: many small weights of a block lose or gain nothing together, large ones go to the nearest byte.  The divisor is
+not rounded: where a key of much weight has a small value, as sinks have, its p is a small one, too coarse to count with.
 
 The float operations are the same in the same order under every instruction set: where they can multiply and add with
 one rounding, results are equal bit for bit.
@@ -26,6 +30,7 @@ from .simd import (
     float_of_bits,
     fma,
     join_bytes,
+    lane_index,
     larger,
     load,
     max_lanes,
@@ -47,7 +52,7 @@ from .softmax import exp2, exp2_roughly, exp2_within, log2_roughly
 
 TOKENS = 32  # tokens that are quantized at a time: whole blocks of W for every instruction set
 BLOCKS = TOKENS // WIDTH
-KEY_BLOCK = 256  # keys whose scores are kept at a time
+KEY_BLOCK = 256  # keys whose scores are kept at a time, counted from the first one on
 STEP = 4 * LANES  # bytes that are joined at a time
 SHIFT = 0 if MATRIX else OFFSET  # what is added to the signed bytes in lanes before a product
 FLIP = np.int32(-2139062144) if SHIFT else np.int32(0)  # four bytes plus SHIFT
@@ -60,7 +65,12 @@ _INFINITY = np.float32(np.inf)
 _LARGEST = np.float32(127)
 _LARGEST_FLOAT = np.float32(3.4028235e38)
 _LOG2_LARGEST = np.float32(np.log2(127))
-_LOG2_TOP = np.float32(np.log2(255))
+_LOG2_TOP = np.float32(np.log2(254))  # a half more, and what exp2_roughly is off, still rounds to a byte
+SMALL = np.float32(3.5)
+_LEVEL = np.float32(-128)  # from 0 .. 255 to bytes with a sign
+_GOLDEN = np.int32(-1640531527)  # 2**32 times the golden ratio's fraction: steps of it fall evenly, each some apart too
+_TO_FRACTION = np.float32(2.0**-32)
+_NO_WEIGHT = np.float32(-5000)  # what a mask lowers by as much has no weight beside anything that it does not
 _SMALLEST = np.float32(1e-30)  # its reciprocal is a float32 too
 _SMALLEST_VALUE = np.float32(127 * 2.0**-60)  # values have a scale of 2**-60 at least, as all tensors have
 _MAGNITUDE = np.int32(0x7FFFFFFF)
@@ -232,35 +242,64 @@ def quantize_values(x, at, rows, out, at_out, row_bytes, logs, at_logs, inverses
 
 
 @inlined
-def seen_by_any(key, keep, at_keep, keep_head, keep_row, keep_key, bias, at_bias, bias_head, bias_row, bias_key,
-                heads, queries, band, low_edge, high_edge):
-    """Whether any query of any head may see `key`."""
-    if band and not (low_edge <= key <= queries - 1 + high_edge):
-        return False
-    if keep.size == 0 and bias.size == 0:
-        return True
+def mark_seen(seen, at, first, keys, keep, at_keep, keep_head, keep_row, keep_key, bias, at_bias, bias_head, bias_row,
+              bias_key, heads, queries, band, low_edge, high_edge):
+    """seen (TOKENS,) = whether any query of any head may see key first + s of `keys`; how many are seen."""
+    there, count = 0, 0
+    masked = keep.size > 0 or bias.size > 0
+    for s in range(TOKENS):
+        key = first + s
+        is_there = key < keys and (not band or low_edge <= key <= queries - 1 + high_edge)
+        there += is_there
+        seen[at + s] = is_there and not masked
+    if not masked:
+        return there
     for h in range(heads if keep_head != 0 or bias_head != 0 else 1):
         for q in range(queries if keep_row != 0 or bias_row != 0 else 1):
-            kept = keep.size == 0 or keep[at_keep + h * keep_head + q * keep_row + key * keep_key] != 0
-            if kept and (bias.size == 0
-                         or bias[at_bias + h * bias_head + q * bias_row + key * bias_key] != -np.inf):
-                return True
-    return False
+            for s in range(min(TOKENS, keys - first)):
+                key = first + s
+                if seen[at + s] != 0 or band and not (low_edge <= key <= queries - 1 + high_edge):
+                    continue
+                if keep.size > 0 and keep[at_keep + h * keep_head + q * keep_row + key * keep_key] == 0:
+                    continue
+                if bias.size > 0 and not (bias[at_bias + h * bias_head + q * bias_row + key * bias_key] > _NO_WEIGHT):
+                    continue
+                seen[at + s] = 1
+                count += 1
+            if count == there:
+                return count
+    return count
 
 
 @inlined
-def weigh_tokens(weights, at, tokens, keep, at_keep, keep_head, keep_row, keep_key, bias, at_bias, bias_head, bias_row,
+def choose_block(seen, at, keys, keep, at_keep, keep_head, keep_row, keep_key, bias, at_bias, bias_head, bias_row,
                  bias_key, heads, queries, band, low_edge, high_edge):
-    """weights (TOKENS,), magnitudes of the first keys, to their parts in a mean: alike in units of those magnitudes.
+    """The block of TOKENS keys whose mean is left out, and seen (TOKENS,): which of its keys `mark_seen` marks.
+
+    The first of whose keys at least a quarter is seen; where there is none, the one with the most.
+    """
+    best, most, blocks = 0, -1, (keys + TOKENS - 1) // TOKENS
+    for i in range(blocks + 1):
+        block = i if i < blocks else best  # once more, where the last one was not the best
+        count = mark_seen(seen, at, block * TOKENS, keys, keep, at_keep, keep_head, keep_row, keep_key, bias, at_bias,
+                          bias_head, bias_row, bias_key, heads, queries, band, low_edge, high_edge)
+        if count > most:
+            best, most = block, count
+        if 4 * count >= TOKENS:
+            break
+    return best
+
+
+@inlined
+def weigh_tokens(weights, at, seen, at_seen):
+    """weights (TOKENS,), magnitudes of a block's keys, to their parts in a mean: alike in units of those magnitudes.
 
     So that a large one does not outweigh all others; none for what no query sees, and for what is not finite.
     """
     total = _ZERO
     for s in range(TOKENS):
         weight, size = _ZERO, weights[at + s]
-        if s < tokens and _SMALLEST < size < _INFINITY and seen_by_any(
-                s, keep, at_keep, keep_head, keep_row, keep_key, bias, at_bias, bias_head, bias_row, bias_key, heads,
-                queries, band, low_edge, high_edge):
+        if seen[at_seen + s] != 0 and _SMALLEST < size < _INFINITY:
             weight = _ONE / size
         weights[at + s] = weight
         total += weight
@@ -330,13 +369,63 @@ def score(products, at, terms, at_term, scales, at_scale, q_scale, logs, at_log)
 
 
 @inlined
+def fill_dither(dither, at, keys):
+    """dither (KEY_BLOCK,): what is added to the small probabilities of `keys` or more of a block's keys, and _LEVEL."""
+    for s in range(0, min(KEY_BLOCK, keys), LANES):
+        steps = (lane_index() + splat(np.int32(s))) * splat(_GOLDEN)
+        store(dither, at + s, fma(to_float(steps), splat(_TO_FRACTION), splat(_LEVEL)))
+
+
+@inlined
 def probability(scores, at, base, masked):
-    """255 times the exponential of LANES scores; exactly 0 for those of -inf where there are such."""
+    """254 times the exponential of LANES scores; exactly 0 for those of -inf where there are such."""
     w = load(scores, at)
     p = exp2_roughly(w - base)
     if masked:
         p = select(w == splat(-_INFINITY), splat(_ZERO), p)
     return p
+
+
+@inlined
+def probability_code(p, dither, at):
+    """A probability of one key as a byte, less 128."""
+    return round_to_int(p + select(p < splat(SMALL), broadcast(dither, at), splat(_LEVEL)))
+
+
+@inlined
+def add_bias(scores, at, keys, logs, at_log, masks, at_mask):
+    """Float mask to scores (keys, W), in place, which lose the logarithm of the values' scale for that.
+
+    A mask may be so large that a score is lost in the sum, but then it is lost for all keys of a row alike.
+    """
+    for s in range(keys):
+        log = broadcast(logs, at_log + s)
+        for c in range(0, WIDTH, LANES):
+            i = s * WIDTH + c
+            m = load(masks, at_mask + i)
+            v = (load(scores, at + i) - log) + m
+            store(scores, at + i, select(m == splat(-_INFINITY), m, v))
+
+
+@inlined
+def largest_score(scores, at, keys):
+    """The largest of LANES queries' scores with `keys` keys, -inf where there is none."""
+    m = splat(-_INFINITY)
+    for s in range(keys):
+        m = larger(load(scores, at + s * WIDTH), m)
+    return m
+
+
+@inlined
+def center_scores(scores, at, keys, logs, at_log):
+    """The scores of `add_bias` less their largest, which is returned, and with the logarithm of the values' scale."""
+    m = largest_score(scores, at, keys)
+    top = select(m == splat(-_INFINITY), splat(_ZERO), m)
+    for s in range(keys):
+        v = load(scores, at + s * WIDTH)
+        w = (v - top) + broadcast(logs, at_log + s)
+        store(scores, at + s * WIDTH, select(v == splat(-_INFINITY), v, w))
+    return top
 
 
 @inlined
@@ -356,35 +445,41 @@ def value_total(v, at, groups):
 @inlined
 def attend_bytes(q, at_q, depth4, q_scales, at_q_scale, k, at_k, k_row, k_terms, at_term, k_scales, at_k_scale,
                  v, at_v, v_row, v_logs, at_log, v_inverses, at_inverse, first, last, rows, scratch, scratch_u,
-                 scratch_f, at_scores, at_p, at_stats, out, at_out, q0, band, low_edge, high_edge, full_from, full_to,
-                 masks, at_masks, has_mask):
+                 scratch_f, at_scores, at_p, at_stats, at_dither, out, at_out, q0, band, low_edge, high_edge,
+                 full_from, full_to, masks, at_masks, has_mask, has_bias):
     """Attention of one head for W queries over the keys first..last, `first` a multiple of 4: out (rows, W).
 
     q        uint32: bytes (depth4, W), plus SHIFT, depth4 a multiple of MATRIX_DEPTH; q_scales (W,), in units of log 2
     k        int32: bytes, rows k_row apart; k_terms, k_scales per key
     v        int32: bytes, a row of keys per value feature, v_row apart; v_logs, v_inverses per key
-    scratch  scores (KEY_BLOCK or `rows`, and ROW_STEP, W), p (KEY_BLOCK / 4, W), stats (4, W)
+    scratch  scores (KEY_BLOCK or `rows`, and ROW_STEP, W), p (KEY_BLOCK / 4, W), stats (6, W), dither (KEY_BLOCK,)
     masks    (last - first, W), as fill_mask writes them
+
+    Blocks begin at multiples of KEY_BLOCK, wherever `first` is: what a query gets does not depend on its neighbours.
+    stats: of the block with the largest score so far that score, in two parts, of which the second is 0 without a
+    float mask; the divisor in units of that block; and the same of the block at hand.
     """
     masked = band or has_mask
-    for c in range(0, WIDTH, LANES):
-        store(scratch_f, at_stats + c, splat(-_INFINITY))
-        store(scratch_f, at_stats + WIDTH + c, splat(_ZERO))
+    at_top, at_total, at_new_top = at_stats, at_stats + WIDTH, at_stats + 2 * WIDTH
+    at_shift, at_new_shift, at_factor = at_stats + 3 * WIDTH, at_stats + 4 * WIDTH, at_stats + 5 * WIDTH
+    for i in range(0, WIDTH, LANES):
+        store(scratch_f, at_new_shift + i, splat(_ZERO))
     if first >= last:
         for i in range(at_out, at_out + rows * WIDTH, LANES):
             store(out, i, splat(_ZERO))
-    for s0 in range(first, last, KEY_BLOCK):
-        keys = min(KEY_BLOCK, last - s0)
+    s0, keys = first, 0
+    while s0 < last:
+        keys = min(KEY_BLOCK - s0 % KEY_BLOCK, last - s0)
         whole, groups = keys // 4 * 4, (keys + 3) // 4
         deep = (groups + MATRIX_DEPTH - 1) // MATRIX_DEPTH * MATRIX_DEPTH
-        is_last = s0 + KEY_BLOCK >= last
+        is_last = s0 + keys >= last
         # 1. scores, and the largest of each query
         lane_product(False, False, k, at_k + s0 * k_row, k_row, keys, q, at_q, depth4, scratch, at_scores)
         term, k_scale, log, ivs = at_term + s0, at_k_scale + s0, at_log + s0, at_inverse + s0
         for c in range(0, WIDTH, LANES):
             at = at_scores + c
             qs = load(q_scales, at_q_scale + c)
-            m0 = load(scratch_f, at_stats + c)
+            m0 = splat(-_INFINITY)
             m1, m2, m3 = m0, m0, m0
             for s in range(0, whole, 4):
                 i = at + s * WIDTH
@@ -406,24 +501,25 @@ def attend_bytes(q, at_q, depth4, q_scales, at_q_scale, k, at_k, k_row, k_terms,
                 store(scratch_f, at + s * WIDTH, w0)
             for s in range(keys, groups * 4):
                 store(scratch_f, at + s * WIDTH, splat(-_INFINITY))
-            store(scratch_f, at_stats + 2 * WIDTH + c, larger(larger(m0, m1), larger(m2, m3)))
+            store(scratch_f, at_new_top + c, larger(larger(m0, m1), larger(m2, m3)))
         if masked:
+            at_mask = at_masks + (s0 - first) * WIDTH
+            if has_bias:
+                add_bias(scratch_f, at_scores, keys, v_logs, log, masks, at_mask)
             mask_scores(scratch_f, at_scores, keys, s0, q0, band, low_edge, high_edge, full_from, full_to,
-                        masks, at_masks + (s0 - first) * WIDTH, has_mask)
+                        masks, at_mask, has_mask and not has_bias)
             for c in range(0, WIDTH, LANES):
-                m0 = load(scratch_f, at_stats + c)
-                for s in range(keys):
-                    m0 = larger(load(scratch_f, at_scores + s * WIDTH + c), m0)
-                store(scratch_f, at_stats + 2 * WIDTH + c, m0)
+                if has_bias:
+                    store(scratch_f, at_new_shift + c, center_scores(scratch_f, at_scores + c, keys, v_logs, log))
+                store(scratch_f, at_new_top + c, largest_score(scratch_f, at_scores + c, keys))
         # 2. exponentials as bytes, and their sum without the values' scales
+        from_dither = at_dither + s0 % KEY_BLOCK
         for c in range(0, WIDTH, LANES):
             at = at_scores + c
-            before, m = load(scratch_f, at_stats + c), load(scratch_f, at_stats + 2 * WIDTH + c)
-            base = select(m == splat(-_INFINITY), splat(_ZERO), m)
-            shrink = select(before == splat(-_INFINITY), splat(_ZERO), exp2(before - base))
-            base = base - splat(_LOG2_TOP)
-            t0 = load(scratch_f, at_stats + WIDTH + c) * shrink
-            t1, t2, t3 = splat(_ZERO), splat(_ZERO), splat(_ZERO)
+            top = load(scratch_f, at_new_top + c)
+            base = select(top == splat(-_INFINITY), splat(_ZERO), top) - splat(_LOG2_TOP)
+            t0 = splat(_ZERO)
+            t1, t2, t3 = t0, t0, t0
             for g in range(groups):
                 i, s = at + 4 * g * WIDTH, 4 * g
                 if masked or s >= whole:
@@ -438,20 +534,32 @@ def attend_bytes(q, at_q, depth4, q_scales, at_q_scale, k, at_k, k_row, k_terms,
                 t1 = fma(p1, broadcast(v_inverses, ivs + s + 1), t1)
                 t2 = fma(p2, broadcast(v_inverses, ivs + s + 2), t2)
                 t3 = fma(p3, broadcast(v_inverses, ivs + s + 3), t3)
-                four = pack_bytes(round_to_int(p0), round_to_int(p1), round_to_int(p2), round_to_int(p3),
-                                  np.int32(-128))
+                d = from_dither + s
+                four = pack_bytes(probability_code(p0, scratch_f, d), probability_code(p1, scratch_f, d + 1),
+                                  probability_code(p2, scratch_f, d + 2), probability_code(p3, scratch_f, d + 3),
+                                  np.int32(0))
                 store(scratch, at_p + g * WIDTH + c, four ^ splat(_PROBABILITY_FLIP))
             for g in range(groups, deep):
                 store(scratch, at_p + g * WIDTH + c, splat(np.int32(0)))
-            total = (t0 + t1) + (t2 + t3)
-            store(scratch_f, at_stats + c, m)
-            store(scratch_f, at_stats + WIDTH + c, total)
+            total, shift = (t0 + t1) + (t2 + t3), load(scratch_f, at_new_shift + c)
             # what turns the context so far, and what it gets now, into the context
+            before, now = splat(_ONE), splat(_ONE)
+            if s0 > first:
+                old_top, old_shift = load(scratch_f, at_top + c), load(scratch_f, at_shift + c)
+                up = (top - old_top) + (shift - old_shift)  # NaN where no key was seen yet
+                is_up = up > splat(_ZERO)
+                before = exp2(select(is_up, splat(_ZERO) - up, splat(_ZERO)))
+                now = exp2(select(up < splat(_ZERO), up, splat(_ZERO)))
+                total = fma(load(scratch_f, at_total + c), before, total * now)
+                top, shift = select(is_up, top, old_top), select(is_up, shift, old_shift)
+            store(scratch_f, at_top + c, top)
+            store(scratch_f, at_shift + c, shift)
+            store(scratch_f, at_total + c, total)
             factor = splat(_ONE)
             if is_last:  # a query that saw no key gets zeros
                 factor = select(total == splat(_ZERO), splat(_ZERO), splat(_ONE) / total)
-            store(scratch_f, at_stats + 2 * WIDTH + c, shrink * factor)
-            store(scratch_f, at_stats + 3 * WIDTH + c, factor)
+            store(scratch_f, at_new_top + c, before * factor)
+            store(scratch_f, at_factor + c, now * factor)
         # 3. context
         lane_product(True, False, v, at_v + s0 // 4, v_row, rows, scratch_u, at_p, deep, scratch, at_scores)
         for d in range(rows):
@@ -463,7 +571,8 @@ def attend_bytes(q, at_q, depth4, q_scales, at_q_scale, k, at_k, k_row, k_terms,
                 now = load(scratch, at_scores + i)
                 if OFFSET == 0:
                     now = now + splat(missing)
-                context = to_float(now) * load(scratch_f, at_stats + 3 * WIDTH + c)
+                context = to_float(now) * load(scratch_f, at_factor + c)
                 if s0 > first:
-                    context = fma(load(out, at_out + i), load(scratch_f, at_stats + 2 * WIDTH + c), context)
+                    context = fma(load(out, at_out + i), load(scratch_f, at_new_top + c), context)
                 store(out, at_out + i, context)
+        s0 += keys

@@ -12,6 +12,8 @@ from .dynamic import (
     KEY_BLOCK,
     TOKENS,
     attend_bytes,
+    choose_block,
+    fill_dither,
     keys_to_rows,
     largest_rows,
     quantize_keys,
@@ -44,8 +46,8 @@ _run = None
 (A_B, A_H, A_KV_HEADS, A_L, A_S, A_D, A_DV,
  A_BAND, A_LOW, A_HIGH, A_KEEP_B, A_KEEP_H, A_KEEP_L, A_KEEP_S, A_BIAS_B, A_BIAS_H, A_BIAS_L, A_BIAS_S,
  A_MEAN, A_KTERM, A_KSCALE, A_VALUES, A_VLOG, A_VINVERSE,
- A_AT_NATURAL, A_AT_ROWS, A_AT_WEIGHTS, A_AT_KEYS, A_AT_Q, A_AT_QSCALE, A_AT_SCORES, A_AT_P, A_AT_STATS,
- A_AT_CONTEXT, A_AT_SQUARE, A_AT_MASKS, A_SHARED, A_PRIVATE, A_COUNT) = range(39)
+ A_AT_NATURAL, A_AT_ROWS, A_AT_WEIGHTS, A_AT_SEEN, A_AT_KEYS, A_AT_Q, A_AT_QSCALE, A_AT_SCORES, A_AT_P, A_AT_STATS,
+ A_AT_DITHER, A_AT_CONTEXT, A_AT_SQUARE, A_AT_MASKS, A_SHARED, A_PRIVATE, A_COUNT) = range(41)
 
 
 @inlined
@@ -83,27 +85,29 @@ def attention_part(q, k, v, out, p, factor, keep, bias, scratch, batch, phase, p
     if MATRIX:
         matrix_configure(private, p[A_AT_STATS])
     if phase == PROJECTING:
+        smooth = choose_block(private, p[A_AT_SEEN], S, keep, batch * p[A_KEEP_B], p[A_KEEP_H], p[A_KEEP_L],
+                              p[A_KEEP_S], bias, batch * p[A_BIAS_B], p[A_BIAS_H], p[A_BIAS_L], p[A_BIAS_S], H, L,
+                              band, p[A_LOW], p[A_HIGH])
         for kv in range(part * portion, min((part + 1) * portion, Hkv)):
             head = batch * Hkv + kv
             minus = at_mean + kv * D_up
-            for t in range(0, S, TOKENS):
-                # 1. keys of a block, minus the mean of those in the first one
+            for i in range((S + TOKENS - 1) // TOKENS):
+                # 1. keys of a block, minus the mean of those in the one that comes first
+                t = TOKENS * (smooth if i == 0 else i - 1 if i <= smooth else i)
                 for b in range(BLOCKS):
                     turn_rows(k, (head * S + t + b * WIDTH) * D, D, max(min(S - t - b * WIDTH, WIDTH), 0), _ONE,
                               private_f, at_natural, at_rows + b * D_up * WIDTH)
-                if t == 0:
+                if i == 0:
                     for b in range(BLOCKS):
                         for c in range(0, WIDTH, LANES):
                             largest = largest_rows(private_f, at_rows + b * D_up * WIDTH + c, Dp)
                             store(private_f, at_weights + b * WIDTH + c, largest)
-                    weigh_tokens(private_f, at_weights, min(S, TOKENS), keep, batch * p[A_KEEP_B], p[A_KEEP_H],
-                                 p[A_KEEP_L], p[A_KEEP_S], bias, batch * p[A_BIAS_B], p[A_BIAS_H], p[A_BIAS_L],
-                                 p[A_BIAS_S], H, L, band, p[A_LOW], p[A_HIGH])
+                    weigh_tokens(private_f, at_weights, private, p[A_AT_SEEN])
                     subtract_mean(private_f, at_rows, D_up * WIDTH, D_up, at_weights, shared_f, minus)
                 else:
-                    for i in range(0, BLOCKS * D_up * WIDTH, LANES):
-                        at = at_rows + i
-                        store(private_f, at, load(private_f, at) + broadcast(shared_f, minus + i // WIDTH % D_up))
+                    for j in range(0, BLOCKS * D_up * WIDTH, LANES):
+                        at = at_rows + j
+                        store(private_f, at, load(private_f, at) + broadcast(shared_f, minus + j // WIDTH % D_up))
                 for b in range(BLOCKS):
                     at = kv * S_up + t + b * WIDTH
                     quantize_keys(private_f, at_rows + b * D_up * WIDTH, Dp, private, p[A_AT_KEYS], shared_f,
@@ -122,6 +126,7 @@ def attention_part(q, k, v, out, p, factor, keep, bias, scratch, batch, phase, p
         return
     blocks = (L + WIDTH - 1) // WIDTH
     deep = round_up(D4, MATRIX_DEPTH)
+    fill_dither(private_f, p[A_AT_DITHER], S)
     for i in range(p[A_AT_Q] + D4 * WIDTH, p[A_AT_Q] + deep * WIDTH, LANES):
         store(private, i, splat(np.int32(0)))
     for item in range(part * portion, min((part + 1) * portion, H * blocks)):
@@ -145,8 +150,9 @@ def attention_part(q, k, v, out, p, factor, keep, bias, scratch, batch, phase, p
         attend_bytes(private_u, p[A_AT_Q], deep, private_f, p[A_AT_QSCALE], shared, at * K4, K4, shared,
                      p[A_KTERM] + at, shared_f, p[A_KSCALE] + at, shared, p[A_VALUES] + kv * Dvp * v_row, v_row,
                      shared_f, p[A_VLOG] + at, shared_f, p[A_VINVERSE] + at, first, last, Dvp, private, private_u,
-                     private_f, p[A_AT_SCORES], p[A_AT_P], p[A_AT_STATS], private_f, p[A_AT_CONTEXT], q0, band,
-                     p[A_LOW], p[A_HIGH], full_from, full_to, private_f, p[A_AT_MASKS], has_mask)
+                     private_f, p[A_AT_SCORES], p[A_AT_P], p[A_AT_STATS], p[A_AT_DITHER], private_f, p[A_AT_CONTEXT],
+                     q0, band, p[A_LOW], p[A_HIGH], full_from, full_to, private_f, p[A_AT_MASKS], has_mask,
+                     bias.size > 0)
         turn(private, p[A_AT_CONTEXT], Dv_up, WIDTH, private, at_natural)
         for l in range(queries):
             for d in range(Dv):
@@ -180,12 +186,14 @@ def plan(p, masked):
     private = place(p, A_AT_NATURAL, 0, WIDTH * max(D_up, Dv_up))
     private = place(p, A_AT_ROWS, private, TOKENS * max(D_up, Dv_up))
     private = place(p, A_AT_WEIGHTS, private, TOKENS)
+    private = place(p, A_AT_SEEN, private, TOKENS)
     private = place(p, A_AT_KEYS, private, WIDTH * K4)
     private = place(p, A_AT_Q, private, round_up(D4, MATRIX_DEPTH) * WIDTH)
     private = place(p, A_AT_QSCALE, private, WIDTH)
     private = place(p, A_AT_SCORES, private, (max(KEY_BLOCK, Dvp) + ROW_STEP) * WIDTH)
     private = place(p, A_AT_P, private, KEY_BLOCK // 4 * WIDTH)
-    private = place(p, A_AT_STATS, private, 4 * WIDTH)
+    private = place(p, A_AT_STATS, private, 6 * WIDTH)
+    private = place(p, A_AT_DITHER, private, KEY_BLOCK)
     private = place(p, A_AT_CONTEXT, private, Dv_up * WIDTH)
     private = place(p, A_AT_SQUARE, private, LANES * LANES)
     private = place(p, A_AT_MASKS, private, (S + 4) * WIDTH if masked else 0)

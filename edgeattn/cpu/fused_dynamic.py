@@ -5,7 +5,7 @@ magnitude: the input over its E values, queries, keys and values over each head,
 Projections come out as (features, W) with tokens in lanes, which is what dynamic.py quantizes.
 
 Softmax does not see what is added to all scores of a query: so the key projection's bias is left out, and from all
-keys of a head the mean of the first TOKENS of them is subtracted, which leaves the bytes to what tells keys apart
+keys of a head the mean of the first TOKENS that are seen is subtracted, which leaves the bytes to what tells keys apart
 (SageAttention, arXiv 2410.02367, section 4.2, takes the mean of all).
 """
 import numpy as np
@@ -20,7 +20,9 @@ from .dynamic import (
     SHIFT,
     TOKENS,
     attend_bytes,
+    choose_block,
     depth_groups,
+    fill_dither,
     inverse_of,
     keys_to_rows,
     largest_rows,
@@ -59,10 +61,10 @@ QUERIES, KEYS, VALUES = 0, 1, 2
  P_WQ, P_CQ, P_WK, P_CK, P_WV, P_CV, P_WO, P_CO,  # bytes, and what SHIFT adds to their products, in the int32 weights
  P_SQ, P_BQ, P_SK, P_BK, P_SV, P_BV, P_SO, P_BO,  # scales and biases, in the float32 weights
  P_BAND, P_LOW, P_HIGH, P_KEEP_B, P_KEEP_H, P_KEEP_L, P_KEEP_S, P_BIAS_B, P_BIAS_H, P_BIAS_L, P_BIAS_S,
- P_MEAN, P_KTERM, P_KSCALE, P_VALUES, P_VLOG, P_VINVERSE, P_QUERIES, P_QSCALE,
- P_AT_NATURAL, P_AT_X, P_AT_XSCALE, P_AT_INVERSE, P_AT_TAIL, P_AT_WEIGHTS, P_AT_KEYS, P_AT_Q, P_AT_SCORES, P_AT_P,
- P_AT_STATS, P_AT_CONTEXT, P_AT_CBYTES, P_AT_TURNED, P_AT_TILES, P_AT_MASKS,
- P_BATCH, P_SHARED, P_PRIVATE, P_COUNT) = range(70)
+ P_MEAN, P_SMOOTH, P_KTERM, P_KSCALE, P_VALUES, P_VLOG, P_VINVERSE, P_QUERIES, P_QSCALE,
+ P_AT_NATURAL, P_AT_X, P_AT_XSCALE, P_AT_INVERSE, P_AT_TAIL, P_AT_WEIGHTS, P_AT_SEEN, P_AT_KEYS, P_AT_Q, P_AT_SCORES,
+ P_AT_P, P_AT_STATS, P_AT_DITHER, P_AT_CONTEXT, P_AT_CBYTES, P_AT_TURNED, P_AT_TILES, P_AT_MASKS,
+ P_BATCH, P_SHARED, P_PRIVATE, P_COUNT) = range(73)
 
 
 @register_jitable
@@ -146,9 +148,9 @@ def layer_part(xq, xk, xv, out, weights, factors, p, keep, bias, scratch, batch,
     weights int32: bytes and corrections; factors float32: weight scales and biases, at the positions in p.
     keep, bias: flat mask data, or empty.  scratch: int32, first what all threads share: keys (S', K4), values
     (Hkv Dvp, S'), queries (L' / W, H D4, W) and what scales them; then what each thread has to itself.
-    SMOOTHING: the first block of TOKENS keys and values, and minus the mean of its keys; PROJECTING: `portion` of the
-    blocks after it, those of queries last where they have an input of their own; ATTENDING: `portion` blocks of W
-    queries; counted from 0 by `part`.
+    SMOOTHING: the first block of TOKENS keys and values that is seen, and minus the mean of its keys; PROJECTING:
+    `portion` of the other blocks, those of queries last where they have an input of their own; ATTENDING: `portion`
+    blocks of W queries; counted from 0 by `part`.
     """
     shared = scratch[:p[P_SHARED]]
     private = scratch[p[P_SHARED] + worker * p[P_PRIVATE]:p[P_SHARED] + (worker + 1) * p[P_PRIVATE]]
@@ -175,7 +177,13 @@ def layer_part(xq, xk, xv, out, weights, factors, p, keep, bias, scratch, batch,
             blocks, from_block = kv_blocks, 1
             if p[P_SAME_QK] == 0:
                 blocks += (L + TOKENS - 1) // TOKENS
-        for block in range(from_block + begin, min(from_block + begin + portion, blocks)):
+        else:
+            shared[p[P_SMOOTH]] = choose_block(
+                private, p[P_AT_SEEN], S, keep, batch * p[P_KEEP_B], p[P_KEEP_H], p[P_KEEP_L], p[P_KEEP_S], bias,
+                batch * p[P_BIAS_B], p[P_BIAS_H], p[P_BIAS_L], p[P_BIAS_S], H, L, band, p[P_LOW], p[P_HIGH])
+        smooth = np.int64(shared[p[P_SMOOTH]])
+        for i in range(from_block + begin, min(from_block + begin + portion, blocks)):
+            block = smooth if i == 0 else i - 1 if i <= smooth else i
             is_query = block >= kv_blocks
             x, E, of = (xq, Eq, L) if is_query else (xk, Ek, S)
             t = (block - kv_blocks if is_query else block) * TOKENS
@@ -190,9 +198,7 @@ def layer_part(xq, xk, xv, out, weights, factors, p, keep, bias, scratch, batch,
             if phase == SMOOTHING:
                 for s in range(TOKENS):
                     private_f[p[P_AT_WEIGHTS] + s] = private_f[at_xscale + s]
-                weigh_tokens(private_f, p[P_AT_WEIGHTS], tokens, keep, batch * p[P_KEEP_B], p[P_KEEP_H], p[P_KEEP_L],
-                             p[P_KEEP_S], bias, batch * p[P_BIAS_B], p[P_BIAS_H], p[P_BIAS_L], p[P_BIAS_S], H, L, band,
-                             p[P_LOW], p[P_HIGH])
+                weigh_tokens(private_f, p[P_AT_WEIGHTS], private, p[P_AT_SEEN])
             minus, at_minus = (factors, p[P_BK]) if phase == SMOOTHING else (shared_f, p[P_MEAN])  # of those, 0
             project_heads(KEYS, Hkv, Dp, Ek, weights, p[P_WK], p[P_CK], factors, p[P_SK], minus, at_minus,
                           phase == SMOOTHING, p, private, private_u, private_f, private, shared_b, p[P_AT_KEYS],
@@ -213,6 +219,7 @@ def layer_part(xq, xk, xv, out, weights, factors, p, keep, bias, scratch, batch,
     deep = (D4 + MATRIX_DEPTH - 1) // MATRIX_DEPTH * MATRIX_DEPTH
     for i in range(p[P_AT_Q] + D4 * WIDTH, p[P_AT_Q] + deep * WIDTH, LANES):
         store(private, i, splat(np.int32(0)))
+    fill_dither(private_f, p[P_AT_DITHER], S)
     for block in range(b0, b1):
         q0 = block * WIDTH
         queries = min(WIDTH, L - q0)
@@ -234,8 +241,8 @@ def layer_part(xq, xk, xv, out, weights, factors, p, keep, bias, scratch, batch,
                          shared, at_kterm + kv * S_up, shared_f, at_kscale + kv * S_up,
                          shared, at_values + kv * Dvp * v_row, v_row, shared_f, at_vlog + kv * S_up, shared_f,
                          at_vinverse + kv * S_up, first, last, Dvp, private, private_u, private_f, at_scores,
-                         p[P_AT_P], p[P_AT_STATS], private_f, at_context + h * Dvp * WIDTH, q0, band, p[P_LOW],
-                         p[P_HIGH], full_from, full_to, private_f, p[P_AT_MASKS], has_mask)
+                         p[P_AT_P], p[P_AT_STATS], p[P_AT_DITHER], private_f, at_context + h * Dvp * WIDTH, q0, band,
+                         p[P_LOW], p[P_HIGH], full_from, full_to, private_f, p[P_AT_MASKS], has_mask, bias.size > 0)
         at_row = (batch * L + q0) * Eo
         if p[P_HAS_OUT] == 0:
             for h in range(H):

@@ -9,12 +9,13 @@ from .simd import bits_of, float_of_bits, fma, fraction, larger, scale_by_power,
 EXP2 = (np.float32(0.69314706), np.float32(0.24022931), np.float32(0.055485282), np.float32(0.009675452),
         np.float32(0.0012467846), np.float32(0.00021612916))
 _C1, _C2, _C3, _C4, _C5, _C6 = EXP2
-# The same to the third power only, at most 1.1e-4: for what becomes one of 256 steps anyway.
-_B1, _B2, _B3 = np.float32(0.6932828979925825), np.float32(0.24221097466536887), np.float32(0.055009057806582905)
+# 2**r on [-1/2, 1/2] to the second power only, at most 1.73e-3: less than half of the 256 steps that it becomes anyway.
+_B0, _B1, _B2 = np.float32(1.0004431380), np.float32(0.7034480138), np.float32(0.2384289159)
 # log2(1 + r) on [0, 1], minimax in absolute error: at most 1.1e-4.
 _L1, _L2, _L3, _L4 = (np.float32(1.439014713548267), np.float32(-0.6799443458292148), np.float32(0.32559606724538315),
                       np.float32(-0.0847687653054377))
-_ROUND = np.float32(12582912.0)  # 1.5 * 2**23: adding it leaves the nearest integer in the low bits
+# 1.5 * 2**23 + 127: adding it leaves the nearest integer, as the exponent of a float32, in the low bits.
+_ROUND = np.float32(12583039.0)
 # What is less than 2**-110 of a row's largest weight adds nothing to it in float32. Less still, times a small value, is
 # no normal float32, and each product that gives such a one costs some processors a hundred times as much.
 _LOWEST = np.float32(-110.0)
@@ -46,14 +47,16 @@ def exp2(t):
 
 @inlined
 def exp2_roughly(t):
-    """2**t per lane to a ten-thousandth; limits and NaN as in exp2."""
+    """2**t per lane to a five-hundredth; limits and NaN as in exp2.
+
+    A product with the power of two, for an addition to the exponent would make a number of a NaN full of ones.
+    """
     t = larger(splat(_LOWEST), t)
     shifted = t + splat(_ROUND)
     r = t - (shifted - splat(_ROUND))
-    p = fma(splat(_B3), r, splat(_B2))
-    p = fma(p, r, splat(_B1))
-    p = fma(p, r, splat(_ONE))
-    return float_of_bits(bits_of(p) + (bits_of(shifted) << splat(np.int32(23))))
+    p = fma(splat(_B2), r, splat(_B1))
+    p = fma(p, r, splat(_B0))
+    return p * float_of_bits(bits_of(shifted) << splat(np.int32(23)))
 
 
 @inlined
