@@ -80,7 +80,8 @@ class Calibration:
         return Calibration(
             self.layer, self.observer, self.sources,
             {name: s.merge(other.statistics[name]) for name, s in self.statistics.items()},
-            self.single_scores.merge(other.single_scores), min(self.lowest_row_maximum, other.lowest_row_maximum), self.masked or other.masked)
+            self.single_scores.merge(other.single_scores),
+            min(self.lowest_row_maximum, other.lowest_row_maximum), self.masked or other.masked)
 
     def range(self, name: str, *, symmetric: bool = False) -> tuple[float, float]:
         """The observer's (low, high) for a tensor, low <= 0 <= high; (0, 0) for one without elements.

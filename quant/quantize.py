@@ -34,11 +34,11 @@ def quantize(layer: MultiHeadAttention, calibration: Calibration | None = None, 
     Dynamic: weights symmetric per output channel, everything else at run time; no calibration.
 
     Static: weights are symmetric per output channel, keys and values symmetric per tensor, everything else asymmetric
-    per tensor. 1/sqrt(D) goes into the scale of the query projection, which changes no weight. The key bias is left out:
-    it adds the same to all scores of a row, which softmax does not see, and would only widen ranges. Grouped key and
-    value heads are repeated. The scores' range is that of permitted scores in rows of two or more, cut where a score no
-    longer matters to any row; when a mask was seen it reaches MASK_MARGIN below the lowest row's maximum, so that masks
-    survive, and ``with_mask`` extends it where the mask leaves a row a single key.
+    per tensor. 1/sqrt(D) goes into the scale of the query projection, which changes no weight. The key bias is left
+    out: it adds the same to all scores of a row, which softmax does not see, and would only widen ranges. Grouped key
+    and value heads are repeated. The scores' range is that of permitted scores in rows of two or more, cut where a
+    score no longer matters to any row; when a mask was seen it reaches MASK_MARGIN below the lowest row's maximum, so
+    that masks survive, and ``with_mask`` extends it where the mask leaves a row a single key.
 
     Parameters
     ----------

@@ -31,8 +31,8 @@ class Call:
     sources : tuple of int
         Which of the three are the same array: (0, 0, 0), (0, 1, 1) or (0, 1, 2).
     permitted : bool (B, H, L, S) or None
-        None: every key, and no mask was given. Where query and key are one array, padding by ``key_padding_mask`` has no
-        permitted key either: nobody reads what it attends to.
+        None: every key, and no mask was given. Where query and key are one array, padding by ``key_padding_mask`` has
+        no permitted key either: nobody reads what it attends to.
     """
 
     where: str

@@ -199,9 +199,9 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         """The layer that carries ``mask``: what an exported graph with that mask computes, bit for bit.
 
         A masked score gets the lowest code, -128, as the graph's SELECT_V2 gives it, and so keeps a trace of weight,
-        ``exp(-scale * (max + 128))``. A mask passed to a call leaves masked keys out altogether. Where the mask leaves a
-        row a single key, whose score must stand above that code, the scores' range is extended to ``mask_margin`` below
-        the lowest such score of calibration.
+        ``exp(-scale * (max + 128))``. A mask passed to a call leaves masked keys out altogether. Where the mask leaves
+        a row a single key, whose score must stand above that code, the scores' range is extended to ``mask_margin``
+        below the lowest such score of calibration.
 
         Parameters
         ----------
@@ -450,8 +450,8 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         lead, L, S = query.shape[:-2], query.shape[-2], key.shape[-2]
         check_out(out, (*lead, L, self.output_dim), _INT8)
         if attn_mask is not None and (attn_mask := as_array("attn_mask", attn_mask)).dtype != np.bool_:
-            raise TypeError(f"attn_mask must be bool for a static int8 layer (True = attend); got {attn_mask.dtype}; "
-                            + ("for a mask of 0 and -inf pass mask == 0; a layer of scheme='dynamic' adds any float mask"
+            raise TypeError(f"attn_mask must be bool for static int8 (True = attend); got {attn_mask.dtype}; "
+                            + ("for 0 and -inf pass mask == 0; a layer of scheme='dynamic' adds any float mask"
                                if attn_mask.dtype.kind == "f" else "where it holds 1 for attend pass mask != 0"))
         masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask, "is_causal": is_causal,
                  "causal_alignment": causal_alignment, "window_size": window_size}
