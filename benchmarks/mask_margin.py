@@ -2,11 +2,11 @@
 
     python -m benchmarks.mask_margin
 
-For every margin, the scores' range reaches that far below the lowest row maximum seen at calibration, the mask is
-written into the layer (`with_mask`, as in an exported graph), and the cosine of its output with the float layer's is
-averaged over random layers. "exact": the mask is given to the call instead, which leaves masked keys out, and the
-range is that of the permitted scores, without any margin. Nothing of `quant.quantize`'s own choice is used: the
-scores' quantization is set here.
+For every margin, the scores' range reaches that far below the lowest row maximum seen at calibration (of rows with a
+single permitted key, too), the mask is written into the layer (`with_mask`, as in an exported graph), and the cosine of
+its output with the float layer's is averaged over random layers. "exact": the mask is given to the call instead, which
+leaves masked keys out, and the range is that of the permitted scores, without any margin. Nothing of `quant.quantize`'s
+own choice is used: the scores' quantization is set here.
 """
 
 import time
@@ -64,7 +64,7 @@ def measure(kind, length, spread):
         x, mask = rng.standard_normal((B, length, E), np.float32), random_mask(kind, rng, length)
         expected = layer(x, attn_mask=mask)
         for j, margin in enumerate(MARGINS):
-            low = calibration.lowest_row_maximum - margin
+            low = min(calibration.lowest_row_maximum, calibration.single_scores.minimum) - margin
             carried[i, j] = cosine(with_score_range(quantized, low, seen.maximum, SelectMask(mask))(x), expected)
         exact[i] = cosine(with_score_range(quantized, seen.minimum, seen.maximum)(x, attn_mask=mask), expected)
     return [*carried.mean(0), exact.mean()]

@@ -1,11 +1,24 @@
-"""Paths, and files that are whole or not there: writing never leaves half a file behind."""
+"""Paths, and files that are whole or not there: writing never leaves half a file behind.
+
+A writer that is killed leaves `.NAME.<12 hex digits>.tmp`, or `.old` with what NAME was. Writers lock such files as
+long as they live, and the next writer of NAME removes those that nobody has locked. Unlike a process number in the
+name, a lock tells the living from the dead across containers that share a folder, too.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import re
 import secrets
+import stat
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is locked, and nothing removed
+    fcntl = None
 
 
 def write_atomic(path: str | os.PathLike, data: bytes) -> None:
@@ -27,18 +40,86 @@ def write_atomic(path: str | os.PathLike, data: bytes) -> None:
     """
     path = Path(path)
     check_folder(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    remove_leftovers(path)
+    temporary = beside(path, new_mark(), "tmp")
+    with contextlib.ExitStack() as held:
+        try:
+            write_new(temporary, data, held)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def new_mark() -> str:
+    """What the names of one writer's temporary files have in common, and no other's have."""
+    return secrets.token_hex(6)
+
+
+def beside(path: Path, mark: str, kind: str) -> Path:
+    """The temporary file for ``path`` of a writer: "tmp", what ``path`` will be, or "old", what it was."""
+    return path.with_name(f".{path.name}.{mark}.{kind}")
+
+
+def write_new(temporary: Path, data: bytes, held: contextlib.ExitStack) -> None:
+    """Write a file that is not there, on the disk when this returns, and keep it locked until ``held`` is closed."""
+    for _ in range(3):
+        # "x" with the usual mode: unlike tempfile's 0600, the file gets the permissions the user's umask asks for
+        file = open(temporary, "xb")  # noqa: SIM115 (held closes it)
+        held.callback(file.close)
+        if _lock(file, wait=True) and os.fstat(file.fileno()).st_nlink == 0:
+            file.close()  # another writer of the same name took it for a dead one's, before it was locked
+            continue
+        break
+    file.write(data)
+    file.flush()
+    os.fsync(file.fileno())
+    if fcntl is None:  # an open file has no other name there
+        file.close()
+
+
+def keep_locked(path: Path, held: contextlib.ExitStack) -> None:
+    """Lock a file that is there until ``held`` is closed, where that is possible."""
+    with contextlib.suppress(OSError):
+        file = open(path, "rb")  # noqa: SIM115 (held closes it)
+        held.callback(file.close)
+        _lock(file)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what dead writers of ``path`` left; what they had moved away takes its place again if nothing has it.
+
+    Where nothing can be locked nothing is removed.
+    """
+    pattern = re.compile(re.escape(f".{path.name}.") + r"[0-9a-f]{12}\.(tmp|old)")
+    with contextlib.suppress(OSError):
+        for name in os.listdir(path.parent):
+            if found := pattern.fullmatch(name):
+                _remove_leftover(path.with_name(name), path if found[1] == "old" else None)
+
+
+def _remove_leftover(left: Path, place: Path | None) -> None:
+    with contextlib.suppress(OSError):
+        if not stat.S_ISREG(left.lstat().st_mode):
+            return
+        with open(left, "rb") as file:
+            if not _lock(file):
+                return
+            if place is not None and not os.path.lexists(place):
+                os.replace(left, place)
+            else:
+                left.unlink()
+
+
+def _lock(file, *, wait: bool = False) -> bool:
+    """Take the lock of an open file, which closing it gives back; False where another has it, or there are no locks."""
+    if fcntl is None:
+        return False
     try:
-        # "x" with the usual mode: unlike tempfile's 0600, the file gets the permissions the user's umask asks
-        # for.
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def check_folder(path: Path) -> None:
@@ -47,9 +128,30 @@ def check_folder(path: Path) -> None:
     Raises
     ------
     FileNotFoundError
+    IsADirectoryError
+        When the file is a folder itself.
     """
     if not path.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    if path.is_dir():
+        raise IsADirectoryError(f"cannot write {path}: it is a folder")
+
+
+def check_output(path: Path, *inputs: Path | None) -> None:
+    """`check_folder`, and refuse to replace what is read, under whatever name: links and relative paths too.
+
+    Raises
+    ------
+    FileNotFoundError, IsADirectoryError
+    ValueError
+        Naming the file and the input that it is.
+    """
+    check_folder(path)
+    for other in inputs:
+        with contextlib.suppress(FileNotFoundError):
+            if other is not None and os.path.samefile(path, other):
+                same = "" if str(path) == str(other) else f", the same file as {other}"
+                raise ValueError(f"cannot write {path}: it is an input of this command{same}; choose another name")
 
 
 def as_path(path: str | os.PathLike) -> Path:

@@ -61,7 +61,9 @@ class KVCache:
         Dv, D unless given.
     dtype : {"float32", "int8"}, or such a NumPy dtype
         "int8": one symmetric scale per token and head, max|x| / 127, for keys and for values; a quarter of the
-        memory. Rows with max|x| < 1.5e-36 become zeros, rows with NaN or infinity NaN.
+        memory. Rows with max|x| < 1.5e-36 become zeros, rows with NaN or infinity NaN. A float or dynamic layer
+        that fills an int8 cache from its first token on stores keys without its key bias, which softmax does not
+        see and a scale would be wasted on; `held` and a softcap find it added again.
     scales : (float, float), optional
         Of an int8 cache: one scale for all keys and one for all values instead, as a static layer has them. What lies
         beyond 127 scales saturates; NaN and infinity are refused.
@@ -111,6 +113,9 @@ class KVCache:
             self._key_scales, self._value_scales = np.zeros(rows, np.float32), np.zeros(rows, np.float32)
         self._length = self._start = 0
         self._first = 0  # the slot of token `start`; tokens lie side by side, in order
+
+    # What every key had before it was stored without, (1, Hkv, 1, D) float32 or None; of int8 caches.
+    _key_offset = None
 
     @classmethod
     def for_layer(cls, layer, batch, capacity, *, dtype=None, window=None):
@@ -232,10 +237,13 @@ class KVCache:
                 f"than position {self._start} were dropped; got {wanted}. A larger capacity keeps more of them"
             )
         self._length = wanted
+        if not wanted:
+            self._key_offset = None
 
     def reset(self):
         """Forget every token; the storage stays."""
         self._length = self._start = self._first = 0
+        self._key_offset = None
 
     def to(self, device):
         """An empty cache of the same sizes on `device`: "cpu" is this one, "cuda" on a GPU (docs/cuda.md)."""
@@ -256,7 +264,8 @@ class KVCache:
         if key_scales is None:
             return keys.copy(), values.copy()
         with np.errstate(invalid="ignore"):
-            return keys * key_scales[..., None], values * value_scales[..., None]
+            keys, values = keys * key_scales[..., None], values * value_scales[..., None]
+            return keys if self._key_offset is None else keys + self._key_offset, values
 
     def attend(
         self,
@@ -448,8 +457,20 @@ class KVCache:
             return window_size
         return (self.window - 1 if left == -1 else min(left, self.window - 1)), right
 
+    def _store_without(self, key_bias):
+        """Keep the bias (Hkv * D,) of all keys that will come, or None, out of an int8 cache that holds no token yet.
+
+        It adds the same to all scores of a query, unless a softcap or keys without it come between: `held` adds it
+        again for these.
+        """
+        if self._length == 0 and self.dtype == "int8":
+            shape = (1, self.num_kv_heads, 1, self.head_dim)
+            self._key_offset = None if key_bias is None else key_bias.reshape(shape)
+
     def _append(self, key, value):
         """Store float32 (B, Hkv, n, D) and (B, Hkv, n, Dv), for which there is room; or their codes, by `scales`."""
+        if self._key_offset is not None and key.dtype != np.int8:
+            key = key - self._key_offset
         slots = self._take_slots(key.shape[2])
         if self.dtype == "float32" or key.dtype == np.int8:
             self._keys[:, :, slots], self._values[:, :, slots] = key, value
@@ -483,7 +504,7 @@ class KVCache:
         queries = query.shape[2]
         part = mask.part((0, queries), (self._start, self._length))
         keys, values, key_scales, value_scales = self._views()
-        scores_alone = part.keep is None and part.bias is None
+        scores_alone = part.keep is None and part.bias is None and not (softcap and self._key_offset is not None)
         if weights is not None or added or not out.size or (key_scales is not None and not scores_alone):
             held = self.held()
             if added:

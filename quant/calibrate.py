@@ -21,7 +21,7 @@ from quant.trace import Call, counted, describe_sources, float_trace, read_calls
 
 WEIGHTS = tuple(f"{name}_{part}" for name in ("q", "k", "v", "out") for part in ("weight", "bias"))
 _METADATA_KEY = "quant.calibration"
-_FORMAT = 1
+_FORMAT = 2  # 1: keys and scores with the key bias, scores of rows with one key among the others
 
 
 @dataclass(eq=False)
@@ -37,9 +37,14 @@ class Calibration:
     sources : tuple of int
         Which inputs the layer was called with: (0, 0, 0) self-attention, (0, 1, 1) the value is the key, (0, 1, 2) all.
     statistics : dict of Statistics
-        By tensor name. Of scores, keys and values only those that a query was permitted to see.
+        By tensor name. Of scores, keys and values only those that a query was permitted to see, of queries, contexts
+        and outputs only those of queries with a permitted key; keys and scores without the key bias. Scores are those
+        of rows with two permitted keys or more.
+    single_scores : Statistics
+        The scores of rows with one permitted key: any score gives it the whole weight, so they set no range; but the
+        masked scores of an exported mask must stay below them.
     lowest_row_maximum : float
-        The smallest maximum of a row of permitted scores.
+        The smallest maximum of a row of two permitted scores or more; infinite without such a row.
     masked : bool
         Whether any call came with a mask.
     """
@@ -48,6 +53,7 @@ class Calibration:
     observer: str
     sources: tuple[int, int, int]
     statistics: dict[str, Statistics] = field(default_factory=dict)
+    single_scores: Statistics = field(default_factory=Statistics)
     lowest_row_maximum: float = np.inf
     masked: bool = False
 
@@ -74,11 +80,17 @@ class Calibration:
         return Calibration(
             self.layer, self.observer, self.sources,
             {name: s.merge(other.statistics[name]) for name, s in self.statistics.items()},
+            self.single_scores.merge(other.single_scores),
             min(self.lowest_row_maximum, other.lowest_row_maximum), self.masked or other.masked)
 
     def range(self, name: str, *, symmetric: bool = False) -> tuple[float, float]:
-        """The observer's (low, high) for a tensor, low <= 0 <= high; (0, 0) for one without elements."""
+        """The observer's (low, high) for a tensor, low <= 0 <= high; (0, 0) for one without elements.
+
+        That of the scores is that of ``single_scores`` where no row had more: nothing better is known.
+        """
         statistics = self.statistics[name]
+        if name == "scores" and not statistics.count:
+            statistics = self.single_scores
         return OBSERVERS[self.observer](statistics, symmetric) if statistics.count else (0.0, 0.0)
 
     def save(self, path) -> None:
@@ -93,11 +105,12 @@ class Calibration:
         if not str(path).endswith(".safetensors"):
             raise ValueError(f"path must end in .safetensors; got {str(path)!r}")
         tensors = {}
-        for name, s in self.statistics.items():
+        for name, s in {**self.statistics, "single_scores": self.single_scores}.items():
             tensors[f"{name}.histogram"] = s.histogram
             tensors[f"{name}.range"] = np.array([s.minimum, s.maximum, s.exponent], np.float64)
         header = {"format": _FORMAT, "layer": self.layer, "observer": self.observer, "sources": list(self.sources),
-                  "lowest_row_maximum": self.lowest_row_maximum, "masked": self.masked}
+                  "lowest_row_maximum": self.lowest_row_maximum if np.isfinite(self.lowest_row_maximum) else None,
+                  "masked": self.masked}
         metadata = {_METADATA_KEY: json.dumps(header, sort_keys=True)}
         write_atomic(path, safetensors.numpy.save(tensors, metadata=metadata))
 
@@ -144,22 +157,29 @@ def _parse(content: bytes) -> Calibration:
         raise ValueError("its metadata name no calibration")
     header = json.loads(metadata[_METADATA_KEY])
     if not isinstance(header, dict) or header.get("format") != _FORMAT:
-        raise ValueError(f"its format must be {_FORMAT}")
+        raise ValueError(f"its format must be {_FORMAT}: calibrate again, for what is counted has changed")
     sources = tuple(header["sources"])
     if sources not in SOURCES or header["observer"] not in OBSERVERS:
         raise ValueError(f"unknown sources {sources} or observer {header['observer']!r}")
     names = [*(f"{INPUTS[i]}_input" for i in sorted(set(sources))), "query", "key", "value", "scores", "context"]
     if "output.range" in tensors:
         names.append("output")
+    names.append("single_scores")
     expected = {f"{name}.{part}" for name in names for part in ("histogram", "range")}
     if set(tensors) != expected:
         raise ValueError(f"it must hold {sorted(expected)}; got {sorted(tensors)}")
     statistics = {name: _parse_statistics(name, tensors[f"{name}.histogram"], tensors[f"{name}.range"])
                   for name in names}
+    single_scores = statistics.pop("single_scores")
     lowest = header["lowest_row_maximum"]
-    if not isinstance(lowest, float) or not np.isfinite(lowest) or not isinstance(header["masked"], bool):
-        raise ValueError("lowest_row_maximum must be a finite number, and masked true or false")
-    return Calibration(str(header["layer"]), header["observer"], sources, statistics, lowest, header["masked"])
+    if lowest is None and not statistics["scores"].count:
+        lowest = np.inf
+    elif not isinstance(lowest, float) or not np.isfinite(lowest):
+        raise ValueError("lowest_row_maximum must be a finite number")
+    if not isinstance(header["masked"], bool):
+        raise ValueError("masked must be true or false")
+    return Calibration(str(header["layer"]), header["observer"], sources, statistics, single_scores, lowest,
+                       header["masked"])
 
 
 def _parse_statistics(name: str, histogram: np.ndarray, numbers: np.ndarray) -> Statistics:
@@ -208,7 +228,7 @@ def calibrate(layer: MultiHeadAttention, batches: Iterable, *, observer: str = "
         _observe(layer, call, total)
     if total is None:
         raise ValueError("batches must hold at least one batch; got none")
-    if total.statistics["scores"].count == 0:
+    if total.statistics["scores"].count + total.single_scores.count == 0:
         raise ValueError("batches must hold at least one query with a permitted key; got none")
     return total
 
@@ -239,11 +259,15 @@ def fingerprint(layer: MultiHeadAttention) -> str:
 
 def _observe(layer: MultiHeadAttention, call: Call, total: Calibration) -> None:
     trace = float_trace(layer, call)
+    scores = trace["scores"]
+    permitted = np.broadcast_to(True if call.permitted is None else call.permitted, scores.shape)
+    keys = permitted.sum(-1)
+    single, several = permitted & (keys == 1)[..., None], permitted & (keys > 1)[..., None]
     for name, values in trace.items():
         if name != "probabilities":  # theirs is a fixed range
-            total.statistics.setdefault(name, Statistics()).update(counted(name, values, call.permitted))
-    permitted = True if call.permitted is None else call.permitted
-    rows = np.where(permitted, trace["scores"], -np.inf).max(-1, initial=-np.inf)
-    lowest = float(rows.min(initial=np.inf, where=np.isfinite(rows)))
-    total.lowest_row_maximum = min(total.lowest_row_maximum, lowest)
+            seen = scores[several] if name == "scores" else counted(name, values, call)
+            total.statistics.setdefault(name, Statistics()).update(seen)
+    total.single_scores.update(scores[single])
+    rows = np.where(several, scores, -np.inf).max(-1, initial=-np.inf)
+    total.lowest_row_maximum = min(total.lowest_row_maximum, float(rows[keys > 1].min(initial=np.inf)))
     total.masked |= call.permitted is not None

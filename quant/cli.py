@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import numpy as np
 import edgeattn
 import quant
 from edgeattn.arithmetic import KERNEL_SETS
+from edgeattn.files import check_output
 from edgeattn.layers import MultiHeadAttention
 from edgeattn.tensor_files import read_tensors
 from quant.calibrate import Calibration
@@ -35,12 +37,20 @@ ADVICE = {
     "mask must be 'causal' or a bool array": "--mask must be \"causal\" or a .npy file with a bool array",
     "mask='causal' needs sequence_length, and as many keys as queries": "--mask causal needs --sequence-length, and no "
                                                                         "other --key-length",
-    "sequence_length is required": "--sequence-length is required",
     "(run quant.calibrate first)": "(run `quant calibrate` first)",
-    "num_heads must": "--num-heads must",
-    "target must name": "--target must name",
+    "export layer.with_arithmetic('tflm'), or quantize with arithmetic='tflm'":
+        "make it with `quant quantize --arithmetic tflm`",
+    "quantize it first, quant.quantize(layer, calibration, arithmetic='tflm')":
+        "quantize it first, with `quant calibrate` and `quant quantize --arithmetic tflm`",
+    "quant.quantize makes one": "`quant quantize --scheme static` makes one",
+    "quantize with scheme=": "quantize with --scheme ",
+    "a layer of scheme=": "a layer of --scheme ",
+    "; scheme=": "; --scheme ",
     "convert 0/1 with .astype(bool)": "convert 0/1 with .astype(bool) before numpy.savez",
 }
+
+# Arguments that are options here.
+OPTIONS = ("num_heads", "target", "test_vectors", "sequence_length", "key_length", "batch", "mask", "arithmetic")
 
 path_argument = click.Path(path_type=Path)
 arithmetic_option = click.option("--arithmetic", type=click.Choice(list(KERNEL_SETS)),
@@ -62,11 +72,18 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         message = f"quant: {error.filename}: {error.strerror}" if error.filename else f"quant: {error}"
     except (TypeError, ValueError, ImportError, RuntimeError) as error:
-        message = f"quant: {error}"
-        for python, option in ADVICE.items():
-            message = message.replace(python, option)
+        message = f"quant: {in_words_of_the_command(str(error))}"
     print(" ".join(message.split()), file=sys.stderr)
     return 2
+
+
+def in_words_of_the_command(message: str) -> str:
+    """What a Python function says, for those who type commands."""
+    for python, option in ADVICE.items():
+        message = message.replace(python, option)
+    message = re.sub(rf"^({'|'.join(OPTIONS)})(?= must | is | needs )",
+                     lambda argument: f"--{argument[0].replace('_', '-')}", message)
+    return re.sub(r"(--scheme )'(static|dynamic)'", r"\1\2", message)
 
 
 def layer_options(command):
@@ -103,7 +120,7 @@ def commands():
               help="How ranges come from what is seen.")
 def calibrate(layer, torch_prefix, bert_prefix, num_heads, data, output, observer):
     """Run LAYER over DATA and keep the range of every tensor."""
-    check_folder(output)
+    check_paths(output, layer, *data)
     layer = read_layer(layer, torch_prefix, bert_prefix, num_heads)
     calls = 0
 
@@ -136,7 +153,7 @@ def quantize(layer, torch_prefix, bert_prefix, num_heads, calibration, output, s
         raise click.UsageError("CALIBRATION is missing: run `quant calibrate` first, or choose --scheme dynamic")
     if scheme == "dynamic" and (calibration is not None or arithmetic is not None):
         raise click.UsageError("--scheme dynamic takes neither CALIBRATION nor --arithmetic")
-    check_folder(output)
+    check_paths(output, layer, calibration)
     layer = read_layer(layer, torch_prefix, bert_prefix, num_heads)
     if scheme == "dynamic":
         edgeattn.save(quant.quantize(layer, scheme=scheme), output)
@@ -161,7 +178,7 @@ def compare(layer, torch_prefix, bert_prefix, num_heads, quantized, data, arithm
         say(f"arithmetic: {arithmetic_of_tflite(arithmetic)}")
     else:
         say(f"arithmetic: {getattr(int8, 'arithmetic', 'our own, dynamic')}")
-    click.echo(str(report))
+    click.echo(str(dataclasses.replace(report, lints=[in_words_of_the_command(lint) for lint in report.lints])))
 
 
 @commands.command()
@@ -179,10 +196,13 @@ def export(layer, torch_prefix, bert_prefix, num_heads, path, batch, sequence_le
 
     With --target a folder stands for attention-TARGET.so in it.
     """
-    check_folder(path)
+    if target is not None and path.is_dir():
+        path /= f"attention-{target}.so"
+    mask_file = None if mask in (None, "causal") else Path(mask)
+    check_paths(path, layer, mask_file)
     layer = read_layer(layer, torch_prefix, bert_prefix, num_heads)
-    if mask is not None and mask != "causal":
-        mask = read_array(Path(mask))
+    if mask_file is not None:
+        mask = read_array(mask_file)
     path = quant.export(layer, path, batch=batch, sequence_length=sequence_length, key_length=key_length, mask=mask,
                         test_vectors=test_vectors, target=target)
     say(f"wrote {path}: {path.stat().st_size:,} bytes")
@@ -203,10 +223,11 @@ def say(text: str) -> None:
     click.echo(fill(text))
 
 
-def check_folder(path: Path) -> None:
-    """Refuse a file in a folder that is not there, before any work is done for it."""
-    if not path.parent.is_dir():
-        raise ValueError(f"cannot write {path}: there is no folder {path.parent}")
+def check_paths(output: Path, *inputs: Path | None) -> None:
+    """Refuse what cannot be written, or would replace what is read, before any work is done for it."""
+    if not output.parent.is_dir():
+        raise ValueError(f"cannot write {output}: there is no folder {output.parent}")
+    check_output(output, *inputs)
 
 
 def read_layer(path: Path, torch_prefix: str | None, bert_prefix: str | None, num_heads: int | None):

@@ -44,7 +44,9 @@ def compare(layer: MultiHeadAttention, quantized: QuantizedMultiHeadAttention, b
     Report
         SQNR = 10 log10(sum(real**2) / sum((real - dequantized)**2)) in dB, cosine similarity, saturation (the share of
         elements outside the int8 range), by tensor and, for the context, by head. Masked scores do not count, nor keys
-        and values that no query sees. A mask that ``quantized`` carries (``with_mask``) holds for ``layer`` too.
+        and values that no query sees, nor queries that see none, nor padding. Keys and scores are those without the key
+        bias, which softmax does not see, where ``quantized`` leaves it out. A mask that ``quantized`` carries
+        (``with_mask``) holds for ``layer`` too.
 
     Raises
     ------
@@ -73,14 +75,18 @@ def compare(layer: MultiHeadAttention, quantized: QuantizedMultiHeadAttention, b
             raise ValueError(f"{call.where} calls the layer with {describe_sources(call.sources)}; it was quantized "
                              f"for {describe_sources(quantized.sources)}")
         codes = static_trace(quantized, call)
-        permitted = _with_carried_masks(call.permitted, quantized, codes["scores"].shape)
-        real = float_trace(layer, dataclasses.replace(call, permitted=permitted))
+        call = dataclasses.replace(
+            call, permitted=_with_carried_masks(call.permitted, quantized, codes["scores"].shape))
+        # other converters keep the bias that ours leave out
+        real = float_trace(layer, call, key_bias=quantized.linears["key"].bias is not None)
         for name, values in real.items():
             tensors.setdefault(name, Comparison()).update(
-                counted(name, values * factor[name], permitted), counted(name, codes[name], permitted),
-                quantized.tensors[name])
+                counted(name, values * factor[name], call), counted(name, codes[name], call), quantized.tensors[name])
         for head, comparison in enumerate(heads):
-            comparison.update(real["context"][:, head], codes["context"][:, head], quantized.tensors["context"])
+            alone = call if call.permitted is None else dataclasses.replace(
+                call, permitted=call.permitted[:, head:head + 1])
+            comparison.update(*(counted("context", each["context"][:, head:head + 1], alone) for each in (real, codes)),
+                              quantized.tensors["context"])
         total = quantized.tensors["probabilities"].dequantize(codes["probabilities"]).sum(-1)
         attending = real["probabilities"].any(-1)
         lost += float(np.abs(1 - total[attending]).sum())
@@ -113,7 +119,7 @@ def _compare_outputs(layer: MultiHeadAttention, quantized: DynamicMultiHeadAtten
     output = Comparison()
     for call in read_calls(layer, batches, "comparing"):
         real, got = (each(call.query, call.key, call.value, attn_mask=call.permitted) for each in (layer, quantized))
-        output.add(real, got)
+        output.add(*(counted("output", y, call) for y in (real, got)))
     if not output.count:
         raise ValueError("batches must hold at least one batch; got none")
     return Report({"output": output.result()}, [], [])
@@ -133,7 +139,8 @@ def _lints(tensors: dict[str, Comparison], lost: float) -> list[str]:
     lints = []
     if lost > UNDERFLOW_LIMIT:
         lints.append(f"probability underflow: the int8 probabilities of a row miss a sum of 1 by {lost:.0%} on "
-                     f"average: they are multiples of 1/256, and rows here are spread thinner; attend to fewer keys")
+                     f"average: they are multiples of 1/256, and rows here are spread thinner; attend to fewer keys, "
+                     f"or quantize with scheme='dynamic', whose probabilities have a scale per row")
     for name, comparison in tensors.items():
         # probabilities near 1 lie above the fixed range, and scores below it no longer matter to their row
         outside = {"probabilities": 0, "scores": comparison.above}.get(name, comparison.below + comparison.above)

@@ -58,12 +58,18 @@ def arithmetic_of_tflite(arithmetic: str | None) -> str:
 
 def _describe_tflite(path: Path, arithmetic: str | None) -> Iterator:
     graph = parse(*read_bytes(path))
+    int8 = any(graph.tensors[number].dtype == np.int8 for number in (*graph.inputs, *graph.outputs))
+    if arithmetic is not None and not int8:
+        raise ValueError(f"arithmetic={arithmetic!r} applies to int8 layers, but {path} holds a float graph")
     for role, numbers in (("input", graph.inputs), ("output", graph.outputs)):
         for number in numbers:
             tensor = graph.tensors[number]
             yield f"{role} {tensor.name!r}: {tensor.dtype} {tuple(int(size) for size in tensor.shape)}"
     yield fill(f"operators: {', '.join(operator.name for operator in graph.operators)}")
-    if any(graph.tensors[number].dtype == np.int8 for number in (*graph.inputs, *graph.outputs)):
+    if not int8:
+        yield fill("not int8: edgeattn cannot load it; quantize the float layer that it was made of (`quant "
+                   "calibrate`, `quant quantize`) and export that, or run this file in a TFLite runtime")
+    else:
         try:
             layer = edgeattn.load(path, arithmetic=arithmetic)
         except ValueError as error:

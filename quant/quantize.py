@@ -34,9 +34,11 @@ def quantize(layer: MultiHeadAttention, calibration: Calibration | None = None, 
     Dynamic: weights symmetric per output channel, everything else at run time; no calibration.
 
     Static: weights are symmetric per output channel, keys and values symmetric per tensor, everything else asymmetric
-    per tensor. 1/sqrt(D) goes into the scale of the query projection, which changes no weight. Grouped key and value
-    heads are repeated. The scores' range is that of permitted scores, cut where a score no longer matters to any row;
-    when a mask was seen it reaches MASK_MARGIN below the lowest row's maximum, so that masks survive.
+    per tensor. 1/sqrt(D) goes into the scale of the query projection, which changes no weight. The key bias is left
+    out: it adds the same to all scores of a row, which softmax does not see, and would only widen ranges. Grouped key
+    and value heads are repeated. The scores' range is that of permitted scores in rows of two or more, cut where a
+    score no longer matters to any row; when a mask was seen it reaches MASK_MARGIN below the lowest row's maximum, so
+    that masks survive, and ``with_mask`` extends it where the mask leaves a row a single key.
 
     Parameters
     ----------
@@ -70,10 +72,10 @@ def quantize(layer: MultiHeadAttention, calibration: Calibration | None = None, 
         low, high = calibration.range(name)
         if high - low > 127 * LARGEST_SCALE:
             raise ValueError(f"calibration saw {name} values up to {max(-low, high):.3g}; int8 scales end at 2**60")
-    tensors = {name: _quantization(*calibration.range(name)) for name in calibration.statistics}
+    tensors = {name: TensorQuantization.over(*calibration.range(name)) for name in calibration.statistics}
     for name in ("key", "value"):
         tensors[name] = _symmetric_quantization(*calibration.range(name, symmetric=True))
-    tensors["scores"] = _quantization(*_score_range(calibration), smallest=SMALLEST_SCORE_SCALE)
+    tensors["scores"] = TensorQuantization.over(*_score_range(calibration), smallest=SMALLEST_SCORE_SCALE)
     tensors["probabilities"] = PROBABILITIES
 
     def linear(name, weight, bias, source):
@@ -81,7 +83,8 @@ def quantize(layer: MultiHeadAttention, calibration: Calibration | None = None, 
             weight, bias = (_repeat_heads(a, layer.num_kv_heads, layer.num_heads) for a in (weight, bias))
         return quantize_linear(weight, bias, tensors[source].scale)
 
-    linears = {name: linear(name, getattr(layer, f"{name[0]}_weight"), getattr(layer, f"{name[0]}_bias"),
+    biases = {"query": layer.q_bias, "key": None, "value": layer.v_bias}
+    linears = {name: linear(name, getattr(layer, f"{name[0]}_weight"), biases[name],
                             f"{INPUTS[calibration.sources[i]]}_input") for i, name in enumerate(INPUTS)}
     if layer.out_weight is not None:
         linears["output"] = linear("output", layer.out_weight, layer.out_bias, "context")
@@ -90,8 +93,10 @@ def quantize(layer: MultiHeadAttention, calibration: Calibration | None = None, 
     smallest = np.float32(SMALLEST_SCALE)
     linears["query"] = QuantizedLinear(q.weight, np.maximum(q.scale * fold, smallest), q.bias)
     tensors["query"] = TensorQuantization(max(tensors["query"].scale * fold, smallest), tensors["query"].zero_point)
+    alone = calibration.single_scores
     return StaticMultiHeadAttention(layer.num_heads, linears, tensors, sources=calibration.sources,
-                                    arithmetic=arithmetic, mask_margin=MASK_MARGIN if calibration.masked else 0.0)
+                                    arithmetic=arithmetic, mask_margin=MASK_MARGIN if calibration.masked else 0.0,
+                                    lowest_single_score=alone.minimum if alone.count else None)
 
 
 def _quantize_dynamic(layer: MultiHeadAttention) -> DynamicMultiHeadAttention:
@@ -127,16 +132,8 @@ def quantize_linear(weight: np.ndarray, bias: np.ndarray | None, input_scale) ->
 
 def _score_range(calibration: Calibration) -> tuple[float, float]:
     low, high = calibration.range("scores")
-    reach = calibration.lowest_row_maximum - MASK_MARGIN
+    reach = min(calibration.lowest_row_maximum, high) - MASK_MARGIN
     return min(0.0, reach if calibration.masked else max(low, reach)), high
-
-
-def _quantization(low: float, high: float, smallest: float = SMALLEST_SCALE) -> TensorQuantization:
-    """256 codes over [low, high], low <= 0 <= high."""
-    if high == low:
-        return TensorQuantization(1.0, 0)
-    scale = np.float32(max((high - low) / 255, smallest))
-    return TensorQuantization(scale, int(np.clip(np.rint(-128 - low / float(scale)), -128, 127)))
 
 
 def _symmetric_quantization(low: float, high: float) -> TensorQuantization:

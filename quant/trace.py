@@ -31,7 +31,8 @@ class Call:
     sources : tuple of int
         Which of the three are the same array: (0, 0, 0), (0, 1, 1) or (0, 1, 2).
     permitted : bool (B, H, L, S) or None
-        None: every key, and no mask was given.
+        None: every key, and no mask was given. Where query and key are one array, padding by ``key_padding_mask`` has
+        no permitted key either: nobody reads what it attends to.
     """
 
     where: str
@@ -75,6 +76,7 @@ def _read_call(layer: MultiHeadAttention, batch, where: str) -> Call:
     key = query if key is None else key
     value = key if value is None else value
     sources = (0, 0, 0) if key is query and value is query else (0, 1, 1) if value is key else (0, 1, 2)
+    itself = key is query
     widths = (layer.embed_dim, layer.kdim, layer.vdim)
     query, key, value = (_read_input(array, width, f"{name} of {where}")
                          for name, array, width in zip(INPUTS, (query, key, value), widths, strict=True))
@@ -85,12 +87,15 @@ def _read_call(layer: MultiHeadAttention, batch, where: str) -> Call:
     masks = {name: arguments[name] for name in CALL_MASKS if name in arguments}
     attn_mask = masks.get("attn_mask")
     if attn_mask is not None and (given := as_array(f"attn_mask of {where}", attn_mask).dtype) != np.bool_:
-        raise TypeError(f"attn_mask of {where} must be bool (True = attend) for int8; got {given}")
+        raise TypeError(f"attn_mask of {where} must be bool (True = attend) for static int8; got {given}; a layer of "
+                        "scheme='dynamic' adds float masks, and needs no calibration")
     try:
         mask = resolve_mask((*lead, layer.num_heads, query.shape[-2], key.shape[-2]), **masks)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{where}: {error}") from None
     permitted = mask.permitted()
+    if (padding := masks.get("key_padding_mask")) is not None and itself:
+        permitted = permitted & as_array("key_padding_mask", padding).reshape(mask.shape[0], 1, -1, 1)
     if permitted is not None:
         permitted = np.broadcast_to(permitted, mask.shape)
     if not lead:
@@ -114,20 +119,38 @@ def _read_input(array, width: int, name: str) -> np.ndarray:
     return array
 
 
-def counted(name: str, values: np.ndarray, permitted: np.ndarray | None) -> np.ndarray:
-    """The elements of a traced tensor that may reach a result: no masked score, no key or value that no query sees."""
-    if permitted is not None:
-        if name == "scores":
-            return values[permitted]
-        if name in ("key", "value"):
-            return values[permitted.any(2)]
-        if name in ("key_input", "value_input"):
-            return values[permitted.any((1, 2))]
-    return values
+def counted(name: str, values: np.ndarray, call: Call) -> np.ndarray:
+    """The elements of a traced tensor that may reach a result.
+
+    No masked score; no key or value that no query sees; nothing of a query without a permitted key. A token that is
+    both query and key counts where either does.
+    """
+    permitted = call.permitted
+    if permitted is None:
+        return values if call.key.shape[1] else values[:0]
+    if name == "scores":
+        return values[permitted]
+    rows, keys = permitted.any(3), permitted.any(2)
+    if name in ("query", "probabilities", "context"):
+        return values[rows]
+    if name in ("key", "value"):
+        return values[keys]
+    rows, keys = rows.any(1), keys.any(1)
+    if name == "query_input":
+        return values[rows | keys if call.sources[1] == 0 else rows]
+    return values[rows if name == "output" else keys]
 
 
-def float_trace(layer: MultiHeadAttention, call: Call) -> dict[str, np.ndarray]:
+def float_trace(layer: MultiHeadAttention, call: Call, *, key_bias: bool = False) -> dict[str, np.ndarray]:
     """Every tensor of ``MultiHeadAttention`` in float32.
+
+    Parameters
+    ----------
+    layer : MultiHeadAttention
+    call : Call
+    key_bias : bool
+        Whether keys hold the layer's ``k_bias``. It adds the same to all scores of a row, which softmax does not see,
+        and an int8 range of keys or scores would waste codes on it.
 
     Returns
     -------
@@ -142,20 +165,21 @@ def float_trace(layer: MultiHeadAttention, call: Call) -> dict[str, np.ndarray]:
         When a tensor leaves the range of float32.
     """
     with np.errstate(over="ignore", invalid="ignore"):
-        trace = _float_trace(layer, call)
+        trace = _float_trace(layer, call, key_bias)
     for name, values in trace.items():
         if not np.isfinite(values).all():
             raise ValueError(f"{call.where}: the layer's {name} leaves the range of float32")
     return trace
 
 
-def _float_trace(layer, call):
+def _float_trace(layer, call, key_bias):
     groups = layer.num_heads // layer.num_kv_heads
     inputs = (call.query, call.key, call.value)
     trace = {f"{INPUTS[i]}_input": inputs[i] for i in sorted(set(call.sources))}
     for name, x, heads, size in zip(INPUTS, inputs, (layer.num_heads, layer.num_kv_heads, layer.num_kv_heads),
                                     (layer.head_dim, layer.head_dim, layer.value_dim), strict=True):
-        y = _linear(x, getattr(layer, f"{name[0]}_weight"), getattr(layer, f"{name[0]}_bias"))
+        bias = None if name == "key" and not key_bias else getattr(layer, f"{name[0]}_bias")
+        y = _linear(x, getattr(layer, f"{name[0]}_weight"), bias)
         y = _split_heads(y, heads, size)
         trace[name] = y if name == "query" else np.repeat(y, groups, axis=1)
     scores = trace["query"] @ trace["key"].swapaxes(-1, -2) * np.float32(layer.scale)

@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 import safetensors.numpy
-from workbench import as_batch, random_call, random_input, random_layer
+from workbench import as_batch, cosine, random_call, random_input, random_layer
 
 import edgeattn
 import quant
@@ -16,8 +16,7 @@ def assert_same(a, b):
     assert (a.layer, a.observer, a.sources, a.lowest_row_maximum, a.masked) == (
         b.layer, b.observer, b.sources, b.lowest_row_maximum, b.masked)
     assert list(a.statistics) == list(b.statistics)
-    for name, s in a.statistics.items():
-        t = b.statistics[name]
+    for s, t in zip((*a.statistics.values(), a.single_scores), (*b.statistics.values(), b.single_scores), strict=True):
         assert (s.minimum, s.maximum, s.exponent) == (t.minimum, t.maximum, t.exponent)
         np.testing.assert_array_equal(s.histogram, t.histogram)
 
@@ -34,12 +33,12 @@ def test_ranges_are_those_of_the_layer(layer):
     assert not calibration.masked
     rows = x.reshape(-1, 32).astype(np.float64)
     for name, values in (("query_input", rows), ("query", rows @ layer.q_weight.T + layer.q_bias),
-                         ("key", rows @ layer.k_weight.T + layer.k_bias),
+                         ("key", rows @ layer.k_weight.T),
                          ("value", rows @ layer.v_weight.T + layer.v_bias), ("output", layer(x.reshape(6, 7, 32)))):
         assert calibration.range(name) == pytest.approx((values.min(), values.max()), rel=1e-4)
     scores = np.concatenate([
         (layer.q_weight @ b.T + layer.q_bias[:, None]).reshape(4, 8, 7).transpose(0, 2, 1)
-        @ (layer.k_weight @ b.T + layer.k_bias[:, None]).reshape(4, 8, 7) / np.sqrt(8) for b in x.reshape(6, 7, 32)])
+        @ (layer.k_weight @ b.T).reshape(4, 8, 7) / np.sqrt(8) for b in x.reshape(6, 7, 32)])
     assert calibration.range("scores") == pytest.approx((scores.min(), scores.max()), rel=1e-4)
     assert calibration.lowest_row_maximum == pytest.approx(scores.max(-1).min(), rel=1e-4)
     low, high = calibration.range("key", symmetric=True)
@@ -83,6 +82,83 @@ def test_what_no_query_sees_does_not_count(masks):
     for name in expected.statistics:
         assert got.range(name) == pytest.approx(expected.range(name), rel=1e-5), name
     assert got.lowest_row_maximum == pytest.approx(expected.lowest_row_maximum, rel=1e-5)
+
+
+# Where a token is padding: as a key alone, by key_padding_mask; as key and query, by attn_mask.
+PADDED = {"by keys": lambda real: {"key_padding_mask": real},
+          "by both": lambda real: {"attn_mask": real[:, None, :, None] & real[:, None, None, :]}}
+
+
+@pytest.mark.parametrize("observer", OBSERVERS)
+@pytest.mark.parametrize("masks", PADDED.values(), ids=PADDED)
+def test_padding_counts_nowhere(layer, observer, masks):
+    x, lengths = random_input(0, 5, 9, 32), np.array([2, 9, 4, 3, 7])
+    real = np.arange(9) < lengths[:, None]
+    alone = quant.calibrate(layer, [{"query": one[:n], "attn_mask": np.ones((n, n), bool)}
+                                    for one, n in zip(x, lengths, strict=True)], observer=observer)
+    x[~real] = random_input(1, int((~real).sum()), 32) * 50
+    padded = quant.calibrate(layer, [{"query": x, **masks(real)}], observer=observer)
+    for name, s in alone.statistics.items():
+        t = padded.statistics[name]
+        assert (s.count, s.exponent) == (t.count, t.exponent), name
+        assert np.abs(s.histogram - t.histogram).sum() <= 8, name  # products round otherwise at another length
+        assert padded.range(name) == pytest.approx(alone.range(name), rel=1e-2), name
+    assert padded.lowest_row_maximum == pytest.approx(alone.lowest_row_maximum, rel=1e-5)
+
+
+def test_queries_without_a_key_do_not_count(layer):
+    x, mask = random_input(0, 2, 7, 32), np.ones((2, 1, 7, 7), bool)
+    mask[0, 0, 2], mask[1, 0, 5] = False, False
+    query, key = x.copy(), random_input(1, 2, 7, 32)
+    expected = quant.calibrate(layer, [{"query": np.delete(query[0], 2, 0), "key": key[0]},
+                                       {"query": np.delete(query[1], 5, 0), "key": key[1]}])
+    query[0, 2], query[1, 5] = 1e4, -1e4
+    got = quant.calibrate(layer, [{"query": query, "key": key, "attn_mask": mask}])
+    for name in expected.statistics:
+        assert got.statistics[name].count == expected.statistics[name].count, name
+        assert got.range(name) == pytest.approx(expected.range(name), rel=1e-5), name
+
+
+def test_what_only_asks_counts(layer):
+    # no query sees the last token, itself least of all, but what it sees is a result; so is what a padded key's query is
+    x, strict = random_input(0, 2, 7, 32), np.tri(7, k=-1, dtype=bool)
+    x[:, 6] *= 50
+    got = quant.calibrate(layer, [{"query": x, "attn_mask": strict}])
+    assert got.range("query_input")[1] == x.max()
+    assert got.range("key")[1] < 50 < got.range("query")[1]
+    got = quant.calibrate(layer, [{"query": x, "key": x.copy(), "key_padding_mask": np.tile(np.arange(7) < 3, (2, 1))}])
+    assert got.range("query_input")[1] == x.max()
+    assert got.statistics["output"].count == x.size
+
+
+def test_rows_with_a_single_key_say_nothing_of_scores(layer):
+    x = random_input(0, 2, 7, 32)
+    expected = quant.calibrate(layer, [{"query": x, "is_causal": True}])
+    steep = x.copy()
+    steep[:, 0] *= 30  # sees itself alone, and others see it
+    mask = np.tri(7, dtype=bool)
+    mask[1:, 0] = False
+    got = quant.calibrate(layer, [{"query": steep, "attn_mask": mask}])
+    assert got.single_scores.count == 2 * 4 * 2  # the first token, and the second
+    assert got.statistics["scores"].count == 2 * 4 * (2 + 3 + 4 + 5 + 6)
+    assert max(map(abs, got.range("scores"))) < 1.5 * max(map(abs, expected.range("scores")))
+    assert max(abs(got.single_scores.minimum), abs(got.single_scores.maximum)) > 100
+    assert got.lowest_row_maximum > -10
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_scores_of_single_keys_are_taken_where_there_are_no_others(tmp_path, layer, masked):
+    x = random_input(0, 5, 1, 32)
+    alone = quant.calibrate(layer, [{"query": x, "is_causal": True} if masked else x])
+    assert alone.lowest_row_maximum == np.inf
+    alone.save(tmp_path / "c.safetensors")
+    assert_same(Calibration.load(tmp_path / "c.safetensors"), alone)
+    assert alone.range("scores") == (min(alone.single_scores.minimum, 0), max(alone.single_scores.maximum, 0))
+    q = quant.quantize(layer, alone)
+    assert cosine(q(x), layer(x)) > 0.998
+    more = quant.calibrate(layer, [random_input(1, 2, 7, 32)])
+    assert_same(alone.merge(more), more.merge(alone))
+    assert alone.merge(more).range("scores") == more.range("scores")
 
 
 def test_rows_without_a_key_do_not_set_the_lowest_maximum(layer):
@@ -129,7 +205,7 @@ BAD = [
     (lambda x: [{"query": x[:1], "key": x[0]}], ValueError, r"batches\[0\]: query, key and value must share"),
     (lambda x: [{"query": x[0], "key": x[0], "value": x[0, :3]}], ValueError, "and key and value their length"),
     (lambda x: [{"query": x[0], "attn_mask": np.zeros((7, 7), np.float32)}], TypeError,
-     r"attn_mask of batches\[0\] must be bool \(True = attend\) for int8; got float32"),
+     r"attn_mask of batches\[0\] must be bool \(True = attend\) for static int8; got float32; a layer of scheme='dynamic' adds"),
     (lambda x: [{"query": x[0], "attn_mask": np.ones((6, 7), bool)}], ValueError,
      r"batches\[0\]: attn_mask must broadcast"),
     (lambda x: [{"query": x[:2], "key_padding_mask": np.ones(7, bool)}], ValueError,
@@ -221,12 +297,13 @@ def test_truncated_and_foreign_files_are_refused(tmp_path, layer):
 
 
 LIES = [
-    (lambda h, t: h.update(format=2), "its format must be 1"),
+    (lambda h, t: h.update(format=1), "its format must be 2: calibrate again"),
     (lambda h, t: h.update(sources=[0, 1, 0]), "unknown sources"),
     (lambda h, t: h.update(sources=3), "not a whole calibration"),
     (lambda h, t: h.update(observer="max"), "unknown sources .* or observer 'max'"),
     (lambda h, t: h.pop("layer"), "'layer'"),
-    (lambda h, t: h.update(masked=1), "lowest_row_maximum must be a finite number, and masked true or false"),
+    (lambda h, t: h.update(masked=1), "masked must be true or false"),
+    (lambda h, t: h.update(lowest_row_maximum=None), "lowest_row_maximum must be a finite number"),
     (lambda h, t: h.update(lowest_row_maximum=float("nan")), "lowest_row_maximum must be a finite number"),
     (lambda h, t: t.pop("key.range"), "it must hold"),
     (lambda h, t: t.update(more=np.zeros(3)), "it must hold"),

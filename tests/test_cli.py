@@ -56,7 +56,7 @@ def test_the_whole_job(quant_command, folder):
     data = ("x.npy", "one.npy", "masked.npz", "causal.npz")
     out = quant_command("calibrate", "layer.safetensors", *data, "-o", "c.safetensors")
     assert out == ("wrote c.safetensors: calibrated on x.npy, one.npy, masked.npz, causal.npz\n"
-                   "saw 675 tokens in 6 calls of the layer\n"
+                   "saw 670 tokens in 6 calls of the layer\n"
                    "masks: seen; an int8 layer can carry one: masked scores lie 12 below the lowest\n"
                    "  row or further\n")
     out = quant_command("quantize", "layer.safetensors", "c.safetensors", "-o", "q.safetensors", "--arithmetic", "tflm")
@@ -133,6 +133,16 @@ def test_dynamic(quant_command):
     assert report == f"arithmetic: our own, dynamic\n{expected}\n"
 
 
+def test_notes_of_a_comparison_speak_of_options(quant_command):
+    zeros = edgeattn.MultiHeadAttention(2, *[np.zeros((32, 32), np.float32)] * 2, *[np.eye(32, dtype=np.float32)] * 2)
+    edgeattn.save(zeros, "flat.safetensors")  # all probabilities of a row are equal, and too small for int8
+    np.save("long.npy", random_input(4, 1, 700, 32))
+    quant_command("calibrate", "flat.safetensors", "long.npy", "-o", "c.safetensors")
+    quant_command("quantize", "flat.safetensors", "c.safetensors", "-o", "q.safetensors")
+    report = " ".join(quant_command("compare", "flat.safetensors", "q.safetensors", "long.npy").split())
+    assert "attend to fewer keys, or quantize with --scheme dynamic, whose probabilities" in report
+
+
 def test_what_a_tflite_does_not_say(quant_command):
     quant_command("calibrate", "layer.safetensors", "x.npy", "-o", "c.safetensors")
     quant_command("quantize", "layer.safetensors", "c.safetensors", "-o", "q.safetensors")
@@ -181,6 +191,9 @@ def test_inspect(quant_command):
     text = quant_command("inspect", "f.tflite")
     assert "input 'input': float32 (1, 9, 32)" in text
     assert "StaticMultiHeadAttention" not in text
+    assert "not int8: edgeattn cannot load it; quantize the float layer that it was made of" in " ".join(text.split())
+    error = quant_command("inspect", "f.tflite", "--arithmetic", "tflm", status=2)
+    assert "arithmetic='tflm' applies to int8 layers, but f.tflite holds a float graph" in error
 
     text = quant_command("inspect", "c.safetensors")
     assert "observer: minmax" in text
@@ -189,7 +202,7 @@ def test_inspect(quant_command):
         lines = quant_command("inspect", file).split("\n")
         assert max(map(len, lines)) <= 80, file
         assert all(line == line.rstrip() for line in lines), file
-    assert any(row[:2] == ["query_input", f"{72 * 9 * 32:,}"] for row in map(str.split, text.splitlines()))
+    assert any(row[:2] == ["query_input", f"{(70 * 9 + 9 + 4) * 32:,}"] for row in map(str.split, text.splitlines()))
 
 
 ERRORS = [
@@ -227,7 +240,14 @@ ERRORS = [
     ("compare layer.safetensors layer.safetensors x.npy", "quantized must be a layer from quant.quantize"),
     ("export layer.safetensors a.tflite", "quant: --sequence-length is required for a .tflite"),
     ("export layer.safetensors a.onnx --sequence-length 9", "path must end in one of .tflite, .safetensors, .c"),
-    ("export layer.safetensors a.so", "quant: --target must name a processor for a .so, and be None for others; got None"),
+    ("export layer.safetensors a.so", "quant: --target must name the processor of a .so, one of aarch64, cortex-a53"),
+    ("export layer.safetensors a.tflite --sequence-length 9 --target cortex-a72", "--target must be left out but for a .so"),
+    ("export layer.safetensors a.safetensors --test-vectors 2", "quant: --test-vectors must be left out but for a .c"),
+    ("export layer.safetensors a.safetensors --batch 2", "quant: --batch must be left out for a .safetensors"),
+    ("export layer.safetensors a.c --sequence-length 9", "with `quant calibrate` and `quant quantize --arithmetic tflm`\n"),
+    ("export unmasked.safetensors a.c --sequence-length 9", "got 'litert': make it with `quant quantize --arithmetic tflm`\n"),
+    ("calibrate layer.safetensors added.npz -o c.safetensors", "a layer of --scheme dynamic adds float masks"),
+    ("quantize zero.safetensors other.safetensors -o q.safetensors", "got 1 added keys; --scheme dynamic takes them\n"),
     ("export layer.safetensors a.so --target cortex-m4", "Invalid value for '--target': 'cortex-m4' is not one of"),
     ("export layer.safetensors a.tflite --sequence-length nine", "Invalid value for '--sequence-length'"),
     ("export layer.safetensors a.tflite --sequence-length 9 --mask diagonal", "quant: diagonal: No such file"),
@@ -253,6 +273,9 @@ def awkward(tmp_path_factory):
     np.save(folder / "x.npy", random_input(0, 3, 9, 32))
     np.save(folder / "narrow.npy", random_input(0, 2, 9, 31))
     np.savez(folder / "nan.npz", query=np.full((2, 9, 32), np.nan, np.float32))
+    np.savez(folder / "added.npz", query=random_input(0, 2, 9, 32), attn_mask=np.zeros((9, 9), np.float32))
+    edgeattn.save(edgeattn.MultiHeadAttention(2, *[np.ones((8, 8), np.float32)] * 3, add_zero_attn=True),
+                  folder / "zero.safetensors")
     np.savez(folder / "names.npz", x=np.zeros(3, np.float32))
     np.save(folder / "objects.npy", np.array([{}], object), allow_pickle=True)
     np.savez(folder / "whole.npz", query=random_input(2, 2, 9, 32))
@@ -271,6 +294,46 @@ def test_errors_are_one_line_and_write_nothing(awkward, monkeypatch, capsys, lin
     assert (out, err.count("\n")) == ("", 1)
     assert expected in err
     assert {path: path.read_bytes() for path in awkward.iterdir()} == before
+
+
+@pytest.mark.parametrize("line", [
+    "calibrate layer.safetensors x.npy -o layer.safetensors", "calibrate layer.safetensors x.npy one.npy -o one.npy",
+    "calibrate layer.safetensors x.npy -o ./layer.safetensors", "calibrate layer.safetensors x.npy -o there/x.npy",
+    "calibrate layer.safetensors x.npy -o hard.safetensors", "calibrate soft.safetensors x.npy -o layer.safetensors",
+    "calibrate layer.safetensors x.npy -o soft.safetensors",
+    "quantize layer.safetensors c.safetensors -o layer.safetensors",
+    "quantize layer.safetensors c.safetensors -o there/c.safetensors",
+    "quantize layer.safetensors -o hard.safetensors --scheme dynamic",
+    "export layer.safetensors layer.safetensors", "export layer.safetensors there/there/hard.safetensors",
+    "export layer.safetensors soft.safetensors", "export layer.safetensors mask.tflite --mask mask.tflite",
+])
+def test_no_output_is_an_input(quant_command, folder, monkeypatch, line):
+    os.link("layer.safetensors", "hard.safetensors")
+    os.symlink("layer.safetensors", "soft.safetensors")
+    os.symlink(".", "there")
+    shutil.copy("x.npy", "mask.tflite")
+    quant.calibrate(random_layer(1), [np.load("x.npy")]).save("c.safetensors")
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    monkeypatch.setattr(quant.cli, "read_layer", lambda *_: pytest.fail("read before it was refused"))
+    error = quant_command(*line.split(), status=2)
+    assert re.match(r"quant: cannot write .*: it is an input of this command.*; choose another name\n", error)
+    assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+
+
+@pytest.mark.parametrize("line", ["calibrate layer.safetensors x.npy -o made", "export layer.safetensors made.tflite",
+                                  "quantize layer.safetensors -o made --scheme dynamic"])
+def test_no_output_is_a_folder(quant_command, folder, monkeypatch, line):
+    for name in ("made", "made.tflite"):
+        os.makedirs(f"{name}/inner")
+    monkeypatch.setattr(quant.cli, "read_layer", lambda *_: pytest.fail("read before it was refused"))
+    assert re.match("quant: cannot write made.*: it is a folder\n", quant_command(*line.split(), status=2))
+    assert os.listdir("made") == os.listdir("made.tflite") == ["inner"]
+
+
+def test_a_folder_of_bundles_is_no_output(quant_command, folder, monkeypatch):
+    shutil.copy("layer.safetensors", "attention-cortex-a72.so")
+    error = quant_command("export", "attention-cortex-a72.so", ".", "--target", "cortex-a72", status=2)
+    assert error.startswith("quant: cannot write attention-cortex-a72.so: it is an input of this command; choose")
 
 
 def run(*arguments, **environment):
@@ -441,4 +504,4 @@ def test_a_missing_linker_is_one_line(awkward, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert quant.cli.main(["export", "layer.safetensors", "a.so", "--target", "cortex-a53"]) == 2
-    assert capsys.readouterr().err.startswith("quant: target needs a linker for aarch64, and there is none: apt-get install lld")
+    assert capsys.readouterr().err.startswith("quant: --target needs a linker for aarch64, and there is none: apt-get install lld")

@@ -38,8 +38,11 @@ def test_numbers_are_those_of_plain_numpy(sources, masked, output):
             keep = np.ones(floats[name].shape, bool)
             if permitted is not None and name == "scores":
                 keep = permitted
+            if permitted is not None and name in ("query", "probabilities", "context", "output", "query_input"):
+                seen = permitted[:, 0].any(-1)  # padding is no query where it is no key
+                keep = np.broadcast_to(seen[:, None, :, None] if keep.ndim == 4 else seen[..., None], keep.shape)
             if permitted is not None and name in ("key", "value", "key_input", "value_input"):
-                seen = permitted[:, 0, 0]  # the same for every head and query here
+                seen = permitted[:, 0].any(1)  # the same for every head
                 keep = np.broadcast_to(seen[:, None, :, None] if keep.ndim == 4 else seen[..., None], keep.shape)
             real.append(floats[name][keep] * (np.float32(layer.scale) if name == "query" else 1))
             t = q.tensors[name]
@@ -51,8 +54,11 @@ def test_numbers_are_those_of_plain_numpy(sources, masked, output):
         assert (numbers.sqnr_db, numbers.cosine, numbers.saturation) == pytest.approx(expected, rel=1e-4), name
     for head, numbers in enumerate(report.heads):
         t = q.tensors["context"]
-        real = np.concatenate([floats["context"][:, head].ravel() for floats, _, _ in traces]).astype(np.float64)
-        got = np.concatenate([t.dequantize(codes["context"][:, head]).ravel() for _, codes, _ in traces])
+        rows = [slice(None) if permitted is None else permitted[:, 0].any(-1) for _, _, permitted in traces]
+        real = np.concatenate([floats["context"][:, head][row].ravel() for (floats, _, _), row
+                               in zip(traces, rows, strict=True)]).astype(np.float64)
+        got = np.concatenate([t.dequantize(codes["context"][:, head][row]).ravel() for (_, codes, _), row
+                              in zip(traces, rows, strict=True)])
         low, high = (float(t.dequantize(code)) for code in (-128, 127))
         assert (numbers.sqnr_db, numbers.cosine, numbers.saturation) == pytest.approx(
             expected_numbers(real, got, low, high, float(t.scale)), rel=1e-4)
@@ -77,9 +83,39 @@ def test_a_carried_mask_holds_for_the_float_layer_too():
     called = quant.compare(layer, q, [{"query": one, "attn_mask": mask} for one in x])
     assert carried.tensors["output"].cosine > 0.998
     assert carried.tensors["output"].cosine == pytest.approx(called.tensors["output"].cosine, abs=1e-4)
-    assert carried.tensors["scores"] == called.tensors["scores"]
+    assert carried.tensors["scores"].cosine == pytest.approx(called.tensors["scores"].cosine, abs=1e-4)
     with pytest.raises(ValueError, match="the mask this layer carries has shape"):
         quant.compare(layer, q.with_mask(mask), [x[0, :, :5]])
+
+
+@pytest.mark.parametrize("scheme", ["static", "dynamic"])
+@pytest.mark.parametrize("masks", ["key_padding_mask", "attn_mask"])
+def test_padding_does_not_count(scheme, masks):
+    layer = random_layer(3)
+    x, real = random_input(0, 3, 9, 32), np.arange(9) < np.array([[9], [4], [2]])
+    q = make(layer, [x]) if scheme == "static" else quant.quantize(layer, scheme="dynamic")
+    mask = {"key_padding_mask": real, "attn_mask": real[:, None, :, None] & real[:, None, None, :]}[masks]
+    report = quant.compare(layer, q, [{"query": x, masks: mask}])
+    alone = quant.compare(layer, q, [one[:n] for one, n in zip(x, (9, 4, 2), strict=True)])
+    x[~real] = 1e3
+    padded = quant.compare(layer, q, [{"query": x, masks: mask}])
+    assert padded.lints == report.lints == alone.lints
+    for name, numbers in alone.tensors.items():
+        for other in (report, padded):
+            assert other.tensors[name].cosine == pytest.approx(numbers.cosine, abs=1e-6), name
+            assert other.tensors[name].saturation == pytest.approx(numbers.saturation, abs=1e-3), name
+
+
+def test_a_key_bias_that_a_converter_kept_is_compared():
+    layer = random_layer(4)
+    x = random_input(0, 4, 12, 32)
+    q = make(layer, [x])
+    key = q.linears["key"]
+    step = q.tensors["query_input"].scale * key.scale
+    kept = edgeattn.quantized.QuantizedLinear(key.weight, key.scale, np.rint(layer.k_bias / step).astype(np.int32))
+    report = quant.compare(layer, q._replace(linears={**q.linears, "key": kept}), [x])
+    assert report.tensors["key"].cosine > 0.999
+    assert report.tensors["scores"].cosine > 0.999
 
 
 def test_scores_that_a_converter_scales_later_are_compared_before():

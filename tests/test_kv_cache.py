@@ -540,6 +540,74 @@ def test_added_keys_stand_behind_the_cached_tokens(added, window):
     assert (weights[..., LENGTH:] > 0).all()
 
 
+def with_key_bias(size, scheme="float", **changes):
+    """A layer whose key bias is large in a few channels, as Qwen2's are, and the layer without."""
+    bias = numbers(HKV * D, seed=7)
+    bias[::5] *= size
+    return [quant.quantize(made, scheme="dynamic") if scheme == "dynamic" else made
+            for made in (layer(k_bias=bias, **changes), layer(**changes))]
+
+
+def cosine(a, b):
+    a, b = (np.asarray(x, np.float64).ravel() for x in (a, b))
+    return a @ b / np.sqrt((a @ a) * (b @ b))
+
+
+@pytest.mark.parametrize("scheme", ["float", "dynamic"])
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("size", [1, 200, 400])
+def test_an_int8_cache_does_not_hold_what_softmax_does_not_see(scheme, window, size):
+    made, without = with_key_bias(size, scheme)
+    x = numbers(B, LENGTH, E, seed=9)
+    expected = without(x, is_causal=True, window_size=sliding_window(window or LENGTH))
+    results = [through(KVCache.for_layer(made, B, 46, dtype="int8", window=window), made, x, chunks, is_causal=True)
+               for chunks in CHUNKS.values()]
+    assert cosine(results[0], expected) > 0.9995
+    for result in results[1:]:
+        np.testing.assert_array_equal(result, results[0])
+
+
+@pytest.mark.parametrize("scheme", ["float", "dynamic"])
+@pytest.mark.parametrize("arguments", [{"softcap": 5.0}, {"need_weights": True}, {"alibi_slopes": np.ones(H) / 9},
+                                       {"need_weights": True, "softcap": 5.0},
+                                       {"attn_mask": np.arange(LENGTH) % 3 > 0, "softcap": 5.0}])
+@pytest.mark.parametrize("added", [{}, {"add_zero_attn": True}])
+def test_a_key_bias_is_there_where_it_shows(scheme, arguments, added):
+    made, _ = with_key_bias(20, scheme, **added)
+    x = numbers(B, LENGTH, E, seed=9)
+    results = [made(x, is_causal=True, **arguments),
+               made(x, is_causal=True, kv_cache=KVCache.for_layer(made, B, LENGTH, dtype="int8"), **arguments)]
+    for plain, cached in zip(*([result] if isinstance(result, np.ndarray) else result for result in results),
+                             strict=True):
+        assert cosine(cached, plain) > 0.999
+
+
+def test_a_cache_holds_whole_keys_whoever_filled_it():
+    made, without = with_key_bias(400)
+    x, bias = numbers(B, LENGTH, E, seed=9), made.k_bias.reshape(HKV, 1, D)
+    target = KVCache.for_layer(made, B, LENGTH, dtype="int8")
+    made(x[:, :9], kv_cache=target, softcap=3.0)
+    bare = KVCache.for_layer(without, B, LENGTH, dtype="int8")
+    without(x[:, :9], kv_cache=bare)
+    np.testing.assert_allclose(target.held()[0], bare.held()[0] + bias, rtol=1e-3)
+    # others read and write it as if the bias were in it
+    key, value = bare.held()
+    query = numbers(B, H, 9, D, seed=10)
+    expected = scaled_dot_product_attention(query, key + bias, value, softcap=2.0, enable_gqa=True)
+    np.testing.assert_allclose(target.attend(query, softcap=2.0), expected, atol=0.02)
+    target.append(key + bias, value)
+    np.testing.assert_allclose(target.held()[0][:, :, 9:], key + bias, rtol=1e-3)
+    assert cosine(target.attend(query), scaled_dot_product_attention(query, key, value, enable_gqa=True)) > 0.999
+    # an emptied one belongs to the next
+    for empty in (target.reset, lambda: target.truncate(0)):
+        empty()
+        without(x, kv_cache=target)
+        bare.reset()
+        without(x, kv_cache=bare)
+        for got, wanted in zip(target.held(), bare.held(), strict=True):
+            np.testing.assert_array_equal(got, wanted)
+
+
 @pytest.mark.parametrize("window", [None, 7])
 def test_added_keys_and_an_int8_cache_give_the_same_bits_whatever_the_chunks(window):
     made, x = layer(**ADDED_KEYS["both"]), numbers(B, LENGTH, E)

@@ -39,7 +39,8 @@ def test_every_form_of_layer_stays_close_to_float(form):
     assert cosine(got, expected) > 0.998
     assert q.sources == sources
     assert ("output" in q.linears) == (layer.out_weight is not None)
-    assert all((linear.bias is None) == (not options.get("bias", True)) for linear in q.linears.values())
+    assert all((linear.bias is None) == (name == "key" or not options.get("bias", True))
+               for name, linear in q.linears.items())
     assert q.tensors["key"].zero_point == q.tensors["value"].zero_point == 0
     assert (q.head_dim, q.value_dim, q.kdim, q.vdim) == (layer.head_dim, layer.value_dim, layer.kdim, layer.vdim)
     for linear in q.linears.values():
@@ -81,11 +82,32 @@ def test_grouped_heads_are_repeated():
     assert q.num_heads == q.num_kv_heads == 6
     for name, size in (("key", 8), ("value", 5)):
         heads = q.linears[name].weight.reshape(6, size, 32)
-        biases = q.linears[name].bias.reshape(6, size)
         for h in range(6):
             np.testing.assert_array_equal(heads[h], heads[h // 3 * 3])
-            np.testing.assert_array_equal(biases[h], biases[h // 3 * 3])
         assert (heads[0] != heads[3]).any()
+    biases = q.linears["value"].bias.reshape(6, 5)
+    for h in range(6):
+        np.testing.assert_array_equal(biases[h], biases[h // 3 * 3])
+
+
+@pytest.mark.parametrize("options,sources", [({}, (0, 0, 0)), ({"Hkv": 2}, (0, 1, 1)), ({"kdim": 20}, (0, 1, 2))])
+@pytest.mark.parametrize("size", [0.3, 200, 1e6])
+def test_a_key_bias_changes_nothing(options, sources, size):
+    # it adds the same to all scores of a query: softmax does not see it, and no int8 range shall
+    layer = random_layer(4, **options)
+    _, tensors = layer._to_state()
+    bias = np.random.default_rng(0).normal(0, size, len(layer.k_weight)).astype(np.float32)
+    with_bias, without = (edgeattn.MultiHeadAttention(4, **{**tensors, "k_bias": b}, num_kv_heads=options.get("Hkv"))
+                          for b in (bias, None))
+    calls = [as_batch(random_call(layer, sources, seed)) for seed in (0, 10)]
+    a, b = (quant.quantize(made, quant.calibrate(made, calls)) for made in (with_bias, without))
+    assert a.tensors == b.tensors
+    for name, linear in a.linears.items():
+        np.testing.assert_array_equal(linear.weight, b.linears[name].weight)
+        np.testing.assert_array_equal(linear.scale, b.linears[name].scale)
+        np.testing.assert_array_equal(linear.bias, b.linears[name].bias)
+    inputs = random_call(layer, sources, 20)
+    np.testing.assert_array_equal(a(*inputs), b(*inputs))
 
 
 # -- one linear layer --------------------------------------------------------------------------------------------------
@@ -190,6 +212,46 @@ def test_the_scores_range_reaches_the_margin_below_the_lowest_row_maximum():
     assert steep.range("scores")[0] < steep.lowest_row_maximum - MASK_MARGIN - 1
     assert float(t.dequantize(-128)) == pytest.approx(min(0, steep.lowest_row_maximum - MASK_MARGIN),
                                                       abs=float(t.scale))
+
+
+def steep_first_token(seed):
+    """A call whose first token sees itself alone, at a score far below all others, which sees no other query."""
+    x = random_input(seed, 2, 12, 32)
+    x[:, 0] *= 4
+    mask = np.tri(12, dtype=bool)
+    mask[1:, 0] = False
+    return {"query": x, "attn_mask": mask}
+
+
+def opposed_layer(seed):
+    """A layer whose tokens score themselves low: keys are minus queries."""
+    made = random_layer(seed, bias=False)
+    return edgeattn.MultiHeadAttention(4, made.q_weight, -made.q_weight, made.v_weight, made.out_weight)
+
+
+def test_a_mask_that_leaves_a_single_key_finds_room_for_it():
+    layer = opposed_layer(0)
+    calls = [steep_first_token(seed) for seed in range(10)]
+    q = quant.quantize(layer, quant.calibrate(layer, calls))
+    call = steep_first_token(50)
+    mask, expected = call["attn_mask"], layer(**call)
+    low, lowest = float(q.tensors["scores"].dequantize(-128)), q.lowest_single_score
+    assert lowest < low < -MASK_MARGIN  # such scores set no range where the mask is given to the call
+    assert cosine(q(**call), expected) > 0.998
+    carried = q.with_mask(mask)
+    assert float(carried.tensors["scores"].dequantize(-128)) == pytest.approx(
+        lowest - MASK_MARGIN, abs=float(carried.tensors["scores"].scale))
+    assert cosine(carried(call["query"])[:, :1], expected[:, :1]) > 0.998
+    # without that the one key weighs as much as all that are masked
+    squeezed = carried._replace(tensors=q.tensors)
+    assert cosine(squeezed(call["query"])[:, :1], expected[:, :1]) < 0.9
+    # a mask without such rows leaves the range as it is, also one with rows of none
+    for other in (mask | (np.arange(12) < 2), mask & (np.arange(12) > 1)[:, None] & (np.arange(12) != 2)[:, None]):
+        assert (other.sum(-1) != 1).all()
+        assert q.with_mask(other).tensors == q.tensors
+    # two masks together may
+    both = q.with_mask(np.arange(12) < 6).with_mask(np.arange(12) > 4)
+    assert both.tensors["scores"] == carried.tensors["scores"]
 
 
 @pytest.mark.parametrize("observer", ["percentile", "mse"])

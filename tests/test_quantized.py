@@ -456,8 +456,8 @@ def test_layers_round_trip_bit_for_bit(tmp_path, sources, form):
         loaded = edgeattn.load(path)
         assert loaded.tensors == saved.tensors
         assert list(loaded.tensors) == list(saved.tensors)
-        assert (loaded.arithmetic, loaded.sources, loaded.mask_margin, loaded.num_heads) == (
-            saved.arithmetic, saved.sources, saved.mask_margin, saved.num_heads)
+        for name in ("arithmetic", "sources", "mask_margin", "lowest_single_score", "num_heads"):
+            assert getattr(loaded, name) == getattr(saved, name)
         for name, linear in saved.linears.items():
             for part in ("weight", "scale", "bias"):
                 a, b = getattr(linear, part), getattr(loaded.linears[name], part)
@@ -511,7 +511,9 @@ CALLS = [
     ({"query": codes(0, 5, 32), "value": codes(0, 5, 32)}, ValueError, "value must be left out"),
     ({"query": None}, ValueError, "query is required"),
     ({"query": codes(0, 5, 32), "attn_mask": np.zeros((5, 5), np.float32)}, TypeError,
-     "attn_mask must be bool for int8 .* got float32; for a mask with -inf pass mask == 0"),
+     "attn_mask must be bool for static int8 .* got float32; for 0 and -inf pass mask == 0; a layer of scheme='dynamic'"),
+    ({"query": codes(0, 5, 32), "attn_mask": np.zeros((5, 5), np.int32)}, TypeError,
+     "attn_mask must be bool for static int8 .* got int32; where it holds 1 for attend pass mask != 0"),
     ({"query": codes(0, 5, 32), "attn_mask": np.ones((4, 5), bool)}, ValueError, "attn_mask must broadcast"),
     ({"query": codes(0, 5, 32), "key_padding_mask": np.ones((1, 5), bool)}, ValueError, "key_padding_mask must have"),
     ({"query": codes(0, 5, 32), "is_causal": 1}, TypeError, "is_causal must be True or False"),

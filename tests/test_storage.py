@@ -2,9 +2,11 @@
 
 import copy
 import json
+import os
 import pathlib
 import pickle
 import struct
+import subprocess
 import sys
 import types
 
@@ -13,7 +15,7 @@ import pytest
 import safetensors.numpy
 
 import quant
-from edgeattn import MultiHeadAttention, SelfAttention, load, save
+from edgeattn import MultiHeadAttention, SelfAttention, files, load, save
 from edgeattn.files import write_atomic
 from edgeattn.quantized import (
     AddMask,
@@ -187,6 +189,107 @@ def test_write_atomic_replaces_and_leaves_nothing_else(tmp_path):
     # The permissions any new file would have, not those of a private temporary one.
     (tmp_path / "plain").write_bytes(b"")
     assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+WRITERS = {
+    "save": ("a.safetensors", lambda layer, path: save(layer, path), ["a.safetensors"]),
+    "calibration": ("a.safetensors", lambda layer, path: quant.calibrate(layer, [np.ones((2, 3, 8), np.float32)]).save(path),
+                    ["a.safetensors"]),
+    "tflite": ("a.tflite", lambda layer, path: quant.export(layer, path, sequence_length=3), ["a.tflite"]),
+    "c": ("a.c", lambda layer, path: quant.export(static(layer), path, sequence_length=3, test_vectors=1),
+          ["a.c", "a.h", "a_test.c", "a_test.h"]),
+    "so": ("a.so", lambda layer, path: quant.export(layer, path, target="cortex-a72"), ["a.so", "a.h"]),
+}
+
+
+def static(layer):
+    return quant.quantize(layer, quant.calibrate(layer, [np.ones((2, 3, 8), np.float32)]), arithmetic="tflm")
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_every_writer_removes_what_a_dead_one_left(tmp_path, monkeypatch, writer):
+    monkeypatch.setattr(sys.modules["quant.export"], "write_bundle", lambda layer, name, target: {name: b"so", "a.h": b"h"})
+    name, write, written = WRITERS[writer]
+    layer = MultiHeadAttention(2, *[np.eye(8, dtype=np.float32)] * 4)
+    for left in written:
+        for mark, kind in (("0123456789ab", "tmp"), ("ba9876543210", "tmp"), ("0123456789ab", "old")):
+            (tmp_path / f".{left}.{mark}.{kind}").write_bytes(b"half")
+    # what only looks like it
+    (tmp_path / f".{written[0]}.mine.tmp").write_bytes(b"")
+    (tmp_path / f".b{written[0]}.0123456789ab.tmp").write_bytes(b"")
+    (tmp_path / f".{written[0]}.aaaaaaaaaaaa.tmp").mkdir()
+    os.mkfifo(tmp_path / f".{written[0]}.bbbbbbbbbbbb.tmp")
+    kept = {f".{written[0]}.mine.tmp", f".b{written[0]}.0123456789ab.tmp", f".{written[0]}.aaaaaaaaaaaa.tmp",
+            f".{written[0]}.bbbbbbbbbbbb.tmp"}
+    if writer in ("c", "so"):  # nothing stands in the way of what was moved away: it is moved back, and then replaced
+        (tmp_path / f".{written[1]}.0123456789ab.old").write_bytes(f"quant.export {name}".encode())
+    write(layer, tmp_path / name)
+    assert {entry.name for entry in tmp_path.iterdir()} == {*written, *kept}
+
+
+WRITE_SLOWLY = """
+import os, sys
+from edgeattn.files import write_atomic
+sync = os.fsync
+def wait(number):
+    sync(number)
+    print("written", flush=True)
+    sys.stdin.readline()
+os.fsync = wait
+write_atomic(sys.argv[1], b"slow")
+"""
+
+
+def test_a_folder_is_not_replaced(tmp_path):
+    (tmp_path / "a.safetensors").mkdir()
+    with pytest.raises(IsADirectoryError, match="cannot write .*a.safetensors: it is a folder"):
+        save(layers()["bare"], tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("end", ["killed", "finished"])
+def test_only_what_nobody_writes_is_removed(tmp_path, end):
+    path = tmp_path / "a.bin"
+    with subprocess.Popen([sys.executable, "-c", WRITE_SLOWLY, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          text=True) as writer:
+        assert writer.stdout.readline() == "written\n"
+        write_atomic(path, b"quick")
+        (left,) = set(tmp_path.iterdir()) - {path}
+        assert path.read_bytes() == b"quick"
+        if end == "killed":
+            writer.kill()
+        else:
+            print(file=writer.stdin, flush=True)
+        writer.wait()
+    if end == "killed":
+        assert left.exists()
+        write_atomic(path, b"next")
+    assert list(tmp_path.iterdir()) == [path]
+    assert path.read_bytes() == {"killed": b"next", "finished": b"slow"}[end]
+
+
+def test_what_a_dead_writer_moved_away_comes_back(tmp_path, monkeypatch):
+    (tmp_path / ".a.bin.0123456789ab.old").write_bytes(b"old")
+    (tmp_path / ".a.bin.0123456789ab.tmp").write_bytes(b"new")
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write_atomic(tmp_path / "a.bin", b"next")
+    assert [(entry.name, entry.read_bytes()) for entry in tmp_path.iterdir()] == [("a.bin", b"old")]
+
+
+def test_a_file_taken_for_a_dead_writers_is_written_again(tmp_path, monkeypatch):
+    # another writer may look between the making of a file and its lock
+    lock, taken = files._lock, []
+
+    def late(file, *, wait=False):
+        if wait and not taken:
+            taken.append(file.name)
+            files.remove_leftovers(tmp_path / "a.bin")
+        return lock(file, wait=wait)
+
+    monkeypatch.setattr(files, "_lock", late)
+    write_atomic(tmp_path / "a.bin", b"whole")
+    assert taken
+    assert [(entry.name, entry.read_bytes()) for entry in tmp_path.iterdir()] == [("a.bin", b"whole")]
 
 
 def test_save_refuses_by_name(tmp_path):

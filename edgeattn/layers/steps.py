@@ -30,7 +30,7 @@ def attend_to_itself(layer, query, out, kv_cache, *masks):
 def attend(layer, call):
     """The result of `call`, a `Call` of `layer`, which has the attributes below.
 
-    num_heads, num_kv_heads, head_dim, value_dim, output_dim, scale, extra_keys, bias_k, bias_v, gated
+    num_heads, num_kv_heads, head_dim, value_dim, output_dim, scale, extra_keys, bias_k, bias_v, k_bias, gated
         As `MultiHeadAttention` has them.
     _linears : mapping
         "q", "k", "v" and, where the layer has them, "gate" and "out": (tokens, inputs) -> (tokens, outputs), float32.
@@ -62,6 +62,7 @@ def attend_next(layer, x, cache):
     k = linears["k"](x).reshape(batch, layer.num_kv_heads, 1, layer.head_dim)
     v = linears["v"](x).reshape(batch, layer.num_kv_heads, 1, layer.value_dim)
     cache._check_finite(k, v)
+    cache._store_without(layer.k_bias)
     cache._append(k, v)
     context = np.empty((batch, layer.num_heads, 1, layer.value_dim), np.float32)
     cache._attend_last(
@@ -113,6 +114,7 @@ def _attend_cached(layer, call, q, k, v, added, context, weights):
     """Append this chunk's keys and values to the cache, and attend to what it holds."""
     cache = call.cache
     cache._check_finite(k, v)
+    cache._store_without(layer.k_bias)
     for rows, tokens in call.pieces:
         cache._append(k[:, :, slice(*tokens)], v[:, :, slice(*tokens)])
         part = call.mask.part(rows, (0, cache.length))

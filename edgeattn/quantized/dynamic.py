@@ -35,7 +35,7 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention):
         "output" (Eo, H*Dv) and "gate" (H*Dv, Eq): QuantizedLinear without a bias.
     biases : mapping
         By the same names float32 (out_features,), where there is one. A key bias matters to added keys, a softcap and
-        what a cache holds, to nothing else.
+        what a float32 cache holds, to nothing else.
     num_kv_heads : int, optional
         Hkv, H unless given.
     bias_k, bias_v, add_zero_attn
@@ -78,6 +78,7 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention):
             return (self.weights[name].weight, self.weights[name].scale) if name in self.weights else None
 
         self.gated = "gate" in self.weights
+        self.k_bias = self.biases.get("key")
         self._fusible = not (self.extra_keys or self.gated)
         fused = (*INPUTS, "output")
         self._kernel = DynamicLayer(H, Hkv, *map(pair, fused), *(self.biases.get(name) for name in fused), self.scale)

@@ -35,6 +35,14 @@ class TensorQuantization:
         if not CODE_MIN <= self.zero_point <= CODE_MAX:
             raise ValueError(f"zero_point must lie in [-128, 127]; got {self.zero_point}")
 
+    @classmethod
+    def over(cls, low: float, high: float, smallest: float = SMALLEST_SCALE) -> TensorQuantization:
+        """256 codes over [low, high], low <= 0 <= high, of a scale of ``smallest`` at least."""
+        if high == low:
+            return cls(1.0, 0)
+        scale = np.float32(max((high - low) / 255, smallest))
+        return cls(scale, int(np.clip(np.rint(CODE_MIN - low / float(scale)), CODE_MIN, CODE_MAX)))
+
     def to_json(self) -> list:
         """[scale, zero_point]; a float32 survives the way through a JSON number."""
         return [float(self.scale), self.zero_point]

@@ -74,13 +74,17 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
     mask_margin : float, optional
         How far the scores' range reaches below the lowest row maximum seen at calibration: the room that a masked score
         needs. 0 when calibration saw no mask, None when it is not known.
+    lowest_single_score : float, optional
+        The lowest score of a row with a single permitted key at calibration, None without one or when it is not known.
+        The scores' range need not hold it, for such a row gives its key the whole weight; ``with_mask`` makes it do so.
     """
 
     scheme = "static"
 
     def __init__(self, num_heads: int, linears: Mapping[str, QuantizedLinear],
                  tensors: Mapping[str, TensorQuantization], *, sources: tuple[int, int, int] = (0, 0, 0),
-                 score_ops: tuple[ScoreOp, ...] = (), arithmetic: str = "litert", mask_margin: float | None = None):
+                 score_ops: tuple[ScoreOp, ...] = (), arithmetic: str = "litert", mask_margin: float | None = None,
+                 lowest_single_score: float | None = None):
         self.kernel_set = rules.kernel_set(arithmetic)
         self.arithmetic = arithmetic
         self.num_heads = self.num_kv_heads = count("num_heads", num_heads)
@@ -91,6 +95,8 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         self.tensors = {"probabilities": PROBABILITIES, **tensors}
         self.score_ops = tuple(score_ops)
         self.mask_margin = None if mask_margin is None else number("mask_margin", mask_margin)
+        self.lowest_single_score = (
+            None if lowest_single_score is None else number("lowest_single_score", lowest_single_score))
         self._check_parameters()
         self.embed_dim, self.kdim, self.vdim = (self.linears[name].weight.shape[1] for name in INPUTS)
         self.head_dim = self.linears["query"].weight.shape[0] // self.num_heads
@@ -193,7 +199,9 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         """The layer that carries ``mask``: what an exported graph with that mask computes, bit for bit.
 
         A masked score gets the lowest code, -128, as the graph's SELECT_V2 gives it, and so keeps a trace of weight,
-        ``exp(-scale * (max + 128))``. A mask passed to a call leaves masked keys out altogether.
+        ``exp(-scale * (max + 128))``. A mask passed to a call leaves masked keys out altogether. Where the mask leaves
+        a row a single key, whose score must stand above that code, the scores' range is extended to ``mask_margin``
+        below the lowest such score of calibration.
 
         Parameters
         ----------
@@ -215,11 +223,26 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
                              "key_padding_mask or is_causal, or pass the mask to each call of this layer")
         score_ops = (*self.score_ops, SelectMask(mask))
         check_masks(score_ops, self.num_heads, "mask")
-        return self._replace(score_ops=score_ops)
+        return self._replace(score_ops=score_ops, tensors=self._tensors_under(score_ops))
+
+    def _tensors_under(self, score_ops):
+        """``tensors``, the scores' range wide enough for what ``score_ops`` permit alone in a row."""
+        if self.lowest_single_score is None or not self.mask_margin:
+            return self.tensors
+        permitted = functools.reduce(np.logical_and, (op.keep for op in score_ops if isinstance(op, SelectMask)))
+        if not (np.atleast_1d(permitted).sum(-1) == 1).any():
+            return self.tensors
+        scores = self.tensors["scores"]
+        low, high = (float(scores.dequantize(code)) for code in (CODE_MIN, rules.CODE_MAX))
+        needed = self.lowest_single_score - self.mask_margin
+        if needed >= low:
+            return self.tensors
+        return {**self.tensors, "scores": TensorQuantization.over(needed, high)}
 
     def _replace(self, **changes) -> StaticMultiHeadAttention:
         arguments = dict(num_heads=self.num_heads, linears=self.linears, tensors=self.tensors, sources=self.sources,
-                         score_ops=self.score_ops, arithmetic=self.arithmetic, mask_margin=self.mask_margin)
+                         score_ops=self.score_ops, arithmetic=self.arithmetic, mask_margin=self.mask_margin,
+                         lowest_single_score=self.lowest_single_score)
         return StaticMultiHeadAttention(**{**arguments, **changes})
 
     def _to_state(self):
@@ -240,7 +263,7 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
             ops.append(row)
         return {"num_heads": self.num_heads, "arithmetic": self.arithmetic, "sources": list(self.sources),
                 "tensors": {name: t.to_json() for name, t in self.tensors.items()}, "score_ops": ops,
-                "mask_margin": self.mask_margin}, arrays
+                "mask_margin": self.mask_margin, "lowest_single_score": self.lowest_single_score}, arrays
 
     @classmethod
     def _from_state(cls, config, tensors):
@@ -261,7 +284,7 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         return cls(config["num_heads"], {name: QuantizedLinear(**parts) for name, parts in groups.items()},
                    {name: TensorQuantization(*pair) for name, pair in config["tensors"].items()},
                    sources=tuple(config["sources"]), score_ops=tuple(ops), arithmetic=config["arithmetic"],
-                   mask_margin=config["mask_margin"])
+                   mask_margin=config["mask_margin"], lowest_single_score=config.get("lowest_single_score"))
 
     # -- running -------------------------------------------------------------------------------------------------------
 
@@ -427,8 +450,9 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         lead, L, S = query.shape[:-2], query.shape[-2], key.shape[-2]
         check_out(out, (*lead, L, self.output_dim), _INT8)
         if attn_mask is not None and (attn_mask := as_array("attn_mask", attn_mask)).dtype != np.bool_:
-            raise TypeError(f"attn_mask must be bool for int8 (True = attend); got {attn_mask.dtype}; "
-                            "for a mask with -inf pass mask == 0")
+            raise TypeError(f"attn_mask must be bool for static int8 (True = attend); got {attn_mask.dtype}; "
+                            + ("for 0 and -inf pass mask == 0; a layer of scheme='dynamic' adds any float mask"
+                               if attn_mask.dtype.kind == "f" else "where it holds 1 for attend pass mask != 0"))
         masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask, "is_causal": is_causal,
                  "causal_alignment": causal_alignment, "window_size": window_size}
         if kv_cache is not None:

@@ -14,7 +14,7 @@ from edgeattn.quantized import DynamicMultiHeadAttention, QuantizedMultiHeadAtte
 from quant.export.bundle import write_bundle
 from quant.export.c import write_c
 from quant.export.c_files import check_beside, write_together
-from quant.export.targets import target_of
+from quant.export.targets import TARGETS, target_of
 from quant.export.tflite import write_tflite
 
 SUFFIXES = (".tflite", ".safetensors", ".c", ".so")
@@ -76,12 +76,14 @@ def export(layer, path, *, batch: int = 1, sequence_length: int | None = None, k
     if isinstance(layer, DynamicMultiHeadAttention) and (path.suffix not in ANY_SHAPE or mask is not None):
         raise ValueError(f"layer is dynamic, which only .safetensors and .so files hold, without a mask; got "
                          f"{str(path)!r}; quantize with scheme='static' for the other formats")
-    if (target is not None) != (path.suffix == ".so"):
-        raise ValueError(f"target must name a processor for a .so, and be None for others; got {target!r} for "
+    if target is None and path.suffix == ".so":
+        raise ValueError(f"target must name the processor of a .so, one of {', '.join(TARGETS)}; it is missing for "
                          f"{str(path)!r}")
+    if target is not None and path.suffix != ".so":
+        raise ValueError(f"target must be left out but for a .so; got {target!r} for {str(path)!r}")
     if test_vectors is not None:
         if path.suffix != ".c":
-            raise ValueError(f"test_vectors must be None but for a .c; got {test_vectors!r} for {str(path)!r}")
+            raise ValueError(f"test_vectors must be left out but for a .c; got {test_vectors!r} for {str(path)!r}")
         test_vectors = count("test_vectors", test_vectors)
     lengths = {"batch": batch, "sequence_length": sequence_length, "key_length": key_length}
     lengths = {name: None if length is None else count(name, length) for name, length in lengths.items()}
@@ -105,8 +107,8 @@ def export(layer, path, *, batch: int = 1, sequence_length: int | None = None, k
         return path
     if mask is not None:
         if isinstance(layer, MultiHeadAttention):
-            raise ValueError(f"mask must be None for a float layer in a {path.suffix} file, which holds none; pass it "
-                             "to each call")
+            raise ValueError(f"mask must be left out for a float layer in a {path.suffix} file, which holds none; pass "
+                             "it to each call")
         layer = layer.with_mask(mask)
     if path.suffix == ".so":
         check_beside(path, [f"{path.stem}.h"])

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from edgeattn.files import check_folder
+from edgeattn.files import beside, check_folder, keep_locked, new_mark, remove_leftovers, write_new
 
 
 def check_beside(path: Path, names: Iterable[str]) -> None:
@@ -54,20 +54,21 @@ def write_together(files: Mapping[Path, bytes]) -> None:
     """
     for path in files:
         check_folder(path)
-    mark = secrets.token_hex(6)
-    new = {path: path.with_name(f".{path.name}.{mark}.tmp") for path in files}
-    old = {path: path.with_name(f".{path.name}.{mark}.old") for path in files}
+        remove_leftovers(path)
+    with contextlib.ExitStack() as held:
+        _write_together(files, held)
+
+
+def _write_together(files: Mapping[Path, bytes], held: contextlib.ExitStack) -> None:
+    mark = new_mark()
+    new, old = ({path: beside(path, mark, kind) for path in files} for kind in ("tmp", "old"))
     replaced: list[Path] = []
     try:
         for path, data in files.items():
-            with open(new[path], "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            write_new(new[path], data, held)
         for path in files:
-            if path.is_dir():
-                raise IsADirectoryError(f"cannot write {path}: it is a folder")
             if path.exists():
+                keep_locked(path, held)
                 os.replace(path, old[path])
             replaced.append(path)
             os.replace(new[path], path)
