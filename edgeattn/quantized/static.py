@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Mapping
@@ -416,11 +417,12 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
                 return handed_over(result, query, out)
             if (kv_cache is not None and is_unmasked(*masks) and is_next(self, x, kv_cache)
                     and kv_cache.scales == self.cache_scales):
-                kv_cache._take_slots(1)
-                first, last = kv_cache._last_seen()
                 result = room(out, (*x.shape[:2], self.output_dim), _INT8, x)
-                self._kernel(x, x, x, result, tables=self._tables,
-                             cached=(kv_cache._keys, kv_cache._values, first, last - first))
+                with kv_cache._chunk():
+                    kv_cache._take_slots(1)
+                    first, last = kv_cache._last_seen()
+                    self._kernel(x, x, x, result, tables=self._tables,
+                                 cached=(kv_cache._keys, kv_cache._values, first, last - first))
                 return handed_over(result, query, out)
         need_weights = flag("need_weights", need_weights)
         query, key, value = self._check_codes(query, key, value)
@@ -439,9 +441,11 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         result = np.empty((B, L, self.output_dim), np.int8)
         weights = np.full(mask.shape, CODE_MIN, np.int8) if need_weights else None
         if need_weights:
-            self._run_in_steps(query, key, value, mask, kv_cache, pieces, result, weights)
+            with contextlib.nullcontext() if kv_cache is None else kv_cache._chunk():
+                self._run_in_steps(query, key, value, mask, kv_cache, pieces, result, weights)
         elif kv_cache is not None:
-            self._run_cached(query, key, value, mask, kv_cache, pieces, result)
+            with kv_cache._chunk():
+                self._run_cached(query, key, value, mask, kv_cache, pieces, result)
         elif result.size:
             self._run_fused(query, key, value, mask, result)
         result = deliver(result.reshape(*lead, L, self.output_dim), out, _INT8)
