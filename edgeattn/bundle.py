@@ -15,8 +15,8 @@ import zlib
 
 import numpy as np
 
-from edgeattn.checks import check_out, deliver, float_array, result_dtype, to_float32
-from edgeattn.masks import resolve_mask
+from edgeattn.checks import as_array, check_out, deliver, float_array, result_dtype, to_float32
+from edgeattn.masks import no_bool_mask, resolve_mask
 
 ABI_VERSION = 1
 MAGIC = b"edgeattn bundle\n"
@@ -313,8 +313,8 @@ class StaticBundle(Bundle):
         _check_shapes(self, query, key, value)
         lead, queries, keys = query.shape[:-2], query.shape[-2], key.shape[-2]
         check_out(out, (*lead, queries, self.output_dim), np.dtype(np.int8))
-        if attn_mask is not None and np.asarray(attn_mask).dtype != np.bool_:
-            raise TypeError(f"attn_mask must be bool for int8 (True = attend), got {np.asarray(attn_mask).dtype}")
+        if attn_mask is not None and (attn_mask := as_array("attn_mask", attn_mask)).dtype != np.bool_:
+            raise no_bool_mask(attn_mask.dtype)
         mask = resolve_mask((*lead, self.num_heads, queries, keys), attn_mask, key_padding_mask, is_causal=is_causal,
                             causal_alignment=causal_alignment, window_size=window_size)
         if self.mask_shape is not None and any(

@@ -89,7 +89,7 @@ def float_array(name, value):
     if array.dtype.kind != "f" or array.dtype.itemsize not in (2, 4, 8):
         raise TypeError(
             f"{name} must be a float16, float32 or float64 array, got dtype {array.dtype}; "
-            f"convert it with {name}.astype(numpy.float32)"
+            f"pass numpy.asarray({name}, numpy.float32) if that is meant"
         )
     return array
 

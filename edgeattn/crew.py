@@ -5,9 +5,13 @@ as long as a whole small layer. Here the threads of a crew wait in `serve`, comp
 state word of a board to change; a caller posts a job there, and everybody, the caller too, claims its parts one by
 one. A thread that is late finds nothing left: nobody waits for a thread that has not begun. One that has waited for
 long sleeps in the kernel, from where the next job's poster wakes it, still without the interpreter.
+
+A caller takes the crew for one job, and leaves it when that is done, in compiled code too: an exception of Python's,
+which may come between any two of its steps, cannot come between these. Who finds it taken does all parts himself.
 """
 import os
 import sys
+import time
 
 import numba
 import numpy as np
@@ -15,17 +19,25 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+from numba.np.arrayobj import populate_array
 
 from edgeattn.isa import ISA
 from edgeattn.jit import inlined, jit
 
 # Positions on a board, int64 elements; what different threads write lies on different cache lines.
-STATE, FINISHED, CODE, DATA, STOP, _BEDS = 0, 8, 16, 17, 24, 32
+STATE, FINISHED, CODE, DATA, TAKEN, STOP, _BEDS = 0, 8, 16, 17, 18, 24, 32
 # Then a bed for each thread that serves: how it sleeps, its number in the kernel, a semaphore of the C library, the
 # processors it may use, those it is to wake on, and those it finds that it may use when awake.
 _SLEEP, _THREAD, _SEMAPHORE, _HOME, _AWAY, _FOUND, _BED_SIZE = 0, 1, 2, 8, 24, 40, 56
 _AWAKE, _ASLEEP, _ROUSED, _MOVED = 0, 1, 2, 3
 _MOST_PROCESSORS = 64 * (_AWAY - _HOME)
+# A long call that a signal may end brings a board of its own instead, shorter than any other: where that of the crew
+# is and its size (0 for no crew); whether a signal's handler has raised, and what (three pointers); when to look for
+# signals next and how long after that, in nanoseconds; a time; and where the functions are by which that is done.
+CREW, CREW_SIZE, RAISED, ERROR, _NEXT_LOOK, PAUSE, _TIME, FUNCTIONS = 0, 1, 2, 3, 6, 7, 8, 10
+LONG_SIZE = FUNCTIONS + 5
+_READ_CLOCK, _ENSURE, _CHECK_SIGNALS, _FETCH, _RELEASE = range(FUNCTIONS, LONG_SIZE)
+_CLOCK = getattr(time, "CLOCK_MONOTONIC", 0)
 # The state word: generation, then the next part nobody has claimed, then the number of parts.
 _NEXT, _GENERATION, _FIELD = np.int64(20), np.int64(40), np.int64((1 << 20) - 1)
 MOST_PARTS = 1 << 20
@@ -168,6 +180,30 @@ def address(typing, board, at):
     return types.int64(board, types.intp), generate
 
 
+@intrinsic
+def board_at(typing, where, size):
+    """The board of `size` elements that lies at an address."""
+    board = types.Array(types.int64, 1, "C")
+
+    def generate(context, builder, sig, args):
+        array = context.make_array(board)(context, builder)
+        item = ir.Constant(_I64, 8)
+        populate_array(array, data=builder.inttoptr(args[0], array.data.type), shape=[args[1]], strides=[item],
+                       itemsize=item, meminfo=None)
+        return array._getvalue()
+    return board(types.int64, types.int64), generate
+
+
+@intrinsic
+def foreign(typing, function, arguments):
+    """What a C function at an address returns, an int; its arguments are integers and pointers."""
+    def generate(context, builder, sig, args):
+        given = cgutils.unpack_tuple(builder, args[1], len(arguments.types))
+        kind = ir.FunctionType(_I32, [_I64] * len(given))
+        return builder.call(builder.inttoptr(args[0], kind.as_pointer()), given)
+    return types.int32(types.int64, arguments), generate
+
+
 @inlined
 def claim(board):
     """The next part of the posted job, now this thread's to run; -1 if there is none."""
@@ -224,46 +260,100 @@ def sleep(board, bed):
     _sched_setaffinity(0, size, address(board, bed + _HOME))
 
 
-@inlined
-def share(board, parts, function, *arguments):
-    """function(*arguments, worker, part) for every part in range(parts); returns when all are done.
+@separate
+def raised(board):
+    """Whether a signal's handler has raised during a long call, `board` being that call's.
 
-    On this thread (worker 0) and those that serve the board; an empty board stands for this thread alone.
+    Python runs handlers on its main thread, between two steps of its own: while that is in a kernel, only here, where
+    it is asked to now and then. What a handler raised is kept until the kernel has returned.
     """
-    code, data = job(function, arguments)
-    if board.size == 0 or parts == 1:
+    foreign(board[_READ_CLOCK], (np.int64(_CLOCK), address(board, _TIME)))
+    now = board[_TIME] * np.int64(1_000_000_000) + board[_TIME + 1]
+    if now >= board[_NEXT_LOOK]:
+        lock = np.int64(foreign(board[_ENSURE], ()))
+        if foreign(board[_CHECK_SIGNALS], ()) != 0:
+            foreign(board[_FETCH], (address(board, ERROR), address(board, ERROR + 1), address(board, ERROR + 2)))
+            board[RAISED] = 1
+        foreign(board[_RELEASE], (lock,))
+        foreign(board[_READ_CLOCK], (np.int64(_CLOCK), address(board, _TIME)))
+        board[_NEXT_LOOK] = board[_TIME] * np.int64(1_000_000_000) + board[_TIME + 1] + board[PAUSE]
+    return board[RAISED] != 0
+
+
+@inlined
+def withdraw(board):
+    """Claim every part of the posted job that nobody has, and count it as done."""
+    while True:
+        state = read(board, STATE)
+        part, parts = (state >> _NEXT) & _FIELD, state & _FIELD
+        if part >= parts:
+            return
+        if exchange(board, STATE, state, state + ((parts - part) << _NEXT)):
+            add(board, FINISHED, parts - part)
+            return
+
+
+@separate
+def hand_out(board, parts, code, data):
+    """The parts of a job, whose board is not empty."""
+    long = board.size == LONG_SIZE
+    if long and board[RAISED] != 0:
+        return
+    crew = board_at(board[CREW], board[CREW_SIZE]) if long else board
+    if crew.size == 0 or parts <= 1 or not exchange(crew, TAKEN, 0, 1):
         for part in range(parts):
             call(code, data, 0, part)
+            if long and raised(board):
+                return
         return
-    board[CODE], board[DATA], board[FINISHED] = code, data, 0
-    generation = (read(board, STATE) >> _GENERATION) + 1
-    write(board, STATE, (generation << _GENERATION) | parts)
+    crew[CODE], crew[DATA], crew[FINISHED] = code, data, 0
+    generation = (read(crew, STATE) >> _GENERATION) + 1
+    write(crew, STATE, (generation << _GENERATION) | parts)
     if CAN_SLEEP:
-        rouse(board)
+        rouse(crew)
     while True:
-        part = claim(board)
+        part = claim(crew)
         if part < 0:
             break
         call(code, data, 0, part)
-        add(board, FINISHED, 1)
+        add(crew, FINISHED, 1)
+        if long and raised(board):
+            withdraw(crew)
     spins = 0
-    while read(board, FINISHED) < parts:
+    while read(crew, FINISHED) < parts:
         relax()
         spins += 1
         if spins > _SPINS_BEFORE_YIELD:
             give_way()
+    write(crew, TAKEN, 0)
+
+
+@inlined
+def share(board, parts, function, *arguments):
+    """function(*arguments, worker, part) for every part in range(parts); returns when all are done.
+
+    On this thread (worker 0) and those that serve the board; an empty board stands for this thread alone. When the call
+    is a long one and a signal's handler has raised, parts are left out, of this job and those to come.
+    """
+    code, data = job(function, arguments)
+    if board.size == 0:
+        for part in range(parts):
+            call(code, data, 0, part)
+    else:
+        hand_out(board, parts, code, data)
 
 
 @jit
 def serve(board, worker, thread, patience):
     """Run parts of whatever is posted, until told to stop; sleep when nothing has come for `patience` looks.
 
-    `thread` is this one's number in the operating system. False when told to stop; where compiled code cannot sleep,
-    True instead of that.
+    `thread` is this one's number in the operating system. False when told to stop, and at once where another thread is
+    this worker; where compiled code cannot sleep, True instead of sleeping.
     """
     bed = _BEDS + (worker - 1) * _BED_SIZE
+    if board[bed + _THREAD] != thread and not exchange(board, bed + _THREAD, 0, thread):
+        return False
     if CAN_SLEEP:
-        board[bed + _THREAD] = thread
         _sem_init(address(board, bed + _SEMAPHORE), 0, 0)
     idle = 0
     while True:
@@ -295,3 +385,8 @@ def dismiss(board):
 def board_size(workers):
     """Elements of a board that so many threads serve."""
     return _BEDS + workers * _BED_SIZE
+
+
+def is_served(board, worker):
+    """Whether a thread is the worker of that number."""
+    return board[_BEDS + (worker - 1) * _BED_SIZE + _THREAD] != 0

@@ -177,6 +177,8 @@ class KVCache:
         ----------
         key : (B, Hkv, n, D) float16, float32 or float64 array
         value : (B, Hkv, n, Dv) array
+            NaN and infinity are kept, in codes too: who attends to such a token gets NaN, as without a cache. Where
+            `scales` are fixed they are refused.
 
         Raises
         ------
@@ -188,7 +190,8 @@ class KVCache:
         self._check_room(tokens)
         self._check_finite(key, value)
         if tokens:
-            self._append(to_float32(key), to_float32(value))
+            with self._chunk():
+                self._append(to_float32(key), to_float32(value))
 
     def _check_tokens(self, key, value):
         """The number of tokens in key and value, whose shapes must be as `append` takes them."""
@@ -481,6 +484,14 @@ class KVCache:
             quantize_into(key, self._keys[:, :, slots], self._key_scales[:, :, slots])
             quantize_into(value, self._values[:, :, slots], self._value_scales[:, :, slots])
 
+    def _chunk(self):
+        """For `with`, while a chunk is taken in: an exception leaves the length as it was before.
+
+        A signal's handler may raise anywhere: no token is counted and not written, nor one whose result nobody got.
+        Only where the window has dropped older tokens for the first pieces of a long chunk, these pieces stay.
+        """
+        return _Chunk(self)
+
     def _take_slots(self, tokens):
         """The slots of so many new tokens, for which there is room: held from now on, and to be written."""
         held = self._length - self._start
@@ -530,6 +541,18 @@ class KVCache:
         else:
             for run in _runs(*_visible(part)):
                 _decode(query, (keys, values, key_scales, value_scales), out, scale, softcap, run)
+
+
+class _Chunk:
+    def __init__(self, cache):
+        self._cache, self._before = cache, cache._length
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        if kind is not None:
+            self._cache._length = max(self._before, self._cache._start)
 
 
 def _fixed_scales(scales, dtype):

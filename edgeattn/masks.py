@@ -159,7 +159,8 @@ def resolve_mask(
     shape : tuple of int
         (..., H, L, S), the shape of the scores. The leading axes become one axis B.
     attn_mask : bool or float array, broadcastable to `shape`, optional
-        bool: True = attend. float: added to the scores, -inf = do not attend.
+        bool: True = attend. float: added to the scores, -inf = do not attend. Three axes are (H, L, S); of a bool mask
+        they are refused where H equals the batch, and (B, L, S) may be meant.
     key_padding_mask : (..., S) bool array, optional
         True = a real token that may be attended to.
     is_causal : bool
@@ -359,6 +360,20 @@ def _lengths(kv_lengths, lead, keys):
     return None if (lengths == keys).all() else lengths.astype(np.int64).reshape(-1)
 
 
+_OF_NUMBERS = "pass numpy.asarray({}) != 0 if 1 means {}, == 0 if 1 means {}"
+_ATTN_MASK_OF_NUMBERS = _OF_NUMBERS.format("attn_mask", "attend", "blocked")
+
+
+def no_bool_mask(dtype):
+    """The error about an `attn_mask` of this dtype where only bool will do: in layers whose scores are codes."""
+    if dtype.kind != "f":
+        way_out = _ATTN_MASK_OF_NUMBERS
+    else:
+        way_out = ("pass numpy.asarray(attn_mask) == 0 if 0 means attend and -inf blocked, != 0 if 1 means attend; "
+                   "layers of quant.quantize(layer, scheme='dynamic') take float masks")
+    return TypeError(f"attn_mask must be bool for static int8 (True = attend), got dtype {dtype}; {way_out}")
+
+
 def _attn_mask(attn_mask, shape):
     """`attn_mask` in four axes, as `Mask` has it: bool or float32."""
     mask = as_array("attn_mask", attn_mask)
@@ -366,30 +381,52 @@ def _attn_mask(attn_mask, shape):
         if mask.dtype.kind != "f" or mask.dtype.itemsize > 8:
             raise TypeError(
                 "attn_mask must be a bool array (True = attend) or a float array (added to the scores), "
-                f"got dtype {mask.dtype}; convert 0/1 with .astype(bool)"
+                f"got dtype {mask.dtype}; {_ATTN_MASK_OF_NUMBERS}"
             )
         if mask.dtype == np.float64:  # what is finite stays so: only -inf means "do not attend"
             largest = np.finfo(np.float32).max
             mask = np.where(np.isfinite(mask), np.clip(mask, -largest, largest), mask)
         mask = to_float32(mask)
-    fitted = _fitted(mask.shape, shape)
-    if fitted is None:
-        raise ValueError(f"attn_mask must broadcast to (..., H, L, S) = {shape}, got shape {mask.shape}")
-    repeated, four_axes = fitted
+    repeated, four_axes = fit_attn_mask(mask.shape, shape, mask.dtype.kind == "b")
     if repeated is not None:
         mask = np.broadcast_to(mask, repeated)
     return _in_rows(mask, four_axes)
 
 
 @functools.lru_cache(256)
-def _fitted(given, shape):
-    """How a mask of shape `given` becomes one for scores of `shape`, (..., H, L, S), or None where it does not.
+def fit_attn_mask(given, shape, is_bool):
+    """How an `attn_mask` of shape `given` becomes one for scores of `shape`, (..., H, L, S).
 
-    (what to repeat it to, or None where it is that already; its shape in four axes)
+    Returns
+    -------
+    tuple or None
+        What to repeat it to; None where it is that already.
+    tuple
+        Its shape in four axes.
+
+    Raises
+    ------
+    ValueError
+        Where it does not fit; and where three axes of a bool mask fit in two ways. Keras has one mask per batch entry
+        there, NumPy's rules, which hold here, say one per head: where the batch has as many entries as there are heads,
+        the first would be taken for the second.
     """
-    if len(given) > len(shape) or any(
-            axis not in (1, wanted) for axis, wanted in zip(reversed(given), reversed(shape), strict=False)):
-        return None
+    per_entry = len(given) == 3 and len(shape) == 4 and _fits(given[1:], shape)
+    if len(given) > len(shape) or not _fits(given, shape):
+        way_out = ""
+        if per_entry and given[0] == shape[0]:
+            way_out = "; one mask per batch entry is attn_mask[:, None]"
+        elif per_entry and given[0] == shape[0] * shape[1]:
+            way_out = (f"; torch.nn.MultiheadAttention's (B * H, L, S) is attn_mask.reshape{shape[:2] + given[1:]}, "
+                       "inverted if bool: call_with_torch_masks takes it as it is")
+        elif given == (*shape[:-3], shape[-1]):
+            way_out = "; a mask of tokens, (..., S), is attn_mask[:, None, None], or key_padding_mask of a layer"
+        raise ValueError(f"attn_mask must broadcast to (..., H, L, S) = {shape}, got shape {given}{way_out}")
+    if is_bool and per_entry and given[0] == shape[0] > 1:
+        raise ValueError(
+            f"attn_mask of shape {given} must say whether its first axis is the batch or the heads, for both are "
+            f"{given[0]}: pass attn_mask[:, None] for one mask per batch entry, as in Keras, attn_mask[None] for one "
+            "per head")
     *lead, heads, queries, keys = (1,) * (len(shape) - len(given)) + given
     # The kernels walk along the keys, so that axis is always written out; the others may stay 1.
     if any(axis != 1 for axis in lead):
@@ -399,13 +436,19 @@ def _fitted(given, shape):
     return None if math.prod(wanted) == math.prod(given) else wanted, four_axes
 
 
+def _fits(given, shape):
+    """Whether `given` broadcasts to `shape`, which has at least as many axes."""
+    return all(axis in (1, wanted) for axis, wanted in zip(reversed(given), reversed(shape), strict=False))
+
+
 def _key_padding_mask(key_padding_mask, shape, batch):
     """`key_padding_mask` in four axes, (B, 1, 1, S)."""
     mask = as_array("key_padding_mask", key_padding_mask)
     if mask.dtype != np.bool_:
         raise TypeError(
             f"key_padding_mask must be a bool array (True = a real token), got dtype {mask.dtype}; "
-            "convert 0/1 with .astype(bool)"
+            + _OF_NUMBERS.format("key_padding_mask", "a real token, as in Hugging Face's attention_mask",
+                                 "padding, as in torch.nn.MultiheadAttention")
         )
     if mask.shape != shape:
         raise ValueError(f"key_padding_mask must have shape (..., S) = {shape}, got {mask.shape}")

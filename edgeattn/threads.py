@@ -1,8 +1,16 @@
 """Our own threads over kernels that release the GIL, and the scratch memory they borrow.
 
 Numba's own layers are not used: `workqueue` aborts when two Python threads enter it, `omp` kills a forked child.
+
+A signal's handler may raise between any two steps of Python, here too. So nothing is taken that must be given back, and
+no lock is held: compiled code takes the threads for a job and leaves them (see edgeattn/crew.py), and what an exception
+left half done the next call does again.
 """
 import atexit
+import contextlib
+import ctypes
+import functools
+import itertools
 import os
 import threading
 import time
@@ -13,46 +21,68 @@ from edgeattn import crew
 
 # Below this many operations a hand-over to another thread costs more than it saves.
 SMALLEST_SHARED_WORK = 2_000_000
+# From this many operations on, a call on the main thread lets signals end it, and is cut into parts of so many: some
+# 0.02 s on a workstation, 0.3 s on a Raspberry Pi 3.
+LONG_WORK = 1_000_000_000
+MOST_PARTS = 1 << 16
 ALIGNMENT = 64  # bytes: one cache line, and the widest vector
 _NAP = 1e-3  # seconds between a thread's looks for work, where compiled code cannot sleep until there is some
+_LOOK = 100_000_000  # nanoseconds between a long call's looks for signals; each waits for the GIL, up to 5 ms
 _KEPT = 8  # scratch buffers kept for the next call
 
-_lock = threading.Lock()
-_count = 1
-_crew = None
+_numbers = itertools.count(1)
+_wanted = 0, 1  # a number of its own for each change, and the number of threads for a call
+_settled = 0  # the change whose crew alone is left
+_crews = {}  # by the number of the change that asked for them
+_crew = None  # the one last used
 _scratch = []
 _ALONE = np.zeros(0, np.int64)
+
+
+class _Taken:
+    """Whether a call has the threads of a board now: what compiled code takes and leaves."""
+
+    def __init__(self, board):
+        self._board = board
+
+    def locked(self):
+        return bool(self._board[crew.TAKEN])
 
 
 class _Crew:
     """Threads that wait for the jobs of one caller at a time; see edgeattn/crew.py."""
 
-    def __init__(self, workers):
-        self.taken = threading.Lock()
-        self.board = aligned(crew.board_size(workers), np.int64)
+    def __init__(self, change, count):
+        self.change, self.count = change, count
+        self.board = aligned(crew.board_size(count - 1), np.int64)
         self.board[:] = 0
+        self.taken = _Taken(self.board)
+        self.started = False
         self._threads = []
-        for i in range(workers):
-            thread = threading.Thread(target=self._work, args=(i + 1,), name=f"edgeattn-{i}", daemon=True)
+
+    def start(self):
+        """Have a thread for each worker that has none. Where two start one, the second ends at once."""
+        for worker in range(1, self.count):
+            if crew.is_served(self.board, worker):
+                continue
+            thread = threading.Thread(target=self._work, args=(worker,), name=f"edgeattn-{worker - 1}", daemon=True)
+            self._threads.append(thread)
             try:
                 thread.start()
             except RuntimeError:  # no more threads for this process: those there are do the work
                 break
-            self._threads.append(thread)
-        self.count = len(self._threads) + 1
+        self.started = True
 
     def _work(self, worker):
         while crew.serve(self.board, worker, threading.get_native_id(), crew.PATIENCE):
             time.sleep(_NAP)
 
-    def dismiss(self):
-        """End the threads once they have done what they have begun."""
+    def end(self):
+        """End the threads once they have done what they have begun, and wait for that."""
         crew.dismiss(self.board)
-
-    def join(self):
-        """Wait for the threads to end."""
         for thread in self._threads:
-            thread.join()
+            with contextlib.suppress(RuntimeError):  # of one that was never started
+                thread.join()
 
 
 def set_num_threads(n):
@@ -63,36 +93,45 @@ def set_num_threads(n):
     TypeError, ValueError
         If `n` is not an integer of at least 1.
     """
-    global _count, _crew
+    global _wanted
     if isinstance(n, bool) or not isinstance(n, (int, np.integer)):
         raise TypeError(f"n must be an int, got {type(n).__name__}; pass the number of threads, 1 or more")
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}; 1 keeps every call on its caller's thread")
-    with _lock:
-        if n == _count:
-            return
-        old, _crew, _count = _crew, None, int(n)
-    if old is not None:
-        old.dismiss()
-        old.join()
+    if n != _wanted[1]:
+        _wanted = next(_numbers), int(n)
+    _settle()
 
 
 def get_num_threads():
     """The number of threads a call may use."""
-    return _count
+    return _wanted[1]
+
+
+def _settle():
+    """End the threads of every change but the last."""
+    global _settled, _crew
+    change = _wanted[0]
+    for old in list(_crews):
+        if old != _wanted[0]:
+            if (unwanted := _crews.get(old)) is not None:
+                unwanted.end()
+            _crews.pop(old, None)
+    if _crew is not None and _crew.change != _wanted[0]:
+        _crew = None
+    _settled = change
 
 
 def _forget_after_fork():
-    """A forked child has none of its parent's threads: start afresh, with a lock nobody holds."""
-    global _lock, _crew, _scratch
-    _lock, _crew, _scratch = threading.Lock(), None, []
+    """A forked child has none of its parent's threads: start afresh."""
+    global _crews, _crew, _scratch
+    _crews, _crew, _scratch = {}, None, []
 
 
 def _end():
     """Threads must not be inside compiled code when the interpreter takes it down."""
-    if _crew is not None:
-        _crew.dismiss()
-        _crew.join()
+    for old in list(_crews.values()):
+        old.end()
 
 
 atexit.register(_end)
@@ -100,15 +139,22 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_after_fork)
 
 
-def _take_crew():
-    """The crew, now this caller's, or None: with one thread, or where another caller has it."""
+def _mates():
+    """The crew, its threads started; None with one thread."""
     global _crew
-    with _lock:
-        if _crew is None:
-            if _count == 1:
-                return None
-            _crew = _Crew(_count - 1)
-        return _crew if _crew.taken.acquire(blocking=False) else None
+    change, count = _wanted
+    if _settled != change:
+        _settle()
+    if count == 1:
+        return None
+    found = _crew
+    if found is None or found.change != change:
+        found = _crew = _crews.setdefault(change, _Crew(change, count))
+    if not found.started:
+        found.start()
+        if change != _wanted[0]:  # since then, in another thread, which may not have seen this crew
+            _settle()
+    return found
 
 
 def aligned(count, dtype):
@@ -140,20 +186,61 @@ def give_back(array):
         _scratch.append(array)
 
 
-def run(function, arguments, dtype, shared_size, private_size, work):
+@functools.cache
+def _functions():
+    """Where the functions of the C library and of Python are that edgeattn/crew.py calls; None without one of them."""
+    python = ctypes.pythonapi
+    try:
+        found = (ctypes.CDLL(None).clock_gettime, python.PyGILState_Ensure, python.PyErr_CheckSignals,
+                 python.PyErr_Fetch, python.PyGILState_Release)
+    except (AttributeError, OSError, TypeError):
+        return None
+    return np.array([ctypes.cast(function, ctypes.c_void_p).value for function in found], np.int64)
+
+
+def _long_board(board):
+    """The board of a call that signals may end, for the threads that serve `board`; None where they are not handled."""
+    if threading.get_ident() != threading.main_thread().ident or (functions := _functions()) is None:
+        return None
+    long = np.zeros(crew.LONG_SIZE, np.int64)
+    long[crew.CREW], long[crew.CREW_SIZE], long[crew.PAUSE] = board.ctypes.data, board.size, _LOOK
+    long[crew.FUNCTIONS:] = functions
+    return long
+
+
+# Raises what it is given: a type, a value and a traceback, or null.
+_restore = ctypes.PYFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)(
+    ("PyErr_Restore", ctypes.pythonapi))
+
+
+def in_portions(rows, work):
+    """(first, last) of the portions of range(rows), `work` operations in all, between which signals are handled."""
+    if work <= LONG_WORK:
+        return ((0, rows),)
+    size = max(rows * LONG_WORK // max(work, 1), 1)
+    return ((first, min(first + size, rows)) for first in range(0, rows, size))
+
+
+def run(function, arguments, dtype, shared_size, private_size, work, jobs=1):
     """function(*arguments, scratch, board, count): alone if the work is small, else with up to `count` threads.
 
     The scratch holds `shared_size` elements for all threads and then `private_size` for each; both whole cache lines.
+    A long call, of whose `work` each of `jobs` is an equal part, is cut finer, by a larger `count`, and what a signal's
+    handler raises meanwhile ends it: its results are unfinished then.
     """
-    mates = _take_crew() if _count > 1 and work >= SMALLEST_SHARED_WORK else None
-    if mates is None:
+    if work < SMALLEST_SHARED_WORK:
         memory = borrow(shared_size + private_size, dtype)
         function(*arguments, memory, _ALONE, 1)
+        give_back(memory)
+        return
+    mates = _mates()
+    board, count = (_ALONE, 1) if mates is None else (mates.board, mates.count)
+    long = _long_board(board) if work >= LONG_WORK else None
+    memory = borrow(shared_size + count * private_size, dtype)
+    if long is None:
+        function(*arguments, memory, board, count)
     else:
-        try:
-            count = mates.count
-            memory = borrow(shared_size + count * private_size, dtype)
-            function(*arguments, memory, mates.board, count)
-        finally:
-            mates.taken.release()
+        function(*arguments, memory, long, max(count, min(work // jobs // (LONG_WORK // 2), MOST_PARTS)))
     give_back(memory)
+    if long is not None and long[crew.RAISED]:
+        _restore(*long[crew.ERROR:crew.ERROR + 3].tolist())

@@ -19,7 +19,7 @@ from edgeattn.layers import MultiHeadAttention
 from edgeattn.tensor_files import read_tensors
 from quant.calibrate import Calibration
 from quant.describe import arithmetic_of_tflite, describe_file, describe_masks, describe_seen
-from quant.export.targets import TARGETS
+from quant.export.targets import NATIVE, TARGETS
 from quant.observers import OBSERVERS
 from quant.tables import console, fill
 
@@ -46,7 +46,7 @@ ADVICE = {
     "quantize with scheme=": "quantize with --scheme ",
     "a layer of scheme=": "a layer of --scheme ",
     "; scheme=": "; --scheme ",
-    "convert 0/1 with .astype(bool)": "convert 0/1 with .astype(bool) before numpy.savez",
+    "pass numpy.asarray(": "store numpy.asarray(",
 }
 
 # Arguments that are options here.
@@ -189,7 +189,7 @@ def compare(layer, torch_prefix, bert_prefix, num_heads, quantized, data, arithm
 @click.option("--key-length", type=int, help="S of a .tflite or .c whose keys are an input of their own.")
 @click.option("--mask", help='"causal", or a .npy file with a bool mask, True = attend.')
 @click.option("--test-vectors", type=int, help="How many to write beside a .c, with a program that checks them.")
-@click.option("--target", type=click.Choice(list(TARGETS)), help="The processor of a .so.")
+@click.option("--target", type=click.Choice([*TARGETS, NATIVE]), help="The processor of a .so; native: this machine's.")
 def export(layer, torch_prefix, bert_prefix, num_heads, path, batch, sequence_length, key_length, mask, test_vectors,
            target):
     """Write LAYER, float or int8, to OUT: .tflite, .safetensors, .c or .so (these two with a header beside them).

@@ -185,6 +185,13 @@ def changed(state, drop=(), **changes):
     return state
 
 
+class Module:
+    """As torch.nn.Module is, for one who has no torch."""
+
+    def state_dict(self):
+        return torch_state()
+
+
 BAD_TORCH = {
     "everything at once": (
         changed(torch_state(), drop=["out_proj.bias"], extra=random(1), out_proj__weight=random(E, 5)),
@@ -237,7 +244,9 @@ BAD_TORCH = {
         "'in_proj_bias' cannot be read as a NumPy array: requires grad",
     ),
     "empty": ({}, ValueError, "prefix '' fits no tensor in state_dict"),
-    "no path": (3, TypeError, "path must be a string or a path, got int"),
+    "no path": (3, TypeError, "state_dict_or_path must be a mapping of names to arrays, or the path of a file with them, got int$"),
+    "nothing": (None, TypeError, "state_dict_or_path must be a mapping .*, or the path of a file with them, got None$"),
+    "a module": (Module(), TypeError, r"state_dict_or_path must be a mapping .*, got Module; pass its \.state_dict\(\)$"),
 }
 
 

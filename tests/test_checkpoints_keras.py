@@ -355,3 +355,14 @@ def test_without_h5py(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(ImportError, match=r"reading .*model.keras needs h5py: pip install 'edgeattn\[checkpoints\]'"):
         MultiHeadAttention.from_keras(tmp_path / "model.keras")
+
+
+def test_a_keras_layer_is_told_what_to_pass():
+    class Layer:
+        def get_weights(self):
+            return []
+
+    with pytest.raises(TypeError, match=r"weights_or_path must be a mapping .*, got Layer; pass its \.get_weights\(\)$"):
+        MultiHeadAttention.from_keras(Layer())
+    with pytest.raises(TypeError, match="weights_or_path must be a mapping .*, got None$"):
+        MultiHeadAttention.from_keras(None)

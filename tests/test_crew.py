@@ -232,7 +232,7 @@ for _ in range(200):
         break
 else:
     raise AssertionError("the thread took no part")
-assert (threads._crew.board[crew._BEDS:] == 0).all()
+assert (threads._crew.board[crew._BEDS + crew._SLEEP::crew._BED_SIZE] == 0).all()
 threads.set_num_threads(1)
 """
     done = subprocess.run([sys.executable, "-W", "error", "-c", program], cwd=os.path.dirname(__file__), text=True,

@@ -1,4 +1,5 @@
 """Files: what is written, what is refused, and that nothing half-written is left."""
+import importlib
 import os
 
 import numpy as np
@@ -139,3 +140,14 @@ def test_an_unwritable_folder_is_an_error(tmp_path, static, name):
     finally:
         tmp_path.chmod(0o700)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name, file", [("here.so", "here.so"), ("", "attention-cortex-a72.so")])
+def test_native_is_this_machines_target(monkeypatch, tmp_path, name, file):
+    export = importlib.import_module("quant.export")  # of which quant has the function of that name
+    asked = []
+    monkeypatch.setattr(export, "host_target", lambda: "cortex-a72")
+    monkeypatch.setattr(export, "write_bundle", lambda layer, name, target: asked.append((name, target)) or {name: b""})
+    layer = quant.quantize(random_layer(0), scheme="dynamic")
+    assert quant.export(layer, tmp_path / name, target="native") == tmp_path / file
+    assert asked == [(file, "cortex-a72")]

@@ -363,7 +363,7 @@ BAD = {
     "integer": (
         {"query": Q.astype(int)},
         TypeError,
-        r"query must be a float16, float32 or float64 array, got dtype int64; convert it with query.astype",
+        r"query must be a float16, float32 or float64 array, got dtype int64; pass numpy.asarray\(query, numpy.float32\)",
     ),
     "complex": ({"key": K.astype(complex)}, TypeError, "key must be .* got dtype complex128"),
     "bool": ({"value": V.astype(bool)}, TypeError, "value must be .* got dtype bool"),

@@ -297,7 +297,7 @@ BAD_LAYERS = {
         TypeError,
         "q_weight must be a float16, .* got dtype int64",
     ),
-    "none": ({"v_weight": None}, TypeError, "v_weight must be a float16, .* got dtype object"),
+    "none": ({"v_weight": None}, TypeError, "v_weight must be given: MultiHeadAttention"),
     "rank": ({"k_weight": np.ones(4)}, ValueError, r"k_weight must be \(outputs, inputs\), got shape \(4,\)"),
     "bias rank": (
         {"k_bias": np.ones((4, 1))},
@@ -407,3 +407,16 @@ def test_self_attention_refuses_other_widths_and_heads():
 
 def test_the_tensor_names_are_all_parameters():
     assert set(TENSORS) == {*parameters(CASE), "gate_weight", "gate_bias"}
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: MultiHeadAttention(64, 4), r"^k_weight and v_weight must be given: MultiHeadAttention\(num_heads, "
+     r"q_weight, k_weight, v_weight, .* from_torch, .* read them"),
+    (lambda: MultiHeadAttention(4), "^q_weight and k_weight and v_weight must be given"),
+    (lambda: SelfAttention(64), r"^k_weight and v_weight must be given: SelfAttention\(q_weight, k_weight"),
+    (lambda: MultiHeadAttention(embed_dim=64, num_heads=4), r"^MultiHeadAttention.__init__\(\) got an unexpected"),
+    (lambda: MultiHeadAttention(), r"^MultiHeadAttention.__init__\(\) missing 1 required .* 'num_heads'"),
+])
+def test_a_layer_made_as_layers_that_learn_are_says_how_it_is_made(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()

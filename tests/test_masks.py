@@ -103,7 +103,8 @@ BAD = {
     "mask dtype": (
         {"attn_mask": np.ones((3, 4), int)},
         TypeError,
-        r"attn_mask must be a bool array \(True = attend\) or a float array .*got dtype int64.*astype\(bool",
+        r"attn_mask must be a bool array \(True = attend\) or a float array .*got dtype int64; "
+        r"pass numpy.asarray\(attn_mask\) != 0 if 1 means attend, == 0 if 1 means blocked",
     ),
     "mask longdouble": ({"attn_mask": np.ones((3, 4), np.longdouble)}, TypeError, "attn_mask must be"),
     "mask shape": (
@@ -111,11 +112,35 @@ BAD = {
         ValueError,
         r"attn_mask must broadcast to \(..., H, L, S\) = \(2, 1, 3, 4\), got shape \(2, 3\)",
     ),
+    "mask per batch entry": (
+        {"shape": (2, 3, 4, 5), "attn_mask": np.ones((2, 4, 5), bool)},
+        ValueError,
+        r"attn_mask must broadcast .*, got shape \(2, 4, 5\); one mask per batch entry is attn_mask\[:, None\]",
+    ),
+    "mask of torch's layer": (
+        {"shape": (2, 3, 4, 5), "attn_mask": np.ones((6, 4, 5), bool)},
+        ValueError,
+        r"got shape \(6, 4, 5\); torch.nn.MultiheadAttention's \(B \* H, L, S\) is "
+        r"attn_mask.reshape\(2, 3, 4, 5\), inverted if bool: call_with_torch_masks takes it",
+    ),
+    "mask of tokens": (
+        {"shape": (2, 3, 4, 5), "attn_mask": np.ones((2, 5), bool)},
+        ValueError,
+        r"got shape \(2, 5\); a mask of tokens, \(..., S\), is attn_mask\[:, None, None\], or key_padding_mask",
+    ),
+    "mask per entry or head": (
+        {"shape": (3, 3, 4, 5), "attn_mask": np.ones((3, 1, 5), bool)},
+        ValueError,
+        r"attn_mask of shape \(3, 1, 5\) must say whether its first axis is the batch or the heads, for both are 3: pass "
+        r"attn_mask\[:, None\] for one mask per batch entry, as in Keras, attn_mask\[None\] for one per head",
+    ),
     "mask rank": ({"attn_mask": np.ones((1, 2, 1, 3, 4), bool)}, ValueError, "attn_mask must broadcast"),
     "padding dtype": (
         {"key_padding_mask": np.zeros((2, 4))},
         TypeError,
-        r"key_padding_mask must be a bool array \(True = a real token\), got dtype float64",
+        r"key_padding_mask must be a bool array \(True = a real token\), got dtype float64; pass "
+        r"numpy.asarray\(key_padding_mask\) != 0 if 1 means a real token, as in Hugging Face's attention_mask, == 0 if 1 "
+        "means padding, as in torch.nn.MultiheadAttention",
     ),
     "padding shape": (
         {"key_padding_mask": np.ones((2, 3), bool)},
@@ -146,3 +171,30 @@ def test_bad_arguments_are_refused_by_name(name):
     changes, error, message = BAD[name]
     with pytest.raises(error, match=message):
         resolve_mask(**{"shape": (2, 1, 3, 4), **changes})
+
+
+def test_what_the_errors_advise_is_right():
+    """0/1 masks of every polarity, and masks per batch entry and per head where both are as many."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((3, 3, 5, 8)).astype(np.float32)
+    attend = edgeattn.scaled_dot_product_attention
+    sees = rng.random((5, 5)) < 0.6
+    for numbers in (sees.astype(int), sees.astype(int).tolist()):
+        np.testing.assert_array_equal(attend(x, x, x, np.asarray(numbers) != 0), attend(x, x, x, sees))
+    np.testing.assert_array_equal(attend(x, x, x, np.asarray((~sees).astype(int)) == 0), attend(x, x, x, sees))
+    masks = rng.random((3, 5, 5)) < 0.6
+    per_entry = attend(x, x, x, masks[:, None])
+    per_head = attend(x, x, x, masks[None])
+    for i in range(3):
+        np.testing.assert_array_equal(per_entry[i], attend(x, x, x, masks[i])[i])
+        np.testing.assert_array_equal(per_head[:, i], attend(x, x, x, masks[i])[:, i])
+
+
+def test_three_axes_are_heads_wherever_that_is_the_one_reading():
+    """float masks, which no library has per batch entry; one batch entry, or as many axes elsewhere."""
+    mask = np.random.default_rng(0).random((3, 4, 5)) < 0.6
+    for shape, given in (((3, 3, 4, 5), mask.astype(np.float32)), ((2, 3, 4, 5), mask), ((1, 3, 4, 5), mask),
+                         ((3, 4, 5), mask), ((3, 2, 3, 4, 5), mask)):
+        found = resolve_mask(shape, given)
+        array = found.keep if given.dtype == bool else found.bias
+        np.testing.assert_array_equal(array, given.reshape(1, *given.shape))

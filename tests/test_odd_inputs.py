@@ -61,7 +61,8 @@ CALLS = {
         DYNAMIC, {"query": X}, f"key {MASKS} key_padding_mask softcap alibi_slopes kv_cache need_weights "
         "average_attn_weights out"),
     "static": (
-        STATIC, {"query": X}, f"{MASKS} key_padding_mask kv_cache need_weights average_attn_weights out"),
+        STATIC, {"query": X}, f"{MASKS} key_padding_mask softcap alibi_slopes kv_cache need_weights "
+        "average_attn_weights out"),
     "run_int8": (
         STATIC.run_int8, {"query": STATIC.quantize_input(X)}, f"{MASKS} key_padding_mask kv_cache need_weights out"),
     "with_mask": (STATIC.with_mask, {"mask": None}, ""),

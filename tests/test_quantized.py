@@ -511,9 +511,10 @@ CALLS = [
     ({"query": codes(0, 5, 32), "value": codes(0, 5, 32)}, ValueError, "value must be left out"),
     ({"query": None}, ValueError, "query is required"),
     ({"query": codes(0, 5, 32), "attn_mask": np.zeros((5, 5), np.float32)}, TypeError,
-     "attn_mask must be bool for static int8 .* got float32; for 0 and -inf pass mask == 0; a layer of scheme='dynamic'"),
-    ({"query": codes(0, 5, 32), "attn_mask": np.zeros((5, 5), np.int32)}, TypeError,
-     "attn_mask must be bool for static int8 .* got int32; where it holds 1 for attend pass mask != 0"),
+     r"attn_mask must be bool for static int8 \(True = attend\), got dtype float32; pass numpy.asarray\(attn_mask\) == 0 if "
+     r"0 means attend and -inf blocked, != 0 if 1 means attend; layers of quant.quantize\(layer, scheme='dynamic'\)"),
+    ({"query": codes(0, 5, 32), "attn_mask": np.ones((5, 5), int)}, TypeError,
+     r"got dtype int64; pass numpy.asarray\(attn_mask\) != 0 if 1 means attend, == 0 if 1 means blocked"),
     ({"query": codes(0, 5, 32), "attn_mask": np.ones((4, 5), bool)}, ValueError, "attn_mask must broadcast"),
     ({"query": codes(0, 5, 32), "key_padding_mask": np.ones((1, 5), bool)}, ValueError, "key_padding_mask must have"),
     ({"query": codes(0, 5, 32), "is_causal": 1}, TypeError, "is_causal must be True or False"),
@@ -527,6 +528,19 @@ CALLS = [
 def test_bad_int8_calls_are_refused(static, arguments, error, match):
     with pytest.raises(error, match=match):
         static.run_int8(**arguments)
+
+
+@pytest.mark.parametrize("arguments, error, match", [
+    ({"softcap": 5.0}, ValueError, r"softcap must be 0 for a static int8 layer: .*scheme='dynamic'\) take it"),
+    ({"softcap": True}, TypeError, "softcap must be a real number, got True"),
+    ({"alibi_slopes": np.ones(4, np.float32)}, ValueError, "alibi_slopes must be None for a static int8 layer: "),
+])
+def test_what_static_layers_lack_is_refused_by_name(static, arguments, error, match):
+    x = np.zeros((5, 32), np.float32)
+    static(x, softcap=0.0, alibi_slopes=None)
+    static(x, softcap=0)
+    with pytest.raises(error, match=match):
+        static(x, **arguments)
 
 
 def test_bad_cross_attention_calls_are_refused():

@@ -21,7 +21,7 @@ import zlib
 
 import numpy as np
 
-from edgeattn.checkpoints.tensors import Tensors, read_named
+from edgeattn.checkpoints.tensors import Tensors, check_source, read_named
 
 _CLASSES = ("MultiHeadAttention", "GroupQueryAttention", "GroupedQueryAttention")
 # As in layer.get_weights(): of each a kernel and, with use_bias=True, a bias.
@@ -72,6 +72,7 @@ def keras_weights(weights_or_path, layer=None):
     """
     if isinstance(weights_or_path, (list, tuple)):
         return _convert(_from_list("weights", weights_or_path))
+    check_source("weights_or_path", weights_or_path)
     with _opened(weights_or_path) as (source, stored, names, configs):
         if stored and all(_UNNAMED.match(name) for name in stored):
             arrays = sorted(stored.items(), key=lambda entry: int(_UNNAMED.match(entry[0])[1]))

@@ -1,6 +1,7 @@
 """The named tensors of a checkpoint: how they are read, and one error about all that is wrong with them."""
 
 import collections.abc
+import os
 import pathlib
 
 import numpy as np
@@ -87,6 +88,7 @@ def open_state_dict(state_dict_or_path, prefix, *landmarks):
     """
     if not isinstance(prefix, str):
         raise TypeError(f"prefix must be a string, got {prefix!r}")
+    check_source("state_dict_or_path", state_dict_or_path)
     source, found, names = read_named(state_dict_or_path, prefix)
     prefixes = sorted({name[: -len(end)] for name in names for end in landmarks if name.endswith(end)})
     longer = [each for each in prefixes if each.startswith(prefix)]
@@ -96,6 +98,20 @@ def open_state_dict(state_dict_or_path, prefix, *landmarks):
             f"prefix {prefix!r} fits {fits} in {source}; prefixes with {' or '.join(landmarks)}: {longer or prefixes}"
         )
     return Tensors(source, prefix, {name[len(prefix) :]: tensor for name, tensor in found.items()})
+
+
+def check_source(name, value):
+    """Raise unless `value` is a mapping or a path; for a framework's module, with how to get its tensors."""
+    if isinstance(value, (collections.abc.Mapping, str, os.PathLike)):
+        return
+    way_out = ""
+    for method in ("state_dict", "get_weights"):
+        if callable(getattr(value, method, None)):
+            way_out = f"; pass its .{method}()"
+            break
+    given = "None" if value is None else type(value).__name__
+    raise TypeError(
+        f"{name} must be a mapping of names to arrays, or the path of a file with them, got {given}{way_out}")
 
 
 def read_named(state_dict_or_path, prefix=""):

@@ -230,5 +230,5 @@ def attention(q, k, v, out, scale, keep=None, bias=None, band=None):
     if _run is None:
         _run = entry(attention_dynamic, (*arguments, np.zeros(1, np.int32), np.zeros(1, np.int64), 1))
     threads.run(_run, arguments, np.int32, shared, private, q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
-                * (q.shape[3] + v.shape[3]))
+                * (q.shape[3] + v.shape[3]), q.shape[0])
     return out

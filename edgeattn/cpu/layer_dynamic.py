@@ -170,5 +170,5 @@ class DynamicLayer:
         arguments = (*_flat(xq, xk, xv), out.reshape(-1), self._weights, self._factors, p, keep, bias)
         if self._run is None:
             self._run = entry(f.layer_dynamic, (*arguments, np.zeros(1, np.int32), np.zeros(1, np.int64), 1))
-        threads.run(self._run, arguments, np.int32, shared_size, private_size, B * work)
+        threads.run(self._run, arguments, np.int32, shared_size, private_size, B * work, B)
         return out

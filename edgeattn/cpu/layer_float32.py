@@ -175,5 +175,5 @@ class FloatLayer:
         arguments = (*_flat(xq, xk, xv), out.reshape(-1), self.weights, p, keep, bias)
         if self._run is None:
             self._run = entry(f.layer_float32, (*arguments, np.zeros(1, np.float32), np.zeros(1, np.int64), 1))
-        threads.run(self._run, arguments, np.float32, shared_size, private_size, work)
+        threads.run(self._run, arguments, np.float32, shared_size, private_size, work, B)
         return out

@@ -205,5 +205,5 @@ class StaticLayer:
         run = self._runs.get(kernel)
         if run is None:
             run = self._runs[kernel] = entry(kernel, (*arguments, np.zeros(1, np.int32), np.zeros(1, np.int64), 1))
-        threads.run(run, arguments, np.int32, shared_size, private_size, B * work)
+        threads.run(run, arguments, np.int32, shared_size, private_size, B * work, B)
         return out

@@ -69,7 +69,6 @@ class Linear:
 
     def __call__(self, x):
         """(tokens, inputs) float32 in C order -> (tokens, outputs) float32, a view of padded rows."""
-        global _run
         tokens = len(x)
         out = np.empty((tokens, self._features), np.float32)
         if not out.size:
@@ -77,8 +76,16 @@ class Linear:
         if not self.inputs:
             out[:] = self._weights  # the bias is all there is
             return out[:, : self.outputs]
+        if (work := 2 * tokens * self.inputs * self._features) > threads.LONG_WORK:
+            for first, last in threads.in_portions(tokens, work):
+                self._multiply(x[first:last], out[first:last])
+        else:
+            self._multiply(x, out)
+        return out[:, : self.outputs]
+
+    def _multiply(self, x, out):
+        global _run
         arguments = (x.reshape(-1), self._weights, self.inputs, self._features, out.reshape(-1))
         if _run is None:
             _run = entry(linear_float32, arguments)
         _run(*arguments)
-        return out[:, : self.outputs]

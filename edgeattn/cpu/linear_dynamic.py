@@ -140,14 +140,21 @@ class DynamicLinear:
 
     def __call__(self, x):
         """(tokens, inputs) float32 in C order -> (tokens, outputs) float32, a view of padded rows."""
-        global _run
         out = np.empty((len(x), self._features), np.float32)
         if x.size and out.size:
-            arguments = (x.reshape(-1), self._weights, self._factors, self.inputs, self._features, out.reshape(-1),
-                         np.empty(self._scratch_size, np.int32))
-            if _run is None:
-                _run = entry(linear_dynamic, arguments)
-            _run(*arguments)
+            if (work := len(x) * self.inputs * self._features) > threads.LONG_WORK:
+                for first, last in threads.in_portions(len(x), work):
+                    self._multiply(x[first:last], out[first:last])
+            else:
+                self._multiply(x, out)
         else:
             out[:] = self._factors[self._features :]  # the bias is all there is
         return out[:, : self.outputs]
+
+    def _multiply(self, x, out):
+        global _run
+        arguments = (x.reshape(-1), self._weights, self._factors, self.inputs, self._features, out.reshape(-1),
+                     np.empty(self._scratch_size, np.int32))
+        if _run is None:
+            _run = entry(linear_dynamic, arguments)
+        _run(*arguments)

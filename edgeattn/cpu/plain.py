@@ -5,8 +5,10 @@ import math
 import numpy as np
 from numba.extending import register_jitable
 
+from edgeattn import threads
 from edgeattn.jit import jit
 
+_WORK = 8  # a sum in float64, one number at a time, for each of the operations of a tile
 _NO_KEEP = np.empty((0, 0, 0, 0), np.bool_)
 _NO_BIAS = np.empty((0, 0, 0, 0), np.float32)
 for _absent in (_NO_KEEP, _NO_BIAS):
@@ -33,23 +35,46 @@ def attention(query, key, value, mask, *, scale, softcap, out, weights=None, lse
     lse : (B, H, L) float32 array, optional
         Written with log(sum(exp(scores))) over the permitted keys, -inf where there is none.
     """
-    batch, _, _, keys = mask.shape
-    _attention(
-        query,
-        key,
-        value,
-        _NO_KEEP if mask.keep is None else mask.keep,
-        _NO_BIAS if mask.bias is None else mask.bias,
-        mask.left,
-        mask.right,
-        np.zeros(batch, np.int64) + mask.offset,
-        np.full(batch, keys, np.int64) if mask.lengths is None else mask.lengths,
-        np.float32(scale),
-        np.float32(softcap),
-        out,
-        np.empty((0, 0, 0, 0), np.float32) if weights is None else weights,
-        np.empty((0, 0, 0), np.float32) if lse is None else lse,
-    )
+    batch, heads, _, keys = mask.shape
+    offset = np.zeros(batch, np.int64) + mask.offset
+    lengths = np.full(batch, keys, np.int64) if mask.lengths is None else mask.lengths
+    repeats = heads // max(key.shape[1], 1)
+    for entries, some, rows in _parts(mask.shape, _WORK * math.prod(mask.shape) * (query.shape[3] + value.shape[3])):
+        own = entries, some, rows
+        shared = entries, slice(some.start // repeats, -(-some.stop // repeats)) if heads else some
+        _attention(
+            query[own],
+            key[shared],
+            value[shared],
+            _cut(_NO_KEEP if mask.keep is None else mask.keep, own),
+            _cut(_NO_BIAS if mask.bias is None else mask.bias, own),
+            mask.left,
+            mask.right,
+            offset[entries] + rows.start,
+            lengths[entries],
+            np.float32(scale),
+            np.float32(softcap),
+            out[own],
+            np.empty((0, 0, 0, 0), np.float32) if weights is None else weights[own],
+            np.empty((0, 0, 0), np.float32) if lse is None else lse[own],
+        )
+
+
+def _parts(shape, work):
+    """Batch entries, heads and rows, as slices, of the parts of a call between which signals are handled."""
+    batch, heads, queries, _ = shape
+    for first, last in threads.in_portions(batch, work):
+        if last - first > 1 or work <= threads.LONG_WORK:
+            yield slice(first, last), slice(0, heads), slice(0, queries)
+            continue
+        for head in range(heads):
+            for begin, end in threads.in_portions(queries, work // (batch * heads)):
+                yield slice(first, last), slice(head, head + 1), slice(begin, end)
+
+
+def _cut(mask, own):
+    """A part of a mask, whose axes may be 1."""
+    return mask[tuple(part if size > 1 else slice(None) for part, size in zip(own, mask.shape, strict=False))]
 
 
 @register_jitable

@@ -22,9 +22,9 @@ class SelfAttention(MultiHeadAttention):
 
     def __init__(
         self,
-        q_weight,
-        k_weight,
-        v_weight,
+        q_weight=None,
+        k_weight=None,
+        v_weight=None,
         out_weight=None,
         *,
         q_bias=None,

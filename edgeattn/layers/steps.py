@@ -46,7 +46,8 @@ def attend(layer, call):
     if call.cache is None:
         _attend_once(layer, call, q, k, v, added, context, weights)
     else:
-        _attend_cached(layer, call, q, k, v, added, context, weights)
+        with call.cache._chunk():
+            _attend_cached(layer, call, q, k, v, added, context, weights)
     merged = context.swapaxes(1, 2).reshape(batch * queries, heads * layer.value_dim)
     if layer.gated:
         with np.errstate(invalid="ignore"):  # NaN of what is not finite
@@ -61,12 +62,13 @@ def attend_next(layer, x, cache):
     x = x.reshape(batch, -1)
     k = linears["k"](x).reshape(batch, layer.num_kv_heads, 1, layer.head_dim)
     v = linears["v"](x).reshape(batch, layer.num_kv_heads, 1, layer.value_dim)
+    q = linears["q"](x).reshape(batch, layer.num_heads, 1, layer.head_dim)
     cache._check_finite(k, v)
     cache._store_without(layer.k_bias)
-    cache._append(k, v)
     context = np.empty((batch, layer.num_heads, 1, layer.value_dim), np.float32)
-    cache._attend_last(
-        linears["q"](x).reshape(batch, layer.num_heads, 1, layer.head_dim), layer.scale, 0.0, context)
+    with cache._chunk():
+        cache._append(k, v)
+        cache._attend_last(q, layer.scale, 0.0, context)
     result = context.reshape(batch, -1)
     if "out" in linears:
         result = linears["out"](result)

@@ -18,9 +18,9 @@ class AttentionWeights:
     def __init__(
         self,
         num_heads,
-        q_weight,
-        k_weight,
-        v_weight,
+        q_weight=None,
+        k_weight=None,
+        v_weight=None,
         out_weight=None,
         *,
         q_bias=None,
@@ -34,6 +34,7 @@ class AttentionWeights:
         gate_weight=None,
         gate_bias=None,
     ):
+        check_weights(type(self), q_weight=q_weight, k_weight=k_weight, v_weight=v_weight)
         self.num_heads = count("num_heads", num_heads)
         self.num_kv_heads = self.num_heads if num_kv_heads is None else count("num_kv_heads", num_kv_heads)
         if self.num_heads % self.num_kv_heads:
@@ -210,6 +211,21 @@ class AttentionWeights:
             raise ValueError(f"missing tensors {missing}, unexpected tensors {unexpected}")
         arguments = {**tensors, "add_zero_attn": config.get("add_zero_attn", False)}
         return cls._build(config["num_heads"], arguments, config["num_kv_heads"])
+
+
+# The only class that is made so: what Python's own errors call it.
+AttentionWeights.__init__.__qualname__ = "MultiHeadAttention.__init__"
+
+
+def check_weights(kind, **weights):
+    """Raise where a layer is made without its weights, as layers are that learn theirs."""
+    missing = [name for name, weight in weights.items() if weight is None]
+    if missing:
+        first = "" if kind.__name__ == "SelfAttention" else "num_heads, "
+        raise TypeError(
+            f"{' and '.join(missing)} must be given: {kind.__name__}({first}q_weight, k_weight, v_weight, out_weight, "
+            "q_bias=..., ...) is made of trained weights, arrays (outputs, inputs); from_torch, from_bert, from_gpt2, "
+            "from_keras and from_onnx read them from what trained them")
 
 
 def added_keys(bias_k, bias_v, add_zero_attn, key_size, value_size):

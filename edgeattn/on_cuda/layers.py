@@ -8,7 +8,7 @@ from edgeattn.checks import check_out, deliver, flag, float_array, result_dtype,
 from edgeattn.functional import checked_softcap
 from edgeattn.layers.call import check_input_shapes
 from edgeattn.layers.steps import added_keys
-from edgeattn.masks import NO_WINDOW
+from edgeattn.masks import NO_WINDOW, no_bool_mask
 from edgeattn.on_cuda.functional import result_array
 from edgeattn.on_cuda.known import OUT, RESULTS, Known
 from edgeattn.on_cuda.masks import arrays_read, device_masks
@@ -307,7 +307,7 @@ class StaticOnCuda(OnCuda):
                 key_padding_mask=key_padding_mask, is_causal=is_causal, causal_alignment=causal_alignment,
                 window_size=window_size)
             if "bias" in masks:
-                raise TypeError("attn_mask must be bool for int8 (True = attend); for a mask with -inf pass mask == 0")
+                raise no_bool_mask(masks["bias"].dtype)
             if kv_cache is not None:
                 layer.check_codes_of(kv_cache)
             elif self._classes is not None:

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from edgeattn.masks import resolve_mask, window_bounds
+from edgeattn.masks import fit_attn_mask, resolve_mask, window_bounds
 
 
 def device_masks(shape, like, attn_mask=None, key_padding_mask=None, *, is_causal=False, causal_alignment=None,
@@ -89,10 +89,7 @@ def arrays_read(masks):
 def _four_axes(mask, lead, heads, queries, keys):
     """A mask as a View (B or 1, H or 1, L or 1, S or 1)."""
     shape = (*lead, heads, queries, keys)
-    fits = mask.ndim <= len(shape) and all(
-        n in (1, wanted) for n, wanted in zip(reversed(mask.shape), reversed(shape), strict=False))
-    if not fits:
-        raise ValueError(f"attn_mask must broadcast to (..., H, L, S) = {shape}, got shape {mask.shape}")
+    fit_attn_mask(mask.shape, shape, mask.dtype == np.bool_)
     missing = len(shape) - mask.ndim
     mask = dataclasses.replace(mask, shape=(1,) * missing + mask.shape, strides=(0,) * missing + mask.strides)
     batch_axes = mask.shape[:-3]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ from edgeattn.checks import (
 )
 from edgeattn.cpu.layer_int8 import StaticLayer
 from edgeattn.cpu.reals import to_codes, to_reals
+from edgeattn.functional import checked_softcap
 from edgeattn.layers.call import (
     check_cache,
     handed_over,
@@ -35,7 +37,7 @@ from edgeattn.layers.call import (
     room,
     self_masks,
 )
-from edgeattn.masks import NO_WINDOW, resolve_mask
+from edgeattn.masks import NO_WINDOW, no_bool_mask, resolve_mask
 from edgeattn.quantized import steps
 from edgeattn.quantized.layer import INPUTS, QuantizedMultiHeadAttention
 from edgeattn.quantized.parameters import PROBABILITIES, QuantizedLinear, TensorQuantization
@@ -289,14 +291,16 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
     # -- running -------------------------------------------------------------------------------------------------------
 
     def __call__(self, query, key=None, value=None, *, attn_mask=None, key_padding_mask=None, is_causal=False,
-                 causal_alignment=None, window_size=NO_WINDOW, kv_cache=None, need_weights=False,
-                 average_attn_weights=False, out=None):
+                 causal_alignment=None, window_size=NO_WINDOW, softcap=0.0, alibi_slopes=None, kv_cache=None,
+                 need_weights=False, average_attn_weights=False, out=None):
         """Attention on reals: quantize the inputs, ``run_int8``, dequantize.
 
         Parameters
         ----------
         query, key, value : float16, float32 or float64 arrays
             Otherwise as for ``run_int8``, like the masks. Infinite values saturate.
+        softcap, alibi_slopes
+            Of float and dynamic layers: refused unless 0 and None.
         average_attn_weights : bool
             Return the mean of the probabilities over the heads.
         out : (B, L, Eo) or (L, Eo) array, optional
@@ -310,6 +314,8 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         (B, H, L, S) or (H, L, S) array
             The probabilities, multiples of 1/256, only with ``need_weights``; without the axis H when averaged.
         """
+        if type(softcap) is not float or softcap or alibi_slopes is not None:
+            _refuse(softcap, alibi_slopes)
         if (key is None and value is None and self.sources == (0, 0, 0) and need_weights is False
                 and average_attn_weights is False and type(query) is np.ndarray and query.dtype == FLOAT32
                 and query.flags.carray and is_written_as_it_is(out, query, self.output_dim, FLOAT32)):
@@ -439,20 +445,19 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
                 return handed_over(result, query, out)
             if (kv_cache is not None and is_unmasked(*masks) and is_next(self, x, kv_cache)
                     and kv_cache.scales == self.cache_scales):
-                kv_cache._take_slots(1)
-                first, last = kv_cache._last_seen()
                 result = room(out, (*x.shape[:2], self.output_dim), _INT8, x)
-                self._kernel(x, x, x, result, tables=self._tables,
-                             cached=(kv_cache._keys, kv_cache._values, first, last - first))
+                with kv_cache._chunk():
+                    kv_cache._take_slots(1)
+                    first, last = kv_cache._last_seen()
+                    self._kernel(x, x, x, result, tables=self._tables,
+                                 cached=(kv_cache._keys, kv_cache._values, first, last - first))
                 return handed_over(result, query, out)
         need_weights = flag("need_weights", need_weights)
         query, key, value = self._check_codes(query, key, value)
         lead, L, S = query.shape[:-2], query.shape[-2], key.shape[-2]
         check_out(out, (*lead, L, self.output_dim), _INT8)
         if attn_mask is not None and (attn_mask := as_array("attn_mask", attn_mask)).dtype != np.bool_:
-            raise TypeError(f"attn_mask must be bool for static int8 (True = attend); got {attn_mask.dtype}; "
-                            + ("for 0 and -inf pass mask == 0; a layer of scheme='dynamic' adds any float mask"
-                               if attn_mask.dtype.kind == "f" else "where it holds 1 for attend pass mask != 0"))
+            raise no_bool_mask(attn_mask.dtype)
         masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask, "is_causal": is_causal,
                  "causal_alignment": causal_alignment, "window_size": window_size}
         if kv_cache is not None:
@@ -463,9 +468,11 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         result = np.empty((B, L, self.output_dim), np.int8)
         weights = np.full(mask.shape, CODE_MIN, np.int8) if need_weights else None
         if need_weights:
-            self._run_in_steps(query, key, value, mask, kv_cache, pieces, result, weights)
+            with contextlib.nullcontext() if kv_cache is None else kv_cache._chunk():
+                self._run_in_steps(query, key, value, mask, kv_cache, pieces, result, weights)
         elif kv_cache is not None:
-            self._run_cached(query, key, value, mask, kv_cache, pieces, result)
+            with kv_cache._chunk():
+                self._run_cached(query, key, value, mask, kv_cache, pieces, result)
         elif result.size:
             self._run_fused(query, key, value, mask, result)
         result = deliver(result.reshape(*lead, L, self.output_dim), out, _INT8)
@@ -554,6 +561,15 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
                          context[:, :, slice(*rows)], some)
         merged = context.swapaxes(1, 2).reshape(*result.shape[:2], self.num_heads * self.value_dim)
         result[...] = steps.project(self, "output", merged) if "output" in self.linears else merged
+
+
+def _refuse(softcap, alibi_slopes) -> None:
+    """Raise unless both leave the scores as they are."""
+    given = [("softcap", "0")] if checked_softcap(softcap) else []
+    given += [("alibi_slopes", "None")] if alibi_slopes is not None else []
+    for name, none in given:
+        raise ValueError(f"{name} must be {none} for a static int8 layer: its scores are codes, and no TFLite kernel "
+                         "set has it; layers of quant.quantize(layer, scheme='dynamic') take it")
 
 
 def _codes(x, name: str) -> np.ndarray:

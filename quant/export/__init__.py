@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 
 import edgeattn
-from edgeattn.checks import as_array, count
+from edgeattn.checks import as_array, count, is_one_of
 from edgeattn.files import as_path, check_folder, write_atomic
 from edgeattn.layers import MultiHeadAttention
 from edgeattn.quantized import DynamicMultiHeadAttention, QuantizedMultiHeadAttention
 from quant.export.bundle import write_bundle
 from quant.export.c import write_c
 from quant.export.c_files import check_beside, write_together
-from quant.export.targets import TARGETS, target_of
+from quant.export.targets import NATIVE, TARGETS, host_target, target_of
 from quant.export.tflite import write_tflite
 
 SUFFIXES = (".tflite", ".safetensors", ".c", ".so")
@@ -48,7 +48,8 @@ def export(layer, path, *, batch: int = 1, sequence_length: int | None = None, k
         Of a ``.c``: how many test vectors to write beside it, ``NAME_test.h``, with a program that checks them,
         ``NAME_test.c``.
     target : str, optional
-        Of a ``.so``, required there: the processor, a name in ``quant.export.targets.TARGETS``, such as "cortex-a72".
+        Of a ``.so``, required there: the processor, a name in ``quant.export.targets.TARGETS``, such as "cortex-a72";
+        "native": the best of them that this machine can run.
 
     Returns
     -------
@@ -60,7 +61,8 @@ def export(layer, path, *, batch: int = 1, sequence_length: int | None = None, k
     TypeError, ValueError
         Naming the argument, before anything is written.
     RuntimeError
-        Where what a ``.so`` needs is missing: a linker for the target, or a Numba that it can be compiled with.
+        Where what a ``.so`` needs is missing: a linker for the target, or a Numba that it can be compiled with; or no
+        target is for this machine.
     OSError
         When the folder is missing or cannot be written; files of these names stay as they were.
     """
@@ -68,6 +70,8 @@ def export(layer, path, *, batch: int = 1, sequence_length: int | None = None, k
     if not isinstance(layer, (MultiHeadAttention, QuantizedMultiHeadAttention)):
         raise TypeError(f"layer must be a MultiHeadAttention or what quant.quantize returns; "
                         f"got {type(layer).__name__}")
+    if is_one_of(target, (NATIVE,)):
+        target = host_target()
     if target is not None and path.is_dir():
         target_of(target)
         path /= f"attention-{target}.so"

@@ -47,6 +47,9 @@ TARGETS = {
 }
 
 
+NATIVE = "native"
+
+
 def target_of(name) -> Target:
     """The row of that name.
 
@@ -56,7 +59,7 @@ def target_of(name) -> Target:
         When there is none.
     """
     if not isinstance(name, str) or name not in TARGETS:
-        raise ValueError(f"target must be one of {', '.join(TARGETS)}; got {name!r}")
+        raise ValueError(f"target must be one of {', '.join(TARGETS)} or {NATIVE}; got {name!r}")
     return TARGETS[name]
 
 

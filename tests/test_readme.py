@@ -1,0 +1,80 @@
+"""What the README prints runs as it is printed, in the environment that make made, in the folder that was cloned."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NOT_RUN = re.compile(r"<!-- not run by tests/test_readme.py: (.+) -->")
+PAGES = ("README.md",)
+
+
+def blocks(text):
+    """(language, code, why it is not run or None) of every block between fences."""
+    lines, found = iter(text.splitlines()), []
+    before = ""
+    for line in lines:
+        if line.startswith("```"):
+            code = []
+            for inside in lines:
+                if inside.startswith("```"):
+                    break
+                code.append(inside)
+            reason = NOT_RUN.fullmatch(before)
+            found.append((line[3:].strip(), "\n".join(code) + "\n", reason and reason[1]))
+        before = line
+    return found
+
+
+def program(text):
+    """One program for sh of all blocks that are run, in their order: what one of them set or wrote, the next finds."""
+    parts = ["set -e\n"]
+    for language, code, reason in blocks(text):
+        if reason is None:
+            parts.append(code if language == "sh" else f"python - <<'BLOCK'\n{code}BLOCK\n")
+    return "".join(parts)
+
+
+def test_every_block_says_its_language_and_is_run_or_says_why_not():
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        found = blocks(text)
+        assert {language for language, _, _ in found} <= {"sh", "python"}
+        assert sum(reason is None for _, _, reason in found) >= 5
+        assert len(NOT_RUN.findall(text)) == sum(reason is not None for _, _, reason in found)
+        # commands that are only indented would be seen by no test
+        assert not re.search(r"^ {4}(make|quant|edgeattn|python|pip) ", re.sub(r"```.*?```", "", text, flags=re.S), re.M)
+
+
+def test_blocks_that_fail_fail():
+    text = "<!-- not run by tests/test_readme.py: fails -->\n```sh\nfalse\n```\n```sh\na=3\n```\n```python\nprint(1)\n```\n"
+    assert subprocess.run(["sh", "-c", program(text)]).returncode == 0
+    for code in ("```sh\nfalse\ntrue\n```", "```python\nassert False\n```"):
+        assert subprocess.run(["sh", "-c", program(text + code)], stderr=subprocess.DEVNULL).returncode != 0
+
+
+def test_the_readme_runs_as_printed(tmp_path):
+    commands = [Path(sys.prefix) / "bin" / name for name in ("activate", "python", "quant", "edgeattn")]
+    missing = [path.name for path in commands if not path.exists()]
+    if missing:
+        pytest.skip(f"needs the environment of `make test`; this one has no {', '.join(missing)}")
+    from quant.export.bundle import check_numba
+    from quant.export.linker import find_linker
+
+    try:
+        check_numba()
+        find_linker("aarch64")
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    environment = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"}
+    done = subprocess.run(["sh", "-c", program((ROOT / "README.md").read_text(encoding="utf-8"))], cwd=tmp_path, text=True,
+                          capture_output=True, env={**environment, "PYTHONPATH": str(ROOT)}, timeout=1200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    made = {path.name for path in tmp_path.iterdir()}
+    assert {"attention.tflite", "int8.safetensors", "pi.safetensors", "attention.so", "here.so"} <= made
