@@ -1,7 +1,8 @@
-"""Paths, and files that are whole or not there: writing never leaves half a file behind."""
+"""Paths, and files that are whole or not there: reading says what is wrong, writing never leaves half a file behind."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import secrets
@@ -58,3 +59,42 @@ def as_path(path: str | os.PathLike) -> Path:
         return Path(path)
     except TypeError:
         raise TypeError(f"path must be a string or a path, got {type(path).__name__}") from None
+
+
+@contextlib.contextmanager
+def reading(path, kind: str):
+    """Within, whatever goes wrong is a ValueError that names the file and what it was to be.
+
+    For files from strangers: zipfile, zlib, json, protobuf and HDF5 have errors of their own for every kind of damage,
+    more than they document. To open the file is not part of it: a missing or forbidden one is an OSError.
+
+    Parameters
+    ----------
+    path : str or os.PathLike
+    kind : str
+        What the file is taken for, as in ".npz file of plain arrays".
+    """
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{path} is not a whole {kind}: {reason(error)}") from error
+
+
+@contextlib.contextmanager
+def named(path):
+    """Within, a TypeError or ValueError names the file, also where it is raised by who does not know of a file.
+
+    What is no path, as a mapping of arrays, names nothing.
+    """
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if not isinstance(path, (str, os.PathLike)) or str(path) in str(error):
+            raise
+        raise (TypeError if isinstance(error, TypeError) else ValueError)(f"{path}: {error}") from error
+
+
+def reason(error) -> str:
+    """What an error, or any value, says, or its kind where it says nothing; one line, not too long."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 500 else text[:497] + "..."
