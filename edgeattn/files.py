@@ -94,6 +94,13 @@ def named(path):
         raise (TypeError if isinstance(error, TypeError) else ValueError)(f"{path}: {error}") from error
 
 
+def listed(entries) -> str:
+    """Names or the like for an error; of many, the first and how many more there are."""
+    entries = list(entries)
+    return ", ".join(str(entry)[:200] for entry in entries[:20]) + (
+        f" and {len(entries) - 20} more" if len(entries) > 20 else "")
+
+
 def reason(error) -> str:
     """What an error, or any value, says, or its kind where it says nothing; one line, not too long."""
     text = " ".join(str(error).split()) or type(error).__name__

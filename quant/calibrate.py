@@ -12,7 +12,7 @@ import numpy as np
 import safetensors.numpy
 
 from edgeattn.checks import is_one_of
-from edgeattn.files import reading, write_atomic
+from edgeattn.files import listed, reading, write_atomic
 from edgeattn.layers import MultiHeadAttention
 from edgeattn.quantized import INPUTS, SOURCES
 from edgeattn.safetensors_file import read_safetensors
@@ -140,7 +140,7 @@ def _parse(metadata: dict, tensors: dict) -> Calibration:
         names.append("output")
     expected = {f"{name}.{part}" for name in names for part in ("histogram", "range")}
     if set(tensors) != expected:
-        raise ValueError(f"it must hold {sorted(expected)}; got {sorted(tensors)}")
+        raise ValueError(f"it must hold {sorted(expected)}; got {listed(sorted(tensors))}")
     statistics = {name: _parse_statistics(name, tensors[f"{name}.histogram"].read(), tensors[f"{name}.range"].read())
                   for name in names}
     lowest = header["lowest_row_maximum"]

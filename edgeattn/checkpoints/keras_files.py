@@ -19,7 +19,7 @@ import warnings
 
 from edgeattn.checkpoints import hdf5
 from edgeattn.checkpoints.tensors import Tensors, read_named
-from edgeattn.files import reading, reason
+from edgeattn.files import listed, reading, reason
 from edgeattn.stored import Budget, file_size
 from edgeattn.zip_members import members, unpack
 
@@ -147,8 +147,9 @@ def _opened(weights_or_path):
                 within = _part(file, parts, "model.weights.h5", budget)
                 content = opened.enter_context(hdf5.open_bytes(within))
             else:
-                config, within = None, path
+                within = path
                 content = opened.enter_context(h5py.File(file, "r"))
+                config = None if h5py.h5a.exists(content.id, b"model_config") else []
             stored = hdf5.data_sets(content, budget, guarded)
         yield str(path), stored, _Settings(guarded, within, config)
 
@@ -218,7 +219,7 @@ def _choose(source, stored, settings, wanted):
         chosen = [path for path in paths if path == wanted.strip("/")]
         chosen = chosen or [path for path in paths if settings.name(path) == wanted]
     if len(chosen) != 1:
-        known = ", ".join(f"{path!r} (named {settings.name(path)!r})" for path in paths) or "none"
+        known = listed(f"{path!r} (named {settings.name(path)!r})" for path in paths) or "none"
         asked = "layer must be given" if wanted is None else f"layer must name one attention layer, got {wanted!r}"
         raise ValueError(f"{asked}; attention layers of {source}: {known}")
     prefix = f"{chosen[0]}/" if chosen[0] else ""

@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 
 from edgeattn.checks import count, float_array
-from edgeattn.files import reason
+from edgeattn.files import listed, reason
 from edgeattn.stored import StoredTensor
 from edgeattn.tensor_files import read_tensors
 
@@ -59,7 +59,7 @@ class Tensors:
                 wanted = ", ".join("any" if axis is None else str(axis) for axis in shape)
                 misshaped.append(f"{self.prefix}{name} must be ({wanted}), got {self.found[name].shape}")
         wrong = [
-            f"{title}: {', '.join(entries)}"
+            f"{title}: {listed(entries)}"
             for title, entries in (
                 ("missing", missing),
                 ("unexpected", unexpected),
@@ -98,7 +98,8 @@ def open_state_dict(state_dict_or_path, prefix, *landmarks):
     if not found or (longer and prefix not in longer):
         fits = "no attention layer" if found else "no tensor"
         raise ValueError(
-            f"prefix {prefix!r} fits {fits} in {source}; prefixes with {' or '.join(landmarks)}: {longer or prefixes}"
+            f"prefix {prefix!r} fits {fits} in {source}; prefixes with {' or '.join(landmarks)}: "
+            f"[{listed(map(repr, longer or prefixes))}]"
         )
     return Tensors(source, prefix, {name[len(prefix) :]: tensor for name, tensor in found.items()})
 

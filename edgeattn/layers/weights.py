@@ -4,7 +4,7 @@ import numpy as np
 
 from edgeattn import checkpoints
 from edgeattn.checks import count, flag, float_array, to_float32
-from edgeattn.files import named
+from edgeattn.files import listed, named
 from edgeattn.functional import default_scale
 
 TENSORS = (
@@ -213,7 +213,7 @@ class AttentionWeights:
         unexpected = sorted(set(tensors) - set(TENSORS + KEY_TENSORS))
         missing = sorted({"q_weight", "k_weight", "v_weight"} - set(tensors))
         if missing or unexpected:
-            raise ValueError(f"missing tensors {missing}, unexpected tensors {unexpected}")
+            raise ValueError(f"missing tensors {missing}, unexpected tensors [{listed(map(repr, unexpected))}]")
         arguments = {**tensors, "add_zero_attn": config.get("add_zero_attn", False)}
         return cls._build(config["num_heads"], arguments, config["num_kv_heads"])
 
