@@ -167,8 +167,8 @@ def check_description(path, about, size):
     for name, (fits, wanted) in rules.items():
         value = about.get(name) if isinstance(about, dict) else None
         if not fits(value):
-            raise ValueError(f"{path} is no bundle that quant.export wrote: {name} in its description must be {wanted}, "
-                             f"got {reason(repr(value))}")
+            raise ValueError(f"{path} is no bundle that quant.export wrote: {name} in its description must be "
+                             f"{wanted}, got {reason(repr(value))}")
     if "sizes" in rules:
         _check_sizes(path, about, size)
 
@@ -179,8 +179,8 @@ def _check_sizes(path, about, size):
     H, Hkv, D, Dv = (sizes[name] for name in ("num_heads", "num_kv_heads", "head_dim", "value_dim"))
     weights = H * D * sizes["embed_dim"] + Hkv * D * sizes["kdim"] + Hkv * Dv * sizes["vdim"]
     if H % Hkv or weights > size:
-        raise ValueError(f"{path} is no bundle that quant.export wrote: sizes in its description are those of no layer in "
-                         f"a file of this size, got {sizes}")
+        raise ValueError(f"{path} is no bundle that quant.export wrote: sizes in its description are those of no layer "
+                         f"in a file of this size, got {sizes}")
     if about["scheme"] == "static":
         needed = {INPUTS[source] for source in about["sources"]} | {"output"}
         if set(about["quantization"]) != needed:

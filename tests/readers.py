@@ -25,7 +25,6 @@ import edgeattn
 import quant
 from edgeattn import bundle
 from edgeattn.quantized import AddMask, MulConstant, SelectMask, TensorQuantization
-from edgeattn.tflite import read_tflite
 from quant.cli import read_batches, read_npy
 from quant.describe import describe_file
 from quant.export.tflite import write_tflite

@@ -10,7 +10,6 @@ import resource
 import shutil
 import sys
 import tempfile
-import time
 import warnings
 
 import readers

@@ -66,7 +66,7 @@ def test_files_of_strangers_are_read_or_refused_within_bounds(name, worker, requ
     assert any(o["outcome"] == "refused" for o in outcomes)
 
 
-@pytest.mark.parametrize("title", [t for t in ("bombs: 40 MiB, which is read", "graphs: data beside, which is read", "graphs: 9 on the way")])
+@pytest.mark.parametrize("title", ["bombs: 40 MiB, which is read", "graphs: data beside, which is read", "graphs: 9 on the way"])
 def test_what_is_large_but_right_is_read(title, worker):
     name = "onnx" if title.startswith("graphs") else "torch npz"
     number = 1 + list(readers._of(name)[2]).index(title)

@@ -165,11 +165,11 @@ class _Graph:
                 turns.append(self.attributes(node).get("perm"))
             name = self.input(node, 0)
         else:
-            raise NotRead(f"constant {name[:100]!r} must come from values that are stored, through at most {_LONGEST_PATH} "
-                          "nodes; found more, or a cycle")
+            raise NotRead(f"{name[:100]!r} must come from stored values through {_LONGEST_PATH} nodes at most, "
+                          "got more, or a cycle")
         for turn in reversed(turns):
             if turn is not None and sorted(turn) != list(range(array.ndim)):
-                raise NotRead(f"a Transpose of constant {name[:100]!r} must have a permutation of its {array.ndim} axes, got "
+                raise NotRead(f"a Transpose of {name[:100]!r} must have a permutation of {array.ndim} axes, got "
                               f"{reason(turn)}")
             array = array.transpose(turn)
         return array
@@ -350,8 +350,8 @@ def _walk_up(graph, value, place):
             value = above
             changes.append((node, change))
     else:
-        raise ValueError(f"{place} must come from a MatMul or Gemm through at most {_LONGEST_PATH} nodes; found more, or "
-                         "a cycle")
+        raise ValueError(f"{place} must come from a MatMul or Gemm through at most {_LONGEST_PATH} nodes; found more, "
+                         "or a cycle")
     raise _no_projection(place, node, value)
 
 
