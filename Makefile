@@ -17,6 +17,7 @@ ready_cuda = $(VENV)/.ready-cuda$(suffix)
 ready_minilm = $(VENV)/.ready-minilm$(suffix)
 ready_peers = $(VENV)/.ready-peers$(suffix)
 ready_bundle = $(VENV)/.ready-bundle$(suffix)
+ready_fuzz = $(VENV)/.ready-fuzz$(suffix)
 # The aarch64 environments for `make test-arm64`, 550 MB.
 ARM64 ?= .arm64
 ready_arm64 = $(ARM64)/.ready
@@ -35,7 +36,7 @@ endef
 setup_files = setup.cfg pyproject.toml tools/environment.py tools/find-python.sh
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-fence test-mutations test-arm64 test-arm64-short test-cortex-m test-cuda test-cuda-offline lint examples example-minilm example-self-vs-multihead bench bench-cuda bench-peers bench-start clean distclean
+.PHONY: help run test test-fence test-mutations test-arm64 test-arm64-short test-cortex-m test-cuda test-cuda-offline fuzz lint examples example-minilm example-self-vs-multihead bench bench-cuda bench-peers bench-start clean distclean
 
 help: ## this list
 	@echo "edgeattn: attention for small computers. Targets:"
@@ -69,6 +70,9 @@ test-cuda: $(ready_cuda) ## the CUDA tests on a GPU, and compute-sanitizer
 
 test-cuda-offline: $(ready_cuda) ## ... emulated and compiled, without a GPU
 	@$(run_python) -m pytest --long tests/test_cuda_*.py $(ARGS)
+
+fuzz: $(ready_fuzz) ## readers of files, 20 s each; ARGS="--seconds 600"
+	@$(run_python) tools/fuzz/run.py $(ARGS)
 
 lint: $(ready_dev) ## style, imports, what no tracked file may hold
 	@$(python) -m ruff check --quiet .
@@ -113,6 +117,9 @@ $(ready_cuda): $(ready)
 
 $(ready_bundle): $(ready)
 	$(build_environment) --extras $(EXTRAS),bundle
+
+$(ready_fuzz): $(ready)
+	$(build_environment) --extras $(EXTRAS),fuzz
 
 $(ready_peers): $(ready)
 	$(build_environment) --extras $(EXTRAS),peers

@@ -6,16 +6,21 @@ in JSON and a footer of 24 bytes: MAGIC, the description's length and the CRC-32
 endian. Whoever loads a bundle reads these first: a damaged file, or one for another processor, is never executed.
 """
 
+import _ctypes
 import ctypes
+import itertools
 import json
 import os
 import platform
+import re
 import struct
+import weakref
 import zlib
 
 import numpy as np
 
 from edgeattn.checks import as_array, check_out, deliver, float_array, result_dtype, to_float32
+from edgeattn.files import reading, reason
 from edgeattn.masks import no_bool_mask, resolve_mask
 
 ABI_VERSION = 1
@@ -36,7 +41,8 @@ _AT_HWCAP = 16  # linux/auxvec.h
 HARDWARE_BITS = {"fp": 0, "asimd": 1, "crc32": 7, "atomics": 8, "fphp": 9, "asimdhp": 10, "asimdrdm": 12, "lrcpc": 15,
                  "asimddp": 20}
 _KEPT = 4  # scratch buffers kept for the next call
-_LOADED = {}  # (device, inode) of a file -> its checksum and library
+_LOADED = weakref.WeakValueDictionary()  # (device, inode) of a file -> its _Library, as long as a bundle runs on it
+_NUMBERS = itertools.count()  # of what was loaded
 
 
 def load(path):
@@ -69,6 +75,7 @@ def load(path):
 
 def _load(path, file):
     about, checksum = _read(path, file)
+    check_description(path, about, os.fstat(file.fileno()).st_size)
     if about["abi"] != ABI_VERSION:
         raise ValueError(f"{path} has ABI version {about['abi']}, and this edgeattn reads {ABI_VERSION}; export it "
                          "again with the edgeattn that runs it")
@@ -80,27 +87,46 @@ def _load(path, file):
         raise ValueError(f"{path} is for {about['target']}; this processor lacks {', '.join(lacking)}: export the "
                          "layer for another target")
     library = _library(path, file, checksum)
-    kinds = {"static": StaticBundle, "dynamic": FloatBundle, "float32": FloatBundle}
-    return kinds[about["scheme"]](about, library)
+    try:
+        return (StaticBundle if about["scheme"] == "static" else FloatBundle)(about, library)
+    except AttributeError as error:
+        raise ValueError(f"{path} has no function of its description: {error}") from error
+
+
+class _Library(ctypes.CDLL):
+    """A loaded library; unloaded when the garbage collector finds that no bundle runs on it any more.
+
+    Parameters
+    ----------
+    name : str
+    checksum : int
+        Of the bundle.
+    """
+
+    def __init__(self, name, checksum):
+        super().__init__(name)
+        self.checksum = checksum
+        weakref.finalize(self, _ctypes.dlclose, self._handle).atexit = False  # a thread may still run it
 
 
 def _library(path, file, checksum):
     """The library in an open file whose checksum was read.
 
-    By the file's number: to a path that it knows, the C library answers with what it loaded from there, whatever now
-    lies there. The number is never given back, so that it too means one file for ever.
+    By the file's number, since to a path that it knows, the C library answers with what it loaded from there, whatever
+    now lies there. A number is given again after the file is closed, so each time its path is spelled differently; one
+    file by two names is still one library, which the C library knows by device and inode.
     """
     status = os.fstat(file.fileno())
     identity = status.st_dev, status.st_ino
-    if identity not in _LOADED:
-        number = os.dup(file.fileno())
+    library = _LOADED.get(identity)
+    if library is None:
+        spelling = f"{next(_NUMBERS):b}".replace("0", "./").replace("1", ".//")
         try:
-            _LOADED[identity] = checksum, ctypes.CDLL(f"/proc/self/fd/{number}")
+            library = _Library(f"/proc/self/fd/{spelling}{file.fileno()}", checksum)
         except OSError as error:
-            os.close(number)
             raise ValueError(f"{path} cannot be loaded: {error}") from error
-    known, library = _LOADED[identity]
-    if known != checksum:
+        _LOADED[identity] = library
+    if library.checksum != checksum:
         raise ValueError(f"{path} was written over in place since this process loaded it; write a new file and rename "
                          "it, as quant.export does")
     return library
@@ -121,7 +147,58 @@ def _read(path, file):
     _, size, checksum = FOOTER.unpack(footer)
     if size > len(body) or zlib.crc32(body) != checksum:
         raise ValueError(f"{path} is damaged: its checksum is not the one it was written with")
-    return json.loads(body[len(body) - size:]), checksum
+    with reading(path, "bundle: its description is damaged"):
+        return json.loads(body[len(body) - size:]), checksum
+
+
+def check_description(path, about, size):
+    """Raise unless everything in a description is what `quant.export` writes, before anything is made of it.
+
+    Raises
+    ------
+    ValueError
+        Naming the file and the entry.
+    """
+    rules = dict(_RULES)
+    if isinstance(about, dict) and about.get("abi") != ABI_VERSION:
+        rules = {"abi": rules["abi"]}  # another version's description is its own affair
+    elif isinstance(about, dict) and about.get("scheme") == "static":
+        rules |= _STATIC_RULES
+    for name, (fits, wanted) in rules.items():
+        value = about.get(name) if isinstance(about, dict) else None
+        if not fits(value):
+            raise ValueError(f"{path} is no bundle that quant.export wrote: {name} in its description must be "
+                             f"{wanted}, got {reason(repr(value))}")
+    if "sizes" in rules:
+        _check_sizes(path, about, size)
+
+
+def _check_sizes(path, about, size):
+    """Raise unless the numbers of a layer agree, and its weights fit into the file."""
+    sizes = about["sizes"]
+    H, Hkv, D, Dv = (sizes[name] for name in ("num_heads", "num_kv_heads", "head_dim", "value_dim"))
+    weights = H * D * sizes["embed_dim"] + Hkv * D * sizes["kdim"] + Hkv * Dv * sizes["vdim"]
+    if H % Hkv or weights > size:
+        raise ValueError(f"{path} is no bundle that quant.export wrote: sizes in its description are those of no layer "
+                         f"in a file of this size, got {sizes}")
+    if about["scheme"] == "static":
+        needed = {INPUTS[source] for source in about["sources"]} | {"output"}
+        if set(about["quantization"]) != needed:
+            raise ValueError(f"{path} is no bundle that quant.export wrote: quantization in its description must be of "
+                             f"{sorted(needed)}, got {reason(sorted(about['quantization']))}")
+
+
+def _whole(value, lowest=1, highest=LARGEST):
+    return type(value) is int and lowest <= value <= highest
+
+
+def _is_quantization(value):
+    return (isinstance(value, list) and len(value) == 2 and type(value[0]) in (int, float)
+            and 2.0**-60 <= value[0] <= 2.0**60 and _whole(value[1], -128, 127))
+
+
+def _is_text(value):
+    return isinstance(value, str) and len(value) <= 200
 
 
 def cpu_flags():
@@ -153,9 +230,9 @@ class Bundle:
         self.scheme, self.target = about["scheme"], about["target"]
         for name in SIZES:
             setattr(self, name, about["sizes"][name])
-        self._run = getattr(library, f"{about['prefix']}_run")
+        self._run = library[f"{about['prefix']}_run"]  # not an attribute, which would keep the library
         self._run.argtypes, self._run.restype = [ctypes.c_void_p], ctypes.c_int32
-        self._measure = getattr(library, f"{about['prefix']}_scratch_bytes")
+        self._measure = library[f"{about['prefix']}_scratch_bytes"]
         self._measure.argtypes, self._measure.restype = [ctypes.c_int64] * 3 + [ctypes.c_int32], ctypes.c_int64
         self._needs = {}
         self._scratch = []
@@ -202,6 +279,26 @@ class Bundle:
 
 
 SIZES = ("num_heads", "num_kv_heads", "embed_dim", "kdim", "vdim", "head_dim", "value_dim", "output_dim")
+# What each entry of a description must be: (whether a value is that, in words).
+_RULES = {
+    "abi": (lambda value: type(value) is int, "an integer"),
+    "machine": (_is_text, "a text"), "target": (_is_text, "a text"),
+    "requires": (lambda value: isinstance(value, list) and all(map(_is_text, value)), "a list of texts"),
+    "prefix": (lambda value: _is_text(value) and re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", value) is not None,
+               "a name in C"),
+    "scheme": (lambda value: isinstance(value, str) and value in ("float32", "dynamic", "static"),
+               "float32, dynamic or static"),
+    "sizes": (lambda value: isinstance(value, dict) and set(value) == set(SIZES) and all(map(_whole, value.values())),
+              f"{', '.join(SIZES)}, each from 1 to {LARGEST}"),
+}
+_STATIC_RULES = {
+    "arithmetic": (_is_text, "a text"),
+    "sources": (lambda value: value in ([0, 0, 0], [0, 1, 1], [0, 1, 2]), "one of [0, 0, 0], [0, 1, 1], [0, 1, 2]"),
+    "mask_shape": (lambda value: value is None
+                   or isinstance(value, list) and len(value) == 4 and all(map(_whole, value)), "null or four axes"),
+    "quantization": (lambda value: isinstance(value, dict) and all(map(_is_quantization, value.values())),
+                     "a scale within [2**-60, 2**60] and a zero point within [-128, 127] by name"),
+}
 
 
 def _strides(mask):

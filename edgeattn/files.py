@@ -1,4 +1,4 @@
-"""Paths, and files that are whole or not there: writing never leaves half a file behind.
+"""Paths, and files that are whole or not there: reading says what is wrong, writing never leaves half a file behind.
 
 A writer that is killed leaves `.NAME.<12 hex digits>.tmp`, or `.old` with what NAME was. Writers lock such files as
 long as they live, and the next writer of NAME removes those that nobody has locked. Unlike a process number in the
@@ -160,3 +160,49 @@ def as_path(path: str | os.PathLike) -> Path:
         return Path(path)
     except TypeError:
         raise TypeError(f"path must be a string or a path, got {type(path).__name__}") from None
+
+
+@contextlib.contextmanager
+def reading(path, kind: str):
+    """Within, whatever goes wrong is a ValueError that names the file and what it was to be.
+
+    For files from strangers: zipfile, zlib, json, protobuf and HDF5 have errors of their own for every kind of damage,
+    more than they document. To open the file is not part of it: a missing or forbidden one is an OSError.
+
+    Parameters
+    ----------
+    path : str or os.PathLike
+    kind : str
+        What the file is taken for, as in ".npz file of plain arrays".
+    """
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{path} is not a whole {kind}: {reason(error)}") from error
+
+
+@contextlib.contextmanager
+def named(path):
+    """Within, a TypeError or ValueError names the file, also where it is raised by who does not know of a file.
+
+    What is no path, as a mapping of arrays, names nothing.
+    """
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if not isinstance(path, (str, os.PathLike)) or str(path) in str(error):
+            raise
+        raise (TypeError if isinstance(error, TypeError) else ValueError)(f"{path}: {error}") from error
+
+
+def listed(entries) -> str:
+    """Names or the like for an error; of many, the first and how many more there are."""
+    entries = list(entries)
+    return ", ".join(str(entry)[:200] for entry in entries[:20]) + (
+        f" and {len(entries) - 20} more" if len(entries) > 20 else "")
+
+
+def reason(error) -> str:
+    """What an error, or any value, says, or its kind where it says nothing; one line, not too long."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 500 else text[:497] + "..."

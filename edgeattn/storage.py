@@ -9,8 +9,8 @@ import json
 
 import numpy as np
 
-from edgeattn.files import as_path, write_atomic
-from edgeattn.tensor_files import read_safetensors
+from edgeattn.files import as_path, reason, write_atomic
+from edgeattn.safetensors_file import read_safetensors
 
 _FORMAT = 1
 _METADATA_KEY = "edgeattn"
@@ -92,8 +92,9 @@ def load(path, *, arithmetic=None):
             raise ValueError(f"arithmetic={arithmetic!r} applies to int8 layers, but {path} holds a {kind}")
         config["arithmetic"] = arithmetic
     layer_class = getattr(importlib.import_module(_KINDS[kind]), kind)
+    arrays = {name: tensor.read() for name, tensor in tensors.items()}
     try:
-        return layer_class._from_state(config, tensors)
+        return layer_class._from_state(config, arrays)
     except KeyError as error:
         raise ValueError(f"{path} does not hold a whole {kind}: {error} is missing") from error
     except (TypeError, ValueError) as error:
@@ -110,8 +111,8 @@ def _parse_header(path, metadata):
     try:
         header = json.loads(metadata[_METADATA_KEY])
         version, kind, config = header["format"], header["kind"], header["config"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} has unreadable edgeattn metadata: {error!r}") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} has unreadable edgeattn metadata: {type(error).__name__}, {reason(error)}") from error
     if version != _FORMAT:
         raise ValueError(
             f"{path} has format {version!r}, this edgeattn reads format {_FORMAT}; update edgeattn"

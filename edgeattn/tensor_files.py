@@ -1,22 +1,27 @@
 """Tensors in files of others: .safetensors and .npz, whole or an error that names the file."""
 
-import json
-import zipfile
-import zlib
+from __future__ import annotations
+
+from pathlib import Path
 
 import numpy as np
 
-from edgeattn.files import as_path
+from edgeattn import npy
+from edgeattn.files import as_path, reading
+from edgeattn.safetensors_file import read_safetensors
+from edgeattn.stored import Budget, StoredTensor, file_size
+from edgeattn.zip_members import members, unpack
 
-_ENCRYPTED = 1  # in a zip member's flags
+NPZ = ".npz file of plain arrays"
+NPY = ".npy file of plain numbers"
 
 
-def read_tensors(path, prefix=""):
+def read_tensors(path, prefix: str = "") -> tuple[dict[str, StoredTensor], list[str]]:
     """The tensors of a .safetensors or .npz file whose names start with `prefix`.
 
     Returns
     -------
-    dict of str to array
+    dict of str to StoredTensor
         Under their full names.
     list of str
         All names in the file.
@@ -30,66 +35,57 @@ def read_tensors(path, prefix=""):
     if path.suffix == ".npz":
         return _read_npz(path, prefix)
     if path.suffix == ".safetensors":
-        _, tensors = read_safetensors(path, prefix, names := [])
-        return tensors, names
+        _, tensors = read_safetensors(path)
+        return {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}, list(tensors)
     raise ValueError(
         f"path must end in .safetensors or .npz, got {str(path)!r}; "
         "convert a torch checkpoint with safetensors.torch.save_file(state_dict, path)"
     )
 
 
-def read_safetensors(path, prefix="", names=None):
-    """(metadata, tensors whose names start with `prefix`); fills `names` with all names."""
-    import safetensors  # 0.8 MiB that only files need
+def read_npy(path) -> np.ndarray:
+    """The array in a .npy file.
 
-    with open(path, "rb"):
-        pass  # a missing or forbidden file is the operating system's error, not a damaged file
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            every = list(file.keys())
-            tensors = {}
-            for name in every:
-                if name.startswith(prefix):
-                    tensors[name] = _tensor(path, file, name)
-            metadata = file.metadata() or {}
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is not a whole .safetensors file: {error}") from error
-    if names is not None:
-        names.extend(every)
-    return metadata, tensors
+    Raises
+    ------
+    ValueError
+        Naming the file, for one that is truncated, damaged, or holds something else than numbers.
+    """
+    with open(path, "rb") as file, reading(path, NPY):
+        budget, size = Budget(file_size(file)), file_size(file)
+        at, shape, dtype, fortran_order = npy.parse_header(file.read(npy.LONGEST_HEADER), budget, "it")
+        nbytes = budget.nbytes(shape, dtype.itemsize, "it")
+        if at + nbytes > size:
+            raise ValueError(f"{shape} of {dtype} takes {nbytes} bytes, and {size - at} are there")
+        file.seek(at)
+        return npy.as_array(file.read(nbytes), 0, shape, dtype, fortran_order)
 
 
-def _tensor(path, file, name):
-    if file.get_slice(name).get_dtype() == "BF16":
-        return _bfloat16(path, name)
-    try:
-        return file.get_tensor(name)
-    except (KeyError, TypeError, AttributeError) as error:  # what safetensors raises for a dtype NumPy lacks
-        dtype = file.get_slice(name).get_dtype()
-        raise ValueError(
-            f"{path} stores {name} as {dtype}, which NumPy does not have; convert the file to F32 first"
-        ) from error
+def _read_npz(path: Path, prefix: str):
+    tensors, names = {}, []
+    with open(path, "rb") as file, reading(path, NPZ):
+        budget = Budget(file_size(file))
+        for title, member in members(file).items():
+            name = title.removesuffix(".npy")
+            if name == title:
+                raise ValueError(f"member {title!r} is no .npy array")
+            names.append(name)
+            if name.startswith(prefix):
+                tensors[name] = _in_npz(path, file, member, name, budget)
+    return tensors, names
 
 
-def _bfloat16(path, name):
-    """A bfloat16 tensor of a file known to be whole, as float32: each is the upper half of one."""
-    with open(path, "rb") as raw:
-        header_size = int.from_bytes(raw.read(8), "little")
-        entry = json.loads(raw.read(header_size))[name]
-        start, end = entry["data_offsets"]
-        raw.seek(8 + header_size + start)
-        halves = np.frombuffer(raw.read(end - start), "<u2")
-    return (halves.astype(np.uint32) << 16).view(np.float32).reshape(entry["shape"])
+def _in_npz(path: Path, file, member, name: str, budget: Budget) -> StoredTensor:
+    """An array of an .npz file, once its header and the size of its member agree."""
+    at, shape, dtype, fortran_order = npy.parse_header(unpack(file, member, npy.LONGEST_HEADER), budget, name)
+    nbytes = budget.nbytes(shape, dtype.itemsize, name)
+    if member.file_size != at + nbytes:
+        raise ValueError(f"{name} of shape {shape} and dtype {dtype} takes {at + nbytes} bytes, and its member has "
+                         f"{member.file_size}")
 
+    def read():
+        with open(path, "rb") as file, reading(path, NPZ):
+            budget.take(member.file_size, name)
+            return npy.as_array(unpack(file, member), at, shape, dtype, fortran_order)
 
-def _read_npz(path, prefix):
-    try:
-        with open(path, "rb") as raw, np.lib.npyio.NpzFile(raw, allow_pickle=False) as file:
-            if any(member.flag_bits & _ENCRYPTED for member in file.zip.infolist()):
-                raise ValueError("it is encrypted; save it again without a password")
-            return {name: file[name] for name in file.files if name.startswith(prefix)}, list(file.files)
-    except FileNotFoundError:
-        raise
-    # zipfile and zlib have an error of their own for each kind of damage
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError, OSError, KeyError) as error:
-        raise ValueError(f"{path} is not a whole .npz file of plain arrays: {error}") from error
+    return StoredTensor(shape, dtype, read)

@@ -24,8 +24,12 @@ from edgeattn.quantized import (
 from edgeattn.tflite_file import parse, read_bytes
 from edgeattn.tflite_schema import Graph, Operator, Tensor
 
-# Following elements takes four bytes for each: 64 MiB at this size, an activation of 4096 rows of 4096.
+# Following elements takes four bytes for each: 64 MiB at the largest size, an activation of 4096 rows of 4096, which
+# only a file with weights for so many columns may have.
 _MOST_ELEMENTS = 2**24
+_FEW_ELEMENTS = 2**22
+# Where elements are followed, and what happens to scores: converters write four operators in a row at most.
+_LONGEST_CHAIN = 16
 # Beyond these, scales and their products leave what float32 and the runtimes' 31-bit multipliers can hold.
 _SCALES = (2.0**-60, 2.0**60)
 _LARGEST_MULTIPLIER = 256.0
@@ -65,15 +69,18 @@ def read_tflite(path_or_bytes, *, arithmetic: str = "litert") -> StaticMultiHead
         message names the file, what was expected and what was found.
     """
     data, name = read_bytes(path_or_bytes)
-    return _Matcher(parse(data, name), name).layer(arithmetic)
+    most = min(_MOST_ELEMENTS, max(_FEW_ELEMENTS, 4 * len(data)))
+    return _Matcher(parse(data, name), name, most).layer(arithmetic)
 
 
 class _Matcher:
     """Finds attention in one graph. ``used`` collects the operators that were recognised."""
 
-    def __init__(self, graph: Graph, name: str):
+    def __init__(self, graph: Graph, name: str, most_elements: int):
         self.graph = graph
         self.name = name
+        self.most_elements = most_elements
+        self.outputs = set(graph.outputs)
         self.used: set[int] = set()
         self.producers: dict[int, int] = {}
         self.consumers: dict[int, list[int]] = {}
@@ -132,10 +139,10 @@ class _Matcher:
     def next_operator(self, tensor: int) -> tuple[int, Operator] | None:
         """The one operator that reads ``tensor``, or None where it only leaves the graph."""
         readers = self.consumers.get(tensor, [])
-        if len(readers) + (tensor in self.graph.outputs) != 1:
+        if len(readers) + (tensor in self.outputs) != 1:
             raise self.error(
                 f"expected one reader of tensor {self.tensor(tensor).name!r}; found {len(readers)}"
-                + (" and the graph's output" if tensor in self.graph.outputs else "")
+                + (" and the graph's output" if tensor in self.outputs else "")
             )
         return (readers[0], self.graph.operators[readers[0]]) if readers else None
 
@@ -195,9 +202,9 @@ class _Matcher:
     def size(self, number: int) -> int:
         tensor = self.tensor(number)
         size = math.prod(tensor.shape)
-        if not 1 <= size <= _MOST_ELEMENTS:
+        if not 1 <= size <= self.most_elements:
             raise self.error(f"tensor {tensor.name!r} of shape {tensor.shape} has {size} elements; "
-                             f"expected 1 to {_MOST_ELEMENTS}")
+                             f"expected 1 to {self.most_elements} in a file of this size")
         return size
 
     def moved(self, operator: Operator, elements: np.ndarray) -> np.ndarray:
@@ -232,6 +239,7 @@ class _Matcher:
         path = []
         while (number := self.producer(tensor, _MOVES)) is not None:
             path.append(number)
+            self.check_chain(path, _MOVES)
             tensor = self.operands(self.graph.operators[number], (1, 2))[0]
         elements = np.arange(self.size(tensor), dtype=np.int32).reshape(self.tensor(tensor).shape)
         for number in reversed(path):
@@ -245,11 +253,19 @@ class _Matcher:
         Returns the tensor they end with, the flat index of its elements in ``tensor``, and its reader.
         """
         elements = np.arange(self.size(tensor), dtype=np.int32).reshape(self.tensor(tensor).shape)
+        path = []
         while (found := self.next_operator(tensor)) is not None and found[1].name in _MOVES:
+            path.append(found[0])
+            self.check_chain(path, _MOVES)
             elements = self.moved(found[1], elements)
             self.used.add(found[0])
             tensor = found[1].outputs[0]
         return tensor, elements, None if found is None else found[1]
+
+    def check_chain(self, path: list, names: tuple[str, ...]) -> None:
+        """Refuse more operators in a row than any converter writes."""
+        if len(path) > _LONGEST_CHAIN:
+            raise self.error(f"expected at most {_LONGEST_CHAIN} of {', '.join(names)} in a row; found more")
 
     # -- the parts of attention
 
@@ -450,6 +466,7 @@ class _Matcher:
             tensor = inputs[changing[0]]
             self.next_operator(tensor)  # or the scores would be wanted elsewhere too
             found.append((operator, tensor, changing[0]))
+            self.check_chain(found, _SCORE_OPS)
         return tensor, found[::-1]
 
     def score_op(self, operator: Operator, tensor: int, position: int, scores: tuple[int, int, int, int]):
@@ -506,6 +523,10 @@ class _Matcher:
         if leading == 1:
             return values.reshape(1, 1, *values.shape[-2:])
         if leading != B * H:
+            size = B * H * math.prod(values.shape[-2:])
+            if size > self.most_elements:
+                raise self.error(f"expected a mask of at most {self.most_elements} elements, (B, H, L, S) apart; found "
+                                 f"{size}")
             values = np.broadcast_to(values, (*shape[:-2], *values.shape[-2:]))
         return values.reshape(B, H, *values.shape[-2:])
 
@@ -578,7 +599,7 @@ class _Matcher:
             self.used.add(self.producers[reader.outputs[0]])
             tensor = reader.outputs[0]
         if self.graph.outputs != [tensor]:
-            found = [self.tensor(number).name for number in self.graph.outputs]
+            found = [self.tensor(number).name for number in self.graph.outputs[:8]]
             raise self.error(
                 f"expected the attention's result, tensor {self.tensor(tensor).name!r}, to be the graph's one"
                 f" output; found {found}"

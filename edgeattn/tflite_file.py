@@ -26,9 +26,12 @@ _SCALARS = {
     "float32": "<f",
 }
 _VECTORS = {"[int32]": "<i4", "[int64]": "<i8", "[float32]": "<f4", "[uint8]": "<u1"}
-# Offsets may be shared, so a small file can name a big text or shape very often: bound what each may cost.
+# Offsets may be shared and tables may overlap, so a small file can name much very often: bound what each may cost, how
+# many there are, and how often what is there is read. A graph of one attention block has some forty of each.
 _LONGEST_STRING = 1000
 _HIGHEST_RANK = 8
+_MOST_TABLES = 10_000  # of a kind
+_TIMES_READ = 2  # operands, compared with the size of the file
 
 
 def read_bytes(path_or_bytes) -> tuple[bytes, str]:
@@ -79,6 +82,7 @@ class _Parser:
     def __init__(self, data: bytes, name: str):
         self.data = data
         self.name = name
+        self.operands_left = _TIMES_READ * len(data)
 
     def error(self, message: str) -> ValueError:
         return ValueError(f"{self.name}: {message}")
@@ -127,7 +131,8 @@ class _Parser:
     def get(self, table: int, kind: str, field: str):
         """A field of a table of ``kind``: a number, a text, an array, a table's position, or a list of those.
 
-        An absent number is the schema's default, an absent vector is empty, anything else absent is None.
+        An absent number is the schema's default, an absent vector is empty, anything else absent is None. Numbers in a
+        vector are a view of the file.
         """
         declared = TABLES[kind][field]
         what = f"{kind}.{field}"
@@ -150,12 +155,23 @@ class _Parser:
             return self.data[start:start + min(count, _LONGEST_STRING)].decode("utf-8", "replace")
         if declared.kind.startswith("["):
             if position is None:
-                return []
+                return np.empty(0, np.int64)
             start, count = self.vector(position, 4, what)
-            return [self.target(start + 4 * i, what) for i in range(count)]
+            return np.frombuffer(self.data, "<u4", count, start) + np.arange(start, start + 4 * count, 4)
         return None if position is None else self.target(position, what)
 
     # -- tables
+
+    def tables(self, table: int, kind: str, field: str, read) -> list:
+        """What ``read`` makes of each table in a vector of tables; of one that is named again, the same."""
+        positions = self.get(table, kind, field)
+        if positions.size > _MOST_TABLES:
+            raise self.error(f"has {positions.size} {kind}.{field}; expected at most {_MOST_TABLES}")
+        known = {}
+        for number, position in enumerate(positions.tolist()):
+            if position not in known:
+                known[position] = read(position, number)
+        return [known[position] for position in positions.tolist()]
 
     def graph(self) -> Graph:
         if len(self.data) < 8 or self.data[4:8] != IDENTIFIER:
@@ -166,25 +182,31 @@ class _Parser:
         subgraphs = self.get(model, "Model", "subgraphs")
         if len(subgraphs) != 1:
             raise self.error(f"expected one subgraph; found {len(subgraphs)}")
-        subgraph = subgraphs[0]
+        subgraph = int(subgraphs[0])
         self.buffers = self.get(model, "Model", "buffers")
-        codes = [self.operator_code(code) for code in self.get(model, "Model", "operator_codes")]
+        codes = self.tables(model, "Model", "operator_codes", lambda position, _: self.operator_code(position))
         graph = Graph()
-        graph.tensors = [self.tensor(position, number)
-                         for number, position in enumerate(self.get(subgraph, "SubGraph", "tensors"))]
-        graph.operators = [self.operator(position, codes, len(graph.tensors))
-                           for position in self.get(subgraph, "SubGraph", "operators")]
+        graph.tensors = self.tables(subgraph, "SubGraph", "tensors", self.tensor)
+        graph.operators = self.tables(
+            subgraph, "SubGraph", "operators",
+            lambda position, _: self.operator(position, codes, len(graph.tensors)))
         for role in ("inputs", "outputs"):
             numbers = self.get(subgraph, "SubGraph", role)
+            if numbers.size > _MOST_TABLES:
+                raise self.error(f"has {numbers.size} {role}; expected at most {_MOST_TABLES}")
             setattr(
                 graph, role, self.tensor_numbers(numbers, len(graph.tensors), f"the graph's {role}", lowest=0)
             )
         return graph
 
     def tensor_numbers(self, numbers: np.ndarray, count: int, what: str, lowest: int) -> list[int]:
-        for number in numbers.tolist():
-            if not lowest <= number < count:
-                raise self.error(f"{what} name tensor {number}; the file has tensors 0 to {count - 1}")
+        self.operands_left -= numbers.nbytes
+        if self.operands_left < 0:
+            raise self.error(f"is damaged: its operators share so many operands that they take more than {_TIMES_READ} "
+                             "times the file")
+        wrong = numbers[(numbers < lowest) | (numbers >= count)]
+        if wrong.size:
+            raise self.error(f"{what} name tensor {wrong[0]}; the file has tensors 0 to {count - 1}")
         return numbers.tolist()
 
     def operator_code(self, table: int) -> tuple[str, int]:
@@ -248,12 +270,12 @@ class _Parser:
         if self.get(position, "QuantizationParameters", "details_type") != 0:
             raise self.error(f"tensor {name!r} has quantization of a kind other than scale and zero point")
         if zero_point.size == 0:
-            zero_point = np.zeros(scale.size, np.int64)
+            zero_point = np.broadcast_to(np.int64(0), scale.shape)
         if zero_point.size != scale.size:
             raise self.error(
                 f"tensor {name!r} has {scale.size} scales and {zero_point.size} zero points; expected as many"
             )
-        return (scale.astype(np.float32), zero_point.astype(np.int64),
+        return (scale.astype(np.float32, copy=False), zero_point.astype(np.int64, copy=False),
                 self.get(position, "QuantizationParameters", "quantized_dimension"))
 
     def constant(
@@ -265,7 +287,7 @@ class _Parser:
             raise self.error(
                 f"tensor {name!r} has buffer number {number}; the file has {len(self.buffers)} buffers"
             )
-        buffer = self.buffers[number]
+        buffer = int(self.buffers[number])
         # Offsets of 0 and 1 are placeholders; greater ones point behind the FlatBuffer, as in files of over 2
         # GB.
         if self.get(table, "Tensor", "external_buffer") or self.get(buffer, "Buffer", "offset") > 1:

@@ -9,13 +9,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
-import safetensors
 import safetensors.numpy
 
 from edgeattn.checks import is_one_of
-from edgeattn.files import write_atomic
+from edgeattn.files import listed, reading, write_atomic
 from edgeattn.layers import MultiHeadAttention
 from edgeattn.quantized import INPUTS, SOURCES
+from edgeattn.safetensors_file import read_safetensors
 from quant.observers import BINS, OBSERVERS, SMALLEST_EXPONENT, Statistics
 from quant.trace import Call, counted, describe_sources, float_trace, read_calls
 
@@ -125,34 +125,21 @@ class Calibration:
         ValueError
             Naming the file, when it is truncated, of another kind, or does not hold what it says.
         """
-        path = os.fspath(path)
-        with open(path, "rb") as file:
-            content = file.read()
-        try:
-            return _parse(content)
-        except (safetensors.SafetensorError, ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path} is not a whole calibration, as quant.calibrate gives and "
-                             f"Calibration.save writes it: {error}") from error
+        with open(path, "rb"):
+            pass  # a missing or forbidden file is the operating system's error, not a damaged file
+        with reading(path, "calibration, as quant.calibrate gives and Calibration.save writes it"):
+            return _parse(*read_safetensors(path))
 
 
 def is_calibration(path) -> bool:
     """Whether a file calls itself a calibration; False for a damaged file, too."""
-    with open(path, "rb") as file:
-        content = file.read()
     try:
-        return _METADATA_KEY in _metadata(content)
-    except (ValueError, AttributeError):
+        return _METADATA_KEY in read_safetensors(path)[0]
+    except ValueError:
         return False
 
 
-def _metadata(content: bytes) -> dict:
-    length = int.from_bytes(content[:8], "little")
-    return json.loads(content[8:8 + length]).get("__metadata__", {})
-
-
-def _parse(content: bytes) -> Calibration:
-    tensors = safetensors.numpy.load(content)  # refuses a file whose header lies
-    metadata = _metadata(content)
+def _parse(metadata: dict, tensors: dict) -> Calibration:
     if _METADATA_KEY not in metadata:
         raise ValueError("its metadata name no calibration")
     header = json.loads(metadata[_METADATA_KEY])
@@ -167,8 +154,8 @@ def _parse(content: bytes) -> Calibration:
     names.append("single_scores")
     expected = {f"{name}.{part}" for name in names for part in ("histogram", "range")}
     if set(tensors) != expected:
-        raise ValueError(f"it must hold {sorted(expected)}; got {sorted(tensors)}")
-    statistics = {name: _parse_statistics(name, tensors[f"{name}.histogram"], tensors[f"{name}.range"])
+        raise ValueError(f"it must hold {sorted(expected)}; got {listed(sorted(tensors))}")
+    statistics = {name: _parse_statistics(name, tensors[f"{name}.histogram"].read(), tensors[f"{name}.range"].read())
                   for name in names}
     single_scores = statistics.pop("single_scores")
     lowest = header["lowest_row_maximum"]

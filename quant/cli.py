@@ -16,7 +16,7 @@ import quant
 from edgeattn.arithmetic import KERNEL_SETS
 from edgeattn.files import check_output
 from edgeattn.layers import MultiHeadAttention
-from edgeattn.tensor_files import read_tensors
+from edgeattn.tensor_files import read_npy, read_tensors
 from quant.calibrate import Calibration
 from quant.describe import arithmetic_of_tflite, describe_file, describe_masks, describe_seen
 from quant.export.targets import NATIVE, TARGETS
@@ -202,7 +202,7 @@ def export(layer, torch_prefix, bert_prefix, num_heads, path, batch, sequence_le
     check_paths(path, layer, mask_file)
     layer = read_layer(layer, torch_prefix, bert_prefix, num_heads)
     if mask_file is not None:
-        mask = read_array(mask_file)
+        mask = read_npy(mask_file)
     path = quant.export(layer, path, batch=batch, sequence_length=sequence_length, key_length=key_length, mask=mask,
                         test_vectors=test_vectors, target=target)
     say(f"wrote {path}: {path.stat().st_size:,} bytes")
@@ -266,24 +266,16 @@ def with_file_names(data: tuple[Path, ...], run):
 def read_batches(path: Path) -> Iterator[np.ndarray | dict]:
     """The batches of one DATA file."""
     if path.suffix == ".npy":
-        array = read_array(path)
+        array = read_npy(path)
         pieces = range(0, len(array), ROWS_AT_ONCE) if array.ndim == 3 else ()
         yield from [array[start:start + ROWS_AT_ONCE] for start in pieces] or [array]
     elif path.suffix == ".npz":
         tensors, _ = read_tensors(path)
         # single values: is_causal and causal_alignment
-        yield {name: array.item() if array.ndim == 0 else array for name, array in tensors.items()}
+        arrays = {name: tensor.read() for name, tensor in tensors.items()}
+        yield {name: array.item() if array.ndim == 0 else array for name, array in arrays.items()}
     else:
         raise ValueError(f"DATA must be .npy or .npz files; got {path}")
-
-
-def read_array(path: Path) -> np.ndarray:
-    """The array in a .npy file."""
-    try:
-        with open(path, "rb") as file:
-            return np.lib.format.read_array(file, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path} is not a whole .npy file of plain numbers: {error}") from error
 
 
 if __name__ == "__main__":

@@ -26,6 +26,9 @@ def pytest_addoption(parser):
         "--layers", type=int, default=200, metavar="N",
         help="how many random layers tests/test_parity.py compares in each runtime (default: %(default)s); "
              "three in ten more in the form of other converters")
+    parser.addoption(
+        "--reader-cases", type=int, default=120, metavar="N",
+        help="how many files changed at random tests/test_readers.py gives to each reader (default: %(default)s)")
     parser.addoption("--cuda", action="store_true", help="run tests/test_cuda_*.py on the GPU, not in the emulator")
     parser.addoption(
         "--long", action="store_true",

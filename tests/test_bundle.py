@@ -328,6 +328,61 @@ def rewritten(path, to, **changes):
     return to
 
 
+def description(**changes):
+    """A right one of a layer of no size."""
+    return {"abi": 1, "machine": platform.machine(), "requires": [], "target": "x", "prefix": "x", "scheme": "float32",
+            "sizes": dict.fromkeys(bundle.SIZES, 1), **changes}
+
+
+STATIC = {"scheme": "static", "arithmetic": "litert", "sources": [0, 1, 1], "mask_shape": None,
+          "quantization": dict.fromkeys(("query", "key", "output"), [0.5, 0])}
+
+
+@pytest.mark.parametrize("changes", [
+    {"abi": "1"}, {"machine": 3}, {"target": None}, {"requires": "sse"}, {"requires": [1]}, {"prefix": "a b"}, {"prefix": ""},
+    {"prefix": ["x"]}, {"scheme": "int4"}, {"scheme": []}, {"sizes": {}}, {"sizes": [1] * 8},
+    {"sizes": {**dict.fromkeys(bundle.SIZES, 1), "num_heads": 0}}, {"sizes": {**dict.fromkeys(bundle.SIZES, 1), "vdim": 2.0}},
+    {"sizes": {**dict.fromkeys(bundle.SIZES, 1), "kdim": 1 << 24}}, {"sizes": {**dict.fromkeys(bundle.SIZES, 1), "num_kv_heads": 2}},
+    *({**STATIC, **change} for change in (
+        {"arithmetic": 1}, {"sources": [0, 2, 1]}, {"sources": "000"}, {"mask_shape": [1, 1, 1]}, {"mask_shape": [1, 1, 0, 1]},
+        {"quantization": {}}, {"quantization": {**STATIC["quantization"], "value": [0.5, 0]}},
+        {"quantization": {**STATIC["quantization"], "key": [0, 0]}}, {"quantization": {**STATIC["quantization"], "key": [0.5, 128]}},
+        {"quantization": {**STATIC["quantization"], "key": [float("nan"), 0]}}, {"quantization": {**STATIC["quantization"], "key": 3}}))])
+def test_a_wrong_description_is_refused_before_the_library_is_loaded(tmp_path, monkeypatch, changes):
+    monkeypatch.setattr(bundle, "_library", lambda *_: pytest.fail("loaded"))
+    body = b"no library" + json.dumps(description(**changes)).encode()
+    (tmp_path / "a.so").write_bytes(body + bundle.FOOTER.pack(bundle.MAGIC, len(body) - 10, bundle.zlib.crc32(body)))
+    with pytest.raises(ValueError, match="a.so is no bundle that quant.export wrote: .*(description|sizes)"):
+        bundle.load(tmp_path / "a.so")
+
+
+def test_a_service_that_loads_what_is_rewritten_keeps_no_files_open(folder, tmp_path):
+    """Neither files nor mappings of what is no longer used, and no more than its mappings of what is."""
+    print(python("""
+import gc, os, resource, shutil, sys
+from edgeattn.bundle import load
+source, path = sys.argv[1:]
+resource.setrlimit(resource.RLIMIT_NOFILE, (24, 24))
+kept = []
+def mapped():
+    return sum(path in line for line in open("/proc/self/maps"))
+for keep in (True, False):
+    before = mapped()
+    for _ in range(40):
+        shutil.copy(source, path + ".new")
+        os.replace(path + ".new", path)
+        loaded = load(path)
+        assert loaded.embed_dim > 0
+        if keep:
+            kept.append(loaded)
+    del loaded
+    gc.collect()  # a function of ctypes and its library refer to each other
+    after = mapped()
+assert len({bundle._run._objects["0"]._handle for bundle in kept}) == 40
+assert after == before, (before, after)
+""", folder / "float32.so", tmp_path / "a.so"))
+
+
 def test_what_cannot_run_here_is_refused_before_it_is_loaded(folder, tmp_path, monkeypatch):
     path = folder / "static-litert.so"
     changed = {"abi": (99, "has ABI version 99, and this edgeattn reads 1; export it again"),
@@ -351,7 +406,7 @@ def test_damaged_files_are_refused(folder, tmp_path, damage, message):
 
 
 def test_a_library_that_does_not_load_is_refused(tmp_path):
-    body = b"no library" + json.dumps({"abi": 1, "machine": platform.machine(), "requires": [], "target": "x"}).encode()
+    body = b"no library" + json.dumps(description()).encode()
     (tmp_path / "a.so").write_bytes(body + bundle.FOOTER.pack(bundle.MAGIC, len(body) - 10, bundle.zlib.crc32(body)))
     with pytest.raises(ValueError, match="a.so cannot be loaded"):
         bundle.load(tmp_path / "a.so")

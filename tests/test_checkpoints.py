@@ -374,7 +374,7 @@ def test_bfloat16_files_are_read_exactly(tmp_path):
     text = json.dumps(header).encode()
     path = tmp_path / "model.safetensors"
     path.write_bytes(len(text).to_bytes(8, "little") + text + content)
-    state = {name: tensor for name, tensor in read_tensors(path)[0].items() if name != "other"}
+    state = {name: np.asarray(tensor) for name, tensor in read_tensors(path)[0].items() if name != "other"}
     for name, half in halves.items():
         np.testing.assert_array_equal(state[name].view(np.uint32), half.astype(np.uint32) << 16)
     same(MultiHeadAttention.from_torch(state, 2), out_weight=state["out_proj.weight"])

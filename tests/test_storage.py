@@ -404,6 +404,7 @@ def test_files_that_are_no_valid_layer_are_refused_by_name(tmp_path, tensors, ch
 
 def test_dtypes_that_numpy_lacks_are_refused(tmp_path):
     path = tmp_path / "layer.safetensors"
-    written(path, {"q_weight": {"dtype": "F8_E4M3", "shape": [1, 1], "data_offsets": [0, 1]}}, b"\0")
+    tensor = {"dtype": "F8_E4M3", "shape": [1, 1], "data_offsets": [0, 1]}
+    written(path, {"__metadata__": metadata(), "q_weight": tensor}, b"\0")
     with pytest.raises(ValueError, match="layer.safetensors stores q_weight as F8_E4M3, which NumPy does not have"):
         load(path)

@@ -276,7 +276,7 @@ REFUSED = {
     ),
     "vast activation": (
         lambda g: change(g, "fully_connected", shape=(2**20, 2**20, 8)),
-        "expected 1 to 16777216",
+        "expected 1 to 4194304 in a file of this size",
     ),
 }
 

@@ -11,17 +11,17 @@ Other files (.npz, legacy .h5) and dictionaries have names such as "encoder/atte
 
 import collections.abc
 import contextlib
-import io
+import functools
 import json
 import pathlib
 import re
 import warnings
-import zipfile
-import zlib
 
-import numpy as np
-
+from edgeattn.checkpoints import hdf5
 from edgeattn.checkpoints.tensors import Tensors, check_source, read_named
+from edgeattn.files import listed, reading, reason
+from edgeattn.stored import Budget, file_size
+from edgeattn.zip_members import members, unpack
 
 _CLASSES = ("MultiHeadAttention", "GroupQueryAttention", "GroupedQueryAttention")
 # As in layer.get_weights(): of each a kernel and, with use_bias=True, a bias.
@@ -73,13 +73,13 @@ def keras_weights(weights_or_path, layer=None):
     if isinstance(weights_or_path, (list, tuple)):
         return _convert(_from_list("weights", weights_or_path))
     check_source("weights_or_path", weights_or_path)
-    with _opened(weights_or_path) as (source, stored, names, configs):
+    with _opened(weights_or_path) as (source, stored, settings):
         if stored and all(_UNNAMED.match(name) for name in stored):
             arrays = sorted(stored.items(), key=lambda entry: int(_UNNAMED.match(entry[0])[1]))
             return _convert(_from_list(source, [array for _, array in arrays]))
-        tensors, name = _choose(source, stored, names, layer)
-    _check_config(tensors, name, configs)
-    return _convert(tensors)
+        tensors, path = _choose(source, stored, settings, layer)
+        _check_config(tensors, path, settings)
+        return _convert(tensors)
 
 
 def _convert(tensors):
@@ -130,28 +130,71 @@ def _from_list(source, arrays):
 
 @contextlib.contextmanager
 def _opened(weights_or_path):
-    """(source, stored tensors by name, layer names by path, layer configurations) while the file is open."""
+    """(source, stored tensors by name, `_Settings` of the layers) while the file is open."""
     path = None if isinstance(weights_or_path, collections.abc.Mapping) else weights_or_path
     suffix = pathlib.Path(path).suffix if isinstance(path, (str, pathlib.PurePath)) else ""
     if suffix not in (".keras", ".h5"):
         source, stored, _ = read_named(weights_or_path)
-        yield "weights" if path is None else source, stored, {}, []
+        yield "weights" if path is None else source, stored, _Settings()
         return
-    h5py = _import_h5py(path)
-    with open(path, "rb") as file:  # a missing or forbidden file is the operating system's error
-        configs = []
-        try:
+    h5py, guarded = _import_h5py(path), functools.partial(reading, path, f"{suffix} file of Keras")
+    with contextlib.ExitStack() as opened:
+        file = opened.enter_context(open(path, "rb"))
+        with guarded():
+            budget = Budget(file_size(file))
             if suffix == ".keras":
-                with zipfile.ZipFile(file) as archive:
-                    configs = _configs(json.loads(archive.read("config.json")))
-                    file = io.BytesIO(archive.read("model.weights.h5"))
-            with h5py.File(file, "r") as content:
-                if "model_config" in content.attrs:
-                    configs = _configs(json.loads(content.attrs["model_config"]))
-                stored, names = _contents(content, h5py)
-                yield str(path), stored, names, configs
-        except (OSError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is not a whole {suffix} file of Keras: {error}") from error
+                parts = members(file)
+                config = _configs(json.loads(_part(file, parts, "config.json", budget)))
+                within = _part(file, parts, "model.weights.h5", budget)
+                content = opened.enter_context(hdf5.open_bytes(within))
+            else:
+                within = path
+                content = opened.enter_context(h5py.File(file, "r"))
+                config = None if h5py.h5a.exists(content.id, b"model_config") else []
+            stored = hdf5.data_sets(content, budget, guarded)
+        yield str(path), stored, _Settings(guarded, within, config)
+
+
+def _part(file, parts, name, budget):
+    """A member of a .keras file."""
+    if name not in parts:
+        raise ValueError(f"it has no member {name!r}")
+    budget.take(parts[name].file_size, name)
+    return unpack(file, parts[name])
+
+
+class _Settings:
+    """What a file says of its layers beside their weights; of an HDF5 file's attributes no more than is asked for.
+
+    Parameters
+    ----------
+    guarded : callable, optional
+        () -> the context in which the file is read.
+    within : path or bytes, optional
+        The HDF5 file.
+    configs : list of dict, optional
+        Settings of all attention layers; None where an attribute of the HDF5 file may hold them.
+    """
+
+    def __init__(self, guarded=contextlib.nullcontext, within=None, configs=()):
+        self._guarded, self._within, self._given = guarded, within, configs
+
+    @functools.cached_property
+    def _attributes(self):
+        with self._guarded():
+            return ({}, None) if self._within is None else hdf5.attributes(self._within)
+
+    def name(self, path):
+        """The name in Python of the layer at a path."""
+        return self._attributes[0].get(path, path.rpartition("/")[2])
+
+    @functools.cached_property
+    def configs(self):
+        """Settings of attention layers."""
+        if self._given is not None:
+            return self._given
+        with self._guarded():
+            return [] if self._attributes[1] is None else _configs(json.loads(self._attributes[1]))
 
 
 def _import_h5py(path):
@@ -162,25 +205,8 @@ def _import_h5py(path):
     return h5py
 
 
-def _contents(content, h5py):
-    """(data sets by path, names of layers by the path of the layer) of an HDF5 file."""
-    stored, names = {}, {}
-
-    # visititems follows no link out of the file.
-    def visit(path, entry):
-        if isinstance(entry, h5py.Dataset):
-            if entry.external or entry.is_virtual:
-                raise OSError(f"{path} lies in another file")
-            stored[path] = entry
-        elif path.endswith("/vars") and "name" in entry.attrs:
-            names[path.removesuffix("/vars")] = str(entry.attrs["name"])
-
-    content.visititems(visit)
-    return stored, names
-
-
-def _choose(source, stored, names, wanted):
-    """(tensors of the wanted attention layer, its name)."""
+def _choose(source, stored, settings, wanted):
+    """(tensors of the wanted attention layer, its path)."""
     if wanted is not None and not isinstance(wanted, str):
         raise TypeError(f"layer must be a string, got {wanted!r}")
     variables = {_variable(name): name for name in stored}
@@ -188,36 +214,28 @@ def _choose(source, stored, names, wanted):
     paths = sorted(
         {found[1] or "" for found in parts.values() if found and found[2] in ("query", "attention_output")}
     )
-    names = {path: names.get(path, path.rpartition("/")[2]) for path in paths}
     if wanted is None:
         chosen = paths
     else:
         chosen = [path for path in paths if path == wanted.strip("/")]
-        chosen = chosen or [path for path in paths if names[path] == wanted]
+        chosen = chosen or [path for path in paths if settings.name(path) == wanted]
     if len(chosen) != 1:
-        known = ", ".join(f"{path!r} (named {names[path]!r})" for path in paths) or "none"
+        known = listed(f"{path!r} (named {settings.name(path)!r})" for path in paths) or "none"
         asked = "layer must be given" if wanted is None else f"layer must name one attention layer, got {wanted!r}"
         raise ValueError(f"{asked}; attention layers of {source}: {known}")
     prefix = f"{chosen[0]}/" if chosen[0] else ""
     found = {
-        name[len(prefix) :]: _decoded(stored[original])
+        name[len(prefix) :]: stored[original]
         for name, original in variables.items()
         if name.startswith(prefix) and not _STATE.match(name[len(prefix) :])
     }
-    return Tensors(source, prefix, found), names[chosen[0]]
+    return Tensors(source, prefix, found), chosen[0]
 
 
 def _variable(name):
     """The path of a variable in Python, whatever the file calls it."""
     name = name.removesuffix(":0")
     return _STORED.sub(lambda m: f"{m[1]}{_PLACES[m[2]]}/{('kernel', 'bias')[int(m[3])]}", name)
-
-
-def _decoded(entry):
-    """An array in memory; Keras stores bfloat16 as bare pairs of bytes, the upper half of a float32."""
-    if getattr(entry, "attrs", {}).get("dtype") == "bfloat16":
-        return (entry[()].view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    return entry
 
 
 def _configs(node):
@@ -232,17 +250,24 @@ def _configs(node):
     return found
 
 
-def _check_config(tensors, name, configs):
+def _check_config(tensors, path, settings):
     """What the settings of a layer say that its weights do not."""
-    settings = [config for config in configs if config.get("name") == name]
-    if not settings:
+    telling = [config for config in settings.configs
+               if config.get("attention_axes") not in (None, [1]) or config.get("sliding_window") is not None]
+    if not telling:
         return
-    if any(config.get("attention_axes") not in (None, [1]) for config in settings):
+    name = settings.name(path)
+    telling = [config for config in telling if config.get("name") == name]
+    axes = [config["attention_axes"] for config in telling if config.get("attention_axes") not in (None, [1])]
+    if axes:
         raise ValueError(
-            f"{tensors.source}: layer {name!r} attends over axes {settings[0]['attention_axes']}, "
+            f"{tensors.source}: layer {name!r} attends over axes {reason(axes[0])}, "
             "edgeattn layers over the one axis of (B, L, E)"
         )
-    windows = [config["sliding_window"] for config in settings if config.get("sliding_window") is not None]
+    windows = [config["sliding_window"] for config in telling]
+    if windows and type(windows[0]) is not int:
+        raise ValueError(f"{tensors.source}: layer {name!r} must have an integer as its sliding_window, got "
+                         f"{reason(windows[0])}")
     if windows:
         warnings.warn(
             f"{tensors.source}: layer {name!r} has sliding_window={windows[0]}; pass each call "

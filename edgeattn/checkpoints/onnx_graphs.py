@@ -13,12 +13,18 @@ import warnings
 
 import numpy as np
 
-from edgeattn.checkpoints.tensors import as_array
+from edgeattn.checkpoints.onnx_values import NotRead, Values
 from edgeattn.checks import count
+from edgeattn.files import reading, reason
 
 _OPERATORS = {("", "Attention"), ("com.microsoft", "Attention"), ("com.microsoft", "MultiHeadAttention")}
 _HEADS_FIRST = [0, 2, 1, 3]  # (B, L, H, D) -> (B, H, L, D), and back
 _SAME_NUMBERS = ("Identity", "Dropout", "Cast")
+# Between a projection and its attention node exporters write up to ten nodes. A cycle has no end at all.
+_LONGEST_PATH = 64
+_LONGEST_SHAPE = 8
+_MOST_NODES = 100_000  # ten times those of a language model
+_TOLD = 20  # names in an error
 
 
 def onnx_weights(path_or_model, node=None):
@@ -57,8 +63,17 @@ def onnx_weights(path_or_model, node=None):
     UserWarning
         When the node is causal, or has a window or a softcap, which here are arguments of each call.
     """
-    graph = _Graph(*_load(path_or_model))
+    model, values, source = _load(path_or_model)
+    with reading(source, ".onnx file"):  # texts are decoded when they are looked at
+        graph = _Graph(model, values, source)
     found = _choose(graph, node)
+    # a damaged factor may take weights beyond float32
+    with np.errstate(over="ignore", invalid="ignore"):
+        return _layer(graph, found)
+
+
+def _layer(graph, found):
+    """(num_heads, num_kv_heads, weights) of the layer around an attention node."""
     name, operator = _title(found), (_domain(found), found.op_type)
     attributes = graph.attributes(found)
     if attributes.get("do_rotary"):
@@ -106,48 +121,72 @@ class _Linear:
 class _Graph:
     """Who makes each value, who reads it, and which values are constants."""
 
-    def __init__(self, model, onnx, source):
-        self.onnx, self.source, self.nodes = onnx, source, list(model.graph.node)
+    def __init__(self, model, values, source):
+        if len(model.graph.node) > _MOST_NODES:
+            raise ValueError(f"its graph must have at most {_MOST_NODES} nodes, got {len(model.graph.node)}")
+        self.source, self.nodes = source, list(model.graph.node)
         self.outputs = {value.name for value in model.graph.output}
         self.maker = {name: node for node in self.nodes for name in node.output if name}
         self.readers = {}
         for node in self.nodes:
             for name in node.input:
-                self.readers.setdefault(name, []).append(node)
-        self._constants = {tensor.name: tensor for tensor in model.graph.initializer}
+                if name:
+                    self.readers.setdefault(name, []).append(node)
+        self._values = values
+        self._stored = {tensor.name: tensor for tensor in model.graph.initializer}
+        self._known = {}  # arrays of constants that were asked for before
 
     def attributes(self, node):
-        return {entry.name: self.onnx.helper.get_attribute_value(entry) for entry in node.attribute}
+        return self._values.attributes(node)
+
+    def input(self, node, index):
+        """The name of an input of a node; empty where it has none there."""
+        return node.input[index] if index < len(node.input) else ""
 
     def constant(self, name):
         """The array of a constant, seen through Identity, Cast and Transpose; None for what is computed."""
-        if name in self._constants:
-            return as_array(name, self.onnx.numpy_helper.to_array(self._constants[name]))
-        node = self.maker.get(name)
-        if node is None:
-            return None
-        attributes = self.attributes(node)
-        if node.op_type == "Constant":
-            value = next(iter(attributes.values()))
-            is_tensor = isinstance(value, self.onnx.TensorProto)
-            return as_array(name, self.onnx.numpy_helper.to_array(value) if is_tensor else value)
-        if node.op_type in ("Identity", "Cast", "Transpose"):
-            array = self.constant(node.input[0])
-            if array is None or node.op_type != "Transpose":
-                return array
-            return array.transpose(attributes.get("perm"))
-        return None
+        if name not in self._known:
+            self._known[name] = self._constant(name)
+        return self._known[name]
+
+    def _constant(self, name):
+        turns = []
+        for _ in range(_LONGEST_PATH):
+            if name in self._stored:
+                array = self._values.array(self._stored[name], name)
+                break
+            node = self.maker.get(name)
+            if node is not None and node.op_type == "Constant":
+                array = self._values.of_constant(node)
+                break
+            if node is None or node.op_type not in ("Identity", "Cast", "Transpose"):
+                return None
+            if node.op_type == "Transpose":
+                turns.append(self.attributes(node).get("perm"))
+            name = self.input(node, 0)
+        else:
+            raise NotRead(f"{name[:100]!r} must come from stored values through {_LONGEST_PATH} nodes at most, "
+                          "got more, or a cycle")
+        for turn in reversed(turns):
+            if turn is not None and sorted(turn) != list(range(array.ndim)):
+                raise NotRead(f"a Transpose of {name[:100]!r} must have a permutation of {array.ndim} axes, got "
+                              f"{reason(turn)}")
+            array = array.transpose(turn)
+        return array
 
     def shape(self, node):
         """The shape that a Reshape asks for, one None for each run of computed entries; empty if all are computed."""
-        array = self.constant(node.input[1])
+        wanted = self.input(node, 1)
+        array = self.constant(wanted)
         if array is not None:
-            return array.reshape(-1).tolist()
+            return array.reshape(-1).tolist() if array.size <= _LONGEST_SHAPE and array.dtype.kind in "iu" else []
         # exporters put (batch, length, H, D) together from numbers known and not
-        concat = self.maker.get(node.input[1])
-        if concat is None or concat.op_type != "Concat":
+        concat = self.maker.get(wanted)
+        if concat is None or concat.op_type != "Concat" or len(concat.input) > _LONGEST_SHAPE:
             return []
         pieces = [self.constant(name) for name in concat.input]
+        if any(p is not None and (p.size > _LONGEST_SHAPE or p.dtype.kind not in "iu") for p in pieces):
+            return []
         return [entry for p in pieces for entry in ([None] if p is None else p.reshape(-1).tolist())]
 
     def joins(self, node, width):
@@ -160,9 +199,9 @@ class _Graph:
 
     def linear(self, node, value):
         """The linear map of a MatMul or Gemm applied to `value`, None for any other node."""
-        if node.op_type not in ("MatMul", "Gemm") or node.input[0] != value:
+        if node.op_type not in ("MatMul", "Gemm") or self.input(node, 0) != value:
             return None
-        weight = self.constant(node.input[1])
+        weight = self.constant(self.input(node, 1))
         if weight is None or weight.ndim != 2 or weight.dtype.kind != "f":
             return None
         attributes = self.attributes(node)
@@ -171,7 +210,7 @@ class _Graph:
         if attributes.get("transA"):
             return None
         result = _Linear(weight if attributes.get("transB") else weight.T).times(attributes.get("alpha", 1.0))
-        if len(node.input) > 2 and node.input[2]:
+        if self.input(node, 2):
             bias = self.constant(node.input[2])
             if bias is None or not _along_last(bias, len(result.weight)):
                 return None
@@ -180,33 +219,27 @@ class _Graph:
 
     def operands(self, node):
         """(value, constant) of a node with two inputs one of which is constant, in any order; else (None, None)."""
-        left, right = node.input[:2]
-        if (constant := self.constant(right)) is not None:
-            return left, constant
-        if node.op_type != "Div" and (constant := self.constant(left)) is not None:
-            return right, constant
+        left, right = self.input(node, 0), self.input(node, 1)
+        for above, name in ((left, right), (right, left))[:1 if node.op_type == "Div" else 2]:
+            constant = self.constant(name)
+            if constant is not None and constant.dtype.kind in "fiu":
+                return above, constant
         return None, None
 
 
 def _load(path_or_model):
-    """(model, the onnx package, what to call the model in errors)."""
+    """(model, how its values are read, what to call the model in errors)."""
     try:
         import onnx
-        import onnx.helper
-        import onnx.numpy_helper
     except ImportError as error:
         raise ImportError("reading an ONNX model needs onnx: pip install 'edgeattn[checkpoints]'") from error
     if isinstance(path_or_model, onnx.ModelProto):
-        return path_or_model, onnx, "the model"
+        return path_or_model, Values(onnx, None), "the model"
     if not isinstance(path_or_model, (str, os.PathLike)):
         raise TypeError(f"path_or_model must be a path or an onnx.ModelProto, got {type(path_or_model).__name__}")
-    with open(path_or_model, "rb"):
-        pass  # a missing or forbidden file is the operating system's error, not a damaged file
-    try:
-        model = onnx.load(path_or_model)
-    except Exception as error:
-        raise ValueError(f"{path_or_model} is not a whole .onnx file: {error}") from error
-    return model, onnx, str(path_or_model)
+    with open(path_or_model, "rb") as file, reading(path_or_model, ".onnx file"):
+        model = onnx.ModelProto.FromString(file.read())
+    return model, Values(onnx, os.path.dirname(os.path.abspath(path_or_model))), str(path_or_model)
 
 
 def _domain(node):
@@ -214,12 +247,12 @@ def _domain(node):
 
 
 def _title(node):
-    return f"{node.domain + ' ' if _domain(node) else ''}{node.op_type} node {node.name!r}"
+    return f"{node.domain + ' ' if _domain(node) else ''}{node.op_type} node {node.name[:100]!r}"
 
 
 def _choose(graph, wanted):
     nodes = [node for node in graph.nodes if (_domain(node), node.op_type) in _OPERATORS]
-    known = ", ".join(f"{index}: {_title(node)}" for index, node in enumerate(nodes)) or (
+    known = ", ".join(f"{index}: {_title(node)}" for index, node in enumerate(nodes[:_TOLD])) or (
         "none; onnxruntime's transformers optimizer fuses what exporters take apart"
     )
     known = f"attention nodes of {graph.source}: {known}"
@@ -239,13 +272,13 @@ def _choose(graph, wanted):
 
 def _packed_projections(graph, node, name, attributes):
     """Queries, keys and values of com.microsoft Attention, whose input 1 is the weights of all three."""
-    weight = graph.constant(node.input[1])
-    bias = graph.constant(node.input[2]) if len(node.input) > 2 and node.input[2] else None
-    if weight is None or weight.ndim != 2 or (bias is None and len(node.input) > 2 and node.input[2]):
+    weight = graph.constant(graph.input(node, 1))
+    bias = graph.constant(graph.input(node, 2)) if graph.input(node, 2) else None
+    if weight is None or weight.ndim != 2 or (bias is None and graph.input(node, 2)):
         raise ValueError(f"{name} must have constant weights (E, Q + K + V) and bias, got computed ones")
-    heads, columns = count("num_heads", attributes["num_heads"]), weight.shape[1]
+    heads, columns = _told_heads(name, attributes, "num_heads"), weight.shape[1]
     sizes = list(attributes.get("qkv_hidden_sizes", ())) or [columns // 3] * 3
-    if len(sizes) != 3 or sum(sizes) != columns or (bias is not None and bias.shape != (columns,)):
+    if len(sizes) != 3 or min(sizes) < 1 or sum(sizes) != columns or (bias is not None and bias.shape != (columns,)):
         raise ValueError(
             f"{name} must have weights (E, {' + '.join(map(str, sizes))}) and one bias per column, got weights "
             f"{weight.shape}, bias {None if bias is None else bias.shape}"
@@ -261,7 +294,7 @@ def _projections(graph, node, name, attributes):
         raise ValueError(f"{name} must have inputs query, key and value apart, got packed ones: {list(node.input)}")
     parts = [_walk_up(graph, value, f"input {index} of {name}") for index, value in enumerate(inputs[:3])]
     if node.domain == "com.microsoft":
-        told = [attributes["num_heads"]] * 3
+        told = [_told_heads(name, attributes, "num_heads")] * 3
         if inputs[3]:
             bias = graph.constant(inputs[3])
             rows = np.cumsum([len(part.weight) for part in parts])
@@ -269,7 +302,8 @@ def _projections(graph, node, name, attributes):
                 raise ValueError(f"{name} must have a constant bias of {rows[-1]} elements in input 3")
             parts = [p.plus(b) for p, b in zip(parts, np.split(bias, rows[:-1]), strict=True)]
     else:
-        told = [attributes.get(key) for key in ("q_num_heads", "kv_num_heads", "kv_num_heads")]
+        told = [_told_heads(name, attributes, key) if key in attributes else None
+                for key in ("q_num_heads", "kv_num_heads", "kv_num_heads")]
     layouts = {part.heads_first for part in parts}
     if len(layouts) > 1 or (parts[0].heads_first and node.domain == "com.microsoft"):
         wanted = "(B, L, H * D)" if _domain(node) else "one layout, all (B, L, H * D) or all (B, H, L, D)"
@@ -280,17 +314,27 @@ def _projections(graph, node, name, attributes):
     return [dataclasses.replace(part, heads=number) for number, part in zip(heads, parts, strict=True)]
 
 
+def _told_heads(name, attributes, key):
+    """A number of heads that a node must tell."""
+    if key not in attributes:
+        raise ValueError(f"{name} must have an attribute {key}, got none")
+    return count(f"{key} of {name}", attributes[key])
+
+
 def _walk_up(graph, value, place):
     """The linear map that a value comes from, with all that happens to it on the way."""
     changes, heads_first, head_sizes = [], False, None
     layout = None  # "split": (B, L, H, D); "joined": (B, L, H * D); None: as the attention node takes it
-    while (node := graph.maker.get(value)) is not None:
+    for _ in range(_LONGEST_PATH):
+        node = graph.maker.get(value)
+        if node is None:
+            break
         if layout is None and graph.swaps_heads(node):
-            layout, heads_first, value = "split", True, node.input[0]
+            layout, heads_first, value = "split", True, graph.input(node, 0)
         elif layout == "split" and node.op_type == "Reshape" and len(shape := graph.shape(node)) >= 2:
             # four axes in all, since the Transpose behind it has four
-            layout, head_sizes, value = "joined", shape[-2:], node.input[0]
-        elif layout != "split" and (linear := graph.linear(node, node.input[0])) is not None:
+            layout, head_sizes, value = "joined", shape[-2:], graph.input(node, 0)
+        elif layout != "split" and (linear := graph.linear(node, graph.input(node, 0))) is not None:
             for passed, change in reversed(changes):
                 linear = change(linear)
                 if linear is None:
@@ -305,6 +349,9 @@ def _walk_up(graph, value, place):
                 layout = "joined"
             value = above
             changes.append((node, change))
+    else:
+        raise ValueError(f"{place} must come from a MatMul or Gemm through at most {_LONGEST_PATH} nodes; found more, "
+                         "or a cycle")
     raise _no_projection(place, node, value)
 
 
@@ -334,24 +381,26 @@ def _step_up(graph, node, value, split):
     """
     kind, nothing = node.op_type, (None, None)
     if kind in _SAME_NUMBERS:
-        return node.input[0], lambda linear: linear
+        return graph.input(node, 0), lambda linear: linear
     if kind in ("Mul", "Div"):
         above, constant = graph.operands(node)
         if constant is None or constant.size != 1:
             return nothing
         factor = float(constant.reshape(-1)[0])
+        if factor == 0 and kind == "Div":
+            return nothing
         return above, lambda linear: linear.times(factor if kind == "Mul" else 1 / factor)
     if split:
         return nothing  # what follows runs along the outputs of the map, which are now two axes
     if kind == "Reshape":
-        return node.input[0], lambda linear: linear if graph.joins(node, len(linear.weight)) else None
+        return graph.input(node, 0), lambda linear: linear if graph.joins(node, len(linear.weight)) else None
     if kind == "Add":
         above, constant = graph.operands(node)
         if constant is None:
             return nothing
         return above, lambda linear: linear.plus(constant) if _along_last(constant, len(linear.weight)) else None
     if kind == "Split":
-        return node.input[0], lambda linear: _piece(graph, node, list(node.output).index(value), linear)
+        return graph.input(node, 0), lambda linear: _piece(graph, node, list(node.output).index(value), linear)
     return nothing
 
 
@@ -359,32 +408,44 @@ def _piece(graph, node, index, linear):
     """The rows of a linear map behind one output of a Split."""
     attributes = graph.attributes(node)
     sizes = attributes.get("split")  # before opset 13
-    if len(node.input) > 1 and node.input[1]:
+    if graph.input(node, 1):
         sizes = graph.constant(node.input[1])
-        if sizes is None:
+        if sizes is None or sizes.dtype.kind not in "iu":
             return None
+        sizes = sizes.reshape(-1).tolist()
     if sizes is None:
         sizes = [len(linear.weight) // len(node.output)] * len(node.output)
+    if len(sizes) != len(node.output) or min(sizes) < 0 or sum(sizes) != len(linear.weight):
+        return None
     ends = np.cumsum(sizes)
-    if attributes.get("axis", 0) not in (-1, 2) or ends[-1] != len(linear.weight):
+    if attributes.get("axis", 0) not in (-1, 2):
         return None
     return linear.rows(slice(ends[index] - sizes[index], ends[index]))
 
 
 def _output_projection(graph, node, heads_first, width):
     """The linear map right behind the node; None if something else follows, or several nodes do."""
-    value, layout = node.output[0], "heads first" if heads_first else "joined"
-    while (reader := _only_reader(graph, value)) is not None:
+    value, layout = _output(node), "heads first" if heads_first else "joined"
+    for _ in range(_LONGEST_PATH):
+        reader = _only_reader(graph, value)
+        if reader is None:
+            return None
         if layout == "joined" and (linear := graph.linear(reader, value)) is not None:
-            return _with_bias(graph, reader.output[0], linear) if linear.weight.shape[1] == width else None
+            return _with_bias(graph, _output(reader), linear) if linear.weight.shape[1] == width else None
         if layout == "heads first" and graph.swaps_heads(reader):
             layout = "split"
         elif layout != "heads first" and reader.op_type == "Reshape" and graph.joins(reader, width):
             layout = "joined"
         elif reader.op_type not in _SAME_NUMBERS:
             return None
-        value = reader.output[0]
-    return None
+        value = _output(reader)
+    raise ValueError(f"what follows {_title(node)} must be a MatMul or Gemm within {_LONGEST_PATH} nodes, or something "
+                     "else than these pass; found more nodes, or a cycle")
+
+
+def _output(node):
+    """The name of a node's first output; empty where it has none."""
+    return node.output[0] if node.output else ""
 
 
 def _with_bias(graph, value, linear):
@@ -433,11 +494,11 @@ def _warn_of_masks(name, attributes, node):
         alignment = "lower_right" if past else "upper_left"
         warnings.warn(
             f"{name} is causal; pass is_causal=True, causal_alignment={alignment!r} in each call",
-            stacklevel=4,
+            stacklevel=5,
         )
     sides = [attributes.get(f"{side}_window_size", -1) for side in ("left", "right")]
     if sides != [-1, -1]:
         warnings.warn(
-            f"{name} has a window; pass window_size=({sides[0]}, {sides[1]}) in each call", stacklevel=4)
+            f"{name} has a window; pass window_size=({sides[0]}, {sides[1]}) in each call", stacklevel=5)
     if attributes.get("softcap"):
-        warnings.warn(f"{name} caps its scores; pass softcap={attributes['softcap']:g} in each call", stacklevel=4)
+        warnings.warn(f"{name} caps its scores; pass softcap={attributes['softcap']:g} in each call", stacklevel=5)

@@ -7,6 +7,8 @@ import pathlib
 import numpy as np
 
 from edgeattn.checks import count, float_array
+from edgeattn.files import listed, reason
+from edgeattn.stored import StoredTensor
 from edgeattn.tensor_files import read_tensors
 
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
@@ -23,13 +25,15 @@ class Tensors:
         What holds them, for errors.
     prefix : str
         What stood before their names.
-    found : dict of str to array
+    found : dict of str to array or StoredTensor
         Under their names without the prefix.
     """
 
     def __init__(self, source, prefix, found):
         self.source, self.prefix = source, prefix
-        self.found = {name: as_array(prefix + name, tensor) for name, tensor in found.items()}
+        # what lies in a file stays there until its shape is found right
+        self.found = {name: tensor if isinstance(tensor, StoredTensor) else as_array(prefix + name, tensor)
+                      for name, tensor in found.items()}
         self.expected = {}
 
     def __contains__(self, name):
@@ -56,7 +60,7 @@ class Tensors:
                 wanted = ", ".join("any" if axis is None else str(axis) for axis in shape)
                 misshaped.append(f"{self.prefix}{name} must be ({wanted}), got {self.found[name].shape}")
         wrong = [
-            f"{title}: {', '.join(entries)}"
+            f"{title}: {listed(entries)}"
             for title, entries in (
                 ("missing", missing),
                 ("unexpected", unexpected),
@@ -69,7 +73,8 @@ class Tensors:
                 f"{self.source} does not hold the attention layer expected under prefix "
                 f"{self.prefix!r}: " + "; ".join(wrong)
             )
-        return {name: float_array(self.prefix + name, self.found[name]) for name in self.expected}
+        return {name: float_array(self.prefix + name, as_array(self.prefix + name, self.found[name]))
+                for name in self.expected}
 
 
 def open_state_dict(state_dict_or_path, prefix, *landmarks):
@@ -95,7 +100,8 @@ def open_state_dict(state_dict_or_path, prefix, *landmarks):
     if not found or (longer and prefix not in longer):
         fits = "no attention layer" if found else "no tensor"
         raise ValueError(
-            f"prefix {prefix!r} fits {fits} in {source}; prefixes with {' or '.join(landmarks)}: {longer or prefixes}"
+            f"prefix {prefix!r} fits {fits} in {source}; prefixes with {' or '.join(landmarks)}: "
+            f"[{listed(map(repr, longer or prefixes))}]"
         )
     return Tensors(source, prefix, {name[len(prefix) :]: tensor for name, tensor in found.items()})
 
@@ -128,6 +134,8 @@ def read_named(state_dict_or_path, prefix=""):
 
 def as_array(name, tensor):
     """A tensor of any library as a NumPy array; bfloat16, which NumPy lacks, as the same numbers in float32."""
+    if isinstance(tensor, StoredTensor):
+        return tensor.read()
     # A tensor library says in its own words, and its own exceptions, why an array cannot be had of it.
     try:
         if callable(getattr(tensor, "detach", None)):  # a torch parameter
@@ -184,8 +192,8 @@ def _read_torch(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         # the rest of torch's message advises to load the file unsafely
-        reason = str(error).split(". ")[0].split(", ")[0]
-        raise ValueError(f"{path} is not a whole file of tensors alone, as torch.save writes it: {reason}") from error
+        said = reason(error).split(". ")[0].split(", ")[0]
+        raise ValueError(f"{path} is not a whole file of tensors alone, as torch.save writes it: {said}") from error
     if not isinstance(state, collections.abc.Mapping):
         raise ValueError(f"{path} must hold a state dict, got {type(state).__name__}; save layer.state_dict()")
     inner = [name for name, entry in state.items() if isinstance(entry, collections.abc.Mapping)]

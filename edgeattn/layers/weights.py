@@ -4,6 +4,7 @@ import numpy as np
 
 from edgeattn import checkpoints
 from edgeattn.checks import count, flag, float_array, to_float32
+from edgeattn.files import listed, named
 from edgeattn.functional import default_scale
 
 TENSORS = (
@@ -108,8 +109,9 @@ class AttentionWeights:
         add_zero_attn : bool
             What the layer was made with, which its state dict does not say.
         """
-        weights = checkpoints.torch_weights(state_dict_or_path, num_heads, prefix)
-        return cls._build(num_heads, {**weights, "add_zero_attn": add_zero_attn})
+        with named(state_dict_or_path):
+            weights = checkpoints.torch_weights(state_dict_or_path, num_heads, prefix)
+            return cls._build(num_heads, {**weights, "add_zero_attn": add_zero_attn})
 
     @classmethod
     def from_bert(cls, state_dict_or_path, prefix, num_heads):
@@ -125,7 +127,8 @@ class AttentionWeights:
             What stands before "self.query.weight", such as "encoder.layer.0.attention.".
         num_heads : int
         """
-        return cls._build(num_heads, checkpoints.bert_weights(state_dict_or_path, prefix, num_heads))
+        with named(state_dict_or_path):
+            return cls._build(num_heads, checkpoints.bert_weights(state_dict_or_path, prefix, num_heads))
 
     @classmethod
     def from_gpt2(cls, state_dict_or_path, prefix, num_heads):
@@ -142,7 +145,8 @@ class AttentionWeights:
             What stands before "c_attn.weight", such as "transformer.h.0.attn.".
         num_heads : int
         """
-        return cls._build(num_heads, checkpoints.gpt2_weights(state_dict_or_path, prefix, num_heads))
+        with named(state_dict_or_path):
+            return cls._build(num_heads, checkpoints.gpt2_weights(state_dict_or_path, prefix, num_heads))
 
     @classmethod
     def from_keras(cls, weights_or_path, layer=None):
@@ -160,8 +164,9 @@ class AttentionWeights:
         layer : str, optional
             The layer's name or its path in the file; not needed where there is one attention layer.
         """
-        num_heads, num_kv_heads, weights = checkpoints.keras_weights(weights_or_path, layer)
-        return cls._build(num_heads, weights, num_kv_heads)
+        with named(weights_or_path):
+            num_heads, num_kv_heads, weights = checkpoints.keras_weights(weights_or_path, layer)
+            return cls._build(num_heads, weights, num_kv_heads)
 
     @classmethod
     def from_onnx(cls, path_or_model, node=None):
@@ -179,8 +184,9 @@ class AttentionWeights:
             Name of an Attention (opsets 23 to 25, com.microsoft) or MultiHeadAttention (com.microsoft) node, or
             its index among these; not needed where there is one.
         """
-        num_heads, num_kv_heads, weights = checkpoints.onnx_weights(path_or_model, node)
-        return cls._build(num_heads, weights, num_kv_heads)
+        with named(path_or_model):
+            num_heads, num_kv_heads, weights = checkpoints.onnx_weights(path_or_model, node)
+            return cls._build(num_heads, weights, num_kv_heads)
 
     @classmethod
     def _build(cls, num_heads, weights, num_kv_heads=None):
@@ -208,7 +214,7 @@ class AttentionWeights:
         unexpected = sorted(set(tensors) - set(TENSORS + KEY_TENSORS))
         missing = sorted({"q_weight", "k_weight", "v_weight"} - set(tensors))
         if missing or unexpected:
-            raise ValueError(f"missing tensors {missing}, unexpected tensors {unexpected}")
+            raise ValueError(f"missing tensors {missing}, unexpected tensors [{listed(map(repr, unexpected))}]")
         arguments = {**tensors, "add_zero_attn": config.get("add_zero_attn", False)}
         return cls._build(config["num_heads"], arguments, config["num_kv_heads"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import dataclass
 
@@ -29,6 +30,7 @@ class MulConstant:
 
     def __post_init__(self):
         object.__setattr__(self, "code", _code(self.code, "code"))
+        _check_quantization(self, "constant", "output")
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +49,7 @@ class AddMask:
 
     def __post_init__(self):
         object.__setattr__(self, "codes", _mask(self.codes, np.int8, "codes"))
+        _check_quantization(self, "mask", "output")
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +73,18 @@ class SelectMask:
 
 
 ScoreOp = MulConstant | AddMask | SelectMask
+# Masks may be as small as what broadcasts, and have a class for each position together: a causal one beside the padding
+# of 16 sequences grows sixteenfold.
+_POSITIONS, _GROWTH = 2**22, 16
+_MOST_OPS = 64
+_MOST_CLASSES = 256  # they are numbered in a byte
+
+
+def _check_quantization(op, *names: str) -> None:
+    for name in names:
+        if not isinstance(getattr(op, name), TensorQuantization):
+            raise TypeError(f"{name} of {type(op).__name__} must be a scale and a zero point; got "
+                            f"{type(getattr(op, name)).__name__}")
 
 
 def _mask(array, dtype, name: str) -> np.ndarray:
@@ -88,7 +103,9 @@ def _code(value, name: str) -> int:
 
 
 def check_masks(ops: tuple[ScoreOp, ...], num_heads: int, name: str) -> None:
-    """Refuse masks that broadcast to no (B, H, L, S) with this H, or not together; the message calls them ``name``.
+    """Refuse masks that broadcast to no (B, H, L, S) with this H, or not together, and more than a layer can need.
+
+    The message calls them ``name``.
 
     Raises
     ------
@@ -102,6 +119,10 @@ def check_masks(ops: tuple[ScoreOp, ...], num_heads: int, name: str) -> None:
     if together[1:2] != (num_heads,) or 0 in together:
         raise ValueError(f"{name} must broadcast to (B, H, L, S) with H = {num_heads} and no empty axis; got shape "
                          f"{' beside '.join(map(str, reversed(shapes)))}")
+    positions, most = math.prod(np.broadcast_shapes(*shapes)), _POSITIONS + _GROWTH * sum(map(math.prod, shapes))
+    if len(ops) > _MOST_OPS or positions > most:
+        raise ValueError(f"{name} must be at most {_MOST_OPS} operators, and broadcast together to at most {most} "
+                         f"positions; got {len(ops)} operators and {positions} positions")
 
 
 def fit_mask(mask: np.ndarray, shape: tuple[int, int, int, int]) -> np.ndarray:
@@ -132,7 +153,7 @@ def score_map(ops: tuple[ScoreOp, ...], scores: TensorQuantization, kernel_set: 
         Of the tables' entries.
     """
     tables = np.arange(CODE_MIN, CODE_MAX + 1, dtype=np.int8)[None]
-    classes = np.zeros((1, 1, 1, 1), np.int64)
+    classes = np.zeros((1, 1, 1, 1), np.uint16)
     for op in ops:
         q = (scores.scale, scores.zero_point)
         if isinstance(op, MulConstant):
@@ -144,8 +165,11 @@ def score_map(ops: tuple[ScoreOp, ...], scores: TensorQuantization, kernel_set: 
         # one class per pair of a class so far and a value of the mask
         mask = op.codes if isinstance(op, AddMask) else op.keep
         values, index = np.unique(mask, return_inverse=True)
-        index = index.reshape((1,) * (4 - mask.ndim) + mask.shape)
-        classes = classes * len(values) + index
+        index = index.reshape((1,) * (4 - mask.ndim) + mask.shape).astype(np.uint16)
+        if len(tables) * len(values) > _MOST_CLASSES:
+            raise ValueError(f"score_ops distinguish {len(tables) * len(values)} kinds of position; at most "
+                             f"{_MOST_CLASSES} are supported")
+        classes = classes * np.uint16(len(values)) + index
         if isinstance(op, AddMask):
             to = (op.output.scale, op.output.zero_point)
             mapped = [rules.add_codes(kernel_set.add, tables, q, value, (op.mask.scale, op.mask.zero_point), to)
@@ -154,6 +178,4 @@ def score_map(ops: tuple[ScoreOp, ...], scores: TensorQuantization, kernel_set: 
         else:
             mapped = [tables if keep else np.full_like(tables, op.fill) for keep in values]
         tables = np.stack(mapped, axis=1).reshape(-1, 256)
-    if len(tables) > 256:
-        raise ValueError(f"score_ops distinguish {len(tables)} kinds of position; at most 256 are supported")
     return tables, classes.astype(np.uint8), scores
