@@ -136,6 +136,15 @@ def test_what_is_behind_a_mask_stays_there(place, poison):
     reference.assert_as_accurate(got, *want)
 
 
+@pytest.mark.parametrize("precision", ["float32", "float16", "tf32", "int8"])
+def test_a_query_that_is_not_a_number_shows(precision):
+    """A GPU makes one NaN of all, whose bits, were they added to, would be the largest number's."""
+    q, k, v = Case("nan-query", B=1, H=1, L=5, S=9, D=8).qkv()
+    q[0, 0, 2, 3] = np.nan
+    got = edgeattn.scaled_dot_product_attention(*map(put, (q, k, v)), precision=precision).numpy()
+    np.testing.assert_array_equal(np.isnan(got), np.broadcast_to(np.arange(5)[:, None] == 2, got.shape))
+
+
 def test_only_the_values_nan_row_is_nan():
     case = Case("nan-channel", B=1, H=1, L=3, S=5, D=4)
     arrays = list(case.qkv())

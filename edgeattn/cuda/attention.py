@@ -76,7 +76,7 @@ _LN_2 = 0.6931471805599453
 _MINUS_INFINITY = float("-inf")
 _LOG2_255 = 7.994353436858858  # of the largest probability as a byte
 _SMALLEST_SCALE = 2.0**-60  # of values in int8, as of all int8 tensors
-_ROUND = 12582912.0  # 1.5 * 2**23: adding it leaves the nearest integer in the low bits
+_ROUND = 12583039.0  # 1.5 * 2**23 + 127: adding it leaves the nearest integer, as an exponent's bits, in the low bits
 # 2**r on [-0.5, 0.5], minimax in relative error, as edgeattn/cpu/softmax.py
 _C1, _C2, _C3, _C4, _C5 = (0.6931469775973295, 0.24022242082675763, 0.055507337448249136, 0.00967151281259882,
                            0.0013264727213862246)
@@ -93,7 +93,7 @@ def exp2(x):
     y = fma(y, r, float32(_C2))
     y = fma(y, r, float32(_C1))
     y = fma(y, r, float32(1.0))
-    return float_of_bits(int32(bits_of(y) + (bits_of(shifted) << 23)))
+    return y * float_of_bits(int32(bits_of(shifted) << 23))  # of a NaN, a NaN: its bits would be a number's
 
 
 # -- formats of queries, keys and values: four neighbouring numbers as float32, the first `left` of which exist ------
