@@ -157,6 +157,10 @@ class Driver:
             self._api.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, pointer)
         return None if status else int(device)
 
+    def version(self):
+        """The CUDA release that the driver is of: 1000 major + 10 minor."""
+        return int(self._check(self._api.cuDriverGetVersion()))
+
     def name(self):
         """The GPU's name."""
         return self._check(self._api.cuDeviceGetName(128, self.device())).split(b"\0")[0].decode()
@@ -270,7 +274,7 @@ class Driver:
 
     def _load(self, kernel, device):
         text, name = cache.ptx(kernel, self._capability(device))
-        text = for_driver(text, self._check(self._api.cuDriverGetVersion()))
+        text = for_driver(text, self.version())
         library = self._check(self._api.cuLibraryLoadData(text.encode() + b"\0", [], [], 0, [], [], 0))
         handle = self._check(self._api.cuLibraryGetKernel(library, name.encode()))
         attribute = self._api.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
