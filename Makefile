@@ -65,8 +65,9 @@ test-arm64: $(ready_arm64) $(linking) ## the CPU's part, emulated Pi 3, 4 and 5
 test-arm64-short: $(ready_arm64) $(linking) ## ... a few dozen tests, emulated Pi 5
 	@$(python) tools/arm64/run.py $(ARM64) --short -- $(ARGS)
 
-test-cuda: $(ready_cuda) ## the CUDA tests on a GPU, and compute-sanitizer
-	@$(run_python) tools/cuda/run.py $(ARGS)
+# Needs no registry: where there is no environment of ours, with the machine's own python3.
+test-cuda: ## the CUDA tests on a GPU, nine minutes, with the Python there is
+	@tools/cuda/on_device.sh
 
 test-cuda-offline: $(ready_cuda) ## ... emulated and compiled, without a GPU
 	@$(run_python) -m pytest --long tests/test_cuda_*.py $(ARGS)

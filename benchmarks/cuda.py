@@ -1,10 +1,12 @@
 """How fast on a GPU, beside torch and SageAttention: ``make bench-cuda``. Ratios, with the card named.
 
-Every answer is checked before it is timed; all are timed in turn, and a ratio is the median over the rounds: the
-contender's time by that of our call in the precision named behind it, so above 1 is faster than the contender.
+Every answer is checked before it is timed, by benchmarks.rounding; all are timed in turn, and a ratio is the median
+over the rounds: the contender's time by that of our call in the precision named behind it, so above 1 is faster than
+the contender.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import statistics
@@ -12,11 +14,11 @@ import sys
 import time
 from collections.abc import Callable
 
+from benchmarks import rounding
+
 # B, H, L, D: edge shapes, then one that fills a card
 SHAPES = [(1, 4, 32, 32), (1, 4, 128, 32), (1, 8, 128, 64), (4, 12, 256, 64), (1, 12, 1024, 64), (4, 12, 1024, 64)]
 CALLS = 20  # between two events
-# Largest error against float64, by the root mean square of the exact answer.
-ALLOWED = {"float32": 1e-5, "tf32": 5e-3, "float16": 5e-3, "int8": 0.1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,27 +34,32 @@ class Contender:
         The module it is in.
     make : callable
         (torch, q, k, v, causal) -> a call without arguments; RuntimeError or ValueError where it does not take these.
+    around : callable
+        (torch) -> a context that the calls want around them, which is not timed.
     """
 
     name: str
     precision: str
     needs: str
     make: Callable
+    around: Callable = lambda _torch: contextlib.nullcontext()
 
 
-def _sdpa(kind, backend):
+def _sdpa(kind):
     def make(torch, q, k, v, causal):
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-
-        arrays, chosen = [x.to(getattr(torch, kind)) for x in (q, k, v)], getattr(SDPBackend, backend)
-
-        def call():
-            with sdpa_kernel(chosen):
-                return torch.nn.functional.scaled_dot_product_attention(*arrays, is_causal=causal)
-
-        return call
+        arrays = [x.to(getattr(torch, kind)) for x in (q, k, v)]
+        return lambda: torch.nn.functional.scaled_dot_product_attention(*arrays, is_causal=causal)
 
     return make
+
+
+def _by(backend):
+    def around(_torch):
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        return sdpa_kernel(getattr(SDPBackend, backend))
+
+    return around
 
 
 def _int_mm(torch, q, k, v, causal):
@@ -88,11 +95,11 @@ def _sage(_torch, q, k, v, causal):
 
 
 CONTENDERS = [
-    Contender("torch float32 efficient", "float32", "torch", _sdpa("float32", "EFFICIENT_ATTENTION")),
-    Contender("torch float32 math", "float32", "torch", _sdpa("float32", "MATH")),
-    Contender("torch float16 flash", "float16", "torch", _sdpa("float16", "FLASH_ATTENTION")),
-    Contender("torch float16 efficient", "float16", "torch", _sdpa("float16", "EFFICIENT_ATTENTION")),
-    Contender("torch float16 math", "float16", "torch", _sdpa("float16", "MATH")),
+    Contender("torch float32 efficient", "float32", "torch", _sdpa("float32"), _by("EFFICIENT_ATTENTION")),
+    Contender("torch float32 math", "float32", "torch", _sdpa("float32"), _by("MATH")),
+    Contender("torch float16 flash", "float16", "torch", _sdpa("float16"), _by("FLASH_ATTENTION")),
+    Contender("torch float16 efficient", "float16", "torch", _sdpa("float16"), _by("EFFICIENT_ATTENTION")),
+    Contender("torch float16 math", "float16", "torch", _sdpa("float16"), _by("MATH")),
     Contender("torch int8 _int_mm", "int8", "torch", _int_mm),
     Contender("SageAttention", "int8", "sageattention", _sage),
 ]
@@ -115,6 +122,7 @@ def main(arguments=None):
     """Print the contenders and a line per shape; 1 and the reason where nothing can be run."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda", description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15, help="rounds of timing per shape (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no shape after so long")
     options = parser.parse_args(arguments)
     print("contender, and which of ours it is compared with:")
     for contender in CONTENDERS:
@@ -128,8 +136,12 @@ def main(arguments=None):
     from edgeattn.cuda.driver import driver
 
     print(f"{driver().name()}, torch {torch.__version__}; median of {options.rounds} rounds of {CALLS} calls")
+    end = time.monotonic() + options.seconds
     for shape in SHAPES:
         for causal in (False, True):
+            if time.monotonic() > end:
+                print(f"{options.seconds:.0f} seconds have passed: the other shapes are left out")
+                return 0
             _compare(torch, shape, causal, options.rounds)
     return 0
 
@@ -147,17 +159,18 @@ def _ours(torch, q, k, v, causal, precision):
     return call
 
 
-def _timed(torch, call):
-    """(us on the device, us on the host) of a call."""
+def _timed(torch, call, around):
+    """(us on the device, us on the host) of a call; `around` it is a context, which costs it nothing."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    before = time.perf_counter()
-    begin.record()
-    for _ in range(CALLS):
-        call()
-    end.record()
-    host = time.perf_counter() - before
-    torch.cuda.synchronize()
+    with around(torch):
+        torch.cuda.synchronize()
+        before = time.perf_counter()
+        begin.record()
+        for _ in range(CALLS):
+            call()
+        end.record()
+        host = time.perf_counter() - before
+        torch.cuda.synchronize()
     return begin.elapsed_time(end) / CALLS * 1e3, host / CALLS * 1e6
 
 
@@ -165,36 +178,40 @@ def _compare(torch, shape, causal, rounds):
     torch.manual_seed(0)
     q, k, v = (torch.randn(*shape, device="cuda") for _ in range(3))
     want = torch.nn.functional.scaled_dot_product_attention(*(x.double() for x in (q, k, v)), is_causal=causal)
+    host, exact = [x.cpu().numpy() for x in (q, k, v)], want.cpu().numpy()
+    allowed = {precision: rounding.allowed(*host, exact, causal, precision) for precision in rounding.PRECISIONS}
     calls, errors, left_out = {}, {}, []
 
-    def add(name, precision, make):
+    def add(name, precision, make, around):
         call = make()
-        error = ((call().double() - want).abs().max() / want.square().mean().sqrt()).item()
-        if not error < ALLOWED[precision]:
-            raise ValueError(f"{name} is off by {error:.2g}")
-        calls[name], errors[name] = call, error
+        with around(torch):
+            error = rounding.off(call().double().cpu().numpy(), exact)
+        if not error <= allowed[precision]:
+            raise ValueError(f"{name} is off by {error:.2g}, more than the {allowed[precision]:.2g} of its rounding")
+        calls[name], errors[name] = (call, around), error
 
-    for precision in ALLOWED:
-        add(f"ours {precision}", precision, lambda precision=precision: _ours(torch, q, k, v, causal, precision))
+    for precision in rounding.PRECISIONS:
+        add(f"ours {precision}", precision, lambda precision=precision: _ours(torch, q, k, v, causal, precision),
+            Contender.around)
     for contender in CONTENDERS:
         try:
             add(contender.name, contender.precision,
-                lambda contender=contender: contender.make(torch, q, k, v, causal))
+                lambda contender=contender: contender.make(torch, q, k, v, causal), contender.around)
         except (ImportError, RuntimeError, ValueError) as error:
             left_out.append(f"{contender.name} ({str(error).splitlines()[0]})")
     device, host = {name: [] for name in calls}, {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            on_device, on_host = _timed(torch, call)
+            on_device, on_host = _timed(torch, *call)
             device[name].append(on_device)
             host[name].append(on_host)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        calls["ours float32"]()
+        calls["ours float32"][0]()
     graph.replay()
     torch.cuda.synchronize()
     print("/".join(map(str, shape)) + (" causal" if causal else ""), flush=True)
-    for precision in ALLOWED:
+    for precision in rounding.PRECISIONS:
         ours = f"ours {precision}"
         ratios = []
         for name in (c.name for c in CONTENDERS if c.precision == precision and c.name in calls):

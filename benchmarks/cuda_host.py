@@ -36,6 +36,18 @@ class _Idle:
     def cuMemcpyHtoD(self, *_):
         return 0,
 
+    def cuStreamSynchronize(self, *_):
+        return 0,
+
+    def cuCtxGetCurrent(self):
+        return 0, 1
+
+    def cuCtxPushCurrent(self, *_):
+        return 0,
+
+    def cuCtxPopCurrent(self):
+        return 0, 1
+
     def cuCtxGetDevice(self):
         return 0, 1
 
@@ -47,7 +59,7 @@ class _IdleDriver(driver.Driver):
     """A driver without a GPU."""
 
     def __init__(self):
-        self._api, self._functions = _Idle(), {}
+        self._begin(_Idle())
 
     def capability(self):
         return DEVICE

@@ -1,5 +1,6 @@
 """Options of the test suite, its order, and how many processes it runs in."""
 
+import functools
 import os
 
 import pytest
@@ -56,6 +57,14 @@ def pytest_xdist_auto_num_workers():
     return workers if workers > 1 else 0
 
 
+@functools.cache
+def _gpu():
+    """One driver for all tests: kernels are loaded once."""
+    from edgeattn.cuda.driver import Driver
+
+    return Driver()
+
+
 @pytest.fixture
 def device(request, monkeypatch):
     """The driver that the CUDA tests run on: the emulator, or with `--cuda` the GPU."""
@@ -65,7 +74,7 @@ def device(request, monkeypatch):
     from edgeattn.on_cuda import functional as on_cuda
     from edgeattn.on_cuda.known import Known
 
-    found = driver_module.Driver() if request.config.getoption("--cuda") else EmulatedDriver()
+    found = _gpu() if request.config.getoption("--cuda") else EmulatedDriver()
     monkeypatch.setattr(driver_module, "_current", found)
     monkeypatch.setattr(on_cuda, "_KNOWN", Known())  # launches that another driver knew
     return found

@@ -2,19 +2,23 @@
 import functools
 
 import cuda_emulator
-import numpy as np
 import pytest
+from cuda_stub import Api
 
-from edgeattn.cuda import driver as driver_module
+from edgeattn.cuda.driver import Driver
 
 
-class EmulatedDriver:
-    """What edgeattn.cuda.driver.Driver does, without a GPU."""
+class EmulatedDriver(Driver):
+    """edgeattn.cuda.driver.Driver on a stub of the driver's calls; kernels run in the emulator."""
 
-    def __init__(self, processors=4):
-        self.memory, self.launched, self.streams = {}, [], []
+    def __init__(self, processors=4, devices=1):
+        self._begin(Api(devices))
+        self.launched, self.streams = [], []
         self._processors = processors
-        self.replaced = {}  # kernel name -> the function that stands in for it
+        self.device()
+
+    api = property(lambda self: self._api)
+    memory = property(lambda self: self._api.memory)
 
     def name(self):
         return "an emulator"
@@ -25,36 +29,17 @@ class EmulatedDriver:
     def processors(self):
         return self._processors
 
-    def allocate(self, size):
-        whole = np.full(size + 256, 0xAB, np.uint8)
-        start = -whole.ctypes.data % 256
-        part = whole[start:start + size]
-        self.memory[part.ctypes.data] = part
-        return part.ctypes.data
-
-    def free(self, pointer):
-        self.memory.pop(pointer, None)
-
-    def copy_to_host(self, host, pointer):
-        host.reshape(-1).view(np.uint8)[:] = self.memory[pointer][:host.nbytes]
-
-    def copy_to_device(self, pointer, host):
-        self.memory[pointer][:host.nbytes] = host.reshape(-1).view(np.uint8)
-
-    def device(self):
-        return 0
-
     def starter(self, kernel, device):
-        return functools.partial(self.launch, kernel)
+        assert device == self.device(), "a kernel is loaded for another GPU than the current one"
+        return functools.partial(self._emulate, kernel)
 
-    empty = driver_module.Driver.empty
-    array = driver_module.Driver.array
-
-    def launch(self, kernel, grid, addresses, numbers, stream):
+    def _emulate(self, kernel, grid, addresses, numbers, stream):
         assert min(grid) > 0, "a GPU refuses an empty grid"
         memory = cuda_emulator.Memory()
-        for array in self.memory.values():
-            memory.lend(array, writable=True)
+        for address, array in self.memory.items():
+            if self._api.owners[address] == self.device():
+                memory.lend(array, writable=True)
+        self._api.launched(stream)
         self.launched.append(kernel.name)
         self.streams.append(stream)
         self.last = cuda_emulator.run(kernel, grid, addresses, numbers, memory)

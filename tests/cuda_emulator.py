@@ -12,7 +12,25 @@ from edgeattn.cuda import ptx
 from edgeattn.cuda.language import Device, Instruction, bind
 
 MEMORY = 48 * 1024  # static shared memory of a block, at most
+NAN = np.uint32(0x7FFFFFFF).view(np.float32)  # the one that every operation on float32 makes of a NaN or for want of a number
 NUMBERS = {"i": np.int32, "l": np.int64, "f": np.float32, "d": np.float64, "b": np.bool_}
+
+
+class Bits(np.ndarray):
+    """float32 numbers that came as bits, from memory or by `float_of_bits`: what is computed of them is not of this type."""
+
+    def __array_ufunc__(self, ufunc, method, *inputs, **options):
+        plain = [x.view(np.ndarray) if isinstance(x, Bits) else x for x in inputs]
+        return getattr(ufunc, method)(*plain, **options)
+
+
+def in_registers(x):
+    """float32 numbers with the bits that a GPU would have: as they came, or, where they were computed, one NaN."""
+    x = np.asanyarray(x, np.float32)
+    if isinstance(x, Bits):
+        return x.view(np.ndarray)
+    bad = np.isnan(x)
+    return np.where(bad, NAN, x) if bad.any() else x
 
 
 class LocalArray:
@@ -118,6 +136,11 @@ class Block:
         self.written.view(f"V{size}")[at] = np.ones(size, bool).view(f"V{size}")
 
     def as_bytes(self, *values, dtype):
+        """Bytes of each thread's values, made the dtype."""
+        if dtype is np.float32:
+            values = [in_registers(value) for value in values]
+        if dtype is np.float16:
+            values = [to_half(value) for value in values]
         columns = [np.ascontiguousarray(self.vector(value).astype(dtype)) for value in values]
         return np.stack(columns, 1).view(np.uint8).reshape(self.threads, -1)
 
@@ -186,17 +209,22 @@ class Block:
             return np.clip(x, -2.0**31, 2.0**31 - 1).astype(i32)
 
         def floats(data):
-            return list(np.ascontiguousarray(data).view(f32).T)
+            return [column.view(Bits) for column in np.ascontiguousarray(data).view(f32).T]
+
+        def load_floats(good, address, count):
+            return [column.view(Bits) for column in self.load(good, address, count, f32)]
 
         def signed(word):
             return np.ascontiguousarray(self.vector(word, i32)).view(np.int8).reshape(-1, 4).astype(i32)
 
         def half_pair(high, low):
-            low, high = (self.vector(x, f32).astype(np.float16).view(np.uint16).astype(np.uint32) for x in (low, high))
+            low, high = (to_half(self.vector(x, f32)).view(np.uint16).astype(np.uint32) for x in (low, high))
             return (low | high << 16).view(i32)
 
         def tf32(x):
-            return ((view(self.vector(x, f32), np.uint32) + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(i32)
+            x = self.vector(x, f32)
+            rounded = (view(x, np.uint32) + np.uint32(0x1000)) & np.uint32(0xFFFFE000)
+            return np.where(np.isnan(x), NAN.view(np.uint32), rounded).view(i32)
 
         def lane_xor(x, distance):
             x = self.warps(x, None)
@@ -221,7 +249,8 @@ class Block:
             "truncate_f64": lambda a: np.trunc(np.asarray(a, f64)),
             "nearest": lambda x: clamped(np.rint(x)), "truncate": lambda x: clamped(np.trunc(x)),
             "to_float": lambda x: np.asarray(x, i32).astype(f32)[()],
-            "bits_of": lambda x: view(np.asarray(x, f32), i32), "float_of_bits": lambda x: view(np.asarray(x, i32), f32),
+            "bits_of": lambda x: view(in_registers(x), i32),
+            "float_of_bits": lambda x: np.asarray(view(np.asarray(x, i32), f32)).view(Bits),
             "double_of_words": lambda low, high: view(self.as_bytes(low, high, dtype=i32), f64)[:, 0],
             "select_f": lambda c, a, b: np.where(c, np.asarray(a, f32), np.asarray(b, f32)),
             "select_i": lambda c, a, b: np.where(c, np.asarray(a, i32), np.asarray(b, i32)),
@@ -231,7 +260,7 @@ class Block:
             "half_pair": half_pair, "to_tf32": tf32,
             "shuffle_f": lane_xor, "shuffle_i": lane_xor, "from_lane_f": from_lane,
             "load_uniform": lambda at: self.uniform(at, i32), "load_uniform_64": lambda at: self.uniform(at, np.int64),
-            "load_f32": lambda p, at: self.load(p, at, 1, f32)[0], "load_f32x4": lambda p, at: self.load(p, at, 4, f32),
+            "load_f32": lambda p, at: load_floats(p, at, 1)[0], "load_f32x4": lambda p, at: load_floats(p, at, 4),
             "load_b32": lambda p, at: self.load(p, at, 1, i32)[0], "load_b32x2": lambda p, at: self.load(p, at, 2, i32),
             "load_b32x4": lambda p, at: self.load(p, at, 4, i32),
             "load_u8": lambda p, at: self.load(p, at, 1, np.uint8)[0].astype(i32),
@@ -308,6 +337,13 @@ class Cast:
 
     def __call__(self, value):
         return np.asarray(value).astype(self.kind)[()]
+
+
+def to_half(x):
+    """float32 numbers as float16, every NaN as the one that a GPU makes."""
+    x = np.asarray(x, np.float32)
+    with np.errstate(over="ignore"):
+        return np.where(np.isnan(x), np.uint16(0x7FFF).view(np.float16), x.astype(np.float16))
 
 
 def _float32(function):

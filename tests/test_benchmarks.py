@@ -1,12 +1,15 @@
 """The benchmark: its quick form runs, a wrong answer is refused, and its arithmetic is right."""
+import contextlib
 import dataclasses
 import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import reference
 from workbench import needs_compiler
 
+import edgeattn
 from benchmarks import (
     cases,
     contenders,
@@ -18,6 +21,7 @@ from benchmarks import (
     machine,
     measure,
     readme,
+    rounding,
     start,
     targets,
     timing,
@@ -340,9 +344,41 @@ def test_cuda_contenders_attend(name, causal):
     torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'edgeattn[peers]'")
     (contender,) = (contender for contender in cuda.CONTENDERS if contender.name == name)
     q, k, v = (torch.randn(2, 3, 24, 16, generator=torch.Generator().manual_seed(i)) for i in range(3))
-    want = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=causal)
-    error = (contender.make(torch, q, k, v, causal)().double() - want).abs().max() / want.square().mean().sqrt()
-    assert error < cuda.ALLOWED[contender.precision]
+    want = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=causal).numpy()
+    with contender.around(torch):
+        error = rounding.off(contender.make(torch, q, k, v, causal)().double().numpy(), want)
+    assert error <= rounding.allowed(*(x.numpy() for x in (q, k, v)), want, causal, contender.precision)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("precision", rounding.PRECISIONS)
+def test_what_is_allowed_on_a_gpu_is_what_rounding_gives(device, precision, causal):
+    """Our kernels keep it, in the emulator or on the GPU, and no kernel of a coarser precision does."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, 2, 70, 32), np.float32) for _ in range(3))
+    want = reference.attention(q, k, v, np.tri(70, dtype=bool) if causal else None)[0]
+    allowed = rounding.allowed(q, k, v, want, causal, precision)
+    given = [x.astype(np.float16) for x in (q, k, v)] if precision == "float16" else [q, k, v]
+    ours = edgeattn.scaled_dot_product_attention(*map(device.array, given), is_causal=causal, precision=precision)
+    assert rounding.off(ours.numpy(), want) <= allowed
+    coarser = {"float32": "tf32", "tf32": "int8", "float16": "int8"}.get(precision)
+    if coarser:
+        assert allowed < rounding.allowed(q, k, v, want, causal, coarser) / 4
+
+
+def test_a_contenders_context_is_not_timed():
+    entered = []
+
+    @contextlib.contextmanager
+    def around(torch):
+        entered.append("in")
+        yield
+        entered.append("out")
+
+    event = SimpleNamespace(record=lambda: entered.append("mark"), elapsed_time=lambda other: 1.0)
+    torch = SimpleNamespace(cuda=SimpleNamespace(Event=lambda enable_timing: event, synchronize=lambda: None))
+    cuda._timed(torch, lambda: entered.append("call"), around)
+    assert entered == ["in", "mark", *["call"] * cuda.CALLS, "mark", "out"]
 
 
 def test_calls_on_an_idle_gpu_are_the_same_launches_when_repeated(monkeypatch):

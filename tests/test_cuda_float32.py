@@ -136,6 +136,15 @@ def test_what_is_behind_a_mask_stays_there(place, poison):
     reference.assert_as_accurate(got, *want)
 
 
+@pytest.mark.parametrize("precision", ["float32", "float16", "tf32", "int8"])
+def test_a_query_that_is_not_a_number_shows(precision):
+    """A GPU makes one NaN of all, whose bits, were they added to, would be the largest number's."""
+    q, k, v = Case("nan-query", B=1, H=1, L=5, S=9, D=8).qkv()
+    q[0, 0, 2, 3], v = np.nan, v / 100  # of larger values the sum would be infinite, and the result NaN after all
+    got = edgeattn.scaled_dot_product_attention(*map(put, (q, k, v)), precision=precision).numpy()
+    np.testing.assert_array_equal(np.isnan(got), np.broadcast_to(np.arange(5)[:, None] == 2, got.shape))
+
+
 def test_only_the_values_nan_row_is_nan():
     case = Case("nan-channel", B=1, H=1, L=3, S=5, D=4)
     arrays = list(case.qkv())
@@ -274,19 +283,19 @@ def test_arrays_of_torch_give_arrays_of_torch_on_its_stream(device, monkeypatch)
     class Tensor:
         """What is asked of a torch.Tensor on a GPU."""
 
-        __module__, is_cuda, requires_grad, device = "torch", True, False, "cuda:1"
+        __module__, is_cuda, requires_grad, device = "torch", True, False, "cuda:0"
 
         def __init__(self, array):
             self.ours, self.shape, self.dtype = array, array.shape, f"torch.{array.dtype.name}"
-            self.data_ptr, self.numpy = lambda: array.pointer, array.numpy
+            self.data_ptr, self.numpy, self.get_device = lambda: array.pointer, array.numpy, lambda: 0
             self.stride = lambda: tuple(n // array.dtype.itemsize for n in array.strides)
             self.__cuda_array_interface__ = array.__cuda_array_interface__
 
     stream = types.SimpleNamespace(cuda_stream=99)
     monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(
         float32=np.float32, int8=np.int8,
-        cuda=types.SimpleNamespace(current_stream=lambda device: {"cuda:1": stream}[device]),
-        empty=lambda shape, dtype, device: {"cuda:1": Tensor}[device](driver_module.driver().empty(shape, dtype))))
+        cuda=types.SimpleNamespace(current_stream=lambda device: {"cuda:0": stream}[device]),
+        empty=lambda shape, dtype, device: {"cuda:0": Tensor}[device](driver_module.driver().empty(shape, dtype))))
     arrays = Case("torch", B=1, H=2, L=5, S=9, D=8).qkv()
     for precision in ("float32", "int8"):
         want = edgeattn.scaled_dot_product_attention(*map(put, arrays), precision=precision).numpy()

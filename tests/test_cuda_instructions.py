@@ -7,7 +7,21 @@ from cuda_emulator import Block, Memory, run
 
 from edgeattn.cuda import ptx
 from edgeattn.cuda.language import Kernel, cuda, int32, shared
-from edgeattn.cuda.ptx import load_f32, read_b32, read_f32, store_b32, thread, write_b32, write_f32
+from edgeattn.cuda.ptx import (
+    bits_of,
+    fma,
+    load_f32,
+    maximum,
+    read_b32,
+    read_f32,
+    store_b32,
+    store_f16,
+    store_f32,
+    thread,
+    to_tf32,
+    write_b32,
+    write_f32,
+)
 
 
 def test_every_instruction_has_a_meaning():
@@ -87,6 +101,31 @@ def leaves_its_memory(a, p):
 def test_the_emulator_notices(kernel, words):
     with pytest.raises((AssertionError, ValueError), match=words):
         launch(kernel, arrays=[(np.zeros(40, np.float32), False)])
+
+
+def computes(a, p):
+    x = load_f32(thread() >= 0, a[0] + thread() * 4)
+    store_f32(thread() >= 0, a[1] + thread() * 4, x)
+    store_f32(thread() >= 0, a[2] + thread() * 4, maximum(x, x))
+    store_b32(thread() >= 0, a[3] + thread() * 4, bits_of(fma(x, x, x)))
+    store_b32(thread() >= 0, a[4] + thread() * 4, bits_of(x - x))
+    store_f16(thread() >= 0, a[5] + thread() * 2, x)
+    store_b32(thread() >= 0, a[6] + thread() * 4, to_tf32(x))
+
+
+def test_every_operation_makes_the_same_nan():
+    """PTX ISA, "Floating Point Instructions": 0x7fffffff, whatever went in; what only moves keeps its bits."""
+    bits = np.resize(np.array([0x7FC00000, 0xFFC00001, 0x7F812345, 0x7F800000, 0x3F800000], np.uint32), 64)
+    x, made = bits.view(np.float32), [np.zeros(64, np.uint32) for _ in range(6)]
+    made[4] = np.zeros(64, np.uint16)
+    launch(computes, arrays=[(x, False), *((array, True) for array in made)])
+    moved, largest, product, difference, half, rounded = made
+    np.testing.assert_array_equal(moved, bits)
+    bad = np.isnan(x)
+    for array in (largest, product, rounded):
+        np.testing.assert_array_equal(array == 0x7FFFFFFF, bad)
+    np.testing.assert_array_equal(difference == 0x7FFFFFFF, bad | np.isinf(x))
+    np.testing.assert_array_equal(half == 0x7FFF, bad)
 
 
 def tile(block, at, array):

@@ -48,13 +48,18 @@ def expected(case, arrays, masks):
     (qc, qs), (kc, ks), (vc, vs) = (tuple(np.repeat(part, case.H // x.shape[1], 1).astype(np.float64) for part in codes(x))
                                     for x in (q, k, v))
     vs = np.maximum(vs, 2.0**-60).swapaxes(2, 3)
-    w = (qc @ kc.swapaxes(2, 3)) * qs * ks.swapaxes(2, 3) + np.log2(vs)
-    w = np.where(permitted, w + np.where(permitted, bias, 0) * np.log2(np.e), -np.inf)
+    w = np.where(permitted, (qc @ kc.swapaxes(2, 3)) * qs * ks.swapaxes(2, 3) + np.where(permitted, bias, 0) * np.log2(np.e),
+                 -np.inf)
+    top = w.max(-1, keepdims=True)
+    w = w - np.where(np.isfinite(top), top, 0) + np.log2(vs)
     top = w.max(-1, keepdims=True)
     p = 255 * np.exp2(w - np.where(np.isfinite(top), top, 0))
     total = (p / vs).sum(-1, keepdims=True)
-    total = np.where(total > 0, total, 1)
-    return p @ vc / total, 0.5 * permitted.astype(np.float64) @ np.abs(vc) / total
+    exact = p @ vc / np.where(total > 0, total, 1)
+    # Half a byte at most is lost or won by every key, above and below the line; the largest byte is exact.
+    half = 0.5 * permitted.astype(np.float64)
+    least = np.maximum(total - (half / vs).sum(-1, keepdims=True), (p / vs * (p == 255)).max(-1, keepdims=True))
+    return exact, (half @ np.abs(vc) + np.abs(exact) * (half / vs).sum(-1, keepdims=True)) / np.where(least > 0, least, 1)
 
 
 @pytest.mark.parametrize("case", [
@@ -119,6 +124,36 @@ def test_what_is_behind_a_mask_stays_there(bad):
     causal = edgeattn.scaled_dot_product_attention(*(put(x[:, :, :5]) for x in (q, np.abs(q), v)), is_causal=True,
                                                    precision="int8").numpy()
     assert np.isfinite(causal[:, :, :3]).all() and np.isnan(causal[:, :, 3:]).all()
+
+
+@pytest.mark.parametrize("strong", [0.3, 0.6])
+def test_a_strong_key_takes_no_weight_from_the_others(strong):
+    """Nor do those win any: what is divided by is what was multiplied, and every 64 keys have a range of their own."""
+    rng, keys, size = np.random.default_rng(4), 1024, 16
+    q = np.zeros((1, 1, 3, size), np.float32)
+    q[..., 0] = np.sqrt(size)
+    k = rng.standard_normal((1, 1, keys, size), np.float32) * np.float32(0.01)
+    k[..., 0] = 0
+    k[0, 0, 100, 0] = np.log(strong / (1 - strong) * (keys - 1))
+    v = 1 + rng.standard_normal((1, 1, keys, size), np.float32) * np.float32(0.3)
+    v[0, 0, 100] = rng.standard_normal(size)
+    for values, most in ((np.ones_like(v), 1e-5), (v, 0.05)):
+        got = edgeattn.scaled_dot_product_attention(*map(put, (q, k, values)), precision="int8").numpy()
+        want = reference.attention(q, k, values)[0]
+        assert np.abs(got - want).max() < most * np.abs(want).max()
+
+
+@pytest.mark.parametrize("low", [-1e9, float(np.finfo(np.float32).min)])
+def test_a_row_of_one_huge_finite_mask_is_the_mean_of_the_values(low):
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, 2, n, 8), np.float32) for n in (7, 70, 70))
+    v *= np.exp(rng.standard_normal((1, 2, 70, 1), np.float32))  # ranges of their own
+    mask = np.zeros((7, 70), np.float32)
+    mask[3:] = low
+    mask[5, 20:] = -np.inf
+    got = edgeattn.scaled_dot_product_attention(*map(put, (q, k, v, mask)), precision="int8").numpy()
+    want = reference.attention(q, k, v, bias=np.where(mask == np.float32(low), 0, mask), scale=0.0)[0]
+    assert np.abs(got - want)[:, :, 3:].max() < 0.01 * np.abs(v).max()
 
 
 def test_an_offset_that_all_keys_share_changes_little():

@@ -131,6 +131,18 @@ def check_dynamic_masks():
         test_cuda_int8_functional.test_what_is_behind_a_mask_stays_there(bad)
 
 
+def check_dynamic_mean():
+    test_cuda_int8_functional.test_a_row_of_one_huge_finite_mask_is_the_mean_of_the_values(-1e9)
+
+
+def check_strong_key():
+    test_cuda_int8_functional.test_a_strong_key_takes_no_weight_from_the_others(0.3)
+
+
+def check_not_a_number():
+    test_cuda_float32.test_a_query_that_is_not_a_number_shows("float32")
+
+
 def check_offset():
     test_cuda_int8_functional.test_an_offset_that_all_keys_share_changes_little()
 
@@ -243,7 +255,8 @@ def check_rules():
 
 CHECKS = [check_float, check_band, check_groups, check_masks, check_finite_mask, check_pieces, check_split, check_nan, check_static,
           check_fixed, check_u16, check_deep, check_wide, check_static_band, check_rules,
-          check_half, check_tf32, check_half_masks, check_not_finite, check_dynamic, check_dynamic_window, check_dynamic_masks, check_offset,
+          check_half, check_tf32, check_half_masks, check_not_finite, check_dynamic, check_dynamic_window, check_dynamic_masks, check_dynamic_mean,
+          check_strong_key, check_not_a_number, check_offset,
           check_codes, check_padding, check_weights, check_split_weights, check_nothing, check_extras, check_cache,
           check_static_cache, check_static_weights]
 
@@ -299,8 +312,18 @@ MUTATIONS = [
     ("attention", "if careful:\n                    cuda.syncthreads()\n", "if careful:\n", check_not_finite),
     # dynamic int8
     ("attention", "first = int32(first & -4)", "first = int32(first)", check_dynamic_window),
-    ("attention", "s[r, k] = s[r, k] + value_log", "s[r, k] = s[r, k] - value_log", check_dynamic),
-    ("attention", "above = above - float32(_LOG2_255)", "above = above - float32(7.0)", check_dynamic),
+    ("attention", "s[r, k] - here + value_log", "s[r, k] - here - value_log", check_dynamic),
+    ("attention", "s[r, k] - here + value_log", "s[r, k] + value_log", check_dynamic_mean),
+    ("attention", "- float32(_LOG2_255)\n", "- float32(9.0)\n", check_dynamic),
+    ("attention", "exp2(here - above + top))", "exp2(top))", check_strong_key),
+    ("attention", "exp2(here - above + top))", "exp2(here - above))", check_strong_key),
+    ("attention", "select_f(empty, float32(0.0), exp2(here", "select_f(gone, float32(0.0), exp2(here", check_dynamic),
+    ("attention", "top = maximum(top, shuffle_f(top, int32(1 << step)))", "top = maximum(top, top)", check_dynamic),
+    ("attention", "s[r, k] = to_float(byte)", "s[r, k] = exp2(s[r, k] - top)", check_strong_key),
+    ("attention", "row_sum = row_sum * left[r]", "row_sum = row_sum * exp2(top)", check_strong_key),
+    ("tiles", "fma(to_float(found[r, k]), left[r], o[r, k])", "fma(to_float(found[r, k]), left[0], o[r, k])", check_dynamic),
+    ("attention", "return y * float_of_bits(int32(bits_of(shifted) << 23))",
+     "return float_of_bits(int32(bits_of(y) + (bits_of(shifted - float32(127.0)) << 23)))", check_not_a_number),
     ("attention", "row_sum = fma(s[r, k], read_f32(at), row_sum)", "row_sum = row_sum + s[r, k]", check_dynamic),
     ("attention", "write_f32(int32(lists + t * 4), select_f(t < KEYS, w, value_log))",
      "write_f32(int32(lists + t * 4), select_f(t < KEYS, w, w))", check_dynamic),

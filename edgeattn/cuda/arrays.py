@@ -1,5 +1,6 @@
 """Arrays on the device: an address, a shape, strides, and whoever made them."""
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -10,6 +11,9 @@ from edgeattn.cuda import dlpack
 @dataclasses.dataclass(slots=True, eq=False)
 class View:
     """What `__cuda_array_interface__` (version 2 or 3) or DLPack says about an array. Nobody changes one.
+
+    An axis of size 1 has the stride that it would have beside the next one, whatever it came with: nobody steps along
+    it, and libraries write there what they please.
 
     Parameters
     ----------
@@ -68,17 +72,40 @@ def c_strides(shape, dtype):
     return tuple(reversed(strides))
 
 
+def _stepped(shape, strides, itemsize):
+    """Strides with those of axes of size 1 made what they would be beside the next axis, as far as that is an int32."""
+    made, beside = [], itemsize
+    for n, step in zip(reversed(shape), reversed(strides), strict=True):
+        step = step if n != 1 else beside if abs(beside) < 2**31 else 0
+        made.append(step)
+        beside = step * n
+    return tuple(reversed(made))
+
+
 def _reshaped(view, shape):
     """Strides for `shape`, or ValueError where the elements would have to move."""
-    # NumPy knows whether they would: its array of the same layout holds no memory of its own.
-    like = np.lib.stride_tricks.as_strided(np.empty(1, view.dtype), view.shape, view.strides, writeable=False)
-    made = like.view()
-    try:
-        made.shape = shape
-    except AttributeError:
-        raise ValueError(f"axes of shape {view.shape} and strides {view.strides} cannot be joined to {shape} without a "
-                         "copy; pass a contiguous array") from None
-    return made.strides
+    if view.size == 0:
+        return c_strides(shape, view.dtype)
+    old = [(n, step) for n, step in zip(view.shape, view.strides, strict=True) if n != 1]
+    new = [axis for axis, n in enumerate(shape) if n != 1]
+    strides = [0] * len(shape)
+    while old:  # the fewest first axes of both that hold as many elements
+        i = j = 1
+        before, after = old[0][0], shape[new[0]]
+        while before != after:
+            if before < after:
+                before, i = before * old[i][0], i + 1
+            else:
+                after, j = after * shape[new[j]], j + 1
+        if any(step != n * inner for (_, step), (n, inner) in itertools.pairwise(old[:i])):
+            raise ValueError(f"axes of shape {view.shape} and strides {view.strides} cannot be joined to {shape} "
+                             "without a copy; pass a contiguous array")
+        step = old[i - 1][1]
+        for axis in reversed(new[:j]):
+            strides[axis] = step
+            step *= shape[axis]
+        old, new = old[i:], new[j:]
+    return _stepped(shape, strides, view.dtype.itemsize)
 
 
 def on_device(array):
@@ -86,8 +113,16 @@ def on_device(array):
     return hasattr(array, "__cuda_array_interface__") or dlpack.on_gpu(array)
 
 
-def view(name, array):
+def view(name, array, stream=0):
     """The View of an array on the device.
+
+    Parameters
+    ----------
+    name : str
+        For messages.
+    array : object
+    stream : int
+        On which it will be used: a library that has only DLPack is told, and sees to the order itself.
 
     Raises
     ------
@@ -96,13 +131,13 @@ def view(name, array):
     """
     interface = getattr(array, "__cuda_array_interface__", None)
     if interface is None and dlpack.on_gpu(array):
-        capsule, pointer, shape, strides, dtype = dlpack.described(name, array)
-        return View((array, capsule), pointer, shape, c_strides(shape, dtype) if strides is None else strides, dtype)
-    if interface is None:
+        capsule, pointer, shape, strides, dtype = dlpack.described(name, array, stream)
+        owner, read_only = (array, capsule), False
+    elif interface is None:
         raise TypeError(f"{name} must be an array on the device like query (__cuda_array_interface__ or DLPack), got "
                         f"{type(array).__name__}; nothing is copied there behind your back")
-    dtype, shape = np.dtype(interface["typestr"]), tuple(interface["shape"])
-    strides = interface.get("strides")
-    pointer, read_only = interface["data"]
-    strides = c_strides(shape, dtype) if strides is None else tuple(strides)
-    return View(array, pointer or 0, shape, strides, dtype, read_only)
+    else:
+        dtype, shape, strides = np.dtype(interface["typestr"]), tuple(interface["shape"]), interface.get("strides")
+        owner, (pointer, read_only) = array, interface["data"]
+    strides = c_strides(shape, dtype) if strides is None else _stepped(shape, strides, dtype.itemsize)
+    return View(owner, pointer or 0, shape, strides, dtype, read_only)

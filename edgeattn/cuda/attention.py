@@ -40,6 +40,7 @@ from edgeattn.cuda.ptx import (
     load_uniform,
     load_uniform_64,
     maximum,
+    nearest,
     quotient,
     read_f32,
     remainder,
@@ -76,7 +77,7 @@ _LN_2 = 0.6931471805599453
 _MINUS_INFINITY = float("-inf")
 _LOG2_255 = 7.994353436858858  # of the largest probability as a byte
 _SMALLEST_SCALE = 2.0**-60  # of values in int8, as of all int8 tensors
-_ROUND = 12582912.0  # 1.5 * 2**23: adding it leaves the nearest integer in the low bits
+_ROUND = 12583039.0  # 1.5 * 2**23 + 127: adding it leaves the nearest integer, as an exponent's bits, in the low bits
 # 2**r on [-0.5, 0.5], minimax in relative error, as edgeattn/cpu/softmax.py
 _C1, _C2, _C3, _C4, _C5 = (0.6931469775973295, 0.24022242082675763, 0.055507337448249136, 0.00967151281259882,
                            0.0013264727213862246)
@@ -93,7 +94,7 @@ def exp2(x):
     y = fma(y, r, float32(_C2))
     y = fma(y, r, float32(_C1))
     y = fma(y, r, float32(1.0))
-    return float_of_bits(int32(bits_of(y) + (bits_of(shifted) << 23)))
+    return y * float_of_bits(int32(bits_of(shifted) << 23))  # of a NaN, a NaN: its bits would be a number's
 
 
 # -- formats of queries, keys and values: four neighbouring numbers as float32, the first `left` of which exist ------
@@ -381,11 +382,6 @@ def attention(precision, rows, chunk, q_format, kv_format, wide, out_format, wei
                 for r in range(QUERIES):
                     for k in range(EACH):
                         s[r, k] = tanh(s[r, k]) * softcap
-            if CODES:  # a probability that is a byte has the value's scale in it
-                for k in range(EACH):
-                    value_log = read_f32(int32(lists + (KEYS + column0 + across(k)) * 4))
-                    for r in range(QUERIES):
-                        s[r, k] = s[r, k] + value_log
             key0 = int32(k0 + column0)
             if has_slope:
                 for r in range(QUERIES):
@@ -439,24 +435,42 @@ def attention(precision, rows, chunk, q_format, kv_format, wide, out_format, wei
                 continue
             # 4. online softmax to base 2; a row's 64 scores lie with neighbouring threads
             for r in range(QUERIES):
-                best = m[r]
-                for k in range(EACH):
+                best = s[r, 0]
+                for k in range(1, EACH):
                     best = maximum(best, s[r, k])
                 for step in range(LANES):
                     best = maximum(best, shuffle_f(best, int32(1 << step)))
+                empty = best == float32(_MINUS_INFINITY)
+                here = select_f(empty, float32(0.0), best)
+                best = maximum(m[r], best)
                 above = select_f(best == float32(_MINUS_INFINITY), float32(0.0), best)
                 shrink = exp2(m[r] - above)
                 m[r] = best
                 row_sum = float32(0.0)
                 if CODES:
-                    above = above - float32(_LOG2_255)
-                for k in range(EACH):
-                    gone = s[r, k] == float32(_MINUS_INFINITY)
-                    s[r, k] = select_f(gone, float32(-0.0), exp2(s[r, k] - above))
-                    if CODES:
+                    # A byte has the value's scale in it, and is 255 where that is largest among the tile's keys: those
+                    # far below another tile's are seen too. What is summed is what the product will see, the bytes.
+                    top = float32(_MINUS_INFINITY)
+                    for k in range(EACH):
+                        gone = s[r, k] == float32(_MINUS_INFINITY)
+                        value_log = read_f32(int32(lists + (KEYS + column0 + across(k)) * 4))
+                        s[r, k] = select_f(gone, s[r, k], s[r, k] - here + value_log)
+                        top = maximum(top, s[r, k])
+                    for step in range(LANES):
+                        top = maximum(top, shuffle_f(top, int32(1 << step)))
+                    top = select_f(empty, float32(0.0), top) - float32(_LOG2_255)
+                    left[r] = select_f(empty, float32(0.0), exp2(here - above + top))
+                    for k in range(EACH):
+                        gone = s[r, k] == float32(_MINUS_INFINITY)
+                        byte = nearest(select_f(gone, float32(0.0), exp2(s[r, k] - top)))
+                        s[r, k] = to_float(byte)
                         at = int32(lists + (2 * KEYS + column0 + across(k)) * 4)
                         row_sum = fma(s[r, k], read_f32(at), row_sum)
-                    else:
+                    row_sum = row_sum * left[r]
+                else:
+                    for k in range(EACH):
+                        gone = s[r, k] == float32(_MINUS_INFINITY)
+                        s[r, k] = select_f(gone, float32(-0.0), exp2(s[r, k] - above))
                         row_sum = row_sum + s[r, k]
                 total[r] = fma(total[r], shrink, row_sum)
                 for k in range(OUT):

@@ -1,10 +1,40 @@
 """From a kernel to PTX, through Numba; needs numba-cuda and libnvvm, but no GPU and no driver."""
+import contextlib
 import functools
 import math
+import threading
+import warnings
 
-from numba import cuda as numba_cuda
+import numpy as np
 
 from edgeattn.cuda.language import Device, Instruction, bind
+
+_one_at_a_time = threading.RLock()
+
+
+@contextlib.contextmanager
+def _numpy_as_numba_cuda_knows_it():
+    """While numba-cuda imports its parts, some with the first kernel that is compiled.
+
+    0.30 names np.row_stack, which NumPy 2.5 has not and NumPy 2.0 to 2.4 warn of, and NumPy warns of more in it: those
+    who call this package need not hear of that.
+    """
+    with _one_at_a_time, warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        missing = not hasattr(np, "row_stack")
+        if missing:
+            np.row_stack = np.vstack  # noqa: NPY201
+        try:
+            yield
+        finally:
+            if missing:
+                del np.row_stack  # noqa: NPY201
+
+
+with _numpy_as_numba_cuda_knows_it():
+    with contextlib.suppress(ImportError):  # a .pth file sees to that, but not in folders of PYTHONPATH
+        import _numba_cuda_redirector  # noqa: F401
+    from numba import cuda as numba_cuda
 
 
 @functools.cache
@@ -115,10 +145,12 @@ def to_ptx(kernel, capability):
     -------
     ptx, name : str
     """
-    from numba.cuda import types
+    with _numpy_as_numba_cuda_knows_it():
+        from numba.cuda import types
 
-    signature = types.void(types.UniTuple(types.int64, kernel.addresses), types.UniTuple(types.int32, kernel.numbers))
-    ptx, _ = numba_cuda.compile_ptx(bind(kernel.function, _supply), signature, cc=capability,
-                                    launch_bounds=(kernel.threads, 1))
+        signature = types.void(types.UniTuple(types.int64, kernel.addresses),
+                               types.UniTuple(types.int32, kernel.numbers))
+        ptx, _ = numba_cuda.compile_ptx(bind(kernel.function, _supply), signature, cc=capability,
+                                        launch_bounds=(kernel.threads, 1))
     (name,) = (line.split("(")[0].split()[-1] for line in ptx.splitlines() if ".visible .entry" in line)
     return ptx, name

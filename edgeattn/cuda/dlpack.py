@@ -6,9 +6,9 @@ import ctypes
 
 import numpy as np
 
-_ON_GPU = (2, 13)  # kDLCUDA, kDLCUDAManaged
+_CUDA, _MANAGED = 2, 13  # kDLCUDA, kDLCUDAManaged
 _KINDS = {0: "i", 1: "u", 2: "f", 6: "b"}
-_DEFAULT_STREAM = 1  # what the producer has queued is done there before what is queued on it later
+_DEFAULT_STREAM = 1  # its name: 0 is not allowed
 
 
 class _Tensor(ctypes.Structure):
@@ -25,18 +25,26 @@ _pointer.restype, _pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes
 def on_gpu(array):
     """Whether an array says by DLPack that it lies in a GPU's memory."""
     device = getattr(array, "__dlpack_device__", None)
-    return device is not None and hasattr(array, "__dlpack__") and device()[0] in _ON_GPU
+    return device is not None and hasattr(array, "__dlpack__") and device()[0] in (_CUDA, _MANAGED)
 
 
-def described(name, array):
+def device(array):
+    """The number of the GPU that an array lies on; None for memory that all of them reach."""
+    found, number = array.__dlpack_device__()
+    return number if found == _CUDA else None
+
+
+def described(name, array, stream):
     """(capsule, address, shape, strides in bytes, dtype) of an array for which `on_gpu` holds.
+
+    Its library lets what is queued on `stream` from now on wait for what it has queued itself.
 
     Raises
     ------
     TypeError
         For a dtype that NumPy has not.
     """
-    capsule = array.__dlpack__(stream=_DEFAULT_STREAM)
+    capsule = array.__dlpack__(stream=stream or _DEFAULT_STREAM)
     tensor = _Tensor.from_address(_pointer(capsule, b"dltensor"))
     if tensor.code not in _KINDS or tensor.lanes != 1:
         raise TypeError(f"{name} must have a dtype that NumPy has, got DLPack's code {tensor.code} with {tensor.bits} "

@@ -1,17 +1,22 @@
 """Who made an array on the device, and makes results and scratch memory of the same kind on the same stream.
 
 A kind has describe(array), its address and, as something to be compared, all else that decides how it is read, without
-a View; address(array); empty(shape, dtype, like); and stream(like).
+a View; address(array); empty(shape, dtype, like); device(array), None where it says nothing; and stream(array), on
+which it is used, None where nothing is queued. `together`: all arrays of the kind are used on one stream at a time.
+`kept`: nobody else sees to it that its memory stays while a launch is under way.
 """
 import sys
 
 import numpy as np
 
+from edgeattn.cuda import dlpack
 from edgeattn.cuda.driver import DeviceArray, driver
 
 
 class _Torch:
     """Arrays of PyTorch: its allocator, its current stream."""
+
+    together, kept = True, False
 
     @staticmethod
     def describe(array):
@@ -28,18 +33,25 @@ class _Torch:
         return torch.empty(shape, dtype=getattr(torch, np.dtype(dtype).name), device=like.device)
 
     @staticmethod
-    def stream(like):
-        return sys.modules["torch"].cuda.current_stream(like.device).cuda_stream
+    def device(array):
+        return array.get_device()
+
+    @staticmethod
+    def stream(array):
+        return sys.modules["torch"].cuda.current_stream(array.device).cuda_stream
 
 
 class _Foreign:
     """Arrays of anybody else: memory of ours, the stream the array names or the default one."""
 
+    together, kept = False, True
+
     @staticmethod
     def describe(array):
         interface = array.__cuda_array_interface__
         pointer, read_only = interface["data"]
-        return pointer, (read_only, interface["shape"], interface.get("strides"), interface["typestr"], pointer % 16)
+        return pointer, (read_only, interface["shape"], interface.get("strides"), interface["typestr"], pointer % 16,
+                         driver().device_of(pointer))
 
     @staticmethod
     def address(array):
@@ -47,40 +59,75 @@ class _Foreign:
 
     @staticmethod
     def empty(shape, dtype, like):
-        return driver().empty(shape, dtype)
+        return driver().empty(shape, dtype, _Foreign.stream(like) or 0)
 
     @staticmethod
-    def stream(like):
-        return getattr(like, "__cuda_array_interface__", {}).get("stream") or 0
+    def device(array):
+        interface = getattr(array, "__cuda_array_interface__", None)
+        if interface is None:
+            return dlpack.device(array)
+        pointer = interface["data"][0]
+        return driver().device_of(pointer) if pointer else None
+
+    @staticmethod
+    def stream(array):
+        # version 3: 1 is the legacy default stream, which is 0 to the driver; None where nothing is to be waited for
+        named = getattr(array, "__cuda_array_interface__", {}).get("stream")
+        return 0 if named == 1 else named
 
 
 class _CuPy(_Foreign):
     """Arrays of CuPy: its memory pool, its current stream."""
+
+    together, kept = True, False
+
+    @staticmethod
+    def describe(array):
+        pointer = array.data.ptr
+        return pointer, (array.dtype, array.shape, array.strides, array.device.id, pointer % 16)
+
+    @staticmethod
+    def address(array):
+        return array.data.ptr
 
     @staticmethod
     def empty(shape, dtype, like):
         return sys.modules["cupy"].empty(shape, dtype)
 
     @staticmethod
-    def stream(like):
+    def device(array):
+        return array.device.id
+
+    @staticmethod
+    def stream(array):
         return sys.modules["cupy"].cuda.get_current_stream().ptr
 
 
 class _Ours(_Foreign):
-    """Memory of this package, on the default stream."""
+    """Memory of this package, on the stream of the call it was made for."""
+
+    kept = False  # to give it back waits for the GPU
 
     @staticmethod
     def describe(array):
         pointer = array.pointer
-        return pointer, (array.shape, array.dtype, pointer % 16)
+        return pointer, (array.shape, array.dtype, array.device, pointer % 16)
 
     @staticmethod
     def address(array):
         return array.pointer
 
     @staticmethod
-    def stream(like):
-        return 0
+    def empty(shape, dtype, like):
+        return driver().empty(shape, dtype, like.stream)
+
+    @staticmethod
+    def device(array):
+        return array.device
+
+    @staticmethod
+    def stream(array):
+        return array.stream
 
 
 _OF_TYPE = {DeviceArray: _Ours}

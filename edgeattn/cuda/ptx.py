@@ -5,6 +5,8 @@ the two lists together. Sources: PTX ISA 8.x, sections "Instruction Set" and "Ma
 Addresses: int64 for global memory, int32 for the block's shared memory, both in bytes.
 A predicated load whose predicate is false gives zeros and touches no memory.
 """
+import re
+
 from edgeattn.cuda.language import Instruction
 
 WARP = 32
@@ -116,3 +118,36 @@ mma_f16 = _mma("m16n8k16", "f32", "f16", "f16", "f")
 mma_tf32 = _mma("m16n8k8", "f32", "tf32", "tf32", "f")
 
 INSTRUCTIONS = {name: value for name, value in dict(globals()).items() if isinstance(value, Instruction)}
+
+
+# -- versions --------------------------------------------------------------------------------------------------------
+# The PTX version that a driver of each CUDA release takes: PTX ISA, section "Release Notes", and
+# cuda.bindings.utils.get_minimal_required_cuda_ver_from_ptx_ver. PTX 7 is CUDA 11's, minor by minor, 9 is CUDA 13's.
+_RELEASES = {(12, minor): (8, minor) for minor in range(6)} | {
+    (12, 6): (8, 5), (12, 7): (8, 6), (12, 8): (8, 7), (12, 9): (8, 8)}
+_VERSION = re.compile(r"^\.version (\d+)\.(\d+)", re.MULTILINE)
+
+
+def version_for(driver):
+    """(major, minor) of the newest PTX that a driver of CUDA (major, minor) takes; None for one we know nothing of."""
+    if driver[0] in (11, 13):
+        return driver[0] - 4, driver[1]
+    return _RELEASES.get(driver)
+
+
+def for_driver(text, driver):
+    """PTX with the version that the driver takes where its own is above: a compiler may be newer than the driver.
+
+    Nothing here needs more than PTX 7.8, which sm_90 does; what a driver too old for its GPU says is the driver's.
+
+    Parameters
+    ----------
+    text : str
+    driver : int
+        As cuDriverGetVersion has it: 1000 major + 10 minor.
+    """
+    newest = version_for((driver // 1000, driver % 1000 // 10))
+    found = _VERSION.search(text)
+    if newest is None or tuple(map(int, found.groups())) <= newest:
+        return text
+    return f"{text[:found.start()]}.version {newest[0]}.{newest[1]}{text[found.end():]}"

@@ -42,13 +42,15 @@ class Record:
         NOWHERE, from where the offset is the address itself.
     scratch : int
         Bytes.
+    device : int
+        On which it was made, and is made again.
     """
 
     SCRATCH, NOWHERE = -2, -1
 
-    def __init__(self):
-        self.launches, self.scratch = [], 0
-        self._starters = {}  # by driver and device
+    def __init__(self, device):
+        self.launches, self.scratch, self.device = [], 0, device
+        self._starters = {}  # by driver
 
     def launch(self, kernel, grid, addresses, numbers):
         """Note a launch."""
@@ -61,13 +63,11 @@ class Record:
         self.scratch += -(-view.size * view.dtype.itemsize // _ALIGNED) * _ALIGNED
         return dataclasses.replace(view, pointer=Address(view.pointer, self.SCRATCH, offset))
 
-    def replay(self, pointers, stream):
-        """All launches; pointers of the arrays, then of scratch memory, then 0."""
-        gpu = driver()
-        device = gpu.device()
-        starters = self._starters.get((gpu, device))
+    def replay(self, gpu, pointers, stream):
+        """All launches, `device` being the current one; pointers of the arrays, then of scratch memory, then 0."""
+        starters = self._starters.get(gpu)
         if starters is None:
-            starters = self._starters[gpu, device] = [gpu.starter(kernel, device) for kernel, *_ in self.launches]
+            starters = self._starters[gpu] = [gpu.starter(kernel, self.device) for kernel, *_ in self.launches]
         for start, (_, grid, places, numbers) in zip(starters, self.launches, strict=True):
             start(grid, [pointers[place] + offset for place, offset in places], numbers, stream)
 
@@ -89,7 +89,7 @@ def taking():
 @contextlib.contextmanager
 def take(wanted=True):
     """A Record of what is launched in this block by this thread; None where none is wanted."""
-    _taking.record = Record() if wanted else None
+    _taking.record = Record(driver().device()) if wanted else None
     try:
         yield _taking.record
     finally:

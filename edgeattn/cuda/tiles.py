@@ -397,8 +397,8 @@ def tensor_cores(precision, rows, chunk):
 def int8_products(rows, chunk):
     """The Form of int8 products with int32 sums: tiles in rows of 64 codes, 16 bytes longer; values lie turned.
 
-    Probabilities are bytes 0..255 in a tile of their own, which only the warp that wrote it reads. The fours of numbers
-    are one word of four codes, in the first of the four.
+    Probabilities are bytes 0..255 in a tile of their own, which only the warp that wrote it reads, and left[r] is what
+    they stand for. The fours of numbers are one word of four codes, in the first of the four.
     """
     PITCH = chunk + 16
     multiply, multiply_values = products(mma_s8, chunk // 32, PITCH), products(mma_u8s8, KEYS // 32, PITCH)
@@ -436,7 +436,7 @@ def int8_products(rows, chunk):
         multiply_values(probabilities_at, values_at, t, found)
         for r in range(2):
             for k in range(16):
-                o[r, k] = o[r, k] + to_float(found[r, k])
+                o[r, k] = fma(to_float(found[r, k]), left[r], o[r, k])
 
     at_keys, at_probabilities = rows * PITCH, (rows + KEYS) * PITCH
     return Form(2, 16, 16, 2, at_keys, at_probabilities, at_probabilities + rows * PITCH, True, fragment_place,

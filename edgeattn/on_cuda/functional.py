@@ -6,23 +6,14 @@ from edgeattn.on_cuda.known import OUT, RESULTS, Known, kinds
 from edgeattn.on_cuda.masks import arrays_read, device_masks
 
 
-def views(**arrays):
-    """Views of arrays on the device by their names, and what is said of them as (like, stream)."""
-    from edgeattn.cuda.arrays import view
-
-    found = [view(name, array) for name, array in arrays.items()]
-    first = next(iter(arrays.values()))
-    return found, first, kinds()(first).stream(first)
-
-
-def result_array(out, shape, dtype, like, inputs):
-    """(array, View) that takes a result: the caller's `out`, checked, or a new one of the kind of `like`."""
+def result_array(call, out, shape, dtype, inputs):
+    """(array, View) that takes a result: the caller's `out`, checked, or a new one of the kind of the first array."""
     from edgeattn.cuda.arrays import view
 
     if out is None:
-        made = kinds()(like).empty(shape, dtype, like)
+        made = kinds()(call.like).empty(shape, dtype, call.like)
         return made, view("out", made)
-    taken = view("out", out)
+    taken = call.view("out", out)
     if taken.dtype != dtype:
         raise TypeError(f"out must have dtype {dtype}, the result's, got {taken.dtype}")
     if taken.shape != tuple(shape):
@@ -65,40 +56,40 @@ def again(arrays, options):
 
 def scaled_dot_product_attention(query, key, value, attn_mask, is_causal, causal_alignment, scale, softcap, window_size,
                                  kv_lengths, alibi_slopes, return_weights, return_lse, precision, out, check_shapes,
-                                 call):
+                                 known_as):
     """`edgeattn.scaled_dot_product_attention` on the current stream; nothing waits, nothing is copied.
 
-    scale, which may be None, and softcap are checked; `check_shapes` takes the three Views; `call` is what `again` will
-    be asked with.
+    scale, which may be None, and softcap are checked; `check_shapes` takes the three Views; `known_as` is what `again`
+    will be asked with.
     """
     from edgeattn.cuda import host
-    from edgeattn.cuda.arrays import view
+    from edgeattn.cuda.call import Call
     from edgeattn.cuda.record import placed, take
     from edgeattn.functional import default_scale
 
-    (q, k, v), like, stream = views(query=query, key=key, value=value)
-    numbers(query=q, key=k, value=v)
-    if precision == "int8" and q.dtype != np.float32:
-        raise TypeError(f"query must be float32 with precision='int8' on CUDA, got dtype {q.dtype}; convert it")
-    check_shapes(q, k, v)
-    scale = default_scale(q.shape[-1]) if scale is None else scale
-    lead, heads = (q.shape[:-3], q.shape[-3]) if q.ndim > 2 else ((), 1)
-    queries, keys = q.shape[-2], k.shape[-2]
-    shape = q.shape[:-1] + v.shape[-1:]
-    batch, kv_heads = int(np.prod(lead, dtype=np.int64)), k.shape[-3] if k.ndim > 2 else 1
+    with Call("query", query) as call, take() as record:
+        q, k, v = (call.view(name, x) for name, x in (("query", query), ("key", key), ("value", value)))
+        numbers(query=q, key=k, value=v)
+        if precision == "int8" and q.dtype != np.float32:
+            raise TypeError(f"query must be float32 with precision='int8' on CUDA, got dtype {q.dtype}; convert it")
+        check_shapes(q, k, v)
+        scale = default_scale(q.shape[-1]) if scale is None else scale
+        lead, heads = (q.shape[:-3], q.shape[-3]) if q.ndim > 2 else ((), 1)
+        queries, keys = q.shape[-2], k.shape[-2]
+        shape = q.shape[:-1] + v.shape[-1:]
+        batch, kv_heads = int(np.prod(lead, dtype=np.int64)), k.shape[-3] if k.ndim > 2 else 1
 
-    def four(array, count):
-        return array.reshape(batch, count, *array.shape[-2:])
+        def four(array, count):
+            return array.reshape(batch, count, *array.shape[-2:])
 
-    with take() as record:
         q, k, v = (placed(x, place) for place, x in enumerate((q, k, v)))
         masks = device_masks(
-            (*lead, heads, queries, keys), lambda name, array: placed(view(name, array), _PLACES[name]), attn_mask,
+            (*lead, heads, queries, keys), lambda name, array: placed(call.view(name, array), _PLACES[name]), attn_mask,
             is_causal=is_causal, causal_alignment=causal_alignment, window_size=window_size, kv_lengths=kv_lengths,
             alibi_slopes=alibi_slopes)
         read = (q, k, v, *arrays_read(masks))
         results, made = zip(*(
-            result_array(given, wanted, dtype, like, inputs) for is_wanted, given, wanted, dtype, inputs in (
+            result_array(call, given, wanted, dtype, inputs) for is_wanted, given, wanted, dtype, inputs in (
                 (True, out, shape, q.dtype, read),
                 (return_weights, None, (*q.shape[:-1], keys), q.dtype, ()),
                 (return_lse, None, q.shape[:-1], np.dtype(np.float32), ())) if is_wanted), strict=True)
@@ -106,11 +97,12 @@ def scaled_dot_product_attention(query, key, value, attn_mask, is_causal, causal
             arrays = [four(q, heads), four(k, kv_heads), four(v, kv_heads), four(placed(made[0], OUT), heads)]
             weights = four(placed(made[1], _WEIGHTS), heads) if return_weights else None
             lse = placed(made[-1].reshape(batch, heads, queries), _LSE) if return_lse else None
+            where = dict(stream=call.stream, like=call.like)
             if precision == "int8" and keys and q.shape[-1]:
-                host.attend_int8(*arrays, scale, stream=stream, like=like, **masks)
+                host.attend_int8(*arrays, scale, **where, **masks)
             else:
-                host.attend(*arrays, scale, softcap, lse=lse, weights=weights, stream=stream, like=like,
+                host.attend(*arrays, scale, softcap, lse=lse, weights=weights, **where,
                             precision="float32" if precision == "int8" else precision, **masks)
     made_at = [OUT, *([_WEIGHTS] if return_weights else []), *([_LSE] if return_lse else [])]
-    _KNOWN.remember(*call, record, read, list(zip(made_at, made, strict=True)))
+    _KNOWN.remember(*known_as, record, read, list(zip(made_at, made, strict=True)))
     return results if len(results) > 1 else results[0]

@@ -33,11 +33,12 @@ class Known:
         if not self._calls:
             return None
         kind = kinds()
-        like = arrays[0]
-        makes, pointers, key = kind(like), [], [options, _types(options)]
+        of, pointers, key = [], [], [options, _types(options)]
         try:
             for array in arrays:
-                pointer, layout = (0, None) if array is None else kind(array).describe(array)
+                found = None if array is None else kind(array)
+                pointer, layout = (0, None) if found is None else found.describe(array)
+                of.append(found)
                 pointers.append(pointer)
                 key.append(layout)
             known = self._calls.get(tuple(key))
@@ -46,21 +47,16 @@ class Known:
         if known is None:
             return None
         record, read, written, made = known
-        results, out = [], arrays[OUT]
-        if out is not None:
+        if arrays[OUT] is not None:
             low, high = pointers[OUT] + written[0], pointers[OUT] + written[1]
             for place, (begin, end) in read:
                 if pointers[place] + begin < high and low < pointers[place] + end:
                     return None
-            results.append(out)
-        pointers += 0, 0
-        for place, shape, dtype in made[out is not None:]:
-            results.append(makes.empty(shape, dtype, like))
-            pointers[place] = makes.address(results[-1])
-        scratch = makes.empty((record.scratch,), np.int8, like) if record.scratch else None
-        pointers += makes.address(scratch) if record.scratch else 0, 0
-        record.replay(pointers, makes.stream(like))
-        return tuple(results) if len(results) > 1 else results[0]
+        gpu = current_driver()()
+        if gpu.device() == record.device:
+            return _made(gpu, record, made, arrays, of, pointers)
+        with gpu.on(record.device):
+            return _made(gpu, record, made, arrays, of, pointers)
 
     def remember(self, arrays, options, record, read, made):
         """Know a call from now on.
@@ -80,6 +76,35 @@ class Known:
             return
 
 
+def _made(gpu, record, made, arrays, of, pointers):
+    """The result of a known call, launched in the order that edgeattn.cuda.call.Call keeps."""
+    like, makes, results = arrays[0], of[0], []
+    stream = makes.stream(like) or 0
+    others = ()
+    for array, found in zip(arrays, of, strict=True):
+        if found is None or (found is makes and found.together):
+            continue
+        theirs = found.stream(array)
+        if theirs is not None and theirs != stream and theirs not in others:
+            gpu.order(theirs, stream)
+            others = (*others, theirs)
+    if arrays[OUT] is not None:
+        results.append(arrays[OUT])
+    pointers += 0, 0
+    for place, shape, dtype in made[len(results):]:
+        results.append(makes.empty(shape, dtype, like))
+        pointers[place] = makes.address(results[-1])
+    scratch = makes.empty((record.scratch,), np.int8, like) if record.scratch else None
+    pointers += makes.address(scratch) if record.scratch else 0, 0
+    record.replay(gpu, pointers, stream)
+    for other in others:
+        gpu.order(stream, other)
+    kept = [array for array, found in zip(arrays, of, strict=True) if found is not None and found.kept]
+    if kept:
+        gpu.keep(kept, stream)
+    return tuple(results) if len(results) > 1 else results[0]
+
+
 def _types(options):
     """What tells True from 1 among options, and 1 from 1.0 in a pair."""
     return tuple([tuple(map(type, x)) if isinstance(x, tuple) else type(x) for x in options])
@@ -89,6 +114,14 @@ def _around(view):
     """The first and last + 1 byte of a View, from its address."""
     low, high = view.span()
     return low - view.pointer, high - view.pointer
+
+
+@functools.cache
+def current_driver():
+    """`edgeattn.cuda.driver.driver`, imported once."""
+    from edgeattn.cuda.driver import driver
+
+    return driver
 
 
 @functools.cache

@@ -8,14 +8,15 @@ import numpy as np
 from edgeattn.checks import flag, number
 from edgeattn.functional import checked_softcap, default_scale
 from edgeattn.kv_cache import KVCache
-from edgeattn.on_cuda.functional import numbers, result_array, views
+from edgeattn.on_cuda.functional import numbers, result_array
 from edgeattn.on_cuda.masks import arrays_read, device_masks
 
 
 class CacheOnCuda(KVCache):
     """`KVCache(...).to("cuda")`: an empty cache of the same sizes, its storage on the GPU.
 
-    `append` and `attend` take float32 arrays on the device and work on their current stream. Values are not looked at:
+    `append` and `attend` take float32 arrays on the device and work on their current stream, each call after the one
+    before it. Values are not looked at:
     with `scales` a NaN is stored as 0, and infinity as the largest code.
     """
 
@@ -25,6 +26,7 @@ class CacheOnCuda(KVCache):
         for name in ("batch", "num_kv_heads", "capacity", "head_dim", "value_dim", "dtype", "window", "scales"):
             setattr(self, name, getattr(cache, name))
         self._length = self._start = self._first = 0
+        self._device = driver().device()
         rows = (self.batch, self.num_kv_heads, self.capacity)
         # rows of whole words; of whole tiles, with zeros behind, where a static layer reads them
         step = 1 if self.dtype == "float32" else 4 if self.scales is None else 64
@@ -45,14 +47,18 @@ class CacheOnCuda(KVCache):
 
     def append(self, key, value):
         """Add the keys and values of n tokens: (B, Hkv, n, D) and (B, Hkv, n, Dv) float32 on the device."""
-        (k, v), like, stream = views(key=key, value=value)
-        numbers(key=k, value=v)
-        if k.dtype != np.float32:
-            raise TypeError(f"key must be float32 for a cache on CUDA, got dtype {k.dtype}; convert it")
-        tokens = self._check_tokens(k, v)
-        self._check_room(tokens)
-        if tokens:
-            self.took(tokens, (k, v), stream, like)
+        from edgeattn.cuda.call import Call
+
+        with Call("key", key) as call:
+            k, v = call.view("key", key), call.view("value", value)
+            numbers(key=k, value=v)
+            if k.dtype != np.float32:
+                raise TypeError(f"key must be float32 for a cache on CUDA, got dtype {k.dtype}; convert it")
+            tokens = self._check_tokens(k, v)
+            self._check_room(tokens)
+            self._used_by(call)
+            if tokens:
+                self.took(tokens, (k, v), call.stream, call.like)
 
     def held(self):
         """The tokens held as float32 NumPy copies: (B, Hkv, length - start, D) and (B, Hkv, length - start, Dv)."""
@@ -69,27 +75,40 @@ class CacheOnCuda(KVCache):
     def attend(self, query, *, attn_mask=None, key_padding_mask=None, is_causal=False, scale=None, softcap=0.0,
                window_size=(-1, -1), alibi_slopes=None, position=None, return_weights=False, out=None):
         """Attend from queries on the device to the tokens in the cache; as `KVCache.attend`."""
-        from edgeattn.cuda.arrays import view
+        from edgeattn.cuda.call import Call
         from edgeattn.cuda.host import both
 
-        (q,), like, stream = views(query=query)
-        numbers(query=q)
-        if q.dtype != np.float32:
-            raise TypeError(f"query must be float32 for a cache on CUDA, got dtype {q.dtype}; convert it")
-        return_weights = flag("return_weights", return_weights)
-        heads, queries, position = self._check_query(q, position)
-        softcap = checked_softcap(softcap)
-        scale = default_scale(self.head_dim) if scale is None else number("scale", scale)
-        shape = (self.batch, heads, queries, self._length)
-        masks = device_masks(shape, view, attn_mask, key_padding_mask, is_causal=is_causal,
-                             window_size=self._narrow(window_size), alibi_slopes=alibi_slopes, position=position,
-                             join=functools.partial(both, stream=stream, like=like))
-        result, taken = result_array(out, (*q.shape[:3], self.value_dim), np.dtype(np.float32), like,
-                                     (q, *arrays_read(masks)))
-        weights, to = result_array(None, shape, np.dtype(np.float32), like, ()) if return_weights else (None, None)
-        if taken.size or (to is not None and to.size):
-            self.see(q, taken, scale, (0, queries), softcap=softcap, weights=to, stream=stream, like=like, **masks)
+        with Call("query", query) as call:
+            q = call.view("query", query)
+            numbers(query=q)
+            if q.dtype != np.float32:
+                raise TypeError(f"query must be float32 for a cache on CUDA, got dtype {q.dtype}; convert it")
+            return_weights = flag("return_weights", return_weights)
+            heads, queries, position = self._check_query(q, position)
+            softcap = checked_softcap(softcap)
+            scale = default_scale(self.head_dim) if scale is None else number("scale", scale)
+            self._used_by(call)
+            where = dict(stream=call.stream, like=call.like)
+            shape = (self.batch, heads, queries, self._length)
+            masks = device_masks(shape, call.view, attn_mask, key_padding_mask, is_causal=is_causal,
+                                 window_size=self._narrow(window_size), alibi_slopes=alibi_slopes, position=position,
+                                 join=functools.partial(both, **where))
+            float32 = np.dtype(np.float32)
+            result, taken = result_array(call, out, (*q.shape[:3], self.value_dim), float32, (q, *arrays_read(masks)))
+            weights, to = result_array(call, None, shape, float32, ()) if return_weights else (None, None)
+            if taken.size or (to is not None and to.size):
+                self.see(q, taken, scale, (0, queries), softcap=softcap, weights=to, **where, **masks)
         return (result, weights) if return_weights else result
+
+    def _used_by(self, call):
+        """Let a call come after the one before it; what reads the storage later comes after this one."""
+        if call.device != self._device:
+            raise ValueError(f"{call.name} must lie on the GPU of the cache, number {self._device}, got an array on "
+                             f"number {call.device}; call to('cuda') while that GPU is the current one")
+        for array in self._storage():
+            if array.stream != call.stream:
+                call.after(array.stream)
+                array.stream = call.stream
 
     # -- for kernels ---------------------------------------------------------------------------------------------------
 

@@ -51,8 +51,8 @@ class OnCuda:
     def __init__(self, layer):
         from edgeattn.cuda.driver import driver
 
-        driver()  # says what is missing
         self.layer, self._known = layer, Known()
+        self._device = driver().device()  # where the weights go; the driver says what is missing
 
     def to(self, device):
         """The layer on another device: "cpu" gives the one this was made of."""
@@ -67,15 +67,14 @@ class OnCuda:
     def __repr__(self):
         return f"{self.layer!r}.to('cuda')"
 
-    def _inputs(self, dtype, query, key, value):
-        """(views, like, stream, host): the inputs as C-contiguous Views, a copy of each where they are NumPy's.
+    def _arrived(self, dtype, query, key, value):
+        """(call, arrays, host): the inputs by their names, on the device, where those of NumPy are copied.
 
         host : dtype that a NumPy result shall have, or None for arrays on the device.
         """
-        from edgeattn.cuda.arrays import on_device, view
+        from edgeattn.cuda.arrays import on_device
+        from edgeattn.cuda.call import Call
         from edgeattn.cuda.driver import driver
-        from edgeattn.cuda.kinds import kind
-        from edgeattn.cuda.record import placed
 
         first, host = self.layer._query_name, None
         given = {first: query, "key": key, "value": value}
@@ -84,16 +83,27 @@ class OnCuda:
                       for n, x in given.items() if x is not None}
             host = result_dtype(*arrays.values())
             moved, made = {}, {}
-            for name, array in arrays.items():
-                source = next((n for n in made if given[n] is given[name]), None)
-                if source is None:
-                    moved[name] = driver().array(to_float32(array) if dtype == np.float32 else array)
-                    made[name] = moved[name]
-                else:
-                    moved[name] = moved[source]
+            with driver().on(self._device):
+                for name, array in arrays.items():
+                    source = next((n for n in made if given[n] is given[name]), None)
+                    if source is None:
+                        moved[name] = driver().array(to_float32(array) if dtype == np.float32 else array)
+                        made[name] = moved[name]
+                    else:
+                        moved[name] = moved[source]
             given = {name: moved.get(name) for name in given}
-        like = given[first]
-        found = {name: None if x is None else placed(view(name, x), place)
+        call = Call(first, given[first])
+        if call.device != self._device:
+            raise ValueError(f"{first} must lie on the GPU of the layer's weights, number {self._device}, got an array "
+                             f"on number {call.device}; call to('cuda') while that GPU is the current one")
+        return call, given, host
+
+    def _inputs(self, call, dtype, given):
+        """The inputs as C-contiguous Views."""
+        from edgeattn.cuda.record import placed
+
+        first = self.layer._query_name
+        found = {name: None if x is None else placed(call.view(name, x), place)
                  for place, (name, x) in enumerate(given.items())}
         q = found[first]
         k = q if found["key"] is None else found["key"]
@@ -103,9 +113,9 @@ class OnCuda:
                 raise TypeError(f"{name} must be {np.dtype(dtype)} on CUDA, got dtype {x.dtype}; convert it")
             if not x.contiguous:
                 raise ValueError(f"{name} must be contiguous on CUDA, got strides {x.strides} bytes")
-        return (q, k, v), like, kind(like).stream(like), host
+        return q, k, v
 
-    def _device(self, host):
+    def _device_array(self, call, host):
         """A function from a name and an array argument to its View; NumPy arrays are copied where the inputs were."""
         from edgeattn.cuda.arrays import on_device, view
         from edgeattn.cuda.driver import driver
@@ -113,7 +123,7 @@ class OnCuda:
 
         def moved(name, array):
             if host is None:
-                return placed(view(name, array), _PLACES[name])
+                return placed(call.view(name, array), _PLACES[name])
             if on_device(array):
                 raise TypeError(f"{name} must be a NumPy array like query, got {type(array).__name__} on the device; "
                                 "pass all arrays of a call there, or none")
@@ -156,7 +166,7 @@ def _added_keys(layer):
 
 
 def _check_cache(layer, cache, batch, masks):
-    """Raise unless `cache` is one of the sizes of `layer` on the GPU."""
+    """Raise unless `cache` is one of the sizes of `layer` on a GPU."""
     from edgeattn.on_cuda.kv_cache import CacheOnCuda
 
     if not isinstance(cache, CacheOnCuda):
@@ -171,7 +181,7 @@ def _check_cache(layer, cache, batch, masks):
                          f"{wanted}, got {given}")
 
 
-def _resolve(placed, shape, host, kv_cache, stream, like, **masks):
+def _resolve(placed, call, shape, host, kv_cache, **masks):
     """(`device_masks` of a call of a layer, the pieces in which the cache, if any, takes it); shape (..., H, L, S).
 
     With a cache, tokens it has seen stand before the S keys, and the masks are over all.
@@ -182,9 +192,10 @@ def _resolve(placed, shape, host, kv_cache, stream, like, **masks):
     before = None
     if kv_cache is not None:
         _check_cache(placed.layer, kv_cache, lead[0] if lead else 1, masks)
+        kv_cache._used_by(call)
         before, masks["window_size"] = kv_cache.length, kv_cache._narrow(masks["window_size"])
-    masks = device_masks((*lead, heads, queries, keys + (before or 0)), placed._device(host), **masks, position=before,
-                         join=functools.partial(both, stream=stream, like=like))
+    masks = device_masks((*lead, heads, queries, keys + (before or 0)), placed._device_array(call, host), **masks,
+                         position=before, join=functools.partial(both, stream=call.stream, like=call.like))
     return masks, [] if kv_cache is None else kv_cache._pieces(queries, keys, masks["right"])
 
 
@@ -206,24 +217,26 @@ def _call(placed, query, key, value, softcap, kv_cache, need_weights, average_at
         raise ValueError("value needs key, got key=None; pass key=query to attend from query to itself")
     softcap = checked_softcap(softcap)
     float32 = np.dtype(np.float32)
-    with take(kv_cache is None) as record:
-        (q, k, v), like, stream, host = placed._inputs(float32, query, key, value)
+    call, given, host = placed._arrived(float32, query, key, value)
+    with call, take(kv_cache is None) as record:
+        q, k, v = placed._inputs(call, float32, given)
+        like, stream = call.like, call.stream
         check_input_shapes(layer, q, k, v)
         lead, (queries, keys) = q.shape[:-2], (q.shape[-2], k.shape[-2])
         shape = (*lead, queries, layer.output_dim)
         batch = lead[0] if lead else 1
-        masks, pieces = _resolve(placed, (*lead, layer.num_heads, queries, keys), host, kv_cache, stream, like,
+        masks, pieces = _resolve(placed, call, (*lead, layer.num_heads, queries, keys), host, kv_cache,
                                  attn_mask=attn_mask, key_padding_mask=key_padding_mask, alibi_slopes=alibi_slopes,
                                  **masks)
         read = (q, k, v, *arrays_read(masks))
         if host is not None:
             check_out(out, shape, host)
-        result, taken = result_array(None if host is not None else out, shape, float32, like, read)
+        result, taken = result_array(call, None if host is not None else out, shape, float32, read)
         made, weights, by_head = [(OUT, taken)], None, None
         if need_weights:
             seen = keys + (0 if kv_cache is None else kv_cache.length) + layer.extra_keys
             of_heads = (*lead, layer.num_heads, queries, seen)
-            weights, to = result_array(None, (*lead, queries, seen) if average else of_heads, float32, like, ())
+            weights, to = result_array(call, None, (*lead, queries, seen) if average else of_heads, float32, ())
             made.append((RESULTS, to))
             to = at(to, RESULTS)
             by_head = scratch(of_heads, float32, like) if average else to
@@ -297,13 +310,15 @@ class StaticOnCuda(OnCuda):
         layer = self.layer
         need_weights = flag("need_weights", need_weights)
         int8 = np.dtype(np.int8)
-        with take(kv_cache is None) as record:
-            (q, k, v), like, stream, host = self._inputs(int8, query, key, value)
+        call, given, host = self._arrived(int8, query, key, value)
+        with call, take(kv_cache is None) as record:
+            q, k, v = self._inputs(call, int8, given)
+            like, stream = call.like, call.stream
             check_input_shapes(self, q, k, v)
             lead, (L, S) = q.shape[:-2], (q.shape[-2], k.shape[-2])
             shape, batch = (*lead, L, layer.output_dim), lead[0] if lead else 1
             masks, pieces = _resolve(
-                self, (*lead, layer.num_heads, L, S), host, kv_cache, stream, like, attn_mask=attn_mask,
+                self, call, (*lead, layer.num_heads, L, S), host, kv_cache, attn_mask=attn_mask,
                 key_padding_mask=key_padding_mask, is_causal=is_causal, causal_alignment=causal_alignment,
                 window_size=window_size)
             if "bias" in masks:
@@ -315,11 +330,11 @@ class StaticOnCuda(OnCuda):
             read = (q, k, v, *arrays_read(masks))
             if host is not None:
                 check_out(out, shape, int8)
-            result, taken = result_array(None if host is not None else out, shape, int8, like, read)
+            result, taken = result_array(call, None if host is not None else out, shape, int8, read)
             made, weights, to = [(OUT, taken)], None, None
             if need_weights:
                 keys = S + (0 if kv_cache is None else kv_cache.length)
-                weights, to = result_array(None, (*lead, layer.num_heads, L, keys), int8, like, ())
+                weights, to = result_array(call, None, (*lead, layer.num_heads, L, keys), int8, ())
                 made.append((RESULTS, to))
                 to = placed(to.reshape(batch, *to.shape[-3:]), RESULTS)
             if taken.size or (to is not None and to.size):
