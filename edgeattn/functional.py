@@ -76,7 +76,8 @@ def scaled_dot_product_attention(
     precision : {"float32", "int8", "float16", "tf32"}
         Of the two products; the softmax and all sums stay float32. "int8" quantizes every query, key, value and row of
         probabilities by its own range as it comes, as dynamic int8 layers do; without `softcap`, `return_weights` and
-        `return_lse`. "float16" and "tf32" (10 bits of fraction, the range of float32) are for arrays
+        `return_lse`; a value that is smaller than 1.5e-36, or than 1e-18 of its head's others, loses bits.
+        "float16" and "tf32" (10 bits of fraction, the range of float32) are for arrays
         on a GPU, where tensor cores multiply them; float16 makes infinities of numbers from 65520 on.
     out : (..., H, L, Dv) array, optional
         Takes the result; of the result's dtype. It may overlap inputs.

@@ -31,7 +31,12 @@ SHAPES = ((2, 5, 9, 7, 8, 2, 5, 6), (1, 33, 31, 20, 24, 3, 8, 12), (1, 37, 70, 6
           (1, 20, 90, 70, 96, 1, 40, 33), (1, 3, 650, 5, 4, 1, 4, 4), (1, 2, 150, 8, 48, 1, 8, 4),
           # one query, which a cache serves otherwise than several: blocks of keys, heads in more than one block of lanes
           (2, 1, 150, 20, 24, 3, 8, 12), (1, 1, 131, 40, 72, 2, 68, 33), (1, 1, 6, 9, 4, 35, 5, 7))
-DYNAMIC_CASES = {"dynamic": {}, "dynamic causal": {"is_causal": True}}
+ROWS = np.arange(90)[:, None]
+DYNAMIC_CASES = {  # tokens, masks
+    "dynamic": (70, {}), "dynamic causal": (70, {"is_causal": True}),
+    "dynamic window, long rows": (600, {"window_size": (333, 2)}),
+    "dynamic left padding, huge mask": (90, {"attn_mask": np.where(ROWS < 40, -1e9, ROWS.T / 9).astype(np.float32),
+                                             "key_padding_mask": ROWS.T >= 37})}
 
 
 def static_cases():
@@ -64,7 +69,7 @@ def softmax_cases():
     return cases
 
 
-def dynamic_answer(masks):
+def dynamic_answer(tokens, masks):
     """float32 output of a dynamic layer with three query heads to a key head and sizes that fill no vector."""
     rng = np.random.default_rng(9)
 
@@ -72,7 +77,7 @@ def dynamic_answer(masks):
         return (rng.standard_normal((o, i)) / np.sqrt(i)).astype(np.float32)
 
     layer = edgeattn.MultiHeadAttention(6, weight(72, 50), weight(24, 50), weight(20, 50), weight(50, 60), num_kv_heads=2)
-    return quant.quantize(layer, scheme="dynamic")(rng.standard_normal((1, 70, 50)).astype(np.float32), **masks)
+    return quant.quantize(layer, scheme="dynamic")(rng.standard_normal((1, tokens, 50)).astype(np.float32), **masks)
 
 
 def main(path):
@@ -86,8 +91,8 @@ def main(path):
         answers[name] = scaled(rule, values, m)
     for name, (rule, table, codes, keep) in softmax_cases().items():
         answers[name] = probabilities(byte_planes(table), rule == "fixed", codes, keep)
-    for name, masks in DYNAMIC_CASES.items():
-        answers[name] = dynamic_answer(masks)
+    for name, (tokens, masks) in DYNAMIC_CASES.items():
+        answers[name] = dynamic_answer(tokens, masks)
     np.savez(path, **answers)
 
 

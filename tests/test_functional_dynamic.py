@@ -18,8 +18,22 @@ def codes(x):
     return np.rint(x / np.where(scale > 0, scale, 1)), scale
 
 
+def smooth_block(seen):
+    """Of which 32 keys the mean is left out: the first with eight that are seen, or the most."""
+    counts = np.add.reduceat(seen, np.arange(0, len(seen), 32)) if len(seen) else np.zeros(1)
+    first = counts >= 8
+    block = 32 * int(first.argmax() if first.any() else counts.argmax())
+    return slice(block, block + 32)
+
+
+def dither(keys):
+    """What is added to small probabilities before they are rounded: fractions of multiples of the golden ratio."""
+    steps = np.arange(keys) * 0x9E3779B9 % 2**32
+    return np.where(steps >= 2**31, steps - 2**32, steps) / 2**32
+
+
 def quantized(q, k, v, permitted, bias, scale):
-    """The formula of edgeattn/cpu/dynamic.py with the keys in one block, in float64."""
+    """The formula of edgeattn/cpu/dynamic.py in float64."""
     q, k, v = (x.astype(np.float64) for x in (q, k, v))
     (B, H, L, D), Hkv, Dv = q.shape, k.shape[1], v.shape[3]
     out = np.zeros((B, H, L, Dv))
@@ -29,18 +43,25 @@ def quantized(q, k, v, permitted, bias, scale):
     bias = np.broadcast_to(0.0 if bias is None else bias, permitted.shape)
     for b, h in np.ndindex(B, H):
         kv = h // (H // Hkv)
-        seen = permitted[b].any((0, 1))[:32, None]
-        size = np.abs(k[b, kv, :32]).max(-1, keepdims=True, initial=0)
+        seen = permitted[b].any((0, 1))
+        some = smooth_block(seen)
+        keys, seen = k[b, kv, some], seen[some, None]
+        size = np.abs(keys).max(-1, keepdims=True, initial=0)
         part = np.where(seen & (size > 0), 1 / np.where(size > 0, size, 1), 0)
-        mean = (part * np.where(seen, k[b, kv, :32], 0)).sum(0) / max(part.sum(), 1e-30)
+        mean = (part * np.where(seen, keys, 0)).sum(0) / max(part.sum(), 1e-30)
         (q_codes, q_scales), (k_codes, k_scales), (v_codes, v_scales) = map(codes, (q[b, h], k[b, kv] - mean, v[b, kv]))
         v_scales = np.maximum(v_scales[:, 0], 2.0**-60)
         scores = q_codes @ k_codes.T * q_scales * k_scales.T * (1 / np.sqrt(D) if scale is None else scale) + bias[b, h]
         for i in np.flatnonzero(permitted[b, h].any(-1)):
-            keep = permitted[b, h, i]
-            w = scores[i, keep] + np.log(v_scales[keep])
-            p = 255 * np.exp(w - w.max())
-            out[b, h, i] = np.rint(p) @ v_codes[keep] / (p / v_scales[keep]).sum()
+            w = np.where(permitted[b, h, i], scores[i] + np.log(v_scales), -np.inf)
+            total = 0
+            for block in (slice(s, s + 256) for s in range(0, len(w), 256) if np.isfinite(w[s : s + 256]).any()):
+                p = 254 * np.exp(w[block] - w[block].max())
+                weight = np.exp(w[block].max() - w.max())
+                codes_of_p = np.rint(p + np.where((p > 0) & (p < 3.5), dither(len(p)), 0))
+                out[b, h, i] += weight * (codes_of_p @ v_codes[block])
+                total += weight * (p / v_scales[block]).sum()
+            out[b, h, i] /= total
     return out
 
 

@@ -9,7 +9,9 @@ in float32, and every token of every head gets a scale of its own.
 
 What is added before rounding, d, is between -1/2 and 1/2, different for the keys of a block and 0 for a p of SMALL or
 more: many small weights of a block lose or gain nothing together, large ones go to the nearest byte.  The divisor is
-not rounded: where a key of much weight has a small value, as sinks have, its p is a small one, too coarse to count with.
+not rounded: where a key of much weight has a small value, as sinks have, its p is small, too coarse to count with.
+
+Logarithms and scales of values are relative to a power of two near those of their head, for values of any size.
 
 The float operations are the same in the same order under every instruction set: where they can multiply and add with
 one rounding, results are equal bit for bit.
@@ -27,6 +29,7 @@ from .simd import (
     bits_of,
     broadcast,
     dot_bytes,
+    first_lane,
     float_of_bits,
     fma,
     join_bytes,
@@ -72,7 +75,9 @@ _GOLDEN = np.int32(-1640531527)  # 2**32 times the golden ratio's fraction: step
 _TO_FRACTION = np.float32(2.0**-32)
 _NO_WEIGHT = np.float32(-5000)  # what a mask lowers by as much has no weight beside anything that it does not
 _SMALLEST = np.float32(1e-30)  # its reciprocal is a float32 too
-_SMALLEST_VALUE = np.float32(127 * 2.0**-60)  # values have a scale of 2**-60 at least, as all tensors have
+_SMALLEST_VALUE = np.float32(127 * 2.0**-60)  # values have a scale of 2**-60 at least, in units of their head,
+_SMALLEST_SIZE = np.float32(127 * 2.0**-126)  # and one whose inverse is a float32 too
+_SMALLEST_UNIT, _EXPONENT = np.float32(2.0**-80), np.int32(0x7F800000)
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 
 
@@ -221,21 +226,38 @@ def quantize_keys(x, at, rows, out, at_out, scales, at_scales, terms, at_terms):
 
 
 @inlined
-def quantize_values(x, at, rows, out, at_out, row_bytes, logs, at_logs, inverses, at_inverses):
+def unit_of(sizes, at, seen, at_seen):
+    """The power of two up to which the largest of a block's sizes (TOKENS,) that are seen, and finite, goes; 1 of none.
+
+    What their head's values are measured in: not below _SMALLEST_UNIT, which leaves a quotient by a sum a float32.
+    """
+    best = _ZERO
+    for s in range(TOKENS):
+        size = sizes[at + s]
+        if seen[at_seen + s] != 0 and best < size < _INFINITY:
+            best = size
+    unit = float_of_bits(bits_of(splat(best)) & splat(_EXPONENT))
+    unit = select(unit < splat(_SMALLEST_UNIT), splat(_SMALLEST_UNIT), unit)
+    return first_lane(unit) if best > _ZERO else _ONE
+
+
+@inlined
+def quantize_values(x, at, rows, unit, out, at_out, row_bytes, logs, at_logs, inverses, at_inverses):
     """x (rows, W) to rows of bytes, row_bytes apart, and the scale of each lane: its base-2 logarithm and inverse.
 
-    The logarithm is found roughly, the inverse from that exactly, the codes from the inverse: they fit one another.
-    A lane that is not finite gets a NaN for a logarithm, which shows in its scores, where masks are: it goes where it
+    Both in units of `unit`.  The logarithm is found roughly, the inverse from that exactly, the codes from the inverse:
+    they fit one another.  A lane that is not finite gets a NaN for a logarithm, which shows in its scores, where masks are: it goes where it
     may be seen.
     """
+    lowest = max(unit * _SMALLEST_VALUE, _SMALLEST_SIZE)
     for c in range(0, WIDTH, LANES):
         largest = largest_rows(x, at + c, rows)
-        size = select(largest > splat(_SMALLEST_VALUE), largest, splat(_SMALLEST_VALUE))
+        size = select(largest > splat(lowest), largest, splat(lowest))
         size = select(size < splat(_LARGEST_FLOAT), size, splat(_LARGEST_FLOAT))
         log = log2_roughly(size) - splat(_LOG2_LARGEST)
         inverse = exp2_within(splat(_ZERO) - log)
-        store(logs, at_logs + c, log + largest * splat(_ZERO))
-        store(inverses, at_inverses + c, inverse)
+        store(logs, at_logs + c, (log - log2_roughly(splat(unit))) + largest * splat(_ZERO))
+        store(inverses, at_inverses + c, inverse * splat(unit))
         for d in range(rows):
             codes = round_to_int(load(x, at + d * WIDTH + c) * inverse)
             store_bytes(out, at_out + d * row_bytes + c, codes)
@@ -444,14 +466,14 @@ def value_total(v, at, groups):
 
 @inlined
 def attend_bytes(q, at_q, depth4, q_scales, at_q_scale, k, at_k, k_row, k_terms, at_term, k_scales, at_k_scale,
-                 v, at_v, v_row, v_logs, at_log, v_inverses, at_inverse, first, last, rows, scratch, scratch_u,
+                 v, at_v, v_row, v_logs, at_log, v_inverses, at_inverse, unit, first, last, rows, scratch, scratch_u,
                  scratch_f, at_scores, at_p, at_stats, at_dither, out, at_out, q0, band, low_edge, high_edge,
                  full_from, full_to, masks, at_masks, has_mask, has_bias):
     """Attention of one head for W queries over the keys first..last, `first` a multiple of 4: out (rows, W).
 
     q        uint32: bytes (depth4, W), plus SHIFT, depth4 a multiple of MATRIX_DEPTH; q_scales (W,), in units of log 2
     k        int32: bytes, rows k_row apart; k_terms, k_scales per key
-    v        int32: bytes, a row of keys per value feature, v_row apart; v_logs, v_inverses per key
+    v        int32: bytes, a row of keys per value feature, v_row apart; v_logs, v_inverses per key, relative to unit
     scratch  scores (KEY_BLOCK or `rows`, and ROW_STEP, W), p (KEY_BLOCK / 4, W), stats (6, W), dither (KEY_BLOCK,)
     masks    (last - first, W), as fill_mask writes them
 
@@ -557,7 +579,7 @@ def attend_bytes(q, at_q, depth4, q_scales, at_q_scale, k, at_k, k_row, k_terms,
             store(scratch_f, at_total + c, total)
             factor = splat(_ONE)
             if is_last:  # a query that saw no key gets zeros
-                factor = select(total == splat(_ZERO), splat(_ZERO), splat(_ONE) / total)
+                factor = select(total == splat(_ZERO), splat(_ZERO), splat(unit) / total)
             store(scratch_f, at_new_top + c, before * factor)
             store(scratch_f, at_factor + c, now * factor)
         # 3. context

@@ -21,6 +21,7 @@ from .dynamic import (
     quantize_values,
     subtract_mean,
     turn,
+    unit_of,
     weigh_tokens,
 )
 from .fused import ATTENDING, PROJECTING, fill_mask, portions, visible_range
@@ -45,9 +46,9 @@ _run = None
 
 (A_B, A_H, A_KV_HEADS, A_L, A_S, A_D, A_DV,
  A_BAND, A_LOW, A_HIGH, A_KEEP_B, A_KEEP_H, A_KEEP_L, A_KEEP_S, A_BIAS_B, A_BIAS_H, A_BIAS_L, A_BIAS_S,
- A_MEAN, A_KTERM, A_KSCALE, A_VALUES, A_VLOG, A_VINVERSE,
+ A_MEAN, A_UNITS, A_KTERM, A_KSCALE, A_VALUES, A_VLOG, A_VINVERSE,
  A_AT_NATURAL, A_AT_ROWS, A_AT_WEIGHTS, A_AT_SEEN, A_AT_KEYS, A_AT_Q, A_AT_QSCALE, A_AT_SCORES, A_AT_P, A_AT_STATS,
- A_AT_DITHER, A_AT_CONTEXT, A_AT_SQUARE, A_AT_MASKS, A_SHARED, A_PRIVATE, A_COUNT) = range(41)
+ A_AT_DITHER, A_AT_CONTEXT, A_AT_SQUARE, A_AT_MASKS, A_SHARED, A_PRIVATE, A_COUNT) = range(42)
 
 
 @inlined
@@ -113,12 +114,19 @@ def attention_part(q, k, v, out, p, factor, keep, bias, scratch, batch, phase, p
                     quantize_keys(private_f, at_rows + b * D_up * WIDTH, Dp, private, p[A_AT_KEYS], shared_f,
                                   p[A_KSCALE] + at, shared, p[A_KTERM] + at)
                     keys_to_rows(private, p[A_AT_KEYS], K4, shared, at * K4, K4)
-                # 2. values
+                # 2. values, in units that fit those of the block that comes first
+                if i == 0:
+                    for b in range(BLOCKS):
+                        turn_rows(v, (head * S + t + b * WIDTH) * Dv, Dv, max(min(S - t - b * WIDTH, WIDTH), 0), _ONE,
+                                  private_f, at_natural, at_rows)
+                        for c in range(0, WIDTH, LANES):
+                            store(private_f, at_weights + b * WIDTH + c, largest_rows(private_f, at_rows + c, Dvp))
+                    shared_f[p[A_UNITS] + kv] = unit_of(private_f, at_weights, private, p[A_AT_SEEN])
                 for b in range(BLOCKS):
                     at = kv * S_up + t + b * WIDTH
                     turn_rows(v, (head * S + t + b * WIDTH) * Dv, Dv, max(min(S - t - b * WIDTH, WIDTH), 0), _ONE,
                               private_f, at_natural, at_rows)
-                    quantize_values(private_f, at_rows, Dvp, shared_b,
+                    quantize_values(private_f, at_rows, Dvp, shared_f[p[A_UNITS] + kv], shared_b,
                                     4 * (p[A_VALUES] + kv * Dvp * v_row) + t + b * WIDTH, 4 * v_row, shared_f,
                                     p[A_VLOG] + at, shared_f, p[A_VINVERSE] + at)
         if MATRIX:
@@ -149,10 +157,10 @@ def attention_part(q, k, v, out, p, factor, keep, bias, scratch, batch, phase, p
         at = kv * S_up
         attend_bytes(private_u, p[A_AT_Q], deep, private_f, p[A_AT_QSCALE], shared, at * K4, K4, shared,
                      p[A_KTERM] + at, shared_f, p[A_KSCALE] + at, shared, p[A_VALUES] + kv * Dvp * v_row, v_row,
-                     shared_f, p[A_VLOG] + at, shared_f, p[A_VINVERSE] + at, first, last, Dvp, private, private_u,
-                     private_f, p[A_AT_SCORES], p[A_AT_P], p[A_AT_STATS], p[A_AT_DITHER], private_f, p[A_AT_CONTEXT],
-                     q0, band, p[A_LOW], p[A_HIGH], full_from, full_to, private_f, p[A_AT_MASKS], has_mask,
-                     bias.size > 0)
+                     shared_f, p[A_VLOG] + at, shared_f, p[A_VINVERSE] + at, shared_f[p[A_UNITS] + kv], first, last,
+                     Dvp, private, private_u, private_f, p[A_AT_SCORES], p[A_AT_P], p[A_AT_STATS], p[A_AT_DITHER],
+                     private_f, p[A_AT_CONTEXT], q0, band, p[A_LOW], p[A_HIGH], full_from, full_to, private_f,
+                     p[A_AT_MASKS], has_mask, bias.size > 0)
         turn(private, p[A_AT_CONTEXT], Dv_up, WIDTH, private, at_natural)
         for l in range(queries):
             for d in range(Dv):
@@ -183,6 +191,7 @@ def plan(p, masked):
     for slot in (A_KTERM, A_KSCALE, A_VLOG, A_VINVERSE):
         shared = place(p, slot, shared, Hkv * S_up)
     shared = place(p, A_MEAN, shared, Hkv * D_up)
+    shared = place(p, A_UNITS, shared, Hkv)
     private = place(p, A_AT_NATURAL, 0, WIDTH * max(D_up, Dv_up))
     private = place(p, A_AT_ROWS, private, TOKENS * max(D_up, Dv_up))
     private = place(p, A_AT_WEIGHTS, private, TOKENS)

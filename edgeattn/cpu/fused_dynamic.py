@@ -34,6 +34,7 @@ from .dynamic import (
     scale_of,
     subtract_mean,
     turn,
+    unit_of,
     weigh_tokens,
 )
 from .fused import ATTENDING, PROJECTING, fill_mask, portions, visible_range
@@ -61,10 +62,10 @@ QUERIES, KEYS, VALUES = 0, 1, 2
  P_WQ, P_CQ, P_WK, P_CK, P_WV, P_CV, P_WO, P_CO,  # bytes, and what SHIFT adds to their products, in the int32 weights
  P_SQ, P_BQ, P_SK, P_BK, P_SV, P_BV, P_SO, P_BO,  # scales and biases, in the float32 weights
  P_BAND, P_LOW, P_HIGH, P_KEEP_B, P_KEEP_H, P_KEEP_L, P_KEEP_S, P_BIAS_B, P_BIAS_H, P_BIAS_L, P_BIAS_S,
- P_MEAN, P_SMOOTH, P_KTERM, P_KSCALE, P_VALUES, P_VLOG, P_VINVERSE, P_QUERIES, P_QSCALE,
+ P_MEAN, P_SMOOTH, P_UNITS, P_KTERM, P_KSCALE, P_VALUES, P_VLOG, P_VINVERSE, P_QUERIES, P_QSCALE,
  P_AT_NATURAL, P_AT_X, P_AT_XSCALE, P_AT_INVERSE, P_AT_TAIL, P_AT_WEIGHTS, P_AT_SEEN, P_AT_KEYS, P_AT_Q, P_AT_SCORES,
  P_AT_P, P_AT_STATS, P_AT_DITHER, P_AT_CONTEXT, P_AT_CBYTES, P_AT_TURNED, P_AT_TILES, P_AT_MASKS,
- P_BATCH, P_SHARED, P_PRIVATE, P_COUNT) = range(73)
+ P_BATCH, P_SHARED, P_PRIVATE, P_COUNT) = range(74)
 
 
 @register_jitable
@@ -108,7 +109,8 @@ def project_heads(kind, heads, size, E, weights, at_weight, at_correction, facto
 
     QUERIES, KEYS: bytes to out (blocks, heads, size / 4, W), blocks out_step apart; VALUES: to out_b, rows of bytes.
     What belongs to a token is block_step and scale_step apart for the next block and head: its scale, or the
-    logarithm of it; at_other holds the keys' terms or the values' inverse scales.
+    logarithm of it; at_other holds the keys' terms or the values' inverse scales.  `smooth`: the mean of the block's
+    keys is left out of them, and left there; the unit of the heads' values is found in it.
     """
     E4 = depth_groups(E)
     together = heads_together(size)
@@ -124,14 +126,22 @@ def project_heads(kind, heads, size, E, weights, at_weight, at_correction, facto
                          private_f, p[P_AT_XSCALE] + b * WIDTH, private, private_f, at_values + b * values_step)
         if kind == KEYS and smooth:
             subtract_mean(private_f, at_values, values_step, count * size, p[P_AT_WEIGHTS], shared_f, p[P_MEAN] + row)
+        if kind == VALUES and smooth:
+            for h in range(h0, h0 + count):
+                for b in range(BLOCKS):
+                    for c in range(0, WIDTH, LANES):
+                        at = at_values + b * values_step + (h - h0) * size * WIDTH + c
+                        store(private_f, p[P_AT_WEIGHTS] + b * WIDTH + c, largest_rows(private_f, at, size))
+                shared_f[p[P_UNITS] + h] = unit_of(private_f, p[P_AT_WEIGHTS], private, p[P_AT_SEEN])
         for b in range(BLOCKS):
             for h in range(h0, h0 + count):
                 at = at_values + b * values_step + (h - h0) * size * WIDTH
                 to_scale = at_scale + b * block_step + h * scale_step
                 to_other = at_other + b * block_step + h * other_step
                 if kind == VALUES:
-                    quantize_values(private_f, at, size, out_b, at_bytes + h * size * row_bytes + b * WIDTH, row_bytes,
-                                    shared_f, to_scale, shared_f, to_other)
+                    quantize_values(private_f, at, size, shared_f[p[P_UNITS] + h], out_b,
+                                    at_bytes + h * size * row_bytes + b * WIDTH, row_bytes, shared_f, to_scale,
+                                    shared_f, to_other)
                     continue
                 to = at_out + b * out_step + h * size // 4 * WIDTH
                 if kind == KEYS:
@@ -207,9 +217,10 @@ def layer_part(xq, xk, xv, out, weights, factors, p, keep, bias, scratch, batch,
                 keys_to_rows(private, p[P_AT_KEYS] + b * K4 * WIDTH, K4, shared, (t + b * WIDTH) * K4, K4)
             if p[P_SAME_KV] == 0:
                 quantize_block(xv, (batch * S + t) * Ev, Ev, tokens, p, private, private_f)
-            project_heads(VALUES, Hkv, Dvp, Ev, weights, p[P_WV], p[P_CV], factors, p[P_SV], factors, p[P_BV], False, p,
-                          private, private_u, private_f, shared, shared_b, 0, 0, 4 * at_values + t, 4 * v_row,
-                          shared, shared_f, at_vlog + t, S_up, WIDTH, at_vinverse + t, S_up)
+            project_heads(VALUES, Hkv, Dvp, Ev, weights, p[P_WV], p[P_CV], factors, p[P_SV], factors, p[P_BV],
+                          phase == SMOOTHING, p, private, private_u, private_f, shared, shared_b, 0, 0,
+                          4 * at_values + t, 4 * v_row, shared, shared_f, at_vlog + t, S_up, WIDTH, at_vinverse + t,
+                          S_up)
         if MATRIX:
             matrix_release()
         return
@@ -240,9 +251,10 @@ def layer_part(xq, xk, xv, out, weights, factors, p, keep, bias, scratch, batch,
             attend_bytes(private_u, p[P_AT_Q], deep, shared_f, at_qscale + q0 * H + h * WIDTH, shared, kv * D4, K4,
                          shared, at_kterm + kv * S_up, shared_f, at_kscale + kv * S_up,
                          shared, at_values + kv * Dvp * v_row, v_row, shared_f, at_vlog + kv * S_up, shared_f,
-                         at_vinverse + kv * S_up, first, last, Dvp, private, private_u, private_f, at_scores,
-                         p[P_AT_P], p[P_AT_STATS], p[P_AT_DITHER], private_f, at_context + h * Dvp * WIDTH, q0, band,
-                         p[P_LOW], p[P_HIGH], full_from, full_to, private_f, p[P_AT_MASKS], has_mask, bias.size > 0)
+                         at_vinverse + kv * S_up, shared_f[p[P_UNITS] + kv], first, last, Dvp, private, private_u,
+                         private_f, at_scores, p[P_AT_P], p[P_AT_STATS], p[P_AT_DITHER], private_f,
+                         at_context + h * Dvp * WIDTH, q0, band, p[P_LOW], p[P_HIGH], full_from, full_to, private_f,
+                         p[P_AT_MASKS], has_mask, bias.size > 0)
         at_row = (batch * L + q0) * Eo
         if p[P_HAS_OUT] == 0:
             for h in range(H):

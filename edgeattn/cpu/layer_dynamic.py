@@ -39,6 +39,7 @@ def plan(p, B, L, S, masked):
     shared = place(p, f.P_VINVERSE, shared, Hkv * S_up)
     shared = place(p, f.P_MEAN, shared, Hkv * Dp + LANES)
     shared = place(p, f.P_SMOOTH, shared, 1)
+    shared = place(p, f.P_UNITS, shared, Hkv)
     private = place(p, f.P_AT_NATURAL, 0, WIDTH * deepest)
     private = place(p, f.P_AT_X, private, TOKENS * deepest)
     private = place(p, f.P_AT_XSCALE, private, TOKENS)

@@ -23,8 +23,8 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention):
     """Float in, float out, int8 inside: nothing is calibrated, every token is quantized by its own range at run time.
 
     Weights are int8 per output channel, activations int8 per token, products accumulate in int32, the softmax is
-    float32, and probabilities are quantized per row. Biases, masks and the softmax never meet an int8 range, so long
-    rows and masks cost nothing.
+    float32, and probabilities are quantized per row and 256 keys. Biases, masks and the softmax never meet an int8
+    range, so long rows and masks cost nothing.
 
     Parameters
     ----------
@@ -94,7 +94,8 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention):
         """Attend from ``query`` to ``key`` and ``value``; arguments and result as ``MultiHeadAttention``'s.
 
         With ``softcap``, ``kv_cache``, ``need_weights``, added keys or a gate the projections alone are int8: what lies
-        between them is computed in float32, or as the cache stores it.
+        between them is computed in float32, or as the cache stores it. So steps through a cache give the same bytes
+        whatever the chunks, where the cache is int8, but not those of the whole sequence without one.
         """
         if (key is None and value is None and need_weights is False and average_attn_weights is False
                 and type(softcap) is float and not softcap and self._fusible and self.output_dim
