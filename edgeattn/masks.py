@@ -371,7 +371,7 @@ def no_bool_mask(dtype):
     else:
         way_out = ("pass numpy.asarray(attn_mask) == 0 if 0 means attend and -inf blocked, != 0 if 1 means attend; "
                    "layers of quant.quantize(layer, scheme='dynamic') take float masks")
-    return TypeError(f"attn_mask must be bool for static int8 (True = attend), got dtype {dtype}; {way_out}")
+    return TypeError(f"attn_mask must be bool for int8 (True = attend), got dtype {dtype}; {way_out}")
 
 
 def _attn_mask(attn_mask, shape):

@@ -511,7 +511,7 @@ CALLS = [
     ({"query": codes(0, 5, 32), "value": codes(0, 5, 32)}, ValueError, "value must be left out"),
     ({"query": None}, ValueError, "query is required"),
     ({"query": codes(0, 5, 32), "attn_mask": np.zeros((5, 5), np.float32)}, TypeError,
-     r"attn_mask must be bool for static int8 \(True = attend\), got dtype float32; pass numpy.asarray\(attn_mask\) == 0 if "
+     r"attn_mask must be bool for int8 \(True = attend\), got dtype float32; pass numpy.asarray\(attn_mask\) == 0 if "
      r"0 means attend and -inf blocked, != 0 if 1 means attend; layers of quant.quantize\(layer, scheme='dynamic'\)"),
     ({"query": codes(0, 5, 32), "attn_mask": np.ones((5, 5), int)}, TypeError,
      r"got dtype int64; pass numpy.asarray\(attn_mask\) != 0 if 1 means attend, == 0 if 1 means blocked"),
