@@ -112,6 +112,18 @@ def test_dlpack_is_told_the_stream_of_the_launch(gpus):
     np.testing.assert_array_equal(attention(Elsewhere(q, 77), key, v).numpy(), want)
 
 
+def test_an_interface_that_knows_no_stream_gives_way_to_dlpack(gpus):
+    q, k, v = map(put, Case("version-2", B=1, H=1, L=2, S=3).qkv())
+    want = attention(q, k, v).numpy()
+    key, told = Told(k), []
+    key.__cuda_array_interface__ = {name: x for name, x in k.__cuda_array_interface__.items() if name != "stream"} | {"version": 2}
+    key.__class__ = type("Version2", (Told,), {"__dlpack__": lambda self, *, stream: (
+        told.append(stream) or OverDLPack.__dlpack__(self, stream=1))})
+    for stream in (77, 78):
+        np.testing.assert_array_equal(attention(Elsewhere(q, stream), key, v).numpy(), want)
+    assert told == [77, 78]
+
+
 @pytest.mark.parametrize("make", [OverDLPack, lambda array: Elsewhere(array, None)], ids=["dlpack", "interface"])
 def test_what_a_launch_reads_is_kept_until_it_has_passed(gpus, make):
     q, k, v = map(put, Case("kept", B=1, H=1, L=2, S=3).qkv())

@@ -113,7 +113,7 @@ def on_device(array):
     return hasattr(array, "__cuda_array_interface__") or dlpack.on_gpu(array)
 
 
-def view(name, array, stream=0):
+def view(name, array, stream=0, by_dlpack=False):
     """The View of an array on the device.
 
     Parameters
@@ -122,7 +122,9 @@ def view(name, array, stream=0):
         For messages.
     array : object
     stream : int
-        On which it will be used: a library that has only DLPack is told, and sees to the order itself.
+        On which it will be used: where an array is read by DLPack, its library is told, and sees to the order itself.
+    by_dlpack : bool
+        Read it so where `__cuda_array_interface__` is there as well.
 
     Raises
     ------
@@ -130,7 +132,7 @@ def view(name, array, stream=0):
         When it lies elsewhere.
     """
     interface = getattr(array, "__cuda_array_interface__", None)
-    if interface is None and dlpack.on_gpu(array):
+    if (interface is None or by_dlpack) and dlpack.on_gpu(array):
         capsule, pointer, shape, strides, dtype = dlpack.described(name, array, stream)
         owner, read_only = (array, capsule), False
     elif interface is None:

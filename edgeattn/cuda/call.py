@@ -56,7 +56,8 @@ class Call:
         ValueError
             When it lies on another GPU.
         """
-        made, of = view(name, array, self.stream), kind(array)
+        of = kind(array)
+        made = view(name, array, self.stream, of.by_dlpack(array))
         device = of.device(array)
         if device not in (None, self.device):
             raise ValueError(f"{name} must lie on the GPU of {self.name}, number {self.device}, got an array on number "

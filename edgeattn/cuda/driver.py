@@ -192,6 +192,9 @@ class Driver:
 
     def free(self, pointer, context):
         """Give memory back, from whatever thread; at the interpreter's end the driver may be gone already."""
+        if int(self._api.cuCtxGetCurrent()[1] or 0) == int(context):
+            self._api.cuMemFree(pointer)
+            return
         with contextlib.suppress(RuntimeError), self._within(context):
             self._api.cuMemFree(pointer)
 

@@ -2,7 +2,7 @@
 
 A kind has describe(array), its address and, as something to be compared, all else that decides how it is read, without
 a View; address(array); empty(shape, dtype, like); device(array), None where it says nothing; and stream(array), on
-which it is used, None where nothing is queued. `together`: all arrays of the kind are used on one stream at a time.
+which it is used, None where nothing is queued; and by_dlpack(array), whether DLPack has to tell of it. `together`: all arrays of the kind are used on one stream at a time.
 `kept`: nobody else sees to it that its memory stays while a launch is under way.
 """
 import sys
@@ -33,6 +33,10 @@ class _Torch:
         return torch.empty(shape, dtype=getattr(torch, np.dtype(dtype).name), device=like.device)
 
     @staticmethod
+    def by_dlpack(array):
+        return False
+
+    @staticmethod
     def device(array):
         return array.get_device()
 
@@ -49,6 +53,8 @@ class _Foreign:
     @staticmethod
     def describe(array):
         interface = array.__cuda_array_interface__
+        if _Foreign.by_dlpack(array):
+            raise TypeError("each call must tell its library the stream")
         pointer, read_only = interface["data"]
         return pointer, (read_only, interface["shape"], interface.get("strides"), interface["typestr"], pointer % 16,
                          driver().device_of(pointer))
@@ -60,6 +66,11 @@ class _Foreign:
     @staticmethod
     def empty(shape, dtype, like):
         return driver().empty(shape, dtype, _Foreign.stream(like) or 0)
+
+    @staticmethod
+    def by_dlpack(array):
+        # version 2 has no word for a stream: what is queued on one, JAX's say, is waited for as DLPack has it
+        return getattr(array, "__cuda_array_interface__", {}).get("version", 0) < 3 and hasattr(array, "__dlpack__")
 
     @staticmethod
     def device(array):
@@ -79,7 +90,7 @@ class _Foreign:
 class _CuPy(_Foreign):
     """Arrays of CuPy: its memory pool, its current stream."""
 
-    together, kept = True, False
+    together, kept, by_dlpack = True, False, _Torch.by_dlpack
 
     @staticmethod
     def describe(array):
@@ -106,7 +117,7 @@ class _CuPy(_Foreign):
 class _Ours(_Foreign):
     """Memory of this package, on the stream of the call it was made for."""
 
-    kept = False  # to give it back waits for the GPU
+    kept, by_dlpack = False, _Torch.by_dlpack  # to give memory back waits for the GPU
 
     @staticmethod
     def describe(array):
