@@ -76,8 +76,9 @@ def job(typing, function, arguments):
         values = inside.load(inside.inttoptr(adapter.args[0], kept.type))
         values = cgutils.unpack_tuple(inside, values, len(arguments.types))
         callee = context.declare_function(builder.module, compiled.fndesc)
+        # Inlined, it would be optimized and translated again for every job of a kernel.
         context.call_conv.call_function(inside, callee, signature.return_type, signature.args,
-                                        (*values, adapter.args[1], adapter.args[2]))
+                                        (*values, adapter.args[1], adapter.args[2]), attrs=("noinline",))
         inside.ret_void()
         return context.make_tuple(builder, sig.return_type,
                                   [builder.ptrtoint(adapter, _I64), builder.ptrtoint(kept, _I64)])
