@@ -9,7 +9,6 @@ long sleeps in the kernel, from where the next job's poster wakes it, still with
 import os
 import sys
 
-import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
@@ -17,7 +16,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from edgeattn.isa import ISA
-from edgeattn.jit import inlined, jit
+from edgeattn.jit import inlined, jit, separate
 
 # Positions on a board, int64 elements; what different threads write lies on different cache lines.
 STATE, FINISHED, CODE, DATA, STOP, _BEDS = 0, 8, 16, 17, 24, 32
@@ -45,15 +44,6 @@ _sched_setaffinity = types.ExternalFunction("sched_setaffinity", types.int32(typ
 _I32, _I64, _VOID = ir.IntType(32), ir.IntType(64), ir.VoidType()
 _JOB = ir.FunctionType(_VOID, [_I64, _I64, _I64])
 _HAS_YIELD = os.name == "posix"
-
-
-def separate(function):
-    """Compile `function` as a part of the kernels that use it, but not into them: a job, called by its address.
-
-    It can make no array, and counts no references to those it is given: the caller of `share` has them.
-    """
-    return numba.njit(function, error_model="numpy", boundscheck=False, _nrt=False,
-                      no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 
 @intrinsic

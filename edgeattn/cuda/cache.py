@@ -3,16 +3,16 @@ import os
 import pathlib
 import tempfile
 
-from edgeattn import jit
+from edgeattn import kernel_cache
 
 
 def ptx(kernel, capability):
     """(PTX, entry name) of a Kernel for a compute capability: from a file where there is one, else compiled."""
-    stamp = jit.source_stamp(__file__)
+    stamp = kernel_cache.source_stamp(__file__)
     paths = []
     if stamp is not None:
         name = f"{kernel.name}.sm_{capability[0]}{capability[1]}.{stamp[:24]}.ptx"
-        paths = [pathlib.Path(folder) / name for folder in jit.folders(ptx)]
+        paths = [pathlib.Path(folder) / name for folder in kernel_cache.folders(ptx)]
     for path in paths:
         try:
             entry, _, text = path.read_text(encoding="ascii").partition("\n")

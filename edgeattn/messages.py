@@ -1,0 +1,18 @@
+"""What edgeattn says beside its results: warnings, and what a long first call is at. Through `logging`."""
+import logging
+
+LOG = logging.getLogger("edgeattn")
+
+
+def show():
+    """Show messages from INFO on at stderr, as commands and programs do; a library leaves that to its user.
+
+    Nothing is changed where the logger, or the root one, has been set up already.
+    """
+    if LOG.hasHandlers():
+        return
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("edgeattn: %(message)s"))
+    LOG.addHandler(handler)
+    if LOG.level == logging.NOTSET:
+        LOG.setLevel(logging.INFO)
