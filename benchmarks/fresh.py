@@ -1,7 +1,8 @@
 """What a process of its own costs: import, first results, memory. Prints one line of JSON.
 
 Run by benchmarks.costs as ``python fresh.py start``, ``python fresh.py first KIND`` or ``python fresh.py memory
-THREADS``, in a folder that holds copies of the packages. Imports nothing before the clock starts that edgeattn does not need itself.
+THREADS``, in a folder that holds copies of the packages. Imports nothing before the clock starts that edgeattn does not
+need itself.
 """
 
 import json
@@ -87,8 +88,8 @@ def start():
 def first(kind):
     """What the first result of one kind of layer costs, from the start of the process on.
 
-    "processor" seconds, resident "mib", and of the kernels that were compiled the "lines" of LLVM's language that machine
-    code was made of: a measure of the work that depends on no clock.
+    "processor" seconds, resident "mib", and "lines" of LLVM's language that machine code was made of: a measure of the
+    work that depends on no clock.
     """
     from numba.core import codegen
     finish, lines = codegen.CPUCodeLibrary._finalize_final_module, []

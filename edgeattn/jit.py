@@ -101,9 +101,9 @@ def _said(function):
 
 def _say(function):
     folder = kept_in(function)
-    LOG.info("compiling %s.%s for this processor, which takes a while; %s", function.__module__, function.__qualname__,
-             f"once: it is kept in {folder}" if folder else "every process will: no cache folder can be used (set "
-             "NUMBA_CACHE_DIR to one of your own)")
+    LOG.info("compiling %s.%s for this processor, %s", function.__module__, function.__qualname__,
+             f"once: it is kept in {folder}" if folder else
+             "as every process will: no cache folder can be used (set NUMBA_CACHE_DIR to one of your own)")
 
 
 def jit(function):

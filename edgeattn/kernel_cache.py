@@ -41,6 +41,7 @@ class KernelCache(caching._Cache):
 
     @property
     def cache_path(self):
+        """The first folder that is looked into; None where nothing can be cached."""
         places = self._places()
         return places[0] if places else None
 
@@ -69,9 +70,11 @@ class KernelCache(caching._Cache):
                 return
 
     def enable(self):
+        """Read and write again."""
         self._enabled = True
 
     def disable(self):
+        """Neither read nor write."""
         self._enabled = False
 
     def flush(self):

@@ -1,7 +1,19 @@
 """What edgeattn says beside its results: warnings, and what a long first call is at. Through `logging`."""
 import logging
+import sys
 
 LOG = logging.getLogger("edgeattn")
+
+
+class _Stderr(logging.StreamHandler):
+    """Writes to what is sys.stderr at the time."""
+
+    def __init__(self):
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self):
+        return sys.stderr
 
 
 def show():
@@ -11,7 +23,7 @@ def show():
     """
     if LOG.hasHandlers():
         return
-    handler = logging.StreamHandler()
+    handler = _Stderr()
     handler.setFormatter(logging.Formatter("edgeattn: %(message)s"))
     LOG.addHandler(handler)
     if LOG.level == logging.NOTSET:

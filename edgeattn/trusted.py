@@ -119,7 +119,7 @@ def _reason(folder):
 
 
 def _way(path):
-    """(entry, status) of every folder and link that is passed on the way to `path`, itself included, while they exist."""
+    """(entry, status) of every folder and link that is passed on the way to `path`, and of itself, while they exist."""
     here, left, links = "/", path.split("/")[::-1], 0
     yield here, os.stat(here)
     while left:

@@ -263,7 +263,7 @@ def test_a_kernel_that_compiles_for_long_says_so_once_while_it_does(package):
     code = WHILE_COMPILING.format(patience=0.1, show="messages.show()")
     folder = package / "__pycache__"
     assert errors(package, code) == [
-        f"edgeattn: compiling edgeattn.kernel.double for this processor, which takes a while; once: it is kept in {folder}",
+        f"edgeattn: compiling edgeattn.kernel.double for this processor, once: it is kept in {folder}",
         "still compiling"]
     assert errors(package, code) == []  # from the cache
 
@@ -272,7 +272,7 @@ def test_a_kernel_that_is_kept_nowhere_says_so(package):
     refuse_folder(package / "__pycache__")
     code = WHILE_COMPILING.format(patience=0.1, show="messages.show()")
     first, _ = errors(package, code, HOME="/dev/null")
-    assert "every process will: no cache folder can be used (set NUMBA_CACHE_DIR" in first
+    assert "as every process will: no cache folder can be used (set NUMBA_CACHE_DIR" in first
 
 
 @pytest.mark.parametrize("patience, show", [(30.0, "messages.show()"), (0.1, "")])
