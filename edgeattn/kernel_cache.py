@@ -50,7 +50,7 @@ class KernelCache(caching._Cache):
         target_context.refresh()
         name, described = self._described(sig, target_context.codegen())
         for folder in self._places():
-            content = _read(os.path.join(folder, name))
+            content = read(os.path.join(folder, name))
             if content is None or not content.startswith(described):
                 continue
             try:
@@ -66,7 +66,7 @@ class KernelCache(caching._Cache):
         name, described = self._described(sig, data.codegen)
         content = described + serialize.dumps(data._reduce())
         for folder in self._places():
-            if _write(os.path.join(folder, name), content):
+            if write(os.path.join(folder, name), content):
                 return
 
     def enable(self):
@@ -107,8 +107,8 @@ class KernelCache(caching._Cache):
         return name, f"{self._stem} {stamp} {key}\n".encode()
 
 
-def _read(path):
-    """The content of a file; None where there is none to be used."""
+def read(path):
+    """The content of a kept file; None where there is none to be used."""
     try:
         return trusted.read(path)
     except trusted.Untrusted as error:
@@ -118,7 +118,7 @@ def _read(path):
     return None
 
 
-def _write(path, content):
+def write(path, content):
     """Whether a file could be written; a missing, full or read-only folder is no error."""
     try:
         trusted.write(path, content)

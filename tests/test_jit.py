@@ -168,9 +168,9 @@ whole = path.read_bytes()
 from edgeattn.kernel import double
 for at in random.Random(0).sample(range(len(whole)), 200):
     path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1:])
-    assert kernel_cache._read(path) is None, at
+    assert kernel_cache.read(path) is None, at
 path.write_bytes(whole)
-assert kernel_cache._read(path) is not None
+assert kernel_cache.read(path) is not None
 print(len(unpickled))
 """
     assert run(package, code) == "0"

@@ -1,7 +1,5 @@
 """PTX of kernels, kept beside the machine code of the CPU kernels: compiling one takes seconds."""
-import os
 import pathlib
-import tempfile
 
 from edgeattn import kernel_cache
 
@@ -14,24 +12,14 @@ def ptx(kernel, capability):
         name = f"{kernel.name}.sm_{capability[0]}{capability[1]}.{stamp[:24]}.ptx"
         paths = [pathlib.Path(folder) / name for folder in kernel_cache.folders(ptx)]
     for path in paths:
-        try:
-            entry, _, text = path.read_text(encoding="ascii").partition("\n")
-        except (OSError, UnicodeDecodeError):
-            continue
-        if text.endswith("\n// complete\n"):
+        content = kernel_cache.read(path)
+        if content is not None:
+            entry, _, text = content.decode("ascii").partition("\n")
             return text, entry
     from edgeattn.cuda import compile  # needs numba-cuda and libnvvm, which a filled cache does not
 
     text, entry = compile.to_ptx(kernel, capability)
-    text += "\n// complete\n"
     for path in paths:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, part = tempfile.mkstemp(dir=path.parent, suffix=".part")
-            with os.fdopen(handle, "w", encoding="ascii") as file:
-                file.write(f"{entry}\n{text}")
-            os.replace(part, path)
-        except OSError:
-            continue
-        break
+        if kernel_cache.write(path, f"{entry}\n{text}".encode("ascii")):
+            break
     return text, entry
