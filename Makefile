@@ -26,9 +26,8 @@ linking = $(if $(shell which ld.lld aarch64-linux-gnu-ld 2>/dev/null),$(ready),$
 # Extras of the environment; .ci/run asks for test-numpy2,examples in a second one.
 EXTRAS ?= test,examples
 
-# Machine code of its own for each environment, where `make clean` finds it; edgeattn/jit.py sees to edits.
-run_python = NUMBA_CACHE_DIR=$(CURDIR)/build/numba/$(notdir $(VENV)) $(python)
-
+# Compiled kernels are kept beside the sources, in __pycache__: for every Python of this environment and of others, by
+# hand or by make. edgeattn/kernel_cache.py sees to edits and versions.
 define build_environment
 @found=$$(sh tools/find-python.sh "$(PYTHON)") && \
     "$$found" tools/environment.py --venv "$(VENV)" --stamp "$@" $(if $(PYTHON),--exact)
@@ -45,19 +44,19 @@ help: ## this list
 	@echo "PYTHON= chooses the Python, ARGS= adds arguments."
 
 run: $(ready) ## the main job: float, int8, report, .tflite
-	@$(run_python) examples/digits/run.py $(ARGS)
+	@$(python) examples/digits/run.py $(ARGS)
 
 test: $(ready) ## the test suite
-	@$(run_python) -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
+	@$(python) -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-fence: $(ready) ## kernels between guard pages, long form
-	@$(run_python) -m pytest -n auto --long tests/test_fence.py $(ARGS)
+	@$(python) -m pytest -n auto --long tests/test_fence.py $(ARGS)
 
 test-mutations: $(ready) ## bugs planted in CPU kernels, which find what
-	@$(run_python) tests/planted_bugs.py $(ARGS)
+	@$(python) tests/planted_bugs.py $(ARGS)
 
 test-cortex-m: $(ready) ## exported C on emulated ARM processors
-	@$(run_python) tools/cortex_m/run.py $(ARGS)
+	@$(python) tools/cortex_m/run.py $(ARGS)
 
 test-arm64: $(ready_arm64) $(linking) ## the CPU's part, emulated Pi 3, 4 and 5
 	@$(python) tools/arm64/run.py $(ARM64) -- $(ARGS)
@@ -70,10 +69,10 @@ test-cuda: ## the CUDA tests on a GPU, nine minutes, with the Python there is
 	@tools/cuda/on_device.sh
 
 test-cuda-offline: $(ready_cuda) ## ... emulated and compiled, without a GPU
-	@$(run_python) -m pytest --long tests/test_cuda_*.py $(ARGS)
+	@$(python) -m pytest --long tests/test_cuda_*.py $(ARGS)
 
 fuzz: $(ready_fuzz) ## readers of files, 20 s each; ARGS="--seconds 600"
-	@$(run_python) tools/fuzz/run.py $(ARGS)
+	@$(python) tools/fuzz/run.py $(ARGS)
 
 lint: $(ready_dev) ## style, imports, what no tracked file may hold
 	@$(python) -m ruff check --quiet .
@@ -83,22 +82,22 @@ lint: $(ready_dev) ## style, imports, what no tracked file may hold
 examples: run example-self-vs-multihead example-minilm ## every example, each under a minute
 
 example-minilm: $(ready_minilm) ## a sentence encoder, float32 against int8
-	@$(run_python) examples/minilm/run.py
+	@$(python) examples/minilm/run.py
 
 example-self-vs-multihead: $(ready) ## one head against many: picture, table
-	@$(run_python) examples/self_vs_multihead.py
+	@$(python) examples/self_vs_multihead.py
 
 bench: $(ready) ## how fast, on this machine
-	@$(run_python) -m benchmarks $(ARGS)
+	@$(python) -m benchmarks $(ARGS)
 
 bench-cuda: $(ready_cuda) ## ... on a GPU, beside torch (its CUDA build)
-	@$(run_python) -m benchmarks.cuda $(ARGS)
+	@$(python) -m benchmarks.cuda $(ARGS)
 
 bench-peers: $(ready_peers) ## ... beside other runtimes (large downloads)
-	@$(run_python) -m benchmarks --peers $(ARGS)
+	@$(python) -m benchmarks --peers $(ARGS)
 
 bench-start: $(ready) ## start of a process, in three forms
-	@$(run_python) -m benchmarks.start
+	@$(python) -m benchmarks.start
 
 clean: ## remove what was built; keep environments
 	rm -rf build dist out ./*.egg-info .pytest_cache .hypothesis .ruff_cache .import_linter_cache

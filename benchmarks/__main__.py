@@ -15,6 +15,7 @@ from pathlib import Path
 from benchmarks import machine, measure
 from benchmarks.problem import GRID, QUICK, Point
 from benchmarks.report import console, print_report
+from edgeattn import messages
 
 SECONDS, QUICK_SECONDS = 3.0, 0.3
 
@@ -53,6 +54,7 @@ def _arguments(arguments):
 def main(arguments=None) -> int:
     """Measure or read, report, write what is asked for; 1 when an answer of ours was wrong."""
     options = _arguments(arguments)
+    messages.show()
     out = console()
     if options.from_json:
         found = json.loads(options.from_json.read_text(encoding="utf-8"))

@@ -127,7 +127,7 @@ def processes(peers: bool, counts) -> dict[str, dict]:
         ``fresh.memory`` gives it; "peers": seconds of processor time to import each.
     """
     with tempfile.TemporaryDirectory() as folder:
-        run = _installed_in(Path(folder))
+        run = installed_in(Path(folder))
         found = {"cold": run("start")}
         warm = [run("start") for _ in range(3)]
         found["warm"] = {key: float(np.median([w[key] for w in warm])) for key in warm[0]}
@@ -142,7 +142,7 @@ def processes(peers: bool, counts) -> dict[str, dict]:
     return found
 
 
-def _installed_in(folder: Path):
+def installed_in(folder: Path):
     """A function that runs fresh.py on a copy of edgeattn in ``folder``, which starts without any cache."""
     source = Path(edgeattn.__file__).parent
     shutil.copytree(source, folder / "edgeattn", ignore=shutil.ignore_patterns("__pycache__"))

@@ -1,7 +1,8 @@
 """What a process of its own costs: import, first results, memory. Prints one line of JSON.
 
-Run by benchmarks.costs as ``python fresh.py start`` or ``python fresh.py memory THREADS``, in a folder that holds
-copies of the packages. Imports nothing before the clock starts that edgeattn does not need itself.
+Run by benchmarks.costs as ``python fresh.py start``, ``python fresh.py first KIND`` or ``python fresh.py memory
+THREADS``, in a folder that holds copies of the packages. Imports nothing before the clock starts that edgeattn does not
+need itself.
 """
 
 import json
@@ -84,6 +85,23 @@ def start():
     return {**found, "mib": resident_mib()}
 
 
+def first(kind):
+    """What the first result of one kind of layer costs, from the start of the process on.
+
+    "processor" seconds, resident "mib", and "lines" of LLVM's language that machine code was made of: a measure of the
+    work that depends on no clock.
+    """
+    from numba.core import codegen
+    finish, lines = codegen.CPUCodeLibrary._finalize_final_module, []
+
+    def counted(library):
+        lines.append(str(library._final_module).count("\n"))
+        finish(library)
+    codegen.CPUCodeLibrary._finalize_final_module = counted
+    layers(128, 4, 64)[kind]()()
+    return {"processor": time.process_time(), "mib": resident_mib(), "lines": sum(lines)}
+
+
 def compiled_at_import():
     """Whether `import edgeattn` compiles anything."""
     from numba.core import event
@@ -113,5 +131,6 @@ def memory(count):
 
 
 if __name__ == "__main__":
-    what = {"start": start, "compiled": compiled_at_import, "memory": lambda: memory(int(sys.argv[2]))}
+    what = {"start": start, "compiled": compiled_at_import, "memory": lambda: memory(int(sys.argv[2])),
+            "first": lambda: first(sys.argv[2])}
     print(json.dumps(what[sys.argv[1]]()))

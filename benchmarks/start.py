@@ -4,7 +4,8 @@
 
 Every form runs in processes of its own, in turn; the first process of each fills the caches and is not counted. All
 must give the same bytes. Seconds count from the first import on; the memory is the largest resident size, Python's
-included.
+included. What the first call costs where nothing is cached follows, for each kind of layer, with the lines of LLVM's
+language that its kernel was translated from; then the same from the cache.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ import numpy as np
 
 import edgeattn
 import quant
+from benchmarks.costs import installed_in
 from quant.export.targets import host_target
 
 WIDTH, HEADS, LENGTH = 128, 4, 64
 ROUNDS = 7
+KINDS = {"float32": "float32", "dynamic": "dynamic int8", "int8": "static int8"}  # in fresh.py: in words
 # What each process runs between its clock readings: x is read from a file, y is the result.
 FORMS = {
     "bundle": ("attention.so", """
@@ -94,8 +97,16 @@ def measure(folder: Path, rounds: int = ROUNDS) -> dict[str, dict]:
             | {"bytes": (folder / FORMS[form][0]).stat().st_size} for form, some in runs.items()}
 
 
+def first_calls() -> dict[str, tuple[dict, dict]]:
+    """kind -> what ``fresh.first`` gives for a first call with nothing cached, and for the next process's."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = installed_in(Path(folder))
+        run("compiled")  # writes the bytecode of the sources
+        return {kind: (run("first", kind), run("first", kind)) for kind in KINDS}
+
+
 def main() -> None:
-    """Print a table."""
+    """Print two tables."""
     print(f"int8 layer {WIDTH}/{HEADS}/{LENGTH}, target {host_target()}, medians of {ROUNDS} processes")
     print(f"{'':22}{'first result, s':>16}{'of processor time':>19}{'resident, MiB':>15}{'file, KiB':>11}")
     with tempfile.TemporaryDirectory() as folder:
@@ -104,6 +115,11 @@ def main() -> None:
     for form, found in table.items():
         print(f"{form:22}{found['wall']:16.3f}{found['processor']:19.3f}{found['mib']:15.0f}"
               f"{found['bytes'] / 1024:11.0f}")
+    print(f"\n{'first call of a layer':22}{'compiled: s of CPU':>20}{'MiB':>6}{'lines':>8}"
+          f"{'from the cache: s':>20}{'MiB':>6}")
+    for kind, (compiled, cached) in first_calls().items():
+        print(f"{KINDS[kind]:22}{compiled['processor']:20.1f}{compiled['mib']:6.0f}{compiled['lines']:8}"
+              f"{cached['processor']:20.2f}{cached['mib']:6.0f}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import numba
 import numpy as np
 
 import edgeattn
-from edgeattn import jit, threads
+from edgeattn import jit, kernel_cache, messages, threads
 from edgeattn.cpu import fused
 from edgeattn.isa import ISA
 
@@ -44,6 +44,7 @@ def main(arguments=None):
                              help="tokens per call")
         command.set_defaults(run=run)
     chosen = parser.parse_args(arguments)
+    messages.show()
     try:
         return chosen.run(chosen)
     except (OSError, TypeError, ValueError) as error:
@@ -64,8 +65,8 @@ def _warmup(chosen):
             new = jit.compiled() - before
             print(f"{path}, {length} tokens: {seconds:.2f} s, " + (
                 f"{new} kernel{'s'[:new != 1]} compiled" if new else "nothing to compile"))
-    folders = [folder for folder in jit.folders(fused.layer_float32.py_func) if _writable(folder)]
-    print(f"Machine code is kept in {folders[0]}" if folders else
+    folder = kernel_cache.kept_in(fused.layer_float32.py_func)
+    print(f"Machine code is kept in {folder}" if folder else
           "Nothing is kept: no cache folder is writable; set NUMBA_CACHE_DIR to one that is.")
     return 0
 
@@ -164,7 +165,7 @@ def _cache():
     if numba.config.DISABLE_JIT:
         yield "cache", "none: NUMBA_DISABLE_JIT is set, kernels run as plain Python"
         return
-    folders = [(folder, _writable(folder)) for folder in jit.folders(fused.layer_float32.py_func)]
+    folders = [(folder, kernel_cache.usable(folder)) for folder in kernel_cache.folders(fused.layer_float32.py_func)]
     used = next((folder for folder, writable in folders if writable), None)
     if used is None:
         yield "cache", ("none, every process compiles anew: no folder is writable; set NUMBA_CACHE_DIR to one that is")
@@ -173,14 +174,6 @@ def _cache():
             yield "cache", f"{folder} (used)"
         else:
             yield "also read", f"{folder}{'' if writable else ' (not writable)'}"
-
-
-def _writable(folder):
-    while not os.path.isdir(folder):
-        if os.path.lexists(folder) or os.path.dirname(folder) == folder:
-            return False
-        folder = os.path.dirname(folder)
-    return os.access(folder, os.W_OK | os.X_OK)
 
 
 def _extras():

@@ -13,7 +13,6 @@ import os
 import sys
 import time
 
-import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
@@ -22,7 +21,7 @@ from numba.extending import intrinsic
 from numba.np.arrayobj import populate_array
 
 from edgeattn.isa import ISA
-from edgeattn.jit import inlined, jit
+from edgeattn.jit import inlined, jit, separate
 
 # Positions on a board, int64 elements; what different threads write lies on different cache lines.
 STATE, FINISHED, CODE, DATA, TAKEN, STOP, _BEDS = 0, 8, 16, 17, 18, 24, 32
@@ -59,15 +58,6 @@ _JOB = ir.FunctionType(_VOID, [_I64, _I64, _I64])
 _HAS_YIELD = os.name == "posix"
 
 
-def separate(function):
-    """Compile `function` as a part of the kernels that use it, but not into them: a job, called by its address.
-
-    It can make no array, and counts no references to those it is given: the caller of `share` has them.
-    """
-    return numba.njit(function, error_model="numpy", boundscheck=False, _nrt=False,
-                      no_cpython_wrapper=True, no_cfunc_wrapper=True)
-
-
 @intrinsic
 def job(typing, function, arguments):
     """(code, data): call(code, data, worker, part) runs function(*arguments, worker, part).
@@ -88,8 +78,9 @@ def job(typing, function, arguments):
         values = inside.load(inside.inttoptr(adapter.args[0], kept.type))
         values = cgutils.unpack_tuple(inside, values, len(arguments.types))
         callee = context.declare_function(builder.module, compiled.fndesc)
+        # Inlined, it would be optimized and translated again for every job of a kernel.
         context.call_conv.call_function(inside, callee, signature.return_type, signature.args,
-                                        (*values, adapter.args[1], adapter.args[2]))
+                                        (*values, adapter.args[1], adapter.args[2]), attrs=("noinline",))
         inside.ret_void()
         return context.make_tuple(builder, sig.return_type,
                                   [builder.ptrtoint(adapter, _I64), builder.ptrtoint(kept, _I64)])

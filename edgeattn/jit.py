@@ -1,29 +1,28 @@
-"""The one decorator every kernel is compiled with.
+"""The decorators every kernel and every part of one is compiled with.
 
-``numba.njit(cache=True)`` raises at decoration time where no cache directory is writable, never reads a
-cache that somebody else prepared in a read-only folder, and compares only the kernel's own file, so an edit
-in a helper of another module brings back stale machine code. The cache here is looked for in several folders,
-each of which may be missing or read-only, and is valid for one state of all sources of this package.
-Nothing is compiled, hashed or written before the first call of a kernel.
+Nothing is compiled, hashed or written before the first call of a kernel. Numba makes machine code of every function it
+compiles, together with all that the function calls: a helper's body would be optimized and translated once for each
+function on the way up to the kernel. Here a helper is a part: typed and turned into LLVM's language once, and from
+there on a piece of the kernels it is linked into.
 """
-
-import functools
-import hashlib
+import contextlib
+import ctypes
 import os
-import pathlib
-import sys
+import threading
 
 import numba
 from numba import types
-from numba.core import caching
-from numba.core import codegen as _codegen
-from numba.core.compiler import CompilerBase, DefaultPassBuilder
+from numba.core import codegen, compiler
 from numba.core.compiler_lock import global_compiler_lock
 
-from edgeattn.isa import ISA
+from edgeattn.kernel_cache import KernelCache, kept_in
+from edgeattn.messages import LOG
 
 KERNELS = []  # every dispatcher that `jit` has made
-_PACKAGE = pathlib.Path(__file__).resolve().parent
+PATIENCE = 1.0  # seconds that a kernel may compile in silence
+# Parts lean on names that Numba keeps to itself: with another version they are compiled as Numba compiles anything.
+PARTS_TESTED_WITH = ("0.68",)
+USES_PARTS = ".".join(numba.__version__.split(".")[:2]) in PARTS_TESTED_WITH
 
 
 # A forked child would find Numba's lock held for good by a thread that compiles in its parent: a fork waits for that.
@@ -32,8 +31,28 @@ if hasattr(os, "register_at_fork"):
                         after_in_child=global_compiler_lock.release)
 
 
-class _Part(_codegen.JITCodeLibrary):
-    """A function that only serves as part of a kernel: linked into it, and optimized and translated there, once."""
+class _WithoutEnvironments:
+    """A code generator, but for environments: the Python objects a function refers to when it talks to Python.
+
+    Where a part's is kept has no address, and nothing would look there: it has no wrapper that could talk.
+    """
+
+    def __init__(self, generator):
+        self._generator = generator
+
+    def __getattr__(self, name):
+        return getattr(self._generator, name)
+
+    def set_env(self, env_name, env):
+        """Do nothing."""
+
+
+class _Part(codegen.CPUCodeLibrary):
+    """What Numba keeps a compiled function in, left as it is until a kernel is linked from it."""
+
+    @property
+    def codegen(self):
+        return _WithoutEnvironments(self._codegen)
 
     def _optimize_final_module(self):
         pass
@@ -43,33 +62,48 @@ class _Part(_codegen.JITCodeLibrary):
         self._verify_declare_only_symbols()
         self._finalized = True
 
-    def get_pointer_to_function(self, name):
+    def get_pointer_to_function(self, name):  # noqa: ARG002 - Numba's signature
+        """Where Python arrives that calls a part: a TypeError, not address 0."""
         self._ensure_finalized()
-        return 0
+        return ctypes.cast(ctypes.pythonapi.PyErr_BadArgument, ctypes.c_void_p).value
 
 
-class _Kernel(CompilerBase):
-    """Numba's pipeline; whatever is compiled on the way to a kernel is a `_Part`."""
-
-    def define_pipelines(self):
-        return [DefaultPassBuilder.define_nopython_pipeline(self.state)]
+class _PartCompiler(compiler.Compiler):
+    """Numba's pipeline, into a `_Part`."""
 
     def compile_extra(self, func):
-        codegen = self.state.targetctx.codegen()
-        self.state.library = codegen.create_library(func.__qualname__)
-        self.state.library.enable_object_caching()
-        before = codegen._library_class
-        codegen._library_class = _Part
+        self.state.library = _Part(self.state.targetctx.codegen(), func.__qualname__)
+        return super().compile_extra(func)
 
-        def set_env(env_name, env):
-            if codegen._engine.get_global_value_address(env_name):
-                type(codegen).set_env(codegen, env_name, env)
-        codegen.set_env = set_env
-        try:
+
+class _KernelCompiler(compiler.Compiler):
+    """Numba's pipeline; what takes long is said."""
+
+    def compile_extra(self, func):
+        with _said(func):
             return super().compile_extra(func)
-        finally:
-            codegen._library_class = before
-            del codegen.set_env
+
+
+@contextlib.contextmanager
+def _said(function):
+    """While a kernel compiles for longer than `PATIENCE`, say so once, and whether it will have to again."""
+    timer = threading.Timer(PATIENCE, _say, [function])
+    timer.daemon = True
+    try:
+        timer.start()
+    except RuntimeError:  # no thread can be started
+        _say(function)
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _say(function):
+    folder = kept_in(function)
+    LOG.info("compiling %s.%s for this processor, %s", function.__module__, function.__qualname__,
+             f"once: it is kept in {folder}" if folder else
+             "as every process will: no cache folder can be used (set NUMBA_CACHE_DIR to one of your own)")
 
 
 def jit(function):
@@ -85,9 +119,10 @@ def jit(function):
     callable
         Numba's dispatcher, or `function` itself under ``NUMBA_DISABLE_JIT=1``.
     """
-    dispatcher = numba.njit(function, nogil=True, error_model="numpy", boundscheck=False, pipeline_class=_Kernel)
+    dispatcher = numba.njit(function, nogil=True, error_model="numpy", boundscheck=False,
+                            pipeline_class=_KernelCompiler)
     if dispatcher is not function:
-        dispatcher._cache = _Cache(function)
+        dispatcher._cache = KernelCache(function)
         KERNELS.append(dispatcher)
     return dispatcher
 
@@ -95,10 +130,23 @@ def jit(function):
 def inlined(function):
     """Compile `function` only as a part of the kernels that call it, so that vectors and tiles stay in registers.
 
-    It can make no array, and counts no references to those it is given, which its caller has.
+    It can make no array, and counts no references to those it is given, which its caller has. Python cannot call it.
     """
-    return numba.njit(function, error_model="numpy", boundscheck=False, forceinline=True, _nrt=False,
-                      no_cpython_wrapper=True, no_cfunc_wrapper=True)
+    return _part(function, forceinline=True)
+
+
+def separate(function):
+    """Compile `function` as a part of the kernels that use it, but not into them: a job, called by its address.
+
+    It can make no array, and counts no references to those it is given: the caller of `share` has them.
+    """
+    return _part(function)
+
+
+def _part(function, **options):
+    if USES_PARTS:
+        options.update(pipeline_class=_PartCompiler, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+    return numba.njit(function, error_model="numpy", boundscheck=False, _nrt=False, **options)
 
 
 def compiled():
@@ -124,170 +172,3 @@ def entry(dispatcher, arguments, strided=0):
     if key not in _entries:  # Numba knows no kernel again that it read from the cache, where it takes functions
         _entries[key] = dispatcher.compile(key[1])
     return _entries[key]
-
-
-class _Cache(caching._Cache):
-    """Reads from the first folder that has the kernel, writes to the first that can be written."""
-
-    def __init__(self, function):
-        self._function = function
-        self._enabled = True
-
-    @functools.cached_property
-    def _places(self):
-        stamp = source_stamp(self._function.__code__.co_filename)
-        if stamp is None:
-            return []
-        return [_FolderCache(self._function, folder, stamp) for folder in folders(self._function)]
-
-    @property
-    def cache_path(self):
-        return self._places[0].cache_path if self._places else None
-
-    def load_overload(self, sig, target_context):
-        for place in self._places if self._enabled else ():
-            # Damaged bytes make pickle and LLVM raise nearly anything; a cache that cannot be read is an
-            # empty cache, never a reason for a kernel not to run. It is emptied to be filled again.
-            try:
-                found = place.load_overload(sig, target_context)
-            except Exception:  # noqa: BLE001
-                _ignoring_read_only(place.flush)
-                continue
-            if found is not None:
-                return found
-        return None
-
-    def save_overload(self, sig, data):
-        for place in self._places if self._enabled else ():
-            try:
-                place.save_overload(sig, data)
-            except Exception:  # noqa: BLE001 - as above: whatever keeps a kernel out of the cache, it still runs
-                continue
-            return
-
-    def enable(self):
-        self._enabled = True
-
-    def disable(self):
-        self._enabled = False
-
-    def flush(self):
-        for place in self._places:
-            _ignoring_read_only(place.flush)
-
-
-def _ignoring_read_only(action, *arguments):
-    """Whether `action` went through; a missing, full or read-only folder is no error."""
-    try:
-        action(*arguments)
-    except OSError:
-        return False
-    return True
-
-
-class _FolderCache(caching.FunctionCache):
-    """Numba's own file format in one folder."""
-
-    def __init__(self, function, folder, stamp):
-        self._impl_class = functools.partial(_FolderImpl, locator=_Locator(function, folder, stamp))
-        super().__init__(function)
-        self._cache_file = _CacheFile(folder, self._impl.filename_base, stamp)
-
-    def _index_key(self, sig, codegen):
-        # Numba knows a function passed as an argument by a number drawn anew in every process. Its name and the
-        # checksum of the sources identify it as well, and stay. The instruction set we chose is part of the code.
-        named = tuple(
-            f"{t.dispatcher.py_func.__module__}.{t.dispatcher.py_func.__qualname__}"
-            if isinstance(t, types.Dispatcher) else t for t in sig)
-        return named, codegen.magic_tuple(), ISA.name
-
-
-class _CacheFile(caching.IndexDataCacheFile):
-    """Writes into each file whose machine code it holds.
-
-    Files are numbered, and two processes that compile a kernel for different types at the same time may give both
-    codes one number: without a look at the name inside, one of them would later be run for the types of the other.
-    """
-
-    def save(self, key, data):
-        super().save(key, (key, self._source_stamp, data))
-
-    def load(self, key):
-        found = super().load(key)
-        return found[2] if found is not None and found[:2] == (key, self._source_stamp) else None
-
-
-class _FolderImpl(caching.CompileResultCacheImpl):
-    def __init__(self, function, locator):
-        self._lineno = function.__code__.co_firstlineno
-        self._locator = locator
-        name = f"{pathlib.Path(function.__code__.co_filename).stem}.{function.__qualname__}"
-        self._filename_base = self.get_filename_base(name, getattr(sys, "abiflags", ""))
-
-
-class _Locator(caching._CacheLocator):
-    def __init__(self, function, folder, stamp):
-        self._py_file = function.__code__.co_filename
-        self._lineno = function.__code__.co_firstlineno
-        self._folder = folder
-        self._stamp = stamp
-
-    def get_cache_path(self):
-        return self._folder
-
-    def get_source_stamp(self):
-        return self._stamp
-
-    def get_disambiguator(self):
-        return str(self._lineno)
-
-
-def folders(function):
-    """Where this kernel's machine code may be kept, best first.
-
-    Never a folder others can write to, such as the temporary one: what is read back is executed.
-    """
-    source = os.path.abspath(function.__code__.co_filename)
-    own_name = caching._CacheLocator.get_suitable_cache_subpath(source)
-    found = [os.path.join(os.path.dirname(source), "__pycache__")]
-    if numba.config.CACHE_DIR:
-        found.insert(0, os.path.join(numba.config.CACHE_DIR, own_name))
-    user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser(os.path.join("~", ".cache"))
-    if os.path.isabs(user):  # "~" stays where the user has no home
-        found.append(os.path.join(user, "edgeattn", own_name))
-    return found
-
-
-def _listing():
-    """Name, time and size of every source file of the package: what an edit changes, without reading it."""
-    found = []
-    for path in sorted(_PACKAGE.rglob("*.py")):
-        status = path.stat()
-        found.append((path.relative_to(_PACKAGE).as_posix(), status.st_mtime_ns, status.st_size))
-    return found
-
-
-@functools.cache
-def source_stamp(filename):
-    """Checksum of all sources of this package and of `filename`, which may lie outside it.
-
-    None, meaning "do not cache", where sources are missing, or were edited after this process read them:
-    the old code must not be filed under the new text.
-    """
-    try:
-        if not _LOADED or _listing() != _LOADED:
-            return None
-        checksum = hashlib.sha256()
-        for path in [_PACKAGE / name for name, _, _ in _LOADED] + [pathlib.Path(filename)]:
-            content = path.read_bytes()
-            checksum.update(f"{path.name} {len(content)}\n".encode())
-            checksum.update(content)
-    except OSError:
-        return None
-    return checksum.hexdigest()
-
-
-try:
-    _LOADED = _listing()
-except OSError:
-    _LOADED = []

@@ -26,6 +26,7 @@ from digits.data import load_digits_split
 from digits.model import GRID, NUM_LAYERS, NUM_PATCHES, ONE_HEAD_WEIGHTS, WEIGHTS, DigitsModel, patches
 
 import edgeattn
+from edgeattn import messages
 from quant.tables import console as new_console
 from quant.tables import short, table
 
@@ -252,6 +253,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Compare one head with four, on trained layers.")
     parser.add_argument("--out", type=Path, default=OUT, help="where to draw (default: in out/)")
     out = parser.parse_args().out
+    messages.show()
     started = time.perf_counter()
     console = new_console()
     digits = load_digits_split()

@@ -13,6 +13,7 @@ import numpy as np
 
 import edgeattn
 import quant
+from edgeattn import messages
 from edgeattn.arithmetic import KERNEL_SETS
 from edgeattn.files import check_output
 from edgeattn.layers import MultiHeadAttention
@@ -59,6 +60,7 @@ arithmetic_option = click.option("--arithmetic", type=click.Choice(list(KERNEL_S
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit status: 0, or 2 after one line about an error."""
+    messages.show()
     try:
         return commands.main(args=arguments, prog_name="quant", standalone_mode=False) or 0
     except click.exceptions.NoArgsIsHelpError as error:

@@ -434,7 +434,10 @@ def test_edgeattn_alone_prints_its_help(capsys):
 
 
 def test_edgeattn_warmup_compiles_once_and_says_so(folder):
-    environment = {**os.environ, "NUMBA_CACHE_DIR": str(folder / "kernels"), "PYTHONPATH": str(ROOT)}
+    # a copy: beside the sources other tests keep their kernels
+    shutil.copytree(ROOT / "edgeattn", folder / "site" / "edgeattn", ignore=shutil.ignore_patterns("__pycache__"))
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(folder / "kernels"), "XDG_CACHE_HOME": str(folder / "home"),
+                   "PYTHONPATH": str(folder / "site")}
     layer = random_layer(2)
     edgeattn.save(quant.quantize(layer, quant.calibrate(layer, [random_input(1, 2, 9, 32)])), "int8.safetensors")
     command = [sys.executable, "-m", "edgeattn", "warmup", "int8.safetensors", "--length", "5"]

@@ -206,6 +206,8 @@ def test_jobs_count_no_references():
         some, arguments = x[part:], (out, part)
         for i in range(some.size):
             finish(some, i, *arguments)
+    def call_job(job, finish, x, out):
+        job(finish, x, out, 0, 1)
     floats = numba.float64[::1]
     for make, make_step, expected in ((crew.separate, inlined, False), (numba.njit, numba.njit, True)):
         finish, job = make_step(step), make(sum_up)
@@ -213,7 +215,7 @@ def test_jobs_count_no_references():
         assembly, = job.inspect_asm().values()
         assert ("NRT_incref" in assembly) == expected
         x, out = np.arange(5.0), np.zeros(2)
-        job(finish, x, out, 0, 1)
+        numba.njit(call_job)(job, finish, x, out)
         assert out.tolist() == [0, 10]
 
 

@@ -4,9 +4,8 @@ import hashlib
 import importlib.metadata
 import os
 import pathlib
-import tempfile
 
-from edgeattn import jit
+from edgeattn import kernel_cache
 
 # What decides the PTX of a kernel: Numba's code, LLVM, and NVIDIA's, in the wheels of CUDA 12 and of CUDA 13.
 _COMPILER = ("numba-cuda", "numba", "llvmlite", "nvidia-cuda-nvcc-cu12", "nvidia-nvvm")
@@ -29,30 +28,20 @@ def compiler():
 
 def ptx(kernel, capability):
     """(PTX, entry name) of a Kernel for a compute capability: from a file where there is one, else compiled."""
-    stamp = jit.source_stamp(__file__)
+    stamp = kernel_cache.source_stamp(__file__)
     paths = []
     if stamp is not None:
         name = f"{kernel.name}.sm_{capability[0]}{capability[1]}.{compiler()}.{stamp[:24]}.ptx"
-        paths = [pathlib.Path(folder) / name for folder in jit.folders(ptx)]
+        paths = [pathlib.Path(folder) / name for folder in kernel_cache.folders(ptx)]
     for path in paths:
-        try:
-            entry, _, text = path.read_text(encoding="ascii").partition("\n")
-        except (OSError, UnicodeDecodeError):
-            continue
-        if text.endswith("\n// complete\n"):
+        content = kernel_cache.read(path)
+        if content is not None:
+            entry, _, text = content.decode("ascii").partition("\n")
             return text, entry
     from edgeattn.cuda import compile  # needs numba-cuda and libnvvm, which a filled cache does not
 
     text, entry = compile.to_ptx(kernel, capability)
-    text += "\n// complete\n"
     for path in paths:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, part = tempfile.mkstemp(dir=path.parent, suffix=".part")
-            with os.fdopen(handle, "w", encoding="ascii") as file:
-                file.write(f"{entry}\n{text}")
-            os.replace(part, path)
-        except OSError:
-            continue
-        break
+        if kernel_cache.write(path, f"{entry}\n{text}".encode("ascii")):
+            break
     return text, entry

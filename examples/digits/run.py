@@ -24,6 +24,7 @@ from model import NUM_LAYERS, NUM_PATCHES, DigitsModel
 from rich.progress import track
 
 import quant
+from edgeattn import messages
 from quant.describe import describe_masks, describe_seen
 from quant.runtimes import RUNTIMES
 from quant.tables import console as new_console
@@ -73,6 +74,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Quantize a trained digits Transformer.")
     parser.add_argument("--out", type=Path, default=OUT, help="folder for the files (default: out/digits)")
     out = parser.parse_args().out
+    messages.show()
     started = time.perf_counter()
     console = new_console()
     digits = load_digits_split()

@@ -21,6 +21,7 @@ from sentences import CALIBRATION, EVALUATION, PUBLISHED_COSINES, PUBLISHED_SENT
 
 import edgeattn
 import quant
+from edgeattn import messages
 from quant.describe import describe_masks, describe_seen
 from quant.tables import console as new_console
 from quant.tables import fill, table
@@ -65,6 +66,7 @@ def calibrate(encoder, attention) -> list[quant.Calibration]:
 
 
 def main() -> int:
+    messages.show()
     started = time.perf_counter()
     console = new_console()
     try:
