@@ -15,9 +15,11 @@ _B1, _B2, _B3 = np.float32(0.6932828979925825), np.float32(0.24221097466536887),
 _L1, _L2, _L3, _L4 = (np.float32(1.439014713548267), np.float32(-0.6799443458292148), np.float32(0.32559606724538315),
                       np.float32(-0.0847687653054377))
 _ROUND = np.float32(12582912.0)  # 1.5 * 2**23: adding it leaves the nearest integer in the low bits
-# What is less than 2**-110 of a row's largest weight adds nothing to it in float32. Less still, times a small value, is
-# no normal float32, and each product that gives such a one costs some processors a hundred times as much.
+# What is less than 2**-110 of a row's largest weight adds nothing to it in float32, and counts as nothing: less still,
+# times a small value, is no normal float32, and each product that gives such a one costs some processors a hundred
+# times as much.
 _LOWEST = np.float32(-110.0)
+_LEAST = np.float32(2.0**-110)
 _ONE = np.float32(1)
 _TWO = np.float32(2)
 _HALF = np.float32(0.5)
@@ -40,13 +42,13 @@ def exp2_within(t):
 
 @inlined
 def exp2(t):
-    """2**t per lane for t < 127; t below -110 counts as -110 and a NaN stays."""
-    return exp2_within(larger(splat(_LOWEST), t))
+    """2**t - 2**-110 per lane for t < 127: 2**t in float32 for t above -86, 0 for t below -110; a NaN stays."""
+    return exp2_within(larger(splat(_LOWEST), t)) - splat(_LEAST)
 
 
 @inlined
 def exp2_roughly(t):
-    """2**t per lane to a ten-thousandth; limits and NaN as in exp2."""
+    """2**t per lane to a ten-thousandth; t below -110 counts as -110 and a NaN stays."""
     t = larger(splat(_LOWEST), t)
     shifted = t + splat(_ROUND)
     r = t - (shifted - splat(_ROUND))
