@@ -344,7 +344,7 @@ class FloatBundle(Bundle):
         mask = resolve_mask((*lead, self.num_heads, queries, keys), attn_mask, key_padding_mask, is_causal=is_causal,
                             causal_alignment=causal_alignment, window_size=window_size, alibi_slopes=alibi_slopes)
         batch = mask.shape[0]
-        keep, bias, band = mask.for_kernels()
+        keep, bias, band, _ = mask.without_slopes().for_kernels()
         if keys == 0:  # one key that is not there
             key, value = (np.zeros((*lead, 1, x.shape[-1]), np.float32) for x in (key, value))
             keep, bias, band = np.zeros((1, 1, 1, 1), np.bool_), None, None
@@ -418,7 +418,7 @@ class StaticBundle(Bundle):
                 size not in (1, wanted) for size, wanted in zip(self.mask_shape, mask.shape, strict=True)):
             raise ValueError(f"the mask this layer carries has shape {self.mask_shape}, which does not broadcast to "
                              f"(B, H, L, S) = {mask.shape}; call the layer with the lengths the mask was made for")
-        keep, _, band = mask.for_kernels()
+        keep, _, band, _ = mask.for_kernels()
         if keys == 0:  # one key that is not there
             key, value = (np.zeros((*lead, 1, x.shape[-1]), np.int8) for x in (key, value))
             keep, band = np.zeros((1, 1, 1, 1), np.bool_), None

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from edgeattn.checks import FLOAT32, check_out, deliver, flag, float_array, is_one_of, number, result_dtype, to_float32
-from edgeattn.cpu import functional_dynamic, functional_float32, plain
+from edgeattn.cpu import float32, functional_dynamic
 from edgeattn.masks import NO_WINDOW, Mask, resolve_mask
 
 _SMALLEST_SOFTCAP = 1e-30  # its reciprocal is a float32 too
@@ -42,12 +42,13 @@ def scaled_dot_product_attention(
     Parameters
     ----------
     query : (..., H, L, D) float16, float32 or float64 array
-        All dtypes are computed in float32. The three may also have two axes, (L, D) and so on. Arrays on a GPU, with
+        All dtypes are computed in float32, what is beyond it as infinity; docs/attention.md has the range of every
+        argument. The three may also have two axes, (L, D) and so on. Arrays on a GPU, with
         `__cuda_array_interface__` or DLPack, are computed there, docs/cuda.md says how; all arrays must be there then.
     key : (..., Hkv, S, D) array
     value : (..., Hkv, S, Dv) array
     attn_mask : bool or float array, broadcastable to (..., H, L, S), optional
-        bool: True = attend. float: added to the scores; -inf = do not attend.
+        bool: True = attend. float: added to the scores; -inf = do not attend, what is beyond 2.3e38 in size as that.
     is_causal : bool
         A query sees no key after its own position. May be combined with `attn_mask`.
     causal_alignment : {"upper_left", "lower_right"}, optional
@@ -55,7 +56,8 @@ def scaled_dot_product_attention(
         `kv_lengths` differ from L. "upper_left": the first query at the first key. "lower_right": the last
         query at the last key, the last of `kv_lengths` where given.
     scale : float, optional
-        1 / sqrt(D) unless given; 0 means 0.
+        1 / sqrt(D) unless given; 0 means 0. From 1e-18 to 1e6 in size with `precision="int8"`; beyond these a slower
+        way is taken in float32.
     enable_gqa : bool
         Permits H != Hkv: query head h reads key/value head h // (H / Hkv).
     softcap : float
@@ -128,6 +130,9 @@ def scaled_dot_product_attention(
         dtype = result_dtype(query, key, value)
     shapes = _shapes(query.shape, key.shape, value.shape, grouped)
     scale = shapes.scale if scale is None else number("scale", scale)
+    if precision == "int8" and not float32.is_ordinary(scale, 0.0):
+        raise ValueError(f"scale must be 0, or from {float32.SCALES[0]} to {float32.SCALES[1]} in size, with "
+                         f"precision='int8', got {scale}; use precision='float32'")
     check_out(out, shapes.result, dtype)
     mask = shapes.unmasked
     if (attn_mask is not None or is_causal is not False or causal_alignment is not None or window_size is not NO_WINDOW
@@ -142,15 +147,13 @@ def scaled_dot_product_attention(
     context = result if result.ndim == 4 else result.reshape(shapes.context)
     weights = np.empty((*query.shape[:-1], key.shape[-2]), np.float32) if return_weights else None
     lse = np.empty(query.shape[:-1], np.float32) if return_lse else None
-    if return_weights or return_lse or shapes.empty:
-        plain.attention(
-            *map(to_float32, (q, k, v)), mask, scale=scale, softcap=softcap, out=context,
-            weights=None if weights is None else weights.reshape(mask.shape),
-            lse=None if lse is None else lse.reshape(mask.shape[:3]))
-    elif precision == "int8":
+    if precision == "int8" and not shapes.empty:
         functional_dynamic.attention(q, k, v, context, scale, *mask.for_kernels())
     else:
-        functional_float32.attention(q, k, v, context, scale, softcap, *mask.for_kernels())
+        float32.attention(
+            q, k, v, mask, context, scale=scale, softcap=softcap,
+            weights=None if weights is None else weights.reshape(mask.shape),
+            lse=None if lse is None else lse.reshape(mask.shape[:3]))
     result = deliver(result, out, dtype)
     if not (return_weights or return_lse):
         return result

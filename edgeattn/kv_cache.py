@@ -16,7 +16,7 @@ from edgeattn.checks import (
     result_dtype,
     to_float32,
 )
-from edgeattn.cpu import functional_float32, plain
+from edgeattn.cpu import float32, plain
 from edgeattn.cpu.cache_int8 import quantize_into
 from edgeattn.cpu.decode import decode
 from edgeattn.functional import checked_softcap, default_scale
@@ -332,10 +332,12 @@ class KVCache:
                 and type(softcap) is float and not softcap and window_size is NO_WINDOW and alibi_slopes is None
                 and position is None and return_weights is False and out is None and self._is_next(query)):
             # what a decoding loop calls again and again: one query, that of the last token; it sees all before it
-            scale = default_scale(self.head_dim) if scale is None else number("scale", scale)
-            result = np.empty((*query.shape[:3], self.value_dim), np.float32)
-            self._attend_last(query, scale, 0.0, result)
-            return result
+            ordinary = scale is None
+            scale = default_scale(self.head_dim) if ordinary else number("scale", scale)
+            if ordinary or float32.is_ordinary(scale, 0.0):
+                result = np.empty((*query.shape[:3], self.value_dim), np.float32)
+                self._attend_last(query, scale, 0.0, result)
+                return result
         query = float_array("query", query)
         return_weights = flag("return_weights", return_weights)
         heads, queries, position = self._check_query(query, position)
@@ -515,29 +517,25 @@ class KVCache:
         queries = query.shape[2]
         part = mask.part((0, queries), (self._start, self._length))
         keys, values, key_scales, value_scales = self._views()
-        scores_alone = part.keep is None and part.bias is None and not (softcap and self._key_offset is not None)
-        if weights is not None or added or not out.size or (key_scales is not None and not scores_alone):
+        scores_alone = (part.keep is None and part.bias is None and part.slopes is None
+                        and not (softcap and self._key_offset is not None))
+        if (weights is not None or added or not out.size or (key_scales is not None and not scores_alone)
+                or not float32.is_ordinary(scale, softcap)):
             held = self.held()
             if added:
                 held = [np.concatenate(pair, axis=2) for pair in zip(held, added, strict=True)]
                 part = part.with_keys(added[0].shape[2])
-            keys, values = (to_float32(array) for array in held)
-            if weights is None and out.size and key_scales is None:
-                functional_float32.attention(query, keys, values, out, scale, softcap, *part.for_kernels())
-                return
+            attend = float32.attention if key_scales is None else plain.attention
             part_weights = None if weights is None else np.empty(part.shape, np.float32)
-            plain.attention(
-                to_float32(query), keys, values, part, scale=scale, softcap=softcap, out=out, weights=part_weights)
+            attend(to_float32(query), *map(to_float32, held), part, out=out, scale=scale, softcap=softcap,
+                   weights=part_weights)
             if weights is not None:
                 tokens = self._length - self._start
                 weights[..., self._start : self._length] = part_weights[..., :tokens]
                 if added:
                     weights[..., -added[0].shape[2] :] = part_weights[..., tokens:]
         elif key_scales is None and not (scores_alone and queries == 1):
-            if keys.shape[2]:
-                functional_float32.attention(query, keys, values, out, scale, softcap, *part.for_kernels())
-            else:
-                out[:] = 0
+            float32.attention(query, keys, values, part, out, scale=scale, softcap=softcap)
         else:
             for run in _runs(*_visible(part)):
                 _decode(query, (keys, values, key_scales, value_scales), out, scale, softcap, run)

@@ -10,6 +10,7 @@ import numpy as np
 from edgeattn.checks import FLOAT32, as_array, count, flag, float_array, is_one_of, to_float32
 
 NO_WINDOW = (-1, -1)
+_LARGEST = np.finfo(np.float32).max
 _ALIGNMENTS = ("upper_left", "lower_right")
 
 
@@ -28,6 +29,8 @@ class Mask(NamedTuple):
         True = attend. Like `bias` read-only and in C order.
     bias : (B or 1, H or 1, L or 1, S) float32 array or None
         Added to the scaled and softcapped scores.
+    slopes : (B or 1, H) float32 array or None
+        -slope * |p - j| is added too: kernels compute it, as an array it would have H L S elements.
     left, right : int
         Keys seen before and after the query's own position, -1 = unbounded.
     offset : int or (B,) int64 array
@@ -39,6 +42,7 @@ class Mask(NamedTuple):
     shape: tuple
     keep: np.ndarray | None
     bias: np.ndarray | None
+    slopes: np.ndarray | None
     left: int
     right: int
     offset: int | np.ndarray
@@ -117,8 +121,27 @@ class Mask(NamedTuple):
                 return None
             return _read_only(np.pad(array, ((0, 0), (0, 0), (0, 0), (0, extra)), constant_values=value))
 
-        return Mask((batch, heads, queries, keys + extra), widen(self.permitted(), True), widen(self.bias, 0), -1, -1,
-                    0, None)
+        return Mask((batch, heads, queries, keys + extra), widen(self.permitted(), True),
+                    widen(self.without_slopes().bias, 0), None, -1, -1, 0, None)
+
+    def without_slopes(self):
+        """The same conditions, and what the slopes add in `bias`: for kernels that know no slopes.
+
+        Returns
+        -------
+        Mask
+        """
+        if self.slopes is None:
+            return self
+        _, _, queries, keys = self.shape
+        # the entries of a batch share one array unless their positions or slopes differ
+        places = _one_if_equal(self.offset)[:, None, None, None] + np.arange(queries)[:, None]
+        distance = np.abs(places - np.arange(keys)).astype(np.float32)
+        with np.errstate(over="ignore"):
+            added = np.clip(-self.slopes[:, :, None, None] * distance, -_LARGEST, _LARGEST)
+            if self.bias is not None:  # of a bias, only -inf hides a key
+                added = np.where(np.isinf(self.bias), self.bias, np.clip(self.bias + added, -_LARGEST, _LARGEST))
+        return self._replace(bias=_read_only(added), slopes=None)
 
     def for_kernels(self):
         """The same conditions as the tiled kernels take them.
@@ -129,15 +152,22 @@ class Mask(NamedTuple):
         bias : float32 array as above, or None
         band : (int, int) or None
             (low, high): query i may see key j when i + low <= j <= i + high; None when it may see every key.
+        alibi : (B or 1, H, 2) float64 array or None
+            The slope of each head, and the position of query 0.
         """
+        alibi = None
+        if self.slopes is not None:
+            places = _one_if_equal(self.offset)
+            alibi = np.empty((max(len(self.slopes), len(places)), self.shape[1], 2))
+            alibi[..., 0], alibi[..., 1] = self.slopes, places[:, None]
         if self.lengths is not None:  # where batch entries differ, one array says it all
-            return np.ascontiguousarray(self.permitted()), self.bias, None
+            return np.ascontiguousarray(self.permitted()), self.bias, None, alibi
         if self.left < 0 and self.right < 0:
-            return self.keep, self.bias, None
+            return self.keep, self.bias, None, alibi
         _, _, queries, keys = self.shape
         low = self.offset - self.left if self.left >= 0 else -queries - keys
         high = self.offset + self.right if self.right >= 0 else queries + keys
-        return self.keep, self.bias, (low, high)
+        return self.keep, self.bias, (low, high), alibi
 
 
 def resolve_mask(
@@ -219,18 +249,10 @@ def resolve_mask(
     if attn_mask is not None:
         mask = _attn_mask(attn_mask, shape)
         keep, bias = (mask, None) if mask.dtype.kind == "b" else (None, mask)
-    if slopes is not None:
-        # the entries of a batch share one array unless their positions or slopes differ
-        starts = np.reshape(offset, -1)
-        starts = starts[:1] if (starts == starts[:1]).all() else starts
-        places = starts[:, None, None, None] + np.arange(queries)[:, None]
-        distance = np.abs(places - np.arange(keys)).astype(np.float32)
-        alibi = -slopes[:, :, None, None] * distance
-        bias = _read_only(alibi if bias is None else bias + alibi)
     if key_padding_mask is not None:
         padding = _key_padding_mask(key_padding_mask, (*lead, keys), batch)
         keep = padding if keep is None else _read_only(keep & padding)
-    return Mask((batch, heads, queries, keys), keep, bias, left, right, offset, lengths)
+    return Mask((batch, heads, queries, keys), keep, bias, slopes, left, right, offset, lengths)
 
 
 def sliding_window(keys):
@@ -323,6 +345,12 @@ def _alibi_slopes(alibi_slopes, lead, heads, batch):
     return slopes.astype(np.float32).reshape(1 if slopes.ndim == 1 else batch, heads)
 
 
+def _one_if_equal(offset):
+    """The offsets of all batch entries as an array, only one where they are the same."""
+    starts = np.reshape(offset, -1)
+    return starts[:1] if (starts == starts[:1]).all() else starts
+
+
 def _read_only(array):
     if array is None:
         return None
@@ -384,8 +412,7 @@ def _attn_mask(attn_mask, shape):
                 f"got dtype {mask.dtype}; {_ATTN_MASK_OF_NUMBERS}"
             )
         if mask.dtype == np.float64:  # what is finite stays so: only -inf means "do not attend"
-            largest = np.finfo(np.float32).max
-            mask = np.where(np.isfinite(mask), np.clip(mask, -largest, largest), mask)
+            mask = np.where(np.isfinite(mask), np.clip(mask, -_LARGEST, _LARGEST), mask)
         mask = to_float32(mask)
     repeated, four_axes = fit_attn_mask(mask.shape, shape, mask.dtype.kind == "b")
     if repeated is not None:

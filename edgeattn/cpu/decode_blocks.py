@@ -3,7 +3,7 @@
 Letters: B batch, H query heads, Hkv key heads, G = H / Hkv queries that share a key head, S keys, D head size, Dv value
 size.  An item is a (batch entry, key head); its keys are cut into blocks of BLOCK, the same blocks whatever the number
 of threads.  Of each block (G, Dv') context, Dv' = Dv rounded up, then (G,) maxima and (G,) sums lie in the scratch that
-all threads share.
+all threads share.  A block's context is divided by its sum, so that no number is larger than the largest value.
 """
 import numpy as np
 from numba.extending import register_jitable
@@ -82,6 +82,12 @@ def cap_and_maximum(private, at, count, softcap):
 
 
 @inlined
+def inverse_of(total):
+    """1 / total; 0 where no key had a weight."""
+    return _ONE / total if total != _ZERO else _ZERO
+
+
+@inlined
 def join_blocks(p, out, lengths, results, feature_of):
     """out (B, H, Dv) = the softmax over all blocks; feature_of(position) says what a context's element is."""
     G, Dv, Dv_up = p[D_H] // p[D_KV_HEADS], p[D_DV], p[D_DV_UP]
@@ -102,15 +108,19 @@ def join_blocks(p, out, lengths, results, feature_of):
             whole = _ZERO
             for block in range(blocks):
                 here = block * p[D_RESULT]
-                weight = exp2(splat(results[maximum + here] - best))
-                whole += results[total + here] * first_lane(weight)
+                weight = results[total + here] * first_lane(exp2(splat(results[maximum + here] - best)))
+                results[total + here] = weight
+                whole += weight
+            inverse = inverse_of(whole)
+            for block in range(blocks):
+                here = block * p[D_RESULT]
+                weight = splat(results[total + here] * inverse)
                 for d in range(0, Dv_up, LANES):
                     part = load(results, context + here + d) * weight
                     if block > 0:
                         part = part + load(results, context + d)
                     store(results, context + d, part)
-            inverse = _ONE / whole
             for d in range(Dv_up):
                 feature = feature_of(d)
                 if feature < Dv:
-                    out[to + feature] = results[context + d] * inverse
+                    out[to + feature] = results[context + d]

@@ -29,6 +29,7 @@ from .decode_blocks import (
     D_V_H,
     D_V_S,
     cap_and_maximum,
+    inverse_of,
     join_blocks,
     keys_of,
     parameters,
@@ -202,7 +203,11 @@ def decode_part(p, scale, softcap, lengths, scratch, portion, worker, part):
                 e = exp2(load(private, at + s) - splat(m))
                 store(private, at + s, e)
                 total = total + e
-            results[to + G * Dv_up + g], results[to + G * (Dv_up + 1) + g] = m, sum_lanes(total)
+            whole = sum_lanes(total)
+            results[to + G * Dv_up + g], results[to + G * (Dv_up + 1) + g] = m, whole
+            inverse = splat(inverse_of(whole))
+            for s in range(0, count, LANES):
+                store(private, at + s, load(private, at + s) * inverse)
         # 3. context (G, Dv)
         context_block(values, batch * p[D_V_B] + kv * p[D_V_H] + s0 * v_row, v_row, count, Dv, Dv_up, G, private,
                       at_scores, results, to)

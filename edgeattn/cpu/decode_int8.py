@@ -40,6 +40,7 @@ from .decode_blocks import (
     D_VS_H,
     D_VS_S,
     cap_and_maximum,
+    inverse_of,
     join_blocks,
     keys_of,
     parameters,
@@ -352,9 +353,10 @@ def decode_part(p, scale, softcap, lengths, scratch, portion, worker, part):
         value_panels(p[D_V] + from_v, v_row, Dv, count, left, panels, address_copy)
         products(G * DIGITS, wd, 0, QUADS, panels, QUADS * WIDTH, Dv_up, (count + 3) // 4, sums, Dv_up)
         for g in range(G):
+            inverse = splat(inverse_of(results[to + G * (Dv_up + 1) + g]))
             for d in range(0, Dv_up, LANES):
                 part_sums = join_digits(sums, DIGITS * g * Dv_up + d, Dv_up, w_corrections, DIGITS * g)
-                store(results, to + g * Dv_up + d, part_sums * splat(units[G + g]))
+                store(results, to + g * Dv_up + d, (part_sums * inverse) * splat(units[G + g]))
     if MATRIX:
         matrix_release()
 

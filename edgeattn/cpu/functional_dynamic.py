@@ -24,8 +24,8 @@ from .dynamic import (
     unit_of,
     weigh_tokens,
 )
-from .fused import ATTENDING, PROJECTING, fill_mask, portions, visible_range
-from .layer_float32 import _NO_BIAS, _NO_KEEP, place_masks, shape_of
+from .fused import ATTENDING, PROJECTING, fill_mask, portions, slope_and_place, visible_range
+from .layer_float32 import _NO_BIAS, _NO_KEEP, place_masks, shape_of, with_alibi
 from .matmul import MATRIX, MATRIX_DEPTH, ROW_STEP, place, round_up
 from .simd import (
     LANES,
@@ -46,9 +46,10 @@ _run = None
 
 (A_B, A_H, A_KV_HEADS, A_L, A_S, A_D, A_DV,
  A_BAND, A_LOW, A_HIGH, A_KEEP_B, A_KEEP_H, A_KEEP_L, A_KEEP_S, A_BIAS_B, A_BIAS_H, A_BIAS_L, A_BIAS_S,
+ A_ALIBI, A_ALIBI_B,
  A_MEAN, A_UNITS, A_KTERM, A_KSCALE, A_VALUES, A_VLOG, A_VINVERSE,
  A_AT_NATURAL, A_AT_ROWS, A_AT_WEIGHTS, A_AT_SEEN, A_AT_KEYS, A_AT_Q, A_AT_QSCALE, A_AT_SCORES, A_AT_P, A_AT_STATS,
- A_AT_DITHER, A_AT_CONTEXT, A_AT_SQUARE, A_AT_MASKS, A_SHARED, A_PRIVATE, A_COUNT) = range(42)
+ A_AT_DITHER, A_AT_CONTEXT, A_AT_SQUARE, A_AT_MASKS, A_SHARED, A_PRIVATE, A_COUNT) = range(44)
 
 
 @inlined
@@ -82,7 +83,7 @@ def attention_part(q, k, v, out, p, factor, keep, bias, scratch, batch, phase, p
     shared_b, shared_f = shared.view(np.int8), shared.view(np.float32)
     at_natural, at_rows, at_weights, at_mean = p[A_AT_NATURAL], p[A_AT_ROWS], p[A_AT_WEIGHTS], p[A_MEAN]
     band = p[A_BAND] != 0
-    has_mask = keep.size > 0 or bias.size > 0
+    has_mask = keep.size > 0 or bias.size > 0 or p[A_ALIBI] != 0
     if MATRIX:
         matrix_configure(private, p[A_AT_STATS])
     if phase == PROJECTING:
@@ -149,11 +150,13 @@ def attention_part(q, k, v, out, p, factor, keep, bias, scratch, batch, phase, p
         first, last, full_from, full_to = visible_range(q0, queries, S, band, p[A_LOW], p[A_HIGH])
         first = first // 4 * 4
         if has_mask:
+            slope, place = slope_and_place(p[A_ALIBI], p[A_ALIBI_B], batch, h)
             fill_mask(private_f, p[A_AT_MASKS],
                       keep, batch * p[A_KEEP_B] + h * p[A_KEEP_H] + q0 * p[A_KEEP_L] + first * p[A_KEEP_S],
                       p[A_KEEP_L], p[A_KEEP_S],
                       bias, batch * p[A_BIAS_B] + h * p[A_BIAS_H] + q0 * p[A_BIAS_L] + first * p[A_BIAS_S],
-                      p[A_BIAS_L], p[A_BIAS_S], queries, last - first, private_f, p[A_AT_SQUARE])
+                      p[A_BIAS_L], p[A_BIAS_S], slope, place + q0 - first, queries, last - first, private_f,
+                      p[A_AT_SQUARE])
         at = kv * S_up
         attend_bytes(private_u, p[A_AT_Q], deep, private_f, p[A_AT_QSCALE], shared, at * K4, K4, shared,
                      p[A_KTERM] + at, shared_f, p[A_KSCALE] + at, shared, p[A_VALUES] + kv * Dvp * v_row, v_row,
@@ -211,16 +214,16 @@ def plan(p, masked):
 
 
 @functools.lru_cache(256)
-def _plan_of(q, k, v, keep, bias, band):
+def _plan_of(q, k, v, keep, bias, band, alibi):
     """(parameters, shared elements, private elements) for arrays and masks of these shapes."""
     p = np.zeros(A_COUNT, np.int64)
     p[A_B], p[A_H], p[A_L], p[A_D] = q
     p[A_KV_HEADS], p[A_S], p[A_DV] = k[1], k[2], v[3]
-    place_masks(p, A_BAND, keep, bias, band)
-    return p, *map(int, plan(p, keep is not None or bias is not None))
+    place_masks(p, A_BAND, keep, bias, band, alibi)
+    return p, *map(int, plan(p, keep is not None or bias is not None or alibi is not None))
 
 
-def attention(q, k, v, out, scale, keep=None, bias=None, band=None):
+def attention(q, k, v, out, scale, keep=None, bias=None, band=None, alibi=None):
     """out (B, H, L, Dv) = softmax(q k^T scale, masked) v, products in int8.
 
     Parameters
@@ -228,11 +231,13 @@ def attention(q, k, v, out, scale, keep=None, bias=None, band=None):
     q, k, v : float32 arrays, C order
         (B, H, L, D), (B, Hkv, S, D), (B, Hkv, S, Dv); no axis empty.
     out : float32 array, C order
-    keep, bias, band
+    keep, bias, band, alibi
         As `functional_float32.attention` takes them.
     """
     global _run
-    p, shared, private = _plan_of(q.shape, k.shape, v.shape, shape_of(keep), shape_of(bias), band)
+    p, shared, private = _plan_of(q.shape, k.shape, v.shape, shape_of(keep), shape_of(bias), band, shape_of(alibi))
+    if alibi is not None:
+        p = with_alibi(p, A_ALIBI, alibi)
     keep = _NO_KEEP if keep is None else keep.reshape(-1).view(np.uint8)
     bias = _NO_BIAS if bias is None else bias.reshape(-1)
     arguments = (q.reshape(-1), k.reshape(-1), v.reshape(-1), out.reshape(-1), p, np.float32(scale), keep, bias)

@@ -16,21 +16,21 @@ _run = None
 
 
 @functools.lru_cache(256)
-def _plan(q, k, v, keep, bias, band):
+def _plan(q, k, v, keep, bias, band, alibi):
     """(parameters, scratch elements of a thread, work) for arrays and masks of these shapes."""
     B, H, L, D = q
     S, Dv = k[2], v[3]
     D_up, Dv_up, Dv_lanes = round_up(D, LANES), round_up(Dv, ROWS), round_up(Dv, LANES)
-    masked = keep is not None or bias is not None
+    masked = keep is not None or bias is not None or alibi is not None
     private = (f.AT_FREE + WIDTH * (max(D_up, Dv_lanes) + D_up + max(Dv_up, Dv_lanes) + ROWS) + ROWS * D + 64
                + (S * Dv_up if Dv != Dv_up else 0) + D_up + (S * WIDTH if masked else 0))
     p = np.zeros(f.F_COUNT, np.int64)
     private = p[f.F_PRIVATE] = round_up(private, 16)
-    place_masks(p, f.F_BAND, keep, bias, band)
+    place_masks(p, f.F_BAND, keep, bias, band, alibi)
     return p, private, 2 * B * H * L * S * (D + Dv)
 
 
-def attention(q, k, v, out, scale, softcap=0.0, keep=None, bias=None, band=None, lengths=None):
+def attention(q, k, v, out, scale, softcap=0.0, keep=None, bias=None, band=None, alibi=None, lengths=None):
     """out (B, H, L, Dv) = softmax(q k^T scale, capped and masked) v.
 
     Parameters
@@ -43,12 +43,16 @@ def attention(q, k, v, out, scale, softcap=0.0, keep=None, bias=None, band=None,
         bool or uint8, and float32.
     band : (low, high) or None
         Query i sees key j when i + low <= j <= i + high.
+    alibi : (B or 1, H, 2) float64, C-contiguous, or None
+        A head's slope, and the position of query 0: -slope * |position - j| is added too.
     lengths : (B,) int64 or None
         Keys that exist per batch entry.
     """
     global _run
-    p, private, work = _plan(q.shape, k.shape, v.shape, shape_of(keep), shape_of(bias), band)
+    p, private, work = _plan(q.shape, k.shape, v.shape, shape_of(keep), shape_of(bias), band, shape_of(alibi))
     p = p.copy()  # the kernel writes addresses into it
+    if alibi is not None:
+        p[f.F_ALIBI] = alibi.ctypes.data
     keep = _NO_KEEP if keep is None else keep.reshape(-1).view(np.uint8)
     bias = _NO_BIAS if bias is None else bias.reshape(-1)
     lengths = _NO_LENGTHS if lengths is None else lengths

@@ -21,7 +21,6 @@ from .simd import (
     WIDTH,
     address_of,
     any_lane,
-    any_nan,
     bits_of,
     float_of_bits,
     fma,
@@ -36,6 +35,7 @@ from .simd import (
     tile_add,
     tile_store,
     tile_zero,
+    to_float,
     transpose_block,
 )
 from .softmax import LOG2_E, exp2, exp2_within, tanh
@@ -48,7 +48,10 @@ SMALL = np.float32(60)
 _SMALL_BITS = SMALL.view(np.int32)
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 _MINUS_INFINITY = np.float32(-np.inf)
-_LOWEST_BIAS = np.float32(-2.3e38)  # times log2(e) it is finite still: only -inf hides a key
+_INFINITY_BITS = np.int32(0x7F800000)
+_LARGEST_BIAS = np.float32(2.3e38)  # times log2(e) it is finite still: only -inf hides a key
+_FURTHEST = (1 << 31) - 1 - WIDTH  # a position whose distances fit int32
+_FAINT = np.float32(2.0**-20)
 _ZERO = np.float32(0)
 _ONE = np.float32(1)
 
@@ -58,6 +61,7 @@ AT_SUM = AT_MAXIMUM + WIDTH
 AT_TILE = AT_SUM + WIDTH
 AT_SCORES = AT_TILE + max(ROWS * WIDTH, LANES * LANES)
 AT_FREE = AT_SCORES + (KEY_BLOCK + ROWS) * WIDTH
+SUMS = KEY_BLOCK * WIDTH // 2  # in float64, that fit where scores are
 
 
 @inlined
@@ -86,36 +90,72 @@ def mask_scores(scores, at, keys, s0, q0, band, low_edge, high_edge, full_from, 
 
 
 @inlined
-def fill_mask(masks, at, keep, at_keep, keep_row, keep_key, bias, at_bias, bias_row, bias_key, queries, keys, square,
-              at_square):
-    """masks (keys, W) = bias * log2(e) where kept, else -inf; lanes past `queries` repeat the last one."""
-    has_keep, has_bias = keep.size > 0, bias.size > 0
+def slope_and_place(alibi, batch_step, batch, head):
+    """What a step away from a query costs its scores, and the position of query 0: of ALiBi, for one head.
+
+    alibi : address of (B or 1, H, 2) float64, or 0 where there is none; batch_step: 0 where all entries share one.
+    """
+    if alibi == 0:
+        return _ZERO, 0
+    pairs = pointer_to(alibi, np.float64)
+    at = batch * batch_step + 2 * head
+    return np.float32(pairs[at]), np.int64(pairs[at + 1])
+
+
+@inlined
+def within(v):
+    """v within +-_LARGEST_BIAS; a NaN stays."""
+    v = select(v > splat(_LARGEST_BIAS), splat(_LARGEST_BIAS), v)
+    return larger(splat(-_LARGEST_BIAS), v)
+
+
+@inlined
+def fill_mask(masks, at, keep, at_keep, keep_row, keep_key, bias, at_bias, bias_row, bias_key, slope, place, queries,
+              keys, square, at_square):
+    """masks (keys, W) = (bias - slope * distance) * log2(e) where kept, else -inf; what is finite stays so.
+
+    The distance of lane q and key s is |place + q - s|; lanes past `queries` have the mask of the last one.
+    """
+    has_keep, has_bias, has_slope = keep.size > 0, bias.size > 0, slope != _ZERO
+    # 1. the bias, and -inf where it is not kept: arrays along keys become rows of lanes
     fast = ((not has_keep) or keep_key == 1) and ((not has_bias) or bias_key == 1)
-    whole = keys // LANES * LANES if fast else 0
+    given = has_keep or has_bias
+    whole = keys // LANES * LANES if given and fast else 0
     for s in range(0, whole, LANES):
         for q0 in range(0, WIDTH, LANES):
             for l in range(LANES):
                 q = min(q0 + l, queries - 1)
                 v = splat(_ZERO)
                 if has_bias:
-                    b = load(bias, at_bias + q * bias_row + s)
-                    v = larger(splat(_LOWEST_BIAS), b) * splat(LOG2_E)
-                    v = select(b == splat(_MINUS_INFINITY), b, v)
+                    v = load(bias, at_bias + q * bias_row + s)
                 if has_keep:
                     kept = load_bytes(keep, at_keep + q * keep_row + s) == splat(np.int32(0))
                     v = select(kept, splat(_MINUS_INFINITY), v)
                 store(square, at_square + l * LANES, v)
             transpose_block(square, at_square, LANES, masks, at + s * WIDTH + q0, WIDTH)
-    for s in range(whole, keys):
+    for s in range(whole, keys if given else 0):
         for q0 in range(WIDTH):
             q = min(q0, queries - 1)
             v = _ZERO
             if has_bias:
                 v = bias[at_bias + q * bias_row + s * bias_key]
-                v = (_LOWEST_BIAS if _MINUS_INFINITY < v < _LOWEST_BIAS else v) * LOG2_E
             if has_keep and keep[at_keep + q * keep_row + s * keep_key] == 0:
                 v = _MINUS_INFINITY
             masks[at + s * WIDTH + q0] = v
+    # 2. the slope, and units of log 2
+    for s in range(keys if has_bias or has_slope or not has_keep else 0):
+        for c in range(0, WIDTH, LANES):
+            v = splat(_ZERO)
+            if given:
+                v = load(masks, at + s * WIDTH + c)
+            added = within(v)
+            if has_slope:
+                distance = splat(np.int32(min(place + c, _FURTHEST) - s)) + lane_index()
+                distance = larger(distance, splat(np.int32(0)) - distance)
+                added = within(added + to_float(distance) * splat(-slope))
+            added = added * splat(LOG2_E)
+            hidden = (bits_of(v) & splat(_MAGNITUDE)) == splat(_INFINITY_BITS)
+            store(masks, at + s * WIDTH + c, select(hidden, v, added))
 
 
 @inlined
@@ -156,12 +196,6 @@ def power_of_distance(score, base):
 
 
 @inlined
-def power_if_visible(score, base):
-    """2**(score - base), and exactly 0 where the score is -inf"""
-    return select(score == splat(_MINUS_INFINITY), splat(_ZERO), exp2(score - base))
-
-
-@inlined
 def powers(power, scores, at, keys, base):
     """Replace the LANES scores at `at` of each of `keys` rows by power(score, base), and return their sums."""
     total = splat(_ZERO)
@@ -192,14 +226,14 @@ def attend_block(q, at_q, k, at_k, k_row, v, at_v, v_row, first, last, D, Dv, sc
     v (S, v_row) row-major, of which rows before `first` may be read, and past `last` those that make k ROWS rows;
     small: whether every score is certain to be smaller than SMALL.
     Rows of `out` are written in whole tiles: up to ROWS - 1 rows past Dv are overwritten.
+    A key whose score is -inf is not there.  Returns whether float32 could hold what was summed.
     """
-    masked = band or has_mask
     top = (Dv + ROWS - 1) // ROWS * ROWS
     at_scores = AT_SCORES + ROWS * WIDTH
     if first >= last:  # no key at all
         for i in range(0, Dv * WIDTH, LANES):
             store(out, at_out + i, splat(_ZERO))
-        return
+        return True
     for s0 in range(first, last, KEY_BLOCK):
         keys = min(KEY_BLOCK, last - s0)
         # 1. scores (keys, W); the last tile steps back rather than past the end, to key 0 at most
@@ -230,19 +264,15 @@ def attend_block(q, at_q, k, at_k, k_row, v, at_v, v_row, first, last, D, Dv, sc
                 if s0 > first:
                     before = load(scratch, AT_MAXIMUM + c * LANES)
                     base = larger(before, base)
+                store(scratch, AT_MAXIMUM + c * LANES, base)
+                base = select(base == splat(_MINUS_INFINITY), splat(_ZERO), base)  # of a query that has seen no key yet
+                if s0 > first:
                     factor = exp2(before - base)
-                    if masked:
-                        factor = select(before == splat(_MINUS_INFINITY), splat(_ZERO), factor)
                     store(scratch, AT_SUM + c * LANES, load(scratch, AT_SUM + c * LANES) * factor)
                     for d in range(top):
                         at_d = at_out + d * WIDTH + c * LANES
                         store(out, at_d, load(out, at_d) * factor)
-                store(scratch, AT_MAXIMUM + c * LANES, base)
-                if masked:  # a query that has seen no key yet
-                    base = select(base == splat(_MINUS_INFINITY), splat(_ZERO), base)
-            if hides:
-                total = powers(power_if_visible, scratch, at, keys, base)
-            elif small:
+            if small and not hides:
                 total = powers(power_of_small, scratch, at, keys, base)
             else:
                 total = powers(power_of_distance, scratch, at, keys, base)
@@ -254,69 +284,89 @@ def attend_block(q, at_q, k, at_k, k_row, v, at_v, v_row, first, last, D, Dv, sc
             add_product(s0 > first, v, at_v + s0 * v_row + d, 1, v_row, scratch, at_scores, keys, CHAIN,
                         out, at_out + d * WIDTH, WIDTH, LANES)
     # 5. divide by the sum; a query that saw no key gets zeros
+    largest = splat(np.int32(0))  # of the bits, as in largest_magnitudes
     for c in range(COLUMNS):
         total = load(scratch, AT_SUM + c * LANES)
-        factor = splat(_ONE) / total
-        if masked:
-            factor = select(total == splat(_ZERO), splat(_ZERO), factor)
+        none = total == splat(_ZERO)
+        factor = select(none, splat(_ZERO), splat(_ONE) / total)
         for d in range(Dv):
             at_d = at_out + d * WIDTH + c * LANES
-            store(out, at_d, load(out, at_d) * factor)
+            mean = load(out, at_d) * factor
+            store(out, at_d, mean)
+            largest = larger(bits_of(mean) & splat(_MAGNITUDE), largest)
+        if small:  # tiny powers alone, times small values, lose digits
+            faint = select(none, splat(_ONE), total) < splat(_FAINT)
+            largest = select(faint, splat(_INFINITY_BITS), largest)
+        if not (band or has_mask):  # without a mask, scores were too low for float32
+            largest = select(none, splat(_INFINITY_BITS), largest)
+    return not any_lane(largest >= splat(_INFINITY_BITS))
 
 
 @inlined
-def has_nan(out, at_out, Dv):
-    """Whether a context (Dv, W) holds a NaN."""
-    found = False
-    for i in range(0, Dv * WIDTH, LANES):
-        if any_nan(load(out, at_out + i)):
-            found = True
-    return found
+def attend_around(q, at_q, k, at_k, k_row, v, at_v, v_row, first, last, D, Dv, scratch, out, at_out, q0, band,
+                  low_edge, high_edge, masks, at_masks, mask_from, has_mask, softcap):
+    """attend_block in plain loops, with sums in float64, that never touch a masked key or value.
 
-
-@inlined
-def attend_around(q, at_q, k, at_k, k_row, v, at_v, v_row, first, last, D, Dv, out, at_out, q0, band, low_edge,
-                  high_edge, masks, at_masks, mask_from, has_mask, softcap):
-    """attend_block in plain loops that never touch a masked key or value: for when what is masked holds NaN."""
+    For when what is masked holds NaN, and for what float32 cannot sum.
+    """
+    sums = pointer_to(address_of(scratch) + 4 * AT_SCORES, np.float64)
     for l in range(WIDTH):
-        best, total = _MINUS_INFINITY, _ZERO
-        for d in range(Dv):
-            out[at_out + d * WIDTH + l] = _ZERO
-        for s in range(first, last):
-            if band and not (low_edge <= s - q0 - l <= high_edge):
-                continue
-            m = _ZERO
-            if has_mask:
-                m = masks[at_masks + (s - mask_from) * WIDTH + l]
-                if m == _MINUS_INFINITY:
+        for d0 in range(0, Dv, SUMS):
+            some = min(SUMS, Dv - d0)
+            best, total = -np.inf, 0.0
+            for d in range(some):
+                sums[d] = 0.0
+            for s in range(first, last):
+                if band and not (low_edge <= s - q0 - l <= high_edge):
                     continue
-            score = _ZERO
-            for d in range(D):
-                score += q[at_q + d * WIDTH + l] * k[at_k + s * k_row + d]
-            if softcap > _ZERO:
-                score = np.float32(np.tanh(score)) * softcap * LOG2_E
-            score += m
-            if not (score <= best):
-                factor = np.float32(2) ** (best - score)
-                best = score
-                total *= factor
-                for d in range(Dv):
-                    out[at_out + d * WIDTH + l] *= factor
-            p = np.float32(2) ** (score - best)
-            total += p
-            for d in range(Dv):
-                out[at_out + d * WIDTH + l] += p * v[at_v + s * v_row + d]
-        if total != _ZERO:
-            for d in range(Dv):
-                out[at_out + d * WIDTH + l] /= total
+                m = _ZERO
+                if has_mask:
+                    m = masks[at_masks + (s - mask_from) * WIDTH + l]
+                    if m == _MINUS_INFINITY:
+                        continue
+                score = 0.0
+                for d in range(D):
+                    score += np.float64(q[at_q + d * WIDTH + l]) * np.float64(k[at_k + s * k_row + d])
+                if softcap > _ZERO:
+                    score = np.float64(np.tanh(np.float32(score))) * np.float64(softcap) * np.float64(LOG2_E)
+                score += np.float64(m)
+                if score == -np.inf:
+                    continue
+                if not (score <= best):
+                    factor = np.float64(np.float32(2) ** np.float32(best - score))
+                    best = score
+                    total *= factor
+                    for d in range(some):
+                        sums[d] *= factor
+                p = np.float64(np.float32(2) ** np.float32(score - best))
+                total += p
+                for d in range(some):
+                    sums[d] += p * np.float64(v[at_v + s * v_row + d0 + d])
+            for d in range(some):
+                out[at_out + (d0 + d) * WIDTH + l] = np.float32(sums[d] / total) if total != 0.0 else _ZERO
+
+
+@inlined
+def attend(q, at_q, k, at_k, k_row, v, at_v, v_row, first, last, D, Dv, scratch, out, at_out, q0, band, low_edge,
+           high_edge, full_from, full_to, masks, at_masks, mask_from, has_mask, softcap, small):
+    """attend_block, and where float32 could not hold what it summed, again with a maximum, then in float64."""
+    while not attend_block(q, at_q, k, at_k, k_row, v, at_v, v_row, first, last, D, Dv, scratch, out, at_out, q0, band,
+                           low_edge, high_edge, full_from, full_to, masks, at_masks, mask_from, has_mask, softcap,
+                           small):
+        if not small:
+            attend_around(q, at_q, k, at_k, k_row, v, at_v, v_row, first, last, D, Dv, scratch, out, at_out, q0, band,
+                          low_edge, high_edge, masks, at_masks, mask_from, has_mask, softcap)
+            break
+        small = False
 
 
 # Positions in the integer parameters of `layer_float32`.
 (P_BATCH, P_L, P_S, P_EQ, P_EK, P_EV, P_EO, P_HEADS, P_KV_HEADS, P_D, P_DV, P_D_PAD, P_DV_PAD, P_HAS_OUT,
  P_WQ, P_BQ, P_WK, P_BK, P_WV, P_BV, P_WO, P_BO,
  P_BAND, P_LOW, P_HIGH, P_KEEP_B, P_KEEP_H, P_KEEP_L, P_KEEP_S, P_BIAS_B, P_BIAS_H, P_BIAS_L, P_BIAS_S,
+ P_ALIBI, P_ALIBI_B,
  P_GROUP, P_UNIT, P_VALUES, P_AT_LARGEST, P_AT_NATURAL, P_AT_Q, P_AT_CONTEXT, P_AT_TAIL, P_AT_MASKS,
- P_SHARED, P_PRIVATE, P_COUNT) = range(45)
+ P_SHARED, P_PRIVATE, P_COUNT) = range(47)
 PROJECTING, ATTENDING, FINISHING = 1, 2, 3  # the phases of a layer; parts of one may run at the same time
 QUERIES = 128  # projected at a time; a multiple of WIDTH
 
@@ -461,11 +511,12 @@ def layer_part(xq, xk, xv, out, weights, p, keep, bias, scratch, batch, from_hea
         project_tokens(xv, (batch * S + begin) * Ev, tokens, Ev, weights, p[P_WV] + v_from * Ev, p[P_BV] + v_from,
                        v_features, shared, at_v, v_block, v_step, private, at_tail)
         return
-    has_mask = keep.size > 0 or bias.size > 0
+    adds = bias.size > 0 or p[P_ALIBI] != 0
+    has_mask = keep.size > 0 or adds
     band = p[P_BAND] != 0
-    mask_per_head = p[P_KEEP_H] != 0 or p[P_BIAS_H] != 0
+    mask_per_head = p[P_KEEP_H] != 0 or p[P_BIAS_H] != 0 or p[P_ALIBI] != 0
     at_natural, at_q, at_masks, at_largest = p[P_AT_NATURAL], p[P_AT_Q], p[P_AT_MASKS], p[P_AT_LARGEST]
-    if bias.size == 0:
+    if not adds:
         for f in range(from_kv * Dp, from_kv * Dp + k_features, k_block):
             largest_magnitudes(shared, f * S_up, k_block, S, k_block, private, at_largest + f)
     to = min((begin + portion) * WIDTH, L)
@@ -494,23 +545,21 @@ def layer_part(xq, xk, xv, out, weights, p, keep, bias, scratch, batch, from_hea
             for h in range(heads):
                 head, kv = from_head * repeats + h, from_kv + h // repeats
                 if has_mask and (h == 0 or mask_per_head):
+                    slope, place = slope_and_place(p[P_ALIBI], p[P_ALIBI_B], batch, head)
                     fill_mask(private, at_masks,
                               keep, batch * p[P_KEEP_B] + head * p[P_KEEP_H] + q0 * p[P_KEEP_L] + first * p[P_KEEP_S],
                               p[P_KEEP_L], p[P_KEEP_S],
                               bias, batch * p[P_BIAS_B] + head * p[P_BIAS_H] + q0 * p[P_BIAS_L] + first * p[P_BIAS_S],
-                              p[P_BIAS_L], p[P_BIAS_S], queries, last - first, private, AT_TILE)
+                              p[P_BIAS_L], p[P_BIAS_S], slope, place + q0 - first, queries, last - first, private,
+                              AT_TILE)
                 at_head = at_q + h * Dp * WIDTH
                 at_k = feature_position(kv * Dp, k_block, k_step)
                 at_v = at_values + feature_position(kv * Dvp, v_block, v_step)
                 at_out = at_chunk + t // WIDTH * step + h * Dvp * WIDTH
-                small = bias.size == 0 and all_small(private, at_head, D, private, at_largest + kv * Dp)
-                attend_block(private, at_head, shared, at_k, k_block, shared, at_v, v_block, first, last, D, Dvp,
-                             private, context, at_out, q0, band, p[P_LOW], p[P_HIGH], full_from, full_to, private,
-                             at_masks, first, has_mask, _ZERO, small)
-                if (band or has_mask) and has_nan(context, at_out, Dvp):
-                    attend_around(private, at_head, shared, at_k, k_block, shared, at_v, v_block, first, last, D, Dvp,
-                                  context, at_out, q0, band, p[P_LOW], p[P_HIGH], private, at_masks, first, has_mask,
-                                  _ZERO)
+                small = not adds and all_small(private, at_head, D, private, at_largest + kv * Dp)
+                attend(private, at_head, shared, at_k, k_block, shared, at_v, v_block, first, last, D, Dvp, private,
+                       context, at_out, q0, band, p[P_LOW], p[P_HIGH], full_from, full_to, private, at_masks, first,
+                       has_mask, _ZERO, small)
         # 4. output rows: projection of the context, or the context itself
         at_row = (batch * L + first_query) * Eo
         if p[P_HAS_OUT] != 0:
@@ -554,7 +603,7 @@ def layer_float32(xq, xk, xv, out, weights, p, keep, bias, scratch, board, count
 (F_B, F_H, F_KV_HEADS, F_L, F_S, F_D, F_DV,
  F_Q, F_Q_B, F_Q_H, F_Q_L, F_K, F_K_B, F_K_H, F_K_S, F_V, F_V_B, F_V_H, F_V_S, F_O, F_O_B, F_O_H, F_O_L,
  F_BAND, F_LOW, F_HIGH, F_KEEP_B, F_KEEP_H, F_KEEP_L, F_KEEP_S, F_BIAS_B, F_BIAS_H, F_BIAS_L, F_BIAS_S,
- F_PRIVATE, F_COUNT) = range(36)
+ F_ALIBI, F_ALIBI_B, F_PRIVATE, F_COUNT) = range(38)
 
 
 @inlined
@@ -585,7 +634,8 @@ def attention_part(p, scale, softcap, keep, bias, lengths, scratch, portion, wor
     Dv_up = (Dv + ROWS - 1) // ROWS * ROWS
     Dv_lanes = (Dv + LANES - 1) // LANES * LANES
     band = p[F_BAND] != 0
-    has_mask = keep.size > 0 or bias.size > 0
+    adds = bias.size > 0 or p[F_ALIBI] != 0
+    has_mask = keep.size > 0 or adds
     all_q, all_k = pointer_to(p[F_Q], private), pointer_to(p[F_K], private)
     all_v, all_o = pointer_to(p[F_V], private), pointer_to(p[F_O], private)
     own = pointer_to(address_of(private), private)
@@ -596,7 +646,7 @@ def attention_part(p, scale, softcap, keep, bias, lengths, scratch, portion, wor
     at_v_copy = at_k_copy + ROWS * D
     at_largest = at_v_copy + S * Dv_up if Dv != Dv_up else at_v_copy
     at_masks = (at_largest + D_up + 15) // 16 * 16
-    bounded = D >= LANES and bias.size == 0 and not softcap > _ZERO
+    bounded = D >= LANES and not adds and not softcap > _ZERO
     measured = copied = -1
     factor = scale / softcap if softcap > _ZERO else scale * LOG2_E
     for item in range(part * portion, min((part + 1) * portion, p[F_B] * H * blocks)):
@@ -614,11 +664,12 @@ def attention_part(p, scale, softcap, keep, bias, lengths, scratch, portion, wor
                 transpose_block(private, at_natural + l * D_up + d, D_up, private, at_q + d * WIDTH + l, WIDTH)
         first, last, full_from, full_to = visible_range(q0, queries, keys, band, p[F_LOW], p[F_HIGH])
         if has_mask:
+            slope, place = slope_and_place(p[F_ALIBI], p[F_ALIBI_B], batch, h)
             fill_mask(private, at_masks,
                       keep, batch * p[F_KEEP_B] + h * p[F_KEEP_H] + q0 * p[F_KEEP_L] + first * p[F_KEEP_S],
                       p[F_KEEP_L], p[F_KEEP_S],
                       bias, batch * p[F_BIAS_B] + h * p[F_BIAS_H] + q0 * p[F_BIAS_L] + first * p[F_BIAS_S],
-                      p[F_BIAS_L], p[F_BIAS_S], queries, last - first, private, AT_TILE)
+                      p[F_BIAS_L], p[F_BIAS_S], slope, place + q0 - first, queries, last - first, private, AT_TILE)
         # 2. fewer keys than a tile has rows, or a value row narrower than whole tiles: read from a padded copy
         k_at, k_row = batch * p[F_K_B] + kv * p[F_K_H], p[F_K_S]
         v_at, v_row = batch * p[F_V_B] + kv * p[F_V_H], p[F_V_S]
@@ -641,12 +692,8 @@ def attention_part(p, scale, softcap, keep, bias, lengths, scratch, portion, wor
             measured = batch * p[F_KV_HEADS] + kv
             largest_magnitudes(k, from_k, step_k, keys, D, private, at_largest)
         small = bounded and all_small(private, at_q, D, private, at_largest)
-        attend_block(private, at_q, k, from_k, step_k, v, from_v, step_v, first, last, D, Dv, private, private,
-                     at_context, q0, band, p[F_LOW], p[F_HIGH], full_from, full_to, private, at_masks, first,
-                     has_mask, softcap, small)
-        if (band or has_mask) and has_nan(private, at_context, Dv):
-            attend_around(private, at_q, k, from_k, step_k, v, from_v, step_v, first, last, D, Dv, private,
-                          at_context, q0, band, p[F_LOW], p[F_HIGH], private, at_masks, first, has_mask, softcap)
+        attend(private, at_q, k, from_k, step_k, v, from_v, step_v, first, last, D, Dv, private, private, at_context,
+               q0, band, p[F_LOW], p[F_HIGH], full_from, full_to, private, at_masks, first, has_mask, softcap, small)
         # 4. turn the context back into rows
         for d in range(0, Dv_lanes, LANES):
             for l in range(0, WIDTH, LANES):

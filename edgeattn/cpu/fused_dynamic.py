@@ -37,7 +37,7 @@ from .dynamic import (
     unit_of,
     weigh_tokens,
 )
-from .fused import ATTENDING, PROJECTING, fill_mask, portions, visible_range
+from .fused import ATTENDING, PROJECTING, fill_mask, portions, slope_and_place, visible_range
 from .linear_dynamic import FLIP as UNSIGNED
 from .linear_dynamic import linear_rows
 from .matmul import MATRIX, MATRIX_DEPTH, ROW_STEP, lane_product, round_up
@@ -62,10 +62,11 @@ QUERIES, KEYS, VALUES = 0, 1, 2
  P_WQ, P_CQ, P_WK, P_CK, P_WV, P_CV, P_WO, P_CO,  # bytes, and what SHIFT adds to their products, in the int32 weights
  P_SQ, P_BQ, P_SK, P_BK, P_SV, P_BV, P_SO, P_BO,  # scales and biases, in the float32 weights
  P_BAND, P_LOW, P_HIGH, P_KEEP_B, P_KEEP_H, P_KEEP_L, P_KEEP_S, P_BIAS_B, P_BIAS_H, P_BIAS_L, P_BIAS_S,
+ P_ALIBI, P_ALIBI_B,
  P_MEAN, P_SMOOTH, P_UNITS, P_KTERM, P_KSCALE, P_VALUES, P_VLOG, P_VINVERSE, P_QUERIES, P_QSCALE,
  P_AT_NATURAL, P_AT_X, P_AT_XSCALE, P_AT_INVERSE, P_AT_TAIL, P_AT_WEIGHTS, P_AT_SEEN, P_AT_KEYS, P_AT_Q, P_AT_SCORES,
  P_AT_P, P_AT_STATS, P_AT_DITHER, P_AT_CONTEXT, P_AT_CBYTES, P_AT_TURNED, P_AT_TILES, P_AT_MASKS,
- P_BATCH, P_SHARED, P_PRIVATE, P_COUNT) = range(74)
+ P_BATCH, P_SHARED, P_PRIVATE, P_COUNT) = range(76)
 
 
 @register_jitable
@@ -225,8 +226,8 @@ def layer_part(xq, xk, xv, out, weights, factors, p, keep, bias, scratch, batch,
             matrix_release()
         return
     b0, b1 = begin, min(begin + portion, (L + WIDTH - 1) // WIDTH)
-    has_mask = keep.size > 0 or bias.size > 0
-    mask_per_head = p[P_KEEP_H] != 0 or p[P_BIAS_H] != 0
+    has_mask = keep.size > 0 or bias.size > 0 or p[P_ALIBI] != 0
+    mask_per_head = p[P_KEEP_H] != 0 or p[P_BIAS_H] != 0 or p[P_ALIBI] != 0
     deep = (D4 + MATRIX_DEPTH - 1) // MATRIX_DEPTH * MATRIX_DEPTH
     for i in range(p[P_AT_Q] + D4 * WIDTH, p[P_AT_Q] + deep * WIDTH, LANES):
         store(private, i, splat(np.int32(0)))
@@ -240,11 +241,13 @@ def layer_part(xq, xk, xv, out, weights, factors, p, keep, bias, scratch, batch,
         for h in range(H):
             kv = h // (H // Hkv)
             if has_mask and (h == 0 or mask_per_head):
+                slope, place = slope_and_place(p[P_ALIBI], p[P_ALIBI_B], batch, h)
                 fill_mask(private_f, p[P_AT_MASKS],
                           keep, batch * p[P_KEEP_B] + h * p[P_KEEP_H] + q0 * p[P_KEEP_L] + first * p[P_KEEP_S],
                           p[P_KEEP_L], p[P_KEEP_S],
                           bias, batch * p[P_BIAS_B] + h * p[P_BIAS_H] + q0 * p[P_BIAS_L] + first * p[P_BIAS_S],
-                          p[P_BIAS_L], p[P_BIAS_S], queries, last - first, private_f, p[P_AT_TILES])
+                          p[P_BIAS_L], p[P_BIAS_S], slope, place + q0 - first, queries, last - first, private_f,
+                          p[P_AT_TILES])
             at_head = at_queries + (q0 * H + h * WIDTH) * D4
             for i in range(0, D4 * WIDTH, LANES):
                 store(private, p[P_AT_Q] + i, load(shared, at_head + i))

@@ -7,7 +7,7 @@ from edgeattn.jit import entry
 
 from . import fused_dynamic as f
 from .dynamic import KEY_BLOCK, SHIFT, STEP, TOKENS
-from .layer_float32 import _LOG2_E, _NO_BIAS, _NO_KEEP, _flat, place_masks, shape_of
+from .layer_float32 import _LOG2_E, _NO_BIAS, _NO_KEEP, _flat, place_masks, shape_of, with_alibi
 from .linear_dynamic import TILES_SIZE, join_depth
 from .matmul import MATRIX_DEPTH, ROW_STEP, pack_byte_panels, pack_byte_rows, place, round_up
 from .simd import LANES, MATRIX_ROWS, OFFSET, WIDTH
@@ -155,17 +155,20 @@ class DynamicLayer:
                     + L * S * H * (Dp + Dvp + 64)) // 3
         return p, shared, private, work
 
-    def __call__(self, xq, xk, xv, out, keep=None, bias=None, band=None):
+    def __call__(self, xq, xk, xv, out, keep=None, bias=None, band=None, alibi=None):
         """out (B, L, Eo) from xq (B, L, Eq), xk (B, S, Ek), xv (B, S, Ev): float32, C order; masks as FloatLayer."""
         B, L, S = xq.shape[0], xq.shape[1], xk.shape[1]
-        key = (B, L, S, xq is xk, xk is xv, shape_of(keep), shape_of(bias), band)
+        key = (B, L, S, xq is xk, xk is xv, shape_of(keep), shape_of(bias), band, shape_of(alibi))
         plan = self._plans.get(key)
         if plan is None:
             if len(self._plans) > 64:
                 self._plans.clear()
-            plan = self._plans[key] = self._plan(B, L, S, keep is not None or bias is not None, *key[3:5])
+            masked = keep is not None or bias is not None or alibi is not None
+            plan = self._plans[key] = self._plan(B, L, S, masked, *key[3:5])
             place_masks(plan[0], f.P_BAND, *key[5:])
         p, shared_size, private_size, work = plan
+        if alibi is not None:
+            p = with_alibi(p, f.P_ALIBI, alibi)
         keep = _NO_KEEP if keep is None else keep.reshape(-1).view(np.uint8)
         bias = _NO_BIAS if bias is None else bias.reshape(-1)
         arguments = (*_flat(xq, xk, xv), out.reshape(-1), self._weights, self._factors, p, keep, bias)

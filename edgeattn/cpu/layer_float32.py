@@ -25,13 +25,25 @@ def _strides(shape):
     return strides
 
 
-def place_masks(p, at, keep, bias, band):
-    """Write what P_BAND and the ten slots after it say into p[at:], of a band and masks of two shapes, or None."""
+def place_masks(p, at, keep, bias, band, alibi=None):
+    """Write what P_BAND and the ten slots after it say into p[at:], of a band and masks of two shapes, or None.
+
+    Two more slots belong to ALiBi, (B or 1, H, 2): the address, which is each call's own, and the step to a next entry.
+    """
     if band is not None:
         p[at:at + 3] = 1, *band
     for slot, shape in ((at + 3, keep), (at + 7, bias)):
         if shape is not None:
             p[slot:slot + 4] = _strides(shape)
+    if alibi is not None and alibi[0] > 1:
+        p[at + 12] = 2 * alibi[1]
+
+
+def with_alibi(p, slot, alibi):
+    """A copy of p, which other calls share, that says in `slot` where `alibi` lies."""
+    p = p.copy()
+    p[slot] = alibi.ctypes.data
+    return p
 
 
 def shape_of(mask):
@@ -154,22 +166,26 @@ class FloatLayer:
                         + L * S * H * (Dp + Dvp))
         return p, shared, private, work
 
-    def __call__(self, xq, xk, xv, out, keep=None, bias=None, band=None):
+    def __call__(self, xq, xk, xv, out, keep=None, bias=None, band=None, alibi=None):
         """out (B, L, Eo) from xq (B, L, Eq), xk (B, S, Ek), xv (B, S, Ev), all float32 and C-contiguous.
 
         keep : uint8 or bool, bias : float32, C-contiguous, broadcast to (B, H, L, S) by NumPy's rules, or None
         band : (low, high) or None: query i sees key j when i + low <= j <= i + high
+        alibi : (B or 1, H, 2) float64, C-contiguous, or None: a head's slope, and the position of query 0
         """
         B, L = xq.shape[0], xq.shape[1]
         S = xk.shape[1]
-        key = (B, L, S, shape_of(keep), shape_of(bias), band)
+        key = (B, L, S, shape_of(keep), shape_of(bias), band, shape_of(alibi))
         plan = self._plans.get(key)
         if plan is None:
             if len(self._plans) > 64:
                 self._plans.clear()
-            plan = self._plans[key] = self._plan(B, L, S, keep is not None or bias is not None)
+            masked = keep is not None or bias is not None or alibi is not None
+            plan = self._plans[key] = self._plan(B, L, S, masked)
             place_masks(plan[0], f.P_BAND, *key[3:])
         p, shared_size, private_size, work = plan
+        if alibi is not None:
+            p = with_alibi(p, f.P_ALIBI, alibi)
         keep = _NO_KEEP if keep is None else keep.reshape(-1).view(np.uint8)
         bias = _NO_BIAS if bias is None else bias.reshape(-1)
         arguments = (*_flat(xq, xk, xv), out.reshape(-1), self.weights, p, keep, bias)

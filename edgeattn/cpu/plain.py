@@ -1,4 +1,4 @@
-"""Attention in float32, one row of scores at a time: for when the probabilities are wanted, or an axis is empty."""
+"""Attention one row of scores at a time: where the probabilities are wanted, an axis is empty, or a scale extreme."""
 
 import math
 
@@ -11,6 +11,7 @@ from edgeattn.jit import jit
 _WORK = 8  # a sum in float64, one number at a time, for each of the operations of a tile
 _NO_KEEP = np.empty((0, 0, 0, 0), np.bool_)
 _NO_BIAS = np.empty((0, 0, 0, 0), np.float32)
+_NO_SLOPES = np.empty((0, 0), np.float32)
 for _absent in (_NO_KEEP, _NO_BIAS):
     _absent.flags.writeable = False  # the type that a mask has, so that one compiled kernel serves both
 
@@ -48,12 +49,13 @@ def attention(query, key, value, mask, *, scale, softcap, out, weights=None, lse
             value[shared],
             _cut(_NO_KEEP if mask.keep is None else mask.keep, own),
             _cut(_NO_BIAS if mask.bias is None else mask.bias, own),
+            _cut(_NO_SLOPES if mask.slopes is None else mask.slopes, own),
             mask.left,
             mask.right,
             offset[entries] + rows.start,
             lengths[entries],
-            np.float32(scale),
-            np.float32(softcap),
+            float(scale),
+            float(softcap),
             out[own],
             np.empty((0, 0, 0, 0), np.float32) if weights is None else weights[own],
             np.empty((0, 0, 0), np.float32) if lse is None else lse[own],
@@ -84,18 +86,18 @@ def _row(mask, b, h, i):
 
 
 @jit
-def _attention(query, key, value, keep, bias, left, right, offset, lengths, scale, softcap, out, weights, lse):
+def _attention(query, key, value, keep, bias, slopes, left, right, offset, lengths, scale, softcap, out, weights, lse):
     # query (B, H, L, D)  key (B, Hkv, S, D)  value (B, Hkv, S, Dv)  out (B, H, L, Dv)
     # keep, bias (B or 1, H or 1, L or 1, S), or empty: absent   weights (B, H, L, S), or empty: not wanted
-    # lse (B, H, L), or empty: not wanted
+    # slopes (B or 1, H), or empty: absent   lse (B, H, L), or empty: not wanted
     # offset, lengths (B,)
     B, H, L, D = query.shape
     Hkv, S, Dv = key.shape[1], key.shape[2], value.shape[3]
     has_keep, has_bias, has_weights, has_lse = keep.size > 0, bias.size > 0, weights.size > 0, lse.size > 0
     key_columns = np.empty((D, S), np.float32)
-    # Long sums are kept in float64, where their roundings vanish; all else is float32.
-    products = np.empty(S, np.float64)
-    scores = np.empty(S, np.float32)
+    # Scores and long sums are kept in float64, where their roundings vanish and no float32 is too large.
+    scores = np.empty(S, np.float64)
+    powers = np.empty(S, np.float32)
     context = np.empty(Dv, np.float64)
     permitted = np.empty(S, np.bool_)
     for b in range(B):
@@ -120,12 +122,12 @@ def _attention(query, key, value, keep, bias, left, right, offset, lengths, scal
                             permitted[j] = keep_row[j]
 
                     # 2. Scores, a column of keys at a time so that the inner loop runs along keys.
-                    products[:] = 0
+                    scores[:] = 0
                     for d in range(D):
                         for j in range(first, last):
-                            products[j] += np.float64(query[b, h, i, d]) * np.float64(key_columns[d, j])
+                            scores[j] += np.float64(query[b, h, i, d]) * np.float64(key_columns[d, j])
                     for j in range(first, last):
-                        scores[j] = products[j] * scale
+                        scores[j] *= scale
                     if softcap != 0:
                         for j in range(first, last):
                             scores[j] = softcap * math.tanh(scores[j] / softcap)
@@ -133,18 +135,24 @@ def _attention(query, key, value, keep, bias, left, right, offset, lengths, scal
                         bias_row = _row(bias, b, h, i)
                         for j in range(first, last):
                             permitted[j] = permitted[j] and bias_row[j] != -np.inf
-                            scores[j] += bias_row[j]
+                            scores[j] += np.float64(bias_row[j])
+                    if slopes.size > 0:
+                        slope = np.float64(slopes[min(b, slopes.shape[0] - 1), h])
+                        for j in range(first, last):
+                            scores[j] -= slope * abs(i + offset[b] - j)
 
-                    # 3. Softmax over the permitted keys. NaN wins no comparison, and spreads from the sum.
-                    highest = np.float32(-np.inf)
+                    # 3. Softmax over the permitted keys; one whose score is -inf is none. NaN wins no comparison, and
+                    # spreads from the sum.
+                    highest = -np.inf
                     for j in range(first, last):
+                        permitted[j] = permitted[j] and scores[j] != -np.inf
                         if permitted[j] and scores[j] > highest:
                             highest = scores[j]
                     total = 0.0
                     for j in range(first, last):
                         if permitted[j]:
-                            scores[j] = math.exp(scores[j] - highest)
-                            total += scores[j]
+                            powers[j] = math.exp(np.float32(scores[j] - highest))
+                            total += powers[j]
                     if has_lse:
                         # without a permitted key: -inf, the log of an empty sum
                         lse[b, h, i] = highest if total == 0 else highest + math.log(total)
@@ -155,7 +163,7 @@ def _attention(query, key, value, keep, bias, left, right, offset, lengths, scal
                         weights[b, h, i, :] = 0
                     for j in range(first, last):
                         if permitted[j]:
-                            weight = np.float32(scores[j] / total)
+                            weight = np.float32(powers[j] / total)
                             if has_weights:
                                 weights[b, h, i, j] = weight
                             for d in range(Dv):

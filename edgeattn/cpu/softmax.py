@@ -16,9 +16,11 @@ _L1, _L2, _L3, _L4 = (np.float32(1.439014713548267), np.float32(-0.6799443458292
                       np.float32(-0.0847687653054377))
 # 1.5 * 2**23 + 127: adding it leaves the nearest integer, as the exponent of a float32, in the low bits.
 _ROUND = np.float32(12583039.0)
-# What is less than 2**-110 of a row's largest weight adds nothing to it in float32. Less still, times a small value, is
-# no normal float32, and each product that gives such a one costs some processors a hundred times as much.
+# What is less than 2**-110 of a row's largest weight adds nothing to it in float32, and counts as nothing: less still,
+# times a small value, is no normal float32, and each product that gives such a one costs some processors a hundred
+# times as much.
 _LOWEST = np.float32(-110.0)
+_LEAST = np.float32(2.0**-110)
 _ONE = np.float32(1)
 _TWO = np.float32(2)
 _HALF = np.float32(0.5)
@@ -41,13 +43,13 @@ def exp2_within(t):
 
 @inlined
 def exp2(t):
-    """2**t per lane for t < 127; t below -110 counts as -110 and a NaN stays."""
-    return exp2_within(larger(splat(_LOWEST), t))
+    """2**t - 2**-110 per lane for t < 127: 2**t in float32 for t above -86, 0 for t below -110; a NaN stays."""
+    return exp2_within(larger(splat(_LOWEST), t)) - splat(_LEAST)
 
 
 @inlined
 def exp2_roughly(t):
-    """2**t per lane to a five-hundredth; limits and NaN as in exp2.
+    """2**t per lane to a five-hundredth; t below -110 counts as -110 and a NaN stays.
 
     A product with the power of two, for an addition to the exponent would make a number of a NaN full of ones.
     """

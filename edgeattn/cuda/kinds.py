@@ -3,7 +3,8 @@
 A kind has describe(array), its address and, as something to be compared, all else that decides how it is read, without
 a View; address(array); empty(shape, dtype, like); device(array), None where it says nothing; and stream(array), on
 which it is used, None where nothing is queued; and by_dlpack(array), whether DLPack has to tell of it. `together`: all
-arrays of the kind are used on one stream at a time. `kept`: nobody else sees to it that its memory stays while a launch is under way.
+arrays of the kind are used on one stream at a time. `kept`: nobody else sees to it that its memory stays while a launch
+is under way.
 """
 import sys
 

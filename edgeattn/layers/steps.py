@@ -6,7 +6,7 @@ The projections give a token the same bits alone and in a chunk, so that a cache
 import numpy as np
 
 from edgeattn.checks import FLOAT32, to_float32
-from edgeattn.cpu import functional_float32, plain
+from edgeattn.cpu import float32
 from edgeattn.layers.call import handed_over, is_next, is_unmasked, room, self_masks
 
 
@@ -106,10 +106,7 @@ def _attend_once(layer, call, q, k, v, added, context, weights):
     if added:
         k, v = (to_float32(np.concatenate(pair, axis=2)) for pair in zip((k, v), added, strict=True))
         mask = mask.with_keys(layer.extra_keys)
-    if weights is None and context.size and k.size:
-        functional_float32.attention(q, k, v, context, layer.scale, call.softcap, *mask.for_kernels())
-    else:
-        plain.attention(q, k, v, mask, scale=layer.scale, softcap=call.softcap, out=context, weights=weights)
+    float32.attention(q, k, v, mask, context, scale=layer.scale, softcap=call.softcap, weights=weights)
 
 
 def _attend_cached(layer, call, q, k, v, added, context, weights):

@@ -518,7 +518,7 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
                              "each call")
 
     def _run_fused(self, query, key, value, mask, result):
-        keep, _, band = mask.for_kernels()
+        keep, _, band, _ = mask.for_kernels()
         classes = self._classes
         if classes is not None:
             fit_mask(classes, mask.shape)
@@ -533,7 +533,7 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
             xv = xk if value is key else np.ascontiguousarray(value[:, slice(*tokens)])
             xq = xk if query is key and rows == tokens else np.ascontiguousarray(query[:, slice(*rows)])
             cache._take_slots(tokens[1] - tokens[0])
-            keep, _, band = mask.part(rows, (cache.start, cache.length)).for_kernels()
+            keep, _, band, _ = mask.part(rows, (cache.start, cache.length)).for_kernels()
             held = cache.length - cache.start
             if held == 0:  # one key that is not there
                 held, keep, band = 1, np.zeros((1, 1, 1, 1), np.bool_), None
