@@ -318,7 +318,7 @@ def static_layer(rng, number):
     _, linears, tensors, table = make_layer(
         np.random.default_rng(layer_seed), H, E, D, Dv, Eo, zero_points, rules, softmax)
     right = []
-    if "tables" not in masks and S <= 100:
+    if "tables" not in masks and B * H * L * S <= 2000:  # in integers of Python
         right = [(oracle.static_layer(*x, H, linears, tensors, rules, softmax, table, **masks), 0)] * 2
     return f"{'+'.join(kinds)} {masks.get('band', '')} B={B} {H=} {L=} {S=} {D=} {Dv=} {E=} {Eo=} {softmax}", call, right
 

@@ -32,7 +32,7 @@ class Bug(NamedTuple):
 
 GIVEN = "test_kernels_float32.py::test_attention_on_given_arrays"
 FLOAT = "test_kernels_float32.py::test_float_layer"
-GROUPS = "test_kernels_float32.py::test_layers_in_groups_of_heads"
+GROUPS = "test_kernels_float32.py::test_layers_in_groups_of_heads[256-8-77]"
 STATIC = "test_kernels_int8.py::test_every_rule_set_equals_integer_arithmetic[float_rne-float_rne-float_rne-lut_f32-"
 SYMMETRIC, ASYMMETRIC = STATIC + "symmetric]", STATIC + "asymmetric]"
 DROPPED = "test_kernels_int8.py::test_a_dropped_key_is_not_there[lut_f32]"
@@ -90,7 +90,7 @@ BUGS = [
     Bug("a sum of chains loses all but its last two", "matmul.py",
         "        if begun or k > 0:\n", "        if begun:\n", GIVEN),
     Bug("a bias is added for every block of the depth", "matmul.py",
-        "if k + BLOCK >= depth:", "if k >= 0:", FLOAT),
+        "if k + BLOCK >= depth:", "if k >= 0:", FLOAT + "[(1, 130, 130, 96, 4, 4, 24, 40, 70)]"),
     # one query against a cache
     Bug("a block's sum is not weighed when blocks are joined", "decode_blocks.py",
         "weight = results[total + here] * first_lane(exp2(splat(results[maximum + here] - best)))",
@@ -126,7 +126,7 @@ BUGS = [
         "if h == 0 or (has_keep and p[P_KEEP_H] != 0):", "if h == 0:", DROPPED),
     Bug("a last tile of queries is written whole", "fused_int8.py",
         "if l + ROWS <= queries and e + WIDTH <= Eo:", "if e + WIDTH <= Eo:", "fence static-layer"),
-    Bug("a row without a key keeps its reciprocal of zero", "softmax_int8.py",
+    Bug("probabilities are twice as large where keys are masked", "softmax_int8.py",
         "inverse = _zero_where(empty, inverse)", "inverse = inverse + _zero_where(empty, inverse)", DROPPED),
     Bug("a row's maximum is that of every other key", "softmax_int8.py",
         "return larger_bytes(m, shift_right_logical(m, splat(np.int32(8))) | (m << splat(np.int32(24))))", "return m",
@@ -147,9 +147,6 @@ BUGS = [
         "x[at + whole + i] if whole + i < E else _ZERO", "x[at + whole + i]", TOKEN),
     Bug("rows that only fill up a block keep what was there", "dynamic.py",
         "range(at_out + tokens * E4, at_out + rows * E4, LANES)", "range(0)", TOKEN),
-    Bug("a key that is not finite has a part in the mean", "dynamic.py",
-        "_SMALLEST < size < _INFINITY", "_SMALLEST < size",
-        "test_functional_dynamic.py::test_what_is_behind_a_mask_stays_there"),
     Bug("a function's query head reads another group's keys", "functional_dynamic.py",
         "kv = h // (H // Hkv)", "kv = h % Hkv", FORMULA),
     Bug("the last features of a function's row are not cleared", "functional_dynamic.py",
