@@ -246,8 +246,8 @@ def quantize_values(x, at, rows, unit, out, at_out, row_bytes, logs, at_logs, in
     """x (rows, W) to rows of bytes, row_bytes apart, and the scale of each lane: its base-2 logarithm and inverse.
 
     Both in units of `unit`.  The logarithm is found roughly, the inverse from that exactly, the codes from the inverse:
-    they fit one another.  A lane that is not finite gets a NaN for a logarithm, which shows in its scores, where masks are: it goes where it
-    may be seen.
+    they fit one another.  A lane that is not finite gets a NaN for a logarithm, which shows in its scores, where masks
+    are: it goes where it may be seen.
     """
     lowest = max(unit * _SMALLEST_VALUE, _SMALLEST_SIZE)
     for c in range(0, WIDTH, LANES):
