@@ -62,7 +62,8 @@ def attend_next(layer, x, cache):
     k = linears["k"](x).reshape(batch, layer.num_kv_heads, 1, layer.head_dim)
     v = linears["v"](x).reshape(batch, layer.num_kv_heads, 1, layer.value_dim)
     cache._check_finite(k, v)
-    cache._store_without(layer.k_bias)
+    if not cache._length:
+        cache._store_without(layer.k_bias)
     cache._append(k, v)
     context = np.empty((batch, layer.num_heads, 1, layer.value_dim), np.float32)
     cache._attend_last(
