@@ -289,7 +289,7 @@ class KVCache:
 
         What `scaled_dot_product_attention` computes with the cached keys and values; S is `length`. One query
         at a time reads the cache in place. So does any number of queries, unless an int8 cache is used with
-        masks or slopes, or the probabilities are wanted.
+        masks or slopes, or with a softcap after a layer left its key bias out, or the probabilities are wanted.
 
         Parameters
         ----------
@@ -474,12 +474,13 @@ class KVCache:
 
     def _append(self, key, value):
         """Store float32 (B, Hkv, n, D) and (B, Hkv, n, Dv), for which there is room; or their codes, by `scales`."""
-        if self._key_offset is not None and key.dtype != np.int8:
-            key = key - self._key_offset
         slots = self._take_slots(key.shape[2])
         if self.dtype == "float32" or key.dtype == np.int8:
             self._keys[:, :, slots], self._values[:, :, slots] = key, value
-        elif self.scales is not None:
+            return
+        if self._key_offset is not None:
+            key = key - self._key_offset
+        if self.scales is not None:
             self._keys[:, :, slots] = _quantize_by(self.scales[0], key)
             self._values[:, :, slots] = _quantize_by(self.scales[1], value)
         else:

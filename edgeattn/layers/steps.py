@@ -64,7 +64,8 @@ def attend_next(layer, x, cache):
     v = linears["v"](x).reshape(batch, layer.num_kv_heads, 1, layer.value_dim)
     q = linears["q"](x).reshape(batch, layer.num_heads, 1, layer.head_dim)
     cache._check_finite(k, v)
-    cache._store_without(layer.k_bias)
+    if not cache._length:
+        cache._store_without(layer.k_bias)
     context = np.empty((batch, layer.num_heads, 1, layer.value_dim), np.float32)
     with cache._chunk():
         cache._append(k, v)
