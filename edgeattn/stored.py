@@ -51,8 +51,8 @@ class Budget:
 
     def _refuse_beyond(self, most: int, nbytes: int, what: str) -> None:
         if nbytes > most:
-            raise ValueError(f"{what} would unpack to {nbytes:.3g} bytes, of {self.limit:,} that a file of this size "
-                             "may; where that is right, save it without compression")
+            raise ValueError(f"{what} takes {nbytes:.3g} bytes, and a file of this size may unpack to {self.limit:,}; "
+                             "where that is right, save it without compression")
 
 
 class StoredTensor:

@@ -163,15 +163,11 @@ class _Parser:
     # -- tables
 
     def tables(self, table: int, kind: str, field: str, read) -> list:
-        """What ``read`` makes of each table in a vector of tables; of one that is named again, the same."""
+        """What ``read`` makes of each table in a vector of tables, given its position and number."""
         positions = self.get(table, kind, field)
         if positions.size > _MOST_TABLES:
             raise self.error(f"has {positions.size} {kind}.{field}; expected at most {_MOST_TABLES}")
-        known = {}
-        for number, position in enumerate(positions.tolist()):
-            if position not in known:
-                known[position] = read(position, number)
-        return [known[position] for position in positions.tolist()]
+        return [read(position, number) for number, position in enumerate(positions.tolist())]
 
     def graph(self) -> Graph:
         if len(self.data) < 8 or self.data[4:8] != IDENTIFIER:

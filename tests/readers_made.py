@@ -191,8 +191,11 @@ def layer_file(change, **tensors):
         whole = readers._of("load a static layer")[0]
         size = int.from_bytes(whole[:8], "little")
         header = json.loads(json.loads(whole[8:8 + size])["__metadata__"]["edgeattn"])
+        before = header["config"]["score_ops"]
         change(header["config"])
-        return safetensors.numpy.save({**safetensors.numpy.load(whole), **tensors}, metadata={"edgeattn": json.dumps(header)})
+        kept = {name: tensor for name, tensor in safetensors.numpy.load(whole).items()
+                if header["config"]["score_ops"] is before or not name.startswith("score_ops.")}
+        return safetensors.numpy.save({**kept, **tensors}, metadata={"edgeattn": json.dumps(header)})
     return make
 
 
@@ -203,8 +206,10 @@ def configs():
         "10,000 score_ops": layer_file(lambda c: c.update(score_ops=[{"op": "MulConstant", "code": 1, "constant": q, "output": q}] * 10_000)),
         "masks that broadcast to 2^38": layer_file(
             lambda c: c.update(score_ops=[{"op": "SelectMask", "fill": -128}] * 2),
-            **{"score_ops.0.keep": np.ones((1, 1, 2**18, 1), bool), "score_ops.1.keep": np.ones((1, 1, 1, 2**18), bool),
-               "score_ops.1.codes": np.zeros(1, np.int8)}),
+            **{"score_ops.0.keep": np.ones((1, 1, 2**18, 1), bool), "score_ops.1.keep": np.ones((1, 1, 1, 2**18), bool)}),
+        "masks that broadcast to 2^23": layer_file(
+            lambda c: c.update(score_ops=[{"op": "SelectMask", "fill": -128}] * 2),
+            **{"score_ops.0.keep": np.ones((1, 1, 2**18, 1), bool), "score_ops.1.keep": np.ones((1, 1, 1, 2**5), bool)}),
         "masks that broadcast to 2^34": layer_file(
             lambda c: c.update(score_ops=[{"op": "SelectMask", "fill": -128}] * 2),
             **{"score_ops.0.keep": np.ones((1, 1, 2**17, 1), bool), "score_ops.1.keep": np.ones((1, 1, 1, 2**17), bool)}),
@@ -264,7 +269,7 @@ class Tables:
         return bytes(self.data)
 
 
-def graph(operators=1, operands=1, tensors=1, outputs=1, scales=0, buffers=1, **tensor):
+def graph(operators=1, operands=1, tensors=1, outputs=1, scales=0, buffers=1, constants=0, **tensor):
     """A file of one table a kind, each named so often."""
     t = Tables()
     t.table("model", "Model", operator_codes="codes", subgraphs="graphs", buffers="buffers")
@@ -274,14 +279,16 @@ def graph(operators=1, operands=1, tensors=1, outputs=1, scales=0, buffers=1, **
     t.table("graph", "SubGraph", tensors="tensors", operators="operators", outputs="outputs")
     t.vector("outputs", np.zeros(outputs, "<i4"))
     t.vector("buffers", ["buffer"] * buffers)
-    t.table("buffer", "Buffer")
+    t.table("buffer", "Buffer", data="bytes")
+    t.vector("bytes", np.zeros(4 * constants, "u1"))
     if scales:
-        t.table("quantization", "QuantizationParameters", scale="scales")
-        t.vector("scales", np.ones(scales, "<f4"))
         tensor["quantization"] = "quantization"
     t.vector("tensors", ["tensor"] * tensors if not scales else [f"tensor{i}" for i in range(tensors)])
     for i in range(tensors if scales else 1):
         t.table(f"tensor{i}" if scales else "tensor", "Tensor", **tensor)
+    if scales:  # behind who names them: offsets lead forwards
+        t.table("quantization", "QuantizationParameters", scale="scales")
+        t.vector("scales", np.ones(scales, "<f4"))
     t.vector("operators", ["operator"] * operators)
     t.table("operator", "Operator", inputs="operands")
     t.vector("operands", np.zeros(operands, "<i4"))
@@ -316,30 +323,21 @@ def chain(kind, count, shape=(1, 4, 8)):
     return make
 
 
-def every_activation(shape):
-    """The static layer's graph, all activations of one shape."""
-    def make(_):
-        import dataclasses
-
-        from edgeattn.tflite_file import parse
-        from quant.export.tflite import serialize
-
-        graph = parse(readers._of("load a tflite")[0], "a.tflite")
-        graph.tensors = [dataclasses.replace(t, shape=shape) if t.data is None else t for t in graph.tensors]
-        return serialize(graph)
-    return make
+def long(length):
+    """The static layer's graph, without its mask, for so many tokens."""
+    return lambda _: readers.write_tflite(readers.static_layer()._replace(score_ops=()), sequence_length=length)
 
 
 @made(".tflite")
 def tables():
     return {
-        "8000 operators of 8000 operands": lambda _: graph(8000, 8000), "100,000 operators": lambda _: graph(100_000, 9),
+        "8000 operators of 8000 operands": lambda _: graph(8000, 8000), "8000 operators of 8000 constants": lambda _: graph(8000, 8000, constants=1), "100,000 operators": lambda _: graph(100_000, 9),
         "200,000 tensors": lambda _: graph(tensors=200_000), "9000 tensors of 100,000 scales": lambda _: graph(tensors=9000, scales=100_000),
         "200,000 outputs": lambda _: graph(outputs=200_000), "200,000 buffers": lambda _: graph(buffers=200_000),
         "a model that is its own graph": lambda _: b"\x08\0\0\0TFL3" + bytes(400), "200,000 operands": lambda _: graph(1, 200_000),
         "9999 operators that share 100,000 operands": lambda _: graph(9999, 100_000),
         **{f"{count} times {kind}": chain(kind, count) for kind in ("RESHAPE", "TRANSPOSE", "MUL", "ADD", "SELECT_V2") for count in (9, 900)},
-        "activations of 2^22": every_activation((2**19, 8)), "activations of 2^60": every_activation((2**30, 2**30)),
+        "activations of 2^22, which are read": long(2**19), "activations of 2^23": long(2**20),
     }
 
 
@@ -481,6 +479,12 @@ def archives():
     }
 
 
+def with_circle(content):
+    """An HDF5 file whose heap of texts the library follows for ever: the size of its first object leads back."""
+    at = content.index(b"GCOL") + 24
+    return content[:at] + b"\xff" + content[at + 1:]
+
+
 @made(".h5")
 def hdf5():
     def file(fill):
@@ -516,7 +520,7 @@ def hdf5():
         "links in circles": file(loop), "300 layers of one name": file(named), "links outside": file(
             lambda c, h5py: c.__setitem__("layers/a", h5py.ExternalLink("/etc/hostname", "/x"))),
         "a link to itself": file(lambda c, h5py: c.__setitem__("a", h5py.SoftLink("/a"))), "only a signature": lambda _: b"\x89HDF\r\n\x1a\n" + bytes(9000),
-        "settings of nested lists": file(lambda c, _: c.attrs.__setitem__("model_config", "[" * 60_000)),
+        "a heap in circles": lambda _: with_circle(readers.keras_h5()), "settings of nested lists": file(lambda c, _: c.attrs.__setitem__("model_config", "[" * 60_000)),
         "settings that are numbers": file(lambda c, _: c.attrs.__setitem__("model_config", np.zeros(9))),
     }
 

@@ -7,6 +7,7 @@ import zipfile
 
 import numpy as np
 import pytest
+from readers_made import with_circle
 
 from edgeattn import MultiHeadAttention, SelfAttention
 
@@ -340,6 +341,27 @@ def test_data_outside_of_the_file_is_not_read(tmp_path):
             external=[(str(tmp_path / "secret"), 0, E * H * D * 4)],
         )
     with pytest.raises(ValueError, match="query_dense/vars/0 lies in another file"):
+        MultiHeadAttention.from_keras(path)
+
+
+def test_attributes_that_would_be_read_for_ever_are_read_where_they_are_wanted_and_then_refused(tmp_path):
+    require_h5py()
+    path = tmp_path / "model.weights.h5"
+    write_weights(path, {FIRST: ("att", variables())})
+    path.write_bytes(with_circle(path.read_bytes()))
+    wanted = variables()["query/kernel"].reshape(E, H * D).T
+    for layer in (None, FIRST):
+        np.testing.assert_array_equal(MultiHeadAttention.from_keras(path, layer).q_weight, wanted)
+    with pytest.raises(ValueError, match="model.weights.h5 is not a whole .h5 file of Keras: its attributes cannot be read"):
+        MultiHeadAttention.from_keras(path, "att")
+
+
+def test_compressed_data_sets_are_refused_with_the_way_out(tmp_path):
+    h5py = require_h5py()
+    path = tmp_path / "model.weights.h5"
+    with h5py.File(path, "w") as content:
+        content.create_dataset(f"{FIRST}/query_dense/vars/0", data=np.zeros((E, H, D), "f"), compression="gzip")
+    with pytest.raises(ValueError, match="query_dense/vars/0 is stored compressed; rewrite the file with h5repack -f NONE"):
         MultiHeadAttention.from_keras(path)
 
 

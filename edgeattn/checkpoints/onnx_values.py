@@ -110,11 +110,13 @@ class Values:
         if self._folder is None:
             raise NotRead(f"{what} lies in a file {location[:200]!r}, and the model in none; give the model's path")
         folder = os.path.realpath(self._folder)
-        path = os.path.realpath(os.path.join(folder, location))
-        if not location or "\0" in location or os.path.isabs(location) or os.path.commonpath([folder, path]) != folder:
+        path = os.path.realpath(os.path.join(folder, location.replace("\0", "")))
+        if not location or os.path.isabs(location) or os.path.commonpath([folder, path]) != folder:
             raise NotRead(f"{what} must lie in a file in the model's folder, got {location[:200]!r}")
         if not os.path.isfile(path):
             raise NotRead(f"{what} lies in {location[:200]!r}, which is no file in the model's folder")
+        if not all(told.get(key, "0").isdecimal() for key in ("offset", "length")):
+            raise NotRead(f"{what} must have a whole offset and length, got {reason(told)}")
         offset, length = (int(told[key]) if key in told else None for key in ("offset", "length"))
         with open(path, "rb") as file:
             nbytes = Budget(file_size(file)).nbytes(shape, dtype.itemsize, what)
