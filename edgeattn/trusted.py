@@ -5,6 +5,7 @@ must be root, this process's user or the owner of this package's own sources, an
 may flip a bit: so a checksum over everything stands in front, and is compared before anything is made of the rest. It
 is no signature: whoever can write a file can write its checksum.
 """
+import errno
 import functools
 import hashlib
 import os
@@ -70,8 +71,9 @@ def write(path, content):
         Where it cannot be written.
     """
     path = pathlib.Path(path)
+    check_folder(path.parent)
     _make(path.parent)
-    check_folder(os.fspath(path.parent))
+    check_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         # Never writable for others, whatever the umask.
@@ -99,7 +101,9 @@ def check_folder(folder):
     of the folders that lead to it. What does not exist yet is nobody's.
     """
     if _CHECKED:
-        reason = _reason(os.path.abspath(folder))
+        folder = os.path.abspath(folder)
+        # What is not there yet may be anybody's later.
+        reason = (_reason if os.path.isdir(folder) else _reason.__wrapped__)(folder)
         if reason:
             raise Untrusted(reason)
 
@@ -134,8 +138,10 @@ def _way(path):
             status = os.lstat(entry)
         except FileNotFoundError:
             return
+        if not (stat.S_ISDIR(status.st_mode) or stat.S_ISLNK(status.st_mode)):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), entry)
         yield entry, status
-        if not stat.S_ISLNK(status.st_mode):
+        if stat.S_ISDIR(status.st_mode):
             here = entry
             continue
         links += 1

@@ -142,6 +142,19 @@ def test_links_are_followed_through_every_folder_they_pass(path, tmp_path):
         trusted.read(tmp_path / "round" / "kept")
 
 
+def test_what_comes_to_be_is_looked_at_anew(tmp_path):
+    trusted.check_folder(tmp_path / "later" / "kept")
+    (tmp_path / "later").mkdir()
+    (tmp_path / "later").chmod(0o777)
+    with pytest.raises(trusted.Untrusted):
+        trusted.check_folder(tmp_path / "later" / "kept")
+    with pytest.raises(trusted.Untrusted):
+        trusted.write(tmp_path / "later" / "kept" / "file", b"content")
+    assert not list((tmp_path / "later").iterdir())
+    with pytest.raises(NotADirectoryError):
+        trusted.check_folder("/dev/null/cache")
+
+
 def test_only_a_file_is_read(path):
     path.with_name("link").symlink_to("kept")
     with pytest.raises(OSError, match="[Ll]evels|[Ll]inks"):
