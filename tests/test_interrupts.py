@@ -246,8 +246,8 @@ def test_every_kind_of_call_is_ended_by_a_signal_and_right_the_next_time(monkeyp
                 continue
             np.testing.assert_array_equal(result, expected, err_msg=name)
             break
-        # probabilities are cut in Python, which looks by itself
-        assert n > 1 or name == "probabilities", f"{name} never looked for signals"
+        # probabilities are cut in Python, which looks by itself; another thread may have taken every part
+        assert n > 1 or name == "probabilities" or count > 1, f"{name} never looked for signals"
 
 
 @pytest.mark.parametrize("shape", [(5, 3, 7, 1000), (1, 3, 7, 1000), (1, 1, 1, 1000), (4, 2, 2, 10), (0, 2, 3, 4)])
