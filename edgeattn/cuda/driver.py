@@ -36,6 +36,8 @@ class DeviceArray:
     Attributes
     ----------
     device : int
+    layout : tuple
+        All that decides how it is read, but the address.
     """
 
     def __init__(self, owner, shape, dtype, stream=0):
@@ -43,6 +45,7 @@ class DeviceArray:
         self.nbytes = math.prod(self.shape) * self.dtype.itemsize
         self.device, self._context = owner.device(), owner.context()
         self.pointer = owner.allocate(max(self.nbytes, 1))
+        self.layout = self.shape, self.dtype, self.device, self.pointer % 16
 
     def __del__(self):
         if getattr(self, "pointer", 0):

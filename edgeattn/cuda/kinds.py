@@ -1,10 +1,10 @@
 """Who made an array on the device, and makes results and scratch memory of the same kind on the same stream.
 
 A kind has describe(array), its address and, as something to be compared, all else that decides how it is read, without
-a View; address(array); empty(shape, dtype, like); device(array), None where it says nothing; and stream(array), on
-which it is used, None where nothing is queued; and by_dlpack(array), whether DLPack has to tell of it. `together`: all
-arrays of the kind are used on one stream at a time. `kept`: nobody else sees to it that its memory stays while a launch
-is under way.
+a View; address(array); empty(shape, dtype, like); device(array), None where it says nothing; stream(array), on which it
+is used, None where nothing is queued; and by_dlpack(array), whether DLPack has to tell of that. `together`: all arrays
+of the kind are used on one stream at a time. `kept`: nobody else sees to it that its memory stays while a launch is
+under way.
 """
 import sys
 
@@ -122,8 +122,7 @@ class _Ours(_Foreign):
 
     @staticmethod
     def describe(array):
-        pointer = array.pointer
-        return pointer, (array.shape, array.dtype, array.device, pointer % 16)
+        return array.pointer, array.layout
 
     @staticmethod
     def address(array):

@@ -5,6 +5,7 @@ stands among the arguments that are given; results that a call makes itself come
 """
 
 import functools
+import typing
 
 import numpy as np
 
@@ -33,12 +34,10 @@ class Known:
         if not self._calls:
             return None
         kind = kinds()
-        of, pointers, key = [], [], [options, _types(options)]
+        pointers, key = [], [options, _types(options)]
         try:
             for array in arrays:
-                found = None if array is None else kind(array)
-                pointer, layout = (0, None) if found is None else found.describe(array)
-                of.append(found)
+                pointer, layout = (0, None) if array is None else kind(array).describe(array)
                 pointers.append(pointer)
                 key.append(layout)
             known = self._calls.get(tuple(key))
@@ -46,17 +45,17 @@ class Known:
             return None
         if known is None:
             return None
-        record, read, written, made = known
         if arrays[OUT] is not None:
-            low, high = pointers[OUT] + written[0], pointers[OUT] + written[1]
-            for place, (begin, end) in read:
+            begin, end = known.written
+            low, high = pointers[OUT] + begin, pointers[OUT] + end
+            for place, (begin, end) in known.read:
                 if pointers[place] + begin < high and low < pointers[place] + end:
                     return None
-        gpu = current_driver()()
-        if gpu.device() == record.device:
-            return _made(gpu, record, made, arrays, of, pointers)
-        with gpu.on(record.device):
-            return _made(gpu, record, made, arrays, of, pointers)
+        gpu, device = current_driver()(), known.record.device
+        if gpu.device() == device:
+            return known.launched(gpu, arrays, pointers)
+        with gpu.on(device):
+            return known.launched(gpu, arrays, pointers)
 
     def remember(self, arrays, options, record, read, made):
         """Know a call from now on.
@@ -68,41 +67,71 @@ class Known:
         read = [(view.pointer.place, _around(view)) for view in read if view.pointer.place >= 0 and view.size]
         if len(self._calls) >= _MOST:
             self._calls.clear()
+        of = [None if array is None else kind(array) for array in arrays]
         try:
-            layouts = [None if array is None else kind(array).describe(array)[1] for array in arrays]
-            self._calls[(options, _types(options), *layouts)] = (
-                record, read, _around(made[0][1]), [(place, view.shape, view.dtype) for place, view in made])
-        except (AttributeError, TypeError):  # an array of DLPack alone, a window_size given as a list
+            layouts = [None if found is None else found.describe(array)[1]
+                       for array, found in zip(arrays, of, strict=True)]
+            self._calls[(options, _types(options), *layouts)] = _Call(
+                record, read, _around(made[0][1]), [(place, view.shape, view.dtype) for place, view in made], of[0],
+                [(place, found) for place, found in enumerate(of)
+                 if found is not None and not (found is of[0] and found.together)],
+                [place for place, found in enumerate(of) if found is not None and found.kept])
+        except (AttributeError, TypeError):  # an array of DLPack, a window_size given as a list
             return
 
 
-def _made(gpu, record, made, arrays, of, pointers):
-    """The result of a known call, launched in the order that edgeattn.cuda.call.Call keeps."""
-    like, makes, results = arrays[0], of[0], []
-    stream = makes.stream(like) or 0
-    others = ()
-    for array, found in zip(arrays, of, strict=True):
-        if found is None or (found is makes and found.together):
-            continue
-        theirs = found.stream(array)
-        if theirs is not None and theirs != stream and theirs not in others:
-            gpu.order(theirs, stream)
-            others = (*others, theirs)
-    if arrays[OUT] is not None:
-        results.append(arrays[OUT])
-    pointers += 0, 0
-    for place, shape, dtype in made[len(results):]:
-        results.append(makes.empty(shape, dtype, like))
-        pointers[place] = makes.address(results[-1])
-    scratch = makes.empty((record.scratch,), np.int8, like) if record.scratch else None
-    pointers += makes.address(scratch) if record.scratch else 0, 0
-    record.replay(gpu, pointers, stream)
-    for other in others:
-        gpu.order(stream, other)
-    kept = [array for array, found in zip(arrays, of, strict=True) if found is not None and found.kept]
-    if kept:
-        gpu.keep(kept, stream)
-    return tuple(results) if len(results) > 1 else results[0]
+class _Call(typing.NamedTuple):
+    """What is known of a call. The layouts of arrays tell their kinds.
+
+    Parameters
+    ----------
+    record : edgeattn.cuda.record.Record
+    read : list of (place, (begin, end))
+        What `out` must not overlap, from the array's address.
+    written : (begin, end)
+        Of `out`.
+    made : list of (place, shape, dtype)
+        Of each result, `out` first.
+    makes : kind
+        Of results and scratch memory.
+    elsewhere : list of (place, kind)
+        Arrays that may be used on another stream than the launches.
+    kept : list of place
+        Arrays to be held until the launches have passed.
+    """
+
+    record: object
+    read: list
+    written: tuple
+    made: list
+    makes: object
+    elsewhere: list
+    kept: list
+
+    def launched(self, gpu, arrays, pointers):
+        """The result, in the order that edgeattn.cuda.call.Call keeps."""
+        makes, like, results, others = self.makes, arrays[0], [], ()
+        stream = makes.stream(like) or 0
+        for place, kind in self.elsewhere:
+            theirs = kind.stream(arrays[place])
+            if theirs is not None and theirs != stream and theirs not in others:
+                gpu.order(theirs, stream)
+                others = (*others, theirs)
+        if arrays[OUT] is not None:
+            results.append(arrays[OUT])
+        pointers += 0, 0
+        for place, shape, dtype in self.made[len(results):]:
+            results.append(makes.empty(shape, dtype, like))
+            pointers[place] = makes.address(results[-1])
+        record = self.record
+        scratch = makes.empty((record.scratch,), np.int8, like) if record.scratch else None
+        pointers += makes.address(scratch) if record.scratch else 0, 0
+        record.replay(gpu, pointers, stream)
+        for other in others:
+            gpu.order(stream, other)
+        if self.kept:
+            gpu.keep([arrays[place] for place in self.kept], stream)
+        return tuple(results) if len(results) > 1 else results[0]
 
 
 def _types(options):
