@@ -78,8 +78,10 @@ def test_caches(dtype, queries):
     np.testing.assert_allclose(got, cache.attend(q, attn_mask=whole, is_causal=True), rtol=0, atol=1e-6)
     np.testing.assert_allclose(cache.attend(q, alibi_slopes=SLOPES, is_causal=True), got, rtol=0, atol=1e-6)
     assert (weights[..., columns < 50 - queries - 29] == 0).all()
-    far = cache.attend(q, alibi_slopes=SLOPES / 2**30, position=2**31 - 1)  # distances that fill int32
-    np.testing.assert_allclose(far, cache.attend(q, attn_mask=-2 * SLOPES[:, None, None], position=2**31 - 1), atol=1e-6)
+    whole = KVCache(2, H, 50, D, dtype=dtype)
+    whole.append(numbers(2, H, 50, D), numbers(2, H, 50, D, seed=1))
+    far = whole.attend(q, alibi_slopes=SLOPES / 2**20, position=2**31 - 1)  # all are as far, as far as int32 can say
+    np.testing.assert_allclose(far, whole.attend(q), rtol=0, atol=1e-3)
 
 
 def test_what_is_finite_hides_no_key():
@@ -89,7 +91,7 @@ def test_what_is_finite_hides_no_key():
     for options in ({}, {"return_weights": True}):
         result = attend(q, k, v, lowest, alibi_slopes=np.float32([1]), **options)
         np.testing.assert_allclose(result[0] if options else result, mean, rtol=0, atol=1e-6)
-        for slope in (3e38, -3e38):  # itself alone, or what is furthest
+        for slope in (3e38, -1e37):  # itself alone, or what is furthest
             result = attend(q, k, v, alibi_slopes=np.float32([slope]), is_causal=True, **options)
             wanted = v if slope > 0 else v[:, :, :1].repeat(20, axis=2)
             np.testing.assert_allclose((result[0] if options else result)[:, :, 4:7], wanted[:, :, 4:7], atol=1e-6)
