@@ -65,7 +65,7 @@ test-cuda: $(ready_cuda) ## the CUDA tests on a GPU, and compute-sanitizer
 test-cuda-offline: $(ready_cuda) ## ... emulated and compiled, without a GPU
 	@$(run_python) -m pytest --long tests/test_cuda_*.py $(ARGS)
 
-fuzz: $(ready_fuzz) ## readers of files, 20 s each; ARGS="--seconds 600"
+fuzz: $(ready_fuzz) ## readers of files, 20 s each (--seconds N)
 	@$(run_python) tools/fuzz/run.py $(ARGS)
 
 lint: $(ready_dev) ## style, imports, what no tracked file may hold
