@@ -71,7 +71,7 @@ test-cuda: ## the CUDA tests on a GPU, nine minutes, with the Python there is
 test-cuda-offline: $(ready_cuda) ## ... emulated and compiled, without a GPU
 	@$(python) -m pytest --long tests/test_cuda_*.py $(ARGS)
 
-fuzz: $(ready_fuzz) ## readers of files, 20 s each; ARGS="--seconds 600"
+fuzz: $(ready_fuzz) ## readers of files, 20 s each (--seconds N)
 	@$(python) tools/fuzz/run.py $(ARGS)
 
 lint: $(ready_dev) ## style, imports, what no tracked file may hold

@@ -1,7 +1,7 @@
 """Data sets of an HDF5 file, bounded by the size of the file; and its attributes, which another process reads.
 
 Reading attributes, the HDF5 library follows a damaged heap for ever: 4 of 2,300 files with a few changed bytes held it
-up, all of them there, and none of 20,000 whose attributes were left alone (HDF5 2.0). So attributes are read only when
+up, all of them there, and none of 10,000 whose attributes were left alone (HDF5 2.0). So attributes are read only when
 they are wanted, by a process that is ended when it takes too long.
 """
 
