@@ -63,7 +63,7 @@ class _Part(codegen.CPUCodeLibrary):
         self._finalized = True
 
     def get_pointer_to_function(self, name):
-        """Where Python arrives that calls a part: a TypeError, not address 0."""
+        """Return what Python calls in a part's stead: a function of its own that raises a TypeError."""
         self._ensure_finalized()
         return ctypes.cast(ctypes.pythonapi.PyErr_BadArgument, ctypes.c_void_p).value
 
