@@ -62,7 +62,7 @@ class _Part(codegen.CPUCodeLibrary):
         self._verify_declare_only_symbols()
         self._finalized = True
 
-    def get_pointer_to_function(self, name):
+    def get_pointer_to_function(self, _name):
         """Return what Python calls in a part's stead: a function of its own that raises a TypeError."""
         self._ensure_finalized()
         return ctypes.cast(ctypes.pythonapi.PyErr_BadArgument, ctypes.c_void_p).value
