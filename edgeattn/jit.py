@@ -21,7 +21,7 @@ from edgeattn.messages import LOG
 KERNELS = []  # every dispatcher that `jit` has made
 PATIENCE = 1.0  # seconds that a kernel may compile in silence
 # Parts lean on names that Numba keeps to itself: with another version they are compiled as Numba compiles anything.
-PARTS_TESTED_WITH = ("0.68",)
+PARTS_TESTED_WITH = ("0.61", "0.68")
 USES_PARTS = ".".join(numba.__version__.split(".")[:2]) in PARTS_TESTED_WITH
 
 
