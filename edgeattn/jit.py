@@ -21,7 +21,7 @@ from edgeattn.messages import LOG
 KERNELS = []  # every dispatcher that `jit` has made
 PATIENCE = 1.0  # seconds that a kernel may compile in silence
 # Parts lean on names that Numba keeps to itself: with another version they are compiled as Numba compiles anything.
-PARTS_TESTED_WITH = ("0.68",)
+PARTS_TESTED_WITH = ("0.61", "0.68")
 USES_PARTS = ".".join(numba.__version__.split(".")[:2]) in PARTS_TESTED_WITH
 
 
@@ -62,8 +62,8 @@ class _Part(codegen.CPUCodeLibrary):
         self._verify_declare_only_symbols()
         self._finalized = True
 
-    def get_pointer_to_function(self, name):  # noqa: ARG002 - Numba's signature
-        """Where Python arrives that calls a part: a TypeError, not address 0."""
+    def get_pointer_to_function(self, _name):
+        """Return what Python calls in a part's stead: a function of its own that raises a TypeError."""
         self._ensure_finalized()
         return ctypes.cast(ctypes.pythonapi.PyErr_BadArgument, ctypes.c_void_p).value
 
