@@ -65,7 +65,7 @@ test-arm64-short: $(ready_arm64) $(linking) ## ... a few dozen tests, emulated P
 	@$(python) tools/arm64/run.py $(ARM64) --short -- $(ARGS)
 
 # Needs no registry: where there is no environment of ours, with the machine's own python3.
-test-cuda: ## the CUDA tests on a GPU, nine minutes, with the Python there is
+test-cuda: ## the CUDA tests on a GPU, in nine minutes
 	@tools/cuda/on_device.sh
 
 test-cuda-offline: $(ready_cuda) ## ... emulated and compiled, without a GPU
