@@ -91,10 +91,12 @@ def test_a_query_does_not_depend_on_the_queries_beside_it():
     rng = np.random.default_rng(2)
     q, k, v = (rng.standard_normal((1, 2, n, 16)).astype(np.float32) for n in (70, 700, 700))
     k[:, :, 160:256] = 0  # no mean is taken from these
-    masks = {"window_size": (450, -1), "causal_alignment": "lower_right"}
-    whole = attend(q, k, v, **masks)
-    for begin in (1, 5, 22, 37):
-        np.testing.assert_array_equal(attend(q[:, :, begin:], k, v, **masks), whole[:, :, begin:])
+    for masks in ({"window_size": (450, -1), "causal_alignment": "lower_right"},
+                  {"window_size": (-1, 475), "causal_alignment": "upper_left"}):  # the last ends beyond a block
+        whole = attend(q, k, v, **masks)
+        for cut in (1, 5, 22, 33, 37):
+            part = slice(cut, None) if masks["causal_alignment"] == "lower_right" else slice(cut)
+            np.testing.assert_array_equal(attend(q[:, :, part], k, v, **masks), whole[:, :, part])
 
 
 # -- masks of one huge number ----------------------------------------------------------------------------------------

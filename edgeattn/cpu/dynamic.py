@@ -564,7 +564,7 @@ def attend_bytes(q, at_q, depth4, q_scales, at_q_scale, k, at_k, k_row, k_terms,
             for g in range(groups, deep):
                 store(scratch, at_p + g * WIDTH + c, splat(np.int32(0)))
             total, shift = (t0 + t1) + (t2 + t3), load(scratch_f, at_new_shift + c)
-            # what turns the context so far, and what it gets now, into the context
+            # what turns the context so far, and what it gets now, into the context; that, at the end, into the result
             before, now = splat(_ONE), splat(_ONE)
             if s0 > first:
                 old_top, old_shift = load(scratch_f, at_top + c), load(scratch_f, at_shift + c)
@@ -577,11 +577,11 @@ def attend_bytes(q, at_q, depth4, q_scales, at_q_scale, k, at_k, k_row, k_terms,
             store(scratch_f, at_top + c, top)
             store(scratch_f, at_shift + c, shift)
             store(scratch_f, at_total + c, total)
-            factor = splat(_ONE)
+            store(scratch_f, at_new_top + c, before)
+            store(scratch_f, at_factor + c, now)
             if is_last:  # a query that saw no key gets zeros
-                factor = select(total == splat(_ZERO), splat(_ZERO), splat(unit) / total)
-            store(scratch_f, at_new_top + c, before * factor)
-            store(scratch_f, at_factor + c, now * factor)
+                total = select(total == splat(_ZERO), splat(_ZERO), splat(unit) / total)
+                store(scratch_f, at_total + c, total)
         # 3. context
         lane_product(True, False, v, at_v + s0 // 4, v_row, rows, scratch_u, at_p, deep, scratch, at_scores)
         for d in range(rows):
@@ -596,5 +596,7 @@ def attend_bytes(q, at_q, depth4, q_scales, at_q_scale, k, at_k, k_row, k_terms,
                 context = to_float(now) * load(scratch_f, at_factor + c)
                 if s0 > first:
                     context = fma(load(out, at_out + i), load(scratch_f, at_new_top + c), context)
+                if is_last:
+                    context = context * load(scratch_f, at_total + c)
                 store(out, at_out + i, context)
         s0 += keys
