@@ -156,7 +156,7 @@ def self_masks(layer, x, attn_mask, key_padding_mask, is_causal, causal_alignmen
     """`Mask.for_kernels` of attention of the tokens x (B, L, E) to themselves."""
     batch, length, _ = x.shape
     if is_unmasked(attn_mask, key_padding_mask, is_causal, causal_alignment, window_size, alibi_slopes):
-        return None, None, causal_band(is_causal, length)
+        return None, None, causal_band(is_causal, length), None
     return resolve_mask((batch, layer.num_heads, length, length), attn_mask, key_padding_mask, is_causal=is_causal,
                         causal_alignment=causal_alignment, window_size=window_size,
                         alibi_slopes=alibi_slopes).for_kernels()

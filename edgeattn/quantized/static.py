@@ -439,7 +439,7 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
             masks = (attn_mask, key_padding_mask, is_causal, causal_alignment, window_size, None)
             x = query if query.ndim == 3 else query[None]
             if kv_cache is None and (x is query or is_unmasked(*masks)):
-                keep, _, band = self_masks(self, x, *masks)
+                keep, _, band, _ = self_masks(self, x, *masks)
                 result = room(out, (*x.shape[:2], self.output_dim), _INT8, x, *masks)
                 self._kernel(x, x, x, result, keep, band, None, self._tables)
                 return handed_over(result, query, out)
