@@ -177,7 +177,7 @@ def static_layer(xq, xk, xv, num_heads, linears, tensors, rules, softmax, table,
     def linear(x, name, source, target):
         weight, ws, bias = linears[name]
         (xs, xz), (ys, yz) = tensors[source], tensors[target]
-        acc = (x.astype(np.int64) - xz) @ weight.astype(np.int64).T + bias
+        acc = (x.astype(np.int64) - xz) @ weight.astype(np.int64).T + (0 if bias is None else bias)
         return requantize(fc_rule, acc, multipliers_fc(fc_rule, xs, ws, ys), yz)
 
     def split(y):

@@ -163,7 +163,7 @@ def attention_part(q, k, v, out, p, factor, keep, bias, scratch, batch, phase, p
                      shared_f, p[A_VLOG] + at, shared_f, p[A_VINVERSE] + at, shared_f[p[A_UNITS] + kv], first, last,
                      Dvp, private, private_u, private_f, p[A_AT_SCORES], p[A_AT_P], p[A_AT_STATS], p[A_AT_DITHER],
                      private_f, p[A_AT_CONTEXT], q0, band, p[A_LOW], p[A_HIGH], full_from, full_to, private_f,
-                     p[A_AT_MASKS], has_mask, bias.size > 0)
+                     p[A_AT_MASKS], has_mask, bias.size > 0 or p[A_ALIBI] != 0)
         turn(private, p[A_AT_CONTEXT], Dv_up, WIDTH, private, at_natural)
         for l in range(queries):
             for d in range(Dv):

@@ -257,7 +257,7 @@ def layer_part(xq, xk, xv, out, weights, factors, p, keep, bias, scratch, batch,
                          at_vinverse + kv * S_up, shared_f[p[P_UNITS] + kv], first, last, Dvp, private, private_u,
                          private_f, at_scores, p[P_AT_P], p[P_AT_STATS], p[P_AT_DITHER], private_f,
                          at_context + h * Dvp * WIDTH, q0, band, p[P_LOW], p[P_HIGH], full_from, full_to, private_f,
-                         p[P_AT_MASKS], has_mask, bias.size > 0)
+                         p[P_AT_MASKS], has_mask, bias.size > 0 or p[P_ALIBI] != 0)
         at_row = (batch * L + q0) * Eo
         if p[P_HAS_OUT] == 0:
             for h in range(H):
