@@ -83,7 +83,8 @@ def in_words_of_the_command(message: str) -> str:
     """What a Python function says, for those who type commands."""
     for python, option in ADVICE.items():
         message = message.replace(python, option)
-    message = re.sub(rf"(^|: )({'|'.join(OPTIONS)})(?= must | is | needs )",  # the file stands before it where there is one
+    # the file stands before it where there is one
+    message = re.sub(rf"(^|: )({'|'.join(OPTIONS)})(?= must | is | needs )",
                      lambda found: f"{found[1]}--{found[2].replace('_', '-')}", message)
     return re.sub(r"(--scheme )'(static|dynamic)'", r"\1\2", message)
 
