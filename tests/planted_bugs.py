@@ -67,7 +67,7 @@ BUGS = [
         "        total = total + p0\n    return total", "    return total", GIVEN),
     Bug("softcap bounds the scores and does not scale them back", "fused.py",
         "splat(softcap * LOG2_E)", "splat(LOG2_E)", GIVEN),
-    Bug("a query head reads another group's keys", "fused.py", "kv = h // group", "kv = h % p[F_KV_HEADS]", GIVEN),
+    Bug("a query head reads another group's keys", "fused.py", "kv = h // group", "kv = h % p.kv_heads", GIVEN),
     Bug("a float mask is in other units than the scores", "fused.py",
         "added = added * splat(LOG2_E)", "added = added", GIVEN),
     Bug("a padded copy of keys takes rows behind the last", "fused.py",
@@ -75,7 +75,7 @@ BUGS = [
     Bug("the last features of a key are measured past its end", "fused.py",
         "d = min(start, D - LANES)", "d = start", "fence float32-function"),
     Bug("the padded copy of another batch entry's values is used", "fused.py",
-        "copied != batch * p[F_KV_HEADS] + kv:", "copied != kv:", "fence float32-function"),
+        "copied != batch * p.kv_heads + kv:", "copied != kv:", "fence float32-function"),
     Bug("no scratch for masks", "functional_float32.py", "(S * WIDTH if masked else 0)", "0",
         "fence float32-function"),
     # float32 layers, and the tiled product

@@ -14,6 +14,7 @@ from edgeattn.crew import separate, share
 from edgeattn.jit import inlined, jit
 
 from .matmul import BLOCK, CHAIN, add_product, feature_position, multiply_ahead, part_of_block, project
+from .records import MASKS, named, record
 from .simd import (
     COLUMNS,
     LANES,
@@ -599,11 +600,9 @@ def layer_float32(xq, xk, xv, out, weights, p, keep, bias, scratch, board, count
                       from_head, FINISHING, features, at_once)
 
 
-# Positions in the integer parameters of `attention_float32`; strides count elements, addresses bytes.
-(F_B, F_H, F_KV_HEADS, F_L, F_S, F_D, F_DV,
- F_Q, F_Q_B, F_Q_H, F_Q_L, F_K, F_K_B, F_K_H, F_K_S, F_V, F_V_B, F_V_H, F_V_S, F_O, F_O_B, F_O_H, F_O_L,
- F_BAND, F_LOW, F_HIGH, F_KEEP_B, F_KEEP_H, F_KEEP_L, F_KEEP_S, F_BIAS_B, F_BIAS_H, F_BIAS_L, F_BIAS_S,
- F_ALIBI, F_ALIBI_B, F_PRIVATE, F_COUNT) = range(38)
+# The parameters of `attention_float32`: sizes; of each array its address and its strides, in elements; masks.
+ATTENTION = record("batch heads kv_heads queries keys head_size value_size",
+                   "q q_b q_h q_l", "k k_b k_h k_s", "v v_b v_h v_s", "out out_b out_h out_l", MASKS, "private_size")
 
 
 @inlined
@@ -618,26 +617,27 @@ def copy_rows(source, at, step, rows, size, factor, target, to, target_step):
 
 
 @separate
-def attention_part(p, scale, softcap, keep, bias, lengths, scratch, portion, worker, part):
+def attention_part(parameters, scale, softcap, keep, bias, lengths, scratch, portion, worker, part):
     """Scaled dot product attention over given queries, keys and values, for a portion of (batch, head, block).
 
-    q (B, H, L, D), k (B, Hkv, S, D), v (B, Hkv, S, Dv), out (B, H, L, Dv): float32 at addresses and strides in p, the
+    q (B, H, L, D), k (B, Hkv, S, D), v (B, Hkv, S, Dv), out (B, H, L, Dv): float32 where the parameters say, the
     last dimension contiguous; they stay where they are unless a tile would read past their end.
     keep, bias: flat mask data or empty.  lengths: (B,) int64 keys that exist per batch entry, or empty.
     scratch: float32, for each thread its own.
     """
-    private = scratch[worker * p[F_PRIVATE]:]
-    H, L, S, D, Dv = p[F_H], p[F_L], p[F_S], p[F_D], p[F_DV]
-    group = H // p[F_KV_HEADS]
+    p = named(parameters, ATTENTION)
+    private = scratch[worker * p.private_size:]
+    H, L, S, D, Dv = p.heads, p.queries, p.keys, p.head_size, p.value_size
+    group = H // p.kv_heads
     blocks = (L + WIDTH - 1) // WIDTH
     D_up = (D + LANES - 1) // LANES * LANES
     Dv_up = (Dv + ROWS - 1) // ROWS * ROWS
     Dv_lanes = (Dv + LANES - 1) // LANES * LANES
-    band = p[F_BAND] != 0
-    adds = bias.size > 0 or p[F_ALIBI] != 0
+    band = p.band != 0
+    adds = bias.size > 0 or p.alibi != 0
     has_mask = keep.size > 0 or adds
-    all_q, all_k = pointer_to(p[F_Q], private), pointer_to(p[F_K], private)
-    all_v, all_o = pointer_to(p[F_V], private), pointer_to(p[F_O], private)
+    all_q, all_k = pointer_to(p.q, private), pointer_to(p.k, private)
+    all_v, all_o = pointer_to(p.v, private), pointer_to(p.out, private)
     own = pointer_to(address_of(private), private)
     at_natural = AT_FREE
     at_q = at_natural + WIDTH * max(D_up, Dv_lanes)
@@ -649,37 +649,37 @@ def attention_part(p, scale, softcap, keep, bias, lengths, scratch, portion, wor
     bounded = D >= LANES and not adds and not softcap > _ZERO
     measured = copied = -1
     factor = scale / softcap if softcap > _ZERO else scale * LOG2_E
-    for item in range(part * portion, min((part + 1) * portion, p[F_B] * H * blocks)):
+    for item in range(part * portion, min((part + 1) * portion, p.batch * H * blocks)):
         batch, h, q0 = item // (H * blocks), item // blocks % H, item % blocks * WIDTH
         kv = h // group
         queries = min(WIDTH, L - q0)
         keys = S if lengths.size == 0 else min(max(lengths[batch], 0), S)
         # 1. queries of this block, scaled, turned so that queries are lanes
-        copy_rows(all_q, batch * p[F_Q_B] + h * p[F_Q_H] + q0 * p[F_Q_L], p[F_Q_L], queries, D, factor,
+        copy_rows(all_q, batch * p.q_b + h * p.q_h + q0 * p.q_l, p.q_l, queries, D, factor,
                   private, at_natural, D_up)
         for i in range(queries * D_up, WIDTH * D_up):
             private[at_natural + i] = _ZERO
         for d in range(0, D_up, LANES):
             for l in range(0, WIDTH, LANES):
                 transpose_block(private, at_natural + l * D_up + d, D_up, private, at_q + d * WIDTH + l, WIDTH)
-        first, last, full_from, full_to = visible_range(q0, queries, keys, band, p[F_LOW], p[F_HIGH])
+        first, last, full_from, full_to = visible_range(q0, queries, keys, band, p.low, p.high)
         if has_mask:
-            slope, place = slope_and_place(p[F_ALIBI], p[F_ALIBI_B], batch, h)
+            slope, place = slope_and_place(p.alibi, p.alibi_b, batch, h)
             fill_mask(private, at_masks,
-                      keep, batch * p[F_KEEP_B] + h * p[F_KEEP_H] + q0 * p[F_KEEP_L] + first * p[F_KEEP_S],
-                      p[F_KEEP_L], p[F_KEEP_S],
-                      bias, batch * p[F_BIAS_B] + h * p[F_BIAS_H] + q0 * p[F_BIAS_L] + first * p[F_BIAS_S],
-                      p[F_BIAS_L], p[F_BIAS_S], slope, place + q0 - first, queries, last - first, private, AT_TILE)
+                      keep, batch * p.keep_b + h * p.keep_h + q0 * p.keep_l + first * p.keep_s,
+                      p.keep_l, p.keep_s,
+                      bias, batch * p.bias_b + h * p.bias_h + q0 * p.bias_l + first * p.bias_s,
+                      p.bias_l, p.bias_s, slope, place + q0 - first, queries, last - first, private, AT_TILE)
         # 2. fewer keys than a tile has rows, or a value row narrower than whole tiles: read from a padded copy
-        k_at, k_row = batch * p[F_K_B] + kv * p[F_K_H], p[F_K_S]
-        v_at, v_row = batch * p[F_V_B] + kv * p[F_V_H], p[F_V_S]
+        k_at, k_row = batch * p.k_b + kv * p.k_h, p.k_s
+        v_at, v_row = batch * p.v_b + kv * p.v_h, p.v_s
         short = keys < ROWS
         if short:
             for s in range(ROWS):
                 for d in range(D):
                     private[at_k_copy + s * D + d] = all_k[k_at + s * k_row + d] if s < keys else _ZERO
-        if Dv != Dv_up and copied != batch * p[F_KV_HEADS] + kv:
-            copied = batch * p[F_KV_HEADS] + kv
+        if Dv != Dv_up and copied != batch * p.kv_heads + kv:
+            copied = batch * p.kv_heads + kv
             for s in range(keys):
                 for d in range(Dv):
                     private[at_v_copy + s * Dv_up + d] = all_v[v_at + s * v_row + d]
@@ -688,19 +688,19 @@ def attention_part(p, scale, softcap, keep, bias, lengths, scratch, portion, wor
         v, from_v, step_v = (all_v, v_at, v_row) if Dv == Dv_up else (own, at_v_copy, Dv_up)
         k, from_k, step_k = (own, at_k_copy, D) if short else (all_k, k_at, k_row)
         # 3. attention
-        if bounded and measured != batch * p[F_KV_HEADS] + kv:
-            measured = batch * p[F_KV_HEADS] + kv
+        if bounded and measured != batch * p.kv_heads + kv:
+            measured = batch * p.kv_heads + kv
             largest_magnitudes(k, from_k, step_k, keys, D, private, at_largest)
         small = bounded and all_small(private, at_q, D, private, at_largest)
         attend(private, at_q, k, from_k, step_k, v, from_v, step_v, first, last, D, Dv, private, private, at_context,
-               q0, band, p[F_LOW], p[F_HIGH], full_from, full_to, private, at_masks, first, has_mask, softcap, small)
+               q0, band, p.low, p.high, full_from, full_to, private, at_masks, first, has_mask, softcap, small)
         # 4. turn the context back into rows
         for d in range(0, Dv_lanes, LANES):
             for l in range(0, WIDTH, LANES):
                 transpose_block(private, at_context + d * WIDTH + l, WIDTH,
                                 private, at_natural + l * Dv_lanes + d, Dv_lanes)
         copy_rows(private, at_natural, Dv_lanes, queries, Dv, _ONE,
-                  all_o, batch * p[F_O_B] + h * p[F_O_H] + q0 * p[F_O_L], p[F_O_L])
+                  all_o, batch * p.out_b + h * p.out_h + q0 * p.out_l, p.out_l)
 
 
 @inlined
@@ -711,15 +711,24 @@ def describe(p, at, array, axes):
         p[at + 1 + axis] = array.strides[axis] // array.itemsize
 
 
+@inlined
+def steps_of(array):
+    """The strides of an array's first three axes, in elements."""
+    first, second, third = array.strides[0], array.strides[1], array.strides[2]
+    return first // array.itemsize, second // array.itemsize, third // array.itemsize
+
+
 @jit
-def attention_float32(q, k, v, out, p, scale, softcap, keep, bias, lengths, scratch, board, count):
+def attention_float32(q, k, v, out, parameters, scale, softcap, keep, bias, lengths, scratch, board, count):
     """See `attention_part`; arrays with any strides but the last; on at most `count` threads that serve the board."""
-    p[F_B], p[F_H], p[F_L], p[F_D] = q.shape
-    p[F_KV_HEADS], p[F_S], p[F_DV] = k.shape[1], k.shape[2], v.shape[3]
-    describe(p, F_Q, q, 3)
-    describe(p, F_K, k, 3)
-    describe(p, F_V, v, 3)
-    describe(p, F_O, out, 3)
-    items = p[F_B] * p[F_H] * ((p[F_L] + WIDTH - 1) // WIDTH)
+    p = named(parameters, ATTENTION)
+    p.batch, p.heads, p.queries, p.head_size = q.shape
+    p.kv_heads, p.keys, p.value_size = k.shape[1], k.shape[2], v.shape[3]
+    p.q, p.k, p.v, p.out = address_of(q), address_of(k), address_of(v), address_of(out)
+    p.q_b, p.q_h, p.q_l = steps_of(q)
+    p.k_b, p.k_h, p.k_s = steps_of(k)
+    p.v_b, p.v_h, p.v_s = steps_of(v)
+    p.out_b, p.out_h, p.out_l = steps_of(out)
+    items = p.batch * p.heads * ((p.queries + WIDTH - 1) // WIDTH)
     portion, parts = portions(items, 1, count)
-    share(board, parts, attention_part, p, scale, softcap, keep, bias, lengths, scratch, portion)
+    share(board, parts, attention_part, parameters, scale, softcap, keep, bias, lengths, scratch, portion)
