@@ -103,7 +103,7 @@ BUGS = [
         "tile_add_part_dots(tile, keys, at_k + whole, k_row, q, at_q + whole, q_row, D - whole)",
         "tile_add_dots(tile, keys, at_k + whole, k_row, q, at_q + whole, q_row)", "fence float32-cache"),
     Bug("rows of a cache count as there that only a longer entry has", "decode_int8.py",
-        "left = keys_of(p, lengths, batch) - s0", "left = p[D_KV_HEADS + 1] - s0", "fence int8-cache-left-windows"),
+        "left = keys_of(p, lengths, batch) - s0", "left = p.keys - s0", "fence int8-cache-left-windows"),
     Bug("the last row of a cache is read to the end of a vector", "decode_int8.py",
         "(left - LANES) * row >= size_up - size", "left >= LANES", "fence int8-cache"),
     Bug("the middle digit lacks its correction", "decode_int8.py",

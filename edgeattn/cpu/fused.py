@@ -704,14 +704,6 @@ def attention_part(parameters, scale, softcap, keep, bias, lengths, scratch, por
 
 
 @inlined
-def describe(p, at, array, axes):
-    """p[at] = the address of `array`, p[at + 1 :] = the strides of its first `axes` axes, in elements."""
-    p[at] = address_of(array)
-    for axis in range(axes):
-        p[at + 1 + axis] = array.strides[axis] // array.itemsize
-
-
-@inlined
 def steps_of(array):
     """The strides of an array's first three axes, in elements."""
     first, second, third = array.strides[0], array.strides[1], array.strides[2]
