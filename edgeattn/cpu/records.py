@@ -8,7 +8,9 @@ from types import SimpleNamespace
 
 import numpy as np
 from numba.core import types
-from numba.extending import intrinsic
+from numba.extending import intrinsic, register_jitable
+
+from .matmul import round_up
 
 # What records share. Of masks: whether there is a band and its edges, strides of flat masks along the axes of the
 # scores, and of ALiBi the address, which is each call's own, and the step to the next batch entry.
@@ -53,6 +55,12 @@ def packed(p, layout):
 def slot(layout, name):
     """The position of a field in what was packed, for the few that are written anew for every call."""
     return layout.names.index(name)
+
+
+@register_jitable
+def place(start, size):
+    """(start, where the next may begin) of `size` elements of scratch, the next on a cache line."""
+    return start, start + round_up(size, 16)
 
 
 def mask_fields(keep, other, band, alibi=None, other_name="bias"):
