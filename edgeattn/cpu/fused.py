@@ -361,13 +361,12 @@ def attend(q, at_q, k, at_k, k_row, v, at_v, v_row, first, last, D, Dv, scratch,
         small = False
 
 
-# Positions in the integer parameters of `layer_float32`.
-(P_BATCH, P_L, P_S, P_EQ, P_EK, P_EV, P_EO, P_HEADS, P_KV_HEADS, P_D, P_DV, P_D_PAD, P_DV_PAD, P_HAS_OUT,
- P_WQ, P_BQ, P_WK, P_BK, P_WV, P_BV, P_WO, P_BO,
- P_BAND, P_LOW, P_HIGH, P_KEEP_B, P_KEEP_H, P_KEEP_L, P_KEEP_S, P_BIAS_B, P_BIAS_H, P_BIAS_L, P_BIAS_S,
- P_ALIBI, P_ALIBI_B,
- P_GROUP, P_UNIT, P_VALUES, P_AT_LARGEST, P_AT_NATURAL, P_AT_Q, P_AT_CONTEXT, P_AT_TAIL, P_AT_MASKS,
- P_SHARED, P_PRIVATE, P_COUNT) = range(47)
+# The parameters of `layer_float32`: sizes; where each weight and bias begins; masks; heads that go by at a time; where
+# things begin in the scratch of all threads, which keys are the first of, and in that of each.
+LAYER = record("batch queries keys query_width key_width value_width out_width heads kv_heads",
+               "head_size value_size padded_head padded_value has_out",
+               "wq bq wk bk wv bv wo bo", MASKS, "group unit at_values",
+               "at_largest at_natural at_q at_context at_tail at_masks shared_size private_size")
 PROJECTING, ATTENDING, FINISHING = 1, 2, 3  # the phases of a layer; parts of one may run at the same time
 QUERIES = 128  # projected at a time; a multiple of WIDTH
 
@@ -460,37 +459,38 @@ def portions(total, unit, count):
 
 
 @separate
-def layer_part(xq, xk, xv, out, weights, p, keep, bias, scratch, batch, from_head, phase, portion, at_once, worker,
-               part):
+def layer_part(xq, xk, xv, out, weights, parameters, keep, bias, scratch, batch, from_head, phase, portion, at_once,
+               worker, part):
     """One portion of one phase of one group of heads of one batch entry of a multi-head attention layer.
 
     xq (B, L, Eq), xk (B, S, Ek), xv (B, S, Ev), out (B, L, Eo): flat float32.
-    weights: everything `FloatLayer` packed, at the positions in p (int64, see P_...).
+    weights: everything `FloatLayer` packed, at the positions in the parameters (see LAYER).
     keep, bias: flat mask data, empty where there is none, addressed by the strides in p.
     scratch: first what all threads share: keys (KF / KB, S', KB) and values (VF / VB, S', VB) of this group, S' = S
     rounded up to ROWS; then what each thread has to itself.
-    from_head: the first key/value head of the group, which are p[P_GROUP] heads, or as many as are left.
+    from_head: the first key/value head of the group, which are `p.group` heads, or as many as are left.
     PROJECTING: keys and values of `portion` tokens; ATTENDING: `portion` blocks of queries; both for `at_once` heads of
     the group, and `part` counts the portions, and in each of them the heads. FINISHING, where ATTENDING did not have
     all heads of the group at once: `portion` features of the output, counted by `part`.
     """
-    shared = scratch[:p[P_SHARED]]
-    private = scratch[p[P_SHARED] + worker * p[P_PRIVATE]:]
-    L, S, H, Hkv = p[P_L], p[P_S], p[P_HEADS], p[P_KV_HEADS]
-    D, Dv, Dp, Dvp = p[P_D], p[P_DV], p[P_D_PAD], p[P_DV_PAD]
-    Eq, Ek, Ev, Eo = p[P_EQ], p[P_EK], p[P_EV], p[P_EO]
+    p = named(parameters, LAYER)
+    shared = scratch[:p.shared_size]
+    private = scratch[p.shared_size + worker * p.private_size:]
+    L, S, H, Hkv = p.queries, p.keys, p.heads, p.kv_heads
+    D, Dv, Dp, Dvp = p.head_size, p.value_size, p.padded_head, p.padded_value
+    Eq, Ek, Ev, Eo = p.query_width, p.key_width, p.value_width, p.out_width
     k_block, v_block = max(Dp, LANES), max(Dvp, LANES)
     S_up = (S + ROWS - 1) // ROWS * ROWS
     k_step, v_step = S_up * k_block, S_up * v_block
     repeats = H // Hkv
-    group = min(p[P_GROUP], Hkv - from_head)
+    group = min(p.group, Hkv - from_head)
     depth, first_group, last_group = group * repeats * Dvp, from_head == 0, from_head + group == Hkv
-    step, at_context, at_out_weight = depth * WIDTH, p[P_AT_CONTEXT], p[P_WO] + from_head * repeats * Dvp * WIDTH
+    step, at_context, at_out_weight = depth * WIDTH, p.at_context, p.wo + from_head * repeats * Dvp * WIDTH
     splits = (group + at_once - 1) // at_once
-    context = private if splits == 1 else scratch[p[P_SHARED]:]  # the first thread's, of which all write their heads
+    context = private if splits == 1 else scratch[p.shared_size:]  # the first thread's, of which all write their heads
     if phase == FINISHING:
         project_context(context, at_context, step, depth, first_group, last_group, L, weights, at_out_weight,
-                        H * Dvp * WIDTH, p[P_BO], out, batch * L * Eo, Eo, part * portion,
+                        H * Dvp * WIDTH, p.bo, out, batch * L * Eo, Eo, part * portion,
                         min((part + 1) * portion, Eo), private)
         return
     begin, from_kv = part // splits * portion, part % splits * at_once
@@ -501,22 +501,22 @@ def layer_part(xq, xk, xv, out, weights, p, keep, bias, scratch, batch, from_hea
     k_features = (kv_heads * Dp + WIDTH - 1) // WIDTH * WIDTH
     v_features = (kv_heads * Dvp + WIDTH - 1) // WIDTH * WIDTH
     q_from, k_from, v_from = from_head * repeats * Dp, from_head * Dp, from_head * Dvp
-    at_values, at_tail = p[P_VALUES], p[P_AT_TAIL]
+    at_values, at_tail = p.at_values, p.at_tail
     # 1. keys and values of all tokens, in the layout the attention loop reads
     if phase == PROJECTING:
         tokens = min(portion, S - begin)
         at_k = begin * k_block + feature_position(from_kv * Dp, k_block, k_step)
         at_v = at_values + begin * v_block + feature_position(from_kv * Dvp, v_block, v_step)
-        project_tokens(xk, (batch * S + begin) * Ek, tokens, Ek, weights, p[P_WK] + k_from * Ek, p[P_BK] + k_from,
+        project_tokens(xk, (batch * S + begin) * Ek, tokens, Ek, weights, p.wk + k_from * Ek, p.bk + k_from,
                        k_features, shared, at_k, k_block, k_step, private, at_tail)
-        project_tokens(xv, (batch * S + begin) * Ev, tokens, Ev, weights, p[P_WV] + v_from * Ev, p[P_BV] + v_from,
+        project_tokens(xv, (batch * S + begin) * Ev, tokens, Ev, weights, p.wv + v_from * Ev, p.bv + v_from,
                        v_features, shared, at_v, v_block, v_step, private, at_tail)
         return
-    adds = bias.size > 0 or p[P_ALIBI] != 0
+    adds = bias.size > 0 or p.alibi != 0
     has_mask = keep.size > 0 or adds
-    band = p[P_BAND] != 0
-    mask_per_head = p[P_KEEP_H] != 0 or p[P_BIAS_H] != 0 or p[P_ALIBI] != 0
-    at_natural, at_q, at_masks, at_largest = p[P_AT_NATURAL], p[P_AT_Q], p[P_AT_MASKS], p[P_AT_LARGEST]
+    band = p.band != 0
+    mask_per_head = p.keep_h != 0 or p.bias_h != 0 or p.alibi != 0
+    at_natural, at_q, at_masks, at_largest = p.at_natural, p.at_q, p.at_masks, p.at_largest
     if not adds:
         for f in range(from_kv * Dp, from_kv * Dp + k_features, k_block):
             largest_magnitudes(shared, f * S_up, k_block, S, k_block, private, at_largest + f)
@@ -527,7 +527,7 @@ def layer_part(xq, xk, xv, out, weights, p, keep, bias, scratch, batch, from_hea
         # 2. queries: project, rows (q_features / W, tokens, W)
         natural_rows = (tokens + WIDTH - 1) // WIDTH * WIDTH
         natural_step = natural_rows * WIDTH
-        project_tokens(xq, (batch * L + first_query) * Eq, tokens, Eq, weights, p[P_WQ] + q_from * Eq, p[P_BQ] + q_from,
+        project_tokens(xq, (batch * L + first_query) * Eq, tokens, Eq, weights, p.wq + q_from * Eq, p.bq + q_from,
                        q_features, private, at_natural, WIDTH, natural_step, private, at_tail)
         for t in range(0, tokens, WIDTH):
             q0 = first_query + t
@@ -541,17 +541,17 @@ def layer_part(xq, xk, xv, out, weights, p, keep, bias, scratch, batch, from_hea
                     for l in range(0, WIDTH, LANES):
                         transpose_block(private, at_rows + l * WIDTH + c, WIDTH, private, at_q + (f + c) * WIDTH + l,
                                         WIDTH)
-            first, last, full_from, full_to = visible_range(q0, queries, S, band, p[P_LOW], p[P_HIGH])
+            first, last, full_from, full_to = visible_range(q0, queries, S, band, p.low, p.high)
             # 3. attention, head by head, context (heads * Dvp, W)
             for h in range(heads):
                 head, kv = from_head * repeats + h, from_kv + h // repeats
                 if has_mask and (h == 0 or mask_per_head):
-                    slope, place = slope_and_place(p[P_ALIBI], p[P_ALIBI_B], batch, head)
+                    slope, place = slope_and_place(p.alibi, p.alibi_b, batch, head)
                     fill_mask(private, at_masks,
-                              keep, batch * p[P_KEEP_B] + head * p[P_KEEP_H] + q0 * p[P_KEEP_L] + first * p[P_KEEP_S],
-                              p[P_KEEP_L], p[P_KEEP_S],
-                              bias, batch * p[P_BIAS_B] + head * p[P_BIAS_H] + q0 * p[P_BIAS_L] + first * p[P_BIAS_S],
-                              p[P_BIAS_L], p[P_BIAS_S], slope, place + q0 - first, queries, last - first, private,
+                              keep, batch * p.keep_b + head * p.keep_h + q0 * p.keep_l + first * p.keep_s,
+                              p.keep_l, p.keep_s,
+                              bias, batch * p.bias_b + head * p.bias_h + q0 * p.bias_l + first * p.bias_s,
+                              p.bias_l, p.bias_s, slope, place + q0 - first, queries, last - first, private,
                               AT_TILE)
                 at_head = at_q + h * Dp * WIDTH
                 at_k = feature_position(kv * Dp, k_block, k_step)
@@ -559,14 +559,14 @@ def layer_part(xq, xk, xv, out, weights, p, keep, bias, scratch, batch, from_hea
                 at_out = at_chunk + t // WIDTH * step + h * Dvp * WIDTH
                 small = not adds and all_small(private, at_head, D, private, at_largest + kv * Dp)
                 attend(private, at_head, shared, at_k, k_block, shared, at_v, v_block, first, last, D, Dvp, private,
-                       context, at_out, q0, band, p[P_LOW], p[P_HIGH], full_from, full_to, private, at_masks, first,
+                       context, at_out, q0, band, p.low, p.high, full_from, full_to, private, at_masks, first,
                        has_mask, _ZERO, small)
         # 4. output rows: projection of the context, or the context itself
         at_row = (batch * L + first_query) * Eo
-        if p[P_HAS_OUT] != 0:
+        if p.has_out != 0:
             if splits == 1:
                 project_context(context, at_context, step, depth, first_group, last_group, tokens, weights,
-                                at_out_weight, H * Dvp * WIDTH, p[P_BO], out, at_row, Eo, 0, Eo, private)
+                                at_out_weight, H * Dvp * WIDTH, p.bo, out, at_row, Eo, 0, Eo, private)
             continue
         for t in range(tokens):
             at_lane = at_chunk + t // WIDTH * step + t % WIDTH
@@ -576,28 +576,29 @@ def layer_part(xq, xk, xv, out, weights, p, keep, bias, scratch, batch, from_hea
 
 
 @jit
-def layer_float32(xq, xk, xv, out, weights, p, keep, bias, scratch, board, count):
+def layer_float32(xq, xk, xv, out, weights, parameters, keep, bias, scratch, board, count):
     """A multi-head attention layer, see `layer_part`, on at most `count` threads that serve the board."""
-    units, all_blocks = (p[P_GROUP] + p[P_UNIT] - 1) // p[P_UNIT], (p[P_L] + WIDTH - 1) // WIDTH
+    p = named(parameters, LAYER)
+    units, all_blocks = (p.group + p.unit - 1) // p.unit, (p.queries + WIDTH - 1) // WIDTH
     # Few blocks do not occupy all threads: then these take some heads each.
-    few = all_blocks < 2 * count and all_blocks % count != 0 and p[P_L] <= QUERIES
+    few = all_blocks < 2 * count and all_blocks % count != 0 and p.queries <= QUERIES
     # Not heads narrower than a tile: the last rows of its tile are the next head's, which may be another thread's.
-    splits = min(units, 2 * count) if few and p[P_DV_PAD] % ROWS == 0 else 1
-    at_once = (units + splits - 1) // splits * p[P_UNIT]
+    splits = min(units, 2 * count) if few and p.padded_value % ROWS == 0 else 1
+    at_once = (units + splits - 1) // splits * p.unit
     others = (count + splits - 1) // splits
-    tokens, token_parts = portions(p[P_S], ROWS, others)
+    tokens, token_parts = portions(p.keys, ROWS, others)
     blocks, block_parts = portions(all_blocks, 1, others)
-    features, feature_parts = portions(p[P_EO], WIDTH, count)
-    for batch in range(p[P_BATCH]):
-        for from_head in range(0, p[P_KV_HEADS], p[P_GROUP]):
-            splits = (min(p[P_GROUP], p[P_KV_HEADS] - from_head) + at_once - 1) // at_once
-            share(board, token_parts * splits, layer_part, xq, xk, xv, out, weights, p, keep, bias, scratch, batch,
-                  from_head, PROJECTING, tokens, at_once)
-            share(board, block_parts * splits, layer_part, xq, xk, xv, out, weights, p, keep, bias, scratch, batch,
-                  from_head, ATTENDING, blocks, at_once)
-            if splits > 1 and p[P_HAS_OUT] != 0:
-                share(board, feature_parts, layer_part, xq, xk, xv, out, weights, p, keep, bias, scratch, batch,
-                      from_head, FINISHING, features, at_once)
+    features, feature_parts = portions(p.out_width, WIDTH, count)
+    for batch in range(p.batch):
+        for from_head in range(0, p.kv_heads, p.group):
+            splits = (min(p.group, p.kv_heads - from_head) + at_once - 1) // at_once
+            share(board, token_parts * splits, layer_part, xq, xk, xv, out, weights, parameters, keep, bias, scratch,
+                  batch, from_head, PROJECTING, tokens, at_once)
+            share(board, block_parts * splits, layer_part, xq, xk, xv, out, weights, parameters, keep, bias, scratch,
+                  batch, from_head, ATTENDING, blocks, at_once)
+            if splits > 1 and p.has_out != 0:
+                share(board, feature_parts, layer_part, xq, xk, xv, out, weights, parameters, keep, bias, scratch,
+                      batch, from_head, FINISHING, features, at_once)
 
 
 # The parameters of `attention_float32`: sizes; of each array its address and its strides, in elements; masks.
@@ -666,8 +667,7 @@ def attention_part(parameters, scale, softcap, keep, bias, lengths, scratch, por
         if has_mask:
             slope, place = slope_and_place(p.alibi, p.alibi_b, batch, h)
             fill_mask(private, at_masks,
-                      keep, batch * p.keep_b + h * p.keep_h + q0 * p.keep_l + first * p.keep_s,
-                      p.keep_l, p.keep_s,
+                      keep, batch * p.keep_b + h * p.keep_h + q0 * p.keep_l + first * p.keep_s, p.keep_l, p.keep_s,
                       bias, batch * p.bias_b + h * p.bias_h + q0 * p.bias_l + first * p.bias_s,
                       p.bias_l, p.bias_s, slope, place + q0 - first, queries, last - first, private, AT_TILE)
         # 2. fewer keys than a tile has rows, or a value row narrower than whole tiles: read from a padded copy

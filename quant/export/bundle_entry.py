@@ -41,7 +41,8 @@ from edgeattn.bundle import (
     SCRATCH_BYTES,
     VALUE,
 )
-from edgeattn.cpu import fused, fused_dynamic, fused_int8, layer_dynamic, layer_float32, layer_int8
+from edgeattn.cpu import fused, fused_dynamic, fused_int8, layer_dynamic, layer_float32, layer_int8, records
+from edgeattn.cpu.records import named, packed
 from edgeattn.crew import separate
 
 _I8, _I64 = ir.IntType(8), ir.IntType(64)
@@ -123,6 +124,11 @@ def _check(call):
 
 
 @register_jitable
+def _strides(call, field):
+    return call[field], call[field + 1], call[field + 2], call[field + 3]
+
+
+@register_jitable
 def _copy(p, first, call, field, count):
     for i in range(count):
         p[first + i] = call[field + i]
@@ -138,12 +144,13 @@ def float_entry(kernel, dynamic):
         f, plan, layer = fused, layer_float32.plan, separate(fused.layer_float32.py_func)
         weights, factors = constant("weights", kernel.weights), None
         unit = np.float32
-    parameters = local_copy("parameters", kernel._parameters)
+    parameters = local_copy("parameters", kernel._parameters if dynamic else packed(kernel._parameters, f.LAYER))
 
     def scratch_bytes(B, L, S, masked):
         if not _fits(B, L, S):
             return np.int64(-1)
-        shared, private = plan(parameters(), B, L, S, masked != 0)
+        given = parameters()
+        shared, private = plan(given if dynamic else named(given, f.LAYER), B, L, S, masked != 0)
         return np.int64(4 * (shared + private))
 
     def run(address):
@@ -152,18 +159,26 @@ def float_entry(kernel, dynamic):
         if status != OK:
             return status
         B, L, S = call[BATCH], call[QUERIES], call[KEYS]
-        p = parameters()
+        given = parameters()
+        p = given if dynamic else named(given, f.LAYER)
         shared, private = plan(p, B, L, S, call[KEEP] != 0 or call[BIAS] != 0)
         if call[SCRATCH] == 0 or call[SCRATCH] % ALIGNMENT != 0 or call[SCRATCH_BYTES] < 4 * (shared + private):
             return BAD_SCRATCH
-        p[f.P_BAND], p[f.P_LOW], p[f.P_HIGH] = call[BANDED], call[LOW], call[HIGH]
-        _copy(p, f.P_KEEP_B, call, KEEP_STRIDES, 4)
-        _copy(p, f.P_BIAS_B, call, BIAS_STRIDES, 4)
-        mask_size = B * p[f.P_HEADS] * L * S
-        xq = array_at(call[QUERY], B * L * p[f.P_EQ], np.float32)
-        xk = array_at(call[KEY], B * S * p[f.P_EK], np.float32)
-        xv = array_at(call[VALUE], B * S * p[f.P_EV], np.float32)
-        out = array_at(call[OUTPUT], B * L * p[f.P_EO], np.float32)
+        if dynamic:
+            p[f.P_BAND], p[f.P_LOW], p[f.P_HIGH] = call[BANDED], call[LOW], call[HIGH]
+            _copy(p, f.P_KEEP_B, call, KEEP_STRIDES, 4)
+            _copy(p, f.P_BIAS_B, call, BIAS_STRIDES, 4)
+            heads, Eq, Ek, Ev, Eo = p[f.P_HEADS], p[f.P_EQ], p[f.P_EK], p[f.P_EV], p[f.P_EO]
+        else:
+            p.band, p.low, p.high = call[BANDED], call[LOW], call[HIGH]
+            p.keep_b, p.keep_h, p.keep_l, p.keep_s = _strides(call, KEEP_STRIDES)
+            p.bias_b, p.bias_h, p.bias_l, p.bias_s = _strides(call, BIAS_STRIDES)
+            heads, Eq, Ek, Ev, Eo = p.heads, p.query_width, p.key_width, p.value_width, p.out_width
+        mask_size = B * heads * L * S
+        xq = array_at(call[QUERY], B * L * Eq, np.float32)
+        xk = array_at(call[KEY], B * S * Ek, np.float32)
+        xv = array_at(call[VALUE], B * S * Ev, np.float32)
+        out = array_at(call[OUTPUT], B * L * Eo, np.float32)
         keep = array_at(call[KEEP], mask_size if call[KEEP] != 0 else 0, np.uint8)
         bias = array_at(call[BIAS], mask_size if call[BIAS] != 0 else 0, np.float32)
         scratch = array_at(call[SCRATCH], shared + private, unit)
@@ -172,7 +187,7 @@ def float_entry(kernel, dynamic):
             p[f.P_SAME_QK], p[f.P_SAME_KV] = call[QUERY] == call[KEY], call[KEY] == call[VALUE]
             layer(xq, xk, xv, out, weights(), factors(), p, keep, bias, scratch, alone, 1)
         else:
-            layer(xq, xk, xv, out, weights(), p, keep, bias, scratch, alone, 1)
+            layer(xq, xk, xv, out, weights(), given, keep, bias, scratch, alone, 1)
         return OK
     return scratch_bytes, run
 
@@ -186,7 +201,7 @@ def static_entry(kernel, tables, classes):
     empty = np.zeros(0, np.uint8)
     tables = constant("tables", empty.view(np.int8) if tables is None else tables.reshape(-1))
     shape = (1, 1, 1, 1) if classes is None else (1,) * (4 - classes.ndim) + classes.shape
-    strides = tuple(layer_float32._strides(shape))
+    steps = tuple(records.strides(shape))
     classes = constant("classes", empty if classes is None else classes.reshape(-1))
 
     def scratch_bytes(B, L, S, masked):
@@ -211,7 +226,7 @@ def static_entry(kernel, tables, classes):
             return BAD_SCRATCH
         p[f.P_BAND], p[f.P_LOW], p[f.P_HIGH] = call[BANDED], call[LOW], call[HIGH]
         _copy(p, f.P_KEEP_B, call, KEEP_STRIDES, 4)
-        p[f.P_CLASS_B], p[f.P_CLASS_H], p[f.P_CLASS_L], p[f.P_CLASS_S] = strides
+        p[f.P_CLASS_B], p[f.P_CLASS_H], p[f.P_CLASS_L], p[f.P_CLASS_S] = steps
         p[f.P_SAME_KV] = call[KEY] == call[VALUE]
         xq = array_at(call[QUERY], B * L * p[f.P_EQ], np.int8)
         xk = array_at(call[KEY], B * S * p[f.P_EK], np.int8)
