@@ -154,7 +154,7 @@ BUGS = [
     Bug("a weight's sum is not corrected for the shift", "layer_dynamic.py",
         "-shift * codes.astype(np.int32).sum(1)", "0 * codes.astype(np.int32).sum(1)", DYNAMIC),
     Bug("no scratch for a layer's masks", "layer_dynamic.py",
-        "place(p, f.P_AT_MASKS, private, (S + 4) * WIDTH if masked else 0)", "place(p, f.P_AT_MASKS, private, 0)",
+        "place(private, (S + 4) * WIDTH if masked else 0)", "place(private, 0)",
         "fence dynamic-layer"),
     Bug("the last tokens of a projection have the scale of a tile's first", "linear_dynamic.py",
         "broadcast(scales, at_scales + t + i)", "broadcast(scales, at_scales + t)", PROJECTION),

@@ -144,13 +144,12 @@ def float_entry(kernel, dynamic):
         f, plan, layer = fused, layer_float32.plan, separate(fused.layer_float32.py_func)
         weights, factors = constant("weights", kernel.weights), None
         unit = np.float32
-    parameters = local_copy("parameters", kernel._parameters if dynamic else packed(kernel._parameters, f.LAYER))
+    parameters = local_copy("parameters", packed(kernel._parameters, f.LAYER))
 
     def scratch_bytes(B, L, S, masked):
         if not _fits(B, L, S):
             return np.int64(-1)
-        given = parameters()
-        shared, private = plan(given if dynamic else named(given, f.LAYER), B, L, S, masked != 0)
+        shared, private = plan(named(parameters(), f.LAYER), B, L, S, masked != 0)
         return np.int64(4 * (shared + private))
 
     def run(address):
@@ -160,32 +159,25 @@ def float_entry(kernel, dynamic):
             return status
         B, L, S = call[BATCH], call[QUERIES], call[KEYS]
         given = parameters()
-        p = given if dynamic else named(given, f.LAYER)
+        p = named(given, f.LAYER)
         shared, private = plan(p, B, L, S, call[KEEP] != 0 or call[BIAS] != 0)
         if call[SCRATCH] == 0 or call[SCRATCH] % ALIGNMENT != 0 or call[SCRATCH_BYTES] < 4 * (shared + private):
             return BAD_SCRATCH
-        if dynamic:
-            p[f.P_BAND], p[f.P_LOW], p[f.P_HIGH] = call[BANDED], call[LOW], call[HIGH]
-            _copy(p, f.P_KEEP_B, call, KEEP_STRIDES, 4)
-            _copy(p, f.P_BIAS_B, call, BIAS_STRIDES, 4)
-            heads, Eq, Ek, Ev, Eo = p[f.P_HEADS], p[f.P_EQ], p[f.P_EK], p[f.P_EV], p[f.P_EO]
-        else:
-            p.band, p.low, p.high = call[BANDED], call[LOW], call[HIGH]
-            p.keep_b, p.keep_h, p.keep_l, p.keep_s = _strides(call, KEEP_STRIDES)
-            p.bias_b, p.bias_h, p.bias_l, p.bias_s = _strides(call, BIAS_STRIDES)
-            heads, Eq, Ek, Ev, Eo = p.heads, p.query_width, p.key_width, p.value_width, p.out_width
-        mask_size = B * heads * L * S
-        xq = array_at(call[QUERY], B * L * Eq, np.float32)
-        xk = array_at(call[KEY], B * S * Ek, np.float32)
-        xv = array_at(call[VALUE], B * S * Ev, np.float32)
-        out = array_at(call[OUTPUT], B * L * Eo, np.float32)
+        p.band, p.low, p.high = call[BANDED], call[LOW], call[HIGH]
+        p.keep_b, p.keep_h, p.keep_l, p.keep_s = _strides(call, KEEP_STRIDES)
+        p.bias_b, p.bias_h, p.bias_l, p.bias_s = _strides(call, BIAS_STRIDES)
+        mask_size = B * p.heads * L * S
+        xq = array_at(call[QUERY], B * L * p.query_width, np.float32)
+        xk = array_at(call[KEY], B * S * p.key_width, np.float32)
+        xv = array_at(call[VALUE], B * S * p.value_width, np.float32)
+        out = array_at(call[OUTPUT], B * L * p.out_width, np.float32)
         keep = array_at(call[KEEP], mask_size if call[KEEP] != 0 else 0, np.uint8)
         bias = array_at(call[BIAS], mask_size if call[BIAS] != 0 else 0, np.float32)
         scratch = array_at(call[SCRATCH], shared + private, unit)
         alone = array_at(0, 0, np.int64)
         if dynamic:
-            p[f.P_SAME_QK], p[f.P_SAME_KV] = call[QUERY] == call[KEY], call[KEY] == call[VALUE]
-            layer(xq, xk, xv, out, weights(), factors(), p, keep, bias, scratch, alone, 1)
+            p.same_qk, p.same_kv = call[QUERY] == call[KEY], call[KEY] == call[VALUE]
+            layer(xq, xk, xv, out, weights(), factors(), given, keep, bias, scratch, alone, 1)
         else:
             layer(xq, xk, xv, out, weights(), given, keep, bias, scratch, alone, 1)
         return OK
