@@ -38,7 +38,7 @@ def call_overhead(problem: Problem) -> dict[str, float]:
         call()
         plans = layer._kernel._plans
         for parameters, *_ in plans.values():
-            parameters[module.P_BATCH if module is fused_int8 else module.LAYER.names.index("batch")] = 0
+            parameters[module.LAYER.names.index("batch")] = 0
         try:
             found[name] = float(np.median([_seconds(call) for _ in range(_BLOCKS)]))
         finally:

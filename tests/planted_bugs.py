@@ -123,7 +123,7 @@ BUGS = [
     Bug("a head's scores are corrected by the sums of the first head's keys", "fused_int8.py",
         "at_krow + h * S_up + first", "at_krow + first", SYMMETRIC),
     Bug("every head has the first head's mask", "fused_int8.py",
-        "if h == 0 or (has_keep and p[P_KEEP_H] != 0):", "if h == 0:", DROPPED),
+        "if h == 0 or (has_keep and p.keep_h != 0):", "if h == 0:", DROPPED),
     Bug("a last tile of queries is written whole", "fused_int8.py",
         "if l + ROWS <= queries and e + WIDTH <= Eo:", "if e + WIDTH <= Eo:", "fence static-layer"),
     Bug("probabilities are twice as large where keys are masked", "softmax_int8.py",

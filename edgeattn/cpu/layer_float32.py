@@ -9,7 +9,7 @@ from edgeattn.jit import entry
 
 from . import fused as f
 from .matmul import pack_panels, pad_heads, padded_head, round_up
-from .records import blank, mask_fields, packed, place, slot, strides
+from .records import blank, mask_fields, packed, place, slot
 from .simd import LANES, ROWS, WIDTH
 
 GROUP = 1 << 17  # elements of keys and values in scratch at a time, where a head does not need more: 512 KiB
@@ -17,20 +17,6 @@ _LOG2_E = 1.4426950408889634
 _NO_KEEP = np.zeros(0, np.uint8)
 _NO_BIAS = np.zeros(0, np.float32)
 _ALIBI = slot(f.LAYER, "alibi")
-
-
-def place_masks(p, at, keep, bias, band, alibi=None):
-    """Write what P_BAND and the ten slots after it say into p[at:], of a band and masks of two shapes, or None.
-
-    Two more slots belong to ALiBi, (B or 1, H, 2): the address, which is each call's own, and the step to a next entry.
-    """
-    if band is not None:
-        p[at:at + 3] = 1, *band
-    for first, shape in ((at + 3, keep), (at + 7, bias)):
-        if shape is not None:
-            p[first:first + 4] = strides(shape)
-    if alibi is not None and alibi[0] > 1:
-        p[at + 12] = 2 * alibi[1]
 
 
 def with_alibi(parameters, position, alibi):
