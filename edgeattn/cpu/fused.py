@@ -8,6 +8,8 @@ Keys go by in blocks of KEY_BLOCK, so scratch memory does not depend on S (excep
 mask differs from query to query).  Where no score can be large, exponentials are taken of the scores as they are;
 else of their distance to a running maximum.  Every sum is a sum of the sums of short chains: see CHAIN.
 """
+from typing import NamedTuple
+
 import numpy as np
 
 from edgeattn.crew import separate, share
@@ -63,6 +65,39 @@ AT_TILE = AT_SUM + WIDTH
 AT_SCORES = AT_TILE + max(ROWS * WIDTH, LANES * LANES)
 AT_FREE = AT_SCORES + (KEY_BLOCK + ROWS) * WIDTH
 SUMS = KEY_BLOCK * WIDTH // 2  # in float64, that fit where scores are
+
+
+class Rows(NamedTuple):
+    """Rows in a flat array: row r begins at data[at + r * step]."""
+
+    data: object
+    at: int
+    step: int
+
+
+class Visible(NamedTuple):
+    """Of the keys, those in [first, last) that any query of a block may see, and [full_from, full_to) that all may.
+
+    band: whether query q0 + l sees key s only where low <= s - q0 - l <= high.
+    """
+
+    first: int
+    last: int
+    full_from: int
+    full_to: int
+    q0: int
+    band: bool
+    low: int
+    high: int
+
+
+class ScoreMask(NamedTuple):
+    """Numbers to be added to the scores, (keys, W) from key `first` on; given: whether there are any."""
+
+    data: object
+    at: int
+    first: int
+    given: bool
 
 
 @inlined
@@ -160,24 +195,24 @@ def fill_mask(masks, at, keep, at_keep, keep_row, keep_key, bias, at_bias, bias_
 
 
 @inlined
-def largest_magnitudes(k, at_k, k_row, keys, D, out, at_out):
-    """out[d] = max over keys of |k[key][d]|, NaN if any is; k (keys, k_row), D at least LANES."""
+def largest_magnitudes(k, keys, D, out, at_out):
+    """out[d] = max over keys of |k[key][d]|, NaN if any is; k: Rows, D at least LANES."""
     for start in range(0, D, LANES):
         d = min(start, D - LANES)
         largest = splat(np.int32(0))  # of the bits: as integers, NaN is the largest of all
         for s in range(keys):
-            largest = larger(bits_of(load(k, at_k + s * k_row + d)) & splat(_MAGNITUDE), largest)
+            largest = larger(bits_of(load(k.data, k.at + s * k.step + d)) & splat(_MAGNITUDE), largest)
         store(out, at_out + d, float_of_bits(largest))
 
 
 @inlined
-def all_small(q, at_q, D, largest, at_largest):
+def all_small(q, D, largest, at_largest):
     """Whether no score of q (D, W) with keys whose features are at most largest (D,) can be as large as SMALL."""
     small = True
     for c in range(COLUMNS):
         bound = splat(_ZERO)
         for d in range(D):
-            size = float_of_bits(bits_of(load(q, at_q + d * WIDTH + c * LANES)) & splat(_MAGNITUDE))
+            size = float_of_bits(bits_of(load(q.data, q.at + d * WIDTH + c * LANES)) & splat(_MAGNITUDE))
             bound = fma(size, splat(largest[at_largest + d]), bound)
         if any_lane(bits_of(bound) >= splat(_SMALL_BITS)):  # a NaN's bits are
             small = False
@@ -219,38 +254,38 @@ def powers(power, scores, at, keys, base):
 
 
 @inlined
-def attend_block(q, at_q, k, at_k, k_row, v, at_v, v_row, first, last, D, Dv, scratch, out, at_out, q0, band, low_edge,
-                 high_edge, full_from, full_to, masks, at_masks, mask_from, has_mask, softcap, small):
+def attend_block(q, k, v, out, D, Dv, seen, mask, softcap, small, scratch):
     """Attention of one head for W queries over keys first..last: out (Dv, W) = softmax(q k^T) v, transposed.
 
-    q (D, W), scaled so that scores come out in units of log 2 (or, with softcap, divided by it); k (S, k_row) and
-    v (S, v_row) row-major, of which rows before `first` may be read, and past `last` those that make k ROWS rows;
-    small: whether every score is certain to be smaller than SMALL.
+    q, k, v, out: Rows; q (D, W) is scaled so that scores come out in units of log 2 (or, with softcap, divided by it);
+    of k (S, step) and v (S, step) rows before `first` may be read, and past `last` those that make k ROWS rows.
+    seen: Visible; mask: ScoreMask; small: whether every score is certain to be smaller than SMALL.
     Rows of `out` are written in whole tiles: up to ROWS - 1 rows past Dv are overwritten.
     A key whose score is -inf is not there.  Returns whether float32 could hold what was summed.
     """
+    first, last = seen.first, seen.last
     top = (Dv + ROWS - 1) // ROWS * ROWS
     at_scores = AT_SCORES + ROWS * WIDTH
     if first >= last:  # no key at all
         for i in range(0, Dv * WIDTH, LANES):
-            store(out, at_out + i, splat(_ZERO))
+            store(out.data, out.at + i, splat(_ZERO))
         return True
     for s0 in range(first, last, KEY_BLOCK):
         keys = min(KEY_BLOCK, last - s0)
         # 1. scores (keys, W); the last tile steps back rather than past the end, to key 0 at most
         for s in range(0, keys, ROWS):
             t = max(min(s, keys - ROWS), -s0)
-            add_product(False, k, at_k + (s0 + t) * k_row, k_row, 1, q, at_q, D, SCORE_CHAIN,
+            add_product(False, k.data, k.at + (s0 + t) * k.step, k.step, 1, q.data, q.at, D, SCORE_CHAIN,
                         scratch, at_scores + t * WIDTH, WIDTH, LANES)
         # 2. softcap, then masks
         if softcap > _ZERO:
             for i in range(0, keys * WIDTH, LANES):
                 capped = tanh(load(scratch, at_scores + i)) * splat(softcap * LOG2_E)
                 store(scratch, at_scores + i, capped)
-        hides = has_mask or (band and not (full_from <= s0 and s0 + keys <= full_to))
+        hides = mask.given or (seen.band and not (seen.full_from <= s0 and s0 + keys <= seen.full_to))
         if hides:
-            mask_scores(scratch, at_scores, keys, s0, q0, band, low_edge, high_edge, full_from, full_to,
-                        masks, at_masks + (s0 - mask_from) * WIDTH, has_mask)
+            mask_scores(scratch, at_scores, keys, s0, seen.q0, seen.band, seen.low, seen.high, seen.full_from,
+                        seen.full_to, mask.data, mask.at + (s0 - mask.first) * WIDTH, mask.given)
         # 3. maximum, exponentials, sum
         for c in range(COLUMNS):
             at = at_scores + c * LANES
@@ -271,8 +306,8 @@ def attend_block(q, at_q, k, at_k, k_row, v, at_v, v_row, first, last, D, Dv, sc
                     factor = exp2(before - base)
                     store(scratch, AT_SUM + c * LANES, load(scratch, AT_SUM + c * LANES) * factor)
                     for d in range(top):
-                        at_d = at_out + d * WIDTH + c * LANES
-                        store(out, at_d, load(out, at_d) * factor)
+                        at_d = out.at + d * WIDTH + c * LANES
+                        store(out.data, at_d, load(out.data, at_d) * factor)
             if small and not hides:
                 total = powers(power_of_small, scratch, at, keys, base)
             else:
@@ -282,8 +317,8 @@ def attend_block(q, at_q, k, at_k, k_row, v, at_v, v_row, first, last, D, Dv, sc
             store(scratch, AT_SUM + c * LANES, total)
         # 4. context (Dv, W) += v^T p
         for d in range(0, Dv, ROWS):
-            add_product(s0 > first, v, at_v + s0 * v_row + d, 1, v_row, scratch, at_scores, keys, CHAIN,
-                        out, at_out + d * WIDTH, WIDTH, LANES)
+            add_product(s0 > first, v.data, v.at + s0 * v.step + d, 1, v.step, scratch, at_scores, keys, CHAIN,
+                        out.data, out.at + d * WIDTH, WIDTH, LANES)
     # 5. divide by the sum; a query that saw no key gets zeros
     largest = splat(np.int32(0))  # of the bits, as in largest_magnitudes
     for c in range(COLUMNS):
@@ -291,21 +326,20 @@ def attend_block(q, at_q, k, at_k, k_row, v, at_v, v_row, first, last, D, Dv, sc
         none = total == splat(_ZERO)
         factor = select(none, splat(_ZERO), splat(_ONE) / total)
         for d in range(Dv):
-            at_d = at_out + d * WIDTH + c * LANES
-            mean = load(out, at_d) * factor
-            store(out, at_d, mean)
+            at_d = out.at + d * WIDTH + c * LANES
+            mean = load(out.data, at_d) * factor
+            store(out.data, at_d, mean)
             largest = larger(bits_of(mean) & splat(_MAGNITUDE), largest)
         if small:  # tiny powers alone, times small values, lose digits
             faint = select(none, splat(_ONE), total) < splat(_FAINT)
             largest = select(faint, splat(_INFINITY_BITS), largest)
-        if not (band or has_mask):  # without a mask, scores were too low for float32
+        if not (seen.band or mask.given):  # without a mask, scores were too low for float32
             largest = select(none, splat(_INFINITY_BITS), largest)
     return not any_lane(largest >= splat(_INFINITY_BITS))
 
 
 @inlined
-def attend_around(q, at_q, k, at_k, k_row, v, at_v, v_row, first, last, D, Dv, scratch, out, at_out, q0, band,
-                  low_edge, high_edge, masks, at_masks, mask_from, has_mask, softcap):
+def attend_around(q, k, v, out, D, Dv, seen, mask, softcap, scratch):
     """attend_block in plain loops, with sums in float64, that never touch a masked key or value.
 
     For when what is masked holds NaN, and for what float32 cannot sum.
@@ -317,17 +351,17 @@ def attend_around(q, at_q, k, at_k, k_row, v, at_v, v_row, first, last, D, Dv, s
             best, total = -np.inf, 0.0
             for d in range(some):
                 sums[d] = 0.0
-            for s in range(first, last):
-                if band and not (low_edge <= s - q0 - l <= high_edge):
+            for s in range(seen.first, seen.last):
+                if seen.band and not (seen.low <= s - seen.q0 - l <= seen.high):
                     continue
                 m = _ZERO
-                if has_mask:
-                    m = masks[at_masks + (s - mask_from) * WIDTH + l]
+                if mask.given:
+                    m = mask.data[mask.at + (s - mask.first) * WIDTH + l]
                     if m == _MINUS_INFINITY:
                         continue
                 score = 0.0
                 for d in range(D):
-                    score += np.float64(q[at_q + d * WIDTH + l]) * np.float64(k[at_k + s * k_row + d])
+                    score += np.float64(q.data[q.at + d * WIDTH + l]) * np.float64(k.data[k.at + s * k.step + d])
                 if softcap > _ZERO:
                     score = np.float64(np.tanh(np.float32(score))) * np.float64(softcap) * np.float64(LOG2_E)
                 score += np.float64(m)
@@ -342,21 +376,17 @@ def attend_around(q, at_q, k, at_k, k_row, v, at_v, v_row, first, last, D, Dv, s
                 p = np.float64(np.float32(2) ** np.float32(score - best))
                 total += p
                 for d in range(some):
-                    sums[d] += p * np.float64(v[at_v + s * v_row + d0 + d])
+                    sums[d] += p * np.float64(v.data[v.at + s * v.step + d0 + d])
             for d in range(some):
-                out[at_out + (d0 + d) * WIDTH + l] = np.float32(sums[d] / total) if total != 0.0 else _ZERO
+                out.data[out.at + (d0 + d) * WIDTH + l] = np.float32(sums[d] / total) if total != 0.0 else _ZERO
 
 
 @inlined
-def attend(q, at_q, k, at_k, k_row, v, at_v, v_row, first, last, D, Dv, scratch, out, at_out, q0, band, low_edge,
-           high_edge, full_from, full_to, masks, at_masks, mask_from, has_mask, softcap, small):
+def attend(q, k, v, out, D, Dv, seen, mask, softcap, small, scratch):
     """attend_block, and where float32 could not hold what it summed, again with a maximum, then in float64."""
-    while not attend_block(q, at_q, k, at_k, k_row, v, at_v, v_row, first, last, D, Dv, scratch, out, at_out, q0, band,
-                           low_edge, high_edge, full_from, full_to, masks, at_masks, mask_from, has_mask, softcap,
-                           small):
+    while not attend_block(q, k, v, out, D, Dv, seen, mask, softcap, small, scratch):
         if not small:
-            attend_around(q, at_q, k, at_k, k_row, v, at_v, v_row, first, last, D, Dv, scratch, out, at_out, q0, band,
-                          low_edge, high_edge, masks, at_masks, mask_from, has_mask, softcap)
+            attend_around(q, k, v, out, D, Dv, seen, mask, softcap, scratch)
             break
         small = False
 
@@ -519,7 +549,7 @@ def layer_part(xq, xk, xv, out, weights, parameters, keep, bias, scratch, batch,
     at_natural, at_q, at_masks, at_largest = p.at_natural, p.at_q, p.at_masks, p.at_largest
     if not adds:
         for f in range(from_kv * Dp, from_kv * Dp + k_features, k_block):
-            largest_magnitudes(shared, f * S_up, k_block, S, k_block, private, at_largest + f)
+            largest_magnitudes(Rows(shared, f * S_up, k_block), S, k_block, private, at_largest + f)
     to = min((begin + portion) * WIDTH, L)
     for first_query in range(begin * WIDTH, to, QUERIES):
         tokens = min(QUERIES, to - first_query)
@@ -542,6 +572,8 @@ def layer_part(xq, xk, xv, out, weights, parameters, keep, bias, scratch, batch,
                         transpose_block(private, at_rows + l * WIDTH + c, WIDTH, private, at_q + (f + c) * WIDTH + l,
                                         WIDTH)
             first, last, full_from, full_to = visible_range(q0, queries, S, band, p.low, p.high)
+            seen = Visible(first, last, full_from, full_to, q0, band, p.low, p.high)
+            mask = ScoreMask(private, at_masks, first, has_mask)
             # 3. attention, head by head, context (heads * Dvp, W)
             for h in range(heads):
                 head, kv = from_head * repeats + h, from_kv + h // repeats
@@ -553,14 +585,12 @@ def layer_part(xq, xk, xv, out, weights, parameters, keep, bias, scratch, batch,
                               bias, batch * p.bias_b + head * p.bias_h + q0 * p.bias_l + first * p.bias_s,
                               p.bias_l, p.bias_s, slope, place + q0 - first, queries, last - first, private,
                               AT_TILE)
-                at_head = at_q + h * Dp * WIDTH
-                at_k = feature_position(kv * Dp, k_block, k_step)
-                at_v = at_values + feature_position(kv * Dvp, v_block, v_step)
-                at_out = at_chunk + t // WIDTH * step + h * Dvp * WIDTH
-                small = not adds and all_small(private, at_head, D, private, at_largest + kv * Dp)
-                attend(private, at_head, shared, at_k, k_block, shared, at_v, v_block, first, last, D, Dvp, private,
-                       context, at_out, q0, band, p.low, p.high, full_from, full_to, private, at_masks, first,
-                       has_mask, _ZERO, small)
+                q_head = Rows(private, at_q + h * Dp * WIDTH, WIDTH)
+                k_head = Rows(shared, feature_position(kv * Dp, k_block, k_step), k_block)
+                v_head = Rows(shared, at_values + feature_position(kv * Dvp, v_block, v_step), v_block)
+                to_head = Rows(context, at_chunk + t // WIDTH * step + h * Dvp * WIDTH, WIDTH)
+                small = not adds and all_small(q_head, D, private, at_largest + kv * Dp)
+                attend(q_head, k_head, v_head, to_head, D, Dvp, seen, mask, _ZERO, small, private)
         # 4. output rows: projection of the context, or the context itself
         at_row = (batch * L + first_query) * Eo
         if p.has_out != 0:
@@ -685,15 +715,17 @@ def attention_part(parameters, scale, softcap, keep, bias, lengths, scratch, por
                     private[at_v_copy + s * Dv_up + d] = all_v[v_at + s * v_row + d]
                 for d in range(Dv, Dv_up):
                     private[at_v_copy + s * Dv_up + d] = _ZERO
-        v, from_v, step_v = (all_v, v_at, v_row) if Dv == Dv_up else (own, at_v_copy, Dv_up)
-        k, from_k, step_k = (own, at_k_copy, D) if short else (all_k, k_at, k_row)
+        v = Rows(all_v, v_at, v_row) if Dv == Dv_up else Rows(own, at_v_copy, Dv_up)
+        k = Rows(own, at_k_copy, D) if short else Rows(all_k, k_at, k_row)
+        q, context = Rows(private, at_q, WIDTH), Rows(private, at_context, WIDTH)
         # 3. attention
         if bounded and measured != batch * p.kv_heads + kv:
             measured = batch * p.kv_heads + kv
-            largest_magnitudes(k, from_k, step_k, keys, D, private, at_largest)
-        small = bounded and all_small(private, at_q, D, private, at_largest)
-        attend(private, at_q, k, from_k, step_k, v, from_v, step_v, first, last, D, Dv, private, private, at_context,
-               q0, band, p.low, p.high, full_from, full_to, private, at_masks, first, has_mask, softcap, small)
+            largest_magnitudes(k, keys, D, private, at_largest)
+        small = bounded and all_small(q, D, private, at_largest)
+        seen = Visible(first, last, full_from, full_to, q0, band, p.low, p.high)
+        mask = ScoreMask(private, at_masks, first, has_mask)
+        attend(q, k, v, context, D, Dv, seen, mask, softcap, small, private)
         # 4. turn the context back into rows
         for d in range(0, Dv_lanes, LANES):
             for l in range(0, WIDTH, LANES):
