@@ -38,7 +38,7 @@ def call_overhead(problem: Problem) -> dict[str, float]:
         call()
         plans = layer._kernel._plans
         for parameters, *_ in plans.values():
-            parameters[module.P_BATCH] = 0
+            parameters[module.LAYER.names.index("batch")] = 0
         try:
             found[name] = float(np.median([_seconds(call) for _ in range(_BLOCKS)]))
         finally:
@@ -106,7 +106,7 @@ def _emptied(arguments):
     if arguments[0].ndim > 1:
         return (*(array[:0] for array in arguments[:4]), *arguments[4:])
     parameters = arguments[4].copy()
-    parameters[functional_dynamic.A_B] = 0
+    parameters[functional_dynamic.ATTENTION.names.index("batch")] = 0
     return (*arguments[:4], parameters, *arguments[5:])
 
 

@@ -3,7 +3,6 @@ import numpy as np
 from numba import njit
 
 from edgeattn.arithmetic import batch_matmul_multiplier, fully_connected_multiplier, lut_f32_table
-from edgeattn.cpu import fused_int8
 from edgeattn.cpu.layer_int8 import StaticLayer
 from edgeattn.cpu.matmul import MATRIX, linear
 from edgeattn.cpu.requantize import RULES, encode
@@ -127,7 +126,8 @@ def make_layer(rng, heads, E, D, Dv, Eo, zero_points, rules, softmax):
 
 def run_cached(layer, xq, xk, xv, out, **masks):
     """The call of a StaticLayer, with keys and values that come in two halves by way of a cache, from slot 2 on."""
-    H, D, Dv = (int(layer._parameters[i]) for i in (fused_int8.P_HEADS, fused_int8.P_D, fused_int8.P_DV))
+    p = layer._parameters
+    H, D, Dv = p.heads, p.head_size, p.value_size
     (B, S), half = xk.shape[:2], xk.shape[1] // 2
     keys, values = (np.full((B, H, S + 3, size), 99, np.int8) for size in (D, Dv))
     first, second = ([np.ascontiguousarray(x[:, part]) for x in (xk, xv)] for part in (slice(half), slice(half, S)))

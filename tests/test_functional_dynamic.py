@@ -8,6 +8,7 @@ from test_functional import arguments, expected
 from edgeattn import scaled_dot_product_attention as attend
 from edgeattn import threads
 from edgeattn.cpu import functional_dynamic
+from edgeattn.cpu.records import blank
 
 CASES = [case for case in cases.CASES if not (case.padding or case.softcap)]
 
@@ -134,10 +135,9 @@ def test_layouts_ranks_dtypes_out_and_threads():
 
 def test_scratch_grows_with_the_keys_alone():
     def sizes(S):
-        p = np.zeros(functional_dynamic.A_COUNT, np.int64)
-        p[functional_dynamic.A_KV_HEADS], p[functional_dynamic.A_S] = 12, S
-        p[functional_dynamic.A_D] = p[functional_dynamic.A_DV] = 32
+        p = blank(functional_dynamic.ATTENTION, kv_heads=12, keys=S, head_size=32, value_size=32)
         return functional_dynamic.plan(p, False)
+
     (shared, private), (longer, same) = sizes(512), sizes(4096)
     assert 4 * (shared + private) < 2**20 and longer < 8.1 * shared and same == private
 

@@ -1,4 +1,6 @@
 """The static int8 layer kernel against operator-by-operator integer arithmetic: equality, always."""
+import copy
+
 import numpy as np
 import oracle_kernels as oracle
 import pytest
@@ -91,7 +93,7 @@ def test_scratch_grows_with_the_keys_and_knows_no_queries():
 
     def sizes(L, S):
         """Bytes for all threads together, and for each."""
-        return 4 * np.array(plan(layer._parameters.copy(), 1, L, S))
+        return 4 * np.array(plan(copy.copy(layer._parameters), 1, L, S))
 
     assert sizes(512, 512).sum() < 2**20
     for S in (64, 512, 4096):

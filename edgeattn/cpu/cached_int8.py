@@ -1,8 +1,8 @@
 """A static int8 layer with a cache: new tokens go into it, and what it holds to where the layer's own kernel reads.
 
 Letters as in fused_int8.  A cache keeps codes as they are, keys (B, H, C, D) and values (B, H, C, Dv), C its capacity.
-Attention itself is that of a layer without a cache, whose keys and values are the S tokens from slot P_FIRST on; the
-codes of the P_NEW last of these are computed first.
+Attention itself is that of a layer without a cache, whose keys and values are the S tokens from slot `first_slot` on;
+the codes of the `new_tokens` last of these are computed first.
 """
 import numpy as np
 
@@ -12,6 +12,7 @@ from edgeattn.jit import inlined, jit
 from . import fused_int8 as f
 from .fused import ATTENDING, portions
 from .matmul import MATRIX, MATRIX_DEPTH, feature_position, round_up
+from .records import named
 from .simd import (
     LANES,
     ROWS,
@@ -33,30 +34,31 @@ from .step_int8 import project_codes, step_part
 def append_codes(row, tokens, size, padded, p, private, cache, at_cache):
     """Codes that `project_codes` left, to the heads' rows of a cache from at_cache on."""
     codes = private.view(np.int8)
-    for h in range(p[f.P_HEADS]):
+    for h in range(p.heads):
         for t in range(tokens):
-            at, to = 4 * p[f.P_AT_NATURAL] + t * row + h * padded, at_cache + (h * p[f.P_CAPACITY] + t) * size
+            at, to = 4 * p.at_natural + t * row + h * padded, at_cache + (h * p.capacity + t) * size
             for d in range(size):
                 cache[to + d] = codes[at + d]
 
 
 @separate
-def append_part(table, project_rule, xk, xv, weights, p, keys, values, scratch, batch, portion, worker, part):
+def append_part(table, project_rule, xk, xv, weights, parameters, keys, values, scratch, batch, portion, worker, part):
     """`portion` of one batch entry's new tokens, projected, to the cache; the table is there to stand first alone."""
-    private = scratch[p[f.P_SHARED] + worker * p[f.P_PRIVATE]:p[f.P_SHARED] + (worker + 1) * p[f.P_PRIVATE]]
-    D, Dv, Ek, Ev = p[f.P_D], p[f.P_DV], p[f.P_EK], p[f.P_EV]
-    slot = batch * p[f.P_HEADS] * p[f.P_CAPACITY] + p[f.P_FIRST] + p[f.P_S] - p[f.P_NEW]
+    p = named(parameters, f.LAYER)
+    private = scratch[p.shared_size + worker * p.private_size:p.shared_size + (worker + 1) * p.private_size]
+    D, Dv, Ek, Ev = p.head_size, p.value_size, p.key_width, p.value_width
+    slot = batch * p.heads * p.capacity + p.first_slot + p.keys - p.new_tokens
     if MATRIX:
-        matrix_configure(private, p[f.P_AT_TILES])
-    end = min((part + 1) * portion, p[f.P_NEW])
+        matrix_configure(private, p.at_tiles)
+    end = min((part + 1) * portion, p.new_tokens)
     for t in range(part * portion, end, WIDTH):
-        tokens, row = min(WIDTH, end - t), batch * p[f.P_NEW] + t
-        k_row = project_codes(xk, row * Ek, Ek, tokens, weights, project_rule, p[f.P_WK], p[f.P_BK], p[f.P_MK],
-                              np.int32(p[f.P_ZK]), p[f.P_D_PAD], p, private)
-        append_codes(k_row, tokens, D, p[f.P_D_PAD], p, private, keys, (slot + t) * D)
-        v_row = project_codes(xv, row * Ev, Ev, tokens, weights, project_rule, p[f.P_WV], p[f.P_BV], p[f.P_MV],
-                              np.int32(p[f.P_ZV]), p[f.P_DV_PAD], p, private)
-        append_codes(v_row, tokens, Dv, p[f.P_DV_PAD], p, private, values, (slot + t) * Dv)
+        tokens, row = min(WIDTH, end - t), batch * p.new_tokens + t
+        k_row = project_codes(xk, row * Ek, Ek, tokens, weights, project_rule, p.wk, p.bk, p.mk,
+                              np.int32(p.zk), p.padded_head, p, private)
+        append_codes(k_row, tokens, D, p.padded_head, p, private, keys, (slot + t) * D)
+        v_row = project_codes(xv, row * Ev, Ev, tokens, weights, project_rule, p.wv, p.bv, p.mv,
+                              np.int32(p.zv), p.padded_value, p, private)
+        append_codes(v_row, tokens, Dv, p.padded_value, p, private, values, (slot + t) * Dv)
     if MATRIX:
         matrix_release()
 
@@ -91,30 +93,31 @@ def join_tokens(rows, at0, at1, at2, at3, count, out, to):
 
 
 @separate
-def arrange_part(p, keys, values, scratch, batch, portion, worker, part):
+def arrange_part(parameters, keys, values, scratch, batch, portion, worker, part):
     """`portion` of one batch entry's tokens from the cache to shared scratch, as `layer_part` leaves what it projects.
 
     Features that only fill up a head, and tokens that only fill up a tile, are whatever lies there: the former meet
     zeros, the latter are dropped.
     """
-    shared = scratch[:p[f.P_SHARED]]
-    private = scratch[p[f.P_SHARED] + worker * p[f.P_PRIVATE]:p[f.P_SHARED] + (worker + 1) * p[f.P_PRIVATE]]
-    H, D, Dv, Dp, Dvp, S = p[f.P_HEADS], p[f.P_D], p[f.P_DV], p[f.P_D_PAD], p[f.P_DV_PAD], p[f.P_S]
-    S_up, at_square = f.padded_keys(S), p[f.P_AT_NATURAL]
+    p = named(parameters, f.LAYER)
+    shared = scratch[:p.shared_size]
+    private = scratch[p.shared_size + worker * p.private_size:p.shared_size + (worker + 1) * p.private_size]
+    H, D, Dv, Dp, Dvp, S = p.heads, p.head_size, p.value_size, p.padded_head, p.padded_value, p.keys
+    S_up, at_square = f.padded_keys(S), p.at_natural
     k_block, v_block = max(Dp, LANES), max(Dvp, LANES)
     k_step, v_step, v_row = S_up * k_block, S_up // 4 * v_block, round_up(S_up // 4, MATRIX_DEPTH)
-    q_zero = f.zero_bytes(np.int32(p[f.P_ZQ]))
+    q_zero = f.zero_bytes(np.int32(p.zq))
     k_base, v_base = address_of(keys), pointer_to(address_of(values), np.uint8)
     base, own = address_of(shared), pointer_to(address_of(private), np.int32)
     everyones = pointer_to(base, np.int32)
     t0, t1 = part * portion, min((part + 1) * portion, S)
     for h in range(H):
-        slot = (batch * H + h) * p[f.P_CAPACITY] + p[f.P_FIRST]
+        slot = (batch * H + h) * p.capacity + p.first_slot
         at_k = feature_position(h * Dp, k_block, k_step) + t0 * k_block
         copy_rows(k_base + (slot + t0) * D, D, t1 - t0, base + at_k, k_block)
         f.key_terms(shared, at_k // 4, k_block // 4, round_up(t1 - t0, ROWS), Dp // 4, q_zero, shared,
-                  p[f.P_KROW] + h * S_up + t0, private, at_square)
-        at_v = p[f.P_VALUES] + feature_position(h * Dvp, v_block, v_step)
+                  p.at_krow + h * S_up + t0, private, at_square)
+        at_v = p.at_values + feature_position(h * Dvp, v_block, v_step)
         for t in range(t0, t1, 4 * LANES):
             for d in range(0, Dv, LANES):
                 count = min(LANES, Dv - d)
@@ -127,26 +130,27 @@ def arrange_part(p, keys, values, scratch, batch, portion, worker, part):
                                 count, target, to + (i - t) // 4 * step)
                 if MATRIX:
                     transpose_block(own, at_square, LANES, everyones,
-                                    p[f.P_VALUES] + (h * Dvp + d) * v_row + t // 4, v_row)
+                                    p.at_values + (h * Dvp + d) * v_row + t // 4, v_row)
 
 
 @jit
-def cached_int8(project_rule, score_rule, context_rule, table, xq, xk, xv, out, weights, p, keep, classes, tables,
-                keys, values, scratch, board, count):
+def cached_int8(project_rule, score_rule, context_rule, table, xq, xk, xv, out, weights, parameters, keep, classes,
+                tables, keys, values, scratch, board, count):
     """A static layer with a cache on at most `count` threads that serve the board; what `layer_part` says, and:
 
-    xk (B, P_NEW, Ek), xv (B, P_NEW, Ev), keys and values (of the cache): flat int8
+    xk (B, new_tokens, Ek), xv (B, new_tokens, Ev), keys and values (of the cache): flat int8
     """
-    some, append_parts = portions(p[f.P_NEW], WIDTH, count)
-    tokens, token_parts = portions(p[f.P_S], f.TOKENS_TOGETHER, count)
-    blocks, block_parts = portions((p[f.P_L] + WIDTH - 1) // WIDTH, 1, count)
-    for batch in range(p[f.P_BATCH]):
-        share(board, append_parts, append_part, table, project_rule, xk, xv, weights, p, keys, values, scratch, batch,
-              some)
-        if p[f.P_L] == 1 and keep.size == 0 and classes.size == 0 and p[f.P_BAND] == 0:
-            share(board, 1, step_part, table, project_rule, score_rule, context_rule, xq, out, weights, p, classes,
-                  tables, keys, values, scratch, batch)
+    p = named(parameters, f.LAYER)
+    some, append_parts = portions(p.new_tokens, WIDTH, count)
+    tokens, token_parts = portions(p.keys, f.TOKENS_TOGETHER, count)
+    blocks, block_parts = portions((p.queries + WIDTH - 1) // WIDTH, 1, count)
+    for batch in range(p.batch):
+        share(board, append_parts, append_part, table, project_rule, xk, xv, weights, parameters, keys, values, scratch,
+              batch, some)
+        if p.queries == 1 and keep.size == 0 and classes.size == 0 and p.band == 0:
+            share(board, 1, step_part, table, project_rule, score_rule, context_rule, xq, out, weights, parameters,
+                  classes, tables, keys, values, scratch, batch)
             continue
-        share(board, token_parts, arrange_part, p, keys, values, scratch, batch, tokens)
+        share(board, token_parts, arrange_part, parameters, keys, values, scratch, batch, tokens)
         share(board, block_parts, f.layer_part, table, project_rule, score_rule, context_rule, xq, xk, xv, out, weights,
-              p, keep, classes, tables, scratch, batch, ATTENDING, blocks)
+              parameters, keep, classes, tables, scratch, batch, ATTENDING, blocks)

@@ -10,8 +10,9 @@ from numba.extending import register_jitable
 
 from edgeattn.jit import inlined
 
-from .fused import describe
-from .simd import LANES, first_lane, larger, load, max_lanes, pointer_to, splat, store
+from .fused import steps_of
+from .records import named, record
+from .simd import LANES, address_of, first_lane, larger, load, max_lanes, pointer_to, splat, store
 from .softmax import LOG2_E, exp2, tanh
 
 BLOCK = 128  # keys
@@ -20,46 +21,50 @@ _ONE = np.float32(1)
 _MINUS_INFINITY = np.float32(-np.inf)
 _LOWEST = np.finfo(np.float32).min
 
-# Parameters: sizes, then per array its address and its strides in elements.
-(D_B, D_H, D_KV_HEADS, D_S, D_D, D_DV, D_DV_UP, D_BLOCKS, D_RESULT, D_SHARED, D_PRIVATE,
- D_Q, D_Q_B, D_Q_H, D_K, D_K_B, D_K_H, D_K_S, D_V, D_V_B, D_V_H, D_V_S, D_O, D_O_B, D_O_H,
- D_KS, D_KS_B, D_KS_H, D_KS_S, D_VS, D_VS_B, D_VS_H, D_VS_S, D_COUNT) = range(34)
+# The parameters: sizes, then of each array its address and its strides in elements.
+DECODE = record("batch heads kv_heads keys head_size value_size padded_value blocks result_size",
+                "shared_size private_size",
+                "q q_b q_h", "k k_b k_h k_s", "v v_b v_h v_s", "out out_b out_h",
+                "k_scale k_scale_b k_scale_h k_scale_s", "v_scale v_scale_b v_scale_h v_scale_s")
+_COUNT = len(DECODE)
 
 
 @register_jitable
-def parameters(q, k, v, out, result_row, private):
+def parameters_of(q, k, v, out, result_row, private):
     """The parameters of one call, without scales; `result_row` is Dv', `private` the scratch elements of a thread."""
-    p = np.zeros(D_COUNT, np.int64)
-    p[D_B], p[D_H], p[D_D] = q.shape
-    p[D_KV_HEADS], p[D_S], p[D_DV], p[D_DV_UP] = k.shape[1], k.shape[2], v.shape[3], result_row
-    p[D_BLOCKS], p[D_PRIVATE] = (p[D_S] + BLOCK - 1) // BLOCK, private
-    p[D_RESULT] = p[D_H] // p[D_KV_HEADS] * (result_row + 2)
-    p[D_SHARED] = (p[D_B] * p[D_KV_HEADS] * p[D_BLOCKS] * p[D_RESULT] + 15) // 16 * 16
-    describe(p, D_Q, q, 2)
-    describe(p, D_K, k, 3)
-    describe(p, D_V, v, 3)
-    describe(p, D_O, out, 2)
-    return p
+    parameters = np.zeros(_COUNT, np.int64)
+    p = named(parameters, DECODE)
+    p.batch, p.heads, p.head_size = q.shape
+    p.kv_heads, p.keys, p.value_size, p.padded_value = k.shape[1], k.shape[2], v.shape[3], result_row
+    p.blocks, p.private_size = (p.keys + BLOCK - 1) // BLOCK, private
+    p.result_size = p.heads // p.kv_heads * (result_row + 2)
+    p.shared_size = (p.batch * p.kv_heads * p.blocks * p.result_size + 15) // 16 * 16
+    p.q, p.k, p.v, p.out = address_of(q), address_of(k), address_of(v), address_of(out)
+    p.q_b, p.q_h, _ = steps_of(q)
+    p.k_b, p.k_h, p.k_s = steps_of(k)
+    p.v_b, p.v_h, p.v_s = steps_of(v)
+    p.out_b, p.out_h, _ = steps_of(out)
+    return parameters
 
 
 @inlined
 def keys_of(p, lengths, batch):
     """How many keys a batch entry has."""
-    return p[D_S] if lengths.size == 0 else min(max(lengths[batch], 0), p[D_S])
+    return p.keys if lengths.size == 0 else min(max(lengths[batch], 0), p.keys)
 
 
 @inlined
 def take_queries(p, item, scale, softcap, private, at_q, q_row):
     """private[at_q + g q_row + d] = query g of the item times what makes its scores exponents of 2; then zeros."""
-    G = p[D_H] // p[D_KV_HEADS]
-    batch, kv = item // p[D_KV_HEADS], item % p[D_KV_HEADS]
-    q = pointer_to(p[D_Q], private)
+    G = p.heads // p.kv_heads
+    batch, kv = item // p.kv_heads, item % p.kv_heads
+    q = pointer_to(p.q, private)
     factor = scale / softcap if softcap > _ZERO else scale * LOG2_E
     for g in range(G):
-        start = batch * p[D_Q_B] + (kv * G + g) * p[D_Q_H]
-        for d in range(p[D_D]):
+        start = batch * p.q_b + (kv * G + g) * p.q_h
+        for d in range(p.head_size):
             private[at_q + g * q_row + d] = q[start + d] * factor
-        for d in range(p[D_D], q_row):
+        for d in range(p.head_size, q_row):
             private[at_q + g * q_row + d] = _ZERO
 
 
@@ -88,15 +93,16 @@ def inverse_of(total):
 
 
 @inlined
-def join_blocks(p, out, lengths, results, feature_of):
+def join_blocks(parameters, out, lengths, results, feature_of):
     """out (B, H, Dv) = the softmax over all blocks; feature_of(position) says what a context's element is."""
-    G, Dv, Dv_up = p[D_H] // p[D_KV_HEADS], p[D_DV], p[D_DV_UP]
-    for item in range(p[D_B] * p[D_KV_HEADS]):
-        batch, kv = item // p[D_KV_HEADS], item % p[D_KV_HEADS]
+    p = named(parameters, DECODE)
+    G, Dv, Dv_up = p.heads // p.kv_heads, p.value_size, p.padded_value
+    for item in range(p.batch * p.kv_heads):
+        batch, kv = item // p.kv_heads, item % p.kv_heads
         blocks = (keys_of(p, lengths, batch) + BLOCK - 1) // BLOCK
-        first = item * p[D_BLOCKS] * p[D_RESULT]
+        first = item * p.blocks * p.result_size
         for g in range(G):
-            to = batch * p[D_O_B] + (kv * G + g) * p[D_O_H]
+            to = batch * p.out_b + (kv * G + g) * p.out_h
             if blocks == 0:
                 for d in range(Dv):
                     out[to + d] = _ZERO
@@ -104,16 +110,16 @@ def join_blocks(p, out, lengths, results, feature_of):
             context, maximum, total = first + g * Dv_up, first + G * Dv_up + g, first + G * (Dv_up + 1) + g
             best = _MINUS_INFINITY
             for block in range(blocks):
-                best = max(best, results[maximum + block * p[D_RESULT]])
+                best = max(best, results[maximum + block * p.result_size])
             whole = _ZERO
             for block in range(blocks):
-                here = block * p[D_RESULT]
+                here = block * p.result_size
                 weight = results[total + here] * first_lane(exp2(splat(results[maximum + here] - best)))
                 results[total + here] = weight
                 whole += weight
             inverse = inverse_of(whole)
             for block in range(blocks):
-                here = block * p[D_RESULT]
+                here = block * p.result_size
                 weight = splat(results[total + here] * inverse)
                 for d in range(0, Dv_up, LANES):
                     part = load(results, context + here + d) * weight

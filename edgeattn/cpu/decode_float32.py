@@ -9,33 +9,16 @@ from edgeattn.jit import inlined, jit
 
 from .decode_blocks import (
     BLOCK,
-    D_B,
-    D_BLOCKS,
-    D_D,
-    D_DV,
-    D_DV_UP,
-    D_H,
-    D_K,
-    D_K_B,
-    D_K_H,
-    D_K_S,
-    D_KV_HEADS,
-    D_O,
-    D_PRIVATE,
-    D_RESULT,
-    D_SHARED,
-    D_V,
-    D_V_B,
-    D_V_H,
-    D_V_S,
+    DECODE,
     cap_and_maximum,
     inverse_of,
     join_blocks,
     keys_of,
-    parameters,
+    parameters_of,
     take_queries,
 )
 from .fused import portions
+from .records import named
 from .simd import (
     LANES,
     ROWS,
@@ -168,22 +151,23 @@ def private_sizes(G, D, Dv):
 
 
 @separate
-def decode_part(p, scale, softcap, lengths, scratch, portion, worker, part):
+def decode_part(parameters, scale, softcap, lengths, scratch, portion, worker, part):
     """`portion` blocks of keys of `decode`."""
+    p = named(parameters, DECODE)
     shared = address_of(scratch)
-    private = pointer_to(shared + (p[D_SHARED] + worker * p[D_PRIVATE]) * scratch.itemsize, scratch)
+    private = pointer_to(shared + (p.shared_size + worker * p.private_size) * scratch.itemsize, scratch)
     results = pointer_to(shared, scratch)
-    D, Dv, Dv_up, G = p[D_D], p[D_DV], p[D_DV_UP], p[D_H] // p[D_KV_HEADS]
-    keys, values = pointer_to(p[D_K], private), pointer_to(p[D_V], private)
-    k_row, v_row, q_row = p[D_K_S], p[D_V_S], (D + CHUNK - 1) // CHUNK * CHUNK
+    D, Dv, Dv_up, G = p.head_size, p.value_size, p.padded_value, p.heads // p.kv_heads
+    keys, values = pointer_to(p.k, private), pointer_to(p.v, private)
+    k_row, v_row, q_row = p.k_s, p.v_s, (D + CHUNK - 1) // CHUNK * CHUNK
     at_q = 0  # (G, D'), scaled
     sizes = private_sizes(G, D, Dv)
     at_scores = at_q + sizes[0]  # (G, BLOCK)
     at_sums = at_scores + sizes[1]  # (QUERIES, FOLDS) vectors
     ready = np.int64(-1)
-    for number in range(part * portion, min((part + 1) * portion, p[D_B] * p[D_KV_HEADS] * p[D_BLOCKS])):
-        item, s0 = number // p[D_BLOCKS], number % p[D_BLOCKS] * BLOCK
-        batch, kv = item // p[D_KV_HEADS], item % p[D_KV_HEADS]
+    for number in range(part * portion, min((part + 1) * portion, p.batch * p.kv_heads * p.blocks)):
+        item, s0 = number // p.blocks, number % p.blocks * BLOCK
+        batch, kv = item // p.kv_heads, item % p.kv_heads
         count = min(keys_of(p, lengths, batch) - s0, BLOCK)
         if count <= 0:
             continue
@@ -191,10 +175,10 @@ def decode_part(p, scale, softcap, lengths, scratch, portion, worker, part):
             take_queries(p, item, scale, softcap, private, at_q, q_row)
             ready = item
         # 1. scores (G, BLOCK)
-        score_block(keys, batch * p[D_K_B] + kv * p[D_K_H] + s0 * k_row, k_row, count, D, G, private, at_q, q_row,
+        score_block(keys, batch * p.k_b + kv * p.k_h + s0 * k_row, k_row, count, D, G, private, at_q, q_row,
                     at_sums, at_scores)
         # 2. softmax of the block
-        to = number * p[D_RESULT]
+        to = number * p.result_size
         for g in range(G):
             at = at_scores + g * BLOCK
             m = cap_and_maximum(private, at, count, softcap)
@@ -209,7 +193,7 @@ def decode_part(p, scale, softcap, lengths, scratch, portion, worker, part):
             for s in range(0, count, LANES):
                 store(private, at + s, load(private, at + s) * inverse)
         # 3. context (G, Dv)
-        context_block(values, batch * p[D_V_B] + kv * p[D_V_H] + s0 * v_row, v_row, count, Dv, Dv_up, G, private,
+        context_block(values, batch * p.v_b + kv * p.v_h + s0 * v_row, v_row, count, Dv, Dv_up, G, private,
                       at_scores, results, to)
 
 
@@ -222,7 +206,8 @@ def in_order(position):
 @jit
 def decode(q, k, v, out, scale, softcap, lengths, private, scratch, board, count):
     """See `decode.decode`; on at most `count` threads that serve the board."""
-    p = parameters(q, k, v, out, (v.shape[3] + CHUNK - 1) // CHUNK * CHUNK, private)
-    portion, parts = portions(p[D_B] * p[D_KV_HEADS] * p[D_BLOCKS], 1, count)
-    share(board, parts, decode_part, p, np.float32(scale), np.float32(softcap), lengths, scratch, portion)
-    join_blocks(p, pointer_to(p[D_O], scratch), lengths, pointer_to(address_of(scratch), scratch), in_order)
+    parameters = parameters_of(q, k, v, out, (v.shape[3] + CHUNK - 1) // CHUNK * CHUNK, private)
+    p = named(parameters, DECODE)
+    portion, parts = portions(p.batch * p.kv_heads * p.blocks, 1, count)
+    share(board, parts, decode_part, parameters, np.float32(scale), np.float32(softcap), lengths, scratch, portion)
+    join_blocks(parameters, pointer_to(p.out, scratch), lengths, pointer_to(address_of(scratch), scratch), in_order)

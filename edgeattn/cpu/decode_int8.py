@@ -12,42 +12,17 @@ from edgeattn.jit import inlined, jit
 
 from .decode_blocks import (
     BLOCK,
-    D_B,
-    D_BLOCKS,
-    D_D,
-    D_DV,
-    D_DV_UP,
-    D_H,
-    D_K,
-    D_K_B,
-    D_K_H,
-    D_K_S,
-    D_KS,
-    D_KS_B,
-    D_KS_H,
-    D_KS_S,
-    D_KV_HEADS,
-    D_O,
-    D_PRIVATE,
-    D_RESULT,
-    D_SHARED,
-    D_V,
-    D_V_B,
-    D_V_H,
-    D_V_S,
-    D_VS,
-    D_VS_B,
-    D_VS_H,
-    D_VS_S,
+    DECODE,
     cap_and_maximum,
     inverse_of,
     join_blocks,
     keys_of,
-    parameters,
+    parameters_of,
     take_queries,
 )
-from .fused import describe, portions
+from .fused import portions, steps_of
 from .matmul import MATRIX, multiply
+from .records import named
 from .simd import (
     COLUMNS,
     LANES,
@@ -270,14 +245,15 @@ def private_sizes(G, D, Dv):
 
 
 @separate
-def decode_part(p, scale, softcap, lengths, scratch, portion, worker, part):
+def decode_part(parameters, scale, softcap, lengths, scratch, portion, worker, part):
     """`portion` blocks of keys of `decode`."""
+    p = named(parameters, DECODE)
     base = address_of(scratch)
     results = pointer_to(base, np.float32)
-    D, Dv, Dv_up, G = p[D_D], p[D_DV], p[D_DV_UP], p[D_H] // p[D_KV_HEADS]
+    D, Dv, Dv_up, G = p.head_size, p.value_size, p.padded_value, p.heads // p.kv_heads
     D_up, deep = (D + CHUNK - 1) // CHUNK * CHUNK, ((D + CHUNK - 1) // CHUNK * LANES + 15) // 16 * 16
     sizes = private_sizes(G, D, Dv)
-    address_q = base + (p[D_SHARED] + worker * p[D_PRIVATE]) * 4
+    address_q = base + (p.shared_size + worker * p.private_size) * 4
     address_units = address_q + sizes[0] * 4
     address_scores = address_units + sizes[1] * 4
     address_qd = address_scores + sizes[2] * 4
@@ -293,15 +269,15 @@ def decode_part(p, scale, softcap, lengths, scratch, portion, worker, part):
     corrections = pointer_to(address_corrections, np.int32)
     w_corrections = pointer_to(address_corrections + sizes[5] * 2, np.int32)
     panels, sums = pointer_to(address_panels, np.uint32), pointer_to(address_sums, np.int32)
-    k_scales, v_scales = pointer_to(p[D_KS], np.float32), pointer_to(p[D_VS], np.float32)
+    k_scales, v_scales = pointer_to(p.k_scale, np.float32), pointer_to(p.v_scale, np.float32)
     if MATRIX:
         matrix_configure(sums, 0)
     of_keys, of_values, absent = 0, BLOCK, 2 * BLOCK
     ready = np.int64(-1)
-    for number in range(part * portion, min((part + 1) * portion, p[D_B] * p[D_KV_HEADS] * p[D_BLOCKS])):
-        item, s0 = number // p[D_BLOCKS], number % p[D_BLOCKS] * BLOCK
-        batch, kv = item // p[D_KV_HEADS], item % p[D_KV_HEADS]
-        left = keys_of(p, lengths, batch) - s0  # not p[D_S] - s0: there may be no memory behind a shorter entry's keys
+    for number in range(part * portion, min((part + 1) * portion, p.batch * p.kv_heads * p.blocks)):
+        item, s0 = number // p.blocks, number % p.blocks * BLOCK
+        batch, kv = item // p.kv_heads, item % p.kv_heads
+        left = keys_of(p, lengths, batch) - s0  # not p.keys - s0: there may be no memory behind a shorter entry's keys
         count = min(left, BLOCK)
         if count <= 0:
             continue
@@ -313,15 +289,15 @@ def decode_part(p, scale, softcap, lengths, scratch, portion, worker, part):
                                                  corrections, g * DIGITS)
             ready = item
         # 1. scores (G, BLOCK): keys become panels (D / 4, WIDTH)
-        from_k, k_row = batch * p[D_K_B] + kv * p[D_K_H] + s0 * p[D_K_S], p[D_K_S]
-        key_panels(p[D_K] + from_k, k_row, D, count, left, deep, panels, address_copy)
+        from_k, k_row = batch * p.k_b + kv * p.k_h + s0 * p.k_s, p.k_s
+        key_panels(p.k + from_k, k_row, D, count, left, deep, panels, address_copy)
         products(G * DIGITS, qd, 0, deep, panels, deep * WIDTH, count, deep if MATRIX else D_up // 4, sums, BLOCK)
         # 2. softmax of the block, and its probabilities times the values' scales in digits; zeros up to a whole vector
-        to, whole = number * p[D_RESULT], (count + CHUNK - 1) // CHUNK * CHUNK
-        take_scales(k_scales, batch * p[D_KS_B] + kv * p[D_KS_H] + s0 * p[D_KS_S], p[D_KS_S], count, whole,
+        to, whole = number * p.result_size, (count + CHUNK - 1) // CHUNK * CHUNK
+        take_scales(k_scales, batch * p.k_scale_b + kv * p.k_scale_h + s0 * p.k_scale_s, p.k_scale_s, count, whole,
                     own_scales, of_keys)
-        poison = take_scales(v_scales, batch * p[D_VS_B] + kv * p[D_VS_H] + s0 * p[D_VS_S], p[D_VS_S], count, whole,
-                    own_scales, of_values)
+        poison = take_scales(v_scales, batch * p.v_scale_b + kv * p.v_scale_h + s0 * p.v_scale_s, p.v_scale_s, count,
+                             whole, own_scales, of_values)
         for s in range(0, whole, LANES):
             store(own_scales, absent + s, splat(_ZERO))
         for s in range(count, whole):
@@ -349,8 +325,8 @@ def decode_part(p, scale, softcap, lengths, scratch, portion, worker, part):
             units[G + g] = poison + write_digits(
                 scores, g * BLOCK, whole, units[G + g], wd, DIGITS * g * QUADS, QUADS, w_corrections, DIGITS * g)
         # 3. context (G, Dv'), positions as `interleaved` says: four keys at a time become a row of the panels
-        from_v, v_row = batch * p[D_V_B] + kv * p[D_V_H] + s0 * p[D_V_S], p[D_V_S]
-        value_panels(p[D_V] + from_v, v_row, Dv, count, left, panels, address_copy)
+        from_v, v_row = batch * p.v_b + kv * p.v_h + s0 * p.v_s, p.v_s
+        value_panels(p.v + from_v, v_row, Dv, count, left, panels, address_copy)
         products(G * DIGITS, wd, 0, QUADS, panels, QUADS * WIDTH, Dv_up, (count + 3) // 4, sums, Dv_up)
         for g in range(G):
             inverse = splat(inverse_of(results[to + G * (Dv_up + 1) + g]))
@@ -372,9 +348,12 @@ def interleaved(position):
 @jit
 def decode(q, k, v, out, k_scale, v_scale, scale, softcap, lengths, private, scratch, board, count):
     """See `decode.decode`; on at most `count` threads that serve the board."""
-    p = parameters(q, k, v, out, (v.shape[3] + CHUNK - 1) // CHUNK * CHUNK, private)
-    describe(p, D_KS, k_scale, 3)
-    describe(p, D_VS, v_scale, 3)
-    portion, parts = portions(p[D_B] * p[D_KV_HEADS] * p[D_BLOCKS], 1, count)
-    share(board, parts, decode_part, p, np.float32(scale), np.float32(softcap), lengths, scratch, portion)
-    join_blocks(p, pointer_to(p[D_O], np.float32), lengths, pointer_to(address_of(scratch), np.float32), interleaved)
+    parameters = parameters_of(q, k, v, out, (v.shape[3] + CHUNK - 1) // CHUNK * CHUNK, private)
+    p = named(parameters, DECODE)
+    p.k_scale, p.v_scale = address_of(k_scale), address_of(v_scale)
+    p.k_scale_b, p.k_scale_h, p.k_scale_s = steps_of(k_scale)
+    p.v_scale_b, p.v_scale_h, p.v_scale_s = steps_of(v_scale)
+    portion, parts = portions(p.batch * p.kv_heads * p.blocks, 1, count)
+    share(board, parts, decode_part, parameters, np.float32(scale), np.float32(softcap), lengths, scratch, portion)
+    join_blocks(parameters, pointer_to(p.out, np.float32), lengths, pointer_to(address_of(scratch), np.float32),
+                interleaved)

@@ -7,11 +7,13 @@ from edgeattn import threads
 from edgeattn.jit import entry
 
 from . import fused as f
-from .layer_float32 import _NO_BIAS, _NO_KEEP, place_masks, shape_of
+from .layer_float32 import _NO_BIAS, _NO_KEEP, shape_of
 from .matmul import round_up
+from .records import blank, mask_fields, packed, slot
 from .simd import LANES, ROWS, WIDTH
 
 _NO_LENGTHS = np.zeros(0, np.int64)
+_ALIBI = slot(f.ATTENTION, "alibi")
 _run = None
 
 
@@ -24,10 +26,9 @@ def _plan(q, k, v, keep, bias, band, alibi):
     masked = keep is not None or bias is not None or alibi is not None
     private = (f.AT_FREE + WIDTH * (max(D_up, Dv_lanes) + D_up + max(Dv_up, Dv_lanes) + ROWS) + ROWS * D + 64
                + (S * Dv_up if Dv != Dv_up else 0) + D_up + (S * WIDTH if masked else 0))
-    p = np.zeros(f.F_COUNT, np.int64)
-    private = p[f.F_PRIVATE] = round_up(private, 16)
-    place_masks(p, f.F_BAND, keep, bias, band, alibi)
-    return p, private, 2 * B * H * L * S * (D + Dv)
+    private = round_up(private, 16)
+    p = blank(f.ATTENTION, private_size=private, **mask_fields(keep, bias, band, alibi))
+    return packed(p, f.ATTENTION), private, 2 * B * H * L * S * (D + Dv)
 
 
 def attention(q, k, v, out, scale, softcap=0.0, keep=None, bias=None, band=None, alibi=None, lengths=None):
@@ -49,16 +50,16 @@ def attention(q, k, v, out, scale, softcap=0.0, keep=None, bias=None, band=None,
         Keys that exist per batch entry.
     """
     global _run
-    p, private, work = _plan(q.shape, k.shape, v.shape, shape_of(keep), shape_of(bias), band, shape_of(alibi))
-    p = p.copy()  # the kernel writes addresses into it
+    plan, private, work = _plan(q.shape, k.shape, v.shape, shape_of(keep), shape_of(bias), band, shape_of(alibi))
+    parameters = plan.copy()  # the kernel writes addresses into it
     if alibi is not None:
-        p[f.F_ALIBI] = alibi.ctypes.data
+        parameters[_ALIBI] = alibi.ctypes.data
     keep = _NO_KEEP if keep is None else keep.reshape(-1).view(np.uint8)
     bias = _NO_BIAS if bias is None else bias.reshape(-1)
     lengths = _NO_LENGTHS if lengths is None else lengths
-    arguments = (q, k, v, out, p, scale, softcap, keep, bias, lengths)
+    arguments = (q, k, v, out, parameters, scale, softcap, keep, bias, lengths)
     if _run is None:
-        types = (q, k, v, out, p, np.float32(scale), np.float32(softcap), keep, bias, lengths)
+        types = (q, k, v, out, parameters, np.float32(scale), np.float32(softcap), keep, bias, lengths)
         _run = entry(f.attention_float32, (*types, np.zeros(1, np.float32), np.zeros(1, np.int64), 1), strided=4)
     threads.run(_run, arguments, np.float32, 0, private, work)
     return out

@@ -8,12 +8,15 @@ Keys go by in blocks of KEY_BLOCK, so scratch memory does not depend on S (excep
 mask differs from query to query).  Where no score can be large, exponentials are taken of the scores as they are;
 else of their distance to a running maximum.  Every sum is a sum of the sums of short chains: see CHAIN.
 """
+from typing import NamedTuple
+
 import numpy as np
 
 from edgeattn.crew import separate, share
 from edgeattn.jit import inlined, jit
 
 from .matmul import BLOCK, CHAIN, add_product, feature_position, multiply_ahead, part_of_block, project
+from .records import MASKS, named, record
 from .simd import (
     COLUMNS,
     LANES,
@@ -62,6 +65,39 @@ AT_TILE = AT_SUM + WIDTH
 AT_SCORES = AT_TILE + max(ROWS * WIDTH, LANES * LANES)
 AT_FREE = AT_SCORES + (KEY_BLOCK + ROWS) * WIDTH
 SUMS = KEY_BLOCK * WIDTH // 2  # in float64, that fit where scores are
+
+
+class Rows(NamedTuple):
+    """Rows in a flat array: row r begins at data[at + r * step]."""
+
+    data: object
+    at: int
+    step: int
+
+
+class Visible(NamedTuple):
+    """Of the keys, those in [first, last) that any query of a block may see, and [full_from, full_to) that all may.
+
+    band: whether query q0 + l sees key s only where low <= s - q0 - l <= high.
+    """
+
+    first: int
+    last: int
+    full_from: int
+    full_to: int
+    q0: int
+    band: bool
+    low: int
+    high: int
+
+
+class ScoreMask(NamedTuple):
+    """Numbers to be added to the scores, (keys, W) from key `first` on; given: whether there are any."""
+
+    data: object
+    at: int
+    first: int
+    given: bool
 
 
 @inlined
@@ -159,24 +195,24 @@ def fill_mask(masks, at, keep, at_keep, keep_row, keep_key, bias, at_bias, bias_
 
 
 @inlined
-def largest_magnitudes(k, at_k, k_row, keys, D, out, at_out):
-    """out[d] = max over keys of |k[key][d]|, NaN if any is; k (keys, k_row), D at least LANES."""
+def largest_magnitudes(k, keys, D, out, at_out):
+    """out[d] = max over keys of |k[key][d]|, NaN if any is; k: Rows, D at least LANES."""
     for start in range(0, D, LANES):
         d = min(start, D - LANES)
         largest = splat(np.int32(0))  # of the bits: as integers, NaN is the largest of all
         for s in range(keys):
-            largest = larger(bits_of(load(k, at_k + s * k_row + d)) & splat(_MAGNITUDE), largest)
+            largest = larger(bits_of(load(k.data, k.at + s * k.step + d)) & splat(_MAGNITUDE), largest)
         store(out, at_out + d, float_of_bits(largest))
 
 
 @inlined
-def all_small(q, at_q, D, largest, at_largest):
+def all_small(q, D, largest, at_largest):
     """Whether no score of q (D, W) with keys whose features are at most largest (D,) can be as large as SMALL."""
     small = True
     for c in range(COLUMNS):
         bound = splat(_ZERO)
         for d in range(D):
-            size = float_of_bits(bits_of(load(q, at_q + d * WIDTH + c * LANES)) & splat(_MAGNITUDE))
+            size = float_of_bits(bits_of(load(q.data, q.at + d * WIDTH + c * LANES)) & splat(_MAGNITUDE))
             bound = fma(size, splat(largest[at_largest + d]), bound)
         if any_lane(bits_of(bound) >= splat(_SMALL_BITS)):  # a NaN's bits are
             small = False
@@ -218,38 +254,38 @@ def powers(power, scores, at, keys, base):
 
 
 @inlined
-def attend_block(q, at_q, k, at_k, k_row, v, at_v, v_row, first, last, D, Dv, scratch, out, at_out, q0, band, low_edge,
-                 high_edge, full_from, full_to, masks, at_masks, mask_from, has_mask, softcap, small):
+def attend_block(q, k, v, out, D, Dv, seen, mask, softcap, small, scratch):
     """Attention of one head for W queries over keys first..last: out (Dv, W) = softmax(q k^T) v, transposed.
 
-    q (D, W), scaled so that scores come out in units of log 2 (or, with softcap, divided by it); k (S, k_row) and
-    v (S, v_row) row-major, of which rows before `first` may be read, and past `last` those that make k ROWS rows;
-    small: whether every score is certain to be smaller than SMALL.
+    q, k, v, out: Rows; q (D, W) is scaled so that scores come out in units of log 2 (or, with softcap, divided by it);
+    of k (S, step) and v (S, step) rows before `first` may be read, and past `last` those that make k ROWS rows.
+    seen: Visible; mask: ScoreMask; small: whether every score is certain to be smaller than SMALL.
     Rows of `out` are written in whole tiles: up to ROWS - 1 rows past Dv are overwritten.
     A key whose score is -inf is not there.  Returns whether float32 could hold what was summed.
     """
+    first, last = seen.first, seen.last
     top = (Dv + ROWS - 1) // ROWS * ROWS
     at_scores = AT_SCORES + ROWS * WIDTH
     if first >= last:  # no key at all
         for i in range(0, Dv * WIDTH, LANES):
-            store(out, at_out + i, splat(_ZERO))
+            store(out.data, out.at + i, splat(_ZERO))
         return True
     for s0 in range(first, last, KEY_BLOCK):
         keys = min(KEY_BLOCK, last - s0)
         # 1. scores (keys, W); the last tile steps back rather than past the end, to key 0 at most
         for s in range(0, keys, ROWS):
             t = max(min(s, keys - ROWS), -s0)
-            add_product(False, k, at_k + (s0 + t) * k_row, k_row, 1, q, at_q, D, SCORE_CHAIN,
+            add_product(False, k.data, k.at + (s0 + t) * k.step, k.step, 1, q.data, q.at, D, SCORE_CHAIN,
                         scratch, at_scores + t * WIDTH, WIDTH, LANES)
         # 2. softcap, then masks
         if softcap > _ZERO:
             for i in range(0, keys * WIDTH, LANES):
                 capped = tanh(load(scratch, at_scores + i)) * splat(softcap * LOG2_E)
                 store(scratch, at_scores + i, capped)
-        hides = has_mask or (band and not (full_from <= s0 and s0 + keys <= full_to))
+        hides = mask.given or (seen.band and not (seen.full_from <= s0 and s0 + keys <= seen.full_to))
         if hides:
-            mask_scores(scratch, at_scores, keys, s0, q0, band, low_edge, high_edge, full_from, full_to,
-                        masks, at_masks + (s0 - mask_from) * WIDTH, has_mask)
+            mask_scores(scratch, at_scores, keys, s0, seen.q0, seen.band, seen.low, seen.high, seen.full_from,
+                        seen.full_to, mask.data, mask.at + (s0 - mask.first) * WIDTH, mask.given)
         # 3. maximum, exponentials, sum
         for c in range(COLUMNS):
             at = at_scores + c * LANES
@@ -270,8 +306,8 @@ def attend_block(q, at_q, k, at_k, k_row, v, at_v, v_row, first, last, D, Dv, sc
                     factor = exp2(before - base)
                     store(scratch, AT_SUM + c * LANES, load(scratch, AT_SUM + c * LANES) * factor)
                     for d in range(top):
-                        at_d = at_out + d * WIDTH + c * LANES
-                        store(out, at_d, load(out, at_d) * factor)
+                        at_d = out.at + d * WIDTH + c * LANES
+                        store(out.data, at_d, load(out.data, at_d) * factor)
             if small and not hides:
                 total = powers(power_of_small, scratch, at, keys, base)
             else:
@@ -281,8 +317,8 @@ def attend_block(q, at_q, k, at_k, k_row, v, at_v, v_row, first, last, D, Dv, sc
             store(scratch, AT_SUM + c * LANES, total)
         # 4. context (Dv, W) += v^T p
         for d in range(0, Dv, ROWS):
-            add_product(s0 > first, v, at_v + s0 * v_row + d, 1, v_row, scratch, at_scores, keys, CHAIN,
-                        out, at_out + d * WIDTH, WIDTH, LANES)
+            add_product(s0 > first, v.data, v.at + s0 * v.step + d, 1, v.step, scratch, at_scores, keys, CHAIN,
+                        out.data, out.at + d * WIDTH, WIDTH, LANES)
     # 5. divide by the sum; a query that saw no key gets zeros
     largest = splat(np.int32(0))  # of the bits, as in largest_magnitudes
     for c in range(COLUMNS):
@@ -290,21 +326,20 @@ def attend_block(q, at_q, k, at_k, k_row, v, at_v, v_row, first, last, D, Dv, sc
         none = total == splat(_ZERO)
         factor = select(none, splat(_ZERO), splat(_ONE) / total)
         for d in range(Dv):
-            at_d = at_out + d * WIDTH + c * LANES
-            mean = load(out, at_d) * factor
-            store(out, at_d, mean)
+            at_d = out.at + d * WIDTH + c * LANES
+            mean = load(out.data, at_d) * factor
+            store(out.data, at_d, mean)
             largest = larger(bits_of(mean) & splat(_MAGNITUDE), largest)
         if small:  # tiny powers alone, times small values, lose digits
             faint = select(none, splat(_ONE), total) < splat(_FAINT)
             largest = select(faint, splat(_INFINITY_BITS), largest)
-        if not (band or has_mask):  # without a mask, scores were too low for float32
+        if not (seen.band or mask.given):  # without a mask, scores were too low for float32
             largest = select(none, splat(_INFINITY_BITS), largest)
     return not any_lane(largest >= splat(_INFINITY_BITS))
 
 
 @inlined
-def attend_around(q, at_q, k, at_k, k_row, v, at_v, v_row, first, last, D, Dv, scratch, out, at_out, q0, band,
-                  low_edge, high_edge, masks, at_masks, mask_from, has_mask, softcap):
+def attend_around(q, k, v, out, D, Dv, seen, mask, softcap, scratch):
     """attend_block in plain loops, with sums in float64, that never touch a masked key or value.
 
     For when what is masked holds NaN, and for what float32 cannot sum.
@@ -316,17 +351,17 @@ def attend_around(q, at_q, k, at_k, k_row, v, at_v, v_row, first, last, D, Dv, s
             best, total = -np.inf, 0.0
             for d in range(some):
                 sums[d] = 0.0
-            for s in range(first, last):
-                if band and not (low_edge <= s - q0 - l <= high_edge):
+            for s in range(seen.first, seen.last):
+                if seen.band and not (seen.low <= s - seen.q0 - l <= seen.high):
                     continue
                 m = _ZERO
-                if has_mask:
-                    m = masks[at_masks + (s - mask_from) * WIDTH + l]
+                if mask.given:
+                    m = mask.data[mask.at + (s - mask.first) * WIDTH + l]
                     if m == _MINUS_INFINITY:
                         continue
                 score = 0.0
                 for d in range(D):
-                    score += np.float64(q[at_q + d * WIDTH + l]) * np.float64(k[at_k + s * k_row + d])
+                    score += np.float64(q.data[q.at + d * WIDTH + l]) * np.float64(k.data[k.at + s * k.step + d])
                 if softcap > _ZERO:
                     score = np.float64(np.tanh(np.float32(score))) * np.float64(softcap) * np.float64(LOG2_E)
                 score += np.float64(m)
@@ -341,32 +376,27 @@ def attend_around(q, at_q, k, at_k, k_row, v, at_v, v_row, first, last, D, Dv, s
                 p = np.float64(np.float32(2) ** np.float32(score - best))
                 total += p
                 for d in range(some):
-                    sums[d] += p * np.float64(v[at_v + s * v_row + d0 + d])
+                    sums[d] += p * np.float64(v.data[v.at + s * v.step + d0 + d])
             for d in range(some):
-                out[at_out + (d0 + d) * WIDTH + l] = np.float32(sums[d] / total) if total != 0.0 else _ZERO
+                out.data[out.at + (d0 + d) * WIDTH + l] = np.float32(sums[d] / total) if total != 0.0 else _ZERO
 
 
 @inlined
-def attend(q, at_q, k, at_k, k_row, v, at_v, v_row, first, last, D, Dv, scratch, out, at_out, q0, band, low_edge,
-           high_edge, full_from, full_to, masks, at_masks, mask_from, has_mask, softcap, small):
+def attend(q, k, v, out, D, Dv, seen, mask, softcap, small, scratch):
     """attend_block, and where float32 could not hold what it summed, again with a maximum, then in float64."""
-    while not attend_block(q, at_q, k, at_k, k_row, v, at_v, v_row, first, last, D, Dv, scratch, out, at_out, q0, band,
-                           low_edge, high_edge, full_from, full_to, masks, at_masks, mask_from, has_mask, softcap,
-                           small):
+    while not attend_block(q, k, v, out, D, Dv, seen, mask, softcap, small, scratch):
         if not small:
-            attend_around(q, at_q, k, at_k, k_row, v, at_v, v_row, first, last, D, Dv, scratch, out, at_out, q0, band,
-                          low_edge, high_edge, masks, at_masks, mask_from, has_mask, softcap)
+            attend_around(q, k, v, out, D, Dv, seen, mask, softcap, scratch)
             break
         small = False
 
 
-# Positions in the integer parameters of `layer_float32`.
-(P_BATCH, P_L, P_S, P_EQ, P_EK, P_EV, P_EO, P_HEADS, P_KV_HEADS, P_D, P_DV, P_D_PAD, P_DV_PAD, P_HAS_OUT,
- P_WQ, P_BQ, P_WK, P_BK, P_WV, P_BV, P_WO, P_BO,
- P_BAND, P_LOW, P_HIGH, P_KEEP_B, P_KEEP_H, P_KEEP_L, P_KEEP_S, P_BIAS_B, P_BIAS_H, P_BIAS_L, P_BIAS_S,
- P_ALIBI, P_ALIBI_B,
- P_GROUP, P_UNIT, P_VALUES, P_AT_LARGEST, P_AT_NATURAL, P_AT_Q, P_AT_CONTEXT, P_AT_TAIL, P_AT_MASKS,
- P_SHARED, P_PRIVATE, P_COUNT) = range(47)
+# The parameters of `layer_float32`: sizes; where each weight and bias begins; masks; heads that go by at a time; where
+# things begin in the scratch of all threads, which keys are the first of, and in that of each.
+LAYER = record("batch queries keys query_width key_width value_width out_width heads kv_heads",
+               "head_size value_size padded_head padded_value has_out",
+               "wq bq wk bk wv bv wo bo", MASKS, "group unit at_values",
+               "at_largest at_natural at_q at_context at_tail at_masks shared_size private_size")
 PROJECTING, ATTENDING, FINISHING = 1, 2, 3  # the phases of a layer; parts of one may run at the same time
 QUERIES = 128  # projected at a time; a multiple of WIDTH
 
@@ -459,37 +489,38 @@ def portions(total, unit, count):
 
 
 @separate
-def layer_part(xq, xk, xv, out, weights, p, keep, bias, scratch, batch, from_head, phase, portion, at_once, worker,
-               part):
+def layer_part(xq, xk, xv, out, weights, parameters, keep, bias, scratch, batch, from_head, phase, portion, at_once,
+               worker, part):
     """One portion of one phase of one group of heads of one batch entry of a multi-head attention layer.
 
     xq (B, L, Eq), xk (B, S, Ek), xv (B, S, Ev), out (B, L, Eo): flat float32.
-    weights: everything `FloatLayer` packed, at the positions in p (int64, see P_...).
+    weights: everything `FloatLayer` packed, at the positions in the parameters (see LAYER).
     keep, bias: flat mask data, empty where there is none, addressed by the strides in p.
     scratch: first what all threads share: keys (KF / KB, S', KB) and values (VF / VB, S', VB) of this group, S' = S
     rounded up to ROWS; then what each thread has to itself.
-    from_head: the first key/value head of the group, which are p[P_GROUP] heads, or as many as are left.
+    from_head: the first key/value head of the group, which are `p.group` heads, or as many as are left.
     PROJECTING: keys and values of `portion` tokens; ATTENDING: `portion` blocks of queries; both for `at_once` heads of
     the group, and `part` counts the portions, and in each of them the heads. FINISHING, where ATTENDING did not have
     all heads of the group at once: `portion` features of the output, counted by `part`.
     """
-    shared = scratch[:p[P_SHARED]]
-    private = scratch[p[P_SHARED] + worker * p[P_PRIVATE]:]
-    L, S, H, Hkv = p[P_L], p[P_S], p[P_HEADS], p[P_KV_HEADS]
-    D, Dv, Dp, Dvp = p[P_D], p[P_DV], p[P_D_PAD], p[P_DV_PAD]
-    Eq, Ek, Ev, Eo = p[P_EQ], p[P_EK], p[P_EV], p[P_EO]
+    p = named(parameters, LAYER)
+    shared = scratch[:p.shared_size]
+    private = scratch[p.shared_size + worker * p.private_size:]
+    L, S, H, Hkv = p.queries, p.keys, p.heads, p.kv_heads
+    D, Dv, Dp, Dvp = p.head_size, p.value_size, p.padded_head, p.padded_value
+    Eq, Ek, Ev, Eo = p.query_width, p.key_width, p.value_width, p.out_width
     k_block, v_block = max(Dp, LANES), max(Dvp, LANES)
     S_up = (S + ROWS - 1) // ROWS * ROWS
     k_step, v_step = S_up * k_block, S_up * v_block
     repeats = H // Hkv
-    group = min(p[P_GROUP], Hkv - from_head)
+    group = min(p.group, Hkv - from_head)
     depth, first_group, last_group = group * repeats * Dvp, from_head == 0, from_head + group == Hkv
-    step, at_context, at_out_weight = depth * WIDTH, p[P_AT_CONTEXT], p[P_WO] + from_head * repeats * Dvp * WIDTH
+    step, at_context, at_out_weight = depth * WIDTH, p.at_context, p.wo + from_head * repeats * Dvp * WIDTH
     splits = (group + at_once - 1) // at_once
-    context = private if splits == 1 else scratch[p[P_SHARED]:]  # the first thread's, of which all write their heads
+    context = private if splits == 1 else scratch[p.shared_size:]  # the first thread's, of which all write their heads
     if phase == FINISHING:
         project_context(context, at_context, step, depth, first_group, last_group, L, weights, at_out_weight,
-                        H * Dvp * WIDTH, p[P_BO], out, batch * L * Eo, Eo, part * portion,
+                        H * Dvp * WIDTH, p.bo, out, batch * L * Eo, Eo, part * portion,
                         min((part + 1) * portion, Eo), private)
         return
     begin, from_kv = part // splits * portion, part % splits * at_once
@@ -500,25 +531,25 @@ def layer_part(xq, xk, xv, out, weights, p, keep, bias, scratch, batch, from_hea
     k_features = (kv_heads * Dp + WIDTH - 1) // WIDTH * WIDTH
     v_features = (kv_heads * Dvp + WIDTH - 1) // WIDTH * WIDTH
     q_from, k_from, v_from = from_head * repeats * Dp, from_head * Dp, from_head * Dvp
-    at_values, at_tail = p[P_VALUES], p[P_AT_TAIL]
+    at_values, at_tail = p.at_values, p.at_tail
     # 1. keys and values of all tokens, in the layout the attention loop reads
     if phase == PROJECTING:
         tokens = min(portion, S - begin)
         at_k = begin * k_block + feature_position(from_kv * Dp, k_block, k_step)
         at_v = at_values + begin * v_block + feature_position(from_kv * Dvp, v_block, v_step)
-        project_tokens(xk, (batch * S + begin) * Ek, tokens, Ek, weights, p[P_WK] + k_from * Ek, p[P_BK] + k_from,
+        project_tokens(xk, (batch * S + begin) * Ek, tokens, Ek, weights, p.wk + k_from * Ek, p.bk + k_from,
                        k_features, shared, at_k, k_block, k_step, private, at_tail)
-        project_tokens(xv, (batch * S + begin) * Ev, tokens, Ev, weights, p[P_WV] + v_from * Ev, p[P_BV] + v_from,
+        project_tokens(xv, (batch * S + begin) * Ev, tokens, Ev, weights, p.wv + v_from * Ev, p.bv + v_from,
                        v_features, shared, at_v, v_block, v_step, private, at_tail)
         return
-    adds = bias.size > 0 or p[P_ALIBI] != 0
+    adds = bias.size > 0 or p.alibi != 0
     has_mask = keep.size > 0 or adds
-    band = p[P_BAND] != 0
-    mask_per_head = p[P_KEEP_H] != 0 or p[P_BIAS_H] != 0 or p[P_ALIBI] != 0
-    at_natural, at_q, at_masks, at_largest = p[P_AT_NATURAL], p[P_AT_Q], p[P_AT_MASKS], p[P_AT_LARGEST]
+    band = p.band != 0
+    mask_per_head = p.keep_h != 0 or p.bias_h != 0 or p.alibi != 0
+    at_natural, at_q, at_masks, at_largest = p.at_natural, p.at_q, p.at_masks, p.at_largest
     if not adds:
         for f in range(from_kv * Dp, from_kv * Dp + k_features, k_block):
-            largest_magnitudes(shared, f * S_up, k_block, S, k_block, private, at_largest + f)
+            largest_magnitudes(Rows(shared, f * S_up, k_block), S, k_block, private, at_largest + f)
     to = min((begin + portion) * WIDTH, L)
     for first_query in range(begin * WIDTH, to, QUERIES):
         tokens = min(QUERIES, to - first_query)
@@ -526,7 +557,7 @@ def layer_part(xq, xk, xv, out, weights, p, keep, bias, scratch, batch, from_hea
         # 2. queries: project, rows (q_features / W, tokens, W)
         natural_rows = (tokens + WIDTH - 1) // WIDTH * WIDTH
         natural_step = natural_rows * WIDTH
-        project_tokens(xq, (batch * L + first_query) * Eq, tokens, Eq, weights, p[P_WQ] + q_from * Eq, p[P_BQ] + q_from,
+        project_tokens(xq, (batch * L + first_query) * Eq, tokens, Eq, weights, p.wq + q_from * Eq, p.bq + q_from,
                        q_features, private, at_natural, WIDTH, natural_step, private, at_tail)
         for t in range(0, tokens, WIDTH):
             q0 = first_query + t
@@ -540,32 +571,32 @@ def layer_part(xq, xk, xv, out, weights, p, keep, bias, scratch, batch, from_hea
                     for l in range(0, WIDTH, LANES):
                         transpose_block(private, at_rows + l * WIDTH + c, WIDTH, private, at_q + (f + c) * WIDTH + l,
                                         WIDTH)
-            first, last, full_from, full_to = visible_range(q0, queries, S, band, p[P_LOW], p[P_HIGH])
+            first, last, full_from, full_to = visible_range(q0, queries, S, band, p.low, p.high)
+            seen = Visible(first, last, full_from, full_to, q0, band, p.low, p.high)
+            mask = ScoreMask(private, at_masks, first, has_mask)
             # 3. attention, head by head, context (heads * Dvp, W)
             for h in range(heads):
                 head, kv = from_head * repeats + h, from_kv + h // repeats
                 if has_mask and (h == 0 or mask_per_head):
-                    slope, place = slope_and_place(p[P_ALIBI], p[P_ALIBI_B], batch, head)
+                    slope, place = slope_and_place(p.alibi, p.alibi_b, batch, head)
                     fill_mask(private, at_masks,
-                              keep, batch * p[P_KEEP_B] + head * p[P_KEEP_H] + q0 * p[P_KEEP_L] + first * p[P_KEEP_S],
-                              p[P_KEEP_L], p[P_KEEP_S],
-                              bias, batch * p[P_BIAS_B] + head * p[P_BIAS_H] + q0 * p[P_BIAS_L] + first * p[P_BIAS_S],
-                              p[P_BIAS_L], p[P_BIAS_S], slope, place + q0 - first, queries, last - first, private,
+                              keep, batch * p.keep_b + head * p.keep_h + q0 * p.keep_l + first * p.keep_s,
+                              p.keep_l, p.keep_s,
+                              bias, batch * p.bias_b + head * p.bias_h + q0 * p.bias_l + first * p.bias_s,
+                              p.bias_l, p.bias_s, slope, place + q0 - first, queries, last - first, private,
                               AT_TILE)
-                at_head = at_q + h * Dp * WIDTH
-                at_k = feature_position(kv * Dp, k_block, k_step)
-                at_v = at_values + feature_position(kv * Dvp, v_block, v_step)
-                at_out = at_chunk + t // WIDTH * step + h * Dvp * WIDTH
-                small = not adds and all_small(private, at_head, D, private, at_largest + kv * Dp)
-                attend(private, at_head, shared, at_k, k_block, shared, at_v, v_block, first, last, D, Dvp, private,
-                       context, at_out, q0, band, p[P_LOW], p[P_HIGH], full_from, full_to, private, at_masks, first,
-                       has_mask, _ZERO, small)
+                q_head = Rows(private, at_q + h * Dp * WIDTH, WIDTH)
+                k_head = Rows(shared, feature_position(kv * Dp, k_block, k_step), k_block)
+                v_head = Rows(shared, at_values + feature_position(kv * Dvp, v_block, v_step), v_block)
+                to_head = Rows(context, at_chunk + t // WIDTH * step + h * Dvp * WIDTH, WIDTH)
+                small = not adds and all_small(q_head, D, private, at_largest + kv * Dp)
+                attend(q_head, k_head, v_head, to_head, D, Dvp, seen, mask, _ZERO, small, private)
         # 4. output rows: projection of the context, or the context itself
         at_row = (batch * L + first_query) * Eo
-        if p[P_HAS_OUT] != 0:
+        if p.has_out != 0:
             if splits == 1:
                 project_context(context, at_context, step, depth, first_group, last_group, tokens, weights,
-                                at_out_weight, H * Dvp * WIDTH, p[P_BO], out, at_row, Eo, 0, Eo, private)
+                                at_out_weight, H * Dvp * WIDTH, p.bo, out, at_row, Eo, 0, Eo, private)
             continue
         for t in range(tokens):
             at_lane = at_chunk + t // WIDTH * step + t % WIDTH
@@ -575,35 +606,34 @@ def layer_part(xq, xk, xv, out, weights, p, keep, bias, scratch, batch, from_hea
 
 
 @jit
-def layer_float32(xq, xk, xv, out, weights, p, keep, bias, scratch, board, count):
+def layer_float32(xq, xk, xv, out, weights, parameters, keep, bias, scratch, board, count):
     """A multi-head attention layer, see `layer_part`, on at most `count` threads that serve the board."""
-    units, all_blocks = (p[P_GROUP] + p[P_UNIT] - 1) // p[P_UNIT], (p[P_L] + WIDTH - 1) // WIDTH
+    p = named(parameters, LAYER)
+    units, all_blocks = (p.group + p.unit - 1) // p.unit, (p.queries + WIDTH - 1) // WIDTH
     # Few blocks do not occupy all threads: then these take some heads each.
-    few = all_blocks < 2 * count and all_blocks % count != 0 and p[P_L] <= QUERIES
+    few = all_blocks < 2 * count and all_blocks % count != 0 and p.queries <= QUERIES
     # Not heads narrower than a tile: the last rows of its tile are the next head's, which may be another thread's.
-    splits = min(units, 2 * count) if few and p[P_DV_PAD] % ROWS == 0 else 1
-    at_once = (units + splits - 1) // splits * p[P_UNIT]
+    splits = min(units, 2 * count) if few and p.padded_value % ROWS == 0 else 1
+    at_once = (units + splits - 1) // splits * p.unit
     others = (count + splits - 1) // splits
-    tokens, token_parts = portions(p[P_S], ROWS, others)
+    tokens, token_parts = portions(p.keys, ROWS, others)
     blocks, block_parts = portions(all_blocks, 1, others)
-    features, feature_parts = portions(p[P_EO], WIDTH, count)
-    for batch in range(p[P_BATCH]):
-        for from_head in range(0, p[P_KV_HEADS], p[P_GROUP]):
-            splits = (min(p[P_GROUP], p[P_KV_HEADS] - from_head) + at_once - 1) // at_once
-            share(board, token_parts * splits, layer_part, xq, xk, xv, out, weights, p, keep, bias, scratch, batch,
-                  from_head, PROJECTING, tokens, at_once)
-            share(board, block_parts * splits, layer_part, xq, xk, xv, out, weights, p, keep, bias, scratch, batch,
-                  from_head, ATTENDING, blocks, at_once)
-            if splits > 1 and p[P_HAS_OUT] != 0:
-                share(board, feature_parts, layer_part, xq, xk, xv, out, weights, p, keep, bias, scratch, batch,
-                      from_head, FINISHING, features, at_once)
+    features, feature_parts = portions(p.out_width, WIDTH, count)
+    for batch in range(p.batch):
+        for from_head in range(0, p.kv_heads, p.group):
+            splits = (min(p.group, p.kv_heads - from_head) + at_once - 1) // at_once
+            share(board, token_parts * splits, layer_part, xq, xk, xv, out, weights, parameters, keep, bias, scratch,
+                  batch, from_head, PROJECTING, tokens, at_once)
+            share(board, block_parts * splits, layer_part, xq, xk, xv, out, weights, parameters, keep, bias, scratch,
+                  batch, from_head, ATTENDING, blocks, at_once)
+            if splits > 1 and p.has_out != 0:
+                share(board, feature_parts, layer_part, xq, xk, xv, out, weights, parameters, keep, bias, scratch,
+                      batch, from_head, FINISHING, features, at_once)
 
 
-# Positions in the integer parameters of `attention_float32`; strides count elements, addresses bytes.
-(F_B, F_H, F_KV_HEADS, F_L, F_S, F_D, F_DV,
- F_Q, F_Q_B, F_Q_H, F_Q_L, F_K, F_K_B, F_K_H, F_K_S, F_V, F_V_B, F_V_H, F_V_S, F_O, F_O_B, F_O_H, F_O_L,
- F_BAND, F_LOW, F_HIGH, F_KEEP_B, F_KEEP_H, F_KEEP_L, F_KEEP_S, F_BIAS_B, F_BIAS_H, F_BIAS_L, F_BIAS_S,
- F_ALIBI, F_ALIBI_B, F_PRIVATE, F_COUNT) = range(38)
+# The parameters of `attention_float32`: sizes; of each array its address and its strides, in elements; masks.
+ATTENTION = record("batch heads kv_heads queries keys head_size value_size",
+                   "q q_b q_h q_l", "k k_b k_h k_s", "v v_b v_h v_s", "out out_b out_h out_l", MASKS, "private_size")
 
 
 @inlined
@@ -618,26 +648,27 @@ def copy_rows(source, at, step, rows, size, factor, target, to, target_step):
 
 
 @separate
-def attention_part(p, scale, softcap, keep, bias, lengths, scratch, portion, worker, part):
+def attention_part(parameters, scale, softcap, keep, bias, lengths, scratch, portion, worker, part):
     """Scaled dot product attention over given queries, keys and values, for a portion of (batch, head, block).
 
-    q (B, H, L, D), k (B, Hkv, S, D), v (B, Hkv, S, Dv), out (B, H, L, Dv): float32 at addresses and strides in p, the
+    q (B, H, L, D), k (B, Hkv, S, D), v (B, Hkv, S, Dv), out (B, H, L, Dv): float32 where the parameters say, the
     last dimension contiguous; they stay where they are unless a tile would read past their end.
     keep, bias: flat mask data or empty.  lengths: (B,) int64 keys that exist per batch entry, or empty.
     scratch: float32, for each thread its own.
     """
-    private = scratch[worker * p[F_PRIVATE]:]
-    H, L, S, D, Dv = p[F_H], p[F_L], p[F_S], p[F_D], p[F_DV]
-    group = H // p[F_KV_HEADS]
+    p = named(parameters, ATTENTION)
+    private = scratch[worker * p.private_size:]
+    H, L, S, D, Dv = p.heads, p.queries, p.keys, p.head_size, p.value_size
+    group = H // p.kv_heads
     blocks = (L + WIDTH - 1) // WIDTH
     D_up = (D + LANES - 1) // LANES * LANES
     Dv_up = (Dv + ROWS - 1) // ROWS * ROWS
     Dv_lanes = (Dv + LANES - 1) // LANES * LANES
-    band = p[F_BAND] != 0
-    adds = bias.size > 0 or p[F_ALIBI] != 0
+    band = p.band != 0
+    adds = bias.size > 0 or p.alibi != 0
     has_mask = keep.size > 0 or adds
-    all_q, all_k = pointer_to(p[F_Q], private), pointer_to(p[F_K], private)
-    all_v, all_o = pointer_to(p[F_V], private), pointer_to(p[F_O], private)
+    all_q, all_k = pointer_to(p.q, private), pointer_to(p.k, private)
+    all_v, all_o = pointer_to(p.v, private), pointer_to(p.out, private)
     own = pointer_to(address_of(private), private)
     at_natural = AT_FREE
     at_q = at_natural + WIDTH * max(D_up, Dv_lanes)
@@ -649,77 +680,79 @@ def attention_part(p, scale, softcap, keep, bias, lengths, scratch, portion, wor
     bounded = D >= LANES and not adds and not softcap > _ZERO
     measured = copied = -1
     factor = scale / softcap if softcap > _ZERO else scale * LOG2_E
-    for item in range(part * portion, min((part + 1) * portion, p[F_B] * H * blocks)):
+    for item in range(part * portion, min((part + 1) * portion, p.batch * H * blocks)):
         batch, h, q0 = item // (H * blocks), item // blocks % H, item % blocks * WIDTH
         kv = h // group
         queries = min(WIDTH, L - q0)
         keys = S if lengths.size == 0 else min(max(lengths[batch], 0), S)
         # 1. queries of this block, scaled, turned so that queries are lanes
-        copy_rows(all_q, batch * p[F_Q_B] + h * p[F_Q_H] + q0 * p[F_Q_L], p[F_Q_L], queries, D, factor,
+        copy_rows(all_q, batch * p.q_b + h * p.q_h + q0 * p.q_l, p.q_l, queries, D, factor,
                   private, at_natural, D_up)
         for i in range(queries * D_up, WIDTH * D_up):
             private[at_natural + i] = _ZERO
         for d in range(0, D_up, LANES):
             for l in range(0, WIDTH, LANES):
                 transpose_block(private, at_natural + l * D_up + d, D_up, private, at_q + d * WIDTH + l, WIDTH)
-        first, last, full_from, full_to = visible_range(q0, queries, keys, band, p[F_LOW], p[F_HIGH])
+        first, last, full_from, full_to = visible_range(q0, queries, keys, band, p.low, p.high)
         if has_mask:
-            slope, place = slope_and_place(p[F_ALIBI], p[F_ALIBI_B], batch, h)
+            slope, place = slope_and_place(p.alibi, p.alibi_b, batch, h)
             fill_mask(private, at_masks,
-                      keep, batch * p[F_KEEP_B] + h * p[F_KEEP_H] + q0 * p[F_KEEP_L] + first * p[F_KEEP_S],
-                      p[F_KEEP_L], p[F_KEEP_S],
-                      bias, batch * p[F_BIAS_B] + h * p[F_BIAS_H] + q0 * p[F_BIAS_L] + first * p[F_BIAS_S],
-                      p[F_BIAS_L], p[F_BIAS_S], slope, place + q0 - first, queries, last - first, private, AT_TILE)
+                      keep, batch * p.keep_b + h * p.keep_h + q0 * p.keep_l + first * p.keep_s, p.keep_l, p.keep_s,
+                      bias, batch * p.bias_b + h * p.bias_h + q0 * p.bias_l + first * p.bias_s,
+                      p.bias_l, p.bias_s, slope, place + q0 - first, queries, last - first, private, AT_TILE)
         # 2. fewer keys than a tile has rows, or a value row narrower than whole tiles: read from a padded copy
-        k_at, k_row = batch * p[F_K_B] + kv * p[F_K_H], p[F_K_S]
-        v_at, v_row = batch * p[F_V_B] + kv * p[F_V_H], p[F_V_S]
+        k_at, k_row = batch * p.k_b + kv * p.k_h, p.k_s
+        v_at, v_row = batch * p.v_b + kv * p.v_h, p.v_s
         short = keys < ROWS
         if short:
             for s in range(ROWS):
                 for d in range(D):
                     private[at_k_copy + s * D + d] = all_k[k_at + s * k_row + d] if s < keys else _ZERO
-        if Dv != Dv_up and copied != batch * p[F_KV_HEADS] + kv:
-            copied = batch * p[F_KV_HEADS] + kv
+        if Dv != Dv_up and copied != batch * p.kv_heads + kv:
+            copied = batch * p.kv_heads + kv
             for s in range(keys):
                 for d in range(Dv):
                     private[at_v_copy + s * Dv_up + d] = all_v[v_at + s * v_row + d]
                 for d in range(Dv, Dv_up):
                     private[at_v_copy + s * Dv_up + d] = _ZERO
-        v, from_v, step_v = (all_v, v_at, v_row) if Dv == Dv_up else (own, at_v_copy, Dv_up)
-        k, from_k, step_k = (own, at_k_copy, D) if short else (all_k, k_at, k_row)
+        v = Rows(all_v, v_at, v_row) if Dv == Dv_up else Rows(own, at_v_copy, Dv_up)
+        k = Rows(own, at_k_copy, D) if short else Rows(all_k, k_at, k_row)
+        q, context = Rows(private, at_q, WIDTH), Rows(private, at_context, WIDTH)
         # 3. attention
-        if bounded and measured != batch * p[F_KV_HEADS] + kv:
-            measured = batch * p[F_KV_HEADS] + kv
-            largest_magnitudes(k, from_k, step_k, keys, D, private, at_largest)
-        small = bounded and all_small(private, at_q, D, private, at_largest)
-        attend(private, at_q, k, from_k, step_k, v, from_v, step_v, first, last, D, Dv, private, private, at_context,
-               q0, band, p[F_LOW], p[F_HIGH], full_from, full_to, private, at_masks, first, has_mask, softcap, small)
+        if bounded and measured != batch * p.kv_heads + kv:
+            measured = batch * p.kv_heads + kv
+            largest_magnitudes(k, keys, D, private, at_largest)
+        small = bounded and all_small(q, D, private, at_largest)
+        seen = Visible(first, last, full_from, full_to, q0, band, p.low, p.high)
+        mask = ScoreMask(private, at_masks, first, has_mask)
+        attend(q, k, v, context, D, Dv, seen, mask, softcap, small, private)
         # 4. turn the context back into rows
         for d in range(0, Dv_lanes, LANES):
             for l in range(0, WIDTH, LANES):
                 transpose_block(private, at_context + d * WIDTH + l, WIDTH,
                                 private, at_natural + l * Dv_lanes + d, Dv_lanes)
         copy_rows(private, at_natural, Dv_lanes, queries, Dv, _ONE,
-                  all_o, batch * p[F_O_B] + h * p[F_O_H] + q0 * p[F_O_L], p[F_O_L])
+                  all_o, batch * p.out_b + h * p.out_h + q0 * p.out_l, p.out_l)
 
 
 @inlined
-def describe(p, at, array, axes):
-    """p[at] = the address of `array`, p[at + 1 :] = the strides of its first `axes` axes, in elements."""
-    p[at] = address_of(array)
-    for axis in range(axes):
-        p[at + 1 + axis] = array.strides[axis] // array.itemsize
+def steps_of(array):
+    """The strides of an array's first three axes, in elements."""
+    first, second, third = array.strides[0], array.strides[1], array.strides[2]
+    return first // array.itemsize, second // array.itemsize, third // array.itemsize
 
 
 @jit
-def attention_float32(q, k, v, out, p, scale, softcap, keep, bias, lengths, scratch, board, count):
+def attention_float32(q, k, v, out, parameters, scale, softcap, keep, bias, lengths, scratch, board, count):
     """See `attention_part`; arrays with any strides but the last; on at most `count` threads that serve the board."""
-    p[F_B], p[F_H], p[F_L], p[F_D] = q.shape
-    p[F_KV_HEADS], p[F_S], p[F_DV] = k.shape[1], k.shape[2], v.shape[3]
-    describe(p, F_Q, q, 3)
-    describe(p, F_K, k, 3)
-    describe(p, F_V, v, 3)
-    describe(p, F_O, out, 3)
-    items = p[F_B] * p[F_H] * ((p[F_L] + WIDTH - 1) // WIDTH)
+    p = named(parameters, ATTENTION)
+    p.batch, p.heads, p.queries, p.head_size = q.shape
+    p.kv_heads, p.keys, p.value_size = k.shape[1], k.shape[2], v.shape[3]
+    p.q, p.k, p.v, p.out = address_of(q), address_of(k), address_of(v), address_of(out)
+    p.q_b, p.q_h, p.q_l = steps_of(q)
+    p.k_b, p.k_h, p.k_s = steps_of(k)
+    p.v_b, p.v_h, p.v_s = steps_of(v)
+    p.out_b, p.out_h, p.out_l = steps_of(out)
+    items = p.batch * p.heads * ((p.queries + WIDTH - 1) // WIDTH)
     portion, parts = portions(items, 1, count)
-    share(board, parts, attention_part, p, scale, softcap, keep, bias, lengths, scratch, portion)
+    share(board, parts, attention_part, parameters, scale, softcap, keep, bias, lengths, scratch, portion)

@@ -13,6 +13,7 @@ from edgeattn.jit import inlined, jit
 
 from .fused import ATTENDING, PROJECTING, portions, visible_range
 from .matmul import MATRIX, MATRIX_DEPTH, feature_position, linear, round_up
+from .records import BAND, KEEP, named, record
 from .simd import (
     LANES,
     OFFSET,
@@ -52,17 +53,14 @@ def packed_depth(E):
     return round_up((E + 3) // 4, MATRIX_DEPTH)
 
 
-# Positions in the integer parameters (int64).
-(P_L, P_S, P_EQ, P_EK, P_EV, P_EO, P_HEADS, P_D, P_DV, P_D_PAD, P_DV_PAD, P_HAS_OUT, P_SAME_KV,
- P_WQ, P_BQ, P_MQ, P_WK, P_BK, P_MK, P_WV, P_BV, P_MV, P_WO, P_BO, P_MO, P_MS, P_MC,
- P_ZQ, P_ZK, P_ZV, P_ZS, P_ZC, P_ZO, P_FIXED,
- P_BAND, P_LOW, P_HIGH, P_KEEP_B, P_KEEP_H, P_KEEP_L, P_KEEP_S,
- P_CLASS_B, P_CLASS_H, P_CLASS_L, P_CLASS_S,
- P_KROW, P_VALUES,
- P_AT_X, P_AT_NATURAL, P_AT_Q, P_AT_CODES, P_AT_MASKS, P_AT_CLASSES, P_AT_SUMS, P_AT_CONTEXT, P_AT_VALUES,
- P_AT_TERMS, P_AT_TILES, P_AT_TURNED, P_BATCH, P_SHARED, P_PRIVATE,
- P_FIRST, P_NEW, P_CAPACITY, P_AT_STEP,  # of a cache, see cached_int8
- P_COUNT) = range(67)
+# The parameters: sizes; where panels, biases and multipliers begin in the weights; zero points; masks; where things
+# begin in the scratch of all threads, which keys are the first of, and in that of each; of a cache, see cached_int8.
+LAYER = record("batch queries keys query_width key_width value_width out_width heads",
+               "head_size value_size padded_head padded_value has_out same_kv",
+               "wq bq mq wk bk mk wv bv mv wo bo mo ms mc", "zq zk zv zs zc zo fixed",
+               BAND, KEEP, "class_b class_h class_l class_s", "at_krow at_values",
+               "at_x at_natural at_q at_codes at_masks at_sums at_context at_softmax at_terms at_tiles",
+               "at_turned shared_size private_size", "first_slot new_tokens capacity at_step")
 
 
 @inlined
@@ -214,24 +212,25 @@ def map_codes(codes, at, groups, tables, classes, at_classes, class_row, class_k
 
 
 @separate
-def layer_part(table, project_rule, score_rule, context_rule, xq, xk, xv, out, weights, p, keep, classes, tables,
-               scratch, batch, phase, portion, worker, part):
+def layer_part(table, project_rule, score_rule, context_rule, xq, xk, xv, out, weights, parameters, keep, classes,
+               tables, scratch, batch, phase, portion, worker, part):
     """One portion of one phase of one batch entry of a static int8 multi-head attention layer.
 
     project_rule, score_rule, context_rule: functions of requantize.py.
     table    of the softmax rule, see `softmax_codes` (float32: lut_f32; int32: lut_u16 or fixed)
     xq (B, L, Eq), xk (B, S, Ek), xv (B, S, Ev), out (B, L, Eo): flat int8
-    weights  int32: panels, biases and multipliers at the positions in p
+    weights  int32: panels, biases and multipliers at the positions in the parameters
     keep     flat uint8 or empty; classes flat uint8 or empty; tables flat int8 (n * 256) or empty
     scratch  int32: keys, values and key terms of this batch entry for all threads, then what each has to itself
     phase, portion, part: as in fused.layer_part
     """
-    shared = scratch[:p[P_SHARED]]
-    private = scratch[p[P_SHARED] + worker * p[P_PRIVATE]:p[P_SHARED] + (worker + 1) * p[P_PRIVATE]]
+    p = named(parameters, LAYER)
+    shared = scratch[:p.shared_size]
+    private = scratch[p.shared_size + worker * p.private_size:p.shared_size + (worker + 1) * p.private_size]
     begin = part * portion
-    L, S, H = p[P_L], p[P_S], p[P_HEADS]
-    Dv, Dp, Dvp = p[P_DV], p[P_D_PAD], p[P_DV_PAD]
-    Eq, Ek, Ev, Eo = p[P_EQ], p[P_EK], p[P_EV], p[P_EO]
+    L, S, H = p.queries, p.keys, p.heads
+    Dv, Dp, Dvp = p.value_size, p.padded_head, p.padded_value
+    Eq, Ek, Ev, Eo = p.query_width, p.key_width, p.value_width, p.out_width
     D4 = Dp // 4
     k_block, v_block = max(Dp, LANES), max(Dvp, LANES)  # bytes, lanes
     k_row = k_block // 4
@@ -241,16 +240,16 @@ def layer_part(table, project_rule, score_rule, context_rule, xq, xk, xv, out, w
     k_step, v_step = S_up * k_block, S_up // 4 * v_block
     v_row = round_up(S_up // 4, MATRIX_DEPTH)  # where values lie turned
     q_groups = round_up(D4, MATRIX_DEPTH)
-    zq, zk, zv = np.int32(p[P_ZQ]), np.int32(p[P_ZK]), np.int32(p[P_ZV])
-    zs, zc, zo = np.int32(p[P_ZS]), np.int32(p[P_ZC]), np.int32(p[P_ZO])
+    zq, zk, zv = np.int32(p.zq), np.int32(p.zk), np.int32(p.zv)
+    zs, zc, zo = np.int32(p.zs), np.int32(p.zc), np.int32(p.zo)
     q_zero = zero_bytes(zq)
-    at_krow, at_values = p[P_KROW], p[P_VALUES]
-    at_x, at_natural, at_q, at_codes = p[P_AT_X], p[P_AT_NATURAL], p[P_AT_Q], p[P_AT_CODES]
-    at_masks, at_sums, at_context, at_softmax = p[P_AT_MASKS], p[P_AT_SUMS], p[P_AT_CONTEXT], p[P_AT_VALUES]
+    at_krow, at_values = p.at_krow, p.at_values
+    at_x, at_natural, at_q, at_codes = p.at_x, p.at_natural, p.at_q, p.at_codes
+    at_masks, at_sums, at_context, at_softmax = p.at_masks, p.at_sums, p.at_context, p.at_softmax
     private_u = private.view(np.uint32)
     private_b = private.view(np.int8)
     shared_b = shared.view(np.int8)
-    at_tiles, at_turned, at_terms = p[P_AT_TILES], p[P_AT_TURNED], p[P_AT_TERMS]
+    at_tiles, at_turned, at_terms = p.at_tiles, p.at_turned, p.at_terms
     if MATRIX:
         matrix_configure(private, at_tiles)
     # 1. keys and values of all tokens, in the layout the attention loop reads
@@ -261,20 +260,20 @@ def layer_part(table, project_rule, score_rule, context_rule, xq, xk, xv, out, w
             rows = (tokens + ROWS - 1) // ROWS * ROWS
             Ek4, Ev4 = packed_depth(Ek), packed_depth(Ev)
             pack_tokens(xk, (batch * S + t) * Ek, Ek, tokens, rows, private, at_x, Ek4)
-            linear(finish_bytes, (weights, project_rule, p[P_MK], features, zk, np.int32(0), shared_b, t * k_block,
+            linear(finish_bytes, (weights, project_rule, p.mk, features, zk, np.int32(0), shared_b, t * k_block,
                                   k_block, k_block, k_step),
-                   private_u, at_x, Ek4, 1, rows, weights, p[P_WK], weights, p[P_BK], features, Ek4, private, at_tiles)
-            if p[P_SAME_KV] == 0:
+                   private_u, at_x, Ek4, 1, rows, weights, p.wk, weights, p.bk, features, Ek4, private, at_tiles)
+            if p.same_kv == 0:
                 pack_tokens(xv, (batch * S + t) * Ev, Ev, tokens, rows, private, at_x, Ev4)
             if MATRIX:
-                linear(finish_turned_values, (weights, project_rule, p[P_MV], v_features, zv, shared,
+                linear(finish_turned_values, (weights, project_rule, p.mv, v_features, zv, shared,
                                               at_values + t // 4, v_row, rows, private, at_natural),
-                       private_u, at_x, Ev4, 1, rows, weights, p[P_WV], weights, p[P_BV], v_features, Ev4,
+                       private_u, at_x, Ev4, 1, rows, weights, p.wv, weights, p.bv, v_features, Ev4,
                        private, at_tiles)
             else:
-                linear(finish_values, (weights, project_rule, p[P_MV], v_features, zv, shared,
+                linear(finish_values, (weights, project_rule, p.mv, v_features, zv, shared,
                                        at_values + t // 4 * v_block, v_block, v_step),
-                       private_u, at_x, Ev4, 1, rows, weights, p[P_WV], weights, p[P_BV], v_features, Ev4,
+                       private_u, at_x, Ev4, 1, rows, weights, p.wv, weights, p.bv, v_features, Ev4,
                        private, at_tiles)
             for h in range(H):
                 at = feature_position(h * Dp, k_block, k_step) // 4 + t * k_row
@@ -283,9 +282,9 @@ def layer_part(table, project_rule, score_rule, context_rule, xq, xk, xv, out, w
             matrix_release()
         return
     b0, b1 = begin, min(begin + portion, (L + WIDTH - 1) // WIDTH)
-    band = p[P_BAND] != 0
+    band = p.band != 0
     has_keep = keep.size > 0
-    fixed = p[P_FIXED] != 0
+    fixed = p.fixed != 0
     natural_row = (features // 4 + LANES - 1) // LANES * LANES
     for block in range(b0, b1):
         q0 = block * WIDTH
@@ -293,9 +292,9 @@ def layer_part(table, project_rule, score_rule, context_rule, xq, xk, xv, out, w
         Eq4 = packed_depth(Eq)
         # 2. queries of this block: project, then turn so that queries are lanes: (H, q_groups, W)
         pack_tokens(xq, (batch * L + q0) * Eq, Eq, queries, WIDTH, private, at_x, Eq4)
-        linear(finish_bytes, (weights, project_rule, p[P_MQ], features, zq, FLIP, private_b, 4 * at_natural,
+        linear(finish_bytes, (weights, project_rule, p.mq, features, zq, FLIP, private_b, 4 * at_natural,
                               4 * natural_row, 4 * natural_row, 0),
-               private_u, at_x, Eq4, 1, WIDTH, weights, p[P_WQ], weights, p[P_BQ], features, Eq4, private, at_tiles)
+               private_u, at_x, Eq4, 1, WIDTH, weights, p.wq, weights, p.bq, features, Eq4, private, at_tiles)
         turns, turn = (1, natural_row) if q_groups == D4 else (H, q_groups)
         for h in range(turns):
             for f in range(0, turn, LANES):
@@ -304,7 +303,7 @@ def layer_part(table, project_rule, score_rule, context_rule, xq, xk, xv, out, w
                                     private, at_q + (h * turn + f) * WIDTH + l, WIDTH)
             for i in range(D4 * WIDTH, q_groups * WIDTH, LANES):  # depth that only fills up the matrix unit: nothing
                 store(private, at_q + h * turn * WIDTH + i, splat(np.int32(0)))
-        first, last, full_from, full_to = visible_range(q0, queries, S, band, p[P_LOW], p[P_HIGH])
+        first, last, full_from, full_to = visible_range(q0, queries, S, band, p.low, p.high)
         first = first // ROWS * ROWS
         last_up = (last + ROWS - 1) // ROWS * ROWS
         groups = (last_up - first) // 4
@@ -322,20 +321,20 @@ def layer_part(table, project_rule, score_rule, context_rule, xq, xk, xv, out, w
                     term = (term - splat(np.int32((OFFSET + zq) * Dp))) * splat(np.int32(-zk))
                 store(private, at_sums + c, term)
             # b. scores, as codes of four keys to a lane
-            linear(finish_scores, (weights, score_rule, p[P_MS], zs, shared, at_krow + h * S_up + first, private,
+            linear(finish_scores, (weights, score_rule, p.ms, zs, shared, at_krow + h * S_up + first, private,
                                    at_codes),
                    shared, at_k + first * k_row, k_row, 1, last_up - first, private_u, at_q_head, private, at_sums,
                    WIDTH, q_groups, private, at_tiles)
             if tables.size > 0 and last > first:
                 map_codes(private, at_codes, groups, tables, classes,
-                          batch * p[P_CLASS_B] + h * p[P_CLASS_H] + q0 * p[P_CLASS_L], p[P_CLASS_L], p[P_CLASS_S],
+                          batch * p.class_b + h * p.class_h + q0 * p.class_l, p.class_l, p.class_s,
                           queries, first, last)
             # c. drop what may not be seen
             if masked:
-                if h == 0 or (has_keep and p[P_KEEP_H] != 0):
+                if h == 0 or (has_keep and p.keep_h != 0):
                     fill_drop_mask(private, at_masks, keep,
-                                   batch * p[P_KEEP_B] + h * p[P_KEEP_H] + q0 * p[P_KEEP_L], p[P_KEEP_L],
-                                   p[P_KEEP_S], q0, queries, first, last, groups, band, p[P_LOW], p[P_HIGH])
+                                   batch * p.keep_b + h * p.keep_h + q0 * p.keep_l, p.keep_l,
+                                   p.keep_s, q0, queries, first, last, groups, band, p.low, p.high)
                 for i in range(0, groups * WIDTH, LANES):
                     m = load(private, at_masks + i)
                     dropped = splat(LOWEST_CODES) & (m ^ splat(np.int32(-1)))
@@ -362,13 +361,13 @@ def layer_part(table, project_rule, score_rule, context_rule, xq, xk, xv, out, w
                 v_feature, v_group = 1, v_block
                 if OFFSET == 0:
                     value_terms(shared, at_v, v_block, groups, Dvp, private, at_terms)
-            linear(finish_context, (weights, context_rule, p[P_MC], zc, private, at_terms, private,
+            linear(finish_context, (weights, context_rule, p.mc, zc, private, at_terms, private,
                                     at_context + h * Dvp // 4 * WIDTH),
                    shared, at_v, v_feature, v_group, Dvp, private_u, at_codes, private, at_sums, WIDTH,
                    round_up(groups, MATRIX_DEPTH), private, at_tiles)
         # 4. output rows: projection of the context, or the context itself
         at_row = (batch * L + q0) * Eo
-        if p[P_HAS_OUT] == 0:
+        if p.has_out == 0:
             for h in range(H):
                 for d in range(Dv):
                     for l in range(queries):
@@ -383,22 +382,23 @@ def layer_part(table, project_rule, score_rule, context_rule, xq, xk, xv, out, w
                 for l in range(0, WIDTH, LANES):
                     transpose_block(private, at_context + c * WIDTH + l, WIDTH, private, at_turned + l * C4 + c, C4)
             at_rows, row_step, group_step = at_turned, C4, 1
-        linear(finish_output, (weights, project_rule, p[P_MO], Eo_up, zo, out, at_row, Eo, queries, private_b,
+        linear(finish_output, (weights, project_rule, p.mo, Eo_up, zo, out, at_row, Eo, queries, private_b,
                                4 * at_x),
-               private_u, at_rows, row_step, group_step, queries, weights, p[P_WO], weights, p[P_BO], Eo_up, C4,
+               private_u, at_rows, row_step, group_step, queries, weights, p.wo, weights, p.bo, Eo_up, C4,
                private, at_tiles)
     if MATRIX:
         matrix_release()
 
 
 @jit
-def layer_int8(project_rule, score_rule, context_rule, table, xq, xk, xv, out, weights, p, keep, classes, tables,
-               scratch, board, count):
+def layer_int8(project_rule, score_rule, context_rule, table, xq, xk, xv, out, weights, parameters, keep, classes,
+               tables, scratch, board, count):
     """A static int8 multi-head attention layer, see `layer_part`, on at most `count` threads that serve the board."""
-    tokens, token_parts = portions(p[P_S], TOKENS_TOGETHER, count)
-    blocks, block_parts = portions((p[P_L] + WIDTH - 1) // WIDTH, 1, count)
-    for batch in range(p[P_BATCH]):  # the table first: Numba takes arguments that begin with a function for functions
+    p = named(parameters, LAYER)
+    tokens, token_parts = portions(p.keys, TOKENS_TOGETHER, count)
+    blocks, block_parts = portions((p.queries + WIDTH - 1) // WIDTH, 1, count)
+    for batch in range(p.batch):  # the table first: Numba takes arguments that begin with a function for functions
         share(board, token_parts, layer_part, table, project_rule, score_rule, context_rule, xq, xk, xv, out, weights,
-              p, keep, classes, tables, scratch, batch, PROJECTING, tokens)
+              parameters, keep, classes, tables, scratch, batch, PROJECTING, tokens)
         share(board, block_parts, layer_part, table, project_rule, score_rule, context_rule, xq, xk, xv, out, weights,
-              p, keep, classes, tables, scratch, batch, ATTENDING, blocks)
+              parameters, keep, classes, tables, scratch, batch, ATTENDING, blocks)

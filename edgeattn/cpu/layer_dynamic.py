@@ -1,4 +1,6 @@
 """Packing and calling of the dynamic int8 multi-head layer."""
+from types import SimpleNamespace
+
 import numpy as np
 from numba.extending import register_jitable
 
@@ -7,10 +9,13 @@ from edgeattn.jit import entry
 
 from . import fused_dynamic as f
 from .dynamic import KEY_BLOCK, SHIFT, STEP, TOKENS
-from .layer_float32 import _LOG2_E, _NO_BIAS, _NO_KEEP, _flat, place_masks, shape_of, with_alibi
+from .layer_float32 import _LOG2_E, _NO_BIAS, _NO_KEEP, _flat, shape_of, with_alibi
 from .linear_dynamic import TILES_SIZE, join_depth
-from .matmul import MATRIX_DEPTH, ROW_STEP, pack_byte_panels, pack_byte_rows, place, round_up
+from .matmul import MATRIX_DEPTH, ROW_STEP, pack_byte_panels, pack_byte_rows, round_up
+from .records import blank, mask_fields, packed, place, slot
 from .simd import LANES, MATRIX_ROWS, OFFSET, WIDTH
+
+_ALIBI = slot(f.LAYER, "alibi")
 
 
 def quantize_weight(weight):
@@ -23,43 +28,43 @@ def quantize_weight(weight):
 @register_jitable
 def plan(p, B, L, S, masked):
     """Write a call's shape, and where what it needs lies in its scratch, into p; (shared, private) elements of that."""
-    p[f.P_BATCH], p[f.P_L], p[f.P_S] = B, L, S
-    H, Hkv, Dp, Dvp = p[f.P_HEADS], p[f.P_KV_HEADS], p[f.P_D_PAD], p[f.P_DV_PAD]
+    p.batch, p.queries, p.keys = B, L, S
+    H, Hkv, Dp, Dvp = p.heads, p.kv_heads, p.padded_head, p.padded_value
     S_up, L_up = round_up(S, TOKENS), round_up(L, TOKENS)
     D4, K4, C4 = Dp // 4, round_up(Hkv * Dp // 4, LANES), round_up(H * Dvp // 4, LANES)
-    deepest = round_up(max(p[f.P_EQ], p[f.P_EK], p[f.P_EV]), STEP) // 4
+    deepest = round_up(max(p.query_width, p.key_width, p.value_width), STEP) // 4
     past = 2 * MATRIX_ROWS  # rows that a tile may read past the last, and a row past the last number
     shared = round_up((S_up + past) * K4 + past, 16)  # the keys
-    shared = place(p, f.P_VALUES, shared, (Hkv * Dvp + past) * (round_up(S, 64) // 4) + past)
-    shared = place(p, f.P_QUERIES, shared, L_up * H * D4)
-    shared = place(p, f.P_QSCALE, shared, L_up * H)
-    shared = place(p, f.P_KTERM, shared, Hkv * S_up)
-    shared = place(p, f.P_KSCALE, shared, Hkv * S_up)
-    shared = place(p, f.P_VLOG, shared, Hkv * S_up)
-    shared = place(p, f.P_VINVERSE, shared, Hkv * S_up)
-    shared = place(p, f.P_MEAN, shared, Hkv * Dp + LANES)
-    shared = place(p, f.P_SMOOTH, shared, 1)
-    shared = place(p, f.P_UNITS, shared, Hkv)
-    private = place(p, f.P_AT_NATURAL, 0, WIDTH * deepest)
-    private = place(p, f.P_AT_X, private, TOKENS * deepest)
-    private = place(p, f.P_AT_XSCALE, private, TOKENS)
-    private = place(p, f.P_AT_INVERSE, private, WIDTH)
-    private = place(p, f.P_AT_TAIL, private, STEP)
-    private = place(p, f.P_AT_WEIGHTS, private, TOKENS)
-    private = place(p, f.P_AT_SEEN, private, TOKENS)
-    private = place(p, f.P_AT_KEYS, private, TOKENS * K4)
-    private = place(p, f.P_AT_Q, private, round_up(D4, MATRIX_DEPTH) * WIDTH)
+    p.at_values, shared = place(shared, (Hkv * Dvp + past) * (round_up(S, 64) // 4) + past)
+    p.at_queries, shared = place(shared, L_up * H * D4)
+    p.at_qscale, shared = place(shared, L_up * H)
+    p.at_kterm, shared = place(shared, Hkv * S_up)
+    p.at_kscale, shared = place(shared, Hkv * S_up)
+    p.at_vlog, shared = place(shared, Hkv * S_up)
+    p.at_vinverse, shared = place(shared, Hkv * S_up)
+    p.at_mean, shared = place(shared, Hkv * Dp + LANES)
+    p.at_smooth, shared = place(shared, 1)
+    p.at_units, shared = place(shared, Hkv)
+    p.at_natural, private = place(0, WIDTH * deepest)
+    p.at_x, private = place(private, TOKENS * deepest)
+    p.at_xscale, private = place(private, TOKENS)
+    p.at_inverse, private = place(private, WIDTH)
+    p.at_tail, private = place(private, STEP)
+    p.at_weights, private = place(private, TOKENS)
+    p.at_seen, private = place(private, TOKENS)
+    p.at_keys, private = place(private, TOKENS * K4)
+    p.at_q, private = place(private, round_up(D4, MATRIX_DEPTH) * WIDTH)
     rows = max(32, Dp, Dvp) + max(ROW_STEP, LANES)  # of one product, for all tokens or for W of them
-    private = place(p, f.P_AT_SCORES, private, max((KEY_BLOCK + ROW_STEP) * WIDTH, rows * TOKENS))
-    private = place(p, f.P_AT_P, private, KEY_BLOCK // 4 * WIDTH)
-    private = place(p, f.P_AT_STATS, private, 6 * WIDTH)
-    private = place(p, f.P_AT_DITHER, private, KEY_BLOCK)
-    private = place(p, f.P_AT_CONTEXT, private, H * Dvp * WIDTH)
-    private = place(p, f.P_AT_CBYTES, private, C4 * WIDTH)
-    private = place(p, f.P_AT_TURNED, private, C4 * WIDTH)
-    private = place(p, f.P_AT_TILES, private, max(TILES_SIZE, LANES * LANES))
-    private = place(p, f.P_AT_MASKS, private, (S + 4) * WIDTH if masked else 0)
-    p[f.P_SHARED], p[f.P_PRIVATE] = shared, private
+    p.at_scores, private = place(private, max((KEY_BLOCK + ROW_STEP) * WIDTH, rows * TOKENS))
+    p.at_probabilities, private = place(private, KEY_BLOCK // 4 * WIDTH)
+    p.at_stats, private = place(private, 6 * WIDTH)
+    p.at_dither, private = place(private, KEY_BLOCK)
+    p.at_context, private = place(private, H * Dvp * WIDTH)
+    p.at_context_bytes, private = place(private, C4 * WIDTH)
+    p.at_turned, private = place(private, C4 * WIDTH)
+    p.at_tiles, private = place(private, max(TILES_SIZE, LANES * LANES))
+    p.at_masks, private = place(private, (S + 4) * WIDTH if masked else 0)
+    p.shared_size, p.private_size = shared, private
     return shared, private
 
 
@@ -99,28 +104,27 @@ class DynamicLayer:
                       for w in (q_weight, k_weight, v_weight, out_weight))
         D, Dv = q[0].shape[0] // H, v[0].shape[0] // Hkv
         Dp, Dvp = round_up(D, 4), round_up(Dv, 4)
-        parts = {np.int32: [], np.float32: []}
-        p = self._parameters = np.zeros(f.P_COUNT, np.int64)
+        parts, at = {np.int32: [], np.float32: []}, {}
 
-        def put(slot, array, dtype):
-            p[slot] = sum(part.size for part in parts[dtype])
+        def put(name, array, dtype):
+            at[name] = sum(part.size for part in parts[dtype])
             padded = np.zeros(round_up(array.size, 16), dtype)
             padded[:array.size] = array.ravel()
             parts[dtype].append(padded)
 
-        def put_linear(slot, words, codes, shift, scale_slot, factors, bias):
-            put(slot, words, np.int32)
-            put(slot + 1, -shift * codes.astype(np.int32).sum(1), np.int32)
-            put(scale_slot, factors, np.float32)
-            put(scale_slot + 1, bias, np.float32)
+        def put_linear(letter, words, codes, shift, factors, bias):
+            put("w" + letter, words, np.int32)
+            put("c" + letter, -shift * codes.astype(np.int32).sum(1), np.int32)
+            put("s" + letter, factors, np.float32)
+            put("b" + letter, bias, np.float32)
 
-        for slot, scale_slot, (codes, factors), bias, heads, size, wide, fold in (
-                (f.P_WQ, f.P_SQ, q, q_bias, H, D, Dp, scale * _LOG2_E), (f.P_WK, f.P_SK, k, None, Hkv, D, Dp, 1.0),
-                (f.P_WV, f.P_SV, v, v_bias, Hkv, Dv, Dvp, 1.0)):
+        for letter, (codes, factors), bias, heads, size, wide, fold in (
+                ("q", q, q_bias, H, D, Dp, scale * _LOG2_E), ("k", k, None, Hkv, D, Dp, 1.0),
+                ("v", v, v_bias, Hkv, Dv, Dvp, 1.0)):
             bias = np.zeros(heads * size, np.float32) if bias is None else bias
             factors, bias = ((a.astype(np.float64) * fold).astype(np.float32) for a in (factors, bias))
             codes, factors, bias = (pad_heads(a, heads, size, wide) for a in (codes, factors, bias))
-            put_linear(slot, pack_heads(codes, heads, wide), codes, SHIFT, scale_slot, factors, bias)
+            put_linear(letter, pack_heads(codes, heads, wide), codes, SHIFT, factors, bias)
         Eo = H * Dv
         if o is not None:
             Eo = o[0].shape[0]
@@ -132,28 +136,28 @@ class DynamicLayer:
             factors[:Eo] = o[1]
             if out_bias is not None:
                 bias[:Eo] = out_bias
-            put_linear(f.P_WO, pack_byte_panels(spread), spread, OFFSET, f.P_SO, factors, bias)
+            put_linear("o", pack_byte_panels(spread), spread, OFFSET, factors, bias)
         self._weights = threads.aligned(sum(part.size for part in parts[np.int32]), np.int32)
         self._factors = threads.aligned(sum(part.size for part in parts[np.float32]), np.float32)
         np.concatenate(parts[np.int32], out=self._weights)
         np.concatenate(parts[np.float32], out=self._factors)
-        for slot, value in ((f.P_EQ, q[0].shape[1]), (f.P_EK, k[0].shape[1]), (f.P_EV, v[0].shape[1]), (f.P_EO, Eo),
-                            (f.P_HEADS, H), (f.P_KV_HEADS, Hkv), (f.P_D, D), (f.P_DV, Dv), (f.P_D_PAD, Dp),
-                            (f.P_DV_PAD, Dvp), (f.P_HAS_OUT, o is not None)):
-            p[slot] = value
+        self._parameters = blank(
+            f.LAYER, query_width=q[0].shape[1], key_width=k[0].shape[1], value_width=v[0].shape[1], out_width=Eo,
+            heads=H, kv_heads=Hkv, head_size=D, value_size=Dv, padded_head=Dp, padded_value=Dvp,
+            has_out=o is not None, **at)
         self.output_dim = Eo
         self._plans, self._run = {}, None
 
-    def _plan(self, B, L, S, masked, same_qk, same_kv):
-        """(parameters, shared elements, private elements, work) for one shape."""
-        p = self._parameters.copy()
-        p[f.P_SAME_QK], p[f.P_SAME_KV] = same_qk, same_kv
-        shared, private = map(int, plan(p, B, L, S, masked))
-        H, Hkv, Dp, Dvp, Eq, Ek, Ev, Eo = (int(p[i]) for i in (f.P_HEADS, f.P_KV_HEADS, f.P_D_PAD, f.P_DV_PAD, f.P_EQ,
-                                                               f.P_EK, f.P_EV, f.P_EO))
+    def _plan(self, B, L, S, masked, same_qk, same_kv, **masks):
+        """(parameters, shared elements, private elements, work) for one shape; masks: fields of the parameters."""
+        p = SimpleNamespace(**vars(self._parameters) | masks)
+        p.same_qk, p.same_kv = same_qk, same_kv
+        shared, private = plan(p, B, L, S, masked)
+        H, Hkv, Dp, Dvp = p.heads, p.kv_heads, p.padded_head, p.padded_value
+        Eq, Ek, Ev, Eo = p.query_width, p.key_width, p.value_width, p.out_width
         work = 2 * (L * Eq * H * Dp + S * Hkv * (Ek * Dp + Ev * Dvp) + L * H * Dvp * Eo
                     + L * S * H * (Dp + Dvp + 64)) // 3
-        return p, shared, private, work
+        return packed(p, f.LAYER), shared, private, work
 
     def __call__(self, xq, xk, xv, out, keep=None, bias=None, band=None, alibi=None):
         """out (B, L, Eo) from xq (B, L, Eq), xk (B, S, Ek), xv (B, S, Ev): float32, C order; masks as FloatLayer."""
@@ -164,14 +168,13 @@ class DynamicLayer:
             if len(self._plans) > 64:
                 self._plans.clear()
             masked = keep is not None or bias is not None or alibi is not None
-            plan = self._plans[key] = self._plan(B, L, S, masked, *key[3:5])
-            place_masks(plan[0], f.P_BAND, *key[5:])
-        p, shared_size, private_size, work = plan
+            plan = self._plans[key] = self._plan(B, L, S, masked, *key[3:5], **mask_fields(*key[5:]))
+        parameters, shared_size, private_size, work = plan
         if alibi is not None:
-            p = with_alibi(p, f.P_ALIBI, alibi)
+            parameters = with_alibi(parameters, _ALIBI, alibi)
         keep = _NO_KEEP if keep is None else keep.reshape(-1).view(np.uint8)
         bias = _NO_BIAS if bias is None else bias.reshape(-1)
-        arguments = (*_flat(xq, xk, xv), out.reshape(-1), self._weights, self._factors, p, keep, bias)
+        arguments = (*_flat(xq, xk, xv), out.reshape(-1), self._weights, self._factors, parameters, keep, bias)
         if self._run is None:
             self._run = entry(f.layer_dynamic, (*arguments, np.zeros(1, np.int32), np.zeros(1, np.int64), 1))
         threads.run(self._run, arguments, np.int32, shared_size, private_size, B * work, B)

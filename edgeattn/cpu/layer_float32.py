@@ -1,4 +1,6 @@
 """Packing and calling of the float32 multi-head layer."""
+from types import SimpleNamespace
+
 import numpy as np
 from numba.extending import register_jitable
 
@@ -6,44 +8,22 @@ from edgeattn import threads
 from edgeattn.jit import entry
 
 from . import fused as f
-from .matmul import pack_panels, pad_heads, padded_head, place, round_up
+from .matmul import pack_panels, pad_heads, padded_head, round_up
+from .records import blank, mask_fields, packed, place, slot
 from .simd import LANES, ROWS, WIDTH
 
 GROUP = 1 << 17  # elements of keys and values in scratch at a time, where a head does not need more: 512 KiB
 _LOG2_E = 1.4426950408889634
 _NO_KEEP = np.zeros(0, np.uint8)
 _NO_BIAS = np.zeros(0, np.float32)
+_ALIBI = slot(f.LAYER, "alibi")
 
 
-def _strides(shape):
-    """Element strides of a mask of `shape`, in C order, along the axes of the scores: 0 where it repeats."""
-    strides, step = [0, 0, 0, 0], 1
-    for axis in range(1, len(shape) + 1):
-        if shape[-axis] != 1:
-            strides[-axis] = step
-        step *= shape[-axis]
-    return strides
-
-
-def place_masks(p, at, keep, bias, band, alibi=None):
-    """Write what P_BAND and the ten slots after it say into p[at:], of a band and masks of two shapes, or None.
-
-    Two more slots belong to ALiBi, (B or 1, H, 2): the address, which is each call's own, and the step to a next entry.
-    """
-    if band is not None:
-        p[at:at + 3] = 1, *band
-    for slot, shape in ((at + 3, keep), (at + 7, bias)):
-        if shape is not None:
-            p[slot:slot + 4] = _strides(shape)
-    if alibi is not None and alibi[0] > 1:
-        p[at + 12] = 2 * alibi[1]
-
-
-def with_alibi(p, slot, alibi):
-    """A copy of p, which other calls share, that says in `slot` where `alibi` lies."""
-    p = p.copy()
-    p[slot] = alibi.ctypes.data
-    return p
+def with_alibi(parameters, position, alibi):
+    """A copy of parameters, which other calls share, that says at `position` where `alibi` lies."""
+    parameters = parameters.copy()
+    parameters[position] = alibi.ctypes.data
+    return parameters
 
 
 def shape_of(mask):
@@ -69,24 +49,24 @@ def group_size(S, Hkv, Dp, Dvp):
 @register_jitable
 def plan(p, B, L, S, masked):
     """Write a call's shape, and where what it needs lies in its scratch, into p; (shared, private) elements of that."""
-    p[f.P_BATCH], p[f.P_L], p[f.P_S] = B, L, S
-    H, Hkv, Dp, Dvp = p[f.P_HEADS], p[f.P_KV_HEADS], p[f.P_D_PAD], p[f.P_DV_PAD]
-    group, p[f.P_UNIT] = group_size(S, Hkv, Dp, Dvp), unit_size(Dp, Dvp)
-    p[f.P_GROUP] = group
+    p.batch, p.queries, p.keys = B, L, S
+    H, Hkv, Dp, Dvp = p.heads, p.kv_heads, p.padded_head, p.padded_value
+    group, p.unit = group_size(S, Hkv, Dp, Dvp), unit_size(Dp, Dvp)
+    p.group = group
     k_block, v_block = max(Dp, LANES), max(Dvp, LANES)
     heads = group * (H // Hkv)
     q_features, k_features, v_features = (round_up(heads * Dp, WIDTH), round_up(group * Dp, WIDTH),
                                           round_up(group * Dvp, WIDTH))
     S_up, tokens = round_up(S, ROWS), min(round_up(L, WIDTH), f.QUERIES)
     shared = round_up((k_features + k_block) * S_up, 16)  # the keys
-    shared = place(p, f.P_VALUES, shared, (v_features + v_block) * S_up + ROWS * v_block)
-    private = place(p, f.P_AT_LARGEST, f.AT_FREE, k_features + k_block)
-    private = place(p, f.P_AT_NATURAL, private, tokens * q_features)
-    private = place(p, f.P_AT_Q, private, q_features * WIDTH)
-    private = place(p, f.P_AT_CONTEXT, private, tokens * heads * Dvp + ROWS * WIDTH)
-    private = place(p, f.P_AT_TAIL, private, ROWS * max(p[f.P_EQ], p[f.P_EK], p[f.P_EV]))
-    private = place(p, f.P_AT_MASKS, private, S * WIDTH if masked else 0)
-    p[f.P_SHARED], p[f.P_PRIVATE] = shared, private
+    p.at_values, shared = place(shared, (v_features + v_block) * S_up + ROWS * v_block)
+    p.at_largest, private = place(f.AT_FREE, k_features + k_block)
+    p.at_natural, private = place(private, tokens * q_features)
+    p.at_q, private = place(private, q_features * WIDTH)
+    p.at_context, private = place(private, tokens * heads * Dvp + ROWS * WIDTH)
+    p.at_tail, private = place(private, ROWS * max(p.query_width, p.key_width, p.value_width))
+    p.at_masks, private = place(private, S * WIDTH if masked else 0)
+    p.shared_size, p.private_size = shared, private
     return shared, private
 
 
@@ -145,26 +125,23 @@ class FloatLayer:
             at["wo"] = at["bo"] = 0
         self.weights = threads.aligned(sum(part.size for part in parts), np.float32)
         np.concatenate(parts, out=self.weights)
-        p = self._parameters = np.zeros(f.P_COUNT, np.int64)
-        p[f.P_EQ], p[f.P_EK], p[f.P_EV], p[f.P_EO] = q_weight.shape[1], k_weight.shape[1], v_weight.shape[1], Eo
-        p[f.P_HEADS], p[f.P_KV_HEADS], p[f.P_D], p[f.P_DV], p[f.P_D_PAD], p[f.P_DV_PAD] = H, Hkv, D, Dv, Dp, Dvp
-        p[f.P_HAS_OUT] = out_weight is not None
-        for slot, name in ((f.P_WQ, "wq"), (f.P_BQ, "bq"), (f.P_WK, "wk"), (f.P_BK, "bk"), (f.P_WV, "wv"),
-                           (f.P_BV, "bv"), (f.P_WO, "wo"), (f.P_BO, "bo")):
-            p[slot] = at[name]
+        self._parameters = blank(
+            f.LAYER, query_width=q_weight.shape[1], key_width=k_weight.shape[1], value_width=v_weight.shape[1],
+            out_width=Eo, heads=H, kv_heads=Hkv, head_size=D, value_size=Dv, padded_head=Dp, padded_value=Dvp,
+            has_out=out_weight is not None, **at)
         self.output_dim = Eo
         self._plans = {}
         self._run = None
 
-    def _plan(self, B, L, S, masked):
-        """(parameters, shared elements, private elements, work) for one shape."""
-        p = self._parameters.copy()
-        shared, private = map(int, plan(p, B, L, S, masked))
-        H, Hkv, Dp, Dvp, Eq, Ek, Ev, Eo = (int(p[i]) for i in (f.P_HEADS, f.P_KV_HEADS, f.P_D_PAD, f.P_DV_PAD, f.P_EQ,
-                                                               f.P_EK, f.P_EV, f.P_EO))
+    def _plan(self, B, L, S, masked, **masks):
+        """(parameters, shared elements, private elements, work) for one shape; masks: fields of the parameters."""
+        p = SimpleNamespace(**vars(self._parameters) | masks)
+        shared, private = plan(p, B, L, S, masked)
+        H, Hkv, Dp, Dvp = p.heads, p.kv_heads, p.padded_head, p.padded_value
+        Eq, Ek, Ev, Eo = p.query_width, p.key_width, p.value_width, p.out_width
         work = 2 * B * (L * Eq * H * Dp + S * (Ek * Hkv * Dp + Ev * Hkv * Dvp) + L * H * Dvp * Eo
                         + L * S * H * (Dp + Dvp))
-        return p, shared, private, work
+        return packed(p, f.LAYER), shared, private, work
 
     def __call__(self, xq, xk, xv, out, keep=None, bias=None, band=None, alibi=None):
         """out (B, L, Eo) from xq (B, L, Eq), xk (B, S, Ek), xv (B, S, Ev), all float32 and C-contiguous.
@@ -181,14 +158,13 @@ class FloatLayer:
             if len(self._plans) > 64:
                 self._plans.clear()
             masked = keep is not None or bias is not None or alibi is not None
-            plan = self._plans[key] = self._plan(B, L, S, masked)
-            place_masks(plan[0], f.P_BAND, *key[3:])
-        p, shared_size, private_size, work = plan
+            plan = self._plans[key] = self._plan(B, L, S, masked, **mask_fields(*key[3:]))
+        parameters, shared_size, private_size, work = plan
         if alibi is not None:
-            p = with_alibi(p, f.P_ALIBI, alibi)
+            parameters = with_alibi(parameters, _ALIBI, alibi)
         keep = _NO_KEEP if keep is None else keep.reshape(-1).view(np.uint8)
         bias = _NO_BIAS if bias is None else bias.reshape(-1)
-        arguments = (*_flat(xq, xk, xv), out.reshape(-1), self.weights, p, keep, bias)
+        arguments = (*_flat(xq, xk, xv), out.reshape(-1), self.weights, parameters, keep, bias)
         if self._run is None:
             self._run = entry(f.layer_float32, (*arguments, np.zeros(1, np.float32), np.zeros(1, np.int64), 1))
         threads.run(self._run, arguments, np.float32, shared_size, private_size, work, B)

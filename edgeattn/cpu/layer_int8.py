@@ -1,4 +1,6 @@
 """Packing and calling of the static int8 multi-head layer."""
+from types import SimpleNamespace
+
 import numpy as np
 from numba.extending import register_jitable
 
@@ -7,7 +9,7 @@ from edgeattn.jit import entry
 
 from . import fused_int8 as f
 from .cached_int8 import cached_int8
-from .layer_float32 import _flat, place_masks, shape_of
+from .layer_float32 import _flat, shape_of
 from .matmul import (
     MATRIX,
     MATRIX_DEPTH,
@@ -16,9 +18,9 @@ from .matmul import (
     pack_byte_panels,
     pad_heads,
     padded_head,
-    place,
     round_up,
 )
+from .records import blank, mask_fields, packed, place, slot
 from .requantize import RULES, encode
 from .simd import LANES, OFFSET, ROWS, WIDTH, byte_planes
 from .softmax_int8 import KEPT_GROUPS
@@ -26,21 +28,22 @@ from .step_int8 import step_sizes
 
 _EMPTY_U8 = np.zeros(0, np.uint8)
 _EMPTY_I8 = np.zeros(0, np.int8)
+_KEYS, _NEW, _FIRST, _CAPACITY = (slot(f.LAYER, name) for name in ("keys", "new_tokens", "first_slot", "capacity"))
 _MORE_KEYS = 64  # of a cache, that a plan has room for
 
 
 @register_jitable
 def plan(p, B, L, S):
     """Write a call's shape, and where what it needs lies in its scratch, into p; (shared, private) elements of that."""
-    p[f.P_BATCH], p[f.P_L], p[f.P_S] = B, L, S
-    H, Dp, Dvp = p[f.P_HEADS], p[f.P_D_PAD], p[f.P_DV_PAD]
+    p.batch, p.queries, p.keys = B, L, S
+    H, Dp, Dvp = p.heads, p.padded_head, p.padded_value
     features, v_features = round_up(H * Dp, WIDTH), round_up(H * Dvp, WIDTH)
     k_block, v_block = max(Dp, LANES), max(Dvp, LANES)
     S_up = f.padded_keys(S)
     natural_row = round_up(max(features, v_features) // 4, LANES)
     q_groups = round_up(Dp // 4, MATRIX_DEPTH)
     context4 = f.packed_depth(H * Dvp)
-    deepest = f.packed_depth(max(p[f.P_EQ], p[f.P_EK], p[f.P_EV]))
+    deepest = f.packed_depth(max(p.query_width, p.key_width, p.value_width))
     # The matrix unit reads MATRIX_TOKENS rows of MATRIX_DEPTH groups, whatever is there.
     if MATRIX:
         values = (v_features + MATRIX_TOKENS) * round_up(S_up // 4, MATRIX_DEPTH) + MATRIX_DEPTH
@@ -48,20 +51,20 @@ def plan(p, B, L, S):
         values = (v_features + v_block) * (S_up // 4) + 2 * WIDTH
     keys = round_up(features, k_block) * S_up + k_block * (MATRIX_TOKENS + LANES)
     shared = round_up(keys // 4 + LANES, 16)
-    shared = place(p, f.P_VALUES, shared, values)
-    shared = place(p, f.P_KROW, shared, H * S_up)
-    private = place(p, f.P_AT_X, 0, f.TOKENS * deepest + ROWS * WIDTH)
-    private = place(p, f.P_AT_NATURAL, private, max(WIDTH * natural_row + LANES, f.TOKENS // 4 * WIDTH, LANES * LANES))
-    private = place(p, f.P_AT_Q, private, max(natural_row, H * q_groups) * WIDTH)
-    private = place(p, f.P_AT_SUMS, private, 3 * WIDTH)
-    private = place(p, f.P_AT_TERMS, private, Dvp + LANES + ROWS if OFFSET == 0 else 0)
-    private = place(p, f.P_AT_CONTEXT, private, (context4 + ROWS) * WIDTH)
-    private = place(p, f.P_AT_CODES, private, (round_up(S_up // 4, MATRIX_DEPTH) + 4) * WIDTH)
-    private = place(p, f.P_AT_MASKS, private, (S_up // 4 + 4) * WIDTH)
-    private = place(p, f.P_AT_VALUES, private, min(S_up, 4 * KEPT_GROUPS) * WIDTH)
-    private = place(p, f.P_AT_TILES, private, max(MATRIX_SCRATCH, 16))
-    private = place(p, f.P_AT_TURNED, private, WIDTH * context4 if MATRIX else 0)
-    p[f.P_SHARED], p[f.P_PRIVATE] = shared, private
+    p.at_values, shared = place(shared, values)
+    p.at_krow, shared = place(shared, H * S_up)
+    p.at_x, private = place(0, f.TOKENS * deepest + ROWS * WIDTH)
+    p.at_natural, private = place(private, max(WIDTH * natural_row + LANES, f.TOKENS // 4 * WIDTH, LANES * LANES))
+    p.at_q, private = place(private, max(natural_row, H * q_groups) * WIDTH)
+    p.at_sums, private = place(private, 3 * WIDTH)
+    p.at_terms, private = place(private, Dvp + LANES + ROWS if OFFSET == 0 else 0)
+    p.at_context, private = place(private, (context4 + ROWS) * WIDTH)
+    p.at_codes, private = place(private, (round_up(S_up // 4, MATRIX_DEPTH) + 4) * WIDTH)
+    p.at_masks, private = place(private, (S_up // 4 + 4) * WIDTH)
+    p.at_softmax, private = place(private, min(S_up, 4 * KEPT_GROUPS) * WIDTH)
+    p.at_tiles, private = place(private, max(MATRIX_SCRATCH, 16))
+    p.at_turned, private = place(private, WIDTH * context4 if MATRIX else 0)
+    p.shared_size, p.private_size = shared, private
     return shared, private
 
 
@@ -139,33 +142,31 @@ class StaticLayer:
         table[:] = byte_planes(softmax_table)
         self._fixed = (*(RULES[name] for name in (project_rule, score_rule, context_rule)), table)
         self._runs = {}
-        p = self._parameters = np.zeros(f.P_COUNT, np.int64)
-        for slot, value in (
-                (f.P_EQ, linears["query"][0].shape[1]), (f.P_EK, linears["key"][0].shape[1]),
-                (f.P_EV, linears["value"][0].shape[1]), (f.P_EO, Eo), (f.P_HEADS, H), (f.P_D, D), (f.P_DV, Dv),
-                (f.P_D_PAD, Dp), (f.P_DV_PAD, Dvp), (f.P_HAS_OUT, "output" in linears), (f.P_FIXED, fixed),
-                (f.P_WQ, at["wq"]), (f.P_BQ, at["bq"]), (f.P_MQ, at["mq"]), (f.P_WK, at["wk"]), (f.P_BK, at["bk"]),
-                (f.P_MK, at["mk"]), (f.P_WV, at["wv"]), (f.P_BV, at["bv"]), (f.P_MV, at["mv"]), (f.P_WO, at["wo"]),
-                (f.P_BO, at["bo"]), (f.P_MO, at["mo"]), (f.P_MS, at["ms"]), (f.P_MC, at["mc"]),
-                (f.P_ZQ, zero_points["query"]), (f.P_ZK, zero_points["key"]), (f.P_ZV, zero_points["value"]),
-                (f.P_ZS, zero_points["scores"]), (f.P_ZC, zero_points["context"]),
-                (f.P_ZO, zero_points["output"] if "output" in linears else 0)):
-            p[slot] = value
+        self._parameters = blank(
+            f.LAYER, query_width=linears["query"][0].shape[1], key_width=linears["key"][0].shape[1],
+            value_width=linears["value"][0].shape[1], out_width=Eo, heads=H, head_size=D, value_size=Dv, padded_head=Dp,
+            padded_value=Dvp, has_out="output" in linears, fixed=fixed, zq=zero_points["query"], zk=zero_points["key"],
+            zv=zero_points["value"], zs=zero_points["scores"], zc=zero_points["context"],
+            zo=zero_points["output"] if "output" in linears else 0, **at)
         self.output_dim = Eo
         self._plans = {}
 
-    def _plan(self, B, L, S, tokens, same, cached):
-        """(parameters, shared elements, private elements, work) for one shape, of which `tokens` keys are projected."""
-        p = self._parameters.copy()
-        p[f.P_SAME_KV] = same
-        shared, private = map(int, plan(p, B, L, S))
+    def _plan(self, B, L, S, tokens, same, cached, **masks):
+        """(parameters, shared elements, private elements, work) for one shape, of which `tokens` keys are projected.
+
+        masks: fields of the parameters.
+        """
+        p = SimpleNamespace(**vars(self._parameters) | masks)
+        p.same_kv = same
+        shared, private = plan(p, B, L, S)
         if cached:
-            private = p[f.P_PRIVATE] = place(p, f.P_AT_STEP, private, sum(step_sizes(p[f.P_D], p[f.P_DV])))
-        H, Dp, Dvp, Eq, Ek, Ev, Eo = (int(p[i]) for i in (f.P_HEADS, f.P_D_PAD, f.P_DV_PAD, f.P_EQ, f.P_EK, f.P_EV,
-                                                          f.P_EO))
+            p.at_step, private = place(private, sum(step_sizes(p.head_size, p.value_size)))
+            p.private_size = private
+        H, Dp, Dvp = p.heads, p.padded_head, p.padded_value
+        Eq, Ek, Ev, Eo = p.query_width, p.key_width, p.value_width, p.out_width
         work = 2 * (L * Eq * H * Dp + tokens * H * (Ek * Dp + Ev * Dvp) + L * H * Dvp * Eo
                     + L * S * H * (Dp + Dvp + 64)) // 3
-        return p, shared, int(private), work
+        return packed(p, f.LAYER), shared, private, work
 
     def __call__(self, xq, xk, xv, out, keep=None, band=None, classes=None, tables=None, cached=None):
         """out (B, L, Eo) from xq (B, L, Eq), xk (B, S, Ek), xv (B, S, Ev), all int8 and C-contiguous.
@@ -188,19 +189,20 @@ class StaticLayer:
         if plan is None:
             if len(self._plans) > 64:
                 self._plans.clear()
-            plan = self._plans[key] = self._plan(*key[:6])
-            place_masks(plan[0], f.P_BAND, *in_plan)
-        p, shared_size, private_size, work = plan
+            plan = self._plans[key] = self._plan(*key[:6], **mask_fields(*in_plan, other_name="class"))
+        parameters, shared_size, private_size, work = plan
         if cached is not None:
-            p = p.copy()
-            place_masks(p, f.P_BAND, *masks)
+            parameters = parameters.copy()
+            parameters[_KEYS], parameters[_NEW], parameters[_FIRST] = S, tokens, first
+            parameters[_CAPACITY] = keys.shape[2]
+            for name, value in mask_fields(*masks, other_name="class").items():
+                parameters[slot(f.LAYER, name)] = value
         keep = _EMPTY_U8 if keep is None else keep.reshape(-1).view(np.uint8)
         classes = _EMPTY_U8 if classes is None else classes.reshape(-1)
         tables = _EMPTY_I8 if tables is None else tables.reshape(-1)
-        arguments = (*self._fixed, *_flat(xq, xk, xv), out.reshape(-1), self.weights, p, keep, classes, tables)
+        arguments = (*self._fixed, *_flat(xq, xk, xv), out.reshape(-1), self.weights, parameters, keep, classes, tables)
         kernel = f.layer_int8
         if cached is not None:
-            p[f.P_S], p[f.P_NEW], p[f.P_FIRST], p[f.P_CAPACITY] = S, tokens, first, keys.shape[2]
             arguments, kernel = (*arguments, keys.reshape(-1), values.reshape(-1)), cached_int8
         run = self._runs.get(kernel)
         if run is None:

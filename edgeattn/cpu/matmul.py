@@ -52,13 +52,6 @@ def round_up(value, multiple):
     return -(-value // multiple) * multiple
 
 
-@register_jitable
-def place(p, slot, start, size):
-    """Let p[slot] say that `size` elements of scratch begin at `start`; where the next ones may, on a cache line."""
-    p[slot] = start
-    return start + round_up(size, 16)
-
-
 def padded_head(size):
     """How many features one head occupies in a packed layout, so that no vector straddles two feature blocks.
 

@@ -14,6 +14,7 @@ from . import fused_int8 as f
 from .decode_blocks import BLOCK
 from .decode_int8 import CHUNK, QUADS, interleaved, key_panels, products, value_panels
 from .matmul import MATRIX, MATRIX_DEPTH, linear, round_up
+from .records import named
 from .simd import (
     LANES,
     MATRIX_ROWS,
@@ -49,15 +50,15 @@ def step_sizes(D, Dv):
 
 @inlined
 def project_codes(x, at_x, E, tokens, weights, rule, at_weight, at_bias, at_multiplier, zero_point, padded, p, private):
-    """Codes of at most W tokens of x to P_AT_NATURAL, where their rows are so many bytes apart."""
+    """Codes of at most W tokens of x to p.at_natural, where their rows are so many bytes apart."""
     rows, depth4 = round_up(tokens, ROWS), f.packed_depth(E)
-    features = round_up(p[f.P_HEADS] * padded, WIDTH)
+    features = round_up(p.heads * padded, WIDTH)
     row = 4 * round_up(features // 4, LANES)
-    f.pack_tokens(x, at_x, E, tokens, rows, private, p[f.P_AT_X], depth4)
+    f.pack_tokens(x, at_x, E, tokens, rows, private, p.at_x, depth4)
     linear(f.finish_bytes, (weights, rule, at_multiplier, features, zero_point, np.int32(0), private.view(np.int8),
-                            4 * p[f.P_AT_NATURAL], row, row, 0),
-           private.view(np.uint32), p[f.P_AT_X], depth4, 1, rows, weights, at_weight, weights, at_bias, features,
-           depth4, private, p[f.P_AT_TILES])
+                            4 * p.at_natural, row, row, 0),
+           private.view(np.uint32), p.at_x, depth4, 1, rows, weights, at_weight, weights, at_bias, features,
+           depth4, private, p.at_tiles)
     return row
 
 
@@ -94,22 +95,22 @@ def write_probabilities(codes, at, count, digits):
 
 
 @separate
-def step_part(table, project_rule, score_rule, context_rule, xq, out, weights, p, classes, tables, keys, values,
-              scratch, batch, worker, part):
+def step_part(table, project_rule, score_rule, context_rule, xq, out, weights, parameters, classes, tables, keys,
+              values, scratch, batch, worker, part):
     """A batch entry's one query against its S keys and values, all of which it sees; arguments as cached_int8's.
 
     There is one part, and one class.
     """
-    private = scratch[p[f.P_SHARED] + worker * p[f.P_PRIVATE]:p[f.P_SHARED] + (worker + 1) * p[f.P_PRIVATE]]
-    H, S, D, Dv, Dp, Dvp, Eq, Eo = (p[f.P_HEADS], p[f.P_S], p[f.P_D], p[f.P_DV], p[f.P_D_PAD], p[f.P_DV_PAD], p[f.P_EQ],
-                                    p[f.P_EO])
-    zq, zk, zv = np.int32(p[f.P_ZQ]), np.int32(p[f.P_ZK]), np.int32(p[f.P_ZV])
-    zs, zc = np.int32(p[f.P_ZS]), np.int32(p[f.P_ZC])
-    at_codes, at_masks, at_natural, at_context = (p[f.P_AT_CODES], p[f.P_AT_MASKS], p[f.P_AT_NATURAL],
-                                                  p[f.P_AT_CONTEXT])
+    p = named(parameters, f.LAYER)
+    private = scratch[p.shared_size + worker * p.private_size:p.shared_size + (worker + 1) * p.private_size]
+    H, S, Eq, Eo = p.heads, p.keys, p.query_width, p.out_width
+    D, Dv, Dp, Dvp = p.head_size, p.value_size, p.padded_head, p.padded_value
+    zq, zk, zv = np.int32(p.zq), np.int32(p.zk), np.int32(p.zv)
+    zs, zc = np.int32(p.zs), np.int32(p.zc)
+    at_codes, at_masks, at_natural, at_context = p.at_codes, p.at_masks, p.at_natural, p.at_context
     private_b = private.view(np.int8)
     sizes = step_sizes(D, Dv)
-    digits_at = address_of(private) + 4 * p[f.P_AT_STEP]
+    digits_at = address_of(private) + 4 * p.at_step
     panels_at = digits_at + 4 * sizes[0]
     copy = panels_at + 4 * sizes[1]
     sums_at = copy + 4 * sizes[2]
@@ -119,16 +120,16 @@ def step_part(table, project_rule, score_rule, context_rule, xq, out, weights, p
     deep = round_up(D_up // 4, 16)
     groups, codes = (S + 3) // 4, pointer_to(address_of(private) + 4 * at_codes, np.int32)
     if MATRIX:
-        matrix_configure(private, p[f.P_AT_TILES])
+        matrix_configure(private, p.at_tiles)
     # 1. the query of all heads
-    project_codes(xq, batch * Eq, Eq, 1, weights, project_rule, p[f.P_WQ], p[f.P_BQ], p[f.P_MQ], zq, Dp, p, private)
+    project_codes(xq, batch * Eq, Eq, 1, weights, project_rule, p.wq, p.bq, p.mq, zq, Dp, p, private)
     for h0 in range(0, H, WIDTH):
         heads = min(WIDTH, H - h0)
         # 2. scores, as codes of four keys to a lane: (keys / 4, W) with heads in lanes
         for h in range(heads):
             total = write_query(private_b, 4 * at_natural + (h0 + h) * Dp, D, zq, digits_at, deep)
             excess = splat(np.int32(total * (_SHIFT + zk)))
-            k_address = address_of(keys) + ((batch * H + h0 + h) * p[f.P_CAPACITY] + p[f.P_FIRST]) * D
+            k_address = address_of(keys) + ((batch * H + h0 + h) * p.capacity + p.first_slot) * D
             for s0 in range(0, S, BLOCK):
                 count = min(BLOCK, S - s0)
                 key_panels(k_address + s0 * D, D, D, count, S - s0, deep, panels, copy)
@@ -136,7 +137,7 @@ def step_part(table, project_rule, score_rule, context_rule, xq, out, weights, p
                 for s in range(0, count, LANES):
                     twice = load(sums, s)
                     acc = twice + twice + load(sums, BLOCK + s) - excess
-                    store(sums, s, shifted(score_rule(acc, weights, p[f.P_MS], LANES), zs))
+                    store(sums, s, shifted(score_rule(acc, weights, p.ms, LANES), zs))
                 for s in range(0, count, CHUNK):
                     store(sums, s, join_bytes(load(sums, s), load(sums, s + LANES), load(sums, s + 2 * LANES),
                                               load(sums, s + 3 * LANES)))
@@ -155,11 +156,11 @@ def step_part(table, project_rule, score_rule, context_rule, xq, out, weights, p
                 absent = splat(LOWEST_CODES) & (there ^ splat(np.int32(-1)))
                 store(codes, last + c, (load(codes, last + c) & there) | absent)
                 store(private, at_masks + last + c, there)
-        softmax_codes(table, p[f.P_FIXED] != 0, private, at_codes, groups, private, at_masks, masked, private,
-                      p[f.P_AT_VALUES], private, p[f.P_AT_SUMS] + WIDTH)
+        softmax_codes(table, p.fixed != 0, private, at_codes, groups, private, at_masks, masked, private,
+                      p.at_softmax, private, p.at_sums + WIDTH)
         # 4. context, positions as `interleaved` says, to the row of unsigned operands that the output projection reads
         for h in range(heads):
-            v_address = address_of(values) + ((batch * H + h0 + h) * p[f.P_CAPACITY] + p[f.P_FIRST]) * Dv
+            v_address = address_of(values) + ((batch * H + h0 + h) * p.capacity + p.first_slot) * Dv
             for d in range(0, Dv_up, LANES):
                 store(sum_, d, splat(np.int32(0)))
             total = np.int32(0)
@@ -173,23 +174,23 @@ def step_part(table, project_rule, score_rule, context_rule, xq, out, weights, p
                     store(sum_, d, load(sum_, d) + twice + twice + load(sums, Dv_up + d))
             excess = splat(np.int32(total * (_SHIFT + zv)))
             for d in range(0, Dv_up, LANES):
-                store(sum_, d, shifted(context_rule(load(sum_, d) - excess, weights, p[f.P_MC], LANES), zc))
+                store(sum_, d, shifted(context_rule(load(sum_, d) - excess, weights, p.mc, LANES), zc))
             for d in range(Dv_up):
                 feature = interleaved(d)
                 if feature < Dv:
                     code = np.int8(min(max(sum_[d], -128), 127))
                     private_b[4 * at_context + (h0 + h) * Dvp + feature] = code ^ np.int8(-128 if OFFSET else 0)
     # 5. output
-    if p[f.P_HAS_OUT] == 0:
+    if p.has_out == 0:
         for h in range(H):
             for d in range(Dv):
                 byte = private_b[4 * at_context + h * Dvp + d]
                 out[batch * Eo + h * Dv + d] = byte ^ np.int8(-128 if OFFSET else 0)
     else:
         C4, Eo_up = f.packed_depth(H * Dvp), round_up(Eo, WIDTH)
-        linear(f.finish_output, (weights, project_rule, p[f.P_MO], Eo_up, np.int32(p[f.P_ZO]), out, batch * Eo, Eo, 1,
-                                 private_b, 4 * p[f.P_AT_X]),
-               private.view(np.uint32), at_context, C4, 1, 1, weights, p[f.P_WO], weights, p[f.P_BO], Eo_up, C4,
-               private, p[f.P_AT_TILES])
+        linear(f.finish_output, (weights, project_rule, p.mo, Eo_up, np.int32(p.zo), out, batch * Eo, Eo, 1,
+                                 private_b, 4 * p.at_x),
+               private.view(np.uint32), at_context, C4, 1, 1, weights, p.wo, weights, p.bo, Eo_up, C4,
+               private, p.at_tiles)
     if MATRIX:
         matrix_release()

@@ -41,7 +41,8 @@ from edgeattn.bundle import (
     SCRATCH_BYTES,
     VALUE,
 )
-from edgeattn.cpu import fused, fused_dynamic, fused_int8, layer_dynamic, layer_float32, layer_int8
+from edgeattn.cpu import fused, fused_dynamic, fused_int8, layer_dynamic, layer_float32, layer_int8, records
+from edgeattn.cpu.records import named, packed
 from edgeattn.crew import separate
 
 _I8, _I64 = ir.IntType(8), ir.IntType(64)
@@ -123,9 +124,8 @@ def _check(call):
 
 
 @register_jitable
-def _copy(p, first, call, field, count):
-    for i in range(count):
-        p[first + i] = call[field + i]
+def _strides(call, field):
+    return call[field], call[field + 1], call[field + 2], call[field + 3]
 
 
 def float_entry(kernel, dynamic):
@@ -138,12 +138,12 @@ def float_entry(kernel, dynamic):
         f, plan, layer = fused, layer_float32.plan, separate(fused.layer_float32.py_func)
         weights, factors = constant("weights", kernel.weights), None
         unit = np.float32
-    parameters = local_copy("parameters", kernel._parameters)
+    parameters = local_copy("parameters", packed(kernel._parameters, f.LAYER))
 
     def scratch_bytes(B, L, S, masked):
         if not _fits(B, L, S):
             return np.int64(-1)
-        shared, private = plan(parameters(), B, L, S, masked != 0)
+        shared, private = plan(named(parameters(), f.LAYER), B, L, S, masked != 0)
         return np.int64(4 * (shared + private))
 
     def run(address):
@@ -152,27 +152,28 @@ def float_entry(kernel, dynamic):
         if status != OK:
             return status
         B, L, S = call[BATCH], call[QUERIES], call[KEYS]
-        p = parameters()
+        given = parameters()
+        p = named(given, f.LAYER)
         shared, private = plan(p, B, L, S, call[KEEP] != 0 or call[BIAS] != 0)
         if call[SCRATCH] == 0 or call[SCRATCH] % ALIGNMENT != 0 or call[SCRATCH_BYTES] < 4 * (shared + private):
             return BAD_SCRATCH
-        p[f.P_BAND], p[f.P_LOW], p[f.P_HIGH] = call[BANDED], call[LOW], call[HIGH]
-        _copy(p, f.P_KEEP_B, call, KEEP_STRIDES, 4)
-        _copy(p, f.P_BIAS_B, call, BIAS_STRIDES, 4)
-        mask_size = B * p[f.P_HEADS] * L * S
-        xq = array_at(call[QUERY], B * L * p[f.P_EQ], np.float32)
-        xk = array_at(call[KEY], B * S * p[f.P_EK], np.float32)
-        xv = array_at(call[VALUE], B * S * p[f.P_EV], np.float32)
-        out = array_at(call[OUTPUT], B * L * p[f.P_EO], np.float32)
+        p.band, p.low, p.high = call[BANDED], call[LOW], call[HIGH]
+        p.keep_b, p.keep_h, p.keep_l, p.keep_s = _strides(call, KEEP_STRIDES)
+        p.bias_b, p.bias_h, p.bias_l, p.bias_s = _strides(call, BIAS_STRIDES)
+        mask_size = B * p.heads * L * S
+        xq = array_at(call[QUERY], B * L * p.query_width, np.float32)
+        xk = array_at(call[KEY], B * S * p.key_width, np.float32)
+        xv = array_at(call[VALUE], B * S * p.value_width, np.float32)
+        out = array_at(call[OUTPUT], B * L * p.out_width, np.float32)
         keep = array_at(call[KEEP], mask_size if call[KEEP] != 0 else 0, np.uint8)
         bias = array_at(call[BIAS], mask_size if call[BIAS] != 0 else 0, np.float32)
         scratch = array_at(call[SCRATCH], shared + private, unit)
         alone = array_at(0, 0, np.int64)
         if dynamic:
-            p[f.P_SAME_QK], p[f.P_SAME_KV] = call[QUERY] == call[KEY], call[KEY] == call[VALUE]
-            layer(xq, xk, xv, out, weights(), factors(), p, keep, bias, scratch, alone, 1)
+            p.same_qk, p.same_kv = call[QUERY] == call[KEY], call[KEY] == call[VALUE]
+            layer(xq, xk, xv, out, weights(), factors(), given, keep, bias, scratch, alone, 1)
         else:
-            layer(xq, xk, xv, out, weights(), p, keep, bias, scratch, alone, 1)
+            layer(xq, xk, xv, out, weights(), given, keep, bias, scratch, alone, 1)
         return OK
     return scratch_bytes, run
 
@@ -182,17 +183,17 @@ def static_entry(kernel, tables, classes):
     f, plan, layer = fused_int8, layer_int8.plan, separate(fused_int8.layer_int8.py_func)
     project_rule, score_rule, context_rule, softmax = kernel._fixed
     softmax, weights = constant("softmax", softmax), constant("weights", kernel.weights)
-    parameters = local_copy("parameters", kernel._parameters)
+    parameters = local_copy("parameters", packed(kernel._parameters, f.LAYER))
     empty = np.zeros(0, np.uint8)
     tables = constant("tables", empty.view(np.int8) if tables is None else tables.reshape(-1))
     shape = (1, 1, 1, 1) if classes is None else (1,) * (4 - classes.ndim) + classes.shape
-    strides = tuple(layer_float32._strides(shape))
+    steps = tuple(records.strides(shape))
     classes = constant("classes", empty if classes is None else classes.reshape(-1))
 
     def scratch_bytes(B, L, S, masked):
         if not _fits(B, L, S):
             return np.int64(-1)
-        shared, private = plan(parameters(), B, L, S)
+        shared, private = plan(named(parameters(), f.LAYER), B, L, S)
         return np.int64(4 * (shared + private))
 
     def run(address):
@@ -201,25 +202,26 @@ def static_entry(kernel, tables, classes):
         if status != OK:
             return status
         B, L, S = call[BATCH], call[QUERIES], call[KEYS]
-        p = parameters()
-        if not (shape[0] in (1, B) and shape[1] in (1, p[f.P_HEADS]) and shape[2] in (1, L) and shape[3] in (1, S)):
+        given = parameters()
+        p = named(given, f.LAYER)
+        if not (shape[0] in (1, B) and shape[1] in (1, p.heads) and shape[2] in (1, L) and shape[3] in (1, S)):
             return BAD_SHAPE
         if call[BIAS] != 0:
             return BAD_POINTER
         shared, private = plan(p, B, L, S)
         if call[SCRATCH] == 0 or call[SCRATCH] % ALIGNMENT != 0 or call[SCRATCH_BYTES] < 4 * (shared + private):
             return BAD_SCRATCH
-        p[f.P_BAND], p[f.P_LOW], p[f.P_HIGH] = call[BANDED], call[LOW], call[HIGH]
-        _copy(p, f.P_KEEP_B, call, KEEP_STRIDES, 4)
-        p[f.P_CLASS_B], p[f.P_CLASS_H], p[f.P_CLASS_L], p[f.P_CLASS_S] = strides
-        p[f.P_SAME_KV] = call[KEY] == call[VALUE]
-        xq = array_at(call[QUERY], B * L * p[f.P_EQ], np.int8)
-        xk = array_at(call[KEY], B * S * p[f.P_EK], np.int8)
-        xv = array_at(call[VALUE], B * S * p[f.P_EV], np.int8)
-        out = array_at(call[OUTPUT], B * L * p[f.P_EO], np.int8)
-        keep = array_at(call[KEEP], B * p[f.P_HEADS] * L * S if call[KEEP] != 0 else 0, np.uint8)
+        p.band, p.low, p.high = call[BANDED], call[LOW], call[HIGH]
+        p.keep_b, p.keep_h, p.keep_l, p.keep_s = _strides(call, KEEP_STRIDES)
+        p.class_b, p.class_h, p.class_l, p.class_s = steps
+        p.same_kv = call[KEY] == call[VALUE]
+        xq = array_at(call[QUERY], B * L * p.query_width, np.int8)
+        xk = array_at(call[KEY], B * S * p.key_width, np.int8)
+        xv = array_at(call[VALUE], B * S * p.value_width, np.int8)
+        out = array_at(call[OUTPUT], B * L * p.out_width, np.int8)
+        keep = array_at(call[KEEP], B * p.heads * L * S if call[KEEP] != 0 else 0, np.uint8)
         scratch = array_at(call[SCRATCH], shared + private, np.int32)
-        layer(project_rule, score_rule, context_rule, softmax(), xq, xk, xv, out, weights(), p, keep, classes(),
+        layer(project_rule, score_rule, context_rule, softmax(), xq, xk, xv, out, weights(), given, keep, classes(),
               tables(), scratch, array_at(0, 0, np.int64), 1)
         return OK
     return scratch_bytes, run
