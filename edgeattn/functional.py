@@ -19,9 +19,28 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
     from typing_extensions import Unpack
 
-    from edgeattn.types import CausalAlignment, Flag, Float32s, Floats, FunctionOptions, Precision, Real, Shape, Window
+    from edgeattn.types import (
+        CausalAlignment,
+        DeviceArray,
+        DeviceOptions,
+        Flag,
+        Float32s,
+        Floats,
+        FunctionOptions,
+        Precision,
+        Real,
+        Shape,
+        Window,
+    )
 
 _SMALLEST_SOFTCAP = 1e-30  # its reciprocal is a float32 too
+
+
+@overload
+def scaled_dot_product_attention(
+    query: DeviceArray, key: DeviceArray, value: DeviceArray, attn_mask: DeviceArray | None = None,
+    **options: Unpack[DeviceOptions],
+) -> Any: ...
 
 
 @overload
@@ -60,10 +79,10 @@ def scaled_dot_product_attention(
 
 
 def scaled_dot_product_attention(
-    query: Any,  # an ArrayLike, and from the checks on an array
+    query: Any,  # ArrayLikes, and from the checks on arrays; or on a GPU all of them
     key: Any,
     value: Any,
-    attn_mask: ArrayLike | None = None,
+    attn_mask: Any = None,
     *,
     is_causal: Flag = False,
     causal_alignment: CausalAlignment | None = None,
@@ -71,12 +90,12 @@ def scaled_dot_product_attention(
     enable_gqa: Flag = False,
     softcap: Real = 0.0,
     window_size: Window = NO_WINDOW,
-    kv_lengths: ArrayLike | None = None,
-    alibi_slopes: ArrayLike | None = None,
+    kv_lengths: Any = None,
+    alibi_slopes: Any = None,
     return_weights: Flag = False,
     return_lse: Flag = False,
     precision: Precision = "float32",
-    out: Floats | None = None,
+    out: Any = None,
 ) -> Floats | tuple[Floats, ...]:
     """softmax(query key^T * scale + mask) value.
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
     from edgeattn.masks import Mask
+    from edgeattn.on_cuda.kv_cache import CacheOnCuda
     from edgeattn.types import (
         CacheDtype,
         CacheOptions,
@@ -279,12 +280,18 @@ class KVCache:
         self._length = self._start = self._first = 0
         self._key_offset = None
 
-    def to(self, device: Device) -> KVCache:
+    @overload
+    def to(self, device: Literal["cpu"]) -> Self: ...
+
+    @overload
+    def to(self, device: Literal["cuda"]) -> CacheOnCuda: ...
+
+    def to(self, device: Device) -> Self | CacheOnCuda:
         """An empty cache of the same sizes on `device`: "cpu" is this one, "cuda" on a GPU (docs/cuda.md)."""
         from edgeattn.on_cuda.kv_cache import CacheOnCuda
         from edgeattn.on_cuda.layers import place
 
-        placed: KVCache = place(self, device, CacheOnCuda)
+        placed: Self | CacheOnCuda = place(self, device, CacheOnCuda)
         return placed
 
     def held(self) -> tuple[Float32s, Float32s]:

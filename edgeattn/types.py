@@ -50,6 +50,13 @@ class LayerSizes(Protocol):
     output_dim: int
 
 
+class DeviceArray(Protocol):
+    """An array that can lie on a GPU: of torch, CuPy or Numba. The result of a call is one of its kind."""
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]: ...
+
+
 class OnnxModel(Protocol):
     """An onnx.ModelProto."""
 
@@ -120,6 +127,23 @@ class FunctionOptions(TypedDict, total=False):
     alibi_slopes: ArrayLike | None
     precision: Precision
     out: Floats | None
+
+
+class DeviceOptions(TypedDict, total=False):
+    """The same for arrays on a GPU, and those two."""
+
+    is_causal: Flag
+    causal_alignment: CausalAlignment | None
+    scale: Real | None
+    enable_gqa: Flag
+    softcap: Real
+    window_size: Window
+    kv_lengths: DeviceArray | None
+    alibi_slopes: DeviceArray | None
+    return_weights: Flag
+    return_lse: Flag
+    precision: Precision
+    out: DeviceArray | None
 
 
 class CacheOptions(TypedDict, total=False):

@@ -6,6 +6,7 @@ A line with `type: ignore` is a mistake that has to be one to the checker too: m
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,6 +76,24 @@ def layers(path: Path) -> None:
     assert_type(read(x), Floats)
     edgeattn.save(x, path)  # type: ignore[arg-type]
     edgeattn.load(path, arithmetic="cmsis")  # type: ignore[arg-type]
+
+
+class OnGPU:
+    """An array as torch and CuPy have it."""
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return {}
+
+
+def on_a_gpu(layer: MultiHeadAttention, static: StaticMultiHeadAttention, there: OnGPU) -> None:
+    assert_type(edgeattn.scaled_dot_product_attention(there, there, there, precision="tf32"), Any)
+    cache = KVCache(1, 2, 16, 4).to("cuda")
+    assert_type(cache.held(), tuple[Float32s, Float32s])
+    layer.to("cuda", precision="tf32")(there, kv_cache=cache, is_causal=True)
+    static.to("cuda").run_int8(there, need_weights=True)
+    layer.to("cuda", precision="int8")  # type: ignore[call-overload]
+    static.to("cuda").run_int8(there, softcap=1.0)  # type: ignore[call-arg]
 
 
 def bundles(path: Path) -> Floats:
