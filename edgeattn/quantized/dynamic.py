@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Literal, overload
 import numpy as np
 
 from edgeattn.checks import FLOAT32, count, to_float32
-from edgeattn.cpu.layer_dynamic import DynamicLayer
 from edgeattn.cpu.linear_dynamic import DynamicLinear
 from edgeattn.functional import default_scale
 from edgeattn.layers import steps
@@ -28,6 +27,10 @@ if TYPE_CHECKING:
     from edgeattn.kv_cache import KVCache
     from edgeattn.on_cuda.layers import DynamicOnCuda
     from edgeattn.types import CallOptions, CausalAlignment, Device, Flag, Float32s, Floats, Real, Window
+
+    DynamicLayer: Any  # mypy 2.4 --strict breaks off in that file, with an internal error, whoever imports it
+else:
+    from edgeattn.cpu.layer_dynamic import DynamicLayer
 
 
 class DynamicMultiHeadAttention(QuantizedMultiHeadAttention):
