@@ -74,8 +74,9 @@ test-cuda-offline: $(ready_cuda) ## ... emulated and compiled, without a GPU
 fuzz: $(ready_fuzz) ## readers of files, 20 s each (--seconds N)
 	@$(python) tools/fuzz/run.py $(ARGS)
 
-lint: $(ready_dev) ## style, imports, what no tracked file may hold
+lint: $(ready_dev) ## style, types, imports, files
 	@$(python) -m ruff check --quiet .
+	@$(python) -m mypy --no-error-summary
 	@$(VENV)/bin/lint-imports --no-cache --no-logo
 	@$(python) tools/check_tree.py
 
@@ -100,7 +101,7 @@ bench-start: $(ready) ## start of a process, in three forms
 	@$(python) -m benchmarks.start
 
 clean: ## remove what was built; keep environments
-	rm -rf build dist out ./*.egg-info .pytest_cache .hypothesis .ruff_cache .import_linter_cache
+	rm -rf build dist out ./*.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache .import_linter_cache
 	find . \( -path './.venv*' -o -path './.arm64' \) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## ... and the environments

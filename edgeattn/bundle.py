@@ -6,6 +6,8 @@ in JSON and a footer of 24 bytes: MAGIC, the description's length and the CRC-32
 endian. Whoever loads a bundle reads these first: a damaged file, or one for another processor, is never executed.
 """
 
+from __future__ import annotations
+
 import _ctypes
 import ctypes
 import itertools
@@ -16,12 +18,21 @@ import re
 import struct
 import weakref
 import zlib
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgeattn.checks import as_array, check_out, deliver, float_array, result_dtype, to_float32
+from edgeattn.checks import check_out, deliver, float_array, result_dtype, to_float32
 from edgeattn.files import reading, reason
-from edgeattn.masks import no_bool_mask, resolve_mask
+from edgeattn.masks import bool_mask, resolve_mask
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, BinaryIO, Literal
+
+    from numpy.typing import ArrayLike, NDArray
+
+    from edgeattn.types import Bools, CausalAlignment, Codes, Flag, Float32s, Floats, Input, MaskOptions, Path, Window
 
 ABI_VERSION = 1
 MAGIC = b"edgeattn bundle\n"
@@ -35,17 +46,18 @@ ALIGNMENT = 64  # bytes, of scratch
 OK, BAD_ABI, BAD_SHAPE, BAD_POINTER, BAD_SCRATCH = range(5)
 LARGEST = 1 << 24  # B, L and S
 
-INPUTS = ("query", "key", "value")
+INPUTS: tuple[Input, Input, Input] = ("query", "key", "value")
 _AT_HWCAP = 16  # linux/auxvec.h
 # Bits of AT_HWCAP on ARM64, named as Linux names them in /proc/cpuinfo; asm/hwcap.h.
 HARDWARE_BITS = {"fp": 0, "asimd": 1, "crc32": 7, "atomics": 8, "fphp": 9, "asimdhp": 10, "asimdrdm": 12, "lrcpc": 15,
                  "asimddp": 20}
 _KEPT = 4  # scratch buffers kept for the next call
-_LOADED = weakref.WeakValueDictionary()  # (device, inode) of a file -> its _Library, as long as a bundle runs on it
+# (device, inode) of a file -> its _Library, as long as a bundle runs on it
+_LOADED: weakref.WeakValueDictionary[tuple[int, int], _Library] = weakref.WeakValueDictionary()
 _NUMBERS = itertools.count()  # of what was loaded
 
 
-def load(path):
+def load(path: Path) -> FloatBundle | StaticBundle:
     """Load a bundle that `quant.export` wrote.
 
     Parameters
@@ -73,7 +85,7 @@ def load(path):
         return _load(path, file)
 
 
-def _load(path, file):
+def _load(path: str, file: BinaryIO) -> FloatBundle | StaticBundle:
     about, checksum = _read(path, file)
     check_description(path, about, os.fstat(file.fileno()).st_size)
     if about["abi"] != ABI_VERSION:
@@ -103,13 +115,13 @@ class _Library(ctypes.CDLL):
         Of the bundle.
     """
 
-    def __init__(self, name, checksum):
+    def __init__(self, name: str, checksum: int):
         super().__init__(name)
         self.checksum = checksum
         weakref.finalize(self, _ctypes.dlclose, self._handle).atexit = False  # a thread may still run it
 
 
-def _library(path, file, checksum):
+def _library(path: str, file: BinaryIO, checksum: int) -> _Library:
     """The library in an open file whose checksum was read.
 
     By the file's number, since to a path that it knows, the C library answers with what it loaded from there, whatever
@@ -132,13 +144,13 @@ def _library(path, file, checksum):
     return library
 
 
-def read_description(path):
+def read_description(path: Path) -> dict[str, Any]:
     """The description in a bundle, as a dict; nothing of the file is run."""
     with open(path, "rb") as file:
         return _read(path, file)[0]
 
 
-def _read(path, file):
+def _read(path: Path, file: BinaryIO) -> tuple[dict[str, Any], int]:
     """(description, checksum) of an open bundle."""
     content = file.read()
     body, footer = content[:-FOOTER.size], content[-FOOTER.size:]
@@ -151,7 +163,7 @@ def _read(path, file):
         return json.loads(body[len(body) - size:]), checksum
 
 
-def check_description(path, about, size):
+def check_description(path: Path, about: Any, size: int) -> None:
     """Raise unless everything in a description is what `quant.export` writes, before anything is made of it.
 
     Raises
@@ -173,7 +185,7 @@ def check_description(path, about, size):
         _check_sizes(path, about, size)
 
 
-def _check_sizes(path, about, size):
+def _check_sizes(path: Path, about: dict[str, Any], size: int) -> None:
     """Raise unless the numbers of a layer agree, and its weights fit into the file."""
     sizes = about["sizes"]
     H, Hkv, D, Dv = (sizes[name] for name in ("num_heads", "num_kv_heads", "head_dim", "value_dim"))
@@ -188,20 +200,20 @@ def _check_sizes(path, about, size):
                              f"{sorted(needed)}, got {reason(sorted(about['quantization']))}")
 
 
-def _whole(value, lowest=1, highest=LARGEST):
+def _whole(value: object, lowest: int = 1, highest: int = LARGEST) -> bool:
     return type(value) is int and lowest <= value <= highest
 
 
-def _is_quantization(value):
+def _is_quantization(value: object) -> bool:
     return (isinstance(value, list) and len(value) == 2 and type(value[0]) in (int, float)
             and 2.0**-60 <= value[0] <= 2.0**60 and _whole(value[1], -128, 127))
 
 
-def _is_text(value):
+def _is_text(value: object) -> bool:
     return isinstance(value, str) and len(value) <= 200
 
 
-def cpu_flags():
+def cpu_flags() -> set[str]:
     """What this processor can do, in the words of /proc/cpuinfo."""
     if platform.machine() == "aarch64":  # asked for directly: under emulation /proc is the host's
         ask = ctypes.CDLL(None).getauxval
@@ -226,22 +238,33 @@ class Bundle:
     num_heads, num_kv_heads, embed_dim, kdim, vdim, head_dim, value_dim, output_dim : int
     """
 
-    def __init__(self, about, library):
-        self.scheme, self.target = about["scheme"], about["target"]
+    num_heads: int
+    num_kv_heads: int
+    embed_dim: int
+    kdim: int
+    vdim: int
+    head_dim: int
+    value_dim: int
+    output_dim: int
+
+    def __init__(self, about: dict[str, Any], library: _Library):
+        self.scheme: Literal["float32", "dynamic", "static"] = about["scheme"]
+        self.target: str = about["target"]
         for name in SIZES:
             setattr(self, name, about["sizes"][name])
         self._run = library[f"{about['prefix']}_run"]  # not an attribute, which would keep the library
         self._run.argtypes, self._run.restype = [ctypes.c_void_p], ctypes.c_int32
         self._measure = library[f"{about['prefix']}_scratch_bytes"]
         self._measure.argtypes, self._measure.restype = [ctypes.c_int64] * 3 + [ctypes.c_int32], ctypes.c_int64
-        self._needs = {}
-        self._scratch = []
+        self._needs: dict[tuple[int, ...], int] = {}
+        self._scratch: list[NDArray[np.uint8]] = []
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         sizes = ", ".join(f"{name}={getattr(self, name)}" for name in SIZES)
         return f"{type(self).__name__}(scheme={self.scheme!r}, target={self.target!r}, {sizes})"
 
-    def _kernel(self, query, key, value, out, keep, bias, band):
+    def _kernel(self, query: NDArray[Any], key: NDArray[Any], value: NDArray[Any], out: NDArray[Any],
+                keep: Bools | None, bias: Float32s | None, band: tuple[int, int] | None) -> NDArray[Any]:
         """out (B, L, Eo) from query (B, L, E), key (B, S, kdim), value (B, S, vdim), in C order and not empty."""
         call = np.zeros(FIELDS, np.int64)
         shape = (*query.shape[:2], key.shape[1], keep is not None or bias is not None)
@@ -280,7 +303,7 @@ class Bundle:
 
 SIZES = ("num_heads", "num_kv_heads", "embed_dim", "kdim", "vdim", "head_dim", "value_dim", "output_dim")
 # What each entry of a description must be: (whether a value is that, in words).
-_RULES = {
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "abi": (lambda value: type(value) is int, "an integer"),
     "machine": (_is_text, "a text"), "target": (_is_text, "a text"),
     "requires": (lambda value: isinstance(value, list) and all(map(_is_text, value)), "a list of texts"),
@@ -291,7 +314,7 @@ _RULES = {
     "sizes": (lambda value: isinstance(value, dict) and set(value) == set(SIZES) and all(map(_whole, value.values())),
               f"{', '.join(SIZES)}, each from 1 to {LARGEST}"),
 }
-_STATIC_RULES = {
+_STATIC_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "arithmetic": (_is_text, "a text"),
     "sources": (lambda value: value in ([0, 0, 0], [0, 1, 1], [0, 1, 2]), "one of [0, 0, 0], [0, 1, 1], [0, 1, 2]"),
     "mask_shape": (lambda value: value is None
@@ -301,7 +324,7 @@ _STATIC_RULES = {
 }
 
 
-def _strides(mask):
+def _strides(mask: NDArray[Any]) -> list[int]:
     """Strides in elements of a mask that NumPy broadcasts to four axes: 0 where it repeats."""
     strides, step = [0, 0, 0, 0], 1
     for axis in range(1, mask.ndim + 1):
@@ -311,7 +334,7 @@ def _strides(mask):
     return strides
 
 
-def _check_shapes(bundle, query, key, value):
+def _check_shapes(bundle: Bundle, query: NDArray[Any], key: NDArray[Any], value: NDArray[Any]) -> None:
     """Refuse inputs whose shapes do not agree with the layer or each other."""
     shapes = f"query {query.shape}, key {key.shape}, value {value.shape}"
     if query.ndim not in (2, 3):
@@ -329,8 +352,10 @@ def _check_shapes(bundle, query, key, value):
 class FloatBundle(Bundle):
     """A float32 layer, or a dynamic int8 one, compiled ahead of time."""
 
-    def __call__(self, query, key=None, value=None, *, attn_mask=None, key_padding_mask=None, is_causal=False,
-                 causal_alignment=None, window_size=(-1, -1), alibi_slopes=None, out=None):
+    def __call__(self, query: ArrayLike, key: ArrayLike | None = None, value: ArrayLike | None = None, *,
+                 attn_mask: ArrayLike | None = None, key_padding_mask: ArrayLike | None = None, is_causal: Flag = False,
+                 causal_alignment: CausalAlignment | None = None, window_size: Window = (-1, -1),
+                 alibi_slopes: ArrayLike | None = None, out: Floats | None = None) -> Floats:
         """Attend from `query` to `key` and `value`; arguments and result as `MultiHeadAttention`'s."""
         if key is None and value is not None:
             raise ValueError("value needs key, got key=None; pass key=query to attend from query to itself")
@@ -372,14 +397,14 @@ class StaticBundle(Bundle):
         Of the mask the layer carries, which broadcasts to (B, H, L, S).
     """
 
-    def __init__(self, about, library):
+    def __init__(self, about: dict[str, Any], library: _Library):
         super().__init__(about, library)
-        self.arithmetic = about["arithmetic"]
+        self.arithmetic: str = about["arithmetic"]
         self.sources = tuple(about["sources"])
         self.mask_shape = None if about["mask_shape"] is None else tuple(about["mask_shape"])
         self.quantization = {name: (np.float32(scale), zero) for name, (scale, zero) in about["quantization"].items()}
 
-    def quantize_input(self, x, name="query"):
+    def quantize_input(self, x: ArrayLike, name: Input = "query") -> Codes:
         """int8 codes of a float input; `name` is "query", "key" or "value"."""
         scale, zero = self.quantization[INPUTS[self.sources[INPUTS.index(name)]]]
         with np.errstate(over="ignore"):
@@ -387,15 +412,17 @@ class StaticBundle(Bundle):
         codes = np.where(np.isnan(codes), np.float32(zero), codes)
         return np.clip(codes, -128, 127).astype(np.int8)
 
-    def dequantize_output(self, codes):
+    def dequantize_output(self, codes: ArrayLike) -> Float32s:
         """float32 reals of `run_int8`'s codes."""
         scale, zero = self.quantization["output"]
         return (np.asarray(codes, np.float32) - np.float32(zero)) * scale
 
-    def run_int8(self, query, key=None, value=None, *, attn_mask=None, key_padding_mask=None, is_causal=False,
-                 causal_alignment=None, window_size=(-1, -1), out=None):
+    def run_int8(self, query: ArrayLike, key: ArrayLike | None = None, value: ArrayLike | None = None, *,
+                 attn_mask: ArrayLike | None = None, key_padding_mask: ArrayLike | None = None, is_causal: Flag = False,
+                 causal_alignment: CausalAlignment | None = None, window_size: Window = (-1, -1),
+                 out: Codes | None = None) -> Codes:
         """Attention on codes; arguments and result as `run_int8` of the layer it was made of."""
-        given = [query, key, value]
+        given: list[Any] = [query, key, value]
         for i, name in enumerate(INPUTS):
             if self.sources[i] < i:
                 if given[i] is not None and given[i] is not given[self.sources[i]]:
@@ -406,12 +433,12 @@ class StaticBundle(Bundle):
             if given[i].dtype != np.int8:
                 raise TypeError(f"{name} must be int8, got {given[i].dtype}; quantize_input makes codes of floats")
             given[i] = np.ascontiguousarray(given[i])
-        query, key, value = (given[source] for source in self.sources)
-        _check_shapes(self, query, key, value)
-        lead, queries, keys = query.shape[:-2], query.shape[-2], key.shape[-2]
+        q, k, v = (given[source] for source in self.sources)
+        _check_shapes(self, q, k, v)
+        lead, queries, keys = q.shape[:-2], q.shape[-2], k.shape[-2]
         check_out(out, (*lead, queries, self.output_dim), np.dtype(np.int8))
-        if attn_mask is not None and (attn_mask := as_array("attn_mask", attn_mask)).dtype != np.bool_:
-            raise no_bool_mask(attn_mask.dtype)
+        if attn_mask is not None:
+            attn_mask = bool_mask(attn_mask)
         mask = resolve_mask((*lead, self.num_heads, queries, keys), attn_mask, key_padding_mask, is_causal=is_causal,
                             causal_alignment=causal_alignment, window_size=window_size)
         if self.mask_shape is not None and any(
@@ -420,24 +447,27 @@ class StaticBundle(Bundle):
                              f"(B, H, L, S) = {mask.shape}; call the layer with the lengths the mask was made for")
         keep, _, band, _ = mask.for_kernels()
         if keys == 0:  # one key that is not there
-            key, value = (np.zeros((*lead, 1, x.shape[-1]), np.int8) for x in (key, value))
+            k, v = (np.zeros((*lead, 1, x.shape[-1]), np.int8) for x in (k, v))
             keep, band = np.zeros((1, 1, 1, 1), np.bool_), None
-        query, key, value = (x.reshape(mask.shape[0], *x.shape[-2:]) for x in (query, key, value))
+        q, k, v = (x.reshape(mask.shape[0], *x.shape[-2:]) for x in (q, k, v))
         result = np.empty((*lead, queries, self.output_dim), np.int8)
         if result.size:
-            self._kernel(query, key, value, result, keep, None, band)
+            self._kernel(q, k, v, result, keep, None, band)
         return deliver(result, out, np.dtype(np.int8))
 
-    def __call__(self, query, key=None, value=None, *, attn_mask=None, key_padding_mask=None, is_causal=False,
-                 causal_alignment=None, window_size=(-1, -1), out=None):
+    def __call__(self, query: ArrayLike, key: ArrayLike | None = None, value: ArrayLike | None = None, *,
+                 attn_mask: ArrayLike | None = None, key_padding_mask: ArrayLike | None = None, is_causal: Flag = False,
+                 causal_alignment: CausalAlignment | None = None, window_size: Window = (-1, -1),
+                 out: Floats | None = None) -> Floats:
         """Attention on reals: quantize the inputs, `run_int8`, dequantize; arguments and result as the layer's.
 
         A row is NaN where its query, or a key or value that the arguments let it see, holds NaN.
         """
-        masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask, "is_causal": is_causal,
-                 "causal_alignment": causal_alignment, "window_size": window_size}
+        masks: MaskOptions = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask, "is_causal": is_causal,
+                              "causal_alignment": causal_alignment, "window_size": window_size}
         inputs = [None if x is None else np.asarray(x) for x in (query, key, value)]
-        codes = [None if x is None else self.quantize_input(x, name) for name, x in zip(INPUTS, inputs, strict=True)]
+        codes: list[Any] = [None if x is None else self.quantize_input(x, name)
+                            for name, x in zip(INPUTS, inputs, strict=True)]
         if codes[1] is not None and key is query:
             codes[1] = codes[0]
         if codes[2] is not None and (value is key or value is query):

@@ -1,17 +1,28 @@
 """Arguments at the public edge: what is accepted, and how results reach the caller's array."""
 
+from __future__ import annotations
+
 import math
 import numbers
 import operator
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Container, Sequence
+    from typing import Any, SupportsIndex, TypeGuard
+
+    from numpy.typing import ArrayLike, NDArray
+
+    from edgeattn.types import Float32s, Floats
 
 _LARGEST_COUNT = 2**31 - 1
 _LARGEST = float(np.finfo(np.float32).max)
 FLOAT32 = np.dtype(np.float32)
 
 
-def flag(name, value):
+def flag(name: str, value: object) -> bool:
     """`value` as a bool; 0 and 1 and arrays are refused."""
     if value is True or value is False:
         return value
@@ -20,12 +31,12 @@ def flag(name, value):
     return bool(value)
 
 
-def is_one_of(value, names):
+def is_one_of(value: object, names: Container[str]) -> TypeGuard[str]:
     """Whether `value` is a string among `names`; False for what cannot be compared with one, such as an array."""
     return isinstance(value, str) and value in names
 
 
-def number(name, value):
+def number(name: str, value: object) -> float:
     """`value` as a float that float32 can hold."""
     if type(value) is not float:
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
@@ -41,7 +52,7 @@ def number(name, value):
     return value
 
 
-def count(name, value):
+def count(name: str, value: SupportsIndex) -> int:
     """`value` as an int of at least 1 that int32 can hold."""
     try:
         whole = operator.index(value)
@@ -56,7 +67,7 @@ def count(name, value):
     return whole
 
 
-def as_array(name, value):
+def as_array(name: str, value: ArrayLike) -> NDArray[Any]:
     """`value` as an array, not copied where it is one.
 
     Raises
@@ -77,7 +88,7 @@ def as_array(name, value):
         raise kind(f"{name} must be an array, or rows of equal length: numpy.asarray says {error}") from error
 
 
-def float_array(name, value):
+def float_array(name: str, value: ArrayLike) -> Floats:
     """`value` as an array of float16, float32 or float64, not yet converted.
 
     Raises
@@ -94,7 +105,7 @@ def float_array(name, value):
     return array
 
 
-def to_float32(array):
+def to_float32(array: NDArray[Any]) -> Float32s:
     """Float32 values of `array` in C order, read-only so that one compiled kernel serves all callers.
 
     Copies only what is not float32 in C order already. Values beyond float32 become infinite.
@@ -108,14 +119,14 @@ def to_float32(array):
     return converted
 
 
-def result_dtype(*arrays):
+def result_dtype(*arrays: NDArray[Any]) -> np.dtype[Any]:
     """The dtype of the result: the inputs' own, the widest where they differ, in native byte order."""
     if {array.dtype for array in arrays} == {FLOAT32}:
         return FLOAT32
     return np.dtype(np.result_type(*[array.dtype for array in arrays]).type)
 
 
-def check_out(out, shape, dtype):
+def check_out(out: object, shape: Sequence[int], dtype: np.dtype[Any]) -> None:
     """Raise unless `out` is None or an array that can take a result of `shape` and `dtype`."""
     if out is None:
         return
@@ -129,7 +140,7 @@ def check_out(out, shape, dtype):
         raise ValueError("out must be writeable, got a read-only array; pass a copy of it")
 
 
-def deliver(result, out, dtype):
+def deliver(result: NDArray[Any], out: NDArray[Any] | None, dtype: np.dtype[Any]) -> NDArray[Any]:
     """The float32 `result` as the caller asked for it: in `out`, or as a new array of `dtype`."""
     if result is out or out is None and result.dtype == dtype:
         return result

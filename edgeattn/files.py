@@ -14,6 +14,10 @@ import re
 import secrets
 import stat
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
 
 try:
     import fcntl
@@ -21,7 +25,7 @@ except ImportError:  # Windows: nothing is locked, and nothing removed
     fcntl = None
 
 
-def write_atomic(path: str | os.PathLike, data: bytes) -> None:
+def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
     """Write ``data`` to ``path``: readers see the old file or the new one, never a part.
 
     The bytes go to a new file in the same folder, which then takes the name ``path``. A temporary folder
@@ -154,7 +158,7 @@ def check_output(path: Path, *inputs: Path | None) -> None:
                 raise ValueError(f"cannot write {path}: it is an input of this command{same}; choose another name")
 
 
-def as_path(path: str | os.PathLike) -> Path:
+def as_path(path: str | os.PathLike[str]) -> Path:
     """`path` as a Path; TypeError where it is neither a string nor a path."""
     try:
         return Path(path)
@@ -163,7 +167,7 @@ def as_path(path: str | os.PathLike) -> Path:
 
 
 @contextlib.contextmanager
-def reading(path, kind: str):
+def reading(path: str | os.PathLike[str], kind: str) -> Iterator[None]:
     """Within, whatever goes wrong is a ValueError that names the file and what it was to be.
 
     For files from strangers: zipfile, zlib, json, protobuf and HDF5 have errors of their own for every kind of damage,
@@ -182,7 +186,7 @@ def reading(path, kind: str):
 
 
 @contextlib.contextmanager
-def named(path):
+def named(path: object) -> Iterator[None]:
     """Within, a TypeError or ValueError names the file, also where it is raised by who does not know of a file.
 
     What is no path, as a mapping of arrays, names nothing.
@@ -195,14 +199,14 @@ def named(path):
         raise (TypeError if isinstance(error, TypeError) else ValueError)(f"{path}: {error}") from error
 
 
-def listed(entries) -> str:
+def listed(entries: Iterable[object]) -> str:
     """Names or the like for an error; of many, the first and how many more there are."""
     entries = list(entries)
     return ", ".join(str(entry)[:200] for entry in entries[:20]) + (
         f" and {len(entries) - 20} more" if len(entries) > 20 else "")
 
 
-def reason(error) -> str:
+def reason(error: object) -> str:
     """What an error, or any value, says, or its kind where it says nothing; one line, not too long."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 500 else text[:497] + "..."

@@ -1,8 +1,10 @@
 """Attention as a function of arrays."""
 
+from __future__ import annotations
+
 import functools
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 import numpy as np
 
@@ -10,28 +12,91 @@ from edgeattn.checks import FLOAT32, check_out, deliver, flag, float_array, is_o
 from edgeattn.cpu import float32, functional_dynamic
 from edgeattn.masks import NO_WINDOW, Mask, resolve_mask
 
+if TYPE_CHECKING:
+    from types import ModuleType
+    from typing import Any
+
+    from numpy.typing import ArrayLike, NDArray
+    from typing_extensions import Unpack
+
+    from edgeattn.types import (
+        CausalAlignment,
+        DeviceArray,
+        DeviceOptions,
+        Flag,
+        Float32s,
+        Floats,
+        FunctionOptions,
+        Precision,
+        Real,
+        Shape,
+        Window,
+    )
+
 _SMALLEST_SOFTCAP = 1e-30  # its reciprocal is a float32 too
 
 
+@overload
 def scaled_dot_product_attention(
-    query,
-    key,
-    value,
-    attn_mask=None,
+    query: DeviceArray, key: DeviceArray, value: DeviceArray, attn_mask: DeviceArray | None = None,
+    **options: Unpack[DeviceOptions],
+) -> Any: ...
+
+
+@overload
+def scaled_dot_product_attention(
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, attn_mask: ArrayLike | None = None, *,
+    return_weights: Literal[False] = False, return_lse: Literal[False] = False, **options: Unpack[FunctionOptions],
+) -> Floats: ...
+
+
+@overload
+def scaled_dot_product_attention(
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, attn_mask: ArrayLike | None = None, *,
+    return_weights: Literal[True], return_lse: Literal[False] = False, **options: Unpack[FunctionOptions],
+) -> tuple[Floats, Floats]: ...
+
+
+@overload
+def scaled_dot_product_attention(
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, attn_mask: ArrayLike | None = None, *,
+    return_weights: Literal[False] = False, return_lse: Literal[True], **options: Unpack[FunctionOptions],
+) -> tuple[Floats, Float32s]: ...
+
+
+@overload
+def scaled_dot_product_attention(
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, attn_mask: ArrayLike | None = None, *,
+    return_weights: Literal[True], return_lse: Literal[True], **options: Unpack[FunctionOptions],
+) -> tuple[Floats, Floats, Float32s]: ...
+
+
+@overload
+def scaled_dot_product_attention(
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, attn_mask: ArrayLike | None = None, *,
+    return_weights: Flag = False, return_lse: Flag = False, **options: Unpack[FunctionOptions],
+) -> Floats | tuple[Floats, ...]: ...
+
+
+def scaled_dot_product_attention(
+    query: Any,  # ArrayLikes, and from the checks on arrays; or on a GPU all of them
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
     *,
-    is_causal=False,
-    causal_alignment=None,
-    scale=None,
-    enable_gqa=False,
-    softcap=0.0,
-    window_size=NO_WINDOW,
-    kv_lengths=None,
-    alibi_slopes=None,
-    return_weights=False,
-    return_lse=False,
-    precision="float32",
-    out=None,
-):
+    is_causal: Flag = False,
+    causal_alignment: CausalAlignment | None = None,
+    scale: Real | None = None,
+    enable_gqa: Flag = False,
+    softcap: Real = 0.0,
+    window_size: Window = NO_WINDOW,
+    kv_lengths: Any = None,
+    alibi_slopes: Any = None,
+    return_weights: Flag = False,
+    return_lse: Flag = False,
+    precision: Precision = "float32",
+    out: Any = None,
+) -> Floats | tuple[Floats, ...]:
     """softmax(query key^T * scale + mask) value.
 
     The order is: scores = query key^T * scale, then softcap * tanh(scores / softcap), then masks, then
@@ -102,13 +167,12 @@ def scaled_dot_product_attention(
     if not is_one_of(precision, ("float32",)):
         _check_precision(precision, on_cuda)
     if on_cuda:
-        on_cuda = _functions_on_cuda()
         arrays = (query, key, value, out, attn_mask, kv_lengths, alibi_slopes)
         options = (is_causal, causal_alignment, scale, enable_gqa, softcap, window_size, return_weights, return_lse,
                    precision)
-        result = on_cuda.again(arrays, options)
-        if result is not None:
-            return result
+        known: Floats | tuple[Floats, ...] | None = _functions_on_cuda().again(arrays, options)
+        if known is not None:
+            return known
     grouped = flag("enable_gqa", enable_gqa)
     return_weights = flag("return_weights", return_weights)
     return_lse = flag("return_lse", return_lse)
@@ -119,10 +183,11 @@ def scaled_dot_product_attention(
         raise ValueError(f"{name} must be left out with precision='int8', got {given}; use precision='float32'")
     if on_cuda:
         scale = None if scale is None else number("scale", scale)
-        return on_cuda.scaled_dot_product_attention(
+        there: Floats | tuple[Floats, ...] = _functions_on_cuda().scaled_dot_product_attention(
             query, key, value, attn_mask, is_causal, causal_alignment, scale, softcap, window_size, kv_lengths,
             alibi_slopes, return_weights, return_lse, precision, out,
-            lambda *views: _shapes(*(view.shape for view in views), grouped), (arrays, options))
+            lambda q, k, v: _shapes(q.shape, k.shape, v.shape, grouped), (arrays, options))
+        return there
     dtype = FLOAT32
     as_read = _are_read_as_they_are(query, key, value)
     if not as_read:
@@ -142,8 +207,10 @@ def scaled_dot_product_attention(
     q, k, v = query, key, value
     if not as_read:
         q, k, v = map(np.reshape, map(to_float32, (query, key, value)), shapes.inputs)
-    direct = out is not None and _writes_directly(out, (q, k, v, mask.keep, mask.bias))
-    result = out if direct else np.empty(shapes.result, FLOAT32)
+    if out is not None and _writes_directly(out, (q, k, v, mask.keep, mask.bias)):
+        result = out
+    else:
+        result = np.empty(shapes.result, FLOAT32)
     context = result if result.ndim == 4 else result.reshape(shapes.context)
     weights = np.empty((*query.shape[:-1], key.shape[-2]), np.float32) if return_weights else None
     lse = np.empty(query.shape[:-1], np.float32) if return_lse else None
@@ -157,18 +224,18 @@ def scaled_dot_product_attention(
     result = deliver(result, out, dtype)
     if not (return_weights or return_lse):
         return result
-    return (result, *([deliver(weights, None, dtype)] if return_weights else []), *([lse] if return_lse else []))
+    return (result, *([] if weights is None else [deliver(weights, None, dtype)]), *([] if lse is None else [lse]))
 
 
 @functools.cache
-def _functions_on_cuda():
+def _functions_on_cuda() -> ModuleType:
     """edgeattn.on_cuda.functional, imported by the first call that needs it."""
     from edgeattn.on_cuda import functional
 
     return functional
 
 
-def _on_gpu(array):
+def _on_gpu(array: object) -> bool:
     """Whether an array that is not NumPy's lies in a GPU's memory."""
     here = getattr(array, "is_cuda", None)  # torch says so at once, and takes microseconds to describe an array
     if here is True or here is False:
@@ -179,10 +246,11 @@ def _on_gpu(array):
         return False
     from edgeattn.cuda import dlpack
 
-    return dlpack.on_gpu(array)
+    found: bool = dlpack.on_gpu(array)
+    return found
 
 
-def _check_precision(precision, on_cuda):
+def _check_precision(precision: object, on_cuda: bool) -> None:
     """Refuse what is no precision, or none of where the arrays are."""
     if not is_one_of(precision, ("int8", "float16", "tf32")):
         raise ValueError(f"precision must be 'float32', 'int8', 'float16' or 'tf32', got {precision!r}")
@@ -191,12 +259,12 @@ def _check_precision(precision, on_cuda):
                          "tensor cores have; leave it out, or pass arrays on a GPU")
 
 
-def default_scale(head_dim):
+def default_scale(head_dim: int) -> float:
     """1 / sqrt(head_dim); heads of size 0 have scores of 0 whatever the scale."""
     return 1 / math.sqrt(head_dim) if head_dim else 1.0
 
 
-def checked_softcap(softcap):
+def checked_softcap(softcap: object) -> float:
     """`softcap` as a float that kernels can divide by, or 0."""
     softcap = number("softcap", softcap)
     if softcap != 0 and softcap < _SMALLEST_SOFTCAP:
@@ -211,17 +279,17 @@ class _Shapes(NamedTuple):
     empty: whether an axis is; scale: of the scores, unless another is given; unmasked: the Mask without conditions.
     """
 
-    scores: tuple
-    result: tuple
-    inputs: tuple
-    context: tuple
+    scores: Shape
+    result: Shape
+    inputs: tuple[Shape, Shape, Shape]
+    context: Shape
     empty: bool
     scale: float
     unmasked: Mask
 
 
 @functools.lru_cache(256)
-def _shapes(query, key, value, grouped):
+def _shapes(query: Shape, key: Shape, value: Shape, grouped: bool) -> _Shapes:
     """The `_Shapes` of three shapes: checked are ranks, then the axes that must agree, then the numbers of heads."""
     shapes = f"query {query}, key {key}, value {value}"
     for name, shape in (("query", query), ("key", key), ("value", value)):
@@ -260,14 +328,14 @@ def _shapes(query, key, value, grouped):
                    0 in (batch, heads, queries, keys, size, value_size), default_scale(size), resolve_mask(scores))
 
 
-def _are_read_as_they_are(query, key, value):
+def _are_read_as_they_are(query: object, key: object, value: object) -> bool:
     """Whether kernels read these three as they are: float32 in C order, in four axes."""
     return (type(query) is type(key) is type(value) is np.ndarray and query.dtype is key.dtype is value.dtype is FLOAT32
             and query.ndim == key.ndim == value.ndim == 4
             and query.flags.carray and key.flags.carray and value.flags.carray)
 
 
-def _writes_directly(out, inputs):
+def _writes_directly(out: NDArray[Any], inputs: tuple[NDArray[Any] | None, ...]) -> bool:
     """Whether the kernel may write into the caller's array: right layout, and no input changes under it."""
     if type(out) is not np.ndarray or out.dtype != np.float32 or not out.flags.carray:
         return False

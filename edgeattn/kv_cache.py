@@ -1,6 +1,9 @@
 """Keys and values of the tokens seen so far, so that each is computed once."""
 
+from __future__ import annotations
+
 import operator
+from typing import TYPE_CHECKING, Literal, overload
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
@@ -22,12 +25,37 @@ from edgeattn.cpu.decode import decode
 from edgeattn.functional import checked_softcap, default_scale
 from edgeattn.masks import NO_WINDOW, resolve_mask
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, SupportsIndex
+
+    from numpy.typing import ArrayLike, NDArray
+    from typing_extensions import Self, Unpack
+
+    from edgeattn.masks import Mask
+    from edgeattn.on_cuda.kv_cache import CacheOnCuda
+    from edgeattn.types import (
+        CacheDtype,
+        CacheOptions,
+        Codes,
+        Device,
+        Flag,
+        Float32s,
+        Floats,
+        LayerSizes,
+        Real,
+        Window,
+    )
+
+    _Span = tuple[int, int]
+    _Run = tuple[int, int, int, int, list[int]]
+
 _DTYPES = ("float32", "int8")
 _LARGEST_POSITION = 2**31 - 1
 _LARGEST_CODE = np.float32(127)
 
 
-def _name_of(dtype):
+def _name_of(dtype: object) -> object:
     """NumPy's dtypes of a cache, and their types of scalars, by their names; anything else as it is."""
     for name in _DTYPES:
         if dtype is np.dtype(name).type or isinstance(dtype, np.dtype) and dtype == np.dtype(name):
@@ -85,17 +113,19 @@ class KVCache:
     """
 
     def __init__(
-        self, batch, num_kv_heads, capacity, head_dim, *, value_dim=None, dtype="float32", scales=None, window=None
+        self, batch: SupportsIndex, num_kv_heads: SupportsIndex, capacity: SupportsIndex, head_dim: SupportsIndex, *,
+        value_dim: SupportsIndex | None = None, dtype: CacheDtype = "float32", scales: tuple[Real, Real] | None = None,
+        window: SupportsIndex | None = None,
     ):
         self.batch = count("batch", batch)
         self.num_kv_heads = count("num_kv_heads", num_kv_heads)
         self.capacity = count("capacity", capacity)
         self.head_dim = count("head_dim", head_dim)
         self.value_dim = self.head_dim if value_dim is None else count("value_dim", value_dim)
-        dtype = _name_of(dtype)
-        if not is_one_of(dtype, _DTYPES):
-            raise ValueError(f"dtype must be 'float32' or 'int8', got {dtype!r}")
-        self.dtype = dtype
+        name = _name_of(dtype)
+        if not is_one_of(name, _DTYPES):
+            raise ValueError(f"dtype must be 'float32' or 'int8', got {name!r}")
+        self.dtype = name
         self.window = None if window is None else count("window", window)
         if self.window is not None and self.capacity < self.window:
             raise ValueError(
@@ -103,22 +133,24 @@ class KVCache:
                 "twice the window makes dropping old tokens cheap"
             )
         rows = (self.batch, self.num_kv_heads, self.capacity)
-        self._keys = np.zeros((*rows, self.head_dim), dtype)
-        self._values = np.zeros((*rows, self.value_dim), dtype)
-        self._key_scales = self._value_scales = None
-        self.scales = None if scales is None else _fixed_scales(scales, dtype)
+        self._keys: NDArray[Any] = np.zeros((*rows, self.head_dim), name)
+        self._values: NDArray[Any] = np.zeros((*rows, self.value_dim), name)
+        self._key_scales: Float32s | None = None
+        self._value_scales: Float32s | None = None
+        self.scales = None if scales is None else _fixed_scales(scales, name)
         if self.scales is not None:
             self._key_scales, self._value_scales = (np.broadcast_to(np.float32(scale), rows) for scale in self.scales)
-        elif dtype == "int8":
+        elif name == "int8":
             self._key_scales, self._value_scales = np.zeros(rows, np.float32), np.zeros(rows, np.float32)
         self._length = self._start = 0
         self._first = 0  # the slot of token `start`; tokens lie side by side, in order
 
     # What every key had before it was stored without, (1, Hkv, 1, D) float32 or None; of int8 caches.
-    _key_offset = None
+    _key_offset: Float32s | None = None
 
     @classmethod
-    def for_layer(cls, layer, batch, capacity, *, dtype=None, window=None):
+    def for_layer(cls, layer: LayerSizes, batch: SupportsIndex, capacity: SupportsIndex, *,
+                  dtype: CacheDtype | None = None, window: SupportsIndex | None = None) -> Self:
         """A cache that fits `layer`.
 
         Parameters
@@ -146,31 +178,31 @@ class KVCache:
         return cls(batch, sizes[0], capacity, sizes[1], value_dim=sizes[2], dtype=dtype, scales=scales, window=window)
 
     @property
-    def length(self):
+    def length(self) -> int:
         """Position of the next token."""
         return self._length
 
     @property
-    def start(self):
+    def start(self) -> int:
         """Position of the oldest token still held."""
         return self._start
 
     @property
-    def nbytes(self):
+    def nbytes(self) -> int:
         """Bytes of storage."""
         return sum(array.nbytes for array in self._storage())
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self._length
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return (
             f"KVCache(batch={self.batch}, num_kv_heads={self.num_kv_heads}, capacity={self.capacity}, "
             f"head_dim={self.head_dim}, value_dim={self.value_dim}, dtype={self.dtype!r}, scales={self.scales}, "
             f"window={self.window}, length={self.length})"
         )
 
-    def append(self, key, value):
+    def append(self, key: ArrayLike, value: ArrayLike) -> None:
         """Add the keys and values of n tokens, those at positions `length` to `length` + n - 1.
 
         Parameters
@@ -193,7 +225,7 @@ class KVCache:
             with self._chunk():
                 self._append(to_float32(key), to_float32(value))
 
-    def _check_tokens(self, key, value):
+    def _check_tokens(self, key: Floats, value: Floats) -> int:
         """The number of tokens in key and value, whose shapes must be as `append` takes them."""
         tokens = key.shape[2] if key.ndim == 4 else 0
         for name, array, size in (("key", key, self.head_dim), ("value", value, self.value_dim)):
@@ -206,7 +238,7 @@ class KVCache:
                 )
         return tokens
 
-    def _check_finite(self, key, value):
+    def _check_finite(self, key: Floats, value: Floats) -> None:
         """Raise if key or value, float arrays, hold what codes by `scales` cannot keep."""
         if self.scales is None:
             return
@@ -214,7 +246,7 @@ class KVCache:
             if not np.isfinite(array).all():
                 raise ValueError(f"{name} must be finite for a cache with fixed scales, whose codes have no NaN")
 
-    def truncate(self, length):
+    def truncate(self, length: SupportsIndex) -> None:
         """Forget the tokens at position `length` and after, as if they had not been appended.
 
         Parameters
@@ -243,19 +275,26 @@ class KVCache:
         if not wanted:
             self._key_offset = None
 
-    def reset(self):
+    def reset(self) -> None:
         """Forget every token; the storage stays."""
         self._length = self._start = self._first = 0
         self._key_offset = None
 
-    def to(self, device):
+    @overload
+    def to(self, device: Literal["cpu"]) -> Self: ...
+
+    @overload
+    def to(self, device: Literal["cuda"]) -> CacheOnCuda: ...
+
+    def to(self, device: Device) -> Self | CacheOnCuda:
         """An empty cache of the same sizes on `device`: "cpu" is this one, "cuda" on a GPU (docs/cuda.md)."""
         from edgeattn.on_cuda.kv_cache import CacheOnCuda
         from edgeattn.on_cuda.layers import place
 
-        return place(self, device, CacheOnCuda)
+        placed: Self | CacheOnCuda = place(self, device, CacheOnCuda)
+        return placed
 
-    def held(self):
+    def held(self) -> tuple[Float32s, Float32s]:
         """The tokens `start` to `length` - 1 as float32 copies; int8 codes times their scales.
 
         Returns
@@ -264,27 +303,39 @@ class KVCache:
         value : (B, Hkv, length - start, Dv) float32 array
         """
         keys, values, key_scales, value_scales = self._views()
-        if key_scales is None:
+        if key_scales is None or value_scales is None:
             return keys.copy(), values.copy()
         with np.errstate(invalid="ignore"):
             keys, values = keys * key_scales[..., None], values * value_scales[..., None]
             return keys if self._key_offset is None else keys + self._key_offset, values
 
+    @overload
+    def attend(self, query: ArrayLike, *, return_weights: Literal[False] = False,
+               **options: Unpack[CacheOptions]) -> Floats: ...
+
+    @overload
+    def attend(self, query: ArrayLike, *, return_weights: Literal[True],
+               **options: Unpack[CacheOptions]) -> tuple[Floats, Floats]: ...
+
+    @overload
+    def attend(self, query: ArrayLike, *, return_weights: Flag,
+               **options: Unpack[CacheOptions]) -> Floats | tuple[Floats, Floats]: ...
+
     def attend(
         self,
-        query,
+        query: Any,  # an ArrayLike, and from the checks on an array
         *,
-        attn_mask=None,
-        key_padding_mask=None,
-        is_causal=False,
-        scale=None,
-        softcap=0.0,
-        window_size=NO_WINDOW,
-        alibi_slopes=None,
-        position=None,
-        return_weights=False,
-        out=None,
-    ):
+        attn_mask: ArrayLike | None = None,
+        key_padding_mask: ArrayLike | None = None,
+        is_causal: Flag = False,
+        scale: Real | None = None,
+        softcap: Real = 0.0,
+        window_size: Window = NO_WINDOW,
+        alibi_slopes: ArrayLike | None = None,
+        position: SupportsIndex | None = None,
+        return_weights: Flag = False,
+        out: Floats | None = None,
+    ) -> Floats | tuple[Floats, Floats]:
         """Attend from queries to the tokens in the cache.
 
         What `scaled_dot_product_attention` computes with the cached keys and values; S is `length`. One query
@@ -359,9 +410,9 @@ class KVCache:
         weights = np.zeros(mask.shape, np.float32) if return_weights else None
         self._attend(to_float32(query), mask, scale, softcap, result, weights)
         result = deliver(result, out, dtype)
-        return (result, deliver(weights, None, dtype)) if return_weights else result
+        return result if weights is None else (result, deliver(weights, None, dtype))
 
-    def _is_next(self, query):
+    def _is_next(self, query: object) -> bool:
         """Whether `query` is float32 (B, H, 1, D) in C order that nothing needs to be done to, and there are tokens."""
         if type(query) is not np.ndarray or query.dtype != np.float32 or query.ndim != 4 or not query.flags.carray:
             return False
@@ -369,21 +420,21 @@ class KVCache:
         return (queries == 1 and batch == self.batch and size == self.head_dim and heads > 0
                 and heads % self.num_kv_heads == 0 and self._length > 0)
 
-    def _attend_last(self, query, scale, softcap, out):
+    def _attend_last(self, query: Float32s, scale: float, softcap: float, out: Float32s) -> None:
         """`_attend` of one query that stands at the last token and sees all of the cache's window."""
         first, last = self._last_seen()
         key_scales = value_scales = None
-        if self._key_scales is not None:
+        if self._key_scales is not None and self._value_scales is not None:
             key_scales, value_scales = self._key_scales[:, :, first:last], self._value_scales[:, :, first:last]
         decode(query[:, :, 0], self._keys[:, :, first:last], self._values[:, :, first:last], out[:, :, 0], scale,
                softcap, k_scale=key_scales, v_scale=value_scales)
 
-    def _last_seen(self):
+    def _last_seen(self) -> _Span:
         """(first, last) of the slots that a query at the last token sees."""
         last = self._first + self._length - self._start
         return (self._first if self.window is None else max(self._first, last - self.window)), last
 
-    def _check_query(self, query, position):
+    def _check_query(self, query: Floats, position: SupportsIndex | None) -> tuple[int, int, int]:
         """(heads, queries, position) of a query of `attend`, the position found where it is None."""
         if query.ndim != 4 or query.shape[0] != self.batch or query.shape[3] != self.head_dim:
             raise ValueError(
@@ -397,35 +448,35 @@ class KVCache:
         if position is None:
             position = self._length - queries
         try:
-            position = operator.index(position)
+            first = operator.index(position)
         except TypeError:
             raise TypeError(f"position must be an integer, got {position!r}") from None
-        if not 0 <= position <= _LARGEST_POSITION:
+        if not 0 <= first <= _LARGEST_POSITION:
             raise ValueError(
-                f"position must be at least 0, and below 2**31, got {position} for L = {queries} queries and a cache "
+                f"position must be at least 0, and below 2**31, got {first} for L = {queries} queries and a cache "
                 f"of length {self._length}; append the keys of these tokens first"
             )
-        return heads, queries, position
+        return heads, queries, first
 
-    def _storage(self):
-        arrays = [self._keys, self._values]
-        if self.dtype == "int8" and self.scales is None:
-            arrays += [self._key_scales, self._value_scales]
-        return arrays
+    def _storage(self) -> list[NDArray[Any]]:
+        scales = (self._key_scales, self._value_scales) if self.scales is None else ()
+        return [array for array in (self._keys, self._values, *scales) if array is not None]
 
-    def _views(self):
+    def _views(self) -> tuple[NDArray[Any], NDArray[Any], Float32s | None, Float32s | None]:
         """Keys, values, key scales and value scales of the tokens held, in place; None for no scales."""
         slots = slice(self._first, self._first + self._length - self._start)
-        arrays = (self._keys, self._values, self._key_scales, self._value_scales)
-        return [None if array is None else array[:, :, slots] for array in arrays]
+        key_scales, value_scales = self._key_scales, self._value_scales
+        return (self._keys[:, :, slots], self._values[:, :, slots],
+                None if key_scales is None else key_scales[:, :, slots],
+                None if value_scales is None else value_scales[:, :, slots])
 
-    def _room(self):
+    def _room(self) -> int:
         """The largest chunk that can come next."""
         if self.window is None:
             return self.capacity - self._length
         return self.capacity - min(self._length - self._start, self.window - 1)
 
-    def _check_room(self, tokens):
+    def _check_room(self, tokens: int) -> None:
         if tokens <= self._room():
             return
         if self.window is None:
@@ -438,7 +489,7 @@ class KVCache:
             f"got {self.capacity}; append at most {self._room()} tokens at a time"
         )
 
-    def _pieces(self, queries, tokens, right):
+    def _pieces(self, queries: int, tokens: int, right: int) -> list[tuple[_Span, _Span]]:
         """How a chunk is taken in: (first, last) query and (first, last) token of each piece; raises without room.
 
         Where queries see no later key, `right` = 0, a chunk too long for the window comes in pieces that fit.
@@ -452,7 +503,7 @@ class KVCache:
         ends = [(begin, min(begin + piece, tokens)) for begin in range(0, tokens, piece)]
         return [(end, end) for end in ends]
 
-    def _narrow(self, window_size):
+    def _narrow(self, window_size: Window) -> Window:
         """`window_size` within the cache's own window; what is no window is left to `resolve_mask`."""
         if self.window is None:
             return window_size
@@ -462,7 +513,7 @@ class KVCache:
             return window_size
         return (self.window - 1 if left == -1 else min(left, self.window - 1)), right
 
-    def _store_without(self, key_bias):
+    def _store_without(self, key_bias: Float32s | None) -> None:
         """Keep the bias (Hkv * D,) of all keys that will come, or None, out of an int8 cache that holds no token yet.
 
         It adds the same to all scores of a query, unless a softcap or keys without it come between: `held` adds it
@@ -472,7 +523,7 @@ class KVCache:
             shape = (1, self.num_kv_heads, 1, self.head_dim)
             self._key_offset = None if key_bias is None else key_bias.reshape(shape)
 
-    def _append(self, key, value):
+    def _append(self, key: NDArray[Any], value: NDArray[Any]) -> None:
         """Store float32 (B, Hkv, n, D) and (B, Hkv, n, Dv), for which there is room; or their codes, by `scales`."""
         slots = self._take_slots(key.shape[2])
         if self.dtype == "float32" or key.dtype == np.int8:
@@ -483,11 +534,11 @@ class KVCache:
         if self.scales is not None:
             self._keys[:, :, slots] = _quantize_by(self.scales[0], key)
             self._values[:, :, slots] = _quantize_by(self.scales[1], value)
-        else:
+        elif self._key_scales is not None and self._value_scales is not None:
             quantize_into(key, self._keys[:, :, slots], self._key_scales[:, :, slots])
             quantize_into(value, self._values[:, :, slots], self._value_scales[:, :, slots])
 
-    def _chunk(self):
+    def _chunk(self) -> _Chunk:
         """For `with`, while a chunk is taken in: an exception leaves the length as it was before.
 
         A signal's handler may raise anywhere: no token is counted and not written, nor one whose result nobody got.
@@ -495,12 +546,12 @@ class KVCache:
         """
         return _Chunk(self)
 
-    def _take_slots(self, tokens):
+    def _take_slots(self, tokens: int) -> slice:
         """The slots of so many new tokens, for which there is room: held from now on, and to be written."""
         held = self._length - self._start
         if self._first + held + tokens > self.capacity:
             # Only with a window: move what the coming queries may see to the front, drop what is older.
-            kept = min(held, self.window - 1)
+            kept = held if self.window is None else min(held, self.window - 1)
             begin = self._first + held - kept
             for array in self._storage():
                 array[:, :, :kept] = array[:, :, begin : begin + kept]
@@ -508,7 +559,8 @@ class KVCache:
         self._length += tokens
         return slice(self._first + held, self._first + held + tokens)
 
-    def _attend(self, query, mask, scale, softcap, out, weights=None, added=None):
+    def _attend(self, query: Float32s, mask: Mask, scale: float, softcap: float, out: Float32s,
+                weights: Float32s | None = None, added: tuple[Float32s, Float32s] | None = None) -> None:
         """`attend` without checks: query (B, H, L, D), out (B, H, L, Dv), weights (B, H, L, S) or None, float32.
 
         mask : Mask of all positions, the offset the same for the whole batch. Within a window, `weights` must be
@@ -524,13 +576,13 @@ class KVCache:
                 or not float32.is_ordinary(scale, softcap)):
             held = self.held()
             if added:
-                held = [np.concatenate(pair, axis=2) for pair in zip(held, added, strict=True)]
+                held = np.concatenate((held[0], added[0]), axis=2), np.concatenate((held[1], added[1]), axis=2)
                 part = part.with_keys(added[0].shape[2])
-            attend = float32.attention if key_scales is None else plain.attention
+            attend: Callable[..., None] = float32.attention if key_scales is None else plain.attention
             part_weights = None if weights is None else np.empty(part.shape, np.float32)
             attend(to_float32(query), *map(to_float32, held), part, out=out, scale=scale, softcap=softcap,
                    weights=part_weights)
-            if weights is not None:
+            if weights is not None and part_weights is not None:
                 tokens = self._length - self._start
                 weights[..., self._start : self._length] = part_weights[..., :tokens]
                 if added:
@@ -543,18 +595,18 @@ class KVCache:
 
 
 class _Chunk:
-    def __init__(self, cache):
+    def __init__(self, cache: KVCache):
         self._cache, self._before = cache, cache._length
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind, *_):
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
             self._cache._length = max(self._before, self._cache._start)
 
 
-def _fixed_scales(scales, dtype):
+def _fixed_scales(scales: tuple[Real, Real], dtype: str) -> tuple[float, float]:
     """`scales` as two floats that float32 holds exactly."""
     if dtype != "int8":
         raise ValueError(f"scales must be None for a cache of dtype {dtype!r}, got {scales!r}; pass dtype='int8'")
@@ -562,19 +614,20 @@ def _fixed_scales(scales, dtype):
         key, value = scales
     except (TypeError, ValueError):
         raise TypeError(f"scales must be two numbers, of the keys and of the values, got {scales!r}") from None
-    fixed = tuple(float(np.float32(number("scales", scale))) for scale in (key, value))
+    fixed = float(np.float32(number("scales", key))), float(np.float32(number("scales", value)))
     if min(fixed) < np.finfo(np.float32).tiny:
         raise ValueError(f"scales must be positive, got {scales!r}")
     return fixed
 
 
-def _quantize_by(scale, x):
+def _quantize_by(scale: float, x: Floats) -> Codes:
     """int8 codes of x by one scale, saturated."""
     with np.errstate(over="ignore"):  # what saturates
-        return np.clip(np.rint(x / np.float32(scale)), -_LARGEST_CODE, _LARGEST_CODE).astype(np.int8)
+        codes: Codes = np.clip(np.rint(x / np.float32(scale)), -_LARGEST_CODE, _LARGEST_CODE).astype(np.int8)
+        return codes
 
 
-def _visible(mask):
+def _visible(mask: Mask) -> tuple[list[int], list[int]]:
     """(first, last) per query: it sees the keys first .. last - 1; of a mask that is a band alone."""
     _, _, queries, keys = mask.shape
     position = np.arange(queries) + mask.offset
@@ -583,7 +636,7 @@ def _visible(mask):
     return first.tolist(), np.maximum(first, last).tolist()
 
 
-def _runs(first, last):
+def _runs(first: list[int], last: list[int]) -> list[_Run]:
     """Cut queries into runs in which `first` goes up evenly: (begin, end, first key, step, key counts)."""
     begin, runs = 0, []
     while begin < len(first):
@@ -598,7 +651,8 @@ def _runs(first, last):
     return runs
 
 
-def _decode(query, stored, out, scale, softcap, run):
+def _decode(query: Float32s, stored: tuple[NDArray[Any] | None, ...], out: Float32s, scale: float, softcap: float,
+            run: _Run) -> None:
     """One query at a time through the kernel for that, which reads the cache in place."""
     begin, end, first, step, counts = run
     if end - begin == 1:

@@ -1,10 +1,16 @@
 """Names of a package whose modules are imported when a name is asked for."""
 
+from __future__ import annotations
+
 import importlib
 import sys
 
+TYPE_CHECKING = False  # what type checkers take for True; `typing` itself would be another import
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
 
-def names_from(package, homes):
+
+def names_from(package: str, homes: Mapping[str, str]) -> Callable[[str], object]:
     """The package's `__getattr__`.
 
     Parameters
@@ -14,7 +20,7 @@ def names_from(package, homes):
     homes : mapping of str to str
         Name -> the module in the package that has it.
     """
-    def get(name):
+    def get(name: str) -> object:
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         value = getattr(importlib.import_module(f"{package}.{homes[name]}"), name)

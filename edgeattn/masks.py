@@ -1,13 +1,24 @@
 """Which keys a query may see: every way of saying so, checked and brought into one form."""
 
+from __future__ import annotations
+
 import functools
 import math
 import operator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from edgeattn.checks import FLOAT32, as_array, count, flag, float_array, is_one_of, to_float32
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any, SupportsIndex
+
+    from numpy.typing import ArrayLike, NDArray
+
+    from edgeattn.types import Bools, CausalAlignment, Flag, Float32s, Floats, KernelMask, Shape, Window
+
 
 NO_WINDOW = (-1, -1)
 _LARGEST = np.finfo(np.float32).max
@@ -39,16 +50,16 @@ class Mask(NamedTuple):
         The number of leading keys that exist; None where all do.
     """
 
-    shape: tuple
-    keep: np.ndarray | None
-    bias: np.ndarray | None
-    slopes: np.ndarray | None
+    shape: tuple[int, int, int, int]
+    keep: Bools | None
+    bias: Float32s | None
+    slopes: Float32s | None
     left: int
     right: int
-    offset: int | np.ndarray
-    lengths: np.ndarray | None
+    offset: int | NDArray[np.int64]
+    lengths: NDArray[np.int64] | None
 
-    def permitted(self):
+    def permitted(self) -> Bools | None:
         """All conditions as one array.
 
         Returns
@@ -77,7 +88,7 @@ class Mask(NamedTuple):
             together = together & part
         return together
 
-    def part(self, rows, columns):
+    def part(self, rows: tuple[int, int], columns: tuple[int, int]) -> Mask:
         """The same conditions for some of the queries and keys.
 
         Parameters
@@ -91,7 +102,7 @@ class Mask(NamedTuple):
         """
         batch, heads, _, _ = self.shape
 
-        def cut(array):
+        def cut(array: NDArray[Any] | None) -> NDArray[Any] | None:
             if array is None:
                 return None
             if array.shape[2] > 1:
@@ -107,7 +118,7 @@ class Mask(NamedTuple):
             lengths=None if self.lengths is None else np.clip(self.lengths - columns[0], 0, size),
         )
 
-    def with_keys(self, extra):
+    def with_keys(self, extra: int) -> Mask:
         """The same conditions, and `extra` further keys at the end that every query may see.
 
         Returns
@@ -116,7 +127,7 @@ class Mask(NamedTuple):
         """
         batch, heads, queries, keys = self.shape
 
-        def widen(array, value):
+        def widen(array: NDArray[Any] | None, value: float) -> NDArray[Any] | None:
             if array is None:
                 return None
             return _read_only(np.pad(array, ((0, 0), (0, 0), (0, 0), (0, extra)), constant_values=value))
@@ -124,7 +135,7 @@ class Mask(NamedTuple):
         return Mask((batch, heads, queries, keys + extra), widen(self.permitted(), True),
                     widen(self.without_slopes().bias, 0), None, -1, -1, 0, None)
 
-    def without_slopes(self):
+    def without_slopes(self) -> Mask:
         """The same conditions, and what the slopes add in `bias`: for kernels that know no slopes.
 
         Returns
@@ -143,7 +154,7 @@ class Mask(NamedTuple):
                 added = np.where(np.isinf(self.bias), self.bias, np.clip(self.bias + added, -_LARGEST, _LARGEST))
         return self._replace(bias=_read_only(added), slopes=None)
 
-    def for_kernels(self):
+    def for_kernels(self) -> KernelMask:
         """The same conditions as the tiled kernels take them.
 
         Returns
@@ -167,21 +178,21 @@ class Mask(NamedTuple):
         _, _, queries, keys = self.shape
         low = self.offset - self.left if self.left >= 0 else -queries - keys
         high = self.offset + self.right if self.right >= 0 else queries + keys
-        return self.keep, self.bias, (low, high), alibi
+        return self.keep, self.bias, (low, high), alibi  # type: ignore[return-value]  # without lengths, ints
 
 
 def resolve_mask(
-    shape,
-    attn_mask=None,
-    key_padding_mask=None,
+    shape: Sequence[int],
+    attn_mask: ArrayLike | None = None,
+    key_padding_mask: ArrayLike | None = None,
     *,
-    is_causal=False,
-    causal_alignment=None,
-    window_size=NO_WINDOW,
-    kv_lengths=None,
-    alibi_slopes=None,
-    position=None,
-):
+    is_causal: Flag = False,
+    causal_alignment: CausalAlignment | None = None,
+    window_size: Window = NO_WINDOW,
+    kv_lengths: ArrayLike | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    position: int | None = None,
+) -> Mask:
     """Check everything that restricts attention and bring it into one `Mask`.
 
     Parameters
@@ -233,7 +244,7 @@ def resolve_mask(
         right = 0
 
     slopes = None if alibi_slopes is None else _alibi_slopes(alibi_slopes, tuple(lead), heads, batch)
-    offset = position or 0
+    offset: int | NDArray[np.int64] = position or 0
     if position is None and (left >= 0 or right >= 0 or slopes is not None):
         if causal_alignment is None and (queries != keys or lengths is not None):
             lengths_text = "" if kv_lengths is None else f", kv_lengths = {np.asarray(kv_lengths).tolist()}"
@@ -255,7 +266,7 @@ def resolve_mask(
     return Mask((batch, heads, queries, keys), keep, bias, slopes, left, right, offset, lengths)
 
 
-def sliding_window(keys):
+def sliding_window(keys: SupportsIndex) -> tuple[int, int]:
     """The `window_size` in which a query sees `keys` keys in all: itself and those before it.
 
     Keras, onnxruntime and Hugging Face count so (`sliding_window=W`); `window_size` counts the keys on either
@@ -274,7 +285,9 @@ def sliding_window(keys):
     return count("keys", keys) - 1, 0
 
 
-def torch_masks(shape, attn_mask=None, key_padding_mask=None):
+def torch_masks(
+    shape: Sequence[int], attn_mask: ArrayLike | None = None, key_padding_mask: ArrayLike | None = None
+) -> tuple[Bools | Floats | None, Bools | None]:
     """The masks of torch.nn.MultiheadAttention, where True = blocked, as masks of this package.
 
     Parameters
@@ -324,7 +337,7 @@ def torch_masks(shape, attn_mask=None, key_padding_mask=None):
     return (np.where(attn_mask, added, -np.inf) if attn_mask.dtype == np.bool_ else attn_mask + added), None
 
 
-def _bool_or_float(name, value, meaning):
+def _bool_or_float(name: str, value: ArrayLike, meaning: str) -> NDArray[Any]:
     mask = as_array(name, value)
     if mask.dtype.kind not in "bf" or mask.dtype.itemsize > 8:
         raise TypeError(
@@ -333,7 +346,7 @@ def _bool_or_float(name, value, meaning):
     return mask
 
 
-def _alibi_slopes(alibi_slopes, lead, heads, batch):
+def _alibi_slopes(alibi_slopes: ArrayLike, lead: Shape, heads: int, batch: int) -> Float32s:
     """(B or 1, H) float32."""
     slopes = float_array("alibi_slopes", alibi_slopes)
     if slopes.shape not in ((heads,), (*lead, heads)):
@@ -345,21 +358,19 @@ def _alibi_slopes(alibi_slopes, lead, heads, batch):
     return slopes.astype(np.float32).reshape(1 if slopes.ndim == 1 else batch, heads)
 
 
-def _one_if_equal(offset):
+def _one_if_equal(offset: int | NDArray[np.int64]) -> NDArray[np.int64]:
     """The offsets of all batch entries as an array, only one where they are the same."""
     starts = np.reshape(offset, -1)
     return starts[:1] if (starts == starts[:1]).all() else starts
 
 
-def _read_only(array):
-    if array is None:
-        return None
+def _read_only(array: NDArray[Any]) -> NDArray[Any]:
     view = array.view()
     view.flags.writeable = False
     return view
 
 
-def window_bounds(window_size, furthest):
+def window_bounds(window_size: Window, furthest: int) -> tuple[int, int]:
     """`window_size` as two ints, each at most `furthest`; -1 = unbounded."""
     try:
         left, right = map(operator.index, window_size)
@@ -374,7 +385,7 @@ def window_bounds(window_size, furthest):
     return min(left, furthest), min(right, furthest)
 
 
-def _lengths(kv_lengths, lead, keys):
+def _lengths(kv_lengths: ArrayLike, lead: Shape, keys: int) -> NDArray[np.int64] | None:
     """(B,) int64, or None where all keys exist."""
     lengths = as_array("kv_lengths", kv_lengths)
     if lengths.dtype.kind not in "iu":
@@ -392,7 +403,15 @@ _OF_NUMBERS = "pass numpy.asarray({}) != 0 if 1 means {}, == 0 if 1 means {}"
 _ATTN_MASK_OF_NUMBERS = _OF_NUMBERS.format("attn_mask", "attend", "blocked")
 
 
-def no_bool_mask(dtype):
+def bool_mask(attn_mask: ArrayLike) -> Bools:
+    """`attn_mask` as an array, where only bool will do."""
+    mask = as_array("attn_mask", attn_mask)
+    if mask.dtype != np.bool_:
+        raise no_bool_mask(mask.dtype)
+    return mask
+
+
+def no_bool_mask(dtype: np.dtype[Any]) -> TypeError:
     """The error about an `attn_mask` of this dtype where only bool will do: in layers whose scores are codes."""
     if dtype.kind != "f":
         way_out = _ATTN_MASK_OF_NUMBERS
@@ -402,7 +421,7 @@ def no_bool_mask(dtype):
     return TypeError(f"attn_mask must be bool for int8 (True = attend), got dtype {dtype}; {way_out}")
 
 
-def _attn_mask(attn_mask, shape):
+def _attn_mask(attn_mask: ArrayLike, shape: Shape) -> NDArray[Any]:
     """`attn_mask` in four axes, as `Mask` has it: bool or float32."""
     mask = as_array("attn_mask", attn_mask)
     if mask.dtype.kind != "b" and mask.dtype is not FLOAT32:
@@ -421,7 +440,7 @@ def _attn_mask(attn_mask, shape):
 
 
 @functools.lru_cache(256)
-def fit_attn_mask(given, shape, is_bool):
+def fit_attn_mask(given: Shape, shape: Shape, is_bool: bool) -> tuple[Shape | None, Shape]:
     """How an `attn_mask` of shape `given` becomes one for scores of `shape`, (..., H, L, S).
 
     Returns
@@ -457,18 +476,18 @@ def fit_attn_mask(given, shape, is_bool):
     *lead, heads, queries, keys = (1,) * (len(shape) - len(given)) + given
     # The kernels walk along the keys, so that axis is always written out; the others may stay 1.
     if any(axis != 1 for axis in lead):
-        lead = shape[:-3]
+        lead = [*shape[:-3]]
     wanted = (*lead, heads, queries, shape[-1])
     four_axes = (math.prod(lead), heads, queries, shape[-1])
     return None if math.prod(wanted) == math.prod(given) else wanted, four_axes
 
 
-def _fits(given, shape):
+def _fits(given: Shape, shape: Shape) -> bool:
     """Whether `given` broadcasts to `shape`, which has at least as many axes."""
     return all(axis in (1, wanted) for axis, wanted in zip(reversed(given), reversed(shape), strict=False))
 
 
-def _key_padding_mask(key_padding_mask, shape, batch):
+def _key_padding_mask(key_padding_mask: ArrayLike, shape: Shape, batch: int) -> Bools:
     """`key_padding_mask` in four axes, (B, 1, 1, S)."""
     mask = as_array("key_padding_mask", key_padding_mask)
     if mask.dtype != np.bool_:
@@ -482,7 +501,7 @@ def _key_padding_mask(key_padding_mask, shape, batch):
     return _in_rows(mask, (batch, 1, 1, shape[-1]))
 
 
-def _in_rows(mask, shape):
+def _in_rows(mask: NDArray[Any], shape: Shape) -> NDArray[Any]:
     """A mask in C order, read-only and of `shape`."""
     flags = mask.flags
     if not flags.c_contiguous or not flags.aligned:

@@ -1,13 +1,32 @@
 """Rotary position embedding: pairs of features turned by an angle that grows with the position."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from edgeattn.checks import as_array, count, flag, float_array, number, result_dtype
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from typing import Any, SupportsIndex
+
+    from numpy.typing import ArrayLike, NDArray
+
+    from edgeattn.types import Flag, Float32s, Floats, Real, Shape
+
 
 def apply_rotary_embedding(
-    x, cos, sin, *, position_ids=None, interleaved=False, rotary_embedding_dim=0, num_heads=None
-):
+    x: ArrayLike,
+    cos: ArrayLike,
+    sin: ArrayLike,
+    *,
+    position_ids: ArrayLike | None = None,
+    interleaved: Flag = False,
+    rotary_embedding_dim: SupportsIndex = 0,
+    num_heads: SupportsIndex | None = None,
+) -> Floats:
     """Turn each pair of features (a, b) of a head into (a cos - b sin, a sin + b cos).
 
     The operator RotaryEmbedding of ONNX, opset 23. Su et al., "RoFormer: Enhanced Transformer with Rotary
@@ -63,7 +82,9 @@ def apply_rotary_embedding(
     return result
 
 
-def rotary_cache(positions, rotary_embedding_dim, *, base=10000.0):
+def rotary_cache(
+    positions: SupportsIndex, rotary_embedding_dim: SupportsIndex, *, base: Real = 10000.0
+) -> tuple[Float32s, Float32s]:
     """Cosines and sines for `apply_rotary_embedding`.
 
     The angle of pair i at position p is p * base^(-2 i / R), worked out in float64.
@@ -93,12 +114,12 @@ def rotary_cache(positions, rotary_embedding_dim, *, base=10000.0):
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
-def _check_shape(x, num_heads):
+def _check_shape(x: Floats, num_heads: SupportsIndex | None) -> int:
     """H of the given or derived heads."""
     if x.ndim == 4:
         if num_heads not in (None, x.shape[1]):
             raise ValueError(f"num_heads must be left out for a (B, H, L, D) x, got {num_heads} for {x.shape}")
-        return x.shape[1]
+        return int(x.shape[1])
     if x.ndim != 3:
         raise ValueError(f"x must be (B, H, L, D) or (B, L, H * D), got shape {x.shape}")
     if num_heads is None:
@@ -106,19 +127,20 @@ def _check_shape(x, num_heads):
             f"num_heads is needed for a (B, L, H * D) x, got shape {x.shape}; "
             "for one batch entry (H, L, D) pass x[numpy.newaxis]"
         )
-    if x.shape[2] % count("num_heads", num_heads):
+    heads = count("num_heads", num_heads)
+    if x.shape[2] % heads:
         raise ValueError(f"num_heads must divide the last axis of x {x.shape}, got {num_heads}")
-    return num_heads
+    return heads
 
 
-def _by_heads(array, num_heads):
+def _by_heads(array: Floats, num_heads: int) -> Floats:
     """View of an array as (B, L, H, D)."""
     if array.ndim == 4:
         return array.swapaxes(1, 2)
     return array.reshape(*array.shape[:2], num_heads, array.shape[2] // num_heads)
 
 
-def _turned_features(head_dim, rotary_embedding_dim):
+def _turned_features(head_dim: int, rotary_embedding_dim: SupportsIndex) -> int:
     """R as an even number of at most D."""
     if isinstance(rotary_embedding_dim, (int, np.integer)) and rotary_embedding_dim == 0:
         if head_dim % 2:
@@ -130,7 +152,9 @@ def _turned_features(head_dim, rotary_embedding_dim):
     return turned
 
 
-def _rows(cos, sin, position_ids, heads_shape, pairs):
+def _rows(
+    cos: Floats, sin: Floats, position_ids: ArrayLike | None, heads_shape: Shape, pairs: int
+) -> Iterable[Float32s]:
     """Cosines and sines as float32 arrays that broadcast to (B, L, H, pairs)."""
     batch, length = heads_shape[:2]
     if position_ids is None:
@@ -154,7 +178,7 @@ def _rows(cos, sin, position_ids, heads_shape, pairs):
         return (table.astype(np.float32)[:, :, np.newaxis] for table in (cos, sin))
 
 
-def _positions(position_ids, shape, rows):
+def _positions(position_ids: ArrayLike, shape: Shape, rows: int) -> NDArray[Any]:
     positions = as_array("position_ids", position_ids)
     if positions.dtype.kind not in "iu":
         raise TypeError(f"position_ids must be an integer array, got dtype {positions.dtype}")

@@ -7,6 +7,7 @@ once, however many tensors it names, and a tensor's bytes when they are wanted.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", 
 _METADATA = "__metadata__"
 
 
-def read_safetensors(path) -> tuple[dict[str, str], dict[str, StoredTensor]]:
+def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, StoredTensor]]:
     """(metadata, tensors by name) of a .safetensors file.
 
     Raises

@@ -4,13 +4,25 @@ A layer's file is a .safetensors file: its tensors, and under the metadata key "
 {"format": 1, "kind": the name of the layer's class, "config": that class's own settings}.
 """
 
+from __future__ import annotations
+
 import importlib
 import json
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edgeattn.files import as_path, reason, write_atomic
 from edgeattn.safetensors_file import read_safetensors
+
+if TYPE_CHECKING:
+    import pathlib
+    from collections.abc import Mapping
+    from typing import Any
+
+    from edgeattn.layers import MultiHeadAttention
+    from edgeattn.quantized import DynamicMultiHeadAttention, QuantizedMultiHeadAttention, StaticMultiHeadAttention
+    from edgeattn.types import Arithmetic, Path
 
 _FORMAT = 1
 _METADATA_KEY = "edgeattn"
@@ -24,7 +36,7 @@ _KINDS = {
 }
 
 
-def save(layer, path):
+def save(layer: MultiHeadAttention | QuantizedMultiHeadAttention, path: Path) -> None:
     """Write a layer to a .safetensors file, whole or not at all.
 
     Parameters
@@ -57,7 +69,9 @@ def save(layer, path):
     write_atomic(path, content)
 
 
-def load(path, *, arithmetic=None):
+def load(
+    path: Path, *, arithmetic: Arithmetic | None = None
+) -> MultiHeadAttention | StaticMultiHeadAttention | DynamicMultiHeadAttention:
     """Read a layer that `save` wrote, or an int8 attention graph from a .tflite file.
 
     Parameters
@@ -94,14 +108,16 @@ def load(path, *, arithmetic=None):
     layer_class = getattr(importlib.import_module(_KINDS[kind]), kind)
     arrays = {name: tensor.read() for name, tensor in tensors.items()}
     try:
-        return layer_class._from_state(config, arrays)
+        layer: MultiHeadAttention | StaticMultiHeadAttention | DynamicMultiHeadAttention = (
+            layer_class._from_state(config, arrays))
+        return layer
     except KeyError as error:
         raise ValueError(f"{path} does not hold a whole {kind}: {error} is missing") from error
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} does not hold a valid {kind}: {error}") from error
 
 
-def _parse_header(path, metadata):
+def _parse_header(path: pathlib.Path, metadata: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
     """(kind, config) from the metadata of a layer's file."""
     if _METADATA_KEY not in metadata:
         raise ValueError(

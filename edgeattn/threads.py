@@ -6,6 +6,9 @@ A signal's handler may raise between any two steps of Python, here too. So nothi
 no lock is held: compiled code takes the threads for a job and leaves them (see edgeattn/crew.py), and what an exception
 left half done the next call does again.
 """
+
+from __future__ import annotations
+
 import atexit
 import contextlib
 import ctypes
@@ -14,10 +17,17 @@ import itertools
 import os
 import threading
 import time
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edgeattn import crew
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from typing import Any
+
+    from numpy.typing import DTypeLike, NDArray
 
 # Below this many operations a hand-over to another thread costs more than it saves.
 SMALLEST_SHARED_WORK = 2_000_000
@@ -33,34 +43,34 @@ _KEPT = 8  # scratch buffers kept for the next call
 _numbers = itertools.count(1)
 _wanted = 0, 1  # a number of its own for each change, and the number of threads for a call
 _settled = 0  # the change whose crew alone is left
-_crews = {}  # by the number of the change that asked for them
-_crew = None  # the one last used
-_scratch = []
+_crews: dict[int, _Crew] = {}  # by the number of the change that asked for them
+_crew: _Crew | None = None  # the one last used
+_scratch: list[NDArray[Any]] = []
 _ALONE = np.zeros(0, np.int64)
 
 
 class _Taken:
     """Whether a call has the threads of a board now: what compiled code takes and leaves."""
 
-    def __init__(self, board):
+    def __init__(self, board: NDArray[np.int64]):
         self._board = board
 
-    def locked(self):
+    def locked(self) -> bool:
         return bool(self._board[crew.TAKEN])
 
 
 class _Crew:
     """Threads that wait for the jobs of one caller at a time; see edgeattn/crew.py."""
 
-    def __init__(self, change, count):
+    def __init__(self, change: int, count: int):
         self.change, self.count = change, count
         self.board = aligned(crew.board_size(count - 1), np.int64)
         self.board[:] = 0
         self.taken = _Taken(self.board)
         self.started = False
-        self._threads = []
+        self._threads: list[threading.Thread] = []
 
-    def start(self):
+    def start(self) -> None:
         """Have a thread for each worker that has none. Where two start one, the second ends at once."""
         for worker in range(1, self.count):
             if crew.is_served(self.board, worker):
@@ -73,11 +83,11 @@ class _Crew:
                 break
         self.started = True
 
-    def _work(self, worker):
+    def _work(self, worker: int) -> None:
         while crew.serve(self.board, worker, threading.get_native_id(), crew.PATIENCE):
             time.sleep(_NAP)
 
-    def end(self):
+    def end(self) -> None:
         """End the threads once they have done what they have begun, and wait for that."""
         crew.dismiss(self.board)
         for thread in self._threads:
@@ -85,7 +95,7 @@ class _Crew:
                 thread.join()
 
 
-def set_num_threads(n):
+def set_num_threads(n: int | np.integer[Any]) -> None:
     """Use at most `n` threads for a call; 1 keeps every call on its caller's thread.
 
     Raises
@@ -103,12 +113,12 @@ def set_num_threads(n):
     _settle()
 
 
-def get_num_threads():
+def get_num_threads() -> int:
     """The number of threads a call may use."""
     return _wanted[1]
 
 
-def _settle():
+def _settle() -> None:
     """End the threads of every change but the last."""
     global _settled, _crew
     change = _wanted[0]
@@ -122,13 +132,13 @@ def _settle():
     _settled = change
 
 
-def _forget_after_fork():
+def _forget_after_fork() -> None:
     """A forked child has none of its parent's threads: start afresh."""
     global _crews, _crew, _scratch
     _crews, _crew, _scratch = {}, None, []
 
 
-def _end():
+def _end() -> None:
     """Threads must not be inside compiled code when the interpreter takes it down."""
     for old in list(_crews.values()):
         old.end()
@@ -139,7 +149,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_after_fork)
 
 
-def _mates():
+def _mates() -> _Crew | None:
     """The crew, its threads started; None with one thread."""
     global _crew
     change, count = _wanted
@@ -157,7 +167,7 @@ def _mates():
     return found
 
 
-def aligned(count, dtype):
+def aligned(count: int, dtype: DTypeLike) -> NDArray[Any]:
     """An uninitialized one-dimensional array of `count` elements that starts on a cache line."""
     size = count * np.dtype(dtype).itemsize
     raw = np.empty(size + ALIGNMENT, np.uint8)
@@ -165,7 +175,7 @@ def aligned(count, dtype):
     return raw[start:start + size].view(dtype)
 
 
-def borrow(size, dtype):
+def borrow(size: int, dtype: DTypeLike) -> NDArray[Any]:
     """A scratch array of at least `size` elements, to be given back with `give_back`."""
     try:
         array = _scratch.pop()
@@ -180,14 +190,14 @@ def borrow(size, dtype):
     return array
 
 
-def give_back(array):
+def give_back(array: NDArray[Any]) -> None:
     """Keep `array` for the next `borrow`, unless enough are kept already."""
     if len(_scratch) < _KEPT:
         _scratch.append(array)
 
 
 @functools.cache
-def _functions():
+def _functions() -> NDArray[np.int64] | None:
     """Where the functions of the C library and of Python are that edgeattn/crew.py calls; None without one of them."""
     python = ctypes.pythonapi
     try:
@@ -198,7 +208,7 @@ def _functions():
     return np.array([ctypes.cast(function, ctypes.c_void_p).value for function in found], np.int64)
 
 
-def _long_board(board):
+def _long_board(board: NDArray[np.int64]) -> NDArray[np.int64] | None:
     """The board of a call that signals may end, for the threads that serve `board`; None where they are not handled."""
     if threading.get_ident() != threading.main_thread().ident or (functions := _functions()) is None:
         return None
@@ -213,7 +223,7 @@ _restore = ctypes.PYFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_vo
     ("PyErr_Restore", ctypes.pythonapi))
 
 
-def in_portions(rows, work):
+def in_portions(rows: int, work: int) -> Iterable[tuple[int, int]]:
     """(first, last) of the portions of range(rows), `work` operations in all, between which signals are handled."""
     if work <= LONG_WORK:
         return ((0, rows),)
@@ -221,7 +231,10 @@ def in_portions(rows, work):
     return ((first, min(first + size, rows)) for first in range(0, rows, size))
 
 
-def run(function, arguments, dtype, shared_size, private_size, work, jobs=1):
+def run(
+    function: Callable[..., object], arguments: Iterable[object], dtype: DTypeLike, shared_size: int, private_size: int,
+    work: int, jobs: int = 1,
+) -> None:
     """function(*arguments, scratch, board, count): alone if the work is small, else with up to `count` threads.
 
     The scratch holds `shared_size` elements for all threads and then `private_size` for each; both whole cache lines.

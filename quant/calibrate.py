@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import safetensors.numpy
@@ -18,6 +19,15 @@ from edgeattn.quantized import INPUTS, SOURCES
 from edgeattn.safetensors_file import read_safetensors
 from quant.observers import BINS, OBSERVERS, SMALLEST_EXPONENT, Statistics
 from quant.trace import Call, counted, describe_sources, float_trace, read_calls
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from numpy.typing import NDArray
+
+    from edgeattn.stored import StoredTensor
+    from edgeattn.types import Path, Sources
+    from quant.types import Batch, Observer
 
 WEIGHTS = tuple(f"{name}_{part}" for name in ("q", "k", "v", "out") for part in ("weight", "bias"))
 _METADATA_KEY = "quant.calibration"
@@ -51,7 +61,7 @@ class Calibration:
 
     layer: str
     observer: str
-    sources: tuple[int, int, int]
+    sources: Sources
     statistics: dict[str, Statistics] = field(default_factory=dict)
     single_scores: Statistics = field(default_factory=Statistics)
     lowest_row_maximum: float = np.inf
@@ -93,7 +103,7 @@ class Calibration:
             statistics = self.single_scores
         return OBSERVERS[self.observer](statistics, symmetric) if statistics.count else (0.0, 0.0)
 
-    def save(self, path) -> None:
+    def save(self, path: Path) -> None:
         """Write to a .safetensors file, whole or not at all: histograms and ranges, the rest as JSON metadata.
 
         Parameters
@@ -115,7 +125,7 @@ class Calibration:
         write_atomic(path, safetensors.numpy.save(tensors, metadata=metadata))
 
     @classmethod
-    def load(cls, path) -> Calibration:
+    def load(cls, path: Path) -> Calibration:
         """Read what ``save`` wrote.
 
         Raises
@@ -131,7 +141,7 @@ class Calibration:
             return _parse(*read_safetensors(path))
 
 
-def is_calibration(path) -> bool:
+def is_calibration(path: Path) -> bool:
     """Whether a file calls itself a calibration; False for a damaged file, too."""
     try:
         return _METADATA_KEY in read_safetensors(path)[0]
@@ -139,7 +149,7 @@ def is_calibration(path) -> bool:
         return False
 
 
-def _parse(metadata: dict, tensors: dict) -> Calibration:
+def _parse(metadata: Mapping[str, str], tensors: Mapping[str, StoredTensor]) -> Calibration:
     if _METADATA_KEY not in metadata:
         raise ValueError("its metadata name no calibration")
     header = json.loads(metadata[_METADATA_KEY])
@@ -169,7 +179,7 @@ def _parse(metadata: dict, tensors: dict) -> Calibration:
                        header["masked"])
 
 
-def _parse_statistics(name: str, histogram: np.ndarray, numbers: np.ndarray) -> Statistics:
+def _parse_statistics(name: str, histogram: NDArray[Any], numbers: NDArray[Any]) -> Statistics:
     if histogram.dtype != np.int64 or histogram.shape != (BINS,) or (histogram < 0).any():
         raise ValueError(f"{name}.histogram must be {BINS} counts, int64")
     if numbers.dtype != np.float64 or numbers.shape != (3,):
@@ -181,7 +191,7 @@ def _parse_statistics(name: str, histogram: np.ndarray, numbers: np.ndarray) -> 
     return Statistics(minimum, maximum, max(int(exponent), SMALLEST_EXPONENT), histogram)
 
 
-def calibrate(layer: MultiHeadAttention, batches: Iterable, *, observer: str = "minmax") -> Calibration:
+def calibrate(layer: MultiHeadAttention, batches: Iterable[Batch], *, observer: Observer = "minmax") -> Calibration:
     """Run ``layer`` over ``batches`` and remember the range of every tensor.
 
     Parameters
@@ -220,7 +230,7 @@ def calibrate(layer: MultiHeadAttention, batches: Iterable, *, observer: str = "
     return total
 
 
-def check_layer(layer, scheme: str = "static") -> None:
+def check_layer(layer: object, scheme: object = "static") -> None:
     """Raise unless ``layer`` is a float layer that can be quantized by ``scheme``."""
     if not isinstance(layer, MultiHeadAttention):
         raise TypeError(f"layer must be an edgeattn.MultiHeadAttention; got {type(layer).__name__}")

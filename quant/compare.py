@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,11 +24,16 @@ from quant.calibrate import check_layer
 from quant.report import Comparison, Report
 from quant.trace import counted, describe_sources, float_trace, read_calls, static_trace
 
+if TYPE_CHECKING:
+    from edgeattn.types import Bools, Shape
+    from quant.types import Batch
+
 UNDERFLOW_LIMIT = 0.05  # lint when int8 probabilities, multiples of 1/256, miss a sum of 1 by more than this on average
 SATURATION_LIMIT = 0.01  # lint when more of a tensor than this lies outside its range
 
 
-def compare(layer: MultiHeadAttention, quantized: QuantizedMultiHeadAttention, batches: Iterable) -> Report:
+def compare(layer: MultiHeadAttention, quantized: QuantizedMultiHeadAttention, batches: Iterable[Batch]
+            ) -> Report:
     """Compare every tensor and every head of ``quantized`` with the float ``layer`` on ``batches``.
 
     Parameters
@@ -53,7 +59,7 @@ def compare(layer: MultiHeadAttention, quantized: QuantizedMultiHeadAttention, b
     TypeError, ValueError
         Layers that do not belong together, no batch, batches that do not fit.
     """
-    if not isinstance(quantized, QuantizedMultiHeadAttention):
+    if not isinstance(quantized, (StaticMultiHeadAttention, DynamicMultiHeadAttention)):
         raise TypeError(f"quantized must be a layer from quant.quantize; got {type(quantized).__name__}")
     check_layer(layer, quantized.scheme)
     for name in ("num_heads", "embed_dim", "kdim", "vdim", "head_dim", "value_dim", "output_dim"):
@@ -85,7 +91,8 @@ def compare(layer: MultiHeadAttention, quantized: QuantizedMultiHeadAttention, b
         for head, comparison in enumerate(heads):
             alone = call if call.permitted is None else dataclasses.replace(
                 call, permitted=call.permitted[:, head:head + 1])
-            comparison.update(*(counted("context", each["context"][:, head:head + 1], alone) for each in (real, codes)),
+            comparison.update(counted("context", real["context"][:, head:head + 1], alone),
+                              counted("context", codes["context"][:, head:head + 1], alone),
                               quantized.tensors["context"])
         total = quantized.tensors["probabilities"].dequantize(codes["probabilities"]).sum(-1)
         attending = real["probabilities"].any(-1)
@@ -97,7 +104,8 @@ def compare(layer: MultiHeadAttention, quantized: QuantizedMultiHeadAttention, b
                   _lints(tensors, lost / rows if rows else 0.0))
 
 
-def _check_weights(layer: MultiHeadAttention, linears: Mapping[str, QuantizedLinear], fold: float) -> None:
+def _check_weights(layer: MultiHeadAttention, linears: Mapping[str, QuantizedLinear],
+                   fold: float | np.float32) -> None:
     """Raise unless every int8 weight lies within a step of the layer's; ``fold`` is in the query's scale."""
     groups = layer.num_heads // layer.num_kv_heads
     for name, short in SHORT.items():
@@ -115,7 +123,8 @@ def _check_weights(layer: MultiHeadAttention, linears: Mapping[str, QuantizedLin
                              f"{off.max():.3g} steps of int8; compare it with the layer it was made of")
 
 
-def _compare_outputs(layer: MultiHeadAttention, quantized: DynamicMultiHeadAttention, batches: Iterable) -> Report:
+def _compare_outputs(layer: MultiHeadAttention, quantized: DynamicMultiHeadAttention, batches: Iterable[Batch]
+                     ) -> Report:
     output = Comparison()
     for call in read_calls(layer, batches, "comparing"):
         real, got = (each(call.query, call.key, call.value, attn_mask=call.permitted) for each in (layer, quantized))
@@ -125,7 +134,8 @@ def _compare_outputs(layer: MultiHeadAttention, quantized: DynamicMultiHeadAtten
     return Report({"output": output.result()}, [], [])
 
 
-def _with_carried_masks(permitted: np.ndarray | None, quantized: StaticMultiHeadAttention, shape) -> np.ndarray | None:
+def _with_carried_masks(permitted: Bools | None, quantized: StaticMultiHeadAttention, shape: Shape
+                        ) -> Bools | None:
     """What a call permits and the masks in the layer permit, together."""
     for op in quantized.score_ops:
         if isinstance(op, SelectMask):

@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    from edgeattn.types import Floats
 
 BINS = 2048  # of the histogram; even, so that two halves fold into one when its range doubles
 SMALLEST_EXPONENT = -126  # of a normal float32: below it nothing needs finer bins
@@ -23,9 +31,9 @@ class Statistics:
     minimum: float = np.inf
     maximum: float = -np.inf
     exponent: int = SMALLEST_EXPONENT
-    histogram: np.ndarray = field(default_factory=lambda: np.zeros(BINS, np.int64))
+    histogram: NDArray[np.int64] = field(default_factory=lambda: np.zeros(BINS, np.int64))
 
-    def update(self, values: np.ndarray) -> None:
+    def update(self, values: Floats) -> None:
         """Take in a finite float32 array of any shape; empty arrays change nothing."""
         values = np.asarray(values, np.float64).ravel()
         if values.size == 0:
@@ -58,7 +66,7 @@ class Statistics:
         """How many values were seen."""
         return int(self.histogram.sum())
 
-    def edges(self) -> np.ndarray:
+    def edges(self) -> NDArray[np.float64]:
         """The BINS + 1 bin boundaries."""
         return np.linspace(-1, 1, BINS + 1) * 2.0**self.exponent
 
@@ -110,4 +118,5 @@ def _span(low: float, high: float, symmetric: bool) -> tuple[float, float]:
     return (-reach, reach) if symmetric else (low, high)
 
 
-OBSERVERS = {"minmax": minmax, "percentile": percentile, "mse": mse}
+OBSERVERS: dict[str, Callable[[Statistics, bool], tuple[float, float]]] = {
+    "minmax": minmax, "percentile": percentile, "mse": mse}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Literal, overload
+
 import numpy as np
 
 from edgeattn.layers import MultiHeadAttention
@@ -13,11 +15,18 @@ from edgeattn.quantized import (
     SMALLEST_SCALE,
     DynamicMultiHeadAttention,
     QuantizedLinear,
-    QuantizedMultiHeadAttention,
     StaticMultiHeadAttention,
     TensorQuantization,
 )
 from quant.calibrate import Calibration, check_layer, fingerprint
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from numpy.typing import NDArray
+
+    from edgeattn.types import Arithmetic, Float32s
+    from quant.types import Scheme
 
 # A masked score gets the lowest code, so the lowest code must be worth nothing in every row. exp(-12) is 1/636 of the
 # smallest probability int8 can hold, which leaves room for rows lower than any seen at calibration. A smaller margin
@@ -27,8 +36,23 @@ MASK_MARGIN = 12.0
 SMALLEST_SCORE_SCALE = 2.0**-20
 
 
-def quantize(layer: MultiHeadAttention, calibration: Calibration | None = None, *, scheme: str = "static",
-             arithmetic: str = "litert") -> QuantizedMultiHeadAttention:
+@overload
+def quantize(layer: MultiHeadAttention, calibration: Calibration, *, scheme: Literal["static"] = "static",
+             arithmetic: Arithmetic = "litert") -> StaticMultiHeadAttention: ...
+
+
+@overload
+def quantize(layer: MultiHeadAttention, calibration: Calibration | None = None, *, scheme: Literal["dynamic"],
+             arithmetic: Arithmetic = "litert") -> DynamicMultiHeadAttention: ...
+
+
+@overload
+def quantize(layer: MultiHeadAttention, calibration: Calibration | None = None, *, scheme: Scheme,
+             arithmetic: Arithmetic = "litert") -> StaticMultiHeadAttention | DynamicMultiHeadAttention: ...
+
+
+def quantize(layer: MultiHeadAttention, calibration: Calibration | None = None, *, scheme: Scheme = "static",
+             arithmetic: Arithmetic = "litert") -> StaticMultiHeadAttention | DynamicMultiHeadAttention:
     """Quantize a float layer to int8.
 
     Dynamic: weights symmetric per output channel, everything else at run time; no calibration.
@@ -78,14 +102,16 @@ def quantize(layer: MultiHeadAttention, calibration: Calibration | None = None, 
     tensors["scores"] = TensorQuantization.over(*_score_range(calibration), smallest=SMALLEST_SCORE_SCALE)
     tensors["probabilities"] = PROBABILITIES
 
-    def linear(name, weight, bias, source):
+    def linear(name: str, weight: Float32s, bias: Float32s | None, source: str) -> QuantizedLinear:
         if name in ("key", "value"):
-            weight, bias = (_repeat_heads(a, layer.num_kv_heads, layer.num_heads) for a in (weight, bias))
+            weight = _repeat_heads(weight, layer.num_kv_heads, layer.num_heads)
+            bias = None if bias is None else _repeat_heads(bias, layer.num_kv_heads, layer.num_heads)
         return quantize_linear(weight, bias, tensors[source].scale)
 
     biases = {"query": layer.q_bias, "key": None, "value": layer.v_bias}
-    linears = {name: linear(name, getattr(layer, f"{name[0]}_weight"), biases[name],
-                            f"{INPUTS[calibration.sources[i]]}_input") for i, name in enumerate(INPUTS)}
+    linears: dict[str, QuantizedLinear] = {
+        name: linear(name, getattr(layer, f"{name[0]}_weight"), biases[name],
+                     f"{INPUTS[calibration.sources[i]]}_input") for i, name in enumerate(INPUTS)}
     if layer.out_weight is not None:
         linears["output"] = linear("output", layer.out_weight, layer.out_bias, "context")
     fold = np.float32(layer.scale)
@@ -112,22 +138,22 @@ def _quantize_dynamic(layer: MultiHeadAttention) -> DynamicMultiHeadAttention:
         add_zero_attn=layer.add_zero_attn)
 
 
-def quantize_linear(weight: np.ndarray, bias: np.ndarray | None, input_scale) -> QuantizedLinear:
+def quantize_linear(weight: Float32s, bias: Float32s | None, input_scale: float | np.float32) -> QuantizedLinear:
     """Symmetric int8 weights per output channel, int32 bias.
 
     A channel whose bias would leave int32 gets the scale its bias needs, and a channel of zeros one as large as the
     layer's largest, for runtimes refuse multipliers that stand out.
     """
-    scale = np.abs(weight).max(1, initial=0).astype(np.float64) / 127
+    scale: NDArray[Any] = np.abs(weight).max(1, initial=0).astype(np.float64) / 127
     if bias is not None:
         scale = np.maximum(scale, np.abs(bias.astype(np.float64)) / (float(input_scale) * 2**30))
     scale = np.where(scale > 0, scale, scale.max(initial=0))
     scale = np.maximum(scale, SMALLEST_SCALE).astype(np.float32)
     codes = np.clip(np.rint(weight / scale[:, None]), -127, 127).astype(np.int8)
-    if bias is not None:
-        step = float(input_scale) * scale.astype(np.float64)  # explicitly: NumPy 1 and 2 promote scalars differently
-        bias = np.rint(bias.astype(np.float64) / step).astype(np.int32)
-    return QuantizedLinear(codes, scale, bias)
+    if bias is None:
+        return QuantizedLinear(codes, scale)
+    step = float(input_scale) * scale.astype(np.float64)  # explicitly: NumPy 1 and 2 promote scalars differently
+    return QuantizedLinear(codes, scale, np.rint(bias.astype(np.float64) / step).astype(np.int32))
 
 
 def _score_range(calibration: Calibration) -> tuple[float, float]:
@@ -141,9 +167,9 @@ def _symmetric_quantization(low: float, high: float) -> TensorQuantization:
     return TensorQuantization(max(high / 127, SMALLEST_SCALE) if high > low else 1.0, 0)
 
 
-def _repeat_heads(array: np.ndarray | None, heads: int, wanted: int) -> np.ndarray | None:
+def _repeat_heads(array: Float32s, heads: int, wanted: int) -> Float32s:
     """Rows of grouped heads, each head ``wanted / heads`` times."""
-    if array is None or heads == wanted:
+    if heads == wanted:
         return array
     grouped = array.reshape(heads, -1, *array.shape[1:])
     return np.repeat(grouped, wanted // heads, axis=0).reshape(-1, *array.shape[1:])

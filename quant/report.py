@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edgeattn.arithmetic import CODE_MAX, CODE_MIN
 from edgeattn.quantized import TensorQuantization
 from quant.tables import fill, render, table
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from edgeattn.types import Codes, Floats
 
 
 @dataclass(frozen=True)
@@ -35,11 +41,11 @@ class TensorReport:
 class Comparison:
     """Sums over batches that a TensorReport is made of."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.signal = self.noise = self.dot = self.other = 0.0
         self.below = self.above = self.count = 0
 
-    def update(self, real: np.ndarray, codes: np.ndarray, quantization: TensorQuantization) -> None:
+    def update(self, real: Floats, codes: Codes, quantization: TensorQuantization) -> None:
         """Take in float values and the int8 codes that stand for them, of one shape."""
         half = float(quantization.scale) / 2
         low, high = (float(quantization.dequantize(code)) for code in (CODE_MIN, CODE_MAX))
@@ -47,7 +53,7 @@ class Comparison:
         self.above += int(np.count_nonzero(real > high + half))
         self.add(real, quantization.dequantize(codes))
 
-    def add(self, real: np.ndarray, got: np.ndarray) -> None:
+    def add(self, real: Floats, got: Floats) -> None:
         """Take in float values and what was computed in their place, of one shape."""
         real, got = real.astype(np.float64), got.astype(np.float64)
         self.signal += float(np.sum(real * real))
@@ -84,7 +90,7 @@ class Report:
     heads: list[TensorReport]
     lints: list[str]
 
-    def __rich__(self):
+    def __rich__(self) -> Any:
         shown = table("tensor", "SQNR dB", "cosine", "saturated")
         rows = [*self.tensors.items(), *((f"context of head {h}", r) for h, r in enumerate(self.heads))]
         for i, (name, r) in enumerate(rows):

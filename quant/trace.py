@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,6 +16,16 @@ from edgeattn.layers import MultiHeadAttention
 from edgeattn.masks import resolve_mask
 from edgeattn.quantized import INPUTS, StaticMultiHeadAttention, fit_mask, steps
 from quant.progress import track
+
+if TYPE_CHECKING:
+    from typing import Any, TypeVar
+
+    from numpy.typing import ArrayLike, NDArray
+
+    from edgeattn.types import Bools, Codes, Float32s, Sources
+    from quant.types import Batch
+
+    _Scalar = TypeVar("_Scalar", bound=np.generic)
 
 CALL_MASKS = ("attn_mask", "key_padding_mask", "is_causal", "causal_alignment")
 
@@ -36,19 +47,20 @@ class Call:
     """
 
     where: str
-    query: np.ndarray
-    key: np.ndarray
-    value: np.ndarray
-    sources: tuple[int, int, int]
-    permitted: np.ndarray | None
+    query: Float32s
+    key: Float32s
+    value: Float32s
+    sources: Sources
+    permitted: Bools | None
 
 
-def describe_sources(sources: tuple[int, int, int]) -> str:
+def describe_sources(sources: tuple[int, ...]) -> str:
     """The inputs of a call, in words."""
-    return {(0, 0, 0): "a query alone", (0, 1, 1): "a query and a key"}.get(sources, "a query, a key and a value")
+    words: dict[tuple[int, ...], str] = {(0, 0, 0): "a query alone", (0, 1, 1): "a query and a key"}
+    return words.get(sources, "a query, a key and a value")
 
 
-def read_calls(layer: MultiHeadAttention, batches: Iterable, description: str) -> Iterator[Call]:
+def read_calls(layer: MultiHeadAttention, batches: Iterable[Batch], description: str) -> Iterator[Call]:
     """Every batch as a Call that fits ``layer``, under a progress bar. Batches are as ``quant.calibrate`` takes them.
 
     Raises
@@ -63,14 +75,15 @@ def read_calls(layer: MultiHeadAttention, batches: Iterable, description: str) -
         yield _read_call(layer, batch, f"batches[{i}]")
 
 
-def _read_call(layer: MultiHeadAttention, batch, where: str) -> Call:
+def _read_call(layer: MultiHeadAttention, batch: Any, where: str) -> Call:
     # an opened .npz has keys, too, but is no Mapping in every NumPy
     arguments = dict(batch) if hasattr(batch, "keys") else {"query": batch}
     unknown = sorted(set(arguments) - {*INPUTS, *CALL_MASKS}, key=str)
     if unknown or arguments.get("query") is None:
         raise ValueError(f"{where} must be an array or a mapping with 'query' and any of "
                          f"{', '.join(map(repr, (*INPUTS[1:], *CALL_MASKS)))}; got {sorted(arguments, key=str)}")
-    query, key, value = (arguments.get(name) for name in INPUTS)
+    inputs: list[Any] = [arguments.get(name) for name in INPUTS]
+    query, key, value = inputs
     if key is None and value is not None:
         raise ValueError(f"{where} has a value without a key")
     key = query if key is None else key
@@ -103,7 +116,7 @@ def _read_call(layer: MultiHeadAttention, batch, where: str) -> Call:
     return Call(where, query, key, value, sources, permitted)
 
 
-def _read_input(array, width: int, name: str) -> np.ndarray:
+def _read_input(array: ArrayLike, width: int, name: str) -> Float32s:
     """A checked float32 array."""
     array = as_array(name, array)
     if array.dtype.kind != "f" or array.dtype.itemsize > 8:
@@ -119,29 +132,34 @@ def _read_input(array, width: int, name: str) -> np.ndarray:
     return array
 
 
-def counted(name: str, values: np.ndarray, call: Call) -> np.ndarray:
+def counted(name: str, values: NDArray[_Scalar], call: Call) -> NDArray[_Scalar]:
     """The elements of a traced tensor that may reach a result.
 
     No masked score; no key or value that no query sees; nothing of a query without a permitted key. A token that is
     both query and key counts where either does.
     """
-    permitted = call.permitted
-    if permitted is None:
+    if call.permitted is None:
         return values if call.key.shape[1] else values[:0]
+    return values[_counts(name, call.permitted, call.sources)]
+
+
+def _counts(name: str, permitted: Bools, sources: Sources) -> Bools:
+    """Which leading axes of a traced tensor hold what `counted` gives."""
     if name == "scores":
-        return values[permitted]
-    rows, keys = permitted.any(3), permitted.any(2)
+        return permitted
+    rows: Bools = permitted.any(3)
+    keys: Bools = permitted.any(2)
     if name in ("query", "probabilities", "context"):
-        return values[rows]
+        return rows
     if name in ("key", "value"):
-        return values[keys]
+        return keys
     rows, keys = rows.any(1), keys.any(1)
     if name == "query_input":
-        return values[rows | keys if call.sources[1] == 0 else rows]
-    return values[rows if name == "output" else keys]
+        return rows | keys if sources[1] == 0 else rows
+    return rows if name == "output" else keys
 
 
-def float_trace(layer: MultiHeadAttention, call: Call, *, key_bias: bool = False) -> dict[str, np.ndarray]:
+def float_trace(layer: MultiHeadAttention, call: Call, *, key_bias: bool = False) -> dict[str, Float32s]:
     """Every tensor of ``MultiHeadAttention`` in float32.
 
     Parameters
@@ -172,10 +190,10 @@ def float_trace(layer: MultiHeadAttention, call: Call, *, key_bias: bool = False
     return trace
 
 
-def _float_trace(layer, call, key_bias):
+def _float_trace(layer: MultiHeadAttention, call: Call, key_bias: bool) -> dict[str, Float32s]:
     groups = layer.num_heads // layer.num_kv_heads
     inputs = (call.query, call.key, call.value)
-    trace = {f"{INPUTS[i]}_input": inputs[i] for i in sorted(set(call.sources))}
+    trace: dict[str, NDArray[Any]] = {f"{INPUTS[i]}_input": inputs[i] for i in sorted(set(call.sources))}
     for name, x, heads, size in zip(INPUTS, inputs, (layer.num_heads, layer.num_kv_heads, layer.num_kv_heads),
                                     (layer.head_dim, layer.head_dim, layer.value_dim), strict=True):
         bias = None if name == "key" and not key_bias else getattr(layer, f"{name[0]}_bias")
@@ -196,7 +214,7 @@ def _float_trace(layer, call, key_bias):
     return trace
 
 
-def static_trace(layer: StaticMultiHeadAttention, call: Call) -> dict[str, np.ndarray]:
+def static_trace(layer: StaticMultiHeadAttention, call: Call) -> dict[str, Codes]:
     """Every tensor of a static layer as int8 codes; names and shapes as in ``float_trace``."""
     inputs = (call.query, call.key, call.value)
     trace = {f"{INPUTS[i]}_input": layer.tensors[f"{INPUTS[i]}_input"].quantize(inputs[i])
@@ -213,17 +231,17 @@ def static_trace(layer: StaticMultiHeadAttention, call: Call) -> dict[str, np.nd
     return trace
 
 
-def _linear(x, weight, bias):
+def _linear(x: Float32s, weight: Float32s, bias: Float32s | None) -> Float32s:
     y = x @ weight.T
     return y if bias is None else y + bias
 
 
-def _split_heads(x, heads, size):
+def _split_heads(x: Float32s, heads: int, size: int) -> Float32s:
     """(B, L, H*D) -> (B, H, L, D)."""
     return x.reshape(*x.shape[:2], heads, size).transpose(0, 2, 1, 3)
 
 
-def _merge_heads(x):
+def _merge_heads(x: NDArray[Any]) -> NDArray[Any]:
     """(B, H, L, D) -> (B, L, H*D)."""
     B, H, L, D = x.shape
     return x.transpose(0, 2, 1, 3).reshape(B, L, H * D)

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import conftest
 import pytest
@@ -140,6 +141,50 @@ def test_names_of_edgeattn_are_imported_when_they_are_asked_for():
     assert (asked.stdout.split(), asked.stderr) == (["False", "True", "False", "True"], "")
     missing = python("import edgeattn; edgeattn.attention")
     assert missing.stderr.strip().endswith("AttributeError: module 'edgeattn' has no attribute 'attention'")
+
+
+@pytest.mark.parametrize("package", ["edgeattn", "edgeattn.checkpoints"])
+def test_type_checkers_find_a_name_where_it_is_imported_from(package):
+    """Who asks for a name gets it by `_HOMES`, and a type checker by the imports that are never run."""
+    tree = ast.parse((ROOT / package.replace(".", "/") / "__init__.py").read_text(encoding="utf-8"))
+    block = next(node for node in tree.body if isinstance(node, ast.If) and node.test.id == "TYPE_CHECKING")
+    seen = {alias.asname: (node.module, alias.name) for node in block.body for alias in node.names}
+    homes = importlib.import_module(package)._HOMES
+    assert seen == {name: (f"{package}.{home}", name) for name, home in homes.items()}
+
+
+def test_names_in_types_are_those_of_the_tables():
+    from edgeattn.arithmetic import KERNEL_SETS
+    from edgeattn.types import Arithmetic
+    from quant.export.targets import NATIVE, TARGETS
+    from quant.observers import OBSERVERS
+    from quant.types import Observer, TargetName
+
+    assert set(get_args(Arithmetic)) == set(KERNEL_SETS)
+    assert set(get_args(Observer)) == set(OBSERVERS)
+    assert set(get_args(TargetName)) == {*TARGETS, NATIVE}
+
+
+def test_types_are_of_checkers_alone():
+    loaded = python("import sys, edgeattn, quant; [getattr(edgeattn, name) for name in edgeattn.__all__]\n"
+                    "print([name for name in ('edgeattn.types', 'quant.types') if name in sys.modules])")
+    assert (loaded.stdout.strip(), loaded.stderr) == ("[]", "")
+
+
+def test_every_module_with_a_public_name_is_checked_strictly(setup_cfg):
+    """`make lint` runs mypy over them; both packages say that they have types."""
+    files = re.split(r",\s*", setup_cfg["mypy"]["files"].strip())
+    assert [name for name in files if not (ROOT / name).exists()] == []
+    checked = {path for name in files for path in [ROOT / name, *(ROOT / name).rglob("*.py")]}
+    for package in PACKAGES:
+        assert (ROOT / package / "py.typed").is_file() and setup_cfg["options.package_data"][package] == "py.typed"
+    names = [getattr(importlib.import_module(package), name)
+             for package in ("edgeattn", "edgeattn.layers", "edgeattn.quantized", "quant")
+             for name in importlib.import_module(package).__all__]
+    modules = {value.__module__ for value in names if hasattr(value, "__module__")} | {"edgeattn.bundle"}
+    paths = {Path(sys.modules[module].__file__) for module in modules if module.split(".")[0] in PACKAGES}
+    assert len(paths) > 12
+    assert sorted(paths - checked) == []
 
 
 def imports_of(path, *, top_level_only=False):

@@ -16,4 +16,13 @@ _HOMES = {
 }
 
 __all__ = list(_HOMES)
-__getattr__ = names_from(__name__, _HOMES)
+
+TYPE_CHECKING = False  # what type checkers take for True; tests/test_packaging.py holds the two lists together
+if TYPE_CHECKING:
+    from edgeattn.checkpoints.keras_files import keras_weights as keras_weights
+    from edgeattn.checkpoints.onnx_graphs import onnx_weights as onnx_weights
+    from edgeattn.checkpoints.state_dicts import bert_weights as bert_weights
+    from edgeattn.checkpoints.state_dicts import gpt2_weights as gpt2_weights
+    from edgeattn.checkpoints.state_dicts import torch_weights as torch_weights
+else:
+    __getattr__ = names_from(__name__, _HOMES)

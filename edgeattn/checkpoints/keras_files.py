@@ -9,6 +9,8 @@ an attribute beside them:
 Other files (.npz, legacy .h5) and dictionaries have names such as "encoder/attention/query/kernel".
 """
 
+from __future__ import annotations
+
 import collections.abc
 import contextlib
 import functools
@@ -16,12 +18,21 @@ import json
 import pathlib
 import re
 import warnings
+from typing import TYPE_CHECKING
 
 from edgeattn.checkpoints import hdf5
 from edgeattn.checkpoints.tensors import Tensors, check_source, read_named
 from edgeattn.files import listed, reading, reason
 from edgeattn.stored import Budget, file_size
 from edgeattn.zip_members import members, unpack
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from typing import Any
+
+    from numpy.typing import ArrayLike, NDArray
+
+    from edgeattn.types import Path
 
 _CLASSES = ("MultiHeadAttention", "GroupQueryAttention", "GroupedQueryAttention")
 # As in layer.get_weights(): of each a kernel and, with use_bias=True, a bias.
@@ -35,7 +46,8 @@ _STATE = re.compile(r"_?(dropout_layer|softmax|seed_generator)/")
 _UNNAMED = re.compile(r"arr_(\d+)$")  # how numpy.savez(path, *arrays) names them
 
 
-def keras_weights(weights_or_path, layer=None):
+def keras_weights(weights_or_path: Path | Mapping[str, ArrayLike] | Sequence[ArrayLike], layer: str | None = None
+                  ) -> tuple[int, int, dict[str, NDArray[Any]]]:
     """Weights of one attention layer of Keras.
 
     The kernels of query, key and value are (inputs, heads, size), that of attention_output is

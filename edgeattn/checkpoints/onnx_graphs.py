@@ -6,16 +6,26 @@ walking from its inputs up to the linear maps that feed them, and from its outpu
     x -> MatMul -> Add -> Reshape -> Transpose -> Q  |  Attention -> Transpose -> Reshape -> MatMul -> Add
 """
 
+from __future__ import annotations
+
 import dataclasses
 import math
 import os
 import warnings
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edgeattn.checkpoints.onnx_values import NotRead, Values
 from edgeattn.checks import count
 from edgeattn.files import reading, reason
+
+if TYPE_CHECKING:
+    from typing import Any, SupportsIndex
+
+    from numpy.typing import NDArray
+
+    from edgeattn.types import OnnxModel, Path
 
 _OPERATORS = {("", "Attention"), ("com.microsoft", "Attention"), ("com.microsoft", "MultiHeadAttention")}
 _HEADS_FIRST = [0, 2, 1, 3]  # (B, L, H, D) -> (B, H, L, D), and back
@@ -27,7 +37,8 @@ _MOST_NODES = 100_000  # ten times those of a language model
 _TOLD = 20  # names in an error
 
 
-def onnx_weights(path_or_model, node=None):
+def onnx_weights(path_or_model: Path | OnnxModel, node: str | SupportsIndex | None = None
+                 ) -> tuple[int, int, dict[str, NDArray[Any]]]:
     """Weights of the attention layer around one node of an ONNX model.
 
     The node is Attention of opsets 23 to 25, or Attention or MultiHeadAttention of com.microsoft. Its queries,

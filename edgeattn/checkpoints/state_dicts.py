@@ -1,8 +1,20 @@
 """Weights from state dicts: torch.nn.MultiheadAttention, BERT, GPT-2."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from edgeattn.checkpoints.tensors import check_heads, open_state_dict, times
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any, SupportsIndex
+
+    from numpy.typing import ArrayLike, NDArray
+
+    from edgeattn.types import Path
 
 # Part of what BERT calls attention, but after it.
 _BERT_NORM = (
@@ -15,7 +27,8 @@ _BERT_NORM = (
 _GPT2_MASKS = ("bias", "masked_bias")
 
 
-def torch_weights(state_dict_or_path, num_heads, prefix=""):
+def torch_weights(state_dict_or_path: Mapping[str, ArrayLike] | Path, num_heads: SupportsIndex, prefix: str = ""
+                  ) -> dict[str, NDArray[Any]]:
     """Weights of a torch.nn.MultiheadAttention.
 
     in_proj_weight holds the rows of Q, K and V one after the other; where kdim or vdim differ from E there
@@ -75,7 +88,8 @@ def torch_weights(state_dict_or_path, num_heads, prefix=""):
     return weights | {name: found[name] for name in added}
 
 
-def bert_weights(state_dict_or_path, prefix, num_heads):
+def bert_weights(state_dict_or_path: Mapping[str, ArrayLike] | Path, prefix: str, num_heads: SupportsIndex
+                 ) -> dict[str, NDArray[Any]]:
     """Weights of the attention in one layer of a BERT model as the transformers library names them.
 
     Parameters
@@ -111,7 +125,8 @@ def bert_weights(state_dict_or_path, prefix, num_heads):
     }
 
 
-def gpt2_weights(state_dict_or_path, prefix, num_heads):
+def gpt2_weights(state_dict_or_path: Mapping[str, ArrayLike] | Path, prefix: str, num_heads: SupportsIndex
+                 ) -> dict[str, NDArray[Any]]:
     """Weights of the attention in one layer of a GPT-2 model as the transformers library names them.
 
     Its linear maps are Conv1D: (inputs, outputs), the transpose of ours. c_attn holds the columns of Q, K and V

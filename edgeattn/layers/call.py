@@ -1,7 +1,10 @@
 """One call of a layer: its arguments checked once, in the form that every backend reads."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -9,6 +12,19 @@ from edgeattn.checks import check_out, deliver, flag, float_array, result_dtype
 from edgeattn.functional import checked_softcap
 from edgeattn.kv_cache import KVCache
 from edgeattn.masks import NO_WINDOW, Mask, resolve_mask
+
+if TYPE_CHECKING:
+    from typing import Any, Protocol, TypeAlias
+
+    from numpy.typing import ArrayLike, NDArray
+
+    from edgeattn.types import CausalAlignment, Flag, Float32s, Floats, KernelMask, LayerSizes, Real, Shape, Window
+
+    _Span = tuple[int, int]
+    Pieces: TypeAlias = list[tuple[_Span, _Span]]
+
+    class _Layer(LayerSizes, Protocol):
+        _query_name: str
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -35,30 +51,31 @@ class Call:
         Of the cache: (first, last) query and (first, last) token of each piece.
     """
 
-    query: np.ndarray
-    key: np.ndarray
-    value: np.ndarray
+    query: Floats
+    key: Floats
+    value: Floats
     mask: Mask
     softcap: float
     need_weights: bool
     average: bool
-    lead: tuple
-    out: np.ndarray | None
-    dtype: np.dtype
+    lead: Shape
+    out: Floats | None
+    dtype: np.dtype[Any]
     cache: KVCache | None
-    pieces: list
+    pieces: Pieces
 
-    def deliver(self, result, weights=None):
+    def deliver(self, result: Float32s, weights: Float32s | None = None) -> Floats | tuple[Floats, Floats]:
         """What the caller gets, from result (B, L, Eo) and weights (B, H, L, S) or None, both float32."""
-        result = deliver(result.reshape(*self.lead, *result.shape[1:]), self.out, self.dtype)
+        delivered = deliver(result.reshape(*self.lead, *result.shape[1:]), self.out, self.dtype)
         if weights is None:
-            return result
+            return delivered
         weights = weights.reshape(*self.lead, *weights.shape[1:])
-        return result, deliver(weights.mean(axis=-3) if self.average else weights, None, self.dtype)
+        return delivered, deliver(weights.mean(axis=-3) if self.average else weights, None, self.dtype)
 
 
-def check_call(layer, query, key, value, *, softcap, need_weights, average_attn_weights, kv_cache, out,
-               causal_alignment, **masks):
+def check_call(layer: _Layer, query: ArrayLike, key: ArrayLike | None, value: ArrayLike | None, *, softcap: Real,
+               need_weights: Flag, average_attn_weights: Flag, kv_cache: KVCache | None, out: Floats | None,
+               causal_alignment: CausalAlignment | None, **masks: Any) -> Call:
     """The arguments of a call of `layer` as a `Call`.
 
     Parameters
@@ -91,7 +108,8 @@ def check_call(layer, query, key, value, *, softcap, need_weights, average_attn_
     return Call(query, key, value, mask, softcap, need_weights, average, lead, out, dtype, kv_cache, pieces)
 
 
-def resolve_call_mask(shape, cache, *, causal_alignment, window_size, **masks):
+def resolve_call_mask(shape: Shape, cache: KVCache | None, *, causal_alignment: CausalAlignment | None,
+                      window_size: Window, **masks: Any) -> tuple[Mask, Pieces]:
     """The Mask of a call with scores of `shape` (..., H, L, S), and the pieces in which the cache, if any, takes it.
 
     With a cache, tokens it has seen stand before the S keys, and the mask is over all.
@@ -107,37 +125,37 @@ def resolve_call_mask(shape, cache, *, causal_alignment, window_size, **masks):
     return mask, cache._pieces(queries, keys, mask.right)
 
 
-def causal_band(is_causal, length):
+def causal_band(is_causal: Flag, length: int) -> _Span | None:
     """`Mask.for_kernels`'s band where queries and keys are the same tokens: None, or what no query sees cut off."""
     return (-2 * length, 0) if is_causal else None
 
 
-def is_read_as_it_is(layer, x, dtype):
+def is_read_as_it_is(layer: LayerSizes, x: object, dtype: np.dtype[Any]) -> bool:
     """Whether x is an array (B, L, E) or (L, E) that a kernel of `layer` reads as queries, keys and values."""
     return (type(x) is np.ndarray and x.dtype is dtype and 2 <= x.ndim <= 3 and x.flags.carray and x.size > 0
             and x.shape[-1] == layer.embed_dim == layer.kdim == layer.vdim)
 
 
-def is_written_as_it_is(out, query, width, dtype):
+def is_written_as_it_is(out: object, query: NDArray[Any], width: int, dtype: np.dtype[Any]) -> bool:
     """Whether a kernel can write the result for `query` to `out`; None stands for a new array."""
     return out is None or (type(out) is np.ndarray and out.dtype is dtype and out.flags.carray
                            and out.shape == (*query.shape[:-1], width))
 
 
-def room(out, shape, dtype, *read):
+def room(out: NDArray[Any] | None, shape: Shape, dtype: np.dtype[Any], *read: object) -> NDArray[Any]:
     """An array (B, L, Eo) for the result: `out`, which the last check let pass, unless it may lie over what is read."""
     if out is None or any(_may_lie_over(x, out) for x in read):
         return np.empty(shape, dtype)
     return out.reshape(shape)
 
 
-def _may_lie_over(x, out):
+def _may_lie_over(x: object, out: NDArray[Any]) -> bool:
     if isinstance(x, np.ndarray):
         return np.may_share_memory(x, out)
     return x is not None and not isinstance(x, (bool, str, tuple))  # what has an array form may be anywhere
 
 
-def handed_over(result, query, out):
+def handed_over(result: NDArray[Any], query: NDArray[Any], out: NDArray[Any] | None) -> NDArray[Any]:
     """What the caller gets of a result (B, L, Eo) of the dtype that it wants, which may be in `out` already."""
     if out is None:
         return result if query.ndim == 3 else result[0]
@@ -146,13 +164,16 @@ def handed_over(result, query, out):
     return out
 
 
-def is_unmasked(attn_mask, key_padding_mask, is_causal, causal_alignment, window_size, alibi_slopes):
+def is_unmasked(attn_mask: object, key_padding_mask: object, is_causal: object, causal_alignment: object,
+                window_size: object, alibi_slopes: object) -> bool:
     """Whether no argument hides a key from the last token; causal attention does not."""
     return (attn_mask is None and key_padding_mask is None and (is_causal is False or is_causal is True)
             and causal_alignment is None and window_size is NO_WINDOW and alibi_slopes is None)
 
 
-def self_masks(layer, x, attn_mask, key_padding_mask, is_causal, causal_alignment, window_size, alibi_slopes):
+def self_masks(layer: LayerSizes, x: NDArray[Any], attn_mask: ArrayLike | None, key_padding_mask: ArrayLike | None,
+               is_causal: Flag, causal_alignment: CausalAlignment | None, window_size: Window,
+               alibi_slopes: ArrayLike | None) -> KernelMask:
     """`Mask.for_kernels` of attention of the tokens x (B, L, E) to themselves."""
     batch, length, _ = x.shape
     if is_unmasked(attn_mask, key_padding_mask, is_causal, causal_alignment, window_size, alibi_slopes):
@@ -162,7 +183,7 @@ def self_masks(layer, x, attn_mask, key_padding_mask, is_causal, causal_alignmen
                         alibi_slopes=alibi_slopes).for_kernels()
 
 
-def check_cache(layer, cache, causal_alignment):
+def check_cache(layer: LayerSizes, cache: object, causal_alignment: object) -> None:
     """Raise unless `cache` is one of the sizes of `layer`, and knows the positions alone."""
     if not isinstance(cache, KVCache):
         raise TypeError(f"kv_cache must be an edgeattn.KVCache, got {type(cache).__name__}")
@@ -175,14 +196,15 @@ def check_cache(layer, cache, causal_alignment):
         raise ValueError(f"kv_cache must have the layer's num_kv_heads, head_dim and value_dim {wanted}, got {given}")
 
 
-def is_next(layer, query, cache):
+def is_next(layer: LayerSizes, query: NDArray[Any], cache: KVCache) -> bool:
     """Whether `query` (B, L, E) is one token per batch entry that `cache` has room for: nothing is to be raised."""
     return (query.shape[1] == 1 and type(cache) is KVCache and cache.batch == query.shape[0]
             and cache.num_kv_heads == layer.num_kv_heads and cache.head_dim == layer.head_dim
             and cache.value_dim == layer.value_dim and cache._room() > 0)
 
 
-def check_inputs(layer, query, key, value):
+def check_inputs(layer: _Layer, query: ArrayLike, key: ArrayLike | None, value: ArrayLike | None
+                 ) -> tuple[Floats, Floats, Floats]:
     """The three inputs as float arrays of agreeing shapes."""
     if key is None and value is not None:
         raise ValueError("value needs key, got key=None; pass key=query to attend from query to itself")
@@ -194,13 +216,13 @@ def check_inputs(layer, query, key, value):
     return query, key, value
 
 
-def check_input_shapes(layer, query, key, value):
+def check_input_shapes(layer: _Layer, query: NDArray[Any], key: NDArray[Any], value: NDArray[Any]) -> None:
     """Raise unless the shapes of three inputs, arrays of any kind, fit the layer and each other."""
     _check_shapes(layer._query_name, (layer.embed_dim, layer.kdim, layer.vdim), query.shape, key.shape, value.shape)
 
 
 @functools.lru_cache(256)
-def _check_shapes(first, widths, query, key, value):
+def _check_shapes(first: str, widths: Shape, query: Shape, key: Shape, value: Shape) -> None:
     shapes = f"query {query}, key {key}, value {value}"
     if len(query) not in (2, 3):
         raise ValueError(f"{first} must be (B, L, E) or (L, E), got shape {query}")

@@ -1,6 +1,9 @@
 """Multi-head attention in float32."""
 
+from __future__ import annotations
+
 import functools
+from typing import TYPE_CHECKING, Literal, overload
 
 import numpy as np
 
@@ -11,6 +14,16 @@ from edgeattn.layers import steps
 from edgeattn.layers.call import check_call, check_inputs, is_read_as_it_is, is_written_as_it_is
 from edgeattn.layers.weights import AttentionWeights
 from edgeattn.masks import NO_WINDOW, torch_masks
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from numpy.typing import ArrayLike
+    from typing_extensions import Self, Unpack
+
+    from edgeattn.kv_cache import KVCache
+    from edgeattn.on_cuda.layers import FloatOnCuda
+    from edgeattn.types import CallOptions, CausalAlignment, Flag, Floats, Real, TorchOptions, Window
 
 
 class MultiHeadAttention(AttentionWeights):
@@ -63,24 +76,36 @@ class MultiHeadAttention(AttentionWeights):
 
     _query_name = "query"  # what the caller calls it
 
+    @overload
+    def __call__(self, query: ArrayLike, key: ArrayLike | None = None, value: ArrayLike | None = None, *,
+                 need_weights: Literal[False] = False, **options: Unpack[CallOptions]) -> Floats: ...
+
+    @overload
+    def __call__(self, query: ArrayLike, key: ArrayLike | None = None, value: ArrayLike | None = None, *,
+                 need_weights: Literal[True], **options: Unpack[CallOptions]) -> tuple[Floats, Floats]: ...
+
+    @overload
+    def __call__(self, query: ArrayLike, key: ArrayLike | None = None, value: ArrayLike | None = None, *,
+                 need_weights: Flag, **options: Unpack[CallOptions]) -> Floats | tuple[Floats, Floats]: ...
+
     def __call__(
         self,
-        query,
-        key=None,
-        value=None,
+        query: Any,  # an ArrayLike; where the kernel reads it as it is, an array
+        key: ArrayLike | None = None,
+        value: ArrayLike | None = None,
         *,
-        attn_mask=None,
-        key_padding_mask=None,
-        is_causal=False,
-        causal_alignment=None,
-        window_size=NO_WINDOW,
-        softcap=0.0,
-        alibi_slopes=None,
-        kv_cache=None,
-        need_weights=False,
-        average_attn_weights=False,
-        out=None,
-    ):
+        attn_mask: ArrayLike | None = None,
+        key_padding_mask: ArrayLike | None = None,
+        is_causal: Flag = False,
+        causal_alignment: CausalAlignment | None = None,
+        window_size: Window = NO_WINDOW,
+        softcap: Real = 0.0,
+        alibi_slopes: ArrayLike | None = None,
+        kv_cache: KVCache | None = None,
+        need_weights: Flag = False,
+        average_attn_weights: Flag = False,
+        out: Floats | None = None,
+    ) -> Floats | tuple[Floats, Floats]:
         """Attend from `query` to `key` and `value`.
 
         Parameters
@@ -150,7 +175,15 @@ class MultiHeadAttention(AttentionWeights):
         self._kernel(q, k, v, result, *call.mask.for_kernels())
         return call.deliver(result)
 
-    def to(self, device, *, precision="float32"):
+    @overload
+    def to(self, device: Literal["cpu"], *, precision: Literal["float32"] = "float32") -> Self: ...
+
+    @overload
+    def to(self, device: Literal["cuda"], *,
+           precision: Literal["float32", "float16", "tf32"] = "float32") -> FloatOnCuda: ...
+
+    def to(self, device: Literal["cpu", "cuda"], *,
+           precision: Literal["float32", "float16", "tf32"] = "float32") -> Self | FloatOnCuda:
         """The layer on `device`: "cpu", or "cuda", a GPU (docs/cuda.md); `.layer` of that is this one.
 
         Parameters
@@ -170,40 +203,59 @@ class MultiHeadAttention(AttentionWeights):
 
         if device == "cpu" and precision != "float32":
             raise ValueError(f"precision must be 'float32' on the CPU, got {precision!r}, which tensor cores have")
-        return place(self, device, lambda layer: FloatOnCuda(layer, precision))
+        placed: Self | FloatOnCuda = place(self, device, lambda layer: FloatOnCuda(layer, precision))
+        return placed
 
     @functools.cached_property
-    def _fusible(self):
+    def _fusible(self) -> bool:
         """Whether the fused kernel can be the layer: it takes no empty weights, and knows no added keys and no gate."""
         whole = self.head_dim and self.value_dim and self.output_dim
         return bool(whole and not self.extra_keys and not self.gated)
 
     @functools.cached_property
-    def _kernel(self):
+    def _kernel(self) -> FloatLayer:
         return FloatLayer(
             self.num_heads, self.num_kv_heads, self.q_weight, self.k_weight, self.v_weight, self.out_weight,
             self.q_bias, self.k_bias, self.v_bias, self.out_bias, self.scale)
 
     @functools.cached_property
-    def _linears(self):
+    def _linears(self) -> dict[str, Linear]:
         pairs = {
             "q": (self.q_weight, self.q_bias), "k": (self.k_weight, self.k_bias), "v": (self.v_weight, self.v_bias),
             "out": (self.out_weight, self.out_bias), "gate": (self.gate_weight, self.gate_bias)}
         return {name: Linear(*pair) for name, pair in pairs.items() if pair[0] is not None}
 
+    @overload
+    def call_with_torch_masks(
+        self, query: ArrayLike, key: ArrayLike | None = None, value: ArrayLike | None = None, *,
+        need_weights: Literal[False] = False, **options: Unpack[TorchOptions],
+    ) -> Floats: ...
+
+    @overload
+    def call_with_torch_masks(
+        self, query: ArrayLike, key: ArrayLike | None = None, value: ArrayLike | None = None, *,
+        need_weights: Literal[True], **options: Unpack[TorchOptions],
+    ) -> tuple[Floats, Floats]: ...
+
+    @overload
+    def call_with_torch_masks(
+        self, query: ArrayLike, key: ArrayLike | None = None, value: ArrayLike | None = None, *,
+        need_weights: Flag, **options: Unpack[TorchOptions],
+    ) -> Floats | tuple[Floats, Floats]: ...
+
     def call_with_torch_masks(
         self,
-        query,
-        key=None,
-        value=None,
+        query: ArrayLike,
+        key: ArrayLike | None = None,
+        value: ArrayLike | None = None,
         *,
-        attn_mask=None,
-        key_padding_mask=None,
-        is_causal=False,
-        need_weights=False,
-        average_attn_weights=True,
-        out=None,
-    ):
+        attn_mask: ArrayLike | None = None,
+        key_padding_mask: ArrayLike | None = None,
+        is_causal: Flag = False,
+        need_weights: Flag = False,
+        average_attn_weights: Flag = True,
+        out: Floats | None = None,
+    ) -> Floats | tuple[Floats, Floats]:
         """Attend with masks as torch.nn.MultiheadAttention takes them: True = blocked.
 
         Inputs are (B, L, E), as there with batch_first=True. A query with no permitted key has heads of zeros,

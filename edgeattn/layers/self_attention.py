@@ -1,7 +1,21 @@
 """Self-attention with one head."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, overload
+
 from edgeattn.layers.multi_head import MultiHeadAttention
 from edgeattn.masks import NO_WINDOW
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any, SupportsIndex
+
+    from numpy.typing import ArrayLike
+    from typing_extensions import Self, Unpack
+
+    from edgeattn.kv_cache import KVCache
+    from edgeattn.types import Flag, Floats, Real, SelfOptions, Window
 
 
 class SelfAttention(MultiHeadAttention):
@@ -22,20 +36,20 @@ class SelfAttention(MultiHeadAttention):
 
     def __init__(
         self,
-        q_weight=None,
-        k_weight=None,
-        v_weight=None,
-        out_weight=None,
+        q_weight: ArrayLike | None = None,
+        k_weight: ArrayLike | None = None,
+        v_weight: ArrayLike | None = None,
+        out_weight: ArrayLike | None = None,
         *,
-        q_bias=None,
-        k_bias=None,
-        v_bias=None,
-        out_bias=None,
-        bias_k=None,
-        bias_v=None,
-        add_zero_attn=False,
-        gate_weight=None,
-        gate_bias=None,
+        q_bias: ArrayLike | None = None,
+        k_bias: ArrayLike | None = None,
+        v_bias: ArrayLike | None = None,
+        out_bias: ArrayLike | None = None,
+        bias_k: ArrayLike | None = None,
+        bias_v: ArrayLike | None = None,
+        add_zero_attn: Flag = False,
+        gate_weight: ArrayLike | None = None,
+        gate_bias: ArrayLike | None = None,
     ):
         super().__init__(
             1,
@@ -61,27 +75,41 @@ class SelfAttention(MultiHeadAttention):
                 )
 
     @classmethod
-    def _build(cls, num_heads, weights, num_kv_heads=None):
+    def _build(cls, num_heads: SupportsIndex, weights: Mapping[str, Any],
+               num_kv_heads: SupportsIndex | None = None) -> Self:
         if num_heads != 1 or num_kv_heads not in (None, 1):
             raise ValueError(
                 f"num_heads must be 1 for SelfAttention, got {num_heads}; use MultiHeadAttention"
             )
         return cls(**weights)
 
+    # It has one input where its base class has three: a call by keyword differs.
+    @overload  # type: ignore[override]
+    def __call__(self, x: ArrayLike, *, need_weights: Literal[False] = False,
+                 **options: Unpack[SelfOptions]) -> Floats: ...
+
+    @overload
+    def __call__(self, x: ArrayLike, *, need_weights: Literal[True],
+                 **options: Unpack[SelfOptions]) -> tuple[Floats, Floats]: ...
+
+    @overload
+    def __call__(self, x: ArrayLike, *, need_weights: Flag,
+                 **options: Unpack[SelfOptions]) -> Floats | tuple[Floats, Floats]: ...
+
     def __call__(
         self,
-        x,
+        x: ArrayLike,
         *,
-        attn_mask=None,
-        key_padding_mask=None,
-        is_causal=False,
-        window_size=NO_WINDOW,
-        softcap=0.0,
-        alibi_slopes=None,
-        kv_cache=None,
-        need_weights=False,
-        out=None,
-    ):
+        attn_mask: ArrayLike | None = None,
+        key_padding_mask: ArrayLike | None = None,
+        is_causal: Flag = False,
+        window_size: Window = NO_WINDOW,
+        softcap: Real = 0.0,
+        alibi_slopes: ArrayLike | None = None,
+        kv_cache: KVCache | None = None,
+        need_weights: Flag = False,
+        out: Floats | None = None,
+    ) -> Floats | tuple[Floats, Floats]:
         """Attend from `x` to itself.
 
         Parameters

@@ -3,14 +3,33 @@
 The projections give a token the same bits alone and in a chunk, so that a cache does not show how a sequence was cut.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from edgeattn.checks import FLOAT32, to_float32
 from edgeattn.cpu import float32
 from edgeattn.layers.call import handed_over, is_next, is_unmasked, room, self_masks
 
+if TYPE_CHECKING:
+    from typing import Any, TypeAlias
 
-def attend_to_itself(layer, query, out, kv_cache, *masks):
+    from numpy.typing import NDArray
+
+    from edgeattn.kv_cache import KVCache
+    from edgeattn.layers.call import Call
+    from edgeattn.layers.multi_head import MultiHeadAttention
+    from edgeattn.quantized.dynamic import DynamicMultiHeadAttention
+    from edgeattn.types import Float32s, Floats
+
+    _Layer: TypeAlias = MultiHeadAttention | DynamicMultiHeadAttention
+    _Pair: TypeAlias = tuple[Float32s, Float32s]
+
+
+def attend_to_itself(layer: _Layer, query: Float32s, out: Floats | None, kv_cache: KVCache | None, *masks: Any
+                     ) -> Floats | None:
     """What `layer` gives for tokens that its kernel reads as they are, in `out` if there is one; None for other calls.
 
     Those have a cache that needs more than the next token, or masks without a batch axis.
@@ -27,7 +46,7 @@ def attend_to_itself(layer, query, out, kv_cache, *masks):
     return handed_over(result, query, out)
 
 
-def attend(layer, call):
+def attend(layer: _Layer, call: Call) -> Floats | tuple[Floats, Floats]:
     """The result of `call`, a `Call` of `layer`, which has the attributes below.
 
     num_heads, num_kv_heads, head_dim, value_dim, output_dim, scale, extra_keys, bias_k, bias_v, k_bias, gated
@@ -47,7 +66,7 @@ def attend(layer, call):
         _attend_once(layer, call, q, k, v, added, context, weights)
     else:
         with call.cache._chunk():
-            _attend_cached(layer, call, q, k, v, added, context, weights)
+            _attend_cached(layer, call, call.cache, q, k, v, added, context, weights)
     merged = context.swapaxes(1, 2).reshape(batch * queries, heads * layer.value_dim)
     if layer.gated:
         with np.errstate(invalid="ignore"):  # NaN of what is not finite
@@ -56,7 +75,7 @@ def attend(layer, call):
     return call.deliver(result.reshape(batch, queries, layer.output_dim), weights)
 
 
-def attend_next(layer, x, cache):
+def attend_next(layer: _Layer, x: Float32s, cache: KVCache) -> Float32s:
     """`attend` without masks for one token per batch entry, x (B, 1, E) float32 in C order, and all before it."""
     batch, linears = len(x), layer._linears
     x = x.reshape(batch, -1)
@@ -76,33 +95,36 @@ def attend_next(layer, x, cache):
     return result.reshape(batch, 1, layer.output_dim)
 
 
-def _project(layer, name, x, heads, size):
+def _project(layer: _Layer, name: str, x: Floats, heads: int, size: int) -> Float32s:
     """(B, length, inputs) -> (B, heads, length, size) as kernels read it."""
     return to_float32(_rows(layer, name, x).reshape(*x.shape[:2], heads, size).swapaxes(1, 2))
 
 
-def _rows(layer, name, x):
+def _rows(layer: _Layer, name: str, x: Floats) -> Float32s:
     """(B, length, inputs) -> (B * length, outputs)"""
-    return layer._linears[name](to_float32(x).reshape(-1, x.shape[-1]))
+    rows: Float32s = layer._linears[name](to_float32(x).reshape(-1, x.shape[-1]))
+    return rows
 
 
-def _sigmoid(x):
+def _sigmoid(x: Float32s) -> Float32s:
     with np.errstate(over="ignore"):  # of what becomes 0
-        return 1 / (1 + np.exp(-x))
+        result: NDArray[Any] = 1 / (1 + np.exp(-x))
+    return result
 
 
-def added_keys(layer, batch):
+def added_keys(layer: _Layer, batch: int) -> _Pair:
     """Key and value (B, Hkv, extra_keys, size) of `bias_k` and `bias_v`, then zeros."""
-    arrays = []
-    for bias, size in ((layer.bias_k, layer.head_dim), (layer.bias_v, layer.value_dim)):
-        array = np.zeros((batch, layer.num_kv_heads, layer.extra_keys, size), np.float32)
+    def array(bias: Float32s | None, size: int) -> Float32s:
+        keys = np.zeros((batch, layer.num_kv_heads, layer.extra_keys, size), np.float32)
         if bias is not None:
-            array[:, :, 0] = bias.reshape(layer.num_kv_heads, size)
-        arrays.append(array)
-    return arrays
+            keys[:, :, 0] = bias.reshape(layer.num_kv_heads, size)
+        return keys
+
+    return array(layer.bias_k, layer.head_dim), array(layer.bias_v, layer.value_dim)
 
 
-def _attend_once(layer, call, q, k, v, added, context, weights):
+def _attend_once(layer: _Layer, call: Call, q: Float32s, k: Float32s, v: Float32s, added: _Pair | None,
+                 context: Float32s, weights: Float32s | None) -> None:
     mask = call.mask
     if added:
         k, v = (to_float32(np.concatenate(pair, axis=2)) for pair in zip((k, v), added, strict=True))
@@ -110,9 +132,9 @@ def _attend_once(layer, call, q, k, v, added, context, weights):
     float32.attention(q, k, v, mask, context, scale=layer.scale, softcap=call.softcap, weights=weights)
 
 
-def _attend_cached(layer, call, q, k, v, added, context, weights):
+def _attend_cached(layer: _Layer, call: Call, cache: KVCache, q: Float32s, k: Float32s, v: Float32s,
+                   added: _Pair | None, context: Float32s, weights: Float32s | None) -> None:
     """Append this chunk's keys and values to the cache, and attend to what it holds."""
-    cache = call.cache
     cache._check_finite(k, v)
     cache._store_without(layer.k_bias)
     for rows, tokens in call.pieces:

@@ -1,11 +1,24 @@
 """What a float attention layer holds: checked weights, and where they come from."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from edgeattn import checkpoints
 from edgeattn.checks import count, flag, float_array, to_float32
 from edgeattn.files import listed, named
 from edgeattn.functional import default_scale
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from typing import Any, SupportsIndex
+
+    from numpy.typing import ArrayLike
+    from typing_extensions import Self
+
+    from edgeattn.types import Flag, Float32s, OnnxModel, Path
 
 TENSORS = (
     "q_weight", "k_weight", "v_weight", "out_weight", "gate_weight",
@@ -16,26 +29,36 @@ KEY_TENSORS = ("bias_k", "bias_v")  # of a key that is no token, where a layer h
 class AttentionWeights:
     """Weights, numbers of heads and sizes of a float layer; parameters and attributes as `MultiHeadAttention`'s."""
 
+    num_heads: int
+    num_kv_heads: int
+    embed_dim: int
+    kdim: int
+    vdim: int
+    head_dim: int
+    value_dim: int
+    output_dim: int
+
     def __init__(
         self,
-        num_heads,
-        q_weight=None,
-        k_weight=None,
-        v_weight=None,
-        out_weight=None,
+        num_heads: SupportsIndex,
+        q_weight: ArrayLike | None = None,
+        k_weight: ArrayLike | None = None,
+        v_weight: ArrayLike | None = None,
+        out_weight: ArrayLike | None = None,
         *,
-        q_bias=None,
-        k_bias=None,
-        v_bias=None,
-        out_bias=None,
-        num_kv_heads=None,
-        bias_k=None,
-        bias_v=None,
-        add_zero_attn=False,
-        gate_weight=None,
-        gate_bias=None,
+        q_bias: ArrayLike | None = None,
+        k_bias: ArrayLike | None = None,
+        v_bias: ArrayLike | None = None,
+        out_bias: ArrayLike | None = None,
+        num_kv_heads: SupportsIndex | None = None,
+        bias_k: ArrayLike | None = None,
+        bias_v: ArrayLike | None = None,
+        add_zero_attn: Flag = False,
+        gate_weight: ArrayLike | None = None,
+        gate_bias: ArrayLike | None = None,
     ):
-        check_weights(type(self), q_weight=q_weight, k_weight=k_weight, v_weight=v_weight)
+        q_weight, k_weight, v_weight = check_weights(
+            type(self), q_weight=q_weight, k_weight=k_weight, v_weight=v_weight)
         self.num_heads = count("num_heads", num_heads)
         self.num_kv_heads = self.num_heads if num_kv_heads is None else count("num_kv_heads", num_kv_heads)
         if self.num_heads % self.num_kv_heads:
@@ -45,13 +68,13 @@ class AttentionWeights:
         self.q_weight = _parameter("q_weight", q_weight, 2)
         self.k_weight = _parameter("k_weight", k_weight, 2)
         self.v_weight = _parameter("v_weight", v_weight, 2)
-        self.out_weight = _parameter("out_weight", out_weight, 2, optional=True)
-        self.q_bias = _parameter("q_bias", q_bias, 1, optional=True)
-        self.k_bias = _parameter("k_bias", k_bias, 1, optional=True)
-        self.v_bias = _parameter("v_bias", v_bias, 1, optional=True)
-        self.out_bias = _parameter("out_bias", out_bias, 1, optional=True)
-        self.gate_weight = _parameter("gate_weight", gate_weight, 2, optional=True)
-        self.gate_bias = _parameter("gate_bias", gate_bias, 1, optional=True)
+        self.out_weight = _optional("out_weight", out_weight, 2)
+        self.q_bias = _optional("q_bias", q_bias, 1)
+        self.k_bias = _optional("k_bias", k_bias, 1)
+        self.v_bias = _optional("v_bias", v_bias, 1)
+        self.out_bias = _optional("out_bias", out_bias, 1)
+        self.gate_weight = _optional("gate_weight", gate_weight, 2)
+        self.gate_bias = _optional("gate_bias", gate_bias, 1)
 
         self.head_dim = _split("q_weight", self.q_weight, "num_heads", self.num_heads)
         self.value_dim = _split("v_weight", self.v_weight, "num_kv_heads", self.num_kv_heads)
@@ -93,7 +116,8 @@ class AttentionWeights:
             bias_k, bias_v, add_zero_attn, self.num_kv_heads * self.head_dim, self.num_kv_heads * self.value_dim)
 
     @classmethod
-    def from_torch(cls, state_dict_or_path, num_heads, prefix="", *, add_zero_attn=False):
+    def from_torch(cls, state_dict_or_path: Mapping[str, ArrayLike] | Path, num_heads: SupportsIndex, prefix: str = "",
+                   *, add_zero_attn: Flag = False) -> Self:
         """The layer that torch.nn.MultiheadAttention stored; see `checkpoints.torch_weights`.
 
         Masks of this layer mean True = attend, the inverse of torch.nn.MultiheadAttention. Inputs are (B, L, E)
@@ -114,7 +138,9 @@ class AttentionWeights:
             return cls._build(num_heads, {**weights, "add_zero_attn": add_zero_attn})
 
     @classmethod
-    def from_bert(cls, state_dict_or_path, prefix, num_heads):
+    def from_bert(
+        cls, state_dict_or_path: Mapping[str, ArrayLike] | Path, prefix: str, num_heads: SupportsIndex
+    ) -> Self:
         """The attention of one BERT layer; see `checkpoints.bert_weights`.
 
         The residual connection and output.LayerNorm, which BERT also calls attention, are not part of it. The
@@ -131,7 +157,9 @@ class AttentionWeights:
             return cls._build(num_heads, checkpoints.bert_weights(state_dict_or_path, prefix, num_heads))
 
     @classmethod
-    def from_gpt2(cls, state_dict_or_path, prefix, num_heads):
+    def from_gpt2(
+        cls, state_dict_or_path: Mapping[str, ArrayLike] | Path, prefix: str, num_heads: SupportsIndex
+    ) -> Self:
         """The attention of one GPT-2 layer; see `checkpoints.gpt2_weights`.
 
         GPT-2 is causal: call the layer with is_causal=True. Its attention_mask, 1 = a real token, is
@@ -149,7 +177,9 @@ class AttentionWeights:
             return cls._build(num_heads, checkpoints.gpt2_weights(state_dict_or_path, prefix, num_heads))
 
     @classmethod
-    def from_keras(cls, weights_or_path, layer=None):
+    def from_keras(
+        cls, weights_or_path: Path | Mapping[str, ArrayLike] | Sequence[ArrayLike], layer: str | None = None
+    ) -> Self:
         """A MultiHeadAttention or GroupQueryAttention of Keras; see `checkpoints.keras_weights`.
 
         Masks mean True = attend in both. Keras is called (query, value, key), this layer (query, key, value).
@@ -169,7 +199,7 @@ class AttentionWeights:
             return cls._build(num_heads, weights, num_kv_heads)
 
     @classmethod
-    def from_onnx(cls, path_or_model, node=None):
+    def from_onnx(cls, path_or_model: Path | OnnxModel, node: str | SupportsIndex | None = None) -> Self:
         """The layer around an attention node of an ONNX model; see `checkpoints.onnx_weights`.
 
         Bool masks mean True = attend in both. What the node itself says of masks (is_causal, unidirectional, a
@@ -189,28 +219,29 @@ class AttentionWeights:
             return cls._build(num_heads, weights, num_kv_heads)
 
     @classmethod
-    def _build(cls, num_heads, weights, num_kv_heads=None):
+    def _build(cls, num_heads: SupportsIndex, weights: Mapping[str, Any],
+               num_kv_heads: SupportsIndex | None = None) -> Self:
         return cls(num_heads, **weights, num_kv_heads=num_kv_heads)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return (
             f"{type(self).__name__}(num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, "
             f"embed_dim={self.embed_dim}, kdim={self.kdim}, vdim={self.vdim}, head_dim={self.head_dim}, "
             f"value_dim={self.value_dim}, output_dim={self.output_dim})"
         )
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles hold what a file holds: kernels belong to the process."""
         return type(self)._from_state, self._to_state()
 
-    def _to_state(self):
+    def _to_state(self) -> tuple[dict[str, Any], dict[str, Float32s]]:
         """(config, tensors): all that `_from_state` needs to build an equal layer."""
         tensors = {name: getattr(self, name) for name in TENSORS if getattr(self, name) is not None}
         config, added = added_keys_state(self)
         return {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads, **config}, {**tensors, **added}
 
     @classmethod
-    def _from_state(cls, config, tensors):
+    def _from_state(cls, config: Mapping[str, Any], tensors: Mapping[str, ArrayLike]) -> Self:
         unexpected = sorted(set(tensors) - set(TENSORS + KEY_TENSORS))
         missing = sorted({"q_weight", "k_weight", "v_weight"} - set(tensors))
         if missing or unexpected:
@@ -223,8 +254,8 @@ class AttentionWeights:
 AttentionWeights.__init__.__qualname__ = "MultiHeadAttention.__init__"
 
 
-def check_weights(kind, **weights):
-    """Raise where a layer is made without its weights, as layers are that learn theirs."""
+def check_weights(kind: type, **weights: ArrayLike | None) -> list[ArrayLike]:
+    """The weights; raise where a layer is made without its weights, as layers are that learn theirs."""
     missing = [name for name, weight in weights.items() if weight is None]
     if missing:
         first = "" if kind.__name__ == "SelfAttention" else "num_heads, "
@@ -232,9 +263,11 @@ def check_weights(kind, **weights):
             f"{' and '.join(missing)} must be given: {kind.__name__}({first}q_weight, k_weight, v_weight, out_weight, "
             "q_bias=..., ...) is made of trained weights, arrays (outputs, inputs); from_torch, from_bert, from_gpt2, "
             "from_keras and from_onnx read them from what trained them")
+    return [weight for weight in weights.values() if weight is not None]
 
 
-def added_keys(bias_k, bias_v, add_zero_attn, key_size, value_size):
+def added_keys(bias_k: ArrayLike | None, bias_v: ArrayLike | None, add_zero_attn: Flag, key_size: int, value_size: int
+               ) -> tuple[Float32s | None, Float32s | None, bool, int]:
     """(bias_k, bias_v, add_zero_attn, extra_keys), checked: the keys that a layer adds to those of its tokens."""
     keys, values = _key_tensor("bias_k", bias_k, key_size), _key_tensor("bias_v", bias_v, value_size)
     if (keys is None) != (values is None):
@@ -244,13 +277,13 @@ def added_keys(bias_k, bias_v, add_zero_attn, key_size, value_size):
     return keys, values, zero, (keys is not None) + zero
 
 
-def added_keys_state(layer):
+def added_keys_state(layer: Any) -> tuple[dict[str, bool], dict[str, Float32s]]:
     """(config, tensors) of the added keys, empty for a layer without."""
     tensors = {name: getattr(layer, name) for name in KEY_TENSORS if getattr(layer, name) is not None}
     return {"add_zero_attn": True} if layer.add_zero_attn else {}, tensors
 
 
-def _key_tensor(name, value, size):
+def _key_tensor(name: str, value: ArrayLike | None, size: int) -> Float32s | None:
     """An owned, read-only float32 (size,) of `bias_k` or `bias_v`, or None."""
     if value is None:
         return None
@@ -263,10 +296,13 @@ def _key_tensor(name, value, size):
     return array
 
 
-def _parameter(name, value, axes, optional=False):
-    """An owned, read-only float32 copy of a weight or bias, or None."""
-    if value is None and optional:
-        return None
+def _optional(name: str, value: ArrayLike | None, axes: int) -> Float32s | None:
+    """`_parameter` of what may be left out."""
+    return None if value is None else _parameter(name, value, axes)
+
+
+def _parameter(name: str, value: ArrayLike, axes: int) -> Float32s:
+    """An owned, read-only float32 copy of a weight or bias."""
     array = float_array(name, value)
     if array.ndim != axes:
         wanted = "(outputs, inputs)" if axes == 2 else "(outputs,)"
@@ -276,10 +312,10 @@ def _parameter(name, value, axes, optional=False):
     return array
 
 
-def _split(name, weight, heads_name, heads):
+def _split(name: str, weight: Float32s, heads_name: str, heads: int) -> int:
     """Size of one head."""
     if weight.shape[0] % heads:
         raise ValueError(
             f"{name} must have rows for {heads_name} = {heads} heads of equal size, got shape {weight.shape}"
         )
-    return weight.shape[0] // heads
+    return int(weight.shape[0] // heads)

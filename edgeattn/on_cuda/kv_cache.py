@@ -1,7 +1,10 @@
 """A cache of keys and values on a GPU."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -10,6 +13,13 @@ from edgeattn.functional import checked_softcap, default_scale
 from edgeattn.kv_cache import KVCache
 from edgeattn.on_cuda.functional import numbers, result_array
 from edgeattn.on_cuda.masks import arrays_read, device_masks
+
+if TYPE_CHECKING:
+    from typing import Any, SupportsIndex
+
+    from typing_extensions import Self
+
+    from edgeattn.types import Device, Flag, Float32s, Real, Window
 
 
 class CacheOnCuda(KVCache):
@@ -39,13 +49,13 @@ class CacheOnCuda(KVCache):
         elif self.dtype == "int8":
             self._key_scales, self._value_scales = (driver().empty(rows, np.float32) for _ in range(2))
 
-    def to(self, device):
+    def to(self, device: Device) -> Self:
         """The cache itself for "cuda"; another device would need a copy, which `held` gives."""
         if device != "cuda":
             raise ValueError(f"device must be 'cuda' for a cache on the GPU, got {device!r}; held() copies it")
         return self
 
-    def append(self, key, value):
+    def append(self, key: Any, value: Any) -> None:
         """Add the keys and values of n tokens: (B, Hkv, n, D) and (B, Hkv, n, Dv) float32 on the device."""
         from edgeattn.cuda.call import Call
 
@@ -60,7 +70,7 @@ class CacheOnCuda(KVCache):
             if tokens:
                 self.took(tokens, (k, v), call.stream, call.like)
 
-    def held(self):
+    def held(self) -> tuple[Float32s, Float32s]:
         """The tokens held as float32 NumPy copies: (B, Hkv, length - start, D) and (B, Hkv, length - start, Dv)."""
         slots = slice(self._first, self._first + self._length - self._start)
         keys, values = (array.numpy()[:, :, slots, :size].copy() for array, size in (
@@ -72,8 +82,9 @@ class CacheOnCuda(KVCache):
         with np.errstate(invalid="ignore"):
             return tuple(codes * scale for codes, scale in zip((keys, values), scales, strict=True))
 
-    def attend(self, query, *, attn_mask=None, key_padding_mask=None, is_causal=False, scale=None, softcap=0.0,
-               window_size=(-1, -1), alibi_slopes=None, position=None, return_weights=False, out=None):
+    def attend(self, query: Any, *, attn_mask: Any = None, key_padding_mask: Any = None, is_causal: Flag = False,
+               scale: Real | None = None, softcap: Real = 0.0, window_size: Window = (-1, -1), alibi_slopes: Any = None,
+               position: SupportsIndex | None = None, return_weights: Flag = False, out: Any = None) -> Any:
         """Attend from queries on the device to the tokens in the cache; as `KVCache.attend`."""
         from edgeattn.cuda.call import Call
         from edgeattn.cuda.host import both

@@ -1,6 +1,9 @@
 """Layers whose weights lie on a GPU: what `layer.to("cuda")` gives."""
 
+from __future__ import annotations
+
 import functools
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,6 +16,12 @@ from edgeattn.on_cuda.functional import result_array
 from edgeattn.on_cuda.known import OUT, RESULTS, Known
 from edgeattn.on_cuda.masks import arrays_read, device_masks
 from edgeattn.quantized.score_ops import fit_mask
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from edgeattn.kv_cache import KVCache
+    from edgeattn.types import CausalAlignment, Device, Flag, Real, Window
 
 # Of a call's arrays, as edgeattn.on_cuda.known counts them, behind the inputs and `out`.
 _PLACES = {"attn_mask": 4, "key_padding_mask": 5, "alibi_slopes": 6}
@@ -54,17 +63,17 @@ class OnCuda:
         self.layer, self._known = layer, Known()
         self._device = driver().device()  # where the weights go; the driver says what is missing
 
-    def to(self, device):
+    def to(self, device: Device) -> Any:
         """The layer on another device: "cpu" gives the one this was made of."""
         return self.layer if device == "cpu" else place(self, device, lambda layer: layer)
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         # sizes and parameters are those of the layer on the CPU
         if name == "layer":
             raise AttributeError(name)
         return getattr(self.layer, name)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"{self.layer!r}.to('cuda')"
 
     def _arrived(self, dtype, query, key, value):
@@ -151,9 +160,11 @@ class FloatOnCuda(OnCuda):
             {name: getattr(layer, f"{name}_bias") for name in names}, layer.scale, precision)
         self._kernels.add(_added_keys(layer))
 
-    def __call__(self, query, key=None, value=None, *, attn_mask=None, key_padding_mask=None, is_causal=False,
-                 causal_alignment=None, window_size=NO_WINDOW, softcap=0.0, alibi_slopes=None, kv_cache=None,
-                 need_weights=False, average_attn_weights=False, out=None):
+    def __call__(self, query: Any, key: Any = None, value: Any = None, *, attn_mask: Any = None,
+                 key_padding_mask: Any = None, is_causal: Flag = False, causal_alignment: CausalAlignment | None = None,
+                 window_size: Window = NO_WINDOW, softcap: Real = 0.0, alibi_slopes: Any = None,
+                 kv_cache: KVCache | None = None, need_weights: Flag = False, average_attn_weights: Flag = False,
+                 out: Any = None) -> Any:
         """Attend from `query` to `key` and `value`; `kv_cache` is one on the GPU."""
         return _call(self, query, key, value, softcap, kv_cache, need_weights, average_attn_weights, out,
                      attn_mask=attn_mask, key_padding_mask=key_padding_mask, is_causal=is_causal,
@@ -286,7 +297,7 @@ class StaticOnCuda(OnCuda):
         self._tables = None if layer._tables is None else view("tables", driver().array(layer._tables))
         self._classes = None if layer._classes is None else view("classes", driver().array(layer._classes))
 
-    def __call__(self, query, key=None, value=None, **masks_and_out):
+    def __call__(self, query: Any, key: Any = None, value: Any = None, **masks_and_out: Any) -> Any:
         """Attention on reals in NumPy arrays; codes of arrays on the device go to `run_int8`."""
         from edgeattn.cuda.arrays import on_device
 
@@ -295,8 +306,10 @@ class StaticOnCuda(OnCuda):
                             "reals on the device is missing for static layers")
         return type(self.layer).__call__(self, query, key, value, **masks_and_out)
 
-    def run_int8(self, query, key=None, value=None, *, attn_mask=None, key_padding_mask=None, is_causal=False,
-                 causal_alignment=None, window_size=NO_WINDOW, kv_cache=None, need_weights=False, out=None):
+    def run_int8(self, query: Any, key: Any = None, value: Any = None, *, attn_mask: Any = None,
+                 key_padding_mask: Any = None, is_causal: Flag = False, causal_alignment: CausalAlignment | None = None,
+                 window_size: Window = NO_WINDOW, kv_cache: KVCache | None = None, need_weights: Flag = False,
+                 out: Any = None) -> Any:
         """Attention on codes, equal to the named kernel set; arguments and result as the layer's on the CPU."""
         query, key, value = self.layer._distinct(query, key, value)  # refuses what a known call would not look at
         arrays = query, key, value, out, attn_mask, key_padding_mask, None

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal, overload
 
 import numpy as np
 
 from edgeattn.checks import FLOAT32, count, to_float32
-from edgeattn.cpu.layer_dynamic import DynamicLayer
 from edgeattn.cpu.linear_dynamic import DynamicLinear
 from edgeattn.functional import default_scale
 from edgeattn.layers import steps
@@ -17,6 +17,20 @@ from edgeattn.layers.weights import KEY_TENSORS, added_keys, added_keys_state
 from edgeattn.masks import NO_WINDOW
 from edgeattn.quantized.layer import INPUTS, SHORT, QuantizedMultiHeadAttention
 from edgeattn.quantized.parameters import QuantizedLinear, frozen
+
+if TYPE_CHECKING:
+    from typing import Any, SupportsIndex
+
+    from numpy.typing import ArrayLike, NDArray
+    from typing_extensions import Self, Unpack
+
+    from edgeattn.kv_cache import KVCache
+    from edgeattn.on_cuda.layers import DynamicOnCuda
+    from edgeattn.types import CallOptions, CausalAlignment, Device, Flag, Float32s, Floats, Real, Window
+
+    DynamicLayer: Any  # mypy 2.4 --strict breaks off in that file, with an internal error, whoever imports it
+else:
+    from edgeattn.cpu.layer_dynamic import DynamicLayer
 
 
 class DynamicMultiHeadAttention(QuantizedMultiHeadAttention):
@@ -42,13 +56,15 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention):
         The added keys, as for ``MultiHeadAttention``.
     """
 
-    scheme = "dynamic"
+    scheme: Literal["dynamic"] = "dynamic"
 
-    def __init__(self, num_heads: int, weights: Mapping[str, QuantizedLinear], biases: Mapping[str, np.ndarray], *,
-                 num_kv_heads: int | None = None, bias_k=None, bias_v=None, add_zero_attn: bool = False):
+    def __init__(self, num_heads: SupportsIndex, weights: Mapping[str, QuantizedLinear],
+                 biases: Mapping[str, ArrayLike], *, num_kv_heads: SupportsIndex | None = None,
+                 bias_k: ArrayLike | None = None, bias_v: ArrayLike | None = None, add_zero_attn: Flag = False):
         self.num_heads = count("num_heads", num_heads)
         self.num_kv_heads = self.num_heads if num_kv_heads is None else count("num_kv_heads", num_kv_heads)
-        self.weights, self.biases = dict(weights), {}
+        self.weights = dict(weights)
+        self.biases: dict[str, Float32s] = {}
         unknown = sorted(set(self.weights) - set(SHORT)) + sorted(set(biases) - set(self.weights))
         missing = [name for name in INPUTS if name not in self.weights]
         if missing or unknown:
@@ -74,23 +90,51 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention):
         self.bias_k, self.bias_v, self.add_zero_attn, self.extra_keys = added_keys(
             bias_k, bias_v, add_zero_attn, Hkv * self.head_dim, Hkv * self.value_dim)
 
-        def pair(name):
+        def pair(name: str) -> tuple[NDArray[np.int8], Float32s] | None:
             return (self.weights[name].weight, self.weights[name].scale) if name in self.weights else None
 
         self.gated = "gate" in self.weights
         self.k_bias = self.biases.get("key")
         self._fusible = not (self.extra_keys or self.gated)
         fused = (*INPUTS, "output")
-        self._kernel = DynamicLayer(H, Hkv, *map(pair, fused), *(self.biases.get(name) for name in fused), self.scale)
+        self._kernel = DynamicLayer(
+            H, Hkv, *(*map(pair, fused), *(self.biases.get(name) for name in fused), self.scale))
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return (f"{type(self).__name__}(num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, "
                 f"embed_dim={self.embed_dim}, kdim={self.kdim}, vdim={self.vdim}, head_dim={self.head_dim}, "
                 f"value_dim={self.value_dim}, output_dim={self.output_dim})")
 
-    def __call__(self, query, key=None, value=None, *, attn_mask=None, key_padding_mask=None, is_causal=False,
-                 causal_alignment=None, window_size=NO_WINDOW, softcap=0.0, alibi_slopes=None, kv_cache=None,
-                 need_weights=False, average_attn_weights=False, out=None):
+    @overload
+    def __call__(self, query: ArrayLike, key: ArrayLike | None = None, value: ArrayLike | None = None, *,
+                 need_weights: Literal[False] = False, **options: Unpack[CallOptions]) -> Floats: ...
+
+    @overload
+    def __call__(self, query: ArrayLike, key: ArrayLike | None = None, value: ArrayLike | None = None, *,
+                 need_weights: Literal[True], **options: Unpack[CallOptions]) -> tuple[Floats, Floats]: ...
+
+    @overload
+    def __call__(self, query: ArrayLike, key: ArrayLike | None = None, value: ArrayLike | None = None, *,
+                 need_weights: Flag, **options: Unpack[CallOptions]) -> Floats | tuple[Floats, Floats]: ...
+
+    def __call__(
+        self,
+        query: Any,  # an ArrayLike; where the kernel reads it as it is, an array
+        key: ArrayLike | None = None,
+        value: ArrayLike | None = None,
+        *,
+        attn_mask: ArrayLike | None = None,
+        key_padding_mask: ArrayLike | None = None,
+        is_causal: Flag = False,
+        causal_alignment: CausalAlignment | None = None,
+        window_size: Window = NO_WINDOW,
+        softcap: Real = 0.0,
+        alibi_slopes: ArrayLike | None = None,
+        kv_cache: KVCache | None = None,
+        need_weights: Flag = False,
+        average_attn_weights: Flag = False,
+        out: Floats | None = None,
+    ) -> Floats | tuple[Floats, Floats]:
         """Attend from ``query`` to ``key`` and ``value``; arguments and result as ``MultiHeadAttention``'s.
 
         With ``softcap``, ``kv_cache``, ``need_weights``, added keys or a gate the projections alone are int8: what lies
@@ -120,20 +164,27 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention):
         self._kernel(q, k, v, result, *call.mask.for_kernels())
         return call.deliver(result)
 
-    def to(self, device: str):
+    @overload
+    def to(self, device: Literal["cpu"]) -> Self: ...
+
+    @overload
+    def to(self, device: Literal["cuda"]) -> DynamicOnCuda: ...
+
+    def to(self, device: Device) -> Self | DynamicOnCuda:
         """The layer on ``device``: "cpu", or "cuda", a GPU (docs/cuda.md); ``.layer`` of that is this one."""
         from edgeattn.on_cuda.layers import DynamicOnCuda, place
 
-        return place(self, device, DynamicOnCuda)
+        placed: Self | DynamicOnCuda = place(self, device, DynamicOnCuda)
+        return placed
 
     @functools.cached_property
-    def _linears(self):
+    def _linears(self) -> dict[str, DynamicLinear]:
         """The projections one by one, as ``steps`` takes them."""
         return {short: DynamicLinear(linear.weight, linear.scale, self.biases.get(name))
                 for name, short in SHORT.items()
                 if (linear := self.weights.get(name)) is not None}
 
-    def _to_state(self):
+    def _to_state(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
         """(config, tensors): all that ``_from_state`` needs to build an equal layer."""
         tensors = {f"{name}.{part}": getattr(linear, part) for name, linear in self.weights.items()
                    for part in ("weight", "scale")}
@@ -142,8 +193,9 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention):
         return {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads, **config}, {**tensors, **added}
 
     @classmethod
-    def _from_state(cls, config, tensors):
-        groups, added = {}, {}
+    def _from_state(cls, config: Mapping[str, Any], tensors: Mapping[str, ArrayLike]) -> Self:
+        groups: dict[str, dict[str, Any]] = {}
+        added: dict[str, Any] = {}
         for name, array in tensors.items():
             if name in KEY_TENSORS:
                 added[name] = array

@@ -1,6 +1,19 @@
 """What the int8 layers have in common."""
 
-INPUTS = ("query", "key", "value")
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, overload
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+    from numpy.typing import ArrayLike
+    from typing_extensions import Self, Unpack
+
+    from edgeattn.types import CallOptions, Flag, Floats, Input
+
+INPUTS: tuple[Input, Input, Input] = ("query", "key", "value")
 # All projections, and what the weights of a float layer call them.
 SHORT = {"query": "q", "key": "k", "value": "v", "output": "out", "gate": "gate"}
 
@@ -8,9 +21,40 @@ SHORT = {"query": "q", "key": "k", "value": "v", "output": "out", "gate": "gate"
 class QuantizedMultiHeadAttention:
     """Multi-head attention in int8, as ``quant.quantize`` makes it: a static or a dynamic layer, see ``scheme``."""
 
-    scheme: str
+    scheme: Literal["static", "dynamic"]
+    num_heads: int
+    num_kv_heads: int
+    embed_dim: int
+    kdim: int
+    vdim: int
+    head_dim: int
+    value_dim: int
+    output_dim: int
     _query_name = "query"  # what the caller calls it
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles hold what a file holds: kernels belong to the process."""
         return type(self)._from_state, self._to_state()
+
+    if TYPE_CHECKING:  # what either has
+
+        @overload
+        def __call__(self, query: ArrayLike, key: ArrayLike | None = None, value: ArrayLike | None = None, *,
+                     need_weights: Literal[False] = False, **options: Unpack[CallOptions]) -> Floats: ...
+
+        @overload
+        def __call__(self, query: ArrayLike, key: ArrayLike | None = None, value: ArrayLike | None = None, *,
+                     need_weights: Literal[True], **options: Unpack[CallOptions]) -> tuple[Floats, Floats]: ...
+
+        @overload
+        def __call__(self, query: ArrayLike, key: ArrayLike | None = None, value: ArrayLike | None = None, *,
+                     need_weights: Flag, **options: Unpack[CallOptions]) -> Floats | tuple[Floats, Floats]: ...
+
+        def __call__(self, query: Any, key: ArrayLike | None = None, value: ArrayLike | None = None,
+                     **options: Any) -> Floats | tuple[Floats, Floats]:
+            """Attend from ``query`` to ``key`` and ``value``, as ``MultiHeadAttention``."""
+
+        def _to_state(self) -> tuple[dict[str, Any], dict[str, Any]]: ...
+
+        @classmethod
+        def _from_state(cls, config: Mapping[str, Any], tensors: Mapping[str, ArrayLike]) -> Self: ...

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edgeattn import arithmetic as rules
 from edgeattn.arithmetic import CODE_MAX, CODE_MIN
 from edgeattn.checks import as_array, number
+
+if TYPE_CHECKING:
+    from typing import Any, SupportsIndex
+
+    from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+    from edgeattn.types import Codes, Float32s, Real
 
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-60, 2.0**60
 
@@ -29,7 +37,11 @@ class TensorQuantization:
     scale: np.float32
     zero_point: int
 
-    def __post_init__(self):
+    if TYPE_CHECKING:  # what may be given; kept are the types above
+
+        def __init__(self, scale: Real, zero_point: SupportsIndex) -> None: ...
+
+    def __post_init__(self) -> None:
         object.__setattr__(self, "scale", _scale(self.scale, "scale"))
         object.__setattr__(self, "zero_point", operator.index(self.zero_point))
         if not CODE_MIN <= self.zero_point <= CODE_MAX:
@@ -43,18 +55,18 @@ class TensorQuantization:
         scale = np.float32(max((high - low) / 255, smallest))
         return cls(scale, int(np.clip(np.rint(CODE_MIN - low / float(scale)), CODE_MIN, CODE_MAX)))
 
-    def to_json(self) -> list:
+    def to_json(self) -> list[float | int]:
         """[scale, zero_point]; a float32 survives the way through a JSON number."""
         return [float(self.scale), self.zero_point]
 
-    def quantize(self, real) -> np.ndarray:
+    def quantize(self, real: ArrayLike) -> Codes:
         """Nearest codes of ``real``, halves to even, saturated; int8 of the same shape. NaN gets the code of 0."""
         with np.errstate(over="ignore"):
             codes = np.rint(np.asarray(real, np.float32) * (np.float32(1) / self.scale)) + np.float32(self.zero_point)
         codes = np.where(np.isnan(codes), np.float32(self.zero_point), codes)
         return np.clip(codes, CODE_MIN, CODE_MAX).astype(np.int8)
 
-    def dequantize(self, codes) -> np.ndarray:
+    def dequantize(self, codes: ArrayLike) -> Float32s:
         """Reals that ``codes`` stand for, float32 of the same shape."""
         return (np.asarray(codes, np.float32) - np.float32(self.zero_point)) * self.scale
 
@@ -72,11 +84,11 @@ class QuantizedLinear:
     bias : int32 (out_features,) or None
     """
 
-    weight: np.ndarray
-    scale: np.ndarray
-    bias: np.ndarray | None = None
+    weight: Codes
+    scale: Float32s
+    bias: NDArray[np.int32] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         weight = frozen(self.weight, np.int8, "weight")
         if weight.ndim != 2:
             raise ValueError(f"weight must be (out_features, in_features); got shape {weight.shape}")
@@ -95,7 +107,7 @@ class QuantizedLinear:
             object.__setattr__(self, "bias", bias)
 
 
-def _scale(value, name: str) -> np.float32:
+def _scale(value: object, name: str) -> np.float32:
     """A scale as float32."""
     value = number(name, value)
     if not SMALLEST_SCALE <= value <= LARGEST_SCALE:
@@ -103,7 +115,7 @@ def _scale(value, name: str) -> np.float32:
     return np.float32(value)
 
 
-def frozen(array, dtype, name: str) -> np.ndarray:
+def frozen(array: ArrayLike, dtype: DTypeLike, name: str) -> NDArray[Any]:
     """A C-contiguous, read-only copy; refuses a dtype that would have to be converted."""
     array = as_array(name, array)
     if array.dtype != dtype:

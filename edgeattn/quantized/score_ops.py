@@ -5,12 +5,22 @@ from __future__ import annotations
 import math
 import operator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edgeattn import arithmetic as rules
 from edgeattn.arithmetic import CODE_MAX, CODE_MIN
 from edgeattn.quantized.parameters import TensorQuantization, frozen
+
+if TYPE_CHECKING:
+    from typing import Any, SupportsIndex, TypeVar
+
+    from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+    from edgeattn.types import Bools, Codes
+
+    _Scalar = TypeVar("_Scalar", bound=np.generic)
 
 
 @dataclass(frozen=True)
@@ -28,7 +38,7 @@ class MulConstant:
     constant: TensorQuantization
     output: TensorQuantization
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "code", _code(self.code, "code"))
         _check_quantization(self, "constant", "output")
 
@@ -43,11 +53,11 @@ class AddMask:
     mask, output : TensorQuantization
     """
 
-    codes: np.ndarray
+    codes: Codes
     mask: TensorQuantization
     output: TensorQuantization
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "codes", _mask(self.codes, np.int8, "codes"))
         _check_quantization(self, "mask", "output")
 
@@ -64,10 +74,10 @@ class SelectMask:
         The code of a masked score: the lowest, -128.
     """
 
-    keep: np.ndarray
+    keep: Bools
     fill: int = CODE_MIN
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "keep", _mask(self.keep, np.bool_, "keep"))
         object.__setattr__(self, "fill", _code(self.fill, "fill"))
 
@@ -80,21 +90,21 @@ _MOST_OPS = 64
 _MOST_CLASSES = 256  # they are numbered in a byte
 
 
-def _check_quantization(op, *names: str) -> None:
+def _check_quantization(op: ScoreOp, *names: str) -> None:
     for name in names:
         if not isinstance(getattr(op, name), TensorQuantization):
             raise TypeError(f"{name} of {type(op).__name__} must be a scale and a zero point; got "
                             f"{type(getattr(op, name)).__name__}")
 
 
-def _mask(array, dtype, name: str) -> np.ndarray:
+def _mask(array: ArrayLike, dtype: DTypeLike, name: str) -> NDArray[Any]:
     array = frozen(array, dtype, name)
     if array.ndim > 4:
         raise ValueError(f"{name} must broadcast to (B, H, L, S); got shape {array.shape}")
     return array
 
 
-def _code(value, name: str) -> int:
+def _code(value: SupportsIndex, name: str) -> int:
     """An int8 code as a Python int."""
     value = operator.index(value)
     if not CODE_MIN <= value <= CODE_MAX:
@@ -125,7 +135,7 @@ def check_masks(ops: tuple[ScoreOp, ...], num_heads: int, name: str) -> None:
                          f"positions; got {len(ops)} operators and {positions} positions")
 
 
-def fit_mask(mask: np.ndarray, shape: tuple[int, int, int, int]) -> np.ndarray:
+def fit_mask(mask: NDArray[_Scalar], shape: tuple[int, ...]) -> NDArray[_Scalar]:
     """A mask that a layer carries, or what was made of it, as a view of shape (B, H, L, S).
 
     Raises
@@ -141,7 +151,7 @@ def fit_mask(mask: np.ndarray, shape: tuple[int, int, int, int]) -> np.ndarray:
 
 
 def score_map(ops: tuple[ScoreOp, ...], scores: TensorQuantization, kernel_set: rules.KernelSet
-              ) -> tuple[np.ndarray, np.ndarray, TensorQuantization]:
+              ) -> tuple[Codes, NDArray[np.uint8], TensorQuantization]:
     """Any chain of elementwise operators on int8 scores, as one table per class of position.
 
     Returns
@@ -153,7 +163,7 @@ def score_map(ops: tuple[ScoreOp, ...], scores: TensorQuantization, kernel_set: 
         Of the tables' entries.
     """
     tables = np.arange(CODE_MIN, CODE_MAX + 1, dtype=np.int8)[None]
-    classes = np.zeros((1, 1, 1, 1), np.uint16)
+    classes: NDArray[Any] = np.zeros((1, 1, 1, 1), np.uint16)
     for op in ops:
         q = (scores.scale, scores.zero_point)
         if isinstance(op, MulConstant):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal, overload
 
 import numpy as np
 
@@ -37,11 +38,39 @@ from edgeattn.layers.call import (
     room,
     self_masks,
 )
-from edgeattn.masks import NO_WINDOW, no_bool_mask, resolve_mask
+from edgeattn.masks import NO_WINDOW, bool_mask, resolve_mask
 from edgeattn.quantized import steps
 from edgeattn.quantized.layer import INPUTS, QuantizedMultiHeadAttention
 from edgeattn.quantized.parameters import PROBABILITIES, QuantizedLinear, TensorQuantization
 from edgeattn.quantized.score_ops import AddMask, MulConstant, ScoreOp, SelectMask, check_masks, fit_mask, score_map
+
+if TYPE_CHECKING:
+    from typing import Any, SupportsIndex
+
+    from numpy.typing import ArrayLike, NDArray
+    from typing_extensions import Self, Unpack
+
+    from edgeattn.kv_cache import KVCache
+    from edgeattn.layers.call import Pieces
+    from edgeattn.masks import Mask
+    from edgeattn.on_cuda.layers import StaticOnCuda
+    from edgeattn.types import (
+        Arithmetic,
+        Bools,
+        CallOptions,
+        CausalAlignment,
+        CodeOptions,
+        Codes,
+        Device,
+        Flag,
+        Float32s,
+        Floats,
+        Input,
+        MaskOptions,
+        Real,
+        Sources,
+        Window,
+    )
 
 _INT8 = np.dtype(np.int8)
 SOURCES = ((0, 0, 0), (0, 1, 1), (0, 1, 2))
@@ -81,14 +110,14 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         The scores' range need not hold it, for such a row gives its key the whole weight; ``with_mask`` makes it do so.
     """
 
-    scheme = "static"
+    scheme: Literal["static"] = "static"
 
-    def __init__(self, num_heads: int, linears: Mapping[str, QuantizedLinear],
-                 tensors: Mapping[str, TensorQuantization], *, sources: tuple[int, int, int] = (0, 0, 0),
-                 score_ops: tuple[ScoreOp, ...] = (), arithmetic: str = "litert", mask_margin: float | None = None,
-                 lowest_single_score: float | None = None):
+    def __init__(self, num_heads: SupportsIndex, linears: Mapping[str, QuantizedLinear],
+                 tensors: Mapping[str, TensorQuantization], *, sources: Sources = (0, 0, 0),
+                 score_ops: Sequence[ScoreOp] = (), arithmetic: Arithmetic = "litert",
+                 mask_margin: Real | None = None, lowest_single_score: Real | None = None):
         self.kernel_set = rules.kernel_set(arithmetic)
-        self.arithmetic = arithmetic
+        self.arithmetic: Arithmetic = arithmetic
         self.num_heads = self.num_kv_heads = count("num_heads", num_heads)
         self.sources = tuple(sources)
         if self.sources not in SOURCES:
@@ -107,15 +136,16 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         self.output_dim = last.weight.shape[0]
         self._prepare()
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return (f"{type(self).__name__}(num_heads={self.num_heads}, embed_dim={self.embed_dim}, kdim={self.kdim}, "
                 f"vdim={self.vdim}, head_dim={self.head_dim}, value_dim={self.value_dim}, "
                 f"output_dim={self.output_dim}, sources={self.sources}, "
                 f"score_ops=[{', '.join(type(op).__name__ for op in self.score_ops)}], "
                 f"arithmetic={self.arithmetic!r}, mask_margin={self.mask_margin})")
 
-    def _check_parameters(self):
+    def _check_parameters(self) -> None:
         H = self.num_heads
+        name: str
         for name in INPUTS:
             if name not in self.linears:
                 raise ValueError(f"linears must hold {', '.join(map(repr, INPUTS))}; {name!r} is missing")
@@ -148,7 +178,7 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
 
     # -- derived once: what the kernels read ---------------------------------------------------------------------------
 
-    def _kernel_parameters(self):
+    def _kernel_parameters(self) -> dict[str, Any]:
         """What the kernels of any target read, as ``StaticLayer`` names it."""
         kernel_set, t = self.kernel_set, self.tensors
         linears = {}
@@ -157,7 +187,8 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
                                                     t[name].scale)
             linears[name] = (linear.weight, real, linear.bias)
 
-        def batch_matmul(lhs, rhs, output):
+        def batch_matmul(lhs: TensorQuantization, rhs: TensorQuantization, output: TensorQuantization
+                         ) -> tuple[str, np.float64]:
             rule = kernel_set.batch_matmul if rhs.zero_point == 0 else kernel_set.batch_matmul_asymmetric
             real = rules.batch_matmul_multiplier(rule, kernel_set.precision, lhs.scale, rhs.scale, output.scale)
             return rule, real[0]
@@ -170,7 +201,7 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
                     project_rule=kernel_set.fully_connected, score_rule=scores_rule, context_rule=context_rule,
                     softmax_table=self._softmax_table)
 
-    def _prepare(self):
+    def _prepare(self) -> None:
         self.score_map = tables, classes, softmax_input = score_map(
             self.score_ops, self.tensors["scores"], self.kernel_set)
         if softmax_input.scale <= SMALLEST_SOFTMAX_SCALE:
@@ -181,11 +212,18 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         self._classes = np.ascontiguousarray(classes) if classes.size > 1 else None
         self._kernel = StaticLayer(**self._kernel_parameters(), fixed=self.kernel_set.softmax == "fixed")
 
-    def to(self, device: str):
+    @overload
+    def to(self, device: Literal["cpu"]) -> Self: ...
+
+    @overload
+    def to(self, device: Literal["cuda"]) -> StaticOnCuda: ...
+
+    def to(self, device: Device) -> Self | StaticOnCuda:
         """The layer on ``device``: "cpu", or "cuda", a GPU (docs/cuda.md); ``.layer`` of that is this one."""
         from edgeattn.on_cuda.layers import StaticOnCuda, place
 
-        return place(self, device, StaticOnCuda)
+        placed: Self | StaticOnCuda = place(self, device, StaticOnCuda)
+        return placed
 
     def input_of(self, linear: str) -> TensorQuantization:
         """The quantization of the tensor that the linear layer called ``linear`` reads."""
@@ -193,11 +231,11 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
 
     # -- copies with one thing changed ---------------------------------------------------------------------------------
 
-    def with_arithmetic(self, arithmetic: str) -> StaticMultiHeadAttention:
+    def with_arithmetic(self, arithmetic: Arithmetic) -> StaticMultiHeadAttention:
         """The same parameters under another kernel set."""
         return self._replace(arithmetic=arithmetic)
 
-    def with_mask(self, mask) -> StaticMultiHeadAttention:
+    def with_mask(self, mask: ArrayLike) -> StaticMultiHeadAttention:
         """The layer that carries ``mask``: what an exported graph with that mask computes, bit for bit.
 
         A masked score gets the lowest code, -128, as the graph's SELECT_V2 gives it, and so keeps a trace of weight,
@@ -227,7 +265,7 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         check_masks(score_ops, self.num_heads, "mask")
         return self._replace(score_ops=score_ops, tensors=self._tensors_under(score_ops))
 
-    def _tensors_under(self, score_ops):
+    def _tensors_under(self, score_ops: tuple[ScoreOp, ...]) -> dict[str, TensorQuantization]:
         """``tensors``, the scores' range wide enough for what ``score_ops`` permit alone in a row."""
         if self.lowest_single_score is None or not self.mask_margin:
             return self.tensors
@@ -241,21 +279,22 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
             return self.tensors
         return {**self.tensors, "scores": TensorQuantization.over(needed, high)}
 
-    def _replace(self, **changes) -> StaticMultiHeadAttention:
-        arguments = dict(num_heads=self.num_heads, linears=self.linears, tensors=self.tensors, sources=self.sources,
-                         score_ops=self.score_ops, arithmetic=self.arithmetic, mask_margin=self.mask_margin,
-                         lowest_single_score=self.lowest_single_score)
+    def _replace(self, **changes: Any) -> StaticMultiHeadAttention:
+        arguments: dict[str, Any] = dict(
+            num_heads=self.num_heads, linears=self.linears, tensors=self.tensors, sources=self.sources,
+            score_ops=self.score_ops, arithmetic=self.arithmetic, mask_margin=self.mask_margin,
+            lowest_single_score=self.lowest_single_score)
         return StaticMultiHeadAttention(**{**arguments, **changes})
 
-    def _to_state(self):
+    def _to_state(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
         """(config, tensors): all that ``_from_state`` needs to build an equal layer."""
-        arrays = {}
+        arrays: dict[str, NDArray[Any]] = {}
         for name, linear in self.linears.items():
             arrays |= {f"{name}.{part}": array for part in ("weight", "scale", "bias")
                        if (array := getattr(linear, part)) is not None}
         ops = []
         for i, op in enumerate(self.score_ops):
-            row = {"op": type(op).__name__}
+            row: dict[str, Any] = {"op": type(op).__name__}
             for f in dataclasses.fields(op):
                 value = getattr(op, f.name)
                 if isinstance(value, np.ndarray):
@@ -268,17 +307,18 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
                 "mask_margin": self.mask_margin, "lowest_single_score": self.lowest_single_score}, arrays
 
     @classmethod
-    def _from_state(cls, config, tensors):
+    def _from_state(cls, config: Mapping[str, Any], tensors: Mapping[str, ArrayLike]) -> Self:
         if not isinstance(config["tensors"], dict) or not all(isinstance(row, dict) for row in config["score_ops"]):
             raise ValueError("tensors must be an object, and score_ops a list of objects")
-        groups = {}
+        groups: dict[str, dict[str, Any]] = {}
         for name, array in tensors.items():
             group, _, part = name.rpartition(".")
             groups.setdefault(group, {})[part] = array
-        ops = []
+        ops: list[ScoreOp] = []
         for i, row in enumerate(config["score_ops"]):
             row = {**row, **groups.pop(f"score_ops.{i}", {})}
-            kind = {op.__name__: op for op in (MulConstant, AddMask, SelectMask)}.get(row.pop("op"))
+            kinds: dict[str, Any] = {op.__name__: op for op in (MulConstant, AddMask, SelectMask)}
+            kind = kinds.get(row.pop("op"))
             if kind is None:
                 raise ValueError(f"score_ops[{i}] must be MulConstant, AddMask or SelectMask")
             ops.append(kind(**{name: TensorQuantization(*value) if isinstance(value, list) else value
@@ -290,9 +330,36 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
 
     # -- running -------------------------------------------------------------------------------------------------------
 
-    def __call__(self, query, key=None, value=None, *, attn_mask=None, key_padding_mask=None, is_causal=False,
-                 causal_alignment=None, window_size=NO_WINDOW, softcap=0.0, alibi_slopes=None, kv_cache=None,
-                 need_weights=False, average_attn_weights=False, out=None):
+    @overload
+    def __call__(self, query: ArrayLike, key: ArrayLike | None = None, value: ArrayLike | None = None, *,
+                 need_weights: Literal[False] = False, **options: Unpack[CallOptions]) -> Floats: ...
+
+    @overload
+    def __call__(self, query: ArrayLike, key: ArrayLike | None = None, value: ArrayLike | None = None, *,
+                 need_weights: Literal[True], **options: Unpack[CallOptions]) -> tuple[Floats, Floats]: ...
+
+    @overload
+    def __call__(self, query: ArrayLike, key: ArrayLike | None = None, value: ArrayLike | None = None, *,
+                 need_weights: Flag, **options: Unpack[CallOptions]) -> Floats | tuple[Floats, Floats]: ...
+
+    def __call__(
+        self,
+        query: Any,  # an ArrayLike; where the kernel reads it as it is, an array
+        key: ArrayLike | None = None,
+        value: ArrayLike | None = None,
+        *,
+        attn_mask: ArrayLike | None = None,
+        key_padding_mask: ArrayLike | None = None,
+        is_causal: Flag = False,
+        causal_alignment: CausalAlignment | None = None,
+        window_size: Window = NO_WINDOW,
+        softcap: Real = 0.0,
+        alibi_slopes: ArrayLike | None = None,
+        kv_cache: KVCache | None = None,
+        need_weights: Flag = False,
+        average_attn_weights: Flag = False,
+        out: Floats | None = None,
+    ) -> Floats | tuple[Floats, Floats]:
         """Attention on reals: quantize the inputs, ``run_int8``, dequantize.
 
         Parameters
@@ -319,38 +386,38 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         if (key is None and value is None and self.sources == (0, 0, 0) and need_weights is False
                 and average_attn_weights is False and type(query) is np.ndarray and query.dtype == FLOAT32
                 and query.flags.carray and is_written_as_it_is(out, query, self.output_dim, FLOAT32)):
-            source, result = self.tensors["query_input"], self._last
+            source, last = self.tensors["query_input"], self._last
             codes, some_nan = to_codes(query, source.scale, source.zero_point)
             if not some_nan:
                 reals = to_reals(
                     self.run_int8(codes, attn_mask=attn_mask, key_padding_mask=key_padding_mask, is_causal=is_causal,
                                   causal_alignment=causal_alignment, window_size=window_size, kv_cache=kv_cache),
-                    result.scale, result.zero_point)
+                    last.scale, last.zero_point)
                 return deliver(reals, out, FLOAT32)
         average = flag("average_attn_weights", average_attn_weights)
-        masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask, "is_causal": is_causal,
-                 "causal_alignment": causal_alignment, "window_size": window_size}
-        inputs = [None if x is None else as_array(name, x)
+        masks: MaskOptions = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask, "is_causal": is_causal,
+                              "causal_alignment": causal_alignment, "window_size": window_size}
+        inputs: list[Any] = [None if x is None else as_array(name, x)
                   for name, x in zip(INPUTS, self._distinct(query, key, value), strict=True)]
         codes = [None if x is None else self.quantize_input(x, name) for name, x in zip(INPUTS, inputs, strict=True)]
-        nan = [None if x is None else np.isnan(x).any(-1) for x in inputs]
+        nan: list[Any] = [None if x is None else np.isnan(x).any(-1) for x in inputs]
         dtype = result_dtype(*(x for x in inputs if x is not None))
         check_out(out, (*inputs[0].shape[:-1], self.output_dim), dtype)
         some_nan = any(x is not None and x.any() for x in nan)
         if some_nan and kv_cache is not None:
             raise ValueError("query, key and value must hold no NaN with kv_cache: codes cannot keep it")
-        result = self.run_int8(*codes, **masks, kv_cache=kv_cache, need_weights=need_weights)
-        result, weights = result if need_weights else (result, None)
-        result = self.dequantize_output(result)
+        given = self.run_int8(*codes, **masks, kv_cache=kv_cache, need_weights=need_weights)
+        context, weights = given if isinstance(given, tuple) else (given, None)
+        result = self.dequantize_output(context)
         if some_nan:
             result[self._nan_rows([nan[source] for source in self.sources], masks)] = np.nan
-        result = deliver(result, out, dtype)
+        delivered = deliver(result, out, dtype)
         if weights is None:
-            return result
-        weights = self.tensors["probabilities"].dequantize(weights)
-        return result, deliver(weights.mean(axis=-3) if average else weights, None, dtype)
+            return delivered
+        probabilities = self.tensors["probabilities"].dequantize(weights)
+        return delivered, deliver(probabilities.mean(axis=-3) if average else probabilities, None, dtype)
 
-    def _nan_rows(self, nan, masks) -> np.ndarray:
+    def _nan_rows(self, nan: Sequence[Bools], masks: MaskOptions) -> Bools:
         """Whether NaN reaches a query, (..., L); ``nan``: which queries, keys and values hold any, (..., L or S)."""
         query, keys = nan[0], nan[1] | nan[2]
         mask = resolve_mask((*query.shape[:-1], self.num_heads, query.shape[-1], keys.shape[-1]), **masks)
@@ -359,9 +426,10 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         for op in self.score_ops:
             if isinstance(op, SelectMask):
                 seen = seen & op.keep
-        return query | (seen & keys.reshape(mask.shape[0], 1, 1, -1)).any((1, 3)).reshape(query.shape)
+        reached: Bools = (seen & keys.reshape(mask.shape[0], 1, 1, -1)).any((1, 3)).reshape(query.shape)
+        return query | reached
 
-    def quantize_input(self, x, name: str = "query") -> np.ndarray:
+    def quantize_input(self, x: ArrayLike, name: Input = "query") -> Codes:
         """int8 codes of a float input; ``name`` is "query", "key" or "value"."""
         if not is_one_of(name, INPUTS):
             raise ValueError(f"name must be 'query', 'key' or 'value'; got {name!r}")
@@ -370,16 +438,16 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
             raise TypeError(f"{name} must be a float array; got int8 (codes go to run_int8)")
         return self.tensors[f"{INPUTS[self.sources[INPUTS.index(name)]]}_input"].quantize(float_array(name, x))
 
-    def dequantize_output(self, codes) -> np.ndarray:
+    def dequantize_output(self, codes: ArrayLike) -> Float32s:
         """float32 reals of ``run_int8``'s codes."""
         return self._last.dequantize(codes)
 
     @property
-    def _last(self):
+    def _last(self) -> TensorQuantization:
         """The quantization of the result."""
         return self.tensors["output" if "output" in self.linears else "context"]
 
-    def _distinct(self, query, key, value):
+    def _distinct(self, query: Any, key: Any, value: Any) -> list[Any]:
         """The inputs this layer reads, None where it reads an earlier one; refuses others."""
         given = [query, key, value]
         for i, name in enumerate(INPUTS):
@@ -393,8 +461,33 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
                 raise ValueError(f"{name} is required: this layer was quantized with a {name} of its own")
         return given
 
-    def run_int8(self, query, key=None, value=None, *, attn_mask=None, key_padding_mask=None, is_causal=False,
-                 causal_alignment=None, window_size=NO_WINDOW, kv_cache=None, need_weights=False, out=None):
+    @overload
+    def run_int8(self, query: ArrayLike, key: ArrayLike | None = None, value: ArrayLike | None = None, *,
+                 need_weights: Literal[False] = False, **options: Unpack[CodeOptions]) -> Codes: ...
+
+    @overload
+    def run_int8(self, query: ArrayLike, key: ArrayLike | None = None, value: ArrayLike | None = None, *,
+                 need_weights: Literal[True], **options: Unpack[CodeOptions]) -> tuple[Codes, Codes]: ...
+
+    @overload
+    def run_int8(self, query: ArrayLike, key: ArrayLike | None = None, value: ArrayLike | None = None, *,
+                 need_weights: Flag, **options: Unpack[CodeOptions]) -> Codes | tuple[Codes, Codes]: ...
+
+    def run_int8(
+        self,
+        query: Any,  # an ArrayLike, and from the checks on an array
+        key: Any = None,
+        value: Any = None,
+        *,
+        attn_mask: ArrayLike | None = None,
+        key_padding_mask: ArrayLike | None = None,
+        is_causal: Flag = False,
+        causal_alignment: CausalAlignment | None = None,
+        window_size: Window = NO_WINDOW,
+        kv_cache: KVCache | None = None,
+        need_weights: Flag = False,
+        out: Codes | None = None,
+    ) -> Codes | tuple[Codes, Codes]:
         """Attention on codes, equal to the named kernel set.
 
         Parameters
@@ -456,13 +549,13 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         query, key, value = self._check_codes(query, key, value)
         lead, L, S = query.shape[:-2], query.shape[-2], key.shape[-2]
         check_out(out, (*lead, L, self.output_dim), _INT8)
-        if attn_mask is not None and (attn_mask := as_array("attn_mask", attn_mask)).dtype != np.bool_:
-            raise no_bool_mask(attn_mask.dtype)
-        masks = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask, "is_causal": is_causal,
-                 "causal_alignment": causal_alignment, "window_size": window_size}
+        if attn_mask is not None:
+            attn_mask = bool_mask(attn_mask)
         if kv_cache is not None:
             self._check_cache(kv_cache, causal_alignment)
-        mask, pieces = resolve_call_mask((*lead, self.num_heads, L, S), kv_cache, **masks)
+        mask, pieces = resolve_call_mask(
+            (*lead, self.num_heads, L, S), kv_cache, attn_mask=attn_mask, key_padding_mask=key_padding_mask,
+            is_causal=is_causal, causal_alignment=causal_alignment, window_size=window_size)
         B = mask.shape[0]
         query, key, value = (x.reshape(B, *x.shape[-2:]) for x in (query, key, value))
         result = np.empty((B, L, self.output_dim), np.int8)
@@ -476,12 +569,12 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         elif result.size:
             self._run_fused(query, key, value, mask, result)
         result = deliver(result.reshape(*lead, L, self.output_dim), out, _INT8)
-        return (result, weights.reshape(*lead, *weights.shape[1:])) if need_weights else result
+        return result if weights is None else (result, weights.reshape(*lead, *weights.shape[1:]))
 
-    def _check_codes(self, query, key, value):
+    def _check_codes(self, query: Any, key: Any, value: Any) -> tuple[Codes, Codes, Codes]:
         """The three inputs as int8 arrays of agreeing shapes."""
         inputs = self._distinct(query, key, value)
-        arrays = [None if x is None else _codes(x, name) for name, x in zip(INPUTS, inputs, strict=True)]
+        arrays: list[Any] = [None if x is None else _codes(x, name) for name, x in zip(INPUTS, inputs, strict=True)]
         query, key, value = (arrays[source] for source in self.sources)
         lead, S = query.shape[:-2], key.shape[-2]
         for name, x, width in zip(INPUTS, (query, key, value), (self.embed_dim, self.kdim, self.vdim), strict=True):
@@ -502,13 +595,13 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
                 raise ValueError(f"layer must have keys and values without a zero point for a cache; got "
                                  f"{self.tensors[name].zero_point} of its {name}: quantize the float layer with "
                                  "quant.quantize, or give each call the whole sequence")
-        return tuple(float(self.tensors[name].scale) for name in ("key", "value"))
+        return float(self.tensors["key"].scale), float(self.tensors["value"].scale)
 
-    def _check_cache(self, cache, causal_alignment):
+    def _check_cache(self, cache: KVCache, causal_alignment: CausalAlignment | None) -> None:
         check_cache(self, cache, causal_alignment)
         self.check_codes_of(cache)
 
-    def check_codes_of(self, cache):
+    def check_codes_of(self, cache: KVCache) -> None:
         """Raise unless `cache`, of this layer's sizes, holds codes of this layer's scales."""
         if cache.scales != self.cache_scales:
             raise ValueError(f"kv_cache must have this layer's scales {self.cache_scales}, got {cache.scales}; make it "
@@ -517,7 +610,7 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
             raise ValueError("kv_cache needs a layer without a mask of its own, which is for one length; pass masks to "
                              "each call")
 
-    def _run_fused(self, query, key, value, mask, result):
+    def _run_fused(self, query: Codes, key: Codes, value: Codes, mask: Mask, result: Codes) -> None:
         keep, _, band, _ = mask.for_kernels()
         classes = self._classes
         if classes is not None:
@@ -527,7 +620,8 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
             keep, band, classes = np.zeros((1, 1, 1, 1), np.bool_), None, None
         self._kernel(query, key, value, result, keep, band, classes, self._tables)
 
-    def _run_cached(self, query, key, value, mask, cache, pieces, result):
+    def _run_cached(self, query: Codes, key: Codes, value: Codes, mask: Mask, cache: KVCache, pieces: Pieces,
+                    result: Codes) -> None:
         for rows, tokens in pieces:
             xk = np.ascontiguousarray(key[:, slice(*tokens)])
             xv = xk if value is key else np.ascontiguousarray(value[:, slice(*tokens)])
@@ -543,27 +637,29 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
             result[:, slice(*rows)] = some
 
     @functools.cached_property
-    def _requantizations(self):
+    def _requantizations(self) -> dict[str, steps.Requantization]:
         return steps.requantizations(self)
 
-    def _run_in_steps(self, query, key, value, mask, cache, pieces, result, weights):
+    def _run_in_steps(self, query: Codes, key: Codes, value: Codes, mask: Mask, cache: KVCache | None, pieces: Pieces,
+                      result: Codes, weights: Codes | None) -> None:
         q, k, v = (steps.heads(self, steps.project(self, name, x))
                    for name, x in zip(INPUTS, (query, key, value), strict=True))
         context = np.empty((*q.shape[:3], self.value_dim), np.int8)
         if cache is None:
             steps.attend(self, q, k, v, mask, context, weights)
-        for rows, tokens in pieces:
-            cache._append(k[:, :, slice(*tokens)], v[:, :, slice(*tokens)])
-            keys, values, _, _ = cache._views()
-            held = slice(cache.start, cache.length)
-            some = None if weights is None else weights[:, :, slice(*rows), held]
-            steps.attend(self, q[:, :, slice(*rows)], keys, values, mask.part(rows, (held.start, held.stop)),
-                         context[:, :, slice(*rows)], some)
+        else:
+            for rows, tokens in pieces:
+                cache._append(k[:, :, slice(*tokens)], v[:, :, slice(*tokens)])
+                keys, values, _, _ = cache._views()
+                held = slice(cache.start, cache.length)
+                some = None if weights is None else weights[:, :, slice(*rows), held]
+                steps.attend(self, q[:, :, slice(*rows)], keys, values, mask.part(rows, (held.start, held.stop)),
+                             context[:, :, slice(*rows)], some)
         merged = context.swapaxes(1, 2).reshape(*result.shape[:2], self.num_heads * self.value_dim)
         result[...] = steps.project(self, "output", merged) if "output" in self.linears else merged
 
 
-def _refuse(softcap, alibi_slopes) -> None:
+def _refuse(softcap: Real, alibi_slopes: ArrayLike | None) -> None:
     """Raise unless both leave the scores as they are."""
     given = [("softcap", "0")] if checked_softcap(softcap) else []
     given += [("alibi_slopes", "None")] if alibi_slopes is not None else []
@@ -572,7 +668,7 @@ def _refuse(softcap, alibi_slopes) -> None:
                          "set has it; layers of quant.quantize(layer, scheme='dynamic') take it")
 
 
-def _codes(x, name: str) -> np.ndarray:
+def _codes(x: ArrayLike, name: str) -> Codes:
     """A C-contiguous int8 view or copy of an input."""
     x = as_array(name, x)
     if x.dtype != np.int8:

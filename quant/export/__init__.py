@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -10,19 +11,29 @@ import edgeattn
 from edgeattn.checks import as_array, count, is_one_of
 from edgeattn.files import as_path, check_folder, write_atomic
 from edgeattn.layers import MultiHeadAttention
-from edgeattn.quantized import DynamicMultiHeadAttention, QuantizedMultiHeadAttention
+from edgeattn.quantized import DynamicMultiHeadAttention, QuantizedMultiHeadAttention, StaticMultiHeadAttention
 from quant.export.bundle import write_bundle
 from quant.export.c import write_c
 from quant.export.c_files import check_beside, write_together
 from quant.export.targets import NATIVE, TARGETS, host_target, target_of
 from quant.export.tflite import write_tflite
 
+if TYPE_CHECKING:
+    from typing import Any, Literal, SupportsIndex
+
+    from numpy.typing import ArrayLike
+
+    from edgeattn import types
+    from quant.types import TargetName
+
 SUFFIXES = (".tflite", ".safetensors", ".c", ".so")
 ANY_SHAPE = (".safetensors", ".so")
 
 
-def export(layer, path, *, batch: int = 1, sequence_length: int | None = None, key_length: int | None = None,
-           mask=None, test_vectors: int | None = None, target: str | None = None) -> Path:
+def export(layer: MultiHeadAttention | QuantizedMultiHeadAttention, path: types.Path, *, batch: SupportsIndex = 1,
+           sequence_length: SupportsIndex | None = None, key_length: SupportsIndex | None = None,
+           mask: Literal["causal"] | ArrayLike | None = None, test_vectors: SupportsIndex | None = None,
+           target: TargetName | None = None) -> Path:
     """Write ``layer`` to ``path`` in the format its suffix names; nothing half-written is ever left there.
 
     Parameters
@@ -70,27 +81,27 @@ def export(layer, path, *, batch: int = 1, sequence_length: int | None = None, k
     if not isinstance(layer, (MultiHeadAttention, QuantizedMultiHeadAttention)):
         raise TypeError(f"layer must be a MultiHeadAttention or what quant.quantize returns; "
                         f"got {type(layer).__name__}")
-    if is_one_of(target, (NATIVE,)):
-        target = host_target()
-    if target is not None and path.is_dir():
-        target_of(target)
-        path /= f"attention-{target}.so"
+    processor: str | None = host_target() if is_one_of(target, (NATIVE,)) else target
+    if processor is not None and path.is_dir():
+        target_of(processor)
+        path /= f"attention-{processor}.so"
     if path.suffix not in SUFFIXES:
         raise ValueError(f"path must end in one of {', '.join(SUFFIXES)}; got {str(path)!r}")
     if isinstance(layer, DynamicMultiHeadAttention) and (path.suffix not in ANY_SHAPE or mask is not None):
         raise ValueError(f"layer is dynamic, which only .safetensors and .so files hold, without a mask; got "
                          f"{str(path)!r}; quantize with scheme='static' for the other formats")
-    if target is None and path.suffix == ".so":
+    if processor is None and path.suffix == ".so":
         raise ValueError(f"target must name the processor of a .so, one of {', '.join(TARGETS)}; it is missing for "
                          f"{str(path)!r}")
-    if target is not None and path.suffix != ".so":
-        raise ValueError(f"target must be left out but for a .so; got {target!r} for {str(path)!r}")
+    if processor is not None and path.suffix != ".so":
+        raise ValueError(f"target must be left out but for a .so; got {processor!r} for {str(path)!r}")
     if test_vectors is not None:
         if path.suffix != ".c":
             raise ValueError(f"test_vectors must be left out but for a .c; got {test_vectors!r} for {str(path)!r}")
         test_vectors = count("test_vectors", test_vectors)
-    lengths = {"batch": batch, "sequence_length": sequence_length, "key_length": key_length}
-    lengths = {name: None if length is None else count(name, length) for name, length in lengths.items()}
+    given = {"batch": batch, "sequence_length": sequence_length, "key_length": key_length}
+    lengths: dict[str, Any] = {
+        name: None if length is None else count(name, length) for name, length in given.items()}
     if path.suffix in ANY_SHAPE:
         needed = {"sequence_length": sequence_length, "key_length": key_length} if mask is None else {}
         for name, value, default in (("batch", batch, 1), *((n, v, None) for n, v in needed.items())):
@@ -110,20 +121,20 @@ def export(layer, path, *, batch: int = 1, sequence_length: int | None = None, k
         write_atomic(path, write_tflite(layer, **lengths, mask=mask))
         return path
     if mask is not None:
-        if isinstance(layer, MultiHeadAttention):
+        if not isinstance(layer, StaticMultiHeadAttention):
             raise ValueError(f"mask must be left out for a float layer in a {path.suffix} file, which holds none; pass "
                              "it to each call")
         layer = layer.with_mask(mask)
-    if path.suffix == ".so":
+    if path.suffix == ".so" and processor is not None:
         check_beside(path, [f"{path.stem}.h"])
-        files = write_bundle(layer, path.name, target)
+        files = write_bundle(layer, path.name, processor)
         write_together({path.with_name(name): content for name, content in files.items()})
         return path
     edgeattn.save(layer, path)
     return path
 
 
-def _mask(mask, sequence_length: int | None, key_length: int | None) -> np.ndarray:
+def _mask(mask: ArrayLike, sequence_length: int | None, key_length: int | None) -> types.Bools:
     """The mask argument as a bool array."""
     if isinstance(mask, str):
         if mask != "causal":

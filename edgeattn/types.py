@@ -1,0 +1,160 @@
+"""Types of arguments and results, for type checkers: nothing imports this module when it runs.
+
+A program may, to annotate what it hands on: `def heads(x: Floats, window: Window) -> Floats`.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any, Literal, Protocol, SupportsIndex, TypeAlias, TypedDict
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+if TYPE_CHECKING:
+    from edgeattn.kv_cache import KVCache
+
+Floats: TypeAlias = NDArray[np.floating[Any]]  # float16, float32 or float64: results have the dtype of their inputs
+Float32s: TypeAlias = NDArray[np.float32]
+Codes: TypeAlias = NDArray[np.int8]
+Bools: TypeAlias = NDArray[np.bool_]
+
+Flag: TypeAlias = bool | np.bool_
+Real: TypeAlias = float | np.floating[Any] | np.integer[Any]
+Shape: TypeAlias = tuple[int, ...]
+KernelMask: TypeAlias = tuple[Bools | None, Float32s | None, tuple[int, int] | None, NDArray[np.float64] | None]
+Window: TypeAlias = tuple[SupportsIndex, SupportsIndex]
+Path: TypeAlias = str | os.PathLike[str]
+
+CausalAlignment: TypeAlias = Literal["upper_left", "lower_right"]
+Precision: TypeAlias = Literal["float32", "int8", "float16", "tf32"]
+Device: TypeAlias = Literal["cpu", "cuda"]
+Input: TypeAlias = Literal["query", "key", "value"]
+Sources: TypeAlias = tuple[int, int, int]
+# The names in edgeattn.arithmetic.KERNEL_SETS.
+Arithmetic: TypeAlias = Literal["litert", "litert-arm", "litert-builtin", "litert-reference", "tflite-runtime", "tflm"]
+CacheDtype: TypeAlias = (Literal["float32", "int8"] | np.dtype[np.float32] | np.dtype[np.int8]
+                         | type[np.float32] | type[np.int8])
+
+
+class LayerSizes(Protocol):
+    """What every layer has, and every bundle."""
+
+    num_heads: int
+    num_kv_heads: int
+    embed_dim: int
+    kdim: int
+    vdim: int
+    head_dim: int
+    value_dim: int
+    output_dim: int
+
+
+class DeviceArray(Protocol):
+    """An array that can lie on a GPU: of torch, CuPy or Numba. The result of a call is one of its kind."""
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]: ...
+
+
+class OnnxModel(Protocol):
+    """An onnx.ModelProto."""
+
+    @property
+    def graph(self) -> Any: ...  # noqa: D102
+
+
+class MaskOptions(TypedDict, total=False):
+    """What restricts attention in a call of a layer."""
+
+    attn_mask: ArrayLike | None
+    key_padding_mask: ArrayLike | None
+    is_causal: Flag
+    causal_alignment: CausalAlignment | None
+    window_size: Window
+
+
+class CallOptions(MaskOptions, total=False):
+    """Keywords of a layer's call but `need_weights`, on which the result's type depends."""
+
+    softcap: Real
+    alibi_slopes: ArrayLike | None
+    kv_cache: KVCache | None
+    average_attn_weights: Flag
+    out: Floats | None
+
+
+class SelfOptions(TypedDict, total=False):
+    """The same of `SelfAttention`."""
+
+    attn_mask: ArrayLike | None
+    key_padding_mask: ArrayLike | None
+    is_causal: Flag
+    window_size: Window
+    softcap: Real
+    alibi_slopes: ArrayLike | None
+    kv_cache: KVCache | None
+    out: Floats | None
+
+
+class TorchOptions(TypedDict, total=False):
+    """The same of `MultiHeadAttention.call_with_torch_masks`."""
+
+    attn_mask: ArrayLike | None
+    key_padding_mask: ArrayLike | None
+    is_causal: Flag
+    average_attn_weights: Flag
+    out: Floats | None
+
+
+class CodeOptions(MaskOptions, total=False):
+    """The same of `StaticMultiHeadAttention.run_int8`."""
+
+    kv_cache: KVCache | None
+    out: Codes | None
+
+
+class FunctionOptions(TypedDict, total=False):
+    """Keywords of `scaled_dot_product_attention` but `return_weights` and `return_lse`."""
+
+    is_causal: Flag
+    causal_alignment: CausalAlignment | None
+    scale: Real | None
+    enable_gqa: Flag
+    softcap: Real
+    window_size: Window
+    kv_lengths: ArrayLike | None
+    alibi_slopes: ArrayLike | None
+    precision: Precision
+    out: Floats | None
+
+
+class DeviceOptions(TypedDict, total=False):
+    """The same for arrays on a GPU, and those two."""
+
+    is_causal: Flag
+    causal_alignment: CausalAlignment | None
+    scale: Real | None
+    enable_gqa: Flag
+    softcap: Real
+    window_size: Window
+    kv_lengths: DeviceArray | None
+    alibi_slopes: DeviceArray | None
+    return_weights: Flag
+    return_lse: Flag
+    precision: Precision
+    out: DeviceArray | None
+
+
+class CacheOptions(TypedDict, total=False):
+    """Keywords of `KVCache.attend` but `return_weights`."""
+
+    attn_mask: ArrayLike | None
+    key_padding_mask: ArrayLike | None
+    is_causal: Flag
+    scale: Real | None
+    softcap: Real
+    window_size: Window
+    alibi_slopes: ArrayLike | None
+    position: SupportsIndex | None
+    out: Floats | None

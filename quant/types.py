@@ -1,0 +1,17 @@
+"""Types of arguments, for type checkers: nothing imports this module when it runs. See edgeattn.types."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, TypeAlias
+
+from numpy.typing import ArrayLike
+
+Scheme: TypeAlias = Literal["static", "dynamic"]
+# The names in quant.observers.OBSERVERS.
+Observer: TypeAlias = Literal["minmax", "percentile", "mse"]
+# The names in quant.export.targets.TARGETS.
+TargetName: TypeAlias = Literal["aarch64", "cortex-a53", "cortex-a72", "cortex-a76", "x86-64-v3", "x86-64-v3-vnni",
+                                "x86-64-v4", "x86-64-v4-vnni", "native"]
+# A query, or the arguments of a call by name.
+Batch: TypeAlias = ArrayLike | Mapping[str, Any]
