@@ -7,14 +7,15 @@ import pytest
 
 # These compile most; they come first, so that no process is left with one of them when the others have ended.
 FIRST = """
-    test_instruction_sets test_fence test_threads test_bundle test_generated_code test_planted_bugs test_export_c
+    test_readme test_instruction_sets test_fence test_threads test_bundle test_compile_cost test_generated_code
+    test_planted_bugs test_export_c
 """.split()
 # What these hold does not depend on NumPy: instructions, compiled loops, caches, emulated processors, C. `--numpy` leaves
 # them out, for a leg that repeats the suite on another NumPy.
 WITHOUT_NUMPY = """
     test_arm64 test_compile_cost test_crew test_cuda_cache test_cuda_compile test_cuda_float32 test_cuda_instructions
-    test_cuda_int8 test_cuda_layers test_cuda_mutations test_cuda_on_device test_cuda_order test_cuda_probabilities test_cuda_torch
-    test_cuda_versions test_decode test_dynamic_kernels test_export_c test_fence test_generated_code
+    test_cuda_int8 test_cuda_layers test_cuda_mutations test_cuda_on_device test_cuda_order test_cuda_probabilities
+    test_cuda_torch test_cuda_versions test_decode test_dynamic_kernels test_export_c test_fence test_generated_code
     test_instruction_sets test_interrupts test_isa test_jit test_kernels_float32 test_kernels_int8 test_planted_bugs
     test_readers test_readme test_simd test_threads test_trusted
 """.split()
