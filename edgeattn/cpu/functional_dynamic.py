@@ -85,7 +85,8 @@ def attention_part(q, k, v, out, parameters, factor, keep, bias, scratch, batch,
     shared_b, shared_f = shared.view(np.int8), shared.view(np.float32)
     at_natural, at_rows, at_weights, at_mean = p.at_natural, p.at_rows, p.at_weights, p.at_mean
     band = p.band != 0
-    has_mask = keep.size > 0 or bias.size > 0 or p.alibi != 0
+    has_bias = bias.size > 0 or p.alibi != 0
+    has_mask = keep.size > 0 or has_bias
     if MATRIX:
         matrix_configure(private, p.at_stats)
     if phase == PROJECTING:
@@ -164,7 +165,7 @@ def attention_part(q, k, v, out, parameters, factor, keep, bias, scratch, batch,
                      shared_f, p.at_vlog + at, shared_f, p.at_vinverse + at, shared_f[p.at_units + kv], first, last,
                      Dvp, private, private_u, private_f, p.at_scores, p.at_probabilities, p.at_stats, p.at_dither,
                      private_f, p.at_context, q0, band, p.low, p.high, full_from, full_to, private_f,
-                     p.at_masks, has_mask, bias.size > 0 or p.alibi != 0)
+                     p.at_masks, has_mask, has_bias)
         turn(private, p.at_context, Dv_up, WIDTH, private, at_natural)
         for l in range(queries):
             for d in range(Dv):

@@ -229,7 +229,8 @@ def layer_part(xq, xk, xv, out, weights, factors, parameters, keep, bias, scratc
             matrix_release()
         return
     b0, b1 = begin, min(begin + portion, (L + WIDTH - 1) // WIDTH)
-    has_mask = keep.size > 0 or bias.size > 0 or p.alibi != 0
+    has_bias = bias.size > 0 or p.alibi != 0
+    has_mask = keep.size > 0 or has_bias
     mask_per_head = p.keep_h != 0 or p.bias_h != 0 or p.alibi != 0
     deep = (D4 + MATRIX_DEPTH - 1) // MATRIX_DEPTH * MATRIX_DEPTH
     for i in range(p.at_q + D4 * WIDTH, p.at_q + deep * WIDTH, LANES):
@@ -259,7 +260,7 @@ def layer_part(xq, xk, xv, out, weights, factors, parameters, keep, bias, scratc
                          at_vinverse + kv * S_up, shared_f[p.at_units + kv], first, last, Dvp, private, private_u,
                          private_f, at_scores, p.at_probabilities, p.at_stats, p.at_dither, private_f,
                          at_context + h * Dvp * WIDTH, q0, band, p.low, p.high, full_from, full_to, private_f,
-                         p.at_masks, has_mask, bias.size > 0 or p.alibi != 0)
+                         p.at_masks, has_mask, has_bias)
         at_row = (batch * L + q0) * Eo
         if p.has_out == 0:
             for h in range(H):
