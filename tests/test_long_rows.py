@@ -139,6 +139,7 @@ def test_layers_and_caches_under_a_huge_mask():
         mask[:4] = huge
         wanted = np.broadcast_to((x[0] @ weights["v_weight"].T).mean(0), (1, 4, 32))
         assert relative_error(dynamic(x, attn_mask=mask)[:, :4], wanted) < 0.06
+        assert relative_error(layer(x, attn_mask=mask, need_weights=True)[0][:, :4], wanted) < 1e-5
         cache = edgeattn.KVCache.for_layer(dynamic, 1, 11, dtype="int8")
         assert relative_error(dynamic(x, attn_mask=mask, kv_cache=cache)[:, :4], wanted) < 0.06
         k, v = (rng.standard_normal((1, 2, 11, 16)).astype(np.float32) for _ in range(2))

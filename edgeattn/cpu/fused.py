@@ -41,7 +41,7 @@ from .simd import (
     to_float,
     transpose_block,
 )
-from .softmax import LOG2_E, exp2, exp2_within, tanh
+from .softmax import LOG2_E, exp2, exp2_within, masked_score, tanh
 
 KEY_BLOCK = BLOCK
 SCORE_CHAIN = CHAIN // 2  # an error of a score counts as often as the score is large
@@ -364,7 +364,8 @@ def attend_around(q, k, v, out, D, Dv, seen, mask, softcap, scratch):
                     score += np.float64(q.data[q.at + d * WIDTH + l]) * np.float64(k.data[k.at + s * k.step + d])
                 if softcap > _ZERO:
                     score = np.float64(np.tanh(np.float32(score))) * np.float64(softcap) * np.float64(LOG2_E)
-                score += np.float64(m)
+                if mask.given:
+                    score = masked_score(score, m)
                 if score == -np.inf:
                     continue
                 if not (score <= best):

@@ -8,6 +8,8 @@ from numba.extending import register_jitable
 from edgeattn import threads
 from edgeattn.jit import jit
 
+from .softmax import masked_score
+
 _WORK = 8  # a sum in float64, one number at a time, for each of the operations of a tile
 _NO_KEEP = np.empty((0, 0, 0, 0), np.bool_)
 _NO_BIAS = np.empty((0, 0, 0, 0), np.float32)
@@ -135,11 +137,11 @@ def _attention(query, key, value, keep, bias, slopes, left, right, offset, lengt
                         bias_row = _row(bias, b, h, i)
                         for j in range(first, last):
                             permitted[j] = permitted[j] and bias_row[j] != -np.inf
-                            scores[j] += np.float64(bias_row[j])
+                            scores[j] = masked_score(scores[j], bias_row[j])
                     if slopes.size > 0:
                         slope = np.float64(slopes[min(b, slopes.shape[0] - 1), h])
                         for j in range(first, last):
-                            scores[j] -= slope * abs(i + offset[b] - j)
+                            scores[j] = masked_score(scores[j], -slope * abs(i + offset[b] - j))
 
                     # 3. Softmax over the permitted keys; one whose score is -inf is none. NaN wins no comparison, and
                     # spreads from the sum.

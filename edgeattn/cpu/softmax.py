@@ -88,3 +88,11 @@ def tanh(z):
     large = splat(_ONE) - splat(_TWO) / (exp2(capped * splat(_TWO_LOG2_E)) + splat(_ONE))
     large = float_of_bits(bits_of(large) | sign)
     return select(size < splat(np.float32(0.625)), small, large)
+
+
+@inlined
+def masked_score(score, mask):
+    """score + mask, float64, rounded where float32 can hold it: there, a huge mask leaves all keys of a row alike."""
+    added = score + np.float64(mask)
+    rounded = np.float64(np.float32(added))
+    return rounded if abs(rounded) < np.inf else added
