@@ -95,4 +95,4 @@ def masked_score(score, mask):
     """score + mask, float64, rounded where float32 can hold it: there, a huge mask leaves all keys of a row alike."""
     added = score + np.float64(mask)
     rounded = np.float64(np.float32(added))
-    return rounded if abs(rounded) < np.inf else added
+    return rounded if mask != 0 and abs(rounded) < np.inf else added
