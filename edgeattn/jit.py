@@ -20,6 +20,7 @@ from edgeattn.messages import LOG
 
 KERNELS = []  # every dispatcher that `jit` has made
 PATIENCE = 1.0  # seconds that a kernel may compile in silence
+_SAID = set()  # functions that have been said to be compiling: a kernel is compiled for each set of types it meets
 # Parts lean on names that Numba keeps to itself: with another version they are compiled as Numba compiles anything.
 PARTS_TESTED_WITH = ("0.61", "0.68")
 USES_PARTS = ".".join(numba.__version__.split(".")[:2]) in PARTS_TESTED_WITH
@@ -101,7 +102,10 @@ def _said(function):
 
 def _say(function):
     folder = kept_in(function)
-    LOG.info("compiling %s.%s for this processor, %s", function.__module__, function.__qualname__,
+    again = function in _SAID
+    _SAID.add(function)
+    LOG.info("compiling %s.%s for this processor%s, %s", function.__module__, function.__qualname__,
+             " and other types of arguments" if again else "",
              f"once: it is kept in {folder}" if folder else
              "as every process will: no cache folder can be used (set NUMBA_CACHE_DIR to one of your own)")
 

@@ -268,6 +268,12 @@ def test_a_kernel_that_compiles_for_long_says_so_once_while_it_does(package):
     assert errors(package, code) == []  # from the cache
 
 
+def test_a_kernel_compiled_for_other_arguments_says_that(package):
+    code = WHILE_COMPILING.format(patience=0.1, show="messages.show()").replace("double(4), double(4)", "double(4), double(4.5)")
+    said = [line for line in errors(package, code) if line != "still compiling"]
+    assert [" and other types of arguments, once: " in line for line in said] == [False, True]
+
+
 def test_a_kernel_that_is_kept_nowhere_says_so(package):
     refuse_folder(package / "__pycache__")
     code = WHILE_COMPILING.format(patience=0.1, show="messages.show()")
