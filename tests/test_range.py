@@ -106,8 +106,8 @@ def test_what_weighs_nothing_adds_nothing():
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("size", [1e38, 2.3e38, 3e38, LARGEST, 1e300])
 def test_masks_of_any_size(size, dtype):
-    if dtype is np.float32 and size > LARGEST:
-        size = LARGEST
+    if dtype is np.float32:
+        size = min(size, float(LARGEST))
     q, k, v = qkv(S=40)
     for chosen, mask in (([5], {5: size}), ([5, 7], {5: size, 7: size}),
                          ([s for s in range(40) if s != 5], {5: -size}), ([7], {5: -size, 7: size})):
@@ -120,11 +120,8 @@ def test_masks_of_any_size(size, dtype):
                        attend(q, k, v, added, softcap=50.0) if len(chosen) < 3 else wanted):
             np.testing.assert_allclose(result, wanted, rtol=0, atol=1e-6)
         rough = attend(q, k, v, added, precision="int8")
-        assert np.isfinite(rough).all()
-        if len(chosen) != 2:
-            assert np.abs(rough - wanted).max() < 0.1
-        if len(chosen) == 1:  # with the scores in float64, a tie of masks is none of scores
-            np.testing.assert_allclose(attend(q, k, v, added, return_weights=True)[0], wanted, rtol=0, atol=1e-6)
+        assert np.abs(rough - wanted).max() < 0.1
+        np.testing.assert_allclose(attend(q, k, v, added, return_weights=True)[0], wanted, rtol=0, atol=1e-6)
 
 
 def test_masks_of_any_size_in_layers():
