@@ -39,7 +39,6 @@ _READ_CLOCK, _ENSURE, _CHECK_SIGNALS, _FETCH, _RELEASE = range(FUNCTIONS, LONG_S
 _CLOCK = getattr(time, "CLOCK_MONOTONIC", 0)
 # The state word: generation, then the next part nobody has claimed, then the number of parts.
 _NEXT, _GENERATION, _FIELD = np.int64(20), np.int64(40), np.int64((1 << 20) - 1)
-MOST_PARTS = 1 << 20
 PATIENCE = 4000 if ISA.x86 else 16000  # looks at the board before going to sleep: about 0.2 ms
 # A thread of ours may have lost its processor to the caller who waits for it. Any other gets a whole slice by a yield,
 # so that comes late: after about a millisecond.

@@ -75,6 +75,8 @@ def write_new(temporary: Path, data: bytes, held: contextlib.ExitStack) -> None:
             file.close()  # another writer of the same name took it for a dead one's, before it was locked
             continue
         break
+    else:
+        raise OSError(errno.EAGAIN, "other writers of the same name remove it each time", str(temporary))
     file.write(data)
     file.flush()
     os.fsync(file.fileno())

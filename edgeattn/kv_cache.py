@@ -145,6 +145,7 @@ class KVCache:
         self._length = self._start = 0
         self._first = 0  # the slot of token `start`; tokens lie side by side, in order
 
+    _moving = False  # tokens, to make room
     # What every key had before it was stored without, (1, Hkv, 1, D) float32 or None; of int8 caches.
     _key_offset: Float32s | None = None
 
@@ -278,7 +279,7 @@ class KVCache:
     def reset(self) -> None:
         """Forget every token; the storage stays."""
         self._length = self._start = self._first = 0
-        self._key_offset = None
+        self._key_offset, self._moving = None, False
 
     @overload
     def to(self, device: Literal["cpu"]) -> Self: ...
@@ -542,7 +543,8 @@ class KVCache:
         """For `with`, while a chunk is taken in: an exception leaves the length as it was before.
 
         A signal's handler may raise anywhere: no token is counted and not written, nor one whose result nobody got.
-        Only where the window has dropped older tokens for the first pieces of a long chunk, these pieces stay.
+        Only where the window has dropped older tokens for the first pieces of a long chunk, these pieces stay; and
+        nothing does where it comes while tokens are moved to make room.
         """
         return _Chunk(self)
 
@@ -553,9 +555,11 @@ class KVCache:
             # Only with a window: move what the coming queries may see to the front, drop what is older.
             kept = held if self.window is None else min(held, self.window - 1)
             begin = self._first + held - kept
+            self._moving = True
             for array in self._storage():
                 array[:, :, :kept] = array[:, :, begin : begin + kept]
             self._first, self._start, held = 0, self._length - kept, kept
+            self._moving = False
         self._length += tokens
         return slice(self._first + held, self._first + held + tokens)
 
@@ -602,7 +606,11 @@ class _Chunk:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
+        if kind is None:
+            return
+        if self._cache._moving:  # tokens lie half here, half there
+            self._cache.reset()
+        else:
             self._cache._length = max(self._before, self._cache._start)
 
 

@@ -51,7 +51,8 @@ class Budget:
 
     def _refuse_beyond(self, most: int, nbytes: int, what: str) -> None:
         if nbytes > most:
-            raise ValueError(f"{what} takes {nbytes:.3g} bytes, and a file of this size may unpack to {self.limit:,}; "
+            takes = f"{nbytes:,}" if nbytes < 2**63 else "2^63 and more"
+            raise ValueError(f"{what} takes {takes} bytes, and a file of this size may unpack to {self.limit:,}; "
                              "where that is right, save it without compression")
 
 

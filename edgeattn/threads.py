@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 # Below this many operations a hand-over to another thread costs more than it saves.
 SMALLEST_SHARED_WORK = 2_000_000
 # From this many operations on, a call on the main thread lets signals end it, and is cut into parts of so many: some
-# 0.02 s on a workstation, 0.3 s on a Raspberry Pi 3.
+# 0.02 s on a workstation.
 LONG_WORK = 1_000_000_000
 MOST_PARTS = 1 << 16
 ALIGNMENT = 64  # bytes: one cache line, and the widest vector

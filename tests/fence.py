@@ -32,7 +32,7 @@ from edgeattn.isa import ISA
 
 PAGE = mmap.PAGESIZE
 NAN, BYTES = np.array([np.nan], "<f4").tobytes(), b"\xa5"
-_READ, _READ_WRITE, _NOTHING = mmap.PROT_READ, mmap.PROT_READ | mmap.PROT_WRITE, 0
+_READ, _NOTHING = mmap.PROT_READ, 0
 _mprotect = ctypes.CDLL(None, use_errno=True).mprotect
 _empty = np.empty
 FAR = 10**6  # of a bound of a window that there is not

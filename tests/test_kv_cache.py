@@ -624,3 +624,18 @@ def test_an_added_key_is_all_that_a_query_without_tokens_sees():
     result = made(x, kv_cache=cache(), key_padding_mask=np.zeros((B, 1), bool))
     value = np.repeat(ADDED_KEYS["bias"]["bias_v"].reshape(HKV, DV), H // HKV, axis=0).ravel()
     np.testing.assert_allclose(result[:, 0], np.tile(made.out_weight @ value + made.out_bias, (B, 1)), atol=1e-6)
+
+
+def test_a_cache_stopped_while_it_moves_tokens_is_empty(monkeypatch):
+    cache = KVCache(1, 1, 6, 4, window=5)
+    cache.append(np.ones((1, 1, 6, 4), np.float32), np.ones((1, 1, 6, 4), np.float32))
+
+    def stopped():
+        yield cache._keys
+        raise KeyboardInterrupt
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        context.setattr(cache, "_storage", stopped)
+        cache.append(np.zeros((1, 1, 1, 4), np.float32), np.zeros((1, 1, 1, 4), np.float32))
+    assert cache.length == 0
+    cache.append(np.zeros((1, 1, 2, 4), np.float32), np.full((1, 1, 2, 4), 3, np.float32))
+    assert (cache.attend(np.ones((1, 1, 1, 4), np.float32)) == 3).all()

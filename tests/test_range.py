@@ -124,6 +124,15 @@ def test_masks_of_any_size(size, dtype):
         np.testing.assert_allclose(attend(q, k, v, added, return_weights=True)[0], wanted, rtol=0, atol=1e-6)
 
 
+def test_masks_beyond_the_bound_are_alike():
+    """A mask is taken as at most 2.3e38, whichever way the call is computed."""
+    q, k, v = qkv(S=2)
+    for mask in ([3.2e38, 2.5e38], [-3.2e38, -2.5e38]):
+        mask = np.float32([mask])
+        for result in (attend(q, k, v, mask), attend(q, k, v, mask, return_weights=True)[0]):
+            np.testing.assert_allclose(result, v.mean(2, keepdims=True).repeat(70, axis=2), rtol=0, atol=1e-6)
+
+
 def test_masks_of_any_size_in_layers():
     made = MultiHeadAttention(H, *(numbers(H * D, 24, seed=s) / 5 for s in range(3)))
     x, mask = numbers(1, 40, 24), np.zeros((40, 40), np.float32)

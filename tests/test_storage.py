@@ -25,6 +25,7 @@ from edgeattn.quantized import (
     StaticMultiHeadAttention,
     TensorQuantization,
 )
+from edgeattn.stored import Budget
 
 
 def layers():
@@ -408,3 +409,8 @@ def test_dtypes_that_numpy_lacks_are_refused(tmp_path):
     written(path, {"__metadata__": metadata(), "q_weight": tensor}, b"\0")
     with pytest.raises(ValueError, match="layer.safetensors stores q_weight as F8_E4M3, which NumPy does not have"):
         load(path)
+
+
+def test_a_shape_beyond_every_number_is_refused_by_its_budget():
+    with pytest.raises(ValueError, match=r"weights takes 2\^63 and more bytes, and a file of this size may unpack to"):
+        Budget(10).nbytes((2**62,) * 18, 4, "weights")

@@ -5,6 +5,7 @@ It gives one JSON object on standard output. It is a script, and imports nothing
 
 import io
 import json
+import os
 import resource
 import signal
 import sys
@@ -20,10 +21,11 @@ def main(path):
     import h5py
 
     source = path or io.BytesIO(sys.stdin.buffer.read())
-    size = len(source.getbuffer()) if not path else 0
+    held = 0 if path else len(source.getbuffer())  # in this process, and once more when h5py reads it
+    size = os.path.getsize(path) if path else held
     with open("/proc/self/statm", encoding="ascii") as file:
         used = resource.getpagesize() * int(file.read().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (used + HEADROOM + 2 * size,) * 2)
+    resource.setrlimit(resource.RLIMIT_AS, (used + HEADROOM + 2 * held,) * 2)
     # The signal's own action ends the process, wherever it is.
     signal.setitimer(signal.ITIMER_PROF, SECONDS * (1 + size / 2**26))
     names = {}

@@ -41,7 +41,7 @@ from .simd import (
     to_float,
     transpose_block,
 )
-from .softmax import LOG2_E, exp2, exp2_within, masked_score, tanh
+from .softmax import LARGEST_MASK, LOG2_E, exp2, exp2_within, masked_score, tanh
 
 KEY_BLOCK = BLOCK
 SCORE_CHAIN = CHAIN // 2  # an error of a score counts as often as the score is large
@@ -52,7 +52,6 @@ _SMALL_BITS = SMALL.view(np.int32)
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 _MINUS_INFINITY = np.float32(-np.inf)
 _INFINITY_BITS = np.int32(0x7F800000)
-_LARGEST_BIAS = np.float32(2.3e38)  # times log2(e) it is finite still: only -inf hides a key
 _FURTHEST = (1 << 31) - 1 - WIDTH  # a position whose distances fit int32
 _FAINT = np.float32(2.0**-20)
 _ZERO = np.float32(0)
@@ -140,9 +139,9 @@ def slope_and_place(alibi, batch_step, batch, head):
 
 @inlined
 def within(v):
-    """v within +-_LARGEST_BIAS; a NaN stays."""
-    v = select(v > splat(_LARGEST_BIAS), splat(_LARGEST_BIAS), v)
-    return larger(splat(-_LARGEST_BIAS), v)
+    """v within +-LARGEST_MASK; a NaN stays."""
+    v = select(v > splat(LARGEST_MASK), splat(LARGEST_MASK), v)
+    return larger(splat(-LARGEST_MASK), v)
 
 
 @inlined

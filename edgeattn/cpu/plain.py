@@ -8,7 +8,7 @@ from numba.extending import register_jitable
 from edgeattn import threads
 from edgeattn.jit import jit
 
-from .softmax import masked_score
+from .softmax import LARGEST_MASK, masked_score
 
 _WORK = 8  # a sum in float64, one number at a time, for each of the operations of a tile
 _NO_KEEP = np.empty((0, 0, 0, 0), np.bool_)
@@ -87,6 +87,12 @@ def _row(mask, b, h, i):
     return mask[min(b, mask.shape[0] - 1), min(h, mask.shape[1] - 1), min(i, mask.shape[2] - 1)]
 
 
+@register_jitable
+def _within(added):
+    # as fused.fill_mask keeps masks finite; a NaN stays
+    return np.float32(min(max(added, -LARGEST_MASK), LARGEST_MASK)) if added == added else added
+
+
 @jit
 def _attention(query, key, value, keep, bias, slopes, left, right, offset, lengths, scale, softcap, out, weights, lse):
     # query (B, H, L, D)  key (B, Hkv, S, D)  value (B, Hkv, S, Dv)  out (B, H, L, Dv)
@@ -133,15 +139,20 @@ def _attention(query, key, value, keep, bias, slopes, left, right, offset, lengt
                     if softcap != 0:
                         for j in range(first, last):
                             scores[j] = softcap * math.tanh(scores[j] / softcap)
-                    if has_bias:
-                        bias_row = _row(bias, b, h, i)
+                    if has_bias or slopes.size > 0:
+                        slope = np.float32(0)
+                        if slopes.size > 0:
+                            slope = np.float32(slopes[min(b, slopes.shape[0] - 1), h])
                         for j in range(first, last):
-                            permitted[j] = permitted[j] and bias_row[j] != -np.inf
-                            scores[j] = masked_score(scores[j], bias_row[j])
-                    if slopes.size > 0:
-                        slope = np.float64(slopes[min(b, slopes.shape[0] - 1), h])
-                        for j in range(first, last):
-                            scores[j] = masked_score(scores[j], -slope * abs(i + offset[b] - j))
+                            added = np.float32(0)
+                            if has_bias:
+                                added = _row(bias, b, h, i)[j]
+                                permitted[j] = permitted[j] and added != -np.inf
+                            if abs(added) != np.inf:
+                                added = _within(added)
+                                if slope != 0:
+                                    added = _within(np.float32(added - slope * np.float32(abs(i + offset[b] - j))))
+                            scores[j] = masked_score(scores[j], added)
 
                     # 3. Softmax over the permitted keys; one whose score is -inf is none. NaN wins no comparison, and
                     # spreads from the sum.

@@ -313,15 +313,6 @@ def select(typing, mask, a, b):
 
 
 @intrinsic
-def any_nan(typing, v):
-    """True if any v[l] is NaN"""
-    def generate(context, builder, sig, args):
-        unordered = builder.fcmp_unordered("uno", args[0], args[0])
-        return _call(builder, f"llvm.vector.reduce.or.v{v.lanes}i1", _I1, [unordered])
-    return types.boolean(v), generate
-
-
-@intrinsic
 def any_lane(typing, mask):
     """True if any mask[l]"""
     def generate(context, builder, sig, args):

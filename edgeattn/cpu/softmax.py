@@ -23,8 +23,8 @@ _LOWEST = np.float32(-110.0)
 _LEAST = np.float32(2.0**-110)
 _ONE = np.float32(1)
 _TWO = np.float32(2)
-_HALF = np.float32(0.5)
 LOG2_E = np.float32(1.4426950408889634)
+LARGEST_MASK = np.float32(2.3e38)  # times log2(e) it is finite still: only -inf hides a key
 _TWO_LOG2_E = np.float32(2 * 1.4426950408889634)
 
 

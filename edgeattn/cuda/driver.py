@@ -258,10 +258,11 @@ class Driver:
         self._check(self._api.cuEventRecord(event, stream))
         gone = []  # dropped without the lock: what an owner does then is not known
         with self._kept_lock:
-            kept, self._kept = self._kept, [(event, owners)]
-            for one in kept:
+            held = [(event, owners)]
+            for one in self._kept:
                 waiting = int(self._api.cuEventQuery(one[0])[0]) == _NOT_READY
-                (self._kept if waiting else gone).append(one)
+                (held if waiting else gone).append(one)
+            self._kept = held  # last: a signal's exception before this drops nothing
         for passed, _ in gone:
             self._api.cuEventDestroy(passed)
 

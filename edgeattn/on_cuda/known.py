@@ -126,11 +126,13 @@ class _Call(typing.NamedTuple):
         record = self.record
         scratch = makes.empty((record.scratch,), np.int8, like) if record.scratch else None
         pointers += makes.address(scratch) if record.scratch else 0, 0
-        record.replay(gpu, pointers, stream)
-        for other in others:
-            gpu.order(stream, other)
-        if self.kept:
-            gpu.keep([arrays[place] for place in self.kept], stream)
+        try:
+            record.replay(gpu, pointers, stream)
+        finally:  # some of it may have been launched
+            for other in others:
+                gpu.order(stream, other)
+            if self.kept:
+                gpu.keep([arrays[place] for place in self.kept], stream)
         return tuple(results) if len(results) > 1 else results[0]
 
 
