@@ -36,7 +36,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--long", action="store_true",
         help="the long form of tests/test_cuda_*.py (every shape, and the CPU's kernels beside), of test_fence.py (every "
-             "kernel under every instruction set, ten times as many cases) and of test_planted_bugs.py (all of them)")
+             "kernel under every instruction set, twenty times as many cases) and of test_planted_bugs.py (all of them)")
     parser.addoption("--numpy", action="store_true", help="leave out the files whose results do not depend on NumPy")
 
 

@@ -1,7 +1,7 @@
 """No kernel touches what is not its own, or takes over what lies in its scratch: see fence.py.
 
 The instruction set that this process uses is tried whole; the plainest by the kernel that compiles fastest. With
-`--long` every one that this machine can execute is tried whole, and with ten times as many cases.
+`--long` every one that this machine can execute is tried whole, and with twenty times as many cases.
 """
 import os
 import subprocess
