@@ -18,7 +18,6 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
-from numba.np.arrayobj import populate_array
 
 from edgeattn.isa import ISA
 from edgeattn.jit import inlined, jit, separate
@@ -176,6 +175,8 @@ def board_at(typing, where, size):
     board = types.Array(types.int64, 1, "C")
 
     def generate(context, builder, sig, args):
+        from numba.np.arrayobj import populate_array  # brings what only compiling needs
+
         array = context.make_array(board)(context, builder)
         item = ir.Constant(_I64, 8)
         populate_array(array, data=builder.inttoptr(args[0], array.data.type), shape=[args[1]], strides=[item],

@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import pytest
 
-from edgeattn import jit
+from edgeattn import kernel_cache
 from edgeattn.cuda import cache, merge, ptx
 from edgeattn.cuda import driver as driver_module
 from edgeattn.cuda.driver import _installed
@@ -56,7 +56,7 @@ def test_the_driver_is_given_what_it_takes(monkeypatch):
 
 def test_another_compiler_is_another_file(tmp_path, monkeypatch):
     compiled = []
-    monkeypatch.setattr(jit, "folders", lambda function: [tmp_path])
+    monkeypatch.setattr(kernel_cache, "folders", lambda function: [tmp_path])
     monkeypatch.setitem(sys.modules, "edgeattn.cuda.compile", types.SimpleNamespace(
         to_ptx=lambda kernel, capability: compiled.append(capability) or (TEXT, "entry")))
     monkeypatch.setattr("edgeattn.cuda.compile", sys.modules["edgeattn.cuda.compile"], raising=False)
