@@ -1,6 +1,6 @@
 """Reading .safetensors files: a length, a header in JSON, and tensors one after the other, each where the header says.
 
-Written are they by the package `safetensors`, whose README is the description of the format. Here the header is read
+The package `safetensors` writes them, and its README is the description of the format. Here the header is read
 once, however many tensors it names, and a tensor's bytes when they are wanted.
 """
 

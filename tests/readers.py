@@ -404,8 +404,6 @@ def case(name, number):
     if parts and rng.random() < 0.7:
         part, again = rng.choice(parts)
         return f"part changed, {number}", again(changed(rng, part))
-    if reader.suffix == ".so":
-        return f"changed, {number}", changed(rng, whole)
     return f"changed, {number}", changed(rng, whole)
 
 
