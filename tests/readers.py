@@ -389,7 +389,6 @@ def case(name, number):
 
     0 is the whole file; then those made by hand, then it cut off in places, then random changes.
     """
-    reader = READERS[name]
     whole, parts, made = _of(name)
     if number == 0:
         return "whole", whole
