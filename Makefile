@@ -27,7 +27,7 @@ linking = $(if $(shell which ld.lld aarch64-linux-gnu-ld 2>/dev/null),$(ready),$
 EXTRAS ?= test,examples
 
 # Compiled kernels are kept beside the sources, in __pycache__: for every Python of this environment and of others, by
-# hand or by make. edgeattn/kernel_cache.py sees to edits and versions.
+# hand or by make. edgeattn/runtime/kernel_cache.py sees to edits and versions.
 define build_environment
 @found=$$(sh tools/find-python.sh "$(PYTHON)") && \
     "$$found" tools/environment.py --venv "$(VENV)" --stamp "$@" $(if $(PYTHON),--exact)

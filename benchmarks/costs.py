@@ -18,7 +18,7 @@ from benchmarks import fresh
 from benchmarks.functional import AttentionProblem, Shape
 from benchmarks.problem import Problem
 from edgeattn import threads
-from edgeattn.cpu import functional_dynamic, fused, fused_dynamic, fused_int8
+from edgeattn.kernels.cpu import functional_dynamic, fused, fused_dynamic, fused_int8
 
 PEER_MODULES = ("torch", "onnxruntime", "ai_edge_litert.interpreter", "tflite_runtime.interpreter")
 _BLOCKS, _CALLS = 30, 200

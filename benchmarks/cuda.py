@@ -107,7 +107,7 @@ CONTENDERS = [
 
 def _why_not():
     """A line that says what is missing, or None."""
-    from edgeattn.cuda.driver import why_not
+    from edgeattn.kernels.cuda.driver import why_not
 
     if reason := why_not():
         return f"no GPU to run on: {reason}"
@@ -133,7 +133,7 @@ def main(arguments=None):
         return 1
     import torch
 
-    from edgeattn.cuda.driver import driver
+    from edgeattn.kernels.cuda.driver import driver
 
     print(f"{driver().name()}, torch {torch.__version__}; median of {options.rounds} rounds of {CALLS} calls")
     end = time.monotonic() + options.seconds

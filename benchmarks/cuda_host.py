@@ -15,7 +15,7 @@ import numpy as np
 
 import edgeattn
 import quant
-from edgeattn.cuda import driver
+from edgeattn.kernels.cuda import driver
 
 CALLS, BLOCKS = 100, 30
 DEVICE = (9, 0)

@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks.contenders import Contender
 from benchmarks.peers import onnx_session, torch_with
-from edgeattn.cpu.decode import decode
+from edgeattn.kernels.cpu.decode import decode
 
 HEADS, HEAD_SIZE = 8, 64
 KV_HEADS = (8, 2)

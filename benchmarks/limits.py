@@ -1,6 +1,6 @@
 """What one core, or several, can do at most: multiply and add in registers, and read memory.
 
-Written with the vectors of edgeattn.cpu.simd, so each instruction set has its own limit: float32 by multiply-add, int8
+Written with the vectors of edgeattn.kernels.cpu.simd, so each instruction set has its own limit: float32 by multiply-add, int8
 by the four-way dot product and, where there is one, by the matrix unit.
 """
 
@@ -14,8 +14,8 @@ import numpy as np
 from benchmarks.machine import cache_sizes
 from benchmarks.timing import interleave
 from edgeattn import threads
-from edgeattn.cpu.matmul import MATRIX
-from edgeattn.cpu.simd import (
+from edgeattn.kernels.cpu.matmul import MATRIX
+from edgeattn.kernels.cpu.simd import (
     COLUMNS,
     LANES,
     MATRIX_ROWS,
@@ -31,8 +31,8 @@ from edgeattn.cpu.simd import (
     tile_store,
     tile_zero,
 )
-from edgeattn.crew import separate, share
-from edgeattn.jit import entry, jit
+from edgeattn.runtime.jit import entry, jit
+from edgeattn.runtime.worker_pool import separate, share
 
 STEPS = 80_000  # products of a tile in one call, and of four tiles of the matrix unit: some tenths of a millisecond
 MATRIX_STEPS = 20_000

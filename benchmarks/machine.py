@@ -8,7 +8,7 @@ import os
 import platform
 from pathlib import Path
 
-from edgeattn.isa import ISA
+from edgeattn.runtime.isa import ISA
 
 PACKAGES = ("edgeattn", "numpy", "numba", "llvmlite", "ai-edge-litert", "tflite-runtime", "onnxruntime", "torch")
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OMP_WAIT_POLICY", "EDGEATTN_ISA")

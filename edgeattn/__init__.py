@@ -12,9 +12,9 @@ _HOMES = {
     "SelfAttention": "layers",
     "apply_rotary_embedding": "rotary",
     "get_num_threads": "threads",
-    "load": "storage",
+    "load": "files.storage",
     "rotary_cache": "rotary",
-    "save": "storage",
+    "save": "files.storage",
     "scaled_dot_product_attention": "functional",
     "set_num_threads": "threads",
     "sliding_window": "masks",
@@ -24,6 +24,8 @@ __all__ = list(_HOMES)
 
 TYPE_CHECKING = False  # what type checkers take for True; tests/test_packaging.py holds the two lists together
 if TYPE_CHECKING:
+    from edgeattn.files.storage import load as load
+    from edgeattn.files.storage import save as save
     from edgeattn.functional import scaled_dot_product_attention as scaled_dot_product_attention
     from edgeattn.kv_cache import KVCache as KVCache
     from edgeattn.layers import MultiHeadAttention as MultiHeadAttention
@@ -32,8 +34,6 @@ if TYPE_CHECKING:
     from edgeattn.quantized import QuantizedMultiHeadAttention as QuantizedMultiHeadAttention
     from edgeattn.rotary import apply_rotary_embedding as apply_rotary_embedding
     from edgeattn.rotary import rotary_cache as rotary_cache
-    from edgeattn.storage import load as load
-    from edgeattn.storage import save as save
     from edgeattn.threads import get_num_threads as get_num_threads
     from edgeattn.threads import set_num_threads as set_num_threads
 else:

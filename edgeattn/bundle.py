@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgeattn.checks import check_out, deliver, float_array, result_dtype, to_float32
-from edgeattn.files import reading, reason
+from edgeattn.files.paths import reading, reason
 from edgeattn.masks import bool_mask, resolve_mask
 
 if TYPE_CHECKING:

@@ -13,9 +13,10 @@ import numba
 import numpy as np
 
 import edgeattn
-from edgeattn import jit, kernel_cache, messages, threads
-from edgeattn.cpu import fused
-from edgeattn.isa import ISA
+from edgeattn import messages, threads
+from edgeattn.kernels.cpu import fused
+from edgeattn.runtime import jit, kernel_cache
+from edgeattn.runtime.isa import ISA
 
 _WIDTH = 80
 _NEEDED = ("numpy", "numba", "llvmlite", "safetensors")
@@ -147,7 +148,7 @@ def _processor():
 
 
 def _cuda():
-    from edgeattn.cuda.driver import driver, why_not
+    from edgeattn.kernels.cuda.driver import driver, why_not
 
     reason = why_not()
     if reason is None:

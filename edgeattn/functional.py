@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 import numpy as np
 
 from edgeattn.checks import FLOAT32, check_out, deliver, flag, float_array, is_one_of, number, result_dtype, to_float32
-from edgeattn.cpu import float32, functional_dynamic
+from edgeattn.kernels.cpu import float32, functional_dynamic
 from edgeattn.masks import NO_WINDOW, Mask, resolve_mask
 
 if TYPE_CHECKING:
@@ -229,8 +229,8 @@ def scaled_dot_product_attention(
 
 @functools.cache
 def _functions_on_cuda() -> ModuleType:
-    """edgeattn.on_cuda.functional, imported by the first call that needs it."""
-    from edgeattn.on_cuda import functional
+    """edgeattn.executors.cuda.functional, imported by the first call that needs it."""
+    from edgeattn.executors.cuda import functional
 
     return functional
 
@@ -244,7 +244,7 @@ def _on_gpu(array: object) -> bool:
         return True
     if not hasattr(array, "__dlpack_device__"):
         return False
-    from edgeattn.cuda import dlpack
+    from edgeattn.kernels.cuda import dlpack
 
     found: bool = dlpack.on_gpu(array)
     return found

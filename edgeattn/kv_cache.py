@@ -19,10 +19,10 @@ from edgeattn.checks import (
     result_dtype,
     to_float32,
 )
-from edgeattn.cpu import float32, plain
-from edgeattn.cpu.cache_int8 import quantize_into
-from edgeattn.cpu.decode import decode
 from edgeattn.functional import checked_softcap, default_scale
+from edgeattn.kernels.cpu import float32, plain
+from edgeattn.kernels.cpu.cache_int8 import quantize_into
+from edgeattn.kernels.cpu.decode import decode
 from edgeattn.masks import NO_WINDOW, resolve_mask
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
     from typing_extensions import Self, Unpack
 
+    from edgeattn.executors.cuda.kv_cache import CacheOnCuda
     from edgeattn.masks import Mask
-    from edgeattn.on_cuda.kv_cache import CacheOnCuda
     from edgeattn.types import (
         CacheDtype,
         CacheOptions,
@@ -289,8 +289,8 @@ class KVCache:
 
     def to(self, device: Device) -> Self | CacheOnCuda:
         """An empty cache of the same sizes on `device`: "cpu" is this one, "cuda" on a GPU (docs/cuda.md)."""
-        from edgeattn.on_cuda.kv_cache import CacheOnCuda
-        from edgeattn.on_cuda.layers import place
+        from edgeattn.executors.cuda.kv_cache import CacheOnCuda
+        from edgeattn.executors.cuda.layers import place
 
         placed: Self | CacheOnCuda = place(self, device, CacheOnCuda)
         return placed

@@ -3,7 +3,7 @@
 Numba's own layers are not used: `workqueue` aborts when two Python threads enter it, `omp` kills a forked child.
 
 A signal's handler may raise between any two steps of Python, here too. So nothing is taken that must be given back, and
-no lock is held: compiled code takes the threads for a job and leaves them (see edgeattn/crew.py), and what an exception
+no lock is held: compiled code takes the threads for a job and leaves them (see edgeattn/runtime/worker_pool.py), and what an exception
 left half done the next call does again.
 """
 
@@ -20,8 +20,6 @@ import time
 from typing import TYPE_CHECKING
 
 import numpy as np
-
-from edgeattn import crew
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -56,15 +54,15 @@ class _Taken:
         self._board = board
 
     def locked(self) -> bool:
-        return bool(self._board[crew.TAKEN])
+        return bool(self._board[worker_pool.TAKEN])
 
 
 class _Crew:
-    """Threads that wait for the jobs of one caller at a time; see edgeattn/crew.py."""
+    """Threads that wait for the jobs of one caller at a time; see edgeattn/runtime/worker_pool.py."""
 
     def __init__(self, change: int, count: int):
         self.change, self.count = change, count
-        self.board = aligned(crew.board_size(count - 1), np.int64)
+        self.board = aligned(worker_pool.board_size(count - 1), np.int64)
         self.board[:] = 0
         self.taken = _Taken(self.board)
         self.started = False
@@ -73,7 +71,7 @@ class _Crew:
     def start(self) -> None:
         """Have a thread for each worker that has none. Where two start one, the second ends at once."""
         for worker in range(1, self.count):
-            if crew.is_served(self.board, worker):
+            if worker_pool.is_served(self.board, worker):
                 continue
             thread = threading.Thread(target=self._work, args=(worker,), name=f"edgeattn-{worker - 1}", daemon=True)
             self._threads.append(thread)
@@ -84,12 +82,12 @@ class _Crew:
         self.started = True
 
     def _work(self, worker: int) -> None:
-        while crew.serve(self.board, worker, threading.get_native_id(), crew.PATIENCE):
+        while worker_pool.serve(self.board, worker, threading.get_native_id(), worker_pool.PATIENCE):
             time.sleep(_NAP)
 
     def end(self) -> None:
         """End the threads once they have done what they have begun, and wait for that."""
-        crew.dismiss(self.board)
+        worker_pool.dismiss(self.board)
         for thread in self._threads:
             with contextlib.suppress(RuntimeError):  # of one that was never started
                 thread.join()
@@ -198,7 +196,7 @@ def give_back(array: NDArray[Any]) -> None:
 
 @functools.cache
 def _functions() -> NDArray[np.int64] | None:
-    """Where the functions of the C library and of Python are that edgeattn/crew.py calls; None without one of them."""
+    """Where the functions of the C library and of Python are that edgeattn/runtime/worker_pool.py calls; None without one of them."""
     python = ctypes.pythonapi
     try:
         found = (ctypes.CDLL(None).clock_gettime, python.PyGILState_Ensure, python.PyErr_CheckSignals,
@@ -212,9 +210,9 @@ def _long_board(board: NDArray[np.int64]) -> NDArray[np.int64] | None:
     """The board of a call that signals may end, for the threads that serve `board`; None where they are not handled."""
     if threading.get_ident() != threading.main_thread().ident or (functions := _functions()) is None:
         return None
-    long = np.zeros(crew.LONG_SIZE, np.int64)
-    long[crew.CREW], long[crew.CREW_SIZE], long[crew.PAUSE] = board.ctypes.data, board.size, _LOOK
-    long[crew.FUNCTIONS:] = functions
+    long = np.zeros(worker_pool.LONG_SIZE, np.int64)
+    long[worker_pool.CREW], long[worker_pool.CREW_SIZE], long[worker_pool.PAUSE] = board.ctypes.data, board.size, _LOOK
+    long[worker_pool.FUNCTIONS:] = functions
     return long
 
 
@@ -255,5 +253,5 @@ def run(
     else:
         function(*arguments, memory, long, max(count, min(work // jobs // (LONG_WORK // 2), MOST_PARTS)))
     give_back(memory)
-    if long is not None and long[crew.RAISED]:
-        _restore(*long[crew.ERROR:crew.ERROR + 3].tolist())
+    if long is not None and long[worker_pool.RAISED]:
+        _restore(*long[worker_pool.ERROR:worker_pool.ERROR + 3].tolist())

@@ -13,10 +13,10 @@ import numpy as np
 import safetensors.numpy
 
 from edgeattn.checks import is_one_of
-from edgeattn.files import listed, reading, write_atomic
+from edgeattn.files.paths import listed, reading, write_atomic
+from edgeattn.files.safetensors_file import read_safetensors
 from edgeattn.layers import MultiHeadAttention
 from edgeattn.quantized import INPUTS, SOURCES
-from edgeattn.safetensors_file import read_safetensors
 from quant.observers import BINS, OBSERVERS, SMALLEST_EXPONENT, Statistics
 from quant.trace import Call, counted, describe_sources, float_trace, read_calls
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from edgeattn.stored import StoredTensor
+    from edgeattn.files.stored import StoredTensor
     from edgeattn.types import Path, Sources
     from quant.types import Batch, Observer
 

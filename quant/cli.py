@@ -15,9 +15,9 @@ import edgeattn
 import quant
 from edgeattn import messages
 from edgeattn.arithmetic import KERNEL_SETS
-from edgeattn.files import check_output
+from edgeattn.files.paths import check_output
+from edgeattn.files.tensor_files import read_npy, read_tensors
 from edgeattn.layers import MultiHeadAttention
-from edgeattn.tensor_files import read_npy, read_tensors
 from quant.calibrate import Calibration
 from quant.describe import arithmetic_of_tflite, describe_file, describe_masks, describe_seen
 from quant.export.targets import NATIVE, TARGETS

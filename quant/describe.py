@@ -9,9 +9,9 @@ import numpy as np
 
 import edgeattn
 from edgeattn.arithmetic import CODE_MAX, CODE_MIN
+from edgeattn.files.tflite_file import parse, read_bytes
 from edgeattn.layers import MultiHeadAttention
 from edgeattn.quantized import INPUTS, AddMask, DynamicMultiHeadAttention, MulConstant, StaticMultiHeadAttention
-from edgeattn.tflite_file import parse, read_bytes
 from quant.calibrate import Calibration, is_calibration
 from quant.quantize import MASK_MARGIN
 from quant.tables import fill, table

@@ -16,7 +16,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from edgeattn.tflite_file import parse, read_bytes
+from edgeattn.files.tflite_file import parse, read_bytes
 
 # Older ones, back to 2.0.2, silently ignore the zero point of a BATCH_MATMUL's right side.
 OLDEST_LITERT = (2, 1, 3)

@@ -62,7 +62,7 @@ def pytest_xdist_auto_num_workers():
 @functools.cache
 def _gpu():
     """One driver for all tests: kernels are loaded once."""
-    from edgeattn.cuda.driver import Driver
+    from edgeattn.kernels.cuda.driver import Driver
 
     return Driver()
 
@@ -72,9 +72,9 @@ def device(request, monkeypatch):
     """The driver that the CUDA tests run on: the emulator, or with `--cuda` the GPU."""
     from cuda_emulated import EmulatedDriver
 
-    from edgeattn.cuda import driver as driver_module
-    from edgeattn.on_cuda import functional as on_cuda
-    from edgeattn.on_cuda.known import Known
+    from edgeattn.executors.cuda import functional as on_cuda
+    from edgeattn.executors.cuda.known import Known
+    from edgeattn.kernels.cuda import driver as driver_module
 
     found = _gpu() if request.config.getoption("--cuda") else EmulatedDriver()
     monkeypatch.setattr(driver_module, "_current", found)

@@ -2,9 +2,9 @@
 import numpy as np
 import oracle_kernels as oracle
 
-from edgeattn.cuda import layers
-from edgeattn.cuda.arrays import view
-from edgeattn.cuda.driver import driver
+from edgeattn.kernels.cuda import layers
+from edgeattn.kernels.cuda.arrays import view
+from edgeattn.kernels.cuda.driver import driver
 
 
 def on_device(array):

@@ -1,15 +1,15 @@
-"""A driver for edgeattn.cuda whose GPU is the emulator: device memory is host memory, launches run in NumPy."""
+"""A driver for edgeattn.kernels.cuda whose GPU is the emulator: device memory is host memory, launches run in NumPy."""
 import functools
 
 import cuda_emulator
 import pytest
 from cuda_stub import Api
 
-from edgeattn.cuda.driver import Driver
+from edgeattn.kernels.cuda.driver import Driver
 
 
 class EmulatedDriver(Driver):
-    """edgeattn.cuda.driver.Driver on a stub of the driver's calls; kernels run in the emulator."""
+    """edgeattn.kernels.cuda.driver.Driver on a stub of the driver's calls; kernels run in the emulator."""
 
     def __init__(self, processors=4, devices=1):
         self._begin(Api(devices))

@@ -1,6 +1,6 @@
 """CUDA kernels in NumPy, without a GPU: all threads of a block in lock step, a value of a thread being a lane of a vector.
 
-`run` takes the very functions that are compiled (edgeattn/cuda/language.py binds their names). What differs by thread may
+`run` takes the very functions that are compiled (edgeattn/kernels/cuda/language.py binds their names). What differs by thread may
 not decide a branch: that raises here. So does an access outside the memory that was lent, a misaligned one, a read of
 shared memory that nothing wrote, and a shuffle or matrix operation of a block that is no whole number of warps. What it
 cannot see is a missing barrier between threads of different warps when the order of statements hides it; shared memory
@@ -8,8 +8,8 @@ written and read without a barrier in between by another warp is noticed (`Block
 """
 import numpy as np
 
-from edgeattn.cuda import ptx
-from edgeattn.cuda.language import Device, Instruction, bind
+from edgeattn.kernels.cuda import ptx
+from edgeattn.kernels.cuda.language import Device, Instruction, bind
 
 MEMORY = 48 * 1024  # static shared memory of a block, at most
 NAN = np.uint32(0x7FFFFFFF).view(np.float32)  # the one that every operation on float32 makes of a NaN or for want of a number

@@ -4,7 +4,7 @@ The ceilings are what the assembler gave for sm_87 and sm_90 when they were writ
 is a reason to look, not to raise it. No kernel may spill, keep an array in memory, or multiply 64-bit integers more often
 than the last column says: an address is int32, and only gemmlowp's reciprocal, once per row, needs them.
 """
-from edgeattn.cuda import attention, elements, int8, linear, masks, merge, quantize, smooth
+from edgeattn.kernels.cuda import attention, elements, int8, linear, masks, merge, quantize, smooth
 
 LIMITS = [
     # kernel, registers on sm_87 and sm_90, shared memory, 64-bit multiplications

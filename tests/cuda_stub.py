@@ -16,7 +16,7 @@ Launch = collections.namedtuple("Launch", "stream device before")
 
 
 class Api:
-    """What edgeattn.cuda.driver calls, for so many GPUs."""
+    """What edgeattn.kernels.cuda.driver calls, for so many GPUs."""
 
     CUpointer_attribute = types.SimpleNamespace(CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL=9)
 

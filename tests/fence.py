@@ -23,12 +23,12 @@ from kernels_under_test import ASYMMETRIC, SYMMETRIC, make_layer
 import edgeattn
 import quant
 from edgeattn import threads
-from edgeattn.cpu import cache_int8, functional_dynamic, functional_float32, linear, linear_dynamic
-from edgeattn.cpu.decode_blocks import BLOCK
-from edgeattn.cpu.layer_dynamic import DynamicLayer
-from edgeattn.cpu.layer_float32 import FloatLayer
-from edgeattn.cpu.simd import LANES, ROWS, WIDTH
-from edgeattn.isa import ISA
+from edgeattn.kernels.cpu import cache_int8, functional_dynamic, functional_float32, linear, linear_dynamic
+from edgeattn.kernels.cpu.decode_blocks import BLOCK
+from edgeattn.kernels.cpu.layer_dynamic import DynamicLayer
+from edgeattn.kernels.cpu.layer_float32 import FloatLayer
+from edgeattn.kernels.cpu.simd import LANES, ROWS, WIDTH
+from edgeattn.runtime.isa import ISA
 
 PAGE = mmap.PAGESIZE
 NAN, BYTES = np.array([np.nan], "<f4").tobytes(), b"\xa5"

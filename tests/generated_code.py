@@ -8,16 +8,16 @@ import sys
 from numba.core import types
 from numba.core.compiler_lock import global_compiler_lock
 
-from edgeattn import isa
+from edgeattn.runtime import isa
 
 
 @global_compiler_lock
 def main(name, triple=None, cpu=""):
     isa.use(name)
-    from edgeattn.cpu.matmul import multiply, multiply_ahead
-    from edgeattn.cpu.requantize import RULES
-    from edgeattn.cpu.simd import COLUMNS, LANES, ROWS, WIDTH, load, splat, store, tile_store, tile_zero
-    from edgeattn.cpu.softmax import exp2
+    from edgeattn.kernels.cpu.matmul import multiply, multiply_ahead
+    from edgeattn.kernels.cpu.requantize import RULES
+    from edgeattn.kernels.cpu.simd import COLUMNS, LANES, ROWS, WIDTH, load, splat, store, tile_store, tile_zero
+    from edgeattn.kernels.cpu.softmax import exp2
     from quant.export.crosscompile import assembly, compile_for
 
     def product(a, b, out, depth):

@@ -20,9 +20,9 @@ from kernels_under_test import (
 
 import edgeattn
 import quant
-from edgeattn.cpu.requantize import RULES
-from edgeattn.cpu.simd import byte_planes
-from edgeattn.isa import ISA
+from edgeattn.kernels.cpu.requantize import RULES
+from edgeattn.kernels.cpu.simd import byte_planes
+from edgeattn.runtime.isa import ISA
 
 LAYER_RULES, LAYER_SOFTMAX = ("float_rne", "float_rne", "float_rne"), "lut_f32"
 # B, L, S, E, D, heads, Dv, Eo: less than a tile; heads that share a vector; whole and part groups of a matrix unit;

@@ -1,14 +1,14 @@
-"""Small kernels that apply one operation of edgeattn.cpu to whole arrays, for the tests."""
+"""Small kernels that apply one operation of edgeattn.kernels.cpu to whole arrays, for the tests."""
 import numpy as np
 from numba import njit
 
 from edgeattn.arithmetic import batch_matmul_multiplier, fully_connected_multiplier, lut_f32_table
-from edgeattn.cpu.layer_int8 import StaticLayer
-from edgeattn.cpu.matmul import MATRIX, linear
-from edgeattn.cpu.requantize import RULES, encode
-from edgeattn.cpu.simd import LANES, WIDTH, load, matrix_configure, matrix_release, store, tile_store
-from edgeattn.cpu.softmax_int8 import KEPT_GROUPS, PROBABILITY_FLIP, softmax_codes
-from edgeattn.jit import inlined
+from edgeattn.kernels.cpu.layer_int8 import StaticLayer
+from edgeattn.kernels.cpu.matmul import MATRIX, linear
+from edgeattn.kernels.cpu.requantize import RULES, encode
+from edgeattn.kernels.cpu.simd import LANES, WIDTH, load, matrix_configure, matrix_release, store, tile_store
+from edgeattn.kernels.cpu.softmax_int8 import KEPT_GROUPS, PROBABILITY_FLIP, softmax_codes
+from edgeattn.runtime.jit import inlined
 
 
 @njit(error_model="numpy")

@@ -21,7 +21,7 @@ BROKEN = ("SyntaxError", "NameError", "TypingError", "LoweringError", "ImportErr
 
 
 class Bug(NamedTuple):
-    """`new` in place of `old`, once in a file of edgeattn/cpu; `test`: of pytest, or "fence KERNEL"."""
+    """`new` in place of `old`, once in a file of edgeattn/kernels/cpu; `test`: of pytest, or "fence KERNEL"."""
 
     what: str
     file: str
@@ -177,7 +177,7 @@ def copy_package(folder):
 
 def plant(bug, folder):
     """Change the copy in `folder`; AssertionError where the place is not there once."""
-    path = folder / "edgeattn" / "cpu" / bug.file
+    path = folder / "edgeattn" / "kernels" / "cpu" / bug.file
     text = path.read_text(encoding="utf-8")
     assert text.count(bug.old) == 1, f"the place of {bug.what!r} is {text.count(bug.old)} times in {bug.file}"
     path.write_text(text.replace(bug.old, bug.new), encoding="utf-8")

@@ -300,7 +300,7 @@ def chain(kind, count, shape=(1, 4, 8)):
     def make(_):
         import dataclasses
 
-        from edgeattn.tflite_file import parse
+        from edgeattn.files.tflite_file import parse
         from edgeattn.tflite_schema import Operator
         from quant.export.tflite import serialize
 

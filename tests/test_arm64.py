@@ -9,9 +9,9 @@ import pytest
 from llvmlite import binding
 from numba import njit
 
-from edgeattn import isa
-from edgeattn.cpu.simd import COLUMNS, LANES, ROWS, WIDTH, rank_one, tile_store, tile_zero
-from edgeattn.isa import ISA
+from edgeattn.kernels.cpu.simd import COLUMNS, LANES, ROWS, WIDTH, rank_one, tile_store, tile_zero
+from edgeattn.runtime import isa
+from edgeattn.runtime.isa import ISA
 
 # The CPUs of the Raspberry Pis; only the last has the dot product of ARMv8.2.
 EXPECTED = {"cortex-a53": "neon", "cortex-a72": "neon", "cortex-a76": "neondot"}
@@ -56,7 +56,7 @@ def test_int8_tiles_use_the_cpus_instructions():
 def test_an_instruction_set_the_cpu_lacks_is_refused():
     if "dotprod" in isa._host_features():
         pytest.skip("this CPU has every ARM64 instruction set edgeattn knows; needs one without dot product")
-    done = subprocess.run([sys.executable, "-c", "import edgeattn.isa"], capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "-c", "import edgeattn.runtime.isa"], capture_output=True, text=True,
                           env={**os.environ, "EDGEATTN_ISA": "neondot"})
     assert done.returncode == 1
     assert "EDGEATTN_ISA must be one of neon, generic on this CPU, got 'neondot'" in done.stderr

@@ -16,7 +16,8 @@ from workbench import needs_compiler, random_input, random_layer
 
 import edgeattn
 import quant
-from edgeattn import bundle, isa
+from edgeattn import bundle
+from edgeattn.runtime import isa
 from quant.export import linker
 from quant.export.targets import TARGETS
 

@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 
 from edgeattn import MultiHeadAttention
-from edgeattn.tensor_files import read_tensors
+from edgeattn.files.tensor_files import read_tensors
 
 E = 6
 

@@ -17,7 +17,7 @@ import edgeattn
 import edgeattn.cli
 import quant
 import quant.cli
-from edgeattn.isa import ISA
+from edgeattn.runtime.isa import ISA
 from quant.calibrate import Calibration
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -451,7 +451,7 @@ KERNELS_USED = """
 import re, sys
 import numpy as np
 import edgeattn, edgeattn.cli
-from edgeattn import jit
+from edgeattn.runtime import jit
 
 def used():  # a function passed to a kernel has an address that differs from process to process
     return {re.sub("0x[0-9a-f]+", "", f"{k.py_func.__module__}.{k.py_func.__name__} {signature}")

@@ -9,11 +9,11 @@ import numba
 import numpy as np
 import pytest
 
-from edgeattn import crew, threads
-from edgeattn.jit import jit
+from edgeattn import threads
+from edgeattn.runtime.jit import jit
 
 
-@crew.separate
+@worker_pool.separate
 def mark(done, workers, steps, worker, part):
     """Work for a while, then note who did which part."""
     x = 0.0
@@ -25,14 +25,14 @@ def mark(done, workers, steps, worker, part):
 
 @jit
 def run(done, workers, steps, scratch, board, count):
-    crew.share(board, done.size, mark, done, workers, steps)
+    worker_pool.share(board, done.size, mark, done, workers, steps)
 
 
-@crew.separate
+@worker_pool.separate
 def locate(processors, steps, worker, part):
     """Note which processor a worker runs its first part on, then work for a while."""
     if processors[worker] < 0:
-        processors[worker] = crew._sched_getcpu()
+        processors[worker] = worker_pool._sched_getcpu()
     x = 0.0
     for i in range(steps):
         x += np.sqrt(x + i)
@@ -41,7 +41,7 @@ def locate(processors, steps, worker, part):
 
 @jit
 def run_locate(processors, parts, steps, scratch, board, count):
-    crew.share(board, parts, locate, processors, steps)
+    worker_pool.share(board, parts, locate, processors, steps)
 
 
 @pytest.fixture(autouse=True)
@@ -123,7 +123,7 @@ def test_threads_that_cannot_be_started_are_done_without(monkeypatch):
 def asleep(board):
     """Wait until the one thread that serves a board sleeps."""
     end = time.monotonic() + 30
-    while board[crew._BEDS + crew._SLEEP] != crew._ASLEEP:
+    while board[worker_pool._BEDS + worker_pool._SLEEP] != worker_pool._ASLEEP:
         assert time.monotonic() < end
         time.sleep(0.001)
 
@@ -139,7 +139,7 @@ def processors_of_two():
     raise AssertionError("the thread took no part")
 
 
-@pytest.mark.skipif(not crew.CAN_SLEEP or len(os.sched_getaffinity(0)) < 2,
+@pytest.mark.skipif(not worker_pool.CAN_SLEEP or len(os.sched_getaffinity(0)) < 2,
                     reason="needs Linux, and two processors for this process")
 def test_a_thread_wakes_on_another_processor_than_the_callers_and_keeps_those_it_may_use():
     threads.set_num_threads(2)
@@ -161,24 +161,24 @@ def test_a_thread_wakes_on_another_processor_than_the_callers_and_keeps_those_it
 
 @jit
 def sleep_once(board):
-    crew._sem_init(crew.address(board, crew._BEDS + crew._SEMAPHORE), 0, 0)
-    crew.sleep(board, crew._BEDS)
+    worker_pool._sem_init(worker_pool.address(board, worker_pool._BEDS + worker_pool._SEMAPHORE), 0, 0)
+    worker_pool.sleep(board, worker_pool._BEDS)
 
 
 @jit
 def wake_moved(board):
-    crew.write(board, crew._BEDS + crew._SLEEP, crew._MOVED)
-    crew._sem_post(crew.address(board, crew._BEDS + crew._SEMAPHORE))
+    worker_pool.write(board, worker_pool._BEDS + worker_pool._SLEEP, worker_pool._MOVED)
+    worker_pool._sem_post(worker_pool.address(board, worker_pool._BEDS + worker_pool._SEMAPHORE))
 
 
-@pytest.mark.skipif(not crew.CAN_SLEEP or len(os.sched_getaffinity(0)) < 2,
+@pytest.mark.skipif(not worker_pool.CAN_SLEEP or len(os.sched_getaffinity(0)) < 2,
                     reason="needs Linux, and two processors for this process")
 @pytest.mark.parametrize("chosen", [False, True])
 def test_processors_chosen_by_others_while_a_thread_wakes_are_kept(chosen):
     allowed = os.sched_getaffinity(0)
     away, other = [{cpu} for cpu in sorted(allowed)[:2]]
-    board, numbers, bed = np.zeros(crew.board_size(1), np.int64), [], crew._BEDS
-    for at, cpus in ((crew._HOME, allowed), (crew._AWAY, away)):
+    board, numbers, bed = np.zeros(worker_pool.board_size(1), np.int64), [], worker_pool._BEDS
+    for at, cpus in ((worker_pool._HOME, allowed), (worker_pool._AWAY, away)):
         for cpu in cpus:
             board[bed + at + cpu // 64] |= np.int64(1) << (cpu % 64)
 
@@ -197,7 +197,7 @@ def test_processors_chosen_by_others_while_a_thread_wakes_are_kept(chosen):
 
 def test_jobs_count_no_references():
     """What tells Numba so (`_nrt`) is not of its public interface; without it kernels call for every tile they finish."""
-    from edgeattn.jit import inlined
+    from edgeattn.runtime.jit import inlined
 
     def step(some, i, out, at):
         out[at] += some[i]
@@ -209,7 +209,7 @@ def test_jobs_count_no_references():
     def call_job(job, finish, x, out):
         job(finish, x, out, 0, 1)
     floats = numba.float64[::1]
-    for make, make_step, expected in ((crew.separate, inlined, False), (numba.njit, numba.njit, True)):
+    for make, make_step, expected in ((worker_pool.separate, inlined, False), (numba.njit, numba.njit, True)):
         finish, job = make_step(step), make(sum_up)
         job.compile((numba.typeof(finish), floats, floats, numba.int64, numba.int64))
         assembly, = job.inspect_asm().values()
@@ -223,9 +223,10 @@ def test_where_compiled_code_cannot_sleep_threads_look_for_work_now_and_then():
     program = """
 import time
 import numba
-from edgeattn import crew, threads
-crew.CAN_SLEEP = False
-crew.serve = numba.njit(nogil=True)(crew.serve.py_func)  # compiled now: the cache holds it as it is on this system
+from edgeattn import threads
+from edgeattn.runtime import worker_pool
+worker_pool.CAN_SLEEP = False
+worker_pool.serve = numba.njit(nogil=True)(worker_pool.serve.py_func)  # compiled now: the cache holds it as it is on this system
 import test_crew
 threads.set_num_threads(2)
 for _ in range(200):
@@ -234,7 +235,7 @@ for _ in range(200):
         break
 else:
     raise AssertionError("the thread took no part")
-assert (threads._crew.board[crew._BEDS + crew._SLEEP::crew._BED_SIZE] == 0).all()
+assert (threads._crew.board[worker_pool._BEDS + worker_pool._SLEEP::worker_pool._BED_SIZE] == 0).all()
 threads.set_num_threads(1)
 """
     done = subprocess.run([sys.executable, "-W", "error", "-c", program], cwd=os.path.dirname(__file__), text=True,

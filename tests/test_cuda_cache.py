@@ -2,15 +2,15 @@
 import sys
 import types
 
-from edgeattn import kernel_cache, trusted
-from edgeattn.cuda import cache
+from edgeattn.kernels.cuda import cache
+from edgeattn.runtime import kernel_cache, trusted
 
 
 def test_ptx_is_kept_and_compiled_again_where_it_cannot_be_trusted(tmp_path, monkeypatch):
     made, compiler, folder = [], types.ModuleType("compile"), tmp_path / "kept"
     compiler.to_ptx = lambda kernel, capability: (f"text {made.append(capability) or len(made)}\n", kernel.name + "_entry")
-    monkeypatch.setitem(sys.modules, "edgeattn.cuda.compile", compiler)
-    monkeypatch.setattr(sys.modules["edgeattn.cuda"], "compile", compiler, raising=False)
+    monkeypatch.setitem(sys.modules, "edgeattn.kernels.cuda.compile", compiler)
+    monkeypatch.setattr(sys.modules["edgeattn.kernels.cuda"], "compile", compiler, raising=False)
     monkeypatch.setattr(kernel_cache, "folders", lambda function: [str(folder)])
     monkeypatch.setattr(kernel_cache, "source_stamp", lambda filename: "5" * 64)
     kernel = types.SimpleNamespace(name="kernel")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from cuda_limits import CAPABILITIES, LIMITS
 
-from edgeattn.cuda.driver import _installed
+from edgeattn.kernels.cuda.driver import _installed
 
 
 def ptxas():
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.mark.parametrize("capability", CAPABILITIES, ids=lambda c: f"sm_{c[0]}{c[1]}")
 @pytest.mark.parametrize("limits", LIMITS, ids=lambda limits: limits[0].name)
 def test_kernel_keeps_its_limits(limits, capability, tmp_path):
-    from edgeattn.cuda import compile
+    from edgeattn.kernels.cuda import compile
 
     kernel, registers, shared, wide_products = limits
     text, entry = compile.to_ptx(kernel, capability)

@@ -12,9 +12,9 @@ from cases import CASES, Case
 from cuda_emulated import emulated_only, long_form
 
 import edgeattn
-from edgeattn.cuda import dlpack, host, kinds
-from edgeattn.cuda import driver as driver_module
-from edgeattn.on_cuda import functional as on_cuda
+from edgeattn.executors.cuda import functional as on_cuda
+from edgeattn.kernels.cuda import dlpack, host, kinds
+from edgeattn.kernels.cuda import driver as driver_module
 
 # an emulated block takes a tenth of a second; what is large elsewhere is so for the CPU's tiles
 SMALLER = {"minilm": dict(H=2), "long": dict(S=270), "batch": dict(H=2), "grouped-one-query": dict(H=4),

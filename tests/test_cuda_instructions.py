@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from cuda_emulator import Block, Memory, run
 
-from edgeattn.cuda import ptx
-from edgeattn.cuda.language import Kernel, cuda, int32, shared
-from edgeattn.cuda.ptx import (
+from edgeattn.kernels.cuda import ptx
+from edgeattn.kernels.cuda.language import Kernel, cuda, int32, shared
+from edgeattn.kernels.cuda.ptx import (
     bits_of,
     fma,
     load_f32,

@@ -8,11 +8,11 @@ from cuda_emulated import long_form
 from kernels_under_test import ASYMMETRIC, MULTIPLIERS, SYMMETRIC, accumulators, make_layer
 from test_kernels_int8 import RULE_SETS
 
-from edgeattn.cuda import driver as driver_module
-from edgeattn.cuda.arrays import view
-from edgeattn.cuda.language import Kernel, int32, specialised
-from edgeattn.cuda.ptx import load_b32, store_b32, thread
-from edgeattn.cuda.rules import RULES, planes
+from edgeattn.kernels.cuda import driver as driver_module
+from edgeattn.kernels.cuda.arrays import view
+from edgeattn.kernels.cuda.language import Kernel, int32, specialised
+from edgeattn.kernels.cuda.ptx import load_b32, store_b32, thread
+from edgeattn.kernels.cuda.rules import RULES, planes
 
 # B, L, S, E, D, heads, Dv, Eo: around 16, 64 and 16-byte rows, several pieces of D and Dv, one query
 SHAPES = [(2, 5, 9, 7, 8, 2, 5, 6), (1, 40, 70, 33, 16, 2, 20, 40), (1, 17, 65, 64, 72, 1, 66, 64), (1, 1, 130, 16, 16, 1, 16, 3)]

@@ -12,13 +12,13 @@ from test_cuda_precision import SHORT
 from test_functional_dynamic import distance
 
 import edgeattn
-from edgeattn.cuda import host
+from edgeattn.kernels.cuda import host
 
 pytestmark = pytest.mark.usefixtures("device")
 
 
 def codes(x):
-    """(codes, scales) of the last axis, as edgeattn/cpu/dynamic.py has them: float32, a multiplication each."""
+    """(codes, scales) of the last axis, as edgeattn/kernels/cpu/dynamic.py has them: float32, a multiplication each."""
     largest = np.abs(x).max(-1, keepdims=True, initial=0)
     with np.errstate(divide="ignore", over="ignore"):
         inverse = np.minimum(np.float32(127) / largest, np.finfo(np.float32).max)

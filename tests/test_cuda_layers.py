@@ -9,7 +9,7 @@ import edgeattn
 import quant
 from edgeattn import cli
 from edgeattn.arithmetic import KERNEL_SETS
-from edgeattn.cuda import driver as driver_module
+from edgeattn.kernels.cuda import driver as driver_module
 from edgeattn.quantized import steps
 
 pytestmark = pytest.mark.usefixtures("device")

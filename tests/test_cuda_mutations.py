@@ -18,11 +18,11 @@ from cases import Case
 from cuda_emulated import emulated_only
 from kernels_under_test import ASYMMETRIC, make_layer
 
-from edgeattn.cuda import driver as driver_module
-from edgeattn.cuda import host, layers
-from edgeattn.cuda.language import Kernel, int32
-from edgeattn.cuda.ptx import load_b32, store_b32, thread
-from edgeattn.on_cuda import functional as on_cuda
+from edgeattn.executors.cuda import functional as on_cuda
+from edgeattn.kernels.cuda import driver as driver_module
+from edgeattn.kernels.cuda import host, layers
+from edgeattn.kernels.cuda.language import Kernel, int32
+from edgeattn.kernels.cuda.ptx import load_b32, store_b32, thread
 
 pytestmark = [pytest.mark.usefixtures("device"), emulated_only]
 ORDER = ("tiles", "attention", "merge", "linear", "quantize", "smooth", "masks", "elements", "rules", "int8")
@@ -33,7 +33,7 @@ IN_HOST = {"attention": "fa", "merge": "fm", "linear": "fl", "quantize": "qz", "
 @contextlib.contextmanager
 def planted(name, old, new):
     """The kernels, built anew with one place of one file changed, in place of those that are launched."""
-    kept = {module: sys.modules[f"edgeattn.cuda.{module}"] for module in ORDER}
+    kept = {module: sys.modules[f"edgeattn.kernels.cuda.{module}"] for module in ORDER}
     used = [(where, module, attribute, getattr(where, attribute)) for where in (host, layers)
             for module, attribute in IN_HOST.items() if hasattr(where, attribute)]
     try:
@@ -42,8 +42,8 @@ def planted(name, old, new):
             if module == name:
                 assert text.count(old) == 1, f"the place to break is {text.count(old)} times in {name}.py"
                 text = text.replace(old, new)
-            made = types.ModuleType(f"edgeattn.cuda.{module}")
-            made.__package__ = "edgeattn.cuda"
+            made = types.ModuleType(f"edgeattn.kernels.cuda.{module}")
+            made.__package__ = "edgeattn.kernels.cuda"
             exec(compile(text, kept[module].__file__, "exec"), made.__dict__)
             sys.modules[made.__name__] = made
             for where, of, attribute, _ in used:
@@ -53,7 +53,7 @@ def planted(name, old, new):
         yield
     finally:
         for module in ORDER:
-            sys.modules[f"edgeattn.cuda.{module}"] = kept[module]
+            sys.modules[f"edgeattn.kernels.cuda.{module}"] = kept[module]
         for where, _, attribute, before in used:
             setattr(where, attribute, before)
 
@@ -234,7 +234,7 @@ def check_static_band():
 def check_rules():
     import oracle_kernels as oracle
 
-    device, rules = driver_module.driver(), sys.modules["edgeattn.cuda.rules"]
+    device, rules = driver_module.driver(), sys.modules["edgeattn.kernels.cuda.rules"]
     values = np.array([-6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7, 100, -100] * 2, np.int32)
     for name in ("double", "ruy", "float_rne", "float64"):
         rule = rules.RULES[name]

@@ -9,7 +9,7 @@ import pytest
 from cuda_emulated import EmulatedDriver, emulated_only
 from cuda_limits import LIMITS
 
-from edgeattn.cuda import driver as driver_module
+from edgeattn.kernels.cuda import driver as driver_module
 
 pytestmark = emulated_only
 ROOT = Path(__file__).resolve().parents[1]

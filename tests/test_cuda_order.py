@@ -11,9 +11,9 @@ from cuda_emulated import EmulatedDriver, emulated_only
 from test_cuda_float32 import OverDLPack, put
 
 import edgeattn
-from edgeattn.cuda import driver as driver_module
-from edgeattn.on_cuda import functional as on_cuda
-from edgeattn.on_cuda.known import Known
+from edgeattn.executors.cuda import functional as on_cuda
+from edgeattn.executors.cuda.known import Known
+from edgeattn.kernels.cuda import driver as driver_module
 
 pytestmark = emulated_only
 SHAPES = dict(query=(1, 1, 2, 8), key=(1, 1, 3, 8), value=(1, 1, 3, 8), attn_mask=(2, 3), kv_lengths=(1,), alibi_slopes=(1,),
@@ -231,7 +231,7 @@ def test_a_layer_and_a_cache_stay_on_their_gpu(gpus):
 def test_arrays_of_torch_and_cupy_say_where_they_are(gpus, monkeypatch):
     import sys
 
-    from edgeattn.cuda.kinds import _CuPy, _Torch, kind
+    from edgeattn.kernels.cuda.kinds import _CuPy, _Torch, kind
 
     monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(cuda=types.SimpleNamespace(
         current_stream=lambda device: types.SimpleNamespace(cuda_stream={"cuda:1": 9}[device]))))
@@ -264,7 +264,7 @@ def test_the_stride_of_an_axis_of_one_means_nothing(gpus, stride):
 
 
 def test_a_view_is_reshaped_as_numpy_reshapes_it():
-    from edgeattn.cuda.arrays import View
+    from edgeattn.kernels.cuda.arrays import View
 
     rng, joined = np.random.default_rng(0), 0
     for _ in range(2000):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import edgeattn
-from edgeattn.cuda import driver as driver_module
+from edgeattn.kernels.cuda import driver as driver_module
 
 pytestmark = [
     pytest.mark.usefixtures("device"),

@@ -7,10 +7,10 @@ import warnings
 import numpy as np
 import pytest
 
-from edgeattn import kernel_cache
-from edgeattn.cuda import cache, merge, ptx
-from edgeattn.cuda import driver as driver_module
-from edgeattn.cuda.driver import _installed
+from edgeattn.kernels.cuda import cache, merge, ptx
+from edgeattn.kernels.cuda import driver as driver_module
+from edgeattn.kernels.cuda.driver import _installed
+from edgeattn.runtime import kernel_cache
 
 TEXT = "//\n.version 9.5\n.target sm_90\n.address_size 64\n// .version 8.0 of nothing\n"
 
@@ -57,9 +57,9 @@ def test_the_driver_is_given_what_it_takes(monkeypatch):
 def test_another_compiler_is_another_file(tmp_path, monkeypatch):
     compiled = []
     monkeypatch.setattr(kernel_cache, "folders", lambda function: [tmp_path])
-    monkeypatch.setitem(sys.modules, "edgeattn.cuda.compile", types.SimpleNamespace(
+    monkeypatch.setitem(sys.modules, "edgeattn.kernels.cuda.compile", types.SimpleNamespace(
         to_ptx=lambda kernel, capability: compiled.append(capability) or (TEXT, "entry")))
-    monkeypatch.setattr("edgeattn.cuda.compile", sys.modules["edgeattn.cuda.compile"], raising=False)
+    monkeypatch.setattr("edgeattn.kernels.cuda.compile", sys.modules["edgeattn.kernels.cuda.compile"], raising=False)
     kernel = merge.merge("float32")
     versions = {"numba-cuda": "0.30.4", "nvidia-nvvm": "13.0.88"}
 
@@ -89,7 +89,7 @@ def test_another_compiler_is_another_file(tmp_path, monkeypatch):
 @pytest.mark.skipif(not _installed("numba_cuda"), reason="numba-cuda is not installed: make test-cuda-offline has it")
 def test_compiling_says_nothing_and_leaves_numpy_as_it_was():
     """numba-cuda 0.30 names np.row_stack, which NumPy 2.5 has not."""
-    from edgeattn.cuda import compile
+    from edgeattn.kernels.cuda import compile
 
     before = "row_stack" in vars(np)
     with warnings.catch_warnings():

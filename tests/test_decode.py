@@ -4,8 +4,8 @@ import pytest
 import reference
 
 from edgeattn import threads
-from edgeattn.cpu.decode import decode
-from edgeattn.cpu.decode_blocks import BLOCK
+from edgeattn.kernels.cpu.decode import decode
+from edgeattn.kernels.cpu.decode_blocks import BLOCK
 
 # H, Hkv, D, Dv: one query a key head, several, more than the registers take at once; sizes that fill no vector
 SHAPES = [(4, 4, 64, 64), (6, 3, 16, 16), (6, 1, 5, 3), (10, 2, 72, 100), (7, 1, 128, 20)]

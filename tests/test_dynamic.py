@@ -5,7 +5,7 @@ import pytest
 
 import edgeattn
 import quant
-from edgeattn.cpu.linear_dynamic import DynamicLinear
+from edgeattn.kernels.cpu.linear_dynamic import DynamicLinear
 from edgeattn.quantized import DynamicMultiHeadAttention, QuantizedLinear
 
 

@@ -5,10 +5,10 @@ from numba import njit
 
 import edgeattn
 import quant
-from edgeattn.cpu.dynamic import STEP, quantize_rows
-from edgeattn.cpu.linear_dynamic import join_depth
-from edgeattn.cpu.matmul import MATRIX, ROW_STEP, lane_product, pack_byte_rows
-from edgeattn.cpu.simd import LANES, OFFSET, WIDTH, matrix_configure, matrix_release
+from edgeattn.kernels.cpu.dynamic import STEP, quantize_rows
+from edgeattn.kernels.cpu.linear_dynamic import join_depth
+from edgeattn.kernels.cpu.matmul import MATRIX, ROW_STEP, lane_product, pack_byte_rows
+from edgeattn.kernels.cpu.simd import LANES, OFFSET, WIDTH, matrix_configure, matrix_release
 
 
 @njit(error_model="numpy")

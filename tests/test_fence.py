@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from edgeattn import isa
+from edgeattn.runtime import isa
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 FENCE = os.path.join(HERE, "fence.py")
@@ -54,7 +54,7 @@ def test_the_fence_tells_a_touch_and_a_stale_number(tmp_path):
     """A program that touches the page behind an array, the page before one, or an input, dies; poison shows."""
     program = """
 import sys, fence, numpy as np
-from edgeattn.cpu.simd import pointer_to, address_of
+from edgeattn.kernels.cpu.simd import pointer_to, address_of
 from numba import njit
 @njit
 def touch(array, at, write):

@@ -9,7 +9,7 @@ import reference
 
 from edgeattn import scaled_dot_product_attention as attend
 from edgeattn.checks import to_float32
-from edgeattn.cpu import fused, plain
+from edgeattn.kernels.cpu import fused, plain
 
 CASES = [case for case in cases.CASES if not case.padding]  # padding masks belong to layers
 

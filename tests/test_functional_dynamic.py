@@ -7,8 +7,8 @@ from test_functional import arguments, expected
 
 from edgeattn import scaled_dot_product_attention as attend
 from edgeattn import threads
-from edgeattn.cpu import functional_dynamic
-from edgeattn.cpu.records import blank
+from edgeattn.kernels.cpu import functional_dynamic
+from edgeattn.kernels.cpu.records import blank
 
 CASES = [case for case in cases.CASES if not (case.padding or case.softcap)]
 
@@ -34,7 +34,7 @@ def dither(keys):
 
 
 def quantized(q, k, v, permitted, bias, scale):
-    """The formula of edgeattn/cpu/dynamic.py in float64."""
+    """The formula of edgeattn/kernels/cpu/dynamic.py in float64."""
     q, k, v = (x.astype(np.float64) for x in (q, k, v))
     (B, H, L, D), Hkv, Dv = q.shape, k.shape[1], v.shape[3]
     out = np.zeros((B, H, L, Dv))

@@ -12,7 +12,7 @@ import oracle_kernels as oracle
 import pytest
 from int8_layers import DYNAMIC_CASES, rule_cases, softmax_cases, static_cases
 
-from edgeattn import isa
+from edgeattn.runtime import isa
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 RUNNABLE = [table.name for table in isa.runnable(isa._host_features())]

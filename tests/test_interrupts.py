@@ -19,7 +19,7 @@ from test_crew import call
 import edgeattn
 import quant
 from edgeattn import threads
-from edgeattn.cpu import plain
+from edgeattn.kernels.cpu import plain
 
 _raise = types.ExternalFunction("raise", types.int32(types.int32))
 

@@ -1,7 +1,7 @@
 """Which features of an ARM64 CPU lead to which instruction set."""
 import pytest
 
-from edgeattn import isa
+from edgeattn.runtime import isa
 
 # AT_HWCAP as Linux reports it: Cortex-A72 has fp, asimd, aes, ..., crc32; Cortex-A76 has asimddp (bit 20) too.
 A72, A76 = 0x8FB, 0x119FFB

@@ -23,13 +23,13 @@ def package(tmp_path):
     folder = tmp_path / "site" / "edgeattn"
     folder.mkdir(parents=True)
     (folder / "__init__.py").write_text("")
-    for name in ("jit", "kernel_cache", "trusted", "messages", "isa"):
-        shutil.copy(PACKAGE / f"{name}.py", folder)
+    shutil.copytree(PACKAGE / "runtime", folder / "runtime", ignore=shutil.ignore_patterns("worker_pool.py", "__pycache__"))
+    shutil.copy(PACKAGE / "messages.py", folder)
     (folder / "helper.py").write_text(
-        "from edgeattn.jit import inlined\n\n@inlined\ndef factor():\n    return 2\n"
+        "from edgeattn.runtime.jit import inlined\n\n@inlined\ndef factor():\n    return 2\n"
     )
     (folder / "kernel.py").write_text(
-        "from edgeattn.helper import factor\nfrom edgeattn.jit import jit\n\n"
+        "from edgeattn.helper import factor\nfrom edgeattn.runtime.jit import jit\n\n"
         "@jit\ndef double(x):\n    return factor() * x\n"
     )
     return folder
@@ -160,7 +160,7 @@ def test_a_flipped_bit_anywhere_is_seen_before_anything_is_unpickled(package):
     whole = path.read_bytes()
     code = f"""
 import pickle, pathlib, random
-from edgeattn import kernel_cache
+from edgeattn.runtime import kernel_cache
 unpickled = []
 pickle.loads = unpickled.append
 path = pathlib.Path({str(path)!r})
@@ -241,7 +241,8 @@ def errors(package, code, **environment):
 
 
 WHILE_COMPILING = """
-from edgeattn import jit, messages
+from edgeattn import messages
+from edgeattn.runtime import jit
 jit.PATIENCE = {patience}
 {show}
 import threading, time
@@ -289,7 +290,7 @@ def test_nothing_is_said_of_a_short_compilation_nor_to_a_library_user_unasked(pa
 PARTS = """
 import numba
 from numba.core import codegen
-from edgeattn import jit
+from edgeattn.runtime import jit
 {before}
 final = []
 optimize = codegen.CPUCodeLibrary._optimize_final_module
@@ -320,7 +321,7 @@ def test_python_is_refused_where_it_calls_a_part(package):
 
 def test_no_environment_of_a_part_is_used_in_a_kernel(package):
     (package / "kernel.py").write_text(
-        "from edgeattn.helper import factor\nfrom edgeattn.jit import inlined, jit\n\n"
+        "from edgeattn.helper import factor\nfrom edgeattn.runtime.jit import inlined, jit\n\n"
         "@inlined\ndef check(x):\n    if x < 0:\n        raise ValueError('negative')\n    return x\n\n"
         "@jit\ndef double(x):\n    return factor() * check(x)\n")
     code = """
@@ -341,7 +342,7 @@ except ValueError as error:
 
 def test_a_part_that_does_not_compile_leaves_nothing_behind(package):
     (package / "kernel.py").write_text(
-        "from edgeattn.helper import factor\nfrom edgeattn.jit import inlined, jit\n\n"
+        "from edgeattn.helper import factor\nfrom edgeattn.runtime.jit import inlined, jit\n\n"
         "@inlined\ndef wrong(x):\n    return x.nothing\n\n"
         "@jit\ndef broken(x):\n    return factor() * wrong(x)\n\n"
         "@jit\ndef double(x):\n    return factor() * x\n")
@@ -361,7 +362,7 @@ print(double(4), numba.njit(lambda x: x + 1)(2))
 
 def test_threads_compile_at_the_same_time(package):
     (package / "kernel.py").write_text(
-        "from edgeattn.helper import factor\nfrom edgeattn.jit import jit\n\n"
+        "from edgeattn.helper import factor\nfrom edgeattn.runtime.jit import jit\n\n"
         + "".join(f"@jit\ndef times{i}(x):\n    return factor() * x + {i}\n\n" for i in range(4)))
     code = """
 import concurrent.futures, numba
@@ -385,7 +386,7 @@ def test_code_of_other_types_is_not_run(package):
 
 def test_package_without_sources_is_not_cached(package):
     code = CALL.replace(
-        "from edgeattn.kernel", "import edgeattn.kernel_cache\nedgeattn.kernel_cache._LOADED = []\nfrom edgeattn.kernel"
+        "from edgeattn.kernel", "import edgeattn.runtime.kernel_cache\nedgeattn.kernel_cache._LOADED = []\nfrom edgeattn.kernel"
     )
     assert run(package, code) == "8 0 1"
     assert not cached(package)
@@ -404,7 +405,7 @@ def test_disabled_jit_gives_the_plain_function(package):
 
 def test_kernels_release_the_gil_and_divide_as_numpy_does(package):
     (package / "kernel.py").write_text(
-        "from edgeattn.jit import jit\n\n@jit\ndef divide(a, b):\n    return a / b\n"
+        "from edgeattn.runtime.jit import jit\n\n@jit\ndef divide(a, b):\n    return a / b\n"
     )
     assert (
         run(

@@ -4,12 +4,12 @@ import oracle_kernels as oracle
 import pytest
 
 from edgeattn import threads
-from edgeattn.cpu import fused, layer_float32
-from edgeattn.cpu.functional_float32 import attention
-from edgeattn.cpu.layer_dynamic import DynamicLayer
-from edgeattn.cpu.layer_float32 import FloatLayer, group_size
-from edgeattn.cpu.matmul import padded_head
-from edgeattn.cpu.simd import LANES, ROWS, WIDTH
+from edgeattn.kernels.cpu import fused, layer_float32
+from edgeattn.kernels.cpu.functional_float32 import attention
+from edgeattn.kernels.cpu.layer_dynamic import DynamicLayer
+from edgeattn.kernels.cpu.layer_float32 import FloatLayer, group_size
+from edgeattn.kernels.cpu.matmul import padded_head
+from edgeattn.kernels.cpu.simd import LANES, ROWS, WIDTH
 
 # B, L, S, E, H, Hkv, D, Dv, Eo: lengths around the tile and the query block, odd sizes, D != Dv, L != S
 SHAPES = [(1, 32, 32, 64, 4, 4, 16, 16, 64), (2, 33, 9, 24, 3, 3, 8, 8, 24), (1, 7, 70, 20, 4, 2, 5, 3, 11),

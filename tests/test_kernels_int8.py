@@ -15,10 +15,10 @@ from kernels_under_test import (
     scaled,
 )
 
-from edgeattn.cpu.layer_int8 import plan
-from edgeattn.cpu.matmul import MATRIX_DEPTH, MATRIX_SCRATCH, pack_byte_panels, round_up
-from edgeattn.cpu.requantize import RULES
-from edgeattn.cpu.simd import OFFSET, ROWS, WIDTH
+from edgeattn.kernels.cpu.layer_int8 import plan
+from edgeattn.kernels.cpu.matmul import MATRIX_DEPTH, MATRIX_SCRATCH, pack_byte_panels, round_up
+from edgeattn.kernels.cpu.requantize import RULES
+from edgeattn.kernels.cpu.simd import OFFSET, ROWS, WIDTH
 
 RULE_SETS = [("float_rne", "float_rne", "float_rne", "lut_f32"), ("ruy", "double", "double", "lut_f32"),
              ("ruy", "ruy", "ruy", "lut_f32"), ("float64", "double", "double", "fixed"),

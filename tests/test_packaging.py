@@ -137,13 +137,13 @@ def test_importing_edgeattn_loads_nothing_a_device_lacks():
 
 def test_names_of_edgeattn_are_imported_when_they_are_asked_for():
     asked = python("import sys, edgeattn; print('numba' in sys.modules, set(edgeattn.__all__) <= set(dir(edgeattn)));"
-                   "edgeattn.load; print('edgeattn.layers' in sys.modules, 'edgeattn.storage' in sys.modules)")
+                   "edgeattn.load; print('edgeattn.layers' in sys.modules, 'edgeattn.files.storage' in sys.modules)")
     assert (asked.stdout.split(), asked.stderr) == (["False", "True", "False", "True"], "")
     missing = python("import edgeattn; edgeattn.attention")
     assert missing.stderr.strip().endswith("AttributeError: module 'edgeattn' has no attribute 'attention'")
 
 
-@pytest.mark.parametrize("package", ["edgeattn", "edgeattn.checkpoints"])
+@pytest.mark.parametrize("package", ["edgeattn", "edgeattn.files.checkpoints"])
 def test_type_checkers_find_a_name_where_it_is_imported_from(package):
     """Who asks for a name gets it by `_HOMES`, and a type checker by the imports that are never run."""
     tree = ast.parse((ROOT / package.replace(".", "/") / "__init__.py").read_text(encoding="utf-8"))
@@ -229,10 +229,10 @@ def test_rules_see_an_import(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     (folder / "kernel.py").write_text("from .. import layers\ndef late():\n    from numba import cuda\n")
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
-    assert offenders(["edgeattn.layers"], scope="edgeattn") == ["edgeattn.cpu.kernel imports edgeattn.layers"]
-    assert offenders(["numba.cuda"], scope="edgeattn") == ["edgeattn.cpu.kernel imports numba.cuda"]
+    assert offenders(["edgeattn.layers"], scope="edgeattn") == ["edgeattn.kernels.cpu.kernel imports edgeattn.layers"]
+    assert offenders(["numba.cuda"], scope="edgeattn") == ["edgeattn.kernels.cpu.kernel imports numba.cuda"]
     assert offenders(["numba.cuda"], scope="edgeattn", top_level_only=True) == []
-    assert offenders(["numba.cuda"], scope="edgeattn", allowed=["edgeattn.cpu"]) == []
+    assert offenders(["numba.cuda"], scope="edgeattn", allowed=["edgeattn.kernels.cpu"]) == []
 
 
 def test_edgeattn_never_imports_quant():
@@ -240,23 +240,23 @@ def test_edgeattn_never_imports_quant():
 
 
 def test_only_the_cuda_package_imports_numba_cuda():
-    assert offenders(["numba.cuda", "numba_cuda"], allowed=["edgeattn.cuda"]) == []
+    assert offenders(["numba.cuda", "numba_cuda"], allowed=["edgeattn.kernels.cuda"]) == []
 
 
 def test_cuda_is_imported_only_inside_the_call_that_asks_for_it():
-    assert offenders(["edgeattn.cuda"], allowed=["edgeattn.cuda"], top_level_only=True) == []
+    assert offenders(["edgeattn.kernels.cuda"], allowed=["edgeattn.kernels.cuda"], top_level_only=True) == []
 
 
 def test_only_the_tflite_writer_and_reader_import_flatbuffers():
-    assert offenders(["flatbuffers"], allowed=["edgeattn.tflite", "quant.export.tflite"]) == []
+    assert offenders(["flatbuffers"], allowed=["edgeattn.files.tflite", "quant.export.tflite"]) == []
 
 
 @pytest.mark.parametrize(
     ("package", "readers"),
     [
-        ("h5py", [f"edgeattn.checkpoints.{name}" for name in ("hdf5", "hdf5_attributes", "keras_files")]),
-        ("onnx", ["edgeattn.checkpoints.onnx_graphs"]),
-        ("torch", ["edgeattn.checkpoints.tensors"]),
+        ("h5py", [f"edgeattn.files.checkpoints.{name}" for name in ("hdf5", "hdf5_attributes", "keras_files")]),
+        ("onnx", ["edgeattn.files.checkpoints.onnx_graphs"]),
+        ("torch", ["edgeattn.files.checkpoints.tensors"]),
     ],
 )
 def test_checkpoint_readers_import_their_package_only_when_they_open_a_file(package, readers):
@@ -265,20 +265,20 @@ def test_checkpoint_readers_import_their_package_only_when_they_open_a_file(pack
 
 
 def test_layers_bring_no_checkpoint_reader_until_one_is_asked_for():
-    script = ("import sys, edgeattn.checkpoints; edgeattn.MultiHeadAttention, edgeattn.QuantizedMultiHeadAttention\n"
-              "print(*sorted(name for name in sys.modules if name.startswith('edgeattn.checkpoints.')))\n"
-              "print(*(getattr(edgeattn.checkpoints, name).__module__ for name in edgeattn.checkpoints.__all__))")
+    script = ("import sys, edgeattn.files.checkpoints; edgeattn.MultiHeadAttention, edgeattn.QuantizedMultiHeadAttention\n"
+              "print(*sorted(name for name in sys.modules if name.startswith('edgeattn.files.checkpoints.')))\n"
+              "print(*(getattr(edgeattn.files.checkpoints, name).__module__ for name in edgeattn.files.checkpoints.__all__))")
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     nothing, found = done.stdout.split("\n")[:2]
     assert nothing == ""
     assert {name.rpartition(".")[2] for name in found.split()} == {"keras_files", "onnx_graphs", "state_dicts"}
-    assert not hasattr(importlib.import_module("edgeattn.checkpoints"), "jax_weights")
+    assert not hasattr(importlib.import_module("edgeattn.files.checkpoints"), "jax_weights")
 
 
 def test_kernels_import_no_public_layer():
     public = "functional rotary layers quantized checkpoints storage tflite kv_cache masks cli"
     forbidden = [f"edgeattn.{name}" for name in public.split()]
-    assert offenders(forbidden, scope="edgeattn.cpu edgeattn.cuda") == []
+    assert offenders(forbidden, scope="edgeattn.kernels.cpu edgeattn.kernels.cuda") == []
 
 
 # -- make ------------------------------------------------------------------------------------------

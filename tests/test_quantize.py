@@ -7,7 +7,7 @@ from workbench import as_batch, cosine, random_call, random_input, random_layer
 
 import edgeattn
 import quant
-from edgeattn.tflite import read_tflite
+from edgeattn.files.tflite import read_tflite
 from quant.export.tflite import write_tflite
 from quant.quantize import MASK_MARGIN, quantize_linear
 from quant.runtimes import RUNTIMES

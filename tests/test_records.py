@@ -2,8 +2,8 @@
 import numpy as np
 import pytest
 
-from edgeattn.cpu import records
-from edgeattn.jit import jit
+from edgeattn.kernels.cpu import records
+from edgeattn.runtime.jit import jit
 
 RECORD = records.record("heads queries", records.BAND)
 

@@ -3,9 +3,9 @@ import numpy as np
 import pytest
 from numba import njit
 
-from edgeattn import isa
-from edgeattn.cpu import simd, softmax
-from edgeattn.cpu.simd import COLUMNS, LANES, OFFSET, ROWS, WIDTH
+from edgeattn.kernels.cpu import simd, softmax
+from edgeattn.kernels.cpu.simd import COLUMNS, LANES, OFFSET, ROWS, WIDTH
+from edgeattn.runtime import isa
 
 N = LANES
 

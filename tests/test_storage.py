@@ -15,8 +15,9 @@ import pytest
 import safetensors.numpy
 
 import quant
-from edgeattn import MultiHeadAttention, SelfAttention, files, load, save
-from edgeattn.files import write_atomic
+from edgeattn import MultiHeadAttention, SelfAttention, load, save
+from edgeattn.files.paths import write_atomic
+from edgeattn.files.stored import Budget
 from edgeattn.quantized import (
     AddMask,
     MulConstant,
@@ -25,7 +26,6 @@ from edgeattn.quantized import (
     StaticMultiHeadAttention,
     TensorQuantization,
 )
-from edgeattn.stored import Budget
 
 
 def layers():
@@ -157,9 +157,9 @@ def test_arithmetic_is_chosen_at_loading(tmp_path, quantized):
 
 
 def test_tflite_goes_to_its_reader(tmp_path, monkeypatch):
-    reader = types.ModuleType("edgeattn.tflite")
+    reader = types.ModuleType("edgeattn.files.tflite")
     reader.read_tflite = lambda path, *, arithmetic="default": (pathlib.Path(path).name, arithmetic)
-    monkeypatch.setitem(sys.modules, "edgeattn.tflite", reader)
+    monkeypatch.setitem(sys.modules, "edgeattn.files.tflite", reader)
     assert load(tmp_path / "a.tflite") == ("a.tflite", "default")
     assert load(tmp_path / "a.tflite", arithmetic="tflm") == ("a.tflite", "tflm")
 
@@ -230,7 +230,7 @@ def test_every_writer_removes_what_a_dead_one_left(tmp_path, monkeypatch, writer
 
 WRITE_SLOWLY = """
 import os, sys
-from edgeattn.files import write_atomic
+from edgeattn.files.paths import write_atomic
 sync = os.fsync
 def wait(number):
     sync(number)
@@ -279,15 +279,15 @@ def test_what_a_dead_writer_moved_away_comes_back(tmp_path, monkeypatch):
 
 def test_a_file_taken_for_a_dead_writers_is_written_again(tmp_path, monkeypatch):
     # another writer may look between the making of a file and its lock
-    lock, taken = files._lock, []
+    lock, taken = paths._lock, []
 
     def late(file, *, wait=False):
         if wait and not taken:
             taken.append(file.name)
-            files.remove_leftovers(tmp_path / "a.bin")
+            paths.remove_leftovers(tmp_path / "a.bin")
         return lock(file, wait=wait)
 
-    monkeypatch.setattr(files, "_lock", late)
+    monkeypatch.setattr(paths, "_lock", late)
     write_atomic(tmp_path / "a.bin", b"whole")
     assert taken
     assert [(entry.name, entry.read_bytes()) for entry in tmp_path.iterdir()] == [("a.bin", b"whole")]

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tflite_graphs import Form
 
+from edgeattn.files.tflite import read_tflite
+from edgeattn.files.tflite_file import parse
 from edgeattn.quantized import AddMask, MulConstant, SelectMask, TensorQuantization
-from edgeattn.tflite import read_tflite
-from edgeattn.tflite_file import parse
 from edgeattn.tflite_schema import Graph, Tensor
 from quant.export.tflite import serialize, write_tflite
 from quant.runtimes import RUNTIMES

@@ -10,9 +10,9 @@ import tflite_graphs as graphs
 from runtimes import each_runtime
 
 import edgeattn
-from edgeattn.files import write_atomic
+from edgeattn.files.paths import write_atomic
+from edgeattn.files.tflite import read_tflite
 from edgeattn.quantized import SelectMask
-from edgeattn.tflite import read_tflite
 from quant.export.tflite import write_tflite
 from quant.runtimes import RUNTIMES
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from edgeattn import threads
-from edgeattn.cpu import fused_int8
-from edgeattn.cpu.layer_float32 import FloatLayer
+from edgeattn.kernels.cpu import fused_int8
+from edgeattn.kernels.cpu.layer_float32 import FloatLayer
 from edgeattn.quantized import QuantizedLinear, StaticMultiHeadAttention, TensorQuantization
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -73,7 +73,7 @@ def test_a_fork_waits_until_no_thread_compiles():
     program = """
 import os, threading
 from numba.core.compiler_lock import global_compiler_lock
-import edgeattn.jit
+import edgeattn.runtime.jit
 compiling = threading.Event()
 
 def compile():
@@ -102,7 +102,7 @@ def test_thread_count_is_checked(n, error, message):
 PROGRAM = """
 import numpy as np
 import edgeattn
-from edgeattn.cpu import (
+from edgeattn.kernels.cpu import (
     cache_int8, cached_int8, decode_float32, decode_int8, functional_dynamic, fused, fused_dynamic, fused_int8, reals)
 from edgeattn.quantized import (
     DynamicMultiHeadAttention, QuantizedLinear, StaticMultiHeadAttention, TensorQuantization)

@@ -5,7 +5,7 @@ import stat
 
 import pytest
 
-from edgeattn import trusted
+from edgeattn.runtime import trusted
 
 NOBODY = 65534
 

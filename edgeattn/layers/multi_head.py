@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal, overload
 import numpy as np
 
 from edgeattn.checks import FLOAT32, to_float32
-from edgeattn.cpu.layer_float32 import FloatLayer
-from edgeattn.cpu.linear import Linear
+from edgeattn.kernels.cpu.layer_float32 import FloatLayer
+from edgeattn.kernels.cpu.linear import Linear
 from edgeattn.layers import steps
 from edgeattn.layers.call import check_call, check_inputs, is_read_as_it_is, is_written_as_it_is
 from edgeattn.layers.weights import AttentionWeights
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
     from typing_extensions import Self, Unpack
 
+    from edgeattn.executors.cuda.layers import FloatOnCuda
     from edgeattn.kv_cache import KVCache
-    from edgeattn.on_cuda.layers import FloatOnCuda
     from edgeattn.types import CallOptions, CausalAlignment, Flag, Floats, Real, TorchOptions, Window
 
 
@@ -199,7 +199,7 @@ class MultiHeadAttention(AttentionWeights):
         RuntimeError
             Where there is no CUDA, saying what of it is missing.
         """
-        from edgeattn.on_cuda.layers import FloatOnCuda, place
+        from edgeattn.executors.cuda.layers import FloatOnCuda, place
 
         if device == "cpu" and precision != "float32":
             raise ValueError(f"precision must be 'float32' on the CPU, got {precision!r}, which tensor cores have")

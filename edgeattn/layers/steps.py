@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgeattn.checks import FLOAT32, to_float32
-from edgeattn.cpu import float32
+from edgeattn.kernels.cpu import float32
 from edgeattn.layers.call import handed_over, is_next, is_unmasked, room, self_masks
 
 if TYPE_CHECKING:

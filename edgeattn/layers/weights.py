@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgeattn import checkpoints
 from edgeattn.checks import count, flag, float_array, to_float32
-from edgeattn.files import listed, named
+from edgeattn.files import checkpoints
+from edgeattn.files.paths import listed, named
 from edgeattn.functional import default_scale
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Literal, overload
 import numpy as np
 
 from edgeattn.checks import FLOAT32, count, to_float32
-from edgeattn.cpu.linear_dynamic import DynamicLinear
 from edgeattn.functional import default_scale
+from edgeattn.kernels.cpu.linear_dynamic import DynamicLinear
 from edgeattn.layers import steps
 from edgeattn.layers.call import check_call, is_read_as_it_is, is_written_as_it_is
 from edgeattn.layers.weights import KEY_TENSORS, added_keys, added_keys_state
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
     from typing_extensions import Self, Unpack
 
+    from edgeattn.executors.cuda.layers import DynamicOnCuda
     from edgeattn.kv_cache import KVCache
-    from edgeattn.on_cuda.layers import DynamicOnCuda
     from edgeattn.types import CallOptions, CausalAlignment, Device, Flag, Float32s, Floats, Real, Window
 
     DynamicLayer: Any  # mypy 2.4 --strict breaks off in that file, with an internal error, whoever imports it
 else:
-    from edgeattn.cpu.layer_dynamic import DynamicLayer
+    from edgeattn.kernels.cpu.layer_dynamic import DynamicLayer
 
 
 class DynamicMultiHeadAttention(QuantizedMultiHeadAttention):
@@ -172,7 +172,7 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention):
 
     def to(self, device: Device) -> Self | DynamicOnCuda:
         """The layer on ``device``: "cpu", or "cuda", a GPU (docs/cuda.md); ``.layer`` of that is this one."""
-        from edgeattn.on_cuda.layers import DynamicOnCuda, place
+        from edgeattn.executors.cuda.layers import DynamicOnCuda, place
 
         placed: Self | DynamicOnCuda = place(self, device, DynamicOnCuda)
         return placed

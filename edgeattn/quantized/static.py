@@ -24,9 +24,9 @@ from edgeattn.checks import (
     number,
     result_dtype,
 )
-from edgeattn.cpu.layer_int8 import StaticLayer
-from edgeattn.cpu.reals import to_codes, to_reals
 from edgeattn.functional import checked_softcap
+from edgeattn.kernels.cpu.layer_int8 import StaticLayer
+from edgeattn.kernels.cpu.reals import to_codes, to_reals
 from edgeattn.layers.call import (
     check_cache,
     handed_over,
@@ -50,10 +50,10 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
     from typing_extensions import Self, Unpack
 
+    from edgeattn.executors.cuda.layers import StaticOnCuda
     from edgeattn.kv_cache import KVCache
     from edgeattn.layers.call import Pieces
     from edgeattn.masks import Mask
-    from edgeattn.on_cuda.layers import StaticOnCuda
     from edgeattn.types import (
         Arithmetic,
         Bools,
@@ -220,7 +220,7 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
 
     def to(self, device: Device) -> Self | StaticOnCuda:
         """The layer on ``device``: "cpu", or "cuda", a GPU (docs/cuda.md); ``.layer`` of that is this one."""
-        from edgeattn.on_cuda.layers import StaticOnCuda, place
+        from edgeattn.executors.cuda.layers import StaticOnCuda, place
 
         placed: Self | StaticOnCuda = place(self, device, StaticOnCuda)
         return placed

@@ -9,7 +9,7 @@ import numpy as np
 
 import edgeattn
 from edgeattn.checks import as_array, count, is_one_of
-from edgeattn.files import as_path, check_folder, write_atomic
+from edgeattn.files.paths import as_path, check_folder, write_atomic
 from edgeattn.layers import MultiHeadAttention
 from edgeattn.quantized import DynamicMultiHeadAttention, QuantizedMultiHeadAttention, StaticMultiHeadAttention
 from quant.export.bundle import write_bundle

@@ -41,9 +41,9 @@ from edgeattn.bundle import (
     SCRATCH_BYTES,
     VALUE,
 )
-from edgeattn.cpu import fused, fused_dynamic, fused_int8, layer_dynamic, layer_float32, layer_int8, records
-from edgeattn.cpu.records import named, packed
-from edgeattn.crew import separate
+from edgeattn.kernels.cpu import fused, fused_dynamic, fused_int8, layer_dynamic, layer_float32, layer_int8, records
+from edgeattn.kernels.cpu.records import named, packed
+from edgeattn.runtime.worker_pool import separate
 
 _I8, _I64 = ir.IntType(8), ir.IntType(64)
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from edgeattn.files import beside, check_folder, keep_locked, new_mark, remove_leftovers, write_new
+from edgeattn.files.paths import beside, check_folder, keep_locked, new_mark, remove_leftovers, write_new
 
 
 def check_beside(path: Path, names: Iterable[str]) -> None:

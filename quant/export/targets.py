@@ -12,7 +12,7 @@ class Target(NamedTuple):
     """One row of the table.
 
     `machine` is what `platform.machine` calls it, `cpu` and `features` what LLVM does, `isa` is a name in
-    edgeattn.isa; `requires` are the flags of /proc/cpuinfo without which the code cannot run.
+    edgeattn.runtime.isa; `requires` are the flags of /proc/cpuinfo without which the code cannot run.
     """
 
     machine: str

@@ -26,7 +26,7 @@ def kernels() -> dict:
     from cuda_limits import LIMITS
 
     from edgeattn.arithmetic import KERNEL_SETS
-    from edgeattn.cuda import attention, int8, masks, merge, quantize
+    from edgeattn.kernels.cuda import attention, int8, masks, merge, quantize
 
     both, sizes = (True, False), list(itertools.product((32, 64), (32, 64)))
     made = [row[0] for row in LIMITS if not row[0].name.startswith("static")]  # whose flags are told in calls
@@ -52,8 +52,8 @@ def kernels() -> dict:
 
 def build(name: str) -> tuple[str, float, float]:
     """(PTX version, seconds to compile, seconds to load) of a kernel; nothing is loaded where there is no card."""
-    from edgeattn.cuda import cache
-    from edgeattn.cuda.driver import driver, why_not
+    from edgeattn.kernels.cuda import cache
+    from edgeattn.kernels.cuda.driver import driver, why_not
 
     kernel, card = kernels()[name], why_not() is None
     start = time.perf_counter()

@@ -25,7 +25,7 @@ def version(package: str) -> str:
 def compiler() -> str:
     """The PTX version that kernels are compiled to here, or why none is."""
     try:
-        from edgeattn.cuda import compile, merge
+        from edgeattn.kernels.cuda import compile, merge
 
         return f"PTX {compile.to_ptx(merge.merge('float32'), (9, 0))[0].split('.version ')[1].split()[0]}"
     except Exception as error:  # noqa: BLE001 - whatever is missing is said
@@ -43,7 +43,7 @@ def main() -> int:
     if shutil.which("nvidia-smi"):
         subprocess.run(["nvidia-smi", "--query-gpu=name,driver_version,memory.total,clocks.max.sm", "--format=csv"])
     print(f"  compiler: {compiler()}", flush=True)
-    from edgeattn.cuda.driver import driver, why_not
+    from edgeattn.kernels.cuda.driver import driver, why_not
 
     if reason := why_not():
         print(f"no card: {reason}")

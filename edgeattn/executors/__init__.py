@@ -1,0 +1,1 @@
+"""What gives the operations of a layer their meaning."""

@@ -1,0 +1,1 @@
+"""Files: what is stored, and readers of what other tools write."""

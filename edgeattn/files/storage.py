@@ -1,0 +1,138 @@
+"""Layers in files.
+
+A layer's file is a .safetensors file: its tensors, and under the metadata key "edgeattn" one JSON object
+{"format": 1, "kind": the name of the layer's class, "config": that class's own settings}.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgeattn.files.paths import as_path, reason, write_atomic
+from edgeattn.files.safetensors_file import read_safetensors
+
+if TYPE_CHECKING:
+    import pathlib
+    from collections.abc import Mapping
+    from typing import Any
+
+    from edgeattn.layers import MultiHeadAttention
+    from edgeattn.quantized import DynamicMultiHeadAttention, QuantizedMultiHeadAttention, StaticMultiHeadAttention
+    from edgeattn.types import Arithmetic, Path
+
+_FORMAT = 1
+_METADATA_KEY = "edgeattn"
+# Where each kind of layer lives; imported only when a file of that kind is opened. Every class has
+#     _to_state() -> (config, tensors)    and    _from_state(config, tensors), a class method.
+_KINDS = {
+    "MultiHeadAttention": "edgeattn.layers.multi_head",
+    "SelfAttention": "edgeattn.layers.self_attention",
+    "StaticMultiHeadAttention": "edgeattn.quantized.static",
+    "DynamicMultiHeadAttention": "edgeattn.quantized.dynamic",
+}
+
+
+def save(layer: MultiHeadAttention | QuantizedMultiHeadAttention, path: Path) -> None:
+    """Write a layer to a .safetensors file, whole or not at all.
+
+    Parameters
+    ----------
+    layer : MultiHeadAttention, SelfAttention or QuantizedMultiHeadAttention
+    path : str or path
+        Ends in ".safetensors". An existing file is replaced.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For another kind of object or another suffix.
+    """
+    import safetensors.numpy  # 0.8 MiB that only files need
+
+    path = as_path(path)
+    kind = type(layer).__name__
+    if _KINDS.get(kind) != type(layer).__module__:
+        raise TypeError(f"layer must be one of {', '.join(_KINDS)}, got {kind}")
+    if path.suffix != ".safetensors":
+        raise ValueError(
+            f"path must end in .safetensors, got {str(path)!r}; quant.export writes the other formats"
+        )
+    config, tensors = layer._to_state()
+    header = {"format": _FORMAT, "kind": kind, "config": config}
+    content = safetensors.numpy.save(
+        {name: np.asarray(array, order="C") for name, array in tensors.items()},
+        metadata={_METADATA_KEY: json.dumps(header, sort_keys=True)},
+    )
+    write_atomic(path, content)
+
+
+def load(
+    path: Path, *, arithmetic: Arithmetic | None = None
+) -> MultiHeadAttention | StaticMultiHeadAttention | DynamicMultiHeadAttention:
+    """Read a layer that `save` wrote, or an int8 attention graph from a .tflite file.
+
+    Parameters
+    ----------
+    path : str or path
+        Ends in ".safetensors" or ".tflite".
+    arithmetic : str, optional
+        The kernel set an int8 layer shall follow, a name in `edgeattn.arithmetic.KERNEL_SETS`. Unless given:
+        the one a .safetensors file was saved with, "litert" for a .tflite file, which does not say.
+
+    Returns
+    -------
+    MultiHeadAttention, SelfAttention or QuantizedMultiHeadAttention
+
+    Raises
+    ------
+    ValueError
+        Naming the file, for one that is truncated, foreign, or does not hold what it says.
+    """
+    path = as_path(path)
+    if path.suffix == ".tflite":
+        from edgeattn.files.tflite import read_tflite
+
+        return read_tflite(path) if arithmetic is None else read_tflite(path, arithmetic=arithmetic)
+    if path.suffix != ".safetensors":
+        bundle = "; edgeattn.bundle.load runs a bundle" if path.suffix == ".so" else ""
+        raise ValueError(f"path must end in .safetensors or .tflite, got {str(path)!r}{bundle}")
+    metadata, tensors = read_safetensors(path)
+    kind, config = _parse_header(path, metadata)
+    if arithmetic is not None:
+        if "arithmetic" not in config:
+            raise ValueError(f"arithmetic={arithmetic!r} applies to int8 layers, but {path} holds a {kind}")
+        config["arithmetic"] = arithmetic
+    layer_class = getattr(importlib.import_module(_KINDS[kind]), kind)
+    arrays = {name: tensor.read() for name, tensor in tensors.items()}
+    try:
+        layer: MultiHeadAttention | StaticMultiHeadAttention | DynamicMultiHeadAttention = (
+            layer_class._from_state(config, arrays))
+        return layer
+    except KeyError as error:
+        raise ValueError(f"{path} does not hold a whole {kind}: {error} is missing") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not hold a valid {kind}: {error}") from error
+
+
+def _parse_header(path: pathlib.Path, metadata: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
+    """(kind, config) from the metadata of a layer's file."""
+    if _METADATA_KEY not in metadata:
+        raise ValueError(
+            f"{path} holds tensors but no edgeattn layer: read checkpoints of other libraries with "
+            "MultiHeadAttention.from_torch or from_bert"
+        )
+    try:
+        header = json.loads(metadata[_METADATA_KEY])
+        version, kind, config = header["format"], header["kind"], header["config"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} has unreadable edgeattn metadata: {type(error).__name__}, {reason(error)}") from error
+    if version != _FORMAT:
+        raise ValueError(
+            f"{path} has format {version!r}, this edgeattn reads format {_FORMAT}; update edgeattn"
+        )
+    if not isinstance(kind, str) or kind not in _KINDS or not isinstance(config, dict):
+        raise ValueError(f"{path} must hold one of {', '.join(_KINDS)} with its config, got kind {kind!r}")
+    return kind, config

@@ -1,0 +1,132 @@
+"""What the decode kernels share: a single query attends to blocks of keys by themselves, then the blocks are joined.
+
+Letters: B batch, H query heads, Hkv key heads, G = H / Hkv queries that share a key head, S keys, D head size, Dv value
+size.  An item is a (batch entry, key head); its keys are cut into blocks of BLOCK, the same blocks whatever the number
+of threads.  Of each block (G, Dv') context, Dv' = Dv rounded up, then (G,) maxima and (G,) sums lie in the scratch that
+all threads share.  A block's context is divided by its sum, so that no number is larger than the largest value.
+"""
+import numpy as np
+from numba.extending import register_jitable
+
+from edgeattn.runtime.jit import inlined
+
+from .fused import steps_of
+from .records import named, record
+from .simd import LANES, address_of, first_lane, larger, load, max_lanes, pointer_to, splat, store
+from .softmax import LOG2_E, exp2, tanh
+
+BLOCK = 128  # keys
+_ZERO = np.float32(0)
+_ONE = np.float32(1)
+_MINUS_INFINITY = np.float32(-np.inf)
+_LOWEST = np.finfo(np.float32).min
+
+# The parameters: sizes, then of each array its address and its strides in elements.
+DECODE = record("batch heads kv_heads keys head_size value_size padded_value blocks result_size",
+                "shared_size private_size",
+                "q q_b q_h", "k k_b k_h k_s", "v v_b v_h v_s", "out out_b out_h",
+                "k_scale k_scale_b k_scale_h k_scale_s", "v_scale v_scale_b v_scale_h v_scale_s")
+_COUNT = len(DECODE)
+
+
+@register_jitable
+def parameters_of(q, k, v, out, result_row, private):
+    """The parameters of one call, without scales; `result_row` is Dv', `private` the scratch elements of a thread."""
+    parameters = np.zeros(_COUNT, np.int64)
+    p = named(parameters, DECODE)
+    p.batch, p.heads, p.head_size = q.shape
+    p.kv_heads, p.keys, p.value_size, p.padded_value = k.shape[1], k.shape[2], v.shape[3], result_row
+    p.blocks, p.private_size = (p.keys + BLOCK - 1) // BLOCK, private
+    p.result_size = p.heads // p.kv_heads * (result_row + 2)
+    p.shared_size = (p.batch * p.kv_heads * p.blocks * p.result_size + 15) // 16 * 16
+    p.q, p.k, p.v, p.out = address_of(q), address_of(k), address_of(v), address_of(out)
+    p.q_b, p.q_h, _ = steps_of(q)
+    p.k_b, p.k_h, p.k_s = steps_of(k)
+    p.v_b, p.v_h, p.v_s = steps_of(v)
+    p.out_b, p.out_h, _ = steps_of(out)
+    return parameters
+
+
+@inlined
+def keys_of(p, lengths, batch):
+    """How many keys a batch entry has."""
+    return p.keys if lengths.size == 0 else min(max(lengths[batch], 0), p.keys)
+
+
+@inlined
+def take_queries(p, item, scale, softcap, private, at_q, q_row):
+    """private[at_q + g q_row + d] = query g of the item times what makes its scores exponents of 2; then zeros."""
+    G = p.heads // p.kv_heads
+    batch, kv = item // p.kv_heads, item % p.kv_heads
+    q = pointer_to(p.q, private)
+    factor = scale / softcap if softcap > _ZERO else scale * LOG2_E
+    for g in range(G):
+        start = batch * p.q_b + (kv * G + g) * p.q_h
+        for d in range(p.head_size):
+            private[at_q + g * q_row + d] = q[start + d] * factor
+        for d in range(p.head_size, q_row):
+            private[at_q + g * q_row + d] = _ZERO
+
+
+@inlined
+def cap_and_maximum(private, at, count, softcap):
+    """Cap the `count` scores at private[at] and lower those up to the next whole vector to -inf; their maximum.
+
+    The lowest finite number where all are -inf, so that the difference to it exists.
+    """
+    count_up = (count + LANES - 1) // LANES * LANES
+    if softcap > _ZERO:
+        for s in range(0, count_up, LANES):
+            store(private, at + s, tanh(load(private, at + s)) * splat(softcap * LOG2_E))
+    for s in range(count, count_up):
+        private[at + s] = _MINUS_INFINITY
+    best = splat(_LOWEST)
+    for s in range(0, count_up, LANES):
+        best = larger(load(private, at + s), best)
+    return max_lanes(best)
+
+
+@inlined
+def inverse_of(total):
+    """1 / total; 0 where no key had a weight."""
+    return _ONE / total if total != _ZERO else _ZERO
+
+
+@inlined
+def join_blocks(parameters, out, lengths, results, feature_of):
+    """out (B, H, Dv) = the softmax over all blocks; feature_of(position) says what a context's element is."""
+    p = named(parameters, DECODE)
+    G, Dv, Dv_up = p.heads // p.kv_heads, p.value_size, p.padded_value
+    for item in range(p.batch * p.kv_heads):
+        batch, kv = item // p.kv_heads, item % p.kv_heads
+        blocks = (keys_of(p, lengths, batch) + BLOCK - 1) // BLOCK
+        first = item * p.blocks * p.result_size
+        for g in range(G):
+            to = batch * p.out_b + (kv * G + g) * p.out_h
+            if blocks == 0:
+                for d in range(Dv):
+                    out[to + d] = _ZERO
+                continue
+            context, maximum, total = first + g * Dv_up, first + G * Dv_up + g, first + G * (Dv_up + 1) + g
+            best = _MINUS_INFINITY
+            for block in range(blocks):
+                best = max(best, results[maximum + block * p.result_size])
+            whole = _ZERO
+            for block in range(blocks):
+                here = block * p.result_size
+                weight = results[total + here] * first_lane(exp2(splat(results[maximum + here] - best)))
+                results[total + here] = weight
+                whole += weight
+            inverse = inverse_of(whole)
+            for block in range(blocks):
+                here = block * p.result_size
+                weight = splat(results[total + here] * inverse)
+                for d in range(0, Dv_up, LANES):
+                    part = load(results, context + here + d) * weight
+                    if block > 0:
+                        part = part + load(results, context + d)
+                    store(results, context + d, part)
+            for d in range(Dv_up):
+                feature = feature_of(d)
+                if feature < Dv:
+                    out[to + feature] = results[context + d]

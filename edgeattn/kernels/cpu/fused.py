@@ -1,0 +1,758 @@
+"""Fused float32 attention: scores, softmax and context of one block of queries at a time, queries in lanes.
+
+Letters: B batch, H heads, L queries, S keys, D head size, Dv value size, E model width; W = WIDTH queries per block.
+
+Scores are computed transposed, (keys, W): a key is a broadcast row, a query is a lane.  Maxima and sums over keys are
+then plain vector operations, and the context comes out as (Dv, W), which is what the output projection broadcasts.
+Keys go by in blocks of KEY_BLOCK, so scratch memory does not depend on S (except for one row of mask per key where a
+mask differs from query to query).  Where no score can be large, exponentials are taken of the scores as they are;
+else of their distance to a running maximum.  Every sum is a sum of the sums of short chains: see CHAIN.
+"""
+from typing import NamedTuple
+
+import numpy as np
+
+from edgeattn.runtime.jit import inlined, jit
+from edgeattn.runtime.worker_pool import separate, share
+
+from .matmul import BLOCK, CHAIN, add_product, feature_position, multiply_ahead, part_of_block, project
+from .records import MASKS, named, record
+from .simd import (
+    COLUMNS,
+    LANES,
+    ROWS,
+    WIDTH,
+    address_of,
+    any_lane,
+    bits_of,
+    float_of_bits,
+    fma,
+    lane_index,
+    larger,
+    load,
+    load_bytes,
+    pointer_to,
+    select,
+    splat,
+    store,
+    tile_add,
+    tile_store,
+    tile_zero,
+    to_float,
+    transpose_block,
+)
+from .softmax import LARGEST_MASK, LOG2_E, exp2, exp2_within, masked_score, tanh
+
+KEY_BLOCK = BLOCK
+SCORE_CHAIN = CHAIN // 2  # an error of a score counts as often as the score is large
+# Scores in units of log 2 that are certain to be smaller than this need no maximum: powers of two between 2**-60 and
+# 2**60, their sums, and their products with values stay far from the ends of float32.
+SMALL = np.float32(60)
+_SMALL_BITS = SMALL.view(np.int32)
+_MAGNITUDE = np.int32(0x7FFFFFFF)
+_MINUS_INFINITY = np.float32(-np.inf)
+_INFINITY_BITS = np.int32(0x7F800000)
+_FURTHEST = (1 << 31) - 1 - WIDTH  # a position whose distances fit int32
+_FAINT = np.float32(2.0**-20)
+_ZERO = np.float32(0)
+_ONE = np.float32(1)
+
+# Private scratch of one query block, float32 elements; SCORES keeps ROWS rows in front for a tile that steps back.
+AT_MAXIMUM = 0
+AT_SUM = AT_MAXIMUM + WIDTH
+AT_TILE = AT_SUM + WIDTH
+AT_SCORES = AT_TILE + max(ROWS * WIDTH, LANES * LANES)
+AT_FREE = AT_SCORES + (KEY_BLOCK + ROWS) * WIDTH
+SUMS = KEY_BLOCK * WIDTH // 2  # in float64, that fit where scores are
+
+
+class Rows(NamedTuple):
+    """Rows in a flat array: row r begins at data[at + r * step]."""
+
+    data: object
+    at: int
+    step: int
+
+
+class Visible(NamedTuple):
+    """Of the keys, those in [first, last) that any query of a block may see, and [full_from, full_to) that all may.
+
+    band: whether query q0 + l sees key s only where low <= s - q0 - l <= high.
+    """
+
+    first: int
+    last: int
+    full_from: int
+    full_to: int
+    q0: int
+    band: bool
+    low: int
+    high: int
+
+
+class ScoreMask(NamedTuple):
+    """Numbers to be added to the scores, (keys, W) from key `first` on; given: whether there are any."""
+
+    data: object
+    at: int
+    first: int
+    given: bool
+
+
+@inlined
+def mask_scores(scores, at, keys, s0, q0, band, low_edge, high_edge, full_from, full_to, masks, at_mask, has_mask):
+    """Lower the scores of what may not be seen to -inf and add the float mask, in place.
+
+    scores (keys, W); key s0 + s is visible to query q0 + l when q + low_edge <= key <= q + high_edge;
+    keys in [full_from, full_to) are visible to every query of the block.
+    """
+    if band:
+        for s in range(keys):
+            key = s0 + s
+            if full_from <= key < full_to:
+                continue
+            for c in range(COLUMNS):
+                distance = splat(np.int32(key - q0 - c * LANES)) - lane_index()
+                v = load(scores, at + s * WIDTH + c * LANES)
+                v = select(distance < splat(np.int32(low_edge)), splat(_MINUS_INFINITY), v)
+                v = select(distance > splat(np.int32(high_edge)), splat(_MINUS_INFINITY), v)
+                store(scores, at + s * WIDTH + c * LANES, v)
+    if has_mask:
+        for i in range(0, keys * WIDTH, LANES):
+            m = load(masks, at_mask + i)
+            v = load(scores, at + i) + m
+            store(scores, at + i, select(m == splat(_MINUS_INFINITY), m, v))
+
+
+@inlined
+def slope_and_place(alibi, batch_step, batch, head):
+    """What a step away from a query costs its scores, and the position of query 0: of ALiBi, for one head.
+
+    alibi : address of (B or 1, H, 2) float64, or 0 where there is none; batch_step: 0 where all entries share one.
+    """
+    if alibi == 0:
+        return _ZERO, 0
+    pairs = pointer_to(alibi, np.float64)
+    at = batch * batch_step + 2 * head
+    return np.float32(pairs[at]), np.int64(pairs[at + 1])
+
+
+@inlined
+def within(v):
+    """v within +-LARGEST_MASK; a NaN stays."""
+    v = select(v > splat(LARGEST_MASK), splat(LARGEST_MASK), v)
+    return larger(splat(-LARGEST_MASK), v)
+
+
+@inlined
+def fill_mask(masks, at, keep, at_keep, keep_row, keep_key, bias, at_bias, bias_row, bias_key, slope, place, queries,
+              keys, square, at_square):
+    """masks (keys, W) = (bias - slope * distance) * log2(e) where kept, else -inf; what is finite stays so.
+
+    The distance of lane q and key s is |place + q - s|; lanes past `queries` have the mask of the last one.
+    """
+    has_keep, has_bias, has_slope = keep.size > 0, bias.size > 0, slope != _ZERO
+    # 1. the bias, and -inf where it is not kept: arrays along keys become rows of lanes
+    fast = ((not has_keep) or keep_key == 1) and ((not has_bias) or bias_key == 1)
+    given = has_keep or has_bias
+    whole = keys // LANES * LANES if given and fast else 0
+    for s in range(0, whole, LANES):
+        for q0 in range(0, WIDTH, LANES):
+            for l in range(LANES):
+                q = min(q0 + l, queries - 1)
+                v = splat(_ZERO)
+                if has_bias:
+                    v = load(bias, at_bias + q * bias_row + s)
+                if has_keep:
+                    kept = load_bytes(keep, at_keep + q * keep_row + s) == splat(np.int32(0))
+                    v = select(kept, splat(_MINUS_INFINITY), v)
+                store(square, at_square + l * LANES, v)
+            transpose_block(square, at_square, LANES, masks, at + s * WIDTH + q0, WIDTH)
+    for s in range(whole, keys if given else 0):
+        for q0 in range(WIDTH):
+            q = min(q0, queries - 1)
+            v = _ZERO
+            if has_bias:
+                v = bias[at_bias + q * bias_row + s * bias_key]
+            if has_keep and keep[at_keep + q * keep_row + s * keep_key] == 0:
+                v = _MINUS_INFINITY
+            masks[at + s * WIDTH + q0] = v
+    # 2. the slope, and units of log 2
+    for s in range(keys if has_bias or has_slope or not has_keep else 0):
+        for c in range(0, WIDTH, LANES):
+            v = splat(_ZERO)
+            if given:
+                v = load(masks, at + s * WIDTH + c)
+            added = within(v)
+            if has_slope:
+                distance = splat(np.int32(min(place + c, _FURTHEST) - s)) + lane_index()
+                distance = larger(distance, splat(np.int32(0)) - distance)
+                added = within(added + to_float(distance) * splat(-slope))
+            added = added * splat(LOG2_E)
+            hidden = (bits_of(v) & splat(_MAGNITUDE)) == splat(_INFINITY_BITS)
+            store(masks, at + s * WIDTH + c, select(hidden, v, added))
+
+
+@inlined
+def largest_magnitudes(k, keys, D, out, at_out):
+    """out[d] = max over keys of |k[key][d]|, NaN if any is; k: Rows, D at least LANES."""
+    for start in range(0, D, LANES):
+        d = min(start, D - LANES)
+        largest = splat(np.int32(0))  # of the bits: as integers, NaN is the largest of all
+        for s in range(keys):
+            largest = larger(bits_of(load(k.data, k.at + s * k.step + d)) & splat(_MAGNITUDE), largest)
+        store(out, at_out + d, float_of_bits(largest))
+
+
+@inlined
+def all_small(q, D, largest, at_largest):
+    """Whether no score of q (D, W) with keys whose features are at most largest (D,) can be as large as SMALL."""
+    small = True
+    for c in range(COLUMNS):
+        bound = splat(_ZERO)
+        for d in range(D):
+            size = float_of_bits(bits_of(load(q.data, q.at + d * WIDTH + c * LANES)) & splat(_MAGNITUDE))
+            bound = fma(size, splat(largest[at_largest + d]), bound)
+        if any_lane(bits_of(bound) >= splat(_SMALL_BITS)):  # a NaN's bits are
+            small = False
+    return small
+
+
+@inlined
+def power_of_small(score, base):
+    """2**score"""
+    return exp2_within(score)
+
+
+@inlined
+def power_of_distance(score, base):
+    """2**(score - base)"""
+    return exp2(score - base)
+
+
+@inlined
+def powers(power, scores, at, keys, base):
+    """Replace the LANES scores at `at` of each of `keys` rows by power(score, base), and return their sums."""
+    total = splat(_ZERO)
+    for s in range(0, keys - 3, 4):
+        row = at + s * WIDTH
+        p0 = power(load(scores, row), base)
+        p1 = power(load(scores, row + WIDTH), base)
+        p2 = power(load(scores, row + 2 * WIDTH), base)
+        p3 = power(load(scores, row + 3 * WIDTH), base)
+        store(scores, row, p0)
+        store(scores, row + WIDTH, p1)
+        store(scores, row + 2 * WIDTH, p2)
+        store(scores, row + 3 * WIDTH, p3)
+        total = total + ((p0 + p1) + (p2 + p3))
+    for s in range(keys // 4 * 4, keys):
+        p0 = power(load(scores, at + s * WIDTH), base)
+        store(scores, at + s * WIDTH, p0)
+        total = total + p0
+    return total
+
+
+@inlined
+def attend_block(q, k, v, out, D, Dv, seen, mask, softcap, small, scratch):
+    """Attention of one head for W queries over keys first..last: out (Dv, W) = softmax(q k^T) v, transposed.
+
+    q, k, v, out: Rows; q (D, W) is scaled so that scores come out in units of log 2 (or, with softcap, divided by it);
+    of k (S, step) and v (S, step) rows before `first` may be read, and past `last` those that make k ROWS rows.
+    seen: Visible; mask: ScoreMask; small: whether every score is certain to be smaller than SMALL.
+    Rows of `out` are written in whole tiles: up to ROWS - 1 rows past Dv are overwritten.
+    A key whose score is -inf is not there.  Returns whether float32 could hold what was summed.
+    """
+    first, last = seen.first, seen.last
+    top = (Dv + ROWS - 1) // ROWS * ROWS
+    at_scores = AT_SCORES + ROWS * WIDTH
+    if first >= last:  # no key at all
+        for i in range(0, Dv * WIDTH, LANES):
+            store(out.data, out.at + i, splat(_ZERO))
+        return True
+    for s0 in range(first, last, KEY_BLOCK):
+        keys = min(KEY_BLOCK, last - s0)
+        # 1. scores (keys, W); the last tile steps back rather than past the end, to key 0 at most
+        for s in range(0, keys, ROWS):
+            t = max(min(s, keys - ROWS), -s0)
+            add_product(False, k.data, k.at + (s0 + t) * k.step, k.step, 1, q.data, q.at, D, SCORE_CHAIN,
+                        scratch, at_scores + t * WIDTH, WIDTH, LANES)
+        # 2. softcap, then masks
+        if softcap > _ZERO:
+            for i in range(0, keys * WIDTH, LANES):
+                capped = tanh(load(scratch, at_scores + i)) * splat(softcap * LOG2_E)
+                store(scratch, at_scores + i, capped)
+        hides = mask.given or (seen.band and not (seen.full_from <= s0 and s0 + keys <= seen.full_to))
+        if hides:
+            mask_scores(scratch, at_scores, keys, s0, seen.q0, seen.band, seen.low, seen.high, seen.full_from,
+                        seen.full_to, mask.data, mask.at + (s0 - mask.first) * WIDTH, mask.given)
+        # 3. maximum, exponentials, sum
+        for c in range(COLUMNS):
+            at = at_scores + c * LANES
+            base = splat(_ZERO)
+            if not small:
+                m0 = load(scratch, at)
+                m1 = m0
+                for s in range(1, keys, 2):
+                    m0 = larger(load(scratch, at + s * WIDTH), m0)
+                    m1 = larger(load(scratch, at + min(s + 1, keys - 1) * WIDTH), m1)
+                base = larger(m0, m1)
+                if s0 > first:
+                    before = load(scratch, AT_MAXIMUM + c * LANES)
+                    base = larger(before, base)
+                store(scratch, AT_MAXIMUM + c * LANES, base)
+                base = select(base == splat(_MINUS_INFINITY), splat(_ZERO), base)  # of a query that has seen no key yet
+                if s0 > first:
+                    factor = exp2(before - base)
+                    store(scratch, AT_SUM + c * LANES, load(scratch, AT_SUM + c * LANES) * factor)
+                    for d in range(top):
+                        at_d = out.at + d * WIDTH + c * LANES
+                        store(out.data, at_d, load(out.data, at_d) * factor)
+            if small and not hides:
+                total = powers(power_of_small, scratch, at, keys, base)
+            else:
+                total = powers(power_of_distance, scratch, at, keys, base)
+            if s0 > first:
+                total = total + load(scratch, AT_SUM + c * LANES)
+            store(scratch, AT_SUM + c * LANES, total)
+        # 4. context (Dv, W) += v^T p
+        for d in range(0, Dv, ROWS):
+            add_product(s0 > first, v.data, v.at + s0 * v.step + d, 1, v.step, scratch, at_scores, keys, CHAIN,
+                        out.data, out.at + d * WIDTH, WIDTH, LANES)
+    # 5. divide by the sum; a query that saw no key gets zeros
+    largest = splat(np.int32(0))  # of the bits, as in largest_magnitudes
+    for c in range(COLUMNS):
+        total = load(scratch, AT_SUM + c * LANES)
+        none = total == splat(_ZERO)
+        factor = select(none, splat(_ZERO), splat(_ONE) / total)
+        for d in range(Dv):
+            at_d = out.at + d * WIDTH + c * LANES
+            mean = load(out.data, at_d) * factor
+            store(out.data, at_d, mean)
+            largest = larger(bits_of(mean) & splat(_MAGNITUDE), largest)
+        if small:  # tiny powers alone, times small values, lose digits
+            faint = select(none, splat(_ONE), total) < splat(_FAINT)
+            largest = select(faint, splat(_INFINITY_BITS), largest)
+        if not (seen.band or mask.given):  # without a mask, scores were too low for float32
+            largest = select(none, splat(_INFINITY_BITS), largest)
+    return not any_lane(largest >= splat(_INFINITY_BITS))
+
+
+@inlined
+def attend_around(q, k, v, out, D, Dv, seen, mask, softcap, scratch):
+    """attend_block in plain loops, with sums in float64, that never touch a masked key or value.
+
+    For when what is masked holds NaN, and for what float32 cannot sum.
+    """
+    sums = pointer_to(address_of(scratch) + 4 * AT_SCORES, np.float64)
+    for l in range(WIDTH):
+        for d0 in range(0, Dv, SUMS):
+            some = min(SUMS, Dv - d0)
+            best, total = -np.inf, 0.0
+            for d in range(some):
+                sums[d] = 0.0
+            for s in range(seen.first, seen.last):
+                if seen.band and not (seen.low <= s - seen.q0 - l <= seen.high):
+                    continue
+                m = _ZERO
+                if mask.given:
+                    m = mask.data[mask.at + (s - mask.first) * WIDTH + l]
+                    if m == _MINUS_INFINITY:
+                        continue
+                score = 0.0
+                for d in range(D):
+                    score += np.float64(q.data[q.at + d * WIDTH + l]) * np.float64(k.data[k.at + s * k.step + d])
+                if softcap > _ZERO:
+                    score = np.float64(np.tanh(np.float32(score))) * np.float64(softcap) * np.float64(LOG2_E)
+                if mask.given:
+                    score = masked_score(score, m)
+                if score == -np.inf:
+                    continue
+                if not (score <= best):
+                    factor = np.float64(np.float32(2) ** np.float32(best - score))
+                    best = score
+                    total *= factor
+                    for d in range(some):
+                        sums[d] *= factor
+                p = np.float64(np.float32(2) ** np.float32(score - best))
+                total += p
+                for d in range(some):
+                    sums[d] += p * np.float64(v.data[v.at + s * v.step + d0 + d])
+            for d in range(some):
+                out.data[out.at + (d0 + d) * WIDTH + l] = np.float32(sums[d] / total) if total != 0.0 else _ZERO
+
+
+@inlined
+def attend(q, k, v, out, D, Dv, seen, mask, softcap, small, scratch):
+    """attend_block, and where float32 could not hold what it summed, again with a maximum, then in float64."""
+    while not attend_block(q, k, v, out, D, Dv, seen, mask, softcap, small, scratch):
+        if not small:
+            attend_around(q, k, v, out, D, Dv, seen, mask, softcap, scratch)
+            break
+        small = False
+
+
+# The parameters of `layer_float32`: sizes; where each weight and bias begins; masks; heads that go by at a time; where
+# things begin in the scratch of all threads, which keys are the first of, and in that of each.
+LAYER = record("batch queries keys query_width key_width value_width out_width heads kv_heads",
+               "head_size value_size padded_head padded_value has_out",
+               "wq bq wk bk wv bv wo bo", MASKS, "group unit at_values",
+               "at_largest at_natural at_q at_context at_tail at_masks shared_size private_size")
+PROJECTING, ATTENDING, FINISHING = 1, 2, 3  # the phases of a layer; parts of one may run at the same time
+QUERIES = 128  # projected at a time; a multiple of WIDTH
+
+
+@inlined
+def visible_range(q0, queries, S, band, low_edge, high_edge):
+    """(first, last, full_from, full_to): keys any of `queries` queries from q0 may see, and keys all of W may see."""
+    first, last, full_from, full_to = 0, S, 0, S
+    if band:
+        first = min(max(q0 + low_edge, 0), S)
+        last = max(min(q0 + queries + high_edge, S), first)
+        full_from = q0 + WIDTH - 1 + low_edge
+        full_to = q0 + high_edge + 1
+    return first, last, full_from, full_to
+
+
+@inlined
+def project_tokens(x, at_x, tokens, depth, weights, at_weight, at_bias, features, out, at_out, block, step, scratch,
+                   at_tail):
+    """project() for any number of tokens; the rows missing from the last tile are zeros, and written."""
+    whole = tokens // ROWS * ROWS
+    project(x, at_x, depth, whole, depth, weights, at_weight, at_bias, features, out, at_out, block, step)
+    rest = tokens - whole
+    if rest > 0:
+        for i in range(rest * depth):
+            scratch[at_tail + i] = x[at_x + whole * depth + i]
+        for i in range(rest * depth, ROWS * depth):
+            scratch[at_tail + i] = _ZERO
+        project(scratch, at_tail, depth, ROWS, depth, weights, at_weight, at_bias, features,
+                out, at_out + whole * block, block, step)
+
+
+@inlined
+def project_context(context, at_context, step, depth, first, last, tokens, weights, at_weight, row, at_bias, out,
+                    at_out, Eo, e_from, e_to, scratch):
+    """out (tokens, e_from .. e_to of Eo) = or += context @ weight.T for some of the heads, which are `depth` features.
+
+    The bias comes last.
+    context (blocks of W tokens, depth, W), `step` between blocks; weights: at_weight: panels (Eo / WIDTH, depth,
+    WIDTH), `row` apart; at_bias: (Eo,).  first, last: whether these are the first heads, and the last.
+    """
+    for e in range(e_from, e_to, WIDTH):
+        whole = tokens // ROWS * ROWS if e + WIDTH <= Eo else 0
+        at_panel = at_weight + e // WIDTH * row
+        for k in range(0, depth, BLOCK):
+            count = min(BLOCK, depth - k)
+            at_next = at_panel + (k + BLOCK) * WIDTH if k + BLOCK < depth else at_panel + row
+            part = part_of_block(count, whole)
+            for t in range(0, whole, ROWS):
+                at_row = at_out + t * Eo + e
+                at_rows, at_near = at_panel + k * WIDTH, at_next + t // ROWS * part
+                at_lanes, done = at_context + t // WIDTH * step + k * WIDTH + t % WIDTH, 0
+                if count > CHAIN:
+                    done = CHAIN
+                    tile = tile_zero(ROWS, COLUMNS, context)
+                    tile = multiply_ahead(tile, context, at_lanes, 1, WIDTH, weights, at_rows, CHAIN,
+                                          at_near, part // 2)
+                    if k > 0 or not first:
+                        tile = tile_add(tile, out, at_row, Eo, LANES)
+                    tile_store(tile, out, at_row, Eo, LANES)
+                tile = tile_zero(ROWS, COLUMNS, context)
+                tile = multiply_ahead(tile, context, at_lanes + done * WIDTH, 1, WIDTH, weights, at_rows + done * WIDTH,
+                                      count - done, at_near + part // 2, part // 2)
+                if k + done > 0 or not first:
+                    tile = tile_add(tile, out, at_row, Eo, LANES)
+                if last and k + BLOCK >= depth:
+                    tile = tile_add(tile, weights, at_bias + e, 0, LANES)
+                tile_store(tile, out, at_row, Eo, LANES)
+        for t in range(whole, tokens, ROWS):
+            add_product(False, context, at_context + t // WIDTH * step + t % WIDTH, 1, WIDTH, weights, at_panel, depth,
+                        CHAIN, scratch, AT_TILE, WIDTH, LANES)
+            for i in range(min(ROWS, tokens - t)):
+                for j in range(min(WIDTH, Eo - e)):
+                    value = scratch[AT_TILE + i * WIDTH + j]
+                    if not first:
+                        value += out[at_out + (t + i) * Eo + e + j]
+                    if last:
+                        value += weights[at_bias + e + j]
+                    out[at_out + (t + i) * Eo + e + j] = value
+
+
+@inlined
+def portions(total, unit, count):
+    """(size, number) of the portions of range(total) that `count` threads take one by one; size a multiple of unit."""
+    if count == 1:
+        return max(total, 1), 1
+    size = max((total + 2 * count - 1) // (2 * count), 1)
+    size = (size + unit - 1) // unit * unit
+    return size, max((total + size - 1) // size, 1)
+
+
+@separate
+def layer_part(xq, xk, xv, out, weights, parameters, keep, bias, scratch, batch, from_head, phase, portion, at_once,
+               worker, part):
+    """One portion of one phase of one group of heads of one batch entry of a multi-head attention layer.
+
+    xq (B, L, Eq), xk (B, S, Ek), xv (B, S, Ev), out (B, L, Eo): flat float32.
+    weights: everything `FloatLayer` packed, at the positions in the parameters (see LAYER).
+    keep, bias: flat mask data, empty where there is none, addressed by the strides in p.
+    scratch: first what all threads share: keys (KF / KB, S', KB) and values (VF / VB, S', VB) of this group, S' = S
+    rounded up to ROWS; then what each thread has to itself.
+    from_head: the first key/value head of the group, which are `p.group` heads, or as many as are left.
+    PROJECTING: keys and values of `portion` tokens; ATTENDING: `portion` blocks of queries; both for `at_once` heads of
+    the group, and `part` counts the portions, and in each of them the heads. FINISHING, where ATTENDING did not have
+    all heads of the group at once: `portion` features of the output, counted by `part`.
+    """
+    p = named(parameters, LAYER)
+    shared = scratch[:p.shared_size]
+    private = scratch[p.shared_size + worker * p.private_size:]
+    L, S, H, Hkv = p.queries, p.keys, p.heads, p.kv_heads
+    D, Dv, Dp, Dvp = p.head_size, p.value_size, p.padded_head, p.padded_value
+    Eq, Ek, Ev, Eo = p.query_width, p.key_width, p.value_width, p.out_width
+    k_block, v_block = max(Dp, LANES), max(Dvp, LANES)
+    S_up = (S + ROWS - 1) // ROWS * ROWS
+    k_step, v_step = S_up * k_block, S_up * v_block
+    repeats = H // Hkv
+    group = min(p.group, Hkv - from_head)
+    depth, first_group, last_group = group * repeats * Dvp, from_head == 0, from_head + group == Hkv
+    step, at_context, at_out_weight = depth * WIDTH, p.at_context, p.wo + from_head * repeats * Dvp * WIDTH
+    splits = (group + at_once - 1) // at_once
+    context = private if splits == 1 else scratch[p.shared_size:]  # the first thread's, of which all write their heads
+    if phase == FINISHING:
+        project_context(context, at_context, step, depth, first_group, last_group, L, weights, at_out_weight,
+                        H * Dvp * WIDTH, p.bo, out, batch * L * Eo, Eo, part * portion,
+                        min((part + 1) * portion, Eo), private)
+        return
+    begin, from_kv = part // splits * portion, part % splits * at_once
+    kv_heads = min(at_once, group - from_kv)
+    heads = kv_heads * repeats
+    from_head += from_kv
+    q_features = (heads * Dp + WIDTH - 1) // WIDTH * WIDTH
+    k_features = (kv_heads * Dp + WIDTH - 1) // WIDTH * WIDTH
+    v_features = (kv_heads * Dvp + WIDTH - 1) // WIDTH * WIDTH
+    q_from, k_from, v_from = from_head * repeats * Dp, from_head * Dp, from_head * Dvp
+    at_values, at_tail = p.at_values, p.at_tail
+    # 1. keys and values of all tokens, in the layout the attention loop reads
+    if phase == PROJECTING:
+        tokens = min(portion, S - begin)
+        at_k = begin * k_block + feature_position(from_kv * Dp, k_block, k_step)
+        at_v = at_values + begin * v_block + feature_position(from_kv * Dvp, v_block, v_step)
+        project_tokens(xk, (batch * S + begin) * Ek, tokens, Ek, weights, p.wk + k_from * Ek, p.bk + k_from,
+                       k_features, shared, at_k, k_block, k_step, private, at_tail)
+        project_tokens(xv, (batch * S + begin) * Ev, tokens, Ev, weights, p.wv + v_from * Ev, p.bv + v_from,
+                       v_features, shared, at_v, v_block, v_step, private, at_tail)
+        return
+    adds = bias.size > 0 or p.alibi != 0
+    has_mask = keep.size > 0 or adds
+    band = p.band != 0
+    mask_per_head = p.keep_h != 0 or p.bias_h != 0 or p.alibi != 0
+    at_natural, at_q, at_masks, at_largest = p.at_natural, p.at_q, p.at_masks, p.at_largest
+    if not adds:
+        for f in range(from_kv * Dp, from_kv * Dp + k_features, k_block):
+            largest_magnitudes(Rows(shared, f * S_up, k_block), S, k_block, private, at_largest + f)
+    to = min((begin + portion) * WIDTH, L)
+    for first_query in range(begin * WIDTH, to, QUERIES):
+        tokens = min(QUERIES, to - first_query)
+        at_chunk = at_context + (first_query // WIDTH * step if splits > 1 else 0) + from_kv * repeats * Dvp * WIDTH
+        # 2. queries: project, rows (q_features / W, tokens, W)
+        natural_rows = (tokens + WIDTH - 1) // WIDTH * WIDTH
+        natural_step = natural_rows * WIDTH
+        project_tokens(xq, (batch * L + first_query) * Eq, tokens, Eq, weights, p.wq + q_from * Eq, p.bq + q_from,
+                       q_features, private, at_natural, WIDTH, natural_step, private, at_tail)
+        for t in range(0, tokens, WIDTH):
+            q0 = first_query + t
+            queries = min(WIDTH, L - q0)
+            # turn them so that queries are lanes; lanes without a query must not carry what an earlier call left
+            for f in range(0, q_features, WIDTH):
+                at_rows = at_natural + f // WIDTH * natural_step + t * WIDTH
+                for i in range((queries + ROWS - 1) // ROWS * ROWS * WIDTH, WIDTH * WIDTH):
+                    private[at_rows + i] = _ZERO
+                for c in range(0, WIDTH, LANES):
+                    for l in range(0, WIDTH, LANES):
+                        transpose_block(private, at_rows + l * WIDTH + c, WIDTH, private, at_q + (f + c) * WIDTH + l,
+                                        WIDTH)
+            first, last, full_from, full_to = visible_range(q0, queries, S, band, p.low, p.high)
+            seen = Visible(first, last, full_from, full_to, q0, band, p.low, p.high)
+            mask = ScoreMask(private, at_masks, first, has_mask)
+            # 3. attention, head by head, context (heads * Dvp, W)
+            for h in range(heads):
+                head, kv = from_head * repeats + h, from_kv + h // repeats
+                if has_mask and (h == 0 or mask_per_head):
+                    slope, place = slope_and_place(p.alibi, p.alibi_b, batch, head)
+                    fill_mask(private, at_masks,
+                              keep, batch * p.keep_b + head * p.keep_h + q0 * p.keep_l + first * p.keep_s,
+                              p.keep_l, p.keep_s,
+                              bias, batch * p.bias_b + head * p.bias_h + q0 * p.bias_l + first * p.bias_s,
+                              p.bias_l, p.bias_s, slope, place + q0 - first, queries, last - first, private,
+                              AT_TILE)
+                q_head = Rows(private, at_q + h * Dp * WIDTH, WIDTH)
+                k_head = Rows(shared, feature_position(kv * Dp, k_block, k_step), k_block)
+                v_head = Rows(shared, at_values + feature_position(kv * Dvp, v_block, v_step), v_block)
+                to_head = Rows(context, at_chunk + t // WIDTH * step + h * Dvp * WIDTH, WIDTH)
+                small = not adds and all_small(q_head, D, private, at_largest + kv * Dp)
+                attend(q_head, k_head, v_head, to_head, D, Dvp, seen, mask, _ZERO, small, private)
+        # 4. output rows: projection of the context, or the context itself
+        at_row = (batch * L + first_query) * Eo
+        if p.has_out != 0:
+            if splits == 1:
+                project_context(context, at_context, step, depth, first_group, last_group, tokens, weights,
+                                at_out_weight, H * Dvp * WIDTH, p.bo, out, at_row, Eo, 0, Eo, private)
+            continue
+        for t in range(tokens):
+            at_lane = at_chunk + t // WIDTH * step + t % WIDTH
+            for h in range(heads):
+                for d in range(Dv):
+                    out[at_row + t * Eo + (from_head * repeats + h) * Dv + d] = context[at_lane + (h * Dvp + d) * WIDTH]
+
+
+@jit
+def layer_float32(xq, xk, xv, out, weights, parameters, keep, bias, scratch, board, count):
+    """A multi-head attention layer, see `layer_part`, on at most `count` threads that serve the board."""
+    p = named(parameters, LAYER)
+    units, all_blocks = (p.group + p.unit - 1) // p.unit, (p.queries + WIDTH - 1) // WIDTH
+    # Few blocks do not occupy all threads: then these take some heads each.
+    few = all_blocks < 2 * count and all_blocks % count != 0 and p.queries <= QUERIES
+    # Not heads narrower than a tile: the last rows of its tile are the next head's, which may be another thread's.
+    splits = min(units, 2 * count) if few and p.padded_value % ROWS == 0 else 1
+    at_once = (units + splits - 1) // splits * p.unit
+    others = (count + splits - 1) // splits
+    tokens, token_parts = portions(p.keys, ROWS, others)
+    blocks, block_parts = portions(all_blocks, 1, others)
+    features, feature_parts = portions(p.out_width, WIDTH, count)
+    for batch in range(p.batch):
+        for from_head in range(0, p.kv_heads, p.group):
+            splits = (min(p.group, p.kv_heads - from_head) + at_once - 1) // at_once
+            share(board, token_parts * splits, layer_part, xq, xk, xv, out, weights, parameters, keep, bias, scratch,
+                  batch, from_head, PROJECTING, tokens, at_once)
+            share(board, block_parts * splits, layer_part, xq, xk, xv, out, weights, parameters, keep, bias, scratch,
+                  batch, from_head, ATTENDING, blocks, at_once)
+            if splits > 1 and p.has_out != 0:
+                share(board, feature_parts, layer_part, xq, xk, xv, out, weights, parameters, keep, bias, scratch,
+                      batch, from_head, FINISHING, features, at_once)
+
+
+# The parameters of `attention_float32`: sizes; of each array its address and its strides, in elements; masks.
+ATTENTION = record("batch heads kv_heads queries keys head_size value_size",
+                   "q q_b q_h q_l", "k k_b k_h k_s", "v v_b v_h v_s", "out out_b out_h out_l", MASKS, "private_size")
+
+
+@inlined
+def copy_rows(source, at, step, rows, size, factor, target, to, target_step):
+    """target = source * factor, `rows` rows of `size` that are `step` and `target_step` apart."""
+    for row in range(rows):
+        i, j = at + row * step, to + row * target_step
+        for d in range(0, size - LANES + 1, LANES):
+            store(target, j + d, load(source, i + d) * splat(factor))
+        for d in range(size // LANES * LANES, size):
+            target[j + d] = source[i + d] * factor
+
+
+@separate
+def attention_part(parameters, scale, softcap, keep, bias, lengths, scratch, portion, worker, part):
+    """Scaled dot product attention over given queries, keys and values, for a portion of (batch, head, block).
+
+    q (B, H, L, D), k (B, Hkv, S, D), v (B, Hkv, S, Dv), out (B, H, L, Dv): float32 where the parameters say, the
+    last dimension contiguous; they stay where they are unless a tile would read past their end.
+    keep, bias: flat mask data or empty.  lengths: (B,) int64 keys that exist per batch entry, or empty.
+    scratch: float32, for each thread its own.
+    """
+    p = named(parameters, ATTENTION)
+    private = scratch[worker * p.private_size:]
+    H, L, S, D, Dv = p.heads, p.queries, p.keys, p.head_size, p.value_size
+    group = H // p.kv_heads
+    blocks = (L + WIDTH - 1) // WIDTH
+    D_up = (D + LANES - 1) // LANES * LANES
+    Dv_up = (Dv + ROWS - 1) // ROWS * ROWS
+    Dv_lanes = (Dv + LANES - 1) // LANES * LANES
+    band = p.band != 0
+    adds = bias.size > 0 or p.alibi != 0
+    has_mask = keep.size > 0 or adds
+    all_q, all_k = pointer_to(p.q, private), pointer_to(p.k, private)
+    all_v, all_o = pointer_to(p.v, private), pointer_to(p.out, private)
+    own = pointer_to(address_of(private), private)
+    at_natural = AT_FREE
+    at_q = at_natural + WIDTH * max(D_up, Dv_lanes)
+    at_context = at_q + D_up * WIDTH
+    at_k_copy = at_context + (max(Dv_up, Dv_lanes) + ROWS) * WIDTH
+    at_v_copy = at_k_copy + ROWS * D
+    at_largest = at_v_copy + S * Dv_up if Dv != Dv_up else at_v_copy
+    at_masks = (at_largest + D_up + 15) // 16 * 16
+    bounded = D >= LANES and not adds and not softcap > _ZERO
+    measured = copied = -1
+    factor = scale / softcap if softcap > _ZERO else scale * LOG2_E
+    for item in range(part * portion, min((part + 1) * portion, p.batch * H * blocks)):
+        batch, h, q0 = item // (H * blocks), item // blocks % H, item % blocks * WIDTH
+        kv = h // group
+        queries = min(WIDTH, L - q0)
+        keys = S if lengths.size == 0 else min(max(lengths[batch], 0), S)
+        # 1. queries of this block, scaled, turned so that queries are lanes
+        copy_rows(all_q, batch * p.q_b + h * p.q_h + q0 * p.q_l, p.q_l, queries, D, factor,
+                  private, at_natural, D_up)
+        for i in range(queries * D_up, WIDTH * D_up):
+            private[at_natural + i] = _ZERO
+        for d in range(0, D_up, LANES):
+            for l in range(0, WIDTH, LANES):
+                transpose_block(private, at_natural + l * D_up + d, D_up, private, at_q + d * WIDTH + l, WIDTH)
+        first, last, full_from, full_to = visible_range(q0, queries, keys, band, p.low, p.high)
+        if has_mask:
+            slope, place = slope_and_place(p.alibi, p.alibi_b, batch, h)
+            fill_mask(private, at_masks,
+                      keep, batch * p.keep_b + h * p.keep_h + q0 * p.keep_l + first * p.keep_s, p.keep_l, p.keep_s,
+                      bias, batch * p.bias_b + h * p.bias_h + q0 * p.bias_l + first * p.bias_s,
+                      p.bias_l, p.bias_s, slope, place + q0 - first, queries, last - first, private, AT_TILE)
+        # 2. fewer keys than a tile has rows, or a value row narrower than whole tiles: read from a padded copy
+        k_at, k_row = batch * p.k_b + kv * p.k_h, p.k_s
+        v_at, v_row = batch * p.v_b + kv * p.v_h, p.v_s
+        short = keys < ROWS
+        if short:
+            for s in range(ROWS):
+                for d in range(D):
+                    private[at_k_copy + s * D + d] = all_k[k_at + s * k_row + d] if s < keys else _ZERO
+        if Dv != Dv_up and copied != batch * p.kv_heads + kv:
+            copied = batch * p.kv_heads + kv
+            for s in range(keys):
+                for d in range(Dv):
+                    private[at_v_copy + s * Dv_up + d] = all_v[v_at + s * v_row + d]
+                for d in range(Dv, Dv_up):
+                    private[at_v_copy + s * Dv_up + d] = _ZERO
+        v = Rows(all_v, v_at, v_row) if Dv == Dv_up else Rows(own, at_v_copy, Dv_up)
+        k = Rows(own, at_k_copy, D) if short else Rows(all_k, k_at, k_row)
+        q, context = Rows(private, at_q, WIDTH), Rows(private, at_context, WIDTH)
+        # 3. attention
+        if bounded and measured != batch * p.kv_heads + kv:
+            measured = batch * p.kv_heads + kv
+            largest_magnitudes(k, keys, D, private, at_largest)
+        small = bounded and all_small(q, D, private, at_largest)
+        seen = Visible(first, last, full_from, full_to, q0, band, p.low, p.high)
+        mask = ScoreMask(private, at_masks, first, has_mask)
+        attend(q, k, v, context, D, Dv, seen, mask, softcap, small, private)
+        # 4. turn the context back into rows
+        for d in range(0, Dv_lanes, LANES):
+            for l in range(0, WIDTH, LANES):
+                transpose_block(private, at_context + d * WIDTH + l, WIDTH,
+                                private, at_natural + l * Dv_lanes + d, Dv_lanes)
+        copy_rows(private, at_natural, Dv_lanes, queries, Dv, _ONE,
+                  all_o, batch * p.out_b + h * p.out_h + q0 * p.out_l, p.out_l)
+
+
+@inlined
+def steps_of(array):
+    """The strides of an array's first three axes, in elements."""
+    first, second, third = array.strides[0], array.strides[1], array.strides[2]
+    return first // array.itemsize, second // array.itemsize, third // array.itemsize
+
+
+@jit
+def attention_float32(q, k, v, out, parameters, scale, softcap, keep, bias, lengths, scratch, board, count):
+    """See `attention_part`; arrays with any strides but the last; on at most `count` threads that serve the board."""
+    p = named(parameters, ATTENTION)
+    p.batch, p.heads, p.queries, p.head_size = q.shape
+    p.kv_heads, p.keys, p.value_size = k.shape[1], k.shape[2], v.shape[3]
+    p.q, p.k, p.v, p.out = address_of(q), address_of(k), address_of(v), address_of(out)
+    p.q_b, p.q_h, p.q_l = steps_of(q)
+    p.k_b, p.k_h, p.k_s = steps_of(k)
+    p.v_b, p.v_h, p.v_s = steps_of(v)
+    p.out_b, p.out_h, p.out_l = steps_of(out)
+    items = p.batch * p.heads * ((p.queries + WIDTH - 1) // WIDTH)
+    portion, parts = portions(items, 1, count)
+    share(board, parts, attention_part, parameters, scale, softcap, keep, bias, lengths, scratch, portion)

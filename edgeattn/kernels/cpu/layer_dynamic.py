@@ -1,0 +1,181 @@
+"""Packing and calling of the dynamic int8 multi-head layer."""
+from types import SimpleNamespace
+
+import numpy as np
+from numba.extending import register_jitable
+
+from edgeattn import threads
+from edgeattn.runtime.jit import entry
+
+from . import fused_dynamic as f
+from .dynamic import KEY_BLOCK, SHIFT, STEP, TOKENS
+from .layer_float32 import _LOG2_E, _NO_BIAS, _NO_KEEP, _flat, shape_of, with_alibi
+from .linear_dynamic import TILES_SIZE, join_depth
+from .matmul import MATRIX_DEPTH, ROW_STEP, pack_byte_panels, pack_byte_rows, round_up
+from .records import blank, mask_fields, packed, place, slot
+from .simd import LANES, MATRIX_ROWS, OFFSET, WIDTH
+
+_ALIBI = slot(f.LAYER, "alibi")
+
+
+def quantize_weight(weight):
+    """(int8 codes, float32 scale per row) of a float32 weight (out, in): symmetric, within +-127."""
+    largest = np.abs(weight).max(axis=1, initial=0).astype(np.float32)
+    scale = np.where(largest > 0, largest / np.float32(127), np.float32(1)).astype(np.float32)
+    return np.clip(np.rint(weight / scale[:, None]), -127, 127).astype(np.int8), scale
+
+
+@register_jitable
+def plan(p, B, L, S, masked):
+    """Write a call's shape, and where what it needs lies in its scratch, into p; (shared, private) elements of that."""
+    p.batch, p.queries, p.keys = B, L, S
+    H, Hkv, Dp, Dvp = p.heads, p.kv_heads, p.padded_head, p.padded_value
+    S_up, L_up = round_up(S, TOKENS), round_up(L, TOKENS)
+    D4, K4, C4 = Dp // 4, round_up(Hkv * Dp // 4, LANES), round_up(H * Dvp // 4, LANES)
+    deepest = round_up(max(p.query_width, p.key_width, p.value_width), STEP) // 4
+    past = 2 * MATRIX_ROWS  # rows that a tile may read past the last, and a row past the last number
+    shared = round_up((S_up + past) * K4 + past, 16)  # the keys
+    p.at_values, shared = place(shared, (Hkv * Dvp + past) * (round_up(S, 64) // 4) + past)
+    p.at_queries, shared = place(shared, L_up * H * D4)
+    p.at_qscale, shared = place(shared, L_up * H)
+    p.at_kterm, shared = place(shared, Hkv * S_up)
+    p.at_kscale, shared = place(shared, Hkv * S_up)
+    p.at_vlog, shared = place(shared, Hkv * S_up)
+    p.at_vinverse, shared = place(shared, Hkv * S_up)
+    p.at_mean, shared = place(shared, Hkv * Dp + LANES)
+    p.at_smooth, shared = place(shared, 1)
+    p.at_units, shared = place(shared, Hkv)
+    p.at_natural, private = place(0, WIDTH * deepest)
+    p.at_x, private = place(private, TOKENS * deepest)
+    p.at_xscale, private = place(private, TOKENS)
+    p.at_inverse, private = place(private, WIDTH)
+    p.at_tail, private = place(private, STEP)
+    p.at_weights, private = place(private, TOKENS)
+    p.at_seen, private = place(private, TOKENS)
+    p.at_keys, private = place(private, TOKENS * K4)
+    p.at_q, private = place(private, round_up(D4, MATRIX_DEPTH) * WIDTH)
+    rows = max(32, Dp, Dvp) + max(ROW_STEP, LANES)  # of one product, for all tokens or for W of them
+    p.at_scores, private = place(private, max((KEY_BLOCK + ROW_STEP) * WIDTH, rows * TOKENS))
+    p.at_probabilities, private = place(private, KEY_BLOCK // 4 * WIDTH)
+    p.at_stats, private = place(private, 6 * WIDTH)
+    p.at_dither, private = place(private, KEY_BLOCK)
+    p.at_context, private = place(private, H * Dvp * WIDTH)
+    p.at_context_bytes, private = place(private, C4 * WIDTH)
+    p.at_turned, private = place(private, C4 * WIDTH)
+    p.at_tiles, private = place(private, max(TILES_SIZE, LANES * LANES))
+    p.at_masks, private = place(private, (S + 4) * WIDTH if masked else 0)
+    p.shared_size, p.private_size = shared, private
+    return shared, private
+
+
+def pad_heads(array, heads, size, padded):
+    """(heads * size, ...) -> (heads * padded, ...) with zeros between."""
+    out = np.zeros((heads, padded) + array.shape[1:], array.dtype)
+    out[:, :size] = array.reshape((heads, size) + array.shape[1:])
+    return out.reshape((heads * padded,) + array.shape[1:])
+
+
+def pack_heads(codes, heads, size):
+    """int8 codes (heads * size, depth) -> int32 for `project_heads`: what is projected at once in whole tiles."""
+    together = f.heads_together(size)
+    groups = -(-heads // together)
+    codes = np.concatenate((codes, np.zeros(((groups * together - heads) * size, codes.shape[1]), np.int8)))
+    codes = pad_heads(codes, groups, together * size, round_up(together * size, ROW_STEP))
+    return pack_byte_rows(join_depth(codes))
+
+
+class DynamicLayer:
+    """A multi-head layer with int8 weights and activations quantized per token, packed for `layer_dynamic`.
+
+    Parameters
+    ----------
+    num_heads, num_kv_heads : int
+    q_weight, k_weight, v_weight, out_weight : float32 (out, in) weight, or (int8 codes, float32 scale (out,))
+        (H*D, Eq), (Hkv*D, Ek), (Hkv*Dv, Ev), (Eo, H*Dv) or None.
+    q_bias, k_bias, v_bias, out_bias : ndarray of float32, or None
+        k_bias is accepted and has no effect: softmax does not see it.
+    scale : float
+    """
+
+    def __init__(self, num_heads, num_kv_heads, q_weight, k_weight, v_weight, out_weight,
+                 q_bias, k_bias, v_bias, out_bias, scale):
+        H, Hkv = num_heads, num_kv_heads
+        q, k, v, o = (w if w is None or isinstance(w, tuple) else quantize_weight(w)
+                      for w in (q_weight, k_weight, v_weight, out_weight))
+        D, Dv = q[0].shape[0] // H, v[0].shape[0] // Hkv
+        Dp, Dvp = round_up(D, 4), round_up(Dv, 4)
+        parts, at = {np.int32: [], np.float32: []}, {}
+
+        def put(name, array, dtype):
+            at[name] = sum(part.size for part in parts[dtype])
+            padded = np.zeros(round_up(array.size, 16), dtype)
+            padded[:array.size] = array.ravel()
+            parts[dtype].append(padded)
+
+        def put_linear(letter, words, codes, shift, factors, bias):
+            put("w" + letter, words, np.int32)
+            put("c" + letter, -shift * codes.astype(np.int32).sum(1), np.int32)
+            put("s" + letter, factors, np.float32)
+            put("b" + letter, bias, np.float32)
+
+        for letter, (codes, factors), bias, heads, size, wide, fold in (
+                ("q", q, q_bias, H, D, Dp, scale * _LOG2_E), ("k", k, None, Hkv, D, Dp, 1.0),
+                ("v", v, v_bias, Hkv, Dv, Dvp, 1.0)):
+            bias = np.zeros(heads * size, np.float32) if bias is None else bias
+            factors, bias = ((a.astype(np.float64) * fold).astype(np.float32) for a in (factors, bias))
+            codes, factors, bias = (pad_heads(a, heads, size, wide) for a in (codes, factors, bias))
+            put_linear(letter, pack_heads(codes, heads, wide), codes, SHIFT, factors, bias)
+        Eo = H * Dv
+        if o is not None:
+            Eo = o[0].shape[0]
+            up = round_up(Eo, WIDTH)
+            spread = np.zeros((up, round_up(H * Dvp, STEP)), np.int8)
+            gaps = ((0, 0), (0, 0), (0, Dvp - Dv))
+            spread[:Eo, : H * Dvp] = np.pad(o[0].reshape(Eo, H, Dv), gaps).reshape(Eo, H * Dvp)
+            factors, bias = np.zeros(up, np.float32), np.zeros(up, np.float32)
+            factors[:Eo] = o[1]
+            if out_bias is not None:
+                bias[:Eo] = out_bias
+            put_linear("o", pack_byte_panels(spread), spread, OFFSET, factors, bias)
+        self._weights = threads.aligned(sum(part.size for part in parts[np.int32]), np.int32)
+        self._factors = threads.aligned(sum(part.size for part in parts[np.float32]), np.float32)
+        np.concatenate(parts[np.int32], out=self._weights)
+        np.concatenate(parts[np.float32], out=self._factors)
+        self._parameters = blank(
+            f.LAYER, query_width=q[0].shape[1], key_width=k[0].shape[1], value_width=v[0].shape[1], out_width=Eo,
+            heads=H, kv_heads=Hkv, head_size=D, value_size=Dv, padded_head=Dp, padded_value=Dvp,
+            has_out=o is not None, **at)
+        self.output_dim = Eo
+        self._plans, self._run = {}, None
+
+    def _plan(self, B, L, S, masked, same_qk, same_kv, **masks):
+        """(parameters, shared elements, private elements, work) for one shape; masks: fields of the parameters."""
+        p = SimpleNamespace(**vars(self._parameters) | masks)
+        p.same_qk, p.same_kv = same_qk, same_kv
+        shared, private = plan(p, B, L, S, masked)
+        H, Hkv, Dp, Dvp = p.heads, p.kv_heads, p.padded_head, p.padded_value
+        Eq, Ek, Ev, Eo = p.query_width, p.key_width, p.value_width, p.out_width
+        work = 2 * (L * Eq * H * Dp + S * Hkv * (Ek * Dp + Ev * Dvp) + L * H * Dvp * Eo
+                    + L * S * H * (Dp + Dvp + 64)) // 3
+        return packed(p, f.LAYER), shared, private, work
+
+    def __call__(self, xq, xk, xv, out, keep=None, bias=None, band=None, alibi=None):
+        """out (B, L, Eo) from xq (B, L, Eq), xk (B, S, Ek), xv (B, S, Ev): float32, C order; masks as FloatLayer."""
+        B, L, S = xq.shape[0], xq.shape[1], xk.shape[1]
+        key = (B, L, S, xq is xk, xk is xv, shape_of(keep), shape_of(bias), band, shape_of(alibi))
+        plan = self._plans.get(key)
+        if plan is None:
+            if len(self._plans) > 64:
+                self._plans.clear()
+            masked = keep is not None or bias is not None or alibi is not None
+            plan = self._plans[key] = self._plan(B, L, S, masked, *key[3:5], **mask_fields(*key[5:]))
+        parameters, shared_size, private_size, work = plan
+        if alibi is not None:
+            parameters = with_alibi(parameters, _ALIBI, alibi)
+        keep = _NO_KEEP if keep is None else keep.reshape(-1).view(np.uint8)
+        bias = _NO_BIAS if bias is None else bias.reshape(-1)
+        arguments = (*_flat(xq, xk, xv), out.reshape(-1), self._weights, self._factors, parameters, keep, bias)
+        if self._run is None:
+            self._run = entry(f.layer_dynamic, (*arguments, np.zeros(1, np.int32), np.zeros(1, np.int64), 1))
+        threads.run(self._run, arguments, np.int32, shared_size, private_size, B * work, B)
+        return out

@@ -1,0 +1,211 @@
+"""Packing and calling of the static int8 multi-head layer."""
+from types import SimpleNamespace
+
+import numpy as np
+from numba.extending import register_jitable
+
+from edgeattn import threads
+from edgeattn.runtime.jit import entry
+
+from . import fused_int8 as f
+from .cached_int8 import cached_int8
+from .layer_float32 import _flat, shape_of
+from .matmul import (
+    MATRIX,
+    MATRIX_DEPTH,
+    MATRIX_SCRATCH,
+    MATRIX_TOKENS,
+    pack_byte_panels,
+    pad_heads,
+    padded_head,
+    round_up,
+)
+from .records import blank, mask_fields, packed, place, slot
+from .requantize import RULES, encode
+from .simd import LANES, OFFSET, ROWS, WIDTH, byte_planes
+from .softmax_int8 import KEPT_GROUPS
+from .step_int8 import step_sizes
+
+_EMPTY_U8 = np.zeros(0, np.uint8)
+_EMPTY_I8 = np.zeros(0, np.int8)
+_KEYS, _NEW, _FIRST, _CAPACITY = (slot(f.LAYER, name) for name in ("keys", "new_tokens", "first_slot", "capacity"))
+_MORE_KEYS = 64  # of a cache, that a plan has room for
+
+
+@register_jitable
+def plan(p, B, L, S):
+    """Write a call's shape, and where what it needs lies in its scratch, into p; (shared, private) elements of that."""
+    p.batch, p.queries, p.keys = B, L, S
+    H, Dp, Dvp = p.heads, p.padded_head, p.padded_value
+    features, v_features = round_up(H * Dp, WIDTH), round_up(H * Dvp, WIDTH)
+    k_block, v_block = max(Dp, LANES), max(Dvp, LANES)
+    S_up = f.padded_keys(S)
+    natural_row = round_up(max(features, v_features) // 4, LANES)
+    q_groups = round_up(Dp // 4, MATRIX_DEPTH)
+    context4 = f.packed_depth(H * Dvp)
+    deepest = f.packed_depth(max(p.query_width, p.key_width, p.value_width))
+    # The matrix unit reads MATRIX_TOKENS rows of MATRIX_DEPTH groups, whatever is there.
+    if MATRIX:
+        values = (v_features + MATRIX_TOKENS) * round_up(S_up // 4, MATRIX_DEPTH) + MATRIX_DEPTH
+    else:
+        values = (v_features + v_block) * (S_up // 4) + 2 * WIDTH
+    keys = round_up(features, k_block) * S_up + k_block * (MATRIX_TOKENS + LANES)
+    shared = round_up(keys // 4 + LANES, 16)
+    p.at_values, shared = place(shared, values)
+    p.at_krow, shared = place(shared, H * S_up)
+    p.at_x, private = place(0, f.TOKENS * deepest + ROWS * WIDTH)
+    p.at_natural, private = place(private, max(WIDTH * natural_row + LANES, f.TOKENS // 4 * WIDTH, LANES * LANES))
+    p.at_q, private = place(private, max(natural_row, H * q_groups) * WIDTH)
+    p.at_sums, private = place(private, 3 * WIDTH)
+    p.at_terms, private = place(private, Dvp + LANES + ROWS if OFFSET == 0 else 0)
+    p.at_context, private = place(private, (context4 + ROWS) * WIDTH)
+    p.at_codes, private = place(private, (round_up(S_up // 4, MATRIX_DEPTH) + 4) * WIDTH)
+    p.at_masks, private = place(private, (S_up // 4 + 4) * WIDTH)
+    p.at_softmax, private = place(private, min(S_up, 4 * KEPT_GROUPS) * WIDTH)
+    p.at_tiles, private = place(private, max(MATRIX_SCRATCH, 16))
+    p.at_turned, private = place(private, WIDTH * context4 if MATRIX else 0)
+    p.shared_size, p.private_size = shared, private
+    return shared, private
+
+
+class StaticLayer:
+    """A static int8 multi-head layer packed for `layer_int8`.
+
+    Parameters
+    ----------
+    num_heads : int
+    linears : dict
+        "query", "key", "value" and optionally "output" -> (weight int8 (out, in), real multiplier float64 (out,),
+        bias int32 (out,) or None).
+    scores, context : float
+        Real multipliers of the two batch matmuls. All real multipliers in the precision their rule prescribes.
+    zero_points : dict
+        Of "query_input", "key_input", "value_input", "query", "key", "value", "scores", "context" and, with an output
+        projection, "output".
+    project_rule, score_rule, context_rule : str
+        Names of RULES.
+    softmax_table : ndarray
+        (256,) float32 for lut_f32, int32 for lut_u16 and fixed; entry d belongs to a code d below the maximum.
+    fixed : bool
+        Whether an int32 table belongs to the rule "fixed".
+    """
+
+    def __init__(self, num_heads, linears, scores, context, zero_points, project_rule, score_rule, context_rule,
+                 softmax_table, fixed=False):
+        H = num_heads
+        D, Dv = linears["query"][0].shape[0] // H, linears["value"][0].shape[0] // H
+        Dp, Dvp = padded_head(D), padded_head(Dv)
+        parts, at = [], {}
+
+        def put(name, array):
+            at[name] = sum(part.size for part in parts)
+            padded = np.zeros(round_up(array.size, 16), np.int32)
+            padded[:array.size] = array.ravel()
+            parts.append(padded)
+
+        def put_linear(letter, weight, bias, multipliers, source):
+            """Weight (n, k), bias and multipliers are already padded; the source's zero point goes into the bias."""
+            sums = weight.astype(np.int64).sum(1)
+            correction = bias.astype(np.int64) - (OFFSET + zero_points[source]) * sums
+            correction = (correction + 2**31) % 2**32 - 2**31  # wraps as the accumulator does
+            put("w" + letter, pack_byte_panels(weight))
+            put("b" + letter, correction.astype(np.int32))
+            put("m" + letter, encode(project_rule, multipliers))
+
+        for letter, name, size, wide in (("q", "query", D, Dp), ("k", "key", D, Dp), ("v", "value", Dv, Dvp)):
+            weight, real, bias = linears[name]
+            depth = weight.shape[1]
+            deep = np.zeros((weight.shape[0], 4 * f.packed_depth(depth)), np.int8)
+            deep[:, :depth] = weight
+            bias = np.zeros(len(weight), np.int32) if bias is None else bias
+            put_linear(letter, pad_heads(deep, H, size, wide), pad_heads(bias, H, size, wide),
+                       pad_heads(real, H, size, wide), name + "_input")
+        if "output" in linears:
+            weight, real, bias = linears["output"]
+            Eo = weight.shape[0]
+            up = round_up(Eo, WIDTH)
+            spread = np.zeros((up, 4 * f.packed_depth(H * Dvp)), np.int8)
+            spread[:Eo, :H * Dvp].reshape(Eo, H, Dvp)[:, :, :Dv] = weight.reshape(Eo, H, Dv)
+            wide_bias, wide_real = np.zeros(up, np.int32), np.zeros(up)
+            wide_real[:Eo] = real
+            if bias is not None:
+                wide_bias[:Eo] = bias
+            put_linear("o", spread, wide_bias, wide_real, "context")
+        else:
+            Eo = H * Dv
+            at["wo"] = at["bo"] = at["mo"] = 0
+        put("ms", encode(score_rule, [scores] * LANES))
+        put("mc", encode(context_rule, [context] * LANES))
+        self.weights = threads.aligned(sum(part.size for part in parts), np.int32)
+        np.concatenate(parts, out=self.weights)
+        table = threads.aligned(512, softmax_table.dtype)
+        table[:] = byte_planes(softmax_table)
+        self._fixed = (*(RULES[name] for name in (project_rule, score_rule, context_rule)), table)
+        self._runs = {}
+        self._parameters = blank(
+            f.LAYER, query_width=linears["query"][0].shape[1], key_width=linears["key"][0].shape[1],
+            value_width=linears["value"][0].shape[1], out_width=Eo, heads=H, head_size=D, value_size=Dv, padded_head=Dp,
+            padded_value=Dvp, has_out="output" in linears, fixed=fixed, zq=zero_points["query"], zk=zero_points["key"],
+            zv=zero_points["value"], zs=zero_points["scores"], zc=zero_points["context"],
+            zo=zero_points["output"] if "output" in linears else 0, **at)
+        self.output_dim = Eo
+        self._plans = {}
+
+    def _plan(self, B, L, S, tokens, same, cached, **masks):
+        """(parameters, shared elements, private elements, work) for one shape, of which `tokens` keys are projected.
+
+        masks: fields of the parameters.
+        """
+        p = SimpleNamespace(**vars(self._parameters) | masks)
+        p.same_kv = same
+        shared, private = plan(p, B, L, S)
+        if cached:
+            p.at_step, private = place(private, sum(step_sizes(p.head_size, p.value_size)))
+            p.private_size = private
+        H, Dp, Dvp = p.heads, p.padded_head, p.padded_value
+        Eq, Ek, Ev, Eo = p.query_width, p.key_width, p.value_width, p.out_width
+        work = 2 * (L * Eq * H * Dp + tokens * H * (Ek * Dp + Ev * Dvp) + L * H * Dvp * Eo
+                    + L * S * H * (Dp + Dvp + 64)) // 3
+        return packed(p, f.LAYER), shared, private, work
+
+    def __call__(self, xq, xk, xv, out, keep=None, band=None, classes=None, tables=None, cached=None):
+        """out (B, L, Eo) from xq (B, L, Eq), xk (B, S, Ek), xv (B, S, Ev), all int8 and C-contiguous.
+
+        keep : uint8 or bool, C-contiguous, broadcast to (B, H, L, S) by NumPy's rules; 0 means the key is not there
+        band : (low, high): query i sees key j when i + low <= j <= i + high
+        tables : int8 (n, 256): score code c becomes tables[class, c + 128] before the softmax
+        classes : uint8 broadcast to (B, H, L, S): which table; class 0 everywhere if None
+        cached : (keys (B, H, capacity, D), values (B, H, capacity, Dv), first, S), int8 and C-contiguous: attention is
+            over the S slots from `first` on, and the codes of xk and xv go into the last of these
+        """
+        B, L, tokens = xq.shape[0], xq.shape[1], xk.shape[1]
+        S = room = tokens
+        masks = in_plan = (shape_of(keep), shape_of(classes), band)
+        if cached is not None:
+            keys, values, first, S = cached
+            room, in_plan = round_up(S, _MORE_KEYS), (None, None, None)  # a plan serves fewer keys too
+        key = (B, L, room, tokens, xk is xv, cached is not None, *in_plan)
+        plan = self._plans.get(key)
+        if plan is None:
+            if len(self._plans) > 64:
+                self._plans.clear()
+            plan = self._plans[key] = self._plan(*key[:6], **mask_fields(*in_plan, other_name="class"))
+        parameters, shared_size, private_size, work = plan
+        if cached is not None:
+            parameters = parameters.copy()
+            parameters[_KEYS], parameters[_NEW], parameters[_FIRST] = S, tokens, first
+            parameters[_CAPACITY] = keys.shape[2]
+            for name, value in mask_fields(*masks, other_name="class").items():
+                parameters[slot(f.LAYER, name)] = value
+        keep = _EMPTY_U8 if keep is None else keep.reshape(-1).view(np.uint8)
+        classes = _EMPTY_U8 if classes is None else classes.reshape(-1)
+        tables = _EMPTY_I8 if tables is None else tables.reshape(-1)
+        arguments = (*self._fixed, *_flat(xq, xk, xv), out.reshape(-1), self.weights, parameters, keep, classes, tables)
+        kernel = f.layer_int8
+        if cached is not None:
+            arguments, kernel = (*arguments, keys.reshape(-1), values.reshape(-1)), cached_int8
+        run = self._runs.get(kernel)
+        if run is None:
+            run = self._runs[kernel] = entry(kernel, (*arguments, np.zeros(1, np.int32), np.zeros(1, np.int64), 1))
+        threads.run(run, arguments, np.int32, shared_size, private_size, B * work, B)
+        return out

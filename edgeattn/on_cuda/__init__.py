@@ -1,1 +1,0 @@
-"""The public edge for arrays on a GPU: arguments checked once, then edgeattn.cuda, imported by the call for it."""

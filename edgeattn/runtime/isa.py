@@ -1,0 +1,149 @@
+"""The instruction sets edgeattn knows, and which one this process uses.
+
+One row per instruction set.  `lanes` is the number of 32-bit lanes of a vector register; `rows` by `columns` is the
+register tile (rows of broadcast operands by column vectors); `dot` names the instruction sequence that adds four
+8-bit products to a 32-bit lane; `offset` is what the packing adds to an int8 operand before it meets an int8 one:
+128 where the instruction multiplies unsigned by signed, 0 where both are signed.  `steps` is how many updates of a
+float32 tile, and of a tile of bytes, stand in one turn of the loop: as many as save computations of addresses, and as
+few as leave the compiler no room to load ahead until it runs out of registers.
+"""
+import os
+import sys
+from typing import NamedTuple
+
+
+class InstructionSet(NamedTuple):
+    """One row of the table; the fields are described above."""
+
+    name: str
+    lanes: int
+    rows: int
+    columns: int
+    dot: str
+    offset: int
+    steps: tuple
+    x86: bool
+    needs: tuple
+    amx: bool = False  # products of bytes by the matrix unit
+    byte_permute: bool = False  # tables of bytes in registers: vpermb
+
+
+_AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni")
+
+TABLES = (
+    InstructionSet("avx512amx", 16, 8, 2, "vpdpbusd", 128, (4, 4), True,
+                   (*_AVX512, "avx512vbmi", "amx-tile", "amx-int8"), True, True),
+    InstructionSet("avx512vbmi", 16, 8, 2, "vpdpbusd", 128, (4, 4), True, (*_AVX512, "avx512vbmi"), False, True),
+    InstructionSet("avx512vnni", 16, 8, 2, "vpdpbusd", 128, (4, 4), True, _AVX512),
+    InstructionSet("avx2vnni", 8, 4, 2, "vpdpbusd", 128, (4, 4), True, ("avx2", "fma", "avxvnni")),
+    InstructionSet("avx2", 8, 4, 2, "vpmaddwd", 128, (4, 1), True, ("avx2", "fma")),
+    InstructionSet("neondot", 4, 8, 2, "sdot", 0, (2, 4), False, ("neon", "dotprod")),
+    InstructionSet("neon", 4, 8, 2, "sadalp", 128, (2, 1), False, ("neon",)),
+    InstructionSet("generic", 4, 4, 2, "plain", 128, (1, 1), False, ()),
+)
+
+
+def runnable(features):
+    """Instruction sets, best first, whose every needed feature is among `features`."""
+    features = set(features)
+    return [table for table in TABLES if features.issuperset(table.needs)]
+
+
+def choose(forced, features):
+    """The instruction set to use: the best runnable one, or the one named by `forced`.
+
+    Raises
+    ------
+    ValueError
+        If `forced` names no instruction set, or one this CPU cannot execute.
+    """
+    possible = runnable(features)
+    if not forced:
+        return possible[0]
+    for table in possible:
+        if table.name == forced:
+            return table
+    raise ValueError(
+        f"EDGEATTN_ISA must be one of {', '.join(t.name for t in possible)} on this CPU, got {forced!r}; "
+        "unset it to use the best one")
+
+
+_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18  # x86-64 Linux: asm/prctl.h, XFEATURE_XTILEDATA
+
+
+def _may_use_matrix_unit():
+    """Ask Linux for the tile registers, which a process may not touch unasked; False where that is refused."""
+    import ctypes
+    import platform
+    import sys
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return False
+    try:
+        return ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA) == 0
+    except (OSError, AttributeError):
+        return False
+
+
+_AT_HWCAP, _HWCAP_ASIMDDP = 16, 1 << 20  # arm64 Linux: linux/auxvec.h, asm/hwcap.h
+
+
+def arm64_features(hardware, cpu):
+    """What LLVM's list of features lacks on ARM64.
+
+    Parameters
+    ----------
+    hardware : int
+        The bits of AT_HWCAP.
+    cpu : str
+        LLVM's name of the CPU. LLVM uses the dot product where the name implies it, so not for an unknown CPU.
+    """
+    found = ["neon"]  # part of every ARMv8-A core
+    if hardware & _HWCAP_ASIMDDP and cpu != "generic":
+        found.append("dotprod")
+    return found
+
+
+def _hardware_bits():
+    """AT_HWCAP of this process; 0 where the system has no such thing."""
+    import ctypes
+    try:
+        ask = ctypes.CDLL(None).getauxval
+    except (OSError, AttributeError):
+        return 0
+    ask.restype, ask.argtypes = ctypes.c_ulong, [ctypes.c_ulong]
+    return ask(_AT_HWCAP)
+
+
+def _host_features():
+    import platform
+
+    from llvmlite import binding
+    try:
+        found = [name for name, present in binding.get_host_cpu_features().items() if present]
+    except RuntimeError:  # LLVM cannot tell on this platform
+        found = []
+    if not _may_use_matrix_unit():
+        found = [name for name in found if not name.startswith("amx")]
+    if platform.machine().lower() in ("aarch64", "arm64"):
+        found += arm64_features(_hardware_bits(), binding.get_host_cpu_name())
+    return found
+
+
+ISA = choose(os.environ.get("EDGEATTN_ISA"), _host_features())
+
+
+def use(name):
+    """Let kernels be compiled for the instruction set `name`, whether or not this CPU has it.
+
+    For a process that compiles for another machine and runs nothing of it. The kernels read `ISA` when their modules
+    are imported, so this comes first.
+
+    Raises
+    ------
+    RuntimeError
+        If kernels have been imported already.
+    """
+    global ISA
+    if "edgeattn.runtime.jit" in sys.modules:
+        raise RuntimeError(f"isa.use({name!r}) must come before the first import of a kernel")
+    ISA = next(table for table in TABLES if table.name == name)
