@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 import numpy as np
 
-from edgeattn.checks import FLOAT32, check_out, deliver, flag, float_array, is_one_of, number, result_dtype, to_float32
+from edgeattn.checks import (
+    FLOAT32,
+    check_out,
+    flag,
+    float_array,
+    is_one_of,
+    number,
+    result_dtype,
+    to_float32,
+    write_result,
+)
 from edgeattn.kernels.cpu import float32, functional_dynamic
 from edgeattn.masks import NO_WINDOW, Mask, resolve_mask
 
@@ -221,10 +231,10 @@ def scaled_dot_product_attention(
             q, k, v, mask, context, scale=scale, softcap=softcap,
             weights=None if weights is None else weights.reshape(mask.shape),
             lse=None if lse is None else lse.reshape(mask.shape[:3]))
-    result = deliver(result, out, dtype)
+    result = write_result(result, out, dtype)
     if not (return_weights or return_lse):
         return result
-    return (result, *([] if weights is None else [deliver(weights, None, dtype)]), *([] if lse is None else [lse]))
+    return (result, *([] if weights is None else [write_result(weights, None, dtype)]), *([] if lse is None else [lse]))
 
 
 @functools.cache

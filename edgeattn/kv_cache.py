@@ -11,16 +11,16 @@ from numpy.lib.stride_tricks import as_strided
 from edgeattn.checks import (
     check_out,
     count,
-    deliver,
     flag,
     float_array,
     is_one_of,
     number,
     result_dtype,
     to_float32,
+    write_result,
 )
 from edgeattn.functional import checked_softcap, default_scale
-from edgeattn.kernels.cpu import float32, plain
+from edgeattn.kernels.cpu import float32, reference_float32
 from edgeattn.kernels.cpu.cache_int8 import quantize_into
 from edgeattn.kernels.cpu.decode import decode
 from edgeattn.masks import NO_WINDOW, resolve_mask
@@ -410,8 +410,8 @@ class KVCache:
         result = np.empty(shape, np.float32)
         weights = np.zeros(mask.shape, np.float32) if return_weights else None
         self._attend(to_float32(query), mask, scale, softcap, result, weights)
-        result = deliver(result, out, dtype)
-        return result if weights is None else (result, deliver(weights, None, dtype))
+        result = write_result(result, out, dtype)
+        return result if weights is None else (result, write_result(weights, None, dtype))
 
     def _is_next(self, query: object) -> bool:
         """Whether `query` is float32 (B, H, 1, D) in C order that nothing needs to be done to, and there are tokens."""
@@ -582,7 +582,7 @@ class KVCache:
             if added:
                 held = np.concatenate((held[0], added[0]), axis=2), np.concatenate((held[1], added[1]), axis=2)
                 part = part.with_keys(added[0].shape[2])
-            attend: Callable[..., None] = float32.attention if key_scales is None else plain.attention
+            attend: Callable[..., None] = float32.attention if key_scales is None else reference_float32.attention
             part_weights = None if weights is None else np.empty(part.shape, np.float32)
             attend(to_float32(query), *map(to_float32, held), part, out=out, scale=scale, softcap=softcap,
                    weights=part_weights)

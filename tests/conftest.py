@@ -13,7 +13,7 @@ FIRST = """
 # What these hold does not depend on NumPy: instructions, compiled loops, caches, emulated processors, C. `--numpy` leaves
 # them out, for a leg that repeats the suite on another NumPy.
 WITHOUT_NUMPY = """
-    test_arm64 test_compile_cost test_crew test_cuda_cache test_cuda_compile test_cuda_float32 test_cuda_instructions
+    test_arm64 test_compile_cost test_worker_pool test_cuda_cache test_cuda_compile test_cuda_float32 test_cuda_instructions
     test_cuda_int8 test_cuda_layers test_cuda_mutations test_cuda_on_device test_cuda_order test_cuda_probabilities
     test_cuda_torch test_cuda_versions test_decode test_dynamic_kernels test_export_c test_fence test_generated_code
     test_instruction_sets test_interrupts test_isa test_jit test_kernels_float32 test_kernels_int8 test_planted_bugs
@@ -73,10 +73,10 @@ def device(request, monkeypatch):
     from cuda_emulated import EmulatedDriver
 
     from edgeattn.executors.cuda import functional as on_cuda
-    from edgeattn.executors.cuda.known import Known
+    from edgeattn.executors.cuda.call_cache import CallCache
     from edgeattn.kernels.cuda import driver as driver_module
 
     found = _gpu() if request.config.getoption("--cuda") else EmulatedDriver()
     monkeypatch.setattr(driver_module, "_current", found)
-    monkeypatch.setattr(on_cuda, "_KNOWN", Known())  # launches that another driver knew
+    monkeypatch.setattr(on_cuda, "_CALLS", CallCache())  # launches that another driver knew
     return found

@@ -8,7 +8,7 @@ from edgeattn.kernels.cpu.matmul import MATRIX, linear
 from edgeattn.kernels.cpu.requantize import RULES, encode
 from edgeattn.kernels.cpu.simd import LANES, WIDTH, load, matrix_configure, matrix_release, store, tile_store
 from edgeattn.kernels.cpu.softmax_int8 import KEPT_GROUPS, PROBABILITY_FLIP, softmax_codes
-from edgeattn.runtime.jit import inlined
+from edgeattn.runtime.jit import inline
 
 
 @njit(error_model="numpy")
@@ -63,7 +63,7 @@ def probabilities(table, fixed, codes, keep=None):
     return out.astype(np.int64) + 128
 
 
-@inlined
+@inline
 def _keep_tile(tile, t, f, out, features):
     tile_store(tile, out, t * features + f, features, LANES)
 

@@ -150,7 +150,7 @@ BUGS = [
     Bug("a function's query head reads another group's keys", "functional_dynamic.py",
         "kv = h // (H // Hkv)", "kv = h % Hkv", FORMULA),
     Bug("the last features of a function's row are not cleared", "functional_dynamic.py",
-        "private_f[at_natural + t * padded + d] = _ZERO", "pass", "fence dynamic-function"),
+        "private_f[at_row_major + t * padded + d] = _ZERO", "pass", "fence dynamic-function"),
     Bug("a weight's sum is not corrected for the shift", "layer_dynamic.py",
         "-shift * codes.astype(np.int32).sum(1)", "0 * codes.astype(np.int32).sum(1)", DYNAMIC),
     Bug("no scratch for a layer's masks", "layer_dynamic.py",
@@ -162,7 +162,7 @@ BUGS = [
     Bug("the last tokens of a projection lose a chain", "linear.py",
         "row = tile_add(row, out, at, features, LANES)", "row = tile_add(row, weights, 0, 0, 0)", "fence projections"),
     Bug("powers below the smallest are taken as they are", "softmax.py",
-        "return exp2_within(larger(splat(_LOWEST), t))", "return exp2_within(t)", FUNCTIONS),
+        "return exp2_within(maximum(splat(_LOWEST), t))", "return exp2_within(t)", FUNCTIONS),
 ]
 # One each of the tests that compile little: what `make test` plants.
 SHORT = [next(bug for bug in BUGS if bug.test.startswith(test)) for test in (

@@ -9,7 +9,7 @@ import pytest
 from llvmlite import binding
 from numba import njit
 
-from edgeattn.kernels.cpu.simd import COLUMNS, LANES, ROWS, WIDTH, rank_one, tile_store, tile_zero
+from edgeattn.kernels.cpu.simd import COLUMNS, LANES, ROWS, WIDTH, outer_product, tile_store, tile_zero
 from edgeattn.runtime import isa
 from edgeattn.runtime.isa import ISA
 
@@ -31,7 +31,7 @@ def test_the_instruction_set_is_the_cpus():
 def _product_of_bytes(a, b, out, depth, zero):
     tile = tile_zero(ROWS, COLUMNS, zero)
     for k in range(depth):
-        tile = rank_one(tile, a, k, depth, b, k * WIDTH)
+        tile = outer_product(tile, a, k, depth, b, k * WIDTH)
     tile_store(tile, out, 0, WIDTH, LANES)
 
 

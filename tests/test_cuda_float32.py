@@ -13,7 +13,7 @@ from cuda_emulated import emulated_only, long_form
 
 import edgeattn
 from edgeattn.executors.cuda import functional as on_cuda
-from edgeattn.kernels.cuda import dlpack, host, kinds
+from edgeattn.kernels.cuda import array_provider, dlpack, host
 from edgeattn.kernels.cuda import driver as driver_module
 
 # an emulated block takes a tenth of a second; what is large elsewhere is so for the CPU's tiles
@@ -218,9 +218,9 @@ def test_out_must_not_overlap_a_mask(name):
         """A mask that lies where an array does."""
 
         def __init__(self, array):
-            kinds = {"attn_mask": (shape, "<f4"), "alibi_slopes": ((1,), "<f4"), "kv_lengths": ((1,), "<i4")}
+            provider = {"attn_mask": (shape, "<f4"), "alibi_slopes": ((1,), "<f4"), "kv_lengths": ((1,), "<i4")}
             self.__cuda_array_interface__ = array.__cuda_array_interface__ | dict(
-                zip(("shape", "typestr"), kinds[name], strict=True))
+                zip(("shape", "typestr"), provider[name], strict=True))
 
     options = dict(causal_alignment="upper_left", out=out)
     for mask in (out, apart, out):  # the last one in a call that is known
@@ -260,9 +260,9 @@ def test_a_known_call_reads_and_writes_its_own_arrays(keys, options, monkeypatch
         return [x.numpy() for x in (found if isinstance(found, tuple) else (found,))]
 
     known = [results(*one) for one in made]
-    assert len(on_cuda._KNOWN) == 1
+    assert len(on_cuda._CALLS) == 1
     for one, ours in zip(made, known, strict=True):
-        on_cuda._KNOWN.clear()
+        on_cuda._CALLS.clear()
         for x, y in zip(ours, results(*one), strict=True):
             np.testing.assert_array_equal(x, y)
     monkeypatch.setattr(host, "attend", None)  # a known call does not come by here
@@ -272,7 +272,7 @@ def test_a_known_call_reads_and_writes_its_own_arrays(keys, options, monkeypatch
 def test_an_array_given_twice_is_not_taken_for_two():
     q, k, v = map(put, Case("twice", B=1, H=2, L=5, S=5, D=8).qkv())
     alone = edgeattn.scaled_dot_product_attention(q, k, v).numpy()
-    on_cuda._KNOWN.clear()
+    on_cuda._CALLS.clear()
     for precision in ("float32", "int8"):
         edgeattn.scaled_dot_product_attention(q, q, q, precision=precision)
     np.testing.assert_array_equal(edgeattn.scaled_dot_product_attention(q, k, v).numpy(), alone)
@@ -309,8 +309,8 @@ def test_arrays_of_torch_give_arrays_of_torch_on_its_stream(device, monkeypatch)
 def test_the_kind_of_an_array_is_that_of_what_it_is_derived_from():
     tensor = type("Tensor", (), {"__module__": "torch"})
     image = type("Image", (tensor,), {"__module__": "torchvision.tv_tensors"})
-    assert kinds.kind(image()) is kinds.kind(tensor()) is kinds._Torch
-    assert kinds.kind(type("Buffer", (), {"__module__": "elsewhere"})()) is kinds._Foreign
+    assert array_provider.kind(image()) is array_provider.kind(tensor()) is array_provider._Torch
+    assert array_provider.kind(type("Buffer", (), {"__module__": "elsewhere"})()) is array_provider._Foreign
 
 
 def test_an_interface_without_strides_is_that_of_a_contiguous_array():
@@ -327,7 +327,7 @@ def test_an_interface_without_strides_is_that_of_a_contiguous_array():
     for _ in range(2):
         got = edgeattn.scaled_dot_product_attention(*map(Plain, arrays)).numpy()
         np.testing.assert_array_equal(got, want)
-    assert len(on_cuda._KNOWN) == 2
+    assert len(on_cuda._CALLS) == 2
 
 
 @emulated_only
@@ -355,8 +355,8 @@ class OverDLPack:
     def __init__(self, array, strides=None, **changes):
         self.keeps = array, (ctypes.c_int64 * len(array.shape))(*array.shape), strides and (
             ctypes.c_int64 * len(strides))(*strides)
-        kinds = {"i": 0, "u": 1, "f": 2, "b": 6}
-        fields = dict(data=array.pointer, device_type=2, ndim=len(array.shape), code=kinds[array.dtype.kind],
+        provider = {"i": 0, "u": 1, "f": 2, "b": 6}
+        fields = dict(data=array.pointer, device_type=2, ndim=len(array.shape), code=provider[array.dtype.kind],
                       bits=8 * array.dtype.itemsize, lanes=1, shape=self.keeps[1], byte_offset=0)
         self.tensor = dlpack._Tensor(**fields | changes)
         if strides:

@@ -49,7 +49,7 @@ def planted(name, old, new):
             for where, of, attribute, _ in used:
                 if of == module:
                     setattr(where, attribute, made)
-        on_cuda._KNOWN.clear()
+        on_cuda._CALLS.clear()
         yield
     finally:
         for module in ORDER:

@@ -12,7 +12,7 @@ from test_cuda_float32 import OverDLPack, put
 
 import edgeattn
 from edgeattn.executors.cuda import functional as on_cuda
-from edgeattn.executors.cuda.known import Known
+from edgeattn.executors.cuda.call_cache import CallCache
 from edgeattn.kernels.cuda import driver as driver_module
 
 pytestmark = emulated_only
@@ -26,7 +26,7 @@ def gpus(monkeypatch):
     """An emulated driver of two GPUs."""
     found = EmulatedDriver(devices=2)
     monkeypatch.setattr(driver_module, "_current", found)
-    monkeypatch.setattr(on_cuda, "_KNOWN", Known())
+    monkeypatch.setattr(on_cuda, "_CALLS", CallCache())
     return found
 
 
@@ -54,7 +54,7 @@ def test_launches_and_every_arrays_stream_wait_for_each_other(gpus, name):
         launches = api.launches[before:]
         assert launches and all(launch.stream == 0 and launch.before[77] == done for launch in launches)
         assert api.before(77)[0] == api.before(0)[0]  # all that was launched
-    assert len(on_cuda._KNOWN) == 1 and not (name == "out" and given[name].numpy().any())
+    assert len(on_cuda._CALLS) == 1 and not (name == "out" and given[name].numpy().any())
 
 
 def test_arrays_of_the_launchs_stream_need_no_events(gpus):
@@ -231,7 +231,7 @@ def test_a_layer_and_a_cache_stay_on_their_gpu(gpus):
 def test_arrays_of_torch_and_cupy_say_where_they_are(gpus, monkeypatch):
     import sys
 
-    from edgeattn.kernels.cuda.kinds import _CuPy, _Torch, kind
+    from edgeattn.kernels.cuda.array_provider import _CuPy, _Torch, kind
 
     monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(cuda=types.SimpleNamespace(
         current_stream=lambda device: types.SimpleNamespace(cuda_stream={"cuda:1": 9}[device]))))

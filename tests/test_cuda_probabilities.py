@@ -98,23 +98,23 @@ def as_accurate(got, want):
     assert got.shape == want.shape and np.abs(got - want).max() <= allowed
 
 
-def with_extras(rng, kinds):
+def with_extras(rng, provider):
     weights = parameters(rng)
-    if "keys" in kinds:
+    if "keys" in provider:
         weights |= {"bias_k": rng.standard_normal(8, np.float32), "bias_v": rng.standard_normal(12, np.float32),
                     "add_zero_attn": True}
-    if "gate" in kinds:
+    if "gate" in provider:
         weights |= {"gate_weight": rng.standard_normal((24, 24), np.float32),
                     "gate_bias": rng.standard_normal(24, np.float32)}
-    if "heads" in kinds:
+    if "heads" in provider:
         del weights["out_weight"], weights["out_bias"]
     return weights
 
 
-@pytest.mark.parametrize("kinds", [(), ("keys",), ("gate",), ("keys", "gate", "heads")], ids="-".join)
-def test_layers(kinds):
+@pytest.mark.parametrize("provider", [(), ("keys",), ("gate",), ("keys", "gate", "heads")], ids="-".join)
+def test_layers(provider):
     rng = np.random.default_rng(1)
-    weights = with_extras(rng, kinds)
+    weights = with_extras(rng, provider)
     layer = edgeattn.MultiHeadAttention(2, **weights, num_kv_heads=1)
     x, keep = rng.standard_normal((2, 9, 24), np.float32), rng.random((2, 2, 9, 9)) < 0.6
     keep[1, 0, 3] = False
@@ -135,10 +135,10 @@ def test_layers(kinds):
     np.testing.assert_array_equal(of_one, got.numpy()[1])
 
 
-@pytest.mark.parametrize("kinds", [(), ("keys",), ("gate",)], ids="-".join)
-def test_dynamic_layers(kinds):
+@pytest.mark.parametrize("provider", [(), ("keys",), ("gate",)], ids="-".join)
+def test_dynamic_layers(provider):
     rng = np.random.default_rng(2)
-    weights = with_extras(rng, kinds)
+    weights = with_extras(rng, provider)
     layer = quant.quantize(edgeattn.MultiHeadAttention(2, **weights, num_kv_heads=1), scheme="dynamic").to("cuda")
     x = rng.standard_normal((2, 9, 24), np.float32)
     want, probabilities = layer_by_hand(weights, x, np.broadcast_to(np.tri(9, dtype=bool), (2, 2, 9, 9)), np.float64)
@@ -168,19 +168,19 @@ def test_keys_and_weights_of_nothing():
 FIXED = (0.03, 0.03)
 
 
-@pytest.mark.parametrize(("dtype", "scales", "scheme", "kinds"), [
+@pytest.mark.parametrize(("dtype", "scales", "scheme", "provider"), [
     ("float32", None, "float32", ("keys", "gate")), ("int8", FIXED, "dynamic", ()),
     *(pytest.param(*rest, marks=long_form) for rest in (
         ("int8", None, "float32", ()), ("int8", None, "dynamic", ("keys",)), ("int8", FIXED, "float32", ("gate",))))])
-def test_a_window_is_seen_and_no_more(dtype, scales, scheme, kinds):
+def test_a_window_is_seen_and_no_more(dtype, scales, scheme, provider):
     rng = np.random.default_rng(4)
-    weights = with_extras(rng, kinds)
+    weights = with_extras(rng, provider)
     layer = edgeattn.MultiHeadAttention(2, **weights, num_kv_heads=1)
     if scheme == "dynamic":
         layer = quant.quantize(layer, scheme="dynamic")
     placed = layer.to("cuda")
     x, keep = rng.standard_normal((1, 22, 24), np.float32), rng.random((22, 22)) < 0.8
-    results, probabilities = [], np.zeros((1, 2, 22, 22 + 2 * ("keys" in kinds)), np.float32)
+    results, probabilities = [], np.zeros((1, 2, 22, 22 + 2 * ("keys" in provider)), np.float32)
     cache = edgeattn.KVCache(1, 1, 12, 8, value_dim=12, dtype=dtype, scales=scales, window=7).to("cuda")
     for begin, end in ((0, 10), (10, 21), (21, 22)):  # the second in two pieces, and tokens move
         result, got = placed(put(x[:, begin:end]), kv_cache=cache, is_causal=True, need_weights=True,

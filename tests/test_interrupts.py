@@ -14,12 +14,12 @@ import numba
 import numpy as np
 import pytest
 from numba import types
-from test_crew import call
+from test_worker_pool import call
 
 import edgeattn
 import quant
 from edgeattn import threads
-from edgeattn.kernels.cpu import plain
+from edgeattn.kernels.cpu import reference_float32
 
 _raise = types.ExternalFunction("raise", types.int32(types.int32))
 
@@ -70,7 +70,7 @@ def check_pool(count):
         assert call(5) == {0}
     else:  # a busy machine gets some more tries
         assert any(call(200, 3_000) == set(range(count)) for _ in range(500))
-        assert not threads._crew.taken.locked()
+        assert not threads._pool.taken.locked()
     end = time.monotonic() + 10  # a thread started for a worker who is there already ends as soon as it gets to run
     while len(of_ours()) > count - 1 and time.monotonic() < end:
         time.sleep(0.01)
@@ -133,7 +133,7 @@ def test_a_signal_that_raises_leaves_the_pool(monkeypatch):
                     call(3, 30)
             except Stop:
                 hits += 1
-            assert threads._crew is None or not threads._crew.taken.locked()
+            assert threads._pool is None or not threads._pool.taken.locked()
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
@@ -174,7 +174,7 @@ def signals(monkeypatch):
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's number of SIGUSR1")
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_a_long_call_begins_no_part_after_the_exception(signals, count):
-    from test_crew import run
+    from test_worker_pool import run
 
     threads.set_num_threads(count)
     for n in (1, 2, 5):
@@ -246,7 +246,7 @@ def test_every_kind_of_call_is_ended_by_a_signal_and_right_the_next_time(monkeyp
                 result = run(cache)
             except Stop:
                 assert cache is None or cache.length == before, name
-                assert threads._crew is None or not threads._crew.taken.locked(), name
+                assert threads._pool is None or not threads._pool.taken.locked(), name
                 continue
             np.testing.assert_array_equal(result, expected, err_msg=name)
             break
@@ -258,7 +258,7 @@ def test_every_kind_of_call_is_ended_by_a_signal_and_right_the_next_time(monkeyp
 def test_probabilities_come_in_parts_that_are_short_and_together_all(monkeypatch, shape):
     monkeypatch.setattr(threads, "LONG_WORK", 10_000)
     work, seen = 3 * int(np.prod(shape)), np.zeros(shape[:3], int)
-    for part in plain._parts(shape, work):
+    for part in reference_float32._parts(shape, work):
         seen[part] += 1
         assert seen[part].size * 3 * shape[3] <= 10_000 or seen[part].size == 1
     assert (seen == 1).all()
@@ -285,7 +285,7 @@ try:
 except KeyboardInterrupt:
     print(time.monotonic() - sent[0])
 assert (edgeattn.scaled_dot_product_attention(small, small, small) == expected).all()
-assert edgeattn.threads._crew is None or not edgeattn.threads._crew.taken.locked()
+assert edgeattn.threads._pool is None or not edgeattn.threads._pool.taken.locked()
 """
 
 

@@ -26,7 +26,7 @@ def package(tmp_path):
     shutil.copytree(PACKAGE / "runtime", folder / "runtime", ignore=shutil.ignore_patterns("worker_pool.py", "__pycache__"))
     shutil.copy(PACKAGE / "messages.py", folder)
     (folder / "helper.py").write_text(
-        "from edgeattn.runtime.jit import inlined\n\n@inlined\ndef factor():\n    return 2\n"
+        "from edgeattn.runtime.jit import inline\n\n@inline\ndef factor():\n    return 2\n"
     )
     (folder / "kernel.py").write_text(
         "from edgeattn.helper import factor\nfrom edgeattn.runtime.jit import jit\n\n"
@@ -321,8 +321,8 @@ def test_python_is_refused_where_it_calls_a_part(package):
 
 def test_no_environment_of_a_part_is_used_in_a_kernel(package):
     (package / "kernel.py").write_text(
-        "from edgeattn.helper import factor\nfrom edgeattn.runtime.jit import inlined, jit\n\n"
-        "@inlined\ndef check(x):\n    if x < 0:\n        raise ValueError('negative')\n    return x\n\n"
+        "from edgeattn.helper import factor\nfrom edgeattn.runtime.jit import inline, jit\n\n"
+        "@inline\ndef check(x):\n    if x < 0:\n        raise ValueError('negative')\n    return x\n\n"
         "@jit\ndef double(x):\n    return factor() * check(x)\n")
     code = """
 from edgeattn.kernel import double
@@ -342,8 +342,8 @@ except ValueError as error:
 
 def test_a_part_that_does_not_compile_leaves_nothing_behind(package):
     (package / "kernel.py").write_text(
-        "from edgeattn.helper import factor\nfrom edgeattn.runtime.jit import inlined, jit\n\n"
-        "@inlined\ndef wrong(x):\n    return x.nothing\n\n"
+        "from edgeattn.helper import factor\nfrom edgeattn.runtime.jit import inline, jit\n\n"
+        "@inline\ndef wrong(x):\n    return x.nothing\n\n"
         "@jit\ndef broken(x):\n    return factor() * wrong(x)\n\n"
         "@jit\ndef double(x):\n    return factor() * x\n")
     code = """

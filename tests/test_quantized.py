@@ -9,7 +9,7 @@ from workbench import as_batch, cosine, random_call, random_input, random_layer
 import edgeattn
 import quant
 from edgeattn.arithmetic import KERNEL_SETS
-from edgeattn.kernels.cpu.reals import to_codes, to_reals
+from edgeattn.kernels.cpu.quantize import to_codes, to_reals
 from edgeattn.quantized import (
     AddMask,
     MulConstant,

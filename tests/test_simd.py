@@ -16,7 +16,7 @@ def _arithmetic(a, b, out):
     simd.store(out, 0, x + y)
     simd.store(out, N, x - y)
     simd.store(out, 2 * N, x * y)
-    simd.store(out, 3 * N, simd.larger(x, y))
+    simd.store(out, 3 * N, simd.maximum(x, y))
     simd.store(out, 4 * N, simd.select(x > y, y, x))
     simd.store(out, 5 * N, simd.select(x <= y, x, simd.splat(a[0])))
 
@@ -36,7 +36,7 @@ def test_arithmetic(dtype):
 
 @njit(error_model="numpy")
 def _larger(a, b, out):
-    simd.store(out, 0, simd.larger(simd.load(a, 0), simd.load(b, 0)))
+    simd.store(out, 0, simd.maximum(simd.load(a, 0), simd.load(b, 0)))
 
 
 def test_larger_keeps_a_nan_on_its_right():
@@ -139,7 +139,7 @@ def _product(a, b, out, depth, zero):
     for k in range(0, depth - count + 1, count):
         tile = simd.rank_steps(tile, a, k, depth, 1, b, k * WIDTH)
     for k in range(depth // count * count, depth):
-        tile = simd.rank_one(tile, a, k, depth, b, k * WIDTH)
+        tile = simd.outer_product(tile, a, k, depth, b, k * WIDTH)
     simd.tile_store(tile, out, 0, WIDTH, N)
 
 

@@ -16,6 +16,7 @@ import safetensors.numpy
 
 import quant
 from edgeattn import MultiHeadAttention, SelfAttention, load, save
+from edgeattn.files import paths
 from edgeattn.files.paths import write_atomic
 from edgeattn.files.stored import Budget
 from edgeattn.quantized import (
@@ -230,6 +231,7 @@ def test_every_writer_removes_what_a_dead_one_left(tmp_path, monkeypatch, writer
 
 WRITE_SLOWLY = """
 import os, sys
+from edgeattn.files import paths
 from edgeattn.files.paths import write_atomic
 sync = os.fsync
 def wait(number):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgeattn.checks import check_out, deliver, flag, float_array, result_dtype
+from edgeattn.checks import check_out, flag, float_array, result_dtype, write_result
 from edgeattn.functional import checked_softcap
 from edgeattn.kv_cache import KVCache
 from edgeattn.masks import NO_WINDOW, Mask, resolve_mask
@@ -64,13 +64,13 @@ class Call:
     cache: KVCache | None
     pieces: Pieces
 
-    def deliver(self, result: Float32s, weights: Float32s | None = None) -> Floats | tuple[Floats, Floats]:
+    def write_result(self, result: Float32s, weights: Float32s | None = None) -> Floats | tuple[Floats, Floats]:
         """What the caller gets, from result (B, L, Eo) and weights (B, H, L, S) or None, both float32."""
-        delivered = deliver(result.reshape(*self.lead, *result.shape[1:]), self.out, self.dtype)
+        delivered = write_result(result.reshape(*self.lead, *result.shape[1:]), self.out, self.dtype)
         if weights is None:
             return delivered
         weights = weights.reshape(*self.lead, *weights.shape[1:])
-        return delivered, deliver(weights.mean(axis=-3) if self.average else weights, None, self.dtype)
+        return delivered, write_result(weights.mean(axis=-3) if self.average else weights, None, self.dtype)
 
 
 def check_call(layer: _Layer, query: ArrayLike, key: ArrayLike | None, value: ArrayLike | None, *, softcap: Real,
@@ -142,7 +142,7 @@ def is_written_as_it_is(out: object, query: NDArray[Any], width: int, dtype: np.
                            and out.shape == (*query.shape[:-1], width))
 
 
-def room(out: NDArray[Any] | None, shape: Shape, dtype: np.dtype[Any], *read: object) -> NDArray[Any]:
+def output_buffer(out: NDArray[Any] | None, shape: Shape, dtype: np.dtype[Any], *read: object) -> NDArray[Any]:
     """An array (B, L, Eo) for the result: `out`, which the last check let pass, unless it may lie over what is read."""
     if out is None or any(_may_lie_over(x, out) for x in read):
         return np.empty(shape, dtype)

@@ -173,7 +173,7 @@ class MultiHeadAttention(AttentionWeights):
         result = np.empty((*call.query.shape[:2], self.output_dim), np.float32)
         q, k, v = (to_float32(x) for x in (call.query, call.key, call.value))
         self._kernel(q, k, v, result, *call.mask.for_kernels())
-        return call.deliver(result)
+        return call.write_result(result)
 
     @overload
     def to(self, device: Literal["cpu"], *, precision: Literal["float32"] = "float32") -> Self: ...

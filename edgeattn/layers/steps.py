@@ -11,7 +11,7 @@ import numpy as np
 
 from edgeattn.checks import FLOAT32, to_float32
 from edgeattn.kernels.cpu import float32
-from edgeattn.layers.call import handed_over, is_next, is_unmasked, room, self_masks
+from edgeattn.layers.call import handed_over, is_next, is_unmasked, output_buffer, self_masks
 
 if TYPE_CHECKING:
     from typing import Any, TypeAlias
@@ -39,7 +39,7 @@ def attend_to_itself(layer: _Layer, query: Float32s, out: Floats | None, kv_cach
     if not plain and not (is_unmasked(*masks) and (kv_cache is None or is_next(layer, x, kv_cache))):
         return None
     if kv_cache is None:
-        result = room(out, (*x.shape[:2], layer.output_dim), FLOAT32, x, *masks)
+        result = output_buffer(out, (*x.shape[:2], layer.output_dim), FLOAT32, x, *masks)
         layer._kernel(x, x, x, result, *self_masks(layer, x, *masks))
     else:
         result = attend_next(layer, x, kv_cache)
@@ -72,7 +72,7 @@ def attend(layer: _Layer, call: Call) -> Floats | tuple[Floats, Floats]:
         with np.errstate(invalid="ignore"):  # NaN of what is not finite
             merged = merged * _sigmoid(_rows(layer, "gate", call.query))
     result = layer._linears["out"](merged) if "out" in layer._linears else merged
-    return call.deliver(result.reshape(batch, queries, layer.output_dim), weights)
+    return call.write_result(result.reshape(batch, queries, layer.output_dim), weights)
 
 
 def attend_next(layer: _Layer, x: Float32s, cache: KVCache) -> Float32s:

@@ -162,7 +162,7 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention):
         k = q if call.key is call.query else to_float32(call.key)
         v = k if call.value is call.key else to_float32(call.value)
         self._kernel(q, k, v, result, *call.mask.for_kernels())
-        return call.deliver(result)
+        return call.write_result(result)
 
     @overload
     def to(self, device: Literal["cpu"]) -> Self: ...

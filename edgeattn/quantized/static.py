@@ -17,16 +17,16 @@ from edgeattn.checks import (
     as_array,
     check_out,
     count,
-    deliver,
     flag,
     float_array,
     is_one_of,
     number,
     result_dtype,
+    write_result,
 )
 from edgeattn.functional import checked_softcap
 from edgeattn.kernels.cpu.layer_int8 import StaticLayer
-from edgeattn.kernels.cpu.reals import to_codes, to_reals
+from edgeattn.kernels.cpu.quantize import to_codes, to_reals
 from edgeattn.layers.call import (
     check_cache,
     handed_over,
@@ -34,8 +34,8 @@ from edgeattn.layers.call import (
     is_read_as_it_is,
     is_unmasked,
     is_written_as_it_is,
+    output_buffer,
     resolve_call_mask,
-    room,
     self_masks,
 )
 from edgeattn.masks import NO_WINDOW, bool_mask, resolve_mask
@@ -393,7 +393,7 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
                     self.run_int8(codes, attn_mask=attn_mask, key_padding_mask=key_padding_mask, is_causal=is_causal,
                                   causal_alignment=causal_alignment, window_size=window_size, kv_cache=kv_cache),
                     last.scale, last.zero_point)
-                return deliver(reals, out, FLOAT32)
+                return write_result(reals, out, FLOAT32)
         average = flag("average_attn_weights", average_attn_weights)
         masks: MaskOptions = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask, "is_causal": is_causal,
                               "causal_alignment": causal_alignment, "window_size": window_size}
@@ -411,11 +411,11 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         result = self.dequantize_output(context)
         if some_nan:
             result[self._nan_rows([nan[source] for source in self.sources], masks)] = np.nan
-        delivered = deliver(result, out, dtype)
+        delivered = write_result(result, out, dtype)
         if weights is None:
             return delivered
         probabilities = self.tensors["probabilities"].dequantize(weights)
-        return delivered, deliver(probabilities.mean(axis=-3) if average else probabilities, None, dtype)
+        return delivered, write_result(probabilities.mean(axis=-3) if average else probabilities, None, dtype)
 
     def _nan_rows(self, nan: Sequence[Bools], masks: MaskOptions) -> Bools:
         """Whether NaN reaches a query, (..., L); ``nan``: which queries, keys and values hold any, (..., L or S)."""
@@ -533,12 +533,12 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
             x = query if query.ndim == 3 else query[None]
             if kv_cache is None and (x is query or is_unmasked(*masks)):
                 keep, _, band, _ = self_masks(self, x, *masks)
-                result = room(out, (*x.shape[:2], self.output_dim), _INT8, x, *masks)
+                result = output_buffer(out, (*x.shape[:2], self.output_dim), _INT8, x, *masks)
                 self._kernel(x, x, x, result, keep, band, None, self._tables)
                 return handed_over(result, query, out)
             if (kv_cache is not None and is_unmasked(*masks) and is_next(self, x, kv_cache)
                     and kv_cache.scales == self.cache_scales):
-                result = room(out, (*x.shape[:2], self.output_dim), _INT8, x)
+                result = output_buffer(out, (*x.shape[:2], self.output_dim), _INT8, x)
                 with kv_cache._chunk():
                     kv_cache._take_slots(1)
                     first, last = kv_cache._last_seen()
@@ -568,7 +568,7 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
                 self._run_cached(query, key, value, mask, kv_cache, pieces, result)
         elif result.size:
             self._run_fused(query, key, value, mask, result)
-        result = deliver(result.reshape(*lead, L, self.output_dim), out, _INT8)
+        result = write_result(result.reshape(*lead, L, self.output_dim), out, _INT8)
         return result if weights is None else (result, weights.reshape(*lead, *weights.shape[1:]))
 
     def _check_codes(self, query: Any, key: Any, value: Any) -> tuple[Codes, Codes, Codes]:

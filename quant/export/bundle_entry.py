@@ -43,7 +43,7 @@ from edgeattn.bundle import (
 )
 from edgeattn.kernels.cpu import fused, fused_dynamic, fused_int8, layer_dynamic, layer_float32, layer_int8, records
 from edgeattn.kernels.cpu.records import named, packed
-from edgeattn.runtime.worker_pool import separate
+from edgeattn.runtime.worker_pool import task
 
 _I8, _I64 = ir.IntType(8), ir.IntType(64)
 
@@ -131,11 +131,11 @@ def _strides(call, field):
 def float_entry(kernel, dynamic):
     """(scratch_bytes, run) of a FloatLayer, or of a DynamicLayer."""
     if dynamic:
-        f, plan, layer = fused_dynamic, layer_dynamic.plan, separate(fused_dynamic.layer_dynamic.py_func)
+        f, plan, layer = fused_dynamic, layer_dynamic.plan, task(fused_dynamic.layer_dynamic.py_func)
         weights, factors = constant("weights", kernel._weights), constant("factors", kernel._factors)
         unit = np.int32
     else:
-        f, plan, layer = fused, layer_float32.plan, separate(fused.layer_float32.py_func)
+        f, plan, layer = fused, layer_float32.plan, task(fused.layer_float32.py_func)
         weights, factors = constant("weights", kernel.weights), None
         unit = np.float32
     parameters = local_copy("parameters", packed(kernel._parameters, f.LAYER))
@@ -180,7 +180,7 @@ def float_entry(kernel, dynamic):
 
 def static_entry(kernel, tables, classes):
     """(scratch_bytes, run) of a StaticLayer with the tables and classes of its score operators, or None."""
-    f, plan, layer = fused_int8, layer_int8.plan, separate(fused_int8.layer_int8.py_func)
+    f, plan, layer = fused_int8, layer_int8.plan, task(fused_int8.layer_int8.py_func)
     project_rule, score_rule, context_rule, softmax = kernel._fixed
     softmax, weights = constant("softmax", softmax), constant("weights", kernel.weights)
     parameters = local_copy("parameters", packed(kernel._parameters, f.LAYER))

@@ -68,7 +68,7 @@ class CacheOnCuda(KVCache):
             self._check_room(tokens)
             self._used_by(call)
             if tokens:
-                self.took(tokens, (k, v), call.stream, call.like)
+                self.append_device(tokens, (k, v), call.stream, call.like)
 
     def held(self) -> tuple[Float32s, Float32s]:
         """The tokens held as float32 NumPy copies: (B, Hkv, length - start, D) and (B, Hkv, length - start, Dv)."""
@@ -108,7 +108,7 @@ class CacheOnCuda(KVCache):
             result, taken = result_array(call, out, (*q.shape[:3], self.value_dim), float32, (q, *arrays_read(masks)))
             weights, to = result_array(call, None, shape, float32, ()) if return_weights else (None, None)
             if taken.size or (to is not None and to.size):
-                self.see(q, taken, scale, (0, queries), softcap=softcap, weights=to, **where, **masks)
+                self.attend_device(q, taken, scale, (0, queries), softcap=softcap, weights=to, **where, **masks)
         return (result, weights) if return_weights else result
 
     def _used_by(self, call):
@@ -157,7 +157,7 @@ class CacheOnCuda(KVCache):
             self._first, self._start, held = 0, self._length - kept, kept
         return self.slots(self._first + held, tokens)[:2]
 
-    def took(self, tokens, rows, stream, like):
+    def append_device(self, tokens, rows, stream, like):
         """Count tokens, whose keys and values (B, Hkv, tokens, size) are stored first; None where they are in place.
 
         int8 rows are codes by `scales`, as long as those of the storage.
@@ -177,9 +177,11 @@ class CacheOnCuda(KVCache):
                     store_rows(x, to, None, stream, up=to.strides[2], rule="fixed", factor=factor)
         self._length += tokens
 
-    def see(self, query, out, scale, rows, softcap=0.0, *, left, right, offset, at_end, keep=None, bias=None,
+    def attend_device(self, query, out, scale, rows, softcap=0.0, *, left, right, offset, at_end, keep=None, bias=None,
             **options):
-        """`edgeattn.kernels.cuda.host.attend` to all tokens held; masks of all positions, of queries rows[0] to rows[1] - 1."""
+        """`edgeattn.kernels.cuda.host.attend` to all tokens held; masks of all positions, of queries rows[0] to
+        rows[1] - 1.
+        """
         from edgeattn.kernels.cuda.host import attend, masks_part
 
         masks = masks_part(dict(left=left, right=right, offset=offset, at_end=at_end, keep=keep, bias=bias), rows,

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgeattn.checks import check_out, deliver, flag, float_array, result_dtype, to_float32
+from edgeattn.checks import check_out, flag, float_array, result_dtype, to_float32, write_result
+from edgeattn.executors.cuda.call_cache import OUT, RESULTS, CallCache
 from edgeattn.executors.cuda.functional import result_array
-from edgeattn.executors.cuda.known import OUT, RESULTS, Known
 from edgeattn.executors.cuda.masks import arrays_read, device_masks
 from edgeattn.functional import checked_softcap
 from edgeattn.layers.call import check_input_shapes
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from edgeattn.kv_cache import KVCache
     from edgeattn.types import CausalAlignment, Device, Flag, Real, Window
 
-# Of a call's arrays, as edgeattn.executors.cuda.known counts them, behind the inputs and `out`.
+# Of a call's arrays, as edgeattn.executors.cuda.call_cache counts them, behind the inputs and `out`.
 _PLACES = {"attn_mask": 4, "key_padding_mask": 5, "alibi_slopes": 6}
 
 
@@ -60,7 +60,7 @@ class OnCuda:
     def __init__(self, layer):
         from edgeattn.kernels.cuda.driver import driver
 
-        self.layer, self._known = layer, Known()
+        self.layer, self._known = layer, CallCache()
         self._device = driver().device()  # where the weights go; the driver says what is missing
 
     def to(self, device: Device) -> Any:
@@ -109,10 +109,10 @@ class OnCuda:
 
     def _inputs(self, call, dtype, given):
         """The inputs as C-contiguous Views."""
-        from edgeattn.kernels.cuda.record import placed
+        from edgeattn.kernels.cuda.launch_graph import as_argument
 
         first = self.layer._query_name
-        found = {name: None if x is None else placed(call.view(name, x), place)
+        found = {name: None if x is None else as_argument(call.view(name, x), place)
                  for place, (name, x) in enumerate(given.items())}
         q = found[first]
         k = q if found["key"] is None else found["key"]
@@ -128,11 +128,11 @@ class OnCuda:
         """A function from a name and an array argument to its View; NumPy arrays are copied where the inputs were."""
         from edgeattn.kernels.cuda.arrays import on_device, view
         from edgeattn.kernels.cuda.driver import driver
-        from edgeattn.kernels.cuda.record import placed
+        from edgeattn.kernels.cuda.launch_graph import as_argument
 
         def moved(name, array):
             if host is None:
-                return placed(call.view(name, array), _PLACES[name])
+                return as_argument(call.view(name, array), _PLACES[name])
             if on_device(array):
                 raise TypeError(f"{name} must be a NumPy array like query, got {type(array).__name__} on the device; "
                                 "pass all arrays of a call there, or none")
@@ -214,12 +214,12 @@ def _call(placed, query, key, value, softcap, kv_cache, need_weights, average_at
           key_padding_mask=None, alibi_slopes=None, **masks):
     arrays = query, key, value, out, attn_mask, key_padding_mask, alibi_slopes
     options = softcap, need_weights, average_attn_weights, *masks.values()
-    result = placed._known.again(arrays, options) if kv_cache is None else None
+    result = placed._known.replay(arrays, options) if kv_cache is None else None
     if result is not None:
         return result
     from edgeattn.kernels.cuda.host import mean_of_heads, scratch
-    from edgeattn.kernels.cuda.record import placed as at
-    from edgeattn.kernels.cuda.record import take
+    from edgeattn.kernels.cuda.launch_graph import as_argument as at
+    from edgeattn.kernels.cuda.launch_graph import capture
 
     layer = placed.layer
     need_weights = flag("need_weights", need_weights)
@@ -229,7 +229,7 @@ def _call(placed, query, key, value, softcap, kv_cache, need_weights, average_at
     softcap = checked_softcap(softcap)
     float32 = np.dtype(np.float32)
     call, given, host = placed._arrived(float32, query, key, value)
-    with call, take(kv_cache is None) as record:
+    with call, capture(kv_cache is None) as record:
         q, k, v = placed._inputs(call, float32, given)
         like, stream = call.like, call.stream
         check_input_shapes(layer, q, k, v)
@@ -262,11 +262,11 @@ def _call(placed, query, key, value, softcap, kv_cache, need_weights, average_at
         if average:
             mean_of_heads(by_head, to, stream)
     if host is None and kv_cache is None:
-        placed._known.remember(arrays, options, record, read, made)
-    result = result if host is None else deliver(result.numpy(), out, host)
+        placed._known.record(arrays, options, record, read, made)
+    result = result if host is None else write_result(result.numpy(), out, host)
     if not need_weights:
         return result
-    return result, weights if host is None else deliver(weights.numpy(), None, host)
+    return result, weights if host is None else write_result(weights.numpy(), None, host)
 
 
 class DynamicOnCuda(FloatOnCuda):
@@ -314,17 +314,17 @@ class StaticOnCuda(OnCuda):
         query, key, value = self.layer._distinct(query, key, value)  # refuses what a known call would not look at
         arrays = query, key, value, out, attn_mask, key_padding_mask, None
         options = is_causal, causal_alignment, window_size, need_weights
-        result = self._known.again(arrays, options) if kv_cache is None else None
+        result = self._known.replay(arrays, options) if kv_cache is None else None
         if result is not None:
             return result
+        from edgeattn.kernels.cuda.launch_graph import as_argument, capture
         from edgeattn.kernels.cuda.layers import band_of
-        from edgeattn.kernels.cuda.record import placed, take
 
         layer = self.layer
         need_weights = flag("need_weights", need_weights)
         int8 = np.dtype(np.int8)
         call, given, host = self._arrived(int8, query, key, value)
-        with call, take(kv_cache is None) as record:
+        with call, capture(kv_cache is None) as record:
             q, k, v = self._inputs(call, int8, given)
             like, stream = call.like, call.stream
             check_input_shapes(self, q, k, v)
@@ -349,9 +349,9 @@ class StaticOnCuda(OnCuda):
                 keys = S + (0 if kv_cache is None else kv_cache.length)
                 weights, to = result_array(call, None, (*lead, layer.num_heads, L, keys), int8, ())
                 made.append((RESULTS, to))
-                to = placed(to.reshape(batch, *to.shape[-3:]), RESULTS)
+                to = as_argument(to.reshape(batch, *to.shape[-3:]), RESULTS)
             if taken.size or (to is not None and to.size):
-                q, k, v, taken = (x.reshape(batch, *x.shape[-2:]) for x in (q, k, v, placed(taken, OUT)))
+                q, k, v, taken = (x.reshape(batch, *x.shape[-2:]) for x in (q, k, v, as_argument(taken, OUT)))
                 left, right, offset = masks["left"], masks["right"], masks["offset"]
                 options_of = dict(keep=masks.get("keep"), tables=self._tables, weights=to)
                 if kv_cache is None:
@@ -364,8 +364,8 @@ class StaticOnCuda(OnCuda):
                     self._kernels.through_cache(q, k, v, taken, kv_cache, pieces, stream, like, left=left, right=right,
                                                 offset=offset, **options_of)
         if host is None and kv_cache is None:
-            self._known.remember(arrays, options, record, read, made)
-        result = result if host is None else deliver(result.numpy(), out, int8)
+            self._known.record(arrays, options, record, read, made)
+        result = result if host is None else write_result(result.numpy(), out, int8)
         if not need_weights:
             return result
-        return result, weights if host is None else deliver(weights.numpy(), None, int8)
+        return result, weights if host is None else write_result(weights.numpy(), None, int8)

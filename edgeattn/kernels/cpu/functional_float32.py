@@ -4,7 +4,7 @@ import functools
 import numpy as np
 
 from edgeattn import threads
-from edgeattn.runtime.jit import entry
+from edgeattn.runtime.jit import compiled_for
 
 from . import fused as f
 from .layer_float32 import _NO_BIAS, _NO_KEEP, shape_of
@@ -60,6 +60,6 @@ def attention(q, k, v, out, scale, softcap=0.0, keep=None, bias=None, band=None,
     arguments = (q, k, v, out, parameters, scale, softcap, keep, bias, lengths)
     if _run is None:
         types = (q, k, v, out, parameters, np.float32(scale), np.float32(softcap), keep, bias, lengths)
-        _run = entry(f.attention_float32, (*types, np.zeros(1, np.float32), np.zeros(1, np.int64), 1), strided=4)
+        _run = compiled_for(f.attention_float32, (*types, np.zeros(1, np.float32), np.zeros(1, np.int64), 1), strided=4)
     threads.run(_run, arguments, np.float32, 0, private, work)
     return out

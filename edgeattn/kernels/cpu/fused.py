@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from edgeattn.runtime.jit import inlined, jit
-from edgeattn.runtime.worker_pool import separate, share
+from edgeattn.runtime.jit import inline, jit
+from edgeattn.runtime.worker_pool import parallel_for, task
 
 from .matmul import BLOCK, CHAIN, add_product, feature_position, multiply_ahead, part_of_block, project
 from .records import MASKS, named, record
@@ -28,9 +28,9 @@ from .simd import (
     float_of_bits,
     fma,
     lane_index,
-    larger,
     load,
     load_bytes,
+    maximum,
     pointer_to,
     select,
     splat,
@@ -99,7 +99,7 @@ class ScoreMask(NamedTuple):
     given: bool
 
 
-@inlined
+@inline
 def mask_scores(scores, at, keys, s0, q0, band, low_edge, high_edge, full_from, full_to, masks, at_mask, has_mask):
     """Lower the scores of what may not be seen to -inf and add the float mask, in place.
 
@@ -124,7 +124,7 @@ def mask_scores(scores, at, keys, s0, q0, band, low_edge, high_edge, full_from, 
             store(scores, at + i, select(m == splat(_MINUS_INFINITY), m, v))
 
 
-@inlined
+@inline
 def slope_and_place(alibi, batch_step, batch, head):
     """What a step away from a query costs its scores, and the position of query 0: of ALiBi, for one head.
 
@@ -137,14 +137,14 @@ def slope_and_place(alibi, batch_step, batch, head):
     return np.float32(pairs[at]), np.int64(pairs[at + 1])
 
 
-@inlined
+@inline
 def within(v):
     """v within +-LARGEST_MASK; a NaN stays."""
     v = select(v > splat(LARGEST_MASK), splat(LARGEST_MASK), v)
-    return larger(splat(-LARGEST_MASK), v)
+    return maximum(splat(-LARGEST_MASK), v)
 
 
-@inlined
+@inline
 def fill_mask(masks, at, keep, at_keep, keep_row, keep_key, bias, at_bias, bias_row, bias_key, slope, place, queries,
               keys, square, at_square):
     """masks (keys, W) = (bias - slope * distance) * log2(e) where kept, else -inf; what is finite stays so.
@@ -186,25 +186,25 @@ def fill_mask(masks, at, keep, at_keep, keep_row, keep_key, bias, at_bias, bias_
             added = within(v)
             if has_slope:
                 distance = splat(np.int32(min(place + c, _FURTHEST) - s)) + lane_index()
-                distance = larger(distance, splat(np.int32(0)) - distance)
+                distance = maximum(distance, splat(np.int32(0)) - distance)
                 added = within(added + to_float(distance) * splat(-slope))
             added = added * splat(LOG2_E)
             hidden = (bits_of(v) & splat(_MAGNITUDE)) == splat(_INFINITY_BITS)
             store(masks, at + s * WIDTH + c, select(hidden, v, added))
 
 
-@inlined
+@inline
 def largest_magnitudes(k, keys, D, out, at_out):
     """out[d] = max over keys of |k[key][d]|, NaN if any is; k: Rows, D at least LANES."""
     for start in range(0, D, LANES):
         d = min(start, D - LANES)
         largest = splat(np.int32(0))  # of the bits: as integers, NaN is the largest of all
         for s in range(keys):
-            largest = larger(bits_of(load(k.data, k.at + s * k.step + d)) & splat(_MAGNITUDE), largest)
+            largest = maximum(bits_of(load(k.data, k.at + s * k.step + d)) & splat(_MAGNITUDE), largest)
         store(out, at_out + d, float_of_bits(largest))
 
 
-@inlined
+@inline
 def all_small(q, D, largest, at_largest):
     """Whether no score of q (D, W) with keys whose features are at most largest (D,) can be as large as SMALL."""
     small = True
@@ -218,19 +218,19 @@ def all_small(q, D, largest, at_largest):
     return small
 
 
-@inlined
+@inline
 def power_of_small(score, base):
     """2**score"""
     return exp2_within(score)
 
 
-@inlined
+@inline
 def power_of_distance(score, base):
     """2**(score - base)"""
     return exp2(score - base)
 
 
-@inlined
+@inline
 def powers(power, scores, at, keys, base):
     """Replace the LANES scores at `at` of each of `keys` rows by power(score, base), and return their sums."""
     total = splat(_ZERO)
@@ -252,7 +252,7 @@ def powers(power, scores, at, keys, base):
     return total
 
 
-@inlined
+@inline
 def attend_block(q, k, v, out, D, Dv, seen, mask, softcap, small, scratch):
     """Attention of one head for W queries over keys first..last: out (Dv, W) = softmax(q k^T) v, transposed.
 
@@ -293,12 +293,12 @@ def attend_block(q, k, v, out, D, Dv, seen, mask, softcap, small, scratch):
                 m0 = load(scratch, at)
                 m1 = m0
                 for s in range(1, keys, 2):
-                    m0 = larger(load(scratch, at + s * WIDTH), m0)
-                    m1 = larger(load(scratch, at + min(s + 1, keys - 1) * WIDTH), m1)
-                base = larger(m0, m1)
+                    m0 = maximum(load(scratch, at + s * WIDTH), m0)
+                    m1 = maximum(load(scratch, at + min(s + 1, keys - 1) * WIDTH), m1)
+                base = maximum(m0, m1)
                 if s0 > first:
                     before = load(scratch, AT_MAXIMUM + c * LANES)
-                    base = larger(before, base)
+                    base = maximum(before, base)
                 store(scratch, AT_MAXIMUM + c * LANES, base)
                 base = select(base == splat(_MINUS_INFINITY), splat(_ZERO), base)  # of a query that has seen no key yet
                 if s0 > first:
@@ -328,7 +328,7 @@ def attend_block(q, k, v, out, D, Dv, seen, mask, softcap, small, scratch):
             at_d = out.at + d * WIDTH + c * LANES
             mean = load(out.data, at_d) * factor
             store(out.data, at_d, mean)
-            largest = larger(bits_of(mean) & splat(_MAGNITUDE), largest)
+            largest = maximum(bits_of(mean) & splat(_MAGNITUDE), largest)
         if small:  # tiny powers alone, times small values, lose digits
             faint = select(none, splat(_ONE), total) < splat(_FAINT)
             largest = select(faint, splat(_INFINITY_BITS), largest)
@@ -337,7 +337,7 @@ def attend_block(q, k, v, out, D, Dv, seen, mask, softcap, small, scratch):
     return not any_lane(largest >= splat(_INFINITY_BITS))
 
 
-@inlined
+@inline
 def attend_around(q, k, v, out, D, Dv, seen, mask, softcap, scratch):
     """attend_block in plain loops, with sums in float64, that never touch a masked key or value.
 
@@ -381,7 +381,7 @@ def attend_around(q, k, v, out, D, Dv, seen, mask, softcap, scratch):
                 out.data[out.at + (d0 + d) * WIDTH + l] = np.float32(sums[d] / total) if total != 0.0 else _ZERO
 
 
-@inlined
+@inline
 def attend(q, k, v, out, D, Dv, seen, mask, softcap, small, scratch):
     """attend_block, and where float32 could not hold what it summed, again with a maximum, then in float64."""
     while not attend_block(q, k, v, out, D, Dv, seen, mask, softcap, small, scratch):
@@ -396,12 +396,12 @@ def attend(q, k, v, out, D, Dv, seen, mask, softcap, small, scratch):
 LAYER = record("batch queries keys query_width key_width value_width out_width heads kv_heads",
                "head_size value_size padded_head padded_value has_out",
                "wq bq wk bk wv bv wo bo", MASKS, "group unit at_values",
-               "at_largest at_natural at_q at_context at_tail at_masks shared_size private_size")
+               "at_largest at_row_major at_q at_context at_tail at_masks shared_size private_size")
 PROJECTING, ATTENDING, FINISHING = 1, 2, 3  # the phases of a layer; parts of one may run at the same time
 QUERIES = 128  # projected at a time; a multiple of WIDTH
 
 
-@inlined
+@inline
 def visible_range(q0, queries, S, band, low_edge, high_edge):
     """(first, last, full_from, full_to): keys any of `queries` queries from q0 may see, and keys all of W may see."""
     first, last, full_from, full_to = 0, S, 0, S
@@ -413,7 +413,7 @@ def visible_range(q0, queries, S, band, low_edge, high_edge):
     return first, last, full_from, full_to
 
 
-@inlined
+@inline
 def project_tokens(x, at_x, tokens, depth, weights, at_weight, at_bias, features, out, at_out, block, step, scratch,
                    at_tail):
     """project() for any number of tokens; the rows missing from the last tile are zeros, and written."""
@@ -429,7 +429,7 @@ def project_tokens(x, at_x, tokens, depth, weights, at_weight, at_bias, features
                 out, at_out + whole * block, block, step)
 
 
-@inlined
+@inline
 def project_context(context, at_context, step, depth, first, last, tokens, weights, at_weight, row, at_bias, out,
                     at_out, Eo, e_from, e_to, scratch):
     """out (tokens, e_from .. e_to of Eo) = or += context @ weight.T for some of the heads, which are `depth` features.
@@ -478,7 +478,7 @@ def project_context(context, at_context, step, depth, first, last, tokens, weigh
                     out[at_out + (t + i) * Eo + e + j] = value
 
 
-@inlined
+@inline
 def portions(total, unit, count):
     """(size, number) of the portions of range(total) that `count` threads take one by one; size a multiple of unit."""
     if count == 1:
@@ -488,7 +488,7 @@ def portions(total, unit, count):
     return size, max((total + size - 1) // size, 1)
 
 
-@separate
+@task
 def layer_part(xq, xk, xv, out, weights, parameters, keep, bias, scratch, batch, from_head, phase, portion, at_once,
                worker, part):
     """One portion of one phase of one group of heads of one batch entry of a multi-head attention layer.
@@ -546,7 +546,7 @@ def layer_part(xq, xk, xv, out, weights, parameters, keep, bias, scratch, batch,
     has_mask = keep.size > 0 or adds
     band = p.band != 0
     mask_per_head = p.keep_h != 0 or p.bias_h != 0 or p.alibi != 0
-    at_natural, at_q, at_masks, at_largest = p.at_natural, p.at_q, p.at_masks, p.at_largest
+    at_row_major, at_q, at_masks, at_largest = p.at_row_major, p.at_q, p.at_masks, p.at_largest
     if not adds:
         for f in range(from_kv * Dp, from_kv * Dp + k_features, k_block):
             largest_magnitudes(Rows(shared, f * S_up, k_block), S, k_block, private, at_largest + f)
@@ -555,16 +555,16 @@ def layer_part(xq, xk, xv, out, weights, parameters, keep, bias, scratch, batch,
         tokens = min(QUERIES, to - first_query)
         at_chunk = at_context + (first_query // WIDTH * step if splits > 1 else 0) + from_kv * repeats * Dvp * WIDTH
         # 2. queries: project, rows (q_features / W, tokens, W)
-        natural_rows = (tokens + WIDTH - 1) // WIDTH * WIDTH
-        natural_step = natural_rows * WIDTH
+        row_major_rows = (tokens + WIDTH - 1) // WIDTH * WIDTH
+        row_major_step = row_major_rows * WIDTH
         project_tokens(xq, (batch * L + first_query) * Eq, tokens, Eq, weights, p.wq + q_from * Eq, p.bq + q_from,
-                       q_features, private, at_natural, WIDTH, natural_step, private, at_tail)
+                       q_features, private, at_row_major, WIDTH, row_major_step, private, at_tail)
         for t in range(0, tokens, WIDTH):
             q0 = first_query + t
             queries = min(WIDTH, L - q0)
             # turn them so that queries are lanes; lanes without a query must not carry what an earlier call left
             for f in range(0, q_features, WIDTH):
-                at_rows = at_natural + f // WIDTH * natural_step + t * WIDTH
+                at_rows = at_row_major + f // WIDTH * row_major_step + t * WIDTH
                 for i in range((queries + ROWS - 1) // ROWS * ROWS * WIDTH, WIDTH * WIDTH):
                     private[at_rows + i] = _ZERO
                 for c in range(0, WIDTH, LANES):
@@ -606,8 +606,8 @@ def layer_part(xq, xk, xv, out, weights, parameters, keep, bias, scratch, batch,
 
 
 @jit
-def layer_float32(xq, xk, xv, out, weights, parameters, keep, bias, scratch, board, count):
-    """A multi-head attention layer, see `layer_part`, on at most `count` threads that serve the board."""
+def layer_float32(xq, xk, xv, out, weights, parameters, keep, bias, scratch, task_queue, count):
+    """A multi-head attention layer, see `layer_part`, on at most `count` threads that serve the task_queue."""
     p = named(parameters, LAYER)
     units, all_blocks = (p.group + p.unit - 1) // p.unit, (p.queries + WIDTH - 1) // WIDTH
     # Few blocks do not occupy all threads: then these take some heads each.
@@ -622,12 +622,15 @@ def layer_float32(xq, xk, xv, out, weights, parameters, keep, bias, scratch, boa
     for batch in range(p.batch):
         for from_head in range(0, p.kv_heads, p.group):
             splits = (min(p.group, p.kv_heads - from_head) + at_once - 1) // at_once
-            share(board, token_parts * splits, layer_part, xq, xk, xv, out, weights, parameters, keep, bias, scratch,
+            parallel_for(task_queue, token_parts * splits, layer_part, xq, xk, xv, out, weights, parameters, keep,
+                         bias, scratch,
                   batch, from_head, PROJECTING, tokens, at_once)
-            share(board, block_parts * splits, layer_part, xq, xk, xv, out, weights, parameters, keep, bias, scratch,
+            parallel_for(task_queue, block_parts * splits, layer_part, xq, xk, xv, out, weights, parameters, keep,
+                         bias, scratch,
                   batch, from_head, ATTENDING, blocks, at_once)
             if splits > 1 and p.has_out != 0:
-                share(board, feature_parts, layer_part, xq, xk, xv, out, weights, parameters, keep, bias, scratch,
+                parallel_for(task_queue, feature_parts, layer_part, xq, xk, xv, out, weights, parameters, keep, bias,
+                             scratch,
                       batch, from_head, FINISHING, features, at_once)
 
 
@@ -636,7 +639,7 @@ ATTENTION = record("batch heads kv_heads queries keys head_size value_size",
                    "q q_b q_h q_l", "k k_b k_h k_s", "v v_b v_h v_s", "out out_b out_h out_l", MASKS, "private_size")
 
 
-@inlined
+@inline
 def copy_rows(source, at, step, rows, size, factor, target, to, target_step):
     """target = source * factor, `rows` rows of `size` that are `step` and `target_step` apart."""
     for row in range(rows):
@@ -647,7 +650,7 @@ def copy_rows(source, at, step, rows, size, factor, target, to, target_step):
             target[j + d] = source[i + d] * factor
 
 
-@separate
+@task
 def attention_part(parameters, scale, softcap, keep, bias, lengths, scratch, portion, worker, part):
     """Scaled dot product attention over given queries, keys and values, for a portion of (batch, head, block).
 
@@ -670,8 +673,8 @@ def attention_part(parameters, scale, softcap, keep, bias, lengths, scratch, por
     all_q, all_k = pointer_to(p.q, private), pointer_to(p.k, private)
     all_v, all_o = pointer_to(p.v, private), pointer_to(p.out, private)
     own = pointer_to(address_of(private), private)
-    at_natural = AT_FREE
-    at_q = at_natural + WIDTH * max(D_up, Dv_lanes)
+    at_row_major = AT_FREE
+    at_q = at_row_major + WIDTH * max(D_up, Dv_lanes)
     at_context = at_q + D_up * WIDTH
     at_k_copy = at_context + (max(Dv_up, Dv_lanes) + ROWS) * WIDTH
     at_v_copy = at_k_copy + ROWS * D
@@ -687,12 +690,12 @@ def attention_part(parameters, scale, softcap, keep, bias, lengths, scratch, por
         keys = S if lengths.size == 0 else min(max(lengths[batch], 0), S)
         # 1. queries of this block, scaled, turned so that queries are lanes
         copy_rows(all_q, batch * p.q_b + h * p.q_h + q0 * p.q_l, p.q_l, queries, D, factor,
-                  private, at_natural, D_up)
+                  private, at_row_major, D_up)
         for i in range(queries * D_up, WIDTH * D_up):
-            private[at_natural + i] = _ZERO
+            private[at_row_major + i] = _ZERO
         for d in range(0, D_up, LANES):
             for l in range(0, WIDTH, LANES):
-                transpose_block(private, at_natural + l * D_up + d, D_up, private, at_q + d * WIDTH + l, WIDTH)
+                transpose_block(private, at_row_major + l * D_up + d, D_up, private, at_q + d * WIDTH + l, WIDTH)
         first, last, full_from, full_to = visible_range(q0, queries, keys, band, p.low, p.high)
         if has_mask:
             slope, place = slope_and_place(p.alibi, p.alibi_b, batch, h)
@@ -730,12 +733,12 @@ def attention_part(parameters, scale, softcap, keep, bias, lengths, scratch, por
         for d in range(0, Dv_lanes, LANES):
             for l in range(0, WIDTH, LANES):
                 transpose_block(private, at_context + d * WIDTH + l, WIDTH,
-                                private, at_natural + l * Dv_lanes + d, Dv_lanes)
-        copy_rows(private, at_natural, Dv_lanes, queries, Dv, _ONE,
+                                private, at_row_major + l * Dv_lanes + d, Dv_lanes)
+        copy_rows(private, at_row_major, Dv_lanes, queries, Dv, _ONE,
                   all_o, batch * p.out_b + h * p.out_h + q0 * p.out_l, p.out_l)
 
 
-@inlined
+@inline
 def steps_of(array):
     """The strides of an array's first three axes, in elements."""
     first, second, third = array.strides[0], array.strides[1], array.strides[2]
@@ -743,8 +746,10 @@ def steps_of(array):
 
 
 @jit
-def attention_float32(q, k, v, out, parameters, scale, softcap, keep, bias, lengths, scratch, board, count):
-    """See `attention_part`; arrays with any strides but the last; on at most `count` threads that serve the board."""
+def attention_float32(q, k, v, out, parameters, scale, softcap, keep, bias, lengths, scratch, task_queue, count):
+    """See `attention_part`; arrays with any strides but the last; on at most `count` threads that serve the
+    task_queue.
+    """
     p = named(parameters, ATTENTION)
     p.batch, p.heads, p.queries, p.head_size = q.shape
     p.kv_heads, p.keys, p.value_size = k.shape[1], k.shape[2], v.shape[3]
@@ -755,4 +760,4 @@ def attention_float32(q, k, v, out, parameters, scale, softcap, keep, bias, leng
     p.out_b, p.out_h, p.out_l = steps_of(out)
     items = p.batch * p.heads * ((p.queries + WIDTH - 1) // WIDTH)
     portion, parts = portions(items, 1, count)
-    share(board, parts, attention_part, parameters, scale, softcap, keep, bias, lengths, scratch, portion)
+    parallel_for(task_queue, parts, attention_part, parameters, scale, softcap, keep, bias, lengths, scratch, portion)

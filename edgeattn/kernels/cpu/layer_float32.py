@@ -5,7 +5,7 @@ import numpy as np
 from numba.extending import register_jitable
 
 from edgeattn import threads
-from edgeattn.runtime.jit import entry
+from edgeattn.runtime.jit import compiled_for
 
 from . import fused as f
 from .matmul import pack_panels, pad_heads, padded_head, round_up
@@ -61,7 +61,7 @@ def plan(p, B, L, S, masked):
     shared = round_up((k_features + k_block) * S_up, 16)  # the keys
     p.at_values, shared = place(shared, (v_features + v_block) * S_up + ROWS * v_block)
     p.at_largest, private = place(f.AT_FREE, k_features + k_block)
-    p.at_natural, private = place(private, tokens * q_features)
+    p.at_row_major, private = place(private, tokens * q_features)
     p.at_q, private = place(private, q_features * WIDTH)
     p.at_context, private = place(private, tokens * heads * Dvp + ROWS * WIDTH)
     p.at_tail, private = place(private, ROWS * max(p.query_width, p.key_width, p.value_width))
@@ -166,6 +166,6 @@ class FloatLayer:
         bias = _NO_BIAS if bias is None else bias.reshape(-1)
         arguments = (*_flat(xq, xk, xv), out.reshape(-1), self.weights, parameters, keep, bias)
         if self._run is None:
-            self._run = entry(f.layer_float32, (*arguments, np.zeros(1, np.float32), np.zeros(1, np.int64), 1))
+            self._run = compiled_for(f.layer_float32, (*arguments, np.zeros(1, np.float32), np.zeros(1, np.int64), 1))
         threads.run(self._run, arguments, np.float32, shared_size, private_size, work, B)
         return out

@@ -285,7 +285,7 @@ def _fma(builder, a, b, c):
 
 
 @intrinsic
-def larger(typing, a, b):
+def maximum(typing, a, b):
     """v[l] = a[l] if a[l] > b[l] else b[l]: a NaN in b stays, int32 or float32"""
     def generate(context, builder, sig, args):
         if a.dtype == types.int32:
@@ -742,7 +742,7 @@ def _may_multiply(t, a, b):
 
 
 @intrinsic
-def rank_one(typing, t, a, at_a, row_step, b, at_b):
+def outer_product(typing, t, a, at_a, row_step, b, at_b):
     """t[i][j] += splat(a[at_a + i * row_step]) * load(b, at_b + j * LANES)
 
     float32 arrays multiply; integer ones take the four-way dot product of bytes, and exactly one of `a` and `b`
@@ -767,7 +767,7 @@ def steps(typing, like):
 
 @intrinsic
 def rank_steps(typing, t, a, at_a, row_step, step, b, at_b):
-    """rank_one(t, a, at_a + k * step, row_step, b, at_b + k * WIDTH) for every k in range(steps(b))"""
+    """outer_product(t, a, at_a + k * step, row_step, b, at_b + k * WIDTH) for every k in range(steps(b))"""
     if not _may_multiply(t, a, b):
         return None
 

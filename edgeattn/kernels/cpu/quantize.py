@@ -1,7 +1,7 @@
 """Reals to int8 codes and back, in one pass each: `TensorQuantization` says by what rule."""
 import numpy as np
 
-from edgeattn.runtime.jit import entry, jit
+from edgeattn.runtime.jit import compiled_for, jit
 
 _runs = {}
 
@@ -27,7 +27,7 @@ def dequantize(codes, scale, zero_point, x):
 def _run(kernel, *arguments):
     run = _runs.get(kernel)
     if run is None:
-        run = _runs[kernel] = entry(kernel, arguments)
+        run = _runs[kernel] = compiled_for(kernel, arguments)
     return run(*arguments)
 
 

@@ -13,7 +13,7 @@ _MOST = 256
 OUT, RESULTS = 3, 7  # the places of `out`, and of the first result that is never given
 
 
-class Known:
+class CallCache:
     """The calls known of one function."""
 
     def __init__(self):
@@ -26,14 +26,14 @@ class Known:
         """Forget all."""
         self._calls.clear()
 
-    def again(self, arrays, options):
+    def replay(self, arrays, options):
         """The result of a call that was known, launched, or None.
 
         arrays : three inputs, out and three more, or None for them; options : hashable
         """
         if not self._calls:
             return None
-        kind = kinds()
+        kind = provider()
         pointers, key = [], [options, _types(options)]
         try:
             for array in arrays:
@@ -57,13 +57,14 @@ class Known:
         with gpu.on(device):
             return known.launched(gpu, arrays, pointers)
 
-    def remember(self, arrays, options, record, read, made):
+    def record(self, arrays, options, record, read, made):
         """Know a call from now on.
 
-        record : edgeattn.kernels.cuda.record.Record; read : Views, with their places, of what `out` must not overlap; made : of
+        record : edgeattn.kernels.cuda.launch_graph.LaunchGraph; read : Views, with their places, of what `out` must
+        not overlap; made : of
         each result, `out` first, its place and its View
         """
-        kind = kinds()
+        kind = provider()
         read = [(view.pointer.place, _around(view)) for view in read if view.pointer.place >= 0 and view.size]
         if len(self._calls) >= _MOST:
             self._calls.clear()
@@ -81,11 +82,11 @@ class Known:
 
 
 class _Call(typing.NamedTuple):
-    """What is known of a call. The layouts of arrays tell their kinds.
+    """What is known of a call. The layouts of arrays tell their array_provider.
 
     Parameters
     ----------
-    record : edgeattn.kernels.cuda.record.Record
+    record : edgeattn.kernels.cuda.launch_graph.LaunchGraph
     read : list of (place, (begin, end))
         What `out` must not overlap, from the array's address.
     written : (begin, end)
@@ -156,8 +157,8 @@ def current_driver():
 
 
 @functools.cache
-def kinds():
-    """`edgeattn.kernels.cuda.kinds.kind`, imported once."""
-    from edgeattn.kernels.cuda.kinds import kind
+def provider():
+    """`edgeattn.kernels.cuda.array_provider.kind`, imported once."""
+    from edgeattn.kernels.cuda.array_provider import kind
 
     return kind

@@ -10,7 +10,7 @@ import threading
 from edgeattn.kernels.cuda.driver import driver
 
 _ALIGNED = 256
-_taking = threading.local()
+_capturing = threading.local()
 
 
 class Address(int):
@@ -32,7 +32,7 @@ class Address(int):
     __radd__ = __add__
 
 
-class Record:
+class LaunchGraph:
     """What a call did.
 
     Attributes
@@ -77,25 +77,25 @@ def launch(kernel, grid, addresses, numbers, stream):
     if 0 in grid:
         return
     driver().launch(kernel, grid, addresses, numbers, stream)
-    if (record := taking()) is not None:
+    if (record := capturing()) is not None:
         record.launch(kernel, grid, addresses, numbers)
 
 
-def taking():
-    """The Record of the call that this thread takes down, or None."""
-    return getattr(_taking, "record", None)
+def capturing():
+    """The LaunchGraph of the call that this thread takes down, or None."""
+    return getattr(_capturing, "record", None)
 
 
 @contextlib.contextmanager
-def take(wanted=True):
-    """A Record of what is launched in this block by this thread; None where none is wanted."""
-    _taking.record = Record(driver().device()) if wanted else None
+def capture(wanted=True):
+    """A LaunchGraph of what is launched in this block by this thread; None where none is wanted."""
+    _capturing.record = LaunchGraph(driver().device()) if wanted else None
     try:
-        yield _taking.record
+        yield _capturing.record
     finally:
-        _taking.record = None
+        _capturing.record = None
 
 
-def placed(view, place):
+def as_argument(view, place):
     """A View whose address tells its place among the arrays of the call, where somebody takes the call down."""
-    return view if taking() is None else dataclasses.replace(view, pointer=Address(view.pointer, place))
+    return view if capturing() is None else dataclasses.replace(view, pointer=Address(view.pointer, place))

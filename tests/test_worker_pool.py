@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from edgeattn import threads
+from edgeattn.runtime import worker_pool
 from edgeattn.runtime.jit import jit
 
 
-@worker_pool.separate
+@worker_pool.task
 def mark(done, workers, steps, worker, part):
     """Work for a while, then note who did which part."""
     x = 0.0
@@ -24,11 +25,11 @@ def mark(done, workers, steps, worker, part):
 
 
 @jit
-def run(done, workers, steps, scratch, board, count):
-    worker_pool.share(board, done.size, mark, done, workers, steps)
+def run(done, workers, steps, scratch, task_queue, count):
+    worker_pool.parallel_for(task_queue, done.size, mark, done, workers, steps)
 
 
-@worker_pool.separate
+@worker_pool.task
 def locate(processors, steps, worker, part):
     """Note which processor a worker runs its first part on, then work for a while."""
     if processors[worker] < 0:
@@ -40,8 +41,8 @@ def locate(processors, steps, worker, part):
 
 
 @jit
-def run_locate(processors, parts, steps, scratch, board, count):
-    worker_pool.share(board, parts, locate, processors, steps)
+def run_locate(processors, parts, steps, scratch, task_queue, count):
+    worker_pool.parallel_for(task_queue, parts, locate, processors, steps)
 
 
 @pytest.fixture(autouse=True)
@@ -120,18 +121,18 @@ def test_threads_that_cannot_be_started_are_done_without(monkeypatch):
     assert len(started) == 1 and not started[0].is_alive()
 
 
-def asleep(board):
-    """Wait until the one thread that serves a board sleeps."""
+def asleep(task_queue):
+    """Wait until the one thread that serves a task_queue sleeps."""
     end = time.monotonic() + 30
-    while board[worker_pool._BEDS + worker_pool._SLEEP] != worker_pool._ASLEEP:
+    while task_queue[worker_pool._SLEEPERS + worker_pool._SLEEP] != worker_pool._ASLEEP:
         assert time.monotonic() < end
         time.sleep(0.001)
 
 
 def processors_of_two():
-    """The processors where the caller and the crew's one thread begin, the thread having slept before."""
+    """The processors where the caller and the pool's one thread begin, the thread having slept before."""
     for _ in range(20):  # of a busy machine
-        asleep(threads._crew.board)
+        asleep(threads._pool.task_queue)
         found = np.full(3, -1)
         threads.run(run_locate, (found, 100, 30_000), np.float32, 0, 16, threads.SMALLEST_SHARED_WORK)
         if found[1] >= 0:
@@ -144,7 +145,7 @@ def processors_of_two():
 def test_a_thread_wakes_on_another_processor_than_the_callers_and_keeps_those_it_may_use():
     threads.set_num_threads(2)
     call(10)
-    worker, allowed = threads._crew._threads[0].native_id, os.sched_getaffinity(0)
+    worker, allowed = threads._pool._threads[0].native_id, os.sched_getaffinity(0)
     try:
         for cpu in allowed:
             os.sched_setaffinity(0, {cpu})
@@ -160,15 +161,15 @@ def test_a_thread_wakes_on_another_processor_than_the_callers_and_keeps_those_it
 
 
 @jit
-def sleep_once(board):
-    worker_pool._sem_init(worker_pool.address(board, worker_pool._BEDS + worker_pool._SEMAPHORE), 0, 0)
-    worker_pool.sleep(board, worker_pool._BEDS)
+def sleep_once(task_queue):
+    worker_pool._sem_init(worker_pool.address(task_queue, worker_pool._SLEEPERS + worker_pool._SEMAPHORE), 0, 0)
+    worker_pool.sleep(task_queue, worker_pool._SLEEPERS)
 
 
 @jit
-def wake_moved(board):
-    worker_pool.write(board, worker_pool._BEDS + worker_pool._SLEEP, worker_pool._MOVED)
-    worker_pool._sem_post(worker_pool.address(board, worker_pool._BEDS + worker_pool._SEMAPHORE))
+def wake_moved(task_queue):
+    worker_pool.write(task_queue, worker_pool._SLEEPERS + worker_pool._SLEEP, worker_pool._MOVED)
+    worker_pool._sem_post(worker_pool.address(task_queue, worker_pool._SLEEPERS + worker_pool._SEMAPHORE))
 
 
 @pytest.mark.skipif(not worker_pool.CAN_SLEEP or len(os.sched_getaffinity(0)) < 2,
@@ -177,27 +178,27 @@ def wake_moved(board):
 def test_processors_chosen_by_others_while_a_thread_wakes_are_kept(chosen):
     allowed = os.sched_getaffinity(0)
     away, other = [{cpu} for cpu in sorted(allowed)[:2]]
-    board, numbers, bed = np.zeros(worker_pool.board_size(1), np.int64), [], worker_pool._BEDS
+    task_queue, numbers, sleeper = np.zeros(worker_pool.task_queue_size(1), np.int64), [], worker_pool._SLEEPERS
     for at, cpus in ((worker_pool._HOME, allowed), (worker_pool._AWAY, away)):
         for cpu in cpus:
-            board[bed + at + cpu // 64] |= np.int64(1) << (cpu % 64)
+            task_queue[sleeper + at + cpu // 64] |= np.int64(1) << (cpu % 64)
 
-    def serve():
+    def worker_loop():
         numbers.append(threading.get_native_id())
-        sleep_once(board)
+        sleep_once(task_queue)
         numbers.append(os.sched_getaffinity(0))
-    thread = threading.Thread(target=serve)
+    thread = threading.Thread(target=worker_loop)
     thread.start()
-    asleep(board)
+    asleep(task_queue)
     os.sched_setaffinity(numbers[0], other if chosen else away)
-    wake_moved(board)
+    wake_moved(task_queue)
     thread.join()
     assert numbers[1] == (other if chosen else allowed)
 
 
 def test_jobs_count_no_references():
     """What tells Numba so (`_nrt`) is not of its public interface; without it kernels call for every tile they finish."""
-    from edgeattn.runtime.jit import inlined
+    from edgeattn.runtime.jit import inline
 
     def step(some, i, out, at):
         out[at] += some[i]
@@ -209,7 +210,7 @@ def test_jobs_count_no_references():
     def call_job(job, finish, x, out):
         job(finish, x, out, 0, 1)
     floats = numba.float64[::1]
-    for make, make_step, expected in ((worker_pool.separate, inlined, False), (numba.njit, numba.njit, True)):
+    for make, make_step, expected in ((worker_pool.task, inline, False), (numba.njit, numba.njit, True)):
         finish, job = make_step(step), make(sum_up)
         job.compile((numba.typeof(finish), floats, floats, numba.int64, numba.int64))
         assembly, = job.inspect_asm().values()
@@ -225,17 +226,18 @@ import time
 import numba
 from edgeattn import threads
 from edgeattn.runtime import worker_pool
+from edgeattn.runtime import worker_pool
 worker_pool.CAN_SLEEP = False
-worker_pool.serve = numba.njit(nogil=True)(worker_pool.serve.py_func)  # compiled now: the cache holds it as it is on this system
-import test_crew
+worker_pool.worker_loop = numba.njit(nogil=True)(worker_pool.worker_loop.py_func)  # compiled now: the cache holds it as it is on this system
+import test_worker_pool
 threads.set_num_threads(2)
 for _ in range(200):
     time.sleep(0.002)
-    if test_crew.call(200, 30_000) == {0, 1}:
+    if test_worker_pool.call(200, 30_000) == {0, 1}:
         break
 else:
     raise AssertionError("the thread took no part")
-assert (threads._crew.board[worker_pool._BEDS + worker_pool._SLEEP::worker_pool._BED_SIZE] == 0).all()
+assert (threads._pool.task_queue[worker_pool._SLEEPERS + worker_pool._SLEEP::worker_pool._SLEEPER_SIZE] == 0).all()
 threads.set_num_threads(1)
 """
     done = subprocess.run([sys.executable, "-W", "error", "-c", program], cwd=os.path.dirname(__file__), text=True,
