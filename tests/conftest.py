@@ -27,15 +27,15 @@ WORKER_BYTES = 2**30
 def pytest_addoption(parser):
     parser.addoption(
         "--layers", type=int, default=200, metavar="N",
-        help="how many random layers tests/test_parity.py compares in each runtime (default: %(default)s); "
+        help="how many random layers tests/quantized/test_parity.py compares in each runtime (default: %(default)s); "
              "three in ten more in the form of other converters")
     parser.addoption(
         "--reader-cases", type=int, default=120, metavar="N",
-        help="how many files changed at random tests/test_readers.py gives to each reader (default: %(default)s)")
-    parser.addoption("--cuda", action="store_true", help="run tests/test_cuda_*.py on the GPU, not in the emulator")
+        help="how many files changed at random tests/files/test_readers.py gives to each reader (default: %(default)s)")
+    parser.addoption("--cuda", action="store_true", help="run tests/kernels/cuda/test_cuda_*.py on the GPU, not in the emulator")
     parser.addoption(
         "--long", action="store_true",
-        help="the long form of tests/test_cuda_*.py (every shape, and the CPU's kernels beside), of test_fence.py (every "
+        help="the long form of tests/kernels/cuda/test_cuda_*.py (every shape, and the CPU's kernels beside), of test_fence.py (every "
              "kernel under every instruction set, twenty times as many cases) and of test_planted_bugs.py (all of them)")
     parser.addoption("--numpy", action="store_true", help="leave out the files whose results do not depend on NumPy")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from places import ROOT
 from workbench import needs_compiler, random_input, random_layer
 
 import edgeattn
@@ -21,7 +22,6 @@ from edgeattn.runtime import isa
 from quant.export import linker
 from quant.export.targets import TARGETS
 
-ROOT = Path(__file__).resolve().parent.parent
 X86 = platform.machine() == "x86_64"
 # The instruction sets of this machine that targets are made for; AMX is for none.
 # A folder that export_all filled on another machine, named by its target: what `make test-arm64` does.

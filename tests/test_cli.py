@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
+from places import ROOT
 from workbench import random_input, random_layer
 
 import edgeattn
@@ -19,8 +20,6 @@ import quant
 import quant.cli
 from edgeattn.runtime.isa import ISA
 from quant.calibrate import Calibration
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
