@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from arrays import cosine
 
 import edgeattn
 import quant
@@ -20,11 +21,6 @@ def make(rng, H=4, Hkv=2, D=8, Dv=6, E=40, out=True, bias=True):
         H, weight(H * D, E), weight(Hkv * D, E), weight(Hkv * Dv, E), weight(E, H * Dv) if out else None,
         q_bias=offset(H * D), k_bias=offset(Hkv * D), v_bias=offset(Hkv * Dv), out_bias=offset(E) if out else None,
         num_kv_heads=Hkv)
-
-
-def cosine(a, b):
-    a, b = (np.asarray(x, np.float64).ravel() for x in (a, b))
-    return a @ b / np.sqrt((a @ a) * (b @ b))
 
 
 @pytest.mark.parametrize("options", [{}, {"out": False}, {"bias": False}, {"Hkv": 4, "D": 16, "Dv": 16, "E": 64}])

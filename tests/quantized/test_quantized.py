@@ -4,7 +4,8 @@ import re
 
 import numpy as np
 import pytest
-from workbench import as_batch, cosine, random_call, random_input, random_layer
+from arrays import cosine
+from workbench import as_batch, random_call, random_input, random_layer
 
 import edgeattn
 import quant
