@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, overload
 import numpy as np
 
 from edgeattn.checks import FLOAT32, to_float32
+from edgeattn.device import place
 from edgeattn.kernels.cpu.layer_float32 import FloatLayer
 from edgeattn.kernels.cpu.linear import Linear
 from edgeattn.layers import steps
@@ -21,9 +22,9 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
     from typing_extensions import Self, Unpack
 
-    from edgeattn.executors.cuda.layers import FloatOnCuda
     from edgeattn.kv_cache import KVCache
-    from edgeattn.types import CallOptions, CausalAlignment, Flag, Floats, Real, TorchOptions, Window
+    from edgeattn.layers.options import CallOptions
+    from edgeattn.types import CausalAlignment, Flag, Floats, LayerOnDevice, Real, TorchOptions, Window
 
 
 class MultiHeadAttention(AttentionWeights):
@@ -180,10 +181,10 @@ class MultiHeadAttention(AttentionWeights):
 
     @overload
     def to(self, device: Literal["cuda"], *,
-           precision: Literal["float32", "float16", "tf32"] = "float32") -> FloatOnCuda: ...
+           precision: Literal["float32", "float16", "tf32"] = "float32") -> LayerOnDevice: ...
 
     def to(self, device: Literal["cpu", "cuda"], *,
-           precision: Literal["float32", "float16", "tf32"] = "float32") -> Self | FloatOnCuda:
+           precision: Literal["float32", "float16", "tf32"] = "float32") -> Self | LayerOnDevice:
         """The layer on `device`: "cpu", or "cuda", a GPU (docs/cuda.md); `.layer` of that is this one.
 
         Parameters
@@ -199,11 +200,9 @@ class MultiHeadAttention(AttentionWeights):
         RuntimeError
             Where there is no CUDA, saying what of it is missing.
         """
-        from edgeattn.executors.cuda.layers import FloatOnCuda, place
-
         if device == "cpu" and precision != "float32":
             raise ValueError(f"precision must be 'float32' on the CPU, got {precision!r}, which tensor cores have")
-        placed: Self | FloatOnCuda = place(self, device, lambda layer: FloatOnCuda(layer, precision))
+        placed: Self | LayerOnDevice = place(self, device, precision=precision)
         return placed
 
     @functools.cached_property

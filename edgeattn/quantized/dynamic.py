@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, overload
 import numpy as np
 
 from edgeattn.checks import FLOAT32, count, to_float32
+from edgeattn.device import place
 from edgeattn.functional import default_scale
 from edgeattn.kernels.cpu.linear_dynamic import DynamicLinear
 from edgeattn.layers import steps
@@ -24,9 +25,9 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
     from typing_extensions import Self, Unpack
 
-    from edgeattn.executors.cuda.layers import DynamicOnCuda
     from edgeattn.kv_cache import KVCache
-    from edgeattn.types import CallOptions, CausalAlignment, Device, Flag, Float32s, Floats, Real, Window
+    from edgeattn.layers.options import CallOptions
+    from edgeattn.types import CausalAlignment, Device, Flag, Float32s, Floats, LayerOnDevice, Real, Window
 
     DynamicLayer: Any  # mypy 2.4 --strict breaks off in that file, with an internal error, whoever imports it
 else:
@@ -168,13 +169,11 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention):
     def to(self, device: Literal["cpu"]) -> Self: ...
 
     @overload
-    def to(self, device: Literal["cuda"]) -> DynamicOnCuda: ...
+    def to(self, device: Literal["cuda"]) -> LayerOnDevice: ...
 
-    def to(self, device: Device) -> Self | DynamicOnCuda:
+    def to(self, device: Device) -> Self | LayerOnDevice:
         """The layer on ``device``: "cpu", or "cuda", a GPU (docs/cuda.md); ``.layer`` of that is this one."""
-        from edgeattn.executors.cuda.layers import DynamicOnCuda, place
-
-        placed: Self | DynamicOnCuda = place(self, device, DynamicOnCuda)
+        placed: Self | LayerOnDevice = place(self, device)
         return placed
 
     @functools.cached_property

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
     from typing_extensions import Self, Unpack
 
-    from edgeattn.types import CallOptions, Flag, Floats, Input
+    from edgeattn.layers.options import CallOptions
+    from edgeattn.types import Flag, Floats, Input
 
 INPUTS: tuple[Input, Input, Input] = ("query", "key", "value")
 # All projections, and what the weights of a float layer call them.

@@ -24,6 +24,7 @@ from edgeattn.checks import (
     result_dtype,
     write_result,
 )
+from edgeattn.device import place
 from edgeattn.functional import checked_softcap
 from edgeattn.kernels.cpu.layer_int8 import StaticLayer
 from edgeattn.kernels.cpu.quantize import to_codes, to_reals
@@ -50,16 +51,14 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
     from typing_extensions import Self, Unpack
 
-    from edgeattn.executors.cuda.layers import StaticOnCuda
     from edgeattn.kv_cache import KVCache
     from edgeattn.layers.call import Pieces
+    from edgeattn.layers.options import CallOptions, CodeOptions
     from edgeattn.masks import Mask
     from edgeattn.types import (
         Arithmetic,
         Bools,
-        CallOptions,
         CausalAlignment,
-        CodeOptions,
         Codes,
         Device,
         Flag,
@@ -69,6 +68,7 @@ if TYPE_CHECKING:
         MaskOptions,
         Real,
         Sources,
+        StaticOnDevice,
         Window,
     )
 
@@ -216,13 +216,11 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
     def to(self, device: Literal["cpu"]) -> Self: ...
 
     @overload
-    def to(self, device: Literal["cuda"]) -> StaticOnCuda: ...
+    def to(self, device: Literal["cuda"]) -> StaticOnDevice: ...
 
-    def to(self, device: Device) -> Self | StaticOnCuda:
+    def to(self, device: Device) -> Self | StaticOnDevice:
         """The layer on ``device``: "cpu", or "cuda", a GPU (docs/cuda.md); ``.layer`` of that is this one."""
-        from edgeattn.executors.cuda.layers import StaticOnCuda, place
-
-        placed: Self | StaticOnCuda = place(self, device, StaticOnCuda)
+        placed: Self | StaticOnDevice = place(self, device)
         return placed
 
     def input_of(self, linear: str) -> TensorQuantization:

@@ -27,23 +27,6 @@ if TYPE_CHECKING:
 _PLACES = {"attn_mask": 4, "key_padding_mask": 5, "alibi_slopes": 6}
 
 
-def place(layer, device, on_cuda):
-    """`layer.to(device)`: the layer itself for "cpu", `on_cuda(layer)` for "cuda".
-
-    Raises
-    ------
-    ValueError
-        For another device.
-    RuntimeError
-        Where CUDA is missing, saying what of it.
-    """
-    if device == "cpu":
-        return layer
-    if device != "cuda":
-        raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}")
-    return on_cuda(layer)
-
-
 class OnCuda:
     """A layer on the GPU.
 
@@ -65,7 +48,9 @@ class OnCuda:
 
     def to(self, device: Device) -> Any:
         """The layer on another device: "cpu" gives the one this was made of."""
-        return self.layer if device == "cpu" else place(self, device, lambda layer: layer)
+        if device not in ("cpu", "cuda"):
+            raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}")
+        return self.layer if device == "cpu" else self
 
     def __getattr__(self, name: str) -> Any:
         # sizes and parameters are those of the layer on the CPU
