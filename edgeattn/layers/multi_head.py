@@ -75,7 +75,7 @@ class MultiHeadAttention(AttentionWeights):
         1 / sqrt(D).
     """
 
-    _query_name = "query"  # what the caller calls it
+    query_name = "query"  # what the caller calls it
 
     @overload
     def __call__(self, query: ArrayLike, key: ArrayLike | None = None, value: ArrayLike | None = None, *,

@@ -33,7 +33,7 @@ class SelfAttention(MultiHeadAttention):
         As for `MultiHeadAttention`.
     """
 
-    _query_name = "x"
+    query_name = "x"
 
     def __init__(
         self,

@@ -183,8 +183,8 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention):
                 for name, short in SHORT.items()
                 if (linear := self.weights.get(name)) is not None}
 
-    def _to_state(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-        """(config, tensors): all that ``_from_state`` needs to build an equal layer."""
+    def to_state(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+        """(config, tensors): all that ``from_state`` needs to build an equal layer."""
         tensors = {f"{name}.{part}": getattr(linear, part) for name, linear in self.weights.items()
                    for part in ("weight", "scale")}
         tensors |= {f"{name}.bias": bias for name, bias in self.biases.items()}
@@ -192,7 +192,8 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention):
         return {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads, **config}, {**tensors, **added}
 
     @classmethod
-    def _from_state(cls, config: Mapping[str, Any], tensors: Mapping[str, ArrayLike]) -> Self:
+    def from_state(cls, config: Mapping[str, Any], tensors: Mapping[str, ArrayLike]) -> Self:
+        """The layer of which ``to_state`` gave these."""
         groups: dict[str, dict[str, Any]] = {}
         added: dict[str, Any] = {}
         for name, array in tensors.items():

@@ -284,8 +284,8 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
             lowest_single_score=self.lowest_single_score)
         return StaticMultiHeadAttention(**{**arguments, **changes})
 
-    def _to_state(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-        """(config, tensors): all that ``_from_state`` needs to build an equal layer."""
+    def to_state(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+        """(config, tensors): all that ``from_state`` needs to build an equal layer."""
         arrays: dict[str, NDArray[Any]] = {}
         for name, linear in self.linears.items():
             arrays |= {f"{name}.{part}": array for part in ("weight", "scale", "bias")
@@ -305,7 +305,8 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
                 "mask_margin": self.mask_margin, "lowest_single_score": self.lowest_single_score}, arrays
 
     @classmethod
-    def _from_state(cls, config: Mapping[str, Any], tensors: Mapping[str, ArrayLike]) -> Self:
+    def from_state(cls, config: Mapping[str, Any], tensors: Mapping[str, ArrayLike]) -> Self:
+        """The layer of which ``to_state`` gave these."""
         if not isinstance(config["tensors"], dict) or not all(isinstance(row, dict) for row in config["score_ops"]):
             raise ValueError("tensors must be an object, and score_ops a list of objects")
         groups: dict[str, dict[str, Any]] = {}
