@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, overload
 import numpy as np
 
 from edgeattn.checks import FLOAT32, to_float32
+from edgeattn.device import place
 from edgeattn.kernels.cpu.layer_float32 import FloatLayer
 from edgeattn.layers import steps
 from edgeattn.layers.call import check_call, check_inputs, is_read_as_it_is, is_written_as_it_is
@@ -23,10 +24,10 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
     from typing_extensions import Self, Unpack
 
-    from edgeattn.executors.cuda.layers import FloatOnCuda
     from edgeattn.kv_cache import KVCache
+    from edgeattn.layers.options import CallOptions
     from edgeattn.ops import Ops, Sequences, T
-    from edgeattn.types import CallOptions, CausalAlignment, Flag, Float32s, Floats, Real, TorchOptions, Window
+    from edgeattn.types import CausalAlignment, Flag, Float32s, Floats, LayerOnDevice, Real, TorchOptions, Window
 
 
 class MultiHeadAttention(AttentionWeights):
@@ -84,7 +85,7 @@ class MultiHeadAttention(AttentionWeights):
         1 / sqrt(D).
     """
 
-    _query_name = "query"  # what the caller calls it
+    query_name = "query"  # what the caller calls it
 
     @overload
     def __call__(self, query: ArrayLike, key: ArrayLike | None = None, value: ArrayLike | None = None, *,
@@ -190,10 +191,10 @@ class MultiHeadAttention(AttentionWeights):
 
     @overload
     def to(self, device: Literal["cuda"], *,
-           precision: Literal["float32", "float16", "tf32"] = "float32") -> FloatOnCuda: ...
+           precision: Literal["float32", "float16", "tf32"] = "float32") -> LayerOnDevice: ...
 
     def to(self, device: Literal["cpu", "cuda"], *,
-           precision: Literal["float32", "float16", "tf32"] = "float32") -> Self | FloatOnCuda:
+           precision: Literal["float32", "float16", "tf32"] = "float32") -> Self | LayerOnDevice:
         """The layer on `device`: "cpu", or "cuda", a GPU (docs/cuda.md); `.layer` of that is this one.
 
         Parameters
@@ -209,13 +210,11 @@ class MultiHeadAttention(AttentionWeights):
         RuntimeError
             Where there is no CUDA, saying what of it is missing.
         """
-        from edgeattn.executors.cuda.layers import FloatOnCuda, place
-
         if device == "cpu" and precision != "float32":
             raise ValueError(f"precision must be 'float32' on the CPU, got {precision!r}, which tensor cores have")
         if device == "cuda":
             refuse_positions(self)
-        placed: Self | FloatOnCuda = place(self, device, lambda layer: FloatOnCuda(layer, precision))
+        placed: Self | LayerOnDevice = place(self, device, precision=precision)
         return placed
 
     @functools.cached_property

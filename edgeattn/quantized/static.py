@@ -24,6 +24,7 @@ from edgeattn.checks import (
     result_dtype,
     write_result,
 )
+from edgeattn.device import place
 from edgeattn.functional import checked_softcap
 from edgeattn.kernels.cpu.layer_int8 import StaticLayer
 from edgeattn.kernels.cpu.quantize import to_codes, to_reals
@@ -50,16 +51,14 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
     from typing_extensions import Self, Unpack
 
-    from edgeattn.executors.cuda.layers import StaticOnCuda
     from edgeattn.kv_cache import KVCache
     from edgeattn.layers.call import Pieces
+    from edgeattn.layers.options import CallOptions, CodeOptions
     from edgeattn.masks import Mask
     from edgeattn.types import (
         Arithmetic,
         Bools,
-        CallOptions,
         CausalAlignment,
-        CodeOptions,
         Codes,
         Device,
         Flag,
@@ -69,6 +68,7 @@ if TYPE_CHECKING:
         MaskOptions,
         Real,
         Sources,
+        StaticOnDevice,
         Window,
     )
 
@@ -216,13 +216,11 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
     def to(self, device: Literal["cpu"]) -> Self: ...
 
     @overload
-    def to(self, device: Literal["cuda"]) -> StaticOnCuda: ...
+    def to(self, device: Literal["cuda"]) -> StaticOnDevice: ...
 
-    def to(self, device: Device) -> Self | StaticOnCuda:
+    def to(self, device: Device) -> Self | StaticOnDevice:
         """The layer on ``device``: "cpu", or "cuda", a GPU (docs/cuda.md); ``.layer`` of that is this one."""
-        from edgeattn.executors.cuda.layers import StaticOnCuda, place
-
-        placed: Self | StaticOnCuda = place(self, device, StaticOnCuda)
+        placed: Self | StaticOnDevice = place(self, device)
         return placed
 
     def input_of(self, linear: str) -> TensorQuantization:
@@ -286,8 +284,8 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
             lowest_single_score=self.lowest_single_score)
         return StaticMultiHeadAttention(**{**arguments, **changes})
 
-    def _to_state(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-        """(config, tensors): all that ``_from_state`` needs to build an equal layer."""
+    def to_state(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+        """(config, tensors): all that ``from_state`` needs to build an equal layer."""
         arrays: dict[str, NDArray[Any]] = {}
         for name, linear in self.linears.items():
             arrays |= {f"{name}.{part}": array for part in ("weight", "scale", "bias")
@@ -307,7 +305,8 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
                 "mask_margin": self.mask_margin, "lowest_single_score": self.lowest_single_score}, arrays
 
     @classmethod
-    def _from_state(cls, config: Mapping[str, Any], tensors: Mapping[str, ArrayLike]) -> Self:
+    def from_state(cls, config: Mapping[str, Any], tensors: Mapping[str, ArrayLike]) -> Self:
+        """The layer of which ``to_state`` gave these."""
         if not isinstance(config["tensors"], dict) or not all(isinstance(row, dict) for row in config["score_ops"]):
             raise ValueError("tensors must be an object, and score_ops a list of objects")
         groups: dict[str, dict[str, Any]] = {}

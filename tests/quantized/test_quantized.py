@@ -492,11 +492,11 @@ STATES = [
 
 @pytest.mark.parametrize("lie,match", STATES)
 def test_lying_states_are_refused(static, lie, match):
-    config, tensors = static._to_state()
+    config, tensors = static.to_state()
     config = {**config, "tensors": dict(config["tensors"])}
     lie(config, tensors)
     with pytest.raises((TypeError, ValueError, KeyError), match=match):
-        StaticMultiHeadAttention._from_state(config, tensors)
+        StaticMultiHeadAttention.from_state(config, tensors)
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------
