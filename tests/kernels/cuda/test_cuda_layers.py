@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import reference
 from cuda_cases import layer_oracle
+from cuda_cases import on_device as put
 from cuda_emulated import emulated_only, long_form
 
 import edgeattn
@@ -13,10 +14,6 @@ from edgeattn.kernels.cuda import driver as driver_module
 from edgeattn.quantized import steps
 
 pytestmark = pytest.mark.usefixtures("device")
-
-
-def put(array):
-    return driver_module.driver().array(array)
 
 
 def parameters(rng, heads=2, kv_heads=1, E=24, D=8, Dv=12, Eo=20, kdim=None):
