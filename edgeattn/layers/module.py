@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from edgeattn.checks import check_out, write_result, float_array, result_dtype, to_float32
+from edgeattn.checks import check_out, float_array, result_dtype, to_float32, write_result
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
