@@ -1,4 +1,6 @@
 """Packing and calling of what an encoder block has beside attention, in float32: linear layers, feed-forwards, norms."""
+from types import SimpleNamespace
+
 import numpy as np
 
 from edgeattn import threads
@@ -137,7 +139,7 @@ class Linear(Stage):
 
     def plan(self, rows):
         """See Stage."""
-        p = self._parameters
+        p = SimpleNamespace(**vars(self._parameters))
         p.rows = rows
         size = p.private_size = min(rows, ff.BLOCK) * p.out_up
         return packed(p, ff.LINEAR), 0, size, 2 * rows * p.out_up * (p.width + 8)
@@ -181,7 +183,7 @@ class FeedForward(Stage):
 
     def plan(self, rows):
         """See Stage."""
-        p = self._parameters
+        p = SimpleNamespace(**vars(self._parameters))
         p.rows = rows
         few, some = rows if rows <= ff.FEW_ROWS else 0, min(rows, ff.BLOCK)
         normed, gated = p.norm_first != NO_NORM, p.gated

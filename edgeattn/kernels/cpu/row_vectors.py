@@ -141,3 +141,21 @@ def tile_accumulate(typing, t, down, i0, out, at, row_step):
                 _store(builder, _fma(builder, value, row, _load(builder, where)), where)
             position = builder.add(position, args[5])
     return types.void(t, down, types.intp, out, types.intp, types.intp), generate
+
+
+@intrinsic
+def tile_scale(typing, t, down, i0):
+    """f[i][j] = float32(t[i][j]) * down[i0 + i]"""
+    result = Tile(F32, t.rows, t.columns)
+
+    def generate(context, builder, sig, args):
+        vector = context.get_value_type(F32)
+        first = builder.gep(_data(context, builder, sig.args[1], args[1]), [args[2]])
+        out = ir.Constant(context.get_value_type(result), ir.Undefined)
+        for i in range(t.rows):
+            row = _splat(builder, builder.load(builder.gep(first, [ir.Constant(_I64, i)])), vector)
+            for k in range(i * t.columns, (i + 1) * t.columns):
+                value = builder.fmul(builder.sitofp(builder.extract_value(args[0], k), vector), row)
+                out = builder.insert_value(out, value, k)
+        return out
+    return result(t, down, types.intp), generate
