@@ -100,7 +100,7 @@ def _pack(weight, bias, channels, group, w, c, s, b, v):
 
 def _rows_of(p, rows, groups4, columns):
     """Lay out what belongs to so many rows together; the elements it takes."""
-    p.at_bytes, size = place(0, rows * groups4)
+    p.at_bytes, size = place(0, rows * groups4 * ff.WORDS)
     p.at_scale, size = place(size, rows)
     p.at_minus, size = place(size, rows)
     p.at_apart, size = place(size, rows * ff.COLUMNS_APART)
@@ -177,9 +177,9 @@ class FeedForward(Stage):
         p.rows = rows
         some = min(rows, ff.BLOCK)
         groups = max(-(-p.hidden // ff.GROUP), 1) if rows <= ff.FEW_ROWS else 1
-        p.codes_step, p.scales_step = (some * ff.GROUP // 4, some) if groups > 1 else (0, 0)
+        p.codes_step, p.scales_step = (some * ff.GROUP // 4 * ff.WORDS, some) if groups > 1 else (0, 0)
         size = _rows_of(p, some, p.groups4, p.columns)
-        p.at_codes, size = place(size, groups * some * ff.GROUP // 4)
+        p.at_codes, size = place(size, groups * some * ff.GROUP // 4 * ff.WORDS)
         p.at_code_scale, size = place(size, groups * some)
         p.at_code_minus, size = place(size, groups * some)
         p.at_hidden_apart, size = place(size, some * ff.COLUMNS_APART)

@@ -27,7 +27,15 @@ from .linear_dynamic import FLIP
 from .matmul import multiply, round_up
 from .norm import ADDRESSES, NO_NORM, finish_row, normalize_row, read_row
 from .records import named, record
-from .row_vectors import VIRTUAL_LANES, tile_accumulate, tile_of_products, tile_scale, wide_splat
+from .row_vectors import (
+    AS_WORDS,
+    VIRTUAL_LANES,
+    outer_product_of_words,
+    tile_accumulate,
+    tile_of_products,
+    tile_scale,
+    wide_splat,
+)
 from .simd import (
     COLUMNS,
     LANES,
@@ -46,6 +54,7 @@ from .simd import (
     pointer_to,
     round_to_int,
     select,
+    shift_right_logical,
     splat,
     store,
     tile_store,
@@ -68,9 +77,11 @@ FEED_FORWARD = record(
     "w1 c1 s1 b1 v1 j1 apart1 gate_w gate_c gate_s gate_b gate_v w2 c2 s2 b2 v2 j2 apart2 low lows at_first at_last",
     _ROWS_OF, "at_codes at_code_scale at_code_minus at_hidden_apart codes_step scales_step",
     "at_row at_hidden at_gate shared_size private_size")
+WORDS = 2 if AS_WORDS else 1  # elements that four bytes of a row take in scratch
 _WHOLE, _QUANTIZE, _RAISE, _LOWER, _FINISH = range(5)  # phases: all of some rows, or one after another
 _ZERO = np.float32(0)
 _SIGN = np.int32(-2147483648)
+_EVEN_BYTES, _EIGHT = np.int32(0x00FF00FF), np.int32(8)
 _INFINITY, _NAN, _LARGEST_FLOAT = np.float32(np.inf), np.float32(np.nan), np.float32(3.4028235e38)
 _LEVELS, _PER_LEVEL = np.float32(255), np.float32(1 / 255)
 
@@ -106,12 +117,23 @@ def take_apart(m, at, j, first, width, apart, kept):
 
 
 @inline
+def split_words(m, at, groups4):
+    """Four bytes an element (groups4,) to 16-bit numbers, as `outer_product_of_words` takes them, where AS_WORDS."""
+    if AS_WORDS:
+        for i in range(at, at + groups4, LANES):
+            four = load(m.i, i)
+            store(m.i, i, four & splat(_EVEN_BYTES))
+            store(m.i, i + groups4, shift_right_logical(four, splat(_EIGHT)) & splat(_EVEN_BYTES))
+
+
+@inline
 def quantize_row(m, at, groups4, out, at_scale, at_minus):
     """A row to bytes, symmetric: bytes, scale, and what the sum of a channel's weights times is added to products."""
     largest = float_of_bits(splat(largest_of_row(m.f, at, 4 * groups4)))
     m.f[at_scale] = first_lane(scale_of(largest))
     m.i[at_minus] = np.int32(-OFFSET)
     join_row(m.f, at, 4 * groups4, inverse_of(largest), FLIP, m.i, out)
+    split_words(m, out, groups4)
 
 
 @inline
@@ -137,6 +159,7 @@ def quantize_range(m, at, width, out, at_scale, at_minus):
         c2 = round_to_int(load(m.f, i + 2 * LANES) * inverse) + shift
         c3 = round_to_int(load(m.f, i + 3 * LANES) * inverse) + shift
         store(m.i, out + e // 4, join_bytes(c0, c1, c2, c3) ^ splat(FLIP))
+    split_words(m, out, width // 4)
 
 
 @task
@@ -148,15 +171,19 @@ def quantize_input(m, p, x, row, base, r, own, norm, at_norm, j, apart):
     if norm != NO_NORM:
         normalize_row(m.f, at, p.width, norm, m.factors, at_norm)
     take_apart(m, at, j, 0, p.width, apart, base + p.at_apart + r * COLUMNS_APART)
-    quantize_row(m, at, p.groups4, base + p.at_bytes + r * p.groups4, base + p.at_scale + r, base + p.at_minus + r)
+    quantize_row(m, at, p.groups4, base + p.at_bytes + r * p.groups4 * WORDS, base + p.at_scale + r, base + p.at_minus + r)
 
 
 # --- products ----------------------------------------------------------------------------------------------------
 
 @inline
-def add_tile(tile, begun, m, at_x, x_row, at_w, groups4, at_scale, out, out_row):
+def multiply_tile(tile, begun, m, at_x, at_w, groups4, at_scale, out, out_row):
     """out = scale (tile + x w^T), plus what is in out, if begun."""
-    tile = multiply(tile, m.u, at_x, x_row, 1, m.weights, at_w, groups4)
+    if AS_WORDS:
+        for k in range(groups4):
+            tile = outer_product_of_words(tile, m.i, at_x + k, WORDS * groups4, groups4, m.weights, at_w + k * WIDTH)
+    else:
+        tile = multiply(tile, m.u, at_x, groups4, 1, m.weights, at_w, groups4)
     if begun:
         tile_accumulate(tile, m.f, at_scale, m.f, out, out_row)
     else:
@@ -170,27 +197,29 @@ def product_rows(begun, m, at_x, rows, groups4, at_scale, at_minus, at_w, at_c, 
     x: bytes (rows, groups4); w: panels (features / WIDTH, groups4, WIDTH); c (features,): sums of w
     """
     for f in range(0, features, WIDTH):
-        at_panel = at_w + f * groups4
-        t = 0
-        while t + ROWS <= rows:
-            tile = tile_of_products(ROWS, COLUMNS, m.i, at_minus + t, m.weights, at_c + f)
-            add_tile(tile, begun, m, at_x + t * groups4, groups4, at_panel, groups4, at_scale + t,
-                     out + t * out_row + f, out_row)
-            t += ROWS
-        if ROWS > 4 and t + 4 <= rows:
-            tile = tile_of_products(4, COLUMNS, m.i, at_minus + t, m.weights, at_c + f)
-            add_tile(tile, begun, m, at_x + t * groups4, groups4, at_panel, groups4, at_scale + t,
-                     out + t * out_row + f, out_row)
-            t += 4
-        if t + 2 <= rows:
-            tile = tile_of_products(2, COLUMNS, m.i, at_minus + t, m.weights, at_c + f)
-            add_tile(tile, begun, m, at_x + t * groups4, groups4, at_panel, groups4, at_scale + t,
-                     out + t * out_row + f, out_row)
-            t += 2
-        if t < rows:
-            tile = tile_of_products(1, COLUMNS, m.i, at_minus + t, m.weights, at_c + f)
-            add_tile(tile, begun, m, at_x + t * groups4, groups4, at_panel, groups4, at_scale + t,
-                     out + t * out_row + f, out_row)
+        at_panel, at, t = at_w + f * groups4, out + f, 0
+        while t < rows:
+            left, from_row, to_row = rows - t, at_x + t * groups4 * WORDS, at + t * out_row
+            if left >= ROWS:
+                tile = tile_of_products(ROWS, COLUMNS, m.i, at_minus + t, m.weights, at_c + f)
+                multiply_tile(tile, begun, m, from_row, at_panel, groups4, at_scale + t, to_row, out_row)
+                t += ROWS
+            elif left >= 4:
+                tile = tile_of_products(4, COLUMNS, m.i, at_minus + t, m.weights, at_c + f)
+                multiply_tile(tile, begun, m, from_row, at_panel, groups4, at_scale + t, to_row, out_row)
+                t += 4
+            elif left == 3:
+                tile = tile_of_products(3, COLUMNS, m.i, at_minus + t, m.weights, at_c + f)
+                multiply_tile(tile, begun, m, from_row, at_panel, groups4, at_scale + t, to_row, out_row)
+                t += 3
+            elif left == 2:
+                tile = tile_of_products(2, COLUMNS, m.i, at_minus + t, m.weights, at_c + f)
+                multiply_tile(tile, begun, m, from_row, at_panel, groups4, at_scale + t, to_row, out_row)
+                t += 2
+            else:
+                tile = tile_of_products(1, COLUMNS, m.i, at_minus + t, m.weights, at_c + f)
+                multiply_tile(tile, begun, m, from_row, at_panel, groups4, at_scale + t, to_row, out_row)
+                t += 1
 
 
 @task
@@ -296,7 +325,7 @@ def raise_rows(m, p, base, own, rows, g):
     codes, scales = base + p.at_codes + number * p.codes_step, number * p.scales_step
     for r in range(rows):
         take_apart(m, at + r * GROUP, p.j2, g, features, p.apart2, base + p.at_hidden_apart + r * COLUMNS_APART)
-        quantize_range(m, at + r * GROUP, features, codes + r * (features // 4), base + p.at_code_scale + scales + r,
+        quantize_range(m, at + r * GROUP, features, codes + r * (features // 4) * WORDS, base + p.at_code_scale + scales + r,
                        base + p.at_code_minus + scales + r)
 
 

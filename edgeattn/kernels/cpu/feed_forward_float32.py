@@ -14,11 +14,14 @@ from edgeattn.runtime.jit import inline, jit, task
 from edgeattn.runtime.worker_pool import parallel_for
 
 from .activation import activate_rows, add_to_rows, multiply_rows
-from .matmul import CHAIN, multiply, round_up
+from .matmul import multiply, round_up
 from .norm import ADDRESSES, NO_NORM, finish_row, normalize_row, read_row
 from .records import named, record
 from .simd import COLUMNS, LANES, ROWS, WIDTH, address_of, pointer_to, tile_add, tile_store, tile_zero
 
+CHAIN = 64  # products that are summed one after another; the sums of the chains are summed then
+TALL = 6 if LANES == 8 else ROWS  # rows of a tile: of sixteen registers three hold what it is made of
+_UNEVEN = (1, 2) if TALL == 6 else (-1, -1)  # rows that would be left alone: 7 are better 4 and 3, 8 twice 4
 HIDDEN = 256  # hidden features in scratch at a time, a multiple of CHAIN
 BLOCK = 64  # rows that pass a feed-forward together
 FEW_ROWS = 24  # up to so many rows, threads share the features; then the rows
@@ -32,12 +35,13 @@ _WHOLE, _NORM, _RAISE, _LOWER, _FINISH = range(5)  # phases: all of some rows, o
 
 
 @inline
-def add_tile(tile, begun, x, at_x, x_row, w, at_w, depth, out, at_out, out_row):
-    """out = tile + x w^T of as many rows as the tile has, plus what is in out, if begun."""
-    tile = multiply(tile, x, at_x, x_row, 1, w, at_w, depth)
-    if begun:
-        tile = tile_add(tile, out, at_out, out_row, LANES)
-    tile_store(tile, out, at_out, out_row, LANES)
+def multiply_tile(zero, begun, x, at_x, x_row, w, at_w, depth, out, at_out, out_row):
+    """out = x w^T of as many rows as the tile `zero` has, plus what is in out, if begun."""
+    for k in range(0, depth, CHAIN):
+        tile = multiply(zero, x, at_x + k, x_row, 1, w, at_w + k * WIDTH, min(CHAIN, depth - k))
+        if begun or k > 0:
+            tile = tile_add(tile, out, at_out, out_row, LANES)
+        tile_store(tile, out, at_out, out_row, LANES)
 
 
 @task
@@ -47,25 +51,29 @@ def product_rows(begun, x, at_x, x_row, rows, depth, w, at_w, panel, features, o
     w: panels (depth, WIDTH), `panel` apart; features a multiple of WIDTH; rows of x and out x_row and out_row apart
     """
     for f in range(0, features, WIDTH):
-        for k in range(0, depth, CHAIN):
-            more, count = begun or k > 0, min(CHAIN, depth - k)
-            at_panel = at_w + f // WIDTH * panel + k * WIDTH
-            t = 0
-            while t + ROWS <= rows:
-                add_tile(tile_zero(ROWS, COLUMNS, w), more, x, at_x + t * x_row + k, x_row, w, at_panel, count,
-                         out, at_out + t * out_row + f, out_row)
-                t += ROWS
-            if ROWS > 4 and t + 4 <= rows:
-                add_tile(tile_zero(4, COLUMNS, w), more, x, at_x + t * x_row + k, x_row, w, at_panel, count,
-                         out, at_out + t * out_row + f, out_row)
+        at_panel, at, t = at_w + f // WIDTH * panel, at_out + f, 0
+        while t < rows:
+            left, from_row, to_row = rows - t, at_x + t * x_row, at + t * out_row
+            if left >= TALL and left - TALL not in _UNEVEN:
+                multiply_tile(tile_zero(TALL, COLUMNS, w), begun, x, from_row, x_row, w, at_panel, depth,
+                              out, to_row, out_row)
+                t += TALL
+            elif left >= 4 and left != 5:
+                multiply_tile(tile_zero(4, COLUMNS, w), begun, x, from_row, x_row, w, at_panel, depth,
+                              out, to_row, out_row)
                 t += 4
-            if t + 2 <= rows:
-                add_tile(tile_zero(2, COLUMNS, w), more, x, at_x + t * x_row + k, x_row, w, at_panel, count,
-                         out, at_out + t * out_row + f, out_row)
+            elif left >= 3:
+                multiply_tile(tile_zero(3, COLUMNS, w), begun, x, from_row, x_row, w, at_panel, depth,
+                              out, to_row, out_row)
+                t += 3
+            elif left == 2:
+                multiply_tile(tile_zero(2, COLUMNS, w), begun, x, from_row, x_row, w, at_panel, depth,
+                              out, to_row, out_row)
                 t += 2
-            if t < rows:
-                add_tile(tile_zero(1, COLUMNS, w), more, x, at_x + t * x_row + k, x_row, w, at_panel, count,
-                         out, at_out + t * out_row + f, out_row)
+            else:
+                multiply_tile(tile_zero(1, COLUMNS, w), begun, x, from_row, x_row, w, at_panel, depth,
+                              out, to_row, out_row)
+                t += 1
 
 
 @inline

@@ -1,4 +1,4 @@
-"""Vectors for whole rows: sums whose order does not depend on how wide a register is.
+"""Vectors for whole rows: sums whose order does not depend on how wide a register is, and tiles of bytes' products.
 
 `WIDE` is a vector of 32 lanes, which every instruction set splits into registers of its own.  Element i of a row goes
 to lane i % 32, and at the end the lanes are folded by halves: the same bits everywhere.
@@ -7,6 +7,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from edgeattn.runtime.isa import ISA
+
 from .simd import (
     F32,
     I32,
@@ -14,11 +16,13 @@ from .simd import (
     Vec,
     _call,
     _data,
+    _dot,
     _fma,
     _literal,
     _load,
     _load_first,
     _pointer,
+    _prepare,
     _shuffle,
     _splat,
     _store,
@@ -26,6 +30,7 @@ from .simd import (
 
 VIRTUAL_LANES = 32
 WIDE = Vec(types.float32, VIRTUAL_LANES)
+AS_WORDS = ISA.dot == "vpmaddwd"  # bytes are multiplied as 16-bit numbers: those of a row are widened once for all
 
 _I1, _I32, _I64 = ir.IntType(1), ir.IntType(32), ir.IntType(64)
 
@@ -159,3 +164,29 @@ def tile_scale(typing, t, down, i0):
                 out = builder.insert_value(out, value, k)
         return out
     return result(t, down, types.intp), generate
+
+
+@intrinsic
+def outer_product_of_words(typing, t, a, at_a, row_step, plane, b, at_b):
+    """outer_product(t, a, at_a, row_step, b, at_b) with the bytes of a as 16-bit numbers, where AS_WORDS
+
+    Bytes 0 and 2 of four are the halves of a[at_a + i * row_step], 1 and 3 those of what lies `plane` further.
+    """
+    def generate(context, builder, sig, args):
+        tile, a_array, position, step, plane_, b_array, at_b_ = args
+        vector = context.get_value_type(t.vec)
+        words = ir.VectorType(ir.IntType(16), 2 * vector.count)
+        base = _pointer(context, builder, b, b_array, at_b_, vector)
+        across = [_prepare(builder, _load(builder, builder.gep(base, [ir.Constant(_I64, j)])), False)
+                  for j in range(t.columns)]
+        first = _data(context, builder, a, a_array)
+        for i in range(t.rows):
+            halves = [builder.bitcast(_splat(builder, builder.load(builder.gep(first, [at])), vector), words)
+                      for at in (position, builder.add(position, plane_))]
+            for j in range(t.columns):
+                k = i * t.columns + j
+                value = _dot(builder, builder.extract_value(tile, k), halves, across[j])
+                tile = builder.insert_value(tile, value, k)
+            position = builder.add(position, step)
+        return tile
+    return t(t, a, types.intp, types.intp, types.intp, b, types.intp), generate
