@@ -61,7 +61,7 @@ from .simd import (
 )
 
 GROUP = 256  # hidden features that share a scale
-BLOCK = 64  # rows that pass a feed-forward together
+BLOCK = 32 if AS_WORDS else 64  # rows that pass a feed-forward together
 FEW_ROWS = 24  # up to so many rows, threads share the features; then the rows
 COLUMNS_APART = 4  # features of an input that may be apart from the bytes
 DEPTH = 64  # what rows of bytes are padded to: whole numbers of vectors of bytes for every instruction set
