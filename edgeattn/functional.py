@@ -180,7 +180,7 @@ def scaled_dot_product_attention(
         arrays = (query, key, value, out, attn_mask, kv_lengths, alibi_slopes)
         options = (is_causal, causal_alignment, scale, enable_gqa, softcap, window_size, return_weights, return_lse,
                    precision)
-        known: Floats | tuple[Floats, ...] | None = _functions_on_cuda().again(arrays, options)
+        known: Floats | tuple[Floats, ...] | None = _functions_on_cuda().replay(arrays, options)
         if known is not None:
             return known
     grouped = flag("enable_gqa", enable_gqa)

@@ -14,8 +14,8 @@ from typing import get_args
 import conftest
 import pytest
 from packaging.requirements import Requirement
+from places import ROOT, TESTS
 
-ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("edgeattn", "quant")
 # Not to be loaded by `import edgeattn`: each costs a small machine time and memory, or is not there. SciPy
 # is not listed because Numba imports it wherever it is installed.
@@ -225,9 +225,9 @@ def offenders(forbidden, *, scope="edgeattn quant", allowed=(), top_level_only=F
 
 
 def test_rules_see_an_import(tmp_path, monkeypatch):
-    folder = tmp_path / "edgeattn" / "cpu"
+    folder = tmp_path / "edgeattn" / "kernels" / "cpu"
     folder.mkdir(parents=True)
-    (folder / "kernel.py").write_text("from .. import layers\ndef late():\n    from numba import cuda\n")
+    (folder / "kernel.py").write_text("from ... import layers\ndef late():\n    from numba import cuda\n")
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
     assert offenders(["edgeattn.layers"], scope="edgeattn") == ["edgeattn.kernels.cpu.kernel imports edgeattn.layers"]
     assert offenders(["numba.cuda"], scope="edgeattn") == ["edgeattn.kernels.cpu.kernel imports numba.cuda"]
@@ -329,7 +329,7 @@ def test_every_script_that_make_runs_exists():
 
 
 def test_files_that_the_suite_treats_apart_exist():
-    tests = {path.stem for path in (ROOT / "tests").glob("test_*.py")}
+    tests = {path.stem for path in TESTS.rglob("test_*.py")}
     assert set(conftest.FIRST) < tests
     assert set(conftest.WITHOUT_NUMPY) < tests
 

@@ -1,14 +1,14 @@
 """The kernel decorator: when it compiles, where it caches, and that no cache gives stale results."""
 
 import os
-import pathlib
 import shutil
 import subprocess
 import sys
 
 import pytest
+from places import ROOT
 
-PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "edgeattn"
+PACKAGE = ROOT / "edgeattn"
 
 # Calls a kernel that calls a helper of another module; says whether its machine code came from the cache.
 CALL = """
@@ -386,7 +386,7 @@ def test_code_of_other_types_is_not_run(package):
 
 def test_package_without_sources_is_not_cached(package):
     code = CALL.replace(
-        "from edgeattn.kernel", "import edgeattn.runtime.kernel_cache\nedgeattn.kernel_cache._LOADED = []\nfrom edgeattn.kernel"
+        "from edgeattn.kernel", "import edgeattn.runtime.kernel_cache\nedgeattn.runtime.kernel_cache._LOADED = []\nfrom edgeattn.kernel"
     )
     assert run(package, code) == "8 0 1"
     assert not cached(package)
