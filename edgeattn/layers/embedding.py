@@ -47,8 +47,9 @@ class Embedding:
             None if table is None else parameter(name, table, "(entries, features)") for name, table in tables.items())
         self.norm, self.projection, self.padding_id = norm, projection, padding_id
         width = self.token_weight.shape[1]
-        for name, given in (*((name, getattr(self, name)) for name in tables), ("norm", norm), ("projection", projection)):
-            features = width if given is None else given.shape[1] if isinstance(given, np.ndarray) else given.inputs
+        for name in (*tables, "norm", "projection"):
+            part = getattr(self, name)
+            features = part.shape[1] if isinstance(part, np.ndarray) else width if part is None else part.inputs
             if features != width:
                 raise ValueError(f"{name} must be of E = {width} features, those of token_weight, got {features}")
         self.embed_dim = width if projection is None else projection.outputs

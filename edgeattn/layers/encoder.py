@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from edgeattn.masks import Mask
     from edgeattn.ops import Activation, Ops, T
-    from edgeattn.types import CacheDtype, Flag, Float32s, Floats, Path, Shape, Window
+    from edgeattn.types import CacheDtype, Flag, Floats, Path, Shape, Window
 
 _FURTHEST = 2**31
 
@@ -48,14 +48,15 @@ class TransformerEncoderLayer:
     attention : MultiHeadAttention
         Of E features in and out.
     feed_forward : FeedForward
-    norm1, norm2 : LayerNorm or RMSNorm, or None for none
+    norm1, norm2 : LayerNorm or RMSNorm, optional
     norm_first : bool
     window_size : (int, int)
         (left, right): a token sees this many before and after it, whatever the call says; -1 = unbounded.
     """
 
-    def __init__(self, attention: MultiHeadAttention, feed_forward: FeedForward, norm1: LayerNorm | RMSNorm | None,
-                 norm2: LayerNorm | RMSNorm | None, *, norm_first: Flag = False, window_size: Window = NO_WINDOW):
+    def __init__(self, attention: MultiHeadAttention, feed_forward: FeedForward,
+                 norm1: LayerNorm | RMSNorm | None = None, norm2: LayerNorm | RMSNorm | None = None, *,
+                 norm_first: Flag = False, window_size: Window = NO_WINDOW):
         if not isinstance(attention, MultiHeadAttention):
             raise TypeError(f"attention must be an edgeattn.MultiHeadAttention, got {type(attention).__name__}")
         if not isinstance(feed_forward, FeedForward):
@@ -315,7 +316,8 @@ class TransformerEncoder(Stored):
         return [row[:count] for row, count in zip(encoded, counts, strict=True)]
 
     def __repr__(self) -> str:
-        return f"TransformerEncoder({len(self.layers)} x {self.layers[0]}, norm={self.norm})"
+        return (f"TransformerEncoder({len(self.layers)} layers, num_heads={self.layers[0].attention.num_heads}, "
+                f"embed_dim={self.embed_dim}, norm={self.norm})")
 
 
 _Run = tuple[int, int, int]
@@ -332,12 +334,12 @@ def _torch_tensors(state_dict_or_path: Mapping[str, ArrayLike] | Path, num_heads
     embed = tensors.axis(f"{stems[0]}linear1.weight", 1)
     for stem in stems:
         hidden = tensors.axis(f"{stem}linear1.weight", 0)
-        for name, rows, columns in (("self_attn.in_proj_", times(3, embed), embed), ("self_attn.out_proj.", embed, embed),
-                                    ("linear1.", hidden, embed), ("linear2.", embed, hidden),
-                                    ("norm1.", embed, 0), ("norm2.", embed, 0)):
-            tensors.expect(f"{stem}{name}weight", (rows, columns) if columns != 0 else (rows,))
+        shapes = {"self_attn.in_proj_": (times(3, embed), embed), "self_attn.out_proj.": (embed, embed),
+                  "linear1.": (hidden, embed), "linear2.": (embed, hidden), "norm1.": (embed,), "norm2.": (embed,)}
+        for name, shape in shapes.items():
+            tensors.expect(f"{stem}{name}weight", shape)
             if f"{stems[0]}norm1.bias" in tensors:
-                tensors.expect(f"{stem}{name}bias", (rows,))
+                tensors.expect(f"{stem}{name}bias", shape[:1])
     if count and "norm.weight" in tensors:
         for part in ("weight", "bias") if "norm.bias" in tensors else ("weight",):
             tensors.expect(f"norm.{part}", (embed,))
@@ -349,7 +351,7 @@ def _torch_tensors(state_dict_or_path: Mapping[str, ArrayLike] | Path, num_heads
 def _lengths(lengths: ArrayLike, lead: Shape) -> list[int]:
     """`lengths` of (B, L) tokens, checked."""
     array = as_array("lengths", lengths)
-    if array.dtype.kind not in "iu":
+    if array.size and array.dtype.kind not in "iu":
         raise TypeError(f"lengths must be an integer array, got dtype {array.dtype}")
     if array.shape != lead[:-1]:
         raise ValueError(f"lengths must have shape {lead[:-1]}, one per sequence, got {array.shape}")

@@ -1,8 +1,8 @@
 """Layers made of layers as what a file holds: a tree of settings in JSON, and tensors.
 
 A class in `_HOMES` keeps each argument of its constructor as an attribute of the same name; so a part is
-{"kind": the name of its class, argument: value, ...}, an array {"tensor": its name}, a long text {"text": its name}, and
-a part that is there a second time {"same": the name of the first}.
+{"kind": the name of its class, argument: value, ...}, an array {"tensor": its name}, a long text {"text": its name}, a
+part that is there a second time {"same": the name of the first}.
 """
 
 from __future__ import annotations
