@@ -1,6 +1,7 @@
 """What one core, or several, can do at most: multiply and add in registers, and read memory.
 
-Written with the vectors of edgeattn.kernels.cpu.simd, so each instruction set has its own limit: float32 by multiply-add, int8
+Written with the vectors of edgeattn.kernels.cpu.simd, so each instruction set has its own limit: float32 by
+multiply-add, int8
 by the four-way dot product and, where there is one, by the matrix unit.
 """
 
@@ -26,13 +27,13 @@ from edgeattn.kernels.cpu.simd import (
     matrix_load,
     matrix_release,
     matrix_store,
-    rank_one,
+    outer_product,
     tile_add,
     tile_store,
     tile_zero,
 )
-from edgeattn.runtime.jit import entry, jit
-from edgeattn.runtime.worker_pool import separate, share
+from edgeattn.runtime.jit import compiled_for, jit
+from edgeattn.runtime.worker_pool import parallel_for, task
 
 STEPS = 80_000  # products of a tile in one call, and of four tiles of the matrix unit: some tenths of a millisecond
 MATRIX_STEPS = 20_000
@@ -45,7 +46,7 @@ def tile_limit(steps, a, b, private, begin, end):
     for _ in range(begin, end):
         tile = tile_zero(ROWS, COLUMNS, b)
         for k in range(steps):
-            tile = rank_one(tile, a, 0, 1, b, (k & 1) * WIDTH)
+            tile = outer_product(tile, a, 0, 1, b, (k & 1) * WIDTH)
         tile_store(tile, private, 0, WIDTH, LANES)
 
 
@@ -74,7 +75,7 @@ def matrix_limit(steps, private, begin, end):
         matrix_release()
 
 
-@separate
+@task
 def read_part(numbers, scratch, portion, worker, part):
     """Add up `portion` tiles of numbers, which is as much as loading them."""
     tile = tile_zero(ROWS, COLUMNS, numbers)
@@ -85,18 +86,18 @@ def read_part(numbers, scratch, portion, worker, part):
 
 
 @jit
-def read(numbers, scratch, board, count):
+def read(numbers, scratch, task_queue, count):
     """Read all numbers, on at most `count` threads."""
     tiles = numbers.size // (ROWS * WIDTH)
     parts = 1 if count == 1 else 2 * count
-    share(board, parts, read_part, numbers, scratch, (tiles + parts - 1) // parts)
+    parallel_for(task_queue, parts, read_part, numbers, scratch, (tiles + parts - 1) // parts)
 
 
 def _reader(size: int) -> Callable:
     """A call that reads `size` bytes in one piece, on as many threads as a kernel would."""
     numbers = threads.aligned(-(-size // (4 * ROWS * WIDTH)) * ROWS * WIDTH, np.float32)
     numbers[:] = 1
-    run = entry(read, (numbers, np.zeros(1, np.float32), np.zeros(1, np.int64), 1))
+    run = compiled_for(read, (numbers, np.zeros(1, np.float32), np.zeros(1, np.int64), 1))
     return lambda: threads.run(run, (numbers,), np.float32, 0, ROWS * WIDTH, max(size, threads.SMALLEST_SHARED_WORK))
 
 

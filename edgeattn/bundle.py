@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgeattn.checks import check_out, deliver, float_array, result_dtype, to_float32
+from edgeattn.checks import check_out, float_array, result_dtype, to_float32, write_result
 from edgeattn.files.paths import reading, reason
 from edgeattn.masks import bool_mask, resolve_mask
 
@@ -379,7 +379,7 @@ class FloatBundle(Bundle):
         result = np.empty((*lead, queries, self.output_dim), np.float32)
         if result.size:
             self._kernel(q, k, v, result, keep, bias, band)
-        return deliver(result, out, dtype)
+        return write_result(result, out, dtype)
 
 
 class StaticBundle(Bundle):
@@ -453,7 +453,7 @@ class StaticBundle(Bundle):
         result = np.empty((*lead, queries, self.output_dim), np.int8)
         if result.size:
             self._kernel(q, k, v, result, keep, None, band)
-        return deliver(result, out, np.dtype(np.int8))
+        return write_result(result, out, np.dtype(np.int8))
 
     def __call__(self, query: ArrayLike, key: ArrayLike | None = None, value: ArrayLike | None = None, *,
                  attn_mask: ArrayLike | None = None, key_padding_mask: ArrayLike | None = None, is_causal: Flag = False,
@@ -483,4 +483,4 @@ class StaticBundle(Bundle):
             seen = np.ones(mask.shape, bool) if permitted is None else np.broadcast_to(permitted, mask.shape)
             reached = (seen & (keys | values).reshape(mask.shape[0], 1, 1, -1)).any((1, 3))
             result[queries | reached.reshape(queries.shape)] = np.nan
-        return deliver(result, out, dtype)
+        return write_result(result, out, dtype)

@@ -140,7 +140,7 @@ def check_out(out: object, shape: Sequence[int], dtype: np.dtype[Any]) -> None:
         raise ValueError("out must be writeable, got a read-only array; pass a copy of it")
 
 
-def deliver(result: NDArray[Any], out: NDArray[Any] | None, dtype: np.dtype[Any]) -> NDArray[Any]:
+def write_result(result: NDArray[Any], out: NDArray[Any] | None, dtype: np.dtype[Any]) -> NDArray[Any]:
     """The float32 `result` as the caller asked for it: in `out`, or as a new array of `dtype`."""
     if result is out or out is None and result.dtype == dtype:
         return result

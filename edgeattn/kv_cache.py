@@ -11,16 +11,17 @@ from numpy.lib.stride_tricks import as_strided
 from edgeattn.checks import (
     check_out,
     count,
-    deliver,
     flag,
     float_array,
     is_one_of,
     number,
     result_dtype,
     to_float32,
+    write_result,
 )
+from edgeattn.device import place
 from edgeattn.functional import checked_softcap, default_scale
-from edgeattn.kernels.cpu import float32, plain
+from edgeattn.kernels.cpu import float32, reference_float32
 from edgeattn.kernels.cpu.cache_int8 import quantize_into
 from edgeattn.kernels.cpu.decode import decode
 from edgeattn.masks import NO_WINDOW, resolve_mask
@@ -32,10 +33,10 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
     from typing_extensions import Self, Unpack
 
-    from edgeattn.executors.cuda.kv_cache import CacheOnCuda
     from edgeattn.masks import Mask
     from edgeattn.types import (
         CacheDtype,
+        CacheOnDevice,
         CacheOptions,
         Codes,
         Device,
@@ -285,14 +286,11 @@ class KVCache:
     def to(self, device: Literal["cpu"]) -> Self: ...
 
     @overload
-    def to(self, device: Literal["cuda"]) -> CacheOnCuda: ...
+    def to(self, device: Literal["cuda"]) -> CacheOnDevice: ...
 
-    def to(self, device: Device) -> Self | CacheOnCuda:
+    def to(self, device: Device) -> Self | CacheOnDevice:
         """An empty cache of the same sizes on `device`: "cpu" is this one, "cuda" on a GPU (docs/cuda.md)."""
-        from edgeattn.executors.cuda.kv_cache import CacheOnCuda
-        from edgeattn.executors.cuda.layers import place
-
-        placed: Self | CacheOnCuda = place(self, device, CacheOnCuda)
+        placed: Self | CacheOnDevice = place(self, device)
         return placed
 
     def held(self) -> tuple[Float32s, Float32s]:
@@ -410,8 +408,8 @@ class KVCache:
         result = np.empty(shape, np.float32)
         weights = np.zeros(mask.shape, np.float32) if return_weights else None
         self._attend(to_float32(query), mask, scale, softcap, result, weights)
-        result = deliver(result, out, dtype)
-        return result if weights is None else (result, deliver(weights, None, dtype))
+        result = write_result(result, out, dtype)
+        return result if weights is None else (result, write_result(weights, None, dtype))
 
     def _is_next(self, query: object) -> bool:
         """Whether `query` is float32 (B, H, 1, D) in C order that nothing needs to be done to, and there are tokens."""
@@ -582,7 +580,7 @@ class KVCache:
             if added:
                 held = np.concatenate((held[0], added[0]), axis=2), np.concatenate((held[1], added[1]), axis=2)
                 part = part.with_keys(added[0].shape[2])
-            attend: Callable[..., None] = float32.attention if key_scales is None else plain.attention
+            attend: Callable[..., None] = float32.attention if key_scales is None else reference_float32.attention
             part_weights = None if weights is None else np.empty(part.shape, np.float32)
             attend(to_float32(query), *map(to_float32, held), part, out=out, scale=scale, softcap=softcap,
                    weights=part_weights)

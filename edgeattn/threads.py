@@ -3,7 +3,8 @@
 Numba's own layers are not used: `workqueue` aborts when two Python threads enter it, `omp` kills a forked child.
 
 A signal's handler may raise between any two steps of Python, here too. So nothing is taken that must be given back, and
-no lock is held: compiled code takes the threads for a job and leaves them (see edgeattn/runtime/worker_pool.py), and what an exception
+no lock is held: compiled code takes the threads for a job and leaves them (see edgeattn/runtime/worker_pool.py), and
+what an exception
 left half done the next call does again.
 """
 
@@ -20,6 +21,8 @@ import time
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from edgeattn.runtime import worker_pool
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -40,38 +43,38 @@ _KEPT = 8  # scratch buffers kept for the next call
 
 _numbers = itertools.count(1)
 _wanted = 0, 1  # a number of its own for each change, and the number of threads for a call
-_settled = 0  # the change whose crew alone is left
-_crews: dict[int, _Crew] = {}  # by the number of the change that asked for them
-_crew: _Crew | None = None  # the one last used
+_settled = 0  # the change whose pool alone is left
+_pools: dict[int, _WorkerPool] = {}  # by the number of the change that asked for them
+_pool: _WorkerPool | None = None  # the one last used
 _scratch: list[NDArray[Any]] = []
 _ALONE = np.zeros(0, np.int64)
 
 
 class _Taken:
-    """Whether a call has the threads of a board now: what compiled code takes and leaves."""
+    """Whether a call has the threads of a task_queue now: what compiled code takes and leaves."""
 
-    def __init__(self, board: NDArray[np.int64]):
-        self._board = board
+    def __init__(self, task_queue: NDArray[np.int64]):
+        self._task_queue = task_queue
 
     def locked(self) -> bool:
-        return bool(self._board[worker_pool.TAKEN])
+        return bool(self._task_queue[worker_pool.TAKEN])
 
 
-class _Crew:
+class _WorkerPool:
     """Threads that wait for the jobs of one caller at a time; see edgeattn/runtime/worker_pool.py."""
 
     def __init__(self, change: int, count: int):
         self.change, self.count = change, count
-        self.board = aligned(worker_pool.board_size(count - 1), np.int64)
-        self.board[:] = 0
-        self.taken = _Taken(self.board)
+        self.task_queue = aligned(worker_pool.task_queue_size(count - 1), np.int64)
+        self.task_queue[:] = 0
+        self.taken = _Taken(self.task_queue)
         self.started = False
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
         """Have a thread for each worker that has none. Where two start one, the second ends at once."""
         for worker in range(1, self.count):
-            if worker_pool.is_served(self.board, worker):
+            if worker_pool.is_served(self.task_queue, worker):
                 continue
             thread = threading.Thread(target=self._work, args=(worker,), name=f"edgeattn-{worker - 1}", daemon=True)
             self._threads.append(thread)
@@ -82,12 +85,12 @@ class _Crew:
         self.started = True
 
     def _work(self, worker: int) -> None:
-        while worker_pool.serve(self.board, worker, threading.get_native_id(), worker_pool.PATIENCE):
+        while worker_pool.worker_loop(self.task_queue, worker, threading.get_native_id(), worker_pool.PATIENCE):
             time.sleep(_NAP)
 
     def end(self) -> None:
         """End the threads once they have done what they have begun, and wait for that."""
-        worker_pool.dismiss(self.board)
+        worker_pool.dismiss(self.task_queue)
         for thread in self._threads:
             with contextlib.suppress(RuntimeError):  # of one that was never started
                 thread.join()
@@ -118,27 +121,27 @@ def get_num_threads() -> int:
 
 def _settle() -> None:
     """End the threads of every change but the last."""
-    global _settled, _crew
+    global _settled, _pool
     change = _wanted[0]
-    for old in list(_crews):
+    for old in list(_pools):
         if old != _wanted[0]:
-            if (unwanted := _crews.get(old)) is not None:
+            if (unwanted := _pools.get(old)) is not None:
                 unwanted.end()
-            _crews.pop(old, None)
-    if _crew is not None and _crew.change != _wanted[0]:
-        _crew = None
+            _pools.pop(old, None)
+    if _pool is not None and _pool.change != _wanted[0]:
+        _pool = None
     _settled = change
 
 
 def _forget_after_fork() -> None:
     """A forked child has none of its parent's threads: start afresh."""
-    global _crews, _crew, _scratch
-    _crews, _crew, _scratch = {}, None, []
+    global _pools, _pool, _scratch
+    _pools, _pool, _scratch = {}, None, []
 
 
 def _end() -> None:
     """Threads must not be inside compiled code when the interpreter takes it down."""
-    for old in list(_crews.values()):
+    for old in list(_pools.values()):
         old.end()
 
 
@@ -147,20 +150,20 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_after_fork)
 
 
-def _mates() -> _Crew | None:
-    """The crew, its threads started; None with one thread."""
-    global _crew
+def _mates() -> _WorkerPool | None:
+    """The pool, its threads started; None with one thread."""
+    global _pool
     change, count = _wanted
     if _settled != change:
         _settle()
     if count == 1:
         return None
-    found = _crew
+    found = _pool
     if found is None or found.change != change:
-        found = _crew = _crews.setdefault(change, _Crew(change, count))
+        found = _pool = _pools.setdefault(change, _WorkerPool(change, count))
     if not found.started:
         found.start()
-        if change != _wanted[0]:  # since then, in another thread, which may not have seen this crew
+        if change != _wanted[0]:  # since then, in another thread, which may not have seen this pool
             _settle()
     return found
 
@@ -196,7 +199,9 @@ def give_back(array: NDArray[Any]) -> None:
 
 @functools.cache
 def _functions() -> NDArray[np.int64] | None:
-    """Where the functions of the C library and of Python are that edgeattn/runtime/worker_pool.py calls; None without one of them."""
+    """Where the functions of the C library and of Python are that edgeattn/runtime/worker_pool.py calls; None without
+    one of them.
+    """
     python = ctypes.pythonapi
     try:
         found = (ctypes.CDLL(None).clock_gettime, python.PyGILState_Ensure, python.PyErr_CheckSignals,
@@ -206,12 +211,15 @@ def _functions() -> NDArray[np.int64] | None:
     return np.array([ctypes.cast(function, ctypes.c_void_p).value for function in found], np.int64)
 
 
-def _long_board(board: NDArray[np.int64]) -> NDArray[np.int64] | None:
-    """The board of a call that signals may end, for the threads that serve `board`; None where they are not handled."""
+def _long_task_queue(task_queue: NDArray[np.int64]) -> NDArray[np.int64] | None:
+    """The task_queue of a call that signals may end, for the threads that serve `task_queue`; None where they are not
+    handled.
+    """
     if threading.get_ident() != threading.main_thread().ident or (functions := _functions()) is None:
         return None
     long = np.zeros(worker_pool.LONG_SIZE, np.int64)
-    long[worker_pool.CREW], long[worker_pool.CREW_SIZE], long[worker_pool.PAUSE] = board.ctypes.data, board.size, _LOOK
+    long[worker_pool.POOL], long[worker_pool.POOL_SIZE] = task_queue.ctypes.data, task_queue.size
+    long[worker_pool.PAUSE] = _LOOK
     long[worker_pool.FUNCTIONS:] = functions
     return long
 
@@ -233,7 +241,7 @@ def run(
     function: Callable[..., object], arguments: Iterable[object], dtype: DTypeLike, shared_size: int, private_size: int,
     work: int, jobs: int = 1,
 ) -> None:
-    """function(*arguments, scratch, board, count): alone if the work is small, else with up to `count` threads.
+    """function(*arguments, scratch, task_queue, count): alone if the work is small, else with up to `count` threads.
 
     The scratch holds `shared_size` elements for all threads and then `private_size` for each; both whole cache lines.
     A long call, of whose `work` each of `jobs` is an equal part, is cut finer, by a larger `count`, and what a signal's
@@ -245,11 +253,11 @@ def run(
         give_back(memory)
         return
     mates = _mates()
-    board, count = (_ALONE, 1) if mates is None else (mates.board, mates.count)
-    long = _long_board(board) if work >= LONG_WORK else None
+    task_queue, count = (_ALONE, 1) if mates is None else (mates.task_queue, mates.count)
+    long = _long_task_queue(task_queue) if work >= LONG_WORK else None
     memory = borrow(shared_size + count * private_size, dtype)
     if long is None:
-        function(*arguments, memory, board, count)
+        function(*arguments, memory, task_queue, count)
     else:
         function(*arguments, memory, long, max(count, min(work // jobs // (LONG_WORK // 2), MOST_PARTS)))
     give_back(memory)

@@ -4,7 +4,7 @@ The ceilings are what the assembler gave for sm_87 and sm_90 when they were writ
 is a reason to look, not to raise it. No kernel may spill, keep an array in memory, or multiply 64-bit integers more often
 than the last column says: an address is int32, and only gemmlowp's reciprocal, once per row, needs them.
 """
-from edgeattn.kernels.cuda import attention, elements, int8, linear, masks, merge, quantize, smooth
+from edgeattn.kernels.cuda import attention, elements, int8, key_mean, linear, masks, merge, quantize
 
 LIMITS = [
     # kernel, registers on sm_87 and sm_90, shared memory, 64-bit multiplications
@@ -32,7 +32,7 @@ LIMITS = [
     (attention.attention("tf32", 32, 32, "float32", "float32", False, "float32", True), (255, 255), 13824, 0),
     (elements.mean_of_heads(), (40, 40), 0, 0),
     (elements.gate(), (40, 40), 0, 0),
-    (smooth.smooth(), (48, 48), 512, 0),
+    (key_mean.smooth(), (48, 48), 512, 0),
     (masks.both(), (32, 32), 0, 0),
     (merge.merge("float32"), (48, 48), 0, 0),
     (linear.linear(True), (144, 144), 16384, 0),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgeattn.checks import check_out, deliver, flag, float_array, result_dtype
+from edgeattn.checks import check_out, flag, float_array, result_dtype, write_result
 from edgeattn.functional import checked_softcap
 from edgeattn.kv_cache import KVCache
 from edgeattn.masks import NO_WINDOW, Mask, resolve_mask
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     Pieces: TypeAlias = list[tuple[_Span, _Span]]
 
     class _Layer(LayerSizes, Protocol):
-        _query_name: str
+        query_name: str
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -64,13 +64,13 @@ class Call:
     cache: KVCache | None
     pieces: Pieces
 
-    def deliver(self, result: Float32s, weights: Float32s | None = None) -> Floats | tuple[Floats, Floats]:
+    def write_result(self, result: Float32s, weights: Float32s | None = None) -> Floats | tuple[Floats, Floats]:
         """What the caller gets, from result (B, L, Eo) and weights (B, H, L, S) or None, both float32."""
-        delivered = deliver(result.reshape(*self.lead, *result.shape[1:]), self.out, self.dtype)
+        delivered = write_result(result.reshape(*self.lead, *result.shape[1:]), self.out, self.dtype)
         if weights is None:
             return delivered
         weights = weights.reshape(*self.lead, *weights.shape[1:])
-        return delivered, deliver(weights.mean(axis=-3) if self.average else weights, None, self.dtype)
+        return delivered, write_result(weights.mean(axis=-3) if self.average else weights, None, self.dtype)
 
 
 def check_call(layer: _Layer, query: ArrayLike, key: ArrayLike | None, value: ArrayLike | None, *, softcap: Real,
@@ -142,7 +142,7 @@ def is_written_as_it_is(out: object, query: NDArray[Any], width: int, dtype: np.
                            and out.shape == (*query.shape[:-1], width))
 
 
-def room(out: NDArray[Any] | None, shape: Shape, dtype: np.dtype[Any], *read: object) -> NDArray[Any]:
+def output_buffer(out: NDArray[Any] | None, shape: Shape, dtype: np.dtype[Any], *read: object) -> NDArray[Any]:
     """An array (B, L, Eo) for the result: `out`, which the last check let pass, unless it may lie over what is read."""
     if out is None or any(_may_lie_over(x, out) for x in read):
         return np.empty(shape, dtype)
@@ -208,7 +208,7 @@ def check_inputs(layer: _Layer, query: ArrayLike, key: ArrayLike | None, value: 
     """The three inputs as float arrays of agreeing shapes."""
     if key is None and value is not None:
         raise ValueError("value needs key, got key=None; pass key=query to attend from query to itself")
-    first = layer._query_name
+    first = layer.query_name
     query = float_array(first, query)
     key = query if key is None else float_array("key", key)
     value = key if value is None else float_array("value", value)
@@ -218,7 +218,7 @@ def check_inputs(layer: _Layer, query: ArrayLike, key: ArrayLike | None, value: 
 
 def check_input_shapes(layer: _Layer, query: NDArray[Any], key: NDArray[Any], value: NDArray[Any]) -> None:
     """Raise unless the shapes of three inputs, arrays of any kind, fit the layer and each other."""
-    _check_shapes(layer._query_name, (layer.embed_dim, layer.kdim, layer.vdim), query.shape, key.shape, value.shape)
+    _check_shapes(layer.query_name, (layer.embed_dim, layer.kdim, layer.vdim), query.shape, key.shape, value.shape)
 
 
 @functools.lru_cache(256)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgeattn.checks import as_array, check_out, deliver, flag, float_array, result_dtype, to_float32
+from edgeattn.checks import as_array, check_out, flag, float_array, result_dtype, to_float32, write_result
 from edgeattn.files.checkpoints.tensors import Tensors, check_heads, check_source, read_named, times
 from edgeattn.files.paths import named
 from edgeattn.kv_cache import KVCache
@@ -237,7 +237,7 @@ class TransformerEncoder(Stored):
                 result, real = np.zeros(x.shape, np.float32), np.arange(x.shape[-2]) < np.asarray(lengths)[..., None]
                 if real.any():
                     result[real] = self.forward(CompiledOps(), to_float32(x)[real], sequences)
-        return deliver(result.reshape(x.shape), out, dtype)
+        return write_result(result.reshape(x.shape), out, dtype)
 
     @contextlib.contextmanager
     def prepared(self, lead: Shape, *, lengths: ArrayLike | None = None, kv_cache: Sequence[KVCache] | None = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from edgeattn.checks import check_out, deliver, float_array, result_dtype, to_float32
+from edgeattn.checks import check_out, float_array, result_dtype, to_float32, write_result
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -46,4 +46,4 @@ class TokenWise:
         shape, dtype = (*x.shape[:-1], self.outputs), result_dtype(x)
         check_out(out, shape, dtype)
         rows = self.forward(CompiledOps(), to_float32(x).reshape(math.prod(x.shape[:-1]), self.inputs))
-        return deliver(rows.reshape(shape), out, dtype)
+        return write_result(rows.reshape(shape), out, dtype)

@@ -44,13 +44,13 @@ _LONGEST = 1000  # characters of a text in JSON
 class Stored:
     """What is made of parts: its state, and that of copies and pickles, is what a file holds."""
 
-    def _to_state(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """(config, tensors): all that `_from_state` needs to build an equal one."""
+    def to_state(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(config, tensors): all that `from_state` needs to build an equal one."""
         tensors: dict[str, Any] = {}
         return arguments(self, "", tensors), tensors
 
     @classmethod
-    def _from_state(cls, config: Mapping[str, Any], tensors: Mapping[str, Any]) -> Self:
+    def from_state(cls, config: Mapping[str, Any], tensors: Mapping[str, Any]) -> Self:
         left = dict(tensors)
         try:
             made = cls(**keywords(config, left))
@@ -61,7 +61,7 @@ class Stored:
         return made
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self)._from_state, self._to_state()
+        return type(self).from_state, self.to_state()
 
 
 def pack(part: Any, name: str, tensors: dict[str, Any], seen: dict[int, str] | None = None) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from edgeattn.checks import deliver, flag, float_array, result_dtype, to_float32
+from edgeattn.checks import flag, float_array, result_dtype, to_float32, write_result
 from edgeattn.layers.embedding import PatchEmbedding
 from edgeattn.layers.encoder import TransformerEncoder
 from edgeattn.layers.state import Stored
@@ -79,7 +79,7 @@ class ImageEncoder(Stored):
         places = embedding.places(*size)
         with self.encoder.prepared((count, len(places))) as sequences:
             rows = self.forward(CompiledOps(), embedding.patches(images), places, count, sequences)
-        return deliver(rows.reshape(count, len(places), self.embed_dim), None, result_dtype(array))
+        return write_result(rows.reshape(count, len(places), self.embed_dim), None, result_dtype(array))
 
     def __repr__(self) -> str:
         return f"ImageEncoder(images of {self.embedding.image_size}, {self.encoder})"

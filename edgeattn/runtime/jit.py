@@ -131,7 +131,7 @@ def jit(function):
     return dispatcher
 
 
-def inlined(function):
+def inline(function):
     """Compile `function` only as a part of the kernels that call it, so that vectors and tiles stay in registers.
 
     It can make no array, and counts no references to those it is given, which its caller has. Python cannot call it.
@@ -139,7 +139,7 @@ def inlined(function):
     return _part(function, forceinline=True)
 
 
-def separate(function):
+def task(function):
     """Compile `function` as a part of the kernels that use it, but not into them: a job, called by its address.
 
     It can make no array, and counts no references to those it is given: the caller of `share` has them.
@@ -161,7 +161,7 @@ def compiled():
 _entries = {}  # (dispatcher, types): compiled function
 
 
-def entry(dispatcher, arguments, strided=0):
+def compiled_for(dispatcher, arguments, strided=0):
     """The compiled function of `dispatcher` for the types of `arguments`, to be called directly.
 
     Numba's dispatcher finds out the type of every argument on every call, which costs 12 microseconds for a kernel

@@ -1,12 +1,12 @@
 """Handing parts of a call to waiting threads, from inside compiled code.
 
 A hand-over through Python needs the interpreter's lock on both sides and a wake-up by the kernel: tens of microseconds,
-as long as a whole small layer. Here the threads of a crew wait in `serve`, compiled and without that lock, for the
-state word of a board to change; a caller posts a job there, and everybody, the caller too, claims its parts one by
+as long as a whole small layer. Here the threads of a pool wait in `serve`, compiled and without that lock, for the
+state word of a task_queue to change; a caller posts a job there, and everybody, the caller too, claims its parts one by
 one. A thread that is late finds nothing left: nobody waits for a thread that has not begun. One that has waited for
 long sleeps in the kernel, from where the next job's poster wakes it, still without the interpreter.
 
-A caller takes the crew for one job, and leaves it when that is done, in compiled code too: an exception of Python's,
+A caller takes the pool for one job, and leaves it when that is done, in compiled code too: an exception of Python's,
 which may come between any two of its steps, cannot come between these. Who finds it taken does all parts himself.
 """
 import os
@@ -20,25 +20,26 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from edgeattn.runtime.isa import ISA
-from edgeattn.runtime.jit import inlined, jit, separate
+from edgeattn.runtime.jit import inline, jit, task
 
-# Positions on a board, int64 elements; what different threads write lies on different cache lines.
-STATE, FINISHED, CODE, DATA, TAKEN, STOP, _BEDS = 0, 8, 16, 17, 18, 24, 32
-# Then a bed for each thread that serves: how it sleeps, its number in the kernel, a semaphore of the C library, the
+# Positions on a task_queue, int64 elements; what different threads write lies on different cache lines.
+STATE, FINISHED, CODE, DATA, TAKEN, STOP, _SLEEPERS = 0, 8, 16, 17, 18, 24, 32
+# Then a sleeper for each thread that serves: how it sleeps, its number in the kernel, a semaphore of the C library, the
 # processors it may use, those it is to wake on, and those it finds that it may use when awake.
-_SLEEP, _THREAD, _SEMAPHORE, _HOME, _AWAY, _FOUND, _BED_SIZE = 0, 1, 2, 8, 24, 40, 56
-_AWAKE, _ASLEEP, _ROUSED, _MOVED = 0, 1, 2, 3
+_SLEEP, _THREAD, _SEMAPHORE, _HOME, _AWAY, _FOUND, _SLEEPER_SIZE = 0, 1, 2, 8, 24, 40, 56
+_AWAKE, _ASLEEP, _WOKEN, _MOVED = 0, 1, 2, 3
 _MOST_PROCESSORS = 64 * (_AWAY - _HOME)
-# A long call that a signal may end brings a board of its own instead, shorter than any other: where that of the crew
-# is and its size (0 for no crew); whether a signal's handler has raised, and what (three pointers); when to look for
+# A long call that a signal may end brings a task_queue of its own instead, shorter than any other: where that of the
+# pool
+# is and its size (0 for no pool); whether a signal's handler has raised, and what (three pointers); when to look for
 # signals next and how long after that, in nanoseconds; a time; and where the functions are by which that is done.
-CREW, CREW_SIZE, RAISED, ERROR, _NEXT_LOOK, PAUSE, _TIME, FUNCTIONS = 0, 1, 2, 3, 6, 7, 8, 10
+POOL, POOL_SIZE, RAISED, ERROR, _NEXT_LOOK, PAUSE, _TIME, FUNCTIONS = 0, 1, 2, 3, 6, 7, 8, 10
 LONG_SIZE = FUNCTIONS + 5
 _READ_CLOCK, _ENSURE, _CHECK_SIGNALS, _FETCH, _RELEASE = range(FUNCTIONS, LONG_SIZE)
 _CLOCK = getattr(time, "CLOCK_MONOTONIC", 0)
 # The state word: generation, then the next part nobody has claimed, then the number of parts.
 _NEXT, _GENERATION, _FIELD = np.int64(20), np.int64(40), np.int64((1 << 20) - 1)
-PATIENCE = 4000 if ISA.x86 else 16000  # looks at the board before going to sleep: about 0.2 ms
+PATIENCE = 4000 if ISA.x86 else 16000  # looks at the task_queue before going to sleep: about 0.2 ms
 # A thread of ours may have lost its processor to the caller who waits for it. Any other gets a whole slice by a yield,
 # so that comes late: after about a millisecond.
 _SPINS_BEFORE_YIELD = 5 * PATIENCE
@@ -93,41 +94,41 @@ def call(typing, code, data, worker, part):
     return types.void(types.int64, types.int64, types.int64, types.int64), generate
 
 
-def _word(context, builder, board_type, board, at):
-    return builder.gep(context.make_array(board_type)(context, builder, board).data, [at])
+def _word(context, builder, board_type, task_queue, at):
+    return builder.gep(context.make_array(board_type)(context, builder, task_queue).data, [at])
 
 
 @intrinsic
-def read(typing, board, at):
-    """board[at], seeing all that was written before the `write` or `add` it reads from"""
+def read(typing, task_queue, at):
+    """task_queue[at], seeing all that was written before the `write` or `add` it reads from"""
     def generate(context, builder, sig, args):
         return builder.load_atomic(_word(context, builder, sig.args[0], *args), "acquire", 8)
-    return types.int64(board, types.intp), generate
+    return types.int64(task_queue, types.intp), generate
 
 
 @intrinsic
-def write(typing, board, at, value):
-    """board[at] = value, after all that was written before"""
+def write(typing, task_queue, at, value):
+    """task_queue[at] = value, after all that was written before"""
     def generate(context, builder, sig, args):
         builder.store_atomic(args[2], _word(context, builder, sig.args[0], *args[:2]), "release", 8)
-    return types.void(board, types.intp, types.int64), generate
+    return types.void(task_queue, types.intp, types.int64), generate
 
 
 @intrinsic
-def add(typing, board, at, value):
-    """board[at] += value in one step"""
+def add(typing, task_queue, at, value):
+    """task_queue[at] += value in one step"""
     def generate(context, builder, sig, args):
         builder.atomic_rmw("add", _word(context, builder, sig.args[0], *args[:2]), args[2], "acq_rel")
-    return types.void(board, types.intp, types.int64), generate
+    return types.void(task_queue, types.intp, types.int64), generate
 
 
 @intrinsic
-def exchange(typing, board, at, old, new):
-    """In one step: whether board[at] == old, and if so board[at] = new"""
+def exchange(typing, task_queue, at, old, new):
+    """In one step: whether task_queue[at] == old, and if so task_queue[at] = new"""
     def generate(context, builder, sig, args):
         both = builder.cmpxchg(_word(context, builder, sig.args[0], *args[:2]), args[2], args[3], "acq_rel", "acquire")
         return builder.extract_value(both, 1)
-    return types.boolean(board, types.intp, types.int64, types.int64), generate
+    return types.boolean(task_queue, types.intp, types.int64, types.int64), generate
 
 
 @intrinsic
@@ -162,27 +163,27 @@ def fence(typing):
 
 
 @intrinsic
-def address(typing, board, at):
-    """Where board[at] is."""
+def address(typing, task_queue, at):
+    """Where task_queue[at] is."""
     def generate(context, builder, sig, args):
         return builder.ptrtoint(_word(context, builder, sig.args[0], *args), _I64)
-    return types.int64(board, types.intp), generate
+    return types.int64(task_queue, types.intp), generate
 
 
 @intrinsic
-def board_at(typing, where, size):
-    """The board of `size` elements that lies at an address."""
-    board = types.Array(types.int64, 1, "C")
+def task_queue_at(typing, where, size):
+    """The task_queue of `size` elements that lies at an address."""
+    task_queue = types.Array(types.int64, 1, "C")
 
     def generate(context, builder, sig, args):
         from numba.np.arrayobj import populate_array  # brings what only compiling needs
 
-        array = context.make_array(board)(context, builder)
+        array = context.make_array(task_queue)(context, builder)
         item = ir.Constant(_I64, 8)
         populate_array(array, data=builder.inttoptr(args[0], array.data.type), shape=[args[1]], strides=[item],
                        itemsize=item, meminfo=None)
         return array._getvalue()
-    return board(types.int64, types.int64), generate
+    return task_queue(types.int64, types.int64), generate
 
 
 @intrinsic
@@ -195,165 +196,168 @@ def foreign(typing, function, arguments):
     return types.int32(types.int64, arguments), generate
 
 
-@inlined
-def claim(board):
+@inline
+def claim(task_queue):
     """The next part of the posted job, now this thread's to run; -1 if there is none."""
     while True:
-        state = read(board, STATE)
+        state = read(task_queue, STATE)
         part = (state >> _NEXT) & _FIELD
         if part >= (state & _FIELD):
             return np.int64(-1)
-        if exchange(board, STATE, state, state + (np.int64(1) << _NEXT)):
+        if exchange(task_queue, STATE, state, state + (np.int64(1) << _NEXT)):
             return part
 
 
-@separate
-def rouse(board):
-    """Wake those who sleep by the board, each on another processor than this thread's.
+@task
+def wake_all(task_queue):
+    """Wake those who sleep by the task_queue, each on another processor than this thread's.
 
     Left to itself Linux may wake a thread beside the one that wakes it; both busy, they share that processor for
     milliseconds. Awake, it may use its own processors again.
     """
     fence()
-    for bed in range(_BEDS, board.size, _BED_SIZE):
-        if read(board, bed + _SLEEP) != _ASLEEP or not exchange(board, bed + _SLEEP, _ASLEEP, _ROUSED):
+    for sleeper in range(_SLEEPERS, task_queue.size, _SLEEPER_SIZE):
+        if read(task_queue, sleeper + _SLEEP) != _ASLEEP or not exchange(task_queue, sleeper + _SLEEP, _ASLEEP, _WOKEN):
             continue
-        thread, size, others = board[bed + _THREAD], _MOST_PROCESSORS // 8, np.int64(0)
+        thread, size, others = task_queue[sleeper + _THREAD], _MOST_PROCESSORS // 8, np.int64(0)
         # A sandbox may forbid any of this: then the kernel's choice stands.
-        if _sched_getaffinity(thread, size, address(board, bed + _HOME)) == 0:
+        if _sched_getaffinity(thread, size, address(task_queue, sleeper + _HOME)) == 0:
             here = max(np.int64(_sched_getcpu()), np.int64(0))
             for i in range(_AWAY - _HOME):
                 here_too = np.int64(1) << here % 64 if i == here // 64 else np.int64(0)
-                board[bed + _AWAY + i] = board[bed + _HOME + i] & ~here_too
-                others |= board[bed + _AWAY + i]
-        moved = others != 0 and _sched_setaffinity(thread, size, address(board, bed + _AWAY)) == 0
-        write(board, bed + _SLEEP, _MOVED if moved else _AWAKE)
-        _sem_post(address(board, bed + _SEMAPHORE))
+                task_queue[sleeper + _AWAY + i] = task_queue[sleeper + _HOME + i] & ~here_too
+                others |= task_queue[sleeper + _AWAY + i]
+        moved = others != 0 and _sched_setaffinity(thread, size, address(task_queue, sleeper + _AWAY)) == 0
+        write(task_queue, sleeper + _SLEEP, _MOVED if moved else _AWAKE)
+        _sem_post(address(task_queue, sleeper + _SEMAPHORE))
 
 
-@inlined
-def sleep(board, bed):
-    """Sleep until roused; not if there is something to claim, or an end."""
-    write(board, bed + _SLEEP, _ASLEEP)
+@inline
+def sleep(task_queue, sleeper):
+    """Sleep until woken; not if there is something to claim, or an end."""
+    write(task_queue, sleeper + _SLEEP, _ASLEEP)
     fence()
-    state = read(board, STATE)
-    nothing = (state >> _NEXT) & _FIELD >= state & _FIELD and read(board, STOP) == 0
-    if not nothing and exchange(board, bed + _SLEEP, _ASLEEP, _AWAKE):
+    state = read(task_queue, STATE)
+    nothing = (state >> _NEXT) & _FIELD >= state & _FIELD and read(task_queue, STOP) == 0
+    if not nothing and exchange(task_queue, sleeper + _SLEEP, _ASLEEP, _AWAKE):
         return
-    while _sem_wait(address(board, bed + _SEMAPHORE)) != 0:  # a signal interrupts it
+    while _sem_wait(address(task_queue, sleeper + _SEMAPHORE)) != 0:  # a signal interrupts it
         pass
     size = _MOST_PROCESSORS // 8
-    if read(board, bed + _SLEEP) != _MOVED or _sched_getaffinity(0, size, address(board, bed + _FOUND)) != 0:
+    if read(task_queue, sleeper + _SLEEP) != _MOVED or _sched_getaffinity(0, size, address(task_queue,
+                                                                                           sleeper + _FOUND)) != 0:
         return
     for i in range(_AWAY - _HOME):
-        if board[bed + _FOUND + i] != board[bed + _AWAY + i]:
+        if task_queue[sleeper + _FOUND + i] != task_queue[sleeper + _AWAY + i]:
             return  # somebody else has chosen its processors since
-    _sched_setaffinity(0, size, address(board, bed + _HOME))
+    _sched_setaffinity(0, size, address(task_queue, sleeper + _HOME))
 
 
-@separate
-def raised(board):
-    """Whether a signal's handler has raised during a long call, `board` being that call's.
+@task
+def raised(task_queue):
+    """Whether a signal's handler has raised during a long call, `task_queue` being that call's.
 
     Python runs handlers on its main thread, between two steps of its own: while that is in a kernel, only here, where
     it is asked to now and then. What a handler raised is kept until the kernel has returned.
     """
-    foreign(board[_READ_CLOCK], (np.int64(_CLOCK), address(board, _TIME)))
-    now = board[_TIME] * np.int64(1_000_000_000) + board[_TIME + 1]
-    if now >= board[_NEXT_LOOK]:
-        lock = np.int64(foreign(board[_ENSURE], ()))
-        if foreign(board[_CHECK_SIGNALS], ()) != 0:
-            foreign(board[_FETCH], (address(board, ERROR), address(board, ERROR + 1), address(board, ERROR + 2)))
-            board[RAISED] = 1
-        foreign(board[_RELEASE], (lock,))
-        foreign(board[_READ_CLOCK], (np.int64(_CLOCK), address(board, _TIME)))
-        board[_NEXT_LOOK] = board[_TIME] * np.int64(1_000_000_000) + board[_TIME + 1] + board[PAUSE]
-    return board[RAISED] != 0
+    foreign(task_queue[_READ_CLOCK], (np.int64(_CLOCK), address(task_queue, _TIME)))
+    now = task_queue[_TIME] * np.int64(1_000_000_000) + task_queue[_TIME + 1]
+    if now >= task_queue[_NEXT_LOOK]:
+        lock = np.int64(foreign(task_queue[_ENSURE], ()))
+        if foreign(task_queue[_CHECK_SIGNALS], ()) != 0:
+            foreign(task_queue[_FETCH], (address(task_queue, ERROR), address(task_queue, ERROR + 1),
+                                         address(task_queue, ERROR + 2)))
+            task_queue[RAISED] = 1
+        foreign(task_queue[_RELEASE], (lock,))
+        foreign(task_queue[_READ_CLOCK], (np.int64(_CLOCK), address(task_queue, _TIME)))
+        task_queue[_NEXT_LOOK] = task_queue[_TIME] * np.int64(1_000_000_000) + task_queue[_TIME + 1] + task_queue[PAUSE]
+    return task_queue[RAISED] != 0
 
 
-@inlined
-def withdraw(board):
+@inline
+def withdraw(task_queue):
     """Claim every part of the posted job that nobody has, and count it as done."""
     while True:
-        state = read(board, STATE)
+        state = read(task_queue, STATE)
         part, parts = (state >> _NEXT) & _FIELD, state & _FIELD
         if part >= parts:
             return
-        if exchange(board, STATE, state, state + ((parts - part) << _NEXT)):
-            add(board, FINISHED, parts - part)
+        if exchange(task_queue, STATE, state, state + ((parts - part) << _NEXT)):
+            add(task_queue, FINISHED, parts - part)
             return
 
 
-@separate
-def hand_out(board, parts, code, data):
-    """The parts of a job, whose board is not empty."""
-    long = board.size == LONG_SIZE
-    if long and board[RAISED] != 0:
+@task
+def hand_out(task_queue, parts, code, data):
+    """The parts of a job, whose task_queue is not empty."""
+    long = task_queue.size == LONG_SIZE
+    if long and task_queue[RAISED] != 0:
         return
-    crew = board_at(board[CREW], board[CREW_SIZE]) if long else board
-    if crew.size == 0 or parts <= 1 or not exchange(crew, TAKEN, 0, 1):
+    pool = task_queue_at(task_queue[POOL], task_queue[POOL_SIZE]) if long else task_queue
+    if pool.size == 0 or parts <= 1 or not exchange(pool, TAKEN, 0, 1):
         for part in range(parts):
             call(code, data, 0, part)
-            if long and raised(board):
+            if long and raised(task_queue):
                 return
         return
-    crew[CODE], crew[DATA], crew[FINISHED] = code, data, 0
-    generation = (read(crew, STATE) >> _GENERATION) + 1
-    write(crew, STATE, (generation << _GENERATION) | parts)
+    pool[CODE], pool[DATA], pool[FINISHED] = code, data, 0
+    generation = (read(pool, STATE) >> _GENERATION) + 1
+    write(pool, STATE, (generation << _GENERATION) | parts)
     if CAN_SLEEP:
-        rouse(crew)
+        wake_all(pool)
     while True:
-        part = claim(crew)
+        part = claim(pool)
         if part < 0:
             break
         call(code, data, 0, part)
-        add(crew, FINISHED, 1)
-        if long and raised(board):
-            withdraw(crew)
+        add(pool, FINISHED, 1)
+        if long and raised(task_queue):
+            withdraw(pool)
     spins = 0
-    while read(crew, FINISHED) < parts:
+    while read(pool, FINISHED) < parts:
         relax()
         spins += 1
         if spins > _SPINS_BEFORE_YIELD:
             give_way()
-    write(crew, TAKEN, 0)
+    write(pool, TAKEN, 0)
 
 
-@inlined
-def share(board, parts, function, *arguments):
+@inline
+def parallel_for(task_queue, parts, function, *arguments):
     """function(*arguments, worker, part) for every part in range(parts); returns when all are done.
 
-    On this thread (worker 0) and those that serve the board; an empty board stands for this thread alone. When the call
+    On this thread (worker 0) and those that serve the task_queue; an empty task_queue stands for this thread alone.
+    When the call
     is a long one and a signal's handler has raised, parts are left out, of this job and those to come.
     """
     code, data = job(function, arguments)
-    if board.size == 0:
+    if task_queue.size == 0:
         for part in range(parts):
             call(code, data, 0, part)
     else:
-        hand_out(board, parts, code, data)
+        hand_out(task_queue, parts, code, data)
 
 
 @jit
-def serve(board, worker, thread, patience):
+def worker_loop(task_queue, worker, thread, patience):
     """Run parts of whatever is posted, until told to stop; sleep when nothing has come for `patience` looks.
 
     `thread` is this one's number in the operating system. False when told to stop, and at once where another thread is
     this worker; where compiled code cannot sleep, True instead of sleeping.
     """
-    bed = _BEDS + (worker - 1) * _BED_SIZE
-    if board[bed + _THREAD] != thread and not exchange(board, bed + _THREAD, 0, thread):
+    sleeper = _SLEEPERS + (worker - 1) * _SLEEPER_SIZE
+    if task_queue[sleeper + _THREAD] != thread and not exchange(task_queue, sleeper + _THREAD, 0, thread):
         return False
     if CAN_SLEEP:
-        _sem_init(address(board, bed + _SEMAPHORE), 0, 0)
+        _sem_init(address(task_queue, sleeper + _SEMAPHORE), 0, 0)
     idle = 0
     while True:
-        part = claim(board)
+        part = claim(task_queue)
         if part >= 0:
-            call(board[CODE], board[DATA], worker, part)
-            add(board, FINISHED, 1)
+            call(task_queue[CODE], task_queue[DATA], worker, part)
+            add(task_queue, FINISHED, 1)
             idle = 0
-        elif read(board, STOP) != 0:
+        elif read(task_queue, STOP) != 0:
             return False
         elif idle < patience:
             relax()
@@ -361,23 +365,23 @@ def serve(board, worker, thread, patience):
         elif not CAN_SLEEP:
             return True
         else:
-            sleep(board, bed)
+            sleep(task_queue, sleeper)
             idle = 0
 
 
 @jit
-def dismiss(board):
-    """Have those who serve a board end once they have done what they have begun."""
-    write(board, STOP, 1)
+def dismiss(task_queue):
+    """Have those who serve a task_queue end once they have done what they have begun."""
+    write(task_queue, STOP, 1)
     if CAN_SLEEP:
-        rouse(board)
+        wake_all(task_queue)
 
 
-def board_size(workers):
-    """Elements of a board that so many threads serve."""
-    return _BEDS + workers * _BED_SIZE
+def task_queue_size(workers):
+    """Elements of a task_queue that so many threads serve."""
+    return _SLEEPERS + workers * _SLEEPER_SIZE
 
 
-def is_served(board, worker):
+def is_served(task_queue, worker):
     """Whether a thread is the worker of that number."""
-    return board[_BEDS + (worker - 1) * _BED_SIZE + _THREAD] != 0
+    return task_queue[_SLEEPERS + (worker - 1) * _SLEEPER_SIZE + _THREAD] != 0

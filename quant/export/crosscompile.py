@@ -1,7 +1,8 @@
 """Machine code of Numba functions for another processor; nothing of it is run here.
 
 For a process of its own: every function compiled from then on, callees too, is code for the other machine, and calling
-one is a crash. Which instruction set the kernels are written for is `edgeattn.runtime.isa.use`'s business, before they are
+one is a crash. Which instruction set the kernels are written for is `edgeattn.runtime.isa.use`'s business, before they
+are
 imported.
 
 This leans on names that Numba keeps to itself: its code generator for ahead-of-time compilation, the context's slot

@@ -19,8 +19,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 # Whatever Numba compiles must keep its bytecode: only these are watched.
 WATCHED = [
     "edgeattn.bundle", "edgeattn.files.checkpoints", "edgeattn.files.npy", "edgeattn.quantized.score_ops",
-    "edgeattn.files.safetensors_file", "edgeattn.files.storage", "edgeattn.files.stored", "edgeattn.files.tensor_files", "edgeattn.files.tflite",
-    "edgeattn.files.tflite_file", "edgeattn.files.zip_members", "quant.calibrate", "quant.cli", "quant.describe", "zipfile"]
+    "edgeattn.files.safetensors_file", "edgeattn.files.storage", "edgeattn.files.stored",
+    "edgeattn.files.tensor_files", "edgeattn.files.tflite",
+    "edgeattn.files.tflite_file", "edgeattn.files.zip_members", "quant.calibrate", "quant.cli", "quant.describe",
+    "zipfile"]
 
 with atheris.instrument_imports(include=WATCHED):
     import readers

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from edgeattn.executors.cuda.known import OUT, RESULTS, Known, kinds
+from edgeattn.executors.cuda.call_cache import OUT, RESULTS, CallCache, provider
 from edgeattn.executors.cuda.masks import arrays_read, device_masks
 
 
@@ -11,7 +11,7 @@ def result_array(call, out, shape, dtype, inputs):
     from edgeattn.kernels.cuda.arrays import view
 
     if out is None:
-        made = kinds()(call.like).empty(shape, dtype, call.like)
+        made = provider()(call.like).empty(shape, dtype, call.like)
         return made, view("out", made)
     taken = call.view("out", out)
     if taken.dtype != dtype:
@@ -44,14 +44,14 @@ def numbers(**arrays):
                              "bytes; make it contiguous")
 
 
-_KNOWN = Known()  # its places: query, key, value, out, attn_mask, kv_lengths, alibi_slopes
+_CALLS = CallCache()  # its places: query, key, value, out, attn_mask, kv_lengths, alibi_slopes
 _PLACES = {"attn_mask": 4, "kv_lengths": 5, "alibi_slopes": 6}
 _WEIGHTS, _LSE = RESULTS, RESULTS + 1
 
 
-def again(arrays, options):
-    """`Known.again` of scaled_dot_product_attention."""
-    return _KNOWN.again(arrays, options)
+def replay(arrays, options):
+    """`CallCache.again` of scaled_dot_product_attention."""
+    return _CALLS.replay(arrays, options)
 
 
 def scaled_dot_product_attention(query, key, value, attn_mask, is_causal, causal_alignment, scale, softcap, window_size,
@@ -59,15 +59,15 @@ def scaled_dot_product_attention(query, key, value, attn_mask, is_causal, causal
                                  known_as):
     """`edgeattn.scaled_dot_product_attention` on the current stream; nothing waits, nothing is copied.
 
-    scale, which may be None, and softcap are checked; `check_shapes` takes the three Views; `known_as` is what `again`
+    scale, which may be None, and softcap are checked; `check_shapes` takes the three Views; `known_as` is what `replay`
     will be asked with.
     """
     from edgeattn.functional import default_scale
     from edgeattn.kernels.cuda import host
     from edgeattn.kernels.cuda.call import Call
-    from edgeattn.kernels.cuda.record import placed, take
+    from edgeattn.kernels.cuda.launch_graph import as_argument, capture
 
-    with Call("query", query) as call, take() as record:
+    with Call("query", query) as call, capture() as record:
         q, k, v = (call.view(name, x) for name, x in (("query", query), ("key", key), ("value", value)))
         numbers(query=q, key=k, value=v)
         if precision == "int8" and q.dtype != np.float32:
@@ -82,9 +82,10 @@ def scaled_dot_product_attention(query, key, value, attn_mask, is_causal, causal
         def four(array, count):
             return array.reshape(batch, count, *array.shape[-2:])
 
-        q, k, v = (placed(x, place) for place, x in enumerate((q, k, v)))
+        q, k, v = (as_argument(x, place) for place, x in enumerate((q, k, v)))
         masks = device_masks(
-            (*lead, heads, queries, keys), lambda name, array: placed(call.view(name, array), _PLACES[name]), attn_mask,
+            (*lead, heads, queries, keys), lambda name, array: as_argument(call.view(name, array), _PLACES[name]),
+            attn_mask,
             is_causal=is_causal, causal_alignment=causal_alignment, window_size=window_size, kv_lengths=kv_lengths,
             alibi_slopes=alibi_slopes)
         read = (q, k, v, *arrays_read(masks))
@@ -94,9 +95,9 @@ def scaled_dot_product_attention(query, key, value, attn_mask, is_causal, causal
                 (return_weights, None, (*q.shape[:-1], keys), q.dtype, ()),
                 (return_lse, None, q.shape[:-1], np.dtype(np.float32), ())) if is_wanted), strict=True)
         if any(array.size for array in made):
-            arrays = [four(q, heads), four(k, kv_heads), four(v, kv_heads), four(placed(made[0], OUT), heads)]
-            weights = four(placed(made[1], _WEIGHTS), heads) if return_weights else None
-            lse = placed(made[-1].reshape(batch, heads, queries), _LSE) if return_lse else None
+            arrays = [four(q, heads), four(k, kv_heads), four(v, kv_heads), four(as_argument(made[0], OUT), heads)]
+            weights = four(as_argument(made[1], _WEIGHTS), heads) if return_weights else None
+            lse = as_argument(made[-1].reshape(batch, heads, queries), _LSE) if return_lse else None
             where = dict(stream=call.stream, like=call.like)
             if precision == "int8" and keys and q.shape[-1]:
                 host.attend_int8(*arrays, scale, **where, **masks)
@@ -104,5 +105,5 @@ def scaled_dot_product_attention(query, key, value, attn_mask, is_causal, causal
                 host.attend(*arrays, scale, softcap, lse=lse, weights=weights, **where,
                             precision="float32" if precision == "int8" else precision, **masks)
     made_at = [OUT, *([_WEIGHTS] if return_weights else []), *([_LSE] if return_lse else [])]
-    _KNOWN.remember(*known_as, record, read, list(zip(made_at, made, strict=True)))
+    _CALLS.record(*known_as, record, read, list(zip(made_at, made, strict=True)))
     return results if len(results) > 1 else results[0]

@@ -66,9 +66,9 @@ class CacheOnCuda(KVCache):
                 raise TypeError(f"key must be float32 for a cache on CUDA, got dtype {k.dtype}; convert it")
             tokens = self._check_tokens(k, v)
             self._check_room(tokens)
-            self._used_by(call)
+            self.used_by(call)
             if tokens:
-                self.took(tokens, (k, v), call.stream, call.like)
+                self.append_device(tokens, (k, v), call.stream, call.like)
 
     def held(self) -> tuple[Float32s, Float32s]:
         """The tokens held as float32 NumPy copies: (B, Hkv, length - start, D) and (B, Hkv, length - start, Dv)."""
@@ -98,7 +98,7 @@ class CacheOnCuda(KVCache):
             heads, queries, position = self._check_query(q, position)
             softcap = checked_softcap(softcap)
             scale = default_scale(self.head_dim) if scale is None else number("scale", scale)
-            self._used_by(call)
+            self.used_by(call)
             where = dict(stream=call.stream, like=call.like)
             shape = (self.batch, heads, queries, self._length)
             masks = device_masks(shape, call.view, attn_mask, key_padding_mask, is_causal=is_causal,
@@ -108,10 +108,10 @@ class CacheOnCuda(KVCache):
             result, taken = result_array(call, out, (*q.shape[:3], self.value_dim), float32, (q, *arrays_read(masks)))
             weights, to = result_array(call, None, shape, float32, ()) if return_weights else (None, None)
             if taken.size or (to is not None and to.size):
-                self.see(q, taken, scale, (0, queries), softcap=softcap, weights=to, **where, **masks)
+                self.attend_device(q, taken, scale, (0, queries), softcap=softcap, weights=to, **where, **masks)
         return (result, weights) if return_weights else result
 
-    def _used_by(self, call):
+    def used_by(self, call):
         """Let a call come after the one before it; what reads the storage later comes after this one."""
         if call.device != self._device:
             raise ValueError(f"{call.name} must lie on the GPU of the cache, number {self._device}, got an array on "
@@ -120,6 +120,14 @@ class CacheOnCuda(KVCache):
             if array.stream != call.stream:
                 call.after(array.stream)
                 array.stream = call.stream
+
+    def within_window(self, window_size):
+        """`window_size` of a call within the cache's own."""
+        return self._narrow(window_size)
+
+    def pieces(self, queries, tokens, right):
+        """How a chunk of a call is taken in: (first, last) query and (first, last) token of each piece."""
+        return self._pieces(queries, tokens, right)
 
     # -- for kernels ---------------------------------------------------------------------------------------------------
 
@@ -157,7 +165,7 @@ class CacheOnCuda(KVCache):
             self._first, self._start, held = 0, self._length - kept, kept
         return self.slots(self._first + held, tokens)[:2]
 
-    def took(self, tokens, rows, stream, like):
+    def append_device(self, tokens, rows, stream, like):
         """Count tokens, whose keys and values (B, Hkv, tokens, size) are stored first; None where they are in place.
 
         int8 rows are codes by `scales`, as long as those of the storage.
@@ -177,9 +185,11 @@ class CacheOnCuda(KVCache):
                     store_rows(x, to, None, stream, up=to.strides[2], rule="fixed", factor=factor)
         self._length += tokens
 
-    def see(self, query, out, scale, rows, softcap=0.0, *, left, right, offset, at_end, keep=None, bias=None,
+    def attend_device(self, query, out, scale, rows, softcap=0.0, *, left, right, offset, at_end, keep=None, bias=None,
             **options):
-        """`edgeattn.kernels.cuda.host.attend` to all tokens held; masks of all positions, of queries rows[0] to rows[1] - 1."""
+        """`edgeattn.kernels.cuda.host.attend` to all tokens held; masks of all positions, of queries rows[0] to
+        rows[1] - 1.
+        """
         from edgeattn.kernels.cuda.host import attend, masks_part
 
         masks = masks_part(dict(left=left, right=right, offset=offset, at_end=at_end, keep=keep, bias=bias), rows,

@@ -1,15 +1,15 @@
 """Storing tokens in an int8 cache: every row by a scale of its own, the largest magnitude over 127."""
 import numpy as np
 
-from edgeattn.runtime.jit import entry, jit
+from edgeattn.runtime.jit import compiled_for, jit
 
 from .simd import (
     LANES,
     address_of,
     fma,
-    larger,
     load,
     max_lanes,
+    maximum,
     pointer_to,
     round_to_int,
     splat,
@@ -39,7 +39,7 @@ def store_rows(x, codes, scales):
                 best, poison = splat(_ZERO), splat(_ZERO)
                 for d in range(0, whole, LANES):
                     v = load(numbers, d)
-                    best = larger(larger(v, splat(_ZERO) - v), best)
+                    best = maximum(maximum(v, splat(_ZERO) - v), best)
                     poison = fma(v, splat(_ZERO), poison)
                 largest, unfit = max_lanes(best), sum_lanes(poison)
                 for d in range(whole, size):
@@ -76,5 +76,5 @@ def quantize_into(x, codes, scales):
     """
     global _run
     if _run is None:
-        _run = entry(store_rows, (x, codes, scales), strided=3)
+        _run = compiled_for(store_rows, (x, codes, scales), strided=3)
     _run(x, codes, scales)

@@ -6,8 +6,8 @@ the codes of the `new_tokens` last of these are computed first.
 """
 import numpy as np
 
-from edgeattn.runtime.jit import inlined, jit
-from edgeattn.runtime.worker_pool import separate, share
+from edgeattn.runtime.jit import inline, jit
+from edgeattn.runtime.worker_pool import parallel_for, task
 
 from . import fused_int8 as f
 from .fused import ATTENDING, portions
@@ -30,18 +30,18 @@ from .simd import (
 from .step_int8 import project_codes, step_part
 
 
-@inlined
+@inline
 def append_codes(row, tokens, size, padded, p, private, cache, at_cache):
     """Codes that `project_codes` left, to the heads' rows of a cache from at_cache on."""
     codes = private.view(np.int8)
     for h in range(p.heads):
         for t in range(tokens):
-            at, to = 4 * p.at_natural + t * row + h * padded, at_cache + (h * p.capacity + t) * size
+            at, to = 4 * p.at_row_major + t * row + h * padded, at_cache + (h * p.capacity + t) * size
             for d in range(size):
                 cache[to + d] = codes[at + d]
 
 
-@separate
+@task
 def append_part(table, project_rule, xk, xv, weights, parameters, keys, values, scratch, batch, portion, worker, part):
     """`portion` of one batch entry's new tokens, projected, to the cache; the table is there to stand first alone."""
     p = named(parameters, f.LAYER)
@@ -63,7 +63,7 @@ def append_part(table, project_rule, xk, xv, weights, parameters, keys, values, 
         matrix_release()
 
 
-@inlined
+@inline
 def copy_rows(source, size, count, out, out_row):
     """Bytes (count, size), side by side, to rows out_row apart; source and out are addresses."""
     if size == out_row:
@@ -78,7 +78,7 @@ def copy_rows(source, size, count, out, out_row):
             to[d] = bytes_[d]
 
 
-@inlined
+@inline
 def join_tokens(rows, at0, at1, at2, at3, count, out, to):
     """byte j of out[to + i] = rows[at + i], at the j-th of four positions, for i < count; rows of dtype uint8."""
     whole = count // LANES * LANES
@@ -92,7 +92,7 @@ def join_tokens(rows, at0, at1, at2, at3, count, out, to):
         out[to + i] = np.int32(low | (high << np.uint32(16)))
 
 
-@separate
+@task
 def arrange_part(parameters, keys, values, scratch, batch, portion, worker, part):
     """`portion` of one batch entry's tokens from the cache to shared scratch, as `layer_part` leaves what it projects.
 
@@ -103,7 +103,7 @@ def arrange_part(parameters, keys, values, scratch, batch, portion, worker, part
     shared = scratch[:p.shared_size]
     private = scratch[p.shared_size + worker * p.private_size:p.shared_size + (worker + 1) * p.private_size]
     H, D, Dv, Dp, Dvp, S = p.heads, p.head_size, p.value_size, p.padded_head, p.padded_value, p.keys
-    S_up, at_square = f.padded_keys(S), p.at_natural
+    S_up, at_square = f.padded_keys(S), p.at_row_major
     k_block, v_block = max(Dp, LANES), max(Dvp, LANES)
     k_step, v_step, v_row = S_up * k_block, S_up // 4 * v_block, round_up(S_up // 4, MATRIX_DEPTH)
     q_zero = f.zero_bytes(np.int32(p.zq))
@@ -135,8 +135,8 @@ def arrange_part(parameters, keys, values, scratch, batch, portion, worker, part
 
 @jit
 def cached_int8(project_rule, score_rule, context_rule, table, xq, xk, xv, out, weights, parameters, keep, classes,
-                tables, keys, values, scratch, board, count):
-    """A static layer with a cache on at most `count` threads that serve the board; what `layer_part` says, and:
+                tables, keys, values, scratch, task_queue, count):
+    """A static layer with a cache on at most `count` threads that serve the task_queue; what `layer_part` says, and:
 
     xk (B, new_tokens, Ek), xv (B, new_tokens, Ev), keys and values (of the cache): flat int8
     """
@@ -145,12 +145,15 @@ def cached_int8(project_rule, score_rule, context_rule, table, xq, xk, xv, out, 
     tokens, token_parts = portions(p.keys, f.TOKENS_TOGETHER, count)
     blocks, block_parts = portions((p.queries + WIDTH - 1) // WIDTH, 1, count)
     for batch in range(p.batch):
-        share(board, append_parts, append_part, table, project_rule, xk, xv, weights, parameters, keys, values, scratch,
+        parallel_for(task_queue, append_parts, append_part, table, project_rule, xk, xv, weights, parameters, keys,
+                     values, scratch,
               batch, some)
         if p.queries == 1 and keep.size == 0 and classes.size == 0 and p.band == 0:
-            share(board, 1, step_part, table, project_rule, score_rule, context_rule, xq, out, weights, parameters,
+            parallel_for(task_queue, 1, step_part, table, project_rule, score_rule, context_rule, xq, out, weights,
+                         parameters,
                   classes, tables, keys, values, scratch, batch)
             continue
-        share(board, token_parts, arrange_part, parameters, keys, values, scratch, batch, tokens)
-        share(board, block_parts, f.layer_part, table, project_rule, score_rule, context_rule, xq, xk, xv, out, weights,
+        parallel_for(task_queue, token_parts, arrange_part, parameters, keys, values, scratch, batch, tokens)
+        parallel_for(task_queue, block_parts, f.layer_part, table, project_rule, score_rule, context_rule, xq, xk, xv,
+                     out, weights,
               parameters, keep, classes, tables, scratch, batch, ATTENDING, blocks)

@@ -4,7 +4,7 @@ import functools
 import numpy as np
 
 from edgeattn import threads
-from edgeattn.runtime.jit import entry
+from edgeattn.runtime.jit import compiled_for
 
 from . import decode_float32, decode_int8
 from .decode_blocks import BLOCK
@@ -54,7 +54,7 @@ def decode(q, k, v, out, scale, softcap=0.0, lengths=None, k_scale=None, v_scale
     arguments = (q, k, v, out, *scales, scale, softcap, _NO_LENGTHS if lengths is None else lengths, private)
     run = _runs.get(kernels)
     if run is None:
-        run = _runs[kernels] = entry(
+        run = _runs[kernels] = compiled_for(
             kernels.decode, (*arguments, np.zeros(1, np.float32), np.zeros(1, np.int64), 1), strided=4 + len(scales))
     threads.run(run, arguments, np.float32, shared, private, 8 * B * H * S * (D + Dv))
     return out

@@ -8,11 +8,11 @@ all threads share.  A block's context is divided by its sum, so that no number i
 import numpy as np
 from numba.extending import register_jitable
 
-from edgeattn.runtime.jit import inlined
+from edgeattn.runtime.jit import inline
 
 from .fused import steps_of
 from .records import named, record
-from .simd import LANES, address_of, first_lane, larger, load, max_lanes, pointer_to, splat, store
+from .simd import LANES, address_of, first_lane, load, max_lanes, maximum, pointer_to, splat, store
 from .softmax import LOG2_E, exp2, tanh
 
 BLOCK = 128  # keys
@@ -47,13 +47,13 @@ def parameters_of(q, k, v, out, result_row, private):
     return parameters
 
 
-@inlined
+@inline
 def keys_of(p, lengths, batch):
     """How many keys a batch entry has."""
     return p.keys if lengths.size == 0 else min(max(lengths[batch], 0), p.keys)
 
 
-@inlined
+@inline
 def take_queries(p, item, scale, softcap, private, at_q, q_row):
     """private[at_q + g q_row + d] = query g of the item times what makes its scores exponents of 2; then zeros."""
     G = p.heads // p.kv_heads
@@ -68,7 +68,7 @@ def take_queries(p, item, scale, softcap, private, at_q, q_row):
             private[at_q + g * q_row + d] = _ZERO
 
 
-@inlined
+@inline
 def cap_and_maximum(private, at, count, softcap):
     """Cap the `count` scores at private[at] and lower those up to the next whole vector to -inf; their maximum.
 
@@ -82,17 +82,17 @@ def cap_and_maximum(private, at, count, softcap):
         private[at + s] = _MINUS_INFINITY
     best = splat(_LOWEST)
     for s in range(0, count_up, LANES):
-        best = larger(load(private, at + s), best)
+        best = maximum(load(private, at + s), best)
     return max_lanes(best)
 
 
-@inlined
+@inline
 def inverse_of(total):
     """1 / total; 0 where no key had a weight."""
     return _ONE / total if total != _ZERO else _ZERO
 
 
-@inlined
+@inline
 def join_blocks(parameters, out, lengths, results, feature_of):
     """out (B, H, Dv) = the softmax over all blocks; feature_of(position) says what a context's element is."""
     p = named(parameters, DECODE)

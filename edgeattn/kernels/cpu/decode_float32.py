@@ -4,8 +4,8 @@ Letters as in decode_blocks.  Keys stay rows: scores are dot products along D, s
 """
 import numpy as np
 
-from edgeattn.runtime.jit import inlined, jit
-from edgeattn.runtime.worker_pool import separate, share
+from edgeattn.runtime.jit import inline, jit
+from edgeattn.runtime.worker_pool import parallel_for, task
 
 from .decode_blocks import (
     BLOCK,
@@ -24,8 +24,8 @@ from .simd import (
     ROWS,
     address_of,
     load,
+    outer_product,
     pointer_to,
-    rank_one,
     splat,
     store,
     sum_lanes,
@@ -49,7 +49,7 @@ CHUNK = LANES  # what a row of context is rounded up to
 _ZERO = np.float32(0)
 
 
-@inlined
+@inline
 def add_dots(tile, keys, at_k, k_row, q, at_q, q_row, D):
     """tile[i][j][l] += the products of key i and query j whose place along D is l modulo LANES"""
     whole = D // LANES * LANES
@@ -60,7 +60,7 @@ def add_dots(tile, keys, at_k, k_row, q, at_q, q_row, D):
     return tile
 
 
-@inlined
+@inline
 def score_block(keys, at_k, k_row, count, D, G, private, at_q, q_row, at_sums, at_scores):
     """private[at_scores + g BLOCK + s] = query g . key s, for `count` keys; at_sums: LANES QUERIES of scratch."""
     whole = count // LANES * LANES
@@ -90,7 +90,7 @@ def score_block(keys, at_k, k_row, count, D, G, private, at_q, q_row, at_sums, a
             private[at_scores + g * BLOCK + s] = sum_lanes(tile_get(tile, 0, 0))
 
 
-@inlined
+@inline
 def add_weighted(tile, chains, values, at_v, v_row, weights, at, count, out, to):
     """out[to + d] += sum over s of weights[at + s] v[s][d], in `chains` chains; returns the first s left"""
     last = count // chains * chains
@@ -100,7 +100,7 @@ def add_weighted(tile, chains, values, at_v, v_row, weights, at, count, out, to)
     return last
 
 
-@inlined
+@inline
 def context_of_one(values, at_v, v_row, count, Dv, weights, at, out, to, from_d):
     """out[to + d] += sum over s of weights[at + s] v[s][d], d from from_d on."""
     d = from_d
@@ -125,7 +125,7 @@ def context_of_one(values, at_v, v_row, count, Dv, weights, at, out, to, from_d)
             d += LANES
 
 
-@inlined
+@inline
 def context_block(values, at_v, v_row, count, Dv, Dv_up, G, weights, at_weights, out, to):
     """out[to + g Dv_up + d] = sum over s of weights[at_weights + g BLOCK + s] v[s][d]"""
     wide = Dv // (4 * LANES) * 4 * LANES
@@ -134,7 +134,7 @@ def context_block(values, at_v, v_row, count, Dv, Dv_up, G, weights, at_weights,
         for d in range(0, wide, 4 * LANES):
             tile = tile_zero(QUERIES, 4, out)
             for s in range(count):
-                tile = rank_one(tile, weights, at_weights + g * BLOCK + s, BLOCK, values, at_v + s * v_row + d)
+                tile = outer_product(tile, weights, at_weights + g * BLOCK + s, BLOCK, values, at_v + s * v_row + d)
             tile_store(tile, out, to + g * Dv_up + d, Dv_up, LANES)
         g += QUERIES
     for one in range(G):
@@ -144,13 +144,13 @@ def context_block(values, at_v, v_row, count, Dv, Dv_up, G, weights, at_weights,
         context_of_one(values, at_v, v_row, count, Dv, weights, at_weights + one * BLOCK, out, to + one * Dv_up, from_d)
 
 
-@inlined
+@inline
 def private_sizes(G, D, Dv):
     """Elements of a thread's arrays: queries, scores, sums of products."""
     return G * ((D + CHUNK - 1) // CHUNK * CHUNK), G * BLOCK, QUERIES * FOLDS * LANES
 
 
-@separate
+@task
 def decode_part(parameters, scale, softcap, lengths, scratch, portion, worker, part):
     """`portion` blocks of keys of `decode`."""
     p = named(parameters, DECODE)
@@ -197,17 +197,18 @@ def decode_part(parameters, scale, softcap, lengths, scratch, portion, worker, p
                       at_scores, results, to)
 
 
-@inlined
+@inline
 def in_order(position):
     """A context's elements lie as the features do."""
     return position
 
 
 @jit
-def decode(q, k, v, out, scale, softcap, lengths, private, scratch, board, count):
-    """See `decode.decode`; on at most `count` threads that serve the board."""
+def decode(q, k, v, out, scale, softcap, lengths, private, scratch, task_queue, count):
+    """See `decode.decode`; on at most `count` threads that serve the task_queue."""
     parameters = parameters_of(q, k, v, out, (v.shape[3] + CHUNK - 1) // CHUNK * CHUNK, private)
     p = named(parameters, DECODE)
     portion, parts = portions(p.batch * p.kv_heads * p.blocks, 1, count)
-    share(board, parts, decode_part, parameters, np.float32(scale), np.float32(softcap), lengths, scratch, portion)
+    parallel_for(task_queue, parts, decode_part, parameters, np.float32(scale), np.float32(softcap), lengths, scratch,
+                 portion)
     join_blocks(parameters, pointer_to(p.out, scratch), lengths, pointer_to(address_of(scratch), scratch), in_order)

@@ -7,8 +7,8 @@ order.  The matrix unit takes 16 rows of digits at once.
 """
 import numpy as np
 
-from edgeattn.runtime.jit import inlined, jit
-from edgeattn.runtime.worker_pool import separate, share
+from edgeattn.runtime.jit import inline, jit
+from edgeattn.runtime.worker_pool import parallel_for, task
 
 from .decode_blocks import (
     BLOCK,
@@ -37,7 +37,6 @@ from .simd import (
     fma,
     gather_byte,
     interleave_rows,
-    larger,
     load,
     matrix_configure,
     matrix_dot_signed,
@@ -46,6 +45,7 @@ from .simd import (
     matrix_store,
     matrix_zero,
     max_lanes,
+    maximum,
     pointer_to,
     round_to_int,
     splat,
@@ -74,24 +74,24 @@ _LOWEST = np.finfo(np.float32).min
 _MINUS_INFINITY = np.float32(-np.inf)
 
 
-@inlined
+@inline
 def largest_of(private, at, size):
     """The largest magnitude in private[at : at + size], and zero, or NaN where a number is not finite."""
     best, poison = splat(_ZERO), splat(_ZERO)
     for i in range(0, size, LANES):
         v = load(private, at + i)
-        best = larger(larger(v, splat(_ZERO) - v), best)
+        best = maximum(maximum(v, splat(_ZERO) - v), best)
         poison = fma(v, splat(_ZERO), poison)
     return max_lanes(best), sum_lanes(poison)
 
 
-@inlined
+@inline
 def digits_of(private, at, inverse):
     """Numbers over a unit to whole ones, and those to three digits that are bytes with a sign."""
     return (round_to_int(load(private, at) * inverse) + splat(_BIAS)) ^ splat(_BIAS)
 
 
-@inlined
+@inline
 def write_digits(private, at, size, largest, rows, to, row_step, corrections, at_correction):
     """The three digits of private[at : at + size], lowest first, as rows of four bytes; what a unit of them is worth.
 
@@ -101,7 +101,7 @@ def write_digits(private, at, size, largest, rows, to, row_step, corrections, at
     """
     # _MOST units or a little less are the largest number; a unit of few bits makes the products with it nearly exact
     fine = bits_of(splat(largest / _MOST))
-    unit = larger(float_of_bits((fine + splat(_FINE)) & splat(_COARSE)), splat(_SMALLEST))
+    unit = maximum(float_of_bits((fine + splat(_FINE)) & splat(_COARSE)), splat(_SMALLEST))
     inverse = splat(_ONE) / unit
     sums0, sums1, sums2 = splat(np.int32(0)), splat(np.int32(0)), splat(np.int32(0))
     flips = splat(np.int32(_FLIP))
@@ -127,7 +127,7 @@ def write_digits(private, at, size, largest, rows, to, row_step, corrections, at
     return first_lane(unit)
 
 
-@inlined
+@inline
 def readable(rows, at, row, size, left, copy):
     """(address, distance) of LANES rows that may be read to the end of their last chunk: in place or copied.
 
@@ -143,7 +143,7 @@ def readable(rows, at, row, size, left, copy):
     return copy, size_up
 
 
-@inlined
+@inline
 def key_panels(keys, row, size, count, left, deep, panels, copy):
     """`count` keys as panels (keys / WIDTH, deep, WIDTH) of four features, their highest bits flipped.
 
@@ -159,7 +159,7 @@ def key_panels(keys, row, size, count, left, deep, panels, copy):
                     store(panels, to + i * WIDTH, load(panels, to + i * WIDTH) ^ splat(_FLIP))
 
 
-@inlined
+@inline
 def value_panels(values, row, size, count, left, panels, copy):
     """`count` values as panels (positions / WIDTH, QUADS, WIDTH) of four keys; otherwise as `key_panels`."""
     for s in range(0, count, LANES):
@@ -171,7 +171,7 @@ def value_panels(values, row, size, count, left, panels, copy):
                                 QUADS * WIDTH)
 
 
-@inlined
+@inline
 def products(rows, digits, at_digits, row_step, panels, panel_step, count, depth4, out, out_row):
     """out[r out_row + l] = row r of digits, bytes, times column l of panels (depth4, WIDTH), l < count or more."""
     for column in range(0, count, WIDTH):
@@ -201,7 +201,7 @@ def products(rows, digits, at_digits, row_step, panels, panel_step, count, depth
                 tile_store(found, out, r * out_row + column, out_row, LANES)
 
 
-@inlined
+@inline
 def join_digits(sums, at, row, corrections, at_correction):
     """The LANES numbers whose digits' sums lie at `at`, rows `row` apart, lowest first."""
     low, middle, high = load(sums, at), load(sums, at + row), load(sums, at + 2 * row)
@@ -212,7 +212,7 @@ def join_digits(sums, at, row, corrections, at_correction):
     return fma(to_float(high), splat(_SQUARE), fma(to_float(middle), splat(_BASE), to_float(low)))
 
 
-@inlined
+@inline
 def take_scales(scales, at, step, count, size, out, to):
     """out[to + s] = scales[at + s], or where step is 0 the one scale there is; zeros from the count-th to the size-th.
 
@@ -230,7 +230,7 @@ def take_scales(scales, at, step, count, size, out, to):
     return sum_lanes(poison)
 
 
-@inlined
+@inline
 def private_sizes(G, D, Dv):
     """32-bit elements of a thread's arrays.
 
@@ -244,7 +244,7 @@ def private_sizes(G, D, Dv):
             3 * BLOCK, max(deep * BLOCK, Dv_up * QUADS), LANES * max(D_up, Dv_up) // 4, rows * max(BLOCK, Dv_up))
 
 
-@separate
+@task
 def decode_part(parameters, scale, softcap, lengths, scratch, portion, worker, part):
     """`portion` blocks of keys of `decode`."""
     p = named(parameters, DECODE)
@@ -308,7 +308,7 @@ def decode_part(parameters, scale, softcap, lengths, scratch, portion, worker, p
                 dots = join_digits(sums, DIGITS * at + s, BLOCK, corrections, DIGITS * g)
                 score = fma(dots, unit * load(own_scales, of_keys + s), load(own_scales, absent + s))
                 store(scores, at + s, score)
-                best = larger(score, best)
+                best = maximum(score, best)
             units[2 * G + g] = max_lanes(best) if softcap == _ZERO else cap_and_maximum(scores, at, count, softcap)
         for g in range(G):
             at, m = g * BLOCK, splat(units[2 * G + g])
@@ -318,7 +318,7 @@ def decode_part(parameters, scale, softcap, lengths, scratch, portion, worker, p
                 weight = e * load(own_scales, of_values + s)
                 store(scores, at + s, weight)
                 total = total + e
-                largest = larger(weight, largest)
+                largest = maximum(weight, largest)
             results[to + G * Dv_up + g], results[to + G * (Dv_up + 1) + g] = units[2 * G + g], sum_lanes(total)
             units[G + g] = max_lanes(largest)
         for g in range(G):
@@ -337,7 +337,7 @@ def decode_part(parameters, scale, softcap, lengths, scratch, portion, worker, p
         matrix_release()
 
 
-@inlined
+@inline
 def interleaved(position):
     """The feature at a position of a context: see `interleave_rows`."""
     chunk, rest = position // CHUNK, position % CHUNK
@@ -346,14 +346,15 @@ def interleaved(position):
 
 
 @jit
-def decode(q, k, v, out, k_scale, v_scale, scale, softcap, lengths, private, scratch, board, count):
-    """See `decode.decode`; on at most `count` threads that serve the board."""
+def decode(q, k, v, out, k_scale, v_scale, scale, softcap, lengths, private, scratch, task_queue, count):
+    """See `decode.decode`; on at most `count` threads that serve the task_queue."""
     parameters = parameters_of(q, k, v, out, (v.shape[3] + CHUNK - 1) // CHUNK * CHUNK, private)
     p = named(parameters, DECODE)
     p.k_scale, p.v_scale = address_of(k_scale), address_of(v_scale)
     p.k_scale_b, p.k_scale_h, p.k_scale_s = steps_of(k_scale)
     p.v_scale_b, p.v_scale_h, p.v_scale_s = steps_of(v_scale)
     portion, parts = portions(p.batch * p.kv_heads * p.blocks, 1, count)
-    share(board, parts, decode_part, parameters, np.float32(scale), np.float32(softcap), lengths, scratch, portion)
+    parallel_for(task_queue, parts, decode_part, parameters, np.float32(scale), np.float32(softcap), lengths, scratch,
+                 portion)
     join_blocks(parameters, pointer_to(p.out, np.float32), lengths, pointer_to(address_of(scratch), np.float32),
                 interleaved)

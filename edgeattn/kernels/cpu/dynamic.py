@@ -18,7 +18,7 @@ one rounding, results are equal bit for bit.
 """
 import numpy as np
 
-from edgeattn.runtime.jit import inlined
+from edgeattn.runtime.jit import inline
 
 from .fused import mask_scores
 from .matmul import MATRIX, MATRIX_DEPTH, lane_product
@@ -34,9 +34,9 @@ from .simd import (
     fma,
     join_bytes,
     lane_index,
-    larger,
     load,
     max_lanes,
+    maximum,
     pack_bytes,
     round_to_int,
     select,
@@ -81,26 +81,26 @@ _SMALLEST_UNIT, _EXPONENT = np.float32(2.0**-80), np.int32(0x7F800000)
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 
 
-@inlined
-def larger_bits(v, best):
+@inline
+def maximum_bits(v, best):
     """max(|v|, best) as bits of float32, where NaN is largest and then infinity."""
-    return larger(bits_of(v) & splat(_MAGNITUDE), best)
+    return maximum(bits_of(v) & splat(_MAGNITUDE), best)
 
 
-@inlined
+@inline
 def scale_of(largest):
     """The scale of a token whose largest magnitude is `largest`; NaN where that is not finite."""
     return select(largest < splat(_INFINITY), largest * splat(np.float32(1 / 127)), splat(_NAN))
 
 
-@inlined
+@inline
 def inverse_of(largest):
     """What a token is multiplied by to become codes within +-127."""
     inverse = splat(_LARGEST) / largest
     return select(inverse < splat(_LARGEST_FLOAT), inverse, splat(_LARGEST_FLOAT))
 
 
-@inlined
+@inline
 def join_row(x, at, depth, inverse, flip, out, at_out):
     """`depth` numbers, a multiple of STEP, as bytes."""
     for e in range(0, depth, STEP):
@@ -111,33 +111,33 @@ def join_row(x, at, depth, inverse, flip, out, at_out):
         store(out, at_out + e // 4, join_bytes(c0, c1, c2, c3) ^ splat(flip))
 
 
-@inlined
+@inline
 def largest_of_row(x, at, depth):
     """Bits of the largest magnitude of `depth` numbers, a multiple of STEP."""
     nothing = splat(np.int32(0))
     b0, b1, b2, b3 = nothing, nothing, nothing, nothing
     for e in range(0, depth, STEP):
-        b0 = larger_bits(load(x, at + e), b0)
-        b1 = larger_bits(load(x, at + e + LANES), b1)
-        b2 = larger_bits(load(x, at + e + 2 * LANES), b2)
-        b3 = larger_bits(load(x, at + e + 3 * LANES), b3)
-    return max_lanes(larger(larger(b0, b1), larger(b2, b3)))
+        b0 = maximum_bits(load(x, at + e), b0)
+        b1 = maximum_bits(load(x, at + e + LANES), b1)
+        b2 = maximum_bits(load(x, at + e + 2 * LANES), b2)
+        b3 = maximum_bits(load(x, at + e + 3 * LANES), b3)
+    return max_lanes(maximum(maximum(b0, b1), maximum(b2, b3)))
 
 
-@inlined
+@inline
 def copy_tail(x, at, whole, E, tail, at_tail):
     """tail (STEP,) = x[whole:E] and zeros."""
     for i in range(STEP):
         tail[at_tail + i] = x[at + whole + i] if whole + i < E else _ZERO
 
 
-@inlined
+@inline
 def depth_groups(E):
     """Groups of four bytes that E numbers of a token take, E counted up to a multiple of STEP."""
     return (E + STEP - 1) // STEP * (STEP // 4)
 
 
-@inlined
+@inline
 def quantize_rows(x, at, E, tokens, rows, flip, out, at_out, scales, at_scales, private, private_f, at_inverse,
                   at_tail):
     """`tokens` rows of x to bytes (rows, depth_groups(E)) in the order of `join_bytes`, and their scales; others are 0.
@@ -168,7 +168,7 @@ def quantize_rows(x, at, E, tokens, rows, flip, out, at_out, scales, at_scales, 
         store(out, i, splat(flip))
 
 
-@inlined
+@inline
 def turn(source, at, rows, columns, target, at_target):
     """target (columns, rows) = source (rows, columns)^T, 32-bit elements, both multiples of LANES."""
     for j in range(0, columns, LANES):
@@ -176,20 +176,20 @@ def turn(source, at, rows, columns, target, at_target):
             transpose_block(source, at + i * columns + j, columns, target, at_target + j * rows + i, rows)
 
 
-@inlined
+@inline
 def largest_rows(x, at, rows):
     """Largest magnitude per lane of x (rows, W), rows a multiple of 4; NaN where there is one."""
     nothing = splat(np.int32(0))
     b0, b1, b2, b3 = nothing, nothing, nothing, nothing
     for i in range(at, at + rows * WIDTH, 4 * WIDTH):
-        b0 = larger_bits(load(x, i), b0)
-        b1 = larger_bits(load(x, i + WIDTH), b1)
-        b2 = larger_bits(load(x, i + 2 * WIDTH), b2)
-        b3 = larger_bits(load(x, i + 3 * WIDTH), b3)
-    return float_of_bits(larger(larger(b0, b1), larger(b2, b3)))
+        b0 = maximum_bits(load(x, i), b0)
+        b1 = maximum_bits(load(x, i + WIDTH), b1)
+        b2 = maximum_bits(load(x, i + 2 * WIDTH), b2)
+        b3 = maximum_bits(load(x, i + 3 * WIDTH), b3)
+    return float_of_bits(maximum(maximum(b0, b1), maximum(b2, b3)))
 
 
-@inlined
+@inline
 def pack_rows(x, at, rows, inverse, flip, out, at_out):
     """x (rows, W) times `inverse` as bytes, four rows to a lane: out (rows / 4, W); the sum of the codes per lane."""
     total = splat(np.int32(0))
@@ -205,7 +205,7 @@ def pack_rows(x, at, rows, inverse, flip, out, at_out):
     return total
 
 
-@inlined
+@inline
 def quantize_queries(x, at, rows, out, at_out, scales, at_scales):
     """x (rows, W) to bytes (rows / 4, W), plus SHIFT, and the scale of each lane."""
     for c in range(0, WIDTH, LANES):
@@ -214,7 +214,7 @@ def quantize_queries(x, at, rows, out, at_out, scales, at_scales):
         pack_rows(x, at + c, rows, inverse_of(largest), FLIP, out, at_out + c)
 
 
-@inlined
+@inline
 def quantize_keys(x, at, rows, out, at_out, scales, at_scales, terms, at_terms):
     """x (rows, W) to bytes (rows / 4, W), the scale of each lane, and what SHIFT adds to a product with it, negated."""
     for c in range(0, WIDTH, LANES):
@@ -225,7 +225,7 @@ def quantize_keys(x, at, rows, out, at_out, scales, at_scales, terms, at_terms):
             store(terms, at_terms + c, total * splat(np.int32(-SHIFT)))
 
 
-@inlined
+@inline
 def unit_of(sizes, at, seen, at_seen):
     """The power of two up to which the largest of a block's sizes (TOKENS,) that are seen, and finite, goes; 1 of none.
 
@@ -241,7 +241,7 @@ def unit_of(sizes, at, seen, at_seen):
     return first_lane(unit) if best > _ZERO else _ONE
 
 
-@inlined
+@inline
 def quantize_values(x, at, rows, unit, out, at_out, row_bytes, logs, at_logs, inverses, at_inverses):
     """x (rows, W) to rows of bytes, row_bytes apart, and the scale of each lane: its base-2 logarithm and inverse.
 
@@ -263,7 +263,7 @@ def quantize_values(x, at, rows, unit, out, at_out, row_bytes, logs, at_logs, in
             store_bytes(out, at_out + d * row_bytes + c, codes)
 
 
-@inlined
+@inline
 def mark_seen(seen, at, first, keys, keep, at_keep, keep_head, keep_row, keep_key, bias, at_bias, bias_head, bias_row,
               bias_key, heads, queries, band, low_edge, high_edge):
     """seen (TOKENS,) = whether any query of any head may see key first + s of `keys`; how many are seen."""
@@ -293,7 +293,7 @@ def mark_seen(seen, at, first, keys, keep, at_keep, keep_head, keep_row, keep_ke
     return count
 
 
-@inlined
+@inline
 def choose_block(seen, at, keys, keep, at_keep, keep_head, keep_row, keep_key, bias, at_bias, bias_head, bias_row,
                  bias_key, heads, queries, band, low_edge, high_edge):
     """The block of TOKENS keys whose mean is left out, and seen (TOKENS,): which of its keys `mark_seen` marks.
@@ -312,7 +312,7 @@ def choose_block(seen, at, keys, keep, at_keep, keep_head, keep_row, keep_key, b
     return best
 
 
-@inlined
+@inline
 def weigh_tokens(weights, at, seen, at_seen):
     """weights (TOKENS,), magnitudes of a block's keys, to their parts in a mean: alike in units of those magnitudes.
 
@@ -329,14 +329,14 @@ def weigh_tokens(weights, at, seen, at_seen):
         weights[at + s] /= max(total, _SMALLEST)
 
 
-@inlined
+@inline
 def weigh(v, weights, at, plane):
     """v times weights[at:], 0 where the weight is 0 whatever v is there."""
     w = load(weights, at)
     return select(w > splat(_ZERO), v * w, splat(_ZERO))
 
 
-@inlined
+@inline
 def token_sums(values, at, block_step, j, at_weight):
     """Of LANES rows, the weighted sums over the tokens from j LANES on, LANES of them."""
     b, c = j * LANES // WIDTH, j * LANES % WIDTH
@@ -344,13 +344,13 @@ def token_sums(values, at, block_step, j, at_weight):
     return tile_get(tile_row_sums(tile_map(tile, weigh, values, at_weight + j * LANES, 0, 0)), 0, 0)
 
 
-@inlined
+@inline
 def pair_sums(values, at, block_step, j, at_weight):
     """`token_sums` of j and of j + 1."""
     return token_sums(values, at, block_step, j, at_weight) + token_sums(values, at, block_step, j + 1, at_weight)
 
 
-@inlined
+@inline
 def subtract_mean(values, at, block_step, rows, at_weight, shared, at_mean):
     """values (blocks, rows, W) minus their weighted mean over all tokens, which is left, negative, in shared[at_mean:].
 
@@ -373,7 +373,7 @@ def subtract_mean(values, at, block_step, rows, at_weight, shared, at_mean):
                 store(values, i, load(values, i) + minus)
 
 
-@inlined
+@inline
 def keys_to_rows(packed, at, depth4, keys, at_keys, row):
     """keys (W, row): the bytes (depth4, W), one token after the other; depth4 a multiple of LANES."""
     for g in range(0, depth4, LANES):
@@ -381,7 +381,7 @@ def keys_to_rows(packed, at, depth4, keys, at_keys, row):
             transpose_block(packed, at + g * WIDTH + c, WIDTH, keys, at_keys + c * row + g, row)
 
 
-@inlined
+@inline
 def score(products, at, terms, at_term, scales, at_scale, q_scale, logs, at_log):
     """Four-byte products of one key with LANES queries, as scores."""
     x = load(products, at)
@@ -390,7 +390,7 @@ def score(products, at, terms, at_term, scales, at_scale, q_scale, logs, at_log)
     return fma(to_float(x) * broadcast(scales, at_scale), q_scale, broadcast(logs, at_log))
 
 
-@inlined
+@inline
 def fill_dither(dither, at, keys):
     """dither (KEY_BLOCK,): what is added to the small probabilities of `keys` or more of a block's keys, and _LEVEL."""
     for s in range(0, min(KEY_BLOCK, keys), LANES):
@@ -398,7 +398,7 @@ def fill_dither(dither, at, keys):
         store(dither, at + s, fma(to_float(steps), splat(_TO_FRACTION), splat(_LEVEL)))
 
 
-@inlined
+@inline
 def probability(scores, at, base, masked):
     """254 times the exponential of LANES scores; exactly 0 for those of -inf where there are such."""
     w = load(scores, at)
@@ -408,13 +408,13 @@ def probability(scores, at, base, masked):
     return p
 
 
-@inlined
+@inline
 def probability_code(p, dither, at):
     """A probability of one key as a byte, less 128."""
     return round_to_int(p + select(p < splat(SMALL), broadcast(dither, at), splat(_LEVEL)))
 
 
-@inlined
+@inline
 def add_bias(scores, at, keys, logs, at_log, masks, at_mask):
     """Float mask to scores (keys, W), in place, which lose the logarithm of the values' scale for that.
 
@@ -429,16 +429,16 @@ def add_bias(scores, at, keys, logs, at_log, masks, at_mask):
             store(scores, at + i, select(m == splat(-_INFINITY), m, v))
 
 
-@inlined
+@inline
 def largest_score(scores, at, keys):
     """The largest of LANES queries' scores with `keys` keys, -inf where there is none."""
     m = splat(-_INFINITY)
     for s in range(keys):
-        m = larger(load(scores, at + s * WIDTH), m)
+        m = maximum(load(scores, at + s * WIDTH), m)
     return m
 
 
-@inlined
+@inline
 def center_scores(scores, at, keys, logs, at_log):
     """The scores of `add_bias` less their largest, which is returned, and with the logarithm of the values' scale."""
     m = largest_score(scores, at, keys)
@@ -450,7 +450,7 @@ def center_scores(scores, at, keys, logs, at_log):
     return top
 
 
-@inlined
+@inline
 def value_total(v, at, groups):
     """128 times the sum of the bytes in `groups` groups: what is missing where probabilities are bytes minus 128."""
     sums = splat(np.int32(0))
@@ -464,7 +464,7 @@ def value_total(v, at, groups):
     return np.int32(128 * total)
 
 
-@inlined
+@inline
 def attend_bytes(q, at_q, depth4, q_scales, at_q_scale, k, at_k, k_row, k_terms, at_term, k_scales, at_k_scale,
                  v, at_v, v_row, v_logs, at_log, v_inverses, at_inverse, unit, first, last, rows, scratch, scratch_u,
                  scratch_f, at_scores, at_p, at_stats, at_dither, out, at_out, q0, band, low_edge, high_edge,
@@ -512,18 +512,18 @@ def attend_bytes(q, at_q, depth4, q_scales, at_q_scale, k, at_k, k_row, k_terms,
                            v_logs, log + s + 2)
                 w3 = score(scratch, i + 3 * WIDTH, k_terms, term + s + 3, k_scales, k_scale + s + 3, qs,
                            v_logs, log + s + 3)
-                m0, m1, m2, m3 = larger(w0, m0), larger(w1, m1), larger(w2, m2), larger(w3, m3)
+                m0, m1, m2, m3 = maximum(w0, m0), maximum(w1, m1), maximum(w2, m2), maximum(w3, m3)
                 store(scratch_f, i, w0)
                 store(scratch_f, i + WIDTH, w1)
                 store(scratch_f, i + 2 * WIDTH, w2)
                 store(scratch_f, i + 3 * WIDTH, w3)
             for s in range(whole, keys):
                 w0 = score(scratch, at + s * WIDTH, k_terms, term + s, k_scales, k_scale + s, qs, v_logs, log + s)
-                m0 = larger(w0, m0)
+                m0 = maximum(w0, m0)
                 store(scratch_f, at + s * WIDTH, w0)
             for s in range(keys, groups * 4):
                 store(scratch_f, at + s * WIDTH, splat(-_INFINITY))
-            store(scratch_f, at_new_top + c, larger(larger(m0, m1), larger(m2, m3)))
+            store(scratch_f, at_new_top + c, maximum(maximum(m0, m1), maximum(m2, m3)))
         if masked:
             at_mask = at_masks + (s0 - first) * WIDTH
             if has_bias:

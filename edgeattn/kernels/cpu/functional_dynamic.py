@@ -4,8 +4,8 @@ import functools
 import numpy as np
 
 from edgeattn import threads
-from edgeattn.runtime.jit import entry, inlined, jit
-from edgeattn.runtime.worker_pool import separate, share
+from edgeattn.runtime.jit import compiled_for, inline, jit
+from edgeattn.runtime.worker_pool import parallel_for, task
 
 from .dynamic import (
     BLOCKS,
@@ -24,7 +24,7 @@ from .dynamic import (
     unit_of,
     weigh_tokens,
 )
-from .fused import ATTENDING, PROJECTING, fill_mask, portions, slope_and_place, visible_range
+from .fused import ATTENDING, PROJECTING, fill_mask, portions, visible_range
 from .layer_float32 import _NO_BIAS, _NO_KEEP, shape_of, with_alibi
 from .matmul import MATRIX, MATRIX_DEPTH, ROW_STEP, round_up
 from .records import MASKS, blank, mask_fields, named, packed, place, record, slot
@@ -32,6 +32,7 @@ from .simd import (
     LANES,
     MATRIX_ROWS,
     WIDTH,
+    address_of,
     broadcast,
     load,
     matrix_configure,
@@ -40,34 +41,35 @@ from .simd import (
     store,
 )
 from .softmax import LOG2_E
+from .views import MaskAddresses
 
 _ZERO = np.float32(0)
 _ONE = np.float32(1)
 _run = None
 
 # The parameters: sizes; masks; where things begin in the scratch of all threads, and in that of each.
-ATTENTION = record("batch heads kv_heads queries keys head_size value_size", MASKS,
+ATTENTION = record("batch heads kv_heads queries keys head_size value_size", MASKS, "alibi",
                    "at_mean at_units at_kterm at_kscale at_values at_vlog at_vinverse",
-                   "at_natural at_rows at_weights at_seen at_keys at_q at_qscale at_scores at_probabilities at_stats",
+                   "at_row_major at_rows at_weights at_seen at_keys at_q at_qscale at_scores at_probabilities at_stats",
                    "at_dither at_context at_square at_masks shared_size private_size")
 _ALIBI = slot(ATTENTION, "alibi")
 
 
-@inlined
-def turn_rows(x, at, size, tokens, factor, private_f, at_natural, at_rows):
+@inline
+def turn_rows(x, at, size, tokens, factor, private_f, at_row_major, at_rows):
     """(size up to LANES, W) = factor x^T for up to W rows of x; what is missing is 0."""
     padded = round_up(size, LANES)
     for t in range(tokens):
         for d in range(size):
-            private_f[at_natural + t * padded + d] = x[at + t * size + d] * factor
+            private_f[at_row_major + t * padded + d] = x[at + t * size + d] * factor
         for d in range(size, padded):
-            private_f[at_natural + t * padded + d] = _ZERO
-    for i in range(at_natural + tokens * padded, at_natural + WIDTH * padded, LANES):
+            private_f[at_row_major + t * padded + d] = _ZERO
+    for i in range(at_row_major + tokens * padded, at_row_major + WIDTH * padded, LANES):
         store(private_f, i, splat(_ZERO))
-    turn(private_f, at_natural, WIDTH, padded, private_f, at_rows)
+    turn(private_f, at_row_major, WIDTH, padded, private_f, at_rows)
 
 
-@separate
+@task
 def attention_part(q, k, v, out, parameters, factor, keep, bias, scratch, batch, phase, portion, worker, part):
     """One portion of one phase of one batch entry.
 
@@ -83,7 +85,7 @@ def attention_part(q, k, v, out, parameters, factor, keep, bias, scratch, batch,
     D4, K4, S_up, v_row = Dp // 4, round_up(Dp // 4, LANES), round_up(S, TOKENS), round_up(S, 64) // 4
     private_u, private_f = private.view(np.uint32), private.view(np.float32)
     shared_b, shared_f = shared.view(np.int8), shared.view(np.float32)
-    at_natural, at_rows, at_weights, at_mean = p.at_natural, p.at_rows, p.at_weights, p.at_mean
+    at_row_major, at_rows, at_weights, at_mean = p.at_row_major, p.at_rows, p.at_weights, p.at_mean
     band = p.band != 0
     has_bias = bias.size > 0 or p.alibi != 0
     has_mask = keep.size > 0 or has_bias
@@ -101,7 +103,7 @@ def attention_part(q, k, v, out, parameters, factor, keep, bias, scratch, batch,
                 t = TOKENS * (smooth if i == 0 else i - 1 if i <= smooth else i)
                 for b in range(BLOCKS):
                     turn_rows(k, (head * S + t + b * WIDTH) * D, D, max(min(S - t - b * WIDTH, WIDTH), 0), _ONE,
-                              private_f, at_natural, at_rows + b * D_up * WIDTH)
+                              private_f, at_row_major, at_rows + b * D_up * WIDTH)
                 if i == 0:
                     for b in range(BLOCKS):
                         for c in range(0, WIDTH, LANES):
@@ -122,14 +124,14 @@ def attention_part(q, k, v, out, parameters, factor, keep, bias, scratch, batch,
                 if i == 0:
                     for b in range(BLOCKS):
                         turn_rows(v, (head * S + t + b * WIDTH) * Dv, Dv, max(min(S - t - b * WIDTH, WIDTH), 0), _ONE,
-                                  private_f, at_natural, at_rows)
+                                  private_f, at_row_major, at_rows)
                         for c in range(0, WIDTH, LANES):
                             store(private_f, at_weights + b * WIDTH + c, largest_rows(private_f, at_rows + c, Dvp))
                     shared_f[p.at_units + kv] = unit_of(private_f, at_weights, private, p.at_seen)
                 for b in range(BLOCKS):
                     at = kv * S_up + t + b * WIDTH
                     turn_rows(v, (head * S + t + b * WIDTH) * Dv, Dv, max(min(S - t - b * WIDTH, WIDTH), 0), _ONE,
-                              private_f, at_natural, at_rows)
+                              private_f, at_row_major, at_rows)
                     quantize_values(private_f, at_rows, Dvp, shared_f[p.at_units + kv], shared_b,
                                     4 * (p.at_values + kv * Dvp * v_row) + t + b * WIDTH, 4 * v_row, shared_f,
                                     p.at_vlog + at, shared_f, p.at_vinverse + at)
@@ -147,18 +149,15 @@ def attention_part(q, k, v, out, parameters, factor, keep, bias, scratch, batch,
         queries = min(WIDTH, L - q0)
         at_row = (batch * H + h) * L + q0
         # 3. queries
-        turn_rows(q, at_row * D, D, queries, factor, private_f, at_natural, at_rows)
+        turn_rows(q, at_row * D, D, queries, factor, private_f, at_row_major, at_rows)
         quantize_queries(private_f, at_rows, Dp, private, p.at_q, private_f, p.at_qscale)
         # 4. attention
         first, last, full_from, full_to = visible_range(q0, queries, S, band, p.low, p.high)
         first = first // 4 * 4
         if has_mask:
-            slope, place = slope_and_place(p.alibi, p.alibi_b, batch, h)
-            fill_mask(private_f, p.at_masks,
-                      keep, batch * p.keep_b + h * p.keep_h + q0 * p.keep_l + first * p.keep_s, p.keep_l, p.keep_s,
-                      bias, batch * p.bias_b + h * p.bias_h + q0 * p.bias_l + first * p.bias_s,
-                      p.bias_l, p.bias_s, slope, place + q0 - first, queries, last - first, private_f,
-                      p.at_square)
+            masks = MaskAddresses(address_of(keep) if keep.size > 0 else 0,
+                                 address_of(bias) if bias.size > 0 else 0, p.alibi)
+            fill_mask(p, masks, batch, h, q0, queries, first, last, private_f, p.at_masks, p.at_square)
         at = kv * S_up
         attend_bytes(private_u, p.at_q, deep, private_f, p.at_qscale, shared, at * K4, K4, shared,
                      p.at_kterm + at, shared_f, p.at_kscale + at, shared, p.at_values + kv * Dvp * v_row, v_row,
@@ -166,25 +165,27 @@ def attention_part(q, k, v, out, parameters, factor, keep, bias, scratch, batch,
                      Dvp, private, private_u, private_f, p.at_scores, p.at_probabilities, p.at_stats, p.at_dither,
                      private_f, p.at_context, q0, band, p.low, p.high, full_from, full_to, private_f,
                      p.at_masks, has_mask, has_bias)
-        turn(private, p.at_context, Dv_up, WIDTH, private, at_natural)
+        turn(private, p.at_context, Dv_up, WIDTH, private, at_row_major)
         for l in range(queries):
             for d in range(Dv):
-                out[(at_row + l) * Dv + d] = private_f[at_natural + l * Dv_up + d]
+                out[(at_row + l) * Dv + d] = private_f[at_row_major + l * Dv_up + d]
     if MATRIX:
         matrix_release()
 
 
 @jit
-def attention_dynamic(q, k, v, out, parameters, scale, keep, bias, scratch, board, count):
-    """See `attention_part`; on at most `count` threads that serve the board."""
+def attention_dynamic(q, k, v, out, parameters, scale, keep, bias, scratch, task_queue, count):
+    """See `attention_part`; on at most `count` threads that serve the task_queue."""
     p = named(parameters, ATTENTION)
     heads, head_parts = portions(p.kv_heads, 1, count)
     items, item_parts = portions(p.heads * ((p.queries + WIDTH - 1) // WIDTH), 1, count)
     factor = scale * LOG2_E
     for batch in range(p.batch):
-        share(board, head_parts, attention_part, q, k, v, out, parameters, factor, keep, bias, scratch, batch,
+        parallel_for(task_queue, head_parts, attention_part, q, k, v, out, parameters, factor, keep, bias, scratch,
+                     batch,
               PROJECTING, heads)
-        share(board, item_parts, attention_part, q, k, v, out, parameters, factor, keep, bias, scratch, batch,
+        parallel_for(task_queue, item_parts, attention_part, q, k, v, out, parameters, factor, keep, bias, scratch,
+                     batch,
               ATTENDING, items)
 
 
@@ -202,7 +203,7 @@ def plan(p, masked):
     p.at_vinverse, shared = place(shared, Hkv * S_up)
     p.at_mean, shared = place(shared, Hkv * D_up)
     p.at_units, shared = place(shared, Hkv)
-    p.at_natural, private = place(0, WIDTH * max(D_up, Dv_up))
+    p.at_row_major, private = place(0, WIDTH * max(D_up, Dv_up))
     p.at_rows, private = place(private, TOKENS * max(D_up, Dv_up))
     p.at_weights, private = place(private, TOKENS)
     p.at_seen, private = place(private, TOKENS)
@@ -251,7 +252,7 @@ def attention(q, k, v, out, scale, keep=None, bias=None, band=None, alibi=None):
     arguments = (q.reshape(-1), k.reshape(-1), v.reshape(-1), out.reshape(-1), parameters, np.float32(scale), keep,
                  bias)
     if _run is None:
-        _run = entry(attention_dynamic, (*arguments, np.zeros(1, np.int32), np.zeros(1, np.int64), 1))
+        _run = compiled_for(attention_dynamic, (*arguments, np.zeros(1, np.int32), np.zeros(1, np.int64), 1))
     threads.run(_run, arguments, np.int32, shared, private, q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
                 * (q.shape[3] + v.shape[3]), q.shape[0])
     return out

@@ -11,8 +11,8 @@ keys of a head the mean of the first TOKENS that are seen is subtracted, which l
 import numpy as np
 from numba.extending import register_jitable
 
-from edgeattn.runtime.jit import inlined, jit
-from edgeattn.runtime.worker_pool import separate, share
+from edgeattn.runtime.jit import inline, jit
+from edgeattn.runtime.worker_pool import parallel_for, task
 
 from .dynamic import (
     BLOCKS,
@@ -37,7 +37,7 @@ from .dynamic import (
     unit_of,
     weigh_tokens,
 )
-from .fused import ATTENDING, PROJECTING, fill_mask, portions, slope_and_place, visible_range
+from .fused import ATTENDING, PROJECTING, fill_mask, portions, visible_range
 from .linear_dynamic import FLIP as UNSIGNED
 from .linear_dynamic import linear_rows
 from .matmul import MATRIX, MATRIX_DEPTH, ROW_STEP, lane_product, round_up
@@ -46,6 +46,7 @@ from .simd import (
     LANES,
     MATRIX_ROWS,
     WIDTH,
+    address_of,
     broadcast,
     fma,
     load,
@@ -55,6 +56,7 @@ from .simd import (
     store,
     to_float,
 )
+from .views import MaskAddresses
 
 SMOOTHING = 0  # the phase before those of fused.py
 QUERIES, KEYS, VALUES = 0, 1, 2
@@ -63,10 +65,10 @@ QUERIES, KEYS, VALUES = 0, 1, 2
 # and biases in the float32 ones; masks; where things begin in the scratch of all threads, and in that of each.
 LAYER = record("batch queries keys query_width key_width value_width out_width heads kv_heads",
                "head_size value_size padded_head padded_value has_out same_qk same_kv",
-               "wq cq wk ck wv cv wo co", "sq bq sk bk sv bv so bo", MASKS,
+               "wq cq wk ck wv cv wo co", "sq bq sk bk sv bv so bo", MASKS, "alibi",
                "at_mean at_smooth at_units at_kterm at_kscale at_values at_vlog at_vinverse at_queries at_qscale",
-               "at_natural at_x at_xscale at_inverse at_tail at_weights at_seen at_keys at_q at_scores",
-               "at_probabilities at_stats at_dither at_context at_context_bytes at_turned at_tiles at_masks",
+               "at_row_major at_x at_xscale at_inverse at_tail at_weights at_seen at_keys at_q at_scores",
+               "at_probabilities at_stats at_dither at_context at_context_bytes at_transposed at_tiles at_masks",
                "shared_size private_size")
 
 
@@ -76,7 +78,7 @@ def heads_together(size):
     return max(2 * MATRIX_ROWS // size, 1)
 
 
-@inlined
+@inline
 def project_rows(weights, at_weight, at_correction, depth4, factors, at_factor, bias, at_bias, rows, x, at_x, scales,
                  at_scales, values, values_f, at_values):
     """values (rows, W) float32 = w x, times the scales of rows and lanes, + bias: rows of weights, tokens in lanes."""
@@ -92,18 +94,18 @@ def project_rows(weights, at_weight, at_correction, depth4, factors, at_factor, 
             store(values_f, at, v)
 
 
-@inlined
+@inline
 def quantize_block(x, at, E, tokens, p, private, private_f):
     """Up to TOKENS rows of x to bytes with tokens in lanes, block of W by block, and their scales."""
     E4 = depth_groups(E)
     for b in range(BLOCKS):
         some = max(min(tokens - b * WIDTH, WIDTH), 0)
-        quantize_rows(x, at + b * WIDTH * E, E, some, WIDTH, FLIP, private, p.at_natural, private_f,
+        quantize_rows(x, at + b * WIDTH * E, E, some, WIDTH, FLIP, private, p.at_row_major, private_f,
                       p.at_xscale + b * WIDTH, private, private_f, p.at_inverse, p.at_tail)
-        turn(private, p.at_natural, WIDTH, E4, private, p.at_x + b * E4 * WIDTH)
+        turn(private, p.at_row_major, WIDTH, E4, private, p.at_x + b * E4 * WIDTH)
 
 
-@inlined
+@inline
 def project_heads(kind, heads, size, E, weights, at_weight, at_correction, factors, at_factor, bias, at_bias, smooth, p,
                   private, private_u, private_f, out, out_b, at_out, out_step, at_bytes, row_bytes, shared, shared_f,
                   at_scale, scale_step, block_step, at_other, other_step):
@@ -152,7 +154,7 @@ def project_heads(kind, heads, size, E, weights, at_weight, at_correction, facto
                     quantize_queries(private_f, at, size, out, to, shared_f, to_scale)
 
 
-@separate
+@task
 def layer_part(xq, xk, xv, out, weights, factors, parameters, keep, bias, scratch, batch, phase, portion, worker,
                part):
     """One portion of one phase of one batch entry of a dynamic int8 multi-head attention layer.
@@ -245,12 +247,9 @@ def layer_part(xq, xk, xv, out, weights, factors, parameters, keep, bias, scratc
         for h in range(H):
             kv = h // (H // Hkv)
             if has_mask and (h == 0 or mask_per_head):
-                slope, place = slope_and_place(p.alibi, p.alibi_b, batch, h)
-                fill_mask(private_f, p.at_masks,
-                          keep, batch * p.keep_b + h * p.keep_h + q0 * p.keep_l + first * p.keep_s, p.keep_l, p.keep_s,
-                          bias, batch * p.bias_b + h * p.bias_h + q0 * p.bias_l + first * p.bias_s,
-                          p.bias_l, p.bias_s, slope, place + q0 - first, queries, last - first, private_f,
-                          p.at_tiles)
+                masks = MaskAddresses(address_of(keep) if keep.size > 0 else 0,
+                                     address_of(bias) if bias.size > 0 else 0, p.alibi)
+                fill_mask(p, masks, batch, h, q0, queries, first, last, private_f, p.at_masks, p.at_tiles)
             at_head = at_queries + (q0 * H + h * WIDTH) * D4
             for i in range(0, D4 * WIDTH, LANES):
                 store(private, p.at_q + i, load(shared, at_head + i))
@@ -275,16 +274,18 @@ def layer_part(xq, xk, xv, out, weights, factors, parameters, keep, bias, scratc
             largest = largest_rows(private_f, at_context + c, C)
             store(private_f, at_xscale + c, scale_of(largest))
             pack_rows(private_f, at_context + c, C, inverse_of(largest), UNSIGNED, private, p.at_context_bytes + c)
-        turn(private, p.at_context_bytes, C4, WIDTH, private, p.at_turned)
-        linear_rows(private_u, p.at_turned, C4, queries, private_f, at_xscale, weights, p.wo, p.co, factors,
+        turn(private, p.at_context_bytes, C4, WIDTH, private, p.at_transposed)
+        linear_rows(private_u, p.at_transposed, C4, queries, private_f, at_xscale, weights, p.wo, p.co, factors,
                     p.so, p.bo, Eo, out, at_row, Eo, private, private_f, p.at_tiles)
     if MATRIX:
         matrix_release()
 
 
 @jit
-def layer_dynamic(xq, xk, xv, out, weights, factors, parameters, keep, bias, scratch, board, count):
-    """A dynamic int8 multi-head attention layer, see `layer_part`, on at most `count` threads that serve the board."""
+def layer_dynamic(xq, xk, xv, out, weights, factors, parameters, keep, bias, scratch, task_queue, count):
+    """A dynamic int8 multi-head attention layer, see `layer_part`, on at most `count` threads that serve the
+    task_queue.
+    """
     p = named(parameters, LAYER)
     blocks = (p.keys + TOKENS - 1) // TOKENS - 1
     if p.same_qk == 0:
@@ -292,9 +293,12 @@ def layer_dynamic(xq, xk, xv, out, weights, factors, parameters, keep, bias, scr
     tokens, token_parts = portions(blocks, 1, count)
     queries, query_parts = portions((p.queries + WIDTH - 1) // WIDTH, 1, count)
     for batch in range(p.batch):
-        share(board, 1, layer_part, xq, xk, xv, out, weights, factors, parameters, keep, bias, scratch, batch,
+        parallel_for(task_queue, 1, layer_part, xq, xk, xv, out, weights, factors, parameters, keep, bias, scratch,
+                     batch,
               SMOOTHING, 1)
-        share(board, token_parts, layer_part, xq, xk, xv, out, weights, factors, parameters, keep, bias, scratch, batch,
+        parallel_for(task_queue, token_parts, layer_part, xq, xk, xv, out, weights, factors, parameters, keep, bias,
+                     scratch, batch,
               PROJECTING, tokens)
-        share(board, query_parts, layer_part, xq, xk, xv, out, weights, factors, parameters, keep, bias, scratch, batch,
+        parallel_for(task_queue, query_parts, layer_part, xq, xk, xv, out, weights, factors, parameters, keep, bias,
+                     scratch, batch,
               ATTENDING, queries)

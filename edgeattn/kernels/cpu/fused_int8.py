@@ -8,8 +8,8 @@ The arithmetic is exact: whatever instruction set runs it, the bits are those of
 import numpy as np
 from numba.extending import register_jitable
 
-from edgeattn.runtime.jit import inlined, jit
-from edgeattn.runtime.worker_pool import separate, share
+from edgeattn.runtime.jit import inline, jit
+from edgeattn.runtime.worker_pool import parallel_for, task
 
 from .fused import ATTENDING, PROJECTING, portions, visible_range
 from .matmul import MATRIX, MATRIX_DEPTH, feature_position, linear, round_up
@@ -59,11 +59,11 @@ LAYER = record("batch queries keys query_width key_width value_width out_width h
                "head_size value_size padded_head padded_value has_out same_kv",
                "wq bq mq wk bk mk wv bv mv wo bo mo ms mc", "zq zk zv zs zc zo fixed",
                BAND, KEEP, "class_b class_h class_l class_s", "at_krow at_values",
-               "at_x at_natural at_q at_codes at_masks at_sums at_context at_softmax at_terms at_tiles",
-               "at_turned shared_size private_size", "first_slot new_tokens capacity at_step")
+               "at_x at_row_major at_q at_codes at_masks at_sums at_context at_softmax at_terms at_tiles",
+               "at_transposed shared_size private_size", "first_slot new_tokens capacity at_step")
 
 
-@inlined
+@inline
 def pack_tokens(x, at, E, tokens, rows, out, at_out, out_row):
     """int8 rows of x as unsigned operand (rows, out_row); missing bytes and rows are zero codes."""
     whole = E // (4 * LANES) * LANES if E % 4 == 0 else 0  # groups that come in vectors
@@ -82,7 +82,7 @@ def pack_tokens(x, at, E, tokens, rows, out, at_out, out_row):
         out[at_out + i] = FLIP
 
 
-@inlined
+@inline
 def finish_bytes(tile, t, f, weights, rule, at_multiplier, features, zero_point, flip, out, at_out, token_step, block,
                  block_step):
     """Codes to bytes of out (features / block, tokens, block)."""
@@ -92,7 +92,7 @@ def finish_bytes(tile, t, f, weights, rule, at_multiplier, features, zero_point,
     tile_store_bytes(tile, out, at + t * token_step, token_step, next_column, zero_point, flip)
 
 
-@inlined
+@inline
 def finish_values(tile, t, f, weights, rule, at_multiplier, features, zero_point, out, at_out, block, block_step):
     """Four tokens to a lane: codes to out (features / block, tokens / 4, block) of int32."""
     at = at_out + feature_position(f, block, block_step)
@@ -101,8 +101,9 @@ def finish_values(tile, t, f, weights, rule, at_multiplier, features, zero_point
     tile_store(tile_pack_rows(tile, zero_point, np.int32(0)), out, at + t // 4 * block, block, next_column)
 
 
-@inlined
-def finish_turned_values(tile, t, f, weights, rule, at_multiplier, features, zero_point, out, at_out, out_row, tokens,
+@inline
+def finish_transposed_values(tile, t, f, weights, rule, at_multiplier, features, zero_point, out, at_out, out_row,
+                             tokens,
                          panel, at_panel):
     """As the matrix unit wants its rows: out (features, tokens / 4) of int32, by way of one panel (tokens / 4, W)."""
     tile = tile_map(tile, rule, weights, at_multiplier + f, LANES, features)
@@ -113,14 +114,14 @@ def finish_turned_values(tile, t, f, weights, rule, at_multiplier, features, zer
                 transpose_block(panel, at_panel + g * WIDTH + c, WIDTH, out, at_out + (f + c) * out_row + g, out_row)
 
 
-@inlined
+@inline
 def finish_scores(tile, s, f, weights, rule, at_multiplier, zero_point, terms, at_terms, codes, at_codes):
     """Scores of ROWS keys to codes (keys / 4, W) of four keys to a lane."""
     tile = tile_map(tile_add_down(tile, terms, at_terms + s), rule, weights, at_multiplier, 0, LANES)
     tile_store(tile_pack_rows(tile, zero_point, np.int32(0)), codes, at_codes + s // 4 * WIDTH, WIDTH, LANES)
 
 
-@inlined
+@inline
 def finish_context(tile, d, f, weights, rule, at_multiplier, zero_point, terms, at_terms, context, at_context):
     """ROWS features of the context to unsigned operands (features / 4, W), four features to a lane."""
     if OFFSET == 0:
@@ -129,7 +130,7 @@ def finish_context(tile, d, f, weights, rule, at_multiplier, zero_point, terms, 
     tile_store(tile_pack_rows(tile, zero_point, FLIP), context, at_context + d // 4 * WIDTH, WIDTH, LANES)
 
 
-@inlined
+@inline
 def finish_output(tile, l, e, weights, rule, at_multiplier, features, zero_point, out, at_out, Eo, queries, edge,
                   at_edge):
     """Codes to the rows of out, Eo bytes each; a tile that reaches past the edge goes by way of `edge`."""
@@ -144,13 +145,13 @@ def finish_output(tile, l, e, weights, rule, at_multiplier, features, zero_point
                 out[to + i * Eo + j] = edge[at_edge + i * WIDTH + j]
 
 
-@inlined
+@inline
 def zero_bytes(zero_point):
     """What a zero is among the unsigned operands, in all four bytes."""
     return np.int32((OFFSET + zero_point & 255) * _ONES)
 
 
-@inlined
+@inline
 def key_terms(keys, at, k_row, tokens, D4, zero_point, out, at_out, square, at_square):
     """out[s] = - zero_point * sum over d of keys[s, d], LANES keys at a time; keys (tokens, k_row) of four bytes.
 
@@ -165,7 +166,7 @@ def key_terms(keys, at, k_row, tokens, D4, zero_point, out, at_out, square, at_s
         store(out, at_out + s, splat(np.int32(0)) - total)
 
 
-@inlined
+@inline
 def value_terms(values, at, v_block, groups, features, out, at_out):
     """out[d] = 128 * sum over keys of values[d, key]: what probabilities lack that are stored less 128."""
     for d in range(0, features, LANES):
@@ -175,7 +176,7 @@ def value_terms(values, at, v_block, groups, features, out, at_out):
         store(out, at_out + d, total * splat(np.int32(128)))
 
 
-@inlined
+@inline
 def fill_drop_mask(masks, at, keep, at_keep, keep_row, keep_key, q0, queries, first, last, groups, band, low, high):
     """masks (groups, W) bytes: 255 where the query may see the key, else 0; keys past `last` are never seen."""
     has_keep = keep.size > 0
@@ -194,7 +195,7 @@ def fill_drop_mask(masks, at, keep, at_keep, keep_row, keep_key, q0, queries, fi
             masks[at + g * WIDTH + q] = np.int32(word)
 
 
-@inlined
+@inline
 def map_codes(codes, at, groups, tables, classes, at_classes, class_row, class_key, queries, first, last):
     """codes = tables[class, code + 128]; class 0 where there is no class array."""
     for g in range(groups):
@@ -211,7 +212,7 @@ def map_codes(codes, at, groups, tables, classes, at_classes, class_row, class_k
             codes[at + g * WIDTH + q] = np.int32(result)
 
 
-@separate
+@task
 def layer_part(table, project_rule, score_rule, context_rule, xq, xk, xv, out, weights, parameters, keep, classes,
                tables, scratch, batch, phase, portion, worker, part):
     """One portion of one phase of one batch entry of a static int8 multi-head attention layer.
@@ -244,12 +245,12 @@ def layer_part(table, project_rule, score_rule, context_rule, xq, xk, xv, out, w
     zs, zc, zo = np.int32(p.zs), np.int32(p.zc), np.int32(p.zo)
     q_zero = zero_bytes(zq)
     at_krow, at_values = p.at_krow, p.at_values
-    at_x, at_natural, at_q, at_codes = p.at_x, p.at_natural, p.at_q, p.at_codes
+    at_x, at_row_major, at_q, at_codes = p.at_x, p.at_row_major, p.at_q, p.at_codes
     at_masks, at_sums, at_context, at_softmax = p.at_masks, p.at_sums, p.at_context, p.at_softmax
     private_u = private.view(np.uint32)
     private_b = private.view(np.int8)
     shared_b = shared.view(np.int8)
-    at_tiles, at_turned, at_terms = p.at_tiles, p.at_turned, p.at_terms
+    at_tiles, at_transposed, at_terms = p.at_tiles, p.at_transposed, p.at_terms
     if MATRIX:
         matrix_configure(private, at_tiles)
     # 1. keys and values of all tokens, in the layout the attention loop reads
@@ -266,8 +267,8 @@ def layer_part(table, project_rule, score_rule, context_rule, xq, xk, xv, out, w
             if p.same_kv == 0:
                 pack_tokens(xv, (batch * S + t) * Ev, Ev, tokens, rows, private, at_x, Ev4)
             if MATRIX:
-                linear(finish_turned_values, (weights, project_rule, p.mv, v_features, zv, shared,
-                                              at_values + t // 4, v_row, rows, private, at_natural),
+                linear(finish_transposed_values, (weights, project_rule, p.mv, v_features, zv, shared,
+                                              at_values + t // 4, v_row, rows, private, at_row_major),
                        private_u, at_x, Ev4, 1, rows, weights, p.wv, weights, p.bv, v_features, Ev4,
                        private, at_tiles)
             else:
@@ -277,7 +278,7 @@ def layer_part(table, project_rule, score_rule, context_rule, xq, xk, xv, out, w
                        private, at_tiles)
             for h in range(H):
                 at = feature_position(h * Dp, k_block, k_step) // 4 + t * k_row
-                key_terms(shared, at, k_row, rows, D4, q_zero, shared, at_krow + h * S_up + t, private, at_natural)
+                key_terms(shared, at, k_row, rows, D4, q_zero, shared, at_krow + h * S_up + t, private, at_row_major)
         if MATRIX:
             matrix_release()
         return
@@ -285,21 +286,21 @@ def layer_part(table, project_rule, score_rule, context_rule, xq, xk, xv, out, w
     band = p.band != 0
     has_keep = keep.size > 0
     fixed = p.fixed != 0
-    natural_row = (features // 4 + LANES - 1) // LANES * LANES
+    row_major_row = (features // 4 + LANES - 1) // LANES * LANES
     for block in range(b0, b1):
         q0 = block * WIDTH
         queries = min(WIDTH, L - q0)
         Eq4 = packed_depth(Eq)
         # 2. queries of this block: project, then turn so that queries are lanes: (H, q_groups, W)
         pack_tokens(xq, (batch * L + q0) * Eq, Eq, queries, WIDTH, private, at_x, Eq4)
-        linear(finish_bytes, (weights, project_rule, p.mq, features, zq, FLIP, private_b, 4 * at_natural,
-                              4 * natural_row, 4 * natural_row, 0),
+        linear(finish_bytes, (weights, project_rule, p.mq, features, zq, FLIP, private_b, 4 * at_row_major,
+                              4 * row_major_row, 4 * row_major_row, 0),
                private_u, at_x, Eq4, 1, WIDTH, weights, p.wq, weights, p.bq, features, Eq4, private, at_tiles)
-        turns, turn = (1, natural_row) if q_groups == D4 else (H, q_groups)
+        turns, turn = (1, row_major_row) if q_groups == D4 else (H, q_groups)
         for h in range(turns):
             for f in range(0, turn, LANES):
                 for l in range(0, WIDTH, LANES):
-                    transpose_block(private, at_natural + l * natural_row + h * D4 + f, natural_row,
+                    transpose_block(private, at_row_major + l * row_major_row + h * D4 + f, row_major_row,
                                     private, at_q + (h * turn + f) * WIDTH + l, WIDTH)
             for i in range(D4 * WIDTH, q_groups * WIDTH, LANES):  # depth that only fills up the matrix unit: nothing
                 store(private, at_q + h * turn * WIDTH + i, splat(np.int32(0)))
@@ -380,8 +381,8 @@ def layer_part(table, project_rule, score_rule, context_rule, xq, xk, xv, out, w
         if MATRIX:  # the matrix unit reads whole rows
             for c in range(0, C4, LANES):
                 for l in range(0, WIDTH, LANES):
-                    transpose_block(private, at_context + c * WIDTH + l, WIDTH, private, at_turned + l * C4 + c, C4)
-            at_rows, row_step, group_step = at_turned, C4, 1
+                    transpose_block(private, at_context + c * WIDTH + l, WIDTH, private, at_transposed + l * C4 + c, C4)
+            at_rows, row_step, group_step = at_transposed, C4, 1
         linear(finish_output, (weights, project_rule, p.mo, Eo_up, zo, out, at_row, Eo, queries, private_b,
                                4 * at_x),
                private_u, at_rows, row_step, group_step, queries, weights, p.wo, weights, p.bo, Eo_up, C4,
@@ -392,13 +393,17 @@ def layer_part(table, project_rule, score_rule, context_rule, xq, xk, xv, out, w
 
 @jit
 def layer_int8(project_rule, score_rule, context_rule, table, xq, xk, xv, out, weights, parameters, keep, classes,
-               tables, scratch, board, count):
-    """A static int8 multi-head attention layer, see `layer_part`, on at most `count` threads that serve the board."""
+               tables, scratch, task_queue, count):
+    """A static int8 multi-head attention layer, see `layer_part`, on at most `count` threads that serve the
+    task_queue.
+    """
     p = named(parameters, LAYER)
     tokens, token_parts = portions(p.keys, TOKENS_TOGETHER, count)
     blocks, block_parts = portions((p.queries + WIDTH - 1) // WIDTH, 1, count)
     for batch in range(p.batch):  # the table first: Numba takes arguments that begin with a function for functions
-        share(board, token_parts, layer_part, table, project_rule, score_rule, context_rule, xq, xk, xv, out, weights,
+        parallel_for(task_queue, token_parts, layer_part, table, project_rule, score_rule, context_rule, xq, xk, xv,
+                     out, weights,
               parameters, keep, classes, tables, scratch, batch, PROJECTING, tokens)
-        share(board, block_parts, layer_part, table, project_rule, score_rule, context_rule, xq, xk, xv, out, weights,
+        parallel_for(task_queue, block_parts, layer_part, table, project_rule, score_rule, context_rule, xq, xk, xv,
+                     out, weights,
               parameters, keep, classes, tables, scratch, batch, ATTENDING, blocks)

@@ -5,7 +5,7 @@ import numpy as np
 from numba.extending import register_jitable
 
 from edgeattn import threads
-from edgeattn.runtime.jit import entry
+from edgeattn.runtime.jit import compiled_for
 
 from . import fused_dynamic as f
 from .dynamic import KEY_BLOCK, SHIFT, STEP, TOKENS
@@ -45,7 +45,7 @@ def plan(p, B, L, S, masked):
     p.at_mean, shared = place(shared, Hkv * Dp + LANES)
     p.at_smooth, shared = place(shared, 1)
     p.at_units, shared = place(shared, Hkv)
-    p.at_natural, private = place(0, WIDTH * deepest)
+    p.at_row_major, private = place(0, WIDTH * deepest)
     p.at_x, private = place(private, TOKENS * deepest)
     p.at_xscale, private = place(private, TOKENS)
     p.at_inverse, private = place(private, WIDTH)
@@ -61,7 +61,7 @@ def plan(p, B, L, S, masked):
     p.at_dither, private = place(private, KEY_BLOCK)
     p.at_context, private = place(private, H * Dvp * WIDTH)
     p.at_context_bytes, private = place(private, C4 * WIDTH)
-    p.at_turned, private = place(private, C4 * WIDTH)
+    p.at_transposed, private = place(private, C4 * WIDTH)
     p.at_tiles, private = place(private, max(TILES_SIZE, LANES * LANES))
     p.at_masks, private = place(private, (S + 4) * WIDTH if masked else 0)
     p.shared_size, p.private_size = shared, private
@@ -176,6 +176,6 @@ class DynamicLayer:
         bias = _NO_BIAS if bias is None else bias.reshape(-1)
         arguments = (*_flat(xq, xk, xv), out.reshape(-1), self._weights, self._factors, parameters, keep, bias)
         if self._run is None:
-            self._run = entry(f.layer_dynamic, (*arguments, np.zeros(1, np.int32), np.zeros(1, np.int64), 1))
+            self._run = compiled_for(f.layer_dynamic, (*arguments, np.zeros(1, np.int32), np.zeros(1, np.int64), 1))
         threads.run(self._run, arguments, np.int32, shared_size, private_size, B * work, B)
         return out

@@ -5,7 +5,7 @@ import numpy as np
 from numba.extending import register_jitable
 
 from edgeattn import threads
-from edgeattn.runtime.jit import entry
+from edgeattn.runtime.jit import compiled_for
 
 from . import fused_int8 as f
 from .cached_int8 import cached_int8
@@ -40,7 +40,7 @@ def plan(p, B, L, S):
     features, v_features = round_up(H * Dp, WIDTH), round_up(H * Dvp, WIDTH)
     k_block, v_block = max(Dp, LANES), max(Dvp, LANES)
     S_up = f.padded_keys(S)
-    natural_row = round_up(max(features, v_features) // 4, LANES)
+    row_major_row = round_up(max(features, v_features) // 4, LANES)
     q_groups = round_up(Dp // 4, MATRIX_DEPTH)
     context4 = f.packed_depth(H * Dvp)
     deepest = f.packed_depth(max(p.query_width, p.key_width, p.value_width))
@@ -54,8 +54,8 @@ def plan(p, B, L, S):
     p.at_values, shared = place(shared, values)
     p.at_krow, shared = place(shared, H * S_up)
     p.at_x, private = place(0, f.TOKENS * deepest + ROWS * WIDTH)
-    p.at_natural, private = place(private, max(WIDTH * natural_row + LANES, f.TOKENS // 4 * WIDTH, LANES * LANES))
-    p.at_q, private = place(private, max(natural_row, H * q_groups) * WIDTH)
+    p.at_row_major, private = place(private, max(WIDTH * row_major_row + LANES, f.TOKENS // 4 * WIDTH, LANES * LANES))
+    p.at_q, private = place(private, max(row_major_row, H * q_groups) * WIDTH)
     p.at_sums, private = place(private, 3 * WIDTH)
     p.at_terms, private = place(private, Dvp + LANES + ROWS if OFFSET == 0 else 0)
     p.at_context, private = place(private, (context4 + ROWS) * WIDTH)
@@ -63,7 +63,7 @@ def plan(p, B, L, S):
     p.at_masks, private = place(private, (S_up // 4 + 4) * WIDTH)
     p.at_softmax, private = place(private, min(S_up, 4 * KEPT_GROUPS) * WIDTH)
     p.at_tiles, private = place(private, max(MATRIX_SCRATCH, 16))
-    p.at_turned, private = place(private, WIDTH * context4 if MATRIX else 0)
+    p.at_transposed, private = place(private, WIDTH * context4 if MATRIX else 0)
     p.shared_size, p.private_size = shared, private
     return shared, private
 
@@ -206,6 +206,7 @@ class StaticLayer:
             arguments, kernel = (*arguments, keys.reshape(-1), values.reshape(-1)), cached_int8
         run = self._runs.get(kernel)
         if run is None:
-            run = self._runs[kernel] = entry(kernel, (*arguments, np.zeros(1, np.int32), np.zeros(1, np.int64), 1))
+            run = self._runs[kernel] = compiled_for(kernel, (*arguments, np.zeros(1, np.int32), np.zeros(1, np.int64),
+                                                             1))
         threads.run(run, arguments, np.int32, shared_size, private_size, B * work, B)
         return out

@@ -7,7 +7,7 @@ depend on that: with this projection a token gives the same bits alone and insid
 import numpy as np
 
 from edgeattn import threads
-from edgeattn.runtime.jit import entry, jit
+from edgeattn.runtime.jit import compiled_for, jit
 
 from .matmul import CHAIN, multiply, pack_panels, round_up
 from .simd import COLUMNS, LANES, ROWS, WIDTH, load, store, tile_add, tile_store, tile_zero
@@ -87,5 +87,5 @@ class Linear:
         global _run
         arguments = (x.reshape(-1), self._weights, self.inputs, self._features, out.reshape(-1))
         if _run is None:
-            _run = entry(linear_float32, arguments)
+            _run = compiled_for(linear_float32, arguments)
         _run(*arguments)

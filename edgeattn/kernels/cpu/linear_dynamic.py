@@ -6,7 +6,7 @@ The products are exact integers, so a token gives the same bits alone and inside
 import numpy as np
 
 from edgeattn import threads
-from edgeattn.runtime.jit import entry, inlined, jit
+from edgeattn.runtime.jit import compiled_for, inline, jit
 
 from .dynamic import STEP, TOKENS, depth_groups, quantize_rows
 from .matmul import MATRIX, MATRIX_SCRATCH, linear, pack_byte_panels, round_up
@@ -40,7 +40,7 @@ def join_depth(weight):
     return out.reshape(n, out.shape[1] // STEP, 4, LANES // 4, 4).swapaxes(2, 3).reshape(out.shape)
 
 
-@inlined
+@inline
 def finish_rows(tile, t, f, scales, at_scales, factors, at_factor, at_bias, tokens, features, out, at_out, out_row,
                 scratch, scratch_f, at_tile):
     """Rows of out = scale tile factor + bias: the tile's tokens from t, its features from f on, as far as there are."""
@@ -64,7 +64,7 @@ def finish_rows(tile, t, f, scales, at_scales, factors, at_factor, at_bias, toke
                     out[to + c + j] = scratch_f[at + j]
 
 
-@inlined
+@inline
 def linear_rows(x, at_x, depth4, tokens, scales, at_scales, weights, at_weight, at_correction, factors, at_factor,
                 at_bias, features, out, at_out, out_row, scratch, scratch_f, at_tiles):
     """out (tokens, features), rows out_row apart = scale (x w^T + correction) factor + bias.
@@ -156,5 +156,5 @@ class DynamicLinear:
         arguments = (x.reshape(-1), self._weights, self._factors, self.inputs, self._features, out.reshape(-1),
                      np.empty(self._scratch_size, np.int32))
         if _run is None:
-            _run = entry(linear_dynamic, arguments)
+            _run = compiled_for(linear_dynamic, arguments)
         _run(*arguments)

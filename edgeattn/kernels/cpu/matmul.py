@@ -9,7 +9,7 @@ import numpy as np
 from numba.extending import register_jitable
 
 from edgeattn.runtime.isa import ISA
-from edgeattn.runtime.jit import inlined
+from edgeattn.runtime.jit import inline
 
 from .simd import (
     COLUMNS,
@@ -22,9 +22,9 @@ from .simd import (
     matrix_load,
     matrix_store,
     matrix_zero,
+    outer_product,
     prefetch,
     quotient,
-    rank_one,
     rank_steps,
     steps,
     tile_add,
@@ -97,18 +97,18 @@ def pack_byte_rows(weight):
     return np.ascontiguousarray(weight).view(np.int32).ravel()
 
 
-@inlined
+@inline
 def multiply(tile, a, at_a, row_step, step, b, at_b, depth):
     """tile[i][j] += sum over k of a[at_a + i row_step + k step] * vector j of b[at_b + k WIDTH]"""
     count = steps(b)
     for k in range(0, depth - count + 1, count):
         tile = rank_steps(tile, a, at_a + k * step, row_step, step, b, at_b + k * WIDTH)
     for k in range(depth // count * count, depth):
-        tile = rank_one(tile, a, at_a + k * step, row_step, b, at_b + k * WIDTH)
+        tile = outer_product(tile, a, at_a + k * step, row_step, b, at_b + k * WIDTH)
     return tile
 
 
-@inlined
+@inline
 def multiply_ahead(tile, a, at_a, row_step, step, b, at_b, depth, at_next, part):
     """multiply(), while `part` elements of b from at_next on, at most 8 times `depth`, are brought near."""
     count = steps(b)
@@ -122,11 +122,11 @@ def multiply_ahead(tile, a, at_a, row_step, step, b, at_b, depth, at_next, part)
         prefetch(b, at_next + half * pace + _LINE)
         tile = rank_steps(tile, a, at_a + half * step, row_step, step, b, at_b + half * WIDTH)
     for k in range(depth // (2 * count) * (2 * count), depth):
-        tile = rank_one(tile, a, at_a + k * step, row_step, b, at_b + k * WIDTH)
+        tile = outer_product(tile, a, at_a + k * step, row_step, b, at_b + k * WIDTH)
     return tile
 
 
-@inlined
+@inline
 def add_product(begun, a, at_a, row_step, step, b, at_b, depth, chain, out, at_out, out_row, out_column):
     """Add a tile of a b, in chains of `chain` products, to the tile at `out`, zeros unless begun."""
     last = max(depth - 1, 0) // chain * chain
@@ -143,7 +143,7 @@ def add_product(begun, a, at_a, row_step, step, b, at_b, depth, chain, out, at_o
     tile_store(tile, out, at_out, out_row, out_column)
 
 
-@inlined
+@inline
 def matrix_multiply(x, at_x, x_row, rows, weights, at_weight, bias, at_bias, depth4):
     """Tiles 0 to 3 of the matrix unit = x w^T + bias, a block (MATRIX_TOKENS, WIDTH); at least its first `rows`.
 
@@ -169,7 +169,7 @@ def matrix_multiply(x, at_x, x_row, rows, weights, at_weight, bias, at_bias, dep
             matrix_dot(3, 5, 7, x, weights)
 
 
-@inlined
+@inline
 def matrix_keep(rows, out, at_out):
     """out (MATRIX_TOKENS, WIDTH) = what `matrix_multiply` computed, at least its first `rows`."""
     matrix_store(0, out, at_out, WIDTH)
@@ -179,7 +179,7 @@ def matrix_keep(rows, out, at_out):
         matrix_store(3, out, at_out + MATRIX_ROWS * WIDTH + 16, WIDTH)
 
 
-@inlined
+@inline
 def linear(finish, arguments, x, at_x, x_row, x_step, tokens, weights, at_weight, bias, at_bias, features, depth4,
            tiles, at_tiles):
     """finish(tile, t, f, *arguments) with every register tile of x w^T + bias: tokens from t, features from f on.
@@ -218,7 +218,7 @@ def linear(finish, arguments, x, at_x, x_row, x_step, tokens, weights, at_weight
                 finish(tile, t, f, *arguments)
 
 
-@inlined
+@inline
 def lane_product(unsigned, tiled, a, at_a, a_row, rows, b, at_b, depth4, out, at_out):
     """out (rows, WIDTH) int32 = a b, bytes; the rows up to the next multiple of ROW_STEP are read and written too.
 
@@ -272,49 +272,49 @@ def lane_product(unsigned, tiled, a, at_a, a_row, rows, b, at_b, depth4, out, at
             tile_store(tile, out, at_out + r * WIDTH, WIDTH, LANES)
 
 
-@inlined
+@inline
 def feature_position(feature, block, block_step):
     """Where `feature` of token 0 lies in the layout (features / block, tokens, block)."""
     number = quotient(feature, block)
     return number * block_step + feature - number * block
 
 
-@inlined
+@inline
 def part_of_block(count, tokens):
     """How much of the next `count` rows of a panel one of the tiles of `tokens` tokens brings near."""
     return (count * WIDTH * ROWS // max(tokens, 1) + _LINE - 1) // _LINE * _LINE
 
 
-@inlined
-def project(x, at_x, x_row, tokens, depth, weights, at_weight, at_bias, features, out, at_out, block, block_step):
-    """out = x @ weight.T + bias for `tokens` (a multiple of ROWS), in the layout (features / block, tokens, block).
+@inline
+def project(x, tokens, weights, features, out):
+    """out = x @ weight.T + bias for `tokens`, a multiple of ROWS.
 
-    x        float32, row t at at_x + t x_row, `depth` long
-    weights  at_weight: panels (features / WIDTH, depth, WIDTH); at_bias: (features,)
+    x: Rows, as long as they are apart; weights: Panels; out: Blocks.
 
     The bias comes last: carried along from the first product on, it would make every partial sum round more coarsely.
     """
+    depth, panels, block = x.step, weights.data, out.block
     for f in range(0, features, WIDTH):
-        at = at_out + feature_position(f, block, block_step)
-        next_column = at_out + feature_position(f + LANES, block, block_step) - at
+        at = out.at + feature_position(f, block, out.step)
+        next_column = out.at + feature_position(f + LANES, block, out.step) - at
         for k in range(0, depth, BLOCK):
             count = min(BLOCK, depth - k)
-            at_rows = at_weight + f * depth + k * WIDTH
+            at_rows = weights.at + f * depth + k * WIDTH
             at_next, part = at_rows + count * WIDTH, part_of_block(count, tokens)
             for t in range(0, tokens, ROWS):
-                at_row, at_near, done = at_x + t * x_row + k, at_next + t // ROWS * part, 0
+                at_row, at_near, done = x.at + t * depth + k, at_next + t // ROWS * part, 0
                 if count > CHAIN:
                     done = CHAIN
-                    tile = tile_zero(ROWS, COLUMNS, x)
-                    tile = multiply_ahead(tile, x, at_row, x_row, 1, weights, at_rows, CHAIN, at_near, part // 2)
+                    tile = tile_zero(ROWS, COLUMNS, panels)
+                    tile = multiply_ahead(tile, x.data, at_row, depth, 1, panels, at_rows, CHAIN, at_near, part // 2)
                     if k > 0:
-                        tile = tile_add(tile, out, at + t * block, block, next_column)
-                    tile_store(tile, out, at + t * block, block, next_column)
-                tile = tile_zero(ROWS, COLUMNS, x)
-                tile = multiply_ahead(tile, x, at_row + done, x_row, 1, weights, at_rows + done * WIDTH, count - done,
-                                      at_near + part // 2, part // 2)
+                        tile = tile_add(tile, out.data, at + t * block, block, next_column)
+                    tile_store(tile, out.data, at + t * block, block, next_column)
+                tile = tile_zero(ROWS, COLUMNS, panels)
+                tile = multiply_ahead(tile, x.data, at_row + done, depth, 1, panels, at_rows + done * WIDTH,
+                                      count - done, at_near + part // 2, part // 2)
                 if k + done > 0:
-                    tile = tile_add(tile, out, at + t * block, block, next_column)
+                    tile = tile_add(tile, out.data, at + t * block, block, next_column)
                 if k + BLOCK >= depth:
-                    tile = tile_add(tile, weights, at_bias + f, 0, LANES)
-                tile_store(tile, out, at + t * block, block, next_column)
+                    tile = tile_add(tile, panels, weights.at_bias + f, 0, LANES)
+                tile_store(tile, out.data, at + t * block, block, next_column)

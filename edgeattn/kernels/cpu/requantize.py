@@ -7,13 +7,13 @@ packing does.  The scalar forms and what they mean stand in edgeattn/arithmetic.
 import numpy as np
 
 from edgeattn.arithmetic import quantize_multiplier
-from edgeattn.runtime.jit import inlined
+from edgeattn.runtime.jit import inline
 
 from .simd import (
     double_of_bits,
     float_of_bits,
-    larger,
     load,
+    maximum,
     narrow,
     round_to_int,
     select,
@@ -29,7 +29,7 @@ _HALF_STEP = np.int64(1 << 30)
 _LOW_WORD = np.int64(0xFFFFFFFF)
 
 
-@inlined
+@inline
 def doubling_high(a, q):
     """gemmlowp's SaturatingRoundingDoublingHighMul for q > 0, as int64: (a q + 2**30) >> 31.
 
@@ -38,7 +38,7 @@ def doubling_high(a, q):
     return (widen(a) * widen(q) + splat(_HALF_STEP)) >> splat(np.int64(31))
 
 
-@inlined
+@inline
 def divide_by_power(v, exponent):
     """gemmlowp's RoundingDivideByPOT: v / 2**exponent, ties away from zero, exponent in 0..31, per lane."""
     one = splat(np.int32(1))
@@ -47,33 +47,33 @@ def divide_by_power(v, exponent):
     return (v >> exponent) + select((v & mask) > threshold, one, splat(np.int32(0)))
 
 
-@inlined
+@inline
 def float_rne(accumulator, parameters, at, plane):
     """rint_even(float32(acc) * m); plane 0 holds the bits of the float32 m."""
     return round_to_int(to_float(accumulator) * float_of_bits(load(parameters, at)))
 
 
-@inlined
+@inline
 def double(accumulator, parameters, at, plane):
     """Doubling high product, then division with ties away from zero; plane 0 holds q31, plane 1 the shift."""
     q, shift = load(parameters, at), load(parameters, at + plane)
     none = splat(np.int32(0))
-    shifted = accumulator << larger(shift, none)
-    return divide_by_power(narrow(doubling_high(shifted, q)), larger(none - shift, none))
+    shifted = accumulator << maximum(shift, none)
+    return divide_by_power(narrow(doubling_high(shifted, q)), maximum(none - shift, none))
 
 
-@inlined
+@inline
 def ruy(accumulator, parameters, at, plane):
     """Doubling high product, then a shift with ties toward +infinity; planes as in `double`."""
     q, shift = load(parameters, at), load(parameters, at + plane)
     none = splat(np.int32(0))
-    shifted = accumulator << larger(shift, none)
-    right = widen(larger(none - shift, none))
+    shifted = accumulator << maximum(shift, none)
+    right = widen(maximum(none - shift, none))
     one = splat(np.int64(1))
     return narrow((doubling_high(shifted, q) + ((one << right) >> one)) >> right)
 
 
-@inlined
+@inline
 def float64(accumulator, parameters, at, plane):
     """round_half_away(float64(acc) * m); the planes hold the low and high words of the float64 m."""
     low, high = widen(load(parameters, at)), widen(load(parameters, at + plane))

@@ -1,9 +1,9 @@
 """Exponentials for float32 softmax, on vectors."""
 import numpy as np
 
-from edgeattn.runtime.jit import inlined
+from edgeattn.runtime.jit import inline
 
-from .simd import bits_of, float_of_bits, fma, fraction, larger, scale_by_power, select, splat, to_float
+from .simd import bits_of, float_of_bits, fma, fraction, maximum, scale_by_power, select, splat, to_float
 
 # 2**r on [0, 1] with c0 = 1, minimax in relative error: at most 1.4e-8 before rounding.
 EXP2 = (np.float32(0.69314706), np.float32(0.24022931), np.float32(0.055485282), np.float32(0.009675452),
@@ -28,7 +28,7 @@ LARGEST_MASK = np.float32(2.3e38)  # times log2(e) it is finite still: only -inf
 _TWO_LOG2_E = np.float32(2 * 1.4426950408889634)
 
 
-@inlined
+@inline
 def exp2_within(t):
     """2**t per lane for t in [-126, 127)."""
     r = fraction(t)
@@ -41,19 +41,19 @@ def exp2_within(t):
     return scale_by_power(p, t)
 
 
-@inlined
+@inline
 def exp2(t):
     """2**t - 2**-110 per lane for t < 127: 2**t in float32 for t above -86, 0 for t below -110; a NaN stays."""
-    return exp2_within(larger(splat(_LOWEST), t)) - splat(_LEAST)
+    return exp2_within(maximum(splat(_LOWEST), t)) - splat(_LEAST)
 
 
-@inlined
+@inline
 def exp2_roughly(t):
     """2**t per lane to a five-hundredth; t below -110 counts as -110 and a NaN stays.
 
     A product with the power of two, for an addition to the exponent would make a number of a NaN full of ones.
     """
-    t = larger(splat(_LOWEST), t)
+    t = maximum(splat(_LOWEST), t)
     shifted = t + splat(_ROUND)
     r = t - (shifted - splat(_ROUND))
     p = fma(splat(_B2), r, splat(_B1))
@@ -61,7 +61,7 @@ def exp2_roughly(t):
     return p * float_of_bits(bits_of(shifted) << splat(np.int32(23)))
 
 
-@inlined
+@inline
 def log2_roughly(x):
     """log2(x) per lane to a ten-thousandth, x positive, normal and finite."""
     bits = bits_of(x)
@@ -73,7 +73,7 @@ def log2_roughly(x):
     return fma(p, r, exponent)
 
 
-@inlined
+@inline
 def tanh(z):
     """tanh per lane: an odd polynomial below 0.625, else 1 - 2 / (exp(2 |z|) + 1); coefficients of Cephes tanhf."""
     sign = bits_of(z) & splat(np.int32(-2147483648))
@@ -90,7 +90,7 @@ def tanh(z):
     return select(size < splat(np.float32(0.625)), small, large)
 
 
-@inlined
+@inline
 def masked_score(score, mask):
     """score + mask, float64, rounded where float32 can hold it: there, a huge mask leaves all keys of a row alike."""
     added = score + np.float64(mask)

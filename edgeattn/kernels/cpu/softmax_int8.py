@@ -11,7 +11,7 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
-from edgeattn.runtime.jit import inlined
+from edgeattn.runtime.jit import inline
 
 from .requantize import divide_by_power, doubling_high
 from .simd import (
@@ -20,10 +20,10 @@ from .simd import (
     WIDTH,
     bits_of,
     float_of_bits,
-    larger,
     larger_bytes,
     load,
     look_up_bytes,
+    maximum,
     narrow,
     pack_bytes,
     select,
@@ -46,7 +46,7 @@ _HALF_ROUNDED_DOWN = np.float32(0.49999997)
 KEPT_GROUPS = 128  # groups of keys whose values are kept for the second pass; those of longer rows are looked up again
 
 
-@inlined
+@inline
 def maximum_codes(codes, at, groups):
     """Row maxima over codes (groups, W) of four keys per lane: the two vectors of maxima, repeated in all bytes."""
     m0 = splat(LOWEST_CODES)
@@ -57,14 +57,14 @@ def maximum_codes(codes, at, groups):
     return spread_maximum(m0), spread_maximum(m1)
 
 
-@inlined
+@inline
 def spread_maximum(m):
     """The largest of a lane's four signed bytes, in all four."""
     m = larger_bytes(m, shift_right_logical(m, splat(np.int32(16))) | (m << splat(np.int32(16))))
     return larger_bytes(m, shift_right_logical(m, splat(np.int32(8))) | (m << splat(np.int32(24))))
 
 
-@inlined
+@inline
 def _kept(value, mask, shift):
     """value where byte `shift / 8` of mask is set, else 0 (the bits of a float32 zero too)."""
     return value & ((mask << splat(np.int32(24 - shift))) >> splat(np.int32(24)))
@@ -81,7 +81,7 @@ def softmax_codes(table, fixed, codes, at, groups, masks, at_masks, masked, valu
     raise TypeError("for kernels only: Numba compiles what stands below in its place")
 
 
-@inlined
+@inline
 def _float_values(table, m, codes, at, masks, at_masks, masked):
     """The exponentials of four keys to a lane, one vector for each of the four."""
     e0, e1, e2, e3 = look_up_bytes(table, subtract_bytes(m, load(codes, at)))
@@ -94,7 +94,7 @@ def _float_values(table, m, codes, at, masks, at_masks, masked):
     return e0, e1, e2, e3
 
 
-@inlined
+@inline
 def _float_sums(table, codes, at, groups, masks, at_masks, masked, values, at_values, m0, m1):
     s0 = splat(np.float32(0))
     s1 = splat(np.float32(0))
@@ -116,7 +116,7 @@ def _float_sums(table, codes, at, groups, masks, at_masks, masked, values, at_va
     return s0, s1
 
 
-@inlined
+@inline
 def _keep(values, at, v0, v1, v2, v3):
     store(values, at, v0)
     store(values, at + WIDTH, v1)
@@ -124,17 +124,17 @@ def _keep(values, at, v0, v1, v2, v3):
     store(values, at + 3 * WIDTH, v3)
 
 
-@inlined
+@inline
 def _kept_values(values, at):
     return load(values, at), load(values, at + WIDTH), load(values, at + 2 * WIDTH), load(values, at + 3 * WIDTH)
 
 
-@inlined
+@inline
 def _float_probability(e, inverse):
     return truncate(e * inverse + splat(_HALF_ROUNDED_DOWN))
 
 
-@inlined
+@inline
 def _softmax_lut_f32(table, codes, at, groups, masks, at_masks, masked, values, at_values):
     m0, m1 = maximum_codes(codes, at, groups)
     if masked:
@@ -158,12 +158,12 @@ def _softmax_lut_f32(table, codes, at, groups, masks, at_masks, masked, values, 
             store(codes, at + i, packed ^ splat(PROBABILITY_FLIP))
 
 
-@inlined
+@inline
 def _zero_where(mask, v):
     return select(mask, splat(np.float32(0)), v)
 
 
-@inlined
+@inline
 def reciprocal_fixed(total):
     """gemmlowp GetReciprocal of a Q12.19 sum: (scale Q0.31, shift), scale * 2**-shift = 1 / total."""
     zeros = 0
@@ -179,7 +179,7 @@ def reciprocal_fixed(total):
     return min(r * 2, 2147483647), 12 - zeros + 31 - 8
 
 
-@inlined
+@inline
 def _integer_values(table, m, codes, at, masks, at_masks, masked):
     """The exponentials of four keys to a lane, one vector for each of the four."""
     e0, e1, e2, e3 = look_up_bytes(table, subtract_bytes(m, load(codes, at)))
@@ -189,18 +189,18 @@ def _integer_values(table, m, codes, at, masks, at_masks, masked):
     return e0, e1, e2, e3
 
 
-@inlined
+@inline
 def _rounded(e, fixed):
     """What a value adds to the sum: of Q0.31 the rounded Q12.19."""
     return divide_by_power(e, splat(np.int32(12))) if fixed else e
 
 
-@inlined
+@inline
 def _integer_probability(e, q, right):
     return divide_by_power(narrow(doubling_high(e, q)), right)
 
 
-@inlined
+@inline
 def _softmax_integer(table, fixed, codes, at, groups, masks, at_masks, masked, values, at_values, rows, at_rows):
     m0, m1 = maximum_codes(codes, at, groups)
     for c in range(2):
@@ -241,10 +241,10 @@ def _softmax_integer(table, fixed, codes, at, groups, masks, at_masks, masked, v
             store(codes, at + i, packed ^ splat(PROBABILITY_FLIP))
 
 
-@inlined
+@inline
 def _clamp_shift(shift):
     """Shifts into 0..31: only the row of an empty sum, whose values are all 0, lies outside."""
-    return smaller(larger(shift, splat(np.int32(0))), splat(np.int32(31)))
+    return smaller(maximum(shift, splat(np.int32(0))), splat(np.int32(31)))
 
 
 

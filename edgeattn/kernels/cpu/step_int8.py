@@ -7,8 +7,8 @@ become lanes for the softmax, a head to a lane: its sums go in the order of the 
 import numpy as np
 from numba.extending import register_jitable
 
-from edgeattn.runtime.jit import inlined
-from edgeattn.runtime.worker_pool import separate
+from edgeattn.runtime.jit import inline
+from edgeattn.runtime.worker_pool import task
 
 from . import fused_int8 as f
 from .decode_blocks import BLOCK
@@ -23,10 +23,10 @@ from .simd import (
     WIDTH,
     address_of,
     join_bytes,
-    larger,
     load,
     matrix_configure,
     matrix_release,
+    maximum,
     pointer_to,
     smaller,
     splat,
@@ -48,27 +48,27 @@ def step_sizes(D, Dv):
             MATRIX_ROWS * max(BLOCK, Dv_up), Dv_up)
 
 
-@inlined
+@inline
 def project_codes(x, at_x, E, tokens, weights, rule, at_weight, at_bias, at_multiplier, zero_point, padded, p, private):
-    """Codes of at most W tokens of x to p.at_natural, where their rows are so many bytes apart."""
+    """Codes of at most W tokens of x to p.at_row_major, where their rows are so many bytes apart."""
     rows, depth4 = round_up(tokens, ROWS), f.packed_depth(E)
     features = round_up(p.heads * padded, WIDTH)
     row = 4 * round_up(features // 4, LANES)
     f.pack_tokens(x, at_x, E, tokens, rows, private, p.at_x, depth4)
     linear(f.finish_bytes, (weights, rule, at_multiplier, features, zero_point, np.int32(0), private.view(np.int8),
-                            4 * p.at_natural, row, row, 0),
+                            4 * p.at_row_major, row, row, 0),
            private.view(np.uint32), p.at_x, depth4, 1, rows, weights, at_weight, weights, at_bias, features,
            depth4, private, p.at_tiles)
     return row
 
 
-@inlined
+@inline
 def shifted(v, zero_point):
     """v + zero_point, or as far from every code."""
-    return smaller(larger(v, splat(_FAR_BELOW)), splat(_FAR)) + splat(zero_point)
+    return smaller(maximum(v, splat(_FAR_BELOW)), splat(_FAR)) + splat(zero_point)
 
 
-@inlined
+@inline
 def write_query(codes, at, size, zero_point, digits, row):
     """Two rows of digits of codes[at : at + size] less their zero point, zeros up to the row's end; their sum."""
     high, low = pointer_to(digits, np.int8), pointer_to(digits + 4 * row, np.int8)
@@ -80,7 +80,7 @@ def write_query(codes, at, size, zero_point, digits, row):
     return total
 
 
-@inlined
+@inline
 def write_probabilities(codes, at, count, digits):
     """Two rows (QUADS,) of digits of the probabilities of `count` groups of keys, zeros after them; their sum."""
     total = np.int32(0)
@@ -94,7 +94,7 @@ def write_probabilities(codes, at, count, digits):
     return total
 
 
-@separate
+@task
 def step_part(table, project_rule, score_rule, context_rule, xq, out, weights, parameters, classes, tables, keys,
               values, scratch, batch, worker, part):
     """A batch entry's one query against its S keys and values, all of which it sees; arguments as cached_int8's.
@@ -107,7 +107,7 @@ def step_part(table, project_rule, score_rule, context_rule, xq, out, weights, p
     D, Dv, Dp, Dvp = p.head_size, p.value_size, p.padded_head, p.padded_value
     zq, zk, zv = np.int32(p.zq), np.int32(p.zk), np.int32(p.zv)
     zs, zc = np.int32(p.zs), np.int32(p.zc)
-    at_codes, at_masks, at_natural, at_context = p.at_codes, p.at_masks, p.at_natural, p.at_context
+    at_codes, at_masks, at_row_major, at_context = p.at_codes, p.at_masks, p.at_row_major, p.at_context
     private_b = private.view(np.int8)
     sizes = step_sizes(D, Dv)
     digits_at = address_of(private) + 4 * p.at_step
@@ -127,7 +127,7 @@ def step_part(table, project_rule, score_rule, context_rule, xq, out, weights, p
         heads = min(WIDTH, H - h0)
         # 2. scores, as codes of four keys to a lane: (keys / 4, W) with heads in lanes
         for h in range(heads):
-            total = write_query(private_b, 4 * at_natural + (h0 + h) * Dp, D, zq, digits_at, deep)
+            total = write_query(private_b, 4 * at_row_major + (h0 + h) * Dp, D, zq, digits_at, deep)
             excess = splat(np.int32(total * (_SHIFT + zk)))
             k_address = address_of(keys) + ((batch * H + h0 + h) * p.capacity + p.first_slot) * D
             for s0 in range(0, S, BLOCK):

@@ -1,8 +1,8 @@
 """The GPU and the stream of a call, and the order that it keeps with arrays used on other streams."""
 
+from edgeattn.kernels.cuda.array_provider import kind
 from edgeattn.kernels.cuda.arrays import view
 from edgeattn.kernels.cuda.driver import driver
-from edgeattn.kernels.cuda.kinds import kind
 
 
 class Call:

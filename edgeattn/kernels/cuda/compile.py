@@ -64,14 +64,14 @@ def _generate(instruction, context, builder, values):
     constraints = ["=" + row[2] for row in results] + [letters[letter][2] for letter in instruction.arguments]
     if instruction.effect:
         constraints.append("~{memory}")
-    kinds = [row[1] for row in results]
-    returned = ir.VoidType() if not kinds else kinds[0] if len(kinds) == 1 else ir.LiteralStructType(kinds)
+    provider = [row[1] for row in results]
+    returned = ir.VoidType() if not provider else provider[0] if len(provider) == 1 else ir.LiteralStructType(provider)
     asm = ir.InlineAsm(ir.FunctionType(returned, [value.type for value in values]), instruction.text,
                        ",".join(constraints), side_effect=instruction.effect)
     call = builder.call(asm, values)
     if instruction.effect:
         call.attributes.add("convergent")
-    return [call] if len(kinds) < 2 else [builder.extract_value(call, i) for i in range(len(kinds))]
+    return [call] if len(provider) < 2 else [builder.extract_value(call, i) for i in range(len(provider))]
 
 
 @functools.cache

@@ -8,14 +8,14 @@ import numpy as np
 
 from edgeattn.kernels.cuda import attention as fa
 from edgeattn.kernels.cuda import elements as el
+from edgeattn.kernels.cuda import key_mean
 from edgeattn.kernels.cuda import masks as mk
 from edgeattn.kernels.cuda import merge as fm
 from edgeattn.kernels.cuda import quantize as qz
-from edgeattn.kernels.cuda import smooth as sm
+from edgeattn.kernels.cuda.array_provider import kind
 from edgeattn.kernels.cuda.arrays import View, view
 from edgeattn.kernels.cuda.driver import driver
-from edgeattn.kernels.cuda.kinds import kind
-from edgeattn.kernels.cuda.record import launch, taking
+from edgeattn.kernels.cuda.launch_graph import capturing, launch
 
 LOG2_E = 1.4426950408889634
 SMALL = 2**31
@@ -40,7 +40,7 @@ def round_up(n, to):
 def scratch(shape, dtype, like):
     """A View of new memory of the kind of `like`, not filled."""
     made = view("scratch", kind(like).empty(tuple(shape), dtype, like))
-    record = taking()
+    record = capturing()
     return made if record is None else record.place(made)
 
 
@@ -272,7 +272,7 @@ def _smooth(k, masks, H, L, stream, like):
     keep, bias, lengths = (masks.get(name) for name in ("keep", "bias", "lengths"))
     p = [Hkv, H, L, S, D, masks["left"], masks["right"], masks["offset"], int(masks["at_end"]),
          int(lengths is not None and lengths.dtype.itemsize == 8), *k.strides[:3], *spread(keep), *spread(bias)]
-    launch(sm.smooth(), (B * Hkv, 1, 1),
+    launch(key_mean.smooth(), (B * Hkv, 1, 1),
                     [k.pointer, minus.pointer, address(keep), address(bias), address(lengths)], p, stream)
     return minus
 

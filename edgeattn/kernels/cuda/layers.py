@@ -24,7 +24,7 @@ from edgeattn.kernels.cuda.host import (
     spread,
     store_rows,
 )
-from edgeattn.kernels.cuda.record import launch
+from edgeattn.kernels.cuda.launch_graph import launch
 from edgeattn.kernels.cuda.rules import planes
 
 
@@ -112,9 +112,11 @@ class _Layer:
 
         def attend_to(context, options):
             for rows, taken in pieces:
-                cache.took(taken[1] - taken[0], None if in_place else [part(x, 2, *taken) for x in (k, v)], stream,
+                cache.append_device(taken[1] - taken[0], None if in_place else [part(x, 2, *taken) for x in (k, v)],
+                                    stream,
                            like)
-                cache.see(part(q, 2, *rows), part(context, 2, *rows), self.scale, rows, precision=self.precision,
+                cache.attend_device(part(q, 2, *rows), part(context, 2, *rows), self.scale, rows,
+                                    precision=self.precision,
                           weights=None if weights is None else part(weights, 2, *rows), **options, **masks)
 
         self._completed(attend_to, xq, out, stream, like)
@@ -331,7 +333,8 @@ class StaticLayer:
 
         def attend_to(context):
             for rows, taken in pieces:
-                cache.took(taken[1] - taken[0], None if in_place else [part(x, 2, *taken) for x in (k, v)], stream,
+                cache.append_device(taken[1] - taken[0], None if in_place else [part(x, 2, *taken) for x in (k, v)],
+                                    stream,
                            like)
                 held = cache.start, cache.length
                 masks = masks_part(dict(offset=offset, keep=keep), rows, held)

@@ -1,0 +1,378 @@
+"""Planted bugs: each line of MUTATIONS breaks a kernel in one place, and the named check must fail for it."""
+import contextlib
+import importlib
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import reference
+import test_cuda_float32
+import test_cuda_int8
+import test_cuda_int8_functional
+import test_cuda_layers
+import test_cuda_precision
+import test_cuda_probabilities
+from cases import Case
+from cuda_emulated import emulated_only
+from kernels_under_test import ASYMMETRIC, make_layer
+
+from edgeattn.executors.cuda import functional as on_cuda
+from edgeattn.kernels.cuda import driver as driver_module
+from edgeattn.kernels.cuda import host, layers
+from edgeattn.kernels.cuda.language import Kernel, int32
+from edgeattn.kernels.cuda.ptx import load_b32, store_b32, thread
+
+pytestmark = [pytest.mark.usefixtures("device"), emulated_only]
+ORDER = ("tiles", "attention", "merge", "linear", "quantize", "smooth", "masks", "elements", "rules", "int8")
+IN_HOST = {"attention": "fa", "merge": "fm", "linear": "fl", "quantize": "qz", "smooth": "sm", "masks": "mk",
+           "elements": "el", "int8": "i8"}
+
+
+@contextlib.contextmanager
+def planted(name, old, new):
+    """The kernels, built anew with one place of one file changed, in place of those that are launched."""
+    kept = {module: sys.modules[f"edgeattn.kernels.cuda.{module}"] for module in ORDER}
+    used = [(where, module, attribute, getattr(where, attribute)) for where in (host, layers)
+            for module, attribute in IN_HOST.items() if hasattr(where, attribute)]
+    try:
+        for module in ORDER:
+            text = Path(kept[module].__file__).read_text(encoding="utf-8")
+            if module == name:
+                assert text.count(old) == 1, f"the place to break is {text.count(old)} times in {name}.py"
+                text = text.replace(old, new)
+            made = types.ModuleType(f"edgeattn.kernels.cuda.{module}")
+            made.__package__ = "edgeattn.kernels.cuda"
+            exec(compile(text, kept[module].__file__, "exec"), made.__dict__)
+            sys.modules[made.__name__] = made
+            for where, of, attribute, _ in used:
+                if of == module:
+                    setattr(where, attribute, made)
+        on_cuda._CALLS.clear()
+        yield
+    finally:
+        for module in ORDER:
+            sys.modules[f"edgeattn.kernels.cuda.{module}"] = kept[module]
+        for where, _, attribute, before in used:
+            setattr(where, attribute, before)
+
+
+def check_case(**options):
+    case = Case("planted", **{**dict(B=1, H=1, D=8), **options})
+    arrays, masks = case.qkv(), case.masks()
+    got = test_cuda_float32.attend(case, arrays, masks).numpy()
+    want = [test_cuda_float32.oracle(case, arrays, masks, dtype) for dtype in (np.float64, np.float32)]
+    reference.assert_as_accurate(got, *want)
+
+
+def check_float():
+    check_case(L=33, S=70)
+
+
+def check_band():
+    check_case(L=70, S=70, is_causal=True)
+
+
+def check_groups():
+    check_case(H=4, Hkv=2, L=2, S=5)
+
+
+def check_masks():
+    check_case(L=5, S=9, bool_mask=(5, 9))
+    check_case(L=5, S=9, float_mask=(5, 9))
+
+
+def check_finite_mask():
+    test_cuda_float32.test_a_finite_mask_hides_no_key_by_itself()
+
+
+def check_pieces():
+    check_case(L=3, S=5, D=72, Dv=70)
+
+
+def check_split():
+    check_case(L=1, S=700)
+
+
+def check_precision(name, **options):
+    case = Case("planted", **{**dict(B=1, H=1, D=8), **options})
+    arrays, masks = case.qkv(), case.masks()
+    test_cuda_precision.check(test_cuda_float32.attend(case, arrays, masks, precision=name).numpy(), case, arrays, masks, name)
+
+
+def check_half():
+    check_precision("float16", L=33, S=70, Dv=20)
+
+
+def check_tf32():
+    check_precision("tf32", L=33, S=70, Dv=20)
+
+
+def check_half_masks():
+    check_precision("float16", L=40, S=70, window_size=(9, 2), causal_alignment="upper_left", softcap=2.0, float_mask=(40, 70))
+
+
+def check_not_finite():
+    for name in test_cuda_precision.PRECISIONS:
+        test_cuda_precision.test_what_is_not_finite_goes_where_it_is_seen(name)
+
+
+def check_dynamic():
+    test_cuda_int8_functional.test_everything_without_a_softcap()
+
+
+def check_dynamic_window():
+    test_cuda_int8_functional.test_a_window_may_begin_at_any_key()
+
+
+def check_dynamic_masks():
+    for bad in (np.nan, 1e38):
+        test_cuda_int8_functional.test_what_is_behind_a_mask_stays_there(bad)
+
+
+def check_dynamic_mean():
+    test_cuda_int8_functional.test_a_row_of_one_huge_finite_mask_is_the_mean_of_the_values(-1e9)
+
+
+def check_strong_key():
+    test_cuda_int8_functional.test_a_strong_key_takes_no_weight_from_the_others(0.3)
+
+
+def check_not_a_number():
+    test_cuda_float32.test_a_query_that_is_not_a_number_shows("float32")
+
+
+def check_offset():
+    test_cuda_int8_functional.test_an_offset_that_all_keys_share_changes_little()
+
+
+def check_codes():
+    test_cuda_int8_functional.test_codes_and_scales_are_the_cpus(driver_module.driver())
+
+
+def check_padding():
+    test_cuda_layers.test_a_mask_and_padding_together((2, 2, 5, 9))
+
+
+def check_weights():
+    test_cuda_probabilities.test_probabilities("band-tiles")
+
+
+def check_split_weights():
+    test_cuda_probabilities.test_probabilities("decode-split")
+
+
+def check_nothing():
+    test_cuda_probabilities.test_keys_and_weights_of_nothing()
+
+
+def check_extras():
+    test_cuda_probabilities.test_layers(("keys", "gate"))
+
+
+def check_cache():
+    test_cuda_probabilities.test_what_a_cache_with_a_window_holds()
+
+
+def check_static_cache():
+    test_cuda_layers.test_static_decoding_gives_the_bits_of_the_whole("litert", 7)
+
+
+def check_static_weights():
+    test_cuda_layers.test_probabilities_of_a_static_layer("litert")
+
+
+def check_nan():
+    case = Case("planted-nan", B=1, H=1, L=5, S=9, D=8)
+    q, k, v = case.qkv()
+    v[:, :, 4] = np.nan
+    keep = np.arange(9) != 4
+    put = driver_module.driver().array
+    for mask in (keep, np.where(keep, np.float32(0), np.float32(-np.inf))):
+        got = host_attention(put(q), put(k), put(v), put(mask))
+        assert np.isfinite(got).all()
+    k[:, :, 4] = np.nan
+    assert np.isfinite(host_attention(put(q), put(k), put(v), put(mask))).all()
+
+
+def host_attention(*arrays):
+    return importlib.import_module("edgeattn").scaled_dot_product_attention(*arrays).numpy()
+
+
+def check_static(rules=("float_rne", "float_rne", "float_rne", "lut_f32"), shape=(1, 17, 70, 20, 8, 1, 12, 10)):
+    rng = np.random.default_rng(11)
+    B, L, S, E, D, heads, Dv, Eo = shape
+    _, *parts = make_layer(rng, heads, E, D, Dv, Eo, ASYMMETRIC, rules[:3], rules[3])
+    x = [rng.integers(-128, 128, (B, n, E)).astype(np.int8) for n in (L, S, S)]
+    test_cuda_int8.run(parts, heads, rules, x, band=(-S, 40))
+
+
+def check_fixed():
+    check_static(("double", "double", "double", "fixed"))
+
+
+def check_u16():
+    check_static(("float_rne", "float_rne", "double", "lut_u16"))
+
+
+def check_deep():
+    check_static(shape=(1, 3, 5, 70, 72, 1, 70, 66))
+
+
+def check_wide():
+    check_static(shape=(1, 3, 5, 80, 8, 1, 8, 8))
+
+
+def check_static_band():
+    rng = np.random.default_rng(12)
+    rules = ("double", "double", "double", "fixed")
+    _, *parts = make_layer(rng, 1, 7, 8, 5, 6, ASYMMETRIC, rules[:3], rules[3])
+    test_cuda_int8.run(parts, 1, rules, [rng.integers(-128, 128, (1, 67, 7)).astype(np.int8)] * 3, band=(-5, 0))
+
+
+def check_rules():
+    import oracle_kernels as oracle
+
+    device, rules = driver_module.driver(), sys.modules["edgeattn.kernels.cuda.rules"]
+    values = np.array([-6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7, 100, -100] * 2, np.int32)
+    for name in ("double", "ruy", "float_rne", "float64"):
+        rule = rules.RULES[name]
+
+        def kernel(rule):
+            def apply(a, p):
+                at = thread() * 4
+                store_b32(at >= 0, a[1] + at, int32(rule(load_b32(at >= 0, a[0] + at), p[0], p[1])))
+            return Kernel(apply, 2, 2, 32, 0)
+
+        m = np.float32(0.125) if name == "float_rne" else np.float64(0.125)
+        first, second = (int(x) for x in rules.planes(name, [m])[:, 0])
+        acc, got = device.array(values), device.empty((32,), np.int32)
+        device.launch(kernel(rule), (1, 1, 1), [acc.pointer, got.pointer], [first, second], 0)
+        given = (m,) if name in ("float_rne", "float64") else oracle.quantize_multiplier(m)
+        np.testing.assert_array_equal(got.numpy(), [getattr(oracle, "rule_" + name)(int(v), *given) for v in values])
+
+
+CHECKS = [check_float, check_band, check_groups, check_masks, check_finite_mask, check_pieces, check_split, check_nan, check_static,
+          check_fixed, check_u16, check_deep, check_wide, check_static_band, check_rules,
+          check_half, check_tf32, check_half_masks, check_not_finite, check_dynamic, check_dynamic_window, check_dynamic_masks, check_dynamic_mean,
+          check_strong_key, check_not_a_number, check_offset,
+          check_codes, check_padding, check_weights, check_split_weights, check_nothing, check_extras, check_cache,
+          check_static_cache, check_static_weights]
+
+MUTATIONS = [
+    # float32 attention
+    ("attention", "cuda.syncthreads()\n                scores(", "scores(", check_float),
+    ("attention", "            cuda.syncthreads()\n            # 5. values", "            # 5. values", check_float),
+    ("attention", "shrink = exp2(m[r] - above)", "shrink = float32(1.0)", check_float),
+    ("attention", "                    o[r, k] = o[r, k] * shrink", "                    o[r, k] = o[r, k]", check_float),
+    ("attention", "edge = (int32(k0 + KEYS) > last) |", "edge = ", check_float),
+    ("attention", "int32(q0 + high) < int32(k0 + KEYS - 1))", "int32(q0 + high) < k0)", check_band),
+    ("attention", "(across(k) < to_key)", "(across(k) <= to_key)", check_band),
+    ("attention", "float32(-0.0)", "float32(0.0)", check_nan),
+    ("tiles", "swap = int32((x & 7) << 2)", "swap = int32(0)", check_float),
+    ("attention", "good = row < L\n            to = out", "good = row >= 0\n            to = out", check_float),
+    ("attention", "kv = quotient(head, p[P_GROUP])", "kv = head", check_groups),
+    ("attention", "seen = load_u8((row < L) & (there < last), keep + at) != 0", "seen = there >= 0", check_masks),
+    ("attention", "select_f(b == float32(_MINUS_INFINITY), b, fma(", "select_f(b == float32(1.0), b, fma(", check_nan),
+    ("attention", "fma(bounded,", "fma(b,", check_finite_mask),
+    ("attention", "if p[P_CHUNKS] > 1 or k0 == first:", "if k0 == first and piece == 0:", check_pieces),
+    ("attention", "row_sum = row_sum + shuffle_f(row_sum, int32(1 << step))", "row_sum = row_sum + float32(0.0)", check_float),
+    ("attention", "float32(-126.0)", "float32(-1.0)", check_float),
+    ("merge", "weight = exp2(found - base) *", "weight =", check_split),
+    ("merge", "stored = good & (d < p[P_DV])", "stored = good", check_nothing),
+    # probabilities, added keys, gates
+    ("attention", "first, end = int32(0), p[P_S]", "end = p[P_S]", check_weights),
+    ("attention", "if p[P_SUMS] != 0:", "if p[P_SPLITS] > 1:", check_weights),
+    ("attention", "exp2(s[r, k] - m[r]) * total[r])", "exp2(s[r, k] - m[r]))", check_weights),
+    ("attention", "(int32(key0 + across(k)) < p[P_S])", "(int32(key0) < p[P_S])", check_weights),
+    ("attention", "fma(exp2(load_f32(row < L, found) - m[r]), size, total[r])", "total[r] + size", check_split_weights),
+    ("elements", "divide(total, float_of_bits(p[M_HEADS]))", "total", check_extras),
+    ("elements", "float32(1.0) + exp2(power)", "float32(1.5) + exp2(power)", check_extras),
+    ("quantize", "divisor = factor", "divisor = float32(1.0)", check_cache),
+    # float16 and tf32
+    ("tiles", "half_pair(b, a), half_pair(d, c)", "half_pair(a, b), half_pair(d, c)", check_half),
+    ("tiles", "half_pair(s[0, 4 * k + 1], s[0, 4 * k])", "half_pair(s[0, 4 * k], s[0, 4 * k + 1])", check_half),
+    ("tiles", "b0, b1, b2, b3 = read_turned(", "b0, b1, b2, b3 = read_matrices(", check_half),
+    ("tiles", "at + k * 16 * PITCH + n * 32", "at + k * 8 * PITCH + n * 32", check_half),
+    ("tiles", "c[0, 4 * n + 2], c[0, 4 * n + 3], c[1, 4 * n + 2], c[1, 4 * n + 3] = mma(\n                    a0, a1, a2, a3, b2, b3",
+     "c[0, 4 * n + 2], c[0, 4 * n + 3], c[1, 4 * n + 2], c[1, 4 * n + 3] = mma(\n                    a0, a1, a2, a3, b1, b3",
+     check_half),
+    ("tiles", "return 8 * (k >> 1) + (k & 1)", "return 8 * (k & 1) + (k >> 1)", check_half),
+    ("tiles", "(k * 8 + 1) * PITCH", "(k * 8 + 4) * PITCH", check_tf32),
+    ("tiles", "a2, a3 = to_tf32(s[0, 2 * k + 1]), to_tf32(s[1, 2 * k + 1])", "a2, a3 = to_tf32(s[1, 2 * k + 1]), to_tf32(s[0, 2 * k + 1])",
+     check_tf32),
+    ("tiles", "PITCH = chunk * SIZE + 16", "PITCH = chunk * SIZE + 8", check_half),
+    ("tiles", "return int32((t >> 5) * 16 + (lane >> 2)), pair, pair", "return int32((t >> 5) * 16 + (lane >> 2)), lane, pair", check_half),
+    ("attention", "s[r, k] = s[r, k] * factor", "s[r, k] = s[r, k]", check_half),
+    ("attention", "s[r, k] = tanh(s[r, k]) * softcap", "s[r, k] = tanh(s[r, k])", check_half_masks),
+    ("tiles", "return select_f(finite(e), e, float32(0.0))", "return e", check_not_finite),
+    ("tiles", "both = (above > 0) & (below > 0)", "both = (above > 0) & (below < 0)", check_not_finite),
+    ("tiles", "s[r, k] = select_f(bits_of(s[r, k]) == GONE, float32(0.0), float32(1.0))", "s[r, k] = float32(1.0)", check_not_finite),
+    ("attention", "if careful:\n                    cuda.syncthreads()\n", "if careful:\n", check_not_finite),
+    # dynamic int8
+    ("attention", "first = int32(first & -4)", "first = int32(first)", check_dynamic_window),
+    ("attention", "s[r, k] - here + value_log", "s[r, k] - here - value_log", check_dynamic),
+    ("attention", "s[r, k] - here + value_log", "s[r, k] + value_log", check_dynamic_mean),
+    ("attention", "- float32(_LOG2_255)\n", "- float32(9.0)\n", check_dynamic),
+    ("attention", "exp2(here - above + top))", "exp2(top))", check_strong_key),
+    ("attention", "exp2(here - above + top))", "exp2(here - above))", check_strong_key),
+    ("attention", "select_f(empty, float32(0.0), exp2(here", "select_f(gone, float32(0.0), exp2(here", check_dynamic),
+    ("attention", "top = maximum(top, shuffle_f(top, int32(1 << step)))", "top = maximum(top, top)", check_dynamic),
+    ("attention", "s[r, k] = to_float(byte)", "s[r, k] = exp2(s[r, k] - top)", check_strong_key),
+    ("attention", "row_sum = row_sum * left[r]", "row_sum = row_sum * exp2(top)", check_strong_key),
+    ("tiles", "fma(to_float(found[r, k]), left[r], o[r, k])", "fma(to_float(found[r, k]), left[0], o[r, k])", check_dynamic),
+    ("attention", "return y * float_of_bits(int32(bits_of(shifted) << 23))",
+     "return float_of_bits(int32(bits_of(y) + (bits_of(shifted - float32(127.0)) << 23)))", check_not_a_number),
+    ("attention", "row_sum = fma(s[r, k], read_f32(at), row_sum)", "row_sum = row_sum + s[r, k]", check_dynamic),
+    ("attention", "write_f32(int32(lists + t * 4), select_f(t < KEYS, w, value_log))",
+     "write_f32(int32(lists + t * 4), select_f(t < KEYS, w, w))", check_dynamic),
+    ("attention", "select_f(size == size, divide(float32(1.0), size), float32(0.0))", "divide(float32(1.0), size)", check_dynamic_masks),
+    ("tiles", "at = int32(to + times(int32(row + 8 * r), PITCH)", "at = int32(to + times(int32(row + r), PITCH)", check_dynamic),
+    ("smooth", "-mean)", "mean)", check_offset),
+    ("smooth", "divide(float32(1.0), select_f(good, size, float32(1.0)))", "float32(1.0)", check_dynamic),
+    ("smooth", "for n0 in range(0, queries, 4):", "for n0 in range(0, 1, 4):", check_dynamic),
+    ("smooth", "seen = select_f(good & kept, float32(1.0), seen)", "seen = float32(1.0)", check_dynamic_masks),
+    ("quantize", "divide(float32(127.0), largest)", "divide(float32(128.0), largest)", check_codes),
+    ("quantize", "code = nearest(v * inverse)", "code = nearest(v * inverse - float32(0.5))", check_codes),
+    ("quantize", "select_i(finite, code, int32(0))", "code", check_codes),
+    ("masks", "select_i(seen & real,", "select_i(seen,", check_padding),
+    ("masks", "times_wide(b, p[P_PADDING_B]) + ", "", check_padding),
+    # int8
+    ("int8", "v = int32(v - times(zk,", "v = int32(v + times(zk,", check_static),
+    ("int8", "v = int32(v - times(zq,", "v = int32(v + times(zq,", check_static),
+    ("int8", "v = int32(o[n, j] - times(zv,", "v = int32(o[n, j] + times(zv,", check_static),
+    ("int8", "int32(g + 8 * i))", "int32(g))", check_static),
+    ("int8", "ordered = add(ordered, read_f32(int32(from_row + j * 4)))",
+     "ordered = add(read_f32(int32(from_row + j * 4)), float32(0.0))", check_static),
+    ("int8", "select_i(d < size, clamp_code(v, zero_point), int32(0))", "clamp_code(v, zero_point)", check_static),
+    ("int8", "total = int32(total + shuffle_i(total, 1))", "total = int32(total)", check_static),
+    ("int8", "total[i] = int32(total[i] + shuffle_i(total[i], 2))", "total[i] = int32(total[i])", check_fixed),
+    ("int8", "                cuda.syncthreads()\n                multiply_u8s8", "                multiply_u8s8", check_static),
+    ("int8", "if D_up > TILE:\n                        stage_rows", "if D_up < 0:\n                        stage_rows", check_deep),
+    ("int8", "(row < rows) & (part * 16 < left)", "row < rows", check_wide),
+    ("int8", "(larger(0, int32(q0 + p[P_LOW])) & -16)", "(larger(0, int32(q0 + p[P_LOW])))", check_static_band),
+    ("int8", "(n & 3) + ((n >> 5) << 2) & 63", "(n & 3) + ((n >> 5) << 2) & 31", check_static_cache),
+    ("int8", "write_s8(int32(at + j * PITCH)", "write_s8(int32(at + j)", check_static_cache),
+    ("int8", "p[P_WEIGHTS_FIRST] + column", "column", check_static_cache),
+    ("int8", "int32(byte - 128)", "byte", check_static_weights),
+    ("int8", "range(0, p[P_WEIGHTS_ROW], TILE)", "range(0, 0, TILE)", check_static_cache),
+    ("rules", "threshold = int32((mask >> 1) + select_i(v < 0, int32(1), int32(0)))", "threshold = int32(mask >> 1)", check_rules),
+    ("rules", "(int64(1) << right) >> int64(1)", "(int64(1) << right) >> int64(2)", check_rules),
+    ("rules", "rest <= float64(-0.5)", "rest < float64(-0.5)", check_rules),
+    ("rules", "int32(35 - zeros)", "int32(34 - zeros)", check_fixed),
+    ("rules", "int32(126 - (bits >> 23))", "int32(127 - (bits >> 23))", check_u16),
+    ("rules", "float32(0.00390625)))\n    return bits_of", "float32(0.0078125)))\n    return bits_of", check_static),
+]
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_nothing_planted_nothing_found(check):
+    with planted("attention", "offset = p[P_OFFSET]", "offset = p[P_OFFSET]"):
+        check()
+
+
+@pytest.mark.parametrize(("name", "old", "new", "check"), MUTATIONS, ids=[f"{m[0]}-{i}" for i, m in enumerate(MUTATIONS)])
+def test_a_planted_bug_is_found(name, old, new, check):
+    with planted(name, old, new), pytest.raises((AssertionError, ValueError)):
+        check()
