@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from edgeattn.layers.linear import Linear, parameter
 
@@ -66,7 +67,8 @@ class Embedding:
         if self.padding_id is None:
             return np.broadcast_to(np.arange(first, first + ids.shape[1]), ids.shape)
         real = ids != self.padding_id
-        return self.padding_id + real * (np.cumsum(real, axis=1) + first)
+        rows: NDArray[np.int64] = self.padding_id + real * (np.cumsum(real, axis=1) + first)
+        return rows
 
     def forward(self, ops: Ops[T], ids: NDArray[np.int64], positions: NDArray[np.int64], types: NDArray[np.int64],
                 name: str = "") -> T:
@@ -119,7 +121,7 @@ class PatchEmbedding:
 
     def patches(self, pixels: Float32s) -> Float32s:
         """Pixels (B, C, height, width) -> (B * (first tokens + patches), C * patch height * patch width)."""
-        windows = np.lib.stride_tricks.sliding_window_view(pixels, self.patch_size, axis=(2, 3))
+        windows: Float32s = sliding_window_view(pixels, self.patch_size, axis=(2, 3))  # type: ignore[call-overload]
         windows = windows[:, :, :: self.stride[0], :: self.stride[1]].transpose(0, 2, 3, 1, 4, 5)
         flat = windows.reshape(len(pixels), -1, self.projection.inputs)
         rows = np.zeros((len(pixels), self.first_tokens + flat.shape[1], flat.shape[2]), np.float32)

@@ -6,12 +6,12 @@ import contextlib
 import functools
 import itertools
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from edgeattn.checks import as_array, check_out, flag, float_array, result_dtype, to_float32, write_result
-from edgeattn.files.checkpoints.tensors import Tensors, check_heads, check_source, read_named, times
+from edgeattn.files import checkpoints
 from edgeattn.files.paths import named
 from edgeattn.kv_cache import KVCache
 from edgeattn.layers.call import check_cache, resolve_call_mask
@@ -143,7 +143,7 @@ class TransformerEncoder(Stored):
             Likewise.
         """
         with named(state_dict_or_path):
-            stems, found = _torch_tensors(state_dict_or_path, num_heads, prefix)
+            stems, found = checkpoints.torch_encoder_weights(state_dict_or_path, num_heads, prefix)
 
             def pair(name: str, joint: str = ".") -> tuple[Any, Any]:
                 return found[f"{name}{joint}weight"], found.get(f"{name}{joint}bias")
@@ -223,7 +223,7 @@ class TransformerEncoder(Stored):
         if isinstance(x, (list, tuple)) and any(isinstance(each, np.ndarray) and each.ndim == 2 for each in x):
             return self._encode_list(x, lengths, out, key_padding_mask=key_padding_mask, attn_mask=attn_mask,
                                      is_causal=is_causal, window_size=window_size, kv_cache=kv_cache)
-        x = float_array("x", x)
+        x = float_array("x", cast("ArrayLike", x))
         if x.ndim not in (2, 3) or x.shape[-1] != self.embed_dim:
             raise ValueError(f"x must be (B, L, E) or (L, E) with E = {self.embed_dim}, got shape {x.shape}")
         dtype = result_dtype(x)
@@ -298,7 +298,8 @@ class TransformerEncoder(Stored):
         x = float_array("x", x)
         shape = (*x.shape[:-2], self.layers[0].attention.num_heads, *x.shape[-2:-1] * 2)
         attn_mask, key_padding_mask = torch_masks(shape, attn_mask, key_padding_mask)
-        return self(x, attn_mask=attn_mask, key_padding_mask=key_padding_mask, is_causal=is_causal, out=out)
+        result: Any = self(x, attn_mask=attn_mask, key_padding_mask=key_padding_mask, is_causal=is_causal, out=out)
+        return cast("Floats", result)
 
     def _encode_list(self, x: Sequence[ArrayLike], lengths: object, out: object, **options: Any) -> list[Floats]:
         arrays = [float_array(f"x[{i}]", each) for i, each in enumerate(x)]
@@ -321,31 +322,6 @@ class TransformerEncoder(Stored):
 
 
 _Run = tuple[int, int, int]
-
-
-def _torch_tensors(state_dict_or_path: Mapping[str, ArrayLike] | Path, num_heads: SupportsIndex, prefix: str
-                   ) -> tuple[list[str], dict[str, NDArray[Any]]]:
-    """What stands before the names of each layer, and all tensors, of a state dict of torch.nn.TransformerEncoder."""
-    check_source("state_dict_or_path", state_dict_or_path)
-    source, found, _ = read_named(state_dict_or_path, prefix)
-    tensors = Tensors(source, prefix, {name[len(prefix) :]: tensor for name, tensor in found.items()})
-    count = next(i for i in itertools.count() if f"layers.{i}.self_attn.in_proj_weight" not in tensors)
-    stems = [f"layers.{i}." for i in range(count)] or [""]
-    embed = tensors.axis(f"{stems[0]}linear1.weight", 1)
-    for stem in stems:
-        hidden = tensors.axis(f"{stem}linear1.weight", 0)
-        shapes = {"self_attn.in_proj_": (times(3, embed), embed), "self_attn.out_proj.": (embed, embed),
-                  "linear1.": (hidden, embed), "linear2.": (embed, hidden), "norm1.": (embed,), "norm2.": (embed,)}
-        for name, shape in shapes.items():
-            tensors.expect(f"{stem}{name}weight", shape)
-            if f"{stems[0]}norm1.bias" in tensors:
-                tensors.expect(f"{stem}{name}bias", shape[:1])
-    if count and "norm.weight" in tensors:
-        for part in ("weight", "bias") if "norm.bias" in tensors else ("weight",):
-            tensors.expect(f"norm.{part}", (embed,))
-    checked: dict[str, NDArray[Any]] = tensors.checked(what="torch.nn.TransformerEncoder")
-    check_heads(num_heads, embed)
-    return stems, checked
 
 
 def _lengths(lengths: ArrayLike, lead: Shape) -> list[int]:

@@ -51,6 +51,7 @@ class Stored:
 
     @classmethod
     def from_state(cls, config: Mapping[str, Any], tensors: Mapping[str, Any]) -> Self:
+        """What `to_state` gave, as one of this class."""
         left = dict(tensors)
         try:
             made = cls(**keywords(config, left))

@@ -97,8 +97,8 @@ def test_a_sequence_gives_the_same_bits_alone_and_in_every_batch(width, heads):
     lengths = [5, 1, 33, 33, 0, 17, 8, 33, 64]
     x = made.normal(size=(len(lengths), 64, width)).astype(np.float32)
     whole = encode(x, lengths=lengths)
-    listed = encode([row[:length] for row, length in zip(x, lengths)])
-    for row, result, alone, length in zip(x, whole, listed, lengths):
+    listed = encode([row[:length] for row, length in zip(x, lengths, strict=True)])
+    for row, result, alone, length in zip(x, whole, listed, lengths, strict=True):
         np.testing.assert_array_equal(result[:length], encode(row[None, :length])[0])
         np.testing.assert_array_equal(result[:length], alone)
         assert not result[length:].any()
@@ -132,7 +132,7 @@ def test_decoding_through_caches_is_the_whole_sequence(chunks, window):
     x, made = tokens(2, 9), encoder(norm_first=True)
     caches = made.make_caches(2, 12, window=window)
     ends = np.cumsum(chunks)
-    parts = [made(x[:, end - n : end], is_causal=True, kv_cache=caches) for n, end in zip(chunks, ends)]
+    parts = [made(x[:, end - n : end], is_causal=True, kv_cache=caches) for n, end in zip(chunks, ends, strict=True)]
     masks = {"window_size": edgeattn.sliding_window(4)} if window else {}
     np.testing.assert_allclose(np.concatenate(parts, axis=1), made(x, is_causal=True, **masks), **CLOSE)
     assert [cache.length for cache in caches] == [9] * LAYERS
@@ -156,7 +156,7 @@ def test_a_layers_own_window_narrows_the_calls():
     one = encoder(norm=None)
     narrow = TransformerEncoder([edgeattn.TransformerEncoderLayer(
         layer.attention, layer.feed_forward, layer.norm1, layer.norm2, window_size=window)
-        for layer, window in zip(one.layers, [(1, 1), (-1, -1)])])
+        for layer, window in zip(one.layers, [(1, 1), (-1, -1)], strict=True)])
     x, wide = tokens(1, 8), reference.visible(1, H, 8, 8, window=(-1, 2))
     first = oracle.encoder_layer(x, weights()[0], H, permitted=reference.visible(1, H, 8, 8, window=(1, 1)))
     np.testing.assert_allclose(narrow(x, window_size=(-1, 2)),
@@ -184,8 +184,8 @@ def test_every_executor_gives_the_same():
         result = made.forward(NumpyOps(record), x.reshape(10, E), sequences)
     np.testing.assert_allclose(result.reshape(x.shape), made(x), **CLOSE)
     np.testing.assert_array_equal(record["norm"], result)
-    assert record["layers.1.attention.context.weights"][0].shape == (2, H, 5, 5)
-    for name in ("layers.0.attention.q", "layers.0.sum1", "layers.0.norm1", "layers.1.feed_forward.linear1",
+    assert record["layers.1.attention.probabilities"].shape == (2, H, 5, 5)
+    for name in ("layers.0.attention.output", "layers.0.sum1", "layers.0.norm1", "layers.1.feed_forward.linear1",
                  "layers.1.feed_forward.activation", "layers.1.norm2"):
         assert record[name].shape[0] == 10, name
 

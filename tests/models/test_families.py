@@ -60,9 +60,9 @@ def test_image_models_are_those_of_transformers(name):
 def test_a_text_gives_the_same_bits_in_every_batch(name):
     model, ids, lengths = edgeattn.from_pretrained(GOLDEN / name), expected(name)["ids"], [20, 13, 1]
     mask = np.arange(20) < np.array(lengths)[:, None]
-    padded, listed = model(ids, mask), model([row[:length].tolist() for row, length in zip(ids, lengths)])
+    padded, listed = model(ids, mask), model([row[:length].tolist() for row, length in zip(ids, lengths, strict=True)])
     np.testing.assert_array_equal(padded, listed)
-    for row, result, length in zip(ids, padded, lengths):
+    for row, result, length in zip(ids, padded, lengths, strict=True):
         np.testing.assert_array_equal(model(row[None, :length])[0], result[:length])
 
 
@@ -158,7 +158,7 @@ def test_sharded_weights(tmp_path):
 
 
 @pytest.mark.parametrize("change, error, message", [
-    (lambda places: {name: "../model.safetensors" for name in places}, ValueError, "must have a weight_map"),
+    (lambda places: dict.fromkeys(places, "../model.safetensors"), ValueError, "must have a weight_map"),
     (lambda places: {**places, "more": "model-00001-of-00002.safetensors"}, ValueError,
      "names tensors that its files do not hold: more"),
     (lambda places: {**places, "more": "model-00003.safetensors"}, FileNotFoundError, "names model-00003.safetensors"),

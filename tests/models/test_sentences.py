@@ -30,7 +30,7 @@ def test_embeddings_are_those_of_sentence_transformers(batch_size):
 
 def test_a_sentence_gives_the_same_bits_alone():
     whole = model().encode(SENTENCES)
-    for sentence, row in zip(SENTENCES, whole):
+    for sentence, row in zip(SENTENCES, whole, strict=True):
         np.testing.assert_array_equal(model().encode([sentence])[0], row)
 
 

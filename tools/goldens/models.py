@@ -1,4 +1,4 @@
-"""Write tests/models/golden: tiny random models as transformers and sentence-transformers save them, and what they give.
+"""Write tests/models/golden: tiny random models as transformers and sentence-transformers save them, and their results.
 
     python -m venv build/models && build/models/bin/pip install torch transformers sentence-transformers
     build/models/bin/python tools/goldens/models.py
