@@ -20,9 +20,8 @@ from edgeattn.checks import (
     write_result,
 )
 from edgeattn.kernels.cpu import float32, functional_dynamic, functional_float32
-from edgeattn.kernels.cpu.call import PlanCache
 from edgeattn.masks import NO_WINDOW, resolve_mask
-from edgeattn.prepared import Prepared, call_signature, is_preparable, lies_apart
+from edgeattn.prepared import PreparedCalls, call_signature, lies_apart
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -46,7 +45,7 @@ if TYPE_CHECKING:
     )
 
 _SMALLEST_SOFTCAP = 1e-30  # its reciprocal is a float32 too
-_prepared: dict[Any, Prepared] = PlanCache(256)
+_prepared = PreparedCalls(256)
 
 
 @overload
@@ -193,8 +192,8 @@ def scaled_dot_product_attention(
                                    alibi_slopes)
         if signature is not None:
             signature = *signature, scale, softcap, enable_gqa, precision
-            prepared = _prepared.get(signature)
-            if prepared is not None and prepared.takes(out):
+            prepared = _prepared.find(signature, out)
+            if prepared is not None:
                 return prepared(query, key, value, out, attn_mask, None)
     grouped = flag("enable_gqa", enable_gqa)
     return_weights = flag("return_weights", return_weights)
@@ -238,11 +237,10 @@ def scaled_dot_product_attention(
             weights=None if weights is None else weights.reshape(mask.shape),
             lse=None if lse is None else lse.reshape(mask.shape[:3]))
     result = write_result(result, out, dtype)
-    if (signature is not None and not shapes.empty and float32.is_ordinary(scale, softcap)
-            and is_preparable(shapes.scores, attn_mask)):
+    if signature is not None and not shapes.empty and float32.is_ordinary(scale, softcap):
         kernel = functional_dynamic if precision == "int8" else functional_float32
         call = kernel.prepare(q, k, v, context, scale, softcap, *mask.for_kernels())
-        _prepared.keep(signature, Prepared(call, shapes.result, mask, attn_mask, None))
+        _prepared.learn(signature, shapes.scores, call, shapes.result, mask, attn_mask)
     if not (return_weights or return_lse):
         return result
     return (result, *([] if weights is None else [write_result(weights, None, dtype)]), *([] if lse is None else [lse]))

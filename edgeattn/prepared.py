@@ -7,16 +7,16 @@ one that is new, goes the long way, through every check and conversion, and may 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edgeattn.checks import FLOAT32, write_result
 from edgeattn.masks import NO_WINDOW, fit_attn_mask
+from edgeattn.runtime.plan_cache import PlanCache
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-    from typing import Any
 
     from numpy.typing import NDArray
 
@@ -26,9 +26,8 @@ if TYPE_CHECKING:
 _BOOL = np.dtype(np.bool_)
 
 
-def call_signature(query: object, key: object, value: object, attn_mask: object, key_padding_mask: object,
-                   is_causal: object, causal_alignment: object, window_size: object, alibi_slopes: object
-                   ) -> tuple[Any, ...] | None:
+def call_signature(query: Any, key: Any, value: Any, attn_mask: Any, key_padding_mask: Any, is_causal: object,
+                   causal_alignment: object, window_size: Any, alibi_slopes: Any) -> tuple[Any, ...] | None:
     """The signature of these inputs and masks; None where a kernel does not read them as they are."""
     if (not is_read_as_it_is(query) or key is not query and not is_read_as_it_is(key)
             or value is not key and not is_read_as_it_is(value)):
@@ -101,7 +100,7 @@ class Prepared:
                                and out.shape == self._shape)
 
     def __call__(self, query: Float32s, key: Float32s, value: Float32s, out: Float32s | None,
-                 attn_mask: NDArray[Any] | None, key_padding_mask: NDArray[Any] | None) -> Float32s:
+                 attn_mask: Any, key_padding_mask: Any) -> Float32s:
         """The result, in `out` if there is one."""
         keep, bias = key_padding_mask, None
         if attn_mask is not None:
@@ -120,9 +119,20 @@ class Prepared:
         return write_result(result, out, FLOAT32)
 
 
-def is_preparable(scores: Shape, attn_mask: NDArray[Any] | None) -> bool:
-    """Whether kernels read an `attn_mask` for scores of this shape as it is: none of its axes must be repeated."""
-    return attn_mask is None or fit_attn_mask(attn_mask.shape, scores, attn_mask.dtype.kind == "b")[0] is None
+class PreparedCalls(PlanCache[Any, Prepared]):
+    """Of a layer, or of the function: the `Prepared` of each signature."""
+
+    def find(self, signature: tuple[Any, ...] | None, out: object) -> Prepared | None:
+        """That of a signature, where it can give its result in `out`."""
+        found = None if signature is None else self.get(signature)
+        return found if found is not None and found.takes(out) else None
+
+    def learn(self, signature: tuple[Any, ...] | None, scores: Shape, call: Callable[..., object], shape: Shape,
+              mask: Mask, attn_mask: Any, key_padding_mask: Any = None) -> None:
+        """Keep a `Prepared` of these; not where kernels read no `attn_mask` as it is: an axis must be repeated."""
+        if signature is not None and (
+                attn_mask is None or fit_attn_mask(attn_mask.shape, scores, attn_mask.dtype is _BOOL)[0] is None):
+            self.keep(signature, Prepared(call, shape, mask, attn_mask, key_padding_mask))
 
 
 def lies_apart(out: NDArray[Any], inputs: Iterable[NDArray[Any] | None]) -> bool:

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Literal, overload
 import numpy as np
 
 from edgeattn.checks import FLOAT32, to_float32
-from edgeattn.kernels.cpu.call import PlanCache
 from edgeattn.kernels.cpu.layer_float32 import FloatLayer
 from edgeattn.kernels.cpu.linear import Linear
 from edgeattn.layers import steps
 from edgeattn.layers.call import check_call, check_inputs, is_read_as_it_is, is_written_as_it_is
 from edgeattn.layers.weights import AttentionWeights
 from edgeattn.masks import NO_WINDOW, torch_masks
-from edgeattn.prepared import Prepared, call_signature, is_preparable
+from edgeattn.prepared import PreparedCalls, call_signature
 
 if TYPE_CHECKING:
     from typing import Any
@@ -159,14 +158,13 @@ class MultiHeadAttention(AttentionWeights):
         signature = None
         if (kv_cache is None and need_weights is False and average_attn_weights is False and type(softcap) is float
                 and not softcap and self._fusible and (key is not None or value is None)):
-            k = query if key is None else key
-            v = k if value is None else value
+            k: Any = query if key is None else key
+            v: Any = k if value is None else value
             signature = call_signature(query, k, v, attn_mask, key_padding_mask, is_causal, causal_alignment,
                                        window_size, alibi_slopes)
-            if signature is not None:
-                prepared = self._prepared.get(signature)
-                if prepared is not None and prepared.takes(out):
-                    return prepared(query, k, v, out, attn_mask, key_padding_mask)
+            prepared = self._prepared.find(signature, out)
+            if prepared is not None:
+                return prepared(query, k, v, out, attn_mask, key_padding_mask)
         elif (kv_cache is not None and key is None and value is None and need_weights is False
               and average_attn_weights is False and type(softcap) is float and not softcap and self._fusible
               and is_read_as_it_is(self, query, FLOAT32)
@@ -187,11 +185,8 @@ class MultiHeadAttention(AttentionWeights):
         q, k, v = (to_float32(x) for x in (call.query, call.key, call.value))
         masks = call.mask.for_kernels()
         self._kernel(q, k, v, result, *masks)
-        scores = (*call.lead, self.num_heads, *call.mask.shape[2:])
-        if signature is not None and is_preparable(scores, attn_mask):
-            kernel = self._kernel.prepare(q, k, *masks)
-            shape = (*call.lead, *result.shape[1:])
-            self._prepared.keep(signature, Prepared(kernel, shape, call.mask, attn_mask, key_padding_mask))
+        self._prepared.learn(signature, (*call.lead, *call.mask.shape[1:]), self._kernel.prepare(q, k, *masks),
+                             (*call.lead, *result.shape[1:]), call.mask, attn_mask, key_padding_mask)
         return call.write_result(result)
 
     @overload
@@ -232,8 +227,8 @@ class MultiHeadAttention(AttentionWeights):
         return bool(whole and not self.extra_keys and not self.gated)
 
     @functools.cached_property
-    def _prepared(self) -> PlanCache:
-        return PlanCache()
+    def _prepared(self) -> PreparedCalls:
+        return PreparedCalls()
 
     @functools.cached_property
     def _kernel(self) -> FloatLayer:

@@ -3,6 +3,7 @@
 Parameters and addresses are arrays of int64, records by name inside (see records.py): what follows from shapes, masks
 and weights, and where the arrays of one call lie.  The first is made once for many calls; a call writes the second.
 """
+import functools
 import struct
 
 import numpy as np
@@ -12,6 +13,7 @@ from edgeattn.runtime.addresses import address
 from edgeattn.runtime.jit import compiled_for
 
 
+@functools.cache
 def entry(kernel, dtype):
     """The compiled function of a kernel whose scratch is of this dtype."""
     record = np.zeros(1, np.int64)
@@ -57,18 +59,3 @@ class PreparedCall:
 
 _INT64 = np.dtype(np.int64)
 _WRITE = [struct.Struct(f"{count}q").pack_into for count in range(33)]
-
-
-class PlanCache(dict):
-    """What was planned, by what it depends on: the last `size` at most, so that ever new lengths do not fill memory."""
-
-    def __init__(self, size=64):
-        super().__init__()
-        self._size = size
-
-    def keep(self, key, plan):
-        """Return `plan` and keep it."""
-        if len(self) >= self._size:
-            self.clear()
-        self[key] = plan
-        return plan

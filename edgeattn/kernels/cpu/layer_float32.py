@@ -5,9 +5,10 @@ import numpy as np
 from numba.extending import register_jitable
 
 from edgeattn.runtime.addresses import address
+from edgeattn.runtime.plan_cache import PlanCache
 
 from . import fused as f
-from .call import PlanCache, PreparedCall
+from .call import PreparedCall
 from .matmul import pack_panels, pad_heads, padded_head, round_up
 from .packing import Packer
 from .records import blank, mask_fields, packed, place
