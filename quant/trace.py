@@ -223,8 +223,8 @@ def static_trace(layer: StaticMultiHeadAttention, call: Call) -> dict[str, Codes
         trace[name] = steps.heads(layer, steps.project(layer, name, trace[f"{INPUTS[layer.sources[i]]}_input"]))
     trace["scores"] = steps.scores(layer, trace["query"], trace["key"])
     permitted = np.ones(trace["scores"].shape, bool) if call.permitted is None else call.permitted
-    classes = fit_mask(layer.score_map[1], trace["scores"].shape)
-    trace["probabilities"] = steps.probabilities(layer, trace["scores"], permitted, classes)
+    lut_index = fit_mask(layer.score_map[1], trace["scores"].shape)
+    trace["probabilities"] = steps.probabilities(layer, trace["scores"], permitted, lut_index)
     trace["context"] = steps.context(layer, trace["probabilities"], trace["value"])
     if "output" in layer.linears:
         trace["output"] = steps.project(layer, "output", _merge_heads(trace["context"]))

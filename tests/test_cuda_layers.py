@@ -113,10 +113,10 @@ def test_static_layer_equals_the_cpu(arithmetic):
 def in_steps(layer, x, seen):
     """(result, probabilities) codes of a layer that attends from the codes x to themselves, where `seen`, by NumPy."""
     q, k, v = (steps.heads(layer, steps.project(layer, name, x)) for name in ("query", "key", "value"))
-    classes = np.zeros((1, 1, 1, 1), np.uint8) if layer._classes is None else layer._classes
+    lut_index = np.zeros((1, 1, 1, 1), np.uint8) if layer._lut_index is None else layer._lut_index
     codes = steps.scores(layer, q, k)
     probabilities = steps.probabilities(layer, codes, np.broadcast_to(seen, codes.shape),
-                                        np.broadcast_to(classes, codes.shape))
+                                        np.broadcast_to(lut_index, codes.shape))
     context = steps.context(layer, probabilities, v).swapaxes(1, 2).reshape(*x.shape[:2], -1)
     return steps.project(layer, "output", context), probabilities
 

@@ -72,10 +72,10 @@ def test_score_tables():
     for B, L, S, E, D, heads, Dv, Eo in SHAPES:
         layer, *parts = make_layer(rng, heads, E, D, Dv, Eo, SYMMETRIC, rules, "lut_f32")
         x = [rng.integers(-128, 128, (B, n, E)).astype(np.int8) for n in (L, S, S)]
-        tables = rng.integers(-128, 128, (3, 256)).astype(np.int8)
-        classes = rng.integers(0, 3, (B, 1, L, S)).astype(np.uint8)
-        run(layer, *parts, heads, rules, "lut_f32", x, tables=tables)
-        run(layer, *parts, heads, rules, "lut_f32", x, tables=tables, classes=classes)
+        score_luts = rng.integers(-128, 128, (3, 256)).astype(np.int8)
+        lut_index = rng.integers(0, 3, (B, 1, L, S)).astype(np.uint8)
+        run(layer, *parts, heads, rules, "lut_f32", x, score_luts=score_luts)
+        run(layer, *parts, heads, rules, "lut_f32", x, score_luts=score_luts, lut_index=lut_index)
 
 
 def test_inputs_are_not_modified_and_sentinels_stay():

@@ -54,14 +54,14 @@ def scores(layer: StaticMultiHeadAttention, query: Codes, key: Codes) -> Codes:
     return _batch_matmul(layer, query, "query", key.swapaxes(-1, -2), "key", "scores")
 
 
-def probabilities(layer: StaticMultiHeadAttention, scores: Codes, permitted: Bools, classes: NDArray[np.uint8]
+def probabilities(layer: StaticMultiHeadAttention, scores: Codes, permitted: Bools, lut_index: NDArray[np.uint8]
                   ) -> Codes:
     """Codes of the softmax over the permitted keys, after the layer's ``score_ops``; others -128. All (B, H, L, S).
 
-    classes : of the positions, as in ``score_map``
+    lut_index : of the positions, as in ``score_map``
     """
-    tables, _, _ = layer.score_map
-    codes = tables[classes, scores.astype(np.int64) + 128].astype(np.int64)
+    score_luts, _, _ = layer.score_map
+    codes = score_luts[lut_index, scores.astype(np.int64) + 128].astype(np.int64)
     rule = rules.SOFTMAX[layer.kernel_set.softmax]
     table = layer._softmax_table
     table = table if table.dtype.kind == "f" else table.astype(np.int64)
@@ -87,14 +87,14 @@ def attend(layer: StaticMultiHeadAttention, query: Codes, key: Codes, value: Cod
     out (B, H, L, Dv) and, where wanted, weights (B, H, L, S) take the codes of the context and the probabilities.
     """
     B, H, L, S = mask.shape
-    classes = fit_mask(layer.score_map[1], mask.shape)
+    lut_index = fit_mask(layer.score_map[1], mask.shape)
     step = max(1, _SCORES_AT_ONCE // max(1, B * H * S))
     for begin in range(0, L, step):
         rows = slice(begin, min(begin + step, L))
         part = mask.part((rows.start, rows.stop), (0, S))
         permitted = part.permitted()
         permitted = np.broadcast_to(True if permitted is None else permitted, part.shape)
-        codes = probabilities(layer, scores(layer, query[:, :, rows], key), permitted, classes[:, :, rows])
+        codes = probabilities(layer, scores(layer, query[:, :, rows], key), permitted, lut_index[:, :, rows])
         out[:, :, rows] = context(layer, codes, value)
         if weights is not None:
             weights[:, :, rows] = codes

@@ -178,17 +178,17 @@ def float_entry(kernel, dynamic):
     return scratch_bytes, run
 
 
-def static_entry(kernel, tables, classes):
-    """(scratch_bytes, run) of a StaticLayer with the tables and classes of its score operators, or None."""
+def static_entry(kernel, score_luts, lut_index):
+    """(scratch_bytes, run) of a StaticLayer with the score_luts and lut_index of its score operators, or None."""
     f, plan, layer = fused_int8, layer_int8.plan, task(fused_int8.layer_int8.py_func)
     project_rule, score_rule, context_rule, softmax = kernel._fixed
     softmax, weights = constant("softmax", softmax), constant("weights", kernel.weights)
     parameters = local_copy("parameters", packed(kernel._parameters, f.LAYER))
     empty = np.zeros(0, np.uint8)
-    tables = constant("tables", empty.view(np.int8) if tables is None else tables.reshape(-1))
-    shape = (1, 1, 1, 1) if classes is None else (1,) * (4 - classes.ndim) + classes.shape
+    score_luts = constant("score_luts", empty.view(np.int8) if score_luts is None else score_luts.reshape(-1))
+    shape = (1, 1, 1, 1) if lut_index is None else (1,) * (4 - lut_index.ndim) + lut_index.shape
     steps = tuple(records.strides(shape))
-    classes = constant("classes", empty if classes is None else classes.reshape(-1))
+    lut_index = constant("lut_index", empty if lut_index is None else lut_index.reshape(-1))
 
     def scratch_bytes(B, L, S, masked):
         if not _fits(B, L, S):
@@ -213,7 +213,7 @@ def static_entry(kernel, tables, classes):
             return BAD_SCRATCH
         p.band, p.low, p.high = call[BANDED], call[LOW], call[HIGH]
         p.keep_b, p.keep_h, p.keep_l, p.keep_s = _strides(call, KEEP_STRIDES)
-        p.class_b, p.class_h, p.class_l, p.class_s = steps
+        p.index_b, p.index_h, p.index_l, p.index_s = steps
         p.same_kv = call[KEY] == call[VALUE]
         xq = array_at(call[QUERY], B * L * p.query_width, np.int8)
         xk = array_at(call[KEY], B * S * p.key_width, np.int8)
@@ -221,7 +221,7 @@ def static_entry(kernel, tables, classes):
         out = array_at(call[OUTPUT], B * L * p.out_width, np.int8)
         keep = array_at(call[KEEP], B * p.heads * L * S if call[KEEP] != 0 else 0, np.uint8)
         scratch = array_at(call[SCRATCH], shared + private, np.int32)
-        layer(project_rule, score_rule, context_rule, softmax(), xq, xk, xv, out, weights(), given, keep, classes(),
-              tables(), scratch, array_at(0, 0, np.int64), 1)
+        layer(project_rule, score_rule, context_rule, softmax(), xq, xk, xv, out, weights(), given, keep, lut_index(),
+              score_luts(), scratch, array_at(0, 0, np.int64), 1)
         return OK
     return scratch_bytes, run

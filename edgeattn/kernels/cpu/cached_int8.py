@@ -134,8 +134,8 @@ def arrange_part(parameters, keys, values, scratch, batch, portion, worker, part
 
 
 @jit
-def cached_int8(project_rule, score_rule, context_rule, table, xq, xk, xv, out, weights, parameters, keep, classes,
-                tables, keys, values, scratch, task_queue, count):
+def cached_int8(project_rule, score_rule, context_rule, table, xq, xk, xv, out, weights, parameters, keep, lut_index,
+                score_luts, keys, values, scratch, task_queue, count):
     """A static layer with a cache on at most `count` threads that serve the task_queue; what `layer_part` says, and:
 
     xk (B, new_tokens, Ek), xv (B, new_tokens, Ev), keys and values (of the cache): flat int8
@@ -148,12 +148,12 @@ def cached_int8(project_rule, score_rule, context_rule, table, xq, xk, xv, out, 
         parallel_for(task_queue, append_parts, append_part, table, project_rule, xk, xv, weights, parameters, keys,
                      values, scratch,
               batch, some)
-        if p.queries == 1 and keep.size == 0 and classes.size == 0 and p.band == 0:
+        if p.queries == 1 and keep.size == 0 and lut_index.size == 0 and p.band == 0:
             parallel_for(task_queue, 1, step_part, table, project_rule, score_rule, context_rule, xq, out, weights,
                          parameters,
-                  classes, tables, keys, values, scratch, batch)
+                  lut_index, score_luts, keys, values, scratch, batch)
             continue
         parallel_for(task_queue, token_parts, arrange_part, parameters, keys, values, scratch, batch, tokens)
         parallel_for(task_queue, block_parts, f.layer_part, table, project_rule, score_rule, context_rule, xq, xk, xv,
                      out, weights,
-              parameters, keep, classes, tables, scratch, batch, ATTENDING, blocks)
+              parameters, keep, lut_index, score_luts, scratch, batch, ATTENDING, blocks)

@@ -58,7 +58,7 @@ def packed_depth(E):
 LAYER = record("batch queries keys query_width key_width value_width out_width heads",
                "head_size value_size padded_head padded_value has_out same_kv",
                "wq bq mq wk bk mk wv bv mv wo bo mo ms mc", "zq zk zv zs zc zo fixed",
-               BAND, KEEP, "class_b class_h class_l class_s", "at_krow at_values",
+               BAND, KEEP, "index_b index_h index_l index_s", "at_krow at_values",
                "at_x at_row_major at_q at_codes at_masks at_sums at_context at_softmax at_terms at_tiles",
                "at_transposed shared_size private_size", "first_slot new_tokens capacity at_step")
 
@@ -196,8 +196,8 @@ def fill_drop_mask(masks, at, keep, at_keep, keep_row, keep_key, q0, queries, fi
 
 
 @inline
-def map_codes(codes, at, groups, tables, classes, at_classes, class_row, class_key, queries, first, last):
-    """codes = tables[class, code + 128]; class 0 where there is no class array."""
+def map_codes(codes, at, groups, score_luts, lut_index, at_index, index_row, index_key, queries, first, last):
+    """codes = score_luts[index, code + 128]; the first table where there is no index."""
     for g in range(groups):
         for q in range(WIDTH):
             word = codes[at + g * WIDTH + q]
@@ -205,23 +205,23 @@ def map_codes(codes, at, groups, tables, classes, at_classes, class_row, class_k
             for j in range(4):
                 s = min(first + 4 * g + j, last - 1)
                 row = 0
-                if classes.size > 0:
-                    row = np.int64(classes[at_classes + min(q, queries - 1) * class_row + s * class_key])
-                code = tables[row * 256 + ((word >> (8 * j)) & 255 ^ 128)]
+                if lut_index.size > 0:
+                    row = np.int64(lut_index[at_index + min(q, queries - 1) * index_row + s * index_key])
+                code = score_luts[row * 256 + ((word >> (8 * j)) & 255 ^ 128)]
                 result |= (np.uint32(code) & np.uint32(255)) << np.uint32(8 * j)
             codes[at + g * WIDTH + q] = np.int32(result)
 
 
 @task
-def layer_part(table, project_rule, score_rule, context_rule, xq, xk, xv, out, weights, parameters, keep, classes,
-               tables, scratch, batch, phase, portion, worker, part):
+def layer_part(table, project_rule, score_rule, context_rule, xq, xk, xv, out, weights, parameters, keep, lut_index,
+               score_luts, scratch, batch, phase, portion, worker, part):
     """One portion of one phase of one batch entry of a static int8 multi-head attention layer.
 
     project_rule, score_rule, context_rule: functions of requantize.py.
     table    of the softmax rule, see `softmax_codes` (float32: lut_f32; int32: lut_u16 or fixed)
     xq (B, L, Eq), xk (B, S, Ek), xv (B, S, Ev), out (B, L, Eo): flat int8
     weights  int32: panels, biases and multipliers at the positions in the parameters
-    keep     flat uint8 or empty; classes flat uint8 or empty; tables flat int8 (n * 256) or empty
+    keep     flat uint8 or empty; lut_index flat uint8 or empty; score_luts flat int8 (n * 256) or empty
     scratch  int32: keys, values and key terms of this batch entry for all threads, then what each has to itself
     phase, portion, part: as in fused.layer_part
     """
@@ -326,9 +326,9 @@ def layer_part(table, project_rule, score_rule, context_rule, xq, xk, xv, out, w
                                    at_codes),
                    shared, at_k + first * k_row, k_row, 1, last_up - first, private_u, at_q_head, private, at_sums,
                    WIDTH, q_groups, private, at_tiles)
-            if tables.size > 0 and last > first:
-                map_codes(private, at_codes, groups, tables, classes,
-                          batch * p.class_b + h * p.class_h + q0 * p.class_l, p.class_l, p.class_s,
+            if score_luts.size > 0 and last > first:
+                map_codes(private, at_codes, groups, score_luts, lut_index,
+                          batch * p.index_b + h * p.index_h + q0 * p.index_l, p.index_l, p.index_s,
                           queries, first, last)
             # c. drop what may not be seen
             if masked:
@@ -392,8 +392,8 @@ def layer_part(table, project_rule, score_rule, context_rule, xq, xk, xv, out, w
 
 
 @jit
-def layer_int8(project_rule, score_rule, context_rule, table, xq, xk, xv, out, weights, parameters, keep, classes,
-               tables, scratch, task_queue, count):
+def layer_int8(project_rule, score_rule, context_rule, table, xq, xk, xv, out, weights, parameters, keep, lut_index,
+               score_luts, scratch, task_queue, count):
     """A static int8 multi-head attention layer, see `layer_part`, on at most `count` threads that serve the
     task_queue.
     """
@@ -403,7 +403,7 @@ def layer_int8(project_rule, score_rule, context_rule, table, xq, xk, xv, out, w
     for batch in range(p.batch):  # the table first: Numba takes arguments that begin with a function for functions
         parallel_for(task_queue, token_parts, layer_part, table, project_rule, score_rule, context_rule, xq, xk, xv,
                      out, weights,
-              parameters, keep, classes, tables, scratch, batch, PROJECTING, tokens)
+              parameters, keep, lut_index, score_luts, scratch, batch, PROJECTING, tokens)
         parallel_for(task_queue, block_parts, layer_part, table, project_rule, score_rule, context_rule, xq, xk, xv,
                      out, weights,
-              parameters, keep, classes, tables, scratch, batch, ATTENDING, blocks)
+              parameters, keep, lut_index, score_luts, scratch, batch, ATTENDING, blocks)

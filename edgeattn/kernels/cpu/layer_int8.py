@@ -168,19 +168,19 @@ class StaticLayer:
                     + L * S * H * (Dp + Dvp + 64)) // 3
         return packed(p, f.LAYER), shared, private, work
 
-    def __call__(self, xq, xk, xv, out, keep=None, band=None, classes=None, tables=None, cached=None):
+    def __call__(self, xq, xk, xv, out, keep=None, band=None, lut_index=None, score_luts=None, cached=None):
         """out (B, L, Eo) from xq (B, L, Eq), xk (B, S, Ek), xv (B, S, Ev), all int8 and C-contiguous.
 
         keep : uint8 or bool, C-contiguous, broadcast to (B, H, L, S) by NumPy's rules; 0 means the key is not there
         band : (low, high): query i sees key j when i + low <= j <= i + high
-        tables : int8 (n, 256): score code c becomes tables[class, c + 128] before the softmax
-        classes : uint8 broadcast to (B, H, L, S): which table; class 0 everywhere if None
+        score_luts : int8 (n, 256): score code c becomes score_luts[index, c + 128] before the softmax
+        lut_index : uint8 broadcast to (B, H, L, S): which of them; the first one everywhere if None
         cached : (keys (B, H, capacity, D), values (B, H, capacity, Dv), first, S), int8 and C-contiguous: attention is
             over the S slots from `first` on, and the codes of xk and xv go into the last of these
         """
         B, L, tokens = xq.shape[0], xq.shape[1], xk.shape[1]
         S = room = tokens
-        masks = in_plan = (shape_of(keep), shape_of(classes), band)
+        masks = in_plan = (shape_of(keep), shape_of(lut_index), band)
         if cached is not None:
             keys, values, first, S = cached
             room, in_plan = round_up(S, _MORE_KEYS), (None, None, None)  # a plan serves fewer keys too
@@ -189,18 +189,19 @@ class StaticLayer:
         if plan is None:
             if len(self._plans) > 64:
                 self._plans.clear()
-            plan = self._plans[key] = self._plan(*key[:6], **mask_fields(*in_plan, other_name="class"))
+            plan = self._plans[key] = self._plan(*key[:6], **mask_fields(*in_plan, other_name="index"))
         parameters, shared_size, private_size, work = plan
         if cached is not None:
             parameters = parameters.copy()
             parameters[_KEYS], parameters[_NEW], parameters[_FIRST] = S, tokens, first
             parameters[_CAPACITY] = keys.shape[2]
-            for name, value in mask_fields(*masks, other_name="class").items():
+            for name, value in mask_fields(*masks, other_name="index").items():
                 parameters[slot(f.LAYER, name)] = value
         keep = _EMPTY_U8 if keep is None else keep.reshape(-1).view(np.uint8)
-        classes = _EMPTY_U8 if classes is None else classes.reshape(-1)
-        tables = _EMPTY_I8 if tables is None else tables.reshape(-1)
-        arguments = (*self._fixed, *_flat(xq, xk, xv), out.reshape(-1), self.weights, parameters, keep, classes, tables)
+        lut_index = _EMPTY_U8 if lut_index is None else lut_index.reshape(-1)
+        score_luts = _EMPTY_I8 if score_luts is None else score_luts.reshape(-1)
+        arguments = (*self._fixed, *_flat(xq, xk, xv), out.reshape(-1), self.weights, parameters, keep, lut_index,
+                     score_luts)
         kernel = f.layer_int8
         if cached is not None:
             arguments, kernel = (*arguments, keys.reshape(-1), values.reshape(-1)), cached_int8

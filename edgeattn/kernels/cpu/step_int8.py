@@ -95,7 +95,7 @@ def write_probabilities(codes, at, count, digits):
 
 
 @task
-def step_part(table, project_rule, score_rule, context_rule, xq, out, weights, parameters, classes, tables, keys,
+def step_part(table, project_rule, score_rule, context_rule, xq, out, weights, parameters, lut_index, score_luts, keys,
               values, scratch, batch, worker, part):
     """A batch entry's one query against its S keys and values, all of which it sees; arguments as cached_int8's.
 
@@ -144,8 +144,8 @@ def step_part(table, project_rule, score_rule, context_rule, xq, out, weights, p
                     for i in range(LANES):  # lane 4 g + i of the four vectors is four lanes of the i-th
                         group = (s0 + s) // 4 + i % 4 * (LANES // 4) + i // 4
                         codes[group * WIDTH + h] = sums[s + i]
-        if tables.size > 0:
-            f.map_codes(codes, 0, groups, tables, classes, 0, 0, 0, WIDTH, 0, S)
+        if score_luts.size > 0:
+            f.map_codes(codes, 0, groups, score_luts, lut_index, 0, 0, 0, WIDTH, 0, S)
         # 3. probabilities of the S keys, where the last group has less than four
         masked = S % 4 != 0
         if masked:
