@@ -8,12 +8,15 @@ from edgeattn import threads
 from edgeattn.runtime.jit import compiled_for
 
 from . import fused_dynamic as f
-from .dynamic import KEY_BLOCK, SHIFT, STEP, TOKENS
+from .attend_dynamic import KEY_BLOCK
+from .byte_products import DEPTH_STEP, READ_AHEAD, ROW_STEP, pack_byte_panels, pack_byte_rows
+from .dynamic import STEP, TOKENS
+from .int8_operands import LANE_SHIFT
 from .layer_float32 import _LOG2_E, _NO_BIAS, _NO_KEEP, _flat, shape_of, with_alibi
 from .linear_dynamic import TILES_SIZE, join_depth
-from .matmul import MATRIX_DEPTH, ROW_STEP, pack_byte_panels, pack_byte_rows, round_up
+from .matmul import round_up
 from .records import blank, mask_fields, packed, place, slot
-from .simd import LANES, MATRIX_ROWS, OFFSET, WIDTH
+from .simd import LANES, OFFSET, WIDTH
 
 _ALIBI = slot(f.LAYER, "alibi")
 
@@ -33,7 +36,7 @@ def plan(p, B, L, S, masked):
     S_up, L_up = round_up(S, TOKENS), round_up(L, TOKENS)
     D4, K4, C4 = Dp // 4, round_up(Hkv * Dp // 4, LANES), round_up(H * Dvp // 4, LANES)
     deepest = round_up(max(p.query_width, p.key_width, p.value_width), STEP) // 4
-    past = 2 * MATRIX_ROWS  # rows that a tile may read past the last, and a row past the last number
+    past = READ_AHEAD  # and of a row past the last number
     shared = round_up((S_up + past) * K4 + past, 16)  # the keys
     p.at_values, shared = place(shared, (Hkv * Dvp + past) * (round_up(S, 64) // 4) + past)
     p.at_queries, shared = place(shared, L_up * H * D4)
@@ -53,7 +56,7 @@ def plan(p, B, L, S, masked):
     p.at_weights, private = place(private, TOKENS)
     p.at_seen, private = place(private, TOKENS)
     p.at_keys, private = place(private, TOKENS * K4)
-    p.at_q, private = place(private, round_up(D4, MATRIX_DEPTH) * WIDTH)
+    p.at_q, private = place(private, round_up(D4, DEPTH_STEP) * WIDTH)
     rows = max(32, Dp, Dvp) + max(ROW_STEP, LANES)  # of one product, for all tokens or for W of them
     p.at_scores, private = place(private, max((KEY_BLOCK + ROW_STEP) * WIDTH, rows * TOKENS))
     p.at_probabilities, private = place(private, KEY_BLOCK // 4 * WIDTH)
@@ -124,7 +127,7 @@ class DynamicLayer:
             bias = np.zeros(heads * size, np.float32) if bias is None else bias
             factors, bias = ((a.astype(np.float64) * fold).astype(np.float32) for a in (factors, bias))
             codes, factors, bias = (pad_heads(a, heads, size, wide) for a in (codes, factors, bias))
-            put_linear(letter, pack_heads(codes, heads, wide), codes, SHIFT, factors, bias)
+            put_linear(letter, pack_heads(codes, heads, wide), codes, LANE_SHIFT, factors, bias)
         Eo = H * Dv
         if o is not None:
             Eo = o[0].shape[0]

@@ -8,22 +8,16 @@ from edgeattn import threads
 from edgeattn.runtime.jit import compiled_for
 
 from . import fused_int8 as f
+from .byte_products import DEPTH_STEP, READ_AHEAD, TILES_SCRATCH, pack_byte_panels
 from .cached_int8 import cached_int8
+from .int8_operands import value_terms_size
 from .layer_float32 import _flat, shape_of
-from .matmul import (
-    MATRIX,
-    MATRIX_DEPTH,
-    MATRIX_SCRATCH,
-    MATRIX_TOKENS,
-    pack_byte_panels,
-    pad_heads,
-    padded_head,
-    round_up,
-)
+from .matmul import pad_heads, padded_head, round_up
 from .records import blank, mask_fields, packed, place, slot
 from .requantize import RULES, encode
 from .simd import LANES, OFFSET, ROWS, WIDTH, byte_planes
 from .softmax_int8 import KEPT_GROUPS
+from .static_layout import padded_keys, turned_size, values_size
 from .step_int8 import step_sizes
 
 _EMPTY_U8 = np.zeros(0, np.uint8)
@@ -39,31 +33,26 @@ def plan(p, B, L, S):
     H, Dp, Dvp = p.heads, p.padded_head, p.padded_value
     features, v_features = round_up(H * Dp, WIDTH), round_up(H * Dvp, WIDTH)
     k_block, v_block = max(Dp, LANES), max(Dvp, LANES)
-    S_up = f.padded_keys(S)
+    S_up = padded_keys(S)
     row_major_row = round_up(max(features, v_features) // 4, LANES)
-    q_groups = round_up(Dp // 4, MATRIX_DEPTH)
+    q_groups = round_up(Dp // 4, DEPTH_STEP)
     context4 = f.packed_depth(H * Dvp)
     deepest = f.packed_depth(max(p.query_width, p.key_width, p.value_width))
-    # The matrix unit reads MATRIX_TOKENS rows of MATRIX_DEPTH groups, whatever is there.
-    if MATRIX:
-        values = (v_features + MATRIX_TOKENS) * round_up(S_up // 4, MATRIX_DEPTH) + MATRIX_DEPTH
-    else:
-        values = (v_features + v_block) * (S_up // 4) + 2 * WIDTH
-    keys = round_up(features, k_block) * S_up + k_block * (MATRIX_TOKENS + LANES)
+    keys = round_up(features, k_block) * S_up + k_block * (READ_AHEAD + LANES)
     shared = round_up(keys // 4 + LANES, 16)
-    p.at_values, shared = place(shared, values)
+    p.at_values, shared = place(shared, values_size(v_features, v_block, S_up))
     p.at_krow, shared = place(shared, H * S_up)
     p.at_x, private = place(0, f.TOKENS * deepest + ROWS * WIDTH)
     p.at_row_major, private = place(private, max(WIDTH * row_major_row + LANES, f.TOKENS // 4 * WIDTH, LANES * LANES))
     p.at_q, private = place(private, max(row_major_row, H * q_groups) * WIDTH)
     p.at_sums, private = place(private, 3 * WIDTH)
-    p.at_terms, private = place(private, Dvp + LANES + ROWS if OFFSET == 0 else 0)
+    p.at_terms, private = place(private, value_terms_size(Dvp))
     p.at_context, private = place(private, (context4 + ROWS) * WIDTH)
-    p.at_codes, private = place(private, (round_up(S_up // 4, MATRIX_DEPTH) + 4) * WIDTH)
+    p.at_codes, private = place(private, (round_up(S_up // 4, DEPTH_STEP) + 4) * WIDTH)
     p.at_masks, private = place(private, (S_up // 4 + 4) * WIDTH)
     p.at_softmax, private = place(private, min(S_up, 4 * KEPT_GROUPS) * WIDTH)
-    p.at_tiles, private = place(private, max(MATRIX_SCRATCH, 16))
-    p.at_transposed, private = place(private, WIDTH * context4 if MATRIX else 0)
+    p.at_tiles, private = place(private, max(TILES_SCRATCH, 16))
+    p.at_transposed, private = place(private, turned_size(context4))
     p.shared_size, p.private_size = shared, private
     return shared, private
 
