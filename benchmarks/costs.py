@@ -37,8 +37,8 @@ def call_overhead(problem: Problem) -> dict[str, float]:
     for name, (layer, module, call) in layers.items():
         call()
         plans = layer._kernel._plans
-        for parameters, *_ in plans.values():
-            parameters[module.LAYER.names.index("batch")] = 0
+        for plan in plans.values():
+            plan.parameters[module.LAYER.names.index("batch")] = 0
         try:
             found[name] = float(np.median([_seconds(call) for _ in range(_BLOCKS)]))
         finally:
@@ -102,12 +102,12 @@ def steps_text(overhead: dict) -> str:
 
 
 def _emptied(arguments):
-    """The arguments of a kernel with an empty batch: query, key, value and out come first, flat with parameters."""
+    """The arguments of a kernel with an empty batch: query, key, value and out come first, or parameters."""
     if arguments[0].ndim > 1:
         return (*(array[:0] for array in arguments[:4]), *arguments[4:])
-    parameters = arguments[4].copy()
-    parameters[functional_dynamic.ATTENTION.names.index("batch")] = 0
-    return (*arguments[:4], parameters, *arguments[5:])
+    parameters = arguments[0].copy()
+    parameters[functional_dynamic.ATTENTION.names.index("batch")] = 0  # as of fused.ATTENTION
+    return (parameters, *arguments[1:])
 
 
 def _seconds(call):

@@ -8,8 +8,17 @@ from edgeattn.kernels.cpu.int8_operands import FLIP
 from edgeattn.kernels.cpu.int8_views import Groups, Panels, Part
 from edgeattn.kernels.cpu.layer_int8 import StaticLayer
 from edgeattn.kernels.cpu.requantize import RULES, encode
-from edgeattn.kernels.cpu.simd import LANES, WIDTH, load, matrix_configure, matrix_release, store, tile_store
-from edgeattn.kernels.cpu.softmax_int8 import KEPT_GROUPS, softmax_codes
+from edgeattn.kernels.cpu.simd import (
+    LANES,
+    WIDTH,
+    address_of,
+    load,
+    matrix_configure,
+    matrix_release,
+    store,
+    tile_store,
+)
+from edgeattn.kernels.cpu.softmax_int8 import KEPT_GROUPS, softmax_float, softmax_integer
 from edgeattn.runtime.jit import inline
 
 
@@ -40,10 +49,10 @@ def scaled(name, values, m):
 
 
 @njit(error_model="numpy")
-def apply_softmax(table, fixed, codes, groups, masks, scratch):
+def apply_softmax(softmax, table, fixed, codes, groups, masks, scratch):
     """codes (groups, WIDTH) of four keys to a lane, in place, to bytes of probabilities; masks likewise, or empty."""
-    softmax_codes(table, fixed, Part(codes, 0), groups, Part(masks, 0), masks.size != 0, Part(scratch, 0),
-                  Part(scratch, 4 * min(groups, KEPT_GROUPS) * WIDTH))
+    softmax(address_of(table), fixed, Part(codes, 0), groups, Part(masks, 0), masks.size != 0, Part(scratch, 0),
+            Part(scratch, 4 * min(groups, KEPT_GROUPS) * WIDTH))
 
 
 def probabilities(table, fixed, codes, keep=None):
@@ -51,6 +60,7 @@ def probabilities(table, fixed, codes, keep=None):
     def in_lanes(x):  # (queries, keys) bytes to (blocks, groups, WIDTH) of four bytes
         return np.ascontiguousarray(x.view(np.int32).reshape(-1, WIDTH, x.shape[1] // 4).transpose(0, 2, 1))
 
+    softmax = softmax_float if table.dtype == np.float32 else softmax_integer
     words, out = in_lanes(codes), np.empty(codes.shape, np.int8)
     masks = np.zeros((len(words), 0), np.int32) if keep is None else in_lanes(-keep.astype(np.int8))
     groups = words.shape[1]
@@ -59,7 +69,7 @@ def probabilities(table, fixed, codes, keep=None):
     scratch = np.zeros((4 * groups + 2) * WIDTH, np.int32)
     for block, (word, mask) in enumerate(zip(words, masks, strict=True)):
         flat = word.ravel()
-        apply_softmax(table, fixed, flat, groups, mask.ravel(), scratch)
+        apply_softmax(softmax, table, fixed, flat, groups, mask.ravel(), scratch)
         rows = np.ascontiguousarray((flat ^ FLIP).reshape(groups, WIDTH).T)
         out[block * WIDTH:(block + 1) * WIDTH] = rows.view(np.int8)
     return out.astype(np.int64) + 128

@@ -7,11 +7,11 @@ import edgeattn
 import quant
 from edgeattn.kernels.cpu.byte_products import ROW_STEP, lane_product, pack_byte_rows
 from edgeattn.kernels.cpu.dynamic import STEP, quantize_rows
-from edgeattn.kernels.cpu.fused import Rows
 from edgeattn.kernels.cpu.int8_operands import LANE_SHIFT
 from edgeattn.kernels.cpu.int8_views import Part, scratch_at
 from edgeattn.kernels.cpu.linear_dynamic import join_depth
 from edgeattn.kernels.cpu.simd import LANES, OFFSET, WIDTH, address_of, matrix_configure, matrix_release
+from edgeattn.kernels.cpu.views import Rows
 
 
 @njit(error_model="numpy")
@@ -112,8 +112,7 @@ def test_one_large_key_does_not_move_all_others():
 def test_scratch_of_a_large_layer_stays_below_a_mebibyte():
     kernel = quant.quantize(make(np.random.default_rng(13), 12, 12, 32, 32, 384), scheme="dynamic")._kernel
     for masked in (False, True):
-        _, shared, private, _ = kernel._plan(1, 512, 512, masked, True, True)
-        assert 4 * (shared + private) < 2**20
-        _, longer, same, _ = kernel._plan(1, 4096, 4096, masked, True, True)
-        assert longer < 8.1 * shared  # grows as the sequence does
-        assert masked or same == private
+        call, longer = (kernel.prepare(1, n, n, True, True, (n,) if masked else None) for n in (512, 4096))
+        assert 4 * (call.shared + call.private) < 2**20
+        assert longer.shared < 8.1 * call.shared  # grows as the sequence does
+        assert masked or longer.private == call.private

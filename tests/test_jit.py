@@ -386,7 +386,7 @@ def test_code_of_other_types_is_not_run(package):
 
 def test_package_without_sources_is_not_cached(package):
     code = CALL.replace(
-        "from edgeattn.kernel", "import edgeattn.runtime.kernel_cache\nedgeattn.kernel_cache._LOADED = []\nfrom edgeattn.kernel"
+        "from edgeattn.kernel", "import edgeattn.runtime.kernel_cache\nedgeattn.runtime.kernel_cache._LOADED = []\nfrom edgeattn.kernel"
     )
     assert run(package, code) == "8 0 1"
     assert not cached(package)

@@ -225,9 +225,9 @@ def offenders(forbidden, *, scope="edgeattn quant", allowed=(), top_level_only=F
 
 
 def test_rules_see_an_import(tmp_path, monkeypatch):
-    folder = tmp_path / "edgeattn" / "cpu"
+    folder = tmp_path / "edgeattn" / "kernels" / "cpu"
     folder.mkdir(parents=True)
-    (folder / "kernel.py").write_text("from .. import layers\ndef late():\n    from numba import cuda\n")
+    (folder / "kernel.py").write_text("from ... import layers\ndef late():\n    from numba import cuda\n")
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
     assert offenders(["edgeattn.layers"], scope="edgeattn") == ["edgeattn.kernels.cpu.kernel imports edgeattn.layers"]
     assert offenders(["numba.cuda"], scope="edgeattn") == ["edgeattn.kernels.cpu.kernel imports numba.cuda"]

@@ -16,7 +16,7 @@ def test_a_planted_bug_is_found_by_its_test(bug):
 
 @pytest.mark.parametrize("file", sorted({bug.file for bug in BUGS}))
 def test_the_place_of_every_bug_is_there_once(file):
-    text = (planted_bugs.ROOT / "edgeattn" / "cpu" / file).read_text(encoding="utf-8")
+    text = (planted_bugs.ROOT / "edgeattn" / "kernels" / "cpu" / file).read_text(encoding="utf-8")
     for bug in BUGS:
         if bug.file == file:
             assert text.count(bug.old) == 1, bug.what

@@ -23,7 +23,7 @@ from quant.export.targets import Target, target_of
 # Compiling for another machine leans on inner names of Numba: crosscompile.py and bundle_entry.py.
 TESTED_NUMBA = ("0.68",)
 # The instruction set is chosen before anything that reads it is imported.
-_BUILD = ("import sys; from edgeattn import isa; isa.use(sys.argv[1]); "
+_BUILD = ("import sys; from edgeattn.runtime import isa; isa.use(sys.argv[1]); "
           "from quant.export.bundle_build import main; main(*sys.argv[2:])")
 # Those of a target's flags that compilers know a question for; no processor has these and lacks the others.
 _QUESTIONS = {"avx2": "avx2", "fma": "fma", "bmi1": "bmi", "bmi2": "bmi2", "avx_vnni": "avxvnni", "avx512f": "avx512f",

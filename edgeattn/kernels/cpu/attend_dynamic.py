@@ -11,7 +11,7 @@ from edgeattn.runtime.jit import inline
 
 from .byte_products import DEPTH_STEP, lane_product
 from .dynamic import TOKENS
-from .fused import Rows, mask_scores
+from .fused import mask_scores
 from .int8_operands import FLIP, add_lane_term, lacking_sum
 from .int8_views import Part
 from .matmul import round_up
@@ -31,6 +31,7 @@ from .simd import (
     to_float,
 )
 from .softmax import exp2, exp2_roughly
+from .views import Rows
 
 KEY_BLOCK = 256  # keys whose scores are kept at a time, counted from the first one on
 _ZERO = np.float32(0)

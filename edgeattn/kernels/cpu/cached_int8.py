@@ -43,21 +43,22 @@ def append_codes(codes, row, tokens, size, padded, p, cache):
 
 
 @task
-def append_part(rules, arrays, caches, parameters, scratch, batch, portion, worker, part):
-    """`portion` of one batch entry's new tokens, projected, to the cache; xk and xv are those of the new tokens."""
-    p = named(parameters, f.LAYER)
+def append_part(p, a, rules, scratch, batch, portion, worker, part):
+    """`portion` of one batch entry's new tokens, projected, to the cache; a.keys and a.values are theirs."""
     _, own = parts_of(scratch, p, worker)
     D, Dv, Ek, Ev = p.head_size, p.value_size, p.key_width, p.value_width
     slot = batch * p.heads * p.capacity + p.first_slot + p.keys - p.new_tokens
+    xk, xv = pointer_to(a.keys, np.int8), pointer_to(a.values, np.int8)
+    keys, values = pointer_to(a.cached_keys, np.int8), pointer_to(a.cached_values, np.int8)
     k_linear, v_linear = f.Linear(p.wk, p.bk, p.mk, p.zk), f.Linear(p.wv, p.bv, p.mv, p.zv)
     matrix_configure(own.int32, p.at_tiles)
     end = min((part + 1) * portion, p.new_tokens)
     for t in range(part * portion, end, WIDTH):
         tokens, row = min(WIDTH, end - t), batch * p.new_tokens + t
-        k_row = project_codes(rules, arrays, Part(arrays.xk, row * Ek), Ek, tokens, k_linear, p.padded_head, p, own)
-        append_codes(own.int8, k_row, tokens, D, p.padded_head, p, Part(caches.keys, (slot + t) * D))
-        v_row = project_codes(rules, arrays, Part(arrays.xv, row * Ev), Ev, tokens, v_linear, p.padded_value, p, own)
-        append_codes(own.int8, v_row, tokens, Dv, p.padded_value, p, Part(caches.values, (slot + t) * Dv))
+        k_row = project_codes(p, a, rules, Part(xk, row * Ek), Ek, tokens, k_linear, p.padded_head, own)
+        append_codes(own.int8, k_row, tokens, D, p.padded_head, p, Part(keys, (slot + t) * D))
+        v_row = project_codes(p, a, rules, Part(xv, row * Ev), Ev, tokens, v_linear, p.padded_value, own)
+        append_codes(own.int8, v_row, tokens, Dv, p.padded_value, p, Part(values, (slot + t) * Dv))
     matrix_release()
 
 
@@ -91,66 +92,61 @@ def join_tokens(rows, at0, at1, at2, at3, count, out, to):
 
 
 @inline
-def arrange_keys(h, t0, t1, slot, caches, p, layout, shared, own):
+def arrange_keys(p, a, h, t0, t1, slot, layout, shared, own):
     """Keys [t0, t1) of a head, from its slot on, and their terms."""
     D, k_block = p.head_size, layout.k_block
     at_k = feature_position(h * p.padded_head, k_block, layout.k_step) + t0 * k_block
-    copy_rows(address_of(caches.keys) + (slot + t0) * D, D, t1 - t0, address_of(shared.int32) + at_k, k_block)
+    copy_rows(a.cached_keys + (slot + t0) * D, D, t1 - t0, address_of(shared.int32) + at_k, k_block)
     f.key_terms(Groups(shared.int32, at_k // 4, k_block // 4, 1), round_up(t1 - t0, ROWS), p.padded_head // 4,
                 zero_bytes(np.int32(p.zq)), Part(shared.int32, p.at_krow + h * layout.keys + t0),
                 Part(own.int32, p.at_row_major))
 
 
 @inline
-def arrange_values(h, t0, t1, slot, caches, p, layout, shared, own):
+def arrange_values(p, a, h, t0, t1, slot, layout, shared, own):
     """Values [t0, t1) of a head, from its slot on, four tokens to an element."""
-    Dv, S, values = p.value_size, p.keys, pointer_to(address_of(caches.values), np.uint8)
-    everyones, mine = pointer_to(address_of(shared.int32), np.int32), pointer_to(address_of(own.int32), np.int32)
+    Dv, S, values = p.value_size, p.keys, pointer_to(a.cached_values, np.uint8)
     for t in range(t0, t1, 4 * LANES):
         for d in range(0, Dv, LANES):
-            room = value_room(h, d, t, p, layout, everyones, mine)
+            room = value_room(h, d, t, p, layout, shared.int32, own.int32)
             for i in range(t, min(t + 4 * LANES, t1), 4):
                 at0, last = (slot + i) * Dv + d, (slot + S - 1) * Dv + d
                 join_tokens(values, at0, min(at0 + Dv, last), min(at0 + 2 * Dv, last), min(at0 + 3 * Dv, last),
                             min(LANES, Dv - d), room.data, room.at + (i - t) // 4 * room.step)
-            place_values(room, h, d, t, p, layout, everyones)
+            place_values(room, h, d, t, p, layout, shared.int32)
 
 
 @task
-def arrange_part(caches, parameters, scratch, batch, portion, worker, part):
+def arrange_part(p, a, scratch, batch, portion, worker, part):
     """`portion` of one batch entry's tokens from the cache to shared scratch, as `project_part` leaves them.
 
     Features that only fill up a head, and tokens that only fill up a tile, are whatever lies there: the former meet
     zeros, the latter are dropped.
     """
-    p = named(parameters, f.LAYER)
     shared, own = parts_of(scratch, p, worker)
     layout = layout_of(p)
     t0, t1 = part * portion, min((part + 1) * portion, p.keys)
     for h in range(p.heads):
         slot = (batch * p.heads + h) * p.capacity + p.first_slot
-        arrange_keys(h, t0, t1, slot, caches, p, layout, shared, own)
-        arrange_values(h, t0, t1, slot, caches, p, layout, shared, own)
+        arrange_keys(p, a, h, t0, t1, slot, layout, shared, own)
+        arrange_values(p, a, h, t0, t1, slot, layout, shared, own)
 
 
 @jit
-def cached_int8(project_rule, score_rule, context_rule, table, xq, xk, xv, out, weights, parameters, keep, lut_index,
-                score_luts, keys, values, scratch, task_queue, count):
-    """A static layer with a cache on at most `count` threads that serve the task_queue; what `layer_int8` says, and:
+def cached_int8(softmax, project_rule, score_rule, context_rule, parameters, addresses, scratch, task_queue, count):
+    """A static layer with a cache on at most `count` threads that serve the task_queue; what `layer_int8` says, but:
 
-    xk (B, new_tokens, Ek), xv (B, new_tokens, Ev), keys and values (of the cache): flat int8
+    keys (B, new_tokens, Ek), values (B, new_tokens, Ev)
     """
-    p = named(parameters, f.LAYER)
-    rules = f.Rules(table, project_rule, score_rule, context_rule)
-    arrays = f.Arrays(xq, xk, xv, out, weights, keep, lut_index, score_luts)
-    caches = f.Caches(keys, values)
+    p, a, memory = named(parameters, f.LAYER), named(addresses, f.ADDRESSES), address_of(scratch)
+    rules = f.Rules(softmax, project_rule, score_rule, context_rule)
     some, append_parts = portions(p.new_tokens, WIDTH, count)
     tokens, token_parts = portions(p.keys, f.TOKENS_TOGETHER, count)
     blocks, block_parts = portions((p.queries + WIDTH - 1) // WIDTH, 1, count)
     for batch in range(p.batch):
-        parallel_for(task_queue, append_parts, append_part, rules, arrays, caches, parameters, scratch, batch, some)
-        if p.queries == 1 and keep.size == 0 and lut_index.size == 0 and p.band == 0:
-            parallel_for(task_queue, 1, step_part, rules, arrays, caches, parameters, scratch, batch)
+        parallel_for(task_queue, append_parts, append_part, p, a, rules, memory, batch, some)
+        if p.queries == 1 and a.keep == 0 and a.lut_index == 0 and p.band == 0:
+            parallel_for(task_queue, 1, step_part, p, a, rules, memory, batch)
             continue
-        parallel_for(task_queue, token_parts, arrange_part, caches, parameters, scratch, batch, tokens)
-        parallel_for(task_queue, block_parts, f.attend_part, rules, arrays, parameters, scratch, batch, blocks)
+        parallel_for(task_queue, token_parts, arrange_part, p, a, memory, batch, tokens)
+        parallel_for(task_queue, block_parts, f.attend_part, p, a, rules, memory, batch, blocks)

@@ -23,7 +23,7 @@ from .decode_blocks import (
     parameters_of,
     take_queries,
 )
-from .fused import Rows, portions, steps_of
+from .fused import portions, steps_of
 from .int8_operands import LANE_FLIP, add_digit_sum, flip_lanes, less_digit_sum, store_digit_sum
 from .int8_views import Part
 from .matmul import round_up
@@ -53,6 +53,7 @@ from .simd import (
     transpose_block,
 )
 from .softmax import exp2
+from .views import Rows
 
 CHUNK = 4 * LANES  # bytes of a vector
 QUADS = BLOCK // 4

@@ -1,15 +1,15 @@
 """Attention on given queries, keys and values with int8 products: float32 in and out, quantized at run time."""
 import functools
-from typing import NamedTuple
 
 import numpy as np
 
-from edgeattn import threads
-from edgeattn.runtime.jit import compiled_for, inline, jit
+from edgeattn.runtime.addresses import address
+from edgeattn.runtime.jit import inline, jit
 from edgeattn.runtime.worker_pool import parallel_for, task
 
 from .attend_dynamic import KEY_BLOCK, Keys, Queries, attend_bytes, fill_dither, values_of
 from .byte_products import DEPTH_STEP, READ_AHEAD, ROW_STEP
+from .call import PreparedCall
 from .dynamic import (
     BLOCKS,
     TOKENS,
@@ -21,36 +21,35 @@ from .dynamic import (
     turn,
     unit_of,
 )
-from .fused import Rows, ScoreMask, Visible, fill_mask, portions, slope_and_place, visible_range
+from .fused import ATTENTION_ADDRESSES, adds_to_scores, fill_mask, portions, visible_range
 from .int8_views import Part, parts_of
 from .key_mean import choose_block, subtract_mean, weigh_tokens
-from .layer_float32 import _NO_BIAS, _NO_KEEP, shape_of, with_alibi
+from .layer_float32 import shape_of
 from .matmul import round_up
-from .records import MASKS, blank, mask_fields, named, packed, place, record, slot
-from .simd import LANES, WIDTH, broadcast, load, matrix_configure, matrix_release, splat, store
+from .records import MASKS, bits_of_real, blank, mask_fields, named, packed, place, real, record
+from .simd import (
+    LANES,
+    WIDTH,
+    address_of,
+    broadcast,
+    load,
+    matrix_configure,
+    matrix_release,
+    pointer_to,
+    splat,
+    store,
+)
 from .softmax import LOG2_E
+from .views import Rows, ScoreMask, Visible
 
 _ZERO = np.float32(0)
 _ONE = np.float32(1)
-_run = None
 
-# The parameters: sizes; masks; where things begin in the scratch of all threads, and in that of each.
-ATTENTION = record("batch heads kv_heads queries keys head_size value_size", MASKS,
+# The parameters: sizes; the scale by its bits; masks; where things begin in the scratch of all threads, and of each.
+ATTENTION = record("batch heads kv_heads queries keys head_size value_size scale", MASKS,
                    "at_mean at_units at_kterm at_kscale at_values at_vlog at_vinverse",
                    "at_row_major at_rows at_weights at_seen at_keys at_q at_qscale at_scores at_probabilities at_stats",
                    "at_dither at_context at_square at_masks shared_size private_size")
-_ALIBI = slot(ATTENTION, "alibi")
-
-
-class Arrays(NamedTuple):
-    """q (B, H, L, D), k (B, Hkv, S, D), v (B, Hkv, S, Dv), out (B, H, L, Dv): flat float32; masks, flat or empty."""
-
-    q: object
-    k: object
-    v: object
-    out: object
-    keep: object
-    bias: object
 
 
 @inline
@@ -119,60 +118,55 @@ def value_block(v, head, kv, t, is_first, p, shared, own):
 
 
 @task
-def quantize_part(arrays, parameters, scratch, batch, portion, worker, part):
+def quantize_part(p, a, scratch, batch, portion, worker, part):
     """Keys and values of `portion` heads of one batch entry, for all threads.
 
     scratch: int32, first keys (Hkv, S', K4), values (Hkv Dvp, S') and their scales for all threads.
     """
-    p = named(parameters, ATTENTION)
     shared, own = parts_of(scratch, p, worker)
-    smooth = choose_block(p, arrays.keep, arrays.bias, batch, own.int32, p.at_seen)
+    k, v = pointer_to(a.k, np.float32), pointer_to(a.v, np.float32)
+    smooth = choose_block(p, a, batch, own.int32, p.at_seen)
     for kv in range(part * portion, min((part + 1) * portion, p.kv_heads)):
         head = batch * p.kv_heads + kv
         for i in range((p.keys + TOKENS - 1) // TOKENS):
             t = TOKENS * (smooth if i == 0 else i - 1 if i <= smooth else i)
-            key_block(arrays.k, head, kv, t, i == 0, p, shared, own)
-            value_block(arrays.v, head, kv, t, i == 0, p, shared, own)
+            key_block(k, head, kv, t, i == 0, p, shared, own)
+            value_block(v, head, kv, t, i == 0, p, shared, own)
 
 
 @inline
-def attend_block(arrays, batch, h, q0, factor, p, shared, own):
+def attend_block(p, a, batch, h, q0, shared, own):
     """Attention of one block of queries of a head."""
     H, L, S, D, Dv, Dvp = p.heads, p.queries, p.keys, p.head_size, p.value_size, round_up(p.value_size, 4)
-    D4, Dv_up, keep, bias = round_up(D, 4) // 4, round_up(Dv, LANES), arrays.keep, arrays.bias
-    kv = h // (H // p.kv_heads)
+    D4, Dv_up, kv = round_up(D, 4) // 4, round_up(Dv, LANES), h // (H // p.kv_heads)
     K4, queries, at_row = round_up(D4, LANES), min(WIDTH, L - q0), (batch * H + h) * L + q0
-    band, has_bias = p.band != 0, bias.size > 0 or p.alibi != 0
-    has_mask = keep.size > 0 or has_bias
+    q, out, factor = pointer_to(a.q, np.float32), pointer_to(a.out, np.float32), real(p.scale) * LOG2_E
+    band, adds = p.band != 0, adds_to_scores(a)
+    masked = adds or a.keep != 0
     # 1. queries
-    turn_rows(Part(arrays.q, at_row * D), D, queries, factor, own, p.at_row_major, p.at_rows)
+    turn_rows(Part(q, at_row * D), D, queries, factor, own, p.at_row_major, p.at_rows)
     quantize_queries(Part(own.float32, p.at_rows), 4 * D4, Part(own.int32, p.at_q), Part(own.float32, p.at_qscale))
     # 2. attention
     first, last, full_from, full_to = visible_range(q0, queries, S, band, p.low, p.high)
     first = first // 4 * 4
-    if has_mask:
-        slope, place = slope_and_place(p.alibi, p.alibi_b, batch, h)
-        fill_mask(own.float32, p.at_masks,
-                  keep, batch * p.keep_b + h * p.keep_h + q0 * p.keep_l + first * p.keep_s, p.keep_l, p.keep_s,
-                  bias, batch * p.bias_b + h * p.bias_h + q0 * p.bias_l + first * p.bias_s,
-                  p.bias_l, p.bias_s, slope, place + q0 - first, queries, last - first, own.float32, p.at_square)
+    if masked:
+        fill_mask(p, a, batch, h, q0, queries, first, last, own.float32, p.at_masks, p.at_square)
     at = kv * round_up(S, TOKENS)
     attend_bytes(Queries(own.uint32, p.at_q, round_up(D4, DEPTH_STEP), own.float32, p.at_qscale),
                  Keys(shared.int32, at * K4, K4, p.at_kterm + at, shared.float32, p.at_kscale + at),
                  values_of(kv, Dvp, round_up(S, 64) // 4, p, shared), Dvp,
                  Visible(first, last, full_from, full_to, q0, band, p.low, p.high),
-                 ScoreMask(own.float32, p.at_masks, first, has_mask), has_bias, p, own, p.at_context)
+                 ScoreMask(own.float32, p.at_masks, first, masked), adds, p, own, p.at_context)
     # 3. rows of the context
     turn(own.int32, p.at_context, Dv_up, WIDTH, own.int32, p.at_row_major)
     for l in range(queries):
         for d in range(Dv):
-            arrays.out[(at_row + l) * Dv + d] = own.float32[p.at_row_major + l * Dv_up + d]
+            out[(at_row + l) * Dv + d] = own.float32[p.at_row_major + l * Dv_up + d]
 
 
 @task
-def attend_part(arrays, parameters, factor, scratch, batch, portion, worker, part):
+def attend_part(p, a, scratch, batch, portion, worker, part):
     """`portion` of one batch entry's blocks of W queries, head by head."""
-    p = named(parameters, ATTENTION)
     shared, own = parts_of(scratch, p, worker)
     blocks, D4 = (p.queries + WIDTH - 1) // WIDTH, round_up(p.head_size, 4) // 4
     matrix_configure(own.int32, p.at_stats)
@@ -180,21 +174,19 @@ def attend_part(arrays, parameters, factor, scratch, batch, portion, worker, par
     for i in range(p.at_q + D4 * WIDTH, p.at_q + round_up(D4, DEPTH_STEP) * WIDTH, LANES):
         store(own.int32, i, splat(np.int32(0)))
     for item in range(part * portion, min((part + 1) * portion, p.heads * blocks)):
-        attend_block(arrays, batch, item // blocks, item % blocks * WIDTH, factor, p, shared, own)
+        attend_block(p, a, batch, item // blocks, item % blocks * WIDTH, shared, own)
     matrix_release()
 
 
 @jit
-def attention_dynamic(q, k, v, out, parameters, scale, keep, bias, scratch, task_queue, count):
-    """See `Arrays`; on at most `count` threads that serve the task_queue."""
-    p = named(parameters, ATTENTION)
-    arrays = Arrays(q, k, v, out, keep, bias)
+def attention_dynamic(parameters, addresses, scratch, task_queue, count):
+    """See ATTENTION; arrays in C order; on at most `count` threads that serve the task_queue."""
+    p, a, memory = named(parameters, ATTENTION), named(addresses, ATTENTION_ADDRESSES), address_of(scratch)
     heads, head_parts = portions(p.kv_heads, 1, count)
     items, item_parts = portions(p.heads * ((p.queries + WIDTH - 1) // WIDTH), 1, count)
-    factor = scale * LOG2_E
     for batch in range(p.batch):
-        parallel_for(task_queue, head_parts, quantize_part, arrays, parameters, scratch, batch, heads)
-        parallel_for(task_queue, item_parts, attend_part, arrays, parameters, factor, scratch, batch, items)
+        parallel_for(task_queue, head_parts, quantize_part, p, a, memory, batch, heads)
+        parallel_for(task_queue, item_parts, attend_part, p, a, memory, batch, items)
 
 
 def plan(p, masked):
@@ -230,13 +222,14 @@ def plan(p, masked):
 
 
 @functools.lru_cache(256)
-def _plan_of(q, k, v, keep, bias, band, alibi):
-    """(parameters, shared elements, private elements) for arrays and masks of these shapes."""
-    p = blank(ATTENTION, **mask_fields(keep, bias, band, alibi))
+def prepare(q, k, v, scale, keep, bias, band, alibi):
+    """The `PreparedCall` for arrays and masks of these shapes."""
+    p = blank(ATTENTION, scale=bits_of_real(scale), **mask_fields(keep, bias, band, alibi))
     p.batch, p.heads, p.queries, p.head_size = q
     p.kv_heads, p.keys, p.value_size = k[1], k[2], v[3]
-    sizes = plan(p, keep is not None or bias is not None or alibi is not None)
-    return packed(p, ATTENTION), *sizes
+    shared, private = plan(p, keep is not None or bias is not None or alibi is not None)
+    work = q[0] * q[1] * q[2] * k[2] * (q[3] + v[3])
+    return PreparedCall(attention_dynamic, packed(p, ATTENTION), np.int32, shared, private, work, q[0])
 
 
 def attention(q, k, v, out, scale, keep=None, bias=None, band=None, alibi=None):
@@ -250,17 +243,6 @@ def attention(q, k, v, out, scale, keep=None, bias=None, band=None, alibi=None):
     keep, bias, band, alibi
         As `functional_float32.attention` takes them.
     """
-    global _run
-    parameters, shared, private = _plan_of(q.shape, k.shape, v.shape, shape_of(keep), shape_of(bias), band,
-                                           shape_of(alibi))
-    if alibi is not None:
-        parameters = with_alibi(parameters, _ALIBI, alibi)
-    keep = _NO_KEEP if keep is None else keep.reshape(-1).view(np.uint8)
-    bias = _NO_BIAS if bias is None else bias.reshape(-1)
-    arguments = (q.reshape(-1), k.reshape(-1), v.reshape(-1), out.reshape(-1), parameters, np.float32(scale), keep,
-                 bias)
-    if _run is None:
-        _run = compiled_for(attention_dynamic, (*arguments, np.zeros(1, np.int32), np.zeros(1, np.int64), 1))
-    threads.run(_run, arguments, np.int32, shared, private, q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
-                * (q.shape[3] + v.shape[3]), q.shape[0])
+    call = prepare(q.shape, k.shape, v.shape, scale, shape_of(keep), shape_of(bias), band, shape_of(alibi))
+    call(address(q), address(k), address(v), address(out), address(keep), address(bias), address(alibi), 0)
     return out

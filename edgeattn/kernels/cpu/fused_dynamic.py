@@ -8,8 +8,6 @@ Softmax does not see what is added to all scores of a query: so the key projecti
 keys of a head the mean of the first TOKENS that are seen is subtracted, which leaves the bytes to what tells keys apart
 (SageAttention, arXiv 2410.02367, section 4.2, takes the mean of all).
 """
-from typing import NamedTuple
-
 import numpy as np
 from numba.extending import register_jitable
 
@@ -34,26 +32,29 @@ from .dynamic import (
     turn,
     unit_of,
 )
-from .fused import Rows, ScoreMask, Visible, fill_mask, portions, slope_and_place, visible_range
+from .fused import adds_to_scores, fill_mask, portions, visible_range
 from .int8_operands import FLIP, LANE_FLIP, add_lane_term
 from .int8_views import Part, Projection, parts_of
 from .key_mean import choose_block, subtract_mean, weigh_tokens
 from .linear_dynamic import linear_rows
 from .matmul import round_up
-from .records import MASKS, named, record
+from .records import MASK_ADDRESSES, MASKS, named, record
 from .simd import (
     LANES,
     MATRIX_ROWS,
     WIDTH,
+    address_of,
     broadcast,
     fma,
     load,
     matrix_configure,
     matrix_release,
+    pointer_to,
     splat,
     store,
     to_float,
 )
+from .views import Rows, ScoreMask, Visible
 
 # The parameters: sizes; where weights begin: bytes, and what LANE_SHIFT adds to their products, in the int32 weights,
 # scales and biases in the float32 ones; masks; where things begin in the scratch of all threads, and in that of each.
@@ -64,24 +65,9 @@ LAYER = record("batch queries keys query_width key_width value_width out_width h
                "at_row_major at_x at_xscale at_inverse at_tail at_weights at_seen at_keys at_q at_scores",
                "at_probabilities at_stats at_dither at_context at_context_bytes at_transposed at_tiles at_masks",
                "shared_size private_size")
-
-
-class Arrays(NamedTuple):
-    """What a call reads and writes, flat: inputs (B, L, Eq), (B, S, Ek), (B, S, Ev), out (B, L, Eo), float32; and
-
-    weights     int32: bytes and corrections, at the positions in the parameters
-    factors     float32: weight scales and biases
-    keep, bias  uint8 and float32 masks, or empty
-    """
-
-    xq: object
-    xk: object
-    xv: object
-    out: object
-    weights: object
-    factors: object
-    keep: object
-    bias: object
+# Where the arrays of a call are: weights, int32, and factors, float32, as the parameters say; queries (B, L, Eq), keys
+# (B, S, Ek), values (B, S, Ev), out (B, L, Eo), float32; masks, or 0 of none; all in C order.
+LAYER_ADDRESSES = record("weights factors queries keys values out", MASK_ADDRESSES)
 
 
 @register_jitable
@@ -198,15 +184,15 @@ def project_values(projection, t, smoothing, p, shared, own):
 
 
 @inline
-def project_block(block, arrays, batch, smoothing, p, shared, own):
+def project_block(p, a, batch, block, smoothing, shared, own):
     """Queries, keys and values of a block of tokens; blocks of queries with an input of their own follow the keys'."""
-    L, S, weights, factors = p.queries, p.keys, arrays.weights, arrays.factors
+    L, S, weights, factors = p.queries, p.keys, pointer_to(a.weights, np.int32), pointer_to(a.factors, np.float32)
     kv_blocks = (S + TOKENS - 1) // TOKENS
     is_query = block >= kv_blocks
-    x, E, of = (arrays.xq, p.query_width, L) if is_query else (arrays.xk, p.key_width, S)
+    x, E, of = (a.queries, p.query_width, L) if is_query else (a.keys, p.key_width, S)
     t = (block - kv_blocks if is_query else block) * TOKENS
     tokens = min(TOKENS, of - t)
-    quantize_block(Part(x, (batch * of + t) * E), E, tokens, p, own)
+    quantize_block(Part(pointer_to(x, np.float32), (batch * of + t) * E), E, tokens, p, own)
     if is_query or p.same_qk != 0:
         depth4 = depth_groups(p.query_width)
         project_queries(Projection(weights, p.wq, p.cq, factors, p.sq, factors, p.bq, depth4), t, p, shared, own)
@@ -220,13 +206,14 @@ def project_block(block, arrays, batch, smoothing, p, shared, own):
     depth4 = depth_groups(p.key_width)
     project_keys(Projection(weights, p.wk, p.ck, factors, p.sk, minus, at_minus, depth4), t, smoothing, p, shared, own)
     if p.same_kv == 0:
-        quantize_block(Part(arrays.xv, (batch * S + t) * p.value_width), p.value_width, tokens, p, own)
+        values = pointer_to(a.values, np.float32)
+        quantize_block(Part(values, (batch * S + t) * p.value_width), p.value_width, tokens, p, own)
     depth4 = depth_groups(p.value_width)
     project_values(Projection(weights, p.wv, p.cv, factors, p.sv, factors, p.bv, depth4), t, smoothing, p, shared, own)
 
 
 @task
-def project_part(arrays, parameters, scratch, batch, smoothing, portion, worker, part):
+def project_part(p, a, scratch, batch, smoothing, portion, worker, part):
     """Keys, values and queries of one batch entry, for all threads: bytes, and what scales them.
 
     smoothing: the first block of TOKENS keys and values that is seen, and minus the mean of its keys; then `portion` of
@@ -234,11 +221,10 @@ def project_part(arrays, parameters, scratch, batch, smoothing, portion, worker,
     scratch: int32, first what all threads share: keys (S', K4), values (Hkv Dvp, S'), queries (L' / W, H D4, W) and
     what scales them; then what each thread has to itself.
     """
-    p = named(parameters, LAYER)
     shared, own = parts_of(scratch, p, worker)
     matrix_configure(own.int32, p.at_stats)
     if smoothing:
-        shared.int32[p.at_smooth] = choose_block(p, arrays.keep, arrays.bias, batch, own.int32, p.at_seen)
+        shared.int32[p.at_smooth] = choose_block(p, a, batch, own.int32, p.at_seen)
     first = np.int64(shared.int32[p.at_smooth])
     blocks, begin = 1, part * portion
     if not smoothing:
@@ -247,12 +233,12 @@ def project_part(arrays, parameters, scratch, batch, smoothing, portion, worker,
             blocks += (p.queries + TOKENS - 1) // TOKENS
     for i in range(begin, min(begin + portion, blocks)):
         block = first if i == 0 else i - 1 if i <= first else i
-        project_block(block, arrays, batch, smoothing, p, shared, own)
+        project_block(p, a, batch, block, smoothing, shared, own)
     matrix_release()
 
 
 @inline
-def attend_head(h, q0, seen, mask, has_bias, p, shared, own):
+def attend_head(h, q0, seen, mask, adds, p, shared, own):
     """Context (Dvp, W) of a head for a block of queries, in float32."""
     H, D4, S_up, Dvp = p.heads, p.padded_head // 4, round_up(p.keys, TOKENS), p.padded_value
     kv = h // (H // p.kv_heads)
@@ -263,18 +249,19 @@ def attend_head(h, q0, seen, mask, has_bias, p, shared, own):
                       p.at_qscale + q0 * H + h * WIDTH)
     keys = Keys(shared.int32, kv * D4, K4, p.at_kterm + kv * S_up, shared.float32, p.at_kscale + kv * S_up)
     values = values_of(kv, Dvp, values_row(p.keys), p, shared)
-    attend_bytes(queries, keys, values, Dvp, seen, mask, has_bias, p, own, p.at_context + h * Dvp * WIDTH)
+    attend_bytes(queries, keys, values, Dvp, seen, mask, adds, p, own, p.at_context + h * Dvp * WIDTH)
 
 
 @inline
-def write_rows(arrays, at_row, queries, p, own):
+def write_rows(p, a, at_row, queries, own):
     """A block's rows of the result, from at_row on: the context, or its projection, of bytes with a scale per query."""
+    out, factors = pointer_to(a.out, np.float32), pointer_to(a.factors, np.float32)
     H, Dv, Dvp, Eo, at_context = p.heads, p.value_size, p.padded_value, p.out_width, p.at_context
     if p.has_out == 0:
         for h in range(H):
             for d in range(Dv):
                 for l in range(queries):
-                    arrays.out[at_row + l * Eo + h * Dv + d] = own.float32[at_context + (h * Dvp + d) * WIDTH + l]
+                    out[at_row + l * Eo + h * Dv + d] = own.float32[at_context + (h * Dvp + d) * WIDTH + l]
         return
     C = H * Dvp
     C4 = round_up(C // 4, LANES)
@@ -283,20 +270,17 @@ def write_rows(arrays, at_row, queries, p, own):
         store(own.float32, p.at_xscale + c, scale_of(largest))
         pack_rows(own.float32, at_context + c, C, inverse_of(largest), FLIP, own.int32, p.at_context_bytes + c)
     turn(own.int32, p.at_context_bytes, C4, WIDTH, own.int32, p.at_transposed)
-    output = Projection(arrays.weights, p.wo, p.co, arrays.factors, p.so, arrays.factors, p.bo, C4)
+    output = Projection(pointer_to(a.weights, np.int32), p.wo, p.co, factors, p.so, factors, p.bo, C4)
     linear_rows(Part(own.uint32, p.at_transposed), queries, Part(own.float32, p.at_xscale), output, Eo,
-                Rows(arrays.out, at_row, Eo), own, p.at_tiles)
+                Rows(out, at_row, Eo), own, p.at_tiles)
 
 
 @task
-def attend_part(arrays, parameters, scratch, batch, portion, worker, part):
+def attend_part(p, a, scratch, batch, portion, worker, part):
     """`portion` blocks of W queries of one batch entry: attention, head by head, and the output projection."""
-    p = named(parameters, LAYER)
     shared, own = parts_of(scratch, p, worker)
-    L, S, D4, keep, bias = p.queries, p.keys, p.padded_head // 4, arrays.keep, arrays.bias
-    band, has_bias = p.band != 0, bias.size > 0 or p.alibi != 0
-    has_mask = keep.size > 0 or has_bias
-    mask_per_head = p.keep_h != 0 or p.bias_h != 0 or p.alibi != 0
+    L, S, D4, band, adds = p.queries, p.keys, p.padded_head // 4, p.band != 0, adds_to_scores(a)
+    masked, mask_per_head = adds or a.keep != 0, p.keep_h != 0 or p.bias_h != 0 or a.alibi != 0
     matrix_configure(own.int32, p.at_stats)
     for i in range(p.at_q + D4 * WIDTH, p.at_q + round_up(D4, DEPTH_STEP) * WIDTH, LANES):
         store(own.int32, i, splat(np.int32(0)))
@@ -307,31 +291,25 @@ def attend_part(arrays, parameters, scratch, batch, portion, worker, part):
         first, last, full_from, full_to = visible_range(q0, queries, S, band, p.low, p.high)
         first = first // 4 * 4
         seen = Visible(first, last, full_from, full_to, q0, band, p.low, p.high)
-        mask = ScoreMask(own.float32, p.at_masks, first, has_mask)
+        mask = ScoreMask(own.float32, p.at_masks, first, masked)
         for h in range(p.heads):
-            if has_mask and (h == 0 or mask_per_head):
-                slope, place = slope_and_place(p.alibi, p.alibi_b, batch, h)
-                fill_mask(own.float32, p.at_masks,
-                          keep, batch * p.keep_b + h * p.keep_h + q0 * p.keep_l + first * p.keep_s, p.keep_l, p.keep_s,
-                          bias, batch * p.bias_b + h * p.bias_h + q0 * p.bias_l + first * p.bias_s,
-                          p.bias_l, p.bias_s, slope, place + q0 - first, queries, last - first, own.float32,
-                          p.at_tiles)
-            attend_head(h, q0, seen, mask, has_bias, p, shared, own)
-        write_rows(arrays, (batch * L + q0) * p.out_width, queries, p, own)
+            if masked and (h == 0 or mask_per_head):
+                fill_mask(p, a, batch, h, q0, queries, first, last, own.float32, p.at_masks, p.at_tiles)
+            attend_head(h, q0, seen, mask, adds, p, shared, own)
+        write_rows(p, a, (batch * L + q0) * p.out_width, queries, own)
     matrix_release()
 
 
 @jit
-def layer_dynamic(xq, xk, xv, out, weights, factors, parameters, keep, bias, scratch, task_queue, count):
-    """A dynamic int8 multi-head attention layer, see `Arrays`; on at most `count` threads that serve the task_queue."""
-    p = named(parameters, LAYER)
-    arrays = Arrays(xq, xk, xv, out, weights, factors, keep, bias)
+def layer_dynamic(parameters, addresses, scratch, task_queue, count):
+    """A dynamic int8 multi-head attention layer, see LAYER, on at most `count` threads that serve the task_queue."""
+    p, a, memory = named(parameters, LAYER), named(addresses, LAYER_ADDRESSES), address_of(scratch)
     blocks = (p.keys + TOKENS - 1) // TOKENS - 1
     if p.same_qk == 0:
         blocks += (p.queries + TOKENS - 1) // TOKENS
     tokens, token_parts = portions(blocks, 1, count)
     queries, query_parts = portions((p.queries + WIDTH - 1) // WIDTH, 1, count)
     for batch in range(p.batch):
-        parallel_for(task_queue, 1, project_part, arrays, parameters, scratch, batch, True, 1)
-        parallel_for(task_queue, token_parts, project_part, arrays, parameters, scratch, batch, False, tokens)
-        parallel_for(task_queue, query_parts, attend_part, arrays, parameters, scratch, batch, queries)
+        parallel_for(task_queue, 1, project_part, p, a, memory, batch, True, 1)
+        parallel_for(task_queue, token_parts, project_part, p, a, memory, batch, False, tokens)
+        parallel_for(task_queue, query_parts, attend_part, p, a, memory, batch, queries)

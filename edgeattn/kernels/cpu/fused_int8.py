@@ -25,15 +25,17 @@ from .simd import (
     OFFSET,
     ROWS,
     WIDTH,
+    address_of,
     dot_bytes,
     load,
     matrix_configure,
     matrix_release,
+    pointer_to,
     splat,
     store,
     transpose_block,
 )
-from .softmax_int8 import LOWEST_CODES, softmax_codes
+from .softmax_int8 import LOWEST_CODES
 from .static_layout import context_rows, layout_of, project_values, values_of
 
 _NONE, _ALL = np.int32(0), np.int32(-1)
@@ -55,31 +57,10 @@ LAYER = record("batch queries keys query_width key_width value_width out_width h
                BAND, KEEP, "index_b index_h index_l index_s", "at_krow at_values",
                "at_x at_row_major at_q at_codes at_masks at_sums at_context at_softmax at_terms at_tiles",
                "at_transposed shared_size private_size", "first_slot new_tokens capacity at_step")
-
-
-class Arrays(NamedTuple):
-    """What a call reads and writes, flat: inputs (B, L, Eq), (B, S, Ek), (B, S, Ev), out (B, L, Eo), int8; and
-
-    weights     int32: panels, biases and multipliers at the positions in the parameters
-    keep        uint8 or empty: 0 where a key is not there
-    lut_index   uint8 or empty: which of score_luts, int8 (n * 256) or empty, maps a score's code
-    """
-
-    xq: object
-    xk: object
-    xv: object
-    out: object
-    weights: object
-    keep: object
-    lut_index: object
-    score_luts: object
-
-
-class Caches(NamedTuple):
-    """Codes of keys (B, H, C, D) and values (B, H, C, Dv), flat int8."""
-
-    keys: object
-    values: object
+# Where the arrays of a call are: queries (B, L, Eq), keys (B, S, Ek), values (B, S, Ev), out (B, L, Eo), int8; weights,
+# int32, as the parameters say; the softmax's table; or 0 of none: keep, uint8, 0 where a key is not there; lut_index,
+# uint8, which of score_luts, int8 (n, 256), maps a score's code; codes of a cache, see cached_int8; all in C order.
+ADDRESSES = record("queries keys values out weights softmax keep lut_index score_luts cached_keys cached_values")
 
 
 class Linear(NamedTuple):
@@ -92,7 +73,7 @@ class Linear(NamedTuple):
 
 
 class Rules(NamedTuple):
-    """What is compiled for: `softmax`, the table of a rule of `softmax_codes`, and functions of requantize.py."""
+    """What is compiled for: a function of softmax_int8.py, and functions of requantize.py."""
 
     softmax: object
     project: object
@@ -120,7 +101,7 @@ class Seen(NamedTuple):
 def pack_tokens(x, E, tokens, rows, out, out_row):
     """int8 rows of x as unsigned operand (rows, out_row); missing bytes and rows are zero codes."""
     whole = E // (4 * LANES) * LANES if E % 4 == 0 else 0  # groups that come in vectors
-    words = x.data[:x.data.size // 4 * 4].view(np.int32)
+    words = pointer_to(address_of(x.data), np.int32)
     flip = splat(FLIP)
     for t in range(tokens):
         from_x, to = x.at + t * E, out.at + t * out_row
@@ -153,7 +134,6 @@ def key_terms(keys, tokens, D4, zero_point, out, square):
 @inline
 def fill_drop_mask(masks, keep, h, seen):
     """masks (groups, W) bytes: 255 where the query may see the key, else 0; keys past `last` are never seen."""
-    has_keep = keep.data.size > 0
     at_keep = keep.at + h * keep.head + seen.q0 * keep.row
     for g in range(seen.groups):
         for q in range(WIDTH):
@@ -164,7 +144,7 @@ def fill_drop_mask(masks, keep, h, seen):
                 if seen.band and not (seen.low <= s - seen.q0 - q <= seen.high):
                     is_seen = False
                 at = at_keep + min(q, seen.queries - 1) * keep.row + s * keep.key
-                if is_seen and has_keep and keep.data[at] == 0:
+                if is_seen and keep.given and keep.data[at] == 0:
                     is_seen = False
                 if is_seen:
                     word |= np.uint32(255) << np.uint32(8 * j)
@@ -182,7 +162,7 @@ def map_codes(codes, score_luts, index, h, seen):
             for j in range(4):
                 s = min(seen.first + 4 * g + j, seen.last - 1)
                 row = 0
-                if index.data.size > 0:
+                if index.given:
                     row = np.int64(index.data[at_index + min(q, seen.queries - 1) * index.row + s * index.key])
                 code = score_luts[row * 256 + ((word >> (8 * j)) & 255 ^ 128)]
                 result |= (np.uint32(code) & np.uint32(255)) << np.uint32(8 * j)
@@ -190,14 +170,14 @@ def map_codes(codes, score_luts, index, h, seen):
 
 
 @task
-def project_part(rules, arrays, parameters, scratch, batch, portion, worker, part):
+def project_part(p, a, rules, scratch, batch, portion, worker, part):
     """Keys, values and key terms of `portion` tokens of one batch entry, in the layout that `attend_part` reads.
 
     scratch: int32, first those of this batch entry for all threads, then what each has to itself.
     """
-    p = named(parameters, LAYER)
     shared, own = parts_of(scratch, p, worker)
-    layout, weights = layout_of(p), arrays.weights
+    layout, weights = layout_of(p), pointer_to(a.weights, np.int32)
+    xk, xv = pointer_to(a.keys, np.int8), pointer_to(a.values, np.int8)
     S, Ek, Ev, Ek4, Ev4 = p.keys, p.key_width, p.value_width, packed_depth(p.key_width), packed_depth(p.value_width)
     features, v_features = round_up(p.heads * p.padded_head, WIDTH), round_up(p.heads * p.padded_value, WIDTH)
     k_row, q_zero = layout.k_block // 4, zero_bytes(np.int32(p.zq))
@@ -211,11 +191,11 @@ def project_part(rules, arrays, parameters, scratch, batch, portion, worker, par
     for t in range(part * portion, end, TOKENS):
         tokens = min(TOKENS, end - t)
         rows = round_up(tokens, ROWS)
-        pack_tokens(Part(arrays.xk, (batch * S + t) * Ek), Ek, tokens, rows, packed, Ek4)
+        pack_tokens(Part(xk, (batch * S + t) * Ek), Ek, tokens, rows, packed, Ek4)
         to = Blocks(shared.int8, t * layout.k_block, layout.k_block, layout.k_block, layout.k_step)
         linear(finish_bytes, (k_scaling, _NONE, to), Groups(own.uint32, p.at_x, Ek4, 1), rows, k_panels, tiles)
         if p.same_kv == 0:
-            pack_tokens(Part(arrays.xv, (batch * S + t) * Ev), Ev, tokens, rows, packed, Ev4)
+            pack_tokens(Part(xv, (batch * S + t) * Ev), Ev, tokens, rows, packed, Ev4)
         project_values(Groups(own.uint32, p.at_x, Ev4, 1), rows, v_panels, v_scaling, t, p, layout, shared, own)
         for h in range(p.heads):
             at = feature_position(h * p.padded_head, layout.k_block, layout.k_step) // 4 + t * k_row
@@ -225,17 +205,18 @@ def project_part(rules, arrays, parameters, scratch, batch, portion, worker, par
 
 
 @inline
-def project_queries(rules, arrays, batch, q0, queries, p, own):
+def project_queries(p, a, rules, batch, q0, queries, own):
     """Queries of a block, turned so that they are lanes: (H, groups of a head's features, W)."""
     features = round_up(p.heads * p.padded_head, WIDTH)
     Eq, Eq4, D4 = p.query_width, packed_depth(p.query_width), p.padded_head // 4
     row_major_row, q_groups = round_up(features // 4, LANES), round_up(D4, DEPTH_STEP)
-    at_row_major, at_q = p.at_row_major, p.at_q
-    pack_tokens(Part(arrays.xq, (batch * p.queries + q0) * Eq), Eq, queries, WIDTH, Part(own.int32, p.at_x), Eq4)
-    scaling = Scaling(arrays.weights, rules.project, p.mq, features, np.int32(p.zq))
+    at_row_major, at_q, weights = p.at_row_major, p.at_q, pointer_to(a.weights, np.int32)
+    x = Part(pointer_to(a.queries, np.int8), (batch * p.queries + q0) * Eq)
+    pack_tokens(x, Eq, queries, WIDTH, Part(own.int32, p.at_x), Eq4)
+    scaling = Scaling(weights, rules.project, p.mq, features, np.int32(p.zq))
     to = Blocks(own.int8, 4 * at_row_major, 4 * row_major_row, 4 * row_major_row, 0)
     linear(finish_bytes, (scaling, FLIP, to), Groups(own.uint32, p.at_x, Eq4, 1), WIDTH,
-           Panels(arrays.weights, p.wq, arrays.weights, p.bq, features, Eq4), Part(own.int32, p.at_tiles))
+           Panels(weights, p.wq, weights, p.bq, features, Eq4), Part(own.int32, p.at_tiles))
     turns, turn = (1, row_major_row) if q_groups == D4 else (p.heads, q_groups)
     for h in range(turns):
         for f in range(0, turn, LANES):
@@ -247,7 +228,7 @@ def project_queries(rules, arrays, batch, q0, queries, p, own):
 
 
 @inline
-def score_head(rules, arrays, h, first, keys, p, layout, shared, own):
+def score_head(p, a, rules, h, first, keys, layout, shared, own):
     """Scores of `keys` keys, a multiple of ROWS, from `first` on: codes of four keys to a lane."""
     D4, Dp, zq, zk = p.padded_head // 4, p.padded_head, np.int32(p.zq), np.int32(p.zk)
     q_groups, at_sums, k_row = round_up(D4, DEPTH_STEP), p.at_sums, layout.k_block // 4
@@ -262,7 +243,7 @@ def score_head(rules, arrays, h, first, keys, p, layout, shared, own):
             term = (term - splat(np.int32((OFFSET + zq) * Dp))) * splat(np.int32(-zk))
         store(own.int32, at_sums + c, term)
     # b. scores
-    scaling = Scaling(arrays.weights, rules.score, p.ms, LANES, np.int32(p.zs))
+    scaling = Scaling(pointer_to(a.weights, np.int32), rules.score, p.ms, LANES, np.int32(p.zs))
     terms = Part(shared.int32, p.at_krow + h * layout.keys + first)
     linear(finish_scores, (scaling, terms, Part(own.int32, p.at_codes)),
            Groups(shared.int32, at_k + first * k_row, k_row, 1), keys,
@@ -279,7 +260,7 @@ def drop_codes(codes, masks, groups):
 
 
 @inline
-def context_head(rules, arrays, h, first, groups, p, layout, shared, own):
+def context_head(p, a, rules, h, first, groups, layout, shared, own):
     """Probabilities times values from the key `first` on: unsigned operands (Dv / 4, W) of the head's context."""
     at_codes, at_sums, zv = p.at_codes, p.at_sums, np.int32(p.zv)
     # a. what a value zero point adds to every feature of a query
@@ -296,52 +277,54 @@ def context_head(rules, arrays, h, first, groups, p, layout, shared, own):
         store(own.int32, at_codes + i, splat(_NONE))
     v, terms = values_of(h, first, p, layout, shared), Part(own.int32, p.at_terms)
     store_value_terms(Part(v.data, v.at), v.step, groups, p.padded_value, terms)
-    scaling = Scaling(arrays.weights, rules.context, p.mc, LANES, np.int32(p.zc))
+    scaling = Scaling(pointer_to(a.weights, np.int32), rules.context, p.mc, LANES, np.int32(p.zc))
     to = Part(own.int32, p.at_context + h * p.padded_value // 4 * WIDTH)
     linear(finish_context, (scaling, terms, to), v, p.padded_value,
            Panels(own.uint32, at_codes, own.int32, at_sums, WIDTH, deep), Part(own.int32, p.at_tiles))
 
 
 @inline
-def write_rows(rules, arrays, at_row, queries, p, own):
+def write_rows(p, a, rules, at_row, queries, own):
     """A block's rows of the result, from at_row on: projection of the context, or the context itself."""
     H, Dv, Dvp, Eo = p.heads, p.value_size, p.padded_value, p.out_width
+    out = pointer_to(a.out, np.int8)
     if p.has_out == 0:
         for h in range(H):
             for d in range(Dv):
                 for l in range(queries):
                     byte = (p.at_context + (h * Dvp + d) // 4 * WIDTH + l) * 4 + d % 4
-                    arrays.out[at_row + l * Eo + h * Dv + d] = own.int8[byte] ^ BYTE_FLIP
+                    out[at_row + l * Eo + h * Dv + d] = own.int8[byte] ^ BYTE_FLIP
         return
     C4, Eo_up = packed_depth(H * Dvp), round_up(Eo, WIDTH)
-    project_output(rules, arrays, context_rows(p, C4, own), at_row, queries, Eo_up, p, own)
+    project_output(p, a, rules, context_rows(p, C4, own), at_row, queries, Eo_up, own)
 
 
 @inline
-def project_output(rules, arrays, context, at_row, queries, features, p, own):
+def project_output(p, a, rules, context, at_row, queries, features, own):
     """Output projection of the context of some queries, unsigned operands, to rows from at_row on."""
-    scaling = Scaling(arrays.weights, rules.project, p.mo, features, np.int32(p.zo))
-    to = Groups(arrays.out, at_row, p.out_width, 1)
-    panels = Panels(arrays.weights, p.wo, arrays.weights, p.bo, features, packed_depth(p.heads * p.padded_value))
+    weights = pointer_to(a.weights, np.int32)
+    scaling = Scaling(weights, rules.project, p.mo, features, np.int32(p.zo))
+    to = Groups(pointer_to(a.out, np.int8), at_row, p.out_width, 1)
+    panels = Panels(weights, p.wo, weights, p.bo, features, packed_depth(p.heads * p.padded_value))
     linear(finish_output, (scaling, to, queries, Part(own.int8, 4 * p.at_x)), context, queries, panels,
            Part(own.int32, p.at_tiles))
 
 
 @task
-def attend_part(rules, arrays, parameters, scratch, batch, portion, worker, part):
+def attend_part(p, a, rules, scratch, batch, portion, worker, part):
     """`portion` blocks of W queries of one batch entry: attention, head by head, and the output projection."""
-    p = named(parameters, LAYER)
     shared, own = parts_of(scratch, p, worker)
     layout, L, S, H = layout_of(p), p.queries, p.keys, p.heads
-    keep = Mask(arrays.keep, batch * p.keep_b, p.keep_h, p.keep_l, p.keep_s)
-    index = Mask(arrays.lut_index, batch * p.index_b, p.index_h, p.index_l, p.index_s)
+    keep = Mask(a.keep != 0, pointer_to(a.keep, np.uint8), batch * p.keep_b, p.keep_h, p.keep_l, p.keep_s)
+    index = Mask(a.lut_index != 0, pointer_to(a.lut_index, np.uint8), batch * p.index_b, p.index_h, p.index_l,
+                 p.index_s)
     codes, masks = Part(own.int32, p.at_codes), Part(own.int32, p.at_masks)
-    band, has_keep = p.band != 0, keep.data.size > 0
+    band, has_keep = p.band != 0, keep.given
     matrix_configure(own.int32, p.at_tiles)
     for block in range(part * portion, min((part + 1) * portion, (L + WIDTH - 1) // WIDTH)):
         q0 = block * WIDTH
         queries = min(WIDTH, L - q0)
-        project_queries(rules, arrays, batch, q0, queries, p, own)
+        project_queries(p, a, rules, batch, q0, queries, own)
         first, last, _, _ = visible_range(q0, queries, S, band, p.low, p.high)
         first = first // ROWS * ROWS
         last_up = round_up(last, ROWS)
@@ -349,32 +332,30 @@ def attend_part(rules, arrays, parameters, scratch, batch, portion, worker, part
         seen = Seen(q0, queries, first, last, groups, band, p.low, p.high)
         masked = band or has_keep or last_up > last
         for h in range(H):
-            score_head(rules, arrays, h, first, last_up - first, p, layout, shared, own)
-            if arrays.score_luts.size > 0 and last > first:
-                map_codes(codes, arrays.score_luts, index, h, seen)
+            score_head(p, a, rules, h, first, last_up - first, layout, shared, own)
+            if a.score_luts != 0 and last > first:
+                map_codes(codes, pointer_to(a.score_luts, np.int8), index, h, seen)
             if masked:
                 if h == 0 or (has_keep and p.keep_h != 0):
                     fill_drop_mask(masks, keep, h, seen)
                 drop_codes(codes, masks, groups)
-            softmax_codes(rules.softmax, p.fixed != 0, codes, groups, masks, masked, Part(own.int32, p.at_softmax),
+            rules.softmax(a.softmax, p.fixed != 0, codes, groups, masks, masked, Part(own.int32, p.at_softmax),
                           Part(own.int32, p.at_sums + WIDTH))
-            context_head(rules, arrays, h, first, groups, p, layout, shared, own)
-        write_rows(rules, arrays, (batch * L + q0) * p.out_width, queries, p, own)
+            context_head(p, a, rules, h, first, groups, layout, shared, own)
+        write_rows(p, a, rules, (batch * L + q0) * p.out_width, queries, own)
     matrix_release()
 
 
 @jit
-def layer_int8(project_rule, score_rule, context_rule, table, xq, xk, xv, out, weights, parameters, keep, lut_index,
-               score_luts, scratch, task_queue, count):
-    """A static int8 multi-head attention layer on at most `count` threads that serve the task_queue.
+def layer_int8(softmax, project_rule, score_rule, context_rule, parameters, addresses, scratch, task_queue, count):
+    """A static int8 multi-head attention layer, see LAYER, on at most `count` threads that serve the task_queue.
 
-    See `Arrays` and `Rules`; table: of the softmax.
+    The functions come first, see `Rules`: the kernel is compiled for them.
     """
-    p = named(parameters, LAYER)
-    rules = Rules(table, project_rule, score_rule, context_rule)
-    arrays = Arrays(xq, xk, xv, out, weights, keep, lut_index, score_luts)
+    p, a, memory = named(parameters, LAYER), named(addresses, ADDRESSES), address_of(scratch)
+    rules = Rules(softmax, project_rule, score_rule, context_rule)
     tokens, token_parts = portions(p.keys, TOKENS_TOGETHER, count)
     blocks, block_parts = portions((p.queries + WIDTH - 1) // WIDTH, 1, count)
     for batch in range(p.batch):
-        parallel_for(task_queue, token_parts, project_part, rules, arrays, parameters, scratch, batch, tokens)
-        parallel_for(task_queue, block_parts, attend_part, rules, arrays, parameters, scratch, batch, blocks)
+        parallel_for(task_queue, token_parts, project_part, p, a, rules, memory, batch, tokens)
+        parallel_for(task_queue, block_parts, attend_part, p, a, rules, memory, batch, blocks)

@@ -9,7 +9,7 @@ import numpy as np
 from edgeattn.runtime.jit import inline
 
 from .matmul import feature_position
-from .simd import LANES, address_of, pointer_to
+from .simd import LANES, pointer_to
 
 
 class Part(NamedTuple):
@@ -60,8 +60,9 @@ class Scaling(NamedTuple):
 
 
 class Mask(NamedTuple):
-    """What is said of query l and key s of head h: data[at + h * head + l * row + s * key], if any."""
+    """What is said of query l and key s of head h: data[at + h * head + l * row + s * key], if given."""
 
+    given: bool
     data: object
     at: int
     head: int
@@ -103,9 +104,8 @@ def scratch_at(address):
 
 @inline
 def parts_of(scratch, p, worker):
-    """Of an array what all threads share and what a worker has to itself, as the parameters say."""
-    base = address_of(scratch)
-    return scratch_at(base), scratch_at(base + 4 * (p.shared_size + worker * p.private_size))
+    """Of scratch at an address what all threads share and what a worker has to itself, as the parameters say."""
+    return scratch_at(scratch), scratch_at(scratch + 4 * (p.shared_size + worker * p.private_size))
 
 
 @inline

@@ -1,7 +1,6 @@
 """The mean of a head's first keys that are seen, which is left out of all of them: softmax does not see it.
 
-Letters as in fused.py.  p: a record of the sizes and of MASKS, which says where a batch entry's masks are in the flat
-arrays `keep` and `bias`, empty where there is none.
+Letters as in fused.py.  p, a: a record of the sizes and of MASKS, and one of MASK_ADDRESSES.
 """
 import numpy as np
 
@@ -13,6 +12,7 @@ from .simd import (
     WIDTH,
     broadcast,
     load,
+    pointer_to,
     select,
     splat,
     store,
@@ -36,11 +36,11 @@ def in_band(p, key):
 
 
 @inline
-def mark_seen(p, keep, bias, batch, first, seen, at):
+def mark_seen(p, a, batch, first, seen, at):
     """seen (TOKENS,) = whether any query of any head may see key first + s; how many are seen."""
     there, count, keys = 0, 0, p.keys
     at_keep, at_bias = batch * p.keep_b, batch * p.bias_b
-    masked = keep.size > 0 or bias.size > 0
+    keep, bias, masked = pointer_to(a.keep, np.uint8), pointer_to(a.bias, np.float32), a.keep != 0 or a.bias != 0
     for s in range(TOKENS):
         is_there = first + s < keys and in_band(p, first + s)
         there += is_there
@@ -53,9 +53,9 @@ def mark_seen(p, keep, bias, batch, first, seen, at):
                 key = first + s
                 if seen[at + s] != 0 or not in_band(p, key):
                     continue
-                if keep.size > 0 and keep[at_keep + h * p.keep_h + q * p.keep_l + key * p.keep_s] == 0:
+                if a.keep != 0 and keep[at_keep + h * p.keep_h + q * p.keep_l + key * p.keep_s] == 0:
                     continue
-                if bias.size > 0 and not (bias[at_bias + h * p.bias_h + q * p.bias_l + key * p.bias_s] > _NO_WEIGHT):
+                if a.bias != 0 and not (bias[at_bias + h * p.bias_h + q * p.bias_l + key * p.bias_s] > _NO_WEIGHT):
                     continue
                 seen[at + s] = 1
                 count += 1
@@ -65,7 +65,7 @@ def mark_seen(p, keep, bias, batch, first, seen, at):
 
 
 @inline
-def choose_block(p, keep, bias, batch, seen, at):
+def choose_block(p, a, batch, seen, at):
     """The block of TOKENS keys whose mean is left out, and seen (TOKENS,): which of its keys `mark_seen` marks.
 
     The first of whose keys at least a quarter is seen; where there is none, the one with the most.
@@ -73,7 +73,7 @@ def choose_block(p, keep, bias, batch, seen, at):
     best, most, blocks = 0, -1, (p.keys + TOKENS - 1) // TOKENS
     for i in range(blocks + 1):
         block = i if i < blocks else best  # once more, where the last one was not the best
-        count = mark_seen(p, keep, bias, batch, block * TOKENS, seen, at)
+        count = mark_seen(p, a, batch, block * TOKENS, seen, at)
         if count > most:
             best, most = block, count
         if 4 * count >= TOKENS:

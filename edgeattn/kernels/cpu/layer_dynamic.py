@@ -4,21 +4,20 @@ from types import SimpleNamespace
 import numpy as np
 from numba.extending import register_jitable
 
-from edgeattn import threads
-from edgeattn.runtime.jit import compiled_for
+from edgeattn.runtime.addresses import address
 
 from . import fused_dynamic as f
 from .attend_dynamic import KEY_BLOCK
 from .byte_products import DEPTH_STEP, READ_AHEAD, ROW_STEP, pack_byte_panels, pack_byte_rows
+from .call import PlanCache, PreparedCall
 from .dynamic import STEP, TOKENS
 from .int8_operands import LANE_SHIFT
-from .layer_float32 import _LOG2_E, _NO_BIAS, _NO_KEEP, _flat, shape_of, with_alibi
+from .layer_float32 import _LOG2_E, shape_of
 from .linear_dynamic import TILES_SIZE, join_depth
 from .matmul import round_up
-from .records import blank, mask_fields, packed, place, slot
+from .packing import Packer
+from .records import blank, mask_fields, packed, place
 from .simd import LANES, OFFSET, WIDTH
-
-_ALIBI = slot(f.LAYER, "alibi")
 
 
 def quantize_weight(weight):
@@ -107,19 +106,13 @@ class DynamicLayer:
                       for w in (q_weight, k_weight, v_weight, out_weight))
         D, Dv = q[0].shape[0] // H, v[0].shape[0] // Hkv
         Dp, Dvp = round_up(D, 4), round_up(Dv, 4)
-        parts, at = {np.int32: [], np.float32: []}, {}
-
-        def put(name, array, dtype):
-            at[name] = sum(part.size for part in parts[dtype])
-            padded = np.zeros(round_up(array.size, 16), dtype)
-            padded[:array.size] = array.ravel()
-            parts[dtype].append(padded)
+        weights, reals = Packer(np.int32), Packer(np.float32)
 
         def put_linear(letter, words, codes, shift, factors, bias):
-            put("w" + letter, words, np.int32)
-            put("c" + letter, -shift * codes.astype(np.int32).sum(1), np.int32)
-            put("s" + letter, factors, np.float32)
-            put("b" + letter, bias, np.float32)
+            weights.put("w" + letter, words)
+            weights.put("c" + letter, -shift * codes.astype(np.int32).sum(1))
+            reals.put("s" + letter, factors)
+            reals.put("b" + letter, bias)
 
         for letter, (codes, factors), bias, heads, size, wide, fold in (
                 ("q", q, q_bias, H, D, Dp, scale * _LOG2_E), ("k", k, None, Hkv, D, Dp, 1.0),
@@ -140,45 +133,34 @@ class DynamicLayer:
             if out_bias is not None:
                 bias[:Eo] = out_bias
             put_linear("o", pack_byte_panels(spread), spread, OFFSET, factors, bias)
-        self._weights = threads.aligned(sum(part.size for part in parts[np.int32]), np.int32)
-        self._factors = threads.aligned(sum(part.size for part in parts[np.float32]), np.float32)
-        np.concatenate(parts[np.int32], out=self._weights)
-        np.concatenate(parts[np.float32], out=self._factors)
+        self.weights, self.factors = weights.packed(), reals.packed()
+        self._constants = address(self.weights), address(self.factors)
         self._parameters = blank(
             f.LAYER, query_width=q[0].shape[1], key_width=k[0].shape[1], value_width=v[0].shape[1], out_width=Eo,
             heads=H, kv_heads=Hkv, head_size=D, value_size=Dv, padded_head=Dp, padded_value=Dvp,
-            has_out=o is not None, **at)
+            has_out=o is not None, **weights.at, **reals.at)
         self.output_dim = Eo
-        self._plans, self._run = {}, None
+        self._plans = PlanCache()
 
-    def _plan(self, B, L, S, masked, same_qk, same_kv, **masks):
-        """(parameters, shared elements, private elements, work) for one shape; masks: fields of the parameters."""
-        p = SimpleNamespace(**vars(self._parameters) | masks)
+    def prepare(self, B, L, S, same_qk, same_kv, keep=None, bias=None, band=None, alibi=None):
+        """The `PreparedCall` for these shapes, of masks too, or None, and a band as a call takes it.
+
+        same_qk, same_kv : whether queries and keys, keys and values have the same input
+        """
+        p = SimpleNamespace(**vars(self._parameters) | mask_fields(keep, bias, band, alibi))
         p.same_qk, p.same_kv = same_qk, same_kv
-        shared, private = plan(p, B, L, S, masked)
+        shared, private = plan(p, B, L, S, keep is not None or bias is not None or alibi is not None)
         H, Hkv, Dp, Dvp = p.heads, p.kv_heads, p.padded_head, p.padded_value
         Eq, Ek, Ev, Eo = p.query_width, p.key_width, p.value_width, p.out_width
         work = 2 * (L * Eq * H * Dp + S * Hkv * (Ek * Dp + Ev * Dvp) + L * H * Dvp * Eo
                     + L * S * H * (Dp + Dvp + 64)) // 3
-        return packed(p, f.LAYER), shared, private, work
+        return PreparedCall(f.layer_dynamic, packed(p, f.LAYER), np.int32, shared, private, B * work, B)
 
     def __call__(self, xq, xk, xv, out, keep=None, bias=None, band=None, alibi=None):
         """out (B, L, Eo) from xq (B, L, Eq), xk (B, S, Ek), xv (B, S, Ev): float32, C order; masks as FloatLayer."""
-        B, L, S = xq.shape[0], xq.shape[1], xk.shape[1]
-        key = (B, L, S, xq is xk, xk is xv, shape_of(keep), shape_of(bias), band, shape_of(alibi))
-        plan = self._plans.get(key)
-        if plan is None:
-            if len(self._plans) > 64:
-                self._plans.clear()
-            masked = keep is not None or bias is not None or alibi is not None
-            plan = self._plans[key] = self._plan(B, L, S, masked, *key[3:5], **mask_fields(*key[5:]))
-        parameters, shared_size, private_size, work = plan
-        if alibi is not None:
-            parameters = with_alibi(parameters, _ALIBI, alibi)
-        keep = _NO_KEEP if keep is None else keep.reshape(-1).view(np.uint8)
-        bias = _NO_BIAS if bias is None else bias.reshape(-1)
-        arguments = (*_flat(xq, xk, xv), out.reshape(-1), self._weights, self._factors, parameters, keep, bias)
-        if self._run is None:
-            self._run = compiled_for(f.layer_dynamic, (*arguments, np.zeros(1, np.int32), np.zeros(1, np.int64), 1))
-        threads.run(self._run, arguments, np.int32, shared_size, private_size, B * work, B)
+        B, L, _ = xq.shape
+        key = (B, L, xk.shape[1], xq is xk, xk is xv, shape_of(keep), shape_of(bias), band, shape_of(alibi))
+        call = self._plans.get(key) or self._plans.keep(key, self.prepare(*key))
+        call(*self._constants, address(xq), address(xk), address(xv), address(out), address(keep), address(bias),
+             address(alibi))
         return out

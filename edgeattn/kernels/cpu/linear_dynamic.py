@@ -10,7 +10,6 @@ from edgeattn.runtime.jit import compiled_for, inline, jit
 
 from .byte_products import TILES_SCRATCH, linear, pack_byte_panels
 from .dynamic import STEP, TOKENS, depth_groups, quantize_rows
-from .fused import Rows
 from .int8_operands import FLIP
 from .int8_views import Groups, Panels, Part, Projection, scratch_at
 from .matmul import round_up
@@ -30,6 +29,7 @@ from .simd import (
     tile_store,
     to_float,
 )
+from .views import Rows
 
 TILES_SIZE = TILES_SCRATCH + max(ROWS * WIDTH, 16)  # a block of the matrix unit, or its description; one tile
 

@@ -6,10 +6,17 @@ order, and turns each value into a probability 0..255 (the int8 code plus 128) w
   lut_f32   float32 exponentials, float32 sum; round_half_away(e * 1 / (sum / 256))
   lut_u16   exponentials times 65535 as integers; `double` by the multiplier 1 / (sum / 256)
   fixed     gemmlowp exp in Q0.31, sum in Q12.19, Newton reciprocal
+
+Both functions take (table, fixed, codes, groups, masks, masked, values, rows): codes (groups, W) of scores become, in
+place, bytes of probabilities as the product with V wants them.
+
+  table   address of 256 entries as `simd.byte_planes` arranges them: float32 for lut_f32, int32 for lut_u16 and
+          (fixed != 0) for fixed
+  codes, masks, values, rows: Parts, of int32
+  masks   (groups, W) bytes 0 or 255; a key whose byte is 0 is not there
+  values  scratch (4 min(groups, KEPT_GROUPS), W) of 32 bits; rows: scratch (2, W)
 """
 import numpy as np
-from numba import types
-from numba.extending import overload
 
 from edgeattn.runtime.jit import inline
 
@@ -72,19 +79,6 @@ def _kept(value, mask, shift):
     return value & ((mask << splat(np.int32(24 - shift))) >> splat(np.int32(24)))
 
 
-def softmax_codes(table, fixed, codes, groups, masks, masked, values, rows):
-    """codes (groups, W) of scores, in place, to bytes of probabilities as the product with V wants them.
-
-    codes, masks, values, rows: Parts, of int32
-
-    table   256 entries as `simd.byte_planes` arranges them: float32 for lut_f32, int32 for lut_u16 and (fixed != 0)
-            for fixed
-    masks   (groups, W) bytes 0 or 255; a key whose byte is 0 is not there
-    values  scratch (4 min(groups, KEPT_GROUPS), W) of 32 bits; rows: scratch (2, W)
-    """
-    raise TypeError("for kernels only: Numba compiles what stands below in its place")
-
-
 @inline
 def _float_values(table, m, codes, masks, i, masked):
     """The exponentials of four keys to a lane, one vector for each of the four."""
@@ -142,7 +136,9 @@ def _float_probability(e, inverse):
 
 
 @inline
-def _softmax_lut_f32(table, codes, groups, masks, masked, values):
+def softmax_float(address, fixed, codes, groups, masks, masked, kept, rows):
+    """The rule lut_f32."""
+    table, values = pointer_to(address, np.float32), Part(pointer_to(address_of(kept.data), np.float32), kept.at)
     m0, m1 = maximum_codes(codes, groups)
     if masked:
         s0, s1 = _float_sums(table, codes, groups, masks, True, values, m0, m1)
@@ -208,7 +204,9 @@ def _integer_probability(e, q, right):
 
 
 @inline
-def _softmax_integer(table, fixed, codes, groups, masks, masked, values, rows):
+def softmax_integer(address, fixed, codes, groups, masks, masked, values, rows):
+    """The rules lut_u16 and, where `fixed`, fixed."""
+    table = pointer_to(address, np.int32)
     m0, m1 = maximum_codes(codes, groups)
     for c in range(2):
         total = splat(np.int32(0))
@@ -253,15 +251,3 @@ def _softmax_integer(table, fixed, codes, groups, masks, masked, values, rows):
 def _clamp_shift(shift):
     """Shifts into 0..31: only the row of an empty sum, whose values are all 0, lies outside."""
     return smaller(maximum(shift, splat(np.int32(0))), splat(np.int32(31)))
-
-
-@overload(softmax_codes)
-def _softmax_codes(table, fixed, codes, groups, masks, masked, values, rows):
-    if table.dtype == types.float32:
-        def run(table, fixed, codes, groups, masks, masked, values, rows):
-            floats = Part(pointer_to(address_of(values.data), np.float32), values.at)
-            _softmax_lut_f32(table, codes, groups, masks, masked, floats)
-    else:
-        def run(table, fixed, codes, groups, masks, masked, values, rows):
-            _softmax_integer(table, fixed, codes, groups, masks, masked, values, rows)
-    return run

@@ -16,11 +16,9 @@ from . import fused_int8 as f
 from .byte_products import DEPTH_STEP, digit_products, linear
 from .decode_blocks import BLOCK
 from .decode_int8 import CHUNK, QUADS, interleaved, key_panels, value_panels
-from .fused import Rows
 from .int8_operands import BYTE_FLIP, FLIP, LANE_SHIFT
 from .int8_views import Blocks, Groups, Mask, Panels, Part, Scaling, parts_of
 from .matmul import round_up
-from .records import named
 from .simd import (
     LANES,
     MATRIX_ROWS,
@@ -37,7 +35,8 @@ from .simd import (
     splat,
     store,
 )
-from .softmax_int8 import LOWEST_CODES, softmax_codes
+from .softmax_int8 import LOWEST_CODES
+from .views import Rows
 
 _FAR, _FAR_BELOW = np.int32(1 << 12), np.int32(-1 << 12)  # beyond every code, whatever the zero point
 _SEVEN_BITS, _LOWEST_BITS = np.int32(0x7F7F7F7F), np.int32(0x01010101)
@@ -76,11 +75,11 @@ def buffers_of(p, own):
 
 
 @inline
-def project_codes(rules, arrays, x, E, tokens, to, padded, p, own):
+def project_codes(p, a, rules, x, E, tokens, to, padded, own):
     """Codes of at most W tokens of x to p.at_row_major, where their rows are so many bytes apart; to: Linear."""
     rows, depth4 = round_up(tokens, ROWS), f.packed_depth(E)
     features = round_up(p.heads * padded, WIDTH)
-    row, weights = 4 * round_up(features // 4, LANES), arrays.weights
+    row, weights = 4 * round_up(features // 4, LANES), pointer_to(a.weights, np.int32)
     f.pack_tokens(x, E, tokens, rows, Part(own.int32, p.at_x), depth4)
     scaling = Scaling(weights, rules.project, to.multiplier, features, np.int32(to.zero_point))
     linear(f.finish_bytes, (scaling, np.int32(0), Blocks(own.int8, 4 * p.at_row_major, row, row, 0)),
@@ -122,14 +121,14 @@ def write_probabilities(codes, at, count, digits):
 
 
 @inline
-def score_codes(rules, arrays, caches, batch, head, lane, p, own, buffers):
+def score_codes(p, a, rules, batch, head, lane, own, buffers):
     """A head's scores of all keys, as codes of four keys to an element, to its lane of the codes (keys / 4, W)."""
     D, S, zq, zs = p.head_size, p.keys, np.int32(p.zq), np.int32(p.zs)
     deep, depth4 = round_up(round_up(D, CHUNK) // 4, 16), round_up(round_up(D, CHUNK) // 4, DEPTH_STEP)
-    sums, codes = buffers.sums, buffers.codes
+    sums, codes, weights = buffers.sums, buffers.codes, pointer_to(a.weights, np.int32)
     total = write_query(own.int8, 4 * p.at_row_major + head * p.padded_head, D, zq, buffers.digits, deep)
     excess = splat(np.int32(total * (LANE_SHIFT + np.int32(p.zk))))
-    k_address = address_of(caches.keys) + ((batch * p.heads + head) * p.capacity + p.first_slot) * D
+    k_address = a.cached_keys + ((batch * p.heads + head) * p.capacity + p.first_slot) * D
     for s0 in range(0, S, BLOCK):
         count = min(BLOCK, S - s0)
         key_panels(k_address + s0 * D, D, D, count, S - s0, deep, buffers.panels, buffers.copy)
@@ -138,7 +137,7 @@ def score_codes(rules, arrays, caches, batch, head, lane, p, own, buffers):
         for s in range(0, count, LANES):
             twice = load(sums, s)
             acc = twice + twice + load(sums, BLOCK + s) - excess
-            store(sums, s, shifted(rules.score(acc, arrays.weights, p.ms, LANES), zs))
+            store(sums, s, shifted(rules.score(acc, weights, p.ms, LANES), zs))
         for s in range(0, count, CHUNK):
             store(sums, s, join_bytes(load(sums, s), load(sums, s + LANES), load(sums, s + 2 * LANES),
                                       load(sums, s + 3 * LANES)))
@@ -161,11 +160,11 @@ def drop_rest(S, codes, masks):
 
 
 @inline
-def context_codes(rules, arrays, caches, batch, head, lane, p, own, buffers):
+def context_codes(p, a, rules, batch, head, lane, own, buffers):
     """A head's context, positions as `interleaved` says, to the row of unsigned operands that the output reads."""
     Dv, S, zv, zc = p.value_size, p.keys, np.int32(p.zv), np.int32(p.zc)
-    Dv_up, sums, context = round_up(Dv, CHUNK), buffers.sums, buffers.context
-    v_address = address_of(caches.values) + ((batch * p.heads + head) * p.capacity + p.first_slot) * Dv
+    Dv_up, sums, context, weights = round_up(Dv, CHUNK), buffers.sums, buffers.context, pointer_to(a.weights, np.int32)
+    v_address = a.cached_values + ((batch * p.heads + head) * p.capacity + p.first_slot) * Dv
     for d in range(0, Dv_up, LANES):
         store(context, d, splat(np.int32(0)))
     total = np.int32(0)
@@ -180,7 +179,7 @@ def context_codes(rules, arrays, caches, batch, head, lane, p, own, buffers):
             store(context, d, load(context, d) + twice + twice + load(sums, Dv_up + d))
     excess = splat(np.int32(total * (LANE_SHIFT + zv)))
     for d in range(0, Dv_up, LANES):
-        store(context, d, shifted(rules.context(load(context, d) - excess, arrays.weights, p.mc, LANES), zc))
+        store(context, d, shifted(rules.context(load(context, d) - excess, weights, p.mc, LANES), zc))
     for d in range(Dv_up):
         feature = interleaved(d)
         if feature < Dv:
@@ -189,43 +188,43 @@ def context_codes(rules, arrays, caches, batch, head, lane, p, own, buffers):
 
 
 @task
-def step_part(rules, arrays, caches, parameters, scratch, batch, worker, part):
+def step_part(p, a, rules, scratch, batch, worker, part):
     """A batch entry's one query against its S keys and values, all of which it sees.
 
     There is one part, and one table of score_luts.
     """
-    p = named(parameters, f.LAYER)
     _, own = parts_of(scratch, p, worker)
     H, S, Eq, Eo, Dv = p.heads, p.keys, p.query_width, p.out_width, p.value_size
     groups, masked, buffers = (S + 3) // 4, S % 4 != 0, buffers_of(p, own)
     codes, masks = Part(own.int32, p.at_codes), Part(own.int32, p.at_masks)
-    index, seen = Mask(arrays.lut_index, 0, 0, 0, 0), f.Seen(0, WIDTH, 0, S, groups, False, 0, 0)
+    index, seen = Mask(False, pointer_to(0, np.uint8), 0, 0, 0, 0), f.Seen(0, WIDTH, 0, S, groups, False, 0, 0)
     matrix_configure(own.int32, p.at_tiles)
     # 1. the query of all heads
     query = f.Linear(p.wq, p.bq, p.mq, p.zq)
-    project_codes(rules, arrays, Part(arrays.xq, batch * Eq), Eq, 1, query, p.padded_head, p, own)
+    project_codes(p, a, rules, Part(pointer_to(a.queries, np.int8), batch * Eq), Eq, 1, query, p.padded_head, own)
     for h0 in range(0, H, WIDTH):
         heads = min(WIDTH, H - h0)
         # 2. scores, with heads in lanes
         for h in range(heads):
-            score_codes(rules, arrays, caches, batch, h0 + h, h, p, own, buffers)
-        if arrays.score_luts.size > 0:
-            f.map_codes(codes, arrays.score_luts, index, 0, seen)
+            score_codes(p, a, rules, batch, h0 + h, h, own, buffers)
+        if a.score_luts != 0:
+            f.map_codes(codes, pointer_to(a.score_luts, np.int8), index, 0, seen)
         # 3. probabilities of the S keys
         if masked:
             drop_rest(S, buffers.codes, masks)
-        softmax_codes(rules.softmax, p.fixed != 0, codes, groups, masks, masked, Part(own.int32, p.at_softmax),
+        rules.softmax(a.softmax, p.fixed != 0, codes, groups, masks, masked, Part(own.int32, p.at_softmax),
                       Part(own.int32, p.at_sums + WIDTH))
         # 4. context
         for h in range(heads):
-            context_codes(rules, arrays, caches, batch, h0 + h, h, p, own, buffers)
+            context_codes(p, a, rules, batch, h0 + h, h, own, buffers)
     # 5. output
+    out = pointer_to(a.out, np.int8)
     if p.has_out == 0:
         for h in range(H):
             for d in range(Dv):
                 byte = own.int8[4 * p.at_context + h * p.padded_value + d]
-                arrays.out[batch * Eo + h * Dv + d] = byte ^ BYTE_FLIP
+                out[batch * Eo + h * Dv + d] = byte ^ BYTE_FLIP
     else:
         context = Groups(own.uint32, p.at_context, f.packed_depth(H * p.padded_value), 1)
-        f.project_output(rules, arrays, context, batch * Eo, 1, round_up(Eo, WIDTH), p, own)
+        f.project_output(p, a, rules, context, batch * Eo, 1, round_up(Eo, WIDTH), own)
     matrix_release()
