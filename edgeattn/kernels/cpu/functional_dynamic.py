@@ -3,7 +3,6 @@ import functools
 
 import numpy as np
 
-from edgeattn.runtime.addresses import address
 from edgeattn.runtime.jit import inline, jit
 from edgeattn.runtime.worker_pool import parallel_for, task
 
@@ -221,15 +220,21 @@ def plan(p, masked):
     return shared, private
 
 
+def prepare(q, k, v, out, scale, softcap=0.0, keep=None, bias=None, band=None, alibi=None):
+    """The `PreparedCall` of such arrays and masks; arguments as for `functional_float32.prepare`, softcap 0."""
+    return _prepare(q.shape, k.shape, v.shape, scale, shape_of(keep), shape_of(bias), band, shape_of(alibi))
+
+
 @functools.lru_cache(256)
-def prepare(q, k, v, scale, keep, bias, band, alibi):
-    """The `PreparedCall` for arrays and masks of these shapes."""
+def _prepare(q, k, v, scale, keep, bias, band, alibi):
+    """The same, for arrays and masks of these shapes."""
     p = blank(ATTENTION, scale=bits_of_real(scale), **mask_fields(keep, bias, band, alibi))
     p.batch, p.heads, p.queries, p.head_size = q
     p.kv_heads, p.keys, p.value_size = k[1], k[2], v[3]
     shared, private = plan(p, keep is not None or bias is not None or alibi is not None)
     work = q[0] * q[1] * q[2] * k[2] * (q[3] + v[3])
-    return PreparedCall(attention_dynamic, packed(p, ATTENTION), np.int32, shared, private, work, q[0])
+    return PreparedCall(attention_dynamic, packed(p, ATTENTION), ATTENTION_ADDRESSES, np.int32, shared, private, work,
+                        q[0])
 
 
 def attention(q, k, v, out, scale, keep=None, bias=None, band=None, alibi=None):
@@ -243,6 +248,5 @@ def attention(q, k, v, out, scale, keep=None, bias=None, band=None, alibi=None):
     keep, bias, band, alibi
         As `functional_float32.attention` takes them.
     """
-    call = prepare(q.shape, k.shape, v.shape, scale, shape_of(keep), shape_of(bias), band, shape_of(alibi))
-    call(address(q), address(k), address(v), address(out), address(keep), address(bias), address(alibi), 0)
+    prepare(q, k, v, out, scale, 0.0, keep, bias, band, alibi)(q, k, v, out, keep, bias, alibi)
     return out

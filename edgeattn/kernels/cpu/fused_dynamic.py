@@ -65,9 +65,9 @@ LAYER = record("batch queries keys query_width key_width value_width out_width h
                "at_row_major at_x at_xscale at_inverse at_tail at_weights at_seen at_keys at_q at_scores",
                "at_probabilities at_stats at_dither at_context at_context_bytes at_transposed at_tiles at_masks",
                "shared_size private_size")
-# Where the arrays of a call are: weights, int32, and factors, float32, as the parameters say; queries (B, L, Eq), keys
-# (B, S, Ek), values (B, S, Ev), out (B, L, Eo), float32; masks, or 0 of none; all in C order.
-LAYER_ADDRESSES = record("weights factors queries keys values out", MASK_ADDRESSES)
+# Where the arrays of a call are: queries (B, L, Eq), keys (B, S, Ek), values (B, S, Ev), out (B, L, Eo), float32;
+# masks, or 0 of none; factors, float32, and weights, int32, as the parameters say; all in C order.
+LAYER_ADDRESSES = record("queries keys values out", MASK_ADDRESSES, "factors weights")
 
 
 @register_jitable

@@ -57,10 +57,10 @@ LAYER = record("batch queries keys query_width key_width value_width out_width h
                BAND, KEEP, "index_b index_h index_l index_s", "at_krow at_values",
                "at_x at_row_major at_q at_codes at_masks at_sums at_context at_softmax at_terms at_tiles",
                "at_transposed shared_size private_size", "first_slot new_tokens capacity at_step")
-# Where the arrays of a call are: queries (B, L, Eq), keys (B, S, Ek), values (B, S, Ev), out (B, L, Eo), int8; weights,
-# int32, as the parameters say; the softmax's table; or 0 of none: keep, uint8, 0 where a key is not there; lut_index,
-# uint8, which of score_luts, int8 (n, 256), maps a score's code; codes of a cache, see cached_int8; all in C order.
-ADDRESSES = record("queries keys values out weights softmax keep lut_index score_luts cached_keys cached_values")
+# Where the arrays of a call are: queries (B, L, Eq), keys (B, S, Ek), values (B, S, Ev), out (B, L, Eo), int8; or 0 of
+# none: keep, uint8, 0 where a key is not there; lut_index, uint8, which of score_luts, int8 (n, 256), maps a score's
+# code; codes of a cache, see cached_int8; weights, int32, as the parameters say, and the softmax's table; in C order.
+ADDRESSES = record("queries keys values out keep lut_index score_luts cached_keys cached_values weights softmax")
 
 
 class Linear(NamedTuple):

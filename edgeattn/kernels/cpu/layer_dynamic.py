@@ -134,7 +134,7 @@ class DynamicLayer:
                 bias[:Eo] = out_bias
             put_linear("o", pack_byte_panels(spread), spread, OFFSET, factors, bias)
         self.weights, self.factors = weights.packed(), reals.packed()
-        self._constants = address(self.weights), address(self.factors)
+        self._fixed = address(self.factors), address(self.weights)
         self._parameters = blank(
             f.LAYER, query_width=q[0].shape[1], key_width=k[0].shape[1], value_width=v[0].shape[1], out_width=Eo,
             heads=H, kv_heads=Hkv, head_size=D, value_size=Dv, padded_head=Dp, padded_value=Dvp,
@@ -142,11 +142,12 @@ class DynamicLayer:
         self.output_dim = Eo
         self._plans = PlanCache()
 
-    def prepare(self, B, L, S, same_qk, same_kv, keep=None, bias=None, band=None, alibi=None):
-        """The `PreparedCall` for these shapes, of masks too, or None, and a band as a call takes it.
+    def prepare(self, xq, xk, xv, keep=None, bias=None, band=None, alibi=None):
+        """The `PreparedCall` for inputs and masks of such shapes, some of them perhaps the same array."""
+        key = (*xq.shape[:2], xk.shape[1], xq is xk, xk is xv, shape_of(keep), shape_of(bias), band, shape_of(alibi))
+        return self._plans.get(key) or self._plans.keep(key, self._plan(*key))
 
-        same_qk, same_kv : whether queries and keys, keys and values have the same input
-        """
+    def _plan(self, B, L, S, same_qk, same_kv, keep=None, bias=None, band=None, alibi=None):
         p = SimpleNamespace(**vars(self._parameters) | mask_fields(keep, bias, band, alibi))
         p.same_qk, p.same_kv = same_qk, same_kv
         shared, private = plan(p, B, L, S, keep is not None or bias is not None or alibi is not None)
@@ -154,13 +155,10 @@ class DynamicLayer:
         Eq, Ek, Ev, Eo = p.query_width, p.key_width, p.value_width, p.out_width
         work = 2 * (L * Eq * H * Dp + S * Hkv * (Ek * Dp + Ev * Dvp) + L * H * Dvp * Eo
                     + L * S * H * (Dp + Dvp + 64)) // 3
-        return PreparedCall(f.layer_dynamic, packed(p, f.LAYER), np.int32, shared, private, B * work, B)
+        return PreparedCall(f.layer_dynamic, packed(p, f.LAYER), f.LAYER_ADDRESSES, np.int32, shared, private,
+                            B * work, B, self._fixed)
 
     def __call__(self, xq, xk, xv, out, keep=None, bias=None, band=None, alibi=None):
         """out (B, L, Eo) from xq (B, L, Eq), xk (B, S, Ek), xv (B, S, Ev): float32, C order; masks as FloatLayer."""
-        B, L, _ = xq.shape
-        key = (B, L, xk.shape[1], xq is xk, xk is xv, shape_of(keep), shape_of(bias), band, shape_of(alibi))
-        call = self._plans.get(key) or self._plans.keep(key, self.prepare(*key))
-        call(*self._constants, address(xq), address(xk), address(xv), address(out), address(keep), address(bias),
-             address(alibi))
+        self.prepare(xq, xk, xv, keep, bias, band, alibi)(xq, xk, xv, out, keep, bias, alibi)
         return out

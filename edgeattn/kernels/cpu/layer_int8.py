@@ -123,7 +123,7 @@ class StaticLayer:
         self.table[:] = byte_planes(softmax_table)
         self.rules = (softmax_float if softmax_table.dtype == np.float32 else softmax_integer,
                       *(RULES[name] for name in (project_rule, score_rule, context_rule)))
-        self._constants = address(self.weights), address(self.table)
+        self._fixed = address(self.weights), address(self.table)
         self._parameters = blank(
             f.LAYER, query_width=linears["query"][0].shape[1], key_width=linears["key"][0].shape[1],
             value_width=linears["value"][0].shape[1], out_width=Eo, heads=H, head_size=D, value_size=Dv, padded_head=Dp,
@@ -133,7 +133,7 @@ class StaticLayer:
         self.output_dim = Eo
         self._plans = PlanCache()
 
-    def prepare(self, B, L, S, tokens, same_kv, cached, keep=None, lut_index=None, band=None):
+    def _plan(self, B, L, S, tokens, same_kv, cached, keep=None, lut_index=None, band=None):
         """The `PreparedCall` for these shapes, of masks too, or None, and a band as a call takes it.
 
         tokens : keys that are projected; same_kv : whether keys and values have the same input; cached : whether the
@@ -150,7 +150,8 @@ class StaticLayer:
         work = 2 * (L * Eq * H * Dp + tokens * H * (Ek * Dp + Ev * Dvp) + L * H * Dvp * Eo
                     + L * S * H * (Dp + Dvp + 64)) // 3
         kernel = cached_int8 if cached else f.layer_int8
-        return PreparedCall(kernel, packed(p, f.LAYER), np.int32, shared, private, B * work, B, self.rules)
+        return PreparedCall(kernel, packed(p, f.LAYER), f.ADDRESSES, np.int32, shared, private, B * work, B,
+                            self._fixed, self.rules)
 
     def __call__(self, xq, xk, xv, out, keep=None, band=None, lut_index=None, score_luts=None, cached=None):
         """out (B, L, Eo) from xq (B, L, Eq), xk (B, S, Ek), xv (B, S, Ev), all int8 and C-contiguous.
@@ -168,19 +169,17 @@ class StaticLayer:
             self._call_cached(xq, xk, xv, out, keep, lut_index, score_luts, cached, masks)
             return out
         key = (B, L, tokens, tokens, xk is xv, False, *masks)
-        call = self._plans.get(key) or self._plans.keep(key, self.prepare(*key))
-        call(address(xq), address(xk), address(xv), address(out), *self._constants, address(keep), address(lut_index),
-             address(score_luts), 0, 0)
+        call = self._plans.get(key) or self._plans.keep(key, self._plan(*key))
+        call(xq, xk, xv, out, keep, lut_index, score_luts, None, None)
         return out
 
     def _call_cached(self, xq, xk, xv, out, keep, lut_index, score_luts, cached, masks):
         keys, values, first, S = cached
         key = (xq.shape[0], xq.shape[1], round_up(S, _MORE_KEYS), xk.shape[1], xk is xv, True)
-        call = self._plans.get(key) or self._plans.keep(key, self.prepare(*key))
+        call = self._plans.get(key) or self._plans.keep(key, self._plan(*key))
         parameters = call.parameters.copy()  # a plan serves fewer keys too, and any masks
         parameters[_KEYS], parameters[_NEW], parameters[_FIRST] = S, xk.shape[1], first
         parameters[_CAPACITY] = keys.shape[2]
         for name, value in mask_fields(*masks, other_name="index").items():
             parameters[slot(f.LAYER, name)] = value
-        call(address(xq), address(xk), address(xv), address(out), *self._constants, address(keep), address(lut_index),
-             address(score_luts), address(keys), address(values), parameters=parameters)
+        call(xq, xk, xv, out, keep, lut_index, score_luts, keys, values, parameters=parameters)

@@ -112,7 +112,7 @@ def test_one_large_key_does_not_move_all_others():
 def test_scratch_of_a_large_layer_stays_below_a_mebibyte():
     kernel = quant.quantize(make(np.random.default_rng(13), 12, 12, 32, 32, 384), scheme="dynamic")._kernel
     for masked in (False, True):
-        call, longer = (kernel.prepare(1, n, n, True, True, (n,) if masked else None) for n in (512, 4096))
+        call, longer = (kernel._plan(1, n, n, True, True, (n,) if masked else None) for n in (512, 4096))
         assert 4 * (call.shared + call.private) < 2**20
         assert longer.shared < 8.1 * call.shared  # grows as the sequence does
         assert masked or longer.private == call.private
