@@ -5,7 +5,7 @@ from numba import njit
 from edgeattn.arithmetic import batch_matmul_multiplier, fully_connected_multiplier, lut_f32_table
 from edgeattn.kernels.cpu.byte_products import linear
 from edgeattn.kernels.cpu.int8_operands import FLIP
-from edgeattn.kernels.cpu.int8_views import Groups, Panels, Part
+from edgeattn.kernels.cpu.int8_views import BytePanels, Groups, Part
 from edgeattn.kernels.cpu.layer_int8 import StaticLayer
 from edgeattn.kernels.cpu.requantize import RULES, encode
 from edgeattn.kernels.cpu.simd import (
@@ -87,7 +87,7 @@ def _keep_tile(tile, t, f, out, features):
 def apply_linear(x, x_row, tokens, panels, bias, features, depth4, out, tiles):
     """out (tokens, features) = x w^T + bias by the tiled product of bytes."""
     matrix_configure(tiles, 0)
-    linear(_keep_tile, (out, features), Groups(x, 0, x_row, 1), tokens, Panels(panels, 0, bias, 0, features, depth4),
+    linear(_keep_tile, (out, features), Groups(x, 0, x_row, 1), tokens, BytePanels(panels, 0, bias, 0, features, depth4),
            Part(tiles, 0))
     matrix_release()
 

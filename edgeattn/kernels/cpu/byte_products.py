@@ -2,7 +2,7 @@
 
     linear(finish, arguments, x, tokens, panels, tiles)
         finish(tile, t, f, *arguments) with every register tile of x w^T + bias: tokens from t, features from f on.
-        x : Groups of `tokens` rows, or as many more as make a multiple of ROWS; `panels` : Panels of w and bias, as
+        x : Groups of `tokens` rows, or as many more as make a multiple of ROWS; `panels` : BytePanels of w and bias, as
         `pack_byte_panels` leaves w; tiles : Part, TILES_SCRATCH elements.  Where DEPTH_STEP is not 1, x.step is 1,
         the depth a multiple of it, and x holds a multiple of 16 rows.
     lane_product(unsigned, packed, a, rows, b, depth4, out)

@@ -30,7 +30,7 @@ def finish_bytes(tile, t, f, scaling, flip, out):
     """Codes to bytes of out: Blocks."""
     at, next_column = block_position(out, t, f)
     tile = scale_features(tile, f, scaling)
-    tile_store_bytes(tile, out.data, at, out.row, next_column, scaling.zero_point, flip)
+    tile_store_bytes(tile, out.data, at, out.block, next_column, scaling.zero_point, flip)
 
 
 @inline
@@ -38,7 +38,7 @@ def finish_values(tile, t, f, scaling, out):
     """Four tokens to a lane: codes to out, int32 Blocks of a row for every four."""
     at, next_column = block_position(out, t // 4, f)
     tile = scale_features(tile, f, scaling)
-    tile_store(tile_pack_rows(tile, scaling.zero_point, _UNCHANGED), out.data, at, out.row, next_column)
+    tile_store(tile_pack_rows(tile, scaling.zero_point, _UNCHANGED), out.data, at, out.block, next_column)
 
 
 @inline

@@ -17,7 +17,7 @@ from .byte_products import DEPTH_STEP, linear
 from .finish_int8 import finish_bytes, finish_context, finish_output, finish_scores
 from .fused import portions, visible_range
 from .int8_operands import BYTE_FLIP, FLIP, ONES, store_value_terms, whole_sums, zero_bytes
-from .int8_views import Blocks, Groups, Mask, Panels, Part, Scaling, parts_of
+from .int8_views import BytePanels, Groups, Mask, Part, Scaling, parts_of
 from .matmul import feature_position, round_up
 from .records import BAND, KEEP, named, record
 from .simd import (
@@ -37,6 +37,7 @@ from .simd import (
 )
 from .softmax_int8 import LOWEST_CODES
 from .static_layout import context_rows, layout_of, project_values, values_of
+from .views import Blocks
 
 _NONE, _ALL = np.int32(0), np.int32(-1)
 TOKENS = 128  # tokens packed and projected at a time: each pass over the weights serves so many
@@ -183,8 +184,8 @@ def project_part(p, a, rules, scratch, batch, portion, worker, part):
     k_row, q_zero = layout.k_block // 4, zero_bytes(np.int32(p.zq))
     k_scaling = Scaling(weights, rules.project, p.mk, features, np.int32(p.zk))
     v_scaling = Scaling(weights, rules.project, p.mv, v_features, np.int32(p.zv))
-    k_panels = Panels(weights, p.wk, weights, p.bk, features, Ek4)
-    v_panels = Panels(weights, p.wv, weights, p.bv, v_features, Ev4)
+    k_panels = BytePanels(weights, p.wk, weights, p.bk, features, Ek4)
+    v_panels = BytePanels(weights, p.wv, weights, p.bv, v_features, Ev4)
     packed, tiles, square = Part(own.int32, p.at_x), Part(own.int32, p.at_tiles), Part(own.int32, p.at_row_major)
     matrix_configure(own.int32, p.at_tiles)
     end = min((part + 1) * portion, S)
@@ -192,7 +193,7 @@ def project_part(p, a, rules, scratch, batch, portion, worker, part):
         tokens = min(TOKENS, end - t)
         rows = round_up(tokens, ROWS)
         pack_tokens(Part(xk, (batch * S + t) * Ek), Ek, tokens, rows, packed, Ek4)
-        to = Blocks(shared.int8, t * layout.k_block, layout.k_block, layout.k_block, layout.k_step)
+        to = Blocks(shared.int8, t * layout.k_block, layout.k_block, layout.k_step)
         linear(finish_bytes, (k_scaling, _NONE, to), Groups(own.uint32, p.at_x, Ek4, 1), rows, k_panels, tiles)
         if p.same_kv == 0:
             pack_tokens(Part(xv, (batch * S + t) * Ev), Ev, tokens, rows, packed, Ev4)
@@ -214,9 +215,9 @@ def project_queries(p, a, rules, batch, q0, queries, own):
     x = Part(pointer_to(a.queries, np.int8), (batch * p.queries + q0) * Eq)
     pack_tokens(x, Eq, queries, WIDTH, Part(own.int32, p.at_x), Eq4)
     scaling = Scaling(weights, rules.project, p.mq, features, np.int32(p.zq))
-    to = Blocks(own.int8, 4 * at_row_major, 4 * row_major_row, 4 * row_major_row, 0)
+    to = Blocks(own.int8, 4 * at_row_major, 4 * row_major_row, 0)
     linear(finish_bytes, (scaling, FLIP, to), Groups(own.uint32, p.at_x, Eq4, 1), WIDTH,
-           Panels(weights, p.wq, weights, p.bq, features, Eq4), Part(own.int32, p.at_tiles))
+           BytePanels(weights, p.wq, weights, p.bq, features, Eq4), Part(own.int32, p.at_tiles))
     turns, turn = (1, row_major_row) if q_groups == D4 else (p.heads, q_groups)
     for h in range(turns):
         for f in range(0, turn, LANES):
@@ -247,7 +248,7 @@ def score_head(p, a, rules, h, first, keys, layout, shared, own):
     terms = Part(shared.int32, p.at_krow + h * layout.keys + first)
     linear(finish_scores, (scaling, terms, Part(own.int32, p.at_codes)),
            Groups(shared.int32, at_k + first * k_row, k_row, 1), keys,
-           Panels(own.uint32, at_q, own.int32, at_sums, WIDTH, q_groups), Part(own.int32, p.at_tiles))
+           BytePanels(own.uint32, at_q, own.int32, at_sums, WIDTH, q_groups), Part(own.int32, p.at_tiles))
 
 
 @inline
@@ -280,7 +281,7 @@ def context_head(p, a, rules, h, first, groups, layout, shared, own):
     scaling = Scaling(pointer_to(a.weights, np.int32), rules.context, p.mc, LANES, np.int32(p.zc))
     to = Part(own.int32, p.at_context + h * p.padded_value // 4 * WIDTH)
     linear(finish_context, (scaling, terms, to), v, p.padded_value,
-           Panels(own.uint32, at_codes, own.int32, at_sums, WIDTH, deep), Part(own.int32, p.at_tiles))
+           BytePanels(own.uint32, at_codes, own.int32, at_sums, WIDTH, deep), Part(own.int32, p.at_tiles))
 
 
 @inline
@@ -305,7 +306,7 @@ def project_output(p, a, rules, context, at_row, queries, features, own):
     weights = pointer_to(a.weights, np.int32)
     scaling = Scaling(weights, rules.project, p.mo, features, np.int32(p.zo))
     to = Groups(pointer_to(a.out, np.int8), at_row, p.out_width, 1)
-    panels = Panels(weights, p.wo, weights, p.bo, features, packed_depth(p.heads * p.padded_value))
+    panels = BytePanels(weights, p.wo, weights, p.bo, features, packed_depth(p.heads * p.padded_value))
     linear(finish_output, (scaling, to, queries, Part(own.int8, 4 * p.at_x)), context, queries, panels,
            Part(own.int32, p.at_tiles))
 

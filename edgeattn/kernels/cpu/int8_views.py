@@ -28,7 +28,7 @@ class Groups(NamedTuple):
     step: int
 
 
-class Panels(NamedTuple):
+class BytePanels(NamedTuple):
     """Groups (features / WIDTH, depth4, WIDTH) from data[at] on, and from bias[at_bias] on what each feature adds."""
 
     data: object
@@ -37,16 +37,6 @@ class Panels(NamedTuple):
     at_bias: int
     features: int
     depth4: int
-
-
-class Blocks(NamedTuple):
-    """(features / block, tokens, block) from data[at] on, tokens `row` apart and blocks `step`."""
-
-    data: object
-    at: int
-    row: int
-    block: int
-    step: int
 
 
 class Scaling(NamedTuple):
@@ -110,6 +100,6 @@ def parts_of(scratch, p, worker):
 
 @inline
 def block_position(blocks, t, f):
-    """Where LANES features from f on of a token are, and how far the next LANES are from there."""
+    """Where LANES features from f on of token t of Blocks are, and how far the next LANES are from there."""
     at = blocks.at + feature_position(f, blocks.block, blocks.step)
-    return at + t * blocks.row, blocks.at + feature_position(f + LANES, blocks.block, blocks.step) - at
+    return at + t * blocks.block, blocks.at + feature_position(f + LANES, blocks.block, blocks.step) - at

@@ -11,7 +11,7 @@ from edgeattn.runtime.jit import compiled_for, inline, jit
 from .byte_products import TILES_SCRATCH, linear, pack_byte_panels
 from .dynamic import STEP, TOKENS, depth_groups, quantize_rows
 from .int8_operands import FLIP
-from .int8_views import Groups, Panels, Part, Projection, scratch_at
+from .int8_views import BytePanels, Groups, Part, Projection, scratch_at
 from .matmul import round_up
 from .simd import (
     LANES,
@@ -78,7 +78,7 @@ def linear_rows(x, tokens, scales, projection, features, out, own, at_tiles):
     depth4, weights = projection.depth4, projection.weights
     linear(finish_rows, (scales, projection, tokens, features, out, own, at_tiles + TILES_SCRATCH),
            Groups(x.data, x.at, depth4, 1), tokens,
-           Panels(weights, projection.at, weights, projection.at_terms, round_up(features, WIDTH), depth4),
+           BytePanels(weights, projection.at, weights, projection.at_terms, round_up(features, WIDTH), depth4),
            Part(own.int32, at_tiles))
 
 

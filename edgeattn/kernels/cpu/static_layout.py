@@ -13,9 +13,10 @@ from edgeattn.runtime.jit import inline
 
 from .byte_products import DEPTH_STEP, READ_AHEAD, linear
 from .finish_int8 import finish_values, scale_features
-from .int8_views import Blocks, Groups, Part
+from .int8_views import Groups, Part
 from .matmul import feature_position, round_up
 from .simd import LANES, ROWS, WIDTH, tile_pack_rows, tile_store, transpose_block
+from .views import Blocks
 
 _UNCHANGED = np.int32(0)
 
@@ -53,7 +54,7 @@ def _size_of_blocks(features, block, S_up):
 
 @inline
 def _project_blocks(x, rows, panels, scaling, t, p, layout, shared, own):
-    out = Blocks(shared.int32, p.at_values + t // 4 * layout.v_block, layout.v_block, layout.v_block, layout.v_step)
+    out = Blocks(shared.int32, p.at_values + t // 4 * layout.v_block, layout.v_block, layout.v_step)
     linear(finish_values, (scaling, out), x, rows, panels, Part(own.int32, p.at_tiles))
 
 

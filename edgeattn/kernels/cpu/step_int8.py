@@ -17,7 +17,7 @@ from .byte_products import DEPTH_STEP, digit_products, linear
 from .decode_blocks import BLOCK
 from .decode_int8 import CHUNK, QUADS, interleaved, key_panels, value_panels
 from .int8_operands import BYTE_FLIP, FLIP, LANE_SHIFT
-from .int8_views import Blocks, Groups, Mask, Panels, Part, Scaling, parts_of
+from .int8_views import BytePanels, Groups, Mask, Part, Scaling, parts_of
 from .matmul import round_up
 from .simd import (
     LANES,
@@ -36,7 +36,7 @@ from .simd import (
     store,
 )
 from .softmax_int8 import LOWEST_CODES
-from .views import Rows
+from .views import Blocks, Rows
 
 _FAR, _FAR_BELOW = np.int32(1 << 12), np.int32(-1 << 12)  # beyond every code, whatever the zero point
 _SEVEN_BITS, _LOWEST_BITS = np.int32(0x7F7F7F7F), np.int32(0x01010101)
@@ -82,9 +82,9 @@ def project_codes(p, a, rules, x, E, tokens, to, padded, own):
     row, weights = 4 * round_up(features // 4, LANES), pointer_to(a.weights, np.int32)
     f.pack_tokens(x, E, tokens, rows, Part(own.int32, p.at_x), depth4)
     scaling = Scaling(weights, rules.project, to.multiplier, features, np.int32(to.zero_point))
-    linear(f.finish_bytes, (scaling, np.int32(0), Blocks(own.int8, 4 * p.at_row_major, row, row, 0)),
+    linear(f.finish_bytes, (scaling, np.int32(0), Blocks(own.int8, 4 * p.at_row_major, row, 0)),
            Groups(own.uint32, p.at_x, depth4, 1), rows,
-           Panels(weights, to.weight, weights, to.bias, features, depth4), Part(own.int32, p.at_tiles))
+           BytePanels(weights, to.weight, weights, to.bias, features, depth4), Part(own.int32, p.at_tiles))
     return row
 
 
