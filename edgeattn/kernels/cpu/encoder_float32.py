@@ -9,10 +9,9 @@ from edgeattn.runtime.jit import compiled_for
 from . import feed_forward_float32 as ff
 from .activation import ACTIVATIONS
 from .matmul import pack_panels, round_up
-from .norm import ADDRESSES, AT_WEIGHT, LAYER_NORM, NO_NORM, NORM, RMS_NORM, add_norm
+from .norm import AT_WEIGHT, LAYER_NORM, NO_NORM, NORM, RMS_NORM, add_norm
 from .records import blank, packed, slot
 from .row_vectors import VIRTUAL_LANES
-from .simd import WIDTH
 
 NORMS = {"layer": LAYER_NORM, "rms": RMS_NORM}
 _ROWS = slot(NORM, "rows"), slot(ff.LINEAR, "rows"), slot(ff.FEED_FORWARD, "rows")
