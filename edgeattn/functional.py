@@ -19,11 +19,11 @@ from edgeattn.checks import (
     to_float32,
     write_result,
 )
+from edgeattn.device import executor, is_on_gpu
 from edgeattn.kernels.cpu import float32, functional_dynamic
 from edgeattn.masks import NO_WINDOW, Mask, resolve_mask
 
 if TYPE_CHECKING:
-    from types import ModuleType
     from typing import Any
 
     from numpy.typing import ArrayLike, NDArray
@@ -173,14 +173,15 @@ def scaled_dot_product_attention(
     TypeError, ValueError
         Naming the argument, what was required and what came.
     """
-    on_cuda = not isinstance(query, np.ndarray) and _on_gpu(query)
+    on_cuda = not isinstance(query, np.ndarray) and is_on_gpu(query)
     if not is_one_of(precision, ("float32",)):
         _check_precision(precision, on_cuda)
     if on_cuda:
         arrays = (query, key, value, out, attn_mask, kv_lengths, alibi_slopes)
         options = (is_causal, causal_alignment, scale, enable_gqa, softcap, window_size, return_weights, return_lse,
                    precision)
-        known: Floats | tuple[Floats, ...] | None = _functions_on_cuda().replay(arrays, options)
+        on_gpu = executor("cuda", "functional")
+        known: Floats | tuple[Floats, ...] | None = on_gpu.replay(arrays, options)
         if known is not None:
             return known
     grouped = flag("enable_gqa", enable_gqa)
@@ -193,7 +194,7 @@ def scaled_dot_product_attention(
         raise ValueError(f"{name} must be left out with precision='int8', got {given}; use precision='float32'")
     if on_cuda:
         scale = None if scale is None else number("scale", scale)
-        there: Floats | tuple[Floats, ...] = _functions_on_cuda().scaled_dot_product_attention(
+        there: Floats | tuple[Floats, ...] = on_gpu.scaled_dot_product_attention(
             query, key, value, attn_mask, is_causal, causal_alignment, scale, softcap, window_size, kv_lengths,
             alibi_slopes, return_weights, return_lse, precision, out,
             lambda q, k, v: _shapes(q.shape, k.shape, v.shape, grouped), (arrays, options))
@@ -235,29 +236,6 @@ def scaled_dot_product_attention(
     if not (return_weights or return_lse):
         return result
     return (result, *([] if weights is None else [write_result(weights, None, dtype)]), *([] if lse is None else [lse]))
-
-
-@functools.cache
-def _functions_on_cuda() -> ModuleType:
-    """edgeattn.executors.cuda.functional, imported by the first call that needs it."""
-    from edgeattn.executors.cuda import functional
-
-    return functional
-
-
-def _on_gpu(array: object) -> bool:
-    """Whether an array that is not NumPy's lies in a GPU's memory."""
-    here = getattr(array, "is_cuda", None)  # torch says so at once, and takes microseconds to describe an array
-    if here is True or here is False:
-        return here
-    if hasattr(array, "__cuda_array_interface__"):
-        return True
-    if not hasattr(array, "__dlpack_device__"):
-        return False
-    from edgeattn.kernels.cuda import dlpack
-
-    found: bool = dlpack.on_gpu(array)
-    return found
 
 
 def _check_precision(precision: object, on_cuda: bool) -> None:

@@ -77,7 +77,7 @@ def main(arguments):
     if names:
         return
     work = [(name, ISA.name) for name in CALLS]
-    if "--host" not in arguments and PLAINEST != ISA.name:
+    if "--host" not in arguments and ISA.name != PLAINEST:
         work += [(name, PLAINEST) for name in OTHERS]
     cores = len(os.sched_getaffinity(0))
     with concurrent.futures.ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     Pieces: TypeAlias = list[tuple[_Span, _Span]]
 
     class _Layer(LayerSizes, Protocol):
-        _query_name: str
+        query_name: str
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -208,7 +208,7 @@ def check_inputs(layer: _Layer, query: ArrayLike, key: ArrayLike | None, value: 
     """The three inputs as float arrays of agreeing shapes."""
     if key is None and value is not None:
         raise ValueError("value needs key, got key=None; pass key=query to attend from query to itself")
-    first = layer._query_name
+    first = layer.query_name
     query = float_array(first, query)
     key = query if key is None else float_array("key", key)
     value = key if value is None else float_array("value", value)
@@ -218,7 +218,7 @@ def check_inputs(layer: _Layer, query: ArrayLike, key: ArrayLike | None, value: 
 
 def check_input_shapes(layer: _Layer, query: NDArray[Any], key: NDArray[Any], value: NDArray[Any]) -> None:
     """Raise unless the shapes of three inputs, arrays of any kind, fit the layer and each other."""
-    _check_shapes(layer._query_name, (layer.embed_dim, layer.kdim, layer.vdim), query.shape, key.shape, value.shape)
+    _check_shapes(layer.query_name, (layer.embed_dim, layer.kdim, layer.vdim), query.shape, key.shape, value.shape)
 
 
 @functools.lru_cache(256)

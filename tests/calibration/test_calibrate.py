@@ -4,7 +4,8 @@ import json
 import numpy as np
 import pytest
 import safetensors.numpy
-from workbench import as_batch, cosine, random_call, random_input, random_layer
+from arrays import cosine
+from workbench import as_batch, random_call, random_input, random_layer
 
 import edgeattn
 import quant
@@ -243,7 +244,7 @@ def test_only_like_calibrations_merge(layer):
 
 
 def test_fingerprints_tell_layers_apart(layer):
-    config, tensors = layer._to_state()
+    config, tensors = layer.to_state()
     prints = {fingerprint(layer)}
     for name, array in tensors.items():
         changed = array.copy()
