@@ -16,8 +16,8 @@ import mmap
 import sys
 import zlib
 
-import numpy as np
 import encoder_cases
+import numpy as np
 import oracle_kernels as oracle
 from kernels_under_test import ASYMMETRIC, SYMMETRIC, make_layer
 

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import reference_encoder as reference
-from encoder_cases import CASES, make, numbers, run
+from encoder_cases import CASES, make, run
 from places import ROOT, TESTS
 
 from edgeattn import threads
