@@ -10,6 +10,13 @@ Bytes travel four to a 32-bit lane: an array of dtype uint32 holds four unsigned
 """
 from edgeattn.runtime.isa import ISA
 
+from .byte_tile import (
+    AS_WORDS,
+    outer_product_of_words,
+    tile_accumulate,
+    tile_of_products,
+    tile_scale,
+)
 from .bytes import (
     byte_planes,
     dot_bytes,
@@ -96,6 +103,7 @@ from .vector import (
     scale_by_power,
     select,
     smaller,
+    smaller_float,
     splat,
     store,
     sum_lanes,
@@ -104,6 +112,16 @@ from .vector import (
     truncate,
     truncate_double,
     widen,
+)
+from .wide import (
+    VIRTUAL_LANES,
+    WIDE,
+    wide_first,
+    wide_load,
+    wide_load_first,
+    wide_splat,
+    wide_store_first,
+    wide_sum,
 )
 
 OFFSET = ISA.offset
