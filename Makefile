@@ -35,7 +35,7 @@ endef
 setup_files = setup.cfg pyproject.toml tools/environment.py tools/find-python.sh
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-fence test-mutations test-arm64 test-arm64-short test-cortex-m test-cuda test-cuda-offline fuzz lint examples example-minilm example-self-vs-multihead bench bench-cuda bench-peers bench-start clean distclean
+.PHONY: help run test test-long test-fence test-mutations test-arm64 test-arm64-short test-cortex-m test-cuda test-cuda-offline fuzz lint examples example-minilm example-self-vs-multihead bench bench-cuda bench-peers bench-start clean distclean
 
 help: ## this list
 	@echo "edgeattn: attention for small computers. Targets:"
@@ -49,8 +49,11 @@ run: $(ready) ## the main job: float, int8, report, .tflite
 test: $(ready) ## the test suite
 	@$(python) -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
+test-long: $(ready) ## ... in every long form, an hour and more
+	@$(python) -m pytest -n auto --dist loadfile --no-loadscope-reorder --long $(ARGS)
+
 test-fence: $(ready) ## kernels between guard pages, long form
-	@$(python) -m pytest -n auto --long tests/test_fence.py $(ARGS)
+	@$(python) -m pytest -n auto --long tests/kernels/cpu/test_fence.py $(ARGS)
 
 test-mutations: $(ready) ## bugs planted in CPU kernels, which find what
 	@$(python) tests/planted_bugs.py $(ARGS)
@@ -69,7 +72,7 @@ test-cuda: ## the CUDA tests on a GPU, in nine minutes
 	@tools/cuda/on_device.sh
 
 test-cuda-offline: $(ready_cuda) ## ... emulated and compiled, without a GPU
-	@$(python) -m pytest --long tests/test_cuda_*.py $(ARGS)
+	@$(python) -m pytest --long tests/kernels/cuda/test_cuda_*.py $(ARGS)
 
 fuzz: $(ready_fuzz) ## readers of files, 20 s each (--seconds N)
 	@$(python) tools/fuzz/run.py $(ARGS)

@@ -10,8 +10,11 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import executors
 import numpy as np
 import pytest
+from laws import LAWS
+from places import ROOT
 from workbench import needs_compiler, random_input, random_layer
 
 import edgeattn
@@ -21,7 +24,6 @@ from edgeattn.runtime import isa
 from quant.export import linker
 from quant.export.targets import TARGETS
 
-ROOT = Path(__file__).resolve().parent.parent
 X86 = platform.machine() == "x86_64"
 # The instruction sets of this machine that targets are made for; AMX is for none.
 # A folder that export_all filled on another machine, named by its target: what `make test-arm64` does.
@@ -78,7 +80,8 @@ def calls_of(name):
 def export_all(folder, target, floats=FLOATS):
     """Bundles of all layers, or of the static ones and some others, in a folder; the calls to make; the codes to come."""
     def export(item):
-        quant.export(item[1], folder / f"{item[0]}.so", target=target)
+        if not (folder / f"{item[0]}.so").exists():
+            quant.export(item[1], folder / f"{item[0]}.so", target=target)
 
     made = {name: layer for name, layer in layers().items() if name not in FLOATS or name in floats}
     with ThreadPoolExecutor(2) as workers:
@@ -89,12 +92,13 @@ def export_all(folder, target, floats=FLOATS):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(request, tmp_path_factory):
     """The bundles of all layers for this machine."""
     if GIVEN:
         return Path(GIVEN)
     needs_compiler()
-    folder = tmp_path_factory.mktemp("bundles")
+    kept = request.config.getoption("bundles")
+    folder = Path(kept).absolute() if kept else tmp_path_factory.mktemp("bundles")
     export_all(folder, HOST)
     return folder
 
@@ -196,6 +200,22 @@ def test_a_static_bundle_takes_and_gives_reals_as_the_layer(folder):
     assert loaded(x, out=out) is out
     assert repr(loaded) == ("StaticBundle(scheme='static', target='" + HOST + "', num_heads=4, num_kv_heads=4, embed_dim=32, "
                             "kdim=32, vdim=32, head_dim=8, value_dim=8, output_dim=32)")
+
+
+class Bundle(executors.Layer):
+    """What export_all made of a layer."""
+
+    def inputs(self, B, L, S):
+        return [random_input(i, B, *shape) for i, shape in enumerate(((L, 30), (S, 19), (S, 23)))]
+
+    def nothing(self):
+        return cross_layer().out_bias
+
+
+@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
+@pytest.mark.parametrize("name", FLOATS)
+def test_laws(folder, name, law):
+    law(Bundle(name, made=bundle.load(folder / f"{name}.so"), **executors.SHARED if name == "dynamic" else {}))
 
 
 def test_threads_may_call_one_bundle_at_once(folder):

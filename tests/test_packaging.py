@@ -9,13 +9,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import conftest
 import pytest
 from packaging.requirements import Requirement
+from places import ROOT, TESTS
 
-ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("edgeattn", "quant")
 # Not to be loaded by `import edgeattn`: each costs a small machine time and memory, or is not there. SciPy
 # is not listed because Numba imports it wherever it is installed.
@@ -78,7 +79,7 @@ def test_a_device_needs_three_packages(setup_cfg):
 
 
 def test_extras_are_the_promised_ones(setup_cfg):
-    promised = {"bundle", "checkpoints", "tflite", "cuda", "cuda-offline", "quant", "examples", "test", "test-numpy2", "peers", "fuzz", "dev"}
+    promised = {"bundle", "checkpoints", "text", "tflite", "cuda", "cuda-offline", "quant", "examples", "test", "test-numpy2", "peers", "fuzz", "dev"}
     assert set(setup_cfg["options.extras_require"]) == promised
     assert "flatbuffers" in extra(setup_cfg, "quant", "3.11", "x86_64")
     assert "ai-edge-litert" in extra(setup_cfg, "tflite", "3.11", "x86_64")
@@ -245,6 +246,19 @@ def test_only_the_cuda_package_imports_numba_cuda():
 
 def test_cuda_is_imported_only_inside_the_call_that_asks_for_it():
     assert offenders(["edgeattn.kernels.cuda"], allowed=["edgeattn.kernels.cuda"], top_level_only=True) == []
+    assert offenders(["edgeattn.executors.cuda"], allowed=["edgeattn.executors.cuda"], top_level_only=True) == []
+
+
+def test_what_stays_on_the_cpu_brings_nothing_of_cuda():
+    script = ("import sys, edgeattn, numpy\n"
+              "cache = edgeattn.KVCache(1, 1, 1, 1)\n"
+              "assert cache.to('cpu') is cache\n"
+              "try: cache.to('gpu')\n"
+              "except ValueError: pass\n"
+              "edgeattn.scaled_dot_product_attention(*[numpy.zeros((0, 4), 'f')] * 3)\n"
+              "print([name for name in sys.modules if 'cuda' in name.split('.')])")
+    done = python(script)
+    assert (done.stdout.strip(), done.stderr) == ("[]", "")
 
 
 def test_only_the_tflite_writer_and_reader_import_flatbuffers():
@@ -329,9 +343,23 @@ def test_every_script_that_make_runs_exists():
 
 
 def test_files_that_the_suite_treats_apart_exist():
-    tests = {path.stem for path in (ROOT / "tests").glob("test_*.py")}
+    tests = {path.stem for path in TESTS.rglob("test_*.py")}
     assert set(conftest.FIRST) < tests
     assert set(conftest.WITHOUT_NUMPY) < tests
+
+
+def test_a_whole_suite_compiles_first_and_no_part_of_one():
+    whole = SimpleNamespace(dist="loadfile", keyword="", collectonly=False)
+
+    def begins(source=pytest.Config.ArgsSource.TESTPATHS, worker=False, **changes):
+        config = SimpleNamespace(option=SimpleNamespace(**{**vars(whole), **changes}), args_source=source)
+        if worker:
+            config.workerinput = {}
+        return conftest.begins_a_whole_suite(config)
+
+    assert begins()
+    assert not any((begins(dist="no"), begins(keyword="softmax"), begins(collectonly=True), begins(worker=True),
+                    begins(pytest.Config.ArgsSource.ARGS)))
 
 
 def test_processes_are_as_many_as_cores_and_memory_allow(monkeypatch):

@@ -1,8 +1,8 @@
 """Layers made of layers as what a file holds: a tree of settings in JSON, and tensors.
 
 A class in `_HOMES` keeps each argument of its constructor as an attribute of the same name; so a part is
-{"kind": the name of its class, argument: value, ...}, an array {"tensor": its name}, and a part that is there a second
-time {"same": the name of the first}.
+{"kind": the name of its class, argument: value, ...}, an array {"tensor": its name}, a long text {"text": its name}, a
+part that is there a second time {"same": the name of the first}.
 """
 
 from __future__ import annotations
@@ -13,9 +13,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgeattn.files.paths import listed
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
+
+    from typing_extensions import Self
 
 _HOMES = {
     "ConstantPositionBias": "position_bias",
@@ -34,6 +38,33 @@ _HOMES = {
 }
 
 
+_LONGEST = 1000  # characters of a text in JSON
+
+
+class Stored:
+    """What is made of parts: its state, and that of copies and pickles, is what a file holds."""
+
+    def to_state(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(config, tensors): all that `from_state` needs to build an equal one."""
+        tensors: dict[str, Any] = {}
+        return arguments(self, "", tensors), tensors
+
+    @classmethod
+    def from_state(cls, config: Mapping[str, Any], tensors: Mapping[str, Any]) -> Self:
+        """What `to_state` gave, as one of this class."""
+        left = dict(tensors)
+        try:
+            made = cls(**keywords(config, left))
+        except RecursionError:
+            raise ValueError("its config has too many levels") from None
+        if left:
+            raise ValueError(f"unexpected tensors [{listed(sorted(left))}]")
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self).from_state, self.to_state()
+
+
 def pack(part: Any, name: str, tensors: dict[str, Any], seen: dict[int, str] | None = None) -> Any:
     """`part` as JSON; its arrays are put into `tensors`, under names that begin with `name`.
 
@@ -43,6 +74,9 @@ def pack(part: Any, name: str, tensors: dict[str, Any], seen: dict[int, str] | N
         For a part of a kind that files do not know.
     """
     seen = {} if seen is None else seen
+    if isinstance(part, str) and len(part) > _LONGEST:
+        tensors[name] = np.frombuffer(part.encode(), np.uint8)
+        return {"text": name}
     if part is None or isinstance(part, (bool, int, float, str)):
         return part
     if isinstance(part, np.ndarray):
@@ -81,6 +115,8 @@ def unpack(packed: Any, tensors: dict[str, Any], made: dict[str, Any] | None = N
         return packed
     if "tensor" in packed:
         return tensors.pop(packed["tensor"])
+    if "text" in packed:
+        return np.asarray(tensors.pop(packed["text"]), np.uint8).tobytes().decode()
     if "same" in packed:
         return made[packed["same"]]
     kind = packed["kind"]

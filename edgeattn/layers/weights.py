@@ -242,10 +242,10 @@ class AttentionWeights(Positions):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles hold what a file holds: kernels belong to the process."""
-        return type(self)._from_state, self._to_state()
+        return type(self).from_state, self.to_state()
 
-    def _to_state(self) -> tuple[dict[str, Any], dict[str, Float32s]]:
-        """(config, tensors): all that `_from_state` needs to build an equal layer."""
+    def to_state(self) -> tuple[dict[str, Any], dict[str, Float32s]]:
+        """(config, tensors): all that `from_state` needs to build an equal layer."""
         tensors = {name: getattr(self, name) for name in TENSORS if getattr(self, name) is not None}
         config, added = added_keys_state(self)
         tensors |= added
@@ -254,7 +254,8 @@ class AttentionWeights(Positions):
         return {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads, **config, **positions}, tensors
 
     @classmethod
-    def _from_state(cls, config: Mapping[str, Any], tensors: Mapping[str, ArrayLike]) -> Self:
+    def from_state(cls, config: Mapping[str, Any], tensors: Mapping[str, ArrayLike]) -> Self:
+        """The layer of which `to_state` gave these."""
         tensors = dict(tensors)
         positions = {name: unpack(config[name], tensors) for name in POSITIONS if name in config}
         unexpected = sorted(set(tensors) - set(TENSORS + KEY_TENSORS))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 import numpy as np
 
 from edgeattn.checks import FLOAT32, count, to_float32
+from edgeattn.device import place
 from edgeattn.functional import default_scale
 from edgeattn.kernels.cpu.linear_dynamic import DynamicLinear
 from edgeattn.layers import attention, steps
@@ -26,9 +27,9 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
     from typing_extensions import Self, Unpack
 
-    from edgeattn.executors.cuda.layers import DynamicOnCuda
     from edgeattn.kv_cache import KVCache
-    from edgeattn.types import CallOptions, CausalAlignment, Device, Flag, Float32s, Floats, Real, Window
+    from edgeattn.layers.options import CallOptions
+    from edgeattn.types import CausalAlignment, Device, Flag, Float32s, Floats, LayerOnDevice, Real, Window
 
     DynamicLayer: Any  # mypy 2.4 --strict breaks off in that file, with an internal error, whoever imports it
 else:
@@ -178,13 +179,11 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention, Positions):
     def to(self, device: Literal["cpu"]) -> Self: ...
 
     @overload
-    def to(self, device: Literal["cuda"]) -> DynamicOnCuda: ...
+    def to(self, device: Literal["cuda"]) -> LayerOnDevice: ...
 
-    def to(self, device: Device) -> Self | DynamicOnCuda:
+    def to(self, device: Device) -> Self | LayerOnDevice:
         """The layer on ``device``: "cpu", or "cuda", a GPU (docs/cuda.md); ``.layer`` of that is this one."""
-        from edgeattn.executors.cuda.layers import DynamicOnCuda, place
-
-        placed: Self | DynamicOnCuda = place(self, device, DynamicOnCuda)
+        placed: Self | LayerOnDevice = place(self, device)
         return placed
 
     @functools.cached_property
@@ -194,8 +193,8 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention, Positions):
                                  DynamicLinear(linear.weight, linear.scale, bias))
                 for name, linear in self.weights.items()}
 
-    def _to_state(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-        """(config, tensors): all that ``_from_state`` needs to build an equal layer."""
+    def to_state(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+        """(config, tensors): all that ``from_state`` needs to build an equal layer."""
         tensors = {f"{name}.{part}": getattr(linear, part) for name, linear in self.weights.items()
                    for part in ("weight", "scale")}
         tensors |= {f"{name}.bias": bias for name, bias in self.biases.items()}
@@ -203,7 +202,8 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention, Positions):
         return {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads, **config}, {**tensors, **added}
 
     @classmethod
-    def _from_state(cls, config: Mapping[str, Any], tensors: Mapping[str, ArrayLike]) -> Self:
+    def from_state(cls, config: Mapping[str, Any], tensors: Mapping[str, ArrayLike]) -> Self:
+        """The layer of which ``to_state`` gave these."""
         groups: dict[str, dict[str, Any]] = {}
         added: dict[str, Any] = {}
         for name, array in tensors.items():

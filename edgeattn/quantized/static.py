@@ -24,6 +24,7 @@ from edgeattn.checks import (
     result_dtype,
     write_result,
 )
+from edgeattn.device import place
 from edgeattn.executors.numpy_int8 import Int8Ops
 from edgeattn.functional import checked_softcap
 from edgeattn.kernels.cpu.layer_int8 import StaticLayer
@@ -31,7 +32,6 @@ from edgeattn.kernels.cpu.quantize import to_codes, to_reals
 from edgeattn.layers.attention import forward
 from edgeattn.layers.call import (
     check_cache,
-    handed_over,
     is_next,
     is_read_as_it_is,
     is_unmasked,
@@ -53,16 +53,14 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
     from typing_extensions import Self, Unpack
 
-    from edgeattn.executors.cuda.layers import StaticOnCuda
     from edgeattn.kv_cache import KVCache
     from edgeattn.layers.call import Pieces
+    from edgeattn.layers.options import CallOptions, CodeOptions
     from edgeattn.masks import Mask
     from edgeattn.types import (
         Arithmetic,
         Bools,
-        CallOptions,
         CausalAlignment,
-        CodeOptions,
         Codes,
         Device,
         Flag,
@@ -73,6 +71,7 @@ if TYPE_CHECKING:
         Real,
         Shape,
         Sources,
+        StaticOnDevice,
         Window,
     )
 
@@ -232,13 +231,11 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
     def to(self, device: Literal["cpu"]) -> Self: ...
 
     @overload
-    def to(self, device: Literal["cuda"]) -> StaticOnCuda: ...
+    def to(self, device: Literal["cuda"]) -> StaticOnDevice: ...
 
-    def to(self, device: Device) -> Self | StaticOnCuda:
+    def to(self, device: Device) -> Self | StaticOnDevice:
         """The layer on ``device``: "cpu", or "cuda", a GPU (docs/cuda.md); ``.layer`` of that is this one."""
-        from edgeattn.executors.cuda.layers import StaticOnCuda, place
-
-        placed: Self | StaticOnCuda = place(self, device, StaticOnCuda)
+        placed: Self | StaticOnDevice = place(self, device)
         return placed
 
     @property
@@ -311,8 +308,8 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
             lowest_single_score=self.lowest_single_score)
         return StaticMultiHeadAttention(**{**arguments, **changes})
 
-    def _to_state(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-        """(config, tensors): all that ``_from_state`` needs to build an equal layer."""
+    def to_state(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+        """(config, tensors): all that ``from_state`` needs to build an equal layer."""
         arrays: dict[str, NDArray[Any]] = {}
         for name, linear in self.linears.items():
             arrays |= {f"{name}.{part}": array for part in ("weight", "scale", "bias")
@@ -332,7 +329,8 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
                 "mask_margin": self.mask_margin, "lowest_single_score": self.lowest_single_score}, arrays
 
     @classmethod
-    def _from_state(cls, config: Mapping[str, Any], tensors: Mapping[str, ArrayLike]) -> Self:
+    def from_state(cls, config: Mapping[str, Any], tensors: Mapping[str, ArrayLike]) -> Self:
+        """The layer of which ``to_state`` gave these."""
         if not isinstance(config["tensors"], dict) or not all(isinstance(row, dict) for row in config["score_ops"]):
             raise ValueError("tensors must be an object, and score_ops a list of objects")
         groups: dict[str, dict[str, Any]] = {}
@@ -558,18 +556,18 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
             x = query if query.ndim == 3 else query[None]
             if kv_cache is None and (x is query or is_unmasked(*masks)):
                 keep, _, band, _ = self_masks(self, x, *masks)
-                result = output_buffer(out, (*x.shape[:2], self.output_dim), _INT8, x, *masks)
+                result = output_buffer(out, (*query.shape[:-1], self.output_dim), _INT8, x, *masks)
                 self._kernel(x, x, x, result, keep, band, None, self._tables)
-                return handed_over(result, query, out)
+                return write_result(result, out, _INT8)
             if (kv_cache is not None and is_unmasked(*masks) and is_next(self, x, kv_cache)
                     and kv_cache.scales == self.cache_scales):
-                result = output_buffer(out, (*x.shape[:2], self.output_dim), _INT8, x)
+                result = output_buffer(out, (*query.shape[:-1], self.output_dim), _INT8, x)
                 with kv_cache._chunk():
                     kv_cache._take_slots(1)
                     first, last = kv_cache._last_seen()
                     self._kernel(x, x, x, result, tables=self._tables,
                                  cached=(kv_cache._keys, kv_cache._values, first, last - first))
-                return handed_over(result, query, out)
+                return write_result(result, out, _INT8)
         need_weights = flag("need_weights", need_weights)
         query, key, value = self._check_codes(query, key, value)
         lead, L, S = query.shape[:-2], query.shape[-2], key.shape[-2]

@@ -1,0 +1,57 @@
+"""What the compiler makes of the inner loops, for every instruction set, those of other machines too."""
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from places import ROOT, TESTS
+
+# name, its machine where this one cannot be described by features, multiply-add, what makes the four-way dot product
+CASES = [("avx512vbmi", (), r"vfmadd\w+ps\b.*zmm", (r"vpdpbusd\b.*zmm",)), ("avx512vnni", (), r"vfmadd\w+ps\b.*zmm", (r"vpdpbusd\b.*zmm",)),
+         ("avx2vnni", (), r"vfmadd\w+ps\b.*ymm", (r"vpdpbusd\b.*ymm",)),
+         ("avx2", (), r"vfmadd\w+ps\b.*ymm", (r"vpmaddwd\b.*ymm",)),
+         ("neondot", ("aarch64-unknown-linux-gnu", "cortex-a76"), r"fmla\b", (r"sdot\b",)),
+         ("neon", ("aarch64-unknown-linux-gnu", "cortex-a72"), r"fmla\b", (r"sadalp\b", r"(?:s?mull?2?|smlal2?)\s+v\d+\.(?:8h|4s)")),
+         ("neon", ("aarch64-unknown-linux-gnu", "cortex-a53"), r"fmla\b", (r"sadalp\b", r"(?:s?mull?2?|smlal2?)\s+v\d+\.(?:8h|4s)"))]
+
+
+def loops(assembly):
+    """The instructions of every innermost loop: from a label to a jump back to it."""
+    lines = assembly.splitlines()
+    labels = {line.split(":")[0]: i for i, line in enumerate(lines) if re.match(r"\.L\w+:", line)}
+    for end, line in enumerate(lines):
+        target = re.match(r"\s+(?:j\w+|b\.\w+|cbn?z\s+\w+,|tbn?z\s+\w+, #\d+,|b)\s+(\.L\w+)$", line)
+        start = labels.get(target[1], end) if target else end
+        body = lines[start + 1:end]
+        if start < end and not any(re.match(r"\.L\w+:", inner) for inner in body):
+            yield body
+
+
+def generated(name, *machine):
+    """title -> assembly of the functions of generated_code.py."""
+    done = subprocess.run([sys.executable, TESTS / "generated_code.py", name, *machine], cwd=ROOT, text=True,
+                          capture_output=True, env={**{k: v for k, v in os.environ.items() if k != "EDGEATTN_ISA"}, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    return dict(part.split("\n", 1) for part in done.stdout.split("### ")[1:])
+
+
+@pytest.mark.parametrize("name, machine, multiply, dot", CASES, ids=["-".join((case[0], *case[1][1:])) for case in CASES])
+def test_the_inner_loop_uses_the_instruction_and_spills_nothing(name, machine, multiply, dot):
+    functions = generated(name, *machine)
+    for title, instructions in (("product float32", (multiply,)), ("product float32 ahead", (multiply,)), ("product int8", dot)):
+        with_it = [body for body in loops(functions[title]) if any(re.search(r"^\s+(?:\{vex\}\s+)?" + instructions[0], line) for line in body)]
+        assert with_it, f"no loop with {instructions[0]}"
+        framed = re.search(r"%rsp, %rbp|x29, sp", functions[title])  # else rbp and x29 are registers like any other
+        stack = r"\b(?:rsp|sp|rbp|x29)\b" if framed else r"\br?sp\b"
+        for body in with_it:
+            for instruction in instructions:
+                assert any(re.search(r"^\s+(?:\{vex\}\s+)?" + instruction, line) for line in body), "\n".join(body)
+            vectors = [line for line in body if re.search(r"\b[xyz]mm\d|\b[vq]\d", line)]
+            assert not [line for line in vectors if re.search(stack, line)], "\n".join(body)
+
+
+def test_a_spill_and_a_missing_instruction_would_be_seen():
+    body, = loops(".LBB0_1:\n\tfmla\tv0.4s, v1.4s, v2.4s\n\tstr\tq3, [sp, #16]\n\tb.ne\t.LBB0_1\n")
+    assert [line.split()[0] for line in body] == ["fmla", "str"]
+    assert [list(loops(f".L1:\n\tnop\n\t{jump}\n")) for jump in ("b.eq\t.L1", "cbnz\tx8, .L1", "tbz\tw0, #0, .L1", "jne\t.L1")] == [[["\tnop"]]] * 4
