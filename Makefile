@@ -50,7 +50,7 @@ test: $(ready) ## the test suite
 	@$(python) -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-fence: $(ready) ## kernels between guard pages, long form
-	@$(python) -m pytest -n auto --long tests/test_fence.py $(ARGS)
+	@$(python) -m pytest -n auto --long tests/kernels/cpu/test_fence.py $(ARGS)
 
 test-mutations: $(ready) ## bugs planted in CPU kernels, which find what
 	@$(python) tests/planted_bugs.py $(ARGS)
@@ -69,7 +69,7 @@ test-cuda: ## the CUDA tests on a GPU, in nine minutes
 	@tools/cuda/on_device.sh
 
 test-cuda-offline: $(ready_cuda) ## ... emulated and compiled, without a GPU
-	@$(python) -m pytest --long tests/test_cuda_*.py $(ARGS)
+	@$(python) -m pytest --long tests/kernels/cuda/test_cuda_*.py $(ARGS)
 
 fuzz: $(ready_fuzz) ## readers of files, 20 s each (--seconds N)
 	@$(python) tools/fuzz/run.py $(ARGS)

@@ -118,7 +118,7 @@ def check_bytes(problem: Problem, answer: np.ndarray) -> str | None:
 
 
 def _as_layer(layer, problem, answer):
-    """Every byte as an int8 layer of ours gives it, whose rules tests/test_parity.py holds to the runtime's."""
+    """Every byte as an int8 layer of ours gives it, whose rules test_parity.py holds to the runtime's."""
     expected = layer.run_int8(problem.codes)
     if answer.shape != expected.shape or answer.dtype != np.int8:
         return f"it gives {answer.dtype} of shape {answer.shape}"

@@ -37,7 +37,8 @@ def call_overhead(problem: Problem) -> dict[str, float]:
     for name, (layer, module, call) in layers.items():
         call()
         plans = layer._kernel._plans
-        for parameters, *_ in plans.values():
+        for plan in plans.values():
+            parameters = plan.parameters if name == "float32" else plan[0]
             parameters[module.LAYER.names.index("batch")] = 0
         try:
             found[name] = float(np.median([_seconds(call) for _ in range(_BLOCKS)]))

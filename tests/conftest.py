@@ -2,8 +2,12 @@
 
 import functools
 import os
+import subprocess
+import sys
+import time
 
 import pytest
+from places import ROOT, TESTS
 
 # These compile most; they come first, so that no process is left with one of them when the others have ended.
 FIRST = """
@@ -14,8 +18,8 @@ FIRST = """
 # them out, for a leg that repeats the suite on another NumPy.
 WITHOUT_NUMPY = """
     test_arm64 test_compile_cost test_worker_pool test_cuda_cache test_cuda_compile test_cuda_float32 test_cuda_instructions
-    test_cuda_int8 test_cuda_layers test_cuda_mutations test_cuda_on_device test_cuda_order test_cuda_probabilities
-    test_cuda_torch test_cuda_versions test_decode test_dynamic_kernels test_export_c test_fence test_generated_code
+    test_cuda_int8 test_cuda_int8_functional test_cuda_layers test_cuda_mutations test_cuda_on_device test_cuda_order
+    test_cuda_precision test_cuda_probabilities test_cuda_torch test_cuda_versions test_decode test_dynamic_kernels test_export_c test_fence test_generated_code
     test_instruction_sets test_interrupts test_isa test_jit test_kernels_float32 test_kernels_int8 test_planted_bugs
     test_long_rows test_readers test_readme test_simd test_threads test_trusted
 """.split()
@@ -27,16 +31,19 @@ WORKER_BYTES = 2**30
 def pytest_addoption(parser):
     parser.addoption(
         "--layers", type=int, default=200, metavar="N",
-        help="how many random layers tests/test_parity.py compares in each runtime (default: %(default)s); "
+        help="how many random layers tests/quantized/test_parity.py compares in each runtime (default: %(default)s); "
              "three in ten more in the form of other converters")
     parser.addoption(
         "--reader-cases", type=int, default=120, metavar="N",
-        help="how many files changed at random tests/test_readers.py gives to each reader (default: %(default)s)")
-    parser.addoption("--cuda", action="store_true", help="run tests/test_cuda_*.py on the GPU, not in the emulator")
+        help="how many files changed at random tests/files/test_readers.py gives to each reader (default: %(default)s)")
+    parser.addoption("--cuda", action="store_true", help="run tests/kernels/cuda/test_cuda_*.py on the GPU, not in the emulator")
     parser.addoption(
         "--long", action="store_true",
-        help="the long form of tests/test_cuda_*.py (every shape, and the CPU's kernels beside), of test_fence.py (every "
+        help="the long form of tests/kernels/cuda/test_cuda_*.py (every shape, and the CPU's kernels beside), of test_fence.py (every "
              "kernel under every instruction set, twenty times as many cases) and of test_planted_bugs.py (all of them)")
+    parser.addoption(
+        "--bundles", metavar="FOLDER",
+        help="make the bundles of tests/test_bundle.py there, or take those that an earlier run on the same sources made")
     parser.addoption("--numpy", action="store_true", help="leave out the files whose results do not depend on NumPy")
 
 
@@ -57,6 +64,17 @@ def pytest_xdist_auto_num_workers():
         available = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
     workers = min(len(os.sched_getaffinity(0)), available // WORKER_BYTES)
     return workers if workers > 1 else 0
+
+
+def pytest_sessionstart(session):
+    """Before the processes of a whole suite start, compile what all of them would."""
+    config = session.config
+    if getattr(config.option, "dist", "no") != "no" and not hasattr(config, "workerinput") and all((
+            config.args_source == pytest.Config.ArgsSource.TESTPATHS, not config.option.keyword, not config.option.collectonly)):
+        began = time.monotonic()
+        subprocess.run([sys.executable, TESTS / "compile_first.py", *["--host"] * config.option.numpy], check=True,
+                       env={**os.environ, "PYTHONPATH": str(ROOT)})
+        print(f"kernels that many tests call: {time.monotonic() - began:.0f} s")
 
 
 @functools.cache

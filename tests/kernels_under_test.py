@@ -19,6 +19,9 @@ def apply_rule(rule, accumulators, parameters, out):
 
 
 EDGES = [0, 1, -1, 2, -2, 127, -128, 2**15, -2**15, 2**20 + 1, -2**20 - 1, 2**24 + 1, -2**24 - 1, 2**30, -2**30]
+RULE_SETS = [("float_rne", "float_rne", "float_rne", "lut_f32"), ("ruy", "double", "double", "lut_f32"),
+             ("ruy", "ruy", "ruy", "lut_f32"), ("float64", "double", "double", "fixed"),
+             ("double", "double", "double", "fixed"), ("float_rne", "float_rne", "double", "lut_u16")]
 MULTIPLIERS = (0.0003, 0.5, 0.25, 0.999999, 1.0, 2.0**-10, 1.5 * 2.0**-8, 0.0078125)
 
 

@@ -14,8 +14,8 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-TESTS = Path(__file__).resolve().parent
-ROOT = TESTS.parent
+from places import ROOT, TESTS
+
 # What an exception looks like that says nothing about results: the changed text does not compile.
 BROKEN = ("SyntaxError", "NameError", "TypingError", "LoweringError", "ImportError", "UnsupportedError")
 
@@ -30,18 +30,18 @@ class Bug(NamedTuple):
     test: str
 
 
-GIVEN = "test_kernels_float32.py::test_attention_on_given_arrays"
-FLOAT = "test_kernels_float32.py::test_float_layer"
-GROUPS = "test_kernels_float32.py::test_layers_in_groups_of_heads[256-8-77]"
-STATIC = "test_kernels_int8.py::test_every_rule_set_equals_integer_arithmetic[float_rne-float_rne-float_rne-lut_f32-"
+GIVEN = "kernels/cpu/test_kernels_float32.py::test_attention_on_given_arrays"
+FLOAT = "kernels/cpu/test_kernels_float32.py::test_float_layer"
+GROUPS = "kernels/cpu/test_kernels_float32.py::test_layers_in_groups_of_heads[256-8-77]"
+STATIC = "kernels/cpu/test_kernels_int8.py::test_every_rule_set_equals_integer_arithmetic[float_rne-float_rne-float_rne-lut_f32-"
 SYMMETRIC, ASYMMETRIC = STATIC + "symmetric]", STATIC + "asymmetric]"
-DROPPED = "test_kernels_int8.py::test_a_dropped_key_is_not_there[lut_f32]"
-DECODE = "test_decode.py::test_is_accurate"
-DYNAMIC = "test_kernels_float32.py::test_dynamic_layer"
+DROPPED = "kernels/cpu/test_kernels_int8.py::test_a_dropped_key_is_not_there[lut_f32]"
+DECODE = "kernels/cpu/test_decode.py::test_is_accurate"
+DYNAMIC = "kernels/cpu/test_kernels_float32.py::test_dynamic_layer"
 FORMULA = "test_functional_dynamic.py::test_equals_its_formula_and_is_close_to_float64"
-TOKEN = "test_dynamic_kernels.py::test_every_token_is_quantized_by_its_own_largest_number"
-PROJECTION = "test_dynamic.py::test_the_projection_alone_is_exact_integers_and_the_same_for_a_token_alone"
-FUNCTIONS = "test_simd.py::test_exponential_and_tanh"
+TOKEN = "kernels/cpu/test_dynamic_kernels.py::test_every_token_is_quantized_by_its_own_largest_number"
+PROJECTION = "quantized/test_dynamic.py::test_the_projection_alone_is_exact_integers_and_the_same_for_a_token_alone"
+FUNCTIONS = "kernels/cpu/test_simd.py::test_exponential_and_tanh"
 
 BUGS = [
     # float32, given queries, keys and values
@@ -82,9 +82,9 @@ BUGS = [
     Bug("lanes without a query keep what an earlier call left", "fused.py",
         "range((queries + ROWS - 1) // ROWS * ROWS * WIDTH, WIDTH * WIDTH)", "range(0)", "fence float32-layer"),
     Bug("a layer's query head reads another group's keys", "fused.py",
-        "from_kv + h // repeats", "from_kv + h % kv_heads", FLOAT),
+        "from_kv + h // repeats", "from_kv + h % (heads // repeats)", FLOAT),
     Bug("the last tokens are those of the first tile", "fused.py",
-        "x[at_x + whole * depth + i]", "x[at_x + i]", FLOAT),
+        "x.data[x.at + whole * depth + i]", "x.data[x.at + i]", FLOAT),
     Bug("the output's bias is added with every group of heads", "fused.py",
         "                    if last:\n", "                    if last or not first:\n", GROUPS),
     Bug("a sum of chains loses all but its last two", "matmul.py",
@@ -133,7 +133,7 @@ BUGS = [
         SYMMETRIC),
     Bug("a negative tie is rounded up", "requantize.py",
         "threshold = (mask >> one) + select(v < splat(np.int32(0)), one, splat(np.int32(0)))", "threshold = mask >> one",
-        "test_kernels_int8.py::test_vector_rule_equals_the_rule_on_python_integers[double]"),
+        "kernels/cpu/test_kernels_int8.py::test_vector_rule_equals_the_rule_on_python_integers[double]"),
     Bug("a token's probabilities are not corrected for the values' zero point", "step_int8.py",
         "total * (_SHIFT + zv)", "total * _SHIFT", ASYMMETRIC),
     Bug("a group of four takes values behind the last", "cached_int8.py",
@@ -166,7 +166,7 @@ BUGS = [
 ]
 # One each of the tests that compile little: what `make test` plants.
 SHORT = [next(bug for bug in BUGS if bug.test.startswith(test)) for test in (
-    "fence float32-few-keys", TOKEN, "test_kernels_int8.py::test_vector_rule")]
+    "fence float32-cache", TOKEN, "kernels/cpu/test_kernels_int8.py::test_vector_rule")]
 
 
 def copy_package(folder):

@@ -1,6 +1,6 @@
 """Every reader of files, a whole file for each, and what a stranger may make of it: one list for tests and fuzzing.
 
-    python tests/readers.py READER CASE     # what one case of tests/test_readers.py does, by itself
+    python tests/readers.py READER CASE     # what one case of tests/files/test_readers.py does, by itself
 """
 
 import copy

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from places import ROOT
 from workbench import needs_compiler, random_input, random_layer
 
 import edgeattn
@@ -21,7 +22,6 @@ from edgeattn.runtime import isa
 from quant.export import linker
 from quant.export.targets import TARGETS
 
-ROOT = Path(__file__).resolve().parent.parent
 X86 = platform.machine() == "x86_64"
 # The instruction sets of this machine that targets are made for; AMX is for none.
 # A folder that export_all filled on another machine, named by its target: what `make test-arm64` does.
@@ -78,7 +78,8 @@ def calls_of(name):
 def export_all(folder, target, floats=FLOATS):
     """Bundles of all layers, or of the static ones and some others, in a folder; the calls to make; the codes to come."""
     def export(item):
-        quant.export(item[1], folder / f"{item[0]}.so", target=target)
+        if not (folder / f"{item[0]}.so").exists():
+            quant.export(item[1], folder / f"{item[0]}.so", target=target)
 
     made = {name: layer for name, layer in layers().items() if name not in FLOATS or name in floats}
     with ThreadPoolExecutor(2) as workers:
@@ -89,12 +90,13 @@ def export_all(folder, target, floats=FLOATS):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(request, tmp_path_factory):
     """The bundles of all layers for this machine."""
     if GIVEN:
         return Path(GIVEN)
     needs_compiler()
-    folder = tmp_path_factory.mktemp("bundles")
+    kept = request.config.getoption("bundles")
+    folder = Path(kept).absolute() if kept else tmp_path_factory.mktemp("bundles")
     export_all(folder, HOST)
     return folder
 

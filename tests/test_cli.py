@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
+from places import ROOT
 from workbench import random_input, random_layer
 
 import edgeattn
@@ -19,8 +20,6 @@ import quant
 import quant.cli
 from edgeattn.runtime.isa import ISA
 from quant.calibrate import Calibration
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -434,8 +433,9 @@ def test_edgeattn_alone_prints_its_help(capsys):
 
 
 def test_edgeattn_warmup_compiles_once_and_says_so(folder):
-    # a copy: beside the sources other tests keep their kernels
-    shutil.copytree(ROOT / "edgeattn", folder / "site" / "edgeattn", ignore=shutil.ignore_patterns("__pycache__"))
+    # a copy, with the kernels that other tests keep beside the sources but for two small ones
+    shutil.copytree(ROOT / "edgeattn", folder / "site" / "edgeattn",
+                    ignore=shutil.ignore_patterns("*.tmp", "*.pyc", "quantize.*.kernel"))
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(folder / "kernels"), "XDG_CACHE_HOME": str(folder / "home"),
                    "PYTHONPATH": str(folder / "site")}
     layer = random_layer(2)

@@ -14,8 +14,8 @@ from typing import get_args
 import conftest
 import pytest
 from packaging.requirements import Requirement
+from places import ROOT, TESTS
 
-ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("edgeattn", "quant")
 # Not to be loaded by `import edgeattn`: each costs a small machine time and memory, or is not there. SciPy
 # is not listed because Numba imports it wherever it is installed.
@@ -342,7 +342,7 @@ def test_every_script_that_make_runs_exists():
 
 
 def test_files_that_the_suite_treats_apart_exist():
-    tests = {path.stem for path in (ROOT / "tests").glob("test_*.py")}
+    tests = {path.stem for path in TESTS.rglob("test_*.py")}
     assert set(conftest.FIRST) < tests
     assert set(conftest.WITHOUT_NUMPY) < tests
 

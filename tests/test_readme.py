@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 # What a comment above a block may say of it; what it needs is a key of `lacking`.
 COMMENT = re.compile(r"<!-- (?:not run by tests/test_readme.py: (?P<reason>.+)|needs (?P<need>.+)) -->")
 PAGES = ("README.md",)

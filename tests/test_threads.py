@@ -7,13 +7,12 @@ import threading
 
 import numpy as np
 import pytest
+from places import ROOT
 
 from edgeattn import threads
 from edgeattn.kernels.cpu import fused_int8
 from edgeattn.kernels.cpu.layer_float32 import FloatLayer
 from edgeattn.quantized import QuantizedLinear, StaticMultiHeadAttention, TensorQuantization
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 @pytest.fixture(autouse=True)
@@ -140,7 +139,7 @@ def run_program(folder=ROOT):
 
 def test_later_processes_compile_nothing_and_add_no_files(tmp_path):
     run_program()  # beside the sources, where other tests need the same kernels: once is enough
-    shutil.copytree(os.path.join(ROOT, "edgeattn"), tmp_path / "edgeattn", ignore=shutil.ignore_patterns("*.tmp"))
+    shutil.copytree(ROOT / "edgeattn", tmp_path / "edgeattn", ignore=shutil.ignore_patterns("*.tmp"))
     files = sorted(tmp_path.rglob("*"))
     for _ in range(3):
         assert run_program(tmp_path) == ["1/0"] * 11

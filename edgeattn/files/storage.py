@@ -33,6 +33,9 @@ _KINDS = {
     "SelfAttention": "edgeattn.layers.self_attention",
     "StaticMultiHeadAttention": "edgeattn.quantized.static",
     "DynamicMultiHeadAttention": "edgeattn.quantized.dynamic",
+    "TransformerEncoder": "edgeattn.layers.encoder",
+    "TextEncoder": "edgeattn.models.text_encoder",
+    "ImageEncoder": "edgeattn.models.image_encoder",
 }
 
 

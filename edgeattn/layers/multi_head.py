@@ -10,13 +10,15 @@ import numpy as np
 from edgeattn.checks import FLOAT32, to_float32
 from edgeattn.device import place
 from edgeattn.kernels.cpu.layer_float32 import FloatLayer
-from edgeattn.kernels.cpu.linear import Linear
 from edgeattn.layers import steps
 from edgeattn.layers.call import check_call, check_inputs, is_read_as_it_is, is_written_as_it_is
+from edgeattn.layers.linear import Linear
+from edgeattn.layers.positions import refuse_positions
 from edgeattn.layers.weights import AttentionWeights
 from edgeattn.masks import NO_WINDOW, torch_masks
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
     from numpy.typing import ArrayLike
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
 
     from edgeattn.kv_cache import KVCache
     from edgeattn.layers.options import CallOptions
-    from edgeattn.types import CausalAlignment, Flag, Floats, LayerOnDevice, Real, TorchOptions, Window
+    from edgeattn.ops import Ops, Sequences, T
+    from edgeattn.types import CausalAlignment, Flag, Float32s, Floats, LayerOnDevice, Real, TorchOptions, Window
 
 
 class MultiHeadAttention(AttentionWeights):
@@ -55,6 +58,13 @@ class MultiHeadAttention(AttentionWeights):
     gate_weight, gate_bias : (H * Dv, E), (H * Dv,) float arrays, optional
         The heads side by side are multiplied by sigmoid(query gate_weight^T + gate_bias), before the output
         projection, as in Keras layers with use_gate=True.
+    rotary : RotaryEmbedding, optional
+        Turns queries and keys by their positions, which a cache counts on.
+    q_norm, k_norm : LayerNorm or RMSNorm of D features, optional
+        Of each head's query and key, before `rotary`.
+    position_bias : (H, L, S) float array or RelativePositionBias, optional
+        Added to the scores, as a float `attn_mask` is; of an array the first L and S positions. A layer with any of
+        these four is computed step by step, not by the fused kernel.
 
     Attributes
     ----------
@@ -202,14 +212,16 @@ class MultiHeadAttention(AttentionWeights):
         """
         if device == "cpu" and precision != "float32":
             raise ValueError(f"precision must be 'float32' on the CPU, got {precision!r}, which tensor cores have")
+        if device == "cuda":
+            refuse_positions(self)
         placed: Self | LayerOnDevice = place(self, device, precision=precision)
         return placed
 
     @functools.cached_property
     def _fusible(self) -> bool:
-        """Whether the fused kernel can be the layer: it takes no empty weights, and knows no added keys and no gate."""
+        """Whether the fused kernel can be the layer: with no empty weights, added keys, gate, or positions."""
         whole = self.head_dim and self.value_dim and self.output_dim
-        return bool(whole and not self.extra_keys and not self.gated)
+        return bool(whole and not self.extra_keys and not self.gated and not self.positioned)
 
     @functools.cached_property
     def _kernel(self) -> FloatLayer:
@@ -218,11 +230,27 @@ class MultiHeadAttention(AttentionWeights):
             self.q_bias, self.k_bias, self.v_bias, self.out_bias, self.scale)
 
     @functools.cached_property
-    def _linears(self) -> dict[str, Linear]:
+    def projections(self) -> dict[str, Linear]:
+        """The layer's linear maps by their names: "q", "k", "v" and, where it has them, "out" and "gate"."""
         pairs = {
             "q": (self.q_weight, self.q_bias), "k": (self.k_weight, self.k_bias), "v": (self.v_weight, self.v_bias),
             "out": (self.out_weight, self.out_bias), "gate": (self.gate_weight, self.gate_bias)}
         return {name: Linear(*pair) for name, pair in pairs.items() if pair[0] is not None}
+
+    @functools.cached_property
+    def _linears(self) -> dict[str, Callable[[Float32s], Float32s]]:
+        return {name: linear.packed for name, linear in self.projections.items()}
+
+    def forward(self, ops: Ops[T], query: T, key: T, value: T, sequences: Sequences, name: str = "") -> T:
+        """Rows of queries (tokens, E), keys and values -> (tokens, Eo)."""
+        linears = self.projections
+        q, k, v = (ops.linear(x, linears[part], name + part)
+                   for part, x in (("q", query), ("k", key), ("v", value)))
+        context = ops.attention(q, k, v, self, sequences, name + "context")
+        if "gate" in linears:
+            gate = ops.activation(ops.linear(query, linears["gate"], name + "gate"), "sigmoid", name + "gate_sigmoid")
+            context = ops.multiply(context, gate, name + "gated")
+        return ops.linear(context, linears["out"], name + "out") if "out" in linears else context
 
     @overload
     def call_with_torch_masks(

@@ -14,6 +14,7 @@ from edgeattn.functional import default_scale
 from edgeattn.kernels.cpu.linear_dynamic import DynamicLinear
 from edgeattn.layers import steps
 from edgeattn.layers.call import check_call, is_read_as_it_is, is_written_as_it_is
+from edgeattn.layers.positions import Positions
 from edgeattn.layers.weights import KEY_TENSORS, added_keys, added_keys_state
 from edgeattn.masks import NO_WINDOW
 from edgeattn.quantized.layer import INPUTS, SHORT, QuantizedMultiHeadAttention
@@ -34,7 +35,7 @@ else:
     from edgeattn.kernels.cpu.layer_dynamic import DynamicLayer
 
 
-class DynamicMultiHeadAttention(QuantizedMultiHeadAttention):
+class DynamicMultiHeadAttention(QuantizedMultiHeadAttention, Positions):
     """Float in, float out, int8 inside: nothing is calibrated, every token is quantized by its own range at run time.
 
     Weights are int8 per output channel, activations int8 per token, products accumulate in int32, the softmax is

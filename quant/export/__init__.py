@@ -11,6 +11,7 @@ import edgeattn
 from edgeattn.checks import as_array, count, is_one_of
 from edgeattn.files.paths import as_path, check_folder, write_atomic
 from edgeattn.layers import MultiHeadAttention
+from edgeattn.layers.positions import refuse_positions
 from edgeattn.quantized import DynamicMultiHeadAttention, QuantizedMultiHeadAttention, StaticMultiHeadAttention
 from quant.export.bundle import write_bundle
 from quant.export.c import write_c
@@ -87,6 +88,8 @@ def export(layer: MultiHeadAttention | QuantizedMultiHeadAttention, path: types.
         path /= f"attention-{processor}.so"
     if path.suffix not in SUFFIXES:
         raise ValueError(f"path must end in one of {', '.join(SUFFIXES)}; got {str(path)!r}")
+    if path.suffix != ".safetensors":
+        refuse_positions(layer)
     if isinstance(layer, DynamicMultiHeadAttention) and (path.suffix not in ANY_SHAPE or mask is not None):
         raise ValueError(f"layer is dynamic, which only .safetensors and .so files hold, without a mask; got "
                          f"{str(path)!r}; quantize with scheme='static' for the other formats")

@@ -43,6 +43,7 @@ from edgeattn.bundle import (
 )
 from edgeattn.kernels.cpu import fused, fused_dynamic, fused_int8, layer_dynamic, layer_float32, layer_int8, records
 from edgeattn.kernels.cpu.records import named, packed
+from edgeattn.kernels.cpu.simd import address_of
 from edgeattn.runtime.worker_pool import task
 
 _I8, _I64 = ir.IntType(8), ir.IntType(64)
@@ -139,6 +140,7 @@ def float_entry(kernel, dynamic):
         weights, factors = constant("weights", kernel.weights), None
         unit = np.float32
     parameters = local_copy("parameters", packed(kernel._parameters, f.LAYER))
+    addresses = local_copy("addresses", np.zeros(len(fused.LAYER_ADDRESSES), np.int64))
 
     def scratch_bytes(B, L, S, masked):
         if not _fits(B, L, S):
@@ -160,6 +162,14 @@ def float_entry(kernel, dynamic):
         p.band, p.low, p.high = call[BANDED], call[LOW], call[HIGH]
         p.keep_b, p.keep_h, p.keep_l, p.keep_s = _strides(call, KEEP_STRIDES)
         p.bias_b, p.bias_h, p.bias_l, p.bias_s = _strides(call, BIAS_STRIDES)
+        scratch, alone = array_at(call[SCRATCH], shared + private, unit), array_at(0, 0, np.int64)
+        if not dynamic:
+            where = addresses()
+            a = named(where, fused.LAYER_ADDRESSES)
+            a.queries, a.keys, a.values, a.out = call[QUERY], call[KEY], call[VALUE], call[OUTPUT]
+            a.keep, a.bias, a.alibi, a.weights = call[KEEP], call[BIAS], 0, address_of(weights())
+            layer(given, where, scratch, alone, 1)
+            return OK
         mask_size = B * p.heads * L * S
         xq = array_at(call[QUERY], B * L * p.query_width, np.float32)
         xk = array_at(call[KEY], B * S * p.key_width, np.float32)
@@ -167,13 +177,8 @@ def float_entry(kernel, dynamic):
         out = array_at(call[OUTPUT], B * L * p.out_width, np.float32)
         keep = array_at(call[KEEP], mask_size if call[KEEP] != 0 else 0, np.uint8)
         bias = array_at(call[BIAS], mask_size if call[BIAS] != 0 else 0, np.float32)
-        scratch = array_at(call[SCRATCH], shared + private, unit)
-        alone = array_at(0, 0, np.int64)
-        if dynamic:
-            p.same_qk, p.same_kv = call[QUERY] == call[KEY], call[KEY] == call[VALUE]
-            layer(xq, xk, xv, out, weights(), factors(), given, keep, bias, scratch, alone, 1)
-        else:
-            layer(xq, xk, xv, out, weights(), given, keep, bias, scratch, alone, 1)
+        p.same_qk, p.same_kv = call[QUERY] == call[KEY], call[KEY] == call[VALUE]
+        layer(xq, xk, xv, out, weights(), factors(), given, keep, bias, scratch, alone, 1)
         return OK
     return scratch_bytes, run
 

@@ -29,7 +29,7 @@ INTRODUCTION = """\
 What llvm-mca (LLVM {version}) says of the inner loops that Numba makes for Raspberry Pi's processors, written by
 `python tools/arm64/inner_loops.py`. It counts cycles on a model of a processor's pipelines, and knows of no memory and
 no cache. **This is a ranking of loops, not a speed**: no ARM board was measured. That the loops hold the instructions
-they should, and spill no tile, is checked by `tests/test_generated_code.py`. LLVM models Cortex-A72 and A76 alike, as a
+they should, and spill no tile, is checked by `test_generated_code.py`. LLVM models Cortex-A72 and A76 alike, as a
 Cortex-A57, and Cortex-A53 as the in-order processor it is.
 
 "Product" is one step of a register tile of 8 rows by 8 columns, or two where the loop is unrolled: of float32 (`fmla`),

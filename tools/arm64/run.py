@@ -23,46 +23,46 @@ from build import ROOT, Progress, clean_environment
 # A whole layer kernel takes the emulator one to three minutes to compile, so what is chosen are the tests of what
 # depends on the CPU: its instructions, its LiteRT, its threads, its cache. Argument checks are the same everywhere.
 # What LiteRT's own kernels give on the emulated A72 is not to be believed (docs/deployment.md): left out there.
-LITERT = "tests/test_parity.py::test_layers_equal_the_runtime"
+LITERT = "tests/quantized/test_parity.py::test_layers_equal_the_runtime"
 BUNDLE = "tests/test_bundle.py::test_"
 EVERYWHERE = (
-    "tests/test_arm64.py",
+    "tests/kernels/cpu/test_arm64.py",
     f"{BUNDLE}codes_are_those_of_the_kernels",
     f"{BUNDLE}a_bundle_for_a_newer_processor_is_refused",
     f"{BUNDLE}what_cannot_run_here_is_refused_before_it_is_loaded",
     LITERT,
 )
-SHORT = (*EVERYWHERE, f"--deselect={LITERT}[litert-reference", "tests/test_simd.py")
+SHORT = (*EVERYWHERE, f"--deselect={LITERT}[litert-reference", "tests/kernels/cpu/test_simd.py")
 # A53 and A72 have the same instructions, and A76 has those for bytes besides: each is tested in full on one of them,
 # in parts that take two cores the same time.
 FULL = {
     "cortex-a76": (
         *EVERYWHERE,
-        "tests/test_simd.py",
+        "tests/kernels/cpu/test_simd.py",
         f"{BUNDLE}floats_are_those_of_the_kernels_compiled_here[dynamic]",
-        "tests/test_kernels_int8.py::test_vector_rule_equals_the_rule_on_python_integers",
-        "tests/test_kernels_int8.py::test_linear_equals_integer_products",
+        "tests/kernels/cpu/test_kernels_int8.py::test_vector_rule_equals_the_rule_on_python_integers",
+        "tests/kernels/cpu/test_kernels_int8.py::test_linear_equals_integer_products",
         "tests/test_functional.py::test_as_accurate_as_plain_float32",
         "tests/test_functional.py::test_nothing_leaks_from_behind_a_mask",
-        "tests/test_storage.py::test_what_was_saved_is_loaded",
-        "tests/test_tflite_reader.py::test_reads_a_path",
+        "tests/files/test_storage.py::test_what_was_saved_is_loaded",
+        "tests/files/test_tflite_reader.py::test_reads_a_path",
     ),
     "cortex-a72": (
         *EVERYWHERE,
         f"--deselect={LITERT}[litert-arm",
         f"{BUNDLE}floats_are_those_of_the_kernels_compiled_here[float32]",
-        "tests/test_kernels_float32.py::test_float_layer",
-        "tests/test_layers.py::test_as_accurate_as_plain_float32",
+        "tests/kernels/cpu/test_kernels_float32.py::test_float_layer",
+        "tests/layers/test_layers.py::test_as_accurate_as_plain_float32",
         "tests/test_threads.py::test_two_threads_give_the_same_bits",
         "tests/test_threads.py::test_concurrent_callers",
         "tests/test_threads.py::test_a_forked_child_computes",
     ),
     "cortex-a53": (
         *SHORT,
-        "tests/test_jit.py::test_second_process_reads_the_cache",
-        "tests/test_jit.py::test_edit_in_another_module_recompiles",
-        "tests/test_jit.py::test_code_of_other_types_is_not_run",
-        "tests/test_storage.py::test_a_static_layer_round_trips_to_the_same_state",
+        "tests/runtime/test_jit.py::test_second_process_reads_the_cache",
+        "tests/runtime/test_jit.py::test_edit_in_another_module_recompiles",
+        "tests/runtime/test_jit.py::test_code_of_other_types_is_not_run",
+        "tests/files/test_storage.py::test_a_static_layer_round_trips_to_the_same_state",
     ),
 }
 SHORT_CPU = "cortex-a76"  # the one with an instruction set that the others lack

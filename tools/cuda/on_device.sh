@@ -49,7 +49,7 @@ stage() {
 export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
 tests=("$PYTHON" -m pytest -p xdist.plugin --cuda -q -rf --tb=short -p no:cacheprovider -W ignore::DeprecationWarning)
 files=()
-for file in tests/test_cuda_*.py; do
+for file in tests/kernels/cuda/test_cuda_*.py; do
     case $file in *compile.py | *mutations.py | *torch.py) ;; *) files+=("$file") ;; esac
 done
 # One block shape of each kernel: a sanitizer slows a kernel down a hundredfold.
@@ -73,7 +73,7 @@ for tool in memcheck racecheck; do
         stage $tool 10 sh -c "echo 'compute-sanitizer is not on PATH: it comes with the CUDA toolkit'; exit 1"
     fi
 done
-stage torch 50 "${tests[@]}" -rs tests/test_cuda_torch.py
+stage torch 50 "${tests[@]}" -rs tests/kernels/cuda/test_cuda_torch.py
 stage bench 70 "$PYTHON" -m benchmarks.cuda --rounds 5 --seconds 45
 
 [ -f "$OUT/bench.log" ] && { echo; cat "$OUT/bench.log"; }

@@ -1,4 +1,4 @@
-"""Write tests/golden: attention as TensorFlow's converter and Google's quantizer write it, and what LiteRT makes of it.
+"""Write tests/files/golden: attention of TensorFlow's converter and Google's quantizer, and what LiteRT makes of it.
 
     python -m venv build/goldens && build/goldens/bin/pip install tensorflow-cpu==2.21.0 ai-edge-quantizer==0.10.0
     build/goldens/bin/python tools/goldens/make.py
@@ -19,7 +19,7 @@ import tensorflow as tf
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 from ai_edge_quantizer import quantizer, recipe
 
-FOLDER = Path(__file__).resolve().parents[2] / "tests" / "golden"
+FOLDER = Path(__file__).resolve().parents[2] / "tests" / "files" / "golden"
 L, S, E, H, D, DV = 6, 5, 12, 2, 4, 3
 SHAPES = {"query": (1, L, E), "key": (1, S, E), "value": (1, S, E)}
 RUNTIMES = {"litert": OpResolverType.AUTO, "litert-reference": OpResolverType.BUILTIN_REF}

@@ -59,7 +59,7 @@ def scaled_dot_product_attention(query, key, value, attn_mask, is_causal, causal
                                  known_as):
     """`edgeattn.scaled_dot_product_attention` on the current stream; nothing waits, nothing is copied.
 
-    scale, which may be None, and softcap are checked; `check_shapes` takes the three Views; `known_as` is what `again`
+    scale, which may be None, and softcap are checked; `check_shapes` takes the three Views; `known_as` is what `replay`
     will be asked with.
     """
     from edgeattn.functional import default_scale

@@ -43,7 +43,7 @@ class OnCuda:
     def __init__(self, layer):
         from edgeattn.kernels.cuda.driver import driver
 
-        self.layer, self._known = layer, CallCache()
+        self.layer, self._calls = layer, CallCache()
         self._device = driver().device()  # where the weights go; the driver says what is missing
 
     def to(self, device: Device) -> Any:
@@ -177,7 +177,7 @@ class FloatOnCuda(OnCuda):
                 key_padding_mask=None, alibi_slopes=None, **masks):
         arrays = query, key, value, out, attn_mask, key_padding_mask, alibi_slopes
         options = softcap, need_weights, average_attn_weights, *masks.values()
-        result = self._known.replay(arrays, options) if kv_cache is None else None
+        result = self._calls.replay(arrays, options) if kv_cache is None else None
         if result is not None:
             return result
         from edgeattn.kernels.cuda.host import mean_of_heads, scratch
@@ -225,7 +225,7 @@ class FloatOnCuda(OnCuda):
             if average:
                 mean_of_heads(by_head, to, stream)
         if host is None and kv_cache is None:
-            self._known.record(arrays, options, record, read, made)
+            self._calls.record(arrays, options, record, read, made)
         result = result if host is None else write_result(result.numpy(), out, host)
         if not need_weights:
             return result
@@ -298,7 +298,7 @@ class StaticOnCuda(OnCuda):
         query, key, value = self.layer._distinct(query, key, value)  # refuses what a known call would not look at
         arrays = query, key, value, out, attn_mask, key_padding_mask, None
         options = is_causal, causal_alignment, window_size, need_weights
-        result = self._known.replay(arrays, options) if kv_cache is None else None
+        result = self._calls.replay(arrays, options) if kv_cache is None else None
         if result is not None:
             return result
         from edgeattn.kernels.cuda.launch_graph import as_argument, capture
@@ -348,7 +348,7 @@ class StaticOnCuda(OnCuda):
                     self._kernels.through_cache(q, k, v, taken, kv_cache, pieces, stream, like, left=left, right=right,
                                                 offset=offset, **options_of)
         if host is None and kv_cache is None:
-            self._known.record(arrays, options, record, read, made)
+            self._calls.record(arrays, options, record, read, made)
         result = result if host is None else write_result(result.numpy(), out, int8)
         if not need_weights:
             return result

@@ -24,7 +24,7 @@ from .dynamic import (
     unit_of,
     weigh_tokens,
 )
-from .fused import ATTENDING, PROJECTING, fill_mask, portions, slope_and_place, visible_range
+from .fused import ATTENDING, PROJECTING, fill_mask, portions, visible_range
 from .layer_float32 import _NO_BIAS, _NO_KEEP, shape_of, with_alibi
 from .matmul import MATRIX, MATRIX_DEPTH, ROW_STEP, round_up
 from .records import MASKS, blank, mask_fields, named, packed, place, record, slot
@@ -32,6 +32,7 @@ from .simd import (
     LANES,
     MATRIX_ROWS,
     WIDTH,
+    address_of,
     broadcast,
     load,
     matrix_configure,
@@ -40,13 +41,14 @@ from .simd import (
     store,
 )
 from .softmax import LOG2_E
+from .views import MaskAddresses
 
 _ZERO = np.float32(0)
 _ONE = np.float32(1)
 _run = None
 
 # The parameters: sizes; masks; where things begin in the scratch of all threads, and in that of each.
-ATTENTION = record("batch heads kv_heads queries keys head_size value_size", MASKS,
+ATTENTION = record("batch heads kv_heads queries keys head_size value_size", MASKS, "alibi",
                    "at_mean at_units at_kterm at_kscale at_values at_vlog at_vinverse",
                    "at_row_major at_rows at_weights at_seen at_keys at_q at_qscale at_scores at_probabilities at_stats",
                    "at_dither at_context at_square at_masks shared_size private_size")
@@ -153,12 +155,9 @@ def attention_part(q, k, v, out, parameters, factor, keep, bias, scratch, batch,
         first, last, full_from, full_to = visible_range(q0, queries, S, band, p.low, p.high)
         first = first // 4 * 4
         if has_mask:
-            slope, place = slope_and_place(p.alibi, p.alibi_b, batch, h)
-            fill_mask(private_f, p.at_masks,
-                      keep, batch * p.keep_b + h * p.keep_h + q0 * p.keep_l + first * p.keep_s, p.keep_l, p.keep_s,
-                      bias, batch * p.bias_b + h * p.bias_h + q0 * p.bias_l + first * p.bias_s,
-                      p.bias_l, p.bias_s, slope, place + q0 - first, queries, last - first, private_f,
-                      p.at_square)
+            masks = MaskAddresses(address_of(keep) if keep.size > 0 else 0,
+                                 address_of(bias) if bias.size > 0 else 0, p.alibi)
+            fill_mask(p, masks, batch, h, q0, queries, first, last, private_f, p.at_masks, p.at_square)
         at = kv * S_up
         attend_bytes(private_u, p.at_q, deep, private_f, p.at_qscale, shared, at * K4, K4, shared,
                      p.at_kterm + at, shared_f, p.at_kscale + at, shared, p.at_values + kv * Dvp * v_row, v_row,

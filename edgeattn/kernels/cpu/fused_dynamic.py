@@ -37,7 +37,7 @@ from .dynamic import (
     unit_of,
     weigh_tokens,
 )
-from .fused import ATTENDING, PROJECTING, fill_mask, portions, slope_and_place, visible_range
+from .fused import ATTENDING, PROJECTING, fill_mask, portions, visible_range
 from .linear_dynamic import FLIP as UNSIGNED
 from .linear_dynamic import linear_rows
 from .matmul import MATRIX, MATRIX_DEPTH, ROW_STEP, lane_product, round_up
@@ -46,6 +46,7 @@ from .simd import (
     LANES,
     MATRIX_ROWS,
     WIDTH,
+    address_of,
     broadcast,
     fma,
     load,
@@ -55,6 +56,7 @@ from .simd import (
     store,
     to_float,
 )
+from .views import MaskAddresses
 
 SMOOTHING = 0  # the phase before those of fused.py
 QUERIES, KEYS, VALUES = 0, 1, 2
@@ -63,7 +65,7 @@ QUERIES, KEYS, VALUES = 0, 1, 2
 # and biases in the float32 ones; masks; where things begin in the scratch of all threads, and in that of each.
 LAYER = record("batch queries keys query_width key_width value_width out_width heads kv_heads",
                "head_size value_size padded_head padded_value has_out same_qk same_kv",
-               "wq cq wk ck wv cv wo co", "sq bq sk bk sv bv so bo", MASKS,
+               "wq cq wk ck wv cv wo co", "sq bq sk bk sv bv so bo", MASKS, "alibi",
                "at_mean at_smooth at_units at_kterm at_kscale at_values at_vlog at_vinverse at_queries at_qscale",
                "at_row_major at_x at_xscale at_inverse at_tail at_weights at_seen at_keys at_q at_scores",
                "at_probabilities at_stats at_dither at_context at_context_bytes at_transposed at_tiles at_masks",
@@ -245,12 +247,9 @@ def layer_part(xq, xk, xv, out, weights, factors, parameters, keep, bias, scratc
         for h in range(H):
             kv = h // (H // Hkv)
             if has_mask and (h == 0 or mask_per_head):
-                slope, place = slope_and_place(p.alibi, p.alibi_b, batch, h)
-                fill_mask(private_f, p.at_masks,
-                          keep, batch * p.keep_b + h * p.keep_h + q0 * p.keep_l + first * p.keep_s, p.keep_l, p.keep_s,
-                          bias, batch * p.bias_b + h * p.bias_h + q0 * p.bias_l + first * p.bias_s,
-                          p.bias_l, p.bias_s, slope, place + q0 - first, queries, last - first, private_f,
-                          p.at_tiles)
+                masks = MaskAddresses(address_of(keep) if keep.size > 0 else 0,
+                                     address_of(bias) if bias.size > 0 else 0, p.alibi)
+                fill_mask(p, masks, batch, h, q0, queries, first, last, private_f, p.at_masks, p.at_tiles)
             at_head = at_queries + (q0 * H + h * WIDTH) * D4
             for i in range(0, D4 * WIDTH, LANES):
                 store(private, p.at_q + i, load(shared, at_head + i))

@@ -4,19 +4,19 @@ from types import SimpleNamespace
 import numpy as np
 from numba.extending import register_jitable
 
-from edgeattn import threads
-from edgeattn.runtime.jit import compiled_for
+from edgeattn.runtime.addresses import address
 
 from . import fused as f
+from .call import PlanCache, PreparedCall
 from .matmul import pack_panels, pad_heads, padded_head, round_up
-from .records import blank, mask_fields, packed, place, slot
+from .packing import Packer
+from .records import blank, mask_fields, packed, place
 from .simd import LANES, ROWS, WIDTH
 
 GROUP = 1 << 17  # elements of keys and values in scratch at a time, where a head does not need more: 512 KiB
 _LOG2_E = 1.4426950408889634
 _NO_KEEP = np.zeros(0, np.uint8)
 _NO_BIAS = np.zeros(0, np.float32)
-_ALIBI = slot(f.LAYER, "alibi")
 
 
 def with_alibi(parameters, position, alibi):
@@ -96,52 +96,43 @@ class FloatLayer:
         D, Dv = q_weight.shape[0] // H, v_weight.shape[0] // Hkv
         Dp, Dvp = padded_head(D), padded_head(Dv)
         fold = np.float64(scale) * _LOG2_E
-        parts, at = [], {}
-
-        def put(name, array):
-            at[name] = sum(part.size for part in parts)
-            padded = np.zeros(round_up(array.size, 16), np.float32)
-            padded[:array.size] = array.ravel()
-            parts.append(padded)
-
+        weights = Packer(np.float32)
         for name, weight, bias, heads, size, wide, factor in (
                 ("q", q_weight, q_bias, H, D, Dp, fold), ("k", k_weight, k_bias, Hkv, D, Dp, 1.0),
                 ("v", v_weight, v_bias, Hkv, Dv, Dvp, 1.0)):
             bias = np.zeros(heads * size, np.float32) if bias is None else bias
             weight, bias = ((a.astype(np.float64) * factor).astype(np.float32) for a in (weight, bias))
-            put("w" + name, pack_panels(pad_heads(weight, heads, size, wide)))
-            put("b" + name, pad_heads(bias, heads, size, wide))
+            weights.put("w" + name, pack_panels(pad_heads(weight, heads, size, wide)))
+            weights.put("b" + name, pad_heads(bias, heads, size, wide))
         if out_weight is not None:
             Eo = out_weight.shape[0]
             spread = np.zeros((round_up(Eo, WIDTH), H, Dvp), np.float32)
             spread[:Eo, :, :Dv] = out_weight.reshape(Eo, H, Dv)
-            put("wo", pack_panels(spread.reshape(-1, H * Dvp)))
+            weights.put("wo", pack_panels(spread.reshape(-1, H * Dvp)))
             padded_bias = np.zeros(round_up(Eo, WIDTH), np.float32)
             if out_bias is not None:
                 padded_bias[:Eo] = out_bias
-            put("bo", padded_bias)
+            weights.put("bo", padded_bias)
         else:
             Eo = H * Dv
-            at["wo"] = at["bo"] = 0
-        self.weights = threads.aligned(sum(part.size for part in parts), np.float32)
-        np.concatenate(parts, out=self.weights)
+        self.weights = weights.packed()
+        self._address = address(self.weights)
         self._parameters = blank(
             f.LAYER, query_width=q_weight.shape[1], key_width=k_weight.shape[1], value_width=v_weight.shape[1],
             out_width=Eo, heads=H, kv_heads=Hkv, head_size=D, value_size=Dv, padded_head=Dp, padded_value=Dvp,
-            has_out=out_weight is not None, **at)
+            has_out=out_weight is not None, **weights.at)
         self.output_dim = Eo
-        self._plans = {}
-        self._run = None
+        self._plans = PlanCache()
 
-    def _plan(self, B, L, S, masked, **masks):
-        """(parameters, shared elements, private elements, work) for one shape; masks: fields of the parameters."""
-        p = SimpleNamespace(**vars(self._parameters) | masks)
-        shared, private = plan(p, B, L, S, masked)
+    def prepare(self, B, L, S, keep=None, bias=None, band=None, alibi=None):
+        """The `PreparedCall` for these shapes, of masks too, or None, and a band as a call takes it."""
+        p = SimpleNamespace(**vars(self._parameters) | mask_fields(keep, bias, band, alibi))
+        shared, private = plan(p, B, L, S, keep is not None or bias is not None or alibi is not None)
         H, Hkv, Dp, Dvp = p.heads, p.kv_heads, p.padded_head, p.padded_value
         Eq, Ek, Ev, Eo = p.query_width, p.key_width, p.value_width, p.out_width
         work = 2 * B * (L * Eq * H * Dp + S * (Ek * Hkv * Dp + Ev * Hkv * Dvp) + L * H * Dvp * Eo
                         + L * S * H * (Dp + Dvp))
-        return packed(p, f.LAYER), shared, private, work
+        return PreparedCall(f.layer_float32, packed(p, f.LAYER), np.float32, shared, private, work, B)
 
     def __call__(self, xq, xk, xv, out, keep=None, bias=None, band=None, alibi=None):
         """out (B, L, Eo) from xq (B, L, Eq), xk (B, S, Ek), xv (B, S, Ev), all float32 and C-contiguous.
@@ -150,22 +141,9 @@ class FloatLayer:
         band : (low, high) or None: query i sees key j when i + low <= j <= i + high
         alibi : (B or 1, H, 2) float64, C-contiguous, or None: a head's slope, and the position of query 0
         """
-        B, L = xq.shape[0], xq.shape[1]
-        S = xk.shape[1]
-        key = (B, L, S, shape_of(keep), shape_of(bias), band, shape_of(alibi))
-        plan = self._plans.get(key)
-        if plan is None:
-            if len(self._plans) > 64:
-                self._plans.clear()
-            masked = keep is not None or bias is not None or alibi is not None
-            plan = self._plans[key] = self._plan(B, L, S, masked, **mask_fields(*key[3:]))
-        parameters, shared_size, private_size, work = plan
-        if alibi is not None:
-            parameters = with_alibi(parameters, _ALIBI, alibi)
-        keep = _NO_KEEP if keep is None else keep.reshape(-1).view(np.uint8)
-        bias = _NO_BIAS if bias is None else bias.reshape(-1)
-        arguments = (*_flat(xq, xk, xv), out.reshape(-1), self.weights, parameters, keep, bias)
-        if self._run is None:
-            self._run = compiled_for(f.layer_float32, (*arguments, np.zeros(1, np.float32), np.zeros(1, np.int64), 1))
-        threads.run(self._run, arguments, np.float32, shared_size, private_size, work, B)
+        B, L, _ = xq.shape
+        key = (B, L, xk.shape[1], shape_of(keep), shape_of(bias), band, shape_of(alibi))
+        call = self._plans.get(key) or self._plans.keep(key, self.prepare(*key))
+        call(address(xq), address(xk), address(xv), address(out), address(keep), address(bias), address(alibi),
+             self._address)
         return out

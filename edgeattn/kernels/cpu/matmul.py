@@ -286,35 +286,35 @@ def part_of_block(count, tokens):
 
 
 @inline
-def project(x, at_x, x_row, tokens, depth, weights, at_weight, at_bias, features, out, at_out, block, block_step):
-    """out = x @ weight.T + bias for `tokens` (a multiple of ROWS), in the layout (features / block, tokens, block).
+def project(x, tokens, weights, features, out):
+    """out = x @ weight.T + bias for `tokens`, a multiple of ROWS.
 
-    x        float32, row t at at_x + t x_row, `depth` long
-    weights  at_weight: panels (features / WIDTH, depth, WIDTH); at_bias: (features,)
+    x: Rows, as long as they are apart; weights: Panels; out: Blocks.
 
     The bias comes last: carried along from the first product on, it would make every partial sum round more coarsely.
     """
+    depth, panels, block = x.step, weights.data, out.block
     for f in range(0, features, WIDTH):
-        at = at_out + feature_position(f, block, block_step)
-        next_column = at_out + feature_position(f + LANES, block, block_step) - at
+        at = out.at + feature_position(f, block, out.step)
+        next_column = out.at + feature_position(f + LANES, block, out.step) - at
         for k in range(0, depth, BLOCK):
             count = min(BLOCK, depth - k)
-            at_rows = at_weight + f * depth + k * WIDTH
+            at_rows = weights.at + f * depth + k * WIDTH
             at_next, part = at_rows + count * WIDTH, part_of_block(count, tokens)
             for t in range(0, tokens, ROWS):
-                at_row, at_near, done = at_x + t * x_row + k, at_next + t // ROWS * part, 0
+                at_row, at_near, done = x.at + t * depth + k, at_next + t // ROWS * part, 0
                 if count > CHAIN:
                     done = CHAIN
-                    tile = tile_zero(ROWS, COLUMNS, x)
-                    tile = multiply_ahead(tile, x, at_row, x_row, 1, weights, at_rows, CHAIN, at_near, part // 2)
+                    tile = tile_zero(ROWS, COLUMNS, panels)
+                    tile = multiply_ahead(tile, x.data, at_row, depth, 1, panels, at_rows, CHAIN, at_near, part // 2)
                     if k > 0:
-                        tile = tile_add(tile, out, at + t * block, block, next_column)
-                    tile_store(tile, out, at + t * block, block, next_column)
-                tile = tile_zero(ROWS, COLUMNS, x)
-                tile = multiply_ahead(tile, x, at_row + done, x_row, 1, weights, at_rows + done * WIDTH, count - done,
-                                      at_near + part // 2, part // 2)
+                        tile = tile_add(tile, out.data, at + t * block, block, next_column)
+                    tile_store(tile, out.data, at + t * block, block, next_column)
+                tile = tile_zero(ROWS, COLUMNS, panels)
+                tile = multiply_ahead(tile, x.data, at_row + done, depth, 1, panels, at_rows + done * WIDTH,
+                                      count - done, at_near + part // 2, part // 2)
                 if k + done > 0:
-                    tile = tile_add(tile, out, at + t * block, block, next_column)
+                    tile = tile_add(tile, out.data, at + t * block, block, next_column)
                 if k + BLOCK >= depth:
-                    tile = tile_add(tile, weights, at_bias + f, 0, LANES)
-                tile_store(tile, out, at + t * block, block, next_column)
+                    tile = tile_add(tile, panels, weights.at_bias + f, 0, LANES)
+                tile_store(tile, out.data, at + t * block, block, next_column)

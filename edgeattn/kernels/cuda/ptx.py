@@ -1,6 +1,6 @@
 """Every instruction that kernels use, with its PTX and, in words, what it means.
 
-tests/cuda_emulator.py states each meaning as NumPy over a block's threads, and tests/test_cuda_instructions.py holds
+tests/cuda_emulator.py states each meaning as NumPy over a block's threads, and test_cuda_instructions.py holds
 the two lists together. Sources: PTX ISA 8.x, sections "Instruction Set" and "Matrix Fragments for mma".
 Addresses: int64 for global memory, int32 for the block's shared memory, both in bytes.
 A predicated load whose predicate is false gives zeros and touches no memory.

@@ -8,11 +8,10 @@ import subprocess
 import sys
 
 import pytest
+from places import ROOT, TESTS
 
 from edgeattn.runtime import isa
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-FENCE = os.path.join(HERE, "fence.py")
 OTHERS = [table.name for table in isa.runnable(isa._host_features()) if table != isa.ISA]
 # What a process runs: kernels that share what is compiled.
 GROUPS = ("float32-few-keys float32-function", "float32-layer", "dynamic-function", "dynamic-layer", "static-layer",
@@ -23,9 +22,9 @@ SHORT = ("float32-few-keys",)
 
 def run(name, kernels, *options):
     """Run fence.py; what it printed last is the case that failed."""
-    done = subprocess.run([sys.executable, FENCE, *kernels.split(), *options], text=True, capture_output=True, cwd=HERE,
+    done = subprocess.run([sys.executable, TESTS / "fence.py", *kernels.split(), *options], text=True, capture_output=True, cwd=ROOT,
                           env={**os.environ, "EDGEATTN_ISA": name,
-                               "PYTHONPATH": os.pathsep.join([os.path.dirname(HERE), HERE])})
+                               "PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}"})
     last = [line for line in done.stdout.splitlines() if line.startswith("case ")][-1:]
     how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit {done.returncode}"
     assert done.returncode == 0, f"{how} at {last} under {name}\n{done.stderr[-4000:]}"
@@ -75,8 +74,8 @@ print("case", copy.sum(), touch(copy, 4, False), flush=True)
 touch(copy, {"behind": 5, "before": -1, "input": 2}[how], how == "input")
 """
     for how in ("behind", "before", "input", "scratch"):
-        done = subprocess.run([sys.executable, "-c", program, how], text=True, capture_output=True, cwd=HERE,
-                              env={**os.environ, "PYTHONPATH": os.pathsep.join([os.path.dirname(HERE), HERE])})
+        done = subprocess.run([sys.executable, "-c", program, how], text=True, capture_output=True, cwd=ROOT,
+                              env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}"})
         if how == "scratch":
             assert done.returncode == 1 and "stale scratch, scratch full of NaN" in done.stderr, done.stderr
         else:

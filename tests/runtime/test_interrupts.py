@@ -3,7 +3,6 @@
 Whenever it comes, no thread is lost, no lock is held, and the next call uses all threads.
 """
 import itertools
-import os
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import numba
 import numpy as np
 import pytest
 from numba import types
+from places import ROOT
 from test_worker_pool import call
 
 import edgeattn
@@ -295,7 +295,7 @@ def test_ctrl_c_ends_a_long_call_within_a_second(count):
     took = []
     for _ in range(3):  # of a busy machine
         done = subprocess.run([sys.executable, "-c", PROGRAM, str(count)], capture_output=True, text=True, timeout=600,
-                              cwd=os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+                              cwd=ROOT)
         assert done.returncode == 0, done.stderr
         took.append(float(done.stdout))
         if took[-1] < 1:

@@ -5,9 +5,7 @@ import subprocess
 import sys
 
 import pytest
-
-HERE = os.path.dirname(os.path.abspath(__file__))
-ROOT = os.path.dirname(HERE)
+from places import ROOT, TESTS
 
 # name, its machine where this one cannot be described by features, multiply-add, what makes the four-way dot product
 CASES = [("avx512vbmi", (), r"vfmadd\w+ps\b.*zmm", (r"vpdpbusd\b.*zmm",)), ("avx512vnni", (), r"vfmadd\w+ps\b.*zmm", (r"vpdpbusd\b.*zmm",)),
@@ -32,8 +30,8 @@ def loops(assembly):
 
 def generated(name, *machine):
     """title -> assembly of the functions of generated_code.py."""
-    done = subprocess.run([sys.executable, os.path.join(HERE, "generated_code.py"), name, *machine], cwd=ROOT, text=True,
-                          capture_output=True, env={**{k: v for k, v in os.environ.items() if k != "EDGEATTN_ISA"}, "PYTHONPATH": ROOT})
+    done = subprocess.run([sys.executable, TESTS / "generated_code.py", name, *machine], cwd=ROOT, text=True,
+                          capture_output=True, env={**{k: v for k, v in os.environ.items() if k != "EDGEATTN_ISA"}, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     return dict(part.split("\n", 1) for part in done.stdout.split("### ")[1:])
 

@@ -5,8 +5,7 @@ import oracle_kernels as oracle
 import pytest
 from cuda_cases import seen
 from cuda_emulated import long_form
-from kernels_under_test import ASYMMETRIC, MULTIPLIERS, SYMMETRIC, accumulators, make_layer
-from test_kernels_int8 import RULE_SETS
+from kernels_under_test import ASYMMETRIC, MULTIPLIERS, RULE_SETS, SYMMETRIC, accumulators, make_layer
 
 from edgeattn.kernels.cuda import driver as driver_module
 from edgeattn.kernels.cuda.arrays import view

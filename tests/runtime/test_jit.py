@@ -1,14 +1,14 @@
 """The kernel decorator: when it compiles, where it caches, and that no cache gives stale results."""
 
 import os
-import pathlib
 import shutil
 import subprocess
 import sys
 
 import pytest
+from places import ROOT
 
-PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "edgeattn"
+PACKAGE = ROOT / "edgeattn"
 
 # Calls a kernel that calls a helper of another module; says whether its machine code came from the cache.
 CALL = """

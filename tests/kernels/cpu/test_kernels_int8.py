@@ -7,6 +7,7 @@ import pytest
 from kernels_under_test import (
     ASYMMETRIC,
     MULTIPLIERS,
+    RULE_SETS,
     SYMMETRIC,
     accumulators,
     apply_linear,
@@ -19,11 +20,6 @@ from edgeattn.kernels.cpu.layer_int8 import plan
 from edgeattn.kernels.cpu.matmul import MATRIX_DEPTH, MATRIX_SCRATCH, pack_byte_panels, round_up
 from edgeattn.kernels.cpu.requantize import RULES
 from edgeattn.kernels.cpu.simd import OFFSET, ROWS, WIDTH
-
-RULE_SETS = [("float_rne", "float_rne", "float_rne", "lut_f32"), ("ruy", "double", "double", "lut_f32"),
-             ("ruy", "ruy", "ruy", "lut_f32"), ("float64", "double", "double", "fixed"),
-             ("double", "double", "double", "fixed"), ("float_rne", "float_rne", "double", "lut_u16")]
-
 
 SHAPES = [(1, 1, 1, 4, 4, 1, 1, 3), (2, 5, 9, 7, 8, 2, 5, 6), (1, 33, 31, 20, 24, 3, 8, 12), (1, 40, 70, 33, 16, 2, 20, 40),
           (1, 45, 37, 64, 16, 4, 16, 64),  # whole groups for the matrix unit

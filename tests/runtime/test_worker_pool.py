@@ -8,6 +8,7 @@ import time
 import numba
 import numpy as np
 import pytest
+from places import ROOT
 
 from edgeattn import threads
 from edgeattn.runtime import worker_pool
@@ -240,7 +241,7 @@ else:
 assert (threads._pool.task_queue[worker_pool._SLEEPERS + worker_pool._SLEEP::worker_pool._SLEEPER_SIZE] == 0).all()
 threads.set_num_threads(1)
 """
-    done = subprocess.run([sys.executable, "-W", "error", "-c", program], cwd=os.path.dirname(__file__), text=True,
+    done = subprocess.run([sys.executable, "-W", "error", "-c", program], cwd=ROOT, text=True,
                           capture_output=True, timeout=120,
                           env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
     assert done.returncode == 0, done.stderr

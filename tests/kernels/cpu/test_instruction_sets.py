@@ -1,6 +1,6 @@
 """The bytes of int8 layers under every instruction set that this machine can execute: one process for each.
 
-One set of rules stands for all in whole layers; the others: EDGEATTN_ISA=avx2 python -m pytest tests/test_kernels_int8.py
+One set of rules stands for all in whole layers; the others: EDGEATTN_ISA=avx2 python -m pytest tests/kernels/cpu/test_kernels_int8.py
 """
 import concurrent.futures
 import os
@@ -11,18 +11,18 @@ import numpy as np
 import oracle_kernels as oracle
 import pytest
 from int8_layers import DYNAMIC_CASES, rule_cases, softmax_cases, static_cases
+from places import ROOT, TESTS
 
 from edgeattn.runtime import isa
 
-HERE = os.path.dirname(os.path.abspath(__file__))
 RUNNABLE = [table.name for table in isa.runnable(isa._host_features())]
 
 
 def _answers(name, tmp_path):
     path = tmp_path / f"{name}.npz"
-    done = subprocess.run([sys.executable, os.path.join(HERE, "int8_layers.py"), path], text=True, capture_output=True,
-                          cwd=HERE, env={**os.environ, "EDGEATTN_ISA": name,
-                                         "PYTHONPATH": os.pathsep.join([os.path.dirname(HERE), HERE])})
+    done = subprocess.run([sys.executable, TESTS / "int8_layers.py", path], text=True, capture_output=True,
+                          cwd=ROOT, env={**os.environ, "EDGEATTN_ISA": name,
+                                         "PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}"})
     assert done.returncode == 0, done.stderr
     with np.load(path) as answers:
         return dict(answers)

@@ -351,7 +351,7 @@ def test_a_known_call_of_a_layer_reads_and_writes_its_own_arrays(scheme, monkeyp
     for inputs, options in calls:
         for ours, alone in zip(results(placed, inputs, options), results(layer.to("cuda"), inputs, options), strict=True):
             np.testing.assert_array_equal(ours, alone)
-    assert len(placed._known) == len(calls) // 2
+    assert len(placed._calls) == len(calls) // 2
     monkeypatch.setattr(placed, "_kernels", None)  # a known call does not come by here
     results(placed, *calls[0])
 

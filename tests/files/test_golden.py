@@ -1,4 +1,4 @@
-"""Files that TensorFlow and ai-edge-quantizer wrote, see tests/golden/README.md: read, and equal to LiteRT."""
+"""Files that TensorFlow and ai-edge-quantizer wrote, see tests/files/golden/README.md: read, and equal to LiteRT."""
 
 from pathlib import Path
 

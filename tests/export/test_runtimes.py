@@ -7,11 +7,11 @@ import os
 import platform
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tflite_graphs as graphs
+from places import ROOT
 from runtimes import NOT_HERE, each_runtime
 
 from edgeattn.arithmetic import KERNEL_SETS
@@ -245,7 +245,7 @@ def test_litert_does_not_write_to_stderr(tmp_path):
     path = tmp_path / "x.tflite"
     path.write_bytes(graphs.softmax((2, 3), Q))
     done = subprocess.run([sys.executable, "-c", GREETED, path], capture_output=True, text=True,
-                          cwd=Path(__file__).parents[1])
+                          cwd=ROOT)
     assert (done.returncode, done.stderr) == (0, "before\nafter\n")
 
 

@@ -3,16 +3,15 @@ import ast
 import importlib.util
 import os
 import subprocess
-from pathlib import Path
 
 import pytest
 from cuda_emulated import EmulatedDriver, emulated_only
 from cuda_limits import LIMITS
+from places import ROOT, TESTS
 
 from edgeattn.kernels.cuda import driver as driver_module
 
 pytestmark = emulated_only
-ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "tools" / "cuda" / "on_device.sh"
 STAGES = "environment compile smoke tests memcheck racecheck torch bench".split()
 
@@ -40,9 +39,9 @@ def test_every_stage_has_a_log_and_a_line(tmp_path):
         assert (tmp_path / "logs" / f"{stage}.log").read_text().startswith("ran: ")
     told = {stage: (tmp_path / "logs" / f"{stage}.log").read_text() for stage in STAGES}
     for stage in ("smoke", "tests", "memcheck", "racecheck"):
-        assert "--cuda" in told[stage] and "tests/test_cuda_layers.py" in told[stage]
-        assert not {"tests/test_cuda_compile.py", "tests/test_cuda_mutations.py"} & set(told[stage].split())
-    assert "tests/test_cuda_torch.py" in told["torch"] and "-m benchmarks.cuda" in told["bench"]
+        assert "--cuda" in told[stage] and "tests/kernels/cuda/test_cuda_layers.py" in told[stage]
+        assert not {"tests/kernels/cuda/test_cuda_compile.py", "tests/kernels/cuda/test_cuda_mutations.py"} & set(told[stage].split())
+    assert "tests/kernels/cuda/test_cuda_torch.py" in told["torch"] and "-m benchmarks.cuda" in told["bench"]
 
 
 def test_a_stage_that_fails_stops_no_other(tmp_path):
@@ -77,9 +76,9 @@ def test_the_script_names_files_and_tests_that_there_are():
     for word in text.replace('"', " ").split():
         if word.endswith(".py") and "*" not in word:
             assert (ROOT / word).is_file(), word
-    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_cuda_*.py"))
+    tests = "".join(path.read_text(encoding="utf-8") for path in TESTS.rglob("test_cuda_*.py"))
     names = {node.name for node in ast.walk(ast.parse(tests)) if isinstance(node, ast.FunctionDef)}
-    cases = (ROOT / "tests" / "cases.py").read_text(encoding="utf-8") + tests
+    cases = (TESTS / "cases.py").read_text(encoding="utf-8") + tests
     for line in text.splitlines():
         if line.startswith("few"):
             for word in line.split('"')[1].split(" or "):

@@ -1,0 +1,88 @@
+"""Compiles what tests of many files call, on every core: python tests/compile_first.py [--host].
+
+conftest.py runs it before the processes of a whole suite start: each would compile the same kernels at the same time.
+No two of CALLS need the same kernel, and what takes longest comes first. Then the plainest instruction set, for the
+tests that compare others with it; `--host`: without that.
+"""
+import concurrent.futures
+import multiprocessing
+import os
+import subprocess
+import sys
+
+import numpy as np
+from places import TESTS
+from workbench import random_input, random_layer
+
+import edgeattn
+import quant
+from edgeattn.arithmetic import KERNEL_SETS
+from edgeattn.runtime.isa import ISA
+
+PLAINEST = "generic"
+
+
+def float_layer():
+    random_layer()(random_input(0, 1, 9, 32))
+
+
+def dynamic_layer():
+    quant.quantize(random_layer(), scheme="dynamic")(random_input(0, 1, 9, 32))
+
+
+def static_layer(arithmetic):
+    layer, x = random_layer(), random_input(0, 1, 9, 32)
+    static = quant.quantize(layer, quant.calibrate(layer, [x]), arithmetic=arithmetic)
+    static(x)
+    if static.cache_scales is not None:
+        static(x, kv_cache=edgeattn.KVCache.for_layer(static, 1, 9))
+
+
+def caches():
+    for layer in (random_layer(), quant.quantize(random_layer(), scheme="dynamic")):
+        for dtype in ("float32", "int8"):
+            layer(random_input(0, 1, 1, 32), kv_cache=edgeattn.KVCache.for_layer(layer, 1, 1, dtype=dtype))
+
+
+def function(**options):
+    edgeattn.scaled_dot_product_attention(*np.ones((3, 1, 1, 9, 8), np.float32), **options)
+
+
+def others(*names):
+    """CALLS of these names under the plainest instruction set, in a process of its own."""
+    subprocess.run([sys.executable, TESTS / "compile_first.py", *names], check=True,
+                   env={**os.environ, "EDGEATTN_ISA": PLAINEST})
+
+
+CALLS = {
+    "float32 layer": float_layer,
+    "probabilities": lambda: function(return_weights=True),  # calibration's: before the static layers
+    **{f"static layer, {name}": lambda name=name: static_layer(name) for name in KERNEL_SETS},
+    "dynamic layer": dynamic_layer,
+    "caches": caches,
+    "float32 function": function,
+    "int8 function": lambda: function(precision="int8"),
+}
+OTHERS = ("float32 function", "dynamic layer", "static layer, litert")  # of the tests of fence.py, and of int8_layers.py
+
+
+def compile_one(name, instruction_set=ISA.name):
+    CALLS[name]() if instruction_set == ISA.name else others(name)
+
+
+def main(arguments):
+    names = [name for name in arguments if name in CALLS]
+    for name in names:
+        CALLS[name]()
+    if names:
+        return
+    work = [(name, ISA.name) for name in CALLS]
+    if "--host" not in arguments and ISA.name != PLAINEST:
+        work += [(name, PLAINEST) for name in OTHERS]
+    cores = len(os.sched_getaffinity(0))
+    with concurrent.futures.ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(compile_one, *zip(*work, strict=True)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
