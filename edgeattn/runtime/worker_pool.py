@@ -19,6 +19,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from edgeattn.runtime.arrays import array_at
 from edgeattn.runtime.isa import ISA
 from edgeattn.runtime.jit import inline, jit, task
 
@@ -171,22 +172,6 @@ def address(typing, task_queue, at):
 
 
 @intrinsic
-def task_queue_at(typing, where, size):
-    """The task_queue of `size` elements that lies at an address."""
-    task_queue = types.Array(types.int64, 1, "C")
-
-    def generate(context, builder, sig, args):
-        from numba.np.arrayobj import populate_array  # brings what only compiling needs
-
-        array = context.make_array(task_queue)(context, builder)
-        item = ir.Constant(_I64, 8)
-        populate_array(array, data=builder.inttoptr(args[0], array.data.type), shape=[args[1]], strides=[item],
-                       itemsize=item, meminfo=None)
-        return array._getvalue()
-    return task_queue(types.int64, types.int64), generate
-
-
-@intrinsic
 def foreign(typing, function, arguments):
     """What a C function at an address returns, an int; its arguments are integers and pointers."""
     def generate(context, builder, sig, args):
@@ -303,7 +288,7 @@ def hand_out(task_queue, parts, code, data):
     long = task_queue.size == LONG_SIZE
     if long and task_queue[RAISED] != 0:
         return
-    pool = task_queue_at(task_queue[POOL], task_queue[POOL_SIZE]) if long else task_queue
+    pool = array_at(task_queue[POOL], task_queue[POOL_SIZE], np.int64) if long else task_queue
     if pool.size == 0 or parts <= 1 or not exchange(pool, TAKEN, 0, 1):
         for part in range(parts):
             call(code, data, 0, part)
