@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgeattn.kv_cache import KVCache
-    from edgeattn.layers import MultiHeadAttention
-    from edgeattn.layers.linear import Linear
     from edgeattn.layers.norm import LayerNorm, RMSNorm
     from edgeattn.types import Float32s
 
@@ -60,50 +58,67 @@ class Sequences:
 
 
 class Ops(Protocol[T]):
-    """The operations that layers are written in. `name` is that of the result."""
+    """The operations that layers are written in. `name` is that of the result.
 
-    def linear(self, x: T, linear: Linear, name: str) -> T:
+    An executor derived from this has those that it defines, and refuses the others.
+    """
+
+    def linear(self, x: T, linear: Any, name: str) -> T:
         """x weight^T + bias: (tokens, inputs) -> (tokens, outputs)."""
-        ...
+        raise _lacks(self, "linear")
 
-    def attention(self, q: T, k: T, v: T, layer: MultiHeadAttention, sequences: Sequences, name: str) -> T:
+    def attention(self, q: T, k: T, v: T, layer: Any, sequences: Sequences, name: str) -> T:
         """The heads side by side, without projections: softmax(scale q k^T + masks) v in each.
 
-        q (queries, H * D), k (keys, Hkv * D), v (keys, Hkv * Dv) -> (queries, H * Dv). What `layer` has of `q_norm` and
-        `k_norm` comes first, then `rotary`; its `position_bias` is added with the masks; keys that it adds stand
-        after those of the tokens. A query that sees no key gives zeros.
+        q (queries, H * D), k (keys, Hkv * D), v (keys, Hkv * Dv) -> (queries, H * Dv). `name` stands
+        before the names of its parts: "query", "key", "value", "scores", "masked_scores", "probabilities", "context".
+
+        What `layer` has of `q_norm` and `k_norm` comes first, then `rotary`; its `position_bias` is added with the
+        masks; keys that it adds stand after those of the tokens. A query that sees no key gives zeros.
         """
-        ...
+        raise _lacks(self, "attention")
 
     def layer_norm(self, x: T, norm: LayerNorm, name: str) -> T:
         """(x - mean) / sqrt(variance + eps) * weight + bias, row by row: the shape of x."""
-        ...
+        raise _lacks(self, "layer_norm")
 
     def rms_norm(self, x: T, norm: RMSNorm, name: str) -> T:
         """The same without the mean: x / sqrt(mean(x^2) + eps) * weight, row by row: the shape of x."""
-        ...
+        raise _lacks(self, "rms_norm")
 
     def activation(self, x: T, kind: Activation, name: str) -> T:
         """Element by element: "gelu" x * Phi(x), "gelu_tanh" its approximation by tanh, "relu", "silu" x * sigmoid(x),
         "sigmoid".
         """
-        ...
+        raise _lacks(self, "activation")
 
     def add(self, a: T, b: T, name: str) -> T:
         """The sum a + b, of equal shapes."""
-        ...
+        raise _lacks(self, "add")
 
     def multiply(self, a: T, b: T, name: str) -> T:
         """The product a * b, element by element, of equal shapes."""
-        ...
+        raise _lacks(self, "multiply")
 
     def embed(self, table: Float32s, ids: NDArray[Any], name: str) -> T:
         """Rows of table (entries, E): ids (tokens,) int -> (tokens, E). The ids have been checked."""
-        ...
+        raise _lacks(self, "embed")
 
     def pool(self, x: T, lengths: Sequence[int], kind: Pooling, name: str) -> T:
         """One row per sequence: rows x (sum of lengths, E) -> (sequences, E); no length is 0.
 
         "mean", "max" over its tokens, "cls" its first, "last" its last.
         """
-        ...
+        raise _lacks(self, "pool")
+
+    def quantize(self, x: Any, name: str) -> T:
+        """Codes of reals, by the quantization of the tensor of that name."""
+        raise _lacks(self, "quantize")
+
+    def dequantize(self, x: T, name: str) -> Any:
+        """The reals that codes stand for."""
+        raise _lacks(self, "dequantize")
+
+
+def _lacks(ops: object, operation: str) -> ValueError:
+    return ValueError(f"layer must do without the operation {operation}, which {type(ops).__name__} does not have")

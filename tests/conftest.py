@@ -77,6 +77,15 @@ def pytest_sessionstart(session):
         print(f"kernels that many tests call: {time.monotonic() - began:.0f} s")
 
 
+@pytest.fixture
+def one_thread_afterwards():
+    """For tests that change how many threads there are."""
+    from edgeattn import threads
+
+    yield
+    threads.set_num_threads(1)
+
+
 @functools.cache
 def _gpu():
     """One driver for all tests: kernels are loaded once."""

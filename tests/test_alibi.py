@@ -4,6 +4,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import reference
+from arrays import numbers
 
 import edgeattn
 import quant
@@ -13,10 +14,6 @@ from edgeattn import scaled_dot_product_attention as attend
 H, D = 3, 8
 SLOPES = np.float32([1, 0.3, 0])
 SIZES = [(1, 33), (70, 70), (5, 130), (40, 3)]  # blocks of queries and of keys, whole and not
-
-
-def numbers(*shape, seed=0):
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 def biases(slopes, L, S, offsets):

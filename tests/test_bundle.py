@@ -10,8 +10,10 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import executors
 import numpy as np
 import pytest
+from laws import LAWS
 from places import ROOT
 from workbench import needs_compiler, random_input, random_layer
 
@@ -198,6 +200,22 @@ def test_a_static_bundle_takes_and_gives_reals_as_the_layer(folder):
     assert loaded(x, out=out) is out
     assert repr(loaded) == ("StaticBundle(scheme='static', target='" + HOST + "', num_heads=4, num_kv_heads=4, embed_dim=32, "
                             "kdim=32, vdim=32, head_dim=8, value_dim=8, output_dim=32)")
+
+
+class Bundle(executors.Layer):
+    """What export_all made of a layer."""
+
+    def inputs(self, B, L, S):
+        return [random_input(i, B, *shape) for i, shape in enumerate(((L, 30), (S, 19), (S, 23)))]
+
+    def nothing(self):
+        return cross_layer().out_bias
+
+
+@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
+@pytest.mark.parametrize("name", FLOATS)
+def test_laws(folder, name, law):
+    law(Bundle(name, made=bundle.load(folder / f"{name}.so"), **executors.SHARED if name == "dynamic" else {}))
 
 
 def test_threads_may_call_one_bundle_at_once(folder):

@@ -5,16 +5,13 @@ import itertools
 import numpy as np
 import pytest
 import reference
+from arrays import cosine, numbers
 
 import quant
 from edgeattn import KVCache, MultiHeadAttention, SelfAttention, scaled_dot_product_attention, sliding_window
 
 B, H, HKV, D, DV, E, LENGTH = 2, 4, 2, 8, 6, 24, 40
 CHUNKS = {"whole": [40], "tokens": [1] * 40, "uneven": [3, 20, 0, 17], "last": [39, 1]}
-
-
-def numbers(*shape, seed=0):
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 def qkv(length=LENGTH, seed=0):
@@ -546,11 +543,6 @@ def with_key_bias(size, scheme="float", **changes):
     bias[::5] *= size
     return [quant.quantize(made, scheme="dynamic") if scheme == "dynamic" else made
             for made in (layer(k_bias=bias, **changes), layer(**changes))]
-
-
-def cosine(a, b):
-    a, b = (np.asarray(x, np.float64).ravel() for x in (a, b))
-    return a @ b / np.sqrt((a @ a) * (b @ b))
 
 
 @pytest.mark.parametrize("scheme", ["float", "dynamic"])

@@ -2,6 +2,7 @@
 import numpy as np
 import pytest
 import reference
+from arrays import numbers
 
 import quant
 from edgeattn import KVCache, MultiHeadAttention
@@ -9,10 +10,6 @@ from edgeattn import scaled_dot_product_attention as attend
 
 H, D = 2, 16
 LARGEST = np.finfo(np.float32).max
-
-
-def numbers(*shape, seed=0):
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 def qkv(L=70, S=150, Dv=D, heads=H):

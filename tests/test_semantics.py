@@ -4,6 +4,7 @@
 import numpy as np
 import pytest
 import reference
+from arrays import numbers
 
 import edgeattn
 import quant
@@ -12,10 +13,6 @@ from edgeattn import scaled_dot_product_attention as attend
 from edgeattn.masks import torch_masks
 
 B, H, L, S, D = 2, 4, 5, 9, 8
-
-
-def numbers(*shape, seed=0):
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 def qkv(H=H, L=L, S=S):

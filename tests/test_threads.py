@@ -14,11 +14,7 @@ from edgeattn.kernels.cpu import fused_int8
 from edgeattn.kernels.cpu.layer_float32 import FloatLayer
 from edgeattn.quantized import QuantizedLinear, StaticMultiHeadAttention, TensorQuantization
 
-
-@pytest.fixture(autouse=True)
-def one_thread_afterwards():
-    yield
-    threads.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread_afterwards")
 
 
 def make(E=64, H=4):

@@ -3,15 +3,11 @@ import platform
 
 import numpy as np
 import pytest
+from arrays import numbers
 
 import edgeattn
 from quant.export.bundle import check_numba
 from quant.export.linker import find_linker
-
-
-def cosine(a, b):
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    return float((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum()))
 
 
 def random_layer(seed=0, *, H=4, Hkv=None, D=8, Dv=None, E=32, kdim=None, vdim=None, bias=True, output=True):
@@ -32,7 +28,7 @@ def random_layer(seed=0, *, H=4, Hkv=None, D=8, Dv=None, E=32, kdim=None, vdim=N
 
 
 def random_input(seed, *shape):
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+    return numbers(*shape, seed=seed)
 
 
 def random_call(layer, sources, seed=0, *, B=2, L=12, S=9):

@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgeattn.layers.steps import attend_rows
+from edgeattn.executors.unfused import attend
+from edgeattn.ops import Ops
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
     from typing import Any
 
     from numpy.typing import NDArray
 
-    from edgeattn.layers import MultiHeadAttention
-    from edgeattn.layers.linear import Linear
     from edgeattn.layers.norm import LayerNorm, RMSNorm
+    from edgeattn.masks import Mask
     from edgeattn.ops import Activation, Pooling, Sequences
     from edgeattn.types import Float32s
 
@@ -31,40 +31,95 @@ _ERF_Q = (-1.45660718464996e-05, -2.13374055278905e-04, -1.68282697438203e-03, -
           -1.42647390514189e-02)
 
 
-class NumpyOps:
-    """`edgeattn.ops.Ops` upon float32 arrays.
+class Recorder:
+    """Keeps intermediates by their names.
 
     Parameters
     ----------
     record : dict, optional
-        Takes every intermediate under its name, and of attention NAME.weights too, one array (B, H, L, S) for each
-        group of sequences.
+        Takes them.
+    names : collection of str, optional
+        What is kept: everything unless given.
     """
 
-    def __init__(self, record: dict[str, Any] | None = None):
-        self.record = record
+    def __init__(self, record: dict[str, Any] | None = None, names: Collection[str] | None = None):
+        self.record, self.names = record, names
 
-    def linear(self, x: Float32s, linear: Linear, name: str) -> Float32s:
+    def _keeps(self, name: str) -> bool:
+        return self.record is not None and (self.names is None or name in self.names)
+
+    def _keep(self, name: str, x: NDArray[Any]) -> NDArray[Any]:
+        if self.record is not None and self._keeps(name):
+            self.record[name] = x
+        return x
+
+
+class NumpyOps(Recorder, Ops["Float32s"]):
+    """`edgeattn.ops.Ops` upon float32 arrays.
+
+    Of attention it keeps "query", "key", "value" (B, H, length, size), "scores" (scaled), "masked_scores",
+    "probabilities" (B, H, L, S) and "context" (B, H, L, Dv).
+    """
+
+    def linear(self, x: Float32s, linear: Any, name: str) -> Float32s:
         """x weight^T + bias."""
         y = x @ linear.weight.T
         return self._keep(name, y if linear.bias is None else y + linear.bias)
 
-    def attention(self, q: Float32s, k: Float32s, v: Float32s, layer: MultiHeadAttention, sequences: Sequences,
-                  name: str) -> Float32s:
-        """The heads side by side."""
-        parts, weights, row, token = [], [], 0, 0
+    def attention(self, q: Float32s, k: Float32s, v: Float32s, layer: Any, sequences: Sequences, name: str
+                  ) -> Float32s:
+        """The heads side by side, group by group of equally long sequences."""
+        shape = (*q.shape[:-1], layer.num_heads * layer.value_dim)
+        q, k, v = (x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) for x in (q, k, v))
         held = 0 if sequences.cache is None else sequences.cache.length
+        results, row, token = [], 0, 0
         for mask in sequences.masks:
-            batch, _, queries, keys = mask.shape
+            batch, heads, queries, keys = mask.shape
             rows, tokens = slice(row, row + batch * queries), slice(token, token + batch * (keys - held))
             row, token = rows.stop, tokens.stop
-            heads, seen = attend_rows(layer, q[rows], k[tokens], v[tokens], mask, sequences,
-                                      need_weights=self.record is not None)
-            parts.append(heads)
-            weights.append(seen)
-        if self.record is not None:
-            self.record[name + ".weights"] = weights
-        return self._keep(name, parts[0] if len(parts) == 1 else np.concatenate(parts))
+            q_heads, k_heads = layer.placed(split_heads(q[rows], batch, queries, heads),
+                                            split_heads(k[tokens], batch, keys - held, layer.num_kv_heads), mask)
+            v_heads = split_heads(v[tokens], batch, keys - held, layer.num_kv_heads)
+            context = self._attend(q_heads, k_heads, v_heads, layer, layer.biased(mask), sequences, name)
+            results.append(merge_heads(context))
+        return (results[0] if len(results) == 1 else np.concatenate(results)).reshape(shape)
+
+    def _attend(self, q: Float32s, k: Float32s, v: Float32s, layer: Any, mask: Mask, sequences: Sequences, name: str
+                ) -> Float32s:
+        """q (B, H, L, D), k (B, Hkv, n, D), v (B, Hkv, n, Dv) of one group -> (B, H, L, Dv)."""
+        if sequences.cache is not None:
+            raise ValueError("sequences must have no cache for NumpyOps, given all keys; CompiledOps takes one")
+        if layer.extra_keys:
+            k, v = (np.concatenate(pair, axis=2) for pair in zip((k, v), added_keys(layer, len(k)), strict=True))
+            mask = mask.with_keys(layer.extra_keys)
+        repeats = layer.num_heads // layer.num_kv_heads
+        q = self._keep(name + "query", q)
+        k, v = (self._keep(name + part, x.repeat(repeats, axis=1)) for part, x in (("key", k), ("value", v)))
+        return attend(self, q, k, v, layer, (mask.without_slopes(), sequences.softcap), name)
+
+    def scores(self, q: Float32s, k: Float32s, layer: Any, name: str) -> Float32s:
+        """q k^T, scaled."""
+        return self._keep(name, q @ k.swapaxes(-1, -2) * np.float32(layer.scale))
+
+    def masked(self, scores: Float32s, layer: Any, mask: tuple[Mask, float], name: str) -> Float32s:
+        """-inf where a key is not permitted; `mask`: without slopes, and the softcap."""
+        (bias, permitted), softcap = (mask[0].bias, mask[0].permitted()), np.float32(mask[1])
+        if softcap:
+            scores = softcap * np.tanh(scores / softcap)
+        if bias is not None:
+            scores = scores + bias
+        return self._keep(name, scores if permitted is None else np.where(permitted, scores, -np.inf))
+
+    def softmax(self, scores: Float32s, name: str) -> Float32s:
+        """Zeros in a row of -inf."""
+        top = scores.max(-1, keepdims=True, initial=-np.inf)
+        e = np.exp(scores - np.where(np.isfinite(top), top, 0))
+        total = e.sum(-1, keepdims=True)
+        return self._keep(name, e / np.where(total > 0, total, 1))
+
+    def context(self, probabilities: Float32s, v: Float32s, name: str) -> Float32s:
+        """Probabilities v."""
+        return self._keep(name, probabilities @ v)
 
     def layer_norm(self, x: Float32s, norm: LayerNorm, name: str) -> Float32s:
         """(x - mean) / sqrt(variance + eps) * weight + bias."""
@@ -85,7 +140,8 @@ class NumpyOps:
 
     def multiply(self, a: Float32s, b: Float32s, name: str) -> Float32s:
         """The product."""
-        return self._keep(name, a * b)
+        with np.errstate(invalid="ignore"):  # NaN of what is not finite
+            return self._keep(name, a * b)
 
     def embed(self, table: Float32s, ids: NDArray[Any], name: str) -> Float32s:
         """Rows of a table."""
@@ -97,10 +153,27 @@ class NumpyOps:
         rows = [_POOL[kind](x[end - length : end]) for length, end in zip(lengths, ends, strict=True)]
         return self._keep(name, np.stack(rows))
 
-    def _keep(self, name: str, x: Float32s) -> Float32s:
-        if self.record is not None:
-            self.record[name] = x
-        return x
+
+def split_heads(x: NDArray[Any], batch: int, length: int, heads: int) -> NDArray[Any]:
+    """Rows (B * length, H * size) -> (B, H, length, size)."""
+    return x.reshape(batch, length, heads, x.shape[-1] // heads).swapaxes(1, 2)
+
+
+def merge_heads(x: NDArray[Any]) -> NDArray[Any]:
+    """(B, H, length, size) -> (B * length, H * size)"""
+    batch, heads, length, size = x.shape
+    return x.swapaxes(1, 2).reshape(batch * length, heads * size)
+
+
+def added_keys(layer: Any, batch: int) -> tuple[Float32s, Float32s]:
+    """Key and value (B, Hkv, extra_keys, size) of `bias_k` and `bias_v`, then zeros."""
+    def array(bias: Float32s | None, size: int) -> Float32s:
+        keys = np.zeros((batch, layer.num_kv_heads, layer.extra_keys, size), np.float32)
+        if bias is not None:
+            keys[:, :, 0] = bias.reshape(layer.num_kv_heads, size)
+        return keys
+
+    return array(layer.bias_k, layer.head_dim), array(layer.bias_v, layer.value_dim)
 
 
 def _erf(x: Float32s) -> Float32s:

@@ -10,7 +10,7 @@ import numpy as np
 from edgeattn.checks import FLOAT32, to_float32
 from edgeattn.device import place
 from edgeattn.kernels.cpu.layer_float32 import FloatLayer
-from edgeattn.layers import steps
+from edgeattn.layers import attention, steps
 from edgeattn.layers.call import check_call, check_inputs, is_read_as_it_is, is_written_as_it_is
 from edgeattn.layers.linear import Linear
 from edgeattn.layers.positions import refuse_positions
@@ -18,7 +18,6 @@ from edgeattn.layers.weights import AttentionWeights
 from edgeattn.masks import NO_WINDOW, torch_masks
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from typing import Any
 
     from numpy.typing import ArrayLike
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from edgeattn.kv_cache import KVCache
     from edgeattn.layers.options import CallOptions
     from edgeattn.ops import Ops, Sequences, T
-    from edgeattn.types import CausalAlignment, Flag, Float32s, Floats, LayerOnDevice, Real, TorchOptions, Window
+    from edgeattn.types import CausalAlignment, Flag, Floats, LayerOnDevice, Real, TorchOptions, Window
 
 
 class MultiHeadAttention(AttentionWeights):
@@ -180,7 +179,7 @@ class MultiHeadAttention(AttentionWeights):
             kv_cache=kv_cache, need_weights=need_weights, average_attn_weights=average_attn_weights, out=out)
         fused = self._fusible and not (call.need_weights or call.softcap or kv_cache is not None)
         if not (fused and call.query.size and call.key.size and call.value.size):
-            return steps.attend(self, call)
+            return attention.run(self, call)
         result = np.empty((*call.query.shape[:2], self.output_dim), np.float32)
         q, k, v = (to_float32(x) for x in (call.query, call.key, call.value))
         self._kernel(q, k, v, result, *call.mask.for_kernels())
@@ -231,26 +230,13 @@ class MultiHeadAttention(AttentionWeights):
 
     @functools.cached_property
     def projections(self) -> dict[str, Linear]:
-        """The layer's linear maps by their names: "q", "k", "v" and, where it has them, "out" and "gate"."""
-        pairs = {
-            "q": (self.q_weight, self.q_bias), "k": (self.k_weight, self.k_bias), "v": (self.v_weight, self.v_bias),
-            "out": (self.out_weight, self.out_bias), "gate": (self.gate_weight, self.gate_bias)}
-        return {name: Linear(*pair) for name, pair in pairs.items() if pair[0] is not None}
-
-    @functools.cached_property
-    def _linears(self) -> dict[str, Callable[[Float32s], Float32s]]:
-        return {name: linear.packed for name, linear in self.projections.items()}
+        """The layer's linear maps: "query", "key", "value", and "output" and "gate" where it has them."""
+        return {name: Linear(weight, getattr(self, f"{short}_bias")) for name, short in attention.SHORT.items()
+                if (weight := getattr(self, f"{short}_weight")) is not None}
 
     def forward(self, ops: Ops[T], query: T, key: T, value: T, sequences: Sequences, name: str = "") -> T:
         """Rows of queries (tokens, E), keys and values -> (tokens, Eo)."""
-        linears = self.projections
-        q, k, v = (ops.linear(x, linears[part], name + part)
-                   for part, x in (("q", query), ("k", key), ("v", value)))
-        context = ops.attention(q, k, v, self, sequences, name + "context")
-        if "gate" in linears:
-            gate = ops.activation(ops.linear(query, linears["gate"], name + "gate"), "sigmoid", name + "gate_sigmoid")
-            context = ops.multiply(context, gate, name + "gated")
-        return ops.linear(context, linears["out"], name + "out") if "out" in linears else context
+        return attention.forward(ops, self, query, key, value, sequences, name)
 
     @overload
     def call_with_torch_masks(

@@ -57,37 +57,35 @@ class Positions:
                 raise ValueError(f"position_bias must have H = {num_heads} heads, got {position_bias.num_heads}")
         self.rotary, self.q_norm, self.k_norm, self.position_bias = rotary, q_norm, k_norm, position_bias
 
+    def placed(self, q: Float32s, k: Float32s, mask: Mask) -> tuple[Float32s, Float32s]:
+        """q (B, H, L, D) and the keys (B, Hkv, n, D) of this call as their products take them: normed, then turned.
+
+        mask : Mask
+            Its last n keys are these.
+        """
+        if self.q_norm is not None:
+            q = self.q_norm.rows(q)
+        if self.k_norm is not None:
+            k = self.k_norm.rows(k)
+        if self.rotary is not None:
+            q, k = self.rotary.turn(q, int(mask.offset)), self.rotary.turn(k, mask.shape[3] - k.shape[2])
+        return q, k
+
+    def biased(self, mask: Mask) -> Mask:
+        """`mask` with what the layer adds to the scores by positions."""
+        if self.position_bias is None:
+            return mask
+        _, _, queries, keys = mask.shape
+        bias = self.position_bias.rows(int(mask.offset), queries, keys)[None]
+        if mask.bias is not None:
+            bias = mask.bias + bias
+        bias = np.ascontiguousarray(bias)
+        bias.flags.writeable = False
+        return mask._replace(bias=bias)
+
 
 def refuse_positions(layer: Any) -> None:
     """Raise where `layer` has what float32 layers on the CPU alone compute so far."""
     given = [name for name in POSITIONS if getattr(layer, name, None) is not None]
     if given:
         raise ValueError(f"layer must have no {', '.join(given)} here: only a float32 layer computes that, on the CPU")
-
-
-def placed(layer: Any, q: Float32s, k: Float32s, mask: Mask) -> tuple[Float32s, Float32s]:
-    """q (B, H, L, D) and the keys (B, Hkv, n, D) of this call as their products take them: normed, then turned.
-
-    mask : Mask
-        Its last n keys are these.
-    """
-    if layer.q_norm is not None:
-        q = layer.q_norm.rows(q)
-    if layer.k_norm is not None:
-        k = layer.k_norm.rows(k)
-    if layer.rotary is not None:
-        q, k = layer.rotary.turn(q, int(mask.offset)), layer.rotary.turn(k, mask.shape[3] - k.shape[2])
-    return q, k
-
-
-def biased(layer: Any, mask: Mask) -> Mask:
-    """`mask` with what the layer adds to the scores by positions."""
-    if layer.position_bias is None:
-        return mask
-    _, _, queries, keys = mask.shape
-    bias = layer.position_bias.rows(int(mask.offset), queries, keys)[None]
-    if mask.bias is not None:
-        bias = mask.bias + bias
-    bias = np.ascontiguousarray(bias)
-    bias.flags.writeable = False
-    return mask._replace(bias=bias)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from edgeattn.checks import FLOAT32, count, to_float32
 from edgeattn.device import place
 from edgeattn.functional import default_scale
 from edgeattn.kernels.cpu.linear_dynamic import DynamicLinear
-from edgeattn.layers import steps
+from edgeattn.layers import attention, steps
 from edgeattn.layers.call import check_call, is_read_as_it_is, is_written_as_it_is
 from edgeattn.layers.positions import Positions
 from edgeattn.layers.weights import KEY_TENSORS, added_keys, added_keys_state
@@ -21,6 +21,7 @@ from edgeattn.quantized.layer import INPUTS, SHORT, QuantizedMultiHeadAttention
 from edgeattn.quantized.parameters import QuantizedLinear, frozen
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any, SupportsIndex
 
     from numpy.typing import ArrayLike, NDArray
@@ -33,6 +34,14 @@ if TYPE_CHECKING:
     DynamicLayer: Any  # mypy 2.4 --strict breaks off in that file, with an internal error, whoever imports it
 else:
     from edgeattn.kernels.cpu.layer_dynamic import DynamicLayer
+
+
+class Projection(NamedTuple):
+    """One linear map of a dynamic layer; `packed`: float32 (tokens, inputs) -> (tokens, outputs)."""
+
+    weight: QuantizedLinear
+    bias: Float32s | None
+    packed: Callable[[Float32s], Float32s]
 
 
 class DynamicMultiHeadAttention(QuantizedMultiHeadAttention, Positions):
@@ -159,7 +168,7 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention, Positions):
         fused = self._fusible and not (call.need_weights or call.softcap or kv_cache is not None)
         result = np.empty((*call.query.shape[:2], self.output_dim), np.float32)
         if not (fused and result.size and call.query.size and call.key.size and call.value.size):
-            return steps.attend(self, call)
+            return attention.run(self, call)
         q = to_float32(call.query)
         k = q if call.key is call.query else to_float32(call.key)
         v = k if call.value is call.key else to_float32(call.value)
@@ -178,11 +187,11 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention, Positions):
         return placed
 
     @functools.cached_property
-    def _linears(self) -> dict[str, DynamicLinear]:
-        """The projections one by one, as ``steps`` takes them."""
-        return {short: DynamicLinear(linear.weight, linear.scale, self.biases.get(name))
-                for name, short in SHORT.items()
-                if (linear := self.weights.get(name)) is not None}
+    def projections(self) -> dict[str, Projection]:
+        """The layer's linear maps by their names, as every attention layer has them."""
+        return {name: Projection(linear, bias := self.biases.get(name),
+                                 DynamicLinear(linear.weight, linear.scale, bias))
+                for name, linear in self.weights.items()}
 
     def to_state(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
         """(config, tensors): all that ``from_state`` needs to build an equal layer."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, overload
 
+from edgeattn.layers.attention import SHORT
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
@@ -14,9 +16,8 @@ if TYPE_CHECKING:
     from edgeattn.layers.options import CallOptions
     from edgeattn.types import Flag, Floats, Input
 
+__all__ = ["INPUTS", "SHORT", "QuantizedMultiHeadAttention"]
 INPUTS: tuple[Input, Input, Input] = ("query", "key", "value")
-# All projections, and what the weights of a float layer call them.
-SHORT = {"query": "q", "key": "k", "value": "v", "output": "out", "gate": "gate"}
 
 
 class QuantizedMultiHeadAttention:

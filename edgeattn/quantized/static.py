@@ -25,9 +25,11 @@ from edgeattn.checks import (
     write_result,
 )
 from edgeattn.device import place
+from edgeattn.executors.numpy_int8 import Int8Ops
 from edgeattn.functional import checked_softcap
 from edgeattn.kernels.cpu.layer_int8 import StaticLayer
 from edgeattn.kernels.cpu.quantize import to_codes, to_reals
+from edgeattn.layers.attention import forward
 from edgeattn.layers.call import (
     check_cache,
     handed_over,
@@ -40,13 +42,14 @@ from edgeattn.layers.call import (
     self_masks,
 )
 from edgeattn.masks import NO_WINDOW, bool_mask, resolve_mask
-from edgeattn.quantized import steps
+from edgeattn.ops import Sequences
 from edgeattn.quantized.layer import INPUTS, QuantizedMultiHeadAttention
 from edgeattn.quantized.parameters import PROBABILITIES, QuantizedLinear, TensorQuantization
 from edgeattn.quantized.score_ops import AddMask, MulConstant, ScoreOp, SelectMask, check_masks, fit_mask, score_map
 
 if TYPE_CHECKING:
-    from typing import Any, SupportsIndex
+    from collections.abc import Callable
+    from typing import Any, SupportsIndex, TypeAlias
 
     from numpy.typing import ArrayLike, NDArray
     from typing_extensions import Self, Unpack
@@ -67,10 +70,13 @@ if TYPE_CHECKING:
         Input,
         MaskOptions,
         Real,
+        Shape,
         Sources,
         StaticOnDevice,
         Window,
     )
+
+    Requantization: TypeAlias = tuple[Callable[..., Any], NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]
 
 _INT8 = np.dtype(np.int8)
 SOURCES = ((0, 0, 0), (0, 1, 1), (0, 1, 2))
@@ -199,7 +205,17 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         zero_points |= {name: tensor.zero_point for name, tensor in t.items()}
         return dict(num_heads=self.num_heads, linears=linears, scores=scores, context=context, zero_points=zero_points,
                     project_rule=kernel_set.fully_connected, score_rule=scores_rule, context_rule=context_rule,
-                    softmax_table=self._softmax_table)
+                    softmax_table=self.softmax_table)
+
+    @functools.cached_property
+    def requantizations(self) -> dict[str, Requantization]:
+        """How sums of products become codes, by the tensor's name: (rule, q31, shift, real multiplier)."""
+        given = self._kernel_parameters()
+        found = {name: (given["project_rule"], real) for name, (_, real, _) in given["linears"].items()}
+        found |= {name: (given[rule], np.array([given[name]]))
+                  for name, rule in (("scores", "score_rule"), ("context", "context_rule"))}
+        return {name: (rules.REQUANTIZE[rule], *(a.astype(np.int64) for a in rules.fixed_point(real)), real)
+                for name, (rule, real) in found.items()}
 
     def _prepare(self) -> None:
         self.score_map = tables, classes, softmax_input = score_map(
@@ -207,7 +223,7 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         if softmax_input.scale <= SMALLEST_SOFTMAX_SCALE:
             raise ValueError(f"the scores' scale must be above 2**-26, the resolution of TFLite's softmax; got "
                              f"{softmax_input.scale}")
-        self._softmax_table = rules.SOFTMAX[self.kernel_set.softmax].table(softmax_input.scale)
+        self.softmax_table = rules.SOFTMAX[self.kernel_set.softmax].table(softmax_input.scale)
         self._tables = tables if self.score_ops else None
         self._classes = np.ascontiguousarray(classes) if classes.size > 1 else None
         self._kernel = StaticLayer(**self._kernel_parameters(), fixed=self.kernel_set.softmax == "fixed")
@@ -222,6 +238,15 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         """The layer on ``device``: "cpu", or "cuda", a GPU (docs/cuda.md); ``.layer`` of that is this one."""
         placed: Self | StaticOnDevice = place(self, device)
         return placed
+
+    @property
+    def projections(self) -> dict[str, QuantizedLinear]:
+        """The layer's linear maps by their names, as every attention layer has them: ``linears``."""
+        return self.linears
+
+    def score_classes(self, shape: Shape) -> NDArray[np.uint8]:
+        """Which of the tables of ``score_map`` each score of ``shape`` (B, H, L, S) takes."""
+        return fit_mask(self.score_map[1], shape)
 
     def input_of(self, linear: str) -> TensorQuantization:
         """The quantization of the tensor that the linear layer called ``linear`` reads."""
@@ -558,16 +583,18 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         B = mask.shape[0]
         query, key, value = (x.reshape(B, *x.shape[-2:]) for x in (query, key, value))
         result = np.empty((B, L, self.output_dim), np.int8)
-        weights = np.full(mask.shape, CODE_MIN, np.int8) if need_weights else None
+        record: dict[str, Codes] = {}
         if need_weights:
             with contextlib.nullcontext() if kv_cache is None else kv_cache._chunk():
-                self._run_in_steps(query, key, value, mask, kv_cache, pieces, result, weights)
+                result = forward(Int8Ops(self, record, {"probabilities"}), self, query, key, value,
+                                 Sequences([mask], cache=kv_cache, pieces=pieces))
         elif kv_cache is not None:
             with kv_cache._chunk():
                 self._run_cached(query, key, value, mask, kv_cache, pieces, result)
         elif result.size:
             self._run_fused(query, key, value, mask, result)
         result = write_result(result.reshape(*lead, L, self.output_dim), out, _INT8)
+        weights = record.get("probabilities")
         return result if weights is None else (result, weights.reshape(*lead, *weights.shape[1:]))
 
     def _check_codes(self, query: Any, key: Any, value: Any) -> tuple[Codes, Codes, Codes]:
@@ -634,28 +661,6 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
             self._kernel(xq, xk, xv, some, keep, band, None, self._tables,
                          (cache._keys, cache._values, cache._first, held))
             result[:, slice(*rows)] = some
-
-    @functools.cached_property
-    def _requantizations(self) -> dict[str, steps.Requantization]:
-        return steps.requantizations(self)
-
-    def _run_in_steps(self, query: Codes, key: Codes, value: Codes, mask: Mask, cache: KVCache | None, pieces: Pieces,
-                      result: Codes, weights: Codes | None) -> None:
-        q, k, v = (steps.heads(self, steps.project(self, name, x))
-                   for name, x in zip(INPUTS, (query, key, value), strict=True))
-        context = np.empty((*q.shape[:3], self.value_dim), np.int8)
-        if cache is None:
-            steps.attend(self, q, k, v, mask, context, weights)
-        else:
-            for rows, tokens in pieces:
-                cache._append(k[:, :, slice(*tokens)], v[:, :, slice(*tokens)])
-                keys, values, _, _ = cache._views()
-                held = slice(cache.start, cache.length)
-                some = None if weights is None else weights[:, :, slice(*rows), held]
-                steps.attend(self, q[:, :, slice(*rows)], keys, values, mask.part(rows, (held.start, held.stop)),
-                             context[:, :, slice(*rows)], some)
-        merged = context.swapaxes(1, 2).reshape(*result.shape[:2], self.num_heads * self.value_dim)
-        result[...] = steps.project(self, "output", merged) if "output" in self.linears else merged
 
 
 def _refuse(softcap: Real, alibi_slopes: ArrayLike | None) -> None:

@@ -4,7 +4,8 @@ import json
 import numpy as np
 import pytest
 import safetensors.numpy
-from workbench import as_batch, cosine, random_call, random_input, random_layer
+from arrays import cosine
+from workbench import as_batch, random_call, random_input, random_layer
 
 import edgeattn
 import quant

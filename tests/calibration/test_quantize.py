@@ -1,9 +1,10 @@
 """From ranges to int8: what quantize promises of the parameters it chooses, and of the accuracy they give."""
 import numpy as np
 import pytest
+from arrays import cosine
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from workbench import as_batch, cosine, random_call, random_input, random_layer
+from workbench import as_batch, random_call, random_input, random_layer
 
 import edgeattn
 import quant

@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 import tflite_graphs as graphs
+from arrays import codes
 from places import ROOT
 from runtimes import NOT_HERE, each_runtime
 
@@ -31,10 +32,6 @@ def runtime(name):
 @pytest.fixture
 def rng():
     return np.random.default_rng(9)
-
-
-def codes(rng, *shape):
-    return rng.integers(-128, 128, shape).astype(np.int8)
 
 
 def test_every_kernel_set_has_a_runtime():

@@ -3,16 +3,13 @@
 import numpy as np
 import pytest
 import reference
+from arrays import numbers
 
 import edgeattn
 import quant
 from edgeattn import KVCache, MultiHeadAttention, SelfAttention
 
 B, H, HKV, L, E, D, DV, EO = 2, 4, 2, 9, 12, 8, 3, 7
-
-
-def numbers(*shape, seed=0):
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 WEIGHTS = {

@@ -5,6 +5,7 @@ import functools
 import numpy as np
 import pytest
 import tflite_graphs
+from arrays import codes
 from runtimes import each_runtime
 
 from edgeattn import arithmetic
@@ -19,10 +20,6 @@ pytestmark = each_runtime
 
 def tensor(rng, symmetric=False):
     return TensorQuantization(np.float32(10 ** rng.uniform(-3, 0)), 0 if symmetric else int(rng.integers(-128, 128)))
-
-
-def codes(rng, *shape):
-    return rng.integers(-128, 128, shape).astype(np.int8)
 
 
 def pair(t):

@@ -29,10 +29,7 @@ class Stop(Exception):
     """What a handler raises."""
 
 
-@pytest.fixture(autouse=True)
-def one_thread_afterwards():
-    yield
-    threads.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread_afterwards")
 
 
 def interrupted(step, action):

@@ -46,10 +46,7 @@ def run_locate(processors, parts, steps, scratch, task_queue, count):
     worker_pool.parallel_for(task_queue, parts, locate, processors, steps)
 
 
-@pytest.fixture(autouse=True)
-def one_thread_afterwards():
-    yield
-    threads.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread_afterwards")
 
 
 def call(parts, steps=100, work=threads.SMALLEST_SHARED_WORK):

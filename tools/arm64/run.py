@@ -43,7 +43,7 @@ FULL = {
         "tests/kernels/cpu/test_kernels_int8.py::test_vector_rule_equals_the_rule_on_python_integers",
         "tests/kernels/cpu/test_kernels_int8.py::test_linear_equals_integer_products",
         "tests/test_functional.py::test_as_accurate_as_plain_float32",
-        "tests/test_functional.py::test_nothing_leaks_from_behind_a_mask",
+        "tests/test_laws.py::test_law[function with probabilities-nothing_leaks_from_behind_a_mask]",
         "tests/files/test_storage.py::test_what_was_saved_is_loaded",
         "tests/files/test_tflite_reader.py::test_reads_a_path",
     ),

@@ -11,9 +11,9 @@ from edgeattn.checks import check_out, flag, float_array, result_dtype, to_float
 from edgeattn.executors.cuda.call_cache import OUT, RESULTS, CallCache
 from edgeattn.executors.cuda.functional import result_array
 from edgeattn.executors.cuda.masks import arrays_read, device_masks
+from edgeattn.executors.numpy import added_keys
 from edgeattn.functional import checked_softcap
 from edgeattn.layers.call import check_input_shapes
-from edgeattn.layers.steps import added_keys
 from edgeattn.masks import NO_WINDOW, no_bool_mask
 from edgeattn.quantized.score_ops import fit_mask
 

@@ -10,7 +10,7 @@ from edgeattn.quantized import DynamicMultiHeadAttention, StaticMultiHeadAttenti
 
 
 @functools.singledispatch
-def place(thing, **options):  # noqa: ARG001 - of the rows
+def place(thing, **options):
     """Put a layer or a cache on the current GPU; the row of its class below."""
     raise TypeError(f"{type(thing).__name__} has no counterpart on a GPU; layers and caches have one")
 

@@ -13,10 +13,7 @@ LENGTHS = (1, 15, BLOCK, BLOCK + 1, 700)
 DIGITS_ERROR = 1e-6  # of int8, results being at most 1 or so: digits keep 23 bits of the largest number of a row
 
 
-@pytest.fixture(autouse=True)
-def one_thread_afterwards():
-    yield
-    threads.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread_afterwards")
 
 
 def made(shape, S):

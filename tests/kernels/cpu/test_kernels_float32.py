@@ -128,25 +128,6 @@ def test_dynamic_layer(shape):
         assert np.sqrt(((got - want) ** 2).mean() / (want ** 2).mean()) < 0.03
 
 
-@pytest.mark.parametrize("kind", [FloatLayer, DynamicLayer])
-def test_nan_stays_behind_the_mask_and_shows_before_it(kind):
-    rng = np.random.default_rng(3)
-    weights = make_layer(rng, 24, 3, 3, 8, 8, 24)
-    layer = kind(3, 3, *weights, 8 ** -0.5)
-    x = rng.standard_normal((1, 37, 24)).astype(np.float32)
-    broken = x.copy()
-    broken[0, 5] = np.nan
-    keep = np.ones((1, 1, 1, 37), bool)
-    keep[..., 5] = False
-    hidden = layer(x, broken, broken, np.zeros_like(x), keep=keep)
-    assert np.isfinite(hidden).all()
-    if kind is FloatLayer:
-        np.testing.assert_allclose(hidden, layer(x, x, x, np.zeros_like(x), keep=keep), atol=3e-6)
-    causal = layer(x, broken, broken, np.zeros_like(x), band=(-100, 0))
-    assert np.isfinite(causal[0, :5]).all() and np.isnan(causal[0, 5:]).all()
-    assert np.isnan(layer(x, broken, broken, np.zeros_like(x))).all()
-
-
 @pytest.mark.parametrize("shape", SHAPES + [(1, 3, 700, 8, 2, 1, 64, 64, 8)], ids=str)
 def test_attention_on_given_arrays(shape):
     B, L, S, _, H, Hkv, D, Dv, _ = shape

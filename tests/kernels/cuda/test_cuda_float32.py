@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import reference
 from cases import CASES, Case
+from cuda_cases import on_device as put
 from cuda_emulated import emulated_only, long_form
 
 import edgeattn
@@ -34,10 +35,6 @@ EXTRA = [
 
 
 pytestmark = pytest.mark.usefixtures("device")
-
-
-def put(array):
-    return None if array is None else driver_module.driver().array(array)
 
 
 def attend(case, arrays, masks, **options):
