@@ -7,39 +7,19 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from edgeattn.runtime.isa import ISA
-
-from .simd import (
-    F32,
-    I32,
-    Tile,
-    Vec,
-    _call,
-    _data,
-    _dot,
-    _fma,
-    _literal,
-    _load,
-    _load_first,
-    _pointer,
-    _prepare,
-    _shuffle,
-    _splat,
-    _store,
-)
+from .simd import F32, I32, Tile, Vec, emit
+from .simd.instruction_sets import CODE
 
 VIRTUAL_LANES = 32
 WIDE = Vec(types.float32, VIRTUAL_LANES)
-AS_WORDS = ISA.dot == "vpmaddwd"  # bytes are multiplied as 16-bit numbers: those of a row are widened once for all
-
-_I1, _I32, _I64 = ir.IntType(1), ir.IntType(32), ir.IntType(64)
+AS_WORDS = CODE.multiplies_words  # bytes as 16-bit numbers: those of a row are widened once for all
 
 
 def _first_lanes(builder, count, lanes):
     """Which lanes l are below `count`."""
-    integers = ir.VectorType(_I32, lanes)
+    integers = ir.VectorType(emit.i32, lanes)
     return builder.icmp_signed("<", ir.Constant(integers, list(range(lanes))),
-                               _splat(builder, builder.trunc(count, _I32), integers))
+                               emit.splat(builder, builder.trunc(count, emit.i32), integers))
 
 
 @intrinsic
@@ -49,7 +29,7 @@ def wide_splat(typing, scalar):
         return None
 
     def generate(context, builder, sig, args):
-        return _splat(builder, args[0], context.get_value_type(WIDE))
+        return emit.splat(builder, args[0], context.get_value_type(WIDE))
     return WIDE(scalar), generate
 
 
@@ -57,7 +37,7 @@ def wide_splat(typing, scalar):
 def wide_load(typing, array, at):
     """v[l] = array[at + l], float32"""
     def generate(context, builder, sig, args):
-        return _load(builder, _pointer(context, builder, sig.args[0], *args, context.get_value_type(WIDE)))
+        return emit.load(builder, emit.pointer(context, builder, sig.args[0], *args, context.get_value_type(WIDE)))
     return WIDE(array, types.intp), generate
 
 
@@ -65,8 +45,8 @@ def wide_load(typing, array, at):
 def wide_load_first(typing, array, at, count):
     """v[l] = array[at + l] where l < count, else 0; nothing beyond is read"""
     def generate(context, builder, sig, args):
-        where = _pointer(context, builder, sig.args[0], *args[:2], context.get_value_type(WIDE))
-        return _load_first(builder, where, args[2])
+        where = emit.pointer(context, builder, sig.args[0], *args[:2], context.get_value_type(WIDE))
+        return emit.load_first(builder, where, args[2])
     return WIDE(array, types.intp, types.intp), generate
 
 
@@ -75,10 +55,10 @@ def wide_store_first(typing, array, at, v, count):
     """array[at + l] = v[l] where l < count; nothing beyond is touched"""
     def generate(context, builder, sig, args):
         array_, at_, value, count_ = args
-        where = _pointer(context, builder, sig.args[0], array_, at_, value.type)
+        where = emit.pointer(context, builder, sig.args[0], array_, at_, value.type)
         present = _first_lanes(builder, count_, VIRTUAL_LANES)
         name = f"llvm.masked.store.v{VIRTUAL_LANES}f32.p0"
-        _call(builder, name, ir.VoidType(), [value, where, ir.Constant(_I32, 1), present])
+        emit.void_call(builder, name, [value, where, ir.Constant(emit.i32, 1), present])
     return types.void(array, types.intp, v, types.intp), generate
 
 
@@ -97,9 +77,9 @@ def wide_sum(typing, v):
         value, lanes = args[0], VIRTUAL_LANES
         while lanes > 1:
             lanes //= 2
-            low, high = (_shuffle(builder, value, value, range(i, i + lanes)) for i in (0, lanes))
+            low, high = (emit.shuffle(builder, value, value, range(i, i + lanes)) for i in (0, lanes))
             value = builder.fadd(low, high)
-        return builder.extract_element(value, ir.Constant(_I32, 0))
+        return builder.extract_element(value, ir.Constant(emit.i32, 0))
     return types.float32(v), generate
 
 
@@ -114,16 +94,16 @@ def smaller_float(typing, a, b):
 @intrinsic
 def tile_of_products(typing, rows, columns, down, i0, across, at):
     """t[i][j] = down[i0 + i] * load(across, at + j * LANES), int32"""
-    tile = Tile(I32, _literal(rows), _literal(columns))
+    tile = Tile(I32, emit.literal(rows), emit.literal(columns))
 
     def generate(context, builder, sig, args):
         vector = context.get_value_type(I32)
-        base = _pointer(context, builder, sig.args[4], args[4], args[5], vector)
-        columns_ = [_load(builder, builder.gep(base, [ir.Constant(_I64, j)])) for j in range(tile.columns)]
-        first = builder.gep(_data(context, builder, sig.args[2], args[2]), [args[3]])
+        base = emit.pointer(context, builder, sig.args[4], args[4], args[5], vector)
+        columns_ = [emit.load(builder, builder.gep(base, [ir.Constant(emit.i64, j)])) for j in range(tile.columns)]
+        first = builder.gep(emit.data(context, builder, sig.args[2], args[2]), [args[3]])
         out = ir.Constant(context.get_value_type(tile), ir.Undefined)
         for i in range(tile.rows):
-            row = _splat(builder, builder.load(builder.gep(first, [ir.Constant(_I64, i)])), vector)
+            row = emit.splat(builder, builder.load(builder.gep(first, [ir.Constant(emit.i64, i)])), vector)
             for j in range(tile.columns):
                 out = builder.insert_value(out, builder.mul(row, columns_[j]), i * tile.columns + j)
         return out
@@ -135,15 +115,15 @@ def tile_accumulate(typing, t, down, i0, out, at, row_step):
     """out[at + i * row_step + j * LANES + l] = fma(float32(t[i][j][l]), down[i0 + i], the same of out)"""
     def generate(context, builder, sig, args):
         vector = context.get_value_type(F32)
-        first = builder.gep(_data(context, builder, sig.args[1], args[1]), [args[2]])
+        first = builder.gep(emit.data(context, builder, sig.args[1], args[1]), [args[2]])
         position = args[4]
         for i in range(t.rows):
-            row = _splat(builder, builder.load(builder.gep(first, [ir.Constant(_I64, i)])), vector)
-            base = _pointer(context, builder, sig.args[3], args[3], position, vector)
+            row = emit.splat(builder, builder.load(builder.gep(first, [ir.Constant(emit.i64, i)])), vector)
+            base = emit.pointer(context, builder, sig.args[3], args[3], position, vector)
             for j in range(t.columns):
-                where = builder.gep(base, [ir.Constant(_I64, j)])
+                where = builder.gep(base, [ir.Constant(emit.i64, j)])
                 value = builder.sitofp(builder.extract_value(args[0], i * t.columns + j), vector)
-                _store(builder, _fma(builder, value, row, _load(builder, where)), where)
+                emit.store(builder, emit.fma(builder, value, row, emit.load(builder, where)), where)
             position = builder.add(position, args[5])
     return types.void(t, down, types.intp, out, types.intp, types.intp), generate
 
@@ -155,10 +135,10 @@ def tile_scale(typing, t, down, i0):
 
     def generate(context, builder, sig, args):
         vector = context.get_value_type(F32)
-        first = builder.gep(_data(context, builder, sig.args[1], args[1]), [args[2]])
+        first = builder.gep(emit.data(context, builder, sig.args[1], args[1]), [args[2]])
         out = ir.Constant(context.get_value_type(result), ir.Undefined)
         for i in range(t.rows):
-            row = _splat(builder, builder.load(builder.gep(first, [ir.Constant(_I64, i)])), vector)
+            row = emit.splat(builder, builder.load(builder.gep(first, [ir.Constant(emit.i64, i)])), vector)
             for k in range(i * t.columns, (i + 1) * t.columns):
                 value = builder.fmul(builder.sitofp(builder.extract_value(args[0], k), vector), row)
                 out = builder.insert_value(out, value, k)
@@ -176,16 +156,16 @@ def outer_product_of_words(typing, t, a, at_a, row_step, plane, b, at_b):
         tile, a_array, position, step, plane_, b_array, at_b_ = args
         vector = context.get_value_type(t.vec)
         words = ir.VectorType(ir.IntType(16), 2 * vector.count)
-        base = _pointer(context, builder, b, b_array, at_b_, vector)
-        across = [_prepare(builder, _load(builder, builder.gep(base, [ir.Constant(_I64, j)])), False)
+        base = emit.pointer(context, builder, b, b_array, at_b_, vector)
+        across = [CODE.prepare(builder, emit.load(builder, builder.gep(base, [ir.Constant(emit.i64, j)])), False)
                   for j in range(t.columns)]
-        first = _data(context, builder, a, a_array)
+        first = emit.data(context, builder, a, a_array)
         for i in range(t.rows):
-            halves = [builder.bitcast(_splat(builder, builder.load(builder.gep(first, [at])), vector), words)
+            halves = [builder.bitcast(emit.splat(builder, builder.load(builder.gep(first, [at])), vector), words)
                       for at in (position, builder.add(position, plane_))]
             for j in range(t.columns):
                 k = i * t.columns + j
-                value = _dot(builder, builder.extract_value(tile, k), halves, across[j])
+                value = CODE.dot(builder, builder.extract_value(tile, k), halves, across[j])
                 tile = builder.insert_value(tile, value, k)
             position = builder.add(position, step)
         return tile
