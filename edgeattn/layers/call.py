@@ -143,25 +143,16 @@ def is_written_as_it_is(out: object, query: NDArray[Any], width: int, dtype: np.
 
 
 def output_buffer(out: NDArray[Any] | None, shape: Shape, dtype: np.dtype[Any], *read: object) -> NDArray[Any]:
-    """An array (B, L, Eo) for the result: `out`, which the last check let pass, unless it may lie over what is read."""
+    """An array for the result: `out`, which the last check let pass, unless it may lie over what is read."""
     if out is None or any(_may_lie_over(x, out) for x in read):
         return np.empty(shape, dtype)
-    return out.reshape(shape)
+    return out
 
 
 def _may_lie_over(x: object, out: NDArray[Any]) -> bool:
     if isinstance(x, np.ndarray):
         return np.may_share_memory(x, out)
     return x is not None and not isinstance(x, (bool, str, tuple))  # what has an array form may be anywhere
-
-
-def handed_over(result: NDArray[Any], query: NDArray[Any], out: NDArray[Any] | None) -> NDArray[Any]:
-    """What the caller gets of a result (B, L, Eo) of the dtype that it wants, which may be in `out` already."""
-    if out is None:
-        return result if query.ndim == 3 else result[0]
-    if not np.may_share_memory(result, out):
-        out[...] = result.reshape(out.shape)
-    return out
 
 
 def is_unmasked(attn_mask: object, key_padding_mask: object, is_causal: object, causal_alignment: object,

@@ -32,7 +32,6 @@ from edgeattn.kernels.cpu.quantize import to_codes, to_reals
 from edgeattn.layers.attention import forward
 from edgeattn.layers.call import (
     check_cache,
-    handed_over,
     is_next,
     is_read_as_it_is,
     is_unmasked,
@@ -557,18 +556,18 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
             x = query if query.ndim == 3 else query[None]
             if kv_cache is None and (x is query or is_unmasked(*masks)):
                 keep, _, band, _ = self_masks(self, x, *masks)
-                result = output_buffer(out, (*x.shape[:2], self.output_dim), _INT8, x, *masks)
+                result = output_buffer(out, (*query.shape[:-1], self.output_dim), _INT8, x, *masks)
                 self._kernel(x, x, x, result, keep, band, None, self._tables)
-                return handed_over(result, query, out)
+                return write_result(result, out, _INT8)
             if (kv_cache is not None and is_unmasked(*masks) and is_next(self, x, kv_cache)
                     and kv_cache.scales == self.cache_scales):
-                result = output_buffer(out, (*x.shape[:2], self.output_dim), _INT8, x)
+                result = output_buffer(out, (*query.shape[:-1], self.output_dim), _INT8, x)
                 with kv_cache._chunk():
                     kv_cache._take_slots(1)
                     first, last = kv_cache._last_seen()
                     self._kernel(x, x, x, result, tables=self._tables,
                                  cached=(kv_cache._keys, kv_cache._values, first, last - first))
-                return handed_over(result, query, out)
+                return write_result(result, out, _INT8)
         need_weights = flag("need_weights", need_weights)
         query, key, value = self._check_codes(query, key, value)
         lead, L, S = query.shape[:-2], query.shape[-2], key.shape[-2]

@@ -256,3 +256,14 @@ def attention(q, k, v, out, scale, keep=None, bias=None, band=None, alibi=None):
     threads.run(_run, arguments, np.int32, shared, private, q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
                 * (q.shape[3] + v.shape[3]), q.shape[0])
     return out
+
+
+def prepare(q, k, v, out, scale, softcap=0.0, keep=None, bias=None, band=None, alibi=None):
+    """(q, k, v, out, keep, bias, alibi) -> `attention` of such arrays and masks, which need not be shaped as masks."""
+    shapes = shape_of(keep), shape_of(bias)
+
+    def call(q, k, v, out, keep, bias, alibi):
+        keep = None if keep is None else keep.reshape(shapes[0])
+        bias = None if bias is None else bias.reshape(shapes[1])
+        attention(q, k, v, out, scale, keep, bias, band, alibi)
+    return call
