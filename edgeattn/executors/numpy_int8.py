@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from edgeattn.executors.unfused import AttentionParts
     from edgeattn.ops import Sequences
-    from edgeattn.quantized.static import StaticMultiHeadAttention
     from edgeattn.types import Codes, Float32s, Floats, Shape
 
 _SCORES_AT_ONCE = 1 << 20  # scores computed at a time: 8 MiB each, as the float64 of an exact product
@@ -42,8 +41,7 @@ class Int8Ops(Recorder, Ops["NDArray[Any]"]):
         As those of `NumpyOps`; of "masked_scores" -129 is kept where a key is not there.
     """
 
-    def __init__(self, layer: StaticMultiHeadAttention, record: dict[str, Any] | None = None,
-                 names: Collection[str] | None = None):
+    def __init__(self, layer: Any, record: dict[str, Any] | None = None, names: Collection[str] | None = None):
         super().__init__(record, names)
         self.layer = layer
 
@@ -53,15 +51,15 @@ class Int8Ops(Recorder, Ops["NDArray[Any]"]):
 
     def dequantize(self, x: Codes, name: str) -> Float32s:
         """The reals that the codes of the tensor of that name stand for."""
-        return self.layer.tensors[name].dequantize(x)
+        reals: Float32s = self.layer.tensors[name].dequantize(x)
+        return reals
 
     def linear(self, x: Codes, linear: Any, name: str) -> Codes:
         """x weight^T + bias."""
         total = _exact_product(x, self.layer.input_of(name).zero_point, linear.weight.T, 0)
         return self._requantized(total if linear.bias is None else total + linear.bias, name)
 
-    def attention(self, q: Codes, k: Codes, v: Codes, layer: StaticMultiHeadAttention, sequences: Sequences,
-                  name: str) -> Codes:
+    def attention(self, q: Codes, k: Codes, v: Codes, layer: Any, sequences: Sequences, name: str) -> Codes:
         """The heads side by side, some queries at a time."""
         (mask,), cache = sequences.masks, sequences.cache
         batch, heads, queries, keys = mask.shape
@@ -84,11 +82,11 @@ class Int8Ops(Recorder, Ops["NDArray[Any]"]):
                 array[own] = some[part]
         return merge_heads(self._keep(name + "context", context)).reshape(shape)
 
-    def scores(self, q: Codes, k: Codes, layer: StaticMultiHeadAttention, name: str) -> Codes:
+    def scores(self, q: Codes, k: Codes, layer: Any, name: str) -> Codes:
         """q k^T: 1 / sqrt(D) lies in the scale of q."""
         return self._batch_matmul(q, "query", k.swapaxes(-1, -2), "key", name)
 
-    def masked(self, scores: Codes, layer: StaticMultiHeadAttention, mask: Any, name: str) -> NDArray[np.int64]:
+    def masked(self, scores: Codes, layer: Any, mask: Any, name: str) -> NDArray[np.int64]:
         """Codes of the scores after the layer's `score_ops`, -129 where `mask` lets a query not see the key.
 
         mask : permitted, bool or None, and lut_index as `score_map` has them.

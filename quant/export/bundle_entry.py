@@ -11,7 +11,6 @@ from llvmlite import ir
 from numba import from_dtype, types
 from numba.core import cgutils
 from numba.extending import intrinsic, register_jitable
-from numba.np.arrayobj import populate_array
 
 from edgeattn.bundle import (
     ABI,
@@ -44,28 +43,10 @@ from edgeattn.bundle import (
 from edgeattn.kernels.cpu import fused, fused_dynamic, fused_int8, layer_dynamic, layer_float32, layer_int8, records
 from edgeattn.kernels.cpu.records import named, packed
 from edgeattn.kernels.cpu.simd import address_of
+from edgeattn.runtime.arrays import array_at, array_of
 from edgeattn.runtime.worker_pool import task
 
 _I8, _I64 = ir.IntType(8), ir.IntType(64)
-
-
-def _array(context, builder, array_type, pointer, size):
-    """An array of `size` elements from `pointer` on, which nobody frees."""
-    array = context.make_array(array_type)(context, builder)
-    item = ir.Constant(_I64, context.get_abi_sizeof(context.get_data_type(array_type.dtype)))
-    data = builder.bitcast(pointer, context.get_data_type(array_type.dtype).as_pointer())
-    populate_array(array, data=data, shape=[size], strides=[item], itemsize=item, meminfo=None)
-    return array._getvalue()
-
-
-@intrinsic
-def array_at(typing, address, size, dtype):
-    """The `size` elements of a dtype from an address on."""
-    array_type = types.Array(dtype.instance_type, 1, "C")
-
-    def generate(context, builder, sig, args):
-        return _array(context, builder, array_type, builder.inttoptr(args[0], _I8.as_pointer()), args[1])
-    return array_type(types.int64, types.int64, dtype), generate
 
 
 def constant(name, values):
@@ -84,8 +65,8 @@ def constant(name, values):
             data = ir.Constant(ir.ArrayType(_I8, max(values.nbytes, 1)), bytearray(values.tobytes() or b"\0"))
             variable = cgutils.global_constant(builder.module, name, data)
             variable.align = ALIGNMENT
-            return _array(context, builder, array_type, builder.bitcast(variable, _I8.as_pointer()),
-                          ir.Constant(_I64, values.size))
+            return array_of(context, builder, array_type, builder.bitcast(variable, _I8.as_pointer()),
+                            ir.Constant(_I64, values.size))
         return array_type(), generate
     return elements
 
@@ -101,8 +82,8 @@ def local_copy(name, values):
             frame = cgutils.alloca_once(builder, data.type)
             frame.align = ALIGNMENT
             builder.store(builder.load(cgutils.global_constant(builder.module, name, data)), frame)
-            return _array(context, builder, array_type, builder.bitcast(frame, _I8.as_pointer()),
-                          ir.Constant(_I64, values.size))
+            return array_of(context, builder, array_type, builder.bitcast(frame, _I8.as_pointer()),
+                            ir.Constant(_I64, values.size))
         return array_type(), generate
     return copy
 
