@@ -11,7 +11,7 @@ import functools
 
 import numpy as np
 
-from quant.export.attention_graph import float_graph
+from quant.export.attention_graph import attention_graph
 from quant.export.tflite import serialize, write_tflite
 
 # -- ai-edge-litert and tflite-runtime: the same interface, XNNPACK in both
@@ -52,7 +52,7 @@ def litert_int8_usual(problem, threads):
 
 def litert_dynamic(problem, threads):
     """Dynamic range: int8 weights per channel, activations in float32 and quantized on the fly by XNNPACK."""
-    graph = float_graph(problem.layer, batch=1, sequence_length=problem.point.L)
+    graph = attention_graph(problem.layer, batch=1, sequence_length=problem.point.L)
     for i, tensor in enumerate(graph.tensors):
         if tensor.data is not None and tensor.name.endswith("/weight"):
             codes, scale = _int8_rows(tensor.data)

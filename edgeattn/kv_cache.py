@@ -19,6 +19,7 @@ from edgeattn.checks import (
     to_float32,
     write_result,
 )
+from edgeattn.device import place
 from edgeattn.functional import checked_softcap, default_scale
 from edgeattn.kernels.cpu import float32, reference_float32
 from edgeattn.kernels.cpu.cache_int8 import quantize_into
@@ -32,10 +33,10 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
     from typing_extensions import Self, Unpack
 
-    from edgeattn.executors.cuda.kv_cache import CacheOnCuda
     from edgeattn.masks import Mask
     from edgeattn.types import (
         CacheDtype,
+        CacheOnDevice,
         CacheOptions,
         Codes,
         Device,
@@ -285,14 +286,11 @@ class KVCache:
     def to(self, device: Literal["cpu"]) -> Self: ...
 
     @overload
-    def to(self, device: Literal["cuda"]) -> CacheOnCuda: ...
+    def to(self, device: Literal["cuda"]) -> CacheOnDevice: ...
 
-    def to(self, device: Device) -> Self | CacheOnCuda:
+    def to(self, device: Device) -> Self | CacheOnDevice:
         """An empty cache of the same sizes on `device`: "cpu" is this one, "cuda" on a GPU (docs/cuda.md)."""
-        from edgeattn.executors.cuda.kv_cache import CacheOnCuda
-        from edgeattn.executors.cuda.layers import place
-
-        placed: Self | CacheOnCuda = place(self, device, CacheOnCuda)
+        placed: Self | CacheOnDevice = place(self, device)
         return placed
 
     def held(self) -> tuple[Float32s, Float32s]:

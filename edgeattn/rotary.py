@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -112,6 +113,46 @@ def rotary_cache(
     frequencies = base ** (-np.arange(0, turned, 2) / turned)
     angles = np.outer(np.arange(positions), frequencies)
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+class RotaryEmbedding:
+    """Rotary embedding of the queries and keys of a `MultiHeadAttention(..., rotary=...)`.
+
+    The token at position p is turned by the angles p * base^(-2 i / R) of `rotary_cache`; a query's position is that
+    among the keys, which a cache knows.
+
+    Parameters
+    ----------
+    rotary_embedding_dim : int
+        R, even: the head size D, or the number of leading features of each head that are turned.
+    base : float
+        Called theta too, greater than 0.
+    interleaved : bool
+        Pairs are neighbours instead of halves, as in `apply_rotary_embedding`.
+    offset : int
+        Position of the first key, at least 0.
+    """
+
+    def __init__(self, rotary_embedding_dim: SupportsIndex, *, base: Real = 10000.0, interleaved: Flag = False,
+                 offset: SupportsIndex = 0):
+        self._table = rotary_cache(1, rotary_embedding_dim, base=base)
+        self.rotary_embedding_dim, self.base = count("rotary_embedding_dim", rotary_embedding_dim), float(base)
+        self.interleaved = flag("interleaved", interleaved)
+        self.offset = count("offset", operator.index(offset) + 1) - 1
+
+    def turn(self, x: Float32s, position: int) -> Float32s:
+        """X (B, H, L, D), whose first token stands at `position`, turned."""
+        first = self.offset + position
+        last = first + x.shape[2]
+        if last > len(self._table[0]):  # twice as long, so that a sequence that grows makes few of them
+            self._table = rotary_cache(2 * last, self.rotary_embedding_dim, base=self.base)
+        cos, sin = (table[None, first:last] for table in self._table)
+        return apply_rotary_embedding(
+            x, cos, sin, interleaved=self.interleaved, rotary_embedding_dim=self.rotary_embedding_dim)
+
+    def __repr__(self) -> str:
+        return (f"RotaryEmbedding({self.rotary_embedding_dim}, base={self.base}, interleaved={self.interleaved}, "
+                f"offset={self.offset})")
 
 
 def _check_shape(x: Floats, num_heads: SupportsIndex | None) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 if TYPE_CHECKING:
-    from edgeattn.kv_cache import KVCache
+    from typing_extensions import Unpack
 
 Floats: TypeAlias = NDArray[np.floating[Any]]  # float16, float32 or float64: results have the dtype of their inputs
 Float32s: TypeAlias = NDArray[np.float32]
@@ -74,29 +74,6 @@ class MaskOptions(TypedDict, total=False):
     window_size: Window
 
 
-class CallOptions(MaskOptions, total=False):
-    """Keywords of a layer's call but `need_weights`, on which the result's type depends."""
-
-    softcap: Real
-    alibi_slopes: ArrayLike | None
-    kv_cache: KVCache | None
-    average_attn_weights: Flag
-    out: Floats | None
-
-
-class SelfOptions(TypedDict, total=False):
-    """The same of `SelfAttention`."""
-
-    attn_mask: ArrayLike | None
-    key_padding_mask: ArrayLike | None
-    is_causal: Flag
-    window_size: Window
-    softcap: Real
-    alibi_slopes: ArrayLike | None
-    kv_cache: KVCache | None
-    out: Floats | None
-
-
 class TorchOptions(TypedDict, total=False):
     """The same of `MultiHeadAttention.call_with_torch_masks`."""
 
@@ -105,13 +82,6 @@ class TorchOptions(TypedDict, total=False):
     is_causal: Flag
     average_attn_weights: Flag
     out: Floats | None
-
-
-class CodeOptions(MaskOptions, total=False):
-    """The same of `StaticMultiHeadAttention.run_int8`."""
-
-    kv_cache: KVCache | None
-    out: Codes | None
 
 
 class FunctionOptions(TypedDict, total=False):
@@ -158,3 +128,77 @@ class CacheOptions(TypedDict, total=False):
     alibi_slopes: ArrayLike | None
     position: SupportsIndex | None
     out: Floats | None
+
+
+class DeviceMasks(TypedDict, total=False):
+    """Keywords of a static layer's `run_int8` on a GPU; the arrays are NumPy's or lie there."""
+
+    attn_mask: Any
+    key_padding_mask: Any
+    is_causal: Flag
+    causal_alignment: CausalAlignment | None
+    window_size: Window
+    kv_cache: CacheOnDevice | None
+    need_weights: Flag
+    out: Any
+
+
+class DeviceCall(DeviceMasks, total=False):
+    """The same of a layer's call there."""
+
+    softcap: Real
+    alibi_slopes: Any
+    average_attn_weights: Flag
+
+
+class DeviceCacheOptions(TypedDict, total=False):
+    """Keywords of a cache's `attend` there."""
+
+    attn_mask: Any
+    key_padding_mask: Any
+    is_causal: Flag
+    scale: Real | None
+    softcap: Real
+    window_size: Window
+    alibi_slopes: Any
+    position: SupportsIndex | None
+    return_weights: Flag
+    out: Any
+
+
+class LayerOnDevice(Protocol):
+    """What `layer.to("cuda")` gives; it has the layer's sizes too."""
+
+    layer: Any
+
+    def __call__(self, query: Any, key: Any = None, value: Any = None, **options: Unpack[DeviceCall]) -> Any:
+        """Attend from `query` to `key` and `value`, as the layer does."""
+
+    def to(self, device: Device) -> Any:
+        """`layer` for "cpu"."""
+
+    def __getattr__(self, name: str) -> Any: ...
+
+
+class StaticOnDevice(LayerOnDevice, Protocol):
+    """What a static layer's `to("cuda")` gives."""
+
+    def run_int8(self, query: Any, key: Any = None, value: Any = None, **options: Unpack[DeviceMasks]) -> Any:
+        """Attend on codes, as the layer does."""
+
+
+class CacheOnDevice(Protocol):
+    """What `KVCache.to("cuda")` gives; it has all that the cache has."""
+
+    length: int
+
+    def append(self, key: Any, value: Any) -> None:
+        """Add the keys and values of tokens, float32 arrays there."""
+
+    def attend(self, query: Any, **options: Unpack[DeviceCacheOptions]) -> Any:
+        """Attend from queries there to the tokens in the cache."""
+
+    def held(self) -> tuple[Float32s, Float32s]:
+        """The tokens held, as NumPy copies."""
+
+    def __getattr__(self, name: str) -> Any: ...

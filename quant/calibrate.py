@@ -16,6 +16,7 @@ from edgeattn.checks import is_one_of
 from edgeattn.files.paths import listed, reading, write_atomic
 from edgeattn.files.safetensors_file import read_safetensors
 from edgeattn.layers import MultiHeadAttention
+from edgeattn.layers.positions import refuse_positions
 from edgeattn.quantized import INPUTS, SOURCES
 from quant.observers import BINS, OBSERVERS, SMALLEST_EXPONENT, Statistics
 from quant.trace import Call, counted, describe_sources, float_trace, read_calls
@@ -236,6 +237,7 @@ def check_layer(layer: object, scheme: object = "static") -> None:
         raise TypeError(f"layer must be an edgeattn.MultiHeadAttention; got {type(layer).__name__}")
     if not is_one_of(scheme, ("static", "dynamic")):
         raise ValueError(f"scheme must be 'static' or 'dynamic'; got {scheme!r}")
+    refuse_positions(layer)
     if layer.gated and scheme == "static":
         raise ValueError("layer must have no gate_weight: no TFLite kernel set has a gate; scheme='dynamic' takes it")
     if layer.extra_keys and scheme == "static":

@@ -82,7 +82,7 @@ def _describe_float(layer: MultiHeadAttention) -> Iterator:
     yield f"{type(layer).__name__}, float32"
     yield from _describe_sizes(layer)
     shown = table("parameter", "shape", "largest")
-    _, tensors = layer._to_state()
+    _, tensors = layer.to_state()
     for name, array in tensors.items():
         shown.add_row(name, str(array.shape), f"{np.abs(array).max(initial=0):.4g}")
     yield shown

@@ -1,6 +1,6 @@
 """Every intermediate tensor of a layer, for calibration and comparison: the float layer's and the static int8 layer's.
 
-Written in NumPy without regard for memory: the workbench may hold the (B, H, L, S) scores that the kernels never do.
+The workbench may hold the (B, H, L, S) scores that the kernels never do.
 """
 
 from __future__ import annotations
@@ -12,9 +12,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgeattn.checks import as_array
+from edgeattn.executors.numpy import NumpyOps
+from edgeattn.executors.numpy_int8 import Int8Ops
 from edgeattn.layers import MultiHeadAttention
-from edgeattn.masks import resolve_mask
-from edgeattn.quantized import INPUTS, StaticMultiHeadAttention, fit_mask, steps
+from edgeattn.layers.attention import forward
+from edgeattn.layers.linear import Linear
+from edgeattn.masks import Mask, resolve_mask
+from edgeattn.ops import Sequences
+from edgeattn.quantized import INPUTS, StaticMultiHeadAttention
 from quant.progress import track
 
 if TYPE_CHECKING:
@@ -182,66 +187,50 @@ def float_trace(layer: MultiHeadAttention, call: Call, *, key_bias: bool = False
     ValueError
         When a tensor leaves the range of float32.
     """
+    trace: dict[str, Float32s] = {}
+    inputs = (call.query, call.key, call.value)
     with np.errstate(over="ignore", invalid="ignore"):
-        trace = _float_trace(layer, call, key_bias)
+        forward(FloatTrace(trace, key_bias), layer, *inputs, _sequences(layer, call))
+    trace |= {f"{INPUTS[i]}_input": inputs[i] for i in set(call.sources)}
+    trace = _in_order(trace, call.sources)
     for name, values in trace.items():
         if not np.isfinite(values).all():
             raise ValueError(f"{call.where}: the layer's {name} leaves the range of float32")
     return trace
 
 
-def _float_trace(layer: MultiHeadAttention, call: Call, key_bias: bool) -> dict[str, Float32s]:
-    groups = layer.num_heads // layer.num_kv_heads
-    inputs = (call.query, call.key, call.value)
-    trace: dict[str, NDArray[Any]] = {f"{INPUTS[i]}_input": inputs[i] for i in sorted(set(call.sources))}
-    for name, x, heads, size in zip(INPUTS, inputs, (layer.num_heads, layer.num_kv_heads, layer.num_kv_heads),
-                                    (layer.head_dim, layer.head_dim, layer.value_dim), strict=True):
-        bias = None if name == "key" and not key_bias else getattr(layer, f"{name[0]}_bias")
-        y = _linear(x, getattr(layer, f"{name[0]}_weight"), bias)
-        y = _split_heads(y, heads, size)
-        trace[name] = y if name == "query" else np.repeat(y, groups, axis=1)
-    scores = trace["query"] @ trace["key"].swapaxes(-1, -2) * np.float32(layer.scale)
-    trace["scores"] = scores
-    if call.permitted is not None:
-        scores = np.where(call.permitted, scores, -np.inf)
-    top = scores.max(-1, keepdims=True, initial=-np.inf)
-    e = np.exp(scores - np.where(np.isfinite(top), top, 0))
-    total = e.sum(-1, keepdims=True)
-    trace["probabilities"] = e / np.where(total > 0, total, 1)
-    trace["context"] = trace["probabilities"] @ trace["value"]
-    if layer.out_weight is not None:
-        trace["output"] = _linear(_merge_heads(trace["context"]), layer.out_weight, layer.out_bias)
-    return trace
+class FloatTrace(NumpyOps):
+    """The float layer as it is quantized: where the key bias adds nothing, without it."""
+
+    def __init__(self, record: dict[str, Float32s], key_bias: bool):
+        super().__init__(record)
+        self.key_bias = key_bias
+
+    def linear(self, x: Float32s, linear: Any, name: str) -> Float32s:
+        """x weight^T + bias."""
+        if name == "key" and not self.key_bias:
+            linear = Linear(linear.weight)
+        return super().linear(x, linear, name)
 
 
 def static_trace(layer: StaticMultiHeadAttention, call: Call) -> dict[str, Codes]:
     """Every tensor of a static layer as int8 codes; names and shapes as in ``float_trace``."""
-    inputs = (call.query, call.key, call.value)
-    trace = {f"{INPUTS[i]}_input": layer.tensors[f"{INPUTS[i]}_input"].quantize(inputs[i])
-             for i in sorted(set(layer.sources))}
-    for i, name in enumerate(INPUTS):
-        trace[name] = steps.heads(layer, steps.project(layer, name, trace[f"{INPUTS[layer.sources[i]]}_input"]))
-    trace["scores"] = steps.scores(layer, trace["query"], trace["key"])
-    permitted = np.ones(trace["scores"].shape, bool) if call.permitted is None else call.permitted
-    classes = fit_mask(layer.score_map[1], trace["scores"].shape)
-    trace["probabilities"] = steps.probabilities(layer, trace["scores"], permitted, classes)
-    trace["context"] = steps.context(layer, trace["probabilities"], trace["value"])
-    if "output" in layer.linears:
-        trace["output"] = steps.project(layer, "output", _merge_heads(trace["context"]))
-    return trace
+    trace: dict[str, Codes] = {}
+    ops = Int8Ops(layer, trace)
+    read = {i: ops.quantize(x, f"{INPUTS[i]}_input")
+            for i, x in enumerate((call.query, call.key, call.value)) if i in layer.sources}
+    query, key, value = (read[i] for i in layer.sources)
+    forward(ops, layer, query, key, value, _sequences(layer, call))
+    return _in_order(trace, layer.sources)
 
 
-def _linear(x: Float32s, weight: Float32s, bias: Float32s | None) -> Float32s:
-    y = x @ weight.T
-    return y if bias is None else y + bias
+def _sequences(layer: MultiHeadAttention | StaticMultiHeadAttention, call: Call) -> Sequences:
+    shape = (len(call.query), layer.num_heads, call.query.shape[1], call.key.shape[1])
+    return Sequences([Mask(shape, call.permitted, None, None, -1, -1, 0, None)])
 
 
-def _split_heads(x: Float32s, heads: int, size: int) -> Float32s:
-    """(B, L, H*D) -> (B, H, L, D)."""
-    return x.reshape(*x.shape[:2], heads, size).transpose(0, 2, 1, 3)
-
-
-def _merge_heads(x: NDArray[Any]) -> NDArray[Any]:
-    """(B, H, L, D) -> (B, L, H*D)."""
-    B, H, L, D = x.shape
-    return x.transpose(0, 2, 1, 3).reshape(B, L, H * D)
+def _in_order(trace: dict[str, NDArray[_Scalar]], sources: tuple[int, ...]) -> dict[str, NDArray[_Scalar]]:
+    """The tensors that have a quantization, in the order of the computation."""
+    names = (*(f"{INPUTS[i]}_input" for i in sorted(set(sources))), *INPUTS, "scores", "probabilities", "context",
+             "output")
+    return {name: trace[name] for name in names if name in trace}

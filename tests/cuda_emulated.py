@@ -17,8 +17,7 @@ class EmulatedDriver(Driver):
         self._processors = processors
         self.device()
 
-    api = property(lambda self: self._api)
-    memory = property(lambda self: self._api.memory)
+    memory = property(lambda self: self.api.memory)
 
     def name(self):
         return "an emulator"
@@ -37,9 +36,9 @@ class EmulatedDriver(Driver):
         assert min(grid) > 0, "a GPU refuses an empty grid"
         memory = cuda_emulator.Memory()
         for address, array in self.memory.items():
-            if self._api.owners[address] == self.device():
+            if self.api.owners[address] == self.device():
                 memory.lend(array, writable=True)
-        self._api.launched(stream)
+        self.api.launched(stream)
         self.launched.append(kernel.name)
         self.streams.append(stream)
         self.last = cuda_emulator.run(kernel, grid, addresses, numbers, memory)

@@ -79,7 +79,7 @@ def test_a_device_needs_three_packages(setup_cfg):
 
 
 def test_extras_are_the_promised_ones(setup_cfg):
-    promised = {"bundle", "checkpoints", "tflite", "cuda", "cuda-offline", "quant", "examples", "test", "test-numpy2", "peers", "fuzz", "dev"}
+    promised = {"bundle", "checkpoints", "text", "tflite", "cuda", "cuda-offline", "quant", "examples", "test", "test-numpy2", "peers", "fuzz", "dev"}
     assert set(setup_cfg["options.extras_require"]) == promised
     assert "flatbuffers" in extra(setup_cfg, "quant", "3.11", "x86_64")
     assert "ai-edge-litert" in extra(setup_cfg, "tflite", "3.11", "x86_64")
@@ -246,6 +246,19 @@ def test_only_the_cuda_package_imports_numba_cuda():
 
 def test_cuda_is_imported_only_inside_the_call_that_asks_for_it():
     assert offenders(["edgeattn.kernels.cuda"], allowed=["edgeattn.kernels.cuda"], top_level_only=True) == []
+    assert offenders(["edgeattn.executors.cuda"], allowed=["edgeattn.executors.cuda"], top_level_only=True) == []
+
+
+def test_what_stays_on_the_cpu_brings_nothing_of_cuda():
+    script = ("import sys, edgeattn, numpy\n"
+              "cache = edgeattn.KVCache(1, 1, 1, 1)\n"
+              "assert cache.to('cpu') is cache\n"
+              "try: cache.to('gpu')\n"
+              "except ValueError: pass\n"
+              "edgeattn.scaled_dot_product_attention(*[numpy.zeros((0, 4), 'f')] * 3)\n"
+              "print([name for name in sys.modules if 'cuda' in name.split('.')])")
+    done = python(script)
+    assert (done.stdout.strip(), done.stderr) == ("[]", "")
 
 
 def test_only_the_tflite_writer_and_reader_import_flatbuffers():

@@ -27,12 +27,15 @@ if TYPE_CHECKING:
 _FORMAT = 1
 _METADATA_KEY = "edgeattn"
 # Where each kind of layer lives; imported only when a file of that kind is opened. Every class has
-#     _to_state() -> (config, tensors)    and    _from_state(config, tensors), a class method.
+#     to_state() -> (config, tensors)    and    from_state(config, tensors), a class method.
 _KINDS = {
     "MultiHeadAttention": "edgeattn.layers.multi_head",
     "SelfAttention": "edgeattn.layers.self_attention",
     "StaticMultiHeadAttention": "edgeattn.quantized.static",
     "DynamicMultiHeadAttention": "edgeattn.quantized.dynamic",
+    "TransformerEncoder": "edgeattn.layers.encoder",
+    "TextEncoder": "edgeattn.models.text_encoder",
+    "ImageEncoder": "edgeattn.models.image_encoder",
 }
 
 
@@ -60,7 +63,7 @@ def save(layer: MultiHeadAttention | QuantizedMultiHeadAttention, path: Path) ->
         raise ValueError(
             f"path must end in .safetensors, got {str(path)!r}; quant.export writes the other formats"
         )
-    config, tensors = layer._to_state()
+    config, tensors = layer.to_state()
     header = {"format": _FORMAT, "kind": kind, "config": config}
     content = safetensors.numpy.save(
         {name: np.asarray(array, order="C") for name, array in tensors.items()},
@@ -109,7 +112,7 @@ def load(
     arrays = {name: tensor.read() for name, tensor in tensors.items()}
     try:
         layer: MultiHeadAttention | StaticMultiHeadAttention | DynamicMultiHeadAttention = (
-            layer_class._from_state(config, arrays))
+            layer_class.from_state(config, arrays))
         return layer
     except KeyError as error:
         raise ValueError(f"{path} does not hold a whole {kind}: {error} is missing") from error

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Literal, overload
 import numpy as np
 
 from edgeattn.checks import FLOAT32, to_float32
+from edgeattn.device import place
 from edgeattn.kernels.cpu.layer_float32 import FloatLayer
-from edgeattn.kernels.cpu.linear import Linear
-from edgeattn.layers import steps
+from edgeattn.layers import attention, steps
 from edgeattn.layers.call import check_call, check_inputs, is_read_as_it_is, is_written_as_it_is
+from edgeattn.layers.linear import Linear
+from edgeattn.layers.positions import refuse_positions
 from edgeattn.layers.weights import AttentionWeights
 from edgeattn.masks import NO_WINDOW, torch_masks
+from edgeattn.prepared import PreparedCalls, call_signature
 
 if TYPE_CHECKING:
     from typing import Any
@@ -21,9 +24,10 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
     from typing_extensions import Self, Unpack
 
-    from edgeattn.executors.cuda.layers import FloatOnCuda
     from edgeattn.kv_cache import KVCache
-    from edgeattn.types import CallOptions, CausalAlignment, Flag, Floats, Real, TorchOptions, Window
+    from edgeattn.layers.options import CallOptions
+    from edgeattn.ops import Ops, Sequences, T
+    from edgeattn.types import CausalAlignment, Flag, Floats, LayerOnDevice, Real, TorchOptions, Window
 
 
 class MultiHeadAttention(AttentionWeights):
@@ -54,6 +58,13 @@ class MultiHeadAttention(AttentionWeights):
     gate_weight, gate_bias : (H * Dv, E), (H * Dv,) float arrays, optional
         The heads side by side are multiplied by sigmoid(query gate_weight^T + gate_bias), before the output
         projection, as in Keras layers with use_gate=True.
+    rotary : RotaryEmbedding, optional
+        Turns queries and keys by their positions, which a cache counts on.
+    q_norm, k_norm : LayerNorm or RMSNorm of D features, optional
+        Of each head's query and key, before `rotary`.
+    position_bias : (H, L, S) float array or RelativePositionBias, optional
+        Added to the scores, as a float `attn_mask` is; of an array the first L and S positions. A layer with any of
+        these four is computed step by step, not by the fused kernel.
 
     Attributes
     ----------
@@ -74,7 +85,7 @@ class MultiHeadAttention(AttentionWeights):
         1 / sqrt(D).
     """
 
-    _query_name = "query"  # what the caller calls it
+    query_name = "query"  # what the caller calls it
 
     @overload
     def __call__(self, query: ArrayLike, key: ArrayLike | None = None, value: ArrayLike | None = None, *,
@@ -154,11 +165,21 @@ class MultiHeadAttention(AttentionWeights):
         TypeError, ValueError
             Naming the argument, what was required and what came.
         """
-        if (key is None and value is None and need_weights is False and average_attn_weights is False
-                and type(softcap) is float and not softcap and self._fusible
-                and is_read_as_it_is(self, query, FLOAT32)
-                and is_written_as_it_is(out, query, self.output_dim, FLOAT32)):
-            # what small layers are called with, again and again: self-attention
+        signature = None
+        if (kv_cache is None and need_weights is False and average_attn_weights is False and type(softcap) is float
+                and not softcap and self._fusible and (key is not None or value is None)):
+            k: Any = query if key is None else key
+            v: Any = k if value is None else value
+            signature = call_signature(query, k, v, attn_mask, key_padding_mask, is_causal, causal_alignment,
+                                       window_size, alibi_slopes)
+            prepared = self._prepared.find(signature, out)
+            if prepared is not None:
+                return prepared(query, k, v, out, attn_mask, key_padding_mask)
+        elif (kv_cache is not None and key is None and value is None and need_weights is False
+              and average_attn_weights is False and type(softcap) is float and not softcap and self._fusible
+              and is_read_as_it_is(self, query, FLOAT32)
+              and is_written_as_it_is(out, query, self.output_dim, FLOAT32)):
+            # a token after those in the cache
             result = steps.attend_to_itself(self, query, out, kv_cache, attn_mask, key_padding_mask, is_causal,
                                             causal_alignment, window_size, alibi_slopes)
             if result is not None:
@@ -169,10 +190,13 @@ class MultiHeadAttention(AttentionWeights):
             kv_cache=kv_cache, need_weights=need_weights, average_attn_weights=average_attn_weights, out=out)
         fused = self._fusible and not (call.need_weights or call.softcap or kv_cache is not None)
         if not (fused and call.query.size and call.key.size and call.value.size):
-            return steps.attend(self, call)
+            return attention.run(self, call)
         result = np.empty((*call.query.shape[:2], self.output_dim), np.float32)
         q, k, v = (to_float32(x) for x in (call.query, call.key, call.value))
-        self._kernel(q, k, v, result, *call.mask.for_kernels())
+        masks = call.mask.for_kernels()
+        self._kernel(q, k, v, result, *masks)
+        self._prepared.learn(signature, (*call.lead, *call.mask.shape[1:]), self._kernel.prepare(q, k, *masks),
+                             (*call.lead, *result.shape[1:]), call.mask, attn_mask, key_padding_mask)
         return call.write_result(result)
 
     @overload
@@ -180,10 +204,10 @@ class MultiHeadAttention(AttentionWeights):
 
     @overload
     def to(self, device: Literal["cuda"], *,
-           precision: Literal["float32", "float16", "tf32"] = "float32") -> FloatOnCuda: ...
+           precision: Literal["float32", "float16", "tf32"] = "float32") -> LayerOnDevice: ...
 
     def to(self, device: Literal["cpu", "cuda"], *,
-           precision: Literal["float32", "float16", "tf32"] = "float32") -> Self | FloatOnCuda:
+           precision: Literal["float32", "float16", "tf32"] = "float32") -> Self | LayerOnDevice:
         """The layer on `device`: "cpu", or "cuda", a GPU (docs/cuda.md); `.layer` of that is this one.
 
         Parameters
@@ -199,18 +223,22 @@ class MultiHeadAttention(AttentionWeights):
         RuntimeError
             Where there is no CUDA, saying what of it is missing.
         """
-        from edgeattn.executors.cuda.layers import FloatOnCuda, place
-
         if device == "cpu" and precision != "float32":
             raise ValueError(f"precision must be 'float32' on the CPU, got {precision!r}, which tensor cores have")
-        placed: Self | FloatOnCuda = place(self, device, lambda layer: FloatOnCuda(layer, precision))
+        if device == "cuda":
+            refuse_positions(self)
+        placed: Self | LayerOnDevice = place(self, device, precision=precision)
         return placed
 
     @functools.cached_property
     def _fusible(self) -> bool:
-        """Whether the fused kernel can be the layer: it takes no empty weights, and knows no added keys and no gate."""
+        """Whether the fused kernel can be the layer: with no empty weights, added keys, gate, or positions."""
         whole = self.head_dim and self.value_dim and self.output_dim
-        return bool(whole and not self.extra_keys and not self.gated)
+        return bool(whole and not self.extra_keys and not self.gated and not self.positioned)
+
+    @functools.cached_property
+    def _prepared(self) -> PreparedCalls:
+        return PreparedCalls()
 
     @functools.cached_property
     def _kernel(self) -> FloatLayer:
@@ -219,11 +247,14 @@ class MultiHeadAttention(AttentionWeights):
             self.q_bias, self.k_bias, self.v_bias, self.out_bias, self.scale)
 
     @functools.cached_property
-    def _linears(self) -> dict[str, Linear]:
-        pairs = {
-            "q": (self.q_weight, self.q_bias), "k": (self.k_weight, self.k_bias), "v": (self.v_weight, self.v_bias),
-            "out": (self.out_weight, self.out_bias), "gate": (self.gate_weight, self.gate_bias)}
-        return {name: Linear(*pair) for name, pair in pairs.items() if pair[0] is not None}
+    def projections(self) -> dict[str, Linear]:
+        """The layer's linear maps: "query", "key", "value", and "output" and "gate" where it has them."""
+        return {name: Linear(weight, getattr(self, f"{short}_bias")) for name, short in attention.SHORT.items()
+                if (weight := getattr(self, f"{short}_weight")) is not None}
+
+    def forward(self, ops: Ops[T], query: T, key: T, value: T, sequences: Sequences, name: str = "") -> T:
+        """Rows of queries (tokens, E), keys and values -> (tokens, Eo)."""
+        return attention.forward(ops, self, query, key, value, sequences, name)
 
     @overload
     def call_with_torch_masks(

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
     from edgeattn.kv_cache import KVCache
-    from edgeattn.types import Flag, Floats, Real, SelfOptions, Window
+    from edgeattn.layers.options import SelfOptions
+    from edgeattn.types import Flag, Floats, Real, Window
 
 
 class SelfAttention(MultiHeadAttention):
@@ -32,7 +33,7 @@ class SelfAttention(MultiHeadAttention):
         As for `MultiHeadAttention`.
     """
 
-    _query_name = "x"
+    query_name = "x"
 
     def __init__(
         self,

@@ -1,7 +1,4 @@
-"""A layer's steps one by one, for what its fused kernel does not do: probabilities, softcap, added keys, gates, caches.
-
-The projections give a token the same bits alone and in a chunk, so that a cache does not show how a sequence was cut.
-"""
+"""The short ways of small calls that a float or dynamic layer is called with again and again."""
 
 from __future__ import annotations
 
@@ -9,23 +6,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgeattn.checks import FLOAT32, to_float32
-from edgeattn.kernels.cpu import float32
-from edgeattn.layers.call import handed_over, is_next, is_unmasked, output_buffer, self_masks
+from edgeattn.checks import FLOAT32, write_result
+from edgeattn.layers.call import is_next, is_unmasked, output_buffer, self_masks
 
 if TYPE_CHECKING:
     from typing import Any, TypeAlias
 
-    from numpy.typing import NDArray
-
     from edgeattn.kv_cache import KVCache
-    from edgeattn.layers.call import Call
-    from edgeattn.layers.multi_head import MultiHeadAttention
-    from edgeattn.quantized.dynamic import DynamicMultiHeadAttention
     from edgeattn.types import Float32s, Floats
 
-    _Layer: TypeAlias = MultiHeadAttention | DynamicMultiHeadAttention
-    _Pair: TypeAlias = tuple[Float32s, Float32s]
+    _Layer: TypeAlias = Any  # a MultiHeadAttention or a DynamicMultiHeadAttention
 
 
 def attend_to_itself(layer: _Layer, query: Float32s, out: Floats | None, kv_cache: KVCache | None, *masks: Any
@@ -39,49 +29,20 @@ def attend_to_itself(layer: _Layer, query: Float32s, out: Floats | None, kv_cach
     if not plain and not (is_unmasked(*masks) and (kv_cache is None or is_next(layer, x, kv_cache))):
         return None
     if kv_cache is None:
-        result = output_buffer(out, (*x.shape[:2], layer.output_dim), FLOAT32, x, *masks)
+        result = output_buffer(out, (*query.shape[:-1], layer.output_dim), FLOAT32, x, *masks)
         layer._kernel(x, x, x, result, *self_masks(layer, x, *masks))
     else:
-        result = attend_next(layer, x, kv_cache)
-    return handed_over(result, query, out)
-
-
-def attend(layer: _Layer, call: Call) -> Floats | tuple[Floats, Floats]:
-    """The result of `call`, a `Call` of `layer`, which has the attributes below.
-
-    num_heads, num_kv_heads, head_dim, value_dim, output_dim, scale, extra_keys, bias_k, bias_v, k_bias, gated
-        As `MultiHeadAttention` has them.
-    _linears : mapping
-        "q", "k", "v" and, where the layer has them, "gate" and "out": (tokens, inputs) -> (tokens, outputs), float32.
-    """
-    batch, heads, queries, _ = call.mask.shape
-    q = _project(layer, "q", call.query, heads, layer.head_dim)
-    k = _project(layer, "k", call.key, layer.num_kv_heads, layer.head_dim)
-    v = _project(layer, "v", call.value, layer.num_kv_heads, layer.value_dim)
-    added = added_keys(layer, batch) if layer.extra_keys else None
-    context = np.empty((batch, heads, queries, layer.value_dim), np.float32)
-    shape = (*call.mask.shape[:3], call.mask.shape[3] + layer.extra_keys)
-    weights = np.zeros(shape, np.float32) if call.need_weights else None
-    if call.cache is None:
-        _attend_once(layer, call, q, k, v, added, context, weights)
-    else:
-        with call.cache._chunk():
-            _attend_cached(layer, call, call.cache, q, k, v, added, context, weights)
-    merged = context.swapaxes(1, 2).reshape(batch * queries, heads * layer.value_dim)
-    if layer.gated:
-        with np.errstate(invalid="ignore"):  # NaN of what is not finite
-            merged = merged * _sigmoid(_rows(layer, "gate", call.query))
-    result = layer._linears["out"](merged) if "out" in layer._linears else merged
-    return call.write_result(result.reshape(batch, queries, layer.output_dim), weights)
+        result = attend_next(layer, x, kv_cache).reshape(*query.shape[:-1], layer.output_dim)
+    return write_result(result, out, FLOAT32)
 
 
 def attend_next(layer: _Layer, x: Float32s, cache: KVCache) -> Float32s:
-    """`attend` without masks for one token per batch entry, x (B, 1, E) float32 in C order, and all before it."""
-    batch, linears = len(x), layer._linears
+    """Attention without masks of one token per batch entry, x (B, 1, E) float32 in C order, and all before it."""
+    batch, linears = len(x), layer.projections
     x = x.reshape(batch, -1)
-    k = linears["k"](x).reshape(batch, layer.num_kv_heads, 1, layer.head_dim)
-    v = linears["v"](x).reshape(batch, layer.num_kv_heads, 1, layer.value_dim)
-    q = linears["q"](x).reshape(batch, layer.num_heads, 1, layer.head_dim)
+    k = linears["key"].packed(x).reshape(batch, layer.num_kv_heads, 1, layer.head_dim)
+    v = linears["value"].packed(x).reshape(batch, layer.num_kv_heads, 1, layer.value_dim)
+    q = linears["query"].packed(x).reshape(batch, layer.num_heads, 1, layer.head_dim)
     cache._check_finite(k, v)
     if not cache._length:
         cache._store_without(layer.k_bias)
@@ -90,58 +51,6 @@ def attend_next(layer: _Layer, x: Float32s, cache: KVCache) -> Float32s:
         cache._append(k, v)
         cache._attend_last(q, layer.scale, 0.0, context)
     result = context.reshape(batch, -1)
-    if "out" in linears:
-        result = linears["out"](result)
+    if "output" in linears:
+        result = linears["output"].packed(result)
     return result.reshape(batch, 1, layer.output_dim)
-
-
-def _project(layer: _Layer, name: str, x: Floats, heads: int, size: int) -> Float32s:
-    """(B, length, inputs) -> (B, heads, length, size) as kernels read it."""
-    return to_float32(_rows(layer, name, x).reshape(*x.shape[:2], heads, size).swapaxes(1, 2))
-
-
-def _rows(layer: _Layer, name: str, x: Floats) -> Float32s:
-    """(B, length, inputs) -> (B * length, outputs)"""
-    rows: Float32s = layer._linears[name](to_float32(x).reshape(-1, x.shape[-1]))
-    return rows
-
-
-def _sigmoid(x: Float32s) -> Float32s:
-    with np.errstate(over="ignore"):  # of what becomes 0
-        result: NDArray[Any] = 1 / (1 + np.exp(-x))
-    return result
-
-
-def added_keys(layer: _Layer, batch: int) -> _Pair:
-    """Key and value (B, Hkv, extra_keys, size) of `bias_k` and `bias_v`, then zeros."""
-    def array(bias: Float32s | None, size: int) -> Float32s:
-        keys = np.zeros((batch, layer.num_kv_heads, layer.extra_keys, size), np.float32)
-        if bias is not None:
-            keys[:, :, 0] = bias.reshape(layer.num_kv_heads, size)
-        return keys
-
-    return array(layer.bias_k, layer.head_dim), array(layer.bias_v, layer.value_dim)
-
-
-def _attend_once(layer: _Layer, call: Call, q: Float32s, k: Float32s, v: Float32s, added: _Pair | None,
-                 context: Float32s, weights: Float32s | None) -> None:
-    mask = call.mask
-    if added:
-        k, v = (to_float32(np.concatenate(pair, axis=2)) for pair in zip((k, v), added, strict=True))
-        mask = mask.with_keys(layer.extra_keys)
-    float32.attention(q, k, v, mask, context, scale=layer.scale, softcap=call.softcap, weights=weights)
-
-
-def _attend_cached(layer: _Layer, call: Call, cache: KVCache, q: Float32s, k: Float32s, v: Float32s,
-                   added: _Pair | None, context: Float32s, weights: Float32s | None) -> None:
-    """Append this chunk's keys and values to the cache, and attend to what it holds."""
-    cache._check_finite(k, v)
-    cache._store_without(layer.k_bias)
-    for rows, tokens in call.pieces:
-        cache._append(k[:, :, slice(*tokens)], v[:, :, slice(*tokens)])
-        part = call.mask.part(rows, (0, cache.length))
-        some = np.empty((*part.shape[:3], layer.value_dim), np.float32)
-        some_weights = None if weights is None else weights[:, :, slice(*rows)]
-        cache._attend(
-            to_float32(q[:, :, slice(*rows)]), part, layer.scale, call.softcap, some, some_weights, added)
-        context[:, :, slice(*rows)] = some

@@ -10,6 +10,8 @@ from edgeattn.checks import count, flag, float_array, to_float32
 from edgeattn.files import checkpoints
 from edgeattn.files.paths import listed, named
 from edgeattn.functional import default_scale
+from edgeattn.layers.positions import POSITIONS, Positions
+from edgeattn.layers.state import pack, unpack
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
     from typing_extensions import Self
 
+    from edgeattn.layers.norm import LayerNorm, RMSNorm
+    from edgeattn.layers.positions import PositionBias
+    from edgeattn.rotary import RotaryEmbedding
     from edgeattn.types import Flag, Float32s, OnnxModel, Path
 
 TENSORS = (
@@ -26,7 +31,7 @@ TENSORS = (
 KEY_TENSORS = ("bias_k", "bias_v")  # of a key that is no token, where a layer has one
 
 
-class AttentionWeights:
+class AttentionWeights(Positions):
     """Weights, numbers of heads and sizes of a float layer; parameters and attributes as `MultiHeadAttention`'s."""
 
     num_heads: int
@@ -56,6 +61,10 @@ class AttentionWeights:
         add_zero_attn: Flag = False,
         gate_weight: ArrayLike | None = None,
         gate_bias: ArrayLike | None = None,
+        rotary: RotaryEmbedding | None = None,
+        q_norm: LayerNorm | RMSNorm | None = None,
+        k_norm: LayerNorm | RMSNorm | None = None,
+        position_bias: ArrayLike | PositionBias | None = None,
     ):
         q_weight, k_weight, v_weight = check_weights(
             type(self), q_weight=q_weight, k_weight=k_weight, v_weight=v_weight)
@@ -114,6 +123,7 @@ class AttentionWeights:
                 )
         self.bias_k, self.bias_v, self.add_zero_attn, self.extra_keys = added_keys(
             bias_k, bias_v, add_zero_attn, self.num_kv_heads * self.head_dim, self.num_kv_heads * self.value_dim)
+        self._set_positions(self.num_heads, self.head_dim, rotary, q_norm, k_norm, position_bias)
 
     @classmethod
     def from_torch(cls, state_dict_or_path: Mapping[str, ArrayLike] | Path, num_heads: SupportsIndex, prefix: str = "",
@@ -232,21 +242,27 @@ class AttentionWeights:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles hold what a file holds: kernels belong to the process."""
-        return type(self)._from_state, self._to_state()
+        return type(self).from_state, self.to_state()
 
-    def _to_state(self) -> tuple[dict[str, Any], dict[str, Float32s]]:
-        """(config, tensors): all that `_from_state` needs to build an equal layer."""
+    def to_state(self) -> tuple[dict[str, Any], dict[str, Float32s]]:
+        """(config, tensors): all that `from_state` needs to build an equal layer."""
         tensors = {name: getattr(self, name) for name in TENSORS if getattr(self, name) is not None}
         config, added = added_keys_state(self)
-        return {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads, **config}, {**tensors, **added}
+        tensors |= added
+        positions = {name: pack(getattr(self, name), name, tensors) for name in POSITIONS
+                     if getattr(self, name) is not None}
+        return {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads, **config, **positions}, tensors
 
     @classmethod
-    def _from_state(cls, config: Mapping[str, Any], tensors: Mapping[str, ArrayLike]) -> Self:
+    def from_state(cls, config: Mapping[str, Any], tensors: Mapping[str, ArrayLike]) -> Self:
+        """The layer of which `to_state` gave these."""
+        tensors = dict(tensors)
+        positions = {name: unpack(config[name], tensors) for name in POSITIONS if name in config}
         unexpected = sorted(set(tensors) - set(TENSORS + KEY_TENSORS))
         missing = sorted({"q_weight", "k_weight", "v_weight"} - set(tensors))
         if missing or unexpected:
             raise ValueError(f"missing tensors {missing}, unexpected tensors [{listed(map(repr, unexpected))}]")
-        arguments = {**tensors, "add_zero_attn": config.get("add_zero_attn", False)}
+        arguments = {**tensors, "add_zero_attn": config.get("add_zero_attn", False), **positions}
         return cls._build(config["num_heads"], arguments, config["num_kv_heads"])
 
 

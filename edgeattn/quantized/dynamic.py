@@ -4,36 +4,47 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 import numpy as np
 
 from edgeattn.checks import FLOAT32, count, to_float32
+from edgeattn.device import place
 from edgeattn.functional import default_scale
 from edgeattn.kernels.cpu.linear_dynamic import DynamicLinear
-from edgeattn.layers import steps
+from edgeattn.layers import attention, steps
 from edgeattn.layers.call import check_call, is_read_as_it_is, is_written_as_it_is
+from edgeattn.layers.positions import Positions
 from edgeattn.layers.weights import KEY_TENSORS, added_keys, added_keys_state
 from edgeattn.masks import NO_WINDOW
 from edgeattn.quantized.layer import INPUTS, SHORT, QuantizedMultiHeadAttention
 from edgeattn.quantized.parameters import QuantizedLinear, frozen
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any, SupportsIndex
 
     from numpy.typing import ArrayLike, NDArray
     from typing_extensions import Self, Unpack
 
-    from edgeattn.executors.cuda.layers import DynamicOnCuda
     from edgeattn.kv_cache import KVCache
-    from edgeattn.types import CallOptions, CausalAlignment, Device, Flag, Float32s, Floats, Real, Window
+    from edgeattn.layers.options import CallOptions
+    from edgeattn.types import CausalAlignment, Device, Flag, Float32s, Floats, LayerOnDevice, Real, Window
 
     DynamicLayer: Any  # mypy 2.4 --strict breaks off in that file, with an internal error, whoever imports it
 else:
     from edgeattn.kernels.cpu.layer_dynamic import DynamicLayer
 
 
-class DynamicMultiHeadAttention(QuantizedMultiHeadAttention):
+class Projection(NamedTuple):
+    """One linear map of a dynamic layer; `packed`: float32 (tokens, inputs) -> (tokens, outputs)."""
+
+    weight: QuantizedLinear
+    bias: Float32s | None
+    packed: Callable[[Float32s], Float32s]
+
+
+class DynamicMultiHeadAttention(QuantizedMultiHeadAttention, Positions):
     """Float in, float out, int8 inside: nothing is calibrated, every token is quantized by its own range at run time.
 
     Weights are int8 per output channel, activations int8 per token, products accumulate in int32, the softmax is
@@ -157,7 +168,7 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention):
         fused = self._fusible and not (call.need_weights or call.softcap or kv_cache is not None)
         result = np.empty((*call.query.shape[:2], self.output_dim), np.float32)
         if not (fused and result.size and call.query.size and call.key.size and call.value.size):
-            return steps.attend(self, call)
+            return attention.run(self, call)
         q = to_float32(call.query)
         k = q if call.key is call.query else to_float32(call.key)
         v = k if call.value is call.key else to_float32(call.value)
@@ -168,24 +179,22 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention):
     def to(self, device: Literal["cpu"]) -> Self: ...
 
     @overload
-    def to(self, device: Literal["cuda"]) -> DynamicOnCuda: ...
+    def to(self, device: Literal["cuda"]) -> LayerOnDevice: ...
 
-    def to(self, device: Device) -> Self | DynamicOnCuda:
+    def to(self, device: Device) -> Self | LayerOnDevice:
         """The layer on ``device``: "cpu", or "cuda", a GPU (docs/cuda.md); ``.layer`` of that is this one."""
-        from edgeattn.executors.cuda.layers import DynamicOnCuda, place
-
-        placed: Self | DynamicOnCuda = place(self, device, DynamicOnCuda)
+        placed: Self | LayerOnDevice = place(self, device)
         return placed
 
     @functools.cached_property
-    def _linears(self) -> dict[str, DynamicLinear]:
-        """The projections one by one, as ``steps`` takes them."""
-        return {short: DynamicLinear(linear.weight, linear.scale, self.biases.get(name))
-                for name, short in SHORT.items()
-                if (linear := self.weights.get(name)) is not None}
+    def projections(self) -> dict[str, Projection]:
+        """The layer's linear maps by their names, as every attention layer has them."""
+        return {name: Projection(linear, bias := self.biases.get(name),
+                                 DynamicLinear(linear.weight, linear.scale, bias))
+                for name, linear in self.weights.items()}
 
-    def _to_state(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-        """(config, tensors): all that ``_from_state`` needs to build an equal layer."""
+    def to_state(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+        """(config, tensors): all that ``from_state`` needs to build an equal layer."""
         tensors = {f"{name}.{part}": getattr(linear, part) for name, linear in self.weights.items()
                    for part in ("weight", "scale")}
         tensors |= {f"{name}.bias": bias for name, bias in self.biases.items()}
@@ -193,7 +202,8 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention):
         return {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads, **config}, {**tensors, **added}
 
     @classmethod
-    def _from_state(cls, config: Mapping[str, Any], tensors: Mapping[str, ArrayLike]) -> Self:
+    def from_state(cls, config: Mapping[str, Any], tensors: Mapping[str, ArrayLike]) -> Self:
+        """The layer of which ``to_state`` gave these."""
         groups: dict[str, dict[str, Any]] = {}
         added: dict[str, Any] = {}
         for name, array in tensors.items():

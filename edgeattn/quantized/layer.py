@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, overload
 
+from edgeattn.layers.attention import SHORT
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
@@ -11,11 +13,11 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
     from typing_extensions import Self, Unpack
 
-    from edgeattn.types import CallOptions, Flag, Floats, Input
+    from edgeattn.layers.options import CallOptions
+    from edgeattn.types import Flag, Floats, Input
 
+__all__ = ["INPUTS", "SHORT", "QuantizedMultiHeadAttention"]
 INPUTS: tuple[Input, Input, Input] = ("query", "key", "value")
-# All projections, and what the weights of a float layer call them.
-SHORT = {"query": "q", "key": "k", "value": "v", "output": "out", "gate": "gate"}
 
 
 class QuantizedMultiHeadAttention:
@@ -30,11 +32,11 @@ class QuantizedMultiHeadAttention:
     head_dim: int
     value_dim: int
     output_dim: int
-    _query_name = "query"  # what the caller calls it
+    query_name = "query"  # what the caller calls it
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles hold what a file holds: kernels belong to the process."""
-        return type(self)._from_state, self._to_state()
+        return type(self).from_state, self.to_state()
 
     if TYPE_CHECKING:  # what either has
 
@@ -54,7 +56,9 @@ class QuantizedMultiHeadAttention:
                      **options: Any) -> Floats | tuple[Floats, Floats]:
             """Attend from ``query`` to ``key`` and ``value``, as ``MultiHeadAttention``."""
 
-        def _to_state(self) -> tuple[dict[str, Any], dict[str, Any]]: ...
+        def to_state(self) -> tuple[dict[str, Any], dict[str, Any]]:
+            """(config, tensors): all that ``from_state`` needs to build an equal layer."""
 
         @classmethod
-        def _from_state(cls, config: Mapping[str, Any], tensors: Mapping[str, ArrayLike]) -> Self: ...
+        def from_state(cls, config: Mapping[str, Any], tensors: Mapping[str, ArrayLike]) -> Self:
+            """The layer of which ``to_state`` gave these."""

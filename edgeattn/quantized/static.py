@@ -24,12 +24,14 @@ from edgeattn.checks import (
     result_dtype,
     write_result,
 )
+from edgeattn.device import place
+from edgeattn.executors.numpy_int8 import Int8Ops
 from edgeattn.functional import checked_softcap
 from edgeattn.kernels.cpu.layer_int8 import StaticLayer
 from edgeattn.kernels.cpu.quantize import to_codes, to_reals
+from edgeattn.layers.attention import forward
 from edgeattn.layers.call import (
     check_cache,
-    handed_over,
     is_next,
     is_read_as_it_is,
     is_unmasked,
@@ -39,27 +41,26 @@ from edgeattn.layers.call import (
     self_masks,
 )
 from edgeattn.masks import NO_WINDOW, bool_mask, resolve_mask
-from edgeattn.quantized import steps
+from edgeattn.ops import Sequences
 from edgeattn.quantized.layer import INPUTS, QuantizedMultiHeadAttention
 from edgeattn.quantized.parameters import PROBABILITIES, QuantizedLinear, TensorQuantization
 from edgeattn.quantized.score_ops import AddMask, MulConstant, ScoreOp, SelectMask, check_masks, fit_mask, score_map
 
 if TYPE_CHECKING:
-    from typing import Any, SupportsIndex
+    from collections.abc import Callable
+    from typing import Any, SupportsIndex, TypeAlias
 
     from numpy.typing import ArrayLike, NDArray
     from typing_extensions import Self, Unpack
 
-    from edgeattn.executors.cuda.layers import StaticOnCuda
     from edgeattn.kv_cache import KVCache
     from edgeattn.layers.call import Pieces
+    from edgeattn.layers.options import CallOptions, CodeOptions
     from edgeattn.masks import Mask
     from edgeattn.types import (
         Arithmetic,
         Bools,
-        CallOptions,
         CausalAlignment,
-        CodeOptions,
         Codes,
         Device,
         Flag,
@@ -68,9 +69,13 @@ if TYPE_CHECKING:
         Input,
         MaskOptions,
         Real,
+        Shape,
         Sources,
+        StaticOnDevice,
         Window,
     )
+
+    Requantization: TypeAlias = tuple[Callable[..., Any], NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]
 
 _INT8 = np.dtype(np.int8)
 SOURCES = ((0, 0, 0), (0, 1, 1), (0, 1, 2))
@@ -199,31 +204,48 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         zero_points |= {name: tensor.zero_point for name, tensor in t.items()}
         return dict(num_heads=self.num_heads, linears=linears, scores=scores, context=context, zero_points=zero_points,
                     project_rule=kernel_set.fully_connected, score_rule=scores_rule, context_rule=context_rule,
-                    softmax_table=self._softmax_table)
+                    softmax_table=self.softmax_table)
+
+    @functools.cached_property
+    def requantizations(self) -> dict[str, Requantization]:
+        """How sums of products become codes, by the tensor's name: (rule, q31, shift, real multiplier)."""
+        given = self._kernel_parameters()
+        found = {name: (given["project_rule"], real) for name, (_, real, _) in given["linears"].items()}
+        found |= {name: (given[rule], np.array([given[name]]))
+                  for name, rule in (("scores", "score_rule"), ("context", "context_rule"))}
+        return {name: (rules.REQUANTIZE[rule], *(a.astype(np.int64) for a in rules.fixed_point(real)), real)
+                for name, (rule, real) in found.items()}
 
     def _prepare(self) -> None:
-        self.score_map = tables, classes, softmax_input = score_map(
+        self.score_map = score_luts, lut_index, softmax_input = score_map(
             self.score_ops, self.tensors["scores"], self.kernel_set)
         if softmax_input.scale <= SMALLEST_SOFTMAX_SCALE:
             raise ValueError(f"the scores' scale must be above 2**-26, the resolution of TFLite's softmax; got "
                              f"{softmax_input.scale}")
-        self._softmax_table = rules.SOFTMAX[self.kernel_set.softmax].table(softmax_input.scale)
-        self._tables = tables if self.score_ops else None
-        self._classes = np.ascontiguousarray(classes) if classes.size > 1 else None
+        self.softmax_table = rules.SOFTMAX[self.kernel_set.softmax].table(softmax_input.scale)
+        self._score_luts = score_luts if self.score_ops else None
+        self._lut_index = np.ascontiguousarray(lut_index) if lut_index.size > 1 else None
         self._kernel = StaticLayer(**self._kernel_parameters(), fixed=self.kernel_set.softmax == "fixed")
 
     @overload
     def to(self, device: Literal["cpu"]) -> Self: ...
 
     @overload
-    def to(self, device: Literal["cuda"]) -> StaticOnCuda: ...
+    def to(self, device: Literal["cuda"]) -> StaticOnDevice: ...
 
-    def to(self, device: Device) -> Self | StaticOnCuda:
+    def to(self, device: Device) -> Self | StaticOnDevice:
         """The layer on ``device``: "cpu", or "cuda", a GPU (docs/cuda.md); ``.layer`` of that is this one."""
-        from edgeattn.executors.cuda.layers import StaticOnCuda, place
-
-        placed: Self | StaticOnCuda = place(self, device, StaticOnCuda)
+        placed: Self | StaticOnDevice = place(self, device)
         return placed
+
+    @property
+    def projections(self) -> dict[str, QuantizedLinear]:
+        """The layer's linear maps by their names, as every attention layer has them: ``linears``."""
+        return self.linears
+
+    def score_lut_index(self, shape: Shape) -> NDArray[np.uint8]:
+        """Which of the tables of ``score_map`` each score of ``shape`` (B, H, L, S) takes."""
+        return fit_mask(self.score_map[1], shape)
 
     def input_of(self, linear: str) -> TensorQuantization:
         """The quantization of the tensor that the linear layer called ``linear`` reads."""
@@ -286,8 +308,8 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
             lowest_single_score=self.lowest_single_score)
         return StaticMultiHeadAttention(**{**arguments, **changes})
 
-    def _to_state(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-        """(config, tensors): all that ``_from_state`` needs to build an equal layer."""
+    def to_state(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+        """(config, tensors): all that ``from_state`` needs to build an equal layer."""
         arrays: dict[str, NDArray[Any]] = {}
         for name, linear in self.linears.items():
             arrays |= {f"{name}.{part}": array for part in ("weight", "scale", "bias")
@@ -307,7 +329,8 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
                 "mask_margin": self.mask_margin, "lowest_single_score": self.lowest_single_score}, arrays
 
     @classmethod
-    def _from_state(cls, config: Mapping[str, Any], tensors: Mapping[str, ArrayLike]) -> Self:
+    def from_state(cls, config: Mapping[str, Any], tensors: Mapping[str, ArrayLike]) -> Self:
+        """The layer of which ``to_state`` gave these."""
         if not isinstance(config["tensors"], dict) or not all(isinstance(row, dict) for row in config["score_ops"]):
             raise ValueError("tensors must be an object, and score_ops a list of objects")
         groups: dict[str, dict[str, Any]] = {}
@@ -524,7 +547,7 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         TypeError, ValueError
             Naming the argument, what was required and what came.
         """
-        if (key is None and value is None and need_weights is False and self._classes is None
+        if (key is None and value is None and need_weights is False and self._lut_index is None
                 and self.sources == (0, 0, 0) and self.output_dim
                 and (attn_mask is None or type(attn_mask) is np.ndarray and attn_mask.dtype == np.bool_)
                 and is_read_as_it_is(self, query, _INT8) and is_written_as_it_is(out, query, self.output_dim, _INT8)):
@@ -533,18 +556,18 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
             x = query if query.ndim == 3 else query[None]
             if kv_cache is None and (x is query or is_unmasked(*masks)):
                 keep, _, band, _ = self_masks(self, x, *masks)
-                result = output_buffer(out, (*x.shape[:2], self.output_dim), _INT8, x, *masks)
-                self._kernel(x, x, x, result, keep, band, None, self._tables)
-                return handed_over(result, query, out)
+                result = output_buffer(out, (*query.shape[:-1], self.output_dim), _INT8, x, *masks)
+                self._kernel(x, x, x, result, keep, band, None, self._score_luts)
+                return write_result(result, out, _INT8)
             if (kv_cache is not None and is_unmasked(*masks) and is_next(self, x, kv_cache)
                     and kv_cache.scales == self.cache_scales):
-                result = output_buffer(out, (*x.shape[:2], self.output_dim), _INT8, x)
+                result = output_buffer(out, (*query.shape[:-1], self.output_dim), _INT8, x)
                 with kv_cache._chunk():
                     kv_cache._take_slots(1)
                     first, last = kv_cache._last_seen()
-                    self._kernel(x, x, x, result, tables=self._tables,
+                    self._kernel(x, x, x, result, score_luts=self._score_luts,
                                  cached=(kv_cache._keys, kv_cache._values, first, last - first))
-                return handed_over(result, query, out)
+                return write_result(result, out, _INT8)
         need_weights = flag("need_weights", need_weights)
         query, key, value = self._check_codes(query, key, value)
         lead, L, S = query.shape[:-2], query.shape[-2], key.shape[-2]
@@ -559,16 +582,18 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         B = mask.shape[0]
         query, key, value = (x.reshape(B, *x.shape[-2:]) for x in (query, key, value))
         result = np.empty((B, L, self.output_dim), np.int8)
-        weights = np.full(mask.shape, CODE_MIN, np.int8) if need_weights else None
+        record: dict[str, Codes] = {}
         if need_weights:
             with contextlib.nullcontext() if kv_cache is None else kv_cache._chunk():
-                self._run_in_steps(query, key, value, mask, kv_cache, pieces, result, weights)
+                result = forward(Int8Ops(self, record, {"probabilities"}), self, query, key, value,
+                                 Sequences([mask], cache=kv_cache, pieces=pieces))
         elif kv_cache is not None:
             with kv_cache._chunk():
                 self._run_cached(query, key, value, mask, kv_cache, pieces, result)
         elif result.size:
             self._run_fused(query, key, value, mask, result)
         result = write_result(result.reshape(*lead, L, self.output_dim), out, _INT8)
+        weights = record.get("probabilities")
         return result if weights is None else (result, weights.reshape(*lead, *weights.shape[1:]))
 
     def _check_codes(self, query: Any, key: Any, value: Any) -> tuple[Codes, Codes, Codes]:
@@ -606,19 +631,19 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         if cache.scales != self.cache_scales:
             raise ValueError(f"kv_cache must have this layer's scales {self.cache_scales}, got {cache.scales}; make it "
                              "with KVCache.for_layer(layer, ...)")
-        if self._classes is not None:
+        if self._lut_index is not None:
             raise ValueError("kv_cache needs a layer without a mask of its own, which is for one length; pass masks to "
                              "each call")
 
     def _run_fused(self, query: Codes, key: Codes, value: Codes, mask: Mask, result: Codes) -> None:
         keep, _, band, _ = mask.for_kernels()
-        classes = self._classes
-        if classes is not None:
-            fit_mask(classes, mask.shape)
+        lut_index = self._lut_index
+        if lut_index is not None:
+            fit_mask(lut_index, mask.shape)
         if mask.shape[3] == 0:  # one key that is not there
             key, value = (np.zeros((len(x), 1, x.shape[-1]), np.int8) for x in (key, value))
-            keep, band, classes = np.zeros((1, 1, 1, 1), np.bool_), None, None
-        self._kernel(query, key, value, result, keep, band, classes, self._tables)
+            keep, band, lut_index = np.zeros((1, 1, 1, 1), np.bool_), None, None
+        self._kernel(query, key, value, result, keep, band, lut_index, self._score_luts)
 
     def _run_cached(self, query: Codes, key: Codes, value: Codes, mask: Mask, cache: KVCache, pieces: Pieces,
                     result: Codes) -> None:
@@ -632,31 +657,9 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
             if held == 0:  # one key that is not there
                 held, keep, band = 1, np.zeros((1, 1, 1, 1), np.bool_), None
             some = np.empty((*xq.shape[:2], self.output_dim), np.int8)
-            self._kernel(xq, xk, xv, some, keep, band, None, self._tables,
+            self._kernel(xq, xk, xv, some, keep, band, None, self._score_luts,
                          (cache._keys, cache._values, cache._first, held))
             result[:, slice(*rows)] = some
-
-    @functools.cached_property
-    def _requantizations(self) -> dict[str, steps.Requantization]:
-        return steps.requantizations(self)
-
-    def _run_in_steps(self, query: Codes, key: Codes, value: Codes, mask: Mask, cache: KVCache | None, pieces: Pieces,
-                      result: Codes, weights: Codes | None) -> None:
-        q, k, v = (steps.heads(self, steps.project(self, name, x))
-                   for name, x in zip(INPUTS, (query, key, value), strict=True))
-        context = np.empty((*q.shape[:3], self.value_dim), np.int8)
-        if cache is None:
-            steps.attend(self, q, k, v, mask, context, weights)
-        else:
-            for rows, tokens in pieces:
-                cache._append(k[:, :, slice(*tokens)], v[:, :, slice(*tokens)])
-                keys, values, _, _ = cache._views()
-                held = slice(cache.start, cache.length)
-                some = None if weights is None else weights[:, :, slice(*rows), held]
-                steps.attend(self, q[:, :, slice(*rows)], keys, values, mask.part(rows, (held.start, held.stop)),
-                             context[:, :, slice(*rows)], some)
-        merged = context.swapaxes(1, 2).reshape(*result.shape[:2], self.num_heads * self.value_dim)
-        result[...] = steps.project(self, "output", merged) if "output" in self.linears else merged
 
 
 def _refuse(softcap: Real, alibi_slopes: ArrayLike | None) -> None:

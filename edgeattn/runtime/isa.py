@@ -1,11 +1,11 @@
 """The instruction sets edgeattn knows, and which one this process uses.
 
-One row per instruction set.  `lanes` is the number of 32-bit lanes of a vector register; `rows` by `columns` is the
-register tile (rows of broadcast operands by column vectors); `dot` names the instruction sequence that adds four
-8-bit products to a 32-bit lane; `offset` is what the packing adds to an int8 operand before it meets an int8 one:
-128 where the instruction multiplies unsigned by signed, 0 where both are signed.  `steps` is how many updates of a
-float32 tile, and of a tile of bytes, stand in one turn of the loop: as many as save computations of addresses, and as
-few as leave the compiler no room to load ahead until it runs out of registers.
+One row per instruction set, and a file of its name in edgeattn/kernels/cpu/simd/instruction_sets.  `lanes` is the
+number of 32-bit lanes of a vector register; `rows` by `columns` is the register tile (rows of broadcast operands by
+column vectors); `offset` is what the packing adds to an int8 operand before it meets an int8 one: 128 where the
+instruction multiplies unsigned by signed, 0 where both are signed.  `steps` is how many updates of a float32 tile, and
+of a tile of bytes, stand in one turn of the loop: as many as save computations of addresses, and as few as leave the
+compiler no room to load ahead until it runs out of registers.
 """
 import os
 import sys
@@ -19,27 +19,25 @@ class InstructionSet(NamedTuple):
     lanes: int
     rows: int
     columns: int
-    dot: str
     offset: int
     steps: tuple
     x86: bool
     needs: tuple
     amx: bool = False  # products of bytes by the matrix unit
-    byte_permute: bool = False  # tables of bytes in registers: vpermb
 
 
 _AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni")
 
 TABLES = (
-    InstructionSet("avx512amx", 16, 8, 2, "vpdpbusd", 128, (4, 4), True,
-                   (*_AVX512, "avx512vbmi", "amx-tile", "amx-int8"), True, True),
-    InstructionSet("avx512vbmi", 16, 8, 2, "vpdpbusd", 128, (4, 4), True, (*_AVX512, "avx512vbmi"), False, True),
-    InstructionSet("avx512vnni", 16, 8, 2, "vpdpbusd", 128, (4, 4), True, _AVX512),
-    InstructionSet("avx2vnni", 8, 4, 2, "vpdpbusd", 128, (4, 4), True, ("avx2", "fma", "avxvnni")),
-    InstructionSet("avx2", 8, 4, 2, "vpmaddwd", 128, (4, 1), True, ("avx2", "fma")),
-    InstructionSet("neondot", 4, 8, 2, "sdot", 0, (2, 4), False, ("neon", "dotprod")),
-    InstructionSet("neon", 4, 8, 2, "sadalp", 128, (2, 1), False, ("neon",)),
-    InstructionSet("generic", 4, 4, 2, "plain", 128, (1, 1), False, ()),
+    InstructionSet("avx512amx", 16, 8, 2, 128, (4, 4), True,
+                   (*_AVX512, "avx512vbmi", "amx-tile", "amx-int8"), True),
+    InstructionSet("avx512vbmi", 16, 8, 2, 128, (4, 4), True, (*_AVX512, "avx512vbmi")),
+    InstructionSet("avx512vnni", 16, 8, 2, 128, (4, 4), True, _AVX512),
+    InstructionSet("avx2vnni", 8, 4, 2, 128, (4, 4), True, ("avx2", "fma", "avxvnni")),
+    InstructionSet("avx2", 8, 4, 2, 128, (4, 1), True, ("avx2", "fma")),
+    InstructionSet("neondot", 4, 8, 2, 0, (2, 4), False, ("neon", "dotprod")),
+    InstructionSet("neon", 4, 8, 2, 128, (2, 1), False, ("neon",)),
+    InstructionSet("generic", 4, 4, 2, 128, (1, 1), False, ()),
 )
 
 

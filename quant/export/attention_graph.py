@@ -21,7 +21,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgeattn.quantized import INPUTS, AddMask, MulConstant, SelectMask
+from edgeattn.executors.unfused import attend
+from edgeattn.layers.attention import forward
+from edgeattn.ops import Ops, Sequences
+from edgeattn.quantized import INPUTS, AddMask, MulConstant, SelectMask, StaticMultiHeadAttention
 from edgeattn.tflite_schema import Graph
 
 FULLY_CONNECTED_VERSION = 5  # the first with keep_num_dims
@@ -56,72 +59,217 @@ class _Lengths:
         return (self.batch, self.heads, self.queries, self.keys)
 
 
-class _Builder:
-    """The parts of an attention graph that int8 and float32 share."""
+class TfliteOps(Ops[int]):
+    """`edgeattn.ops.Ops` that writes a graph: what it hands on are the numbers of tensors.
 
-    def __init__(self, lengths: _Lengths, dtype, versions):
+    Parameters
+    ----------
+    lengths : _Lengths
+    tensors : mapping of str to TensorQuantization
+        By the names of tensors; empty for a graph in float32.
+    """
+
+    def __init__(self, lengths: _Lengths, tensors):
         self.graph = Graph()
         self.lengths = lengths
-        self.dtype = np.dtype(dtype)
-        self._versions = versions
+        self.tensors = tensors
+        self.dtype = np.dtype(np.int8 if tensors else np.float32)
+        self._versions = INT8_VERSIONS if tensors else FLOAT_VERSIONS
         self._heads_first = None  # the permutation (B, L, H, D) <-> (B, H, L, D), made when first needed
 
-    def operator(self, name, inputs, output_name, shape, quantization=None, options=None) -> int:
-        output = self.graph.activation(output_name, shape, self.dtype, quantization)
-        self.graph.operator(name, inputs, output, options, self._versions[name])
-        return output
+    def inputs(self, sources, widths) -> list[int]:
+        """One graph input per distinct source; returns the tensor that feeds each of the three projections."""
+        inputs: list[int] = []
+        for role, source in enumerate(sources):
+            if source == len(inputs):
+                length = self.lengths.queries if source == 0 else self.lengths.keys
+                name = "input" if max(sources) == 0 else f"{INPUTS[source]}_input"
+                inputs.append(self.graph.activation(name, (self.lengths.batch, length, widths[role]), self.dtype,
+                                                    self.tensors.get(f"{INPUTS[source]}_input")))
+        self.graph.inputs = inputs
+        return [inputs[source] for source in sources]
 
-    def fully_connected(self, x, weight, bias, output_name, quantization=None) -> int:
-        shape = (*self.graph.tensors[x].shape[:-1], self.graph.tensors[weight].shape[0])
-        output = self.graph.activation(output_name, shape, self.dtype, quantization)
-        self.graph.operator("FULLY_CONNECTED", [x, weight] if bias is None else [x, weight, bias], output,
-                            {"keep_num_dims": True}, FULLY_CONNECTED_VERSION)
-        return output
+    def attention(self, q: int, k: int, v: int, layer, sequences, name: str) -> int:
+        """The heads side by side; one head is left alone."""
+        q, k, v = map(self.split_heads, (q, k, v))
+        return self.merge_heads(attend(self, q, k, v, layer, sequences, name))
 
-    def batch_matmul(self, lhs, rhs, output_name, columns, quantization=None, *, adj_y) -> int:
-        shape = (*self.graph.tensors[lhs].shape[:-1], columns)
-        return self.operator("BATCH_MATMUL", [lhs, rhs], output_name, shape, quantization,
-                             {"adj_x": False, "adj_y": adj_y})
+    def scores(self, q: int, k: int, layer, name: str) -> int:
+        """q k^T: the scale lies in q."""
+        return self._batch_matmul(q, k, name, self.lengths.keys, adj_y=True)
 
-    def softmax(self, x, quantization=None) -> int:
-        return self.operator(
-            "SOFTMAX", [x], "probabilities", self.graph.tensors[x].shape, quantization, {"beta": 1.0}
-        )
+    def softmax(self, scores: int, name: str) -> int:
+        """Over the keys."""
+        return self._operator("SOFTMAX", [scores], name, self.graph.tensors[scores].shape, options={"beta": 1.0})
 
-    def split_heads(self, x, quantization=None) -> int:
-        """(B, L, H*D) -> (B, H, L, D); one head is left alone."""
-        B, H = self.lengths.batch, self.lengths.heads
-        if H == 1:
+    def context(self, probabilities: int, v: int, name: str) -> int:
+        """Probabilities v."""
+        return self._batch_matmul(probabilities, v, name, self.lengths.value_dim, adj_y=False)
+
+    def split_heads(self, x: int) -> int:
+        """(B, L, H*D) -> (B, H, L, D); one head is left alone, and what is split already."""
+        tensor, B, H = self.graph.tensors[x], self.lengths.batch, self.lengths.heads
+        if H == 1 or len(tensor.shape) == 4:
             return x
-        _, length, width = self.graph.tensors[x].shape
-        name = self.graph.tensors[x].name
-        split = self.reshape(x, f"{name}/split", (B, length, H, width // H), quantization)
-        return self.transpose_heads(split, f"{name}/heads", quantization)
+        _, length, width = tensor.shape
+        split = self._reshape(x, f"{tensor.name}/split", (B, length, H, width // H))
+        return self._transpose_heads(split, f"{tensor.name}/heads")
 
-    def merge_heads(self, x, quantization=None) -> int:
+    def merge_heads(self, x: int) -> int:
         """(B, H, L, Dv) -> (B, L, H*Dv); one head is left alone."""
         if self.lengths.heads == 1:
             return x
         B, H, L, width = self.graph.tensors[x].shape
-        swapped = self.transpose_heads(x, "context/heads", quantization)
-        return self.reshape(swapped, "context/merged", (B, L, H * width), quantization)
+        return self._reshape(self._transpose_heads(x, "context/heads"), "context/merged", (B, L, H * width))
 
-    def reshape(self, x, output_name, shape, quantization=None) -> int:
+    def _fully_connected(self, x: int, weight: int, bias: int | None, name: str) -> int:
+        shape = (*self.graph.tensors[x].shape[:-1], self.graph.tensors[weight].shape[0])
+        output = self.graph.activation(name, shape, self.dtype, self.tensors.get(name))
+        self.graph.operator("FULLY_CONNECTED", [x, weight] if bias is None else [x, weight, bias], output,
+                            {"keep_num_dims": True}, FULLY_CONNECTED_VERSION)
+        return output
+
+    def _batch_matmul(self, lhs: int, rhs: int, name: str, columns: int, *, adj_y: bool) -> int:
+        shape = (*self.graph.tensors[lhs].shape[:-1], columns)
+        return self._operator("BATCH_MATMUL", [lhs, rhs], name, shape, options={"adj_x": False, "adj_y": adj_y})
+
+    def _reshape(self, x: int, name: str, shape) -> int:
         target = np.array(shape, np.int32)
-        constant = self.graph.constant(f"{output_name}/shape", target)
-        return self.operator(
-            "RESHAPE", [x, constant], output_name, shape, quantization, {"new_shape": target}
-        )
+        constant = self.graph.constant(f"{name}/shape", target)
+        return self._operator("RESHAPE", [x, constant], name, shape, options={"new_shape": target})
 
-    def transpose_heads(self, x, output_name, quantization=None) -> int:
+    def _transpose_heads(self, x: int, name: str) -> int:
         if self._heads_first is None:
             self._heads_first = self.graph.constant("heads_first", np.array([0, 2, 1, 3], np.int32))
         shape = [self.graph.tensors[x].shape[axis] for axis in (0, 2, 1, 3)]
-        return self.operator("TRANSPOSE", [x, self._heads_first], output_name, shape, quantization)
+        return self._operator("TRANSPOSE", [x, self._heads_first], name, shape)
 
-    def mask_constant(self, name, values, what, quantization=None) -> int:
+    def _operator(self, operator: str, inputs: list[int], name: str, shape, quantization=None, options=None) -> int:
+        # what is only moved, "query/split", is quantized as "query" is
+        quantization = quantization or self.tensors.get(name.partition("/")[0])
+        output = self.graph.activation(name, shape, self.dtype, quantization)
+        self.graph.operator(operator, inputs, output, options, self._versions[operator])
+        return output
+
+    def _mask_constant(self, name: str, values: np.ndarray, what: str, quantization=None) -> int:
         """A constant of the scores' rank, from ``values`` that broadcast to (B, H, L, S)."""
         return self.graph.constant(name, mask_to_graph_rank(values, self.lengths.scores, what), quantization)
+
+
+class Int8TfliteOps(TfliteOps):
+    """Of a static layer: int8 (B, L, E) in, int8 (B, L, output width) out."""
+
+    def linear(self, x: int, linear, name: str) -> int:
+        """x weight^T + bias; heads are split right behind it."""
+        weight = self.graph.constant(f"{name}/weight", linear.weight, channel_scale=linear.scale)
+        bias = None
+        if linear.bias is not None:
+            input_scale = self.graph.tensors[x].scale
+            bias = self.graph.constant(f"{name}/bias", linear.bias, channel_scale=input_scale * linear.scale)
+        y = self._fully_connected(x, weight, bias, name)
+        return self.split_heads(y) if name in INPUTS else y
+
+    def masked(self, scores: int, layer, mask, name: str) -> int:
+        """The layer's ``score_ops``, elementwise operators."""
+        shape, quantization = self.graph.tensors[scores].shape, self.tensors["scores"]
+        for number, op in enumerate(layer.score_ops):
+            name = f"scores/{number}"
+            if isinstance(op, MulConstant):
+                constant = self.graph.constant(f"{name}/constant", np.array(op.code, np.int8), op.constant)
+                quantization = op.output
+                scores = self._operator("MUL", [scores, constant], f"{name}/scaled", shape, quantization)
+            elif isinstance(op, AddMask):
+                added = self._mask_constant(f"{name}/mask", op.codes, "mask of the layer's AddMask", op.mask)
+                quantization = op.output
+                scores = self._operator("ADD", [scores, added], f"{name}/masked", shape, quantization)
+            elif isinstance(op, SelectMask):
+                keep = self._mask_constant(f"{name}/keep", op.keep, "mask of the layer's SelectMask")
+                fill = self.graph.constant(f"{name}/fill", np.array(op.fill, np.int8), quantization)
+                scores = self._operator("SELECT_V2", [keep, scores, fill], f"{name}/masked", shape, quantization)
+            else:
+                raise TypeError(f"score_ops must be MulConstant, AddMask or SelectMask; got {type(op).__name__}")
+        return scores
+
+
+class FloatTfliteOps(TfliteOps):
+    """Of a float layer: float32 (B, L, E) in, float32 (B, L, output width) out.
+
+    1/sqrt(D) is multiplied into the query weights, and key and value heads shared by several query heads are repeated.
+    """
+
+    def __init__(self, lengths: _Lengths, layer, mask):
+        super().__init__(lengths, {})
+        self._factor = {"query": np.float32(layer.scale)}
+        self._repeats = dict.fromkeys(("key", "value"), layer.num_heads // layer.num_kv_heads)
+        self._kv_heads = layer.num_kv_heads
+        self._mask = None if mask is None else np.asarray(mask)
+
+    def linear(self, x: int, linear, name: str) -> int:
+        """x weight^T + bias."""
+        constants = [None if array is None else self.graph.constant(f"{name}/{part}", self._folded(name, array))
+                     for part, array in (("weight", linear.weight), ("bias", linear.bias))]
+        return self._fully_connected(x, *constants, name)
+
+    def _folded(self, name: str, array: np.ndarray) -> np.ndarray:
+        if (repeats := self._repeats.get(name, 1)) > 1:
+            heads = array.reshape(self._kv_heads, -1, *array.shape[1:])
+            array = np.repeat(heads, repeats, axis=0).reshape(-1, *array.shape[1:])
+        return array * self._factor[name] if name in self._factor else array
+
+    def masked(self, scores: int, layer, mask, name: str) -> int:
+        """The mask that the file shall hold."""
+        if self._mask is None:
+            return scores
+        mask, shape = self._mask, self.graph.tensors[scores].shape
+        if mask.dtype == np.bool_:
+            keep = self._mask_constant("scores/keep", mask, "mask")
+            fill = self.graph.constant("scores/fill", np.array(MASKED_SCORE))
+            return self._operator("SELECT_V2", [keep, scores, fill], "scores/masked", shape)
+        if mask.dtype != np.float32:
+            raise TypeError(f"mask must be bool (True = attend) or float32 (added to the scores); got {mask.dtype}")
+        if np.isnan(mask).any():
+            raise ValueError("mask must hold no NaN")
+        added = self._mask_constant("scores/mask", np.maximum(mask, MASKED_SCORE), "mask")
+        return self._operator("ADD", [scores, added], "scores/masked", shape)
+
+
+def attention_graph(layer, *, batch: int, sequence_length: int, key_length: int | None = None, mask=None) -> Graph:
+    """The graph of a layer: int8 of a static one, its ``score_ops`` included, or float32.
+
+    Parameters
+    ----------
+    layer : StaticMultiHeadAttention or MultiHeadAttention
+    batch, sequence_length, key_length : int
+        B, L, S; S is L by default.
+    mask : bool array, broadcastable to (B, H, L, S), optional
+        True = attend. For a float layer also float32 numbers that are added to the scores.
+
+    Returns
+    -------
+    Graph
+        Inputs in the order query, key, value, as many as the layer tells apart: a float layer attends to itself where
+        the widths are equal and ``key_length`` is not given.
+    """
+    widths = (layer.embed_dim, layer.kdim, layer.vdim)
+    if isinstance(layer, StaticMultiHeadAttention):
+        layer, sources = layer if mask is None else layer.with_mask(np.asarray(mask)), layer.sources
+        ops: TfliteOps = Int8TfliteOps(check_lengths(layer, sources, batch, sequence_length, key_length), layer.tensors)
+    else:
+        _check_float(layer)
+        sources = (0, 0, 0) if widths[0] == widths[1] and key_length is None else (0, 1, 1)
+        if widths[1] != widths[2]:
+            sources = (0, 1, 2)
+        ops = FloatTfliteOps(check_lengths(layer, sources, batch, sequence_length, key_length), layer, mask)
+    ops.graph.outputs = [forward(ops, layer, *ops.inputs(sources, widths), Sequences([]))]
+    return ops.graph
+
+
+def _check_float(layer) -> None:
+    if layer.extra_keys:
+        raise ValueError("layer must have no bias_k, bias_v and add_zero_attn: the graph has no place for added keys; "
+                         f"got {layer.extra_keys}")
+    if layer.gated:
+        raise ValueError("layer must have no gate_weight: the graph has no place for a gate")
 
 
 def mask_to_graph_rank(values: np.ndarray, scores: tuple[int, ...], what: str) -> np.ndarray:
@@ -164,168 +312,3 @@ def check_lengths(layer, sources, batch, sequence_length, key_length) -> _Length
         )
     return _Lengths(sizes["batch"], layer.num_heads, sizes["sequence_length"], sizes["key_length"],
                     layer.head_dim, layer.value_dim)
-
-
-def _add_inputs(builder: _Builder, sources, widths, quantizations) -> list[int]:
-    """One graph input per distinct source; returns the tensor that feeds each of the three projections."""
-    lengths = builder.lengths
-    inputs: list[int] = []
-    for role, source in enumerate(sources):
-        if source == len(inputs):
-            length = lengths.queries if source == 0 else lengths.keys
-            name = "input" if max(sources) == 0 else f"{INPUTS[source]}_input"
-            inputs.append(builder.graph.activation(name, (lengths.batch, length, widths[role]), builder.dtype,
-                                                   quantizations[source]))
-    builder.graph.inputs = inputs
-    return [inputs[source] for source in sources]
-
-
-def static_graph(layer, *, batch: int, sequence_length: int, key_length: int | None = None) -> Graph:
-    """The int8 graph of a static layer, its ``score_ops`` included.
-
-    Parameters
-    ----------
-    layer : StaticMultiHeadAttention
-    batch, sequence_length, key_length : int
-        B, L, S; S is L by default.
-
-    Returns
-    -------
-    Graph
-        int8 (B, L, E) in, int8 (B, L, output width) out.
-    """
-    lengths = check_lengths(layer, layer.sources, batch, sequence_length, key_length)
-    builder = _Builder(lengths, np.int8, INT8_VERSIONS)
-    tensors = layer.tensors
-    input_names = [f"{name}_input" for name in INPUTS]
-    feeds = _add_inputs(builder, layer.sources, (layer.embed_dim, layer.kdim, layer.vdim),
-                        [tensors.get(name) for name in input_names])
-
-    def project(name, x):
-        linear = layer.linears[name]
-        weight = builder.graph.constant(f"{name}/weight", linear.weight, channel_scale=linear.scale)
-        bias = None
-        if linear.bias is not None:
-            input_scale = builder.graph.tensors[x].scale
-            bias = builder.graph.constant(
-                f"{name}/bias", linear.bias, channel_scale=input_scale * linear.scale
-            )
-        return builder.fully_connected(x, weight, bias, name, tensors[name])
-
-    query, key, value = (
-        builder.split_heads(project(name, x), tensors[name]) for name, x in zip(INPUTS, feeds, strict=True)
-    )
-    scores = builder.batch_matmul(query, key, "scores", lengths.keys, tensors["scores"], adj_y=True)
-    scores = _add_score_ops(builder, layer.score_ops, scores, tensors["scores"])
-    probabilities = builder.softmax(scores, tensors["probabilities"])
-    context = builder.batch_matmul(
-        probabilities, value, "context", lengths.value_dim, tensors["context"], adj_y=False
-    )
-    context = builder.merge_heads(context, tensors["context"])
-    builder.graph.outputs = [project("output", context) if "output" in layer.linears else context]
-    return builder.graph
-
-
-def _add_score_ops(builder: _Builder, score_ops, scores: int, quantization) -> int:
-    """The elementwise operators between the first product and the softmax."""
-    shape = builder.graph.tensors[scores].shape
-    for number, op in enumerate(score_ops):
-        name = f"scores/{number}"
-        if isinstance(op, MulConstant):
-            constant = builder.graph.constant(f"{name}/constant", np.array(op.code, np.int8), op.constant)
-            quantization = op.output
-            scores = builder.operator("MUL", [scores, constant], f"{name}/scaled", shape, quantization)
-        elif isinstance(op, AddMask):
-            mask = builder.mask_constant(f"{name}/mask", op.codes, "mask of the layer's AddMask", op.mask)
-            quantization = op.output
-            scores = builder.operator("ADD", [scores, mask], f"{name}/masked", shape, quantization)
-        elif isinstance(op, SelectMask):
-            keep = builder.mask_constant(f"{name}/keep", op.keep, "mask of the layer's SelectMask")
-            fill = builder.graph.constant(f"{name}/fill", np.array(op.fill, np.int8), quantization)
-            scores = builder.operator(
-                "SELECT_V2", [keep, scores, fill], f"{name}/masked", shape, quantization
-            )
-        else:
-            raise TypeError(f"score_ops must be MulConstant, AddMask or SelectMask; got {type(op).__name__}")
-    return scores
-
-
-def float_graph(layer, *, batch: int, sequence_length: int, key_length: int | None = None, mask=None,
-                sources: tuple[int, int, int] | None = None) -> Graph:
-    """The float32 graph of a float layer.
-
-    1/sqrt(D) is multiplied into the query weights, and key and value heads shared by several query heads are
-    repeated.
-
-    Parameters
-    ----------
-    layer : MultiHeadAttention
-    batch, sequence_length, key_length : int
-        B, L, S; S is L by default.
-    mask : bool or float32 array, broadcastable to (B, H, L, S), optional
-        True = attend, or numbers added to the scores.
-    sources : tuple of int, optional
-        Which input feeds the query, key and value projection. Default: (0, 0, 0), self-attention, where the
-        widths are equal and ``key_length`` is not given; else (0, 1, 1), or (0, 1, 2) where keys and values
-        differ in width.
-
-    Returns
-    -------
-    Graph
-        float32 (B, L, E) in, float32 (B, L, output width) out.
-    """
-    if layer.extra_keys:
-        raise ValueError("layer must have no bias_k, bias_v and add_zero_attn: the graph has no place for added keys; "
-                         f"got {layer.extra_keys}")
-    if layer.gated:
-        raise ValueError("layer must have no gate_weight: the graph has no place for a gate")
-    widths = (layer.embed_dim, layer.kdim, layer.vdim)
-    if sources is None and widths[1] != widths[2]:
-        sources = (0, 1, 2)
-    elif sources is None:
-        sources = (0, 0, 0) if widths[0] == widths[1] and key_length is None else (0, 1, 1)
-    lengths = check_lengths(layer, sources, batch, sequence_length, key_length)
-    builder = _Builder(lengths, np.float32, FLOAT_VERSIONS)
-    feeds = _add_inputs(builder, sources, widths, (None, None, None))
-    repeats = layer.num_heads // layer.num_kv_heads
-
-    def project(name, x, weight, bias, scale=None, head_size=None):
-        values = []
-        for array in (weight, bias):
-            if array is not None and head_size is not None and repeats > 1:
-                array = np.repeat(array.reshape(-1, head_size, *array.shape[1:]), repeats, axis=0).reshape(
-                    -1, *array.shape[1:])
-            values.append(array if array is None or scale is None else array * scale)
-        constants = [None if array is None else builder.graph.constant(f"{name}/{part}", array)
-                     for part, array in zip(("weight", "bias"), values, strict=True)]
-        return builder.fully_connected(x, *constants, name)
-
-    query = project("query", feeds[0], layer.q_weight, layer.q_bias, np.float32(layer.scale))
-    key = project("key", feeds[1], layer.k_weight, layer.k_bias, None, lengths.head_dim)
-    value = project("value", feeds[2], layer.v_weight, layer.v_bias, None, lengths.value_dim)
-    query, key, value = map(builder.split_heads, (query, key, value))
-    scores = builder.batch_matmul(query, key, "scores", lengths.keys, adj_y=True)
-    if mask is not None:
-        scores = _add_float_mask(builder, np.asarray(mask), scores)
-    probabilities = builder.softmax(scores)
-    context = builder.batch_matmul(probabilities, value, "context", lengths.value_dim, adj_y=False)
-    context = builder.merge_heads(context)
-    builder.graph.outputs = [context if layer.out_weight is None
-                             else project("output", context, layer.out_weight, layer.out_bias)]
-    return builder.graph
-
-
-def _add_float_mask(builder: _Builder, mask: np.ndarray, scores: int) -> int:
-    shape = builder.graph.tensors[scores].shape
-    if mask.dtype == np.bool_:
-        keep = builder.mask_constant("scores/keep", mask, "mask")
-        fill = builder.graph.constant("scores/fill", np.array(MASKED_SCORE))
-        return builder.operator("SELECT_V2", [keep, scores, fill], "scores/masked", shape)
-    if mask.dtype != np.float32:
-        raise TypeError(
-            f"mask must be bool (True = attend) or float32 (added to the scores); got {mask.dtype}"
-        )
-    if np.isnan(mask).any():
-        raise ValueError("mask must hold no NaN")
-    added = builder.mask_constant("scores/mask", np.maximum(mask, MASKED_SCORE), "mask")
-    return builder.operator("ADD", [scores, added], "scores/masked", shape)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from edgeattn.layers import MultiHeadAttention
+from edgeattn.quantized import StaticMultiHeadAttention
 from edgeattn.tflite_schema import (
     BUFFER_ALIGNMENT,
     BUILTIN_OPERATORS,
@@ -17,7 +19,7 @@ from edgeattn.tflite_schema import (
     Graph,
     Tensor,
 )
-from quant.export.attention_graph import float_graph, static_graph
+from quant.export.attention_graph import attention_graph
 from quant.tables import missing
 
 # The name TensorFlow gives; some tools refuse a file without a signature.
@@ -60,15 +62,11 @@ def write_tflite(
         When ``layer`` is of another kind, a length is not a positive integer, or a mask does not fit the
         lengths.
     """
-    if hasattr(layer, "linears"):
-        return serialize(static_graph(layer if mask is None else layer.with_mask(np.asarray(mask)),
-                                      batch=batch, sequence_length=sequence_length, key_length=key_length))
-    if hasattr(layer, "q_weight"):
-        return serialize(
-            float_graph(layer, batch=batch, sequence_length=sequence_length, key_length=key_length, mask=mask)
-        )
-    raise TypeError("layer must be a static QuantizedMultiHeadAttention or a MultiHeadAttention; "
-                    f"got {type(layer).__name__}, which has no TFLite form")
+    if not isinstance(layer, (MultiHeadAttention, StaticMultiHeadAttention)):
+        raise TypeError("layer must be a static QuantizedMultiHeadAttention or a MultiHeadAttention; "
+                        f"got {type(layer).__name__}, which has no TFLite form")
+    return serialize(attention_graph(
+        layer, batch=batch, sequence_length=sequence_length, key_length=key_length, mask=mask))
 
 
 def serialize(graph: Graph) -> bytes:

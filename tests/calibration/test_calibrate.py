@@ -244,7 +244,7 @@ def test_only_like_calibrations_merge(layer):
 
 
 def test_fingerprints_tell_layers_apart(layer):
-    config, tensors = layer._to_state()
+    config, tensors = layer.to_state()
     prints = {fingerprint(layer)}
     for name, array in tensors.items():
         changed = array.copy()

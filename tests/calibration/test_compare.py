@@ -142,7 +142,7 @@ def test_another_layer_of_the_same_shape_is_refused(scheme):
     assert quant.compare(layer, q, [x]).tensors["output"].cosine > 0.99
     with pytest.raises(ValueError, match=r"does not belong to layer: its query weights are off by up to .* steps of int8"):
         quant.compare(other, q, [x])
-    _, tensors = layer._to_state()
+    _, tensors = layer.to_state()
     changed = tensors["out_weight"].copy()
     changed[3, 4] += np.abs(changed[3]).max() / 20
     near = edgeattn.MultiHeadAttention(4, **{**tensors, "out_weight": changed}, num_kv_heads=2)

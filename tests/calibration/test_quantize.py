@@ -96,7 +96,7 @@ def test_grouped_heads_are_repeated():
 def test_a_key_bias_changes_nothing(options, sources, size):
     # it adds the same to all scores of a query: softmax does not see it, and no int8 range shall
     layer = random_layer(4, **options)
-    _, tensors = layer._to_state()
+    _, tensors = layer.to_state()
     bias = np.random.default_rng(0).normal(0, size, len(layer.k_weight)).astype(np.float32)
     with_bias, without = (edgeattn.MultiHeadAttention(4, **{**tensors, "k_bias": b}, num_kv_heads=options.get("Hkv"))
                           for b in (bias, None))

@@ -54,7 +54,7 @@ def layers():
 
 
 def state(layer):
-    config, tensors = layer._to_state()
+    config, tensors = layer.to_state()
     return config, {name: tensor.tobytes() for name, tensor in tensors.items()}
 
 
@@ -134,7 +134,7 @@ def quantized():
 def test_a_static_layer_round_trips_to_the_same_state(tmp_path, quantized):
     path = tmp_path / "layer.safetensors"
     save(quantized, path)
-    (config, tensors), (loaded_config, loaded_tensors) = quantized._to_state(), load(path)._to_state()
+    (config, tensors), (loaded_config, loaded_tensors) = quantized.to_state(), load(path).to_state()
     assert loaded_config == config
     assert sorted(loaded_tensors) == sorted(tensors)
     for name, tensor in tensors.items():

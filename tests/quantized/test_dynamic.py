@@ -223,7 +223,7 @@ def test_steps_are_the_same_bytes_whatever_the_chunks_and_the_whole_is_near(seed
 def test_added_keys_are_quantized_too(tmp_path):
     rng = np.random.default_rng(10)
     plain = make(rng)
-    _, tensors = plain._to_state()
+    _, tensors = plain.to_state()
     layer = edgeattn.MultiHeadAttention(4, **tensors, num_kv_heads=2, bias_k=rng.standard_normal(16),
                                         bias_v=rng.standard_normal(12), add_zero_attn=True)
     dynamic = quant.quantize(layer, scheme="dynamic")

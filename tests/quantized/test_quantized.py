@@ -10,6 +10,7 @@ from workbench import as_batch, random_call, random_input, random_layer
 import edgeattn
 import quant
 from edgeattn.arithmetic import KERNEL_SETS
+from edgeattn.executors.numpy_int8 import Int8Ops
 from edgeattn.kernels.cpu.quantize import to_codes, to_reals
 from edgeattn.quantized import (
     AddMask,
@@ -18,7 +19,6 @@ from edgeattn.quantized import (
     SelectMask,
     StaticMultiHeadAttention,
     TensorQuantization,
-    steps,
 )
 from quant.trace import read_calls, static_trace
 
@@ -275,7 +275,7 @@ def test_a_row_without_a_key_is_a_context_of_zero(static, arithmetic):
     mask[0, :, 3] = False
     got = q.run_int8(x, attn_mask=mask)
     zero = np.full((1, 32), q.tensors["context"].zero_point, np.int8)
-    expected = steps.project(q, "output", zero)
+    expected = Int8Ops(q).linear(zero, q.linears["output"], "output")
     np.testing.assert_array_equal(got[0, 3], expected[0])
     full = q.run_int8(x)
     mask[0, :, 3] = True
@@ -484,11 +484,11 @@ STATES = [
 
 @pytest.mark.parametrize("lie,match", STATES)
 def test_lying_states_are_refused(static, lie, match):
-    config, tensors = static._to_state()
+    config, tensors = static.to_state()
     config = {**config, "tensors": dict(config["tensors"])}
     lie(config, tensors)
     with pytest.raises((TypeError, ValueError, KeyError), match=match):
-        StaticMultiHeadAttention._from_state(config, tensors)
+        StaticMultiHeadAttention.from_state(config, tensors)
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ class CacheOnCuda(KVCache):
                 raise TypeError(f"key must be float32 for a cache on CUDA, got dtype {k.dtype}; convert it")
             tokens = self._check_tokens(k, v)
             self._check_room(tokens)
-            self._used_by(call)
+            self.used_by(call)
             if tokens:
                 self.append_device(tokens, (k, v), call.stream, call.like)
 
@@ -98,7 +98,7 @@ class CacheOnCuda(KVCache):
             heads, queries, position = self._check_query(q, position)
             softcap = checked_softcap(softcap)
             scale = default_scale(self.head_dim) if scale is None else number("scale", scale)
-            self._used_by(call)
+            self.used_by(call)
             where = dict(stream=call.stream, like=call.like)
             shape = (self.batch, heads, queries, self._length)
             masks = device_masks(shape, call.view, attn_mask, key_padding_mask, is_causal=is_causal,
@@ -111,7 +111,7 @@ class CacheOnCuda(KVCache):
                 self.attend_device(q, taken, scale, (0, queries), softcap=softcap, weights=to, **where, **masks)
         return (result, weights) if return_weights else result
 
-    def _used_by(self, call):
+    def used_by(self, call):
         """Let a call come after the one before it; what reads the storage later comes after this one."""
         if call.device != self._device:
             raise ValueError(f"{call.name} must lie on the GPU of the cache, number {self._device}, got an array on "
@@ -120,6 +120,14 @@ class CacheOnCuda(KVCache):
             if array.stream != call.stream:
                 call.after(array.stream)
                 array.stream = call.stream
+
+    def within_window(self, window_size):
+        """`window_size` of a call within the cache's own."""
+        return self._narrow(window_size)
+
+    def pieces(self, queries, tokens, right):
+        """How a chunk of a call is taken in: (first, last) query and (first, last) token of each piece."""
+        return self._pieces(queries, tokens, right)
 
     # -- for kernels ---------------------------------------------------------------------------------------------------
 

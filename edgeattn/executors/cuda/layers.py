@@ -11,9 +11,9 @@ from edgeattn.checks import check_out, flag, float_array, result_dtype, to_float
 from edgeattn.executors.cuda.call_cache import OUT, RESULTS, CallCache
 from edgeattn.executors.cuda.functional import result_array
 from edgeattn.executors.cuda.masks import arrays_read, device_masks
+from edgeattn.executors.numpy import added_keys
 from edgeattn.functional import checked_softcap
 from edgeattn.layers.call import check_input_shapes
-from edgeattn.layers.steps import added_keys
 from edgeattn.masks import NO_WINDOW, no_bool_mask
 from edgeattn.quantized.score_ops import fit_mask
 
@@ -25,23 +25,6 @@ if TYPE_CHECKING:
 
 # Of a call's arrays, as edgeattn.executors.cuda.call_cache counts them, behind the inputs and `out`.
 _PLACES = {"attn_mask": 4, "key_padding_mask": 5, "alibi_slopes": 6}
-
-
-def place(layer, device, on_cuda):
-    """`layer.to(device)`: the layer itself for "cpu", `on_cuda(layer)` for "cuda".
-
-    Raises
-    ------
-    ValueError
-        For another device.
-    RuntimeError
-        Where CUDA is missing, saying what of it.
-    """
-    if device == "cpu":
-        return layer
-    if device != "cuda":
-        raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}")
-    return on_cuda(layer)
 
 
 class OnCuda:
@@ -65,7 +48,9 @@ class OnCuda:
 
     def to(self, device: Device) -> Any:
         """The layer on another device: "cpu" gives the one this was made of."""
-        return self.layer if device == "cpu" else place(self, device, lambda layer: layer)
+        if device not in ("cpu", "cuda"):
+            raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}")
+        return self.layer if device == "cpu" else self
 
     def __getattr__(self, name: str) -> Any:
         # sizes and parameters are those of the layer on the CPU
@@ -85,7 +70,7 @@ class OnCuda:
         from edgeattn.kernels.cuda.call import Call
         from edgeattn.kernels.cuda.driver import driver
 
-        first, host = self.layer._query_name, None
+        first, host = self.layer.query_name, None
         given = {first: query, "key": key, "value": value}
         if not on_device(query):
             arrays = {n: float_array(n, x) if dtype == np.float32 else np.asarray(x)
@@ -111,7 +96,7 @@ class OnCuda:
         """The inputs as C-contiguous Views."""
         from edgeattn.kernels.cuda.launch_graph import as_argument
 
-        first = self.layer._query_name
+        first = self.layer.query_name
         found = {name: None if x is None else as_argument(call.view(name, x), place)
                  for place, (name, x) in enumerate(given.items())}
         q = found[first]
@@ -143,6 +128,23 @@ class OnCuda:
 
         return moved
 
+    def _resolve(self, call, shape, host, kv_cache, **masks):
+        """(`device_masks` of a call of a layer, the pieces in which the cache, if any, takes it); shape (..., H, L, S).
+
+        With a cache, tokens it has seen stand before the S keys, and the masks are over all.
+        """
+        from edgeattn.kernels.cuda.host import both
+
+        *lead, heads, queries, keys = shape
+        before = None
+        if kv_cache is not None:
+            _check_cache(self.layer, kv_cache, lead[0] if lead else 1, masks)
+            kv_cache.used_by(call)
+            before, masks["window_size"] = kv_cache.length, kv_cache.within_window(masks["window_size"])
+        masks = device_masks((*lead, heads, queries, keys + (before or 0)), self._device_array(call, host), **masks,
+                             position=before, join=functools.partial(both, stream=call.stream, like=call.like))
+        return masks, [] if kv_cache is None else kv_cache.pieces(queries, keys, masks["right"])
+
 
 class FloatOnCuda(OnCuda):
     """A float layer on the GPU; arguments and result as `MultiHeadAttention`'s, float32 on the device."""
@@ -166,9 +168,68 @@ class FloatOnCuda(OnCuda):
                  kv_cache: KVCache | None = None, need_weights: Flag = False, average_attn_weights: Flag = False,
                  out: Any = None) -> Any:
         """Attend from `query` to `key` and `value`; `kv_cache` is one on the GPU."""
-        return _call(self, query, key, value, softcap, kv_cache, need_weights, average_attn_weights, out,
-                     attn_mask=attn_mask, key_padding_mask=key_padding_mask, is_causal=is_causal,
-                     causal_alignment=causal_alignment, window_size=window_size, alibi_slopes=alibi_slopes)
+        return self._attend(
+            query, key, value, softcap, kv_cache, need_weights, average_attn_weights, out, attn_mask=attn_mask,
+            key_padding_mask=key_padding_mask, is_causal=is_causal, causal_alignment=causal_alignment,
+            window_size=window_size, alibi_slopes=alibi_slopes)
+
+    def _attend(self, query, key, value, softcap, kv_cache, need_weights, average_attn_weights, out, attn_mask=None,
+                key_padding_mask=None, alibi_slopes=None, **masks):
+        arrays = query, key, value, out, attn_mask, key_padding_mask, alibi_slopes
+        options = softcap, need_weights, average_attn_weights, *masks.values()
+        result = self._calls.replay(arrays, options) if kv_cache is None else None
+        if result is not None:
+            return result
+        from edgeattn.kernels.cuda.host import mean_of_heads, scratch
+        from edgeattn.kernels.cuda.launch_graph import as_argument as at
+        from edgeattn.kernels.cuda.launch_graph import capture
+
+        layer = self.layer
+        need_weights = flag("need_weights", need_weights)
+        average = flag("average_attn_weights", average_attn_weights) and need_weights
+        if key is None and value is not None:
+            raise ValueError("value needs key, got key=None; pass key=query to attend from query to itself")
+        softcap = checked_softcap(softcap)
+        float32 = np.dtype(np.float32)
+        call, given, host = self._arrived(float32, query, key, value)
+        with call, capture(kv_cache is None) as record:
+            q, k, v = self._inputs(call, float32, given)
+            like, stream = call.like, call.stream
+            check_input_shapes(layer, q, k, v)
+            lead, (queries, keys) = q.shape[:-2], (q.shape[-2], k.shape[-2])
+            shape = (*lead, queries, layer.output_dim)
+            batch = lead[0] if lead else 1
+            masks, pieces = self._resolve(
+                call, (*lead, layer.num_heads, queries, keys), host, kv_cache, attn_mask=attn_mask,
+                key_padding_mask=key_padding_mask, alibi_slopes=alibi_slopes, **masks)
+            read = (q, k, v, *arrays_read(masks))
+            if host is not None:
+                check_out(out, shape, host)
+            result, taken = result_array(call, None if host is not None else out, shape, float32, read)
+            made, weights, by_head = [(OUT, taken)], None, None
+            if need_weights:
+                seen = keys + (0 if kv_cache is None else kv_cache.length) + layer.extra_keys
+                of_heads = (*lead, layer.num_heads, queries, seen)
+                weights, to = result_array(call, None, (*lead, queries, seen) if average else of_heads, float32, ())
+                made.append((RESULTS, to))
+                to = at(to, RESULTS)
+                by_head = scratch(of_heads, float32, like) if average else to
+                by_head = by_head.reshape(batch, *of_heads[-3:])
+            if taken.size or (by_head is not None and by_head.size):
+                q, k, v, taken = (x.reshape(batch, *x.shape[-2:]) for x in (q, k, v, at(taken, OUT)))
+                options_of = dict(softcap=softcap, weights=by_head, **masks)
+                if kv_cache is None:
+                    self._kernels(q, k, v, taken, stream, like, **options_of)
+                else:
+                    self._kernels.through_cache(q, k, v, taken, kv_cache, pieces, stream, like, **options_of)
+            if average:
+                mean_of_heads(by_head, to, stream)
+        if host is None and kv_cache is None:
+            self._calls.record(arrays, options, record, read, made)
+        result = result if host is None else write_result(result.numpy(), out, host)
+        if not need_weights:
+            return result
+        return result, weights if host is None else write_result(weights.numpy(), None, host)
 
 
 def _added_keys(layer):
@@ -190,83 +251,6 @@ def _check_cache(layer, cache, batch, masks):
     if wanted != given:
         raise ValueError(f"kv_cache must have the call's B and the layer's num_kv_heads, head_dim and value_dim "
                          f"{wanted}, got {given}")
-
-
-def _resolve(placed, call, shape, host, kv_cache, **masks):
-    """(`device_masks` of a call of a layer, the pieces in which the cache, if any, takes it); shape (..., H, L, S).
-
-    With a cache, tokens it has seen stand before the S keys, and the masks are over all.
-    """
-    from edgeattn.kernels.cuda.host import both
-
-    *lead, heads, queries, keys = shape
-    before = None
-    if kv_cache is not None:
-        _check_cache(placed.layer, kv_cache, lead[0] if lead else 1, masks)
-        kv_cache._used_by(call)
-        before, masks["window_size"] = kv_cache.length, kv_cache._narrow(masks["window_size"])
-    masks = device_masks((*lead, heads, queries, keys + (before or 0)), placed._device_array(call, host), **masks,
-                         position=before, join=functools.partial(both, stream=call.stream, like=call.like))
-    return masks, [] if kv_cache is None else kv_cache._pieces(queries, keys, masks["right"])
-
-
-def _call(placed, query, key, value, softcap, kv_cache, need_weights, average_attn_weights, out, attn_mask=None,
-          key_padding_mask=None, alibi_slopes=None, **masks):
-    arrays = query, key, value, out, attn_mask, key_padding_mask, alibi_slopes
-    options = softcap, need_weights, average_attn_weights, *masks.values()
-    result = placed._calls.replay(arrays, options) if kv_cache is None else None
-    if result is not None:
-        return result
-    from edgeattn.kernels.cuda.host import mean_of_heads, scratch
-    from edgeattn.kernels.cuda.launch_graph import as_argument as at
-    from edgeattn.kernels.cuda.launch_graph import capture
-
-    layer = placed.layer
-    need_weights = flag("need_weights", need_weights)
-    average = flag("average_attn_weights", average_attn_weights) and need_weights
-    if key is None and value is not None:
-        raise ValueError("value needs key, got key=None; pass key=query to attend from query to itself")
-    softcap = checked_softcap(softcap)
-    float32 = np.dtype(np.float32)
-    call, given, host = placed._arrived(float32, query, key, value)
-    with call, capture(kv_cache is None) as record:
-        q, k, v = placed._inputs(call, float32, given)
-        like, stream = call.like, call.stream
-        check_input_shapes(layer, q, k, v)
-        lead, (queries, keys) = q.shape[:-2], (q.shape[-2], k.shape[-2])
-        shape = (*lead, queries, layer.output_dim)
-        batch = lead[0] if lead else 1
-        masks, pieces = _resolve(placed, call, (*lead, layer.num_heads, queries, keys), host, kv_cache,
-                                 attn_mask=attn_mask, key_padding_mask=key_padding_mask, alibi_slopes=alibi_slopes,
-                                 **masks)
-        read = (q, k, v, *arrays_read(masks))
-        if host is not None:
-            check_out(out, shape, host)
-        result, taken = result_array(call, None if host is not None else out, shape, float32, read)
-        made, weights, by_head = [(OUT, taken)], None, None
-        if need_weights:
-            seen = keys + (0 if kv_cache is None else kv_cache.length) + layer.extra_keys
-            of_heads = (*lead, layer.num_heads, queries, seen)
-            weights, to = result_array(call, None, (*lead, queries, seen) if average else of_heads, float32, ())
-            made.append((RESULTS, to))
-            to = at(to, RESULTS)
-            by_head = scratch(of_heads, float32, like) if average else to
-            by_head = by_head.reshape(batch, *of_heads[-3:])
-        if taken.size or (by_head is not None and by_head.size):
-            q, k, v, taken = (x.reshape(batch, *x.shape[-2:]) for x in (q, k, v, at(taken, OUT)))
-            options_of = dict(softcap=softcap, weights=by_head, **masks)
-            if kv_cache is None:
-                placed._kernels(q, k, v, taken, stream, like, **options_of)
-            else:
-                placed._kernels.through_cache(q, k, v, taken, kv_cache, pieces, stream, like, **options_of)
-        if average:
-            mean_of_heads(by_head, to, stream)
-    if host is None and kv_cache is None:
-        placed._calls.record(arrays, options, record, read, made)
-    result = result if host is None else write_result(result.numpy(), out, host)
-    if not need_weights:
-        return result
-    return result, weights if host is None else write_result(weights.numpy(), None, host)
 
 
 class DynamicOnCuda(FloatOnCuda):
@@ -294,8 +278,8 @@ class StaticOnCuda(OnCuda):
         from edgeattn.kernels.cuda.layers import StaticLayer
 
         self._kernels = StaticLayer(**layer._kernel_parameters(), softmax=layer.kernel_set.softmax)
-        self._tables = None if layer._tables is None else view("tables", driver().array(layer._tables))
-        self._classes = None if layer._classes is None else view("classes", driver().array(layer._classes))
+        self._score_luts = None if layer._score_luts is None else view("score_luts", driver().array(layer._score_luts))
+        self._lut_index = None if layer._lut_index is None else view("lut_index", driver().array(layer._lut_index))
 
     def __call__(self, query: Any, key: Any = None, value: Any = None, **masks_and_out: Any) -> Any:
         """Attention on reals in NumPy arrays; codes of arrays on the device go to `run_int8`."""
@@ -330,16 +314,16 @@ class StaticOnCuda(OnCuda):
             check_input_shapes(self, q, k, v)
             lead, (L, S) = q.shape[:-2], (q.shape[-2], k.shape[-2])
             shape, batch = (*lead, L, layer.output_dim), lead[0] if lead else 1
-            masks, pieces = _resolve(
-                self, call, (*lead, layer.num_heads, L, S), host, kv_cache, attn_mask=attn_mask,
+            masks, pieces = self._resolve(
+                call, (*lead, layer.num_heads, L, S), host, kv_cache, attn_mask=attn_mask,
                 key_padding_mask=key_padding_mask, is_causal=is_causal, causal_alignment=causal_alignment,
                 window_size=window_size)
             if "bias" in masks:
                 raise no_bool_mask(masks["bias"].dtype)
             if kv_cache is not None:
                 layer.check_codes_of(kv_cache)
-            elif self._classes is not None:
-                fit_mask(layer._classes, (batch, layer.num_heads, L, S))
+            elif self._lut_index is not None:
+                fit_mask(layer._lut_index, (batch, layer.num_heads, L, S))
             read = (q, k, v, *arrays_read(masks))
             if host is not None:
                 check_out(out, shape, int8)
@@ -353,12 +337,12 @@ class StaticOnCuda(OnCuda):
             if taken.size or (to is not None and to.size):
                 q, k, v, taken = (x.reshape(batch, *x.shape[-2:]) for x in (q, k, v, as_argument(taken, OUT)))
                 left, right, offset = masks["left"], masks["right"], masks["offset"]
-                options_of = dict(keep=masks.get("keep"), tables=self._tables, weights=to)
+                options_of = dict(keep=masks.get("keep"), score_luts=self._score_luts, weights=to)
                 if kv_cache is None:
-                    classes = self._classes
-                    if classes is not None and classes.ndim < 4:
-                        classes = classes.reshape(*(1,) * (4 - classes.ndim), *classes.shape)
-                    self._kernels(q, k, v, taken, stream, like, band=band_of(left, right, offset), classes=classes,
+                    lut_index = self._lut_index
+                    if lut_index is not None and lut_index.ndim < 4:
+                        lut_index = lut_index.reshape(*(1,) * (4 - lut_index.ndim), *lut_index.shape)
+                    self._kernels(q, k, v, taken, stream, like, band=band_of(left, right, offset), lut_index=lut_index,
                                   **options_of)
                 else:
                     self._kernels.through_cache(q, k, v, taken, kv_cache, pieces, stream, like, left=left, right=right,

@@ -48,7 +48,7 @@ class Tensors:
         """Ask for a tensor; an axis of None could not be known and fits everything."""
         self.expected[name] = shape
 
-    def checked(self, ignored=()):
+    def checked(self, ignored=(), what="attention layer"):
         """All expected tensors, or one error about all that is wrong."""
         missing = [self.prefix + name for name in self.expected if name not in self.found]
         unexpected = [
@@ -70,7 +70,7 @@ class Tensors:
         ]
         if wrong:
             raise ValueError(
-                f"{self.source} does not hold the attention layer expected under prefix "
+                f"{self.source} does not hold the {what} expected under prefix "
                 f"{self.prefix!r}: " + "; ".join(wrong)
             )
         return {name: float_array(self.prefix + name, as_array(self.prefix + name, self.found[name]))

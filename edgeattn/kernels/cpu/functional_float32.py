@@ -3,32 +3,39 @@ import functools
 
 import numpy as np
 
-from edgeattn import threads
-from edgeattn.runtime.jit import compiled_for
-
 from . import fused as f
-from .layer_float32 import _NO_BIAS, _NO_KEEP, shape_of
+from .call import PreparedCall
+from .layer_float32 import shape_of
 from .matmul import round_up
-from .records import blank, mask_fields, packed, slot
+from .records import bits_of_real, blank, mask_fields, packed
 from .simd import LANES, ROWS, WIDTH
 
-_NO_LENGTHS = np.zeros(0, np.int64)
-_ALIBI = slot(f.ATTENTION, "alibi")
-_run = None
+
+def prepare(q, k, v, out, scale, softcap=0.0, keep=None, bias=None, band=None, alibi=None):
+    """The `PreparedCall` of such arrays and masks; arguments as for `attention`."""
+    return _prepare(q.shape, k.shape, v.shape, (q.strides, k.strides, v.strides, out.strides), scale, softcap,
+                    shape_of(keep), shape_of(bias), band, shape_of(alibi))
 
 
 @functools.lru_cache(256)
-def _plan(q, k, v, keep, bias, band, alibi):
-    """(parameters, scratch elements of a thread, work) for arrays and masks of these shapes."""
+def _prepare(q, k, v, steps, scale, softcap, keep, bias, band, alibi):
+    """The same, for arrays and masks of these shapes; steps: of q, k, v and out, bytes along their axes."""
     B, H, L, D = q
-    S, Dv = k[2], v[3]
+    Hkv, S, Dv = k[1], k[2], v[3]
     D_up, Dv_up, Dv_lanes = round_up(D, LANES), round_up(Dv, ROWS), round_up(Dv, LANES)
     masked = keep is not None or bias is not None or alibi is not None
     private = (f.AT_FREE + WIDTH * (max(D_up, Dv_lanes) + D_up + max(Dv_up, Dv_lanes) + ROWS) + ROWS * D + 64
                + (S * Dv_up if Dv != Dv_up else 0) + D_up + (S * WIDTH if masked else 0))
     private = round_up(private, 16)
-    p = blank(f.ATTENTION, private_size=private, **mask_fields(keep, bias, band, alibi))
-    return packed(p, f.ATTENTION), private, 2 * B * H * L * S * (D + Dv)
+    p = blank(f.ATTENTION, batch=B, heads=H, kv_heads=Hkv, queries=L, keys=S, head_size=D, value_size=Dv,
+              scale=bits_of_real(scale), softcap=bits_of_real(softcap), private_size=private,
+              **mask_fields(keep, bias, band, alibi))
+    for name, (batch, head, row, _) in zip("qkv", steps, strict=False):
+        vars(p).update({f"{name}_b": batch // 4, f"{name}_h": head // 4})
+        vars(p)[f"{name}_l" if name == "q" else f"{name}_s"] = row // 4
+    p.out_b, p.out_h, p.out_l = (step // 4 for step in steps[3][:3])
+    return PreparedCall(f.attention_float32, packed(p, f.ATTENTION), f.ATTENTION_ADDRESSES, np.float32, 0, private,
+                        2 * B * H * L * S * (D + Dv))
 
 
 def attention(q, k, v, out, scale, softcap=0.0, keep=None, bias=None, band=None, alibi=None, lengths=None):
@@ -49,17 +56,5 @@ def attention(q, k, v, out, scale, softcap=0.0, keep=None, bias=None, band=None,
     lengths : (B,) int64 or None
         Keys that exist per batch entry.
     """
-    global _run
-    plan, private, work = _plan(q.shape, k.shape, v.shape, shape_of(keep), shape_of(bias), band, shape_of(alibi))
-    parameters = plan.copy()  # the kernel writes addresses into it
-    if alibi is not None:
-        parameters[_ALIBI] = alibi.ctypes.data
-    keep = _NO_KEEP if keep is None else keep.reshape(-1).view(np.uint8)
-    bias = _NO_BIAS if bias is None else bias.reshape(-1)
-    lengths = _NO_LENGTHS if lengths is None else lengths
-    arguments = (q, k, v, out, parameters, scale, softcap, keep, bias, lengths)
-    if _run is None:
-        types = (q, k, v, out, parameters, np.float32(scale), np.float32(softcap), keep, bias, lengths)
-        _run = compiled_for(f.attention_float32, (*types, np.zeros(1, np.float32), np.zeros(1, np.int64), 1), strided=4)
-    threads.run(_run, arguments, np.float32, 0, private, work)
+    prepare(q, k, v, out, scale, softcap, keep, bias, band, alibi)(q, k, v, out, keep, bias, alibi, lengths)
     return out

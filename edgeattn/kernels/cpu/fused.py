@@ -8,15 +8,13 @@ Keys go by in blocks of KEY_BLOCK, so scratch memory does not depend on S (excep
 mask differs from query to query).  Where no score can be large, exponentials are taken of the scores as they are;
 else of their distance to a running maximum.  Every sum is a sum of the sums of short chains: see CHAIN.
 """
-from typing import NamedTuple
-
 import numpy as np
 
 from edgeattn.runtime.jit import inline, jit
 from edgeattn.runtime.worker_pool import parallel_for, task
 
 from .matmul import BLOCK, CHAIN, add_product, feature_position, multiply_ahead, part_of_block, project
-from .records import MASKS, named, record
+from .records import MASK_ADDRESSES, MASKS, named, real, record
 from .simd import (
     COLUMNS,
     LANES,
@@ -42,6 +40,7 @@ from .simd import (
     transpose_block,
 )
 from .softmax import LARGEST_MASK, LOG2_E, exp2, exp2_within, masked_score, tanh
+from .views import Blocks, Group, Panels, Rows, ScoreMask, Visible
 
 KEY_BLOCK = BLOCK
 SCORE_CHAIN = CHAIN // 2  # an error of a score counts as often as the score is large
@@ -64,39 +63,6 @@ AT_TILE = AT_SUM + WIDTH
 AT_SCORES = AT_TILE + max(ROWS * WIDTH, LANES * LANES)
 AT_FREE = AT_SCORES + (KEY_BLOCK + ROWS) * WIDTH
 SUMS = KEY_BLOCK * WIDTH // 2  # in float64, that fit where scores are
-
-
-class Rows(NamedTuple):
-    """Rows in a flat array: row r begins at data[at + r * step]."""
-
-    data: object
-    at: int
-    step: int
-
-
-class Visible(NamedTuple):
-    """Of the keys, those in [first, last) that any query of a block may see, and [full_from, full_to) that all may.
-
-    band: whether query q0 + l sees key s only where low <= s - q0 - l <= high.
-    """
-
-    first: int
-    last: int
-    full_from: int
-    full_to: int
-    q0: int
-    band: bool
-    low: int
-    high: int
-
-
-class ScoreMask(NamedTuple):
-    """Numbers to be added to the scores, (keys, W) from key `first` on; given: whether there are any."""
-
-    data: object
-    at: int
-    first: int
-    given: bool
 
 
 @inline
@@ -145,13 +111,26 @@ def within(v):
 
 
 @inline
-def fill_mask(masks, at, keep, at_keep, keep_row, keep_key, bias, at_bias, bias_row, bias_key, slope, place, queries,
-              keys, square, at_square):
+def adds_to_scores(a):
+    """Whether the masks at these addresses add numbers to scores."""
+    return a.bias != 0 or a.alibi != 0
+
+
+@inline
+def fill_mask(p, a, batch, head, q0, queries, first, last, masks, at, at_square):
     """masks (keys, W) = (bias - slope * distance) * log2(e) where kept, else -inf; what is finite stays so.
 
-    The distance of lane q and key s is |place + q - s|; lanes past `queries` have the mask of the last one.
+    Of `queries` queries from q0 on and the keys from `first` to `last`; the distance of lane l and key s is
+    |place + q0 + l - s|; lanes past `queries` have the mask of the last one.
+    p, a: a record of MASKS, and one of MASK_ADDRESSES.  at_square: (LANES, LANES) of masks, for what is turned.
     """
-    has_keep, has_bias, has_slope = keep.size > 0, bias.size > 0, slope != _ZERO
+    keep, bias = pointer_to(a.keep, np.uint8), pointer_to(a.bias, np.float32)
+    at_keep = batch * p.keep_b + head * p.keep_h + q0 * p.keep_l + first * p.keep_s
+    at_bias = batch * p.bias_b + head * p.bias_h + q0 * p.bias_l + first * p.bias_s
+    keep_row, keep_key, bias_row, bias_key = p.keep_l, p.keep_s, p.bias_l, p.bias_s
+    slope, place = slope_and_place(a.alibi, p.alibi_b, batch, head)
+    place, keys = place + q0 - first, last - first
+    has_keep, has_bias, has_slope = a.keep != 0, a.bias != 0, slope != _ZERO
     # 1. the bias, and -inf where it is not kept: arrays along keys become rows of lanes
     fast = ((not has_keep) or keep_key == 1) and ((not has_bias) or bias_key == 1)
     given = has_keep or has_bias
@@ -166,8 +145,8 @@ def fill_mask(masks, at, keep, at_keep, keep_row, keep_key, bias, at_bias, bias_
                 if has_keep:
                     kept = load_bytes(keep, at_keep + q * keep_row + s) == splat(np.int32(0))
                     v = select(kept, splat(_MINUS_INFINITY), v)
-                store(square, at_square + l * LANES, v)
-            transpose_block(square, at_square, LANES, masks, at + s * WIDTH + q0, WIDTH)
+                store(masks, at_square + l * LANES, v)
+            transpose_block(masks, at_square, LANES, masks, at + s * WIDTH + q0, WIDTH)
     for s in range(whole, keys if given else 0):
         for q0 in range(WIDTH):
             q = min(q0, queries - 1)
@@ -397,7 +376,9 @@ LAYER = record("batch queries keys query_width key_width value_width out_width h
                "head_size value_size padded_head padded_value has_out",
                "wq bq wk bk wv bv wo bo", MASKS, "group unit at_values",
                "at_largest at_row_major at_q at_context at_tail at_masks shared_size private_size")
-PROJECTING, ATTENDING, FINISHING = 1, 2, 3  # the phases of a layer; parts of one may run at the same time
+# Where the arrays of a call of a layer are: queries (B, L, Eq), keys (B, S, Ek), values (B, S, Ev), out (B, L, Eo),
+# masks, or 0 of none, and what `FloatLayer` packed; all in C order.
+LAYER_ADDRESSES = record("queries keys values out", MASK_ADDRESSES, "weights")
 QUERIES = 128  # projected at a time; a multiple of WIDTH
 
 
@@ -414,30 +395,32 @@ def visible_range(q0, queries, S, band, low_edge, high_edge):
 
 
 @inline
-def project_tokens(x, at_x, tokens, depth, weights, at_weight, at_bias, features, out, at_out, block, step, scratch,
-                   at_tail):
+def project_tokens(x, tokens, weights, features, out, scratch, at_tail):
     """project() for any number of tokens; the rows missing from the last tile are zeros, and written."""
-    whole = tokens // ROWS * ROWS
-    project(x, at_x, depth, whole, depth, weights, at_weight, at_bias, features, out, at_out, block, step)
+    whole, depth = tokens // ROWS * ROWS, x.step
+    project(x, whole, weights, features, out)
     rest = tokens - whole
     if rest > 0:
         for i in range(rest * depth):
-            scratch[at_tail + i] = x[at_x + whole * depth + i]
+            scratch[at_tail + i] = x.data[x.at + whole * depth + i]
         for i in range(rest * depth, ROWS * depth):
             scratch[at_tail + i] = _ZERO
-        project(scratch, at_tail, depth, ROWS, depth, weights, at_weight, at_bias, features,
-                out, at_out + whole * block, block, step)
+        project(Rows(scratch, at_tail, depth), ROWS, weights, features,
+                Blocks(out.data, out.at + whole * out.block, out.block, out.step))
 
 
 @inline
-def project_context(context, at_context, step, depth, first, last, tokens, weights, at_weight, row, at_bias, out,
-                    at_out, Eo, e_from, e_to, scratch):
-    """out (tokens, e_from .. e_to of Eo) = or += context @ weight.T for some of the heads, which are `depth` features.
+def project_context(p, a, group, context, first_query, tokens, e_from, e_to, scratch):
+    """Features e_from to e_to of the output of some tokens = or += the context of the group's heads @ weight.T.
 
-    The bias comes last.
-    context (blocks of W tokens, depth, W), `step` between blocks; weights: at_weight: panels (Eo / WIDTH, depth,
-    WIDTH), `row` apart; at_bias: (Eo,).  first, last: whether these are the first heads, and the last.
+    The bias comes last.  context: Rows of blocks (features of the heads, W) of W tokens.
     """
+    weights, out, Eo = pointer_to(a.weights, np.float32), pointer_to(a.out, np.float32), p.out_width
+    repeats = p.heads // p.kv_heads
+    depth, row = group.count * repeats * p.padded_value, p.heads * p.padded_value * WIDTH
+    at_weight = p.wo + group.first * repeats * p.padded_value * WIDTH
+    at_out, at_bias = (group.batch * p.queries + first_query) * Eo, p.bo
+    first, last = group.first == 0, group.first + group.count == p.kv_heads
     for e in range(e_from, e_to, WIDTH):
         whole = tokens // ROWS * ROWS if e + WIDTH <= Eo else 0
         at_panel = at_weight + e // WIDTH * row
@@ -448,26 +431,26 @@ def project_context(context, at_context, step, depth, first, last, tokens, weigh
             for t in range(0, whole, ROWS):
                 at_row = at_out + t * Eo + e
                 at_rows, at_near = at_panel + k * WIDTH, at_next + t // ROWS * part
-                at_lanes, done = at_context + t // WIDTH * step + k * WIDTH + t % WIDTH, 0
+                at_lanes, done = context.at + t // WIDTH * context.step + k * WIDTH + t % WIDTH, 0
                 if count > CHAIN:
                     done = CHAIN
-                    tile = tile_zero(ROWS, COLUMNS, context)
-                    tile = multiply_ahead(tile, context, at_lanes, 1, WIDTH, weights, at_rows, CHAIN,
+                    tile = tile_zero(ROWS, COLUMNS, weights)
+                    tile = multiply_ahead(tile, context.data, at_lanes, 1, WIDTH, weights, at_rows, CHAIN,
                                           at_near, part // 2)
                     if k > 0 or not first:
                         tile = tile_add(tile, out, at_row, Eo, LANES)
                     tile_store(tile, out, at_row, Eo, LANES)
-                tile = tile_zero(ROWS, COLUMNS, context)
-                tile = multiply_ahead(tile, context, at_lanes + done * WIDTH, 1, WIDTH, weights, at_rows + done * WIDTH,
-                                      count - done, at_near + part // 2, part // 2)
+                tile = tile_zero(ROWS, COLUMNS, weights)
+                tile = multiply_ahead(tile, context.data, at_lanes + done * WIDTH, 1, WIDTH, weights,
+                                      at_rows + done * WIDTH, count - done, at_near + part // 2, part // 2)
                 if k + done > 0 or not first:
                     tile = tile_add(tile, out, at_row, Eo, LANES)
                 if last and k + BLOCK >= depth:
                     tile = tile_add(tile, weights, at_bias + e, 0, LANES)
                 tile_store(tile, out, at_row, Eo, LANES)
         for t in range(whole, tokens, ROWS):
-            add_product(False, context, at_context + t // WIDTH * step + t % WIDTH, 1, WIDTH, weights, at_panel, depth,
-                        CHAIN, scratch, AT_TILE, WIDTH, LANES)
+            add_product(False, context.data, context.at + t // WIDTH * context.step + t % WIDTH, 1, WIDTH, weights,
+                        at_panel, depth, CHAIN, scratch, AT_TILE, WIDTH, LANES)
             for i in range(min(ROWS, tokens - t)):
                 for j in range(min(WIDTH, Eo - e)):
                     value = scratch[AT_TILE + i * WIDTH + j]
@@ -488,127 +471,173 @@ def portions(total, unit, count):
     return size, max((total + size - 1) // size, 1)
 
 
-@task
-def layer_part(xq, xk, xv, out, weights, parameters, keep, bias, scratch, batch, from_head, phase, portion, at_once,
-               worker, part):
-    """One portion of one phase of one group of heads of one batch entry of a multi-head attention layer.
+@inline
+def private_scratch(p, scratch, worker):
+    """What a thread has to itself of the scratch at an address."""
+    return pointer_to(scratch + 4 * (p.shared_size + worker * p.private_size), np.float32)
 
-    xq (B, L, Eq), xk (B, S, Ek), xv (B, S, Ev), out (B, L, Eo): flat float32.
-    weights: everything `FloatLayer` packed, at the positions in the parameters (see LAYER).
-    keep, bias: flat mask data, empty where there is none, addressed by the strides in p.
-    scratch: first what all threads share: keys (KF / KB, S', KB) and values (VF / VB, S', VB) of this group, S' = S
-    rounded up to ROWS; then what each thread has to itself.
-    from_head: the first key/value head of the group, which are `p.group` heads, or as many as are left.
-    PROJECTING: keys and values of `portion` tokens; ATTENDING: `portion` blocks of queries; both for `at_once` heads of
-    the group, and `part` counts the portions, and in each of them the heads. FINISHING, where ATTENDING did not have
-    all heads of the group at once: `portion` features of the output, counted by `part`.
+
+@inline
+def keys_and_values(p, scratch):
+    """Where all threads have the keys (KF / KB, S', KB) and the values (VF / VB, S', VB) of a group: Blocks.
+
+    S' = S rounded up to ROWS.
     """
-    p = named(parameters, LAYER)
-    shared = scratch[:p.shared_size]
-    private = scratch[p.shared_size + worker * p.private_size:]
-    L, S, H, Hkv = p.queries, p.keys, p.heads, p.kv_heads
-    D, Dv, Dp, Dvp = p.head_size, p.value_size, p.padded_head, p.padded_value
-    Eq, Ek, Ev, Eo = p.query_width, p.key_width, p.value_width, p.out_width
-    k_block, v_block = max(Dp, LANES), max(Dvp, LANES)
-    S_up = (S + ROWS - 1) // ROWS * ROWS
-    k_step, v_step = S_up * k_block, S_up * v_block
-    repeats = H // Hkv
-    group = min(p.group, Hkv - from_head)
-    depth, first_group, last_group = group * repeats * Dvp, from_head == 0, from_head + group == Hkv
-    step, at_context, at_out_weight = depth * WIDTH, p.at_context, p.wo + from_head * repeats * Dvp * WIDTH
-    splits = (group + at_once - 1) // at_once
-    context = private if splits == 1 else scratch[p.shared_size:]  # the first thread's, of which all write their heads
-    if phase == FINISHING:
-        project_context(context, at_context, step, depth, first_group, last_group, L, weights, at_out_weight,
-                        H * Dvp * WIDTH, p.bo, out, batch * L * Eo, Eo, part * portion,
-                        min((part + 1) * portion, Eo), private)
-        return
-    begin, from_kv = part // splits * portion, part % splits * at_once
-    kv_heads = min(at_once, group - from_kv)
-    heads = kv_heads * repeats
-    from_head += from_kv
-    q_features = (heads * Dp + WIDTH - 1) // WIDTH * WIDTH
-    k_features = (kv_heads * Dp + WIDTH - 1) // WIDTH * WIDTH
-    v_features = (kv_heads * Dvp + WIDTH - 1) // WIDTH * WIDTH
-    q_from, k_from, v_from = from_head * repeats * Dp, from_head * Dp, from_head * Dvp
-    at_values, at_tail = p.at_values, p.at_tail
-    # 1. keys and values of all tokens, in the layout the attention loop reads
-    if phase == PROJECTING:
-        tokens = min(portion, S - begin)
-        at_k = begin * k_block + feature_position(from_kv * Dp, k_block, k_step)
-        at_v = at_values + begin * v_block + feature_position(from_kv * Dvp, v_block, v_step)
-        project_tokens(xk, (batch * S + begin) * Ek, tokens, Ek, weights, p.wk + k_from * Ek, p.bk + k_from,
-                       k_features, shared, at_k, k_block, k_step, private, at_tail)
-        project_tokens(xv, (batch * S + begin) * Ev, tokens, Ev, weights, p.wv + v_from * Ev, p.bv + v_from,
-                       v_features, shared, at_v, v_block, v_step, private, at_tail)
-        return
-    adds = bias.size > 0 or p.alibi != 0
-    has_mask = keep.size > 0 or adds
-    band = p.band != 0
-    mask_per_head = p.keep_h != 0 or p.bias_h != 0 or p.alibi != 0
-    at_row_major, at_q, at_masks, at_largest = p.at_row_major, p.at_q, p.at_masks, p.at_largest
-    if not adds:
-        for f in range(from_kv * Dp, from_kv * Dp + k_features, k_block):
-            largest_magnitudes(Rows(shared, f * S_up, k_block), S, k_block, private, at_largest + f)
-    to = min((begin + portion) * WIDTH, L)
+    shared, S_up = pointer_to(scratch, np.float32), (p.keys + ROWS - 1) // ROWS * ROWS
+    k_block, v_block = max(p.padded_head, LANES), max(p.padded_value, LANES)
+    return Blocks(shared, 0, k_block, S_up * k_block), Blocks(shared, p.at_values, v_block, S_up * v_block)
+
+
+@inline
+def whole_panels(features):
+    """`features`, or so many more that they fill whole panels."""
+    return (features + WIDTH - 1) // WIDTH * WIDTH
+
+
+@inline
+def project_heads(x, tokens, weights, heads, size, out, from_head, begin, private, p):
+    """Keys or values of some tokens from `begin` on, for some heads from `from_head` on of the Blocks `out`."""
+    at = out.at + begin * out.block + feature_position(from_head * size, out.block, out.step)
+    project_tokens(x, tokens, weights, whole_panels(heads * size), Blocks(out.data, at, out.block, out.step), private,
+                   p.at_tail)
+
+
+@task
+def project_keys(p, a, scratch, group, portion, worker, part):
+    """Stage 1 of a layer: keys and values of `portion` tokens, for `at_once` heads of the group.
+
+    `part` counts the portions, and in each of them the heads.
+    """
+    keys, values = keys_and_values(p, scratch)
+    private, weights = private_scratch(p, scratch, worker), pointer_to(a.weights, np.float32)
+    begin, from_kv = part // group.splits * portion, part % group.splits * group.at_once
+    heads, tokens = min(group.at_once, group.count - from_kv), min(portion, p.keys - begin)
+    row, head = group.batch * p.keys + begin, group.first + from_kv
+    k_from, v_from = head * p.padded_head, head * p.padded_value
+    x = Rows(pointer_to(a.keys, np.float32), row * p.key_width, p.key_width)
+    project_heads(x, tokens, Panels(weights, p.wk + k_from * x.step, p.bk + k_from), heads, p.padded_head, keys,
+                  from_kv, begin, private, p)
+    x = Rows(pointer_to(a.values, np.float32), row * p.value_width, p.value_width)
+    project_heads(x, tokens, Panels(weights, p.wv + v_from * x.step, p.bv + v_from), heads, p.padded_value, values,
+                  from_kv, begin, private, p)
+
+
+@inline
+def project_queries(p, a, group, head, heads, first_query, tokens, private):
+    """Queries of some tokens for some heads, rows (features / W, tokens, W) of the scratch; and how far apart these."""
+    rows, from_feature = whole_panels(tokens) * WIDTH, head * p.padded_head
+    x = Rows(pointer_to(a.queries, np.float32), (group.batch * p.queries + first_query) * p.query_width, p.query_width)
+    weights = Panels(pointer_to(a.weights, np.float32), p.wq + from_feature * x.step, p.bq + from_feature)
+    project_tokens(x, tokens, weights, whole_panels(heads * p.padded_head),
+                   Blocks(private, p.at_row_major, WIDTH, rows), private, p.at_tail)
+    return rows
+
+
+@inline
+def turn_queries(p, heads, t, queries, rows, private):
+    """Turn a block of W queries so that they are lanes; those without one must not carry what an earlier call left."""
+    for f in range(0, whole_panels(heads * p.padded_head), WIDTH):
+        at = p.at_row_major + f // WIDTH * rows + t * WIDTH
+        for i in range((queries + ROWS - 1) // ROWS * ROWS * WIDTH, WIDTH * WIDTH):
+            private[at + i] = _ZERO
+        for c in range(0, WIDTH, LANES):
+            for l in range(0, WIDTH, LANES):
+                transpose_block(private, at + l * WIDTH + c, WIDTH, private, p.at_q + (f + c) * WIDTH + l, WIDTH)
+
+
+@inline
+def attend_heads(p, a, scratch, group, from_kv, heads, q0, queries, context, private):
+    """context (heads * Dvp, W) of a block of queries, head by head; from_kv: the first head's in the group."""
+    keys, values = keys_and_values(p, scratch)
+    repeats, Dp, Dvp, band = p.heads // p.kv_heads, p.padded_head, p.padded_value, p.band != 0
+    adds = adds_to_scores(a)
+    masked, mask_per_head = adds or a.keep != 0, p.keep_h != 0 or p.bias_h != 0 or a.alibi != 0
+    first, last, full_from, full_to = visible_range(q0, queries, p.keys, band, p.low, p.high)
+    seen = Visible(first, last, full_from, full_to, q0, band, p.low, p.high)
+    mask = ScoreMask(private, p.at_masks, first, masked)
+    for h in range(heads):
+        head, kv = (group.first + from_kv) * repeats + h, from_kv + h // repeats
+        if masked and (h == 0 or mask_per_head):
+            fill_mask(p, a, group.batch, head, q0, queries, first, last, private, p.at_masks, AT_TILE)
+        q = Rows(private, p.at_q + h * Dp * WIDTH, WIDTH)
+        k = Rows(keys.data, feature_position(kv * Dp, keys.block, keys.step), keys.block)
+        v = Rows(values.data, values.at + feature_position(kv * Dvp, values.block, values.step), values.block)
+        small = not adds and all_small(q, p.head_size, private, p.at_largest + kv * Dp)
+        attend(q, k, v, Rows(context.data, context.at + h * Dvp * WIDTH, WIDTH), p.head_size, Dvp, seen, mask, _ZERO,
+               small, private)
+
+
+@inline
+def copy_context(p, a, group, context, head, heads, first_query, tokens):
+    """The output of some heads of a layer without a projection: its context."""
+    out, at_row = pointer_to(a.out, np.float32), (group.batch * p.queries + first_query) * p.out_width
+    for t in range(tokens):
+        at_lane = context.at + t // WIDTH * context.step + t % WIDTH
+        for h in range(heads):
+            for d in range(p.value_size):
+                out[at_row + t * p.out_width + (head + h) * p.value_size + d] = (
+                    context.data[at_lane + (h * p.padded_value + d) * WIDTH])
+
+
+@inline
+def context_blocks(p, scratch, group, private):
+    """Rows of a group's context, blocks (heads * Dvp, W) of W queries; the first thread's, where all write heads."""
+    step = group.count * (p.heads // p.kv_heads) * p.padded_value * WIDTH
+    own = private if group.splits == 1 else private_scratch(p, scratch, 0)
+    return Rows(own, p.at_context, step)
+
+
+@task
+def attend_queries(p, a, scratch, group, portion, worker, part):
+    """Stage 2 of a layer: `portion` blocks of queries, for `at_once` heads of the group; and their part of the output.
+
+    `part` counts the portions, and in each of them the heads. The output waits where no part has all heads.
+    """
+    private, repeats = private_scratch(p, scratch, worker), p.heads // p.kv_heads
+    begin, from_kv = part // group.splits * portion, part % group.splits * group.at_once
+    kv_heads = min(group.at_once, group.count - from_kv)
+    heads, head = kv_heads * repeats, (group.first + from_kv) * repeats
+    blocks = context_blocks(p, scratch, group, private)
+    if not adds_to_scores(a):
+        keys, _ = keys_and_values(p, scratch)
+        from_feature = from_kv * p.padded_head
+        for f in range(from_feature, from_feature + whole_panels(kv_heads * p.padded_head), keys.block):
+            largest_magnitudes(Rows(keys.data, f // keys.block * keys.step, keys.block), p.keys, keys.block, private,
+                               p.at_largest + f)
+    to = min((begin + portion) * WIDTH, p.queries)
     for first_query in range(begin * WIDTH, to, QUERIES):
         tokens = min(QUERIES, to - first_query)
-        at_chunk = at_context + (first_query // WIDTH * step if splits > 1 else 0) + from_kv * repeats * Dvp * WIDTH
-        # 2. queries: project, rows (q_features / W, tokens, W)
-        row_major_rows = (tokens + WIDTH - 1) // WIDTH * WIDTH
-        row_major_step = row_major_rows * WIDTH
-        project_tokens(xq, (batch * L + first_query) * Eq, tokens, Eq, weights, p.wq + q_from * Eq, p.bq + q_from,
-                       q_features, private, at_row_major, WIDTH, row_major_step, private, at_tail)
+        at = blocks.at + (first_query // WIDTH * blocks.step if group.splits > 1 else 0)
+        context = Rows(blocks.data, at + from_kv * repeats * p.padded_value * WIDTH, blocks.step)
+        rows = project_queries(p, a, group, head, heads, first_query, tokens, private)
         for t in range(0, tokens, WIDTH):
             q0 = first_query + t
-            queries = min(WIDTH, L - q0)
-            # turn them so that queries are lanes; lanes without a query must not carry what an earlier call left
-            for f in range(0, q_features, WIDTH):
-                at_rows = at_row_major + f // WIDTH * row_major_step + t * WIDTH
-                for i in range((queries + ROWS - 1) // ROWS * ROWS * WIDTH, WIDTH * WIDTH):
-                    private[at_rows + i] = _ZERO
-                for c in range(0, WIDTH, LANES):
-                    for l in range(0, WIDTH, LANES):
-                        transpose_block(private, at_rows + l * WIDTH + c, WIDTH, private, at_q + (f + c) * WIDTH + l,
-                                        WIDTH)
-            first, last, full_from, full_to = visible_range(q0, queries, S, band, p.low, p.high)
-            seen = Visible(first, last, full_from, full_to, q0, band, p.low, p.high)
-            mask = ScoreMask(private, at_masks, first, has_mask)
-            # 3. attention, head by head, context (heads * Dvp, W)
-            for h in range(heads):
-                head, kv = from_head * repeats + h, from_kv + h // repeats
-                if has_mask and (h == 0 or mask_per_head):
-                    slope, place = slope_and_place(p.alibi, p.alibi_b, batch, head)
-                    fill_mask(private, at_masks,
-                              keep, batch * p.keep_b + head * p.keep_h + q0 * p.keep_l + first * p.keep_s,
-                              p.keep_l, p.keep_s,
-                              bias, batch * p.bias_b + head * p.bias_h + q0 * p.bias_l + first * p.bias_s,
-                              p.bias_l, p.bias_s, slope, place + q0 - first, queries, last - first, private,
-                              AT_TILE)
-                q_head = Rows(private, at_q + h * Dp * WIDTH, WIDTH)
-                k_head = Rows(shared, feature_position(kv * Dp, k_block, k_step), k_block)
-                v_head = Rows(shared, at_values + feature_position(kv * Dvp, v_block, v_step), v_block)
-                to_head = Rows(context, at_chunk + t // WIDTH * step + h * Dvp * WIDTH, WIDTH)
-                small = not adds and all_small(q_head, D, private, at_largest + kv * Dp)
-                attend(q_head, k_head, v_head, to_head, D, Dvp, seen, mask, _ZERO, small, private)
-        # 4. output rows: projection of the context, or the context itself
-        at_row = (batch * L + first_query) * Eo
-        if p.has_out != 0:
-            if splits == 1:
-                project_context(context, at_context, step, depth, first_group, last_group, tokens, weights,
-                                at_out_weight, H * Dvp * WIDTH, p.bo, out, at_row, Eo, 0, Eo, private)
-            continue
-        for t in range(tokens):
-            at_lane = at_chunk + t // WIDTH * step + t % WIDTH
-            for h in range(heads):
-                for d in range(Dv):
-                    out[at_row + t * Eo + (from_head * repeats + h) * Dv + d] = context[at_lane + (h * Dvp + d) * WIDTH]
+            queries = min(WIDTH, p.queries - q0)
+            turn_queries(p, heads, t, queries, rows, private)
+            of_block = Rows(context.data, context.at + t // WIDTH * context.step, WIDTH)
+            attend_heads(p, a, scratch, group, from_kv, heads, q0, queries, of_block, private)
+        if p.has_out == 0:
+            copy_context(p, a, group, context, head, heads, first_query, tokens)
+        elif group.splits == 1:
+            project_context(p, a, group, blocks, first_query, tokens, 0, p.out_width, private)
+
+
+@task
+def finish_features(p, a, scratch, group, portion, worker, part):
+    """Stage 3 of a layer, where no part of stage 2 had all heads of the group: `portion` features of the output."""
+    private = private_scratch(p, scratch, worker)
+    project_context(p, a, group, context_blocks(p, scratch, group, private), 0, p.queries, part * portion,
+                    min((part + 1) * portion, p.out_width), private)
 
 
 @jit
-def layer_float32(xq, xk, xv, out, weights, parameters, keep, bias, scratch, task_queue, count):
-    """A multi-head attention layer, see `layer_part`, on at most `count` threads that serve the task_queue."""
-    p = named(parameters, LAYER)
+def layer_float32(parameters, addresses, scratch, task_queue, count):
+    """A multi-head attention layer, see LAYER, on at most `count` threads that serve the task_queue.
+
+    Its three stages follow each other for every group of heads of every batch entry.
+    scratch: first what all threads share, see `keys_and_values`; then what each thread has to itself.
+    """
+    p, a, memory = named(parameters, LAYER), named(addresses, LAYER_ADDRESSES), address_of(scratch)
     units, all_blocks = (p.group + p.unit - 1) // p.unit, (p.queries + WIDTH - 1) // WIDTH
     # Few blocks do not occupy all threads: then these take some heads each.
     few = all_blocks < 2 * count and all_blocks % count != 0 and p.queries <= QUERIES
@@ -620,23 +649,21 @@ def layer_float32(xq, xk, xv, out, weights, parameters, keep, bias, scratch, tas
     blocks, block_parts = portions(all_blocks, 1, others)
     features, feature_parts = portions(p.out_width, WIDTH, count)
     for batch in range(p.batch):
-        for from_head in range(0, p.kv_heads, p.group):
-            splits = (min(p.group, p.kv_heads - from_head) + at_once - 1) // at_once
-            parallel_for(task_queue, token_parts * splits, layer_part, xq, xk, xv, out, weights, parameters, keep,
-                         bias, scratch,
-                  batch, from_head, PROJECTING, tokens, at_once)
-            parallel_for(task_queue, block_parts * splits, layer_part, xq, xk, xv, out, weights, parameters, keep,
-                         bias, scratch,
-                  batch, from_head, ATTENDING, blocks, at_once)
-            if splits > 1 and p.has_out != 0:
-                parallel_for(task_queue, feature_parts, layer_part, xq, xk, xv, out, weights, parameters, keep, bias,
-                             scratch,
-                      batch, from_head, FINISHING, features, at_once)
+        for first in range(0, p.kv_heads, p.group):
+            heads = min(p.group, p.kv_heads - first)
+            group = Group(batch, first, heads, at_once, (heads + at_once - 1) // at_once)
+            parallel_for(task_queue, token_parts * group.splits, project_keys, p, a, memory, group, tokens)
+            parallel_for(task_queue, block_parts * group.splits, attend_queries, p, a, memory, group, blocks)
+            if group.splits > 1 and p.has_out != 0:
+                parallel_for(task_queue, feature_parts, finish_features, p, a, memory, group, features)
 
 
-# The parameters of `attention_float32`: sizes; of each array its address and its strides, in elements; masks.
-ATTENTION = record("batch heads kv_heads queries keys head_size value_size",
-                   "q q_b q_h q_l", "k k_b k_h k_s", "v v_b v_h v_s", "out out_b out_h out_l", MASKS, "private_size")
+# The parameters of `attention_float32`: sizes; float32 by their bits; strides of each array, in elements; masks.
+ATTENTION = record("batch heads kv_heads queries keys head_size value_size", "scale softcap",
+                   "q_b q_h q_l", "k_b k_h k_s", "v_b v_h v_s", "out_b out_h out_l", MASKS, "private_size")
+# Where its arrays are: q (B, H, L, D), k (B, Hkv, S, D), v (B, Hkv, S, Dv), out (B, H, L, Dv), the last dimension
+# contiguous; masks, and (B,) int64 keys that exist per batch entry, or 0 of none.
+ATTENTION_ADDRESSES = record("q k v out", MASK_ADDRESSES, "lengths")
 
 
 @inline
@@ -651,16 +678,13 @@ def copy_rows(source, at, step, rows, size, factor, target, to, target_step):
 
 
 @task
-def attention_part(parameters, scale, softcap, keep, bias, lengths, scratch, portion, worker, part):
+def attention_part(p, a, scratch, portion, worker, part):
     """Scaled dot product attention over given queries, keys and values, for a portion of (batch, head, block).
 
-    q (B, H, L, D), k (B, Hkv, S, D), v (B, Hkv, S, Dv), out (B, H, L, Dv): float32 where the parameters say, the
-    last dimension contiguous; they stay where they are unless a tile would read past their end.
-    keep, bias: flat mask data or empty.  lengths: (B,) int64 keys that exist per batch entry, or empty.
-    scratch: float32, for each thread its own.
+    The arrays stay where they are unless a tile would read past their end.  scratch: for each thread its own.
     """
-    p = named(parameters, ATTENTION)
-    private = scratch[worker * p.private_size:]
+    private = pointer_to(scratch + 4 * worker * p.private_size, np.float32)
+    scale, softcap = real(p.scale), real(p.softcap)
     H, L, S, D, Dv = p.heads, p.queries, p.keys, p.head_size, p.value_size
     group = H // p.kv_heads
     blocks = (L + WIDTH - 1) // WIDTH
@@ -668,11 +692,11 @@ def attention_part(parameters, scale, softcap, keep, bias, lengths, scratch, por
     Dv_up = (Dv + ROWS - 1) // ROWS * ROWS
     Dv_lanes = (Dv + LANES - 1) // LANES * LANES
     band = p.band != 0
-    adds = bias.size > 0 or p.alibi != 0
-    has_mask = keep.size > 0 or adds
-    all_q, all_k = pointer_to(p.q, private), pointer_to(p.k, private)
-    all_v, all_o = pointer_to(p.v, private), pointer_to(p.out, private)
-    own = pointer_to(address_of(private), private)
+    adds = adds_to_scores(a)
+    has_mask = adds or a.keep != 0
+    all_q, all_k = pointer_to(a.q, np.float32), pointer_to(a.k, np.float32)
+    all_v, all_o = pointer_to(a.v, np.float32), pointer_to(a.out, np.float32)
+    lengths = pointer_to(a.lengths, np.int64)
     at_row_major = AT_FREE
     at_q = at_row_major + WIDTH * max(D_up, Dv_lanes)
     at_context = at_q + D_up * WIDTH
@@ -687,7 +711,7 @@ def attention_part(parameters, scale, softcap, keep, bias, lengths, scratch, por
         batch, h, q0 = item // (H * blocks), item // blocks % H, item % blocks * WIDTH
         kv = h // group
         queries = min(WIDTH, L - q0)
-        keys = S if lengths.size == 0 else min(max(lengths[batch], 0), S)
+        keys = S if a.lengths == 0 else min(max(lengths[batch], 0), S)
         # 1. queries of this block, scaled, turned so that queries are lanes
         copy_rows(all_q, batch * p.q_b + h * p.q_h + q0 * p.q_l, p.q_l, queries, D, factor,
                   private, at_row_major, D_up)
@@ -698,11 +722,7 @@ def attention_part(parameters, scale, softcap, keep, bias, lengths, scratch, por
                 transpose_block(private, at_row_major + l * D_up + d, D_up, private, at_q + d * WIDTH + l, WIDTH)
         first, last, full_from, full_to = visible_range(q0, queries, keys, band, p.low, p.high)
         if has_mask:
-            slope, place = slope_and_place(p.alibi, p.alibi_b, batch, h)
-            fill_mask(private, at_masks,
-                      keep, batch * p.keep_b + h * p.keep_h + q0 * p.keep_l + first * p.keep_s, p.keep_l, p.keep_s,
-                      bias, batch * p.bias_b + h * p.bias_h + q0 * p.bias_l + first * p.bias_s,
-                      p.bias_l, p.bias_s, slope, place + q0 - first, queries, last - first, private, AT_TILE)
+            fill_mask(p, a, batch, h, q0, queries, first, last, private, at_masks, AT_TILE)
         # 2. fewer keys than a tile has rows, or a value row narrower than whole tiles: read from a padded copy
         k_at, k_row = batch * p.k_b + kv * p.k_h, p.k_s
         v_at, v_row = batch * p.v_b + kv * p.v_h, p.v_s
@@ -718,8 +738,8 @@ def attention_part(parameters, scale, softcap, keep, bias, lengths, scratch, por
                     private[at_v_copy + s * Dv_up + d] = all_v[v_at + s * v_row + d]
                 for d in range(Dv, Dv_up):
                     private[at_v_copy + s * Dv_up + d] = _ZERO
-        v = Rows(all_v, v_at, v_row) if Dv == Dv_up else Rows(own, at_v_copy, Dv_up)
-        k = Rows(own, at_k_copy, D) if short else Rows(all_k, k_at, k_row)
+        v = Rows(all_v, v_at, v_row) if Dv == Dv_up else Rows(private, at_v_copy, Dv_up)
+        k = Rows(private, at_k_copy, D) if short else Rows(all_k, k_at, k_row)
         q, context = Rows(private, at_q, WIDTH), Rows(private, at_context, WIDTH)
         # 3. attention
         if bounded and measured != batch * p.kv_heads + kv:
@@ -746,18 +766,9 @@ def steps_of(array):
 
 
 @jit
-def attention_float32(q, k, v, out, parameters, scale, softcap, keep, bias, lengths, scratch, task_queue, count):
-    """See `attention_part`; arrays with any strides but the last; on at most `count` threads that serve the
-    task_queue.
-    """
-    p = named(parameters, ATTENTION)
-    p.batch, p.heads, p.queries, p.head_size = q.shape
-    p.kv_heads, p.keys, p.value_size = k.shape[1], k.shape[2], v.shape[3]
-    p.q, p.k, p.v, p.out = address_of(q), address_of(k), address_of(v), address_of(out)
-    p.q_b, p.q_h, p.q_l = steps_of(q)
-    p.k_b, p.k_h, p.k_s = steps_of(k)
-    p.v_b, p.v_h, p.v_s = steps_of(v)
-    p.out_b, p.out_h, p.out_l = steps_of(out)
+def attention_float32(parameters, addresses, scratch, task_queue, count):
+    """See `attention_part`; on at most `count` threads that serve the task_queue."""
+    p, a = named(parameters, ATTENTION), named(addresses, ATTENTION_ADDRESSES)
     items = p.batch * p.heads * ((p.queries + WIDTH - 1) // WIDTH)
     portion, parts = portions(items, 1, count)
-    parallel_for(task_queue, parts, attention_part, parameters, scale, softcap, keep, bias, lengths, scratch, portion)
+    parallel_for(task_queue, parts, attention_part, p, a, address_of(scratch), portion)

@@ -4,26 +4,18 @@ from types import SimpleNamespace
 import numpy as np
 from numba.extending import register_jitable
 
-from edgeattn import threads
-from edgeattn.runtime.jit import compiled_for
+from edgeattn.runtime.addresses import address
+from edgeattn.runtime.plan_cache import PlanCache
 
 from . import fused as f
+from .call import PreparedCall
 from .matmul import pack_panels, pad_heads, padded_head, round_up
-from .records import blank, mask_fields, packed, place, slot
+from .packing import Packer
+from .records import blank, mask_fields, packed, place
 from .simd import LANES, ROWS, WIDTH
 
 GROUP = 1 << 17  # elements of keys and values in scratch at a time, where a head does not need more: 512 KiB
 _LOG2_E = 1.4426950408889634
-_NO_KEEP = np.zeros(0, np.uint8)
-_NO_BIAS = np.zeros(0, np.float32)
-_ALIBI = slot(f.LAYER, "alibi")
-
-
-def with_alibi(parameters, position, alibi):
-    """A copy of parameters, which other calls share, that says at `position` where `alibi` lies."""
-    parameters = parameters.copy()
-    parameters[position] = alibi.ctypes.data
-    return parameters
 
 
 def shape_of(mask):
@@ -70,13 +62,6 @@ def plan(p, B, L, S, masked):
     return shared, private
 
 
-def _flat(xq, xk, xv):
-    """The inputs in one dimension; mostly they are one array."""
-    q = xq.reshape(-1)
-    k = q if xk is xq else xk.reshape(-1)
-    return q, k, k if xv is xk else xv.reshape(-1)
-
-
 class FloatLayer:
     """A multi-head attention layer packed for `layer_float32`.
 
@@ -96,52 +81,48 @@ class FloatLayer:
         D, Dv = q_weight.shape[0] // H, v_weight.shape[0] // Hkv
         Dp, Dvp = padded_head(D), padded_head(Dv)
         fold = np.float64(scale) * _LOG2_E
-        parts, at = [], {}
-
-        def put(name, array):
-            at[name] = sum(part.size for part in parts)
-            padded = np.zeros(round_up(array.size, 16), np.float32)
-            padded[:array.size] = array.ravel()
-            parts.append(padded)
-
+        weights = Packer(np.float32)
         for name, weight, bias, heads, size, wide, factor in (
                 ("q", q_weight, q_bias, H, D, Dp, fold), ("k", k_weight, k_bias, Hkv, D, Dp, 1.0),
                 ("v", v_weight, v_bias, Hkv, Dv, Dvp, 1.0)):
             bias = np.zeros(heads * size, np.float32) if bias is None else bias
             weight, bias = ((a.astype(np.float64) * factor).astype(np.float32) for a in (weight, bias))
-            put("w" + name, pack_panels(pad_heads(weight, heads, size, wide)))
-            put("b" + name, pad_heads(bias, heads, size, wide))
+            weights.put("w" + name, pack_panels(pad_heads(weight, heads, size, wide)))
+            weights.put("b" + name, pad_heads(bias, heads, size, wide))
         if out_weight is not None:
             Eo = out_weight.shape[0]
             spread = np.zeros((round_up(Eo, WIDTH), H, Dvp), np.float32)
             spread[:Eo, :, :Dv] = out_weight.reshape(Eo, H, Dv)
-            put("wo", pack_panels(spread.reshape(-1, H * Dvp)))
+            weights.put("wo", pack_panels(spread.reshape(-1, H * Dvp)))
             padded_bias = np.zeros(round_up(Eo, WIDTH), np.float32)
             if out_bias is not None:
                 padded_bias[:Eo] = out_bias
-            put("bo", padded_bias)
+            weights.put("bo", padded_bias)
         else:
             Eo = H * Dv
-            at["wo"] = at["bo"] = 0
-        self.weights = threads.aligned(sum(part.size for part in parts), np.float32)
-        np.concatenate(parts, out=self.weights)
+        self.weights = weights.packed()
+        self._address = address(self.weights)
         self._parameters = blank(
             f.LAYER, query_width=q_weight.shape[1], key_width=k_weight.shape[1], value_width=v_weight.shape[1],
             out_width=Eo, heads=H, kv_heads=Hkv, head_size=D, value_size=Dv, padded_head=Dp, padded_value=Dvp,
-            has_out=out_weight is not None, **at)
+            has_out=out_weight is not None, **weights.at)
         self.output_dim = Eo
-        self._plans = {}
-        self._run = None
+        self._plans = PlanCache()
 
-    def _plan(self, B, L, S, masked, **masks):
-        """(parameters, shared elements, private elements, work) for one shape; masks: fields of the parameters."""
-        p = SimpleNamespace(**vars(self._parameters) | masks)
-        shared, private = plan(p, B, L, S, masked)
+    def prepare(self, xq, xk, keep=None, bias=None, band=None, alibi=None):
+        """The `PreparedCall` for inputs and masks of such shapes."""
+        key = (*xq.shape[:2], xk.shape[1], shape_of(keep), shape_of(bias), band, shape_of(alibi))
+        return self._plans.get(key) or self._plans.keep(key, self._plan(*key))
+
+    def _plan(self, B, L, S, keep=None, bias=None, band=None, alibi=None):
+        p = SimpleNamespace(**vars(self._parameters) | mask_fields(keep, bias, band, alibi))
+        shared, private = plan(p, B, L, S, keep is not None or bias is not None or alibi is not None)
         H, Hkv, Dp, Dvp = p.heads, p.kv_heads, p.padded_head, p.padded_value
         Eq, Ek, Ev, Eo = p.query_width, p.key_width, p.value_width, p.out_width
         work = 2 * B * (L * Eq * H * Dp + S * (Ek * Hkv * Dp + Ev * Hkv * Dvp) + L * H * Dvp * Eo
                         + L * S * H * (Dp + Dvp))
-        return packed(p, f.LAYER), shared, private, work
+        return PreparedCall(f.layer_float32, packed(p, f.LAYER), f.LAYER_ADDRESSES, np.float32, shared, private, work,
+                            B, (self._address,))
 
     def __call__(self, xq, xk, xv, out, keep=None, bias=None, band=None, alibi=None):
         """out (B, L, Eo) from xq (B, L, Eq), xk (B, S, Ek), xv (B, S, Ev), all float32 and C-contiguous.
@@ -150,22 +131,5 @@ class FloatLayer:
         band : (low, high) or None: query i sees key j when i + low <= j <= i + high
         alibi : (B or 1, H, 2) float64, C-contiguous, or None: a head's slope, and the position of query 0
         """
-        B, L = xq.shape[0], xq.shape[1]
-        S = xk.shape[1]
-        key = (B, L, S, shape_of(keep), shape_of(bias), band, shape_of(alibi))
-        plan = self._plans.get(key)
-        if plan is None:
-            if len(self._plans) > 64:
-                self._plans.clear()
-            masked = keep is not None or bias is not None or alibi is not None
-            plan = self._plans[key] = self._plan(B, L, S, masked, **mask_fields(*key[3:]))
-        parameters, shared_size, private_size, work = plan
-        if alibi is not None:
-            parameters = with_alibi(parameters, _ALIBI, alibi)
-        keep = _NO_KEEP if keep is None else keep.reshape(-1).view(np.uint8)
-        bias = _NO_BIAS if bias is None else bias.reshape(-1)
-        arguments = (*_flat(xq, xk, xv), out.reshape(-1), self.weights, parameters, keep, bias)
-        if self._run is None:
-            self._run = compiled_for(f.layer_float32, (*arguments, np.zeros(1, np.float32), np.zeros(1, np.int64), 1))
-        threads.run(self._run, arguments, np.float32, shared_size, private_size, work, B)
+        self.prepare(xq, xk, keep, bias, band, alibi)(xq, xk, xv, out, keep, bias, alibi)
         return out

@@ -7,16 +7,22 @@ packs it.  The array is not one of records itself, because NumPy copies those fi
 from types import SimpleNamespace
 
 import numpy as np
+from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic, register_jitable
+
+from edgeattn.shapes import strides
 
 from .matmul import round_up
 
 # What records share. Of masks: whether there is a band and its edges, strides of flat masks along the axes of the
-# scores, and of ALiBi the address, which is each call's own, and the step to the next batch entry.
+# scores, and of ALiBi the step to the next batch entry.
 BAND = "band low high"
 KEEP = "keep_b keep_h keep_l keep_s"
-MASKS = f"{BAND} {KEEP} bias_b bias_h bias_l bias_s alibi alibi_b"
+MASKS = f"{BAND} {KEEP} bias_b bias_h bias_l bias_s alibi_b"
+# Where they are, or 0 of none: bytes of which 0 is "not kept", float32 to be added, (B or 1, H, 2) float64 slopes and
+# positions of query 0.
+MASK_ADDRESSES = "keep bias alibi"
 
 
 def record(*names):
@@ -38,6 +44,19 @@ def named(typing, parameters, layout):
         array = context.make_array(sig.args[0])(context, builder, args[0])
         return builder.bitcast(array.data, context.get_value_type(found))
     return found(parameters, layout), generate
+
+
+@intrinsic
+def real(typing, bits):
+    """The float32 whose bits a field holds."""
+    def generate(context, builder, sig, args):
+        return builder.bitcast(builder.trunc(args[0], ir.IntType(32)), ir.FloatType())
+    return types.float32(types.int64), generate
+
+
+def bits_of_real(number):
+    """The bits of a number as float32, for a field that `real` reads."""
+    return int(np.float32(number).view(np.int32))
 
 
 def blank(layout, **values):
@@ -77,13 +96,3 @@ def mask_fields(keep, other, band, alibi=None, other_name="bias"):
     if alibi is not None and alibi[0] > 1:
         fields["alibi_b"] = 2 * alibi[1]
     return fields
-
-
-def strides(shape):
-    """Element strides of a mask of `shape`, in C order, along the axes of the scores: 0 where it repeats."""
-    found, step = [0, 0, 0, 0], 1
-    for axis in range(1, len(shape) + 1):
-        if shape[-axis] != 1:
-            found[-axis] = step
-        step *= shape[-axis]
-    return found

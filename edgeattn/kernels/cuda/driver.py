@@ -94,10 +94,10 @@ class Driver:
                 raise RuntimeError(f"CUDA needs the extra 'cuda' ({_INSTALL}): {module} is not installed")
         from cuda.bindings import driver as api
 
-        self._api = api
+        self.api = api
         try:
-            self._check(api.cuInit(0))
-            count = self._check(api.cuDeviceGetCount())
+            self.check(api.cuInit(0))
+            count = self.check(api.cuDeviceGetCount())
         except Exception as error:  # noqa: BLE001 - the loader's own errors differ by version
             raise RuntimeError("CUDA needs an NVIDIA driver, and none answers: "
                                f"{str(error).splitlines()[0].rstrip('.')}") from None
@@ -110,32 +110,32 @@ class Driver:
                                f"A100 and later); {self.name()} has {'.'.join(map(str, self.capability()))}")
 
     def _begin(self, api):
-        self._api, self._functions = api, {}
+        self.api, self._functions = api, {}
         self._kept, self._kept_lock = [], threading.Lock()
 
-    def _check(self, answer):
+    def check(self, answer):
         """The value of a driver call, without its status."""
         status, *values = answer
         if int(status):
-            _, text = self._api.cuGetErrorString(status)
+            _, text = self.api.cuGetErrorString(status)
             raise RuntimeError(f"the CUDA driver says {(text or b'?').decode()} ({status})")
         return values[0] if len(values) == 1 else values
 
     def device(self):
         """The device of the current context; without one, the first device's primary context becomes current."""
-        status, device = self._api.cuCtxGetDevice()
+        status, device = self.api.cuCtxGetDevice()
         if status:  # there is no context
-            self._check(self._api.cuCtxSetCurrent(self._primary(0)))
-            device = self._check(self._api.cuCtxGetDevice())
+            self.check(self.api.cuCtxSetCurrent(self._primary(0)))
+            device = self.check(self.api.cuCtxGetDevice())
         return int(device)
 
     def context(self):
         """The current context."""
-        return self._check(self._api.cuCtxGetCurrent())
+        return self.check(self.api.cuCtxGetCurrent())
 
     @functools.lru_cache  # noqa: B019 - there is one Driver, as long as the process
     def _primary(self, device):
-        return self._check(self._api.cuDevicePrimaryCtxRetain(self._check(self._api.cuDeviceGet(device))))
+        return self.check(self.api.cuDevicePrimaryCtxRetain(self.check(self.api.cuDeviceGet(device))))
 
     @contextlib.contextmanager
     def on(self, device):
@@ -148,30 +148,30 @@ class Driver:
 
     @contextlib.contextmanager
     def _within(self, context):
-        self._check(self._api.cuCtxPushCurrent(context))
+        self.check(self.api.cuCtxPushCurrent(context))
         try:
             yield
         finally:
-            self._check(self._api.cuCtxPopCurrent())
+            self.check(self.api.cuCtxPopCurrent())
 
     def device_of(self, pointer):
         """The device that an address lies on, None where the driver does not know."""
-        status, device = self._api.cuPointerGetAttribute(
-            self._api.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, pointer)
+        status, device = self.api.cuPointerGetAttribute(
+            self.api.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, pointer)
         return None if status else int(device)
 
     def version(self):
         """The CUDA release that the driver is of: 1000 major + 10 minor."""
-        return int(self._check(self._api.cuDriverGetVersion()))
+        return int(self.check(self.api.cuDriverGetVersion()))
 
     def name(self):
         """The GPU's name."""
-        return self._check(self._api.cuDeviceGetName(128, self.device())).split(b"\0")[0].decode()
+        return self.check(self.api.cuDeviceGetName(128, self.device())).split(b"\0")[0].decode()
 
     @functools.lru_cache  # noqa: B019
     def _capability(self, device):
-        attribute = self._api.CUdevice_attribute
-        return tuple(self._check(self._api.cuDeviceGetAttribute(getattr(
+        attribute = self.api.CUdevice_attribute
+        return tuple(self.check(self.api.cuDeviceGetAttribute(getattr(
             attribute, f"CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_{part}"), device)) for part in ("MAJOR", "MINOR"))
 
     def capability(self):
@@ -180,8 +180,8 @@ class Driver:
 
     @functools.lru_cache  # noqa: B019
     def _processors(self, device):
-        return self._check(self._api.cuDeviceGetAttribute(
-            self._api.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, device))
+        return self.check(self.api.cuDeviceGetAttribute(
+            self.api.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, device))
 
     def processors(self):
         """Number of multiprocessors of the current device."""
@@ -191,20 +191,20 @@ class Driver:
 
     def allocate(self, size):
         """The address of so many bytes on the current device."""
-        return int(self._check(self._api.cuMemAlloc(size)))
+        return int(self.check(self.api.cuMemAlloc(size)))
 
     def free(self, pointer, context):
         """Give memory back, from whatever thread; at the interpreter's end the driver may be gone already."""
-        if int(self._api.cuCtxGetCurrent()[1] or 0) == int(context):
-            self._api.cuMemFree(pointer)
+        if int(self.api.cuCtxGetCurrent()[1] or 0) == int(context):
+            self.api.cuMemFree(pointer)
             return
         with contextlib.suppress(RuntimeError), self._within(context):
-            self._api.cuMemFree(pointer)
+            self.api.cuMemFree(pointer)
 
     def copy_to_host(self, host, pointer, stream=0):
         """Fill a C-contiguous NumPy array, after everything before it on a stream."""
-        self._check(self._api.cuMemcpyDtoHAsync(host.ctypes.data, pointer, host.nbytes, stream))
-        self._check(self._api.cuStreamSynchronize(stream))
+        self.check(self.api.cuMemcpyDtoHAsync(host.ctypes.data, pointer, host.nbytes, stream))
+        self.check(self.api.cuStreamSynchronize(stream))
 
     def copy_to_device(self, pointer, host):
         """Fill memory from a C-contiguous NumPy array; when this returns it is there for every stream.
@@ -212,8 +212,8 @@ class Driver:
         The driver's copy returns while the last of pageable memory is under way, and streams that do not wait for the
         default one would read what is not there yet.
         """
-        self._check(self._api.cuMemcpyHtoD(pointer, host.ctypes.data, host.nbytes))
-        self._check(self._api.cuStreamSynchronize(0))
+        self.check(self.api.cuMemcpyHtoD(pointer, host.ctypes.data, host.nbytes))
+        self.check(self.api.cuStreamSynchronize(0))
 
     def empty(self, shape, dtype, stream=0):
         """A DeviceArray on the current device, not filled."""
@@ -230,7 +230,7 @@ class Driver:
     # -- order -------------------------------------------------------------------------------------------------------
 
     def _capturing(self, stream):
-        status, found = self._api.cuStreamIsCapturing(stream)
+        status, found = self.api.cuStreamIsCapturing(stream)
         return not status and int(found) == _CAPTURING
 
     def order(self, before, after):
@@ -240,12 +240,12 @@ class Driver:
         """
         if self._capturing(after) != self._capturing(before):
             return
-        event = self._check(self._api.cuEventCreate(_NO_TIMING))
+        event = self.check(self.api.cuEventCreate(_NO_TIMING))
         try:
-            self._check(self._api.cuEventRecord(event, before))
-            self._check(self._api.cuStreamWaitEvent(after, event, 0))
+            self.check(self.api.cuEventRecord(event, before))
+            self.check(self.api.cuStreamWaitEvent(after, event, 0))
         finally:
-            self._api.cuEventDestroy(event)  # once it has passed, the driver says
+            self.api.cuEventDestroy(event)  # once it has passed, the driver says
 
     def keep(self, owners, stream):
         """Hold objects until what is queued on a stream by now has passed; a later call of this finds that it has.
@@ -254,17 +254,17 @@ class Driver:
         """
         if self._capturing(stream):
             return
-        event = self._check(self._api.cuEventCreate(_NO_TIMING))
-        self._check(self._api.cuEventRecord(event, stream))
+        event = self.check(self.api.cuEventCreate(_NO_TIMING))
+        self.check(self.api.cuEventRecord(event, stream))
         gone = []  # dropped without the lock: what an owner does then is not known
         with self._kept_lock:
             held = [(event, owners)]
             for one in self._kept:
-                waiting = int(self._api.cuEventQuery(one[0])[0]) == _NOT_READY
+                waiting = int(self.api.cuEventQuery(one[0])[0]) == _NOT_READY
                 (held if waiting else gone).append(one)
             self._kept = held  # last: a signal's exception before this drops nothing
         for passed, _ in gone:
-            self._api.cuEventDestroy(passed)
+            self.api.cuEventDestroy(passed)
 
     # -- kernels -----------------------------------------------------------------------------------------------------
 
@@ -282,11 +282,11 @@ class Driver:
     def _load(self, kernel, device):
         text, name = cache.ptx(kernel, self._capability(device))
         text = for_driver(text, self.version())
-        library = self._check(self._api.cuLibraryLoadData(text.encode() + b"\0", [], [], 0, [], [], 0))
-        handle = self._check(self._api.cuLibraryGetKernel(library, name.encode()))
-        attribute = self._api.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        self._check(self._api.cuKernelSetAttribute(attribute, kernel.shared, handle, device))
-        return _Loaded(self, kernel, self._api.CUfunction(int(handle)), library)
+        library = self.check(self.api.cuLibraryLoadData(text.encode() + b"\0", [], [], 0, [], [], 0))
+        handle = self.check(self.api.cuLibraryGetKernel(library, name.encode()))
+        attribute = self.api.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        self.check(self.api.cuKernelSetAttribute(attribute, kernel.shared, handle, device))
+        return _Loaded(self, kernel, self.api.CUfunction(int(handle)), library)
 
 
 class _Loaded:
@@ -294,7 +294,7 @@ class _Loaded:
 
     def __init__(self, driver, kernel, function, library):
         self._driver, self._function, self._library = driver, function, library  # kept as long as this
-        self._start, self._block = driver._api.cuLaunchKernel, (kernel.threads, 1, 1, kernel.shared)
+        self._start, self._block = driver.api.cuLaunchKernel, (kernel.threads, 1, 1, kernel.shared)
         self._layout = struct.Struct(f"={kernel.addresses}q{kernel.numbers}i")
         self._buffer = ctypes.create_string_buffer(self._layout.size)
         start = ctypes.addressof(self._buffer)
@@ -310,7 +310,7 @@ class _Loaded:
             self._layout.pack_into(self._buffer, 0, *addresses, *numbers)
             status, = self._start(self._function, *grid, *self._block, stream, self._arguments, 0)
         if status:
-            self._driver._check((status,))
+            self._driver.check((status,))
 
 
 def _installed(module):

@@ -95,7 +95,8 @@ def test_scratch_does_not_grow_with_queries_and_holds_few_heads(E, H):
     layer = FloatLayer(H, H, *make_layer(np.random.default_rng(0), E, H, H, D, D, E), D ** -0.5)
 
     def sizes(L, S, masked=False):
-        return layer._plan(1, L, S, masked)[1:3]
+        call = layer._plan(1, L, S, (1, 1, 1, S) if masked else None)
+        return call.shared, call.private
 
     block = fused.QUERIES
     assert sizes(block, 512) == sizes(16384, 512) and sizes(block, 512, True) == sizes(16384, 512, True)

@@ -1,4 +1,6 @@
 """Every vector and tile operation against its meaning as a plain loop."""
+from pathlib import Path
+
 import numpy as np
 import pytest
 from numba import njit
@@ -359,6 +361,113 @@ def test_pointers_and_the_first_lane():
     out = np.zeros(2, np.float32)
     _pieces(np.arange(1, N + 2, dtype=np.float32), out)
     assert out.tolist() == [2, 3]
+
+
+@njit(error_model="numpy")
+def _conversions(codes, reals, floats, doubles, wide, low, bits, same, cut, patterns):
+    v, r = simd.load(codes, 0), simd.load(reals, 0)
+    long = simd.widen(v) * simd.splat(np.int64(0x3FF0_0001_0003))
+    simd.store(floats, 0, simd.to_float(v))
+    simd.store(doubles, 0, simd.to_double(v))
+    simd.store(wide, 0, long)
+    simd.store(low, 0, simd.narrow(long))
+    simd.store(bits, 0, simd.bits_of(r))
+    simd.store(same, 0, simd.float_of_bits(simd.bits_of(r)))
+    simd.store(cut, 0, simd.truncate_double(simd.to_double(v) / simd.splat(7.0)))
+    simd.store(patterns, 0, simd.double_of_bits(long))
+
+
+def test_conversions():
+    codes = np.random.default_rng(9).integers(-2**14, 2**14, N).astype(np.int32)
+    codes[:2] = [-1, 1]
+    reals = (codes / np.float32(3)).astype(np.float32)
+    reals[:3] = [-0.0, np.inf, 1e-45]
+    out = [np.zeros(N, dtype) for dtype in (np.float32, np.float64, np.int64, np.int32, np.int32, np.float32, np.float64, np.float64)]
+    _conversions(codes, reals, *out)
+    long = codes.astype(np.int64) * 0x3FF0_0001_0003
+    want = (codes.astype(np.float32), codes.astype(np.float64), long, long.astype(np.int32), reals.view(np.int32), reals,
+            np.trunc(codes / 7.0), long.view(np.float64))
+    for got, wanted in zip(out, want, strict=True):
+        assert got.tobytes() == wanted.tobytes()
+
+
+@njit(error_model="numpy")
+def _multiply_add(a, b, c, out, found):
+    x = simd.load(a, 0)
+    simd.store(out, 0, simd.fma(x, simd.load(b, 0), simd.load(c, 0)))
+    found[0] = simd.any_lane(x > simd.splat(np.float32(1)))
+
+
+def test_multiply_add():
+    a = (1 + np.arange(1, 2 * N, 2) * 2.0**-13).astype(np.float32)
+    b, c, out = a, np.full(N, -1, np.float32), np.zeros(N, np.float32)
+    _multiply_add(a, b, c, out, np.zeros(1, bool))
+    once = (a.astype(np.float64) * b + c).astype(np.float32)  # exact in float64
+    twice = (a * b + c).astype(np.float32)
+    assert (once != twice).any()
+    assert out.tobytes() == once.tobytes() or (isa.ISA.name == "generic" and out.tobytes() == twice.tobytes())
+
+
+def test_any_lane():
+    found = np.zeros(1, bool)
+    for l in (None, *range(N)):
+        a = np.zeros(N, np.float32)
+        if l is not None:
+            a[l] = 2
+        _multiply_add(a, a, a, np.zeros(N, np.float32), found)
+        assert found[0] == (l is not None)
+
+
+@njit(error_model="numpy")
+def _byte_for_byte(source, lanes, out):
+    v = simd.load_bytes(source, 1)
+    simd.store(lanes, 0, v)
+    simd.store_bytes(out, 2, v)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8])
+def test_bytes_to_lanes_and_back(dtype):
+    source = np.random.default_rng(10).integers(-128, 128, N + 1).astype(np.int8).view(dtype)
+    source[1:3] = np.array([-128, 127], np.int8).view(dtype)
+    lanes, out = np.zeros(N, np.int32), np.full(N + 3, 77, dtype)
+    _byte_for_byte(source, lanes, out)
+    assert lanes.tolist() == source[1:].tolist()
+    assert out.tolist() == [77, 77, *source[1:].tolist(), 77]
+
+
+@njit(error_model="numpy")
+def _plus_parameter(v, parameters, at, plane):
+    return v + simd.load(parameters, at + plane)
+
+
+@njit(error_model="numpy")
+def _tiles(a, parameters, columns, mapped, packed, one):
+    simd.tile_store(simd.tile_of_columns(2, COLUMNS, a, 1), columns, 0, WIDTH, N)
+    tile = simd.tile_load(4, COLUMNS, a, 0, WIDTH, N)
+    simd.tile_store(simd.tile_map(tile, _plus_parameter, parameters, 1, N, 2), mapped, 0, WIDTH, N)
+    simd.tile_store(simd.tile_pack_rows(tile, np.int32(5), np.int32(-0x7f7f7f80)), packed, 0, WIDTH, N)
+    simd.store(one, 0, simd.tile_get(tile, 2, 1))
+
+
+def test_rows_and_columns_of_tiles():
+    rng = np.random.default_rng(11)
+    a = rng.integers(-300, 300, (4, WIDTH)).astype(np.int32)
+    parameters = rng.integers(-300, 300, WIDTH + 3).astype(np.int32)
+    columns, mapped = np.zeros((2, WIDTH), np.int32), np.zeros((4, WIDTH), np.int32)
+    packed, one = np.zeros(WIDTH, np.int32), np.zeros(N, np.int32)
+    _tiles(a.ravel(), parameters, columns.ravel(), mapped.ravel(), packed, one)
+    assert (columns == a.ravel()[1:1 + WIDTH]).all()
+    np.testing.assert_array_equal(mapped, a + parameters[3:])
+    np.testing.assert_array_equal(packed.view(np.uint8).reshape(WIDTH, 4).T,
+                                  (np.clip(a + 5, -128, 127).astype(np.int8).view(np.uint8) ^ 0x80))
+    assert one.tolist() == a[2, N:2 * N].tolist()
+
+
+def test_every_operation_has_its_meaning_here():
+    source = Path(__file__).read_text(encoding="utf-8")
+    operations = [name for name, value in vars(simd).items() if type(value) is type(simd.load)]
+    assert len(operations) > 50
+    assert [name for name in operations if f"simd.{name}(" not in source] == []
 
 
 @njit(error_model="numpy")

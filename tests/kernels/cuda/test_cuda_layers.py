@@ -10,8 +10,11 @@ import edgeattn
 import quant
 from edgeattn import cli
 from edgeattn.arithmetic import KERNEL_SETS
+from edgeattn.executors.numpy_int8 import Int8Ops
 from edgeattn.kernels.cuda import driver as driver_module
-from edgeattn.quantized import steps
+from edgeattn.layers.attention import forward
+from edgeattn.masks import resolve_mask
+from edgeattn.ops import Sequences
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -109,13 +112,9 @@ def test_static_layer_equals_the_cpu(arithmetic):
 
 def in_steps(layer, x, seen):
     """(result, probabilities) codes of a layer that attends from the codes x to themselves, where `seen`, by NumPy."""
-    q, k, v = (steps.heads(layer, steps.project(layer, name, x)) for name in ("query", "key", "value"))
-    classes = np.zeros((1, 1, 1, 1), np.uint8) if layer._classes is None else layer._classes
-    codes = steps.scores(layer, q, k)
-    probabilities = steps.probabilities(layer, codes, np.broadcast_to(seen, codes.shape),
-                                        np.broadcast_to(classes, codes.shape))
-    context = steps.context(layer, probabilities, v).swapaxes(1, 2).reshape(*x.shape[:2], -1)
-    return steps.project(layer, "output", context), probabilities
+    mask = resolve_mask((len(x), layer.num_heads, x.shape[1], x.shape[1]), seen)
+    record = {}
+    return forward(Int8Ops(layer, record), layer, x, x, x, Sequences([mask])), record["probabilities"]
 
 
 @pytest.mark.parametrize("arithmetic", KERNEL_SETS)
@@ -130,7 +129,7 @@ def test_probabilities_of_a_static_layer(arithmetic):
         np.testing.assert_array_equal(ours.numpy(), wanted)
     carried = int8.with_mask(np.tri(19, dtype=bool))
     for ours, wanted in zip(carried.to("cuda").run_int8(codes, need_weights=True),
-                            in_steps(carried, codes, np.True_), strict=True):
+                            in_steps(carried, codes, None), strict=True):
         np.testing.assert_array_equal(ours, wanted)
 
 

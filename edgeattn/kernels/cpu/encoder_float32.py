@@ -1,0 +1,180 @@
+"""Packing and calling of what a block has beside attention, in float32: linear layers, feed-forwards, norms."""
+from types import SimpleNamespace
+
+import numpy as np
+
+from edgeattn.runtime.addresses import address
+
+from . import feed_forward_float32 as ff
+from .activation import ACTIVATIONS
+from .call import PlanCache, PreparedCall
+from .matmul import pack_panels, round_up
+from .norm import AT_WEIGHT, LAYER_NORM, NO_NORM, NORM, RMS_NORM, add_norm
+from .packing import Packer
+from .records import blank, packed
+from .simd import VIRTUAL_LANES
+
+NORMS = {"layer": LAYER_NORM, "rms": RMS_NORM}
+
+
+def padded(array, *shape):
+    """float32 of this shape, zeros beyond what is given; all zeros for None."""
+    out = np.zeros(shape, np.float32)
+    if array is not None:
+        out[tuple(slice(n) for n in array.shape)] = array
+    return out
+
+
+def norm_kind(norm):
+    """Which norm (kind, weight, bias, eps) is; NO_NORM for None."""
+    return NO_NORM if norm is None else NORMS[norm[0]]
+
+
+def pack_norm(norm, width):
+    """(kind, weight, bias or None, eps) as kernels read it; nothing for None."""
+    if norm is None:
+        return np.zeros(0, np.float32)
+    _, weight, bias, eps = norm
+    up = round_up(width, VIRTUAL_LANES)
+    return np.concatenate((padded(np.float32([eps]), AT_WEIGHT), padded(weight, up), padded(bias, up)))
+
+
+def pack(**arrays):
+    """({name: position}, one aligned array) of arrays of float32, or of int32 by their bits."""
+    weights = Packer(np.float32)
+    for name, array in arrays.items():
+        weights.put(name, np.ascontiguousarray(array).view(np.float32))
+    return weights.at, weights.packed()
+
+
+class Stage:
+    """What the kernels have in common: one that is planned by the number of rows, called with addresses.
+
+    Parameters
+    ----------
+    parameters : SimpleNamespace
+        Of the kernel, all but what depends on the number of rows.
+    weights : (n,) float32 array
+    """
+
+    def __init__(self, parameters, weights):
+        self._parameters, self.weights = parameters, weights
+        self._address, self._plans = address(weights), PlanCache()
+
+    def prepare(self, rows):
+        """The `PreparedCall` for so many rows, whose addresses are those of `norm.ADDRESSES`."""
+        raise NotImplementedError
+
+    def __call__(self, x, residual, out):
+        """out (..., outputs) from x (..., inputs) and residual (..., outputs) or None: float32, C order; returns out.
+
+        out may be x or residual.
+        """
+        if not out.size:
+            return out
+        rows = out.size // out.shape[-1]
+        call = self._plans.get(rows) or self._plans.keep(rows, self.prepare(rows))
+        call(address(x), address(residual), address(out), self._address)
+        return out
+
+
+class Norm(Stage):
+    """out = norm(x + residual)
+
+    Parameters
+    ----------
+    norm : tuple
+        ("layer" or "rms", float32 weight, float32 bias or None, eps).
+    """
+
+    def __init__(self, norm):
+        width = len(norm[1])
+        row = round_up(width, VIRTUAL_LANES)
+        super().__init__(blank(NORM, width=width, norm=norm_kind(norm), private_size=row), pack_norm(norm, width))
+
+    def prepare(self, rows):
+        """See Stage."""
+        p = SimpleNamespace(**vars(self._parameters) | {"rows": rows})
+        return PreparedCall(add_norm, packed(p, NORM), np.float32, 0, p.private_size, 16 * rows * p.private_size)
+
+
+class Linear(Stage):
+    """out = norm(activation(x weight^T + bias) + residual)
+
+    Parameters
+    ----------
+    weight : (outputs, inputs) float32 array
+    bias : (outputs,) float32 array or None
+    activation : None, "relu", "gelu", "gelu_tanh" or "silu"
+    norm : tuple or None
+        ("layer" or "rms", float32 weight, float32 bias or None, eps).
+    """
+
+    def __init__(self, weight, bias, *, activation=None, norm=None):
+        outputs, inputs = weight.shape
+        up = round_up(outputs, VIRTUAL_LANES)
+        at, weights = pack(w=pack_panels(padded(weight, up, inputs)), b=padded(bias, up),
+                           at_norm=pack_norm(norm, outputs))
+        super().__init__(blank(ff.LINEAR, width=inputs, out_width=outputs, out_up=up,
+                               activation=ACTIVATIONS[activation], norm=norm_kind(norm), **at), weights)
+
+    def prepare(self, rows):
+        """See Stage."""
+        p = SimpleNamespace(**vars(self._parameters) | {"rows": rows})
+        size = p.private_size = min(rows, ff.BLOCK) * p.out_up
+        work = 2 * rows * p.out_up * (p.width + 8)
+        return PreparedCall(ff.linear_float32, packed(p, ff.LINEAR), np.float32, 0, size, work)
+
+
+class FeedForward(Stage):
+    """out = norm(w2 h + b2 + residual), h = activation(w1 x + b1)
+
+    With norm_first out = w2 h + b2 + residual, and h is made of norm(x).
+
+    Parameters
+    ----------
+    w1, w2 : (hidden, inputs) and (outputs, hidden) float32 arrays
+    b1, b2 : (hidden,) and (outputs,) float32 arrays or None
+    activation : None, "relu", "gelu", "gelu_tanh" or "silu"
+    gate : tuple or None
+        (weight, bias or None) as w1 and b1: h = activation(gate(x)) * (w1 x + b1).
+    norm : tuple or None
+        ("layer" or "rms", float32 weight, float32 bias or None, eps).
+    norm_first : bool
+    """
+
+    def __init__(self, w1, b1, w2, b2, *, activation="gelu", gate=None, norm=None, norm_first=False):
+        hidden, inputs = w1.shape
+        outputs = len(w2)
+        up, out_up = (round_up(n, VIRTUAL_LANES) for n in (hidden, outputs))
+        gate_w, gate_b = (None, None) if gate is None else gate
+        none = np.zeros(0, np.float32)
+        first, last = (norm, None) if norm_first else (None, norm)
+        at, weights = pack(
+            w1=pack_panels(padded(w1, up, inputs)), b1=padded(b1, up),
+            gate_w=none if gate is None else pack_panels(padded(gate_w, up, inputs)),
+            gate_b=none if gate is None else padded(gate_b, up),
+            w2=pack_panels(padded(w2, out_up, hidden)), b2=padded(b2, out_up),
+            at_first=pack_norm(first, inputs), at_last=pack_norm(last, outputs))
+        super().__init__(blank(
+            ff.FEED_FORWARD, width=inputs, hidden=hidden, out_width=outputs, width_up=round_up(inputs, VIRTUAL_LANES),
+            hidden_up=up, out_up=out_up, activation=ACTIVATIONS[activation], gated=gate is not None,
+            norm_first=norm_kind(first), norm_last=norm_kind(last), **at), weights)
+
+    def prepare(self, rows):
+        """See Stage."""
+        p = SimpleNamespace(**vars(self._parameters) | {"rows": rows})
+        few, some = rows if rows <= ff.FEW_ROWS else 0, min(rows, ff.BLOCK)
+        normed, gated = p.norm_first != NO_NORM, p.gated
+        p.at_rows = 0
+        p.at_hidden = p.at_rows + few * p.width_up * normed
+        p.at_sums = p.at_hidden + few * p.hidden_up
+        p.shared_size = p.at_sums + few * p.out_up
+        p.own_rows = 0
+        p.own_hidden = p.own_rows + some * p.width_up * normed
+        p.own_sums = p.own_hidden + some * ff.HIDDEN
+        p.own_gate = p.own_sums + some * p.out_up
+        p.private_size = p.own_gate + some * ff.HIDDEN * gated
+        work = 2 * rows * p.hidden_up * ((2 if gated else 1) * p.width + p.out_up)
+        return PreparedCall(ff.feed_forward_float32, packed(p, ff.FEED_FORWARD), np.float32, p.shared_size,
+                            p.private_size, work)

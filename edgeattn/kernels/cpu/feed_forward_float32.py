@@ -1,0 +1,255 @@
+"""Linear layers and feed-forwards in float32, with what follows them, block of rows by block of rows.
+
+    linear        out = norm(activation(x w^T + b) + residual)
+    feed-forward  h = activation(y w1^T + b1) * (gate(y) where there is one), y = x or norm(x)
+                  out = norm(h w2^T + b2 + residual)
+
+With a gate the activation is the gate's: h = activation(y g^T + bg) * (y w1^T + b1).  Tokens are the rows of tiles; of
+the hidden features HIDDEN at a time are in scratch.  A sum is CHAIN products at a time, the bias comes last: a row
+gives the same bits alone and among others, on one thread and on several.
+"""
+import numpy as np
+
+from edgeattn.runtime.jit import inline, jit, task
+from edgeattn.runtime.worker_pool import parallel_for
+
+from .activation import activate_rows, add_to_rows, multiply_rows
+from .matmul import multiply, round_up
+from .norm import ADDRESSES, NO_NORM, finish_row, normalize_row, read_row
+from .records import named, record
+from .simd import COLUMNS, LANES, ROWS, WIDTH, address_of, pointer_to, tile_add, tile_store, tile_zero
+
+CHAIN = 64  # products that are summed one after another; the sums of the chains are summed then
+TALL = 6 if LANES == 8 else ROWS  # rows of a tile: of sixteen registers three hold what it is made of
+_UNEVEN = (1, 2) if TALL == 6 else (-1, -1)  # rows that would be left alone: 7 are better 4 and 3, 8 twice 4
+HIDDEN = 256  # hidden features in scratch at a time, a multiple of CHAIN
+BLOCK = 64  # rows that pass a feed-forward together
+FEW_ROWS = 24  # up to so many rows, threads share the features; then the rows
+# Positions are in elements of 32 bits: of weights, biases and norms in the weights, others in the scratch; `hidden_up`
+# and `out_up` are whole numbers of vectors of 32 lanes.
+LINEAR = record("rows width out_width out_up activation norm w b at_norm private_size")
+FEED_FORWARD = record("rows width hidden out_width width_up hidden_up out_up activation gated norm_first norm_last",
+                      "w1 b1 gate_w gate_b w2 b2 at_first at_last",
+                      "at_rows at_hidden at_sums shared_size own_rows own_hidden own_sums own_gate private_size")
+
+
+@inline
+def multiply_tile(zero, begun, x, at_x, x_row, w, at_w, depth, out, at_out, out_row):
+    """out = x w^T of as many rows as the tile `zero` has, plus what is in out, if begun."""
+    for k in range(0, depth, CHAIN):
+        tile = multiply(zero, x, at_x + k, x_row, 1, w, at_w + k * WIDTH, min(CHAIN, depth - k))
+        if begun or k > 0:
+            tile = tile_add(tile, out, at_out, out_row, LANES)
+        tile_store(tile, out, at_out, out_row, LANES)
+
+
+@task
+def product_rows(begun, x, at_x, x_row, rows, depth, w, at_w, panel, features, out, at_out, out_row):
+    """out (rows, features) = x w^T, plus what is in out, if begun.
+
+    w: panels (depth, WIDTH), `panel` apart; features a multiple of WIDTH; rows of x and out x_row and out_row apart
+    """
+    for f in range(0, features, WIDTH):
+        at_panel, at, t = at_w + f // WIDTH * panel, at_out + f, 0
+        while t < rows:
+            left, from_row, to_row = rows - t, at_x + t * x_row, at + t * out_row
+            if left >= TALL and left - TALL not in _UNEVEN:
+                multiply_tile(tile_zero(TALL, COLUMNS, w), begun, x, from_row, x_row, w, at_panel, depth,
+                              out, to_row, out_row)
+                t += TALL
+            elif left >= 4 and left != 5:
+                multiply_tile(tile_zero(4, COLUMNS, w), begun, x, from_row, x_row, w, at_panel, depth,
+                              out, to_row, out_row)
+                t += 4
+            elif left >= 3:
+                multiply_tile(tile_zero(3, COLUMNS, w), begun, x, from_row, x_row, w, at_panel, depth,
+                              out, to_row, out_row)
+                t += 3
+            elif left == 2:
+                multiply_tile(tile_zero(2, COLUMNS, w), begun, x, from_row, x_row, w, at_panel, depth,
+                              out, to_row, out_row)
+                t += 2
+            else:
+                multiply_tile(tile_zero(1, COLUMNS, w), begun, x, from_row, x_row, w, at_panel, depth,
+                              out, to_row, out_row)
+                t += 1
+
+
+@inline
+def share_of(total, unit, parts, part):
+    """(begin, end) of a part's share of range(total), in multiples of unit."""
+    size = round_up((total + parts - 1) // parts, unit)
+    return min(part * size, total), min((part + 1) * size, total)
+
+
+@inline
+def parts_of_rows(rows, block, count):
+    """(rows in a part, parts) for `count` threads: equal, or a block each where there are many."""
+    size = round_up((rows + count - 1) // count, ROWS)
+    if rows > 2 * count * block:
+        size = block
+    return size, max((rows + size - 1) // size, 1)
+
+
+# --- linear ------------------------------------------------------------------------------------------------------
+
+@inline
+def finish_linear(p, a, s, at, row, rows):
+    """Bias, activation, residual and norm of the sums of some rows, the first of which is `row`."""
+    w = pointer_to(a.weights, np.float32)
+    add_to_rows(w, p.b, s, at, p.out_up, rows, p.out_up)
+    activate_rows(p.activation, False, s, at, p.out_up, rows, p.out_up)
+    for r in range(rows):
+        finish_row(s, at + r * p.out_up, p.out_width, a.residual, row + r, p.norm, w, p.at_norm, a.out)
+
+
+@task
+def linear_of_rows(p, a, scratch, portion, worker, part):
+    """All of a portion of the rows."""
+    x, w, s = pointer_to(a.x, np.float32), pointer_to(a.weights, np.float32), pointer_to(scratch, np.float32)
+    E, at, end = p.width, worker * p.private_size, min((part + 1) * portion, p.rows)
+    for row in range(part * portion, end, BLOCK):
+        rows = min(BLOCK, end - row)
+        product_rows(False, x, row * E, E, rows, E, w, p.w, E * WIDTH, p.out_up, s, at, p.out_up)
+        finish_linear(p, a, s, at, row, rows)
+
+
+@task
+def multiply_features(p, a, scratch, portion, worker, part):
+    """The sums of all rows for a portion of the features, at the start of the scratch."""
+    x, w, s = pointer_to(a.x, np.float32), pointer_to(a.weights, np.float32), pointer_to(scratch, np.float32)
+    E, f = p.width, part * portion
+    product_rows(False, x, 0, E, p.rows, E, w, p.w + f * E, E * WIDTH, min(portion, p.out_up - f), s, f, p.out_up)
+
+
+@jit
+def linear_float32(parameters, addresses, scratch, task_queue, count):
+    """A linear layer and what follows it, see above, on at most `count` threads that serve the task_queue.
+
+    parameters LINEAR, addresses ADDRESSES; scratch: 32-bit elements, `private_size` for each thread.
+    """
+    p, a, s = named(parameters, LINEAR), named(addresses, ADDRESSES), address_of(scratch)
+    if count > 1 and p.rows <= FEW_ROWS:
+        portion = round_up((p.out_up + count - 1) // count, WIDTH)
+        parallel_for(task_queue, (p.out_up + portion - 1) // portion, multiply_features, p, a, s, portion)
+        finish_linear(p, a, pointer_to(s, np.float32), 0, 0, p.rows)
+    else:
+        portion, parts = parts_of_rows(p.rows, BLOCK, count)
+        parallel_for(task_queue, parts, linear_of_rows, p, a, s, portion)
+
+
+# --- feed-forward ------------------------------------------------------------------------------------------------
+
+@inline
+def norm_rows(p, a, row, rows, s, at):
+    """Rows of x, the first of which is `row`, in scratch, and their norm."""
+    x, w = pointer_to(a.x, np.float32), pointer_to(a.weights, np.float32)
+    for r in range(rows):
+        read_row(x, (row + r) * p.width, p.width, s, at + r * p.width_up)
+        normalize_row(s, at + r * p.width_up, p.width, p.norm_first, w, p.at_first)
+
+
+@inline
+def raise_rows(p, x, at_x, x_row, rows, w, s, at_hidden, hidden_row, at_gate, g, features):
+    """The hidden features g .. g + `features`, a multiple of WIDTH, of some rows."""
+    E = p.width
+    product_rows(False, x, at_x, x_row, rows, E, w, p.w1 + g * E, E * WIDTH, features, s, at_hidden, hidden_row)
+    add_to_rows(w, p.b1 + g, s, at_hidden, hidden_row, rows, features)
+    if p.gated == 0:
+        activate_rows(p.activation, False, s, at_hidden, hidden_row, rows, features)
+        return
+    product_rows(False, x, at_x, x_row, rows, E, w, p.gate_w + g * E, E * WIDTH, features, s, at_gate, HIDDEN)
+    add_to_rows(w, p.gate_b + g, s, at_gate, HIDDEN, rows, features)
+    activate_rows(p.activation, False, s, at_gate, HIDDEN, rows, features)
+    multiply_rows(s, at_gate, HIDDEN, s, at_hidden, hidden_row, rows, features)
+
+
+@inline
+def lower_rows(p, rows, w, s, at_hidden, hidden_row, g, at_sums, n, features):
+    """Add to the sums, features from n on, what the hidden features g .. g + HIDDEN contribute."""
+    depth = min(HIDDEN, p.hidden - g)
+    product_rows(g > 0, s, at_hidden, hidden_row, rows, depth, w, p.w2 + n * p.hidden + g * WIDTH, p.hidden * WIDTH,
+                 features, s, at_sums + n, p.out_up)
+
+
+@inline
+def finish_rows(p, a, s, at_sums, row, rows):
+    """Bias, residual and norm of the sums of some rows, the first of which is `row`."""
+    w = pointer_to(a.weights, np.float32)
+    add_to_rows(w, p.b2, s, at_sums, p.out_up, rows, p.out_up)
+    for r in range(rows):
+        finish_row(s, at_sums + r * p.out_up, p.out_width, a.residual, row + r, p.norm_last, w, p.at_last, a.out)
+
+
+@task
+def feed_rows_forward(p, a, scratch, portion, worker, part):
+    """All of a portion of the rows."""
+    x, w, s = pointer_to(a.x, np.float32), pointer_to(a.weights, np.float32), pointer_to(scratch, np.float32)
+    own = p.shared_size + worker * p.private_size
+    at_hidden, at_sums, end = own + p.own_hidden, own + p.own_sums, min((part + 1) * portion, p.rows)
+    for row in range(part * portion, end, BLOCK):
+        rows = min(BLOCK, end - row)
+        y, at_y, y_row = x, row * p.width, p.width
+        if p.norm_first != NO_NORM:
+            norm_rows(p, a, row, rows, s, own + p.own_rows)
+            y, at_y, y_row = s, own + p.own_rows, p.width_up
+        for g in range(0, p.hidden, HIDDEN):
+            raise_rows(p, y, at_y, y_row, rows, w, s, at_hidden, HIDDEN, own + p.own_gate, g,
+                       min(HIDDEN, p.hidden_up - g))
+            lower_rows(p, rows, w, s, at_hidden, HIDDEN, g, at_sums, 0, p.out_up)
+        finish_rows(p, a, s, at_sums, row, rows)
+
+
+@task
+def norm_some(p, a, scratch, parts, worker, part):
+    """The norm of some rows, where few rows are all done together."""
+    begin, end = share_of(p.rows, 1, parts, part)
+    norm_rows(p, a, begin, end - begin, pointer_to(scratch, np.float32), p.at_rows + begin * p.width_up)
+
+
+@task
+def raise_some(p, a, scratch, parts, worker, part):
+    """Some hidden features of all rows."""
+    w, s = pointer_to(a.weights, np.float32), pointer_to(scratch, np.float32)
+    y, at_y, y_row = pointer_to(a.x, np.float32), 0, p.width
+    if p.norm_first != NO_NORM:
+        y, at_y, y_row = s, p.at_rows, p.width_up
+    begin, end = share_of(p.hidden_up, WIDTH, parts, part)
+    for g in range(begin, end, HIDDEN):
+        raise_rows(p, y, at_y, y_row, p.rows, w, s, p.at_hidden + g, p.hidden_up,
+                   p.shared_size + worker * p.private_size + p.own_gate, g, min(HIDDEN, end - g))
+
+
+@task
+def lower_some(p, a, scratch, parts, worker, part):
+    """The sums of all rows for some output features."""
+    w, s = pointer_to(a.weights, np.float32), pointer_to(scratch, np.float32)
+    begin, end = share_of(p.out_up, WIDTH, parts, part)
+    for g in range(0, p.hidden, HIDDEN):
+        lower_rows(p, p.rows, w, s, p.at_hidden + g, p.hidden_up, g, p.at_sums, begin, end - begin)
+
+
+@task
+def finish_some(p, a, scratch, parts, worker, part):
+    """All that follows the sums of some rows."""
+    begin, end = share_of(p.rows, 1, parts, part)
+    finish_rows(p, a, pointer_to(scratch, np.float32), p.at_sums + begin * p.out_up, begin, end - begin)
+
+
+@jit
+def feed_forward_float32(parameters, addresses, scratch, task_queue, count):
+    """A feed-forward and what is around it, see above, on at most `count` threads that serve the task_queue.
+
+    parameters FEED_FORWARD, addresses ADDRESSES; scratch: 32-bit elements, `shared_size` for all threads and then
+    `private_size` for each.
+    """
+    p, a, s = named(parameters, FEED_FORWARD), named(addresses, ADDRESSES), address_of(scratch)
+    if count > 1 and p.rows <= FEW_ROWS:
+        if p.norm_first != NO_NORM:
+            parallel_for(task_queue, count, norm_some, p, a, s, count)
+        parallel_for(task_queue, count, raise_some, p, a, s, count)
+        parallel_for(task_queue, count, lower_some, p, a, s, count)
+        parallel_for(task_queue, count, finish_some, p, a, s, count)
+    else:
+        portion, parts = parts_of_rows(p.rows, BLOCK, count)
+        parallel_for(task_queue, parts, feed_rows_forward, p, a, s, portion)

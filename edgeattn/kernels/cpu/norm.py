@@ -1,0 +1,120 @@
+"""Residual, activation and norm of rows that a product has left in scratch, and layer norm and RMS norm alone.
+
+    layer norm  (y - mean(y)) / sqrt(mean((y - mean(y))**2) + eps) * weight + bias
+    RMS norm    y / sqrt(mean(y**2) + eps) * weight
+
+Means are sums over the 32 lanes of `simd.wide`, divided by the number of features.
+"""
+import numpy as np
+
+from edgeattn.runtime.jit import inline, jit, task
+from edgeattn.runtime.worker_pool import parallel_for
+
+from .fused import portions
+from .matmul import round_up
+from .records import named, record
+from .simd import (
+    VIRTUAL_LANES,
+    address_of,
+    fma,
+    pointer_to,
+    store,
+    wide_first,
+    wide_load,
+    wide_load_first,
+    wide_splat,
+    wide_store_first,
+    wide_sum,
+)
+
+NO_NORM, LAYER_NORM, RMS_NORM = 0, 1, 2
+AT_WEIGHT = 16  # where a norm's weight begins: eps, the rest of its cache line, weight and bias, each a row of scratch
+# `x` and `residual`: what is read, 0 for no residual; they and `out` are rows of `width` float32, without gaps.
+ADDRESSES = record("x residual out weights")
+NORM = record("rows width norm private_size")
+
+_ZERO, _ONE = np.float32(0), np.float32(1)
+
+
+@task
+def normalize_row(y, at, width, kind, weights, at_norm):
+    """y (width,), followed by zeros up to a whole number of VIRTUAL_LANES, in place."""
+    up = round_up(width, VIRTUAL_LANES)
+    at_weight = at_norm + AT_WEIGHT
+    at_bias = at_weight + up
+    mean = _ZERO
+    if kind == LAYER_NORM:
+        total = wide_splat(_ZERO)
+        for e in range(0, up, VIRTUAL_LANES):
+            total = total + wide_load(y, at + e)
+        mean = wide_sum(total) / np.float32(width)
+    middle, squares = wide_splat(mean), wide_splat(_ZERO)
+    for e in range(0, up, VIRTUAL_LANES):
+        d = wide_first(wide_load(y, at + e) - middle, width - e)
+        squares = fma(d, d, squares)
+    variance = wide_sum(squares) / np.float32(width)
+    inverse = wide_splat(_ONE / np.sqrt(variance + weights[at_norm]))
+    for e in range(0, up, VIRTUAL_LANES):
+        scaled = (wide_load(y, at + e) - middle) * inverse
+        store(y, at + e, fma(scaled, wide_load(weights, at_weight + e), wide_load(weights, at_bias + e)))
+
+
+@inline
+def read_row(x, at_x, width, y, at):
+    """y = x, and zeros up to a whole number of VIRTUAL_LANES."""
+    whole = width // VIRTUAL_LANES * VIRTUAL_LANES
+    for e in range(0, whole, VIRTUAL_LANES):
+        store(y, at + e, wide_load(x, at_x + e))
+    if whole < width:
+        store(y, at + whole, wide_load_first(x, at_x + whole, width - whole))
+
+
+@inline
+def add_row(x, at_x, width, y, at):
+    """y += x"""
+    whole = width // VIRTUAL_LANES * VIRTUAL_LANES
+    for e in range(0, whole, VIRTUAL_LANES):
+        store(y, at + e, wide_load(y, at + e) + wide_load(x, at_x + e))
+    if whole < width:
+        store(y, at + whole, wide_load(y, at + whole) + wide_load_first(x, at_x + whole, width - whole))
+
+
+@inline
+def write_row(y, at, width, out, at_out):
+    """out = y"""
+    whole = width // VIRTUAL_LANES * VIRTUAL_LANES
+    for e in range(0, whole, VIRTUAL_LANES):
+        store(out, at_out + e, wide_load(y, at + e))
+    if whole < width:
+        wide_store_first(out, at_out + whole, wide_load(y, at + whole), width - whole)
+
+
+@task
+def finish_row(y, at, width, residual, row, kind, weights, at_norm, out):
+    """out[row] = norm(y + residual[row]), y changes; residual and out: addresses, 0 for no residual."""
+    if residual != 0:
+        add_row(pointer_to(residual, np.float32), row * width, width, y, at)
+    if kind != NO_NORM:
+        normalize_row(y, at, width, kind, weights, at_norm)
+    write_row(y, at, width, pointer_to(out, np.float32), row * width)
+
+
+@task
+def norm_part(p, a, scratch, portion, worker, part):
+    """A portion of the rows."""
+    own = pointer_to(scratch + 4 * worker * p.private_size, np.float32)
+    x, weights = pointer_to(a.x, np.float32), pointer_to(a.weights, np.float32)
+    for row in range(part * portion, min((part + 1) * portion, p.rows)):
+        read_row(x, row * p.width, p.width, own, 0)
+        finish_row(own, 0, p.width, a.residual, row, p.norm, weights, 0, a.out)
+
+
+@jit
+def add_norm(parameters, addresses, scratch, task_queue, count):
+    """out = norm(x + residual)
+
+    parameters NORM, addresses ADDRESSES; scratch: 32-bit elements, `private_size` for each of `count` threads.
+    """
+    p, a = named(parameters, NORM), named(addresses, ADDRESSES)
+    portion, parts = portions(p.rows, 1, count)
+    parallel_for(task_queue, parts, norm_part, p, a, address_of(scratch), portion)

@@ -1,0 +1,43 @@
+"""AVX2 with fused multiply-add: eight lanes; words are multiplied, and added in pairs."""
+from llvmlite import ir
+
+from .. import emit
+from . import generic
+
+
+class Code(generic.Code):
+    """AVX2."""
+
+    multiplies_words = True
+    words, half = "llvm.x86.avx2.packssdw", "llvm.x86.avx2.packsswb"
+
+    def round_to_int(self, builder, v, result):  # noqa: D102
+        return emit.call(builder, "llvm.x86.avx.cvt.ps2dq.256", result, [v])
+
+    def gather(self, builder, base, index, vector):  # noqa: D102
+        n = vector.count
+        wide = ir.VectorType(emit.i64, n)
+        start = emit.splat(builder, builder.ptrtoint(base, emit.i64), wide)
+        addresses = builder.add(start, builder.shl(builder.sext(index, wide), emit.all_lanes(2, wide)))
+        pointers = ir.VectorType(base.type, n)
+        every = emit.all_lanes(True, ir.VectorType(emit.i1, n))
+        kind = "f32" if vector.element == ir.FloatType() else "i32"
+        return emit.call(builder, f"llvm.masked.gather.v{n}{kind}.v{n}p0", vector,
+                         [builder.inttoptr(addresses, pointers), ir.Constant(emit.i32, 4), every,
+                          ir.Constant(vector, ir.Undefined)])
+
+    def pack(self, builder, vectors, zero_point):  # noqa: D102
+        n = vectors[0].type.count
+        words_type = ir.VectorType(emit.i16, 2 * n)
+        word_zero = emit.splat(builder, builder.trunc(zero_point, emit.i16), words_type)
+        pairs = [emit.call(builder, self.words, words_type, vectors[i:i + 2]) for i in (0, 2)]
+        pairs = [emit.call(builder, f"llvm.sadd.sat.v{2 * n}i16", words_type, [p, word_zero]) for p in pairs]
+        return builder.bitcast(emit.call(builder, self.half, ir.VectorType(emit.i8, 4 * n), pairs), vectors[0].type)
+
+    prepare = staticmethod(emit.even_and_odd_bytes)
+
+    def dot(self, builder, accumulator, u, s):  # noqa: D102
+        for a, b in zip(u, s, strict=True):
+            pairs = emit.call(builder, "llvm.x86.avx2.pmadd.wd", accumulator.type, [a, b])
+            accumulator = builder.add(accumulator, pairs)
+        return accumulator

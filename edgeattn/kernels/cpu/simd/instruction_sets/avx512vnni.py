@@ -1,0 +1,28 @@
+"""AVX-512 with VNNI: sixteen lanes, and instructions for fractions and for powers of two."""
+from llvmlite import ir
+
+from .. import emit
+from . import avx2vnni
+
+_EVERY = ir.Constant(emit.i16, -1)
+_CURRENT_ROUNDING = ir.Constant(emit.i32, 4)
+_DOWN, _QUIET = 1, 8  # how a fraction is rounded, and that no exception is raised
+
+
+class Code(avx2vnni.Code):
+    """AVX-512 with VNNI."""
+
+    words, half = "llvm.x86.avx512.packssdw.512", "llvm.x86.avx512.packsswb.512"
+
+    def round_to_int(self, builder, v, result):  # noqa: D102
+        return emit.call(builder, "llvm.x86.avx512.mask.cvtps2dq.512", result,
+                         [v, ir.Constant(result, None), _EVERY, _CURRENT_ROUNDING])
+
+    def fraction(self, builder, v, result):  # noqa: D102
+        return emit.call(builder, "llvm.x86.avx512.mask.reduce.ps.512", result,
+                         [v, ir.Constant(emit.i32, _QUIET + _DOWN), ir.Constant(result, None), _EVERY,
+                          _CURRENT_ROUNDING])
+
+    def scale_by_power(self, builder, value, power):  # noqa: D102
+        return emit.call(builder, "llvm.x86.avx512.mask.scalef.ps.512", value.type,
+                         [value, power, ir.Constant(value.type, None), _EVERY, _CURRENT_ROUNDING])

@@ -1,0 +1,46 @@
+"""What kernels need of scalars and addresses that Python has no word for."""
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from . import emit
+
+
+@intrinsic
+def quotient(typing, a, b):
+    """a // b for a >= 0 and b > 0: unlike Python's, without a branch, so that it is taken out of loops"""
+    def generate(context, builder, sig, args):
+        return builder.udiv(*args)
+    return types.int64(types.int64, types.int64), generate
+
+
+@intrinsic
+def pointer_to(typing, address, like):
+    """An unchecked pointer at an integer address, to elements of the scalar type `like` or of an array's dtype.
+
+    To be used as an array.
+    """
+    pointer = types.CPointer(like.instance_type if isinstance(like, types.NumberClass) else like.dtype)
+
+    def generate(context, builder, sig, args):
+        return builder.inttoptr(args[0], context.get_value_type(pointer))
+    return pointer(types.int64, like), generate
+
+
+@intrinsic
+def address_of(typing, array):
+    """The address of an array's first element."""
+    def generate(context, builder, sig, args):
+        return builder.ptrtoint(emit.data(context, builder, sig.args[0], args[0]), emit.i64)
+    return types.int64(array), generate
+
+
+@intrinsic
+def prefetch(typing, array, at):
+    """Nothing but a hint: array[at] will soon be read."""
+    def generate(context, builder, sig, args):
+        where = emit.pointer(context, builder, sig.args[0], args[0], args[1], emit.i8)
+        # to be read, into the second-level cache, data
+        arguments = [where, *(ir.Constant(emit.i32, value) for value in (0, 2, 1))]
+        emit.void_call(builder, "llvm.prefetch.p0", arguments)
+    return types.void(array, types.intp), generate

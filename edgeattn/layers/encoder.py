@@ -1,0 +1,375 @@
+"""Transformer encoders: attention and feed-forward networks with residuals and norms, layer upon layer."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import math
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+
+from edgeattn.checks import as_array, check_out, flag, float_array, result_dtype, to_float32, write_result
+from edgeattn.files import checkpoints
+from edgeattn.files.paths import named
+from edgeattn.kv_cache import KVCache
+from edgeattn.layers.call import check_cache, resolve_call_mask
+from edgeattn.layers.feed_forward import FeedForward
+from edgeattn.layers.linear import Linear
+from edgeattn.layers.multi_head import MultiHeadAttention
+from edgeattn.layers.norm import LayerNorm, RMSNorm
+from edgeattn.layers.state import Stored
+from edgeattn.masks import NO_WINDOW, resolve_mask, torch_masks, window_bounds
+from edgeattn.ops import Sequences
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from typing import Any, SupportsIndex
+
+    from numpy.typing import ArrayLike, NDArray
+    from typing_extensions import Self
+
+    from edgeattn.masks import Mask
+    from edgeattn.ops import Activation, Ops, T
+    from edgeattn.types import CacheDtype, Flag, Floats, Path, Shape, Window
+
+_FURTHEST = 2**31
+
+
+class TransformerEncoderLayer:
+    """Self-attention and a feed-forward network, each with a residual and a norm.
+
+    x = norm1(x + attention(x)), then norm2(x + feed_forward(x)); with `norm_first` x + attention(norm1(x)), then
+    x + feed_forward(norm2(x)).
+
+    Parameters
+    ----------
+    attention : MultiHeadAttention
+        Of E features in and out.
+    feed_forward : FeedForward
+    norm1, norm2 : LayerNorm or RMSNorm, optional
+    norm_first : bool
+    window_size : (int, int)
+        (left, right): a token sees this many before and after it, whatever the call says; -1 = unbounded.
+    """
+
+    def __init__(self, attention: MultiHeadAttention, feed_forward: FeedForward,
+                 norm1: LayerNorm | RMSNorm | None = None, norm2: LayerNorm | RMSNorm | None = None, *,
+                 norm_first: Flag = False, window_size: Window = NO_WINDOW):
+        if not isinstance(attention, MultiHeadAttention):
+            raise TypeError(f"attention must be an edgeattn.MultiHeadAttention, got {type(attention).__name__}")
+        if not isinstance(feed_forward, FeedForward):
+            raise TypeError(f"feed_forward must be an edgeattn.FeedForward, got {type(feed_forward).__name__}")
+        self.embed_dim = attention.embed_dim
+        for name, norm in (("norm1", norm1), ("norm2", norm2)):
+            if norm is not None and not isinstance(norm, (LayerNorm, RMSNorm)):
+                raise TypeError(f"{name} must be an edgeattn.LayerNorm, RMSNorm or None, got {type(norm).__name__}")
+            if norm is not None and norm.inputs != self.embed_dim:
+                raise ValueError(f"{name} must be of E = {self.embed_dim} features, attention's, got {norm}")
+        for name, sizes in (("attention", (attention.kdim, attention.vdim, attention.output_dim)),
+                            ("feed_forward", (feed_forward.inputs, feed_forward.outputs))):
+            if set(sizes) != {self.embed_dim}:
+                raise ValueError(f"{name} must have E = {self.embed_dim} features in and out, got {sizes}")
+        self.attention, self.feed_forward, self.norm1, self.norm2 = attention, feed_forward, norm1, norm2
+        self.norm_first, self.window_size = flag("norm_first", norm_first), window_bounds(window_size, _FURTHEST)
+
+    def forward(self, ops: Ops[T], x: T, sequences: Sequences, name: str = "") -> T:
+        """Rows of tokens (tokens, E) -> (tokens, E)."""
+        def norm(x: T, part: str) -> T:
+            layer: LayerNorm | RMSNorm | None = getattr(self, part)
+            return x if layer is None else layer.forward(ops, x, name + part)
+
+        first = norm(x, "norm1") if self.norm_first else x
+        x = ops.add(x, self.attention.forward(ops, first, first, first, sequences, name + "attention."), name + "sum1")
+        x = x if self.norm_first else norm(x, "norm1")
+        second = norm(x, "norm2") if self.norm_first else x
+        x = ops.add(x, self.feed_forward.forward(ops, second, name + "feed_forward."), name + "sum2")
+        return x if self.norm_first else norm(x, "norm2")
+
+    def __repr__(self) -> str:
+        return (f"TransformerEncoderLayer({self.attention}, {self.feed_forward}, {self.norm1}, {self.norm2}, "
+                f"norm_first={self.norm_first}, window_size={self.window_size})")
+
+
+class TransformerEncoder(Stored):
+    """A stack of encoder layers.
+
+    Parameters
+    ----------
+    layers : sequence of TransformerEncoderLayer
+        All of the same E. A layer may stand there more than once.
+    norm : LayerNorm or RMSNorm, optional
+        After the last layer.
+
+    Attributes
+    ----------
+    layers : tuple of TransformerEncoderLayer
+    norm : LayerNorm, RMSNorm or None
+    embed_dim : int
+        E.
+    """
+
+    def __init__(self, layers: Iterable[TransformerEncoderLayer], *, norm: LayerNorm | RMSNorm | None = None):
+        self.layers = tuple(layers)
+        for i, layer in enumerate(self.layers):
+            if not isinstance(layer, TransformerEncoderLayer):
+                raise TypeError(f"layers[{i}] must be an edgeattn.TransformerEncoderLayer, got {type(layer).__name__}")
+        if len({layer.embed_dim for layer in self.layers}) != 1:
+            raise ValueError(f"layers must be at least one, all of the same E, got E of "
+                             f"{[layer.embed_dim for layer in self.layers]}")
+        self.embed_dim, self.norm = self.layers[0].embed_dim, norm
+        if norm is not None and (not isinstance(norm, (LayerNorm, RMSNorm)) or norm.inputs != self.embed_dim):
+            raise ValueError(f"norm must be a LayerNorm or RMSNorm of E = {self.embed_dim} features, got {norm}")
+
+    @classmethod
+    def from_torch(cls, state_dict_or_path: Mapping[str, ArrayLike] | Path, num_heads: SupportsIndex, *,
+                   activation: Activation, norm_first: Flag, prefix: str = "", layer_norm_eps: float = 1e-5) -> Self:
+        """The encoder that torch.nn.TransformerEncoder or torch.nn.TransformerEncoderLayer stored.
+
+        Masks of this encoder mean True = attend, the inverse of torch's: `call_with_torch_masks` takes those. Inputs
+        are (B, L, E) whatever batch_first was.
+
+        Parameters
+        ----------
+        state_dict_or_path : mapping of str to array, or path of a .safetensors, .npz or torch file
+        num_heads : int
+        activation : {"relu", "gelu", ...}
+        norm_first : bool
+            What the layers were made with, which a state dict does not say: torch's own defaults are "relu" and False.
+        prefix : str
+            What stands before "layers.0.", or before "self_attn." of a single layer.
+        layer_norm_eps : float
+            Likewise.
+        """
+        with named(state_dict_or_path):
+            stems, found = checkpoints.torch_encoder_weights(state_dict_or_path, num_heads, prefix)
+
+            def pair(name: str, joint: str = ".") -> tuple[Any, Any]:
+                return found[f"{name}{joint}weight"], found.get(f"{name}{joint}bias")
+
+            def layer(stem: str) -> TransformerEncoderLayer:
+                weight, bias = pair(f"{stem}self_attn.in_proj", "_")
+                (q, k, v), biases = np.split(weight, 3), [None] * 3 if bias is None else np.split(bias, 3)
+                out_weight, out_bias = pair(f"{stem}self_attn.out_proj")
+                attention = MultiHeadAttention(num_heads, q, k, v, out_weight, q_bias=biases[0], k_bias=biases[1],
+                                               v_bias=biases[2], out_bias=out_bias)
+                linear1, linear2 = (Linear(*pair(stem + name)) for name in ("linear1", "linear2"))
+                norms = (LayerNorm(*pair(stem + name), layer_norm_eps) for name in ("norm1", "norm2"))
+                return TransformerEncoderLayer(
+                    attention, FeedForward(linear1, linear2, activation=activation), *norms, norm_first=norm_first)
+
+            norm = LayerNorm(*pair("norm"), layer_norm_eps) if "norm.weight" in found else None
+            return cls(map(layer, stems), norm=norm)
+
+    def forward(self, ops: Ops[T], x: T, sequences: Sequence[Sequences], name: str = "") -> T:
+        """Rows of tokens (tokens, E) -> (tokens, E); `sequences` of each layer."""
+        for i, (layer, seen) in enumerate(zip(self.layers, sequences, strict=True)):
+            x = layer.forward(ops, x, seen, f"{name}layers.{i}.")
+        return x if self.norm is None else self.norm.forward(ops, x, name + "norm")
+
+    def make_caches(self, batch: SupportsIndex, capacity: SupportsIndex, *, dtype: CacheDtype | None = None,
+                    window: SupportsIndex | None = None) -> list[KVCache]:
+        """One empty cache for each layer, for the `kv_cache` of a call; arguments as `KVCache.for_layer`'s."""
+        return [KVCache.for_layer(layer.attention, batch, capacity, dtype=dtype, window=window)
+                for layer in self.layers]
+
+    def __call__(
+        self,
+        x: ArrayLike | Sequence[ArrayLike],
+        *,
+        lengths: ArrayLike | None = None,
+        key_padding_mask: ArrayLike | None = None,
+        attn_mask: ArrayLike | None = None,
+        is_causal: Flag = False,
+        window_size: Window = NO_WINDOW,
+        kv_cache: Sequence[KVCache] | None = None,
+        out: Floats | None = None,
+    ) -> Floats | list[Floats]:
+        """Encode `x`.
+
+        Parameters
+        ----------
+        x : (B, L, E) or (L, E) float16, float32 or float64 array, or list of (L_i, E) arrays
+            All dtypes are computed in float32.
+        lengths : (B,) int array, optional
+            The number of tokens of each sequence. Rows past it cost nothing and come out as zeros. A sequence gives the
+            same bits alone as in any batch.
+        key_padding_mask : (B, L) or (L,) bool array, optional
+            True = a real token that may be attended to. Where the others are all at the end, `lengths` is cheaper.
+        attn_mask : bool or float array, broadcastable to (B, H, L, L), optional
+            bool: True = attend. float: added to the scores.
+        is_causal : bool
+            A token sees none after it.
+        window_size : (int, int)
+            (left, right): a token at position p sees those from p - left to p + right; -1 = unbounded.
+        kv_cache : list of KVCache, optional
+            One per layer, see `make_caches`: the tokens of `x` come after those that they hold. With `is_causal` a
+            token's result is that in the whole sequence.
+        out : array of the shape and dtype of `x`, optional
+            Takes the result; it may overlap `x`.
+
+        Returns
+        -------
+        array of the shape and dtype of `x`, or list of such arrays
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the argument, what was required and what came.
+        """
+        from edgeattn.executors.compiled import CompiledOps
+
+        if isinstance(x, (list, tuple)) and any(isinstance(each, np.ndarray) and each.ndim == 2 for each in x):
+            return self._encode_list(x, lengths, out, key_padding_mask=key_padding_mask, attn_mask=attn_mask,
+                                     is_causal=is_causal, window_size=window_size, kv_cache=kv_cache)
+        x = float_array("x", cast("ArrayLike", x))
+        if x.ndim not in (2, 3) or x.shape[-1] != self.embed_dim:
+            raise ValueError(f"x must be (B, L, E) or (L, E) with E = {self.embed_dim}, got shape {x.shape}")
+        dtype = result_dtype(x)
+        check_out(out, x.shape, dtype)
+        with self.prepared(x.shape[:-1], lengths=lengths, key_padding_mask=key_padding_mask, attn_mask=attn_mask,
+                           is_causal=is_causal, window_size=window_size, kv_cache=kv_cache) as sequences:
+            if lengths is None:
+                rows = to_float32(x).reshape(math.prod(x.shape[:-1]), self.embed_dim)
+                result = self.forward(CompiledOps(), rows, sequences).reshape(x.shape) if x.size else rows
+            else:
+                result, real = np.zeros(x.shape, np.float32), np.arange(x.shape[-2]) < np.asarray(lengths)[..., None]
+                if real.any():
+                    result[real] = self.forward(CompiledOps(), to_float32(x)[real], sequences)
+        return write_result(result.reshape(x.shape), out, dtype)
+
+    @contextlib.contextmanager
+    def prepared(self, lead: Shape, *, lengths: ArrayLike | None = None, kv_cache: Sequence[KVCache] | None = None,
+                 window_size: Window = NO_WINDOW, **masks: Any) -> Iterator[list[Sequences]]:
+        """What the tokens of each layer see, for `forward`; arguments as for a call, of (B, L) or (L,) tokens.
+
+        Within, the caches take tokens in; an exception leaves their lengths as they were.
+        """
+        if lengths is not None and (kv_cache is not None or masks.get("key_padding_mask") is not None):
+            other = "key_padding_mask" if kv_cache is None else "kv_cache"
+            raise ValueError(f"lengths must be left out with {other}, got both")
+        runs = None if lengths is None else _runs(_lengths(lengths, lead))
+        _check_caches(self.layers, kv_cache)
+        window, scores = window_bounds(window_size, _FURTHEST), (lead[-1], lead[-1])
+
+        @functools.cache
+        def without_cache(heads: int, window: tuple[int, int]) -> Sequences:
+            mask = resolve_mask((*lead[:-1], heads, *scores), window_size=window, **masks)
+            return Sequences([mask] if runs is None else [_part(mask, *run) for run in runs])
+
+        def seen(layer: TransformerEncoderLayer, cache: KVCache | None) -> Sequences:
+            heads, narrow = layer.attention.num_heads, _narrower(window, layer.window_size)
+            if cache is None:
+                return without_cache(heads, narrow)
+            mask, pieces = resolve_call_mask((*lead[:-1], heads, *scores), cache, causal_alignment=None,
+                                             window_size=narrow, **masks)
+            return Sequences([mask], cache=cache, pieces=pieces)
+
+        caches = [None] * len(self.layers) if kv_cache is None else kv_cache
+        sequences = [seen(*pair) for pair in zip(self.layers, caches, strict=True)]
+        with contextlib.ExitStack() as chunks:
+            for cache in kv_cache or ():
+                chunks.enter_context(cache._chunk())
+            yield sequences
+
+    def call_with_torch_masks(self, x: ArrayLike, *, attn_mask: ArrayLike | None = None,
+                              key_padding_mask: ArrayLike | None = None, is_causal: Flag = False,
+                              out: Floats | None = None) -> Floats:
+        """Encode with masks as torch.nn.TransformerEncoder takes them: True = blocked.
+
+        Parameters
+        ----------
+        x : (B, L, E) or (L, E) array
+        attn_mask : (L, L) or (B * H, L, L) bool or float array, optional
+            torch's `mask`. bool: True = do not attend. float: added to the scores.
+        key_padding_mask : (B, L) or (L,) bool or float array, optional
+            torch's `src_key_padding_mask`. bool: True = padding. float: added to the scores.
+        is_causal : bool
+            A token sees none after it; unlike torch's this is no hint.
+        out
+            As for a call.
+
+        Returns
+        -------
+        array of the shape and dtype of `x`
+            Rows of padding are those of tokens that see the others.
+        """
+        x = float_array("x", x)
+        shape = (*x.shape[:-2], self.layers[0].attention.num_heads, *x.shape[-2:-1] * 2)
+        attn_mask, key_padding_mask = torch_masks(shape, attn_mask, key_padding_mask)
+        result: Any = self(x, attn_mask=attn_mask, key_padding_mask=key_padding_mask, is_causal=is_causal, out=out)
+        return cast("Floats", result)
+
+    def _encode_list(self, x: Sequence[ArrayLike], lengths: object, out: object, **options: Any) -> list[Floats]:
+        arrays = [float_array(f"x[{i}]", each) for i, each in enumerate(x)]
+        for name, given in (("lengths", lengths), ("out", out), ("kv_cache", options["kv_cache"])):
+            if given is not None:
+                raise ValueError(f"{name} must be left out where x is a list of sequences, got {type(given).__name__}")
+        for i, array in enumerate(arrays):
+            if array.ndim != 2 or array.shape[1] != self.embed_dim:
+                raise ValueError(f"x[{i}] must be (L, E) with E = {self.embed_dim}, got shape {array.shape}")
+        counts = [len(array) for array in arrays]
+        padded = np.zeros((len(arrays), max(counts), self.embed_dim), result_dtype(*arrays))
+        for row, array in zip(padded, arrays, strict=True):
+            row[: len(array)] = array
+        encoded = self(padded, lengths=counts, **options)
+        return [row[:count] for row, count in zip(encoded, counts, strict=True)]
+
+    def __repr__(self) -> str:
+        return (f"TransformerEncoder({len(self.layers)} layers, num_heads={self.layers[0].attention.num_heads}, "
+                f"embed_dim={self.embed_dim}, norm={self.norm})")
+
+
+_Run = tuple[int, int, int]
+
+
+def _lengths(lengths: ArrayLike, lead: Shape) -> list[int]:
+    """`lengths` of (B, L) tokens, checked."""
+    array = as_array("lengths", lengths)
+    if array.size and array.dtype.kind not in "iu":
+        raise TypeError(f"lengths must be an integer array, got dtype {array.dtype}")
+    if array.shape != lead[:-1]:
+        raise ValueError(f"lengths must have shape {lead[:-1]}, one per sequence, got {array.shape}")
+    if array.size and not (array.min() >= 0 and array.max() <= lead[-1]):
+        raise ValueError(f"lengths must lie between 0 and L = {lead[-1]}, got {array.tolist()}")
+    counts: list[int] = array.reshape(-1).tolist()
+    return counts
+
+
+def _runs(lengths: list[int]) -> list[_Run]:
+    """(first, last, length) of sequences of the same length beside each other; those of length 0 have no rows."""
+    runs, first = [], 0
+    for length, group in itertools.groupby(lengths):
+        last = first + len(list(group))
+        if length:
+            runs.append((first, last, length))
+        first = last
+    return runs
+
+
+def _part(mask: Mask, first: int, last: int, length: int) -> Mask:
+    """`mask` for the first `length` tokens of the batch entries from `first` on."""
+    def cut(array: NDArray[Any] | None) -> NDArray[Any] | None:
+        return array if array is None or len(array) == 1 else array[first:last]
+
+    mask = mask._replace(shape=(last - first, *mask.shape[1:]), keep=cut(mask.keep), bias=cut(mask.bias))
+    return mask.part((0, length), (0, length))
+
+
+def _narrower(window: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
+    left, right = (min((bound for bound in pair if bound >= 0), default=-1) for pair in zip(window, other, strict=True))
+    return left, right
+
+
+def _check_caches(layers: Sequence[TransformerEncoderLayer], caches: object) -> None:
+    if caches is None:
+        return
+    if not isinstance(caches, (list, tuple)) or len(caches) != len(layers):
+        raise ValueError(f"kv_cache must be a list of {len(layers)} caches, one per layer, as make_caches gives it, "
+                         f"got {len(caches) if isinstance(caches, (list, tuple)) else type(caches).__name__}")
+    for layer, cache in zip(layers, caches, strict=True):
+        check_cache(layer.attention, cache, None)
+    if len({id(cache) for cache in caches}) != len(caches) or len({cache.length for cache in caches}) != 1:
+        raise ValueError("kv_cache must hold a cache of its own for each layer, all of the same length, got lengths "
+                         f"{[cache.length for cache in caches]}")

@@ -1,0 +1,87 @@
+"""Normalization of each token's features."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgeattn.checks import number
+from edgeattn.layers.linear import parameter
+from edgeattn.layers.module import TokenWise
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+    from edgeattn.ops import Ops, T
+    from edgeattn.types import Float32s, Real
+
+
+class LayerNorm(TokenWise):
+    """(x - mean) / sqrt(variance + eps) * weight + bias, over the features of each token.
+
+    Parameters
+    ----------
+    weight : (E,) float array
+    bias : (E,) float array, optional
+    eps : float
+    """
+
+    def __init__(self, weight: ArrayLike, bias: ArrayLike | None = None, eps: Real = 1e-5):
+        self.weight = parameter("weight", weight, "(features,)")
+        self.bias = None if bias is None else parameter("bias", bias, "(features,)")
+        if self.bias is not None and self.bias.shape != self.weight.shape:
+            raise ValueError(f"bias must have the shape of weight {self.weight.shape}, got {self.bias.shape}")
+        self.inputs = self.outputs = len(self.weight)
+        self.eps = _positive(eps)
+
+    def forward(self, ops: Ops[T], x: T, name: str = "") -> T:
+        """(tokens, E) -> (tokens, E)."""
+        return ops.layer_norm(x, self, name)
+
+    def rows(self, x: Float32s) -> Float32s:
+        """The norm of x (..., E) float32, with NumPy."""
+        x = x - x.mean(axis=-1, keepdims=True)
+        x *= self.weight / np.sqrt((x * x).mean(axis=-1, keepdims=True) + np.float32(self.eps))
+        if self.bias is not None:
+            x += self.bias
+        return x
+
+    def __repr__(self) -> str:
+        return f"LayerNorm({len(self.weight)}, bias={self.bias is not None}, eps={self.eps})"
+
+
+class RMSNorm(TokenWise):
+    """x / sqrt(mean(x^2) + eps) * weight, over the features of each token.
+
+    Parameters
+    ----------
+    weight : (E,) float array
+    eps : float
+    """
+
+    bias = None
+
+    def __init__(self, weight: ArrayLike, eps: Real = 1e-6):
+        self.weight = parameter("weight", weight, "(features,)")
+        self.inputs = self.outputs = len(self.weight)
+        self.eps = _positive(eps)
+
+    def forward(self, ops: Ops[T], x: T, name: str = "") -> T:
+        """(tokens, E) -> (tokens, E)."""
+        return ops.rms_norm(x, self, name)
+
+    def rows(self, x: Float32s) -> Float32s:
+        """The norm of x (..., E) float32, with NumPy."""
+        result: Float32s = x * (self.weight / np.sqrt((x * x).mean(axis=-1, keepdims=True) + np.float32(self.eps)))
+        return result
+
+    def __repr__(self) -> str:
+        return f"RMSNorm({len(self.weight)}, eps={self.eps})"
+
+
+def _positive(eps: Real) -> float:
+    eps = number("eps", eps)
+    if eps <= 0:
+        raise ValueError(f"eps must be greater than 0, got {eps}")
+    return eps

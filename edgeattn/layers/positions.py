@@ -1,0 +1,91 @@
+"""What an attention layer does with positions, between its projections and the products of attention."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+
+from edgeattn.layers.norm import LayerNorm, RMSNorm
+from edgeattn.position_bias import ConstantPositionBias, RelativePositionBias
+from edgeattn.rotary import RotaryEmbedding
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from numpy.typing import ArrayLike
+
+    from edgeattn.masks import Mask
+    from edgeattn.types import Float32s
+
+Norm: TypeAlias = LayerNorm | RMSNorm
+PositionBias: TypeAlias = ConstantPositionBias | RelativePositionBias
+POSITIONS = ("rotary", "q_norm", "k_norm", "position_bias")
+
+
+class Positions:
+    """A layer's `rotary`, `q_norm`, `k_norm` and `position_bias`; None in layers that cannot have them."""
+
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+    rotary: RotaryEmbedding | None = None
+    position_bias: PositionBias | None = None
+
+    @property
+    def positioned(self) -> bool:
+        """Whether there is any of them."""
+        return any(getattr(self, name) is not None for name in POSITIONS)
+
+    def _set_positions(self, num_heads: int, head_dim: int, rotary: RotaryEmbedding | None, q_norm: Norm | None,
+                       k_norm: Norm | None, position_bias: ArrayLike | PositionBias | None) -> None:
+        for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
+            if norm is None:
+                continue
+            if not isinstance(norm, Norm):
+                raise TypeError(f"{name} must be an edgeattn.LayerNorm or RMSNorm, got {type(norm).__name__}")
+            if norm.weight.shape != (head_dim,):
+                raise ValueError(f"{name} must be over the features of a head, D = {head_dim}, got {norm}")
+        if rotary is not None:
+            if not isinstance(rotary, RotaryEmbedding):
+                raise TypeError(f"rotary must be an edgeattn.RotaryEmbedding, got {type(rotary).__name__}")
+            if rotary.rotary_embedding_dim > head_dim:
+                raise ValueError(f"rotary must turn at most D = {head_dim} features, got {rotary}")
+        if position_bias is not None:
+            if not isinstance(position_bias, PositionBias):
+                position_bias = ConstantPositionBias(position_bias)
+            if position_bias.num_heads != num_heads:
+                raise ValueError(f"position_bias must have H = {num_heads} heads, got {position_bias.num_heads}")
+        self.rotary, self.q_norm, self.k_norm, self.position_bias = rotary, q_norm, k_norm, position_bias
+
+    def placed(self, q: Float32s, k: Float32s, mask: Mask) -> tuple[Float32s, Float32s]:
+        """q (B, H, L, D) and the keys (B, Hkv, n, D) of this call as their products take them: normed, then turned.
+
+        mask : Mask
+            Its last n keys are these.
+        """
+        if self.q_norm is not None:
+            q = self.q_norm.rows(q)
+        if self.k_norm is not None:
+            k = self.k_norm.rows(k)
+        if self.rotary is not None:
+            q, k = self.rotary.turn(q, int(mask.offset)), self.rotary.turn(k, mask.shape[3] - k.shape[2])
+        return q, k
+
+    def biased(self, mask: Mask) -> Mask:
+        """`mask` with what the layer adds to the scores by positions."""
+        if self.position_bias is None:
+            return mask
+        _, _, queries, keys = mask.shape
+        bias = self.position_bias.rows(int(mask.offset), queries, keys)[None]
+        if mask.bias is not None:
+            bias = mask.bias + bias
+        bias = np.ascontiguousarray(bias)
+        bias.flags.writeable = False
+        return mask._replace(bias=bias)
+
+
+def refuse_positions(layer: Any) -> None:
+    """Raise where `layer` has what float32 layers on the CPU alone compute so far."""
+    given = [name for name in POSITIONS if getattr(layer, name, None) is not None]
+    if given:
+        raise ValueError(f"layer must have no {', '.join(given)} here: only a float32 layer computes that, on the CPU")

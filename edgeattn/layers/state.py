@@ -1,0 +1,134 @@
+"""Layers made of layers as what a file holds: a tree of settings in JSON, and tensors.
+
+A class in `_HOMES` keeps each argument of its constructor as an attribute of the same name; so a part is
+{"kind": the name of its class, argument: value, ...}, an array {"tensor": its name}, a long text {"text": its name}, a
+part that is there a second time {"same": the name of the first}.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgeattn.files.paths import listed
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+    from typing_extensions import Self
+
+_HOMES = {
+    "ConstantPositionBias": "position_bias",
+    "Embedding": "layers.embedding",
+    "FeedForward": "layers.feed_forward",
+    "LayerNorm": "layers.norm",
+    "Linear": "layers.linear",
+    "MultiHeadAttention": "layers.multi_head",
+    "PatchEmbedding": "layers.embedding",
+    "RMSNorm": "layers.norm",
+    "RelativePositionBias": "position_bias",
+    "RotaryEmbedding": "rotary",
+    "SelfAttention": "layers.self_attention",
+    "TransformerEncoder": "layers.encoder",
+    "TransformerEncoderLayer": "layers.encoder",
+}
+
+
+_LONGEST = 1000  # characters of a text in JSON
+
+
+class Stored:
+    """What is made of parts: its state, and that of copies and pickles, is what a file holds."""
+
+    def to_state(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(config, tensors): all that `from_state` needs to build an equal one."""
+        tensors: dict[str, Any] = {}
+        return arguments(self, "", tensors), tensors
+
+    @classmethod
+    def from_state(cls, config: Mapping[str, Any], tensors: Mapping[str, Any]) -> Self:
+        """What `to_state` gave, as one of this class."""
+        left = dict(tensors)
+        try:
+            made = cls(**keywords(config, left))
+        except RecursionError:
+            raise ValueError("its config has too many levels") from None
+        if left:
+            raise ValueError(f"unexpected tensors [{listed(sorted(left))}]")
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self).from_state, self.to_state()
+
+
+def pack(part: Any, name: str, tensors: dict[str, Any], seen: dict[int, str] | None = None) -> Any:
+    """`part` as JSON; its arrays are put into `tensors`, under names that begin with `name`.
+
+    Raises
+    ------
+    TypeError
+        For a part of a kind that files do not know.
+    """
+    seen = {} if seen is None else seen
+    if isinstance(part, str) and len(part) > _LONGEST:
+        tensors[name] = np.frombuffer(part.encode(), np.uint8)
+        return {"text": name}
+    if part is None or isinstance(part, (bool, int, float, str)):
+        return part
+    if isinstance(part, np.ndarray):
+        tensors[name] = part
+        return {"tensor": name}
+    if isinstance(part, (list, tuple)):
+        return [pack(each, f"{name}.{i}", tensors, seen) for i, each in enumerate(part)]
+    kind = type(part).__name__
+    if type(part).__module__ != f"edgeattn.{_HOMES.get(kind)}":
+        raise TypeError(f"{name} must be made of {', '.join(_HOMES)} to be saved, got {kind}")
+    if id(part) in seen:
+        return {"same": seen[id(part)]}
+    seen[id(part)] = name
+    return {"kind": kind, **arguments(part, f"{name}.", tensors, seen)}
+
+
+def arguments(part: Any, prefix: str, tensors: dict[str, Any], seen: dict[int, str] | None = None) -> dict[str, Any]:
+    """What the constructor of `part` was given, each as `pack` has it, but for what was None."""
+    seen = {} if seen is None else seen
+    given = {name: getattr(part, name) for name in inspect.signature(type(part)).parameters}
+    return {name: pack(value, prefix + name, tensors, seen) for name, value in given.items() if value is not None}
+
+
+def unpack(packed: Any, tensors: dict[str, Any], made: dict[str, Any] | None = None, name: str = "") -> Any:
+    """What `pack` packed, from names that it took; tensors are taken out of `tensors`.
+
+    Raises
+    ------
+    KeyError, TypeError, ValueError
+        For what `pack` would not have written.
+    """
+    made = {} if made is None else made
+    if isinstance(packed, list):
+        return [unpack(each, tensors, made, f"{name}.{i}") for i, each in enumerate(packed)]
+    if not isinstance(packed, dict):
+        return packed
+    if "tensor" in packed:
+        return tensors.pop(packed["tensor"])
+    if "text" in packed:
+        return np.asarray(tensors.pop(packed["text"]), np.uint8).tobytes().decode()
+    if "same" in packed:
+        return made[packed["same"]]
+    kind = packed["kind"]
+    if not isinstance(kind, str) or kind not in _HOMES:
+        raise ValueError(f"a part must be one of {', '.join(_HOMES)}, got {str(kind)[:100]!r}")
+    made[name] = getattr(importlib.import_module(f"edgeattn.{_HOMES[kind]}"), kind)(
+        **keywords(packed, tensors, made, f"{name}."))
+    return made[name]
+
+
+def keywords(packed: Mapping[str, Any], tensors: dict[str, Any], made: dict[str, Any] | None = None, prefix: str = ""
+             ) -> dict[str, Any]:
+    """The inverse of `arguments`."""
+    made = {} if made is None else made
+    return {key: unpack(value, tensors, made, prefix + key) for key, value in packed.items() if key != "kind"}

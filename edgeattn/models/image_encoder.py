@@ -1,0 +1,85 @@
+"""Encoders of images and spectrograms."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from edgeattn.checks import flag, float_array, result_dtype, to_float32, write_result
+from edgeattn.layers.embedding import PatchEmbedding
+from edgeattn.layers.encoder import TransformerEncoder
+from edgeattn.layers.state import Stored
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import ArrayLike
+
+    from edgeattn.ops import Ops, Sequences, T
+    from edgeattn.types import Flag, Float32s, Floats
+
+
+class ImageEncoder(Stored):
+    """Patches of images, and an encoder's layers.
+
+    Parameters
+    ----------
+    embedding : PatchEmbedding
+    encoder : TransformerEncoder
+    spectrogram : bool
+        Whether it takes (B, frames, bins) instead of (B, C, height, width).
+    """
+
+    def __init__(self, embedding: PatchEmbedding, encoder: TransformerEncoder, *, spectrogram: Flag = False):
+        if not isinstance(embedding, PatchEmbedding) or not isinstance(encoder, TransformerEncoder):
+            raise TypeError("embedding must be an edgeattn.layers.PatchEmbedding and encoder an "
+                            f"edgeattn.TransformerEncoder, got {type(embedding).__name__} and {type(encoder).__name__}")
+        if embedding.embed_dim != encoder.embed_dim:
+            raise ValueError(f"embedding must give the encoder's E = {encoder.embed_dim}, got {embedding.embed_dim}")
+        self.embedding, self.encoder, self.spectrogram = embedding, encoder, flag("spectrogram", spectrogram)
+
+    @property
+    def embed_dim(self) -> int:
+        """E."""
+        return self.encoder.embed_dim
+
+    def forward(self, ops: Ops[T], patches: T, places: Float32s, images: int, sequences: Sequence[Sequences],
+                name: str = "") -> T:
+        """Rows of patches -> rows of tokens (tokens, E)."""
+        x = self.embedding.forward(ops, patches, places, images, name + "embedding.")
+        return self.encoder.forward(ops, x, sequences, name + "encoder.")
+
+    def __call__(self, pixels: ArrayLike) -> Floats:
+        """The last hidden state: of the class token, of other tokens that are no patch, of each patch row by row.
+
+        Parameters
+        ----------
+        pixels : (B, C, height, width) float array, or (B, frames, bins) for a spectrogram
+            Scaled and normalized as the model's preprocessor_config.json says. For another size than the model's own
+            the embeddings of places are interpolated, as in transformers.
+
+        Returns
+        -------
+        (B, tokens, E) array
+            Of the dtype of `pixels`.
+        """
+        from edgeattn.executors.compiled import CompiledOps
+
+        array = float_array("pixels", pixels)
+        axes = "(B, frames, bins)" if self.spectrogram else "(B, C, height, width)"
+        if array.ndim != axes.count(",") + 1:
+            raise ValueError(f"pixels must be {axes}, got shape {array.shape}")
+        images = to_float32(array.swapaxes(1, 2)[:, None] if self.spectrogram else array)
+        embedding, (count, channels, *size) = self.embedding, images.shape
+        fits = tuple(size) == embedding.image_size if self.spectrogram else all(
+            whole >= patch and whole % patch == 0 for whole, patch in zip(size, embedding.patch_size, strict=True))
+        if channels != embedding.channels or not fits:
+            wanted = embedding.image_size[::-1] if self.spectrogram else (
+                f"{embedding.channels} channels, height and width multiples of {embedding.patch_size}")
+            raise ValueError(f"pixels must be {axes} with {wanted}, got shape {array.shape}; resize or pad it")
+        places = embedding.places(*size)
+        with self.encoder.prepared((count, len(places))) as sequences:
+            rows = self.forward(CompiledOps(), embedding.patches(images), places, count, sequences)
+        return write_result(rows.reshape(count, len(places), self.embed_dim), None, result_dtype(array))
+
+    def __repr__(self) -> str:
+        return f"ImageEncoder(images of {self.embedding.image_size}, {self.encoder})"

@@ -1,0 +1,122 @@
+"""Models from folders that transformers or sentence-transformers saved."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from edgeattn.files.paths import as_path, named
+from edgeattn.models.checkpoint import Checkpoint, read_json
+from edgeattn.models.families import encoder, family_of, patch_embedding, text_embedding
+from edgeattn.models.image_encoder import ImageEncoder
+from edgeattn.models.text_encoder import TextEncoder
+
+if TYPE_CHECKING:
+    import pathlib
+    from typing import Any
+
+    from edgeattn.types import Path
+
+MODULES = "modules.json"
+_UNLIMITED = 2**24  # a model_max_length beyond it says that there is none
+_POOLINGS = {
+    "pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max",
+    "pooling_mode_lasttoken": "last"}
+
+
+def from_pretrained(folder: Path) -> TextEncoder | ImageEncoder:
+    """The model in a folder, as `save_pretrained` of transformers or sentence-transformers writes it.
+
+    docs/encoders.md has the table of families. Everything is computed in float32.
+
+    Parameters
+    ----------
+    folder : str or path
+        With config.json and model.safetensors, or model.safetensors.index.json and its parts; for
+        `TextEncoder.encode` with tokenizer.json too, and where there is a modules.json with what that names.
+
+    Returns
+    -------
+    TextEncoder or ImageEncoder
+
+    Raises
+    ------
+    OSError
+        Where a file is missing or cannot be read.
+    ValueError
+        Naming the file, and the option or tensor in it, for a damaged file, a family or option that is not supported,
+        tensors that are missing, mis-shaped or left over, and weights that are not finite.
+    """
+    folder = as_path(folder)
+    if not folder.is_dir():
+        raise NotADirectoryError(f"folder must be one with config.json and model.safetensors, got {str(folder)!r}; "
+                                 "models are read from a disk, huggingface-cli download NAME fetches one")
+    modules = _modules(folder)
+    inner = folder / modules.get("Transformer", {}).get("path", "")
+    checkpoint = Checkpoint(inner)
+    with named(checkpoint.file):
+        family = family_of(checkpoint)
+        if family.patches:
+            patches = patch_embedding(checkpoint, family)
+            return ImageEncoder(patches, encoder(checkpoint, family), spectrogram="num_mel_bins" in checkpoint.config)
+        embedding = text_embedding(checkpoint, family)
+        layers = encoder(checkpoint, family)
+    transformer = inner / "sentence_bert_config.json"
+    options = read_json(transformer) if transformer.is_file() else {}
+    tokenizer = inner / "tokenizer.json"
+    return TextEncoder(
+        embedding, layers, pooling=_pooling(folder, modules, layers.embed_dim), normalize="Normalize" in modules,
+        is_causal=family.is_causal, tokenizer=tokenizer.read_text("utf-8") if tokenizer.is_file() else None,
+        max_length=_max_length(checkpoint, options), lower_case=options.get("do_lower_case") is True)
+
+
+def _modules(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """The modules of a sentence-transformers folder by their kinds, {} for another folder."""
+    path = folder / MODULES
+    if not path.is_file():
+        return {}
+    modules = {}
+    for module in read_json(path, list):
+        kind = str(module.get("type")).rpartition(".")[2] if isinstance(module, dict) else str(module)[:100]
+        where = module.get("path") if isinstance(module, dict) else None
+        if kind not in ("Transformer", "Pooling", "Normalize") or kind in modules or not isinstance(where, str) or (
+                where.startswith(("/", "\\")) or ".." in where):
+            raise ValueError(f"{path} must name one Transformer, one Pooling and at most one Normalize, in folders "
+                             f"inside this one, got {kind!r} in {str(where)[:100]!r}")
+        modules[kind] = module
+    prompts = folder / "config_sentence_transformers.json"
+    default = read_json(prompts).get("default_prompt_name") if prompts.is_file() else None
+    if default is not None:
+        raise ValueError(f"{prompts}: default_prompt_name must be null, got {str(default)[:100]!r}: put the prompt "
+                         "before the sentences yourself")
+    return modules
+
+
+def _pooling(folder: pathlib.Path, modules: dict[str, dict[str, Any]], width: int) -> Any:
+    if "Pooling" not in modules:
+        return "mean"
+    path = folder / modules["Pooling"]["path"] / "config.json"
+    config = read_json(path)
+    modes = [config["pooling_mode"]] if "pooling_mode" in config else [
+        _POOLINGS.get(name, name) for name, on in config.items() if name.startswith("pooling_mode_") and on is True]
+    modes = ["last" if mode == "lasttoken" else mode for mode in modes]
+    if len(modes) != 1 or modes[0] not in _POOLINGS.values():
+        raise ValueError(f"{path}: pooling must be one of {', '.join(_POOLINGS.values())}, got {str(modes)[:100]}")
+    size = config.get("embedding_dimension", config.get("word_embedding_dimension", width))
+    if size != width:
+        raise ValueError(f"{path}: the dimension must be the model's {width}, got {str(size)[:100]}")
+    return modes[0]
+
+
+def _max_length(c: Checkpoint, options: dict[str, Any]) -> int | None:
+    """Where texts are cut: what sentence-transformers' file says, or the tokenizer's two."""
+    longest = options.get("max_seq_length")
+    settings, tokenizer = c.folder / "tokenizer_config.json", c.folder / "tokenizer.json"
+    if longest is None and settings.is_file():
+        longest = read_json(settings).get("model_max_length")
+        longest = None if isinstance(longest, (int, float)) and longest > _UNLIMITED else longest
+    if longest is None and tokenizer.is_file():
+        longest = (read_json(tokenizer).get("truncation") or {}).get("max_length")
+    if longest is not None and (type(longest) is not int or longest < 1):
+        raise ValueError(f"{c.folder}: the length at which texts are cut must be a positive integer, got "
+                         f"{str(longest)[:100]}")
+    return longest

@@ -1,0 +1,259 @@
+"""Encoders of texts: from token ids or sentences to vectors."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import TYPE_CHECKING, get_args
+
+import numpy as np
+
+from edgeattn.checks import as_array, count, flag, is_one_of
+from edgeattn.layers.embedding import Embedding
+from edgeattn.layers.encoder import TransformerEncoder
+from edgeattn.layers.state import Stored
+from edgeattn.ops import Pooling
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any, SupportsIndex
+
+    from numpy.typing import ArrayLike, NDArray
+
+    from edgeattn.kv_cache import KVCache
+    from edgeattn.ops import Ops, Sequences, T
+    from edgeattn.types import Flag, Float32s
+
+_POOLINGS = get_args(Pooling)
+
+
+class TextEncoder(Stored):
+    """An embedding and an encoder's layers, with the tokenizer and the pooling that make one vector of a text.
+
+    Parameters
+    ----------
+    embedding : Embedding
+    encoder : TransformerEncoder
+    pooling : {"mean", "cls", "max", "last"}
+        What `encode` makes of the vectors of a text's tokens.
+    normalize : bool
+        Whether `encode` brings the result to length 1.
+    is_causal : bool
+        A token sees none after it, as in GPT-2.
+    tokenizer : str, optional
+        The text of a tokenizer.json.
+    max_length : int, optional
+        Texts are cut after so many tokens; unless given, those too long for the positions are refused.
+    lower_case : bool
+        Whether texts become lower case first.
+    """
+
+    def __init__(self, embedding: Embedding, encoder: TransformerEncoder, *, pooling: Pooling = "mean",
+                 normalize: Flag = False, is_causal: Flag = False, tokenizer: str | None = None,
+                 max_length: SupportsIndex | None = None, lower_case: Flag = False):
+        if not isinstance(embedding, Embedding) or not isinstance(encoder, TransformerEncoder):
+            raise TypeError("embedding must be an edgeattn.layers.Embedding and encoder an "
+                            f"edgeattn.TransformerEncoder, got {type(embedding).__name__} and {type(encoder).__name__}")
+        if embedding.embed_dim != encoder.embed_dim:
+            raise ValueError(f"embedding must give the encoder's E = {encoder.embed_dim}, got {embedding.embed_dim}")
+        if not is_one_of(pooling, _POOLINGS):
+            raise ValueError(f"pooling must be one of {', '.join(_POOLINGS)}, got {pooling!r}")
+        self.embedding, self.encoder, self.pooling = embedding, encoder, pooling
+        self.normalize, self.is_causal = flag("normalize", normalize), flag("is_causal", is_causal)
+        self.tokenizer, self.lower_case = tokenizer, flag("lower_case", lower_case)
+        self.max_length = None if max_length is None else count("max_length", max_length)
+
+    @property
+    def embed_dim(self) -> int:
+        """E."""
+        return self.encoder.embed_dim
+
+    def forward(self, ops: Ops[T], ids: NDArray[np.int64], positions: NDArray[np.int64], types: NDArray[np.int64],
+                sequences: Sequence[Sequences], name: str = "") -> T:
+        """Ids, positions and types of tokens (tokens,) -> (tokens, E)."""
+        x = self.embedding.forward(ops, ids, positions, types, name + "embedding.")
+        return self.encoder.forward(ops, x, sequences, name + "encoder.")
+
+    def __call__(self, ids: ArrayLike | Sequence[ArrayLike], attention_mask: ArrayLike | None = None, *,
+                 token_type_ids: ArrayLike | Sequence[ArrayLike] | None = None,
+                 kv_cache: Sequence[KVCache] | None = None) -> Float32s:
+        """The last hidden state of each token.
+
+        Parameters
+        ----------
+        ids : (B, L) int array, or list of lists of ints
+            Sequences in a list may differ in length; nothing is computed for padding.
+        attention_mask : (B, L) array of 0 and 1, or bool, optional
+            1 = a real token.
+        token_type_ids : like `ids`, optional
+            0 unless given.
+        kv_cache : list of KVCache, optional
+            See `TransformerEncoder`; `model.encoder.make_caches` makes them.
+
+        Returns
+        -------
+        (B, L, E) float32 array
+            Rows of padding are zeros; L is the longest of a list.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the argument, what was required and what came.
+        """
+        from edgeattn.executors.compiled import CompiledOps
+
+        ids, lengths = _id_array("ids", ids)
+        self._check_ids(ids, "ids", len(self.embedding.token_weight))
+        types = np.zeros_like(ids)
+        if token_type_ids is not None:
+            types, type_lengths = _id_array("token_type_ids", token_type_ids)
+            if types.shape != ids.shape or type_lengths != lengths:
+                raise ValueError(f"token_type_ids must have the shape of ids, {ids.shape}, got {types.shape}")
+            table = self.embedding.type_weight
+            self._check_ids(types, "token_type_ids", 1 if table is None else len(table))
+        real, lengths = _real_tokens(ids, lengths, attention_mask)
+        held = kv_cache[0].length if isinstance(kv_cache, (list, tuple)) and kv_cache else 0
+        self._check_length(held + (ids.shape[1] if lengths is None else max(lengths, default=0)))
+        options: dict[str, Any] = {"lengths": lengths, "is_causal": self.is_causal, "kv_cache": kv_cache}
+        if lengths is None and not real.all():
+            options["key_padding_mask"] = real
+        chosen = np.ones_like(real) if lengths is None else real
+        positions = self.embedding.positions(ids, held)
+        result = np.zeros((*ids.shape, self.embed_dim), np.float32)
+        with self.encoder.prepared(ids.shape, **options) as sequences:
+            if chosen.any():
+                result[chosen] = self.forward(CompiledOps(), ids[chosen], positions[chosen], types[chosen], sequences)
+        result[~real] = 0
+        return result
+
+    def encode(self, sentences: Sequence[str], batch_size: SupportsIndex = 32, *, normalize: Flag | None = None,
+               show_progress: Flag = False) -> Float32s:
+        """One vector per sentence.
+
+        Parameters
+        ----------
+        sentences : list of str
+        batch_size : int
+            Sentences computed at a time, those of similar length together. A sentence's vector is the same bit for bit
+            in every batch.
+        normalize : bool, optional
+            Whether vectors are brought to length 1; as the model's folder says unless given.
+        show_progress : bool
+            Tell at stderr how many are done.
+
+        Returns
+        -------
+        (n, E) float32 array
+            In the order of `sentences`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the sentence that is no text, gives no token, or is too long where nothing says how to cut it.
+        ImportError
+            Where the package tokenizers is missing.
+        """
+        from edgeattn.executors.compiled import CompiledOps
+
+        if isinstance(sentences, (str, bytes)) or not all(isinstance(text, str) for text in sentences):
+            raise TypeError("sentences must be a list of strings, got "
+                            f"{'a string; pass [text]' if isinstance(sentences, str) else 'something else among them'}")
+        size, normalize = count("batch_size", batch_size), self.normalize if normalize is None else flag(
+            "normalize", normalize)
+        texts = [text.lower() for text in sentences] if self.lower_case else list(sentences)
+        encoded = self._tokenizer.encode_batch(texts)
+        for i, tokens in enumerate(encoded):
+            if not tokens.ids:
+                raise ValueError(f"sentences[{i}] gives no token: {sentences[i][:50]!r}; leave it out")
+            self._check_length(len(tokens.ids), f"sentences[{i}]")
+        order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].ids))
+        result = np.zeros((len(encoded), self.embed_dim), np.float32)
+        for first in range(0, len(order), size):
+            some = order[first : first + size]
+            hidden = self([encoded[i].ids for i in some], token_type_ids=[encoded[i].type_ids for i in some])
+            lengths = [len(encoded[i].ids) for i in some]
+            rows = hidden[np.arange(hidden.shape[1]) < np.array(lengths)[:, None]]
+            result[some] = CompiledOps().pool(rows, lengths, self.pooling, "pooled")
+            if flag("show_progress", show_progress):
+                print(f"\redgeattn: {min(first + size, len(order))} of {len(order)} sentences", end="", file=sys.stderr)
+        if show_progress and order:
+            print(file=sys.stderr)
+        if normalize:
+            result /= np.maximum(np.sqrt((result * result).sum(axis=1, keepdims=True)), np.float32(1e-12))
+        return result
+
+    @functools.cached_property
+    def _tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            raise ValueError("this TextEncoder has no tokenizer: pass token ids to the model itself, or put a "
+                             "tokenizer.json into its folder")
+        try:
+            from tokenizers import Tokenizer
+        except ImportError as error:
+            raise ImportError("encode needs the package tokenizers, which cuts sentences into tokens: "
+                              "pip install edgeattn[text]") from error
+        made = Tokenizer.from_str(self.tokenizer)
+        made.no_padding()
+        made.no_truncation()
+        if self.max_length is not None:
+            made.enable_truncation(self.max_length)
+        return made
+
+    def _check_ids(self, ids: NDArray[np.int64], name: str, entries: int) -> None:
+        if ids.size and not (ids.min() >= 0 and ids.max() < entries):
+            row, column = np.argwhere((ids < 0) | (ids >= entries))[0]
+            raise ValueError(f"{name} must lie between 0 and {entries - 1}, the model's vocabulary, got "
+                             f"{ids[row, column]} in sequence {row} at token {column}; is the tokenizer this model's?")
+
+    def _check_length(self, tokens: int, name: str = "ids") -> None:
+        longest = self.embedding.longest
+        if longest is not None and tokens > longest:
+            raise ValueError(f"{name} must have at most the model's {longest} positions, got {tokens} tokens; cut the "
+                             "text, or give the TextEncoder a max_length")
+
+    def __repr__(self) -> str:
+        return (f"TextEncoder({len(self.embedding.token_weight)} tokens, {self.encoder}, pooling={self.pooling!r}, "
+                f"normalize={self.normalize}, is_causal={self.is_causal}, max_length={self.max_length})")
+
+
+def _id_array(name: str, ids: Any) -> tuple[NDArray[np.int64], list[int] | None]:
+    """Ids (B, L) as int64; of a list of sequences, padded with zeros, the lengths too."""
+    lengths = None
+    if isinstance(ids, (list, tuple)):
+        rows = [as_array(f"{name}[{i}]", row) for i, row in enumerate(ids)]
+        if any(row.ndim != 1 or row.size and row.dtype.kind not in "iu" for row in rows):
+            raise TypeError(f"{name} must be a list of lists of integers, or a (B, L) integer array")
+        lengths = [len(row) for row in rows]
+        array = np.zeros((len(rows), max(lengths, default=0)), np.int64)
+        for padded, row in zip(array, rows, strict=True):
+            padded[: len(row)] = row
+        return array, lengths
+    array = as_array(name, ids)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{name} must be an integer array, got dtype {array.dtype}")
+    if array.ndim != 2:
+        raise ValueError(f"{name} must be (B, L), got shape {array.shape}")
+    return array.astype(np.int64), lengths
+
+
+def _real_tokens(ids: NDArray[np.int64], lengths: list[int] | None, attention_mask: ArrayLike | None
+                 ) -> tuple[NDArray[np.bool_], list[int] | None]:
+    """Which tokens are real (B, L), and the lengths of sequences where all others stand at their ends; None for whole
+    ones.
+    """
+    column = np.arange(ids.shape[1])
+    if lengths is not None:
+        if attention_mask is not None:
+            raise ValueError("attention_mask must be left out where ids are a list of sequences, got both")
+        return column < np.array(lengths, np.int64)[:, None], lengths
+    if attention_mask is None:
+        return np.ones(ids.shape, bool), None
+    mask = as_array("attention_mask", attention_mask)
+    if mask.shape != ids.shape:
+        raise ValueError(f"attention_mask must have the shape of ids, {ids.shape}, got {mask.shape}")
+    if mask.dtype.kind not in "biuf" or not ((mask == 0) | (mask == 1)).all():
+        raise ValueError("attention_mask must be of 0 and 1, 1 = a real token, got other values")
+    real = mask != 0
+    counts = real.sum(axis=1)
+    ends = (real == (column < counts[:, None])).all()
+    return real, counts.tolist() if ends and not real.all() else None
