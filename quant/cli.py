@@ -229,9 +229,10 @@ def say(text: str) -> None:
 
 def check_paths(output: Path, *inputs: Path | None) -> None:
     """Refuse what cannot be written, or would replace what is read, before any work is done for it."""
-    if not output.parent.is_dir():
-        raise ValueError(f"cannot write {output}: there is no folder {output.parent}")
-    check_output(output, *inputs)
+    try:
+        check_output(output, *inputs)
+    except FileNotFoundError:
+        raise ValueError(f"cannot write {output}: there is no folder {output.parent}") from None
 
 
 def read_layer(path: Path, torch_prefix: str | None, bert_prefix: str | None, num_heads: int | None):

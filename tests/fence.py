@@ -16,6 +16,7 @@ import mmap
 import sys
 import zlib
 
+import encoder_cases
 import numpy as np
 import oracle_kernels as oracle
 from kernels_under_test import ASYMMETRIC, SYMMETRIC, make_layer
@@ -23,7 +24,15 @@ from kernels_under_test import ASYMMETRIC, SYMMETRIC, make_layer
 import edgeattn
 import quant
 from edgeattn import threads
-from edgeattn.kernels.cpu import cache_int8, functional_dynamic, functional_float32, linear, linear_dynamic
+from edgeattn.kernels.cpu import (
+    cache_int8,
+    encoder_dynamic,
+    encoder_float32,
+    functional_dynamic,
+    functional_float32,
+    linear,
+    linear_dynamic,
+)
 from edgeattn.kernels.cpu.decode_blocks import BLOCK
 from edgeattn.kernels.cpu.layer_dynamic import DynamicLayer
 from edgeattn.kernels.cpu.layer_float32 import FloatLayer
@@ -288,16 +297,16 @@ def dynamic_function(rng, number):
 
 
 def static_layer(rng, number):
-    kinds = [*BYTE_MASKS, ("tables",), ("step",)][number % (len(BYTE_MASKS) + 2)]
+    kinds = [*BYTE_MASKS, ("score_luts",), ("step",)][number % (len(BYTE_MASKS) + 2)]
     B, H, _, L, S, D, Dv, E, Eo = _layer_sizes(rng)
     L = 1 if kinds == ("step",) else L
     rules, softmax = STATIC_RULES[number // 40 % len(STATIC_RULES)]
     layer_seed, zero_points = int(rng.integers(2**31)), (SYMMETRIC, ASYMMETRIC)[number % 2]
     x = [rng.integers(-128, 128, (B, n, E)).astype(np.int8) for n in (L, S, S)]
     masks = {}
-    if kinds == ("tables",):
-        masks = {"tables": rng.integers(-128, 128, (3, 256)).astype(np.int8),
-                 "classes": rng.integers(0, 3, (B, 1, L, S)).astype(np.uint8)}
+    if kinds == ("score_luts",):
+        masks = {"score_luts": rng.integers(-128, 128, (3, 256)).astype(np.int8),
+                 "lut_index": rng.integers(0, 3, (B, 1, L, S)).astype(np.uint8)}
     elif kinds != ("step",):
         masks = draw_masks(rng, kinds, B, H, L, S)
 
@@ -318,7 +327,7 @@ def static_layer(rng, number):
     _, linears, tensors, table = make_layer(
         np.random.default_rng(layer_seed), H, E, D, Dv, Eo, zero_points, rules, softmax)
     right = []
-    if "tables" not in masks and B * H * L * S <= 2000:  # in integers of Python
+    if "score_luts" not in masks and B * H * L * S <= 2000:  # in integers of Python
         right = [(oracle.static_layer(*x, H, linears, tensors, rules, softmax, table, **masks), 0)] * 2
     return f"{'+'.join(kinds)} {masks.get('band', '')} B={B} {H=} {L=} {S=} {D=} {Dv=} {E=} {Eo=} {softmax}", call, right
 
@@ -420,6 +429,29 @@ def _public(of_layer):
     return draw
 
 
+def _encoder(kind):
+    def draw(rng, number):
+        form = ("linear", "feed-forward", "gated", "norm")[number % 4]
+        inputs, hidden, outputs = (int(rng.choice([1, 5, 31, 32, 33, 40, 64, 65, 100])) for _ in range(3))
+        hidden = int(rng.choice([hidden, 255, 256, 257, 300]))
+        norm_first = form != "linear" and rng.random() < 0.5
+        case = encoder_cases.make(
+            int(rng.integers(2**31)), inputs, 0 if form == "linear" else hidden, outputs,
+            encoder_cases.ACTIVATIONS[rng.integers(5)], gated=form == "gated", norm=(None, "layer", "rms")[rng.integers(3)],
+            norm_first=norm_first, residual=rng.random() < 0.7, bias=rng.random() < 0.7, rows=int(rng.integers(1, 70)),
+            columns=(tuple(rng.integers(0, inputs, 1)), tuple(rng.integers(0, hidden, 2))), split=(None, 4)[number // 4 % 2])
+        norm = "layer", numbers(rng, inputs), numbers(rng, inputs), 1e-5
+
+        def call(place):
+            kernel = encoder_float32.Norm(norm) if form == "norm" else case.kernel(kind)
+            x = place.input(case.x)
+            out = place.make((len(case.x), inputs if form == "norm" else outputs), np.float32)
+            kernel(x, x if form == "norm" else place.input(case.residual), out)
+            return [out]
+        return f"{form} {len(case.x)} rows {inputs=} {hidden=} {outputs=} {norm_first=} {case.activation}", call, []
+    return draw
+
+
 KERNELS = {
     "float32-function": float32_function,
     "float32-few-keys": few_keys,
@@ -431,6 +463,8 @@ KERNELS = {
     "int8-cache": _cache("int8"),
     "int8-cache-left-windows": left_windows,
     "projections": projections,
+    "encoder-float32": _encoder(encoder_float32),
+    "encoder-dynamic": _encoder(encoder_dynamic),
     "float32-layer-with-cache": _public(lambda layer: layer),
     "dynamic-layer-with-cache": _public(lambda layer: quant.quantize(layer, scheme="dynamic")),
 }

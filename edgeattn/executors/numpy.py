@@ -16,9 +16,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from edgeattn.layers.norm import LayerNorm, RMSNorm
     from edgeattn.masks import Mask
-    from edgeattn.ops import Activation, Pooling, Sequences
+    from edgeattn.ops import Activation, Norm, Pooling, Sequences
     from edgeattn.types import Float32s
 
 _POOL: dict[Pooling, Callable[[Float32s], Float32s]] = {
@@ -123,11 +122,11 @@ class NumpyOps(Recorder, Ops["Float32s"]):
         """Probabilities v."""
         return self._keep(name, probabilities @ v)
 
-    def layer_norm(self, x: Float32s, norm: LayerNorm, name: str) -> Float32s:
+    def layer_norm(self, x: Float32s, norm: Norm, name: str) -> Float32s:
         """(x - mean) / sqrt(variance + eps) * weight + bias."""
         return self._keep(name, norm.rows(x))
 
-    def rms_norm(self, x: Float32s, norm: RMSNorm, name: str) -> Float32s:
+    def rms_norm(self, x: Float32s, norm: Norm, name: str) -> Float32s:
         """x / sqrt(mean(x^2) + eps) * weight."""
         return self._keep(name, norm.rows(x))
 

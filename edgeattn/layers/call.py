@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgeattn import shapes
 from edgeattn.checks import check_out, flag, float_array, result_dtype, write_result
 from edgeattn.functional import checked_softcap
 from edgeattn.kv_cache import KVCache
@@ -209,18 +209,5 @@ def check_inputs(layer: _Layer, query: ArrayLike, key: ArrayLike | None, value: 
 
 def check_input_shapes(layer: _Layer, query: NDArray[Any], key: NDArray[Any], value: NDArray[Any]) -> None:
     """Raise unless the shapes of three inputs, arrays of any kind, fit the layer and each other."""
-    _check_shapes(layer.query_name, (layer.embed_dim, layer.kdim, layer.vdim), query.shape, key.shape, value.shape)
-
-
-@functools.lru_cache(256)
-def _check_shapes(first: str, widths: Shape, query: Shape, key: Shape, value: Shape) -> None:
-    shapes = f"query {query}, key {key}, value {value}"
-    if len(query) not in (2, 3):
-        raise ValueError(f"{first} must be (B, L, E) or (L, E), got shape {query}")
-    for name, shape, width in zip((first, "key", "value"), (query, key, value), widths, strict=True):
-        if len(shape) != len(query) or shape[:-2] != query[:-2]:
-            raise ValueError(f"{name} must have query's batch axes {query[:-2]}, got {shapes}")
-        if shape[-1] != width:
-            raise ValueError(f"{name} must have a last axis of {width}, the columns of its weight, got {shapes}")
-    if value[-2] != key[-2]:
-        raise ValueError(f"value must have as many rows as key, S = {key[-2]}, got {shapes}")
+    shapes.check_input_shapes(layer.query_name, (layer.embed_dim, layer.kdim, layer.vdim), query.shape, key.shape,
+                              value.shape)

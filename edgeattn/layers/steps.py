@@ -13,11 +13,9 @@ if TYPE_CHECKING:
     from typing import Any, TypeAlias
 
     from edgeattn.kv_cache import KVCache
-    from edgeattn.layers.multi_head import MultiHeadAttention
-    from edgeattn.quantized.dynamic import DynamicMultiHeadAttention
     from edgeattn.types import Float32s, Floats
 
-    _Layer: TypeAlias = MultiHeadAttention | DynamicMultiHeadAttention
+    _Layer: TypeAlias = Any  # a MultiHeadAttention or a DynamicMultiHeadAttention
 
 
 def attend_to_itself(layer: _Layer, query: Float32s, out: Floats | None, kv_cache: KVCache | None, *masks: Any

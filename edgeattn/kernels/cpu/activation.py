@@ -11,8 +11,7 @@ import numpy as np
 
 from edgeattn.runtime.jit import inline, task
 
-from .row_vectors import smaller_float
-from .simd import LANES, bits_of, float_of_bits, fma, load, maximum, splat, store
+from .simd import LANES, bits_of, float_of_bits, fma, load, maximum, smaller_float, splat, store
 
 IDENTITY, RELU, GELU, GELU_TANH, SILU = range(5)
 ACTIVATIONS = {None: IDENTITY, "relu": RELU, "gelu": GELU, "gelu_tanh": GELU_TANH, "silu": SILU}
@@ -27,7 +26,8 @@ _E1, _E2, _E3, _E4, _E5, _E6 = (np.float32(c) for c in (
 _ROUND = np.float32(12583039.0)  # 1.5 * 2**23 + 127: leaves the nearest integer, as an exponent, in the low bits
 _LOWEST, _HIGHEST = np.float32(-126), np.float32(126)
 # erfc(a / sqrt(2)) / 2 = exp(-a**2 / 2) p(t), t = 1 / (1 + 0.33 a), on [0, 9.5]: at most 1.4e-8 of the value.
-TAIL = (0.13159508, 0.13275863, 0.107841395, 0.13435107, -0.08584169, 0.26698178, -0.30417284, 0.14097567, -0.024489088)
+TAIL = (0.13159508, 0.13275863, 0.107841395, 0.13435107, -0.08584169, 0.26698178, -0.30417284, 0.14097567,
+        -0.024489088)
 _T1, _T2, _T3, _T4, _T5, _T6, _T7, _T8, _T9 = (np.float32(c) for c in TAIL)
 _T_SLOPE, _T_TOP, _HALF_LOG2_E = np.float32(0.33), np.float32(12), np.float32(-0.5 * _LOG2_E)
 # a erfc(a / sqrt(2)) / 2 on [0, 4.5] in powers of a: at most 4.1e-5, far below a step of 256 up to the largest.

@@ -7,12 +7,13 @@ from numpy.typing import NDArray
 
 from . import feed_forward_dynamic as ff
 from .activation import ACTIVATIONS
-from .encoder_float32 import Stage, join, norm_kind, pack_norm, padded
+from .call import PreparedCall
+from .encoder_float32 import Stage, norm_kind, pack, pack_norm, padded
 from .layer_dynamic import quantize_weight
 from .linear_dynamic import join_depth
 from .matmul import pack_byte_panels, round_up
 from .records import blank, packed, place
-from .row_vectors import VIRTUAL_LANES
+from .simd import VIRTUAL_LANES
 
 
 class QuantizedLinear(NamedTuple):
@@ -111,30 +112,27 @@ def _rows_of(p, rows, groups4, columns):
 class Linear(Stage):
     """encoder_float32.Linear with a weight of bytes: float32, (int8 codes, float32 scale) or a QuantizedLinear."""
 
-    kernel = ff.linear_dynamic
-
     def __init__(self, weight, bias, *, activation=None, norm=None):
         weight = _quantized(weight)
         channels, inputs = _channels(weight), weight.codes.shape[1]
         deep = round_up(inputs, ff.DEPTH)
-        at, weights = join({
+        at, weights = pack(
             **_pack(weight, bias, channels, max(deep, 1), "w", "c", "s", "b", "v"),
-            "j": weight.columns.astype(np.int32), "low": weight.low.astype(np.int32),
-            "at_norm": pack_norm(norm, channels.outputs)})
-        super().__init__(weights)
-        self._parameters = blank(
+            j=weight.columns.astype(np.int32), low=weight.low.astype(np.int32),
+            at_norm=pack_norm(norm, channels.outputs))
+        super().__init__(blank(
             ff.LINEAR, width=inputs, out_width=channels.outputs, out_up=channels.up, columns=channels.columns,
             groups4=deep // 4, activation=ACTIVATIONS[activation], norm=norm_kind(norm), apart=len(weight.columns),
-            lows=len(weight.low), **at)
+            lows=len(weight.low), **at), weights)
 
-    def plan(self, rows):
+    def prepare(self, rows):
         """See Stage."""
-        p = SimpleNamespace(**vars(self._parameters))
-        p.rows = rows
+        p = SimpleNamespace(**vars(self._parameters) | {"rows": rows})
         size = _rows_of(p, min(rows, ff.BLOCK), p.groups4, p.columns)
         p.shared_size = size if rows <= ff.FEW_ROWS else 0
         p.at_row, p.private_size = place(size, 4 * p.groups4 + VIRTUAL_LANES)
-        return packed(p, ff.LINEAR), p.shared_size, p.private_size, 2 * rows * p.columns * (4 * p.groups4 + 8)
+        work = 2 * rows * p.columns * (4 * p.groups4 + 8)
+        return PreparedCall(ff.linear_dynamic, packed(p, ff.LINEAR), np.float32, p.shared_size, p.private_size, work)
 
 
 class FeedForward(Stage):
@@ -143,15 +141,13 @@ class FeedForward(Stage):
     Only `w2` may have second channels; the columns that are apart are the same in `w1` and in the gate.
     """
 
-    kernel = ff.feed_forward_dynamic
-
     def __init__(self, w1, b1, w2, b2, *, activation="gelu", gate=None, norm=None, norm_first=False):
         w1, w2 = _quantized(w1), _quantized(w2)
         gate_w, gate_b = (w1, None) if gate is None else (_quantized(gate[0]), gate[1])
         if len(w1.low) or len(gate_w.low):
-            raise ValueError("w1 and gate must have one byte a weight, got second channels: quantize them with split=None")
+            raise ValueError("w1 and gate must have one byte a weight, got second channels: quantize with split=None")
         if not np.array_equal(w1.columns, gate_w.columns):
-            raise ValueError(f"w1 and gate must have the same columns apart, got {w1.columns} and {gate_w.columns}")
+            raise ValueError(f"w1 and gate must have the same columns apart, got {w1.columns}, {gate_w.columns}")
         hidden, inputs = w1.codes.shape
         raised, lowered = _channels(w1, ff.DEPTH), _channels(w2)
         deep = round_up(inputs, ff.DEPTH)
@@ -160,21 +156,18 @@ class FeedForward(Stage):
         if gate is not None:
             parts |= _pack(gate_w, gate_b, raised, max(deep, 1), "gate_w", "gate_c", "gate_s", "gate_b", "gate_v")
         parts |= _pack(w2, b2, lowered, ff.GROUP, "w2", "c2", "s2", "b2", "v2")
-        at, weights = join({
-            **parts, "j1": w1.columns.astype(np.int32), "j2": w2.columns.astype(np.int32),
-            "low": w2.low.astype(np.int32), "at_first": pack_norm(first, inputs),
-            "at_last": pack_norm(last, lowered.outputs)})
-        super().__init__(weights)
-        self._parameters = blank(
+        at, weights = pack(
+            **parts, j1=w1.columns.astype(np.int32), j2=w2.columns.astype(np.int32), low=w2.low.astype(np.int32),
+            at_first=pack_norm(first, inputs), at_last=pack_norm(last, lowered.outputs))
+        super().__init__(blank(
             ff.FEED_FORWARD, width=inputs, hidden=hidden, out_width=lowered.outputs, hidden_up=raised.up,
             out_up=lowered.up, columns=lowered.columns, groups4=deep // 4, activation=ACTIVATIONS[activation],
             gated=gate is not None, norm_first=norm_kind(first), norm_last=norm_kind(last),
-            apart1=len(w1.columns), apart2=len(w2.columns), lows=len(w2.low), **at)
+            apart1=len(w1.columns), apart2=len(w2.columns), lows=len(w2.low), **at), weights)
 
-    def plan(self, rows):
+    def prepare(self, rows):
         """See Stage."""
-        p = SimpleNamespace(**vars(self._parameters))
-        p.rows = rows
+        p = SimpleNamespace(**vars(self._parameters) | {"rows": rows})
         some = min(rows, ff.BLOCK)
         groups = max(-(-p.hidden // ff.GROUP), 1) if rows <= ff.FEW_ROWS else 1
         p.codes_step, p.scales_step = (some * ff.GROUP // 4 * ff.WORDS, some) if groups > 1 else (0, 0)
@@ -188,4 +181,5 @@ class FeedForward(Stage):
         p.at_hidden, size = place(size, some * ff.GROUP)
         p.at_gate, p.private_size = place(size, some * ff.GROUP * p.gated)
         work = 2 * rows * p.hidden_up * ((2 if p.gated else 1) * 4 * p.groups4 + p.columns)
-        return packed(p, ff.FEED_FORWARD), p.shared_size, p.private_size, work
+        return PreparedCall(ff.feed_forward_dynamic, packed(p, ff.FEED_FORWARD), np.float32, p.shared_size,
+                            p.private_size, work)

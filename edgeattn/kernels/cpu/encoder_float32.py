@@ -1,23 +1,20 @@
-"""Packing and calling of what an encoder block has beside attention, in float32: linear layers, feed-forwards, norms."""
+"""Packing and calling of what a block has beside attention, in float32: linear layers, feed-forwards, norms."""
 from types import SimpleNamespace
 
 import numpy as np
 
-from edgeattn import threads
-from edgeattn.runtime.jit import compiled_for
+from edgeattn.runtime.addresses import address
 
 from . import feed_forward_float32 as ff
 from .activation import ACTIVATIONS
+from .call import PlanCache, PreparedCall
 from .matmul import pack_panels, round_up
-from .norm import ADDRESSES, AT_WEIGHT, LAYER_NORM, NO_NORM, NORM, RMS_NORM, add_norm
-from .records import blank, packed, slot
-from .row_vectors import VIRTUAL_LANES
-from .simd import WIDTH
+from .norm import AT_WEIGHT, LAYER_NORM, NO_NORM, NORM, RMS_NORM, add_norm
+from .packing import Packer
+from .records import blank, packed
+from .simd import VIRTUAL_LANES
 
 NORMS = {"layer": LAYER_NORM, "rms": RMS_NORM}
-_ROWS = slot(NORM, "rows"), slot(ff.LINEAR, "rows"), slot(ff.FEED_FORWARD, "rows")
-_MOST_PLANS = 64
-_entries = {}
 
 
 def padded(array, *shape):
@@ -42,53 +39,42 @@ def pack_norm(norm, width):
     return np.concatenate((padded(np.float32([eps]), AT_WEIGHT), padded(weight, up), padded(bias, up)))
 
 
-def join(parts):
-    """({name: position}, one aligned array) of arrays of 32-bit elements, each from a cache line on."""
-    at, size = {}, 0
-    for name, array in parts.items():
-        at[name] = size
-        size += round_up(array.size, 16)
-    joined = threads.aligned(size, np.float32)
-    joined[:] = 0
-    for name, array in parts.items():
-        joined[at[name]:at[name] + array.size] = array.ravel().view(np.float32)
-    return at, joined
-
-
-def address(array):
-    """Where an array begins; 0 for None."""
-    return 0 if array is None else array.__array_interface__["data"][0]
+def pack(**arrays):
+    """({name: position}, one aligned array) of arrays of float32, or of int32 by their bits."""
+    weights = Packer(np.float32)
+    for name, array in arrays.items():
+        weights.put(name, np.ascontiguousarray(array).view(np.float32))
+    return weights.at, weights.packed()
 
 
 class Stage:
-    """What the kernels have in common: parameters by the number of rows, addresses by the call."""
+    """What the kernels have in common: one that is planned by the number of rows, called with addresses.
 
-    kernel = None  # (parameters, addresses, scratch, task_queue, count)
+    Parameters
+    ----------
+    parameters : SimpleNamespace
+        Of the kernel, all but what depends on the number of rows.
+    weights : (n,) float32 array
+    """
 
-    def __init__(self, weights):
-        self._weights, self._plans = weights, {}
+    def __init__(self, parameters, weights):
+        self._parameters, self.weights = parameters, weights
+        self._address, self._plans = address(weights), PlanCache()
 
-    def plan(self, rows):
-        """(parameters, elements of scratch for all threads, for each, operations) for so many rows."""
+    def prepare(self, rows):
+        """The `PreparedCall` for so many rows, whose addresses are those of `norm.ADDRESSES`."""
         raise NotImplementedError
 
     def __call__(self, x, residual, out):
-        """out (..., width) from x and residual, or None: float32, C order; out may be either; returns out."""
-        rows = x.size // max(x.shape[-1], 1)
+        """out (..., outputs) from x (..., inputs) and residual (..., outputs) or None: float32, C order; returns out.
+
+        out may be x or residual.
+        """
         if not out.size:
             return out
-        plan = self._plans.get(rows)
-        if plan is None:
-            if len(self._plans) >= _MOST_PLANS:
-                self._plans.clear()
-            plan = self._plans[rows] = self.plan(rows)
-        parameters, shared, private, work = plan
-        addresses = np.array((address(x), address(residual), address(out), address(self._weights)), np.int64)
-        run = _entries.get(self.kernel)
-        if run is None:
-            run = _entries[self.kernel] = compiled_for(
-                self.kernel, (parameters, addresses, np.zeros(1, np.float32), np.zeros(1, np.int64), 1))
-        threads.run(run, (parameters, addresses), np.float32, shared, private, work)
+        rows = out.size // out.shape[-1]
+        call = self._plans.get(rows) or self._plans.keep(rows, self.prepare(rows))
+        call(address(x), address(residual), address(out), self._address)
         return out
 
 
@@ -101,17 +87,15 @@ class Norm(Stage):
         ("layer" or "rms", float32 weight, float32 bias or None, eps).
     """
 
-    kernel = add_norm
-
     def __init__(self, norm):
-        self._width, self._kind = len(norm[1]), norm_kind(norm)
-        super().__init__(join({"norm": pack_norm(norm, self._width)})[1])
+        width = len(norm[1])
+        row = round_up(width, VIRTUAL_LANES)
+        super().__init__(blank(NORM, width=width, norm=norm_kind(norm), private_size=row), pack_norm(norm, width))
 
-    def plan(self, rows):
+    def prepare(self, rows):
         """See Stage."""
-        row = round_up(self._width, VIRTUAL_LANES)
-        p = blank(NORM, rows=rows, width=self._width, norm=self._kind, row=row, private_size=row)
-        return packed(p, NORM), 0, row, 16 * rows * row
+        p = SimpleNamespace(**vars(self._parameters) | {"rows": rows})
+        return PreparedCall(add_norm, packed(p, NORM), np.float32, 0, p.private_size, 16 * rows * p.private_size)
 
 
 class Linear(Stage):
@@ -126,27 +110,26 @@ class Linear(Stage):
         ("layer" or "rms", float32 weight, float32 bias or None, eps).
     """
 
-    kernel = ff.linear_float32
-
     def __init__(self, weight, bias, *, activation=None, norm=None):
         outputs, inputs = weight.shape
         up = round_up(outputs, VIRTUAL_LANES)
-        at, weights = join({"w": pack_panels(padded(weight, up, inputs)), "b": padded(bias, up),
-                            "at_norm": pack_norm(norm, outputs)})
-        super().__init__(weights)
-        self._parameters = blank(ff.LINEAR, width=inputs, out_width=outputs, out_up=up,
-                                 activation=ACTIVATIONS[activation], norm=norm_kind(norm), **at)
+        at, weights = pack(w=pack_panels(padded(weight, up, inputs)), b=padded(bias, up),
+                           at_norm=pack_norm(norm, outputs))
+        super().__init__(blank(ff.LINEAR, width=inputs, out_width=outputs, out_up=up,
+                               activation=ACTIVATIONS[activation], norm=norm_kind(norm), **at), weights)
 
-    def plan(self, rows):
+    def prepare(self, rows):
         """See Stage."""
-        p = SimpleNamespace(**vars(self._parameters))
-        p.rows = rows
+        p = SimpleNamespace(**vars(self._parameters) | {"rows": rows})
         size = p.private_size = min(rows, ff.BLOCK) * p.out_up
-        return packed(p, ff.LINEAR), 0, size, 2 * rows * p.out_up * (p.width + 8)
+        work = 2 * rows * p.out_up * (p.width + 8)
+        return PreparedCall(ff.linear_float32, packed(p, ff.LINEAR), np.float32, 0, size, work)
 
 
 class FeedForward(Stage):
-    """out = norm(w2 h + b2 + residual), h = activation(w1 x + b1); with norm_first out = w2 h + b2 + residual, h of norm(x)
+    """out = norm(w2 h + b2 + residual), h = activation(w1 x + b1)
+
+    With norm_first out = w2 h + b2 + residual, and h is made of norm(x).
 
     Parameters
     ----------
@@ -160,8 +143,6 @@ class FeedForward(Stage):
     norm_first : bool
     """
 
-    kernel = ff.feed_forward_float32
-
     def __init__(self, w1, b1, w2, b2, *, activation="gelu", gate=None, norm=None, norm_first=False):
         hidden, inputs = w1.shape
         outputs = len(w2)
@@ -169,22 +150,20 @@ class FeedForward(Stage):
         gate_w, gate_b = (None, None) if gate is None else gate
         none = np.zeros(0, np.float32)
         first, last = (norm, None) if norm_first else (None, norm)
-        at, weights = join({
-            "w1": pack_panels(padded(w1, up, inputs)), "b1": padded(b1, up),
-            "gate_w": none if gate is None else pack_panels(padded(gate_w, up, inputs)),
-            "gate_b": none if gate is None else padded(gate_b, up),
-            "w2": pack_panels(padded(w2, out_up, hidden)), "b2": padded(b2, out_up),
-            "at_first": pack_norm(first, inputs), "at_last": pack_norm(last, outputs)})
-        super().__init__(weights)
-        self._parameters = blank(
+        at, weights = pack(
+            w1=pack_panels(padded(w1, up, inputs)), b1=padded(b1, up),
+            gate_w=none if gate is None else pack_panels(padded(gate_w, up, inputs)),
+            gate_b=none if gate is None else padded(gate_b, up),
+            w2=pack_panels(padded(w2, out_up, hidden)), b2=padded(b2, out_up),
+            at_first=pack_norm(first, inputs), at_last=pack_norm(last, outputs))
+        super().__init__(blank(
             ff.FEED_FORWARD, width=inputs, hidden=hidden, out_width=outputs, width_up=round_up(inputs, VIRTUAL_LANES),
             hidden_up=up, out_up=out_up, activation=ACTIVATIONS[activation], gated=gate is not None,
-            norm_first=norm_kind(first), norm_last=norm_kind(last), **at)
+            norm_first=norm_kind(first), norm_last=norm_kind(last), **at), weights)
 
-    def plan(self, rows):
+    def prepare(self, rows):
         """See Stage."""
-        p = SimpleNamespace(**vars(self._parameters))
-        p.rows = rows
+        p = SimpleNamespace(**vars(self._parameters) | {"rows": rows})
         few, some = rows if rows <= ff.FEW_ROWS else 0, min(rows, ff.BLOCK)
         normed, gated = p.norm_first != NO_NORM, p.gated
         p.at_rows = 0
@@ -197,4 +176,5 @@ class FeedForward(Stage):
         p.own_gate = p.own_sums + some * p.out_up
         p.private_size = p.own_gate + some * ff.HIDDEN * gated
         work = 2 * rows * p.hidden_up * ((2 if gated else 1) * p.width + p.out_up)
-        return packed(p, ff.FEED_FORWARD), p.shared_size, p.private_size, work
+        return PreparedCall(ff.feed_forward_float32, packed(p, ff.FEED_FORWARD), np.float32, p.shared_size,
+                            p.private_size, work)

@@ -23,24 +23,17 @@ from edgeattn.runtime.worker_pool import parallel_for
 from .activation import activate_rows, multiply_rows
 from .dynamic import inverse_of, join_row, largest_of_row, scale_of
 from .feed_forward_float32 import parts_of_rows, share_of
-from .linear_dynamic import FLIP
+from .int8_operands import FLIP
 from .matmul import multiply, round_up
 from .norm import ADDRESSES, NO_NORM, finish_row, normalize_row, read_row
 from .records import named, record
-from .row_vectors import (
-    AS_WORDS,
-    VIRTUAL_LANES,
-    outer_product_of_words,
-    tile_accumulate,
-    tile_of_products,
-    tile_scale,
-    wide_splat,
-)
 from .simd import (
+    AS_WORDS,
     COLUMNS,
     LANES,
     OFFSET,
     ROWS,
+    VIRTUAL_LANES,
     WIDTH,
     address_of,
     bits_of,
@@ -51,13 +44,18 @@ from .simd import (
     load,
     max_lanes,
     maximum,
+    outer_product_of_words,
     pointer_to,
     round_to_int,
     select,
     shift_right_logical,
     splat,
     store,
+    tile_accumulate,
+    tile_of_products,
+    tile_scale,
     tile_store,
+    wide_splat,
 )
 
 GROUP = 256  # hidden features that share a scale
@@ -78,7 +76,6 @@ FEED_FORWARD = record(
     _ROWS_OF, "at_codes at_code_scale at_code_minus at_hidden_apart codes_step scales_step",
     "at_row at_hidden at_gate shared_size private_size")
 WORDS = 2 if AS_WORDS else 1  # elements that four bytes of a row take in scratch
-_WHOLE, _QUANTIZE, _RAISE, _LOWER, _FINISH = range(5)  # phases: all of some rows, or one after another
 _ZERO = np.float32(0)
 _SIGN = np.int32(-2147483648)
 _EVEN_BYTES, _EIGHT = np.int32(0x00FF00FF), np.int32(8)
@@ -98,9 +95,8 @@ class Memory(NamedTuple):
 
 @inline
 def memory_of(scratch, weights):
-    """Memory from the scratch and the address of the weights."""
-    at = address_of(scratch)
-    return Memory(pointer_to(at, np.float32), pointer_to(at, np.int32), pointer_to(at, np.uint32),
+    """Memory from the addresses of the scratch and of the weights."""
+    return Memory(pointer_to(scratch, np.float32), pointer_to(scratch, np.int32), pointer_to(scratch, np.uint32),
                   pointer_to(weights, np.int32), pointer_to(weights, np.float32))
 
 
@@ -163,15 +159,16 @@ def quantize_range(m, at, width, out, at_scale, at_minus):
 
 
 @task
-def quantize_input(m, p, x, row, base, r, own, norm, at_norm, j, apart):
+def quantize_input(m, p, a, row, base, r, own, norm, at_norm, j, apart):
     """Row `row` of x, or its norm, as row r of the bytes at base; own: room for a row."""
     at = own + p.at_row
-    read_row(x, row * p.width, p.width, m.f, at)
+    read_row(pointer_to(a.x, np.float32), row * p.width, p.width, m.f, at)
     store(m.f, at + round_up(p.width, VIRTUAL_LANES), wide_splat(_ZERO))
     if norm != NO_NORM:
         normalize_row(m.f, at, p.width, norm, m.factors, at_norm)
     take_apart(m, at, j, 0, p.width, apart, base + p.at_apart + r * COLUMNS_APART)
-    quantize_row(m, at, p.groups4, base + p.at_bytes + r * p.groups4 * WORDS, base + p.at_scale + r, base + p.at_minus + r)
+    quantize_row(m, at, p.groups4, base + p.at_bytes + r * p.groups4 * WORDS, base + p.at_scale + r,
+                 base + p.at_minus + r)
 
 
 # --- products ----------------------------------------------------------------------------------------------------
@@ -252,54 +249,60 @@ def multiply_linear(m, p, base, rows, f, features):
 
 
 @inline
-def finish_linear(m, p, base, first, rows, residual, out):
-    """All that follows the sums of the rows at base, of which `first` is the first."""
+def finish_linear(m, p, a, base, row, rows):
+    """All that follows the sums of the rows at base, of which `row` is the first."""
     at = base + p.at_sums
     scale_rows(m, at, p.columns, rows, p.columns, p.s, p.b, p.v, p.columns, p.apart, base + p.at_apart)
     for r in range(rows):
         add_second(m, at + r * p.columns, p.out_up, p.low, p.lows)
     activate_rows(p.activation, True, m.f, at, p.columns, rows, p.out_up)
     for r in range(rows):
-        finish_row(m.f, at + r * p.columns, p.out_width, residual, first + r, p.norm, m.factors, p.at_norm, out)
+        finish_row(m.f, at + r * p.columns, p.out_width, a.residual, row + r, p.norm, m.factors, p.at_norm, a.out)
 
 
 @task
-def linear_part(parameters, addresses, scratch, phase, portion, parts, worker, part):
-    """One of `parts` parts of a phase: of `portion` rows each where all of a row is done at once."""
-    p, a = named(parameters, LINEAR), named(addresses, ADDRESSES)
-    m, x = memory_of(scratch, a.weights), pointer_to(a.x, np.float32)
-    own = p.shared_size + worker * p.private_size
-    if phase == _WHOLE:
-        end = min((part + 1) * portion, p.rows)
-        for first in range(part * portion, end, BLOCK):
-            rows = min(BLOCK, end - first)
-            for r in range(rows):
-                quantize_input(m, p, x, first + r, own, r, own, NO_NORM, 0, p.j, p.apart)
-            multiply_linear(m, p, own, rows, 0, p.columns)
-            finish_linear(m, p, own, first, rows, a.residual, a.out)
-    elif phase == _QUANTIZE:
-        for r in range(part, p.rows, parts):
-            quantize_input(m, p, x, r, 0, r, own, NO_NORM, 0, p.j, p.apart)
-    else:
-        begin, end = share_of(p.columns, WIDTH, parts, part)
-        multiply_linear(m, p, 0, p.rows, begin, end - begin)
+def linear_of_rows(p, a, scratch, portion, worker, part):
+    """All of a portion of the rows."""
+    m, own = memory_of(scratch, a.weights), p.shared_size + worker * p.private_size
+    end = min((part + 1) * portion, p.rows)
+    for row in range(part * portion, end, BLOCK):
+        rows = min(BLOCK, end - row)
+        for r in range(rows):
+            quantize_input(m, p, a, row + r, own, r, own, NO_NORM, 0, p.j, p.apart)
+        multiply_linear(m, p, own, rows, 0, p.columns)
+        finish_linear(m, p, a, own, row, rows)
+
+
+@task
+def quantize_linear_input(p, a, scratch, parts, worker, part):
+    """Some rows to bytes, where few rows are all done together."""
+    m, own = memory_of(scratch, a.weights), p.shared_size + worker * p.private_size
+    for r in range(part, p.rows, parts):
+        quantize_input(m, p, a, r, 0, r, own, NO_NORM, 0, p.j, p.apart)
+
+
+@task
+def multiply_channels(p, a, scratch, parts, worker, part):
+    """The sums of all rows for some channels."""
+    begin, end = share_of(p.columns, WIDTH, parts, part)
+    multiply_linear(memory_of(scratch, a.weights), p, 0, p.rows, begin, end - begin)
 
 
 @jit
 def linear_dynamic(parameters, addresses, scratch, task_queue, count):
     """A linear layer and what follows it, see above, on at most `count` threads that serve the task_queue.
 
-    parameters LINEAR, addresses ADDRESSES, both int64; scratch: 32-bit elements, `shared_size` for all threads and
-    then `private_size` for each.
+    parameters LINEAR, addresses ADDRESSES; scratch: 32-bit elements, `shared_size` for all threads and then
+    `private_size` for each.
     """
-    p, a = named(parameters, LINEAR), named(addresses, ADDRESSES)
+    p, a, s = named(parameters, LINEAR), named(addresses, ADDRESSES), address_of(scratch)
     if count > 1 and p.rows <= FEW_ROWS:
-        parallel_for(task_queue, count, linear_part, parameters, addresses, scratch, _QUANTIZE, 0, count)
-        parallel_for(task_queue, count, linear_part, parameters, addresses, scratch, _LOWER, 0, count)
-        finish_linear(memory_of(scratch, a.weights), p, 0, 0, p.rows, a.residual, a.out)
+        parallel_for(task_queue, count, quantize_linear_input, p, a, s, count)
+        parallel_for(task_queue, count, multiply_channels, p, a, s, count)
+        finish_linear(memory_of(s, a.weights), p, a, 0, 0, p.rows)
     else:
         portion, parts = parts_of_rows(p.rows, BLOCK, count)
-        parallel_for(task_queue, parts, linear_part, parameters, addresses, scratch, _WHOLE, portion, parts)
+        parallel_for(task_queue, parts, linear_of_rows, p, a, s, portion)
 
 
 # --- feed-forward ------------------------------------------------------------------------------------------------
@@ -325,8 +328,8 @@ def raise_rows(m, p, base, own, rows, g):
     codes, scales = base + p.at_codes + number * p.codes_step, number * p.scales_step
     for r in range(rows):
         take_apart(m, at + r * GROUP, p.j2, g, features, p.apart2, base + p.at_hidden_apart + r * COLUMNS_APART)
-        quantize_range(m, at + r * GROUP, features, codes + r * (features // 4) * WORDS, base + p.at_code_scale + scales + r,
-                       base + p.at_code_minus + scales + r)
+        quantize_range(m, at + r * GROUP, features, codes + r * (features // 4) * WORDS,
+                       base + p.at_code_scale + scales + r, base + p.at_code_minus + scales + r)
 
 
 @inline
@@ -340,58 +343,76 @@ def lower_rows(m, p, base, rows, g, n, features):
 
 
 @inline
-def finish_rows(m, p, base, r0, first, rows, residual, out):
-    """All that follows the sums of the rows at base, from r0 on, which are those from `first` on."""
+def finish_rows(m, p, a, base, r0, row, rows):
+    """All that follows the sums of the rows at base, from r0 on, which are those from `row` on."""
     at = base + p.at_sums + r0 * p.columns
     scale_rows(m, at, p.columns, rows, p.columns, p.s2, p.b2, p.v2, p.columns, p.apart2,
                base + p.at_hidden_apart + r0 * COLUMNS_APART)
     for r in range(rows):
         add_second(m, at + r * p.columns, p.out_up, p.low, p.lows)
-        finish_row(m.f, at + r * p.columns, p.out_width, residual, first + r, p.norm_last, m.factors, p.at_last, out)
+        finish_row(m.f, at + r * p.columns, p.out_width, a.residual, row + r, p.norm_last, m.factors, p.at_last, a.out)
 
 
 @task
-def feed_forward_part(parameters, addresses, scratch, phase, portion, parts, worker, part):
-    """One of `parts` parts of a phase: of `portion` rows each where all of a row is done at once."""
-    p, a = named(parameters, FEED_FORWARD), named(addresses, ADDRESSES)
-    m, x = memory_of(scratch, a.weights), pointer_to(a.x, np.float32)
-    own = p.shared_size + worker * p.private_size
-    if phase == _WHOLE:
-        end = min((part + 1) * portion, p.rows)
-        for first in range(part * portion, end, BLOCK):
-            rows = min(BLOCK, end - first)
-            for r in range(rows):
-                quantize_input(m, p, x, first + r, own, r, own, p.norm_first, p.at_first, p.j1, p.apart1)
-            for g in range(0, p.hidden, GROUP):
-                raise_rows(m, p, own, own, rows, g)
-                lower_rows(m, p, own, rows, g, 0, p.columns)
-            finish_rows(m, p, own, 0, first, rows, a.residual, a.out)
-    elif phase == _QUANTIZE:
-        for r in range(part, p.rows, parts):
-            quantize_input(m, p, x, r, 0, r, own, p.norm_first, p.at_first, p.j1, p.apart1)
-    elif phase == _RAISE:
-        for g in range(part * GROUP, p.hidden, parts * GROUP):
-            raise_rows(m, p, 0, own, p.rows, g)
-    elif phase == _LOWER:
-        begin, end = share_of(p.columns, WIDTH, parts, part)
+def feed_rows_forward(p, a, scratch, portion, worker, part):
+    """All of a portion of the rows."""
+    m, own = memory_of(scratch, a.weights), p.shared_size + worker * p.private_size
+    end = min((part + 1) * portion, p.rows)
+    for row in range(part * portion, end, BLOCK):
+        rows = min(BLOCK, end - row)
+        for r in range(rows):
+            quantize_input(m, p, a, row + r, own, r, own, p.norm_first, p.at_first, p.j1, p.apart1)
         for g in range(0, p.hidden, GROUP):
-            lower_rows(m, p, 0, p.rows, g, begin, end - begin)
-    else:
-        begin, end = share_of(p.rows, 1, parts, part)
-        finish_rows(m, p, 0, begin, begin, end - begin, a.residual, a.out)
+            raise_rows(m, p, own, own, rows, g)
+            lower_rows(m, p, own, rows, g, 0, p.columns)
+        finish_rows(m, p, a, own, 0, row, rows)
+
+
+@task
+def quantize_some(p, a, scratch, parts, worker, part):
+    """Some rows to bytes, where few rows are all done together."""
+    m, own = memory_of(scratch, a.weights), p.shared_size + worker * p.private_size
+    for r in range(part, p.rows, parts):
+        quantize_input(m, p, a, r, 0, r, own, p.norm_first, p.at_first, p.j1, p.apart1)
+
+
+@task
+def raise_some(p, a, scratch, parts, worker, part):
+    """Some groups of hidden features of all rows."""
+    m, own = memory_of(scratch, a.weights), p.shared_size + worker * p.private_size
+    for g in range(part * GROUP, p.hidden, parts * GROUP):
+        raise_rows(m, p, 0, own, p.rows, g)
+
+
+@task
+def lower_some(p, a, scratch, parts, worker, part):
+    """The sums of all rows for some channels."""
+    m = memory_of(scratch, a.weights)
+    begin, end = share_of(p.columns, WIDTH, parts, part)
+    for g in range(0, p.hidden, GROUP):
+        lower_rows(m, p, 0, p.rows, g, begin, end - begin)
+
+
+@task
+def finish_some(p, a, scratch, parts, worker, part):
+    """All that follows the sums of some rows."""
+    begin, end = share_of(p.rows, 1, parts, part)
+    finish_rows(memory_of(scratch, a.weights), p, a, 0, begin, begin, end - begin)
 
 
 @jit
 def feed_forward_dynamic(parameters, addresses, scratch, task_queue, count):
     """A feed-forward and what is around it, see above, on at most `count` threads that serve the task_queue.
 
-    parameters FEED_FORWARD, addresses ADDRESSES, both int64; scratch: 32-bit elements, `shared_size` for all threads
-    and then `private_size` for each.
+    parameters FEED_FORWARD, addresses ADDRESSES; scratch: 32-bit elements, `shared_size` for all threads and then
+    `private_size` for each.
     """
-    p = named(parameters, FEED_FORWARD)
+    p, a, s = named(parameters, FEED_FORWARD), named(addresses, ADDRESSES), address_of(scratch)
     if count > 1 and p.rows <= FEW_ROWS:
-        for phase in range(_QUANTIZE, _FINISH + 1):
-            parallel_for(task_queue, count, feed_forward_part, parameters, addresses, scratch, phase, 0, count)
+        parallel_for(task_queue, count, quantize_some, p, a, s, count)
+        parallel_for(task_queue, count, raise_some, p, a, s, count)
+        parallel_for(task_queue, count, lower_some, p, a, s, count)
+        parallel_for(task_queue, count, finish_some, p, a, s, count)
     else:
         portion, parts = parts_of_rows(p.rows, BLOCK, count)
-        parallel_for(task_queue, parts, feed_forward_part, parameters, addresses, scratch, _WHOLE, portion, parts)
+        parallel_for(task_queue, parts, feed_rows_forward, p, a, s, portion)

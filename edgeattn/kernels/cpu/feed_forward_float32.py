@@ -27,11 +27,10 @@ BLOCK = 64  # rows that pass a feed-forward together
 FEW_ROWS = 24  # up to so many rows, threads share the features; then the rows
 # Positions are in elements of 32 bits: of weights, biases and norms in the weights, others in the scratch; `hidden_up`
 # and `out_up` are whole numbers of vectors of 32 lanes.
-LINEAR = record("rows width out_width out_up activation norm w b at_norm at_sums private_size")
+LINEAR = record("rows width out_width out_up activation norm w b at_norm private_size")
 FEED_FORWARD = record("rows width hidden out_width width_up hidden_up out_up activation gated norm_first norm_last",
                       "w1 b1 gate_w gate_b w2 b2 at_first at_last",
                       "at_rows at_hidden at_sums shared_size own_rows own_hidden own_sums own_gate private_size")
-_WHOLE, _NORM, _RAISE, _LOWER, _FINISH = range(5)  # phases: all of some rows, or one after another, features shared
 
 
 @inline
@@ -94,53 +93,61 @@ def parts_of_rows(rows, block, count):
 
 # --- linear ------------------------------------------------------------------------------------------------------
 
-@task
-def linear_part(parameters, addresses, scratch, begin, end, portion, by_rows, worker, part):
-    """A portion of the rows begin .. end, or of their features, whose sums are then at the start of the scratch."""
-    p, a = named(parameters, LINEAR), named(addresses, ADDRESSES)
-    x, w, s = pointer_to(a.x, np.float32), pointer_to(a.weights, np.float32), pointer_to(address_of(scratch), np.float32)
-    E = p.width
-    if not by_rows:
-        f = part * portion
-        features = min(portion, p.out_up - f)
-        product_rows(False, x, begin * E, E, end - begin, E, w, p.w + f * E, E * WIDTH, features, s, f, p.out_up)
-        return
-    own = worker * p.private_size
-    for row in range(begin + part * portion, min(begin + (part + 1) * portion, end), BLOCK):
-        rows = min(BLOCK, min(begin + (part + 1) * portion, end) - row)
-        product_rows(False, x, row * E, E, rows, E, w, p.w, E * WIDTH, p.out_up, s, own, p.out_up)
-        finish_linear(p, w, s, own, row, rows, a.residual, a.out)
-
-
 @inline
-def finish_linear(p, w, s, at, row, rows, residual, out):
+def finish_linear(p, a, s, at, row, rows):
     """Bias, activation, residual and norm of the sums of some rows, the first of which is `row`."""
+    w = pointer_to(a.weights, np.float32)
     add_to_rows(w, p.b, s, at, p.out_up, rows, p.out_up)
     activate_rows(p.activation, False, s, at, p.out_up, rows, p.out_up)
     for r in range(rows):
-        finish_row(s, at + r * p.out_up, p.out_width, residual, row + r, p.norm, w, p.at_norm, out)
+        finish_row(s, at + r * p.out_up, p.out_width, a.residual, row + r, p.norm, w, p.at_norm, a.out)
+
+
+@task
+def linear_of_rows(p, a, scratch, portion, worker, part):
+    """All of a portion of the rows."""
+    x, w, s = pointer_to(a.x, np.float32), pointer_to(a.weights, np.float32), pointer_to(scratch, np.float32)
+    E, at, end = p.width, worker * p.private_size, min((part + 1) * portion, p.rows)
+    for row in range(part * portion, end, BLOCK):
+        rows = min(BLOCK, end - row)
+        product_rows(False, x, row * E, E, rows, E, w, p.w, E * WIDTH, p.out_up, s, at, p.out_up)
+        finish_linear(p, a, s, at, row, rows)
+
+
+@task
+def multiply_features(p, a, scratch, portion, worker, part):
+    """The sums of all rows for a portion of the features, at the start of the scratch."""
+    x, w, s = pointer_to(a.x, np.float32), pointer_to(a.weights, np.float32), pointer_to(scratch, np.float32)
+    E, f = p.width, part * portion
+    product_rows(False, x, 0, E, p.rows, E, w, p.w + f * E, E * WIDTH, min(portion, p.out_up - f), s, f, p.out_up)
 
 
 @jit
 def linear_float32(parameters, addresses, scratch, task_queue, count):
     """A linear layer and what follows it, see above, on at most `count` threads that serve the task_queue.
 
-    parameters LINEAR, addresses ADDRESSES, both int64; scratch: 32-bit elements, `private_size` for each thread, and
-    as many at least as FEW_ROWS rows of sums.
+    parameters LINEAR, addresses ADDRESSES; scratch: 32-bit elements, `private_size` for each thread.
     """
-    p, a = named(parameters, LINEAR), named(addresses, ADDRESSES)
+    p, a, s = named(parameters, LINEAR), named(addresses, ADDRESSES), address_of(scratch)
     if count > 1 and p.rows <= FEW_ROWS:
         portion = round_up((p.out_up + count - 1) // count, WIDTH)
-        parts = (p.out_up + portion - 1) // portion
-        parallel_for(task_queue, parts, linear_part, parameters, addresses, scratch, 0, p.rows, portion, False)
-        w, s = pointer_to(a.weights, np.float32), pointer_to(address_of(scratch), np.float32)
-        finish_linear(p, w, s, 0, 0, p.rows, a.residual, a.out)
+        parallel_for(task_queue, (p.out_up + portion - 1) // portion, multiply_features, p, a, s, portion)
+        finish_linear(p, a, pointer_to(s, np.float32), 0, 0, p.rows)
     else:
         portion, parts = parts_of_rows(p.rows, BLOCK, count)
-        parallel_for(task_queue, parts, linear_part, parameters, addresses, scratch, 0, p.rows, portion, True)
+        parallel_for(task_queue, parts, linear_of_rows, p, a, s, portion)
 
 
 # --- feed-forward ------------------------------------------------------------------------------------------------
+
+@inline
+def norm_rows(p, a, row, rows, s, at):
+    """Rows of x, the first of which is `row`, in scratch, and their norm."""
+    x, w = pointer_to(a.x, np.float32), pointer_to(a.weights, np.float32)
+    for r in range(rows):
+        read_row(x, (row + r) * p.width, p.width, s, at + r * p.width_up)
+        normalize_row(s, at + r * p.width_up, p.width, p.norm_first, w, p.at_first)
+
 
 @inline
 def raise_rows(p, x, at_x, x_row, rows, w, s, at_hidden, hidden_row, at_gate, g, features):
@@ -166,72 +173,83 @@ def lower_rows(p, rows, w, s, at_hidden, hidden_row, g, at_sums, n, features):
 
 
 @inline
-def finish_rows(p, w, s, at_sums, first, rows, residual, out):
-    """Bias, residual and norm of the sums of some rows, the first of which is `first`."""
+def finish_rows(p, a, s, at_sums, row, rows):
+    """Bias, residual and norm of the sums of some rows, the first of which is `row`."""
+    w = pointer_to(a.weights, np.float32)
     add_to_rows(w, p.b2, s, at_sums, p.out_up, rows, p.out_up)
     for r in range(rows):
-        finish_row(s, at_sums + r * p.out_up, p.out_width, residual, first + r, p.norm_last, w, p.at_last, out)
-
-
-@inline
-def norm_rows(p, x, at_x, rows, w, s, at):
-    """Rows of x in scratch, their norm."""
-    for r in range(rows):
-        read_row(x, at_x + r * p.width, p.width, s, at + r * p.width_up)
-        normalize_row(s, at + r * p.width_up, p.width, p.norm_first, w, p.at_first)
+        finish_row(s, at_sums + r * p.out_up, p.out_width, a.residual, row + r, p.norm_last, w, p.at_last, a.out)
 
 
 @task
-def feed_forward_part(parameters, addresses, scratch, phase, portion, parts, worker, part):
-    """One of `parts` parts of a phase: of `portion` rows each where all of a row is done at once."""
-    p, a = named(parameters, FEED_FORWARD), named(addresses, ADDRESSES)
-    x, w, s = pointer_to(a.x, np.float32), pointer_to(a.weights, np.float32), pointer_to(address_of(scratch), np.float32)
-    own, normed = p.shared_size + worker * p.private_size, p.norm_first != NO_NORM
-    if phase == _WHOLE:
-        end = min((part + 1) * portion, p.rows)
-        at_hidden, at_sums = own + p.own_hidden, own + p.own_sums
-        for first in range(part * portion, end, BLOCK):
-            rows = min(BLOCK, end - first)
-            y, at_y, y_row = x, first * p.width, p.width
-            if normed:
-                norm_rows(p, x, at_y, rows, w, s, own + p.own_rows)
-                y, at_y, y_row = s, own + p.own_rows, p.width_up
-            for g in range(0, p.hidden, HIDDEN):
-                raise_rows(p, y, at_y, y_row, rows, w, s, at_hidden, HIDDEN, own + p.own_gate, g,
-                           min(HIDDEN, p.hidden_up - g))
-                lower_rows(p, rows, w, s, at_hidden, HIDDEN, g, at_sums, 0, p.out_up)
-            finish_rows(p, w, s, at_sums, first, rows, a.residual, a.out)
-    elif phase == _NORM:
-        begin, end = share_of(p.rows, 1, parts, part)
-        norm_rows(p, x, begin * p.width, end - begin, w, s, p.at_rows + begin * p.width_up)
-    elif phase == _RAISE:
-        y, at_y, y_row = x, 0, p.width
-        if normed:
-            y, at_y, y_row = s, p.at_rows, p.width_up
-        begin, end = share_of(p.hidden_up, WIDTH, parts, part)
-        for g in range(begin, end, HIDDEN):
-            raise_rows(p, y, at_y, y_row, p.rows, w, s, p.at_hidden + g, p.hidden_up, own + p.own_gate, g,
-                       min(HIDDEN, end - g))
-    elif phase == _LOWER:
-        begin, end = share_of(p.out_up, WIDTH, parts, part)
+def feed_rows_forward(p, a, scratch, portion, worker, part):
+    """All of a portion of the rows."""
+    x, w, s = pointer_to(a.x, np.float32), pointer_to(a.weights, np.float32), pointer_to(scratch, np.float32)
+    own = p.shared_size + worker * p.private_size
+    at_hidden, at_sums, end = own + p.own_hidden, own + p.own_sums, min((part + 1) * portion, p.rows)
+    for row in range(part * portion, end, BLOCK):
+        rows = min(BLOCK, end - row)
+        y, at_y, y_row = x, row * p.width, p.width
+        if p.norm_first != NO_NORM:
+            norm_rows(p, a, row, rows, s, own + p.own_rows)
+            y, at_y, y_row = s, own + p.own_rows, p.width_up
         for g in range(0, p.hidden, HIDDEN):
-            lower_rows(p, p.rows, w, s, p.at_hidden + g, p.hidden_up, g, p.at_sums, begin, end - begin)
-    else:
-        begin, end = share_of(p.rows, 1, parts, part)
-        finish_rows(p, w, s, p.at_sums + begin * p.out_up, begin, end - begin, a.residual, a.out)
+            raise_rows(p, y, at_y, y_row, rows, w, s, at_hidden, HIDDEN, own + p.own_gate, g,
+                       min(HIDDEN, p.hidden_up - g))
+            lower_rows(p, rows, w, s, at_hidden, HIDDEN, g, at_sums, 0, p.out_up)
+        finish_rows(p, a, s, at_sums, row, rows)
+
+
+@task
+def norm_some(p, a, scratch, parts, worker, part):
+    """The norm of some rows, where few rows are all done together."""
+    begin, end = share_of(p.rows, 1, parts, part)
+    norm_rows(p, a, begin, end - begin, pointer_to(scratch, np.float32), p.at_rows + begin * p.width_up)
+
+
+@task
+def raise_some(p, a, scratch, parts, worker, part):
+    """Some hidden features of all rows."""
+    w, s = pointer_to(a.weights, np.float32), pointer_to(scratch, np.float32)
+    y, at_y, y_row = pointer_to(a.x, np.float32), 0, p.width
+    if p.norm_first != NO_NORM:
+        y, at_y, y_row = s, p.at_rows, p.width_up
+    begin, end = share_of(p.hidden_up, WIDTH, parts, part)
+    for g in range(begin, end, HIDDEN):
+        raise_rows(p, y, at_y, y_row, p.rows, w, s, p.at_hidden + g, p.hidden_up,
+                   p.shared_size + worker * p.private_size + p.own_gate, g, min(HIDDEN, end - g))
+
+
+@task
+def lower_some(p, a, scratch, parts, worker, part):
+    """The sums of all rows for some output features."""
+    w, s = pointer_to(a.weights, np.float32), pointer_to(scratch, np.float32)
+    begin, end = share_of(p.out_up, WIDTH, parts, part)
+    for g in range(0, p.hidden, HIDDEN):
+        lower_rows(p, p.rows, w, s, p.at_hidden + g, p.hidden_up, g, p.at_sums, begin, end - begin)
+
+
+@task
+def finish_some(p, a, scratch, parts, worker, part):
+    """All that follows the sums of some rows."""
+    begin, end = share_of(p.rows, 1, parts, part)
+    finish_rows(p, a, pointer_to(scratch, np.float32), p.at_sums + begin * p.out_up, begin, end - begin)
 
 
 @jit
 def feed_forward_float32(parameters, addresses, scratch, task_queue, count):
     """A feed-forward and what is around it, see above, on at most `count` threads that serve the task_queue.
 
-    parameters FEED_FORWARD, addresses ADDRESSES, both int64; scratch: 32-bit elements, `shared_size` for all threads
-    and then `private_size` for each.
+    parameters FEED_FORWARD, addresses ADDRESSES; scratch: 32-bit elements, `shared_size` for all threads and then
+    `private_size` for each.
     """
-    p = named(parameters, FEED_FORWARD)
+    p, a, s = named(parameters, FEED_FORWARD), named(addresses, ADDRESSES), address_of(scratch)
     if count > 1 and p.rows <= FEW_ROWS:
-        for phase in range(_NORM if p.norm_first != NO_NORM else _RAISE, _FINISH + 1):
-            parallel_for(task_queue, count, feed_forward_part, parameters, addresses, scratch, phase, 0, count)
+        if p.norm_first != NO_NORM:
+            parallel_for(task_queue, count, norm_some, p, a, s, count)
+        parallel_for(task_queue, count, raise_some, p, a, s, count)
+        parallel_for(task_queue, count, lower_some, p, a, s, count)
+        parallel_for(task_queue, count, finish_some, p, a, s, count)
     else:
         portion, parts = parts_of_rows(p.rows, BLOCK, count)
-        parallel_for(task_queue, parts, feed_forward_part, parameters, addresses, scratch, _WHOLE, portion, parts)
+        parallel_for(task_queue, parts, feed_rows_forward, p, a, s, portion)

@@ -16,15 +16,6 @@ from .simd import LANES, ROWS, WIDTH
 
 GROUP = 1 << 17  # elements of keys and values in scratch at a time, where a head does not need more: 512 KiB
 _LOG2_E = 1.4426950408889634
-_NO_KEEP = np.zeros(0, np.uint8)
-_NO_BIAS = np.zeros(0, np.float32)
-
-
-def with_alibi(parameters, position, alibi):
-    """A copy of parameters, which other calls share, that says at `position` where `alibi` lies."""
-    parameters = parameters.copy()
-    parameters[position] = alibi.ctypes.data
-    return parameters
 
 
 def shape_of(mask):
@@ -69,13 +60,6 @@ def plan(p, B, L, S, masked):
     p.at_masks, private = place(private, S * WIDTH if masked else 0)
     p.shared_size, p.private_size = shared, private
     return shared, private
-
-
-def _flat(xq, xk, xv):
-    """The inputs in one dimension; mostly they are one array."""
-    q = xq.reshape(-1)
-    k = q if xk is xq else xk.reshape(-1)
-    return q, k, k if xv is xk else xv.reshape(-1)
 
 
 class FloatLayer:

@@ -3,7 +3,7 @@
     layer norm  (y - mean(y)) / sqrt(mean((y - mean(y))**2) + eps) * weight + bias
     RMS norm    y / sqrt(mean(y**2) + eps) * weight
 
-Means are sums over the 32 lanes of `row_vectors`, divided by the number of features.
+Means are sums over the 32 lanes of `simd.wide`, divided by the number of features.
 """
 import numpy as np
 
@@ -13,8 +13,12 @@ from edgeattn.runtime.worker_pool import parallel_for
 from .fused import portions
 from .matmul import round_up
 from .records import named, record
-from .row_vectors import (
+from .simd import (
     VIRTUAL_LANES,
+    address_of,
+    fma,
+    pointer_to,
+    store,
     wide_first,
     wide_load,
     wide_load_first,
@@ -22,13 +26,12 @@ from .row_vectors import (
     wide_store_first,
     wide_sum,
 )
-from .simd import address_of, fma, pointer_to, store
 
 NO_NORM, LAYER_NORM, RMS_NORM = 0, 1, 2
 AT_WEIGHT = 16  # where a norm's weight begins: eps, the rest of its cache line, weight and bias, each a row of scratch
 # `x` and `residual`: what is read, 0 for no residual; they and `out` are rows of `width` float32, without gaps.
 ADDRESSES = record("x residual out weights")
-NORM = record("rows width norm row private_size")
+NORM = record("rows width norm private_size")
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
 
@@ -97,24 +100,21 @@ def finish_row(y, at, width, residual, row, kind, weights, at_norm, out):
 
 
 @task
-def norm_part(parameters, addresses, scratch, portion, worker, part):
+def norm_part(p, a, scratch, portion, worker, part):
     """A portion of the rows."""
-    p, a = named(parameters, NORM), named(addresses, ADDRESSES)
-    own = pointer_to(address_of(scratch), np.float32)
-    at = worker * p.private_size
+    own = pointer_to(scratch + 4 * worker * p.private_size, np.float32)
     x, weights = pointer_to(a.x, np.float32), pointer_to(a.weights, np.float32)
     for row in range(part * portion, min((part + 1) * portion, p.rows)):
-        read_row(x, row * p.width, p.width, own, at)
-        finish_row(own, at, p.width, a.residual, row, p.norm, weights, 0, a.out)
+        read_row(x, row * p.width, p.width, own, 0)
+        finish_row(own, 0, p.width, a.residual, row, p.norm, weights, 0, a.out)
 
 
 @jit
 def add_norm(parameters, addresses, scratch, task_queue, count):
     """out = norm(x + residual)
 
-    parameters NORM, addresses ADDRESSES, both int64; scratch: `private_size` elements of 32 bits for each of `count`
-    threads that serve the task_queue.
+    parameters NORM, addresses ADDRESSES; scratch: 32-bit elements, `private_size` for each of `count` threads.
     """
-    p = named(parameters, NORM)
+    p, a = named(parameters, NORM), named(addresses, ADDRESSES)
     portion, parts = portions(p.rows, 1, count)
-    parallel_for(task_queue, parts, norm_part, parameters, addresses, scratch, portion)
+    parallel_for(task_queue, parts, norm_part, p, a, address_of(scratch), portion)

@@ -2,7 +2,7 @@
 
 `Vec(dtype, lanes)` is one vector register (or a few: the compiler splits wide ones); `Tile(vec, rows, columns)` is a
 block of them that stays in registers.  Arrays are one-dimensional and contiguous; positions count array elements.
-What each operation means is said in its docstring as a loop over lanes `l`, and tests/test_simd.py holds it to that.
+What each operation means is said in its docstring as a loop over lanes `l`, and test_simd.py holds it to that.
 `instruction_sets` has what each of them does in its own way.
 
 Bytes travel four to a 32-bit lane: an array of dtype uint32 holds four unsigned bytes per element (see
@@ -10,6 +10,13 @@ Bytes travel four to a 32-bit lane: an array of dtype uint32 holds four unsigned
 """
 from edgeattn.runtime.isa import ISA
 
+from .byte_tile import (
+    AS_WORDS,
+    outer_product_of_words,
+    tile_accumulate,
+    tile_of_products,
+    tile_scale,
+)
 from .bytes import (
     byte_planes,
     dot_bytes,
@@ -96,6 +103,7 @@ from .vector import (
     scale_by_power,
     select,
     smaller,
+    smaller_float,
     splat,
     store,
     sum_lanes,
@@ -104,6 +112,16 @@ from .vector import (
     truncate,
     truncate_double,
     widen,
+)
+from .wide import (
+    VIRTUAL_LANES,
+    WIDE,
+    wide_first,
+    wide_load,
+    wide_load_first,
+    wide_splat,
+    wide_store_first,
+    wide_sum,
 )
 
 OFFSET = ISA.offset

@@ -112,6 +112,14 @@ def smaller(typing, a, b):
 
 
 @intrinsic
+def smaller_float(typing, a, b):
+    """v[l] = a[l] if a[l] < b[l] else b[l]: a NaN in b stays"""
+    def generate(context, builder, sig, args):
+        return builder.select(builder.fcmp_ordered("<", *args), *args)
+    return a(a, a), generate
+
+
+@intrinsic
 def select(typing, mask, a, b):
     """v[l] = a[l] if mask[l] else b[l]"""
     def generate(context, builder, sig, args):

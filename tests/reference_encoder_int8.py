@@ -46,7 +46,8 @@ def activation(kind, x):
         return t(0.5) * x * (t(1) + np.vectorize(erf, [x.dtype])(np.float64(x) / np.sqrt(2)))
     if kind == "gelu_tanh":
         return t(0.5) * x * (t(1) + np.tanh(t(np.sqrt(2 / np.pi)) * (x + t(0.044715) * x * x * x)))
-    return x / (t(1) + np.exp(-x))
+    with np.errstate(over="ignore"):
+        return x / (t(1) + np.exp(-x))
 
 
 def norm(kind, weight, bias, eps, x):
