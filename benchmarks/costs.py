@@ -36,7 +36,7 @@ def call_overhead(problem: Problem) -> dict[str, float]:
     found = {}
     for name, (layer, module, call) in layers.items():
         call()
-        plans = [plan.parameters if name == "float32" else plan[0] for plan in layer._kernel._plans.values()]
+        plans = [plan.parameters for plan in layer._kernel._plans.values()]
         at = module.LAYER.names.index("batch")
         batches = [parameters[at] for parameters in plans]
         for parameters in plans:
@@ -105,13 +105,12 @@ def steps_text(overhead: dict) -> str:
 
 
 def _emptied(arguments):
-    """The arguments of a kernel with an empty batch, with which parameters begin wherever they stand."""
+    """The arguments of a kernel with an empty batch: query, key, value and out come first, or parameters."""
     if arguments[0].ndim > 1:
         return (*(array[:0] for array in arguments[:4]), *arguments[4:])
-    at = 0 if len(arguments) == 2 else 4
-    parameters = arguments[at].copy()
-    parameters[fused.ATTENTION.names.index("batch")] = 0
-    return (*arguments[:at], parameters, *arguments[at + 1:])
+    parameters = arguments[0].copy()
+    parameters[fused.ATTENTION.names.index("batch")] = 0  # as of every record
+    return (parameters, *arguments[1:])
 
 
 def _seconds(call):

@@ -69,7 +69,7 @@ class Int8Ops(Recorder, Ops["NDArray[Any]"]):
         shape = (*q.shape[:-1], heads * layer.value_dim)
         q = self._keep(name + "query", split_heads(q, batch, queries, heads))
         k, v = (self._keep(name + part, split_heads(x, batch, tokens, heads)) for part, x in (("key", k), ("value", v)))
-        classes = layer.score_classes(mask.shape)
+        lut_index = layer.score_lut_index(mask.shape)
         context = np.empty((batch, heads, queries, layer.value_dim), np.int8)
         whole = {part: self._keep(name + part, np.full(mask.shape, absent))
                  for part, absent in _PARTS.items() if self._keeps(name + part)}
@@ -79,7 +79,7 @@ class Int8Ops(Recorder, Ops["NDArray[Any]"]):
             own = slice(None), slice(None), slice(begin, end), slice(*seen)
             permitted = mask.part((begin, end), seen).permitted()
             context[:, :, begin:end] = attend(
-                ops, q[:, :, begin:end], k_seen, v_seen, layer, (permitted, classes[own]), "")
+                ops, q[:, :, begin:end], k_seen, v_seen, layer, (permitted, lut_index[own]), "")
             for part, array in whole.items():
                 array[own] = some[part]
         return merge_heads(self._keep(name + "context", context)).reshape(shape)
@@ -91,10 +91,10 @@ class Int8Ops(Recorder, Ops["NDArray[Any]"]):
     def masked(self, scores: Codes, layer: StaticMultiHeadAttention, mask: Any, name: str) -> NDArray[np.int64]:
         """Codes of the scores after the layer's `score_ops`, -129 where `mask` lets a query not see the key.
 
-        mask : permitted, bool or None, and classes as `score_map` has them.
+        mask : permitted, bool or None, and lut_index as `score_map` has them.
         """
-        permitted, classes = mask
-        codes = layer.score_map[0][classes, scores.astype(np.int64) + 128].astype(np.int64)
+        permitted, lut_index = mask
+        codes = layer.score_map[0][lut_index, scores.astype(np.int64) + 128].astype(np.int64)
         return self._keep(name, codes if permitted is None else np.where(permitted, codes, _ABSENT))
 
     def softmax(self, scores: NDArray[Any], name: str) -> Codes:

@@ -14,10 +14,10 @@ from edgeattn.runtime.jit import compiled_for
 
 
 @functools.cache
-def entry(kernel, dtype):
-    """The compiled function of a kernel whose scratch is of this dtype."""
+def entry(kernel, dtype, rules=()):
+    """The compiled function of a kernel whose scratch is of this dtype, for these functions where it takes any."""
     record = np.zeros(1, np.int64)
-    return compiled_for(kernel, (record, record, np.zeros(1, dtype), record, 1))
+    return compiled_for(kernel, (*rules, record, record, np.zeros(1, dtype), record, 1))
 
 
 class PreparedCall:
@@ -38,24 +38,36 @@ class PreparedCall:
         As for `threads.run`.
     fixed : tuple of int
         The addresses with which the kernel's record ends, those of weights.
+    rules : tuple of functions
+        What the kernel is compiled for, and takes before all else.
     """
 
-    __slots__ = ("_dtype", "_fixed", "_run", "_size", "jobs", "parameters", "private", "shared", "work")
+    __slots__ = ("_empty", "_rules", "_run", "dtype", "jobs", "kernel", "parameters", "private", "shared", "work")
 
-    def __init__(self, kernel, parameters, layout, dtype, shared, private, work, jobs=1, fixed=()):
-        self._run, self._size, self._dtype, self._fixed = entry(kernel, dtype), len(layout), dtype, fixed
+    def __init__(self, kernel, parameters, layout, dtype, shared, private, work, jobs=1, fixed=(), rules=()):
+        self._run, self.dtype, self.kernel, self._rules = entry(kernel, dtype, rules), dtype, kernel, rules
+        self._empty = np.zeros(len(layout), np.int64)
+        self._empty[len(layout) - len(fixed):] = fixed
         self.parameters, self.shared, self.private, self.work, self.jobs = parameters, shared, private, work, jobs
 
-    def __call__(self, queries, keys, values, out, *others):
-        """Run it on arrays in the order of the kernel's record, each in C order or as planned, or None or left out."""
+    def __call__(self, queries, keys, values, out, *others, parameters=None):
+        """Run it on arrays in the order of the kernel's record, each in C order or as planned, or None or left out.
+
+        parameters : a copy with what this call alone has, instead of those it was made with
+        """
+        given = self.parameters if parameters is None else parameters
+        record = self.addresses(queries, keys, values, out, *others)
+        threads.run(self._run, (*self._rules, given, record), self.dtype, self.shared, self.private, self.work,
+                    self.jobs)
+
+    def addresses(self, queries, keys, values, *others):
+        """The record of where these arrays are."""
         q = address(queries)
         k = q if keys is queries else address(keys)
         v = k if values is keys else address(values)
-        where = (q, k, v, address(out), *map(address, others), *self._fixed)
-        record = np.zeros(self._size, _INT64)
-        _WRITE[len(where)](record, 0, *where)
-        threads.run(self._run, (self.parameters, record), self._dtype, self.shared, self.private, self.work, self.jobs)
+        record = self._empty.copy()
+        _WRITE[3 + len(others)](record, 0, q, k, v, *map(address, others))
+        return record
 
 
-_INT64 = np.dtype(np.int64)
 _WRITE = [struct.Struct(f"{count}q").pack_into for count in range(33)]

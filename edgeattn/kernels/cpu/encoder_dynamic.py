@@ -7,10 +7,11 @@ from numpy.typing import NDArray
 
 from . import feed_forward_dynamic as ff
 from .activation import ACTIVATIONS
+from .byte_products import pack_byte_panels
 from .encoder_float32 import Stage, join, norm_kind, pack_norm, padded
 from .layer_dynamic import quantize_weight
 from .linear_dynamic import join_depth
-from .matmul import pack_byte_panels, round_up
+from .matmul import round_up
 from .records import blank, packed, place
 from .row_vectors import VIRTUAL_LANES
 

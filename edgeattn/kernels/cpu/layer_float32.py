@@ -16,15 +16,6 @@ from .simd import LANES, ROWS, WIDTH
 
 GROUP = 1 << 17  # elements of keys and values in scratch at a time, where a head does not need more: 512 KiB
 _LOG2_E = 1.4426950408889634
-_NO_KEEP = np.zeros(0, np.uint8)
-_NO_BIAS = np.zeros(0, np.float32)
-
-
-def with_alibi(parameters, position, alibi):
-    """A copy of parameters, which other calls share, that says at `position` where `alibi` lies."""
-    parameters = parameters.copy()
-    parameters[position] = alibi.ctypes.data
-    return parameters
 
 
 def shape_of(mask):
@@ -69,13 +60,6 @@ def plan(p, B, L, S, masked):
     p.at_masks, private = place(private, S * WIDTH if masked else 0)
     p.shared_size, p.private_size = shared, private
     return shared, private
-
-
-def _flat(xq, xk, xv):
-    """The inputs in one dimension; mostly they are one array."""
-    q = xq.reshape(-1)
-    k = q if xk is xq else xk.reshape(-1)
-    return q, k, k if xv is xk else xv.reshape(-1)
 
 
 class FloatLayer:
@@ -125,7 +109,7 @@ class FloatLayer:
         self.output_dim = Eo
         self._plans = PlanCache()
 
-    def prepare(self, xq, xk, keep=None, bias=None, band=None, alibi=None):
+    def prepare(self, xq, xk, xv, keep=None, bias=None, band=None, alibi=None):
         """The `PreparedCall` for inputs and masks of such shapes."""
         key = (*xq.shape[:2], xk.shape[1], shape_of(keep), shape_of(bias), band, shape_of(alibi))
         return self._plans.get(key) or self._plans.keep(key, self._plan(*key))
@@ -147,5 +131,5 @@ class FloatLayer:
         band : (low, high) or None: query i sees key j when i + low <= j <= i + high
         alibi : (B or 1, H, 2) float64, C-contiguous, or None: a head's slope, and the position of query 0
         """
-        self.prepare(xq, xk, keep, bias, band, alibi)(xq, xk, xv, out, keep, bias, alibi)
+        self.prepare(xq, xk, xv, keep, bias, band, alibi)(xq, xk, xv, out, keep, bias, alibi)
         return out
