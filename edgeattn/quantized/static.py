@@ -204,7 +204,7 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         zero_points |= {name: tensor.zero_point for name, tensor in t.items()}
         return dict(num_heads=self.num_heads, linears=linears, scores=scores, context=context, zero_points=zero_points,
                     project_rule=kernel_set.fully_connected, score_rule=scores_rule, context_rule=context_rule,
-                    softmax_table=self.softmax_table)
+                    softmax_table=self.softmax_table, softmax=kernel_set.softmax)
 
     @functools.cached_property
     def requantizations(self) -> dict[str, Requantization]:
@@ -225,7 +225,7 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         self.softmax_table = rules.SOFTMAX[self.kernel_set.softmax].table(softmax_input.scale)
         self._score_luts = score_luts if self.score_ops else None
         self._lut_index = np.ascontiguousarray(lut_index) if lut_index.size > 1 else None
-        self._kernel = StaticLayer(**self._kernel_parameters(), fixed=self.kernel_set.softmax == "fixed")
+        self._kernel = StaticLayer(**self._kernel_parameters())
 
     @overload
     def to(self, device: Literal["cpu"]) -> Self: ...

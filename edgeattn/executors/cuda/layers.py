@@ -277,7 +277,7 @@ class StaticOnCuda(OnCuda):
         from edgeattn.kernels.cuda.driver import driver
         from edgeattn.kernels.cuda.layers import StaticLayer
 
-        self._kernels = StaticLayer(**layer._kernel_parameters(), softmax=layer.kernel_set.softmax)
+        self._kernels = StaticLayer(**layer._kernel_parameters())
         self._score_luts = None if layer._score_luts is None else view("score_luts", driver().array(layer._score_luts))
         self._lut_index = None if layer._lut_index is None else view("lut_index", driver().array(layer._lut_index))
 
