@@ -2,11 +2,11 @@
 import importlib
 import os
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from places import ROOT
 from workbench import random_input, random_layer
 
 import edgeattn
@@ -84,7 +84,7 @@ BAD = [
 
 
 def test_the_table_of_formats_is_what_the_docs_and_the_command_say():
-    rows = re.findall(r"^\| `(\.\w+)` \| ([^|]+) \|$", Path("docs/formats.md").read_text("utf-8").split("## ")[0], re.MULTILINE)
+    rows = re.findall(r"^\| `(\.\w+)` \| ([^|]+) \|$", (ROOT / "docs/formats.md").read_text("utf-8").split("## ")[0], re.MULTILINE)
     assert rows == [(suffix, form.about) for suffix, form in FORMATS.items()]
     shown = CliRunner().invoke(cli.commands, ["export", "--help"], terminal_width=200).output
     assert all(re.search(rf"{re.escape(suffix)} +{re.escape(about)}", shown) for suffix, about in rows)
