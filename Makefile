@@ -35,7 +35,7 @@ endef
 setup_files = setup.cfg pyproject.toml tools/environment.py tools/find-python.sh
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-fence test-mutations test-arm64 test-arm64-short test-cortex-m test-cuda test-cuda-offline fuzz lint examples example-minilm example-self-vs-multihead bench bench-cuda bench-peers bench-start clean distclean
+.PHONY: help run test test-long test-fence test-mutations test-arm64 test-arm64-short test-cortex-m test-cuda test-cuda-offline fuzz lint examples example-minilm example-self-vs-multihead bench bench-cuda bench-peers bench-start clean distclean
 
 help: ## this list
 	@echo "edgeattn: attention for small computers. Targets:"
@@ -48,6 +48,9 @@ run: $(ready) ## the main job: float, int8, report, .tflite
 
 test: $(ready) ## the test suite
 	@$(python) -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-long: $(ready) ## ... in every long form, an hour and more
+	@$(python) -m pytest -n auto --dist loadfile --no-loadscope-reorder --long $(ARGS)
 
 test-fence: $(ready) ## kernels between guard pages, long form
 	@$(python) -m pytest -n auto --long tests/kernels/cpu/test_fence.py $(ARGS)

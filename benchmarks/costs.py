@@ -18,7 +18,7 @@ from benchmarks import fresh
 from benchmarks.functional import AttentionProblem, Shape
 from benchmarks.problem import Problem
 from edgeattn import threads
-from edgeattn.kernels.cpu import functional_dynamic, fused, fused_dynamic, fused_int8
+from edgeattn.kernels.cpu import fused, fused_dynamic, fused_int8
 
 PEER_MODULES = ("torch", "onnxruntime", "ai_edge_litert.interpreter", "tflite_runtime.interpreter")
 _BLOCKS, _CALLS = 30, 200
@@ -36,14 +36,16 @@ def call_overhead(problem: Problem) -> dict[str, float]:
     found = {}
     for name, (layer, module, call) in layers.items():
         call()
-        plans = layer._kernel._plans
-        for plan in plans.values():
-            parameters = plan.parameters if name == "float32" else plan[0]
-            parameters[module.LAYER.names.index("batch")] = 0
+        plans = [plan.parameters for plan in layer._kernel._plans.values()]
+        at = module.LAYER.names.index("batch")
+        batches = [parameters[at] for parameters in plans]
+        for parameters in plans:
+            parameters[at] = 0
         try:
             found[name] = float(np.median([_seconds(call) for _ in range(_BLOCKS)]))
         finally:
-            plans.clear()
+            for parameters, batch in zip(plans, batches, strict=True):
+                parameters[at] = batch
     return found | _without_layers(problem)
 
 
@@ -103,12 +105,12 @@ def steps_text(overhead: dict) -> str:
 
 
 def _emptied(arguments):
-    """The arguments of a kernel with an empty batch: query, key, value and out come first, flat with parameters."""
+    """The arguments of a kernel with an empty batch: query, key, value and out come first, or parameters."""
     if arguments[0].ndim > 1:
         return (*(array[:0] for array in arguments[:4]), *arguments[4:])
-    parameters = arguments[4].copy()
-    parameters[functional_dynamic.ATTENTION.names.index("batch")] = 0
-    return (*arguments[:4], parameters, *arguments[5:])
+    parameters = arguments[0].copy()
+    parameters[fused.ATTENTION.names.index("batch")] = 0
+    return (parameters, *arguments[1:])
 
 
 def _seconds(call):

@@ -15,7 +15,6 @@ import numpy as np
 from benchmarks.machine import cache_sizes
 from benchmarks.timing import interleave
 from edgeattn import threads
-from edgeattn.kernels.cpu.matmul import MATRIX
 from edgeattn.kernels.cpu.simd import (
     COLUMNS,
     LANES,
@@ -32,6 +31,7 @@ from edgeattn.kernels.cpu.simd import (
     tile_store,
     tile_zero,
 )
+from edgeattn.runtime.isa import ISA
 from edgeattn.runtime.jit import compiled_for, jit
 from edgeattn.runtime.worker_pool import parallel_for, task
 
@@ -140,7 +140,7 @@ def limits(count: int) -> dict[str, tuple[Callable, int]]:
     tile = 2 * ROWS * WIDTH * steps * count
     found = {"float32 limit": (call(tile_limit, (steps, floats, floats), np.float32), tile),
              "int8 limit": (call(tile_limit, (steps, unsigned, signed), np.int32), 4 * tile)}
-    if MATRIX:
+    if ISA.amx:
         found["matrix limit"] = (call(matrix_limit, (matrix_steps,), np.int32),
                                  2 * 4 * MATRIX_ROWS * MATRIX_ROWS * 4 * MATRIX_ROWS * matrix_steps * count)
     return found

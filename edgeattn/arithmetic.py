@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 from numba.extending import register_jitable
 
-INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
+INT32_MAX = 2**31 - 1
 CODE_MIN, CODE_MAX = -128, 127  # of int8
 PROBABILITY_SCALE, PROBABILITY_ZERO_POINT = np.float32(1 / 256), -128  # every TFLite int8 softmax writes these
 

@@ -25,6 +25,7 @@ import numpy as np
 from edgeattn.checks import check_out, float_array, result_dtype, to_float32, write_result
 from edgeattn.files.paths import reading, reason
 from edgeattn.masks import bool_mask, resolve_mask
+from edgeattn.shapes import check_input_shapes, strides
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -252,6 +253,7 @@ class Bundle:
         self.target: str = about["target"]
         for name in SIZES:
             setattr(self, name, about["sizes"][name])
+        self._widths = self.embed_dim, self.kdim, self.vdim
         self._run = library[f"{about['prefix']}_run"]  # not an attribute, which would keep the library
         self._run.argtypes, self._run.restype = [ctypes.c_void_p], ctypes.c_int32
         self._measure = library[f"{about['prefix']}_scratch_bytes"]
@@ -284,10 +286,10 @@ class Bundle:
         call[ABI] = ABI_VERSION
         call[BATCH:QUERY] = shape[:3]
         call[QUERY:KEEP] = [x.ctypes.data for x in (query, key, value, out)]
-        for mask, field, strides in ((keep, KEEP, KEEP_STRIDES), (bias, BIAS, BIAS_STRIDES)):
+        for mask, field, at in ((keep, KEEP, KEEP_STRIDES), (bias, BIAS, BIAS_STRIDES)):
             if mask is not None:
                 call[field] = mask.ctypes.data
-                call[strides:strides + 4] = _strides(mask)
+                call[at:at + 4] = strides(mask.shape)
         if band is not None:
             call[BANDED:SCRATCH] = 1, *band
         call[SCRATCH] = scratch.ctypes.data + -scratch.ctypes.data % ALIGNMENT
@@ -324,31 +326,6 @@ _STATIC_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def _strides(mask: NDArray[Any]) -> list[int]:
-    """Strides in elements of a mask that NumPy broadcasts to four axes: 0 where it repeats."""
-    strides, step = [0, 0, 0, 0], 1
-    for axis in range(1, mask.ndim + 1):
-        if mask.shape[-axis] != 1:
-            strides[-axis] = step
-        step *= mask.shape[-axis]
-    return strides
-
-
-def _check_shapes(bundle: Bundle, query: NDArray[Any], key: NDArray[Any], value: NDArray[Any]) -> None:
-    """Refuse inputs whose shapes do not agree with the layer or each other."""
-    shapes = f"query {query.shape}, key {key.shape}, value {value.shape}"
-    if query.ndim not in (2, 3):
-        raise ValueError(f"query must be (B, L, E) or (L, E), got shape {query.shape}")
-    widths = (bundle.embed_dim, bundle.kdim, bundle.vdim)
-    for name, x, width in zip(INPUTS, (query, key, value), widths, strict=True):
-        if x.ndim != query.ndim or x.shape[:-2] != query.shape[:-2]:
-            raise ValueError(f"{name} must have query's batch axes {query.shape[:-2]}, got {shapes}")
-        if x.shape[-1] != width:
-            raise ValueError(f"{name} must have a last axis of {width}, got {shapes}")
-    if value.shape[-2] != key.shape[-2]:
-        raise ValueError(f"value must have as many rows as key, S = {key.shape[-2]}, got {shapes}")
-
-
 class FloatBundle(Bundle):
     """A float32 layer, or a dynamic int8 one, compiled ahead of time."""
 
@@ -362,7 +339,7 @@ class FloatBundle(Bundle):
         query = float_array("query", query)
         key = query if key is None else float_array("key", key)
         value = key if value is None else float_array("value", value)
-        _check_shapes(self, query, key, value)
+        check_input_shapes("query", self._widths, query.shape, key.shape, value.shape)
         dtype = result_dtype(query, key, value)
         lead, queries, keys = query.shape[:-2], query.shape[-2], key.shape[-2]
         check_out(out, (*lead, queries, self.output_dim), dtype)
@@ -374,8 +351,8 @@ class FloatBundle(Bundle):
             key, value = (np.zeros((*lead, 1, x.shape[-1]), np.float32) for x in (key, value))
             keep, bias, band = np.zeros((1, 1, 1, 1), np.bool_), None, None
         q = to_float32(query).reshape(batch, queries, self.embed_dim)
-        k = q if key is query else to_float32(key).reshape(batch, -1, self.kdim)
-        v = k if value is key else to_float32(value).reshape(batch, -1, self.vdim)
+        k = q if key is query else to_float32(key).reshape(batch, max(keys, 1), self.kdim)
+        v = k if value is key else to_float32(value).reshape(batch, max(keys, 1), self.vdim)
         result = np.empty((*lead, queries, self.output_dim), np.float32)
         if result.size:
             self._kernel(q, k, v, result, keep, bias, band)
@@ -434,7 +411,7 @@ class StaticBundle(Bundle):
                 raise TypeError(f"{name} must be int8, got {given[i].dtype}; quantize_input makes codes of floats")
             given[i] = np.ascontiguousarray(given[i])
         q, k, v = (given[source] for source in self.sources)
-        _check_shapes(self, q, k, v)
+        check_input_shapes("query", self._widths, q.shape, k.shape, v.shape)
         lead, queries, keys = q.shape[:-2], q.shape[-2], k.shape[-2]
         check_out(out, (*lead, queries, self.output_dim), np.dtype(np.int8))
         if attn_mask is not None:

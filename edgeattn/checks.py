@@ -141,9 +141,12 @@ def check_out(out: object, shape: Sequence[int], dtype: np.dtype[Any]) -> None:
 
 
 def write_result(result: NDArray[Any], out: NDArray[Any] | None, dtype: np.dtype[Any]) -> NDArray[Any]:
-    """The float32 `result` as the caller asked for it: in `out`, or as a new array of `dtype`."""
+    """The `result` of a kernel as the caller asked for it: in `out`, or as a new array of `dtype`."""
     if result is out or out is None and result.dtype == dtype:
         return result
+    if out is not None and out.dtype == result.dtype:
+        out[...] = result
+        return out
     with np.errstate(over="ignore"):
         if out is None:
             return result.astype(dtype, copy=False)

@@ -20,13 +20,14 @@ from edgeattn.checks import (
     write_result,
 )
 from edgeattn.device import executor, is_on_gpu
-from edgeattn.kernels.cpu import float32, functional_dynamic
-from edgeattn.masks import NO_WINDOW, Mask, resolve_mask
+from edgeattn.kernels.cpu import float32, functional_dynamic, functional_float32
+from edgeattn.masks import NO_WINDOW, resolve_mask
+from edgeattn.prepared import PreparedCalls, call_signature, lies_apart
 
 if TYPE_CHECKING:
     from typing import Any
 
-    from numpy.typing import ArrayLike, NDArray
+    from numpy.typing import ArrayLike
     from typing_extensions import Unpack
 
     from edgeattn.types import (
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     )
 
 _SMALLEST_SOFTCAP = 1e-30  # its reciprocal is a float32 too
+_prepared = PreparedCalls(256)
 
 
 @overload
@@ -184,6 +186,16 @@ def scaled_dot_product_attention(
         known: Floats | tuple[Floats, ...] | None = on_gpu.replay(arrays, options)
         if known is not None:
             return known
+    signature = None
+    if (return_weights is False and return_lse is False and kv_lengths is None and type(softcap) is float
+            and (scale is None or type(scale) is float) and (enable_gqa is False or enable_gqa is True)):
+        signature = call_signature(query, key, value, attn_mask, None, is_causal, causal_alignment, window_size,
+                                   alibi_slopes)
+        if signature is not None:
+            signature = *signature, scale, softcap, enable_gqa, precision
+            prepared = _prepared.find(signature, out)
+            if prepared is not None:
+                return prepared(query, key, value, out, attn_mask, None)
     grouped = flag("enable_gqa", enable_gqa)
     return_weights = flag("return_weights", return_weights)
     return_lse = flag("return_lse", return_lse)
@@ -199,26 +211,19 @@ def scaled_dot_product_attention(
             alibi_slopes, return_weights, return_lse, precision, out,
             lambda q, k, v: _shapes(q.shape, k.shape, v.shape, grouped), (arrays, options))
         return there
-    dtype = FLOAT32
-    as_read = _are_read_as_they_are(query, key, value)
-    if not as_read:
-        query, key, value = float_array("query", query), float_array("key", key), float_array("value", value)
-        dtype = result_dtype(query, key, value)
+    query, key, value = float_array("query", query), float_array("key", key), float_array("value", value)
+    dtype = result_dtype(query, key, value)
     shapes = _shapes(query.shape, key.shape, value.shape, grouped)
     scale = shapes.scale if scale is None else number("scale", scale)
     if precision == "int8" and not float32.is_ordinary(scale, 0.0):
         raise ValueError(f"scale must be 0, or from {float32.SCALES[0]} to {float32.SCALES[1]} in size, with "
                          f"precision='int8', got {scale}; use precision='float32'")
     check_out(out, shapes.result, dtype)
-    mask = shapes.unmasked
-    if (attn_mask is not None or is_causal is not False or causal_alignment is not None or window_size is not NO_WINDOW
-            or kv_lengths is not None or alibi_slopes is not None):
-        mask = resolve_mask(shapes.scores, attn_mask, is_causal=is_causal, causal_alignment=causal_alignment,
-                            window_size=window_size, kv_lengths=kv_lengths, alibi_slopes=alibi_slopes)
-    q, k, v = query, key, value
-    if not as_read:
-        q, k, v = map(np.reshape, map(to_float32, (query, key, value)), shapes.inputs)
-    if out is not None and _writes_directly(out, (q, k, v, mask.keep, mask.bias)):
+    mask = resolve_mask(shapes.scores, attn_mask, is_causal=is_causal, causal_alignment=causal_alignment,
+                        window_size=window_size, kv_lengths=kv_lengths, alibi_slopes=alibi_slopes)
+    q, k, v = map(np.reshape, map(to_float32, (query, key, value)), shapes.inputs)
+    if (type(out) is np.ndarray and out.dtype == FLOAT32 and out.flags.carray
+            and lies_apart(out, (q, k, v, mask.keep, mask.bias))):
         result = out
     else:
         result = np.empty(shapes.result, FLOAT32)
@@ -233,6 +238,10 @@ def scaled_dot_product_attention(
             weights=None if weights is None else weights.reshape(mask.shape),
             lse=None if lse is None else lse.reshape(mask.shape[:3]))
     result = write_result(result, out, dtype)
+    if signature is not None and not shapes.empty and float32.is_ordinary(scale, softcap):
+        kernel = functional_dynamic if precision == "int8" else functional_float32
+        call = kernel.prepare(q, k, v, context, scale, softcap, *mask.for_kernels())
+        _prepared.learn(signature, shapes.scores, call, shapes.result, mask, attn_mask)
     if not (return_weights or return_lse):
         return result
     return (result, *([] if weights is None else [write_result(weights, None, dtype)]), *([] if lse is None else [lse]))
@@ -264,7 +273,7 @@ class _Shapes(NamedTuple):
     """What follows from the shapes of query, key and value.
 
     scores (..., H, L, S), result (..., H, L, Dv); inputs: the three, and context: the result, in four axes;
-    empty: whether an axis is; scale: of the scores, unless another is given; unmasked: the Mask without conditions.
+    empty: whether an axis is; scale: of the scores, unless another is given.
     """
 
     scores: Shape
@@ -273,7 +282,6 @@ class _Shapes(NamedTuple):
     context: Shape
     empty: bool
     scale: float
-    unmasked: Mask
 
 
 @functools.lru_cache(256)
@@ -313,24 +321,4 @@ def _shapes(query: Shape, key: Shape, value: Shape, grouped: bool) -> _Shapes:
     inputs = (batch, heads, queries, size), (batch, kv_heads, keys, size), (batch, kv_heads, keys, value_size)
     scores = (*lead, heads, queries, keys)
     return _Shapes(scores, result, inputs, (batch, heads, queries, value_size),
-                   0 in (batch, heads, queries, keys, size, value_size), default_scale(size), resolve_mask(scores))
-
-
-def _are_read_as_they_are(query: object, key: object, value: object) -> bool:
-    """Whether kernels read these three as they are: float32 in C order, in four axes."""
-    return (type(query) is type(key) is type(value) is np.ndarray and query.dtype is key.dtype is value.dtype is FLOAT32
-            and query.ndim == key.ndim == value.ndim == 4
-            and query.flags.carray and key.flags.carray and value.flags.carray)
-
-
-def _writes_directly(out: NDArray[Any], inputs: tuple[NDArray[Any] | None, ...]) -> bool:
-    """Whether the kernel may write into the caller's array: right layout, and no input changes under it."""
-    if type(out) is not np.ndarray or out.dtype != np.float32 or not out.flags.carray:
-        return False
-    alone = out.flags.owndata
-    for array in inputs:
-        if array is None or alone and array is not out and array.flags.owndata:  # each has memory of its own
-            continue
-        if np.may_share_memory(out, array):
-            return False
-    return True
+                   0 in (batch, heads, queries, keys, size, value_size), default_scale(size))

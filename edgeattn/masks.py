@@ -130,7 +130,8 @@ class Mask(NamedTuple):
         def widen(array: NDArray[Any] | None, value: float) -> NDArray[Any] | None:
             if array is None:
                 return None
-            return _read_only(np.pad(array, ((0, 0), (0, 0), (0, 0), (0, extra)), constant_values=value))
+            return _read_only(np.pad(np.ascontiguousarray(array), ((0, 0), (0, 0), (0, 0), (0, extra)),
+                                     constant_values=value))
 
         return Mask((batch, heads, queries, keys + extra), widen(self.permitted(), True),
                     widen(self.without_slopes().bias, 0), None, -1, -1, 0, None)
@@ -262,7 +263,7 @@ def resolve_mask(
         keep, bias = (mask, None) if mask.dtype.kind == "b" else (None, mask)
     if key_padding_mask is not None:
         padding = _key_padding_mask(key_padding_mask, (*lead, keys), batch)
-        keep = padding if keep is None else _read_only(keep & padding)
+        keep = padding if keep is None else _read_only(np.bitwise_and(keep, padding, order="C"))
     return Mask((batch, heads, queries, keys), keep, bias, slopes, left, right, offset, lengths)
 
 

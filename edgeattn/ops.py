@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgeattn.kv_cache import KVCache
-    from edgeattn.layers.norm import LayerNorm, RMSNorm
     from edgeattn.types import Float32s
 
 Activation: TypeAlias = Literal["gelu", "gelu_tanh", "relu", "silu", "sigmoid"]
@@ -57,6 +56,20 @@ class Sequences:
     pieces: Sequence[tuple[tuple[int, int], tuple[int, int]]] = ()
 
 
+class Norm(Protocol):
+    """What executors read of a LayerNorm or RMSNorm."""
+
+    @property
+    def weight(self) -> Float32s: ...  # noqa: D102
+    @property
+    def bias(self) -> Float32s | None: ...  # noqa: D102
+    @property
+    def eps(self) -> float: ...  # noqa: D102
+
+    def rows(self, x: Float32s) -> Float32s:
+        """The norm of x (..., E), with NumPy."""
+
+
 class Ops(Protocol[T]):
     """The operations that layers are written in. `name` is that of the result.
 
@@ -78,11 +91,11 @@ class Ops(Protocol[T]):
         """
         raise _lacks(self, "attention")
 
-    def layer_norm(self, x: T, norm: LayerNorm, name: str) -> T:
+    def layer_norm(self, x: T, norm: Norm, name: str) -> T:
         """(x - mean) / sqrt(variance + eps) * weight + bias, row by row: the shape of x."""
         raise _lacks(self, "layer_norm")
 
-    def rms_norm(self, x: T, norm: RMSNorm, name: str) -> T:
+    def rms_norm(self, x: T, norm: Norm, name: str) -> T:
         """The same without the mean: x / sqrt(mean(x^2) + eps) * weight, row by row: the shape of x."""
         raise _lacks(self, "rms_norm")
 

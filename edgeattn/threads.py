@@ -4,8 +4,7 @@ Numba's own layers are not used: `workqueue` aborts when two Python threads ente
 
 A signal's handler may raise between any two steps of Python, here too. So nothing is taken that must be given back, and
 no lock is held: compiled code takes the threads for a job and leaves them (see edgeattn/runtime/worker_pool.py), and
-what an exception
-left half done the next call does again.
+what an exception left half done the next call does again.
 """
 
 from __future__ import annotations
@@ -50,16 +49,6 @@ _scratch: list[NDArray[Any]] = []
 _ALONE = np.zeros(0, np.int64)
 
 
-class _Taken:
-    """Whether a call has the threads of a task_queue now: what compiled code takes and leaves."""
-
-    def __init__(self, task_queue: NDArray[np.int64]):
-        self._task_queue = task_queue
-
-    def locked(self) -> bool:
-        return bool(self._task_queue[worker_pool.TAKEN])
-
-
 class _WorkerPool:
     """Threads that wait for the jobs of one caller at a time; see edgeattn/runtime/worker_pool.py."""
 
@@ -67,7 +56,6 @@ class _WorkerPool:
         self.change, self.count = change, count
         self.task_queue = aligned(worker_pool.task_queue_size(count - 1), np.int64)
         self.task_queue[:] = 0
-        self.taken = _Taken(self.task_queue)
         self.started = False
         self._threads: list[threading.Thread] = []
 

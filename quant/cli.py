@@ -20,6 +20,7 @@ from edgeattn.files.tensor_files import read_npy, read_tensors
 from edgeattn.layers import MultiHeadAttention
 from quant.calibrate import Calibration
 from quant.describe import arithmetic_of_tflite, describe_file, describe_masks, describe_seen
+from quant.export import FORMATS
 from quant.export.targets import NATIVE, TARGETS
 from quant.observers import OBSERVERS
 from quant.tables import console, fill
@@ -184,7 +185,10 @@ def compare(layer, torch_prefix, bert_prefix, num_heads, quantized, data, arithm
     click.echo(str(dataclasses.replace(report, lints=[in_words_of_the_command(lint) for lint in report.lints])))
 
 
-@commands.command()
+@commands.command(help="\n\n".join((
+    "Write LAYER, float or int8, to OUT, in the format that its suffix names:",
+    "\n".join(("\b", *(f"{suffix:<13} {form.about}" for suffix, form in FORMATS.items()))),
+    "With --target a folder stands for attention-TARGET.so in it.")))
 @layer_options
 @click.argument("path", metavar="OUT", type=path_argument)
 @click.option("--batch", type=int, default=1, show_default=True, help="B of a .tflite or .c.")
@@ -195,10 +199,7 @@ def compare(layer, torch_prefix, bert_prefix, num_heads, quantized, data, arithm
 @click.option("--target", type=click.Choice([*TARGETS, NATIVE]), help="The processor of a .so; native: this machine's.")
 def export(layer, torch_prefix, bert_prefix, num_heads, path, batch, sequence_length, key_length, mask, test_vectors,
            target):
-    """Write LAYER, float or int8, to OUT: .tflite, .safetensors, .c or .so (these two with a header beside them).
-
-    With --target a folder stands for attention-TARGET.so in it.
-    """
+    """Write LAYER to OUT."""
     if target is not None and path.is_dir():
         path /= f"attention-{target}.so"
     mask_file = None if mask in (None, "causal") else Path(mask)
@@ -228,9 +229,10 @@ def say(text: str) -> None:
 
 def check_paths(output: Path, *inputs: Path | None) -> None:
     """Refuse what cannot be written, or would replace what is read, before any work is done for it."""
-    if not output.parent.is_dir():
-        raise ValueError(f"cannot write {output}: there is no folder {output.parent}")
-    check_output(output, *inputs)
+    try:
+        check_output(output, *inputs)
+    except FileNotFoundError:
+        raise ValueError(f"cannot write {output}: there is no folder {output.parent}") from None
 
 
 def read_layer(path: Path, torch_prefix: str | None, bert_prefix: str | None, num_heads: int | None):

@@ -9,19 +9,23 @@ import time
 import pytest
 from places import ROOT, TESTS
 
-# These compile most; they come first, so that no process is left with one of them when the others have ended.
+# These take longest, in this order; they come first, so that no process is left with one when the others have ended.
 FIRST = """
-    test_readme test_instruction_sets test_fence test_threads test_bundle test_compile_cost test_generated_code
-    test_planted_bugs test_export_c
+    test_readme test_bundle test_fence test_instruction_sets test_cuda_mutations test_planted_bugs test_benchmarks test_cli
+    test_cuda_float32 test_generated_code test_compile_cost test_cuda_layers test_cuda_probabilities test_threads
+    test_export_c test_simd test_parity test_cuda_int8 test_cuda_int8_functional test_arithmetic test_packaging test_readers
+    test_properties test_interrupts test_jit
 """.split()
 # What these hold does not depend on NumPy: instructions, compiled loops, caches, emulated processors, C. `--numpy` leaves
 # them out, for a leg that repeats the suite on another NumPy.
 WITHOUT_NUMPY = """
     test_arm64 test_compile_cost test_worker_pool test_cuda_cache test_cuda_compile test_cuda_float32 test_cuda_instructions
-    test_cuda_int8 test_cuda_int8_functional test_cuda_layers test_cuda_mutations test_cuda_on_device test_cuda_order
-    test_cuda_precision test_cuda_probabilities test_cuda_torch test_cuda_versions test_decode test_dynamic_kernels test_export_c test_fence test_generated_code
-    test_instruction_sets test_interrupts test_isa test_jit test_kernels_float32 test_kernels_int8 test_planted_bugs
-    test_long_rows test_readers test_readme test_simd test_threads test_trusted
+    test_cuda_int8 test_cuda_int8_functional test_cuda_laws test_cuda_layers test_cuda_mutations test_cuda_on_device
+    test_cuda_order test_cuda_precision test_cuda_probabilities test_cuda_torch test_cuda_versions test_decode
+    test_dynamic_kernels test_encoder_dynamic test_encoder_float32 test_export_c test_fence test_generated_code
+    test_instruction_sets test_int8_operands test_interrupts test_isa test_jit
+    test_kernels_float32 test_kernels_int8 test_planted_bugs test_long_rows test_readers test_readme test_simd
+    test_threads test_trusted
 """.split()
 
 # Each process compiles kernels and loads interpreters: more of them than fit into memory would end each other.
@@ -68,13 +72,18 @@ def pytest_xdist_auto_num_workers():
 
 def pytest_sessionstart(session):
     """Before the processes of a whole suite start, compile what all of them would."""
-    config = session.config
-    if getattr(config.option, "dist", "no") != "no" and not hasattr(config, "workerinput") and all((
-            config.args_source == pytest.Config.ArgsSource.TESTPATHS, not config.option.keyword, not config.option.collectonly)):
+    if begins_a_whole_suite(session.config):
         began = time.monotonic()
-        subprocess.run([sys.executable, TESTS / "compile_first.py", *["--host"] * config.option.numpy], check=True,
+        subprocess.run([sys.executable, TESTS / "compile_first.py", *["--host"] * session.config.option.numpy], check=True,
                        env={**os.environ, "PYTHONPATH": str(ROOT)})
         print(f"kernels that many tests call: {time.monotonic() - began:.0f} s")
+
+
+def begins_a_whole_suite(config):
+    """Whether this process starts others that run all files."""
+    option = config.option
+    return (getattr(option, "dist", "no") != "no" and not hasattr(config, "workerinput") and not option.collectonly
+            and not option.keyword and config.args_source == pytest.Config.ArgsSource.TESTPATHS)
 
 
 @pytest.fixture

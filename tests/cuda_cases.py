@@ -42,4 +42,4 @@ def layer_oracle(layer, x, **masks):
     linears = {name: (linear.weight, linear.scale, linear.bias) for name, linear in layer.linears.items()}
     rules = made["project_rule"], made["score_rule"], made["context_rule"]
     return oracle.static_layer(x, x, x, layer.num_heads, linears, tensors, rules, layer.kernel_set.softmax,
-                               made["softmax_table"], tables=layer._tables, classes=layer._classes, **masks)
+                               made["softmax_table"], score_luts=layer._score_luts, lut_index=layer._lut_index, **masks)

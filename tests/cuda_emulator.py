@@ -269,7 +269,6 @@ class Block:
             "unpack_f16": lambda word: list(view(self.vector(word, i32), np.float16).reshape(-1, 2).astype(f32).T),
             "store_f32": lambda p, at, v: self.store(p, at, v, dtype=f32),
             "store_f32x2": lambda p, at, *v: self.store(p, at, *v, dtype=f32),
-            "store_f32x4": lambda p, at, *v: self.store(p, at, *v, dtype=f32),
             "store_b32": lambda p, at, v: self.store(p, at, v, dtype=i32),
             "store_s8": lambda p, at, v: self.store(p, at, v, dtype=np.int8),
             "store_f16": lambda p, at, v: self.store(p, at, v, dtype=np.float16),

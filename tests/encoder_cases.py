@@ -6,7 +6,7 @@ import sys
 from typing import NamedTuple
 
 import numpy as np
-from reference_encoder import Weight
+from reference_encoder_int8 import Weight
 
 from edgeattn.kernels.cpu import encoder_dynamic, encoder_float32
 

@@ -297,16 +297,16 @@ def dynamic_function(rng, number):
 
 
 def static_layer(rng, number):
-    kinds = [*BYTE_MASKS, ("tables",), ("step",)][number % (len(BYTE_MASKS) + 2)]
+    kinds = [*BYTE_MASKS, ("score_luts",), ("step",)][number % (len(BYTE_MASKS) + 2)]
     B, H, _, L, S, D, Dv, E, Eo = _layer_sizes(rng)
     L = 1 if kinds == ("step",) else L
     rules, softmax = STATIC_RULES[number // 40 % len(STATIC_RULES)]
     layer_seed, zero_points = int(rng.integers(2**31)), (SYMMETRIC, ASYMMETRIC)[number % 2]
     x = [rng.integers(-128, 128, (B, n, E)).astype(np.int8) for n in (L, S, S)]
     masks = {}
-    if kinds == ("tables",):
-        masks = {"tables": rng.integers(-128, 128, (3, 256)).astype(np.int8),
-                 "classes": rng.integers(0, 3, (B, 1, L, S)).astype(np.uint8)}
+    if kinds == ("score_luts",):
+        masks = {"score_luts": rng.integers(-128, 128, (3, 256)).astype(np.int8),
+                 "lut_index": rng.integers(0, 3, (B, 1, L, S)).astype(np.uint8)}
     elif kinds != ("step",):
         masks = draw_masks(rng, kinds, B, H, L, S)
 
@@ -327,7 +327,7 @@ def static_layer(rng, number):
     _, linears, tensors, table = make_layer(
         np.random.default_rng(layer_seed), H, E, D, Dv, Eo, zero_points, rules, softmax)
     right = []
-    if "tables" not in masks and B * H * L * S <= 2000:  # in integers of Python
+    if "score_luts" not in masks and B * H * L * S <= 2000:  # in integers of Python
         right = [(oracle.static_layer(*x, H, linears, tensors, rules, softmax, table, **masks), 0)] * 2
     return f"{'+'.join(kinds)} {masks.get('band', '')} B={B} {H=} {L=} {S=} {D=} {Dv=} {E=} {Eo=} {softmax}", call, right
 

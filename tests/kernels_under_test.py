@@ -3,11 +3,22 @@ import numpy as np
 from numba import njit
 
 from edgeattn.arithmetic import batch_matmul_multiplier, fully_connected_multiplier, lut_f32_table
+from edgeattn.kernels.cpu.byte_products import linear
+from edgeattn.kernels.cpu.int8_operands import FLIP
+from edgeattn.kernels.cpu.int8_views import BytePanels, Groups, Part
 from edgeattn.kernels.cpu.layer_int8 import StaticLayer
-from edgeattn.kernels.cpu.matmul import MATRIX, linear
 from edgeattn.kernels.cpu.requantize import RULES, encode
-from edgeattn.kernels.cpu.simd import LANES, WIDTH, load, matrix_configure, matrix_release, store, tile_store
-from edgeattn.kernels.cpu.softmax_int8 import KEPT_GROUPS, PROBABILITY_FLIP, softmax_codes
+from edgeattn.kernels.cpu.simd import (
+    LANES,
+    WIDTH,
+    address_of,
+    load,
+    matrix_configure,
+    matrix_release,
+    store,
+    tile_store,
+)
+from edgeattn.kernels.cpu.softmax_int8 import KEPT_GROUPS, softmax_float, softmax_integer
 from edgeattn.runtime.jit import inline
 
 
@@ -41,10 +52,10 @@ def scaled(name, values, m):
 
 
 @njit(error_model="numpy")
-def apply_softmax(table, fixed, codes, groups, masks, scratch):
+def apply_softmax(softmax, table, fixed, codes, groups, masks, scratch):
     """codes (groups, WIDTH) of four keys to a lane, in place, to bytes of probabilities; masks likewise, or empty."""
-    softmax_codes(table, fixed, codes, 0, groups, masks, 0, masks.size != 0, scratch, 0, scratch,
-                  4 * min(groups, KEPT_GROUPS) * WIDTH)
+    softmax(address_of(table), fixed, Part(codes, 0), groups, Part(masks, 0), masks.size != 0, Part(scratch, 0),
+            Part(scratch, 4 * min(groups, KEPT_GROUPS) * WIDTH))
 
 
 def probabilities(table, fixed, codes, keep=None):
@@ -52,6 +63,7 @@ def probabilities(table, fixed, codes, keep=None):
     def in_lanes(x):  # (queries, keys) bytes to (blocks, groups, WIDTH) of four bytes
         return np.ascontiguousarray(x.view(np.int32).reshape(-1, WIDTH, x.shape[1] // 4).transpose(0, 2, 1))
 
+    softmax = softmax_float if table.dtype == np.float32 else softmax_integer
     words, out = in_lanes(codes), np.empty(codes.shape, np.int8)
     masks = np.zeros((len(words), 0), np.int32) if keep is None else in_lanes(-keep.astype(np.int8))
     groups = words.shape[1]
@@ -60,8 +72,8 @@ def probabilities(table, fixed, codes, keep=None):
     scratch = np.zeros((4 * groups + 2) * WIDTH, np.int32)
     for block, (word, mask) in enumerate(zip(words, masks, strict=True)):
         flat = word.ravel()
-        apply_softmax(table, fixed, flat, groups, mask.ravel(), scratch)
-        rows = np.ascontiguousarray((flat ^ PROBABILITY_FLIP).reshape(groups, WIDTH).T)
+        apply_softmax(softmax, table, fixed, flat, groups, mask.ravel(), scratch)
+        rows = np.ascontiguousarray((flat ^ FLIP).reshape(groups, WIDTH).T)
         out[block * WIDTH:(block + 1) * WIDTH] = rows.view(np.int8)
     return out.astype(np.int64) + 128
 
@@ -74,11 +86,10 @@ def _keep_tile(tile, t, f, out, features):
 @njit(error_model="numpy")
 def apply_linear(x, x_row, tokens, panels, bias, features, depth4, out, tiles):
     """out (tokens, features) = x w^T + bias by the tiled product of bytes."""
-    if MATRIX:
-        matrix_configure(tiles, 0)
-    linear(_keep_tile, (out, features), x, 0, x_row, 1, tokens, panels, 0, bias, 0, features, depth4, tiles, 0)
-    if MATRIX:
-        matrix_release()
+    matrix_configure(tiles, 0)
+    linear(_keep_tile, (out, features), Groups(x, 0, x_row, 1), tokens, BytePanels(panels, 0, bias, 0, features, depth4),
+           Part(tiles, 0))
+    matrix_release()
 
 
 def static_kernel(heads, linears, tensors, project_rule, score_rule, context_rule, table, fixed=False):

@@ -170,7 +170,7 @@ def multiplier_bmm(rule, a, b, c):
 
 
 def static_layer(xq, xk, xv, num_heads, linears, tensors, rules, softmax, table, keep=None, band=None,
-                 classes=None, tables=None):
+                 lut_index=None, score_luts=None):
     """The static int8 layer, operator by operator, in exact integers."""
     fc_rule, score_rule, context_rule = rules
 
@@ -192,9 +192,9 @@ def static_layer(xq, xk, xv, num_heads, linears, tensors, rules, softmax, table,
     acc = np.einsum("bhld,bhsd->bhls", q.astype(np.int64) - t("query")[1], k.astype(np.int64) - t("key")[1])
     m = multiplier_bmm(score_rule, t("query")[0], t("key")[0], t("scores")[0])
     codes = requantize(score_rule, acc, m, t("scores")[1])
-    if tables is not None:
-        row = np.zeros(codes.shape, np.int64) if classes is None else np.broadcast_to(classes, codes.shape)
-        codes = tables[row, codes.astype(np.int64) + 128]
+    if score_luts is not None:
+        row = np.zeros(codes.shape, np.int64) if lut_index is None else np.broadcast_to(lut_index, codes.shape)
+        codes = score_luts[row, codes.astype(np.int64) + 128]
     seen = visible(codes.shape, keep, band)
     p = np.zeros(codes.shape, np.int64)
     for at in np.ndindex(codes.shape[:3]):

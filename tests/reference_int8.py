@@ -5,6 +5,7 @@ exp_on_negative_values, one_over_one_plus_x_for_x_in_0_1), TFLite quantization_u
 reference/softmax.h, ruy's pack and kernel rounding, XNNPACK's qs8 requantization and vadd.
 """
 
+import functools
 import math
 from fractions import Fraction
 
@@ -27,6 +28,7 @@ def int32(x: int) -> int:
     return int(np.uint32(x % 2**32).view(np.int32)) if isinstance(x, int) else int32(int(x))
 
 
+@functools.cache
 def multiplier(real: float) -> tuple[int, int]:
     """(q31, shift) with real ~ q31 / 2**31 * 2**shift."""
     if real == 0:
@@ -50,6 +52,7 @@ def high_mul(a: int, b: int) -> int:
     return math.trunc(Fraction(product + (2**30 if product >= 0 else 1 - 2**30), 2**31))
 
 
+@functools.cache
 def requantize(rule: str, acc: int, real: float) -> int:
     """An int32 accumulator times a real multiplier, as ``rule`` rounds it."""
     q31, shift = multiplier(real)
@@ -75,16 +78,21 @@ def mul(rule, a, qa, b, qb, qo, precision=np.float32):
     return code(requantize(rule, (a - qa[1]) * (b - qb[1]), real), qo[1])
 
 
+@functools.cache
+def xnn_multipliers(ra: float, rb: float) -> tuple[int, int, int]:
+    """(ma, mb, k) with ra ~ ma / 2**k and rb ~ mb / 2**k, the larger of 21 bits."""
+    ra, rb, k = Fraction(ra), Fraction(rb), 20
+    while max(ra, rb) * 2**k >= 2**21:
+        k -= 1
+    while max(ra, rb) * Fraction(2) ** k < 2**20:
+        k += 1
+    return half_even(ra * Fraction(2) ** k), half_even(rb * Fraction(2) ** k), k
+
+
 def add(rule, a, qa, b, qb, qo):
     sa, sb, so = (np.float32(q[0]) for q in (qa, qb, qo))
     if rule == "xnn_add":
-        ra, rb = Fraction(float(sa / so)), Fraction(float(sb / so))
-        k = 20
-        while max(ra, rb) * 2**k >= 2**21:
-            k -= 1
-        while max(ra, rb) * Fraction(2) ** k < 2**20:
-            k += 1
-        ma, mb = half_even(ra * Fraction(2) ** k), half_even(rb * Fraction(2) ** k)
+        ma, mb, k = xnn_multipliers(float(sa / so), float(sb / so))
         return code(floor_half_up(Fraction(ma * (a - qa[1]) + mb * (b - qb[1])) / Fraction(2) ** k), qo[1])
     twice = 2.0 * float(max(sa, sb))
     left = requantize(rule, (a - qa[1]) << 20, float(sa) / twice) + requantize(

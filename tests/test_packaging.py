@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import conftest
@@ -78,7 +79,7 @@ def test_a_device_needs_three_packages(setup_cfg):
 
 
 def test_extras_are_the_promised_ones(setup_cfg):
-    promised = {"bundle", "checkpoints", "tflite", "cuda", "cuda-offline", "quant", "examples", "test", "test-numpy2", "peers", "fuzz", "dev"}
+    promised = {"bundle", "checkpoints", "text", "tflite", "cuda", "cuda-offline", "quant", "examples", "test", "test-numpy2", "peers", "fuzz", "dev"}
     assert set(setup_cfg["options.extras_require"]) == promised
     assert "flatbuffers" in extra(setup_cfg, "quant", "3.11", "x86_64")
     assert "ai-edge-litert" in extra(setup_cfg, "tflite", "3.11", "x86_64")
@@ -345,6 +346,20 @@ def test_files_that_the_suite_treats_apart_exist():
     tests = {path.stem for path in TESTS.rglob("test_*.py")}
     assert set(conftest.FIRST) < tests
     assert set(conftest.WITHOUT_NUMPY) < tests
+
+
+def test_a_whole_suite_compiles_first_and_no_part_of_one():
+    whole = SimpleNamespace(dist="loadfile", keyword="", collectonly=False)
+
+    def begins(source=pytest.Config.ArgsSource.TESTPATHS, worker=False, **changes):
+        config = SimpleNamespace(option=SimpleNamespace(**{**vars(whole), **changes}), args_source=source)
+        if worker:
+            config.workerinput = {}
+        return conftest.begins_a_whole_suite(config)
+
+    assert begins()
+    assert not any((begins(dist="no"), begins(keyword="softmax"), begins(collectonly=True), begins(worker=True),
+                    begins(pytest.Config.ArgsSource.ARGS)))
 
 
 def test_processes_are_as_many_as_cores_and_memory_allow(monkeypatch):

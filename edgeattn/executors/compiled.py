@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgeattn.checks import to_float32
+from edgeattn.checks import FLOAT32, to_float32
 from edgeattn.executors.numpy import NumpyOps, added_keys
 from edgeattn.kernels.cpu import float32
 
@@ -29,12 +29,12 @@ class CompiledOps(NumpyOps):
 
     def linear(self, x: Float32s, linear: Any, name: str) -> Float32s:
         """x weight^T + bias."""
-        return self._keep(name, linear.packed(to_float32(x)))
+        return self._keep(name, linear.packed(x if x.dtype is FLOAT32 and x.flags.c_contiguous else to_float32(x)))
 
     def _attend(self, q: Float32s, k: Float32s, v: Float32s, layer: Any, mask: Mask, sequences: Sequences, name: str
                 ) -> Float32s:
         batch, heads, queries, keys = mask.shape
-        q, k, v = map(to_float32, (q, k, v))
+        q, k, v = map(np.ascontiguousarray, (q, k, v))
         added = added_keys(layer, batch) if layer.extra_keys else None
         context = np.empty((batch, heads, queries, layer.value_dim), np.float32)
         weights = None

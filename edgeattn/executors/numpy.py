@@ -16,9 +16,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from edgeattn.layers.norm import LayerNorm, RMSNorm
     from edgeattn.masks import Mask
-    from edgeattn.ops import Activation, Pooling, Sequences
+    from edgeattn.ops import Activation, Norm, Pooling, Sequences
     from edgeattn.types import Float32s
 
 _POOL: dict[Pooling, Callable[[Float32s], Float32s]] = {
@@ -69,20 +68,22 @@ class NumpyOps(Recorder, Ops["Float32s"]):
     def attention(self, q: Float32s, k: Float32s, v: Float32s, layer: Any, sequences: Sequences, name: str
                   ) -> Float32s:
         """The heads side by side, group by group of equally long sequences."""
-        shape = (*q.shape[:-1], layer.num_heads * layer.value_dim)
-        q, k, v = (x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) for x in (q, k, v))
+        lead = q.shape[:-1]
+        if len(lead) > 1:
+            q, k, v = (x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) for x in (q, k, v))
         held = 0 if sequences.cache is None else sequences.cache.length
         results, row, token = [], 0, 0
         for mask in sequences.masks:
             batch, heads, queries, keys = mask.shape
             rows, tokens = slice(row, row + batch * queries), slice(token, token + batch * (keys - held))
             row, token = rows.stop, tokens.stop
-            q_heads, k_heads = layer.placed(split_heads(q[rows], batch, queries, heads),
-                                            split_heads(k[tokens], batch, keys - held, layer.num_kv_heads), mask)
-            v_heads = split_heads(v[tokens], batch, keys - held, layer.num_kv_heads)
+            q_heads = split_heads(q[rows], batch, queries, heads)
+            k_heads, v_heads = (split_heads(x[tokens], batch, keys - held, layer.num_kv_heads) for x in (k, v))
+            q_heads, k_heads = layer.placed(q_heads, k_heads, mask)
             context = self._attend(q_heads, k_heads, v_heads, layer, layer.biased(mask), sequences, name)
             results.append(merge_heads(context))
-        return (results[0] if len(results) == 1 else np.concatenate(results)).reshape(shape)
+        merged = results[0] if len(results) == 1 else np.concatenate(results)
+        return merged if len(lead) == 1 else merged.reshape(*lead, merged.shape[1])
 
     def _attend(self, q: Float32s, k: Float32s, v: Float32s, layer: Any, mask: Mask, sequences: Sequences, name: str
                 ) -> Float32s:
@@ -121,11 +122,11 @@ class NumpyOps(Recorder, Ops["Float32s"]):
         """Probabilities v."""
         return self._keep(name, probabilities @ v)
 
-    def layer_norm(self, x: Float32s, norm: LayerNorm, name: str) -> Float32s:
+    def layer_norm(self, x: Float32s, norm: Norm, name: str) -> Float32s:
         """(x - mean) / sqrt(variance + eps) * weight + bias."""
         return self._keep(name, norm.rows(x))
 
-    def rms_norm(self, x: Float32s, norm: RMSNorm, name: str) -> Float32s:
+    def rms_norm(self, x: Float32s, norm: Norm, name: str) -> Float32s:
         """x / sqrt(mean(x^2) + eps) * weight."""
         return self._keep(name, norm.rows(x))
 

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from edgeattn.executors.unfused import AttentionParts
     from edgeattn.ops import Sequences
-    from edgeattn.quantized.static import StaticMultiHeadAttention
     from edgeattn.types import Codes, Float32s, Floats, Shape
 
 _SCORES_AT_ONCE = 1 << 20  # scores computed at a time: 8 MiB each, as the float64 of an exact product
@@ -42,8 +41,7 @@ class Int8Ops(Recorder, Ops["NDArray[Any]"]):
         As those of `NumpyOps`; of "masked_scores" -129 is kept where a key is not there.
     """
 
-    def __init__(self, layer: StaticMultiHeadAttention, record: dict[str, Any] | None = None,
-                 names: Collection[str] | None = None):
+    def __init__(self, layer: Any, record: dict[str, Any] | None = None, names: Collection[str] | None = None):
         super().__init__(record, names)
         self.layer = layer
 
@@ -53,15 +51,15 @@ class Int8Ops(Recorder, Ops["NDArray[Any]"]):
 
     def dequantize(self, x: Codes, name: str) -> Float32s:
         """The reals that the codes of the tensor of that name stand for."""
-        return self.layer.tensors[name].dequantize(x)
+        reals: Float32s = self.layer.tensors[name].dequantize(x)
+        return reals
 
     def linear(self, x: Codes, linear: Any, name: str) -> Codes:
         """x weight^T + bias."""
         total = _exact_product(x, self.layer.input_of(name).zero_point, linear.weight.T, 0)
         return self._requantized(total if linear.bias is None else total + linear.bias, name)
 
-    def attention(self, q: Codes, k: Codes, v: Codes, layer: StaticMultiHeadAttention, sequences: Sequences,
-                  name: str) -> Codes:
+    def attention(self, q: Codes, k: Codes, v: Codes, layer: Any, sequences: Sequences, name: str) -> Codes:
         """The heads side by side, some queries at a time."""
         (mask,), cache = sequences.masks, sequences.cache
         batch, heads, queries, keys = mask.shape
@@ -69,7 +67,7 @@ class Int8Ops(Recorder, Ops["NDArray[Any]"]):
         shape = (*q.shape[:-1], heads * layer.value_dim)
         q = self._keep(name + "query", split_heads(q, batch, queries, heads))
         k, v = (self._keep(name + part, split_heads(x, batch, tokens, heads)) for part, x in (("key", k), ("value", v)))
-        classes = layer.score_classes(mask.shape)
+        lut_index = layer.score_lut_index(mask.shape)
         context = np.empty((batch, heads, queries, layer.value_dim), np.int8)
         whole = {part: self._keep(name + part, np.full(mask.shape, absent))
                  for part, absent in _PARTS.items() if self._keeps(name + part)}
@@ -79,22 +77,22 @@ class Int8Ops(Recorder, Ops["NDArray[Any]"]):
             own = slice(None), slice(None), slice(begin, end), slice(*seen)
             permitted = mask.part((begin, end), seen).permitted()
             context[:, :, begin:end] = attend(
-                ops, q[:, :, begin:end], k_seen, v_seen, layer, (permitted, classes[own]), "")
+                ops, q[:, :, begin:end], k_seen, v_seen, layer, (permitted, lut_index[own]), "")
             for part, array in whole.items():
                 array[own] = some[part]
         return merge_heads(self._keep(name + "context", context)).reshape(shape)
 
-    def scores(self, q: Codes, k: Codes, layer: StaticMultiHeadAttention, name: str) -> Codes:
+    def scores(self, q: Codes, k: Codes, layer: Any, name: str) -> Codes:
         """q k^T: 1 / sqrt(D) lies in the scale of q."""
         return self._batch_matmul(q, "query", k.swapaxes(-1, -2), "key", name)
 
-    def masked(self, scores: Codes, layer: StaticMultiHeadAttention, mask: Any, name: str) -> NDArray[np.int64]:
+    def masked(self, scores: Codes, layer: Any, mask: Any, name: str) -> NDArray[np.int64]:
         """Codes of the scores after the layer's `score_ops`, -129 where `mask` lets a query not see the key.
 
-        mask : permitted, bool or None, and classes as `score_map` has them.
+        mask : permitted, bool or None, and lut_index as `score_map` has them.
         """
-        permitted, classes = mask
-        codes = layer.score_map[0][classes, scores.astype(np.int64) + 128].astype(np.int64)
+        permitted, lut_index = mask
+        codes = layer.score_map[0][lut_index, scores.astype(np.int64) + 128].astype(np.int64)
         return self._keep(name, codes if permitted is None else np.where(permitted, codes, _ABSENT))
 
     def softmax(self, scores: NDArray[Any], name: str) -> Codes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from edgeattn.checks import to_float32
 from edgeattn.executors.compiled import CompiledOps
 from edgeattn.ops import Sequences
 
@@ -46,6 +45,6 @@ def run(layer: Any, call: Call) -> Floats | tuple[Floats, Floats]:
     """
     record: dict[str, Any] = {}
     ops = CompiledOps(record, {"probabilities"} if call.need_weights else ())
-    query, key, value = (to_float32(x).reshape(-1, x.shape[-1]) for x in (call.query, call.key, call.value))
+    query, key, value = (x.reshape(-1, x.shape[-1]) for x in (call.query, call.key, call.value))
     result = forward(ops, layer, query, key, value, Sequences([call.mask], call.softcap, call.cache, call.pieces))
     return call.write_result(result.reshape(*call.query.shape[:2], layer.output_dim), record.get("probabilities"))

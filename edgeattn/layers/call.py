@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgeattn import shapes
 from edgeattn.checks import check_out, flag, float_array, result_dtype, write_result
 from edgeattn.functional import checked_softcap
 from edgeattn.kv_cache import KVCache
@@ -143,25 +143,16 @@ def is_written_as_it_is(out: object, query: NDArray[Any], width: int, dtype: np.
 
 
 def output_buffer(out: NDArray[Any] | None, shape: Shape, dtype: np.dtype[Any], *read: object) -> NDArray[Any]:
-    """An array (B, L, Eo) for the result: `out`, which the last check let pass, unless it may lie over what is read."""
+    """An array for the result: `out`, which the last check let pass, unless it may lie over what is read."""
     if out is None or any(_may_lie_over(x, out) for x in read):
         return np.empty(shape, dtype)
-    return out.reshape(shape)
+    return out
 
 
 def _may_lie_over(x: object, out: NDArray[Any]) -> bool:
     if isinstance(x, np.ndarray):
         return np.may_share_memory(x, out)
     return x is not None and not isinstance(x, (bool, str, tuple))  # what has an array form may be anywhere
-
-
-def handed_over(result: NDArray[Any], query: NDArray[Any], out: NDArray[Any] | None) -> NDArray[Any]:
-    """What the caller gets of a result (B, L, Eo) of the dtype that it wants, which may be in `out` already."""
-    if out is None:
-        return result if query.ndim == 3 else result[0]
-    if not np.may_share_memory(result, out):
-        out[...] = result.reshape(out.shape)
-    return out
 
 
 def is_unmasked(attn_mask: object, key_padding_mask: object, is_causal: object, causal_alignment: object,
@@ -218,18 +209,5 @@ def check_inputs(layer: _Layer, query: ArrayLike, key: ArrayLike | None, value: 
 
 def check_input_shapes(layer: _Layer, query: NDArray[Any], key: NDArray[Any], value: NDArray[Any]) -> None:
     """Raise unless the shapes of three inputs, arrays of any kind, fit the layer and each other."""
-    _check_shapes(layer.query_name, (layer.embed_dim, layer.kdim, layer.vdim), query.shape, key.shape, value.shape)
-
-
-@functools.lru_cache(256)
-def _check_shapes(first: str, widths: Shape, query: Shape, key: Shape, value: Shape) -> None:
-    shapes = f"query {query}, key {key}, value {value}"
-    if len(query) not in (2, 3):
-        raise ValueError(f"{first} must be (B, L, E) or (L, E), got shape {query}")
-    for name, shape, width in zip((first, "key", "value"), (query, key, value), widths, strict=True):
-        if len(shape) != len(query) or shape[:-2] != query[:-2]:
-            raise ValueError(f"{name} must have query's batch axes {query[:-2]}, got {shapes}")
-        if shape[-1] != width:
-            raise ValueError(f"{name} must have a last axis of {width}, the columns of its weight, got {shapes}")
-    if value[-2] != key[-2]:
-        raise ValueError(f"value must have as many rows as key, S = {key[-2]}, got {shapes}")
+    shapes.check_input_shapes(layer.query_name, (layer.embed_dim, layer.kdim, layer.vdim), query.shape, key.shape,
+                              value.shape)

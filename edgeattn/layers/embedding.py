@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from edgeattn.layers.linear import Linear, parameter
 
@@ -47,8 +48,9 @@ class Embedding:
             None if table is None else parameter(name, table, "(entries, features)") for name, table in tables.items())
         self.norm, self.projection, self.padding_id = norm, projection, padding_id
         width = self.token_weight.shape[1]
-        for name, given in (*((name, getattr(self, name)) for name in tables), ("norm", norm), ("projection", projection)):
-            features = width if given is None else given.shape[1] if isinstance(given, np.ndarray) else given.inputs
+        for name in (*tables, "norm", "projection"):
+            part = getattr(self, name)
+            features = part.shape[1] if isinstance(part, np.ndarray) else width if part is None else part.inputs
             if features != width:
                 raise ValueError(f"{name} must be of E = {width} features, those of token_weight, got {features}")
         self.embed_dim = width if projection is None else projection.outputs
@@ -65,7 +67,8 @@ class Embedding:
         if self.padding_id is None:
             return np.broadcast_to(np.arange(first, first + ids.shape[1]), ids.shape)
         real = ids != self.padding_id
-        return self.padding_id + real * (np.cumsum(real, axis=1) + first)
+        rows: NDArray[np.int64] = self.padding_id + real * (np.cumsum(real, axis=1) + first)
+        return rows
 
     def forward(self, ops: Ops[T], ids: NDArray[np.int64], positions: NDArray[np.int64], types: NDArray[np.int64],
                 name: str = "") -> T:
@@ -118,7 +121,7 @@ class PatchEmbedding:
 
     def patches(self, pixels: Float32s) -> Float32s:
         """Pixels (B, C, height, width) -> (B * (first tokens + patches), C * patch height * patch width)."""
-        windows = np.lib.stride_tricks.sliding_window_view(pixels, self.patch_size, axis=(2, 3))
+        windows: Float32s = sliding_window_view(pixels, self.patch_size, axis=(2, 3))  # type: ignore[call-overload]
         windows = windows[:, :, :: self.stride[0], :: self.stride[1]].transpose(0, 2, 3, 1, 4, 5)
         flat = windows.reshape(len(pixels), -1, self.projection.inputs)
         rows = np.zeros((len(pixels), self.first_tokens + flat.shape[1], flat.shape[2]), np.float32)

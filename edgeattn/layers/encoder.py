@@ -6,12 +6,12 @@ import contextlib
 import functools
 import itertools
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from edgeattn.checks import as_array, check_out, flag, float_array, result_dtype, to_float32, write_result
-from edgeattn.files.checkpoints.tensors import Tensors, check_heads, check_source, read_named, times
+from edgeattn.files import checkpoints
 from edgeattn.files.paths import named
 from edgeattn.kv_cache import KVCache
 from edgeattn.layers.call import check_cache, resolve_call_mask
@@ -48,14 +48,15 @@ class TransformerEncoderLayer:
     attention : MultiHeadAttention
         Of E features in and out.
     feed_forward : FeedForward
-    norm1, norm2 : LayerNorm or RMSNorm, or None for none
+    norm1, norm2 : LayerNorm or RMSNorm, optional
     norm_first : bool
     window_size : (int, int)
         (left, right): a token sees this many before and after it, whatever the call says; -1 = unbounded.
     """
 
-    def __init__(self, attention: MultiHeadAttention, feed_forward: FeedForward, norm1: LayerNorm | RMSNorm | None,
-                 norm2: LayerNorm | RMSNorm | None, *, norm_first: Flag = False, window_size: Window = NO_WINDOW):
+    def __init__(self, attention: MultiHeadAttention, feed_forward: FeedForward,
+                 norm1: LayerNorm | RMSNorm | None = None, norm2: LayerNorm | RMSNorm | None = None, *,
+                 norm_first: Flag = False, window_size: Window = NO_WINDOW):
         if not isinstance(attention, MultiHeadAttention):
             raise TypeError(f"attention must be an edgeattn.MultiHeadAttention, got {type(attention).__name__}")
         if not isinstance(feed_forward, FeedForward):
@@ -142,7 +143,7 @@ class TransformerEncoder(Stored):
             Likewise.
         """
         with named(state_dict_or_path):
-            stems, found = _torch_tensors(state_dict_or_path, num_heads, prefix)
+            stems, found = checkpoints.torch_encoder_weights(state_dict_or_path, num_heads, prefix)
 
             def pair(name: str, joint: str = ".") -> tuple[Any, Any]:
                 return found[f"{name}{joint}weight"], found.get(f"{name}{joint}bias")
@@ -222,7 +223,7 @@ class TransformerEncoder(Stored):
         if isinstance(x, (list, tuple)) and any(isinstance(each, np.ndarray) and each.ndim == 2 for each in x):
             return self._encode_list(x, lengths, out, key_padding_mask=key_padding_mask, attn_mask=attn_mask,
                                      is_causal=is_causal, window_size=window_size, kv_cache=kv_cache)
-        x = float_array("x", x)
+        x = float_array("x", cast("ArrayLike", x))
         if x.ndim not in (2, 3) or x.shape[-1] != self.embed_dim:
             raise ValueError(f"x must be (B, L, E) or (L, E) with E = {self.embed_dim}, got shape {x.shape}")
         dtype = result_dtype(x)
@@ -297,7 +298,8 @@ class TransformerEncoder(Stored):
         x = float_array("x", x)
         shape = (*x.shape[:-2], self.layers[0].attention.num_heads, *x.shape[-2:-1] * 2)
         attn_mask, key_padding_mask = torch_masks(shape, attn_mask, key_padding_mask)
-        return self(x, attn_mask=attn_mask, key_padding_mask=key_padding_mask, is_causal=is_causal, out=out)
+        result: Any = self(x, attn_mask=attn_mask, key_padding_mask=key_padding_mask, is_causal=is_causal, out=out)
+        return cast("Floats", result)
 
     def _encode_list(self, x: Sequence[ArrayLike], lengths: object, out: object, **options: Any) -> list[Floats]:
         arrays = [float_array(f"x[{i}]", each) for i, each in enumerate(x)]
@@ -315,41 +317,17 @@ class TransformerEncoder(Stored):
         return [row[:count] for row, count in zip(encoded, counts, strict=True)]
 
     def __repr__(self) -> str:
-        return f"TransformerEncoder({len(self.layers)} x {self.layers[0]}, norm={self.norm})"
+        return (f"TransformerEncoder({len(self.layers)} layers, num_heads={self.layers[0].attention.num_heads}, "
+                f"embed_dim={self.embed_dim}, norm={self.norm})")
 
 
 _Run = tuple[int, int, int]
 
 
-def _torch_tensors(state_dict_or_path: Mapping[str, ArrayLike] | Path, num_heads: SupportsIndex, prefix: str
-                   ) -> tuple[list[str], dict[str, NDArray[Any]]]:
-    """What stands before the names of each layer, and all tensors, of a state dict of torch.nn.TransformerEncoder."""
-    check_source("state_dict_or_path", state_dict_or_path)
-    source, found, _ = read_named(state_dict_or_path, prefix)
-    tensors = Tensors(source, prefix, {name[len(prefix) :]: tensor for name, tensor in found.items()})
-    count = next(i for i in itertools.count() if f"layers.{i}.self_attn.in_proj_weight" not in tensors)
-    stems = [f"layers.{i}." for i in range(count)] or [""]
-    embed = tensors.axis(f"{stems[0]}linear1.weight", 1)
-    for stem in stems:
-        hidden = tensors.axis(f"{stem}linear1.weight", 0)
-        for name, rows, columns in (("self_attn.in_proj_", times(3, embed), embed), ("self_attn.out_proj.", embed, embed),
-                                    ("linear1.", hidden, embed), ("linear2.", embed, hidden),
-                                    ("norm1.", embed, 0), ("norm2.", embed, 0)):
-            tensors.expect(f"{stem}{name}weight", (rows, columns) if columns != 0 else (rows,))
-            if f"{stems[0]}norm1.bias" in tensors:
-                tensors.expect(f"{stem}{name}bias", (rows,))
-    if count and "norm.weight" in tensors:
-        for part in ("weight", "bias") if "norm.bias" in tensors else ("weight",):
-            tensors.expect(f"norm.{part}", (embed,))
-    checked: dict[str, NDArray[Any]] = tensors.checked(what="torch.nn.TransformerEncoder")
-    check_heads(num_heads, embed)
-    return stems, checked
-
-
 def _lengths(lengths: ArrayLike, lead: Shape) -> list[int]:
     """`lengths` of (B, L) tokens, checked."""
     array = as_array("lengths", lengths)
-    if array.dtype.kind not in "iu":
+    if array.size and array.dtype.kind not in "iu":
         raise TypeError(f"lengths must be an integer array, got dtype {array.dtype}")
     if array.shape != lead[:-1]:
         raise ValueError(f"lengths must have shape {lead[:-1]}, one per sequence, got {array.shape}")

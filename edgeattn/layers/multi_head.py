@@ -16,6 +16,7 @@ from edgeattn.layers.linear import Linear
 from edgeattn.layers.positions import refuse_positions
 from edgeattn.layers.weights import AttentionWeights
 from edgeattn.masks import NO_WINDOW, torch_masks
+from edgeattn.prepared import PreparedCalls, call_signature
 
 if TYPE_CHECKING:
     from typing import Any
@@ -164,11 +165,21 @@ class MultiHeadAttention(AttentionWeights):
         TypeError, ValueError
             Naming the argument, what was required and what came.
         """
-        if (key is None and value is None and need_weights is False and average_attn_weights is False
-                and type(softcap) is float and not softcap and self._fusible
-                and is_read_as_it_is(self, query, FLOAT32)
-                and is_written_as_it_is(out, query, self.output_dim, FLOAT32)):
-            # what small layers are called with, again and again: self-attention
+        signature = None
+        if (kv_cache is None and need_weights is False and average_attn_weights is False and type(softcap) is float
+                and not softcap and self._fusible and (key is not None or value is None)):
+            k: Any = query if key is None else key
+            v: Any = k if value is None else value
+            signature = call_signature(query, k, v, attn_mask, key_padding_mask, is_causal, causal_alignment,
+                                       window_size, alibi_slopes)
+            prepared = self._prepared.find(signature, out)
+            if prepared is not None:
+                return prepared(query, k, v, out, attn_mask, key_padding_mask)
+        elif (kv_cache is not None and key is None and value is None and need_weights is False
+              and average_attn_weights is False and type(softcap) is float and not softcap and self._fusible
+              and is_read_as_it_is(self, query, FLOAT32)
+              and is_written_as_it_is(out, query, self.output_dim, FLOAT32)):
+            # a token after those in the cache
             result = steps.attend_to_itself(self, query, out, kv_cache, attn_mask, key_padding_mask, is_causal,
                                             causal_alignment, window_size, alibi_slopes)
             if result is not None:
@@ -182,7 +193,10 @@ class MultiHeadAttention(AttentionWeights):
             return attention.run(self, call)
         result = np.empty((*call.query.shape[:2], self.output_dim), np.float32)
         q, k, v = (to_float32(x) for x in (call.query, call.key, call.value))
-        self._kernel(q, k, v, result, *call.mask.for_kernels())
+        masks = call.mask.for_kernels()
+        self._kernel(q, k, v, result, *masks)
+        self._prepared.learn(signature, (*call.lead, *call.mask.shape[1:]), self._kernel.prepare(q, k, *masks),
+                             (*call.lead, *result.shape[1:]), call.mask, attn_mask, key_padding_mask)
         return call.write_result(result)
 
     @overload
@@ -221,6 +235,10 @@ class MultiHeadAttention(AttentionWeights):
         """Whether the fused kernel can be the layer: with no empty weights, added keys, gate, or positions."""
         whole = self.head_dim and self.value_dim and self.output_dim
         return bool(whole and not self.extra_keys and not self.gated and not self.positioned)
+
+    @functools.cached_property
+    def _prepared(self) -> PreparedCalls:
+        return PreparedCalls()
 
     @functools.cached_property
     def _kernel(self) -> FloatLayer:

@@ -73,7 +73,8 @@ class RMSNorm(TokenWise):
 
     def rows(self, x: Float32s) -> Float32s:
         """The norm of x (..., E) float32, with NumPy."""
-        return x * (self.weight / np.sqrt((x * x).mean(axis=-1, keepdims=True) + np.float32(self.eps)))
+        result: Float32s = x * (self.weight / np.sqrt((x * x).mean(axis=-1, keepdims=True) + np.float32(self.eps)))
+        return result
 
     def __repr__(self) -> str:
         return f"RMSNorm({len(self.weight)}, eps={self.eps})"

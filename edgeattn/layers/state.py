@@ -1,8 +1,8 @@
 """Layers made of layers as what a file holds: a tree of settings in JSON, and tensors.
 
 A class in `_HOMES` keeps each argument of its constructor as an attribute of the same name; so a part is
-{"kind": the name of its class, argument: value, ...}, an array {"tensor": its name}, a long text {"text": its name}, and
-a part that is there a second time {"same": the name of the first}.
+{"kind": the name of its class, argument: value, ...}, an array {"tensor": its name}, a long text {"text": its name}, a
+part that is there a second time {"same": the name of the first}.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ class Stored:
 
     @classmethod
     def from_state(cls, config: Mapping[str, Any], tensors: Mapping[str, Any]) -> Self:
+        """What `to_state` gave, as one of this class."""
         left = dict(tensors)
         try:
             made = cls(**keywords(config, left))

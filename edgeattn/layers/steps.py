@@ -6,18 +6,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgeattn.checks import FLOAT32
-from edgeattn.layers.call import handed_over, is_next, is_unmasked, output_buffer, self_masks
+from edgeattn.checks import FLOAT32, write_result
+from edgeattn.layers.call import is_next, is_unmasked, output_buffer, self_masks
 
 if TYPE_CHECKING:
     from typing import Any, TypeAlias
 
     from edgeattn.kv_cache import KVCache
-    from edgeattn.layers.multi_head import MultiHeadAttention
-    from edgeattn.quantized.dynamic import DynamicMultiHeadAttention
     from edgeattn.types import Float32s, Floats
 
-    _Layer: TypeAlias = MultiHeadAttention | DynamicMultiHeadAttention
+    _Layer: TypeAlias = Any  # a MultiHeadAttention or a DynamicMultiHeadAttention
 
 
 def attend_to_itself(layer: _Layer, query: Float32s, out: Floats | None, kv_cache: KVCache | None, *masks: Any
@@ -31,11 +29,11 @@ def attend_to_itself(layer: _Layer, query: Float32s, out: Floats | None, kv_cach
     if not plain and not (is_unmasked(*masks) and (kv_cache is None or is_next(layer, x, kv_cache))):
         return None
     if kv_cache is None:
-        result = output_buffer(out, (*x.shape[:2], layer.output_dim), FLOAT32, x, *masks)
+        result = output_buffer(out, (*query.shape[:-1], layer.output_dim), FLOAT32, x, *masks)
         layer._kernel(x, x, x, result, *self_masks(layer, x, *masks))
     else:
-        result = attend_next(layer, x, kv_cache)
-    return handed_over(result, query, out)
+        result = attend_next(layer, x, kv_cache).reshape(*query.shape[:-1], layer.output_dim)
+    return write_result(result, out, FLOAT32)
 
 
 def attend_next(layer: _Layer, x: Float32s, cache: KVCache) -> Float32s:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -28,8 +28,7 @@ if TYPE_CHECKING:
     from edgeattn.models.checkpoint import Checkpoint
     from edgeattn.types import Float32s
 
-    # (checkpoint, head size, number of heads) -> (number of a layer) -> arguments of its attention, its window_size
-    _Places: TypeAlias = Callable[[Checkpoint, int, int], Callable[[int], tuple[dict[str, Any], tuple[int, int]]]]
+    _Place: TypeAlias = tuple[dict[str, Any], tuple[int, int]]  # arguments of a layer's attention, its window_size
     _Biased: TypeAlias = bool | tuple[str, bool]
 
 ACTIVATIONS = {
@@ -55,8 +54,7 @@ class Family:
 
     prefix: str = "bert."  # before all names where the model has a head
     layer: str = "encoder.layer.{}."
-    stems: Callable[[Checkpoint, str, int], list[str]] = lambda checkpoint, layer, count: [
-        layer.format(i) for i in range(count)]
+    shared: bool = False  # layers are members {} of groups {}, which several of them share
     q: str = "attention.self.query"
     k: str = "attention.self.key"
     v: str = "attention.self.value"
@@ -87,40 +85,43 @@ class Family:
     is_causal: bool = False
     numbered_from_padding: bool = False  # positions
     eps: float = 1e-12
-    places: _Places | None = None
+    places: Callable[[Checkpoint, Sizes], list[_Place]] | None = None
 
 
-def _shared_stems(c: Checkpoint, layer: str, count: int) -> list[str]:
-    groups, inner = c.size("num_hidden_groups", default=1), c.size("inner_group_num", default=1)
-    return [layer.format(i * groups // count, j) for i in range(count) for j in range(inner)]
+class Sizes(NamedTuple):
+    """Of a model's layers."""
+
+    hidden: int
+    heads: int
+    head_dim: int
+    layers: int
 
 
-def _mpnet_bias(c: Checkpoint, head_dim: int, heads: int) -> Callable[[int], tuple[dict[str, Any], tuple[int, int]]]:
+def _mpnet_bias(c: Checkpoint, sizes: Sizes) -> list[_Place]:
     buckets = c.size("relative_attention_num_buckets", default=32)
-    bias = RelativePositionBias(c.take("encoder.relative_attention_bias.weight", buckets, heads))
-    return lambda i: ({"position_bias": bias}, NO_WINDOW)
+    bias = RelativePositionBias(c.take("encoder.relative_attention_bias.weight", buckets, sizes.heads))
+    return [({"position_bias": bias}, NO_WINDOW)] * sizes.layers
 
 
-def _nomic_rotary(c: Checkpoint, head_dim: int, heads: int) -> Callable[[int], tuple[dict[str, Any], tuple[int, int]]]:
-    part = c.number("rotary_emb_fraction", default=1.0)
-    rotary = RotaryEmbedding(int(head_dim * part), base=_rope_base(c, None, "rotary_emb_base", 1000.0))
-    return lambda i: ({"rotary": rotary}, NO_WINDOW)
+def _nomic_rotary(c: Checkpoint, sizes: Sizes) -> list[_Place]:
+    turned = int(sizes.head_dim * c.number("rotary_emb_fraction", default=1.0))
+    rotary = RotaryEmbedding(turned, base=_rope_base(c, None, "rotary_emb_base", 1000.0))
+    return [({"rotary": rotary}, NO_WINDOW)] * sizes.layers
 
 
-def _modernbert_rotary(c: Checkpoint, head_dim: int, heads: int
-                       ) -> Callable[[int], tuple[dict[str, Any], tuple[int, int]]]:
+def _modernbert_rotary(c: Checkpoint, sizes: Sizes) -> list[_Place]:
     every, window = c.size("global_attn_every_n_layers", default=3), c.size("local_attention", default=128) // 2
-    types = c.config.get("layer_types")
-    whole = RotaryEmbedding(head_dim, base=_rope_base(c, "full_attention", "global_rope_theta", 160000.0))
-    local = RotaryEmbedding(head_dim, base=_rope_base(c, "sliding_attention", "local_rope_theta", 10000.0))
-
-    def places(i: int) -> tuple[dict[str, Any], tuple[int, int]]:
-        if isinstance(types, list) and (i >= len(types) or types[i] not in ("full_attention", "sliding_attention")):
-            raise ValueError(f"{c.file}: layer_types must say full_attention or sliding_attention for each layer")
-        is_whole = types[i] == "full_attention" if isinstance(types, list) else i % every == 0
-        return {"rotary": whole if is_whole else local}, NO_WINDOW if is_whole else (window, window)
-
-    return places
+    bases = {"full_attention": _rope_base(c, "full_attention", "global_rope_theta", 160000.0),
+             "sliding_attention": _rope_base(c, "sliding_attention", "local_rope_theta", 10000.0)}
+    kinds = c.option("layer_types", default=[
+        "sliding_attention" if i % every else "full_attention" for i in range(sizes.layers)])
+    if not isinstance(kinds, list) or len(kinds) != sizes.layers or not all(
+            isinstance(kind, str) and kind in bases for kind in kinds):
+        raise ValueError(f"{c.file}: layer_types must be {' or '.join(bases)} for each of {sizes.layers} layers, got "
+                         f"{str(kinds)[:200]}")
+    windows = {"full_attention": NO_WINDOW, "sliding_attention": (window, window)}
+    rotary = {kind: {"rotary": RotaryEmbedding(sizes.head_dim, base=base)} for kind, base in bases.items()}
+    return [(rotary[kind], windows[kind]) for kind in kinds]
 
 
 def _rope_base(c: Checkpoint, kind: str | None, old: str, default: float) -> float:
@@ -150,7 +151,6 @@ FAMILIES = {
     "bert": _BERT,
     "roberta": _ROBERTA,
     "xlm-roberta": _ROBERTA,
-    "camembert": _ROBERTA,
     "electra": dataclasses.replace(_BERT, prefix="electra.", projection="embeddings_project"),
     "distilbert": Family(
         prefix="distilbert.", layer="transformer.layer.{}.", q="attention.q_lin", k="attention.k_lin",
@@ -160,7 +160,7 @@ FAMILIES = {
         _ROBERTA, prefix="mpnet.", q="attention.attn.q", k="attention.attn.k", v="attention.attn.v",
         out="attention.attn.o", norm1="attention.LayerNorm", types="", places=_mpnet_bias),
     "albert": Family(
-        prefix="albert.", layer="encoder.albert_layer_groups.{}.albert_layers.{}.", stems=_shared_stems,
+        prefix="albert.", layer="encoder.albert_layer_groups.{}.albert_layers.{}.", shared=True,
         q="attention.query", k="attention.key", v="attention.value", out="attention.dense",
         norm1="attention.LayerNorm", linear1="ffn", linear2="ffn_output", norm2="full_layer_layer_norm",
         projection="encoder.embedding_hidden_mapping_in"),
@@ -249,22 +249,26 @@ def encoder(c: Checkpoint, f: Family) -> TransformerEncoder:
     hidden, heads = c.size("hidden_size", "n_embd", "dim"), c.size("num_attention_heads", "n_head", "n_heads")
     if hidden % heads:
         raise ValueError(f"{c.file}: num_attention_heads must divide hidden_size = {hidden}, got {heads}")
-    head_dim = c.size("head_dim", default=hidden // heads)
-    places = f.places(c, head_dim, heads) if f.places else None
-    stems = f.stems(c, f.layer, c.size("num_hidden_layers", "n_layer", "n_layers"))
+    count = c.size("num_hidden_layers", "n_layer", "n_layers")
+    sizes = Sizes(hidden, heads, c.size("head_dim", default=hidden // heads), count)
+    places = f.places(c, sizes) if f.places else [({}, NO_WINDOW)] * count
+    groups, inner = (c.size(name, default=1) if f.shared else 1 for name in ("num_hidden_groups", "inner_group_num"))
     made: dict[str, TransformerEncoderLayer] = {}
-    for i, stem in enumerate(stems):
-        if stem not in made:
-            attention, window = places(i) if places else ({}, NO_WINDOW)
-            made[stem] = _layer(c, f, stem, hidden, heads, head_dim, i > 0 or f.first_norm, attention, window)
+    layers = []
+    for i, (attention, window) in enumerate(places):
+        for j in range(inner):
+            stem = f.layer.format(i * groups // count if f.shared else i, j)
+            if stem not in made:
+                made[stem] = _layer(c, f, stem, sizes, i > 0 or f.first_norm, attention, window)
+            layers.append(made[stem])
     norm = c.norm(f.norm, hidden, _eps(c, f), bias=_biased(c, f.norm_bias)) if f.norm else None
     c.finish()
-    return TransformerEncoder([made[stem] for stem in stems], norm=norm)
+    return TransformerEncoder(layers, norm=norm)
 
 
-def _layer(c: Checkpoint, f: Family, stem: str, hidden: int, heads: int, head_dim: int, first_norm: bool,
-           attention: dict[str, Any], window: tuple[int, int]) -> TransformerEncoderLayer:
-    inner = heads * head_dim
+def _layer(c: Checkpoint, f: Family, stem: str, sizes: Sizes, has_norm1: bool, attention: dict[str, Any],
+           window: tuple[int, int]) -> TransformerEncoderLayer:
+    hidden, inner = sizes.hidden, sizes.heads * sizes.head_dim
 
     def linear(name: str, outputs: int, inputs: int, bias: _Biased, scale: str = "") -> Linear:
         made = c.linear(stem + name, outputs, inputs, bias=_biased(c, bias), transposed=f.conv1d)
@@ -285,9 +289,9 @@ def _layer(c: Checkpoint, f: Family, stem: str, hidden: int, heads: int, head_di
         linear1 = linear(f.linear1, features, hidden, f.mlp_bias)
         gate = linear(f.gate, features, hidden, f.mlp_bias) if f.gate else None
     norms = [c.norm(stem + name, hidden, _eps(c, f), bias=_biased(c, f.norm_bias)) if name else None
-             for name in (f.norm1 if first_norm else "", f.norm2)]
+             for name in (f.norm1 if has_norm1 else "", f.norm2)]
     return TransformerEncoderLayer(
-        MultiHeadAttention(heads, q.weight, k.weight, v.weight, out.weight, q_bias=q.bias, k_bias=k.bias,
+        MultiHeadAttention(sizes.heads, q.weight, k.weight, v.weight, out.weight, q_bias=q.bias, k_bias=k.bias,
                            v_bias=v.bias, out_bias=out.bias, **attention),
         FeedForward(linear1, linear(f.linear2, hidden, features, f.mlp_bias, f.scale2), gate=gate,
                     activation=_activation(c)),

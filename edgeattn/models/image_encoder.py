@@ -54,8 +54,8 @@ class ImageEncoder(Stored):
         Parameters
         ----------
         pixels : (B, C, height, width) float array, or (B, frames, bins) for a spectrogram
-            Scaled and normalized as the model's preprocessor_config.json says. For another size than the model's own the
-            embeddings of places are interpolated, as in transformers.
+            Scaled and normalized as the model's preprocessor_config.json says. For another size than the model's own
+            the embeddings of places are interpolated, as in transformers.
 
         Returns
         -------

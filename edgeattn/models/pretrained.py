@@ -80,8 +80,8 @@ def _modules(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
         where = module.get("path") if isinstance(module, dict) else None
         if kind not in ("Transformer", "Pooling", "Normalize") or kind in modules or not isinstance(where, str) or (
                 where.startswith(("/", "\\")) or ".." in where):
-            raise ValueError(f"{path} must name one Transformer, one Pooling and at most one Normalize, in folders inside "
-                             f"this one, got {kind!r} in {str(where)[:100]!r}")
+            raise ValueError(f"{path} must name one Transformer, one Pooling and at most one Normalize, in folders "
+                             f"inside this one, got {kind!r} in {str(where)[:100]!r}")
         modules[kind] = module
     prompts = folder / "config_sentence_transformers.json"
     default = read_json(prompts).get("default_prompt_name") if prompts.is_file() else None

@@ -52,8 +52,8 @@ class TextEncoder(Stored):
                  normalize: Flag = False, is_causal: Flag = False, tokenizer: str | None = None,
                  max_length: SupportsIndex | None = None, lower_case: Flag = False):
         if not isinstance(embedding, Embedding) or not isinstance(encoder, TransformerEncoder):
-            raise TypeError("embedding must be an edgeattn.layers.Embedding and encoder an edgeattn.TransformerEncoder, "
-                            f"got {type(embedding).__name__} and {type(encoder).__name__}")
+            raise TypeError("embedding must be an edgeattn.layers.Embedding and encoder an "
+                            f"edgeattn.TransformerEncoder, got {type(embedding).__name__} and {type(encoder).__name__}")
         if embedding.embed_dim != encoder.embed_dim:
             raise ValueError(f"embedding must give the encoder's E = {encoder.embed_dim}, got {embedding.embed_dim}")
         if not is_one_of(pooling, _POOLINGS):

@@ -156,36 +156,36 @@ def score_map(ops: tuple[ScoreOp, ...], scores: TensorQuantization, kernel_set: 
 
     Returns
     -------
-    tables : int8 (n, 256)
-        ``tables[class, code + 128]`` is the code the softmax sees.
-    classes : uint8, broadcastable to (B, H, L, S)
+    score_luts : int8 (n, 256)
+        ``score_luts[index, code + 128]`` is the code the softmax sees.
+    lut_index : uint8, broadcastable to (B, H, L, S)
     quantization : TensorQuantization
-        Of the tables' entries.
+        Of their entries.
     """
-    tables = np.arange(CODE_MIN, CODE_MAX + 1, dtype=np.int8)[None]
-    classes: NDArray[Any] = np.zeros((1, 1, 1, 1), np.uint16)
+    score_luts = np.arange(CODE_MIN, CODE_MAX + 1, dtype=np.int8)[None]
+    lut_index: NDArray[Any] = np.zeros((1, 1, 1, 1), np.uint16)
     for op in ops:
         q = (scores.scale, scores.zero_point)
         if isinstance(op, MulConstant):
             to = (op.output.scale, op.output.zero_point)
             constant = (op.constant.scale, op.constant.zero_point)
-            tables = rules.mul_codes(kernel_set.mul, kernel_set.precision, tables, q, op.code, constant, to)
+            score_luts = rules.mul_codes(kernel_set.mul, kernel_set.precision, score_luts, q, op.code, constant, to)
             scores = op.output
             continue
         # one class per pair of a class so far and a value of the mask
         mask = op.codes if isinstance(op, AddMask) else op.keep
         values, index = np.unique(mask, return_inverse=True)
         index = index.reshape((1,) * (4 - mask.ndim) + mask.shape).astype(np.uint16)
-        if len(tables) * len(values) > _MOST_CLASSES:
-            raise ValueError(f"score_ops distinguish {len(tables) * len(values)} kinds of position; at most "
+        if len(score_luts) * len(values) > _MOST_CLASSES:
+            raise ValueError(f"score_ops distinguish {len(score_luts) * len(values)} kinds of position; at most "
                              f"{_MOST_CLASSES} are supported")
-        classes = classes * np.uint16(len(values)) + index
+        lut_index = lut_index * np.uint16(len(values)) + index
         if isinstance(op, AddMask):
             to = (op.output.scale, op.output.zero_point)
-            mapped = [rules.add_codes(kernel_set.add, tables, q, value, (op.mask.scale, op.mask.zero_point), to)
+            mapped = [rules.add_codes(kernel_set.add, score_luts, q, value, (op.mask.scale, op.mask.zero_point), to)
                       for value in values]
             scores = op.output
         else:
-            mapped = [tables if keep else np.full_like(tables, op.fill) for keep in values]
-        tables = np.stack(mapped, axis=1).reshape(-1, 256)
-    return tables, classes.astype(np.uint8), scores
+            mapped = [score_luts if keep else np.full_like(score_luts, op.fill) for keep in values]
+        score_luts = np.stack(mapped, axis=1).reshape(-1, 256)
+    return score_luts, lut_index.astype(np.uint8), scores

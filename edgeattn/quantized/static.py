@@ -32,7 +32,6 @@ from edgeattn.kernels.cpu.quantize import to_codes, to_reals
 from edgeattn.layers.attention import forward
 from edgeattn.layers.call import (
     check_cache,
-    handed_over,
     is_next,
     is_read_as_it_is,
     is_unmasked,
@@ -218,14 +217,14 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
                 for name, (rule, real) in found.items()}
 
     def _prepare(self) -> None:
-        self.score_map = tables, classes, softmax_input = score_map(
+        self.score_map = score_luts, lut_index, softmax_input = score_map(
             self.score_ops, self.tensors["scores"], self.kernel_set)
         if softmax_input.scale <= SMALLEST_SOFTMAX_SCALE:
             raise ValueError(f"the scores' scale must be above 2**-26, the resolution of TFLite's softmax; got "
                              f"{softmax_input.scale}")
         self.softmax_table = rules.SOFTMAX[self.kernel_set.softmax].table(softmax_input.scale)
-        self._tables = tables if self.score_ops else None
-        self._classes = np.ascontiguousarray(classes) if classes.size > 1 else None
+        self._score_luts = score_luts if self.score_ops else None
+        self._lut_index = np.ascontiguousarray(lut_index) if lut_index.size > 1 else None
         self._kernel = StaticLayer(**self._kernel_parameters(), fixed=self.kernel_set.softmax == "fixed")
 
     @overload
@@ -244,7 +243,7 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         """The layer's linear maps by their names, as every attention layer has them: ``linears``."""
         return self.linears
 
-    def score_classes(self, shape: Shape) -> NDArray[np.uint8]:
+    def score_lut_index(self, shape: Shape) -> NDArray[np.uint8]:
         """Which of the tables of ``score_map`` each score of ``shape`` (B, H, L, S) takes."""
         return fit_mask(self.score_map[1], shape)
 
@@ -548,7 +547,7 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         TypeError, ValueError
             Naming the argument, what was required and what came.
         """
-        if (key is None and value is None and need_weights is False and self._classes is None
+        if (key is None and value is None and need_weights is False and self._lut_index is None
                 and self.sources == (0, 0, 0) and self.output_dim
                 and (attn_mask is None or type(attn_mask) is np.ndarray and attn_mask.dtype == np.bool_)
                 and is_read_as_it_is(self, query, _INT8) and is_written_as_it_is(out, query, self.output_dim, _INT8)):
@@ -557,18 +556,18 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
             x = query if query.ndim == 3 else query[None]
             if kv_cache is None and (x is query or is_unmasked(*masks)):
                 keep, _, band, _ = self_masks(self, x, *masks)
-                result = output_buffer(out, (*x.shape[:2], self.output_dim), _INT8, x, *masks)
-                self._kernel(x, x, x, result, keep, band, None, self._tables)
-                return handed_over(result, query, out)
+                result = output_buffer(out, (*query.shape[:-1], self.output_dim), _INT8, x, *masks)
+                self._kernel(x, x, x, result, keep, band, None, self._score_luts)
+                return write_result(result, out, _INT8)
             if (kv_cache is not None and is_unmasked(*masks) and is_next(self, x, kv_cache)
                     and kv_cache.scales == self.cache_scales):
-                result = output_buffer(out, (*x.shape[:2], self.output_dim), _INT8, x)
+                result = output_buffer(out, (*query.shape[:-1], self.output_dim), _INT8, x)
                 with kv_cache._chunk():
                     kv_cache._take_slots(1)
                     first, last = kv_cache._last_seen()
-                    self._kernel(x, x, x, result, tables=self._tables,
+                    self._kernel(x, x, x, result, score_luts=self._score_luts,
                                  cached=(kv_cache._keys, kv_cache._values, first, last - first))
-                return handed_over(result, query, out)
+                return write_result(result, out, _INT8)
         need_weights = flag("need_weights", need_weights)
         query, key, value = self._check_codes(query, key, value)
         lead, L, S = query.shape[:-2], query.shape[-2], key.shape[-2]
@@ -632,19 +631,19 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         if cache.scales != self.cache_scales:
             raise ValueError(f"kv_cache must have this layer's scales {self.cache_scales}, got {cache.scales}; make it "
                              "with KVCache.for_layer(layer, ...)")
-        if self._classes is not None:
+        if self._lut_index is not None:
             raise ValueError("kv_cache needs a layer without a mask of its own, which is for one length; pass masks to "
                              "each call")
 
     def _run_fused(self, query: Codes, key: Codes, value: Codes, mask: Mask, result: Codes) -> None:
         keep, _, band, _ = mask.for_kernels()
-        classes = self._classes
-        if classes is not None:
-            fit_mask(classes, mask.shape)
+        lut_index = self._lut_index
+        if lut_index is not None:
+            fit_mask(lut_index, mask.shape)
         if mask.shape[3] == 0:  # one key that is not there
             key, value = (np.zeros((len(x), 1, x.shape[-1]), np.int8) for x in (key, value))
-            keep, band, classes = np.zeros((1, 1, 1, 1), np.bool_), None, None
-        self._kernel(query, key, value, result, keep, band, classes, self._tables)
+            keep, band, lut_index = np.zeros((1, 1, 1, 1), np.bool_), None, None
+        self._kernel(query, key, value, result, keep, band, lut_index, self._score_luts)
 
     def _run_cached(self, query: Codes, key: Codes, value: Codes, mask: Mask, cache: KVCache, pieces: Pieces,
                     result: Codes) -> None:
@@ -658,7 +657,7 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
             if held == 0:  # one key that is not there
                 held, keep, band = 1, np.zeros((1, 1, 1, 1), np.bool_), None
             some = np.empty((*xq.shape[:2], self.output_dim), np.int8)
-            self._kernel(xq, xk, xv, some, keep, band, None, self._tables,
+            self._kernel(xq, xk, xv, some, keep, band, None, self._score_luts,
                          (cache._keys, cache._values, cache._first, held))
             result[:, slice(*rows)] = some
 

@@ -1,9 +1,9 @@
-"""Writing layers to files that other runtimes read: one module per format, chosen by the path's suffix."""
+"""Writing layers to files that other runtimes read: one module per format, and one row of the table FORMATS."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from quant.export.targets import NATIVE, TARGETS, host_target, target_of
 from quant.export.tflite import write_tflite
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any, Literal, SupportsIndex
 
     from numpy.typing import ArrayLike
@@ -27,8 +28,65 @@ if TYPE_CHECKING:
     from edgeattn import types
     from quant.types import TargetName
 
-SUFFIXES = (".tflite", ".safetensors", ".c", ".so")
-ANY_SHAPE = (".safetensors", ".so")
+
+class Request(NamedTuple):
+    """The arguments of ``export``, checked, for whoever writes."""
+
+    lengths: dict[str, Any]
+    mask: types.Bools | None
+    test_vectors: int | None
+    target: str | None
+
+
+class Format(NamedTuple):
+    """One row of the table of formats.
+
+    Attributes
+    ----------
+    write : function of a layer, a Path and a Request
+        Writes the file, and what goes beside it, whole or not at all.
+    about : str
+        What the file is for, as `quant export --help` and docs/formats.md say it.
+    any_shape : bool
+        Whether a file takes any batch and lengths, and a dynamic layer; the others are of fixed shapes.
+    options : tuple of str
+        Of "target", which is required then, and "test_vectors": those that the format has.
+    """
+
+    write: Callable[[Any, Path, Request], None]
+    about: str
+    any_shape: bool = False
+    options: tuple[str, ...] = ()
+
+
+def _tflite(layer: Any, path: Path, request: Request) -> None:
+    write_atomic(path, write_tflite(layer, **request.lengths, mask=request.mask))
+
+
+def _safetensors(layer: Any, path: Path, request: Request) -> None:
+    edgeattn.save(_carrying(layer, path, request.mask), path)
+
+
+def _c(layer: Any, path: Path, request: Request) -> None:
+    texts = write_c(layer, path.stem, **request.lengths, mask=request.mask, test_vectors=request.test_vectors)
+    check_beside(path, texts.keys() - {path.name})
+    write_together({path.with_name(name): text.encode("ascii") for name, text in texts.items()})
+
+
+def _bundle(layer: Any, path: Path, request: Request) -> None:
+    layer = _carrying(layer, path, request.mask)
+    check_beside(path, [f"{path.stem}.h"])
+    files = write_bundle(layer, path.name, request.target or "")
+    write_together({path.with_name(name): content for name, content in files.items()})
+
+
+FORMATS = {
+    ".tflite": Format(_tflite, "fixed shapes; runs in LiteRT, tflite-runtime and TFLite Micro"),
+    ".safetensors": Format(_safetensors, "any shape; `edgeattn.load` reads it", any_shape=True),
+    ".c": Format(_c, "fixed shapes; C99 for microcontrollers, with a header beside it", options=("test_vectors",)),
+    ".so": Format(_bundle, "any shape; compiled for a target, with a C header; `edgeattn.bundle.load` runs it without "
+                           "Numba", any_shape=True, options=("target",)),
+}
 
 
 def export(layer: MultiHeadAttention | QuantizedMultiHeadAttention, path: types.Path, *, batch: SupportsIndex = 1,
@@ -41,12 +99,10 @@ def export(layer: MultiHeadAttention | QuantizedMultiHeadAttention, path: types.
     ----------
     layer : MultiHeadAttention or QuantizedMultiHeadAttention
     path : str or path-like
-        ``.tflite`` (fixed shapes, runs in LiteRT, tflite-runtime and TFLite Micro), ``.safetensors`` (any shape),
-        ``.c`` (fixed shapes, C99 for microcontrollers: the source, and a header of the same name beside it; the name
-        must be a C identifier, the layer a static one with the arithmetic "tflm") or ``.so`` (any shape, our kernels
-        compiled for ``target``, with a C header beside it; `edgeattn.bundle.load` runs it without Numba). With a
-        target, a folder that exists stands for ``attention-TARGET.so`` in it. A file of this name is replaced; what has
-        the name of a file that goes beside it, only if it is of an earlier export.
+        Ends in one of `FORMATS`, which says what each is for: ``.tflite``, ``.safetensors``, ``.c`` (the name must be a
+        C identifier, the layer a static one with the arithmetic "tflm") or ``.so``. With a target, a folder that exists
+        stands for ``attention-TARGET.so`` in it. A file of this name is replaced; what has the name of a file that goes
+        beside it, only if it is of an earlier export.
     batch : int
         B of a ``.tflite`` or ``.c``. A ``.safetensors`` or ``.so`` takes any, and lengths only for a mask.
     sequence_length : int
@@ -86,26 +142,27 @@ def export(layer: MultiHeadAttention | QuantizedMultiHeadAttention, path: types.
     if processor is not None and path.is_dir():
         target_of(processor)
         path /= f"attention-{processor}.so"
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"path must end in one of {', '.join(SUFFIXES)}; got {str(path)!r}")
+    if path.suffix not in FORMATS:
+        raise ValueError(f"path must end in one of {', '.join(FORMATS)}; got {str(path)!r}")
+    form = FORMATS[path.suffix]
     if path.suffix != ".safetensors":
         refuse_positions(layer)
-    if isinstance(layer, DynamicMultiHeadAttention) and (path.suffix not in ANY_SHAPE or mask is not None):
-        raise ValueError(f"layer is dynamic, which only .safetensors and .so files hold, without a mask; got "
-                         f"{str(path)!r}; quantize with scheme='static' for the other formats")
-    if processor is None and path.suffix == ".so":
-        raise ValueError(f"target must name the processor of a .so, one of {', '.join(TARGETS)}; it is missing for "
-                         f"{str(path)!r}")
-    if processor is not None and path.suffix != ".so":
-        raise ValueError(f"target must be left out but for a .so; got {processor!r} for {str(path)!r}")
-    if test_vectors is not None:
-        if path.suffix != ".c":
-            raise ValueError(f"test_vectors must be left out but for a .c; got {test_vectors!r} for {str(path)!r}")
-        test_vectors = count("test_vectors", test_vectors)
+    if isinstance(layer, DynamicMultiHeadAttention) and (not form.any_shape or mask is not None):
+        whole = " and ".join(suffix for suffix, other in FORMATS.items() if other.any_shape)
+        raise ValueError(f"layer is dynamic, which only {whole} files hold, without a mask; got {str(path)!r}; "
+                         "quantize with scheme='static' for the other formats")
+    if processor is None and "target" in form.options:
+        raise ValueError(f"target must name the processor of a {path.suffix}, one of {', '.join(TARGETS)}; it is "
+                         f"missing for {str(path)!r}")
+    for name, value in (("target", processor), ("test_vectors", test_vectors)):
+        if value is not None and name not in form.options:
+            those = " or ".join(suffix for suffix, other in FORMATS.items() if name in other.options)
+            raise ValueError(f"{name} must be left out but for a {those}; got {value!r} for {str(path)!r}")
+    vectors = None if test_vectors is None else count("test_vectors", test_vectors)
     given = {"batch": batch, "sequence_length": sequence_length, "key_length": key_length}
     lengths: dict[str, Any] = {
         name: None if length is None else count(name, length) for name, length in given.items()}
-    if path.suffix in ANY_SHAPE:
+    if form.any_shape:
         needed = {"sequence_length": sequence_length, "key_length": key_length} if mask is None else {}
         for name, value, default in (("batch", batch, 1), *((n, v, None) for n, v in needed.items())):
             if value != default:
@@ -113,28 +170,21 @@ def export(layer: MultiHeadAttention | QuantizedMultiHeadAttention, path: types.
     check_folder(path)
     if mask is not None:
         mask = _mask(mask, lengths["sequence_length"], lengths["key_length"])
-    if path.suffix not in ANY_SHAPE and sequence_length is None:
+    if not form.any_shape and sequence_length is None:
         raise ValueError(f"sequence_length is required for a {path.suffix}: its shapes are fixed")
-    if path.suffix == ".c":
-        texts = write_c(layer, path.stem, **lengths, mask=mask, test_vectors=test_vectors)
-        check_beside(path, texts.keys() - {path.name})
-        write_together({path.with_name(name): text.encode("ascii") for name, text in texts.items()})
-        return path
-    if path.suffix == ".tflite":
-        write_atomic(path, write_tflite(layer, **lengths, mask=mask))
-        return path
-    if mask is not None:
-        if not isinstance(layer, StaticMultiHeadAttention):
-            raise ValueError(f"mask must be left out for a float layer in a {path.suffix} file, which holds none; pass "
-                             "it to each call")
-        layer = layer.with_mask(mask)
-    if path.suffix == ".so" and processor is not None:
-        check_beside(path, [f"{path.stem}.h"])
-        files = write_bundle(layer, path.name, processor)
-        write_together({path.with_name(name): content for name, content in files.items()})
-        return path
-    edgeattn.save(layer, path)
+    form.write(layer, path, Request(lengths, mask, vectors, processor))
     return path
+
+
+def _carrying(layer: MultiHeadAttention | QuantizedMultiHeadAttention, path: Path, mask: types.Bools | None
+              ) -> MultiHeadAttention | QuantizedMultiHeadAttention:
+    """The layer with a mask of its own."""
+    if mask is None:
+        return layer
+    if not isinstance(layer, StaticMultiHeadAttention):
+        raise ValueError(f"mask must be left out for a float layer in a {path.suffix} file, which holds none; pass it "
+                         "to each call")
+    return layer.with_mask(mask)
 
 
 def _mask(mask: ArrayLike, sequence_length: int | None, key_length: int | None) -> types.Bools:

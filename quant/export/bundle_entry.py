@@ -11,7 +11,6 @@ from llvmlite import ir
 from numba import from_dtype, types
 from numba.core import cgutils
 from numba.extending import intrinsic, register_jitable
-from numba.np.arrayobj import populate_array
 
 from edgeattn.bundle import (
     ABI,
@@ -44,28 +43,10 @@ from edgeattn.bundle import (
 from edgeattn.kernels.cpu import fused, fused_dynamic, fused_int8, layer_dynamic, layer_float32, layer_int8, records
 from edgeattn.kernels.cpu.records import named, packed
 from edgeattn.kernels.cpu.simd import address_of
+from edgeattn.runtime.arrays import array_at, array_of
 from edgeattn.runtime.worker_pool import task
 
 _I8, _I64 = ir.IntType(8), ir.IntType(64)
-
-
-def _array(context, builder, array_type, pointer, size):
-    """An array of `size` elements from `pointer` on, which nobody frees."""
-    array = context.make_array(array_type)(context, builder)
-    item = ir.Constant(_I64, context.get_abi_sizeof(context.get_data_type(array_type.dtype)))
-    data = builder.bitcast(pointer, context.get_data_type(array_type.dtype).as_pointer())
-    populate_array(array, data=data, shape=[size], strides=[item], itemsize=item, meminfo=None)
-    return array._getvalue()
-
-
-@intrinsic
-def array_at(typing, address, size, dtype):
-    """The `size` elements of a dtype from an address on."""
-    array_type = types.Array(dtype.instance_type, 1, "C")
-
-    def generate(context, builder, sig, args):
-        return _array(context, builder, array_type, builder.inttoptr(args[0], _I8.as_pointer()), args[1])
-    return array_type(types.int64, types.int64, dtype), generate
 
 
 def constant(name, values):
@@ -84,8 +65,8 @@ def constant(name, values):
             data = ir.Constant(ir.ArrayType(_I8, max(values.nbytes, 1)), bytearray(values.tobytes() or b"\0"))
             variable = cgutils.global_constant(builder.module, name, data)
             variable.align = ALIGNMENT
-            return _array(context, builder, array_type, builder.bitcast(variable, _I8.as_pointer()),
-                          ir.Constant(_I64, values.size))
+            return array_of(context, builder, array_type, builder.bitcast(variable, _I8.as_pointer()),
+                            ir.Constant(_I64, values.size))
         return array_type(), generate
     return elements
 
@@ -101,8 +82,8 @@ def local_copy(name, values):
             frame = cgutils.alloca_once(builder, data.type)
             frame.align = ALIGNMENT
             builder.store(builder.load(cgutils.global_constant(builder.module, name, data)), frame)
-            return _array(context, builder, array_type, builder.bitcast(frame, _I8.as_pointer()),
-                          ir.Constant(_I64, values.size))
+            return array_of(context, builder, array_type, builder.bitcast(frame, _I8.as_pointer()),
+                            ir.Constant(_I64, values.size))
         return array_type(), generate
     return copy
 
@@ -132,15 +113,13 @@ def _strides(call, field):
 def float_entry(kernel, dynamic):
     """(scratch_bytes, run) of a FloatLayer, or of a DynamicLayer."""
     if dynamic:
-        f, plan, layer = fused_dynamic, layer_dynamic.plan, task(fused_dynamic.layer_dynamic.py_func)
-        weights, factors = constant("weights", kernel._weights), constant("factors", kernel._factors)
-        unit = np.int32
+        f, plan, layer, unit = fused_dynamic, layer_dynamic.plan, task(fused_dynamic.layer_dynamic.py_func), np.int32
+        factors = constant("factors", kernel.factors)
     else:
-        f, plan, layer = fused, layer_float32.plan, task(fused.layer_float32.py_func)
-        weights, factors = constant("weights", kernel.weights), None
-        unit = np.float32
+        f, plan, layer, unit = fused, layer_float32.plan, task(fused.layer_float32.py_func), np.float32
+    weights = constant("weights", kernel.weights)
     parameters = local_copy("parameters", packed(kernel._parameters, f.LAYER))
-    addresses = local_copy("addresses", np.zeros(len(fused.LAYER_ADDRESSES), np.int64))
+    addresses = local_copy("addresses", np.zeros(len(f.LAYER_ADDRESSES), np.int64))
 
     def scratch_bytes(B, L, S, masked):
         if not _fits(B, L, S):
@@ -163,37 +142,30 @@ def float_entry(kernel, dynamic):
         p.keep_b, p.keep_h, p.keep_l, p.keep_s = _strides(call, KEEP_STRIDES)
         p.bias_b, p.bias_h, p.bias_l, p.bias_s = _strides(call, BIAS_STRIDES)
         scratch, alone = array_at(call[SCRATCH], shared + private, unit), array_at(0, 0, np.int64)
-        if not dynamic:
-            where = addresses()
-            a = named(where, fused.LAYER_ADDRESSES)
-            a.queries, a.keys, a.values, a.out = call[QUERY], call[KEY], call[VALUE], call[OUTPUT]
-            a.keep, a.bias, a.alibi, a.weights = call[KEEP], call[BIAS], 0, address_of(weights())
-            layer(given, where, scratch, alone, 1)
-            return OK
-        mask_size = B * p.heads * L * S
-        xq = array_at(call[QUERY], B * L * p.query_width, np.float32)
-        xk = array_at(call[KEY], B * S * p.key_width, np.float32)
-        xv = array_at(call[VALUE], B * S * p.value_width, np.float32)
-        out = array_at(call[OUTPUT], B * L * p.out_width, np.float32)
-        keep = array_at(call[KEEP], mask_size if call[KEEP] != 0 else 0, np.uint8)
-        bias = array_at(call[BIAS], mask_size if call[BIAS] != 0 else 0, np.float32)
-        p.same_qk, p.same_kv = call[QUERY] == call[KEY], call[KEY] == call[VALUE]
-        layer(xq, xk, xv, out, weights(), factors(), given, keep, bias, scratch, alone, 1)
+        where = addresses()
+        a = named(where, f.LAYER_ADDRESSES)
+        a.queries, a.keys, a.values, a.out = call[QUERY], call[KEY], call[VALUE], call[OUTPUT]
+        a.keep, a.bias, a.alibi, a.weights = call[KEEP], call[BIAS], 0, address_of(weights())
+        if dynamic:
+            p.same_qk, p.same_kv = call[QUERY] == call[KEY], call[KEY] == call[VALUE]
+            a.factors = address_of(factors())
+        layer(given, where, scratch, alone, 1)
         return OK
     return scratch_bytes, run
 
 
-def static_entry(kernel, tables, classes):
-    """(scratch_bytes, run) of a StaticLayer with the tables and classes of its score operators, or None."""
+def static_entry(kernel, score_luts, lut_index):
+    """(scratch_bytes, run) of a StaticLayer with the score_luts and lut_index of its score operators, or None."""
     f, plan, layer = fused_int8, layer_int8.plan, task(fused_int8.layer_int8.py_func)
-    project_rule, score_rule, context_rule, softmax = kernel._fixed
-    softmax, weights = constant("softmax", softmax), constant("weights", kernel.weights)
+    softmax_rule, project_rule, score_rule, context_rule = kernel.rules
+    softmax, weights = constant("softmax", kernel.table), constant("weights", kernel.weights)
     parameters = local_copy("parameters", packed(kernel._parameters, f.LAYER))
-    empty = np.zeros(0, np.uint8)
-    tables = constant("tables", empty.view(np.int8) if tables is None else tables.reshape(-1))
-    shape = (1, 1, 1, 1) if classes is None else (1,) * (4 - classes.ndim) + classes.shape
+    addresses = local_copy("addresses", np.zeros(len(f.ADDRESSES), np.int64))
+    has_luts, has_index, empty = score_luts is not None, lut_index is not None, np.zeros(0, np.uint8)
+    score_luts = constant("score_luts", score_luts.reshape(-1) if has_luts else empty.view(np.int8))
+    shape = (1, 1, 1, 1) if lut_index is None else (1,) * (4 - lut_index.ndim) + lut_index.shape
     steps = tuple(records.strides(shape))
-    classes = constant("classes", empty if classes is None else classes.reshape(-1))
+    lut_index = constant("lut_index", lut_index.reshape(-1) if has_index else empty)
 
     def scratch_bytes(B, L, S, masked):
         if not _fits(B, L, S):
@@ -218,15 +190,15 @@ def static_entry(kernel, tables, classes):
             return BAD_SCRATCH
         p.band, p.low, p.high = call[BANDED], call[LOW], call[HIGH]
         p.keep_b, p.keep_h, p.keep_l, p.keep_s = _strides(call, KEEP_STRIDES)
-        p.class_b, p.class_h, p.class_l, p.class_s = steps
+        p.index_b, p.index_h, p.index_l, p.index_s = steps
         p.same_kv = call[KEY] == call[VALUE]
-        xq = array_at(call[QUERY], B * L * p.query_width, np.int8)
-        xk = array_at(call[KEY], B * S * p.key_width, np.int8)
-        xv = array_at(call[VALUE], B * S * p.value_width, np.int8)
-        out = array_at(call[OUTPUT], B * L * p.out_width, np.int8)
-        keep = array_at(call[KEEP], B * p.heads * L * S if call[KEEP] != 0 else 0, np.uint8)
+        where = addresses()
+        a = named(where, f.ADDRESSES)
+        a.queries, a.keys, a.values, a.out = call[QUERY], call[KEY], call[VALUE], call[OUTPUT]
+        a.weights, a.softmax, a.keep = address_of(weights()), address_of(softmax()), call[KEEP]
+        a.lut_index = address_of(lut_index()) if has_index else 0
+        a.score_luts = address_of(score_luts()) if has_luts else 0
         scratch = array_at(call[SCRATCH], shared + private, np.int32)
-        layer(project_rule, score_rule, context_rule, softmax(), xq, xk, xv, out, weights(), given, keep, classes(),
-              tables(), scratch, array_at(0, 0, np.int64), 1)
+        layer(softmax_rule, project_rule, score_rule, context_rule, given, where, scratch, array_at(0, 0, np.int64), 1)
         return OK
     return scratch_bytes, run

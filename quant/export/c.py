@@ -8,8 +8,11 @@ import textwrap
 import numpy as np
 
 from edgeattn import arithmetic as rules
+from edgeattn.executors.unfused import attend
 from edgeattn.layers import MultiHeadAttention
-from edgeattn.quantized import INPUTS, StaticMultiHeadAttention
+from edgeattn.layers.attention import forward
+from edgeattn.ops import Ops, Sequences
+from edgeattn.quantized import INPUTS, QuantizedLinear, StaticMultiHeadAttention
 from quant.export.attention_graph import check_lengths
 from quant.export.c_mask import ScorePasses, score_passes
 from quant.export.c_test import vectors_c
@@ -167,20 +170,58 @@ def _names(layer, stem, lengths) -> dict[str, str]:
     }
 
 
+class COps(Ops[str]):
+    """`edgeattn.ops.Ops` as C: the constants that each operation reads; what it hands on are names of arrays.
+
+    Their calls stand in layer.c.in, which computes a head at a time.
+    """
+
+    def __init__(self, layer: StaticMultiHeadAttention):
+        self.layer = layer
+        self.linears: list[str] = []
+        self.products: list[str] = []
+
+    def linear(self, x: str, linear: QuantizedLinear, name: str) -> str:
+        """x weight^T + bias."""
+        self.linears.append(_linear(self.layer, linear, name))
+        return name
+
+    def attention(self, q: str, k: str, v: str, layer: StaticMultiHeadAttention, sequences: Sequences, name: str
+                  ) -> str:
+        """The heads side by side."""
+        return attend(self, q, k, v, layer, None, name)
+
+    def scores(self, q: str, k: str, layer: StaticMultiHeadAttention, name: str) -> str:
+        """q k^T"""
+        return self._product(name, "query times keys", q, k)
+
+    def masked(self, scores: str, layer: StaticMultiHeadAttention, mask: None, name: str) -> str:
+        """In place, by what `score_passes` writes."""
+        return scores
+
+    def softmax(self, scores: str, name: str) -> str:
+        """In place."""
+        return name
+
+    def context(self, probabilities: str, v: str, name: str) -> str:
+        """Probabilities v."""
+        return self._product(name, "probabilities times values", probabilities, v)
+
+    def _product(self, name: str, what: str, lhs: str, rhs: str) -> str:
+        self.products.append(_product(name, what, *(self.layer.tensors[tensor] for tensor in (lhs, rhs, name))))
+        return name
+
+
 # -- the source ------------------------------------------------------------------------------------------------------
 
 
 def _body(layer: StaticMultiHeadAttention, passes: ScorePasses) -> dict[str, str]:
     """What layer.c.in reads."""
-    tensors = layer.tensors
-    constants = [_linear(layer, name) for name in layer.linears]
-    constants += [_product("scores", "query times keys", tensors["query"], tensors["key"], tensors["scores"]),
-                  _product("context", "probabilities times values", tensors["probabilities"], tensors["value"],
-                           tensors["context"])]
-    if passes.constants:
-        constants.append(passes.constants)
+    tensors, ops = layer.tensors, COps(layer)
+    result = forward(ops, layer, *INPUTS, Sequences([]))
+    constants = [*ops.linears, *ops.products] + [passes.constants] * bool(passes.constants)
     multiplier, shift, lowest = softmax_parameters(passes.scale)
-    projected = "output" in layer.linears
+    projected = result == "output"
     all_keys = passes.permitted == "S"
     text = "" if all_keys else f"const int32_t permitted = {passes.permitted};\n"
     keys = "S" if all_keys else "permitted"
@@ -219,9 +260,9 @@ OUTPUT_PASS = """
 """
 
 
-def _linear(layer, name: str) -> str:
+def _linear(layer, linear: QuantizedLinear, name: str) -> str:
     """The arrays of a fully connected layer and the struct that points at them."""
-    linear, source, output = layer.linears[name], layer.input_of(name), layer.tensors[name]
+    source, output = layer.input_of(name), layer.tensors[name]
     real = rules.fully_connected_multiplier(KERNEL_SET.fully_connected, source.scale, linear.scale, output.scale)
     multiplier, shift = _fixed_point(real, f"the {name} projection")
     sums = linear.weight.astype(np.int64).sum(1)

@@ -120,16 +120,16 @@ def _bit_passes(keep: np.ndarray, fill: int, scale) -> ScorePasses:
 
 def _table_passes(layer: StaticMultiHeadAttention) -> ScorePasses:
     """Any chain of operators: a table of 256 codes per class of position."""
-    tables, classes, quantization = score_map(layer.score_ops, layer.tensors["scores"], KERNEL_SETS["tflm"])
-    text = constant("int8_t", "score_codes_s8", f"{len(tables)} * 256", tables,
+    score_luts, lut_index, quantization = score_map(layer.score_ops, layer.tensors["scores"], KERNEL_SETS["tflm"])
+    text = constant("int8_t", "score_codes_s8", f"{len(score_luts)} * 256", score_luts,
                     "For every class of position, the code the softmax sees for the score's codes -128 to 127:\n"
                     f" * {' then '.join(type(op).__name__ for op in layer.score_ops)}.")
     line = "scores[j] = score_codes_s8[{}scores[j] + 128];"
-    if classes.size == 1:
+    if lut_index.size == 1:
         line = line.format("")
     else:
-        size, index = _broadcast_index(classes.shape)
-        text += "\n" + constant("uint8_t", "score_class_u8", size, classes.reshape(-1, classes.shape[3]),
+        size, index = _broadcast_index(lut_index.shape)
+        text += "\n" + constant("uint8_t", "score_class_u8", size, lut_index.reshape(-1, lut_index.shape[3]),
                                 "The class of every position.")
         line = line.format(f"score_class_u8[{index}] * 256 + ")
     code = (f"/* 3. constant factors and masks, tabulated */\n"

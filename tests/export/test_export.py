@@ -1,13 +1,18 @@
 """Files: what is written, what is refused, and that nothing half-written is left."""
 import importlib
 import os
+import re
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
+from places import ROOT
 from workbench import random_input, random_layer
 
 import edgeattn
 import quant
+from quant import cli
+from quant.export import FORMATS
 from quant.export.tflite import write_tflite
 
 
@@ -76,6 +81,13 @@ BAD = [
     ({"mask": np.ones((1, 1, 1, 9, 9), bool)}, TypeError, "mask must be 'causal' or a bool array"),
     ({"mask": np.ones((8, 8), bool)}, ValueError, r"must broadcast to \(B, H, L, S\) = \(1, 4, 9, 9\)"),
 ]
+
+
+def test_the_table_of_formats_is_what_the_docs_and_the_command_say():
+    rows = re.findall(r"^\| `(\.\w+)` \| ([^|]+) \|$", (ROOT / "docs/formats.md").read_text("utf-8").split("## ")[0], re.MULTILINE)
+    assert rows == [(suffix, form.about) for suffix, form in FORMATS.items()]
+    shown = CliRunner().invoke(cli.commands, ["export", "--help"], terminal_width=200).output
+    assert all(re.search(rf"{re.escape(suffix)} +{re.escape(about)}", shown) for suffix, about in rows)
 
 
 @pytest.mark.parametrize("changes,error,match", BAD)

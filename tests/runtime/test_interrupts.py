@@ -20,6 +20,7 @@ import edgeattn
 import quant
 from edgeattn import threads
 from edgeattn.kernels.cpu import reference_float32
+from edgeattn.runtime.worker_pool import TAKEN
 
 _raise = types.ExternalFunction("raise", types.int32(types.int32))
 
@@ -67,7 +68,7 @@ def check_pool(count):
         assert call(5) == {0}
     else:  # a busy machine gets some more tries
         assert any(call(200, 3_000) == set(range(count)) for _ in range(500))
-        assert not threads._pool.taken.locked()
+        assert not threads._pool.task_queue[TAKEN]
     end = time.monotonic() + 10  # a thread started for a worker who is there already ends as soon as it gets to run
     while len(of_ours()) > count - 1 and time.monotonic() < end:
         time.sleep(0.01)
@@ -130,7 +131,7 @@ def test_a_signal_that_raises_leaves_the_pool(monkeypatch):
                     call(3, 30)
             except Stop:
                 hits += 1
-            assert threads._pool is None or not threads._pool.taken.locked()
+            assert threads._pool is None or not threads._pool.task_queue[TAKEN]
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
@@ -243,7 +244,7 @@ def test_every_kind_of_call_is_ended_by_a_signal_and_right_the_next_time(monkeyp
                 result = run(cache)
             except Stop:
                 assert cache is None or cache.length == before, name
-                assert threads._pool is None or not threads._pool.taken.locked(), name
+                assert threads._pool is None or not threads._pool.task_queue[TAKEN], name
                 continue
             np.testing.assert_array_equal(result, expected, err_msg=name)
             break
@@ -282,7 +283,7 @@ try:
 except KeyboardInterrupt:
     print(time.monotonic() - sent[0])
 assert (edgeattn.scaled_dot_product_attention(small, small, small) == expected).all()
-assert edgeattn.threads._pool is None or not edgeattn.threads._pool.taken.locked()
+assert edgeattn.threads._pool is None or not edgeattn.threads._pool.task_queue[edgeattn.runtime.worker_pool.TAKEN]
 """
 
 

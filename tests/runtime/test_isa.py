@@ -1,4 +1,7 @@
 """Which features of an ARM64 CPU lead to which instruction set."""
+import importlib
+import pkgutil
+
 import pytest
 
 from edgeattn.runtime import isa
@@ -23,3 +26,12 @@ def test_a_forced_instruction_set_must_be_one_that_this_cpu_has(name):
     with pytest.raises(ValueError, match=f"EDGEATTN_ISA must be one of avx2, generic on this CPU, got '{name}'; unset it"):
         isa.choose(name, features)
     assert isa.choose("", features).name == isa.choose("avx2", features).name == "avx2"
+
+
+def test_every_instruction_set_has_a_file_of_its_name():
+    folder = "edgeattn.kernels.cpu.simd.instruction_sets"
+    files = {module.name for module in pkgutil.iter_modules(importlib.import_module(folder).__path__)}
+    assert files == {table.name for table in isa.TABLES}
+    for table in isa.TABLES:
+        code = importlib.import_module(f"{folder}.{table.name}").Code
+        assert {name for name in dir(code) if not name.startswith("_")} <= {"half", "words", *dir(importlib.import_module(f"{folder}.generic").Code)}

@@ -278,8 +278,8 @@ class StaticOnCuda(OnCuda):
         from edgeattn.kernels.cuda.layers import StaticLayer
 
         self._kernels = StaticLayer(**layer._kernel_parameters(), softmax=layer.kernel_set.softmax)
-        self._tables = None if layer._tables is None else view("tables", driver().array(layer._tables))
-        self._classes = None if layer._classes is None else view("classes", driver().array(layer._classes))
+        self._score_luts = None if layer._score_luts is None else view("score_luts", driver().array(layer._score_luts))
+        self._lut_index = None if layer._lut_index is None else view("lut_index", driver().array(layer._lut_index))
 
     def __call__(self, query: Any, key: Any = None, value: Any = None, **masks_and_out: Any) -> Any:
         """Attention on reals in NumPy arrays; codes of arrays on the device go to `run_int8`."""
@@ -322,8 +322,8 @@ class StaticOnCuda(OnCuda):
                 raise no_bool_mask(masks["bias"].dtype)
             if kv_cache is not None:
                 layer.check_codes_of(kv_cache)
-            elif self._classes is not None:
-                fit_mask(layer._classes, (batch, layer.num_heads, L, S))
+            elif self._lut_index is not None:
+                fit_mask(layer._lut_index, (batch, layer.num_heads, L, S))
             read = (q, k, v, *arrays_read(masks))
             if host is not None:
                 check_out(out, shape, int8)
@@ -337,12 +337,12 @@ class StaticOnCuda(OnCuda):
             if taken.size or (to is not None and to.size):
                 q, k, v, taken = (x.reshape(batch, *x.shape[-2:]) for x in (q, k, v, as_argument(taken, OUT)))
                 left, right, offset = masks["left"], masks["right"], masks["offset"]
-                options_of = dict(keep=masks.get("keep"), tables=self._tables, weights=to)
+                options_of = dict(keep=masks.get("keep"), score_luts=self._score_luts, weights=to)
                 if kv_cache is None:
-                    classes = self._classes
-                    if classes is not None and classes.ndim < 4:
-                        classes = classes.reshape(*(1,) * (4 - classes.ndim), *classes.shape)
-                    self._kernels(q, k, v, taken, stream, like, band=band_of(left, right, offset), classes=classes,
+                    lut_index = self._lut_index
+                    if lut_index is not None and lut_index.ndim < 4:
+                        lut_index = lut_index.reshape(*(1,) * (4 - lut_index.ndim), *lut_index.shape)
+                    self._kernels(q, k, v, taken, stream, like, band=band_of(left, right, offset), lut_index=lut_index,
                                   **options_of)
                 else:
                     self._kernels.through_cache(q, k, v, taken, kv_cache, pieces, stream, like, left=left, right=right,

@@ -12,6 +12,7 @@ _HOMES = {
     "gpt2_weights": "state_dicts",
     "keras_weights": "keras_files",
     "onnx_weights": "onnx_graphs",
+    "torch_encoder_weights": "state_dicts",
     "torch_weights": "state_dicts",
 }
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from edgeattn.files.checkpoints.onnx_graphs import onnx_weights as onnx_weights
     from edgeattn.files.checkpoints.state_dicts import bert_weights as bert_weights
     from edgeattn.files.checkpoints.state_dicts import gpt2_weights as gpt2_weights
+    from edgeattn.files.checkpoints.state_dicts import torch_encoder_weights as torch_encoder_weights
     from edgeattn.files.checkpoints.state_dicts import torch_weights as torch_weights
 else:
     __getattr__ = names_from(__name__, _HOMES)

@@ -1,12 +1,20 @@
-"""Weights from state dicts: torch.nn.MultiheadAttention, BERT, GPT-2."""
+"""Weights from state dicts: torch.nn.MultiheadAttention, torch.nn.TransformerEncoder, BERT, GPT-2."""
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgeattn.files.checkpoints.tensors import check_heads, open_state_dict, times
+from edgeattn.files.checkpoints.tensors import (
+    Tensors,
+    check_heads,
+    check_source,
+    open_state_dict,
+    read_named,
+    times,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -86,6 +94,51 @@ def torch_weights(state_dict_or_path: Mapping[str, ArrayLike] | Path, num_heads:
         weights["q_bias"], weights["k_bias"], weights["v_bias"] = np.split(found["in_proj_bias"], 3)
         weights["out_bias"] = found["out_proj.bias"]
     return weights | {name: found[name] for name in added}
+
+
+def torch_encoder_weights(state_dict_or_path: Mapping[str, ArrayLike] | Path, num_heads: SupportsIndex, prefix: str = ""
+                          ) -> tuple[list[str], dict[str, NDArray[Any]]]:
+    """Weights of a torch.nn.TransformerEncoder or torch.nn.TransformerEncoderLayer.
+
+    Parameters
+    ----------
+    state_dict_or_path : mapping of str to array, or path of a .safetensors, .npz or torch file
+    num_heads : int
+    prefix : str
+        What stands before "layers.0.", or before "self_attn." of a single layer.
+
+    Returns
+    -------
+    list of str
+        What stands before the names of each layer.
+    dict of str to array
+        All tensors, without the prefix.
+
+    Raises
+    ------
+    ValueError
+        Listing all missing, unexpected and mis-shaped tensors.
+    """
+    check_source("state_dict_or_path", state_dict_or_path)
+    source, found, _ = read_named(state_dict_or_path, prefix)
+    tensors = Tensors(source, prefix, {name[len(prefix) :]: tensor for name, tensor in found.items()})
+    count = next(i for i in itertools.count() if f"layers.{i}.self_attn.in_proj_weight" not in tensors)
+    stems = [f"layers.{i}." for i in range(count)] or [""]
+    embed = tensors.axis(f"{stems[0]}linear1.weight", 1)
+    for stem in stems:
+        hidden = tensors.axis(f"{stem}linear1.weight", 0)
+        shapes = {"self_attn.in_proj_": (times(3, embed), embed), "self_attn.out_proj.": (embed, embed),
+                  "linear1.": (hidden, embed), "linear2.": (embed, hidden), "norm1.": (embed,), "norm2.": (embed,)}
+        for name, shape in shapes.items():
+            tensors.expect(f"{stem}{name}weight", shape)
+            if f"{stems[0]}norm1.bias" in tensors:
+                tensors.expect(f"{stem}{name}bias", shape[:1])
+    if count and "norm.weight" in tensors:
+        for part in ("weight", "bias") if "norm.bias" in tensors else ("weight",):
+            tensors.expect(f"norm.{part}", (embed,))
+    found = tensors.checked(what="torch.nn.TransformerEncoder")
+    check_heads(num_heads, embed)
+    return stems, found
 
 
 def bert_weights(state_dict_or_path: Mapping[str, ArrayLike] | Path, prefix: str, num_heads: SupportsIndex

@@ -10,8 +10,10 @@ from edgeattn.runtime.jit import inline, jit
 from edgeattn.runtime.worker_pool import parallel_for, task
 
 from . import fused_int8 as f
-from .fused import ATTENDING, portions
-from .matmul import MATRIX, MATRIX_DEPTH, feature_position, round_up
+from .fused import portions
+from .int8_operands import zero_bytes
+from .int8_views import Groups, Part, parts_of
+from .matmul import feature_position, round_up
 from .records import named
 from .simd import (
     LANES,
@@ -25,42 +27,39 @@ from .simd import (
     pointer_to,
     splat,
     store,
-    transpose_block,
 )
+from .static_layout import layout_of, place_values, value_room
 from .step_int8 import project_codes, step_part
 
 
 @inline
-def append_codes(row, tokens, size, padded, p, private, cache, at_cache):
-    """Codes that `project_codes` left, to the heads' rows of a cache from at_cache on."""
-    codes = private.view(np.int8)
+def append_codes(codes, row, tokens, size, padded, p, cache):
+    """Codes that `project_codes` left, rows so many bytes apart, to the heads' rows of a cache from cache.at on."""
     for h in range(p.heads):
         for t in range(tokens):
-            at, to = 4 * p.at_row_major + t * row + h * padded, at_cache + (h * p.capacity + t) * size
+            at, to = 4 * p.at_row_major + t * row + h * padded, cache.at + (h * p.capacity + t) * size
             for d in range(size):
-                cache[to + d] = codes[at + d]
+                cache.data[to + d] = codes[at + d]
 
 
 @task
-def append_part(table, project_rule, xk, xv, weights, parameters, keys, values, scratch, batch, portion, worker, part):
-    """`portion` of one batch entry's new tokens, projected, to the cache; the table is there to stand first alone."""
-    p = named(parameters, f.LAYER)
-    private = scratch[p.shared_size + worker * p.private_size:p.shared_size + (worker + 1) * p.private_size]
+def append_part(p, a, rules, scratch, batch, portion, worker, part):
+    """`portion` of one batch entry's new tokens, projected, to the cache; a.keys and a.values are theirs."""
+    _, own = parts_of(scratch, p, worker)
     D, Dv, Ek, Ev = p.head_size, p.value_size, p.key_width, p.value_width
     slot = batch * p.heads * p.capacity + p.first_slot + p.keys - p.new_tokens
-    if MATRIX:
-        matrix_configure(private, p.at_tiles)
+    xk, xv = pointer_to(a.keys, np.int8), pointer_to(a.values, np.int8)
+    keys, values = pointer_to(a.cached_keys, np.int8), pointer_to(a.cached_values, np.int8)
+    k_linear, v_linear = f.Linear(p.wk, p.bk, p.mk, p.zk), f.Linear(p.wv, p.bv, p.mv, p.zv)
+    matrix_configure(own.int32, p.at_tiles)
     end = min((part + 1) * portion, p.new_tokens)
     for t in range(part * portion, end, WIDTH):
         tokens, row = min(WIDTH, end - t), batch * p.new_tokens + t
-        k_row = project_codes(xk, row * Ek, Ek, tokens, weights, project_rule, p.wk, p.bk, p.mk,
-                              np.int32(p.zk), p.padded_head, p, private)
-        append_codes(k_row, tokens, D, p.padded_head, p, private, keys, (slot + t) * D)
-        v_row = project_codes(xv, row * Ev, Ev, tokens, weights, project_rule, p.wv, p.bv, p.mv,
-                              np.int32(p.zv), p.padded_value, p, private)
-        append_codes(v_row, tokens, Dv, p.padded_value, p, private, values, (slot + t) * Dv)
-    if MATRIX:
-        matrix_release()
+        k_row = project_codes(p, a, rules, Part(xk, row * Ek), Ek, tokens, k_linear, p.padded_head, own)
+        append_codes(own.int8, k_row, tokens, D, p.padded_head, p, Part(keys, (slot + t) * D))
+        v_row = project_codes(p, a, rules, Part(xv, row * Ev), Ev, tokens, v_linear, p.padded_value, own)
+        append_codes(own.int8, v_row, tokens, Dv, p.padded_value, p, Part(values, (slot + t) * Dv))
+    matrix_release()
 
 
 @inline
@@ -92,68 +91,62 @@ def join_tokens(rows, at0, at1, at2, at3, count, out, to):
         out[to + i] = np.int32(low | (high << np.uint32(16)))
 
 
+@inline
+def arrange_keys(p, a, h, t0, t1, slot, layout, shared, own):
+    """Keys [t0, t1) of a head, from its slot on, and their terms."""
+    D, k_block = p.head_size, layout.k_block
+    at_k = feature_position(h * p.padded_head, k_block, layout.k_step) + t0 * k_block
+    copy_rows(a.cached_keys + (slot + t0) * D, D, t1 - t0, address_of(shared.int32) + at_k, k_block)
+    f.key_terms(Groups(shared.int32, at_k // 4, k_block // 4, 1), round_up(t1 - t0, ROWS), p.padded_head // 4,
+                zero_bytes(np.int32(p.zq)), Part(shared.int32, p.at_krow + h * layout.keys + t0),
+                Part(own.int32, p.at_row_major))
+
+
+@inline
+def arrange_values(p, a, h, t0, t1, slot, layout, shared, own):
+    """Values [t0, t1) of a head, from its slot on, four tokens to an element."""
+    Dv, S, values = p.value_size, p.keys, pointer_to(a.cached_values, np.uint8)
+    for t in range(t0, t1, 4 * LANES):
+        for d in range(0, Dv, LANES):
+            room = value_room(h, d, t, p, layout, shared.int32, own.int32)
+            for i in range(t, min(t + 4 * LANES, t1), 4):
+                at0, last = (slot + i) * Dv + d, (slot + S - 1) * Dv + d
+                join_tokens(values, at0, min(at0 + Dv, last), min(at0 + 2 * Dv, last), min(at0 + 3 * Dv, last),
+                            min(LANES, Dv - d), room.data, room.at + (i - t) // 4 * room.step)
+            place_values(room, h, d, t, p, layout, shared.int32)
+
+
 @task
-def arrange_part(parameters, keys, values, scratch, batch, portion, worker, part):
-    """`portion` of one batch entry's tokens from the cache to shared scratch, as `layer_part` leaves what it projects.
+def arrange_part(p, a, scratch, batch, portion, worker, part):
+    """`portion` of one batch entry's tokens from the cache to shared scratch, as `project_part` leaves them.
 
     Features that only fill up a head, and tokens that only fill up a tile, are whatever lies there: the former meet
     zeros, the latter are dropped.
     """
-    p = named(parameters, f.LAYER)
-    shared = scratch[:p.shared_size]
-    private = scratch[p.shared_size + worker * p.private_size:p.shared_size + (worker + 1) * p.private_size]
-    H, D, Dv, Dp, Dvp, S = p.heads, p.head_size, p.value_size, p.padded_head, p.padded_value, p.keys
-    S_up, at_square = f.padded_keys(S), p.at_row_major
-    k_block, v_block = max(Dp, LANES), max(Dvp, LANES)
-    k_step, v_step, v_row = S_up * k_block, S_up // 4 * v_block, round_up(S_up // 4, MATRIX_DEPTH)
-    q_zero = f.zero_bytes(np.int32(p.zq))
-    k_base, v_base = address_of(keys), pointer_to(address_of(values), np.uint8)
-    base, own = address_of(shared), pointer_to(address_of(private), np.int32)
-    everyones = pointer_to(base, np.int32)
-    t0, t1 = part * portion, min((part + 1) * portion, S)
-    for h in range(H):
-        slot = (batch * H + h) * p.capacity + p.first_slot
-        at_k = feature_position(h * Dp, k_block, k_step) + t0 * k_block
-        copy_rows(k_base + (slot + t0) * D, D, t1 - t0, base + at_k, k_block)
-        f.key_terms(shared, at_k // 4, k_block // 4, round_up(t1 - t0, ROWS), Dp // 4, q_zero, shared,
-                  p.at_krow + h * S_up + t0, private, at_square)
-        at_v = p.at_values + feature_position(h * Dvp, v_block, v_step)
-        for t in range(t0, t1, 4 * LANES):
-            for d in range(0, Dv, LANES):
-                count = min(LANES, Dv - d)
-                target, to, step = everyones, at_v + t // 4 * v_block + d, v_block
-                if MATRIX:
-                    target, to, step = own, at_square, LANES
-                for i in range(t, min(t + 4 * LANES, t1), 4):
-                    at0, last = (slot + i) * Dv + d, (slot + S - 1) * Dv + d
-                    join_tokens(v_base, at0, min(at0 + Dv, last), min(at0 + 2 * Dv, last), min(at0 + 3 * Dv, last),
-                                count, target, to + (i - t) // 4 * step)
-                if MATRIX:
-                    transpose_block(own, at_square, LANES, everyones,
-                                    p.at_values + (h * Dvp + d) * v_row + t // 4, v_row)
+    shared, own = parts_of(scratch, p, worker)
+    layout = layout_of(p)
+    t0, t1 = part * portion, min((part + 1) * portion, p.keys)
+    for h in range(p.heads):
+        slot = (batch * p.heads + h) * p.capacity + p.first_slot
+        arrange_keys(p, a, h, t0, t1, slot, layout, shared, own)
+        arrange_values(p, a, h, t0, t1, slot, layout, shared, own)
 
 
 @jit
-def cached_int8(project_rule, score_rule, context_rule, table, xq, xk, xv, out, weights, parameters, keep, classes,
-                tables, keys, values, scratch, task_queue, count):
-    """A static layer with a cache on at most `count` threads that serve the task_queue; what `layer_part` says, and:
+def cached_int8(softmax, project_rule, score_rule, context_rule, parameters, addresses, scratch, task_queue, count):
+    """A static layer with a cache on at most `count` threads that serve the task_queue; what `layer_int8` says, but:
 
-    xk (B, new_tokens, Ek), xv (B, new_tokens, Ev), keys and values (of the cache): flat int8
+    keys (B, new_tokens, Ek), values (B, new_tokens, Ev)
     """
-    p = named(parameters, f.LAYER)
+    p, a, memory = named(parameters, f.LAYER), named(addresses, f.ADDRESSES), address_of(scratch)
+    rules = f.Rules(softmax, project_rule, score_rule, context_rule)
     some, append_parts = portions(p.new_tokens, WIDTH, count)
     tokens, token_parts = portions(p.keys, f.TOKENS_TOGETHER, count)
     blocks, block_parts = portions((p.queries + WIDTH - 1) // WIDTH, 1, count)
     for batch in range(p.batch):
-        parallel_for(task_queue, append_parts, append_part, table, project_rule, xk, xv, weights, parameters, keys,
-                     values, scratch,
-              batch, some)
-        if p.queries == 1 and keep.size == 0 and classes.size == 0 and p.band == 0:
-            parallel_for(task_queue, 1, step_part, table, project_rule, score_rule, context_rule, xq, out, weights,
-                         parameters,
-                  classes, tables, keys, values, scratch, batch)
+        parallel_for(task_queue, append_parts, append_part, p, a, rules, memory, batch, some)
+        if p.queries == 1 and a.keep == 0 and a.lut_index == 0 and p.band == 0:
+            parallel_for(task_queue, 1, step_part, p, a, rules, memory, batch)
             continue
-        parallel_for(task_queue, token_parts, arrange_part, parameters, keys, values, scratch, batch, tokens)
-        parallel_for(task_queue, block_parts, f.layer_part, table, project_rule, score_rule, context_rule, xq, xk, xv,
-                     out, weights,
-              parameters, keep, classes, tables, scratch, batch, ATTENDING, blocks)
+        parallel_for(task_queue, token_parts, arrange_part, p, a, memory, batch, tokens)
+        parallel_for(task_queue, block_parts, f.attend_part, p, a, rules, memory, batch, blocks)

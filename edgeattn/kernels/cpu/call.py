@@ -3,60 +3,67 @@
 Parameters and addresses are arrays of int64, records by name inside (see records.py): what follows from shapes, masks
 and weights, and where the arrays of one call lie.  The first is made once for many calls; a call writes the second.
 """
+import functools
 import struct
 
 import numpy as np
 
 from edgeattn import threads
+from edgeattn.runtime.addresses import address
 from edgeattn.runtime.jit import compiled_for
 
-SIZE = 64  # prepared calls that a layer keeps
 
-
-def entry(kernel, dtype):
-    """The compiled function of a kernel whose scratch is of this dtype."""
+@functools.cache
+def entry(kernel, dtype, rules=()):
+    """The compiled function of a kernel whose scratch is of this dtype, for these functions where it takes any."""
     record = np.zeros(1, np.int64)
-    return compiled_for(kernel, (record, record, np.zeros(1, dtype), record, 1))
+    return compiled_for(kernel, (*rules, record, record, np.zeros(1, dtype), record, 1))
 
 
 class PreparedCall:
-    """A call of a kernel that lacks nothing but the addresses of its arrays.
+    """A call of a kernel that lacks nothing but its arrays.
 
     Parameters
     ----------
     kernel : dispatcher
     parameters : (n,) int64 array
         Not changed by the kernel.
+    layout : dtype
+        The record of the addresses.
     dtype : type
         Of the scratch.
     shared, private : int
         Elements of scratch for all threads, and for each.
     work, jobs : int
         As for `threads.run`.
+    fixed : tuple of int
+        The addresses with which the kernel's record ends, those of weights.
+    rules : tuple of functions
+        What the kernel is compiled for, and takes before all else.
     """
 
-    __slots__ = ("_dtype", "_run", "jobs", "parameters", "private", "shared", "work")
+    __slots__ = ("_dtype", "_fixed", "_rules", "_run", "_size", "jobs", "parameters", "private", "shared", "work")
 
-    def __init__(self, kernel, parameters, dtype, shared, private, work, jobs=1):
-        self._run, self._dtype = entry(kernel, dtype), dtype
+    def __init__(self, kernel, parameters, layout, dtype, shared, private, work, jobs=1, fixed=(), rules=()):
+        self._run, self._size, self._dtype, self._fixed = entry(kernel, dtype, rules), len(layout), dtype, fixed
+        self._rules = rules
         self.parameters, self.shared, self.private, self.work, self.jobs = parameters, shared, private, work, jobs
 
-    def __call__(self, *addresses):
-        """Run it: `addresses` in the order of the kernel's record. The arrays must stay alive meanwhile."""
-        record = np.empty(len(addresses), np.int64)
-        _WRITE[len(addresses)](record, 0, *addresses)
-        threads.run(self._run, (self.parameters, record), self._dtype, self.shared, self.private, self.work, self.jobs)
+    def __call__(self, queries, keys, values, out, *others, parameters=None):
+        """Run it on arrays in the order of the kernel's record, each in C order or as planned, or None or left out.
+
+        parameters : a copy with what this call alone has, instead of those it was made with
+        """
+        q = address(queries)
+        k = q if keys is queries else address(keys)
+        v = k if values is keys else address(values)
+        where = (q, k, v, address(out), *map(address, others), *self._fixed)
+        record = np.zeros(self._size, _INT64)
+        _WRITE[len(where)](record, 0, *where)
+        given = self.parameters if parameters is None else parameters
+        threads.run(self._run, (*self._rules, given, record), self._dtype, self.shared, self.private, self.work,
+                    self.jobs)
 
 
-_WRITE = [struct.Struct(f"{count}q").pack_into for count in range(17)]
-
-
-class PlanCache(dict):
-    """What was planned, by what it depends on: a few dozen, so that ever new lengths do not fill memory."""
-
-    def keep(self, key, plan):
-        """Return `plan` and keep it."""
-        if len(self) >= SIZE:
-            self.clear()
-        self[key] = plan
-        return plan
+_INT64 = np.dtype(np.int64)
+_WRITE = [struct.Struct(f"{count}q").pack_into for count in range(33)]

@@ -5,11 +5,14 @@ written in three signed digits to the base 256: at least 22 bits and a sign of t
 float32 holds of it.  Each digit is a row of bytes that meets the stored bytes; the sums are integers, whatever their
 order.  The matrix unit takes 16 rows of digits at once.
 """
+from typing import NamedTuple
+
 import numpy as np
 
 from edgeattn.runtime.jit import inline, jit
 from edgeattn.runtime.worker_pool import parallel_for, task
 
+from .byte_products import DEPTH_STEP, digit_products
 from .decode_blocks import (
     BLOCK,
     DECODE,
@@ -21,17 +24,16 @@ from .decode_blocks import (
     take_queries,
 )
 from .fused import portions, steps_of
-from .matmul import MATRIX, multiply
+from .int8_operands import LANE_FLIP, add_digit_sum, flip_lanes, less_digit_sum, store_digit_sum
+from .int8_views import Part
+from .matmul import round_up
 from .records import named
 from .simd import (
-    COLUMNS,
     LANES,
     MATRIX_ROWS,
-    OFFSET,
     WIDTH,
     address_of,
     bits_of,
-    dot_bytes,
     first_lane,
     float_of_bits,
     fma,
@@ -39,11 +41,7 @@ from .simd import (
     interleave_rows,
     load,
     matrix_configure,
-    matrix_dot_signed,
-    matrix_load,
     matrix_release,
-    matrix_store,
-    matrix_zero,
     max_lanes,
     maximum,
     pointer_to,
@@ -51,18 +49,15 @@ from .simd import (
     splat,
     store,
     sum_lanes,
-    tile_store,
-    tile_zero,
     to_float,
     transpose_block,
 )
 from .softmax import exp2
+from .views import Rows
 
 CHUNK = 4 * LANES  # bytes of a vector
 QUADS = BLOCK // 4
 DIGITS = 3
-TWO = 2 * DIGITS
-_FLIP = np.int32(0 if MATRIX or OFFSET == 0 else -0x7f7f7f80)  # the matrix unit multiplies signed by signed
 _BASE, _SQUARE = np.float32(256), np.float32(65536)
 _BIAS = np.int32(0x808080)
 _MOST = np.float32(0x7f7f7f)  # three digits of 127
@@ -92,19 +87,18 @@ def digits_of(private, at, inverse):
 
 
 @inline
-def write_digits(private, at, size, largest, rows, to, row_step, corrections, at_correction):
-    """The three digits of private[at : at + size], lowest first, as rows of four bytes; what a unit of them is worth.
+def write_digits(private, at, size, largest, rows, corrections):
+    """The three digits of private[at : at + size], lowest first, as Rows of four bytes; what a unit of them is worth.
 
-    private[at + i] = unit * sum over r of 256 ** r * byte i of rows[to + r * row_step:], none larger than `largest`;
-    size a multiple of CHUNK.  corrections[at_correction + r] = what the sums of row r are too large by where the
-    other operand's bytes are kept with their highest bit flipped.
+    private[at + i] = unit * sum over r of 256 ** r * byte i of row r, none larger than `largest`; size a multiple of
+    CHUNK.  corrections: Part, of each row what its sums are too large by where the other operand's bytes are kept with
+    their highest bit flipped.
     """
     # _MOST units or a little less are the largest number; a unit of few bits makes the products with it nearly exact
     fine = bits_of(splat(largest / _MOST))
     unit = maximum(float_of_bits((fine + splat(_FINE)) & splat(_COARSE)), splat(_SMALLEST))
     inverse = splat(_ONE) / unit
     sums0, sums1, sums2 = splat(np.int32(0)), splat(np.int32(0)), splat(np.int32(0))
-    flips = splat(np.int32(_FLIP))
     for i in range(0, size, CHUNK):
         x0 = digits_of(private, at + i, inverse)
         x1 = digits_of(private, at + i + LANES, inverse)
@@ -113,17 +107,15 @@ def write_digits(private, at, size, largest, rows, to, row_step, corrections, at
         digit0 = gather_byte(x0, x1, x2, x3, 0)
         digit1 = gather_byte(x0, x1, x2, x3, 1)
         digit2 = gather_byte(x0, x1, x2, x3, 2)
-        store(rows, to + i // 4, digit0)
-        store(rows, to + row_step + i // 4, digit1)
-        store(rows, to + 2 * row_step + i // 4, digit2)
-        if _FLIP != 0:  # bytes of 128, unsigned
-            sums0 = dot_bytes(sums0, flips, digit0)
-            sums1 = dot_bytes(sums1, flips, digit1)
-            sums2 = dot_bytes(sums2, flips, digit2)
-    if _FLIP != 0:
-        corrections[at_correction] = sum_lanes(sums0)
-        corrections[at_correction + 1] = sum_lanes(sums1)
-        corrections[at_correction + 2] = sum_lanes(sums2)
+        store(rows.data, rows.at + i // 4, digit0)
+        store(rows.data, rows.at + rows.step + i // 4, digit1)
+        store(rows.data, rows.at + 2 * rows.step + i // 4, digit2)
+        sums0 = add_digit_sum(sums0, digit0)
+        sums1 = add_digit_sum(sums1, digit1)
+        sums2 = add_digit_sum(sums2, digit2)
+    store_digit_sum(sums0, corrections.data, corrections.at)
+    store_digit_sum(sums1, corrections.data, corrections.at + 1)
+    store_digit_sum(sums2, corrections.data, corrections.at + 2)
     return first_lane(unit)
 
 
@@ -154,9 +146,8 @@ def key_panels(keys, row, size, count, left, deep, panels, copy):
         rows, to = pointer_to(at, np.int8), s // WIDTH * (deep * WIDTH) + s % WIDTH
         for k in range(0, (size + CHUNK - 1) // CHUNK * LANES, LANES):
             transpose_block(rows, 4 * k, near_row, panels, to + k * WIDTH, WIDTH)
-            if _FLIP != 0:
-                for i in range(k, k + LANES):
-                    store(panels, to + i * WIDTH, load(panels, to + i * WIDTH) ^ splat(_FLIP))
+            for i in range(k, k + LANES):
+                flip_lanes(panels, to + i * WIDTH, LANES)
 
 
 @inline
@@ -167,48 +158,17 @@ def value_panels(values, row, size, count, left, panels, copy):
         rows = pointer_to(at, np.int8)
         for i in range(0, min(LANES, count - s), 4):
             for d in range(0, size, CHUNK):
-                interleave_rows(rows, i * near_row + d, near_row, _FLIP, panels, d * QUADS + (s + i) // 4 * WIDTH,
+                interleave_rows(rows, i * near_row + d, near_row, LANE_FLIP, panels, d * QUADS + (s + i) // 4 * WIDTH,
                                 QUADS * WIDTH)
 
 
 @inline
-def products(rows, digits, at_digits, row_step, panels, panel_step, count, depth4, out, out_row):
-    """out[r out_row + l] = row r of digits, bytes, times column l of panels (depth4, WIDTH), l < count or more."""
-    for column in range(0, count, WIDTH):
-        panel = column // WIDTH * panel_step
-        if MATRIX:
-            for r in range(0, rows, MATRIX_ROWS):
-                matrix_zero(0)
-                matrix_zero(1)
-                for k in range(0, depth4, 16):
-                    matrix_load(4, digits, at_digits + r * row_step + k, row_step)
-                    matrix_load(6, panels, panel + k * WIDTH, WIDTH)
-                    matrix_load(7, panels, panel + k * WIDTH + 16, WIDTH)
-                    matrix_dot_signed(0, 4, 6)
-                    matrix_dot_signed(1, 4, 7)
-                matrix_store(0, out, r * out_row + column, out_row)
-                matrix_store(1, out, r * out_row + column + 16, out_row)
-        else:
-            r = 0
-            while r + TWO <= rows:
-                found = multiply(tile_zero(TWO, COLUMNS, digits), digits, at_digits + r * row_step, row_step, 1,
-                                 panels, panel, depth4)
-                tile_store(found, out, r * out_row + column, out_row, LANES)
-                r += TWO
-            if r < rows:
-                found = multiply(tile_zero(DIGITS, COLUMNS, digits), digits, at_digits + r * row_step, row_step, 1,
-                                 panels, panel, depth4)
-                tile_store(found, out, r * out_row + column, out_row, LANES)
-
-
-@inline
-def join_digits(sums, at, row, corrections, at_correction):
-    """The LANES numbers whose digits' sums lie at `at`, rows `row` apart, lowest first."""
+def join_digits(sums, at, row, corrections):
+    """The LANES numbers whose digits' sums lie at `at`, rows `row` apart, lowest first; corrections: Part."""
     low, middle, high = load(sums, at), load(sums, at + row), load(sums, at + 2 * row)
-    if _FLIP != 0:
-        low = low - splat(corrections[at_correction])
-        middle = middle - splat(corrections[at_correction + 1])
-        high = high - splat(corrections[at_correction + 2])
+    low = less_digit_sum(low, corrections.data, corrections.at)
+    middle = less_digit_sum(middle, corrections.data, corrections.at + 1)
+    high = less_digit_sum(high, corrections.data, corrections.at + 2)
     return fma(to_float(high), splat(_SQUARE), fma(to_float(middle), splat(_BASE), to_float(low)))
 
 
@@ -244,35 +204,142 @@ def private_sizes(G, D, Dv):
             3 * BLOCK, max(deep * BLOCK, Dv_up * QUADS), LANES * max(D_up, Dv_up) // 4, rows * max(BLOCK, Dv_up))
 
 
+class Buffers(NamedTuple):
+    """A thread's arrays, `private_sizes` elements each, as pointers; `copy` is an address."""
+
+    queries: object
+    units: object
+    scores: object
+    q_digits: object
+    w_digits: object
+    q_corrections: object
+    w_corrections: object
+    scales: object
+    panels: object
+    copy: int
+    sums: object
+
+
+@inline
+def buffers_of(p, base, worker):
+    """Where in scratch from the address `base` on they are."""
+    sizes = private_sizes(p.heads // p.kv_heads, p.head_size, p.value_size)
+    queries = base + (p.shared_size + worker * p.private_size) * 4
+    units = queries + sizes[0] * 4
+    scores = units + sizes[1] * 4
+    q_digits = scores + sizes[2] * 4
+    w_digits = q_digits + sizes[3] * 4
+    corrections = w_digits + sizes[4] * 4
+    scales = corrections + sizes[5] * 4
+    panels = scales + sizes[6] * 4
+    copy = panels + sizes[7] * 4
+    sums = copy + sizes[8] * 4
+    return Buffers(
+        pointer_to(queries, np.float32), pointer_to(units, np.float32), pointer_to(scores, np.float32),
+        pointer_to(q_digits, np.int32), pointer_to(w_digits, np.int32), pointer_to(corrections, np.int32),
+        pointer_to(corrections + sizes[5] * 2, np.int32), pointer_to(scales, np.float32),
+        pointer_to(panels, np.uint32), copy, pointer_to(sums, np.int32))
+
+
+@inline
+def prepare_queries(p, item, scale, softcap, buffers):
+    """An item's queries in digits."""
+    D_up = round_up(p.head_size, CHUNK)
+    deep = round_up(D_up // 4, 16)
+    take_queries(p, item, scale, softcap, buffers.queries, 0, D_up)
+    for g in range(p.heads // p.kv_heads):
+        largest, poison = largest_of(buffers.queries, g * D_up, D_up)
+        buffers.units[g] = poison + write_digits(
+            buffers.queries, g * D_up, D_up, largest, Rows(buffers.q_digits, g * DIGITS * deep, deep),
+            Part(buffers.q_corrections, g * DIGITS))
+
+
+@inline
+def score_block(p, batch, kv, s0, left, buffers):
+    """Sums of digits (G DIGITS, BLOCK) of the queries with a block's keys; left: how many keys there are from s0 on."""
+    D, count = p.head_size, min(left, BLOCK)
+    D4 = round_up(D, CHUNK) // 4
+    deep = round_up(D4, 16)
+    from_k = batch * p.k_b + kv * p.k_h + s0 * p.k_s
+    key_panels(p.k + from_k, p.k_s, D, count, left, deep, buffers.panels, buffers.copy)
+    digit_products(p.heads // p.kv_heads * DIGITS, Rows(buffers.q_digits, 0, deep),
+                   Rows(buffers.panels, 0, deep * WIDTH), count, round_up(D4, DEPTH_STEP), Rows(buffers.sums, 0, BLOCK))
+
+
+_OF_KEYS, _OF_VALUES, _ABSENT = 0, BLOCK, 2 * BLOCK  # where scales, and what is added to scores, are
+
+
+@inline
+def take_block_scales(p, batch, kv, s0, count, buffers):
+    """Scales of a block's keys and values, and what is added to scores; zero, or NaN where a value's is not finite."""
+    whole, own_scales = round_up(count, CHUNK), buffers.scales
+    k_scales, v_scales = pointer_to(p.k_scale, np.float32), pointer_to(p.v_scale, np.float32)
+    take_scales(k_scales, batch * p.k_scale_b + kv * p.k_scale_h + s0 * p.k_scale_s, p.k_scale_s, count, whole,
+                own_scales, _OF_KEYS)
+    poison = take_scales(v_scales, batch * p.v_scale_b + kv * p.v_scale_h + s0 * p.v_scale_s, p.v_scale_s, count,
+                         whole, own_scales, _OF_VALUES)
+    for s in range(0, whole, LANES):
+        store(own_scales, _ABSENT + s, splat(_ZERO))
+    for s in range(count, whole):
+        own_scales[_ABSENT + s] = _MINUS_INFINITY
+    return poison
+
+
+@inline
+def weigh_block(p, count, softcap, poison, results, to, buffers):
+    """Softmax of a block: probabilities times the values' scales in digits, zeros up to a whole vector.
+
+    results: from `to` on, of each query, the maximum and the sum.
+    """
+    G, Dv_up, whole = p.heads // p.kv_heads, p.padded_value, round_up(count, CHUNK)
+    units, scores, own_scales = buffers.units, buffers.scores, buffers.scales
+    for g in range(G):
+        at, best, unit = g * BLOCK, splat(_LOWEST), splat(units[g])
+        for s in range(0, whole, LANES):
+            dots = join_digits(buffers.sums, DIGITS * at + s, BLOCK, Part(buffers.q_corrections, DIGITS * g))
+            score = fma(dots, unit * load(own_scales, _OF_KEYS + s), load(own_scales, _ABSENT + s))
+            store(scores, at + s, score)
+            best = maximum(score, best)
+        units[2 * G + g] = max_lanes(best) if softcap == _ZERO else cap_and_maximum(scores, at, count, softcap)
+    for g in range(G):
+        at, m = g * BLOCK, splat(units[2 * G + g])
+        total, largest = splat(_ZERO), splat(_ZERO)
+        for s in range(0, whole, LANES):
+            e = exp2(load(scores, at + s) - m)
+            weight = e * load(own_scales, _OF_VALUES + s)
+            store(scores, at + s, weight)
+            total = total + e
+            largest = maximum(weight, largest)
+        results[to + G * Dv_up + g], results[to + G * (Dv_up + 1) + g] = units[2 * G + g], sum_lanes(total)
+        units[G + g] = max_lanes(largest)
+    for g in range(G):
+        units[G + g] = poison + write_digits(
+            scores, g * BLOCK, whole, units[G + g], Rows(buffers.w_digits, DIGITS * g * QUADS, QUADS),
+            Part(buffers.w_corrections, DIGITS * g))
+
+
+@inline
+def context_block(p, batch, kv, s0, left, results, to, buffers):
+    """Context (G, Dv') of a block, positions as `interleaved` says: four keys at a time become a row of the panels."""
+    G, Dv, Dv_up, count = p.heads // p.kv_heads, p.value_size, p.padded_value, min(left, BLOCK)
+    from_v = batch * p.v_b + kv * p.v_h + s0 * p.v_s
+    value_panels(p.v + from_v, p.v_s, Dv, count, left, buffers.panels, buffers.copy)
+    digit_products(G * DIGITS, Rows(buffers.w_digits, 0, QUADS), Rows(buffers.panels, 0, QUADS * WIDTH), Dv_up,
+                   (count + 3) // 4, Rows(buffers.sums, 0, Dv_up))
+    for g in range(G):
+        inverse = splat(inverse_of(results[to + G * (Dv_up + 1) + g]))
+        for d in range(0, Dv_up, LANES):
+            sums = join_digits(buffers.sums, DIGITS * g * Dv_up + d, Dv_up, Part(buffers.w_corrections, DIGITS * g))
+            store(results, to + g * Dv_up + d, (sums * inverse) * splat(buffers.units[G + g]))
+
+
 @task
 def decode_part(parameters, scale, softcap, lengths, scratch, portion, worker, part):
     """`portion` blocks of keys of `decode`."""
     p = named(parameters, DECODE)
     base = address_of(scratch)
-    results = pointer_to(base, np.float32)
-    D, Dv, Dv_up, G = p.head_size, p.value_size, p.padded_value, p.heads // p.kv_heads
-    D_up, deep = (D + CHUNK - 1) // CHUNK * CHUNK, ((D + CHUNK - 1) // CHUNK * LANES + 15) // 16 * 16
-    sizes = private_sizes(G, D, Dv)
-    address_q = base + (p.shared_size + worker * p.private_size) * 4
-    address_units = address_q + sizes[0] * 4
-    address_scores = address_units + sizes[1] * 4
-    address_qd = address_scores + sizes[2] * 4
-    address_wd = address_qd + sizes[3] * 4
-    address_corrections = address_wd + sizes[4] * 4
-    address_scales = address_corrections + sizes[5] * 4
-    address_panels = address_scales + sizes[6] * 4
-    address_copy = address_panels + sizes[7] * 4
-    address_sums = address_copy + sizes[8] * 4
-    q, units = pointer_to(address_q, np.float32), pointer_to(address_units, np.float32)
-    scores, own_scales = pointer_to(address_scores, np.float32), pointer_to(address_scales, np.float32)
-    qd, wd = pointer_to(address_qd, np.int32), pointer_to(address_wd, np.int32)
-    corrections = pointer_to(address_corrections, np.int32)
-    w_corrections = pointer_to(address_corrections + sizes[5] * 2, np.int32)
-    panels, sums = pointer_to(address_panels, np.uint32), pointer_to(address_sums, np.int32)
-    k_scales, v_scales = pointer_to(p.k_scale, np.float32), pointer_to(p.v_scale, np.float32)
-    if MATRIX:
-        matrix_configure(sums, 0)
-    of_keys, of_values, absent = 0, BLOCK, 2 * BLOCK
+    results, buffers = pointer_to(base, np.float32), buffers_of(p, base, worker)
+    matrix_configure(buffers.sums, 0)
     ready = np.int64(-1)
     for number in range(part * portion, min((part + 1) * portion, p.batch * p.kv_heads * p.blocks)):
         item, s0 = number // p.blocks, number % p.blocks * BLOCK
@@ -282,59 +349,14 @@ def decode_part(parameters, scale, softcap, lengths, scratch, portion, worker, p
         if count <= 0:
             continue
         if item != ready:
-            take_queries(p, item, scale, softcap, q, 0, D_up)
-            for g in range(G):
-                largest, poison = largest_of(q, g * D_up, D_up)
-                units[g] = poison + write_digits(q, g * D_up, D_up, largest, qd, g * DIGITS * deep, deep,
-                                                 corrections, g * DIGITS)
+            prepare_queries(p, item, scale, softcap, buffers)
             ready = item
-        # 1. scores (G, BLOCK): keys become panels (D / 4, WIDTH)
-        from_k, k_row = batch * p.k_b + kv * p.k_h + s0 * p.k_s, p.k_s
-        key_panels(p.k + from_k, k_row, D, count, left, deep, panels, address_copy)
-        products(G * DIGITS, qd, 0, deep, panels, deep * WIDTH, count, deep if MATRIX else D_up // 4, sums, BLOCK)
-        # 2. softmax of the block, and its probabilities times the values' scales in digits; zeros up to a whole vector
-        to, whole = number * p.result_size, (count + CHUNK - 1) // CHUNK * CHUNK
-        take_scales(k_scales, batch * p.k_scale_b + kv * p.k_scale_h + s0 * p.k_scale_s, p.k_scale_s, count, whole,
-                    own_scales, of_keys)
-        poison = take_scales(v_scales, batch * p.v_scale_b + kv * p.v_scale_h + s0 * p.v_scale_s, p.v_scale_s, count,
-                             whole, own_scales, of_values)
-        for s in range(0, whole, LANES):
-            store(own_scales, absent + s, splat(_ZERO))
-        for s in range(count, whole):
-            own_scales[absent + s] = _MINUS_INFINITY
-        for g in range(G):
-            at, best, unit = g * BLOCK, splat(_LOWEST), splat(units[g])
-            for s in range(0, whole, LANES):
-                dots = join_digits(sums, DIGITS * at + s, BLOCK, corrections, DIGITS * g)
-                score = fma(dots, unit * load(own_scales, of_keys + s), load(own_scales, absent + s))
-                store(scores, at + s, score)
-                best = maximum(score, best)
-            units[2 * G + g] = max_lanes(best) if softcap == _ZERO else cap_and_maximum(scores, at, count, softcap)
-        for g in range(G):
-            at, m = g * BLOCK, splat(units[2 * G + g])
-            total, largest = splat(_ZERO), splat(_ZERO)
-            for s in range(0, whole, LANES):
-                e = exp2(load(scores, at + s) - m)
-                weight = e * load(own_scales, of_values + s)
-                store(scores, at + s, weight)
-                total = total + e
-                largest = maximum(weight, largest)
-            results[to + G * Dv_up + g], results[to + G * (Dv_up + 1) + g] = units[2 * G + g], sum_lanes(total)
-            units[G + g] = max_lanes(largest)
-        for g in range(G):
-            units[G + g] = poison + write_digits(
-                scores, g * BLOCK, whole, units[G + g], wd, DIGITS * g * QUADS, QUADS, w_corrections, DIGITS * g)
-        # 3. context (G, Dv'), positions as `interleaved` says: four keys at a time become a row of the panels
-        from_v, v_row = batch * p.v_b + kv * p.v_h + s0 * p.v_s, p.v_s
-        value_panels(p.v + from_v, v_row, Dv, count, left, panels, address_copy)
-        products(G * DIGITS, wd, 0, QUADS, panels, QUADS * WIDTH, Dv_up, (count + 3) // 4, sums, Dv_up)
-        for g in range(G):
-            inverse = splat(inverse_of(results[to + G * (Dv_up + 1) + g]))
-            for d in range(0, Dv_up, LANES):
-                part_sums = join_digits(sums, DIGITS * g * Dv_up + d, Dv_up, w_corrections, DIGITS * g)
-                store(results, to + g * Dv_up + d, (part_sums * inverse) * splat(units[G + g]))
-    if MATRIX:
-        matrix_release()
+        to = number * p.result_size
+        score_block(p, batch, kv, s0, left, buffers)
+        poison = take_block_scales(p, batch, kv, s0, count, buffers)
+        weigh_block(p, count, softcap, poison, results, to, buffers)
+        context_block(p, batch, kv, s0, left, results, to, buffers)
+    matrix_release()
 
 
 @inline

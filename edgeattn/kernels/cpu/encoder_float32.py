@@ -50,6 +50,8 @@ def pack(**arrays):
 class Stage:
     """What the kernels have in common: one that is planned by the number of rows, called with addresses.
 
+    Each has prepare(rows), its `PreparedCall` for so many rows, whose addresses are those of `norm.ADDRESSES`.
+
     Parameters
     ----------
     parameters : SimpleNamespace
@@ -60,10 +62,6 @@ class Stage:
     def __init__(self, parameters, weights):
         self._parameters, self.weights = parameters, weights
         self._address, self._plans = address(weights), PlanCache()
-
-    def prepare(self, rows):
-        """The `PreparedCall` for so many rows, whose addresses are those of `norm.ADDRESSES`."""
-        raise NotImplementedError
 
     def __call__(self, x, residual, out):
         """out (..., outputs) from x (..., inputs) and residual (..., outputs) or None: float32, C order; returns out.

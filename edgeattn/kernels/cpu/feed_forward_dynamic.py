@@ -24,7 +24,7 @@ from edgeattn.runtime.worker_pool import parallel_for
 from .activation import activate_rows, multiply_rows
 from .dynamic import inverse_of, join_row, largest_of_row, scale_of
 from .feed_forward_float32 import parts_of_rows, share_of
-from .linear_dynamic import FLIP
+from .int8_operands import FLIP
 from .matmul import multiply, round_up
 from .norm import ADDRESSES, NO_NORM, finish_row, normalize_row, read_row
 from .records import named, record

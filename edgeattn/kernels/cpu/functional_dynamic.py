@@ -3,190 +3,189 @@ import functools
 
 import numpy as np
 
-from edgeattn import threads
-from edgeattn.runtime.jit import compiled_for, inline, jit
+from edgeattn.runtime.jit import inline, jit
 from edgeattn.runtime.worker_pool import parallel_for, task
 
+from .attend_dynamic import KEY_BLOCK, Keys, Queries, attend_bytes, fill_dither, values_of
+from .byte_products import DEPTH_STEP, READ_AHEAD, ROW_STEP
+from .call import PreparedCall
 from .dynamic import (
     BLOCKS,
-    KEY_BLOCK,
     TOKENS,
-    attend_bytes,
-    choose_block,
-    fill_dither,
     keys_to_rows,
     largest_rows,
     quantize_keys,
     quantize_queries,
     quantize_values,
-    subtract_mean,
     turn,
     unit_of,
-    weigh_tokens,
 )
-from .fused import ATTENDING, PROJECTING, fill_mask, portions, visible_range
-from .layer_float32 import _NO_BIAS, _NO_KEEP, shape_of, with_alibi
-from .matmul import MATRIX, MATRIX_DEPTH, ROW_STEP, round_up
-from .records import MASKS, blank, mask_fields, named, packed, place, record, slot
+from .fused import ATTENTION_ADDRESSES, adds_to_scores, fill_mask, portions, visible_range
+from .int8_views import Part, parts_of
+from .key_mean import choose_block, subtract_mean, weigh_tokens
+from .layer_float32 import shape_of
+from .matmul import round_up
+from .records import MASKS, bits_of_real, blank, mask_fields, named, packed, place, real, record
 from .simd import (
     LANES,
-    MATRIX_ROWS,
     WIDTH,
     address_of,
     broadcast,
     load,
     matrix_configure,
     matrix_release,
+    pointer_to,
     splat,
     store,
 )
 from .softmax import LOG2_E
-from .views import MaskAddresses
+from .views import Rows, ScoreMask, Visible
 
 _ZERO = np.float32(0)
 _ONE = np.float32(1)
-_run = None
 
-# The parameters: sizes; masks; where things begin in the scratch of all threads, and in that of each.
-ATTENTION = record("batch heads kv_heads queries keys head_size value_size", MASKS, "alibi",
+# The parameters: sizes; the scale by its bits; masks; where things begin in the scratch of all threads, and of each.
+ATTENTION = record("batch heads kv_heads queries keys head_size value_size scale", MASKS,
                    "at_mean at_units at_kterm at_kscale at_values at_vlog at_vinverse",
                    "at_row_major at_rows at_weights at_seen at_keys at_q at_qscale at_scores at_probabilities at_stats",
                    "at_dither at_context at_square at_masks shared_size private_size")
-_ALIBI = slot(ATTENTION, "alibi")
 
 
 @inline
-def turn_rows(x, at, size, tokens, factor, private_f, at_row_major, at_rows):
-    """(size up to LANES, W) = factor x^T for up to W rows of x; what is missing is 0."""
+def turn_rows(x, size, tokens, factor, own, at_row_major, at_rows):
+    """(size up to LANES, W) = factor x^T for up to W rows of x, a Part; what is missing is 0."""
     padded = round_up(size, LANES)
     for t in range(tokens):
         for d in range(size):
-            private_f[at_row_major + t * padded + d] = x[at + t * size + d] * factor
+            own.float32[at_row_major + t * padded + d] = x.data[x.at + t * size + d] * factor
         for d in range(size, padded):
-            private_f[at_row_major + t * padded + d] = _ZERO
+            own.float32[at_row_major + t * padded + d] = _ZERO
     for i in range(at_row_major + tokens * padded, at_row_major + WIDTH * padded, LANES):
-        store(private_f, i, splat(_ZERO))
-    turn(private_f, at_row_major, WIDTH, padded, private_f, at_rows)
+        store(own.float32, i, splat(_ZERO))
+    turn(own.float32, at_row_major, WIDTH, padded, own.float32, at_rows)
+
+
+@inline
+def turn_block(x, head, t, b, size, p, own, at_rows):
+    """Tokens of block b of W from t on, of keys or values of a head of a batch entry."""
+    first = t + b * WIDTH
+    some = max(min(p.keys - first, WIDTH), 0)
+    turn_rows(Part(x, (head * p.keys + first) * size), size, some, _ONE, own, p.at_row_major, at_rows)
+
+
+@inline
+def key_block(k, head, kv, t, is_first, p, shared, own):
+    """Keys from t on of a head, less the mean of those in the block that comes first, to rows of bytes."""
+    D, Dp, D_up = p.head_size, round_up(p.head_size, 4), round_up(p.head_size, LANES)
+    K4, at_rows, minus = round_up(Dp // 4, LANES), p.at_rows, p.at_mean + kv * D_up
+    for b in range(BLOCKS):
+        turn_block(k, head, t, b, D, p, own, at_rows + b * D_up * WIDTH)
+    if is_first:
+        for b in range(BLOCKS):
+            for c in range(0, WIDTH, LANES):
+                largest = largest_rows(own.float32, at_rows + b * D_up * WIDTH + c, Dp)
+                store(own.float32, p.at_weights + b * WIDTH + c, largest)
+        weigh_tokens(own.float32, p.at_weights, own.int32, p.at_seen)
+        subtract_mean(own.float32, at_rows, D_up * WIDTH, D_up, p.at_weights, shared.float32, minus)
+    else:
+        for j in range(0, BLOCKS * D_up * WIDTH, LANES):
+            at = at_rows + j
+            store(own.float32, at, load(own.float32, at) + broadcast(shared.float32, minus + j // WIDTH % D_up))
+    for b in range(BLOCKS):
+        at = kv * round_up(p.keys, TOKENS) + t + b * WIDTH
+        quantize_keys(Part(own.float32, at_rows + b * D_up * WIDTH), Dp, Part(own.int32, p.at_keys),
+                      Part(shared.float32, p.at_kscale + at), Part(shared.int32, p.at_kterm + at))
+        keys_to_rows(own.int32, p.at_keys, K4, shared.int32, at * K4, K4)
+
+
+@inline
+def value_block(v, head, kv, t, is_first, p, shared, own):
+    """Values from t on of a head, in units that fit those of the block that comes first, to rows of bytes."""
+    Dv, Dvp, row = p.value_size, round_up(p.value_size, 4), round_up(p.keys, 64) // 4
+    if is_first:
+        for b in range(BLOCKS):
+            turn_block(v, head, t, b, Dv, p, own, p.at_rows)
+            for c in range(0, WIDTH, LANES):
+                store(own.float32, p.at_weights + b * WIDTH + c, largest_rows(own.float32, p.at_rows + c, Dvp))
+        shared.float32[p.at_units + kv] = unit_of(own.float32, p.at_weights, own.int32, p.at_seen)
+    for b in range(BLOCKS):
+        at = kv * round_up(p.keys, TOKENS) + t + b * WIDTH
+        turn_block(v, head, t, b, Dv, p, own, p.at_rows)
+        quantize_values(Part(own.float32, p.at_rows), Dvp, shared.float32[p.at_units + kv],
+                        Rows(shared.int8, 4 * (p.at_values + kv * Dvp * row) + t + b * WIDTH, 4 * row),
+                        Part(shared.float32, p.at_vlog + at), Part(shared.float32, p.at_vinverse + at))
 
 
 @task
-def attention_part(q, k, v, out, parameters, factor, keep, bias, scratch, batch, phase, portion, worker, part):
-    """One portion of one phase of one batch entry.
+def quantize_part(p, a, scratch, batch, portion, worker, part):
+    """Keys and values of `portion` heads of one batch entry, for all threads.
 
-    q (B, H, L, D), k (B, Hkv, S, D), v (B, Hkv, S, Dv), out (B, H, L, Dv): flat float32; keep, bias: flat or empty.
-    PROJECTING: keys and values of `portion` heads; ATTENDING: `portion` of the heads' blocks of W queries.
     scratch: int32, first keys (Hkv, S', K4), values (Hkv Dvp, S') and their scales for all threads.
     """
-    p = named(parameters, ATTENTION)
-    shared = scratch[:p.shared_size]
-    private = scratch[p.shared_size + worker * p.private_size:p.shared_size + (worker + 1) * p.private_size]
-    H, Hkv, L, S, D, Dv = p.heads, p.kv_heads, p.queries, p.keys, p.head_size, p.value_size
-    Dp, Dvp, D_up, Dv_up = round_up(D, 4), round_up(Dv, 4), round_up(D, LANES), round_up(Dv, LANES)
-    D4, K4, S_up, v_row = Dp // 4, round_up(Dp // 4, LANES), round_up(S, TOKENS), round_up(S, 64) // 4
-    private_u, private_f = private.view(np.uint32), private.view(np.float32)
-    shared_b, shared_f = shared.view(np.int8), shared.view(np.float32)
-    at_row_major, at_rows, at_weights, at_mean = p.at_row_major, p.at_rows, p.at_weights, p.at_mean
-    band = p.band != 0
-    has_bias = bias.size > 0 or p.alibi != 0
-    has_mask = keep.size > 0 or has_bias
-    if MATRIX:
-        matrix_configure(private, p.at_stats)
-    if phase == PROJECTING:
-        smooth = choose_block(private, p.at_seen, S, keep, batch * p.keep_b, p.keep_h, p.keep_l,
-                              p.keep_s, bias, batch * p.bias_b, p.bias_h, p.bias_l, p.bias_s, H, L,
-                              band, p.low, p.high)
-        for kv in range(part * portion, min((part + 1) * portion, Hkv)):
-            head = batch * Hkv + kv
-            minus = at_mean + kv * D_up
-            for i in range((S + TOKENS - 1) // TOKENS):
-                # 1. keys of a block, minus the mean of those in the one that comes first
-                t = TOKENS * (smooth if i == 0 else i - 1 if i <= smooth else i)
-                for b in range(BLOCKS):
-                    turn_rows(k, (head * S + t + b * WIDTH) * D, D, max(min(S - t - b * WIDTH, WIDTH), 0), _ONE,
-                              private_f, at_row_major, at_rows + b * D_up * WIDTH)
-                if i == 0:
-                    for b in range(BLOCKS):
-                        for c in range(0, WIDTH, LANES):
-                            largest = largest_rows(private_f, at_rows + b * D_up * WIDTH + c, Dp)
-                            store(private_f, at_weights + b * WIDTH + c, largest)
-                    weigh_tokens(private_f, at_weights, private, p.at_seen)
-                    subtract_mean(private_f, at_rows, D_up * WIDTH, D_up, at_weights, shared_f, minus)
-                else:
-                    for j in range(0, BLOCKS * D_up * WIDTH, LANES):
-                        at = at_rows + j
-                        store(private_f, at, load(private_f, at) + broadcast(shared_f, minus + j // WIDTH % D_up))
-                for b in range(BLOCKS):
-                    at = kv * S_up + t + b * WIDTH
-                    quantize_keys(private_f, at_rows + b * D_up * WIDTH, Dp, private, p.at_keys, shared_f,
-                                  p.at_kscale + at, shared, p.at_kterm + at)
-                    keys_to_rows(private, p.at_keys, K4, shared, at * K4, K4)
-                # 2. values, in units that fit those of the block that comes first
-                if i == 0:
-                    for b in range(BLOCKS):
-                        turn_rows(v, (head * S + t + b * WIDTH) * Dv, Dv, max(min(S - t - b * WIDTH, WIDTH), 0), _ONE,
-                                  private_f, at_row_major, at_rows)
-                        for c in range(0, WIDTH, LANES):
-                            store(private_f, at_weights + b * WIDTH + c, largest_rows(private_f, at_rows + c, Dvp))
-                    shared_f[p.at_units + kv] = unit_of(private_f, at_weights, private, p.at_seen)
-                for b in range(BLOCKS):
-                    at = kv * S_up + t + b * WIDTH
-                    turn_rows(v, (head * S + t + b * WIDTH) * Dv, Dv, max(min(S - t - b * WIDTH, WIDTH), 0), _ONE,
-                              private_f, at_row_major, at_rows)
-                    quantize_values(private_f, at_rows, Dvp, shared_f[p.at_units + kv], shared_b,
-                                    4 * (p.at_values + kv * Dvp * v_row) + t + b * WIDTH, 4 * v_row, shared_f,
-                                    p.at_vlog + at, shared_f, p.at_vinverse + at)
-        if MATRIX:
-            matrix_release()
-        return
-    blocks = (L + WIDTH - 1) // WIDTH
-    deep = round_up(D4, MATRIX_DEPTH)
-    fill_dither(private_f, p.at_dither, S)
-    for i in range(p.at_q + D4 * WIDTH, p.at_q + deep * WIDTH, LANES):
-        store(private, i, splat(np.int32(0)))
-    for item in range(part * portion, min((part + 1) * portion, H * blocks)):
-        h, q0 = item // blocks, item % blocks * WIDTH
-        kv = h // (H // Hkv)
-        queries = min(WIDTH, L - q0)
-        at_row = (batch * H + h) * L + q0
-        # 3. queries
-        turn_rows(q, at_row * D, D, queries, factor, private_f, at_row_major, at_rows)
-        quantize_queries(private_f, at_rows, Dp, private, p.at_q, private_f, p.at_qscale)
-        # 4. attention
-        first, last, full_from, full_to = visible_range(q0, queries, S, band, p.low, p.high)
-        first = first // 4 * 4
-        if has_mask:
-            masks = MaskAddresses(address_of(keep) if keep.size > 0 else 0,
-                                 address_of(bias) if bias.size > 0 else 0, p.alibi)
-            fill_mask(p, masks, batch, h, q0, queries, first, last, private_f, p.at_masks, p.at_square)
-        at = kv * S_up
-        attend_bytes(private_u, p.at_q, deep, private_f, p.at_qscale, shared, at * K4, K4, shared,
-                     p.at_kterm + at, shared_f, p.at_kscale + at, shared, p.at_values + kv * Dvp * v_row, v_row,
-                     shared_f, p.at_vlog + at, shared_f, p.at_vinverse + at, shared_f[p.at_units + kv], first, last,
-                     Dvp, private, private_u, private_f, p.at_scores, p.at_probabilities, p.at_stats, p.at_dither,
-                     private_f, p.at_context, q0, band, p.low, p.high, full_from, full_to, private_f,
-                     p.at_masks, has_mask, has_bias)
-        turn(private, p.at_context, Dv_up, WIDTH, private, at_row_major)
-        for l in range(queries):
-            for d in range(Dv):
-                out[(at_row + l) * Dv + d] = private_f[at_row_major + l * Dv_up + d]
-    if MATRIX:
-        matrix_release()
+    shared, own = parts_of(scratch, p, worker)
+    k, v = pointer_to(a.k, np.float32), pointer_to(a.v, np.float32)
+    smooth = choose_block(p, a, batch, own.int32, p.at_seen)
+    for kv in range(part * portion, min((part + 1) * portion, p.kv_heads)):
+        head = batch * p.kv_heads + kv
+        for i in range((p.keys + TOKENS - 1) // TOKENS):
+            t = TOKENS * (smooth if i == 0 else i - 1 if i <= smooth else i)
+            key_block(k, head, kv, t, i == 0, p, shared, own)
+            value_block(v, head, kv, t, i == 0, p, shared, own)
+
+
+@inline
+def attend_block(p, a, batch, h, q0, shared, own):
+    """Attention of one block of queries of a head."""
+    H, L, S, D, Dv, Dvp = p.heads, p.queries, p.keys, p.head_size, p.value_size, round_up(p.value_size, 4)
+    D4, Dv_up, kv = round_up(D, 4) // 4, round_up(Dv, LANES), h // (H // p.kv_heads)
+    K4, queries, at_row = round_up(D4, LANES), min(WIDTH, L - q0), (batch * H + h) * L + q0
+    q, out, factor = pointer_to(a.q, np.float32), pointer_to(a.out, np.float32), real(p.scale) * LOG2_E
+    band, adds = p.band != 0, adds_to_scores(a)
+    masked = adds or a.keep != 0
+    # 1. queries
+    turn_rows(Part(q, at_row * D), D, queries, factor, own, p.at_row_major, p.at_rows)
+    quantize_queries(Part(own.float32, p.at_rows), 4 * D4, Part(own.int32, p.at_q), Part(own.float32, p.at_qscale))
+    # 2. attention
+    first, last, full_from, full_to = visible_range(q0, queries, S, band, p.low, p.high)
+    first = first // 4 * 4
+    if masked:
+        fill_mask(p, a, batch, h, q0, queries, first, last, own.float32, p.at_masks, p.at_square)
+    at = kv * round_up(S, TOKENS)
+    attend_bytes(Queries(own.uint32, p.at_q, round_up(D4, DEPTH_STEP), own.float32, p.at_qscale),
+                 Keys(shared.int32, at * K4, K4, p.at_kterm + at, shared.float32, p.at_kscale + at),
+                 values_of(kv, Dvp, round_up(S, 64) // 4, p, shared), Dvp,
+                 Visible(first, last, full_from, full_to, q0, band, p.low, p.high),
+                 ScoreMask(own.float32, p.at_masks, first, masked), adds, p, own, p.at_context)
+    # 3. rows of the context
+    turn(own.int32, p.at_context, Dv_up, WIDTH, own.int32, p.at_row_major)
+    for l in range(queries):
+        for d in range(Dv):
+            out[(at_row + l) * Dv + d] = own.float32[p.at_row_major + l * Dv_up + d]
+
+
+@task
+def attend_part(p, a, scratch, batch, portion, worker, part):
+    """`portion` of one batch entry's blocks of W queries, head by head."""
+    shared, own = parts_of(scratch, p, worker)
+    blocks, D4 = (p.queries + WIDTH - 1) // WIDTH, round_up(p.head_size, 4) // 4
+    matrix_configure(own.int32, p.at_stats)
+    fill_dither(own.float32, p.at_dither, p.keys)
+    for i in range(p.at_q + D4 * WIDTH, p.at_q + round_up(D4, DEPTH_STEP) * WIDTH, LANES):
+        store(own.int32, i, splat(np.int32(0)))
+    for item in range(part * portion, min((part + 1) * portion, p.heads * blocks)):
+        attend_block(p, a, batch, item // blocks, item % blocks * WIDTH, shared, own)
+    matrix_release()
 
 
 @jit
-def attention_dynamic(q, k, v, out, parameters, scale, keep, bias, scratch, task_queue, count):
-    """See `attention_part`; on at most `count` threads that serve the task_queue."""
-    p = named(parameters, ATTENTION)
+def attention_dynamic(parameters, addresses, scratch, task_queue, count):
+    """See ATTENTION; arrays in C order; on at most `count` threads that serve the task_queue."""
+    p, a, memory = named(parameters, ATTENTION), named(addresses, ATTENTION_ADDRESSES), address_of(scratch)
     heads, head_parts = portions(p.kv_heads, 1, count)
     items, item_parts = portions(p.heads * ((p.queries + WIDTH - 1) // WIDTH), 1, count)
-    factor = scale * LOG2_E
     for batch in range(p.batch):
-        parallel_for(task_queue, head_parts, attention_part, q, k, v, out, parameters, factor, keep, bias, scratch,
-                     batch,
-              PROJECTING, heads)
-        parallel_for(task_queue, item_parts, attention_part, q, k, v, out, parameters, factor, keep, bias, scratch,
-                     batch,
-              ATTENDING, items)
+        parallel_for(task_queue, head_parts, quantize_part, p, a, memory, batch, heads)
+        parallel_for(task_queue, item_parts, attend_part, p, a, memory, batch, items)
 
 
 def plan(p, masked):
@@ -194,7 +193,7 @@ def plan(p, masked):
     Hkv, S, D, Dv = p.kv_heads, p.keys, p.head_size, p.value_size
     Dvp, D_up, Dv_up = round_up(Dv, 4), round_up(D, LANES), round_up(Dv, LANES)
     D4, K4, S_up = -(-D // 4), round_up(-(-D // 4), LANES), round_up(S, TOKENS)
-    past = 2 * MATRIX_ROWS  # rows that a tile may read past the last, and a row past the last number
+    past = READ_AHEAD  # and of a row past the last number
     shared = round_up((Hkv * S_up + past) * K4 + past, 16)  # the keys
     p.at_values, shared = place(shared, (Hkv * Dvp + past) * (round_up(S, 64) // 4) + past)
     p.at_kterm, shared = place(shared, Hkv * S_up)
@@ -208,7 +207,7 @@ def plan(p, masked):
     p.at_weights, private = place(private, TOKENS)
     p.at_seen, private = place(private, TOKENS)
     p.at_keys, private = place(private, WIDTH * K4)
-    p.at_q, private = place(private, round_up(D4, MATRIX_DEPTH) * WIDTH)
+    p.at_q, private = place(private, round_up(D4, DEPTH_STEP) * WIDTH)
     p.at_qscale, private = place(private, WIDTH)
     p.at_scores, private = place(private, (max(KEY_BLOCK, Dvp) + ROW_STEP) * WIDTH)
     p.at_probabilities, private = place(private, KEY_BLOCK // 4 * WIDTH)
@@ -221,14 +220,21 @@ def plan(p, masked):
     return shared, private
 
 
+def prepare(q, k, v, out, scale, softcap=0.0, keep=None, bias=None, band=None, alibi=None):
+    """The `PreparedCall` of such arrays and masks; arguments as for `functional_float32.prepare`, softcap 0."""
+    return _prepare(q.shape, k.shape, v.shape, scale, shape_of(keep), shape_of(bias), band, shape_of(alibi))
+
+
 @functools.lru_cache(256)
-def _plan_of(q, k, v, keep, bias, band, alibi):
-    """(parameters, shared elements, private elements) for arrays and masks of these shapes."""
-    p = blank(ATTENTION, **mask_fields(keep, bias, band, alibi))
+def _prepare(q, k, v, scale, keep, bias, band, alibi):
+    """The same, for arrays and masks of these shapes."""
+    p = blank(ATTENTION, scale=bits_of_real(scale), **mask_fields(keep, bias, band, alibi))
     p.batch, p.heads, p.queries, p.head_size = q
     p.kv_heads, p.keys, p.value_size = k[1], k[2], v[3]
-    sizes = plan(p, keep is not None or bias is not None or alibi is not None)
-    return packed(p, ATTENTION), *sizes
+    shared, private = plan(p, keep is not None or bias is not None or alibi is not None)
+    work = q[0] * q[1] * q[2] * k[2] * (q[3] + v[3])
+    return PreparedCall(attention_dynamic, packed(p, ATTENTION), ATTENTION_ADDRESSES, np.int32, shared, private, work,
+                        q[0])
 
 
 def attention(q, k, v, out, scale, keep=None, bias=None, band=None, alibi=None):
@@ -242,17 +248,5 @@ def attention(q, k, v, out, scale, keep=None, bias=None, band=None, alibi=None):
     keep, bias, band, alibi
         As `functional_float32.attention` takes them.
     """
-    global _run
-    parameters, shared, private = _plan_of(q.shape, k.shape, v.shape, shape_of(keep), shape_of(bias), band,
-                                           shape_of(alibi))
-    if alibi is not None:
-        parameters = with_alibi(parameters, _ALIBI, alibi)
-    keep = _NO_KEEP if keep is None else keep.reshape(-1).view(np.uint8)
-    bias = _NO_BIAS if bias is None else bias.reshape(-1)
-    arguments = (q.reshape(-1), k.reshape(-1), v.reshape(-1), out.reshape(-1), parameters, np.float32(scale), keep,
-                 bias)
-    if _run is None:
-        _run = compiled_for(attention_dynamic, (*arguments, np.zeros(1, np.int32), np.zeros(1, np.int64), 1))
-    threads.run(_run, arguments, np.int32, shared, private, q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
-                * (q.shape[3] + v.shape[3]), q.shape[0])
+    prepare(q, k, v, out, scale, 0.0, keep, bias, band, alibi)(q, k, v, out, keep, bias, alibi)
     return out

@@ -3,8 +3,6 @@ import functools
 
 import numpy as np
 
-from edgeattn.runtime.addresses import address
-
 from . import fused as f
 from .call import PreparedCall
 from .layer_float32 import shape_of
@@ -13,12 +11,15 @@ from .records import bits_of_real, blank, mask_fields, packed
 from .simd import LANES, ROWS, WIDTH
 
 
-@functools.lru_cache(256)
-def prepare(q, k, v, steps, scale, softcap, keep, bias, band, alibi):
-    """The `PreparedCall` for arrays and masks of these shapes.
+def prepare(q, k, v, out, scale, softcap=0.0, keep=None, bias=None, band=None, alibi=None):
+    """The `PreparedCall` of such arrays and masks; arguments as for `attention`."""
+    return _prepare(q.shape, k.shape, v.shape, (q.strides, k.strides, v.strides, out.strides), scale, softcap,
+                    shape_of(keep), shape_of(bias), band, shape_of(alibi))
 
-    steps : of q, k, v and out, bytes along their axes
-    """
+
+@functools.lru_cache(256)
+def _prepare(q, k, v, steps, scale, softcap, keep, bias, band, alibi):
+    """The same, for arrays and masks of these shapes; steps: of q, k, v and out, bytes along their axes."""
     B, H, L, D = q
     Hkv, S, Dv = k[1], k[2], v[3]
     D_up, Dv_up, Dv_lanes = round_up(D, LANES), round_up(Dv, ROWS), round_up(Dv, LANES)
@@ -33,7 +34,7 @@ def prepare(q, k, v, steps, scale, softcap, keep, bias, band, alibi):
         vars(p).update({f"{name}_b": batch // 4, f"{name}_h": head // 4})
         vars(p)[f"{name}_l" if name == "q" else f"{name}_s"] = row // 4
     p.out_b, p.out_h, p.out_l = (step // 4 for step in steps[3][:3])
-    return PreparedCall(f.attention_float32, packed(p, f.ATTENTION), np.float32, 0, private,
+    return PreparedCall(f.attention_float32, packed(p, f.ATTENTION), f.ATTENTION_ADDRESSES, np.float32, 0, private,
                         2 * B * H * L * S * (D + Dv))
 
 
@@ -55,8 +56,5 @@ def attention(q, k, v, out, scale, softcap=0.0, keep=None, bias=None, band=None,
     lengths : (B,) int64 or None
         Keys that exist per batch entry.
     """
-    call = prepare(q.shape, k.shape, v.shape, (q.strides, k.strides, v.strides, out.strides), scale, softcap,
-                   shape_of(keep), shape_of(bias), band, shape_of(alibi))
-    call(address(q), address(k), address(v), address(out), address(keep), address(bias), address(alibi),
-         address(lengths))
+    prepare(q, k, v, out, scale, softcap, keep, bias, band, alibi)(q, k, v, out, keep, bias, alibi, lengths)
     return out

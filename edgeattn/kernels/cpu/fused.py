@@ -380,7 +380,6 @@ LAYER = record("batch queries keys query_width key_width value_width out_width h
 # masks, or 0 of none, and what `FloatLayer` packed; all in C order.
 LAYER_ADDRESSES = record("queries keys values out", MASK_ADDRESSES, "weights")
 QUERIES = 128  # projected at a time; a multiple of WIDTH
-PROJECTING, ATTENDING = 1, 2  # the phases of int8 kernels; parts of one may run at the same time
 
 
 @inline

@@ -1,56 +1,53 @@
 """Fused static int8 attention: one block of queries at a time, queries in lanes, four bytes to a lane.
 
 Letters: B batch, H heads, L queries, S keys, D head size, Dv value size, E model width; W = WIDTH queries per block.
-Sizes with a 4 count groups of four bytes.  `OFFSET` turns a code into the unsigned operand of a dot product.
+Sizes with a 4 count groups of four bytes.  `FLIP` turns a code into the unsigned operand of a dot product.
 
 The arithmetic is exact: whatever instruction set runs it, the bits are those of the named TFLite kernel set.
 """
+from typing import NamedTuple
+
 import numpy as np
 from numba.extending import register_jitable
 
 from edgeattn.runtime.jit import inline, jit
 from edgeattn.runtime.worker_pool import parallel_for, task
 
-from .fused import ATTENDING, PROJECTING, portions, visible_range
-from .matmul import MATRIX, MATRIX_DEPTH, feature_position, linear, round_up
+from .byte_products import DEPTH_STEP, linear
+from .finish_int8 import finish_bytes, finish_context, finish_output, finish_scores
+from .fused import portions, visible_range
+from .int8_operands import BYTE_FLIP, FLIP, ONES, store_value_terms, whole_sums, zero_bytes
+from .int8_views import BytePanels, Groups, Mask, Part, Scaling, parts_of
+from .matmul import feature_position, round_up
 from .records import BAND, KEEP, named, record
 from .simd import (
     LANES,
     OFFSET,
     ROWS,
     WIDTH,
+    address_of,
     dot_bytes,
     load,
     matrix_configure,
     matrix_release,
+    pointer_to,
     splat,
     store,
-    tile_add_down,
-    tile_map,
-    tile_pack_rows,
-    tile_store,
-    tile_store_bytes,
     transpose_block,
 )
-from .softmax_int8 import LOWEST_CODES, softmax_codes
+from .softmax_int8 import LOWEST_CODES
+from .static_layout import context_rows, layout_of, project_values, values_of
+from .views import Blocks
 
-# Flipping the top bit of every byte adds 128 to each code: int8 to unsigned bytes and back.
-FLIP = np.int32(-2139062144) if OFFSET else np.int32(0)
-_ONES = np.int32(0x01010101)
+_NONE, _ALL = np.int32(0), np.int32(-1)
 TOKENS = 128  # tokens packed and projected at a time: each pass over the weights serves so many
 TOKENS_TOGETHER = 64  # what threads share keys by: values are turned LANES groups of four tokens at a time
 
 
 @register_jitable
-def padded_keys(S):
-    """Keys of one head that have room: a multiple of ROWS and of LANES, which both go by at a time."""
-    return round_up(S, max(ROWS, LANES))
-
-
-@register_jitable
 def packed_depth(E):
     """Groups of four bytes in a packed row of E."""
-    return round_up((E + 3) // 4, MATRIX_DEPTH)
+    return round_up((E + 3) // 4, DEPTH_STEP)
 
 
 # The parameters: sizes; where panels, biases and multipliers begin in the weights; zero points; masks; where things
@@ -58,352 +55,308 @@ def packed_depth(E):
 LAYER = record("batch queries keys query_width key_width value_width out_width heads",
                "head_size value_size padded_head padded_value has_out same_kv",
                "wq bq mq wk bk mk wv bv mv wo bo mo ms mc", "zq zk zv zs zc zo fixed",
-               BAND, KEEP, "class_b class_h class_l class_s", "at_krow at_values",
+               BAND, KEEP, "index_b index_h index_l index_s", "at_krow at_values",
                "at_x at_row_major at_q at_codes at_masks at_sums at_context at_softmax at_terms at_tiles",
                "at_transposed shared_size private_size", "first_slot new_tokens capacity at_step")
+# Where the arrays of a call are: queries (B, L, Eq), keys (B, S, Ek), values (B, S, Ev), out (B, L, Eo), int8; or 0 of
+# none: keep, uint8, 0 where a key is not there; lut_index, uint8, which of score_luts, int8 (n, 256), maps a score's
+# code; codes of a cache, see cached_int8; weights, int32, as the parameters say, and the softmax's table; in C order.
+ADDRESSES = record("queries keys values out keep lut_index score_luts cached_keys cached_values weights softmax")
+
+
+class Linear(NamedTuple):
+    """Where panels, bias and multipliers of a projection begin in the weights, and the zero point of its codes."""
+
+    weight: int
+    bias: int
+    multiplier: int
+    zero_point: int
+
+
+class Rules(NamedTuple):
+    """What is compiled for: a function of softmax_int8.py, and functions of requantize.py."""
+
+    softmax: object
+    project: object
+    score: object
+    context: object
+
+
+class Seen(NamedTuple):
+    """Of a block of queries from q0 on, the keys [first, last) that any may see, in `groups` of four.
+
+    band: whether query q0 + l sees key s only where low <= s - q0 - l <= high.
+    """
+
+    q0: int
+    queries: int
+    first: int
+    last: int
+    groups: int
+    band: bool
+    low: int
+    high: int
 
 
 @inline
-def pack_tokens(x, at, E, tokens, rows, out, at_out, out_row):
+def pack_tokens(x, E, tokens, rows, out, out_row):
     """int8 rows of x as unsigned operand (rows, out_row); missing bytes and rows are zero codes."""
     whole = E // (4 * LANES) * LANES if E % 4 == 0 else 0  # groups that come in vectors
-    words = x[:x.size // 4 * 4].view(np.int32)
+    words = pointer_to(address_of(x.data), np.int32)
     flip = splat(FLIP)
     for t in range(tokens):
-        from_x, to = at + t * E, at_out + t * out_row
+        from_x, to = x.at + t * E, out.at + t * out_row
         for i in range(0, whole, LANES):
-            store(out, to + i, load(words, from_x // 4 + i) ^ flip)
+            store(out.data, to + i, load(words, from_x // 4 + i) ^ flip)
         for i in range(whole, out_row):
             word = np.int32(0)
             for j in range(min(4, E - 4 * i)):
-                word |= (np.int32(x[from_x + 4 * i + j]) & np.int32(255)) << np.int32(8 * j)
-            out[to + i] = word ^ FLIP
+                word |= (np.int32(x.data[from_x + 4 * i + j]) & np.int32(255)) << np.int32(8 * j)
+            out.data[to + i] = word ^ FLIP
     for i in range(tokens * out_row, rows * out_row):
-        out[at_out + i] = FLIP
+        out.data[out.at + i] = FLIP
 
 
 @inline
-def finish_bytes(tile, t, f, weights, rule, at_multiplier, features, zero_point, flip, out, at_out, token_step, block,
-                 block_step):
-    """Codes to bytes of out (features / block, tokens, block)."""
-    at = at_out + feature_position(f, block, block_step)
-    next_column = at_out + feature_position(f + LANES, block, block_step) - at
-    tile = tile_map(tile, rule, weights, at_multiplier + f, LANES, features)
-    tile_store_bytes(tile, out, at + t * token_step, token_step, next_column, zero_point, flip)
-
-
-@inline
-def finish_values(tile, t, f, weights, rule, at_multiplier, features, zero_point, out, at_out, block, block_step):
-    """Four tokens to a lane: codes to out (features / block, tokens / 4, block) of int32."""
-    at = at_out + feature_position(f, block, block_step)
-    next_column = at_out + feature_position(f + LANES, block, block_step) - at
-    tile = tile_map(tile, rule, weights, at_multiplier + f, LANES, features)
-    tile_store(tile_pack_rows(tile, zero_point, np.int32(0)), out, at + t // 4 * block, block, next_column)
-
-
-@inline
-def finish_transposed_values(tile, t, f, weights, rule, at_multiplier, features, zero_point, out, at_out, out_row,
-                             tokens,
-                         panel, at_panel):
-    """As the matrix unit wants its rows: out (features, tokens / 4) of int32, by way of one panel (tokens / 4, W)."""
-    tile = tile_map(tile, rule, weights, at_multiplier + f, LANES, features)
-    tile_store(tile_pack_rows(tile, zero_point, np.int32(0)), panel, at_panel + t // 4 * WIDTH, WIDTH, LANES)
-    if t + ROWS >= tokens:
-        for g in range(0, (tokens + 3) // 4, LANES):
-            for c in range(0, WIDTH, LANES):
-                transpose_block(panel, at_panel + g * WIDTH + c, WIDTH, out, at_out + (f + c) * out_row + g, out_row)
-
-
-@inline
-def finish_scores(tile, s, f, weights, rule, at_multiplier, zero_point, terms, at_terms, codes, at_codes):
-    """Scores of ROWS keys to codes (keys / 4, W) of four keys to a lane."""
-    tile = tile_map(tile_add_down(tile, terms, at_terms + s), rule, weights, at_multiplier, 0, LANES)
-    tile_store(tile_pack_rows(tile, zero_point, np.int32(0)), codes, at_codes + s // 4 * WIDTH, WIDTH, LANES)
-
-
-@inline
-def finish_context(tile, d, f, weights, rule, at_multiplier, zero_point, terms, at_terms, context, at_context):
-    """ROWS features of the context to unsigned operands (features / 4, W), four features to a lane."""
-    if OFFSET == 0:
-        tile = tile_add_down(tile, terms, at_terms + d)
-    tile = tile_map(tile, rule, weights, at_multiplier, 0, LANES)
-    tile_store(tile_pack_rows(tile, zero_point, FLIP), context, at_context + d // 4 * WIDTH, WIDTH, LANES)
-
-
-@inline
-def finish_output(tile, l, e, weights, rule, at_multiplier, features, zero_point, out, at_out, Eo, queries, edge,
-                  at_edge):
-    """Codes to the rows of out, Eo bytes each; a tile that reaches past the edge goes by way of `edge`."""
-    tile = tile_map(tile, rule, weights, at_multiplier + e, LANES, features)
-    to = at_out + l * Eo + e
-    if l + ROWS <= queries and e + WIDTH <= Eo:
-        tile_store_bytes(tile, out, to, Eo, LANES, zero_point, np.int32(0))
-    else:
-        tile_store_bytes(tile, edge, at_edge, WIDTH, LANES, zero_point, np.int32(0))
-        for i in range(min(ROWS, queries - l)):
-            for j in range(min(WIDTH, Eo - e)):
-                out[to + i * Eo + j] = edge[at_edge + i * WIDTH + j]
-
-
-@inline
-def zero_bytes(zero_point):
-    """What a zero is among the unsigned operands, in all four bytes."""
-    return np.int32((OFFSET + zero_point & 255) * _ONES)
-
-
-@inline
-def key_terms(keys, at, k_row, tokens, D4, zero_point, out, at_out, square, at_square):
-    """out[s] = - zero_point * sum over d of keys[s, d], LANES keys at a time; keys (tokens, k_row) of four bytes.
+def key_terms(keys, tokens, D4, zero_point, out, square):
+    """out[s] = - zero_point * sum over d of key s, LANES keys at a time; keys: Rows of D4 groups.
 
     zero_point in four bytes, as an unsigned operand; square: scratch (LANES, LANES).
     """
     for s in range(0, tokens, LANES):
-        total = splat(np.int32(0))
+        total = splat(_NONE)
         for d in range(0, D4, LANES):
-            transpose_block(keys, at + s * k_row + d, k_row, square, at_square, LANES)
+            transpose_block(keys.data, keys.at + s * keys.row + d, keys.row, square.data, square.at, LANES)
             for i in range(min(LANES, D4 - d)):
-                total = dot_bytes(total, splat(zero_point), load(square, at_square + i * LANES))
-        store(out, at_out + s, splat(np.int32(0)) - total)
+                total = dot_bytes(total, splat(zero_point), load(square.data, square.at + i * LANES))
+        store(out.data, out.at + s, splat(_NONE) - total)
 
 
 @inline
-def value_terms(values, at, v_block, groups, features, out, at_out):
-    """out[d] = 128 * sum over keys of values[d, key]: what probabilities lack that are stored less 128."""
-    for d in range(0, features, LANES):
-        total = splat(np.int32(0))
-        for g in range(groups):
-            total = dot_bytes(total, splat(_ONES), load(values, at + g * v_block + d))
-        store(out, at_out + d, total * splat(np.int32(128)))
-
-
-@inline
-def fill_drop_mask(masks, at, keep, at_keep, keep_row, keep_key, q0, queries, first, last, groups, band, low, high):
+def fill_drop_mask(masks, keep, h, seen):
     """masks (groups, W) bytes: 255 where the query may see the key, else 0; keys past `last` are never seen."""
-    has_keep = keep.size > 0
-    for g in range(groups):
+    at_keep = keep.at + h * keep.head + seen.q0 * keep.row
+    for g in range(seen.groups):
         for q in range(WIDTH):
             word = np.uint32(0)
             for j in range(4):
-                s = first + 4 * g + j
-                seen = s < last
-                if band and not (low <= s - q0 - q <= high):
-                    seen = False
-                if seen and has_keep and keep[at_keep + min(q, queries - 1) * keep_row + s * keep_key] == 0:
-                    seen = False
-                if seen:
+                s = seen.first + 4 * g + j
+                is_seen = s < seen.last
+                if seen.band and not (seen.low <= s - seen.q0 - q <= seen.high):
+                    is_seen = False
+                at = at_keep + min(q, seen.queries - 1) * keep.row + s * keep.key
+                if is_seen and keep.given and keep.data[at] == 0:
+                    is_seen = False
+                if is_seen:
                     word |= np.uint32(255) << np.uint32(8 * j)
-            masks[at + g * WIDTH + q] = np.int32(word)
+            masks.data[masks.at + g * WIDTH + q] = np.int32(word)
 
 
 @inline
-def map_codes(codes, at, groups, tables, classes, at_classes, class_row, class_key, queries, first, last):
-    """codes = tables[class, code + 128]; class 0 where there is no class array."""
-    for g in range(groups):
+def map_codes(codes, score_luts, index, h, seen):
+    """codes = score_luts[index, code + 128]; the first table where there is no index."""
+    at_index = index.at + h * index.head + seen.q0 * index.row
+    for g in range(seen.groups):
         for q in range(WIDTH):
-            word = codes[at + g * WIDTH + q]
+            word = codes.data[codes.at + g * WIDTH + q]
             result = np.uint32(0)
             for j in range(4):
-                s = min(first + 4 * g + j, last - 1)
+                s = min(seen.first + 4 * g + j, seen.last - 1)
                 row = 0
-                if classes.size > 0:
-                    row = np.int64(classes[at_classes + min(q, queries - 1) * class_row + s * class_key])
-                code = tables[row * 256 + ((word >> (8 * j)) & 255 ^ 128)]
+                if index.given:
+                    row = np.int64(index.data[at_index + min(q, seen.queries - 1) * index.row + s * index.key])
+                code = score_luts[row * 256 + ((word >> (8 * j)) & 255 ^ 128)]
                 result |= (np.uint32(code) & np.uint32(255)) << np.uint32(8 * j)
-            codes[at + g * WIDTH + q] = np.int32(result)
+            codes.data[codes.at + g * WIDTH + q] = np.int32(result)
 
 
 @task
-def layer_part(table, project_rule, score_rule, context_rule, xq, xk, xv, out, weights, parameters, keep, classes,
-               tables, scratch, batch, phase, portion, worker, part):
-    """One portion of one phase of one batch entry of a static int8 multi-head attention layer.
+def project_part(p, a, rules, scratch, batch, portion, worker, part):
+    """Keys, values and key terms of `portion` tokens of one batch entry, in the layout that `attend_part` reads.
 
-    project_rule, score_rule, context_rule: functions of requantize.py.
-    table    of the softmax rule, see `softmax_codes` (float32: lut_f32; int32: lut_u16 or fixed)
-    xq (B, L, Eq), xk (B, S, Ek), xv (B, S, Ev), out (B, L, Eo): flat int8
-    weights  int32: panels, biases and multipliers at the positions in the parameters
-    keep     flat uint8 or empty; classes flat uint8 or empty; tables flat int8 (n * 256) or empty
-    scratch  int32: keys, values and key terms of this batch entry for all threads, then what each has to itself
-    phase, portion, part: as in fused.layer_part
+    scratch: int32, first those of this batch entry for all threads, then what each has to itself.
     """
-    p = named(parameters, LAYER)
-    shared = scratch[:p.shared_size]
-    private = scratch[p.shared_size + worker * p.private_size:p.shared_size + (worker + 1) * p.private_size]
-    begin = part * portion
-    L, S, H = p.queries, p.keys, p.heads
-    Dv, Dp, Dvp = p.value_size, p.padded_head, p.padded_value
-    Eq, Ek, Ev, Eo = p.query_width, p.key_width, p.value_width, p.out_width
-    D4 = Dp // 4
-    k_block, v_block = max(Dp, LANES), max(Dvp, LANES)  # bytes, lanes
-    k_row = k_block // 4
-    features = (H * Dp + WIDTH - 1) // WIDTH * WIDTH
-    v_features = (H * Dvp + WIDTH - 1) // WIDTH * WIDTH
-    S_up = padded_keys(S)
-    k_step, v_step = S_up * k_block, S_up // 4 * v_block
-    v_row = round_up(S_up // 4, MATRIX_DEPTH)  # where values lie turned
-    q_groups = round_up(D4, MATRIX_DEPTH)
-    zq, zk, zv = np.int32(p.zq), np.int32(p.zk), np.int32(p.zv)
-    zs, zc, zo = np.int32(p.zs), np.int32(p.zc), np.int32(p.zo)
-    q_zero = zero_bytes(zq)
-    at_krow, at_values = p.at_krow, p.at_values
-    at_x, at_row_major, at_q, at_codes = p.at_x, p.at_row_major, p.at_q, p.at_codes
-    at_masks, at_sums, at_context, at_softmax = p.at_masks, p.at_sums, p.at_context, p.at_softmax
-    private_u = private.view(np.uint32)
-    private_b = private.view(np.int8)
-    shared_b = shared.view(np.int8)
-    at_tiles, at_transposed, at_terms = p.at_tiles, p.at_transposed, p.at_terms
-    if MATRIX:
-        matrix_configure(private, at_tiles)
-    # 1. keys and values of all tokens, in the layout the attention loop reads
-    if phase == PROJECTING:
-        t0, t1 = begin, min(begin + portion, S)
-        for t in range(t0, t1, TOKENS):
-            tokens = min(TOKENS, t1 - t)
-            rows = (tokens + ROWS - 1) // ROWS * ROWS
-            Ek4, Ev4 = packed_depth(Ek), packed_depth(Ev)
-            pack_tokens(xk, (batch * S + t) * Ek, Ek, tokens, rows, private, at_x, Ek4)
-            linear(finish_bytes, (weights, project_rule, p.mk, features, zk, np.int32(0), shared_b, t * k_block,
-                                  k_block, k_block, k_step),
-                   private_u, at_x, Ek4, 1, rows, weights, p.wk, weights, p.bk, features, Ek4, private, at_tiles)
-            if p.same_kv == 0:
-                pack_tokens(xv, (batch * S + t) * Ev, Ev, tokens, rows, private, at_x, Ev4)
-            if MATRIX:
-                linear(finish_transposed_values, (weights, project_rule, p.mv, v_features, zv, shared,
-                                              at_values + t // 4, v_row, rows, private, at_row_major),
-                       private_u, at_x, Ev4, 1, rows, weights, p.wv, weights, p.bv, v_features, Ev4,
-                       private, at_tiles)
-            else:
-                linear(finish_values, (weights, project_rule, p.mv, v_features, zv, shared,
-                                       at_values + t // 4 * v_block, v_block, v_step),
-                       private_u, at_x, Ev4, 1, rows, weights, p.wv, weights, p.bv, v_features, Ev4,
-                       private, at_tiles)
-            for h in range(H):
-                at = feature_position(h * Dp, k_block, k_step) // 4 + t * k_row
-                key_terms(shared, at, k_row, rows, D4, q_zero, shared, at_krow + h * S_up + t, private, at_row_major)
-        if MATRIX:
-            matrix_release()
+    shared, own = parts_of(scratch, p, worker)
+    layout, weights = layout_of(p), pointer_to(a.weights, np.int32)
+    xk, xv = pointer_to(a.keys, np.int8), pointer_to(a.values, np.int8)
+    S, Ek, Ev, Ek4, Ev4 = p.keys, p.key_width, p.value_width, packed_depth(p.key_width), packed_depth(p.value_width)
+    features, v_features = round_up(p.heads * p.padded_head, WIDTH), round_up(p.heads * p.padded_value, WIDTH)
+    k_row, q_zero = layout.k_block // 4, zero_bytes(np.int32(p.zq))
+    k_scaling = Scaling(weights, rules.project, p.mk, features, np.int32(p.zk))
+    v_scaling = Scaling(weights, rules.project, p.mv, v_features, np.int32(p.zv))
+    k_panels = BytePanels(weights, p.wk, weights, p.bk, features, Ek4)
+    v_panels = BytePanels(weights, p.wv, weights, p.bv, v_features, Ev4)
+    packed, tiles, square = Part(own.int32, p.at_x), Part(own.int32, p.at_tiles), Part(own.int32, p.at_row_major)
+    matrix_configure(own.int32, p.at_tiles)
+    end = min((part + 1) * portion, S)
+    for t in range(part * portion, end, TOKENS):
+        tokens = min(TOKENS, end - t)
+        rows = round_up(tokens, ROWS)
+        pack_tokens(Part(xk, (batch * S + t) * Ek), Ek, tokens, rows, packed, Ek4)
+        to = Blocks(shared.int8, t * layout.k_block, layout.k_block, layout.k_step)
+        linear(finish_bytes, (k_scaling, _NONE, to), Groups(own.uint32, p.at_x, Ek4, 1), rows, k_panels, tiles)
+        if p.same_kv == 0:
+            pack_tokens(Part(xv, (batch * S + t) * Ev), Ev, tokens, rows, packed, Ev4)
+        project_values(Groups(own.uint32, p.at_x, Ev4, 1), rows, v_panels, v_scaling, t, p, layout, shared, own)
+        for h in range(p.heads):
+            at = feature_position(h * p.padded_head, layout.k_block, layout.k_step) // 4 + t * k_row
+            key_terms(Groups(shared.int32, at, k_row, 1), rows, p.padded_head // 4, q_zero,
+                      Part(shared.int32, p.at_krow + h * layout.keys + t), square)
+    matrix_release()
+
+
+@inline
+def project_queries(p, a, rules, batch, q0, queries, own):
+    """Queries of a block, turned so that they are lanes: (H, groups of a head's features, W)."""
+    features = round_up(p.heads * p.padded_head, WIDTH)
+    Eq, Eq4, D4 = p.query_width, packed_depth(p.query_width), p.padded_head // 4
+    row_major_row, q_groups = round_up(features // 4, LANES), round_up(D4, DEPTH_STEP)
+    at_row_major, at_q, weights = p.at_row_major, p.at_q, pointer_to(a.weights, np.int32)
+    x = Part(pointer_to(a.queries, np.int8), (batch * p.queries + q0) * Eq)
+    pack_tokens(x, Eq, queries, WIDTH, Part(own.int32, p.at_x), Eq4)
+    scaling = Scaling(weights, rules.project, p.mq, features, np.int32(p.zq))
+    to = Blocks(own.int8, 4 * at_row_major, 4 * row_major_row, 0)
+    linear(finish_bytes, (scaling, FLIP, to), Groups(own.uint32, p.at_x, Eq4, 1), WIDTH,
+           BytePanels(weights, p.wq, weights, p.bq, features, Eq4), Part(own.int32, p.at_tiles))
+    turns, turn = (1, row_major_row) if q_groups == D4 else (p.heads, q_groups)
+    for h in range(turns):
+        for f in range(0, turn, LANES):
+            for l in range(0, WIDTH, LANES):
+                transpose_block(own.int32, at_row_major + l * row_major_row + h * D4 + f, row_major_row,
+                                own.int32, at_q + (h * turn + f) * WIDTH + l, WIDTH)
+        for i in range(D4 * WIDTH, q_groups * WIDTH, LANES):  # depth that only fills up the matrix unit: nothing
+            store(own.int32, at_q + h * turn * WIDTH + i, splat(_NONE))
+
+
+@inline
+def score_head(p, a, rules, h, first, keys, layout, shared, own):
+    """Scores of `keys` keys, a multiple of ROWS, from `first` on: codes of four keys to a lane."""
+    D4, Dp, zq, zk = p.padded_head // 4, p.padded_head, np.int32(p.zq), np.int32(p.zk)
+    q_groups, at_sums, k_row = round_up(D4, DEPTH_STEP), p.at_sums, layout.k_block // 4
+    at_q = p.at_q + h * q_groups * WIDTH
+    at_k = feature_position(h * Dp, layout.k_block, layout.k_step) // 4
+    # a. what a key zero point adds to every score of a query
+    for c in range(0, WIDTH, LANES):
+        term = splat(_NONE)
+        if zk != 0:
+            for d in range(D4):
+                term = dot_bytes(term, load(own.int32, at_q + d * WIDTH + c), splat(ONES))
+            term = (term - splat(np.int32((OFFSET + zq) * Dp))) * splat(np.int32(-zk))
+        store(own.int32, at_sums + c, term)
+    # b. scores
+    scaling = Scaling(pointer_to(a.weights, np.int32), rules.score, p.ms, LANES, np.int32(p.zs))
+    terms = Part(shared.int32, p.at_krow + h * layout.keys + first)
+    linear(finish_scores, (scaling, terms, Part(own.int32, p.at_codes)),
+           Groups(shared.int32, at_k + first * k_row, k_row, 1), keys,
+           BytePanels(own.uint32, at_q, own.int32, at_sums, WIDTH, q_groups), Part(own.int32, p.at_tiles))
+
+
+@inline
+def drop_codes(codes, masks, groups):
+    """The lowest code for what masks (groups, W) say may not be seen."""
+    for i in range(0, groups * WIDTH, LANES):
+        m = load(masks.data, masks.at + i)
+        dropped = splat(LOWEST_CODES) & (m ^ splat(_ALL))
+        store(codes.data, codes.at + i, (load(codes.data, codes.at + i) & m) | dropped)
+
+
+@inline
+def context_head(p, a, rules, h, first, groups, layout, shared, own):
+    """Probabilities times values from the key `first` on: unsigned operands (Dv / 4, W) of the head's context."""
+    at_codes, at_sums, zv = p.at_codes, p.at_sums, np.int32(p.zv)
+    # a. what a value zero point adds to every feature of a query
+    for c in range(0, WIDTH, LANES):
+        term = splat(_NONE)
+        if zv != 0:
+            for g in range(groups):
+                term = dot_bytes(term, load(own.int32, at_codes + g * WIDTH + c), splat(ONES))
+            term = whole_sums(term, groups) * splat(np.int32(-zv))
+        store(own.int32, at_sums + c, term)
+    # b. context
+    deep = round_up(groups, DEPTH_STEP)
+    for i in range(groups * WIDTH, deep * WIDTH, LANES):
+        store(own.int32, at_codes + i, splat(_NONE))
+    v, terms = values_of(h, first, p, layout, shared), Part(own.int32, p.at_terms)
+    store_value_terms(Part(v.data, v.at), v.step, groups, p.padded_value, terms)
+    scaling = Scaling(pointer_to(a.weights, np.int32), rules.context, p.mc, LANES, np.int32(p.zc))
+    to = Part(own.int32, p.at_context + h * p.padded_value // 4 * WIDTH)
+    linear(finish_context, (scaling, terms, to), v, p.padded_value,
+           BytePanels(own.uint32, at_codes, own.int32, at_sums, WIDTH, deep), Part(own.int32, p.at_tiles))
+
+
+@inline
+def write_rows(p, a, rules, at_row, queries, own):
+    """A block's rows of the result, from at_row on: projection of the context, or the context itself."""
+    H, Dv, Dvp, Eo = p.heads, p.value_size, p.padded_value, p.out_width
+    out = pointer_to(a.out, np.int8)
+    if p.has_out == 0:
+        for h in range(H):
+            for d in range(Dv):
+                for l in range(queries):
+                    byte = (p.at_context + (h * Dvp + d) // 4 * WIDTH + l) * 4 + d % 4
+                    out[at_row + l * Eo + h * Dv + d] = own.int8[byte] ^ BYTE_FLIP
         return
-    b0, b1 = begin, min(begin + portion, (L + WIDTH - 1) // WIDTH)
-    band = p.band != 0
-    has_keep = keep.size > 0
-    fixed = p.fixed != 0
-    row_major_row = (features // 4 + LANES - 1) // LANES * LANES
-    for block in range(b0, b1):
+    C4, Eo_up = packed_depth(H * Dvp), round_up(Eo, WIDTH)
+    project_output(p, a, rules, context_rows(p, C4, own), at_row, queries, Eo_up, own)
+
+
+@inline
+def project_output(p, a, rules, context, at_row, queries, features, own):
+    """Output projection of the context of some queries, unsigned operands, to rows from at_row on."""
+    weights = pointer_to(a.weights, np.int32)
+    scaling = Scaling(weights, rules.project, p.mo, features, np.int32(p.zo))
+    to = Groups(pointer_to(a.out, np.int8), at_row, p.out_width, 1)
+    panels = BytePanels(weights, p.wo, weights, p.bo, features, packed_depth(p.heads * p.padded_value))
+    linear(finish_output, (scaling, to, queries, Part(own.int8, 4 * p.at_x)), context, queries, panels,
+           Part(own.int32, p.at_tiles))
+
+
+@task
+def attend_part(p, a, rules, scratch, batch, portion, worker, part):
+    """`portion` blocks of W queries of one batch entry: attention, head by head, and the output projection."""
+    shared, own = parts_of(scratch, p, worker)
+    layout, L, S, H = layout_of(p), p.queries, p.keys, p.heads
+    keep = Mask(a.keep != 0, pointer_to(a.keep, np.uint8), batch * p.keep_b, p.keep_h, p.keep_l, p.keep_s)
+    index = Mask(a.lut_index != 0, pointer_to(a.lut_index, np.uint8), batch * p.index_b, p.index_h, p.index_l,
+                 p.index_s)
+    codes, masks = Part(own.int32, p.at_codes), Part(own.int32, p.at_masks)
+    band, has_keep = p.band != 0, keep.given
+    matrix_configure(own.int32, p.at_tiles)
+    for block in range(part * portion, min((part + 1) * portion, (L + WIDTH - 1) // WIDTH)):
         q0 = block * WIDTH
         queries = min(WIDTH, L - q0)
-        Eq4 = packed_depth(Eq)
-        # 2. queries of this block: project, then turn so that queries are lanes: (H, q_groups, W)
-        pack_tokens(xq, (batch * L + q0) * Eq, Eq, queries, WIDTH, private, at_x, Eq4)
-        linear(finish_bytes, (weights, project_rule, p.mq, features, zq, FLIP, private_b, 4 * at_row_major,
-                              4 * row_major_row, 4 * row_major_row, 0),
-               private_u, at_x, Eq4, 1, WIDTH, weights, p.wq, weights, p.bq, features, Eq4, private, at_tiles)
-        turns, turn = (1, row_major_row) if q_groups == D4 else (H, q_groups)
-        for h in range(turns):
-            for f in range(0, turn, LANES):
-                for l in range(0, WIDTH, LANES):
-                    transpose_block(private, at_row_major + l * row_major_row + h * D4 + f, row_major_row,
-                                    private, at_q + (h * turn + f) * WIDTH + l, WIDTH)
-            for i in range(D4 * WIDTH, q_groups * WIDTH, LANES):  # depth that only fills up the matrix unit: nothing
-                store(private, at_q + h * turn * WIDTH + i, splat(np.int32(0)))
-        first, last, full_from, full_to = visible_range(q0, queries, S, band, p.low, p.high)
+        project_queries(p, a, rules, batch, q0, queries, own)
+        first, last, _, _ = visible_range(q0, queries, S, band, p.low, p.high)
         first = first // ROWS * ROWS
-        last_up = (last + ROWS - 1) // ROWS * ROWS
+        last_up = round_up(last, ROWS)
         groups = (last_up - first) // 4
+        seen = Seen(q0, queries, first, last, groups, band, p.low, p.high)
         masked = band or has_keep or last_up > last
-        # 3. attention, head by head: context (H * Dvp / 4, W) of unsigned operands
         for h in range(H):
-            at_q_head = at_q + h * q_groups * WIDTH
-            at_k = feature_position(h * Dp, k_block, k_step) // 4
-            # a. what a key zero point adds to every score of a query
-            for c in range(0, WIDTH, LANES):
-                term = splat(np.int32(0))
-                if zk != 0:
-                    for d in range(D4):
-                        term = dot_bytes(term, load(private, at_q_head + d * WIDTH + c), splat(_ONES))
-                    term = (term - splat(np.int32((OFFSET + zq) * Dp))) * splat(np.int32(-zk))
-                store(private, at_sums + c, term)
-            # b. scores, as codes of four keys to a lane
-            linear(finish_scores, (weights, score_rule, p.ms, zs, shared, at_krow + h * S_up + first, private,
-                                   at_codes),
-                   shared, at_k + first * k_row, k_row, 1, last_up - first, private_u, at_q_head, private, at_sums,
-                   WIDTH, q_groups, private, at_tiles)
-            if tables.size > 0 and last > first:
-                map_codes(private, at_codes, groups, tables, classes,
-                          batch * p.class_b + h * p.class_h + q0 * p.class_l, p.class_l, p.class_s,
-                          queries, first, last)
-            # c. drop what may not be seen
+            score_head(p, a, rules, h, first, last_up - first, layout, shared, own)
+            if a.score_luts != 0 and last > first:
+                map_codes(codes, pointer_to(a.score_luts, np.int8), index, h, seen)
             if masked:
                 if h == 0 or (has_keep and p.keep_h != 0):
-                    fill_drop_mask(private, at_masks, keep,
-                                   batch * p.keep_b + h * p.keep_h + q0 * p.keep_l, p.keep_l,
-                                   p.keep_s, q0, queries, first, last, groups, band, p.low, p.high)
-                for i in range(0, groups * WIDTH, LANES):
-                    m = load(private, at_masks + i)
-                    dropped = splat(LOWEST_CODES) & (m ^ splat(np.int32(-1)))
-                    store(private, at_codes + i, (load(private, at_codes + i) & m) | dropped)
-            # d. probabilities
-            softmax_codes(table, fixed, private, at_codes, groups, private, at_masks, masked, private, at_softmax,
-                          private, at_sums + WIDTH)
-            # e. context
-            for c in range(0, WIDTH, LANES):
-                term = splat(np.int32(0))
-                if zv != 0:
-                    for g in range(groups):
-                        term = dot_bytes(term, load(private, at_codes + g * WIDTH + c), splat(_ONES))
-                    if OFFSET == 0:  # probabilities minus 128: put back 128 per key
-                        term = term + splat(np.int32(128 * 4 * groups))
-                    term = term * splat(np.int32(-zv))
-                store(private, at_sums + c, term)
-            if MATRIX:
-                for i in range(groups * WIDTH, round_up(groups, MATRIX_DEPTH) * WIDTH, LANES):
-                    store(private, at_codes + i, splat(np.int32(0)))
-                at_v, v_feature, v_group = at_values + h * Dvp * v_row + first // 4, v_row, 1
-            else:
-                at_v = at_values + feature_position(h * Dvp, v_block, v_step) + first // 4 * v_block
-                v_feature, v_group = 1, v_block
-                if OFFSET == 0:
-                    value_terms(shared, at_v, v_block, groups, Dvp, private, at_terms)
-            linear(finish_context, (weights, context_rule, p.mc, zc, private, at_terms, private,
-                                    at_context + h * Dvp // 4 * WIDTH),
-                   shared, at_v, v_feature, v_group, Dvp, private_u, at_codes, private, at_sums, WIDTH,
-                   round_up(groups, MATRIX_DEPTH), private, at_tiles)
-        # 4. output rows: projection of the context, or the context itself
-        at_row = (batch * L + q0) * Eo
-        if p.has_out == 0:
-            for h in range(H):
-                for d in range(Dv):
-                    for l in range(queries):
-                        byte = (at_context + (h * Dvp + d) // 4 * WIDTH + l) * 4 + d % 4
-                        out[at_row + l * Eo + h * Dv + d] = private_b[byte] ^ np.int8(-128 if OFFSET else 0)
-            continue
-        C4 = round_up(H * Dvp // 4, MATRIX_DEPTH)
-        Eo_up = round_up(Eo, WIDTH)
-        at_rows, row_step, group_step = at_context, 1, WIDTH
-        if MATRIX:  # the matrix unit reads whole rows
-            for c in range(0, C4, LANES):
-                for l in range(0, WIDTH, LANES):
-                    transpose_block(private, at_context + c * WIDTH + l, WIDTH, private, at_transposed + l * C4 + c, C4)
-            at_rows, row_step, group_step = at_transposed, C4, 1
-        linear(finish_output, (weights, project_rule, p.mo, Eo_up, zo, out, at_row, Eo, queries, private_b,
-                               4 * at_x),
-               private_u, at_rows, row_step, group_step, queries, weights, p.wo, weights, p.bo, Eo_up, C4,
-               private, at_tiles)
-    if MATRIX:
-        matrix_release()
+                    fill_drop_mask(masks, keep, h, seen)
+                drop_codes(codes, masks, groups)
+            rules.softmax(a.softmax, p.fixed != 0, codes, groups, masks, masked, Part(own.int32, p.at_softmax),
+                          Part(own.int32, p.at_sums + WIDTH))
+            context_head(p, a, rules, h, first, groups, layout, shared, own)
+        write_rows(p, a, rules, (batch * L + q0) * p.out_width, queries, own)
+    matrix_release()
 
 
 @jit
-def layer_int8(project_rule, score_rule, context_rule, table, xq, xk, xv, out, weights, parameters, keep, classes,
-               tables, scratch, task_queue, count):
-    """A static int8 multi-head attention layer, see `layer_part`, on at most `count` threads that serve the
-    task_queue.
+def layer_int8(softmax, project_rule, score_rule, context_rule, parameters, addresses, scratch, task_queue, count):
+    """A static int8 multi-head attention layer, see LAYER, on at most `count` threads that serve the task_queue.
+
+    The functions come first, see `Rules`: the kernel is compiled for them.
     """
-    p = named(parameters, LAYER)
+    p, a, memory = named(parameters, LAYER), named(addresses, ADDRESSES), address_of(scratch)
+    rules = Rules(softmax, project_rule, score_rule, context_rule)
     tokens, token_parts = portions(p.keys, TOKENS_TOGETHER, count)
     blocks, block_parts = portions((p.queries + WIDTH - 1) // WIDTH, 1, count)
-    for batch in range(p.batch):  # the table first: Numba takes arguments that begin with a function for functions
-        parallel_for(task_queue, token_parts, layer_part, table, project_rule, score_rule, context_rule, xq, xk, xv,
-                     out, weights,
-              parameters, keep, classes, tables, scratch, batch, PROJECTING, tokens)
-        parallel_for(task_queue, block_parts, layer_part, table, project_rule, score_rule, context_rule, xq, xk, xv,
-                     out, weights,
-              parameters, keep, classes, tables, scratch, batch, ATTENDING, blocks)
+    for batch in range(p.batch):
+        parallel_for(task_queue, token_parts, project_part, p, a, rules, memory, batch, tokens)
+        parallel_for(task_queue, block_parts, attend_part, p, a, rules, memory, batch, blocks)

@@ -4,18 +4,21 @@ from types import SimpleNamespace
 import numpy as np
 from numba.extending import register_jitable
 
-from edgeattn import threads
-from edgeattn.runtime.jit import compiled_for
+from edgeattn.runtime.addresses import address
+from edgeattn.runtime.plan_cache import PlanCache
 
 from . import fused_dynamic as f
-from .dynamic import KEY_BLOCK, SHIFT, STEP, TOKENS
-from .layer_float32 import _LOG2_E, _NO_BIAS, _NO_KEEP, _flat, shape_of, with_alibi
+from .attend_dynamic import KEY_BLOCK
+from .byte_products import DEPTH_STEP, READ_AHEAD, ROW_STEP, pack_byte_panels, pack_byte_rows
+from .call import PreparedCall
+from .dynamic import STEP, TOKENS
+from .int8_operands import LANE_SHIFT
+from .layer_float32 import _LOG2_E, shape_of
 from .linear_dynamic import TILES_SIZE, join_depth
-from .matmul import MATRIX_DEPTH, ROW_STEP, pack_byte_panels, pack_byte_rows, round_up
-from .records import blank, mask_fields, packed, place, slot
-from .simd import LANES, MATRIX_ROWS, OFFSET, WIDTH
-
-_ALIBI = slot(f.LAYER, "alibi")
+from .matmul import round_up
+from .packing import Packer
+from .records import blank, mask_fields, packed, place
+from .simd import LANES, OFFSET, WIDTH
 
 
 def quantize_weight(weight):
@@ -33,7 +36,7 @@ def plan(p, B, L, S, masked):
     S_up, L_up = round_up(S, TOKENS), round_up(L, TOKENS)
     D4, K4, C4 = Dp // 4, round_up(Hkv * Dp // 4, LANES), round_up(H * Dvp // 4, LANES)
     deepest = round_up(max(p.query_width, p.key_width, p.value_width), STEP) // 4
-    past = 2 * MATRIX_ROWS  # rows that a tile may read past the last, and a row past the last number
+    past = READ_AHEAD  # and of a row past the last number
     shared = round_up((S_up + past) * K4 + past, 16)  # the keys
     p.at_values, shared = place(shared, (Hkv * Dvp + past) * (round_up(S, 64) // 4) + past)
     p.at_queries, shared = place(shared, L_up * H * D4)
@@ -53,7 +56,7 @@ def plan(p, B, L, S, masked):
     p.at_weights, private = place(private, TOKENS)
     p.at_seen, private = place(private, TOKENS)
     p.at_keys, private = place(private, TOKENS * K4)
-    p.at_q, private = place(private, round_up(D4, MATRIX_DEPTH) * WIDTH)
+    p.at_q, private = place(private, round_up(D4, DEPTH_STEP) * WIDTH)
     rows = max(32, Dp, Dvp) + max(ROW_STEP, LANES)  # of one product, for all tokens or for W of them
     p.at_scores, private = place(private, max((KEY_BLOCK + ROW_STEP) * WIDTH, rows * TOKENS))
     p.at_probabilities, private = place(private, KEY_BLOCK // 4 * WIDTH)
@@ -104,19 +107,13 @@ class DynamicLayer:
                       for w in (q_weight, k_weight, v_weight, out_weight))
         D, Dv = q[0].shape[0] // H, v[0].shape[0] // Hkv
         Dp, Dvp = round_up(D, 4), round_up(Dv, 4)
-        parts, at = {np.int32: [], np.float32: []}, {}
-
-        def put(name, array, dtype):
-            at[name] = sum(part.size for part in parts[dtype])
-            padded = np.zeros(round_up(array.size, 16), dtype)
-            padded[:array.size] = array.ravel()
-            parts[dtype].append(padded)
+        weights, reals = Packer(np.int32), Packer(np.float32)
 
         def put_linear(letter, words, codes, shift, factors, bias):
-            put("w" + letter, words, np.int32)
-            put("c" + letter, -shift * codes.astype(np.int32).sum(1), np.int32)
-            put("s" + letter, factors, np.float32)
-            put("b" + letter, bias, np.float32)
+            weights.put("w" + letter, words)
+            weights.put("c" + letter, -shift * codes.astype(np.int32).sum(1))
+            reals.put("s" + letter, factors)
+            reals.put("b" + letter, bias)
 
         for letter, (codes, factors), bias, heads, size, wide, fold in (
                 ("q", q, q_bias, H, D, Dp, scale * _LOG2_E), ("k", k, None, Hkv, D, Dp, 1.0),
@@ -124,7 +121,7 @@ class DynamicLayer:
             bias = np.zeros(heads * size, np.float32) if bias is None else bias
             factors, bias = ((a.astype(np.float64) * fold).astype(np.float32) for a in (factors, bias))
             codes, factors, bias = (pad_heads(a, heads, size, wide) for a in (codes, factors, bias))
-            put_linear(letter, pack_heads(codes, heads, wide), codes, SHIFT, factors, bias)
+            put_linear(letter, pack_heads(codes, heads, wide), codes, LANE_SHIFT, factors, bias)
         Eo = H * Dv
         if o is not None:
             Eo = o[0].shape[0]
@@ -137,45 +134,32 @@ class DynamicLayer:
             if out_bias is not None:
                 bias[:Eo] = out_bias
             put_linear("o", pack_byte_panels(spread), spread, OFFSET, factors, bias)
-        self._weights = threads.aligned(sum(part.size for part in parts[np.int32]), np.int32)
-        self._factors = threads.aligned(sum(part.size for part in parts[np.float32]), np.float32)
-        np.concatenate(parts[np.int32], out=self._weights)
-        np.concatenate(parts[np.float32], out=self._factors)
+        self.weights, self.factors = weights.packed(), reals.packed()
+        self._fixed = address(self.factors), address(self.weights)
         self._parameters = blank(
             f.LAYER, query_width=q[0].shape[1], key_width=k[0].shape[1], value_width=v[0].shape[1], out_width=Eo,
             heads=H, kv_heads=Hkv, head_size=D, value_size=Dv, padded_head=Dp, padded_value=Dvp,
-            has_out=o is not None, **at)
+            has_out=o is not None, **weights.at, **reals.at)
         self.output_dim = Eo
-        self._plans, self._run = {}, None
+        self._plans = PlanCache()
 
-    def _plan(self, B, L, S, masked, same_qk, same_kv, **masks):
-        """(parameters, shared elements, private elements, work) for one shape; masks: fields of the parameters."""
-        p = SimpleNamespace(**vars(self._parameters) | masks)
+    def prepare(self, xq, xk, xv, keep=None, bias=None, band=None, alibi=None):
+        """The `PreparedCall` for inputs and masks of such shapes, some of them perhaps the same array."""
+        key = (*xq.shape[:2], xk.shape[1], xq is xk, xk is xv, shape_of(keep), shape_of(bias), band, shape_of(alibi))
+        return self._plans.get(key) or self._plans.keep(key, self._plan(*key))
+
+    def _plan(self, B, L, S, same_qk, same_kv, keep=None, bias=None, band=None, alibi=None):
+        p = SimpleNamespace(**vars(self._parameters) | mask_fields(keep, bias, band, alibi))
         p.same_qk, p.same_kv = same_qk, same_kv
-        shared, private = plan(p, B, L, S, masked)
+        shared, private = plan(p, B, L, S, keep is not None or bias is not None or alibi is not None)
         H, Hkv, Dp, Dvp = p.heads, p.kv_heads, p.padded_head, p.padded_value
         Eq, Ek, Ev, Eo = p.query_width, p.key_width, p.value_width, p.out_width
         work = 2 * (L * Eq * H * Dp + S * Hkv * (Ek * Dp + Ev * Dvp) + L * H * Dvp * Eo
                     + L * S * H * (Dp + Dvp + 64)) // 3
-        return packed(p, f.LAYER), shared, private, work
+        return PreparedCall(f.layer_dynamic, packed(p, f.LAYER), f.LAYER_ADDRESSES, np.int32, shared, private,
+                            B * work, B, self._fixed)
 
     def __call__(self, xq, xk, xv, out, keep=None, bias=None, band=None, alibi=None):
         """out (B, L, Eo) from xq (B, L, Eq), xk (B, S, Ek), xv (B, S, Ev): float32, C order; masks as FloatLayer."""
-        B, L, S = xq.shape[0], xq.shape[1], xk.shape[1]
-        key = (B, L, S, xq is xk, xk is xv, shape_of(keep), shape_of(bias), band, shape_of(alibi))
-        plan = self._plans.get(key)
-        if plan is None:
-            if len(self._plans) > 64:
-                self._plans.clear()
-            masked = keep is not None or bias is not None or alibi is not None
-            plan = self._plans[key] = self._plan(B, L, S, masked, *key[3:5], **mask_fields(*key[5:]))
-        parameters, shared_size, private_size, work = plan
-        if alibi is not None:
-            parameters = with_alibi(parameters, _ALIBI, alibi)
-        keep = _NO_KEEP if keep is None else keep.reshape(-1).view(np.uint8)
-        bias = _NO_BIAS if bias is None else bias.reshape(-1)
-        arguments = (*_flat(xq, xk, xv), out.reshape(-1), self._weights, self._factors, parameters, keep, bias)
-        if self._run is None:
-            self._run = compiled_for(f.layer_dynamic, (*arguments, np.zeros(1, np.int32), np.zeros(1, np.int64), 1))
-        threads.run(self._run, arguments, np.int32, shared_size, private_size, B * work, B)
+        self.prepare(xq, xk, xv, keep, bias, band, alibi)(xq, xk, xv, out, keep, bias, alibi)
         return out

@@ -5,9 +5,10 @@ import numpy as np
 from numba.extending import register_jitable
 
 from edgeattn.runtime.addresses import address
+from edgeattn.runtime.plan_cache import PlanCache
 
 from . import fused as f
-from .call import PlanCache, PreparedCall
+from .call import PreparedCall
 from .matmul import pack_panels, pad_heads, padded_head, round_up
 from .packing import Packer
 from .records import blank, mask_fields, packed, place
@@ -15,15 +16,6 @@ from .simd import LANES, ROWS, WIDTH
 
 GROUP = 1 << 17  # elements of keys and values in scratch at a time, where a head does not need more: 512 KiB
 _LOG2_E = 1.4426950408889634
-_NO_KEEP = np.zeros(0, np.uint8)
-_NO_BIAS = np.zeros(0, np.float32)
-
-
-def with_alibi(parameters, position, alibi):
-    """A copy of parameters, which other calls share, that says at `position` where `alibi` lies."""
-    parameters = parameters.copy()
-    parameters[position] = alibi.ctypes.data
-    return parameters
 
 
 def shape_of(mask):
@@ -68,13 +60,6 @@ def plan(p, B, L, S, masked):
     p.at_masks, private = place(private, S * WIDTH if masked else 0)
     p.shared_size, p.private_size = shared, private
     return shared, private
-
-
-def _flat(xq, xk, xv):
-    """The inputs in one dimension; mostly they are one array."""
-    q = xq.reshape(-1)
-    k = q if xk is xq else xk.reshape(-1)
-    return q, k, k if xv is xk else xv.reshape(-1)
 
 
 class FloatLayer:
@@ -124,15 +109,20 @@ class FloatLayer:
         self.output_dim = Eo
         self._plans = PlanCache()
 
-    def prepare(self, B, L, S, keep=None, bias=None, band=None, alibi=None):
-        """The `PreparedCall` for these shapes, of masks too, or None, and a band as a call takes it."""
+    def prepare(self, xq, xk, keep=None, bias=None, band=None, alibi=None):
+        """The `PreparedCall` for inputs and masks of such shapes."""
+        key = (*xq.shape[:2], xk.shape[1], shape_of(keep), shape_of(bias), band, shape_of(alibi))
+        return self._plans.get(key) or self._plans.keep(key, self._plan(*key))
+
+    def _plan(self, B, L, S, keep=None, bias=None, band=None, alibi=None):
         p = SimpleNamespace(**vars(self._parameters) | mask_fields(keep, bias, band, alibi))
         shared, private = plan(p, B, L, S, keep is not None or bias is not None or alibi is not None)
         H, Hkv, Dp, Dvp = p.heads, p.kv_heads, p.padded_head, p.padded_value
         Eq, Ek, Ev, Eo = p.query_width, p.key_width, p.value_width, p.out_width
         work = 2 * B * (L * Eq * H * Dp + S * (Ek * Hkv * Dp + Ev * Hkv * Dvp) + L * H * Dvp * Eo
                         + L * S * H * (Dp + Dvp))
-        return PreparedCall(f.layer_float32, packed(p, f.LAYER), np.float32, shared, private, work, B)
+        return PreparedCall(f.layer_float32, packed(p, f.LAYER), f.LAYER_ADDRESSES, np.float32, shared, private, work,
+                            B, (self._address,))
 
     def __call__(self, xq, xk, xv, out, keep=None, bias=None, band=None, alibi=None):
         """out (B, L, Eo) from xq (B, L, Eq), xk (B, S, Ek), xv (B, S, Ev), all float32 and C-contiguous.
@@ -141,9 +131,5 @@ class FloatLayer:
         band : (low, high) or None: query i sees key j when i + low <= j <= i + high
         alibi : (B or 1, H, 2) float64, C-contiguous, or None: a head's slope, and the position of query 0
         """
-        B, L, _ = xq.shape
-        key = (B, L, xk.shape[1], shape_of(keep), shape_of(bias), band, shape_of(alibi))
-        call = self._plans.get(key) or self._plans.keep(key, self.prepare(*key))
-        call(address(xq), address(xk), address(xv), address(out), address(keep), address(bias), address(alibi),
-             self._address)
+        self.prepare(xq, xk, keep, bias, band, alibi)(xq, xk, xv, out, keep, bias, alibi)
         return out

@@ -5,29 +5,24 @@ import numpy as np
 from numba.extending import register_jitable
 
 from edgeattn import threads
-from edgeattn.runtime.jit import compiled_for
+from edgeattn.runtime.addresses import address
+from edgeattn.runtime.plan_cache import PlanCache
 
 from . import fused_int8 as f
+from .byte_products import DEPTH_STEP, READ_AHEAD, TILES_SCRATCH, pack_byte_panels
 from .cached_int8 import cached_int8
-from .layer_float32 import _flat, shape_of
-from .matmul import (
-    MATRIX,
-    MATRIX_DEPTH,
-    MATRIX_SCRATCH,
-    MATRIX_TOKENS,
-    pack_byte_panels,
-    pad_heads,
-    padded_head,
-    round_up,
-)
+from .call import PreparedCall
+from .int8_operands import value_terms_size
+from .layer_float32 import shape_of
+from .matmul import pad_heads, padded_head, round_up
+from .packing import Packer
 from .records import blank, mask_fields, packed, place, slot
 from .requantize import RULES, encode
 from .simd import LANES, OFFSET, ROWS, WIDTH, byte_planes
-from .softmax_int8 import KEPT_GROUPS
+from .softmax_int8 import KEPT_GROUPS, softmax_float, softmax_integer
+from .static_layout import padded_keys, turned_size, values_size
 from .step_int8 import step_sizes
 
-_EMPTY_U8 = np.zeros(0, np.uint8)
-_EMPTY_I8 = np.zeros(0, np.int8)
 _KEYS, _NEW, _FIRST, _CAPACITY = (slot(f.LAYER, name) for name in ("keys", "new_tokens", "first_slot", "capacity"))
 _MORE_KEYS = 64  # of a cache, that a plan has room for
 
@@ -39,31 +34,26 @@ def plan(p, B, L, S):
     H, Dp, Dvp = p.heads, p.padded_head, p.padded_value
     features, v_features = round_up(H * Dp, WIDTH), round_up(H * Dvp, WIDTH)
     k_block, v_block = max(Dp, LANES), max(Dvp, LANES)
-    S_up = f.padded_keys(S)
+    S_up = padded_keys(S)
     row_major_row = round_up(max(features, v_features) // 4, LANES)
-    q_groups = round_up(Dp // 4, MATRIX_DEPTH)
+    q_groups = round_up(Dp // 4, DEPTH_STEP)
     context4 = f.packed_depth(H * Dvp)
     deepest = f.packed_depth(max(p.query_width, p.key_width, p.value_width))
-    # The matrix unit reads MATRIX_TOKENS rows of MATRIX_DEPTH groups, whatever is there.
-    if MATRIX:
-        values = (v_features + MATRIX_TOKENS) * round_up(S_up // 4, MATRIX_DEPTH) + MATRIX_DEPTH
-    else:
-        values = (v_features + v_block) * (S_up // 4) + 2 * WIDTH
-    keys = round_up(features, k_block) * S_up + k_block * (MATRIX_TOKENS + LANES)
+    keys = round_up(features, k_block) * S_up + k_block * (READ_AHEAD + LANES)
     shared = round_up(keys // 4 + LANES, 16)
-    p.at_values, shared = place(shared, values)
+    p.at_values, shared = place(shared, values_size(v_features, v_block, S_up))
     p.at_krow, shared = place(shared, H * S_up)
     p.at_x, private = place(0, f.TOKENS * deepest + ROWS * WIDTH)
     p.at_row_major, private = place(private, max(WIDTH * row_major_row + LANES, f.TOKENS // 4 * WIDTH, LANES * LANES))
     p.at_q, private = place(private, max(row_major_row, H * q_groups) * WIDTH)
     p.at_sums, private = place(private, 3 * WIDTH)
-    p.at_terms, private = place(private, Dvp + LANES + ROWS if OFFSET == 0 else 0)
+    p.at_terms, private = place(private, value_terms_size(Dvp))
     p.at_context, private = place(private, (context4 + ROWS) * WIDTH)
-    p.at_codes, private = place(private, (round_up(S_up // 4, MATRIX_DEPTH) + 4) * WIDTH)
+    p.at_codes, private = place(private, (round_up(S_up // 4, DEPTH_STEP) + 4) * WIDTH)
     p.at_masks, private = place(private, (S_up // 4 + 4) * WIDTH)
     p.at_softmax, private = place(private, min(S_up, 4 * KEPT_GROUPS) * WIDTH)
-    p.at_tiles, private = place(private, max(MATRIX_SCRATCH, 16))
-    p.at_transposed, private = place(private, WIDTH * context4 if MATRIX else 0)
+    p.at_tiles, private = place(private, max(TILES_SCRATCH, 16))
+    p.at_transposed, private = place(private, turned_size(context4))
     p.shared_size, p.private_size = shared, private
     return shared, private
 
@@ -95,22 +85,16 @@ class StaticLayer:
         H = num_heads
         D, Dv = linears["query"][0].shape[0] // H, linears["value"][0].shape[0] // H
         Dp, Dvp = padded_head(D), padded_head(Dv)
-        parts, at = [], {}
-
-        def put(name, array):
-            at[name] = sum(part.size for part in parts)
-            padded = np.zeros(round_up(array.size, 16), np.int32)
-            padded[:array.size] = array.ravel()
-            parts.append(padded)
+        weights = Packer(np.int32)
 
         def put_linear(letter, weight, bias, multipliers, source):
             """Weight (n, k), bias and multipliers are already padded; the source's zero point goes into the bias."""
             sums = weight.astype(np.int64).sum(1)
             correction = bias.astype(np.int64) - (OFFSET + zero_points[source]) * sums
             correction = (correction + 2**31) % 2**32 - 2**31  # wraps as the accumulator does
-            put("w" + letter, pack_byte_panels(weight))
-            put("b" + letter, correction.astype(np.int32))
-            put("m" + letter, encode(project_rule, multipliers))
+            weights.put("w" + letter, pack_byte_panels(weight))
+            weights.put("b" + letter, correction.astype(np.int32))
+            weights.put("m" + letter, encode(project_rule, multipliers))
 
         for letter, name, size, wide in (("q", "query", D, Dp), ("k", "key", D, Dp), ("v", "value", Dv, Dvp)):
             weight, real, bias = linears[name]
@@ -133,31 +117,31 @@ class StaticLayer:
             put_linear("o", spread, wide_bias, wide_real, "context")
         else:
             Eo = H * Dv
-            at["wo"] = at["bo"] = at["mo"] = 0
-        put("ms", encode(score_rule, [scores] * LANES))
-        put("mc", encode(context_rule, [context] * LANES))
-        self.weights = threads.aligned(sum(part.size for part in parts), np.int32)
-        np.concatenate(parts, out=self.weights)
-        table = threads.aligned(512, softmax_table.dtype)
-        table[:] = byte_planes(softmax_table)
-        self._fixed = (*(RULES[name] for name in (project_rule, score_rule, context_rule)), table)
-        self._runs = {}
+        weights.put("ms", encode(score_rule, [scores] * LANES))
+        weights.put("mc", encode(context_rule, [context] * LANES))
+        self.weights = weights.packed()
+        self.table = threads.aligned(512, softmax_table.dtype)
+        self.table[:] = byte_planes(softmax_table)
+        self.rules = (softmax_float if softmax_table.dtype == np.float32 else softmax_integer,
+                      *(RULES[name] for name in (project_rule, score_rule, context_rule)))
+        self._fixed = address(self.weights), address(self.table)
         self._parameters = blank(
             f.LAYER, query_width=linears["query"][0].shape[1], key_width=linears["key"][0].shape[1],
             value_width=linears["value"][0].shape[1], out_width=Eo, heads=H, head_size=D, value_size=Dv, padded_head=Dp,
             padded_value=Dvp, has_out="output" in linears, fixed=fixed, zq=zero_points["query"], zk=zero_points["key"],
             zv=zero_points["value"], zs=zero_points["scores"], zc=zero_points["context"],
-            zo=zero_points["output"] if "output" in linears else 0, **at)
+            zo=zero_points["output"] if "output" in linears else 0, **weights.at)
         self.output_dim = Eo
-        self._plans = {}
+        self._plans = PlanCache()
 
-    def _plan(self, B, L, S, tokens, same, cached, **masks):
-        """(parameters, shared elements, private elements, work) for one shape, of which `tokens` keys are projected.
+    def _plan(self, B, L, S, tokens, same_kv, cached, keep=None, lut_index=None, band=None):
+        """The `PreparedCall` for these shapes, of masks too, or None, and a band as a call takes it.
 
-        masks: fields of the parameters.
+        tokens : keys that are projected; same_kv : whether keys and values have the same input; cached : whether the
+        other keys come from a cache
         """
-        p = SimpleNamespace(**vars(self._parameters) | masks)
-        p.same_kv = same
+        p = SimpleNamespace(**vars(self._parameters) | mask_fields(keep, lut_index, band, other_name="index"))
+        p.same_kv = same_kv
         shared, private = plan(p, B, L, S)
         if cached:
             p.at_step, private = place(private, sum(step_sizes(p.head_size, p.value_size)))
@@ -166,47 +150,37 @@ class StaticLayer:
         Eq, Ek, Ev, Eo = p.query_width, p.key_width, p.value_width, p.out_width
         work = 2 * (L * Eq * H * Dp + tokens * H * (Ek * Dp + Ev * Dvp) + L * H * Dvp * Eo
                     + L * S * H * (Dp + Dvp + 64)) // 3
-        return packed(p, f.LAYER), shared, private, work
+        kernel = cached_int8 if cached else f.layer_int8
+        return PreparedCall(kernel, packed(p, f.LAYER), f.ADDRESSES, np.int32, shared, private, B * work, B,
+                            self._fixed, self.rules)
 
-    def __call__(self, xq, xk, xv, out, keep=None, band=None, classes=None, tables=None, cached=None):
+    def __call__(self, xq, xk, xv, out, keep=None, band=None, lut_index=None, score_luts=None, cached=None):
         """out (B, L, Eo) from xq (B, L, Eq), xk (B, S, Ek), xv (B, S, Ev), all int8 and C-contiguous.
 
         keep : uint8 or bool, C-contiguous, broadcast to (B, H, L, S) by NumPy's rules; 0 means the key is not there
         band : (low, high): query i sees key j when i + low <= j <= i + high
-        tables : int8 (n, 256): score code c becomes tables[class, c + 128] before the softmax
-        classes : uint8 broadcast to (B, H, L, S): which table; class 0 everywhere if None
+        score_luts : int8 (n, 256): score code c becomes score_luts[index, c + 128] before the softmax
+        lut_index : uint8 broadcast to (B, H, L, S): which of them; the first one everywhere if None
         cached : (keys (B, H, capacity, D), values (B, H, capacity, Dv), first, S), int8 and C-contiguous: attention is
             over the S slots from `first` on, and the codes of xk and xv go into the last of these
         """
         B, L, tokens = xq.shape[0], xq.shape[1], xk.shape[1]
-        S = room = tokens
-        masks = in_plan = (shape_of(keep), shape_of(classes), band)
+        masks = shape_of(keep), shape_of(lut_index), band
         if cached is not None:
-            keys, values, first, S = cached
-            room, in_plan = round_up(S, _MORE_KEYS), (None, None, None)  # a plan serves fewer keys too
-        key = (B, L, room, tokens, xk is xv, cached is not None, *in_plan)
-        plan = self._plans.get(key)
-        if plan is None:
-            if len(self._plans) > 64:
-                self._plans.clear()
-            plan = self._plans[key] = self._plan(*key[:6], **mask_fields(*in_plan, other_name="class"))
-        parameters, shared_size, private_size, work = plan
-        if cached is not None:
-            parameters = parameters.copy()
-            parameters[_KEYS], parameters[_NEW], parameters[_FIRST] = S, tokens, first
-            parameters[_CAPACITY] = keys.shape[2]
-            for name, value in mask_fields(*masks, other_name="class").items():
-                parameters[slot(f.LAYER, name)] = value
-        keep = _EMPTY_U8 if keep is None else keep.reshape(-1).view(np.uint8)
-        classes = _EMPTY_U8 if classes is None else classes.reshape(-1)
-        tables = _EMPTY_I8 if tables is None else tables.reshape(-1)
-        arguments = (*self._fixed, *_flat(xq, xk, xv), out.reshape(-1), self.weights, parameters, keep, classes, tables)
-        kernel = f.layer_int8
-        if cached is not None:
-            arguments, kernel = (*arguments, keys.reshape(-1), values.reshape(-1)), cached_int8
-        run = self._runs.get(kernel)
-        if run is None:
-            run = self._runs[kernel] = compiled_for(kernel, (*arguments, np.zeros(1, np.int32), np.zeros(1, np.int64),
-                                                             1))
-        threads.run(run, arguments, np.int32, shared_size, private_size, B * work, B)
+            self._call_cached(xq, xk, xv, out, keep, lut_index, score_luts, cached, masks)
+            return out
+        key = (B, L, tokens, tokens, xk is xv, False, *masks)
+        call = self._plans.get(key) or self._plans.keep(key, self._plan(*key))
+        call(xq, xk, xv, out, keep, lut_index, score_luts, None, None)
         return out
+
+    def _call_cached(self, xq, xk, xv, out, keep, lut_index, score_luts, cached, masks):
+        keys, values, first, S = cached
+        key = (xq.shape[0], xq.shape[1], round_up(S, _MORE_KEYS), xk.shape[1], xk is xv, True)
+        call = self._plans.get(key) or self._plans.keep(key, self._plan(*key))
+        parameters = call.parameters.copy()  # a plan serves fewer keys too, and any masks
+        parameters[_KEYS], parameters[_NEW], parameters[_FIRST] = S, xk.shape[1], first
+        parameters[_CAPACITY] = keys.shape[2]
+        for name, value in mask_fields(*masks, other_name="index").items():
+            parameters[slot(f.LAYER, name)] = value
+        call(xq, xk, xv, out, keep, lut_index, score_luts, keys, values, parameters=parameters)

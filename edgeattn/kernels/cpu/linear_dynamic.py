@@ -8,13 +8,17 @@ import numpy as np
 from edgeattn import threads
 from edgeattn.runtime.jit import compiled_for, inline, jit
 
+from .byte_products import TILES_SCRATCH, linear, pack_byte_panels
 from .dynamic import STEP, TOKENS, depth_groups, quantize_rows
-from .matmul import MATRIX, MATRIX_SCRATCH, linear, pack_byte_panels, round_up
+from .int8_operands import FLIP
+from .int8_views import BytePanels, Groups, Part, Projection, scratch_at
+from .matmul import round_up
 from .simd import (
     LANES,
     OFFSET,
     ROWS,
     WIDTH,
+    address_of,
     broadcast,
     fma,
     load,
@@ -25,9 +29,9 @@ from .simd import (
     tile_store,
     to_float,
 )
+from .views import Rows
 
-FLIP = np.int32(-2139062144) if OFFSET else np.int32(0)  # four bytes plus OFFSET
-TILES_SIZE = MATRIX_SCRATCH + max(ROWS * WIDTH, 16)  # a block of the matrix unit, or its description; one tile
+TILES_SIZE = TILES_SCRATCH + max(ROWS * WIDTH, 16)  # a block of the matrix unit, or its description; one tile
 
 _run = None
 
@@ -41,43 +45,41 @@ def join_depth(weight):
 
 
 @inline
-def finish_rows(tile, t, f, scales, at_scales, factors, at_factor, at_bias, tokens, features, out, at_out, out_row,
-                scratch, scratch_f, at_tile):
+def finish_rows(tile, t, f, scales, projection, tokens, features, out, own, at_tile):
     """Rows of out = scale tile factor + bias: the tile's tokens from t, its features from f on, as far as there are."""
+    factors, at_factor, at_bias = projection.factors, projection.at_factors + f, projection.at_bias + f
     if t + ROWS <= tokens and f + WIDTH <= features:
-        whole = tile_dequantize(tile, scales, at_scales + t, factors, at_factor + f, at_bias + f)
-        tile_store(whole, out, at_out + t * out_row + f, out_row, LANES)
+        whole = tile_dequantize(tile, scales.data, scales.at + t, factors, at_factor, at_bias)
+        tile_store(whole, out.data, out.at + t * out.step + f, out.step, LANES)
         return
-    tile_store(tile, scratch, at_tile, WIDTH, LANES)
+    tile_store(tile, own.int32, at_tile, WIDTH, LANES)
     for i in range(min(ROWS, tokens - t)):
-        scale = broadcast(scales, at_scales + t + i)
-        to = at_out + (t + i) * out_row + f
+        scale = broadcast(scales.data, scales.at + t + i)
+        to = out.at + (t + i) * out.step + f
         for c in range(0, min(WIDTH, features - f), LANES):
             at = at_tile + i * WIDTH + c
-            v = fma(to_float(load(scratch, at)) * load(factors, at_factor + f + c), scale,
-                    load(factors, at_bias + f + c))
+            v = fma(to_float(load(own.int32, at)) * load(factors, at_factor + c), scale, load(factors, at_bias + c))
             if f + c + LANES <= features:
-                store(out, to + c, v)
+                store(out.data, to + c, v)
             else:
-                store(scratch_f, at, v)
+                store(own.float32, at, v)
                 for j in range(features - f - c):
-                    out[to + c + j] = scratch_f[at + j]
+                    out.data[to + c + j] = own.float32[at + j]
 
 
 @inline
-def linear_rows(x, at_x, depth4, tokens, scales, at_scales, weights, at_weight, at_correction, factors, at_factor,
-                at_bias, features, out, at_out, out_row, scratch, scratch_f, at_tiles):
-    """out (tokens, features), rows out_row apart = scale (x w^T + correction) factor + bias.
+def linear_rows(x, tokens, scales, projection, features, out, own, at_tiles):
+    """Rows of out (tokens, features) = scale (x w^T + terms) factor + bias.
 
-    x        uint32, rows (depth4) of bytes plus OFFSET; as many as whole tiles have
-    weights  panels (features / WIDTH, depth4, WIDTH) of bytes; factors: weight scales and biases
-    scratch  TILES_SIZE elements
+    x           Part, uint32, rows of bytes plus OFFSET; as many as whole tiles have
+    projection  of panels (features / WIDTH, depth4, WIDTH) of bytes; its bias among the factors
+    own         Scratch, TILES_SIZE elements from at_tiles on
     """
-    at_tile = at_tiles + MATRIX_SCRATCH
-    linear(finish_rows, (scales, at_scales, factors, at_factor, at_bias, tokens, features, out, at_out, out_row,
-                         scratch, scratch_f, at_tile),
-           x, at_x, depth4, 1, tokens, weights, at_weight, weights, at_correction, round_up(features, WIDTH), depth4,
-           scratch, at_tiles)
+    depth4, weights = projection.depth4, projection.weights
+    linear(finish_rows, (scales, projection, tokens, features, out, own, at_tiles + TILES_SCRATCH),
+           Groups(x.data, x.at, depth4, 1), tokens,
+           BytePanels(weights, projection.at, weights, projection.at_terms, round_up(features, WIDTH), depth4),
+           Part(own.int32, at_tiles))
 
 
 @jit
@@ -93,17 +95,17 @@ def linear_dynamic(x, weights, factors, depth, features, out, scratch):
     at_tiles = TOKENS * depth4
     at_scales = at_tiles + TILES_SIZE
     at_inverse, at_tail = at_scales + TOKENS, at_scales + 2 * TOKENS
-    scratch_u, scratch_f = scratch.view(np.uint32), scratch.view(np.float32)
-    if MATRIX:
-        matrix_configure(scratch, at_tiles)
+    own = scratch_at(address_of(scratch))
+    scales = Part(own.float32, at_scales)
+    projection = Projection(weights, 0, features * depth4, factors, 0, factors, features, depth4)
+    matrix_configure(own.int32, at_tiles)
     for t in range(0, tokens, TOKENS):
         some = min(TOKENS, tokens - t)
-        quantize_rows(x, t * depth, depth, some, TOKENS, FLIP, scratch, 0, scratch_f, at_scales, scratch, scratch_f,
-                      at_inverse, at_tail)
-        linear_rows(scratch_u, 0, depth4, some, scratch_f, at_scales, weights, 0, features * depth4, factors, 0,
-                    features, features, out, t * features, features, scratch, scratch_f, at_tiles)
-    if MATRIX:
-        matrix_release()
+        quantize_rows(Part(x, t * depth), depth, some, TOKENS, FLIP, Part(own.int32, 0), scales, own, at_inverse,
+                      at_tail)
+        linear_rows(Part(own.uint32, 0), some, scales, projection, features, Rows(out, t * features, features), own,
+                    at_tiles)
+    matrix_release()
 
 
 def scratch_size(depth):

@@ -1,4 +1,4 @@
-"""One tiled product for float32 and for bytes, and the packing of its operands.
+"""One tiled product for float32 and for bytes, and what float32 products are made of.
 
 A product multiplies ROWS broadcast values by COLUMNS vectors, `depth` times.  The broadcast operand may lie anywhere
 (`row_step` between the rows of a tile, `step` between depths); the vector operand is packed in panels
@@ -8,28 +8,19 @@ four-way dot product.  What happens to the finished tile is the caller's busines
 import numpy as np
 from numba.extending import register_jitable
 
-from edgeattn.runtime.isa import ISA
 from edgeattn.runtime.jit import inline
 
 from .simd import (
     COLUMNS,
     LANES,
-    MATRIX_ROWS,
     ROWS,
     WIDTH,
-    matrix_dot,
-    matrix_dot_signed,
-    matrix_load,
-    matrix_store,
-    matrix_zero,
     outer_product,
     prefetch,
     quotient,
     rank_steps,
     steps,
     tile_add,
-    tile_load,
-    tile_of_columns,
     tile_store,
     tile_zero,
 )
@@ -38,12 +29,7 @@ from .simd import (
 # length of a chain.
 CHAIN = 32
 BLOCK = 2 * CHAIN  # two chains: how much of a panel (8 KiB at 32 features) stays near while all tokens pass
-MATRIX = ISA.amx  # whether a matrix unit multiplies bytes, 16 groups of four at a time
-MATRIX_TOKENS = 2 * MATRIX_ROWS
 _LINE = 16  # elements of four bytes in a cache line
-MATRIX_DEPTH = 16 if MATRIX else 1  # what the depth of a product of bytes must be a multiple of, in groups of four
-MATRIX_SCRATCH = MATRIX_TOKENS * WIDTH if MATRIX else 0
-ROW_STEP = MATRIX_ROWS if MATRIX else ROWS  # rows that `lane_product` writes at a time
 
 
 @register_jitable
@@ -77,24 +63,6 @@ def pack_panels(weight):
     """float32 weight (N, depth), N a multiple of WIDTH -> flat panels (N / WIDTH, depth, WIDTH)."""
     n, depth = weight.shape
     return weight.reshape(n // WIDTH, WIDTH, depth).transpose(0, 2, 1).ravel()
-
-
-def pack_byte_panels(weight):
-    """int8 weight (N, depth), N a multiple of WIDTH, depth of 4 -> int32 panels (N / WIDTH, depth / 4, WIDTH)."""
-    n, depth = weight.shape
-    panels = weight.reshape(n // WIDTH, WIDTH, depth // 4, 4).transpose(0, 2, 1, 3)
-    return np.ascontiguousarray(panels).view(np.int32).ravel()
-
-
-def pack_byte_rows(weight):
-    """int8 weight (N, depth), N a multiple of ROW_STEP, depth of 4 -> int32 for `lane_product`.
-
-    Rows one after the other; for a matrix unit, which needs a depth of 64, its tiles one after the other.
-    """
-    n, depth = weight.shape
-    if MATRIX:
-        weight = weight.reshape(n // MATRIX_ROWS, MATRIX_ROWS, depth // 64, 64).swapaxes(1, 2)
-    return np.ascontiguousarray(weight).view(np.int32).ravel()
 
 
 @inline
@@ -141,135 +109,6 @@ def add_product(begun, a, at_a, row_step, step, b, at_b, depth, chain, out, at_o
     if begun or last > 0:
         tile = tile_add(tile, out, at_out, out_row, out_column)
     tile_store(tile, out, at_out, out_row, out_column)
-
-
-@inline
-def matrix_multiply(x, at_x, x_row, rows, weights, at_weight, bias, at_bias, depth4):
-    """Tiles 0 to 3 of the matrix unit = x w^T + bias, a block (MATRIX_TOKENS, WIDTH); at least its first `rows`.
-
-    x        (MATRIX_TOKENS, depth4) groups of four bytes, depth4 a multiple of 16, rows x_row apart
-    weights  one panel (depth4, WIDTH); bias (WIDTH,)
-    """
-    below = MATRIX_ROWS * x_row
-    both = rows > MATRIX_ROWS
-    matrix_load(0, bias, at_bias, 0)  # every row of the tile is the bias
-    matrix_load(1, bias, at_bias + 16, 0)
-    if both:
-        matrix_load(2, bias, at_bias, 0)
-        matrix_load(3, bias, at_bias + 16, 0)
-    for k in range(0, depth4, 16):
-        matrix_load(4, x, at_x + k, x_row)
-        matrix_load(6, weights, at_weight + k * WIDTH, WIDTH)
-        matrix_load(7, weights, at_weight + k * WIDTH + 16, WIDTH)
-        matrix_dot(0, 4, 6, x, weights)
-        matrix_dot(1, 4, 7, x, weights)
-        if both:
-            matrix_load(5, x, at_x + below + k, x_row)
-            matrix_dot(2, 5, 6, x, weights)
-            matrix_dot(3, 5, 7, x, weights)
-
-
-@inline
-def matrix_keep(rows, out, at_out):
-    """out (MATRIX_TOKENS, WIDTH) = what `matrix_multiply` computed, at least its first `rows`."""
-    matrix_store(0, out, at_out, WIDTH)
-    matrix_store(1, out, at_out + 16, WIDTH)
-    if rows > MATRIX_ROWS:
-        matrix_store(2, out, at_out + MATRIX_ROWS * WIDTH, WIDTH)
-        matrix_store(3, out, at_out + MATRIX_ROWS * WIDTH + 16, WIDTH)
-
-
-@inline
-def linear(finish, arguments, x, at_x, x_row, x_step, tokens, weights, at_weight, bias, at_bias, features, depth4,
-           tiles, at_tiles):
-    """finish(tile, t, f, *arguments) with every register tile of x w^T + bias: tokens from t, features from f on.
-
-    arguments  not a function first: Numba would take them all for functions
-    x          group k of four bytes of token t at at_x + t x_row + k x_step
-    weights    panels (features / WIDTH, depth4, WIDTH); bias (features,) int32
-    tokens     a multiple of ROWS, or x holds as many more
-
-    With a matrix unit x_step is 1, depth4 a multiple of MATRIX_DEPTH, and x holds a multiple of 16 tokens. `tiles`,
-    MATRIX_SCRATCH elements, then holds one block, which is finished while the next one is multiplied.
-    """
-    if MATRIX:
-        blocks = (tokens + MATRIX_TOKENS - 1) // MATRIX_TOKENS * (features // WIDTH)
-        t, f, t_before, f_before = 0, 0, 0, 0
-        for block in range(blocks + 1):
-            if block < blocks:
-                matrix_multiply(x, at_x + t * x_row, x_row, tokens - t, weights, at_weight + f * depth4,
-                                bias, at_bias + f, depth4)
-            if block > 0:
-                for i in range(0, min(MATRIX_TOKENS, tokens - t_before), ROWS):
-                    tile = tile_load(ROWS, COLUMNS, tiles, at_tiles + i * WIDTH, WIDTH, LANES)
-                    finish(tile, t_before + i, f_before, *arguments)
-            if block < blocks:
-                matrix_keep(tokens - t, tiles, at_tiles)
-            t_before, f_before = t, f
-            t += MATRIX_TOKENS
-            if t >= tokens:
-                t = 0
-                f += WIDTH
-    else:
-        for f in range(0, features, WIDTH):
-            for t in range(0, tokens, ROWS):
-                tile = tile_of_columns(ROWS, COLUMNS, bias, at_bias + f)
-                tile = multiply(tile, x, at_x + t * x_row, x_row, x_step, weights, at_weight + f * depth4, depth4)
-                finish(tile, t, f, *arguments)
-
-
-@inline
-def lane_product(unsigned, tiled, a, at_a, a_row, rows, b, at_b, depth4, out, at_out):
-    """out (rows, WIDTH) int32 = a b, bytes; the rows up to the next multiple of ROW_STEP are read and written too.
-
-    a         int32: signed bytes, row r from a[at_a + r a_row] on, or as `pack_byte_rows` leaves them
-    b         uint32: (depth4, WIDTH), depth4 a multiple of MATRIX_DEPTH; what does not belong to the product is 0 here,
-              whatever `a` holds there
-    unsigned  a constant: whether b holds unsigned bytes; where it does not, a matrix unit takes them as they are, the
-              other instruction sets plus `OFFSET`
-    tiled     a constant: whether `pack_byte_rows` laid a out
-    """
-    if MATRIX:
-        row, next_depth, next_tile = a_row, 16, MATRIX_ROWS * a_row
-        if tiled:
-            row, next_depth, next_tile = 16, 16 * MATRIX_ROWS, MATRIX_ROWS * depth4
-        for r in range(0, rows, 2 * MATRIX_ROWS):
-            second = rows - r > MATRIX_ROWS
-            here = at_a + r // MATRIX_ROWS * next_tile
-            matrix_zero(0)
-            matrix_zero(1)
-            matrix_zero(2)
-            matrix_zero(3)
-            for k in range(0, depth4, 16):
-                matrix_load(6, b, at_b + k * WIDTH, WIDTH)
-                matrix_load(7, b, at_b + k * WIDTH + 16, WIDTH)
-                matrix_load(4, a, here, row)
-                if unsigned:
-                    matrix_dot(0, 4, 6, a, b)
-                    matrix_dot(1, 4, 7, a, b)
-                else:
-                    matrix_dot_signed(0, 4, 6)
-                    matrix_dot_signed(1, 4, 7)
-                if second:
-                    matrix_load(5, a, here + next_tile, row)
-                    if unsigned:
-                        matrix_dot(2, 5, 6, a, b)
-                        matrix_dot(3, 5, 7, a, b)
-                    else:
-                        matrix_dot_signed(2, 5, 6)
-                        matrix_dot_signed(3, 5, 7)
-                here += next_depth
-            to = at_out + r * WIDTH
-            matrix_store(0, out, to, WIDTH)
-            matrix_store(1, out, to + 16, WIDTH)
-            if second:
-                matrix_store(2, out, to + MATRIX_ROWS * WIDTH, WIDTH)
-                matrix_store(3, out, to + MATRIX_ROWS * WIDTH + 16, WIDTH)
-    else:
-        for r in range(0, rows, ROWS):
-            tile = tile_zero(ROWS, COLUMNS, out)
-            tile = multiply(tile, a, at_a + r * a_row, a_row, 1, b, at_b, depth4)
-            tile_store(tile, out, at_out + r * WIDTH, WIDTH, LANES)
 
 
 @inline

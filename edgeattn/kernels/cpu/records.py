@@ -11,6 +11,8 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic, register_jitable
 
+from edgeattn.shapes import strides
+
 from .matmul import round_up
 
 # What records share. Of masks: whether there is a band and its edges, strides of flat masks along the axes of the
@@ -94,13 +96,3 @@ def mask_fields(keep, other, band, alibi=None, other_name="bias"):
     if alibi is not None and alibi[0] > 1:
         fields["alibi_b"] = 2 * alibi[1]
     return fields
-
-
-def strides(shape):
-    """Element strides of a mask of `shape`, in C order, along the axes of the scores: 0 where it repeats."""
-    found, step = [0, 0, 0, 0], 1
-    for axis in range(1, len(shape) + 1):
-        if shape[-axis] != 1:
-            found[-axis] = step
-        step *= shape[-axis]
-    return found

@@ -6,18 +6,27 @@ order, and turns each value into a probability 0..255 (the int8 code plus 128) w
   lut_f32   float32 exponentials, float32 sum; round_half_away(e * 1 / (sum / 256))
   lut_u16   exponentials times 65535 as integers; `double` by the multiplier 1 / (sum / 256)
   fixed     gemmlowp exp in Q0.31, sum in Q12.19, Newton reciprocal
+
+Both functions take (table, fixed, codes, groups, masks, masked, values, rows): codes (groups, W) of scores become, in
+place, bytes of probabilities as the product with V wants them.
+
+  table   address of 256 entries as `simd.byte_planes` arranges them: float32 for lut_f32, int32 for lut_u16 and
+          (fixed != 0) for fixed
+  codes, masks, values, rows: Parts, of int32
+  masks   (groups, W) bytes 0 or 255; a key whose byte is 0 is not there
+  values  scratch (4 min(groups, KEPT_GROUPS), W) of 32 bits; rows: scratch (2, W)
 """
 import numpy as np
-from numba import types
-from numba.extending import overload
 
 from edgeattn.runtime.jit import inline
 
+from .int8_operands import FLIP, SIGN_BITS
+from .int8_views import Part
 from .requantize import divide_by_power, doubling_high
 from .simd import (
     LANES,
-    OFFSET,
     WIDTH,
+    address_of,
     bits_of,
     float_of_bits,
     larger_bytes,
@@ -26,6 +35,7 @@ from .simd import (
     maximum,
     narrow,
     pack_bytes,
+    pointer_to,
     select,
     shift_right_logical,
     smaller,
@@ -36,8 +46,7 @@ from .simd import (
     truncate,
 )
 
-LOWEST_CODES = np.int32(-2139062144)  # 0x80808080, four codes -128
-PROBABILITY_FLIP = LOWEST_CODES if OFFSET else np.int32(0)
+LOWEST_CODES = SIGN_BITS  # four codes -128
 _ONE = np.float32(1)
 _LARGEST_SUM = np.int32(1 << 30)  # 2048 in Q12.19: sums from 512 on are all one, and must not overflow
 _TO_PROBABILITY = np.float32(1 / 256)
@@ -47,13 +56,13 @@ KEPT_GROUPS = 128  # groups of keys whose values are kept for the second pass; t
 
 
 @inline
-def maximum_codes(codes, at, groups):
+def maximum_codes(codes, groups):
     """Row maxima over codes (groups, W) of four keys per lane: the two vectors of maxima, repeated in all bytes."""
     m0 = splat(LOWEST_CODES)
     m1 = splat(LOWEST_CODES)
     for g in range(groups):
-        m0 = larger_bytes(m0, load(codes, at + g * WIDTH))
-        m1 = larger_bytes(m1, load(codes, at + g * WIDTH + LANES))
+        m0 = larger_bytes(m0, load(codes.data, codes.at + g * WIDTH))
+        m1 = larger_bytes(m1, load(codes.data, codes.at + g * WIDTH + LANES))
     return spread_maximum(m0), spread_maximum(m1)
 
 
@@ -70,23 +79,12 @@ def _kept(value, mask, shift):
     return value & ((mask << splat(np.int32(24 - shift))) >> splat(np.int32(24)))
 
 
-def softmax_codes(table, fixed, codes, at, groups, masks, at_masks, masked, values, at_values, rows, at_rows):
-    """codes (groups, W) of scores, in place, to bytes of probabilities as the product with V wants them.
-
-    table   256 entries as `simd.byte_planes` arranges them: float32 for lut_f32, int32 for lut_u16 and (fixed != 0)
-            for fixed
-    masks   (groups, W) bytes 0 or 255; a key whose byte is 0 is not there
-    values  scratch (4 min(groups, KEPT_GROUPS), W) of 32 bits; rows: scratch (2, W)
-    """
-    raise TypeError("for kernels only: Numba compiles what stands below in its place")
-
-
 @inline
-def _float_values(table, m, codes, at, masks, at_masks, masked):
+def _float_values(table, m, codes, masks, i, masked):
     """The exponentials of four keys to a lane, one vector for each of the four."""
-    e0, e1, e2, e3 = look_up_bytes(table, subtract_bytes(m, load(codes, at)))
+    e0, e1, e2, e3 = look_up_bytes(table, subtract_bytes(m, load(codes.data, codes.at + i)))
     if masked:
-        mask = load(masks, at_masks)
+        mask = load(masks.data, masks.at + i)
         e0 = float_of_bits(_kept(bits_of(e0), mask, 0))
         e1 = float_of_bits(_kept(bits_of(e1), mask, 8))
         e2 = float_of_bits(_kept(bits_of(e2), mask, 16))
@@ -95,13 +93,13 @@ def _float_values(table, m, codes, at, masks, at_masks, masked):
 
 
 @inline
-def _float_sums(table, codes, at, groups, masks, at_masks, masked, values, at_values, m0, m1):
+def _float_sums(table, codes, groups, masks, masked, values, m0, m1):
     s0 = splat(np.float32(0))
     s1 = splat(np.float32(0))
     for g in range(groups):
         i = g * WIDTH
-        a0, a1, a2, a3 = _float_values(table, m0, codes, at + i, masks, at_masks + i, masked)
-        b0, b1, b2, b3 = _float_values(table, m1, codes, at + i + LANES, masks, at_masks + i + LANES, masked)
+        a0, a1, a2, a3 = _float_values(table, m0, codes, masks, i, masked)
+        b0, b1, b2, b3 = _float_values(table, m1, codes, masks, i + LANES, masked)
         s0 = s0 + a0
         s1 = s1 + b0
         s0 = s0 + a1
@@ -111,22 +109,25 @@ def _float_sums(table, codes, at, groups, masks, at_masks, masked, values, at_va
         s0 = s0 + a3
         s1 = s1 + b3
         if g < KEPT_GROUPS:
-            _keep(values, at_values + 4 * i, a0, a1, a2, a3)
-            _keep(values, at_values + 4 * i + LANES, b0, b1, b2, b3)
+            _keep(values, 4 * i, a0, a1, a2, a3)
+            _keep(values, 4 * i + LANES, b0, b1, b2, b3)
     return s0, s1
 
 
 @inline
-def _keep(values, at, v0, v1, v2, v3):
-    store(values, at, v0)
-    store(values, at + WIDTH, v1)
-    store(values, at + 2 * WIDTH, v2)
-    store(values, at + 3 * WIDTH, v3)
+def _keep(values, i, v0, v1, v2, v3):
+    at = values.at + i
+    store(values.data, at, v0)
+    store(values.data, at + WIDTH, v1)
+    store(values.data, at + 2 * WIDTH, v2)
+    store(values.data, at + 3 * WIDTH, v3)
 
 
 @inline
-def _kept_values(values, at):
-    return load(values, at), load(values, at + WIDTH), load(values, at + 2 * WIDTH), load(values, at + 3 * WIDTH)
+def _kept_values(values, i):
+    at = values.at + i
+    return (load(values.data, at), load(values.data, at + WIDTH), load(values.data, at + 2 * WIDTH),
+            load(values.data, at + 3 * WIDTH))
 
 
 @inline
@@ -135,12 +136,14 @@ def _float_probability(e, inverse):
 
 
 @inline
-def _softmax_lut_f32(table, codes, at, groups, masks, at_masks, masked, values, at_values):
-    m0, m1 = maximum_codes(codes, at, groups)
+def softmax_float(address, fixed, codes, groups, masks, masked, kept, rows):
+    """The rule lut_f32."""
+    table, values = pointer_to(address, np.float32), Part(pointer_to(address_of(kept.data), np.float32), kept.at)
+    m0, m1 = maximum_codes(codes, groups)
     if masked:
-        s0, s1 = _float_sums(table, codes, at, groups, masks, at_masks, True, values, at_values, m0, m1)
+        s0, s1 = _float_sums(table, codes, groups, masks, True, values, m0, m1)
     else:
-        s0, s1 = _float_sums(table, codes, at, groups, masks, at_masks, False, values, at_values, m0, m1)
+        s0, s1 = _float_sums(table, codes, groups, masks, False, values, m0, m1)
     for c in range(2):
         m = m0 if c == 0 else m1
         inverse = splat(_ONE) / ((s0 if c == 0 else s1) * splat(_TO_PROBABILITY))
@@ -150,12 +153,12 @@ def _softmax_lut_f32(table, codes, at, groups, masks, at_masks, masked, values, 
         for g in range(groups):
             i = g * WIDTH + c * LANES
             if g < KEPT_GROUPS:
-                e0, e1, e2, e3 = _kept_values(values, at_values + 4 * g * WIDTH + c * LANES)
+                e0, e1, e2, e3 = _kept_values(values, 4 * g * WIDTH + c * LANES)
             else:
-                e0, e1, e2, e3 = _float_values(table, m, codes, at + i, masks, at_masks + i, masked)
+                e0, e1, e2, e3 = _float_values(table, m, codes, masks, i, masked)
             packed = pack_bytes(_float_probability(e0, inverse), _float_probability(e1, inverse),
                                 _float_probability(e2, inverse), _float_probability(e3, inverse), np.int32(-128))
-            store(codes, at + i, packed ^ splat(PROBABILITY_FLIP))
+            store(codes.data, codes.at + i, packed ^ splat(FLIP))
 
 
 @inline
@@ -180,11 +183,11 @@ def reciprocal_fixed(total):
 
 
 @inline
-def _integer_values(table, m, codes, at, masks, at_masks, masked):
+def _integer_values(table, m, codes, masks, i, masked):
     """The exponentials of four keys to a lane, one vector for each of the four."""
-    e0, e1, e2, e3 = look_up_bytes(table, subtract_bytes(m, load(codes, at)))
+    e0, e1, e2, e3 = look_up_bytes(table, subtract_bytes(m, load(codes.data, codes.at + i)))
     if masked:
-        mask = load(masks, at_masks)
+        mask = load(masks.data, masks.at + i)
         e0, e1, e2, e3 = _kept(e0, mask, 0), _kept(e1, mask, 8), _kept(e2, mask, 16), _kept(e3, mask, 24)
     return e0, e1, e2, e3
 
@@ -201,29 +204,32 @@ def _integer_probability(e, q, right):
 
 
 @inline
-def _softmax_integer(table, fixed, codes, at, groups, masks, at_masks, masked, values, at_values, rows, at_rows):
-    m0, m1 = maximum_codes(codes, at, groups)
+def softmax_integer(address, fixed, codes, groups, masks, masked, values, rows):
+    """The rules lut_u16 and, where `fixed`, fixed."""
+    table = pointer_to(address, np.int32)
+    m0, m1 = maximum_codes(codes, groups)
     for c in range(2):
         total = splat(np.int32(0))
         m = m0 if c == 0 else m1
         # 1. values and their sum
         for g in range(groups):
             i = g * WIDTH + c * LANES
-            e0, e1, e2, e3 = _integer_values(table, m, codes, at + i, masks, at_masks + i, masked)
+            e0, e1, e2, e3 = _integer_values(table, m, codes, masks, i, masked)
             total = total + _rounded(e0, fixed) + _rounded(e1, fixed) + _rounded(e2, fixed) + _rounded(e3, fixed)
             if fixed:
                 total = smaller(total, splat(_LARGEST_SUM))
             if g < KEPT_GROUPS:
-                _keep(values, at_values + 4 * g * WIDTH + c * LANES, e0, e1, e2, e3)
+                _keep(values, 4 * g * WIDTH + c * LANES, e0, e1, e2, e3)
         # 2. multiplier and right shift of each row
         if fixed:
-            store(rows, at_rows, total)
+            at = rows.at
+            store(rows.data, at, total)
             for l in range(LANES):
-                scale, shift = reciprocal_fixed(np.int64(rows[at_rows + l]))
+                scale, shift = reciprocal_fixed(np.int64(rows.data[at + l]))
                 # from a sum of 512 on the shift leaves 31 bits, and no probability reaches half a code
-                rows[at_rows + l] = scale if shift <= 31 else 0
-                rows[at_rows + WIDTH + l] = min(shift, 31)
-            q, right = load(rows, at_rows), load(rows, at_rows + WIDTH)
+                rows.data[at + l] = scale if shift <= 31 else 0
+                rows.data[at + WIDTH + l] = min(shift, 31)
+            q, right = load(rows.data, at), load(rows.data, at + WIDTH)
         else:
             bits = bits_of(splat(_ONE) / (to_float(total) * splat(_TO_PROBABILITY)))
             q = ((bits & splat(np.int32(0x7FFFFF))) | splat(np.int32(0x800000))) << splat(np.int32(7))
@@ -233,28 +239,15 @@ def _softmax_integer(table, fixed, codes, at, groups, masks, at_masks, masked, v
         for g in range(groups):
             i = g * WIDTH + c * LANES
             if g < KEPT_GROUPS:
-                e0, e1, e2, e3 = _kept_values(values, at_values + 4 * g * WIDTH + c * LANES)
+                e0, e1, e2, e3 = _kept_values(values, 4 * g * WIDTH + c * LANES)
             else:
-                e0, e1, e2, e3 = _integer_values(table, m, codes, at + i, masks, at_masks + i, masked)
+                e0, e1, e2, e3 = _integer_values(table, m, codes, masks, i, masked)
             packed = pack_bytes(_integer_probability(e0, q, right), _integer_probability(e1, q, right),
                                 _integer_probability(e2, q, right), _integer_probability(e3, q, right), np.int32(-128))
-            store(codes, at + i, packed ^ splat(PROBABILITY_FLIP))
+            store(codes.data, codes.at + i, packed ^ splat(FLIP))
 
 
 @inline
 def _clamp_shift(shift):
     """Shifts into 0..31: only the row of an empty sum, whose values are all 0, lies outside."""
     return smaller(maximum(shift, splat(np.int32(0))), splat(np.int32(31)))
-
-
-
-@overload(softmax_codes)
-def _softmax_codes(table, fixed, codes, at, groups, masks, at_masks, masked, values, at_values, rows, at_rows):
-    if table.dtype == types.float32:
-        def run(table, fixed, codes, at, groups, masks, at_masks, masked, values, at_values, rows, at_rows):
-            _softmax_lut_f32(table, codes, at, groups, masks, at_masks, masked, values.view(np.float32), at_values)
-    else:
-        def run(table, fixed, codes, at, groups, masks, at_masks, masked, values, at_values, rows, at_rows):
-            _softmax_integer(table, fixed, codes, at, groups, masks, at_masks, masked, values, at_values, rows,
-                             at_rows)
-    return run

@@ -66,11 +66,3 @@ class Group(NamedTuple):
     count: int
     at_once: int
     splits: int
-
-
-class MaskAddresses(NamedTuple):
-    """A record of MASK_ADDRESSES, for kernels that are given arrays."""
-
-    keep: int
-    bias: int
-    alibi: int

@@ -248,12 +248,6 @@ def row_sums(tile, sums, t):
     write_b32(int32(sums + row * 4), total)
 
 
-@device
-def no_order(value):
-    """For rules whose sum has no order."""
-    return value
-
-
 @specialised
 def static_attention(score_rule, context_rule, softmax, cached=False, weights=False):
     """The kernel of static int8 attention, equal to the named rules bit for bit.

@@ -24,7 +24,7 @@ THREADS, FIRST = 128, 32
 (A_K, A_MINUS, A_KEEP, A_BIAS, A_LENGTHS, A_COUNT) = range(6)
 (P_HKV, P_H, P_L, P_S, P_D, P_LEFT, P_RIGHT, P_OFFSET, P_AT_END, P_LENGTHS_64, P_K_B, P_K_H, P_K_S,
  P_KEEP_B, P_KEEP_H, P_KEEP_L, P_KEEP_S, P_BIAS_B, P_BIAS_H, P_BIAS_L, P_BIAS_S, P_COUNT) = range(22)
-_SMALLEST = 1e-30  # as edgeattn/kernels/cpu/dynamic.py
+_SMALLEST = 1e-30  # as edgeattn/kernels/cpu/key_mean.py
 _INFINITY = float("inf")
 
 

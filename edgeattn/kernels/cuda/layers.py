@@ -263,7 +263,7 @@ class StaticLayer:
         self.table = _owned(np.ascontiguousarray(softmax_table).view(np.int32))
         self.output_dim = linears.get("output", linears["value"])[0].shape[0]
 
-    def _attend(self, q, k, v, context, stream, *, band=None, keep=None, classes=None, tables=None, weights=None,
+    def _attend(self, q, k, v, context, stream, *, band=None, keep=None, lut_index=None, score_luts=None, weights=None,
                 column=0):
         """context (B, L, H Dv) of q (B, H, L, D up), k (B, H, S, D up) and v (B, H, S, Dv), which may lie turned.
 
@@ -275,15 +275,15 @@ class StaticLayer:
         Dv_up = round_up(Dv, i8.TILE)
         low, high = (-fa.FAR, fa.FAR) if band is None else band
         zero = self.zero_points
-        for name, array in (("a mask", keep), ("a mask", classes), ("the probabilities", weights), ("a cache", k)):
+        for name, array in (("a mask", keep), ("a mask", lut_index), ("the probabilities", weights), ("a cache", k)):
             if array is not None:
                 check_reach(name, array)
         p = [H, L, S, D, Dv, D_up, Dv_up, q.strides[1] // D_up, k.strides[1] // D_up, zero["query"], zero["key"],
              zero["value"], zero["scores"], zero["context"], *self.score, *self.context, low, high,
-             *context.strides[:2], *spread(keep), *spread(classes),
+             *context.strides[:2], *spread(keep), *spread(lut_index),
              *((0, 0) if weights is None else weights.strides[1:3]), column]
-        a = [q.pointer, k.pointer, v.pointer, context.pointer, self.table.pointer, address(keep), address(classes),
-             address(tables), address(weights)]
+        a = [q.pointer, k.pointer, v.pointer, context.pointer, self.table.pointer, address(keep), address(lut_index),
+             address(score_luts), address(weights)]
         launch(i8.static_attention(*self.rules, v.strides[2] != 1, weights is not None),
                         (ceil_div(L, i8.TILE), B * H, Dv_up // i8.TILE), a, p, stream)
 
@@ -306,8 +306,8 @@ class StaticLayer:
     def __call__(self, xq, xk, xv, out, stream, like, **options):
         """out (B, L, Eo) from xq (B, L, Eq), xk (B, S, Ek), xv (B, S, Ev), all int8 and C-contiguous.
 
-        band : (low, high) or None; keep : View of bool, classes : View of uint8, (B or 1, H or 1, L or 1, S or 1), or
-        None; tables : View (n, 256) of int8, or None; weights : as `_attend`'s.
+        band : (low, high) or None; keep : View of bool, lut_index : View of uint8, (B or 1, H or 1, L or 1, S or 1), or
+        None; score_luts : View (n, 256) of int8, or None; weights : as `_attend`'s.
         """
         (B, L, _), S, H = xq.shape, xk.shape[1], self.heads
         D_up, Dv = round_up(self.linears["query"].size, i8.TILE), self.linears["value"].size
@@ -320,7 +320,7 @@ class StaticLayer:
         self._finished(lambda context: self._attend(q, k, v, context, stream, **options), B, L, out, stream, like)
 
     def through_cache(self, xq, xk, xv, out, cache, pieces, stream, like, *, offset, left, right, keep=None,
-                      tables=None, weights=None):
+                      score_luts=None, weights=None):
         """As a call, the codes of keys and values going into a cache, whose keys queries attend to, in `pieces`."""
         D_up, Dv_up = (round_up(self.linears[name].size, i8.TILE) for name in ("query", "value"))
         B, L, _ = xq.shape
@@ -340,7 +340,7 @@ class StaticLayer:
                 masks = masks_part(dict(offset=offset, keep=keep), rows, held)
                 keys, values = cache.held_slots()[:2]
                 self._attend(part(q, 2, *rows), keys, values, part(context, 1, *rows), stream, keep=masks["keep"],
-                             band=band_of(left, right, masks["offset"]), tables=tables, column=cache.start,
+                             band=band_of(left, right, masks["offset"]), score_luts=score_luts, column=cache.start,
                              weights=None if weights is None else part(weights, 2, *rows))
 
         self._finished(attend_to, B, L, out, stream, like)

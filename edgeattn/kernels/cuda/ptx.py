@@ -9,7 +9,6 @@ import re
 
 from edgeattn.kernels.cuda.language import Instruction
 
-WARP = 32
 FULL = "31, -1"  # clamp and member mask of a shuffle among the 32 threads of a warp
 
 
@@ -88,7 +87,6 @@ load_f16 = Instruction("{ .reg .pred p; .reg .b16 h; setp.ne.b32 p, $1, 0; mov.b
 unpack_f16 = Instruction("{ .reg .b16 a, b; mov.b32 {a, b}, $2; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b; }", "ff", "i")
 store_f32 = _store("f32", 1, "f")
 store_f32x2 = _store("v2.f32", 2, "f")
-store_f32x4 = _store("v4.f32", 4, "f")
 store_b32 = _store("b32", 1, "i")
 store_s8 = _store("b8", 1, "i")  # the low byte
 store_f16 = Instruction("{ .reg .pred p; .reg .b16 h; setp.ne.b32 p, $0, 0; cvt.rn.f16.f32 h, $2; "

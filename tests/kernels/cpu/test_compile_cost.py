@@ -14,7 +14,7 @@ BOUNDS = {"float32": (36_000, 420), "dynamic": (30_000, 390), "int8": (14_000, 3
 @pytest.mark.parametrize("kind", BOUNDS)
 def test_a_kernel_stays_as_cheap_to_compile_as_it_is(kind, request):
     if kind != "int8" and not request.config.getoption("long"):
-        pytest.skip("takes a minute: pytest --long tests/kernels/cpu/test_compile_cost.py")
+        pytest.skip("takes a minute: make test-long ARGS=tests/kernels/cpu/test_compile_cost.py")
     compiled, cached = start.first_calls([kind])[kind]
     lines, mib = BOUNDS[kind]
     assert lines / 4 < compiled["lines"] <= lines  # far fewer: then something else is measured

@@ -5,21 +5,22 @@ from numba import njit
 
 import edgeattn
 import quant
+from edgeattn.kernels.cpu.byte_products import ROW_STEP, lane_product, pack_byte_rows
 from edgeattn.kernels.cpu.dynamic import STEP, quantize_rows
+from edgeattn.kernels.cpu.int8_operands import LANE_SHIFT
+from edgeattn.kernels.cpu.int8_views import Part, scratch_at
 from edgeattn.kernels.cpu.linear_dynamic import join_depth
-from edgeattn.kernels.cpu.matmul import MATRIX, ROW_STEP, lane_product, pack_byte_rows
-from edgeattn.kernels.cpu.simd import LANES, OFFSET, WIDTH, matrix_configure, matrix_release
+from edgeattn.kernels.cpu.simd import LANES, OFFSET, WIDTH, address_of, matrix_configure, matrix_release
+from edgeattn.kernels.cpu.views import Rows
 
 
 @njit(error_model="numpy")
 def _lane_products(a, packed, a_row, rows, b, depth4, scratch, mixed, signed, tiled):
-    if MATRIX:
-        matrix_configure(scratch, 0)
-    lane_product(True, False, a, 0, a_row, rows, b, 0, depth4, mixed, 0)
-    lane_product(False, False, a, 0, a_row, rows, b, 0, depth4, signed, 0)
-    lane_product(False, True, packed, 0, a_row, rows, b, 0, depth4, tiled, 0)
-    if MATRIX:
-        matrix_release()
+    matrix_configure(scratch, 0)
+    lane_product(True, False, Rows(a, 0, a_row), rows, Part(b, 0), depth4, Part(mixed, 0))
+    lane_product(False, False, Rows(a, 0, a_row), rows, Part(b, 0), depth4, Part(signed, 0))
+    lane_product(False, True, Rows(packed, 0, a_row), rows, Part(b, 0), depth4, Part(tiled, 0))
+    matrix_release()
 
 
 @pytest.mark.parametrize("rows", [1, ROW_STEP, ROW_STEP + 1, 40, 64])
@@ -36,7 +37,7 @@ def test_products_with_lanes(rows, depth4):
     wide, unsigned = a[:rows].astype(int), b.astype(int)
     signed = b.view(np.int8).astype(int)
     mixed = np.einsum("rkj,kwj->rw", wide, unsigned if OFFSET else signed)  # where offset is 0, all bytes are signed
-    plain = np.einsum("rkj,kwj->rw", wide, signed if MATRIX or not OFFSET else unsigned)
+    plain = np.einsum("rkj,kwj->rw", wide, unsigned if LANE_SHIFT else signed)
     for got, wanted in zip(results, (mixed, plain, plain), strict=True):
         np.testing.assert_array_equal(got[:rows], wanted)
         assert (got[rows_up:] == 7).all()
@@ -44,7 +45,7 @@ def test_products_with_lanes(rows, depth4):
 
 @njit(error_model="numpy")
 def _quantized_rows(x, E, tokens, rows, out, scales, private):
-    quantize_rows(x, 0, E, tokens, rows, np.int32(0), out, 0, scales, 0, private, private.view(np.float32), 0, rows)
+    quantize_rows(Part(x, 0), E, tokens, rows, np.int32(0), Part(out, 0), Part(scales, 0), scratch_at(address_of(private)), 0, rows)
 
 
 @pytest.mark.parametrize("E", [1, 5, STEP - 1, STEP, STEP + 3, 200])
@@ -111,8 +112,7 @@ def test_one_large_key_does_not_move_all_others():
 def test_scratch_of_a_large_layer_stays_below_a_mebibyte():
     kernel = quant.quantize(make(np.random.default_rng(13), 12, 12, 32, 32, 384), scheme="dynamic")._kernel
     for masked in (False, True):
-        _, shared, private, _ = kernel._plan(1, 512, 512, masked, True, True)
-        assert 4 * (shared + private) < 2**20
-        _, longer, same, _ = kernel._plan(1, 4096, 4096, masked, True, True)
-        assert longer < 8.1 * shared  # grows as the sequence does
-        assert masked or same == private
+        call, longer = (kernel._plan(1, n, n, True, True, (n,) if masked else None) for n in (512, 4096))
+        assert 4 * (call.shared + call.private) < 2**20
+        assert longer.shared < 8.1 * call.shared  # grows as the sequence does
+        assert masked or longer.private == call.private

@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-import reference_encoder as reference
+import reference_encoder_int8 as reference
 from encoder_cases import CASES, make, run
 from places import ROOT, TESTS
 

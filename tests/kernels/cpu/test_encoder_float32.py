@@ -1,7 +1,7 @@
 """Linear layers, feed-forwards and norms in float32: at most twice as far from float64 as plain NumPy in float32."""
 import numpy as np
 import pytest
-import reference_encoder as reference
+import reference_encoder_int8 as reference
 from encoder_cases import ACTIVATIONS, CASES, make, numbers, run
 
 from edgeattn import threads

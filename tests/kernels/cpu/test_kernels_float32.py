@@ -95,7 +95,7 @@ def test_scratch_does_not_grow_with_queries_and_holds_few_heads(E, H):
     layer = FloatLayer(H, H, *make_layer(np.random.default_rng(0), E, H, H, D, D, E), D ** -0.5)
 
     def sizes(L, S, masked=False):
-        call = layer.prepare(1, L, S, (1, 1, 1, S) if masked else None)
+        call = layer._plan(1, L, S, (1, 1, 1, S) if masked else None)
         return call.shared, call.private
 
     block = fused.QUERIES

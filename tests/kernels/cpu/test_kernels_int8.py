@@ -16,8 +16,9 @@ from kernels_under_test import (
     scaled,
 )
 
+from edgeattn.kernels.cpu.byte_products import DEPTH_STEP, TILES_SCRATCH, pack_byte_panels
 from edgeattn.kernels.cpu.layer_int8 import plan
-from edgeattn.kernels.cpu.matmul import MATRIX_DEPTH, MATRIX_SCRATCH, pack_byte_panels, round_up
+from edgeattn.kernels.cpu.matmul import round_up
 from edgeattn.kernels.cpu.requantize import RULES
 from edgeattn.kernels.cpu.simd import OFFSET, ROWS, WIDTH
 
@@ -68,10 +69,10 @@ def test_score_tables():
     for B, L, S, E, D, heads, Dv, Eo in SHAPES:
         layer, *parts = make_layer(rng, heads, E, D, Dv, Eo, SYMMETRIC, rules, "lut_f32")
         x = [rng.integers(-128, 128, (B, n, E)).astype(np.int8) for n in (L, S, S)]
-        tables = rng.integers(-128, 128, (3, 256)).astype(np.int8)
-        classes = rng.integers(0, 3, (B, 1, L, S)).astype(np.uint8)
-        run(layer, *parts, heads, rules, "lut_f32", x, tables=tables)
-        run(layer, *parts, heads, rules, "lut_f32", x, tables=tables, classes=classes)
+        score_luts = rng.integers(-128, 128, (3, 256)).astype(np.int8)
+        lut_index = rng.integers(0, 3, (B, 1, L, S)).astype(np.uint8)
+        run(layer, *parts, heads, rules, "lut_f32", x, score_luts=score_luts)
+        run(layer, *parts, heads, rules, "lut_f32", x, score_luts=score_luts, lut_index=lut_index)
 
 
 def test_inputs_are_not_modified_and_sentinels_stay():
@@ -111,7 +112,7 @@ def test_vector_rule_equals_the_rule_on_python_integers(name):
 @pytest.mark.parametrize("unsigned_rows", [True, False])
 def test_linear_equals_integer_products(unsigned_rows):
     rng = np.random.default_rng(10)
-    for tokens, panels, depth4 in ((ROWS, 1, MATRIX_DEPTH), (32, 2, 3 * MATRIX_DEPTH), (48 + ROWS, 1, 16), (64, 3, 32)):
+    for tokens, panels, depth4 in ((ROWS, 1, DEPTH_STEP), (32, 2, 3 * DEPTH_STEP), (48 + ROWS, 1, 16), (64, 3, 32)):
         rows, features = round_up(tokens, 32), panels * WIDTH
         kinds = (np.uint8, np.int8) if unsigned_rows and OFFSET else (np.int8, np.uint8 if OFFSET else np.int8)
         low, high = zip(*((np.iinfo(kind).min, np.iinfo(kind).max + 1) for kind in kinds), strict=True)
@@ -121,5 +122,5 @@ def test_linear_equals_integer_products(unsigned_rows):
         out = np.zeros((tokens, features), np.int32)
         views = (np.uint32, np.int32) if unsigned_rows else (np.int32, np.uint32)
         apply_linear(x.view(views[0]).ravel(), depth4 + 2, tokens, pack_byte_panels(w.view(np.int8)).view(views[1]), bias,
-                     features, depth4, out.ravel(), np.zeros(MATRIX_SCRATCH, np.int32))
+                     features, depth4, out.ravel(), np.zeros(max(TILES_SCRATCH, 16), np.int32))
         np.testing.assert_array_equal(out, x[:tokens, :depth4 * 4].astype(int) @ w.astype(int).T + bias)

@@ -21,14 +21,14 @@ ZERO_POINTS = {"symmetric": SYMMETRIC, "asymmetric": ASYMMETRIC}
 pytestmark = pytest.mark.usefixtures("device")
 
 
-def run(parts, heads, rules, x, keep=None, band=None, classes=None, tables=None):
+def run(parts, heads, rules, x, keep=None, band=None, lut_index=None, score_luts=None):
     linears, tensors, table = parts
     layer = cuda_cases.static_layer(heads, linears, tensors, *rules[:3], table, rules[3])
     B, L, _ = x[0].shape
     out = driver_module.driver().array(np.full((B, L, layer.output_dim), 99, np.int8))
-    layer(*map(seen, x), view("out", out), 0, out, keep=seen(keep), band=band, classes=seen(classes), tables=seen(tables))
+    layer(*map(seen, x), view("out", out), 0, out, keep=seen(keep), band=band, lut_index=seen(lut_index), score_luts=seen(score_luts))
     want = oracle.static_layer(*x, heads, linears, tensors, rules[:3], rules[3], table, keep=keep, band=band,
-                               classes=classes, tables=tables)
+                               lut_index=lut_index, score_luts=score_luts)
     np.testing.assert_array_equal(out.numpy(), want)
 
 
@@ -81,9 +81,9 @@ def test_score_tables():
     B, L, S, E, D, heads, Dv, Eo = SHAPES[1]
     _, *parts = make_layer(rng, heads, E, D, Dv, Eo, SYMMETRIC, rules[:3], "lut_f32")
     x = [rng.integers(-128, 128, (B, n, E)).astype(np.int8) for n in (L, S, S)]
-    tables = rng.integers(-128, 128, (3, 256)).astype(np.int8)
-    run(parts, heads, rules, x, tables=tables)
-    run(parts, heads, rules, x, tables=tables, classes=rng.integers(0, 3, (B, 1, L, S)).astype(np.uint8))
+    score_luts = rng.integers(-128, 128, (3, 256)).astype(np.int8)
+    run(parts, heads, rules, x, score_luts=score_luts)
+    run(parts, heads, rules, x, score_luts=score_luts, lut_index=rng.integers(0, 3, (B, 1, L, S)).astype(np.uint8))
 
 
 def test_without_an_output_projection_the_codes_of_the_heads_are_the_result():

@@ -2,7 +2,7 @@
 
 `Vec(dtype, lanes)` is one vector register (or a few: the compiler splits wide ones); `Tile(vec, rows, columns)` is a
 block of them that stays in registers.  Arrays are one-dimensional and contiguous; positions count array elements.
-What each operation means is said in its docstring as a loop over lanes `l`, and tests/test_simd.py holds it to that.
+What each operation means is said in its docstring as a loop over lanes `l`, and test_simd.py holds it to that.
 `instruction_sets` has what each of them does in its own way.
 
 Bytes travel four to a 32-bit lane: an array of dtype uint32 holds four unsigned bytes per element (see

@@ -8,6 +8,7 @@ from . import generic
 class Code(generic.Code):
     """AVX2."""
 
+    multiplies_words = True
     words, half = "llvm.x86.avx2.packssdw", "llvm.x86.avx2.packsswb"
 
     def round_to_int(self, builder, v, result):  # noqa: D102

@@ -6,6 +6,8 @@ from . import avx2
 class Code(avx2.Code):
     """AVX2 with VNNI."""
 
+    multiplies_words = False
+
     prepare = staticmethod(emit.as_bytes)
 
     def dot(self, builder, accumulator, u, s):  # noqa: D102

@@ -7,6 +7,8 @@ from .. import emit
 class Code:
     """What the intrinsics write where instruction sets differ."""
 
+    multiplies_words = False  # bytes only after they have been widened, at a cost that is worth saving
+
     def maximum(self, builder, a, b):
         """`vector.maximum` of floats."""
         return builder.select(builder.fcmp_ordered(">", a, b), a, b)

@@ -1,0 +1,253 @@
+"""TransformerEncoder against its formula, alone, in ragged batches and through caches."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import reference
+import reference_encoder as oracle
+
+import edgeattn
+from edgeattn import TransformerEncoder
+from edgeattn.executors.numpy import NumpyOps
+
+E, F, H, LAYERS = 24, 40, 3, 2
+CLOSE = dict(rtol=0, atol=1e-5)
+
+
+def random():
+    return np.random.default_rng(3)
+
+
+def weights(bias=True):
+    made = random()
+    return [oracle.random_layer(made, E, F, bias=bias) for _ in range(LAYERS)]
+
+
+NORM = (np.linspace(0.5, 1.5, E, dtype=np.float32), np.linspace(-1, 1, E, dtype=np.float32))
+
+
+def encoder(norm_first=False, activation="gelu", norm=NORM, **options):
+    return TransformerEncoder.from_torch(oracle.torch_state_dict(weights(**options), norm), H, activation=activation,
+                                         norm_first=norm_first)
+
+
+def expected(x, norm_first=False, kind="gelu", norm=NORM, bias=True, **attending):
+    for w in weights(bias):
+        x = oracle.encoder_layer(x, w, H, kind=kind, norm_first=norm_first, **attending)
+    return x if norm is None else oracle.layer_norm(x, *norm)
+
+
+def tokens(*shape):
+    return random().normal(size=(*shape, E)).astype(np.float32)
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
+def test_it_is_its_formula(norm_first, activation):
+    x = tokens(2, 7)
+    result = encoder(norm_first, activation)(x)
+    np.testing.assert_allclose(result, expected(x, norm_first, activation), **CLOSE)
+
+
+def test_layers_without_biases_and_without_a_last_norm():
+    x = tokens(2, 5)
+    made = encoder(bias=False, norm=None)
+    assert made.norm is None and made.layers[0].attention.q_bias is None
+    np.testing.assert_allclose(made(x), expected(x, bias=False, norm=None), **CLOSE)
+
+
+def test_a_single_layers_state_dict():
+    state = {name.removeprefix("layers.0."): value
+             for name, value in oracle.torch_state_dict(weights()[:1]).items()}
+    x = tokens(1, 6)
+    made = TransformerEncoder.from_torch({f"a.{name}": value for name, value in state.items()}, H, activation="relu",
+                                         norm_first=True, prefix="a.", layer_norm_eps=1e-3)
+    np.testing.assert_allclose(made(x), oracle.encoder_layer(x, weights()[0], H, kind="relu", norm_first=True, eps=1e-3),
+                               **CLOSE)
+
+
+@pytest.mark.parametrize("masks, permitted", [
+    ({"is_causal": True}, {"causal": True}),
+    ({"window_size": (2, 1)}, {"window": (2, 1)}),
+    ({"is_causal": True, "window_size": (3, -1)}, {"causal": True, "window": (3, -1)}),
+    ({"key_padding_mask": np.arange(7) < np.array([[7], [4]])}, {"padding": np.arange(7) < np.array([[7], [4]])}),
+    ({"attn_mask": np.tri(7, dtype=bool)}, {"keep": np.tri(7, dtype=bool)}),
+])
+def test_masks(masks, permitted):
+    x = tokens(2, 7)
+    np.testing.assert_allclose(encoder()(x, **masks), expected(x, permitted=reference.visible(2, H, 7, 7, **permitted)),
+                               **CLOSE)
+
+
+def test_torch_masks_are_the_inverse():
+    x, blocked = tokens(2, 7), ~np.tri(7, dtype=bool)
+    padding = np.arange(7) >= np.array([[7], [4]])
+    made = encoder()
+    np.testing.assert_array_equal(made.call_with_torch_masks(x, attn_mask=blocked, key_padding_mask=padding),
+                                  made(x, attn_mask=~blocked, key_padding_mask=~padding))
+
+
+@pytest.mark.parametrize("width, heads", [(E, H), (384, 12)])
+def test_a_sequence_gives_the_same_bits_alone_and_in_every_batch(width, heads):
+    made = random()
+    state = oracle.torch_state_dict([oracle.random_layer(made, width, 2 * width)])
+    encode = TransformerEncoder.from_torch(state, heads, activation="gelu", norm_first=False)
+    lengths = [5, 1, 33, 33, 0, 17, 8, 33, 64]
+    x = made.normal(size=(len(lengths), 64, width)).astype(np.float32)
+    whole = encode(x, lengths=lengths)
+    listed = encode([row[:length] for row, length in zip(x, lengths, strict=True)])
+    for row, result, alone, length in zip(x, whole, listed, lengths, strict=True):
+        np.testing.assert_array_equal(result[:length], encode(row[None, :length])[0])
+        np.testing.assert_array_equal(result[:length], alone)
+        assert not result[length:].any()
+    dense = encode(np.repeat(x[2:4, :33], 3, axis=0))
+    np.testing.assert_array_equal(dense[::3], whole[2:4, :33])
+
+
+@pytest.mark.parametrize("masks", [
+    {"is_causal": True}, {"window_size": (2, 0)}, {"attn_mask": np.tri(9, dtype=bool)},
+    {"attn_mask": np.random.default_rng(1).normal(size=(3, H, 9, 9)).astype(np.float32)}])
+def test_ragged_batches_have_masks_too(masks):
+    x, lengths, made = tokens(3, 9), [4, 9, 6], encoder()
+    result = made(x, lengths=lengths, **masks)
+    for i, length in enumerate(lengths):
+        mask = masks.get("attn_mask")
+        cut = {**masks} if mask is None else {"attn_mask": mask[..., :length, :length][
+            i : i + 1 if mask.ndim == 4 else None] if mask.ndim == 4 else mask[:length, :length]}
+        np.testing.assert_allclose(result[i, :length], made(x[i : i + 1, :length], **cut)[0], **CLOSE)
+
+
+def test_padding_is_never_touched():
+    x, lengths = tokens(2, 6), np.array([6, 3])
+    clean = encoder()(x, lengths=lengths)
+    x[1, 3:] = np.nan
+    np.testing.assert_array_equal(encoder()(x, lengths=lengths), clean)
+
+
+@pytest.mark.parametrize("chunks", [[1] * 9, [4, 5], [3, 1, 1, 4]])
+@pytest.mark.parametrize("window", [None, 4])
+def test_decoding_through_caches_is_the_whole_sequence(chunks, window):
+    x, made = tokens(2, 9), encoder(norm_first=True)
+    caches = made.make_caches(2, 12, window=window)
+    ends = np.cumsum(chunks)
+    parts = [made(x[:, end - n : end], is_causal=True, kv_cache=caches) for n, end in zip(chunks, ends, strict=True)]
+    masks = {"window_size": edgeattn.sliding_window(4)} if window else {}
+    np.testing.assert_allclose(np.concatenate(parts, axis=1), made(x, is_causal=True, **masks), **CLOSE)
+    assert [cache.length for cache in caches] == [9] * LAYERS
+
+
+def test_an_error_leaves_all_caches_as_they_were(monkeypatch):
+    made = encoder()
+    caches = made.make_caches(1, 8)
+    made(tokens(1, 2), kv_cache=caches)
+
+    def broken(self, x, kind, name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(NumpyOps, "activation", broken)
+    with pytest.raises(KeyboardInterrupt):
+        made(tokens(1, 2), kv_cache=caches)
+    assert [cache.length for cache in caches] == [2] * LAYERS
+
+
+def test_a_layers_own_window_narrows_the_calls():
+    one = encoder(norm=None)
+    narrow = TransformerEncoder([edgeattn.TransformerEncoderLayer(
+        layer.attention, layer.feed_forward, layer.norm1, layer.norm2, window_size=window)
+        for layer, window in zip(one.layers, [(1, 1), (-1, -1)], strict=True)])
+    x, wide = tokens(1, 8), reference.visible(1, H, 8, 8, window=(-1, 2))
+    first = oracle.encoder_layer(x, weights()[0], H, permitted=reference.visible(1, H, 8, 8, window=(1, 1)))
+    np.testing.assert_allclose(narrow(x, window_size=(-1, 2)),
+                               oracle.encoder_layer(first, weights()[1], H, permitted=wide), **CLOSE)
+
+
+def test_shapes_dtypes_and_out():
+    made, x = encoder(), tokens(2, 4)
+    whole = made(x)
+    np.testing.assert_array_equal(made(x[0]), whole[0])
+    assert made(x.astype(np.float16)).dtype == np.float16 and made(x.astype(np.float64)).dtype == np.float64
+    out = np.empty_like(x)
+    assert made(x, out=out) is out
+    np.testing.assert_array_equal(out, whole)
+    assert made(x, out=x) is x
+    np.testing.assert_array_equal(x, whole)
+    for shape in ((0, 4, E), (2, 0, E), (0, E)):
+        assert made(np.zeros(shape, np.float32)).shape == shape
+    assert made(x, lengths=[0, 0]).shape == x.shape
+
+
+def test_every_executor_gives_the_same():
+    x, made, record = tokens(2, 5), encoder(), {}
+    with made.prepared((2, 5)) as sequences:
+        result = made.forward(NumpyOps(record), x.reshape(10, E), sequences)
+    np.testing.assert_allclose(result.reshape(x.shape), made(x), **CLOSE)
+    np.testing.assert_array_equal(record["norm"], result)
+    assert record["layers.1.attention.probabilities"].shape == (2, H, 5, 5)
+    for name in ("layers.0.attention.output", "layers.0.sum1", "layers.0.norm1", "layers.1.feed_forward.linear1",
+                 "layers.1.feed_forward.activation", "layers.1.norm2"):
+        assert record[name].shape[0] == 10, name
+
+
+def test_copies_files_and_pickles_are_equal(tmp_path):
+    made, x = encoder(norm_first=True), tokens(1, 5)
+    edgeattn.save(made, tmp_path / "encoder.safetensors")
+    for copied in (edgeattn.load(tmp_path / "encoder.safetensors"), pickle.loads(pickle.dumps(made)),
+                   copy.deepcopy(made)):
+        assert repr(copied) == repr(made)
+        np.testing.assert_array_equal(copied(x), made(x))
+
+
+def test_shared_layers_are_stored_once(tmp_path):
+    layer = encoder().layers[0]
+    made = TransformerEncoder([layer] * 5)
+    edgeattn.save(made, tmp_path / "encoder.safetensors")
+    loaded = edgeattn.load(tmp_path / "encoder.safetensors")
+    assert len({id(each) for each in loaded.layers}) == 1 and len(loaded.layers) == 5
+    np.testing.assert_array_equal(loaded(tokens(1, 4)), made(tokens(1, 4)))
+
+
+@pytest.mark.parametrize("call, error, message", [
+    (lambda e: e(tokens(2, 4)[..., :-1]), ValueError, r"x must be \(B, L, E\) or \(L, E\) with E = 24, got shape"),
+    (lambda e: e(tokens(2, 4), lengths=[4]), ValueError, r"lengths must have shape \(2,\), one per sequence"),
+    (lambda e: e(tokens(2, 4), lengths=[4, 5]), ValueError, r"lengths must lie between 0 and L = 4, got \[4, 5\]"),
+    (lambda e: e(tokens(2, 4), lengths=[4.0, 2.0]), TypeError, "lengths must be an integer array, got dtype float64"),
+    (lambda e: e(tokens(2, 4), lengths=[4, 2], key_padding_mask=np.ones((2, 4), bool)), ValueError,
+     "lengths must be left out with key_padding_mask, got both"),
+    (lambda e: e(tokens(2, 4), lengths=[4, 2], kv_cache=e.make_caches(2, 8)), ValueError,
+     "lengths must be left out with kv_cache, got both"),
+    (lambda e: e(list(tokens(2, 4)), lengths=[4, 2]), ValueError, "lengths must be left out where x is a list"),
+    (lambda e: e([tokens(4), tokens(4)[:, 1:]]), ValueError, r"x\[1\] must be \(L, E\) with E = 24, got shape \(4, 23\)"),
+    (lambda e: e(tokens(2, 4), kv_cache=e.make_caches(2, 8)[:1]), ValueError, "kv_cache must be a list of 2 caches"),
+    (lambda e: e(tokens(2, 4), kv_cache=e.make_caches(2, 8)[:1] * 2), ValueError, "a cache of its own for each layer"),
+    (lambda e: e(tokens(2, 4), kv_cache=e.make_caches(2, 3)), ValueError, "the cache is full"),
+    (lambda e: e(tokens(2, 4), out=np.empty((2, 4, E))), TypeError, "out must have dtype float32"),
+    (lambda e: TransformerEncoder([]), ValueError, "layers must be at least one"),
+    (lambda e: TransformerEncoder([e.layers[0].attention]), TypeError, r"layers\[0\] must be an edgeattn.Transformer"),
+    (lambda e: TransformerEncoder(e.layers, norm=edgeattn.LayerNorm(np.ones(3))), ValueError,
+     "norm must be a LayerNorm or RMSNorm of E = 24 features"),
+    (lambda e: edgeattn.TransformerEncoderLayer(e.layers[0].attention, e.layers[0].feed_forward,
+                                                edgeattn.RMSNorm(np.ones(5))), ValueError,
+     "norm1 must be of E = 24 features"),
+])
+def test_errors_say_what_was_required(call, error, message):
+    with pytest.raises(error, match=message):
+        call(encoder())
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda s: s.pop("layers.1.linear2.weight"), r"missing: layers\.1\.linear2\.weight"),
+    (lambda s: s.update({"layers.0.extra": np.ones(2)}), r"unexpected: layers\.0\.extra"),
+    (lambda s: s.update({"layers.0.norm1.weight": np.ones(5, np.float32)}),
+     r"mis-shaped: layers\.0\.norm1\.weight must be \(24\), got \(5,\)")])
+def test_state_dicts_that_do_not_fit(change, message):
+    state = oracle.torch_state_dict(weights(), NORM)
+    change(state)
+    with pytest.raises(ValueError, match=message):
+        TransformerEncoder.from_torch(state, H, activation="relu", norm_first=False)
+
+
+def test_a_state_dict_with_other_heads():
+    with pytest.raises(ValueError, match="num_heads must divide the width 24 of the projections, got 5"):
+        TransformerEncoder.from_torch(oracle.torch_state_dict(weights()), 5, activation="relu", norm_first=False)

@@ -1,0 +1,140 @@
+"""Attention with rotary embedding, norms of heads and biases of positions."""
+
+import numpy as np
+import pytest
+import reference
+import reference_encoder as oracle
+
+import edgeattn
+import quant
+from edgeattn import KVCache, LayerNorm, MultiHeadAttention, RelativePositionBias, RMSNorm, RotaryEmbedding
+
+E, H, D, L = 20, 2, 10, 9
+CLOSE = dict(rtol=0, atol=3e-6)
+RANDOM = np.random.default_rng(8)
+W = {name: pair for name, pair in oracle.random_layer(RANDOM, E, 8).items() if name in ("q", "k", "v", "out")}
+X = RANDOM.normal(size=(2, L, E)).astype(np.float32)
+GAIN, SHIFT = RANDOM.normal(1, 0.3, D).astype(np.float32), RANDOM.normal(0, 0.3, D).astype(np.float32)
+BIAS = RANDOM.normal(size=(H, 12, 12)).astype(np.float32)
+TABLE = RANDOM.normal(size=(8, H)).astype(np.float32)
+T5 = np.array([[[TABLE[oracle.t5_bucket(j - i, 8, 16, True)][h] for j in range(L)] for i in range(L)]
+               for h in range(H)])
+
+# name: (arguments of the layer, of the oracle)
+KINDS = {
+    "rotary": ({"rotary": RotaryEmbedding(D)}, {"place": lambda x: oracle.rotary(x, D, 10000.0)}),
+    "partial": ({"rotary": RotaryEmbedding(4, base=100.0)}, {"place": lambda x: oracle.rotary(x, 4, 100.0)}),
+    "interleaved": ({"rotary": RotaryEmbedding(D, interleaved=True)},
+                    {"place": lambda x: oracle.rotary(x, D, 10000.0, interleaved=True)}),
+    "offset": ({"rotary": RotaryEmbedding(D, offset=7)}, {"place": lambda x: oracle.rotary(x, D, 10000.0, first=7)}),
+    "layer norms": ({"q_norm": LayerNorm(GAIN, SHIFT), "k_norm": LayerNorm(GAIN, SHIFT)},
+                    {"place": lambda x: oracle.layer_norm(x, GAIN, SHIFT)}),
+    "norms, then rotary": ({"q_norm": RMSNorm(GAIN), "k_norm": RMSNorm(GAIN), "rotary": RotaryEmbedding(D)},
+                           {"place": lambda x: oracle.rotary(oracle.rms_norm(x, GAIN), D, 10000.0)}),
+    "bias": ({"position_bias": BIAS}, {"bias": BIAS[:, :L, :L]}),
+    "T5": ({"position_bias": RelativePositionBias(TABLE, max_distance=16)}, {"bias": T5}),
+}
+
+
+def layer(num_kv_heads=None, **positions):
+    return MultiHeadAttention(H, *(W[name][0] for name in ("q", "k", "v", "out")), q_bias=W["q"][1], k_bias=W["k"][1],
+                              v_bias=W["v"][1], out_bias=W["out"][1], **positions)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("causal", [False, True])
+def test_it_is_its_formula(kind, causal):
+    ours, theirs = KINDS[kind]
+    permitted = reference.visible(2, H, L, L, causal=causal)
+    np.testing.assert_allclose(layer(**ours)(X, is_causal=causal), oracle.attention(X, W, H, permitted, **theirs), **CLOSE)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_through_a_cache_it_is_the_whole_sequence(kind, dtype):
+    made = layer(**KINDS[kind][0])
+    cache = KVCache.for_layer(made, 2, 12, dtype=dtype)
+    parts = [made(X[:, first:last], kv_cache=cache, is_causal=True) for first, last in ((0, 3), (3, 4), (4, 5), (5, L))]
+    close = CLOSE if dtype == "float32" else {"rtol": 0, "atol": 0.1}
+    np.testing.assert_allclose(np.concatenate(parts, axis=1), made(X, is_causal=True), **close)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_other_masks_and_weights(kind):
+    ours, theirs = KINDS[kind]
+    mask = np.random.default_rng(2).normal(size=(2, H, L, L)).astype(np.float32)
+    mask[0, :, :, 4] = -np.inf
+    result, weights = layer(**ours)(X, attn_mask=mask, need_weights=True)
+    bias = mask if "bias" not in theirs else mask + theirs["bias"]
+    np.testing.assert_allclose(result, oracle.attention(X, W, H, **{**theirs, "bias": bias}), **CLOSE)
+    assert weights.shape == (2, H, L, L) and not weights[0, :, :, 4].any()
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+@pytest.mark.parametrize("buckets, most", [(32, 128), (8, 20), (4, 3)])
+def test_buckets_are_those_of_t5(bidirectional, buckets, most):
+    bias = RelativePositionBias(np.arange(buckets, dtype=np.float32)[:, None], bidirectional=bidirectional,
+                                max_distance=most).rows(3, 200, 150)
+    wanted = [[oracle.t5_bucket(j - i, buckets, most, bidirectional) for j in range(150)] for i in range(3, 203)]
+    np.testing.assert_array_equal(bias[0], wanted)
+
+
+def test_swin_tables():
+    height, width = 2, 3
+    table = np.random.default_rng(1).normal(size=(3 * 5, H)).astype(np.float32)
+    bias = edgeattn.swin_position_bias(table, (height, width))
+    for a in range(6):
+        for b in range(6):
+            down, right = a // width - b // width, a % width - b % width
+            np.testing.assert_array_equal(bias[:, a, b], table[(down + height - 1) * (2 * width - 1) + right + width - 1])
+    assert layer(position_bias=bias)(X[:, :6]).shape == (2, 6, E)
+
+
+def test_cross_attention_counts_queries_from_the_first_key():
+    made, keys = layer(rotary=RotaryEmbedding(D)), X[:, :5]
+    result = made(X[:, :3], keys)
+    q, k, v = (oracle.heads(oracle.linear(x, *W[name]), H) for name, x in (("q", X[:, :3]), ("k", keys), ("v", keys)))
+    context, _ = reference.attention(oracle.rotary(q, D, 1e4), oracle.rotary(k, D, 1e4), v)
+    np.testing.assert_allclose(result, oracle.linear(context.swapaxes(1, 2).reshape(2, 3, -1), *W["out"]), **CLOSE)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_hold_it(kind, tmp_path):
+    made = layer(**KINDS[kind][0])
+    edgeattn.save(made, tmp_path / "layer.safetensors")
+    np.testing.assert_array_equal(edgeattn.load(tmp_path / "layer.safetensors")(X), made(X))
+
+
+def test_what_computes_none_of_it_refuses(tmp_path):
+    made = layer(rotary=RotaryEmbedding(D), q_norm=RMSNorm(GAIN))
+    for call in (lambda: quant.calibrate(made, [X]), lambda: quant.quantize(made, scheme="dynamic"),
+                 lambda: quant.export(made, tmp_path / "a.tflite", sequence_length=L),
+                 lambda: quant.export(made, tmp_path / "a.so", target="cortex-a72"), lambda: made.to("cuda")):
+        with pytest.raises(ValueError, match="layer must have no rotary, q_norm here: only a float32 layer"):
+            call()
+
+
+@pytest.mark.parametrize("positions, error, message", [
+    ({"rotary": RotaryEmbedding(12)}, ValueError, "rotary must turn at most D = 10 features"),
+    ({"rotary": 10000}, TypeError, "rotary must be an edgeattn.RotaryEmbedding, got int"),
+    ({"q_norm": RMSNorm(np.ones(E))}, ValueError, "q_norm must be over the features of a head, D = 10"),
+    ({"k_norm": GAIN}, TypeError, "k_norm must be an edgeattn.LayerNorm or RMSNorm, got ndarray"),
+    ({"position_bias": BIAS[0]}, ValueError, r"position_bias must be \(H, L, S\), or a RelativePositionBias"),
+    ({"position_bias": BIAS[:1]}, ValueError, "position_bias must have H = 2 heads, got 1"),
+])
+def test_bad_positions_are_refused(positions, error, message):
+    with pytest.raises(error, match=message):
+        layer(**positions)
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda: RotaryEmbedding(5), "rotary_embedding_dim must be even, got 5"),
+    (lambda: RotaryEmbedding(4, offset=-1), "offset must be at least"),
+    (lambda: RelativePositionBias(np.ones((2, H))), r"table must be \(buckets, H\)"),
+    (lambda: RelativePositionBias(TABLE, max_distance=2), r"table must be \(buckets, H\)"),
+    (lambda: edgeattn.swin_position_bias(TABLE, (2, 2)), r"table must be \(\(2 \* height - 1\)"),
+    (lambda: layer(position_bias=BIAS[:, :4, :4])(X), "position_bias is for 4 queries and 4 keys, got queries up to"),
+])
+def test_bad_arguments_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
