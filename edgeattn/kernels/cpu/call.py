@@ -57,7 +57,10 @@ class PreparedCall:
         q = address(queries)
         k = q if keys is queries else address(keys)
         v = k if values is keys else address(values)
-        where = (q, k, v, address(out), *map(address, others), *self._fixed)
+        self.at(q, k, v, address(out), *map(address, others), *self._fixed, parameters=parameters)
+
+    def at(self, *where, parameters=None):
+        """Run it on arrays at these addresses, in the order of the kernel's record; see a call."""
         record = np.zeros(self._size, _INT64)
         _WRITE[len(where)](record, 0, *where)
         given = self.parameters if parameters is None else parameters
