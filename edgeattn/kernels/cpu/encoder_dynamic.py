@@ -7,11 +7,12 @@ from numpy.typing import NDArray
 
 from . import feed_forward_dynamic as ff
 from .activation import ACTIVATIONS
+from .byte_products import pack_byte_panels
 from .call import PreparedCall
 from .encoder_float32 import Stage, norm_kind, pack, pack_norm, padded
 from .layer_dynamic import quantize_weight
 from .linear_dynamic import join_depth
-from .matmul import pack_byte_panels, round_up
+from .matmul import round_up
 from .norm import ADDRESSES
 from .records import blank, packed, place
 from .simd import VIRTUAL_LANES
