@@ -245,8 +245,9 @@ def add_second(m, at, out_up, low, lows):
 @inline
 def multiply_linear(m, p, base, rows, f, features):
     """The sums of the channels from f on of the rows at base."""
-    separately(product_rows, (False, m, base + p.at_bytes, rows, p.groups4, base + p.at_scale, base + p.at_minus, p.w +
-                              f * p.groups4, p.c + f, features, base + p.at_sums + f, p.columns))
+    at_x, at_scale, at_minus, at_c = base + p.at_bytes, base + p.at_scale, base + p.at_minus, p.c + f
+    separately(product_rows, (False, m, at_x, rows, p.groups4, at_scale, at_minus, p.w + f * p.groups4, at_c, features,
+                              base + p.at_sums + f, p.columns))
 
 
 @inline
@@ -341,9 +342,10 @@ def lower_rows(m, p, base, rows, g, n, features):
     """Add to the sums of the channels from n on what the hidden features g .. g + GROUP contribute."""
     number, groups4 = g // GROUP, min(GROUP, p.hidden_up - g) // 4
     scales = number * p.scales_step
-    separately(product_rows, (g > 0, m, base + p.at_codes + number * p.codes_step, rows, groups4, base + p.at_code_scale
-                              + scales, base + p.at_code_minus + scales, p.w2 + g // 4 * p.columns + n * groups4, p.c2 +
-                              number * p.columns + n, features, base + p.at_sums + n, p.columns))
+    at_x, at_scale = base + p.at_codes + number * p.codes_step, base + p.at_code_scale + scales
+    at_w, at_c = p.w2 + g // 4 * p.columns + n * groups4, p.c2 + number * p.columns + n
+    separately(product_rows, (g > 0, m, at_x, rows, groups4, at_scale, base + p.at_code_minus + scales, at_w, at_c,
+                              features, base + p.at_sums + n, p.columns))
 
 
 @inline
