@@ -124,6 +124,11 @@ class Ops(Protocol[T]):
         """
         raise _lacks(self, "pool")
 
+    def block(self, layer: Any, x: T, sequences: Sequences, name: str) -> T:
+        """A whole encoder layer, which an executor may run otherwise than by the operations of its forward."""
+        result: T = layer.forward(self, x, sequences, name)
+        return result
+
     def quantize(self, x: Any, name: str) -> T:
         """Codes of reals, by the quantization of the tensor of that name."""
         raise _lacks(self, "quantize")

@@ -27,6 +27,14 @@ if TYPE_CHECKING:
 class CompiledOps(NumpyOps):
     """`NumpyOps` whose products are compiled. Of attention's parts it keeps the probabilities."""
 
+    def block(self, layer: Any, x: Float32s, sequences: Sequences, name: str) -> Float32s:
+        """An encoder layer by its compiled stages, unless something in it is to be kept."""
+        if self.record is not None or layer.stages is None:
+            return super().block(layer, x, sequences, name)
+        for stage in layer.stages:
+            x = stage(x, sequences)
+        return x
+
     def linear(self, x: Float32s, linear: Any, name: str) -> Float32s:
         """x weight^T + bias."""
         return self._keep(name, linear.packed(x if x.dtype is FLOAT32 and x.flags.c_contiguous else to_float32(x)))

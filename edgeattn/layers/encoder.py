@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
     from typing_extensions import Self
 
+    from edgeattn.executors.fused import Stage
     from edgeattn.masks import Mask
     from edgeattn.ops import Activation, Ops, T
     from edgeattn.types import CacheDtype, Flag, Floats, Path, Shape, Window
@@ -86,6 +87,17 @@ class TransformerEncoderLayer:
         second = norm(x, "norm2") if self.norm_first else x
         x = ops.add(x, self.feed_forward.forward(ops, second, name + "feed_forward."), name + "sum2")
         return x if self.norm_first else norm(x, "norm2")
+
+    @functools.cached_property
+    def stages(self) -> list[Stage] | None:
+        """The compiled stages that are this layer; None where it must be computed operation by operation."""
+        from edgeattn.executors.fused import stages_of
+
+        return stages_of(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial(type(self), norm_first=self.norm_first, window_size=self.window_size), (
+            self.attention, self.feed_forward, self.norm1, self.norm2)
 
     def __repr__(self) -> str:
         return (f"TransformerEncoderLayer({self.attention}, {self.feed_forward}, {self.norm1}, {self.norm2}, "
@@ -165,7 +177,7 @@ class TransformerEncoder(Stored):
     def forward(self, ops: Ops[T], x: T, sequences: Sequence[Sequences], name: str = "") -> T:
         """Rows of tokens (tokens, E) -> (tokens, E); `sequences` of each layer."""
         for i, (layer, seen) in enumerate(zip(self.layers, sequences, strict=True)):
-            x = layer.forward(ops, x, seen, f"{name}layers.{i}.")
+            x = ops.block(layer, x, seen, f"{name}layers.{i}.")
         return x if self.norm is None else self.norm.forward(ops, x, name + "norm")
 
     def make_caches(self, batch: SupportsIndex, capacity: SupportsIndex, *, dtype: CacheDtype | None = None,

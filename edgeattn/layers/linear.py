@@ -49,6 +49,8 @@ class Linear(TokenWise):
         """(tokens, E) -> (tokens, F)."""
         return ops.linear(x, self, name)
 
+    quantized = None  # a layer whose weight is bytes has them here
+
     @functools.cached_property
     def packed(self) -> Callable[[Float32s], Float32s]:
         """The compiled map of (tokens, E) to (tokens, F), each row computed alike however many come at a time."""

@@ -216,6 +216,11 @@ class MultiHeadAttention(AttentionWeights):
         whole = self.head_dim and self.value_dim and self.output_dim
         return bool(whole and not self.extra_keys and not self.gated and not self.positioned)
 
+    @property
+    def fused_kernel(self) -> Any:
+        """The kernel that is the whole layer: (q, k, v, out, keep, bias, band, alibi); None where there is none."""
+        return self._kernel if self._fusible else None
+
     @functools.cached_property
     def _prepared(self) -> PreparedCalls:
         return PreparedCalls()

@@ -11,6 +11,7 @@ import numpy as np
 from edgeattn.checks import count
 from edgeattn.device import place
 from edgeattn.functional import default_scale
+from edgeattn.kernels.cpu.layer_dynamic import DynamicLayer
 from edgeattn.kernels.cpu.linear_dynamic import DynamicLinear
 from edgeattn.layers import attention, steps
 from edgeattn.layers.call import check_call
@@ -30,11 +31,8 @@ if TYPE_CHECKING:
 
     from edgeattn.kv_cache import KVCache
     from edgeattn.layers.options import CallOptions
+    from edgeattn.ops import Ops, Sequences, T
     from edgeattn.types import CausalAlignment, Device, Flag, Float32s, Floats, LayerOnDevice, Real, Window
-
-    DynamicLayer: Any  # mypy 2.4 --strict breaks off in that file, with an internal error, whoever imports it
-else:
-    from edgeattn.kernels.cpu.layer_dynamic import DynamicLayer
 
 
 class Projection(NamedTuple):
@@ -181,6 +179,15 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention, Positions):
         """The layer on ``device``: "cpu", or "cuda", a GPU (docs/cuda.md); ``.layer`` of that is this one."""
         placed: Self | LayerOnDevice = place(self, device)
         return placed
+
+    @property
+    def fused_kernel(self) -> Any:
+        """The kernel that is the whole layer, as of ``MultiHeadAttention``; None where there is none."""
+        return self._kernel if self._fusible and self.output_dim else None
+
+    def forward(self, ops: Ops[T], query: T, key: T, value: T, sequences: Sequences, name: str = "") -> T:
+        """Rows of queries (tokens, E), keys and values -> (tokens, Eo)."""
+        return attention.forward(ops, self, query, key, value, sequences, name)
 
     @functools.cached_property
     def projections(self) -> dict[str, Projection]:

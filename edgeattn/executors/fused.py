@@ -1,0 +1,161 @@
+"""An encoder layer as a few compiled stages, found in what its forward does.
+
+The forward is run once upon names instead of numbers, which gives a tree of operations. Stages are patterns in it:
+attention with its projections; linear, activation and linear; each with the residual's sum and the norm beside it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from edgeattn.executors.compiled import CompiledOps
+from edgeattn.kernels.cpu import encoder_dynamic, encoder_float32
+from edgeattn.ops import Ops
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, TypeAlias
+
+    from edgeattn.ops import Activation, Sequences
+    from edgeattn.types import Float32s
+
+    Stage: TypeAlias = Callable[[Float32s, Sequences], Float32s]
+
+_NORMS = {"layer_norm": "layer", "rms_norm": "rms"}
+
+
+def stages_of(layer: Any) -> list[Stage] | None:
+    """What follows upon each other in the layer's forward, each (rows, sequences) -> rows.
+
+    None where a pattern is not one of ours: then the operations are run one by one.
+    """
+    x = _Operation("input")
+    return _stages(layer.forward(_Recorder(), x, None, ""), x)
+
+
+class _Operation(NamedTuple):
+    """An operation, those whose results it reads, and the layer or activation that it is made with."""
+
+    kind: str
+    inputs: tuple[_Operation, ...] = ()
+    made_with: Any = None
+
+
+class _Recorder(Ops[_Operation]):
+    """`edgeattn.ops.Ops` upon operations: none is computed."""
+
+    def linear(self, x: _Operation, linear: Any, name: str) -> _Operation:
+        return _Operation("linear", (x,), linear)
+
+    def attention(self, q: _Operation, k: _Operation, v: _Operation, layer: Any, sequences: Any, name: str
+                  ) -> _Operation:
+        return _Operation("attention", (q, k, v), layer)
+
+    def layer_norm(self, x: _Operation, norm: Any, name: str) -> _Operation:
+        return _Operation("layer_norm", (x,), norm)
+
+    def rms_norm(self, x: _Operation, norm: Any, name: str) -> _Operation:
+        return _Operation("rms_norm", (x,), norm)
+
+    def activation(self, x: _Operation, kind: Activation, name: str) -> _Operation:
+        return _Operation("activation", (x,), kind)
+
+    def add(self, a: _Operation, b: _Operation, name: str) -> _Operation:
+        return _Operation("add", (a, b))
+
+    def multiply(self, a: _Operation, b: _Operation, name: str) -> _Operation:
+        return _Operation("multiply", (a, b))
+
+
+def _stages(result: _Operation, x: _Operation) -> list[Stage] | None:
+    """The stages from x to a result: norm(a + f(a)), a + f(norm(a)) or norm(a), a being what came before."""
+    if result is x:
+        return []
+    norm, inner = (result, result.inputs[0]) if result.kind in _NORMS else (None, result)
+    if inner.kind != "add":
+        before = None if norm is None else _stages(inner, x)
+        return None if norm is None or before is None else [*before, _normed(norm)]
+    source, branch = inner.inputs
+    before = _stages(source, x)
+    if before is None:
+        return None
+    for make in (_attention, _feed_forward):
+        read = _read_by(branch, make)
+        if read is source:
+            return [*before, make(branch, None, norm)]
+        if read is not None and read.kind in _NORMS and read.inputs[0] is source:
+            last = [] if norm is None else [_normed(norm)]
+            return [*before, make(branch, read, None), *last]
+    return None
+
+
+def _read_by(branch: _Operation, make: object) -> _Operation | None:
+    """What a branch reads, if it is an attention layer, or a feed-forward, as `make` wants it."""
+    if branch.kind != "linear":
+        return None
+    inner, = branch.inputs
+    if make is _attention:
+        reads = [each.inputs[0] for each in inner.inputs if each.kind == "linear"]
+        alone = inner.kind == "attention" and len(reads) == 3 and reads[0] is reads[1] is reads[2]
+        return reads[0] if alone else None
+    active, linear1 = inner, inner
+    if inner.kind == "multiply":
+        active, linear1 = inner.inputs
+    if active.kind != "activation" or active.inputs[0].kind != "linear":
+        return None
+    linear1 = active.inputs[0] if inner.kind == "activation" else linear1
+    linears = [branch.made_with, active.inputs[0].made_with, linear1.made_with]
+    same = linear1.kind == "linear" and linear1.inputs[0] is active.inputs[0].inputs[0]
+    return linear1.inputs[0] if same and len({type(linear) for linear in linears}) == 1 else None
+
+
+def _attention(branch: _Operation, first: _Operation | None, last: _Operation | None) -> Stage:
+    layer = branch.inputs[0].made_with
+    before = None if first is None else encoder_float32.Norm(_norm(first))
+    after = None if last is None else encoder_float32.Norm(_norm(last))
+
+    def stage(x: Float32s, sequences: Sequences) -> Float32s:
+        read = x if before is None else before(x, None, np.empty_like(x))
+        kernel = layer.fused_kernel
+        if kernel is None or sequences.cache is not None or sequences.softcap:
+            y: Float32s = layer.forward(CompiledOps(), read, read, read, sequences)
+        else:
+            y, row = np.empty_like(x), 0
+            for mask in sequences.masks:
+                batch, _, length, _ = mask.shape
+                rows = slice(row, row + batch * length)
+                tokens = read[rows].reshape(batch, length, -1)
+                kernel(tokens, tokens, tokens, y[rows].reshape(batch, length, -1), *mask.for_kernels())
+                row = rows.stop
+        return np.add(y, x, out=y) if after is None else after(y, x, y)
+    return stage
+
+
+def _feed_forward(branch: _Operation, first: _Operation | None, last: _Operation | None) -> Stage:
+    inner = branch.inputs[0]
+    active, linear1 = (inner, inner.inputs[0]) if inner.kind == "activation" else inner.inputs
+    gate = None if inner.kind == "activation" else active.inputs[0].made_with
+    linear1, linear2 = linear1.made_with, branch.made_with
+    norm = first or last
+    kernels = encoder_float32 if linear1.quantized is None else encoder_dynamic
+    kernel = kernels.FeedForward(
+        _weight(linear1), linear1.bias, _weight(linear2), linear2.bias, activation=active.made_with,
+        gate=None if gate is None else (_weight(gate), gate.bias), norm=None if norm is None else _norm(norm),
+        norm_first=first is not None)
+    return lambda x, sequences: kernel(x, x, np.empty_like(x))
+
+
+def _normed(norm: _Operation) -> Stage:
+    kernel = encoder_float32.Norm(_norm(norm))
+    return lambda x, sequences: kernel(x, None, np.empty_like(x))
+
+
+def _norm(norm: _Operation) -> tuple[str, Float32s, Float32s | None, float]:
+    of = norm.made_with
+    return _NORMS[norm.kind], of.weight, of.bias, of.eps
+
+
+def _weight(linear: Any) -> Any:
+    return linear.weight if linear.quantized is None else linear.quantized
