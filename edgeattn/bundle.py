@@ -351,8 +351,8 @@ class FloatBundle(Bundle):
             key, value = (np.zeros((*lead, 1, x.shape[-1]), np.float32) for x in (key, value))
             keep, bias, band = np.zeros((1, 1, 1, 1), np.bool_), None, None
         q = to_float32(query).reshape(batch, queries, self.embed_dim)
-        k = q if key is query else to_float32(key).reshape(batch, -1, self.kdim)
-        v = k if value is key else to_float32(value).reshape(batch, -1, self.vdim)
+        k = q if key is query else to_float32(key).reshape(batch, max(keys, 1), self.kdim)
+        v = k if value is key else to_float32(value).reshape(batch, max(keys, 1), self.vdim)
         result = np.empty((*lead, queries, self.output_dim), np.float32)
         if result.size:
             self._kernel(q, k, v, result, keep, bias, band)

@@ -41,6 +41,8 @@ DYNAMIC = "kernels/cpu/test_kernels_float32.py::test_dynamic_layer"
 FORMULA = "test_functional_dynamic.py::test_equals_its_formula_and_is_close_to_float64"
 TOKEN = "kernels/cpu/test_dynamic_kernels.py::test_every_token_is_quantized_by_its_own_largest_number"
 PROJECTION = "quantized/test_dynamic.py::test_the_projection_alone_is_exact_integers_and_the_same_for_a_token_alone"
+ENCODER = "kernels/cpu/test_encoder_float32.py::test_a_row_is_the_same_in_every_batch_and_on_every_number_of_threads[2-"
+ENCODER_INT8 = "kernels/cpu/test_encoder_dynamic.py::test_a_row_is_the_same_in_every_batch_and_on_every_number_of_threads[2-"
 FUNCTIONS = "kernels/cpu/test_simd.py::test_exponential_and_tanh"
 
 BUGS = [
@@ -163,10 +165,28 @@ BUGS = [
         "row = tile_add(row, out, at, features, LANES)", "row = tile_add(row, weights, 0, 0, 0)", "fence projections"),
     Bug("powers below the smallest are taken as they are", "softmax.py",
         "return exp2_within(maximum(splat(_LOWEST), t))", "return exp2_within(t)", FUNCTIONS),
+    # what an encoder block has beside attention
+    Bug("a last hidden feature is left out", "feed_forward_float32.py", "depth = min(HIDDEN, p.hidden - g)",
+        "depth = min(HIDDEN, p.hidden - g - 1)", "kernels/cpu/test_encoder_float32.py::test_is_accurate[feed-forward gelu]"),
+    Bug("threads that share hidden features begin one tile late", "feed_forward_float32.py",
+        "begin, end = share_of(p.hidden_up, WIDTH, parts, part)",
+        "begin, end = share_of(p.hidden_up - WIDTH, WIDTH, parts, part)", ENCODER + "feed-forward gelu]"),
+    Bug("a norm counts what pads a row", "norm.py", "d = wide_first(wide_load(y, at + e) - middle, width - e)",
+        "d = wide_load(y, at + e) - middle", "kernels/cpu/test_encoder_float32.py::test_norms_are_accurate[33-layer]"),
+    Bug("a zero point is rounded from the wrong end", "feed_forward_dynamic.py",
+        "zero = round_to_int(below * inverse)", "zero = splat(np.int32(255)) - round_to_int((extent - below) * inverse)",
+        ENCODER_INT8 + "feed-forward, apart]"),
+    Bug("columns apart of a group are taken from its first", "feed_forward_dynamic.py",
+        "column = np.int64(m.weights[j + k]) - first", "column = np.int64(m.weights[j + k])",
+        ENCODER_INT8 + "feed-forward, apart]"),
+    Bug("a second channel counts twice", "feed_forward_dynamic.py",
+        "m.f[at + channel] = m.f[at + channel] + m.f[at + out_up + k]",
+        "m.f[at + channel] = m.f[at + channel] + m.f[at + out_up + k] + m.f[at + out_up + k]",
+        ENCODER_INT8 + "feed-forward, apart]"),
 ]
 # One each of the tests that compile little: what `make test` plants.
 SHORT = [next(bug for bug in BUGS if bug.test.startswith(test)) for test in (
-    "fence float32-cache", TOKEN, "kernels/cpu/test_kernels_int8.py::test_vector_rule")]
+    "fence float32-few-keys", TOKEN, "kernels/cpu/test_kernels_int8.py::test_vector_rule")]
 
 
 def copy_package(folder):

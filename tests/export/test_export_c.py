@@ -1,11 +1,14 @@
 """The C that an export writes: compiled with warnings as errors and sanitizers, its codes equal to ours and TFLite Micro's."""
 
 import ctypes
+import functools
 import os
 import shutil
 import subprocess
 from pathlib import Path
 
+import executors
+import laws
 import numpy as np
 import pytest
 from c_cases import CASES, random_case
@@ -95,6 +98,48 @@ def test_codes_equal_our_own_and_tflite_micro(tmp_path, case):
             np.testing.assert_array_equal(codes, session.run(*inputs)[0].ravel())
     if reason:
         pytest.skip(f"equal to our own codes; not compared with TFLite Micro: {reason}")
+
+
+class ExportedC(executors.StaticLayer):
+    """A library for each mask and shape; between reals and codes stands the layer.
+
+    A mask that a file carries leaves a masked key a trace of weight (StaticMultiHeadAttention.with_mask), which may be a code.
+    """
+
+    bad = bad_for_others = (1e38, -1e38)  # the lowest and the highest code: there is none for NaN
+    sliced = 0.1
+    takes = ("lengths",)
+
+    @functools.cached_property
+    def libraries(self):
+        return {}
+
+    def __call__(self, query, key, value, *, keep=None, causal=False, lengths=None, window_size=None):
+        (B, L, _), S = query.shape, key.shape[1]
+        mask = np.ones((B, 1, L, S), bool) if keep is None else np.broadcast_to(keep, (B, 1, L, S)).copy()
+        if causal or window_size is not None:
+            mask &= np.tri(L, S, dtype=bool)
+        if lengths is not None:
+            mask &= (np.arange(S) < np.asarray(lengths)[:, None])[:, None, None]
+        made = mask.shape, mask.tobytes()
+        if made not in self.libraries:
+            source = self.folder / str(len(self.libraries)) / "attention.c"
+            source.parent.mkdir()
+            quant.export(self.made, source, batch=B, sequence_length=L, key_length=S, mask=mask)
+            self.libraries[made] = compile_library(source, "-O1"), macro(source, "ATTENTION_SCRATCH_BYTES")
+        library, scratch_bytes = self.libraries[made]
+        codes = [np.ascontiguousarray(self.made.quantize_input(x, name))
+                 for x, name in zip((query, key, value), ("query", "key", "value"), strict=True)]
+        result = call_library(library, codes, B * L * executors.WIDTH, scratch_bytes)
+        return self.made.dequantize_output(result.reshape(B, L, -1))
+
+
+# Not those of NaN, empty axes and threads, which C lacks, nor of rows without keys: there a carried mask weighs all alike.
+@pytest.mark.parametrize("law", [
+    laws.nothing_leaks_from_behind_a_mask, laws.a_masked_key_is_not_there, laws.entries_do_not_see_each_other],
+    ids=lambda law: law.__name__)
+def test_law(tmp_path, law):
+    law(ExportedC("exported C", layer=lambda: executors.static_layer("tflm"), folder=tmp_path, tokens=13))
 
 
 # -- compilers, sanitizers, other processors, CMSIS-NN -------------------------------------------------------------------

@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 import reference
-from test_layers import CASES, inputs, parameters
+from layer_cases import CASES, inputs, parameters
 from workbench import random_call, random_layer
 
 import edgeattn

@@ -7,11 +7,13 @@ from numpy.typing import NDArray
 
 from . import feed_forward_dynamic as ff
 from .activation import ACTIVATIONS
+from .byte_products import pack_byte_panels
 from .call import PreparedCall
 from .encoder_float32 import Stage, norm_kind, pack, pack_norm, padded
 from .layer_dynamic import quantize_weight
 from .linear_dynamic import join_depth
-from .matmul import pack_byte_panels, round_up
+from .matmul import round_up
+from .norm import ADDRESSES
 from .records import blank, packed, place
 from .simd import VIRTUAL_LANES
 
@@ -132,7 +134,8 @@ class Linear(Stage):
         p.shared_size = size if rows <= ff.FEW_ROWS else 0
         p.at_row, p.private_size = place(size, 4 * p.groups4 + VIRTUAL_LANES)
         work = 2 * rows * p.columns * (4 * p.groups4 + 8)
-        return PreparedCall(ff.linear_dynamic, packed(p, ff.LINEAR), np.float32, p.shared_size, p.private_size, work)
+        return PreparedCall(ff.linear_dynamic, packed(p, ff.LINEAR), ADDRESSES, np.float32, p.shared_size,
+                            p.private_size, work, fixed=(self._address,))
 
 
 class FeedForward(Stage):
@@ -181,5 +184,5 @@ class FeedForward(Stage):
         p.at_hidden, size = place(size, some * ff.GROUP)
         p.at_gate, p.private_size = place(size, some * ff.GROUP * p.gated)
         work = 2 * rows * p.hidden_up * ((2 if p.gated else 1) * 4 * p.groups4 + p.columns)
-        return PreparedCall(ff.feed_forward_dynamic, packed(p, ff.FEED_FORWARD), np.float32, p.shared_size,
-                            p.private_size, work)
+        return PreparedCall(ff.feed_forward_dynamic, packed(p, ff.FEED_FORWARD), ADDRESSES, np.float32, p.shared_size,
+                            p.private_size, work, fixed=(self._address,))

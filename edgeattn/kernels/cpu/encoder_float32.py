@@ -4,12 +4,13 @@ from types import SimpleNamespace
 import numpy as np
 
 from edgeattn.runtime.addresses import address
+from edgeattn.runtime.plan_cache import PlanCache
 
 from . import feed_forward_float32 as ff
 from .activation import ACTIVATIONS
-from .call import PlanCache, PreparedCall
+from .call import PreparedCall
 from .matmul import pack_panels, round_up
-from .norm import AT_WEIGHT, LAYER_NORM, NO_NORM, NORM, RMS_NORM, add_norm
+from .norm import ADDRESSES, AT_WEIGHT, LAYER_NORM, NO_NORM, NORM, RMS_NORM, add_norm
 from .packing import Packer
 from .records import blank, packed
 from .simd import VIRTUAL_LANES
@@ -50,6 +51,8 @@ def pack(**arrays):
 class Stage:
     """What the kernels have in common: one that is planned by the number of rows, called with addresses.
 
+    Each has prepare(rows), its `PreparedCall` for so many rows, whose addresses are those of `norm.ADDRESSES`.
+
     Parameters
     ----------
     parameters : SimpleNamespace
@@ -61,10 +64,6 @@ class Stage:
         self._parameters, self.weights = parameters, weights
         self._address, self._plans = address(weights), PlanCache()
 
-    def prepare(self, rows):
-        """The `PreparedCall` for so many rows, whose addresses are those of `norm.ADDRESSES`."""
-        raise NotImplementedError
-
     def __call__(self, x, residual, out):
         """out (..., outputs) from x (..., inputs) and residual (..., outputs) or None: float32, C order; returns out.
 
@@ -74,7 +73,7 @@ class Stage:
             return out
         rows = out.size // out.shape[-1]
         call = self._plans.get(rows) or self._plans.keep(rows, self.prepare(rows))
-        call(address(x), address(residual), address(out), self._address)
+        call(x, residual, out)
         return out
 
 
@@ -95,7 +94,8 @@ class Norm(Stage):
     def prepare(self, rows):
         """See Stage."""
         p = SimpleNamespace(**vars(self._parameters) | {"rows": rows})
-        return PreparedCall(add_norm, packed(p, NORM), np.float32, 0, p.private_size, 16 * rows * p.private_size)
+        return PreparedCall(add_norm, packed(p, NORM), ADDRESSES, np.float32, 0, p.private_size,
+                            16 * rows * p.private_size, fixed=(self._address,))
 
 
 class Linear(Stage):
@@ -123,7 +123,8 @@ class Linear(Stage):
         p = SimpleNamespace(**vars(self._parameters) | {"rows": rows})
         size = p.private_size = min(rows, ff.BLOCK) * p.out_up
         work = 2 * rows * p.out_up * (p.width + 8)
-        return PreparedCall(ff.linear_float32, packed(p, ff.LINEAR), np.float32, 0, size, work)
+        return PreparedCall(ff.linear_float32, packed(p, ff.LINEAR), ADDRESSES, np.float32, 0, size, work,
+                            fixed=(self._address,))
 
 
 class FeedForward(Stage):
@@ -176,5 +177,5 @@ class FeedForward(Stage):
         p.own_gate = p.own_sums + some * p.out_up
         p.private_size = p.own_gate + some * ff.HIDDEN * gated
         work = 2 * rows * p.hidden_up * ((2 if gated else 1) * p.width + p.out_up)
-        return PreparedCall(ff.feed_forward_float32, packed(p, ff.FEED_FORWARD), np.float32, p.shared_size,
-                            p.private_size, work)
+        return PreparedCall(ff.feed_forward_float32, packed(p, ff.FEED_FORWARD), ADDRESSES, np.float32, p.shared_size,
+                            p.private_size, work, fixed=(self._address,))

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from edgeattn.runtime.calls import separately
 from edgeattn.runtime.jit import inline, jit, task
 from edgeattn.runtime.worker_pool import parallel_for
 
@@ -244,20 +245,22 @@ def add_second(m, at, out_up, low, lows):
 @inline
 def multiply_linear(m, p, base, rows, f, features):
     """The sums of the channels from f on of the rows at base."""
-    product_rows(False, m, base + p.at_bytes, rows, p.groups4, base + p.at_scale, base + p.at_minus,
-                 p.w + f * p.groups4, p.c + f, features, base + p.at_sums + f, p.columns)
+    at_x, at_scale, at_minus, at_c = base + p.at_bytes, base + p.at_scale, base + p.at_minus, p.c + f
+    separately(product_rows, (False, m, at_x, rows, p.groups4, at_scale, at_minus, p.w + f * p.groups4, at_c, features,
+                              base + p.at_sums + f, p.columns))
 
 
 @inline
 def finish_linear(m, p, a, base, row, rows):
     """All that follows the sums of the rows at base, of which `row` is the first."""
     at = base + p.at_sums
-    scale_rows(m, at, p.columns, rows, p.columns, p.s, p.b, p.v, p.columns, p.apart, base + p.at_apart)
+    separately(scale_rows, (m, at, p.columns, rows, p.columns, p.s, p.b, p.v, p.columns, p.apart, base + p.at_apart))
     for r in range(rows):
         add_second(m, at + r * p.columns, p.out_up, p.low, p.lows)
-    activate_rows(p.activation, True, m.f, at, p.columns, rows, p.out_up)
+    separately(activate_rows, (p.activation, True, m.f, at, p.columns, rows, p.out_up))
     for r in range(rows):
-        finish_row(m.f, at + r * p.columns, p.out_width, a.residual, row + r, p.norm, m.factors, p.at_norm, a.out)
+        separately(finish_row, (m.f, at + r * p.columns, p.out_width, a.residual, row + r, p.norm, m.factors, p.at_norm,
+                                a.out))
 
 
 @task
@@ -268,7 +271,7 @@ def linear_of_rows(p, a, scratch, portion, worker, part):
     for row in range(part * portion, end, BLOCK):
         rows = min(BLOCK, end - row)
         for r in range(rows):
-            quantize_input(m, p, a, row + r, own, r, own, NO_NORM, 0, p.j, p.apart)
+            separately(quantize_input, (m, p, a, row + r, own, r, own, NO_NORM, 0, p.j, p.apart))
         multiply_linear(m, p, own, rows, 0, p.columns)
         finish_linear(m, p, a, own, row, rows)
 
@@ -278,7 +281,7 @@ def quantize_linear_input(p, a, scratch, parts, worker, part):
     """Some rows to bytes, where few rows are all done together."""
     m, own = memory_of(scratch, a.weights), p.shared_size + worker * p.private_size
     for r in range(part, p.rows, parts):
-        quantize_input(m, p, a, r, 0, r, own, NO_NORM, 0, p.j, p.apart)
+        separately(quantize_input, (m, p, a, r, 0, r, own, NO_NORM, 0, p.j, p.apart))
 
 
 @task
@@ -313,17 +316,19 @@ def raise_rows(m, p, base, own, rows, g):
     features = min(GROUP, p.hidden_up - g)
     at, at_gate, x4 = own + p.at_hidden, own + p.at_gate, p.groups4
     at_x, at_scale, at_minus, at_apart = base + p.at_bytes, base + p.at_scale, base + p.at_minus, base + p.at_apart
-    product_rows(False, m, at_x, rows, x4, at_scale, at_minus, p.w1 + g * x4, p.c1 + g, features, at, GROUP)
-    scale_rows(m, at, GROUP, rows, features, p.s1 + g, p.b1 + g, p.v1 + g, p.hidden_up, p.apart1, at_apart)
+    separately(product_rows, (False, m, at_x, rows, x4, at_scale, at_minus, p.w1 + g * x4, p.c1 + g, features, at,
+                              GROUP))
+    separately(scale_rows, (m, at, GROUP, rows, features, p.s1 + g, p.b1 + g, p.v1 + g, p.hidden_up, p.apart1,
+                            at_apart))
     if p.gated != 0:
-        product_rows(False, m, at_x, rows, x4, at_scale, at_minus, p.gate_w + g * x4, p.gate_c + g, features, at_gate,
-                     GROUP)
-        scale_rows(m, at_gate, GROUP, rows, features, p.gate_s + g, p.gate_b + g, p.gate_v + g, p.hidden_up, p.apart1,
-                   at_apart)
-        activate_rows(p.activation, True, m.f, at_gate, GROUP, rows, features)
+        separately(product_rows, (False, m, at_x, rows, x4, at_scale, at_minus, p.gate_w + g * x4, p.gate_c + g,
+                                  features, at_gate, GROUP))
+        separately(scale_rows, (m, at_gate, GROUP, rows, features, p.gate_s + g, p.gate_b + g, p.gate_v + g,
+                                p.hidden_up, p.apart1, at_apart))
+        separately(activate_rows, (p.activation, True, m.f, at_gate, GROUP, rows, features))
         multiply_rows(m.f, at_gate, GROUP, m.f, at, GROUP, rows, features)
     else:
-        activate_rows(p.activation, True, m.f, at, GROUP, rows, features)
+        separately(activate_rows, (p.activation, True, m.f, at, GROUP, rows, features))
     number = g // GROUP
     codes, scales = base + p.at_codes + number * p.codes_step, number * p.scales_step
     for r in range(rows):
@@ -337,20 +342,22 @@ def lower_rows(m, p, base, rows, g, n, features):
     """Add to the sums of the channels from n on what the hidden features g .. g + GROUP contribute."""
     number, groups4 = g // GROUP, min(GROUP, p.hidden_up - g) // 4
     scales = number * p.scales_step
-    product_rows(g > 0, m, base + p.at_codes + number * p.codes_step, rows, groups4, base + p.at_code_scale + scales,
-                 base + p.at_code_minus + scales, p.w2 + g // 4 * p.columns + n * groups4,
-                 p.c2 + number * p.columns + n, features, base + p.at_sums + n, p.columns)
+    at_x, at_scale = base + p.at_codes + number * p.codes_step, base + p.at_code_scale + scales
+    at_w, at_c = p.w2 + g // 4 * p.columns + n * groups4, p.c2 + number * p.columns + n
+    separately(product_rows, (g > 0, m, at_x, rows, groups4, at_scale, base + p.at_code_minus + scales, at_w, at_c,
+                              features, base + p.at_sums + n, p.columns))
 
 
 @inline
 def finish_rows(m, p, a, base, r0, row, rows):
     """All that follows the sums of the rows at base, from r0 on, which are those from `row` on."""
     at = base + p.at_sums + r0 * p.columns
-    scale_rows(m, at, p.columns, rows, p.columns, p.s2, p.b2, p.v2, p.columns, p.apart2,
-               base + p.at_hidden_apart + r0 * COLUMNS_APART)
+    separately(scale_rows, (m, at, p.columns, rows, p.columns, p.s2, p.b2, p.v2, p.columns, p.apart2, base +
+                            p.at_hidden_apart + r0 * COLUMNS_APART))
     for r in range(rows):
         add_second(m, at + r * p.columns, p.out_up, p.low, p.lows)
-        finish_row(m.f, at + r * p.columns, p.out_width, a.residual, row + r, p.norm_last, m.factors, p.at_last, a.out)
+        separately(finish_row, (m.f, at + r * p.columns, p.out_width, a.residual, row + r, p.norm_last, m.factors,
+                                p.at_last, a.out))
 
 
 @task
@@ -361,7 +368,7 @@ def feed_rows_forward(p, a, scratch, portion, worker, part):
     for row in range(part * portion, end, BLOCK):
         rows = min(BLOCK, end - row)
         for r in range(rows):
-            quantize_input(m, p, a, row + r, own, r, own, p.norm_first, p.at_first, p.j1, p.apart1)
+            separately(quantize_input, (m, p, a, row + r, own, r, own, p.norm_first, p.at_first, p.j1, p.apart1))
         for g in range(0, p.hidden, GROUP):
             raise_rows(m, p, own, own, rows, g)
             lower_rows(m, p, own, rows, g, 0, p.columns)
@@ -373,7 +380,7 @@ def quantize_some(p, a, scratch, parts, worker, part):
     """Some rows to bytes, where few rows are all done together."""
     m, own = memory_of(scratch, a.weights), p.shared_size + worker * p.private_size
     for r in range(part, p.rows, parts):
-        quantize_input(m, p, a, r, 0, r, own, p.norm_first, p.at_first, p.j1, p.apart1)
+        separately(quantize_input, (m, p, a, r, 0, r, own, p.norm_first, p.at_first, p.j1, p.apart1))
 
 
 @task

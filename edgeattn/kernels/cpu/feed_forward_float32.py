@@ -10,6 +10,7 @@ gives the same bits alone and among others, on one thread and on several.
 """
 import numpy as np
 
+from edgeattn.runtime.calls import separately
 from edgeattn.runtime.jit import inline, jit, task
 from edgeattn.runtime.worker_pool import parallel_for
 
@@ -98,9 +99,9 @@ def finish_linear(p, a, s, at, row, rows):
     """Bias, activation, residual and norm of the sums of some rows, the first of which is `row`."""
     w = pointer_to(a.weights, np.float32)
     add_to_rows(w, p.b, s, at, p.out_up, rows, p.out_up)
-    activate_rows(p.activation, False, s, at, p.out_up, rows, p.out_up)
+    separately(activate_rows, (p.activation, False, s, at, p.out_up, rows, p.out_up))
     for r in range(rows):
-        finish_row(s, at + r * p.out_up, p.out_width, a.residual, row + r, p.norm, w, p.at_norm, a.out)
+        separately(finish_row, (s, at + r * p.out_up, p.out_width, a.residual, row + r, p.norm, w, p.at_norm, a.out))
 
 
 @task
@@ -110,7 +111,7 @@ def linear_of_rows(p, a, scratch, portion, worker, part):
     E, at, end = p.width, worker * p.private_size, min((part + 1) * portion, p.rows)
     for row in range(part * portion, end, BLOCK):
         rows = min(BLOCK, end - row)
-        product_rows(False, x, row * E, E, rows, E, w, p.w, E * WIDTH, p.out_up, s, at, p.out_up)
+        separately(product_rows, (False, x, row * E, E, rows, E, w, p.w, E * WIDTH, p.out_up, s, at, p.out_up))
         finish_linear(p, a, s, at, row, rows)
 
 
@@ -119,7 +120,8 @@ def multiply_features(p, a, scratch, portion, worker, part):
     """The sums of all rows for a portion of the features, at the start of the scratch."""
     x, w, s = pointer_to(a.x, np.float32), pointer_to(a.weights, np.float32), pointer_to(scratch, np.float32)
     E, f = p.width, part * portion
-    product_rows(False, x, 0, E, p.rows, E, w, p.w + f * E, E * WIDTH, min(portion, p.out_up - f), s, f, p.out_up)
+    separately(product_rows, (False, x, 0, E, p.rows, E, w, p.w + f * E, E * WIDTH, min(portion, p.out_up - f), s, f,
+                              p.out_up))
 
 
 @jit
@@ -146,21 +148,23 @@ def norm_rows(p, a, row, rows, s, at):
     x, w = pointer_to(a.x, np.float32), pointer_to(a.weights, np.float32)
     for r in range(rows):
         read_row(x, (row + r) * p.width, p.width, s, at + r * p.width_up)
-        normalize_row(s, at + r * p.width_up, p.width, p.norm_first, w, p.at_first)
+        separately(normalize_row, (s, at + r * p.width_up, p.width, p.norm_first, w, p.at_first))
 
 
 @inline
 def raise_rows(p, x, at_x, x_row, rows, w, s, at_hidden, hidden_row, at_gate, g, features):
     """The hidden features g .. g + `features`, a multiple of WIDTH, of some rows."""
     E = p.width
-    product_rows(False, x, at_x, x_row, rows, E, w, p.w1 + g * E, E * WIDTH, features, s, at_hidden, hidden_row)
+    separately(product_rows, (False, x, at_x, x_row, rows, E, w, p.w1 + g * E, E * WIDTH, features, s, at_hidden,
+                              hidden_row))
     add_to_rows(w, p.b1 + g, s, at_hidden, hidden_row, rows, features)
     if p.gated == 0:
-        activate_rows(p.activation, False, s, at_hidden, hidden_row, rows, features)
+        separately(activate_rows, (p.activation, False, s, at_hidden, hidden_row, rows, features))
         return
-    product_rows(False, x, at_x, x_row, rows, E, w, p.gate_w + g * E, E * WIDTH, features, s, at_gate, HIDDEN)
+    separately(product_rows, (False, x, at_x, x_row, rows, E, w, p.gate_w + g * E, E * WIDTH, features, s, at_gate,
+                              HIDDEN))
     add_to_rows(w, p.gate_b + g, s, at_gate, HIDDEN, rows, features)
-    activate_rows(p.activation, False, s, at_gate, HIDDEN, rows, features)
+    separately(activate_rows, (p.activation, False, s, at_gate, HIDDEN, rows, features))
     multiply_rows(s, at_gate, HIDDEN, s, at_hidden, hidden_row, rows, features)
 
 
@@ -168,8 +172,8 @@ def raise_rows(p, x, at_x, x_row, rows, w, s, at_hidden, hidden_row, at_gate, g,
 def lower_rows(p, rows, w, s, at_hidden, hidden_row, g, at_sums, n, features):
     """Add to the sums, features from n on, what the hidden features g .. g + HIDDEN contribute."""
     depth = min(HIDDEN, p.hidden - g)
-    product_rows(g > 0, s, at_hidden, hidden_row, rows, depth, w, p.w2 + n * p.hidden + g * WIDTH, p.hidden * WIDTH,
-                 features, s, at_sums + n, p.out_up)
+    separately(product_rows, (g > 0, s, at_hidden, hidden_row, rows, depth, w, p.w2 + n * p.hidden + g * WIDTH, p.hidden
+                              * WIDTH, features, s, at_sums + n, p.out_up))
 
 
 @inline
@@ -178,7 +182,8 @@ def finish_rows(p, a, s, at_sums, row, rows):
     w = pointer_to(a.weights, np.float32)
     add_to_rows(w, p.b2, s, at_sums, p.out_up, rows, p.out_up)
     for r in range(rows):
-        finish_row(s, at_sums + r * p.out_up, p.out_width, a.residual, row + r, p.norm_last, w, p.at_last, a.out)
+        separately(finish_row, (s, at_sums + r * p.out_up, p.out_width, a.residual, row + r, p.norm_last, w, p.at_last,
+                                a.out))
 
 
 @task

@@ -463,6 +463,84 @@ def test_rows_and_columns_of_tiles():
     assert one.tolist() == a[2, N:2 * N].tolist()
 
 
+@njit(error_model="numpy")
+def _wide(a, count, out):
+    x = simd.wide_load(a, 1)
+    simd.store(out, 0, x + simd.wide_splat(a[0]))
+    simd.store(out, 32, simd.wide_load_first(a, 3, count))
+    simd.store(out, 64, simd.wide_first(x, count))
+    simd.wide_store_first(out, 96, x, count)
+    return simd.wide_sum(x)
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 31, 32, 40])
+def test_wide_vectors_are_32_lanes_folded_by_halves(count):
+    a, out = np.random.default_rng(count).standard_normal(40).astype(np.float32), np.full(128, 7, np.float32)
+    x = a[1:33]
+    total = _wide(a, count, out)
+    first = np.arange(32) < count
+    np.testing.assert_array_equal(out[:32], x + a[0])
+    np.testing.assert_array_equal(out[32:64], np.where(first, a[3:35], 0))
+    np.testing.assert_array_equal(out[64:96], np.where(first, x, 0))
+    np.testing.assert_array_equal(out[96:], np.where(first, x, 7))
+    while x.size > 1:
+        x = x[:x.size // 2] + x[x.size // 2:]
+    assert total == x[0]
+
+
+@njit(error_model="numpy")
+def _smaller_float(a, b, out):
+    simd.store(out, 0, simd.smaller_float(simd.load(a, 0), simd.load(b, 0)))
+
+
+def test_smaller_keeps_a_nan_on_its_right():
+    a, b, out = np.arange(N, dtype=np.float32), np.full(N, 1.5, np.float32), np.zeros(N, np.float32)
+    _smaller_float(a, b, out)
+    np.testing.assert_array_equal(out, np.minimum(a, b))
+    _smaller_float(a, np.full(N, np.nan, np.float32), out)
+    assert np.isnan(out).all()
+
+
+@njit(error_model="numpy")
+def _scaled_tiles(down, scales, across, scaled, added):
+    tile = simd.tile_of_products(2, COLUMNS, down, 1, across, 3)
+    simd.tile_store(simd.tile_scale(tile, scales, 2), scaled, 0, WIDTH, N)
+    simd.tile_accumulate(tile, scales, 2, added, 1, WIDTH + 1)
+
+
+def test_tiles_with_a_scale_for_each_row():
+    rng = np.random.default_rng(3)
+    down, across = rng.integers(-300, 300, 3).astype(np.int32), rng.integers(-900, 900, WIDTH + 3).astype(np.int32)
+    scales, scaled = rng.standard_normal(4).astype(np.float32), np.zeros((2, WIDTH), np.float32)
+    added = rng.standard_normal(2 * WIDTH + 2).astype(np.float32)
+    products, want = np.outer(down[1:], across[3:]).astype(np.float64), added.copy()
+    _scaled_tiles(down, scales, across, scaled.ravel(), added)
+    np.testing.assert_array_equal(scaled, (products * scales[2:, None]).astype(np.float32))
+    for i in range(2):
+        first = 1 + i * (WIDTH + 1)
+        want[first:first + WIDTH] = (products[i] * scales[2 + i] + want[first:first + WIDTH]).astype(np.float32)
+    np.testing.assert_array_equal(added, want)
+
+
+@njit(error_model="numpy")
+def _words(rows, weights, out):
+    tile = simd.outer_product_of_words(simd.tile_zero(2, COLUMNS, weights), rows, 1, 3, 1, weights, 2)
+    simd.tile_store(tile, out, 0, WIDTH, N)
+
+
+@pytest.mark.skipif(not simd.AS_WORDS, reason="needs EDGEATTN_ISA avx2, or neon on ARM64")
+def test_products_of_bytes_that_are_words():
+    rng = np.random.default_rng(4)
+    x, w = rng.integers(0, 256, (2, 4)), rng.integers(-128, 128, (WIDTH, 4))
+    rows = np.zeros(7, np.int32)
+    for i in range(2):
+        rows[1 + 3 * i:3 + 3 * i] = np.array([x[i, [0, 2]], x[i, [1, 3]]], np.int16).ravel().view(np.int32)
+    weights = np.concatenate((np.zeros(2, np.int32), w.astype(np.int8).view(np.int32).ravel()))
+    found = np.zeros((2, WIDTH), np.int32)
+    _words(rows, weights, found.ravel())
+    np.testing.assert_array_equal(found, x @ w.T)
+
+
 def test_every_operation_has_its_meaning_here():
     source = Path(__file__).read_text(encoding="utf-8")
     operations = [name for name, value in vars(simd).items() if type(value) is type(simd.load)]
