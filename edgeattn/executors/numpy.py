@@ -57,7 +57,7 @@ class NumpyOps(Recorder, Ops["Float32s"]):
     """`edgeattn.ops.Ops` upon float32 arrays.
 
     Of attention it keeps "query", "key", "value" (B, H, length, size), "scores" (scaled), "masked_scores",
-    "probabilities" (B, H, L, S) and "context" (B, H, L, Dv).
+    "probabilities" (B, H, L, S) and "context" (B, H, L, Dv); of several groups of sequences "0.scores", "1.scores", ...
     """
 
     def linear(self, x: Float32s, linear: Any, name: str) -> Float32s:
@@ -73,14 +73,15 @@ class NumpyOps(Recorder, Ops["Float32s"]):
             q, k, v = (x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) for x in (q, k, v))
         held = 0 if sequences.cache is None else sequences.cache.length
         results, row, token = [], 0, 0
-        for mask in sequences.masks:
+        for i, mask in enumerate(sequences.masks):
             batch, heads, queries, keys = mask.shape
             rows, tokens = slice(row, row + batch * queries), slice(token, token + batch * (keys - held))
             row, token = rows.stop, tokens.stop
             q_heads = split_heads(q[rows], batch, queries, heads)
             k_heads, v_heads = (split_heads(x[tokens], batch, keys - held, layer.num_kv_heads) for x in (k, v))
             q_heads, k_heads = layer.placed(q_heads, k_heads, mask)
-            context = self._attend(q_heads, k_heads, v_heads, layer, layer.biased(mask), sequences, name)
+            part = name if len(sequences.masks) == 1 else f"{name}{i}."
+            context = self._attend(q_heads, k_heads, v_heads, layer, layer.biased(mask), sequences, part)
             results.append(merge_heads(context))
         merged = results[0] if len(results) == 1 else np.concatenate(results)
         return merged if len(lead) == 1 else merged.reshape(*lead, merged.shape[1])

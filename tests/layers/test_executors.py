@@ -78,7 +78,9 @@ def test_sequences_of_several_lengths_are_rows_of_one_call(ops):
     layer, x = float_layer()
     lengths, rows = (7, 3, 5), np.concatenate([x[0], x[1, :3], x[2, :5]])
     masks = [resolve_mask((1, 4, length, length), is_causal=True) for length in lengths]
-    together = forward(ops(), layer, rows, rows, rows, Sequences(masks))
+    record = {}
+    together = forward(ops(record), layer, rows, rows, rows, Sequences(masks))
+    assert [record[f"{i}.probabilities"].shape for i in range(3)] == [(1, 4, length, length) for length in lengths]
     for i, (length, end) in enumerate(zip(lengths, np.cumsum(lengths), strict=True)):
         alone = x[i, :length]
         np.testing.assert_allclose(together[end - length : end],
