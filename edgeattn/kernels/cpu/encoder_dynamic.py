@@ -134,7 +134,8 @@ class Linear(Stage):
         p.shared_size = size if rows <= ff.FEW_ROWS else 0
         p.at_row, p.private_size = place(size, 4 * p.groups4 + VIRTUAL_LANES)
         work = 2 * rows * p.columns * (4 * p.groups4 + 8)
-        return PreparedCall(ff.linear_dynamic, packed(p, ff.LINEAR), ADDRESSES, np.float32, p.shared_size, p.private_size, work)
+        return PreparedCall(ff.linear_dynamic, packed(p, ff.LINEAR), ADDRESSES, np.float32, p.shared_size,
+                            p.private_size, work)
 
 
 class FeedForward(Stage):

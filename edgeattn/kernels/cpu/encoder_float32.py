@@ -94,7 +94,8 @@ class Norm(Stage):
     def prepare(self, rows):
         """See Stage."""
         p = SimpleNamespace(**vars(self._parameters) | {"rows": rows})
-        return PreparedCall(add_norm, packed(p, NORM), ADDRESSES, np.float32, 0, p.private_size, 16 * rows * p.private_size)
+        work = 16 * rows * p.private_size
+        return PreparedCall(add_norm, packed(p, NORM), ADDRESSES, np.float32, 0, p.private_size, work)
 
 
 class Linear(Stage):
