@@ -109,7 +109,7 @@ def _emptied(arguments):
     if arguments[0].ndim > 1:
         return (*(array[:0] for array in arguments[:4]), *arguments[4:])
     parameters = arguments[0].copy()
-    parameters[fused.ATTENTION.names.index("batch")] = 0
+    parameters[fused.ATTENTION.names.index("batch")] = 0  # as of every record
     return (parameters, *arguments[1:])
 
 

@@ -90,7 +90,7 @@ def _bench(chosen):
 
 def _caches(layer, capacity):
     """An empty cache of every dtype that goes with the layer."""
-    if getattr(layer, "_lut_index", None) is not None:  # a mask of its own, which is for one length
+    if getattr(layer, "lut_index", None) is not None:  # a mask of its own, which is for one length
         return []
     try:
         if hasattr(layer, "cache_scales"):

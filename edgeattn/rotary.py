@@ -144,9 +144,10 @@ class RotaryEmbedding:
         """X (B, H, L, D), whose first token stands at `position`, turned."""
         first = self.offset + position
         last = first + x.shape[2]
-        if last > len(self._table[0]):  # twice as long, so that a sequence that grows makes few of them
-            self._table = rotary_cache(2 * last, self.rotary_embedding_dim, base=self.base)
-        cos, sin = (table[None, first:last] for table in self._table)
+        table = self._table  # another thread may put a shorter one there
+        if last > len(table[0]):  # twice as long, so that a sequence that grows makes few of them
+            self._table = table = rotary_cache(2 * last, self.rotary_embedding_dim, base=self.base)
+        cos, sin = (each[None, first:last] for each in table)
         return apply_rotary_embedding(
             x, cos, sin, interleaved=self.interleaved, rotary_embedding_dim=self.rotary_embedding_dim)
 

@@ -36,10 +36,10 @@ def static_layer(num_heads, linears, tensors, project_rule, score_rule, context_
 
 def layer_oracle(layer, x, **masks):
     """The integer oracle's answer for a StaticMultiHeadAttention that attends from the codes x to themselves."""
-    made = layer._kernel_parameters()
+    made = layer.kernel_parameters()
     tensors = {name: (tensor.scale, tensor.zero_point) for name, tensor in layer.tensors.items()}
     tensors |= {f"{name}_input": tensors["query_input"] for name in ("key", "value")}
     linears = {name: (linear.weight, linear.scale, linear.bias) for name, linear in layer.linears.items()}
     rules = made["project_rule"], made["score_rule"], made["context_rule"]
     return oracle.static_layer(x, x, x, layer.num_heads, linears, tensors, rules, layer.kernel_set.softmax,
-                               made["softmax_table"], score_luts=layer._score_luts, lut_index=layer._lut_index, **masks)
+                               made["softmax_table"], score_luts=layer.score_luts, lut_index=layer.lut_index, **masks)

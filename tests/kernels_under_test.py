@@ -92,7 +92,7 @@ def apply_linear(x, x_row, tokens, panels, bias, features, depth4, out, tiles):
     matrix_release()
 
 
-def static_kernel(heads, linears, tensors, project_rule, score_rule, context_rule, table, fixed=False):
+def static_kernel(heads, linears, tensors, project_rule, score_rule, context_rule, table, softmax):
     """StaticLayer from scales: linears name -> (weight, scale, bias), tensors name -> (scale, zero point)."""
     source = {"query": "query_input", "key": "key_input", "value": "value_input", "output": "context"}
     multiplied = {
@@ -105,7 +105,7 @@ def static_kernel(heads, linears, tensors, project_rule, score_rule, context_rul
     return StaticLayer(heads, multiplied, product(score_rule, "query", "key", "scores"),
                        product(context_rule, "probabilities", "value", "context"),
                        {name: zero_point for name, (_, zero_point) in tensors.items()},
-                       project_rule, score_rule, context_rule, table, fixed)
+                       project_rule, score_rule, context_rule, table, softmax)
 
 
 SYMMETRIC = dict(query_input=3, key_input=-7, value_input=0, query=-4, key=0, value=0, scores=21, context=5, output=-9)
@@ -134,7 +134,7 @@ def make_layer(rng, heads, E, D, Dv, Eo, zero_points, rules, softmax):
     q, k = tensors["query"][0], tensors["key"][0]
     tensors["scores"] = (np.float32(q * k * 50 * np.sqrt(D)), zero_points["scores"])
     table = softmax_table(softmax, rng.uniform(0.02, 0.15))
-    layer = static_kernel(heads, linears, tensors, *rules, table, fixed=softmax == "fixed")
+    layer = static_kernel(heads, linears, tensors, *rules, table, softmax)
     return layer, linears, tensors, table
 
 

@@ -168,9 +168,9 @@ BUGS = [
     # what an encoder block has beside attention
     Bug("a last hidden feature is left out", "feed_forward_float32.py", "depth = min(HIDDEN, p.hidden - g)",
         "depth = min(HIDDEN, p.hidden - g - 1)", "kernels/cpu/test_encoder_float32.py::test_is_accurate[feed-forward gelu]"),
-    Bug("threads that share hidden features begin one tile late", "feed_forward_float32.py",
+    Bug("threads that share hidden features leave out the last", "feed_forward_float32.py",
         "begin, end = share_of(p.hidden_up, WIDTH, parts, part)",
-        "begin, end = share_of(p.hidden_up - WIDTH, WIDTH, parts, part)", ENCODER + "feed-forward gelu]"),
+        "begin, end = share_of(p.hidden_up - 32, WIDTH, parts, part)", ENCODER + "feed-forward gelu]"),
     Bug("a norm counts what pads a row", "norm.py", "d = wide_first(wide_load(y, at + e) - middle, width - e)",
         "d = wide_load(y, at + e) - middle", "kernels/cpu/test_encoder_float32.py::test_norms_are_accurate[33-layer]"),
     Bug("a zero point is rounded from the wrong end", "feed_forward_dynamic.py",
@@ -186,7 +186,7 @@ BUGS = [
 ]
 # One each of the tests that compile little: what `make test` plants.
 SHORT = [next(bug for bug in BUGS if bug.test.startswith(test)) for test in (
-    "fence float32-cache", TOKEN, "kernels/cpu/test_kernels_int8.py::test_vector_rule")]
+    "fence float32-few-keys", TOKEN, "kernels/cpu/test_kernels_int8.py::test_vector_rule")]
 
 
 def copy_package(folder):

@@ -87,7 +87,8 @@ def test_the_readme_runs_as_printed(tmp_path):
         pytest.skip(f"needs the environment of `make test`; this one has no {', '.join(missing)}")
     lacks = lacking()
     (tmp_path / ".venv").symlink_to(sys.prefix)
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    for name in ("examples", "tests"):
+        (tmp_path / name).symlink_to(ROOT / name)
     environment = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"}
     done = subprocess.run(["sh", "-c", program((ROOT / "README.md").read_text(encoding="utf-8"), lacks)], cwd=tmp_path, text=True,
                           capture_output=True, env={**environment, "PYTHONPATH": str(ROOT)}, timeout=1200)

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from edgeattn.layers.linear import Linear, parameter
+from edgeattn.layers.linear import Linear, check_linear, parameter
+from edgeattn.layers.norm import LayerNorm
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import ArrayLike, NDArray
 
-    from edgeattn.layers.norm import LayerNorm
     from edgeattn.ops import Ops, T
     from edgeattn.types import Float32s
 
@@ -46,6 +46,9 @@ class Embedding:
         tables = {"position_weight": position_weight, "type_weight": type_weight}
         self.position_weight, self.type_weight = (
             None if table is None else parameter(name, table, "(entries, features)") for name, table in tables.items())
+        if norm is not None and not isinstance(norm, LayerNorm):
+            raise TypeError(f"norm must be an edgeattn.LayerNorm, got {type(norm).__name__}")
+        check_linear("projection", projection, optional=True)
         self.norm, self.projection, self.padding_id = norm, projection, padding_id
         width = self.token_weight.shape[1]
         for name in (*tables, "norm", "projection"):
@@ -101,6 +104,7 @@ class PatchEmbedding:
 
     def __init__(self, projection: Linear, position_weight: ArrayLike, *, patch_size: Sequence[int],
                  image_size: Sequence[int], stride: Sequence[int] | None = None):
+        check_linear("projection", projection)
         self.projection = projection
         self.position_weight = parameter("position_weight", position_weight, "(places, features)")
         self.patch_size, self.image_size = tuple(patch_size), tuple(image_size)

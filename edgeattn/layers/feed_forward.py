@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from edgeattn.checks import is_one_of
-from edgeattn.layers.linear import Linear
+from edgeattn.layers.linear import check_linear
 from edgeattn.layers.module import TokenWise
 
 if TYPE_CHECKING:
+    from edgeattn.layers.linear import Linear
     from edgeattn.ops import Activation, Ops, T
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
@@ -31,8 +32,7 @@ class FeedForward(TokenWise):
     def __init__(self, linear1: Linear, linear2: Linear, *, activation: Activation = "gelu",
                  gate: Linear | None = None):
         for name, linear in (("linear1", linear1), ("linear2", linear2), ("gate", gate)):
-            if not isinstance(linear, Linear) and not (name == "gate" and linear is None):
-                raise TypeError(f"{name} must be an edgeattn.Linear, got {type(linear).__name__}")
+            check_linear(name, linear, optional=name == "gate")
         if not is_one_of(activation, ACTIVATIONS):
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
         if linear2.inputs != linear1.outputs:

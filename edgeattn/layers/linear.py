@@ -64,6 +64,12 @@ class Linear(TokenWise):
         return type(self), (self.weight, self.bias)
 
 
+def check_linear(name: str, linear: object, *, optional: bool = False) -> None:
+    """Raise unless `linear` is a Linear, or None where that may be."""
+    if not isinstance(linear, Linear) and not (optional and linear is None):
+        raise TypeError(f"{name} must be an edgeattn.Linear, got {type(linear).__name__}")
+
+
 def parameter(name: str, value: ArrayLike, axes: str) -> Float32s:
     """An owned, read-only float32 copy of a weight with as many axes as `axes` names; what is one already is kept."""
     array = float_array(name, value)

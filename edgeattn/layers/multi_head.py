@@ -5,18 +5,15 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Literal, overload
 
-import numpy as np
-
-from edgeattn.checks import FLOAT32, to_float32
 from edgeattn.device import place
 from edgeattn.kernels.cpu.layer_float32 import FloatLayer
 from edgeattn.layers import attention, steps
-from edgeattn.layers.call import check_call, check_inputs, is_read_as_it_is, is_written_as_it_is
+from edgeattn.layers.call import check_call, check_inputs
 from edgeattn.layers.linear import Linear
 from edgeattn.layers.positions import refuse_positions
 from edgeattn.layers.weights import AttentionWeights
 from edgeattn.masks import NO_WINDOW, torch_masks
-from edgeattn.prepared import PreparedCalls, call_signature
+from edgeattn.prepared import PreparedCalls
 
 if TYPE_CHECKING:
     from typing import Any
@@ -166,22 +163,11 @@ class MultiHeadAttention(AttentionWeights):
             Naming the argument, what was required and what came.
         """
         signature = None
-        if (kv_cache is None and need_weights is False and average_attn_weights is False and type(softcap) is float
-                and not softcap and self._fusible and (key is not None or value is None)):
-            k: Any = query if key is None else key
-            v: Any = k if value is None else value
-            signature = call_signature(query, k, v, attn_mask, key_padding_mask, is_causal, causal_alignment,
-                                       window_size, alibi_slopes)
-            prepared = self._prepared.find(signature, out)
-            if prepared is not None:
-                return prepared(query, k, v, out, attn_mask, key_padding_mask)
-        elif (kv_cache is not None and key is None and value is None and need_weights is False
-              and average_attn_weights is False and type(softcap) is float and not softcap and self._fusible
-              and is_read_as_it_is(self, query, FLOAT32)
-              and is_written_as_it_is(out, query, self.output_dim, FLOAT32)):
-            # a token after those in the cache
-            result = steps.attend_to_itself(self, query, out, kv_cache, attn_mask, key_padding_mask, is_causal,
-                                            causal_alignment, window_size, alibi_slopes)
+        if (need_weights is False and average_attn_weights is False and type(softcap) is float and not softcap
+                and self._fusible):
+            result, signature = steps.attend_again(
+                self, query, key, value, out, kv_cache, attn_mask, key_padding_mask, is_causal, causal_alignment,
+                window_size, alibi_slopes)
             if result is not None:
                 return result
         call = check_call(
@@ -191,13 +177,7 @@ class MultiHeadAttention(AttentionWeights):
         fused = self._fusible and not (call.need_weights or call.softcap or kv_cache is not None)
         if not (fused and call.query.size and call.key.size and call.value.size):
             return attention.run(self, call)
-        result = np.empty((*call.query.shape[:2], self.output_dim), np.float32)
-        q, k, v = (to_float32(x) for x in (call.query, call.key, call.value))
-        masks = call.mask.for_kernels()
-        self._kernel(q, k, v, result, *masks)
-        self._prepared.learn(signature, (*call.lead, *call.mask.shape[1:]), self._kernel.prepare(q, k, *masks),
-                             (*call.lead, *result.shape[1:]), call.mask, attn_mask, key_padding_mask)
-        return call.write_result(result)
+        return steps.attend_fused(self, call, signature, attn_mask, key_padding_mask)
 
     @overload
     def to(self, device: Literal["cpu"], *, precision: Literal["float32"] = "float32") -> Self: ...

@@ -6,34 +6,61 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgeattn.checks import FLOAT32, write_result
-from edgeattn.layers.call import is_next, is_unmasked, output_buffer, self_masks
+from edgeattn.checks import FLOAT32, to_float32, write_result
+from edgeattn.layers.call import is_next, is_read_as_it_is, is_unmasked, is_written_as_it_is
+from edgeattn.prepared import call_signature
 
 if TYPE_CHECKING:
     from typing import Any, TypeAlias
 
     from edgeattn.kv_cache import KVCache
+    from edgeattn.layers.call import Call
     from edgeattn.types import Float32s, Floats
 
     _Layer: TypeAlias = Any  # a MultiHeadAttention or a DynamicMultiHeadAttention
 
 
-def attend_to_itself(layer: _Layer, query: Float32s, out: Floats | None, kv_cache: KVCache | None, *masks: Any
-                     ) -> Floats | None:
-    """What `layer` gives for tokens that its kernel reads as they are, in `out` if there is one; None for other calls.
+def attend_again(layer: _Layer, query: Any, key: Any, value: Any, out: Any, kv_cache: KVCache | None, *masks: Any
+                 ) -> tuple[Float32s | None, tuple[Any, ...] | None]:
+    """What `layer` gives where a call like this was checked before, or one token meets a cache; else None.
 
-    Those have a cache that needs more than the next token, or masks without a batch axis.
+    And the signature of the call, with which `attend_fused` prepares the next; None where it has none.
+    masks: attn_mask, key_padding_mask, is_causal, causal_alignment, window_size, alibi_slopes.
     """
-    x = query if query.ndim == 3 else query[None]
-    plain = kv_cache is None and x is query
-    if not plain and not (is_unmasked(*masks) and (kv_cache is None or is_next(layer, x, kv_cache))):
-        return None
-    if kv_cache is None:
-        result = output_buffer(out, (*query.shape[:-1], layer.output_dim), FLOAT32, x, *masks)
-        layer._kernel(x, x, x, result, *self_masks(layer, x, *masks))
-    else:
-        result = attend_next(layer, x, kv_cache).reshape(*query.shape[:-1], layer.output_dim)
-    return write_result(result, out, FLOAT32)
+    if kv_cache is not None:
+        if (key is None and value is None and is_unmasked(*masks) and is_read_as_it_is(layer, query, FLOAT32)
+                and is_written_as_it_is(out, query, layer.output_dim, FLOAT32)):
+            x = query if query.ndim == 3 else query[None]
+            if is_next(layer, x, kv_cache):
+                result = attend_next(layer, x, kv_cache).reshape(*query.shape[:-1], layer.output_dim)
+                return write_result(result, out, FLOAT32), None
+        return None, None
+    if key is None:
+        if value is not None:
+            return None, None
+        key = query
+    if value is None:
+        value = key
+    signature = call_signature(query, key, value, *masks)
+    prepared = layer._prepared.find(signature, out)
+    if prepared is None:
+        return None, signature
+    return prepared(query, key, value, out, masks[0], masks[1]), signature
+
+
+def attend_fused(layer: _Layer, call: Call, signature: tuple[Any, ...] | None, attn_mask: Any, key_padding_mask: Any
+                 ) -> Floats | tuple[Floats, Floats]:
+    """The result of a call that has no empty axis by the layer's fused kernel, and what the next like it needs."""
+    q = to_float32(call.query)
+    k = q if call.key is call.query else to_float32(call.key)
+    v = k if call.value is call.key else to_float32(call.value)
+    keep, bias, band, alibi = call.mask.for_kernels()
+    kernel = layer._kernel.prepare(q, k, v, keep, bias, band, alibi)
+    result = np.empty((*q.shape[:2], layer.output_dim), np.float32)
+    kernel(q, k, v, result, keep, bias, alibi)
+    layer._prepared.learn(signature, (*call.lead, *call.mask.shape[1:]), kernel, (*call.lead, *result.shape[1:]),
+                          call.mask, attn_mask, key_padding_mask)
+    return call.write_result(result)
 
 
 def attend_next(layer: _Layer, x: Float32s, cache: KVCache) -> Float32s:

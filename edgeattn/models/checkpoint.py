@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _LARGEST_SIZE = 2**24
+_LARGEST_NUMBER = 1e30
 _MOST_WRONG = 20
 _LARGEST_DUMMY = 2**20
 # What transformers called these before.
@@ -98,10 +99,15 @@ class Checkpoint:
         return pair[0], pair[1]
 
     def number(self, *names: str, default: float | None = None) -> float:
-        """An option that is a finite number greater than 0."""
+        """An option that is a number greater than 0."""
         value = self.option(*names, default=default)
-        if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise ValueError(f"{self.file}: {names[0]} must be a number greater than 0, got {str(value)[:100]}")
+        return self.positive(names[0], value)
+
+    def positive(self, name: str, value: object) -> float:
+        """The value of an option `name`, if it is a number greater than 0."""
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= _LARGEST_NUMBER:
+            raise ValueError(f"{self.file}: {name} must be a number greater than 0, and at most {_LARGEST_NUMBER}, got "
+                             f"{str(value)[:100]}")
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:

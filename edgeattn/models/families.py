@@ -132,10 +132,7 @@ def _rope_base(c: Checkpoint, kind: str | None, old: str, default: float) -> flo
         return c.number(old, default=default)
     if rope.get("rope_type", "default") != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(f"{c.file}: rope_parameters must be of rope_type default and whole, got {str(rope)[:200]}")
-    base = rope.get("rope_theta", default)
-    if type(base) not in (int, float) or not base > 0:
-        raise ValueError(f"{c.file}: rope_theta must be a number greater than 0, got {str(base)[:100]}")
-    return float(base)
+    return c.positive("rope_theta", rope.get("rope_theta", default))
 
 
 _BERT = Family()

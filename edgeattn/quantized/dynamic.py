@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 import numpy as np
 
-from edgeattn.checks import FLOAT32, count, to_float32
+from edgeattn.checks import count
 from edgeattn.device import place
 from edgeattn.functional import default_scale
 from edgeattn.kernels.cpu.linear_dynamic import DynamicLinear
 from edgeattn.layers import attention, steps
-from edgeattn.layers.call import check_call, is_read_as_it_is, is_written_as_it_is
+from edgeattn.layers.call import check_call
 from edgeattn.layers.positions import Positions
 from edgeattn.layers.weights import KEY_TENSORS, added_keys, added_keys_state
 from edgeattn.masks import NO_WINDOW
+from edgeattn.prepared import PreparedCalls
 from edgeattn.quantized.layer import INPUTS, SHORT, QuantizedMultiHeadAttention
 from edgeattn.quantized.parameters import QuantizedLinear, frozen
 
@@ -106,7 +107,8 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention, Positions):
 
         self.gated = "gate" in self.weights
         self.k_bias = self.biases.get("key")
-        self._fusible = not (self.extra_keys or self.gated)
+        self._fusible = bool(self.output_dim) and not (self.extra_keys or self.gated)
+        self._prepared = PreparedCalls()
         fused = (*INPUTS, "output")
         self._kernel = DynamicLayer(
             H, Hkv, *(*map(pair, fused), *(self.biases.get(name) for name in fused), self.scale))
@@ -152,13 +154,12 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention, Positions):
         between them is computed in float32, or as the cache stores it. So steps through a cache give the same bytes
         whatever the chunks, where the cache is int8, but not those of the whole sequence without one.
         """
-        if (key is None and value is None and need_weights is False and average_attn_weights is False
-                and type(softcap) is float and not softcap and self._fusible and self.output_dim
-                and is_read_as_it_is(self, query, FLOAT32)
-                and is_written_as_it_is(out, query, self.output_dim, FLOAT32)):
-            # what small layers are called with, again and again: self-attention
-            result = steps.attend_to_itself(self, query, out, kv_cache, attn_mask, key_padding_mask, is_causal,
-                                            causal_alignment, window_size, alibi_slopes)
+        signature = None
+        if (need_weights is False and average_attn_weights is False and type(softcap) is float and not softcap
+                and self._fusible):
+            result, signature = steps.attend_again(
+                self, query, key, value, out, kv_cache, attn_mask, key_padding_mask, is_causal, causal_alignment,
+                window_size, alibi_slopes)
             if result is not None:
                 return result
         call = check_call(
@@ -166,14 +167,9 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention, Positions):
             causal_alignment=causal_alignment, window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes,
             kv_cache=kv_cache, need_weights=need_weights, average_attn_weights=average_attn_weights, out=out)
         fused = self._fusible and not (call.need_weights or call.softcap or kv_cache is not None)
-        result = np.empty((*call.query.shape[:2], self.output_dim), np.float32)
-        if not (fused and result.size and call.query.size and call.key.size and call.value.size):
+        if not (fused and call.query.size and call.key.size and call.value.size):
             return attention.run(self, call)
-        q = to_float32(call.query)
-        k = q if call.key is call.query else to_float32(call.key)
-        v = k if call.value is call.key else to_float32(call.value)
-        self._kernel(q, k, v, result, *call.mask.for_kernels())
-        return call.write_result(result)
+        return steps.attend_fused(self, call, signature, attn_mask, key_padding_mask)
 
     @overload
     def to(self, device: Literal["cpu"]) -> Self: ...

@@ -183,7 +183,7 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
 
     # -- derived once: what the kernels read ---------------------------------------------------------------------------
 
-    def _kernel_parameters(self) -> dict[str, Any]:
+    def kernel_parameters(self) -> dict[str, Any]:
         """What the kernels of any target read, as ``StaticLayer`` names it."""
         kernel_set, t = self.kernel_set, self.tensors
         linears = {}
@@ -204,12 +204,12 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         zero_points |= {name: tensor.zero_point for name, tensor in t.items()}
         return dict(num_heads=self.num_heads, linears=linears, scores=scores, context=context, zero_points=zero_points,
                     project_rule=kernel_set.fully_connected, score_rule=scores_rule, context_rule=context_rule,
-                    softmax_table=self.softmax_table)
+                    softmax_table=self.softmax_table, softmax=kernel_set.softmax)
 
     @functools.cached_property
     def requantizations(self) -> dict[str, Requantization]:
         """How sums of products become codes, by the tensor's name: (rule, q31, shift, real multiplier)."""
-        given = self._kernel_parameters()
+        given = self.kernel_parameters()
         found = {name: (given["project_rule"], real) for name, (_, real, _) in given["linears"].items()}
         found |= {name: (given[rule], np.array([given[name]]))
                   for name, rule in (("scores", "score_rule"), ("context", "context_rule"))}
@@ -223,9 +223,9 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
             raise ValueError(f"the scores' scale must be above 2**-26, the resolution of TFLite's softmax; got "
                              f"{softmax_input.scale}")
         self.softmax_table = rules.SOFTMAX[self.kernel_set.softmax].table(softmax_input.scale)
-        self._score_luts = score_luts if self.score_ops else None
-        self._lut_index = np.ascontiguousarray(lut_index) if lut_index.size > 1 else None
-        self._kernel = StaticLayer(**self._kernel_parameters(), fixed=self.kernel_set.softmax == "fixed")
+        self.score_luts = score_luts if self.score_ops else None
+        self.lut_index = np.ascontiguousarray(lut_index) if lut_index.size > 1 else None
+        self._kernel = StaticLayer(**self.kernel_parameters())
 
     @overload
     def to(self, device: Literal["cpu"]) -> Self: ...
@@ -421,7 +421,7 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         masks: MaskOptions = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask, "is_causal": is_causal,
                               "causal_alignment": causal_alignment, "window_size": window_size}
         inputs: list[Any] = [None if x is None else as_array(name, x)
-                  for name, x in zip(INPUTS, self._distinct(query, key, value), strict=True)]
+                  for name, x in zip(INPUTS, self.distinct_inputs(query, key, value), strict=True)]
         codes = [None if x is None else self.quantize_input(x, name) for name, x in zip(INPUTS, inputs, strict=True)]
         nan: list[Any] = [None if x is None else np.isnan(x).any(-1) for x in inputs]
         dtype = result_dtype(*(x for x in inputs if x is not None))
@@ -470,7 +470,7 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         """The quantization of the result."""
         return self.tensors["output" if "output" in self.linears else "context"]
 
-    def _distinct(self, query: Any, key: Any, value: Any) -> list[Any]:
+    def distinct_inputs(self, query: Any, key: Any, value: Any) -> list[Any]:
         """The inputs this layer reads, None where it reads an earlier one; refuses others."""
         given = [query, key, value]
         for i, name in enumerate(INPUTS):
@@ -547,7 +547,7 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         TypeError, ValueError
             Naming the argument, what was required and what came.
         """
-        if (key is None and value is None and need_weights is False and self._lut_index is None
+        if (key is None and value is None and need_weights is False and self.lut_index is None
                 and self.sources == (0, 0, 0) and self.output_dim
                 and (attn_mask is None or type(attn_mask) is np.ndarray and attn_mask.dtype == np.bool_)
                 and is_read_as_it_is(self, query, _INT8) and is_written_as_it_is(out, query, self.output_dim, _INT8)):
@@ -557,7 +557,7 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
             if kv_cache is None and (x is query or is_unmasked(*masks)):
                 keep, _, band, _ = self_masks(self, x, *masks)
                 result = output_buffer(out, (*query.shape[:-1], self.output_dim), _INT8, x, *masks)
-                self._kernel(x, x, x, result, keep, band, None, self._score_luts)
+                self._kernel(x, x, x, result, keep, band, None, self.score_luts)
                 return write_result(result, out, _INT8)
             if (kv_cache is not None and is_unmasked(*masks) and is_next(self, x, kv_cache)
                     and kv_cache.scales == self.cache_scales):
@@ -565,7 +565,7 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
                 with kv_cache._chunk():
                     kv_cache._take_slots(1)
                     first, last = kv_cache._last_seen()
-                    self._kernel(x, x, x, result, score_luts=self._score_luts,
+                    self._kernel(x, x, x, result, score_luts=self.score_luts,
                                  cached=(kv_cache._keys, kv_cache._values, first, last - first))
                 return write_result(result, out, _INT8)
         need_weights = flag("need_weights", need_weights)
@@ -598,7 +598,7 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
 
     def _check_codes(self, query: Any, key: Any, value: Any) -> tuple[Codes, Codes, Codes]:
         """The three inputs as int8 arrays of agreeing shapes."""
-        inputs = self._distinct(query, key, value)
+        inputs = self.distinct_inputs(query, key, value)
         arrays: list[Any] = [None if x is None else _codes(x, name) for name, x in zip(INPUTS, inputs, strict=True)]
         query, key, value = (arrays[source] for source in self.sources)
         lead, S = query.shape[:-2], key.shape[-2]
@@ -631,19 +631,19 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         if cache.scales != self.cache_scales:
             raise ValueError(f"kv_cache must have this layer's scales {self.cache_scales}, got {cache.scales}; make it "
                              "with KVCache.for_layer(layer, ...)")
-        if self._lut_index is not None:
+        if self.lut_index is not None:
             raise ValueError("kv_cache needs a layer without a mask of its own, which is for one length; pass masks to "
                              "each call")
 
     def _run_fused(self, query: Codes, key: Codes, value: Codes, mask: Mask, result: Codes) -> None:
         keep, _, band, _ = mask.for_kernels()
-        lut_index = self._lut_index
+        lut_index = self.lut_index
         if lut_index is not None:
             fit_mask(lut_index, mask.shape)
         if mask.shape[3] == 0:  # one key that is not there
             key, value = (np.zeros((len(x), 1, x.shape[-1]), np.int8) for x in (key, value))
             keep, band, lut_index = np.zeros((1, 1, 1, 1), np.bool_), None, None
-        self._kernel(query, key, value, result, keep, band, lut_index, self._score_luts)
+        self._kernel(query, key, value, result, keep, band, lut_index, self.score_luts)
 
     def _run_cached(self, query: Codes, key: Codes, value: Codes, mask: Mask, cache: KVCache, pieces: Pieces,
                     result: Codes) -> None:
@@ -657,7 +657,7 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
             if held == 0:  # one key that is not there
                 held, keep, band = 1, np.zeros((1, 1, 1, 1), np.bool_), None
             some = np.empty((*xq.shape[:2], self.output_dim), np.int8)
-            self._kernel(xq, xk, xv, some, keep, band, None, self._score_luts,
+            self._kernel(xq, xk, xv, some, keep, band, None, self.score_luts,
                          (cache._keys, cache._values, cache._first, held))
             result[:, slice(*rows)] = some
 

@@ -102,7 +102,7 @@ def _describe(layer, prefix: str, target: str, row: Target) -> dict:
         names = [INPUTS[source] for source in sorted(set(layer.sources))]
         tensors = {name: layer.tensors[f"{name}_input"] for name in names}
         tensors["output"] = layer.tensors["output" if "output" in layer.linears else "context"]
-        lut_index = layer._lut_index
+        lut_index = layer.lut_index
         shape = None if lut_index is None else [1] * (4 - lut_index.ndim) + list(lut_index.shape)
         about |= {"arithmetic": layer.arithmetic, "sources": list(layer.sources), "mask_shape": shape,
                   "quantization": {name: tensor.to_json() for name, tensor in tensors.items()}}

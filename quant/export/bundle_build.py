@@ -20,7 +20,7 @@ from quant.export.targets import target_of
 def entry_of(layer):
     """(scratch_bytes, run) of a layer."""
     if isinstance(layer, StaticMultiHeadAttention):
-        return static_entry(layer._kernel, layer._score_luts, layer._lut_index)
+        return static_entry(layer._kernel, layer.score_luts, layer.lut_index)
     return float_entry(layer._kernel, not isinstance(layer, MultiHeadAttention))
 
 

@@ -1,12 +1,14 @@
 """TransformerEncoder against its formula, alone, in ragged batches and through caches."""
 
 import copy
+import json
 import pickle
 
 import numpy as np
 import pytest
 import reference
 import reference_encoder as oracle
+from safetensors.numpy import save_file
 
 import edgeattn
 from edgeattn import TransformerEncoder
@@ -234,6 +236,17 @@ def test_shared_layers_are_stored_once(tmp_path):
 def test_errors_say_what_was_required(call, error, message):
     with pytest.raises(error, match=message):
         call(encoder())
+
+
+@pytest.mark.parametrize("where, value", [
+    ("norm", 3), ("norm", {"kind": "Linear"}), ("layers", []), ("layers", [{"same": "layers.0"}]), ("layers", {}),
+    ("norm", {"kind": "os"}), ("norm", {"kind": ["Linear"]}), ("norm", {"tensor": "none"}), ("more", 1)])
+def test_files_that_lie(where, value, tmp_path):
+    config, tensors = encoder().to_state()
+    header = {"format": 1, "kind": "TransformerEncoder", "config": {**config, where: value}}
+    save_file(tensors, tmp_path / "encoder.safetensors", metadata={"edgeattn": json.dumps(header)})
+    with pytest.raises(ValueError, match="encoder.safetensors does not hold a (valid|whole) TransformerEncoder: "):
+        edgeattn.load(tmp_path / "encoder.safetensors")
 
 
 @pytest.mark.parametrize("change, message", [

@@ -277,9 +277,9 @@ class StaticOnCuda(OnCuda):
         from edgeattn.kernels.cuda.driver import driver
         from edgeattn.kernels.cuda.layers import StaticLayer
 
-        self._kernels = StaticLayer(**layer._kernel_parameters(), softmax=layer.kernel_set.softmax)
-        self._score_luts = None if layer._score_luts is None else view("score_luts", driver().array(layer._score_luts))
-        self._lut_index = None if layer._lut_index is None else view("lut_index", driver().array(layer._lut_index))
+        self._kernels = StaticLayer(**layer.kernel_parameters())
+        self.score_luts = None if layer.score_luts is None else view("score_luts", driver().array(layer.score_luts))
+        self.lut_index = None if layer.lut_index is None else view("lut_index", driver().array(layer.lut_index))
 
     def __call__(self, query: Any, key: Any = None, value: Any = None, **masks_and_out: Any) -> Any:
         """Attention on reals in NumPy arrays; codes of arrays on the device go to `run_int8`."""
@@ -295,7 +295,7 @@ class StaticOnCuda(OnCuda):
                  window_size: Window = NO_WINDOW, kv_cache: KVCache | None = None, need_weights: Flag = False,
                  out: Any = None) -> Any:
         """Attention on codes, equal to the named kernel set; arguments and result as the layer's on the CPU."""
-        query, key, value = self.layer._distinct(query, key, value)  # refuses what a known call would not look at
+        query, key, value = self.layer.distinct_inputs(query, key, value)  # refuses what a known call would not look at
         arrays = query, key, value, out, attn_mask, key_padding_mask, None
         options = is_causal, causal_alignment, window_size, need_weights
         result = self._calls.replay(arrays, options) if kv_cache is None else None
@@ -322,8 +322,8 @@ class StaticOnCuda(OnCuda):
                 raise no_bool_mask(masks["bias"].dtype)
             if kv_cache is not None:
                 layer.check_codes_of(kv_cache)
-            elif self._lut_index is not None:
-                fit_mask(layer._lut_index, (batch, layer.num_heads, L, S))
+            elif self.lut_index is not None:
+                fit_mask(layer.lut_index, (batch, layer.num_heads, L, S))
             read = (q, k, v, *arrays_read(masks))
             if host is not None:
                 check_out(out, shape, int8)
@@ -337,9 +337,9 @@ class StaticOnCuda(OnCuda):
             if taken.size or (to is not None and to.size):
                 q, k, v, taken = (x.reshape(batch, *x.shape[-2:]) for x in (q, k, v, as_argument(taken, OUT)))
                 left, right, offset = masks["left"], masks["right"], masks["offset"]
-                options_of = dict(keep=masks.get("keep"), score_luts=self._score_luts, weights=to)
+                options_of = dict(keep=masks.get("keep"), score_luts=self.score_luts, weights=to)
                 if kv_cache is None:
-                    lut_index = self._lut_index
+                    lut_index = self.lut_index
                     if lut_index is not None and lut_index.ndim < 4:
                         lut_index = lut_index.reshape(*(1,) * (4 - lut_index.ndim), *lut_index.shape)
                     self._kernels(q, k, v, taken, stream, like, band=band_of(left, right, offset), lut_index=lut_index,

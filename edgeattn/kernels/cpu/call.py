@@ -42,31 +42,32 @@ class PreparedCall:
         What the kernel is compiled for, and takes before all else.
     """
 
-    __slots__ = ("_dtype", "_fixed", "_rules", "_run", "_size", "jobs", "parameters", "private", "shared", "work")
+    __slots__ = ("_empty", "_rules", "_run", "dtype", "jobs", "kernel", "parameters", "private", "shared", "work")
 
     def __init__(self, kernel, parameters, layout, dtype, shared, private, work, jobs=1, fixed=(), rules=()):
-        self._run, self._size, self._dtype, self._fixed = entry(kernel, dtype, rules), len(layout), dtype, fixed
-        self._rules = rules
+        self._run, self.dtype, self.kernel, self._rules = entry(kernel, dtype, rules), dtype, kernel, rules
+        self._empty = np.zeros(len(layout), np.int64)
+        self._empty[len(layout) - len(fixed):] = fixed
         self.parameters, self.shared, self.private, self.work, self.jobs = parameters, shared, private, work, jobs
 
-    def __call__(self, queries, keys, values, out, *others, parameters=None):
+    def __call__(self, *arrays, parameters=None):
         """Run it on arrays in the order of the kernel's record, each in C order or as planned, or None or left out.
 
         parameters : a copy with what this call alone has, instead of those it was made with
         """
+        given = self.parameters if parameters is None else parameters
+        record = self.addresses(*arrays)
+        threads.run(self._run, (*self._rules, given, record), self.dtype, self.shared, self.private, self.work,
+                    self.jobs)
+
+    def addresses(self, queries, keys, values, *others):
+        """The record of where these arrays are."""
         q = address(queries)
         k = q if keys is queries else address(keys)
         v = k if values is keys else address(values)
-        self.at(q, k, v, address(out), *map(address, others), *self._fixed, parameters=parameters)
-
-    def at(self, *where, parameters=None):
-        """Run it on arrays at these addresses, in the order of the kernel's record; see a call."""
-        record = np.zeros(self._size, _INT64)
-        _WRITE[len(where)](record, 0, *where)
-        given = self.parameters if parameters is None else parameters
-        threads.run(self._run, (*self._rules, given, record), self._dtype, self.shared, self.private, self.work,
-                    self.jobs)
+        record = self._empty.copy()
+        _WRITE[3 + len(others)](record, 0, q, k, v, *map(address, others))
+        return record
 
 
-_INT64 = np.dtype(np.int64)
 _WRITE = [struct.Struct(f"{count}q").pack_into for count in range(33)]

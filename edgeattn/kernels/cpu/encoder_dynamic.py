@@ -135,7 +135,7 @@ class Linear(Stage):
         p.at_row, p.private_size = place(size, 4 * p.groups4 + VIRTUAL_LANES)
         work = 2 * rows * p.columns * (4 * p.groups4 + 8)
         return PreparedCall(ff.linear_dynamic, packed(p, ff.LINEAR), ADDRESSES, np.float32, p.shared_size,
-                            p.private_size, work)
+                            p.private_size, work, fixed=(self._address,))
 
 
 class FeedForward(Stage):
@@ -185,4 +185,4 @@ class FeedForward(Stage):
         p.at_gate, p.private_size = place(size, some * ff.GROUP * p.gated)
         work = 2 * rows * p.hidden_up * ((2 if p.gated else 1) * 4 * p.groups4 + p.columns)
         return PreparedCall(ff.feed_forward_dynamic, packed(p, ff.FEED_FORWARD), ADDRESSES, np.float32, p.shared_size,
-                            p.private_size, work)
+                            p.private_size, work, fixed=(self._address,))

@@ -73,7 +73,7 @@ class Stage:
             return out
         rows = out.size // out.shape[-1]
         call = self._plans.get(rows) or self._plans.keep(rows, self.prepare(rows))
-        call.at(address(x), address(residual), address(out), self._address)
+        call(x, residual, out)
         return out
 
 
@@ -94,8 +94,8 @@ class Norm(Stage):
     def prepare(self, rows):
         """See Stage."""
         p = SimpleNamespace(**vars(self._parameters) | {"rows": rows})
-        work = 16 * rows * p.private_size
-        return PreparedCall(add_norm, packed(p, NORM), ADDRESSES, np.float32, 0, p.private_size, work)
+        return PreparedCall(add_norm, packed(p, NORM), ADDRESSES, np.float32, 0, p.private_size,
+                            16 * rows * p.private_size, fixed=(self._address,))
 
 
 class Linear(Stage):
@@ -123,7 +123,8 @@ class Linear(Stage):
         p = SimpleNamespace(**vars(self._parameters) | {"rows": rows})
         size = p.private_size = min(rows, ff.BLOCK) * p.out_up
         work = 2 * rows * p.out_up * (p.width + 8)
-        return PreparedCall(ff.linear_float32, packed(p, ff.LINEAR), ADDRESSES, np.float32, 0, size, work)
+        return PreparedCall(ff.linear_float32, packed(p, ff.LINEAR), ADDRESSES, np.float32, 0, size, work,
+                            fixed=(self._address,))
 
 
 class FeedForward(Stage):
@@ -177,4 +178,4 @@ class FeedForward(Stage):
         p.private_size = p.own_gate + some * ff.HIDDEN * gated
         work = 2 * rows * p.hidden_up * ((2 if gated else 1) * p.width + p.out_up)
         return PreparedCall(ff.feed_forward_float32, packed(p, ff.FEED_FORWARD), ADDRESSES, np.float32, p.shared_size,
-                            p.private_size, work)
+                            p.private_size, work, fixed=(self._address,))

@@ -54,7 +54,7 @@ def packed_depth(E):
 # begin in the scratch of all threads, which keys are the first of, and in that of each; of a cache, see cached_int8.
 LAYER = record("batch queries keys query_width key_width value_width out_width heads",
                "head_size value_size padded_head padded_value has_out same_kv",
-               "wq bq mq wk bk mk wv bv mv wo bo mo ms mc", "zq zk zv zs zc zo fixed",
+               "wq bq mq wk bk mk wv bv mv wo bo mo ms mc", "zq zk zv zs zc zo softmax_rule",
                BAND, KEEP, "index_b index_h index_l index_s", "at_krow at_values",
                "at_x at_row_major at_q at_codes at_masks at_sums at_context at_softmax at_terms at_tiles",
                "at_transposed shared_size private_size", "first_slot new_tokens capacity at_step")
@@ -340,7 +340,7 @@ def attend_part(p, a, rules, scratch, batch, portion, worker, part):
                 if h == 0 or (has_keep and p.keep_h != 0):
                     fill_drop_mask(masks, keep, h, seen)
                 drop_codes(codes, masks, groups)
-            rules.softmax(a.softmax, p.fixed != 0, codes, groups, masks, masked, Part(own.int32, p.at_softmax),
+            rules.softmax(a.softmax, p.softmax_rule, codes, groups, masks, masked, Part(own.int32, p.at_softmax),
                           Part(own.int32, p.at_sums + WIDTH))
             context_head(p, a, rules, h, first, groups, layout, shared, own)
         write_rows(p, a, rules, (batch * L + q0) * p.out_width, queries, own)

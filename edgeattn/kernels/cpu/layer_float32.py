@@ -109,7 +109,7 @@ class FloatLayer:
         self.output_dim = Eo
         self._plans = PlanCache()
 
-    def prepare(self, xq, xk, keep=None, bias=None, band=None, alibi=None):
+    def prepare(self, xq, xk, xv, keep=None, bias=None, band=None, alibi=None):
         """The `PreparedCall` for inputs and masks of such shapes."""
         key = (*xq.shape[:2], xk.shape[1], shape_of(keep), shape_of(bias), band, shape_of(alibi))
         return self._plans.get(key) or self._plans.keep(key, self._plan(*key))
@@ -131,5 +131,5 @@ class FloatLayer:
         band : (low, high) or None: query i sees key j when i + low <= j <= i + high
         alibi : (B or 1, H, 2) float64, C-contiguous, or None: a head's slope, and the position of query 0
         """
-        self.prepare(xq, xk, keep, bias, band, alibi)(xq, xk, xv, out, keep, bias, alibi)
+        self.prepare(xq, xk, xv, keep, bias, band, alibi)(xq, xk, xv, out, keep, bias, alibi)
         return out

@@ -19,7 +19,7 @@ from .packing import Packer
 from .records import blank, mask_fields, packed, place, slot
 from .requantize import RULES, encode
 from .simd import LANES, OFFSET, ROWS, WIDTH, byte_planes
-from .softmax_int8 import KEPT_GROUPS, softmax_float, softmax_integer
+from .softmax_int8 import KEPT_GROUPS, SOFTMAX
 from .static_layout import padded_keys, turned_size, values_size
 from .step_int8 import step_sizes
 
@@ -75,13 +75,13 @@ class StaticLayer:
     project_rule, score_rule, context_rule : str
         Names of RULES.
     softmax_table : ndarray
-        (256,) float32 for lut_f32, int32 for lut_u16 and fixed; entry d belongs to a code d below the maximum.
-    fixed : bool
-        Whether an int32 table belongs to the rule "fixed".
+        (256,), of the dtype that the rule has; entry d belongs to a code d below the maximum.
+    softmax : str
+        A name of SOFTMAX.
     """
 
     def __init__(self, num_heads, linears, scores, context, zero_points, project_rule, score_rule, context_rule,
-                 softmax_table, fixed=False):
+                 softmax_table, softmax):
         H = num_heads
         D, Dv = linears["query"][0].shape[0] // H, linears["value"][0].shape[0] // H
         Dp, Dvp = padded_head(D), padded_head(Dv)
@@ -122,14 +122,14 @@ class StaticLayer:
         self.weights = weights.packed()
         self.table = threads.aligned(512, softmax_table.dtype)
         self.table[:] = byte_planes(softmax_table)
-        self.rules = (softmax_float if softmax_table.dtype == np.float32 else softmax_integer,
-                      *(RULES[name] for name in (project_rule, score_rule, context_rule)))
+        compute, softmax_rule = SOFTMAX[softmax]
+        self.rules = (compute, *(RULES[name] for name in (project_rule, score_rule, context_rule)))
         self._fixed = address(self.weights), address(self.table)
         self._parameters = blank(
             f.LAYER, query_width=linears["query"][0].shape[1], key_width=linears["key"][0].shape[1],
             value_width=linears["value"][0].shape[1], out_width=Eo, heads=H, head_size=D, value_size=Dv, padded_head=Dp,
-            padded_value=Dvp, has_out="output" in linears, fixed=fixed, zq=zero_points["query"], zk=zero_points["key"],
-            zv=zero_points["value"], zs=zero_points["scores"], zc=zero_points["context"],
+            padded_value=Dvp, has_out="output" in linears, softmax_rule=softmax_rule, zq=zero_points["query"],
+            zk=zero_points["key"], zv=zero_points["value"], zs=zero_points["scores"], zc=zero_points["context"],
             zo=zero_points["output"] if "output" in linears else 0, **weights.at)
         self.output_dim = Eo
         self._plans = PlanCache()

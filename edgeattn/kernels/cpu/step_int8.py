@@ -212,7 +212,7 @@ def step_part(p, a, rules, scratch, batch, worker, part):
         # 3. probabilities of the S keys
         if masked:
             drop_rest(S, buffers.codes, masks)
-        rules.softmax(a.softmax, p.fixed != 0, codes, groups, masks, masked, Part(own.int32, p.at_softmax),
+        rules.softmax(a.softmax, p.softmax_rule, codes, groups, masks, masked, Part(own.int32, p.at_softmax),
                       Part(own.int32, p.at_sums + WIDTH))
         # 4. context
         for h in range(heads):
