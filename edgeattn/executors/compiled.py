@@ -31,6 +31,7 @@ class CompiledOps(NumpyOps):
         """An encoder layer by its compiled stages, unless something in it is to be kept."""
         if self.record is not None or layer.stages is None:
             return super().block(layer, x, sequences, name)
+        x = np.ascontiguousarray(x)
         for stage in layer.stages:
             x = stage(x, sequences)
         return x

@@ -120,7 +120,7 @@ def _attention(branch: _Operation, first: _Operation | None, last: _Operation | 
         read = x if before is None else before(x, None, np.empty_like(x))
         kernel = layer.fused_kernel
         if kernel is None or sequences.cache is not None or sequences.softcap:
-            y: Float32s = layer.forward(CompiledOps(), read, read, read, sequences)
+            y: Float32s = np.ascontiguousarray(layer.forward(CompiledOps(), read, read, read, sequences))
         else:
             y, row = np.empty_like(x), 0
             for mask in sequences.masks:

@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 import edgeattn
 from edgeattn import TransformerEncoder
 from edgeattn.executors.numpy import NumpyOps
+from edgeattn.kernels.cpu import encoder_float32
 
 E, F, H, LAYERS = 24, 40, 3, 2
 CLOSE = dict(rtol=0, atol=1e-5)
@@ -145,10 +146,10 @@ def test_an_error_leaves_all_caches_as_they_were(monkeypatch):
     caches = made.make_caches(1, 8)
     made(tokens(1, 2), kv_cache=caches)
 
-    def broken(self, x, kind, name):
+    def broken(self, x, residual, out):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(NumpyOps, "activation", broken)
+    monkeypatch.setattr(encoder_float32.FeedForward, "__call__", broken)
     with pytest.raises(KeyboardInterrupt):
         made(tokens(1, 2), kv_cache=caches)
     assert [cache.length for cache in caches] == [2] * LAYERS
