@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Literal, TypeVar, overload
 
 import numpy as np
 
-from edgeattn.layers import MultiHeadAttention
+from edgeattn.layers import MultiHeadAttention, TransformerEncoder
+from edgeattn.models import ImageEncoder, TextEncoder
 from edgeattn.quantized import (
     INPUTS,
     LARGEST_SCALE,
@@ -19,6 +20,7 @@ from edgeattn.quantized import (
     TensorQuantization,
 )
 from quant.calibrate import Calibration, check_layer, fingerprint
+from quant.models import MODELS, quantize_model
 
 if TYPE_CHECKING:
     from typing import Any
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from edgeattn.types import Arithmetic, Float32s
     from quant.types import Scheme
 
+Model = TypeVar("Model", TransformerEncoder, TextEncoder, ImageEncoder)
 # A masked score gets the lowest code, so the lowest code must be worth nothing in every row. exp(-12) is 1/636 of the
 # smallest probability int8 can hold, which leaves room for rows lower than any seen at calibration. A smaller margin
 # lets masked keys through, a larger one makes the codes coarser (measured: docs/masks.md).
@@ -51,9 +54,14 @@ def quantize(layer: MultiHeadAttention, calibration: Calibration | None = None, 
              arithmetic: Arithmetic = "litert") -> StaticMultiHeadAttention | DynamicMultiHeadAttention: ...
 
 
-def quantize(layer: MultiHeadAttention, calibration: Calibration | None = None, *, scheme: Scheme = "static",
-             arithmetic: Arithmetic = "litert") -> StaticMultiHeadAttention | DynamicMultiHeadAttention:
-    """Quantize a float layer to int8.
+@overload
+def quantize(layer: Model, calibration: None = None, *, scheme: Literal["dynamic"],
+             attention: Literal["int8", "float32"] = "int8") -> Model: ...
+
+
+def quantize(layer: Any, calibration: Calibration | None = None, *, scheme: Scheme = "static",
+             arithmetic: Arithmetic = "litert", attention: Literal["int8", "float32"] = "int8") -> Any:
+    """Quantize a float layer, or a whole encoder, to int8.
 
     Dynamic: weights symmetric per output channel, everything else at run time; no calibration.
 
@@ -66,7 +74,8 @@ def quantize(layer: MultiHeadAttention, calibration: Calibration | None = None, 
 
     Parameters
     ----------
-    layer : MultiHeadAttention
+    layer : MultiHeadAttention, TransformerEncoder, TextEncoder or ImageEncoder
+        Whole encoders by the dynamic scheme.
     calibration : Calibration
         From ``calibrate`` on the same layer; the dynamic scheme needs none.
     scheme : {"static", "dynamic"}
@@ -75,15 +84,24 @@ def quantize(layer: MultiHeadAttention, calibration: Calibration | None = None, 
     arithmetic : str
         The TFLite kernel set for the static scheme to equal, a name in ``edgeattn.arithmetic.KERNEL_SETS``.
 
+    attention : {"int8", "float32"}
+        Of a whole encoder: whether its attention layers become int8 too, or stay as they are.
+
     Returns
     -------
-    QuantizedMultiHeadAttention
+    QuantizedMultiHeadAttention, or an encoder of the same kind
 
     Raises
     ------
     TypeError, ValueError
         Naming the argument.
     """
+    if isinstance(layer, MODELS):
+        if scheme != "dynamic":
+            raise ValueError(f"scheme must be 'dynamic' for a whole encoder; got {scheme!r}")
+        if calibration is not None:
+            raise ValueError("calibration must be left out for a whole encoder: the dynamic scheme needs none")
+        return quantize_model(layer, attention, _quantize_dynamic)
     check_layer(layer, scheme)
     if scheme == "dynamic":
         return _quantize_dynamic(layer)

@@ -46,7 +46,7 @@ class TransformerEncoderLayer:
 
     Parameters
     ----------
-    attention : MultiHeadAttention
+    attention : MultiHeadAttention, or a dynamic int8 layer
         Of E features in and out.
     feed_forward : FeedForward
     norm1, norm2 : LayerNorm or RMSNorm, optional
@@ -58,8 +58,9 @@ class TransformerEncoderLayer:
     def __init__(self, attention: MultiHeadAttention, feed_forward: FeedForward,
                  norm1: LayerNorm | RMSNorm | None = None, norm2: LayerNorm | RMSNorm | None = None, *,
                  norm_first: Flag = False, window_size: Window = NO_WINDOW):
-        if not isinstance(attention, MultiHeadAttention):
-            raise TypeError(f"attention must be an edgeattn.MultiHeadAttention, got {type(attention).__name__}")
+        if not isinstance(attention, MultiHeadAttention) and getattr(attention, "scheme", None) != "dynamic":
+            raise TypeError(f"attention must be an edgeattn.MultiHeadAttention, or a dynamic int8 one, "
+                            f"got {type(attention).__name__}")
         if not isinstance(feed_forward, FeedForward):
             raise TypeError(f"feed_forward must be an edgeattn.FeedForward, got {type(feed_forward).__name__}")
         self.embed_dim = attention.embed_dim

@@ -49,7 +49,7 @@ class Linear(TokenWise):
         """(tokens, E) -> (tokens, F)."""
         return ops.linear(x, self, name)
 
-    quantized = None  # a layer whose weight is bytes has them here
+    quantized: Any = None  # a layer whose weight is bytes has them here
 
     @functools.cached_property
     def packed(self) -> Callable[[Float32s], Float32s]:

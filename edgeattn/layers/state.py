@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 _HOMES = {
+    "DynamicLinear": "layers.dynamic_linear",
+    "DynamicMultiHeadAttention": "quantized.dynamic",
     "ConstantPositionBias": "position_bias",
     "Embedding": "layers.embedding",
     "FeedForward": "layers.feed_forward",
@@ -36,6 +38,7 @@ _HOMES = {
     "TransformerEncoder": "layers.encoder",
     "TransformerEncoderLayer": "layers.encoder",
 }
+_WITH_STATE = ("DynamicMultiHeadAttention",)  # not of arguments: their own config and tensors
 
 
 _LONGEST = 1000  # characters of a text in JSON
@@ -90,6 +93,10 @@ def pack(part: Any, name: str, tensors: dict[str, Any], seen: dict[int, str] | N
     if id(part) in seen:
         return {"same": seen[id(part)]}
     seen[id(part)] = name
+    if kind in _WITH_STATE:
+        config, own = part.to_state()
+        tensors |= {f"{name}.{key}": array for key, array in own.items()}
+        return {"kind": kind, "state": config, "tensors": sorted(own)}
     return {"kind": kind, **arguments(part, f"{name}.", tensors, seen)}
 
 
@@ -122,8 +129,12 @@ def unpack(packed: Any, tensors: dict[str, Any], made: dict[str, Any] | None = N
     kind = packed["kind"]
     if not isinstance(kind, str) or kind not in _HOMES:
         raise ValueError(f"a part must be one of {', '.join(_HOMES)}, got {str(kind)[:100]!r}")
-    made[name] = getattr(importlib.import_module(f"edgeattn.{_HOMES[kind]}"), kind)(
-        **keywords(packed, tensors, made, f"{name}."))
+    home = getattr(importlib.import_module(f"edgeattn.{_HOMES[kind]}"), kind)
+    if kind in _WITH_STATE:
+        own = {key: tensors.pop(f"{name}.{key}") for key in packed["tensors"]}
+        made[name] = home.from_state(packed["state"], own)
+    else:
+        made[name] = home(**keywords(packed, tensors, made, f"{name}."))
     return made[name]
 
 

@@ -17,6 +17,8 @@ from .norm import ADDRESSES
 from .records import blank, packed, place
 from .simd import VIRTUAL_LANES
 
+COLUMNS_APART = ff.COLUMNS_APART
+
 
 class QuantizedLinear(NamedTuple):
     """A weight (outputs, inputs) as bytes: weight = codes * scale, where not said otherwise."""

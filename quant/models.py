@@ -1,0 +1,112 @@
+"""Whole encoders in dynamic int8: linear layers and feed-forwards, and attention's products where wanted."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgeattn.checks import is_one_of
+from edgeattn.executors.compiled import CompiledOps
+from edgeattn.kernels.cpu.encoder_dynamic import COLUMNS_APART
+from edgeattn.layers import FeedForward, Linear, MultiHeadAttention, TransformerEncoder, TransformerEncoderLayer
+from edgeattn.layers.dynamic_linear import DynamicLinear
+from edgeattn.models import ImageEncoder, TextEncoder
+from quant.calibrate import check_layer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from typing import Any, TypeAlias
+
+    from edgeattn.ops import Sequences
+    from edgeattn.quantized import DynamicMultiHeadAttention
+    from edgeattn.types import Float32s
+
+    Model: TypeAlias = TransformerEncoder | TextEncoder | ImageEncoder
+
+MODELS = (TransformerEncoder, TextEncoder, ImageEncoder)
+# An output whose largest weight is over so many times the median of all would cost the others their digits.
+SPLIT = 4.0
+_SEQUENCES, _TOKENS = 16, 24  # of the random input that finds the features with the largest magnitude
+
+
+def quantize_model(model: Model, attention: str, quantize_attention: Callable[[MultiHeadAttention],
+                                                                              DynamicMultiHeadAttention]) -> Model:
+    """`model` with int8 weights; activations are quantized at run time, so nothing is calibrated.
+
+    The four inputs of each feed-forward product that are largest stay float32: a few features of a residual stream,
+    always the same ones, are up to a hundred times the others, and would set every token's scale. They show in random
+    tokens as in real ones.
+    """
+    if not is_one_of(attention, ("int8", "float32")):
+        raise ValueError(f"attention must be 'int8' or 'float32'; got {attention!r}")
+    encoder = model if isinstance(model, TransformerEncoder) else model.encoder
+    largest = _largest_inputs(model, encoder)
+    made: dict[int, TransformerEncoderLayer] = {}
+    for i, layer in enumerate(encoder.layers):
+        if id(layer) in made:
+            continue
+        if isinstance(layer.feed_forward.linear1, DynamicLinear):
+            raise TypeError("model must be a float one; got one whose layers are int8 already")
+        attend: Any = layer.attention
+        if attention == "int8":
+            try:
+                check_layer(layer.attention, "dynamic")
+                attend = quantize_attention(layer.attention)
+            except ValueError as error:
+                raise ValueError(f"layers[{i}]: {error}; attention='float32' leaves attention as it is") from None
+        made[id(layer)] = TransformerEncoderLayer(
+            attend, _quantized(layer.feed_forward, largest), layer.norm1, layer.norm2, norm_first=layer.norm_first,
+            window_size=layer.window_size)
+    result = TransformerEncoder([made[id(layer)] for layer in encoder.layers], norm=encoder.norm)
+    if isinstance(model, TransformerEncoder):
+        return result
+    given = {name: getattr(model, name) for name in inspect.signature(type(model)).parameters}
+    return type(model)(**given | {"encoder": result})
+
+
+def _quantized(feed_forward: FeedForward, largest: Mapping[int, Float32s]) -> FeedForward:
+    def quantized(linear: Linear, split: float | None = None) -> DynamicLinear:
+        found = largest[id(linear)]
+        columns = np.argsort(found, kind="stable")[max(len(found) - COLUMNS_APART, 0):]
+        return DynamicLinear.quantized_from(linear, columns=columns.tolist(), split=split)
+
+    gate = feed_forward.gate
+    return FeedForward(quantized(feed_forward.linear1), quantized(feed_forward.linear2, SPLIT),
+                       activation=feed_forward.activation, gate=None if gate is None else quantized(gate))
+
+
+class _Largest(CompiledOps):
+    """Keeps the largest magnitude of each input of every linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest: dict[int, Float32s] = {}
+
+    def block(self, layer: Any, x: Float32s, sequences: Sequences, name: str) -> Float32s:
+        """Operation by operation."""
+        result: Float32s = layer.forward(self, x, sequences, name)
+        return result
+
+    def linear(self, x: Float32s, linear: Any, name: str) -> Float32s:
+        """x weight^T + bias."""
+        found = np.abs(x).max(axis=0, initial=0)
+        self.largest[id(linear)] = np.maximum(found, self.largest.get(id(linear), found))
+        return super().linear(x, linear, name)
+
+
+def _largest_inputs(model: Model, encoder: TransformerEncoder) -> dict[int, Float32s]:
+    rng, ops = np.random.default_rng(0), _Largest()
+    if isinstance(model, TextEncoder):
+        longest = model.embedding.longest
+        length = _TOKENS if longest is None else min(_TOKENS, longest)
+        ids = rng.integers(0, len(model.embedding.token_weight), (_SEQUENCES, length))
+        positions = model.embedding.positions(ids, 0)
+        with encoder.prepared(ids.shape, is_causal=model.is_causal) as sequences:
+            model.forward(ops, ids.ravel(), positions.ravel(), np.zeros(ids.size, np.int64), sequences)
+    else:
+        x = rng.standard_normal((_SEQUENCES * _TOKENS, encoder.embed_dim), np.float32)
+        with encoder.prepared((_SEQUENCES, _TOKENS)) as sequences:
+            encoder.forward(ops, x, sequences)
+    return ops.largest

@@ -1,0 +1,118 @@
+"""Whole encoders in dynamic int8: near the float model, the same bytes in every batch, saved and loaded."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+from arrays import cosine
+from arrays import numbers as random
+
+import edgeattn
+import quant
+from edgeattn.layers import Embedding, FeedForward, LayerNorm, Linear, TransformerEncoder, TransformerEncoderLayer
+from edgeattn.layers.dynamic_linear import DynamicLinear
+
+E, F, H = 32, 64, 4
+
+
+def encoder(*, norm_first=False, gate=False, **positions):
+    def linear(outputs, inputs, seed):
+        return Linear(random(outputs, inputs, seed=seed) / np.float32(inputs**0.5), random(outputs, seed=seed + 1))
+
+    def layer(i):
+        weights = [random(E, E, seed=i + j) / np.float32(E**0.5) for j in range(4)]
+        attention = edgeattn.MultiHeadAttention(H, *weights, **positions)
+        feed_forward = FeedForward(linear(F, E, i + 4), linear(E, F, i + 6), gate=linear(F, E, i + 8) if gate else None)
+        return TransformerEncoderLayer(attention, feed_forward, LayerNorm(np.ones(E)), LayerNorm(np.ones(E)),
+                                       norm_first=norm_first)
+
+    return TransformerEncoder([layer(10), layer(30)])
+
+
+@pytest.mark.parametrize("attention", ["int8", "float32"])
+@pytest.mark.parametrize("settings", [{}, {"norm_first": True}, {"gate": True}])
+def test_it_is_near_the_float_encoder(settings, attention):
+    made, x = encoder(**settings), random(3, 9, E)
+    x[..., 5] *= 40  # what residual streams have: one feature that would set every token's scale
+    result = quant.quantize(made, scheme="dynamic", attention=attention)(x)
+    assert cosine(result, made(x)) > (0.999 if attention == "float32" else 0.995)
+
+
+def test_columns_apart_are_what_keeps_it_near():
+    linear, x = Linear(random(16, E)), random(5, E)
+    x[:, 7] *= 100
+    without = DynamicLinear.quantized_from(linear)(x)
+    apart = DynamicLinear.quantized_from(linear, columns=[7])(x)
+    exact = linear(x).astype(np.float64)
+    assert np.abs(apart - exact).max() < np.abs(without - exact).max() / 10
+
+
+def test_a_second_code_is_for_outputs_with_large_weights():
+    weight = random(16, E)
+    weight[3] *= 100
+    made = DynamicLinear.quantized_from(Linear(weight), split=4)
+    assert made.low.tolist() == [3] and made.outputs == 16 and made.codes.shape == (17, E)
+    x = random(5, E)
+    whole, exact = DynamicLinear.quantized_from(Linear(weight))(x), Linear(weight)(x).astype(np.float64)
+    assert np.abs(made(x) - exact)[:, 3].max() < np.abs(whole - exact)[:, 3].max()
+
+
+def test_a_sequence_gives_the_same_bytes_in_every_batch_and_on_any_threads(one_thread_afterwards):
+    made, x = quant.quantize(encoder(), scheme="dynamic"), random(5, 13, E)
+    lengths = [13, 2, 7, 7, 1]
+    whole = made(x, lengths=lengths)
+    for threads in (1, 2, 3):
+        edgeattn.set_num_threads(threads)
+        for row, length in enumerate(lengths):
+            np.testing.assert_array_equal(made(x[row, :length]), whole[row, :length])
+        np.testing.assert_array_equal(made(x, lengths=lengths), whole)
+    assert not whole[1, 2:].any()
+
+
+def test_it_is_saved_and_copied(tmp_path):
+    made, x = quant.quantize(encoder(gate=True), scheme="dynamic"), random(2, 5, E)
+    edgeattn.save(made, tmp_path / "encoder.safetensors")
+    for other in (edgeattn.load(tmp_path / "encoder.safetensors"), copy.deepcopy(made),
+                  pickle.loads(pickle.dumps(made))):
+        np.testing.assert_array_equal(other(x), made(x))
+    part = made.layers[0].feed_forward.linear1
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(part))(x), part(x))
+
+
+def test_a_text_encoder_is_quantized_whole():
+    model = edgeattn.TextEncoder(Embedding(random(50, E), random(20, E), norm=LayerNorm(np.ones(E))), encoder())
+    made = quant.quantize(model, scheme="dynamic")
+    assert type(made) is edgeattn.TextEncoder and made.embedding is model.embedding
+    ids = [[3, 4, 5, 6, 7, 8], [9, 10]]
+    assert cosine(made(ids), model(ids)) > 0.995
+    np.testing.assert_array_equal(made(ids)[1:, :2], made([ids[1]]))
+
+
+def test_layers_that_are_shared_stay_shared():
+    one = encoder().layers[0]
+    made = quant.quantize(TransformerEncoder([one, one]), scheme="dynamic")
+    assert made.layers[0] is made.layers[1]
+
+
+@pytest.mark.parametrize(("call", "error", "words"), [
+    (lambda: quant.quantize(encoder()), ValueError, "scheme must be 'dynamic' for a whole encoder; got 'static'"),
+    (lambda: quant.quantize(encoder(), object(), scheme="dynamic"), ValueError, "calibration must be left out"),
+    (lambda: quant.quantize(encoder(), scheme="dynamic", attention="int4"), ValueError,
+     "attention must be 'int8' or 'float32'; got 'int4'"),
+    (lambda: quant.quantize(quant.quantize(encoder(), scheme="dynamic"), scheme="dynamic"), TypeError,
+     "model must be a float one"),
+    (lambda: quant.quantize(encoder(rotary=edgeattn.RotaryEmbedding(8)), scheme="dynamic"), ValueError,
+     r"layers\[0\].*rotary.*attention='float32'"),
+    (lambda: DynamicLinear(np.zeros((4, 3), np.float32), np.ones(4)), TypeError, "codes must be int8"),
+    (lambda: DynamicLinear(np.full((4, 3), -128, np.int8), np.ones(4)), ValueError, "codes must lie in"),
+    (lambda: DynamicLinear(np.zeros((4, 3), np.int8), np.zeros(4)), ValueError, "scale be positive"),
+    (lambda: DynamicLinear(np.zeros((4, 3), np.int8), np.ones(3)), ValueError, r"scale must have shape \(4,\)"),
+    (lambda: DynamicLinear(np.zeros((4, 3), np.int8), np.ones(4), columns=[3], apart=np.zeros((4, 1))), ValueError,
+     "columns must lie between 0 and 2"),
+    (lambda: DynamicLinear(np.zeros((4, 3), np.int8), np.ones(4), columns=[1]), ValueError, "columns .* with apart"),
+    (lambda: DynamicLinear(np.zeros((4, 3), np.int8), np.ones(4), low=[3]), ValueError, "low must lie between 0 and 2"),
+])
+def test_bad_input_is_refused(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
