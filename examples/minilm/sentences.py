@@ -1,69 +1,4 @@
-"""The sentences the encoder is calibrated on, and others it is judged on. None is in both lists."""
-
-CALIBRATION = (
-    "The kettle whistled just as the rain began.",
-    "Replace the air filter every six months or after heavy use.",
-    "She paid for two tickets and a cup of tea.",
-    "Why does bread rise when it is left in a warm place?",
-    "The river flooded the lower fields again this spring.",
-    "Our train to Lisbon was delayed by forty minutes.",
-    "Press and hold the power button for ten seconds.",
-    "The committee postponed the vote until next Thursday.",
-    "A violin and a cello were playing in the courtyard.",
-    "He could not remember where he had parked the car.",
-    "The new battery lasts almost twice as long as the old one.",
-    "Please send me the invoice by Friday.",
-    "Penguins huddle together to keep warm through the polar night.",
-    "The museum is closed on Mondays.",
-    "How do I reset the password of my account?",
-    "Interest rates were raised by a quarter of a percent.",
-    "The soup needs more salt and a little lemon.",
-    "Two goals in the last five minutes decided the match.",
-    "The satellite takes ninety-six minutes to circle the Earth.",
-    "My grandmother keeps bees behind the house.",
-    "The bridge was built of granite in 1874.",
-    "Add 250 grams of flour and knead the dough for ten minutes.",
-    "Nobody had expected the small company to win the contract.",
-    "The doctor advised him to sleep more and drink less coffee.",
-    "A thin layer of ice covered the pond.",
-    "The printer in room 4.12 is out of toner again.",
-    "Is it going to snow tomorrow?",
-    "The defendant was found not guilty on all counts.",
-    "Children were chasing each other around the fountain.",
-    "The sensor reports temperature and humidity once a minute.",
-    "After the war the city was rebuilt almost from nothing.",
-    "I would rather walk than wait for the bus.",
-    "The professor explained the proof a second time, more slowly.",
-    "Wheat prices fell sharply after the harvest.",
-    "This jacket is waterproof, but not very warm.",
-    "The actress thanked her director and her family.",
-    "Whales sing songs that travel for hundreds of kilometres.",
-    "Turn left at the church and follow the road downhill.",
-    "The update fixes a crash when the file name is empty.",
-    "They planted forty apple trees along the lane.",
-    "The minister refused to answer questions about the budget.",
-    "Boil the eggs for exactly seven minutes.",
-    "A stray dog followed us all the way home.",
-    "The experiment was repeated with a larger sample, and the effect disappeared.",
-    "No.",
-    "Good morning, everyone, and welcome aboard!",
-    "The library lends tools, seeds and telescopes as well as books.",
-    "His handwriting was so small that she needed a magnifying glass.",
-    "Electric motors turn more than ninety percent of the energy they draw into motion, while petrol engines "
-    "waste most of theirs as heat.",
-    "The old lighthouse keeper climbed the one hundred and twelve steps every evening, lit the lamp, wrote "
-    "the weather into his book, and watched the ships go by until his eyes grew heavy.",
-    "Which of these two cables carries the signal?",
-    "The orchestra tuned while the audience found its seats.",
-    "Water expands when it freezes, which is why the pipes burst.",
-    "The tenant must give three months' notice in writing.",
-    "Fresh snow had covered all the tracks by morning.",
-    "He sold his shares a week before the market collapsed.",
-    "The recipe calls for basil, garlic, pine nuts and olive oil.",
-    "Vaccination has made the disease rare in most countries.",
-    "Her first novel was rejected by eleven publishers.",
-    "The drone returns to its base when the battery falls below twenty percent.",
-)
+"""The sentences that the encoder is judged on."""
 
 # Two ways of saying each thing: the encoder should put the two close together, and everything else far apart.
 PARAPHRASES = (
@@ -81,7 +16,7 @@ PARAPHRASES = (
 EVALUATION = tuple(sentence for pair in PARAPHRASES for sentence in pair)
 
 # The example of the Hugging Face inference documentation, with the cosines to the first sentence that it
-# prints for this very model: a check from outside that the encoder written here is the real one.
+# prints for this very model: a check from outside that the encoder here is the real one.
 PUBLISHED_SENTENCES = (
     "That is a happy person",
     "That is a happy dog",
