@@ -125,9 +125,9 @@ def main() -> int:
                       f"{rank_correlation(similarities(exact), similarities(embeddings)):.5f}",
                       f"{paraphrase_margin(embeddings):.3f}", *(f"{milliseconds(form, n):.2f}" for n in LENGTHS))
     console.print(shown)
-    console.print("cosine: of embeddings to float32's; order: rank correlation of the similarities of all pairs; margin: how "
-                  "much closer the farthest paraphrases lie than the nearest other two sentences; mixed: attention in "
-                  "float32, the rest int8.")
+    console.print("cosine: of embeddings to float32's; order: rank correlation of all pairs by similarity; margin: "
+                  "how much closer the farthest paraphrases lie than the nearest other two sentences; mixed: attention "
+                  "in float32, the rest int8.")
     worst = min(cosines.values(), key=np.min)
     console.print(f"cosine to float32: mean {worst.mean():.5f}, minimum {worst.min():.5f}, all in int8")
     console.print(f"Done in {time.perf_counter() - started:.1f} s.")
