@@ -104,7 +104,7 @@ def test_every_intermediate_of_a_static_layer_by_its_name(monkeypatch):
     np.testing.assert_array_equal(result, q.run_int8(codes, attn_mask=keep))
     assert set(record) == {*PARTS, "output"}
     there = np.broadcast_to(keep, record["scores"].shape)
-    np.testing.assert_array_equal(record["masked_scores"], np.where(there, record["scores"], -129))
+    np.testing.assert_array_equal(record["masked_scores"], np.where(there, record["scores"].astype(np.int16), -129))
     assert (record["probabilities"][~there] == -128).all() and (record["probabilities"] > -128).any()
     monkeypatch.setattr(numpy_int8, "_SCORES_AT_ONCE", 5 * 2 * 4 * 12)  # five queries at a time, then the last two
     forward(Int8Ops(q, in_parts), q, codes, codes, codes, sequences)

@@ -9,8 +9,8 @@ from numba.extending import intrinsic
 
 from edgeattn import threads
 from edgeattn.runtime.addresses import address
+from edgeattn.runtime.arrays import array_at
 from edgeattn.runtime.jit import compiled_for, jit
-from edgeattn.runtime.worker_pool import task_queue_at
 
 from .call import entry
 from .records import named, record
@@ -38,8 +38,8 @@ def run_stages(stages, scratch, task_queue, count):
     """Run stages, records of STAGE side by side, one after the other."""
     for at in range(0, stages.size, _SIZE):
         stage = named(stages[at:], STAGE)
-        parameters = task_queue_at(stage.parameters, stage.parameters_size)
-        addresses = task_queue_at(stage.addresses, stage.addresses_size)
+        parameters = array_at(stage.parameters, stage.parameters_size, np.int64)
+        addresses = array_at(stage.addresses, stage.addresses_size, np.int64)
         if stage.shared != 0:
             call_kernel(stage.code, parameters, addresses, scratch, task_queue, count)
         else:
