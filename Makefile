@@ -35,7 +35,7 @@ endef
 setup_files = setup.cfg pyproject.toml tools/environment.py tools/find-python.sh
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-long test-fence test-mutations test-arm64 test-arm64-short test-cortex-m test-cuda test-cuda-offline fuzz lint examples example-minilm example-self-vs-multihead bench bench-cuda bench-peers bench-start clean distclean
+.PHONY: help run test test-long test-fence test-mutations test-arm64 test-arm64-short test-cortex-m test-cuda test-cuda-offline fuzz lint examples example-minilm example-self-vs-multihead bench bench-cuda bench-models bench-peers bench-start clean distclean
 
 help: ## this list
 	@echo "edgeattn: attention for small computers. Targets:"
@@ -96,6 +96,9 @@ bench: $(ready) ## how fast, on this machine
 
 bench-cuda: $(ready_cuda) ## ... on a GPU, beside torch (its CUDA build)
 	@$(python) -m benchmarks.cuda $(ARGS)
+
+bench-models: $(ready_peers) ## whole encoders beside torch, onnxruntime
+	@$(python) -m benchmarks.models $(ARGS)
 
 bench-peers: $(ready_peers) ## ... beside other runtimes (large downloads)
 	@$(python) -m benchmarks --peers $(ARGS)
