@@ -44,6 +44,16 @@ def caches():
             layer(random_input(0, 1, 1, 32), kv_cache=edgeattn.KVCache.for_layer(layer, 1, 1, dtype=dtype))
 
 
+def encoders():
+    x = random_input(0, 1, 3, 32)
+    parts = edgeattn.Linear(np.ones((8, 32))), edgeattn.Linear(np.ones((32, 8)))
+    norms = edgeattn.LayerNorm(np.ones(32)), edgeattn.LayerNorm(np.ones(32))
+    layer = edgeattn.TransformerEncoderLayer(random_layer(), edgeattn.FeedForward(*parts), *norms, norm_first=True)
+    made = edgeattn.TransformerEncoder([layer])
+    for each in (made, quant.quantize(made, scheme="dynamic", attention="float32")):
+        each(x)
+
+
 def function(**options):
     edgeattn.scaled_dot_product_attention(*np.ones((3, 1, 1, 9, 8), np.float32), **options)
 
@@ -60,6 +70,7 @@ CALLS = {
     **{f"static layer, {name}": lambda name=name: static_layer(name) for name in KERNEL_SETS},
     "dynamic layer": dynamic_layer,
     "caches": caches,
+    "encoders": encoders,
     "float32 function": function,
     "int8 function": lambda: function(precision="int8"),
 }

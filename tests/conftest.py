@@ -74,6 +74,7 @@ def pytest_sessionstart(session):
     """Before the processes of a whole suite start, compile what all of them would."""
     if begins_a_whole_suite(session.config):
         began = time.monotonic()
+        print("compiling the kernels that many tests call: some minutes the first time", flush=True)
         subprocess.run([sys.executable, TESTS / "compile_first.py", *["--host"] * session.config.option.numpy], check=True,
                        env={**os.environ, "PYTHONPATH": str(ROOT)})
         print(f"kernels that many tests call: {time.monotonic() - began:.0f} s")
