@@ -183,7 +183,7 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention, Positions):
     @property
     def fused_kernel(self) -> Any:
         """The kernel that is the whole layer, as of ``MultiHeadAttention``; None where there is none."""
-        return self._kernel if self._fusible and self.output_dim else None
+        return self._kernel if self._fusible else None
 
     def forward(self, ops: Ops[T], query: T, key: T, value: T, sequences: Sequences, name: str = "") -> T:
         """Rows of queries (tokens, E), keys and values -> (tokens, Eo)."""
