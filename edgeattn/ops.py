@@ -5,8 +5,8 @@ other. An executor is what gives these operations their meaning: `executors/nump
 keep every intermediate, `executors/compiled.py` with our kernels; others record stages, quantize, or write a file.
 
 Between operations there are rows, one per token, whatever sequences the tokens belong to: (tokens, features), or
-(B, L, features) where all are equally long. Only `attention` and `pool` ask which rows are a sequence. So a batch without padding costs what its tokens cost, and a
-token's result cannot depend on what else is in the batch.
+(B, L, features) where all are equally long. Only `attention` and `pool` ask which rows are a sequence. So a batch
+without padding costs what its tokens cost, and a token's result cannot depend on what else is in the batch.
 
 A name is a path such as "layers.0.feed_forward.linear1", the same in every call of a model: what an operation's result
 is known by, to whoever records, calibrates, quantizes or exports it.

@@ -1,4 +1,4 @@
-"""One call of a layer: its arguments checked once, in the form that every backend reads."""
+"""One call of a float or dynamic layer: its arguments checked once; and checks that other layers share."""
 
 from __future__ import annotations
 
