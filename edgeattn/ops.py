@@ -4,9 +4,9 @@ A layer is written once, as `forward(ops, x, ..., name)`: a handful of lines tha
 other. An executor is what gives these operations their meaning: `executors/numpy.py` computes them with NumPy and can
 keep every intermediate, `executors/compiled.py` with our kernels; others record stages, quantize, or write a file.
 
-Between operations there are rows, one per token, whatever sequences the tokens belong to: (tokens, features). Only
-`attention` and `pool` ask which rows are a sequence. So a batch without padding costs what its tokens cost, and a
-token's result cannot depend on what else is in the batch.
+Between operations there are rows, one per token, whatever sequences the tokens belong to: (tokens, features), or
+(B, L, features) where all are equally long. Only `attention` and `pool` ask which rows are a sequence. So a batch
+without padding costs what its tokens cost, and a token's result cannot depend on what else is in the batch.
 
 A name is a path such as "layers.0.feed_forward.linear1", the same in every call of a model: what an operation's result
 is known by, to whoever records, calibrates, quantizes or exports it.
@@ -138,5 +138,10 @@ class Ops(Protocol[T]):
         raise _lacks(self, "dequantize")
 
 
-def _lacks(ops: object, operation: str) -> ValueError:
-    return ValueError(f"layer must do without the operation {operation}, which {type(ops).__name__} does not have")
+class LacksOperationError(ValueError):
+    """An executor does not have an operation that a layer is written with."""
+
+
+def _lacks(ops: object, operation: str) -> LacksOperationError:
+    return LacksOperationError(
+        f"layer must do without the operation {operation}, which {type(ops).__name__} does not have")

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import Any, TypeAlias
 
-    from edgeattn.ops import Sequences
     from edgeattn.quantized import DynamicMultiHeadAttention
     from edgeattn.types import Float32s
 
@@ -81,13 +80,8 @@ class _Largest(CompiledOps):
     """Keeps the largest magnitude of each input of every linear layer."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__({}, ())  # a record, of no tensor, has blocks computed operation by operation
         self.largest: dict[int, Float32s] = {}
-
-    def block(self, layer: Any, x: Float32s, sequences: Sequences, name: str) -> Float32s:
-        """Operation by operation."""
-        result: Float32s = layer.forward(self, x, sequences, name)
-        return result
 
     def linear(self, x: Float32s, linear: Any, name: str) -> Float32s:
         """x weight^T + bias."""

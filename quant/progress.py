@@ -1,10 +1,17 @@
 """A progress bar on a terminal, nothing elsewhere."""
 
+from __future__ import annotations
+
 import sys
-from collections.abc import Iterable
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+T = TypeVar("T")
 
 
-def track(items: Iterable, description: str):
+def track(items: Iterable[T], description: str) -> Iterable[T]:
     """Iterate over ``items`` under a progress bar on standard error, if that is a terminal and rich is installed."""
     if not sys.stderr.isatty():
         return items

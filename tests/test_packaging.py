@@ -295,6 +295,15 @@ def test_kernels_import_no_public_layer():
     assert offenders(forbidden, scope="edgeattn.kernels.cpu edgeattn.kernels.cuda") == []
 
 
+def test_the_order_of_imports_names_every_module(setup_cfg):
+    """`make lint` holds it; a module that it does not name would import whatever it likes."""
+    named = re.findall(r"\(([\w.]+)\)", setup_cfg["importlinter:contract:layers"]["layers"])
+    modules = [".".join(path.relative_to(ROOT / "edgeattn").with_suffix("").parts)
+               for path in (ROOT / "edgeattn").rglob("*.py") if path.name not in ("__init__.py", "__main__.py")]
+    assert len(modules) > 100 and len(named) == len(set(named))
+    assert [module for module in modules if not within(module, *named)] == []
+
+
 # -- make ------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,8 @@ import numpy as np
 
 from edgeattn.executors.compiled import CompiledOps
 from edgeattn.kernels.cpu import encoder_dynamic, encoder_float32
-from edgeattn.ops import Ops
+from edgeattn.kernels.cpu.activation import ACTIVATIONS
+from edgeattn.ops import LacksOperationError, Ops
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,7 +33,11 @@ def stages_of(layer: Any) -> list[Stage] | None:
     None where a pattern is not one of ours: then the operations are run one by one.
     """
     x = _Operation("input")
-    return _stages(layer.forward(_Recorder(), x, None, ""), x)
+    try:
+        result = layer.forward(_Recorder(), x, None, "")
+    except LacksOperationError:
+        return None
+    return _stages(result, x)
 
 
 class _Operation(NamedTuple):
@@ -106,9 +111,19 @@ def _read_by(branch: _Operation, make: object) -> _Operation | None:
     if active.kind != "activation" or active.inputs[0].kind != "linear":
         return None
     linear1 = active.inputs[0] if inner.kind == "activation" else linear1
-    linears = [branch.made_with, active.inputs[0].made_with, linear1.made_with]
-    same = linear1.kind == "linear" and linear1.inputs[0] is active.inputs[0].inputs[0]
-    return linear1.inputs[0] if same and len({type(linear) for linear in linears}) == 1 else None
+    gate = active.inputs[0]
+    same = linear1.kind == "linear" and linear1.inputs[0] is gate.inputs[0] and active.made_with in ACTIVATIONS
+    return linear1.inputs[0] if same and _go_together(linear1.made_with, gate.made_with, branch.made_with) else None
+
+
+def _go_together(linear1: Any, gate: Any, linear2: Any) -> bool:
+    """Whether a feed-forward kernel reads these weights: all float, or bytes as `encoder_dynamic.FeedForward` says."""
+    if len({type(linear) for linear in (linear1, gate, linear2)}) > 1:
+        return False
+    if linear1.quantized is None:
+        return True
+    first, second = linear1.quantized, gate.quantized
+    return not len(first.low) and not len(second.low) and np.array_equal(first.columns, second.columns)
 
 
 def _attention(branch: _Operation, first: _Operation | None, last: _Operation | None) -> Stage:

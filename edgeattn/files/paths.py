@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+    from typing import IO, Any
 
 try:
     import fcntl
 except ImportError:  # Windows: nothing is locked, and nothing removed
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
@@ -117,7 +118,7 @@ def _remove_leftover(left: Path, place: Path | None) -> None:
                 left.unlink()
 
 
-def _lock(file, *, wait: bool = False) -> bool:
+def _lock(file: IO[Any], *, wait: bool = False) -> bool:
     """Take the lock of an open file, which closing it gives back; False where another has it, or there are no locks."""
     if fcntl is None:
         return False

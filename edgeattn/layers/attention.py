@@ -41,7 +41,8 @@ def forward(ops: Ops[T], layer: Any, query: T, key: T, value: T, sequences: Sequ
 def run(layer: Any, call: Call) -> Floats | tuple[Floats, Floats]:
     """The result of `call`, operation by operation: for what the fused kernel of a float or dynamic layer does not do.
 
-    That is probabilities, softcap, added keys, gates, positions, caches, and empty axes.
+    That is probabilities, softcap, added keys, gates, positions, caches but for one token without masks
+    (`fast_path.attend_next`), and empty axes.
     """
     record: dict[str, Any] = {}
     ops = CompiledOps(record, {"probabilities"} if call.need_weights else ())

@@ -1,4 +1,4 @@
-"""One call of a layer: its arguments checked once, in the form that every backend reads."""
+"""One call of a float or dynamic layer: its arguments checked once; and checks that other layers share."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def causal_band(is_causal: Flag, length: int) -> _Span | None:
     return (-2 * length, 0) if is_causal else None
 
 
-def is_read_as_it_is(layer: LayerSizes, x: object, dtype: np.dtype[Any]) -> bool:
+def is_self_attention_input(layer: LayerSizes, x: object, dtype: np.dtype[Any]) -> bool:
     """Whether x is an array (B, L, E) or (L, E) that a kernel of `layer` reads as queries, keys and values."""
     return (type(x) is np.ndarray and x.dtype is dtype and 2 <= x.ndim <= 3 and x.flags.carray and x.size > 0
             and x.shape[-1] == layer.embed_dim == layer.kdim == layer.vdim)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, overload
 
 from edgeattn.device import place
 from edgeattn.kernels.cpu.layer_float32 import FloatLayer
-from edgeattn.layers import attention, steps
+from edgeattn.layers import attention, fast_path
 from edgeattn.layers.call import check_call, check_inputs
 from edgeattn.layers.linear import Linear
 from edgeattn.layers.positions import refuse_positions
@@ -165,7 +165,7 @@ class MultiHeadAttention(AttentionWeights):
         signature = None
         if (need_weights is False and average_attn_weights is False and type(softcap) is float and not softcap
                 and self._fusible):
-            result, signature = steps.attend_again(
+            result, signature = fast_path.attend_again(
                 self, query, key, value, out, kv_cache, attn_mask, key_padding_mask, is_causal, causal_alignment,
                 window_size, alibi_slopes)
             if result is not None:
@@ -177,7 +177,7 @@ class MultiHeadAttention(AttentionWeights):
         fused = self._fusible and not (call.need_weights or call.softcap or kv_cache is not None)
         if not (fused and call.query.size and call.key.size and call.value.size):
             return attention.run(self, call)
-        return steps.attend_fused(self, call, signature, attn_mask, key_padding_mask)
+        return fast_path.attend_fused(self, call, signature, attn_mask, key_padding_mask)
 
     @overload
     def to(self, device: Literal["cpu"], *, precision: Literal["float32"] = "float32") -> Self: ...

@@ -13,7 +13,7 @@ from edgeattn.device import place
 from edgeattn.functional import default_scale
 from edgeattn.kernels.cpu.layer_dynamic import DynamicLayer
 from edgeattn.kernels.cpu.linear_dynamic import DynamicLinear
-from edgeattn.layers import attention, steps
+from edgeattn.layers import attention, fast_path
 from edgeattn.layers.call import check_call
 from edgeattn.layers.positions import Positions
 from edgeattn.layers.weights import KEY_TENSORS, added_keys, added_keys_state
@@ -155,7 +155,7 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention, Positions):
         signature = None
         if (need_weights is False and average_attn_weights is False and type(softcap) is float and not softcap
                 and self._fusible):
-            result, signature = steps.attend_again(
+            result, signature = fast_path.attend_again(
                 self, query, key, value, out, kv_cache, attn_mask, key_padding_mask, is_causal, causal_alignment,
                 window_size, alibi_slopes)
             if result is not None:
@@ -167,7 +167,7 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention, Positions):
         fused = self._fusible and not (call.need_weights or call.softcap or kv_cache is not None)
         if not (fused and call.query.size and call.key.size and call.value.size):
             return attention.run(self, call)
-        return steps.attend_fused(self, call, signature, attn_mask, key_padding_mask)
+        return fast_path.attend_fused(self, call, signature, attn_mask, key_padding_mask)
 
     @overload
     def to(self, device: Literal["cpu"]) -> Self: ...
@@ -183,7 +183,7 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention, Positions):
     @property
     def fused_kernel(self) -> Any:
         """The kernel that is the whole layer, as of ``MultiHeadAttention``; None where there is none."""
-        return self._kernel if self._fusible and self.output_dim else None
+        return self._kernel if self._fusible else None
 
     def forward(self, ops: Ops[T], query: T, key: T, value: T, sequences: Sequences, name: str = "") -> T:
         """Rows of queries (tokens, E), keys and values -> (tokens, Eo)."""

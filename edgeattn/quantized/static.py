@@ -33,7 +33,7 @@ from edgeattn.layers.attention import forward
 from edgeattn.layers.call import (
     check_cache,
     is_next,
-    is_read_as_it_is,
+    is_self_attention_input,
     is_unmasked,
     is_written_as_it_is,
     output_buffer,
@@ -550,7 +550,8 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         if (key is None and value is None and need_weights is False and self.lut_index is None
                 and self.sources == (0, 0, 0) and self.output_dim
                 and (attn_mask is None or type(attn_mask) is np.ndarray and attn_mask.dtype == np.bool_)
-                and is_read_as_it_is(self, query, _INT8) and is_written_as_it_is(out, query, self.output_dim, _INT8)):
+                and is_self_attention_input(self, query, _INT8)
+                and is_written_as_it_is(out, query, self.output_dim, _INT8)):
             # what small layers are called with, again and again: self-attention
             masks = (attn_mask, key_padding_mask, is_causal, causal_alignment, window_size, None)
             x = query if query.ndim == 3 else query[None]

@@ -142,7 +142,7 @@ def inline(function):
 def task(function):
     """Compile `function` as a part of the kernels that use it, but not into them: a job, called by its address.
 
-    It can make no array, and counts no references to those it is given: the caller of `share` has them.
+    It can make no array, and counts no references to those it is given: the caller of `parallel_for` has them.
     """
     return _part(function)
 

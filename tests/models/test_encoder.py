@@ -11,7 +11,7 @@ import reference_encoder as oracle
 from safetensors.numpy import save_file
 
 import edgeattn
-from edgeattn import TransformerEncoder
+from edgeattn import TransformerEncoder, TransformerEncoderLayer
 from edgeattn.executors.numpy import NumpyOps
 from edgeattn.kernels.cpu import encoder_float32
 
@@ -191,6 +191,20 @@ def test_every_executor_gives_the_same():
     for name in ("layers.0.attention.output", "layers.0.sum1", "layers.0.norm1", "layers.1.feed_forward.linear1",
                  "layers.1.feed_forward.activation", "layers.1.norm2"):
         assert record[name].shape[0] == 10, name
+
+
+class _PooledLayer(TransformerEncoderLayer):
+    """With an operation that stages do not have: each token is the first, and only one, of its sequence."""
+
+    def forward(self, ops, x, sequences, name=""):
+        return ops.pool(super().forward(ops, x, sequences, name), [1] * 14, "cls", name + "pooled")
+
+
+def test_a_layer_with_another_operation_is_computed_operation_by_operation():
+    made, x = encoder(), tokens(2, 7)
+    layers = [_PooledLayer(layer.attention, layer.feed_forward, layer.norm1, layer.norm2) for layer in made.layers]
+    assert layers[0].stages is None and made.layers[0].stages is not None
+    np.testing.assert_allclose(TransformerEncoder(layers, norm=made.norm)(x), expected(x), **CLOSE)
 
 
 def test_copies_files_and_pickles_are_equal(tmp_path):

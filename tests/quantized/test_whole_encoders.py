@@ -70,6 +70,21 @@ def test_a_sequence_gives_the_same_bytes_in_every_batch_and_on_any_threads(one_t
     assert not whole[1, 2:].any()
 
 
+@pytest.mark.parametrize("settings", [
+    {"linear1": {"split": 4}}, {"gate": {"split": 4}}, {"gate": {"columns": [3]}}, {"linear1": {"columns": [5]}}])
+def test_weights_that_no_feed_forward_kernel_reads_are_computed_operation_by_operation(settings):
+    layer = encoder(gate=True).layers[0]
+    for name in ("linear1", "gate"):
+        getattr(layer.feed_forward, name).weight.setflags(write=True)
+        getattr(layer.feed_forward, name).weight[3] *= 20  # an output to split
+    made = {name: DynamicLinear.quantized_from(getattr(layer.feed_forward, name), **settings.get(name, {}))
+            for name in ("linear1", "linear2", "gate")}
+    other = TransformerEncoderLayer(layer.attention, FeedForward(**made), layer.norm1, layer.norm2)
+    x = random(3, 9, E)
+    assert other.stages is None
+    assert cosine(TransformerEncoder([other])(x), TransformerEncoder([layer])(x)) > 0.999
+
+
 def test_it_is_saved_and_copied(tmp_path):
     made, x = quant.quantize(encoder(gate=True), scheme="dynamic"), random(2, 5, E)
     edgeattn.save(made, tmp_path / "encoder.safetensors")

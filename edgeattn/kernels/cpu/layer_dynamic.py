@@ -71,8 +71,8 @@ def plan(p, B, L, S, masked):
     return shared, private
 
 
-def pad_heads(array, heads, size, padded):
-    """(heads * size, ...) -> (heads * padded, ...) with zeros between."""
+def widen_heads(array, heads, size, padded):
+    """(heads * size, ...) -> (heads * padded, ...), zeros between: `matmul.pad_heads` without those after."""
     out = np.zeros((heads, padded) + array.shape[1:], array.dtype)
     out[:, :size] = array.reshape((heads, size) + array.shape[1:])
     return out.reshape((heads * padded,) + array.shape[1:])
@@ -83,7 +83,7 @@ def pack_heads(codes, heads, size):
     together = f.heads_together(size)
     groups = -(-heads // together)
     codes = np.concatenate((codes, np.zeros(((groups * together - heads) * size, codes.shape[1]), np.int8)))
-    codes = pad_heads(codes, groups, together * size, round_up(together * size, ROW_STEP))
+    codes = widen_heads(codes, groups, together * size, round_up(together * size, ROW_STEP))
     return pack_byte_rows(join_depth(codes))
 
 
@@ -120,7 +120,7 @@ class DynamicLayer:
                 ("v", v, v_bias, Hkv, Dv, Dvp, 1.0)):
             bias = np.zeros(heads * size, np.float32) if bias is None else bias
             factors, bias = ((a.astype(np.float64) * fold).astype(np.float32) for a in (factors, bias))
-            codes, factors, bias = (pad_heads(a, heads, size, wide) for a in (codes, factors, bias))
+            codes, factors, bias = (widen_heads(a, heads, size, wide) for a in (codes, factors, bias))
             put_linear(letter, pack_heads(codes, heads, wide), codes, LANE_SHIFT, factors, bias)
         Eo = H * Dv
         if o is not None:

@@ -110,7 +110,7 @@ class FloatLayer:
         self._plans = PlanCache()
 
     def prepare(self, xq, xk, xv, keep=None, bias=None, band=None, alibi=None):
-        """The `PreparedCall` for inputs and masks of such shapes."""
+        """The `PreparedCall` for inputs and masks of such shapes; arguments as for `DynamicLayer.prepare`."""
         key = (*xq.shape[:2], xk.shape[1], shape_of(keep), shape_of(bias), band, shape_of(alibi))
         return self._plans.get(key) or self._plans.keep(key, self._plan(*key))
 

@@ -1,4 +1,4 @@
-"""The short ways of small calls that a float or dynamic layer is called with again and again."""
+"""The fast paths of a float or dynamic layer: by its fused kernel, by what a call before it found, by one token."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgeattn.checks import FLOAT32, to_float32, write_result
-from edgeattn.layers.call import is_next, is_read_as_it_is, is_unmasked, is_written_as_it_is
+from edgeattn.layers.call import is_next, is_self_attention_input, is_unmasked, is_written_as_it_is
 from edgeattn.prepared import call_signature
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def attend_again(layer: _Layer, query: Any, key: Any, value: Any, out: Any, kv_c
     masks: attn_mask, key_padding_mask, is_causal, causal_alignment, window_size, alibi_slopes.
     """
     if kv_cache is not None:
-        if (key is None and value is None and is_unmasked(*masks) and is_read_as_it_is(layer, query, FLOAT32)
+        if (key is None and value is None and is_unmasked(*masks) and is_self_attention_input(layer, query, FLOAT32)
                 and is_written_as_it_is(out, query, layer.output_dim, FLOAT32)):
             x = query if query.ndim == 3 else query[None]
             if is_next(layer, x, kv_cache):
