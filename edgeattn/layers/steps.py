@@ -70,13 +70,13 @@ def attend_next(layer: _Layer, x: Float32s, cache: KVCache) -> Float32s:
     k = linears["key"].packed(x).reshape(batch, layer.num_kv_heads, 1, layer.head_dim)
     v = linears["value"].packed(x).reshape(batch, layer.num_kv_heads, 1, layer.value_dim)
     q = linears["query"].packed(x).reshape(batch, layer.num_heads, 1, layer.head_dim)
-    cache._check_finite(k, v)
-    if not cache._length:
-        cache._store_without(layer.k_bias)
+    cache.check_finite(k, v)
+    if not cache.length:
+        cache.store_without_bias(layer.k_bias)
     context = np.empty((batch, layer.num_heads, 1, layer.value_dim), np.float32)
-    with cache._chunk():
-        cache._append(k, v)
-        cache._attend_last(q, layer.scale, 0.0, context)
+    with cache.transaction():
+        cache.append_heads(k, v)
+        cache.attend_last(q, layer.scale, 0.0, context)
     result = context.reshape(batch, -1)
     if "output" in linears:
         result = linears["output"].packed(result)
