@@ -42,7 +42,7 @@ def attend_again(layer: _Layer, query: Any, key: Any, value: Any, out: Any, kv_c
     if value is None:
         value = key
     signature = call_signature(query, key, value, *masks)
-    prepared = layer._prepared.find(signature, out)
+    prepared = layer.prepared_calls.find(signature, out)
     if prepared is None:
         return None, signature
     return prepared(query, key, value, out, masks[0], masks[1]), signature
@@ -55,11 +55,11 @@ def attend_fused(layer: _Layer, call: Call, signature: tuple[Any, ...] | None, a
     k = q if call.key is call.query else to_float32(call.key)
     v = k if call.value is call.key else to_float32(call.value)
     keep, bias, band, alibi = call.mask.for_kernels()
-    kernel = layer._kernel.prepare(q, k, v, keep, bias, band, alibi)
+    kernel = layer.fused_kernel.prepare(q, k, v, keep, bias, band, alibi)
     result = np.empty((*q.shape[:2], layer.output_dim), np.float32)
     kernel(q, k, v, result, keep, bias, alibi)
-    layer._prepared.learn(signature, (*call.lead, *call.mask.shape[1:]), kernel, (*call.lead, *result.shape[1:]),
-                          call.mask, attn_mask, key_padding_mask)
+    layer.prepared_calls.learn(signature, (*call.lead, *call.mask.shape[1:]), kernel, (*call.lead, *result.shape[1:]),
+                               call.mask, attn_mask, key_padding_mask)
     return call.write_result(result)
 
 

@@ -635,6 +635,11 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
             raise ValueError("kv_cache needs a layer without a mask of its own, which is for one length; pass masks to "
                              "each call")
 
+    @property
+    def fused_kernel(self) -> StaticLayer:
+        """The kernel that is the whole layer: (q, k, v, out, keep, band, lut_index, score_luts, cached)."""
+        return self._kernel
+
     def _run_fused(self, query: Codes, key: Codes, value: Codes, mask: Mask, result: Codes) -> None:
         keep, _, band, _ = mask.for_kernels()
         lut_index = self.lut_index
