@@ -36,7 +36,7 @@ def call_overhead(problem: Problem) -> dict[str, float]:
     found = {}
     for name, (layer, module, call) in layers.items():
         call()
-        plans = [plan.parameters for plan in layer._kernel._plans.values()]
+        plans = [plan.parameters for plan in layer.fused_kernel._plans.values()]
         at = module.LAYER.names.index("batch")
         batches = [parameters[at] for parameters in plans]
         for parameters in plans:

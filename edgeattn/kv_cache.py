@@ -222,10 +222,10 @@ class KVCache:
         key, value = float_array("key", key), float_array("value", value)
         tokens = self._check_tokens(key, value)
         self._check_room(tokens)
-        self._check_finite(key, value)
+        self.check_finite(key, value)
         if tokens:
-            with self._chunk():
-                self._append(to_float32(key), to_float32(value))
+            with self.transaction():
+                self.append_heads(to_float32(key), to_float32(value))
 
     def _check_tokens(self, key: Floats, value: Floats) -> int:
         """The number of tokens in key and value, whose shapes must be as `append` takes them."""
@@ -239,14 +239,6 @@ class KVCache:
                     f"got key {key.shape}, value {value.shape}"
                 )
         return tokens
-
-    def _check_finite(self, key: Floats, value: Floats) -> None:
-        """Raise if key or value, float arrays, hold what codes by `scales` cannot keep."""
-        if self.scales is None:
-            return
-        for name, array in (("key", key), ("value", value)):
-            if not np.isfinite(array).all():
-                raise ValueError(f"{name} must be finite for a cache with fixed scales, whose codes have no NaN")
 
     def truncate(self, length: SupportsIndex) -> None:
         """Forget the tokens at position `length` and after, as if they had not been appended.
@@ -301,7 +293,7 @@ class KVCache:
         key : (B, Hkv, length - start, D) float32 array
         value : (B, Hkv, length - start, Dv) float32 array
         """
-        keys, values, key_scales, value_scales = self._views()
+        keys, values, key_scales, value_scales = self.views()
         if key_scales is None or value_scales is None:
             return keys.copy(), values.copy()
         with np.errstate(invalid="ignore"):
@@ -386,7 +378,7 @@ class KVCache:
             scale = default_scale(self.head_dim) if ordinary else number("scale", scale)
             if ordinary or float32.is_ordinary(scale, 0.0):
                 result = np.empty((*query.shape[:3], self.value_dim), np.float32)
-                self._attend_last(query, scale, 0.0, result)
+                self.attend_last(query, scale, 0.0, result)
                 return result
         query = float_array("query", query)
         return_weights = flag("return_weights", return_weights)
@@ -398,7 +390,7 @@ class KVCache:
             attn_mask,
             key_padding_mask,
             is_causal=is_causal,
-            window_size=self._narrow(window_size),
+            window_size=self.within_window(window_size),
             alibi_slopes=alibi_slopes,
             position=position,
         )
@@ -407,7 +399,7 @@ class KVCache:
         check_out(out, shape, dtype)
         result = np.empty(shape, np.float32)
         weights = np.zeros(mask.shape, np.float32) if return_weights else None
-        self._attend(to_float32(query), mask, scale, softcap, result, weights)
+        self.attend_heads(to_float32(query), mask, scale, softcap, result, weights)
         result = write_result(result, out, dtype)
         return result if weights is None else (result, write_result(weights, None, dtype))
 
@@ -418,20 +410,6 @@ class KVCache:
         batch, heads, queries, size = query.shape
         return (queries == 1 and batch == self.batch and size == self.head_dim and heads > 0
                 and heads % self.num_kv_heads == 0 and self._length > 0)
-
-    def _attend_last(self, query: Float32s, scale: float, softcap: float, out: Float32s) -> None:
-        """`_attend` of one query that stands at the last token and sees all of the cache's window."""
-        first, last = self._last_seen()
-        key_scales = value_scales = None
-        if self._key_scales is not None and self._value_scales is not None:
-            key_scales, value_scales = self._key_scales[:, :, first:last], self._value_scales[:, :, first:last]
-        decode(query[:, :, 0], self._keys[:, :, first:last], self._values[:, :, first:last], out[:, :, 0], scale,
-               softcap, k_scale=key_scales, v_scale=value_scales)
-
-    def _last_seen(self) -> _Span:
-        """(first, last) of the slots that a query at the last token sees."""
-        last = self._first + self._length - self._start
-        return (self._first if self.window is None else max(self._first, last - self.window)), last
 
     def _check_query(self, query: Floats, position: SupportsIndex | None) -> tuple[int, int, int]:
         """(heads, queries, position) of a query of `attend`, the position found where it is None."""
@@ -461,22 +439,8 @@ class KVCache:
         scales = (self._key_scales, self._value_scales) if self.scales is None else ()
         return [array for array in (self._keys, self._values, *scales) if array is not None]
 
-    def _views(self) -> tuple[NDArray[Any], NDArray[Any], Float32s | None, Float32s | None]:
-        """Keys, values, key scales and value scales of the tokens held, in place; None for no scales."""
-        slots = slice(self._first, self._first + self._length - self._start)
-        key_scales, value_scales = self._key_scales, self._value_scales
-        return (self._keys[:, :, slots], self._values[:, :, slots],
-                None if key_scales is None else key_scales[:, :, slots],
-                None if value_scales is None else value_scales[:, :, slots])
-
-    def _room(self) -> int:
-        """The largest chunk that can come next."""
-        if self.window is None:
-            return self.capacity - self._length
-        return self.capacity - min(self._length - self._start, self.window - 1)
-
     def _check_room(self, tokens: int) -> None:
-        if tokens <= self._room():
+        if tokens <= self.room():
             return
         if self.window is None:
             raise ValueError(
@@ -485,10 +449,18 @@ class KVCache:
             )
         raise ValueError(
             f"a chunk of {tokens} tokens needs a capacity of window - 1 + {tokens} = {self.window - 1 + tokens}, "
-            f"got {self.capacity}; append at most {self._room()} tokens at a time"
+            f"got {self.capacity}; append at most {self.room()} tokens at a time"
         )
 
-    def _pieces(self, queries: int, tokens: int, right: int) -> list[tuple[_Span, _Span]]:
+    # -- what layers and executors call --------------------------------------------------------------------------------
+
+    def room(self) -> int:
+        """The largest chunk that can come next."""
+        if self.window is None:
+            return self.capacity - self._length
+        return self.capacity - min(self._length - self._start, self.window - 1)
+
+    def pieces(self, queries: int, tokens: int, right: int) -> list[tuple[_Span, _Span]]:
         """How a chunk is taken in: (first, last) query and (first, last) token of each piece; raises without room.
 
         Where queries see no later key, `right` = 0, a chunk too long for the window comes in pieces that fit.
@@ -502,7 +474,7 @@ class KVCache:
         ends = [(begin, min(begin + piece, tokens)) for begin in range(0, tokens, piece)]
         return [(end, end) for end in ends]
 
-    def _narrow(self, window_size: Window) -> Window:
+    def within_window(self, window_size: Window) -> Window:
         """`window_size` within the cache's own window; what is no window is left to `resolve_mask`."""
         if self.window is None:
             return window_size
@@ -512,7 +484,15 @@ class KVCache:
             return window_size
         return (self.window - 1 if left == -1 else min(left, self.window - 1)), right
 
-    def _store_without(self, key_bias: Float32s | None) -> None:
+    def check_finite(self, key: Floats, value: Floats) -> None:
+        """Raise if key or value, float arrays, hold what codes by `scales` cannot keep."""
+        if self.scales is None:
+            return
+        for name, array in (("key", key), ("value", value)):
+            if not np.isfinite(array).all():
+                raise ValueError(f"{name} must be finite for a cache with fixed scales, whose codes have no NaN")
+
+    def store_without_bias(self, key_bias: Float32s | None) -> None:
         """Keep the bias (Hkv * D,) of all keys that will come, or None, out of an int8 cache that holds no token yet.
 
         It adds the same to all scores of a query, unless a softcap or keys without it come between: `held` adds it
@@ -522,9 +502,18 @@ class KVCache:
             shape = (1, self.num_kv_heads, 1, self.head_dim)
             self._key_offset = None if key_bias is None else key_bias.reshape(shape)
 
-    def _append(self, key: NDArray[Any], value: NDArray[Any]) -> None:
+    def transaction(self) -> _Transaction:
+        """For `with`, while a chunk is taken in: an exception leaves the length as it was before.
+
+        A signal's handler may raise anywhere: no token is counted and not written, nor one whose result nobody got.
+        Only where the window has dropped older tokens for the first pieces of a long chunk, these pieces stay; and
+        nothing does where it comes while tokens are moved to make room.
+        """
+        return _Transaction(self)
+
+    def append_heads(self, key: NDArray[Any], value: NDArray[Any]) -> None:
         """Store float32 (B, Hkv, n, D) and (B, Hkv, n, Dv), for which there is room; or their codes, by `scales`."""
-        slots = self._take_slots(key.shape[2])
+        slots = self.take_slots(key.shape[2])
         if self.dtype == "float32" or key.dtype == np.int8:
             self._keys[:, :, slots], self._values[:, :, slots] = key, value
             return
@@ -537,16 +526,7 @@ class KVCache:
             quantize_into(key, self._keys[:, :, slots], self._key_scales[:, :, slots])
             quantize_into(value, self._values[:, :, slots], self._value_scales[:, :, slots])
 
-    def _chunk(self) -> _Chunk:
-        """For `with`, while a chunk is taken in: an exception leaves the length as it was before.
-
-        A signal's handler may raise anywhere: no token is counted and not written, nor one whose result nobody got.
-        Only where the window has dropped older tokens for the first pieces of a long chunk, these pieces stay; and
-        nothing does where it comes while tokens are moved to make room.
-        """
-        return _Chunk(self)
-
-    def _take_slots(self, tokens: int) -> slice:
+    def take_slots(self, tokens: int) -> slice:
         """The slots of so many new tokens, for which there is room: held from now on, and to be written."""
         held = self._length - self._start
         if self._first + held + tokens > self.capacity:
@@ -561,8 +541,36 @@ class KVCache:
         self._length += tokens
         return slice(self._first + held, self._first + held + tokens)
 
-    def _attend(self, query: Float32s, mask: Mask, scale: float, softcap: float, out: Float32s,
-                weights: Float32s | None = None, added: tuple[Float32s, Float32s] | None = None) -> None:
+    @property
+    def key_slots(self) -> NDArray[Any]:
+        """All slots of keys, (B, Hkv, capacity, D), in place."""
+        return self._keys
+
+    @property
+    def value_slots(self) -> NDArray[Any]:
+        """All slots of values, (B, Hkv, capacity, Dv), in place."""
+        return self._values
+
+    @property
+    def first_slot(self) -> int:
+        """The slot of token `start`; tokens lie side by side, in order."""
+        return self._first
+
+    def views(self) -> tuple[NDArray[Any], NDArray[Any], Float32s | None, Float32s | None]:
+        """Keys, values, key scales and value scales of the tokens held, in place; None for no scales."""
+        slots = slice(self._first, self._first + self._length - self._start)
+        key_scales, value_scales = self._key_scales, self._value_scales
+        return (self._keys[:, :, slots], self._values[:, :, slots],
+                None if key_scales is None else key_scales[:, :, slots],
+                None if value_scales is None else value_scales[:, :, slots])
+
+    def visible_range(self) -> _Span:
+        """(first, last) of the slots that a query at the last token sees."""
+        last = self._first + self._length - self._start
+        return (self._first if self.window is None else max(self._first, last - self.window)), last
+
+    def attend_heads(self, query: Float32s, mask: Mask, scale: float, softcap: float, out: Float32s,
+                     weights: Float32s | None = None, added: tuple[Float32s, Float32s] | None = None) -> None:
         """`attend` without checks: query (B, H, L, D), out (B, H, L, Dv), weights (B, H, L, S) or None, float32.
 
         mask : Mask of all positions, the offset the same for the whole batch. Within a window, `weights` must be
@@ -571,7 +579,7 @@ class KVCache:
         """
         queries = query.shape[2]
         part = mask.part((0, queries), (self._start, self._length))
-        keys, values, key_scales, value_scales = self._views()
+        keys, values, key_scales, value_scales = self.views()
         scores_alone = (part.keep is None and part.bias is None and part.slopes is None
                         and not (softcap and self._key_offset is not None))
         if (weights is not None or added or not out.size or (key_scales is not None and not scores_alone)
@@ -595,8 +603,17 @@ class KVCache:
             for run in _runs(*_visible(part)):
                 _decode(query, (keys, values, key_scales, value_scales), out, scale, softcap, run)
 
+    def attend_last(self, query: Float32s, scale: float, softcap: float, out: Float32s) -> None:
+        """`attend_heads` of one query that stands at the last token and sees all of the cache's window."""
+        first, last = self.visible_range()
+        key_scales = value_scales = None
+        if self._key_scales is not None and self._value_scales is not None:
+            key_scales, value_scales = self._key_scales[:, :, first:last], self._value_scales[:, :, first:last]
+        decode(query[:, :, 0], self._keys[:, :, first:last], self._values[:, :, first:last], out[:, :, 0], scale,
+               softcap, k_scale=key_scales, v_scale=value_scales)
 
-class _Chunk:
+
+class _Transaction:
     def __init__(self, cache: KVCache):
         self._cache, self._before = cache, cache._length
 

@@ -140,7 +140,7 @@ def make_layer(rng, heads, E, D, Dv, Eo, zero_points, rules, softmax):
 
 def run_cached(layer, xq, xk, xv, out, **masks):
     """The call of a StaticLayer, with keys and values that come in two halves by way of a cache, from slot 2 on."""
-    p = layer._parameters
+    p = layer.parameters
     H, D, Dv = p.heads, p.head_size, p.value_size
     (B, S), half = xk.shape[:2], xk.shape[1] // 2
     keys, values = (np.full((B, H, S + 3, size), 99, np.int8) for size in (D, Dv))

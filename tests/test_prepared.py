@@ -123,5 +123,5 @@ def test_ever_new_lengths_do_not_fill_memory():
     layer = make("float32")
     for length in range(1, 200):
         layer(np.ones((1, length, E), np.float32))
-    assert 0 < len(layer._prepared) <= 64
-    assert 0 < len(layer._kernel._plans) <= 64
+    assert 0 < len(layer.prepared_calls) <= 64
+    assert 0 < len(layer.fused_kernel._plans) <= 64

@@ -53,7 +53,7 @@ class CompiledOps(NumpyOps):
         if sequences.cache is None:
             _attend_once(layer, mask, sequences.softcap, q, k, v, added, context, weights)
         else:
-            with sequences.cache._chunk():
+            with sequences.cache.transaction():
                 _attend_cached(layer, mask, sequences, sequences.cache, q, k, v, added, context, weights)
         return context
 
@@ -69,13 +69,13 @@ def _attend_once(layer: Any, mask: Mask, softcap: float, q: Float32s, k: Float32
 def _attend_cached(layer: Any, mask: Mask, sequences: Sequences, cache: KVCache, q: Float32s, k: Float32s,
                    v: Float32s, added: _Pair | None, context: Float32s, weights: Float32s | None) -> None:
     """Append this chunk's keys and values to the cache, and attend to what it holds."""
-    cache._check_finite(k, v)
-    cache._store_without(None if layer.positioned else layer.k_bias)
+    cache.check_finite(k, v)
+    cache.store_without_bias(None if layer.positioned else layer.k_bias)
     for rows, tokens in sequences.pieces:
-        cache._append(k[:, :, slice(*tokens)], v[:, :, slice(*tokens)])
+        cache.append_heads(k[:, :, slice(*tokens)], v[:, :, slice(*tokens)])
         part = mask.part(rows, (0, cache.length))
         some = np.empty((*part.shape[:3], layer.value_dim), np.float32)
         some_weights = None if weights is None else weights[:, :, slice(*rows)]
-        cache._attend(
+        cache.attend_heads(
             to_float32(q[:, :, slice(*rows)]), part, layer.scale, sequences.softcap, some, some_weights, added)
         context[:, :, slice(*rows)] = some

@@ -130,8 +130,8 @@ def _parts(k: Codes, v: Codes, shape: Shape, sequences: Sequences
     cache, (batch, heads, queries, keys) = sequences.cache, shape
     for rows, tokens in sequences.pieces if cache is not None else [((0, queries), (0, keys))]:
         if cache is not None:
-            cache._append(k[:, :, slice(*tokens)], v[:, :, slice(*tokens)])
-            k_seen, v_seen, _, _ = cache._views()
+            cache.append_heads(k[:, :, slice(*tokens)], v[:, :, slice(*tokens)])
+            k_seen, v_seen, _, _ = cache.views()
             tokens = cache.start, cache.length
         else:
             k_seen, v_seen = k, v

@@ -121,8 +121,8 @@ def resolve_call_mask(shape: Shape, cache: KVCache | None, *, causal_alignment: 
         raise ValueError(f"query must have the cache's batch, B = {cache.batch}, got {(*lead, queries)} tokens")
     before = cache.length
     mask = resolve_mask(
-        (*lead, heads, queries, before + keys), position=before, window_size=cache._narrow(window_size), **masks)
-    return mask, cache._pieces(queries, keys, mask.right)
+        (*lead, heads, queries, before + keys), position=before, window_size=cache.within_window(window_size), **masks)
+    return mask, cache.pieces(queries, keys, mask.right)
 
 
 def causal_band(is_causal: Flag, length: int) -> _Span | None:
@@ -191,7 +191,7 @@ def is_next(layer: LayerSizes, query: NDArray[Any], cache: KVCache) -> bool:
     """Whether `query` (B, L, E) is one token per batch entry that `cache` has room for: nothing is to be raised."""
     return (query.shape[1] == 1 and type(cache) is KVCache and cache.batch == query.shape[0]
             and cache.num_kv_heads == layer.num_kv_heads and cache.head_dim == layer.head_dim
-            and cache.value_dim == layer.value_dim and cache._room() > 0)
+            and cache.value_dim == layer.value_dim and cache.room() > 0)
 
 
 def check_inputs(layer: _Layer, query: ArrayLike, key: ArrayLike | None, value: ArrayLike | None

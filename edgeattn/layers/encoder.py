@@ -283,7 +283,7 @@ class TransformerEncoder(Stored):
         sequences = [seen(*pair) for pair in zip(self.layers, caches, strict=True)]
         with contextlib.ExitStack() as chunks:
             for cache in kv_cache or ():
-                chunks.enter_context(cache._chunk())
+                chunks.enter_context(cache.transaction())
             yield sequences
 
     def call_with_torch_masks(self, x: ArrayLike, *, attn_mask: ArrayLike | None = None,

@@ -42,7 +42,7 @@ def attend_again(layer: _Layer, query: Any, key: Any, value: Any, out: Any, kv_c
     if value is None:
         value = key
     signature = call_signature(query, key, value, *masks)
-    prepared = layer._prepared.find(signature, out)
+    prepared = layer.prepared_calls.find(signature, out)
     if prepared is None:
         return None, signature
     return prepared(query, key, value, out, masks[0], masks[1]), signature
@@ -55,11 +55,11 @@ def attend_fused(layer: _Layer, call: Call, signature: tuple[Any, ...] | None, a
     k = q if call.key is call.query else to_float32(call.key)
     v = k if call.value is call.key else to_float32(call.value)
     keep, bias, band, alibi = call.mask.for_kernels()
-    kernel = layer._kernel.prepare(q, k, v, keep, bias, band, alibi)
+    kernel = layer.fused_kernel.prepare(q, k, v, keep, bias, band, alibi)
     result = np.empty((*q.shape[:2], layer.output_dim), np.float32)
     kernel(q, k, v, result, keep, bias, alibi)
-    layer._prepared.learn(signature, (*call.lead, *call.mask.shape[1:]), kernel, (*call.lead, *result.shape[1:]),
-                          call.mask, attn_mask, key_padding_mask)
+    layer.prepared_calls.learn(signature, (*call.lead, *call.mask.shape[1:]), kernel, (*call.lead, *result.shape[1:]),
+                               call.mask, attn_mask, key_padding_mask)
     return call.write_result(result)
 
 
@@ -70,13 +70,13 @@ def attend_next(layer: _Layer, x: Float32s, cache: KVCache) -> Float32s:
     k = linears["key"].packed(x).reshape(batch, layer.num_kv_heads, 1, layer.head_dim)
     v = linears["value"].packed(x).reshape(batch, layer.num_kv_heads, 1, layer.value_dim)
     q = linears["query"].packed(x).reshape(batch, layer.num_heads, 1, layer.head_dim)
-    cache._check_finite(k, v)
-    if not cache._length:
-        cache._store_without(layer.k_bias)
+    cache.check_finite(k, v)
+    if not cache.length:
+        cache.store_without_bias(layer.k_bias)
     context = np.empty((batch, layer.num_heads, 1, layer.value_dim), np.float32)
-    with cache._chunk():
-        cache._append(k, v)
-        cache._attend_last(q, layer.scale, 0.0, context)
+    with cache.transaction():
+        cache.append_heads(k, v)
+        cache.attend_last(q, layer.scale, 0.0, context)
     result = context.reshape(batch, -1)
     if "output" in linears:
         result = linears["output"].packed(result)

@@ -222,7 +222,8 @@ class MultiHeadAttention(AttentionWeights):
         return self._kernel if self._fusible else None
 
     @functools.cached_property
-    def _prepared(self) -> PreparedCalls:
+    def prepared_calls(self) -> PreparedCalls:
+        """What the checks of calls found, for the next like these."""
         return PreparedCalls()
 
     @functools.cached_property

@@ -106,7 +106,7 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention, Positions):
         self.gated = "gate" in self.weights
         self.k_bias = self.biases.get("key")
         self._fusible = bool(self.output_dim) and not (self.extra_keys or self.gated)
-        self._prepared = PreparedCalls()
+        self.prepared_calls = PreparedCalls()
         fused = (*INPUTS, "output")
         self._kernel = DynamicLayer(
             H, Hkv, *(*map(pair, fused), *(self.biases.get(name) for name in fused), self.scale))

@@ -563,11 +563,11 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
             if (kv_cache is not None and is_unmasked(*masks) and is_next(self, x, kv_cache)
                     and kv_cache.scales == self.cache_scales):
                 result = output_buffer(out, (*query.shape[:-1], self.output_dim), _INT8, x)
-                with kv_cache._chunk():
-                    kv_cache._take_slots(1)
-                    first, last = kv_cache._last_seen()
+                with kv_cache.transaction():
+                    kv_cache.take_slots(1)
+                    first, last = kv_cache.visible_range()
                     self._kernel(x, x, x, result, score_luts=self.score_luts,
-                                 cached=(kv_cache._keys, kv_cache._values, first, last - first))
+                                 cached=(kv_cache.key_slots, kv_cache.value_slots, first, last - first))
                 return write_result(result, out, _INT8)
         need_weights = flag("need_weights", need_weights)
         query, key, value = self._check_codes(query, key, value)
@@ -585,11 +585,11 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         result = np.empty((B, L, self.output_dim), np.int8)
         record: dict[str, Codes] = {}
         if need_weights:
-            with contextlib.nullcontext() if kv_cache is None else kv_cache._chunk():
+            with contextlib.nullcontext() if kv_cache is None else kv_cache.transaction():
                 result = forward(Int8Ops(self, record, {"probabilities"}), self, query, key, value,
                                  Sequences([mask], cache=kv_cache, pieces=pieces))
         elif kv_cache is not None:
-            with kv_cache._chunk():
+            with kv_cache.transaction():
                 self._run_cached(query, key, value, mask, kv_cache, pieces, result)
         elif result.size:
             self._run_fused(query, key, value, mask, result)
@@ -636,6 +636,11 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
             raise ValueError("kv_cache needs a layer without a mask of its own, which is for one length; pass masks to "
                              "each call")
 
+    @property
+    def fused_kernel(self) -> StaticLayer:
+        """The kernel that is the whole layer: (q, k, v, out, keep, band, lut_index, score_luts, cached)."""
+        return self._kernel
+
     def _run_fused(self, query: Codes, key: Codes, value: Codes, mask: Mask, result: Codes) -> None:
         keep, _, band, _ = mask.for_kernels()
         lut_index = self.lut_index
@@ -652,14 +657,14 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
             xk = np.ascontiguousarray(key[:, slice(*tokens)])
             xv = xk if value is key else np.ascontiguousarray(value[:, slice(*tokens)])
             xq = xk if query is key and rows == tokens else np.ascontiguousarray(query[:, slice(*rows)])
-            cache._take_slots(tokens[1] - tokens[0])
+            cache.take_slots(tokens[1] - tokens[0])
             keep, _, band, _ = mask.part(rows, (cache.start, cache.length)).for_kernels()
             held = cache.length - cache.start
             if held == 0:  # one key that is not there
                 held, keep, band = 1, np.zeros((1, 1, 1, 1), np.bool_), None
             some = np.empty((*xq.shape[:2], self.output_dim), np.int8)
             self._kernel(xq, xk, xv, some, keep, band, None, self.score_luts,
-                         (cache._keys, cache._values, cache._first, held))
+                         (cache.key_slots, cache.value_slots, cache.first_slot, held))
             result[:, slice(*rows)] = some
 
 

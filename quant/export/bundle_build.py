@@ -20,8 +20,8 @@ from quant.export.targets import target_of
 def entry_of(layer):
     """(scratch_bytes, run) of a layer."""
     if isinstance(layer, StaticMultiHeadAttention):
-        return static_entry(layer._kernel, layer.score_luts, layer.lut_index)
-    return float_entry(layer._kernel, not isinstance(layer, MultiHeadAttention))
+        return static_entry(layer.fused_kernel, layer.score_luts, layer.lut_index)
+    return float_entry(layer.fused_kernel, not isinstance(layer, MultiHeadAttention))
 
 
 @global_compiler_lock

@@ -118,7 +118,7 @@ def float_entry(kernel, dynamic):
     else:
         f, plan, layer, unit = fused, layer_float32.plan, task(fused.layer_float32.py_func), np.float32
     weights = constant("weights", kernel.weights)
-    parameters = local_copy("parameters", packed(kernel._parameters, f.LAYER))
+    parameters = local_copy("parameters", packed(kernel.parameters, f.LAYER))
     addresses = local_copy("addresses", np.zeros(len(f.LAYER_ADDRESSES), np.int64))
 
     def scratch_bytes(B, L, S, masked):
@@ -159,7 +159,7 @@ def static_entry(kernel, score_luts, lut_index):
     f, plan, layer = fused_int8, layer_int8.plan, task(fused_int8.layer_int8.py_func)
     softmax_rule, project_rule, score_rule, context_rule = kernel.rules
     softmax, weights = constant("softmax", kernel.table), constant("weights", kernel.weights)
-    parameters = local_copy("parameters", packed(kernel._parameters, f.LAYER))
+    parameters = local_copy("parameters", packed(kernel.parameters, f.LAYER))
     addresses = local_copy("addresses", np.zeros(len(f.ADDRESSES), np.int64))
     has_luts, has_index, empty = score_luts is not None, lut_index is not None, np.zeros(0, np.uint8)
     score_luts = constant("score_luts", score_luts.reshape(-1) if has_luts else empty.view(np.int8))

@@ -102,8 +102,8 @@ class CacheOnCuda(KVCache):
             where = dict(stream=call.stream, like=call.like)
             shape = (self.batch, heads, queries, self._length)
             masks = device_masks(shape, call.view, attn_mask, key_padding_mask, is_causal=is_causal,
-                                 window_size=self._narrow(window_size), alibi_slopes=alibi_slopes, position=position,
-                                 join=functools.partial(both, **where))
+                                 window_size=self.within_window(window_size), alibi_slopes=alibi_slopes,
+                                 position=position, join=functools.partial(both, **where))
             float32 = np.dtype(np.float32)
             result, taken = result_array(call, out, (*q.shape[:3], self.value_dim), float32, (q, *arrays_read(masks)))
             weights, to = result_array(call, None, shape, float32, ()) if return_weights else (None, None)
@@ -120,14 +120,6 @@ class CacheOnCuda(KVCache):
             if array.stream != call.stream:
                 call.after(array.stream)
                 array.stream = call.stream
-
-    def within_window(self, window_size):
-        """`window_size` of a call within the cache's own."""
-        return self._narrow(window_size)
-
-    def pieces(self, queries, tokens, right):
-        """How a chunk of a call is taken in: (first, last) query and (first, last) token of each piece."""
-        return self._pieces(queries, tokens, right)
 
     # -- for kernels ---------------------------------------------------------------------------------------------------
 

@@ -136,7 +136,7 @@ class DynamicLayer:
             put_linear("o", pack_byte_panels(spread), spread, OFFSET, factors, bias)
         self.weights, self.factors = weights.packed(), reals.packed()
         self._fixed = address(self.factors), address(self.weights)
-        self._parameters = blank(
+        self.parameters = blank(
             f.LAYER, query_width=q[0].shape[1], key_width=k[0].shape[1], value_width=v[0].shape[1], out_width=Eo,
             heads=H, kv_heads=Hkv, head_size=D, value_size=Dv, padded_head=Dp, padded_value=Dvp,
             has_out=o is not None, **weights.at, **reals.at)
@@ -149,7 +149,7 @@ class DynamicLayer:
         return self._plans.get(key) or self._plans.keep(key, self._plan(*key))
 
     def _plan(self, B, L, S, same_qk, same_kv, keep=None, bias=None, band=None, alibi=None):
-        p = SimpleNamespace(**vars(self._parameters) | mask_fields(keep, bias, band, alibi))
+        p = SimpleNamespace(**vars(self.parameters) | mask_fields(keep, bias, band, alibi))
         p.same_qk, p.same_kv = same_qk, same_kv
         shared, private = plan(p, B, L, S, keep is not None or bias is not None or alibi is not None)
         H, Hkv, Dp, Dvp = p.heads, p.kv_heads, p.padded_head, p.padded_value

@@ -102,7 +102,7 @@ class FloatLayer:
             Eo = H * Dv
         self.weights = weights.packed()
         self._address = address(self.weights)
-        self._parameters = blank(
+        self.parameters = blank(
             f.LAYER, query_width=q_weight.shape[1], key_width=k_weight.shape[1], value_width=v_weight.shape[1],
             out_width=Eo, heads=H, kv_heads=Hkv, head_size=D, value_size=Dv, padded_head=Dp, padded_value=Dvp,
             has_out=out_weight is not None, **weights.at)
@@ -115,7 +115,7 @@ class FloatLayer:
         return self._plans.get(key) or self._plans.keep(key, self._plan(*key))
 
     def _plan(self, B, L, S, keep=None, bias=None, band=None, alibi=None):
-        p = SimpleNamespace(**vars(self._parameters) | mask_fields(keep, bias, band, alibi))
+        p = SimpleNamespace(**vars(self.parameters) | mask_fields(keep, bias, band, alibi))
         shared, private = plan(p, B, L, S, keep is not None or bias is not None or alibi is not None)
         H, Hkv, Dp, Dvp = p.heads, p.kv_heads, p.padded_head, p.padded_value
         Eq, Ek, Ev, Eo = p.query_width, p.key_width, p.value_width, p.out_width

@@ -125,7 +125,7 @@ class StaticLayer:
         compute, softmax_rule = SOFTMAX[softmax]
         self.rules = (compute, *(RULES[name] for name in (project_rule, score_rule, context_rule)))
         self._fixed = address(self.weights), address(self.table)
-        self._parameters = blank(
+        self.parameters = blank(
             f.LAYER, query_width=linears["query"][0].shape[1], key_width=linears["key"][0].shape[1],
             value_width=linears["value"][0].shape[1], out_width=Eo, heads=H, head_size=D, value_size=Dv, padded_head=Dp,
             padded_value=Dvp, has_out="output" in linears, softmax_rule=softmax_rule, zq=zero_points["query"],
@@ -140,7 +140,7 @@ class StaticLayer:
         tokens : keys that are projected; same_kv : whether keys and values have the same input; cached : whether the
         other keys come from a cache
         """
-        p = SimpleNamespace(**vars(self._parameters) | mask_fields(keep, lut_index, band, other_name="index"))
+        p = SimpleNamespace(**vars(self.parameters) | mask_fields(keep, lut_index, band, other_name="index"))
         p.same_kv = same_kv
         shared, private = plan(p, B, L, S)
         if cached:

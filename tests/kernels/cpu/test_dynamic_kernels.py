@@ -110,7 +110,7 @@ def test_one_large_key_does_not_move_all_others():
 
 
 def test_scratch_of_a_large_layer_stays_below_a_mebibyte():
-    kernel = quant.quantize(make(np.random.default_rng(13), 12, 12, 32, 32, 384), scheme="dynamic")._kernel
+    kernel = quant.quantize(make(np.random.default_rng(13), 12, 12, 32, 32, 384), scheme="dynamic").fused_kernel
     for masked in (False, True):
         call, longer = (kernel._plan(1, n, n, True, True, (n,) if masked else None) for n in (512, 4096))
         assert 4 * (call.shared + call.private) < 2**20

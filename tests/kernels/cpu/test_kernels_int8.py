@@ -90,7 +90,7 @@ def test_scratch_grows_with_the_keys_and_knows_no_queries():
 
     def sizes(L, S):
         """Bytes for all threads together, and for each."""
-        return 4 * np.array(plan(copy.copy(layer._parameters), 1, L, S))
+        return 4 * np.array(plan(copy.copy(layer.parameters), 1, L, S))
 
     assert sizes(512, 512).sum() < 2**20
     for S in (64, 512, 4096):
