@@ -13,6 +13,7 @@ from edgeattn.kernels.cpu.encoder_dynamic import COLUMNS_APART
 from edgeattn.layers import FeedForward, Linear, MultiHeadAttention, TransformerEncoder, TransformerEncoderLayer
 from edgeattn.layers.dynamic_linear import DynamicLinear
 from edgeattn.models import ImageEncoder, TextEncoder
+from edgeattn.position_bias import ConstantPositionBias
 from quant.calibrate import check_layer
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ def quantize_model(model: Model, attention: str, quantize_attention: Callable[[M
     if not is_one_of(attention, ("int8", "float32")):
         raise ValueError(f"attention must be 'int8' or 'float32'; got {attention!r}")
     encoder = model if isinstance(model, TransformerEncoder) else model.encoder
-    largest = _largest_inputs(model, encoder)
+    with np.errstate(over="ignore", invalid="ignore"):  # of huge weights
+        largest = _largest_inputs(model, encoder)
     made: dict[int, TransformerEncoderLayer] = {}
     for i, layer in enumerate(encoder.layers):
         if id(layer) in made:
@@ -49,6 +51,10 @@ def quantize_model(model: Model, attention: str, quantize_attention: Callable[[M
         if isinstance(layer.feed_forward.linear1, DynamicLinear):
             raise TypeError("model must be a float one; got one whose layers are int8 already")
         attend: Any = layer.attention
+        try:
+            feed_forward = _quantized(layer.feed_forward, largest)
+        except ValueError as error:
+            raise ValueError(f"layers[{i}].feed_forward: {error}") from None
         if attention == "int8":
             try:
                 check_layer(layer.attention, "dynamic")
@@ -56,7 +62,7 @@ def quantize_model(model: Model, attention: str, quantize_attention: Callable[[M
             except ValueError as error:
                 raise ValueError(f"layers[{i}]: {error}; attention='float32' leaves attention as it is") from None
         made[id(layer)] = TransformerEncoderLayer(
-            attend, _quantized(layer.feed_forward, largest), layer.norm1, layer.norm2, norm_first=layer.norm_first,
+            attend, feed_forward, layer.norm1, layer.norm2, norm_first=layer.norm_first,
             window_size=layer.window_size)
     result = TransformerEncoder([made[id(layer)] for layer in encoder.layers], norm=encoder.norm)
     if isinstance(model, TransformerEncoder):
@@ -66,14 +72,19 @@ def quantize_model(model: Model, attention: str, quantize_attention: Callable[[M
 
 
 def _quantized(feed_forward: FeedForward, largest: Mapping[int, Float32s]) -> FeedForward:
-    def quantized(linear: Linear, split: float | None = None) -> DynamicLinear:
-        found = largest[id(linear)]
-        columns = np.argsort(found, kind="stable")[max(len(found) - COLUMNS_APART, 0):]
+    linear1, linear2, gate = feed_forward.linear1, feed_forward.linear2, feed_forward.gate
+    if not linear1.outputs:
+        return feed_forward
+    of_hidden, of_input = largest[id(linear2)], largest[id(linear1)]
+    if gate is not None:  # both read the same, and a linear layer may stand in several feed-forwards
+        of_input = np.maximum(of_input, largest[id(gate)])
+
+    def quantized(linear: Linear, magnitudes: Float32s, split: float | None = None) -> DynamicLinear:
+        columns = np.argsort(magnitudes, kind="stable")[max(len(magnitudes) - COLUMNS_APART, 0):]
         return DynamicLinear.quantized_from(linear, columns=columns.tolist(), split=split)
 
-    gate = feed_forward.gate
-    return FeedForward(quantized(feed_forward.linear1), quantized(feed_forward.linear2, SPLIT),
-                       activation=feed_forward.activation, gate=None if gate is None else quantized(gate))
+    return FeedForward(quantized(linear1, of_input), quantized(linear2, of_hidden, SPLIT),
+                       activation=feed_forward.activation, gate=None if gate is None else quantized(gate, of_input))
 
 
 class _Largest(CompiledOps):
@@ -91,16 +102,19 @@ class _Largest(CompiledOps):
 
 
 def _largest_inputs(model: Model, encoder: TransformerEncoder) -> dict[int, Float32s]:
-    rng, ops = np.random.default_rng(0), _Largest()
+    rng, ops, length = np.random.default_rng(0), _Largest(), _TOKENS
+    for layer in encoder.layers:
+        bias = getattr(layer.attention, "position_bias", None)
+        if isinstance(bias, ConstantPositionBias):
+            length = min(length, *bias.array.shape[1:])
     if isinstance(model, TextEncoder):
-        longest = model.embedding.longest
-        length = _TOKENS if longest is None else min(_TOKENS, longest)
+        length = min(length, model.embedding.longest or length)
         ids = rng.integers(0, len(model.embedding.token_weight), (_SEQUENCES, length))
         positions = model.embedding.positions(ids, 0)
         with encoder.prepared(ids.shape, is_causal=model.is_causal) as sequences:
             model.forward(ops, ids.ravel(), positions.ravel(), np.zeros(ids.size, np.int64), sequences)
     else:
-        x = rng.standard_normal((_SEQUENCES * _TOKENS, encoder.embed_dim), np.float32)
-        with encoder.prepared((_SEQUENCES, _TOKENS)) as sequences:
+        x = rng.standard_normal((_SEQUENCES * length, encoder.embed_dim), np.float32)
+        with encoder.prepared((_SEQUENCES, length)) as sequences:
             encoder.forward(ops, x, sequences)
     return ops.largest

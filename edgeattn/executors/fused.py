@@ -118,7 +118,7 @@ def _read_by(branch: _Operation, make: object) -> _Operation | None:
 
 def _go_together(linear1: Any, gate: Any, linear2: Any) -> bool:
     """Whether a feed-forward kernel reads these weights: all float, or bytes as `encoder_dynamic.FeedForward` says."""
-    if len({type(linear) for linear in (linear1, gate, linear2)}) > 1:
+    if len({type(linear) for linear in (linear1, gate, linear2)}) > 1 or not linear1.outputs:
         return False
     if linear1.quantized is None:
         return True

@@ -80,6 +80,9 @@ class DynamicLinear(Linear):
         split : float, optional
             Outputs whose largest weight is over `split` times the median get a second code for each weight.
         """
+        for name, array in (("weight", linear.weight), ("bias", linear.bias)):
+            if array is not None and not np.isfinite(array).all():
+                raise ValueError(f"linear must have a finite {name}, got NaN or infinity")
         made = encoder_dynamic.quantize_linear(linear.weight, columns=columns, split=split)
         some = {"low": made.low} if len(made.low) else {}
         some |= {"columns": made.columns, "apart": made.apart} if len(made.columns) else {}

@@ -110,7 +110,50 @@ def test_layers_that_are_shared_stay_shared():
     assert made.layers[0] is made.layers[1]
 
 
+def block(feed_forward):
+    part = encoder().layers[0]
+    return TransformerEncoderLayer(part.attention, feed_forward, part.norm1, part.norm2)
+
+
+def test_a_linear_layer_may_stand_in_feed_forwards_with_different_gates():
+    one, two = Linear(random(F, E)), Linear(random(E, F))
+    gates = [Linear(random(F, E, seed=i) * 2) for i in (1, 2)]
+    made = TransformerEncoder([block(FeedForward(one, two, gate=gate)) for gate in gates])
+    int8, x = quant.quantize(made, scheme="dynamic"), random(2, 5, E)
+    assert cosine(int8(x), made(x)) > 0.99 and all(layer.stages is not None for layer in int8.layers)
+
+
+def test_a_feed_forward_without_hidden_features_adds_nothing():
+    made = TransformerEncoder([block(FeedForward(Linear(np.zeros((0, E))), Linear(np.zeros((E, 0)))))])
+    x, part = random(300, E), made.layers[0]
+    encoder()(random(300, E, seed=1))  # leaves numbers in the scratch
+    np.testing.assert_allclose(made(x), part.norm2(part.norm1(x + part.attention(x))), atol=1e-5)
+    assert np.isfinite(quant.quantize(made, scheme="dynamic")(x)).all()
+
+
+@pytest.mark.parametrize("places", [4, 30])
+def test_a_position_bias_may_be_short(places):
+    made = encoder(position_bias=random(H, places, places))
+    assert quant.quantize(made, scheme="dynamic", attention="float32")(random(1, 4, E)).shape == (1, 4, E)
+
+
+@pytest.mark.parametrize("scale", [0, 1e-43, 1e-30, 1e18, 1e30])
+def test_weights_of_any_size(scale):
+    feed_forward = FeedForward(Linear(random(F, E)), Linear(random(E, F) * np.float32(scale)))
+    made = quant.quantize(TransformerEncoder([block(feed_forward)]), scheme="dynamic")
+    assert np.isfinite(made(random(2, 3, E))).all()
+
+
+def unlike(name):
+    arrays = {"weight": random(F, E), "bias": random(F)}
+    arrays[name].flat[7] = np.nan
+    return TransformerEncoder([block(FeedForward(Linear(**arrays), Linear(random(E, F))))])
+
+
 @pytest.mark.parametrize(("call", "error", "words"), [
+    (lambda: quant.quantize(unlike("weight"), scheme="dynamic"), ValueError,
+     r"layers\[0\].feed_forward: linear must have a finite weight"),
+    (lambda: quant.quantize(unlike("bias"), scheme="dynamic"), ValueError, "linear must have a finite bias"),
     (lambda: quant.quantize(encoder()), ValueError, "scheme must be 'dynamic' for a whole encoder; got 'static'"),
     (lambda: quant.quantize(encoder(), object(), scheme="dynamic"), ValueError, "calibration must be left out"),
     (lambda: quant.quantize(encoder(), scheme="dynamic", attention="int4"), ValueError,

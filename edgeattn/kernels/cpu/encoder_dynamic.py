@@ -10,7 +10,7 @@ from .activation import ACTIVATIONS
 from .byte_products import pack_byte_panels
 from .call import PreparedCall
 from .encoder_float32 import Stage, norm_kind, pack, pack_norm, padded
-from .layer_dynamic import quantize_weight
+from .layer_dynamic import SMALLEST_WEIGHT, quantize_weight
 from .linear_dynamic import join_depth
 from .matmul import round_up
 from .norm import ADDRESSES
@@ -51,7 +51,7 @@ def quantize_linear(weight, *, columns=(), split=None):
     low = np.zeros(0, np.int64)
     if split is not None:
         largest = np.abs(rest).max(1, initial=0)
-        low = np.flatnonzero(largest > split * np.median(largest))
+        low = np.flatnonzero(largest > max(split * np.median(largest), SMALLEST_WEIGHT))
         fine = (largest[low] / np.float32(127 * 127)).astype(np.float32)
         steps = np.rint(rest[low] / fine[:, None]).astype(np.int64)
         codes[low] = np.rint(steps / 127).astype(np.int8)

@@ -20,11 +20,13 @@ from .packing import Packer
 from .records import blank, mask_fields, packed, place
 from .simd import LANES, OFFSET, WIDTH
 
+SMALLEST_WEIGHT = np.float32(2.0**-100)  # a row of smaller ones is a row of zeros: float32 ends not far below
+
 
 def quantize_weight(weight):
     """(int8 codes, float32 scale per row) of a float32 weight (out, in): symmetric, within +-127."""
     largest = np.abs(weight).max(axis=1, initial=0).astype(np.float32)
-    scale = np.where(largest > 0, largest / np.float32(127), np.float32(1)).astype(np.float32)
+    scale = np.where(largest > SMALLEST_WEIGHT, largest / np.float32(127), np.float32(1)).astype(np.float32)
     return np.clip(np.rint(weight / scale[:, None]), -127, 127).astype(np.int8), scale
 
 
