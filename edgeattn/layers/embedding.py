@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -127,7 +128,7 @@ class PatchEmbedding:
         """Pixels (B, C, height, width) -> (B * (first tokens + patches), C * patch height * patch width)."""
         windows: Float32s = sliding_window_view(pixels, self.patch_size, axis=(2, 3))  # type: ignore[call-overload]
         windows = windows[:, :, :: self.stride[0], :: self.stride[1]].transpose(0, 2, 3, 1, 4, 5)
-        flat = windows.reshape(len(pixels), -1, self.projection.inputs)
+        flat = windows.reshape(len(pixels), math.prod(windows.shape[1:3]), self.projection.inputs)
         rows = np.zeros((len(pixels), self.first_tokens + flat.shape[1], flat.shape[2]), np.float32)
         rows[:, self.first_tokens :] = flat
         return rows.reshape(-1, flat.shape[2])

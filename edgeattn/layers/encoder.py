@@ -6,6 +6,7 @@ import contextlib
 import functools
 import itertools
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -24,7 +25,7 @@ from edgeattn.masks import NO_WINDOW, resolve_mask, torch_masks, window_bounds
 from edgeattn.ops import Sequences
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from typing import Any, SupportsIndex
 
     from numpy.typing import ArrayLike, NDArray
@@ -124,6 +125,9 @@ class TransformerEncoder(Stored):
     """
 
     def __init__(self, layers: Iterable[TransformerEncoderLayer], *, norm: LayerNorm | RMSNorm | None = None):
+        if not isinstance(layers, Iterable):
+            raise TypeError("layers must be a sequence of edgeattn.TransformerEncoderLayer, got "
+                            f"{type(layers).__name__}; pass [layer] for one")
         self.layers = tuple(layers)
         for i, layer in enumerate(self.layers):
             if not isinstance(layer, TransformerEncoderLayer):
@@ -237,8 +241,7 @@ class TransformerEncoder(Stored):
             return self._encode_list(x, lengths, out, key_padding_mask=key_padding_mask, attn_mask=attn_mask,
                                      is_causal=is_causal, window_size=window_size, kv_cache=kv_cache)
         x = float_array("x", cast("ArrayLike", x))
-        if x.ndim not in (2, 3) or x.shape[-1] != self.embed_dim:
-            raise ValueError(f"x must be (B, L, E) or (L, E) with E = {self.embed_dim}, got shape {x.shape}")
+        self._check_shape(x)
         dtype = result_dtype(x)
         check_out(out, x.shape, dtype)
         with self.prepared(x.shape[:-1], lengths=lengths, key_padding_mask=key_padding_mask, attn_mask=attn_mask,
@@ -309,15 +312,20 @@ class TransformerEncoder(Stored):
             Rows of padding are those of tokens that see the others.
         """
         x = float_array("x", x)
+        self._check_shape(x)
         shape = (*x.shape[:-2], self.layers[0].attention.num_heads, *x.shape[-2:-1] * 2)
         attn_mask, key_padding_mask = torch_masks(shape, attn_mask, key_padding_mask)
         result: Any = self(x, attn_mask=attn_mask, key_padding_mask=key_padding_mask, is_causal=is_causal, out=out)
         return cast("Floats", result)
 
+    def _check_shape(self, x: Floats) -> None:
+        if x.ndim not in (2, 3) or x.shape[-1] != self.embed_dim:
+            raise ValueError(f"x must be (B, L, E) or (L, E) with E = {self.embed_dim}, got shape {x.shape}")
+
     def _encode_list(self, x: Sequence[ArrayLike], lengths: object, out: object, **options: Any) -> list[Floats]:
         arrays = [float_array(f"x[{i}]", each) for i, each in enumerate(x)]
-        for name, given in (("lengths", lengths), ("out", out), ("kv_cache", options["kv_cache"])):
-            if given is not None:
+        for name, given in {"lengths": lengths, "out": out, **options}.items():
+            if name in ("lengths", "out", "kv_cache", "key_padding_mask") and given is not None:
                 raise ValueError(f"{name} must be left out where x is a list of sequences, got {type(given).__name__}")
         for i, array in enumerate(arrays):
             if array.ndim != 2 or array.shape[1] != self.embed_dim:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgeattn.checks import float_array
+from edgeattn.checks import float_array, to_float32
 from edgeattn.files.paths import listed, reading
 from edgeattn.files.safetensors_file import read_safetensors
 from edgeattn.layers.linear import Linear
@@ -127,10 +127,10 @@ class Checkpoint:
         tensor, wanted = self._tensors.get(name), [1 if axis is None else axis for axis in shape]
         if tensor is not None and len(tensor.shape) == len(shape) and all(
                 axis in (None, length) for axis, length in zip(shape, tensor.shape, strict=True)):
-            array = float_array(f"{self.source}: {name}", tensor.read())
+            array = to_float32(float_array(f"{self.source}: {name}", tensor.read()))
             if not np.isfinite(array).all():
-                raise ValueError(f"{self.source}: {name} holds NaN or infinity: the file is damaged, or its training "
-                                 "failed")
+                raise ValueError(f"{self.source}: {name} holds NaN or infinity as float32: the file is damaged, or its "
+                                 "training failed")
             return array
         if tensor is None:
             self._wrong["missing"].append(name)
@@ -173,7 +173,7 @@ def _read_weights(folder: Path) -> tuple[Path, dict[str, StoredTensor]]:
             raise FileNotFoundError(
                 f"{folder} must hold {WEIGHTS} or {INDEX}, got [{listed(others)}]; model.save_pretrained(folder) of "
                 "transformers writes it")
-        return whole, _renamed(read_safetensors(whole)[1])
+        return whole, _renamed(whole, read_safetensors(whole)[1])
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(
             isinstance(name, str) and "/" not in name and "\\" not in name and name.endswith(".safetensors")
@@ -187,11 +187,16 @@ def _read_weights(folder: Path) -> tuple[Path, dict[str, StoredTensor]]:
     absent = sorted(set(places) - set(found))
     if absent:
         raise ValueError(f"{index} names tensors that its files do not hold: {listed(absent)}")
-    return index, _renamed(found)
+    return index, _renamed(index, found)
 
 
-def _renamed(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+def _renamed(source: Path, tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
     for old, new in _RENAMED.items():
+        for name in tensors:
+            other = name.removesuffix(old) + new
+            if name.endswith(old) and other in tensors:
+                raise ValueError(f"{source} holds {name} and {other}, which are two names of one tensor; remove the "
+                                 "one that is not the model's")
         tensors = {name.removesuffix(old) + new if name.endswith(old) else name: tensor
                    for name, tensor in tensors.items()}
     return tensors

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from edgeattn.checks import flag, float_array, result_dtype, to_float32, write_result
 from edgeattn.layers.embedding import PatchEmbedding
 from edgeattn.layers.encoder import TransformerEncoder
@@ -78,7 +80,8 @@ class ImageEncoder(Stored):
             raise ValueError(f"pixels must be {axes} with {wanted}, got shape {array.shape}; resize or pad it")
         places = embedding.places(*size)
         with self.encoder.prepared((count, len(places))) as sequences:
-            rows = self.forward(CompiledOps(), embedding.patches(images), places, count, sequences)
+            rows = self.forward(CompiledOps(), embedding.patches(images), places, count, sequences) if count else (
+                np.zeros((0, self.embed_dim), np.float32))
         return write_result(rows.reshape(count, len(places), self.embed_dim), None, result_dtype(array))
 
     def __repr__(self) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
-from edgeattn.files.paths import as_path, named
+from edgeattn.files.paths import as_path, listed, named, reading
 from edgeattn.models.checkpoint import Checkpoint, read_json
 from edgeattn.models.families import encoder, family_of, patch_embedding, text_embedding
 from edgeattn.models.image_encoder import ImageEncoder
@@ -60,13 +61,13 @@ def from_pretrained(folder: Path) -> TextEncoder | ImageEncoder:
             return ImageEncoder(patches, encoder(checkpoint, family), spectrogram="num_mel_bins" in checkpoint.config)
         embedding = text_embedding(checkpoint, family)
         layers = encoder(checkpoint, family)
+    tokenizer, truncation = _tokenizer(inner / "tokenizer.json")
     transformer = inner / "sentence_bert_config.json"
     options = read_json(transformer) if transformer.is_file() else {}
-    tokenizer = inner / "tokenizer.json"
     return TextEncoder(
         embedding, layers, pooling=_pooling(folder, modules, layers.embed_dim), normalize="Normalize" in modules,
-        is_causal=family.is_causal, tokenizer=tokenizer.read_text("utf-8") if tokenizer.is_file() else None,
-        max_length=_max_length(checkpoint, options), lower_case=options.get("do_lower_case") is True)
+        is_causal=family.is_causal, tokenizer=tokenizer,
+        max_length=_max_length(inner, options, truncation), lower_case=options.get("do_lower_case") is True)
 
 
 def _modules(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
@@ -83,6 +84,9 @@ def _modules(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
             raise ValueError(f"{path} must name one Transformer, one Pooling and at most one Normalize, in folders "
                              f"inside this one, got {kind!r} in {str(where)[:100]!r}")
         modules[kind] = module
+    if "Transformer" not in modules:
+        raise ValueError(f"{path} must name one Transformer, got {listed(modules) or 'no module'}; remove the file if "
+                         "the model is in this folder itself")
     prompts = folder / "config_sentence_transformers.json"
     default = read_json(prompts).get("default_prompt_name") if prompts.is_file() else None
     if default is not None:
@@ -107,16 +111,31 @@ def _pooling(folder: pathlib.Path, modules: dict[str, dict[str, Any]], width: in
     return modes[0]
 
 
-def _max_length(c: Checkpoint, options: dict[str, Any]) -> int | None:
+def _tokenizer(path: pathlib.Path) -> tuple[str | None, dict[str, Any]]:
+    """The text of a tokenizer.json, and how it cuts; None and {} where there is none."""
+    if not path.is_file():
+        return None, {}
+    with open(path, "rb") as file, reading(path, "tokenizer.json"):
+        text = file.read().decode()
+        content = json.loads(text)
+        model = content.get("model") if isinstance(content, dict) else None
+        if not isinstance(model, dict) or "vocab" not in model:
+            raise ValueError("it must hold an object whose model is an object with a vocab")
+        truncation = content.get("truncation")
+        if not isinstance(truncation, (dict, type(None))):
+            raise ValueError(f"truncation must be null or an object, got {str(truncation)[:100]}")
+        return text, truncation or {}
+
+
+def _max_length(folder: pathlib.Path, options: dict[str, Any], truncation: dict[str, Any]) -> int | None:
     """Where texts are cut: what sentence-transformers' file says, or the tokenizer's two."""
-    longest = options.get("max_seq_length")
-    settings, tokenizer = c.folder / "tokenizer_config.json", c.folder / "tokenizer.json"
+    where, longest = "sentence_bert_config.json: max_seq_length", options.get("max_seq_length")
+    settings = folder / "tokenizer_config.json"
     if longest is None and settings.is_file():
-        longest = read_json(settings).get("model_max_length")
+        where, longest = "tokenizer_config.json: model_max_length", read_json(settings).get("model_max_length")
         longest = None if isinstance(longest, (int, float)) and longest > _UNLIMITED else longest
-    if longest is None and tokenizer.is_file():
-        longest = (read_json(tokenizer).get("truncation") or {}).get("max_length")
+    if longest is None:
+        where, longest = "tokenizer.json: truncation.max_length", truncation.get("max_length")
     if longest is not None and (type(longest) is not int or longest < 1):
-        raise ValueError(f"{c.folder}: the length at which texts are cut must be a positive integer, got "
-                         f"{str(longest)[:100]}")
+        raise ValueError(f"{folder / where} must be a positive integer, got {str(longest)[:100]}")
     return longest

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 
 from edgeattn.checks import as_array, count, flag, is_one_of
+from edgeattn.files.paths import reading
+from edgeattn.kv_cache import KVCache
 from edgeattn.layers.embedding import Embedding
 from edgeattn.layers.encoder import TransformerEncoder
 from edgeattn.layers.state import Stored
@@ -20,7 +23,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import ArrayLike, NDArray
 
-    from edgeattn.kv_cache import KVCache
     from edgeattn.ops import Ops, Sequences, T
     from edgeattn.types import Flag, Float32s
 
@@ -58,6 +60,8 @@ class TextEncoder(Stored):
             raise ValueError(f"embedding must give the encoder's E = {encoder.embed_dim}, got {embedding.embed_dim}")
         if not is_one_of(pooling, _POOLINGS):
             raise ValueError(f"pooling must be one of {', '.join(_POOLINGS)}, got {pooling!r}")
+        if tokenizer is not None and not isinstance(tokenizer, str):
+            raise TypeError(f"tokenizer must be the text of a tokenizer.json, or None, got {type(tokenizer).__name__}")
         self.embedding, self.encoder, self.pooling = embedding, encoder, pooling
         self.normalize, self.is_causal = flag("normalize", normalize), flag("is_causal", is_causal)
         self.tokenizer, self.lower_case = tokenizer, flag("lower_case", lower_case)
@@ -108,11 +112,19 @@ class TextEncoder(Stored):
         if token_type_ids is not None:
             types, type_lengths = _id_array("token_type_ids", token_type_ids)
             if types.shape != ids.shape or type_lengths != lengths:
-                raise ValueError(f"token_type_ids must have the shape of ids, {ids.shape}, got {types.shape}")
+                raise ValueError(f"token_type_ids must have the shape of ids, {_shape(ids, lengths)}, got "
+                                 f"{_shape(types, type_lengths)}")
             table = self.embedding.type_weight
             self._check_ids(types, "token_type_ids", 1 if table is None else len(table))
         real, lengths = _real_tokens(ids, lengths, attention_mask)
-        held = kv_cache[0].length if isinstance(kv_cache, (list, tuple)) and kv_cache else 0
+        held = _held(kv_cache)
+        if lengths is not None and kv_cache is not None:
+            name = "ids" if attention_mask is None else "attention_mask"
+            raise ValueError(f"{name} must be of sequences of one length with kv_cache, got lengths "
+                             f"{str(lengths)[:100]}; decode those of each length with caches of their own")
+        if held and not real.all():
+            raise ValueError("attention_mask must be left out, or of 1 alone, with a kv_cache that holds tokens, "
+                             "got a 0")
         self._check_length(held + (ids.shape[1] if lengths is None else max(lengths, default=0)))
         options: dict[str, Any] = {"lengths": lengths, "is_causal": self.is_causal, "kv_cache": kv_cache}
         if lengths is None and not real.all():
@@ -126,13 +138,13 @@ class TextEncoder(Stored):
         result[~real] = 0
         return result
 
-    def encode(self, sentences: Sequence[str], batch_size: SupportsIndex = 32, *, normalize: Flag | None = None,
+    def encode(self, sentences: Iterable[str], batch_size: SupportsIndex = 32, *, normalize: Flag | None = None,
                show_progress: Flag = False) -> Float32s:
         """One vector per sentence.
 
         Parameters
         ----------
-        sentences : list of str
+        sentences : list, or other iterable, of str
         batch_size : int
             Sentences computed at a time, those of similar length together. A sentence's vector is the same bit for bit
             in every batch.
@@ -155,12 +167,10 @@ class TextEncoder(Stored):
         """
         from edgeattn.executors.compiled import CompiledOps
 
-        if isinstance(sentences, (str, bytes)) or not all(isinstance(text, str) for text in sentences):
-            raise TypeError("sentences must be a list of strings, got "
-                            f"{'a string; pass [text]' if isinstance(sentences, str) else 'something else among them'}")
+        sentences = _sentences(sentences)
         size, normalize = count("batch_size", batch_size), self.normalize if normalize is None else flag(
             "normalize", normalize)
-        texts = [text.lower() for text in sentences] if self.lower_case else list(sentences)
+        texts = [text.lower() for text in sentences] if self.lower_case else sentences
         encoded = self._tokenizer.encode_batch(texts)
         for i, tokens in enumerate(encoded):
             if not tokens.ids:
@@ -192,7 +202,8 @@ class TextEncoder(Stored):
         except ImportError as error:
             raise ImportError("encode needs the package tokenizers, which cuts sentences into tokens: "
                               "pip install edgeattn[text]") from error
-        made = Tokenizer.from_str(self.tokenizer)
+        with reading("the tokenizer", "tokenizer.json"):
+            made = Tokenizer.from_str(self.tokenizer)
         made.no_padding()
         made.no_truncation()
         if self.max_length is not None:
@@ -217,7 +228,7 @@ class TextEncoder(Stored):
 
 
 def _id_array(name: str, ids: Any) -> tuple[NDArray[np.int64], list[int] | None]:
-    """Ids (B, L) as int64; of a list of sequences, padded with zeros, the lengths too."""
+    """Ids (B, L) as int64; of a list of sequences that differ in length, padded with zeros, the lengths too."""
     lengths = None
     if isinstance(ids, (list, tuple)):
         rows = [as_array(f"{name}[{i}]", row) for i, row in enumerate(ids)]
@@ -227,13 +238,46 @@ def _id_array(name: str, ids: Any) -> tuple[NDArray[np.int64], list[int] | None]
         array = np.zeros((len(rows), max(lengths, default=0)), np.int64)
         for padded, row in zip(array, rows, strict=True):
             padded[: len(row)] = row
-        return array, lengths
+        return array, lengths if len(set(lengths)) > 1 else None
     array = as_array(name, ids)
     if array.dtype.kind not in "iu":
         raise TypeError(f"{name} must be an integer array, got dtype {array.dtype}")
     if array.ndim != 2:
         raise ValueError(f"{name} must be (B, L), got shape {array.shape}")
     return array.astype(np.int64), lengths
+
+
+def _shape(ids: NDArray[np.int64], lengths: list[int] | None) -> str:
+    return str(ids.shape) if lengths is None else f"a list of lengths {str(lengths)[:100]}"
+
+
+def _held(kv_cache: Any) -> int:
+    """How many tokens the caches hold."""
+    if kv_cache is None:
+        return 0
+    listed = isinstance(kv_cache, (list, tuple))
+    caches = [cache for cache in (kv_cache if listed else ()) if isinstance(cache, KVCache)]
+    if not listed or len(caches) != len(kv_cache):
+        raise TypeError("kv_cache must be a list of edgeattn.KVCache, one per layer, as model.encoder.make_caches "
+                        f"gives it, got {kv_cache!s:.100}")
+    return caches[0].length if caches else 0
+
+
+def _sentences(sentences: Iterable[str]) -> list[str]:
+    """The texts in their order; what may be gone through once is gone through once."""
+    if isinstance(sentences, (str, bytes, set, frozenset, Mapping)) or not isinstance(sentences, Iterable):
+        raise TypeError("sentences must be a list of strings, got "
+                        f"{'a string; pass [text]' if isinstance(sentences, str) else type(sentences).__name__}")
+    texts = list(sentences)
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"sentences must be a list of strings, got {type(text).__name__} as sentences[{i}]")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"sentences[{i}] must be text that UTF-8 can hold, got a lone surrogate in {text[:50]!r}; "
+                             "read it with errors='replace', or leave it out") from None
+    return texts
 
 
 def _real_tokens(ids: NDArray[np.int64], lengths: list[int] | None, attention_mask: ArrayLike | None
@@ -244,7 +288,8 @@ def _real_tokens(ids: NDArray[np.int64], lengths: list[int] | None, attention_ma
     column = np.arange(ids.shape[1])
     if lengths is not None:
         if attention_mask is not None:
-            raise ValueError("attention_mask must be left out where ids are a list of sequences, got both")
+            raise ValueError("attention_mask must be left out where ids are a list of sequences that differ in length, "
+                             "got both")
         return column < np.array(lengths, np.int64)[:, None], lengths
     if attention_mask is None:
         return np.ones(ids.shape, bool), None

@@ -235,6 +235,15 @@ def test_shared_layers_are_stored_once(tmp_path):
     (lambda e: e(tokens(2, 4), lengths=[4, 2], kv_cache=e.make_caches(2, 8)), ValueError,
      "lengths must be left out with kv_cache, got both"),
     (lambda e: e(list(tokens(2, 4)), lengths=[4, 2]), ValueError, "lengths must be left out where x is a list"),
+    (lambda e: e([tokens(4)] * 2, key_padding_mask=np.ones((2, 4), bool)), ValueError,
+     "key_padding_mask must be left out where x is a list of sequences"),
+    (lambda e: e.call_with_torch_masks(np.float32(1)), ValueError, r"x must be \(B, L, E\) or .*, got shape \(\)"),
+    (lambda e: e.call_with_torch_masks(tokens()), ValueError, r"x must be \(B, L, E\) or .*, got shape \(24,\)"),
+    (lambda e: TransformerEncoder.from_torch({}, H, activation="relu", norm_first=False, prefix=5), TypeError,
+     "prefix must be a string, got 5"),
+    (lambda e: TransformerEncoder(e.layers[0]), TypeError,
+     r"layers must be a sequence of .*, got TransformerEncoderLayer; pass \[layer\]"),
+    (lambda e: TransformerEncoder(None), TypeError, "layers must be a sequence of .*, got NoneType"),
     (lambda e: e([tokens(4), tokens(4)[:, 1:]]), ValueError, r"x\[1\] must be \(L, E\) with E = 24, got shape \(4, 23\)"),
     (lambda e: e(tokens(2, 4), kv_cache=e.make_caches(2, 8)[:1]), ValueError, "kv_cache must be a list of 2 caches"),
     (lambda e: e(tokens(2, 4), kv_cache=e.make_caches(2, 8)[:1] * 2), ValueError, "a cache of its own for each layer"),
@@ -268,7 +277,9 @@ def test_files_that_lie(where, value, tmp_path):
     (lambda s: s.pop("layers.1.linear2.weight"), r"missing: layers\.1\.linear2\.weight"),
     (lambda s: s.update({"layers.0.extra": np.ones(2)}), r"unexpected: layers\.0\.extra"),
     (lambda s: s.update({"layers.0.norm1.weight": np.ones(5, np.float32)}),
-     r"mis-shaped: layers\.0\.norm1\.weight must be \(24\), got \(5,\)")])
+     r"mis-shaped: layers\.0\.norm1\.weight must be \(24\), got \(5,\)"),
+    (lambda s: s.update({"layers.1.norm2.bias": np.full(E, np.nan)}), r"state_dict: layers\.1\.norm2\.bias holds NaN"),
+    (lambda s: s.update({"norm.weight": np.full(E, 1e39)}), r"norm\.weight holds NaN or infinity as float32")])
 def test_state_dicts_that_do_not_fit(change, message):
     state = oracle.torch_state_dict(weights(), NORM)
     change(state)

@@ -93,6 +93,26 @@ def test_gpt2_decodes_through_caches():
     np.testing.assert_allclose(np.concatenate(parts, axis=1), model(ids), **CLOSE)
     with pytest.raises(ValueError, match="ids must have at most the model's 24 positions, got 40 tokens"):
         model(ids, kv_cache=caches)
+    caches = model.encoder.make_caches(3, 24)
+    listed = [model(ids[:, first:last].tolist(), kv_cache=caches) for first, last in ((0, 6), (6, 7), (7, 8), (8, 20))]
+    np.testing.assert_array_equal(np.concatenate(listed, axis=1), np.concatenate(parts, axis=1))
+
+
+@pytest.mark.parametrize("call, error, message", [
+    (lambda m, caches: m([[2, 3], [2]], kv_cache=caches), ValueError,
+     r"ids must be of sequences of one length with kv_cache, got lengths \[2, 1\]"),
+    (lambda m, caches: m(np.full((2, 2), 3), [[1, 1], [1, 0]], kv_cache=caches), ValueError,
+     r"attention_mask must be of sequences of one length with kv_cache, got lengths \[2, 1\]"),
+    (lambda m, caches: [m(np.full((2, 2), 3), mask, kv_cache=caches) for mask in (None, [[1, 1], [0, 1]])], ValueError,
+     "attention_mask must be left out, or of 1 alone, with a kv_cache that holds tokens"),
+    (lambda m, caches: m([[2], [2]], kv_cache=[None]), TypeError, r"kv_cache must be a list of .*, got \[None\]"),
+    (lambda m, caches: m([[2], [2]], kv_cache=caches[0]), TypeError, "kv_cache must be a list of .*, got KVCache"),
+    (lambda m, caches: m([[2], [2]], kv_cache=caches[:1]), ValueError, "kv_cache must be a list of 2 caches"),
+])
+def test_bad_caches_are_refused(call, error, message):
+    model = edgeattn.from_pretrained(GOLDEN / "gpt2")
+    with pytest.raises(error, match=message):
+        call(model, model.encoder.make_caches(2, 24))
 
 
 def test_token_types():
@@ -100,6 +120,7 @@ def test_token_types():
     types = np.zeros_like(ids)
     types[:, 10:] = 1
     assert not np.array_equal(model(ids, token_type_ids=types), model(ids))
+    np.testing.assert_array_equal(model(ids.tolist(), token_type_ids=types), model(ids, token_type_ids=types))
     with pytest.raises(ValueError, match="token_type_ids must lie between 0 and 1"):
         model(ids, token_type_ids=types * 2)
 
@@ -182,6 +203,9 @@ WORD = "embeddings.word_embeddings.weight"
      r"model.safetensors does not hold the bert model .* missing: encoder\.layer\.1\.output\.dense\.bias; use the config"),
     ("bert", {}, lambda f: {**f, "adapter.weight": np.ones(3, np.float32)}, r"unexpected: adapter\.weight"),
     ("bert", {}, lambda f: {**f, WORD: np.full((40, 16), np.nan, np.float32)}, f"{WORD} holds NaN or infinity"),
+    ("bert", {}, lambda f: {**f, WORD: np.full((40, 16), 1e39)}, f"{WORD} holds NaN or infinity as float32"),
+    ("bert", {}, lambda f: {**f, "embeddings.LayerNorm.gamma": np.ones(16, np.float32)},
+     r"holds embeddings\.LayerNorm\.gamma and embeddings\.LayerNorm\.weight, which are two names of one tensor"),
     ("bert", {}, lambda f: {**f, WORD: np.ones((40, 16), np.int32)}, f"{WORD} must be a float16, float32 or float64"),
     ("bert", {"hidden_size": 32}, without(""), r"mis-shaped: .*word_embeddings\.weight must be \(40, 32\) by config"),
     ("bert", {"vocab_size": 41}, without(""), r"must be \(41, 16\) by config.json, got \(40, 16\)"),
@@ -250,6 +274,10 @@ BERT_IDS = [[2, 5, 6], [2]]
     (lambda m: m(np.ones((1, 3), int), np.ones((1, 2))), ValueError, "attention_mask must have the shape of ids"),
     (lambda m: m(np.ones((1, 3), int), [[1, 2, 0]]), ValueError, "attention_mask must be of 0 and 1"),
     (lambda m: m(BERT_IDS, token_type_ids=[[0]]), ValueError, "token_type_ids must have the shape of ids"),
+    (lambda m: m(BERT_IDS, token_type_ids=np.zeros((2, 3), int)), ValueError,
+     r"token_type_ids must have the shape of ids, a list of lengths \[3, 1\], got \(2, 3\)"),
+    (lambda m: edgeattn.TextEncoder(m.embedding, m.encoder, tokenizer=5), TypeError,
+     "tokenizer must be the text of a tokenizer.json, or None, got int"),
 ])
 def test_bad_ids_are_refused(call, error, message):
     with pytest.raises(error, match=message):
@@ -261,6 +289,14 @@ def test_empty_batches():
     assert model([]).shape == (0, 0, 16) and model([[], []]).shape == (2, 0, 16)
     assert model(np.zeros((0, 5), int)).shape == (0, 5, 16)
     assert not model([[], [2, 3]])[0].any()
+
+
+@pytest.mark.parametrize("name, shape, tokens", [
+    ("vit", (0, 3, 12, 12), 10), ("vit", (0, 3, 12, 16), 13), ("audio-spectrogram-transformer", (0, 20, 12), None)])
+def test_no_images(name, shape, tokens):
+    model = edgeattn.from_pretrained(GOLDEN / name)
+    assert model(np.zeros(shape, np.float32)).shape == (0, tokens or len(model.embedding.position_weight), 16)
+    assert model.embedding.patches(np.zeros((0, model.embedding.channels, 20, 20), np.float32)).shape[0] == 0
 
 
 @pytest.mark.parametrize("name, shape, message", [

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgeattn.checks import to_float32
 from edgeattn.files.checkpoints.tensors import (
     Tensors,
     check_heads,
@@ -137,6 +138,10 @@ def torch_encoder_weights(state_dict_or_path: Mapping[str, ArrayLike] | Path, nu
         for part in ("weight", "bias") if "norm.bias" in tensors else ("weight",):
             tensors.expect(f"norm.{part}", (embed,))
     found = tensors.checked(what="torch.nn.TransformerEncoder")
+    for name, array in found.items():
+        if not np.isfinite(to_float32(array)).all():
+            raise ValueError(f"{source}: {prefix}{name} holds NaN or infinity as float32: the weights are damaged, or "
+                             "their training failed")
     check_heads(num_heads, embed)
     return stems, found
 

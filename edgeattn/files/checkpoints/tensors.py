@@ -91,8 +91,6 @@ def open_state_dict(state_dict_or_path, prefix, *landmarks):
     -------
     Tensors
     """
-    if not isinstance(prefix, str):
-        raise TypeError(f"prefix must be a string, got {prefix!r}")
     check_source("state_dict_or_path", state_dict_or_path)
     source, found, names = read_named(state_dict_or_path, prefix)
     prefixes = sorted({name[: -len(end)] for name in names for end in landmarks if name.endswith(end)})
@@ -122,6 +120,8 @@ def check_source(name, value):
 
 def read_named(state_dict_or_path, prefix=""):
     """(source, tensors whose names start with `prefix`, all names) of a mapping or a file."""
+    if not isinstance(prefix, str):
+        raise TypeError(f"prefix must be a string, got {prefix!r}")
     if isinstance(state_dict_or_path, collections.abc.Mapping):
         source, tensors = "state_dict", state_dict_or_path
     elif _suffix(state_dict_or_path) in _TORCH_SUFFIXES:
