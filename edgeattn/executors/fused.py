@@ -141,8 +141,8 @@ def _attention(branch: _Operation, first: _Operation | None, last: _Operation | 
             for mask in sequences.masks:
                 batch, _, length, _ = mask.shape
                 rows = slice(row, row + batch * length)
-                tokens = read[rows].reshape(batch, length, -1)
-                kernel(tokens, tokens, tokens, y[rows].reshape(batch, length, -1), *mask.for_kernels())
+                tokens = read[rows].reshape(batch, length, x.shape[1])
+                kernel(tokens, tokens, tokens, y[rows].reshape(batch, length, x.shape[1]), *mask.for_kernels())
                 row = rows.stop
         return np.add(y, x, out=y) if after is None else after(y, x, y)
     return stage
