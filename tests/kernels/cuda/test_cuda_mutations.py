@@ -25,8 +25,8 @@ from edgeattn.kernels.cuda.language import Kernel, int32
 from edgeattn.kernels.cuda.ptx import load_b32, store_b32, thread
 
 pytestmark = [pytest.mark.usefixtures("device"), emulated_only]
-ORDER = ("tiles", "attention", "merge", "linear", "quantize", "smooth", "masks", "elements", "rules", "int8")
-IN_HOST = {"attention": "fa", "merge": "fm", "linear": "fl", "quantize": "qz", "smooth": "sm", "masks": "mk",
+ORDER = ("tiles", "attention", "merge", "linear", "quantize", "key_mean", "masks", "elements", "rules", "int8")
+IN_HOST = {"attention": "fa", "merge": "fm", "linear": "fl", "quantize": "qz", "key_mean": "key_mean", "masks": "mk",
            "elements": "el", "int8": "i8"}
 
 
@@ -329,10 +329,10 @@ MUTATIONS = [
      "write_f32(int32(lists + t * 4), select_f(t < KEYS, w, w))", check_dynamic),
     ("attention", "select_f(size == size, divide(float32(1.0), size), float32(0.0))", "divide(float32(1.0), size)", check_dynamic_masks),
     ("tiles", "at = int32(to + times(int32(row + 8 * r), PITCH)", "at = int32(to + times(int32(row + r), PITCH)", check_dynamic),
-    ("smooth", "-mean)", "mean)", check_offset),
-    ("smooth", "divide(float32(1.0), select_f(good, size, float32(1.0)))", "float32(1.0)", check_dynamic),
-    ("smooth", "for n0 in range(0, queries, 4):", "for n0 in range(0, 1, 4):", check_dynamic),
-    ("smooth", "seen = select_f(good & kept, float32(1.0), seen)", "seen = float32(1.0)", check_dynamic_masks),
+    ("key_mean", "-mean)", "mean)", check_offset),
+    ("key_mean", "divide(float32(1.0), select_f(good, size, float32(1.0)))", "float32(1.0)", check_dynamic),
+    ("key_mean", "for n0 in range(0, queries, 4):", "for n0 in range(0, 1, 4):", check_dynamic),
+    ("key_mean", "seen = select_f(good & kept, float32(1.0), seen)", "seen = float32(1.0)", check_dynamic_masks),
     ("quantize", "divide(float32(127.0), largest)", "divide(float32(128.0), largest)", check_codes),
     ("quantize", "code = nearest(v * inverse)", "code = nearest(v * inverse - float32(0.5))", check_codes),
     ("quantize", "select_i(finite, code, int32(0))", "code", check_codes),
