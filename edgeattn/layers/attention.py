@@ -5,14 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from edgeattn.executors.compiled import CompiledOps
+from edgeattn.layers import fast_path
+from edgeattn.layers.call import check_call
 from edgeattn.ops import Sequences
 
 if TYPE_CHECKING:
     from typing import Any
 
+    from numpy.typing import ArrayLike
+
+    from edgeattn.kv_cache import KVCache
     from edgeattn.layers.call import Call
     from edgeattn.ops import Ops, T
-    from edgeattn.types import Floats
+    from edgeattn.types import Flag, Floats, Real
 
 
 # An attention layer's linear maps, and what the weights of a float layer call them.
@@ -36,6 +41,30 @@ def forward(ops: Ops[T], layer: Any, query: T, key: T, value: T, sequences: Sequ
         gate = ops.activation(ops.linear(query, linears["gate"], name + "gate"), "sigmoid", name + "gate_sigmoid")
         context = ops.multiply(context, gate, name + "gated")
     return ops.linear(context, linears["output"], name + "output") if "output" in linears else context
+
+
+def call(layer: Any, query: Any, key: ArrayLike | None, value: ArrayLike | None, masks: tuple[Any, ...],
+         softcap: Real, kv_cache: KVCache | None, need_weights: Flag, average_attn_weights: Flag, out: Floats | None
+         ) -> Floats | tuple[Floats, Floats]:
+    """What a float or dynamic `layer` gives for the arguments of `MultiHeadAttention`.
+
+    masks: attn_mask, key_padding_mask, is_causal, causal_alignment, window_size, alibi_slopes.
+    """
+    signature, fusible = None, layer.fusible
+    if (fusible and need_weights is False and average_attn_weights is False and type(softcap) is float
+            and not softcap):
+        result, signature = fast_path.attend_again(layer, query, key, value, out, kv_cache, *masks)
+        if result is not None:
+            return result
+    attn_mask, key_padding_mask, is_causal, causal_alignment, window_size, alibi_slopes = masks
+    checked = check_call(
+        layer, query, key, value, attn_mask=attn_mask, key_padding_mask=key_padding_mask, is_causal=is_causal,
+        causal_alignment=causal_alignment, window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes,
+        kv_cache=kv_cache, need_weights=need_weights, average_attn_weights=average_attn_weights, out=out)
+    fused = fusible and not (checked.need_weights or checked.softcap or kv_cache is not None)
+    if not (fused and checked.query.size and checked.key.size and checked.value.size):
+        return run(layer, checked)
+    return fast_path.attend_fused(layer, checked, signature, attn_mask, key_padding_mask)
 
 
 def run(layer: Any, call: Call) -> Floats | tuple[Floats, Floats]:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Literal, overload
 
 from edgeattn.device import place
 from edgeattn.kernels.cpu.layer_float32 import FloatLayer
-from edgeattn.layers import attention, fast_path
-from edgeattn.layers.call import check_call, check_inputs
+from edgeattn.layers import attention
+from edgeattn.layers.call import check_inputs
 from edgeattn.layers.linear import Linear
 from edgeattn.layers.positions import refuse_positions
 from edgeattn.layers.weights import AttentionWeights
@@ -162,22 +162,9 @@ class MultiHeadAttention(AttentionWeights):
         TypeError, ValueError
             Naming the argument, what was required and what came.
         """
-        signature = None
-        if (need_weights is False and average_attn_weights is False and type(softcap) is float and not softcap
-                and self._fusible):
-            result, signature = fast_path.attend_again(
-                self, query, key, value, out, kv_cache, attn_mask, key_padding_mask, is_causal, causal_alignment,
-                window_size, alibi_slopes)
-            if result is not None:
-                return result
-        call = check_call(
-            self, query, key, value, attn_mask=attn_mask, key_padding_mask=key_padding_mask, is_causal=is_causal,
-            causal_alignment=causal_alignment, window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes,
-            kv_cache=kv_cache, need_weights=need_weights, average_attn_weights=average_attn_weights, out=out)
-        fused = self._fusible and not (call.need_weights or call.softcap or kv_cache is not None)
-        if not (fused and call.query.size and call.key.size and call.value.size):
-            return attention.run(self, call)
-        return fast_path.attend_fused(self, call, signature, attn_mask, key_padding_mask)
+        masks = attn_mask, key_padding_mask, is_causal, causal_alignment, window_size, alibi_slopes
+        return attention.call(self, query, key, value, masks, softcap, kv_cache, need_weights, average_attn_weights,
+                              out)
 
     @overload
     def to(self, device: Literal["cpu"], *, precision: Literal["float32"] = "float32") -> Self: ...
@@ -211,7 +198,7 @@ class MultiHeadAttention(AttentionWeights):
         return placed
 
     @functools.cached_property
-    def _fusible(self) -> bool:
+    def fusible(self) -> bool:
         """Whether the fused kernel can be the layer: with no empty weights, added keys, gate, or positions."""
         whole = self.head_dim and self.value_dim and self.output_dim
         return bool(whole and not self.extra_keys and not self.gated and not self.positioned)
@@ -219,7 +206,7 @@ class MultiHeadAttention(AttentionWeights):
     @property
     def fused_kernel(self) -> Any:
         """The kernel that is the whole layer: (q, k, v, out, keep, bias, band, alibi); None where there is none."""
-        return self._kernel if self._fusible else None
+        return self._kernel if self.fusible else None
 
     @functools.cached_property
     def prepared_calls(self) -> PreparedCalls:

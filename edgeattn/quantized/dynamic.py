@@ -13,8 +13,7 @@ from edgeattn.device import place
 from edgeattn.functional import default_scale
 from edgeattn.kernels.cpu.layer_dynamic import DynamicLayer
 from edgeattn.kernels.cpu.linear_dynamic import DynamicLinear
-from edgeattn.layers import attention, fast_path
-from edgeattn.layers.call import check_call
+from edgeattn.layers import attention
 from edgeattn.layers.positions import Positions
 from edgeattn.layers.weights import KEY_TENSORS, added_keys, added_keys_state
 from edgeattn.masks import NO_WINDOW
@@ -105,7 +104,7 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention, Positions):
 
         self.gated = "gate" in self.weights
         self.k_bias = self.biases.get("key")
-        self._fusible = bool(self.output_dim) and not (self.extra_keys or self.gated)
+        self.fusible = bool(self.output_dim) and not (self.extra_keys or self.gated)
         self.prepared_calls = PreparedCalls()
         fused = (*INPUTS, "output")
         self._kernel = DynamicLayer(
@@ -152,22 +151,9 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention, Positions):
         between them is computed in float32, or as the cache stores it. So steps through a cache give the same bytes
         whatever the chunks, where the cache is int8, but not those of the whole sequence without one.
         """
-        signature = None
-        if (need_weights is False and average_attn_weights is False and type(softcap) is float and not softcap
-                and self._fusible):
-            result, signature = fast_path.attend_again(
-                self, query, key, value, out, kv_cache, attn_mask, key_padding_mask, is_causal, causal_alignment,
-                window_size, alibi_slopes)
-            if result is not None:
-                return result
-        call = check_call(
-            self, query, key, value, attn_mask=attn_mask, key_padding_mask=key_padding_mask, is_causal=is_causal,
-            causal_alignment=causal_alignment, window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes,
-            kv_cache=kv_cache, need_weights=need_weights, average_attn_weights=average_attn_weights, out=out)
-        fused = self._fusible and not (call.need_weights or call.softcap or kv_cache is not None)
-        if not (fused and call.query.size and call.key.size and call.value.size):
-            return attention.run(self, call)
-        return fast_path.attend_fused(self, call, signature, attn_mask, key_padding_mask)
+        masks = attn_mask, key_padding_mask, is_causal, causal_alignment, window_size, alibi_slopes
+        return attention.call(self, query, key, value, masks, softcap, kv_cache, need_weights, average_attn_weights,
+                              out)
 
     @overload
     def to(self, device: Literal["cpu"]) -> Self: ...
@@ -183,7 +169,7 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention, Positions):
     @property
     def fused_kernel(self) -> Any:
         """The kernel that is the whole layer, as of ``MultiHeadAttention``; None where there is none."""
-        return self._kernel if self._fusible else None
+        return self._kernel if self.fusible else None
 
     def forward(self, ops: Ops[T], query: T, key: T, value: T, sequences: Sequences, name: str = "") -> T:
         """Rows of queries (tokens, E), keys and values -> (tokens, Eo)."""
