@@ -45,32 +45,29 @@ class PreparedCall:
         What the kernel is compiled for, and takes before all else.
     """
 
-    __slots__ = ("_empty", "_rules", "_run", "dtype", "jobs", "kernel", "parameters", "private", "shared", "work")
+    __slots__ = ("_dtype", "_empty", "_jobs", "_rules", "_run", "_work", "parameters", "private", "shared")
 
     def __init__(self, kernel, parameters, layout, dtype, shared, private, work, jobs=1, fixed=(), rules=()):
-        self._run, self.dtype, self.kernel, self._rules = entry(kernel, dtype, rules), dtype, kernel, rules
+        self._run, self._dtype, self._rules = entry(kernel, dtype, rules), dtype, rules
         self._empty = np.zeros(len(layout), np.int64)
         self._empty[len(layout) - len(fixed):] = fixed
-        self.parameters, self.shared, self.private, self.work, self.jobs = parameters, shared, private, work, jobs
+        self.parameters, self.shared, self.private, self._work, self._jobs = parameters, shared, private, work, jobs
 
-    def __call__(self, *arrays, parameters=None):
+    def __call__(self, first, second, third, *others, parameters=None):
         """Run it on arrays in the order of the kernel's record, each in C order or as planned, or None or left out.
+
+        The first three are often one array, whose address is asked for once.
 
         parameters : a copy with what this call alone has, instead of those it was made with
         """
-        given = self.parameters if parameters is None else parameters
-        record = self.addresses(*arrays)
-        threads.run(self._run, (*self._rules, given, record), self.dtype, self.shared, self.private, self.work,
-                    self.jobs)
-
-    def addresses(self, queries, keys, values, *others):
-        """The record of where these arrays are."""
-        q = address(queries)
-        k = q if keys is queries else address(keys)
-        v = k if values is keys else address(values)
+        a = address(first)
+        b = a if second is first else address(second)
+        c = b if third is second else address(third)
         record = self._empty.copy()
-        _WRITE[3 + len(others)](record, 0, q, k, v, *map(address, others))
-        return record
+        _WRITE[3 + len(others)](record, 0, a, b, c, *map(address, others))
+        given = self.parameters if parameters is None else parameters
+        threads.run(self._run, (*self._rules, given, record), self._dtype, self.shared, self.private, self._work,
+                    self._jobs)
 
 
 _WRITE = [struct.Struct(f"{count}q").pack_into for count in range(33)]
