@@ -9,7 +9,7 @@ import numpy as np
 
 from edgeattn.checks import is_one_of
 from edgeattn.executors.compiled import CompiledOps
-from edgeattn.kernels.cpu.encoder_dynamic import COLUMNS_APART
+from edgeattn.kernels.cpu.encoder_dynamic import MOST_OUTLIERS
 from edgeattn.layers import FeedForward, Linear, MultiHeadAttention, TransformerEncoder, TransformerEncoderLayer
 from edgeattn.layers.dynamic_linear import DynamicLinear
 from edgeattn.models import ImageEncoder, TextEncoder
@@ -42,14 +42,17 @@ def quantize_model(model: Model, attention: str, quantize_attention: Callable[[M
     if not is_one_of(attention, ("int8", "float32")):
         raise ValueError(f"attention must be 'int8' or 'float32'; got {attention!r}")
     encoder = model if isinstance(model, TransformerEncoder) else model.encoder
+    for i, layer in enumerate(encoder.layers):
+        part = layer.feed_forward
+        for of in (part.linear1, part.linear2, part.gate, layer.attention):
+            if isinstance(of, DynamicLinear) or (of is layer.attention and not isinstance(of, MultiHeadAttention)):
+                raise TypeError(f"model must be a float one; got layers[{i}] with {of}")
     with np.errstate(over="ignore", invalid="ignore"):  # of huge weights
         largest = _largest_inputs(model, encoder)
     made: dict[int, TransformerEncoderLayer] = {}
     for i, layer in enumerate(encoder.layers):
         if id(layer) in made:
             continue
-        if isinstance(layer.feed_forward.linear1, DynamicLinear):
-            raise TypeError("model must be a float one; got one whose layers are int8 already")
         attend: Any = layer.attention
         try:
             feed_forward = _quantized(layer.feed_forward, largest)
@@ -80,8 +83,8 @@ def _quantized(feed_forward: FeedForward, largest: Mapping[int, Float32s]) -> Fe
         of_input = np.maximum(of_input, largest[id(gate)])
 
     def quantized(linear: Linear, magnitudes: Float32s, split: float | None = None) -> DynamicLinear:
-        columns = np.argsort(magnitudes, kind="stable")[max(len(magnitudes) - COLUMNS_APART, 0):]
-        return DynamicLinear.quantized_from(linear, columns=columns.tolist(), split=split)
+        columns = np.argsort(magnitudes, kind="stable")[max(len(magnitudes) - MOST_OUTLIERS, 0):]
+        return DynamicLinear.quantized_from(linear, outlier_columns=columns.tolist(), split=split)
 
     return FeedForward(quantized(linear1, of_input), quantized(linear2, of_hidden, SPLIT),
                        activation=feed_forward.activation, gate=None if gate is None else quantized(gate, of_input))

@@ -31,12 +31,12 @@ class DynamicLinear(Linear):
     scale : (F + n,) float array
         Of each row of codes.
     bias : (F,) float array, optional
-    low : (n,) int array, optional
+    residual_outputs : (n,) int array, optional
         The outputs that the last n rows are added to: these have a second, finer code for each weight.
-    columns : (m,) int array, optional
+    outlier_columns : (m,) int array, optional
         Inputs whose products are float32, at most 4: those much larger than the others. Their codes are 0.
-    apart : (F, m) float array, optional
-        The weights of `columns`.
+    outlier_weight : (F, m) float array, optional
+        The weights of `outlier_columns`.
 
     Attributes
     ----------
@@ -45,37 +45,39 @@ class DynamicLinear(Linear):
     """
 
     def __init__(self, codes: ArrayLike, scale: ArrayLike, bias: ArrayLike | None = None, *,
-                 low: ArrayLike | None = None, columns: ArrayLike | None = None, apart: ArrayLike | None = None):
+                 residual_outputs: ArrayLike | None = None, outlier_columns: ArrayLike | None = None,
+                 outlier_weight: ArrayLike | None = None):
         self.codes = _integers("codes", codes, np.int8, 2)
-        self.scale = parameter("scale", scale, "(outputs,)")
-        self.low = None if low is None else _integers("low", low, np.int64, 1)
-        self.columns = None if columns is None else _integers("columns", columns, np.int64, 1)
         rows, self.inputs = self.codes.shape
-        self.outputs = rows - (0 if self.low is None else len(self.low))
-        self.apart = None if apart is None else parameter("apart", apart, "(outputs, columns)")
+        self.residual_outputs = _indices("residual_outputs", residual_outputs, rows)
+        self.outputs = rows - len(self.residual_outputs)
+        self.outlier_columns = _indices("outlier_columns", outlier_columns, self.inputs)
+        self.scale = parameter("scale", scale, "(rows,)")
         self.bias = None if bias is None else parameter("bias", bias, "(outputs,)")
-        few = 0 if self.columns is None else len(self.columns)
+        outliers = self.outputs, len(self.outlier_columns)
+        self.outlier_weight = parameter(
+            "outlier_weight", np.zeros((self.outputs, 0)) if outlier_weight is None else outlier_weight,
+            "(outputs, outlier_columns)")
         for name, array, shape in (("scale", self.scale, (rows,)), ("bias", self.bias, (self.outputs,)),
-                                   ("apart", self.apart, (self.outputs, few))):
+                                   ("outlier_weight", self.outlier_weight, outliers)):
             if array is not None and array.shape != shape:
                 raise ValueError(f"{name} must have shape {shape} with codes {self.codes.shape}, got {array.shape}")
-        if (self.columns is None) != (self.apart is None) or few > encoder_dynamic.COLUMNS_APART:
-            raise ValueError(f"columns must be at most {encoder_dynamic.COLUMNS_APART} inputs, with apart, their "
-                             f"weights, got {self.columns}")
-        for name, indices, size in (("low", self.low, self.outputs), ("columns", self.columns, self.inputs)):
-            if indices is not None and not ((indices >= 0) & (indices < size)).all():
-                raise ValueError(f"{name} must lie between 0 and {size - 1}, got {indices}")
+        if outliers[1] > encoder_dynamic.MOST_OUTLIERS:
+            raise ValueError(f"outlier_columns must be at most {encoder_dynamic.MOST_OUTLIERS} inputs, got "
+                             f"{self.outlier_columns}")
+        if (self.residual_outputs >= self.outputs).any():
+            raise ValueError(f"residual_outputs must lie between 0 and {self.outputs - 1}, got {self.residual_outputs}")
         if (self.codes == -128).any() or not (np.isfinite(self.scale) & (self.scale > 0)).all():
             raise ValueError("codes must lie in [-127, 127], and scale be positive and finite")
 
     @classmethod
-    def quantized_from(cls, linear: Linear, *, columns: Sequence[int] = (), split: float | None = None) -> Self:
+    def quantized_from(cls, linear: Linear, *, outlier_columns: Sequence[int] = (), split: float | None = None) -> Self:
         """The nearest of a float layer.
 
         Parameters
         ----------
         linear : Linear
-        columns : sequence of int
+        outlier_columns : sequence of int
             Inputs that stay float32, at most 4.
         split : float, optional
             Outputs whose largest weight is over `split` times the median get a second code for each weight.
@@ -83,19 +85,15 @@ class DynamicLinear(Linear):
         for name, array in (("weight", linear.weight), ("bias", linear.bias)):
             if array is not None and not np.isfinite(array).all():
                 raise ValueError(f"linear must have a finite {name}, got NaN or infinity")
-        made = encoder_dynamic.quantize_linear(linear.weight, columns=columns, split=split)
-        some = {"low": made.low} if len(made.low) else {}
-        some |= {"columns": made.columns, "apart": made.apart} if len(made.columns) else {}
-        return cls(made.codes, made.scale, linear.bias, **some)
+        made = encoder_dynamic.quantize_linear(linear.weight, columns=outlier_columns, split=split)
+        return cls(made.codes, made.scale, linear.bias, residual_outputs=made.residual_outputs,
+                   outlier_columns=made.outlier_columns, outlier_weight=made.outlier_weight)
 
     @property
-    def quantized(self) -> encoder_dynamic.QuantizedLinear:
+    def quantized(self) -> encoder_dynamic.QuantizedWeight:
         """The bytes, as kernels pack them."""
-        none = np.zeros(0, np.int64)
-        return encoder_dynamic.QuantizedLinear(
-            self.codes, self.scale, none if self.low is None else self.low,
-            none if self.columns is None else self.columns,
-            np.zeros((self.outputs, 0), np.float32) if self.apart is None else self.apart)
+        return encoder_dynamic.QuantizedWeight(
+            self.codes, self.scale, self.residual_outputs, self.outlier_columns, self.outlier_weight)
 
     @functools.cached_property
     def packed(self) -> Callable[[Float32s], Float32s]:
@@ -107,7 +105,8 @@ class DynamicLinear(Linear):
         return f"DynamicLinear(inputs={self.inputs}, outputs={self.outputs}, bias={self.bias is not None})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        options: dict[str, Any] = {"low": self.low, "columns": self.columns, "apart": self.apart}
+        options: dict[str, Any] = {"residual_outputs": self.residual_outputs,
+                                   "outlier_columns": self.outlier_columns, "outlier_weight": self.outlier_weight}
         return functools.partial(type(self), **options), (self.codes, self.scale, self.bias)
 
 
@@ -119,3 +118,11 @@ def _integers(name: str, value: ArrayLike, dtype: DTypeLike, axes: int) -> NDArr
     array = np.array(array, dtype, order="C")
     array.flags.writeable = False
     return array
+
+
+def _indices(name: str, value: ArrayLike | None, size: int) -> NDArray[np.int64]:
+    """`value` as a row of indices below `size`; none for None."""
+    indices = _integers(name, np.zeros(0, np.int64) if value is None else value, np.int64, 1)
+    if not ((indices >= 0) & (indices < size)).all():
+        raise ValueError(f"{name} must lie between 0 and {size - 1}, got {indices}")
+    return indices

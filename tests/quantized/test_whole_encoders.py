@@ -43,7 +43,7 @@ def test_columns_apart_are_what_keeps_it_near():
     linear, x = Linear(random(16, E)), random(5, E)
     x[:, 7] *= 100
     without = DynamicLinear.quantized_from(linear)(x)
-    apart = DynamicLinear.quantized_from(linear, columns=[7])(x)
+    apart = DynamicLinear.quantized_from(linear, outlier_columns=[7])(x)
     exact = linear(x).astype(np.float64)
     assert np.abs(apart - exact).max() < np.abs(without - exact).max() / 10
 
@@ -52,7 +52,7 @@ def test_a_second_code_is_for_outputs_with_large_weights():
     weight = random(16, E)
     weight[3] *= 100
     made = DynamicLinear.quantized_from(Linear(weight), split=4)
-    assert made.low.tolist() == [3] and made.outputs == 16 and made.codes.shape == (17, E)
+    assert made.residual_outputs.tolist() == [3] and made.outputs == 16 and made.codes.shape == (17, E)
     x = random(5, E)
     whole, exact = DynamicLinear.quantized_from(Linear(weight))(x), Linear(weight)(x).astype(np.float64)
     assert np.abs(made(x) - exact)[:, 3].max() < np.abs(whole - exact)[:, 3].max()
@@ -71,7 +71,7 @@ def test_a_sequence_gives_the_same_bytes_in_every_batch_and_on_any_threads(one_t
 
 
 @pytest.mark.parametrize("settings", [
-    {"linear1": {"split": 4}}, {"gate": {"split": 4}}, {"gate": {"columns": [3]}}, {"linear1": {"columns": [5]}}])
+    {"linear1": {"split": 4}}, {"gate": {"split": 4}}, {"gate": {"outlier_columns": [3]}}, {"linear1": {"outlier_columns": [5]}}])
 def test_weights_that_no_feed_forward_kernel_reads_are_computed_operation_by_operation(settings):
     layer = encoder(gate=True).layers[0]
     for name in ("linear1", "gate"):
@@ -144,6 +144,15 @@ def test_weights_of_any_size(scale):
     assert np.isfinite(made(random(2, 3, E))).all()
 
 
+def with_parts(*, second=False, attention=False):
+    """An encoder of which a part is int8 already."""
+    part = encoder().layers[0]
+    linear1, linear2 = part.feed_forward.linear1, part.feed_forward.linear2
+    feed_forward = FeedForward(linear1, DynamicLinear.quantized_from(linear2) if second else linear2)
+    attend = quant.quantize(part.attention, scheme="dynamic") if attention else part.attention
+    return TransformerEncoder([TransformerEncoderLayer(attend, feed_forward, part.norm1, part.norm2)])
+
+
 def unlike(name):
     arrays = {"weight": random(F, E), "bias": random(F)}
     arrays[name].flat[7] = np.nan
@@ -159,17 +168,23 @@ def unlike(name):
     (lambda: quant.quantize(encoder(), scheme="dynamic", attention="int4"), ValueError,
      "attention must be 'int8' or 'float32'; got 'int4'"),
     (lambda: quant.quantize(quant.quantize(encoder(), scheme="dynamic"), scheme="dynamic"), TypeError,
-     "model must be a float one"),
+     r"model must be a float one; got layers\[0\]"),
+    (lambda: quant.quantize(with_parts(second=True), scheme="dynamic"), TypeError, "model must be a float one.*Linear"),
+    (lambda: quant.quantize(with_parts(attention=True), scheme="dynamic", attention="float32"), TypeError,
+     "model must be a float one.*MultiHeadAttention"),
     (lambda: quant.quantize(encoder(rotary=edgeattn.RotaryEmbedding(8)), scheme="dynamic"), ValueError,
      r"layers\[0\].*rotary.*attention='float32'"),
     (lambda: DynamicLinear(np.zeros((4, 3), np.float32), np.ones(4)), TypeError, "codes must be int8"),
     (lambda: DynamicLinear(np.full((4, 3), -128, np.int8), np.ones(4)), ValueError, "codes must lie in"),
     (lambda: DynamicLinear(np.zeros((4, 3), np.int8), np.zeros(4)), ValueError, "scale be positive"),
     (lambda: DynamicLinear(np.zeros((4, 3), np.int8), np.ones(3)), ValueError, r"scale must have shape \(4,\)"),
-    (lambda: DynamicLinear(np.zeros((4, 3), np.int8), np.ones(4), columns=[3], apart=np.zeros((4, 1))), ValueError,
-     "columns must lie between 0 and 2"),
-    (lambda: DynamicLinear(np.zeros((4, 3), np.int8), np.ones(4), columns=[1]), ValueError, "columns .* with apart"),
-    (lambda: DynamicLinear(np.zeros((4, 3), np.int8), np.ones(4), low=[3]), ValueError, "low must lie between 0 and 2"),
+    (lambda: DynamicLinear(np.zeros((4, 3), np.int8), np.ones(4), outlier_columns=[3], outlier_weight=np.zeros((4, 1))),
+     ValueError,
+     "outlier_columns must lie between 0 and 2"),
+    (lambda: DynamicLinear(np.zeros((4, 3), np.int8), np.ones(4), outlier_columns=[1]), ValueError,
+     r"outlier_weight must have shape \(4, 1\)"),
+    (lambda: DynamicLinear(np.zeros((4, 3), np.int8), np.ones(4), residual_outputs=[3]), ValueError,
+     "residual_outputs must lie between 0 and 2"),
 ])
 def test_bad_input_is_refused(call, error, words):
     with pytest.raises(error, match=words):

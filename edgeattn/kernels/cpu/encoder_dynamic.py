@@ -9,7 +9,7 @@ from . import feed_forward_dynamic as ff
 from .activation import ACTIVATIONS
 from .byte_products import pack_byte_panels
 from .call import PreparedCall
-from .encoder_float32 import Stage, norm_kind, pack, pack_norm, padded
+from .encoder_float32 import RowKernel, norm_kind, pack, pack_norm, padded
 from .layer_dynamic import SMALLEST_WEIGHT, quantize_weight
 from .linear_dynamic import join_depth
 from .matmul import round_up
@@ -17,17 +17,17 @@ from .norm import ADDRESSES
 from .records import blank, packed, place
 from .simd import VIRTUAL_LANES
 
-COLUMNS_APART = ff.COLUMNS_APART
+MOST_OUTLIERS = ff.COLUMNS_APART
 
 
-class QuantizedLinear(NamedTuple):
+class QuantizedWeight(NamedTuple):
     """A weight (outputs, inputs) as bytes: weight = codes * scale, where not said otherwise."""
 
     codes: NDArray[np.int8]  # (outputs + second channels, inputs)
     scale: NDArray[np.float32]  # (outputs + second channels,)
-    low: NDArray[np.int64]  # which output each of the second channels is added to
-    columns: NDArray[np.int64]  # inputs that are apart: their codes are 0
-    apart: NDArray[np.float32]  # (outputs, columns): their weights
+    residual_outputs: NDArray[np.int64]  # which output each of the second channels is added to
+    outlier_columns: NDArray[np.int64]  # inputs whose products are float32: their codes are 0
+    outlier_weight: NDArray[np.float32]  # (outputs, outlier columns)
 
 
 def quantize_linear(weight, *, columns=(), split=None):
@@ -58,16 +58,16 @@ def quantize_linear(weight, *, columns=(), split=None):
         scale[low] = fine * np.float32(127)
         codes = np.concatenate((codes, (steps - 127 * codes[low].astype(np.int64)).astype(np.int8)))
         scale = np.concatenate((scale, fine))
-    return QuantizedLinear(codes, scale, low, columns, apart)
+    return QuantizedWeight(codes, scale, low, columns, apart)
 
 
 def _quantized(weight):
-    """A QuantizedLinear from one, from float32 weights, or from (codes, scale)."""
-    if isinstance(weight, QuantizedLinear):
+    """A QuantizedWeight from one, from float32 weights, or from (codes, scale)."""
+    if isinstance(weight, QuantizedWeight):
         return weight
     codes, scale = weight if isinstance(weight, tuple) else quantize_weight(weight)
     none = np.zeros(0, np.int64)
-    return QuantizedLinear(codes, scale, none, none, np.zeros((len(codes), 0), np.float32))
+    return QuantizedWeight(codes, scale, none, none, np.zeros((len(codes), 0), np.float32))
 
 
 class _Channels(NamedTuple):
@@ -86,9 +86,9 @@ class _Channels(NamedTuple):
 
 
 def _channels(weight, multiple=VIRTUAL_LANES):
-    outputs = len(weight.codes) - len(weight.low)
+    outputs = len(weight.codes) - len(weight.residual_outputs)
     up = round_up(outputs, multiple)
-    return _Channels(outputs, up, up + round_up(len(weight.low), VIRTUAL_LANES))
+    return _Channels(outputs, up, up + round_up(len(weight.residual_outputs), VIRTUAL_LANES))
 
 
 def _pack(weight, bias, channels, group, w, c, s, b, v):
@@ -96,8 +96,8 @@ def _pack(weight, bias, channels, group, w, c, s, b, v):
     codes = channels.spread(weight.codes)
     codes = np.pad(codes, ((0, 0), (0, round_up(codes.shape[1], ff.DEPTH) - codes.shape[1])))
     groups = [codes[:, i:i + group] for i in range(0, codes.shape[1], group)]
-    apart = np.zeros((len(weight.columns), channels.columns), np.float32)
-    apart[:, :channels.outputs] = weight.apart.T
+    apart = np.zeros((len(weight.outlier_columns), channels.columns), np.float32)
+    apart[:, :channels.outputs] = weight.outlier_weight.T
     return {w: np.concatenate([pack_byte_panels(join_depth(some)) for some in groups]),
             c: np.concatenate([some.sum(1, dtype=np.int32) for some in groups]),
             s: channels.spread(weight.scale), b: padded(bias, channels.columns), v: apart}
@@ -113,8 +113,8 @@ def _rows_of(p, rows, groups4, columns):
     return size
 
 
-class Linear(Stage):
-    """encoder_float32.Linear with a weight of bytes: float32, (int8 codes, float32 scale) or a QuantizedLinear."""
+class Linear(RowKernel):
+    """encoder_float32.Linear with a weight of bytes: float32, (int8 codes, float32 scale) or a QuantizedWeight."""
 
     def __init__(self, weight, bias, *, activation=None, norm=None):
         weight = _quantized(weight)
@@ -122,15 +122,15 @@ class Linear(Stage):
         deep = round_up(inputs, ff.DEPTH)
         at, weights = pack(
             **_pack(weight, bias, channels, max(deep, 1), "w", "c", "s", "b", "v"),
-            j=weight.columns.astype(np.int32), low=weight.low.astype(np.int32),
+            j=weight.outlier_columns.astype(np.int32), low=weight.residual_outputs.astype(np.int32),
             at_norm=pack_norm(norm, channels.outputs))
         super().__init__(blank(
             ff.LINEAR, width=inputs, out_width=channels.outputs, out_up=channels.up, columns=channels.columns,
-            groups4=deep // 4, activation=ACTIVATIONS[activation], norm=norm_kind(norm), apart=len(weight.columns),
-            lows=len(weight.low), **at), weights)
+            groups4=deep // 4, activation=ACTIVATIONS[activation], norm=norm_kind(norm),
+            apart=len(weight.outlier_columns), lows=len(weight.residual_outputs), **at), weights)
 
     def prepare(self, rows):
-        """See Stage."""
+        """See RowKernel."""
         p = SimpleNamespace(**vars(self._parameters) | {"rows": rows})
         size = _rows_of(p, min(rows, ff.BLOCK), p.groups4, p.columns)
         p.shared_size = size if rows <= ff.FEW_ROWS else 0
@@ -140,8 +140,8 @@ class Linear(Stage):
                             p.private_size, work, fixed=(self._address,))
 
 
-class FeedForward(Stage):
-    """encoder_float32.FeedForward with weights of bytes: float32, (int8 codes, float32 scale) or a QuantizedLinear.
+class FeedForward(RowKernel):
+    """encoder_float32.FeedForward with weights of bytes: float32, (int8 codes, float32 scale) or a QuantizedWeight.
 
     Only `w2` may have second channels; the columns that are apart are the same in `w1` and in the gate.
     """
@@ -149,10 +149,11 @@ class FeedForward(Stage):
     def __init__(self, w1, b1, w2, b2, *, activation="gelu", gate=None, norm=None, norm_first=False):
         w1, w2 = _quantized(w1), _quantized(w2)
         gate_w, gate_b = (w1, None) if gate is None else (_quantized(gate[0]), gate[1])
-        if len(w1.low) or len(gate_w.low):
+        if len(w1.residual_outputs) or len(gate_w.residual_outputs):
             raise ValueError("w1 and gate must have one byte a weight, got second channels: quantize with split=None")
-        if not np.array_equal(w1.columns, gate_w.columns):
-            raise ValueError(f"w1 and gate must have the same columns apart, got {w1.columns}, {gate_w.columns}")
+        if not np.array_equal(w1.outlier_columns, gate_w.outlier_columns):
+            raise ValueError("w1 and gate must have the same columns apart, got "
+                             f"{w1.outlier_columns}, {gate_w.outlier_columns}")
         hidden, inputs = w1.codes.shape
         raised, lowered = _channels(w1, ff.DEPTH), _channels(w2)
         deep = round_up(inputs, ff.DEPTH)
@@ -162,16 +163,18 @@ class FeedForward(Stage):
             parts |= _pack(gate_w, gate_b, raised, max(deep, 1), "gate_w", "gate_c", "gate_s", "gate_b", "gate_v")
         parts |= _pack(w2, b2, lowered, ff.GROUP, "w2", "c2", "s2", "b2", "v2")
         at, weights = pack(
-            **parts, j1=w1.columns.astype(np.int32), j2=w2.columns.astype(np.int32), low=w2.low.astype(np.int32),
+            **parts, j1=w1.outlier_columns.astype(np.int32), j2=w2.outlier_columns.astype(np.int32),
+            low=w2.residual_outputs.astype(np.int32),
             at_first=pack_norm(first, inputs), at_last=pack_norm(last, lowered.outputs))
         super().__init__(blank(
             ff.FEED_FORWARD, width=inputs, hidden=hidden, out_width=lowered.outputs, hidden_up=raised.up,
             out_up=lowered.up, columns=lowered.columns, groups4=deep // 4, activation=ACTIVATIONS[activation],
             gated=gate is not None, norm_first=norm_kind(first), norm_last=norm_kind(last),
-            apart1=len(w1.columns), apart2=len(w2.columns), lows=len(w2.low), **at), weights)
+            apart1=len(w1.outlier_columns), apart2=len(w2.outlier_columns),
+            lows=len(w2.residual_outputs), **at), weights)
 
     def prepare(self, rows):
-        """See Stage."""
+        """See RowKernel."""
         p = SimpleNamespace(**vars(self._parameters) | {"rows": rows})
         some = min(rows, ff.BLOCK)
         groups = max(-(-p.hidden // ff.GROUP), 1) if rows <= ff.FEW_ROWS else 1

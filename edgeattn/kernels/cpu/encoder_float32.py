@@ -48,7 +48,7 @@ def pack(**arrays):
     return weights.at, weights.packed()
 
 
-class Stage:
+class RowKernel:
     """What the kernels have in common: one that is planned by the number of rows, called with addresses.
 
     Each has prepare(rows), its `PreparedCall` for so many rows, whose addresses are those of `norm.ADDRESSES`.
@@ -77,7 +77,7 @@ class Stage:
         return out
 
 
-class Norm(Stage):
+class Norm(RowKernel):
     """out = norm(x + residual)
 
     Parameters
@@ -92,13 +92,13 @@ class Norm(Stage):
         super().__init__(blank(NORM, width=width, norm=norm_kind(norm), private_size=row), pack_norm(norm, width))
 
     def prepare(self, rows):
-        """See Stage."""
+        """See RowKernel."""
         p = SimpleNamespace(**vars(self._parameters) | {"rows": rows})
         return PreparedCall(add_norm, packed(p, NORM), ADDRESSES, np.float32, 0, p.private_size,
                             16 * rows * p.private_size, fixed=(self._address,))
 
 
-class Linear(Stage):
+class Linear(RowKernel):
     """out = norm(activation(x weight^T + bias) + residual)
 
     Parameters
@@ -119,7 +119,7 @@ class Linear(Stage):
                                activation=ACTIVATIONS[activation], norm=norm_kind(norm), **at), weights)
 
     def prepare(self, rows):
-        """See Stage."""
+        """See RowKernel."""
         p = SimpleNamespace(**vars(self._parameters) | {"rows": rows})
         size = p.private_size = min(rows, ff.BLOCK) * p.out_up
         work = 2 * rows * p.out_up * (p.width + 8)
@@ -127,7 +127,7 @@ class Linear(Stage):
                             fixed=(self._address,))
 
 
-class FeedForward(Stage):
+class FeedForward(RowKernel):
     """out = norm(w2 h + b2 + residual), h = activation(w1 x + b1)
 
     With norm_first out = w2 h + b2 + residual, and h is made of norm(x).
@@ -163,7 +163,7 @@ class FeedForward(Stage):
             norm_first=norm_kind(first), norm_last=norm_kind(last), **at), weights)
 
     def prepare(self, rows):
-        """See Stage."""
+        """See RowKernel."""
         p = SimpleNamespace(**vars(self._parameters) | {"rows": rows})
         few, some = rows if rows <= ff.FEW_ROWS else 0, min(rows, ff.BLOCK)
         normed, gated = p.norm_first != NO_NORM, p.gated

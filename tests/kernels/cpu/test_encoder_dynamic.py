@@ -130,7 +130,7 @@ def test_quantize_linear_says_what_it_cannot_do():
     with pytest.raises(ValueError, match="columns must be at most 4 inputs, got 5"):
         encoder_dynamic.quantize_linear(weight, columns=range(5))
     fine = encoder_dynamic.quantize_linear(np.diag([1, 1, 1, 100.0]).astype(np.float32), split=4)
-    assert fine.low.tolist() == [3]
+    assert fine.residual_outputs.tolist() == [3]
     assert np.float64(fine.codes[3, 3]) * fine.scale[3] + np.float64(fine.codes[4, 3]) * fine.scale[4] == pytest.approx(100)
     square = np.ones((4, 4), np.float32)
     with pytest.raises(ValueError, match="w1 and gate must have one byte a weight"):
