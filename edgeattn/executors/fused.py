@@ -86,8 +86,8 @@ def _stages(result: _Operation, x: _Operation) -> list[Stage] | None:
     before = _stages(source, x)
     if before is None:
         return None
-    for make in (_attention, _feed_forward):
-        read = _read_by(branch, make)
+    for input_of, make in ((_attention_input, _attention), (_feed_forward_input, _feed_forward)):
+        read = input_of(branch)
         if read is source:
             return [*before, make(branch, None, norm)]
         if read is not None and read.kind in _NORMS and read.inputs[0] is source:
@@ -96,24 +96,36 @@ def _stages(result: _Operation, x: _Operation) -> list[Stage] | None:
     return None
 
 
-def _read_by(branch: _Operation, make: object) -> _Operation | None:
-    """What a branch reads, if it is an attention layer, or a feed-forward, as `make` wants it."""
-    if branch.kind != "linear":
+def _attention_input(branch: _Operation) -> _Operation | None:
+    """What a branch reads that is attention with four projections; None for another."""
+    inner = branch.inputs[0] if branch.kind == "linear" else None
+    if inner is None or inner.kind != "attention":
         return None
-    inner, = branch.inputs
-    if make is _attention:
-        reads = [each.inputs[0] for each in inner.inputs if each.kind == "linear"]
-        alone = inner.kind == "attention" and len(reads) == 3 and reads[0] is reads[1] is reads[2]
-        return reads[0] if alone else None
-    active, linear1 = inner, inner
-    if inner.kind == "multiply":
+    reads = [each.inputs[0] for each in inner.inputs if each.kind == "linear"]
+    return reads[0] if len(reads) == 3 and reads[0] is reads[1] is reads[2] else None
+
+
+def _feed_forward_input(branch: _Operation) -> _Operation | None:
+    """What a branch reads that is a feed-forward of a kernel's; None for another."""
+    parts = _feed_forward_parts(branch)
+    if parts is None:
+        return None
+    kind, linear1, gate, linear2 = parts
+    active = linear1 if gate is None else gate
+    same = linear1.kind == active.kind == "linear" and linear1.inputs[0] is active.inputs[0]
+    together = same and kind in ACTIVATIONS and _go_together(linear1.made_with, active.made_with, linear2)
+    return linear1.inputs[0] if together else None
+
+
+def _feed_forward_parts(branch: _Operation) -> Any:
+    """(activation, linear1, gate or None, the layer linear2) of a feed-forward; None for another branch."""
+    inner = branch.inputs[0] if branch.kind == "linear" else None
+    if inner is not None and inner.kind == "activation":
+        return inner.made_with, inner.inputs[0], None, branch.made_with
+    if inner is not None and inner.kind == "multiply" and inner.inputs[0].kind == "activation":
         active, linear1 = inner.inputs
-    if active.kind != "activation" or active.inputs[0].kind != "linear":
-        return None
-    linear1 = active.inputs[0] if inner.kind == "activation" else linear1
-    gate = active.inputs[0]
-    same = linear1.kind == "linear" and linear1.inputs[0] is gate.inputs[0] and active.made_with in ACTIVATIONS
-    return linear1.inputs[0] if same and _go_together(linear1.made_with, gate.made_with, branch.made_with) else None
+        return active.made_with, linear1, active.inputs[0], branch.made_with
+    return None
 
 
 def _go_together(linear1: Any, gate: Any, linear2: Any) -> bool:
@@ -123,7 +135,8 @@ def _go_together(linear1: Any, gate: Any, linear2: Any) -> bool:
     if linear1.quantized is None:
         return True
     first, second = linear1.quantized, gate.quantized
-    return not len(first.low) and not len(second.low) and np.array_equal(first.columns, second.columns)
+    whole = not len(first.residual_outputs) and not len(second.residual_outputs)
+    return whole and np.array_equal(first.outlier_columns, second.outlier_columns)
 
 
 def _attention(branch: _Operation, first: _Operation | None, last: _Operation | None) -> Stage:
@@ -149,15 +162,12 @@ def _attention(branch: _Operation, first: _Operation | None, last: _Operation | 
 
 
 def _feed_forward(branch: _Operation, first: _Operation | None, last: _Operation | None) -> Stage:
-    inner = branch.inputs[0]
-    active, linear1 = (inner, inner.inputs[0]) if inner.kind == "activation" else inner.inputs
-    gate = None if inner.kind == "activation" else active.inputs[0].made_with
-    linear1, linear2 = linear1.made_with, branch.made_with
+    activation, linear1, gate, linear2 = _feed_forward_parts(branch)
     norm = first or last
-    kernels = encoder_float32 if linear1.quantized is None else encoder_dynamic
+    kernels = encoder_float32 if linear2.quantized is None else encoder_dynamic
     kernel = kernels.FeedForward(
-        _weight(linear1), linear1.bias, _weight(linear2), linear2.bias, activation=active.made_with,
-        gate=None if gate is None else (_weight(gate), gate.bias), norm=None if norm is None else _norm(norm),
+        *_weights(linear1.made_with), *_weights(linear2), activation=activation,
+        gate=None if gate is None else _weights(gate.made_with), norm=None if norm is None else _norm(norm),
         norm_first=first is not None)
     return lambda x, sequences: kernel(x, x, np.empty_like(x))
 
@@ -172,5 +182,5 @@ def _norm(norm: _Operation) -> tuple[str, Float32s, Float32s | None, float]:
     return _NORMS[norm.kind], of.weight, of.bias, of.eps
 
 
-def _weight(linear: Any) -> Any:
-    return linear.weight if linear.quantized is None else linear.quantized
+def _weights(linear: Any) -> tuple[Any, Float32s | None]:
+    return linear.weight if linear.quantized is None else linear.quantized, linear.bias
