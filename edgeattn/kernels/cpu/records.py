@@ -19,7 +19,8 @@ from .matmul import round_up
 # scores, and of ALiBi the step to the next batch entry.
 BAND = "band low high"
 KEEP = "keep_b keep_h keep_l keep_s"
-MASKS = f"{BAND} {KEEP} bias_b bias_h bias_l bias_s alibi_b"
+BIAS = "bias_b bias_h bias_l bias_s"
+MASKS = f"{BAND} {KEEP} {BIAS} alibi_b"
 # Where they are, or 0 of none: bytes of which 0 is "not kept", float32 to be added, (B or 1, H, 2) float64 slopes and
 # positions of query 0.
 MASK_ADDRESSES = "keep bias alibi"
@@ -57,6 +58,19 @@ def real(typing, bits):
 def bits_of_real(number):
     """The bits of a number as float32, for a field that `real` reads."""
     return int(np.float32(number).view(np.int32))
+
+
+@intrinsic
+def double(typing, bits):
+    """The float64 whose bits a field holds."""
+    def generate(context, builder, sig, args):
+        return builder.bitcast(args[0], ir.DoubleType())
+    return types.float64(types.int64), generate
+
+
+def bits_of_double(number):
+    """The bits of a number as float64, for a field that `double` reads."""
+    return int(np.float64(number).view(np.int64))
 
 
 def blank(layout, **values):
