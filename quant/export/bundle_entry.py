@@ -157,7 +157,6 @@ def float_entry(kernel, dynamic):
 def static_entry(kernel, score_luts, lut_index):
     """(scratch_bytes, run) of a StaticLayer with the score_luts and lut_index of its score operators, or None."""
     f, plan, layer = fused_int8, layer_int8.plan, task(fused_int8.layer_int8.py_func)
-    softmax_rule, project_rule, score_rule, context_rule = kernel.rules
     softmax, weights = constant("softmax", kernel.table), constant("weights", kernel.weights)
     parameters = local_copy("parameters", packed(kernel.parameters, f.LAYER))
     addresses = local_copy("addresses", np.zeros(len(f.ADDRESSES), np.int64))
@@ -199,6 +198,6 @@ def static_entry(kernel, score_luts, lut_index):
         a.lut_index = address_of(lut_index()) if has_index else 0
         a.score_luts = address_of(score_luts()) if has_luts else 0
         scratch = array_at(call[SCRATCH], shared + private, np.int32)
-        layer(softmax_rule, project_rule, score_rule, context_rule, given, where, scratch, array_at(0, 0, np.int64), 1)
+        layer(given, where, scratch, array_at(0, 0, np.int64), 1)
         return OK
     return scratch_bytes, run

@@ -35,7 +35,7 @@ from .simd import (
     store,
     transpose_block,
 )
-from .softmax_int8 import LOWEST_CODES
+from .softmax_int8 import LOWEST_CODES, softmax
 from .static_layout import context_rows, layout_of, project_values, values_of
 from .views import Blocks
 
@@ -50,11 +50,13 @@ def packed_depth(E):
     return round_up((E + 3) // 4, DEPTH_STEP)
 
 
-# The parameters: sizes; where panels, biases and multipliers begin in the weights; zero points; masks; where things
+# The parameters: sizes; where panels, biases and multipliers begin in the weights; zero points; numbers of rules, see
+# softmax_int8 and requantize; masks; where things
 # begin in the scratch of all threads, which keys are the first of, and in that of each; of a cache, see cached_int8.
 LAYER = record("batch queries keys query_width key_width value_width out_width heads",
                "head_size value_size padded_head padded_value has_out same_kv",
-               "wq bq mq wk bk mk wv bv mv wo bo mo ms mc", "zq zk zv zs zc zo softmax_rule",
+               "wq bq mq wk bk mk wv bv mv wo bo mo ms mc", "zq zk zv zs zc zo",
+               "softmax_rule project_rule score_rule context_rule",
                BAND, KEEP, "index_b index_h index_l index_s", "at_krow at_values",
                "at_x at_row_major at_q at_codes at_masks at_sums at_context at_softmax at_terms at_tiles",
                "at_transposed shared_size private_size", "first_slot new_tokens capacity at_step")
@@ -71,15 +73,6 @@ class Linear(NamedTuple):
     bias: int
     multiplier: int
     zero_point: int
-
-
-class Rules(NamedTuple):
-    """What is compiled for: a function of softmax_int8.py, and functions of requantize.py."""
-
-    softmax: object
-    project: object
-    score: object
-    context: object
 
 
 class Seen(NamedTuple):
@@ -171,7 +164,7 @@ def map_codes(codes, score_luts, index, h, seen):
 
 
 @task
-def project_part(p, a, rules, scratch, batch, portion, worker, part):
+def project_part(p, a, scratch, batch, portion, worker, part):
     """Keys, values and key terms of `portion` tokens of one batch entry, in the layout that `attend_part` reads.
 
     scratch: int32, first those of this batch entry for all threads, then what each has to itself.
@@ -182,8 +175,8 @@ def project_part(p, a, rules, scratch, batch, portion, worker, part):
     S, Ek, Ev, Ek4, Ev4 = p.keys, p.key_width, p.value_width, packed_depth(p.key_width), packed_depth(p.value_width)
     features, v_features = round_up(p.heads * p.padded_head, WIDTH), round_up(p.heads * p.padded_value, WIDTH)
     k_row, q_zero = layout.k_block // 4, zero_bytes(np.int32(p.zq))
-    k_scaling = Scaling(weights, rules.project, p.mk, features, np.int32(p.zk))
-    v_scaling = Scaling(weights, rules.project, p.mv, v_features, np.int32(p.zv))
+    k_scaling = Scaling(weights, p.project_rule, p.mk, features, np.int32(p.zk))
+    v_scaling = Scaling(weights, p.project_rule, p.mv, v_features, np.int32(p.zv))
     k_panels = BytePanels(weights, p.wk, weights, p.bk, features, Ek4)
     v_panels = BytePanels(weights, p.wv, weights, p.bv, v_features, Ev4)
     packed, tiles, square = Part(own.int32, p.at_x), Part(own.int32, p.at_tiles), Part(own.int32, p.at_row_major)
@@ -206,7 +199,7 @@ def project_part(p, a, rules, scratch, batch, portion, worker, part):
 
 
 @inline
-def project_queries(p, a, rules, batch, q0, queries, own):
+def project_queries(p, a, batch, q0, queries, own):
     """Queries of a block, turned so that they are lanes: (H, groups of a head's features, W)."""
     features = round_up(p.heads * p.padded_head, WIDTH)
     Eq, Eq4, D4 = p.query_width, packed_depth(p.query_width), p.padded_head // 4
@@ -214,7 +207,7 @@ def project_queries(p, a, rules, batch, q0, queries, own):
     at_row_major, at_q, weights = p.at_row_major, p.at_q, pointer_to(a.weights, np.int32)
     x = Part(pointer_to(a.queries, np.int8), (batch * p.queries + q0) * Eq)
     pack_tokens(x, Eq, queries, WIDTH, Part(own.int32, p.at_x), Eq4)
-    scaling = Scaling(weights, rules.project, p.mq, features, np.int32(p.zq))
+    scaling = Scaling(weights, p.project_rule, p.mq, features, np.int32(p.zq))
     to = Blocks(own.int8, 4 * at_row_major, 4 * row_major_row, 0)
     linear(finish_bytes, (scaling, FLIP, to), Groups(own.uint32, p.at_x, Eq4, 1), WIDTH,
            BytePanels(weights, p.wq, weights, p.bq, features, Eq4), Part(own.int32, p.at_tiles))
@@ -229,7 +222,7 @@ def project_queries(p, a, rules, batch, q0, queries, own):
 
 
 @inline
-def score_head(p, a, rules, h, first, keys, layout, shared, own):
+def score_head(p, a, h, first, keys, layout, shared, own):
     """Scores of `keys` keys, a multiple of ROWS, from `first` on: codes of four keys to a lane."""
     D4, Dp, zq, zk = p.padded_head // 4, p.padded_head, np.int32(p.zq), np.int32(p.zk)
     q_groups, at_sums, k_row = round_up(D4, DEPTH_STEP), p.at_sums, layout.k_block // 4
@@ -244,7 +237,7 @@ def score_head(p, a, rules, h, first, keys, layout, shared, own):
             term = (term - splat(np.int32((OFFSET + zq) * Dp))) * splat(np.int32(-zk))
         store(own.int32, at_sums + c, term)
     # b. scores
-    scaling = Scaling(pointer_to(a.weights, np.int32), rules.score, p.ms, LANES, np.int32(p.zs))
+    scaling = Scaling(pointer_to(a.weights, np.int32), p.score_rule, p.ms, LANES, np.int32(p.zs))
     terms = Part(shared.int32, p.at_krow + h * layout.keys + first)
     linear(finish_scores, (scaling, terms, Part(own.int32, p.at_codes)),
            Groups(shared.int32, at_k + first * k_row, k_row, 1), keys,
@@ -261,7 +254,7 @@ def drop_codes(codes, masks, groups):
 
 
 @inline
-def context_head(p, a, rules, h, first, groups, layout, shared, own):
+def context_head(p, a, h, first, groups, layout, shared, own):
     """Probabilities times values from the key `first` on: unsigned operands (Dv / 4, W) of the head's context."""
     at_codes, at_sums, zv = p.at_codes, p.at_sums, np.int32(p.zv)
     # a. what a value zero point adds to every feature of a query
@@ -278,14 +271,14 @@ def context_head(p, a, rules, h, first, groups, layout, shared, own):
         store(own.int32, at_codes + i, splat(_NONE))
     v, terms = values_of(h, first, p, layout, shared), Part(own.int32, p.at_terms)
     store_value_terms(Part(v.data, v.at), v.step, groups, p.padded_value, terms)
-    scaling = Scaling(pointer_to(a.weights, np.int32), rules.context, p.mc, LANES, np.int32(p.zc))
+    scaling = Scaling(pointer_to(a.weights, np.int32), p.context_rule, p.mc, LANES, np.int32(p.zc))
     to = Part(own.int32, p.at_context + h * p.padded_value // 4 * WIDTH)
     linear(finish_context, (scaling, terms, to), v, p.padded_value,
            BytePanels(own.uint32, at_codes, own.int32, at_sums, WIDTH, deep), Part(own.int32, p.at_tiles))
 
 
 @inline
-def write_rows(p, a, rules, at_row, queries, own):
+def write_rows(p, a, at_row, queries, own):
     """A block's rows of the result, from at_row on: projection of the context, or the context itself."""
     H, Dv, Dvp, Eo = p.heads, p.value_size, p.padded_value, p.out_width
     out = pointer_to(a.out, np.int8)
@@ -297,14 +290,14 @@ def write_rows(p, a, rules, at_row, queries, own):
                     out[at_row + l * Eo + h * Dv + d] = own.int8[byte] ^ BYTE_FLIP
         return
     C4, Eo_up = packed_depth(H * Dvp), round_up(Eo, WIDTH)
-    project_output(p, a, rules, context_rows(p, C4, own), at_row, queries, Eo_up, own)
+    project_output(p, a, context_rows(p, C4, own), at_row, queries, Eo_up, own)
 
 
 @inline
-def project_output(p, a, rules, context, at_row, queries, features, own):
+def project_output(p, a, context, at_row, queries, features, own):
     """Output projection of the context of some queries, unsigned operands, to rows from at_row on."""
     weights = pointer_to(a.weights, np.int32)
-    scaling = Scaling(weights, rules.project, p.mo, features, np.int32(p.zo))
+    scaling = Scaling(weights, p.project_rule, p.mo, features, np.int32(p.zo))
     to = Groups(pointer_to(a.out, np.int8), at_row, p.out_width, 1)
     panels = BytePanels(weights, p.wo, weights, p.bo, features, packed_depth(p.heads * p.padded_value))
     linear(finish_output, (scaling, to, queries, Part(own.int8, 4 * p.at_x)), context, queries, panels,
@@ -312,7 +305,7 @@ def project_output(p, a, rules, context, at_row, queries, features, own):
 
 
 @task
-def attend_part(p, a, rules, scratch, batch, portion, worker, part):
+def attend_part(p, a, scratch, batch, portion, worker, part):
     """`portion` blocks of W queries of one batch entry: attention, head by head, and the output projection."""
     shared, own = parts_of(scratch, p, worker)
     layout, L, S, H = layout_of(p), p.queries, p.keys, p.heads
@@ -325,7 +318,7 @@ def attend_part(p, a, rules, scratch, batch, portion, worker, part):
     for block in range(part * portion, min((part + 1) * portion, (L + WIDTH - 1) // WIDTH)):
         q0 = block * WIDTH
         queries = min(WIDTH, L - q0)
-        project_queries(p, a, rules, batch, q0, queries, own)
+        project_queries(p, a, batch, q0, queries, own)
         first, last, _, _ = visible_range(q0, queries, S, band, p.low, p.high)
         first = first // ROWS * ROWS
         last_up = round_up(last, ROWS)
@@ -333,30 +326,26 @@ def attend_part(p, a, rules, scratch, batch, portion, worker, part):
         seen = Seen(q0, queries, first, last, groups, band, p.low, p.high)
         masked = band or has_keep or last_up > last
         for h in range(H):
-            score_head(p, a, rules, h, first, last_up - first, layout, shared, own)
+            score_head(p, a, h, first, last_up - first, layout, shared, own)
             if a.score_luts != 0 and last > first:
                 map_codes(codes, pointer_to(a.score_luts, np.int8), index, h, seen)
             if masked:
                 if h == 0 or (has_keep and p.keep_h != 0):
                     fill_drop_mask(masks, keep, h, seen)
                 drop_codes(codes, masks, groups)
-            rules.softmax(a.softmax, p.softmax_rule, codes, groups, masks, masked, Part(own.int32, p.at_softmax),
+            softmax(a.softmax, p.softmax_rule, codes, groups, masks, masked, Part(own.int32, p.at_softmax),
                           Part(own.int32, p.at_sums + WIDTH))
-            context_head(p, a, rules, h, first, groups, layout, shared, own)
-        write_rows(p, a, rules, (batch * L + q0) * p.out_width, queries, own)
+            context_head(p, a, h, first, groups, layout, shared, own)
+        write_rows(p, a, (batch * L + q0) * p.out_width, queries, own)
     matrix_release()
 
 
 @jit
-def layer_int8(softmax, project_rule, score_rule, context_rule, parameters, addresses, scratch, task_queue, count):
-    """A static int8 multi-head attention layer, see LAYER, on at most `count` threads that serve the task_queue.
-
-    The functions come first, see `Rules`: the kernel is compiled for them.
-    """
+def layer_int8(parameters, addresses, scratch, task_queue, count):
+    """A static int8 multi-head attention layer, see LAYER, on at most `count` threads that serve the task_queue."""
     p, a, memory = named(parameters, LAYER), named(addresses, ADDRESSES), address_of(scratch)
-    rules = Rules(softmax, project_rule, score_rule, context_rule)
     tokens, token_parts = portions(p.keys, TOKENS_TOGETHER, count)
     blocks, block_parts = portions((p.queries + WIDTH - 1) // WIDTH, 1, count)
     for batch in range(p.batch):
-        parallel_for(task_queue, token_parts, project_part, p, a, rules, memory, batch, tokens)
-        parallel_for(task_queue, block_parts, attend_part, p, a, rules, memory, batch, blocks)
+        parallel_for(task_queue, token_parts, project_part, p, a, memory, batch, tokens)
+        parallel_for(task_queue, block_parts, attend_part, p, a, memory, batch, blocks)

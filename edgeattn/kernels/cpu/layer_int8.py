@@ -9,6 +9,7 @@ from edgeattn.runtime.addresses import address
 from edgeattn.runtime.plan_cache import PlanCache
 
 from . import fused_int8 as f
+from . import softmax_int8
 from .byte_products import DEPTH_STEP, READ_AHEAD, TILES_SCRATCH, pack_byte_panels
 from .cached_int8 import cached_int8
 from .call import PreparedCall
@@ -17,9 +18,9 @@ from .layer_float32 import shape_of
 from .matmul import pad_heads, padded_head, round_up
 from .packing import Packer
 from .records import blank, mask_fields, packed, place, slot
-from .requantize import RULES, encode
+from .requantize import NUMBERS, encode
 from .simd import LANES, OFFSET, ROWS, WIDTH, byte_planes
-from .softmax_int8 import KEPT_GROUPS, SOFTMAX
+from .softmax_int8 import KEPT_GROUPS
 from .static_layout import padded_keys, turned_size, values_size
 from .step_int8 import step_sizes
 
@@ -77,7 +78,7 @@ class StaticLayer:
     softmax_table : ndarray
         (256,), of the dtype that the rule has; entry d belongs to a code d below the maximum.
     softmax : str
-        A name of SOFTMAX.
+        A name of softmax_int8.RULES.
     """
 
     def __init__(self, num_heads, linears, scores, context, zero_points, project_rule, score_rule, context_rule,
@@ -122,15 +123,14 @@ class StaticLayer:
         self.weights = weights.packed()
         self.table = threads.aligned(512, softmax_table.dtype)
         self.table[:] = byte_planes(softmax_table)
-        compute, softmax_rule = SOFTMAX[softmax]
-        self.rules = (compute, *(RULES[name] for name in (project_rule, score_rule, context_rule)))
         self._fixed = address(self.weights), address(self.table)
         self.parameters = blank(
             f.LAYER, query_width=linears["query"][0].shape[1], key_width=linears["key"][0].shape[1],
             value_width=linears["value"][0].shape[1], out_width=Eo, heads=H, head_size=D, value_size=Dv, padded_head=Dp,
-            padded_value=Dvp, has_out="output" in linears, softmax_rule=softmax_rule, zq=zero_points["query"],
-            zk=zero_points["key"], zv=zero_points["value"], zs=zero_points["scores"], zc=zero_points["context"],
-            zo=zero_points["output"] if "output" in linears else 0, **weights.at)
+            padded_value=Dvp, has_out="output" in linears, softmax_rule=softmax_int8.NUMBERS[softmax],
+            project_rule=NUMBERS[project_rule], score_rule=NUMBERS[score_rule], context_rule=NUMBERS[context_rule],
+            zq=zero_points["query"], zk=zero_points["key"], zv=zero_points["value"], zs=zero_points["scores"],
+            zc=zero_points["context"], zo=zero_points["output"] if "output" in linears else 0, **weights.at)
         self.output_dim = Eo
         self._plans = PlanCache()
 
@@ -152,7 +152,7 @@ class StaticLayer:
                     + L * S * H * (Dp + Dvp + 64)) // 3
         kernel = cached_int8 if cached else f.layer_int8
         return PreparedCall(kernel, packed(p, f.LAYER), f.ADDRESSES, np.int32, shared, private, B * work, B,
-                            self._fixed, self.rules)
+                            self._fixed)
 
     def __call__(self, xq, xk, xv, out, keep=None, band=None, lut_index=None, score_luts=None, cached=None):
         """out (B, L, Eo) from xq (B, L, Eq), xk (B, S, Ek), xv (B, S, Ev), all int8 and C-contiguous.
