@@ -221,7 +221,7 @@ def scaled_dot_product_attention(
     check_out(out, shapes.result, dtype)
     mask = resolve_mask(shapes.scores, attn_mask, is_causal=is_causal, causal_alignment=causal_alignment,
                         window_size=window_size, kv_lengths=kv_lengths, alibi_slopes=alibi_slopes)
-    q, k, v = map(np.reshape, map(to_float32, (query, key, value)), shapes.inputs)
+    q, k, v = (to_float32(x.reshape(axes)) for x, axes in zip((query, key, value), shapes.inputs, strict=True))
     if (type(out) is np.ndarray and out.dtype == FLOAT32 and out.flags.carray
             and lies_apart(out, (q, k, v, mask.keep, mask.bias))):
         result = out

@@ -104,29 +104,29 @@ class Prepared:
         Of a call's masks what its signature says the whole of.
     """
 
-    __slots__ = ("_adds", "_alibi", "_call", "_dtype", "_keep", "_more", "_shape")
+    __slots__ = ("_adds", "_alibi", "_call", "_dtype", "_keep", "_more", "shape")
 
     def __init__(self, shape: Shape, dtype: np.dtype[Any], call: Callable[..., object] | None = None,
                  adds: bool = False, keep: Bools | None = None, alibi: NDArray[np.float64] | None = None):
-        self._shape, self._dtype, self._call, self._adds, self._keep, self._alibi = (
+        self.shape, self._dtype, self._call, self._adds, self._keep, self._alibi = (
             shape, dtype, call, adds, keep, alibi)
         self._more = adds or alibi is not None or keep is not None
 
     def takes(self, out: object) -> bool:
         """Whether a kernel can write the result to `out`; None stands for a new array."""
         return out is None or (type(out) is np.ndarray and out.dtype is self._dtype and out.flags.carray
-                               and out.shape == self._shape)
+                               and out.shape == self.shape)
 
     def target(self, out: NDArray[Any] | None, *inputs: NDArray[Any] | None) -> NDArray[Any]:
         """Where a kernel that reads `inputs` is to write: `out`, which it takes, unless it lies over one."""
-        return out if out is not None and lies_apart(out, inputs) else np.empty(self._shape, self._dtype)
+        return out if out is not None and lies_apart(out, inputs) else np.empty(self.shape, self._dtype)
 
     def __call__(self, query: NDArray[Any], key: NDArray[Any], value: NDArray[Any], out: NDArray[Any] | None,
                  attn_mask: Any, key_padding_mask: Any) -> NDArray[Any]:
         """The result, in `out` if there is one."""
         call: Any = self._call
         if out is None:
-            result = np.empty(self._shape, self._dtype)
+            result = np.empty(self.shape, self._dtype)
         else:
             result = self.target(out, query, key, value, attn_mask, key_padding_mask)
         if self._more:
@@ -170,7 +170,10 @@ class PreparedCalls(PlanCache[Any, Prepared]):
         if signature is None:
             return
         # of lengths, what they and a band permit is written out once; of slopes, what kernels make of them
-        written, _, band, alibi = mask._replace(keep=None, bias=None).for_kernels()
+        of_few = mask if mask.lengths is None else mask._replace(keep=None, bias=None)
+        written, _, band, alibi = of_few.for_kernels()
+        if mask.lengths is None:
+            written = None
         shapes = [] if written is None else [written.shape]
         bias = None
         if key_padding_mask is not None:

@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     _Layer: TypeAlias = Any  # a MultiHeadAttention, a DynamicMultiHeadAttention or a StaticMultiHeadAttention
 
 
-def attend_again(layer: _Layer, query: Any, key: Any, value: Any, out: Any, kv_cache: KVCache | None, *masks: Any
-                 ) -> tuple[NDArray[Any] | None, tuple[Any, ...] | None]:
+def attend_again(layer: _Layer, query: Any, key: Any, value: Any, out: Any, kv_cache: KVCache | None,
+                 attn_mask: Any, key_padding_mask: Any, is_causal: Any, causal_alignment: Any, window_size: Any,
+                 alibi_slopes: Any) -> tuple[NDArray[Any] | None, tuple[Any, ...] | None]:
     """What `layer` gives where a call like this was checked before, else None; and the signature of the call.
 
     With the signature, which is None where it has none, `layer.prepared_calls` learns of the next like it.
-    masks: attn_mask, key_padding_mask, is_causal, causal_alignment, window_size, alibi_slopes.
     """
     if key is None:
         if value is not None:
@@ -37,17 +37,16 @@ def attend_again(layer: _Layer, query: Any, key: Any, value: Any, out: Any, kv_c
     if value is None:
         value = key
     calls = layer.prepared_calls
-    signature = call_signature(query, key, value, *masks, dtype=calls.dtype)
+    signature = call_signature(query, key, value, attn_mask, key_padding_mask, is_causal, causal_alignment, window_size,
+                               alibi_slopes, None, calls.dtype)
     if kv_cache is not None:
         signature = _step_signature(signature, kv_cache)
     prepared = calls.find(signature, out)
     if prepared is None or kv_cache is not None and not kv_cache.room():
         return None, signature
     if kv_cache is None:
-        return prepared(query, key, value, out, masks[0], masks[1]), signature
-    result = prepared.target(out, query)
-    layer.take_step(query, kv_cache, result)
-    return write_result(result, out, calls.dtype), signature
+        return prepared(query, key, value, out, attn_mask, key_padding_mask), signature
+    return write_result(layer.take_step(query, kv_cache).reshape(prepared.shape), out, calls.dtype), signature
 
 
 def _step_signature(signature: tuple[Any, ...] | None, cache: object) -> tuple[Any, ...] | None:
@@ -73,10 +72,10 @@ def attend_fused(layer: _Layer, call: Call, signature: tuple[Any, ...] | None, a
     return call.write_result(result)
 
 
-def take_step(layer: _Layer, x: Float32s, cache: KVCache, out: Float32s) -> None:
-    """Attention of a float or dynamic layer, without masks, of one token per batch entry and all before it.
+def take_step(layer: _Layer, x: Float32s, cache: KVCache) -> Float32s:
+    """Attention of a float or dynamic layer, without masks, of one token per batch entry and all before it: (B, Eo).
 
-    x (B, 1, E) or (1, E) float32 in C order; out (B, 1, Eo) or (1, Eo).
+    x (B, 1, E) or (1, E) float32 in C order.
     """
     batch, linears = cache.batch, layer.projections
     x = x.reshape(batch, x.shape[-1])
@@ -91,4 +90,4 @@ def take_step(layer: _Layer, x: Float32s, cache: KVCache, out: Float32s) -> None
         cache.append_heads(k, v)
         cache.attend_last(q, layer.scale, 0.0, context)
     result = context.reshape(batch, -1)
-    out[...] = (linears["output"].packed(result) if "output" in linears else result).reshape(out.shape)
+    return linears["output"].packed(result) if "output" in linears else result

@@ -590,6 +590,8 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         inputs = self.distinct_inputs(query, key, value)
         arrays: list[Any] = [None if x is None else _codes(x, name) for name, x in zip(INPUTS, inputs, strict=True)]
         query, key, value = (arrays[source] for source in self.sources)
+        if key is query and value is query and query.shape[-1] == self.embed_dim:
+            return query, key, value
         lead, S = query.shape[:-2], key.shape[-2]
         for name, x, width in zip(INPUTS, (query, key, value), (self.embed_dim, self.kdim, self.vdim), strict=True):
             if x.ndim != query.ndim:
@@ -643,14 +645,15 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
             keep, band, lut_index = np.zeros((1, 1, 1, 1), np.bool_), None, None
         self._kernel(query, key, value, result, keep, band, lut_index, self.score_luts)
 
-    def take_step(self, x: Codes, cache: KVCache, out: Codes) -> None:
-        """Attention without masks of one token per batch entry, codes (B, 1, E) or (1, E), and all before it."""
-        x = x.reshape(cache.batch, 1, x.shape[-1])
+    def take_step(self, x: Codes, cache: KVCache) -> Codes:
+        """Attention without masks of one token per batch entry, (B, 1, E) or (1, E), and all before it: (B, 1, Eo)."""
+        x, out = x.reshape(cache.batch, 1, self.embed_dim), np.empty((cache.batch, 1, self.output_dim), np.int8)
         with cache.transaction():
             cache.take_slots(1)
             first, last = cache.visible_range()
             self._kernel(x, x, x, out, score_luts=self.score_luts,
                          cached=(cache.key_slots, cache.value_slots, first, last - first))
+        return out
 
     def _run_cached(self, query: Codes, key: Codes, value: Codes, mask: Mask, cache: KVCache, pieces: Pieces,
                     result: Codes) -> None:

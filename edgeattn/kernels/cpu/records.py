@@ -4,6 +4,7 @@ A kernel is given an array of int64, and a record says what each of its numbers 
 them where they lie: `p = named(parameters, LAYER)`, then `p.heads`.  Python fills in a `blank` of the same names and
 packs it.  The array is not one of records itself, because NumPy copies those field by field, and every call copies.
 """
+import struct
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,8 +14,7 @@ from numba.extending import intrinsic, register_jitable
 
 from edgeattn.shapes import strides
 
-from .matmul import round_up
-
+_FLOAT32, _INT32 = struct.Struct("f"), struct.Struct("i")
 # What records share. Of masks: whether there is a band and its edges, strides of flat masks along the axes of the
 # scores, and of ALiBi the step to the next batch entry.
 BAND = "band low high"
@@ -56,7 +56,7 @@ def real(typing, bits):
 
 def bits_of_real(number):
     """The bits of a number as float32, for a field that `real` reads."""
-    return int(np.float32(number).view(np.int32))
+    return _INT32.unpack(_FLOAT32.pack(number))[0]
 
 
 def blank(layout, **values):
@@ -85,7 +85,7 @@ def slot(layout, name):
 @register_jitable
 def place(start, size):
     """(start, where the next may begin) of `size` elements of scratch, the next on a cache line."""
-    return start, start + round_up(size, 16)
+    return start, start + (size + 15) // 16 * 16
 
 
 def shape_of(mask):
