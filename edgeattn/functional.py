@@ -186,6 +186,8 @@ def scaled_dot_product_attention(
         known: Floats | tuple[Floats, ...] | None = on_gpu.replay(arrays, options)
         if known is not None:
             return known
+    if type(attn_mask) is np.bool_:
+        attn_mask = np.asarray(attn_mask)
     signature = None
     if (return_weights is False and return_lse is False and type(softcap) is float
             and (scale is None or type(scale) is float) and (enable_gqa is False or enable_gqa is True)):

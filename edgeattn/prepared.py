@@ -156,8 +156,10 @@ class PreparedCalls(PlanCache[Any, Prepared]):
 
     def find(self, signature: tuple[Any, ...] | None, out: object) -> Prepared | None:
         """That of a signature, where it can give its result in `out`."""
-        found = None if signature is None else self.get(signature)
-        return found if found is not None and (out is None or found.takes(out)) else None
+        if signature is None:
+            return None
+        found = self.get(signature)
+        return found if out is None or found is None or found.takes(out) else None
 
     def learn(self, signature: tuple[Any, ...] | None, prepare: Callable[[MaskShapes], Callable[..., object]],
               scores: Shape, shape: Shape, mask: Mask, attn_mask: Any, key_padding_mask: Any = None) -> None:
@@ -201,9 +203,12 @@ class PreparedCalls(PlanCache[Any, Prepared]):
 
 def lies_apart(out: NDArray[Any], inputs: Iterable[NDArray[Any] | None]) -> bool:
     """Whether no input changes where `out` is written."""
-    alone = out.flags.owndata
+    alone, last = out.flags.owndata, None
     for array in inputs:
-        if array is None or alone and array is not out and array.flags.owndata:  # each has memory of its own
+        if array is None or array is last:
+            continue
+        last = array
+        if alone and array is not out and array.flags.owndata:  # each has memory of its own
             continue
         if np.may_share_memory(out, array):
             return False

@@ -44,6 +44,7 @@ def masks(kind, rng, length):
 def _masks(rng, length):
     yield {}
     yield {"attn_mask": np.asarray(rng.random() > 0.3)}
+    yield {"attn_mask": np.bool_(rng.random() > 0.3)}
     yield {"attn_mask": rng.random((length, 1)) > 0.3}
     for mask in (rng.random((length, length)) > 0.3, rng.random((B, H, length, length)) > 0.3,
                  numbers(rng, length, length), numbers(rng, B, 1, length, length), numbers(rng, length, 1)):
@@ -81,7 +82,7 @@ def lengths(rng, length):
 
 def is_read(mask):
     """Whether a kernel reads a mask where it lies."""
-    return mask is None or mask.dtype != np.float64 and mask.flags.c_contiguous
+    return mask is None or isinstance(mask, np.ndarray) and mask.dtype != np.float64 and mask.flags.c_contiguous
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -249,3 +250,15 @@ def test_inputs_that_a_static_layer_has_of_its_own_are_asked_for_again():
     with pytest.raises(ValueError, match="value is required"):
         crossed.run_int8(codes[0], codes[0])
     np.testing.assert_array_equal(crossed.run_int8(*codes), crossed.run_int8(*(c.copy() for c in codes)))
+
+
+def test_layers_of_an_encoder_share_what_kernels_read_of_a_mask():
+    rng = np.random.default_rng(6)
+    attention = edgeattn.MultiHeadAttention(H, *(numbers(rng, E, E) for _ in range(4)))
+    linear = edgeattn.Linear(numbers(rng, E, E))
+    layer = edgeattn.TransformerEncoderLayer(attention, edgeattn.FeedForward(linear, linear, activation="relu"))
+    keep = rng.random((B, L)) > 0.3
+    with edgeattn.TransformerEncoder([layer, layer]).prepared((B, L), key_padding_mask=keep) as (first, second):
+        read = first.for_kernels()
+        assert second.for_kernels() is read
+        np.testing.assert_array_equal(read[0][0].reshape(B, L), keep)
