@@ -61,9 +61,10 @@ LAYER = record("batch queries keys query_width key_width value_width out_width h
                "at_x at_row_major at_q at_codes at_masks at_sums at_context at_softmax at_terms at_tiles",
                "at_transposed shared_size private_size", "first_slot new_tokens capacity at_step")
 # Where the arrays of a call are: queries (B, L, Eq), keys (B, S, Ek), values (B, S, Ev), out (B, L, Eo), int8; or 0 of
-# none: keep, uint8, 0 where a key is not there; lut_index, uint8, which of score_luts, int8 (n, 256), maps a score's
-# code; codes of a cache, see cached_int8; weights, int32, as the parameters say, and the softmax's table; in C order.
-ADDRESSES = record("queries keys values out keep lut_index score_luts cached_keys cached_values weights softmax")
+# none: keep and padding, as in records.py; codes of a cache, see cached_int8; lut_index, uint8, which of score_luts,
+# int8 (n, 256), maps a score's code; weights, int32, as the parameters say, and the softmax's table; in C order.
+ADDRESSES = record("queries keys values out keep padding cached_keys cached_values",
+                   "lut_index score_luts weights softmax")
 
 
 class Linear(NamedTuple):
@@ -126,7 +127,7 @@ def key_terms(keys, tokens, D4, zero_point, out, square):
 
 
 @inline
-def fill_drop_mask(masks, keep, h, seen):
+def fill_drop_mask(masks, keep, padding, h, seen):
     """masks (groups, W) bytes: 255 where the query may see the key, else 0; keys past `last` are never seen."""
     at_keep = keep.at + h * keep.head + seen.q0 * keep.row
     for g in range(seen.groups):
@@ -139,6 +140,8 @@ def fill_drop_mask(masks, keep, h, seen):
                     is_seen = False
                 at = at_keep + min(q, seen.queries - 1) * keep.row + s * keep.key
                 if is_seen and keep.given and keep.data[at] == 0:
+                    is_seen = False
+                if is_seen and padding.given and padding.data[padding.at + s] == 0:
                     is_seen = False
                 if is_seen:
                     word |= np.uint32(255) << np.uint32(8 * j)
@@ -310,6 +313,7 @@ def attend_part(p, a, scratch, batch, portion, worker, part):
     shared, own = parts_of(scratch, p, worker)
     layout, L, S, H = layout_of(p), p.queries, p.keys, p.heads
     keep = Mask(a.keep != 0, pointer_to(a.keep, np.uint8), batch * p.keep_b, p.keep_h, p.keep_l, p.keep_s)
+    padding = Mask(a.padding != 0, pointer_to(a.padding, np.uint8), batch * p.padding_b, 0, 0, 1)
     index = Mask(a.lut_index != 0, pointer_to(a.lut_index, np.uint8), batch * p.index_b, p.index_h, p.index_l,
                  p.index_s)
     codes, masks = Part(own.int32, p.at_codes), Part(own.int32, p.at_masks)
@@ -331,7 +335,7 @@ def attend_part(p, a, scratch, batch, portion, worker, part):
                 map_codes(codes, pointer_to(a.score_luts, np.int8), index, h, seen)
             if masked:
                 if h == 0 or (has_keep and p.keep_h != 0):
-                    fill_drop_mask(masks, keep, h, seen)
+                    fill_drop_mask(masks, keep, padding, h, seen)
                 drop_codes(codes, masks, groups)
             softmax(a.softmax, p.softmax_rule, codes, groups, masks, masked, Part(own.int32, p.at_softmax),
                           Part(own.int32, p.at_sums + WIDTH))

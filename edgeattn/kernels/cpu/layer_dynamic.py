@@ -1,6 +1,4 @@
 """Packing and calling of the dynamic int8 multi-head layer."""
-from types import SimpleNamespace
-
 import numpy as np
 from numba.extending import register_jitable
 
@@ -13,11 +11,11 @@ from .byte_products import DEPTH_STEP, READ_AHEAD, ROW_STEP, pack_byte_panels, p
 from .call import PreparedCall
 from .dynamic import STEP, TOKENS
 from .int8_operands import LANE_SHIFT
-from .layer_float32 import _LOG2_E, shape_of
+from .layer_float32 import _LOG2_E
 from .linear_dynamic import TILES_SIZE, join_depth
 from .matmul import round_up
 from .packing import Packer
-from .records import blank, mask_fields, packed, place
+from .records import NO_MASKS, blank, copy_of, packed, place, set_masks, shapes_of
 from .simd import LANES, OFFSET, WIDTH
 
 SMALLEST_WEIGHT = np.float32(2.0**-100)  # a row of smaller ones is a row of zeros: float32 ends not far below
@@ -145,15 +143,15 @@ class DynamicLayer:
         self.output_dim = Eo
         self._plans = PlanCache()
 
-    def prepare(self, xq, xk, xv, keep=None, bias=None, band=None, alibi=None):
-        """The `PreparedCall` for inputs and masks of such shapes, some of them perhaps the same array."""
-        key = (*xq.shape[:2], xk.shape[1], xq is xk, xk is xv, shape_of(keep), shape_of(bias), band, shape_of(alibi))
+    def prepare(self, xq, xk, xv, masks=NO_MASKS):
+        """The `PreparedCall` for inputs, some of them perhaps the same array, and masks as `FloatLayer.prepare`'s."""
+        key = (*xq.shape[:2], xk.shape[1], xq is xk, xk is xv, masks)
         return self._plans.get(key) or self._plans.keep(key, self._plan(*key))
 
-    def _plan(self, B, L, S, same_qk, same_kv, keep=None, bias=None, band=None, alibi=None):
-        p = SimpleNamespace(**vars(self.parameters) | mask_fields(keep, bias, band, alibi))
+    def _plan(self, B, L, S, same_qk, same_kv, masks):
+        p = copy_of(self.parameters)
         p.same_qk, p.same_kv = same_qk, same_kv
-        shared, private = plan(p, B, L, S, keep is not None or bias is not None or alibi is not None)
+        shared, private = plan(p, B, L, S, set_masks(p, masks))
         H, Hkv, Dp, Dvp = p.heads, p.kv_heads, p.padded_head, p.padded_value
         Eq, Ek, Ev, Eo = p.query_width, p.key_width, p.value_width, p.out_width
         work = 2 * (L * Eq * H * Dp + S * Hkv * (Ek * Dp + Ev * Dvp) + L * H * Dvp * Eo
@@ -163,5 +161,5 @@ class DynamicLayer:
 
     def __call__(self, xq, xk, xv, out, keep=None, bias=None, band=None, alibi=None):
         """out (B, L, Eo) from xq (B, L, Eq), xk (B, S, Ek), xv (B, S, Ev): float32, C order; masks as FloatLayer."""
-        self.prepare(xq, xk, xv, keep, bias, band, alibi)(xq, xk, xv, out, keep, bias, alibi)
+        self.prepare(xq, xk, xv, shapes_of(keep, None, bias, band, alibi))(xq, xk, xv, out, keep, None, bias, alibi)
         return out
