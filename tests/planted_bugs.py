@@ -154,7 +154,7 @@ BUGS = [
     Bug("the last features of a function's row are not cleared", "functional_dynamic.py",
         "own.float32[at_row_major + t * padded + d] = _ZERO", "pass", "fence dynamic-function"),
     Bug("a weight's sum is not corrected for the shift", "layer_dynamic.py",
-        "-shift * codes.astype(np.int32).sum(1)", "0 * codes.astype(np.int32).sum(1)", DYNAMIC),
+        "-OFFSET * codes.astype(np.int32).sum(1)", "0 * codes.astype(np.int32).sum(1)", DYNAMIC),
     Bug("no scratch for a layer's masks", "layer_dynamic.py",
         "place(private, (S + 4) * WIDTH if masked else 0)", "place(private, 0)",
         "fence dynamic-layer"),

@@ -5,7 +5,7 @@ from numba import njit
 
 import edgeattn
 import quant
-from edgeattn.kernels.cpu.byte_products import ROW_STEP, lane_product, pack_byte_rows
+from edgeattn.kernels.cpu.byte_products import ROW_STEP, lane_product
 from edgeattn.kernels.cpu.dynamic import STEP, quantize_rows
 from edgeattn.kernels.cpu.int8_operands import LANE_SHIFT
 from edgeattn.kernels.cpu.int8_views import Part, scratch_at
@@ -15,11 +15,10 @@ from edgeattn.kernels.cpu.views import Rows
 
 
 @njit(error_model="numpy")
-def _lane_products(a, packed, a_row, rows, b, depth4, scratch, mixed, signed, tiled):
+def _lane_products(a, a_row, rows, b, depth4, scratch, mixed, signed):
     matrix_configure(scratch, 0)
-    lane_product(True, False, Rows(a, 0, a_row), rows, Part(b, 0), depth4, Part(mixed, 0))
-    lane_product(False, False, Rows(a, 0, a_row), rows, Part(b, 0), depth4, Part(signed, 0))
-    lane_product(False, True, Rows(packed, 0, a_row), rows, Part(b, 0), depth4, Part(tiled, 0))
+    lane_product(True, Rows(a, 0, a_row), rows, Part(b, 0), depth4, Part(mixed, 0))
+    lane_product(False, Rows(a, 0, a_row), rows, Part(b, 0), depth4, Part(signed, 0))
     matrix_release()
 
 
@@ -30,15 +29,14 @@ def test_products_with_lanes(rows, depth4):
     rows_up = -(-rows // ROW_STEP) * ROW_STEP
     a = rng.integers(-128, 128, (rows_up + 16, depth4, 4)).astype(np.int8)
     b = rng.integers(0, 256, (depth4, WIDTH, 4)).astype(np.uint8)
-    results = [np.full((rows_up + 1, WIDTH), 7, np.int32) for _ in range(3)]
-    packed = pack_byte_rows(a[:rows_up].reshape(rows_up, 4 * depth4))
-    _lane_products(a.view(np.int32).ravel(), packed, depth4, rows, b.view(np.uint32).ravel(), depth4,
+    results = [np.full((rows_up + 1, WIDTH), 7, np.int32) for _ in range(2)]
+    _lane_products(a.view(np.int32).ravel(), depth4, rows, b.view(np.uint32).ravel(), depth4,
                    np.zeros(16, np.int32), *(r.ravel() for r in results))
     wide, unsigned = a[:rows].astype(int), b.astype(int)
     signed = b.view(np.int8).astype(int)
     mixed = np.einsum("rkj,kwj->rw", wide, unsigned if OFFSET else signed)  # where offset is 0, all bytes are signed
     plain = np.einsum("rkj,kwj->rw", wide, unsigned if LANE_SHIFT else signed)
-    for got, wanted in zip(results, (mixed, plain, plain), strict=True):
+    for got, wanted in zip(results, (mixed, plain), strict=True):
         np.testing.assert_array_equal(got[:rows], wanted)
         assert (got[rows_up:] == 7).all()
 
