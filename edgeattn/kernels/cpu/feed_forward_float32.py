@@ -15,7 +15,7 @@ from edgeattn.runtime.jit import inline, jit, task
 from edgeattn.runtime.worker_pool import parallel_for
 
 from .activation import activate_rows, add_to_rows, multiply_rows
-from .matmul import multiply_ahead, round_up
+from .matmul import multiply, multiply_ahead, round_up
 from .norm import ADDRESSES, NO_NORM, finish_row, normalize_row, read_row
 from .records import named, record
 from .simd import COLUMNS, LANES, ROWS, WIDTH, address_of, pointer_to, tile_add, tile_store, tile_zero
@@ -23,7 +23,7 @@ from .simd import COLUMNS, LANES, ROWS, WIDTH, address_of, pointer_to, tile_add,
 CHAIN = 64  # products that are summed one after another; the sums of the chains are summed then
 TALL = 6 if LANES == 8 else ROWS  # rows of a tile: of sixteen registers three hold what it is made of
 _UNEVEN = (1, 2) if TALL == 6 else (-1, -1)  # rows that would be left alone: 7 are better 4 and 3, 8 twice 4
-AHEAD = 8  # elements of the next panel that a tile brings near for each it reads a row of: while few rows are multiplied
+AHEAD = 8  # elements of the next panel that a tile brings near for each of its depth, where it has four rows or more
 HIDDEN = 256  # hidden features in scratch at a time, a multiple of CHAIN
 BLOCK = 64  # rows that pass a feed-forward together
 FEW_ROWS = 24  # up to so many rows, threads share the features; then the rows
@@ -36,11 +36,18 @@ FEED_FORWARD = record("rows width hidden out_width width_up hidden_up out_up act
 
 
 @inline
-def multiply_tile(zero, begun, x, at_x, x_row, w, at_w, depth, out, at_out, out_row, at_next, pace):
-    """out = x w^T of as many rows as the tile `zero` has, plus what is in out, if begun.
+def multiply_tile(zero, begun, x, at_x, x_row, w, at_w, depth, out, at_out, out_row):
+    """out = x w^T of as many rows as the tile `zero` has, plus what is in out, if begun."""
+    for k in range(0, depth, CHAIN):
+        tile = multiply(zero, x, at_x + k, x_row, 1, w, at_w + k * WIDTH, min(CHAIN, depth - k))
+        if begun or k > 0:
+            tile = tile_add(tile, out, at_out, out_row, LANES)
+        tile_store(tile, out, at_out, out_row, LANES)
 
-    Meanwhile `pace` elements of w from at_next on, for each of the depth, are brought near.
-    """
+
+@inline
+def multiply_tile_ahead(zero, begun, x, at_x, x_row, w, at_w, depth, out, at_out, out_row, at_next, pace):
+    """multiply_tile(), while `pace` elements of w from at_next on for each of the depth are brought near."""
     for k in range(0, depth, CHAIN):
         some = min(CHAIN, depth - k)
         tile = multiply_ahead(zero, x, at_x + k, x_row, 1, w, at_w + k * WIDTH, some, at_next + k * pace, pace * some)
@@ -62,27 +69,27 @@ def product_rows(begun, x, at_x, x_row, rows, depth, w, at_w, panel, features, o
             left, from_row, to_row = rows - t, at_x + t * x_row, at + t * out_row
             if left >= TALL and left - TALL not in _UNEVEN:
                 pace = AHEAD if at_next < at_end else 0
-                multiply_tile(tile_zero(TALL, COLUMNS, w), begun, x, from_row, x_row, w, at_panel, depth,
-                              out, to_row, out_row, at_next, pace)
+                multiply_tile_ahead(tile_zero(TALL, COLUMNS, w), begun, x, from_row, x_row, w, at_panel, depth,
+                                    out, to_row, out_row, at_next, pace)
                 at_next += pace * depth
                 t += TALL
             elif left >= 4 and left != 5:
                 pace = AHEAD if at_next < at_end else 0
-                multiply_tile(tile_zero(4, COLUMNS, w), begun, x, from_row, x_row, w, at_panel, depth,
-                              out, to_row, out_row, at_next, pace)
+                multiply_tile_ahead(tile_zero(4, COLUMNS, w), begun, x, from_row, x_row, w, at_panel, depth,
+                                    out, to_row, out_row, at_next, pace)
                 at_next += pace * depth
                 t += 4
             elif left >= 3:
                 multiply_tile(tile_zero(3, COLUMNS, w), begun, x, from_row, x_row, w, at_panel, depth,
-                              out, to_row, out_row, at_next, 0)
+                              out, to_row, out_row)
                 t += 3
             elif left == 2:
                 multiply_tile(tile_zero(2, COLUMNS, w), begun, x, from_row, x_row, w, at_panel, depth,
-                              out, to_row, out_row, at_next, 0)
+                              out, to_row, out_row)
                 t += 2
             else:
                 multiply_tile(tile_zero(1, COLUMNS, w), begun, x, from_row, x_row, w, at_panel, depth,
-                              out, to_row, out_row, at_next, 0)
+                              out, to_row, out_row)
                 t += 1
 
 
