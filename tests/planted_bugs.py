@@ -164,8 +164,6 @@ BUGS = [
         "finish(_multiply(tile, x, t - 1, panels, f), 3, t, f, *arguments)", SMALL),
     Bug("a head's lanes are turned from the tokens before", "fused_dynamic.py",
         "p.at_rows + (b * WIDTH + c) * row + h * size + d", "p.at_rows + b * WIDTH * row + h * size + d", SMALL),
-    Bug("keys behind the first block have a first block's bias", "fused_dynamic.py",
-        "reals, at_factors, at_bias = shared.float32, p.at_key_factors, p.at_mean", "pass", DYNAMIC),
     Bug("the last tokens of a projection have the scale of a tile's first", "linear_dynamic.py",
         "broadcast(scales.data, scales.at + t + i)", "broadcast(scales.data, scales.at + t)", PROJECTION),
     # projections and functions
