@@ -203,7 +203,7 @@ def project_part(p, a, scratch, batch, portion, worker, part):
 
 @inline
 def project_queries(p, a, batch, q0, queries, own):
-    """Queries of a block, turned so that they are lanes: (H, groups of a head's features, W)."""
+    """Queries of a block, turned so that they are lanes: (H, groups of a head's features, W); others have any codes."""
     features = round_up(p.heads * p.padded_head, WIDTH)
     Eq, Eq4, D4 = p.query_width, packed_depth(p.query_width), p.padded_head // 4
     row_major_row, q_groups = round_up(features // 4, LANES), round_up(D4, DEPTH_STEP)
@@ -212,7 +212,7 @@ def project_queries(p, a, batch, q0, queries, own):
     pack_tokens(x, Eq, queries, WIDTH, Part(own.int32, p.at_x), Eq4)
     scaling = Scaling(weights, p.project_rule, p.mq, features, np.int32(p.zq))
     to = Blocks(own.int8, 4 * at_row_major, 4 * row_major_row, 0)
-    linear(finish_bytes, (scaling, FLIP, to), Groups(own.uint32, p.at_x, Eq4, 1), WIDTH,
+    linear(finish_bytes, (scaling, FLIP, to), Groups(own.uint32, p.at_x, Eq4, 1), round_up(queries, ROWS),
            BytePanels(weights, p.wq, weights, p.bq, features, Eq4), Part(own.int32, p.at_tiles))
     turns, turn = (1, row_major_row) if q_groups == D4 else (p.heads, q_groups)
     for h in range(turns):
