@@ -212,8 +212,9 @@ class AttentionWeights(Positions):
     def from_onnx(cls, path_or_model: Path | OnnxModel, node: str | SupportsIndex | None = None) -> Self:
         """The layer around an attention node of an ONNX model; see `checkpoints.onnx_weights`.
 
-        Bool masks mean True = attend in both. What the node itself says of masks (is_causal, unidirectional, a
-        window) is told by a warning, and is to be given with each call. Inputs are (B, L, E), those of the
+        Bool masks mean True = attend in both. What the graph says of masks (is_causal, unidirectional, a window, what
+        is added to scores) is told by a warning, and is to be given with each call. Constant biases become the layer's
+        `position_bias`, turned queries and keys its `rotary`; int8 weights times their scales the float weights. Inputs are (B, L, E), those of the
         projections before the node.
 
         Parameters
@@ -221,8 +222,9 @@ class AttentionWeights(Positions):
         path_or_model : path or onnx.ModelProto
             Needs the onnx package.
         node : str or int, optional
-            Name of an Attention (opsets 23 to 25, com.microsoft) or MultiHeadAttention (com.microsoft) node, or
-            its index among these; not needed where there is one.
+            Name of a Softmax between two products, of Attention (opsets 23 to 25, com.microsoft), or of QAttention,
+            MultiHeadAttention or GroupQueryAttention (com.microsoft); or its index among these. Not needed where
+            there is one.
         """
         with named(path_or_model):
             num_heads, num_kv_heads, weights = checkpoints.onnx_weights(path_or_model, node)
