@@ -167,6 +167,25 @@ class AttentionWeights(Positions):
             return cls._build(num_heads, checkpoints.bert_weights(state_dict_or_path, prefix, num_heads))
 
     @classmethod
+    def from_checkpoint(
+        cls, state_dict_or_path: Mapping[str, ArrayLike] | Path, prefix: str, num_heads: SupportsIndex
+    ) -> Self:
+        """The attention under a prefix, named as by BERT, ViT, DistilBERT, ALBERT, CLIP, Whisper, Llama or timm.
+
+        Heads that share keys are known by the keys' width. What the family does to positions is told by a warning.
+
+        Parameters
+        ----------
+        state_dict_or_path : mapping of str to array, or path of a .safetensors, .npz or torch file
+        prefix : str
+            What stands before the names of one attention layer; where it fits several an error lists them.
+        num_heads : int
+        """
+        with named(state_dict_or_path):
+            num_kv_heads, weights = checkpoints.checkpoint_weights(state_dict_or_path, prefix, num_heads)
+            return cls._build(num_heads, weights, num_kv_heads)
+
+    @classmethod
     def from_gpt2(
         cls, state_dict_or_path: Mapping[str, ArrayLike] | Path, prefix: str, num_heads: SupportsIndex
     ) -> Self:
@@ -213,9 +232,9 @@ class AttentionWeights(Positions):
         """The layer around an attention node of an ONNX model; see `checkpoints.onnx_weights`.
 
         Bool masks mean True = attend in both. What the graph says of masks (is_causal, unidirectional, a window, what
-        is added to scores) is told by a warning, and is to be given with each call. Constant biases become the layer's
-        `position_bias`, turned queries and keys its `rotary`; int8 weights times their scales the float weights. Inputs are (B, L, E), those of the
-        projections before the node.
+        is added to scores) is told by a warning, and is to be given with each call. Constant biases become the
+        layer's `position_bias`, turned queries and keys its `rotary`; int8 weights times their scales the float
+        weights. Inputs are (B, L, E), those of the projections before the node.
 
         Parameters
         ----------
