@@ -247,6 +247,10 @@ class AttentionWeights(Positions):
         """
         with named(path_or_model):
             num_heads, num_kv_heads, weights = checkpoints.onnx_weights(path_or_model, node)
+            if (turned := weights.get("rotary")) is not None:
+                from edgeattn.rotary import RotaryEmbedding
+
+                weights["rotary"] = RotaryEmbedding(turned[0], base=turned[1], interleaved=turned[2])
             return cls._build(num_heads, weights, num_kv_heads)
 
     @classmethod

@@ -29,7 +29,6 @@ from edgeattn.files.checkpoints.onnx_projections import (
 )
 from edgeattn.files.checkpoints.onnx_values import NotRead, Values
 from edgeattn.files.paths import reading
-from edgeattn.rotary import RotaryEmbedding
 
 if TYPE_CHECKING:
     from typing import Any, SupportsIndex
@@ -78,7 +77,8 @@ def onnx_weights(
     -------
     num_heads, num_kv_heads : int
     weights : dict of str to array
-        q_weight, k_weight, v_weight, out_weight, and the biases where there are any; rotary and position_bias too.
+        q_weight, k_weight, v_weight, out_weight, and the biases where there are any; of a rotary embedding
+        "rotary": (features turned, base, interleaved), and position_bias.
 
     Raises
     ------
@@ -753,7 +753,7 @@ def _assembled(graph, node, name, parts):
     if v.rotary:
         raise NotRead(f"{name} must have values that no rotary embedding turns")
     if rotary:
-        arguments["rotary"] = RotaryEmbedding(rotary[0], base=rotary[1], interleaved=rotary[2])
+        arguments["rotary"] = rotary
     told, causal = list(parts.told), parts.causal
     if parts.bias is not None:
         bias = parts.bias
