@@ -246,7 +246,8 @@ class AttentionWeights(Positions):
             there is one.
         """
         with named(path_or_model):
-            num_heads, num_kv_heads, weights = checkpoints.onnx_weights(path_or_model, node)
+            num_heads, num_kv_heads, found = checkpoints.onnx_weights(path_or_model, node)
+            weights: dict[str, Any] = dict(found)
             if (turned := weights.get("rotary")) is not None:
                 from edgeattn.rotary import RotaryEmbedding
 
