@@ -180,8 +180,8 @@ class ModelReport:
             "notes": self.lints})
 
     def __rich__(self) -> Any:
-        shown = table("part", "of the error", "alone: SQNR dB", "cosine", "so far: SQNR dB", "cosine")
-        for name, share in self.shares().items():
+        shown = table("part", "share", "alone, dB", "cosine", "so far, dB", "cosine")
+        for name, share in self.shares().items():  # each SQNR in dB
             alone, so_far = self.alone[name], self.so_far[name]
             shown.add_row(name, f"{share:.1%}", f"{alone.sqnr_db:.1f}", f"{alone.cosine:.5f}",
                           f"{so_far.sqnr_db:.1f}", f"{so_far.cosine:.5f}")
