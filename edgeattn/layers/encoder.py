@@ -79,16 +79,24 @@ class TransformerEncoderLayer:
 
     def forward(self, ops: Ops[T], x: T, sequences: Sequences, name: str = "") -> T:
         """Rows of tokens (tokens, E) -> (tokens, E)."""
-        def norm(x: T, part: str) -> T:
-            layer: LayerNorm | RMSNorm | None = getattr(self, part)
-            return x if layer is None else layer.forward(ops, x, name + part)
+        return self.feed(ops, self.attend(ops, x, sequences, name), name)
 
-        first = norm(x, "norm1") if self.norm_first else x
-        x = ops.add(x, self.attention.forward(ops, first, first, first, sequences, name + "attention."), name + "sum1")
-        x = x if self.norm_first else norm(x, "norm1")
-        second = norm(x, "norm2") if self.norm_first else x
-        x = ops.add(x, self.feed_forward.forward(ops, second, name + "feed_forward."), name + "sum2")
-        return x if self.norm_first else norm(x, "norm2")
+    def attend(self, ops: Ops[T], x: T, sequences: Sequences, name: str = "") -> T:
+        """The first half of `forward`: attention with its residual and norm."""
+        read = self._norm(ops, x, "norm1", name) if self.norm_first else x
+        y = self.attention.forward(ops, read, read, read, sequences, name + "attention.")
+        x = ops.add(x, y, name + "sum1")
+        return x if self.norm_first else self._norm(ops, x, "norm1", name)
+
+    def feed(self, ops: Ops[T], x: T, name: str = "") -> T:
+        """The second half: the feed-forward network with its residual and norm."""
+        read = self._norm(ops, x, "norm2", name) if self.norm_first else x
+        x = ops.add(x, self.feed_forward.forward(ops, read, name + "feed_forward."), name + "sum2")
+        return x if self.norm_first else self._norm(ops, x, "norm2", name)
+
+    def _norm(self, ops: Ops[T], x: T, part: str, name: str) -> T:
+        norm: LayerNorm | RMSNorm | None = getattr(self, part)
+        return x if norm is None else norm.forward(ops, x, name + part)
 
     @functools.cached_property
     def stages(self) -> list[Stage] | None:
