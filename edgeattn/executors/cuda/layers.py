@@ -11,8 +11,11 @@ from edgeattn.checks import check_out, flag, float_array, result_dtype, to_float
 from edgeattn.executors.cuda.call_cache import OUT, RESULTS, CallCache
 from edgeattn.executors.cuda.functional import result_array
 from edgeattn.executors.cuda.masks import arrays_read, device_masks
-from edgeattn.executors.numpy import added_keys
+from edgeattn.executors.cuda.ops import CudaOps, Group, SequencesOnDevice
+from edgeattn.executors.cuda.parameters import Parameters
+from edgeattn.executors.cuda.static_ops import StaticOps
 from edgeattn.functional import checked_softcap
+from edgeattn.layers import attention
 from edgeattn.layers.call import check_input_shapes
 from edgeattn.masks import NO_WINDOW, no_bool_mask
 from edgeattn.quantized.score_ops import fit_mask
@@ -147,20 +150,19 @@ class OnCuda:
 
 
 class FloatOnCuda(OnCuda):
-    """A float layer on the GPU; arguments and result as `MultiHeadAttention`'s, float32 on the device."""
+    """A float or dynamic layer on the GPU; arguments and result as `MultiHeadAttention`'s, float32 on the device.
+
+    In a dynamic one every product is int8, and the softmax float32; with `kv_cache`, `need_weights` and added keys
+    attention itself is float32.
+    """
 
     def __init__(self, layer, precision="float32"):
         if precision not in ("float32", "float16", "tf32"):
             raise ValueError(f"precision must be 'float32', 'float16' or 'tf32', got {precision!r}; for int8 see "
                              "quant.quantize")
         super().__init__(layer)
-        from edgeattn.kernels.cuda.layers import FloatLayer
-
-        names = ("q", "k", "v", "out", "gate")
-        self._kernels = FloatLayer(
-            layer.num_heads, layer.num_kv_heads, {name: getattr(layer, f"{name}_weight") for name in names},
-            {name: getattr(layer, f"{name}_bias") for name in names}, layer.scale, precision)
-        self._kernels.add(_added_keys(layer))
+        self._precision = precision
+        self._parameters = Parameters(lambda ops: layer.forward(ops, None, None, None, None))
 
     def __call__(self, query: Any, key: Any = None, value: Any = None, *, attn_mask: Any = None,
                  key_padding_mask: Any = None, is_causal: Flag = False, causal_alignment: CausalAlignment | None = None,
@@ -217,11 +219,9 @@ class FloatOnCuda(OnCuda):
                 by_head = by_head.reshape(batch, *of_heads[-3:])
             if taken.size or (by_head is not None and by_head.size):
                 q, k, v, taken = (x.reshape(batch, *x.shape[-2:]) for x in (q, k, v, at(taken, OUT)))
-                options_of = dict(softcap=softcap, weights=by_head, **masks)
-                if kv_cache is None:
-                    self._kernels(q, k, v, taken, stream, like, **options_of)
-                else:
-                    self._kernels.through_cache(q, k, v, taken, kv_cache, pieces, stream, like, **options_of)
+                ops = CudaOps(self._parameters, stream, like, self._precision)
+                seen = SequencesOnDevice([Group(batch, queries, keys, masks)], softcap, kv_cache, pieces, by_head)
+                ops.write(layer.forward(ops, q, k, v, seen), taken)
             if average:
                 mean_of_heads(by_head, to, stream)
         if host is None and kv_cache is None:
@@ -230,11 +230,6 @@ class FloatOnCuda(OnCuda):
         if not need_weights:
             return result
         return result, weights if host is None else write_result(weights.numpy(), None, host)
-
-
-def _added_keys(layer):
-    """What `add` of the kernels takes."""
-    return added_keys(layer, 1) if layer.extra_keys else None
 
 
 def _check_cache(layer, cache, batch, masks):
@@ -251,21 +246,6 @@ def _check_cache(layer, cache, batch, masks):
     if wanted != given:
         raise ValueError(f"kv_cache must have the call's B and the layer's num_kv_heads, head_dim and value_dim "
                          f"{wanted}, got {given}")
-
-
-class DynamicOnCuda(FloatOnCuda):
-    """A dynamic int8 layer on the GPU: every product int8, softmax float32.
-
-    With `kv_cache`, `need_weights` and added keys attention itself is float32.
-    """
-
-    def __init__(self, layer):
-        OnCuda.__init__(self, layer)
-        from edgeattn.kernels.cuda.layers import DynamicLayer
-
-        weights = {name: (linear.weight, linear.scale) for name, linear in layer.weights.items()}
-        self._kernels = DynamicLayer(layer.num_heads, layer.num_kv_heads, weights, layer.biases, layer.scale)
-        self._kernels.add(_added_keys(layer))
 
 
 class StaticOnCuda(OnCuda):
@@ -302,7 +282,6 @@ class StaticOnCuda(OnCuda):
         if result is not None:
             return result
         from edgeattn.kernels.cuda.launch_graph import as_argument, capture
-        from edgeattn.kernels.cuda.layers import band_of
 
         layer = self.layer
         need_weights = flag("need_weights", need_weights)
@@ -336,17 +315,12 @@ class StaticOnCuda(OnCuda):
                 to = as_argument(to.reshape(batch, *to.shape[-3:]), RESULTS)
             if taken.size or (to is not None and to.size):
                 q, k, v, taken = (x.reshape(batch, *x.shape[-2:]) for x in (q, k, v, as_argument(taken, OUT)))
-                left, right, offset = masks["left"], masks["right"], masks["offset"]
-                options_of = dict(keep=masks.get("keep"), score_luts=self.score_luts, weights=to)
-                if kv_cache is None:
-                    lut_index = self.lut_index
-                    if lut_index is not None and lut_index.ndim < 4:
-                        lut_index = lut_index.reshape(*(1,) * (4 - lut_index.ndim), *lut_index.shape)
-                    self._kernels(q, k, v, taken, stream, like, band=band_of(left, right, offset), lut_index=lut_index,
-                                  **options_of)
-                else:
-                    self._kernels.through_cache(q, k, v, taken, kv_cache, pieces, stream, like, left=left, right=right,
-                                                offset=offset, **options_of)
+                lut_index = self.lut_index if kv_cache is None else None
+                if lut_index is not None and lut_index.ndim < 4:
+                    lut_index = lut_index.reshape(*(1,) * (4 - lut_index.ndim), *lut_index.shape)
+                ops = StaticOps(self._kernels, stream, like, score_luts=self.score_luts, lut_index=lut_index)
+                seen = SequencesOnDevice([Group(batch, L, S, masks)], 0.0, kv_cache, pieces, to)
+                ops.write(attention.forward(ops, layer, q, k, v, seen), taken)
         if host is None and kv_cache is None:
             self._calls.record(arrays, options, record, read, made)
         result = result if host is None else write_result(result.numpy(), out, int8)

@@ -3,7 +3,7 @@
 import functools
 
 from edgeattn.executors.cuda.kv_cache import CacheOnCuda
-from edgeattn.executors.cuda.layers import DynamicOnCuda, FloatOnCuda, StaticOnCuda
+from edgeattn.executors.cuda.layers import FloatOnCuda, StaticOnCuda
 from edgeattn.kv_cache import KVCache
 from edgeattn.layers import MultiHeadAttention
 from edgeattn.quantized import DynamicMultiHeadAttention, StaticMultiHeadAttention
@@ -17,5 +17,5 @@ def place(thing, **options):
 
 place.register(KVCache, CacheOnCuda)
 place.register(MultiHeadAttention, FloatOnCuda)
-place.register(DynamicMultiHeadAttention, DynamicOnCuda)
+place.register(DynamicMultiHeadAttention, FloatOnCuda)
 place.register(StaticMultiHeadAttention, StaticOnCuda)
