@@ -73,7 +73,7 @@ class OnCuda:
         from edgeattn.kernels.cuda.call import Call
         from edgeattn.kernels.cuda.driver import driver
 
-        first, host = self.layer.query_name, None
+        first, host = self.query_name, None
         given = {first: query, "key": key, "value": value}
         if not on_device(query):
             arrays = {n: float_array(n, x) if dtype == np.float32 else np.asarray(x)
@@ -99,7 +99,7 @@ class OnCuda:
         """The inputs as C-contiguous Views."""
         from edgeattn.kernels.cuda.launch_graph import as_argument
 
-        first = self.layer.query_name
+        first = self.query_name
         found = {name: None if x is None else as_argument(call.view(name, x), place)
                  for place, (name, x) in enumerate(given.items())}
         q = found[first]
@@ -131,7 +131,7 @@ class OnCuda:
 
         return moved
 
-    def _resolve(self, call, shape, host, kv_cache, **masks):
+    def _resolve(self, layer, call, shape, host, kv_cache, **masks):
         """(`device_masks` of a call of a layer, the pieces in which the cache, if any, takes it); shape (..., H, L, S).
 
         With a cache, tokens it has seen stand before the S keys, and the masks are over all.
@@ -141,7 +141,7 @@ class OnCuda:
         *lead, heads, queries, keys = shape
         before = None
         if kv_cache is not None:
-            _check_cache(self.layer, kv_cache, lead[0] if lead else 1, masks)
+            _check_cache(layer, kv_cache, lead[0] if lead else 1, masks)
             kv_cache.used_by(call)
             before, masks["window_size"] = kv_cache.length, kv_cache.within_window(masks["window_size"])
         masks = device_masks((*lead, heads, queries, keys + (before or 0)), self._device_array(call, host), **masks,
@@ -202,7 +202,7 @@ class FloatOnCuda(OnCuda):
             shape = (*lead, queries, layer.output_dim)
             batch = lead[0] if lead else 1
             masks, pieces = self._resolve(
-                call, (*lead, layer.num_heads, queries, keys), host, kv_cache, attn_mask=attn_mask,
+                layer, call, (*lead, layer.num_heads, queries, keys), host, kv_cache, attn_mask=attn_mask,
                 key_padding_mask=key_padding_mask, alibi_slopes=alibi_slopes, **masks)
             read = (q, k, v, *arrays_read(masks))
             if host is not None:
@@ -294,7 +294,7 @@ class StaticOnCuda(OnCuda):
             lead, (L, S) = q.shape[:-2], (q.shape[-2], k.shape[-2])
             shape, batch = (*lead, L, layer.output_dim), lead[0] if lead else 1
             masks, pieces = self._resolve(
-                call, (*lead, layer.num_heads, L, S), host, kv_cache, attn_mask=attn_mask,
+                layer, call, (*lead, layer.num_heads, L, S), host, kv_cache, attn_mask=attn_mask,
                 key_padding_mask=key_padding_mask, is_causal=is_causal, causal_alignment=causal_alignment,
                 window_size=window_size)
             if "bias" in masks:

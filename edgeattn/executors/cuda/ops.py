@@ -7,12 +7,14 @@ joins its launch.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from edgeattn.ops import Ops
+from edgeattn.executors.fused import go_together
+from edgeattn.ops import LacksOperationError, Ops
 
 if TYPE_CHECKING:
     from typing import Any
@@ -33,11 +35,25 @@ class Pending:
 
 
 class Map(Pending):
-    """What a linear map makes of rows x."""
+    """What a linear map makes of rows x, and what is done with that in the same launch.
 
-    def __init__(self, x, linear, outputs, into):
-        super().__init__((*x.shape[:-1], outputs), into)
-        self.x, self.linear = x, linear
+    That is activation(x weight^T + bias) * factor + residual: `activation`, a Map with one as `factor`, and `residual`,
+    each or None. `becomes_bytes`: what reads it quantizes it by groups of hidden features.
+    """
+
+    def __init__(self, x, linear, outputs, write, activation=None, factor=None, residual=None):
+        super().__init__((*x.shape[:-1], outputs), lambda out: write(self, out))
+        self.x, self.linear, self.write, self.becomes_bytes = x, linear, write, False
+        self.activation, self.factor, self.residual = activation, factor, residual
+
+    @property
+    def is_followed(self):
+        """Whether anything is done with it."""
+        return not (self.activation is None and self.factor is None and self.residual is None)
+
+    def followed_by(self, **what):
+        """The same with one of these."""
+        return Map(self.x, self.linear, self.shape[-1], self.write, **what)
 
 
 class Group(NamedTuple):
@@ -151,19 +167,27 @@ class CudaOps(DeviceOps):
 
     def linear(self, x, linear, name):
         """x weight^T + bias."""
-        placed = self._parameters.of(linear)
-        return Map(x, linear, placed.outputs, lambda out: self._map(placed, self.rows(x), out))
+        if is_hidden(x) and linear.quantized is not None and go_together(
+                x.linear, (x.factor or x).linear, linear):
+            x.becomes_bytes = True
+            if x.factor is not None:
+                x.factor.becomes_bytes = True
+        return Map(x, linear, self._parameters.of(linear).outputs, self._map)
 
     def activation(self, x, kind, name):
-        """A gate's, which waits for what it opens."""
-        if kind != "sigmoid":
-            return super().activation(x, kind, name)
-        return _Gate(x)
+        """Of a linear map, in its launch; a gate's waits for what it opens."""
+        if kind == "sigmoid":
+            return _Gate(x)
+        if not isinstance(x, Map) or x.is_followed:
+            raise LacksOperationError(f"layer must have {kind} of what a linear map gives, on CUDA, got it of another")
+        return x.followed_by(activation=kind)
 
     def multiply(self, a, b, name):
-        """A gate's rows times what it opens, in place."""
+        """A feed-forward's gate and what it opens, in one launch; or an attention layer's, in place."""
+        if isinstance(a, Map) and a.activation is not None and isinstance(b, Map) and not b.is_followed:
+            return b.followed_by(factor=a)
         if not isinstance(b, _Gate):
-            return super().multiply(a, b, name)
+            raise LacksOperationError("layer must multiply by a gate, on CUDA, got another product")
 
         def into(out):
             from edgeattn.kernels.cuda.host import open_gate
@@ -174,11 +198,73 @@ class CudaOps(DeviceOps):
 
         return Pending(a.shape, into)
 
-    def _map(self, placed, x, out):
-        """Rows x to out."""
-        from edgeattn.kernels.cuda.layers import as_heads, batched
+    def add(self, a, b, name):
+        """The sum, in the launch of b where that is a linear map."""
+        if isinstance(b, Map) and not b.is_followed and self._parameters.of(b.linear).takes_a_residual:
+            return b.followed_by(residual=a)
 
-        self._project([placed], [batched(x)], [as_heads(batched(out), 1)])
+        def into(out):
+            from edgeattn.kernels.cuda.encoder import add_rows
+
+            add_rows(self.rows(a), self.rows(b), out, self.stream)
+
+        return Pending(b.shape, into)
+
+    def layer_norm(self, x, norm, name):
+        """(x - mean) / sqrt(variance + eps) * weight + bias."""
+        return self._norm(x, norm)
+
+    def rms_norm(self, x, norm, name):
+        """x / sqrt(mean(x^2) + eps) * weight."""
+        return self._norm(x, norm)
+
+    def _norm(self, x, norm):
+        def into(out):
+            from edgeattn.kernels.cuda.encoder import norm_rows
+
+            norm_rows(self.rows(x), self._parameters.of(norm), out, self.stream)
+
+        return Pending(x.shape, into)
+
+    def embed(self, table, ids, name):
+        """Rows of a table."""
+        from edgeattn.kernels.cuda.encoder import take_rows
+        from edgeattn.kernels.cuda.layers import owned
+
+        def into(out):
+            take_rows(self._parameters.of(table) or owned(table), owned(ids.astype(np.int32)), out, self.stream)
+
+        return Pending((len(ids), table.shape[1]), into)
+
+    def block(self, layer, x, sequences, name):
+        """An encoder layer, whose scratch memory the next one uses again."""
+        read = self.rows(x)
+
+        def into(out):
+            with reused_scratch():
+                self.write(layer.forward(self, read, sequences, name), out)
+                self._quantized.clear()
+
+        return Pending(x.shape, into)
+
+    def _map(self, made, out):
+        """What a Map is, to out."""
+        from edgeattn.kernels.cuda.encoder import DynamicRows, linear_dynamic, linear_float
+        from edgeattn.kernels.cuda.layers import FloatLinear, as_heads, batched
+
+        placed, x = self._parameters.of(made.linear), self.rows(made.x)
+        follows = {"activation": made.activation or "identity",
+                   "factor": None if made.factor is None else self.rows(made.factor),
+                   "residual": None if made.residual is None else self.rows(made.residual)}
+        if isinstance(placed, DynamicRows):
+            if made.becomes_bytes and made.activation == "gelu":
+                follows["activation"] = "gelu_roughly"
+            codes = self._codes_of_rows(x, placed.columns, is_hidden(made.x) and made.x.becomes_bytes)
+            linear_dynamic(codes, x, placed, out, self.stream, self.like, **follows)
+        elif isinstance(placed, FloatLinear) and made.is_followed:
+            linear_float(x, placed, out, self.stream, **follows)
+        else:
+            self._project([placed], [batched(x)], [as_heads(batched(out), 1)])
 
     def _project(self, placed, inputs, outs):
         """Up to three linear maps in one launch: x (B, T, inputs) to out (B, heads, T, size) each."""
@@ -195,11 +281,19 @@ class CudaOps(DeviceOps):
         """(codes, scales) of x (B, T, E), made once."""
         from edgeattn.kernels.cuda.layers import token_codes
 
-        # what is one array in this call may be two in one like it
-        key = (getattr(x.pointer, "place", None), getattr(x.pointer, "offset", int(x.pointer)), x.shape)
+        key = _where(x)
         if key not in self._quantized:
-            self._quantized[key] = token_codes(x, self.stream, self.like)
-        return self._quantized[key]
+            self._quantized[key] = x, token_codes(x, self.stream, self.like)
+        return self._quantized[key][1]
+
+    def _codes_of_rows(self, x, columns, grouped):
+        """What `quantize` makes of rows x, made once."""
+        from edgeattn.kernels.cuda.encoder import quantize
+
+        key = (*_where(x), tuple(columns), grouped)
+        if key not in self._quantized:  # with x, whose memory nobody else gets while it is known by its address
+            self._quantized[key] = x, quantize(x, columns, grouped, self.stream, self.like)
+        return self._quantized[key][1]
 
     def _attend(self, inputs, linears, layer, sequences, group, out):
         from edgeattn.kernels.cuda.host import attend, attend_int8, scratch
@@ -227,6 +321,26 @@ class CudaOps(DeviceOps):
             attend(q, k, v, context, layer.scale, weights=weights, **options)
         else:
             _attend_cached(sequences, q, None if in_place else (k, v), context, layer.scale, options)
+
+
+def _where(x):
+    """What tells rows from others: what is one array in this call may be two in one like it."""
+    return getattr(x.pointer, "place", None), getattr(x.pointer, "offset", int(x.pointer)), x.shape
+
+
+def is_hidden(x):
+    """Whether rows are the hidden features of a feed-forward."""
+    return isinstance(x, Map) and x.residual is None and (x.factor or x).activation is not None
+
+
+@contextlib.contextmanager
+def reused_scratch():
+    """A block after which nobody reads the scratch memory that it made."""
+    from edgeattn.kernels.cuda.launch_graph import capturing
+
+    record = capturing()
+    with contextlib.nullcontext() if record is None else record.reusing():
+        yield
 
 
 class _Gate:

@@ -36,10 +36,10 @@ class StaticOps(DeviceOps):
         """The codes of x weight^T + bias; `name` is that of the map in the layer."""
         from edgeattn.kernels.cuda.layers import as_heads, batched
 
-        def into(out):
+        def write(made, out):
             self._kernels.project([(name, batched(self.rows(x)), as_heads(batched(out), 1))], self.stream)
 
-        return Map(x, name, self._kernels.linears[name].outputs, into)
+        return Map(x, name, self._kernels.linears[name].outputs, write)
 
     def _attend(self, inputs, linears, layer, sequences, group, out):
         kernels, cache, stream, like = self._kernels, sequences.cache, self.stream, self.like

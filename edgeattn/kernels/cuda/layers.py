@@ -54,6 +54,13 @@ class Projection:
 
 def project(projections, stream):
     """Up to three float32 projections in one launch; x (B, T, E) C-contiguous, out (B, heads, T, size)."""
+    a, p, grid = project_addresses(projections)
+    wide = is_wide([one.x for one in projections] + [one.weight for one in projections])
+    launch(fl.linear(wide), grid, a, p, stream)
+
+
+def project_addresses(projections):
+    """(addresses, numbers, grid) of what `project` launches."""
     a, p = [0] * fl.A_COUNT, [0] * fl.P_COUNT
     for z, one in enumerate(projections):
         B, T, E = one.x.shape
@@ -65,10 +72,9 @@ def project(projections, stream):
         for slot, value in zip(range(0, fl.P_COUNT, 3), (B * T, T, 4 * E, E, features, one.size, *one.out.strides[:3]),
                                strict=True):
             p[slot + z] = value
-    wide = is_wide([one.x for one in projections] + [one.weight for one in projections])
     grid = (max(ceil_div(one.x.shape[0] * one.x.shape[1], fl.TILE) for one in projections),
             max(ceil_div(one.weight.shape[0], fl.TILE) for one in projections), len(projections))
-    launch(fl.linear(wide), grid, a, p, stream)
+    return a, p, grid
 
 
 def as_heads(x, heads):
@@ -81,6 +87,8 @@ def as_heads(x, heads):
 
 class FloatLinear:
     """A float32 linear map's parameters on the device: weight (outputs, inputs) and bias (outputs,) or None."""
+
+    takes_a_residual = True
 
     def __init__(self, weight, bias):
         self.weight, self.bias = owned(weight), None if bias is None else owned(bias)
@@ -124,6 +132,8 @@ class Int8Linear:
         What the rule reads; the weights' float32 scales for a dynamic layer.
     zero_point : int
     """
+
+    takes_a_residual = False
 
     def __init__(self, weight, heads, bias, first, second=None, zero_point=0):
         self.outputs, self.heads, self.size, self.zero_point = len(weight), heads, len(weight) // heads, zero_point
