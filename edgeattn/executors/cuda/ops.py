@@ -26,12 +26,16 @@ class Pending:
     Parameters
     ----------
     shape : tuple of int
-    into : function
-        From a View to nothing: the launches, which fill it.
+    launch : function
+        From the View that is to take them to nothing.
     """
 
-    def __init__(self, shape, into):
-        self.shape, self.into, self.made = shape, into, None
+    def __init__(self, shape, launch):
+        self.shape, self._launch, self.made = shape, launch, None
+
+    def into(self, out):
+        """Launch what writes the rows to `out`, a View of their shape."""
+        self._launch(out)
 
 
 class Map(Pending):
@@ -42,9 +46,13 @@ class Map(Pending):
     """
 
     def __init__(self, x, linear, outputs, write, activation=None, factor=None, residual=None):
-        super().__init__((*x.shape[:-1], outputs), lambda out: write(self, out))
+        super().__init__((*x.shape[:-1], outputs), None)
         self.x, self.linear, self.write, self.becomes_bytes = x, linear, write, False
         self.activation, self.factor, self.residual = activation, factor, residual
+
+    def into(self, out):
+        """As of others; not a function of its own, which would hold its memory until the next collection."""
+        self.write(self, out)
 
     @property
     def is_followed(self):
