@@ -9,7 +9,7 @@ import numpy as np
 
 from edgeattn.executors.cuda.call_cache import OUT
 from edgeattn.executors.cuda.functional import result_array
-from edgeattn.executors.cuda.layers import OnCuda
+from edgeattn.executors.cuda.layers import OnCuda, check_is_on_gpu
 from edgeattn.executors.cuda.masks import arrays_read
 from edgeattn.executors.cuda.ops import CudaOps, Group, SequencesOnDevice
 from edgeattn.executors.cuda.parameters import Parameters
@@ -58,6 +58,7 @@ def _uploaded(sequences, call):
     cache = sequences.cache
     held = 0 if cache is None else cache.length
     if cache is not None:
+        check_is_on_gpu(cache)
         cache.used_by(call)
     groups = []
     for mask in sequences.masks:

@@ -232,12 +232,17 @@ class FloatOnCuda(OnCuda):
         return result, weights if host is None else write_result(weights.numpy(), None, host)
 
 
-def _check_cache(layer, cache, batch, masks):
-    """Raise unless `cache` is one of the sizes of `layer` on a GPU."""
+def check_is_on_gpu(cache):
+    """Raise unless a cache is one on a GPU."""
     from edgeattn.executors.cuda.kv_cache import CacheOnCuda
 
     if not isinstance(cache, CacheOnCuda):
         raise TypeError(f'kv_cache must be on the GPU, KVCache(...).to("cuda"), got {type(cache).__name__}')
+
+
+def _check_cache(layer, cache, batch, masks):
+    """Raise unless `cache` is one of the sizes of `layer` on a GPU."""
+    check_is_on_gpu(cache)
     if masks["causal_alignment"] is not None:
         raise ValueError("causal_alignment must be None with kv_cache, which knows the positions, got "
                          f"{masks['causal_alignment']!r}")

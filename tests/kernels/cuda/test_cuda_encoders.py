@@ -232,4 +232,6 @@ def test_what_a_gpu_does_not_compute_is_refused():
         placed(put(x), lengths=[1, 2], key_padding_mask=put(np.ones((2, 9), bool)))
     with pytest.raises(TypeError, match="kv_cache must be on the GPU"):
         placed(put(x), kv_cache=encoder.make_caches(2, 9))
+    with pytest.raises(TypeError, match="kv_cache must be on the GPU"):
+        placed(x, kv_cache=encoder.make_caches(2, 9))
     assert driver_module.driver().device() == 0
