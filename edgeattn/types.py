@@ -188,6 +188,20 @@ class StaticOnDevice(LayerOnDevice, Protocol):
         """Attend on codes, as the layer does."""
 
 
+class EncoderOnDevice(Protocol):
+    """What `TransformerEncoder.to("cuda")` and a model's gives; it has the encoder's sizes too."""
+
+    layer: Any
+
+    def __call__(self, x: Any, *arguments: Any, **options: Any) -> Any:
+        """Encode x, as the encoder does."""
+
+    def to(self, device: Device) -> Any:
+        """`layer` for "cpu"."""
+
+    def __getattr__(self, name: str) -> Any: ...
+
+
 class CacheOnDevice(Protocol):
     """What `KVCache.to("cuda")` gives; it has all that the cache has."""
 
