@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 from edgeattn.executors.compiled import CompiledOps
@@ -53,9 +54,9 @@ def call(layer: Any, query: Any, key: ArrayLike | None, value: ArrayLike | None,
     signature, fusible = None, layer.fusible
     if (fusible and need_weights is False and average_attn_weights is False and type(softcap) is float
             and not softcap):
-        result, signature = fast_path.attend_again(layer, query, key, value, out, kv_cache, *masks)
-        if result is not None:
-            return result
+        again, signature = fast_path.attend_again(layer, query, key, value, out, kv_cache, *masks)
+        if again is not None:
+            return again
     attn_mask, key_padding_mask, is_causal, causal_alignment, window_size, alibi_slopes = masks
     checked = check_call(
         layer, query, key, value, attn_mask=attn_mask, key_padding_mask=key_padding_mask, is_causal=is_causal,
@@ -63,7 +64,10 @@ def call(layer: Any, query: Any, key: ArrayLike | None, value: ArrayLike | None,
         kv_cache=kv_cache, need_weights=need_weights, average_attn_weights=average_attn_weights, out=out)
     fused = fusible and not (checked.need_weights or checked.softcap or kv_cache is not None)
     if not (fused and checked.query.size and checked.key.size and checked.value.size):
-        return run(layer, checked)
+        result = run(layer, checked)
+        if kv_cache is not None:
+            layer.prepared_calls.learn_step(signature, result)
+        return result
     return fast_path.attend_fused(layer, checked, signature, attn_mask, key_padding_mask)
 
 
@@ -71,10 +75,11 @@ def run(layer: Any, call: Call) -> Floats | tuple[Floats, Floats]:
     """The result of `call`, operation by operation: for what the fused kernel of a float or dynamic layer does not do.
 
     That is probabilities, softcap, added keys, gates, positions, caches but for one token without masks
-    (`fast_path.attend_next`), and empty axes.
+    (`fast_path.take_step`), and empty axes.
     """
     record: dict[str, Any] = {}
     ops = CompiledOps(record, {"probabilities"} if call.need_weights else ())
     query, key, value = (x.reshape(-1, x.shape[-1]) for x in (call.query, call.key, call.value))
-    result = forward(ops, layer, query, key, value, Sequences([call.mask], call.softcap, call.cache, call.pieces))
+    with contextlib.nullcontext() if call.cache is None else call.cache.transaction():  # the output's part too
+        result = forward(ops, layer, query, key, value, Sequences([call.mask], call.softcap, call.cache, call.pieces))
     return call.write_result(result.reshape(*call.query.shape[:2], layer.output_dim), record.get("probabilities"))

@@ -3,9 +3,9 @@
 Numba's own cache raises at decoration time where no folder is writable, never reads what somebody else prepared in a
 read-only folder, unpickles what anybody has put there, and compares only the kernel's own file, so that an edit in a
 helper of another module brings back stale machine code. This one looks into several folders, each of which may be
-missing or read-only, takes nothing from one that others may write to, and is valid for one state of all sources of
-this package. There is a file for each kernel, types of arguments, processor and Numba: environments side by side share
-a folder.
+missing or read-only, takes nothing from one that others may write to, and is valid for one state of all sources that
+kernels may import. There is a file for each kernel, types of arguments, processor and Numba: environments side by side
+share a folder, whatever their NumPy.
 """
 import functools
 import hashlib
@@ -16,7 +16,6 @@ import sys
 
 import llvmlite
 import numba
-import numpy as np
 from numba import types
 from numba.core import caching, serialize
 from numba.core.compiler import CompileResult
@@ -26,10 +25,12 @@ from edgeattn.runtime import trusted
 from edgeattn.runtime.isa import ISA
 
 _PACKAGE = pathlib.Path(__file__).resolve().parents[1]
+# What a kernel's code may come from, in this package.
+SOURCES = "kernels/**/*.py", "runtime/*.py", "arithmetic.py", "checks.py", "messages.py", "shapes.py", "threads.py"
 _SUFFIX = ".kernel"
-# What wrote a pickle must read it. Of NumPy it holds types, whose modules only a new major version has renamed.
+# What wrote a pickle must read it.
 _MADE_BY = (f"python{sys.version_info[0]}.{sys.version_info[1]}{getattr(sys, 'abiflags', '')} numba{numba.__version__} "
-            f"llvmlite{llvmlite.__version__} numpy{np.__version__.split('.')[0]}")
+            f"llvmlite{llvmlite.__version__}")
 
 
 class KernelCache(caching._Cache):
@@ -172,9 +173,9 @@ def kept_in(function):
 
 
 def _listing():
-    """Name, time and size of every source file of the package: what an edit changes, without reading it."""
+    """Name, time and size of every file of SOURCES: what an edit changes, without reading it."""
     found = []
-    for path in sorted(_PACKAGE.rglob("*.py")):
+    for path in sorted(path for name in SOURCES for path in _PACKAGE.glob(name)):
         status = path.stat()
         found.append((path.relative_to(_PACKAGE).as_posix(), status.st_mtime_ns, status.st_size))
     return found
@@ -182,7 +183,7 @@ def _listing():
 
 @functools.cache
 def source_stamp(filename):
-    """Checksum of all sources of this package and of `filename`, which may lie outside it.
+    """Checksum of SOURCES and of `filename`, which may lie outside the package.
 
     None, meaning "do not cache", where sources are missing, or were edited after this process read them:
     the old code must not be filed under the new text.

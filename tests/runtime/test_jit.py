@@ -1,5 +1,6 @@
 """The kernel decorator: when it compiles, where it caches, and that no cache gives stale results."""
 
+import ast
 import os
 import shutil
 import subprocess
@@ -8,11 +9,13 @@ import sys
 import pytest
 from places import ROOT
 
+from edgeattn.runtime import kernel_cache
+
 PACKAGE = ROOT / "edgeattn"
 
 # Calls a kernel that calls a helper of another module; says whether its machine code came from the cache.
 CALL = """
-from edgeattn.kernel import double
+from edgeattn.kernels.kernel import double
 print(double(4), sum(double.stats.cache_hits.values()), sum(double.stats.cache_misses.values()))
 """
 
@@ -22,14 +25,16 @@ def package(tmp_path):
     """A package named edgeattn that has the decorator and two modules of kernels, and no cache yet."""
     folder = tmp_path / "site" / "edgeattn"
     folder.mkdir(parents=True)
-    (folder / "__init__.py").write_text("")
+    (folder / "kernels").mkdir()
+    for each in (folder, folder / "kernels"):
+        (each / "__init__.py").write_text("")
     shutil.copytree(PACKAGE / "runtime", folder / "runtime", ignore=shutil.ignore_patterns("worker_pool.py", "__pycache__"))
     shutil.copy(PACKAGE / "messages.py", folder)
-    (folder / "helper.py").write_text(
+    (folder / "kernels" / "helper.py").write_text(
         "from edgeattn.runtime.jit import inline\n\n@inline\ndef factor():\n    return 2\n"
     )
-    (folder / "kernel.py").write_text(
-        "from edgeattn.helper import factor\nfrom edgeattn.runtime.jit import jit\n\n"
+    (folder / "kernels" / "kernel.py").write_text(
+        "from edgeattn.kernels.helper import factor\nfrom edgeattn.runtime.jit import jit\n\n"
         "@jit\ndef double(x):\n    return factor() * x\n"
     )
     return folder
@@ -75,25 +80,25 @@ def refuse_folder(path):
 def test_second_process_reads_the_cache(package):
     assert run(package) == "8 0 1"
     assert run(package) == "8 1 0"
-    assert len(cached(package / "__pycache__")) == 1
+    assert len(cached(package / "kernels" / "__pycache__")) == 1
 
 
 def test_edit_in_another_module_recompiles(package):
     run(package)
-    helper = package / "helper.py"
+    helper = package / "kernels" / "helper.py"
     times = helper.stat().st_mtime_ns
     helper.write_text(helper.read_text().replace("return 2", "return 3"))
     os.utime(helper, ns=(times, times))  # same size, same time: only the text tells
     assert run(package) == "12 0 1"
     assert run(package) == "12 1 0"
-    assert len(cached(package / "__pycache__")) == 1
+    assert len(cached(package / "kernels" / "__pycache__")) == 1
 
 
 def test_code_older_than_its_source_is_not_cached(package):
     edited_meanwhile = CALL.replace(
         "print(",
-        "import edgeattn.helper, pathlib\n"
-        "path = pathlib.Path(edgeattn.helper.__file__)\n"
+        "import edgeattn.kernels.helper, pathlib\n"
+        "path = pathlib.Path(edgeattn.kernels.helper.__file__)\n"
         "path.write_text(path.read_text() + '# edited while this process runs')\nprint(",
     )
     assert run(package, edited_meanwhile) == "8 0 1"
@@ -101,14 +106,14 @@ def test_code_older_than_its_source_is_not_cached(package):
 
 
 def test_read_only_package_uses_the_users_cache(package):
-    refuse_folder(package / "__pycache__")
+    refuse_folder(package / "kernels" / "__pycache__")
     assert run(package) == "8 0 1"
     assert run(package) == "8 1 0"
     assert len(cached(package.parents[1] / "home" / ".cache" / "edgeattn")) == 1
 
 
 def test_xdg_cache_home_is_heeded(package, tmp_path):
-    refuse_folder(package / "__pycache__")
+    refuse_folder(package / "kernels" / "__pycache__")
     assert run(package, XDG_CACHE_HOME=str(tmp_path / "xdg")) == "8 0 1"
     assert len(cached(tmp_path / "xdg" / "edgeattn")) == 1
 
@@ -122,7 +127,7 @@ def test_numba_cache_dir_comes_first(package, tmp_path):
 
 @pytest.mark.parametrize("home", ["/dev/null", "relative"])
 def test_without_any_writable_folder_it_computes_uncached(package, home):
-    refuse_folder(package / "__pycache__")
+    refuse_folder(package / "kernels" / "__pycache__")
     assert run(package, HOME=home) == "8 0 1"
     assert run(package, HOME=home) == "8 0 1"
     assert not cached(package.parents[1])
@@ -131,10 +136,10 @@ def test_without_any_writable_folder_it_computes_uncached(package, home):
 def test_cache_in_a_read_only_package_is_read(package):
     run(package)
     code = CALL.replace(
-        "from edgeattn.kernel",
+        "from edgeattn.kernels.kernel",
         "import tempfile\n"
         "def refuse(*args, **kwargs): raise PermissionError\n"
-        "tempfile.TemporaryFile = refuse\nfrom edgeattn.kernel",
+        "tempfile.TemporaryFile = refuse\nfrom edgeattn.kernels.kernel",
     )
     assert run(package, code) == "8 1 0"
 
@@ -165,7 +170,7 @@ unpickled = []
 pickle.loads = unpickled.append
 path = pathlib.Path({str(path)!r})
 whole = path.read_bytes()
-from edgeattn.kernel import double
+from edgeattn.kernels.kernel import double
 for at in random.Random(0).sample(range(len(whole)), 200):
     path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1:])
     assert kernel_cache.read(path) is None, at
@@ -193,7 +198,7 @@ def test_a_folder_others_may_write_to_is_neither_read_nor_filled(package, tmp_pa
     assert run(package, NUMBA_CACHE_DIR=str(chosen)) == "8 0 1"
     (kept,) = cached(chosen)
     kept.parent.chmod(mode)
-    refuse_folder(package / "__pycache__")
+    refuse_folder(package / "kernels" / "__pycache__")
     both = CALL + "double(0.5)"  # another kernel: said once all the same
     result, messages = said(package, both, NUMBA_CACHE_DIR=str(chosen), HOME="/dev/null")
     assert result == "8 0 1"
@@ -210,7 +215,7 @@ def test_another_folder_serves_where_one_is_refused(package, tmp_path):
     chosen.chmod(0o777)
     result, messages = said(package, NUMBA_CACHE_DIR=str(chosen))
     assert result == "8 0 1" and len(messages) == 1
-    assert len(cached(package / "__pycache__")) == 1 and not cached(chosen)
+    assert len(cached(package / "kernels" / "__pycache__")) == 1 and not cached(chosen)
 
 
 def test_a_file_others_may_write_to_is_replaced(package):
@@ -254,7 +259,7 @@ def slowly(self, func):
         print("still compiling", flush=True)
     return compile_extra(self, func)
 Compiler.compile_extra = slowly
-from edgeattn.kernel import double
+from edgeattn.kernels.kernel import double
 double(4), double(4)
 assert threading.active_count() == 1 or not time.sleep(0.2) and threading.active_count() == 1
 """
@@ -262,9 +267,9 @@ assert threading.active_count() == 1 or not time.sleep(0.2) and threading.active
 
 def test_a_kernel_that_compiles_for_long_says_so_once_while_it_does(package):
     code = WHILE_COMPILING.format(patience=0.1, show="messages.show()")
-    folder = package / "__pycache__"
+    folder = package / "kernels" / "__pycache__"
     assert errors(package, code) == [
-        f"edgeattn: compiling edgeattn.kernel.double for this processor, once: it is kept in {folder}",
+        f"edgeattn: compiling edgeattn.kernels.kernel.double for this processor, once: it is kept in {folder}",
         "still compiling"]
     assert errors(package, code) == []  # from the cache
 
@@ -276,7 +281,7 @@ def test_a_kernel_compiled_for_other_arguments_says_that(package):
 
 
 def test_a_kernel_that_is_kept_nowhere_says_so(package):
-    refuse_folder(package / "__pycache__")
+    refuse_folder(package / "kernels" / "__pycache__")
     code = WHILE_COMPILING.format(patience=0.1, show="messages.show()")
     first, _ = errors(package, code, HOME="/dev/null")
     assert "as every process will: no cache folder can be used (set NUMBA_CACHE_DIR" in first
@@ -298,8 +303,8 @@ def counted(library):
     final.append(library.name)
     optimize(library)
 codegen.CPUCodeLibrary._optimize_final_module = counted
-from edgeattn.helper import factor
-from edgeattn.kernel import double
+from edgeattn.kernels.helper import factor
+from edgeattn.kernels.kernel import double
 print(double(4), sorted(name for name in final if name != "nrt"))
 """
 
@@ -314,18 +319,18 @@ def test_with_another_numba_helpers_are_compiled_as_numba_does(package):
 
 
 def test_python_is_refused_where_it_calls_a_part(package):
-    code = "from edgeattn.kernel import double\nfrom edgeattn.helper import factor\nprint(double(4))\n"
+    code = "from edgeattn.kernels.kernel import double\nfrom edgeattn.kernels.helper import factor\nprint(double(4))\n"
     code += "try:\n    factor()\nexcept TypeError:\n    print('refused')"
     assert run(package, code).splitlines() == ["8", "refused"]
 
 
 def test_no_environment_of_a_part_is_used_in_a_kernel(package):
-    (package / "kernel.py").write_text(
-        "from edgeattn.helper import factor\nfrom edgeattn.runtime.jit import inline, jit\n\n"
+    (package / "kernels" / "kernel.py").write_text(
+        "from edgeattn.kernels.helper import factor\nfrom edgeattn.runtime.jit import inline, jit\n\n"
         "@inline\ndef check(x):\n    if x < 0:\n        raise ValueError('negative')\n    return x\n\n"
         "@jit\ndef double(x):\n    return factor() * check(x)\n")
     code = """
-from edgeattn.kernel import double
+from edgeattn.kernels.kernel import double
 double(4)
 (compiled,) = double.overloads.values()
 text = str(compiled.library._final_module)
@@ -341,15 +346,15 @@ except ValueError as error:
 
 
 def test_a_part_that_does_not_compile_leaves_nothing_behind(package):
-    (package / "kernel.py").write_text(
-        "from edgeattn.helper import factor\nfrom edgeattn.runtime.jit import inline, jit\n\n"
+    (package / "kernels" / "kernel.py").write_text(
+        "from edgeattn.kernels.helper import factor\nfrom edgeattn.runtime.jit import inline, jit\n\n"
         "@inline\ndef wrong(x):\n    return x.nothing\n\n"
         "@jit\ndef broken(x):\n    return factor() * wrong(x)\n\n"
         "@jit\ndef double(x):\n    return factor() * x\n")
     code = """
 from numba.core.errors import TypingError
 import numba
-from edgeattn.kernel import broken, double
+from edgeattn.kernels.kernel import broken, double
 for _ in range(2):
     try:
         broken(4)
@@ -361,12 +366,12 @@ print(double(4), numba.njit(lambda x: x + 1)(2))
 
 
 def test_threads_compile_at_the_same_time(package):
-    (package / "kernel.py").write_text(
-        "from edgeattn.helper import factor\nfrom edgeattn.runtime.jit import jit\n\n"
+    (package / "kernels" / "kernel.py").write_text(
+        "from edgeattn.kernels.helper import factor\nfrom edgeattn.runtime.jit import jit\n\n"
         + "".join(f"@jit\ndef times{i}(x):\n    return factor() * x + {i}\n\n" for i in range(4)))
     code = """
 import concurrent.futures, numba
-from edgeattn import kernel
+from edgeattn.kernels import kernel
 mine = numba.njit(lambda x: x * 10)
 work = [getattr(kernel, f"times{i}") for i in range(4)] + [mine]
 with concurrent.futures.ThreadPoolExecutor(10) as pool:
@@ -378,15 +383,45 @@ with concurrent.futures.ThreadPoolExecutor(10) as pool:
 def test_code_of_other_types_is_not_run(package):
     both = CALL + "double(0.5)"
     run(package, both)
-    integers, floats = cached(package)
-    integers.write_bytes(floats.read_bytes())
+    one, other = cached(package)
+    contents = one.read_bytes(), other.read_bytes()
+    other.write_bytes(contents[0])
+    one.write_bytes(contents[1])
     assert run(package) == "8 0 1"
     assert run(package) == "8 1 0"
 
 
+def test_edit_that_no_kernel_can_see_recompiles_nothing(package):
+    (package / "layer.py").write_text("WIDTH = 64\n")
+    assert run(package) == "8 0 1"
+    (package / "layer.py").write_text("WIDTH = 128\n")
+    assert run(package) == "8 1 0"
+
+
+def test_kernels_import_nothing_outside_what_the_cache_compares():
+    known = {path.relative_to(PACKAGE).as_posix() for pattern in kernel_cache.SOURCES for path in PACKAGE.glob(pattern)}
+    assert len(known) > 80
+    for name in known:
+        for imported in imports(PACKAGE / name):
+            file = imported.replace(".", "/") + ".py"
+            assert file in known or f"{imported.replace('.', '/')}/__init__.py" in known, f"{name} imports {imported}"
+
+
+def imports(path):
+    """The modules of this package that a source file imports, but for annotations."""
+    found = []
+    for node in ast.parse(path.read_text()).body:
+        for each in ast.walk(node) if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)) else ():
+            if isinstance(each, ast.ImportFrom) and each.module and each.module.startswith("edgeattn"):
+                below = [f"{each.module}.{alias.name}" for alias in each.names]
+                found += [module if (PACKAGE.parent / (module.replace(".", "/") + ".py")).exists() else each.module
+                          for module in below]
+    return {module.removeprefix("edgeattn").lstrip(".") for module in found} - {""}
+
+
 def test_package_without_sources_is_not_cached(package):
     code = CALL.replace(
-        "from edgeattn.kernel", "import edgeattn.runtime.kernel_cache\nedgeattn.runtime.kernel_cache._LOADED = []\nfrom edgeattn.kernel"
+        "from edgeattn.kernels.kernel", "import edgeattn.runtime.kernel_cache\nedgeattn.runtime.kernel_cache._LOADED = []\nfrom edgeattn.kernels.kernel"
     )
     assert run(package, code) == "8 0 1"
     assert not cached(package)
@@ -396,7 +431,7 @@ def test_disabled_jit_gives_the_plain_function(package):
     assert (
         run(
             package,
-            "from edgeattn.kernel import double\nprint(type(double).__name__, double(4))",
+            "from edgeattn.kernels.kernel import double\nprint(type(double).__name__, double(4))",
             NUMBA_DISABLE_JIT="1",
         )
         == "function 8"
@@ -404,13 +439,13 @@ def test_disabled_jit_gives_the_plain_function(package):
 
 
 def test_kernels_release_the_gil_and_divide_as_numpy_does(package):
-    (package / "kernel.py").write_text(
+    (package / "kernels" / "kernel.py").write_text(
         "from edgeattn.runtime.jit import jit\n\n@jit\ndef divide(a, b):\n    return a / b\n"
     )
     assert (
         run(
             package,
-            "from edgeattn.kernel import divide\nprint(divide(1.0, 0.0), divide.targetoptions['nogil'])",
+            "from edgeattn.kernels.kernel import divide\nprint(divide(1.0, 0.0), divide.targetoptions['nogil'])",
         )
         == "inf True"
     )

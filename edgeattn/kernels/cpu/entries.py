@@ -2,15 +2,10 @@
 
 A kernel becomes a function of (parameters, addresses, scratch, task_queue, count) for each row here.  Parameters and
 addresses are arrays of int64, as the kernel's own records say; scratch is an array of `dtype`, of 32-bit elements.
-Kernels that take rules, functions that they are compiled with, are there once for each set of them that a layer may
-ask for.
 """
-import itertools
 from typing import NamedTuple
 
 import numpy as np
-
-from edgeattn.arithmetic import KERNEL_SETS
 
 from . import (
     cache_int8,
@@ -29,42 +24,24 @@ from . import (
     quantize,
     reference_float32,
 )
-from .requantize import RULES
-from .softmax_int8 import SOFTMAX
 
 
 class Entry(NamedTuple):
-    """A kernel, the dtype of its scratch, and the rules it takes before all else."""
+    """A kernel, and the dtype of its scratch."""
 
     kernel: object
     dtype: type
-    rules: tuple = ()
 
     def compile(self):
         """The compiled function, from the cache where it is there."""
         return call.entry(*self)
 
 
-def _rule_sets():
-    """{name: rules} of static layers: softmax, and the rules of projections, scores and context."""
-    found = {}
-    for row in KERNEL_SETS.values():
-        # a product's rule is another one where its right operand has a zero point: of keys, of values
-        for score, context in itertools.product((row.batch_matmul, row.batch_matmul_asymmetric), repeat=2):
-            names = row.fully_connected, score, context, row.softmax
-            compute, _ = SOFTMAX[row.softmax]
-            found.setdefault((compute, *(RULES[rule] for rule in names[:3])), " ".join(names))
-    return {name: rules for rules, name in found.items()}
-
-
-_RULE_SETS = _rule_sets()
-
 ENTRIES = {
     "layer float32": Entry(fused.layer_float32, np.float32),
     "layer dynamic": Entry(fused_dynamic.layer_dynamic, np.int32),
-    **{f"layer int8, {name}": Entry(fused_int8.layer_int8, np.int32, rules) for name, rules in _RULE_SETS.items()},
-    **{f"layer int8 with a cache, {name}": Entry(cached_int8.cached_int8, np.int32, rules)
-       for name, rules in _RULE_SETS.items()},
+    "layer int8": Entry(fused_int8.layer_int8, np.int32),
+    "layer int8 with a cache": Entry(cached_int8.cached_int8, np.int32),
     "attention float32": Entry(fused.attention_float32, np.float32),
     "attention dynamic": Entry(functional_dynamic.attention_dynamic, np.int32),
     "attention by rows": Entry(reference_float32.attention_by_rows, np.float32),

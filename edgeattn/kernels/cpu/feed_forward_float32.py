@@ -17,7 +17,7 @@ from edgeattn.runtime.jit import inline, jit, task
 from edgeattn.runtime.worker_pool import parallel_for
 
 from .activation import activate_rows, add_to_rows, multiply_rows
-from .matmul import multiply, round_up
+from .matmul import multiply, multiply_ahead, round_up
 from .norm import ADDRESSES, NO_NORM, finish_row, normalize_row, read_row
 from .records import named, record
 from .simd import COLUMNS, LANES, ROWS, WIDTH, address_of, pointer_to, tile_add, tile_store, tile_zero
@@ -26,6 +26,7 @@ from .views import Rows
 CHAIN = 64  # products that are summed one after another; the sums of the chains are summed then
 TALL = 6 if LANES == 8 else ROWS  # rows of a tile: of sixteen registers three hold what it is made of
 _UNEVEN = (1, 2) if TALL == 6 else (-1, -1)  # rows that would be left alone: 7 are better 4 and 3, 8 twice 4
+AHEAD = 8  # elements of the next panel that a tile brings near for each of its depth, where it has four rows or more
 HIDDEN = 256  # hidden features in scratch at a time, a multiple of CHAIN
 BLOCK = 64  # rows that pass a feed-forward together
 FEW_ROWS = 24  # up to so many rows, threads share the features; then the rows
@@ -64,18 +65,36 @@ def multiply_tile(zero, begun, x, t, w, f, out):
         tile_store(tile, out.data, to, out.step, LANES)
 
 
+@inline
+def multiply_tile_ahead(zero, begun, x, t, w, f, out, at_next, pace):
+    """multiply_tile(), while `pace` elements of w from at_next on for each of the depth are brought near."""
+    from_row, at_panel, to = x.at + t * x.step, w.at + f // WIDTH * w.step, out.at + t * out.step + f
+    for k in range(0, max(w.depth, 1), w.chain):
+        some = min(w.chain, w.depth - k)
+        tile = multiply_ahead(zero, x.data, from_row + k, x.step, 1, w.data, at_panel + k * WIDTH, some,
+                              at_next + k * pace, pace * some)
+        if begun or k > 0:
+            tile = tile_add(tile, out.data, to, out.step, LANES)
+        tile_store(tile, out.data, to, out.step, LANES)
+
+
 @task
 def product_rows(begun, x, rows, w, features, out):
     """out (rows, features) = x w^T, plus what is in out, if begun; x, out: Rows; w: Weights."""
     for f in range(0, features, WIDTH):
-        t = 0
+        t, at_next = 0, w.at + (f // WIDTH + 1) * w.step
+        at_end = at_next + w.depth * WIDTH
         while t < rows:
             left = rows - t
             if left >= TALL and left - TALL not in _UNEVEN:
-                multiply_tile(tile_zero(TALL, COLUMNS, w.data), begun, x, t, w, f, out)
+                pace = AHEAD if at_next < at_end else 0
+                multiply_tile_ahead(tile_zero(TALL, COLUMNS, w.data), begun, x, t, w, f, out, at_next, pace)
+                at_next += pace * w.depth
                 t += TALL
             elif left >= 4 and left != 5:
-                multiply_tile(tile_zero(4, COLUMNS, w.data), begun, x, t, w, f, out)
+                pace = AHEAD if at_next < at_end else 0
+                multiply_tile_ahead(tile_zero(4, COLUMNS, w.data), begun, x, t, w, f, out, at_next, pace)
+                at_next += pace * w.depth
                 t += 4
             elif left >= 3:
                 multiply_tile(tile_zero(3, COLUMNS, w.data), begun, x, t, w, f, out)

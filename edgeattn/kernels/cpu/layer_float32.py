@@ -1,6 +1,4 @@
 """Packing and calling of the float32 multi-head layer."""
-from types import SimpleNamespace
-
 import numpy as np
 from numba.extending import register_jitable
 
@@ -11,16 +9,11 @@ from . import fused as f
 from .call import PreparedCall
 from .matmul import pack_panels, pad_heads, padded_head, round_up
 from .packing import Packer
-from .records import blank, mask_fields, packed, place
+from .records import NO_MASKS, blank, copy_of, packed, place, set_masks, shapes_of
 from .simd import LANES, ROWS, WIDTH
 
 GROUP = 1 << 17  # elements of keys and values in scratch at a time, where a head does not need more: 512 KiB
 _LOG2_E = 1.4426950408889634
-
-
-def shape_of(mask):
-    """The shape of a mask, or None of none."""
-    return None if mask is None else mask.shape
 
 
 @register_jitable
@@ -109,14 +102,14 @@ class FloatLayer:
         self.output_dim = Eo
         self._plans = PlanCache()
 
-    def prepare(self, xq, xk, xv, keep=None, bias=None, band=None, alibi=None):
-        """The `PreparedCall` for inputs and masks of such shapes; arguments as for `DynamicLayer.prepare`."""
-        key = (*xq.shape[:2], xk.shape[1], shape_of(keep), shape_of(bias), band, shape_of(alibi))
+    def prepare(self, xq, xk, xv, masks=NO_MASKS):
+        """The `PreparedCall` for inputs and masks of such shapes; masks: what `shapes_of` gives."""
+        key = (*xq.shape[:2], xk.shape[1], masks)
         return self._plans.get(key) or self._plans.keep(key, self._plan(*key))
 
-    def _plan(self, B, L, S, keep=None, bias=None, band=None, alibi=None):
-        p = SimpleNamespace(**vars(self.parameters) | mask_fields(keep, bias, band, alibi))
-        shared, private = plan(p, B, L, S, keep is not None or bias is not None or alibi is not None)
+    def _plan(self, B, L, S, masks):
+        p = copy_of(self.parameters)
+        shared, private = plan(p, B, L, S, set_masks(p, masks))
         H, Hkv, Dp, Dvp = p.heads, p.kv_heads, p.padded_head, p.padded_value
         Eq, Ek, Ev, Eo = p.query_width, p.key_width, p.value_width, p.out_width
         work = 2 * B * (L * Eq * H * Dp + S * (Ek * Hkv * Dp + Ev * Hkv * Dvp) + L * H * Dvp * Eo
@@ -131,5 +124,5 @@ class FloatLayer:
         band : (low, high) or None: query i sees key j when i + low <= j <= i + high
         alibi : (B or 1, H, 2) float64, C-contiguous, or None: a head's slope, and the position of query 0
         """
-        self.prepare(xq, xk, xv, keep, bias, band, alibi)(xq, xk, xv, out, keep, bias, alibi)
+        self.prepare(xq, xk, xv, shapes_of(keep, None, bias, band, alibi))(xq, xk, xv, out, keep, None, bias, alibi)
         return out

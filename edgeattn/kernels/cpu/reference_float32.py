@@ -7,20 +7,21 @@ import numpy as np
 
 from edgeattn.runtime.jit import inline, jit
 from edgeattn.runtime.worker_pool import parallel_for, task
+from edgeattn.shapes import strides
 
 from .call import PreparedCall
 from .fused import portions
-from .layer_float32 import shape_of
 from .matmul import round_up
-from .records import BIAS, KEEP, bits_of_double, blank, double, mask_fields, named, packed, place, record
+from .records import bits_of_double, blank, double, named, packed, place, record, shape_of
 from .simd import address_of, pointer_to
 from .softmax import LARGEST_MASK, masked_score
 
 _WORK = 8  # a sum in float64, one number at a time, for each of the operations of a tile
 # The bounds of a window, -1 of none; bits of scale and softcap as float64; strides of masks in elements; where in a
 # thread's scratch its arrays begin, in elements of 32 bits.
-ATTENTION = record("batch heads kv_heads queries keys head_size value_size left right scale softcap", KEEP, BIAS,
-                   "slopes_b at_context at_columns at_powers at_permitted private_size")
+ATTENTION = record("batch heads kv_heads queries keys head_size value_size left right scale softcap",
+                   "keep_b keep_h keep_l keep_s bias_b bias_h bias_l bias_s slopes_b",
+                   "at_context at_columns at_powers at_permitted private_size")
 # Arrays in C order. Of masks, slopes (B or 1, H), weights (B, H, L, S) and lse (B, H, L) 0 where there are none;
 # offset, the position of query 0, and lengths: int64, of each batch entry.
 ADDRESSES = record("query key value out keep bias slopes offset lengths weights lse")
@@ -57,8 +58,11 @@ def attention(query, key, value, mask, *, scale, softcap, out, weights=None, lse
 @functools.lru_cache(256)
 def _prepare(query, key, value, keep, bias, slopes, left, right, scale, softcap):
     """The `PreparedCall` of arrays of these shapes, or None, and these bounds of a window."""
-    p = blank(ATTENTION, left=left, right=right, scale=bits_of_double(scale), softcap=bits_of_double(softcap),
-              **mask_fields(keep, bias, None))
+    p = blank(ATTENTION, left=left, right=right, scale=bits_of_double(scale), softcap=bits_of_double(softcap))
+    if keep is not None:
+        p.keep_b, p.keep_h, p.keep_l, p.keep_s = strides(keep)
+    if bias is not None:
+        p.bias_b, p.bias_h, p.bias_l, p.bias_s = strides(bias)
     p.batch, p.heads, p.queries, p.head_size = query
     p.kv_heads, p.keys, p.value_size = key[1], key[2], value[3]
     p.slopes_b = p.heads if slopes is not None and slopes[0] > 1 else 0
