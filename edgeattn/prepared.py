@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgeattn.checks import FLOAT32, write_result
-from edgeattn.masks import NO_WINDOW, fit_attn_mask
+from edgeattn.masks import NO_WINDOW, fit_attn_mask, sum_of_biases
 from edgeattn.runtime.plan_cache import PlanCache
 
 if TYPE_CHECKING:
@@ -82,12 +82,15 @@ class Prepared:
         What the call's masks make.
     attn_mask, key_padding_mask : array or None
         The call's.
+    position_bias : float32 array or None
+        What is added to scores beside the call's masks.
     """
 
-    __slots__ = ("_alibi", "_call", "_shape", "_together")
+    __slots__ = ("_alibi", "_bias", "_call", "_shape", "_together")
 
     def __init__(self, call: Callable[..., object], shape: Shape, mask: Mask, attn_mask: NDArray[Any] | None,
-                 key_padding_mask: NDArray[Any] | None):
+                 key_padding_mask: NDArray[Any] | None, position_bias: Float32s | None):
+        self._bias = position_bias
         self._call, self._shape, self._alibi = call, shape, mask.for_kernels()[3]
         self._together: tuple[Shape, Shape] | None = None  # the shapes in which two bool masks become one
         if attn_mask is not None and attn_mask.dtype is _BOOL and key_padding_mask is not None:
@@ -111,6 +114,8 @@ class Prepared:
             elif self._together is not None:
                 shape, of_keys = self._together
                 keep = np.bitwise_and(attn_mask.reshape(shape), keep.reshape(of_keys), order="C")
+        if self._bias is not None:
+            bias = sum_of_biases(bias, self._bias)
         if out is not None and lies_apart(out, (query, key, value, keep, bias)):
             result = out
         else:
@@ -128,11 +133,11 @@ class PreparedCalls(PlanCache[Any, Prepared]):
         return found if found is not None and found.takes(out) else None
 
     def learn(self, signature: tuple[Any, ...] | None, scores: Shape, call: Callable[..., object], shape: Shape,
-              mask: Mask, attn_mask: Any, key_padding_mask: Any = None) -> None:
+              mask: Mask, attn_mask: Any, key_padding_mask: Any = None, position_bias: Float32s | None = None) -> None:
         """Keep a `Prepared` of these; not where kernels read no `attn_mask` as it is: an axis must be repeated."""
         if signature is not None and (
                 attn_mask is None or fit_attn_mask(attn_mask.shape, scores, attn_mask.dtype is _BOOL)[0] is None):
-            self.keep(signature, Prepared(call, shape, mask, attn_mask, key_padding_mask))
+            self.keep(signature, Prepared(call, shape, mask, attn_mask, key_padding_mask, position_bias))
 
 
 def lies_apart(out: NDArray[Any], inputs: Iterable[NDArray[Any] | None]) -> bool:

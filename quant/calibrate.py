@@ -237,7 +237,8 @@ def check_layer(layer: object, scheme: object = "static") -> None:
         raise TypeError(f"layer must be an edgeattn.MultiHeadAttention; got {type(layer).__name__}")
     if not is_one_of(scheme, ("static", "dynamic")):
         raise ValueError(f"scheme must be 'static' or 'dynamic'; got {scheme!r}")
-    refuse_positions(layer)
+    if scheme == "static":
+        refuse_positions(layer, "quantize with scheme='dynamic'")
     if layer.gated and scheme == "static":
         raise ValueError("layer must have no gate_weight: no TFLite kernel set has a gate; scheme='dynamic' takes it")
     if layer.extra_keys and scheme == "static":

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar, overload
 import numpy as np
 
 from edgeattn.layers import MultiHeadAttention, TransformerEncoder
+from edgeattn.layers.positions import POSITIONS
 from edgeattn.models import ImageEncoder, TextEncoder
 from edgeattn.quantized import (
     INPUTS,
@@ -153,7 +154,7 @@ def _quantize_dynamic(layer: MultiHeadAttention) -> DynamicMultiHeadAttention:
             biases[name] = bias
     return DynamicMultiHeadAttention(
         layer.num_heads, weights, biases, num_kv_heads=layer.num_kv_heads, bias_k=layer.bias_k, bias_v=layer.bias_v,
-        add_zero_attn=layer.add_zero_attn)
+        add_zero_attn=layer.add_zero_attn, **{name: getattr(layer, name) for name in POSITIONS})
 
 
 def quantize_linear(weight: Float32s, bias: Float32s | None, input_scale: float | np.float32) -> QuantizedLinear:

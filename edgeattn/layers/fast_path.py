@@ -28,7 +28,8 @@ def attend_again(layer: _Layer, query: Any, key: Any, value: Any, out: Any, kv_c
     masks: attn_mask, key_padding_mask, is_causal, causal_alignment, window_size, alibi_slopes.
     """
     if kv_cache is not None:
-        if (key is None and value is None and is_unmasked(*masks) and is_self_attention_input(layer, query, FLOAT32)
+        if (layer.position_bias is None and key is None and value is None and is_unmasked(*masks)
+                and is_self_attention_input(layer, query, FLOAT32)
                 and is_written_as_it_is(out, query, layer.output_dim, FLOAT32)):
             x = query if query.ndim == 3 else query[None]
             if is_next(layer, x, kv_cache):
@@ -54,25 +55,31 @@ def attend_fused(layer: _Layer, call: Call, signature: tuple[Any, ...] | None, a
     q = to_float32(call.query)
     k = q if call.key is call.query else to_float32(call.key)
     v = k if call.value is call.key else to_float32(call.value)
-    keep, bias, band, alibi = call.mask.for_kernels()
-    kernel = layer.fused_kernel.prepare(q, k, v, keep, bias, band, alibi)
+    rows = layer.position_rows(call.mask)
+    mask = call.mask.with_bias(rows)
+    keep, bias, band, alibi = mask.for_kernels()
+    kernel = layer.fused_kernel.prepare(q, k, v, keep, bias, band, alibi, layer.first_position(mask))
     result = np.empty((*q.shape[:2], layer.output_dim), np.float32)
     kernel(q, k, v, result, keep, bias, alibi)
     layer.prepared_calls.learn(signature, (*call.lead, *call.mask.shape[1:]), kernel, (*call.lead, *result.shape[1:]),
-                               call.mask, attn_mask, key_padding_mask)
+                               mask, attn_mask, key_padding_mask, rows)
     return call.write_result(result)
 
 
 def attend_next(layer: _Layer, x: Float32s, cache: KVCache) -> Float32s:
-    """Attention without masks of one token per batch entry, x (B, 1, E) float32 in C order, and all before it."""
+    """Attention without masks of one token per batch entry, x (B, 1, E) float32 in C order, and all before it.
+
+    The layer has no `position_bias`.
+    """
     batch, linears = len(x), layer.projections
     x = x.reshape(batch, -1)
     k = linears["key"].packed(x).reshape(batch, layer.num_kv_heads, 1, layer.head_dim)
     v = linears["value"].packed(x).reshape(batch, layer.num_kv_heads, 1, layer.value_dim)
     q = linears["query"].packed(x).reshape(batch, layer.num_heads, 1, layer.head_dim)
+    q, k = layer.placed_at(q, k, cache.length, cache.length)
     cache.check_finite(k, v)
     if not cache.length:
-        cache.store_without_bias(layer.k_bias)
+        cache.store_without_bias(layer.common_key_bias)
     context = np.empty((batch, layer.num_heads, 1, layer.value_dim), np.float32)
     with cache.transaction():
         cache.append_heads(k, v)

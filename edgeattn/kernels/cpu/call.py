@@ -43,15 +43,19 @@ class PreparedCall:
         The addresses with which the kernel's record ends, those of weights.
     rules : tuple of functions
         What the kernel is compiled for, and takes before all else.
+    owner : object
+        Whose memory is at one of the fixed addresses, if nothing else holds it.
     """
 
-    __slots__ = ("_dtype", "_empty", "_jobs", "_rules", "_run", "_work", "parameters", "private", "shared")
+    __slots__ = ("_dtype", "_empty", "_jobs", "_owner", "_rules", "_run", "_work", "parameters", "private", "shared")
 
-    def __init__(self, kernel, parameters, layout, dtype, shared, private, work, jobs=1, fixed=(), rules=()):
+    def __init__(self, kernel, parameters, layout, dtype, shared, private, work, jobs=1, fixed=(), rules=(),
+                 owner=None):
         self._run, self._dtype, self._rules = entry(kernel, dtype, rules), dtype, rules
         self._empty = np.zeros(len(layout), np.int64)
         self._empty[len(layout) - len(fixed):] = fixed
         self.parameters, self.shared, self.private, self._work, self._jobs = parameters, shared, private, work, jobs
+        self._owner = owner
 
     def __call__(self, first, second, third, *others, parameters=None):
         """Run it on arrays in the order of the kernel's record, each in C order or as planned, or None or left out.
