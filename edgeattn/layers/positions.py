@@ -102,9 +102,9 @@ class Positions:
         return mask.with_bias(self.position_rows(mask))
 
 
-def refuse_positions(layer: Any, way_out: str) -> None:
-    """Raise where `layer` has what float32 and dynamic int8 layers on the CPU alone compute."""
-    given = [name for name in POSITIONS if getattr(layer, name, None) is not None]
+def refuse_positions(layer: Any, way_out: str, names: tuple[str, ...] = POSITIONS) -> None:
+    """Raise where `layer` has any of `names`, which float32 and dynamic int8 layers on the CPU alone compute."""
+    given = [name for name in names if getattr(layer, name, None) is not None]
     if given:
         raise ValueError(f"layer must have no {', '.join(given)} here, which float32 and dynamic int8 layers compute, "
                          f"on the CPU; {way_out}")

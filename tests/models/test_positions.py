@@ -187,6 +187,35 @@ def test_a_bias_and_a_mask_hide_no_key_together_that_neither_hides():
         np.testing.assert_allclose(made(X, attn_mask=lowest), made(X, attn_mask=lowest == lowest[0, 0]), **CLOSE)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("lowest", [None, -100])  # a Swin Transformer's windows hide others so
+def test_static_int8_adds_a_constant_bias(masked, lowest, tmp_path):
+    bias = BIAS[:, :L, :L].copy()
+    if lowest:
+        bias[:, :4, 4:] = lowest
+    made = layer(position_bias=bias)
+    calls = [{"query": X, "is_causal": True} if masked else X]
+    quant.calibrate(made, calls).save(tmp_path / "calibration.safetensors")
+    static = quant.quantize(made, quant.Calibration.load(tmp_path / "calibration.safetensors"))
+    exact = oracle.attention(X, W, H, reference.visible(2, H, L, L, causal=masked), bias=bias)
+    assert cosine(static(X, is_causal=masked), exact) > 0.998
+    assert quant.compare(made, static, calls).tensors["output"].cosine > 0.998
+    edgeattn.save(static, tmp_path / "static.safetensors")
+    np.testing.assert_array_equal(edgeattn.load(tmp_path / "static.safetensors")(X), static(X))
+    with pytest.raises(ValueError, match="the mask this layer carries has shape"):
+        static(X[:, :5])
+    with pytest.raises(ValueError, match="mask needs a layer whose scores get no bias"):
+        static.with_mask(np.ones((L, L), bool))
+    with pytest.raises(ValueError, match="calibration was made with another layer"):
+        quant.quantize(layer(position_bias=bias + 1), quant.calibrate(made, calls))
+
+
+@pytest.mark.parametrize("bias", [RelativePositionBias(TABLE, max_distance=16), np.full((H, L, L), -np.inf)])
+def test_static_int8_refuses_other_biases(bias):
+    with pytest.raises(ValueError, match=r"position_bias must be a finite array \(H, L, S\) .*scheme='dynamic' takes"):
+        quant.calibrate(layer(position_bias=bias), [X])
+
+
 def test_what_computes_none_of_it_refuses(tmp_path):
     made = layer(rotary=RotaryEmbedding(D), q_norm=RMSNorm(GAIN))
     int8 = quant.quantize(made, scheme="dynamic")
