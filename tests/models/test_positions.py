@@ -93,12 +93,20 @@ def test_swin_tables():
     assert layer(position_bias=bias)(X[:, :6]).shape == (2, 6, E)
 
 
-def test_cross_attention_counts_queries_from_the_first_key():
+@pytest.mark.parametrize("first, masks", [
+    (0, {}), (0, {"is_causal": True, "causal_alignment": "upper_left"}),
+    (2, {"is_causal": True, "causal_alignment": "lower_right"})])
+@pytest.mark.parametrize("int8", [False, True])
+def test_cross_attention_counts_queries_from_the_key_they_are_aligned_to(first, masks, int8):
     made, keys = layer(rotary=RotaryEmbedding(D)), X[:, :5]
-    result = made(X[:, :3], keys)
+    result = (quant.quantize(made, scheme="dynamic") if int8 else made)(X[:, :3], keys, **masks)
     q, k, v = (oracle.heads(oracle.linear(x, *W[name]), H) for name, x in (("q", X[:, :3]), ("k", keys), ("v", keys)))
-    context, _ = reference.attention(oracle.rotary(q, D, 1e4), oracle.rotary(k, D, 1e4), v)
-    np.testing.assert_allclose(result, oracle.linear(context.swapaxes(1, 2).reshape(2, 3, -1), *W["out"]), **CLOSE)
+    seen = np.arange(5) <= first + np.arange(3)[:, None] if masks else np.ones((3, 5), bool)
+    context, _ = reference.attention(oracle.rotary(q, D, 1e4, first=first), oracle.rotary(k, D, 1e4), v, seen)
+    exact = oracle.linear(context.swapaxes(1, 2).reshape(2, 3, -1), *W["out"])
+    assert cosine(result, exact) > 0.9995
+    if not int8:
+        np.testing.assert_allclose(result, exact, **CLOSE)
 
 
 @pytest.mark.parametrize("kind", KINDS)
