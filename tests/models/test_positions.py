@@ -176,7 +176,8 @@ def test_sizes_batches_threads_and_masks(head_dim, heads, kv_heads, length, int8
     made = quant.quantize(made, scheme="dynamic") if int8 else made
     result = made(x, attn_mask=mask)
     if int8:
-        assert cosine(result, exact) > 0.999
+        shared = exact.mean(axis=1, keepdims=True)  # biases, above all
+        assert cosine(result - shared, exact - shared) > 0.999
     else:
         np.testing.assert_allclose(result, exact, rtol=0, atol=3e-5)
     for threads in (1, 2, 3):
