@@ -35,7 +35,7 @@ endef
 setup_files = setup.cfg pyproject.toml tools/environment.py tools/find-python.sh
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-long test-fence test-mutations test-arm64 test-arm64-short test-cortex-m test-cuda test-cuda-offline fuzz lint examples example-minilm example-self-vs-multihead bench bench-cuda bench-models bench-peers bench-start clean distclean
+.PHONY: help run test test-long test-fence test-mutations test-arm64 test-arm64-short test-cortex-m test-cuda test-cuda-offline fuzz lint examples example-minilm example-self-vs-multihead example-sensor bench bench-cuda bench-models bench-peers bench-start clean distclean
 
 help: ## this list
 	@echo "edgeattn: attention for small computers. Targets:"
@@ -83,10 +83,13 @@ lint: $(ready_dev) ## style, types, imports, files
 	@$(VENV)/bin/lint-imports --no-cache --no-logo
 	@$(python) tools/check_tree.py
 
-examples: run example-self-vs-multihead example-minilm ## every example, each under a minute
+examples: run example-self-vs-multihead example-minilm example-sensor ## every example, each under a minute
 
 example-minilm: $(ready_minilm) ## a sentence encoder, float32 against int8
 	@$(python) examples/minilm/run.py
+
+example-sensor: $(ready) ## faults of a machine, float32 against int8
+	@$(python) examples/sensor/run.py
 
 example-self-vs-multihead: $(ready) ## one head against many: picture, table
 	@$(python) examples/self_vs_multihead.py

@@ -105,7 +105,7 @@ CONTENDERS = [
 ]
 
 
-def _why_not():
+def missing():
     """A line that says what is missing, or None."""
     from edgeattn.kernels.cuda.driver import why_not
 
@@ -128,7 +128,7 @@ def main(arguments=None):
     for contender in CONTENDERS:
         there = importlib.util.find_spec(contender.needs) is not None
         print(f"  {contender.name}: {contender.precision}{'' if there else f' ({contender.needs} is not installed)'}")
-    if reason := _why_not():
+    if reason := missing():
         print(f"bench-cuda: not run, {reason}.", file=sys.stderr)
         return 1
     import torch
@@ -159,7 +159,7 @@ def _ours(torch, q, k, v, causal, precision):
     return call
 
 
-def _timed(torch, call, around):
+def timed(torch, call, around):
     """(us on the device, us on the host) of a call; `around` it is a context, which costs it nothing."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     with around(torch):
@@ -202,7 +202,7 @@ def _compare(torch, shape, causal, rounds):
     device, host = {name: [] for name in calls}, {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            on_device, on_host = _timed(torch, *call)
+            on_device, on_host = timed(torch, *call)
             device[name].append(on_device)
             host[name].append(on_host)
     graph = torch.cuda.CUDAGraph()

@@ -74,6 +74,20 @@ class _IdleDriver(driver.Driver):
         return driver._Loaded(self, kernel, None, None)
 
 
+def _encoder(rng):
+    """Of 2 layers, E = 128, F = 256."""
+    def linear(outputs, inputs):
+        return edgeattn.Linear(rng.standard_normal((outputs, inputs)) / inputs**0.5)
+
+    def layer():
+        weights = [linear(128, 128).weight for _ in range(4)]
+        norms = (edgeattn.LayerNorm(np.ones(128)) for _ in range(2))
+        return edgeattn.TransformerEncoderLayer(
+            edgeattn.MultiHeadAttention(4, *weights), edgeattn.FeedForward(linear(256, 128), linear(128, 256)), *norms)
+
+    return edgeattn.TransformerEncoder([layer(), layer()])
+
+
 def calls() -> dict:
     """What is timed, by name."""
     device = driver.driver()
@@ -86,6 +100,8 @@ def calls() -> dict:
     dynamic, layer = quant.quantize(layer, scheme="dynamic").to("cuda"), layer.to("cuda")
     reals = [device.empty(x.shape, np.float32) for _ in range(2)]
     codes = [device.empty(x.shape, np.int8) for _ in range(2)]
+    encoder = _encoder(rng)
+    float_encoder, dynamic_encoder = encoder.to("cuda"), quant.quantize(encoder, scheme="dynamic").to("cuda")
     attention = edgeattn.scaled_dot_product_attention
     return {
         "attention 1/4/32/32, out": lambda: attention(q, k, v, out=out),
@@ -94,6 +110,8 @@ def calls() -> dict:
         "float layer 128/4/32, out": lambda: layer(reals[0], out=reals[1]),
         "dynamic layer, out": lambda: dynamic(reals[0], out=reals[1]),
         "static layer, out": lambda: static.run_int8(codes[0], out=codes[1]),
+        "float encoder of 2 layers 128/4/256, out": lambda: float_encoder(reals[0], out=reals[1]),
+        "dynamic encoder, out": lambda: dynamic_encoder(reals[0], out=reals[1]),
     }
 
 

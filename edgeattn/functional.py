@@ -186,11 +186,13 @@ def scaled_dot_product_attention(
         known: Floats | tuple[Floats, ...] | None = on_gpu.replay(arrays, options)
         if known is not None:
             return known
+    if type(attn_mask) is np.bool_:
+        attn_mask = np.asarray(attn_mask)
     signature = None
-    if (return_weights is False and return_lse is False and kv_lengths is None and type(softcap) is float
+    if (return_weights is False and return_lse is False and type(softcap) is float
             and (scale is None or type(scale) is float) and (enable_gqa is False or enable_gqa is True)):
         signature = call_signature(query, key, value, attn_mask, None, is_causal, causal_alignment, window_size,
-                                   alibi_slopes)
+                                   alibi_slopes, kv_lengths)
         if signature is not None:
             signature = *signature, scale, softcap, enable_gqa, precision
             prepared = _prepared.find(signature, out)
@@ -221,7 +223,7 @@ def scaled_dot_product_attention(
     check_out(out, shapes.result, dtype)
     mask = resolve_mask(shapes.scores, attn_mask, is_causal=is_causal, causal_alignment=causal_alignment,
                         window_size=window_size, kv_lengths=kv_lengths, alibi_slopes=alibi_slopes)
-    q, k, v = map(np.reshape, map(to_float32, (query, key, value)), shapes.inputs)
+    q, k, v = (to_float32(x.reshape(axes)) for x, axes in zip((query, key, value), shapes.inputs, strict=True))
     if (type(out) is np.ndarray and out.dtype == FLOAT32 and out.flags.carray
             and lies_apart(out, (q, k, v, mask.keep, mask.bias))):
         result = out
@@ -240,8 +242,8 @@ def scaled_dot_product_attention(
     result = write_result(result, out, dtype)
     if signature is not None and not shapes.empty and float32.is_ordinary(scale, softcap):
         kernel = functional_dynamic if precision == "int8" else functional_float32
-        call = kernel.prepare(q, k, v, context, scale, softcap, *mask.for_kernels())
-        _prepared.learn(signature, shapes.scores, call, shapes.result, mask, attn_mask)
+        _prepared.learn(signature, functools.partial(kernel.prepare, q, k, v, context, scale, softcap), shapes.scores,
+                        shapes.result, mask, attn_mask)
     if not (return_weights or return_lse):
         return result
     return (result, *([] if weights is None else [write_result(weights, None, dtype)]), *([] if lse is None else [lse]))

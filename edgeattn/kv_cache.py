@@ -9,6 +9,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from edgeattn.checks import (
+    FLOAT32,
     check_out,
     count,
     flag,
@@ -25,6 +26,7 @@ from edgeattn.kernels.cpu import float32, reference_float32
 from edgeattn.kernels.cpu.cache_int8 import quantize_into
 from edgeattn.kernels.cpu.decode import decode
 from edgeattn.masks import NO_WINDOW, resolve_mask
+from edgeattn.prepared import PLAIN, PreparedCalls, call_signature
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -143,6 +145,8 @@ class KVCache:
             self._key_scales, self._value_scales = (np.broadcast_to(np.float32(scale), rows) for scale in self.scales)
         elif name == "int8":
             self._key_scales, self._value_scales = np.zeros(rows, np.float32), np.zeros(rows, np.float32)
+        self.kind = self.batch, self.num_kv_heads, self.head_dim, self.value_dim, self.scales
+        self._prepared = PreparedCalls()
         self._length = self._start = 0
         self._first = 0  # the slot of token `start`; tokens lie side by side, in order
 
@@ -370,16 +374,20 @@ class KVCache:
         TypeError, ValueError
             Naming the argument, what was required and what came.
         """
-        if (attn_mask is None and key_padding_mask is None and (is_causal is False or is_causal is True)
-                and type(softcap) is float and not softcap and window_size is NO_WINDOW and alibi_slopes is None
-                and position is None and return_weights is False and out is None and self._is_next(query)):
+        signature = None
+        if (type(softcap) is float and not softcap and position is None and return_weights is False
+                and (scale is None or type(scale) is float)):
+            signature = call_signature(query, query, query, attn_mask, key_padding_mask, is_causal, None, window_size,
+                                       alibi_slopes)
+        if signature is not None and len(signature) == PLAIN:
             # what a decoding loop calls again and again: one query, that of the last token; it sees all before it
-            ordinary = scale is None
-            scale = default_scale(self.head_dim) if ordinary else number("scale", scale)
-            if ordinary or float32.is_ordinary(scale, 0.0):
-                result = np.empty((*query.shape[:3], self.value_dim), np.float32)
-                self.attend_last(query, scale, 0.0, result)
-                return result
+            signature = *signature, scale
+            prepared = self._prepared.find(signature, out)
+            if prepared is not None and self._length:
+                result = prepared.target(out, query)
+                self.attend_last(query, default_scale(self.head_dim) if scale is None else float(scale), 0.0,
+                                 result)
+                return write_result(result, out, FLOAT32)
         query = float_array("query", query)
         return_weights = flag("return_weights", return_weights)
         heads, queries, position = self._check_query(query, position)
@@ -400,16 +408,11 @@ class KVCache:
         result = np.empty(shape, np.float32)
         weights = np.zeros(mask.shape, np.float32) if return_weights else None
         self.attend_heads(to_float32(query), mask, scale, softcap, result, weights)
+        if (signature is not None and len(signature) > PLAIN and queries == 1 and result.size
+                and float32.is_ordinary(scale, 0.0)):
+            self._prepared.learn_step(signature, result)
         result = write_result(result, out, dtype)
         return result if weights is None else (result, write_result(weights, None, dtype))
-
-    def _is_next(self, query: object) -> bool:
-        """Whether `query` is float32 (B, H, 1, D) in C order that nothing needs to be done to, and there are tokens."""
-        if type(query) is not np.ndarray or query.dtype != np.float32 or query.ndim != 4 or not query.flags.carray:
-            return False
-        batch, heads, queries, size = query.shape
-        return (queries == 1 and batch == self.batch and size == self.head_dim and heads > 0
-                and heads % self.num_kv_heads == 0 and self._length > 0)
 
     def _check_query(self, query: Floats, position: SupportsIndex | None) -> tuple[int, int, int]:
         """(heads, queries, position) of a query of `attend`, the position found where it is None."""

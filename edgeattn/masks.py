@@ -477,6 +477,8 @@ def fit_attn_mask(given: Shape, shape: Shape, is_bool: bool) -> tuple[Shape | No
         there, NumPy's rules, which hold here, say one per head: where the batch has as many entries as there are heads,
         the first would be taken for the second.
     """
+    if given == shape[-2:]:  # what most are
+        return None, (1, 1, *given)
     per_entry = len(given) == 3 and len(shape) == 4 and _fits(given[1:], shape)
     if len(given) > len(shape) or not _fits(given, shape):
         way_out = ""

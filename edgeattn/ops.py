@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgeattn.kv_cache import KVCache
-    from edgeattn.types import Float32s
+    from edgeattn.types import Float32s, KernelMask
 
 Activation: TypeAlias = Literal["gelu", "gelu_tanh", "relu", "silu", "sigmoid"]
 Pooling: TypeAlias = Literal["mean", "cls", "max", "last"]
@@ -54,6 +54,13 @@ class Sequences:
     softcap: float = 0.0
     cache: KVCache | None = None
     pieces: Sequence[tuple[tuple[int, int], tuple[int, int]]] = ()
+    _for_kernels: list[KernelMask] | None = dataclasses.field(default=None, init=False, repr=False)
+
+    def for_kernels(self) -> list[KernelMask]:
+        """`Mask.for_kernels` of each mask, made once: the layers of an encoder share their masks."""
+        if self._for_kernels is None:
+            self._for_kernels = [mask.for_kernels() for mask in self.masks]
+        return self._for_kernels
 
 
 class Norm(Protocol):

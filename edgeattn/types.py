@@ -23,6 +23,7 @@ Flag: TypeAlias = bool | np.bool_
 Real: TypeAlias = float | np.floating[Any] | np.integer[Any]
 Shape: TypeAlias = tuple[int, ...]
 KernelMask: TypeAlias = tuple[Bools | None, Float32s | None, tuple[int, int] | None, NDArray[np.float64] | None]
+MaskShapes: TypeAlias = tuple[Shape | None, Shape | None, Shape | None, tuple[int, int] | None, Shape | None]
 Window: TypeAlias = tuple[SupportsIndex, SupportsIndex]
 Path: TypeAlias = str | os.PathLike[str]
 
@@ -185,6 +186,20 @@ class StaticOnDevice(LayerOnDevice, Protocol):
 
     def run_int8(self, query: Any, key: Any = None, value: Any = None, **options: Unpack[DeviceMasks]) -> Any:
         """Attend on codes, as the layer does."""
+
+
+class EncoderOnDevice(Protocol):
+    """What `TransformerEncoder.to("cuda")` and a model's gives; it has the encoder's sizes too."""
+
+    layer: Any
+
+    def __call__(self, x: Any, *arguments: Any, **options: Any) -> Any:
+        """Encode x, as the encoder does."""
+
+    def to(self, device: Device) -> Any:
+        """`layer` for "cpu"."""
+
+    def __getattr__(self, name: str) -> Any: ...
 
 
 class CacheOnDevice(Protocol):

@@ -1,9 +1,10 @@
-"""The workbench: calibrate a float attention layer, quantize it to int8, say what that cost, export it."""
+"""The workbench: calibrate a float layer or model, quantize it to int8, say what that cost, export it."""
 
 from quant.calibrate import Calibration, calibrate
 from quant.compare import compare
 from quant.export import export
+from quant.model_calibration import ModelCalibration
 from quant.quantize import quantize
-from quant.report import Report
+from quant.report import ModelReport, Report
 
-__all__ = ["Calibration", "Report", "calibrate", "compare", "export", "quantize"]
+__all__ = ["Calibration", "ModelCalibration", "ModelReport", "Report", "calibrate", "compare", "export", "quantize"]

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
 import safetensors.numpy
@@ -19,6 +19,8 @@ from edgeattn.layers import MultiHeadAttention
 from edgeattn.layers.positions import refuse_positions
 from edgeattn.position_bias import ConstantPositionBias
 from edgeattn.quantized import INPUTS, SOURCES
+from quant.model_calibration import ModelCalibration, calibrate_model
+from quant.model_calls import MODELS
 from quant.observers import BINS, OBSERVERS, SMALLEST_EXPONENT, Statistics
 from quant.trace import Call, counted, describe_sources, float_trace, read_calls
 
@@ -29,7 +31,8 @@ if TYPE_CHECKING:
 
     from edgeattn.files.stored import StoredTensor
     from edgeattn.types import Path, Sources
-    from quant.types import Batch, Observer
+    from quant.model_calls import Model
+    from quant.types import Batch, ModelBatch, Observer
 
 WEIGHTS = tuple(f"{name}_{part}" for name in ("q", "k", "v", "out") for part in ("weight", "bias"))
 _METADATA_KEY = "quant.calibration"
@@ -193,27 +196,40 @@ def _parse_statistics(name: str, histogram: NDArray[Any], numbers: NDArray[Any])
     return Statistics(minimum, maximum, max(int(exponent), SMALLEST_EXPONENT), histogram)
 
 
-def calibrate(layer: MultiHeadAttention, batches: Iterable[Batch], *, observer: Observer = "minmax") -> Calibration:
-    """Run ``layer`` over ``batches`` and remember the range of every tensor.
+@overload
+def calibrate(layer: MultiHeadAttention, batches: Iterable[Batch], *, observer: Observer = "minmax") -> Calibration: ...
+
+
+@overload
+def calibrate(layer: Model, batches: Iterable[ModelBatch]) -> ModelCalibration: ...
+
+
+def calibrate(layer: Any, batches: Iterable[Any], *, observer: Observer = "minmax") -> Calibration | ModelCalibration:
+    """Run ``layer`` over ``batches`` and remember the range of every tensor, or what a whole encoder's layers read.
 
     Parameters
     ----------
-    layer : MultiHeadAttention
+    layer : MultiHeadAttention, TransformerEncoder, TextEncoder or ImageEncoder
     batches : iterable
         Each a float array (B, L, E) or (L, E), or a mapping of the layer's call arguments (query, key, value,
-        attn_mask, key_padding_mask, is_causal, causal_alignment). A progress bar shows on a terminal.
+        attn_mask, key_padding_mask, is_causal, causal_alignment). Of a whole encoder what its call takes first, or a
+        mapping of the call's arguments; of a TextEncoder a list of texts, too. A progress bar shows on a terminal.
     observer : {"minmax", "percentile", "mse"}
-        How ``quantize`` will turn what was seen into ranges.
+        How ``quantize`` will turn what was seen into ranges; left out for a whole encoder, which has none.
 
     Returns
     -------
-    Calibration
+    Calibration, or ModelCalibration of a whole encoder
 
     Raises
     ------
     TypeError, ValueError
         No batch; NaN or infinite values; calls of different kinds; shapes that do not fit.
     """
+    if isinstance(layer, MODELS):
+        if not is_one_of(observer, ("minmax",)):
+            raise ValueError(f"observer must be left out for a whole encoder, which has no ranges; got {observer!r}")
+        return calibrate_model(layer, batches)
     check_layer(layer)
     if not is_one_of(observer, OBSERVERS):
         raise ValueError(f"observer must be one of {', '.join(map(repr, OBSERVERS))}; got {observer!r}")

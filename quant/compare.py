@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
 
@@ -21,33 +21,46 @@ from edgeattn.quantized import (
     fit_mask,
 )
 from quant.calibrate import check_layer
-from quant.report import Comparison, Report
+from quant.compare_models import compare_model
+from quant.model_calls import MODELS
+from quant.report import Comparison, ModelReport, Report
 from quant.trace import counted, describe_sources, float_trace, read_calls, static_trace
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from edgeattn.types import Bools, Shape
-    from quant.types import Batch
+    from quant.model_calls import Model
+    from quant.types import Batch, ModelBatch
 
 UNDERFLOW_LIMIT = 0.05  # lint when int8 probabilities, multiples of 1/256, miss a sum of 1 by more than this on average
 SATURATION_LIMIT = 0.01  # lint when more of a tensor than this lies outside its range
 
 
+@overload
 def compare(layer: MultiHeadAttention, quantized: QuantizedMultiHeadAttention, batches: Iterable[Batch]
-            ) -> Report:
+            ) -> Report: ...
+
+
+@overload
+def compare(layer: Model, quantized: Model, batches: Iterable[ModelBatch]) -> ModelReport: ...
+
+
+def compare(layer: Any, quantized: Any, batches: Iterable[Any]) -> Report | ModelReport:
     """Compare every tensor and every head of ``quantized`` with the float ``layer`` on ``batches``.
 
     Parameters
     ----------
-    layer : MultiHeadAttention
-    quantized : QuantizedMultiHeadAttention
+    layer : MultiHeadAttention, TransformerEncoder, TextEncoder or ImageEncoder
+    quantized : QuantizedMultiHeadAttention, or an encoder of the same kind
         What ``quantize`` made of it. Of a dynamic layer, whose inner tensors have no fixed codes, only the output is
-        compared.
+        compared; of a whole encoder attention and feed-forward of every layer, and the results.
     batches : iterable
         As for ``calibrate``; better other data than was calibrated on.
 
     Returns
     -------
-    Report
+    Report, or ModelReport of a whole encoder
         SQNR = 10 log10(sum(real**2) / sum((real - dequantized)**2)) in dB, cosine similarity, saturation (the share of
         elements outside the int8 range), by tensor and, for the context, by head. Masked scores do not count, nor keys
         and values that no query sees, nor queries that see none, nor padding. Keys and scores are those without the key
@@ -59,16 +72,15 @@ def compare(layer: MultiHeadAttention, quantized: QuantizedMultiHeadAttention, b
     TypeError, ValueError
         Layers that do not belong together, no batch, batches that do not fit.
     """
+    if isinstance(layer, MODELS):
+        return compare_model(layer, quantized, batches, _check_dynamic)
     if not isinstance(quantized, (StaticMultiHeadAttention, DynamicMultiHeadAttention)):
         raise TypeError(f"quantized must be a layer from quant.quantize; got {type(quantized).__name__}")
     check_layer(layer, quantized.scheme)
-    for name in ("num_heads", "embed_dim", "kdim", "vdim", "head_dim", "value_dim", "output_dim"):
-        if getattr(layer, name) != getattr(quantized, name):
-            raise ValueError(f"quantized does not belong to layer: {name} is {getattr(quantized, name)}, "
-                             f"the layer's is {getattr(layer, name)}")
     if isinstance(quantized, DynamicMultiHeadAttention):
-        _check_weights(layer, quantized.weights, 1.0)
+        _check_dynamic(layer, quantized)
         return _compare_outputs(layer, quantized, batches)
+    _check_sizes(layer, quantized)
     # our layers carry 1/sqrt(D) in the query; other converters multiply the scores by it
     scale, folded = np.float32(layer.scale), not any(isinstance(op, MulConstant) for op in quantized.score_ops)
     _check_weights(layer, quantized.linears, scale if folded else 1.0)
@@ -102,6 +114,18 @@ def compare(layer: MultiHeadAttention, quantized: QuantizedMultiHeadAttention, b
         raise ValueError("batches must hold at least one batch; got none")
     return Report({name: c.result() for name, c in tensors.items()}, [c.result() for c in heads],
                   _lints(tensors, lost / rows if rows else 0.0))
+
+
+def _check_sizes(layer: MultiHeadAttention, quantized: QuantizedMultiHeadAttention) -> None:
+    for name in ("num_heads", "embed_dim", "kdim", "vdim", "head_dim", "value_dim", "output_dim"):
+        if getattr(layer, name) != getattr(quantized, name):
+            raise ValueError(f"quantized does not belong to layer: {name} is {getattr(quantized, name)}, "
+                             f"the layer's is {getattr(layer, name)}")
+
+
+def _check_dynamic(layer: MultiHeadAttention, quantized: DynamicMultiHeadAttention) -> None:
+    _check_sizes(layer, quantized)
+    _check_weights(layer, quantized.weights, 1.0)
 
 
 def _check_weights(layer: MultiHeadAttention, linears: Mapping[str, QuantizedLinear],

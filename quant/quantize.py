@@ -22,7 +22,9 @@ from edgeattn.quantized import (
     TensorQuantization,
 )
 from quant.calibrate import Calibration, check_layer, fingerprint
-from quant.models import MODELS, quantize_model
+from quant.model_calibration import ModelCalibration
+from quant.model_calls import MODELS
+from quant.models import quantize_model
 
 if TYPE_CHECKING:
     from typing import Any
@@ -57,15 +59,16 @@ def quantize(layer: MultiHeadAttention, calibration: Calibration | None = None, 
 
 
 @overload
-def quantize(layer: Model, calibration: None = None, *, scheme: Literal["dynamic"],
+def quantize(layer: Model, calibration: ModelCalibration | None = None, *, scheme: Literal["dynamic"],
              attention: Literal["int8", "float32"] = "int8") -> Model: ...
 
 
-def quantize(layer: Any, calibration: Calibration | None = None, *, scheme: Scheme = "static",
+def quantize(layer: Any, calibration: Calibration | ModelCalibration | None = None, *, scheme: Scheme = "static",
              arithmetic: Arithmetic = "litert", attention: Literal["int8", "float32"] = "int8") -> Any:
     """Quantize a float layer, or a whole encoder, to int8.
 
-    Dynamic: weights symmetric per output channel, everything else at run time; no calibration.
+    Dynamic: weights symmetric per output channel, everything else at run time; no calibration. That of a whole encoder
+    chooses which inputs of its feed-forwards stay float32, instead of random tokens (docs/encoders.md).
 
     Static: weights are symmetric per output channel, keys and values symmetric per tensor, everything else asymmetric
     per tensor. 1/sqrt(D) goes into the scale of the query projection, which changes no weight. The key bias is left
@@ -78,14 +81,13 @@ def quantize(layer: Any, calibration: Calibration | None = None, *, scheme: Sche
     ----------
     layer : MultiHeadAttention, TransformerEncoder, TextEncoder or ImageEncoder
         Whole encoders by the dynamic scheme.
-    calibration : Calibration
+    calibration : Calibration, or ModelCalibration of a whole encoder
         From ``calibrate`` on the same layer; the dynamic scheme needs none.
     scheme : {"static", "dynamic"}
         "static": int8 in and out, what ``.tflite`` files and microcontrollers run. "dynamic": float in and out, the
         more accurate choice where Python is the host.
     arithmetic : str
         The TFLite kernel set for the static scheme to equal, a name in ``edgeattn.arithmetic.KERNEL_SETS``.
-
     attention : {"int8", "float32"}
         Of a whole encoder: whether its attention layers become int8 too, or stay as they are.
 
@@ -101,9 +103,7 @@ def quantize(layer: Any, calibration: Calibration | None = None, *, scheme: Sche
     if isinstance(layer, MODELS):
         if scheme != "dynamic":
             raise ValueError(f"scheme must be 'dynamic' for a whole encoder; got {scheme!r}")
-        if calibration is not None:
-            raise ValueError("calibration must be left out for a whole encoder: the dynamic scheme needs none")
-        return quantize_model(layer, attention, _quantize_dynamic)
+        return quantize_model(layer, attention, _quantize_dynamic, calibration)
     check_layer(layer, scheme)
     if scheme == "dynamic":
         return _quantize_dynamic(layer)

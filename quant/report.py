@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from edgeattn.quantized import TensorQuantization
 from quant.tables import fill, render, table
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from typing import Any
 
     from edgeattn.types import Codes, Floats
@@ -90,6 +92,11 @@ class Report:
     heads: list[TensorReport]
     lints: list[str]
 
+    def to_json(self) -> str:
+        """The same as JSON; a number that is not finite is null."""
+        return _json({"tensors": {name: _numbers(r) for name, r in self.tensors.items()},
+                      "heads": [_numbers(r) for r in self.heads], "notes": self.lints})
+
     def __rich__(self) -> Any:
         shown = table("tensor", "SQNR dB", "cosine", "saturated")
         rows = [*self.tensors.items(), *((f"context of head {h}", r) for h, r in enumerate(self.heads))]
@@ -100,3 +107,101 @@ class Report:
 
     def __str__(self) -> str:
         return "\n".join([render(self), *(fill(f"note: {lint}") for lint in self.lints)])
+
+
+@dataclass(frozen=True)
+class Cosines:
+    """Cosine similarities of results, one for each sequence.
+
+    Attributes
+    ----------
+    mean, minimum : float
+        NaN where no result had a length.
+    sequences : int
+    """
+
+    mean: float
+    minimum: float
+    sequences: int
+
+
+def cosines(pairs: Sequence[tuple[Floats, Floats]]) -> Cosines:
+    """Of each pair as two vectors; those without a length are left out."""
+    found = []
+    for real, got in pairs:
+        a, b = real.astype(np.float64).ravel(), got.astype(np.float64).ravel()
+        lengths = math.sqrt(float(a @ a) * float(b @ b))
+        if lengths > 0:
+            found.append(float(a @ b) / lengths)
+    return Cosines(math.fsum(found) / len(found) if found else math.nan, min(found, default=math.nan), len(found))
+
+
+@dataclass(frozen=True)
+class ModelReport:
+    """What ``quant.compare`` found of a whole encoder; ``str(report)`` is a table, what costs most first.
+
+    A part is half a layer: attention or the feed-forward network, each with its residual and its norm. Embeddings and
+    norms are float32 in both models.
+
+    Attributes
+    ----------
+    alone : dict of TensorReport
+        By part, in the order of the computation: its result where it alone is int8, on what the float model gives it.
+    so_far : dict of TensorReport
+        Its result in the int8 model, in which all before it are int8, too.
+    output : TensorReport
+        The results of the whole model.
+    cosines : Cosines
+        Of the results of each sequence: of a text its embedding, else of its tokens.
+    lints : list of str
+        What to look at.
+    """
+
+    alone: dict[str, TensorReport]
+    so_far: dict[str, TensorReport]
+    output: TensorReport
+    cosines: Cosines
+    lints: list[str]
+
+    def shares(self) -> dict[str, float]:
+        """How much of the errors that parts make is each one's, largest first: of noise to signal, 1 in all."""
+        noise = {name: 10 ** (-r.sqnr_db / 10) if r.sqnr_db == r.sqnr_db else 0.0 for name, r in self.alone.items()}
+        total = math.fsum(noise.values()) or 1.0
+        return {name: noise[name] / total for name in sorted(noise, key=lambda name: -noise[name])}
+
+    def to_json(self) -> str:
+        """The same as JSON, parts in the order of the table; a number that is not finite is null."""
+        return _json({
+            "parts": [{"name": name, "share": share, "alone": _numbers(self.alone[name]),
+                       "so_far": _numbers(self.so_far[name])} for name, share in self.shares().items()],
+            "output": _numbers(self.output),
+            "cosine": {"mean": _finite(self.cosines.mean), "minimum": _finite(self.cosines.minimum),
+                       "sequences": self.cosines.sequences},
+            "notes": self.lints})
+
+    def __rich__(self) -> Any:
+        shown = table("part", "share", "alone, dB", "cosine", "so far, dB", "cosine")
+        for name, share in self.shares().items():  # each SQNR in dB
+            alone, so_far = self.alone[name], self.so_far[name]
+            shown.add_row(name, f"{share:.1%}", f"{alone.sqnr_db:.1f}", f"{alone.cosine:.5f}",
+                          f"{so_far.sqnr_db:.1f}", f"{so_far.cosine:.5f}")
+        return shown
+
+    def __str__(self) -> str:
+        c = self.cosines
+        whole = (f"results: SQNR {self.output.sqnr_db:.1f} dB; cosine of {c.sequences:,} "
+                 f"sequence{'s'[:c.sequences != 1]}: mean {c.mean:.5f}, least {c.minimum:.5f}")
+        return "\n".join([render(self), whole, *(fill(f"note: {lint}") for lint in self.lints)])
+
+
+def _numbers(report: TensorReport) -> dict[str, float | None]:
+    return {"sqnr_db": _finite(report.sqnr_db), "cosine": _finite(report.cosine),
+            "saturation": _finite(report.saturation)}
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None
+
+
+def _json(report: dict[str, Any]) -> str:
+    return json.dumps(report, indent=2, allow_nan=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 from numpy.typing import ArrayLike
@@ -15,3 +15,5 @@ TargetName: TypeAlias = Literal["aarch64", "cortex-a53", "cortex-a72", "cortex-a
                                 "x86-64-v4", "x86-64-v4-vnni", "native"]
 # A query, or the arguments of a call by name.
 Batch: TypeAlias = ArrayLike | Mapping[str, Any]
+# Of a whole encoder: what it is called with, its arguments by name, or texts.
+ModelBatch: TypeAlias = ArrayLike | Sequence[ArrayLike] | Sequence[str] | Mapping[str, Any]

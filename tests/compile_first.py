@@ -16,7 +16,6 @@ from workbench import random_input, random_layer
 
 import edgeattn
 import quant
-from edgeattn.arithmetic import KERNEL_SETS
 from edgeattn.runtime.isa import ISA
 
 PLAINEST = "generic"
@@ -30,12 +29,11 @@ def dynamic_layer():
     quant.quantize(random_layer(), scheme="dynamic")(random_input(0, 1, 9, 32))
 
 
-def static_layer(arithmetic):
+def static_layer():
     layer, x = random_layer(), random_input(0, 1, 9, 32)
-    static = quant.quantize(layer, quant.calibrate(layer, [x]), arithmetic=arithmetic)
+    static = quant.quantize(layer, quant.calibrate(layer, [x]), arithmetic="litert")
     static(x)
-    if static.cache_scales is not None:
-        static(x, kv_cache=edgeattn.KVCache.for_layer(static, 1, 9))
+    static(x, kv_cache=edgeattn.KVCache.for_layer(static, 1, 9))
 
 
 def caches():
@@ -66,15 +64,15 @@ def others(*names):
 
 CALLS = {
     "float32 layer": float_layer,
-    "probabilities": lambda: function(return_weights=True),  # calibration's: before the static layers
-    **{f"static layer, {name}": lambda name=name: static_layer(name) for name in KERNEL_SETS},
+    "probabilities": lambda: function(return_weights=True),  # calibration's: before the static layer
+    "static layer": static_layer,
     "dynamic layer": dynamic_layer,
     "caches": caches,
     "encoders": encoders,
     "float32 function": function,
     "int8 function": lambda: function(precision="int8"),
 }
-OTHERS = ("float32 function", "dynamic layer", "static layer, litert")  # of the tests of fence.py, and of int8_layers.py
+OTHERS = ("float32 function", "dynamic layer", "static layer")  # of the tests of fence.py, and of int8_layers.py
 
 
 def compile_one(name, instruction_set=ISA.name):

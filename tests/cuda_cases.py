@@ -1,10 +1,15 @@
 """What the CUDA tests share: a layer of the int8 oracle as the device takes it, and arrays on the (emulated) device."""
+import types
+
 import numpy as np
 import oracle_kernels as oracle
 
+from edgeattn.executors.cuda.ops import Group, SequencesOnDevice
+from edgeattn.executors.cuda.static_ops import StaticOps
 from edgeattn.kernels.cuda import layers
 from edgeattn.kernels.cuda.arrays import view
 from edgeattn.kernels.cuda.driver import driver
+from edgeattn.layers import attention
 
 
 def on_device(array):
@@ -32,6 +37,18 @@ def static_layer(num_heads, linears, tensors, project_rule, score_rule, context_
                             matmul(context_rule, "probabilities", "value", "context"),
                             {name: zero for name, (_, zero) in tensors.items()}, project_rule, score_rule, context_rule,
                             table, softmax)
+
+
+def run_static(kernels, x, out, *, keep=None, band=None, lut_index=None, score_luts=None):
+    """What layers.StaticLayer gives for three inputs (B, T, E), Views, in `out`, a DeviceArray; `band` as the kernel's."""
+    names = kernels.linears
+    layer = types.SimpleNamespace(projections={name: name for name in names}, num_heads=kernels.heads,
+                                  value_dim=names["value"].size)
+    low, high = (-10**6, 10**6) if band is None else band
+    masks = dict(left=0, right=high - low, offset=low, keep=keep)
+    (B, L, _), S = x[0].shape, x[1].shape[1]
+    ops = StaticOps(kernels, 0, out, score_luts=score_luts, lut_index=lut_index)
+    ops.write(attention.forward(ops, layer, *x, SequencesOnDevice([Group(B, L, S, masks)])), view("out", out))
 
 
 def layer_oracle(layer, x, **masks):

@@ -35,7 +35,7 @@ class EmulatedDriver(Driver):
     def _emulate(self, kernel, grid, addresses, numbers, stream):
         assert min(grid) > 0, "a GPU refuses an empty grid"
         memory = cuda_emulator.Memory()
-        for address, array in self.memory.items():
+        for address, array in self.memory.copy().items():
             if self.api.owners[address] == self.device():
                 memory.lend(array, writable=True)
         self.api.launched(stream)

@@ -244,6 +244,7 @@ class Block:
             "multiply": lambda a, b: np.asarray(a, f32) * np.asarray(b, f32),
             "add": lambda a, b: np.asarray(a, f32) + np.asarray(b, f32),
             "divide": lambda a, b: np.asarray(a, f32) / np.asarray(b, f32),
+            "square_root": lambda a: np.sqrt(np.asarray(a, f32)),
             "maximum": lambda a, b: np.maximum(np.asarray(a, f32), np.asarray(b, f32)),
             "multiply_f64": lambda a, b: np.asarray(a, f64) * np.asarray(b, f64),
             "truncate_f64": lambda a: np.trunc(np.asarray(a, f64)),

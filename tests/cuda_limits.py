@@ -4,8 +4,21 @@ The ceilings are what the assembler gave for sm_87 and sm_90 when they were writ
 is a reason to look, not to raise it. No kernel may spill, keep an array in memory, or multiply 64-bit integers more often
 than the last column says: an address is int32, and only gemmlowp's reciprocal, once per row, needs them.
 """
-from edgeattn.kernels.cuda import attention, elements, int8, key_mean, linear, masks, merge, quantize
+from edgeattn.kernels.cuda import (
+    attention,
+    elements,
+    int8,
+    key_mean,
+    linear,
+    linear_dynamic,
+    masks,
+    merge,
+    norm,
+    quantize,
+)
 
+FLOAT_ACTIVATIONS = ("identity", "relu", "gelu", "gelu_tanh", "silu")
+DYNAMIC_ACTIVATIONS = (*FLOAT_ACTIVATIONS, "gelu_roughly")
 LIMITS = [
     # kernel, registers on sm_87 and sm_90, shared memory, 64-bit multiplications
     (attention.attention("float32", 64, 64, "float32", "float32", True, "float32"), (255, 255), 49152, 0),
@@ -32,11 +45,20 @@ LIMITS = [
     (attention.attention("tf32", 32, 32, "float32", "float32", False, "float32", True), (255, 255), 13824, 0),
     (elements.mean_of_heads(), (40, 40), 0, 0),
     (elements.gate(), (40, 40), 0, 0),
+    (elements.add_rows(), (24, 24), 0, 0),
+    (elements.take_rows(), (24, 24), 0, 0),
+    (norm.norm("layer_norm"), (56, 56), 0, 0),
+    (norm.norm("rms_norm"), (48, 48), 0, 0),
     (key_mean.smooth(), (48, 48), 512, 0),
     (masks.both(), (32, 32), 0, 0),
     (merge.merge("float32"), (48, 48), 0, 0),
     (linear.linear(True), (144, 144), 16384, 0),
     (linear.linear(False), (144, 144), 16384, 0),
+    *((linear.linear(wide, name), (144, 144), 16384, 0) for wide in (True, False) for name in FLOAT_ACTIVATIONS),
+    (linear_dynamic.quantize(False), (48, 48), 0, 0),
+    (linear_dynamic.quantize(True), (48, 48), 0, 0),
+    *((linear_dynamic.linear_rows(name, False), (112, 120), 10240, 0) for name in DYNAMIC_ACTIVATIONS),
+    (linear_dynamic.linear_rows("identity", True), (144, 152), 10240, 0),
     (quantize.store_rows("cache"), (40, 40), 0, 0),
     (quantize.store_rows("dynamic"), (48, 48), 0, 0),
     (quantize.store_rows("fixed"), (48, 48), 0, 0),

@@ -3,11 +3,12 @@ import numpy as np
 from numba import njit
 
 from edgeattn.arithmetic import batch_matmul_multiplier, fully_connected_multiplier, lut_f32_table
+from edgeattn.kernels.cpu import requantize, softmax_int8
 from edgeattn.kernels.cpu.byte_products import linear
 from edgeattn.kernels.cpu.int8_operands import FLIP
 from edgeattn.kernels.cpu.int8_views import BytePanels, Groups, Part
 from edgeattn.kernels.cpu.layer_int8 import StaticLayer
-from edgeattn.kernels.cpu.requantize import RULES, encode
+from edgeattn.kernels.cpu.requantize import encode
 from edgeattn.kernels.cpu.simd import (
     LANES,
     WIDTH,
@@ -18,15 +19,15 @@ from edgeattn.kernels.cpu.simd import (
     store,
     tile_store,
 )
-from edgeattn.kernels.cpu.softmax_int8 import KEPT_GROUPS, softmax_float, softmax_integer
+from edgeattn.kernels.cpu.softmax_int8 import KEPT_GROUPS
 from edgeattn.runtime.jit import inline
 
 
 @njit(error_model="numpy")
 def apply_rule(rule, accumulators, parameters, out):
-    """out = rule(accumulators), LANES at a time; parameters (2, LANES) flat."""
+    """accumulators by the rule of that number, LANES at a time; parameters (2, LANES) flat."""
     for i in range(0, accumulators.size, LANES):
-        store(out, i, rule(load(accumulators, i), parameters, 0, LANES))
+        store(out, i, requantize.requantize(load(accumulators, i), rule, parameters, 0, LANES))
 
 
 EDGES = [0, 1, -1, 2, -2, 127, -128, 2**15, -2**15, 2**20 + 1, -2**20 - 1, 2**24 + 1, -2**24 - 1, 2**30, -2**30]
@@ -47,14 +48,14 @@ def accumulators(m):
 def scaled(name, values, m):
     """The rule of that name on accumulators."""
     out = np.empty_like(values)
-    apply_rule(RULES[name], values, encode(name, [m] * LANES).ravel(), out)
+    apply_rule(requantize.NUMBERS[name], values, encode(name, [m] * LANES).ravel(), out)
     return out
 
 
 @njit(error_model="numpy")
-def apply_softmax(softmax, table, fixed, codes, groups, masks, scratch):
+def apply_softmax(rule, table, codes, groups, masks, scratch):
     """codes (groups, WIDTH) of four keys to a lane, in place, to bytes of probabilities; masks likewise, or empty."""
-    softmax(address_of(table), fixed, Part(codes, 0), groups, Part(masks, 0), masks.size != 0, Part(scratch, 0),
+    softmax_int8.softmax(address_of(table), rule, Part(codes, 0), groups, Part(masks, 0), masks.size != 0, Part(scratch, 0),
             Part(scratch, 4 * min(groups, KEPT_GROUPS) * WIDTH))
 
 
@@ -63,7 +64,7 @@ def probabilities(table, fixed, codes, keep=None):
     def in_lanes(x):  # (queries, keys) bytes to (blocks, groups, WIDTH) of four bytes
         return np.ascontiguousarray(x.view(np.int32).reshape(-1, WIDTH, x.shape[1] // 4).transpose(0, 2, 1))
 
-    softmax = softmax_float if table.dtype == np.float32 else softmax_integer
+    rule = softmax_int8.NUMBERS["lut_f32" if table.dtype == np.float32 else "fixed" if fixed else "lut_u16"]
     words, out = in_lanes(codes), np.empty(codes.shape, np.int8)
     masks = np.zeros((len(words), 0), np.int32) if keep is None else in_lanes(-keep.astype(np.int8))
     groups = words.shape[1]
@@ -72,7 +73,7 @@ def probabilities(table, fixed, codes, keep=None):
     scratch = np.zeros((4 * groups + 2) * WIDTH, np.int32)
     for block, (word, mask) in enumerate(zip(words, masks, strict=True)):
         flat = word.ravel()
-        apply_softmax(softmax, table, fixed, flat, groups, mask.ravel(), scratch)
+        apply_softmax(rule, table, flat, groups, mask.ravel(), scratch)
         rows = np.ascontiguousarray((flat ^ FLIP).reshape(groups, WIDTH).T)
         out[block * WIDTH:(block + 1) * WIDTH] = rows.view(np.int8)
     return out.astype(np.int64) + 128

@@ -38,6 +38,7 @@ SYMMETRIC, ASYMMETRIC = STATIC + "symmetric]", STATIC + "asymmetric]"
 DROPPED = "kernels/cpu/test_kernels_int8.py::test_a_dropped_key_is_not_there[lut_f32]"
 DECODE = "kernels/cpu/test_decode.py::test_is_accurate"
 DYNAMIC = "kernels/cpu/test_kernels_float32.py::test_dynamic_layer"
+SMALL = "kernels/cpu/test_kernels_float32.py::test_every_small_number_of_tokens[DynamicLayer-0.03]"
 FORMULA = "test_functional_dynamic.py::test_equals_its_formula_and_is_close_to_float64"
 TOKEN = "kernels/cpu/test_dynamic_kernels.py::test_every_token_is_quantized_by_its_own_largest_number"
 PROJECTION = "quantized/test_dynamic.py::test_the_projection_alone_is_exact_integers_and_the_same_for_a_token_alone"
@@ -167,10 +168,15 @@ BUGS = [
     Bug("the last features of a function's row are not cleared", "functional_dynamic.py",
         "own.float32[at_row_major + t * padded + d] = _ZERO", "pass", "fence dynamic-function"),
     Bug("a weight's sum is not corrected for the shift", "layer_dynamic.py",
-        "-shift * codes.astype(np.int32).sum(1)", "0 * codes.astype(np.int32).sum(1)", DYNAMIC),
+        "-OFFSET * codes.astype(np.int32).sum(1)", "0 * codes.astype(np.int32).sum(1)", DYNAMIC),
     Bug("no scratch for a layer's masks", "layer_dynamic.py",
         "place(private, (S + 4) * WIDTH if masked else 0)", "place(private, 0)",
         "fence dynamic-layer"),
+    Bug("a last tile of three rows begins a row too early", "byte_products_tiles.py",
+        "finish(_multiply(tile, x, t, panels, f), 3, t, f, *arguments)",
+        "finish(_multiply(tile, x, t - 1, panels, f), 3, t, f, *arguments)", SMALL),
+    Bug("a head's lanes are turned from the tokens before", "fused_dynamic.py",
+        "p.at_rows + (b * WIDTH + c) * row + h * size + d", "p.at_rows + b * WIDTH * row + h * size + d", SMALL),
     Bug("the last tokens of a projection have the scale of a tile's first", "linear_dynamic.py",
         "broadcast(scales.data, scales.at + t + i)", "broadcast(scales.data, scales.at + t)", PROJECTION),
     # projections and functions

@@ -331,7 +331,7 @@ def test_start_compares_forms_that_give_the_same_bytes(tmp_path, monkeypatch):
 
 
 def test_cuda_names_its_contenders_and_why_it_does_not_run(capsys, monkeypatch):
-    monkeypatch.setattr(cuda, "_why_not", lambda: "no GPU to run on: none is there")
+    monkeypatch.setattr(cuda, "missing", lambda: "no GPU to run on: none is there")
     assert cuda.main([]) == 1
     said = capsys.readouterr()
     assert all(contender.name in said.out for contender in cuda.CONTENDERS)
@@ -377,7 +377,7 @@ def test_a_contenders_context_is_not_timed():
 
     event = SimpleNamespace(record=lambda: entered.append("mark"), elapsed_time=lambda other: 1.0)
     torch = SimpleNamespace(cuda=SimpleNamespace(Event=lambda enable_timing: event, synchronize=lambda: None))
-    cuda._timed(torch, lambda: entered.append("call"), around)
+    cuda.timed(torch, lambda: entered.append("call"), around)
     assert entered == ["in", "mark", *["call"] * cuda.CALLS, "mark", "out"]
 
 

@@ -156,6 +156,15 @@ def test_minilm_ranks_pairs(monkeypatch):
     assert run.paraphrase_margin(np.eye(4)[[0, 0, 1, 1]]) == 1
 
 
+def test_sensor_run_keeps_the_accuracy():
+    assert (EXAMPLES / "sensor" / "sensor.safetensors").stat().st_size < 300_000
+    done = run_example("sensor/run.py")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_readable(done.stdout)
+    right = {line.split()[0]: int(line.split()[1]) for line in done.stdout.splitlines() if " right, " in line}
+    assert set(right) == {"float32", "int8"} and min(right.values()) > 0.97 * 1200
+
+
 def test_diversity_spans_nought_to_one_bit(examples_on_path):
     diversity = importlib.import_module("self_vs_multihead").diversity
     identity = np.eye(4)[np.newaxis, np.newaxis]

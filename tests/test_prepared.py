@@ -6,7 +6,7 @@ import edgeattn
 import quant
 
 B, L, E, H = 2, 5, 8, 2
-KINDS = ("function", "float32", "dynamic")
+KINDS = ("function", "float32", "dynamic", "static")
 
 
 def numbers(rng, *shape):
@@ -27,11 +27,25 @@ def make(kind):
         return call
     rng = np.random.default_rng(0)
     layer = edgeattn.MultiHeadAttention(H, *(numbers(rng, E, E) for _ in range(4)))
+    if kind == "static":
+        return quant.quantize(layer, quant.calibrate(layer, [numbers(rng, B, L, E)]))
     return layer if kind == "float32" else quant.quantize(layer, scheme="dynamic")
 
 
-def masks(rng, length):
+def masks(kind, rng, length):
+    """What the kind takes, as options of a call."""
+    for options in _masks(rng, length):
+        mask = options.get("attn_mask")
+        if kind != "static" or "alibi_slopes" not in options and (mask is None or mask.dtype == bool):
+            yield options
+    yield from lengths(rng, length) if kind == "function" else padding(kind, rng, length)
+
+
+def _masks(rng, length):
     yield {}
+    yield {"attn_mask": np.asarray(rng.random() > 0.3)}
+    yield {"attn_mask": np.bool_(rng.random() > 0.3)}
+    yield {"attn_mask": rng.random((length, 1)) > 0.3}
     for mask in (rng.random((length, length)) > 0.3, rng.random((B, H, length, length)) > 0.3,
                  numbers(rng, length, length), numbers(rng, B, 1, length, length), numbers(rng, length, 1)):
         yield {"attn_mask": mask}
@@ -44,12 +58,31 @@ def masks(rng, length):
     yield {"alibi_slopes": rng.random((B, H)).astype(np.float32), "causal_alignment": "lower_right"}
 
 
-def padding(rng, length):
+def padding(kind, rng, length):
     keep = rng.random((B, length)) > 0.3
     yield {"key_padding_mask": keep}
     yield {"key_padding_mask": keep, "attn_mask": rng.random((length, length)) > 0.3}
+    yield {"key_padding_mask": keep, "attn_mask": rng.random((length, 1)) > 0.3}
     yield {"key_padding_mask": keep, "attn_mask": rng.random((B, H, length, length)) > 0.3}
-    yield {"key_padding_mask": keep, "attn_mask": numbers(rng, H, length, length), "is_causal": True}
+    if kind != "static":
+        yield {"key_padding_mask": keep, "attn_mask": numbers(rng, H, length, length), "is_causal": True}
+
+
+def lengths(rng, length):
+    bias = np.where(rng.random((length, length)) > 0.3, numbers(rng, length, length), -np.inf).astype(np.float32)
+    for options in ({}, {"is_causal": True}, {"window_size": (1, 0)}, {"alibi_slopes": rng.random(H).astype(np.float32)},
+                    {"attn_mask": rng.random((length, length)) > 0.3}, {"attn_mask": bias},
+                    {"attn_mask": rng.random((length, length)) > 0.3, "is_causal": True}):
+        if options and "attn_mask" not in options:
+            options["causal_alignment"] = "lower_right"
+        elif "is_causal" in options:
+            options["causal_alignment"] = "upper_left"
+        yield {"kv_lengths": rng.integers(0, length + 1, B), **options}
+
+
+def is_read(mask):
+    """Whether a kernel reads a mask where it lies."""
+    return mask is None or isinstance(mask, np.ndarray) and mask.dtype != np.float64 and mask.flags.c_contiguous
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -59,8 +92,7 @@ def test_a_call_that_comes_again_gives_what_a_first_one_gives(kind):
     for round_ in range(3):
         for length in (1, L):
             rng = np.random.default_rng(round_)
-            options = [*masks(rng, length), *([] if kind == "function" else padding(rng, length))]
-            for given in options:
+            for given in masks(kind, rng, length):
                 x = numbers(rng, B, length, E)
                 first = make(kind)(x, **given) if kind != "function" else None
                 got = call(x, **given)
@@ -70,6 +102,23 @@ def test_a_call_that_comes_again_gives_what_a_first_one_gives(kind):
                 np.testing.assert_array_equal(got, first, str(given))
                 seen.append(got)
     assert len({result.tobytes() for result in seen}) > 40
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_call_that_comes_again_is_not_checked_again(kind, monkeypatch):
+    rng, call = np.random.default_rng(2), make(kind)
+    calls = [(numbers(rng, B, L, E), options) for options in masks(kind, rng, L)
+             if is_read(options.get("attn_mask")) and not options.keys() >= {"kv_lengths", "attn_mask", "is_causal"}]
+    wanted = [call(x, **options) for x, options in calls]
+
+    def resolve_again(*_, **__):
+        pytest.fail("resolve_mask was asked again")
+
+    for module in (edgeattn.functional, edgeattn.layers.call):
+        monkeypatch.setattr(module, "resolve_mask", resolve_again)
+    for (x, options), result in zip(calls, wanted, strict=True):
+        np.testing.assert_array_equal(call(x, **options), result)
+    assert len(calls) > 10
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -97,7 +146,8 @@ def test_what_a_first_call_refuses_is_refused_again(kind):
     call(x)
     call(x, is_causal=True)
     call(x, window_size=(1, 2))
-    call(x, alibi_slopes=np.ones(H, np.float32))
+    if kind != "static":
+        call(x, alibi_slopes=np.ones(H, np.float32))
     call(x, attn_mask=np.ones((L, L), bool))
     for wrong in ({"is_causal": 1}, {"window_size": (1.0, 2)}, {"softcap": False},
                   {"alibi_slopes": np.float32([np.nan, 1])}, {"attn_mask": np.ones((L, L), np.int8)},
@@ -106,8 +156,8 @@ def test_what_a_first_call_refuses_is_refused_again(kind):
         with pytest.raises((TypeError, ValueError)):
             call(x, **wrong)
     if kind != "function":
-        with pytest.raises(ValueError, match="value needs key"):
-            call(x, None, x)
+        with pytest.raises(ValueError, match="value must be left out" if kind == "static" else "value needs key"):
+            call(x, None, x.copy())
         with pytest.raises(ValueError, match="out must have shape"):
             call(x, out=np.empty((B, L, E + 1), np.float32))
     else:
@@ -125,3 +175,90 @@ def test_ever_new_lengths_do_not_fill_memory():
         layer(np.ones((1, length, E), np.float32))
     assert 0 < len(layer.prepared_calls) <= 64
     assert 0 < len(layer.fused_kernel._plans) <= 64
+
+
+def tokens(rng, count):
+    """Of a sequence, one by one."""
+    return [numbers(rng, B, 1, E) for _ in range(count)]
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_step_that_comes_again_gives_what_a_first_one_gives(kind, window):
+    layer, given = make(kind), tokens(np.random.default_rng(3), 6)
+    known, fresh = (edgeattn.KVCache.for_layer(layer, B, 6, window=window) for _ in "ab")
+    for i, x in enumerate(given):
+        result, out = layer(x, kv_cache=known, is_causal=i % 2 == 0), np.empty_like(x)
+        layer.prepared_calls.clear()
+        assert layer(x, kv_cache=fresh, out=out) is out
+        np.testing.assert_array_equal(result, out)
+        layer(x, kv_cache=edgeattn.KVCache.for_layer(layer, B, 1))
+    assert known.length == fresh.length == 6
+    step = layer.prepared_calls
+    layer(given[0][0], kv_cache=edgeattn.KVCache.for_layer(layer, 1, 1))
+    assert 0 < len(step) <= 3
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_a_step_is_refused_as_the_first_one_is(kind):
+    layer, (x, *_) = make(kind), tokens(np.random.default_rng(3), 1)
+    cache = edgeattn.KVCache.for_layer(layer, B, 3)
+    for _ in range(3):
+        layer(x, kv_cache=cache)
+    with pytest.raises(ValueError, match="the cache is full"):
+        layer(x, kv_cache=cache)
+    assert cache.length == 3
+    for other in (edgeattn.KVCache(B, H, 3, E // H + 1), edgeattn.KVCache(B, H + 1, 3, E // H),
+                  edgeattn.KVCache(B + 1, H, 3, E // H),
+                  *([edgeattn.KVCache(B, H, 3, E // H, dtype="int8", scales=(1, 1))] if kind == "static" else ())):
+        with pytest.raises(ValueError, match="cache"):
+            layer(x, kv_cache=other)
+        assert other.length == 0
+    for wrong in ({"need_weights": 0}, {"is_causal": 1}, {"kv_cache": object()}):
+        with pytest.raises(TypeError):
+            layer(x, **{"kv_cache": cache, **wrong})
+
+
+def test_a_query_to_a_cache_that_comes_again_gives_what_a_first_one_gives():
+    rng = np.random.default_rng(4)
+    for dtype in ("float32", "int8"):
+        cache = edgeattn.KVCache(B, H, 4, 3, dtype=dtype)
+        cache.append(numbers(rng, B, H, 2, 3), numbers(rng, B, H, 2, 3))
+        query = numbers(rng, B, 2 * H, 1, 3)
+        for scale in (None, 0.5, 1e30):  # the last one no kernel takes
+            first, out = cache.attend(query, scale=scale), np.empty_like(query)
+            np.testing.assert_array_equal(cache.attend(query, scale=scale), first)
+            assert cache.attend(query, scale=scale, is_causal=True, out=out) is out
+            np.testing.assert_array_equal(cache.attend(query, scale=scale, is_causal=True, out=out), first)
+            over = query.copy()
+            np.testing.assert_array_equal(cache.attend(over, scale=scale, out=over), first)
+        cache.truncate(0)
+        assert not cache.attend(query, position=0).any()
+        with pytest.raises(ValueError, match="position"):
+            cache.attend(query)
+
+
+def test_inputs_that_a_static_layer_has_of_its_own_are_asked_for_again():
+    rng = np.random.default_rng(5)
+    layer = edgeattn.MultiHeadAttention(H, *(numbers(rng, E, E) for _ in range(4)))
+    x, other = numbers(rng, B, L, E), numbers(rng, B, L, E)
+    crossed = quant.quantize(layer, quant.calibrate(layer, [{"query": x, "key": other, "value": x}]))
+    codes = [crossed.quantize_input(x, name) for name in ("query", "key", "value")]
+    crossed.run_int8(codes[0], codes[0], codes[0])
+    with pytest.raises(ValueError, match="key is required"):
+        crossed.run_int8(codes[0])
+    with pytest.raises(ValueError, match="value is required"):
+        crossed.run_int8(codes[0], codes[0])
+    np.testing.assert_array_equal(crossed.run_int8(*codes), crossed.run_int8(*(c.copy() for c in codes)))
+
+
+def test_layers_of_an_encoder_share_what_kernels_read_of_a_mask():
+    rng = np.random.default_rng(6)
+    attention = edgeattn.MultiHeadAttention(H, *(numbers(rng, E, E) for _ in range(4)))
+    linear = edgeattn.Linear(numbers(rng, E, E))
+    layer = edgeattn.TransformerEncoderLayer(attention, edgeattn.FeedForward(linear, linear, activation="relu"))
+    keep = rng.random((B, L)) > 0.3
+    with edgeattn.TransformerEncoder([layer, layer]).prepared((B, L), key_padding_mask=keep) as (first, second):
+        read = first.for_kernels()
+        assert second.for_kernels() is read
+        np.testing.assert_array_equal(read[0][0].reshape(B, L), keep)

@@ -122,8 +122,8 @@ def quantization(layer: MultiHeadAttention, path: Path) -> QuantizedMultiHeadAtt
     assert_type(quant.export(static, path, sequence_length=16, mask="causal"), Path)
     either: QuantizedMultiHeadAttention = static
     assert_type(either(x), Floats)
-    quant.calibrate(layer, [x], observer="median")  # type: ignore[arg-type]
-    quant.calibrate(layer, 3)  # type: ignore[arg-type]
+    quant.calibrate(layer, [x], observer="median")  # type: ignore[call-overload]
+    quant.calibrate(layer, 3)  # type: ignore[call-overload]
     quant.quantize(layer)  # type: ignore[call-overload]
     quant.export(x, path)  # type: ignore[arg-type]
     quant.export(layer, path, target="cortex-a72 ")  # type: ignore[arg-type]

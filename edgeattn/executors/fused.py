@@ -113,7 +113,7 @@ def _feed_forward_input(branch: _Operation) -> _Operation | None:
     kind, linear1, gate, linear2 = parts
     active = linear1 if gate is None else gate
     same = linear1.kind == active.kind == "linear" and linear1.inputs[0] is active.inputs[0]
-    together = same and kind in ACTIVATIONS and _go_together(linear1.made_with, active.made_with, linear2)
+    together = same and kind in ACTIVATIONS and go_together(linear1.made_with, active.made_with, linear2)
     return linear1.inputs[0] if together else None
 
 
@@ -128,7 +128,7 @@ def _feed_forward_parts(branch: _Operation) -> Any:
     return None
 
 
-def _go_together(linear1: Any, gate: Any, linear2: Any) -> bool:
+def go_together(linear1: Any, gate: Any, linear2: Any) -> bool:
     """Whether a feed-forward kernel reads these weights: all float, or bytes as `encoder_dynamic.FeedForward` says."""
     if len({type(linear) for linear in (linear1, gate, linear2)}) > 1 or not linear1.outputs:
         return False
@@ -151,12 +151,13 @@ def _attention(branch: _Operation, first: _Operation | None, last: _Operation | 
             y: Float32s = np.ascontiguousarray(layer.forward(CompiledOps(), read, read, read, sequences))
         else:
             y, row = np.empty_like(x), 0
-            for mask in map(layer.biased, sequences.masks):
+            for mask, given in zip(sequences.masks, sequences.for_kernels(), strict=True):
                 batch, _, length, _ = mask.shape
                 rows = slice(row, row + batch * length)
                 tokens = read[rows].reshape(batch, length, x.shape[1])
-                kernel(tokens, tokens, tokens, y[rows].reshape(batch, length, x.shape[1]), *mask.for_kernels(),
-                       layer.first_position(mask))
+                biased = layer.biased(mask)
+                kernel(tokens, tokens, tokens, y[rows].reshape(batch, length, x.shape[1]),
+                       *(given if biased is mask else biased.for_kernels()), layer.first_position(mask))
                 row = rows.stop
         return np.add(y, x, out=y) if after is None else after(y, x, y)
     return stage

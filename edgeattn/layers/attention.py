@@ -58,9 +58,9 @@ def call(layer: Any, query: Any, key: Any, value: ArrayLike | None, masks: tuple
     signature, fusible = None, layer.fusible
     if (fusible and need_weights is False and average_attn_weights is False and type(softcap) is float
             and not softcap):
-        result, signature = fast_path.attend_again(layer, query, key, value, out, kv_cache, *masks)
-        if result is not None:
-            return result
+        again, signature = fast_path.attend_again(layer, query, key, value, out, kv_cache, *masks)
+        if again is not None:
+            return again
     attn_mask, key_padding_mask, is_causal, causal_alignment, window_size, alibi_slopes = masks
     checked = check_call(
         layer, query, key, value, attn_mask=attn_mask, key_padding_mask=key_padding_mask, is_causal=is_causal,
@@ -68,7 +68,10 @@ def call(layer: Any, query: Any, key: Any, value: ArrayLike | None, masks: tuple
         kv_cache=kv_cache, need_weights=need_weights, average_attn_weights=average_attn_weights, out=out)
     fused = fusible and not (checked.need_weights or checked.softcap or kv_cache is not None)
     if not (fused and checked.query.size and checked.key.size and checked.value.size):
-        return run(layer, checked)
+        result = run(layer, checked)
+        if kv_cache is not None and layer.position_bias is None:
+            layer.prepared_calls.learn_step(signature, result)
+        return result
     return fast_path.attend_fused(layer, checked, signature, attn_mask, key_padding_mask)
 
 
@@ -76,7 +79,7 @@ def run(layer: Any, call: Call) -> Floats | tuple[Floats, Floats]:
     """The result of `call`, operation by operation: for what the fused kernel of a float or dynamic layer does not do.
 
     That is probabilities, softcap, added keys, gates, caches but for one token without masks
-    (`fast_path.attend_next`), and empty axes.
+    (`fast_path.take_step`), and empty axes.
     """
     record: dict[str, Any] = {}
     ops = CompiledOps(record, {"probabilities"} if call.need_weights else ())

@@ -11,14 +11,14 @@ from edgeattn import shapes
 from edgeattn.checks import check_out, flag, float_array, result_dtype, write_result
 from edgeattn.functional import checked_softcap
 from edgeattn.kv_cache import KVCache
-from edgeattn.masks import NO_WINDOW, Mask, resolve_mask
+from edgeattn.masks import Mask, resolve_mask
 
 if TYPE_CHECKING:
     from typing import Any, Protocol, TypeAlias
 
     from numpy.typing import ArrayLike, NDArray
 
-    from edgeattn.types import CausalAlignment, Flag, Float32s, Floats, KernelMask, LayerSizes, Real, Shape, Window
+    from edgeattn.types import CausalAlignment, Flag, Float32s, Floats, LayerSizes, Real, Shape, Window
 
     _Span = tuple[int, int]
     Pieces: TypeAlias = list[tuple[_Span, _Span]]
@@ -125,55 +125,6 @@ def resolve_call_mask(shape: Shape, cache: KVCache | None, *, causal_alignment: 
     return mask, cache.pieces(queries, keys, mask.right)
 
 
-def causal_band(is_causal: Flag, length: int) -> _Span | None:
-    """`Mask.for_kernels`'s band where queries and keys are the same tokens: None, or what no query sees cut off."""
-    return (-2 * length, 0) if is_causal else None
-
-
-def is_self_attention_input(layer: LayerSizes, x: object, dtype: np.dtype[Any]) -> bool:
-    """Whether x is an array (B, L, E) or (L, E) that a kernel of `layer` reads as queries, keys and values."""
-    return (type(x) is np.ndarray and x.dtype is dtype and 2 <= x.ndim <= 3 and x.flags.carray and x.size > 0
-            and x.shape[-1] == layer.embed_dim == layer.kdim == layer.vdim)
-
-
-def is_written_as_it_is(out: object, query: NDArray[Any], width: int, dtype: np.dtype[Any]) -> bool:
-    """Whether a kernel can write the result for `query` to `out`; None stands for a new array."""
-    return out is None or (type(out) is np.ndarray and out.dtype is dtype and out.flags.carray
-                           and out.shape == (*query.shape[:-1], width))
-
-
-def output_buffer(out: NDArray[Any] | None, shape: Shape, dtype: np.dtype[Any], *read: object) -> NDArray[Any]:
-    """An array for the result: `out`, which the last check let pass, unless it may lie over what is read."""
-    if out is None or any(_may_lie_over(x, out) for x in read):
-        return np.empty(shape, dtype)
-    return out
-
-
-def _may_lie_over(x: object, out: NDArray[Any]) -> bool:
-    if isinstance(x, np.ndarray):
-        return np.may_share_memory(x, out)
-    return x is not None and not isinstance(x, (bool, str, tuple))  # what has an array form may be anywhere
-
-
-def is_unmasked(attn_mask: object, key_padding_mask: object, is_causal: object, causal_alignment: object,
-                window_size: object, alibi_slopes: object) -> bool:
-    """Whether no argument hides a key from the last token; causal attention does not."""
-    return (attn_mask is None and key_padding_mask is None and (is_causal is False or is_causal is True)
-            and causal_alignment is None and window_size is NO_WINDOW and alibi_slopes is None)
-
-
-def self_masks(layer: LayerSizes, x: NDArray[Any], attn_mask: ArrayLike | None, key_padding_mask: ArrayLike | None,
-               is_causal: Flag, causal_alignment: CausalAlignment | None, window_size: Window,
-               alibi_slopes: ArrayLike | None) -> KernelMask:
-    """`Mask.for_kernels` of attention of the tokens x (B, L, E) to themselves."""
-    batch, length, _ = x.shape
-    if is_unmasked(attn_mask, key_padding_mask, is_causal, causal_alignment, window_size, alibi_slopes):
-        return None, None, causal_band(is_causal, length), None
-    return resolve_mask((batch, layer.num_heads, length, length), attn_mask, key_padding_mask, is_causal=is_causal,
-                        causal_alignment=causal_alignment, window_size=window_size,
-                        alibi_slopes=alibi_slopes).for_kernels()
-
-
 def check_cache(layer: LayerSizes, cache: object, causal_alignment: object) -> None:
     """Raise unless `cache` is one of the sizes of `layer`, and knows the positions alone."""
     if not isinstance(cache, KVCache):
@@ -185,13 +136,6 @@ def check_cache(layer: LayerSizes, cache: object, causal_alignment: object) -> N
     given = (cache.num_kv_heads, cache.head_dim, cache.value_dim)
     if wanted != given:
         raise ValueError(f"kv_cache must have the layer's num_kv_heads, head_dim and value_dim {wanted}, got {given}")
-
-
-def is_next(layer: LayerSizes, query: NDArray[Any], cache: KVCache) -> bool:
-    """Whether `query` (B, L, E) is one token per batch entry that `cache` has room for: nothing is to be raised."""
-    return (query.shape[1] == 1 and type(cache) is KVCache and cache.batch == query.shape[0]
-            and cache.num_kv_heads == layer.num_kv_heads and cache.head_dim == layer.head_dim
-            and cache.value_dim == layer.value_dim and cache.room() > 0)
 
 
 def check_inputs(layer: _Layer, query: ArrayLike, key: ArrayLike | None, value: ArrayLike | None

@@ -7,11 +7,12 @@ import functools
 import itertools
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Literal, cast, overload
 
 import numpy as np
 
 from edgeattn.checks import as_array, check_out, flag, float_array, result_dtype, to_float32, write_result
+from edgeattn.device import place
 from edgeattn.files import checkpoints
 from edgeattn.files.paths import named
 from edgeattn.kv_cache import KVCache
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from edgeattn.executors.fused import Stage
     from edgeattn.masks import Mask
     from edgeattn.ops import Activation, Ops, T
-    from edgeattn.types import CacheDtype, Flag, Floats, Path, Shape, Window
+    from edgeattn.types import CacheDtype, Device, EncoderOnDevice, Flag, Floats, Path, Shape, Window
 
 _FURTHEST = 2**31
 
@@ -79,16 +80,24 @@ class TransformerEncoderLayer:
 
     def forward(self, ops: Ops[T], x: T, sequences: Sequences, name: str = "") -> T:
         """Rows of tokens (tokens, E) -> (tokens, E)."""
-        def norm(x: T, part: str) -> T:
-            layer: LayerNorm | RMSNorm | None = getattr(self, part)
-            return x if layer is None else layer.forward(ops, x, name + part)
+        return self.feed(ops, self.attend(ops, x, sequences, name), name)
 
-        first = norm(x, "norm1") if self.norm_first else x
-        x = ops.add(x, self.attention.forward(ops, first, first, first, sequences, name + "attention."), name + "sum1")
-        x = x if self.norm_first else norm(x, "norm1")
-        second = norm(x, "norm2") if self.norm_first else x
-        x = ops.add(x, self.feed_forward.forward(ops, second, name + "feed_forward."), name + "sum2")
-        return x if self.norm_first else norm(x, "norm2")
+    def attend(self, ops: Ops[T], x: T, sequences: Sequences, name: str = "") -> T:
+        """The first half of `forward`: attention with its residual and norm."""
+        read = self._norm(ops, x, "norm1", name) if self.norm_first else x
+        y = self.attention.forward(ops, read, read, read, sequences, name + "attention.")
+        x = ops.add(x, y, name + "sum1")
+        return x if self.norm_first else self._norm(ops, x, "norm1", name)
+
+    def feed(self, ops: Ops[T], x: T, name: str = "") -> T:
+        """The second half: the feed-forward network with its residual and norm."""
+        read = self._norm(ops, x, "norm2", name) if self.norm_first else x
+        x = ops.add(x, self.feed_forward.forward(ops, read, name + "feed_forward."), name + "sum2")
+        return x if self.norm_first else self._norm(ops, x, "norm2", name)
+
+    def _norm(self, ops: Ops[T], x: T, part: str, name: str) -> T:
+        norm: LayerNorm | RMSNorm | None = getattr(self, part)
+        return x if norm is None else norm.forward(ops, x, name + part)
 
     @functools.cached_property
     def stages(self) -> list[Stage] | None:
@@ -238,10 +247,10 @@ class TransformerEncoder(Stored):
         from edgeattn.executors.compiled import CompiledOps
 
         if isinstance(x, (list, tuple)) and any(isinstance(each, np.ndarray) and each.ndim == 2 for each in x):
-            return self._encode_list(x, lengths, out, key_padding_mask=key_padding_mask, attn_mask=attn_mask,
+            return self.encode_list(x, lengths, out, key_padding_mask=key_padding_mask, attn_mask=attn_mask,
                                      is_causal=is_causal, window_size=window_size, kv_cache=kv_cache)
         x = float_array("x", cast("ArrayLike", x))
-        self._check_shape(x)
+        self.check_shape(x)
         dtype = result_dtype(x)
         check_out(out, x.shape, dtype)
         with self.prepared(x.shape[:-1], lengths=lengths, key_padding_mask=key_padding_mask, attn_mask=attn_mask,
@@ -265,8 +274,8 @@ class TransformerEncoder(Stored):
         if lengths is not None and (kv_cache is not None or masks.get("key_padding_mask") is not None):
             other = "key_padding_mask" if kv_cache is None else "kv_cache"
             raise ValueError(f"lengths must be left out with {other}, got both")
-        runs = None if lengths is None else _runs(_lengths(lengths, lead))
-        _check_caches(self.layers, kv_cache)
+        runs = None if lengths is None else runs_of(checked_lengths(lengths, lead))
+        check_caches(self.layers, kv_cache)
         window, scores = window_bounds(window_size, _FURTHEST), (lead[-1], lead[-1])
 
         @functools.cache
@@ -275,7 +284,7 @@ class TransformerEncoder(Stored):
             return Sequences([mask] if runs is None else [_part(mask, *run) for run in runs])
 
         def seen(layer: TransformerEncoderLayer, cache: KVCache | None) -> Sequences:
-            heads, narrow = layer.attention.num_heads, _narrower(window, layer.window_size)
+            heads, narrow = layer.attention.num_heads, narrower(window, layer.window_size)
             if cache is None:
                 return without_cache(heads, narrow)
             mask, pieces = resolve_call_mask((*lead[:-1], heads, *scores), cache, causal_alignment=None,
@@ -288,6 +297,17 @@ class TransformerEncoder(Stored):
             for cache in kv_cache or ():
                 chunks.enter_context(cache.transaction())
             yield sequences
+
+    @overload
+    def to(self, device: Literal["cpu"]) -> Self: ...
+
+    @overload
+    def to(self, device: Literal["cuda"]) -> EncoderOnDevice: ...
+
+    def to(self, device: Device) -> Self | EncoderOnDevice:
+        """The encoder on `device`: "cpu", or "cuda", a GPU (docs/cuda.md); `.layer` of that is this one."""
+        placed: Self | EncoderOnDevice = place(self, device)
+        return placed
 
     def call_with_torch_masks(self, x: ArrayLike, *, attn_mask: ArrayLike | None = None,
                               key_padding_mask: ArrayLike | None = None, is_causal: Flag = False,
@@ -312,17 +332,19 @@ class TransformerEncoder(Stored):
             Rows of padding are those of tokens that see the others.
         """
         x = float_array("x", x)
-        self._check_shape(x)
+        self.check_shape(x)
         shape = (*x.shape[:-2], self.layers[0].attention.num_heads, *x.shape[-2:-1] * 2)
         attn_mask, key_padding_mask = torch_masks(shape, attn_mask, key_padding_mask)
         result: Any = self(x, attn_mask=attn_mask, key_padding_mask=key_padding_mask, is_causal=is_causal, out=out)
         return cast("Floats", result)
 
-    def _check_shape(self, x: Floats) -> None:
+    def check_shape(self, x: Any) -> None:
+        """Raise unless x is (B, L, E) or (L, E)."""
         if x.ndim not in (2, 3) or x.shape[-1] != self.embed_dim:
             raise ValueError(f"x must be (B, L, E) or (L, E) with E = {self.embed_dim}, got shape {x.shape}")
 
-    def _encode_list(self, x: Sequence[ArrayLike], lengths: object, out: object, **options: Any) -> list[Floats]:
+    def encode_list(self, x: Sequence[ArrayLike], lengths: object, out: object, **options: Any) -> list[Floats]:
+        """A call for a list of sequences."""
         arrays = [float_array(f"x[{i}]", each) for i, each in enumerate(x)]
         for name, given in {"lengths": lengths, "out": out, **options}.items():
             if name in ("lengths", "out", "kv_cache", "key_padding_mask") and given is not None:
@@ -345,7 +367,7 @@ class TransformerEncoder(Stored):
 _Run = tuple[int, int, int]
 
 
-def _lengths(lengths: ArrayLike, lead: Shape) -> list[int]:
+def checked_lengths(lengths: ArrayLike, lead: Shape) -> list[int]:
     """`lengths` of (B, L) tokens, checked."""
     array = as_array("lengths", lengths)
     if array.size and array.dtype.kind not in "iu":
@@ -358,7 +380,7 @@ def _lengths(lengths: ArrayLike, lead: Shape) -> list[int]:
     return counts
 
 
-def _runs(lengths: list[int]) -> list[_Run]:
+def runs_of(lengths: list[int]) -> list[_Run]:
     """(first, last, length) of sequences of the same length beside each other; those of length 0 have no rows."""
     runs, first = [], 0
     for length, group in itertools.groupby(lengths):
@@ -378,12 +400,14 @@ def _part(mask: Mask, first: int, last: int, length: int) -> Mask:
     return mask.part((0, length), (0, length))
 
 
-def _narrower(window: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
+def narrower(window: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
+    """The window that both allow."""
     left, right = (min((bound for bound in pair if bound >= 0), default=-1) for pair in zip(window, other, strict=True))
     return left, right
 
 
-def _check_caches(layers: Sequence[TransformerEncoderLayer], caches: object) -> None:
+def check_caches(layers: Sequence[TransformerEncoderLayer], caches: object) -> None:
+    """Raise unless there is a cache for each layer, all of the same length, or none."""
     if caches is None:
         return
     if not isinstance(caches, (list, tuple)) or len(caches) != len(layers):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, overload
 
 from edgeattn.device import place
 from edgeattn.kernels.cpu.layer_float32 import FloatLayer
-from edgeattn.layers import attention
+from edgeattn.layers import attention, fast_path
 from edgeattn.layers.call import check_inputs
 from edgeattn.layers.linear import Linear
 from edgeattn.layers.positions import refuse_positions
@@ -238,6 +238,8 @@ class MultiHeadAttention(AttentionWeights):
     def fused_kernel(self) -> Any:
         """The kernel that is the whole layer: (q, k, v, out, keep, bias, band, alibi, position); None of none."""
         return self._kernel if self.fusible else None
+
+    take_step = fast_path.take_step
 
     @functools.cached_property
     def prepared_calls(self) -> PreparedCalls:

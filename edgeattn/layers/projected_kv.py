@@ -8,6 +8,7 @@ import numpy as np
 
 from edgeattn.checks import check_out, flag, float_array, result_dtype, to_float32, write_result
 from edgeattn.functional import checked_softcap
+from edgeattn.kernels.cpu.records import shapes_of
 from edgeattn.layers.call import check_input_shapes
 from edgeattn.masks import resolve_mask
 
@@ -68,8 +69,9 @@ class ProjectedKV:
         if query.size:
             q = to_float32(query if self._lead else query[np.newaxis])
             position, (keep, bias, band, alibi) = layer.first_position(mask), layer.biased(mask).for_kernels()
-            kernel = layer.fused_kernel.prepare_kept(q, self.length, keep, bias, band, alibi, position)
-            kernel(q, q, q, result, keep, bias, alibi, self._memory)
+            masks = shapes_of(keep, None, bias, band, alibi)
+            kernel = layer.fused_kernel.prepare_kept(q, self.length, masks, position)
+            kernel(q, q, q, result, keep, None, bias, alibi, self._memory)
         return write_result(result, out, dtype)
 
 

@@ -167,6 +167,25 @@ class AttentionWeights(Positions):
             return cls._build(num_heads, checkpoints.bert_weights(state_dict_or_path, prefix, num_heads))
 
     @classmethod
+    def from_checkpoint(
+        cls, state_dict_or_path: Mapping[str, ArrayLike] | Path, prefix: str, num_heads: SupportsIndex
+    ) -> Self:
+        """The attention under a prefix, named as by BERT, ViT, DistilBERT, ALBERT, CLIP, Whisper, Llama or timm.
+
+        Heads that share keys are known by the keys' width. What the family does to positions is told by a warning.
+
+        Parameters
+        ----------
+        state_dict_or_path : mapping of str to array, or path of a .safetensors, .npz or torch file
+        prefix : str
+            What stands before the names of one attention layer; where it fits several an error lists them.
+        num_heads : int
+        """
+        with named(state_dict_or_path):
+            num_kv_heads, weights = checkpoints.checkpoint_weights(state_dict_or_path, prefix, num_heads)
+            return cls._build(num_heads, weights, num_kv_heads)
+
+    @classmethod
     def from_gpt2(
         cls, state_dict_or_path: Mapping[str, ArrayLike] | Path, prefix: str, num_heads: SupportsIndex
     ) -> Self:
@@ -212,20 +231,27 @@ class AttentionWeights(Positions):
     def from_onnx(cls, path_or_model: Path | OnnxModel, node: str | SupportsIndex | None = None) -> Self:
         """The layer around an attention node of an ONNX model; see `checkpoints.onnx_weights`.
 
-        Bool masks mean True = attend in both. What the node itself says of masks (is_causal, unidirectional, a
-        window) is told by a warning, and is to be given with each call. Inputs are (B, L, E), those of the
-        projections before the node.
+        Bool masks mean True = attend in both. What the graph says of masks (is_causal, unidirectional, a window, what
+        is added to scores) is told by a warning, and is to be given with each call. Constant biases become the
+        layer's `position_bias`, turned queries and keys its `rotary`; int8 weights times their scales the float
+        weights. Inputs are (B, L, E), those of the projections before the node.
 
         Parameters
         ----------
         path_or_model : path or onnx.ModelProto
             Needs the onnx package.
         node : str or int, optional
-            Name of an Attention (opsets 23 to 25, com.microsoft) or MultiHeadAttention (com.microsoft) node, or
-            its index among these; not needed where there is one.
+            Name of a Softmax between two products, of Attention (opsets 23 to 25, com.microsoft), or of QAttention,
+            MultiHeadAttention or GroupQueryAttention (com.microsoft); or its index among these. Not needed where
+            there is one.
         """
         with named(path_or_model):
-            num_heads, num_kv_heads, weights = checkpoints.onnx_weights(path_or_model, node)
+            num_heads, num_kv_heads, found = checkpoints.onnx_weights(path_or_model, node)
+            weights: dict[str, Any] = dict(found)
+            if (turned := weights.get("rotary")) is not None:
+                from edgeattn.rotary import RotaryEmbedding
+
+                weights["rotary"] = RotaryEmbedding(turned[0], base=turned[1], interleaved=turned[2])
             return cls._build(num_heads, weights, num_kv_heads)
 
     @classmethod

@@ -13,7 +13,7 @@ from edgeattn.device import place
 from edgeattn.functional import default_scale
 from edgeattn.kernels.cpu.layer_dynamic import DynamicLayer
 from edgeattn.kernels.cpu.linear_dynamic import DynamicLinear
-from edgeattn.layers import attention
+from edgeattn.layers import attention, fast_path
 from edgeattn.layers.positions import Positions, refuse_positions
 from edgeattn.layers.projected_kv import project_kv
 from edgeattn.layers.weights import KEY_TENSORS, added_keys, added_keys_state, positions_of, positions_state
@@ -191,6 +191,8 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention, Positions):
     def fused_kernel(self) -> Any:
         """The kernel that is the whole layer, as of ``MultiHeadAttention``; None where there is none."""
         return self._kernel if self.fusible else None
+
+    take_step = fast_path.take_step
 
     def forward(self, ops: Ops[T], query: T, key: T, value: T, sequences: Sequences, name: str = "") -> T:
         """Rows of queries (tokens, E), keys and values -> (tokens, Eo)."""

@@ -30,18 +30,11 @@ from edgeattn.functional import checked_softcap
 from edgeattn.kernels.cpu.layer_int8 import StaticLayer
 from edgeattn.kernels.cpu.quantize import to_codes, to_reals
 from edgeattn.layers.attention import forward
-from edgeattn.layers.call import (
-    check_cache,
-    is_next,
-    is_self_attention_input,
-    is_unmasked,
-    is_written_as_it_is,
-    output_buffer,
-    resolve_call_mask,
-    self_masks,
-)
+from edgeattn.layers.call import check_cache, resolve_call_mask
+from edgeattn.layers.fast_path import attend_again
 from edgeattn.masks import NO_WINDOW, bool_mask, resolve_mask
 from edgeattn.ops import Sequences
+from edgeattn.prepared import PreparedCalls, is_read_as_it_is
 from edgeattn.quantized.layer import INPUTS, QuantizedMultiHeadAttention
 from edgeattn.quantized.parameters import PROBABILITIES, QuantizedLinear, TensorQuantization
 from edgeattn.quantized.score_ops import AddMask, MulConstant, ScoreOp, SelectMask, check_masks, fit_mask, score_map
@@ -68,6 +61,7 @@ if TYPE_CHECKING:
         Floats,
         Input,
         MaskOptions,
+        MaskShapes,
         Real,
         Shape,
         Sources,
@@ -226,6 +220,7 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         self.score_luts = score_luts if self.score_ops else None
         self.lut_index = np.ascontiguousarray(lut_index) if lut_index.size > 1 else None
         self._kernel = StaticLayer(**self.kernel_parameters())
+        self.prepared_calls = PreparedCalls(dtype=_INT8)
 
     @overload
     def to(self, device: Literal["cpu"]) -> Self: ...
@@ -410,8 +405,8 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         if type(softcap) is not float or softcap or alibi_slopes is not None:
             _refuse(softcap, alibi_slopes)
         if (key is None and value is None and self.sources == (0, 0, 0) and need_weights is False
-                and average_attn_weights is False and type(query) is np.ndarray and query.dtype == FLOAT32
-                and query.flags.carray and is_written_as_it_is(out, query, self.output_dim, FLOAT32)):
+                and average_attn_weights is False and is_read_as_it_is(query)):
+            check_out(out, (*query.shape[:-1], self.output_dim), FLOAT32)
             source, last = self.tensors["query_input"], self._last
             codes, some_nan = to_codes(query, source.scale, source.zero_point)
             if not some_nan:
@@ -550,28 +545,13 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         TypeError, ValueError
             Naming the argument, what was required and what came.
         """
-        if (key is None and value is None and need_weights is False and self.lut_index is None
-                and self.sources == (0, 0, 0) and self.output_dim
-                and (attn_mask is None or type(attn_mask) is np.ndarray and attn_mask.dtype == np.bool_)
-                and is_self_attention_input(self, query, _INT8)
-                and is_written_as_it_is(out, query, self.output_dim, _INT8)):
-            # what small layers are called with, again and again: self-attention
-            masks = (attn_mask, key_padding_mask, is_causal, causal_alignment, window_size, None)
-            x = query if query.ndim == 3 else query[None]
-            if kv_cache is None and (x is query or is_unmasked(*masks)):
-                keep, _, band, _ = self_masks(self, x, *masks)
-                result = output_buffer(out, (*query.shape[:-1], self.output_dim), _INT8, x, *masks)
-                self._kernel(x, x, x, result, keep, band, None, self.score_luts)
-                return write_result(result, out, _INT8)
-            if (kv_cache is not None and is_unmasked(*masks) and is_next(self, x, kv_cache)
-                    and kv_cache.scales == self.cache_scales):
-                result = output_buffer(out, (*query.shape[:-1], self.output_dim), _INT8, x)
-                with kv_cache.transaction():
-                    kv_cache.take_slots(1)
-                    first, last = kv_cache.visible_range()
-                    self._kernel(x, x, x, result, score_luts=self.score_luts,
-                                 cached=(kv_cache.key_slots, kv_cache.value_slots, first, last - first))
-                return write_result(result, out, _INT8)
+        signature = None
+        if (need_weights is False and (key is not None or not self.sources[1])
+                and (value is not None or self.sources[2] < 2)):
+            again, signature = attend_again(self, query, key, value, out, kv_cache, attn_mask, key_padding_mask,
+                                            is_causal, causal_alignment, window_size, None)
+            if again is not None:
+                return again
         need_weights = flag("need_weights", need_weights)
         query, key, value = self._check_codes(query, key, value)
         lead, L, S = query.shape[:-2], query.shape[-2], key.shape[-2]
@@ -584,7 +564,10 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
             (*lead, self.num_heads, L, S), kv_cache, attn_mask=attn_mask, key_padding_mask=key_padding_mask,
             is_causal=is_causal, causal_alignment=causal_alignment, window_size=window_size)
         B = mask.shape[0]
-        query, key, value = (x.reshape(B, *x.shape[-2:]) for x in (query, key, value))
+        if not lead:
+            given, query = (query, key, value), query[None]
+            key = query if given[1] is given[0] else key[None]
+            value = key if given[2] is given[1] else value[None]
         result = np.empty((B, L, self.output_dim), np.int8)
         record: dict[str, Codes] = {}
         if need_weights:
@@ -594,8 +577,13 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         elif kv_cache is not None:
             with kv_cache.transaction():
                 self._run_cached(query, key, value, mask, kv_cache, pieces, result)
+            self.prepared_calls.learn_step(signature, result.reshape(*lead, L, self.output_dim))
         elif result.size:
             self._run_fused(query, key, value, mask, result)
+            if S:
+                self.prepared_calls.learn(
+                    signature, functools.partial(self._kernel_for, query, key, value), (*lead, *mask.shape[1:]),
+                    (*lead, *result.shape[1:]), mask, attn_mask, key_padding_mask)
         result = write_result(result.reshape(*lead, L, self.output_dim), out, _INT8)
         weights = record.get("probabilities")
         return result if weights is None else (result, weights.reshape(*lead, *weights.shape[1:]))
@@ -605,6 +593,8 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         inputs = self.distinct_inputs(query, key, value)
         arrays: list[Any] = [None if x is None else _codes(x, name) for name, x in zip(INPUTS, inputs, strict=True)]
         query, key, value = (arrays[source] for source in self.sources)
+        if key is query and value is query and query.shape[-1] == self.embed_dim:
+            return query, key, value
         lead, S = query.shape[:-2], key.shape[-2]
         for name, x, width in zip(INPUTS, (query, key, value), (self.embed_dim, self.kdim, self.vdim), strict=True):
             if x.ndim != query.ndim:
@@ -644,6 +634,10 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         """The kernel that is the whole layer: (q, k, v, out, keep, band, lut_index, score_luts, cached)."""
         return self._kernel
 
+    def _kernel_for(self, query: Codes, key: Codes, value: Codes, masks: MaskShapes) -> Any:
+        """The kernel for inputs and masks of these shapes."""
+        return self._kernel.prepare(query, key, value, masks, self.lut_index, self.score_luts)
+
     def _run_fused(self, query: Codes, key: Codes, value: Codes, mask: Mask, result: Codes) -> None:
         keep, _, band, _ = mask.for_kernels()
         lut_index = self.lut_index
@@ -653,6 +647,16 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
             key, value = (np.zeros((len(x), 1, x.shape[-1]), np.int8) for x in (key, value))
             keep, band, lut_index = np.zeros((1, 1, 1, 1), np.bool_), None, None
         self._kernel(query, key, value, result, keep, band, lut_index, self.score_luts)
+
+    def take_step(self, x: Codes, cache: KVCache) -> Codes:
+        """Attention without masks of one token per batch entry, (B, 1, E) or (1, E), and all before it: (B, 1, Eo)."""
+        x, out = x.reshape(cache.batch, 1, self.embed_dim), np.empty((cache.batch, 1, self.output_dim), np.int8)
+        with cache.transaction():
+            cache.take_slots(1)
+            first, last = cache.visible_range()
+            self._kernel(x, x, x, out, score_luts=self.score_luts,
+                         cached=(cache.key_slots, cache.value_slots, first, last - first))
+        return out
 
     def _run_cached(self, query: Codes, key: Codes, value: Codes, mask: Mask, cache: KVCache, pieces: Pieces,
                     result: Codes) -> None:

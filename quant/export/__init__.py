@@ -18,6 +18,7 @@ from quant.export.c import write_c
 from quant.export.c_files import check_beside, write_together
 from quant.export.targets import NATIVE, TARGETS, host_target, target_of
 from quant.export.tflite import write_tflite
+from quant.model_calls import MODELS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -135,6 +136,10 @@ def export(layer: MultiHeadAttention | QuantizedMultiHeadAttention, path: types.
         When the folder is missing or cannot be written; files of these names stay as they were.
     """
     path = as_path(path)
+    if isinstance(layer, MODELS):
+        raise TypeError(f"layer must be an attention layer; got a {type(layer).__name__}, which edgeattn.save writes "
+                        "to a .safetensors file and edgeattn.load reads: the other formats hold no whole encoder yet; "
+                        "export its attention layers, encoder.layers[i].attention, one by one")
     if not isinstance(layer, (MultiHeadAttention, QuantizedMultiHeadAttention)):
         raise TypeError(f"layer must be a MultiHeadAttention or what quant.quantize returns; "
                         f"got {type(layer).__name__}")

@@ -145,7 +145,7 @@ def float_entry(kernel, dynamic):
         where = addresses()
         a = named(where, f.LAYER_ADDRESSES)
         a.queries, a.keys, a.values, a.out = call[QUERY], call[KEY], call[VALUE], call[OUTPUT]
-        a.keep, a.bias, a.alibi, a.weights = call[KEEP], call[BIAS], 0, address_of(weights())
+        a.keep, a.padding, a.bias, a.alibi, a.weights = call[KEEP], 0, call[BIAS], 0, address_of(weights())
         if dynamic:
             p.same_qk, p.same_kv = call[QUERY] == call[KEY], call[KEY] == call[VALUE]
             a.factors = address_of(factors())
@@ -157,7 +157,6 @@ def float_entry(kernel, dynamic):
 def static_entry(kernel, score_luts, lut_index):
     """(scratch_bytes, run) of a StaticLayer with the score_luts and lut_index of its score operators, or None."""
     f, plan, layer = fused_int8, layer_int8.plan, task(fused_int8.layer_int8.py_func)
-    softmax_rule, project_rule, score_rule, context_rule = kernel.rules
     softmax, weights = constant("softmax", kernel.table), constant("weights", kernel.weights)
     parameters = local_copy("parameters", packed(kernel.parameters, f.LAYER))
     addresses = local_copy("addresses", np.zeros(len(f.ADDRESSES), np.int64))
@@ -195,10 +194,10 @@ def static_entry(kernel, score_luts, lut_index):
         where = addresses()
         a = named(where, f.ADDRESSES)
         a.queries, a.keys, a.values, a.out = call[QUERY], call[KEY], call[VALUE], call[OUTPUT]
-        a.weights, a.softmax, a.keep = address_of(weights()), address_of(softmax()), call[KEEP]
+        a.weights, a.softmax, a.keep, a.padding = address_of(weights()), address_of(softmax()), call[KEEP], 0
         a.lut_index = address_of(lut_index()) if has_index else 0
         a.score_luts = address_of(score_luts()) if has_luts else 0
         scratch = array_at(call[SCRATCH], shared + private, np.int32)
-        layer(softmax_rule, project_rule, score_rule, context_rule, given, where, scratch, array_at(0, 0, np.int64), 1)
+        layer(given, where, scratch, array_at(0, 0, np.int64), 1)
         return OK
     return scratch_bytes, run

@@ -7,29 +7,15 @@ import numpy as np
 import pytest
 from arrays import cosine
 from arrays import numbers as random
+from whole_models import E, F, H, encoder
 
 import edgeattn
 import quant
 from edgeattn.layers import Embedding, FeedForward, LayerNorm, Linear, TransformerEncoder, TransformerEncoderLayer
 from edgeattn.layers.dynamic_linear import DynamicLinear
 
-E, F, H = 32, 64, 4
 POSITIONS = {"rotary": edgeattn.RotaryEmbedding(8), "k_norm": LayerNorm(np.ones(8)),
              "position_bias": edgeattn.RelativePositionBias(random(8, H))}
-
-
-def encoder(*, norm_first=False, gate=False, **positions):
-    def linear(outputs, inputs, seed):
-        return Linear(random(outputs, inputs, seed=seed) / np.float32(inputs**0.5), random(outputs, seed=seed + 1))
-
-    def layer(i):
-        weights = [random(E, E, seed=i + j) / np.float32(E**0.5) for j in range(4)]
-        attention = edgeattn.MultiHeadAttention(H, *weights, **positions)
-        feed_forward = FeedForward(linear(F, E, i + 4), linear(E, F, i + 6), gate=linear(F, E, i + 8) if gate else None)
-        return TransformerEncoderLayer(attention, feed_forward, LayerNorm(np.ones(E)), LayerNorm(np.ones(E)),
-                                       norm_first=norm_first)
-
-    return TransformerEncoder([layer(10), layer(30)])
 
 
 @pytest.mark.parametrize("attention", ["int8", "float32"])
@@ -168,7 +154,7 @@ def unlike(name):
      r"layers\[0\].feed_forward: linear must have a finite weight"),
     (lambda: quant.quantize(unlike("bias"), scheme="dynamic"), ValueError, "linear must have a finite bias"),
     (lambda: quant.quantize(encoder()), ValueError, "scheme must be 'dynamic' for a whole encoder; got 'static'"),
-    (lambda: quant.quantize(encoder(), object(), scheme="dynamic"), ValueError, "calibration must be left out"),
+    (lambda: quant.quantize(encoder(), object(), scheme="dynamic"), TypeError, "calibration must be a quant.ModelCal"),
     (lambda: quant.quantize(encoder(), scheme="dynamic", attention="int4"), ValueError,
      "attention must be 'int8' or 'float32'; got 'int4'"),
     (lambda: quant.quantize(quant.quantize(encoder(), scheme="dynamic"), scheme="dynamic"), TypeError,

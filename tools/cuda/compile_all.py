@@ -23,10 +23,10 @@ WITHOUT_A_CARD = (9, 0)
 
 def kernels() -> dict:
     """By their names; those that take longest come first."""
-    from cuda_limits import LIMITS
+    from cuda_limits import DYNAMIC_ACTIVATIONS, LIMITS
 
     from edgeattn.arithmetic import KERNEL_SETS
-    from edgeattn.kernels.cuda import attention, int8, masks, merge, quantize
+    from edgeattn.kernels.cuda import attention, int8, linear_dynamic, masks, merge, quantize
 
     both, sizes = (True, False), list(itertools.product((32, 64), (32, 64)))
     made = [row[0] for row in LIMITS if not row[0].name.startswith("static")]  # whose flags are told in calls
@@ -44,6 +44,7 @@ def kernels() -> dict:
         made += [int8.static_attention(row.batch_matmul, row.batch_matmul, row.softmax, *flags)
                  for flags in itertools.product(both, both)]
     made += [int8.linear_int8(None, wide) for wide in both]
+    made += [linear_dynamic.linear_rows(name, True) for name in DYNAMIC_ACTIVATIONS]
     made += [quantize.store_rows(rule) for rule in (None, "cache", "dynamic", "fixed")]
     made += [merge.merge("float16"), masks.both()]
     found = {kernel.name: kernel for kernel in made}

@@ -6,7 +6,7 @@
 # Exits with 0 where all stages passed, 1 where one did not, 3 where there is no card (or no driver, or no numba-cuda).
 set -u
 cd "$(dirname "$0")/../.." || exit 2
-STAGES=${STAGES:-environment compile smoke tests memcheck racecheck torch bench}
+STAGES=${STAGES:-environment compile smoke tests memcheck racecheck torch bench encoders}
 SECONDS_IN_ALL=${SECONDS_IN_ALL:-530}
 OUT=${OUT:-$(mktemp -d)} WORK=$(mktemp -d)
 mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) || exit 2
@@ -53,8 +53,8 @@ for file in tests/kernels/cuda/test_cuda_*.py; do
     case $file in *compile.py | *mutations.py | *torch.py) ;; *) files+=("$file") ;; esac
 done
 # One block shape of each kernel: a sanitizer slows a kernel down a hundredfold.
-few="length-17 or everything or pieces or decode-split or not_finite or score_tables or float_layer or dynamic_layer or padding_together"
-fewer="length-17 or not_finite or float_layer or test_dynamic_layer or padding_together"
+few="length-17 or encoder or feed_forward or a_norm or everything or pieces or decode-split or not_finite or score_tables or float_layer or dynamic_layer or padding_together"
+fewer="length-17 or an_encoder_equals or dynamic_encoder or several_lengths or a_norm or not_finite or float_layer or test_dynamic_layer or padding_together"
 workers=$(($(nproc) > 10 ? 8 : 2))
 
 stage environment 60 "$PYTHON" tools/cuda/environment.py
@@ -75,8 +75,9 @@ for tool in memcheck racecheck; do
 done
 stage torch 50 "${tests[@]}" -rs tests/kernels/cuda/test_cuda_torch.py
 stage bench 70 "$PYTHON" -m benchmarks.cuda --rounds 5 --seconds 45
+stage encoders 50 "$PYTHON" -m benchmarks.cuda_encoder --rounds 5 --seconds 25
 
-[ -f "$OUT/bench.log" ] && { echo; cat "$OUT/bench.log"; }
+for log in bench encoders; do [ -f "$OUT/$log.log" ] && { echo; cat "$OUT/$log.log"; }; done
 grep -hE "^FAILED" "$OUT"/*.log 2> /dev/null | sed 's/ - .*//' | sort | uniq -c | head -30
 grep -hE "ERROR SUMMARY|RACECHECK SUMMARY|========= (Invalid|Race|Error)" "$OUT"/memcheck.log "$OUT"/racecheck.log 2> /dev/null |
     sort | uniq -c | head -20

@@ -11,8 +11,11 @@ from edgeattn.checks import check_out, flag, float_array, result_dtype, to_float
 from edgeattn.executors.cuda.call_cache import OUT, RESULTS, CallCache
 from edgeattn.executors.cuda.functional import result_array
 from edgeattn.executors.cuda.masks import arrays_read, device_masks
-from edgeattn.executors.numpy import added_keys
+from edgeattn.executors.cuda.ops import CudaOps, Group, SequencesOnDevice
+from edgeattn.executors.cuda.parameters import Parameters
+from edgeattn.executors.cuda.static_ops import StaticOps
 from edgeattn.functional import checked_softcap
+from edgeattn.layers import attention
 from edgeattn.layers.call import check_input_shapes
 from edgeattn.masks import NO_WINDOW, no_bool_mask
 from edgeattn.quantized.score_ops import fit_mask
@@ -70,7 +73,7 @@ class OnCuda:
         from edgeattn.kernels.cuda.call import Call
         from edgeattn.kernels.cuda.driver import driver
 
-        first, host = self.layer.query_name, None
+        first, host = self.query_name, None
         given = {first: query, "key": key, "value": value}
         if not on_device(query):
             arrays = {n: float_array(n, x) if dtype == np.float32 else np.asarray(x)
@@ -96,7 +99,7 @@ class OnCuda:
         """The inputs as C-contiguous Views."""
         from edgeattn.kernels.cuda.launch_graph import as_argument
 
-        first = self.layer.query_name
+        first = self.query_name
         found = {name: None if x is None else as_argument(call.view(name, x), place)
                  for place, (name, x) in enumerate(given.items())}
         q = found[first]
@@ -128,7 +131,7 @@ class OnCuda:
 
         return moved
 
-    def _resolve(self, call, shape, host, kv_cache, **masks):
+    def _resolve(self, layer, call, shape, host, kv_cache, **masks):
         """(`device_masks` of a call of a layer, the pieces in which the cache, if any, takes it); shape (..., H, L, S).
 
         With a cache, tokens it has seen stand before the S keys, and the masks are over all.
@@ -138,7 +141,7 @@ class OnCuda:
         *lead, heads, queries, keys = shape
         before = None
         if kv_cache is not None:
-            _check_cache(self.layer, kv_cache, lead[0] if lead else 1, masks)
+            _check_cache(layer, kv_cache, lead[0] if lead else 1, masks)
             kv_cache.used_by(call)
             before, masks["window_size"] = kv_cache.length, kv_cache.within_window(masks["window_size"])
         masks = device_masks((*lead, heads, queries, keys + (before or 0)), self._device_array(call, host), **masks,
@@ -147,20 +150,19 @@ class OnCuda:
 
 
 class FloatOnCuda(OnCuda):
-    """A float layer on the GPU; arguments and result as `MultiHeadAttention`'s, float32 on the device."""
+    """A float or dynamic layer on the GPU; arguments and result as `MultiHeadAttention`'s, float32 on the device.
+
+    In a dynamic one every product is int8, and the softmax float32; with `kv_cache`, `need_weights` and added keys
+    attention itself is float32.
+    """
 
     def __init__(self, layer, precision="float32"):
         if precision not in ("float32", "float16", "tf32"):
             raise ValueError(f"precision must be 'float32', 'float16' or 'tf32', got {precision!r}; for int8 see "
                              "quant.quantize")
         super().__init__(layer)
-        from edgeattn.kernels.cuda.layers import FloatLayer
-
-        names = ("q", "k", "v", "out", "gate")
-        self._kernels = FloatLayer(
-            layer.num_heads, layer.num_kv_heads, {name: getattr(layer, f"{name}_weight") for name in names},
-            {name: getattr(layer, f"{name}_bias") for name in names}, layer.scale, precision)
-        self._kernels.add(_added_keys(layer))
+        self._precision = precision
+        self._parameters = Parameters(lambda ops: layer.forward(ops, None, None, None, None))
 
     def __call__(self, query: Any, key: Any = None, value: Any = None, *, attn_mask: Any = None,
                  key_padding_mask: Any = None, is_causal: Flag = False, causal_alignment: CausalAlignment | None = None,
@@ -200,7 +202,7 @@ class FloatOnCuda(OnCuda):
             shape = (*lead, queries, layer.output_dim)
             batch = lead[0] if lead else 1
             masks, pieces = self._resolve(
-                call, (*lead, layer.num_heads, queries, keys), host, kv_cache, attn_mask=attn_mask,
+                layer, call, (*lead, layer.num_heads, queries, keys), host, kv_cache, attn_mask=attn_mask,
                 key_padding_mask=key_padding_mask, alibi_slopes=alibi_slopes, **masks)
             read = (q, k, v, *arrays_read(masks))
             if host is not None:
@@ -217,11 +219,9 @@ class FloatOnCuda(OnCuda):
                 by_head = by_head.reshape(batch, *of_heads[-3:])
             if taken.size or (by_head is not None and by_head.size):
                 q, k, v, taken = (x.reshape(batch, *x.shape[-2:]) for x in (q, k, v, at(taken, OUT)))
-                options_of = dict(softcap=softcap, weights=by_head, **masks)
-                if kv_cache is None:
-                    self._kernels(q, k, v, taken, stream, like, **options_of)
-                else:
-                    self._kernels.through_cache(q, k, v, taken, kv_cache, pieces, stream, like, **options_of)
+                ops = CudaOps(self._parameters, stream, like, self._precision)
+                seen = SequencesOnDevice([Group(batch, queries, keys, masks)], softcap, kv_cache, pieces, by_head)
+                ops.write(layer.forward(ops, q, k, v, seen), taken)
             if average:
                 mean_of_heads(by_head, to, stream)
         if host is None and kv_cache is None:
@@ -232,17 +232,17 @@ class FloatOnCuda(OnCuda):
         return result, weights if host is None else write_result(weights.numpy(), None, host)
 
 
-def _added_keys(layer):
-    """What `add` of the kernels takes."""
-    return added_keys(layer, 1) if layer.extra_keys else None
-
-
-def _check_cache(layer, cache, batch, masks):
-    """Raise unless `cache` is one of the sizes of `layer` on a GPU."""
+def check_is_on_gpu(cache):
+    """Raise unless a cache is one on a GPU."""
     from edgeattn.executors.cuda.kv_cache import CacheOnCuda
 
     if not isinstance(cache, CacheOnCuda):
         raise TypeError(f'kv_cache must be on the GPU, KVCache(...).to("cuda"), got {type(cache).__name__}')
+
+
+def _check_cache(layer, cache, batch, masks):
+    """Raise unless `cache` is one of the sizes of `layer` on a GPU."""
+    check_is_on_gpu(cache)
     if masks["causal_alignment"] is not None:
         raise ValueError("causal_alignment must be None with kv_cache, which knows the positions, got "
                          f"{masks['causal_alignment']!r}")
@@ -251,21 +251,6 @@ def _check_cache(layer, cache, batch, masks):
     if wanted != given:
         raise ValueError(f"kv_cache must have the call's B and the layer's num_kv_heads, head_dim and value_dim "
                          f"{wanted}, got {given}")
-
-
-class DynamicOnCuda(FloatOnCuda):
-    """A dynamic int8 layer on the GPU: every product int8, softmax float32.
-
-    With `kv_cache`, `need_weights` and added keys attention itself is float32.
-    """
-
-    def __init__(self, layer):
-        OnCuda.__init__(self, layer)
-        from edgeattn.kernels.cuda.layers import DynamicLayer
-
-        weights = {name: (linear.weight, linear.scale) for name, linear in layer.weights.items()}
-        self._kernels = DynamicLayer(layer.num_heads, layer.num_kv_heads, weights, layer.biases, layer.scale)
-        self._kernels.add(_added_keys(layer))
 
 
 class StaticOnCuda(OnCuda):
@@ -302,7 +287,6 @@ class StaticOnCuda(OnCuda):
         if result is not None:
             return result
         from edgeattn.kernels.cuda.launch_graph import as_argument, capture
-        from edgeattn.kernels.cuda.layers import band_of
 
         layer = self.layer
         need_weights = flag("need_weights", need_weights)
@@ -315,7 +299,7 @@ class StaticOnCuda(OnCuda):
             lead, (L, S) = q.shape[:-2], (q.shape[-2], k.shape[-2])
             shape, batch = (*lead, L, layer.output_dim), lead[0] if lead else 1
             masks, pieces = self._resolve(
-                call, (*lead, layer.num_heads, L, S), host, kv_cache, attn_mask=attn_mask,
+                layer, call, (*lead, layer.num_heads, L, S), host, kv_cache, attn_mask=attn_mask,
                 key_padding_mask=key_padding_mask, is_causal=is_causal, causal_alignment=causal_alignment,
                 window_size=window_size)
             if "bias" in masks:
@@ -336,17 +320,12 @@ class StaticOnCuda(OnCuda):
                 to = as_argument(to.reshape(batch, *to.shape[-3:]), RESULTS)
             if taken.size or (to is not None and to.size):
                 q, k, v, taken = (x.reshape(batch, *x.shape[-2:]) for x in (q, k, v, as_argument(taken, OUT)))
-                left, right, offset = masks["left"], masks["right"], masks["offset"]
-                options_of = dict(keep=masks.get("keep"), score_luts=self.score_luts, weights=to)
-                if kv_cache is None:
-                    lut_index = self.lut_index
-                    if lut_index is not None and lut_index.ndim < 4:
-                        lut_index = lut_index.reshape(*(1,) * (4 - lut_index.ndim), *lut_index.shape)
-                    self._kernels(q, k, v, taken, stream, like, band=band_of(left, right, offset), lut_index=lut_index,
-                                  **options_of)
-                else:
-                    self._kernels.through_cache(q, k, v, taken, kv_cache, pieces, stream, like, left=left, right=right,
-                                                offset=offset, **options_of)
+                lut_index = self.lut_index if kv_cache is None else None
+                if lut_index is not None and lut_index.ndim < 4:
+                    lut_index = lut_index.reshape(*(1,) * (4 - lut_index.ndim), *lut_index.shape)
+                ops = StaticOps(self._kernels, stream, like, score_luts=self.score_luts, lut_index=lut_index)
+                seen = SequencesOnDevice([Group(batch, L, S, masks)], 0.0, kv_cache, pieces, to)
+                ops.write(attention.forward(ops, layer, q, k, v, seen), taken)
         if host is None and kv_cache is None:
             self._calls.record(arrays, options, record, read, made)
         result = result if host is None else write_result(result.numpy(), out, int8)

@@ -9,6 +9,7 @@ from edgeattn.lazy import names_from
 # A reader's module is imported when the reader is asked for: most layers are made without one.
 _HOMES = {
     "bert_weights": "state_dicts",
+    "checkpoint_weights": "attention_names",
     "gpt2_weights": "state_dicts",
     "keras_weights": "keras_files",
     "onnx_weights": "onnx_graphs",
@@ -20,6 +21,7 @@ __all__ = list(_HOMES)
 
 TYPE_CHECKING = False  # what type checkers take for True; tests/test_packaging.py holds the two lists together
 if TYPE_CHECKING:
+    from edgeattn.files.checkpoints.attention_names import checkpoint_weights as checkpoint_weights
     from edgeattn.files.checkpoints.keras_files import keras_weights as keras_weights
     from edgeattn.files.checkpoints.onnx_graphs import onnx_weights as onnx_weights
     from edgeattn.files.checkpoints.state_dicts import bert_weights as bert_weights

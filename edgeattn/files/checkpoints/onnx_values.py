@@ -12,12 +12,14 @@ import numpy as np
 from edgeattn.files.paths import reason
 from edgeattn.files.stored import Budget, file_size, widened
 
-# Attributes that are asked for, by kind.
+# Attributes that are asked for, by kind; those of other kinds are read only where a node has no other meaning.
 _KINDS = {
-    "INT": "num_heads q_num_heads kv_num_heads do_rotary is_causal unidirectional left_window_size right_window_size "
-           "transA transB axis",
-    "FLOAT": "scale softcap alpha beta",
-    "INTS": "qkv_hidden_sizes perm split",
+    "INT": "num_heads q_num_heads kv_num_heads kv_num_heads do_rotary is_causal unidirectional left_window_size "
+           "right_window_size local_window_size transA transB axis allowzero keepdims start end to upper "
+           "num_outputs rotary_interleaved group ceil_mode noop_with_empty_axes",
+    "FLOAT": "scale softcap alpha beta epsilon",
+    "INTS": "qkv_hidden_sizes perm split axes starts ends pads strides dilations kernel_shape",
+    "STRING": "equation approximate auto_pad",
 }
 _KIND_OF = {name: kind for kind, names in _KINDS.items() for name in names.split()}
 _CONSTANTS = {"value_float": "f4", "value_floats": "f4", "value_int": "i8", "value_ints": "i8"}
@@ -64,6 +66,8 @@ class Values:
                           f"{_enum_name(kinds, entry.type)}")
         if kind == "INTS":
             return list(entry.ints)
+        if kind == "STRING":
+            return entry.s.decode()
         value = entry.i if kind == "INT" else entry.f
         if not math.isfinite(value):
             raise NotRead(f"{node.op_type} node {node.name[:100]!r} must have a finite {entry.name}, got {value}")
@@ -79,6 +83,17 @@ class Values:
                 return np.array(getattr(entry, field), _CONSTANTS[entry.name])
         raise NotRead(f"Constant node {node.name[:100]!r} must have a value of numbers, got "
                       f"{reason([entry.name for entry in node.attribute])}")
+
+    def filled(self, node):
+        """The value of a ConstantOfShape node, one element."""
+        tensors = [entry.t for entry in node.attribute if entry.name == "value"]
+        return self.array(tensors[0], "value").reshape(-1)[:1] if tensors else np.zeros(1, np.float32)
+
+    def dtype(self, number):
+        """The NumPy dtype of a kind of tensors, float32 for one that NumPy lacks."""
+        kind = _enum_name(self._onnx.TensorProto.DataType, number)
+        return np.dtype(bool) if kind == "BOOL" else np.dtype(
+            np.float32 if kind.endswith("FLOAT16") else _DTYPES.get(kind, ("f4",))[0])
 
     def array(self, tensor, name):
         """A stored tensor as an array; bfloat16, which NumPy lacks, as float32."""

@@ -189,7 +189,7 @@ def score_block(queries, keys, values, block, stats, p, own):
     """Scores (keys, W) of a block, -inf up to a whole group, and the largest of each query."""
     count, s0, at_scores = block.keys, block.s0, p.at_scores
     whole, groups = count // 4 * 4, (count + 3) // 4
-    lane_product(False, False, Rows(keys.data, keys.at + s0 * keys.step, keys.step), count,
+    lane_product(False, Rows(keys.data, keys.at + s0 * keys.step, keys.step), count,
                  Part(queries.data, queries.at), queries.depth4, Part(own.int32, at_scores))
     for c in range(0, WIDTH, LANES):
         at = at_scores + c
@@ -295,7 +295,7 @@ def context_block(values, block, rows, stats, p, own, at_out):
     """Add probabilities times values to the context, out (rows, W); the last block's divided by the sum."""
     at_scores, groups = p.at_scores, (block.keys + 3) // 4
     at_v = values.at + block.s0 // 4
-    lane_product(True, False, Rows(values.data, at_v, values.step), rows, Part(own.uint32, p.at_probabilities),
+    lane_product(True, Rows(values.data, at_v, values.step), rows, Part(own.uint32, p.at_probabilities),
                  round_up(groups, DEPTH_STEP), Part(own.int32, at_scores))
     for d in range(rows):
         lacking = lacking_sum(values.data, at_v + d * values.step, groups)

@@ -1,6 +1,4 @@
 """Products of bytes in tiles of registers: what byte_products.py says, for all instruction sets but one."""
-import numpy as np
-
 from edgeattn.runtime.jit import inline
 
 from .matmul import multiply
@@ -11,11 +9,6 @@ ROW_STEP = ROWS
 TILES_SCRATCH = 0
 _DIGITS = 3
 _TWO = 2 * _DIGITS
-
-
-def pack_byte_rows(weight):
-    """int8 weight (N, depth), N a multiple of ROW_STEP, depth of 4 -> int32: the rows one after the other."""
-    return np.ascontiguousarray(weight).view(np.int32).ravel()
 
 
 @inline
@@ -30,8 +23,45 @@ def linear(finish, arguments, x, tokens, panels, tiles):
 
 
 @inline
-def lane_product(unsigned, packed, a, rows, b, depth4, out):
-    """Both signs by the same instruction, which takes b as unsigned; packed rows lie as others do."""
+def _multiply(tile, x, t, panels, f):
+    """tile + x w^T: as many rows of x from t on as the tile has, and the features of a panel."""
+    return multiply(tile, x.data, x.at + t * x.row, x.row, x.step, panels.data, panels.at + f * panels.depth4,
+                    panels.depth4)
+
+
+@inline
+def row_product(finish, arguments, x, tokens, panels, tiles):
+    """Tile by tile; the last ones have as many rows as are left: four, and then three, two or one."""
+    bias, at_bias = panels.bias, panels.at_bias
+    for f in range(0, panels.features, WIDTH):
+        t = 0
+        while t < tokens:
+            left = tokens - t
+            if left >= ROWS:
+                tile = tile_of_columns(ROWS, COLUMNS, bias, at_bias + f)
+                finish(_multiply(tile, x, t, panels, f), ROWS, t, f, *arguments)
+                t += ROWS
+            elif left >= 4:
+                tile = tile_of_columns(4, COLUMNS, bias, at_bias + f)
+                finish(_multiply(tile, x, t, panels, f), 4, t, f, *arguments)
+                t += 4
+            elif left == 3:
+                tile = tile_of_columns(3, COLUMNS, bias, at_bias + f)
+                finish(_multiply(tile, x, t, panels, f), 3, t, f, *arguments)
+                t += 3
+            elif left == 2:
+                tile = tile_of_columns(2, COLUMNS, bias, at_bias + f)
+                finish(_multiply(tile, x, t, panels, f), 2, t, f, *arguments)
+                t += 2
+            else:
+                tile = tile_of_columns(1, COLUMNS, bias, at_bias + f)
+                finish(_multiply(tile, x, t, panels, f), 1, t, f, *arguments)
+                t += 1
+
+
+@inline
+def lane_product(unsigned, a, rows, b, depth4, out):
+    """Both signs by the same instruction, which takes b as unsigned."""
     for r in range(0, rows, ROWS):
         tile = tile_zero(ROWS, COLUMNS, out.data)
         tile = multiply(tile, a.data, a.at + r * a.step, a.step, 1, b.data, b.at, depth4)

@@ -43,7 +43,7 @@ def append_codes(codes, row, tokens, size, padded, p, cache):
 
 
 @task
-def append_part(p, a, rules, scratch, batch, portion, worker, part):
+def append_part(p, a, scratch, batch, portion, worker, part):
     """`portion` of one batch entry's new tokens, projected, to the cache; a.keys and a.values are theirs."""
     _, own = parts_of(scratch, p, worker)
     D, Dv, Ek, Ev = p.head_size, p.value_size, p.key_width, p.value_width
@@ -55,9 +55,9 @@ def append_part(p, a, rules, scratch, batch, portion, worker, part):
     end = min((part + 1) * portion, p.new_tokens)
     for t in range(part * portion, end, WIDTH):
         tokens, row = min(WIDTH, end - t), batch * p.new_tokens + t
-        k_row = project_codes(p, a, rules, Part(xk, row * Ek), Ek, tokens, k_linear, p.padded_head, own)
+        k_row = project_codes(p, a, Part(xk, row * Ek), Ek, tokens, k_linear, p.padded_head, own)
         append_codes(own.int8, k_row, tokens, D, p.padded_head, p, Part(keys, (slot + t) * D))
-        v_row = project_codes(p, a, rules, Part(xv, row * Ev), Ev, tokens, v_linear, p.padded_value, own)
+        v_row = project_codes(p, a, Part(xv, row * Ev), Ev, tokens, v_linear, p.padded_value, own)
         append_codes(own.int8, v_row, tokens, Dv, p.padded_value, p, Part(values, (slot + t) * Dv))
     matrix_release()
 
@@ -133,20 +133,19 @@ def arrange_part(p, a, scratch, batch, portion, worker, part):
 
 
 @jit
-def cached_int8(softmax, project_rule, score_rule, context_rule, parameters, addresses, scratch, task_queue, count):
+def cached_int8(parameters, addresses, scratch, task_queue, count):
     """A static layer with a cache on at most `count` threads that serve the task_queue; what `layer_int8` says, but:
 
     keys (B, new_tokens, Ek), values (B, new_tokens, Ev)
     """
     p, a, memory = named(parameters, f.LAYER), named(addresses, f.ADDRESSES), address_of(scratch)
-    rules = f.Rules(softmax, project_rule, score_rule, context_rule)
     some, append_parts = portions(p.new_tokens, WIDTH, count)
     tokens, token_parts = portions(p.keys, f.TOKENS_TOGETHER, count)
     blocks, block_parts = portions((p.queries + WIDTH - 1) // WIDTH, 1, count)
     for batch in range(p.batch):
-        parallel_for(task_queue, append_parts, append_part, p, a, rules, memory, batch, some)
+        parallel_for(task_queue, append_parts, append_part, p, a, memory, batch, some)
         if p.queries == 1 and a.keep == 0 and a.lut_index == 0 and p.band == 0:
-            parallel_for(task_queue, 1, step_part, p, a, rules, memory, batch)
+            parallel_for(task_queue, 1, step_part, p, a, memory, batch)
             continue
         parallel_for(task_queue, token_parts, arrange_part, p, a, memory, batch, tokens)
-        parallel_for(task_queue, block_parts, f.attend_part, p, a, rules, memory, batch, blocks)
+        parallel_for(task_queue, block_parts, f.attend_part, p, a, memory, batch, blocks)

@@ -17,10 +17,10 @@ from edgeattn.runtime.jit import compiled_for
 
 
 @functools.cache
-def entry(kernel, dtype, rules=()):
-    """The compiled function of a kernel whose scratch is of this dtype, for these functions where it takes any."""
+def entry(kernel, dtype):
+    """The compiled function of a kernel whose scratch is of this dtype."""
     record = np.zeros(1, np.int64)
-    return compiled_for(kernel, (*rules, record, record, np.zeros(1, dtype), record, 1))
+    return compiled_for(kernel, (record, record, np.zeros(1, dtype), record, 1))
 
 
 class PreparedCall:
@@ -41,17 +41,14 @@ class PreparedCall:
         As for `threads.run`.
     fixed : tuple of int
         The addresses with which the kernel's record ends, those of weights.
-    rules : tuple of functions
-        What the kernel is compiled for, and takes before all else.
     owner : object
         Whose memory is at one of the fixed addresses, if nothing else holds it.
     """
 
-    __slots__ = ("_dtype", "_empty", "_jobs", "_owner", "_rules", "_run", "_work", "parameters", "private", "shared")
+    __slots__ = ("_dtype", "_empty", "_jobs", "_owner", "_run", "_work", "parameters", "private", "shared")
 
-    def __init__(self, kernel, parameters, layout, dtype, shared, private, work, jobs=1, fixed=(), rules=(),
-                 owner=None):
-        self._run, self._dtype, self._rules = entry(kernel, dtype, rules), dtype, rules
+    def __init__(self, kernel, parameters, layout, dtype, shared, private, work, jobs=1, fixed=(), owner=None):
+        self._run, self._dtype = entry(kernel, dtype), dtype
         self._empty = np.zeros(len(layout), np.int64)
         self._empty[len(layout) - len(fixed):] = fixed
         self.parameters, self.shared, self.private, self._work, self._jobs = parameters, shared, private, work, jobs
@@ -70,8 +67,7 @@ class PreparedCall:
         record = self._empty.copy()
         _WRITE[3 + len(others)](record, 0, a, b, c, *map(address, others))
         given = self.parameters if parameters is None else parameters
-        threads.run(self._run, (*self._rules, given, record), self._dtype, self.shared, self.private, self._work,
-                    self._jobs)
+        threads.run(self._run, (given, record), self._dtype, self.shared, self.private, self._work, self._jobs)
 
 
 _WRITE = [struct.Struct(f"{count}q").pack_into for count in range(33)]

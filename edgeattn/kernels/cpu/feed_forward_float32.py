@@ -15,7 +15,7 @@ from edgeattn.runtime.jit import inline, jit, task
 from edgeattn.runtime.worker_pool import parallel_for
 
 from .activation import activate_rows, add_to_rows, multiply_rows
-from .matmul import multiply, round_up
+from .matmul import multiply, multiply_ahead, round_up
 from .norm import ADDRESSES, NO_NORM, finish_row, normalize_row, read_row
 from .records import named, record
 from .simd import COLUMNS, LANES, ROWS, WIDTH, address_of, pointer_to, tile_add, tile_store, tile_zero
@@ -23,6 +23,7 @@ from .simd import COLUMNS, LANES, ROWS, WIDTH, address_of, pointer_to, tile_add,
 CHAIN = 64  # products that are summed one after another; the sums of the chains are summed then
 TALL = 6 if LANES == 8 else ROWS  # rows of a tile: of sixteen registers three hold what it is made of
 _UNEVEN = (1, 2) if TALL == 6 else (-1, -1)  # rows that would be left alone: 7 are better 4 and 3, 8 twice 4
+AHEAD = 8  # elements of the next panel that a tile brings near for each of its depth, where it has four rows or more
 HIDDEN = 256  # hidden features in scratch at a time, a multiple of CHAIN
 BLOCK = 64  # rows that pass a feed-forward together
 FEW_ROWS = 24  # up to so many rows, threads share the features; then the rows
@@ -44,6 +45,17 @@ def multiply_tile(zero, begun, x, at_x, x_row, w, at_w, depth, out, at_out, out_
         tile_store(tile, out, at_out, out_row, LANES)
 
 
+@inline
+def multiply_tile_ahead(zero, begun, x, at_x, x_row, w, at_w, depth, out, at_out, out_row, at_next, pace):
+    """multiply_tile(), while `pace` elements of w from at_next on for each of the depth are brought near."""
+    for k in range(0, depth, CHAIN):
+        some = min(CHAIN, depth - k)
+        tile = multiply_ahead(zero, x, at_x + k, x_row, 1, w, at_w + k * WIDTH, some, at_next + k * pace, pace * some)
+        if begun or k > 0:
+            tile = tile_add(tile, out, at_out, out_row, LANES)
+        tile_store(tile, out, at_out, out_row, LANES)
+
+
 @task
 def product_rows(begun, x, at_x, x_row, rows, depth, w, at_w, panel, features, out, at_out, out_row):
     """out (rows, features) = x w^T, plus what is in out, if begun.
@@ -52,15 +64,20 @@ def product_rows(begun, x, at_x, x_row, rows, depth, w, at_w, panel, features, o
     """
     for f in range(0, features, WIDTH):
         at_panel, at, t = at_w + f // WIDTH * panel, at_out + f, 0
+        at_next, at_end = at_panel + panel, at_panel + panel + depth * WIDTH
         while t < rows:
             left, from_row, to_row = rows - t, at_x + t * x_row, at + t * out_row
             if left >= TALL and left - TALL not in _UNEVEN:
-                multiply_tile(tile_zero(TALL, COLUMNS, w), begun, x, from_row, x_row, w, at_panel, depth,
-                              out, to_row, out_row)
+                pace = AHEAD if at_next < at_end else 0
+                multiply_tile_ahead(tile_zero(TALL, COLUMNS, w), begun, x, from_row, x_row, w, at_panel, depth,
+                                    out, to_row, out_row, at_next, pace)
+                at_next += pace * depth
                 t += TALL
             elif left >= 4 and left != 5:
-                multiply_tile(tile_zero(4, COLUMNS, w), begun, x, from_row, x_row, w, at_panel, depth,
-                              out, to_row, out_row)
+                pace = AHEAD if at_next < at_end else 0
+                multiply_tile_ahead(tile_zero(4, COLUMNS, w), begun, x, from_row, x_row, w, at_panel, depth,
+                                    out, to_row, out_row, at_next, pace)
+                at_next += pace * depth
                 t += 4
             elif left >= 3:
                 multiply_tile(tile_zero(3, COLUMNS, w), begun, x, from_row, x_row, w, at_panel, depth,

@@ -8,7 +8,8 @@ from edgeattn.runtime.jit import inline
 
 from .int8_operands import FLIP, add_value_terms
 from .int8_views import block_position
-from .simd import LANES, ROWS, WIDTH, tile_add_down, tile_map, tile_pack_rows, tile_store, tile_store_bytes
+from .requantize import requantize_tile
+from .simd import LANES, ROWS, WIDTH, tile_add_down, tile_pack_rows, tile_store, tile_store_bytes
 
 _UNCHANGED = np.int32(0)
 
@@ -16,13 +17,13 @@ _UNCHANGED = np.int32(0)
 @inline
 def scale_features(tile, f, scaling):
     """Sums of the features from f on, each by its own multiplier."""
-    return tile_map(tile, scaling.rule, scaling.data, scaling.at + f, LANES, scaling.features)
+    return requantize_tile(tile, scaling.rule, scaling.data, scaling.at + f, LANES, scaling.features)
 
 
 @inline
 def scale_all(tile, scaling):
     """Sums by the one multiplier there is, LANES times."""
-    return tile_map(tile, scaling.rule, scaling.data, scaling.at, 0, LANES)
+    return requantize_tile(tile, scaling.rule, scaling.data, scaling.at, 0, LANES)
 
 
 @inline

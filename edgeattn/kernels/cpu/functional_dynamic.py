@@ -23,9 +23,8 @@ from .dynamic import (
 from .fused import ATTENTION_ADDRESSES, adds_to_scores, fill_mask, portions, visible_range
 from .int8_views import Part, parts_of
 from .key_mean import choose_block, subtract_mean, weigh_tokens
-from .layer_float32 import shape_of
 from .matmul import round_up
-from .records import MASKS, bits_of_real, blank, mask_fields, named, packed, place, real, record
+from .records import MASKS, NO_MASKS, bits_of_real, blank, named, packed, place, real, record, set_masks, shapes_of
 from .simd import (
     LANES,
     WIDTH,
@@ -220,18 +219,18 @@ def plan(p, masked):
     return shared, private
 
 
-def prepare(q, k, v, out, scale, softcap=0.0, keep=None, bias=None, band=None, alibi=None):
+def prepare(q, k, v, out, scale, softcap=0.0, masks=NO_MASKS):
     """The `PreparedCall` of such arrays and masks; arguments as for `functional_float32.prepare`, softcap 0."""
-    return _prepare(q.shape, k.shape, v.shape, scale, shape_of(keep), shape_of(bias), band, shape_of(alibi))
+    return _prepare(q.shape, k.shape, v.shape, scale, masks)
 
 
 @functools.lru_cache(256)
-def _prepare(q, k, v, scale, keep, bias, band, alibi):
+def _prepare(q, k, v, scale, masks):
     """The same, for arrays and masks of these shapes."""
-    p = blank(ATTENTION, scale=bits_of_real(scale), **mask_fields(keep, bias, band, alibi))
+    p = blank(ATTENTION, scale=bits_of_real(scale))
     p.batch, p.heads, p.queries, p.head_size = q
     p.kv_heads, p.keys, p.value_size = k[1], k[2], v[3]
-    shared, private = plan(p, keep is not None or bias is not None or alibi is not None)
+    shared, private = plan(p, set_masks(p, masks))
     work = q[0] * q[1] * q[2] * k[2] * (q[3] + v[3])
     return PreparedCall(attention_dynamic, packed(p, ATTENTION), ATTENTION_ADDRESSES, np.int32, shared, private, work,
                         q[0])
@@ -248,5 +247,6 @@ def attention(q, k, v, out, scale, keep=None, bias=None, band=None, alibi=None):
     keep, bias, band, alibi
         As `functional_float32.attention` takes them.
     """
-    prepare(q, k, v, out, scale, 0.0, keep, bias, band, alibi)(q, k, v, out, keep, bias, alibi)
+    masks = shapes_of(keep, None, bias, band, alibi)
+    prepare(q, k, v, out, scale, 0.0, masks)(q, k, v, out, keep, None, bias, alibi)
     return out

@@ -125,13 +125,14 @@ def fill_mask(p, a, batch, head, q0, queries, first, last, masks, at, at_square)
     |place + q0 + l - s|; lanes past `queries` have the mask of the last one.
     p, a: a record of MASKS, and one of MASK_ADDRESSES.  at_square: (LANES, LANES) of masks, for what is turned.
     """
-    keep, bias = pointer_to(a.keep, np.uint8), pointer_to(a.bias, np.float32)
+    keep, padding, bias = pointer_to(a.keep, np.uint8), pointer_to(a.padding, np.uint8), pointer_to(a.bias, np.float32)
     at_keep = batch * p.keep_b + head * p.keep_h + q0 * p.keep_l + first * p.keep_s
+    at_padding = batch * p.padding_b + first
     at_bias = batch * p.bias_b + head * p.bias_h + q0 * p.bias_l + first * p.bias_s
     keep_row, keep_key, bias_row, bias_key = p.keep_l, p.keep_s, p.bias_l, p.bias_s
     slope, place = slope_and_place(a.alibi, p.alibi_b, batch, head)
     place, keys = place + q0 - first, last - first
-    has_keep, has_bias, has_slope = a.keep != 0, a.bias != 0, slope != _ZERO
+    has_keep, has_padding, has_bias, has_slope = a.keep != 0, a.padding != 0, a.bias != 0, slope != _ZERO
     # 1. the bias, and -inf where it is not kept: arrays along keys become rows of lanes
     fast = ((not has_keep) or keep_key == 1) and ((not has_bias) or bias_key == 1)
     given = has_keep or has_bias
@@ -146,6 +147,8 @@ def fill_mask(p, a, batch, head, q0, queries, first, last, masks, at, at_square)
                 if has_keep:
                     kept = load_bytes(keep, at_keep + q * keep_row + s) == splat(np.int32(0))
                     v = select(kept, splat(_MINUS_INFINITY), v)
+                if has_padding:
+                    v = select(load_bytes(padding, at_padding + s) == splat(np.int32(0)), splat(_MINUS_INFINITY), v)
                 store(masks, at_square + l * LANES, v)
             transpose_block(masks, at_square, LANES, masks, at + s * WIDTH + q0, WIDTH)
     for s in range(whole, keys if given else 0):
@@ -155,6 +158,8 @@ def fill_mask(p, a, batch, head, q0, queries, first, last, masks, at, at_square)
             if has_bias:
                 v = bias[at_bias + q * bias_row + s * bias_key]
             if has_keep and keep[at_keep + q * keep_row + s * keep_key] == 0:
+                v = _MINUS_INFINITY
+            if has_padding and padding[at_padding + s] == 0:
                 v = _MINUS_INFINITY
             masks[at + s * WIDTH + q0] = v
     # 2. the slope, and units of log 2

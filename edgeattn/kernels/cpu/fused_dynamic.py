@@ -2,22 +2,22 @@
 
 Letters as in fused.py; sizes with a 4 count groups of four bytes.  Every token is quantized by its own largest
 magnitude: the input over its E values, queries, keys and values over each head, the context over its H * Dv values.
-Projections come out as (features, W) with tokens in lanes, which is what dynamic.py quantizes.
+Projections come out as rows of tokens, so that few cost little; each head's is turned, (features, W) with tokens in
+lanes, which is what dynamic.py quantizes.
 
 Softmax does not see what is added to all scores of a query: so the key projection's bias is left out, and from all
 keys of a head the mean of the first TOKENS that are seen is subtracted, which leaves the bytes to what tells keys apart
 (SageAttention, arXiv 2410.02367, section 4.2, takes the mean of all).
 """
 import numpy as np
-from numba.extending import register_jitable
 
+from edgeattn.runtime.calls import separately
 from edgeattn.runtime.jit import inline, jit
 from edgeattn.runtime.worker_pool import parallel_for, task
 
 from .attend_dynamic import Keys, Queries, attend_bytes, fill_dither, values_of
-from .byte_products import DEPTH_STEP, ROW_STEP, lane_product
+from .byte_products import DEPTH_STEP
 from .dynamic import (
-    BLOCKS,
     TOKENS,
     depth_groups,
     inverse_of,
@@ -33,27 +33,24 @@ from .dynamic import (
     unit_of,
 )
 from .fused import adds_to_scores, fill_mask, portions, visible_range
-from .int8_operands import FLIP, LANE_FLIP, add_lane_term
+from .int8_operands import FLIP
 from .int8_views import Part, Projection, parts_of, scratch_at
 from .key_mean import add_to_tokens, choose_block, subtract_mean, weigh_tokens
-from .linear_dynamic import linear_rows
 from .matmul import round_up
 from .positions import POSITIONS, place_keys, place_queries
+from .project_dynamic import project_rows
 from .records import MASK_ADDRESSES, MASKS, named, record
 from .simd import (
     LANES,
-    MATRIX_ROWS,
     WIDTH,
     address_of,
-    broadcast,
-    fma,
     load,
     matrix_configure,
     matrix_release,
     pointer_to,
     splat,
     store,
-    to_float,
+    transpose_block,
 )
 from .views import Rows, ScoreMask, Visible
 
@@ -63,20 +60,15 @@ from .views import Rows, ScoreMask, Visible
 LAYER = record("batch queries keys query_width key_width value_width out_width heads kv_heads",
                "head_size value_size padded_head padded_value has_out same_qk same_kv",
                "wq cq wk ck wv cv wo co", "sq bq sk bk sv bv so bo", MASKS, POSITIONS,
-               "at_mean at_smooth at_units at_kterm at_kscale at_values at_vlog at_vinverse at_queries at_qscale",
-               "at_row_major at_x at_xscale at_inverse at_tail at_weights at_seen at_keys at_q at_scores",
+               "at_mean at_key_factors at_smooth at_units at_kterm at_kscale at_values at_vlog at_vinverse",
+               "at_queries at_qscale",
+               "at_x at_rows at_xscale at_inverse at_tail at_weights at_seen at_keys at_q at_scores",
                "at_probabilities at_stats at_dither at_context at_context_bytes at_transposed at_tiles at_masks",
                "shared_size private_size kept_size is_kept")
 # Where the arrays of a call are: queries (B, L, Eq), keys (B, S, Ek), values (B, S, Ev), out (B, L, Eo), float32;
 # masks, or 0 of none; keys and values that are kept, or 0 of none; factors, float32, and weights, int32, as the
 # parameters say, and the table of a rotation; all in C order.
 LAYER_ADDRESSES = record("queries keys values out", MASK_ADDRESSES, "kept factors weights table")
-
-
-@register_jitable
-def heads_together(size):
-    """Of how many heads with `size` features the rows are projected at once: enough to fill a matrix unit."""
-    return max(2 * MATRIX_ROWS // size, 1)
 
 
 @inline
@@ -87,44 +79,33 @@ def values_row(S):
 
 @inline
 def quantize_block(x, E, tokens, p, own):
-    """Up to TOKENS rows of x, a Part, to bytes with tokens in lanes, block of W by block, and their scales."""
-    E4 = depth_groups(E)
-    for b in range(BLOCKS):
-        some = max(min(tokens - b * WIDTH, WIDTH), 0)
-        quantize_rows(Part(x.data, x.at + b * WIDTH * E), E, some, WIDTH, LANE_FLIP, Part(own.int32, p.at_row_major),
-                      Part(own.float32, p.at_xscale + b * WIDTH), own, p.at_inverse, p.at_tail)
-        turn(own.int32, p.at_row_major, WIDTH, E4, own.int32, p.at_x + b * E4 * WIDTH)
+    """Up to TOKENS rows of x, a Part, to rows of bytes, and their scales."""
+    quantize_rows(x, E, tokens, round_up(tokens, LANES), FLIP, Part(own.int32, p.at_x), Part(own.float32, p.at_xscale),
+                  own, p.at_inverse, p.at_tail)
 
 
 @inline
-def project_rows(projection, at_weight, row, rows, b, p, own, at_values):
-    """(rows, W) float32 = w x, times the scales of rows and lanes, + bias: rows of weights, tokens in lanes.
+def project_block_rows(projection, features, tokens, p, own):
+    """A quantized block's rows of `features`, from p.at_rows on; how far they are apart."""
+    row = round_up(features, WIDTH)
+    separately(project_rows, (Part(own.uint32, p.at_x), tokens, Part(own.float32, p.at_xscale), projection, row,
+                              Rows(own.float32, p.at_rows, row), own, p.at_tiles))
+    return row
 
-    Weights from at_weight on are those of the projection's rows from `row` on; b: which block of W tokens.
+
+@inline
+def turn_head(h, size, row, blocks, p, own):
+    """A head's features of `blocks` blocks of W tokens, each (size, W), from p.at_scores on; how far these are apart.
+
+    Tokens that there are not have any features.
     """
-    depth4, at_x, at_xscale = projection.depth4, p.at_x + b * projection.depth4 * WIDTH, p.at_xscale + b * WIDTH
-    at_terms, at_factors, at_bias = projection.at_terms + row, projection.at_factors + row, projection.at_bias + row
-    lane_product(False, True, Rows(projection.weights, at_weight, depth4), rows, Part(own.uint32, at_x), depth4,
-                 Part(own.int32, at_values))
-    for c in range(0, WIDTH, LANES):
-        scale = load(own.float32, at_xscale + c)
-        for d in range(rows):
-            at = at_values + d * WIDTH + c
-            v = add_lane_term(load(own.int32, at), projection.weights, at_terms + d)
-            v = fma(to_float(v) * broadcast(projection.factors, at_factors + d), scale,
-                    broadcast(projection.bias, at_bias + d))
-            store(own.float32, at, v)
-
-
-@inline
-def project_heads(projection, h0, count, size, p, own):
-    """Rows of `count` heads from h0 on, that go together, blocks from p.at_scores on; how far these are apart."""
-    together = heads_together(size)
-    group_rows = round_up(together * size, ROW_STEP)
-    at_weight = projection.at + h0 // together * group_rows * projection.depth4
-    for b in range(BLOCKS):
-        project_rows(projection, at_weight, h0 * size, count * size, b, p, own, p.at_scores + b * group_rows * WIDTH)
-    return group_rows * WIDTH
+    step = round_up(size, LANES) * WIDTH
+    for b in range(blocks):
+        for c in range(0, WIDTH, LANES):
+            for d in range(0, size, LANES):
+                transpose_block(own.float32, p.at_rows + (b * WIDTH + c) * row + h * size + d, row, own.float32,
+                                p.at_scores + b * step + d * WIDTH + c, WIDTH)
+    return step
 
 
 @inline
@@ -134,22 +115,21 @@ def keys_memory(p, a, scratch, batch):
 
 
 @inline
-def project_queries(projection, t, p, a, shared, own):
+def project_queries(projection, t, blocks, tokens, p, a, shared, own):
     """Queries of a quantized block of tokens from t on, quantized again: bytes (blocks, heads, size / 4, W)."""
     H, size = p.heads, p.padded_head
     D4, at_scales = size // 4, p.at_qscale + t * H
     at_queries = p.at_queries + t * H * D4
-    for h0 in range(0, H, heads_together(size)):
-        count = min(heads_together(size), H - h0)
-        step = project_heads(projection, h0, count, size, p, own)
-        for b in range(BLOCKS):
-            for h in range(h0, h0 + count):
-                at, number = p.at_scores + b * step + (h - h0) * size * WIDTH, b * H + h
-                if p.q_norm != 0 or p.pairs > 0:
-                    place_queries(own.float32, at, p, projection.factors, pointer_to(a.table, np.float32),
-                                  t + b * WIDTH, p.at_inverse)
-                quantize_queries(Part(own.float32, at), size, Part(shared.int32, at_queries + number * D4 * WIDTH),
-                                 Part(shared.float32, at_scales + number * WIDTH))
+    row = project_block_rows(projection, H * size, tokens, p, own)
+    for h in range(H):
+        step = turn_head(h, size, row, blocks, p, own)
+        for b in range(blocks):
+            at, number = p.at_scores + b * step, b * H + h
+            if p.q_norm != 0 or p.pairs > 0:
+                place_queries(own.float32, at, p, projection.factors, pointer_to(a.table, np.float32), t + b * WIDTH,
+                              p.at_inverse)
+            quantize_queries(Part(own.float32, at), size, Part(shared.int32, at_queries + number * D4 * WIDTH),
+                             Part(shared.float32, at_scales + number * WIDTH))
 
 
 @inline
@@ -159,56 +139,54 @@ def places_keys(p):
 
 
 @inline
-def project_keys(projection, t, smoothing, p, a, shared, own):
+def project_keys(projection, t, blocks, tokens, smoothing, p, a, shared, own):
     """Keys of a quantized block of tokens from t on, to rows of bytes; smoothing: their mean is left out, and kept.
 
     Without it the projection has left that out already, unless keys are normed or rotated between.
     """
     Hkv, size, S_up = p.kv_heads, p.padded_head, round_up(p.keys, TOKENS)
     K4 = round_up(Hkv * size // 4, LANES)
-    for h0 in range(0, Hkv, heads_together(size)):
-        count = min(heads_together(size), Hkv - h0)
-        step = project_heads(projection, h0, count, size, p, own)
+    row = project_block_rows(projection, Hkv * size, tokens, p, own)
+    if smoothing:  # beside the mean, for the blocks that have it for a bias
+        for f in range(0, row, LANES):
+            store(shared.float32, p.at_key_factors + f, load(projection.factors, projection.at_factors + f))
+    for h in range(Hkv):
+        step = turn_head(h, size, row, blocks, p, own)
         if places_keys(p):
-            for b in range(BLOCKS):
-                for h in range(count):
-                    place_keys(own.float32, p.at_scores + b * step + h * size * WIDTH, p, projection.factors,
-                               pointer_to(a.table, np.float32), t + b * WIDTH, p.at_inverse)
+            for b in range(blocks):
+                place_keys(own.float32, p.at_scores + b * step, p, projection.factors, pointer_to(a.table, np.float32),
+                           t + b * WIDTH, p.at_inverse)
             if not smoothing:
-                add_to_tokens(own.float32, p.at_scores, step, count * size, shared.float32, p.at_mean + h0 * size)
+                add_to_tokens(own.float32, p.at_scores, step, size, shared.float32, p.at_mean + h * size)
         if smoothing:
-            subtract_mean(own.float32, p.at_scores, step, count * size, p.at_weights, shared.float32,
-                          p.at_mean + h0 * size)
-        for b in range(BLOCKS):
-            for h in range(h0, h0 + count):
-                at, token = p.at_scores + b * step + (h - h0) * size * WIDTH, h * S_up + t + b * WIDTH
-                quantize_keys(Part(own.float32, at), size,
-                              Part(own.int32, p.at_keys + b * K4 * WIDTH + h * size // 4 * WIDTH),
-                              Part(shared.float32, p.at_kscale + token), Part(shared.int32, p.at_kterm + token))
-    for b in range(BLOCKS):
+            subtract_mean(own.float32, p.at_scores, step, size, p.at_weights, shared.float32, p.at_mean + h * size)
+        for b in range(blocks):
+            token = h * S_up + t + b * WIDTH
+            quantize_keys(Part(own.float32, p.at_scores + b * step), size,
+                          Part(own.int32, p.at_keys + b * K4 * WIDTH + h * size // 4 * WIDTH),
+                          Part(shared.float32, p.at_kscale + token), Part(shared.int32, p.at_kterm + token))
+    for b in range(blocks):
         keys_to_rows(own.int32, p.at_keys + b * K4 * WIDTH, K4, shared.int32, (t + b * WIDTH) * K4, K4)
 
 
 @inline
-def project_values(projection, t, smoothing, p, shared, own):
+def project_values(projection, t, blocks, tokens, smoothing, p, shared, own):
     """Values of a quantized block of tokens from t on, to rows of bytes; smoothing: a head's unit is found first."""
-    Hkv, size, S_up, row = p.kv_heads, p.padded_value, round_up(p.keys, TOKENS), values_row(p.keys)
-    for h0 in range(0, Hkv, heads_together(size)):
-        count = min(heads_together(size), Hkv - h0)
-        step = project_heads(projection, h0, count, size, p, own)
+    Hkv, size, S_up, row4 = p.kv_heads, p.padded_value, round_up(p.keys, TOKENS), values_row(p.keys)
+    row = project_block_rows(projection, Hkv * size, tokens, p, own)
+    for h in range(Hkv):
+        step = turn_head(h, size, row, blocks, p, own)
         if smoothing:
-            for h in range(h0, h0 + count):
-                for b in range(BLOCKS):
-                    for c in range(0, WIDTH, LANES):
-                        at = p.at_scores + b * step + (h - h0) * size * WIDTH + c
-                        store(own.float32, p.at_weights + b * WIDTH + c, largest_rows(own.float32, at, size))
-                shared.float32[p.at_units + h] = unit_of(own.float32, p.at_weights, own.int32, p.at_seen)
-        for b in range(BLOCKS):
-            for h in range(h0, h0 + count):
-                at, token = p.at_scores + b * step + (h - h0) * size * WIDTH, h * S_up + t + b * WIDTH
-                to = Rows(shared.int8, 4 * (p.at_values + h * size * row) + t + b * WIDTH, 4 * row)
-                quantize_values(Part(own.float32, at), size, shared.float32[p.at_units + h], to,
-                                Part(shared.float32, p.at_vlog + token), Part(shared.float32, p.at_vinverse + token))
+            for b in range(blocks):
+                for c in range(0, WIDTH, LANES):
+                    store(own.float32, p.at_weights + b * WIDTH + c,
+                          largest_rows(own.float32, p.at_scores + b * step + c, size))
+            shared.float32[p.at_units + h] = unit_of(own.float32, p.at_weights, own.int32, p.at_seen)
+        for b in range(blocks):
+            token = h * S_up + t + b * WIDTH
+            to = Rows(shared.int8, 4 * (p.at_values + h * size * row4) + t + b * WIDTH, 4 * row4)
+            quantize_values(Part(own.float32, p.at_scores + b * step), size, shared.float32[p.at_units + h], to,
+                            Part(shared.float32, p.at_vlog + token), Part(shared.float32, p.at_vinverse + token))
 
 
 @inline
@@ -220,27 +198,30 @@ def project_block(p, a, batch, block, smoothing, shared, kept, own):
     x, E, of = (a.queries, p.query_width, L) if is_query else (a.keys, p.key_width, S)
     t = (block - kv_blocks if is_query else block) * TOKENS
     tokens = min(TOKENS, of - t)
+    blocks = (tokens + WIDTH - 1) // WIDTH
     quantize_block(Part(pointer_to(x, np.float32), (batch * of + t) * E), E, tokens, p, own)
     if is_query or p.same_qk != 0:
         depth4 = depth_groups(p.query_width)
-        project_queries(Projection(weights, p.wq, p.cq, factors, p.sq, factors, p.bq, depth4), t, p, a, shared,
-                        own)
+        project_queries(Projection(weights, p.wq, p.cq, factors, p.sq, factors, p.bq, depth4), t, blocks, tokens, p,
+                        a, shared, own)
     if is_query:
         return
     if smoothing:
         for s in range(TOKENS):
             own.float32[p.at_weights + s] = own.float32[p.at_xscale + s]
         weigh_tokens(own.float32, p.at_weights, own.int32, p.at_seen)
-    own_bias = smoothing or places_keys(p)  # 0, where keys are not placed
-    minus, at_minus = (factors, p.bk) if own_bias else (kept.float32, p.at_mean)
+    reals, at_factors, at_bias = factors, p.sk, p.bk  # a bias of zeros, where keys are not placed
+    if not (smoothing or places_keys(p)):
+        reals, at_factors, at_bias = kept.float32, p.at_key_factors, p.at_mean
     depth4 = depth_groups(p.key_width)
-    project_keys(Projection(weights, p.wk, p.ck, factors, p.sk, minus, at_minus, depth4), t, smoothing, p, a, kept,
-                 own)
+    project_keys(Projection(weights, p.wk, p.ck, reals, at_factors, reals, at_bias, depth4), t, blocks, tokens,
+                 smoothing, p, a, kept, own)
     if p.same_kv == 0:
         values = pointer_to(a.values, np.float32)
         quantize_block(Part(values, (batch * S + t) * p.value_width), p.value_width, tokens, p, own)
     depth4 = depth_groups(p.value_width)
-    project_values(Projection(weights, p.wv, p.cv, factors, p.sv, factors, p.bv, depth4), t, smoothing, p, kept, own)
+    project_values(Projection(weights, p.wv, p.cv, factors, p.sv, factors, p.bv, depth4), t, blocks, tokens, smoothing,
+                   p, kept, own)
 
 
 @task
@@ -305,8 +286,8 @@ def write_rows(p, a, at_row, queries, own):
         pack_rows(own.float32, at_context + c, C, inverse_of(largest), FLIP, own.int32, p.at_context_bytes + c)
     turn(own.int32, p.at_context_bytes, C4, WIDTH, own.int32, p.at_transposed)
     output = Projection(pointer_to(a.weights, np.int32), p.wo, p.co, factors, p.so, factors, p.bo, C4)
-    linear_rows(Part(own.uint32, p.at_transposed), queries, Part(own.float32, p.at_xscale), output, Eo,
-                Rows(out, at_row, Eo), own, p.at_tiles)
+    separately(project_rows, (Part(own.uint32, p.at_transposed), queries, Part(own.float32, p.at_xscale), output, Eo,
+                              Rows(out, at_row, Eo), own, p.at_tiles))
 
 
 @task

@@ -35,7 +35,7 @@ from .simd import (
     store,
     transpose_block,
 )
-from .softmax_int8 import LOWEST_CODES
+from .softmax_int8 import LOWEST_CODES, softmax
 from .static_layout import context_rows, layout_of, project_values, values_of
 from .views import Blocks
 
@@ -50,18 +50,21 @@ def packed_depth(E):
     return round_up((E + 3) // 4, DEPTH_STEP)
 
 
-# The parameters: sizes; where panels, biases and multipliers begin in the weights; zero points; masks; where things
+# The parameters: sizes; where panels, biases and multipliers begin in the weights; zero points; numbers of rules, see
+# softmax_int8 and requantize; masks; where things
 # begin in the scratch of all threads, which keys are the first of, and in that of each; of a cache, see cached_int8.
 LAYER = record("batch queries keys query_width key_width value_width out_width heads",
                "head_size value_size padded_head padded_value has_out same_kv",
-               "wq bq mq wk bk mk wv bv mv wo bo mo ms mc", "zq zk zv zs zc zo softmax_rule",
+               "wq bq mq wk bk mk wv bv mv wo bo mo ms mc", "zq zk zv zs zc zo",
+               "softmax_rule project_rule score_rule context_rule",
                BAND, KEEP, "index_b index_h index_l index_s", "at_krow at_values",
                "at_x at_row_major at_q at_codes at_masks at_sums at_context at_softmax at_terms at_tiles",
                "at_transposed shared_size private_size", "first_slot new_tokens capacity at_step")
 # Where the arrays of a call are: queries (B, L, Eq), keys (B, S, Ek), values (B, S, Ev), out (B, L, Eo), int8; or 0 of
-# none: keep, uint8, 0 where a key is not there; lut_index, uint8, which of score_luts, int8 (n, 256), maps a score's
-# code; codes of a cache, see cached_int8; weights, int32, as the parameters say, and the softmax's table; in C order.
-ADDRESSES = record("queries keys values out keep lut_index score_luts cached_keys cached_values weights softmax")
+# none: keep and padding, as in records.py; codes of a cache, see cached_int8; lut_index, uint8, which of score_luts,
+# int8 (n, 256), maps a score's code; weights, int32, as the parameters say, and the softmax's table; in C order.
+ADDRESSES = record("queries keys values out keep padding cached_keys cached_values",
+                   "lut_index score_luts weights softmax")
 
 
 class Linear(NamedTuple):
@@ -71,15 +74,6 @@ class Linear(NamedTuple):
     bias: int
     multiplier: int
     zero_point: int
-
-
-class Rules(NamedTuple):
-    """What is compiled for: a function of softmax_int8.py, and functions of requantize.py."""
-
-    softmax: object
-    project: object
-    score: object
-    context: object
 
 
 class Seen(NamedTuple):
@@ -133,7 +127,7 @@ def key_terms(keys, tokens, D4, zero_point, out, square):
 
 
 @inline
-def fill_drop_mask(masks, keep, h, seen):
+def fill_drop_mask(masks, keep, padding, h, seen):
     """masks (groups, W) bytes: 255 where the query may see the key, else 0; keys past `last` are never seen."""
     at_keep = keep.at + h * keep.head + seen.q0 * keep.row
     for g in range(seen.groups):
@@ -146,6 +140,8 @@ def fill_drop_mask(masks, keep, h, seen):
                     is_seen = False
                 at = at_keep + min(q, seen.queries - 1) * keep.row + s * keep.key
                 if is_seen and keep.given and keep.data[at] == 0:
+                    is_seen = False
+                if is_seen and padding.given and padding.data[padding.at + s] == 0:
                     is_seen = False
                 if is_seen:
                     word |= np.uint32(255) << np.uint32(8 * j)
@@ -171,7 +167,7 @@ def map_codes(codes, score_luts, index, h, seen):
 
 
 @task
-def project_part(p, a, rules, scratch, batch, portion, worker, part):
+def project_part(p, a, scratch, batch, portion, worker, part):
     """Keys, values and key terms of `portion` tokens of one batch entry, in the layout that `attend_part` reads.
 
     scratch: int32, first those of this batch entry for all threads, then what each has to itself.
@@ -182,8 +178,8 @@ def project_part(p, a, rules, scratch, batch, portion, worker, part):
     S, Ek, Ev, Ek4, Ev4 = p.keys, p.key_width, p.value_width, packed_depth(p.key_width), packed_depth(p.value_width)
     features, v_features = round_up(p.heads * p.padded_head, WIDTH), round_up(p.heads * p.padded_value, WIDTH)
     k_row, q_zero = layout.k_block // 4, zero_bytes(np.int32(p.zq))
-    k_scaling = Scaling(weights, rules.project, p.mk, features, np.int32(p.zk))
-    v_scaling = Scaling(weights, rules.project, p.mv, v_features, np.int32(p.zv))
+    k_scaling = Scaling(weights, p.project_rule, p.mk, features, np.int32(p.zk))
+    v_scaling = Scaling(weights, p.project_rule, p.mv, v_features, np.int32(p.zv))
     k_panels = BytePanels(weights, p.wk, weights, p.bk, features, Ek4)
     v_panels = BytePanels(weights, p.wv, weights, p.bv, v_features, Ev4)
     packed, tiles, square = Part(own.int32, p.at_x), Part(own.int32, p.at_tiles), Part(own.int32, p.at_row_major)
@@ -206,17 +202,17 @@ def project_part(p, a, rules, scratch, batch, portion, worker, part):
 
 
 @inline
-def project_queries(p, a, rules, batch, q0, queries, own):
-    """Queries of a block, turned so that they are lanes: (H, groups of a head's features, W)."""
+def project_queries(p, a, batch, q0, queries, own):
+    """Queries of a block, turned so that they are lanes: (H, groups of a head's features, W); others have any codes."""
     features = round_up(p.heads * p.padded_head, WIDTH)
     Eq, Eq4, D4 = p.query_width, packed_depth(p.query_width), p.padded_head // 4
     row_major_row, q_groups = round_up(features // 4, LANES), round_up(D4, DEPTH_STEP)
     at_row_major, at_q, weights = p.at_row_major, p.at_q, pointer_to(a.weights, np.int32)
     x = Part(pointer_to(a.queries, np.int8), (batch * p.queries + q0) * Eq)
     pack_tokens(x, Eq, queries, WIDTH, Part(own.int32, p.at_x), Eq4)
-    scaling = Scaling(weights, rules.project, p.mq, features, np.int32(p.zq))
+    scaling = Scaling(weights, p.project_rule, p.mq, features, np.int32(p.zq))
     to = Blocks(own.int8, 4 * at_row_major, 4 * row_major_row, 0)
-    linear(finish_bytes, (scaling, FLIP, to), Groups(own.uint32, p.at_x, Eq4, 1), WIDTH,
+    linear(finish_bytes, (scaling, FLIP, to), Groups(own.uint32, p.at_x, Eq4, 1), round_up(queries, ROWS),
            BytePanels(weights, p.wq, weights, p.bq, features, Eq4), Part(own.int32, p.at_tiles))
     turns, turn = (1, row_major_row) if q_groups == D4 else (p.heads, q_groups)
     for h in range(turns):
@@ -229,7 +225,7 @@ def project_queries(p, a, rules, batch, q0, queries, own):
 
 
 @inline
-def score_head(p, a, rules, h, first, keys, layout, shared, own):
+def score_head(p, a, h, first, keys, layout, shared, own):
     """Scores of `keys` keys, a multiple of ROWS, from `first` on: codes of four keys to a lane."""
     D4, Dp, zq, zk = p.padded_head // 4, p.padded_head, np.int32(p.zq), np.int32(p.zk)
     q_groups, at_sums, k_row = round_up(D4, DEPTH_STEP), p.at_sums, layout.k_block // 4
@@ -244,7 +240,7 @@ def score_head(p, a, rules, h, first, keys, layout, shared, own):
             term = (term - splat(np.int32((OFFSET + zq) * Dp))) * splat(np.int32(-zk))
         store(own.int32, at_sums + c, term)
     # b. scores
-    scaling = Scaling(pointer_to(a.weights, np.int32), rules.score, p.ms, LANES, np.int32(p.zs))
+    scaling = Scaling(pointer_to(a.weights, np.int32), p.score_rule, p.ms, LANES, np.int32(p.zs))
     terms = Part(shared.int32, p.at_krow + h * layout.keys + first)
     linear(finish_scores, (scaling, terms, Part(own.int32, p.at_codes)),
            Groups(shared.int32, at_k + first * k_row, k_row, 1), keys,
@@ -261,7 +257,7 @@ def drop_codes(codes, masks, groups):
 
 
 @inline
-def context_head(p, a, rules, h, first, groups, layout, shared, own):
+def context_head(p, a, h, first, groups, layout, shared, own):
     """Probabilities times values from the key `first` on: unsigned operands (Dv / 4, W) of the head's context."""
     at_codes, at_sums, zv = p.at_codes, p.at_sums, np.int32(p.zv)
     # a. what a value zero point adds to every feature of a query
@@ -278,14 +274,14 @@ def context_head(p, a, rules, h, first, groups, layout, shared, own):
         store(own.int32, at_codes + i, splat(_NONE))
     v, terms = values_of(h, first, p, layout, shared), Part(own.int32, p.at_terms)
     store_value_terms(Part(v.data, v.at), v.step, groups, p.padded_value, terms)
-    scaling = Scaling(pointer_to(a.weights, np.int32), rules.context, p.mc, LANES, np.int32(p.zc))
+    scaling = Scaling(pointer_to(a.weights, np.int32), p.context_rule, p.mc, LANES, np.int32(p.zc))
     to = Part(own.int32, p.at_context + h * p.padded_value // 4 * WIDTH)
     linear(finish_context, (scaling, terms, to), v, p.padded_value,
            BytePanels(own.uint32, at_codes, own.int32, at_sums, WIDTH, deep), Part(own.int32, p.at_tiles))
 
 
 @inline
-def write_rows(p, a, rules, at_row, queries, own):
+def write_rows(p, a, at_row, queries, own):
     """A block's rows of the result, from at_row on: projection of the context, or the context itself."""
     H, Dv, Dvp, Eo = p.heads, p.value_size, p.padded_value, p.out_width
     out = pointer_to(a.out, np.int8)
@@ -297,14 +293,14 @@ def write_rows(p, a, rules, at_row, queries, own):
                     out[at_row + l * Eo + h * Dv + d] = own.int8[byte] ^ BYTE_FLIP
         return
     C4, Eo_up = packed_depth(H * Dvp), round_up(Eo, WIDTH)
-    project_output(p, a, rules, context_rows(p, C4, own), at_row, queries, Eo_up, own)
+    project_output(p, a, context_rows(p, C4, own), at_row, queries, Eo_up, own)
 
 
 @inline
-def project_output(p, a, rules, context, at_row, queries, features, own):
+def project_output(p, a, context, at_row, queries, features, own):
     """Output projection of the context of some queries, unsigned operands, to rows from at_row on."""
     weights = pointer_to(a.weights, np.int32)
-    scaling = Scaling(weights, rules.project, p.mo, features, np.int32(p.zo))
+    scaling = Scaling(weights, p.project_rule, p.mo, features, np.int32(p.zo))
     to = Groups(pointer_to(a.out, np.int8), at_row, p.out_width, 1)
     panels = BytePanels(weights, p.wo, weights, p.bo, features, packed_depth(p.heads * p.padded_value))
     linear(finish_output, (scaling, to, queries, Part(own.int8, 4 * p.at_x)), context, queries, panels,
@@ -312,11 +308,12 @@ def project_output(p, a, rules, context, at_row, queries, features, own):
 
 
 @task
-def attend_part(p, a, rules, scratch, batch, portion, worker, part):
+def attend_part(p, a, scratch, batch, portion, worker, part):
     """`portion` blocks of W queries of one batch entry: attention, head by head, and the output projection."""
     shared, own = parts_of(scratch, p, worker)
     layout, L, S, H = layout_of(p), p.queries, p.keys, p.heads
     keep = Mask(a.keep != 0, pointer_to(a.keep, np.uint8), batch * p.keep_b, p.keep_h, p.keep_l, p.keep_s)
+    padding = Mask(a.padding != 0, pointer_to(a.padding, np.uint8), batch * p.padding_b, 0, 0, 1)
     index = Mask(a.lut_index != 0, pointer_to(a.lut_index, np.uint8), batch * p.index_b, p.index_h, p.index_l,
                  p.index_s)
     codes, masks = Part(own.int32, p.at_codes), Part(own.int32, p.at_masks)
@@ -325,7 +322,7 @@ def attend_part(p, a, rules, scratch, batch, portion, worker, part):
     for block in range(part * portion, min((part + 1) * portion, (L + WIDTH - 1) // WIDTH)):
         q0 = block * WIDTH
         queries = min(WIDTH, L - q0)
-        project_queries(p, a, rules, batch, q0, queries, own)
+        project_queries(p, a, batch, q0, queries, own)
         first, last, _, _ = visible_range(q0, queries, S, band, p.low, p.high)
         first = first // ROWS * ROWS
         last_up = round_up(last, ROWS)
@@ -333,30 +330,26 @@ def attend_part(p, a, rules, scratch, batch, portion, worker, part):
         seen = Seen(q0, queries, first, last, groups, band, p.low, p.high)
         masked = band or has_keep or last_up > last
         for h in range(H):
-            score_head(p, a, rules, h, first, last_up - first, layout, shared, own)
+            score_head(p, a, h, first, last_up - first, layout, shared, own)
             if a.score_luts != 0 and last > first:
                 map_codes(codes, pointer_to(a.score_luts, np.int8), index, h, seen)
             if masked:
                 if h == 0 or (has_keep and p.keep_h != 0):
-                    fill_drop_mask(masks, keep, h, seen)
+                    fill_drop_mask(masks, keep, padding, h, seen)
                 drop_codes(codes, masks, groups)
-            rules.softmax(a.softmax, p.softmax_rule, codes, groups, masks, masked, Part(own.int32, p.at_softmax),
+            softmax(a.softmax, p.softmax_rule, codes, groups, masks, masked, Part(own.int32, p.at_softmax),
                           Part(own.int32, p.at_sums + WIDTH))
-            context_head(p, a, rules, h, first, groups, layout, shared, own)
-        write_rows(p, a, rules, (batch * L + q0) * p.out_width, queries, own)
+            context_head(p, a, h, first, groups, layout, shared, own)
+        write_rows(p, a, (batch * L + q0) * p.out_width, queries, own)
     matrix_release()
 
 
 @jit
-def layer_int8(softmax, project_rule, score_rule, context_rule, parameters, addresses, scratch, task_queue, count):
-    """A static int8 multi-head attention layer, see LAYER, on at most `count` threads that serve the task_queue.
-
-    The functions come first, see `Rules`: the kernel is compiled for them.
-    """
+def layer_int8(parameters, addresses, scratch, task_queue, count):
+    """A static int8 multi-head attention layer, see LAYER, on at most `count` threads that serve the task_queue."""
     p, a, memory = named(parameters, LAYER), named(addresses, ADDRESSES), address_of(scratch)
-    rules = Rules(softmax, project_rule, score_rule, context_rule)
     tokens, token_parts = portions(p.keys, TOKENS_TOGETHER, count)
     blocks, block_parts = portions((p.queries + WIDTH - 1) // WIDTH, 1, count)
     for batch in range(p.batch):
-        parallel_for(task_queue, token_parts, project_part, p, a, rules, memory, batch, tokens)
-        parallel_for(task_queue, block_parts, attend_part, p, a, rules, memory, batch, blocks)
+        parallel_for(task_queue, token_parts, project_part, p, a, memory, batch, tokens)
+        parallel_for(task_queue, block_parts, attend_part, p, a, memory, batch, blocks)

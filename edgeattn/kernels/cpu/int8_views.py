@@ -40,10 +40,10 @@ class BytePanels(NamedTuple):
 
 
 class Scaling(NamedTuple):
-    """How the sums of `features` become codes: rule(sums, data, at + feature, features) + zero_point."""
+    """How the sums of `features` become codes: requantize(sums, rule, data, at + feature, features) + zero_point."""
 
     data: object
-    rule: object
+    rule: int
     at: int
     features: int
     zero_point: object

@@ -41,6 +41,7 @@ def mark_seen(p, a, batch, first, seen, at):
     there, count, keys = 0, 0, p.keys
     at_keep, at_bias = batch * p.keep_b, batch * p.bias_b
     keep, bias, masked = pointer_to(a.keep, np.uint8), pointer_to(a.bias, np.float32), a.keep != 0 or a.bias != 0
+    padding, at_padding = pointer_to(a.padding, np.uint8), batch * p.padding_b
     for s in range(TOKENS):
         is_there = first + s < keys and in_band(p, first + s)
         there += is_there
@@ -54,6 +55,8 @@ def mark_seen(p, a, batch, first, seen, at):
                 if seen[at + s] != 0 or not in_band(p, key):
                     continue
                 if a.keep != 0 and keep[at_keep + h * p.keep_h + q * p.keep_l + key * p.keep_s] == 0:
+                    continue
+                if a.padding != 0 and padding[at_padding + key] == 0:
                     continue
                 if a.bias != 0 and not (bias[at_bias + h * p.bias_h + q * p.bias_l + key * p.bias_s] > _NO_WEIGHT):
                     continue

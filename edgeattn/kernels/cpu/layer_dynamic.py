@@ -1,6 +1,4 @@
 """Packing and calling of the dynamic int8 multi-head layer."""
-from types import SimpleNamespace
-
 import numpy as np
 from numba.extending import register_jitable
 
@@ -10,16 +8,15 @@ from edgeattn.runtime.plan_cache import PlanCache
 
 from . import fused_dynamic as f
 from .attend_dynamic import KEY_BLOCK
-from .byte_products import DEPTH_STEP, READ_AHEAD, ROW_STEP, pack_byte_panels, pack_byte_rows
+from .byte_products import DEPTH_STEP, READ_AHEAD, ROW_STEP, pack_byte_panels
 from .call import PreparedCall
 from .dynamic import STEP, TOKENS
-from .int8_operands import LANE_SHIFT
-from .layer_float32 import _LOG2_E, shape_of
+from .layer_float32 import _LOG2_E
 from .linear_dynamic import TILES_SIZE, join_depth
-from .matmul import round_up
+from .matmul import pad_heads, round_up
 from .packing import Packer
 from .positions import norm_fields, rotary_fields, rotary_table
-from .records import blank, mask_fields, named_fields, packed, place
+from .records import NO_MASKS, blank, copy_of, named_fields, packed, place, set_masks, shapes_of
 from .simd import LANES, OFFSET, WIDTH
 
 SMALLEST_WEIGHT = np.float32(2.0**-100)  # a row of smaller ones is a row of zeros: float32 ends not far below
@@ -47,23 +44,24 @@ def plan(p, B, L, S, masked):
     p.at_kscale, shared = place(shared, Hkv * S_up)
     p.at_vlog, shared = place(shared, Hkv * S_up)
     p.at_vinverse, shared = place(shared, Hkv * S_up)
-    p.at_mean, shared = place(shared, Hkv * Dp + LANES)
+    p.at_mean, shared = place(shared, round_up(Hkv * Dp, WIDTH) + LANES)
+    p.at_key_factors, shared = place(shared, round_up(Hkv * Dp, WIDTH))
     p.at_smooth, shared = place(shared, 1)
     p.at_units, shared = place(shared, Hkv)
     p.kept_size = shared
     p.at_queries, shared = place(shared, L_up * H * D4)
     p.at_qscale, shared = place(shared, L_up * H)
-    p.at_row_major, private = place(0, WIDTH * deepest)
-    p.at_x, private = place(private, TOKENS * deepest)
+    p.at_x, private = place(0, TOKENS * deepest)
+    p.at_rows, private = place(private, TOKENS * round_up(max(H * Dp, Hkv * Dvp), WIDTH) + LANES)
     p.at_xscale, private = place(private, TOKENS)
-    p.at_inverse, private = place(private, WIDTH)
+    p.at_inverse, private = place(private, TOKENS)
     p.at_tail, private = place(private, STEP)
     p.at_weights, private = place(private, TOKENS)
     p.at_seen, private = place(private, TOKENS)
     p.at_keys, private = place(private, TOKENS * K4)
     p.at_q, private = place(private, round_up(D4, DEPTH_STEP) * WIDTH)
-    rows = max(32, Dp, Dvp) + max(ROW_STEP, LANES)  # of one product, for all tokens or for W of them
-    p.at_scores, private = place(private, max((KEY_BLOCK + ROW_STEP) * WIDTH, rows * TOKENS))
+    rows = round_up(max(Dp, Dvp), LANES)  # of a head, for all tokens
+    p.at_scores, private = place(private, max((max(KEY_BLOCK, Dvp) + ROW_STEP) * WIDTH, rows * TOKENS))
     p.at_probabilities, private = place(private, KEY_BLOCK // 4 * WIDTH)
     p.at_stats, private = place(private, 6 * WIDTH)
     p.at_dither, private = place(private, KEY_BLOCK)
@@ -74,22 +72,6 @@ def plan(p, B, L, S, masked):
     p.at_masks, private = place(private, (S + 4) * WIDTH if masked else 0)
     p.shared_size, p.private_size = shared, private
     return shared, private
-
-
-def widen_heads(array, heads, size, padded):
-    """(heads * size, ...) -> (heads * padded, ...), zeros between: `matmul.pad_heads` without those after."""
-    out = np.zeros((heads, padded) + array.shape[1:], array.dtype)
-    out[:, :size] = array.reshape((heads, size) + array.shape[1:])
-    return out.reshape((heads * padded,) + array.shape[1:])
-
-
-def pack_heads(codes, heads, size):
-    """int8 codes (heads * size, depth) -> int32 for `project_heads`: what is projected at once in whole tiles."""
-    together = f.heads_together(size)
-    groups = -(-heads // together)
-    codes = np.concatenate((codes, np.zeros(((groups * together - heads) * size, codes.shape[1]), np.int8)))
-    codes = widen_heads(codes, groups, together * size, round_up(together * size, ROW_STEP))
-    return pack_byte_rows(join_depth(codes))
 
 
 class DynamicLayer:
@@ -116,9 +98,9 @@ class DynamicLayer:
         Dp, Dvp = round_up(D, 4), round_up(Dv, 4)
         weights, reals = Packer(np.int32), Packer(np.float32)
 
-        def put_linear(letter, words, codes, shift, factors, bias):
-            weights.put("w" + letter, words)
-            weights.put("c" + letter, -shift * codes.astype(np.int32).sum(1))
+        def put_linear(letter, codes, factors, bias):
+            weights.put("w" + letter, pack_byte_panels(codes))
+            weights.put("c" + letter, -OFFSET * codes.astype(np.int32).sum(1))
             reals.put("s" + letter, factors)
             reals.put("b" + letter, bias)
 
@@ -130,8 +112,8 @@ class DynamicLayer:
                 ("v", v, v_bias, Hkv, Dv, Dvp, 1.0)):
             bias = np.zeros(heads * size, np.float32) if bias is None else bias
             factors, bias = ((a.astype(np.float64) * factor).astype(np.float32) for a in (factors, bias))
-            codes, factors, bias = (widen_heads(a, heads, size, wide) for a in (codes, factors, bias))
-            put_linear(letter, pack_heads(codes, heads, wide), codes, LANE_SHIFT, factors, bias)
+            codes, factors, bias = (pad_heads(a, heads, size, wide) for a in (join_depth(codes), factors, bias))
+            put_linear(letter, codes, factors, bias)
         Eo = H * Dv
         if o is not None:
             Eo = o[0].shape[0]
@@ -143,7 +125,7 @@ class DynamicLayer:
             factors[:Eo] = o[1]
             if out_bias is not None:
                 bias[:Eo] = out_bias
-            put_linear("o", pack_byte_panels(spread), spread, OFFSET, factors, bias)
+            put_linear("o", spread, factors, bias)
         positions = norm_fields(reals, q_norm, k_norm, fold) | rotary_fields(rotary)
         self._rotary = rotary
         self.weights, self.factors = weights.packed(), reals.packed()
@@ -155,31 +137,29 @@ class DynamicLayer:
         self.output_dim = Eo
         self._plans = PlanCache()
 
-    def prepare(self, xq, xk, xv, keep=None, bias=None, band=None, alibi=None, position=0):
-        """The `PreparedCall` for inputs and masks of such shapes, some of them perhaps the same array."""
-        key = (*xq.shape[:2], xk.shape[1], xq is xk, xk is xv, shape_of(keep), shape_of(bias), band, shape_of(alibi),
-               position)
+    def prepare(self, xq, xk, xv, masks=NO_MASKS, position=0):
+        """The `PreparedCall` for inputs, some of them perhaps the same array; the rest as `FloatLayer.prepare`'s."""
+        key = (*xq.shape[:2], xk.shape[1], xq is xk, xk is xv, masks, position)
         return self._plans.get(key) or self._plans.keep(key, self._plan(*key))
 
-    def prepare_kept(self, xq, keys, keep=None, bias=None, band=None, alibi=None, position=0):
+    def prepare_kept(self, xq, keys, masks=NO_MASKS, position=0):
         """The `PreparedCall` for queries, and so many keys of what `keep_keys` gave, which it takes last."""
-        key = (*xq.shape[:2], keys, False, False, shape_of(keep), shape_of(bias), band, shape_of(alibi), position,
-               "kept")
+        key = (*xq.shape[:2], keys, False, False, masks, position, True)
         return self._plans.get(key) or self._plans.keep(key, self._plan(*key))
 
     def keep_keys(self, xk, xv, keep=None):
-        """Keys and values of xk (B, S, Ek) and xv (B, S, Ev), as calls read them: an array. keep: as for `prepare`."""
+        """Keys and values of xk (B, S, Ek) and xv (B, S, Ev), as calls read them: an array. keep: as in calls."""
         B, S, _ = xk.shape
-        call = self._plan(B, 0, S, False, xk is xv, shape_of(keep))
+        call = self._plan(B, 0, S, False, xk is xv, shapes_of(keep))
         kept = threads.aligned(B * named_fields(call.parameters, f.LAYER).kept_size, np.int32)
         kept[:] = 0
-        call(xk, xk, xv, None, keep, None, None, kept)
+        call(xk, xk, xv, None, keep, None, None, None, kept)
         return kept
 
-    def _plan(self, B, L, S, same_qk, same_kv, keep=None, bias=None, band=None, alibi=None, position=0, kept=""):
-        p = SimpleNamespace(**vars(self.parameters) | mask_fields(keep, bias, band, alibi))
-        p.same_qk, p.same_kv, p.is_kept = same_qk, same_kv, kept == "kept"
-        shared, private = plan(p, B, L, S, keep is not None or bias is not None or alibi is not None)
+    def _plan(self, B, L, S, same_qk, same_kv, masks, position=0, is_kept=False):
+        p = copy_of(self.parameters)
+        p.same_qk, p.same_kv, p.is_kept = same_qk, same_kv, is_kept
+        shared, private = plan(p, B, L, S, set_masks(p, masks))
         table = rotary_table(self._rotary, L, S, position)
         p.query_position, p.table_step = position, 0 if table is None else table.shape[1]
         H, Hkv, Dp, Dvp = p.heads, p.kv_heads, p.padded_head, p.padded_value
@@ -191,5 +171,6 @@ class DynamicLayer:
 
     def __call__(self, xq, xk, xv, out, keep=None, bias=None, band=None, alibi=None, position=0):
         """out (B, L, Eo) from xq (B, L, Eq), xk (B, S, Ek), xv (B, S, Ev): float32, C order; masks as FloatLayer."""
-        self.prepare(xq, xk, xv, keep, bias, band, alibi, position)(xq, xk, xv, out, keep, bias, alibi)
+        masks = shapes_of(keep, None, bias, band, alibi)
+        self.prepare(xq, xk, xv, masks, position)(xq, xk, xv, out, keep, None, bias, alibi)
         return out

@@ -1,6 +1,4 @@
 """Packing and calling of the float32 multi-head layer."""
-from types import SimpleNamespace
-
 import numpy as np
 from numba.extending import register_jitable
 
@@ -13,16 +11,11 @@ from .call import PreparedCall
 from .matmul import pack_panels, pad_heads, padded_head, round_up
 from .packing import Packer
 from .positions import norm_fields, rotary_fields, rotary_table
-from .records import blank, mask_fields, named_fields, packed, place
+from .records import NO_MASKS, blank, copy_of, named_fields, packed, place, set_masks, shapes_of
 from .simd import LANES, ROWS, WIDTH
 
 GROUP = 1 << 17  # elements of keys and values in scratch at a time, where a head does not need more: 512 KiB
 _LOG2_E = 1.4426950408889634
-
-
-def shape_of(mask):
-    """The shape of a mask, or None of none."""
-    return None if mask is None else mask.shape
 
 
 @register_jitable
@@ -117,28 +110,28 @@ class FloatLayer:
         self.output_dim = Eo
         self._plans = PlanCache()
 
-    def prepare(self, xq, xk, xv, keep=None, bias=None, band=None, alibi=None, position=0):
-        """The `PreparedCall` for inputs and masks of such shapes; arguments as for `DynamicLayer.prepare`."""
-        key = (*xq.shape[:2], xk.shape[1], shape_of(keep), shape_of(bias), band, shape_of(alibi), position)
+    def prepare(self, xq, xk, xv, masks=NO_MASKS, position=0):
+        """The `PreparedCall` for inputs and masks of such shapes; masks: what `shapes_of` gives; position: a call's."""
+        key = (*xq.shape[:2], xk.shape[1], masks, position)
         return self._plans.get(key) or self._plans.keep(key, self._plan(*key))
 
-    def prepare_kept(self, xq, keys, keep=None, bias=None, band=None, alibi=None, position=0):
+    def prepare_kept(self, xq, keys, masks=NO_MASKS, position=0):
         """The `PreparedCall` for queries, and so many keys of what `keep_keys` gave, which it takes last."""
-        key = ("kept", *xq.shape[:2], keys, shape_of(keep), shape_of(bias), band, shape_of(alibi), position)
-        return self._plans.get(key) or self._plans.keep(key, self._plan(*key[1:], is_kept=True))
+        key = (*xq.shape[:2], keys, masks, position, True)
+        return self._plans.get(key) or self._plans.keep(key, self._plan(*key))
 
     def keep_keys(self, xk, xv, keep=None):
-        """Keys and values of xk (B, S, Ek) and xv (B, S, Ev), as calls read them: an array. keep: as for `prepare`."""
+        """Keys and values of xk (B, S, Ek) and xv (B, S, Ev), as calls read them: an array. keep: as in calls."""
         B, S, _ = xk.shape
-        call = self._plan(B, 0, S, shape_of(keep))
+        call = self._plan(B, 0, S, shapes_of(keep))
         p = named_fields(call.parameters, f.LAYER)
         kept = threads.aligned(B * -(-p.kv_heads // p.group) * p.kept_size, np.float32)
-        call(xk, xk, xv, None, keep, None, None, kept)
+        call(xk, xk, xv, None, keep, None, None, None, kept)
         return kept
 
-    def _plan(self, B, L, S, keep=None, bias=None, band=None, alibi=None, position=0, is_kept=False):
-        p = SimpleNamespace(**vars(self.parameters) | mask_fields(keep, bias, band, alibi))
-        shared, private = plan(p, B, L, S, keep is not None or bias is not None or alibi is not None)
+    def _plan(self, B, L, S, masks, position=0, is_kept=False):
+        p = copy_of(self.parameters)
+        shared, private = plan(p, B, L, S, set_masks(p, masks))
         table = rotary_table(self._rotary, L, S, position)
         p.query_position, p.table_step = position, 0 if table is None else table.shape[1]
         p.kept_size, p.is_kept = shared, is_kept
@@ -157,5 +150,6 @@ class FloatLayer:
         alibi : (B or 1, H, 2) float64, C-contiguous, or None: a head's slope, and the position of query 0
         position : that of query 0 among the keys, for the rotation
         """
-        self.prepare(xq, xk, xv, keep, bias, band, alibi, position)(xq, xk, xv, out, keep, bias, alibi)
+        masks = shapes_of(keep, None, bias, band, alibi)
+        self.prepare(xq, xk, xv, masks, position)(xq, xk, xv, out, keep, None, bias, alibi)
         return out

@@ -1,6 +1,4 @@
 """Packing and calling of the static int8 multi-head layer."""
-from types import SimpleNamespace
-
 import numpy as np
 from numba.extending import register_jitable
 
@@ -9,21 +7,22 @@ from edgeattn.runtime.addresses import address
 from edgeattn.runtime.plan_cache import PlanCache
 
 from . import fused_int8 as f
+from . import softmax_int8
 from .byte_products import DEPTH_STEP, READ_AHEAD, TILES_SCRATCH, pack_byte_panels
 from .cached_int8 import cached_int8
 from .call import PreparedCall
 from .int8_operands import value_terms_size
-from .layer_float32 import shape_of
 from .matmul import pad_heads, padded_head, round_up
 from .packing import Packer
-from .records import blank, mask_fields, packed, place, slot
-from .requantize import RULES, encode
+from .records import NO_MASKS, blank, copy_of, packed, place, set_masks, shape_of, shapes_of, slot
+from .requantize import NUMBERS, encode
 from .simd import LANES, OFFSET, ROWS, WIDTH, byte_planes
-from .softmax_int8 import KEPT_GROUPS, SOFTMAX
+from .softmax_int8 import KEPT_GROUPS
 from .static_layout import padded_keys, turned_size, values_size
 from .step_int8 import step_sizes
 
 _KEYS, _NEW, _FIRST, _CAPACITY = (slot(f.LAYER, name) for name in ("keys", "new_tokens", "first_slot", "capacity"))
+_MASKS = slice(slot(f.LAYER, "band"), slot(f.LAYER, "padding_b") + 1)
 _MORE_KEYS = 64  # of a cache, that a plan has room for
 
 
@@ -77,7 +76,7 @@ class StaticLayer:
     softmax_table : ndarray
         (256,), of the dtype that the rule has; entry d belongs to a code d below the maximum.
     softmax : str
-        A name of SOFTMAX.
+        A name of softmax_int8.RULES.
     """
 
     def __init__(self, num_heads, linears, scores, context, zero_points, project_rule, score_rule, context_rule,
@@ -122,25 +121,35 @@ class StaticLayer:
         self.weights = weights.packed()
         self.table = threads.aligned(512, softmax_table.dtype)
         self.table[:] = byte_planes(softmax_table)
-        compute, softmax_rule = SOFTMAX[softmax]
-        self.rules = (compute, *(RULES[name] for name in (project_rule, score_rule, context_rule)))
         self._fixed = address(self.weights), address(self.table)
         self.parameters = blank(
             f.LAYER, query_width=linears["query"][0].shape[1], key_width=linears["key"][0].shape[1],
             value_width=linears["value"][0].shape[1], out_width=Eo, heads=H, head_size=D, value_size=Dv, padded_head=Dp,
-            padded_value=Dvp, has_out="output" in linears, softmax_rule=softmax_rule, zq=zero_points["query"],
-            zk=zero_points["key"], zv=zero_points["value"], zs=zero_points["scores"], zc=zero_points["context"],
-            zo=zero_points["output"] if "output" in linears else 0, **weights.at)
+            padded_value=Dvp, has_out="output" in linears, softmax_rule=softmax_int8.NUMBERS[softmax],
+            project_rule=NUMBERS[project_rule], score_rule=NUMBERS[score_rule], context_rule=NUMBERS[context_rule],
+            zq=zero_points["query"], zk=zero_points["key"], zv=zero_points["value"], zs=zero_points["scores"],
+            zc=zero_points["context"], zo=zero_points["output"] if "output" in linears else 0, **weights.at)
         self.output_dim = Eo
         self._plans = PlanCache()
 
-    def _plan(self, B, L, S, tokens, same_kv, cached, keep=None, lut_index=None, band=None):
-        """The `PreparedCall` for these shapes, of masks too, or None, and a band as a call takes it.
+    def prepare(self, xq, xk, xv, masks=NO_MASKS, lut_index=None, score_luts=None):
+        """The `PreparedCall` for inputs, some of them perhaps the same array, and masks as `FloatLayer.prepare`'s.
+
+        Its calls bring neither lut_index nor score_luts: they are where these are, and must be kept.
+        """
+        tokens = xk.shape[1]
+        key = (*xq.shape[:2], tokens, tokens, xk is xv, False, masks, shape_of(lut_index),
+               (address(lut_index), address(score_luts)))
+        return self._plans.get(key) or self._plans.keep(key, self._plan(*key))
+
+    def _plan(self, B, L, S, tokens, same_kv, cached, masks, index, luts):
+        """The `PreparedCall` for these shapes, of masks too.
 
         tokens : keys that are projected; same_kv : whether keys and values have the same input; cached : whether the
-        other keys come from a cache
+        other keys come from a cache; index : the shape of lut_index; luts : addresses of lut_index and score_luts
         """
-        p = SimpleNamespace(**vars(self.parameters) | mask_fields(keep, lut_index, band, other_name="index"))
+        p = copy_of(self.parameters)
+        set_masks(p, masks, index)
         p.same_kv = same_kv
         shared, private = plan(p, B, L, S)
         if cached:
@@ -152,7 +161,7 @@ class StaticLayer:
                     + L * S * H * (Dp + Dvp + 64)) // 3
         kernel = cached_int8 if cached else f.layer_int8
         return PreparedCall(kernel, packed(p, f.LAYER), f.ADDRESSES, np.int32, shared, private, B * work, B,
-                            self._fixed, self.rules)
+                            (*luts, *self._fixed))
 
     def __call__(self, xq, xk, xv, out, keep=None, band=None, lut_index=None, score_luts=None, cached=None):
         """out (B, L, Eo) from xq (B, L, Eq), xk (B, S, Ek), xv (B, S, Ev), all int8 and C-contiguous.
@@ -164,23 +173,23 @@ class StaticLayer:
         cached : (keys (B, H, capacity, D), values (B, H, capacity, Dv), first, S), int8 and C-contiguous: attention is
             over the S slots from `first` on, and the codes of xk and xv go into the last of these
         """
-        B, L, tokens = xq.shape[0], xq.shape[1], xk.shape[1]
-        masks = shape_of(keep), shape_of(lut_index), band
-        if cached is not None:
-            self._call_cached(xq, xk, xv, out, keep, lut_index, score_luts, cached, masks)
-            return out
-        key = (B, L, tokens, tokens, xk is xv, False, *masks)
-        call = self._plans.get(key) or self._plans.keep(key, self._plan(*key))
-        call(xq, xk, xv, out, keep, lut_index, score_luts, None, None)
+        masks = shapes_of(keep, None, None, band)
+        if cached is None:
+            self.prepare(xq, xk, xv, masks, lut_index, score_luts)(xq, xk, xv, out, keep)
+        else:
+            self._call_cached(xq, xk, xv, out, keep, (shape_of(lut_index), (address(lut_index), address(score_luts))),
+                              cached, masks)
         return out
 
-    def _call_cached(self, xq, xk, xv, out, keep, lut_index, score_luts, cached, masks):
+    def _call_cached(self, xq, xk, xv, out, keep, luts, cached, masks):
         keys, values, first, S = cached
-        key = (xq.shape[0], xq.shape[1], round_up(S, _MORE_KEYS), xk.shape[1], xk is xv, True)
+        key = (*xq.shape[:2], round_up(S, _MORE_KEYS), xk.shape[1], xk is xv, True, NO_MASKS, *luts)
         call = self._plans.get(key) or self._plans.keep(key, self._plan(*key))
         parameters = call.parameters.copy()  # a plan serves fewer keys too, and any masks
         parameters[_KEYS], parameters[_NEW], parameters[_FIRST] = S, xk.shape[1], first
         parameters[_CAPACITY] = keys.shape[2]
-        for name, value in mask_fields(*masks, other_name="index").items():
-            parameters[slot(f.LAYER, name)] = value
-        call(xq, xk, xv, out, keep, lut_index, score_luts, keys, values, parameters=parameters)
+        if masks != NO_MASKS:
+            p = copy_of(self.parameters)
+            set_masks(p, masks)
+            parameters[_MASKS] = tuple(vars(p).values())[_MASKS]
+        call(xq, xk, xv, out, keep, None, keys, values, parameters=parameters)

@@ -4,6 +4,7 @@ A kernel is given an array of int64, and a record says what each of its numbers 
 them where they lie: `p = named(parameters, LAYER)`, then `p.heads`.  Python fills in a `blank` of the same names and
 packs it.  The array is not one of records itself, because NumPy copies those field by field, and every call copies.
 """
+import struct
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,16 +14,15 @@ from numba.extending import intrinsic, register_jitable
 
 from edgeattn.shapes import strides
 
-from .matmul import round_up
-
+_FLOAT32, _INT32 = struct.Struct("f"), struct.Struct("i")
 # What records share. Of masks: whether there is a band and its edges, strides of flat masks along the axes of the
 # scores, and of ALiBi the step to the next batch entry.
 BAND = "band low high"
-KEEP = "keep_b keep_h keep_l keep_s"
+KEEP = "keep_b keep_h keep_l keep_s padding_b"
 MASKS = f"{BAND} {KEEP} bias_b bias_h bias_l bias_s alibi_b"
-# Where they are, or 0 of none: bytes of which 0 is "not kept", float32 to be added, (B or 1, H, 2) float64 slopes and
-# positions of query 0.
-MASK_ADDRESSES = "keep bias alibi"
+# Where they are, or 0 of none: bytes of which 0 is "not kept"; more of them, (B or 1, S), which are there beside others
+# alone; float32 to be added; (B or 1, H, 2) float64 slopes and positions of query 0.
+MASK_ADDRESSES = "keep padding bias alibi"
 
 
 def record(*names):
@@ -56,7 +56,7 @@ def real(typing, bits):
 
 def bits_of_real(number):
     """The bits of a number as float32, for a field that `real` reads."""
-    return int(np.float32(number).view(np.int32))
+    return _INT32.unpack(_FLOAT32.pack(number))[0]
 
 
 def blank(layout, **values):
@@ -64,10 +64,16 @@ def blank(layout, **values):
     return SimpleNamespace(**(dict.fromkeys(layout.names, 0) | values))
 
 
+def copy_of(p):
+    """Another `blank`, with the same values."""
+    return SimpleNamespace(**vars(p))
+
+
 def packed(p, layout):
     """An array of int64 of the fields of a `blank`; ValueError where it has more of them than the record."""
-    array = np.empty(len(layout), np.int64)
-    array[:] = tuple(vars(p).values())
+    array = np.fromiter(vars(p).values(), np.int64)
+    if len(array) != len(layout):
+        raise ValueError(f"p must have the {len(layout)} fields of its record, got {len(array)}")
     return array
 
 
@@ -84,20 +90,39 @@ def slot(layout, name):
 @register_jitable
 def place(start, size):
     """(start, where the next may begin) of `size` elements of scratch, the next on a cache line."""
-    return start, start + round_up(size, 16)
+    return start, start + (size + 15) // 16 * 16
 
 
-def mask_fields(keep, other, band, alibi=None, other_name="bias"):
-    """{field: value} of a band and of masks of such shapes, or None: what MASKS begins with.
+def shape_of(mask):
+    """The shape of a mask, or None of none."""
+    return None if mask is None else mask.shape
 
-    keep, other, alibi: shapes; `other` is what adds to scores, or of another name.
+
+def shapes_of(keep=None, padding=None, bias=None, band=None, alibi=None):
+    """What a plan depends on of masks, arrays or None: their shapes, and the band as it is."""
+    return shape_of(keep), shape_of(padding), shape_of(bias), band, shape_of(alibi)
+
+
+NO_MASKS = shapes_of()
+
+
+def set_masks(p, masks, index=None):
+    """Write a band, and strides of masks, into a record; whether fused.fill_mask has to write them out.
+
+    masks: what `shapes_of` gives; index: the shape of a static layer's indices of tables.
     """
-    fields = {}
+    keep, padding, bias, band, alibi = masks
     if band is not None:
-        fields["band"], fields["low"], fields["high"] = 1, *band
-    for name, shape in (("keep", keep), (other_name, other)):
-        if shape is not None:
-            fields.update(zip((f"{name}_b", f"{name}_h", f"{name}_l", f"{name}_s"), strides(shape), strict=True))
+        p.band = 1
+        p.low, p.high = band
+    if keep is not None:
+        p.keep_b, p.keep_h, p.keep_l, p.keep_s = strides(keep)
+    if padding is not None and padding[0] > 1:
+        p.padding_b = padding[3]
+    if bias is not None:
+        p.bias_b, p.bias_h, p.bias_l, p.bias_s = strides(bias)
+    if index is not None:
+        p.index_b, p.index_h, p.index_l, p.index_s = strides(index)
     if alibi is not None and alibi[0] > 1:
-        fields["alibi_b"] = 2 * alibi[1]
-    return fields
+        p.alibi_b = 2 * alibi[1]
+    return keep is not None or bias is not None or alibi is not None

@@ -18,6 +18,7 @@ from .simd import (
     round_to_int,
     select,
     splat,
+    tile_map,
     to_double,
     to_float,
     truncate,
@@ -88,6 +89,32 @@ def float64(accumulator, parameters, at, plane):
 
 
 RULES = {"float_rne": float_rne, "double": double, "ruy": ruy, "float64": float64}
+NUMBERS = {name: number for number, name in enumerate(RULES)}  # what a kernel knows a rule by
+_FLOAT_RNE, _DOUBLE, _RUY = (NUMBERS[name] for name in ("float_rne", "double", "ruy"))
+
+
+@inline
+def requantize(accumulator, rule, parameters, at, plane):
+    """A vector, by the rule of that number."""
+    if rule == _FLOAT_RNE:
+        return float_rne(accumulator, parameters, at, plane)
+    if rule == _DOUBLE:
+        return double(accumulator, parameters, at, plane)
+    if rule == _RUY:
+        return ruy(accumulator, parameters, at, plane)
+    return float64(accumulator, parameters, at, plane)
+
+
+@inline
+def requantize_tile(tile, rule, parameters, at, step, plane):
+    """The same of a tile, each column of vectors by the parameters `step` elements on from the last one's."""
+    if rule == _FLOAT_RNE:
+        return tile_map(tile, float_rne, parameters, at, step, plane)
+    if rule == _DOUBLE:
+        return tile_map(tile, double, parameters, at, step, plane)
+    if rule == _RUY:
+        return tile_map(tile, ruy, parameters, at, step, plane)
+    return tile_map(tile, float64, parameters, at, step, plane)
 
 
 def encode(rule, multipliers):

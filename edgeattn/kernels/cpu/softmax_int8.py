@@ -7,10 +7,10 @@ order, and turns each value into a probability 0..255 (the int8 code plus 128) w
   lut_u16   exponentials times 65535 as integers; `double` by the multiplier 1 / (sum / 256)
   fixed     gemmlowp exp in Q0.31, sum in Q12.19, Newton reciprocal
 
-Each has a row in SOFTMAX: the function that computes it, and the number by which this one knows it, which kernels hand
-on. The functions take (table, rule, codes, groups, masks, masked, values, rows): codes (groups, W) of scores become, in
-place, bytes of probabilities as the product with V wants them.
+`softmax` takes (table, rule, codes, groups, masks, masked, values, rows): codes (groups, W) of scores become, in place,
+bytes of probabilities as the product with V wants them.
 
+  rule    a number of NUMBERS
   table   address of 256 entries as `simd.byte_planes` arranges them: float32 for lut_f32, int32 for the others
   codes, masks, values, rows: Parts, of int32
   masks   (groups, W) bytes 0 or 255; a key whose byte is 0 is not there
@@ -136,7 +136,7 @@ def _float_probability(e, inverse):
 
 
 @inline
-def softmax_float(address, rule, codes, groups, masks, masked, kept, rows):
+def _softmax_float(address, codes, groups, masks, masked, kept):
     """The rule lut_f32."""
     table, values = pointer_to(address, np.float32), Part(pointer_to(address_of(kept.data), np.float32), kept.at)
     m0, m1 = maximum_codes(codes, groups)
@@ -204,9 +204,9 @@ def _integer_probability(e, q, right):
 
 
 @inline
-def softmax_integer(address, rule, codes, groups, masks, masked, values, rows):
-    """The rules lut_u16 and, where `rule` is not 0, fixed."""
-    table, fixed = pointer_to(address, np.int32), rule != 0
+def _softmax_integer(address, fixed, codes, groups, masks, masked, values, rows):
+    """The rules lut_u16 and, where it is so, fixed."""
+    table = pointer_to(address, np.int32)
     m0, m1 = maximum_codes(codes, groups)
     for c in range(2):
         total = splat(np.int32(0))
@@ -253,4 +253,15 @@ def _clamp_shift(shift):
     return smaller(maximum(shift, splat(np.int32(0))), splat(np.int32(31)))
 
 
-SOFTMAX = {"lut_f32": (softmax_float, 0), "lut_u16": (softmax_integer, 0), "fixed": (softmax_integer, 1)}
+RULES = "lut_f32", "lut_u16", "fixed"
+NUMBERS = {name: number for number, name in enumerate(RULES)}  # what a kernel knows a rule by
+_LUT_F32, _FIXED = NUMBERS["lut_f32"], NUMBERS["fixed"]
+
+
+@inline
+def softmax(address, rule, codes, groups, masks, masked, values, rows):
+    """By the rule of that number."""
+    if rule == _LUT_F32:
+        _softmax_float(address, codes, groups, masks, masked, values)
+    else:
+        _softmax_integer(address, rule == _FIXED, codes, groups, masks, masked, values, rows)

@@ -19,6 +19,7 @@ from .decode_int8 import CHUNK, QUADS, interleaved, key_panels, value_panels
 from .int8_operands import BYTE_FLIP, FLIP, LANE_SHIFT
 from .int8_views import BytePanels, Groups, Mask, Part, Scaling, parts_of
 from .matmul import round_up
+from .requantize import requantize
 from .simd import (
     LANES,
     MATRIX_ROWS,
@@ -35,7 +36,7 @@ from .simd import (
     splat,
     store,
 )
-from .softmax_int8 import LOWEST_CODES
+from .softmax_int8 import LOWEST_CODES, softmax
 from .views import Blocks, Rows
 
 _FAR, _FAR_BELOW = np.int32(1 << 12), np.int32(-1 << 12)  # beyond every code, whatever the zero point
@@ -75,13 +76,13 @@ def buffers_of(p, own):
 
 
 @inline
-def project_codes(p, a, rules, x, E, tokens, to, padded, own):
+def project_codes(p, a, x, E, tokens, to, padded, own):
     """Codes of at most W tokens of x to p.at_row_major, where their rows are so many bytes apart; to: Linear."""
     rows, depth4 = round_up(tokens, ROWS), f.packed_depth(E)
     features = round_up(p.heads * padded, WIDTH)
     row, weights = 4 * round_up(features // 4, LANES), pointer_to(a.weights, np.int32)
     f.pack_tokens(x, E, tokens, rows, Part(own.int32, p.at_x), depth4)
-    scaling = Scaling(weights, rules.project, to.multiplier, features, np.int32(to.zero_point))
+    scaling = Scaling(weights, p.project_rule, to.multiplier, features, np.int32(to.zero_point))
     linear(f.finish_bytes, (scaling, np.int32(0), Blocks(own.int8, 4 * p.at_row_major, row, 0)),
            Groups(own.uint32, p.at_x, depth4, 1), rows,
            BytePanels(weights, to.weight, weights, to.bias, features, depth4), Part(own.int32, p.at_tiles))
@@ -121,7 +122,7 @@ def write_probabilities(codes, at, count, digits):
 
 
 @inline
-def score_codes(p, a, rules, batch, head, lane, own, buffers):
+def score_codes(p, a, batch, head, lane, own, buffers):
     """A head's scores of all keys, as codes of four keys to an element, to its lane of the codes (keys / 4, W)."""
     D, S, zq, zs = p.head_size, p.keys, np.int32(p.zq), np.int32(p.zs)
     deep, depth4 = round_up(round_up(D, CHUNK) // 4, 16), round_up(round_up(D, CHUNK) // 4, DEPTH_STEP)
@@ -137,7 +138,7 @@ def score_codes(p, a, rules, batch, head, lane, own, buffers):
         for s in range(0, count, LANES):
             twice = load(sums, s)
             acc = twice + twice + load(sums, BLOCK + s) - excess
-            store(sums, s, shifted(rules.score(acc, weights, p.ms, LANES), zs))
+            store(sums, s, shifted(requantize(acc, p.score_rule, weights, p.ms, LANES), zs))
         for s in range(0, count, CHUNK):
             store(sums, s, join_bytes(load(sums, s), load(sums, s + LANES), load(sums, s + 2 * LANES),
                                       load(sums, s + 3 * LANES)))
@@ -160,7 +161,7 @@ def drop_rest(S, codes, masks):
 
 
 @inline
-def context_codes(p, a, rules, batch, head, lane, own, buffers):
+def context_codes(p, a, batch, head, lane, own, buffers):
     """A head's context, positions as `interleaved` says, to the row of unsigned operands that the output reads."""
     Dv, S, zv, zc = p.value_size, p.keys, np.int32(p.zv), np.int32(p.zc)
     Dv_up, sums, context, weights = round_up(Dv, CHUNK), buffers.sums, buffers.context, pointer_to(a.weights, np.int32)
@@ -179,7 +180,7 @@ def context_codes(p, a, rules, batch, head, lane, own, buffers):
             store(context, d, load(context, d) + twice + twice + load(sums, Dv_up + d))
     excess = splat(np.int32(total * (LANE_SHIFT + zv)))
     for d in range(0, Dv_up, LANES):
-        store(context, d, shifted(rules.context(load(context, d) - excess, weights, p.mc, LANES), zc))
+        store(context, d, shifted(requantize(load(context, d) - excess, p.context_rule, weights, p.mc, LANES), zc))
     for d in range(Dv_up):
         feature = interleaved(d)
         if feature < Dv:
@@ -188,7 +189,7 @@ def context_codes(p, a, rules, batch, head, lane, own, buffers):
 
 
 @task
-def step_part(p, a, rules, scratch, batch, worker, part):
+def step_part(p, a, scratch, batch, worker, part):
     """A batch entry's one query against its S keys and values, all of which it sees.
 
     There is one part, and one table of score_luts.
@@ -201,22 +202,22 @@ def step_part(p, a, rules, scratch, batch, worker, part):
     matrix_configure(own.int32, p.at_tiles)
     # 1. the query of all heads
     query = f.Linear(p.wq, p.bq, p.mq, p.zq)
-    project_codes(p, a, rules, Part(pointer_to(a.queries, np.int8), batch * Eq), Eq, 1, query, p.padded_head, own)
+    project_codes(p, a, Part(pointer_to(a.queries, np.int8), batch * Eq), Eq, 1, query, p.padded_head, own)
     for h0 in range(0, H, WIDTH):
         heads = min(WIDTH, H - h0)
         # 2. scores, with heads in lanes
         for h in range(heads):
-            score_codes(p, a, rules, batch, h0 + h, h, own, buffers)
+            score_codes(p, a, batch, h0 + h, h, own, buffers)
         if a.score_luts != 0:
             f.map_codes(codes, pointer_to(a.score_luts, np.int8), index, 0, seen)
         # 3. probabilities of the S keys
         if masked:
             drop_rest(S, buffers.codes, masks)
-        rules.softmax(a.softmax, p.softmax_rule, codes, groups, masks, masked, Part(own.int32, p.at_softmax),
+        softmax(a.softmax, p.softmax_rule, codes, groups, masks, masked, Part(own.int32, p.at_softmax),
                       Part(own.int32, p.at_sums + WIDTH))
         # 4. context
         for h in range(heads):
-            context_codes(p, a, rules, batch, h0 + h, h, own, buffers)
+            context_codes(p, a, batch, h0 + h, h, own, buffers)
     # 5. output
     out = pointer_to(a.out, np.int8)
     if p.has_out == 0:
@@ -226,5 +227,5 @@ def step_part(p, a, rules, scratch, batch, worker, part):
                 out[batch * Eo + h * Dv + d] = byte ^ BYTE_FLIP
     else:
         context = Groups(own.uint32, p.at_context, f.packed_depth(H * p.padded_value), 1)
-        f.project_output(p, a, rules, context, batch * Eo, 1, round_up(Eo, WIDTH), own)
+        f.project_output(p, a, context, batch * Eo, 1, round_up(Eo, WIDTH), own)
     matrix_release()

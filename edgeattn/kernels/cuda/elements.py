@@ -1,9 +1,10 @@
-"""What is done number by number: the mean of probabilities over heads, and a gate."""
+"""What is done number by number: means over heads, gates, sums; and rows taken by their numbers."""
 from edgeattn.kernels.cuda.language import Kernel, float32, int32, specialised
 from edgeattn.kernels.cuda.ptx import (
     block_x,
     divide,
     float_of_bits,
+    load_b32,
     load_f32,
     quotient,
     remainder,
@@ -68,3 +69,50 @@ def gate():
         store_f32(good, to, y)
 
     return Kernel(gate_kernel, G_ADDRESSES, G_NUMBERS, THREADS, 0)
+
+
+# -- sum -------------------------------------------------------------------------------------------------------------
+(S_X, S_Y, S_OUT, S_ADDRESSES) = range(4)
+(S_SIZE, S_T, S_WIDTH, S_OUT_B, S_OUT_T, S_NUMBERS) = range(6)
+
+
+@specialised
+def add_rows():
+    """The kernel: out (B, T, width) = x + y, both (B, T, width) in C order, out by its strides; float32.
+
+    Grid ceil(B T width / 128).
+    """
+
+    def add_kernel(a, p):
+        n = int32(block_x() * THREADS + thread())
+        good = n < p[S_SIZE]
+        row = quotient(n, p[S_WIDTH])
+        to = (a[S_OUT] + times_wide(quotient(row, p[S_T]), p[S_OUT_B]) + times_wide(remainder(row, p[S_T]), p[S_OUT_T])
+              + times(remainder(n, p[S_WIDTH]), 4))
+        at = times_wide(n, 4)
+        store_f32(good, to, load_f32(good, a[S_X] + at) + load_f32(good, a[S_Y] + at))
+
+    return Kernel(add_kernel, S_ADDRESSES, S_NUMBERS, THREADS, 0)
+
+
+# -- rows by their numbers -------------------------------------------------------------------------------------------
+(T_X, T_ROWS, T_OUT, T_ADDRESSES) = range(4)
+
+
+@specialised
+def take_rows():
+    """The kernel: out[r] = x[rows[r]], zeros for a number below 0; x (..., width) float32 and rows int32 in C order.
+
+    Numbers and grid as `add_rows`.
+    """
+
+    def take_kernel(a, p):
+        n = int32(block_x() * THREADS + thread())
+        good = n < p[S_SIZE]
+        row, d = quotient(n, p[S_WIDTH]), times(remainder(n, p[S_WIDTH]), 4)
+        to = a[T_OUT] + times_wide(quotient(row, p[S_T]), p[S_OUT_B]) + times_wide(remainder(row, p[S_T]), p[S_OUT_T])
+        taken = load_b32(good, a[T_ROWS] + times_wide(row, 4))
+        x = a[T_X] + times_wide(taken, int32(p[S_WIDTH] * 4))
+        store_f32(good, to + d, load_f32(good & (taken >= 0), x + d))
+
+    return Kernel(take_kernel, T_ADDRESSES, S_NUMBERS, THREADS, 0)

@@ -252,6 +252,13 @@ def mean_of_heads(x, out, stream):
                     [B * L * S, H, L * S, bits(H)], stream)
 
 
+def open_gate(gate, x, stream):
+    """x (B, T, width) *= sigmoid(gate), gate as many numbers in C order; float32."""
+    size, (_, T, width) = gate.size, x.shape
+    launch(el.gate(), (ceil_div(size, el.THREADS), 1, 1), [gate.pointer, x.pointer], [size, T, width, *x.strides[:2]],
+           stream)
+
+
 def both(keep, padding, stream, like):
     """`keep` (B or 1, H or 1, L or 1, S or 1) and `padding` (B, S), Views, as one of (B, H or 1, L or 1, S)."""
     shape = (padding.shape[0], *keep.shape[1:3], padding.shape[1])

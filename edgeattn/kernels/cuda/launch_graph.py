@@ -50,6 +50,7 @@ class LaunchGraph:
 
     def __init__(self, device):
         self.launches, self.scratch, self.device = [], 0, device
+        self._end = 0  # of the scratch memory that is in use
         self._starters = {}  # by driver
 
     def launch(self, kernel, grid, addresses, numbers):
@@ -59,9 +60,17 @@ class LaunchGraph:
 
     def place(self, view):
         """The View of new memory with an address that tells its place."""
-        offset = self.scratch
-        self.scratch += -(-view.size * view.dtype.itemsize // _ALIGNED) * _ALIGNED
+        offset = self._end
+        self._end += -(-view.size * view.dtype.itemsize // _ALIGNED) * _ALIGNED
+        self.scratch = max(self.scratch, self._end)
         return dataclasses.replace(view, pointer=Address(view.pointer, self.SCRATCH, offset))
+
+    @contextlib.contextmanager
+    def reusing(self):
+        """A block after which nobody reads the memory that it made: launches keep their order."""
+        begin = self._end
+        yield
+        self._end = begin
 
     def replay(self, gpu, pointers, stream):
         """All launches, `device` being the current one; pointers of the arrays, then of scratch memory, then 0."""

@@ -1,23 +1,22 @@
-"""Layers on the device: projections around attention, from arrays to launches. Letters as in host.py."""
+"""What layers have on the device: the parameters of linear maps and of static attention, and their launches.
+
+Which follows upon which is not said here: edgeattn/executors/cuda/ops.py. Letters as in host.py.
+"""
 import dataclasses
 
 import numpy as np
 
 from edgeattn.kernels.cuda import attention as fa
-from edgeattn.kernels.cuda import elements as el
 from edgeattn.kernels.cuda import int8 as i8
 from edgeattn.kernels.cuda import linear as fl
 from edgeattn.kernels.cuda.arrays import View, view
 from edgeattn.kernels.cuda.driver import driver
 from edgeattn.kernels.cuda.host import (
     address,
-    attend,
-    attend_int8,
     ceil_div,
     check_heads,
     check_reach,
     is_wide,
-    masks_part,
     part,
     round_up,
     scratch,
@@ -28,9 +27,14 @@ from edgeattn.kernels.cuda.launch_graph import launch
 from edgeattn.kernels.cuda.rules import planes
 
 
-def _owned(array):
+def owned(array):
     """A View of our own memory with the elements of a NumPy array."""
     return view("weights", driver().array(array))
+
+
+def batched(x):
+    """Rows (tokens, features) as (1, tokens, features), or those of (B, L, features) as they are."""
+    return x if x.ndim == 3 else View(x.owner, x.pointer, (1, *x.shape), (0, *x.strides), x.dtype, x.read_only)
 
 
 def repeated(x, batch):
@@ -50,6 +54,13 @@ class Projection:
 
 def project(projections, stream):
     """Up to three float32 projections in one launch; x (B, T, E) C-contiguous, out (B, heads, T, size)."""
+    a, p, grid = project_addresses(projections)
+    wide = is_wide([one.x for one in projections] + [one.weight for one in projections])
+    launch(fl.linear(wide), grid, a, p, stream)
+
+
+def project_addresses(projections):
+    """(addresses, numbers, grid) of what `project` launches."""
     a, p = [0] * fl.A_COUNT, [0] * fl.P_COUNT
     for z, one in enumerate(projections):
         B, T, E = one.x.shape
@@ -61,10 +72,9 @@ def project(projections, stream):
         for slot, value in zip(range(0, fl.P_COUNT, 3), (B * T, T, 4 * E, E, features, one.size, *one.out.strides[:3]),
                                strict=True):
             p[slot + z] = value
-    wide = is_wide([one.x for one in projections] + [one.weight for one in projections])
     grid = (max(ceil_div(one.x.shape[0] * one.x.shape[1], fl.TILE) for one in projections),
             max(ceil_div(one.weight.shape[0], fl.TILE) for one in projections), len(projections))
-    launch(fl.linear(wide), grid, a, p, stream)
+    return a, p, grid
 
 
 def as_heads(x, heads):
@@ -75,96 +85,18 @@ def as_heads(x, heads):
     return View(x.owner, x.pointer, (B, heads, T, size), (b, size * e, t, e), x.dtype)
 
 
-class _Layer:
-    """What float and dynamic layers share: attention between their projections, to which a subclass has the weights.
+class FloatLinear:
+    """A float32 linear map's parameters on the device: weight (outputs, inputs) and bias (outputs,) or None."""
 
-    A subclass has `heads`, `kv_heads`, `scale`, `value_size`, `precision`, `gated` and `projects_out`, and the methods
-    projected(inputs, stream, like, places=None), gate_of(xq, to, stream, like) and finish(context, out, stream, like).
-    """
+    takes_a_residual = True
 
-    added = None
+    def __init__(self, weight, bias):
+        self.weight, self.bias = owned(weight), None if bias is None else owned(bias)
+        self.outputs = len(weight)
 
-    def add(self, arrays):
-        """Keys and values (1, Hkv, n, size) float32 that every query sees, or None."""
-        self.added = None if arrays is None else tuple(map(_owned, arrays))
-
-    def _completed(self, attend_to, xq, out, stream, like):
-        """What attend_to(context, options) leaves in context (B, H, L, Dv), through gate and output projection."""
-        B, L, _ = xq.shape
-        width = self.heads * self.value_size
-        context = scratch((B, L, width), np.float32, like) if self.projects_out else out
-        added = None if self.added is None else tuple(repeated(x, B) for x in self.added)
-        attend_to(as_heads(context, self.heads), dict(added=added, stream=stream, like=like))
-        if self.gated:
-            opened = scratch((B, L, width), np.float32, like)
-            self.gate_of(xq, opened, stream, like)
-            launch(el.gate(), (ceil_div(opened.size, el.THREADS), 1, 1), [opened.pointer, context.pointer],
-                            [opened.size, L, width, *context.strides[:2]], stream)
-        if self.projects_out:
-            self.finish(context, out, stream, like)
-
-    def through_cache(self, xq, xk, xv, out, cache, pieces, stream, like, weights=None, **masks):
-        """As a call, keys and values going into a cache, all of which the queries attend to, in `pieces` of them."""
-        tokens = xk.shape[1]
-        in_place = cache.dtype == "float32" and len(pieces) == 1
-        places = cache.places(tokens, stream, like) if in_place else None
-        q, k, v = self.projected((xq, xk, xv), stream, like, places)
-
-        def attend_to(context, options):
-            for rows, taken in pieces:
-                cache.append_device(taken[1] - taken[0], None if in_place else [part(x, 2, *taken) for x in (k, v)],
-                                    stream,
-                           like)
-                cache.attend_device(part(q, 2, *rows), part(context, 2, *rows), self.scale, rows,
-                                    precision=self.precision,
-                          weights=None if weights is None else part(weights, 2, *rows), **options, **masks)
-
-        self._completed(attend_to, xq, out, stream, like)
-
-
-class FloatLayer(_Layer):
-    """A float32 multi-head layer on the device; weights as edgeattn.layers.MultiHeadAttention holds them.
-
-    `precision` is that of the two products of attention, as `attend` takes it; projections are float32.
-    """
-
-    def __init__(self, num_heads, num_kv_heads, weights, biases, scale, precision="float32"):
-        self.heads, self.kv_heads, self.scale, self.precision = num_heads, num_kv_heads, scale, precision
-        self.weights = {name: _owned(weight) for name, weight in weights.items() if weight is not None}
-        self.biases = {name: _owned(bias) for name, bias in biases.items() if bias is not None}
-        self.value_size = weights["v"].shape[0] // num_kv_heads
-        self.gated, self.projects_out = "gate" in self.weights, "out" in self.weights
-
-    def projected(self, inputs, stream, like, places=None):
-        """q (B, H, L, D), k, v (B, Hkv, S, ...) of inputs (B, T, E); k and v at `places` where given."""
-        made, projections = [], []
-        for name, x, heads in zip(("q", "k", "v"), inputs, (self.heads, self.kv_heads, self.kv_heads), strict=True):
-            weight = self.weights[name]
-            size = weight.shape[0] // heads
-            out = places[len(made) - 1] if places and made else scratch(
-                (x.shape[0], heads, x.shape[1], size), np.float32, like)
-            made.append(out)
-            projections.append(Projection(x, weight, self.biases.get(name), out, size))
-        project(projections, stream)
-        return made
-
-    def _rows(self, name, x, out, stream):
-        weight = self.weights[name]
-        project([Projection(x, weight, self.biases.get(name), as_heads(out, 1), weight.shape[0])], stream)
-
-    def gate_of(self, xq, to, stream, like):
-        """to (B, L, H Dv) = xq gate_weight^T + gate_bias."""
-        self._rows("gate", xq, to, stream)
-
-    def finish(self, context, out, stream, like):
-        """out (B, L, Eo) = context (B, L, H Dv) out_weight^T + out_bias."""
-        self._rows("out", context, out, stream)
-
-    def __call__(self, xq, xk, xv, out, stream, like, **masks):
-        """out (B, L, Eo) from xq (B, L, Eq), xk (B, S, Ek), xv (B, S, Ev), float32 in C order; masks as `attend`."""
-        q, k, v = self.projected((xq, xk, xv), stream, like)
-        self._completed(lambda context, options: attend(q, k, v, context, self.scale, precision=self.precision,
-                                                        **options, **masks), xq, out, stream, like)
+    def into(self, x, out):
+        """The Projection of x (B, T, E) to out (B, heads, T, size)."""
+        return Projection(x, self.weight, self.bias, out, out.shape[3])
 
 
 # -- int8 ------------------------------------------------------------------------------------------------------------
@@ -201,11 +133,13 @@ class Int8Linear:
     zero_point : int
     """
 
+    takes_a_residual = False
+
     def __init__(self, weight, heads, bias, first, second=None, zero_point=0):
-        self.heads, self.size, self.zero_point = heads, weight.shape[0] // heads, zero_point
-        self.weight = _owned(padded_weight(weight, heads))
-        self.bias, self.first = _owned(padded_list(bias, heads)), _owned(padded_list(first, heads))
-        self.second = None if second is None else _owned(padded_list(second, heads))
+        self.outputs, self.heads, self.size, self.zero_point = len(weight), heads, len(weight) // heads, zero_point
+        self.weight = owned(padded_weight(weight, heads))
+        self.bias, self.first = owned(padded_list(bias, heads)), owned(padded_list(first, heads))
+        self.second = None if second is None else owned(padded_list(second, heads))
 
 
 def project_int8(rule, items, stream):
@@ -260,10 +194,9 @@ class StaticLayer:
                                             second, zero_points[name])
         self.score = [int(x) for x in planes(score_rule, [scores])[:, 0]]
         self.context = [int(x) for x in planes(context_rule, [context])[:, 0]]
-        self.table = _owned(np.ascontiguousarray(softmax_table).view(np.int32))
-        self.output_dim = linears.get("output", linears["value"])[0].shape[0]
+        self.table = owned(np.ascontiguousarray(softmax_table).view(np.int32))
 
-    def _attend(self, q, k, v, context, stream, *, band=None, keep=None, lut_index=None, score_luts=None, weights=None,
+    def attend(self, q, k, v, context, stream, *, band=None, keep=None, lut_index=None, score_luts=None, weights=None,
                 column=0):
         """context (B, L, H Dv) of q (B, H, L, D up), k (B, H, S, D up) and v (B, H, S, Dv), which may lie turned.
 
@@ -287,63 +220,27 @@ class StaticLayer:
         launch(i8.static_attention(*self.rules, v.strides[2] != 1, weights is not None),
                         (ceil_div(L, i8.TILE), B * H, Dv_up // i8.TILE), a, p, stream)
 
-    def _rows(self, x, up, like):
-        """Where a projection of x leaves its codes (B, H, T, up): of memory for whole tiles of tokens."""
+    def rows(self, x, name, like):
+        """Where the projection `name` of x (B, T, E) leaves its codes (B, H, T, size up), in memory of whole tiles."""
         B, T, _ = x.shape
+        up = round_up(self.linears[name].size, i8.TILE)
         return part(scratch((B, self.heads, round_up(T, i8.TILE), up), np.int8, like), 2, 0, T)
 
-    def _finished(self, attend_to, B, L, out, stream, like):
-        """out (B, L, Eo) of what attend_to(context) leaves in context (B, L, H Dv)."""
-        width = self.heads * self.linears["value"].size
-        if "output" not in self.linears:
-            attend_to(out)
-            return
-        context = part(scratch((B, L, round_up(width, 16)), np.int8, like), 2, 0, width)
-        attend_to(context)
-        strides = (out.strides[0], 0, out.strides[1], 1)
-        project_int8(self.rule, [(self.linears["output"], context, None, out, strides, self.output_dim)], stream)
+    def whole(self, x, name):
+        """Where the codes of the projection `name` go in a cache, with the zeros behind them."""
+        return dataclasses.replace(x, shape=(*x.shape[:3], round_up(self.linears[name].size, i8.TILE)))
 
-    def __call__(self, xq, xk, xv, out, stream, like, **options):
-        """out (B, L, Eo) from xq (B, L, Eq), xk (B, S, Ek), xv (B, S, Ev), all int8 and C-contiguous.
+    def turned_rows(self, x, name, like):
+        """The same for values, which `attend` reads turned: (B, H, T, size) whose neighbours are tokens."""
+        (B, T, _), size = x.shape, self.linears[name].size
+        made = scratch((B, self.heads, round_up(size, i8.TILE), round_up(T, i8.TILE)), np.int8, like)
+        return View(made.owner, made.pointer, (B, self.heads, T, size), (*made.strides[:2], 1, made.shape[3]),
+                    made.dtype)
 
-        band : (low, high) or None; keep : View of bool, lut_index : View of uint8, (B or 1, H or 1, L or 1, S or 1), or
-        None; score_luts : View (n, 256) of int8, or None; weights : as `_attend`'s.
-        """
-        (B, L, _), S, H = xq.shape, xk.shape[1], self.heads
-        D_up, Dv = round_up(self.linears["query"].size, i8.TILE), self.linears["value"].size
-        S_rows = round_up(S, i8.TILE)
-        q, k = self._rows(xq, D_up, like), self._rows(xk, D_up, like)
-        v = scratch((B, H, round_up(Dv, i8.TILE), S_rows), np.int8, like)
-        v = View(v.owner, v.pointer, (B, H, S, Dv), (*v.strides[:2], 1, S_rows), v.dtype)
-        project_int8(self.rule, [(self.linears[name], x, None, to, to.strides, to.shape[3]) for name, x, to in (
-            ("query", xq, q), ("key", xk, k), ("value", xv, v))], stream)
-        self._finished(lambda context: self._attend(q, k, v, context, stream, **options), B, L, out, stream, like)
-
-    def through_cache(self, xq, xk, xv, out, cache, pieces, stream, like, *, offset, left, right, keep=None,
-                      score_luts=None, weights=None):
-        """As a call, the codes of keys and values going into a cache, whose keys queries attend to, in `pieces`."""
-        D_up, Dv_up = (round_up(self.linears[name].size, i8.TILE) for name in ("query", "value"))
-        B, L, _ = xq.shape
-        in_place = len(pieces) == 1
-        q = self._rows(xq, D_up, like)
-        k, v = cache.places(xk.shape[1], stream, like) if in_place else (
-            self._rows(xk, up, like) for up in (D_up, Dv_up))
-        project_int8(self.rule, [(self.linears[name], x, None, to, to.strides, up) for name, x, to, up in (
-            ("query", xq, q, D_up), ("key", xk, k, D_up), ("value", xv, v, Dv_up))], stream)
-
-        def attend_to(context):
-            for rows, taken in pieces:
-                cache.append_device(taken[1] - taken[0], None if in_place else [part(x, 2, *taken) for x in (k, v)],
-                                    stream,
-                           like)
-                held = cache.start, cache.length
-                masks = masks_part(dict(offset=offset, keep=keep), rows, held)
-                keys, values = cache.held_slots()[:2]
-                self._attend(part(q, 2, *rows), keys, values, part(context, 1, *rows), stream, keep=masks["keep"],
-                             band=band_of(left, right, masks["offset"]), score_luts=score_luts, column=cache.start,
-                             weights=None if weights is None else part(weights, 2, *rows))
-
-        self._finished(attend_to, B, L, out, stream, like)
+    def project(self, items, stream):
+        """Up to three projections in one launch: (name, x (B, T, E), out (B, heads, T, size or more)) each."""
+        project_int8(self.rule, [(self.linears[name], x, None, out, out.strides, out.shape[3])
+                                 for name, x, out in items], stream)
 
 
 def band_of(left, right, offset):
@@ -351,80 +248,11 @@ def band_of(left, right, offset):
     return (offset - left if left >= 0 else -fa.FAR, offset + right if right >= 0 else fa.FAR)
 
 
-class DynamicLayer(_Layer):
-    """A dynamic int8 multi-head layer on the device: float32 in and out, every product of the tensor cores' int8.
-
-    Every token is quantized by its own range, over a head where it is a query, key or value. Attention itself is
-    float32 through a cache, which has the keys and values, with added keys, and where probabilities are wanted.
-
-    Parameters
-    ----------
-    weights : dict
-        "query", "key", "value" and optionally "output" and "gate" -> (int8 codes (out, in), float32 scale (out,)).
-    biases : dict
-        By the same names float32 (out,), where there is one.
-    """
-
-    precision = "float32"
-
-    def __init__(self, num_heads, num_kv_heads, weights, biases, scale):
-        self.heads, self.kv_heads, self.scale = num_heads, num_kv_heads, scale
-        count = {"query": num_heads, "key": num_kv_heads, "value": num_kv_heads, "output": 1, "gate": 1}
-        self.linears = {}
-        for name, (codes, factors) in weights.items():
-            bias = biases.get(name)
-            bias = np.zeros(len(codes), np.float32) if bias is None else bias
-            self.linears[name] = Int8Linear(codes, count[name], bias, factors)
-        self.value_size = self.linears["value"].size
-        self.gated, self.projects_out = "gate" in weights, "output" in weights
-
-    def _codes(self, x, stream, like):
-        """x (B, T, E) float32 as int8 codes in rows of whole 16 bytes, and a scale per token."""
-        B, T, E = x.shape
-        codes = scratch((B, T, round_up(E, 16)), np.int8, like)
-        scale = scratch((1, 1, B * T), np.float32, like)
-        rows, wide = x.reshape(1, 1, B * T, E), codes.reshape(1, 1, B * T, codes.shape[2])
-        store_rows(rows, wide, scale, stream, up=codes.shape[2])
-        return codes, scale
-
-    def projected(self, inputs, stream, like, places=None):
-        """q (B, H, L, D), k, v (B, Hkv, S, ...) float32 of inputs (B, T, E); k and v at `places` where given."""
-        quantized, items, made = {}, [], []
-        for name, x in zip(("query", "key", "value"), inputs, strict=True):
-            source = getattr(x.pointer, "place", name)  # what is one array in this call may be two in one like it
-            if source not in quantized:
-                quantized[source] = self._codes(x, stream, like)
-            codes, scale = quantized[source]
-            linear = self.linears[name]
-            y = places[len(made) - 1] if places and made else scratch(
-                (x.shape[0], linear.heads, x.shape[1], linear.size), np.float32, like)
-            items.append((linear, codes, scale, y, y.strides, linear.size))
-            made.append(y)
-        project_int8(None, items, stream)
-        return made
-
-    def _rows(self, name, x, out, stream, like):
-        codes, scale = self._codes(x, stream, like)
-        linear, strides = self.linears[name], (out.strides[0], 0, out.strides[1], 4)
-        project_int8(None, [(linear, codes, scale, out, strides, linear.size)], stream)
-
-    def gate_of(self, xq, to, stream, like):
-        """to (B, L, H Dv) = xq gate_weight^T + gate_bias."""
-        self._rows("gate", xq, to, stream, like)
-
-    def finish(self, context, out, stream, like):
-        """out (B, L, Eo) = context (B, L, H Dv) out_weight^T + out_bias."""
-        self._rows("output", context, out, stream, like)
-
-    def __call__(self, xq, xk, xv, out, stream, like, weights=None, **masks):
-        """out (B, L, Eo) from xq (B, L, Eq), xk (B, S, Ek), xv (B, S, Ev), float32 in C order; masks as `attend`."""
-        q, k, v = self.projected((xq, xk, xv), stream, like)
-
-        def attend_to(context, options):
-            if weights is None and self.added is None and k.shape[2]:  # no key has no range
-                del options["added"]
-                attend_int8(q, k, v, context, self.scale, **options, **masks)
-            else:
-                attend(q, k, v, context, self.scale, weights=weights, **options, **masks)
-
-        self._completed(attend_to, xq, out, stream, like)
+def token_codes(x, stream, like):
+    """x (B, T, E) float32 as int8 codes in rows of whole 16 bytes, and a scale per token."""
+    B, T, E = x.shape
+    codes = scratch((B, T, round_up(E, 16)), np.int8, like)
+    scale = scratch((1, 1, B * T), np.float32, like)
+    rows, wide = x.reshape(1, 1, B * T, E), codes.reshape(1, 1, B * T, codes.shape[2])
+    store_rows(rows, wide, scale, stream, up=codes.shape[2])
+    return codes, scale

@@ -13,27 +13,31 @@ from edgeattn.kernels.cuda.ptx import (
     store_f32,
     thread,
     times,
+    times_wide,
 )
 
+from .activation import ACTIVATIONS
 from .attention import fetch_float32
 from .tiles import multiply_tiles, write_column
 
 TILE, DEPTH, THREADS = 64, 32, 128
 # One of each per projection, three projections: where z = 0, 1, 2.
 (A_X, A_W, A_BIAS, A_OUT) = range(0, 12, 3)
-A_COUNT = 12
+A_COUNT, (A_FACTOR, A_RESIDUAL) = 12, (12, 13)
 (P_ROWS, P_T, P_X_ROW, P_DEPTH, P_FEATURES, P_HEAD, P_OUT_B, P_OUT_H, P_OUT_T) = range(0, 27, 3)
 P_COUNT = 27
 
 
 @specialised
-def linear(wide):
+def linear(wide, activation=None):
     """The kernel: out[b, h, t, d] = sum over e of x[b t, e] w[h D + d, e] + bias[h D + d].
 
     Grid (ceil(rows / 64), ceil(features / 64), projections). `wide`: depth, and x's rows, are multiples of four numbers
     and 16-byte aligned. Weights are (features, depth) in C order; bias may be absent (0).
+    With an `activation` of one projection: activation(out) * factor + residual, both (rows, features) in C order, or 0.
     """
-    WIDE = bool(wide)
+    WIDE, FOLLOWED = bool(wide), activation is not None
+    activate = ACTIVATIONS[activation or "identity"]
 
     def linear_kernel(a, p):
         base = shared()
@@ -84,6 +88,14 @@ def linear(wide):
                 for i in range(8):
                     r = int32(r0 + ty * 8 + i)
                     to = int32(times(quotient(r, tokens), out_b) + times(remainder(r, tokens), out_t) + to_f)
-                    store_f32((r < rows) & (f < features), out + to, sums[i, j] + offset)
+                    y = sums[i, j] + offset
+                    if FOLLOWED:
+                        good, at = (r < rows) & (f < features), times_wide(r, int32(features * 4)) + f * 4
+                        y = activate(y)
+                        if a[A_FACTOR] != 0:
+                            y = y * load_f32(good, a[A_FACTOR] + at)
+                        if a[A_RESIDUAL] != 0:
+                            y = y + load_f32(good, a[A_RESIDUAL] + at)
+                    store_f32((r < rows) & (f < features), out + to, y)
 
-    return Kernel(linear_kernel, A_COUNT, P_COUNT, THREADS, 2 * TILE * DEPTH * 4)
+    return Kernel(linear_kernel, A_COUNT + (2 if FOLLOWED else 0), P_COUNT, THREADS, 2 * TILE * DEPTH * 4)

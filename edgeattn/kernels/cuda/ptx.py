@@ -51,6 +51,7 @@ fma = Instruction("fma.rn.f32 $0, $1, $2, $3;", "f", "fff")  # a b + c, rounded 
 multiply = Instruction("mul.rn.f32 $0, $1, $2;", "f", "ff")  # a b, never fused with what follows
 add = Instruction("add.rn.f32 $0, $1, $2;", "f", "ff")  # a + b, never fused with what precedes
 divide = Instruction("div.rn.f32 $0, $1, $2;", "f", "ff")
+square_root = Instruction("sqrt.rn.f32 $0, $1;", "f", "f")
 maximum = Instruction("max.NaN.f32 $0, $1, $2;", "f", "ff")  # NaN where either is
 multiply_f64 = Instruction("mul.rn.f64 $0, $1, $2;", "d", "dd")
 truncate_f64 = Instruction("cvt.rzi.f64.f64 $0, $1;", "d", "d")

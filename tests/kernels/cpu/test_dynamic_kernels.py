@@ -5,21 +5,31 @@ from numba import njit
 
 import edgeattn
 import quant
-from edgeattn.kernels.cpu.byte_products import ROW_STEP, lane_product, pack_byte_rows
+from edgeattn.kernels.cpu.byte_products import ROW_STEP, TILES_SCRATCH, lane_product, pack_byte_panels, row_product
 from edgeattn.kernels.cpu.dynamic import STEP, quantize_rows
-from edgeattn.kernels.cpu.int8_operands import LANE_SHIFT
-from edgeattn.kernels.cpu.int8_views import Part, scratch_at
+from edgeattn.kernels.cpu.int8_operands import FLIP, LANE_SHIFT
+from edgeattn.kernels.cpu.int8_views import BytePanels, Groups, Part, scratch_at
 from edgeattn.kernels.cpu.linear_dynamic import join_depth
-from edgeattn.kernels.cpu.simd import LANES, OFFSET, WIDTH, address_of, matrix_configure, matrix_release
+from edgeattn.kernels.cpu.simd import (
+    LANES,
+    OFFSET,
+    ROWS,
+    WIDTH,
+    address_of,
+    matrix_configure,
+    matrix_release,
+    tile_store,
+)
 from edgeattn.kernels.cpu.views import Rows
+from edgeattn.runtime.isa import ISA
+from edgeattn.runtime.jit import inline
 
 
 @njit(error_model="numpy")
-def _lane_products(a, packed, a_row, rows, b, depth4, scratch, mixed, signed, tiled):
+def _lane_products(a, a_row, rows, b, depth4, scratch, mixed, signed):
     matrix_configure(scratch, 0)
-    lane_product(True, False, Rows(a, 0, a_row), rows, Part(b, 0), depth4, Part(mixed, 0))
-    lane_product(False, False, Rows(a, 0, a_row), rows, Part(b, 0), depth4, Part(signed, 0))
-    lane_product(False, True, Rows(packed, 0, a_row), rows, Part(b, 0), depth4, Part(tiled, 0))
+    lane_product(True, Rows(a, 0, a_row), rows, Part(b, 0), depth4, Part(mixed, 0))
+    lane_product(False, Rows(a, 0, a_row), rows, Part(b, 0), depth4, Part(signed, 0))
     matrix_release()
 
 
@@ -30,17 +40,48 @@ def test_products_with_lanes(rows, depth4):
     rows_up = -(-rows // ROW_STEP) * ROW_STEP
     a = rng.integers(-128, 128, (rows_up + 16, depth4, 4)).astype(np.int8)
     b = rng.integers(0, 256, (depth4, WIDTH, 4)).astype(np.uint8)
-    results = [np.full((rows_up + 1, WIDTH), 7, np.int32) for _ in range(3)]
-    packed = pack_byte_rows(a[:rows_up].reshape(rows_up, 4 * depth4))
-    _lane_products(a.view(np.int32).ravel(), packed, depth4, rows, b.view(np.uint32).ravel(), depth4,
+    results = [np.full((rows_up + 1, WIDTH), 7, np.int32) for _ in range(2)]
+    _lane_products(a.view(np.int32).ravel(), depth4, rows, b.view(np.uint32).ravel(), depth4,
                    np.zeros(16, np.int32), *(r.ravel() for r in results))
     wide, unsigned = a[:rows].astype(int), b.astype(int)
     signed = b.view(np.int8).astype(int)
     mixed = np.einsum("rkj,kwj->rw", wide, unsigned if OFFSET else signed)  # where offset is 0, all bytes are signed
     plain = np.einsum("rkj,kwj->rw", wide, unsigned if LANE_SHIFT else signed)
-    for got, wanted in zip(results, (mixed, plain, plain), strict=True):
+    for got, wanted in zip(results, (mixed, plain), strict=True):
         np.testing.assert_array_equal(got[:rows], wanted)
         assert (got[rows_up:] == 7).all()
+
+
+@inline
+def _keep_rows(tile, rows, t, f, tokens, out, features, edge):
+    tile_store(tile, edge, 0, WIDTH, LANES)
+    for i in range(min(rows, tokens - t)):
+        for j in range(WIDTH):
+            out[(t + i) * features + f + j] += edge[i * WIDTH + j]
+
+
+@njit(error_model="numpy")
+def _row_products(x, depth4, tokens, panels, bias, features, out, tiles, edge):
+    matrix_configure(tiles, 0)
+    row_product(_keep_rows, (tokens, out, features, edge), Groups(x, 0, depth4, 1), tokens,
+                BytePanels(panels, 0, bias, 0, features, depth4), Part(tiles, 0))
+    matrix_release()
+
+
+def test_products_of_any_number_of_rows():
+    rng, depth4, features = np.random.default_rng(3), 16, 2 * WIDTH
+    w = rng.integers(-128, 128, (features, 4 * depth4)).astype(np.int8)
+    bias = rng.integers(-9999, 9999, features).astype(np.int32)
+    for tokens in range(1, 34):
+        codes = rng.integers(-128, 128, (tokens, 4 * depth4)).astype(np.int8)
+        x = np.zeros((64 if ISA.amx else tokens, depth4), np.uint32)  # the matrix unit reads whole blocks
+        x[:tokens] = codes.view(np.uint32) ^ np.uint32(np.int64(FLIP) & 0xFFFFFFFF)
+        out = np.zeros((tokens + 1, features), np.int32)
+        _row_products(x.ravel(), depth4, tokens, pack_byte_panels(w), bias, features, out.ravel(),
+                      np.zeros(TILES_SCRATCH + 16, np.int32), np.zeros(ROWS * WIDTH, np.int32))
+        exact = (codes.astype(int) + OFFSET) @ w.T.astype(int) + bias
+        np.testing.assert_array_equal(out[:tokens], exact)  # added up: every row once
+        assert not out[tokens:].any()
 
 
 @njit(error_model="numpy")

@@ -128,6 +128,20 @@ def test_dynamic_layer(shape):
         assert np.sqrt(((got - want) ** 2).mean() / (want ** 2).mean()) < 0.03
 
 
+@pytest.mark.parametrize("kind, error", [(FloatLayer, 1e-5), (DynamicLayer, 0.03)])
+def test_every_small_number_of_tokens(kind, error):
+    rng, (H, Hkv, D, Dv, E) = np.random.default_rng(4), (5, 5, 20, 12, 70)
+    weights = make_layer(rng, E, H, Hkv, D, Dv, E)
+    layer = kind(H, Hkv, *weights, D ** -0.5)
+    for L in range(1, 34):
+        x = rng.standard_normal((2, L, E)).astype(np.float32)
+        got = layer(x, x, x, np.zeros((2, L, E), np.float32))
+        want = oracle.layer(x, x, x, weights, H, Hkv)
+        assert np.sqrt(((got - want) ** 2).mean() / (want ** 2).mean()) < error
+        alone = np.ascontiguousarray(x[1:])
+        np.testing.assert_array_equal(layer(alone, alone, alone, np.zeros((1, L, E), np.float32)), got[1:])
+
+
 @pytest.mark.parametrize("shape", SHAPES + [(1, 3, 700, 8, 2, 1, 64, 64, 8)], ids=str)
 def test_attention_on_given_arrays(shape):
     B, L, S, _, H, Hkv, D, Dv, _ = shape

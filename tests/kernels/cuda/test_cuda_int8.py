@@ -8,7 +8,6 @@ from cuda_emulated import long_form
 from kernels_under_test import ASYMMETRIC, MULTIPLIERS, RULE_SETS, SYMMETRIC, accumulators, make_layer
 
 from edgeattn.kernels.cuda import driver as driver_module
-from edgeattn.kernels.cuda.arrays import view
 from edgeattn.kernels.cuda.language import Kernel, int32, specialised
 from edgeattn.kernels.cuda.ptx import load_b32, store_b32, thread
 from edgeattn.kernels.cuda.rules import RULES, planes
@@ -25,8 +24,10 @@ def run(parts, heads, rules, x, keep=None, band=None, lut_index=None, score_luts
     linears, tensors, table = parts
     layer = cuda_cases.static_layer(heads, linears, tensors, *rules[:3], table, rules[3])
     B, L, _ = x[0].shape
-    out = driver_module.driver().array(np.full((B, L, layer.output_dim), 99, np.int8))
-    layer(*map(seen, x), view("out", out), 0, out, keep=seen(keep), band=band, lut_index=seen(lut_index), score_luts=seen(score_luts))
+    outputs = len(linears.get("output", linears["value"])[0])
+    out = driver_module.driver().array(np.full((B, L, outputs), 99, np.int8))
+    cuda_cases.run_static(layer, [seen(array) for array in x], out, keep=seen(keep), band=band, lut_index=seen(lut_index),
+                          score_luts=seen(score_luts))
     want = oracle.static_layer(*x, heads, linears, tensors, rules[:3], rules[3], table, keep=keep, band=band,
                                lut_index=lut_index, score_luts=score_luts)
     np.testing.assert_array_equal(out.numpy(), want)

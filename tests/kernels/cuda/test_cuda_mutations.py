@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import reference
+import test_cuda_encoders
 import test_cuda_float32
 import test_cuda_int8
 import test_cuda_int8_functional
@@ -20,21 +21,22 @@ from kernels_under_test import ASYMMETRIC, make_layer
 
 from edgeattn.executors.cuda import functional as on_cuda
 from edgeattn.kernels.cuda import driver as driver_module
-from edgeattn.kernels.cuda import host, layers
+from edgeattn.kernels.cuda import encoder, host, layers
 from edgeattn.kernels.cuda.language import Kernel, int32
 from edgeattn.kernels.cuda.ptx import load_b32, store_b32, thread
 
 pytestmark = [pytest.mark.usefixtures("device"), emulated_only]
-ORDER = ("tiles", "attention", "merge", "linear", "quantize", "key_mean", "masks", "elements", "rules", "int8")
+ORDER = ("tiles", "attention", "merge", "activation", "linear", "quantize", "key_mean", "masks", "elements", "norm", "rules",
+         "int8", "linear_dynamic")
 IN_HOST = {"attention": "fa", "merge": "fm", "linear": "fl", "quantize": "qz", "key_mean": "key_mean", "masks": "mk",
-           "elements": "el", "int8": "i8"}
+           "elements": "el", "norm": "nm", "int8": "i8", "linear_dynamic": "ld"}
 
 
 @contextlib.contextmanager
 def planted(name, old, new):
     """The kernels, built anew with one place of one file changed, in place of those that are launched."""
     kept = {module: sys.modules[f"edgeattn.kernels.cuda.{module}"] for module in ORDER}
-    used = [(where, module, attribute, getattr(where, attribute)) for where in (host, layers)
+    used = [(where, module, attribute, getattr(where, attribute)) for where in (host, layers, encoder)
             for module, attribute in IN_HOST.items() if hasattr(where, attribute)]
     try:
         for module in ORDER:
@@ -253,7 +255,34 @@ def check_rules():
         np.testing.assert_array_equal(got.numpy(), [getattr(oracle, "rule_" + name)(int(v), *given) for v in values])
 
 
-CHECKS = [check_float, check_band, check_groups, check_masks, check_finite_mask, check_pieces, check_split, check_nan, check_static,
+def check_norm():
+    test_cuda_encoders.test_a_norm_has_the_bits_of_the_rule(False, 70)
+
+
+def check_feed_forward():
+    for kind in ("gelu", "gelu_tanh", "silu"):
+        test_cuda_encoders.test_a_feed_forward_equals_the_formula(kind, kind == "silu")
+
+
+def check_dynamic_feed_forward():
+    test_cuda_encoders.test_a_dynamic_feed_forward_has_the_bytes_of_the_cpu("feed-forward, apart")
+    test_cuda_encoders.test_a_dynamic_feed_forward_has_the_bytes_of_the_cpu("gated silu")
+
+
+def check_encoder():
+    test_cuda_encoders.test_an_encoder_equals_the_formula(False)
+
+
+def check_ragged():
+    test_cuda_encoders.test_sequences_of_several_lengths_equal_each_alone()
+
+
+def check_text():
+    test_cuda_encoders.test_a_text_encoder_goes_whole()
+
+
+CHECKS = [check_norm, check_feed_forward, check_dynamic_feed_forward, check_encoder, check_ragged, check_text,
+          check_float, check_band, check_groups, check_masks, check_finite_mask, check_pieces, check_split, check_nan, check_static,
           check_fixed, check_u16, check_deep, check_wide, check_static_band, check_rules,
           check_half, check_tf32, check_half_masks, check_not_finite, check_dynamic, check_dynamic_window, check_dynamic_masks, check_dynamic_mean,
           check_strong_key, check_not_a_number, check_offset,
@@ -338,6 +367,25 @@ MUTATIONS = [
     ("quantize", "select_i(finite, code, int32(0))", "code", check_codes),
     ("masks", "select_i(seen & real,", "select_i(seen,", check_padding),
     ("masks", "times_wide(b, p[P_PADDING_B]) + ", "", check_padding),
+    # encoders
+    ("norm", "squares = fma(v, v, squares)", "squares = fma(v, v, float32(0.0))", check_norm),
+    ("norm", "variance + float_of_bits(p[P_EPS])", "variance", check_norm),
+    ("norm", "return x + shuffle_f(x, 1)", "return x", check_norm),
+    ("norm", "select_f(there, load_f32(there, x + d * 4) - mean, float32(0.0))", "load_f32(there, x + d * 4) - mean", check_norm),
+    ("activation", "fma(float32(0.33), a,", "fma(float32(0.3), a,", check_feed_forward),
+    ("activation", "divide(x, float32(1.0) + power_of_two(t))", "divide(x, float32(1.0) + power_of_two(-t))", check_feed_forward),
+    ("activation", "at_most(maximum(x, -x), 4.5)", "at_most(maximum(x, -x), 9.5)", check_dynamic_feed_forward),
+    ("linear", "y = y + load_f32(good, a[A_RESIDUAL] + at)", "y = y + float32(0.0)", check_encoder),
+    ("linear", "y = y * load_f32(good, a[A_FACTOR] + at)", "y = y * float32(1.0)", check_feed_forward),
+    ("linear_dynamic", "int32(nearest(low * inverse) - 128)", "int32(nearest(low * inverse) - 127)", check_dynamic_feed_forward),
+    ("linear_dynamic", "select_i(finite, int32(-shift), int32(0))", "int32(0)", check_dynamic_feed_forward),
+    ("linear_dynamic", "if group == 0:", "if group >= 0:", check_dynamic_feed_forward),
+    ("linear_dynamic", "(e0 & (GROUP - TILE)) == GROUP - TILE", "(e0 & GROUP) == GROUP", check_dynamic_feed_forward),
+    ("linear_dynamic", "w + times(w_row, 3)", "w + times(w_row, 2)", check_dynamic_feed_forward),
+    ("linear_dynamic", "add(y, load_f32(more, a[A_SECOND] + at))", "y", check_dynamic_feed_forward),
+    ("linear_dynamic", "y = multiply(y, load_f32(good, a[A_FACTOR] + at))", "y = y", check_dynamic_feed_forward),
+    ("elements", "load_f32(good & (taken >= 0), x + d)", "load_f32(good, x + d)", check_ragged),
+    ("elements", "load_f32(good, a[S_X] + at) + load_f32(good, a[S_Y] + at)", "load_f32(good, a[S_X] + at)", check_text),
     # int8
     ("int8", "v = int32(v - times(zk,", "v = int32(v + times(zk,", check_static),
     ("int8", "v = int32(v - times(zq,", "v = int32(v + times(zq,", check_static),

@@ -13,7 +13,7 @@ from edgeattn.kernels.cuda import driver as driver_module
 
 pytestmark = emulated_only
 SCRIPT = ROOT / "tools" / "cuda" / "on_device.sh"
-STAGES = "environment compile smoke tests memcheck racecheck torch bench".split()
+STAGES = "environment compile smoke tests memcheck racecheck torch bench encoders".split()
 
 
 def run(tmp_path, python, **variables):

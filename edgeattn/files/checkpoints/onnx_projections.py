@@ -1,0 +1,260 @@
+"""Linear maps of an ONNX graph, and the projections that reach attention from them."""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from edgeattn.files.checkpoints.onnx_nodes import title
+from edgeattn.files.checkpoints.onnx_values import NotRead
+
+_NEAR = 1e-4  # of angles, which exporters store in float32 or compute
+
+
+@dataclasses.dataclass(frozen=True)
+class Map:
+    """The linear map of a node: rows of `source` times weight plus bias."""
+
+    source: str
+    weight: np.ndarray  # (inputs, outputs)
+    bias: np.ndarray | None = None
+
+
+def linear(graph, name):
+    """The map whose result, without what is added later, is a value; None where it is made otherwise."""
+    if name in graph.maps:
+        return graph.maps[name]
+    node = graph.maker.get(name)
+    if node is None or name != graph.output(node):
+        return None
+    kind, at = node.op_type, graph.input
+
+    def known(i):
+        return graph.constant(at(node, i)) if at(node, i) else None
+
+    weight, source, bias = None, at(node, 0), None
+    attributes = graph.attributes(node)
+    if graph.constant(source) is not None:
+        return None
+    if kind == "Mul":
+        return _integer_map(graph, node)
+    if kind in ("MatMul", "FusedMatMul", "Gemm"):
+        weight = known(1)
+        if weight is None or weight.ndim != 2 or attributes.get("transA"):
+            return None
+        weight = weight.T if attributes.get("transB") else weight
+        if attributes.get("alpha", 1.0) != 1:
+            weight = weight * np.float32(attributes["alpha"])
+        if kind == "Gemm" and at(node, 2):
+            bias = known(2)
+            if bias is None:
+                return None
+            bias = bias * np.float32(attributes.get("beta", 1.0))
+    elif kind == "DynamicQuantizeMatMul":
+        weight, bias = _real(known(1), known(2), known(3)), known(4)
+    elif kind == "MatMulIntegerToFloat":
+        weight, bias = _real(known(1), known(3), known(5)), known(6)
+        source = _before_codes(graph, source)
+    elif kind in ("QLinearMatMul", "QGemm"):
+        weight = _real(known(3), known(4), known(5))
+        weight = weight.T if weight is not None and attributes.get("transB") else weight
+        if kind == "QGemm" and at(node, 6) and weight is not None:
+            scale = known(1)
+            if scale is None or known(6) is None:
+                return None
+            bias = known(6) * (np.float32(scale) * np.float32(known(4))).reshape(-1)
+    if weight is None or weight.ndim != 2 or weight.dtype.kind != "f":
+        return None
+    if bias is not None and (bias.size != weight.shape[1] or bias.shape[-1:] != weight.shape[1:]):
+        return None
+    return Map(source, weight, None if bias is None else bias.reshape(-1))
+
+
+def _integer_map(graph, node):
+    """MatMulInteger, whose sums are made real by Cast and Mul of both scales."""
+    for sums, scales in (list(node.input), list(node.input)[::-1]) if len(node.input) == 2 else ():
+        cast, product = graph.maker.get(sums), graph.maker.get(scales)
+        if cast is None or product is None or cast.op_type != "Cast" or product.op_type != "Mul":
+            continue
+        integer = graph.maker.get(graph.input(cast, 0))
+        if integer is None or integer.op_type != "MatMulInteger":
+            continue
+        scale = [graph.constant(name) for name in product.input]
+        scale = [each for each in scale if each is not None]
+        zero = graph.constant(graph.input(integer, 3)) if graph.input(integer, 3) else None
+        weight = _real(graph.constant(graph.input(integer, 1)), scale[0] if len(scale) == 1 else None, zero)
+        if weight is not None and weight.ndim == 2:
+            return Map(_before_codes(graph, graph.input(integer, 0)), weight)
+    return None
+
+
+def _before_codes(graph, name):
+    maker = graph.maker.get(name)
+    return (
+        graph.input(maker, 0)
+        if maker is not None and maker.op_type in ("DynamicQuantizeLinear", "QuantizeLinear")
+        else name
+    )
+
+
+def _real(codes, scale, zero):
+    """The numbers that int8 codes (inputs, outputs) stand for."""
+    if codes is None or scale is None:
+        return None
+    return (codes.astype(np.float32) - (0 if zero is None else zero.astype(np.float32))) * scale.astype(np.float32)
+
+
+@dataclasses.dataclass
+class Projection:
+    """Rows of heads: element (g, l, d) is feature `features[g, d]` of row `rows[g, l]` of a map, scaled and offset."""
+
+    source: str
+    maps: Map
+    rows: np.ndarray  # (G, L)
+    features: np.ndarray  # (G, D)
+    factor: np.ndarray  # (G, D)
+    offset: np.ndarray  # (G, D)
+    rotary: tuple | None = None  # (features turned, base, interleaved)
+
+    def weights(self, groups):
+        """(rows of the weight, biases or None) of some groups, one after the other."""
+        features, factor = self.features[groups].reshape(-1), self.factor[groups].reshape(-1)
+        weight = self.maps.weight.T[features]
+        bias = np.zeros(len(features), np.float32) if self.maps.bias is None else self.maps.bias[features]
+        plain = (factor == 1).all()
+        offset = self.offset[groups].reshape(-1)
+        bias = (bias if plain else bias * factor) + offset
+        biased = self.maps.bias is not None or offset.any()
+        return (
+            np.asarray(weight if plain else weight * factor[:, None], np.float32),
+            np.asarray(bias, np.float32) if biased else None,
+        )
+
+
+def projected(graph, elements, heads_first, place):
+    """The projection that elements are, laid out by `heads_first` as (groups of heads, length, features).
+
+    Raises
+    ------
+    NotRead
+        Naming what stands where the map was looked for.
+    """
+    check_sources(graph, elements, place)
+    if len({term.source for term in elements.terms}) > 1:
+        raise NotRead(
+            f"{place} must come from one MatMul or Gemm, got the sum of "
+            f"{', '.join(sorted({title(graph.maker[t.source]) for t in elements.terms}))}"
+        )
+    elements = elements.moved(heads_first)
+    if len(elements.shape) != 3:
+        raise NotRead(f"{place} must have at least 2 axes, got {elements.shape}")
+    source = elements.terms[0].source
+    mapped = linear(graph, source)
+    width = mapped.weight.shape[1]
+    if graph.shapes[source][-1] != width:
+        raise NotRead(f"{place} must have as many features as weights, {width}, got {graph.shapes[source]}")
+    kept = [(np.asarray(t.index), np.broadcast_to(np.float32(t.factor), elements.shape)) for t in elements.terms]
+    kept = [(index, factor) for index, factor in kept if factor.any()]
+    offset = np.broadcast_to(np.float32(0 if elements.offset is None else elements.offset), elements.shape)
+    if len(kept) == 1 and (kept[0][1] == kept[0][1][:, :1]).all():
+        index, factor = kept[0]
+        rotary = None
+    elif kept:
+        index, factor, rotary = _turned(kept, offset, width, place)
+    else:
+        raise no_projection(graph, None, place)
+    rows, features = index // width, index % width
+    if (index < 0).any() or (rows != rows[:, :, :1]).any() or (features != features[:, :1]).any():
+        raise NotRead(
+            f"{place} must be features of a MatMul or Gemm cut into heads, the same for each token, by "
+            f"Split, Reshape and Transpose; got elements in another order behind {title(graph.maker[source])}"
+        )
+    if rotary is None and (offset != offset[:, :1]).any():
+        raise NotRead(
+            f"{place} must have the same bias for each token, got one by position behind {title(graph.maker[source])}"
+        )
+    return Projection(source, mapped, rows[:, :, 0], features[:, 0], factor[:, 0], offset[:, 0], rotary)
+
+
+def check_sources(graph, elements, place):
+    """Raise where elements come from something else than linear maps."""
+    for term in elements.terms:
+        if linear(graph, term.source) is None:
+            raise no_projection(graph, term.source, place)
+    if not elements.terms:
+        raise no_projection(graph, None, place)
+
+
+def no_projection(graph, name, place):
+    """The error for what comes from something else."""
+    node = graph.maker.get(name) if name is not None else None
+    found = (
+        title(node)
+        if node is not None
+        else "nothing but constants"
+        if name is None
+        else (f"{name[:100]!r}, an input of the graph")
+    )
+    return NotRead(
+        f"{place} must come from a MatMul or Gemm with constant weights, through nothing but sums and products with "
+        f"constants and what moves elements (Reshape, Transpose, Split, Slice, Gather, Concat ...), got {found}"
+    )
+
+
+def _turned(terms, offset, width, place):
+    """(index, factor, (features turned, base, interleaved)) of a rotary embedding of positions 0, 1, ..."""
+    wrong = NotRead(
+        f"{place} must be turned as by a rotary embedding, by angles p * base^(-2 i / R) of positions p "
+        "from 0 on, or not at all; got sums of features by another rule"
+    )
+    length, size = terms[0][0].shape[1:]
+    if length < 2:
+        raise NotRead(f"{place} must have more than one position for its rotary embedding to be read; got {length}")
+    at_zero = np.stack([factor[:, 0] for _, factor in terms])  # (terms, G, D): 0 but for one
+    if (np.count_nonzero(at_zero, 0) != 1).any():
+        raise wrong
+    own = np.argmax(at_zero != 0, 0)[:, None]
+    index = np.take_along_axis(np.stack([i for i, _ in terms]), np.broadcast_to(own, terms[0][0].shape)[None], 0)[0]
+    scale = at_zero.sum(0)[:, None]
+    cosines, sines, partner = np.zeros(index.shape), np.zeros(index.shape), np.full(index.shape, -1)
+    for i, factor in terms:
+        same = i == index
+        cosines += np.where(same, factor, 0)
+        turned = ~same & (factor != 0)
+        if ((partner[turned] >= 0) & (partner[turned] != i[turned])).any():
+            raise wrong
+        partner[turned] = i[turned]
+        sines += np.where(turned, factor, 0)
+    cosines, sines = cosines / scale, sines / scale
+    moved = (partner >= 0).any((0, 1))  # features that are turned
+    count = int(moved.sum())
+    features = index[0, 0] % width
+    half = count // 2
+    if count % 2 or not moved[:count].all() or (partner[:, 1:, :count] < 0).any():
+        raise wrong
+    other = (partner[0, 1, :count] % width).tolist()
+    if other == [*features[half:count], *features[:half]]:
+        interleaved, first, second = False, np.arange(half), np.arange(half, count)
+    elif other == features[:count].reshape(-1, 2)[:, ::-1].reshape(-1).tolist():
+        interleaved, first, second = True, np.arange(0, count, 2), np.arange(1, count, 2)
+    else:
+        raise wrong
+    angles = np.arctan2(sines[0, 1, second], cosines[0, 1, second])
+    if (angles <= 0).any():
+        raise wrong
+    base = 1e4 if half < 2 else math.exp(-np.log(angles[1:] / angles[0]).sum() / np.arange(1, half).sum() * half)
+    base = round(base) if abs(base - round(base)) < 1e-2 * base and base > 100 else base
+    wanted = np.arange(length)[:, None] * base ** (-np.arange(half) / half)
+    for part, sign in ((first, -1), (second, 1)):
+        if not np.allclose(cosines[:, :, part], np.cos(wanted), atol=_NEAR) or not np.allclose(
+            sines[:, :, part], sign * np.sin(wanted), atol=_NEAR
+        ):
+            raise wrong
+    # what is added before it turns too: at position 0 it is as it was
+    start = offset[:, :1]
+    expected = start * np.ones((1, length, 1), np.float32)
+    for part, against, sign in ((first, second, -1), (second, first, 1)):
+        expected[:, :, part] = start[:, :, part] * np.cos(wanted) + sign * start[:, :, against] * np.sin(wanted)
+    if not np.allclose(offset, expected, atol=1e-3 * max(1.0, float(np.abs(start).max()))):
+        raise wrong
+    return index, np.broadcast_to(scale, index.shape), (count, float(base), interleaved)

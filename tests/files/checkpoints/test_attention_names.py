@@ -1,0 +1,44 @@
+"""from_checkpoint: every family of names, and what an error says to type."""
+
+import contextlib
+
+import numpy as np
+import pytest
+
+from edgeattn import MultiHeadAttention
+from edgeattn.files.checkpoints.attention_names import FAMILIES
+
+E = 8
+
+
+def state(row, stem, kv=E):
+    random = np.random.default_rng(0).standard_normal
+    rows = [3 * E] if len(row.inputs) == 1 else [E, kv, kv]
+    return {f"{stem}{name}.weight": random((count, E)).astype("f")
+            for name, count in zip((*row.inputs, row.out), [*rows, E], strict=True)}
+
+
+@pytest.mark.parametrize("row", FAMILIES, ids=lambda row: row.family)
+@pytest.mark.filterwarnings("error")
+def test_every_family_is_found_by_its_names(row):
+    stored = state(row, "layers.0.") | state(row, "layers.1.")
+    with pytest.warns(UserWarning, match="the layer read is without") if row.positions else contextlib.nullcontext():
+        layer = MultiHeadAttention.from_checkpoint(stored, "layers.1.", 4)
+    wanted = stored[f"layers.1.{row.inputs[0]}.weight"]
+    np.testing.assert_array_equal(layer.q_weight, wanted[:E])
+    np.testing.assert_array_equal(layer.out_weight, stored[f"layers.1.{row.out}.weight"])
+
+
+def test_heads_that_share_keys_are_known_by_their_width():
+    llama = next(row for row in FAMILIES if row.family == "Llama")
+    with pytest.warns(UserWarning, match="rotary=RotaryEmbedding"):
+        assert MultiHeadAttention.from_checkpoint(state(llama, "", 4), "", 4).num_kv_heads == 2
+
+
+def test_a_prefix_that_fits_none_or_several_is_told_which_there_are():
+    row = FAMILIES[0]
+    stored = state(row, "layers.0.") | state(row, "layers.1.")
+    with pytest.raises(ValueError, match=r"fits 2 attention layers in state_dict; .*\['layers.0.', 'layers.1.'\]"):
+        MultiHeadAttention.from_checkpoint(stored, "layers.", 4)
+    with pytest.raises(ValueError, match=r"fits 0 attention layers"):
+        MultiHeadAttention.from_checkpoint(stored, "other.", 4)
