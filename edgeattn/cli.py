@@ -1,5 +1,6 @@
 """The command `edgeattn`: what a device has that attention can use."""
 import argparse
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -14,7 +15,7 @@ import numpy as np
 
 import edgeattn
 from edgeattn import messages, threads
-from edgeattn.kernels.cpu import fused
+from edgeattn.kernels.cpu import entries, fused
 from edgeattn.runtime import jit, kernel_cache
 from edgeattn.runtime.isa import ISA
 
@@ -36,11 +37,13 @@ def main(arguments=None):
     info = commands.add_parser("info", help="versions, processor, threads, cache and optional packages of this machine",
                                description="Say what this machine has: include it when you report a problem.")
     info.set_defaults(run=lambda _: _info())
-    for name, run, text in (
-            ("warmup", _warmup, "compile ahead of time what layers need, so that no later process waits"),
-            ("bench", _bench, "time layers on this machine")):
+    for name, run, text, layers, otherwise in (
+            ("warmup", _warmup, "compile ahead of time what layers need, so that no later process waits", "*",
+             "; none: every kernel, for minutes"),
+            ("bench", _bench, "time layers on this machine", "+", "")):
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        command.add_argument("layers", nargs="+", metavar="LAYER", help=".safetensors or int8 .tflite file")
+        command.add_argument("layers", nargs=layers, metavar="LAYER", help=".safetensors or int8 .tflite file"
+                             + otherwise)
         command.add_argument("--length", type=int, nargs="+", default=None, metavar="L",
                              help="tokens per call")
         command.set_defaults(run=run)
@@ -55,21 +58,30 @@ def main(arguments=None):
 
 def _warmup(chosen):
     """Use every layer in each way; say what that cost, and whether a later process will find the machine code."""
+    if not chosen.layers:
+        with _said_what_compiled("every kernel"):
+            for entry in entries.ENTRIES.values():
+                entry.compile()
     for path in chosen.layers:
         layer = edgeattn.load(path)
         for length in chosen.length or [16]:
-            before, began = jit.compiled(), time.perf_counter()
-            _call(layer, length)
-            for cache in _caches(layer, length + 1):
-                _call(layer, length, kv_cache=cache, is_causal=True)
-            seconds = time.perf_counter() - began
-            new = jit.compiled() - before
-            print(f"{path}, {length} tokens: {seconds:.2f} s, " + (
-                f"{new} kernel{'s'[:new != 1]} compiled" if new else "nothing to compile"))
+            with _said_what_compiled(f"{path}, {length} tokens"):
+                _call(layer, length)
+                for cache in _caches(layer, length + 1):
+                    _call(layer, length, kv_cache=cache, is_causal=True)
     folder = kernel_cache.kept_in(fused.layer_float32.py_func)
     print(f"Machine code is kept in {folder}" if folder else
           "Nothing is kept: no cache folder is writable; set NUMBA_CACHE_DIR to one that is.")
     return 0
+
+
+@contextlib.contextmanager
+def _said_what_compiled(what):
+    """Say afterwards how long it took, and how many kernels were compiled."""
+    before, began = jit.compiled(), time.perf_counter()
+    yield
+    seconds, new = time.perf_counter() - began, jit.compiled() - before
+    print(f"{what}: {seconds:.2f} s, " + (f"{new} kernel{'s'[:new != 1]} compiled" if new else "nothing to compile"))
 
 
 def _bench(chosen):

@@ -217,14 +217,6 @@ _restore = ctypes.PYFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_vo
     ("PyErr_Restore", ctypes.pythonapi))
 
 
-def in_portions(rows: int, work: int) -> Iterable[tuple[int, int]]:
-    """(first, last) of the portions of range(rows), `work` operations in all, between which signals are handled."""
-    if work <= LONG_WORK:
-        return ((0, rows),)
-    size = max(rows * LONG_WORK // max(work, 1), 1)
-    return ((first, min(first + size, rows)) for first in range(0, rows, size))
-
-
 def run(
     function: Callable[..., object], arguments: Iterable[object], dtype: DTypeLike, shared_size: int, private_size: int,
     work: int, jobs: int = 1,

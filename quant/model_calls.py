@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from quant.types import ModelBatch
 
     Model: TypeAlias = TransformerEncoder | TextEncoder | ImageEncoder
-    _M = TypeVar("_M", TransformerEncoder, TextEncoder, ImageEncoder)
+    _M = TypeVar("_M", bound="TransformerEncoder | TextEncoder | ImageEncoder")
 
 MODELS = (TransformerEncoder, TextEncoder, ImageEncoder)
 # Arguments of a call, the first of which a batch may be alone.

@@ -30,7 +30,6 @@ from edgeattn.kernels.cpu import (
     encoder_float32,
     functional_dynamic,
     functional_float32,
-    linear,
     linear_dynamic,
 )
 from edgeattn.kernels.cpu.decode_blocks import BLOCK
@@ -413,7 +412,7 @@ def projections(rng, number):
         given = place.input(x)
         stored, scales = place.make(rows.shape, np.int8), place.make(rows.shape[:3], np.float32)
         cache_int8.quantize_into(place.input(rows), stored, scales)
-        return [linear.Linear(weight, bias)(given), linear_dynamic.DynamicLinear(codes, scale, bias)(given), stored,
+        return [edgeattn.Linear(weight, bias).packed(given), linear_dynamic.DynamicLinear(codes, scale, bias)(given), stored,
                 scales]
     exact = x.astype(np.float64) @ weight.astype(np.float64).T + bias
     return f"{tokens=} {depth=} {outputs=}", call, [(exact, 1e-4)]

@@ -119,7 +119,7 @@ BUGS = [
         "tile_add_part_dots(tile, keys, at_k + whole, k_row, q, at_q + whole, q_row, D - whole)",
         "tile_add_dots(tile, keys, at_k + whole, k_row, q, at_q + whole, q_row)", "fence float32-cache"),
     Bug("rows of a cache count as there that only a longer entry has", "decode_int8.py",
-        "left = keys_of(p, lengths, batch) - s0", "left = p.keys - s0", "fence int8-cache-left-windows"),
+        "left = keys_of(p, a, batch) - s0", "left = p.keys - s0", "fence int8-cache-left-windows"),
     Bug("the last row of a cache is read to the end of a vector", "decode_int8.py",
         "(left - LANES) * row >= size_up - size", "left >= LANES", "fence int8-cache"),
     Bug("the middle digit lacks its correction", "decode_int8.py",
@@ -180,8 +180,9 @@ BUGS = [
     Bug("the last tokens of a projection have the scale of a tile's first", "linear_dynamic.py",
         "broadcast(scales.data, scales.at + t + i)", "broadcast(scales.data, scales.at + t)", PROJECTION),
     # projections and functions
-    Bug("the last tokens of a projection lose a chain", "linear.py",
-        "row = tile_add(row, out, at, features, LANES)", "row = tile_add(row, weights, 0, 0, 0)", "fence projections"),
+    Bug("a projection loses all chains but the last", "feed_forward_float32.py",
+        "min(w.chain, w.depth - k))\n        if begun or k > 0:", "min(w.chain, w.depth - k))\n        if begun:",
+        "fence projections"),
     Bug("powers below the smallest are taken as they are", "softmax.py",
         "return exp2_within(maximum(splat(_LOWEST), t))", "return exp2_within(t)", FUNCTIONS),
     # what an encoder block has beside attention

@@ -1,5 +1,6 @@
 """The command lines: the whole job through files, one line for every error, and nothing that a device lacks."""
 import contextlib
+import functools
 import importlib.util
 import os
 import re
@@ -7,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -445,6 +447,15 @@ def test_edgeattn_warmup_compiles_once_and_says_so(folder):
                      for _ in range(2))
     assert re.match(r"int8.safetensors, 5 tokens: [0-9.]+ s, [1-9]\d* kernels? compiled\n.*kernels", first)
     assert re.match("int8.safetensors, 5 tokens: [0-9.]+ s, nothing to compile\n", second)
+
+
+def test_edgeattn_warmup_without_a_layer_compiles_every_kernel(monkeypatch, capsys):
+    compiled = []
+    made = {name: SimpleNamespace(compile=functools.partial(compiled.append, name)) for name in "ab"}
+    monkeypatch.setattr(edgeattn.cli.entries, "ENTRIES", made)
+    assert edgeattn.cli.main(["warmup"]) == 0
+    assert compiled == ["a", "b"]
+    assert re.match("every kernel: [0-9.]+ s, nothing to compile\n", capsys.readouterr().out)
 
 
 KERNELS_USED = """

@@ -233,7 +233,7 @@ def test_one_compiled_kernel_serves_every_call(tmp_path):
                 attend(array, k, v, mask, return_weights=wanted)
                 attend(array, k, v, mask, is_causal=True, kv_lengths=[4, 5], causal_alignment="lower_right",
                        return_weights=wanted)
-    assert len(reference_float32._attention.signatures) == len(fused.attention_float32.signatures) == 1
+    assert len(reference_float32.attention_by_rows.signatures) == len(fused.attention_float32.signatures) == 1
 
 
 def test_big_endian_inputs_give_native_results():

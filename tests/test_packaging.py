@@ -285,7 +285,8 @@ def test_layers_bring_no_checkpoint_reader_until_one_is_asked_for():
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     nothing, found = done.stdout.split("\n")[:2]
     assert nothing == ""
-    assert {name.rpartition(".")[2] for name in found.split()} == {"keras_files", "onnx_graphs", "state_dicts"}
+    assert {name.rpartition(".")[2] for name in found.split()} == {
+        "attention_names", "keras_files", "onnx_graphs", "state_dicts"}
     assert not hasattr(importlib.import_module("edgeattn.files.checkpoints"), "jax_weights")
 
 

@@ -102,7 +102,7 @@ from edgeattn.kernels.cpu import (
 from edgeattn.quantized import (
     DynamicMultiHeadAttention, QuantizedLinear, StaticMultiHeadAttention, TensorQuantization)
 kernels = (fused.layer_float32, fused_int8.layer_int8, fused_dynamic.layer_dynamic, fused.attention_float32,
-           decode_float32.decode, decode_int8.decode, functional_dynamic.attention_dynamic, cache_int8.store_rows,
+           decode_float32.decode_float32, decode_int8.decode_int8, functional_dynamic.attention_dynamic, cache_int8.store_rows,
            cached_int8.cached_int8, quantize.quantize, quantize.dequantize)
 assert not any(kernel.signatures for kernel in kernels), "importing compiled a kernel"
 w = np.eye(16, dtype=np.float32)

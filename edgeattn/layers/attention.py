@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 from edgeattn.executors.compiled import CompiledOps
@@ -84,5 +85,6 @@ def run(layer: Any, call: Call) -> Floats | tuple[Floats, Floats]:
     record: dict[str, Any] = {}
     ops = CompiledOps(record, {"probabilities"} if call.need_weights else ())
     query, key, value = (x.reshape(-1, x.shape[-1]) for x in (call.query, call.key, call.value))
-    result = forward(ops, layer, query, key, value, Sequences([call.mask], call.softcap, call.cache, call.pieces))
+    with contextlib.nullcontext() if call.cache is None else call.cache.transaction():  # the output's part too
+        result = forward(ops, layer, query, key, value, Sequences([call.mask], call.softcap, call.cache, call.pieces))
     return call.write_result(result.reshape(*call.query.shape[:2], layer.output_dim), record.get("probabilities"))

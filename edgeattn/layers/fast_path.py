@@ -91,5 +91,5 @@ def take_step(layer: _Layer, x: Float32s, cache: KVCache) -> Float32s:
     with cache.transaction():
         cache.append_heads(k, v)
         cache.attend_last(q, layer.scale, 0.0, context)
-    result = context.reshape(batch, -1)
-    return linears["output"].packed(result) if "output" in linears else result
+        result = context.reshape(batch, -1)
+        return linears["output"].packed(result) if "output" in linears else result

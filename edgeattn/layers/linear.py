@@ -54,10 +54,11 @@ class Linear(TokenWise):
     @functools.cached_property
     def packed(self) -> Callable[[Float32s], Float32s]:
         """The compiled map of (tokens, E) to (tokens, F), each row computed alike however many come at a time."""
-        from edgeattn.kernels.cpu.linear import Linear as Packed
+        from edgeattn.kernels.cpu.encoder_float32 import Linear as Packed
+        from edgeattn.kernels.cpu.matmul import CHAIN
 
-        packed: Callable[[Float32s], Float32s] = Packed(self.weight, self.bias)
-        return packed
+        of: Callable[[Float32s], Float32s] = Packed(self.weight, self.bias, chain=CHAIN).of
+        return of
 
     def __repr__(self) -> str:
         return f"Linear(inputs={self.inputs}, outputs={self.outputs}, bias={self.bias is not None})"

@@ -19,7 +19,6 @@ from test_worker_pool import call
 import edgeattn
 import quant
 from edgeattn import threads
-from edgeattn.kernels.cpu import reference_float32
 from edgeattn.runtime.worker_pool import TAKEN
 
 _raise = types.ExternalFunction("raise", types.int32(types.int32))
@@ -248,18 +247,8 @@ def test_every_kind_of_call_is_ended_by_a_signal_and_right_the_next_time(monkeyp
                 continue
             np.testing.assert_array_equal(result, expected, err_msg=name)
             break
-        # probabilities are cut in Python, which looks by itself; another thread may have taken every part
-        assert n > 1 or name == "probabilities" or count > 1, f"{name} never looked for signals"
-
-
-@pytest.mark.parametrize("shape", [(5, 3, 7, 1000), (1, 3, 7, 1000), (1, 1, 1, 1000), (4, 2, 2, 10), (0, 2, 3, 4)])
-def test_probabilities_come_in_parts_that_are_short_and_together_all(monkeypatch, shape):
-    monkeypatch.setattr(threads, "LONG_WORK", 10_000)
-    work, seen = 3 * int(np.prod(shape)), np.zeros(shape[:3], int)
-    for part in reference_float32._parts(shape, work):
-        seen[part] += 1
-        assert seen[part].size * 3 * shape[3] <= 10_000 or seen[part].size == 1
-    assert (seen == 1).all()
+        # another thread may have taken every part
+        assert n > 1 or count > 1, f"{name} never looked for signals"
 
 
 PROGRAM = """

@@ -714,6 +714,9 @@ def _assembled(graph, node, name, parts):
             f"{name} must have each head once for each sequence, got {len(head_of)} pairs of {heads} heads and "
             f"{batch} sequences"
         )
+    if not len(head_of) == len(key_of) == len(value_of) == len(key_row):
+        raise NotRead(f"{name} must have keys and values for each head of each sequence, got {len(key_of)} and "
+                      f"{len(value_of)} for {len(head_of)}")
     first = [int(np.flatnonzero(head_of == h)[0]) for h in range(heads)]
     for each in (key_of, value_of):
         if any(len(set(each[head_of == h].tolist())) != 1 for h in range(heads)):

@@ -208,12 +208,11 @@ class Graph:
         kind, attributes = node.op_type, self.attributes(node)
         shapes = [self.shapes.get(name) if name else None for name in node.input]
         first = shapes[0] if shapes else None
-        if kind == "Constant":
-            return self.constant(node.output[0]).shape
+        if kind in ("Constant", "ConstantOfShape", "Range"):
+            value = self.constant(node.output[0])
+            return None if value is None else value.shape
         if kind == "Shape":
             return (len(first[attributes.get("start", 0) : attributes.get("end")]),)
-        if kind in ("ConstantOfShape", "Range"):
-            return self.constant(node.output[0]).shape
         if first is None:
             return None
         if kind == "Gather":

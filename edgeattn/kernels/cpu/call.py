@@ -1,7 +1,4 @@
-"""Calling kernels that take (parameters, addresses, scratch, task_queue, count).
-
-These are layers, attention, and what an encoder has beside it.  Projections (linear, linear_dynamic), quantize, and
-what reads and writes caches (decode_*, cache_int8) take arrays, and are called in their own files.
+"""Calling kernels, which all take (parameters, addresses, scratch, task_queue, count): those of `entries`.
 
 Parameters and addresses are arrays of int64, records by name inside (see records.py): what follows from shapes, masks
 and weights, and where the arrays of one call lie.  The first is made once for many calls; a call writes the second.

@@ -3,15 +3,13 @@ import functools
 
 import numpy as np
 
-from edgeattn import threads
-from edgeattn.runtime.jit import compiled_for
-
 from . import decode_float32, decode_int8
-from .decode_blocks import BLOCK
+from .call import PreparedCall
+from .decode_blocks import ADDRESSES, BLOCK, DECODE
 from .matmul import round_up
+from .records import bits_of_real, blank, packed, slot
 
-_NO_LENGTHS = np.zeros(0, np.int64)
-_runs = {}
+_KEYS = slot(DECODE, "keys")
 
 
 def _rows(array):
@@ -24,10 +22,28 @@ def _rows(array):
     return array
 
 
-@functools.lru_cache
-def _private(sizes, G, D, Dv):
-    """Scratch elements that a thread needs for itself, whole cache lines."""
-    return round_up(sum(sizes.py_func(G, D, Dv)), 16)
+@functools.lru_cache(256)
+def _prepare(q, kv_heads, value_size, blocks, scale, softcap, steps, scale_steps):
+    """The `PreparedCall` of arrays of such shapes and any number of keys that fills so many blocks.
+
+    steps : strides of q, k, v and out; scale_steps : of k_scale and v_scale, or None
+    """
+    kernels, kernel, size = (decode_float32, decode_float32.decode_float32, 4) if scale_steps is None else (
+        decode_int8, decode_int8.decode_int8, 1)
+    B, H, D = q
+    p = blank(DECODE, batch=B, heads=H, kv_heads=kv_heads, head_size=D, value_size=value_size, blocks=blocks,
+              scale=bits_of_real(scale), softcap=bits_of_real(softcap))
+    p.padded_value = round_up(value_size, kernels.CHUNK)
+    p.result_size = H // kv_heads * (p.padded_value + 2)
+    p.shared_size = round_up(B * kv_heads * blocks * p.result_size, 16)
+    p.private_size = round_up(sum(kernels.private_sizes.py_func(H // kv_heads, D, value_size)), 16)
+    (p.q_b, p.q_h), (p.out_b, p.out_h) = ([step // 4 for step in steps[i][:2]] for i in (0, 3))
+    (p.k_b, p.k_h, p.k_s), (p.v_b, p.v_h, p.v_s) = ([step // size for step in steps[i][:3]] for i in (1, 2))
+    if scale_steps is not None:
+        (p.k_scale_b, p.k_scale_h, p.k_scale_s), (p.v_scale_b, p.v_scale_h, p.v_scale_s) = (
+            [step // 4 for step in each] for each in scale_steps)
+    return PreparedCall(kernel, packed(p, DECODE), ADDRESSES, np.float32, p.shared_size, p.private_size,
+                        8 * B * H * blocks * BLOCK * (D + value_size))
 
 
 def decode(q, k, v, out, scale, softcap=0.0, lengths=None, k_scale=None, v_scale=None):
@@ -45,16 +61,11 @@ def decode(q, k, v, out, scale, softcap=0.0, lengths=None, k_scale=None, v_scale
     k_scale, v_scale : (B, Hkv, S) float32, none negative, contiguous along S or of stride 0; None for a float32 cache
     """
     q = _rows(q)
-    B, H, D = q.shape
-    _, Hkv, S, Dv = v.shape
-    G = H // Hkv
-    kernels, scales = (decode_float32, ()) if k_scale is None else (decode_int8, (k_scale, v_scale))
-    private = _private(kernels.private_sizes, G, D, Dv)
-    shared = round_up(B * Hkv * -(-S // BLOCK) * G * (round_up(Dv, kernels.CHUNK) + 2), 16)
-    arguments = (q, k, v, out, *scales, scale, softcap, _NO_LENGTHS if lengths is None else lengths, private)
-    run = _runs.get(kernels)
-    if run is None:
-        run = _runs[kernels] = compiled_for(
-            kernels.decode, (*arguments, np.zeros(1, np.float32), np.zeros(1, np.int64), 1), strided=4 + len(scales))
-    threads.run(run, arguments, np.float32, shared, private, 8 * B * H * S * (D + Dv))
+    keys = k.shape[2]
+    call = _prepare(q.shape, v.shape[1], v.shape[3], -(-keys // BLOCK), scale, softcap,
+                    (q.strides, k.strides, v.strides, out.strides),
+                    None if k_scale is None else (k_scale.strides, v_scale.strides))
+    parameters = call.parameters.copy()
+    parameters[_KEYS] = keys
+    call(q, k, v, out, lengths, k_scale, v_scale, parameters=parameters)
     return out

@@ -6,13 +6,11 @@ of threads.  Of each block (G, Dv') context, Dv' = Dv rounded up, then (G,) maxi
 all threads share.  A block's context is divided by its sum, so that no number is larger than the largest value.
 """
 import numpy as np
-from numba.extending import register_jitable
 
 from edgeattn.runtime.jit import inline
 
-from .fused import steps_of
-from .records import named, record
-from .simd import LANES, address_of, first_lane, load, max_lanes, maximum, pointer_to, splat, store
+from .records import real, record
+from .simd import LANES, first_lane, load, max_lanes, maximum, pointer_to, splat, store
 from .softmax import LOG2_E, exp2, tanh
 
 BLOCK = 128  # keys
@@ -21,44 +19,27 @@ _ONE = np.float32(1)
 _MINUS_INFINITY = np.float32(-np.inf)
 _LOWEST = np.finfo(np.float32).min
 
-# The parameters: sizes, then of each array its address and its strides in elements.
+# Sizes; where the scratch of each begins; bits of scale and softcap as float32; strides in elements.
 DECODE = record("batch heads kv_heads keys head_size value_size padded_value blocks result_size",
-                "shared_size private_size",
-                "q q_b q_h", "k k_b k_h k_s", "v v_b v_h v_s", "out out_b out_h",
-                "k_scale k_scale_b k_scale_h k_scale_s", "v_scale v_scale_b v_scale_h v_scale_s")
-_COUNT = len(DECODE)
-
-
-@register_jitable
-def parameters_of(q, k, v, out, result_row, private):
-    """The parameters of one call, without scales; `result_row` is Dv', `private` the scratch elements of a thread."""
-    parameters = np.zeros(_COUNT, np.int64)
-    p = named(parameters, DECODE)
-    p.batch, p.heads, p.head_size = q.shape
-    p.kv_heads, p.keys, p.value_size, p.padded_value = k.shape[1], k.shape[2], v.shape[3], result_row
-    p.blocks, p.private_size = (p.keys + BLOCK - 1) // BLOCK, private
-    p.result_size = p.heads // p.kv_heads * (result_row + 2)
-    p.shared_size = (p.batch * p.kv_heads * p.blocks * p.result_size + 15) // 16 * 16
-    p.q, p.k, p.v, p.out = address_of(q), address_of(k), address_of(v), address_of(out)
-    p.q_b, p.q_h, _ = steps_of(q)
-    p.k_b, p.k_h, p.k_s = steps_of(k)
-    p.v_b, p.v_h, p.v_s = steps_of(v)
-    p.out_b, p.out_h, _ = steps_of(out)
-    return parameters
+                "shared_size private_size scale softcap",
+                "q_b q_h k_b k_h k_s v_b v_h v_s out_b out_h",
+                "k_scale_b k_scale_h k_scale_s v_scale_b v_scale_h v_scale_s")
+# `lengths`: int64, the keys of each batch entry, or 0: all keys are there; scales float32, of bytes.
+ADDRESSES = record("q k v out lengths k_scale v_scale")
 
 
 @inline
-def keys_of(p, lengths, batch):
+def keys_of(p, a, batch):
     """How many keys a batch entry has."""
-    return p.keys if lengths.size == 0 else min(max(lengths[batch], 0), p.keys)
+    return p.keys if a.lengths == 0 else min(max(pointer_to(a.lengths, np.int64)[batch], 0), p.keys)
 
 
 @inline
-def take_queries(p, item, scale, softcap, private, at_q, q_row):
+def take_queries(p, a, item, private, at_q, q_row):
     """private[at_q + g q_row + d] = query g of the item times what makes its scores exponents of 2; then zeros."""
     G = p.heads // p.kv_heads
     batch, kv = item // p.kv_heads, item % p.kv_heads
-    q = pointer_to(p.q, private)
+    q, scale, softcap = pointer_to(a.q, private), real(p.scale), real(p.softcap)
     factor = scale / softcap if softcap > _ZERO else scale * LOG2_E
     for g in range(G):
         start = batch * p.q_b + (kv * G + g) * p.q_h
@@ -93,13 +74,13 @@ def inverse_of(total):
 
 
 @inline
-def join_blocks(parameters, out, lengths, results, feature_of):
+def join_blocks(p, a, results, feature_of):
     """out (B, H, Dv) = the softmax over all blocks; feature_of(position) says what a context's element is."""
-    p = named(parameters, DECODE)
+    out = pointer_to(a.out, np.float32)
     G, Dv, Dv_up = p.heads // p.kv_heads, p.value_size, p.padded_value
     for item in range(p.batch * p.kv_heads):
         batch, kv = item // p.kv_heads, item % p.kv_heads
-        blocks = (keys_of(p, lengths, batch) + BLOCK - 1) // BLOCK
+        blocks = (keys_of(p, a, batch) + BLOCK - 1) // BLOCK
         first = item * p.blocks * p.result_size
         for g in range(G):
             to = batch * p.out_b + (kv * G + g) * p.out_h

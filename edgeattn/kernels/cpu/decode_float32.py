@@ -7,18 +7,9 @@ import numpy as np
 from edgeattn.runtime.jit import inline, jit
 from edgeattn.runtime.worker_pool import parallel_for, task
 
-from .decode_blocks import (
-    BLOCK,
-    DECODE,
-    cap_and_maximum,
-    inverse_of,
-    join_blocks,
-    keys_of,
-    parameters_of,
-    take_queries,
-)
+from .decode_blocks import ADDRESSES, BLOCK, DECODE, cap_and_maximum, inverse_of, join_blocks, keys_of, take_queries
 from .fused import portions
-from .records import named
+from .records import named, real
 from .simd import (
     LANES,
     ROWS,
@@ -151,14 +142,12 @@ def private_sizes(G, D, Dv):
 
 
 @task
-def decode_part(parameters, scale, softcap, lengths, scratch, portion, worker, part):
-    """`portion` blocks of keys of `decode`."""
-    p = named(parameters, DECODE)
-    shared = address_of(scratch)
-    private = pointer_to(shared + (p.shared_size + worker * p.private_size) * scratch.itemsize, scratch)
-    results = pointer_to(shared, scratch)
+def decode_part(p, a, scratch, portion, worker, part):
+    """`portion` blocks of keys of `decode_float32`."""
+    private = pointer_to(scratch + 4 * (p.shared_size + worker * p.private_size), np.float32)
+    results, softcap = pointer_to(scratch, np.float32), real(p.softcap)
     D, Dv, Dv_up, G = p.head_size, p.value_size, p.padded_value, p.heads // p.kv_heads
-    keys, values = pointer_to(p.k, private), pointer_to(p.v, private)
+    keys, values = pointer_to(a.k, np.float32), pointer_to(a.v, np.float32)
     k_row, v_row, q_row = p.k_s, p.v_s, (D + CHUNK - 1) // CHUNK * CHUNK
     at_q = 0  # (G, D'), scaled
     sizes = private_sizes(G, D, Dv)
@@ -168,11 +157,11 @@ def decode_part(parameters, scale, softcap, lengths, scratch, portion, worker, p
     for number in range(part * portion, min((part + 1) * portion, p.batch * p.kv_heads * p.blocks)):
         item, s0 = number // p.blocks, number % p.blocks * BLOCK
         batch, kv = item // p.kv_heads, item % p.kv_heads
-        count = min(keys_of(p, lengths, batch) - s0, BLOCK)
+        count = min(keys_of(p, a, batch) - s0, BLOCK)
         if count <= 0:
             continue
         if item != ready:
-            take_queries(p, item, scale, softcap, private, at_q, q_row)
+            take_queries(p, a, item, private, at_q, q_row)
             ready = item
         # 1. scores (G, BLOCK)
         score_block(keys, batch * p.k_b + kv * p.k_h + s0 * k_row, k_row, count, D, G, private, at_q, q_row,
@@ -204,11 +193,13 @@ def in_order(position):
 
 
 @jit
-def decode(q, k, v, out, scale, softcap, lengths, private, scratch, task_queue, count):
-    """See `decode.decode`; on at most `count` threads that serve the task_queue."""
-    parameters = parameters_of(q, k, v, out, (v.shape[3] + CHUNK - 1) // CHUNK * CHUNK, private)
-    p = named(parameters, DECODE)
+def decode_float32(parameters, addresses, scratch, task_queue, count):
+    """One query per head against float32 keys and values; on at most `count` threads that serve the task_queue.
+
+    parameters DECODE, addresses ADDRESSES; scratch: 32-bit elements, `shared_size` for all threads and then
+    `private_size` for each.
+    """
+    p, a, memory = named(parameters, DECODE), named(addresses, ADDRESSES), address_of(scratch)
     portion, parts = portions(p.batch * p.kv_heads * p.blocks, 1, count)
-    parallel_for(task_queue, parts, decode_part, parameters, np.float32(scale), np.float32(softcap), lengths, scratch,
-                 portion)
-    join_blocks(parameters, pointer_to(p.out, scratch), lengths, pointer_to(address_of(scratch), scratch), in_order)
+    parallel_for(task_queue, parts, decode_part, p, a, memory, portion)
+    join_blocks(p, a, pointer_to(memory, np.float32), in_order)

@@ -13,21 +13,12 @@ from edgeattn.runtime.jit import inline, jit
 from edgeattn.runtime.worker_pool import parallel_for, task
 
 from .byte_products import DEPTH_STEP, digit_products
-from .decode_blocks import (
-    BLOCK,
-    DECODE,
-    cap_and_maximum,
-    inverse_of,
-    join_blocks,
-    keys_of,
-    parameters_of,
-    take_queries,
-)
-from .fused import portions, steps_of
+from .decode_blocks import ADDRESSES, BLOCK, DECODE, cap_and_maximum, inverse_of, join_blocks, keys_of, take_queries
+from .fused import portions
 from .int8_operands import LANE_FLIP, add_digit_sum, flip_lanes, less_digit_sum, store_digit_sum
 from .int8_views import Part
 from .matmul import round_up
-from .records import named
+from .records import named, real
 from .simd import (
     LANES,
     MATRIX_ROWS,
@@ -242,11 +233,11 @@ def buffers_of(p, base, worker):
 
 
 @inline
-def prepare_queries(p, item, scale, softcap, buffers):
+def prepare_queries(p, a, item, buffers):
     """An item's queries in digits."""
     D_up = round_up(p.head_size, CHUNK)
     deep = round_up(D_up // 4, 16)
-    take_queries(p, item, scale, softcap, buffers.queries, 0, D_up)
+    take_queries(p, a, item, buffers.queries, 0, D_up)
     for g in range(p.heads // p.kv_heads):
         largest, poison = largest_of(buffers.queries, g * D_up, D_up)
         buffers.units[g] = poison + write_digits(
@@ -255,13 +246,13 @@ def prepare_queries(p, item, scale, softcap, buffers):
 
 
 @inline
-def score_block(p, batch, kv, s0, left, buffers):
+def score_block(p, a, batch, kv, s0, left, buffers):
     """Sums of digits (G DIGITS, BLOCK) of the queries with a block's keys; left: how many keys there are from s0 on."""
     D, count = p.head_size, min(left, BLOCK)
     D4 = round_up(D, CHUNK) // 4
     deep = round_up(D4, 16)
     from_k = batch * p.k_b + kv * p.k_h + s0 * p.k_s
-    key_panels(p.k + from_k, p.k_s, D, count, left, deep, buffers.panels, buffers.copy)
+    key_panels(a.k + from_k, p.k_s, D, count, left, deep, buffers.panels, buffers.copy)
     digit_products(p.heads // p.kv_heads * DIGITS, Rows(buffers.q_digits, 0, deep),
                    Rows(buffers.panels, 0, deep * WIDTH), count, round_up(D4, DEPTH_STEP), Rows(buffers.sums, 0, BLOCK))
 
@@ -270,10 +261,10 @@ _OF_KEYS, _OF_VALUES, _ABSENT = 0, BLOCK, 2 * BLOCK  # where scales, and what is
 
 
 @inline
-def take_block_scales(p, batch, kv, s0, count, buffers):
+def take_block_scales(p, a, batch, kv, s0, count, buffers):
     """Scales of a block's keys and values, and what is added to scores; zero, or NaN where a value's is not finite."""
     whole, own_scales = round_up(count, CHUNK), buffers.scales
-    k_scales, v_scales = pointer_to(p.k_scale, np.float32), pointer_to(p.v_scale, np.float32)
+    k_scales, v_scales = pointer_to(a.k_scale, np.float32), pointer_to(a.v_scale, np.float32)
     take_scales(k_scales, batch * p.k_scale_b + kv * p.k_scale_h + s0 * p.k_scale_s, p.k_scale_s, count, whole,
                 own_scales, _OF_KEYS)
     poison = take_scales(v_scales, batch * p.v_scale_b + kv * p.v_scale_h + s0 * p.v_scale_s, p.v_scale_s, count,
@@ -286,12 +277,12 @@ def take_block_scales(p, batch, kv, s0, count, buffers):
 
 
 @inline
-def weigh_block(p, count, softcap, poison, results, to, buffers):
+def weigh_block(p, count, poison, results, to, buffers):
     """Softmax of a block: probabilities times the values' scales in digits, zeros up to a whole vector.
 
     results: from `to` on, of each query, the maximum and the sum.
     """
-    G, Dv_up, whole = p.heads // p.kv_heads, p.padded_value, round_up(count, CHUNK)
+    G, Dv_up, whole, softcap = p.heads // p.kv_heads, p.padded_value, round_up(count, CHUNK), real(p.softcap)
     units, scores, own_scales = buffers.units, buffers.scores, buffers.scales
     for g in range(G):
         at, best, unit = g * BLOCK, splat(_LOWEST), splat(units[g])
@@ -319,11 +310,11 @@ def weigh_block(p, count, softcap, poison, results, to, buffers):
 
 
 @inline
-def context_block(p, batch, kv, s0, left, results, to, buffers):
+def context_block(p, a, batch, kv, s0, left, results, to, buffers):
     """Context (G, Dv') of a block, positions as `interleaved` says: four keys at a time become a row of the panels."""
     G, Dv, Dv_up, count = p.heads // p.kv_heads, p.value_size, p.padded_value, min(left, BLOCK)
     from_v = batch * p.v_b + kv * p.v_h + s0 * p.v_s
-    value_panels(p.v + from_v, p.v_s, Dv, count, left, buffers.panels, buffers.copy)
+    value_panels(a.v + from_v, p.v_s, Dv, count, left, buffers.panels, buffers.copy)
     digit_products(G * DIGITS, Rows(buffers.w_digits, 0, QUADS), Rows(buffers.panels, 0, QUADS * WIDTH), Dv_up,
                    (count + 3) // 4, Rows(buffers.sums, 0, Dv_up))
     for g in range(G):
@@ -334,28 +325,26 @@ def context_block(p, batch, kv, s0, left, results, to, buffers):
 
 
 @task
-def decode_part(parameters, scale, softcap, lengths, scratch, portion, worker, part):
-    """`portion` blocks of keys of `decode`."""
-    p = named(parameters, DECODE)
-    base = address_of(scratch)
-    results, buffers = pointer_to(base, np.float32), buffers_of(p, base, worker)
+def decode_part(p, a, scratch, portion, worker, part):
+    """`portion` blocks of keys of `decode_int8`."""
+    results, buffers = pointer_to(scratch, np.float32), buffers_of(p, scratch, worker)
     matrix_configure(buffers.sums, 0)
     ready = np.int64(-1)
     for number in range(part * portion, min((part + 1) * portion, p.batch * p.kv_heads * p.blocks)):
         item, s0 = number // p.blocks, number % p.blocks * BLOCK
         batch, kv = item // p.kv_heads, item % p.kv_heads
-        left = keys_of(p, lengths, batch) - s0  # not p.keys - s0: there may be no memory behind a shorter entry's keys
+        left = keys_of(p, a, batch) - s0  # not p.keys - s0: there may be no memory behind a shorter entry's keys
         count = min(left, BLOCK)
         if count <= 0:
             continue
         if item != ready:
-            prepare_queries(p, item, scale, softcap, buffers)
+            prepare_queries(p, a, item, buffers)
             ready = item
         to = number * p.result_size
-        score_block(p, batch, kv, s0, left, buffers)
-        poison = take_block_scales(p, batch, kv, s0, count, buffers)
-        weigh_block(p, count, softcap, poison, results, to, buffers)
-        context_block(p, batch, kv, s0, left, results, to, buffers)
+        score_block(p, a, batch, kv, s0, left, buffers)
+        poison = take_block_scales(p, a, batch, kv, s0, count, buffers)
+        weigh_block(p, count, poison, results, to, buffers)
+        context_block(p, a, batch, kv, s0, left, results, to, buffers)
     matrix_release()
 
 
@@ -368,15 +357,13 @@ def interleaved(position):
 
 
 @jit
-def decode(q, k, v, out, k_scale, v_scale, scale, softcap, lengths, private, scratch, task_queue, count):
-    """See `decode.decode`; on at most `count` threads that serve the task_queue."""
-    parameters = parameters_of(q, k, v, out, (v.shape[3] + CHUNK - 1) // CHUNK * CHUNK, private)
-    p = named(parameters, DECODE)
-    p.k_scale, p.v_scale = address_of(k_scale), address_of(v_scale)
-    p.k_scale_b, p.k_scale_h, p.k_scale_s = steps_of(k_scale)
-    p.v_scale_b, p.v_scale_h, p.v_scale_s = steps_of(v_scale)
+def decode_int8(parameters, addresses, scratch, task_queue, count):
+    """One query per head against int8 keys and values; on at most `count` threads that serve the task_queue.
+
+    parameters DECODE, addresses ADDRESSES; scratch: 32-bit elements, `shared_size` for all threads and then
+    `private_size` for each.
+    """
+    p, a, memory = named(parameters, DECODE), named(addresses, ADDRESSES), address_of(scratch)
     portion, parts = portions(p.batch * p.kv_heads * p.blocks, 1, count)
-    parallel_for(task_queue, parts, decode_part, parameters, np.float32(scale), np.float32(softcap), lengths, scratch,
-                 portion)
-    join_blocks(parameters, pointer_to(p.out, np.float32), lengths, pointer_to(address_of(scratch), np.float32),
-                interleaved)
+    parallel_for(task_queue, parts, decode_part, p, a, memory, portion)
+    join_blocks(p, a, pointer_to(memory, np.float32), interleaved)

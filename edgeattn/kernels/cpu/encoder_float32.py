@@ -108,15 +108,22 @@ class Linear(RowKernel):
     activation : None, "relu", "gelu", "gelu_tanh" or "silu"
     norm : tuple or None
         ("layer" or "rms", float32 weight, float32 bias or None, eps).
+    chain : int
+        Products that are summed one after another: a shorter chain rounds less.
     """
 
-    def __init__(self, weight, bias, *, activation=None, norm=None):
+    def __init__(self, weight, bias, *, activation=None, norm=None, chain=ff.CHAIN):
         outputs, inputs = weight.shape
+        self.outputs = outputs
         up = round_up(outputs, VIRTUAL_LANES)
         at, weights = pack(w=pack_panels(padded(weight, up, inputs)), b=padded(bias, up),
                            at_norm=pack_norm(norm, outputs))
-        super().__init__(blank(ff.LINEAR, width=inputs, out_width=outputs, out_up=up,
+        super().__init__(blank(ff.LINEAR, width=inputs, out_width=outputs, out_up=up, chain=chain,
                                activation=ACTIVATIONS[activation], norm=norm_kind(norm), **at), weights)
+
+    def of(self, x):
+        """What the rows of x (rows, inputs) become, (rows, outputs)."""
+        return self(x, None, np.empty((len(x), self.outputs), np.float32))
 
     def prepare(self, rows):
         """See RowKernel."""

@@ -5,9 +5,11 @@
                   out = norm(h w2^T + b2 + residual)
 
 With a gate the activation is the gate's: h = activation(y g^T + bg) * (y w1^T + b1).  Tokens are the rows of tiles; of
-the hidden features HIDDEN at a time are in scratch.  A sum is CHAIN products at a time, the bias comes last: a row
-gives the same bits alone and among others, on one thread and on several.
+the hidden features HIDDEN at a time are in scratch.  A sum is CHAIN products at a time, or as many as a linear layer
+says, the bias comes last: a row gives the same bits alone and among others, on one thread and on several.
 """
+from typing import NamedTuple
+
 import numpy as np
 
 from edgeattn.runtime.calls import separately
@@ -19,6 +21,7 @@ from .matmul import multiply, multiply_ahead, round_up
 from .norm import ADDRESSES, NO_NORM, finish_row, normalize_row, read_row
 from .records import named, record
 from .simd import COLUMNS, LANES, ROWS, WIDTH, address_of, pointer_to, tile_add, tile_store, tile_zero
+from .views import Rows
 
 CHAIN = 64  # products that are summed one after another; the sums of the chains are summed then
 TALL = 6 if LANES == 8 else ROWS  # rows of a tile: of sixteen registers three hold what it is made of
@@ -29,67 +32,78 @@ BLOCK = 64  # rows that pass a feed-forward together
 FEW_ROWS = 24  # up to so many rows, threads share the features; then the rows
 # Positions are in elements of 32 bits: of weights, biases and norms in the weights, others in the scratch; `hidden_up`
 # and `out_up` are whole numbers of vectors of 32 lanes.
-LINEAR = record("rows width out_width out_up activation norm w b at_norm private_size")
+LINEAR = record("rows width out_width out_up chain activation norm w b at_norm private_size")
 FEED_FORWARD = record("rows width hidden out_width width_up hidden_up out_up activation gated norm_first norm_last",
                       "w1 b1 gate_w gate_b w2 b2 at_first at_last",
                       "at_rows at_hidden at_sums shared_size own_rows own_hidden own_sums own_gate private_size")
 
 
+class Weights(NamedTuple):
+    """Of a linear map, in a flat array: panels (depth, WIDTH) from data[at] on, `step` from one to the next.
+
+    chain: products that are summed one after another.
+    """
+
+    data: object
+    at: int
+    step: int
+    depth: int
+    chain: int
+
+
 @inline
-def multiply_tile(zero, begun, x, at_x, x_row, w, at_w, depth, out, at_out, out_row):
-    """out = x w^T of as many rows as the tile `zero` has, plus what is in out, if begun."""
-    for k in range(0, depth, CHAIN):
-        tile = multiply(zero, x, at_x + k, x_row, 1, w, at_w + k * WIDTH, min(CHAIN, depth - k))
+def multiply_tile(zero, begun, x, t, w, f, out):
+    """Rows of out = x w^T from t on, as many as the tile `zero` has, features from f on; plus what is there, if begun.
+
+    x, out: Rows; w: Weights
+    """
+    from_row, at_panel, to = x.at + t * x.step, w.at + f // WIDTH * w.step, out.at + t * out.step + f
+    for k in range(0, max(w.depth, 1), w.chain):
+        tile = multiply(zero, x.data, from_row + k, x.step, 1, w.data, at_panel + k * WIDTH, min(w.chain, w.depth - k))
         if begun or k > 0:
-            tile = tile_add(tile, out, at_out, out_row, LANES)
-        tile_store(tile, out, at_out, out_row, LANES)
+            tile = tile_add(tile, out.data, to, out.step, LANES)
+        tile_store(tile, out.data, to, out.step, LANES)
 
 
 @inline
-def multiply_tile_ahead(zero, begun, x, at_x, x_row, w, at_w, depth, out, at_out, out_row, at_next, pace):
+def multiply_tile_ahead(zero, begun, x, t, w, f, out, at_next, pace):
     """multiply_tile(), while `pace` elements of w from at_next on for each of the depth are brought near."""
-    for k in range(0, depth, CHAIN):
-        some = min(CHAIN, depth - k)
-        tile = multiply_ahead(zero, x, at_x + k, x_row, 1, w, at_w + k * WIDTH, some, at_next + k * pace, pace * some)
+    from_row, at_panel, to = x.at + t * x.step, w.at + f // WIDTH * w.step, out.at + t * out.step + f
+    for k in range(0, max(w.depth, 1), w.chain):
+        some = min(w.chain, w.depth - k)
+        tile = multiply_ahead(zero, x.data, from_row + k, x.step, 1, w.data, at_panel + k * WIDTH, some,
+                              at_next + k * pace, pace * some)
         if begun or k > 0:
-            tile = tile_add(tile, out, at_out, out_row, LANES)
-        tile_store(tile, out, at_out, out_row, LANES)
+            tile = tile_add(tile, out.data, to, out.step, LANES)
+        tile_store(tile, out.data, to, out.step, LANES)
 
 
 @task
-def product_rows(begun, x, at_x, x_row, rows, depth, w, at_w, panel, features, out, at_out, out_row):
-    """out (rows, features) = x w^T, plus what is in out, if begun.
-
-    w: panels (depth, WIDTH), `panel` apart; features a multiple of WIDTH; rows of x and out x_row and out_row apart
-    """
+def product_rows(begun, x, rows, w, features, out):
+    """out (rows, features) = x w^T, plus what is in out, if begun; x, out: Rows; w: Weights."""
     for f in range(0, features, WIDTH):
-        at_panel, at, t = at_w + f // WIDTH * panel, at_out + f, 0
-        at_next, at_end = at_panel + panel, at_panel + panel + depth * WIDTH
+        t, at_next = 0, w.at + (f // WIDTH + 1) * w.step
+        at_end = at_next + w.depth * WIDTH
         while t < rows:
-            left, from_row, to_row = rows - t, at_x + t * x_row, at + t * out_row
+            left = rows - t
             if left >= TALL and left - TALL not in _UNEVEN:
                 pace = AHEAD if at_next < at_end else 0
-                multiply_tile_ahead(tile_zero(TALL, COLUMNS, w), begun, x, from_row, x_row, w, at_panel, depth,
-                                    out, to_row, out_row, at_next, pace)
-                at_next += pace * depth
+                multiply_tile_ahead(tile_zero(TALL, COLUMNS, w.data), begun, x, t, w, f, out, at_next, pace)
+                at_next += pace * w.depth
                 t += TALL
             elif left >= 4 and left != 5:
                 pace = AHEAD if at_next < at_end else 0
-                multiply_tile_ahead(tile_zero(4, COLUMNS, w), begun, x, from_row, x_row, w, at_panel, depth,
-                                    out, to_row, out_row, at_next, pace)
-                at_next += pace * depth
+                multiply_tile_ahead(tile_zero(4, COLUMNS, w.data), begun, x, t, w, f, out, at_next, pace)
+                at_next += pace * w.depth
                 t += 4
             elif left >= 3:
-                multiply_tile(tile_zero(3, COLUMNS, w), begun, x, from_row, x_row, w, at_panel, depth,
-                              out, to_row, out_row)
+                multiply_tile(tile_zero(3, COLUMNS, w.data), begun, x, t, w, f, out)
                 t += 3
             elif left == 2:
-                multiply_tile(tile_zero(2, COLUMNS, w), begun, x, from_row, x_row, w, at_panel, depth,
-                              out, to_row, out_row)
+                multiply_tile(tile_zero(2, COLUMNS, w.data), begun, x, t, w, f, out)
                 t += 2
             else:
-                multiply_tile(tile_zero(1, COLUMNS, w), begun, x, from_row, x_row, w, at_panel, depth,
-                              out, to_row, out_row)
+                multiply_tile(tile_zero(1, COLUMNS, w.data), begun, x, t, w, f, out)
                 t += 1
 
 
@@ -128,7 +142,8 @@ def linear_of_rows(p, a, scratch, portion, worker, part):
     E, at, end = p.width, worker * p.private_size, min((part + 1) * portion, p.rows)
     for row in range(part * portion, end, BLOCK):
         rows = min(BLOCK, end - row)
-        separately(product_rows, (False, x, row * E, E, rows, E, w, p.w, E * WIDTH, p.out_up, s, at, p.out_up))
+        separately(product_rows, (False, Rows(x, row * E, E), rows, Weights(w, p.w, E * WIDTH, E, p.chain), p.out_up,
+                                  Rows(s, at, p.out_up)))
         finish_linear(p, a, s, at, row, rows)
 
 
@@ -137,8 +152,8 @@ def multiply_features(p, a, scratch, portion, worker, part):
     """The sums of all rows for a portion of the features, at the start of the scratch."""
     x, w, s = pointer_to(a.x, np.float32), pointer_to(a.weights, np.float32), pointer_to(scratch, np.float32)
     E, f = p.width, part * portion
-    separately(product_rows, (False, x, 0, E, p.rows, E, w, p.w + f * E, E * WIDTH, min(portion, p.out_up - f), s, f,
-                              p.out_up))
+    separately(product_rows, (False, Rows(x, 0, E), p.rows, Weights(w, p.w + f * E, E * WIDTH, E, p.chain),
+                              min(portion, p.out_up - f), Rows(s, f, p.out_up)))
 
 
 @jit
@@ -169,28 +184,27 @@ def norm_rows(p, a, row, rows, s, at):
 
 
 @inline
-def raise_rows(p, x, at_x, x_row, rows, w, s, at_hidden, hidden_row, at_gate, g, features):
-    """The hidden features g .. g + `features`, a multiple of WIDTH, of some rows."""
-    E = p.width
-    separately(product_rows, (False, x, at_x, x_row, rows, E, w, p.w1 + g * E, E * WIDTH, features, s, at_hidden,
-                              hidden_row))
-    add_to_rows(w, p.b1 + g, s, at_hidden, hidden_row, rows, features)
+def raise_rows(p, x, rows, w, hidden, at_gate, g, features):
+    """The hidden features g .. g + `features`, a multiple of WIDTH, of some rows; x, hidden: Rows."""
+    E, s = p.width, hidden.data
+    separately(product_rows, (False, x, rows, Weights(w, p.w1 + g * E, E * WIDTH, E, CHAIN), features, hidden))
+    add_to_rows(w, p.b1 + g, s, hidden.at, hidden.step, rows, features)
     if p.gated == 0:
-        separately(activate_rows, (p.activation, False, s, at_hidden, hidden_row, rows, features))
+        separately(activate_rows, (p.activation, False, s, hidden.at, hidden.step, rows, features))
         return
-    separately(product_rows, (False, x, at_x, x_row, rows, E, w, p.gate_w + g * E, E * WIDTH, features, s, at_gate,
-                              HIDDEN))
+    separately(product_rows, (False, x, rows, Weights(w, p.gate_w + g * E, E * WIDTH, E, CHAIN), features,
+                              Rows(s, at_gate, HIDDEN)))
     add_to_rows(w, p.gate_b + g, s, at_gate, HIDDEN, rows, features)
     separately(activate_rows, (p.activation, False, s, at_gate, HIDDEN, rows, features))
-    multiply_rows(s, at_gate, HIDDEN, s, at_hidden, hidden_row, rows, features)
+    multiply_rows(s, at_gate, HIDDEN, s, hidden.at, hidden.step, rows, features)
 
 
 @inline
-def lower_rows(p, rows, w, s, at_hidden, hidden_row, g, at_sums, n, features):
-    """Add to the sums, features from n on, what the hidden features g .. g + HIDDEN contribute."""
+def lower_rows(p, rows, w, hidden, g, at_sums, n, features):
+    """Add to the sums, features from n on, what the hidden features g .. g + HIDDEN contribute; hidden: Rows."""
     depth = min(HIDDEN, p.hidden - g)
-    separately(product_rows, (g > 0, s, at_hidden, hidden_row, rows, depth, w, p.w2 + n * p.hidden + g * WIDTH, p.hidden
-                              * WIDTH, features, s, at_sums + n, p.out_up))
+    weights = Weights(w, p.w2 + n * p.hidden + g * WIDTH, p.hidden * WIDTH, depth, CHAIN)
+    separately(product_rows, (g > 0, hidden, rows, weights, features, Rows(hidden.data, at_sums + n, p.out_up)))
 
 
 @inline
@@ -211,14 +225,14 @@ def feed_rows_forward(p, a, scratch, portion, worker, part):
     at_hidden, at_sums, end = own + p.own_hidden, own + p.own_sums, min((part + 1) * portion, p.rows)
     for row in range(part * portion, end, BLOCK):
         rows = min(BLOCK, end - row)
-        y, at_y, y_row = x, row * p.width, p.width
+        y = Rows(x, row * p.width, p.width)
         if p.norm_first != NO_NORM:
             norm_rows(p, a, row, rows, s, own + p.own_rows)
-            y, at_y, y_row = s, own + p.own_rows, p.width_up
+            y = Rows(s, own + p.own_rows, p.width_up)
+        hidden = Rows(s, at_hidden, HIDDEN)
         for g in range(0, p.hidden, HIDDEN):
-            raise_rows(p, y, at_y, y_row, rows, w, s, at_hidden, HIDDEN, own + p.own_gate, g,
-                       min(HIDDEN, p.hidden_up - g))
-            lower_rows(p, rows, w, s, at_hidden, HIDDEN, g, at_sums, 0, p.out_up)
+            raise_rows(p, y, rows, w, hidden, own + p.own_gate, g, min(HIDDEN, p.hidden_up - g))
+            lower_rows(p, rows, w, hidden, g, at_sums, 0, p.out_up)
         finish_rows(p, a, s, at_sums, row, rows)
 
 
@@ -233,12 +247,12 @@ def norm_some(p, a, scratch, parts, worker, part):
 def raise_some(p, a, scratch, parts, worker, part):
     """Some hidden features of all rows."""
     w, s = pointer_to(a.weights, np.float32), pointer_to(scratch, np.float32)
-    y, at_y, y_row = pointer_to(a.x, np.float32), 0, p.width
+    y = Rows(pointer_to(a.x, np.float32), 0, p.width)
     if p.norm_first != NO_NORM:
-        y, at_y, y_row = s, p.at_rows, p.width_up
+        y = Rows(s, p.at_rows, p.width_up)
     begin, end = share_of(p.hidden_up, WIDTH, parts, part)
     for g in range(begin, end, HIDDEN):
-        raise_rows(p, y, at_y, y_row, p.rows, w, s, p.at_hidden + g, p.hidden_up,
+        raise_rows(p, y, p.rows, w, Rows(s, p.at_hidden + g, p.hidden_up),
                    p.shared_size + worker * p.private_size + p.own_gate, g, min(HIDDEN, end - g))
 
 
@@ -248,7 +262,7 @@ def lower_some(p, a, scratch, parts, worker, part):
     w, s = pointer_to(a.weights, np.float32), pointer_to(scratch, np.float32)
     begin, end = share_of(p.out_up, WIDTH, parts, part)
     for g in range(0, p.hidden, HIDDEN):
-        lower_rows(p, p.rows, w, s, p.at_hidden + g, p.hidden_up, g, p.at_sums, begin, end - begin)
+        lower_rows(p, p.rows, w, Rows(s, p.at_hidden + g, p.hidden_up), g, p.at_sums, begin, end - begin)
 
 
 @task

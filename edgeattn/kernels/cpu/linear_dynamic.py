@@ -6,13 +6,19 @@ The products are exact integers, so a token gives the same bits alone and inside
 import numpy as np
 
 from edgeattn import threads
-from edgeattn.runtime.jit import compiled_for, inline, jit
+from edgeattn.runtime.addresses import address
+from edgeattn.runtime.jit import inline, jit
+from edgeattn.runtime.plan_cache import PlanCache
+from edgeattn.runtime.worker_pool import parallel_for, task
 
 from .byte_products import TILES_SCRATCH, linear, pack_byte_panels
+from .call import PreparedCall
 from .dynamic import STEP, TOKENS, depth_groups, quantize_rows
+from .fused import portions
 from .int8_operands import FLIP
 from .int8_views import BytePanels, Groups, Part, Projection, scratch_at
 from .matmul import round_up
+from .records import blank, named, packed, record
 from .simd import (
     LANES,
     OFFSET,
@@ -24,6 +30,7 @@ from .simd import (
     load,
     matrix_configure,
     matrix_release,
+    pointer_to,
     store,
     tile_dequantize,
     tile_store,
@@ -32,8 +39,10 @@ from .simd import (
 from .views import Rows
 
 TILES_SIZE = TILES_SCRATCH + max(ROWS * WIDTH, 16)  # a block of the matrix unit, or its description; one tile
-
-_run = None
+# `x` (rows, width) and `out` (rows, out_width) float32; weights int32: byte panels (features / WIDTH, depth4, WIDTH),
+# then corrections (features,); factors float32: scales (features,), then the bias (features,).
+PROJECTION = record("rows width out_width private_size")
+ADDRESSES = record("x out weights factors")
 
 
 def join_depth(weight):
@@ -82,35 +91,38 @@ def linear_rows(x, tokens, scales, projection, features, out, own, at_tiles):
            Part(own.int32, at_tiles))
 
 
-@jit
-def linear_dynamic(x, weights, factors, depth, features, out, scratch):
-    """out = quantized x times w^T, dequantized, + bias.
-
-    x (tokens, depth) flat float32; weights int32: byte panels (features / WIDTH, depth4, WIDTH), then corrections
-    (features,); factors float32: weight scales (features,), then the bias (features,); out flat, (tokens, features);
-    scratch int32 of `scratch_size` elements.
-    """
-    depth4 = depth_groups(depth)
-    tokens = x.size // depth
+@task
+def project_part(p, a, scratch, portion, worker, part):
+    """A portion of the rows, quantized and multiplied TOKENS at a time."""
+    depth, depth4, features = p.width, depth_groups(p.width), round_up(p.out_width, WIDTH)
     at_tiles = TOKENS * depth4
     at_scales = at_tiles + TILES_SIZE
     at_inverse, at_tail = at_scales + TOKENS, at_scales + 2 * TOKENS
-    own = scratch_at(address_of(scratch))
+    own = scratch_at(scratch + 4 * worker * p.private_size)
+    x, out, factors = pointer_to(a.x, np.float32), pointer_to(a.out, np.float32), pointer_to(a.factors, np.float32)
     scales = Part(own.float32, at_scales)
-    projection = Projection(weights, 0, features * depth4, factors, 0, factors, features, depth4)
+    projection = Projection(pointer_to(a.weights, np.int32), 0, features * depth4, factors, 0, factors, features,
+                            depth4)
     matrix_configure(own.int32, at_tiles)
-    for t in range(0, tokens, TOKENS):
-        some = min(TOKENS, tokens - t)
+    end = min((part + 1) * portion, p.rows)
+    for t in range(part * portion, end, TOKENS):
+        some = min(TOKENS, end - t)
         quantize_rows(Part(x, t * depth), depth, some, TOKENS, FLIP, Part(own.int32, 0), scales, own, at_inverse,
                       at_tail)
-        linear_rows(Part(own.uint32, 0), some, scales, projection, features, Rows(out, t * features, features), own,
-                    at_tiles)
+        linear_rows(Part(own.uint32, 0), some, scales, projection, p.out_width,
+                    Rows(out, t * p.out_width, p.out_width), own, at_tiles)
     matrix_release()
 
 
-def scratch_size(depth):
-    """Elements of scratch for rows of `depth` numbers."""
-    return TOKENS * (round_up(depth, STEP) // 4) + TILES_SIZE + 2 * TOKENS + STEP
+@jit
+def linear_dynamic(parameters, addresses, scratch, task_queue, count):
+    """out = quantized x times w^T, dequantized, + bias; on at most `count` threads that serve the task_queue.
+
+    parameters PROJECTION, addresses ADDRESSES; scratch: 32-bit elements, `private_size` for each thread.
+    """
+    p, a = named(parameters, PROJECTION), named(addresses, ADDRESSES)
+    portion, parts = portions(p.rows, TOKENS, count)
+    parallel_for(task_queue, parts, project_part, p, a, address_of(scratch), portion)
 
 
 class DynamicLinear:
@@ -126,7 +138,7 @@ class DynamicLinear:
 
     def __init__(self, codes, scale, bias):
         self.outputs, self.inputs = codes.shape
-        self._features = features = round_up(self.outputs, WIDTH)
+        features = round_up(self.outputs, WIDTH)
         deep = np.zeros((features, self.inputs), np.int8)
         deep[: self.outputs] = codes
         corrections = (-OFFSET * deep.astype(np.int32).sum(1)).astype(np.int32)
@@ -138,25 +150,22 @@ class DynamicLinear:
         self._factors[: self.outputs] = scale
         if bias is not None:
             self._factors[features : features + self.outputs] = bias
-        self._scratch_size = scratch_size(self.inputs)
+        self._plans = PlanCache()
 
     def __call__(self, x):
-        """(tokens, inputs) float32 in C order -> (tokens, outputs) float32, a view of padded rows."""
-        out = np.empty((len(x), self._features), np.float32)
-        if x.size and out.size:
-            if (work := len(x) * self.inputs * self._features) > threads.LONG_WORK:
-                for first, last in threads.in_portions(len(x), work):
-                    self._multiply(x[first:last], out[first:last])
-            else:
-                self._multiply(x, out)
-        else:
-            out[:] = self._factors[self._features :]  # the bias is all there is
-        return out[:, : self.outputs]
+        """(tokens, inputs) float32 in C order -> (tokens, outputs) float32."""
+        rows = len(x)
+        out = np.empty((rows, self.outputs), np.float32)
+        if not (x.size and out.size):
+            out[:] = self._factors[len(self._factors) // 2:][:self.outputs]  # the bias is all there is
+            return out
+        call = self._plans.get(rows) or self._plans.keep(rows, self._plan(rows))
+        call(x, out, self._weights)
+        return out
 
-    def _multiply(self, x, out):
-        global _run
-        arguments = (x.reshape(-1), self._weights, self._factors, self.inputs, self._features, out.reshape(-1),
-                     np.empty(self._scratch_size, np.int32))
-        if _run is None:
-            _run = compiled_for(linear_dynamic, arguments)
-        _run(*arguments)
+    def _plan(self, rows):
+        deep = round_up(self.inputs, STEP) // 4
+        private = round_up(TOKENS * deep + TILES_SIZE + 2 * TOKENS + STEP, 16)
+        p = blank(PROJECTION, rows=rows, width=self.inputs, out_width=self.outputs, private_size=private)
+        return PreparedCall(linear_dynamic, packed(p, PROJECTION), ADDRESSES, np.int32, 0, private,
+                            rows * self.inputs * self.outputs, fixed=(address(self._factors),))

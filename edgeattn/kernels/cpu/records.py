@@ -59,6 +59,19 @@ def bits_of_real(number):
     return _INT32.unpack(_FLOAT32.pack(number))[0]
 
 
+@intrinsic
+def double(typing, bits):
+    """The float64 whose bits a field holds."""
+    def generate(context, builder, sig, args):
+        return builder.bitcast(args[0], ir.DoubleType())
+    return types.float64(types.int64), generate
+
+
+def bits_of_double(number):
+    """The bits of a number as float64, for a field that `double` reads."""
+    return int(np.float64(number).view(np.int64))
+
+
 def blank(layout, **values):
     """The fields of a record as attributes, zero where no value is given."""
     return SimpleNamespace(**(dict.fromkeys(layout.names, 0) | values))

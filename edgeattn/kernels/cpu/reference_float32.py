@@ -1,21 +1,30 @@
 """Attention one row of scores at a time: where the probabilities are wanted, an axis is empty, or a scale extreme."""
 
+import functools
 import math
 
 import numpy as np
-from numba.extending import register_jitable
 
-from edgeattn import threads
-from edgeattn.runtime.jit import jit
+from edgeattn.runtime.jit import inline, jit
+from edgeattn.runtime.worker_pool import parallel_for, task
+from edgeattn.shapes import strides
 
+from .call import PreparedCall
+from .fused import portions
+from .matmul import round_up
+from .records import bits_of_double, blank, double, named, packed, place, record, shape_of
+from .simd import address_of, pointer_to
 from .softmax import LARGEST_MASK, masked_score
 
 _WORK = 8  # a sum in float64, one number at a time, for each of the operations of a tile
-_NO_KEEP = np.empty((0, 0, 0, 0), np.bool_)
-_NO_BIAS = np.empty((0, 0, 0, 0), np.float32)
-_NO_SLOPES = np.empty((0, 0), np.float32)
-for _absent in (_NO_KEEP, _NO_BIAS):
-    _absent.flags.writeable = False  # the type that a mask has, so that one compiled kernel serves both
+# The bounds of a window, -1 of none; bits of scale and softcap as float64; strides of masks in elements; where in a
+# thread's scratch its arrays begin, in elements of 32 bits.
+ATTENTION = record("batch heads kv_heads queries keys head_size value_size left right scale softcap",
+                   "keep_b keep_h keep_l keep_s bias_b bias_h bias_l bias_s slopes_b",
+                   "at_context at_columns at_powers at_permitted private_size")
+# Arrays in C order. Of masks, slopes (B or 1, H), weights (B, H, L, S) and lse (B, H, L) 0 where there are none;
+# offset, the position of query 0, and lengths: int64, of each batch entry.
+ADDRESSES = record("query key value out keep bias slopes offset lengths weights lse")
 
 
 def attention(query, key, value, mask, *, scale, softcap, out, weights=None, lse=None):
@@ -38,148 +47,164 @@ def attention(query, key, value, mask, *, scale, softcap, out, weights=None, lse
     lse : (B, H, L) float32 array, optional
         Written with log(sum(exp(scores))) over the permitted keys, -inf where there is none.
     """
-    batch, heads, _, keys = mask.shape
+    batch, _, _, keys = mask.shape
     offset = np.zeros(batch, np.int64) + mask.offset
     lengths = np.full(batch, keys, np.int64) if mask.lengths is None else mask.lengths
-    repeats = heads // max(key.shape[1], 1)
-    for entries, some, rows in _parts(mask.shape, _WORK * math.prod(mask.shape) * (query.shape[3] + value.shape[3])):
-        own = entries, some, rows
-        shared = entries, slice(some.start // repeats, -(-some.stop // repeats)) if heads else some
-        _attention(
-            query[own],
-            key[shared],
-            value[shared],
-            _cut(_NO_KEEP if mask.keep is None else mask.keep, own),
-            _cut(_NO_BIAS if mask.bias is None else mask.bias, own),
-            _cut(_NO_SLOPES if mask.slopes is None else mask.slopes, own),
-            mask.left,
-            mask.right,
-            offset[entries] + rows.start,
-            lengths[entries],
-            float(scale),
-            float(softcap),
-            out[own],
-            np.empty((0, 0, 0, 0), np.float32) if weights is None else weights[own],
-            np.empty((0, 0, 0), np.float32) if lse is None else lse[own],
-        )
+    call = _prepare(query.shape, key.shape, value.shape, shape_of(mask.keep), shape_of(mask.bias),
+                    shape_of(mask.slopes), mask.left, mask.right, scale, softcap)
+    call(query, key, value, out, mask.keep, mask.bias, mask.slopes, offset, lengths, weights, lse)
 
 
-def _parts(shape, work):
-    """Batch entries, heads and rows, as slices, of the parts of a call between which signals are handled."""
-    batch, heads, queries, _ = shape
-    for first, last in threads.in_portions(batch, work):
-        if last - first > 1 or work <= threads.LONG_WORK:
-            yield slice(first, last), slice(0, heads), slice(0, queries)
-            continue
-        for head in range(heads):
-            for begin, end in threads.in_portions(queries, work // (batch * heads)):
-                yield slice(first, last), slice(head, head + 1), slice(begin, end)
+@functools.lru_cache(256)
+def _prepare(query, key, value, keep, bias, slopes, left, right, scale, softcap):
+    """The `PreparedCall` of arrays of these shapes, or None, and these bounds of a window."""
+    p = blank(ATTENTION, left=left, right=right, scale=bits_of_double(scale), softcap=bits_of_double(softcap))
+    if keep is not None:
+        p.keep_b, p.keep_h, p.keep_l, p.keep_s = strides(keep)
+    if bias is not None:
+        p.bias_b, p.bias_h, p.bias_l, p.bias_s = strides(bias)
+    p.batch, p.heads, p.queries, p.head_size = query
+    p.kv_heads, p.keys, p.value_size = key[1], key[2], value[3]
+    p.slopes_b = p.heads if slopes is not None and slopes[0] > 1 else 0
+    _, size = place(0, 2 * p.keys)  # the scores
+    p.at_context, size = place(size, 2 * p.value_size)
+    p.at_columns, size = place(size, p.head_size * p.keys)
+    p.at_powers, size = place(size, p.keys)
+    p.at_permitted, size = place(size, round_up(p.keys, 4) // 4)
+    p.private_size = size
+    work = _WORK * p.batch * p.heads * p.queries * p.keys * (p.head_size + p.value_size)
+    return PreparedCall(attention_by_rows, packed(p, ATTENTION), ADDRESSES, np.float32, 0, size, work)
 
 
-def _cut(mask, own):
-    """A part of a mask, whose axes may be 1."""
-    return mask[tuple(part if size > 1 else slice(None) for part, size in zip(own, mask.shape, strict=False))]
-
-
-@register_jitable
-def _row(mask, b, h, i):
-    # mask (B or 1, H or 1, L or 1, S) -> (S,)
-    return mask[min(b, mask.shape[0] - 1), min(h, mask.shape[1] - 1), min(i, mask.shape[2] - 1)]
-
-
-@register_jitable
+@inline
 def _within(added):
     # as fused.fill_mask keeps masks finite; a NaN stays
     return np.float32(min(max(added, -LARGEST_MASK), LARGEST_MASK)) if added == added else added
 
 
-@jit
-def _attention(query, key, value, keep, bias, slopes, left, right, offset, lengths, scale, softcap, out, weights, lse):
-    # query (B, H, L, D)  key (B, Hkv, S, D)  value (B, Hkv, S, Dv)  out (B, H, L, Dv)
-    # keep, bias (B or 1, H or 1, L or 1, S), or empty: absent   weights (B, H, L, S), or empty: not wanted
-    # slopes (B or 1, H), or empty: absent   lse (B, H, L), or empty: not wanted
-    # offset, lengths (B,)
-    B, H, L, D = query.shape
-    Hkv, S, Dv = key.shape[1], key.shape[2], value.shape[3]
-    has_keep, has_bias, has_weights, has_lse = keep.size > 0, bias.size > 0, weights.size > 0, lse.size > 0
-    key_columns = np.empty((D, S), np.float32)
+@inline
+def _keys_to_columns(p, keys, at, columns):
+    # columns (D, S)
+    D, S = p.head_size, p.keys
+    for j in range(S):
+        for d in range(D):
+            columns[d * S + j] = keys[at + j * D + d]
+
+
+@inline
+def _permitted_keys(p, a, b, h, i, position, permitted):
+    # The keys [first, last) that length and window leave, and which of them are permitted.
+    first, last = np.int64(0), pointer_to(a.lengths, np.int64)[b]
+    if p.left >= 0:
+        first = max(first, position - p.left)
+    if p.right >= 0:
+        last = min(last, position + p.right + 1)
+    for j in range(first, last):
+        permitted[j] = 1
+    if a.keep != 0:
+        keep, at = pointer_to(a.keep, np.uint8), b * p.keep_b + h * p.keep_h + i * p.keep_l
+        for j in range(first, last):
+            permitted[j] = keep[at + j * p.keep_s]
+    return first, last
+
+
+@inline
+def _add_to_scores(p, a, b, h, i, position, first, last, scores, permitted):
+    # What a bias and slopes add; where the bias is -inf a key is not permitted.
+    if a.bias == 0 and a.slopes == 0:
+        return
+    bias, at = pointer_to(a.bias, np.float32), b * p.bias_b + h * p.bias_h + i * p.bias_l
+    slope = np.float32(0)
+    if a.slopes != 0:
+        slope = pointer_to(a.slopes, np.float32)[b * p.slopes_b + h]
+    for j in range(first, last):
+        added = np.float32(0)
+        if a.bias != 0:
+            added = bias[at + j * p.bias_s]
+            if added == -np.inf:
+                permitted[j] = 0
+        if abs(added) != np.inf:
+            added = _within(added)
+            if slope != 0:
+                added = _within(np.float32(added - slope * np.float32(abs(position - j))))
+        scores[j] = masked_score(scores[j], added)
+
+
+@task
+def _attend_part(p, a, scratch, portion, worker, part):
+    # A portion of the rows of all batch entries and heads.
+    D, S, Dv = p.head_size, p.keys, p.value_size
+    own = scratch + 4 * worker * p.private_size
     # Scores and long sums are kept in float64, where their roundings vanish and no float32 is too large.
-    scores = np.empty(S, np.float64)
-    powers = np.empty(S, np.float32)
-    context = np.empty(Dv, np.float64)
-    permitted = np.empty(S, np.bool_)
-    for b in range(B):
-        for kv in range(Hkv):
+    scores, context = pointer_to(own, np.float64), pointer_to(own + 4 * p.at_context, np.float64)
+    columns, powers = pointer_to(own + 4 * p.at_columns, np.float32), pointer_to(own + 4 * p.at_powers, np.float32)
+    permitted = pointer_to(own + 4 * p.at_permitted, np.uint8)
+    query, key, value, out = (pointer_to(a.query, np.float32), pointer_to(a.key, np.float32),
+                              pointer_to(a.value, np.float32), pointer_to(a.out, np.float32))
+    weights, lse, scale, softcap = (pointer_to(a.weights, np.float32), pointer_to(a.lse, np.float32), double(p.scale),
+                                    double(p.softcap))
+    ready = np.int64(-1)
+    for row in range(part * portion, min((part + 1) * portion, p.batch * p.heads * p.queries)):
+        b, h, i = row // (p.heads * p.queries), row // p.queries % p.heads, row % p.queries
+        item = b * p.kv_heads + h // (p.heads // p.kv_heads)
+        if item != ready:
+            _keys_to_columns(p, key, item * S * D, columns)
+            ready = item
+        position = i + pointer_to(a.offset, np.int64)[b]
+        # 1. The keys that may be seen.
+        first, last = _permitted_keys(p, a, b, h, i, position, permitted)
+        # 2. Scores, a column of keys at a time so that the inner loop runs along keys.
+        for j in range(first, last):
+            scores[j] = 0
+        for d in range(D):
+            number = np.float64(query[row * D + d])
+            for j in range(first, last):
+                scores[j] += number * np.float64(columns[d * S + j])
+        for j in range(first, last):
+            scores[j] *= scale
+        if softcap != 0:
+            for j in range(first, last):
+                scores[j] = softcap * math.tanh(scores[j] / softcap)
+        _add_to_scores(p, a, b, h, i, position, first, last, scores, permitted)
+        # 3. Softmax over the permitted keys; one whose score is -inf is none. NaN wins no comparison, and spreads from
+        # the sum.
+        highest = -np.inf
+        for j in range(first, last):
+            if scores[j] == -np.inf:
+                permitted[j] = 0
+            if permitted[j] != 0 and scores[j] > highest:
+                highest = scores[j]
+        total = 0.0
+        for j in range(first, last):
+            if permitted[j] != 0:
+                powers[j] = math.exp(np.float32(scores[j] - highest))
+                total += powers[j]
+        if a.lse != 0:
+            # without a permitted key: -inf, the log of an empty sum
+            lse[row] = highest if total == 0 else highest + math.log(total)
+        # 4. The weighted mean of the values. Without a permitted key nothing is divided or added.
+        for d in range(Dv):
+            context[d] = 0
+        if a.weights != 0:
             for j in range(S):
-                for d in range(D):
-                    key_columns[d, j] = key[b, kv, j, d]
-            for h in range(kv * (H // Hkv), (kv + 1) * (H // Hkv)):
-                for i in range(L):
-                    # 1. The keys [first, last) that length and window leave, and which of them are permitted.
-                    first, last = 0, lengths[b]
-                    if left >= 0:
-                        first = max(first, i + offset[b] - left)
-                    if right >= 0:
-                        last = min(last, i + offset[b] + right + 1)
-                    permitted[:] = False
-                    for j in range(first, last):
-                        permitted[j] = True
-                    if has_keep:
-                        keep_row = _row(keep, b, h, i)
-                        for j in range(first, last):
-                            permitted[j] = keep_row[j]
+                weights[row * S + j] = 0
+        for j in range(first, last):
+            if permitted[j] != 0:
+                weight = np.float32(powers[j] / total)
+                if a.weights != 0:
+                    weights[row * S + j] = weight
+                for d in range(Dv):
+                    context[d] += np.float64(weight) * np.float64(value[(item * S + j) * Dv + d])
+        for d in range(Dv):
+            out[row * Dv + d] = context[d]
 
-                    # 2. Scores, a column of keys at a time so that the inner loop runs along keys.
-                    scores[:] = 0
-                    for d in range(D):
-                        for j in range(first, last):
-                            scores[j] += np.float64(query[b, h, i, d]) * np.float64(key_columns[d, j])
-                    for j in range(first, last):
-                        scores[j] *= scale
-                    if softcap != 0:
-                        for j in range(first, last):
-                            scores[j] = softcap * math.tanh(scores[j] / softcap)
-                    if has_bias or slopes.size > 0:
-                        slope = np.float32(0)
-                        if slopes.size > 0:
-                            slope = np.float32(slopes[min(b, slopes.shape[0] - 1), h])
-                        for j in range(first, last):
-                            added = np.float32(0)
-                            if has_bias:
-                                added = _row(bias, b, h, i)[j]
-                                permitted[j] = permitted[j] and added != -np.inf
-                            if abs(added) != np.inf:
-                                added = _within(added)
-                                if slope != 0:
-                                    added = _within(np.float32(added - slope * np.float32(abs(i + offset[b] - j))))
-                            scores[j] = masked_score(scores[j], added)
 
-                    # 3. Softmax over the permitted keys; one whose score is -inf is none. NaN wins no comparison, and
-                    # spreads from the sum.
-                    highest = -np.inf
-                    for j in range(first, last):
-                        permitted[j] = permitted[j] and scores[j] != -np.inf
-                        if permitted[j] and scores[j] > highest:
-                            highest = scores[j]
-                    total = 0.0
-                    for j in range(first, last):
-                        if permitted[j]:
-                            powers[j] = math.exp(np.float32(scores[j] - highest))
-                            total += powers[j]
-                    if has_lse:
-                        # without a permitted key: -inf, the log of an empty sum
-                        lse[b, h, i] = highest if total == 0 else highest + math.log(total)
+@jit
+def attention_by_rows(parameters, addresses, scratch, task_queue, count):
+    """See `attention`; on at most `count` threads that serve the task_queue.
 
-                    # 4. The weighted mean of the values. Without a permitted key nothing is divided or added.
-                    context[:] = 0
-                    if has_weights:
-                        weights[b, h, i, :] = 0
-                    for j in range(first, last):
-                        if permitted[j]:
-                            weight = np.float32(powers[j] / total)
-                            if has_weights:
-                                weights[b, h, i, j] = weight
-                            for d in range(Dv):
-                                context[d] += np.float64(weight) * np.float64(value[b, kv, j, d])
-                    for d in range(Dv):
-                        out[b, h, i, d] = context[d]
+    parameters ATTENTION, addresses ADDRESSES; scratch: 32-bit elements, `private_size` for each thread.
+    """
+    p, a = named(parameters, ATTENTION), named(addresses, ADDRESSES)
+    portion, parts = portions(p.batch * p.heads * p.queries, 1, count)
+    parallel_for(task_queue, parts, _attend_part, p, a, address_of(scratch), portion)
