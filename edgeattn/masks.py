@@ -136,6 +136,15 @@ class Mask(NamedTuple):
         return Mask((batch, heads, queries, keys + extra), widen(self.permitted(), True),
                     widen(self.without_slopes().bias, 0), None, -1, -1, 0, None)
 
+    def with_bias(self, added: Float32s | None) -> Mask:
+        """The same conditions, and what `added` (B or 1, H or 1, L, S), if anything, adds to the scores.
+
+        Returns
+        -------
+        Mask
+        """
+        return self if added is None else self._replace(bias=sum_of_biases(self.bias, added))
+
     def without_slopes(self) -> Mask:
         """The same conditions, and what the slopes add in `bias`: for kernels that know no slopes.
 
@@ -180,6 +189,16 @@ class Mask(NamedTuple):
         low = self.offset - self.left if self.left >= 0 else -queries - keys
         high = self.offset + self.right if self.right >= 0 else queries + keys
         return self.keep, self.bias, (low, high), alibi  # type: ignore[return-value]  # without lengths, ints
+
+
+def sum_of_biases(bias: Float32s | None, added: Float32s) -> Float32s:
+    """What both add to scores, in C order and read-only; of a sum of finite numbers no -inf, which would hide a key."""
+    if bias is None:
+        return _read_only(added)
+    with np.errstate(over="ignore"):
+        total = np.add(bias, added, order="C")
+    np.copyto(total, np.clip(total, -_LARGEST, _LARGEST), where=np.isfinite(bias) & np.isfinite(added))
+    return _read_only(total)
 
 
 def resolve_mask(

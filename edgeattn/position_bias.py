@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from edgeattn.types import Flag, Float32s
 
 
+_LARGEST_KEPT = 1 << 22  # elements
+
+
 class RelativePositionBias:
     """T5's bias: a number for each head and bucket of distances. For `MultiHeadAttention(..., position_bias=...)`.
 
@@ -43,6 +46,7 @@ class RelativePositionBias:
                              f"{self.max_distance} distances, at least 2 in each direction, got shape {array.shape}")
         self.table = np.array(to_float32(array))
         self.table.flags.writeable = False
+        self._last: tuple[int, Float32s] | None = None  # what `rows` gave: layers of an encoder ask for the same
 
     @property
     def num_heads(self) -> int:
@@ -51,6 +55,13 @@ class RelativePositionBias:
 
     def rows(self, position: int, queries: int, keys: int) -> Float32s:
         """(H, L, S) of queries from `position` on to keys from 0 on."""
+        last = self._last
+        if last is None or last[0] != position or last[1].shape[1] < queries or last[1].shape[2] < keys:
+            last = position, self._made(position, queries, keys)
+            self._last = last if last[1].size <= _LARGEST_KEPT else None
+        return last[1][:, :queries, :keys]
+
+    def _made(self, position: int, queries: int, keys: int) -> Float32s:
         distance = np.arange(keys) - np.arange(position, position + queries)[:, None]
         buckets = len(self.table)
         after = np.zeros(distance.shape, np.int64)

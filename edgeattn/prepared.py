@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgeattn.checks import FLOAT32, write_result
-from edgeattn.masks import NO_WINDOW
+from edgeattn.masks import NO_WINDOW, sum_of_biases
 from edgeattn.runtime.plan_cache import PlanCache
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgeattn.masks import Mask
-    from edgeattn.types import Bools, MaskShapes, Shape
+    from edgeattn.types import Bools, Float32s, MaskShapes, Shape
 
 PLAIN = 4  # parts of the signature of a call that no mask but a causal one restricts
 _BOOL = np.dtype(np.bool_)
@@ -102,15 +102,18 @@ class Prepared:
         Whether `attn_mask` is added to the scores.
     keep, alibi : array or None
         Of a call's masks what its signature says the whole of.
+    position_bias : float32 array or None
+        What is added to the scores beside the call's masks.
     """
 
-    __slots__ = ("_adds", "_alibi", "_call", "_dtype", "_keep", "_more", "shape")
+    __slots__ = ("_adds", "_alibi", "_call", "_dtype", "_keep", "_more", "_position_bias", "shape")
 
     def __init__(self, shape: Shape, dtype: np.dtype[Any], call: Callable[..., object] | None = None,
-                 adds: bool = False, keep: Bools | None = None, alibi: NDArray[np.float64] | None = None):
-        self.shape, self._dtype, self._call, self._adds, self._keep, self._alibi = (
-            shape, dtype, call, adds, keep, alibi)
-        self._more = adds or alibi is not None or keep is not None
+                 adds: bool = False, keep: Bools | None = None, alibi: NDArray[np.float64] | None = None,
+                 position_bias: Float32s | None = None):
+        self.shape, self._dtype, self._call, self._adds, self._keep, self._alibi, self._position_bias = (
+            shape, dtype, call, adds, keep, alibi, position_bias)
+        self._more = adds or alibi is not None or keep is not None or position_bias is not None
 
     def takes(self, out: object) -> bool:
         """Whether a kernel can write the result to `out`; None stands for a new array."""
@@ -137,6 +140,8 @@ class Prepared:
                 keep, padding = attn_mask, key_padding_mask
             if self._keep is not None:
                 keep, padding = (self._keep, None) if keep is None else (keep, self._keep)
+            if self._position_bias is not None:
+                bias = sum_of_biases(bias, self._position_bias)
             call(query, key, value, result, keep, padding, bias, self._alibi)
         elif attn_mask is not None:
             call(query, key, value, result, attn_mask, key_padding_mask)
@@ -162,12 +167,14 @@ class PreparedCalls(PlanCache[Any, Prepared]):
         return found if out is None or found is None or found.takes(out) else None
 
     def learn(self, signature: tuple[Any, ...] | None, prepare: Callable[[MaskShapes], Callable[..., object]],
-              scores: Shape, shape: Shape, mask: Mask, attn_mask: Any, key_padding_mask: Any = None) -> None:
+              scores: Shape, shape: Shape, mask: Mask, attn_mask: Any, key_padding_mask: Any = None,
+              position_bias: Float32s | None = None) -> None:
         """Keep what a call of a signature found; not where kernels cannot read its masks as they are.
 
         prepare : the kernel for masks of such shapes, given as they are.
         scores, shape : of the scores (..., H, L, S) and of the result.
         mask : what the call's masks make.
+        position_bias : (1, H, L, S), what is added to the scores beside them.
         """
         if signature is None:
             return
@@ -192,8 +199,11 @@ class PreparedCalls(PlanCache[Any, Prepared]):
         if (written is not None and written.nbytes > _MOST_KEPT or len(shapes) > 2
                 or padding is not None and padding[2] > 1):
             return
+        adds = bias is not None
+        if position_bias is not None:
+            bias = position_bias.shape if bias is None else np.broadcast_shapes(bias, position_bias.shape)
         call = prepare((keep, padding, bias, band, None if alibi is None else alibi.shape))
-        self.keep(signature, Prepared(shape, self.dtype, call, bias is not None, written, alibi))
+        self.keep(signature, Prepared(shape, self.dtype, call, adds, written, alibi, position_bias))
 
     def learn_step(self, signature: tuple[Any, ...] | None, result: Any) -> None:
         """Keep that a call of one token with a cache, which gave this result, needs no more checks."""

@@ -136,6 +136,7 @@ class RotaryEmbedding:
     def __init__(self, rotary_embedding_dim: SupportsIndex, *, base: Real = 10000.0, interleaved: Flag = False,
                  offset: SupportsIndex = 0):
         self._table = rotary_cache(1, rotary_embedding_dim, base=base)
+        self._by_features: Float32s | None = None
         self.rotary_embedding_dim, self.base = count("rotary_embedding_dim", rotary_embedding_dim), float(base)
         self.interleaved = flag("interleaved", interleaved)
         self.offset = count("offset", operator.index(offset) + 1) - 1
@@ -150,6 +151,15 @@ class RotaryEmbedding:
         cos, sin = (each[None, first:last] for each in table)
         return apply_rotary_embedding(
             x, cos, sin, interleaved=self.interleaved, rotary_embedding_dim=self.rotary_embedding_dim)
+
+    def by_features(self, positions: int) -> Float32s:
+        """Cosines, then sines, (R, at least so many positions): of keys from the first on, as kernels read them."""
+        table = self._by_features
+        if table is None or table.shape[1] < positions:
+            pair = rotary_cache(self.offset + 2 * positions, self.rotary_embedding_dim, base=self.base)
+            table = np.concatenate([np.ascontiguousarray(each[self.offset :].T) for each in pair])
+            self._by_features = table
+        return table
 
     def __repr__(self) -> str:
         return (f"RotaryEmbedding({self.rotary_embedding_dim}, base={self.base}, interleaved={self.interleaved}, "

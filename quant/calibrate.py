@@ -17,6 +17,7 @@ from edgeattn.files.paths import listed, reading, write_atomic
 from edgeattn.files.safetensors_file import read_safetensors
 from edgeattn.layers import MultiHeadAttention
 from edgeattn.layers.positions import refuse_positions
+from edgeattn.position_bias import ConstantPositionBias
 from edgeattn.quantized import INPUTS, SOURCES
 from quant.model_calibration import ModelCalibration, calibrate_model
 from quant.model_calls import MODELS
@@ -53,7 +54,8 @@ class Calibration:
     statistics : dict of Statistics
         By tensor name. Of scores, keys and values only those that a query was permitted to see, of queries, contexts
         and outputs only those of queries with a permitted key; keys and scores without the key bias. Scores are those
-        of rows with two permitted keys or more.
+        of rows with two permitted keys or more. "biased_scores" are scores with the layer's position bias, where it
+        has one: then `single_scores` and `lowest_row_maximum` are of these.
     single_scores : Statistics
         The scores of rows with one permitted key: any score gives it the whole weight, so they set no range; but the
         masked scores of an exported mask must stay below them.
@@ -103,7 +105,7 @@ class Calibration:
         That of the scores is that of ``single_scores`` where no row had more: nothing better is known.
         """
         statistics = self.statistics[name]
-        if name == "scores" and not statistics.count:
+        if name in ("scores", "biased_scores") and not statistics.count:
             statistics = self.single_scores
         return OBSERVERS[self.observer](statistics, symmetric) if statistics.count else (0.0, 0.0)
 
@@ -163,8 +165,7 @@ def _parse(metadata: Mapping[str, str], tensors: Mapping[str, StoredTensor]) -> 
     if sources not in SOURCES or header["observer"] not in OBSERVERS:
         raise ValueError(f"unknown sources {sources} or observer {header['observer']!r}")
     names = [*(f"{INPUTS[i]}_input" for i in sorted(set(sources))), "query", "key", "value", "scores", "context"]
-    if "output.range" in tensors:
-        names.append("output")
+    names += [name for name in ("output", "biased_scores") if f"{name}.range" in tensors]
     names.append("single_scores")
     expected = {f"{name}.{part}" for name in names for part in ("histogram", "range")}
     if set(tensors) != expected:
@@ -253,7 +254,13 @@ def check_layer(layer: object, scheme: object = "static") -> None:
         raise TypeError(f"layer must be an edgeattn.MultiHeadAttention; got {type(layer).__name__}")
     if not is_one_of(scheme, ("static", "dynamic")):
         raise ValueError(f"scheme must be 'static' or 'dynamic'; got {scheme!r}")
-    refuse_positions(layer)
+    if scheme == "static":
+        refuse_positions(layer, "quantize with scheme='dynamic'", ("rotary", "q_norm", "k_norm"))
+        bias = layer.position_bias
+        if bias is not None and not (isinstance(bias, ConstantPositionBias) and np.isfinite(bias.array).all()):
+            raise ValueError("position_bias must be a finite array (H, L, S) for scheme='static', a constant that is "
+                             f"added to codes, got {bias}; position_bias=layer.position_bias.rows(0, L, S) is the "
+                             "array of one length, and scheme='dynamic' takes any")
     if layer.gated and scheme == "static":
         raise ValueError("layer must have no gate_weight: no TFLite kernel set has a gate; scheme='dynamic' takes it")
     if layer.extra_keys and scheme == "static":
@@ -269,18 +276,22 @@ def fingerprint(layer: MultiHeadAttention) -> str:
         digest.update(f"{name} {None if array is None else array.shape}".encode())
         if array is not None:
             digest.update(array.tobytes())
+    if isinstance(layer.position_bias, ConstantPositionBias):
+        digest.update(layer.position_bias.array.tobytes())
     return digest.hexdigest()[:16]
 
 
 def _observe(layer: MultiHeadAttention, call: Call, total: Calibration) -> None:
     trace = float_trace(layer, call)
     scores = trace["scores"]
+    if layer.position_bias is not None:
+        scores = trace["biased_scores"] = scores + layer.position_bias.rows(0, *scores.shape[2:])
     permitted = np.broadcast_to(True if call.permitted is None else call.permitted, scores.shape)
     keys = permitted.sum(-1)
     single, several = permitted & (keys == 1)[..., None], permitted & (keys > 1)[..., None]
     for name, values in trace.items():
         if name != "probabilities":  # theirs is a fixed range
-            seen = scores[several] if name == "scores" else counted(name, values, call)
+            seen = values[several] if name in ("scores", "biased_scores") else counted(name, values, call)
             total.statistics.setdefault(name, Statistics()).update(seen)
     total.single_scores.update(scores[single])
     rows = np.where(several, scores, -np.inf).max(-1, initial=-np.inf)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar, overload
 import numpy as np
 
 from edgeattn.layers import MultiHeadAttention, TransformerEncoder
+from edgeattn.layers.positions import POSITIONS
 from edgeattn.models import ImageEncoder, TextEncoder
 from edgeattn.quantized import (
     INPUTS,
@@ -14,6 +15,7 @@ from edgeattn.quantized import (
     PROBABILITIES,
     SHORT,
     SMALLEST_SCALE,
+    AddMask,
     DynamicMultiHeadAttention,
     QuantizedLinear,
     StaticMultiHeadAttention,
@@ -117,7 +119,10 @@ def quantize(layer: Any, calibration: Calibration | ModelCalibration | None = No
     tensors = {name: TensorQuantization.over(*calibration.range(name)) for name in calibration.statistics}
     for name in ("key", "value"):
         tensors[name] = _symmetric_quantization(*calibration.range(name, symmetric=True))
-    tensors["scores"] = TensorQuantization.over(*_score_range(calibration), smallest=SMALLEST_SCORE_SCALE)
+    biased = tensors.pop("biased_scores", None)
+    tensors["scores"] = TensorQuantization.over(
+        *(_score_range(calibration) if biased is None else calibration.range("scores")), smallest=SMALLEST_SCORE_SCALE)
+    score_ops = () if biased is None else (_added_bias(layer.position_bias, calibration),)
     tensors["probabilities"] = PROBABILITIES
 
     def linear(name: str, weight: Float32s, bias: Float32s | None, source: str) -> QuantizedLinear:
@@ -138,9 +143,22 @@ def quantize(layer: Any, calibration: Calibration | ModelCalibration | None = No
     linears["query"] = QuantizedLinear(q.weight, np.maximum(q.scale * fold, smallest), q.bias)
     tensors["query"] = TensorQuantization(max(tensors["query"].scale * fold, smallest), tensors["query"].zero_point)
     alone = calibration.single_scores
-    return StaticMultiHeadAttention(layer.num_heads, linears, tensors, sources=calibration.sources,
-                                    arithmetic=arithmetic, mask_margin=MASK_MARGIN if calibration.masked else 0.0,
+    exported_masks = calibration.masked and biased is None
+    return StaticMultiHeadAttention(layer.num_heads, linears, tensors, sources=calibration.sources, score_ops=score_ops,
+                                    arithmetic=arithmetic, mask_margin=MASK_MARGIN if exported_masks else 0.0,
                                     lowest_single_score=alone.minimum if alone.count else None)
+
+
+def _added_bias(position_bias: Any, calibration: Calibration) -> AddMask:
+    """A layer's position bias as a constant that is added to its scores, as other people's files have it.
+
+    What would lower any score to the lowest code of the sum is cut off there: a few of -100 take no code from others.
+    """
+    low, high = _score_range(calibration, "biased_scores")
+    output = TensorQuantization.over(low, high, smallest=SMALLEST_SCORE_SCALE)
+    bias = np.maximum(position_bias.array, np.float32(low - calibration.range("scores")[1]))
+    constant = TensorQuantization.over(float(bias.min()), float(bias.max()), smallest=SMALLEST_SCORE_SCALE)
+    return AddMask(constant.quantize(bias), constant, output)
 
 
 def _quantize_dynamic(layer: MultiHeadAttention) -> DynamicMultiHeadAttention:
@@ -153,7 +171,7 @@ def _quantize_dynamic(layer: MultiHeadAttention) -> DynamicMultiHeadAttention:
             biases[name] = bias
     return DynamicMultiHeadAttention(
         layer.num_heads, weights, biases, num_kv_heads=layer.num_kv_heads, bias_k=layer.bias_k, bias_v=layer.bias_v,
-        add_zero_attn=layer.add_zero_attn)
+        add_zero_attn=layer.add_zero_attn, **{name: getattr(layer, name) for name in POSITIONS})
 
 
 def quantize_linear(weight: Float32s, bias: Float32s | None, input_scale: float | np.float32) -> QuantizedLinear:
@@ -174,8 +192,8 @@ def quantize_linear(weight: Float32s, bias: Float32s | None, input_scale: float 
     return QuantizedLinear(codes, scale, np.rint(bias.astype(np.float64) / step).astype(np.int32))
 
 
-def _score_range(calibration: Calibration) -> tuple[float, float]:
-    low, high = calibration.range("scores")
+def _score_range(calibration: Calibration, name: str = "scores") -> tuple[float, float]:
+    low, high = calibration.range(name)
     reach = min(calibration.lowest_row_maximum, high) - MASK_MARGIN
     return min(0.0, reach if calibration.masked else max(low, reach)), high
 

@@ -36,7 +36,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--layers", type=int, default=200, metavar="N",
         help="how many random layers tests/quantized/test_parity.py compares in each runtime (default: %(default)s); "
-             "three in ten more in the form of other converters")
+             "three in ten more in the form of other converters, one with a position bias")
     parser.addoption(
         "--reader-cases", type=int, default=120, metavar="N",
         help="how many files changed at random tests/files/test_readers.py gives to each reader (default: %(default)s)")

@@ -36,6 +36,7 @@ from edgeattn.kernels.cpu.decode_blocks import BLOCK
 from edgeattn.kernels.cpu.layer_dynamic import DynamicLayer
 from edgeattn.kernels.cpu.layer_float32 import FloatLayer
 from edgeattn.kernels.cpu.simd import LANES, ROWS, WIDTH
+from edgeattn.rotary import RotaryEmbedding
 from edgeattn.runtime.isa import ISA
 
 PAGE = mmap.PAGESIZE
@@ -255,7 +256,16 @@ def _layer_sizes(rng):
     return int(rng.integers(1, 3)), H, Hkv, L, S, D, Dv, int(rng.integers(1, 80)), int(rng.integers(1, 80))
 
 
-def _layer(kind):
+def _positions(rng, D):
+    """A rotation and norms of heads of D features, any of them."""
+    turned = 2 * int(rng.integers(D // 2 + 1))
+    norm = "layer", numbers(rng, D), numbers(rng, D), 1e-5
+    return dict(rotary=RotaryEmbedding(turned, interleaved=bool(rng.integers(2)), offset=int(rng.integers(3)))
+                if turned else None, q_norm=norm if rng.random() < 0.5 else None,
+                k_norm=norm if rng.random() < 0.5 else None)
+
+
+def _layer(kind, has_positions=False):
     def draw(rng, number):
         kinds = FLOAT_MASKS[number % len(FLOAT_MASKS)]
         B, H, Hkv, L, S, D, Dv, E, Eo = _layer_sizes(rng)
@@ -264,17 +274,18 @@ def _layer(kind):
         weights += [numbers(rng, n) for n in (H * D, Hkv * D, Hkv * Dv, Eo)]
         masks, alone, same = draw_masks(rng, kinds, B, H, L, S), rng.random() < 0.3, L == S
         x = [numbers(rng, B, n, E) for n in (L, S, S)]
+        positions = _positions(rng, D) if has_positions else {}
 
         def call(place):
             given = [*weights[:3], None, *weights[4:7], None] if alone else weights
-            layer = kind(H, Hkv, *given, D ** -0.5)
+            layer = kind(H, Hkv, *given, D ** -0.5, **positions)
             out = place.make((B, L, layer.output_dim), np.float32)
             xq = place.input(x[0])
             layer(xq, *((xq, xq) if same else map(place.input, x[1:])), out, **placed(place, masks))
             return [out]
 
         right = []
-        if kind is FloatLayer and not alone:
+        if kind is FloatLayer and not (alone or has_positions):
             right = [(oracle.layer(*([x[0]] * 3 if same else x), weights, H, Hkv, **for_oracle(masks, B, H, L, S)), 1e-5)]
         return (f"{'+'.join(kinds)} {masks.get('band', '')} B={B} {H=} {Hkv=} {L=} {S=} {D=} {Dv=} {E=} {Eo=} "
                 f"{'no output' if alone else ''}"), call, right
@@ -457,6 +468,8 @@ KERNELS = {
     "float32-layer": _layer(FloatLayer),
     "dynamic-function": dynamic_function,
     "dynamic-layer": _layer(DynamicLayer),
+    "float32-layer-with-positions": _layer(FloatLayer, has_positions=True),
+    "dynamic-layer-with-positions": _layer(DynamicLayer, has_positions=True),
     "static-layer": static_layer,
     "float32-cache": _cache("float32"),
     "int8-cache": _cache("int8"),

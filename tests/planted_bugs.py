@@ -44,6 +44,8 @@ TOKEN = "kernels/cpu/test_dynamic_kernels.py::test_every_token_is_quantized_by_i
 PROJECTION = "quantized/test_dynamic.py::test_the_projection_alone_is_exact_integers_and_the_same_for_a_token_alone"
 ENCODER = "kernels/cpu/test_encoder_float32.py::test_a_row_is_the_same_in_every_batch_and_on_every_number_of_threads[2-"
 ENCODER_INT8 = "kernels/cpu/test_encoder_dynamic.py::test_a_row_is_the_same_in_every_batch_and_on_every_number_of_threads[2-"
+PLACES = "models/test_positions.py::"
+ALIGNED = PLACES + "test_cross_attention_counts_queries_from_the_key_they_are_aligned_to[False-2-masks2]"
 FUNCTIONS = "kernels/cpu/test_simd.py::test_exponential_and_tanh"
 
 BUGS = [
@@ -94,6 +96,17 @@ BUGS = [
         "        if begun or k > 0:\n", "        if begun:\n", GIVEN),
     Bug("a bias is added for every block of the depth", "matmul.py",
         "if k + BLOCK >= depth:", "if k >= 0:", FLOAT + "[(1, 130, 130, 96, 4, 4, 24, 40, 70)]"),
+    # positions of a layer's heads
+    Bug("queries stand at the first key wherever they stand", "positions.py",
+        "p.query_position + token + c", "token + c", ALIGNED),
+    Bug("a norm of heads leaves their mean", "positions.py", "if has_mean != 0:", "if has_mean > 1:",
+        PLACES + "test_it_is_its_formula[False-layer norms]"),
+    Bug("rotated keys keep a mean that those of the first block lost", "fused_dynamic.py",
+        "            if not smoothing:\n", "            if smoothing and not smoothing:\n",
+        PLACES + "test_sizes_batches_threads_and_masks[True-64-2-1-45]"),
+    Bug("every batch entry has the first one's kept keys", "fused_dynamic.py",
+        "a.kept + 4 * p.kept_size * batch if", "a.kept if",
+        "layers/test_projected_kv.py::test_it_gives_the_bytes_of_a_call_without[more0-True]"),
     # one query against a cache
     Bug("a block's sum is not weighed when blocks are joined", "decode_blocks.py",
         "weight = results[total + here] * first_lane(exp2(splat(results[maximum + here] - best)))",

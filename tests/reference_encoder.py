@@ -65,10 +65,10 @@ def rotary(x, turned, base, interleaved=False, first=0):
     return out
 
 
-def attention(x, w, num_heads, permitted=None, bias=None, place=lambda q: q, scale=None):
-    """Self-attention; w: q, k, v, out: (weight, bias); `place` turns or norms queries and keys."""
+def attention(x, w, num_heads, permitted=None, bias=None, place=lambda q: q, place_keys=None, scale=None):
+    """Self-attention; w: q, k, v, out: (weight, bias); `place` turns or norms queries, and keys unless given."""
     q, k, v = (heads(linear(x, *w[name]), num_heads) for name in "qkv")
-    context, _ = reference.attention(place(q), place(k), v, permitted, bias, scale=scale)
+    context, _ = reference.attention(place(q), (place_keys or place)(k), v, permitted, bias, scale=scale)
     return linear(context.swapaxes(1, 2).reshape(*x.shape[:2], -1), *w["out"])
 
 

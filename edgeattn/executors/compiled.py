@@ -70,7 +70,7 @@ def _attend_cached(layer: Any, mask: Mask, sequences: Sequences, cache: KVCache,
                    v: Float32s, added: _Pair | None, context: Float32s, weights: Float32s | None) -> None:
     """Append this chunk's keys and values to the cache, and attend to what it holds."""
     cache.check_finite(k, v)
-    cache.store_without_bias(None if layer.positioned else layer.k_bias)
+    cache.store_without_bias(layer.common_key_bias)
     for rows, tokens in sequences.pieces:
         cache.append_heads(k[:, :, slice(*tokens)], v[:, :, slice(*tokens)])
         part = mask.part(rows, (0, cache.length))

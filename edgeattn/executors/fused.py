@@ -151,11 +151,13 @@ def _attention(branch: _Operation, first: _Operation | None, last: _Operation | 
             y: Float32s = np.ascontiguousarray(layer.forward(CompiledOps(), read, read, read, sequences))
         else:
             y, row = np.empty_like(x), 0
-            for mask, for_kernel in zip(sequences.masks, sequences.for_kernels(), strict=True):
+            for mask, given in zip(sequences.masks, sequences.for_kernels(), strict=True):
                 batch, _, length, _ = mask.shape
                 rows = slice(row, row + batch * length)
                 tokens = read[rows].reshape(batch, length, x.shape[1])
-                kernel(tokens, tokens, tokens, y[rows].reshape(batch, length, x.shape[1]), *for_kernel)
+                biased = layer.biased(mask)
+                kernel(tokens, tokens, tokens, y[rows].reshape(batch, length, x.shape[1]),
+                       *(given if biased is mask else biased.for_kernels()), layer.first_position(mask))
                 row = rows.stop
         return np.add(y, x, out=y) if after is None else after(y, x, y)
     return stage

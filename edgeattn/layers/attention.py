@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from edgeattn.executors.compiled import CompiledOps
 from edgeattn.layers import fast_path
 from edgeattn.layers.call import check_call
+from edgeattn.layers.projected_kv import ProjectedKV
 from edgeattn.ops import Sequences
 
 if TYPE_CHECKING:
@@ -44,13 +45,17 @@ def forward(ops: Ops[T], layer: Any, query: T, key: T, value: T, sequences: Sequ
     return ops.linear(context, linears["output"], name + "output") if "output" in linears else context
 
 
-def call(layer: Any, query: Any, key: ArrayLike | None, value: ArrayLike | None, masks: tuple[Any, ...],
+def call(layer: Any, query: Any, key: Any, value: ArrayLike | None, masks: tuple[Any, ...],
          softcap: Real, kv_cache: KVCache | None, need_weights: Flag, average_attn_weights: Flag, out: Floats | None
          ) -> Floats | tuple[Floats, Floats]:
     """What a float or dynamic `layer` gives for the arguments of `MultiHeadAttention`.
 
     masks: attn_mask, key_padding_mask, is_causal, causal_alignment, window_size, alibi_slopes.
     """
+    if type(key) is ProjectedKV:
+        if key.layer is not layer:
+            raise ValueError(f"key must be a ProjectedKV of this layer's project_kv, got one of {key.layer}")
+        return key.attend(query, value, masks, softcap, kv_cache, need_weights, out)
     signature, fusible = None, layer.fusible
     if (fusible and need_weights is False and average_attn_weights is False and type(softcap) is float
             and not softcap):
@@ -65,7 +70,7 @@ def call(layer: Any, query: Any, key: ArrayLike | None, value: ArrayLike | None,
     fused = fusible and not (checked.need_weights or checked.softcap or kv_cache is not None)
     if not (fused and checked.query.size and checked.key.size and checked.value.size):
         result = run(layer, checked)
-        if kv_cache is not None:
+        if kv_cache is not None and layer.position_bias is None:
             layer.prepared_calls.learn_step(signature, result)
         return result
     return fast_path.attend_fused(layer, checked, signature, attn_mask, key_padding_mask)
@@ -74,7 +79,7 @@ def call(layer: Any, query: Any, key: ArrayLike | None, value: ArrayLike | None,
 def run(layer: Any, call: Call) -> Floats | tuple[Floats, Floats]:
     """The result of `call`, operation by operation: for what the fused kernel of a float or dynamic layer does not do.
 
-    That is probabilities, softcap, added keys, gates, positions, caches but for one token without masks
+    That is probabilities, softcap, added keys, gates, caches but for one token without masks
     (`fast_path.take_step`), and empty axes.
     """
     record: dict[str, Any] = {}

@@ -63,28 +63,30 @@ def attend_fused(layer: _Layer, call: Call, signature: tuple[Any, ...] | None, a
     q = to_float32(call.query)
     k = q if call.key is call.query else to_float32(call.key)
     v = k if call.value is call.key else to_float32(call.value)
-    keep, bias, band, alibi = call.mask.for_kernels()
-    prepare = functools.partial(layer.fused_kernel.prepare, q, k, v)
+    rows, position = layer.position_rows(call.mask), layer.first_position(call.mask)
+    keep, bias, band, alibi = call.mask.with_bias(rows).for_kernels()
+    prepare = functools.partial(layer.fused_kernel.prepare, q, k, v, position=position)
     result = np.empty((*q.shape[:2], layer.output_dim), np.float32)
     prepare(shapes_of(keep, None, bias, band, alibi))(q, k, v, result, keep, None, bias, alibi)
     layer.prepared_calls.learn(signature, prepare, (*call.lead, *call.mask.shape[1:]),
-                               (*call.lead, *result.shape[1:]), call.mask, attn_mask, key_padding_mask)
+                               (*call.lead, *result.shape[1:]), call.mask, attn_mask, key_padding_mask, rows)
     return call.write_result(result)
 
 
 def take_step(layer: _Layer, x: Float32s, cache: KVCache) -> Float32s:
     """Attention of a float or dynamic layer, without masks, of one token per batch entry and all before it: (B, Eo).
 
-    x (B, 1, E) or (1, E) float32 in C order.
+    x (B, 1, E) or (1, E) float32 in C order; the layer has no `position_bias`.
     """
     batch, linears = cache.batch, layer.projections
     x = x.reshape(batch, x.shape[-1])
     k = linears["key"].packed(x).reshape(batch, layer.num_kv_heads, 1, layer.head_dim)
     v = linears["value"].packed(x).reshape(batch, layer.num_kv_heads, 1, layer.value_dim)
     q = linears["query"].packed(x).reshape(batch, layer.num_heads, 1, layer.head_dim)
+    q, k = layer.placed_at(q, k, cache.length, cache.length)
     cache.check_finite(k, v)
     if not cache.length:
-        cache.store_without_bias(layer.k_bias)
+        cache.store_without_bias(layer.common_key_bias)
     context = np.empty((batch, layer.num_heads, 1, layer.value_dim), np.float32)
     with cache.transaction():
         cache.append_heads(k, v)

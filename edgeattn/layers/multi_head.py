@@ -11,6 +11,7 @@ from edgeattn.layers import attention, fast_path
 from edgeattn.layers.call import check_inputs
 from edgeattn.layers.linear import Linear
 from edgeattn.layers.positions import refuse_positions
+from edgeattn.layers.projected_kv import project_kv
 from edgeattn.layers.weights import AttentionWeights
 from edgeattn.masks import NO_WINDOW, torch_masks
 from edgeattn.prepared import PreparedCalls
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from edgeattn.kv_cache import KVCache
     from edgeattn.layers.options import CallOptions
+    from edgeattn.layers.projected_kv import ProjectedKV
     from edgeattn.ops import Ops, Sequences, T
     from edgeattn.types import CausalAlignment, Flag, Floats, LayerOnDevice, Real, TorchOptions, Window
 
@@ -60,8 +62,7 @@ class MultiHeadAttention(AttentionWeights):
     q_norm, k_norm : LayerNorm or RMSNorm of D features, optional
         Of each head's query and key, before `rotary`.
     position_bias : (H, L, S) float array or RelativePositionBias, optional
-        Added to the scores, as a float `attn_mask` is; of an array the first L and S positions. A layer with any of
-        these four is computed step by step, not by the fused kernel.
+        Added to the scores, as a float `attn_mask` is; of an array the first L and S positions.
 
     Attributes
     ----------
@@ -85,21 +86,24 @@ class MultiHeadAttention(AttentionWeights):
     query_name = "query"  # what the caller calls it
 
     @overload
-    def __call__(self, query: ArrayLike, key: ArrayLike | None = None, value: ArrayLike | None = None, *,
-                 need_weights: Literal[False] = False, **options: Unpack[CallOptions]) -> Floats: ...
+    def __call__(self, query: ArrayLike, key: ArrayLike | ProjectedKV | None = None,
+                 value: ArrayLike | None = None, *, need_weights: Literal[False] = False,
+                 **options: Unpack[CallOptions]) -> Floats: ...
 
     @overload
-    def __call__(self, query: ArrayLike, key: ArrayLike | None = None, value: ArrayLike | None = None, *,
-                 need_weights: Literal[True], **options: Unpack[CallOptions]) -> tuple[Floats, Floats]: ...
+    def __call__(self, query: ArrayLike, key: ArrayLike | ProjectedKV | None = None,
+                 value: ArrayLike | None = None, *, need_weights: Literal[True],
+                 **options: Unpack[CallOptions]) -> tuple[Floats, Floats]: ...
 
     @overload
-    def __call__(self, query: ArrayLike, key: ArrayLike | None = None, value: ArrayLike | None = None, *,
-                 need_weights: Flag, **options: Unpack[CallOptions]) -> Floats | tuple[Floats, Floats]: ...
+    def __call__(self, query: ArrayLike, key: ArrayLike | ProjectedKV | None = None,
+                 value: ArrayLike | None = None, *, need_weights: Flag,
+                 **options: Unpack[CallOptions]) -> Floats | tuple[Floats, Floats]: ...
 
     def __call__(
         self,
         query: Any,  # an ArrayLike; where the kernel reads it as it is, an array
-        key: ArrayLike | None = None,
+        key: ArrayLike | ProjectedKV | None = None,
         value: ArrayLike | None = None,
         *,
         attn_mask: ArrayLike | None = None,
@@ -120,7 +124,7 @@ class MultiHeadAttention(AttentionWeights):
         ----------
         query : (B, L, E) or (L, E) float16, float32 or float64 array
             All dtypes are computed in float32.
-        key : (B, S, kdim) or (S, kdim) array, optional
+        key : (B, S, kdim) or (S, kdim) array, or what `project_kv` returned, optional
             `query` unless given: self-attention.
         value : (B, S, vdim) or (S, vdim) array, optional
             `key` unless given.
@@ -166,6 +170,33 @@ class MultiHeadAttention(AttentionWeights):
         return attention.call(self, query, key, value, masks, softcap, kv_cache, need_weights, average_attn_weights,
                               out)
 
+    def project_kv(self, key: ArrayLike, value: ArrayLike | None = None, *,
+                   key_padding_mask: ArrayLike | None = None) -> ProjectedKV:
+        """Keys and values of what many calls attend to, as an encoder's output: projected once.
+
+        `layer(query, layer.project_kv(key, value))` gives the bytes of `layer(query, key, value)`; of a dynamic int8
+        layer where each of these keys, but for padding, is seen by one of the queries.
+
+        Parameters
+        ----------
+        key : (B, S, kdim) or (S, kdim) float array
+        value : (B, S, vdim) or (S, vdim) float array, optional
+            `key` unless given.
+        key_padding_mask : (B, S) or (S,) bool array, optional
+            True = a real token that may be attended to, by all of these calls.
+
+        Returns
+        -------
+        ProjectedKV
+            For this layer's `key`. Calls then take no softcap, no `need_weights` and no `kv_cache`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the argument, what was required and what came.
+        """
+        return project_kv(self, key, value, key_padding_mask)
+
     @overload
     def to(self, device: Literal["cpu"], *, precision: Literal["float32"] = "float32") -> Self: ...
 
@@ -193,19 +224,19 @@ class MultiHeadAttention(AttentionWeights):
         if device == "cpu" and precision != "float32":
             raise ValueError(f"precision must be 'float32' on the CPU, got {precision!r}, which tensor cores have")
         if device == "cuda":
-            refuse_positions(self)
+            refuse_positions(self, "keep it on the CPU")
         placed: Self | LayerOnDevice = place(self, device, precision=precision)
         return placed
 
     @functools.cached_property
     def fusible(self) -> bool:
-        """Whether the fused kernel can be the layer: with no empty weights, added keys, gate, or positions."""
+        """Whether the fused kernel can be the layer: with no empty weights, added keys or gate."""
         whole = self.head_dim and self.value_dim and self.output_dim
-        return bool(whole and not self.extra_keys and not self.gated and not self.positioned)
+        return bool(whole and not self.extra_keys and not self.gated)
 
     @property
     def fused_kernel(self) -> Any:
-        """The kernel that is the whole layer: (q, k, v, out, keep, bias, band, alibi); None where there is none."""
+        """The kernel that is the whole layer: (q, k, v, out, keep, bias, band, alibi, position); None of none."""
         return self._kernel if self.fusible else None
 
     take_step = fast_path.take_step
@@ -219,7 +250,7 @@ class MultiHeadAttention(AttentionWeights):
     def _kernel(self) -> FloatLayer:
         return FloatLayer(
             self.num_heads, self.num_kv_heads, self.q_weight, self.k_weight, self.v_weight, self.out_weight,
-            self.q_bias, self.k_bias, self.v_bias, self.out_bias, self.scale)
+            self.q_bias, self.k_bias, self.v_bias, self.out_bias, self.scale, **self.head_positions)
 
     @functools.cached_property
     def projections(self) -> dict[str, Linear]:

@@ -31,10 +31,21 @@ class Positions:
     rotary: RotaryEmbedding | None = None
     position_bias: PositionBias | None = None
 
+    k_bias: Float32s | None
+
     @property
-    def positioned(self) -> bool:
-        """Whether there is any of them."""
-        return any(getattr(self, name) is not None for name in POSITIONS)
+    def common_key_bias(self) -> Float32s | None:
+        """`k_bias` where it adds the same to all scores of a query; None where keys are normed or rotated after it."""
+        return self.k_bias if self.rotary is None and self.k_norm is None else None
+
+    @property
+    def head_positions(self) -> dict[str, Any]:
+        """`rotary`, `q_norm` and `k_norm` as kernels take them."""
+        def parts(norm: Norm | None) -> tuple[str, Float32s, Float32s | None, float] | None:
+            kind = "layer" if isinstance(norm, LayerNorm) else "rms"
+            return None if norm is None else (kind, norm.weight, norm.bias, norm.eps)
+
+        return {"rotary": self.rotary, "q_norm": parts(self.q_norm), "k_norm": parts(self.k_norm)}
 
     def _set_positions(self, num_heads: int, head_dim: int, rotary: RotaryEmbedding | None, q_norm: Norm | None,
                        k_norm: Norm | None, position_bias: ArrayLike | PositionBias | None) -> None:
@@ -63,29 +74,37 @@ class Positions:
         mask : Mask
             Its last n keys are these.
         """
+        return self.placed_at(q, k, int(mask.offset), mask.shape[3] - k.shape[2])
+
+    def placed_at(self, q: Float32s, k: Float32s, query_position: int, key_position: int) -> tuple[Float32s, Float32s]:
+        """The same, the first query and the first of these keys standing at these positions."""
         if self.q_norm is not None:
             q = self.q_norm.rows(q)
         if self.k_norm is not None:
             k = self.k_norm.rows(k)
         if self.rotary is not None:
-            q, k = self.rotary.turn(q, int(mask.offset)), self.rotary.turn(k, mask.shape[3] - k.shape[2])
+            q, k = self.rotary.turn(q, query_position), self.rotary.turn(k, key_position)
         return q, k
+
+    def first_position(self, mask: Mask) -> int:
+        """Where kernels have to know that query 0 stands; 0 for a layer whose kernels do not ask."""
+        return 0 if self.rotary is None else int(mask.offset)
+
+    def position_rows(self, mask: Mask) -> Float32s | None:
+        """`position_bias` for the queries and keys of a mask, (1, H, L, S) in C order; None of none."""
+        if self.position_bias is None:
+            return None
+        _, _, queries, keys = mask.shape
+        return np.ascontiguousarray(self.position_bias.rows(int(mask.offset), queries, keys))[None]
 
     def biased(self, mask: Mask) -> Mask:
         """`mask` with what the layer adds to the scores by positions."""
-        if self.position_bias is None:
-            return mask
-        _, _, queries, keys = mask.shape
-        bias = self.position_bias.rows(int(mask.offset), queries, keys)[None]
-        if mask.bias is not None:
-            bias = mask.bias + bias
-        bias = np.ascontiguousarray(bias)
-        bias.flags.writeable = False
-        return mask._replace(bias=bias)
+        return mask.with_bias(self.position_rows(mask))
 
 
-def refuse_positions(layer: Any) -> None:
-    """Raise where `layer` has what float32 layers on the CPU alone compute so far."""
-    given = [name for name in POSITIONS if getattr(layer, name, None) is not None]
+def refuse_positions(layer: Any, way_out: str, names: tuple[str, ...] = POSITIONS) -> None:
+    """Raise where `layer` has any of `names`, which float32 and dynamic int8 layers on the CPU alone compute."""
+    given = [name for name in names if getattr(layer, name, None) is not None]
     if given:
-        raise ValueError(f"layer must have no {', '.join(given)} here: only a float32 layer computes that, on the CPU")
+        raise ValueError(f"layer must have no {', '.join(given)} here, which float32 and dynamic int8 layers compute, "
+                         f"on the CPU; {way_out}")

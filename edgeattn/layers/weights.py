@@ -275,15 +275,14 @@ class AttentionWeights(Positions):
         tensors = {name: getattr(self, name) for name in TENSORS if getattr(self, name) is not None}
         config, added = added_keys_state(self)
         tensors |= added
-        positions = {name: pack(getattr(self, name), name, tensors) for name in POSITIONS
-                     if getattr(self, name) is not None}
-        return {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads, **config, **positions}, tensors
+        return {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads, **config,
+                **positions_state(self, tensors)}, tensors
 
     @classmethod
     def from_state(cls, config: Mapping[str, Any], tensors: Mapping[str, ArrayLike]) -> Self:
         """The layer of which `to_state` gave these."""
         tensors = dict(tensors)
-        positions = {name: unpack(config[name], tensors) for name in POSITIONS if name in config}
+        positions = positions_of(config, tensors)
         unexpected = sorted(set(tensors) - set(TENSORS + KEY_TENSORS))
         missing = sorted({"q_weight", "k_weight", "v_weight"} - set(tensors))
         if missing or unexpected:
@@ -323,6 +322,16 @@ def added_keys_state(layer: Any) -> tuple[dict[str, bool], dict[str, Float32s]]:
     """(config, tensors) of the added keys, empty for a layer without."""
     tensors = {name: getattr(layer, name) for name in KEY_TENSORS if getattr(layer, name) is not None}
     return {"add_zero_attn": True} if layer.add_zero_attn else {}, tensors
+
+
+def positions_state(layer: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    """Config of `rotary`, `q_norm`, `k_norm` and `position_bias`, where there are any; their arrays go to `tensors`."""
+    return {name: pack(part, name, tensors) for name in POSITIONS if (part := getattr(layer, name)) is not None}
+
+
+def positions_of(config: Mapping[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `positions_state`: arguments; their arrays are taken out of `tensors`."""
+    return {name: unpack(config[name], tensors) for name in POSITIONS if name in config}
 
 
 def _key_tensor(name: str, value: ArrayLike | None, size: int) -> Float32s | None:

@@ -14,8 +14,9 @@ from edgeattn.functional import default_scale
 from edgeattn.kernels.cpu.layer_dynamic import DynamicLayer
 from edgeattn.kernels.cpu.linear_dynamic import DynamicLinear
 from edgeattn.layers import attention, fast_path
-from edgeattn.layers.positions import Positions
-from edgeattn.layers.weights import KEY_TENSORS, added_keys, added_keys_state
+from edgeattn.layers.positions import Positions, refuse_positions
+from edgeattn.layers.projected_kv import project_kv
+from edgeattn.layers.weights import KEY_TENSORS, added_keys, added_keys_state, positions_of, positions_state
 from edgeattn.masks import NO_WINDOW
 from edgeattn.prepared import PreparedCalls
 from edgeattn.quantized.layer import INPUTS, SHORT, QuantizedMultiHeadAttention
@@ -29,8 +30,12 @@ if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
     from edgeattn.kv_cache import KVCache
+    from edgeattn.layers.norm import LayerNorm, RMSNorm
     from edgeattn.layers.options import CallOptions
+    from edgeattn.layers.positions import PositionBias
+    from edgeattn.layers.projected_kv import ProjectedKV
     from edgeattn.ops import Ops, Sequences, T
+    from edgeattn.rotary import RotaryEmbedding
     from edgeattn.types import CausalAlignment, Device, Flag, Float32s, Floats, LayerOnDevice, Real, Window
 
 
@@ -57,19 +62,23 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention, Positions):
         "query" (H*D, Eq), "key" (Hkv*D, Ek), "value" (Hkv*Dv, Ev) and, where there are an output projection and a gate,
         "output" (Eo, H*Dv) and "gate" (H*Dv, Eq): QuantizedLinear without a bias.
     biases : mapping
-        By the same names float32 (out_features,), where there is one. A key bias matters to added keys, a softcap and
-        what a float32 cache holds, to nothing else.
+        By the same names float32 (out_features,), where there is one. A key bias matters to norms and rotations, added
+        keys, a softcap and what a float32 cache holds, to nothing else.
     num_kv_heads : int, optional
         Hkv, H unless given.
     bias_k, bias_v, add_zero_attn
         The added keys, as for ``MultiHeadAttention``.
+    rotary, q_norm, k_norm, position_bias
+        Likewise: in float32, before queries and keys are quantized.
     """
 
     scheme: Literal["dynamic"] = "dynamic"
 
     def __init__(self, num_heads: SupportsIndex, weights: Mapping[str, QuantizedLinear],
                  biases: Mapping[str, ArrayLike], *, num_kv_heads: SupportsIndex | None = None,
-                 bias_k: ArrayLike | None = None, bias_v: ArrayLike | None = None, add_zero_attn: Flag = False):
+                 bias_k: ArrayLike | None = None, bias_v: ArrayLike | None = None, add_zero_attn: Flag = False,
+                 rotary: RotaryEmbedding | None = None, q_norm: LayerNorm | RMSNorm | None = None,
+                 k_norm: LayerNorm | RMSNorm | None = None, position_bias: ArrayLike | PositionBias | None = None):
         self.num_heads = count("num_heads", num_heads)
         self.num_kv_heads = self.num_heads if num_kv_heads is None else count("num_kv_heads", num_kv_heads)
         self.weights = dict(weights)
@@ -102,13 +111,15 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention, Positions):
         def pair(name: str) -> tuple[NDArray[np.int8], Float32s] | None:
             return (self.weights[name].weight, self.weights[name].scale) if name in self.weights else None
 
+        self._set_positions(H, self.head_dim, rotary, q_norm, k_norm, position_bias)
         self.gated = "gate" in self.weights
         self.k_bias = self.biases.get("key")
         self.fusible = bool(self.output_dim) and not (self.extra_keys or self.gated)
         self.prepared_calls = PreparedCalls()
         fused = (*INPUTS, "output")
         self._kernel = DynamicLayer(
-            H, Hkv, *(*map(pair, fused), *(self.biases.get(name) for name in fused), self.scale))
+            H, Hkv, *(*map(pair, fused), *(self.biases.get(name) for name in fused), self.scale),
+            **self.head_positions)
 
     def __repr__(self) -> str:
         return (f"{type(self).__name__}(num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, "
@@ -116,21 +127,24 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention, Positions):
                 f"value_dim={self.value_dim}, output_dim={self.output_dim})")
 
     @overload
-    def __call__(self, query: ArrayLike, key: ArrayLike | None = None, value: ArrayLike | None = None, *,
-                 need_weights: Literal[False] = False, **options: Unpack[CallOptions]) -> Floats: ...
+    def __call__(self, query: ArrayLike, key: ArrayLike | ProjectedKV | None = None,
+                 value: ArrayLike | None = None, *, need_weights: Literal[False] = False,
+                 **options: Unpack[CallOptions]) -> Floats: ...
 
     @overload
-    def __call__(self, query: ArrayLike, key: ArrayLike | None = None, value: ArrayLike | None = None, *,
-                 need_weights: Literal[True], **options: Unpack[CallOptions]) -> tuple[Floats, Floats]: ...
+    def __call__(self, query: ArrayLike, key: ArrayLike | ProjectedKV | None = None,
+                 value: ArrayLike | None = None, *, need_weights: Literal[True],
+                 **options: Unpack[CallOptions]) -> tuple[Floats, Floats]: ...
 
     @overload
-    def __call__(self, query: ArrayLike, key: ArrayLike | None = None, value: ArrayLike | None = None, *,
-                 need_weights: Flag, **options: Unpack[CallOptions]) -> Floats | tuple[Floats, Floats]: ...
+    def __call__(self, query: ArrayLike, key: ArrayLike | ProjectedKV | None = None,
+                 value: ArrayLike | None = None, *, need_weights: Flag,
+                 **options: Unpack[CallOptions]) -> Floats | tuple[Floats, Floats]: ...
 
     def __call__(
         self,
         query: Any,  # an ArrayLike; where the kernel reads it as it is, an array
-        key: ArrayLike | None = None,
+        key: ArrayLike | ProjectedKV | None = None,
         value: ArrayLike | None = None,
         *,
         attn_mask: ArrayLike | None = None,
@@ -155,6 +169,11 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention, Positions):
         return attention.call(self, query, key, value, masks, softcap, kv_cache, need_weights, average_attn_weights,
                               out)
 
+    def project_kv(self, key: ArrayLike, value: ArrayLike | None = None, *,
+                   key_padding_mask: ArrayLike | None = None) -> ProjectedKV:
+        """Keys and values of what many calls attend to, projected and quantized once: as ``MultiHeadAttention``."""
+        return project_kv(self, key, value, key_padding_mask)
+
     @overload
     def to(self, device: Literal["cpu"]) -> Self: ...
 
@@ -163,6 +182,8 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention, Positions):
 
     def to(self, device: Device) -> Self | LayerOnDevice:
         """The layer on ``device``: "cpu", or "cuda", a GPU (docs/cuda.md); ``.layer`` of that is this one."""
+        if device == "cuda":
+            refuse_positions(self, "keep it on the CPU")
         placed: Self | LayerOnDevice = place(self, device)
         return placed
 
@@ -190,11 +211,15 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention, Positions):
                    for part in ("weight", "scale")}
         tensors |= {f"{name}.bias": bias for name, bias in self.biases.items()}
         config, added = added_keys_state(self)
-        return {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads, **config}, {**tensors, **added}
+        tensors |= added
+        return {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads, **config,
+                **positions_state(self, tensors)}, tensors
 
     @classmethod
     def from_state(cls, config: Mapping[str, Any], tensors: Mapping[str, ArrayLike]) -> Self:
         """The layer of which ``to_state`` gave these."""
+        tensors = dict(tensors)
+        positions = positions_of(config, tensors)
         groups: dict[str, dict[str, Any]] = {}
         added: dict[str, Any] = {}
         for name, array in tensors.items():
@@ -205,4 +230,5 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention, Positions):
             groups.setdefault(group, {})[part] = array
         biases = {name: parts.pop("bias") for name, parts in groups.items() if "bias" in parts}
         return cls(config["num_heads"], {name: QuantizedLinear(**parts) for name, parts in groups.items()}, biases,
-                   num_kv_heads=config["num_kv_heads"], add_zero_attn=config.get("add_zero_attn", False), **added)
+                   num_kv_heads=config["num_kv_heads"], add_zero_attn=config.get("add_zero_attn", False), **added,
+                   **positions)

@@ -151,7 +151,7 @@ def export(layer: MultiHeadAttention | QuantizedMultiHeadAttention, path: types.
         raise ValueError(f"path must end in one of {', '.join(FORMATS)}; got {str(path)!r}")
     form = FORMATS[path.suffix]
     if path.suffix != ".safetensors":
-        refuse_positions(layer)
+        refuse_positions(layer, "save it, edgeattn.load runs what is in a .safetensors")
     if isinstance(layer, DynamicMultiHeadAttention) and (not form.any_shape or mask is not None):
         whole = " and ".join(suffix for suffix, other in FORMATS.items() if other.any_shape)
         raise ValueError(f"layer is dynamic, which only {whole} files hold, without a mask; got {str(path)!r}; "

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from arrays import cosine
 from safetensors.numpy import load_file, save_file
 
 import edgeattn
+import quant
 from edgeattn.models.families import FAMILIES
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -74,6 +76,20 @@ def test_files_hold_models(name, tmp_path):
     x = known["ids" if name in TEXT else "pixels"]
     np.testing.assert_array_equal(loaded(x), model(x))
     assert type(loaded) is type(model) and repr(loaded) == repr(model)
+
+
+@pytest.mark.parametrize("name", ["modernbert", "mpnet", "nomic_bert"])
+def test_positions_inside_attention_become_int8_with_it(name, tmp_path):
+    known, model = expected(name), edgeattn.from_pretrained(GOLDEN / name)
+    made = quant.quantize(model, scheme="dynamic")
+    assert {layer.attention.scheme for layer in made.encoder.layers} == {"dynamic"}
+    ids, real = known["ids"], known["attention_mask"]
+    result = made(ids, real)
+    assert cosine(result, known["hidden"]) > 0.999
+    edgeattn.save(made, tmp_path / "model.safetensors")
+    np.testing.assert_array_equal(edgeattn.load(tmp_path / "model.safetensors")(ids, real), result)
+    for i in range(len(ids)):
+        np.testing.assert_array_equal(made(ids[i : i + 1], real[i : i + 1]), result[i : i + 1])
 
 
 def test_holes_in_a_mask():

@@ -78,7 +78,9 @@ def pytest_generate_tests(metafunc):
     if "seed" not in metafunc.fixturenames:
         return
     layers = metafunc.config.getoption("layers")
-    seeds = -(-layers * 3 // 10) if "other_converters" in metafunc.function.__name__ else layers
+    share = {"other_converters": 3, "position_bias": 1}
+    tenths = next((share[word] for word in share if word in metafunc.function.__name__), 10)
+    seeds = -(-layers * tenths // 10)
     metafunc.parametrize("name,seed", [pytest.param(name, seed, id=f"{name}-{seed}")
                                        for name in HERE for seed in range(seeds)])
 
@@ -94,6 +96,14 @@ def assert_equal_in(name: str, layer, *codes: np.ndarray) -> None:
 def test_layers_equal_the_runtime(name, seed):
     layer = random_layer(seed)
     assert_equal_in(name, layer.quantized, layer.codes)
+
+
+def test_a_position_bias_equals_the_runtime(name, seed):
+    rng, (B, H, L, E) = np.random.default_rng(seed), (2, 2, 7, 12)
+    weights = [rng.standard_normal((E, E)).astype(np.float32) for _ in range(4)]
+    layer = edgeattn.MultiHeadAttention(H, *weights, position_bias=rng.standard_normal((H, L, L)) * rng.uniform(0.1, 5))
+    quantized = quant.quantize(layer, quant.calibrate(layer, [rng.standard_normal((B, L, E)).astype(np.float32)]))
+    assert_equal_in(name, quantized, rng.integers(-128, 128, (B, L, E)).astype(np.int8))
 
 
 def random_quantization(rng, symmetric=False):

@@ -49,7 +49,7 @@ class _Found(Ops["object"]):
         return self._note(linear, _linear)
 
     def attention(self, q, k, v, layer, sequences, name):
-        refuse_positions(layer)
+        refuse_positions(layer, "keep it on the CPU")
         self._note(q, _linear, layer.num_heads)
         self._note(k, _linear, layer.num_kv_heads)
         self._note(v, _linear, layer.num_kv_heads)

@@ -38,15 +38,18 @@ class PreparedCall:
         As for `threads.run`.
     fixed : tuple of int
         The addresses with which the kernel's record ends, those of weights.
+    owner : object
+        Whose memory is at one of the fixed addresses, if nothing else holds it.
     """
 
-    __slots__ = ("_dtype", "_empty", "_jobs", "_run", "_work", "parameters", "private", "shared")
+    __slots__ = ("_dtype", "_empty", "_jobs", "_owner", "_run", "_work", "parameters", "private", "shared")
 
-    def __init__(self, kernel, parameters, layout, dtype, shared, private, work, jobs=1, fixed=()):
+    def __init__(self, kernel, parameters, layout, dtype, shared, private, work, jobs=1, fixed=(), owner=None):
         self._run, self._dtype = entry(kernel, dtype), dtype
         self._empty = np.zeros(len(layout), np.int64)
         self._empty[len(layout) - len(fixed):] = fixed
         self.parameters, self.shared, self.private, self._work, self._jobs = parameters, shared, private, work, jobs
+        self._owner = owner
 
     def __call__(self, first, second, third, *others, parameters=None):
         """Run it on arrays in the order of the kernel's record, each in C order or as planned, or None or left out.

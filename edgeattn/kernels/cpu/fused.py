@@ -14,6 +14,7 @@ from edgeattn.runtime.jit import inline, jit
 from edgeattn.runtime.worker_pool import parallel_for, task
 
 from .matmul import BLOCK, CHAIN, add_product, feature_position, multiply_ahead, part_of_block, project
+from .positions import POSITIONS, place_keys, place_queries, transpose
 from .records import MASK_ADDRESSES, MASKS, named, real, record
 from .simd import (
     COLUMNS,
@@ -376,14 +377,16 @@ def attend(q, k, v, out, D, Dv, seen, mask, softcap, small, scratch):
 
 
 # The parameters of `layer_float32`: sizes; where each weight and bias begins; masks; heads that go by at a time; where
-# things begin in the scratch of all threads, which keys are the first of, and in that of each.
+# things begin in the scratch of all threads, which keys are the first of, and in that of each; of keys and values that
+# are kept from call to call, the size of a group's, and whether they are there.
 LAYER = record("batch queries keys query_width key_width value_width out_width heads kv_heads",
                "head_size value_size padded_head padded_value has_out",
-               "wq bq wk bk wv bv wo bo", MASKS, "group unit at_values",
-               "at_largest at_row_major at_q at_context at_tail at_masks shared_size private_size")
+               "wq bq wk bk wv bv wo bo", MASKS, POSITIONS, "group unit at_values",
+               "at_largest at_row_major at_q at_context at_tail at_masks shared_size private_size kept_size is_kept")
 # Where the arrays of a call of a layer are: queries (B, L, Eq), keys (B, S, Ek), values (B, S, Ev), out (B, L, Eo),
-# masks, or 0 of none, and what `FloatLayer` packed; all in C order.
-LAYER_ADDRESSES = record("queries keys values out", MASK_ADDRESSES, "weights")
+# masks, or 0 of none, keys and values that are kept, or 0 of none, what `FloatLayer` packed, and the table of a
+# rotation; all in C order.
+LAYER_ADDRESSES = record("queries keys values out", MASK_ADDRESSES, "kept weights table")
 QUERIES = 128  # projected at a time; a multiple of WIDTH
 
 
@@ -483,12 +486,12 @@ def private_scratch(p, scratch, worker):
 
 
 @inline
-def keys_and_values(p, scratch):
+def keys_and_values(p, at_keys):
     """Where all threads have the keys (KF / KB, S', KB) and the values (VF / VB, S', VB) of a group: Blocks.
 
     S' = S rounded up to ROWS.
     """
-    shared, S_up = pointer_to(scratch, np.float32), (p.keys + ROWS - 1) // ROWS * ROWS
+    shared, S_up = pointer_to(at_keys, np.float32), (p.keys + ROWS - 1) // ROWS * ROWS
     k_block, v_block = max(p.padded_head, LANES), max(p.padded_value, LANES)
     return Blocks(shared, 0, k_block, S_up * k_block), Blocks(shared, p.at_values, v_block, S_up * v_block)
 
@@ -507,13 +510,26 @@ def project_heads(x, tokens, weights, heads, size, out, from_head, begin, privat
                    p.at_tail)
 
 
+@inline
+def place_key_heads(p, a, heads, keys, from_kv, begin, tokens, private):
+    """Norm and rotate the keys of some heads from `from_kv` on, of some tokens from `begin` on, where they are."""
+    weights, table = pointer_to(a.weights, np.float32), pointer_to(a.table, np.float32)
+    for h in range(from_kv, from_kv + heads):
+        at_head = keys.at + feature_position(h * p.padded_head, keys.block, keys.step)
+        for t in range(begin, begin + tokens, WIDTH):
+            some, at = min(WIDTH, begin + tokens - t), at_head + t * keys.block
+            transpose(keys.data, at, keys.block, some, p.head_size, private, p.at_q, WIDTH)
+            place_keys(private, p.at_q, p, weights, table, t, AT_MAXIMUM)
+            transpose(private, p.at_q, WIDTH, p.head_size, some, keys.data, at, keys.block)
+
+
 @task
 def project_keys(p, a, scratch, group, portion, worker, part):
     """Stage 1 of a layer: keys and values of `portion` tokens, for `at_once` heads of the group.
 
     `part` counts the portions, and in each of them the heads.
     """
-    keys, values = keys_and_values(p, scratch)
+    keys, values = keys_and_values(p, group.at_keys)
     private, weights = private_scratch(p, scratch, worker), pointer_to(a.weights, np.float32)
     begin, from_kv = part // group.splits * portion, part % group.splits * group.at_once
     heads, tokens = min(group.at_once, group.count - from_kv), min(portion, p.keys - begin)
@@ -522,6 +538,8 @@ def project_keys(p, a, scratch, group, portion, worker, part):
     x = Rows(pointer_to(a.keys, np.float32), row * p.key_width, p.key_width)
     project_heads(x, tokens, Panels(weights, p.wk + k_from * x.step, p.bk + k_from), heads, p.padded_head, keys,
                   from_kv, begin, private, p)
+    if p.k_norm != 0 or p.pairs > 0:
+        place_key_heads(p, a, heads, keys, from_kv, begin, tokens, private)
     x = Rows(pointer_to(a.values, np.float32), row * p.value_width, p.value_width)
     project_heads(x, tokens, Panels(weights, p.wv + v_from * x.step, p.bv + v_from), heads, p.padded_value, values,
                   from_kv, begin, private, p)
@@ -551,9 +569,9 @@ def turn_queries(p, heads, t, queries, rows, private):
 
 
 @inline
-def attend_heads(p, a, scratch, group, from_kv, heads, q0, queries, context, private):
+def attend_heads(p, a, group, from_kv, heads, q0, queries, context, private):
     """context (heads * Dvp, W) of a block of queries, head by head; from_kv: the first head's in the group."""
-    keys, values = keys_and_values(p, scratch)
+    keys, values = keys_and_values(p, group.at_keys)
     repeats, Dp, Dvp, band = p.heads // p.kv_heads, p.padded_head, p.padded_value, p.band != 0
     adds = adds_to_scores(a)
     masked, mask_per_head = adds or a.keep != 0, p.keep_h != 0 or p.bias_h != 0 or a.alibi != 0
@@ -604,7 +622,7 @@ def attend_queries(p, a, scratch, group, portion, worker, part):
     heads, head = kv_heads * repeats, (group.first + from_kv) * repeats
     blocks = context_blocks(p, scratch, group, private)
     if not adds_to_scores(a):
-        keys, _ = keys_and_values(p, scratch)
+        keys, _ = keys_and_values(p, group.at_keys)
         from_feature = from_kv * p.padded_head
         for f in range(from_feature, from_feature + whole_panels(kv_heads * p.padded_head), keys.block):
             largest_magnitudes(Rows(keys.data, f // keys.block * keys.step, keys.block), p.keys, keys.block, private,
@@ -619,8 +637,12 @@ def attend_queries(p, a, scratch, group, portion, worker, part):
             q0 = first_query + t
             queries = min(WIDTH, p.queries - q0)
             turn_queries(p, heads, t, queries, rows, private)
+            if p.q_norm != 0 or p.pairs > 0:
+                for h in range(heads):
+                    place_queries(private, p.at_q + h * p.padded_head * WIDTH, p, pointer_to(a.weights, np.float32),
+                                  pointer_to(a.table, np.float32), q0, AT_MAXIMUM)
             of_block = Rows(context.data, context.at + t // WIDTH * context.step, WIDTH)
-            attend_heads(p, a, scratch, group, from_kv, heads, q0, queries, of_block, private)
+            attend_heads(p, a, group, from_kv, heads, q0, queries, of_block, private)
         if p.has_out == 0:
             copy_context(p, a, group, context, head, heads, first_query, tokens)
         elif group.splits == 1:
@@ -644,6 +666,7 @@ def layer_float32(parameters, addresses, scratch, task_queue, count):
     """
     p, a, memory = named(parameters, LAYER), named(addresses, LAYER_ADDRESSES), address_of(scratch)
     units, all_blocks = (p.group + p.unit - 1) // p.unit, (p.queries + WIDTH - 1) // WIDTH
+    groups = (p.kv_heads + p.group - 1) // p.group
     # Few blocks do not occupy all threads: then these take some heads each.
     few = all_blocks < 2 * count and all_blocks % count != 0 and p.queries <= QUERIES
     # Not heads narrower than a tile: the last rows of its tile are the next head's, which may be another thread's.
@@ -656,8 +679,10 @@ def layer_float32(parameters, addresses, scratch, task_queue, count):
     for batch in range(p.batch):
         for first in range(0, p.kv_heads, p.group):
             heads = min(p.group, p.kv_heads - first)
-            group = Group(batch, first, heads, at_once, (heads + at_once - 1) // at_once)
-            parallel_for(task_queue, token_parts * group.splits, project_keys, p, a, memory, group, tokens)
+            at_keys = a.kept + 4 * p.kept_size * (batch * groups + first // p.group) if a.kept != 0 else memory
+            group = Group(batch, first, heads, at_once, (heads + at_once - 1) // at_once, at_keys)
+            if p.is_kept == 0:
+                parallel_for(task_queue, token_parts * group.splits, project_keys, p, a, memory, group, tokens)
             parallel_for(task_queue, block_parts * group.splits, attend_queries, p, a, memory, group, blocks)
             if group.splits > 1 and p.has_out != 0:
                 parallel_for(task_queue, feature_parts, finish_features, p, a, memory, group, features)

@@ -34,9 +34,10 @@ from .dynamic import (
 )
 from .fused import adds_to_scores, fill_mask, portions, visible_range
 from .int8_operands import FLIP
-from .int8_views import Part, Projection, parts_of
-from .key_mean import choose_block, subtract_mean, weigh_tokens
+from .int8_views import Part, Projection, parts_of, scratch_at
+from .key_mean import add_to_tokens, choose_block, subtract_mean, weigh_tokens
 from .matmul import round_up
+from .positions import POSITIONS, place_keys, place_queries
 from .project_dynamic import project_rows
 from .records import MASK_ADDRESSES, MASKS, named, record
 from .simd import (
@@ -54,18 +55,20 @@ from .simd import (
 from .views import Rows, ScoreMask, Visible
 
 # The parameters: sizes; where weights begin: bytes, and what LANE_SHIFT adds to their products, in the int32 weights,
-# scales and biases in the float32 ones; masks; where things begin in the scratch of all threads, and in that of each.
+# scales and biases in the float32 ones; masks; where things begin in the scratch of all threads, and in that of each;
+# of keys and values that are kept from call to call, the size of a batch entry's, and whether they are there.
 LAYER = record("batch queries keys query_width key_width value_width out_width heads kv_heads",
                "head_size value_size padded_head padded_value has_out same_qk same_kv",
-               "wq cq wk ck wv cv wo co", "sq bq sk bk sv bv so bo", MASKS,
+               "wq cq wk ck wv cv wo co", "sq bq sk bk sv bv so bo", MASKS, POSITIONS,
                "at_mean at_key_factors at_smooth at_units at_kterm at_kscale at_values at_vlog at_vinverse",
                "at_queries at_qscale",
                "at_x at_rows at_xscale at_inverse at_tail at_weights at_seen at_keys at_q at_scores",
                "at_probabilities at_stats at_dither at_context at_context_bytes at_transposed at_tiles at_masks",
-               "shared_size private_size")
+               "shared_size private_size kept_size is_kept")
 # Where the arrays of a call are: queries (B, L, Eq), keys (B, S, Ek), values (B, S, Ev), out (B, L, Eo), float32;
-# masks, or 0 of none; factors, float32, and weights, int32, as the parameters say; all in C order.
-LAYER_ADDRESSES = record("queries keys values out", MASK_ADDRESSES, "factors weights")
+# masks, or 0 of none; keys and values that are kept, or 0 of none; factors, float32, and weights, int32, as the
+# parameters say, and the table of a rotation; all in C order.
+LAYER_ADDRESSES = record("queries keys values out", MASK_ADDRESSES, "kept factors weights table")
 
 
 @inline
@@ -106,7 +109,13 @@ def turn_head(h, size, row, blocks, p, own):
 
 
 @inline
-def project_queries(projection, t, blocks, tokens, p, shared, own):
+def keys_memory(p, a, scratch, batch):
+    """Where all threads have the keys and values of a batch entry."""
+    return scratch_at(a.kept + 4 * p.kept_size * batch if a.kept != 0 else scratch)
+
+
+@inline
+def project_queries(projection, t, blocks, tokens, p, a, shared, own):
     """Queries of a quantized block of tokens from t on, quantized again: bytes (blocks, heads, size / 4, W)."""
     H, size = p.heads, p.padded_head
     D4, at_scales = size // 4, p.at_qscale + t * H
@@ -115,15 +124,26 @@ def project_queries(projection, t, blocks, tokens, p, shared, own):
     for h in range(H):
         step = turn_head(h, size, row, blocks, p, own)
         for b in range(blocks):
-            number = b * H + h
-            quantize_queries(Part(own.float32, p.at_scores + b * step), size,
-                             Part(shared.int32, at_queries + number * D4 * WIDTH),
+            at, number = p.at_scores + b * step, b * H + h
+            if p.q_norm != 0 or p.pairs > 0:
+                place_queries(own.float32, at, p, projection.factors, pointer_to(a.table, np.float32), t + b * WIDTH,
+                              p.at_inverse)
+            quantize_queries(Part(own.float32, at), size, Part(shared.int32, at_queries + number * D4 * WIDTH),
                              Part(shared.float32, at_scales + number * WIDTH))
 
 
 @inline
-def project_keys(projection, t, blocks, tokens, smoothing, p, shared, own):
-    """Keys of a quantized block of tokens from t on, to rows of bytes; smoothing: their mean is left out, and kept."""
+def places_keys(p):
+    """Whether keys are normed or rotated."""
+    return p.k_norm != 0 or p.pairs > 0
+
+
+@inline
+def project_keys(projection, t, blocks, tokens, smoothing, p, a, shared, own):
+    """Keys of a quantized block of tokens from t on, to rows of bytes; smoothing: their mean is left out, and kept.
+
+    Without it the projection has left that out already, unless keys are normed or rotated between.
+    """
     Hkv, size, S_up = p.kv_heads, p.padded_head, round_up(p.keys, TOKENS)
     K4 = round_up(Hkv * size // 4, LANES)
     row = project_block_rows(projection, Hkv * size, tokens, p, own)
@@ -132,6 +152,12 @@ def project_keys(projection, t, blocks, tokens, smoothing, p, shared, own):
             store(shared.float32, p.at_key_factors + f, load(projection.factors, projection.at_factors + f))
     for h in range(Hkv):
         step = turn_head(h, size, row, blocks, p, own)
+        if places_keys(p):
+            for b in range(blocks):
+                place_keys(own.float32, p.at_scores + b * step, p, projection.factors, pointer_to(a.table, np.float32),
+                           t + b * WIDTH, p.at_inverse)
+            if not smoothing:
+                add_to_tokens(own.float32, p.at_scores, step, size, shared.float32, p.at_mean + h * size)
         if smoothing:
             subtract_mean(own.float32, p.at_scores, step, size, p.at_weights, shared.float32, p.at_mean + h * size)
         for b in range(blocks):
@@ -164,7 +190,7 @@ def project_values(projection, t, blocks, tokens, smoothing, p, shared, own):
 
 
 @inline
-def project_block(p, a, batch, block, smoothing, shared, own):
+def project_block(p, a, batch, block, smoothing, shared, kept, own):
     """Queries, keys and values of a block of tokens; blocks of queries with an input of their own follow the keys'."""
     L, S, weights, factors = p.queries, p.keys, pointer_to(a.weights, np.int32), pointer_to(a.factors, np.float32)
     kv_blocks = (S + TOKENS - 1) // TOKENS
@@ -177,25 +203,25 @@ def project_block(p, a, batch, block, smoothing, shared, own):
     if is_query or p.same_qk != 0:
         depth4 = depth_groups(p.query_width)
         project_queries(Projection(weights, p.wq, p.cq, factors, p.sq, factors, p.bq, depth4), t, blocks, tokens, p,
-                        shared, own)
+                        a, shared, own)
     if is_query:
         return
     if smoothing:
         for s in range(TOKENS):
             own.float32[p.at_weights + s] = own.float32[p.at_xscale + s]
         weigh_tokens(own.float32, p.at_weights, own.int32, p.at_seen)
-    reals, at_factors, at_bias = factors, p.sk, p.bk  # a bias of zeros
-    if not smoothing:
-        reals, at_factors, at_bias = shared.float32, p.at_key_factors, p.at_mean
+    reals, at_factors, at_bias = factors, p.sk, p.bk  # a bias of zeros, where keys are not placed
+    if not (smoothing or places_keys(p)):
+        reals, at_factors, at_bias = kept.float32, p.at_key_factors, p.at_mean
     depth4 = depth_groups(p.key_width)
     project_keys(Projection(weights, p.wk, p.ck, reals, at_factors, reals, at_bias, depth4), t, blocks, tokens,
-                 smoothing, p, shared, own)
+                 smoothing, p, a, kept, own)
     if p.same_kv == 0:
         values = pointer_to(a.values, np.float32)
         quantize_block(Part(values, (batch * S + t) * p.value_width), p.value_width, tokens, p, own)
     depth4 = depth_groups(p.value_width)
     project_values(Projection(weights, p.wv, p.cv, factors, p.sv, factors, p.bv, depth4), t, blocks, tokens, smoothing,
-                   p, shared, own)
+                   p, kept, own)
 
 
 @task
@@ -208,23 +234,26 @@ def project_part(p, a, scratch, batch, smoothing, portion, worker, part):
     what scales them; then what each thread has to itself.
     """
     shared, own = parts_of(scratch, p, worker)
+    kept = keys_memory(p, a, scratch, batch)
     matrix_configure(own.int32, p.at_stats)
     if smoothing:
-        shared.int32[p.at_smooth] = choose_block(p, a, batch, own.int32, p.at_seen)
-    first = np.int64(shared.int32[p.at_smooth])
+        kept.int32[p.at_smooth] = choose_block(p, a, batch, own.int32, p.at_seen)
+    first = np.int64(kept.int32[p.at_smooth])
     blocks, begin = 1, part * portion
     if not smoothing:
         blocks, begin = (p.keys + TOKENS - 1) // TOKENS, begin + 1
         if p.same_qk == 0:
             blocks += (p.queries + TOKENS - 1) // TOKENS
+        if p.is_kept != 0:
+            begin += (p.keys + TOKENS - 1) // TOKENS - 1
     for i in range(begin, min(begin + portion, blocks)):
         block = first if i == 0 else i - 1 if i <= first else i
-        project_block(p, a, batch, block, smoothing, shared, own)
+        project_block(p, a, batch, block, smoothing, shared, kept, own)
     matrix_release()
 
 
 @inline
-def attend_head(h, q0, seen, mask, adds, p, shared, own):
+def attend_head(h, q0, seen, mask, adds, p, shared, kept, own):
     """Context (Dvp, W) of a head for a block of queries, in float32."""
     H, D4, S_up, Dvp = p.heads, p.padded_head // 4, round_up(p.keys, TOKENS), p.padded_value
     kv = h // (H // p.kv_heads)
@@ -233,8 +262,8 @@ def attend_head(h, q0, seen, mask, adds, p, shared, own):
         store(own.int32, p.at_q + i, load(shared.int32, at_head + i))
     queries = Queries(own.uint32, p.at_q, round_up(D4, DEPTH_STEP), shared.float32,
                       p.at_qscale + q0 * H + h * WIDTH)
-    keys = Keys(shared.int32, kv * D4, K4, p.at_kterm + kv * S_up, shared.float32, p.at_kscale + kv * S_up)
-    values = values_of(kv, Dvp, values_row(p.keys), p, shared)
+    keys = Keys(kept.int32, kv * D4, K4, p.at_kterm + kv * S_up, kept.float32, p.at_kscale + kv * S_up)
+    values = values_of(kv, Dvp, values_row(p.keys), p, kept)
     attend_bytes(queries, keys, values, Dvp, seen, mask, adds, p, own, p.at_context + h * Dvp * WIDTH)
 
 
@@ -265,6 +294,7 @@ def write_rows(p, a, at_row, queries, own):
 def attend_part(p, a, scratch, batch, portion, worker, part):
     """`portion` blocks of W queries of one batch entry: attention, head by head, and the output projection."""
     shared, own = parts_of(scratch, p, worker)
+    kept = keys_memory(p, a, scratch, batch)
     L, S, D4, band, adds = p.queries, p.keys, p.padded_head // 4, p.band != 0, adds_to_scores(a)
     masked, mask_per_head = adds or a.keep != 0, p.keep_h != 0 or p.bias_h != 0 or a.alibi != 0
     matrix_configure(own.int32, p.at_stats)
@@ -281,7 +311,7 @@ def attend_part(p, a, scratch, batch, portion, worker, part):
         for h in range(p.heads):
             if masked and (h == 0 or mask_per_head):
                 fill_mask(p, a, batch, h, q0, queries, first, last, own.float32, p.at_masks, p.at_tiles)
-            attend_head(h, q0, seen, mask, adds, p, shared, own)
+            attend_head(h, q0, seen, mask, adds, p, shared, kept, own)
         write_rows(p, a, (batch * L + q0) * p.out_width, queries, own)
     matrix_release()
 
@@ -290,12 +320,13 @@ def attend_part(p, a, scratch, batch, portion, worker, part):
 def layer_dynamic(parameters, addresses, scratch, task_queue, count):
     """A dynamic int8 multi-head attention layer, see LAYER, on at most `count` threads that serve the task_queue."""
     p, a, memory = named(parameters, LAYER), named(addresses, LAYER_ADDRESSES), address_of(scratch)
-    blocks = (p.keys + TOKENS - 1) // TOKENS - 1
+    blocks = (p.keys + TOKENS - 1) // TOKENS - 1 if p.is_kept == 0 else 0
     if p.same_qk == 0:
         blocks += (p.queries + TOKENS - 1) // TOKENS
     tokens, token_parts = portions(blocks, 1, count)
     queries, query_parts = portions((p.queries + WIDTH - 1) // WIDTH, 1, count)
     for batch in range(p.batch):
-        parallel_for(task_queue, 1, project_part, p, a, memory, batch, True, 1)
+        if p.is_kept == 0:
+            parallel_for(task_queue, 1, project_part, p, a, memory, batch, True, 1)
         parallel_for(task_queue, token_parts, project_part, p, a, memory, batch, False, tokens)
         parallel_for(task_queue, query_parts, attend_part, p, a, memory, batch, queries)

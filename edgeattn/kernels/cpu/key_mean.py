@@ -137,9 +137,15 @@ def subtract_mean(values, at, block_step, rows, at_weight, shared, at_mean):
             total = total + (pair_sums(values, here, block_step, 4, at_weight)
                              + pair_sums(values, here, block_step, 6, at_weight))
         store(shared, at_mean + d, splat(_ZERO) - total)
+    add_to_tokens(values, at, block_step, rows, shared, at_mean)
+
+
+@inline
+def add_to_tokens(values, at, block_step, rows, shared, at_added):
+    """values (blocks, rows, W) += a number for each row, from shared[at_added] on."""
     for b in range(BLOCKS):
         for d in range(rows):
-            minus = broadcast(shared, at_mean + d)
+            added = broadcast(shared, at_added + d)
             for c in range(0, WIDTH, LANES):
                 i = at + b * block_step + d * WIDTH + c
-                store(values, i, load(values, i) + minus)
+                store(values, i, load(values, i) + added)

@@ -2,6 +2,7 @@
 import numpy as np
 from numba.extending import register_jitable
 
+from edgeattn import threads
 from edgeattn.runtime.addresses import address
 from edgeattn.runtime.plan_cache import PlanCache
 
@@ -14,7 +15,8 @@ from .layer_float32 import _LOG2_E
 from .linear_dynamic import TILES_SIZE, join_depth
 from .matmul import pad_heads, round_up
 from .packing import Packer
-from .records import NO_MASKS, blank, copy_of, packed, place, set_masks, shapes_of
+from .positions import norm_fields, rotary_fields, rotary_table
+from .records import NO_MASKS, blank, copy_of, named_fields, packed, place, set_masks, shapes_of
 from .simd import LANES, OFFSET, WIDTH
 
 SMALLEST_WEIGHT = np.float32(2.0**-100)  # a row of smaller ones is a row of zeros: float32 ends not far below
@@ -38,8 +40,6 @@ def plan(p, B, L, S, masked):
     past = READ_AHEAD  # and of a row past the last number
     shared = round_up((S_up + past) * K4 + past, 16)  # the keys
     p.at_values, shared = place(shared, (Hkv * Dvp + past) * (round_up(S, 64) // 4) + past)
-    p.at_queries, shared = place(shared, L_up * H * D4)
-    p.at_qscale, shared = place(shared, L_up * H)
     p.at_kterm, shared = place(shared, Hkv * S_up)
     p.at_kscale, shared = place(shared, Hkv * S_up)
     p.at_vlog, shared = place(shared, Hkv * S_up)
@@ -48,6 +48,9 @@ def plan(p, B, L, S, masked):
     p.at_key_factors, shared = place(shared, round_up(Hkv * Dp, WIDTH))
     p.at_smooth, shared = place(shared, 1)
     p.at_units, shared = place(shared, Hkv)
+    p.kept_size = shared
+    p.at_queries, shared = place(shared, L_up * H * D4)
+    p.at_qscale, shared = place(shared, L_up * H)
     p.at_x, private = place(0, TOKENS * deepest)
     p.at_rows, private = place(private, TOKENS * round_up(max(H * Dp, Hkv * Dvp), WIDTH) + LANES)
     p.at_xscale, private = place(private, TOKENS)
@@ -80,12 +83,14 @@ class DynamicLayer:
     q_weight, k_weight, v_weight, out_weight : float32 (out, in) weight, or (int8 codes, float32 scale (out,))
         (H*D, Eq), (Hkv*D, Ek), (Hkv*Dv, Ev), (Eo, H*Dv) or None.
     q_bias, k_bias, v_bias, out_bias : ndarray of float32, or None
-        k_bias is accepted and has no effect: softmax does not see it.
+        k_bias has no effect where keys are neither normed nor rotated: softmax does not see it.
     scale : float
+    rotary, q_norm, k_norm
+        As for `FloatLayer`.
     """
 
     def __init__(self, num_heads, num_kv_heads, q_weight, k_weight, v_weight, out_weight,
-                 q_bias, k_bias, v_bias, out_bias, scale):
+                 q_bias, k_bias, v_bias, out_bias, scale, rotary=None, q_norm=None, k_norm=None):
         H, Hkv = num_heads, num_kv_heads
         q, k, v, o = (w if w is None or isinstance(w, tuple) else quantize_weight(w)
                       for w in (q_weight, k_weight, v_weight, out_weight))
@@ -99,11 +104,14 @@ class DynamicLayer:
             reals.put("s" + letter, factors)
             reals.put("b" + letter, bias)
 
-        for letter, (codes, factors), bias, heads, size, wide, fold in (
-                ("q", q, q_bias, H, D, Dp, scale * _LOG2_E), ("k", k, None, Hkv, D, Dp, 1.0),
+        fold = scale * _LOG2_E
+        if rotary is None and k_norm is None:
+            k_bias = None
+        for letter, (codes, factors), bias, heads, size, wide, factor in (
+                ("q", q, q_bias, H, D, Dp, fold if q_norm is None else 1.0), ("k", k, k_bias, Hkv, D, Dp, 1.0),
                 ("v", v, v_bias, Hkv, Dv, Dvp, 1.0)):
             bias = np.zeros(heads * size, np.float32) if bias is None else bias
-            factors, bias = ((a.astype(np.float64) * fold).astype(np.float32) for a in (factors, bias))
+            factors, bias = ((a.astype(np.float64) * factor).astype(np.float32) for a in (factors, bias))
             codes, factors, bias = (pad_heads(a, heads, size, wide) for a in (join_depth(codes), factors, bias))
             put_linear(letter, codes, factors, bias)
         Eo = H * Dv
@@ -118,32 +126,51 @@ class DynamicLayer:
             if out_bias is not None:
                 bias[:Eo] = out_bias
             put_linear("o", spread, factors, bias)
+        positions = norm_fields(reals, q_norm, k_norm, fold) | rotary_fields(rotary)
+        self._rotary = rotary
         self.weights, self.factors = weights.packed(), reals.packed()
         self._fixed = address(self.factors), address(self.weights)
         self.parameters = blank(
             f.LAYER, query_width=q[0].shape[1], key_width=k[0].shape[1], value_width=v[0].shape[1], out_width=Eo,
             heads=H, kv_heads=Hkv, head_size=D, value_size=Dv, padded_head=Dp, padded_value=Dvp,
-            has_out=o is not None, **weights.at, **reals.at)
+            has_out=o is not None, **weights.at, **reals.at, **positions)
         self.output_dim = Eo
         self._plans = PlanCache()
 
-    def prepare(self, xq, xk, xv, masks=NO_MASKS):
-        """The `PreparedCall` for inputs, some of them perhaps the same array, and masks as `FloatLayer.prepare`'s."""
-        key = (*xq.shape[:2], xk.shape[1], xq is xk, xk is xv, masks)
+    def prepare(self, xq, xk, xv, masks=NO_MASKS, position=0):
+        """The `PreparedCall` for inputs, some of them perhaps the same array; the rest as `FloatLayer.prepare`'s."""
+        key = (*xq.shape[:2], xk.shape[1], xq is xk, xk is xv, masks, position)
         return self._plans.get(key) or self._plans.keep(key, self._plan(*key))
 
-    def _plan(self, B, L, S, same_qk, same_kv, masks):
+    def prepare_kept(self, xq, keys, masks=NO_MASKS, position=0):
+        """The `PreparedCall` for queries, and so many keys of what `keep_keys` gave, which it takes last."""
+        key = (*xq.shape[:2], keys, False, False, masks, position, True)
+        return self._plans.get(key) or self._plans.keep(key, self._plan(*key))
+
+    def keep_keys(self, xk, xv, keep=None):
+        """Keys and values of xk (B, S, Ek) and xv (B, S, Ev), as calls read them: an array. keep: as in calls."""
+        B, S, _ = xk.shape
+        call = self._plan(B, 0, S, False, xk is xv, shapes_of(keep))
+        kept = threads.aligned(B * named_fields(call.parameters, f.LAYER).kept_size, np.int32)
+        kept[:] = 0
+        call(xk, xk, xv, None, keep, None, None, None, kept)
+        return kept
+
+    def _plan(self, B, L, S, same_qk, same_kv, masks, position=0, is_kept=False):
         p = copy_of(self.parameters)
-        p.same_qk, p.same_kv = same_qk, same_kv
+        p.same_qk, p.same_kv, p.is_kept = same_qk, same_kv, is_kept
         shared, private = plan(p, B, L, S, set_masks(p, masks))
+        table = rotary_table(self._rotary, L, S, position)
+        p.query_position, p.table_step = position, 0 if table is None else table.shape[1]
         H, Hkv, Dp, Dvp = p.heads, p.kv_heads, p.padded_head, p.padded_value
         Eq, Ek, Ev, Eo = p.query_width, p.key_width, p.value_width, p.out_width
         work = 2 * (L * Eq * H * Dp + S * Hkv * (Ek * Dp + Ev * Dvp) + L * H * Dvp * Eo
                     + L * S * H * (Dp + Dvp + 64)) // 3
         return PreparedCall(f.layer_dynamic, packed(p, f.LAYER), f.LAYER_ADDRESSES, np.int32, shared, private,
-                            B * work, B, self._fixed)
+                            B * work, B, (*self._fixed, address(table)), owner=table)
 
-    def __call__(self, xq, xk, xv, out, keep=None, bias=None, band=None, alibi=None):
+    def __call__(self, xq, xk, xv, out, keep=None, bias=None, band=None, alibi=None, position=0):
         """out (B, L, Eo) from xq (B, L, Eq), xk (B, S, Ek), xv (B, S, Ev): float32, C order; masks as FloatLayer."""
-        self.prepare(xq, xk, xv, shapes_of(keep, None, bias, band, alibi))(xq, xk, xv, out, keep, None, bias, alibi)
+        masks = shapes_of(keep, None, bias, band, alibi)
+        self.prepare(xq, xk, xv, masks, position)(xq, xk, xv, out, keep, None, bias, alibi)
         return out

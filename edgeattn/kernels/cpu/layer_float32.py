@@ -2,6 +2,7 @@
 import numpy as np
 from numba.extending import register_jitable
 
+from edgeattn import threads
 from edgeattn.runtime.addresses import address
 from edgeattn.runtime.plan_cache import PlanCache
 
@@ -9,7 +10,8 @@ from . import fused as f
 from .call import PreparedCall
 from .matmul import pack_panels, pad_heads, padded_head, round_up
 from .packing import Packer
-from .records import NO_MASKS, blank, copy_of, packed, place, set_masks, shapes_of
+from .positions import norm_fields, rotary_fields, rotary_table
+from .records import NO_MASKS, blank, copy_of, named_fields, packed, place, set_masks, shapes_of
 from .simd import LANES, ROWS, WIDTH
 
 GROUP = 1 << 17  # elements of keys and values in scratch at a time, where a head does not need more: 512 KiB
@@ -65,18 +67,22 @@ class FloatLayer:
         (H*D, Eq), (Hkv*D, Ek), (Hkv*Dv, Ev), (Eo, H*Dv) or None.
     q_bias, k_bias, v_bias, out_bias : ndarray of float32, or None
     scale : float
-        Multiplies the scores; folded into the query projection together with log2(e).
+        Multiplies the scores; folded into the query projection, or its norm, together with log2(e).
+    rotary : RotaryEmbedding, optional
+    q_norm, k_norm : (kind, weight, bias or None, eps), optional
+        "layer" or "rms", of D features.
     """
 
     def __init__(self, num_heads, num_kv_heads, q_weight, k_weight, v_weight, out_weight,
-                 q_bias, k_bias, v_bias, out_bias, scale):
+                 q_bias, k_bias, v_bias, out_bias, scale, rotary=None, q_norm=None, k_norm=None):
         H, Hkv = num_heads, num_kv_heads
         D, Dv = q_weight.shape[0] // H, v_weight.shape[0] // Hkv
         Dp, Dvp = padded_head(D), padded_head(Dv)
         fold = np.float64(scale) * _LOG2_E
         weights = Packer(np.float32)
         for name, weight, bias, heads, size, wide, factor in (
-                ("q", q_weight, q_bias, H, D, Dp, fold), ("k", k_weight, k_bias, Hkv, D, Dp, 1.0),
+                ("q", q_weight, q_bias, H, D, Dp, fold if q_norm is None else 1.0),
+                ("k", k_weight, k_bias, Hkv, D, Dp, 1.0),
                 ("v", v_weight, v_bias, Hkv, Dv, Dvp, 1.0)):
             bias = np.zeros(heads * size, np.float32) if bias is None else bias
             weight, bias = ((a.astype(np.float64) * factor).astype(np.float32) for a in (weight, bias))
@@ -93,36 +99,57 @@ class FloatLayer:
             weights.put("bo", padded_bias)
         else:
             Eo = H * Dv
+        positions = norm_fields(weights, q_norm, k_norm, fold) | rotary_fields(rotary)
+        self._rotary = rotary
         self.weights = weights.packed()
         self._address = address(self.weights)
         self.parameters = blank(
             f.LAYER, query_width=q_weight.shape[1], key_width=k_weight.shape[1], value_width=v_weight.shape[1],
             out_width=Eo, heads=H, kv_heads=Hkv, head_size=D, value_size=Dv, padded_head=Dp, padded_value=Dvp,
-            has_out=out_weight is not None, **weights.at)
+            has_out=out_weight is not None, **weights.at, **positions)
         self.output_dim = Eo
         self._plans = PlanCache()
 
-    def prepare(self, xq, xk, xv, masks=NO_MASKS):
-        """The `PreparedCall` for inputs and masks of such shapes; masks: what `shapes_of` gives."""
-        key = (*xq.shape[:2], xk.shape[1], masks)
+    def prepare(self, xq, xk, xv, masks=NO_MASKS, position=0):
+        """The `PreparedCall` for inputs and masks of such shapes; masks: what `shapes_of` gives; position: a call's."""
+        key = (*xq.shape[:2], xk.shape[1], masks, position)
         return self._plans.get(key) or self._plans.keep(key, self._plan(*key))
 
-    def _plan(self, B, L, S, masks):
+    def prepare_kept(self, xq, keys, masks=NO_MASKS, position=0):
+        """The `PreparedCall` for queries, and so many keys of what `keep_keys` gave, which it takes last."""
+        key = (*xq.shape[:2], keys, masks, position, True)
+        return self._plans.get(key) or self._plans.keep(key, self._plan(*key))
+
+    def keep_keys(self, xk, xv, keep=None):
+        """Keys and values of xk (B, S, Ek) and xv (B, S, Ev), as calls read them: an array. keep: as in calls."""
+        B, S, _ = xk.shape
+        call = self._plan(B, 0, S, shapes_of(keep))
+        p = named_fields(call.parameters, f.LAYER)
+        kept = threads.aligned(B * -(-p.kv_heads // p.group) * p.kept_size, np.float32)
+        call(xk, xk, xv, None, keep, None, None, None, kept)
+        return kept
+
+    def _plan(self, B, L, S, masks, position=0, is_kept=False):
         p = copy_of(self.parameters)
         shared, private = plan(p, B, L, S, set_masks(p, masks))
+        table = rotary_table(self._rotary, L, S, position)
+        p.query_position, p.table_step = position, 0 if table is None else table.shape[1]
+        p.kept_size, p.is_kept = shared, is_kept
         H, Hkv, Dp, Dvp = p.heads, p.kv_heads, p.padded_head, p.padded_value
         Eq, Ek, Ev, Eo = p.query_width, p.key_width, p.value_width, p.out_width
         work = 2 * B * (L * Eq * H * Dp + S * (Ek * Hkv * Dp + Ev * Hkv * Dvp) + L * H * Dvp * Eo
                         + L * S * H * (Dp + Dvp))
         return PreparedCall(f.layer_float32, packed(p, f.LAYER), f.LAYER_ADDRESSES, np.float32, shared, private, work,
-                            B, (self._address,))
+                            B, (self._address, address(table)), owner=table)
 
-    def __call__(self, xq, xk, xv, out, keep=None, bias=None, band=None, alibi=None):
+    def __call__(self, xq, xk, xv, out, keep=None, bias=None, band=None, alibi=None, position=0):
         """out (B, L, Eo) from xq (B, L, Eq), xk (B, S, Ek), xv (B, S, Ev), all float32 and C-contiguous.
 
         keep : uint8 or bool, bias : float32, C-contiguous, broadcast to (B, H, L, S) by NumPy's rules, or None
         band : (low, high) or None: query i sees key j when i + low <= j <= i + high
         alibi : (B or 1, H, 2) float64, C-contiguous, or None: a head's slope, and the position of query 0
+        position : that of query 0 among the keys, for the rotation
         """
-        self.prepare(xq, xk, xv, shapes_of(keep, None, bias, band, alibi))(xq, xk, xv, out, keep, None, bias, alibi)
+        masks = shapes_of(keep, None, bias, band, alibi)
+        self.prepare(xq, xk, xv, masks, position)(xq, xk, xv, out, keep, None, bias, alibi)
         return out

@@ -90,6 +90,11 @@ def packed(p, layout):
     return array
 
 
+def named_fields(array, layout):
+    """The fields of what was packed, as attributes."""
+    return SimpleNamespace(**dict(zip(layout.names, array.tolist(), strict=True)))
+
+
 def slot(layout, name):
     """The position of a field in what was packed, for the few that are written anew for every call."""
     return layout.names.index(name)

@@ -58,7 +58,7 @@ class ScoreMask(NamedTuple):
 class Group(NamedTuple):
     """Key/value heads of a batch entry that are projected and attended to at a time: `count` from `first` on.
 
-    A part of the work takes `at_once` of them: there are `splits` such parts.
+    A part of the work takes `at_once` of them: there are `splits` such parts.  at_keys: the address of their keys.
     """
 
     batch: int
@@ -66,3 +66,4 @@ class Group(NamedTuple):
     count: int
     at_once: int
     splits: int
+    at_keys: int

@@ -10,6 +10,7 @@ from edgeattn.kernels.cpu.dynamic import STEP, quantize_rows
 from edgeattn.kernels.cpu.int8_operands import FLIP, LANE_SHIFT
 from edgeattn.kernels.cpu.int8_views import BytePanels, Groups, Part, scratch_at
 from edgeattn.kernels.cpu.linear_dynamic import join_depth
+from edgeattn.kernels.cpu.records import NO_MASKS
 from edgeattn.kernels.cpu.simd import (
     LANES,
     OFFSET,
@@ -153,7 +154,8 @@ def test_one_large_key_does_not_move_all_others():
 def test_scratch_of_a_large_layer_stays_below_a_mebibyte():
     kernel = quant.quantize(make(np.random.default_rng(13), 12, 12, 32, 32, 384), scheme="dynamic").fused_kernel
     for masked in (False, True):
-        call, longer = (kernel._plan(1, n, n, True, True, (n,) if masked else None) for n in (512, 4096))
+        call, longer = (kernel._plan(1, n, n, True, True, ((1, 1, 1, n), None, None, None, None) if masked else NO_MASKS)
+                        for n in (512, 4096))
         assert 4 * (call.shared + call.private) < 2**20
         assert longer.shared < 8.1 * call.shared  # grows as the sequence does
         assert masked or longer.private == call.private

@@ -9,6 +9,7 @@ from edgeattn.kernels.cpu.functional_float32 import attention
 from edgeattn.kernels.cpu.layer_dynamic import DynamicLayer
 from edgeattn.kernels.cpu.layer_float32 import FloatLayer, group_size
 from edgeattn.kernels.cpu.matmul import padded_head
+from edgeattn.kernels.cpu.records import NO_MASKS
 from edgeattn.kernels.cpu.simd import LANES, ROWS, WIDTH
 
 # B, L, S, E, H, Hkv, D, Dv, Eo: lengths around the tile and the query block, odd sizes, D != Dv, L != S
@@ -95,7 +96,7 @@ def test_scratch_does_not_grow_with_queries_and_holds_few_heads(E, H):
     layer = FloatLayer(H, H, *make_layer(np.random.default_rng(0), E, H, H, D, D, E), D ** -0.5)
 
     def sizes(L, S, masked=False):
-        call = layer._plan(1, L, S, (1, 1, 1, S) if masked else None)
+        call = layer._plan(1, L, S, ((1, 1, 1, S), None, None, None, None) if masked else NO_MASKS)
         return call.shared, call.private
 
     block = fused.QUERIES
