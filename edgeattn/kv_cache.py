@@ -23,10 +23,11 @@ from edgeattn.checks import (
 from edgeattn.device import place
 from edgeattn.functional import checked_softcap, default_scale
 from edgeattn.kernels.cpu import float32, reference_float32
-from edgeattn.kernels.cpu.cache_int8 import quantize_into
-from edgeattn.kernels.cpu.decode import decode
+from edgeattn.kernels.cpu.cache_int8 import store
+from edgeattn.kernels.cpu.decode import decode, decode_slots
 from edgeattn.masks import NO_WINDOW, resolve_mask
 from edgeattn.prepared import PLAIN, PreparedCalls, call_signature
+from edgeattn.runtime.plan_cache import PlanCache
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -147,6 +148,7 @@ class KVCache:
             self._key_scales, self._value_scales = np.zeros(rows, np.float32), np.zeros(rows, np.float32)
         self.kind = self.batch, self.num_kv_heads, self.head_dim, self.value_dim, self.scales
         self._prepared = PreparedCalls()
+        self._plans: PlanCache[Any, Any] = PlanCache()
         self._length = self._start = 0
         self._first = 0  # the slot of token `start`; tokens lie side by side, in order
 
@@ -385,8 +387,7 @@ class KVCache:
             prepared = self._prepared.find(signature, out)
             if prepared is not None and self._length:
                 result = prepared.target(out, query)
-                self.attend_last(query, default_scale(self.head_dim) if scale is None else float(scale), 0.0,
-                                 result)
+                self.attend_last(query, default_scale(self.head_dim) if scale is None else float(scale), result)
                 return write_result(result, out, FLOAT32)
         query = float_array("query", query)
         return_weights = flag("return_weights", return_weights)
@@ -526,8 +527,7 @@ class KVCache:
             self._keys[:, :, slots] = _quantize_by(self.scales[0], key)
             self._values[:, :, slots] = _quantize_by(self.scales[1], value)
         elif self._key_scales is not None and self._value_scales is not None:
-            quantize_into(key, self._keys[:, :, slots], self._key_scales[:, :, slots])
-            quantize_into(value, self._values[:, :, slots], self._value_scales[:, :, slots])
+            store(self._plans, key, value, self._keys, self._key_scales, self._values, self._value_scales, slots.start)
 
     def take_slots(self, tokens: int) -> slice:
         """The slots of so many new tokens, for which there is room: held from now on, and to be written."""
@@ -606,14 +606,10 @@ class KVCache:
             for run in _runs(*_visible(part)):
                 _decode(query, (keys, values, key_scales, value_scales), out, scale, softcap, run)
 
-    def attend_last(self, query: Float32s, scale: float, softcap: float, out: Float32s) -> None:
-        """`attend_heads` of one query that stands at the last token and sees all of the cache's window."""
-        first, last = self.visible_range()
-        key_scales = value_scales = None
-        if self._key_scales is not None and self._value_scales is not None:
-            key_scales, value_scales = self._key_scales[:, :, first:last], self._value_scales[:, :, first:last]
-        decode(query[:, :, 0], self._keys[:, :, first:last], self._values[:, :, first:last], out[:, :, 0], scale,
-               softcap, k_scale=key_scales, v_scale=value_scales)
+    def attend_last(self, query: Float32s, scale: float, out: Float32s) -> None:
+        """`attend_heads` of one query, in C order, that stands at the last token and sees all of the cache's window."""
+        decode_slots(self._plans, query, self._keys, self._values, out, self.visible_range(), scale, self._key_scales,
+                     self._value_scales)
 
 
 class _Transaction:

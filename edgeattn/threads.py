@@ -47,6 +47,8 @@ _pools: dict[int, _WorkerPool] = {}  # by the number of the change that asked fo
 _pool: _WorkerPool | None = None  # the one last used
 _scratch: list[NDArray[Any]] = []
 _ALONE = np.zeros(0, np.int64)
+# Scratch of kernels that need none.
+_NOTHING: dict[Any, NDArray[Any]] = {dtype: np.zeros(0, dtype) for dtype in (np.float32, np.int32)}
 
 
 class _WorkerPool:
@@ -228,6 +230,9 @@ def run(
     handler raises meanwhile ends it: its results are unfinished then.
     """
     if work < SMALLEST_SHARED_WORK:
+        if not shared_size + private_size:
+            function(*arguments, _NOTHING[dtype], _ALONE, 1)
+            return
         memory = borrow(shared_size + private_size, dtype)
         function(*arguments, memory, _ALONE, 1)
         give_back(memory)

@@ -38,6 +38,7 @@ from edgeattn.kernels.cpu.layer_float32 import FloatLayer
 from edgeattn.kernels.cpu.simd import LANES, ROWS, WIDTH
 from edgeattn.rotary import RotaryEmbedding
 from edgeattn.runtime.isa import ISA
+from edgeattn.runtime.plan_cache import PlanCache
 
 PAGE = mmap.PAGESIZE
 NAN, BYTES = np.array([np.nan], "<f4").tobytes(), b"\xa5"
@@ -410,10 +411,10 @@ def projections(rng, number):
 
     def call(place):
         given = place.input(x)
-        stored, scales = place.make(rows.shape, np.int8), place.make(rows.shape[:3], np.float32)
-        cache_int8.quantize_into(place.input(rows), stored, scales)
-        return [edgeattn.Linear(weight, bias).packed(given), linear_dynamic.DynamicLinear(codes, scale, bias)(given), stored,
-                scales]
+        stored = [array for _ in "kv" for array in (place.make(rows.shape, np.int8), place.make(rows.shape[:3], np.float32))]
+        cache_int8.store(PlanCache(), place.input(rows), place.input(rows), *stored, 0)
+        return [edgeattn.Linear(weight, bias).packed(given), linear_dynamic.DynamicLinear(codes, scale, bias)(given),
+                *stored]
     exact = x.astype(np.float64) @ weight.astype(np.float64).T + bias
     return f"{tokens=} {depth=} {outputs=}", call, [(exact, 1e-4)]
 

@@ -90,6 +90,6 @@ def take_step(layer: _Layer, x: Float32s, cache: KVCache) -> Float32s:
     context = np.empty((batch, layer.num_heads, 1, layer.value_dim), np.float32)
     with cache.transaction():
         cache.append_heads(k, v)
-        cache.attend_last(q, layer.scale, 0.0, context)
+        cache.attend_last(q, layer.scale, context)
         result = context.reshape(batch, -1)
         return linears["output"].packed(result) if "output" in linears else result

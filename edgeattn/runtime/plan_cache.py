@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -14,6 +14,9 @@ class PlanCache(dict[K, V]):
     def __init__(self, size: int = 64):
         super().__init__()
         self._size = size
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._size,)  # a copy of its owner plans anew
 
     def keep(self, key: K, plan: V) -> V:
         """Return `plan` and keep it."""

@@ -42,12 +42,14 @@ class PreparedCall:
         Whose memory is at one of the fixed addresses, if nothing else holds it.
     """
 
-    __slots__ = ("_dtype", "_empty", "_jobs", "_owner", "_run", "_work", "parameters", "private", "shared")
+    __slots__ = ("_dtype", "_empty", "_full", "_jobs", "_owner", "_run", "_spare", "_work", "parameters", "private",
+                 "shared")
 
     def __init__(self, kernel, parameters, layout, dtype, shared, private, work, jobs=1, fixed=(), owner=None):
         self._run, self._dtype = entry(kernel, dtype), dtype
         self._empty = np.zeros(len(layout), np.int64)
         self._empty[len(layout) - len(fixed):] = fixed
+        self._full, self._spare = len(layout) - len(fixed) - 3, []
         self.parameters, self.shared, self.private, self._work, self._jobs = parameters, shared, private, work, jobs
         self._owner = owner
 
@@ -61,10 +63,21 @@ class PreparedCall:
         a = address(first)
         b = a if second is first else address(second)
         c = b if third is second else address(third)
-        record = self._empty.copy()
-        _WRITE[3 + len(others)](record, 0, a, b, c, *map(address, others))
+        count = len(others)
+        full = count == self._full  # what writes all there is, but for what is fixed, leaves its record for the next
+        try:
+            record = self._spare.pop() if full else self._empty.copy()
+        except IndexError:
+            record = self._empty.copy()
+        if count:
+            _WRITE[3 + count](record, 0, a, b, c, *map(address, others))
+        else:
+            _WRITE_THREE(record, 0, a, b, c)
         given = self.parameters if parameters is None else parameters
         threads.run(self._run, (given, record), self._dtype, self.shared, self.private, self._work, self._jobs)
+        if full:
+            self._spare.append(record)
 
 
 _WRITE = [struct.Struct(f"{count}q").pack_into for count in range(33)]
+_WRITE_THREE = _WRITE[3]

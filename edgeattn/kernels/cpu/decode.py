@@ -3,13 +3,15 @@ import functools
 
 import numpy as np
 
+from edgeattn.runtime.addresses import address
+
 from . import decode_float32, decode_int8
 from .call import PreparedCall
 from .decode_blocks import ADDRESSES, BLOCK, DECODE
 from .matmul import round_up
 from .records import bits_of_real, blank, packed, slot
 
-_KEYS = slot(DECODE, "keys")
+_KEYS, _FIRST = slot(DECODE, "keys"), slot(DECODE, "first")
 
 
 def _rows(array):
@@ -23,10 +25,11 @@ def _rows(array):
 
 
 @functools.lru_cache(256)
-def _prepare(q, kv_heads, value_size, blocks, scale, softcap, steps, scale_steps):
+def _prepare(q, kv_heads, value_size, blocks, scale, softcap, steps, scale_steps, fixed=()):
     """The `PreparedCall` of arrays of such shapes and any number of keys that fills so many blocks.
 
     steps : strides of q, k, v and out; scale_steps : of k_scale and v_scale, or None
+    fixed : addresses of k, v, k_scale and v_scale, where every call has the same
     """
     kernels, kernel, size = (decode_float32, decode_float32.decode_float32, 4) if scale_steps is None else (
         decode_int8, decode_int8.decode_int8, 1)
@@ -43,7 +46,7 @@ def _prepare(q, kv_heads, value_size, blocks, scale, softcap, steps, scale_steps
         (p.k_scale_b, p.k_scale_h, p.k_scale_s), (p.v_scale_b, p.v_scale_h, p.v_scale_s) = (
             [step // 4 for step in each] for each in scale_steps)
     return PreparedCall(kernel, packed(p, DECODE), ADDRESSES, np.float32, p.shared_size, p.private_size,
-                        8 * B * H * blocks * BLOCK * (D + value_size))
+                        8 * B * H * blocks * BLOCK * (D + value_size), fixed=fixed)
 
 
 def decode(q, k, v, out, scale, softcap=0.0, lengths=None, k_scale=None, v_scale=None):
@@ -67,5 +70,22 @@ def decode(q, k, v, out, scale, softcap=0.0, lengths=None, k_scale=None, v_scale
                     None if k_scale is None else (k_scale.strides, v_scale.strides))
     parameters = call.parameters.copy()
     parameters[_KEYS] = keys
-    call(q, k, v, out, lengths, k_scale, v_scale, parameters=parameters)
+    call(q, out, lengths, k, v, k_scale, v_scale, parameters=parameters)
     return out
+
+
+def decode_slots(plans, q, k, v, out, slots, scale, k_scale=None, v_scale=None):
+    """`decode` for the keys in `slots` of a cache, (first, last): out (B, H, 1, Dv) of q (B, H, 1, D), both in C order.
+
+    plans : PlanCache of this cache alone, whose arrays, the same ones in every call, are k, v, k_scale and v_scale, of
+        all slots
+    """
+    first, last = slots
+    key = q.shape[1], (last - first + BLOCK - 1) // BLOCK, scale
+    call = plans.get(key) or plans.keep(key, _prepare.__wrapped__(
+        (*q.shape[:2], q.shape[3]), k.shape[1], v.shape[3], key[1], scale, 0.0,
+        (q.strides, k.strides, v.strides, out.strides),
+        None if k_scale is None else (k_scale.strides, v_scale.strides), tuple(map(address, (k, v, k_scale, v_scale)))))
+    parameters = call.parameters.copy()
+    parameters[_KEYS], parameters[_FIRST] = last - first, first
+    call(q, out, None, parameters=parameters)

@@ -19,13 +19,14 @@ _ONE = np.float32(1)
 _MINUS_INFINITY = np.float32(-np.inf)
 _LOWEST = np.finfo(np.float32).min
 
-# Sizes; where the scratch of each begins; bits of scale and softcap as float32; strides in elements.
-DECODE = record("batch heads kv_heads keys head_size value_size padded_value blocks result_size",
+# Sizes, and which row is the first key; where the scratch of each begins; bits of scale and softcap as float32; strides
+# in elements.
+DECODE = record("batch heads kv_heads keys first head_size value_size padded_value blocks result_size",
                 "shared_size private_size scale softcap",
                 "q_b q_h k_b k_h k_s v_b v_h v_s out_b out_h",
                 "k_scale_b k_scale_h k_scale_s v_scale_b v_scale_h v_scale_s")
 # `lengths`: int64, the keys of each batch entry, or 0: all keys are there; scales float32, of bytes.
-ADDRESSES = record("q k v out lengths k_scale v_scale")
+ADDRESSES = record("q out lengths k v k_scale v_scale")
 
 
 @inline

@@ -164,7 +164,7 @@ def decode_part(p, a, scratch, portion, worker, part):
             take_queries(p, a, item, private, at_q, q_row)
             ready = item
         # 1. scores (G, BLOCK)
-        score_block(keys, batch * p.k_b + kv * p.k_h + s0 * k_row, k_row, count, D, G, private, at_q, q_row,
+        score_block(keys, batch * p.k_b + kv * p.k_h + (p.first + s0) * k_row, k_row, count, D, G, private, at_q, q_row,
                     at_sums, at_scores)
         # 2. softmax of the block
         to = number * p.result_size
@@ -182,8 +182,8 @@ def decode_part(p, a, scratch, portion, worker, part):
             for s in range(0, count, LANES):
                 store(private, at + s, load(private, at + s) * inverse)
         # 3. context (G, Dv)
-        context_block(values, batch * p.v_b + kv * p.v_h + s0 * v_row, v_row, count, Dv, Dv_up, G, private,
-                      at_scores, results, to)
+        context_block(values, batch * p.v_b + kv * p.v_h + (p.first + s0) * v_row, v_row, count, Dv, Dv_up, G,
+                      private, at_scores, results, to)
 
 
 @inline

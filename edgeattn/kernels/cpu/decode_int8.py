@@ -251,7 +251,7 @@ def score_block(p, a, batch, kv, s0, left, buffers):
     D, count = p.head_size, min(left, BLOCK)
     D4 = round_up(D, CHUNK) // 4
     deep = round_up(D4, 16)
-    from_k = batch * p.k_b + kv * p.k_h + s0 * p.k_s
+    from_k = batch * p.k_b + kv * p.k_h + (p.first + s0) * p.k_s
     key_panels(a.k + from_k, p.k_s, D, count, left, deep, buffers.panels, buffers.copy)
     digit_products(p.heads // p.kv_heads * DIGITS, Rows(buffers.q_digits, 0, deep),
                    Rows(buffers.panels, 0, deep * WIDTH), count, round_up(D4, DEPTH_STEP), Rows(buffers.sums, 0, BLOCK))
@@ -263,11 +263,11 @@ _OF_KEYS, _OF_VALUES, _ABSENT = 0, BLOCK, 2 * BLOCK  # where scales, and what is
 @inline
 def take_block_scales(p, a, batch, kv, s0, count, buffers):
     """Scales of a block's keys and values, and what is added to scores; zero, or NaN where a value's is not finite."""
-    whole, own_scales = round_up(count, CHUNK), buffers.scales
+    whole, own_scales, row = round_up(count, CHUNK), buffers.scales, p.first + s0
     k_scales, v_scales = pointer_to(a.k_scale, np.float32), pointer_to(a.v_scale, np.float32)
-    take_scales(k_scales, batch * p.k_scale_b + kv * p.k_scale_h + s0 * p.k_scale_s, p.k_scale_s, count, whole,
+    take_scales(k_scales, batch * p.k_scale_b + kv * p.k_scale_h + row * p.k_scale_s, p.k_scale_s, count, whole,
                 own_scales, _OF_KEYS)
-    poison = take_scales(v_scales, batch * p.v_scale_b + kv * p.v_scale_h + s0 * p.v_scale_s, p.v_scale_s, count,
+    poison = take_scales(v_scales, batch * p.v_scale_b + kv * p.v_scale_h + row * p.v_scale_s, p.v_scale_s, count,
                          whole, own_scales, _OF_VALUES)
     for s in range(0, whole, LANES):
         store(own_scales, _ABSENT + s, splat(_ZERO))
@@ -313,7 +313,7 @@ def weigh_block(p, count, poison, results, to, buffers):
 def context_block(p, a, batch, kv, s0, left, results, to, buffers):
     """Context (G, Dv') of a block, positions as `interleaved` says: four keys at a time become a row of the panels."""
     G, Dv, Dv_up, count = p.heads // p.kv_heads, p.value_size, p.padded_value, min(left, BLOCK)
-    from_v = batch * p.v_b + kv * p.v_h + s0 * p.v_s
+    from_v = batch * p.v_b + kv * p.v_h + (p.first + s0) * p.v_s
     value_panels(a.v + from_v, p.v_s, Dv, count, left, buffers.panels, buffers.copy)
     digit_products(G * DIGITS, Rows(buffers.w_digits, 0, QUADS), Rows(buffers.panels, 0, QUADS * WIDTH), Dv_up,
                    (count + 3) // 4, Rows(buffers.sums, 0, Dv_up))

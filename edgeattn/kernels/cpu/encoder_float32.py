@@ -123,7 +123,13 @@ class Linear(RowKernel):
 
     def of(self, x):
         """What the rows of x (rows, inputs) become, (rows, outputs)."""
-        return self(x, None, np.empty((len(x), self.outputs), np.float32))
+        rows = len(x)
+        out = np.empty((rows, self.outputs), np.float32)
+        call = self._plans.get(rows)
+        if call is None:
+            return self(x, None, out)
+        call(x, None, out)
+        return out
 
     def prepare(self, rows):
         """See RowKernel."""

@@ -9,11 +9,26 @@ from edgeattn.runtime.worker_pool import parallel_for, task
 from .call import PreparedCall
 from .fused import portions
 from .records import bits_of_real, blank, named, packed, real, record
-from .simd import pointer_to
+from .simd import (
+    LANES,
+    bits_of,
+    load,
+    load_bytes,
+    max_lanes,
+    maximum,
+    pointer_to,
+    round_to_int,
+    smaller_float,
+    splat,
+    store,
+    store_bytes,
+    to_float,
+)
 
 # Bits of two float32 numbers: of codes the inverse of the scale, of reals the scale; and the zero point.
 ELEMENTS = record("size factor zero_point")
 ADDRESSES = record("reals codes nan")  # flat; `nan`: a byte, to be 1 where a real is one
+_MAGNITUDE, _INFINITY = np.int32(0x7FFFFFFF), np.int32(0x7F800000)  # bits of a float32: all but the sign; of infinity
 _LEAST_SHARED = 4096  # elements, a multiple of every vector's: a part has as many at least
 
 
@@ -22,8 +37,16 @@ def quantize_part(p, a, portion, worker, part):
     """A portion of the codes."""
     x, codes, inverse, zero_point = (pointer_to(a.reals, np.float32), pointer_to(a.codes, np.int8), real(p.factor),
                                      real(p.zero_point))
-    low, high, nan = np.float32(-128) - zero_point, np.float32(127) - zero_point, False
-    for i in range(part * portion, min((part + 1) * portion, p.size)):
+    low, high = np.float32(-128) - zero_point, np.float32(127) - zero_point
+    begin, end = part * portion, min((part + 1) * portion, p.size)
+    whole, largest = begin + max(end - begin, 0) // LANES * LANES, splat(np.int32(0))
+    for i in range(begin, whole, LANES):
+        v = load(x, i) * splat(inverse)
+        largest = maximum(bits_of(v) & splat(_MAGNITUDE), largest)
+        v = smaller_float(maximum(v, splat(low)), splat(high))  # whole numbers: the same before rounding as after it
+        store_bytes(codes, i, round_to_int(v) + splat(np.int32(zero_point)))
+    nan = max_lanes(largest) > _INFINITY
+    for i in range(whole, end):
         v = np.rint(x[i] * inverse)
         nan |= v != v
         codes[i] = np.int8(min(max(low, v), high) + zero_point)
@@ -36,7 +59,11 @@ def dequantize_part(p, a, portion, worker, part):
     """A portion of the reals."""
     codes, x, scale, zero_point = (pointer_to(a.codes, np.int8), pointer_to(a.reals, np.float32), real(p.factor),
                                    real(p.zero_point))
-    for i in range(part * portion, min((part + 1) * portion, p.size)):
+    begin, end = part * portion, min((part + 1) * portion, p.size)
+    whole = begin + max(end - begin, 0) // LANES * LANES
+    for i in range(begin, whole, LANES):
+        store(x, i, (to_float(load_bytes(codes, i)) - splat(zero_point)) * splat(scale))
+    for i in range(whole, end):
         x[i] = (np.float32(codes[i]) - zero_point) * scale
 
 
