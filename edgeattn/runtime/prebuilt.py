@@ -141,7 +141,8 @@ def find(folder: Path, machine: str, flags: set[str], parts: set[str], isa: str 
 def _find_here() -> tuple[Library | None, str]:
     if os.environ.get("EDGEATTN_JIT", "0") not in ("", "0"):
         return None, "EDGEATTN_JIT is set"
-    return find(FOLDER, platform.machine(), processor.flags(), processor.parts(), os.environ.get("EDGEATTN_ISA") or None)
+    isa = os.environ.get("EDGEATTN_ISA") or None
+    return find(FOLDER, platform.machine(), processor.flags(), processor.parts(), isa)
 
 
 LIBRARY: Any
