@@ -35,7 +35,7 @@ endef
 setup_files = setup.cfg pyproject.toml tools/environment.py tools/find-python.sh
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-long test-fence test-mutations test-arm64 test-arm64-short test-cortex-m test-cuda test-cuda-offline fuzz lint examples example-minilm example-self-vs-multihead example-sensor bench bench-cuda bench-models bench-peers bench-start clean distclean
+.PHONY: help run test test-long test-fence test-mutations test-arm64 test-arm64-short test-cortex-m test-cuda test-cuda-offline fuzz lint libraries examples example-minilm example-self-vs-multihead example-sensor bench bench-cuda bench-models bench-peers bench-start clean distclean
 
 help: ## this list
 	@echo "edgeattn: attention for small computers. Targets:"
@@ -94,6 +94,9 @@ example-sensor: $(ready) ## faults of a machine, float32 against int8
 example-self-vs-multihead: $(ready) ## one head against many: picture, table
 	@$(python) examples/self_vs_multihead.py
 
+libraries: $(ready) ## compile all kernels now, for this machine
+	@$(python) -m quant.export.kernels edgeattn/libraries $(ARGS)
+
 bench: $(ready) ## how fast, on this machine
 	@$(python) -m benchmarks $(ARGS)
 
@@ -110,7 +113,7 @@ bench-start: $(ready) ## start of a process, in three forms
 	@$(python) -m benchmarks.start
 
 clean: ## remove what was built; keep environments
-	rm -rf build dist out ./*.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache .import_linter_cache
+	rm -rf build dist out edgeattn/libraries ./*.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache .import_linter_cache
 	find . \( -path './.venv*' -o -path './.arm64' \) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## ... and the environments

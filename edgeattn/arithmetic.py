@@ -22,7 +22,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numba.extending import register_jitable
+
+from edgeattn.runtime.compiler import register_jitable
 
 INT32_MAX = 2**31 - 1
 CODE_MIN, CODE_MAX = -128, 127  # of int8

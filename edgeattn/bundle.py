@@ -25,6 +25,7 @@ import numpy as np
 from edgeattn.checks import check_out, float_array, result_dtype, to_float32, write_result
 from edgeattn.files.paths import reading, reason
 from edgeattn.masks import bool_mask, resolve_mask
+from edgeattn.runtime import processor
 from edgeattn.shapes import check_input_shapes, strides
 
 if TYPE_CHECKING:
@@ -48,10 +49,6 @@ OK, BAD_ABI, BAD_SHAPE, BAD_POINTER, BAD_SCRATCH = range(5)
 LARGEST = 1 << 24  # B, L and S
 
 INPUTS: tuple[Input, Input, Input] = ("query", "key", "value")
-_AT_HWCAP = 16  # linux/auxvec.h
-# Bits of AT_HWCAP on ARM64, named as Linux names them in /proc/cpuinfo; asm/hwcap.h.
-HARDWARE_BITS = {"fp": 0, "asimd": 1, "crc32": 7, "atomics": 8, "fphp": 9, "asimdhp": 10, "asimdrdm": 12, "lrcpc": 15,
-                 "asimddp": 20}
 _KEPT = 4  # scratch buffers kept for the next call
 # (device, inode) of a file -> its _Library, as long as a bundle runs on it
 _LOADED: weakref.WeakValueDictionary[tuple[int, int], _Library] = weakref.WeakValueDictionary()
@@ -95,7 +92,7 @@ def _load(path: str, file: BinaryIO) -> FloatBundle | StaticBundle:
     machine = platform.machine()
     if about["machine"] != machine:
         raise ValueError(f"{path} is for {about['machine']} ({about['target']}); this machine is {machine}")
-    lacking = sorted(set(about["requires"]) - cpu_flags())
+    lacking = sorted(set(about["requires"]) - processor.flags())
     if lacking:
         raise ValueError(f"{path} is for {about['target']}; this processor lacks {', '.join(lacking)}: export the "
                          "layer for another target")
@@ -212,20 +209,6 @@ def _is_quantization(value: object) -> bool:
 
 def _is_text(value: object) -> bool:
     return isinstance(value, str) and len(value) <= 200
-
-
-def cpu_flags() -> set[str]:
-    """What this processor can do, in the words of /proc/cpuinfo."""
-    if platform.machine() == "aarch64":  # asked for directly: under emulation /proc is the host's
-        ask = ctypes.CDLL(None).getauxval
-        ask.restype, ask.argtypes = ctypes.c_ulong, [ctypes.c_ulong]
-        bits = ask(_AT_HWCAP)
-        return {name for name, bit in HARDWARE_BITS.items() if bits >> bit & 1}
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next((set(line.split()[2:]) for line in file if line.startswith("flags")), set())
-    except OSError:
-        return set()
 
 
 class Bundle:

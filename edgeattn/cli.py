@@ -9,14 +9,12 @@ import sys
 import textwrap
 import time
 
-import llvmlite.binding
-import numba
 import numpy as np
 
 import edgeattn
 from edgeattn import messages, threads
 from edgeattn.kernels.cpu import entries, fused
-from edgeattn.runtime import jit, kernel_cache
+from edgeattn.runtime import compiler, prebuilt, processor
 from edgeattn.runtime.isa import ISA
 
 _WIDTH = 80
@@ -69,6 +67,11 @@ def _warmup(chosen):
                 _call(layer, length)
                 for cache in _caches(layer, length + 1):
                     _call(layer, length, kv_cache=cache, is_causal=True)
+    if prebuilt.LIBRARY is not None:
+        print(f"Kernels come compiled, in {prebuilt.LIBRARY.path}")
+        return 0
+    from edgeattn.runtime import kernel_cache
+
     folder = kernel_cache.kept_in(fused.layer_float32.py_func)
     print(f"Machine code is kept in {folder}" if folder else
           "Nothing is kept: no cache folder is writable; set NUMBA_CACHE_DIR to one that is.")
@@ -78,9 +81,9 @@ def _warmup(chosen):
 @contextlib.contextmanager
 def _said_what_compiled(what):
     """Say afterwards how long it took, and how many kernels were compiled."""
-    before, began = jit.compiled(), time.perf_counter()
+    before, began = compiler.compiled(), time.perf_counter()
     yield
-    seconds, new = time.perf_counter() - began, jit.compiled() - before
+    seconds, new = time.perf_counter() - began, compiler.compiled() - before
     print(f"{what}: {seconds:.2f} s, " + (f"{new} kernel{'s'[:new != 1]} compiled" if new else "nothing to compile"))
 
 
@@ -148,13 +151,25 @@ def _software():
 
 
 def _processor():
-    features = llvmlite.binding.get_host_cpu_features()
-    yield "processor", f"{llvmlite.binding.get_host_cpu_name()} ({platform.machine()}), as LLVM sees it"
+    if prebuilt.LIBRARY is None:
+        import llvmlite.binding
+
+        features = {name for name, there in llvmlite.binding.get_host_cpu_features().items() if there}
+        yield "processor", f"{llvmlite.binding.get_host_cpu_name()} ({platform.machine()}), as LLVM sees it"
+        yield "kernels", f"compiled here, by Numba: of libraries, {prebuilt.REASON}"
+    else:
+        features = processor.flags()
+        yield "processor", f"{platform.machine()}, as Linux sees it"
+        yield "kernels", f"{prebuilt.LIBRARY.path}: {prebuilt.REASON}"
     forced = " (asked for by EDGEATTN_ISA)" if os.environ.get("EDGEATTN_ISA") else ""
     yield "kernels for", f"{ISA.name}{forced}: {ISA.lanes} floats or {4 * ISA.lanes} int8 per instruction"
-    yield "features", " ".join(sorted(name for name, there in features.items() if there)) or "none known to LLVM"
-    if numba.config.CPU_NAME or numba.config.CPU_FEATURES:
-        yield "compiled for", f"{numba.config.CPU_NAME or 'this processor'} {numba.config.CPU_FEATURES or ''}".rstrip()
+    yield "features", " ".join(sorted(features)) or "none known"
+    if prebuilt.LIBRARY is None:
+        import numba
+
+        if numba.config.CPU_NAME or numba.config.CPU_FEATURES:
+            yield "compiled for", (f"{numba.config.CPU_NAME or 'this processor'} "
+                                   f"{numba.config.CPU_FEATURES or ''}".rstrip())
     yield "threads", (f"{threads.get_num_threads()} unless edgeattn.threads.set_num_threads says otherwise; "
                       f"{_usable_cores()} of {os.cpu_count()} cores usable")
 
@@ -175,6 +190,12 @@ def _usable_cores():
 
 
 def _cache():
+    if prebuilt.LIBRARY is not None:
+        return
+    import numba
+
+    from edgeattn.runtime import kernel_cache
+
     if numba.config.DISABLE_JIT:
         yield "cache", "none: NUMBA_DISABLE_JIT is set, kernels run as plain Python"
         return

@@ -11,8 +11,9 @@ Scheme: TypeAlias = Literal["static", "dynamic"]
 # The names in quant.observers.OBSERVERS.
 Observer: TypeAlias = Literal["minmax", "percentile", "mse"]
 # The names in quant.export.targets.TARGETS.
-TargetName: TypeAlias = Literal["aarch64", "cortex-a53", "cortex-a72", "cortex-a76", "x86-64-v3", "x86-64-v3-vnni",
-                                "x86-64-v4", "x86-64-v4-vnni", "native"]
+TargetName: TypeAlias = Literal["aarch64", "cortex-a53", "cortex-a72", "cortex-a76", "x86-64-v2", "x86-64-v3",
+                                "x86-64-v3-vnni", "x86-64-v4", "x86-64-v4-vnni", "x86-64-v4-vbmi", "x86-64-v4-amx",
+                                "native"]
 # A query, or the arguments of a call by name.
 Batch: TypeAlias = ArrayLike | Mapping[str, Any]
 # Of a whole encoder: what it is called with, its arguments by name, or texts.

@@ -9,6 +9,8 @@ import time
 import pytest
 from places import ROOT, TESTS
 
+os.environ.setdefault("EDGEATTN_JIT", "1")  # tests look into kernels, which libraries hide
+
 # These take longest, in this order; they come first, so that no process is left with one when the others have ended.
 FIRST = """
     test_readme test_bundle test_fence test_instruction_sets test_cuda_mutations test_planted_bugs test_benchmarks test_cli

@@ -20,15 +20,15 @@ from workbench import needs_compiler, random_input, random_layer
 import edgeattn
 import quant
 from edgeattn import bundle
-from edgeattn.runtime import isa
+from edgeattn.runtime import isa, processor
+from edgeattn.runtime.targets import TARGETS
 from quant.export import linker
-from quant.export.targets import TARGETS
 
 X86 = platform.machine() == "x86_64"
 # The instruction sets of this machine that targets are made for; AMX is for none.
 # A folder that export_all filled on another machine, named by its target: what `make test-arm64` does.
 GIVEN = os.environ.get("TEST_BUNDLES")
-HERE = {t.isa: name for name, t in TARGETS.items() if t.machine == platform.machine() and set(t.requires) <= bundle.cpu_flags()}
+HERE = {t.isa: name for name, t in TARGETS.items() if t.machine == platform.machine() and set(t.requires) <= processor.flags()}
 HOST = Path(GIVEN).name if GIVEN else HERE.get("avx2") or HERE.get("neondot") or HERE.get("neon")
 KERNEL_SETS = ("litert", "tflm")  # of float and of integer tables
 FLOATS = ("float32", "dynamic")
@@ -330,7 +330,7 @@ def test_targets_name_instruction_sets_and_flags_that_exist():
     for name, target in TARGETS.items():
         assert rows[target.isa].x86 == (target.machine == "x86_64"), name
         if target.machine == "aarch64":
-            assert set(target.requires) <= set(bundle.HARDWARE_BITS), name
+            assert set(target.requires) <= set(processor.HARDWARE_BITS), name
         else:  # LLVM's names of what the tiles need, as Linux spells them
             spelled = {"avx512vnni": "avx512_vnni", "avxvnni": "avx_vnni"}
             assert {spelled.get(need, need) for need in rows[target.isa].needs} <= set(target.requires), name

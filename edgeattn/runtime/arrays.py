@@ -1,7 +1,5 @@
 """Arrays of compiled code at an address, which nobody frees."""
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
+from edgeattn.runtime.compiler import intrinsic, ir, types
 
 _I64 = ir.IntType(64)
 

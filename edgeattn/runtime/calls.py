@@ -1,6 +1,5 @@
 """Calls of parts of a kernel that stay calls: the compiler would copy a part into every place that uses it."""
-from numba.core import cgutils
-from numba.extending import intrinsic
+from edgeattn.runtime.compiler import cgutils, intrinsic
 
 
 @intrinsic

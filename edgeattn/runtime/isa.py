@@ -11,6 +11,8 @@ import os
 import sys
 from typing import NamedTuple
 
+from edgeattn.runtime import prebuilt, processor
+
 
 class InstructionSet(NamedTuple):
     """One row of the table; the fields are described above."""
@@ -66,23 +68,7 @@ def choose(forced, features):
         "unset it to use the best one")
 
 
-_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18  # x86-64 Linux: asm/prctl.h, XFEATURE_XTILEDATA
-
-
-def _may_use_matrix_unit():
-    """Ask Linux for the tile registers, which a process may not touch unasked; False where that is refused."""
-    import ctypes
-    import platform
-    import sys
-    if sys.platform != "linux" or platform.machine() != "x86_64":
-        return False
-    try:
-        return ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA) == 0
-    except (OSError, AttributeError):
-        return False
-
-
-_AT_HWCAP, _HWCAP_ASIMDDP = 16, 1 << 20  # arm64 Linux: linux/auxvec.h, asm/hwcap.h
+_HWCAP_ASIMDDP = 1 << 20  # arm64 Linux: asm/hwcap.h
 
 
 def arm64_features(hardware, cpu):
@@ -101,17 +87,6 @@ def arm64_features(hardware, cpu):
     return found
 
 
-def _hardware_bits():
-    """AT_HWCAP of this process; 0 where the system has no such thing."""
-    import ctypes
-    try:
-        ask = ctypes.CDLL(None).getauxval
-    except (OSError, AttributeError):
-        return 0
-    ask.restype, ask.argtypes = ctypes.c_ulong, [ctypes.c_ulong]
-    return ask(_AT_HWCAP)
-
-
 def _host_features():
     import platform
 
@@ -120,14 +95,20 @@ def _host_features():
         found = [name for name, present in binding.get_host_cpu_features().items() if present]
     except RuntimeError:  # LLVM cannot tell on this platform
         found = []
-    if not _may_use_matrix_unit():
+    if not processor.may_use_matrix_unit():
         found = [name for name in found if not name.startswith("amx")]
     if platform.machine().lower() in ("aarch64", "arm64"):
-        found += arm64_features(_hardware_bits(), binding.get_host_cpu_name())
+        found += arm64_features(processor.hardware_bits(), binding.get_host_cpu_name())
     return found
 
 
-ISA = choose(os.environ.get("EDGEATTN_ISA"), _host_features())
+def _chosen():
+    if prebuilt.LIBRARY is not None:
+        return next(table for table in TABLES if table.name == prebuilt.LIBRARY.isa)
+    return choose(os.environ.get("EDGEATTN_ISA"), _host_features())
+
+
+ISA = _chosen()
 
 
 def use(name):

@@ -21,12 +21,9 @@ from numba.core import caching, serialize
 from numba.core.compiler import CompileResult
 
 from edgeattn.messages import LOG
-from edgeattn.runtime import trusted
+from edgeattn.runtime import sources, trusted
 from edgeattn.runtime.isa import ISA
 
-_PACKAGE = pathlib.Path(__file__).resolve().parents[1]
-# What a kernel's code may come from, in this package.
-SOURCES = "kernels/**/*.py", "runtime/*.py", "arithmetic.py", "checks.py", "messages.py", "shapes.py", "threads.py"
 _SUFFIX = ".kernel"
 # What wrote a pickle must read it.
 _MADE_BY = (f"python{sys.version_info[0]}.{sys.version_info[1]}{getattr(sys, 'abiflags', '')} numba{numba.__version__} "
@@ -173,17 +170,14 @@ def kept_in(function):
 
 
 def _listing():
-    """Name, time and size of every file of SOURCES: what an edit changes, without reading it."""
-    found = []
-    for path in sorted(path for name in SOURCES for path in _PACKAGE.glob(name)):
-        status = path.stat()
-        found.append((path.relative_to(_PACKAGE).as_posix(), status.st_mtime_ns, status.st_size))
-    return found
+    """Name, time and size of every source file: what an edit changes, without reading it."""
+    return [(path.relative_to(sources.PACKAGE).as_posix(), (status := path.stat()).st_mtime_ns, status.st_size)
+            for path in sources.files()]
 
 
 @functools.cache
 def source_stamp(filename):
-    """Checksum of SOURCES and of `filename`, which may lie outside the package.
+    """Checksum of the sources and of `filename`, which may lie outside the package.
 
     None, meaning "do not cache", where sources are missing, or were edited after this process read them:
     the old code must not be filed under the new text.
@@ -191,14 +185,9 @@ def source_stamp(filename):
     try:
         if not _LOADED or _listing() != _LOADED:
             return None
-        checksum = hashlib.sha256()
-        for path in [_PACKAGE / name for name, _, _ in _LOADED] + [pathlib.Path(filename)]:
-            content = path.read_bytes()
-            checksum.update(f"{path.name} {len(content)}\n".encode())
-            checksum.update(content)
+        return sources.checksum([*(sources.PACKAGE / name for name, _, _ in _LOADED), pathlib.Path(filename)])
     except OSError:
         return None
-    return checksum.hexdigest()
 
 
 try:

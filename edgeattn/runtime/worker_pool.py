@@ -14,14 +14,10 @@ import sys
 import time
 
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
 from edgeattn.runtime.arrays import array_at
+from edgeattn.runtime.compiler import cgutils, inline, intrinsic, ir, jit, task, types
 from edgeattn.runtime.isa import ISA
-from edgeattn.runtime.jit import inline, jit, task
 
 # Positions on a task_queue, int64 elements; what different threads write lies on different cache lines.
 STATE, FINISHED, CODE, DATA, TAKEN, STOP, _SLEEPERS = 0, 8, 16, 17, 18, 24, 32

@@ -13,10 +13,11 @@ from edgeattn.files.paths import as_path, check_folder, write_atomic
 from edgeattn.layers import MultiHeadAttention
 from edgeattn.layers.positions import refuse_positions
 from edgeattn.quantized import DynamicMultiHeadAttention, QuantizedMultiHeadAttention, StaticMultiHeadAttention
+from edgeattn.runtime.targets import TARGETS
 from quant.export.bundle import write_bundle
 from quant.export.c import write_c
 from quant.export.c_files import check_beside, write_together
-from quant.export.targets import NATIVE, TARGETS, host_target, target_of
+from quant.export.targets import NATIVE, host_target, target_of
 from quant.export.tflite import write_tflite
 from quant.model_calls import MODELS
 

@@ -14,11 +14,13 @@ from pathlib import Path
 import numba
 
 import edgeattn
-from edgeattn.bundle import ABI_VERSION, FOOTER, HARDWARE_BITS, INPUTS, LARGEST, MAGIC, SIZES
+from edgeattn.bundle import ABI_VERSION, FOOTER, INPUTS, LARGEST, MAGIC, SIZES
 from edgeattn.quantized import StaticMultiHeadAttention
+from edgeattn.runtime.processor import HARDWARE_BITS
+from edgeattn.runtime.targets import Target
 from quant.export.c_text import check_header_name, fill_template, float_literal
 from quant.export.linker import find_linker, link
-from quant.export.targets import Target, target_of
+from quant.export.targets import target_of
 
 # Compiling for another machine leans on inner names of Numba: crosscompile.py and bundle_entry.py.
 TESTED_NUMBA = ("0.68",)

@@ -11,8 +11,9 @@ from pathlib import Path
 
 # What kernels may leave to the device: a few functions of the C library and its mathematics.
 DEVICE_LIBRARIES = {"libc.so.6": ("memcpy", "memmove", "memset", "sched_getaffinity", "sched_getcpu",
-                                  "sched_setaffinity", "sched_yield", "sem_post"),
-                    "libm.so.6": ("exp2f", "expf", "fmaf", "fmodf", "ldexpf", "powf", "tanhf")}
+                                  "sched_setaffinity", "sched_yield", "sem_init", "sem_post", "sem_wait"),
+                    "libm.so.6": ("exp", "exp2", "exp2f", "expf", "fma", "fmaf", "fmodf", "ldexp", "ldexpf", "log",
+                                  "powf", "tanh", "tanhf")}
 
 
 def find_linker(machine: str) -> list[str]:

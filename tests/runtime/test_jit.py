@@ -9,7 +9,7 @@ import sys
 import pytest
 from places import ROOT
 
-from edgeattn.runtime import kernel_cache
+from edgeattn.runtime import sources
 
 PACKAGE = ROOT / "edgeattn"
 
@@ -165,7 +165,7 @@ def test_a_flipped_bit_anywhere_is_seen_before_anything_is_unpickled(package):
     whole = path.read_bytes()
     code = f"""
 import pickle, pathlib, random
-from edgeattn.runtime import kernel_cache
+from edgeattn.runtime import sources
 unpickled = []
 pickle.loads = unpickled.append
 path = pathlib.Path({str(path)!r})
@@ -399,7 +399,7 @@ def test_edit_that_no_kernel_can_see_recompiles_nothing(package):
 
 
 def test_kernels_import_nothing_outside_what_the_cache_compares():
-    known = {path.relative_to(PACKAGE).as_posix() for pattern in kernel_cache.SOURCES for path in PACKAGE.glob(pattern)}
+    known = {path.relative_to(PACKAGE).as_posix() for pattern in sources.SOURCES for path in PACKAGE.glob(pattern)}
     assert len(known) > 80
     for name in known:
         for imported in imports(PACKAGE / name):

@@ -9,7 +9,7 @@ The same float operations in the same order under every instruction set.  A NaN 
 """
 import numpy as np
 
-from edgeattn.runtime.jit import inline, task
+from edgeattn.runtime.compiler import inline, task
 
 from .simd import LANES, bits_of, float_of_bits, fma, load, maximum, smaller_float, splat, store
 

@@ -1,5 +1,6 @@
 """Products of bytes by the matrix unit of x86-64: what byte_products.py says, 16 groups of four bytes at a time."""
-from edgeattn.runtime.jit import inline
+
+from edgeattn.runtime.compiler import inline
 
 from .simd import (
     COLUMNS,

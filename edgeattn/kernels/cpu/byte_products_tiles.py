@@ -1,5 +1,6 @@
 """Products of bytes in tiles of registers: what byte_products.py says, for all instruction sets but one."""
-from edgeattn.runtime.jit import inline
+
+from edgeattn.runtime.compiler import inline
 
 from .matmul import multiply
 from .simd import COLUMNS, LANES, ROWS, WIDTH, tile_of_columns, tile_store, tile_zero

@@ -2,7 +2,7 @@
 import numpy as np
 
 from edgeattn.runtime.addresses import address
-from edgeattn.runtime.jit import inline, jit
+from edgeattn.runtime.compiler import inline, jit
 from edgeattn.runtime.worker_pool import parallel_for, task
 
 from .call import PreparedCall

@@ -6,7 +6,7 @@ the codes of the `new_tokens` last of these are computed first.
 """
 import numpy as np
 
-from edgeattn.runtime.jit import inline, jit
+from edgeattn.runtime.compiler import inline, jit
 from edgeattn.runtime.worker_pool import parallel_for, task
 
 from . import fused_int8 as f

@@ -10,7 +10,7 @@ import numpy as np
 
 from edgeattn import threads
 from edgeattn.runtime.addresses import address
-from edgeattn.runtime.jit import compiled_for
+from edgeattn.runtime.compiler import compiled_for
 
 
 @functools.cache

@@ -7,7 +7,7 @@ all threads share.  A block's context is divided by its sum, so that no number i
 """
 import numpy as np
 
-from edgeattn.runtime.jit import inline
+from edgeattn.runtime.compiler import inline
 
 from .records import real, record
 from .simd import LANES, first_lane, load, max_lanes, maximum, pointer_to, splat, store

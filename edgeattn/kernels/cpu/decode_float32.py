@@ -4,7 +4,7 @@ Letters as in decode_blocks.  Keys stay rows: scores are dot products along D, s
 """
 import numpy as np
 
-from edgeattn.runtime.jit import inline, jit
+from edgeattn.runtime.compiler import inline, jit
 from edgeattn.runtime.worker_pool import parallel_for, task
 
 from .decode_blocks import ADDRESSES, BLOCK, DECODE, cap_and_maximum, inverse_of, join_blocks, keys_of, take_queries

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from edgeattn.runtime.jit import inline, jit
+from edgeattn.runtime.compiler import inline, jit
 from edgeattn.runtime.worker_pool import parallel_for, task
 
 from .byte_products import DEPTH_STEP, digit_products

@@ -18,7 +18,7 @@ one rounding, results are equal bit for bit.
 """
 import numpy as np
 
-from edgeattn.runtime.jit import inline
+from edgeattn.runtime.compiler import inline
 
 from .int8_operands import LANE_FLIP, store_lane_term, sum_codes
 from .simd import (

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from edgeattn.runtime.calls import separately
-from edgeattn.runtime.jit import inline, jit, task
+from edgeattn.runtime.compiler import inline, jit, task
 from edgeattn.runtime.worker_pool import parallel_for
 
 from .activation import activate_rows, multiply_rows

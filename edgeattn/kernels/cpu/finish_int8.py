@@ -4,7 +4,7 @@ Each is a `finish` of byte_products.linear: of a tile, the row and the feature i
 """
 import numpy as np
 
-from edgeattn.runtime.jit import inline
+from edgeattn.runtime.compiler import inline
 
 from .int8_operands import FLIP, add_value_terms
 from .int8_views import block_position

@@ -3,7 +3,7 @@ import functools
 
 import numpy as np
 
-from edgeattn.runtime.jit import inline, jit
+from edgeattn.runtime.compiler import inline, jit
 from edgeattn.runtime.worker_pool import parallel_for, task
 
 from .attend_dynamic import KEY_BLOCK, Keys, Queries, attend_bytes, fill_dither, values_of

@@ -10,7 +10,7 @@ else of their distance to a running maximum.  Every sum is a sum of the sums of 
 """
 import numpy as np
 
-from edgeattn.runtime.jit import inline, jit
+from edgeattn.runtime.compiler import inline, jit
 from edgeattn.runtime.worker_pool import parallel_for, task
 
 from .matmul import BLOCK, CHAIN, add_product, feature_position, multiply_ahead, part_of_block, project

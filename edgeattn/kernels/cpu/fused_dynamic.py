@@ -12,7 +12,7 @@ keys of a head the mean of the first TOKENS that are seen is subtracted, which l
 import numpy as np
 
 from edgeattn.runtime.calls import separately
-from edgeattn.runtime.jit import inline, jit
+from edgeattn.runtime.compiler import inline, jit
 from edgeattn.runtime.worker_pool import parallel_for, task
 
 from .attend_dynamic import Keys, Queries, attend_bytes, fill_dither, values_of

@@ -8,9 +8,8 @@ The arithmetic is exact: whatever instruction set runs it, the bits are those of
 from typing import NamedTuple
 
 import numpy as np
-from numba.extending import register_jitable
 
-from edgeattn.runtime.jit import inline, jit
+from edgeattn.runtime.compiler import inline, jit, register_jitable
 from edgeattn.runtime.worker_pool import parallel_for, task
 
 from .byte_products import DEPTH_STEP, linear

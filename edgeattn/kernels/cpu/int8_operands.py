@@ -6,10 +6,9 @@ Kernels do not ask which.  Every function here has one meaning, said as a loop o
 use for it the answer is that nothing is to be done.
 """
 import numpy as np
-from numba.extending import register_jitable
 
+from edgeattn.runtime.compiler import inline, register_jitable
 from edgeattn.runtime.isa import ISA
-from edgeattn.runtime.jit import inline
 
 from .simd import LANES, OFFSET, ROWS, broadcast, dot_bytes, load, splat, store, sum_lanes, tile_add_down
 

@@ -4,7 +4,7 @@ Letters as in fused.py.  p, a: a record of the sizes and of MASKS, and one of MA
 """
 import numpy as np
 
-from edgeattn.runtime.jit import inline
+from edgeattn.runtime.compiler import inline
 
 from .dynamic import BLOCKS, TOKENS
 from .simd import (

@@ -1,9 +1,9 @@
 """Packing and calling of the dynamic int8 multi-head layer."""
 import numpy as np
-from numba.extending import register_jitable
 
 from edgeattn import threads
 from edgeattn.runtime.addresses import address
+from edgeattn.runtime.compiler import register_jitable
 from edgeattn.runtime.plan_cache import PlanCache
 
 from . import fused_dynamic as f

@@ -7,7 +7,7 @@ import numpy as np
 
 from edgeattn import threads
 from edgeattn.runtime.addresses import address
-from edgeattn.runtime.jit import inline, jit
+from edgeattn.runtime.compiler import inline, jit
 from edgeattn.runtime.plan_cache import PlanCache
 from edgeattn.runtime.worker_pool import parallel_for, task
 

@@ -6,9 +6,8 @@ A product multiplies ROWS broadcast values by COLUMNS vectors, `depth` times.  T
 four-way dot product.  What happens to the finished tile is the caller's business.
 """
 import numpy as np
-from numba.extending import register_jitable
 
-from edgeattn.runtime.jit import inline
+from edgeattn.runtime.compiler import inline, register_jitable
 
 from .simd import (
     COLUMNS,

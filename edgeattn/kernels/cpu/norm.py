@@ -7,7 +7,7 @@ Means are sums over the 32 lanes of `simd.wide`, divided by the number of featur
 """
 import numpy as np
 
-from edgeattn.runtime.jit import inline, jit, task
+from edgeattn.runtime.compiler import inline, jit, task
 from edgeattn.runtime.worker_pool import parallel_for
 
 from .fused import portions

@@ -4,7 +4,7 @@ A head is (features, W) here, tokens in lanes: the order of the sums does not de
 """
 import numpy as np
 
-from edgeattn.runtime.jit import inline
+from edgeattn.runtime.compiler import inline
 
 from .simd import LANES, WIDTH, broadcast, fma, load, splat, store, transpose_block
 

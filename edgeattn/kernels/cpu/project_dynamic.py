@@ -1,5 +1,6 @@
 """A projection of the dynamic layer: rows of bytes in, rows of float32 out, tile by tile of tokens."""
-from edgeattn.runtime.jit import inline, task
+
+from edgeattn.runtime.compiler import inline, task
 
 from .byte_products import TILES_SCRATCH, row_product
 from .int8_views import BytePanels, Groups, Part

@@ -3,7 +3,7 @@ import functools
 
 import numpy as np
 
-from edgeattn.runtime.jit import jit
+from edgeattn.runtime.compiler import jit
 from edgeattn.runtime.worker_pool import parallel_for, task
 
 from .call import PreparedCall

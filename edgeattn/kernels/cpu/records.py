@@ -8,10 +8,8 @@ import struct
 from types import SimpleNamespace
 
 import numpy as np
-from llvmlite import ir
-from numba.core import types
-from numba.extending import intrinsic, register_jitable
 
+from edgeattn.runtime.compiler import intrinsic, ir, register_jitable, types
 from edgeattn.shapes import strides
 
 _FLOAT32, _INT32 = struct.Struct("f"), struct.Struct("i")

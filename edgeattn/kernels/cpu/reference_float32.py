@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 
-from edgeattn.runtime.jit import inline, jit
+from edgeattn.runtime.compiler import inline, jit
 from edgeattn.runtime.worker_pool import parallel_for, task
 from edgeattn.shapes import strides
 

@@ -7,7 +7,7 @@ packing does.  The scalar forms and what they mean stand in edgeattn/arithmetic.
 import numpy as np
 
 from edgeattn.arithmetic import quantize_multiplier
-from edgeattn.runtime.jit import inline
+from edgeattn.runtime.compiler import inline
 
 from .simd import (
     double_of_bits,

@@ -1,7 +1,7 @@
 """Exponentials for float32 softmax, on vectors."""
 import numpy as np
 
-from edgeattn.runtime.jit import inline
+from edgeattn.runtime.compiler import inline
 
 from .simd import bits_of, float_of_bits, fma, fraction, maximum, scale_by_power, select, splat, to_float
 

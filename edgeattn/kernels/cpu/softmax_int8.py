@@ -18,7 +18,7 @@ bytes of probabilities as the product with V wants them.
 """
 import numpy as np
 
-from edgeattn.runtime.jit import inline
+from edgeattn.runtime.compiler import inline
 
 from .int8_operands import FLIP, SIGN_BITS
 from .int8_views import Part

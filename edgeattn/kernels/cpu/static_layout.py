@@ -6,10 +6,9 @@ with queries in lanes; the matrix unit takes both as whole rows: of each feature
 from typing import NamedTuple
 
 import numpy as np
-from numba.extending import register_jitable
 
+from edgeattn.runtime.compiler import inline, register_jitable
 from edgeattn.runtime.isa import ISA
-from edgeattn.runtime.jit import inline
 
 from .byte_products import DEPTH_STEP, READ_AHEAD, linear
 from .finish_int8 import finish_values, scale_features

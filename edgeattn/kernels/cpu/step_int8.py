@@ -7,9 +7,8 @@ become lanes for the softmax, a head to a lane: its sums go in the order of the 
 from typing import NamedTuple
 
 import numpy as np
-from numba.extending import register_jitable
 
-from edgeattn.runtime.jit import inline
+from edgeattn.runtime.compiler import inline, register_jitable
 from edgeattn.runtime.worker_pool import task
 
 from . import fused_int8 as f

@@ -1,7 +1,6 @@
 """Tiles of products of bytes, as rows that have scales and zero points of their own need them."""
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
+
+from edgeattn.runtime.compiler import intrinsic, ir, types
 
 from . import emit
 from .instruction_sets import CODE

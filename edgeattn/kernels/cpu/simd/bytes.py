@@ -1,8 +1,7 @@
 """Vectors of bytes, four to a 32-bit lane: packing, tables, products."""
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
+
+from edgeattn.runtime.compiler import intrinsic, ir, types
 
 from . import emit
 from .instruction_sets import CODE

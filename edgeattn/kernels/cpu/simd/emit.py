@@ -1,8 +1,5 @@
 """Pieces of LLVM's language that the code generators of intrinsics put together."""
-from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.core.errors import RequireLiteralValue
+from edgeattn.runtime.compiler import cgutils, ir, types
 
 i1, i8, i16, i32, i64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 
@@ -68,6 +65,8 @@ def void_call(builder, name, arguments):
 def literal(value):
     """The number that an argument is known to be when its function is compiled."""
     if not isinstance(value, types.IntegerLiteral):
+        from numba.core.errors import RequireLiteralValue
+
         raise RequireLiteralValue("rows, columns and positions within a tile must be constants")
     return value.literal_value
 

@@ -1,7 +1,6 @@
 """The matrix unit of x86-64: eight tiles of 16 rows by 64 bytes. Without one these do nothing, and are not called."""
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
+
+from edgeattn.runtime.compiler import intrinsic, ir, types
 
 from . import emit
 from .instruction_sets import CODE

@@ -1,8 +1,7 @@
 """Python's operators between two vectors."""
 import operator
 
-from numba import types
-from numba.extending import intrinsic, overload
+from edgeattn.runtime.compiler import intrinsic, overload, types
 
 from .vector import MASK, Vec
 

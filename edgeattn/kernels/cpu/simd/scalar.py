@@ -1,7 +1,6 @@
 """What kernels need of scalars and addresses that Python has no word for."""
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
+
+from edgeattn.runtime.compiler import intrinsic, ir, types
 
 from . import emit
 

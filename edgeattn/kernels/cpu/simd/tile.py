@@ -1,8 +1,6 @@
 """A register tile: rows by columns of vectors that stay in registers while products are added to them."""
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic, models, register_model
 
+from edgeattn.runtime.compiler import intrinsic, ir, models, register_model, types
 from edgeattn.runtime.isa import ISA
 
 from . import emit

@@ -1,7 +1,6 @@
 """Blocks of memory turned round through registers."""
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
+
+from edgeattn.runtime.compiler import intrinsic, ir, types
 
 from . import emit
 from .vector import LANES

@@ -1,9 +1,6 @@
 """One vector register: its type, and what is done with one or with several lane by lane."""
-from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic, models, register_model
 
+from edgeattn.runtime.compiler import cgutils, intrinsic, ir, models, register_model, types
 from edgeattn.runtime.isa import ISA
 
 from . import emit

@@ -2,9 +2,8 @@
 
 Element i of a row goes to lane i % 32, and at the end the lanes are folded by halves: the same bits everywhere.
 """
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
+
+from edgeattn.runtime.compiler import intrinsic, ir, types
 
 from . import emit
 from .vector import Vec

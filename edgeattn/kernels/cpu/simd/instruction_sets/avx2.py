@@ -1,5 +1,6 @@
 """AVX2 with fused multiply-add: eight lanes; words are multiplied, and added in pairs."""
-from llvmlite import ir
+
+from edgeattn.runtime.compiler import ir
 
 from .. import emit
 from . import generic

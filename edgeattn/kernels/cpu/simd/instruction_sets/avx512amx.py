@@ -1,5 +1,6 @@
 """AVX-512 with AMX: a matrix unit multiplies bytes."""
-from llvmlite import ir
+
+from edgeattn.runtime.compiler import ir
 
 from .. import emit
 from . import avx512vbmi

@@ -1,5 +1,6 @@
 """AVX-512 with VBMI: bytes are looked up in registers."""
-from llvmlite import ir
+
+from edgeattn.runtime.compiler import ir
 
 from .. import emit
 from . import avx512vnni

@@ -1,5 +1,6 @@
 """AVX-512 with VNNI: sixteen lanes, and instructions for fractions and for powers of two."""
-from llvmlite import ir
+
+from edgeattn.runtime.compiler import ir
 
 from .. import emit
 from . import avx2vnni

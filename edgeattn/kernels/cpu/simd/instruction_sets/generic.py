@@ -1,5 +1,6 @@
 """Any machine: in LLVM's own words, four lanes wide."""
-from llvmlite import ir
+
+from edgeattn.runtime.compiler import ir
 
 from .. import emit
 

@@ -1,0 +1,26 @@
+"""What kernels are written with: of Numba and LLVM, or placeholders where this process runs prebuilt kernels."""
+from edgeattn.runtime import prebuilt
+
+if prebuilt.LIBRARY is None:
+    from llvmlite import ir
+    from numba.core import cgutils, types
+    from numba.extending import intrinsic, models, overload, register_jitable, register_model
+
+    from edgeattn.runtime.jit import compiled, compiled_for, inline, jit, task
+else:
+    from edgeattn.runtime.placeholders import (
+        cgutils,
+        inline,
+        intrinsic,
+        ir,
+        models,
+        overload,
+        register_jitable,
+        register_model,
+        task,
+        types,
+    )
+    from edgeattn.runtime.prebuilt import compiled, compiled_for, jit
+
+__all__ = ["cgutils", "compiled", "compiled_for", "inline", "intrinsic", "ir", "jit", "models", "overload",
+           "register_jitable", "register_model", "task", "types"]

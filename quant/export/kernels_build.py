@@ -1,0 +1,69 @@
+"""What the process does that compiles the library of a target: from kernels to a shared library."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from numba.core import types
+from numba.core.compiler_lock import global_compiler_lock
+
+from edgeattn.kernels.cpu.entries import ENTRIES
+from edgeattn.runtime.arrays import array_at
+from edgeattn.runtime.compiler import task
+from edgeattn.runtime.prebuilt import SUFFIX, symbol_of
+from edgeattn.runtime.targets import TARGETS
+from edgeattn.runtime.worker_pool import dismiss, worker_loop
+from quant.export.crosscompile import compile_for, compile_function, emit
+from quant.export.linker import DEVICE_LIBRARIES, link
+
+I64 = types.int64
+SERVICE = {worker_loop: 3, dismiss: 0}  # kernels of the worker pool, and the integers they take beside a task queue
+
+
+def exported(kernel, dtype):
+    """(function, its argument types): what C calls of a kernel, with an address and a size for each array."""
+    body = task(kernel.py_func)
+
+    def run(p, p_size, a, a_size, s, s_size, q, q_size, count):
+        body(array_at(p, p_size, np.int64), array_at(a, a_size, np.int64), array_at(s, s_size, dtype),
+             array_at(q, q_size, np.int64), count)
+        return np.int64(0)
+    return run, (I64,) * 9
+
+
+def service(kernel, integers):
+    """The same of a kernel of the worker pool."""
+    body = task(kernel.py_func)
+    if integers == 0:
+        def run(q, q_size):
+            body(array_at(q, q_size, np.int64))
+            return np.int64(0)
+    else:
+        def run(q, q_size, worker, thread, patience):
+            return np.int64(body(array_at(q, q_size, np.int64), worker, thread, patience))
+    return run, (I64,) * (2 + integers)
+
+
+@global_compiler_lock
+def main(name: str, folder: str, *kernels: str) -> None:
+    """Write the library of a target to a folder; kernels are written for its instruction set already."""
+    target = TARGETS[name]
+    compile_for(target.triple, target.cpu, target.features)
+    functions = {symbol_of(entry.kernel.py_func): exported(*entry) for title, entry in ENTRIES.items()
+                 if not kernels or title in kernels}
+    functions |= {symbol_of(kernel.py_func): service(kernel, integers) for kernel, integers in SERVICE.items()}
+    compiled = {symbol: compile_function(*each, I64) for symbol, each in functions.items()}
+    with tempfile.TemporaryDirectory() as work:
+        work = Path(work)
+        (work / "layer.o").write_bytes(emit(compiled))
+        for library, names in DEVICE_LIBRARIES.items():
+            (work / f"{library}.o").write_bytes(emit(dict.fromkeys(names)))
+        content = link(target.machine, work, f"{name}{SUFFIX}", list(compiled))
+    Path(folder, f"{name}{SUFFIX}").write_bytes(content)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,138 @@
+"""Kernels that come compiled: which library is used and why, and that it gives what compiling here gives."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from places import ROOT
+
+import edgeattn
+from edgeattn.runtime import prebuilt, processor, sources
+from edgeattn.runtime.targets import TARGETS, runnable
+from quant.export.kernels import build
+from quant.export.linker import find_linker
+from quant.export.targets import host_target
+
+A53, A72, A76 = "0xd03", "0xd08", "0xd0b"
+ARM_8_2 = set(TARGETS["cortex-a76"].requires)
+ARM_8 = set(TARGETS["cortex-a53"].requires)
+
+
+@pytest.mark.parametrize(("flags", "parts", "best"), [
+    ({"fp", "asimd"}, set(), "aarch64"), (ARM_8, {A53}, "cortex-a53"), (ARM_8, {A72}, "cortex-a72"),
+    (ARM_8, {A53, A72}, "aarch64"), (ARM_8, set(), "aarch64"), (ARM_8_2, {A76}, "cortex-a76"),
+    (ARM_8_2, set(), "cortex-a76"), (ARM_8_2 - {"asimddp"}, {A76}, "aarch64")])
+def test_a_pi_gets_no_instruction_it_lacks(flags, parts, best):
+    assert runnable("aarch64", flags, parts)[-1] == best
+
+
+def test_every_x86_target_needs_more_than_one_before_it():
+    for name, row in TARGETS.items():
+        if row.machine == "x86_64":
+            assert runnable("x86_64", set(row.requires), set())[-1] == name
+    assert not runnable("x86_64", {"sse"}, set()) and not runnable("armv7l", ARM_8_2, {A72})
+
+
+@pytest.mark.parametrize(("text", "flags", "parts"), [
+    ("flags\t: avx fma\nmodel name: x\nflags\t: fma sse\n", {"fma"}, set()), ("", set(), set()),
+    ("CPU part\t: 0xd03\nCPU part\t: 0xd08\n", set(), {A53, A72})])
+def test_cores_that_differ_can_do_what_all_can(monkeypatch, text, flags, parts):
+    monkeypatch.setattr(processor, "_cpuinfo", lambda: text)
+    monkeypatch.setattr(processor.platform, "machine", lambda: "x86_64")
+    assert processor.flags() == flags and processor.parts() == parts
+
+
+@pytest.fixture(scope="module")
+def libraries(tmp_path_factory):
+    """The library of this machine's best target, of two kernels."""
+    try:
+        find_linker(TARGETS[host_target()].machine)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    folder = tmp_path_factory.mktemp("libraries")
+    build([host_target()], folder, kernels=["norm", "linear float32"])
+    return folder
+
+
+def find(folder, isa=None, machine=None, flags=None):
+    here = processor.platform.machine()
+    return prebuilt.find(folder, machine or here, processor.flags() if flags is None else flags, processor.parts(), isa)
+
+
+def changed(made, folder, **about):
+    shutil.copytree(made, folder)
+    path = folder / prebuilt.ABOUT
+    path.write_text(json.dumps(json.loads(path.read_text()) | about))
+    return folder
+
+
+def test_a_library_of_these_sources_is_used(libraries):
+    library, reason = find(libraries)
+    assert library.target == host_target() and "best of those" in reason
+    assert find(libraries, isa=TARGETS[host_target()].isa)[0] is not None
+    with pytest.raises(RuntimeError, match="lacks edgeattn_fused_layer_float32; set EDGEATTN_JIT=1"):
+        library.function("edgeattn_fused_layer_float32")
+
+
+def test_no_other_is(libraries, tmp_path):
+    name = f"{host_target()}{prebuilt.SUFFIX}"
+    half = changed(libraries, tmp_path / "half")
+    (half / name).write_bytes((libraries / name).read_bytes()[:-100])
+    gone = changed(libraries, tmp_path / "gone")
+    (gone / name).unlink()
+    broken = changed(libraries, tmp_path / "broken")
+    (broken / prebuilt.ABOUT).write_text("{")
+    for folder, words in ((tmp_path / "nothing", "there are none in"), (half, "is damaged"),
+                          (gone, "cannot be loaded"), (broken, "cannot be read"),
+                          (changed(libraries, tmp_path / "old", stamp="0"), "made of other sources"),
+                          (changed(libraries, tmp_path / "list", libraries=[]), "cannot be read")):
+        library, reason = find(folder)
+        assert library is None and words in reason, reason
+    for options in ({"isa": "neon"}, {"machine": "riscv64"}, {"flags": set()}):
+        library, reason = find(libraries, **options)
+        assert library is None and "there is none for" in reason
+
+
+SCRIPT = """
+import sys
+sys.modules["numba"] = sys.modules["llvmlite"] = None
+sys.path[:0] = [{root!r}]
+
+import edgeattn, numpy as np
+from edgeattn.runtime import prebuilt
+x = np.load({x!r})
+norm, linear = edgeattn.LayerNorm(np.linspace(1, 2, 48)), edgeattn.Linear(np.sin(np.arange(48 * 20).reshape(20, 48)))
+np.savez({out!r}, norm(x), linear(x))
+print(prebuilt.LIBRARY.target)
+"""
+
+
+def test_it_gives_the_bytes_of_what_is_compiled_here_without_numba(libraries, tmp_path):
+    package = tmp_path / "site" / "edgeattn"
+    shutil.copytree(ROOT / "edgeattn", package, ignore=shutil.ignore_patterns("__pycache__", "libraries"))
+    shutil.copytree(libraries, package / "libraries")
+    x = np.random.default_rng(0).standard_normal((7, 48)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    script = SCRIPT.format(root=str(package.parent), x=str(tmp_path / "x.npy"),
+                           out=str(tmp_path / "out.npz"))
+    done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, cwd=tmp_path,
+                          env={**os.environ, "EDGEATTN_JIT": "0", "EDGEATTN_ISA": "", "PYTHONPATH": ""})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == host_target()
+    norm, linear = edgeattn.LayerNorm(np.linspace(1, 2, 48)), edgeattn.Linear(np.sin(np.arange(48 * 20).reshape(20, 48)))
+    made = np.load(tmp_path / "out.npz")
+    np.testing.assert_array_equal(made["arr_0"], norm(x))
+    np.testing.assert_array_equal(made["arr_1"], linear(x))
+
+
+def test_the_stamp_is_of_the_sources(tmp_path):
+    one, two = tmp_path / "a.py", tmp_path / "b.py"
+    one.write_text("x")
+    two.write_text("y")
+    first = sources.checksum([one, two])
+    two.write_text("z")
+    assert sources.checksum([one, two]) != first and sources.checksum([two, one]) != first
