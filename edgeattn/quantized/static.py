@@ -274,7 +274,7 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         mask = as_array("mask", mask)
         if mask.dtype != np.bool_:
             raise TypeError(f"mask must be bool (True = attend); got {mask.dtype}")
-        if any(isinstance(op, AddMask) for op in self.score_ops):
+        if self.mask_margin is not None and any(isinstance(op, AddMask) for op in self.score_ops):  # calibrated here
             raise ValueError("mask needs a layer whose scores get no bias: after that no room is left below for masked "
                              "scores; pass the mask to each call of this layer")
         if self.mask_margin == 0:
