@@ -332,7 +332,7 @@ def test_targets_name_instruction_sets_and_flags_that_exist():
         if target.machine == "aarch64":
             assert set(target.requires) <= set(processor.HARDWARE_BITS), name
         else:  # LLVM's names of what the tiles need, as Linux spells them
-            spelled = {"avx512vnni": "avx512_vnni", "avxvnni": "avx_vnni"}
+            spelled = {"avx512vnni": "avx512_vnni", "avxvnni": "avx_vnni", "amx-tile": "amx_tile", "amx-int8": "amx_int8"}
             assert {spelled.get(need, need) for need in rows[target.isa].needs} <= set(target.requires), name
 
 

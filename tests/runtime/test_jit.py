@@ -165,7 +165,7 @@ def test_a_flipped_bit_anywhere_is_seen_before_anything_is_unpickled(package):
     whole = path.read_bytes()
     code = f"""
 import pickle, pathlib, random
-from edgeattn.runtime import sources
+from edgeattn.runtime import kernel_cache
 unpickled = []
 pickle.loads = unpickled.append
 path = pathlib.Path({str(path)!r})
