@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import functools
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 if TYPE_CHECKING:
     from types import ModuleType
-    from typing import Any
+    from typing import Any, Literal
+
+    from typing_extensions import Self
+
+    from edgeattn.types import Device, EncoderOnDevice
 
 _EXECUTORS = {"cuda": "edgeattn.executors.cuda"}
 
@@ -40,6 +44,21 @@ def place(thing: Any, device: object, **options: Any) -> Any:
     if device != "cuda":
         raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}")
     return executor(device, "placement").place(thing, **options)
+
+
+class Placeable:
+    """An encoder, or a model with one, which can take its place on a GPU."""
+
+    @overload
+    def to(self, device: Literal["cpu"]) -> Self: ...
+
+    @overload
+    def to(self, device: Literal["cuda"]) -> EncoderOnDevice: ...
+
+    def to(self, device: Device) -> Self | EncoderOnDevice:
+        """Place it on `device`: "cpu", or "cuda", a GPU (docs/cuda.md); `.layer` of that is this one."""
+        placed: Self | EncoderOnDevice = place(self, device)
+        return placed
 
 
 @functools.cache

@@ -7,12 +7,12 @@ import functools
 import itertools
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal, cast, overload
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from edgeattn.checks import as_array, check_out, flag, float_array, result_dtype, to_float32, write_result
-from edgeattn.device import place
+from edgeattn.device import Placeable
 from edgeattn.files import checkpoints
 from edgeattn.files.paths import named
 from edgeattn.kv_cache import KVCache
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from edgeattn.executors.fused import Stage
     from edgeattn.masks import Mask
     from edgeattn.ops import Activation, Ops, T
-    from edgeattn.types import CacheDtype, Device, EncoderOnDevice, Flag, Floats, Path, Shape, Window
+    from edgeattn.types import CacheDtype, Flag, Floats, Path, Shape, Window
 
 _FURTHEST = 2**31
 
@@ -115,7 +115,7 @@ class TransformerEncoderLayer:
                 f"norm_first={self.norm_first}, window_size={self.window_size})")
 
 
-class TransformerEncoder(Stored):
+class TransformerEncoder(Placeable, Stored):
     """A stack of encoder layers.
 
     Parameters
@@ -297,17 +297,6 @@ class TransformerEncoder(Stored):
             for cache in kv_cache or ():
                 chunks.enter_context(cache.transaction())
             yield sequences
-
-    @overload
-    def to(self, device: Literal["cpu"]) -> Self: ...
-
-    @overload
-    def to(self, device: Literal["cuda"]) -> EncoderOnDevice: ...
-
-    def to(self, device: Device) -> Self | EncoderOnDevice:
-        """The encoder on `device`: "cpu", or "cuda", a GPU (docs/cuda.md); `.layer` of that is this one."""
-        placed: Self | EncoderOnDevice = place(self, device)
-        return placed
 
     def call_with_torch_masks(self, x: ArrayLike, *, attn_mask: ArrayLike | None = None,
                               key_padding_mask: ArrayLike | None = None, is_causal: Flag = False,

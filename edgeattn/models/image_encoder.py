@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edgeattn.checks import flag, float_array, result_dtype, to_float32, write_result
-from edgeattn.device import place
+from edgeattn.device import Placeable
 from edgeattn.layers.embedding import PatchEmbedding
 from edgeattn.layers.encoder import TransformerEncoder
 from edgeattn.layers.state import Stored
@@ -16,13 +16,12 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import ArrayLike
-    from typing_extensions import Self
 
     from edgeattn.ops import Ops, Sequences, T
-    from edgeattn.types import Device, EncoderOnDevice, Flag, Float32s, Floats
+    from edgeattn.types import Flag, Float32s, Floats
 
 
-class ImageEncoder(Stored):
+class ImageEncoder(Placeable, Stored):
     """Patches of images, and an encoder's layers.
 
     Parameters
@@ -85,17 +84,6 @@ class ImageEncoder(Stored):
             rows = self.forward(CompiledOps(), embedding.patches(images), places, count, sequences) if count else (
                 np.zeros((0, self.embed_dim), np.float32))
         return write_result(rows.reshape(count, len(places), self.embed_dim), None, result_dtype(array))
-
-    @overload
-    def to(self, device: Literal["cpu"]) -> Self: ...
-
-    @overload
-    def to(self, device: Literal["cuda"]) -> EncoderOnDevice: ...
-
-    def to(self, device: Device) -> Self | EncoderOnDevice:
-        """The model on `device`: "cpu", or "cuda", a GPU (docs/cuda.md); `.layer` of that is this one."""
-        placed: Self | EncoderOnDevice = place(self, device)
-        return placed
 
     def __repr__(self) -> str:
         return f"ImageEncoder(images of {self.embedding.image_size}, {self.encoder})"

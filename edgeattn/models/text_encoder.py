@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Literal, get_args, overload
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 
 from edgeattn.checks import as_array, count, flag, is_one_of
-from edgeattn.device import place
+from edgeattn.device import Placeable
 from edgeattn.files.paths import reading
 from edgeattn.kv_cache import KVCache
 from edgeattn.layers.embedding import Embedding
@@ -23,15 +23,14 @@ if TYPE_CHECKING:
     from typing import Any, SupportsIndex
 
     from numpy.typing import ArrayLike, NDArray
-    from typing_extensions import Self
 
     from edgeattn.ops import Ops, Sequences, T
-    from edgeattn.types import Device, EncoderOnDevice, Flag, Float32s
+    from edgeattn.types import Flag, Float32s
 
 _POOLINGS = get_args(Pooling)
 
 
-class TextEncoder(Stored):
+class TextEncoder(Placeable, Stored):
     """An embedding and an encoder's layers, with the tokenizer and the pooling that make one vector of a text.
 
     Parameters
@@ -223,17 +222,6 @@ class TextEncoder(Stored):
         if longest is not None and tokens > longest:
             raise ValueError(f"{name} must have at most the model's {longest} positions, got {tokens} tokens; cut the "
                              "text, or give the TextEncoder a max_length")
-
-    @overload
-    def to(self, device: Literal["cpu"]) -> Self: ...
-
-    @overload
-    def to(self, device: Literal["cuda"]) -> EncoderOnDevice: ...
-
-    def to(self, device: Device) -> Self | EncoderOnDevice:
-        """The model on `device`: "cpu", or "cuda", a GPU (docs/cuda.md); `.layer` of that is this one."""
-        placed: Self | EncoderOnDevice = place(self, device)
-        return placed
 
     def __repr__(self) -> str:
         return (f"TextEncoder({len(self.embedding.token_weight)} tokens, {self.encoder}, pooling={self.pooling!r}, "

@@ -161,18 +161,16 @@ def compiled():
 _entries = {}  # (dispatcher, types): compiled function
 
 
-def compiled_for(dispatcher, arguments, strided=0):
+def compiled_for(dispatcher, arguments):
     """The compiled function of `dispatcher` for the types of `arguments`, to be called directly.
 
-    Numba's dispatcher finds out the type of every argument on every call, which costs 12 microseconds for a kernel
-    that takes functions. A layer knows its types: it asks once. The caller must keep passing arguments of the same
-    dtypes, dimensions and contiguity; whether an array is writable does not matter. The first `strided` arguments
-    are arrays that may have any strides.
+    Numba's dispatcher finds out the type of every argument on every call. A layer knows its types: it asks once. The
+    caller must keep passing arguments of the same dtypes, dimensions and contiguity; whether an array is writable does
+    not matter.
     """
     signature = [numba.typeof(argument) for argument in arguments]
     signature = [t.copy(readonly=False) if isinstance(t, types.Array) else t for t in signature]
-    signature[:strided] = [t.copy(layout="A") for t in signature[:strided]]
     key = dispatcher, tuple(signature)
-    if key not in _entries:  # Numba knows no kernel again that it read from the cache, where it takes functions
+    if key not in _entries:
         _entries[key] = dispatcher.compile(key[1])
     return _entries[key]

@@ -54,7 +54,7 @@ from .simd import (
 )
 from .views import Rows, ScoreMask, Visible
 
-# The parameters: sizes; where weights begin: bytes, and what LANE_SHIFT adds to their products, in the int32 weights,
+# The parameters: sizes; where weights begin: bytes, and what OFFSET adds to their products, in the int32 weights,
 # scales and biases in the float32 ones; masks; where things begin in the scratch of all threads, and in that of each;
 # of keys and values that are kept from call to call, the size of a batch entry's, and whether they are there.
 LAYER = record("batch queries keys query_width key_width value_width out_width heads kv_heads",
