@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, overload
 
 import numpy as np
-import safetensors.numpy
 
 from edgeattn.checks import is_one_of
-from edgeattn.files.paths import listed, reading, write_atomic
-from edgeattn.files.safetensors_file import read_safetensors
+from edgeattn.files.paths import listed
 from edgeattn.layers import MultiHeadAttention
 from edgeattn.layers.positions import refuse_positions
 from edgeattn.position_bias import ConstantPositionBias
 from edgeattn.quantized import INPUTS, SOURCES
+from quant.calibration_file import Kind
 from quant.model_calibration import ModelCalibration, calibrate_model
 from quant.model_calls import MODELS
 from quant.observers import BINS, OBSERVERS, SMALLEST_EXPONENT, Statistics
@@ -35,8 +32,8 @@ if TYPE_CHECKING:
     from quant.types import Batch, ModelBatch, Observer
 
 WEIGHTS = tuple(f"{name}_{part}" for name in ("q", "k", "v", "out") for part in ("weight", "bias"))
-_METADATA_KEY = "quant.calibration"
-_FORMAT = 2  # 1: keys and scores with the key bias, scores of rows with one key among the others
+# Format 1: keys and scores with the key bias, scores of rows with one key among the others.
+_FILE = Kind("quant.calibration", 2, "calibration")
 
 
 @dataclass(eq=False)
@@ -117,18 +114,14 @@ class Calibration:
         path : str or path-like
             Ends in ".safetensors". An existing file is replaced.
         """
-        path = os.fspath(path)
-        if not str(path).endswith(".safetensors"):
-            raise ValueError(f"path must end in .safetensors; got {str(path)!r}")
         tensors = {}
         for name, s in {**self.statistics, "single_scores": self.single_scores}.items():
             tensors[f"{name}.histogram"] = s.histogram
             tensors[f"{name}.range"] = np.array([s.minimum, s.maximum, s.exponent], np.float64)
-        header = {"format": _FORMAT, "layer": self.layer, "observer": self.observer, "sources": list(self.sources),
+        header = {"layer": self.layer, "observer": self.observer, "sources": list(self.sources),
                   "lowest_row_maximum": self.lowest_row_maximum if np.isfinite(self.lowest_row_maximum) else None,
                   "masked": self.masked}
-        metadata = {_METADATA_KEY: json.dumps(header, sort_keys=True)}
-        write_atomic(path, safetensors.numpy.save(tensors, metadata=metadata))
+        _FILE.write(path, header, tensors)
 
     @classmethod
     def load(cls, path: Path) -> Calibration:
@@ -141,26 +134,16 @@ class Calibration:
         ValueError
             Naming the file, when it is truncated, of another kind, or does not hold what it says.
         """
-        with open(path, "rb"):
-            pass  # a missing or forbidden file is the operating system's error, not a damaged file
-        with reading(path, "calibration, as quant.calibrate gives and Calibration.save writes it"):
-            return _parse(*read_safetensors(path))
+        with _FILE.read(path, "quant.calibrate gives and Calibration.save writes it") as (header, tensors):
+            return _parse(header, tensors)
 
 
 def is_calibration(path: Path) -> bool:
     """Whether a file calls itself a calibration; False for a damaged file, too."""
-    try:
-        return _METADATA_KEY in read_safetensors(path)[0]
-    except ValueError:
-        return False
+    return _FILE.is_in(path)
 
 
-def _parse(metadata: Mapping[str, str], tensors: Mapping[str, StoredTensor]) -> Calibration:
-    if _METADATA_KEY not in metadata:
-        raise ValueError("its metadata name no calibration")
-    header = json.loads(metadata[_METADATA_KEY])
-    if not isinstance(header, dict) or header.get("format") != _FORMAT:
-        raise ValueError(f"its format must be {_FORMAT}: calibrate again, for what is counted has changed")
+def _parse(header: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> Calibration:
     sources = tuple(header["sources"])
     if sources not in SOURCES or header["observer"] not in OBSERVERS:
         raise ValueError(f"unknown sources {sources} or observer {header['observer']!r}")

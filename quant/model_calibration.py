@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
-import safetensors.numpy
 
 from edgeattn.executors.compiled import CompiledOps
-from edgeattn.files.paths import reading, write_atomic
-from edgeattn.files.safetensors_file import read_safetensors
+from quant.calibration_file import Kind
 from quant.model_calls import encoder_of, on, read_model_calls
 
 if TYPE_CHECKING:
@@ -26,8 +23,7 @@ if TYPE_CHECKING:
     from quant.model_calls import Model
     from quant.types import ModelBatch
 
-_METADATA_KEY = "quant.model_calibration"
-_FORMAT = 1
+_FILE = Kind("quant.model_calibration", 1, "calibration of a model")
 
 
 @dataclass(eq=False)
@@ -76,12 +72,7 @@ class ModelCalibration:
         path : str or path-like
             Ends in ".safetensors". An existing file is replaced.
         """
-        path = os.fspath(path)
-        if not str(path).endswith(".safetensors"):
-            raise ValueError(f"path must end in .safetensors; got {str(path)!r}")
-        header = {"format": _FORMAT, "encoder": self.encoder, "tokens": self.tokens}
-        metadata = {_METADATA_KEY: json.dumps(header, sort_keys=True)}
-        write_atomic(path, safetensors.numpy.save(self.largest, metadata=metadata))
+        _FILE.write(path, {"encoder": self.encoder, "tokens": self.tokens}, self.largest)
 
     @classmethod
     def load(cls, path: Path) -> ModelCalibration:
@@ -94,15 +85,7 @@ class ModelCalibration:
         ValueError
             Naming the file, when it is truncated, of another kind, or does not hold what it says.
         """
-        with open(path, "rb"):
-            pass  # a missing or forbidden file is the operating system's error, not a damaged file
-        with reading(path, "calibration of a model, as quant.calibrate gives and ModelCalibration.save writes it"):
-            metadata, tensors = read_safetensors(path)
-            if _METADATA_KEY not in metadata:
-                raise ValueError("its metadata name no calibration of a model")
-            header = json.loads(metadata[_METADATA_KEY])
-            if not isinstance(header, dict) or header.get("format") != _FORMAT:
-                raise ValueError(f"its format must be {_FORMAT}: calibrate again")
+        with _FILE.read(path, "quant.calibrate gives and ModelCalibration.save writes it") as (header, tensors):
             if type(header["tokens"]) is not int or header["tokens"] < 1:
                 raise ValueError("tokens must be a positive integer")
             largest = {name: tensor.read() for name, tensor in tensors.items()}
@@ -110,14 +93,6 @@ class ModelCalibration:
                 if array.dtype != np.float32 or array.ndim != 1 or not (np.isfinite(array) & (array >= 0)).all():
                     raise ValueError(f"{name} must be magnitudes, one axis of float32")
             return cls(str(header["encoder"]), header["tokens"], largest)
-
-
-def is_model_calibration(path: Path) -> bool:
-    """Whether a file calls itself a calibration of a model; False for a damaged file, too."""
-    try:
-        return _METADATA_KEY in read_safetensors(path)[0]
-    except ValueError:
-        return False
 
 
 def calibrate_model(model: Model, batches: Iterable[ModelBatch]) -> ModelCalibration:
