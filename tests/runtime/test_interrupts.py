@@ -256,6 +256,7 @@ import os, signal, sys, threading, time
 import numpy as np
 import edgeattn
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a process that a shell runs behind others lacks
 edgeattn.set_num_threads(int(sys.argv[1]))
 x = np.random.default_rng(0).standard_normal((1, 1, 100_000, 64)).astype(np.float32)
 small = x[:, :, :500] + 0
