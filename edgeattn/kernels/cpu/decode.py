@@ -24,8 +24,7 @@ def _rows(array):
     return array
 
 
-@functools.lru_cache(256)
-def _prepare(q, kv_heads, value_size, blocks, scale, softcap, steps, scale_steps, fixed=()):
+def _plan(q, kv_heads, value_size, blocks, scale, softcap, steps, scale_steps, fixed=()):
     """The `PreparedCall` of arrays of such shapes and any number of keys that fills so many blocks.
 
     steps : strides of q, k, v and out; scale_steps : of k_scale and v_scale, or None
@@ -47,6 +46,9 @@ def _prepare(q, kv_heads, value_size, blocks, scale, softcap, steps, scale_steps
             [step // 4 for step in each] for each in scale_steps)
     return PreparedCall(kernel, packed(p, DECODE), ADDRESSES, np.float32, p.shared_size, p.private_size,
                         8 * B * H * blocks * BLOCK * (D + value_size), fixed=fixed)
+
+
+_prepare = functools.lru_cache(256)(_plan)
 
 
 def decode(q, k, v, out, scale, softcap=0.0, lengths=None, k_scale=None, v_scale=None):
@@ -82,7 +84,7 @@ def decode_slots(plans, q, k, v, out, slots, scale, k_scale=None, v_scale=None):
     """
     first, last = slots
     key = q.shape[1], (last - first + BLOCK - 1) // BLOCK, scale
-    call = plans.get(key) or plans.keep(key, _prepare.__wrapped__(
+    call = plans.get(key) or plans.keep(key, _plan(
         (*q.shape[:2], q.shape[3]), k.shape[1], v.shape[3], key[1], scale, 0.0,
         (q.strides, k.strides, v.strides, out.strides),
         None if k_scale is None else (k_scale.strides, v_scale.strides), tuple(map(address, (k, v, k_scale, v_scale)))))
