@@ -32,7 +32,7 @@ from edgeattn.kernels.cpu.simd import (
     tile_zero,
 )
 from edgeattn.runtime.isa import ISA
-from edgeattn.runtime.jit import compiled_for, jit
+from edgeattn.runtime.jit import bind, compiled_for, jit
 from edgeattn.runtime.worker_pool import parallel_for, task
 
 STEPS = 80_000  # products of a tile in one call, and of four tiles of the matrix unit: some tenths of a millisecond
@@ -97,8 +97,8 @@ def _reader(size: int) -> Callable:
     """A call that reads `size` bytes in one piece, on as many threads as a kernel would."""
     numbers = threads.aligned(-(-size // (4 * ROWS * WIDTH)) * ROWS * WIDTH, np.float32)
     numbers[:] = 1
-    run = compiled_for(read, (numbers, np.zeros(1, np.float32), np.zeros(1, np.int64), 1))
-    return lambda: threads.run(run, (numbers,), np.float32, 0, ROWS * WIDTH, max(size, threads.SMALLEST_SHARED_WORK))
+    run = bind(compiled_for(read, (numbers, np.zeros(1, np.float32), np.zeros(1, np.int64), 1)), numbers)
+    return lambda: threads.run(run, np.float32, 0, ROWS * WIDTH, max(size, threads.SMALLEST_SHARED_WORK))
 
 
 def read_limits(arrays: dict[str, tuple], operations: int) -> dict[str, tuple[Callable, int]]:

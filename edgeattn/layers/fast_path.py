@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgeattn.checks import to_float32, write_result
+from edgeattn.checks import FLOAT32, check_out, to_float32, write_result
 from edgeattn.kernels.cpu.records import shapes_of
 from edgeattn.kv_cache import KVCache
+from edgeattn.layers.call import check_input_shapes
+from edgeattn.masks import check_mask_shapes, resolve_mask
 from edgeattn.prepared import PLAIN, call_signature
 
 if TYPE_CHECKING:
@@ -45,7 +47,7 @@ def attend_again(layer: _Layer, query: Any, key: Any, value: Any, out: Any, kv_c
     if prepared is None or kv_cache is not None and not kv_cache.room():
         return None, signature
     if kv_cache is None:
-        return prepared(query, key, value, out, attn_mask, key_padding_mask), signature
+        return prepared.run(query, key, value, out, attn_mask, key_padding_mask), signature
     return write_result(layer.take_step(query, kv_cache).reshape(prepared.shape), out, calls.dtype), signature
 
 
@@ -57,19 +59,54 @@ def _step_signature(signature: tuple[Any, ...] | None, cache: object) -> tuple[A
     return (*signature, cache.kind) if key is None and value is None and query[-2:-1] == (1,) else None
 
 
-def attend_fused(layer: _Layer, call: Call, signature: tuple[Any, ...] | None, attn_mask: Any, key_padding_mask: Any
-                 ) -> Floats | tuple[Floats, Floats]:
-    """The result of a call that has no empty axis by the layer's fused kernel, and what the next like it needs."""
+def attend_first(layer: _Layer, signature: tuple[Any, ...], query: Any, key: Any, value: Any, out: Any, attn_mask: Any,
+                 key_padding_mask: Any, is_causal: Any, causal_alignment: Any, window_size: Any, alibi_slopes: Any
+                 ) -> Floats | None:
+    """What a float or dynamic `layer` gives for a call with a signature, by its fused kernel; then the next is prepared.
+
+    None where the kernel cannot give it, or does not read these masks as they are.
+
+    Raises
+    ------
+    TypeError, ValueError
+        What `check_call` would.
+    """
+    key = query if key is None else key
+    value = key if value is None else value
+    check_input_shapes(layer, query, key, value)
+    *lead, queries, _ = query.shape
+    shape = *lead, queries, layer.output_dim
+    check_out(out, shape, FLOAT32)
+    scores = *lead, layer.num_heads, queries, key.shape[-2]
+    mask = resolve_mask(scores, is_causal=is_causal, causal_alignment=causal_alignment, window_size=window_size,
+                        alibi_slopes=alibi_slopes)
+    check_mask_shapes(scores, attn_mask, key_padding_mask)
+    if not (query.size and key.size and value.size):
+        return None
+    q, k, v = query, key, value
+    if not lead:
+        q = query[None]
+        k = q if key is query else key[None]
+        v = k if value is key else value[None]
+    rows, position = layer.position_rows(mask), layer.first_position(mask)
+    prepared = layer.prepared_calls.learn(
+        signature, functools.partial(layer.fused_kernel.prepare, q, k, v, position=position), scores, shape, mask,
+        attn_mask, key_padding_mask, rows)
+    if prepared is None:
+        return None
+    return write_result(prepared.run(query, key, value, None, attn_mask, key_padding_mask), out, FLOAT32)
+
+
+def attend_fused(layer: _Layer, call: Call) -> Floats | tuple[Floats, Floats]:
+    """The result of a call that has no empty axis by the layer's fused kernel."""
     q = to_float32(call.query)
     k = q if call.key is call.query else to_float32(call.key)
     v = k if call.value is call.key else to_float32(call.value)
-    rows, position = layer.position_rows(call.mask), layer.first_position(call.mask)
-    keep, bias, band, alibi = call.mask.with_bias(rows).for_kernels()
-    prepare = functools.partial(layer.fused_kernel.prepare, q, k, v, position=position)
+    keep, bias, band, alibi = layer.biased(call.mask).for_kernels()
+    prepared = layer.fused_kernel.prepare(q, k, v, shapes_of(keep, None, bias, band, alibi),
+                                          layer.first_position(call.mask))
     result = np.empty((*q.shape[:2], layer.output_dim), np.float32)
-    prepare(shapes_of(keep, None, bias, band, alibi))(q, k, v, result, keep, None, bias, alibi)
-    layer.prepared_calls.learn(signature, prepare, (*call.lead, *call.mask.shape[1:]),
-                               (*call.lead, *result.shape[1:]), call.mask, attn_mask, key_padding_mask, rows)
+    prepared.run(q, k, v, result, keep, None, bias, alibi)
     return call.write_result(result)
 
 

@@ -166,9 +166,8 @@ class MultiHeadAttention(AttentionWeights):
         TypeError, ValueError
             Naming the argument, what was required and what came.
         """
-        masks = attn_mask, key_padding_mask, is_causal, causal_alignment, window_size, alibi_slopes
-        return attention.call(self, query, key, value, masks, softcap, kv_cache, need_weights, average_attn_weights,
-                              out)
+        return attention.call(self, query, key, value, attn_mask, key_padding_mask, is_causal, causal_alignment,
+                              window_size, softcap, alibi_slopes, kv_cache, need_weights, average_attn_weights, out)
 
     def project_kv(self, key: ArrayLike, value: ArrayLike | None = None, *,
                    key_padding_mask: ArrayLike | None = None) -> ProjectedKV:

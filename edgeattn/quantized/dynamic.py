@@ -165,9 +165,8 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention, Positions):
         between them is computed in float32, or as the cache stores it. So steps through a cache give the same bytes
         whatever the chunks, where the cache is int8, but not those of the whole sequence without one.
         """
-        masks = attn_mask, key_padding_mask, is_causal, causal_alignment, window_size, alibi_slopes
-        return attention.call(self, query, key, value, masks, softcap, kv_cache, need_weights, average_attn_weights,
-                              out)
+        return attention.call(self, query, key, value, attn_mask, key_padding_mask, is_causal, causal_alignment,
+                              window_size, softcap, alibi_slopes, kv_cache, need_weights, average_attn_weights, out)
 
     def project_kv(self, key: ArrayLike, value: ArrayLike | None = None, *,
                    key_padding_mask: ArrayLike | None = None) -> ProjectedKV:

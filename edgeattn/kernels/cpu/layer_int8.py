@@ -14,15 +14,16 @@ from .call import PreparedCall
 from .int8_operands import value_terms_size
 from .matmul import pad_heads, padded_head, round_up
 from .packing import Packer
-from .records import NO_MASKS, blank, copy_of, packed, place, set_masks, shape_of, shapes_of, slot
+from .records import BAND, KEEP, NO_MASKS, blank, copy_of, packed, place, set_masks, shape_of, shapes_of, slot
 from .requantize import NUMBERS, encode
 from .simd import LANES, OFFSET, ROWS, WIDTH, byte_planes
 from .softmax_int8 import KEPT_GROUPS
 from .static_layout import padded_keys, turned_size, values_size
 from .step_int8 import step_sizes
 
-_KEYS, _NEW, _FIRST, _CAPACITY = (slot(f.LAYER, name) for name in ("keys", "new_tokens", "first_slot", "capacity"))
-_MASKS = slice(slot(f.LAYER, "band"), slot(f.LAYER, "padding_b") + 1)
+_OWN = slot(f.LAYER, "keys")  # where begins what each call with a cache has of its own, masks at its end
+_MASKS = f"{BAND} {KEEP}".split()
+_UNMASKED = (0,) * len(_MASKS)
 _MORE_KEYS = 64  # of a cache, that a plan has room for
 
 
@@ -161,7 +162,7 @@ class StaticLayer:
                     + L * S * H * (Dp + Dvp + 64)) // 3
         kernel = cached_int8 if cached else f.layer_int8
         return PreparedCall(kernel, packed(p, f.LAYER), f.ADDRESSES, np.int32, shared, private, B * work, B,
-                            (*luts, *self._fixed))
+                            (*luts, *self._fixed), own=_OWN if cached else None)
 
     def __call__(self, xq, xk, xv, out, keep=None, band=None, lut_index=None, score_luts=None, cached=None):
         """out (B, L, Eo) from xq (B, L, Eq), xk (B, S, Ek), xv (B, S, Ev), all int8 and C-contiguous.
@@ -185,11 +186,9 @@ class StaticLayer:
         keys, values, first, S = cached
         key = (*xq.shape[:2], round_up(S, _MORE_KEYS), xk.shape[1], xk is xv, True, NO_MASKS, *luts)
         call = self._plans.get(key) or self._plans.keep(key, self._plan(*key))
-        parameters = call.parameters.copy()  # a plan serves fewer keys too, and any masks
-        parameters[_KEYS], parameters[_NEW], parameters[_FIRST] = S, xk.shape[1], first
-        parameters[_CAPACITY] = keys.shape[2]
-        if masks != NO_MASKS:
+        mask_fields = _UNMASKED
+        if masks != NO_MASKS:  # a plan serves any masks, and fewer keys too
             p = copy_of(self.parameters)
             set_masks(p, masks)
-            parameters[_MASKS] = tuple(vars(p).values())[_MASKS]
-        call(xq, xk, xv, out, keep, None, keys, values, parameters=parameters)
+            mask_fields = [getattr(p, name) for name in _MASKS]
+        call.run(xq, xk, xv, out, keep, None, keys, values, own=(S, first, xk.shape[1], keys.shape[2], *mask_fields))
