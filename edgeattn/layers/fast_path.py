@@ -62,7 +62,7 @@ def _step_signature(signature: tuple[Any, ...] | None, cache: object) -> tuple[A
 def attend_first(layer: _Layer, signature: tuple[Any, ...], query: Any, key: Any, value: Any, out: Any, attn_mask: Any,
                  key_padding_mask: Any, is_causal: Any, causal_alignment: Any, window_size: Any, alibi_slopes: Any
                  ) -> Floats | None:
-    """What a float or dynamic `layer` gives for a call with a signature, by its fused kernel; then the next is prepared.
+    """What a float or dynamic `layer` gives for a call with a signature, by its fused kernel; the next is prepared.
 
     None where the kernel cannot give it, or does not read these masks as they are.
 
@@ -115,18 +115,27 @@ def take_step(layer: _Layer, x: Float32s, cache: KVCache) -> Float32s:
 
     x (B, 1, E) or (1, E) float32 in C order; the layer has no `position_bias`.
     """
-    batch, linears = cache.batch, layer.projections
-    x = x.reshape(batch, x.shape[-1])
-    k = linears["key"].packed(x).reshape(batch, layer.num_kv_heads, 1, layer.head_dim)
-    v = linears["value"].packed(x).reshape(batch, layer.num_kv_heads, 1, layer.value_dim)
-    q = linears["query"].packed(x).reshape(batch, layer.num_heads, 1, layer.head_dim)
-    q, k = layer.placed_at(q, k, cache.length, cache.length)
-    cache.check_finite(k, v)
+    batch, heads, kv_heads = cache.batch, layer.num_heads, layer.num_kv_heads
+    rows = layer.joined_projections(x.reshape(batch, -1))
+    if layer.head_dim == layer.value_dim:
+        every = rows.reshape(batch, heads + 2 * kv_heads, 1, layer.head_dim)
+        q, k, v = every[:, :heads], every[:, heads:-kv_heads], every[:, -kv_heads:]
+    else:
+        ends = heads * layer.head_dim, (heads + kv_heads) * layer.head_dim
+        q, k, v = (part.reshape(batch, -1, 1, size) for part, size in zip(
+            np.split(rows, ends, axis=1), (layer.head_dim, layer.head_dim, layer.value_dim), strict=True))
+    if layer.rotary is not None or layer.q_norm is not None or layer.k_norm is not None:
+        q, k = layer.placed_at(np.ascontiguousarray(q), np.ascontiguousarray(k), cache.length, cache.length)
+    if cache.scales is not None:
+        cache.check_finite(k, v)
     if not cache.length:
         cache.store_without_bias(layer.common_key_bias)
-    context = np.empty((batch, layer.num_heads, 1, layer.value_dim), np.float32)
-    with cache.transaction():
+    context = np.empty((batch, heads * layer.value_dim), np.float32)
+    before = cache.length
+    try:
         cache.append_heads(k, v)
         cache.attend_last(q, layer.scale, context)
-        result = context.reshape(batch, -1)
-        return linears["output"].packed(result) if "output" in linears else result
+        return layer.projections["output"].packed(context) if "output" in layer.projections else context
+    except BaseException:
+        cache.restore(before)
+        raise

@@ -204,6 +204,14 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention, Positions):
                                  DynamicLinear(linear.weight, linear.scale, bias))
                 for name, linear in self.weights.items()}
 
+    @functools.cached_property
+    def joined_projections(self) -> Callable[[Float32s], Float32s]:
+        """The maps of an input to queries, keys and values as one, for tokens that come one by one."""
+        linears = [self.weights[name] for name in INPUTS]
+        biases = [self.biases.get(name, np.zeros(len(self.weights[name].scale), np.float32)) for name in INPUTS]
+        return DynamicLinear(np.concatenate([linear.weight for linear in linears]),
+                             np.concatenate([linear.scale for linear in linears]), np.concatenate(biases))
+
     def to_state(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
         """(config, tensors): all that ``from_state`` needs to build an equal layer."""
         tensors = {f"{name}.{part}": getattr(linear, part) for name, linear in self.weights.items()

@@ -28,7 +28,7 @@ from edgeattn.device import place
 from edgeattn.executors.numpy_int8 import Int8Ops
 from edgeattn.functional import checked_softcap
 from edgeattn.kernels.cpu.layer_int8 import StaticLayer
-from edgeattn.kernels.cpu.quantize import to_codes, to_reals
+from edgeattn.kernels.cpu.quantize import Quantizer
 from edgeattn.layers.attention import forward
 from edgeattn.layers.call import check_cache, resolve_call_mask
 from edgeattn.layers.fast_path import attend_again
@@ -407,13 +407,11 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         if (key is None and value is None and self.sources == (0, 0, 0) and need_weights is False
                 and average_attn_weights is False and is_read_as_it_is(query)):
             check_out(out, (*query.shape[:-1], self.output_dim), FLOAT32)
-            source, last = self.tensors["query_input"], self._last
-            codes, some_nan = to_codes(query, source.scale, source.zero_point)
+            codes, some_nan = self._source_quantizer.to_codes(query)
             if not some_nan:
-                reals = to_reals(
+                reals = self._last_quantizer.to_reals(
                     self.run_int8(codes, attn_mask=attn_mask, key_padding_mask=key_padding_mask, is_causal=is_causal,
-                                  causal_alignment=causal_alignment, window_size=window_size, kv_cache=kv_cache),
-                    last.scale, last.zero_point)
+                                  causal_alignment=causal_alignment, window_size=window_size, kv_cache=kv_cache))
                 return write_result(reals, out, FLOAT32)
         average = flag("average_attn_weights", average_attn_weights)
         masks: MaskOptions = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask, "is_causal": is_causal,
@@ -467,6 +465,17 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
     def _last(self) -> TensorQuantization:
         """The quantization of the result."""
         return self.tensors["output" if "output" in self.linears else "context"]
+
+    @functools.cached_property
+    def _source_quantizer(self) -> Quantizer:
+        """What makes codes of the one input of a layer with one."""
+        source = self.tensors["query_input"]
+        return Quantizer(source.scale, source.zero_point)
+
+    @functools.cached_property
+    def _last_quantizer(self) -> Quantizer:
+        """What makes reals of the result."""
+        return Quantizer(self._last.scale, self._last.zero_point)
 
     def distinct_inputs(self, query: Any, key: Any, value: Any) -> list[Any]:
         """The inputs this layer reads, None where it reads an earlier one; refuses others."""
@@ -592,7 +601,7 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
     def _run_first(self, signature: tuple[Any, ...], query: Codes, key: Codes, value: Codes, attn_mask: Bools | None,
                    key_padding_mask: Any, is_causal: Flag, causal_alignment: CausalAlignment | None,
                    window_size: Window) -> Codes | None:
-        """The result of a call with a signature, and the next is prepared; None where masks are not read as they are."""
+        """The result of a call with a signature; the next is prepared. None where masks are not read as they are."""
         *lead, L, _ = query.shape
         scores = *lead, self.num_heads, L, key.shape[-2]
         mask = resolve_mask(scores, is_causal=is_causal, causal_alignment=causal_alignment, window_size=window_size)
@@ -674,12 +683,14 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
 
     def take_step(self, x: Codes, cache: KVCache) -> Codes:
         """Attention without masks of one token per batch entry, (B, 1, E) or (1, E), and all before it: (B, 1, Eo)."""
-        x, out = x.reshape(cache.batch, 1, self.embed_dim), np.empty((cache.batch, 1, self.output_dim), np.int8)
-        with cache.transaction():
+        out, before = np.empty((cache.batch, 1, self.output_dim), np.int8), cache.length
+        try:
             cache.take_slots(1)
-            first, last = cache.visible_range()
-            self._kernel(x, x, x, out, score_luts=self.score_luts,
-                         cached=(cache.key_slots, cache.value_slots, first, last - first))
+            self._kernel.step(cache.plans, x, out, cache.key_slots, cache.value_slots, cache.visible_range(),
+                              self.score_luts)
+        except BaseException:
+            cache.restore(before)
+            raise
         return out
 
     def _run_cached(self, query: Codes, key: Codes, value: Codes, mask: Mask, cache: KVCache, pieces: Pieces,

@@ -49,7 +49,8 @@ class PreparedCall:
 
     def __init__(self, kernel, parameters, layout, dtype, shared, private, work, jobs=1, fixed=(), owner=None,
                  own=None):
-        self._function, self._dtype, self._own, self._owner = entry(kernel, dtype), dtype, own, owner
+        self._function, self._dtype, self._owner = entry(kernel, dtype), dtype, owner
+        self._own = None if own is None else 8 * own
         self._addresses = bytes(8 * (len(layout) - len(fixed))) + _WORDS[len(fixed)].pack(*fixed)
         self._frames = []
         self.parameters, self.shared, self.private, self._work, self._jobs = parameters, shared, private, work, jobs
@@ -83,14 +84,20 @@ class PreparedCall:
             frame = _Frame(self)
         if frame.count != count:  # what is left out is not what a call before wrote
             frame.addresses[:], frame.count = self._addresses, count
-        if count == 1:
+        if count == 1:  # written out, for what most calls have
             _WRITE_FOUR(frame.addresses, 0, a, b, c, address(others[0]))
+        elif not count:
+            _WRITE_THREE(frame.addresses, 0, a, b, c)
         elif count == 2:
             _WRITE_FIVE(frame.addresses, 0, a, b, c, address(others[0]), address(others[1]))
+        elif count == 3:
+            _WRITE_SIX(frame.addresses, 0, a, b, c, address(others[0]), address(others[1]), address(others[2]))
+        elif count == 4 and others[1] is others[2] is None:
+            _WRITE_BIAS(frame.addresses, 0, a, b, c, address(others[0]), address(others[3]))
         else:
-            _WRITE[3 + count](frame.addresses, 0, a, b, c, *map(address, others))
+            _WRITE[3 + count](frame.addresses, 0, a, b, c, *[address(array) for array in others])
         if own:
-            _WRITE[len(own)](frame.parameters, 8 * self._own, *own)
+            _WRITE[len(own)](frame.parameters, self._own, *own)
         threads.run(frame.run, self._dtype, self.shared, self.private, self._work, self._jobs)
         self._frames.append(frame)
 
@@ -112,4 +119,5 @@ class _Frame:
 
 _WORDS = [struct.Struct(f"{count}q") for count in range(33)]
 _WRITE = [words.pack_into for words in _WORDS]
-_WRITE_FOUR, _WRITE_FIVE = _WRITE[4:6]
+_WRITE_THREE, _WRITE_FOUR, _WRITE_FIVE, _WRITE_SIX = _WRITE[3:7]
+_WRITE_BIAS = struct.Struct("4q16xq").pack_into

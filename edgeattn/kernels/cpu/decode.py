@@ -75,15 +75,16 @@ def decode(q, k, v, out, scale, softcap=0.0, lengths=None, k_scale=None, v_scale
 
 
 def decode_slots(plans, q, k, v, out, slots, scale, k_scale=None, v_scale=None):
-    """`decode` for the keys in `slots` of a cache, (first, last): out (B, H, 1, Dv) of q (B, H, 1, D), both in C order.
+    """`decode` for the keys in `slots` of a cache, (first, last), in C order: out (B, H, 1, Dv), or (B, H * Dv).
 
+    q : (B, H, 1, D), batch entries any number of elements apart
     plans : PlanCache of this cache alone, whose arrays, the same ones in every call, are k, v, k_scale and v_scale, of
         all slots
     """
     first, last = slots
-    key = q.shape[1], (last - first + BLOCK - 1) // BLOCK, scale
+    key = q.shape[1], q.strides[0], (last - first + BLOCK - 1) // BLOCK, scale
     call = plans.get(key) or plans.keep(key, _plan(
-        (*q.shape[:2], q.shape[3]), k.shape[1], v.shape[3], key[1], scale, 0.0,
-        (q.strides, k.strides, v.strides, out.strides),
+        (*q.shape[:2], q.shape[3]), k.shape[1], v.shape[3], key[2], scale, 0.0,
+        (q.strides, k.strides, v.strides, (4 * q.shape[1] * v.shape[3], 4 * v.shape[3])),
         None if k_scale is None else (k_scale.strides, v_scale.strides), tuple(map(address, (k, v, k_scale, v_scale)))))
     call.run(q, out, None, own=(last - first, first))

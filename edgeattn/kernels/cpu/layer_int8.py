@@ -25,6 +25,7 @@ _OWN = slot(f.LAYER, "keys")  # where begins what each call with a cache has of 
 _MASKS = f"{BAND} {KEEP}".split()
 _UNMASKED = (0,) * len(_MASKS)
 _MORE_KEYS = 64  # of a cache, that a plan has room for
+_CACHED = slot(f.ADDRESSES, "cached_keys")  # and values after them
 
 
 @register_jitable
@@ -163,6 +164,19 @@ class StaticLayer:
         kernel = cached_int8 if cached else f.layer_int8
         return PreparedCall(kernel, packed(p, f.LAYER), f.ADDRESSES, np.int32, shared, private, B * work, B,
                             (*luts, *self._fixed), own=_OWN if cached else None)
+
+    def step(self, plans, x, out, keys, values, slots, score_luts):
+        """out (B, 1, Eo) from x (B, 1, E), the one new token of a layer with one input; as `__call__`, without masks.
+
+        plans : PlanCache of this cache alone, whose arrays, the same ones in every call, are keys and values
+        slots : (first, last) of those that are attended to; the codes of x go into the last of them
+        """
+        first, last = slots
+        key = self, (last - first + _MORE_KEYS - 1) // _MORE_KEYS
+        call = plans.get(key) or plans.keep(key, self._plan(
+            keys.shape[0], 1, round_up(last - first, _MORE_KEYS), 1, True, True, NO_MASKS, None,
+            (0, address(score_luts))).holding({_CACHED: keys, _CACHED + 1: values}))
+        call.run(x, x, x, out, own=(last - first, first, 1, keys.shape[2]))
 
     def __call__(self, xq, xk, xv, out, keep=None, band=None, lut_index=None, score_luts=None, cached=None):
         """out (B, L, Eo) from xq (B, L, Eq), xk (B, S, Ek), xv (B, S, Ev), all int8 and C-contiguous.
