@@ -28,33 +28,39 @@ _MORE_KEYS = 64  # of a cache, that a plan has room for
 _CACHED = slot(f.ADDRESSES, "cached_keys")  # and values after them
 
 
+def place_own(p):
+    """Write where things begin in the scratch of each thread into p, but for those behind the codes of scores."""
+    H, Dp, Dvp = p.heads, p.padded_head, p.padded_value
+    row_major_row = round_up(round_up(H * max(Dp, Dvp), WIDTH) // 4, LANES)
+    deepest = f.packed_depth(max(p.query_width, p.key_width, p.value_width))
+    p.at_x, private = place(0, f.TOKENS * deepest + ROWS * WIDTH)
+    p.at_row_major, private = place(private, max(WIDTH * row_major_row + LANES, f.TOKENS // 4 * WIDTH, LANES * LANES))
+    p.at_q, private = place(private, max(row_major_row, H * round_up(Dp // 4, DEPTH_STEP)) * WIDTH)
+    p.at_sums, private = place(private, 3 * WIDTH)
+    p.at_terms, private = place(private, value_terms_size(Dvp))
+    p.at_context, p.at_codes = place(private, (f.packed_depth(H * Dvp) + ROWS) * WIDTH)
+
+
 @register_jitable
 def plan(p, B, L, S):
-    """Write a call's shape, and where what it needs lies in its scratch, into p; (shared, private) elements of that."""
+    """Write a call's shape, and where what it needs lies in its scratch, into p, which has the rest.
+
+    Returns (shared, private) elements of scratch.
+    """
     p.batch, p.queries, p.keys = B, L, S
     H, Dp, Dvp = p.heads, p.padded_head, p.padded_value
     features, v_features = round_up(H * Dp, WIDTH), round_up(H * Dvp, WIDTH)
     k_block, v_block = max(Dp, LANES), max(Dvp, LANES)
     S_up = padded_keys(S)
-    row_major_row = round_up(max(features, v_features) // 4, LANES)
-    q_groups = round_up(Dp // 4, DEPTH_STEP)
-    context4 = f.packed_depth(H * Dvp)
-    deepest = f.packed_depth(max(p.query_width, p.key_width, p.value_width))
     keys = round_up(features, k_block) * S_up + k_block * (READ_AHEAD + LANES)
     shared = round_up(keys // 4 + LANES, 16)
     p.at_values, shared = place(shared, values_size(v_features, v_block, S_up))
     p.at_krow, shared = place(shared, H * S_up)
-    p.at_x, private = place(0, f.TOKENS * deepest + ROWS * WIDTH)
-    p.at_row_major, private = place(private, max(WIDTH * row_major_row + LANES, f.TOKENS // 4 * WIDTH, LANES * LANES))
-    p.at_q, private = place(private, max(row_major_row, H * q_groups) * WIDTH)
-    p.at_sums, private = place(private, 3 * WIDTH)
-    p.at_terms, private = place(private, value_terms_size(Dvp))
-    p.at_context, private = place(private, (context4 + ROWS) * WIDTH)
-    p.at_codes, private = place(private, (round_up(S_up // 4, DEPTH_STEP) + 4) * WIDTH)
+    _, private = place(p.at_codes, (round_up(S_up // 4, DEPTH_STEP) + 4) * WIDTH)
     p.at_masks, private = place(private, (S_up // 4 + 4) * WIDTH)
     p.at_softmax, private = place(private, min(S_up, 4 * KEPT_GROUPS) * WIDTH)
     p.at_tiles, private = place(private, max(TILES_SCRATCH, 16))
-    p.at_transposed, private = place(private, turned_size(context4))
+    p.at_transposed, private = place(private, turned_size(f.packed_depth(H * Dvp)))
     p.shared_size, p.private_size = shared, private
     return shared, private
 
@@ -131,6 +137,7 @@ class StaticLayer:
             project_rule=NUMBERS[project_rule], score_rule=NUMBERS[score_rule], context_rule=NUMBERS[context_rule],
             zq=zero_points["query"], zk=zero_points["key"], zv=zero_points["value"], zs=zero_points["scores"],
             zc=zero_points["context"], zo=zero_points["output"] if "output" in linears else 0, **weights.at)
+        place_own(self.parameters)
         self.output_dim = Eo
         self._plans = PlanCache()
 
