@@ -90,6 +90,8 @@ def _content(array: Any, kinds: str) -> Any:
 
 def _in_four_axes(mask: Shape, scores: Shape) -> Shape | None:
     """The shape of an `attn_mask` beside (B, H, L, S) scores; None where its batch would have to be written out."""
+    if mask == scores[-2:]:  # what most are
+        return 1, 1, *mask
     *lead, heads, queries, keys = (1,) * (len(scores) - len(mask)) + mask
     if any(axis != 1 for axis in lead) and tuple(lead) != scores[:-3]:
         return None
@@ -199,7 +201,8 @@ class PreparedCalls(PlanCache[Any, Prepared]):
         if (written is not None and written.nbytes > _MOST_KEPT or len(shapes) > 2
                 or padding is not None and padding[2] > 1):
             return None
-        adds, held = bias is not None, {}
+        adds = bias is not None
+        held: dict[int, NDArray[Any]] = {}
         if position_bias is not None:
             if not adds:
                 held[_BIAS] = position_bias

@@ -74,7 +74,7 @@ def joined(linears: Sequence[Linear]) -> Callable[[Float32s], Float32s]:
     """
     from edgeattn.kernels.cpu.encoder_float32 import Linear as Packed
     from edgeattn.kernels.cpu.matmul import CHAIN
-    from edgeattn.kernels.cpu.simd import VIRTUAL_LANES
+    from edgeattn.kernels.cpu.simd.wide import VIRTUAL_LANES
 
     biases = [np.zeros(linear.outputs, np.float32) if linear.bias is None else linear.bias for linear in linears]
     whole = Packed(np.concatenate([linear.weight for linear in linears]), np.concatenate(biases), chain=CHAIN)
