@@ -7,6 +7,7 @@ by the four-way dot product and, where there is one, by the matrix unit.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -32,7 +33,7 @@ from edgeattn.kernels.cpu.simd import (
     tile_zero,
 )
 from edgeattn.runtime.isa import ISA
-from edgeattn.runtime.jit import bind, compiled_for, jit
+from edgeattn.runtime.jit import compiled_for, jit
 from edgeattn.runtime.worker_pool import parallel_for, task
 
 STEPS = 80_000  # products of a tile in one call, and of four tiles of the matrix unit: some tenths of a millisecond
@@ -97,7 +98,7 @@ def _reader(size: int) -> Callable:
     """A call that reads `size` bytes in one piece, on as many threads as a kernel would."""
     numbers = threads.aligned(-(-size // (4 * ROWS * WIDTH)) * ROWS * WIDTH, np.float32)
     numbers[:] = 1
-    run = bind(compiled_for(read, (numbers, np.zeros(1, np.float32), np.zeros(1, np.int64), 1)), numbers)
+    run = functools.partial(compiled_for(read, (numbers, np.zeros(1, np.float32), np.zeros(1, np.int64), 1)), numbers)
     return lambda: threads.run(run, np.float32, 0, ROWS * WIDTH, max(size, threads.SMALLEST_SHARED_WORK))
 
 

@@ -6,7 +6,7 @@ if prebuilt.LIBRARY is None:
     from numba.core import cgutils, types
     from numba.extending import intrinsic, models, overload, register_jitable, register_model
 
-    from edgeattn.runtime.jit import bind, compiled, compiled_for, inline, jit, task
+    from edgeattn.runtime.jit import compiled, compiled_for, inline, jit, task
 else:
     from edgeattn.runtime.placeholders import (
         cgutils,
@@ -20,7 +20,7 @@ else:
         task,
         types,
     )
-    from edgeattn.runtime.prebuilt import bind, compiled, compiled_for, jit
+    from edgeattn.runtime.prebuilt import compiled, compiled_for, jit
 
-__all__ = ["bind", "cgutils", "compiled", "compiled_for", "inline", "intrinsic", "ir", "jit", "models", "overload",
+__all__ = ["cgutils", "compiled", "compiled_for", "inline", "intrinsic", "ir", "jit", "models", "overload",
            "register_jitable", "register_model", "task", "types"]

@@ -7,7 +7,6 @@ there on a piece of the kernels it is linked into.
 """
 import contextlib
 import ctypes
-import functools
 import os
 import threading
 
@@ -175,6 +174,3 @@ def compiled_for(dispatcher, arguments):
     if key not in _entries:
         _entries[key] = dispatcher.compile(key[1])
     return _entries[key]
-
-
-bind = functools.partial  # bind(function, parameters, addresses) is a function of what else an entry takes

@@ -85,6 +85,24 @@ class Kernel:
         given = np.array(words(arguments), np.int64)
         return self.function(ctypes.c_int64(address(given)))
 
+    def bind(self, parameters: NDArray[np.int64], addresses: NDArray[np.int64]) -> Callable[..., int]:
+        """It and what it is called with first: a function of (scratch, task_queue, count), of one thread at a time.
+
+        ctypes makes an object of each argument, so all lie in memory of their own, and its address is the only one. It
+        gives up the interpreter's lock, which nobody may hold for as long as a kernel runs.
+        """
+        given = np.array([*words((parameters, addresses)), 0, 0, 0, 0, 0], np.int64)
+        found, function, argument, last = memoryview(given), self.function, ctypes.c_int64(address(given)), None
+
+        def run(scratch: NDArray[Any], task_queue: NDArray[np.int64], count: int, *,
+                _held: Any = (parameters, addresses)) -> int:
+            nonlocal last
+            found[4], found[5], found[8] = address(scratch), scratch.size, count
+            if task_queue is not last:
+                found[6], found[7], last = address(task_queue), task_queue.size, task_queue
+            return function(argument)
+        return run
+
 
 def words(arguments: Sequence[Any]) -> list[int]:
     """Arguments as libraries take them: an array as where it is and how many elements it has."""
@@ -92,25 +110,6 @@ def words(arguments: Sequence[Any]) -> list[int]:
     for argument in arguments:
         found += (address(argument), argument.size) if isinstance(argument, np.ndarray) else (int(argument),)
     return found
-
-
-def bind(kernel: Kernel, parameters: NDArray[np.int64], addresses: NDArray[np.int64]) -> Callable[..., int]:
-    """The kernel and what it is called with first: a function of (scratch, task_queue, count), of one thread at a time.
-
-    ctypes makes an object of each argument, so all lie in memory of their own, and its address is the only one. It
-    gives up the interpreter's lock, which nobody may hold for as long as a kernel runs.
-    """
-    given = np.array([*words((parameters, addresses)), 0, 0, 0, 0, 0], np.int64)
-    found, function, argument, last = memoryview(given), kernel.function, ctypes.c_int64(address(given)), None
-
-    def run(scratch: NDArray[Any], task_queue: NDArray[np.int64], count: int, *, _held: Any = (parameters, addresses)
-            ) -> int:
-        nonlocal last
-        found[4], found[5], found[8] = address(scratch), scratch.size, count
-        if task_queue is not last:
-            found[6], found[7], last = address(task_queue), task_queue.size, task_queue
-        return function(argument)
-    return run
 
 
 def jit(function: Callable[..., Any]) -> Kernel:

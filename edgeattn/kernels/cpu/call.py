@@ -10,7 +10,8 @@ import numpy as np
 
 from edgeattn import threads
 from edgeattn.runtime.addresses import address
-from edgeattn.runtime.compiler import bind, compiled_for
+from edgeattn.runtime.compiler import compiled_for
+from edgeattn.runtime.prebuilt import Kernel
 
 
 @functools.cache
@@ -18,6 +19,13 @@ def entry(kernel, dtype):
     """The compiled function of a kernel whose scratch is of this dtype."""
     record = np.zeros(1, np.int64)
     return compiled_for(kernel, (record, record, np.zeros(1, dtype), record, 1))
+
+
+def bind(function, parameters, addresses):
+    """A compiled function with its first two arguments, of which each call writes the second anew."""
+    if type(function) is Kernel:
+        return function.bind(parameters, addresses)
+    return functools.partial(function, parameters, addresses)
 
 
 class PreparedCall:
