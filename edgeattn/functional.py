@@ -195,7 +195,7 @@ def scaled_dot_product_attention(
                                    alibi_slopes, kv_lengths)
         if signature is not None:
             signature = *signature, scale, softcap, enable_gqa, precision
-            prepared = _prepared.find(signature, out)
+            prepared = _prepared.get(signature) if out is None else _prepared.find(signature, out)
             if prepared is not None:
                 return prepared.run(query, key, value, out, attn_mask, None)
     grouped = flag("enable_gqa", enable_gqa)

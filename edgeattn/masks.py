@@ -197,16 +197,23 @@ class Mask(NamedTuple):
         """The slopes and positions of `for_kernels`."""
         if self.slopes is None:
             return None
-        places = self.offset if isinstance(self.offset, int) else _one_if_equal(self.offset)[:, None]
-        batch = len(self.slopes) if isinstance(places, int) else max(len(self.slopes), len(places))
-        alibi = np.empty((batch, self.shape[1], 2))
-        alibi[:, :, 0], alibi[:, :, 1] = self.slopes, places
+        if isinstance(self.offset, int):
+            alibi = np.zeros((*self.slopes.shape, 2))
+            if self.offset:
+                alibi[..., 1] = self.offset
+        else:
+            places = _one_if_equal(self.offset)
+            alibi = np.empty((max(len(self.slopes), len(places)), self.shape[1], 2))
+            alibi[..., 1] = places[:, None]
+        alibi[..., 0] = self.slopes
         return alibi
 
 
 def _together(parts: list[Bools]) -> Bools | None:
     """Where all of these are True; None of none."""
-    return functools.reduce(np.logical_and, parts) if parts else None
+    if len(parts) < 2:
+        return parts[0] if parts else None
+    return functools.reduce(np.logical_and, parts)
 
 
 def sum_of_biases(bias: Float32s | None, added: Float32s) -> Float32s:

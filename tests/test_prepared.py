@@ -300,7 +300,7 @@ def direct(kind):
 
 
 # Frames of Python are what a short call costs beside its kernel: these are as many as there are.
-@pytest.mark.parametrize(("kind", "plain"), [("function", 10), ("float32", 10), ("dynamic", 10), ("static", 9)])
+@pytest.mark.parametrize(("kind", "plain"), [("function", 9), ("float32", 9), ("dynamic", 9), ("static", 8)])
 def test_a_call_that_comes_again_makes_few_calls_of_python(kind, plain):
     call, inputs = direct(kind)
     x, rng = inputs(L), np.random.default_rng(8)
@@ -316,7 +316,7 @@ def test_a_call_that_comes_again_makes_few_calls_of_python(kind, plain):
         assert len(made) <= plain + arrays + inside + beside, (sorted(options), made)
 
 
-@pytest.mark.parametrize(("kind", "most"), [("function", 57), ("float32", 62), ("dynamic", 64), ("static", 64)])
+@pytest.mark.parametrize(("kind", "most"), [("function", 56), ("float32", 61), ("dynamic", 63), ("static", 63)])
 def test_a_call_of_a_new_length_plans_once(kind, most):
     call, inputs = direct(kind)
     for options in ({}, {"is_causal": True}, {"attn_mask": np.ones((1, 1), bool)}):

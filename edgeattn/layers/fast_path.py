@@ -43,7 +43,7 @@ def attend_again(layer: _Layer, query: Any, key: Any, value: Any, out: Any, kv_c
                                alibi_slopes, None, calls.dtype)
     if kv_cache is not None:
         signature = _step_signature(signature, kv_cache)
-    prepared = calls.find(signature, out)
+    prepared = calls.get(signature) if out is None else calls.find(signature, out)
     if prepared is None or kv_cache is not None and not kv_cache.room():
         return None, signature
     if kv_cache is None:
