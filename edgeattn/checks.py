@@ -52,6 +52,16 @@ def number(name: str, value: object) -> float:
     return value
 
 
+def is_constant(array: NDArray[Any]) -> bool:
+    """Whether nobody can write to an array in C order, as to one in the memory of a file: to keep it needs no copy."""
+    base: object = array
+    while isinstance(base, np.ndarray):
+        if base.flags.writeable:
+            return False
+        base = base.base
+    return isinstance(base, memoryview) and base.readonly and array.flags.c_contiguous
+
+
 def count(name: str, value: SupportsIndex) -> int:
     """`value` as an int of at least 1 that int32 can hold."""
     try:
