@@ -95,6 +95,11 @@ class ModelCalibration:
             return cls(str(header["encoder"]), header["tokens"], largest)
 
 
+def is_model_calibration(path: Path) -> bool:
+    """Whether a file calls itself a calibration of a model; False for a damaged file, too."""
+    return _FILE.is_in(path)
+
+
 def calibrate_model(model: Model, batches: Iterable[ModelBatch]) -> ModelCalibration:
     """See ``quant.calibrate``."""
     encoder = encoder_of(model)

@@ -40,11 +40,11 @@ _KINDS = {
 
 
 def save(layer: MultiHeadAttention | QuantizedMultiHeadAttention, path: Path) -> None:
-    """Write a layer to a .safetensors file, whole or not at all.
+    """Write a layer, an encoder or a model to a .safetensors file, whole or not at all.
 
     Parameters
     ----------
-    layer : MultiHeadAttention, SelfAttention or QuantizedMultiHeadAttention
+    layer : MultiHeadAttention, QuantizedMultiHeadAttention, TransformerEncoder, TextEncoder or ImageEncoder
     path : str or path
         Ends in ".safetensors". An existing file is replaced.
 
@@ -100,8 +100,10 @@ def load(
 
         return read_tflite(path) if arithmetic is None else read_tflite(path, arithmetic=arithmetic)
     if path.suffix != ".safetensors":
-        bundle = "; edgeattn.bundle.load runs a bundle" if path.suffix == ".so" else ""
-        raise ValueError(f"path must end in .safetensors or .tflite, got {str(path)!r}{bundle}")
+        folder = path.is_dir() or not path.suffix
+        other = ("; edgeattn.from_pretrained reads a model's folder" if folder else
+                 "; edgeattn.bundle.load runs a bundle" if path.suffix == ".so" else "")
+        raise ValueError(f"path must end in .safetensors or .tflite, got {str(path)!r}{other}")
     metadata, tensors = read_safetensors(path)
     kind, config = _parse_header(path, metadata)
     if arithmetic is not None:
@@ -125,7 +127,7 @@ def _parse_header(path: pathlib.Path, metadata: Mapping[str, str]) -> tuple[str,
     if _METADATA_KEY not in metadata:
         raise ValueError(
             f"{path} holds tensors but no edgeattn layer: read checkpoints of other libraries with "
-            "MultiHeadAttention.from_torch or from_bert"
+            "MultiHeadAttention.from_torch or from_bert, a whole model from its folder with edgeattn.from_pretrained"
         )
     try:
         header = json.loads(metadata[_METADATA_KEY])
