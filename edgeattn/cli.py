@@ -15,6 +15,7 @@ import numpy as np
 import edgeattn
 from edgeattn import cli_encode, messages, threads
 from edgeattn.cli_encode import open_model
+from edgeattn.files.paths import named
 from edgeattn.kernels.cpu import entries, fused
 from edgeattn.runtime import compiler, prebuilt, processor
 from edgeattn.runtime.isa import ISA
@@ -72,7 +73,7 @@ def _warmup(chosen):
     for path in chosen.layers:
         layer = open_model(path)
         for length in _lengths(layer, chosen.length, [16]):
-            with _said_what_compiled(f"{path}, {_what(layer, length)}"):
+            with named(path), _said_what_compiled(f"{path}, {_what(layer, length)}"):
                 _call(layer, length)
                 for cache in _caches(layer, (length or 0) + 1):
                     _call(layer, length, kv_cache=cache, is_causal=True)
@@ -98,17 +99,19 @@ def _said_what_compiled(what):
 
 def _bench(chosen):
     """Median time of a call, batch 1, for every layer and length."""
-    print(f"{edgeattn.get_num_threads()} thread(s), {ISA.name}; batch 1, median of calls over half a second")
+    title = f"{edgeattn.get_num_threads()} thread(s), {ISA.name}; batch 1, median of calls over half a second\n"
     for path in chosen.layers:
         layer = open_model(path)
         for length in _lengths(layer, chosen.length, [16, 64, 256]):
-            call = _call(layer, length)
+            with named(path):
+                call = _call(layer, length)
             times, until = [], time.perf_counter() + 0.5
             while len(times) < 5 or time.perf_counter() < until:
                 began = time.perf_counter()
                 call()
                 times.append(time.perf_counter() - began)
-            print(f"{path}, {_what(layer, length)}: {statistics.median(times) * 1e6:.1f} us")
+            print(f"{title}{path}, {_what(layer, length)}: {statistics.median(times) * 1e6:.1f} us")
+            title = ""
     return 0
 
 
