@@ -10,7 +10,7 @@ from edgeattn.models import ImageEncoder, TextEncoder
 from edgeattn.quantized import StaticMultiHeadAttention
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from typing import Any
 
 _PARTS = ("embedding", "attention", "feed-forward", "norms", "tokenizer")
@@ -73,15 +73,16 @@ def _pixels(model: ImageEncoder) -> str:
 
 
 def _layers(encoder: TransformerEncoder) -> str:
-    heads, hidden, activations = (sorted({of(layer) for layer in encoder.layers}) for of in (
-        lambda layer: layer.attention.num_heads, lambda layer: layer.feed_forward.linear1.outputs,
-        lambda layer: ("gated " if layer.feed_forward.gate is not None else "") + layer.feed_forward.activation))
-    return (f"{len(encoder.layers)}, width {encoder.embed_dim}, {_any(heads)} heads, hidden {_any(hidden)}, "
-            f"{_any(activations)}, {'pre' if encoder.layers[0].norm_first else 'post'}-norm")
+    parts = [layer.feed_forward for layer in encoder.layers]
+    heads = _any(layer.attention.num_heads for layer in encoder.layers)
+    activations = _any(("gated " if part.gate is not None else "") + part.activation for part in parts)
+    return (f"{len(parts)}, width {encoder.embed_dim}, {heads} heads, hidden "
+            f"{_any(part.linear1.outputs for part in parts)}, {activations}, "
+            f"{'pre' if encoder.layers[0].norm_first else 'post'}-norm")
 
 
-def _any(values: list[Any]) -> str:
-    return " or ".join(map(str, values))
+def _any(values: Iterable[Any]) -> str:
+    return " or ".join(map(str, sorted(set(values))))
 
 
 def _weights(of: Any) -> Iterator[tuple[str, str]]:

@@ -163,7 +163,8 @@ class LargestInputs(CompiledOps):
         if layer.stages is None:
             return super().block(layer, x, sequences, name)
         attention, _ = layer.stages
-        return layer.feed(self, attention(np.ascontiguousarray(x), sequences), name)
+        result: Float32s = layer.feed(self, attention(np.ascontiguousarray(x), sequences), name)
+        return result
 
     def linear(self, x: Float32s, linear: Any, name: str) -> Float32s:
         """x weight^T + bias."""

@@ -57,7 +57,7 @@ class Stored:
         """What `to_state` gave, as one of this class."""
         left = dict(tensors)
         try:
-            made = build(cls, keywords(config, left))
+            made: Self = build(cls, keywords(config, left))
         except RecursionError:
             raise ValueError("its config has too many levels") from None
         if left:
