@@ -116,7 +116,7 @@ def _bench(chosen):
 
 
 def _is_model(layer):
-    return isinstance(layer, (edgeattn.TransformerEncoder, edgeattn.TextEncoder, edgeattn.ImageEncoder))
+    return not hasattr(layer, "num_heads")  # no attention layer alone
 
 
 def _lengths(layer, asked, usual):
@@ -134,7 +134,7 @@ def _what(layer, length):
 def _caches(layer, capacity):
     """An empty cache of every dtype that goes with the layer; a causal model's are lists of them."""
     if _is_model(layer):
-        return [layer.encoder.make_caches(1, capacity)] if getattr(layer, "is_causal", False) else []
+        return [layer.encoder.make_caches(1, capacity)] if getattr(layer, "is_causal", False) is True else []
     if getattr(layer, "lut_index", None) is not None:  # a mask of its own, which is for one length
         return []
     try:
@@ -176,7 +176,7 @@ def _call_model(model, length, kv_cache):
         shape = (width, height) if model.spectrogram else (model.embedding.channels, height, width)
         x = made.standard_normal((1, *shape), np.float32)
     else:
-        x = made.standard_normal((1, length, model.embed_dim), np.float32)
+        x = made.standard_normal((1, length, getattr(model, "embed_dim", None) or model.inputs), np.float32)
     if kv_cache is not None:
         model(x[:, 1:], kv_cache=kv_cache)
         model(x[:, :1], kv_cache=kv_cache)

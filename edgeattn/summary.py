@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from edgeattn.layers import MultiHeadAttention, TransformerEncoder
+from edgeattn.layers import FeedForward, MultiHeadAttention, TransformerEncoder, TransformerEncoderLayer
 from edgeattn.layers.dynamic_linear import DynamicLinear
+from edgeattn.layers.module import TokenWise
 from edgeattn.models import ImageEncoder, TextEncoder
 from edgeattn.quantized import StaticMultiHeadAttention
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
     from typing import Any
 
-_PARTS = ("embedding", "attention", "feed-forward", "norms", "tokenizer")
+_ENCODERS = (TransformerEncoderLayer, TransformerEncoder, TextEncoder, ImageEncoder)
+_PARTS = ("weights", "embedding", "attention", "feed-forward", "norms", "tokenizer")
 
 
 def summary(of: Any) -> list[tuple[str, str]]:
@@ -24,13 +26,14 @@ def summary(of: Any) -> list[tuple[str, str]]:
     of : what `edgeattn.load` or `edgeattn.from_pretrained` gave
     """
     rows = [("class", f"{type(of).__name__}, {precision(of)}")]
-    if isinstance(of, (TransformerEncoder, TextEncoder, ImageEncoder)):
-        encoder = of if isinstance(of, TransformerEncoder) else of.encoder
+    if isinstance(of, _ENCODERS):
         if isinstance(of, TextEncoder):
             rows.append(("texts", ", ".join(_texts(of))))
         elif isinstance(of, ImageEncoder):
             rows.append(("pixels", _pixels(of)))
-        rows.append(("layers", _layers(encoder)))
+        rows.append(("layers", _describe_layers(_layers_of(of))))
+    elif isinstance(of, TokenWise):
+        rows.append(("features", f"{of.inputs} to {of.outputs}"))
     else:
         rows.append(("heads", f"{of.num_heads} of {of.head_dim}, {of.num_kv_heads} of keys and values"))
         rows.append(("width", f"query {of.embed_dim}, key {of.kdim}, value {of.vdim}, output {of.output_dim}"))
@@ -41,15 +44,24 @@ def precision(of: Any) -> str:
     """What its products are computed in."""
     if isinstance(of, StaticMultiHeadAttention):
         return f"static int8, as {of.arithmetic} computes"
-    if isinstance(of, (TransformerEncoder, TextEncoder, ImageEncoder)):
-        layers = (of if isinstance(of, TransformerEncoder) else of.encoder).layers
+    if isinstance(of, _ENCODERS):
+        layers = _layers_of(of)
         attention = {precision(layer.attention) for layer in layers}
-        feed_forward = {"dynamic int8" if isinstance(layer.feed_forward.linear2, DynamicLinear) else "float32"
-                        for layer in layers}
+        feed_forward = {precision(layer.feed_forward) for layer in layers}
         if attention == feed_forward:
             return " and ".join(sorted(attention))
         return f"feed-forward {' and '.join(sorted(feed_forward))}, attention {' and '.join(sorted(attention))}"
-    return "float32" if isinstance(of, MultiHeadAttention) else "dynamic int8"
+    if isinstance(of, FeedForward):
+        return precision(of.linear2)
+    whole = isinstance(of, (MultiHeadAttention, TokenWise)) and not isinstance(of, DynamicLinear)
+    return "float32" if whole else "dynamic int8"
+
+
+def _layers_of(of: Any) -> Sequence[TransformerEncoderLayer]:
+    if isinstance(of, TransformerEncoderLayer):
+        return [of]
+    layers: Sequence[TransformerEncoderLayer] = (of if isinstance(of, TransformerEncoder) else of.encoder).layers
+    return layers
 
 
 def _texts(model: TextEncoder) -> Iterator[str]:
@@ -72,13 +84,13 @@ def _pixels(model: ImageEncoder) -> str:
     return f"{size}, patches of {embedding.patch_size[0]} x {embedding.patch_size[1]}"
 
 
-def _layers(encoder: TransformerEncoder) -> str:
-    parts = [layer.feed_forward for layer in encoder.layers]
-    heads = _any(layer.attention.num_heads for layer in encoder.layers)
+def _describe_layers(layers: Sequence[TransformerEncoderLayer]) -> str:
+    parts = [layer.feed_forward for layer in layers]
+    heads = _any(layer.attention.num_heads for layer in layers)
     activations = _any(("gated " if part.gate is not None else "") + part.activation for part in parts)
-    return (f"{len(parts)}, width {encoder.embed_dim}, {heads} heads, hidden "
+    return (f"{len(parts)}, width {layers[0].embed_dim}, {heads} heads, hidden "
             f"{_any(part.linear1.outputs for part in parts)}, {activations}, "
-            f"{'pre' if encoder.layers[0].norm_first else 'post'}-norm")
+            f"{'pre' if layers[0].norm_first else 'post'}-norm")
 
 
 def _any(values: Iterable[Any]) -> str:
@@ -99,8 +111,9 @@ def _weights(of: Any) -> Iterator[tuple[str, str]]:
 
 
 def _part(of: Any, name: str) -> str:
-    if not isinstance(of, (TransformerEncoder, TextEncoder, ImageEncoder)):
-        return "attention"
+    if not isinstance(of, _ENCODERS):
+        return "weights" if isinstance(of, TokenWise) else "attention"
     if name == "tokenizer" or name.startswith("embedding."):
         return name.partition(".")[0]
+    name = f".{name}"
     return "attention" if ".attention." in name else "feed-forward" if ".feed_forward." in name else "norms"

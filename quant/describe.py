@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,13 +15,9 @@ from edgeattn.quantized import INPUTS, AddMask, DynamicMultiHeadAttention, MulCo
 from edgeattn.summary import summary
 from quant.calibrate import Calibration, is_calibration
 from quant.model_calibration import ModelCalibration, is_model_calibration
-from quant.model_calls import MODELS
 from quant.quantize import MASK_MARGIN
 from quant.tables import fill, table
 from quant.trace import describe_sources
-
-if TYPE_CHECKING:
-    from quant.model_calls import Model
 
 
 def describe_file(path, *, arithmetic: str | None = None) -> Iterator:
@@ -52,14 +47,14 @@ def describe_file(path, *, arithmetic: str | None = None) -> Iterator:
         yield from _describe_model_calibration(ModelCalibration.load(path))
     else:
         layer = edgeattn.load(path, arithmetic=arithmetic)
-        if isinstance(layer, MODELS):
-            yield from _describe_model(layer)
-        elif isinstance(layer, StaticMultiHeadAttention):
+        if isinstance(layer, StaticMultiHeadAttention):
             yield from _describe_static(layer, layer.arithmetic)
         elif isinstance(layer, DynamicMultiHeadAttention):
             yield from _describe_dynamic(layer)
-        else:
+        elif isinstance(layer, MultiHeadAttention):
             yield from _describe_float(layer)
+        else:
+            yield from _describe_model(layer)
 
 
 def arithmetic_of_tflite(arithmetic: str | None) -> str:
@@ -91,7 +86,7 @@ def _describe_tflite(path: Path, arithmetic: str | None) -> Iterator:
             yield from _describe_static(layer, arithmetic_of_tflite(arithmetic))
 
 
-def _describe_model(model: Model) -> Iterator:
+def _describe_model(model) -> Iterator:
     for name, text in summary(model):
         yield fill(f"{name}: {text}")
 

@@ -98,6 +98,22 @@ def test_inspect_says_the_same(command):
     assert ["layers.1.feed_forward.linear2", "64", f"{seen.max():.4g}"] in [row.split()[:3] for row in text.splitlines()]
 
 
+def test_parts_of_encoders_are_known_too(command):
+    layer = edgeattn.load("e.safetensors").layers[0]
+    edgeattn.save(layer, "block.safetensors")
+    edgeattn.save(quant.quantize(edgeattn.load("e.safetensors"), scheme="dynamic").layers[0].feed_forward, "f.safetensors")
+    edgeattn.save(layer.norm1, "n.safetensors")
+    text = command("edgeattn info block.safetensors f.safetensors n.safetensors")
+    parts = [" ".join(part.split()) for part in text.split("\n\n")]
+    assert "class TransformerEncoderLayer, float32 layers 1, width 32, 4 heads, hidden 64, gelu, post-norm" in parts[0]
+    assert "attention float32" in parts[0] and "norms float32 256 bytes" in parts[0]
+    assert "class FeedForward, dynamic int8 features 32 to 32 weights float32" in parts[1]
+    assert "class LayerNorm, float32 features 32 to 32 weights float32 128 bytes" in parts[2]
+    assert command("quant inspect n.safetensors").startswith("class: LayerNorm, float32\nfeatures: 32 to 32\n")
+    lines = command("edgeattn bench block.safetensors f.safetensors n.safetensors --length 3").splitlines()
+    assert len(lines) == 4 and command("edgeattn warmup block.safetensors f.safetensors --length 2")
+
+
 def test_bench_and_warmup_take_models(command):
     lines = command(f"edgeattn bench e.safetensors {GPT2} {VIT} --length 3").splitlines()
     assert [line.rpartition(":")[0] for line in lines[1:]] == [

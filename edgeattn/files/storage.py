@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _FORMAT = 1
 _METADATA_KEY = "edgeattn"
-_MODELS = ("TransformerEncoder", "TextEncoder", "ImageEncoder")
+_MODELS = ("TransformerEncoderLayer", "TransformerEncoder", "TextEncoder", "ImageEncoder")
 # Where each kind of layer lives; imported only when a file of that kind is opened. Every class has
 #     to_state() -> (config, tensors)    and    from_state(config, tensors), a class method.
 _KINDS = {
@@ -34,6 +34,12 @@ _KINDS = {
     "SelfAttention": "edgeattn.layers.self_attention",
     "StaticMultiHeadAttention": "edgeattn.quantized.static",
     "DynamicMultiHeadAttention": "edgeattn.quantized.dynamic",
+    "Linear": "edgeattn.layers.linear",
+    "DynamicLinear": "edgeattn.layers.dynamic_linear",
+    "LayerNorm": "edgeattn.layers.norm",
+    "RMSNorm": "edgeattn.layers.norm",
+    "FeedForward": "edgeattn.layers.feed_forward",
+    "TransformerEncoderLayer": "edgeattn.layers.encoder",
     "TransformerEncoder": "edgeattn.layers.encoder",
     "TextEncoder": "edgeattn.models.text_encoder",
     "ImageEncoder": "edgeattn.models.image_encoder",
@@ -45,7 +51,9 @@ def save(layer: MultiHeadAttention | QuantizedMultiHeadAttention, path: Path) ->
 
     Parameters
     ----------
-    layer : MultiHeadAttention, QuantizedMultiHeadAttention, TransformerEncoder, TextEncoder or ImageEncoder
+    layer : layer, encoder or model
+        Attention of any kind, Linear, LayerNorm, RMSNorm, FeedForward, TransformerEncoderLayer, TransformerEncoder,
+        TextEncoder or ImageEncoder.
     path : str or path
         Ends in ".safetensors". An existing file is replaced.
 
@@ -88,7 +96,8 @@ def load(
 
     Returns
     -------
-    MultiHeadAttention, SelfAttention or QuantizedMultiHeadAttention
+    layer, encoder or model
+        Of the class that was saved.
 
     Raises
     ------
