@@ -53,7 +53,11 @@ def main(arguments=None):
                              help="tokens per call; an image has as many as it has")
         command.set_defaults(run=run)
     cli_encode.add_to(commands)
-    chosen = parser.parse_args(arguments)
+    chosen, left = parser.parse_known_args(arguments)
+    if getattr(chosen, "texts", None) == [] and not any(text.startswith("-") and text != "-" for text in left):
+        chosen.texts, left = left, []  # argparse takes all of TEXT that stand behind FILE, even none before an option
+    if left:
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
     messages.show()
     try:
         return chosen.run(chosen)

@@ -147,6 +147,8 @@ def test_encode(command, folder, monkeypatch):
         np.testing.assert_array_equal(np.load("v.npy"), expected)
     command(["edgeattn", "encode", SENTENCES, TEXTS[1], "the dog", "-o", "v.npy"])
     np.testing.assert_array_equal(np.load("v.npy"), expected[[1, 3]])
+    command(["edgeattn", "encode", SENTENCES, "-o", "v.npy", TEXTS[1], "the dog"])
+    np.testing.assert_array_equal(np.load("v.npy"), expected[[1, 3]])
     command(["edgeattn", "encode", SENTENCES, TEXTS[0], "-o", "cut.npy", "--max-length", "4"])
     assert not np.array_equal(np.load("cut.npy")[0], expected[0])
     Path("none.txt").touch()
