@@ -96,6 +96,8 @@ def float_array(name: str, value: ArrayLike) -> Floats:
     TypeError
         For every other dtype: an integer array is more often a mistake than a wish.
     """
+    if type(value) is np.ndarray and value.dtype is FLOAT32:
+        return value
     array = as_array(name, value)
     if array.dtype.kind != "f" or array.dtype.itemsize not in (2, 4, 8):
         raise TypeError(
@@ -121,9 +123,10 @@ def to_float32(array: NDArray[Any]) -> Float32s:
 
 def result_dtype(*arrays: NDArray[Any]) -> np.dtype[Any]:
     """The dtype of the result: the inputs' own, the widest where they differ, in native byte order."""
-    if {array.dtype for array in arrays} == {FLOAT32}:
-        return FLOAT32
-    return np.dtype(np.result_type(*[array.dtype for array in arrays]).type)
+    for array in arrays:
+        if array.dtype is not FLOAT32:
+            return np.dtype(np.result_type(*[array.dtype for array in arrays]).type)
+    return FLOAT32
 
 
 def check_out(out: object, shape: Sequence[int], dtype: np.dtype[Any]) -> None:

@@ -8,6 +8,7 @@ kernels compiled here all the same; ``EDGEATTN_ISA`` asks for a library of that 
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import json
 import os
@@ -23,6 +24,8 @@ from edgeattn.runtime.targets import TARGETS, runnable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
 
 FOLDER = sources.PACKAGE / "libraries"
 ABOUT = "libraries.json"  # in that folder: the stamp of the sources, and each library's checksum
@@ -70,19 +73,43 @@ class Kernel:
 
     def __init__(self, function: Callable[..., Any]):
         self.py_func, self.__name__, self.__doc__ = function, function.__name__, function.__doc__
-        self._function: Callable[..., int] | None = None
+
+    @functools.cached_property
+    def function(self) -> Callable[[ctypes.c_int64], int]:
+        """The library's: of the address of all arguments as `words`."""
+        found: Callable[[ctypes.c_int64], int] = LIBRARY.function(symbol_of(self.py_func))
+        return found
 
     def __call__(self, *arguments: Any) -> int:
         """Run it."""
-        if self._function is None:
-            self._function = LIBRARY.function(symbol_of(self.py_func))
-        given: list[Any] = []
-        for argument in arguments:
-            if type(argument) is np.ndarray:
-                given += (ctypes.c_int64(address(argument)), ctypes.c_int64(argument.size))
-            else:
-                given.append(ctypes.c_int64(argument))
-        return self._function(*given)
+        given = np.array(words(arguments), np.int64)
+        return self.function(ctypes.c_int64(address(given)))
+
+    def bind(self, parameters: NDArray[np.int64], addresses: NDArray[np.int64]) -> Callable[..., int]:
+        """It and what it is called with first: a function of (scratch, task_queue, count), of one thread at a time.
+
+        ctypes makes an object of each argument, so all lie in memory of their own, and its address is the only one. It
+        gives up the interpreter's lock, which nobody may hold for as long as a kernel runs.
+        """
+        given = np.array([*words((parameters, addresses)), 0, 0, 0, 0, 0], np.int64)
+        found, function, argument, last = memoryview(given), self.function, ctypes.c_int64(address(given)), None
+
+        def run(scratch: NDArray[Any], task_queue: NDArray[np.int64], count: int, *,
+                _held: Any = (parameters, addresses)) -> int:
+            nonlocal last
+            found[4], found[5], found[8] = address(scratch), scratch.size, count
+            if task_queue is not last:
+                found[6], found[7], last = address(task_queue), task_queue.size, task_queue
+            return function(argument)
+        return run
+
+
+def words(arguments: Sequence[Any]) -> list[int]:
+    """Arguments as libraries take them: an array as where it is and how many elements it has."""
+    found: list[int] = []
+    for argument in arguments:
+        found += (address(argument), argument.size) if isinstance(argument, np.ndarray) else (int(argument),)
+    return found
 
 
 def jit(function: Callable[..., Any]) -> Kernel:
