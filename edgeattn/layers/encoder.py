@@ -99,6 +99,27 @@ class TransformerEncoderLayer(Stored):
         norm: LayerNorm | RMSNorm | None = getattr(self, part)
         return x if norm is None else norm.forward(ops, x, name + part)
 
+    def __call__(self, x: ArrayLike | Sequence[ArrayLike], *, lengths: ArrayLike | None = None,
+                 key_padding_mask: ArrayLike | None = None, attn_mask: ArrayLike | None = None, is_causal: Flag = False,
+                 window_size: Window = NO_WINDOW, kv_cache: KVCache | None = None, out: Floats | None = None
+                 ) -> Floats | list[Floats]:
+        """The layer of `x`.
+
+        Parameters
+        ----------
+        kv_cache : KVCache, optional
+            One that `KVCache.for_layer(layer.attention, ...)` makes.
+        x, lengths, key_padding_mask, attn_mask, is_causal, window_size, out
+            As for a call of a `TransformerEncoder`, which says what each means: True = attend.
+
+        Returns
+        -------
+        array of the shape and dtype of `x`, or list of such arrays
+        """
+        return TransformerEncoder([self])(
+            x, lengths=lengths, key_padding_mask=key_padding_mask, attn_mask=attn_mask, is_causal=is_causal,
+            window_size=window_size, kv_cache=None if kv_cache is None else [kv_cache], out=out)
+
     @functools.cached_property
     def stages(self) -> list[Stage] | None:
         """The compiled stages that are this layer; None where it must be computed operation by operation."""

@@ -54,7 +54,7 @@ def from_pretrained(folder: Path) -> TextEncoder | ImageEncoder:
     modules = _modules(folder)
     inner = folder / modules.get("Transformer", {}).get("path", "")
     checkpoint = Checkpoint(inner)
-    with named(checkpoint.file):
+    with named(inner):
         family = family_of(checkpoint)
         if family.patches:
             patches = patch_embedding(checkpoint, family)
