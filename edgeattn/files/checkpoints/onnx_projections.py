@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 
@@ -258,3 +259,25 @@ def _turned(terms, offset, width, place):
     if not np.allclose(offset, expected, atol=1e-3 * max(1.0, float(np.abs(start).max()))):
         raise wrong
     return index, np.broadcast_to(scale, index.shape), (count, float(base), interleaved)
+
+
+@dataclasses.dataclass
+class Parts:
+    """What attention is made of, before its heads are brought in order."""
+
+    q: Projection
+    k: Projection
+    v: Projection
+    value_groups: Any  # the group of queries of each group of values
+    context: str
+    codes: Any  # flat index in (groups of values, L, Dv) of each element of `context`
+    scale: Any  # of scores, for each group of queries; 1 / sqrt(D) not taken off
+    bias: Any = None  # (groups of values, L, S)
+    told: Any = ()
+    causal: bool = False
+    rotary: Any = None
+
+
+def is_map_of(graph):
+    """A function that says whether a value is the result of a linear map."""
+    return lambda each: linear(graph, each) is not None
