@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgeattn.files.checkpoints.onnx_encoders import Encoder, read_encoder
 from edgeattn.files.checkpoints.onnx_layers import attention_at
 from edgeattn.files.checkpoints.onnx_nodes import Graph, title
 from edgeattn.files.checkpoints.onnx_operators import OPERATORS, domain_of
@@ -72,34 +73,54 @@ def onnx_weights(
         When the graph masks its scores, or has a window or a softcap, which here are arguments of each call.
     """
     graphs = open_graph(path_or_model)
-    found = read_attention(graphs, lambda graph: choose(graph, node))
+    found = read_graph(graphs, lambda graph: attention_at(graph, choose(graph, node)))
     for told in found.told:
         warnings.warn(told, stacklevel=3)
     return found.heads, found.kv_heads, found.arguments
 
 
+def onnx_encoder(path_or_model: Path | OnnxModel) -> Encoder:
+    """The encoder layers of an ONNX model, and the norm behind them.
+
+    All attention of the model must be one encoder's. Around it there may be anything, as `onnx_weights` says; what
+    goes into the first layer and what the last one gives are told by their names.
+
+    Raises
+    ------
+    ValueError
+        Naming the node where something else stands than an encoder layer.
+
+    Warns
+    -----
+    UserWarning
+        As `onnx_weights`; and where the model's input and output are not the encoder's.
+    """
+    found = read_graph(open_graph(path_or_model), lambda graph: read_encoder(graph, attention_nodes(graph)))
+    for told in found.told:
+        warnings.warn(told, stacklevel=3)
+    return found
+
+
 def open_graph(path_or_model):
-    """A function (batch) -> the `Graph` of a model with that batch."""
+    """A function (batch, bound) -> the `Graph` of a model with that batch, and those inputs known."""
     model, values, source = _load(path_or_model)
 
-    def graph(batch):
+    def graph(batch, bound=None):
         with reading(source, ".onnx file"):  # texts are decoded when they are looked at
-            return Graph(model, values, source, batch)
+            return Graph(model, values, source, batch, bound)
 
     return graph
 
 
-def read_attention(graphs, chosen):
-    """The `Attention` at the node that `chosen(graph)` gives; a model traced for one sequence is read as such."""
+def read_graph(graphs, read):
+    """What `read(graph)` gives of a model; one that was traced for one sequence is read as such."""
     # a damaged factor may take weights beyond float32
     with np.errstate(all="ignore"):
-        graph = graphs(2)
         try:
-            return attention_at(graph, chosen(graph))
+            return read(graphs(2))
         except NotRead as error:
-            graph = graphs(1)
             try:
-                return attention_at(graph, chosen(graph))
+                return read(graphs(1))
             except NotRead:
                 raise error from None
 

@@ -27,6 +27,7 @@ class Attention:
     source: str  # the value that queries are projected from
     sources: tuple
     end: str  # the value that the layer gives
+    order: Any  # of each row of `end`, the row of `source` that it is of; None without a map behind
     causal: bool = False
 
 
@@ -129,12 +130,14 @@ def _assembled(graph, node, name, parts):
     position = {h: i for i, h in enumerate(order)}
     # of each group: where its head is among the heads side by side
     place = np.array([position[h] for h in head_of])
-    end, output = output_map(graph, parts.context, codes, place, row_of, q.rows.shape[1], value_dim, heads)
+    end, output, tokens = output_map(graph, parts.context, codes, place, row_of, q.rows.shape[1], value_dim, heads)
     if output is not None:
         arguments["out_weight"], bias = output
         if bias is not None:
             arguments["out_bias"] = bias
     source = q.maps.source
+    if tokens is not None:
+        tokens = np.stack([q.rows[np.flatnonzero(row_of == b)[0]] for b in range(batch)]).reshape(-1)[tokens]
     return Attention(
         node,
         int(heads),
@@ -144,6 +147,7 @@ def _assembled(graph, node, name, parts):
         source,
         (q.maps.source, k.maps.source, v.maps.source),
         end,
+        tokens,
         causal,
     )
 

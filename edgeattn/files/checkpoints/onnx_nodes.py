@@ -9,6 +9,7 @@ import numpy as np
 
 from edgeattn.files.checkpoints import onnx_functions as functions
 from edgeattn.files.checkpoints.onnx_shapes import PRODUCTS, shapes_of
+from edgeattn.files.checkpoints.onnx_unfused import unfused
 from edgeattn.files.checkpoints.onnx_values import NotRead
 from edgeattn.files.paths import reason
 
@@ -29,12 +30,15 @@ class Graph:
         What to call the model in errors.
     batch : int
         What an open first axis is taken for.
+    bound : dict of str to function
+        Inputs of the graph that are taken for known, name -> (shape) -> array.
     """
 
-    def __init__(self, model, values, source, batch=_BATCH):
+    def __init__(self, model, values, source, batch=_BATCH, bound=None):
         if len(model.graph.node) > _MOST_NODES:
             raise NotRead(f"its graph must have at most {_MOST_NODES} nodes, got {len(model.graph.node)}")
-        self.source, self.nodes = source, list(model.graph.node)
+        self.source, self.nodes = source, unfused(model.graph.node)
+        self.inputs = [value.name for value in model.graph.input]
         self.outputs = {value.name for value in model.graph.output}
         self.opset = max([entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")] or [23])
         self._values, self._batch = values, batch
@@ -48,15 +52,19 @@ class Graph:
             for name in node.input:
                 if name:
                     self.readers.setdefault(name, []).append(node)
-        stored = sum(_elements(tensor.dims) for tensor in model.graph.initializer)
-        self.most_elements = min(_MOST_ELEMENTS, max(_FEW_ELEMENTS, 4 * stored))
-        self._left = 8 * self.most_elements  # elements that may yet be computed
+        stored = [_elements(tensor.dims) for tensor in model.graph.initializer]
+        self.most_elements = min(_MOST_ELEMENTS, max(_FEW_ELEMENTS, 4 * sum(stored)))
+        self._largest = max([self.most_elements, *stored])
+        self._left = 8 * self.most_elements + 2 * sum(stored)  # elements that may yet be computed
         self._attributes, self._arrays, self._known = {}, {}, {}
         self.maps = {}  # linear maps within operators, by names made up for what they give
         self.shapes = {name: tuple(tensor.dims) for name, tensor in self._stored.items()}
         self.open_axes = False  # whether lengths, not only the batch, are taken for numbers
         self._open = {}
         self._input_shapes(model)
+        for name, array_of in (bound or {}).items():
+            if self.shapes.get(name) is not None:
+                self._arrays[name], self._known[name] = array_of(self.shapes[name]), True
         for node in self.nodes:
             self._follow(node)
 
@@ -198,6 +206,17 @@ class Graph:
         inputs = [self._stored_array(name) if name else None for name in node.input]
         if any(array is None and name for array, name in zip(inputs, node.input, strict=True)) or not inputs:
             raise NotRead(f"{title(node)} reads {reason(list(node.input))} before it is computed")
+        return self.compute(node, inputs)
+
+    def compute(self, node, inputs, *, real=False):
+        """The arrays of a node's outputs from those of its inputs; with `real` no rounding, to codes or half, is done.
+
+        Raises
+        ------
+        NotRead
+            Naming the node, where it is of a kind that is not computed, or damaged.
+        """
+        kind, attributes = node.op_type, self.attributes(node)
         try:
             if kind == "ConstantOfShape":
                 shape = functions.whole_numbers(inputs[0], "a shape")
@@ -207,9 +226,12 @@ class Graph:
             if (shape := self.shapes.get(self.output(node))) is not None and kind not in functions.LAYOUT:
                 self._spend(_elements(shape))
             if kind == "Cast":
-                return [inputs[0].astype(self._values.dtype(attributes.get("to", 1)))]
-            if kind == "DequantizeLinear":
+                dtype = self._values.dtype(attributes.get("to", 1))
+                return [inputs[0] if real and dtype.kind == inputs[0].dtype.kind else inputs[0].astype(dtype)]
+            if kind == "DequantizeLinear" and not real:
                 return [functions.dequantized(attributes, *inputs)]
+            if kind == "QuantizeLinear" and not real:
+                return [functions.quantized(attributes, *inputs)]
             if kind in functions.SAME:
                 return [inputs[0]]
             if kind in functions.LAYOUT:
@@ -223,12 +245,12 @@ class Graph:
         except NotRead:
             raise
         except (ValueError, TypeError, IndexError, OverflowError, ArithmeticError, AttributeError) as error:
-            raise NotRead(f"{title(node)} cannot be computed of its constants: {reason(error)}") from None
-        raise NotRead(f"{title(node)} of constants must be of a kind that is read")
+            raise NotRead(f"{title(node)} cannot be computed of its inputs: {reason(error)}") from None
+        raise NotRead(f"{title(node)} must be of a kind that is computed")
 
     def _spend(self, elements):
         self._left -= max(elements, 1)
-        if elements > self.most_elements or self._left < 0:
+        if elements > self._largest or self._left < 0:
             raise NotRead("what it computes of constants must be no larger than they are")
 
     # -- ways
@@ -251,6 +273,15 @@ class Graph:
                 )
             todo.extend(inputs)
         return sorted(found.values(), key=lambda node: self.number[id(node)])
+
+    def nodes_behind(self, name):
+        """The nodes that compute with a value, or with what others of them gave, in their order."""
+        of = {name}
+        first = self.number[id(self.maker[name])] + 1 if name in self.maker else 0
+        for node in self.nodes[first:]:
+            if node.op_type not in ("Shape", "Size") and not of.isdisjoint(node.input):
+                of.update(filter(None, node.output))
+                yield node
 
     def reader(self, name):
         """The one node that reads a value, but for its shape; None where there are others, or none."""
