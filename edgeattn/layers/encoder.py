@@ -20,7 +20,7 @@ from edgeattn.layers.call import check_cache, resolve_call_mask
 from edgeattn.layers.feed_forward import FeedForward
 from edgeattn.layers.linear import Linear
 from edgeattn.layers.multi_head import MultiHeadAttention
-from edgeattn.layers.norm import LayerNorm, RMSNorm
+from edgeattn.layers.norm import LayerNorm, RMSNorm, norm_of
 from edgeattn.layers.state import Stored
 from edgeattn.masks import NO_WINDOW, resolve_mask, torch_masks, window_bounds
 from edgeattn.ops import Sequences
@@ -209,12 +209,6 @@ class TransformerEncoder(Placeable, Stored):
     @classmethod
     def from_found(cls, found: Any) -> Self:
         """The encoder of what a reader found: `layers` of weights, and the `norm` behind them."""
-        def norm(parts: tuple[Any, ...]) -> LayerNorm | RMSNorm | None:
-            if not parts:
-                return None
-            kind, weight, bias, eps = parts
-            return LayerNorm(weight, bias, eps) if kind == "LayerNorm" else RMSNorm(weight, eps)
-
         def layer(each: Any) -> TransformerEncoderLayer:
             attention = MultiHeadAttention.from_found(each.attention.heads, each.attention.kv_heads,
                                                       each.attention.arguments)
@@ -222,9 +216,9 @@ class TransformerEncoder(Placeable, Stored):
             return TransformerEncoderLayer(
                 attention, FeedForward(Linear(*each.linear1), Linear(*each.linear2), gate=gate,
                                        activation=each.activation),
-                norm(each.norm1), norm(each.norm2), norm_first=each.norm_first)
+                norm_of(each.norm1), norm_of(each.norm2), norm_first=each.norm_first)
 
-        return cls(map(layer, found.layers), norm=norm(found.norm))
+        return cls(map(layer, found.layers), norm=norm_of(found.norm))
 
     def forward(self, ops: Ops[T], x: T, sequences: Sequence[Sequences], name: str = "") -> T:
         """Rows of tokens (tokens, E) -> (tokens, E); `sequences` of each layer."""

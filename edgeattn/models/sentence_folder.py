@@ -3,20 +3,38 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import TYPE_CHECKING
 
-from edgeattn.files.paths import listed, reading
+from edgeattn.files.paths import as_path, listed, reading
 from edgeattn.models.checkpoint import read_json
 
 if TYPE_CHECKING:
     import pathlib
     from typing import Any
 
+    from edgeattn.types import Path
+
 MODULES = "modules.json"
 _UNLIMITED = 2**24  # a model_max_length beyond it says that there is none
 _POOLINGS = {
     "pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max",
     "pooling_mode_lasttoken": "last"}
+
+
+def folder_of(path_or_model: object, tokenizer: Path | None) -> pathlib.Path | None:
+    """The folder that says how texts become tokens: the one given, the model's, the one around that; or None."""
+    if tokenizer is not None:
+        folder = as_path(tokenizer)
+        if not folder.is_dir():
+            raise NotADirectoryError(f"tokenizer must be a folder with a tokenizer.json, got {str(folder)!r}")
+        return folder
+    if not isinstance(path_or_model, (str, os.PathLike)):
+        return None
+    folder = as_path(path_or_model).absolute().parent
+    places = [folder.parent] if (folder.parent / MODULES).is_file() else []
+    return next((each for each in [folder, *places] if (each / MODULES).is_file()
+                 or (each / "tokenizer.json").is_file()), None)
 
 
 def options_beside(folder: pathlib.Path, modules: dict[str, dict[str, Any]], width: int) -> dict[str, Any]:

@@ -6,6 +6,7 @@ writes them. Which token each row is of is followed too.
 """
 
 import dataclasses
+import itertools
 import math
 import re
 from typing import Any
@@ -105,10 +106,11 @@ def _layer(graph, attention):
     sources = {root_of(graph, source) for source in attention.sources}
     if len(sources) != 1:
         raise NotRead(f"{name} must be attention of a sequence to itself, got queries, keys and values of "
-                      f"{', '.join(sorted(map(repr, sources)))[:200]}; MultiHeadAttention.from_onnx reads cross-attention")
+                      f"{', '.join(sorted(map(repr, sources)))[:200]}; "
+                      "MultiHeadAttention.from_onnx reads cross-attention")
     if attention.order is None:
-        raise NotRead(f"{name} must have a MatMul or Gemm with constant weights behind it, which takes its heads side by "
-                      "side; MultiHeadAttention.from_onnx reads it without")
+        raise NotRead(f"{name} must have a MatMul or Gemm with constant weights behind it, which takes its heads side "
+                      "by side; MultiHeadAttention.from_onnx reads it without")
     source = sources.pop()
     total, rows, other = _sum_behind(graph, attention.end, name)
     residual = root_of(graph, other)
@@ -157,22 +159,25 @@ def _norm(graph, start, end, place, *, optional=False):
     """The norm between two values."""
     found = norm_between(graph, start, end)
     if found is None or not (found or optional):
-        raise NotRead(f"{place} there must be a LayerNormalization or RMSNormalization over the features, in one node or "
-                      f"taken apart, with constant weights; got {between(graph, start, end)}")
+        raise NotRead(f"{place} there must be a LayerNormalization or RMSNormalization over the features, in one node "
+                      f"or taken apart, with constant weights; got {between(graph, start, end)}")
     return found
 
 
 def _norm_behind(graph, value):
     """(the value that a norm of a value gives, the norm); (the value, ()) where there is none."""
-    found, seen = (value, ()), 0
-    for node in graph.nodes_behind(value):
-        seen += 1
-        if seen > _FEW_NODES:
-            break
+    found = value, ()
+    for node in itertools.islice(graph.nodes_behind(value), _FEW_NODES):
         end = graph.output(node)
-        if node.op_type not in _PLAIN and (norm := norm_between(graph, value, end)):
+        # a mask of ones, as models are read with, makes no other norm of one
+        if node.op_type not in _PLAIN and (norm := norm_between(graph, value, end)) and not _same(norm, found[1]):
             found = end, norm
     return found
+
+
+def _same(norm, other):
+    return bool(other) and norm[0] == other[0] and norm[3] == other[3] and all(
+        np.array_equal(*pair) for pair in zip(norm[1:3], other[1:3], strict=True))
 
 
 def _sum_behind(graph, value, name):
@@ -236,8 +241,8 @@ def _feed_forward(graph, start, name):
     activation, linear1, gate = _activation(graph, top, leaves, f"{title(graph.maker[first])} and "
                                             f"{title(graph.maker[second])}")
     if len(linear1[0]) != found.weight.shape[0]:
-        raise NotRead(f"{title(graph.maker[second])} must take the {len(linear1[0])} features that come to it, got weights "
-                      f"{found.weight.shape}")
+        raise NotRead(f"{title(graph.maker[second])} must take the {len(linear1[0])} features that come to it, got "
+                      f"weights {found.weight.shape}")
     end, linear2, last = with_bias(graph, second, found.weight.T, found.bias)
     total, rows, other = _sum_behind(graph, end, f"the feed-forward network behind {name}")
     residual = root_of(graph, other)
@@ -322,6 +327,20 @@ def _activation(graph, top, leaves, place):
                 tried.append(near)
     raise NotRead(f"between {place} there must be gelu, gelu_tanh, relu or silu, times another map or not, in whatever "
                   f"nodes; got {between(graph, next(iter(leaves)), top)}: the nearest is {min(tried)[1]}")
+
+
+def map_of(graph, value):
+    """(weight, bias or None) of the linear map whose features a value is.
+
+    Raises
+    ------
+    NotRead
+        Where it is none.
+    """
+    leaf = _leaf(graph, value, is_map_of(graph))
+    if leaf is None:
+        raise NotRead(f"{value[:100]!r} must be what a MatMul or Gemm with constant weights gives, plus a bias")
+    return _map_of(graph, leaf)
 
 
 def _map_of(graph, leaf):

@@ -15,6 +15,7 @@ import numpy as np
 
 from edgeattn.files.checkpoints.onnx_encoders import Encoder, read_encoder
 from edgeattn.files.checkpoints.onnx_layers import attention_at
+from edgeattn.files.checkpoints.onnx_models import Image, Text, read_image, read_text
 from edgeattn.files.checkpoints.onnx_nodes import Graph, title
 from edgeattn.files.checkpoints.onnx_operators import OPERATORS, domain_of
 from edgeattn.files.checkpoints.onnx_products import product
@@ -99,6 +100,31 @@ def onnx_encoder(path_or_model: Path | OnnxModel) -> Encoder:
     for told in found.told:
         warnings.warn(told, stacklevel=3)
     return found
+
+
+def onnx_text(path_or_model: Path | OnnxModel) -> Text:
+    """The text encoder of an ONNX model whose first nodes gather embeddings of token ids.
+
+    Its inputs besides the ids are taken for no padding, one type of tokens, and positions from 0 on.
+
+    Raises
+    ------
+    ValueError
+        Naming the node where something else stands than in a text encoder.
+    """
+    graphs = open_graph(path_or_model)
+    return read_graph(lambda batch: batch, lambda batch: read_text(lambda bound: graphs(batch, bound), attention_nodes))
+
+
+def onnx_image(path_or_model: Path | OnnxModel) -> Image:
+    """The image encoder of an ONNX model whose first node makes patches of pixels, a Conv.
+
+    Raises
+    ------
+    ValueError
+        Naming the node where something else stands than in an image encoder.
+    """
+    return read_graph(open_graph(path_or_model), lambda graph: read_image(graph, attention_nodes(graph)))
 
 
 def open_graph(path_or_model):

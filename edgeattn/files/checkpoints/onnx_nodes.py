@@ -137,7 +137,7 @@ class Graph:
     def _follow(self, node):
         """The shapes of a node's outputs, None where they are not known, and whether they can be computed."""
         kind = node.op_type
-        known = all(not name or self._is_known(name) for name in node.input)
+        known = all(not name or self.is_known(name) for name in node.input)
         if kind == "Shape":
             known = self.shapes.get(self.input(node, 0)) is not None
         elif (
@@ -164,9 +164,12 @@ class Graph:
             if name:
                 self.shapes[name] = shapes[i] if i < len(shapes) else None
 
-    def _is_known(self, name):
+    def is_known(self, name):
+        """Whether a value is stored, or computed of these and of shapes."""
         return name in self._stored or self._known.get(name, False)
-
+    def is_computed(self, name):
+        """Whether a node makes a known value."""
+        return name in self.maker and self.is_known(name)
 
     # -- constants
 
@@ -174,7 +177,7 @@ class Graph:
         """The array of a stored value, or of one that is computed of these and of shapes; None for any other."""
         if name in self._arrays:
             return self._arrays[name]
-        if not self._is_known(name):
+        if not self.is_known(name):
             return None
         todo, found = [name], {}
         while todo:
