@@ -216,7 +216,8 @@ class TransformerEncoder(Placeable, Stored):
             return TransformerEncoderLayer(
                 attention, FeedForward(Linear(*each.linear1), Linear(*each.linear2), gate=gate,
                                        activation=each.activation),
-                norm_of(each.norm1), norm_of(each.norm2), norm_first=each.norm_first)
+                norm_of(each.norm1), norm_of(each.norm2), norm_first=each.norm_first,
+                window_size=each.window_size)
 
         return cls(map(layer, found.layers), norm=norm_of(found.norm))
 

@@ -39,6 +39,7 @@ class Layer:
     norm1: tuple
     norm2: tuple
     norm_first: bool
+    window_size: tuple = (-1, -1)
 
 
 @dataclasses.dataclass
@@ -160,7 +161,7 @@ def _norm(graph, start, end, place, *, optional=False):
     found = norm_between(graph, start, end)
     if found is None or not (found or optional):
         raise NotRead(f"{place} there must be a LayerNormalization or RMSNormalization over the features, in one node "
-                      f"or taken apart, with constant weights; got {between(graph, start, end)}")
+                      f"or taken apart, with constant weights; got {between(graph, {start}, end)}")
     return found
 
 
@@ -294,6 +295,7 @@ def _leaf(graph, value, is_map):
 def _activation(graph, top, leaves, place):
     """(name, linear1, gate or None) of the activation that a value is of features of linear maps."""
     parts = list(dict.fromkeys(leaf.part for leaf in leaves.values()))
+    starts = set(leaves)
     if len(parts) > 2:
         raise NotRead(f"between {place} there must be an activation, of one map or of a gate's and another's, got "
                       f"{len(parts)} maps")
@@ -311,7 +313,7 @@ def _activation(graph, top, leaves, place):
             break
     else:
         raise NotRead(f"between {place} there must be an activation of features, got "
-                      f"{between(graph, next(iter(leaves)), top)}")
+                      f"{between(graph, starts, top)}")
     made = made.reshape(-1, width)
     tried = []
     for part in parts:
@@ -326,7 +328,7 @@ def _activation(graph, top, leaves, place):
                     return (activation, maps[0], None) if beside is None else (activation, maps[1], maps[0])
                 tried.append(near)
     raise NotRead(f"between {place} there must be gelu, gelu_tanh, relu or silu, times another map or not, in whatever "
-                  f"nodes; got {between(graph, next(iter(leaves)), top)}: the nearest is {min(tried)[1]}")
+                  f"nodes; got {between(graph, starts, top)}: the nearest is {min(tried)[1]}")
 
 
 def map_of(graph, value):

@@ -267,7 +267,15 @@ def _lp_norm(attributes, x):
                 else np.sqrt((x * x).sum(axis, keepdims=True)))
 
 
+def _gather_nd(attributes, x, indices):
+    if attributes.get("batch_dims") or indices.dtype.kind not in "iu":
+        raise ValueError("a GatherND must have whole numbers and no batch_dims")
+    return x[tuple(np.moveaxis(indices, -1, 0))]
+
+
 OTHERS = {
+    "GatherElements": lambda a, x, indices: np.take_along_axis(x, indices, a.get("axis", 0)),
+    "GatherND": _gather_nd,
     "LpNormalization": _lp_norm,
     "Range": _range,
     "Trilu": _trilu,

@@ -113,7 +113,8 @@ def onnx_text(path_or_model: Path | OnnxModel) -> Text:
         Naming the node where something else stands than in a text encoder.
     """
     graphs = open_graph(path_or_model)
-    return read_graph(lambda batch: batch, lambda batch: read_text(lambda bound: graphs(batch, bound), attention_nodes))
+    return read_graph(lambda batch: batch, lambda batch: read_text(lambda *options: graphs(batch, *options),
+                                                                     attention_nodes))
 
 
 def onnx_image(path_or_model: Path | OnnxModel) -> Image:
@@ -128,12 +129,12 @@ def onnx_image(path_or_model: Path | OnnxModel) -> Image:
 
 
 def open_graph(path_or_model):
-    """A function (batch, bound) -> the `Graph` of a model with that batch, and those inputs known."""
+    """A function that gives the `Graph` of a model; arguments as its own from `batch` on."""
     model, values, source = _load(path_or_model)
 
-    def graph(batch, bound=None):
+    def graph(batch, *options):
         with reading(source, ".onnx file"):  # texts are decoded when they are looked at
-            return Graph(model, values, source, batch, bound)
+            return Graph(model, values, source, batch, *options)
 
     return graph
 

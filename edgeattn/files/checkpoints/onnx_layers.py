@@ -29,6 +29,7 @@ class Attention:
     end: str  # the value that the layer gives
     order: Any  # of each row of `end`, the row of `source` that it is of; None without a map behind
     causal: bool = False
+    window: tuple = (-1, -1)  # (left, right) that a mask of all pairs leaves
 
 
 def attention_at(graph, node):
@@ -109,8 +110,8 @@ def _assembled(graph, node, name, parts):
         raise NotRead(f"{name} must have values that no rotary embedding turns")
     if rotary:
         arguments["rotary"] = rotary
-    told, causal = list(parts.told), parts.causal
-    if parts.bias is not None:
+    told, causal, window = list(parts.told), parts.causal, parts.window
+    if parts.bias is not None and parts.bias.any():
         bias = parts.bias
         by_head = np.stack([bias[g] for g in first])
         per_batch = all((bias[g] == by_head[order.index(head_of[g])]).all() for g in range(len(groups)))
@@ -118,6 +119,9 @@ def _assembled(graph, node, name, parts):
         if (bias[:, ~causal_mask] == 0).all() and (bias[:, causal_mask] <= _BLOCKED).all() and causal_mask.any():
             causal = True
             told.append(f"{name} is causal; pass is_causal=True, causal_alignment='upper_left' in each call")
+        elif (found := _window(bias)) is not None:
+            window = found
+            told.append(f"{name} has a window; pass window_size={window} in each call")
         elif per_batch and not graph.open_axes and np.isfinite(by_head).all():
             arguments["position_bias"] = by_head
         else:
@@ -149,7 +153,21 @@ def _assembled(graph, node, name, parts):
         end,
         tokens,
         causal,
+        window,
     )
+
+
+def _window(bias):
+    """(left, right) where a bias leaves the keys of a band alone and blocks all others; else None."""
+    free = bias[0] == 0
+    place = np.arange(bias.shape[2]) - np.arange(bias.shape[1])[:, None]
+    if free.all() or not free.diagonal().all():
+        return None
+    left, right = int(-place[free].min()), int(place[free].max())
+    band = (place >= -left) & (place <= right)
+    if (bias[:, band] != 0).any() or (bias[:, ~band] > _BLOCKED).any():
+        return None
+    return (-1 if -place.min() == left else left), (-1 if place.max() == right else right)
 
 
 def _numbered(rows):

@@ -9,6 +9,7 @@ import numpy as np
 from edgeattn.files.checkpoints import onnx_functions as functions
 from edgeattn.files.checkpoints.onnx_elements import trace
 from edgeattn.files.checkpoints.onnx_encoders import Encoder, map_of, read_encoder, root_of
+from edgeattn.files.checkpoints.onnx_layers import attention_at
 from edgeattn.files.checkpoints.onnx_nodes import title
 from edgeattn.files.checkpoints.onnx_probes import computed, norm_between
 from edgeattn.files.checkpoints.onnx_projections import linear
@@ -17,6 +18,7 @@ from edgeattn.files.paths import reason
 
 _FEW_TYPES = 16  # a table with as many rows at most is one of token types
 _FEW_VALUES = 24
+_LONG = 150  # tokens: half the widest window of models known is 64
 _LAYOUT = ("Unsqueeze", "Squeeze", "Reshape", "Expand", "Slice", *functions.SAME)
 
 
@@ -59,24 +61,38 @@ def read_text(graphs, nodes_of):
     ids, bound = _inputs(graphs({}))
     graph = graphs(bound)
     encoder = read_encoder(graph, nodes_of(graph))
-    causal = {layer.attention.causal for layer in encoder.layers}
-    told = [text for text in encoder.told if "is causal" not in text]
-    if told or len(causal) > 1:
-        raise NotRead(f"a text encoder must have no masks but padding and causal ones, alike in all layers, got: "
-                      f"{told[0] if told else 'some causal layers'}; TransformerEncoder.from_onnx reads the layers")
     value, projection = encoder.start, None
     if (found := linear(graph, root_of(graph, _before_bias(graph, value)))) is not None:
         projection = map_of(graph, value)
         value = root_of(graph, found.source)
     value, norm = _norm_above(graph, value)
-    text = Text(None, None, None, None, norm, projection, encoder, causal.pop())
+    text = Text(None, None, None, None, norm, projection, encoder, False)
     for part in _summands(graph, value):
         _take(graph, text, part, ids)
     if text.tokens is None:
         raise NotRead(f"the embedding of tokens must be a Gather from a constant table by the input {ids!r}, got none "
                       f"in front of {encoder.start[:100]!r}")
+    longest = _LONG if text.positions is None else len(text.positions) - (text.padding_id or -1) - 1
+    _masks(graphs(bound, min(longest, _LONG)), text, nodes_of)
     text.pooling, text.normalize = _pooling(graphs, bound, encoder.end, ids)
     return text
+
+
+def _masks(graph, text, nodes_of):
+    """Take the masks of a graph of long texts; a window is not seen in those of a few tokens."""
+    layers, causal = text.encoder.layers, set()
+    for layer, node in zip(layers, nodes_of(graph), strict=True):
+        found = attention_at(graph, node)
+        told = [each for each in found.told if "is causal" not in each and "has a window" not in each]
+        if told:
+            raise NotRead(f"a text encoder must have no masks but padding, causal ones and windows, got: {told[0]}; "
+                          "from_pretrained reads models with relative positions from their folders, and "
+                          "TransformerEncoder.from_onnx the layers alone")
+        layer.window_size = found.window
+        causal.add(found.causal or found.window[1] == 0)
+    if len(causal) > 1:
+        raise NotRead("a text encoder must have all layers causal, or none, got some")
+    text.is_causal = causal.pop()
 
 
 def _inputs(graph):
@@ -115,18 +131,18 @@ def _before_bias(graph, value):
 
 
 def _norm_above(graph, value):
-    """(the value whose norm a value is, the norm); (the value, ()) where it is none."""
-    todo, seen = [value], set()
+    """(the value furthest above whose norm a value is, the norm); (the value, ()) where it is none."""
+    todo, seen, found = [value], set(), (value, ())
     while todo and len(seen) < _FEW_VALUES:
         each = todo.pop(0)
         if each in seen or graph.constant(each) is not None:
             continue
         seen.add(each)
         if each != value and (norm := norm_between(graph, each, value)):
-            return each, norm
+            found = each, norm
         node = graph.maker.get(each)
         todo += [] if node is None or node.op_type == "Gather" else [name for name in node.input if name]
-    return value, ()
+    return found
 
 
 def _summands(graph, value):
@@ -162,7 +178,10 @@ def _take(graph, text, value, ids):
     if index is None and root_of(graph, node.input[1]) == ids:
         return _put(text, "tokens", table, title(node))
     if index is None:
-        text.padding_id = _padding_id(graph, node.input[1], ids, len(table), title(node))
+        padding = _padding_id(graph, node.input[1], ids, len(table), title(node))
+        if padding is None:
+            return _put(text, "types", table, title(node))
+        text.padding_id = padding
         return _put(text, "positions", table, title(node))
     steps = index.reshape(-1, index.shape[-1]) if index.ndim else index.reshape(1, 1)
     if (steps == 0).all():
@@ -202,7 +221,7 @@ def _put(text, part, table, place):
 
 
 def _padding_id(graph, index, ids, entries, place):
-    """The id whose tokens have no position, where positions are numbered as RoBERTa's."""
+    """The id whose tokens have no position, where positions are numbered as RoBERTa's; None where all are 0."""
     shape = graph.shapes[ids]
 
     def positions(tokens):
@@ -211,6 +230,8 @@ def _padding_id(graph, index, ids, entries, place):
 
     tokens = np.full(shape, min(entries, 100) - 1, np.int64)
     found = positions(tokens)
+    if found is not None and not found.any():
+        return None
     if found is not None and (padding := int(found[0, 0]) - 1) >= 0:
         tokens[-1, shape[1] // 2:] = padding
         real = tokens != padding

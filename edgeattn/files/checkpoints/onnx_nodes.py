@@ -32,16 +32,18 @@ class Graph:
         What an open first axis is taken for.
     bound : dict of str to function
         Inputs of the graph that are taken for known, name -> (shape) -> array.
+    length : int
+        What other open axes are taken for.
     """
 
-    def __init__(self, model, values, source, batch=_BATCH, bound=None):
+    def __init__(self, model, values, source, batch=_BATCH, bound=None, length=_LENGTH):
         if len(model.graph.node) > _MOST_NODES:
             raise NotRead(f"its graph must have at most {_MOST_NODES} nodes, got {len(model.graph.node)}")
         self.source, self.nodes = source, unfused(model.graph.node)
         self.inputs = [value.name for value in model.graph.input]
         self.outputs = {value.name for value in model.graph.output}
         self.opset = max([entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")] or [23])
-        self._values, self._batch = values, batch
+        self._values, self._batch, self._length = values, batch, length
         self._stored = {tensor.name: tensor for tensor in model.graph.initializer}
         self.maker, self.readers, self.number = {}, {}, {}
         for number, node in enumerate(self.nodes):
@@ -94,7 +96,7 @@ class Graph:
             dims = tensor.shape.dim if tensor.HasField("shape") else None
             if dims is None:  # of unknown rank: rows of tokens, as wide as weights are high
                 width = self._width(value.name)
-                shape = None if width is None else (self._batch, _LENGTH, width)
+                shape = None if width is None else (self._batch, self._length, width)
                 self.open_axes = True
             else:
                 shape = tuple(self._axis(value.name, dim, i, len(dims)) for i, dim in enumerate(dims))
@@ -107,7 +109,7 @@ class Graph:
             self.open_axes = True
         if i == axes - 1 and axes < 4 and (width := self._width(name)) is not None:
             return width
-        usual = self._batch if i == 0 else (3 if i == 1 else _IMAGE) if axes == 4 else _LENGTH
+        usual = self._batch if i == 0 else (3 if i == 1 else _IMAGE) if axes == 4 else self._length
         return self._open.setdefault(dim.dim_param, usual) if dim.dim_param else usual
 
     def _width(self, name):
@@ -231,9 +233,9 @@ class Graph:
             if kind == "Cast":
                 dtype = self._values.dtype(attributes.get("to", 1))
                 return [inputs[0] if real and dtype.kind == inputs[0].dtype.kind else inputs[0].astype(dtype)]
-            if kind == "DequantizeLinear" and not real:
+            if kind == "DequantizeLinear" and inputs[0].dtype.kind in "iu":
                 return [functions.dequantized(attributes, *inputs)]
-            if kind == "QuantizeLinear" and not real:
+            if kind == "QuantizeLinear" and node.input[0] in self._stored:  # weights; others pass as they are
                 return [functions.quantized(attributes, *inputs)]
             if kind in functions.SAME:
                 return [inputs[0]]

@@ -105,6 +105,7 @@ def from_operator(graph, node, name):
         told.append(f"{name} has a window; pass window_size=({sides[0]}, {sides[1]}) in each call")
     if attributes.get("softcap"):
         told.append(f"{name} caps its scores; pass softcap={attributes['softcap']:g} in each call")
+    keys = parts[1][0].shape[2]
     masks = {
         ("", "Attention"): (3,),
         ("com.microsoft", "Attention"): (3, 5),
@@ -116,9 +117,11 @@ def from_operator(graph, node, name):
         if not given:
             continue
         array = graph.constant(given)
-        if array is not None and array.dtype.kind == "f" and (i != 3 or not domain) and not graph.open_axes:
+        if array is not None and array.dtype.kind in "fb" and (i != 3 or not domain):
+            if array.dtype.kind == "b":
+                array = np.where(array, np.float32(0), np.float32(-np.inf))
             bias = np.broadcast_to(array, (batch, heads, *array.shape[-2:])).reshape(batch * heads, *array.shape[-2:])
-        elif array is None or (array.dtype.kind == "b" and not array.all()) or array.dtype.kind != "b":
+        elif array is None or not _sees_all(array, keys):
             told.append(f"{name} has a mask, {given[:60]!r}; pass it as attn_mask or key_padding_mask in each call")
     return Parts(
         q,
@@ -132,7 +135,13 @@ def from_operator(graph, node, name):
         told,
         causal,
         rotary,
+        tuple(sides),
     )
+
+
+def _sees_all(mask, keys):
+    """Whether a known mask_index, flags (B, S) or numbers of keys (B,), leaves all keys."""
+    return bool((mask == keys).all() if mask.ndim == 1 else mask.all())
 
 
 def _operator_rotary(graph, node, name, attributes, size):

@@ -61,9 +61,9 @@ def computed(graph, name, leaves):
     return None if missing else made
 
 
-def between(graph, start, end):
-    """What stands between two values, for errors."""
-    nodes = graph.way(end, lambda node: None if start in node.output else [
+def between(graph, starts, end):
+    """What stands between values and one that is computed of them, for errors."""
+    nodes = graph.way(end, lambda node: None if starts.intersection(node.output) else [
         each for each in node.input if each and graph.constant(each) is None])
     return ", ".join(title(node) for node in nodes[:12]) or "nothing"
 

@@ -276,6 +276,7 @@ class Parts:
     told: Any = ()
     causal: bool = False
     rotary: Any = None
+    window: Any = (-1, -1)
 
 
 def is_map_of(graph):

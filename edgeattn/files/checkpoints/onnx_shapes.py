@@ -75,11 +75,17 @@ def shapes_of(graph, node):
         functions.check_axes(first)
         moved = functions.LAYOUT[kind](attributes, np.broadcast_to(_EMPTY, first), *rest, **more)
         return [part.shape for part in moved] if kind == "Split" else moved.shape
+    if kind == "GatherElements":
+        return shapes[1]
+    if kind == "GatherND":
+        axes = attributes.get("batch_dims", 0)
+        return None if shapes[1] is None else (*shapes[1][:-1], *first[axes + shapes[1][-1]:])
     if kind == "DynamicQuantizeLinear":
         return [first, (), ()]
     if kind in _FIRST_OF:
         return [first] * len(node.output)
     if kind in functions.ELEMENTWISE:
+        shapes = [shape for name, shape in zip(node.input, shapes, strict=True) if name]
         return None if None in shapes else np.broadcast_shapes(*shapes)
     if kind == "Concat":
         axis = attributes.get("axis", 0) % len(first)

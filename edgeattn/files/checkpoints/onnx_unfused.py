@@ -55,6 +55,12 @@ class _Nodes:
         self.made.append(made)
         return to
 
+    def split(self, value):
+        """The names of the halves of a value's last axis."""
+        first = self.add("Split", value, axis=-1, num_outputs=2)
+        self.made[-1].output.append(second := f"{first} 2")
+        return first, second
+
     @property
     def epsilon(self):
         return self.attributes["epsilon"].f if "epsilon" in self.attributes else _EPS
@@ -104,7 +110,24 @@ def _biased(w):
     return w.made
 
 
+def _rotary(w):
+    x, cosines, sines = w.node.input[:3]
+    given = {name: entry.i for name, entry in w.attributes.items()}
+    maker = w.maker.get(x)
+    heads_apart = maker is not None and any(entry.name == "perm" and len(entry.ints) == 4 for entry in maker.attribute)
+    if w.node.domain not in ("", "ai.onnx") or given.get("interleaved") or given.get("rotary_embedding_dim") or not (
+            heads_apart):
+        return [w.node]
+    tables = [w.add("Gather", table, w.input(3)) if w.input(3) else table for table in (cosines, sines)]
+    cosines, sines = (w.add("Unsqueeze", table, axes=[1]) for table in tables)
+    first, second = w.split(x)
+    w.add("Concat", w.add("Sub", w.add("Mul", first, cosines), w.add("Mul", second, sines)),
+          w.add("Add", w.add("Mul", first, sines), w.add("Mul", second, cosines)), to=w.output(0), axis=-1)
+    return w.made
+
+
 _WRITERS = {
+    "RotaryEmbedding": _rotary,
     "SkipLayerNormalization": _skip_norm,
     "SkipSimplifiedLayerNormalization": _skip_norm,
     "EmbedLayerNormalization": _embedding,
