@@ -313,10 +313,11 @@ def read_image(graph, nodes):
     if start.shape != (batch, tokens, features) or first < 0 or (index[:, first:] != wanted).any() or (
             (factor[:, first:] != 1).any() or factor[:, :first].any()):
         raise NotRead(f"{title(conv)} must give a token for each patch, row by row, behind the tokens that are none")
-    places = np.array(start.known()[0], np.float32)
-    if (start.known() != places).any():
+    added = start.known()
+    if (added != added[:1]).any():
         raise NotRead(f"what is added to the patches of {title(conv)} must be the same for each image")
     bias = np.zeros(features, np.float32) if bias is None else np.asarray(bias, np.float32)
+    places = np.array(added[0], np.float32)
     places[:first] -= bias
     return Image(np.asarray(weight, np.float32), bias, places, tuple(attributes.get("strides", (1, 1))), pixels[2:],
                  encoder)
