@@ -112,9 +112,9 @@ def test_checkpoints_of_other_libraries(quant_command):
     quant_command("quantize", "torch.npz", "t.safetensors", "-o", "tq.safetensors", "--torch-prefix", "att.",
                   "--num-heads", 4)
     for option in ("--bert-prefix", "--prefix"):
-        quant_command("export", "bert.safetensors", f"{option}.tflite", option, "b.", "--num-heads", 2,
+        quant_command("export", "bert.safetensors", f"{option[2:]}.tflite", option, "b.", "--num-heads", 2,
                       "--sequence-length", 9)
-    assert Path("--bert-prefix.tflite").read_bytes() == Path("--prefix.tflite").read_bytes()
+    assert Path("bert-prefix.tflite").read_bytes() == Path("prefix.tflite").read_bytes()
     error = quant_command("export", "torch.npz", "z.tflite", "--torch-prefix", "att.", "--sequence-length", 9, status=2)
     assert error == "quant export: --num-heads is required for a checkpoint, which does not name it\n"
     error = quant_command("export", "torch.npz", "z.tflite", "--torch-prefix", "", "--bert-prefix", "", status=2)
