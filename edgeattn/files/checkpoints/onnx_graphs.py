@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgeattn.files.checkpoints.onnx_encoders import Encoder, read_encoder
+from edgeattn.files.checkpoints.onnx_encoders import Encoder, read_encoder, root_of
 from edgeattn.files.checkpoints.onnx_layers import attention_at
 from edgeattn.files.checkpoints.onnx_models import Image, Text, read_image, read_text
 from edgeattn.files.checkpoints.onnx_nodes import Graph, title
@@ -96,8 +96,15 @@ def onnx_encoder(path_or_model: Path | OnnxModel) -> Encoder:
     UserWarning
         As `onnx_weights`; and where the model's input and output are not the encoder's.
     """
-    found = read_graph(open_graph(path_or_model), lambda graph: read_encoder(graph, attention_nodes(graph)))
-    for told in found.told:
+    def read(graph):
+        found = read_encoder(graph, attention_nodes(graph))
+        ends = {root_of(graph, name) for name in graph.outputs}
+        return found, found.start in graph.inputs and found.end in ends
+
+    found, whole = read_graph(open_graph(path_or_model), read)
+    for told in found.told + ([] if whole else [
+            f"the encoder takes {found.start!r} and gives {found.end!r}; what the model computes before and behind is "
+            "not part of it"]):
         warnings.warn(told, stacklevel=3)
     return found
 

@@ -203,7 +203,9 @@ def test_what_is_in_front_and_behind_is_left():
     x = layer(graph, graph.add("Relu", "x"))
     graph.inputs["x"] = np.abs(graph.inputs["x"])
     model = graph.model(graph.add("Softmax", graph.linear(x, seeded(E, 3))))
-    encoder = TransformerEncoder.from_onnx(model)
+    with pytest.warns(UserWarning, match=f"the encoder takes 'value0_0' and gives '{x}'; what the model computes") as told:
+        encoder = TransformerEncoder.from_onnx(model)
+    assert told[0].filename == __file__
     model.graph.output[0].name = x
     np.testing.assert_allclose(computed(encoder, graph.inputs["x"]),
                                ReferenceEvaluator(model).run(None, graph.inputs)[0], **CLOSE)
