@@ -373,8 +373,7 @@ READERS = {
     "keras npz": Reader(".npz", MHA.from_keras, lambda: npz({f"arr_{i}": a for i, a in enumerate(keras_variables().values())}), zip_parts),
     "onnx": Reader(".onnx", MHA.from_onnx, lambda: onnx_model().SerializeToString(), onnx_parts),
     "onnx packed": Reader(".onnx", MHA.from_onnx, lambda: onnx_model("packed").SerializeToString(), onnx_parts),
-    "onnx encoder": Reader(".onnx", edgeattn.TransformerEncoder.from_onnx, onnx_text, onnx_parts, share=0.5),
-    "onnx text": Reader(".onnx", edgeattn.TextEncoder.from_onnx, onnx_text, onnx_parts, share=0.5),
+    "onnx text": Reader(".onnx", edgeattn.TextEncoder.from_onnx, onnx_text, onnx_parts, share=0.1),
     "calibration": Reader(".safetensors", quant.Calibration.load, lambda: saved(
         lambda: quant.calibrate(float_layer(), [numbers(1, 4, E)])), safetensors_parts),
     "DATA npz": Reader(".npz", read_data, lambda: npz({"query": numbers(2, 4, E), "key_padding_mask": np.ones((2, 4), bool),

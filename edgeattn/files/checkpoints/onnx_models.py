@@ -199,8 +199,8 @@ def _real_table(graph, node, table):
         constants = [] if behind is None or behind.op_type != "DequantizeLinear" else [
             graph.constant(name) if name else None for name in list(behind.input)[1:]]
         if not constants or constants[0] is None or np.size(constants[0]) != 1:
-            raise NotRead(f"{title(node)} must gather rows of numbers, or of codes with one scale in a DequantizeLinear "
-                          f"behind it, got {table.dtype}")
+            raise NotRead(f"{title(node)} must gather rows of numbers, or of codes with one scale in a "
+                          f"DequantizeLinear behind it, got {table.dtype}")
         table = functions.dequantized({}, table, *constants)
     return np.asarray(table, np.float32)
 

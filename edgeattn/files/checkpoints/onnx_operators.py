@@ -6,7 +6,15 @@ import numpy as np
 
 from edgeattn.checks import count
 from edgeattn.files.checkpoints.onnx_elements import Elements, trace
-from edgeattn.files.checkpoints.onnx_projections import Map, Parts, check_sources, is_map_of, no_projection, projected
+from edgeattn.files.checkpoints.onnx_projections import (
+    Map,
+    Parts,
+    before_codes,
+    check_sources,
+    is_map_of,
+    no_projection,
+    projected,
+)
 from edgeattn.files.checkpoints.onnx_values import NotRead
 
 OPERATORS = {
@@ -192,7 +200,7 @@ def _packed_operator(graph, node, name, attributes):
     made = f"{graph.output(node)} before"  # the product that the operator makes first
     graph.shapes[made] = (*rows[:2], columns)
     graph.maker.setdefault(made, node)
-    graph.maps[made] = Map(node.input[0], weight, bias)
+    graph.maps[made] = Map(before_codes(graph, node.input[0]), weight, bias)
     whole = Elements.of(made, graph.shapes[made])
     return (
         *(

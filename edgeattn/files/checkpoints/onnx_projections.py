@@ -55,7 +55,7 @@ def linear(graph, name):
         weight, bias = _real(known(1), known(2), known(3)), known(4)
     elif kind == "MatMulIntegerToFloat":
         weight, bias = _real(known(1), known(3), known(5)), known(6)
-        source = _before_codes(graph, source)
+        source = before_codes(graph, source)
     elif kind in ("QLinearMatMul", "QGemm"):
         weight = _real(known(3), known(4), known(5))
         weight = weight.T if weight is not None and attributes.get("transB") else weight
@@ -85,11 +85,12 @@ def _integer_map(graph, node):
         zero = graph.constant(graph.input(integer, 3)) if graph.input(integer, 3) else None
         weight = _real(graph.constant(graph.input(integer, 1)), scale[0] if len(scale) == 1 else None, zero)
         if weight is not None and weight.ndim == 2:
-            return Map(_before_codes(graph, graph.input(integer, 0)), weight)
+            return Map(before_codes(graph, graph.input(integer, 0)), weight)
     return None
 
 
-def _before_codes(graph, name):
+def before_codes(graph, name):
+    """The value that codes are of."""
     maker = graph.maker.get(name)
     return (
         graph.input(maker, 0)
