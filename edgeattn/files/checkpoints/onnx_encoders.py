@@ -24,6 +24,7 @@ from edgeattn.files.checkpoints.onnx_values import NotRead
 
 _PLAIN = (*functions.SAME, "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten")
 _FEW_NODES, _MOST_VALUES = 24, 64
+LONG = 150  # tokens: half the widest window of models known is 64
 _ROWS = 64  # of numbers that an activation is computed for
 
 
@@ -39,7 +40,11 @@ class Layer:
     norm1: tuple
     norm2: tuple
     norm_first: bool
-    window_size: tuple = (-1, -1)
+
+    @property
+    def window_size(self):
+        """(left, right) that each token sees."""
+        return self.attention.window
 
 
 @dataclasses.dataclass
@@ -55,7 +60,7 @@ class Encoder:
     def told(self):
         """What is to be given with each call, once for all layers."""
         texts = [text.replace(title(layer.attention.node), "attention")
-                 for layer in self.layers for text in layer.attention.told]
+                 for layer in self.layers for text in layer.attention.told if "has a window" not in text]
         return list({re.sub("'.*'", "", text): text for text in reversed(texts)}.values())[::-1]
 
 
@@ -99,6 +104,14 @@ def read_encoder(graph, nodes):
             raise NotRead(f"{title(graph.maker[stream])} must have a norm behind it, as the other sums, got none")
     end, norm = _norm_behind(graph, stream)
     return Encoder(layers, norm, start, end)
+
+
+def look_further(encoder, graph, nodes):
+    """Take masks from the graph of longer sequences: a window is not seen in those of a few tokens."""
+    for layer, node in zip(encoder.layers, nodes, strict=True):
+        found = attention_at(graph, node)
+        layer.attention = dataclasses.replace(layer.attention, told=found.told, causal=found.causal,
+                                              window=found.window)
 
 
 def _layer(graph, attention):

@@ -7,13 +7,14 @@ list of forms that exporters write.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgeattn.files.checkpoints.onnx_encoders import Encoder, read_encoder, root_of
+from edgeattn.files.checkpoints.onnx_encoders import LONG, Encoder, look_further, read_encoder, root_of
 from edgeattn.files.checkpoints.onnx_layers import attention_at
 from edgeattn.files.checkpoints.onnx_models import Image, Text, read_image, read_text
 from edgeattn.files.checkpoints.onnx_nodes import Graph, title
@@ -96,12 +97,19 @@ def onnx_encoder(path_or_model: Path | OnnxModel) -> Encoder:
     UserWarning
         As `onnx_weights`; and where the model's input and output are not the encoder's.
     """
-    def read(graph):
+    graphs = open_graph(path_or_model)
+
+    def read(batch):
+        graph = graphs(batch)
         found = read_encoder(graph, attention_nodes(graph))
+        if graph.open_axes:
+            with contextlib.suppress(NotRead):  # of a model that was traced for one length
+                further = graphs(batch, None, LONG)
+                look_further(found, further, attention_nodes(further))
         ends = {root_of(graph, name) for name in graph.outputs}
         return found, found.start in graph.inputs and found.end in ends
 
-    found, whole = read_graph(open_graph(path_or_model), read)
+    found, whole = read_graph(lambda batch: batch, read)
     for told in found.told + ([] if whole else [
             f"the encoder takes {found.start!r} and gives {found.end!r}; what the model computes before and behind is "
             "not part of it"]):

@@ -8,8 +8,7 @@ import numpy as np
 
 from edgeattn.files.checkpoints import onnx_functions as functions
 from edgeattn.files.checkpoints.onnx_elements import trace
-from edgeattn.files.checkpoints.onnx_encoders import Encoder, map_of, read_encoder, root_of
-from edgeattn.files.checkpoints.onnx_layers import attention_at
+from edgeattn.files.checkpoints.onnx_encoders import LONG, Encoder, look_further, map_of, read_encoder, root_of
 from edgeattn.files.checkpoints.onnx_nodes import title
 from edgeattn.files.checkpoints.onnx_probes import computed, norm_between
 from edgeattn.files.checkpoints.onnx_projections import linear
@@ -18,7 +17,6 @@ from edgeattn.files.paths import reason
 
 _FEW_TYPES = 16  # a table with as many rows at most is one of token types
 _FEW_VALUES = 24
-_LONG = 150  # tokens: half the widest window of models known is 64
 _LAYOUT = ("Unsqueeze", "Squeeze", "Reshape", "Expand", "Slice", *functions.SAME)
 
 
@@ -72,24 +70,21 @@ def read_text(graphs, nodes_of):
     if text.tokens is None:
         raise NotRead(f"the embedding of tokens must be a Gather from a constant table by the input {ids!r}, got none "
                       f"in front of {encoder.start[:100]!r}")
-    longest = _LONG if text.positions is None else len(text.positions) - (text.padding_id or -1) - 1
-    _masks(graphs(bound, min(longest, _LONG)), text, nodes_of)
+    longest = LONG if text.positions is None else len(text.positions) - (text.padding_id or -1) - 1
+    _masks(graphs(bound, min(longest, LONG)), text, nodes_of)
     text.pooling, text.normalize = _pooling(graphs, bound, encoder.end, ids)
     return text
 
 
 def _masks(graph, text, nodes_of):
-    """Take the masks of a graph of long texts; a window is not seen in those of a few tokens."""
-    layers, causal = text.encoder.layers, set()
-    for layer, node in zip(layers, nodes_of(graph), strict=True):
-        found = attention_at(graph, node)
-        told = [each for each in found.told if "is causal" not in each and "has a window" not in each]
-        if told:
-            raise NotRead(f"a text encoder must have no masks but padding, causal ones and windows, got: {told[0]}; "
-                          "from_pretrained reads models with relative positions from their folders, and "
-                          "TransformerEncoder.from_onnx the layers alone")
-        layer.window_size = found.window
-        causal.add(found.causal or found.window[1] == 0)
+    """Take the masks of a graph of long texts."""
+    look_further(text.encoder, graph, nodes_of(graph))
+    told = [each for each in text.encoder.told if "is causal" not in each]
+    if told:
+        raise NotRead(f"a text encoder must have no masks but padding, causal ones and windows, got: {told[0]}; "
+                      "from_pretrained reads models with relative positions from their folders, and "
+                      "TransformerEncoder.from_onnx the layers alone")
+    causal = {layer.attention.causal or layer.window_size[1] == 0 for layer in text.encoder.layers}
     if len(causal) > 1:
         raise NotRead("a text encoder must have all layers causal, or none, got some")
     text.is_causal = causal.pop()

@@ -482,3 +482,13 @@ def test_tokenizers_are_found_beside_the_model(tmp_path):
     with contextlib.suppress(FileNotFoundError):
         (tmp_path / "modules.json").unlink()
     assert TextEncoder.from_onnx(inner / "model.onnx").tokenizer is None
+
+
+def test_windows_wider_than_a_few_tokens_are_seen():
+    """Of a mask computed of the length, which leaves all keys of a short sequence."""
+    graph = Graph(x=seeded(B, L, E))
+    places = graph.add("Range", np.array(0), graph.add("Squeeze", graph.add("Shape", "x", start=1, end=2)), np.array(1))
+    apart = graph.add("Abs", graph.add("Sub", graph.add("Unsqueeze", places, np.array([0])), graph.add("Unsqueeze", places, np.array([1]))))
+    mask = graph.add("Where", graph.add("Less", apart, np.array(7)), number(0), number(-np.inf))
+    encoder = TransformerEncoder.from_onnx(open_axes(graph.model(layer(graph, "x", mask=mask)), "b", "l"))
+    assert encoder.layers[0].window_size == (6, 6)
