@@ -20,7 +20,7 @@ from edgeattn.files.checkpoints.onnx_models import Image, Text, read_image, read
 from edgeattn.files.checkpoints.onnx_nodes import Graph, title
 from edgeattn.files.checkpoints.onnx_operators import OPERATORS, domain_of
 from edgeattn.files.checkpoints.onnx_products import product
-from edgeattn.files.checkpoints.onnx_values import NotRead, Values
+from edgeattn.files.checkpoints.onnx_values import NotRead, UnknownShape, Values
 from edgeattn.files.paths import reading
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from edgeattn.types import OnnxModel, Path
 
 _TOLD = 20  # names in an error
+_FEW, _LONGEST = 4, 4096  # lengths that a graph is tried for, and the longest of them
 
 
 def onnx_weights(
@@ -75,7 +76,11 @@ def onnx_weights(
         When the graph masks its scores, or has a window or a softcap, which here are arguments of each call.
     """
     graphs = open_graph(path_or_model)
-    found = read_graph(graphs, lambda graph: attention_at(graph, choose(graph, node)))
+    def read(*sizes):
+        graph = graphs(*sizes)
+        return attention_at(graph, choose(graph, node))
+
+    found = read_graph(graphs, read)
     for told in found.told:
         warnings.warn(told, stacklevel=3)
     return found.heads, found.kv_heads, found.arguments
@@ -99,17 +104,17 @@ def onnx_encoder(path_or_model: Path | OnnxModel) -> Encoder:
     """
     graphs = open_graph(path_or_model)
 
-    def read(batch):
-        graph = graphs(batch)
+    def read(*sizes):
+        graph = graphs(*sizes)
         found = read_encoder(graph, attention_nodes(graph))
         if graph.open_axes:
             with contextlib.suppress(NotRead):  # of a model that was traced for one length
-                further = graphs(batch, None, LONG)
+                further = graphs(sizes[0], None, LONG)
                 look_further(found, further, attention_nodes(further))
         ends = {root_of(graph, name) for name in graph.outputs}
         return found, found.start in graph.inputs and found.end in ends
 
-    found, whole = read_graph(lambda batch: batch, read)
+    found, whole = read_graph(graphs, read)
     for told in found.told + ([] if whole else [
             f"the encoder takes {found.start!r} and gives {found.end!r}; what the model computes before and behind is "
             "not part of it"]):
@@ -128,8 +133,7 @@ def onnx_text(path_or_model: Path | OnnxModel) -> Text:
         Naming the node where something else stands than in a text encoder.
     """
     graphs = open_graph(path_or_model)
-    return read_graph(lambda batch: batch, lambda batch: read_text(lambda *options: graphs(batch, *options),
-                                                                     attention_nodes))
+    return read_graph(graphs, lambda batch, *_: read_text(lambda *options: graphs(batch, *options), attention_nodes))
 
 
 def onnx_image(path_or_model: Path | OnnxModel) -> Image:
@@ -140,7 +144,13 @@ def onnx_image(path_or_model: Path | OnnxModel) -> Image:
     ValueError
         Naming the node where something else stands than in an image encoder.
     """
-    return read_graph(open_graph(path_or_model), lambda graph: read_image(graph, attention_nodes(graph)))
+    graphs = open_graph(path_or_model)
+
+    def read(*sizes):
+        graph = graphs(*sizes)
+        return read_image(graph, attention_nodes(graph))
+
+    return read_graph(graphs, read)
 
 
 def open_graph(path_or_model):
@@ -155,16 +165,32 @@ def open_graph(path_or_model):
 
 
 def read_graph(graphs, read):
-    """What `read(graph)` gives of a model; one that was traced for one sequence is read as such."""
+    """What `read(*sizes)` gives of a model, sizes as `graphs` takes them; one that was traced for some is read so."""
     # a damaged factor may take weights beyond float32
     with np.errstate(all="ignore"):
         try:
-            return read(graphs(2))
+            return read(2)
         except NotRead as error:
-            try:
-                return read(graphs(1))
-            except NotRead:
-                raise error from None
+            # of layouts with the length first, too, where it is taken for the batch
+            lengths = _traced(graphs(2)) if isinstance(error, UnknownShape) else []
+            for sizes in ((1,), *((length,) for length in lengths), *((2, None, length) for length in lengths)):
+                with contextlib.suppress(NotRead):
+                    return read(*sizes)
+            raise error from None
+
+
+def _traced(graph):
+    """Lengths that the shapes of a graph have as constants where they have others computed."""
+    found = []
+    for node in graph.nodes:
+        if node.op_type == "Concat" and any(
+                reader.op_type == "Reshape" for reader in graph.readers.get(graph.output(node), ())):
+            for name in node.input:
+                maker = graph.maker.get(name)
+                array = graph.constant(name) if maker is None or maker.op_type == "Constant" else None
+                if array is not None and array.size == 1 and array.dtype.kind in "iu" and 1 < array.item() <= _LONGEST:
+                    found.append(array.item())
+    return list(dict.fromkeys(found))[:_FEW]
 
 
 def _load(path_or_model):

@@ -37,6 +37,10 @@ class NotRead(ValueError):
     """What is wrong with a graph, not yet with the name of the file."""
 
 
+class UnknownShape(NotRead):
+    """A shape that is not known, or not possible, for the lengths that a graph is read for."""
+
+
 class Values:
     """Reads attributes and tensors of one model.
 

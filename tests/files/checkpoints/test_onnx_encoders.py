@@ -492,3 +492,25 @@ def test_windows_wider_than_a_few_tokens_are_seen():
     mask = graph.add("Where", graph.add("Less", apart, np.array(7)), number(0), number(-np.inf))
     encoder = TransformerEncoder.from_onnx(open_axes(graph.model(layer(graph, "x", mask=mask)), "b", "l"))
     assert encoder.layers[0].window_size == (6, 6)
+
+
+@pytest.mark.parametrize("first", ["length", "batch"])
+def test_graphs_that_were_traced_for_one_length(first):
+    """As torch.nn.MultiheadAttention is exported: axes are open, and the keys' length is a constant of the trace."""
+    length, graph = 7, Graph(x=seeded(*((7, B) if first == "length" else (B, 7)), E))
+    turned = "x" if first == "length" else graph.add("Transpose", "x", perm=[1, 0, 2])
+    batch = graph.add("Mul", graph.add("Shape", turned, start=1, end=2), np.array([H]))
+    q, k, v = (graph.add("Transpose", graph.add("Reshape", dense(graph, turned, E, E, i), graph.add(
+        "Concat", np.array([length]), batch, np.array([D]), axis=0)), perm=[1, 0, 2]) for i in range(3))
+    scores = graph.add("Mul", graph.add("MatMul", q, graph.add("Transpose", k, perm=[0, 2, 1])), number(D**-0.5))
+    context = graph.add("Transpose", graph.add("MatMul", graph.add("Softmax", scores, axis=-1), v), perm=[1, 0, 2])
+    given = graph.add("Shape", turned, start=1, end=2)
+    rows = graph.add("Reshape", context, graph.add("Concat", np.array([length]), given, np.array([E]), axis=0))
+    rows = dense(graph, rows, E, E, 3)
+    rows = rows if first == "length" else graph.add("Transpose", rows, perm=[1, 0, 2])
+    x = norm_node(graph, graph.add("Add", "x", rows), seeded(E), seeded(E))
+    x = norm_node(graph, graph.add("Add", x, feed_forward(graph, x, 5)), seeded(E), seeded(E))
+    model = open_axes(graph.model(x), "a", "b")
+    wanted = ReferenceEvaluator(model).run(None, graph.inputs)[0]
+    tokens, wanted = (each.swapaxes(0, 1) if first == "length" else each for each in (graph.inputs["x"], wanted))
+    np.testing.assert_allclose(computed(TransformerEncoder.from_onnx(model), tokens), wanted, **CLOSE)
