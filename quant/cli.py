@@ -35,7 +35,7 @@ ROWS_AT_ONCE = 32
 ADVICE = {
     "read checkpoints of other libraries with MultiHeadAttention.from_torch or from_bert, a whole model from its "
     "folder with edgeattn.from_pretrained":
-        "read checkpoints of other libraries with --torch-prefix or --bert-prefix, and --num-heads; a whole model by "
+        "read checkpoints of other libraries with --prefix or --torch-prefix, and --num-heads; a whole model by "
         "its folder",
     "convert a torch checkpoint with safetensors.torch.save_file(state_dict, path)":
         "convert a torch checkpoint with safetensors.torch.save_file(state_dict, path) in Python",
@@ -104,6 +104,8 @@ def layer_options(command):
     for option in (
         click.option("--num-heads", type=int, help="Number of heads in the checkpoint."),
         click.option("--bert-prefix", help='LAYER is a BERT checkpoint; what stands before "self.query.weight".'),
+        click.option("--prefix", help="LAYER is a checkpoint whose names tell its family, BERT, ViT, CLIP, T5, Llama, "
+                                      "GPT-2 ...; what stands before one attention layer's."),
         click.option("--torch-prefix", help="LAYER holds a torch.nn.MultiheadAttention; what stands before "
                                             '"in_proj_weight", "" if nothing does.'),
         click.argument("layer", type=path_argument),
@@ -117,8 +119,8 @@ def layer_options(command):
 def commands():
     """Turn a float attention layer, or a whole encoder or model, into an int8 one.
 
-    LAYER is a .safetensors file written by edgeattn.save; a checkpoint (.safetensors, .npz) read with --torch-prefix
-    or --bert-prefix, and --num-heads; or a folder with a model, as edgeattn.from_pretrained reads it.
+    LAYER is a .safetensors file written by edgeattn.save; a checkpoint (.safetensors, .npz) read with --prefix,
+    --torch-prefix or --bert-prefix, and --num-heads; or a folder with a model, as edgeattn.from_pretrained reads it.
 
     DATA are .npy files, each (B, L, E) or (L, E), or .npz files with arrays named as the arguments of the layer's
     call: query, key, value, attn_mask, key_padding_mask, is_causal, causal_alignment. Of an encoder or a model they
@@ -133,10 +135,10 @@ def commands():
 @click.option("-o", "--output", required=True, type=path_argument, help="The .safetensors file to write.")
 @click.option("--observer", type=click.Choice(list(OBSERVERS)), default="minmax", show_default=True,
               help="How ranges come from what is seen; a model has none.")
-def calibrate(layer, torch_prefix, bert_prefix, num_heads, data, output, observer):
+def calibrate(layer, prefix, torch_prefix, bert_prefix, num_heads, data, output, observer):
     """Run LAYER over DATA and keep the range of every tensor."""
     check_paths(output, layer, *data)
-    layer = read_layer(layer, torch_prefix, bert_prefix, num_heads)
+    layer = read_layer(layer, prefix, torch_prefix, bert_prefix, num_heads)
     calls = 0
 
     def run(batches):
@@ -168,13 +170,13 @@ def calibrate(layer, torch_prefix, bert_prefix, num_heads, data, output, observe
               help="The TFLite kernel set that a static layer equals; litert unless given.")
 @click.option("--attention", type=click.Choice(["int8", "float32"]),
               help="Of a model: float32 leaves its attention as it is; int8 unless given.")
-def quantize(layer, torch_prefix, bert_prefix, num_heads, calibration, output, scheme, arithmetic, attention):
+def quantize(layer, prefix, torch_prefix, bert_prefix, num_heads, calibration, output, scheme, arithmetic, attention):
     """Make an int8 layer of LAYER and of CALIBRATION, which `quant calibrate` wrote.
 
     A model needs no CALIBRATION: one chooses on your data which inputs stay float32.
     """
     check_paths(output, layer, calibration)
-    layer = read_layer(layer, torch_prefix, bert_prefix, num_heads)
+    layer = read_layer(layer, prefix, torch_prefix, bert_prefix, num_heads)
     if isinstance(layer, MODELS):
         if arithmetic is not None:
             raise click.UsageError("--arithmetic must be left out for a model, which is quantized by --scheme dynamic")
@@ -205,9 +207,9 @@ def quantize(layer, torch_prefix, bert_prefix, num_heads, calibration, output, s
 @click.argument("data", nargs=-1, required=True, type=path_argument)
 @arithmetic_option
 @click.option("--json", "as_json", is_flag=True, help="Print the same as JSON.")
-def compare(layer, torch_prefix, bert_prefix, num_heads, quantized, data, arithmetic, as_json):
+def compare(layer, prefix, torch_prefix, bert_prefix, num_heads, quantized, data, arithmetic, as_json):
     """Say what int8 cost: every tensor of QUANTIZED against LAYER on DATA; of a model each half of each layer."""
-    layer = read_layer(layer, torch_prefix, bert_prefix, num_heads)
+    layer = read_layer(layer, prefix, torch_prefix, bert_prefix, num_heads)
     int8 = edgeattn.load(quantized, arithmetic=arithmetic)
     report = with_file_names(layer, data, lambda batches: quant.compare(layer, int8, batches))
     report = dataclasses.replace(report, lints=[in_words_of_the_command(lint) for lint in report.lints])
@@ -233,14 +235,14 @@ def compare(layer, torch_prefix, bert_prefix, num_heads, quantized, data, arithm
 @click.option("--mask", help='"causal", or a .npy file with a bool mask, True = attend.')
 @click.option("--test-vectors", type=int, help="How many to write beside a .c, with a program that checks them.")
 @click.option("--target", type=click.Choice([*TARGETS, NATIVE]), help="The processor of a .so; native: this machine's.")
-def export(layer, torch_prefix, bert_prefix, num_heads, path, batch, sequence_length, key_length, mask, test_vectors,
-           target):
+def export(layer, prefix, torch_prefix, bert_prefix, num_heads, path, batch, sequence_length, key_length, mask,
+           test_vectors, target):
     """Write LAYER to OUT."""
     if target is not None and path.is_dir():
         path /= f"attention-{target}.so"
     mask_file = None if mask in (None, "causal") else Path(mask)
     check_paths(path, layer, mask_file)
-    layer = read_layer(layer, torch_prefix, bert_prefix, num_heads)
+    layer = read_layer(layer, prefix, torch_prefix, bert_prefix, num_heads)
     if mask_file is not None:
         mask = read_npy(mask_file)
     path = quant.export(layer, path, batch=batch, sequence_length=sequence_length, key_length=key_length, mask=mask,
@@ -271,18 +273,23 @@ def check_paths(output: Path, *inputs: Path | None) -> None:
         raise ValueError(f"cannot write {output}: there is no folder {output.parent}") from None
 
 
-def read_layer(path: Path, torch_prefix: str | None, bert_prefix: str | None, num_heads: int | None):
+def read_layer(path: Path, prefix: str | None, torch_prefix: str | None, bert_prefix: str | None,
+               num_heads: int | None):
     """The layer that LAYER and its options name."""
-    if torch_prefix is None and bert_prefix is None:
+    given = {name: value for name, value in (
+        ("--prefix", prefix), ("--torch-prefix", torch_prefix), ("--bert-prefix", bert_prefix)) if value is not None}
+    if not given:
         if num_heads is not None:
-            raise click.UsageError("--num-heads needs --torch-prefix or --bert-prefix: a saved layer knows its heads")
+            raise click.UsageError("--num-heads needs --prefix or --torch-prefix: a saved layer knows its heads")
         if path.suffix == ".npz":
-            raise click.UsageError(f"{path} is a checkpoint: give --torch-prefix or --bert-prefix, and --num-heads")
+            raise click.UsageError(f"{path} is a checkpoint: give --prefix or --torch-prefix, and --num-heads")
         return edgeattn.from_pretrained(path) if path.is_dir() else edgeattn.load(path)
-    if torch_prefix is not None and bert_prefix is not None:
-        raise click.UsageError("--torch-prefix and --bert-prefix exclude each other")
+    if len(given) > 1:
+        raise click.UsageError(f"{' and '.join(given)} exclude each other")
     if num_heads is None:
         raise click.UsageError("--num-heads is required for a checkpoint, which does not name it")
+    if prefix is not None:
+        return MultiHeadAttention.from_checkpoint(path, prefix, num_heads)
     if torch_prefix is not None:
         return MultiHeadAttention.from_torch(path, num_heads, torch_prefix)
     return MultiHeadAttention.from_bert(path, bert_prefix, num_heads)

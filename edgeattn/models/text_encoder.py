@@ -11,10 +11,13 @@ import numpy as np
 
 from edgeattn.checks import as_array, count, flag, is_one_of
 from edgeattn.device import Placeable
-from edgeattn.files.paths import reading, reason
+from edgeattn.files import checkpoints
+from edgeattn.files.paths import named, reading, reason
 from edgeattn.kv_cache import KVCache
 from edgeattn.layers.embedding import Embedding
 from edgeattn.layers.encoder import TransformerEncoder
+from edgeattn.layers.linear import Linear
+from edgeattn.layers.norm import norm_of
 from edgeattn.layers.state import Stored
 from edgeattn.ops import Pooling
 
@@ -23,9 +26,10 @@ if TYPE_CHECKING:
     from typing import Any, SupportsIndex
 
     from numpy.typing import ArrayLike, NDArray
+    from typing_extensions import Self
 
     from edgeattn.ops import Ops, Sequences, T
-    from edgeattn.types import Flag, Float32s
+    from edgeattn.types import Flag, Float32s, OnnxModel, Path
 
 _POOLINGS = get_args(Pooling)
 
@@ -67,6 +71,46 @@ class TextEncoder(Placeable, Stored):
         self.normalize, self.is_causal = flag("normalize", normalize), flag("is_causal", is_causal)
         self.tokenizer, self.lower_case = tokenizer, flag("lower_case", lower_case)
         self.max_length = None if max_length is None else count("max_length", max_length)
+
+    @classmethod
+    def from_onnx(cls, path_or_model: Path | OnnxModel, *, tokenizer: Path | None = None) -> Self:
+        """The text encoder of an ONNX model: BERT, DistilBERT, RoBERTa and the like, whatever exported it.
+
+        The layers are found as `TransformerEncoder.from_onnx` finds them; in front of them embeddings of token ids, of
+        positions and of types are gathered and added. Pooling is the graph's, where it has one, or that of a folder of
+        sentence-transformers; "mean" where neither says. Heads behind the layers are left out.
+
+        Parameters
+        ----------
+        path_or_model : path or onnx.ModelProto
+            Needs the onnx package.
+        tokenizer : path, optional
+            Folder with tokenizer.json and what sentence-transformers puts beside it. Unless given it is looked for in
+            the model's folder and the one around that.
+
+        Raises
+        ------
+        ImportError
+            Where the package onnx is missing.
+        OSError
+            Where a file is missing or cannot be read.
+        ValueError
+            Naming the file, and the node where something else stands than in a text encoder.
+        """
+        from edgeattn.models.sentence_folder import folder_of, modules_of, options_beside
+
+        folder = folder_of(path_or_model, tokenizer)
+        with named(path_or_model):
+            found = checkpoints.onnx_text(path_or_model)
+            projection = None if found.projection is None else Linear(*found.projection)
+            norm: Any = norm_of(found.norm)
+            embedding = Embedding(found.tokens, found.positions, found.types, norm=norm,
+                                  projection=projection, padding_id=found.padding_id)
+            encoder = TransformerEncoder.from_found(found.encoder)
+        options = {} if folder is None else options_beside(folder, modules_of(folder), encoder.embed_dim)
+        if found.pooling is not None:
+            options |= {"pooling": found.pooling, "normalize": found.normalize}
+        return cls(embedding, encoder, is_causal=found.is_causal, **options)
 
     @property
     def embed_dim(self) -> int:
