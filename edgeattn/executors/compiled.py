@@ -40,6 +40,13 @@ class CompiledOps(NumpyOps):
         """x weight^T + bias."""
         return self._keep(name, linear.packed(x if x.dtype is FLOAT32 and x.flags.c_contiguous else to_float32(x)))
 
+    def static(self, x: Float32s, layer: Any, sequences: Sequences | None, name: str) -> Float32s:
+        """By the layer's kernels, unless something in it is to be kept."""
+        if self.record is not None:
+            return super().static(x, layer, sequences, name)
+        result: Float32s = layer.stage(None, None, residual=False)(np.ascontiguousarray(x), sequences)
+        return result
+
     def _attend(self, q: Float32s, k: Float32s, v: Float32s, layer: Any, mask: Mask, sequences: Sequences, name: str
                 ) -> Float32s:
         batch, heads, queries, keys = mask.shape

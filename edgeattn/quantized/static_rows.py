@@ -1,0 +1,75 @@
+"""Rows of float32 around a layer that takes codes: what the layers of a static int8 encoder have in common."""
+
+from __future__ import annotations
+
+import operator
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from edgeattn.quantized.parameters import QuantizedLinear, TensorQuantization
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from typing import Any, Literal
+
+    from numpy.typing import NDArray
+
+    from edgeattn.types import Codes, Float32s
+
+
+class StaticRows(Protocol):
+    """float32 rows in and out, every scale between fixed at calibration.
+
+    Attributes
+    ----------
+    more_inputs : tuple of int
+        Of each column of the codes behind those of the features, the column whose rest it holds: a feature that
+        reaches beyond the range of the codes has one column or more for what the range leaves of it.
+    """
+
+    scheme: Literal["static"] = "static"
+    more_inputs: tuple[int, ...]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles hold what a file holds: kernels belong to the process."""
+        return type(self).from_state, self.to_state()  # type: ignore[attr-defined]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its weights."""
+        return sum(array.nbytes for array in self.to_state()[1].values())  # type: ignore[attr-defined]
+
+
+def codes_of_rows(x: Float32s, quantization: TensorQuantization, more: Iterable[int]) -> Codes:
+    """int8 codes of rows (rows, features), with the columns of `more_inputs` behind them."""
+    columns = list(x.T)
+    with np.errstate(invalid="ignore"):
+        for source in more:
+            rest = columns[source] - quantization.dequantize(quantization.quantize(columns[source]))
+            columns.append(rest)
+    return quantization.quantize(np.stack(columns, axis=1))
+
+
+def checked_more(name: str, more: Iterable[Any], first: int) -> tuple[int, ...]:
+    """`more_inputs`, the first of which stands at column `first`; each must continue a column before it."""
+    found = tuple(operator.index(each) for each in more)
+    for i, source in enumerate(found):
+        if not 0 <= source < first + i:
+            raise ValueError(f"{name} must each be a column before their own, from 0 to {first + i - 1}; got {source}")
+    return found
+
+
+def linears_state(linears: Mapping[str, QuantizedLinear]) -> dict[str, NDArray[Any]]:
+    """The arrays of linear layers by name."""
+    return {f"{name}.{part}": array for name, linear in linears.items() for part in ("weight", "scale", "bias")
+            if (array := getattr(linear, part)) is not None}
+
+
+def linears_of(tensors: Mapping[str, Any]) -> dict[str, QuantizedLinear]:
+    """The inverse of `linears_state`."""
+    groups: dict[str, dict[str, Any]] = {}
+    for name, array in tensors.items():
+        group, _, part = name.rpartition(".")
+        groups.setdefault(group, {})[part] = array
+    return {name: QuantizedLinear(**parts) for name, parts in groups.items()}
