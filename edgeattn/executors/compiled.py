@@ -54,7 +54,7 @@ class CompiledOps(NumpyOps):
         added = added_keys(layer, batch) if layer.extra_keys else None
         context = np.empty((batch, heads, queries, layer.value_dim), np.float32)
         weights = None
-        if self._keeps(name + "probabilities"):
+        if self.keeps(name + "probabilities"):
             weights = np.zeros((batch, heads, queries, keys + layer.extra_keys), np.float32)
             self._keep(name + "probabilities", weights)
         if sequences.cache is None:

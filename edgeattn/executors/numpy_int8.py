@@ -133,12 +133,16 @@ class Int8Ops(Recorder, Ops["NDArray[Any]"]):
 
 def static_rows(ops: Recorder, x: Float32s, layer: Any, sequences: Sequences | None, name: str) -> Float32s:
     """What `Ops.static` says, for `ops` that keeps tensors by their names."""
-    record: dict[str, Any] = {}
-    codes_ops = Int8Ops(layer, record)
-    result = layer.rows_of(codes_ops, x, sequences)
-    for key, array in record.items():
-        if ops.record is not None and ops.keeps(name + key):
-            ops.record[name + key] = array
+    made: list[tuple[str, Int8Ops]] = []
+
+    def codes_ops(of: Any, part: str) -> Int8Ops:
+        made.append((part, Int8Ops(of, {})))
+        return made[-1][1]
+
+    result: Float32s = layer.rows_of(codes_ops, x, sequences)
+    if ops.record is not None:
+        ops.record |= {name + part + key: array for part, each in made for key, array in (each.record or {}).items()
+                       if ops.keeps(name + part + key)}
     return result
 
 

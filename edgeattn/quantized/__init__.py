@@ -11,6 +11,7 @@ from edgeattn.quantized.parameters import (
 )
 from edgeattn.quantized.score_ops import AddMask, MulConstant, ScoreOp, SelectMask, fit_mask, score_map
 from edgeattn.quantized.static import SMALLEST_SOFTMAX_SCALE, SOURCES, StaticMultiHeadAttention
+from edgeattn.quantized.static_attention import StaticSelfAttention
 from edgeattn.quantized.static_feed_forward import StaticFeedForward
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "SelectMask",
     "StaticFeedForward",
     "StaticMultiHeadAttention",
+    "StaticSelfAttention",
     "TensorQuantization",
     "fit_mask",
     "score_map",

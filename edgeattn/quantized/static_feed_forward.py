@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -83,7 +83,8 @@ class StaticFeedForward(StaticRows, TokenWise):
         self.more_inputs, self.more_outputs = checked_more("more_inputs", more_inputs, self.inputs), more_outputs
         if self.inputs < 0 or self.outputs < 0 or not all(
                 0 <= i < self.outputs and -128 <= code <= 127 for i, code in more_outputs):
-            raise ValueError(f"more_outputs must each name one of {self.outputs} outputs and a code; got {more_outputs}")
+            raise ValueError(f"more_outputs must be pairs of an output below {self.outputs} and a code; got "
+                             f"{more_outputs}")
         if large is not None and (not isinstance(large, StaticFeedForward) or large.inputs != self.inputs
                                   or large.outputs != self.outputs):
             raise ValueError(f"large must be a StaticFeedForward of {self.inputs} inputs and {self.outputs} outputs; "
@@ -134,16 +135,16 @@ class StaticFeedForward(StaticRows, TokenWise):
             hidden = ops.multiply(hidden, linear["linear1"], "gated")
         return ops.linear(hidden, self.linears["linear2"], "linear2")
 
-    def rows_of(self, ops: Any, x: Float32s, sequences: Sequences | None = None) -> Float32s:
-        """float32 (tokens, E) -> (tokens, Eo), the codes between computed by `ops`."""
-        codes = self.forward_codes(ops, codes_of_rows(x, self.tensors["input"], self.more_inputs))
+    def rows_of(self, codes_ops: Any, x: Float32s, _: Sequences | None = None) -> Float32s:
+        """float32 (tokens, E) -> (tokens, Eo); codes_ops(layer, part): what computes its codes."""
+        codes = self.forward_codes(codes_ops(self, ""), codes_of_rows(x, self.tensors["input"], self.more_inputs))
         y = self.tensors["linear2"].dequantize(codes[:, :self.outputs])
         scale = self.tensors["linear2"].scale
         for k, (channel, none) in enumerate(self.more_outputs):
             y[:, channel] += (codes[:, self.outputs + k].astype(np.float32) - np.float32(none)) * scale
         y[np.isnan(x).any(axis=1)] = np.nan
         if self.large is not None:
-            y = y + self.large.rows_of(type(ops)(self.large), x)
+            y = y + self.large.rows_of(lambda layer, part: codes_ops(layer, "large." + part), x)
         return y
 
     def run_int8(self, x: ArrayLike) -> Codes:
@@ -207,7 +208,7 @@ class StaticFeedForward(StaticRows, TokenWise):
     def to_state(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """(config, tensors): all that ``from_state`` needs to build an equal layer."""
         arrays: dict[str, Any] = linears_state(self.linears)
-        config = {"activation": self.activation, "arithmetic": self.arithmetic,
+        config: dict[str, Any] = {"activation": self.activation, "arithmetic": self.arithmetic,
                   "tensors": {name: t.to_json() for name, t in self.tensors.items()},
                   "more_inputs": list(self.more_inputs), "more_outputs": [list(pair) for pair in self.more_outputs]}
         if self.large is not None:
@@ -218,6 +219,8 @@ class StaticFeedForward(StaticRows, TokenWise):
     @classmethod
     def from_state(cls, config: Mapping[str, Any], tensors: Mapping[str, Any]) -> Self:
         """The layer of which ``to_state`` gave these."""
+        if not isinstance(config["tensors"], dict):
+            raise ValueError("tensors must be an object")
         own = {name: array for name, array in tensors.items() if not name.startswith("large.")}
         others = {name.removeprefix("large."): array for name, array in tensors.items() if name not in own}
         large = cls.from_state(config["large"], others) if "large" in config else None
