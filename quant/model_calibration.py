@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgeattn.executors.compiled import CompiledOps
+from edgeattn.layers import Linear
 from edgeattn.models import TextEncoder
 from edgeattn.position_bias import ConstantPositionBias
 from quant.calibration_file import Kind
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from edgeattn.layers import Linear, TransformerEncoder
+    from edgeattn.layers import TransformerEncoder
     from edgeattn.ops import Sequences
     from edgeattn.types import Float32s, Path
     from quant.calibrate import Calibration
@@ -309,7 +310,7 @@ class SeenRanges(LargestInputs):
         elif (half, part) == ("feed_forward", "linear2"):
             self._see(half, "hidden", x)
             some = self.large[id(self._layer.feed_forward)]
-            apart = x[:, some] @ linear.weight[:, some].T
+            apart = Linear(linear.weight[:, some]).packed(np.ascontiguousarray(x[:, some]))
             self._see(half, "large", apart)
             self._see(half, part, y - apart)
         return y
@@ -334,14 +335,18 @@ class SeenRanges(LargestInputs):
                 permitted = (True if permitted is None else permitted) & real & real.swapaxes(2, 3)
             if permitted is not None:
                 permitted = np.broadcast_to(permitted, mask.shape)
-            try:
-                seen = self.of_attention(layer, Call(self.call.where, tokens, tokens, tokens, (0, 0, 0), permitted))
-            except ValueError:  # beyond float32: dynamic int8 may take the layer still
-                seen = None
-            if seen is None:
-                self._beyond.add(name)
-                continue
+            for i in range(batch):  # one by one: NumPy's products of a sequence may be others beside others
+                some = None if permitted is None else permitted[i:i + 1]
+                self._observe_one(layer, name, Call(self.call.where, *[tokens[i:i + 1]] * 3, (0, 0, 0), some))
+
+    def _observe_one(self, layer: Any, name: str, call: Call) -> None:
+        try:
+            seen = self.of_attention(layer, call)
+        except ValueError:  # beyond float32: dynamic int8 may take the layer still
+            seen = None
+        if seen is None or name in self._beyond:
+            self._beyond.add(name)
+            self.calibrations.pop(name, None)
+        else:
             seen.masked = False  # masks of a call leave keys out: no score need be below all others
             self.calibrations[name] = self.calibrations[name].merge(seen) if name in self.calibrations else seen
-        for name in self._beyond:
-            self.calibrations.pop(name, None)
