@@ -336,8 +336,8 @@ class SeenRanges(LargestInputs):
             if permitted is not None:
                 permitted = np.broadcast_to(permitted, mask.shape)
             for i in range(batch):  # one by one: NumPy's products of a sequence may be others beside others
-                some = None if permitted is None else permitted[i:i + 1]
-                self._observe_one(layer, name, Call(self.call.where, *[tokens[i:i + 1]] * 3, (0, 0, 0), some))
+                one, some = tokens[i:i + 1], None if permitted is None else permitted[i:i + 1]
+                self._observe_one(layer, name, Call(self.call.where, one, one, one, (0, 0, 0), some))
 
     def _observe_one(self, layer: Any, name: str, call: Call) -> None:
         try:

@@ -148,9 +148,8 @@ class NumpyOps(Recorder, Ops["Float32s"]):
 
     def static(self, x: Float32s, layer: Any, sequences: Sequences | None, name: str) -> Float32s:
         """A layer upon codes, by the integer rules of its kernel set."""
-        from edgeattn.executors.numpy_int8 import static_rows
-
-        return static_rows(self, x, layer, sequences, name)
+        rows: Float32s = layer.numpy_rows(self, x, sequences, name)
+        return rows
 
     def embed(self, table: Float32s, ids: NDArray[Any], name: str) -> Float32s:
         """Rows of a table."""

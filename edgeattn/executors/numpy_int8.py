@@ -131,21 +131,6 @@ class Int8Ops(Recorder, Ops["NDArray[Any]"]):
         return self._keep(name, rules.to_code(rule(total, q31, shift, real), self.layer.tensors[name].zero_point))
 
 
-def static_rows(ops: Recorder, x: Float32s, layer: Any, sequences: Sequences | None, name: str) -> Float32s:
-    """What `Ops.static` says, for `ops` that keeps tensors by their names."""
-    made: list[tuple[str, Int8Ops]] = []
-
-    def codes_ops(of: Any, part: str) -> Int8Ops:
-        made.append((part, Int8Ops(of, {})))
-        return made[-1][1]
-
-    result: Float32s = layer.rows_of(codes_ops, x, sequences)
-    if ops.record is not None:
-        ops.record |= {name + part + key: array for part, each in made for key, array in (each.record or {}).items()
-                       if ops.keeps(name + part + key)}
-    return result
-
-
 def _parts(k: Codes, v: Codes, shape: Shape, sequences: Sequences
            ) -> Iterator[tuple[tuple[int, int], tuple[int, int], Codes, Codes]]:
     """(first and last query, first and last key, keys and values) of what is computed at a time.

@@ -656,7 +656,7 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
             self._run_fused(x, x, x, mask, result)
         else:
             self.check_codes_of(sequences.cache)
-            self._run_cached(x, x, x, mask, sequences.cache, sequences.pieces, result)
+            self._run_cached(x, x, x, mask, sequences.cache, list(sequences.pieces), result)
 
     def take_step(self, x: Codes, cache: KVCache) -> Codes:
         """Attention without masks of one token per batch entry, (B, 1, E) or (1, E), and all before it: (B, 1, Eo)."""

@@ -83,12 +83,13 @@ class StaticSelfAttention(StaticRows):
         def run(x: Float32s, sequences: Sequences) -> Float32s:
             codes, nan = ends.to_codes(x)
             out = np.empty((len(x), self.output_dim), np.int8)
-            for rows, mask in _groups(sequences):
+            for part, mask in _groups(sequences):
                 shape = mask.shape[0], mask.shape[2], -1
-                of.attend_codes(codes[rows].reshape(shape), mask, out[rows].reshape(shape), sequences)
+                of.attend_codes(codes[part].reshape(shape), mask, out[part].reshape(shape), sequences)
             if np.isnan(nan).any():
                 nan[_reached(np.isnan(nan), sequences)] = np.nan
-            return ends.to_rows(out, nan, x if residual else None)
+            rows: Float32s = ends.to_rows(out, nan, x if residual else None)
+            return rows
         return run
 
     def to_state(self) -> tuple[dict[str, Any], dict[str, Any]]:

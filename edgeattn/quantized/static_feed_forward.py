@@ -128,11 +128,10 @@ class StaticFeedForward(StaticRows, TokenWise):
 
     def forward_codes(self, ops: Ops[T], x: T) -> T:
         """Codes (tokens, E + n) -> (tokens, Eo + m)."""
-        linear = {name: ops.linear(x, self.linears[name], self.product_of(name)) for name in ("linear1", "gate")
-                  if name in self.linears}
-        hidden = ops.activation(linear[self.active], self.activation, "activation")
+        active = ops.linear(x, self.linears[self.active], self.product_of(self.active))
+        hidden = ops.activation(active, self.activation, "activation")
         if self.gated:
-            hidden = ops.multiply(hidden, linear["linear1"], "gated")
+            hidden = ops.multiply(hidden, ops.linear(x, self.linears["linear1"], "linear1"), "gated")
         return ops.linear(hidden, self.linears["linear2"], "linear2")
 
     def rows_of(self, codes_ops: Any, x: Float32s, _: Sequences | None = None) -> Float32s:
@@ -157,14 +156,19 @@ class StaticFeedForward(StaticRows, TokenWise):
         Returns
         -------
         int8 (..., Eo + m)
+
+        Raises
+        ------
+        ValueError
+            For other codes, and of a layer with ``large``.
         """
+        if self.large is not None:
+            raise ValueError("run_int8 must be asked of a layer without a network of large features, whose result is "
+                             "added in float32")
         x = as_array("x", x)
         columns = self.inputs + len(self.more_inputs)
         if x.dtype != np.int8 or x.ndim < 1 or x.shape[-1] != columns:
             raise ValueError(f"x must be int8 (..., {columns}); got {x.dtype} of shape {x.shape}")
-        if self.large is not None:
-            raise ValueError("run_int8 must be asked of a layer without a network of large features, whose result is "
-                             "added in float32")
         out = np.empty((*x.shape[:-1], self.outputs + len(self.more_outputs)), np.int8)
         rows = np.ascontiguousarray(x).reshape(-1, columns)
         self._alone.of_codes(rows, out.reshape(len(rows), out.shape[-1]))
@@ -198,9 +202,10 @@ class StaticFeedForward(StaticRows, TokenWise):
         kernel = self._alone if norm is None else self.kernel(norm, norm_first=first is not None)
         large = None if self.large is None else self.large.stage(first, None, residual=residual)
 
-        def run(x: Float32s, sequences: Sequences | None) -> Float32s:
+        def run(x: Float32s, sequences: Sequences) -> Float32s:
             before = (x if residual else None) if large is None else large(x, sequences)
-            return kernel(x, before, np.empty((len(x), self.outputs), np.float32))
+            out: Float32s = kernel(x, before, np.empty((len(x), self.outputs), np.float32))
+            return out
         return run
 
     # -- files ---------------------------------------------------------------------------------------------------------

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgeattn.executors.numpy_int8 import Int8Ops
 from edgeattn.quantized.parameters import QuantizedLinear, TensorQuantization
 
 if TYPE_CHECKING:
@@ -15,10 +16,12 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from edgeattn.executors.numpy import Recorder
+    from edgeattn.ops import Sequences
     from edgeattn.types import Codes, Float32s
 
 
-class StaticRows(Protocol):
+class StaticRows:
     """float32 rows in and out, every scale between fixed at calibration.
 
     Attributes
@@ -35,10 +38,29 @@ class StaticRows(Protocol):
         """Copies and pickles hold what a file holds: kernels belong to the process."""
         return type(self).from_state, self.to_state()  # type: ignore[attr-defined]
 
+    if TYPE_CHECKING:
+        def rows_of(self, codes_ops: Any, x: Float32s, sequences: Any) -> Float32s: ...  # noqa: D102
+
+        def to_state(self) -> tuple[dict[str, Any], dict[str, Any]]: ...  # noqa: D102
+
+    def numpy_rows(self, ops: Recorder, x: Float32s, sequences: Sequences | None, name: str) -> Float32s:
+        """What `Ops.static` says, by NumPy; `ops` keeps tensors by their names, which begin with `name`."""
+        made: list[tuple[str, Int8Ops]] = []
+
+        def codes_ops(of: Any, part: str) -> Int8Ops:
+            made.append((part, Int8Ops(of, {})))
+            return made[-1][1]
+
+        result = self.rows_of(codes_ops, x, sequences)
+        if ops.record is not None:
+            ops.record |= {name + part + key: array for part, each in made for key, array in (each.record or {}).items()
+                           if ops.keeps(name + part + key)}
+        return result
+
     @property
     def nbytes(self) -> int:
         """Bytes of its weights."""
-        return sum(array.nbytes for array in self.to_state()[1].values())  # type: ignore[attr-defined]
+        return sum(array.nbytes for array in self.to_state()[1].values())
 
 
 def codes_of_rows(x: Float32s, quantization: TensorQuantization, more: Iterable[int]) -> Codes:

@@ -212,7 +212,7 @@ def layer(**changes):
      "attn_mask must be bool"),
     (lambda: static(encoder(), data(2, 5))(data(2, 5), is_causal=True, kv_cache=static(
         encoder(seed=9), data(2, 5)).make_caches(2, 9)), ValueError, "kv_cache must have this layer's scales"),
-    (lambda: static(encoder(), data(2, 5)).to("cuda"), ValueError, "."),
+    (lambda: static(encoder(), data(2, 5)).to("cuda"), ValueError, "must be a float or a dynamic int8 one on a GPU"),
     (lambda: layer(attention=static(encoder(), data(2, 5)).layers[0].attention.attention), TypeError,
      "attention must be an edgeattn.MultiHeadAttention"),
     (lambda: feed_forward(activation="tanh"), ValueError, "activation must be one of"),
