@@ -192,7 +192,7 @@ def calibrate(layer: Model, batches: Iterable[ModelBatch]) -> ModelCalibration: 
 
 
 def calibrate(layer: Any, batches: Iterable[Any], *, observer: Observer = "minmax") -> Calibration | ModelCalibration:
-    """Run ``layer`` over ``batches`` and remember the range of every tensor, or what a whole encoder's layers read.
+    """Run ``layer`` over ``batches`` and remember the range of every tensor, of a whole encoder of every feature.
 
     Parameters
     ----------
@@ -202,7 +202,7 @@ def calibrate(layer: Any, batches: Iterable[Any], *, observer: Observer = "minma
         attn_mask, key_padding_mask, is_causal, causal_alignment). Of a whole encoder what its call takes first, or a
         mapping of the call's arguments; of a TextEncoder a list of texts, too. A progress bar shows on a terminal.
     observer : {"minmax", "percentile", "mse"}
-        How ``quantize`` will turn what was seen into ranges; left out for a whole encoder, which has none.
+        How ``quantize`` will turn what was seen into ranges; left out for a whole encoder, no range of which is cut.
 
     Returns
     -------
@@ -215,7 +215,7 @@ def calibrate(layer: Any, batches: Iterable[Any], *, observer: Observer = "minma
     """
     if isinstance(layer, MODELS):
         if not is_one_of(observer, ("minmax",)):
-            raise ValueError(f"observer must be left out for a whole encoder, which has no ranges; got {observer!r}")
+            raise ValueError(f"observer must be left out for a whole encoder, no range of which is cut; got {observer!r}")
         return calibrate_model(layer, batches, _of_attention)
     check_layer(layer)
     if not is_one_of(observer, OBSERVERS):

@@ -76,7 +76,8 @@ def quantize(layer: Any, calibration: Calibration | ModelCalibration | None = No
     out: it adds the same to all scores of a row, which softmax does not see, and would only widen ranges. Grouped key
     and value heads are repeated. The scores' range is that of permitted scores in rows of two or more, cut where a
     score no longer matters to any row; when a mask was seen it reaches MASK_MARGIN below the lowest row's maximum, so
-    that masks survive, and ``with_mask`` extends it where the mask leaves a row a single key.
+    that masks survive, and ``with_mask`` extends it where the mask leaves a row a single key. A whole encoder keeps its
+    norms and residuals in float32, and spreads what reaches beyond the range of most features (docs/encoders.md).
 
     Parameters
     ----------
