@@ -215,7 +215,8 @@ def calibrate(layer: Any, batches: Iterable[Any], *, observer: Observer = "minma
     """
     if isinstance(layer, MODELS):
         if not is_one_of(observer, ("minmax",)):
-            raise ValueError(f"observer must be left out for a whole encoder, no range of which is cut; got {observer!r}")
+            raise ValueError("observer must be left out for a whole encoder, no range of which is cut; got "
+                             f"{observer!r}")
         return calibrate_model(layer, batches, _of_attention)
     check_layer(layer)
     if not is_one_of(observer, OBSERVERS):
