@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgeattn.executors.numpy_int8 import Int8Ops
+from edgeattn.layers.saveable import Saveable
 from edgeattn.quantized.parameters import QuantizedLinear, TensorQuantization
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from edgeattn.types import Codes, Float32s
 
 
-class StaticRows:
+class StaticRows(Saveable):
     """float32 rows in and out, every scale between fixed at calibration.
 
     Attributes
@@ -34,14 +35,8 @@ class StaticRows:
     scheme: Literal["static"] = "static"
     more_inputs: tuple[int, ...]
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Copies and pickles hold what a file holds: kernels belong to the process."""
-        return type(self).from_state, self.to_state()  # type: ignore[attr-defined]
-
     if TYPE_CHECKING:
         def rows_of(self, codes_ops: Any, x: Float32s, sequences: Any) -> Float32s: ...  # noqa: D102
-
-        def to_state(self) -> tuple[dict[str, Any], dict[str, Any]]: ...  # noqa: D102
 
     def numpy_rows(self, ops: Recorder, x: Float32s, sequences: Sequences | None, name: str) -> Float32s:
         """What `Ops.static` says, by NumPy; `ops` keeps tensors by their names, which begin with `name`."""
@@ -56,11 +51,6 @@ class StaticRows:
             ops.record |= {name + part + key: array for part, each in made for key, array in (each.record or {}).items()
                            if ops.keeps(name + part + key)}
         return result
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its weights."""
-        return sum(array.nbytes for array in self.to_state()[1].values())
 
 
 def codes_of_rows(x: Float32s, quantization: TensorQuantization, more: Iterable[int]) -> Codes:
