@@ -34,14 +34,14 @@ _FACTORS = np.linspace(1, 0.02, 99)  # of the whole range, tried for that of the
 _CODES = CODE_MAX - CODE_MIN  # what a further output's codes begin beyond those before it
 
 
-class Ends(NamedTuple):
+class Ranges(NamedTuple):
     """The least and the largest value of each feature, the first none above 0, the second none below."""
 
     low: NDArray[np.float64]
     high: NDArray[np.float64]
 
     @classmethod
-    def of(cls, ranges: Float32s) -> Ends:
+    def of(cls, ranges: Float32s) -> Ranges:
         """Of (2, features)."""
         return cls(np.minimum(ranges[0].astype(np.float64), 0), np.maximum(ranges[1].astype(np.float64), 0))
 
@@ -58,37 +58,37 @@ class Ends(NamedTuple):
                 np.ceil((half + self.high) / max(high + half, half) - 1e-6).astype(np.int64))
 
 
-def spread(ends: Ends, count: Callable[[NDArray[np.int64], NDArray[np.int64]], int]) -> TensorQuantization:
+def spread(ranges: Ranges, count: Callable[[NDArray[np.int64], NDArray[np.int64]], int]) -> TensorQuantization:
     """The finest codes for which `count` of the pieces of all features, those beyond the first, are few enough."""
-    best = ends.quantization()
+    best = ranges.quantization()
     for factor in _FACTORS[1:]:
-        tried = ends.quantization(float(factor))
-        if count(*ends.pieces(tried)) > len(ends.low) // SHARE:
+        tried = ranges.quantization(float(factor))
+        if count(*ranges.pieces(tried)) > len(ranges.low) // SHARE:
             break
         best = tried
     return best
 
 
-def spread_inputs(ends: Ends) -> tuple[TensorQuantization, list[int]]:
+def spread_inputs(ranges: Ranges) -> tuple[TensorQuantization, list[int]]:
     """Codes of an input, and the columns behind its features: which column each goes on from."""
     def further(low: NDArray[np.int64], high: NDArray[np.int64]) -> NDArray[np.int64]:
         return np.maximum(np.maximum(low, high) - 1, 0)
 
-    of = spread(ends, lambda low, high: int(further(low, high).sum()))
+    of = spread(ranges, lambda low, high: int(further(low, high).sum()))
     more: list[int] = []
-    for feature, count in enumerate(further(*ends.pieces(of))):
+    for feature, count in enumerate(further(*ranges.pieces(of))):
         for i in range(count):
-            more.append(len(ends.low) + len(more) - 1 if i else feature)
+            more.append(len(ranges.low) + len(more) - 1 if i else feature)
     return of, more
 
 
-def spread_outputs(ends: Ends) -> tuple[TensorQuantization, list[tuple[int, int, int]]]:
+def spread_outputs(ranges: Ranges) -> tuple[TensorQuantization, list[tuple[int, int, int]]]:
     """Codes of outputs, and those behind them: (output, the code that adds nothing, by how many codes it is moved)."""
     def further(pieces: NDArray[np.int64]) -> NDArray[np.int64]:
         return np.maximum(pieces - 1, 0)
 
-    of = spread(ends, lambda low, high: int(further(low).sum() + further(high).sum()))
-    low, high = map(further, ends.pieces(of))
+    of = spread(ranges, lambda low, high: int(further(low).sum() + further(high).sum()))
+    low, high = map(further, ranges.pieces(of))
     more = [(output, CODE_MIN, -_CODES * (i + 1)) for output, count in enumerate(high) for i in range(count)]
     more += [(output, CODE_MAX, _CODES * (i + 1)) for output, count in enumerate(low) for i in range(count)]
     return of, more
@@ -106,7 +106,7 @@ def static_attention(layer: MultiHeadAttention, name: str, calibration: ModelCal
                      quantize: Callable[..., StaticMultiHeadAttention]) -> StaticSelfAttention:
     """An encoder's attention in static int8; quantize: of a layer and its calibration."""
     seen: Calibration = calibration.attention[name]
-    of, more = spread_inputs(Ends.of(calibration.ranges[f"{name}.input"]))
+    of, more = spread_inputs(Ranges.of(calibration.ranges[f"{name}.input"]))
     columns = source_of(more, layer.embed_dim)
     weights = [np.concatenate([weight, weight[:, columns]], axis=1)
                for weight in (layer.q_weight, layer.k_weight, layer.v_weight)]
@@ -127,7 +127,7 @@ def static_feed_forward(layer: FeedForward, name: str, calibration: ModelCalibra
     large = calibration.large[name]
     apart = np.zeros(layer.linear1.outputs, bool)
     apart[large] = True
-    of, more = spread_inputs(Ends.of(calibration.ranges[f"{name}.input"]))
+    of, more = spread_inputs(Ranges.of(calibration.ranges[f"{name}.input"]))
     part = _Part(layer, name, calibration, arithmetic, quantize_linear, of, more)
     second = part.network(apart, "large", None, None) if len(large) else None
     return part.network(~apart, "linear2", layer.linear2.bias, second)
@@ -159,16 +159,16 @@ class _Part(NamedTuple):
 
         linears = {"linear1": raised(layer.linear1)}
         active = "linear1" if layer.gate is None else "gate"
-        before = self._ends(active, features)
+        before = self._ranges(active, features)
         tensors["activation"], cut = _activation(layer.activation, before)
         if layer.activation != "relu":
             tensors[active] = cut.quantization()
         if layer.gate is not None:
             linears["gate"] = raised(layer.gate)
-            tensors["linear1"] = self._ends("linear1", features).quantization()
-            tensors["gated"] = self._ends("hidden", features).quantization()
+            tensors["linear1"] = self._ranges("linear1", features).quantization()
+            tensors["gated"] = self._ranges("hidden", features).quantization()
         hidden = tensors["activation" if layer.gate is None else "gated"]
-        tensors["linear2"], more = spread_outputs(self._ends(result))
+        tensors["linear2"], more = spread_outputs(self._ranges(result))
         outputs = [output for output, _, _ in more]
         weight = layer.linear2.weight[:, features]
         moved = np.zeros(len(weight)) if bias is None else bias.astype(np.float64)
@@ -179,22 +179,22 @@ class _Part(NamedTuple):
             linears, tensors, activation=layer.activation, arithmetic=self.arithmetic, more_inputs=self.more_inputs,
             more_outputs=[(output, none) for output, none, _ in more], large=large)
 
-    def _ends(self, tensor: str, features: Any = slice(None)) -> Ends:
-        return Ends.of(self.calibration.ranges[f"{self.name}.{tensor}"][:, features])
+    def _ranges(self, tensor: str, features: Any = slice(None)) -> Ranges:
+        return Ranges.of(self.calibration.ranges[f"{self.name}.{tensor}"][:, features])
 
 
-def _activation(kind: str, before: Ends) -> tuple[TensorQuantization, Ends]:
+def _activation(kind: str, before: Ranges) -> tuple[TensorQuantization, Ranges]:
     """Codes of an activation of what lies between `before`, and what of that range its codes tell from 0."""
     if kind == "relu":
-        ends = Ends(np.zeros_like(before.low), before.high)
-        return ends.quantization(), ends
+        ranges = Ranges(np.zeros_like(before.low), before.high)
+        return ranges.quantization(), ranges
     low, high = float(before.low.min(initial=0)), float(before.high.max(initial=0))
     x = np.linspace(min(low, 0), 0, 1001)
     y = np.array([ACTIVATIONS[kind](float(value)) for value in x])
     result = TensorQuantization.over(float(y.min()), max(ACTIVATIONS[kind](high), 0.0))
     told = x[np.abs(y) >= float(result.scale) / 4]
     least = float(told.min(initial=0))
-    return result, Ends(np.maximum(before.low, least), before.high)
+    return result, Ranges(np.maximum(before.low, least), before.high)
 
 
 def check_feed_forward(layer: FeedForward) -> None:
