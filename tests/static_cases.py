@@ -8,6 +8,7 @@ import reference_int8_feed_forward as reference
 from edgeattn.quantized import QuantizedLinear, StaticFeedForward, TensorQuantization
 
 ROWS = 37  # more than threads share features for, and no multiple of a tile
+FEW = 3  # fewer than a tile has
 ARITHMETIC = ("litert", "litert-arm", "litert-builtin", "litert-reference", "tflite-runtime", "tflm")
 RULES = {
     "litert": reference.Rules("float_rne", "float_rne", np.float32),
@@ -110,7 +111,9 @@ def run(kernel, case, rows=slice(None)):
 
 def main(path):
     from edgeattn.runtime.isa import ISA
-    np.savez(path, instruction_set=ISA.name, **{name: run(case.kernel(), case) for name, case in CASES.items()})
+    answers = {name: run(case.kernel(), case) for name, case in CASES.items()}
+    few = {f"{name}, few": run(case.kernel(), case, slice(FEW)) for name, case in CASES.items()}
+    np.savez(path, instruction_set=ISA.name, **answers, **few)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from edgeattn.runtime.addresses import address
 from edgeattn.runtime.plan_cache import PlanCache
 
 from . import feed_forward_int8 as ff
-from .byte_products import DEPTH_STEP, READ_AHEAD, TILES_SCRATCH, pack_byte_panels
+from .byte_products import DEPTH_STEP, READ_AHEAD, pack_byte_panels
 from .call import PreparedCall
 from .encoder_float32 import RowKernel, norm_kind, pack, pack_norm
 from .int8_operands import BYTE_FLIP
@@ -16,7 +16,7 @@ from .matmul import round_up
 from .norm import ADDRESSES
 from .records import bits_of_real, blank, packed, place
 from .requantize import NUMBERS, encode
-from .simd import LANES, VIRTUAL_LANES
+from .simd import LANES, ROWS, VIRTUAL_LANES, WIDTH
 
 
 def _input(width, quantization, more_inputs, norm):
@@ -124,7 +124,7 @@ class FeedForward(RowKernel):
         p.at_codes, size = place(size, up * p.out_up // 4)
         p.shared_size = size if rows <= ff.FEW_ROWS else 0
         p.at_row, size = place(size, _row_size(p))
-        p.at_tiles, p.private_size = place(size, max(TILES_SCRATCH, 16))
+        p.at_tiles, p.private_size = place(size, ff.EDGE + ROWS * WIDTH)
         work = 2 * rows * p.hidden_up * ((2 if p.gated else 1) * 4 * p.depth4 + p.out_up) // 3
         return PreparedCall(ff.feed_forward_int8, packed(p, ff.FEED_FORWARD), ADDRESSES, np.int32, p.shared_size,
                             p.private_size, work, fixed=(self._address,))

@@ -16,9 +16,9 @@ from edgeattn.runtime.calls import separately
 from edgeattn.runtime.compiler import inline, jit, task
 from edgeattn.runtime.worker_pool import parallel_for
 
-from .byte_products import DEPTH_STEP, linear
+from .byte_products import DEPTH_STEP, TILES_SCRATCH, linear, row_product
 from .feed_forward_float32 import FEW_ROWS, parts_of_rows, share_of
-from .finish_int8 import finish_bytes
+from .finish_int8 import finish_bytes, scale_features
 from .fused_int8 import pack_tokens
 from .int8_operands import BYTE_FLIP
 from .int8_views import BytePanels, Groups, Part, Scaling, scratch_at
@@ -28,6 +28,7 @@ from .records import named, real, record
 from .requantize import requantize
 from .simd import (
     LANES,
+    ROWS,
     VIRTUAL_LANES,
     WIDTH,
     address_of,
@@ -45,12 +46,14 @@ from .simd import (
     splat,
     store,
     store_bytes,
+    tile_store,
     to_float,
     wide_splat,
 )
 from .views import Blocks
 
 BLOCK = 64  # rows that pass together
+EDGE = max(TILES_SCRATCH, 16)  # elements at `at_tiles` before room for a tile
 FEATURES = max(VIRTUAL_LANES, 4 * DEPTH_STEP)  # hidden features, and channels, are multiples of
 # Of weights: positions in elements of 32 bits, `w` of panels, `b` biases, `m` multipliers; `z` zero points, `zh` of
 # the hidden features; `table`: 256 bytes; `more_inputs`: what each further column is left of, a feature or another such
@@ -134,10 +137,26 @@ def write_codes(s, w, p, codes, nan, residual, out, row, own):
 
 # --- codes to codes ----------------------------------------------------------------------------------------------
 
+@inline
+def finish_few(tile, rows, t, f, scaling, out, edge):
+    """Codes of a tile of any height to bytes of out, by way of `edge`, int32."""
+    tile_store(scale_features(tile, f, scaling), edge.data, edge.at, WIDTH, LANES)
+    zero = splat(scaling.zero_point)
+    low, high = splat(_LEAST) - zero, splat(_MOST) - zero
+    for i in range(rows):
+        for j in range(0, WIDTH, LANES):
+            code = smaller(maximum(load(edge.data, edge.at + i * WIDTH + j), low), high) + zero
+            store_bytes(out.data, out.at + (t + i) * out.block + f + j, code)
+
+
 @task
 def product_of_codes(x, rows, panels, scaling, out, tiles):
-    """Codes of x w^T + bias, to out."""
-    linear(finish_bytes, (scaling, _NONE, out), x, rows, panels, tiles)
+    """Codes of x w^T + bias, to out, whose blocks are whole rows; of few rows, which fill no tile, no others."""
+    if rows < ROWS:
+        edge = Part(tiles.data, tiles.at + EDGE)
+        row_product(finish_few, (scaling, out, edge), x, rows, panels, tiles)
+    else:
+        linear(finish_bytes, (scaling, _NONE, out), x, rows, panels, tiles)
 
 
 @inline

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import reference_int8_feed_forward as reference
 from places import ROOT, TESTS
-from static_cases import CASES, RULES, make, run
+from static_cases import CASES, FEW, RULES, make, run
 
 from edgeattn import threads
 from edgeattn.runtime import isa
@@ -48,6 +48,7 @@ def test_every_instruction_set_gives_the_bits_of_the_rule(answers, name):
     for instruction_set, found in answers.items():
         assert str(found["instruction_set"]) == instruction_set
         np.testing.assert_array_equal(found[name], want, err_msg=instruction_set)
+        np.testing.assert_array_equal(found[f"{name}, few"], want[:FEW], err_msg=instruction_set)
 
 
 @pytest.mark.parametrize("name", ["litert gelu", "gated, tflm", "both", "alone"])
