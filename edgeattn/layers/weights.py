@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgeattn.checks import count, flag, float_array, to_float32
+from edgeattn.checks import count, flag, float_array, is_constant, to_float32
 from edgeattn.files import checkpoints
 from edgeattn.files.paths import listed, named
 from edgeattn.functional import default_scale
@@ -350,13 +350,14 @@ def _optional(name: str, value: ArrayLike | None, axes: int) -> Float32s | None:
 
 
 def _parameter(name: str, value: ArrayLike, axes: int) -> Float32s:
-    """An owned, read-only float32 copy of a weight or bias."""
+    """An owned, read-only float32 copy of a weight or bias; what is constant is kept."""
     array = float_array(name, value)
     if array.ndim != axes:
         wanted = "(outputs, inputs)" if axes == 2 else "(outputs,)"
         raise ValueError(f"{name} must be {wanted}, got shape {array.shape}")
-    array = np.array(to_float32(array))
-    array.flags.writeable = False
+    if array.dtype != np.float32 or not is_constant(array):
+        array = np.array(to_float32(array))
+        array.flags.writeable = False
     return array
 
 
