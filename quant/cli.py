@@ -173,17 +173,20 @@ def calibrate(layer, prefix, torch_prefix, bert_prefix, num_heads, data, output,
 def quantize(layer, prefix, torch_prefix, bert_prefix, num_heads, calibration, output, scheme, arithmetic, attention):
     """Make an int8 layer of LAYER and of CALIBRATION, which `quant calibrate` wrote.
 
-    A model needs no CALIBRATION: one chooses on your data which inputs stay float32.
+    A model needs no CALIBRATION unless it shall be static: one chooses on your data which inputs stay float32.
     """
     check_paths(output, layer, calibration)
     layer = read_layer(layer, prefix, torch_prefix, bert_prefix, num_heads)
     if isinstance(layer, MODELS):
-        if arithmetic is not None:
-            raise click.UsageError("--arithmetic must be left out for a model, which is quantized by --scheme dynamic")
+        scheme, attention = scheme or "dynamic", attention or "int8"
+        if scheme == "static" and calibration is None:
+            raise click.UsageError("CALIBRATION is missing: run `quant calibrate` first, or leave --scheme out")
+        if scheme == "dynamic" and arithmetic is not None:
+            raise click.UsageError("--arithmetic needs --scheme static for a model")
         seen = None if calibration is None else ModelCalibration.load(calibration)
-        attention = attention or "int8"
-        edgeattn.save(quant.quantize(layer, seen, scheme=scheme or "dynamic", attention=attention), output)
-        say(f"wrote {output}: dynamic int8, attention {attention}, float in and out")
+        edgeattn.save(quant.quantize(layer, seen, scheme=scheme, attention=attention,
+                                     arithmetic=arithmetic or "litert"), output)
+        say(f"wrote {output}: {scheme} int8, attention {attention}, float in and out")
         return
     if attention is not None:
         raise click.UsageError("--attention must be left out for a layer, which is nothing else")

@@ -227,6 +227,14 @@ def test_quantize_without_data(command):
         np.testing.assert_array_equal(edgeattn.load("q.safetensors")([[1, 2, 3]]), expected([[1, 2, 3]]))
 
 
+def test_quantize_to_static(command):
+    command("quant calibrate e.safetensors x.npy -o c.safetensors")
+    out = command("quant quantize e.safetensors c.safetensors -o q.safetensors --scheme static --arithmetic tflm")
+    assert out == "wrote q.safetensors: static int8, attention int8, float in and out\n"
+    assert edgeattn.load("q.safetensors") == quant.quantize(
+        edgeattn.load("e.safetensors"), quant.ModelCalibration.load("c.safetensors"), arithmetic="tflm")
+
+
 def test_a_layers_comparison_as_json(command):
     command("quant quantize layer.safetensors -o q.safetensors --scheme dynamic")
     found = json.loads(command("quant compare layer.safetensors q.safetensors x.npy --json"))
@@ -235,8 +243,8 @@ def test_a_layers_comparison_as_json(command):
 
 
 @pytest.mark.parametrize("line, message", [
-    ("quantize e.safetensors -o q.safetensors --scheme static", "--scheme must be 'dynamic' for a whole encoder; got"),
-    ("quantize e.safetensors -o q.safetensors --arithmetic tflm", "--arithmetic must be left out for a model"),
+    ("quantize e.safetensors -o q.safetensors --arithmetic tflm", "--arithmetic needs --scheme static for a model"),
+    ("quantize e.safetensors -o q.safetensors --scheme static", "CALIBRATION is missing: run `quant calibrate` first"),
     ("quantize layer.safetensors -o q.safetensors --attention float32", "--attention must be left out for a layer"),
     ("quantize layer.safetensors -o q.safetensors", "CALIBRATION is missing: run `quant calibrate` first, or choose"),
     ("quantize e.safetensors x.npy -o q.safetensors", "x.npy is not a whole calibration of a model"),

@@ -162,7 +162,7 @@ def test_sensor_run_keeps_the_accuracy():
     assert done.returncode == 0, done.stdout + done.stderr
     assert_readable(done.stdout)
     right = {line.split()[0]: int(line.split()[1]) for line in done.stdout.splitlines() if " right, " in line}
-    assert set(right) == {"float32", "int8"} and min(right.values()) > 0.97 * 1200
+    assert set(right) == {"float32", "int8", "static"} and min(right.values()) > 0.97 * 1200
 
 
 def test_diversity_spans_nought_to_one_bit(examples_on_path):

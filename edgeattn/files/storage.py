@@ -40,6 +40,8 @@ _KINDS = {
     "LayerNorm": "edgeattn.layers.norm",
     "RMSNorm": "edgeattn.layers.norm",
     "FeedForward": "edgeattn.layers.feed_forward",
+    "StaticFeedForward": "edgeattn.quantized.static_feed_forward",
+    "StaticSelfAttention": "edgeattn.quantized.static_attention",
     "TransformerEncoderLayer": "edgeattn.layers.encoder",
     "TransformerEncoder": "edgeattn.layers.encoder",
     "TextEncoder": "edgeattn.models.text_encoder",

@@ -36,10 +36,13 @@ _HOMES = {
     "RelativePositionBias": "position_bias",
     "RotaryEmbedding": "rotary",
     "SelfAttention": "layers.self_attention",
+    "StaticFeedForward": "quantized.static_feed_forward",
+    "StaticSelfAttention": "quantized.static_attention",
     "TransformerEncoder": "layers.encoder",
     "TransformerEncoderLayer": "layers.encoder",
 }
-_WITH_STATE = ("DynamicMultiHeadAttention",)  # not of arguments: their own config and tensors
+# Not of arguments: their own config and tensors.
+_WITH_STATE = ("DynamicMultiHeadAttention", "StaticFeedForward", "StaticSelfAttention")
 
 
 _LONGEST = 1000  # characters of a text in JSON

@@ -29,6 +29,10 @@ class _Model(OnCuda):
     """What encoders and models share: a call with NumPy arrays is the CPU's, with its checks, but for `forward`."""
 
     def __init__(self, layer, parameters=None):
+        for part in getattr(layer, "encoder", layer).layers:
+            if "static" in (getattr(part.attention, "scheme", None), getattr(part.feed_forward, "scheme", None)):
+                raise ValueError("a whole encoder must be a float or a dynamic int8 one on a GPU; got one in static "
+                                 "int8: keep it on the CPU, or quantize with scheme='dynamic'")
         super().__init__(layer)
         self._parameters = Parameters(self._forward) if parameters is None else parameters
 
