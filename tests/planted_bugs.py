@@ -180,7 +180,7 @@ BUGS = [
     Bug("the last tokens of a projection have the scale of a tile's first", "linear_dynamic.py",
         "broadcast(scales.data, scales.at + t + i)", "broadcast(scales.data, scales.at + t)", PROJECTION),
     # projections and functions
-    Bug("a projection loses all chains but the last", "feed_forward_float32.py",
+    Bug("a projection loses all chains but the last", "row_products.py",
         "min(w.chain, w.depth - k))\n        if begun or k > 0:", "min(w.chain, w.depth - k))\n        if begun:",
         "fence projections"),
     Bug("powers below the smallest are taken as they are", "softmax.py",

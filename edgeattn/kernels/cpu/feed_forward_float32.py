@@ -8,8 +8,6 @@ With a gate the activation is the gate's: h = activation(y g^T + bg) * (y w1^T +
 the hidden features HIDDEN at a time are in scratch.  A sum is CHAIN products at a time, or as many as a linear layer
 says, the bias comes last: a row gives the same bits alone and among others, on one thread and on several.
 """
-from typing import NamedTuple
-
 import numpy as np
 
 from edgeattn.runtime.calls import separately
@@ -17,16 +15,14 @@ from edgeattn.runtime.compiler import inline, jit, task
 from edgeattn.runtime.worker_pool import parallel_for
 
 from .activation import activate_rows, add_to_rows, multiply_rows
-from .matmul import multiply, multiply_ahead, round_up
+from .matmul import round_up
 from .norm import ADDRESSES, NO_NORM, finish_row, normalize_row, read_row
 from .records import named, record
-from .simd import COLUMNS, LANES, ROWS, WIDTH, address_of, pointer_to, tile_add, tile_store, tile_zero
+from .row_products import Weights, product_rows
+from .simd import ROWS, WIDTH, address_of, pointer_to
 from .views import Rows
 
 CHAIN = 64  # products that are summed one after another; the sums of the chains are summed then
-TALL = 6 if LANES == 8 else ROWS  # rows of a tile: of sixteen registers three hold what it is made of
-_UNEVEN = (1, 2) if TALL == 6 else (-1, -1)  # rows that would be left alone: 7 are better 4 and 3, 8 twice 4
-AHEAD = 8  # elements of the next panel that a tile brings near for each of its depth, where it has four rows or more
 HIDDEN = 256  # hidden features in scratch at a time, a multiple of CHAIN
 BLOCK = 64  # rows that pass a feed-forward together
 FEW_ROWS = 24  # up to so many rows, threads share the features; then the rows
@@ -36,75 +32,6 @@ LINEAR = record("rows width out_width out_up chain activation norm w b at_norm p
 FEED_FORWARD = record("rows width hidden out_width width_up hidden_up out_up activation gated norm_first norm_last",
                       "w1 b1 gate_w gate_b w2 b2 at_first at_last",
                       "at_rows at_hidden at_sums shared_size own_rows own_hidden own_sums own_gate private_size")
-
-
-class Weights(NamedTuple):
-    """Of a linear map, in a flat array: panels (depth, WIDTH) from data[at] on, `step` from one to the next.
-
-    chain: products that are summed one after another.
-    """
-
-    data: object
-    at: int
-    step: int
-    depth: int
-    chain: int
-
-
-@inline
-def multiply_tile(zero, begun, x, t, w, f, out):
-    """Rows of out = x w^T from t on, as many as the tile `zero` has, features from f on; plus what is there, if begun.
-
-    x, out: Rows; w: Weights
-    """
-    from_row, at_panel, to = x.at + t * x.step, w.at + f // WIDTH * w.step, out.at + t * out.step + f
-    for k in range(0, max(w.depth, 1), w.chain):
-        tile = multiply(zero, x.data, from_row + k, x.step, 1, w.data, at_panel + k * WIDTH, min(w.chain, w.depth - k))
-        if begun or k > 0:
-            tile = tile_add(tile, out.data, to, out.step, LANES)
-        tile_store(tile, out.data, to, out.step, LANES)
-
-
-@inline
-def multiply_tile_ahead(zero, begun, x, t, w, f, out, at_next, pace):
-    """multiply_tile(), while `pace` elements of w from at_next on for each of the depth are brought near."""
-    from_row, at_panel, to = x.at + t * x.step, w.at + f // WIDTH * w.step, out.at + t * out.step + f
-    for k in range(0, max(w.depth, 1), w.chain):
-        some = min(w.chain, w.depth - k)
-        tile = multiply_ahead(zero, x.data, from_row + k, x.step, 1, w.data, at_panel + k * WIDTH, some,
-                              at_next + k * pace, pace * some)
-        if begun or k > 0:
-            tile = tile_add(tile, out.data, to, out.step, LANES)
-        tile_store(tile, out.data, to, out.step, LANES)
-
-
-@task
-def product_rows(begun, x, rows, w, features, out):
-    """out (rows, features) = x w^T, plus what is in out, if begun; x, out: Rows; w: Weights."""
-    for f in range(0, features, WIDTH):
-        t, at_next = 0, w.at + (f // WIDTH + 1) * w.step
-        at_end = at_next + w.depth * WIDTH
-        while t < rows:
-            left = rows - t
-            if left >= TALL and left - TALL not in _UNEVEN:
-                pace = AHEAD if at_next < at_end else 0
-                multiply_tile_ahead(tile_zero(TALL, COLUMNS, w.data), begun, x, t, w, f, out, at_next, pace)
-                at_next += pace * w.depth
-                t += TALL
-            elif left >= 4 and left != 5:
-                pace = AHEAD if at_next < at_end else 0
-                multiply_tile_ahead(tile_zero(4, COLUMNS, w.data), begun, x, t, w, f, out, at_next, pace)
-                at_next += pace * w.depth
-                t += 4
-            elif left >= 3:
-                multiply_tile(tile_zero(3, COLUMNS, w.data), begun, x, t, w, f, out)
-                t += 3
-            elif left == 2:
-                multiply_tile(tile_zero(2, COLUMNS, w.data), begun, x, t, w, f, out)
-                t += 2
-            else:
-                multiply_tile(tile_zero(1, COLUMNS, w.data), begun, x, t, w, f, out)
-                t += 1
 
 
 @inline
