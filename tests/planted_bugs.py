@@ -32,6 +32,7 @@ class Bug(NamedTuple):
 
 GIVEN = "kernels/cpu/test_kernels_float32.py::test_attention_on_given_arrays"
 FLOAT = "kernels/cpu/test_kernels_float32.py::test_float_layer"
+FEW = "kernels/cpu/test_kernels_float32.py::test_every_small_number_of_tokens[FloatLayer-1e-05]"
 GROUPS = "kernels/cpu/test_kernels_float32.py::test_layers_in_groups_of_heads[256-8-77]"
 STATIC = "kernels/cpu/test_kernels_int8.py::test_every_rule_set_equals_integer_arithmetic[float_rne-float_rne-float_rne-lut_f32-"
 SYMMETRIC, ASYMMETRIC = STATIC + "symmetric]", STATIC + "asymmetric]"
@@ -74,28 +75,34 @@ BUGS = [
         "splat(softcap * LOG2_E)", "splat(LOG2_E)", GIVEN),
     Bug("a query head reads another group's keys", "fused.py", "kv = h // group", "kv = h % p.kv_heads", GIVEN),
     Bug("a float mask is in other units than the scores", "score_masks.py",
-        "added = added * splat(LOG2_E)", "added = added", GIVEN),
+        "v, added * splat(LOG2_E))", "v, added)", GIVEN),
     Bug("a padded copy of keys takes rows behind the last", "fused.py",
-        "all_k[k_at + s * k_row + d] if s < keys else _ZERO", "all_k[k_at + s * k_row + d]", "fence float32-few-keys"),
+        "all_k[k.at + s * k.step + d] if s < keys else _ZERO", "all_k[k.at + s * k.step + d]", "fence float32-few-keys"),
     Bug("the last features of a key are measured past its end", "fused.py",
         "d = min(start, D - LANES)", "d = start", "fence float32-function"),
     Bug("the padded copy of another batch entry's values is used", "fused.py",
         "copied != batch * p.kv_heads + kv:", "copied != kv:", "fence float32-function"),
-    Bug("no scratch for masks", "functional_float32.py", "(S * WIDTH if masked else 0)", "0",
+    Bug("no scratch for masks", "functional_float32.py", "(max(S * WIDTH, masks_of_rows(L, S)) if masked else 0)", "0",
         "fence float32-function"),
     # float32 layers, and the tiled product
     Bug("lanes without a query keep what an earlier call left", "fused.py",
-        "range((queries + ROWS - 1) // ROWS * ROWS * WIDTH, WIDTH * WIDTH)", "range(0)", "fence float32-layer"),
+        "for l in range(queries, WIDTH):", "for l in range(0):", "fence float32-layer"),
     Bug("a layer's query head reads another group's keys", "fused.py",
         "from_kv + h // repeats", "from_kv + h % (heads // repeats)", FLOAT),
-    Bug("the last tokens are those of the first tile", "fused.py",
-        "x.data[x.at + whole * depth + i]", "x.data[x.at + i]", FLOAT),
+    Bug("of two panels both have the first one's bias", "row_products.py",
+        "w, f + WIDTH, other)", "w, f, other)", FEW),
+    Bug("few queries all have the mask of the first", "attend_rows.py",
+        "mask.at + i * mask_step + s0", "mask.at + s0", GIVEN),
+    Bug("the powers that few queries have of the keys before are not rescaled", "attend_rows.py",
+        "scratch[AT_TOTAL + q] * first_lane(factor)", "scratch[AT_TOTAL + q]", GIVEN),
+    Bug("lanes past the last key count for few queries", "attend_rows.py",
+        "    for s in range(keys, up):\n", "    for s in range(0):\n", FEW),
     Bug("the output's bias is added with every group of heads", "fused.py",
-        "                    if last:\n", "                    if last or not first:\n", GROUPS),
+        "at_bias = p.bo + e_from if last", "at_bias = p.bo + e_from if last or not first", GROUPS),
     Bug("a sum of chains loses all but its last two", "matmul.py",
         "        if begun or k > 0:\n", "        if begun:\n", GIVEN),
-    Bug("a bias is added for every block of the depth", "matmul.py",
-        "if k + BLOCK >= depth:", "if k >= 0:", FLOAT + "[(1, 130, 130, 96, 4, 4, 24, 40, 70)]"),
+    Bug("a bias is added for every chain of the depth", "row_products.py",
+        "k + w.chain >= w.depth", "k >= 0", FLOAT + "[(1, 130, 130, 96, 4, 4, 24, 40, 70)]"),
     # positions of a layer's heads
     Bug("queries stand at the first key wherever they stand", "positions.py",
         "p.query_position + token + c", "token + c", ALIGNED),
@@ -181,7 +188,7 @@ BUGS = [
         "broadcast(scales.data, scales.at + t + i)", "broadcast(scales.data, scales.at + t)", PROJECTION),
     # projections and functions
     Bug("a projection loses all chains but the last", "row_products.py",
-        "min(w.chain, w.depth - k))\n        if begun or k > 0:", "min(w.chain, w.depth - k))\n        if begun:",
+        "if begun or k > 0:", "if begun:",
         "fence projections"),
     Bug("powers below the smallest are taken as they are", "softmax.py",
         "return exp2_within(maximum(splat(_LOWEST), t))", "return exp2_within(t)", FUNCTIONS),

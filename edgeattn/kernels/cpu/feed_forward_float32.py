@@ -18,9 +18,9 @@ from .activation import activate_rows, add_to_rows, multiply_rows
 from .matmul import round_up
 from .norm import ADDRESSES, NO_NORM, finish_row, normalize_row, read_row
 from .records import named, record
-from .row_products import Weights, product_rows
+from .row_products import NO_BIAS, Weights, product_rows
 from .simd import ROWS, WIDTH, address_of, pointer_to
-from .views import Rows
+from .views import Blocks, Rows
 
 CHAIN = 64  # products that are summed one after another; the sums of the chains are summed then
 HIDDEN = 256  # hidden features in scratch at a time, a multiple of CHAIN
@@ -69,8 +69,8 @@ def linear_of_rows(p, a, scratch, portion, worker, part):
     E, at, end = p.width, worker * p.private_size, min((part + 1) * portion, p.rows)
     for row in range(part * portion, end, BLOCK):
         rows = min(BLOCK, end - row)
-        separately(product_rows, (False, Rows(x, row * E, E), rows, Weights(w, p.w, E * WIDTH, E, p.chain), p.out_up,
-                                  Rows(s, at, p.out_up)))
+        separately(product_rows, (False, Rows(x, row * E, E), rows, Weights(w, p.w, E * WIDTH, E, p.chain, NO_BIAS),
+                                  p.out_up, Blocks(s, at, p.out_up, 0)))
         finish_linear(p, a, s, at, row, rows)
 
 
@@ -79,8 +79,8 @@ def multiply_features(p, a, scratch, portion, worker, part):
     """The sums of all rows for a portion of the features, at the start of the scratch."""
     x, w, s = pointer_to(a.x, np.float32), pointer_to(a.weights, np.float32), pointer_to(scratch, np.float32)
     E, f = p.width, part * portion
-    separately(product_rows, (False, Rows(x, 0, E), p.rows, Weights(w, p.w + f * E, E * WIDTH, E, p.chain),
-                              min(portion, p.out_up - f), Rows(s, f, p.out_up)))
+    separately(product_rows, (False, Rows(x, 0, E), p.rows, Weights(w, p.w + f * E, E * WIDTH, E, p.chain, NO_BIAS),
+                              min(portion, p.out_up - f), Blocks(s, f, p.out_up, 0)))
 
 
 @jit
@@ -114,13 +114,14 @@ def norm_rows(p, a, row, rows, s, at):
 def raise_rows(p, x, rows, w, hidden, at_gate, g, features):
     """The hidden features g .. g + `features`, a multiple of WIDTH, of some rows; x, hidden: Rows."""
     E, s = p.width, hidden.data
-    separately(product_rows, (False, x, rows, Weights(w, p.w1 + g * E, E * WIDTH, E, CHAIN), features, hidden))
+    separately(product_rows, (False, x, rows, Weights(w, p.w1 + g * E, E * WIDTH, E, CHAIN, NO_BIAS), features,
+                              Blocks(s, hidden.at, hidden.step, 0)))
     add_to_rows(w, p.b1 + g, s, hidden.at, hidden.step, rows, features)
     if p.gated == 0:
         separately(activate_rows, (p.activation, False, s, hidden.at, hidden.step, rows, features))
         return
-    separately(product_rows, (False, x, rows, Weights(w, p.gate_w + g * E, E * WIDTH, E, CHAIN), features,
-                              Rows(s, at_gate, HIDDEN)))
+    separately(product_rows, (False, x, rows, Weights(w, p.gate_w + g * E, E * WIDTH, E, CHAIN, NO_BIAS), features,
+                              Blocks(s, at_gate, HIDDEN, 0)))
     add_to_rows(w, p.gate_b + g, s, at_gate, HIDDEN, rows, features)
     separately(activate_rows, (p.activation, False, s, at_gate, HIDDEN, rows, features))
     multiply_rows(s, at_gate, HIDDEN, s, hidden.at, hidden.step, rows, features)
@@ -130,8 +131,9 @@ def raise_rows(p, x, rows, w, hidden, at_gate, g, features):
 def lower_rows(p, rows, w, hidden, g, at_sums, n, features):
     """Add to the sums, features from n on, what the hidden features g .. g + HIDDEN contribute; hidden: Rows."""
     depth = min(HIDDEN, p.hidden - g)
-    weights = Weights(w, p.w2 + n * p.hidden + g * WIDTH, p.hidden * WIDTH, depth, CHAIN)
-    separately(product_rows, (g > 0, hidden, rows, weights, features, Rows(hidden.data, at_sums + n, p.out_up)))
+    weights = Weights(w, p.w2 + n * p.hidden + g * WIDTH, p.hidden * WIDTH, depth, CHAIN, NO_BIAS)
+    separately(product_rows, (g > 0, hidden, rows, weights, features,
+                              Blocks(hidden.data, at_sums + n, p.out_up, 0)))
 
 
 @inline

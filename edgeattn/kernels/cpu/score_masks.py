@@ -4,8 +4,9 @@ Letters as in fused.py.
 """
 import numpy as np
 
-from edgeattn.runtime.compiler import inline
+from edgeattn.runtime.compiler import inline, register_jitable
 
+from .matmul import round_up
 from .simd import (
     COLUMNS,
     LANES,
@@ -83,6 +84,17 @@ def adds_to_scores(a):
 
 
 @inline
+def in_units(v, slope, distance):
+    """A mask, and a slope that counts so many steps, in units of log 2; an infinity or NaN stays."""
+    added = within(v)
+    if slope != _ZERO:
+        distance = maximum(distance, splat(np.int32(0)) - distance)
+        added = within(added + to_float(distance) * splat(-slope))
+    hidden = (bits_of(v) & splat(_MAGNITUDE)) == splat(_INFINITY_BITS)
+    return select(hidden, v, added * splat(LOG2_E))
+
+
+@inline
 def fill_mask(p, a, batch, head, q0, queries, first, last, masks, at, at_square):
     """masks (keys, W) = (bias - slope * distance) * log2(e) where kept, else -inf; what is finite stays so.
 
@@ -133,11 +145,46 @@ def fill_mask(p, a, batch, head, q0, queries, first, last, masks, at, at_square)
             v = splat(_ZERO)
             if given:
                 v = load(masks, at + s * WIDTH + c)
-            added = within(v)
-            if has_slope:
-                distance = splat(np.int32(min(place + c, _FURTHEST) - s)) + lane_index()
-                distance = maximum(distance, splat(np.int32(0)) - distance)
-                added = within(added + to_float(distance) * splat(-slope))
-            added = added * splat(LOG2_E)
-            hidden = (bits_of(v) & splat(_MAGNITUDE)) == splat(_INFINITY_BITS)
-            store(masks, at + s * WIDTH + c, select(hidden, v, added))
+            distance = splat(np.int32(min(place + c, _FURTHEST) - s)) + lane_index()
+            store(masks, at + s * WIDTH + c, in_units(v, slope, distance))
+
+
+@register_jitable
+def mask_row(keys):
+    """How far the rows are apart that `fill_mask_rows` writes."""
+    return round_up(keys, LANES)
+
+
+@inline
+def fill_mask_rows(p, a, batch, head, q0, queries, first, last, masks, at):
+    """fill_mask() of queries that are rows, mask_row(p.keys) apart: masks (queries, keys)."""
+    keep, padding, bias = pointer_to(a.keep, np.uint8), pointer_to(a.padding, np.uint8), pointer_to(a.bias, np.float32)
+    slope, place = slope_and_place(a.alibi, p.alibi_b, batch, head)
+    keys, has_keep, has_padding, has_bias = last - first, a.keep != 0, a.padding != 0, a.bias != 0
+    fast = ((not has_keep) or p.keep_s == 1) and ((not has_bias) or p.bias_s == 1)
+    whole = keys // LANES * LANES if fast else 0
+    at_padding = batch * p.padding_b + first
+    for q in range(queries):
+        row = at + q * mask_row(p.keys)
+        at_keep = batch * p.keep_b + head * p.keep_h + (q0 + q) * p.keep_l + first * p.keep_s
+        at_bias = batch * p.bias_b + head * p.bias_h + (q0 + q) * p.bias_l + first * p.bias_s
+        for s in range(0, whole, LANES):
+            v = splat(_ZERO)
+            if has_bias:
+                v = load(bias, at_bias + s)
+            if has_keep:
+                v = select(load_bytes(keep, at_keep + s) == splat(np.int32(0)), splat(_MINUS_INFINITY), v)
+            if has_padding:
+                v = select(load_bytes(padding, at_padding + s) == splat(np.int32(0)), splat(_MINUS_INFINITY), v)
+            store(masks, row + s, v)
+        for s in range(whole, keys):
+            v = bias[at_bias + s * p.bias_s] if has_bias else _ZERO
+            if has_keep and keep[at_keep + s * p.keep_s] == 0:
+                v = _MINUS_INFINITY
+            if has_padding and padding[at_padding + s] == 0:
+                v = _MINUS_INFINITY
+            masks[row + s] = v
+        from_key = min(place + q0 + q, _FURTHEST) - first
+        for s in range(0, keys if adds_to_scores(a) else 0, LANES):
+            distance = splat(np.int32(from_key - s)) - lane_index()
+            store(masks, row + s, in_units(load(masks, row + s), slope, distance))
