@@ -90,7 +90,7 @@ BUGS = [
     Bug("a layer's query head reads another group's keys", "fused.py",
         "from_kv + h // repeats", "from_kv + h % (heads // repeats)", FLOAT),
     Bug("of two panels both have the first one's bias", "row_products.py",
-        "w, f + WIDTH, other)", "w, f, other)", FEW),
+        "finish_chain(p1, begun, k, 0, w, f + WIDTH, place_of(f + WIDTH, out))\n\n", "finish_chain(p1, begun, k, 0, w, f, place_of(f + WIDTH, out))\n\n", FEW),
     Bug("few queries all have the mask of the first", "attend_rows.py",
         "mask.at + i * mask_step + s0", "mask.at + s0", GIVEN),
     Bug("the powers that few queries have of the keys before are not rescaled", "attend_rows.py",

@@ -13,7 +13,6 @@ from .simd import COLUMNS, LANES, ROWS, WIDTH, outer_product, rank_steps, steps,
 TALL = 6 if LANES == 8 else ROWS  # rows of a tile: of sixteen registers three hold what it is made of
 _UNEVEN = (1, 2) if TALL == 6 else (-1, -1)  # rows that would be left alone: 7 are better 4 and 3, 8 twice 4
 AHEAD = 8  # elements of the next panel that a tile brings near for each of its depth, where it has four rows or more
-FEW = 3  # up to so many rows wait for weights more than for sums: two panels are read at a time
 NO_BIAS = -1
 
 
@@ -85,36 +84,57 @@ def multiply_tile_ahead(zero, begun, x, t, w, f, out, at_next, pace):
 
 
 @inline
-def multiply_two(zero, begun, x, w, f, out, other):
-    """multiply_tile() of the first rows, for the panel of f and the next one, which goes to the Place `other`."""
+def multiply_two(zero, begun, x, w, f, out):
+    """multiply_tile() of the first row for two panels, from that of f on; out: Blocks."""
     count, at_panel = steps(w.data), w.at + f // WIDTH * w.step
     for k in range(0, max(w.depth, 1), w.chain):
-        some, one, two = min(w.chain, w.depth - k), zero, zero
-        at_x, at_one = x.at + k, at_panel + k * WIDTH
-        at_two = at_one + w.step
-        for i in range(0, some - count + 1, count):
-            one = rank_steps(one, x.data, at_x + i, x.step, 1, w.data, at_one + i * WIDTH)
-            two = rank_steps(two, x.data, at_x + i, x.step, 1, w.data, at_two + i * WIDTH)
-        for i in range(some // count * count, some):
-            one = outer_product(one, x.data, at_x + i, x.step, w.data, at_one + i * WIDTH)
-            two = outer_product(two, x.data, at_x + i, x.step, w.data, at_two + i * WIDTH)
-        finish_chain(one, begun, k, 0, w, f, out)
-        finish_chain(two, begun, k, 0, w, f + WIDTH, other)
+        some, p0, p1 = min(w.chain, w.depth - k), zero, zero
+        for i in range(k, k + some - count + 1, count):
+            a, b = x.at + i, at_panel + i * WIDTH
+            p0 = rank_steps(p0, x.data, a, x.step, 1, w.data, b)
+            p1 = rank_steps(p1, x.data, a, x.step, 1, w.data, b + w.step)
+        for i in range(k + some // count * count, k + some):
+            a, b = x.at + i, at_panel + i * WIDTH
+            p0 = outer_product(p0, x.data, a, x.step, w.data, b)
+            p1 = outer_product(p1, x.data, a, x.step, w.data, b + w.step)
+        finish_chain(p0, begun, k, 0, w, f, place_of(f, out))
+        finish_chain(p1, begun, k, 0, w, f + WIDTH, place_of(f + WIDTH, out))
+
+
+@inline
+def multiply_four(zero, begun, x, w, f, out):
+    """multiply_tile() of the first row for four panels, from that of f on; out: Blocks."""
+    count, at_panel = steps(w.data), w.at + f // WIDTH * w.step
+    for k in range(0, max(w.depth, 1), w.chain):
+        some, p0, p1, p2, p3 = min(w.chain, w.depth - k), zero, zero, zero, zero
+        for i in range(k, k + some - count + 1, count):
+            a, b = x.at + i, at_panel + i * WIDTH
+            p0 = rank_steps(p0, x.data, a, x.step, 1, w.data, b)
+            p1 = rank_steps(p1, x.data, a, x.step, 1, w.data, b + w.step)
+            p2 = rank_steps(p2, x.data, a, x.step, 1, w.data, b + 2 * w.step)
+            p3 = rank_steps(p3, x.data, a, x.step, 1, w.data, b + 3 * w.step)
+        for i in range(k + some // count * count, k + some):
+            a, b = x.at + i, at_panel + i * WIDTH
+            p0 = outer_product(p0, x.data, a, x.step, w.data, b)
+            p1 = outer_product(p1, x.data, a, x.step, w.data, b + w.step)
+            p2 = outer_product(p2, x.data, a, x.step, w.data, b + 2 * w.step)
+            p3 = outer_product(p3, x.data, a, x.step, w.data, b + 3 * w.step)
+        finish_chain(p0, begun, k, 0, w, f, place_of(f, out))
+        finish_chain(p1, begun, k, 0, w, f + WIDTH, place_of(f + WIDTH, out))
+        finish_chain(p2, begun, k, 0, w, f + 2 * WIDTH, place_of(f + 2 * WIDTH, out))
+        finish_chain(p3, begun, k, 0, w, f + 3 * WIDTH, place_of(f + 3 * WIDTH, out))
 
 
 @task
 def product_rows(begun, x, rows, w, features, out):
     """out (rows, features) = x w^T + bias, plus what is in out, if begun; x: Rows; w: Weights; out: Blocks."""
     f = 0
-    if rows <= FEW:
-        while f + 2 * WIDTH <= features:
-            to, other = place_of(f, out), place_of(f + WIDTH, out)
-            if rows == 1:
-                multiply_two(tile_zero(1, COLUMNS, w.data), begun, x, w, f, to, other)
-            elif rows == 2:
-                multiply_two(tile_zero(2, COLUMNS, w.data), begun, x, w, f, to, other)
-            elif rows == 3:
-                multiply_two(tile_zero(3, COLUMNS, w.data), begun, x, w, f, to, other)
+    while rows == 1 and f + 2 * WIDTH <= features:  # which waits for weights alone: several streams of them come faster
+        if f + 4 * WIDTH <= features:
+            multiply_four(tile_zero(1, COLUMNS, w.data), begun, x, w, f, out)
+            f += 4 * WIDTH
+        else:
+            multiply_two(tile_zero(1, COLUMNS, w.data), begun, x, w, f, out)
             f += 2 * WIDTH
     while f < features:
         to, t, at_next = place_of(f, out), 0, w.at + (f // WIDTH + 1) * w.step
