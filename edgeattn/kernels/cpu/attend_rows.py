@@ -102,10 +102,10 @@ def weigh_row(scratch, q, keys, is_first, at_sums, features):
     """Powers of the scores of query q, and what they make of its sums of the keys before; zeros past the last key."""
     at = AT_SCORES + q * KEY_BLOCK
     up = round_up(keys, LANES)
-    for s in range(keys, up):
-        scratch[at + s] = _MINUS_INFINITY
-    m = load(scratch, at)
-    for s in range(LANES, up, LANES):
+    is_key = lane_index() < splat(np.int32(keys - up + LANES))
+    m = select(is_key, load(scratch, at + up - LANES), splat(_MINUS_INFINITY))
+    store(scratch, at + up - LANES, m)
+    for s in range(0, up - LANES, LANES):
         m = maximum(load(scratch, at + s), m)
     best = max_lanes(m)
     if not is_first:
