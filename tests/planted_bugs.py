@@ -177,7 +177,7 @@ BUGS = [
     Bug("a weight's sum is not corrected for the shift", "layer_dynamic.py",
         "-OFFSET * codes.astype(np.int32).sum(1)", "0 * codes.astype(np.int32).sum(1)", DYNAMIC),
     Bug("no scratch for a layer's masks", "layer_dynamic.py",
-        "place(private, (S + 4) * WIDTH if masked else 0)", "place(private, 0)",
+        "place(p.at_masks, (S + 4) * WIDTH if masked else 0)", "place(p.at_masks, 0)",
         "fence dynamic-layer"),
     Bug("a last tile of three rows begins a row too early", "byte_products_tiles.py",
         "finish(_multiply(tile, x, t, panels, f), 3, t, f, *arguments)",

@@ -25,8 +25,10 @@ import edgeattn
 import quant
 from edgeattn import bundle
 from edgeattn.quantized import AddMask, MulConstant, SelectMask, TensorQuantization
+from edgeattn.runtime import prebuilt
 from quant.cli import read_batches, read_npy
 from quant.describe import describe_file
+from quant.export.targets import host_target
 from quant.export.tflite import write_tflite
 
 E, H = 8, 2
@@ -163,9 +165,8 @@ def onnx_model(kind="heads"):
 
 
 def description():
-    return {"abi": 1, "target": "x", "machine": platform.machine(), "requires": [], "prefix": "x", "edgeattn": "1", "scheme": "static",
-            "sizes": dict.fromkeys(bundle.SIZES, 1), "arithmetic": "litert", "sources": [0, 1, 1], "mask_shape": None,
-            "quantization": {name: [0.5, 0] for name in ("query", "key", "output")}}
+    return {"abi": 2, "target": host_target(), "machine": platform.machine(), "requires": [], "edgeattn": "1",
+            "stamp": prebuilt.stamp_here(), "kernels": ["no_kernel"], "layer": [0, 1]}
 
 
 def with_footer(about, library=b"\x7fELF no library" + bytes(100)):

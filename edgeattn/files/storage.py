@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
+    from edgeattn.files.stored import StoredTensor
     from edgeattn.layers import MultiHeadAttention
     from edgeattn.quantized import DynamicMultiHeadAttention, QuantizedMultiHeadAttention, StaticMultiHeadAttention
     from edgeattn.types import Arithmetic, Path
@@ -33,6 +34,12 @@ _KINDS = {
     "SelfAttention": "edgeattn.layers.self_attention",
     "StaticMultiHeadAttention": "edgeattn.quantized.static",
     "DynamicMultiHeadAttention": "edgeattn.quantized.dynamic",
+    "Linear": "edgeattn.layers.linear",
+    "DynamicLinear": "edgeattn.layers.dynamic_linear",
+    "LayerNorm": "edgeattn.layers.norm",
+    "RMSNorm": "edgeattn.layers.norm",
+    "FeedForward": "edgeattn.layers.feed_forward",
+    "TransformerEncoderLayer": "edgeattn.layers.encoder",
     "TransformerEncoder": "edgeattn.layers.encoder",
     "TextEncoder": "edgeattn.models.text_encoder",
     "ImageEncoder": "edgeattn.models.image_encoder",
@@ -44,7 +51,9 @@ def save(layer: MultiHeadAttention | QuantizedMultiHeadAttention, path: Path) ->
 
     Parameters
     ----------
-    layer : MultiHeadAttention, SelfAttention or QuantizedMultiHeadAttention
+    layer : layer, encoder or model
+        Attention of any kind, Linear, LayerNorm, RMSNorm, FeedForward, TransformerEncoderLayer, TransformerEncoder,
+        TextEncoder or ImageEncoder.
     path : str or path
         Ends in ".safetensors". An existing file is replaced.
 
@@ -53,8 +62,6 @@ def save(layer: MultiHeadAttention | QuantizedMultiHeadAttention, path: Path) ->
     TypeError, ValueError
         For another kind of object or another suffix.
     """
-    import safetensors.numpy  # 0.8 MiB that only files need
-
     path = as_path(path)
     kind = type(layer).__name__
     if _KINDS.get(kind) != type(layer).__module__:
@@ -63,13 +70,19 @@ def save(layer: MultiHeadAttention | QuantizedMultiHeadAttention, path: Path) ->
         raise ValueError(
             f"path must end in .safetensors, got {str(path)!r}; quant.export writes the other formats"
         )
+    write_atomic(path, content_of(layer))
+
+
+def content_of(layer: Any) -> bytes:
+    """What `save` writes of a layer."""
+    import safetensors.numpy  # 0.8 MiB that only files need
+
     config, tensors = layer.to_state()
-    header = {"format": _FORMAT, "kind": kind, "config": config}
-    content = safetensors.numpy.save(
+    header = {"format": _FORMAT, "kind": type(layer).__name__, "config": config}
+    return safetensors.numpy.save(
         {name: np.asarray(array, order="C") for name, array in tensors.items()},
         metadata={_METADATA_KEY: json.dumps(header, sort_keys=True)},
     )
-    write_atomic(path, content)
 
 
 def load(
@@ -87,7 +100,8 @@ def load(
 
     Returns
     -------
-    MultiHeadAttention, SelfAttention or QuantizedMultiHeadAttention
+    layer, encoder or model
+        Of the class that was saved.
 
     Raises
     ------
@@ -102,7 +116,13 @@ def load(
     if path.suffix != ".safetensors":
         bundle = "; edgeattn.bundle.load runs a bundle" if path.suffix == ".so" else ""
         raise ValueError(f"path must end in .safetensors or .tflite, got {str(path)!r}{bundle}")
-    metadata, tensors = read_safetensors(path)
+    return layer_of(path, *read_safetensors(path), arithmetic)
+
+
+def layer_of(path: pathlib.Path, metadata: Mapping[str, str], tensors: Mapping[str, StoredTensor],
+             arithmetic: Arithmetic | None = None
+             ) -> MultiHeadAttention | StaticMultiHeadAttention | DynamicMultiHeadAttention:
+    """The layer of what `read_safetensors` gave of a file."""
     kind, config = _parse_header(path, metadata)
     if arithmetic is not None:
         if "arithmetic" not in config:

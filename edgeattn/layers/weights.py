@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgeattn.checks import count, flag, float_array, to_float32
+from edgeattn.checks import count, flag, float_array, is_constant, to_float32
 from edgeattn.files import checkpoints
 from edgeattn.files.paths import listed, named
 from edgeattn.functional import default_scale
 from edgeattn.layers.positions import POSITIONS, Positions
+from edgeattn.layers.saveable import Saveable
 from edgeattn.layers.state import pack, unpack
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ TENSORS = (
 KEY_TENSORS = ("bias_k", "bias_v")  # of a key that is no token, where a layer has one
 
 
-class AttentionWeights(Positions):
+class AttentionWeights(Positions, Saveable):
     """Weights, numbers of heads and sizes of a float layer; parameters and attributes as `MultiHeadAttention`'s."""
 
     num_heads: int
@@ -266,10 +267,6 @@ class AttentionWeights(Positions):
             f"value_dim={self.value_dim}, output_dim={self.output_dim})"
         )
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Copies and pickles hold what a file holds: kernels belong to the process."""
-        return type(self).from_state, self.to_state()
-
     def to_state(self) -> tuple[dict[str, Any], dict[str, Float32s]]:
         """(config, tensors): all that `from_state` needs to build an equal layer."""
         tensors = {name: getattr(self, name) for name in TENSORS if getattr(self, name) is not None}
@@ -353,13 +350,14 @@ def _optional(name: str, value: ArrayLike | None, axes: int) -> Float32s | None:
 
 
 def _parameter(name: str, value: ArrayLike, axes: int) -> Float32s:
-    """An owned, read-only float32 copy of a weight or bias."""
+    """An owned, read-only float32 copy of a weight or bias; what is constant is kept."""
     array = float_array(name, value)
     if array.ndim != axes:
         wanted = "(outputs, inputs)" if axes == 2 else "(outputs,)"
         raise ValueError(f"{name} must be {wanted}, got shape {array.shape}")
-    array = np.array(to_float32(array))
-    array.flags.writeable = False
+    if array.dtype != np.float32 or not is_constant(array):
+        array = np.array(to_float32(array))
+        array.flags.writeable = False
     return array
 
 

@@ -82,10 +82,10 @@ def copy_of(p):
 
 def packed(p, layout):
     """An array of int64 of the fields of a `blank`; ValueError where it has more of them than the record."""
-    array = np.fromiter(vars(p).values(), np.int64)
-    if len(array) != len(layout):
-        raise ValueError(f"p must have the {len(layout)} fields of its record, got {len(array)}")
-    return array
+    fields = vars(p)
+    if len(fields) != len(layout):
+        raise ValueError(f"p must have the {len(layout)} fields of its record, got {len(fields)}")
+    return np.fromiter(fields.values(), np.int64, len(fields))
 
 
 def named_fields(array, layout):
