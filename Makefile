@@ -35,7 +35,7 @@ endef
 setup_files = setup.cfg pyproject.toml tools/environment.py tools/find-python.sh
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-long test-fence test-mutations test-arm64 test-arm64-short test-cortex-m test-cuda test-cuda-offline fuzz lint libraries examples example-minilm example-self-vs-multihead example-sensor bench bench-cuda bench-models bench-peers bench-start clean distclean
+.PHONY: help run test test-long test-fence test-mutations test-arm64 test-arm64-short test-cortex-m test-cuda test-cuda-offline fuzz lint libraries wheel wheels examples example-minilm example-self-vs-multihead example-sensor bench bench-cuda bench-models bench-peers bench-start clean distclean
 
 help: ## this list
 	@echo "edgeattn: attention for small computers. Targets:"
@@ -97,6 +97,12 @@ example-self-vs-multihead: $(ready) ## one head against many: picture, table
 libraries: $(ready) ## compile all kernels now, for this machine
 	@$(python) -m quant.export.kernels edgeattn/libraries $(ARGS)
 
+wheel: $(ready) ## a wheel that brings them for this machine
+	@$(python) tools/wheel.py $(ARGS)
+
+wheels: $(linking) ## ... for x86_64, and one for aarch64
+	@$(python) tools/wheel.py x86_64 aarch64 $(ARGS)
+
 bench: $(ready) ## how fast, on this machine
 	@$(python) -m benchmarks $(ARGS)
 
@@ -109,7 +115,7 @@ bench-models: $(ready_peers) ## whole encoders beside torch, onnxruntime
 bench-peers: $(ready_peers) ## ... beside other runtimes (large downloads)
 	@$(python) -m benchmarks --peers $(ARGS)
 
-bench-start: $(ready) ## start of a process, in three forms
+bench-start: $(ready) ## start of a process, in four forms
 	@$(python) -m benchmarks.start
 
 clean: ## remove what was built; keep environments

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import importlib.util
 import json
 import os
 import platform
@@ -126,7 +127,7 @@ def find(folder: Path, machine: str, flags: set[str], parts: set[str], isa: str 
     if not possible:
         wanted = f" with the instruction set {isa}" if isa else ""
         return None, f"there is none for {machine}{wanted} and what its processor can do"
-    if stamp != sources.checksum(sources.files()):
+    if stamp != sources.stamp():
         return None, f"those in {folder} were made of other sources than these"
     name = possible[-1]
     path = folder / f"{name}{SUFFIX}"
@@ -136,6 +137,18 @@ def find(folder: Path, machine: str, flags: set[str], parts: set[str], isa: str 
         return Library(name, path), f"the best of those for {machine} that its processor can run"
     except OSError as error:
         return None, f"{path} cannot be loaded: {error}"
+
+
+def require_compiler() -> None:
+    """Say what is missing where kernels would have to be compiled, and Numba is not there.
+
+    Raises
+    ------
+    ImportError
+    """
+    if importlib.util.find_spec("numba") is None:
+        raise ImportError(f"edgeattn has no compiled kernels to use ({REASON}), and cannot compile them without Numba: "
+                          "pip install numba, or install a wheel of edgeattn for this machine, which brings them")
 
 
 def _find_here() -> tuple[Library | None, str]:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import elf
 import numpy as np
 import pytest
 from places import ROOT
@@ -13,8 +14,8 @@ from places import ROOT
 import edgeattn
 from edgeattn.runtime import prebuilt, processor, sources
 from edgeattn.runtime.targets import TARGETS, runnable
-from quant.export.kernels import build
-from quant.export.linker import find_linker
+from quant.export.kernels import build, chosen
+from quant.export.linker import DEVICE_LIBRARIES, find_linker
 from quant.export.targets import host_target
 
 A53, A72, A76 = "0xd03", "0xd08", "0xd0b"
@@ -46,6 +47,16 @@ def test_cores_that_differ_can_do_what_all_can(monkeypatch, text, flags, parts):
     assert processor.flags() == flags and processor.parts() == parts
 
 
+def test_targets_are_named_or_those_of_a_machine():
+    assert chosen(["aarch64"]) == ["aarch64", "cortex-a53", "cortex-a72", "cortex-a76"]
+    assert chosen(["cortex-a72", "x86-64-v2"]) == ["cortex-a72", "x86-64-v2"] and len(chosen(["x86_64"])) == 7
+    with pytest.raises(ValueError, match="no target or machine is called armv7l; there are aarch64, cortex-a53"):
+        chosen(["armv7l"])
+
+
+KERNELS = ["norm", "linear float32"]
+
+
 @pytest.fixture(scope="module")
 def libraries(tmp_path_factory):
     """The library of this machine's best target, of two kernels."""
@@ -54,8 +65,24 @@ def libraries(tmp_path_factory):
     except RuntimeError as error:
         pytest.skip(str(error))
     folder = tmp_path_factory.mktemp("libraries")
-    build([host_target()], folder, kernels=["norm", "linear float32"])
+    build([host_target()], folder, kernels=KERNELS)
     return folder
+
+
+def test_a_library_asks_for_the_c_library_alone_of_any_version(libraries):
+    found = elf.read((libraries / f"{host_target()}{prebuilt.SUFFIX}").read_bytes())
+    assert found.machine == TARGETS[host_target()].machine
+    assert set(found.needed) <= set(DEVICE_LIBRARIES) and not found.versioned
+    assert min(found.alignments) >= 2**16  # pages of a Raspberry Pi 5 have 16 KiB, of other kernels 64
+    assert not found.executable_stack
+
+
+def test_the_same_sources_are_the_same_bytes(request, libraries, tmp_path):
+    if not request.config.getoption("--long"):
+        pytest.skip("compiles once more: --long")
+    build([host_target()], tmp_path, kernels=KERNELS)
+    for path in libraries.iterdir():
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
 
 
 def find(folder, isa=None, machine=None, flags=None):
@@ -95,6 +122,16 @@ def test_no_other_is(libraries, tmp_path):
     for options in ({"isa": "neon"}, {"machine": "riscv64"}, {"flags": set()}):
         library, reason = find(libraries, **options)
         assert library is None and "there is none for" in reason
+
+
+def test_without_libraries_and_numba_an_import_says_what_is_missing(tmp_path):
+    script = ("import sys; sys.modules['numba'] = sys.modules['llvmlite'] = None; import edgeattn\n"
+              "try: edgeattn.MultiHeadAttention\n"
+              "except ImportError as error: print(error)")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT,
+                          env={**os.environ, "EDGEATTN_JIT": "1"})
+    assert done.stdout.startswith("edgeattn has no compiled kernels to use (EDGEATTN_JIT is set), and cannot compile them "
+                                  "without Numba: pip install numba"), done.stderr
 
 
 SCRIPT = """
