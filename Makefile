@@ -35,7 +35,7 @@ endef
 setup_files = setup.cfg pyproject.toml tools/environment.py tools/find-python.sh
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-long test-fence test-mutations test-arm64 test-arm64-short test-cortex-m test-cuda test-cuda-offline fuzz lint libraries wheel wheels examples example-minilm example-self-vs-multihead example-sensor bench bench-cuda bench-models bench-peers bench-start clean distclean
+.PHONY: help run test test-long test-libraries test-fence test-mutations test-arm64 test-arm64-short test-cortex-m test-cuda test-cuda-offline fuzz lint libraries wheel wheels examples example-minilm example-self-vs-multihead example-sensor bench bench-cuda bench-models bench-peers bench-start clean distclean
 
 help: ## this list
 	@echo "edgeattn: attention for small computers. Targets:"
@@ -51,6 +51,9 @@ test: $(ready) ## the test suite
 
 test-long: $(ready) ## ... in every long form, an hour and more
 	@$(python) -m pytest -n auto --dist loadfile --no-loadscope-reorder --long $(ARGS)
+
+test-libraries: libraries ## ... on compiled kernels, what compiles nothing
+	@EDGEATTN_JIT=0 $(python) -m pytest -n auto --dist loadfile --no-loadscope-reorder --numpy $(ARGS)
 
 test-fence: $(ready) ## kernels between guard pages, long form
 	@$(python) -m pytest -n auto --long tests/kernels/cpu/test_fence.py $(ARGS)

@@ -144,7 +144,7 @@ def main(folder):
         sys.exit(f"no call runs {', '.join(unused)}")
     if prebuilt.LIBRARY is not None and not before and sys.modules.get("numba"):
         sys.exit("Numba was imported, and kernels came compiled")
-    print(f"# kernels: {prebuilt.LIBRARY.target if prebuilt.LIBRARY else f'compiled here, for {prebuilt.REASON}'}")
+    print(f"# kernels: {prebuilt.LIBRARY.target if prebuilt.LIBRARY else f'compiled here ({prebuilt.REASON})'}")
     for kind, (count, digest) in found.items():
         print(f"{kind}: {count} calls {digest.hexdigest()[:16]}")
     print(f"all: {sum(count for count, _ in found.values())} calls {everything.hexdigest()[:16]}")

@@ -9,7 +9,7 @@ import sys
 import elf
 import numpy as np
 import pytest
-from places import ROOT
+from places import ROOT, TESTS
 
 import edgeattn
 from edgeattn.runtime import prebuilt, processor, sources
@@ -164,6 +164,33 @@ def test_it_gives_the_bytes_of_what_is_compiled_here_without_numba(libraries, tm
     made = np.load(tmp_path / "out.npz")
     np.testing.assert_array_equal(made["arr_0"], norm(x))
     np.testing.assert_array_equal(made["arr_1"], linear(x))
+
+
+WITHOUT_NUMBA = ("import runpy, sys; sys.modules.update(dict.fromkeys(('numba', 'llvmlite', 'safetensors'))); "
+                 "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')")
+
+
+def test_every_kernel_gives_the_bytes_of_those_compiled_here_without_numba(request, tmp_path):
+    """Layers in every format, functions, masks, caches, encoders, threads, need_weights: tests/call_hashes.py."""
+    made = prebuilt.FOLDER
+    if find(made)[0] is None:
+        if not request.config.getoption("--long"):
+            pytest.skip("compiles every kernel once more: --long, or make libraries before")
+        made = tmp_path / "made"
+        build([host_target()], made)
+    package = tmp_path / "site" / "edgeattn"
+    shutil.copytree(ROOT / "edgeattn", package, ignore=shutil.ignore_patterns("__pycache__", "libraries"))
+    shutil.copytree(made, package / "libraries")
+
+    def said(path, jit, *start):
+        done = subprocess.run([sys.executable, *start, TESTS / "call_hashes.py", tmp_path / "calls"], cwd=tmp_path,
+                              capture_output=True, text=True,
+                              env={**os.environ, "EDGEATTN_JIT": jit, "EDGEATTN_ISA": "", "PYTHONPATH": str(path)})
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    here, found = said(ROOT, "1"), said(package.parent, "0", "-c", WITHOUT_NUMBA)
+    assert found[0] == f"# kernels: {host_target()}" and found[1:] == here[1:] and len(here) > 20
 
 
 def test_the_stamp_is_of_the_sources(tmp_path):
