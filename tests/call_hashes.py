@@ -1,5 +1,7 @@
 """What public calls give, as checksums: python tests/call_hashes.py FOLDER. Equal where every byte is.
 
+Float32 attention sums as many numbers at a time as a vector has: its lines say how many those are, and are equal where
+that is. All others are on every instruction set with fused multiply-add.
 Layers and numbers are made once, in that folder, and read by those that come after: on another machine, with another
 NumPy or a library of compiled kernels, calibrating would give other scales. Every kernel of
 edgeattn.kernels.cpu.entries runs, alone and on two threads. Reading needs nothing but NumPy and the package.
@@ -14,11 +16,14 @@ import edgeattn
 from edgeattn import KVCache, scaled_dot_product_attention, threads
 from edgeattn.kernels.cpu import call, entries
 from edgeattn.runtime import prebuilt
+from edgeattn.runtime.isa import ISA
 
 FORMATS = "float32", "dynamic", "static"
 SIZES = ((64, 4, 32), (96, 4, 70), (128, 8, 130))
 SHAPES = ((2, 4, 33, 40, 24), (1, 4, 64, 64, 16), (1, 2, 150, 170, 32), (1, 4, 1, 64, 16))
 WIDTH, FEATURES, TOKENS = 48, 80, 21  # of encoders
+# Kinds of calls with float32 attention, which a layer of dynamic int8 has with a cache.
+BY_LANES = ("function float32", "layer float32", "cache float32", "cache dynamic", "encoder float32", "encoder mixed")
 
 
 class Numbers:
@@ -145,9 +150,10 @@ def main(folder):
     if prebuilt.LIBRARY is not None and not before and sys.modules.get("numba"):
         sys.exit("Numba was imported, and kernels came compiled")
     print(f"# kernels: {prebuilt.LIBRARY.target if prebuilt.LIBRARY else f'compiled here ({prebuilt.REASON})'}")
+    lanes = f" ({ISA.lanes} lanes)"
     for kind, (count, digest) in found.items():
-        print(f"{kind}: {count} calls {digest.hexdigest()[:16]}")
-    print(f"all: {sum(count for count, _ in found.values())} calls {everything.hexdigest()[:16]}")
+        print(f"{kind}: {count} calls {digest.hexdigest()[:16]}{lanes if kind.startswith(BY_LANES) else ''}")
+    print(f"all: {sum(count for count, _ in found.values())} calls {everything.hexdigest()[:16]}{lanes}")
 
 
 def was_called(entry):

@@ -7,7 +7,8 @@
 
 What follows ``--`` goes to pytest. Kernels are compiled anew whenever a source changes, which is most of the time.
 Then, but for ``--short``, a wheel with these CPUs' libraries is built here, installed as on a board, and called on each
-CPU without Numba: tests/call_hashes.py must print there what it prints here.
+CPU without Numba: tests/call_hashes.py must print there what it prints here, but for float32 attention, whose last bits
+follow from the length of vectors and must be the same on all of them.
 """
 
 from __future__ import annotations
@@ -183,7 +184,10 @@ def install_wheel(folder: Path, cpus: list[str]) -> Path:
 
 
 def call_wheel(folder: Path, cpus: list[str]) -> int:
-    """Call every kernel of a wheel on every CPU; return on how many the results are not those of this machine."""
+    """Call every kernel of a wheel on every CPU; return on how many the results are not those of this machine.
+
+    What follows from the lanes of a vector, of which this machine's may have more, is compared with the first CPU's.
+    """
     step, began = Progress("every kernel for " + ", ".join(cpus)), time.monotonic()
     try:
         site = install_wheel(folder, cpus)
@@ -193,20 +197,22 @@ def call_wheel(folder: Path, cpus: list[str]) -> int:
     except SetupError as error:
         print(error)
         return len(cpus)
+    expected = {line for line in here[1:] if not line.endswith("lanes)")}
     failed = 0
     for cpu in cpus:
+        command = [folder / cpu / "bin" / "python", "-c", WITHOUT_NUMBA, CALLS, folder / "calls"]
         try:
-            command = [folder / cpu / "bin" / "python", "-c", WITHOUT_NUMBA, CALLS, folder / "calls"]
             kernels, *found = said(command, folder, PYTHONPATH=str(site), PYTHONDONTWRITEBYTECODE="1")
         except SetupError as error:
             problem = str(error)
         else:
-            problem = "\n".join(sorted(set(here[1:]) ^ set(found)))
+            if cpu == cpus[0]:
+                expected |= {line for line in found if line.endswith("lanes)")}
+            problem = "\n".join(sorted(expected ^ set(found)))
             if kernels != f"# kernels: {cpu}":
                 problem = f"used {kernels}"
         failed += bool(problem)
-        print(f"  {'FAILED' if problem else 'passed'}  {cpu}, from the wheel and without Numba: "
-              f"{problem or here[-1]}")
+        print(f"  {'FAILED' if problem else 'passed'}  {cpu}, from the wheel and without Numba: {problem or found[-1]}")
     return failed
 
 
