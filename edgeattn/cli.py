@@ -2,6 +2,7 @@
 import argparse
 import contextlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import statistics
@@ -175,6 +176,9 @@ def _processor():
 
 
 def _cuda():
+    if importlib.util.find_spec("numba") is None:
+        yield "CUDA", "not used: Numba is not installed, which writes the kernels of a GPU"
+        return
     from edgeattn.kernels.cuda.driver import driver, why_not
 
     reason = why_not()

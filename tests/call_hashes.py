@@ -23,7 +23,8 @@ SIZES = ((64, 4, 32), (96, 4, 70), (128, 8, 130))
 SHAPES = ((2, 4, 33, 40, 24), (1, 4, 64, 64, 16), (1, 2, 150, 170, 32), (1, 4, 1, 64, 16))
 WIDTH, FEATURES, TOKENS = 48, 80, 21  # of encoders
 # Kinds of calls with float32 attention, which a layer of dynamic int8 has with a cache.
-BY_LANES = ("function float32", "layer float32", "cache float32", "cache dynamic", "encoder float32", "encoder mixed")
+BY_LANES = {"function float32", "layer float32", "cache float32 float32", "cache float32 int8", "cache dynamic float32",
+            "cache dynamic int8", "encoder float32", "encoder mixed"}
 
 
 class Numbers:
@@ -152,7 +153,7 @@ def main(folder):
     print(f"# kernels: {prebuilt.LIBRARY.target if prebuilt.LIBRARY else f'compiled here ({prebuilt.REASON})'}")
     lanes = f" ({ISA.lanes} lanes)"
     for kind, (count, digest) in found.items():
-        print(f"{kind}: {count} calls {digest.hexdigest()[:16]}{lanes if kind.startswith(BY_LANES) else ''}")
+        print(f"{kind}: {count} calls {digest.hexdigest()[:16]}{lanes if kind in BY_LANES else ''}")
     print(f"all: {sum(count for count, _ in found.values())} calls {everything.hexdigest()[:16]}{lanes}")
 
 
