@@ -148,7 +148,7 @@ def _software():
     yield "edgeattn", edgeattn.__version__ + ("" if _version("edgeattn") else " (not installed, run from its folder)")
     yield "python", f"{platform.python_version()} ({sys.executable or 'no executable'})"
     yield "system", platform.platform()
-    yield "packages", ", ".join(f"{name} {_version(name) or '(unknown version)'}" for name in _NEEDED)
+    yield "packages", ", ".join(f"{name} {_version(name) or '(not installed)'}" for name in _NEEDED)
 
 
 def _processor():
