@@ -2,6 +2,7 @@
 import argparse
 import contextlib
 import importlib.metadata
+import importlib.util
 import os
 import pathlib
 import platform
@@ -216,7 +217,7 @@ def _software():
     yield "edgeattn", edgeattn.__version__ + ("" if _version("edgeattn") else " (not installed, run from its folder)")
     yield "python", f"{platform.python_version()} ({sys.executable or 'no executable'})"
     yield "system", platform.platform()
-    yield "packages", ", ".join(f"{name} {_version(name) or '(unknown version)'}" for name in _NEEDED)
+    yield "packages", ", ".join(f"{name} {_version(name) or '(not installed)'}" for name in _NEEDED)
 
 
 def _processor():
@@ -244,6 +245,9 @@ def _processor():
 
 
 def _cuda():
+    if importlib.util.find_spec("numba") is None:
+        yield "CUDA", "not used: Numba is not installed, which writes the kernels of a GPU"
+        return
     from edgeattn.kernels.cuda.driver import driver, why_not
 
     reason = why_not()

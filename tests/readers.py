@@ -25,7 +25,7 @@ import edgeattn
 import quant
 from edgeattn import bundle
 from edgeattn.quantized import AddMask, MulConstant, SelectMask, TensorQuantization
-from edgeattn.runtime import prebuilt
+from edgeattn.runtime import sources
 from quant.cli import read_batches, read_npy
 from quant.describe import describe_file
 from quant.export.targets import host_target
@@ -170,7 +170,7 @@ def onnx_text():
 
 def description():
     return {"abi": 2, "target": host_target(), "machine": platform.machine(), "requires": [], "edgeattn": "1",
-            "stamp": prebuilt.stamp_here(), "kernels": ["no_kernel"], "layer": [0, 1]}
+            "stamp": sources.stamp(), "kernels": ["no_kernel"], "layer": [0, 1]}
 
 
 def with_footer(about, library=b"\x7fELF no library" + bytes(100)):

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import safetensors.numpy
+from compiling import looks_at_compiling
 from places import ROOT
 from workbench import random_input, random_layer
 
@@ -392,6 +393,7 @@ def test_version(main, name, capsys):
     assert capsys.readouterr().out == f"{name} {edgeattn.__version__}\n"
 
 
+@looks_at_compiling
 def test_edgeattn_info_says_what_is_here(capsys):
     assert edgeattn.cli.main(["info"]) == 0
     text = capsys.readouterr().out
@@ -403,6 +405,7 @@ def test_edgeattn_info_says_what_is_here(capsys):
     assert all(len(line) <= 80 for line in text.splitlines() if len(line.split()) > 1 and "(used)" not in line)
 
 
+@looks_at_compiling
 def test_edgeattn_info_without_a_writable_cache(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("no folder")
@@ -436,6 +439,7 @@ def test_edgeattn_alone_prints_its_help(capsys):
     assert "\n    info " in shown
 
 
+@looks_at_compiling
 def test_edgeattn_warmup_compiles_once_and_says_so(folder):
     # a copy, with the kernels that other tests keep beside the sources but for two small ones
     shutil.copytree(ROOT / "edgeattn", folder / "site" / "edgeattn",
@@ -485,6 +489,7 @@ print(*sorted(used()), sep="\\n", file=sys.stderr)
 """
 
 
+@looks_at_compiling
 def test_warmup_leaves_nothing_to_compile_for_any_call(folder):
     layer = random_layer(2)
     edgeattn.save(quant.quantize(layer, quant.calibrate(layer, [random_input(1, 2, 9, 32)])), "int8.safetensors")
