@@ -231,7 +231,7 @@ ERRORS = [
     ("quantize layer.safetensors other.safetensors -o q.safetensors --scheme dynamic", "takes neither CALIBRATION nor"),
     ("quantize layer.npz other.safetensors -o q.safetensors", "--prefix or --torch-prefix, and --num-heads"),
     ("quantize plain.safetensors other.safetensors -o q.safetensors",
-     "of other libraries with --prefix or --torch-prefix, and --num-heads\n"),
+     "of other libraries with --prefix or --torch-prefix, and --num-heads; a whole model by its folder\n"),
     ("quantize plain.safetensors other.safetensors -o q.safetensors --num-heads 5 --torch-prefix a.",
      "--num-heads must divide the width 32"),
     ("export layer.safetensors a.tflite --sequence-length 9 --mask x.npy", "--mask must be \"causal\" or a .npy file"),

@@ -48,9 +48,9 @@ class TransformerEncoderLayer(Stored):
 
     Parameters
     ----------
-    attention : MultiHeadAttention, or a dynamic int8 layer
+    attention : MultiHeadAttention, or one in int8
         Of E features in and out.
-    feed_forward : FeedForward
+    feed_forward : FeedForward, or one in static int8
     norm1, norm2 : LayerNorm or RMSNorm, optional
     norm_first : bool
     window_size : (int, int)
@@ -60,10 +60,12 @@ class TransformerEncoderLayer(Stored):
     def __init__(self, attention: MultiHeadAttention, feed_forward: FeedForward,
                  norm1: LayerNorm | RMSNorm | None = None, norm2: LayerNorm | RMSNorm | None = None, *,
                  norm_first: Flag = False, window_size: Window = NO_WINDOW):
-        if not isinstance(attention, MultiHeadAttention) and getattr(attention, "scheme", None) != "dynamic":
-            raise TypeError(f"attention must be an edgeattn.MultiHeadAttention, or a dynamic int8 one, "
-                            f"got {type(attention).__name__}")
-        if not isinstance(feed_forward, FeedForward):
+        # int8 ones stand above in edgeattn.quantized; a static layer as such takes codes and has no forward of rows
+        int8 = getattr(attention, "scheme", None) in ("static", "dynamic") and hasattr(attention, "forward")
+        if not isinstance(attention, MultiHeadAttention) and not int8:
+            raise TypeError(f"attention must be an edgeattn.MultiHeadAttention, or one in int8 as quant.quantize of an "
+                            f"encoder makes it, got {type(attention).__name__}")
+        if not isinstance(feed_forward, FeedForward) and getattr(feed_forward, "scheme", None) != "static":
             raise TypeError(f"feed_forward must be an edgeattn.FeedForward, got {type(feed_forward).__name__}")
         self.embed_dim = attention.embed_dim
         for name, norm in (("norm1", norm1), ("norm2", norm2)):
@@ -98,6 +100,27 @@ class TransformerEncoderLayer(Stored):
     def _norm(self, ops: Ops[T], x: T, part: str, name: str) -> T:
         norm: LayerNorm | RMSNorm | None = getattr(self, part)
         return x if norm is None else norm.forward(ops, x, name + part)
+
+    def __call__(self, x: ArrayLike | Sequence[ArrayLike], *, lengths: ArrayLike | None = None,
+                 key_padding_mask: ArrayLike | None = None, attn_mask: ArrayLike | None = None, is_causal: Flag = False,
+                 window_size: Window = NO_WINDOW, kv_cache: KVCache | None = None, out: Floats | None = None
+                 ) -> Floats | list[Floats]:
+        """The layer of `x`.
+
+        Parameters
+        ----------
+        kv_cache : KVCache, optional
+            One that `KVCache.for_layer(layer.attention, ...)` makes.
+        x, lengths, key_padding_mask, attn_mask, is_causal, window_size, out
+            As for a call of a `TransformerEncoder`, which says what each means: True = attend.
+
+        Returns
+        -------
+        array of the shape and dtype of `x`, or list of such arrays
+        """
+        return TransformerEncoder([self])(
+            x, lengths=lengths, key_padding_mask=key_padding_mask, attn_mask=attn_mask, is_causal=is_causal,
+            window_size=window_size, kv_cache=None if kv_cache is None else [kv_cache], out=out)
 
     @functools.cached_property
     def stages(self) -> list[Stage] | None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgeattn.checks import flag, float_array, result_dtype, to_float32, write_result
+from edgeattn.checks import as_array, flag, float_array, result_dtype, to_float32, write_result
 from edgeattn.device import Placeable
 from edgeattn.files import checkpoints
 from edgeattn.files.paths import named
@@ -96,7 +96,11 @@ class ImageEncoder(Placeable, Stored):
         """
         from edgeattn.executors.compiled import CompiledOps
 
-        array = float_array("pixels", pixels)
+        array = as_array("pixels", pixels)
+        if array.dtype.kind in "biu":
+            raise TypeError("pixels must be a float16, float32 or float64 array, scaled and normalized as the model's "
+                            f"preprocessor_config.json says, got dtype {array.dtype}")
+        array = float_array("pixels", array)
         axes = "(B, frames, bins)" if self.spectrogram else "(B, C, height, width)"
         if array.ndim != axes.count(",") + 1:
             raise ValueError(f"pixels must be {axes}, got shape {array.shape}")

@@ -45,7 +45,7 @@ def from_pretrained(folder: Path) -> TextEncoder | ImageEncoder:
     modules = modules_of(folder)
     inner = folder / modules.get("Transformer", {}).get("path", "")
     checkpoint = Checkpoint(inner)
-    with named(checkpoint.file):
+    with named(inner):
         family = family_of(checkpoint)
         if family.patches:
             patches = patch_embedding(checkpoint, family)

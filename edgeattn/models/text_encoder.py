@@ -12,7 +12,7 @@ import numpy as np
 from edgeattn.checks import as_array, count, flag, is_one_of
 from edgeattn.device import Placeable
 from edgeattn.files import checkpoints
-from edgeattn.files.paths import named, reading
+from edgeattn.files.paths import named, reading, reason
 from edgeattn.kv_cache import KVCache
 from edgeattn.layers.embedding import Embedding
 from edgeattn.layers.encoder import TransformerEncoder
@@ -152,7 +152,7 @@ class TextEncoder(Placeable, Stored):
         from edgeattn.executors.compiled import CompiledOps
 
         ids, lengths = _id_array("ids", ids)
-        self._check_ids(ids, "ids", len(self.embedding.token_weight))
+        self._check_ids(ids, "ids", len(self.embedding.token_weight), "vocabulary")
         types = np.zeros_like(ids)
         if token_type_ids is not None:
             types, type_lengths = _id_array("token_type_ids", token_type_ids)
@@ -160,7 +160,7 @@ class TextEncoder(Placeable, Stored):
                 raise ValueError(f"token_type_ids must have the shape of ids, {_shape(ids, lengths)}, got "
                                  f"{_shape(types, type_lengths)}")
             table = self.embedding.type_weight
-            self._check_ids(types, "token_type_ids", 1 if table is None else len(table))
+            self._check_ids(types, "token_type_ids", 1 if table is None else len(table), "token types")
         real, lengths = _real_tokens(ids, lengths, attention_mask)
         held = _held(kv_cache)
         if lengths is not None and kv_cache is not None:
@@ -216,11 +216,14 @@ class TextEncoder(Placeable, Stored):
         size, normalize = count("batch_size", batch_size), self.normalize if normalize is None else flag(
             "normalize", normalize)
         texts = [text.lower() for text in sentences] if self.lower_case else sentences
-        encoded = self._tokenizer.encode_batch(texts)
+        encoded, entries = self._tokens(texts), len(self.embedding.token_weight)
         for i, tokens in enumerate(encoded):
             if not tokens.ids:
                 raise ValueError(f"sentences[{i}] gives no token: {sentences[i][:50]!r}; leave it out")
             self._check_length(len(tokens.ids), f"sentences[{i}]")
+            if max(tokens.ids) >= entries:
+                raise ValueError(f"sentences[{i}] gives token {max(tokens.ids)}, and the model's vocabulary has "
+                                 f"{entries}; use the tokenizer.json that was saved with the model")
         order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].ids))
         result = np.zeros((len(encoded), self.embed_dim), np.float32)
         for first in range(0, len(order), size):
@@ -236,6 +239,17 @@ class TextEncoder(Placeable, Stored):
         if normalize:
             result /= np.maximum(np.sqrt((result * result).sum(axis=1, keepdims=True)), np.float32(1e-12))
         return result
+
+    def _tokens(self, texts: list[str]) -> Any:
+        """What the tokenizer makes of texts."""
+        tokenizer = self._tokenizer
+        try:
+            return tokenizer.encode_batch(texts)
+        except BaseException as error:  # it is written in Rust, whose panics are no Exception
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise ValueError(f"the tokenizer is not a whole tokenizer.json: {reason(error)}; use the one that was "
+                             "saved with the model") from error
 
     @functools.cached_property
     def _tokenizer(self) -> Any:
@@ -255,10 +269,10 @@ class TextEncoder(Placeable, Stored):
             made.enable_truncation(self.max_length)
         return made
 
-    def _check_ids(self, ids: NDArray[np.int64], name: str, entries: int) -> None:
+    def _check_ids(self, ids: NDArray[np.int64], name: str, entries: int, what: str) -> None:
         if ids.size and not (ids.min() >= 0 and ids.max() < entries):
             row, column = np.argwhere((ids < 0) | (ids >= entries))[0]
-            raise ValueError(f"{name} must lie between 0 and {entries - 1}, the model's vocabulary, got "
+            raise ValueError(f"{name} must lie between 0 and {entries - 1}, the model's {what}, got "
                              f"{ids[row, column]} in sequence {row} at token {column}; is the tokenizer this model's?")
 
     def _check_length(self, tokens: int, name: str = "ids") -> None:
