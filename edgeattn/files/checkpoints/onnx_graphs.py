@@ -16,7 +16,7 @@ import numpy as np
 
 from edgeattn.files.checkpoints.onnx_encoders import LONG, Encoder, look_further, read_encoder, root_of
 from edgeattn.files.checkpoints.onnx_layers import attention_at
-from edgeattn.files.checkpoints.onnx_models import Image, Text, read_image, read_text
+from edgeattn.files.checkpoints.onnx_models import Image, Text, read_image, read_text, text_inputs
 from edgeattn.files.checkpoints.onnx_nodes import Graph, title
 from edgeattn.files.checkpoints.onnx_operators import OPERATORS, domain_of
 from edgeattn.files.checkpoints.onnx_products import product
@@ -133,7 +133,12 @@ def onnx_text(path_or_model: Path | OnnxModel) -> Text:
         Naming the node where something else stands than in a text encoder.
     """
     graphs = open_graph(path_or_model)
-    return read_graph(graphs, lambda batch, *_: read_text(lambda *options: graphs(batch, *options), attention_nodes))
+    inputs = text_inputs(graphs(2))
+
+    def read(batch, *_):
+        return read_text(lambda *options: graphs(batch, *options), attention_nodes, *inputs)
+
+    return read_graph(graphs, read)
 
 
 def onnx_image(path_or_model: Path | OnnxModel) -> Image:

@@ -48,15 +48,16 @@ class Image:
     encoder: Encoder
 
 
-def read_text(graphs, nodes_of):
+def read_text(graphs, nodes_of, ids, bound):
     """The `Text` of a model; `graphs(bound)` gives its graph, `nodes_of(graph)` the attention nodes.
+
+    `ids` and `bound` are what `text_inputs` gives.
 
     Raises
     ------
     NotRead
         Naming the node where something else stands than in a text encoder.
     """
-    ids, bound = _inputs(graphs({}))
     graph = graphs(bound)
     encoder = read_encoder(graph, nodes_of(graph))
     value, projection = encoder.start, None
@@ -90,8 +91,14 @@ def _masks(graph, text, nodes_of):
     text.is_causal = causal.pop()
 
 
-def _inputs(graph):
-    """(the input of token ids, what to take the others for: no padding, one type, positions from 0 on)."""
+def text_inputs(graph):
+    """(the input of token ids, what to take the others for: no padding, one type, positions from 0 on).
+
+    Raises
+    ------
+    NotRead
+        Where nothing is gathered by an input.
+    """
     tables = {}
     for node in graph.nodes:
         if node.op_type == "Gather" and len(node.input) == 2 and graph.attributes(node).get("axis", 0) == 0:
