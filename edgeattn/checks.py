@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 import numbers
 import operator
 from typing import TYPE_CHECKING
@@ -103,6 +104,16 @@ def float_array(name: str, value: ArrayLike) -> Floats:
             f"pass numpy.asarray({name}, numpy.float32) if that is meant"
         )
     return array
+
+
+def is_kept(array: NDArray[Any]) -> bool:
+    """Whether nobody can write to `array`, in C order, through another: its own memory, or a file mapped for reading."""
+    if array.flags.writeable or not (array.flags.c_contiguous and array.flags.aligned):
+        return False
+    owner: Any = array
+    while isinstance(owner, np.ndarray) and not owner.flags.owndata:
+        owner = owner.base.obj if isinstance(owner.base, memoryview) else owner.base
+    return owner is array or isinstance(owner, mmap.mmap)
 
 
 def to_float32(array: NDArray[Any]) -> Float32s:

@@ -7,6 +7,7 @@ once, however many tensors it names, and a tensor's bytes when they are wanted.
 from __future__ import annotations
 
 import json
+import mmap
 import os
 from pathlib import Path
 
@@ -21,8 +22,12 @@ DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", 
 _METADATA = "__metadata__"
 
 
-def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, StoredTensor]]:
+def read_safetensors(path: str | os.PathLike[str], *, mapped: bool = False
+                     ) -> tuple[dict[str, str], dict[str, StoredTensor]]:
     """(metadata, tensors by name) of a .safetensors file.
+
+    With `mapped` tensors are read-only, and the file itself, whose pages the system reads when they are wanted and may
+    give up again; it must not be written to while they live. To replace it is no harm.
 
     Raises
     ------
@@ -44,7 +49,16 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict
         metadata = header.pop(_METADATA, {})
         if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
             raise ValueError("its metadata must be texts by name")
-        return metadata, _tensors(path, header, 8 + header_size, size)
+        pages = _map(file) if mapped else None
+        return metadata, _tensors(path, header, 8 + header_size, size, pages)
+
+
+def _map(file) -> mmap.mmap | None:
+    """The file as memory; None where its file system has no such thing."""
+    try:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError):
+        return None
 
 
 def _once(pairs):
@@ -54,10 +68,10 @@ def _once(pairs):
     return found
 
 
-def _tensors(path: Path, header: dict, start: int, size: int) -> dict[str, StoredTensor]:
+def _tensors(path: Path, header: dict, start: int, size: int, pages: mmap.mmap | None) -> dict[str, StoredTensor]:
     """The tensors of a header, once they are found to fill the file without gap or overlap."""
     budget, places = Budget(size), []
-    tensors = {name: _tensor(path, name, entry, start, budget, places) for name, entry in header.items()}
+    tensors = {name: _tensor(path, name, entry, start, budget, places, pages) for name, entry in header.items()}
     end = 0
     for first, last, name in sorted(places):
         if first != end:
@@ -68,7 +82,8 @@ def _tensors(path: Path, header: dict, start: int, size: int) -> dict[str, Store
     return tensors
 
 
-def _tensor(path: Path, name: str, entry, start: int, budget: Budget, places: list) -> StoredTensor:
+def _tensor(path: Path, name: str, entry, start: int, budget: Budget, places: list, pages: mmap.mmap | None
+            ) -> StoredTensor:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{name} must have dtype, shape and data_offsets")
     kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -87,9 +102,12 @@ def _tensor(path: Path, name: str, entry, start: int, budget: Budget, places: li
         if known is None:
             raise ValueError(f"{path} stores {name} as {kind}, which NumPy does not have; convert the file to F32 "
                              "first")
-        with open(path, "rb") as file, reading(path, KIND):
-            file.seek(start + offsets[0])
-            array = np.fromfile(file, dtype, nbytes // dtype.itemsize).reshape(shape)
+        if pages is not None and nbytes:
+            array = np.frombuffer(pages, dtype, nbytes // dtype.itemsize, start + offsets[0]).reshape(shape)
+        else:
+            with open(path, "rb") as file, reading(path, KIND):
+                file.seek(start + offsets[0])
+                array = np.fromfile(file, dtype, nbytes // dtype.itemsize).reshape(shape)
         # the bytes of a damaged file may be neither 0 nor 1
         return widened(array) if kind == "BF16" else array != 0 if kind == "BOOL" else array
 

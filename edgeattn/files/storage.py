@@ -77,6 +77,9 @@ def load(
 ) -> MultiHeadAttention | StaticMultiHeadAttention | DynamicMultiHeadAttention:
     """Read a layer that `save` wrote, or an int8 attention graph from a .tflite file.
 
+    int8 weights and embeddings of a .safetensors file are not copied: they are the file, mapped into memory, which must
+    not be written to while the layer lives. `save` replaces a file, which is no harm.
+
     Parameters
     ----------
     path : str or path
@@ -102,7 +105,7 @@ def load(
     if path.suffix != ".safetensors":
         bundle = "; edgeattn.bundle.load runs a bundle" if path.suffix == ".so" else ""
         raise ValueError(f"path must end in .safetensors or .tflite, got {str(path)!r}{bundle}")
-    metadata, tensors = read_safetensors(path)
+    metadata, tensors = read_safetensors(path, mapped=True)
     kind, config = _parse_header(path, metadata)
     if arithmetic is not None:
         if "arithmetic" not in config:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgeattn.checks import float_array, to_float32
+from edgeattn.checks import float_array, is_kept, to_float32
 from edgeattn.layers.module import TokenWise
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def parameter(name: str, value: ArrayLike, axes: str) -> Float32s:
     array = float_array(name, value)
     if array.ndim != axes.count(",") + (not axes.endswith(",)")):
         raise ValueError(f"{name} must be {axes}, got shape {array.shape}")
-    if array.dtype != np.float32 or array.flags.writeable or not (array.flags.owndata and array.flags.c_contiguous):
+    if array.dtype != np.float32 or not is_kept(array):
         array = np.array(to_float32(array))
         array.flags.writeable = False
     return array
