@@ -77,7 +77,7 @@ def _onnxruntime_files(common: Common) -> dict[str, Path]:
             made = optimizer.optimize_model(str(common.graph), "bert", num_heads=heads, hidden_size=width, opt_level=0)
             made.save_model_to_file(str(fused))
             quantize_dynamic(fused, path8, per_channel=True, weight_type=QuantType.QInt8,
-                             extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT})  # of its own operators' results
+                             extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT})  # of its own operators
     return {"onnxruntime float32": fused, "onnxruntime int8": path8}
 
 
@@ -134,7 +134,7 @@ def ctranslate2_calls(common: Common, threads: int) -> dict[str, Call]:
         path = common.folder / f"ctranslate2-{name}"
         if not path.exists():
             _ctranslate2_model(common.model, path, name)
-        encoder = ctranslate2.Encoder(str(path), device="cpu", compute_type=name, intra_threads=threads, inter_threads=1)
+        encoder = ctranslate2.Encoder(str(path), compute_type=name, intra_threads=threads, inter_threads=1)
 
         def call(x: np.ndarray, mask: np.ndarray, encoder: Any = encoder) -> np.ndarray:
             view = ctranslate2.StorageView.from_array

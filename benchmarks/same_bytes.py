@@ -56,21 +56,21 @@ def embeddings(name: str, folder: Path, threads: int) -> dict[str, np.ndarray]:
     subject = models.minilm()
     common = encoder_peers.Common(subject.model, None, folder / "model.onnx", subject.samples, folder)
     call, rows = call_of(name, common, threads), subject.judged
-    longest = max(map(len, rows))
 
     def pooled(state: np.ndarray, row: np.ndarray) -> np.ndarray:
         return np.array(state[: len(row)]).mean(axis=0)
 
     return {"alone": np.stack([pooled(call(*padded([row]))[0], row) for row in rows]),
             "padded": np.stack([pooled(call(*padded([row], len(row) + LONGER))[0], row) for row in rows]),
-            "batch": np.stack([pooled(state, row) for state, row in zip(call(*padded(rows, longest)), rows, strict=True)])}
+            "batch": np.stack([pooled(*pair) for pair in zip(call(*padded(rows)), rows, strict=True)])}
 
 
 def run(name: str, folder: Path, threads: int, setting: dict[str, str]) -> dict[str, np.ndarray]:
     """`embeddings` in a process of its own."""
     out = folder / "out.npz"
-    subprocess.run([sys.executable, "-m", "benchmarks.same_bytes", "--child", name, str(folder), str(threads)], cwd=ROOT,
-                   check=True, env={**os.environ, **setting, "EDGEATTN_JIT": "1"}, stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "benchmarks.same_bytes", "--child", name, str(folder), str(threads)]
+    subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, **setting, "EDGEATTN_JIT": "1"},
+                   stdout=subprocess.DEVNULL)
     with np.load(out) as found:
         return dict(found)
 
@@ -126,7 +126,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         names = prepare(Path(folder))
-        print("| | instruction sets | two threads | padded by 10 | in a batch of 20 |\n|---|---|---|---|---|", flush=True)
+        print(f"| | instruction sets | two threads | padded by {LONGER} | in one batch |\n{'|---' * 5}|", flush=True)
         for name in names:
             if options.only in name:
                 print(row_of(name, Path(folder)), flush=True)

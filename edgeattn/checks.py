@@ -107,7 +107,7 @@ def float_array(name: str, value: ArrayLike) -> Floats:
 
 
 def is_kept(array: NDArray[Any]) -> bool:
-    """Whether nobody can write to `array`, in C order, through another: its own memory, or a file mapped for reading."""
+    """Whether `array`, in C order, is its own memory or a file mapped for reading: nobody writes to it."""
     if array.flags.writeable or not (array.flags.c_contiguous and array.flags.aligned):
         return False
     owner: Any = array
