@@ -28,7 +28,7 @@ from benchmarks.minilm import PACKAGE, package_folder, random_model
 from benchmarks.timing import interleave
 
 FLOAT_ERROR = 1e-3  # the largest difference from torch, of outputs of up to 10
-INT8_COSINE = 0.98
+INT8_COSINE = 0.95  # of random tokens, which are harder than sentences; what another computation gives is below 0.9
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = ((1, 1), (1, 8), (1, 16), (1, 32), (1, 64), (1, 128), (8, 32))
 FULL, RAGGED = (32, 32), "32 of 5 to 60"
@@ -172,7 +172,7 @@ def show(title: str, times: dict[str, list], accuracy: dict[str, str], limit: di
         share = limit.get("int8" if "int8" in name else "float32")
         part = "" if share is None or "edgeattn" not in name or "attention" in name else f"{share / seconds:.0%}"
         print(f"  {name:34} {1e3 * seconds:9.3f} {ratios[name]:7.2f} {part:>9}  {accuracy[name]}", flush=True)
-    int8, float32 = (_next(times, median, f"edgeattn {kind}", of) for kind, of in (("int8", ""), ("float32", "float32")))
+    int8, float32 = _next(times, median, "edgeattn int8", ""), _next(times, median, "edgeattn float32", "float32")
     return f"  {title:22} {int8}; {float32}"
 
 
