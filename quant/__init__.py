@@ -8,3 +8,7 @@ from quant.quantize import quantize
 from quant.report import ModelReport, Report
 
 __all__ = ["Calibration", "ModelCalibration", "ModelReport", "Report", "calibrate", "compare", "export", "quantize"]
+
+
+def __dir__() -> list[str]:
+    return sorted({*(name for name in globals() if name.startswith("__")), *__all__})

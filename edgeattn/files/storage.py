@@ -33,6 +33,12 @@ _KINDS = {
     "SelfAttention": "edgeattn.layers.self_attention",
     "StaticMultiHeadAttention": "edgeattn.quantized.static",
     "DynamicMultiHeadAttention": "edgeattn.quantized.dynamic",
+    "Linear": "edgeattn.layers.linear",
+    "DynamicLinear": "edgeattn.layers.dynamic_linear",
+    "LayerNorm": "edgeattn.layers.norm",
+    "RMSNorm": "edgeattn.layers.norm",
+    "FeedForward": "edgeattn.layers.feed_forward",
+    "TransformerEncoderLayer": "edgeattn.layers.encoder",
     "TransformerEncoder": "edgeattn.layers.encoder",
     "TextEncoder": "edgeattn.models.text_encoder",
     "ImageEncoder": "edgeattn.models.image_encoder",
@@ -44,7 +50,9 @@ def save(layer: MultiHeadAttention | QuantizedMultiHeadAttention, path: Path) ->
 
     Parameters
     ----------
-    layer : MultiHeadAttention, SelfAttention or QuantizedMultiHeadAttention
+    layer : layer, encoder or model
+        Attention of any kind, Linear, LayerNorm, RMSNorm, FeedForward, TransformerEncoderLayer, TransformerEncoder,
+        TextEncoder or ImageEncoder.
     path : str or path
         Ends in ".safetensors". An existing file is replaced.
 
@@ -90,7 +98,8 @@ def load(
 
     Returns
     -------
-    MultiHeadAttention, SelfAttention or QuantizedMultiHeadAttention
+    layer, encoder or model
+        Of the class that was saved.
 
     Raises
     ------

@@ -10,6 +10,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from edgeattn.layers.linear import Linear, check_linear, parameter
 from edgeattn.layers.norm import LayerNorm
+from edgeattn.layers.state import Stored
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 _CUBIC = -0.75  # the free parameter of the bicubic kernel, torch's choice
 
 
-class Embedding:
+class Embedding(Stored):
     """A token's vector, plus that of its position and of its type; then a norm and a linear map.
 
     Parameters
@@ -87,7 +88,7 @@ class Embedding:
         return x if self.projection is None else ops.linear(x, self.projection, name + "projection")
 
 
-class PatchEmbedding:
+class PatchEmbedding(Stored):
     """A linear map of each patch of an image, plus the embedding of its place; before them tokens that are no patch.
 
     Such a token is a row of zeros: its embedding, less the bias of the map, is part of its place's.

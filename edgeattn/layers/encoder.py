@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 _FURTHEST = 2**31
 
 
-class TransformerEncoderLayer:
+class TransformerEncoderLayer(Stored):
     """Self-attention and a feed-forward network, each with a residual and a norm.
 
     x = norm1(x + attention(x)), then norm2(x + feed_forward(x)); with `norm_first` x + attention(norm1(x)), then
@@ -105,10 +105,6 @@ class TransformerEncoderLayer:
         from edgeattn.executors.fused import stages_of
 
         return stages_of(self)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return functools.partial(type(self), norm_first=self.norm_first, window_size=self.window_size), (
-            self.attention, self.feed_forward, self.norm1, self.norm2)
 
     def __repr__(self) -> str:
         return (f"TransformerEncoderLayer({self.attention}, {self.feed_forward}, {self.norm1}, {self.norm2}, "

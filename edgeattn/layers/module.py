@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from edgeattn.checks import check_out, float_array, result_dtype, to_float32, write_result
+from edgeattn.layers.state import Stored
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from edgeattn.types import Floats
 
 
-class TokenWise:
+class TokenWise(Stored):
     """A layer whose `forward` maps rows of `inputs` features to rows of `outputs`."""
 
     inputs: int

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgeattn.files.paths import listed
+from edgeattn.layers.saveable import Saveable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -44,8 +45,8 @@ _WITH_STATE = ("DynamicMultiHeadAttention",)  # not of arguments: their own conf
 _LONGEST = 1000  # characters of a text in JSON
 
 
-class Stored:
-    """What is made of parts: its state, and that of copies and pickles, is what a file holds."""
+class Stored(Saveable):
+    """What is made of parts: its state is the arguments of its constructor."""
 
     def to_state(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """(config, tensors): all that `from_state` needs to build an equal one."""
@@ -63,9 +64,6 @@ class Stored:
         if left:
             raise ValueError(f"unexpected tensors [{listed(sorted(left))}]")
         return made
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self).from_state, self.to_state()
 
 
 def pack(part: Any, name: str, tensors: dict[str, Any], seen: dict[int, str] | None = None) -> Any:

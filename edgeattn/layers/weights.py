@@ -11,6 +11,7 @@ from edgeattn.files import checkpoints
 from edgeattn.files.paths import listed, named
 from edgeattn.functional import default_scale
 from edgeattn.layers.positions import POSITIONS, Positions
+from edgeattn.layers.saveable import Saveable
 from edgeattn.layers.state import pack, unpack
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ TENSORS = (
 KEY_TENSORS = ("bias_k", "bias_v")  # of a key that is no token, where a layer has one
 
 
-class AttentionWeights(Positions):
+class AttentionWeights(Positions, Saveable):
     """Weights, numbers of heads and sizes of a float layer; parameters and attributes as `MultiHeadAttention`'s."""
 
     num_heads: int
@@ -265,10 +266,6 @@ class AttentionWeights(Positions):
             f"embed_dim={self.embed_dim}, kdim={self.kdim}, vdim={self.vdim}, head_dim={self.head_dim}, "
             f"value_dim={self.value_dim}, output_dim={self.output_dim})"
         )
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Copies and pickles hold what a file holds: kernels belong to the process."""
-        return type(self).from_state, self.to_state()
 
     def to_state(self) -> tuple[dict[str, Any], dict[str, Float32s]]:
         """(config, tensors): all that `from_state` needs to build an equal layer."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal, overload
 
 from edgeattn.layers.attention import SHORT
+from edgeattn.layers.saveable import Saveable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,7 +21,7 @@ __all__ = ["INPUTS", "SHORT", "QuantizedMultiHeadAttention"]
 INPUTS: tuple[Input, Input, Input] = ("query", "key", "value")
 
 
-class QuantizedMultiHeadAttention:
+class QuantizedMultiHeadAttention(Saveable):
     """Multi-head attention in int8, as ``quant.quantize`` makes it: a static or a dynamic layer, see ``scheme``."""
 
     scheme: Literal["static", "dynamic"]
@@ -33,10 +34,6 @@ class QuantizedMultiHeadAttention:
     value_dim: int
     output_dim: int
     query_name = "query"  # what the caller calls it
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Copies and pickles hold what a file holds: kernels belong to the process."""
-        return type(self).from_state, self.to_state()
 
     if TYPE_CHECKING:  # what either has
 
