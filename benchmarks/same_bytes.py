@@ -3,7 +3,7 @@
 Each runtime computes all-MiniLM-L6-v2 (benchmarks/models.py says which weights) for 20 sentences: alone on one thread,
 which is what the rest is compared with; with its instruction sets limited by its own switch, a process for each; on
 two threads; padded by ten tokens; in one batch. A cell says of how many sentences the bytes are the same, and how far
-the others' numbers are off at most. docs/same-bytes.md shows a table.
+the others' numbers are off at most; docs/same-bytes.md has the rest.
 """
 
 from __future__ import annotations
