@@ -115,4 +115,8 @@ def emit(exports) -> bytes:
         library.add_linking_library(compiled.library)
     library.add_ir_module(module)
     library.finalize()
+    # What another object has by the same name, a helper compiled there, may be another function.
+    for value in (*library._final_module.functions, *library._final_module.global_variables):
+        if not value.is_declaration and value.name not in exports:
+            value.linkage = "internal"
     return library.emit_native_object()

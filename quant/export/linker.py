@@ -8,6 +8,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 # What kernels may leave to the device: a few functions of the C library and its mathematics.
 DEVICE_LIBRARIES = {"libc.so.6": ("memcpy", "memmove", "memset", "sched_getaffinity", "sched_getcpu",
@@ -34,19 +38,20 @@ def find_linker(machine: str) -> list[str]:
                        "'edgeattn[bundle]', which brings one for every machine")
 
 
-def link(machine: str, folder: Path, name: str, exported: list[str]) -> bytes:
-    """The shared library made of ``layer.o`` in ``folder``.
+def link(machine: str, folder: Path, name: str, exported: list[str], objects: Iterable[str] = ("layer.o",)) -> bytes:
+    """The shared library made of object files in ``folder``.
 
     Parameters
     ----------
     machine : str
     folder : Path
-        With ``layer.o``, and for every library in DEVICE_LIBRARIES an object file with its functions, none of which
+        With the objects, and for every library in DEVICE_LIBRARIES an object file with its functions, none of which
         does anything: the device's libraries are not at hand, and all that is needed are their names.
     name : str
         What the library is called by those that are linked against it.
     exported : list of str
         The names it makes known.
+    objects : iterable of str
     """
     linker = find_linker(machine)
     for library in DEVICE_LIBRARIES:
@@ -56,7 +61,8 @@ def link(machine: str, folder: Path, name: str, exported: list[str]) -> bytes:
     # Pages of 64 KiB divide by those of every kernel: a Raspberry Pi 5's are of 16.
     _run([*linker, "-shared", "-soname", name, "--version-script", script, "--strip-all", "--hash-style=gnu",
           "-z", "defs", "-z", "noexecstack", "-z", "relro", "-z", "now", "-z", "max-page-size=65536",
-          "-o", folder / "layer.so", folder / "layer.o", "--as-needed", *(folder / name for name in DEVICE_LIBRARIES)])
+          "-o", folder / "layer.so", *(folder / each for each in objects), "--as-needed",
+          *(folder / name for name in DEVICE_LIBRARIES)])
     return (folder / "layer.so").read_bytes()
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -78,7 +79,8 @@ LIBRARY = ("import sys, embeddings; from pathlib import Path; from quant.export.
 def processes(folder: Path, cpu: str, tests: tuple[str, ...], layers: int, extra: list[str]) -> Iterator[Popen]:
     """Start, each when the one before has ended: the compilers of a CPU's bundles and library, here; pytest there."""
     bundles, library = (folder / kind / cpu for kind in ("bundles", "library"))
-    bundles.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(bundles, ignore_errors=True)  # of other sources, it may be; what was compiled is kept elsewhere
+    bundles.mkdir(parents=True)
     python_path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
     pytest = [folder / cpu / "bin" / "python", "-m", "pytest", "-p", "no:cacheprovider", "--color=no", "-v",
               "--durations=10", f"--layers={layers}", *tests, *extra]
