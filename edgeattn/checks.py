@@ -59,7 +59,7 @@ def is_constant(array: NDArray[Any]) -> bool:
         if base.flags.writeable:
             return False
         base = base.base
-    return isinstance(base, memoryview) and base.readonly and array.flags.c_contiguous
+    return isinstance(base, memoryview) and base.readonly and array.flags.c_contiguous and array.flags.aligned
 
 
 def count(name: str, value: SupportsIndex) -> int:

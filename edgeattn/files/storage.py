@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import importlib
 import json
+import mmap
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edgeattn.files.paths import as_path, reason, write_atomic
-from edgeattn.files.safetensors_file import read_safetensors
+from edgeattn.files.safetensors_file import read_safetensors, view_safetensors
 
 if TYPE_CHECKING:
     import pathlib
@@ -93,6 +94,9 @@ def load(
 ) -> MultiHeadAttention | StaticMultiHeadAttention | DynamicMultiHeadAttention:
     """Read a layer that `save` wrote, or an int8 attention graph from a .tflite file.
 
+    int8 weights and embeddings of a .safetensors file are not copied: they are the file, mapped into memory, which must
+    not be written to while the layer lives. `save` replaces a file, which is no harm.
+
     Parameters
     ----------
     path : str or path
@@ -121,7 +125,17 @@ def load(
         other = ("; edgeattn.from_pretrained reads a model's folder" if folder else
                  "; edgeattn.bundle.load runs a bundle" if path.suffix == ".so" else "")
         raise ValueError(f"path must end in .safetensors or .tflite, got {str(path)!r}{other}")
-    return layer_of(path, *read_safetensors(path), arithmetic)
+    return layer_of(path, *_mapped(path), arithmetic)
+
+
+def _mapped(path: pathlib.Path) -> tuple[dict[str, str], dict[str, StoredTensor]]:
+    """(metadata, tensors) of a file, as memory where its file system has that: tensors are then the file itself."""
+    try:
+        with open(path, "rb") as file:
+            pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError):
+        return read_safetensors(path)
+    return view_safetensors(path, memoryview(pages))
 
 
 def layer_of(path: pathlib.Path, metadata: Mapping[str, str], tensors: Mapping[str, StoredTensor],

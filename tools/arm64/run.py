@@ -36,6 +36,7 @@ EVERYWHERE = (
     f"{BUNDLE}codes_are_those_of_the_kernels",
     f"{BUNDLE}a_bundle_for_a_newer_processor_is_refused",
     f"{BUNDLE}what_cannot_run_here_is_refused_before_it_is_loaded",
+    "tests/test_same_bytes.py::test_a_library_gives_the_same_bytes",
     LITERT,
 )
 SHORT = (*EVERYWHERE, f"--deselect={LITERT}[litert-reference", "tests/kernels/cpu/test_simd.py")
@@ -76,11 +77,13 @@ LAYERS = {True: 8, False: 20}  # of the 200 that test_parity.py compares where t
 
 EXPORT = ("import sys, test_bundle; from pathlib import Path; "
           "test_bundle.export_all(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])")
+LIBRARY = ("import sys, embeddings; from pathlib import Path; from quant.export.kernels import build; "
+           "build(sys.argv[2:], Path(sys.argv[1]), embeddings.KERNELS); embeddings.save(sys.argv[1])")
 
 
 def processes(folder: Path, cpu: str, tests: tuple[str, ...], layers: int, extra: list[str]) -> Iterator[Popen]:
-    """Start, each when the one before has ended: the compiler of a CPU's bundles, here; pytest in its environment."""
-    bundles = folder / "bundles" / cpu
+    """Start, each when the one before has ended: the compilers of a CPU's bundles and library, here; pytest there."""
+    bundles, library = (folder / kind / cpu for kind in ("bundles", "library"))
     shutil.rmtree(bundles, ignore_errors=True)  # of other sources, it may be; what was compiled is kept elsewhere
     bundles.mkdir(parents=True)
     python_path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
@@ -89,7 +92,9 @@ def processes(folder: Path, cpu: str, tests: tuple[str, ...], layers: int, extra
     floats = re.findall(rf"{BUNDLE}floats\S+\[(\w+)\]", " ".join(tests))
     for command, numba, settings in (
             ([sys.executable, "-c", EXPORT, bundles, cpu, *floats], "here", {"PYTHONPATH": python_path}),
-            (pytest, cpu, {"PYTHONDONTWRITEBYTECODE": "1", "TEST_BUNDLES": str(bundles)})):
+            ([sys.executable, "-c", LIBRARY, library, cpu], "here", {"PYTHONPATH": python_path}),
+            (pytest, cpu, {"PYTHONDONTWRITEBYTECODE": "1", "TEST_BUNDLES": str(bundles),
+                           "TEST_LIBRARIES": str(library)})):
         environment = {**clean_environment(), "NUMBA_CACHE_DIR": str(folder / "numba" / numba), **settings}
         with log_of(folder, cpu).open("a", encoding="utf-8") as log:
             yield Popen([str(part) for part in command], cwd=ROOT, env=environment, stdin=DEVNULL, stdout=log,

@@ -277,6 +277,22 @@ def take_block_scales(p, a, batch, kv, s0, count, buffers):
 
 
 @inline
+def sum_of(private, at, size):
+    """The sum of private[at : at + size], size a multiple of 8, in an order that no width of vectors has a part in."""
+    t0 = t1 = t2 = t3 = t4 = t5 = t6 = t7 = _ZERO
+    for s in range(at, at + size, 8):
+        t0 += private[s]
+        t1 += private[s + 1]
+        t2 += private[s + 2]
+        t3 += private[s + 3]
+        t4 += private[s + 4]
+        t5 += private[s + 5]
+        t6 += private[s + 6]
+        t7 += private[s + 7]
+    return ((t0 + t4) + (t2 + t6)) + ((t1 + t5) + (t3 + t7))
+
+
+@inline
 def weigh_block(p, count, poison, results, to, buffers):
     """Softmax of a block: probabilities times the values' scales in digits, zeros up to a whole vector.
 
@@ -293,15 +309,14 @@ def weigh_block(p, count, poison, results, to, buffers):
             best = maximum(score, best)
         units[2 * G + g] = max_lanes(best) if softcap == _ZERO else cap_and_maximum(scores, at, count, softcap)
     for g in range(G):
-        at, m = g * BLOCK, splat(units[2 * G + g])
-        total, largest = splat(_ZERO), splat(_ZERO)
+        at, m, largest = g * BLOCK, splat(units[2 * G + g]), splat(_ZERO)
         for s in range(0, whole, LANES):
-            e = exp2(load(scores, at + s) - m)
-            weight = e * load(own_scales, _OF_VALUES + s)
+            store(scores, at + s, exp2(load(scores, at + s) - m))
+        results[to + G * Dv_up + g], results[to + G * (Dv_up + 1) + g] = units[2 * G + g], sum_of(scores, at, whole)
+        for s in range(0, whole, LANES):
+            weight = load(scores, at + s) * load(own_scales, _OF_VALUES + s)
             store(scores, at + s, weight)
-            total = total + e
             largest = maximum(weight, largest)
-        results[to + G * Dv_up + g], results[to + G * (Dv_up + 1) + g] = units[2 * G + g], sum_lanes(total)
         units[G + g] = max_lanes(largest)
     for g in range(G):
         units[G + g] = poison + write_digits(
