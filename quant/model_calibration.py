@@ -130,6 +130,11 @@ class ModelCalibration:
             return cls(str(header["encoder"]), header["tokens"], *_parse(header["attention"], arrays))
 
 
+def is_model_calibration(path: Path) -> bool:
+    """Whether a file calls itself a calibration of a model; False for a damaged file, too."""
+    return _FILE.is_in(path)
+
+
 def _parse(headers: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> list[dict[str, Any]]:
     """What a file holds, by kinds."""
     from quant.calibrate import parse
@@ -252,15 +257,19 @@ class LargestInputs(CompiledOps):
     """
 
     def __init__(self, counted: Any = lambda rows: rows) -> None:
-        super().__init__({}, ())  # a record, of no tensor, has blocks computed operation by operation
+        super().__init__({}, ())  # a record, of no tensor, has layers without stages computed operation by operation
         self.counted, self.tokens = counted, 0
         self.largest: dict[int, Float32s] = {}
 
     def block(self, layer: Any, x: Float32s, sequences: Sequences, name: str) -> Float32s:
-        """An encoder layer, operation by operation."""
+        """An encoder layer: its attention as a call computes it, its feed-forward operation by operation."""
         if name.endswith("layers.0."):
             self.tokens += len(self.counted(x))
-        return super().block(layer, x, sequences, name)
+        if layer.stages is None:
+            return super().block(layer, x, sequences, name)
+        attention, _ = layer.stages
+        result: Float32s = layer.feed(self, attention(np.ascontiguousarray(x), sequences), name)
+        return result
 
     def linear(self, x: Float32s, linear: Any, name: str) -> Float32s:
         """x weight^T + bias."""

@@ -51,7 +51,7 @@ def test_digits_float_accuracy_is_what_training_noted(examples_on_path, weights,
     model = model_module.DigitsModel(getattr(model_module, weights))
     attention = model.attention_layers()
     assert [layer.num_heads for layer in attention] == [num_heads] * model_module.NUM_LAYERS
-    correct = int((model.predict(digits.test_images, attention) == digits.test_labels).sum())
+    correct = int((model.predict(digits.test_images) == digits.test_labels).sum())
     assert correct == int(model.metadata["test_correct"])
     assert correct > 0.95 * len(digits.test_labels)
 

@@ -20,11 +20,12 @@ from .dynamic import (
     turn,
     unit_of,
 )
-from .fused import ATTENTION_ADDRESSES, adds_to_scores, fill_mask, portions, visible_range
+from .fused import ATTENTION_ADDRESSES, portions, visible_range
 from .int8_views import Part, parts_of
 from .key_mean import choose_block, subtract_mean, weigh_tokens
 from .matmul import round_up
 from .records import MASKS, NO_MASKS, bits_of_real, blank, named, packed, place, real, record, set_masks, shapes_of
+from .score_masks import adds_to_scores, fill_mask
 from .simd import (
     LANES,
     WIDTH,

@@ -118,7 +118,7 @@ NO_MASKS = shapes_of()
 
 
 def set_masks(p, masks, index=None):
-    """Write a band, and strides of masks, into a record; whether fused.fill_mask has to write them out.
+    """Write a band, and strides of masks, into a record; whether score_masks.fill_mask has to write them out.
 
     masks: what `shapes_of` gives; index: the shape of a static layer's indices of tables.
     """
