@@ -299,21 +299,21 @@ class SeenRanges(LargestInputs):
         self._beyond: set[str] = set()
 
     def block(self, layer: Any, x: Float32s, sequences: Sequences, name: str) -> Float32s:
-        """An encoder layer, operation by operation; what stands in several places has the name of the first."""
+        """An encoder layer; what stands in several places has the name of the first."""
         here = name[name.rindex("layers."):]
         self._layer, self._sequences = layer, sequences
         self._place = {part: self._places.setdefault(id(getattr(layer, part)), here + part)
                        for part in ("attention", "feed_forward")}
+        read = x if not layer.norm_first or layer.norm1 is None else layer.norm1.forward(CompiledOps(), x)
+        self._see("attention", "input", read)
+        self._observe_attention(read)
         return super().block(layer, x, sequences, name)
 
     def linear(self, x: Float32s, linear: Any, name: str) -> Float32s:
         """x weight^T + bias."""
         y = super().linear(x, linear, name)
-        half, _, part = name.rpartition("layers.")[2].partition(".")[2].partition(".")  # "attention", "query"
-        if (half, part) == ("attention", "query"):
-            self._see(half, "input", x)
-            self._observe_attention(x)
-        elif half == "feed_forward" and part in ("linear1", "gate"):
+        half, _, part = name.rpartition("layers.")[2].partition(".")[2].partition(".")  # "feed_forward", "linear1"
+        if half == "feed_forward" and part in ("linear1", "gate"):
             self._see(half, "input", x)
             self._see(half, part, y)
         elif (half, part) == ("feed_forward", "linear2"):

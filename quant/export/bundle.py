@@ -39,6 +39,8 @@ KERNELS = {
     "MultiHeadAttention": ("layer float32", *_ATTENTION, *_CACHES, "linear float32"),
     "DynamicMultiHeadAttention": ("layer dynamic", *_ATTENTION, *_CACHES, "projection dynamic"),
     "StaticMultiHeadAttention": ("layer int8", "layer int8 with a cache", "quantize", "dequantize"),
+    "StaticSelfAttention": ("rows to codes", "layer int8", "layer int8 with a cache", "codes to rows"),
+    "StaticFeedForward": ("feed-forward int8",),
     "Linear": ("feed-forward float32", "linear float32"),
     "DynamicLinear": ("feed-forward dynamic", "linear dynamic"),
     "LayerNorm": ("norm",), "RMSNorm": ("norm",),

@@ -22,6 +22,7 @@ from edgeattn.quantized import (
     TensorQuantization,
 )
 from quant import static_models
+from quant.export.bundle import kernels_of
 
 SETTINGS = ({}, {"norm_first": True}, {"gate": True})
 
@@ -117,6 +118,13 @@ def test_it_is_saved_and_copied(settings, tmp_path):
         part.save(tmp_path / "part.safetensors")
         assert edgeattn.load(tmp_path / "part.safetensors") == part == copy.copy(part)
     assert E * E < made.layers[0].attention.nbytes < made.nbytes < encoder(**settings).nbytes / 2
+
+
+def test_a_bundle_holds_the_kernels_that_it_calls():
+    made = static(encoder(), data(2, 5))
+    assert set(kernels_of(made)) == {"layer int8", "layer int8 with a cache", "rows to codes", "codes to rows",
+                                     "feed-forward int8", "norm"}
+    assert kernels_of(made.layers[0].feed_forward) == ["feed-forward int8"]
 
 
 def test_a_text_encoder_is_quantized_whole():
