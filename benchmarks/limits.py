@@ -7,6 +7,7 @@ by the four-way dot product and, where there is one, by the matrix unit.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -97,8 +98,8 @@ def _reader(size: int) -> Callable:
     """A call that reads `size` bytes in one piece, on as many threads as a kernel would."""
     numbers = threads.aligned(-(-size // (4 * ROWS * WIDTH)) * ROWS * WIDTH, np.float32)
     numbers[:] = 1
-    run = compiled_for(read, (numbers, np.zeros(1, np.float32), np.zeros(1, np.int64), 1))
-    return lambda: threads.run(run, (numbers,), np.float32, 0, ROWS * WIDTH, max(size, threads.SMALLEST_SHARED_WORK))
+    run = functools.partial(compiled_for(read, (numbers, np.zeros(1, np.float32), np.zeros(1, np.int64), 1)), numbers)
+    return lambda: threads.run(run, np.float32, 0, ROWS * WIDTH, max(size, threads.SMALLEST_SHARED_WORK))
 
 
 def read_limits(arrays: dict[str, tuple], operations: int) -> dict[str, tuple[Callable, int]]:

@@ -52,6 +52,16 @@ def number(name: str, value: object) -> float:
     return value
 
 
+def is_constant(array: NDArray[Any]) -> bool:
+    """Whether nobody can write to an array in C order, as to one in the memory of a file: to keep it needs no copy."""
+    base: object = array
+    while isinstance(base, np.ndarray):
+        if base.flags.writeable:
+            return False
+        base = base.base
+    return isinstance(base, memoryview) and base.readonly and array.flags.c_contiguous
+
+
 def count(name: str, value: SupportsIndex) -> int:
     """`value` as an int of at least 1 that int32 can hold."""
     try:
@@ -96,6 +106,8 @@ def float_array(name: str, value: ArrayLike) -> Floats:
     TypeError
         For every other dtype: an integer array is more often a mistake than a wish.
     """
+    if type(value) is np.ndarray and value.dtype is FLOAT32:
+        return value
     array = as_array(name, value)
     if array.dtype.kind != "f" or array.dtype.itemsize not in (2, 4, 8):
         raise TypeError(
@@ -121,9 +133,10 @@ def to_float32(array: NDArray[Any]) -> Float32s:
 
 def result_dtype(*arrays: NDArray[Any]) -> np.dtype[Any]:
     """The dtype of the result: the inputs' own, the widest where they differ, in native byte order."""
-    if {array.dtype for array in arrays} == {FLOAT32}:
-        return FLOAT32
-    return np.dtype(np.result_type(*[array.dtype for array in arrays]).type)
+    for array in arrays:
+        if array.dtype is not FLOAT32:
+            return np.dtype(np.result_type(*[array.dtype for array in arrays]).type)
+    return FLOAT32
 
 
 def check_out(out: object, shape: Sequence[int], dtype: np.dtype[Any]) -> None:

@@ -21,7 +21,7 @@ from edgeattn.checks import (
 )
 from edgeattn.device import executor, is_on_gpu
 from edgeattn.kernels.cpu import float32, functional_dynamic, functional_float32
-from edgeattn.masks import NO_WINDOW, resolve_mask
+from edgeattn.masks import NO_WINDOW, check_mask_shapes, resolve_mask
 from edgeattn.prepared import PreparedCalls, call_signature, lies_apart
 
 if TYPE_CHECKING:
@@ -195,9 +195,9 @@ def scaled_dot_product_attention(
                                    alibi_slopes, kv_lengths)
         if signature is not None:
             signature = *signature, scale, softcap, enable_gqa, precision
-            prepared = _prepared.find(signature, out)
+            prepared = _prepared.get(signature) if out is None else _prepared.find(signature, out)
             if prepared is not None:
-                return prepared(query, key, value, out, attn_mask, None)
+                return prepared.run(query, key, value, out, attn_mask, None)
     grouped = flag("enable_gqa", enable_gqa)
     return_weights = flag("return_weights", return_weights)
     return_lse = flag("return_lse", return_lse)
@@ -221,8 +221,17 @@ def scaled_dot_product_attention(
         raise ValueError(f"scale must be 0, or from {float32.SCALES[0]} to {float32.SCALES[1]} in size, with "
                          f"precision='int8', got {scale}; use precision='float32'")
     check_out(out, shapes.result, dtype)
-    mask = resolve_mask(shapes.scores, attn_mask, is_causal=is_causal, causal_alignment=causal_alignment,
-                        window_size=window_size, kv_lengths=kv_lengths, alibi_slopes=alibi_slopes)
+    positions: dict[str, Any] = {"is_causal": is_causal, "causal_alignment": causal_alignment,
+                                 "window_size": window_size, "kv_lengths": kv_lengths, "alibi_slopes": alibi_slopes}
+    if signature is not None and not shapes.empty and float32.is_ordinary(scale, softcap):
+        mask = resolve_mask(shapes.scores, **positions)
+        check_mask_shapes(shapes.scores, attn_mask, None)
+        kernel = functional_dynamic if precision == "int8" else functional_float32
+        prepared = _prepared.learn(signature, functools.partial(kernel.prepare, shapes.inputs, scale, softcap),
+                                   shapes.scores, shapes.result, mask, attn_mask)
+        if prepared is not None:
+            return write_result(prepared.run(query, key, value, None, attn_mask, None), out, dtype)
+    mask = resolve_mask(shapes.scores, attn_mask, **positions)
     q, k, v = (to_float32(x.reshape(axes)) for x, axes in zip((query, key, value), shapes.inputs, strict=True))
     if (type(out) is np.ndarray and out.dtype == FLOAT32 and out.flags.carray
             and lies_apart(out, (q, k, v, mask.keep, mask.bias))):
@@ -240,10 +249,6 @@ def scaled_dot_product_attention(
             weights=None if weights is None else weights.reshape(mask.shape),
             lse=None if lse is None else lse.reshape(mask.shape[:3]))
     result = write_result(result, out, dtype)
-    if signature is not None and not shapes.empty and float32.is_ordinary(scale, softcap):
-        kernel = functional_dynamic if precision == "int8" else functional_float32
-        _prepared.learn(signature, functools.partial(kernel.prepare, q, k, v, context, scale, softcap), shapes.scores,
-                        shapes.result, mask, attn_mask)
     if not (return_weights or return_lse):
         return result
     return (result, *([] if weights is None else [write_result(weights, None, dtype)]), *([] if lse is None else [lse]))
@@ -265,6 +270,8 @@ def default_scale(head_dim: int) -> float:
 
 def checked_softcap(softcap: object) -> float:
     """`softcap` as a float that kernels can divide by, or 0."""
+    if type(softcap) is float and not softcap:
+        return softcap
     softcap = number("softcap", softcap)
     if softcap != 0 and softcap < _SMALLEST_SOFTCAP:
         raise ValueError(f"softcap must be 0 (off), or positive and at least {_SMALLEST_SOFTCAP}, got {softcap}")
@@ -289,7 +296,29 @@ class _Shapes(NamedTuple):
 @functools.lru_cache(256)
 def _shapes(query: Shape, key: Shape, value: Shape, grouped: bool) -> _Shapes:
     """The `_Shapes` of three shapes: checked are ranks, then the axes that must agree, then the numbers of heads."""
-    shapes = f"query {query}, key {key}, value {value}"
+    if not (len(query) == len(key) == len(value) >= 2 and query[:-3] == key[:-3] == value[:-3]
+            and key[-1] == query[-1] and value[-2] == key[-2]):
+        _refuse_shapes(query, key, value)
+    given, result = (query, key, value), (*query[:-1], value[-1])
+    if len(query) == 2:  # one head without a name
+        query, key, value = (1, *query), (1, *key), (1, *value)
+    (*lead, heads, queries, size), (kv_heads, keys), value_size = query, key[-3:-1], value[-1]
+    if not heads == kv_heads == value[-3]:
+        _check_heads(given, heads, kv_heads, value[-3], grouped)
+    batch = math.prod(lead)
+    inputs = (batch, heads, queries, size), (batch, kv_heads, keys, size), (batch, kv_heads, keys, value_size)
+    scores = (*lead, heads, queries, keys)
+    return _Shapes(scores, result, inputs, (batch, heads, queries, value_size),
+                   0 in (batch, heads, queries, keys, size, value_size), default_scale(size))
+
+
+def _as_text(query: Shape, key: Shape, value: Shape) -> str:
+    return f"query {query}, key {key}, value {value}"
+
+
+def _refuse_shapes(query: Shape, key: Shape, value: Shape) -> None:
+    """Say which rank or axis of three shapes is wrong."""
+    shapes = _as_text(query, key, value)
     for name, shape in (("query", query), ("key", key), ("value", value)):
         if len(shape) < 2:
             raise ValueError(f"{name} must have at least 2 axes (..., length, size), got shape {shape}")
@@ -302,13 +331,13 @@ def _shapes(query: Shape, key: Shape, value: Shape, grouped: bool) -> _Shapes:
             )
     if key[-1] != query[-1]:
         raise ValueError(f"key must have query's last axis D = {query[-1]}, got {shapes}")
-    if value[-2] != key[-2]:
-        raise ValueError(f"value must have as many rows as key, S = {key[-2]}, got {shapes}")
-    result = (*query[:-1], value[-1])
-    if len(query) == 2:  # one head without a name
-        query, key, value = (1, *query), (1, *key), (1, *value)
-    (*lead, heads, queries, size), (kv_heads, keys), value_size = query, key[-3:-1], value[-1]
-    if value[-3] != kv_heads:
+    raise ValueError(f"value must have as many rows as key, S = {key[-2]}, got {shapes}")
+
+
+def _check_heads(given: tuple[Shape, Shape, Shape], heads: int, kv_heads: int, value_heads: int, grouped: bool) -> None:
+    """Raise unless so many heads of queries, keys and values go together; given: the three shapes."""
+    shapes = _as_text(*given)
+    if value_heads != kv_heads:
         raise ValueError(f"value must have as many heads as key, {kv_heads}, got {shapes}")
     if heads != kv_heads and not grouped:
         raise ValueError(
@@ -319,8 +348,3 @@ def _shapes(query: Shape, key: Shape, value: Shape, grouped: bool) -> _Shapes:
         raise ValueError(
             f"query heads must be a multiple of key/value heads, got {heads} and {kv_heads} in {shapes}"
         )
-    batch = math.prod(lead)
-    inputs = (batch, heads, queries, size), (batch, kv_heads, keys, size), (batch, kv_heads, keys, value_size)
-    scores = (*lead, heads, queries, keys)
-    return _Shapes(scores, result, inputs, (batch, heads, queries, value_size),
-                   0 in (batch, heads, queries, keys, size, value_size), default_scale(size))

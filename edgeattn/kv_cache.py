@@ -515,6 +515,13 @@ class KVCache:
         """
         return _Transaction(self)
 
+    def restore(self, length: int) -> None:
+        """What a transaction does, and what in its place is called where it shows: the length as it was before."""
+        if self._moving:  # tokens lie half here, half there
+            self.reset()
+        else:
+            self._length = max(length, self._start)
+
     def append_heads(self, key: NDArray[Any], value: NDArray[Any]) -> None:
         """Store float32 (B, Hkv, n, D) and (B, Hkv, n, Dv), for which there is room; or their codes, by `scales`."""
         slots = self.take_slots(key.shape[2])
@@ -543,6 +550,11 @@ class KVCache:
             self._moving = False
         self._length += tokens
         return slice(self._first + held, self._first + held + tokens)
+
+    @property
+    def plans(self) -> PlanCache[Any, Any]:
+        """What calls of kernels with the arrays of this cache have planned."""
+        return self._plans
 
     @property
     def key_slots(self) -> NDArray[Any]:
@@ -620,12 +632,8 @@ class _Transaction:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            return
-        if self._cache._moving:  # tokens lie half here, half there
-            self._cache.reset()
-        else:
-            self._cache._length = max(self._before, self._cache._start)
+        if kind is not None:
+            self._cache.restore(self._before)
 
 
 def _fixed_scales(scales: tuple[Real, Real], dtype: str) -> tuple[float, float]:

@@ -67,26 +67,29 @@ class Mask(NamedTuple):
         (B or 1, H or 1, L or 1, S) bool array or None
             True = attend; None when every query may see every key.
         """
-        _, _, queries, keys = self.shape
-        column = np.arange(keys)
-        parts = []
-        if self.lengths is not None:
-            parts.append(column < self.lengths[:, None, None, None])
-        position = np.arange(queries)[:, None] + np.reshape(self.offset, (-1, 1, 1, 1))
-        if self.left >= 0:
-            parts.append(column >= position - self.left)
-        if self.right >= 0:
-            parts.append(column <= position + self.right)
+        parts = self._by_position()
         if self.keep is not None:
             parts.append(self.keep)
         if self.bias is not None:
             parts.append(self.bias != -np.inf)
-        if not parts:
-            return None
-        together = parts[0]
-        for part in parts[1:]:
-            together = together & part
-        return together
+        return _together(parts)
+
+    def permitted_by_position(self) -> Bools | None:
+        """What lengths and bounds permit, as `permitted`."""
+        return _together(self._by_position())
+
+    def _by_position(self) -> list[Bools]:
+        _, _, queries, keys = self.shape
+        column, parts = np.arange(keys), []
+        if self.lengths is not None:
+            parts.append(column < self.lengths[:, None, None, None])
+        if self.left >= 0 or self.right >= 0:
+            position = np.arange(queries)[:, None] + np.reshape(self.offset, (-1, 1, 1, 1))
+            if self.left >= 0:
+                parts.append(column >= position - self.left)
+            if self.right >= 0:
+                parts.append(column <= position + self.right)
+        return parts
 
     def part(self, rows: tuple[int, int], columns: tuple[int, int]) -> Mask:
         """The same conditions for some of the queries and keys.
@@ -176,19 +179,41 @@ class Mask(NamedTuple):
         alibi : (B or 1, H, 2) float64 array or None
             The slope of each head, and the position of query 0.
         """
-        alibi = None
-        if self.slopes is not None:
-            places = _one_if_equal(self.offset)
-            alibi = np.empty((max(len(self.slopes), len(places)), self.shape[1], 2))
-            alibi[..., 0], alibi[..., 1] = self.slopes, places[:, None]
+        alibi = self.alibi()
         if self.lengths is not None:  # where batch entries differ, one array says it all
             return np.ascontiguousarray(self.permitted()), self.bias, None, alibi
+        return self.keep, self.bias, self.band(), alibi
+
+    def band(self) -> tuple[int, int] | None:
+        """The bounds of `for_kernels`, of a mask without lengths."""
         if self.left < 0 and self.right < 0:
-            return self.keep, self.bias, None, alibi
+            return None
         _, _, queries, keys = self.shape
         low = self.offset - self.left if self.left >= 0 else -queries - keys
         high = self.offset + self.right if self.right >= 0 else queries + keys
-        return self.keep, self.bias, (low, high), alibi  # type: ignore[return-value]  # without lengths, ints
+        return low, high  # type: ignore[return-value]  # without lengths, ints
+
+    def alibi(self) -> NDArray[np.float64] | None:
+        """The slopes and positions of `for_kernels`."""
+        if self.slopes is None:
+            return None
+        if isinstance(self.offset, int):
+            alibi = np.zeros((*self.slopes.shape, 2))
+            if self.offset:
+                alibi[..., 1] = self.offset
+        else:
+            places = _one_if_equal(self.offset)
+            alibi = np.empty((max(len(self.slopes), len(places)), self.shape[1], 2))
+            alibi[..., 1] = places[:, None]
+        alibi[..., 0] = self.slopes
+        return alibi
+
+
+def _together(parts: list[Bools]) -> Bools | None:
+    """Where all of these are True; None of none."""
+    if len(parts) < 2:
+        return parts[0] if parts else None
+    return functools.reduce(np.logical_and, parts)
 
 
 def sum_of_biases(bias: Float32s | None, added: Float32s) -> Float32s:
@@ -373,7 +398,7 @@ def _alibi_slopes(alibi_slopes: ArrayLike, lead: Shape, heads: int, batch: int) 
         raise ValueError(
             f"alibi_slopes must have shape (H,) = {(heads,)} or (..., H) = {(*lead, heads)}, got {slopes.shape}"
         )
-    if not np.isfinite(slopes).all():
+    if not all(map(math.isfinite, slopes.reshape(-1).tolist())):
         raise ValueError("alibi_slopes must be finite, got inf or NaN among them")
     return slopes.astype(np.float32).reshape(1 if slopes.ndim == 1 else batch, heads)
 
@@ -414,9 +439,10 @@ def _lengths(kv_lengths: ArrayLike, lead: Shape, keys: int) -> NDArray[np.int64]
         raise ValueError(
             f"kv_lengths must have shape {lead}, one length per batch entry, got {lengths.shape}"
         )
-    if lengths.size and (lengths.min() < 0 or lengths.max() > keys):
+    given = lengths.reshape(-1).tolist()
+    if given and (min(given) < 0 or max(given) > keys):
         raise ValueError(f"kv_lengths must lie between 0 and S = {keys}, got {lengths.tolist()}")
-    return None if (lengths == keys).all() else lengths.astype(np.int64).reshape(-1)
+    return None if given.count(keys) == len(given) else lengths.astype(np.int64).reshape(-1)
 
 
 _OF_NUMBERS = "pass numpy.asarray({}) != 0 if 1 means {}, == 0 if 1 means {}"
@@ -459,7 +485,6 @@ def _attn_mask(attn_mask: ArrayLike, shape: Shape) -> NDArray[Any]:
     return _in_rows(mask, four_axes)
 
 
-@functools.lru_cache(256)
 def fit_attn_mask(given: Shape, shape: Shape, is_bool: bool) -> tuple[Shape | None, Shape]:
     """How an `attn_mask` of shape `given` becomes one for scores of `shape`, (..., H, L, S).
 
@@ -477,8 +502,12 @@ def fit_attn_mask(given: Shape, shape: Shape, is_bool: bool) -> tuple[Shape | No
         there, NumPy's rules, which hold here, say one per head: where the batch has as many entries as there are heads,
         the first would be taken for the second.
     """
-    if given == shape[-2:]:  # what most are
-        return None, (1, 1, *given)
+    return (None, (1, 1, *given)) if given == shape[-2:] else _fit(given, shape, is_bool)
+
+
+@functools.lru_cache(256)
+def _fit(given: Shape, shape: Shape, is_bool: bool) -> tuple[Shape | None, Shape]:
+    """The same."""
     per_entry = len(given) == 3 and len(shape) == 4 and _fits(given[1:], shape)
     if len(given) > len(shape) or not _fits(given, shape):
         way_out = ""
@@ -518,9 +547,21 @@ def _key_padding_mask(key_padding_mask: ArrayLike, shape: Shape, batch: int) -> 
             + _OF_NUMBERS.format("key_padding_mask", "a real token, as in Hugging Face's attention_mask",
                                  "padding, as in torch.nn.MultiheadAttention")
         )
-    if mask.shape != shape:
-        raise ValueError(f"key_padding_mask must have shape (..., S) = {shape}, got {mask.shape}")
+    _check_padding_shape(mask.shape, shape)
     return _in_rows(mask, (batch, 1, 1, shape[-1]))
+
+
+def _check_padding_shape(given: Shape, shape: Shape) -> None:
+    if given != shape:
+        raise ValueError(f"key_padding_mask must have shape (..., S) = {shape}, got {given}")
+
+
+def check_mask_shapes(shape: Shape, attn_mask: NDArray[Any] | None, key_padding_mask: Bools | None) -> None:
+    """Raise, as `resolve_mask` does, unless masks of dtypes that kernels read fit scores of `shape`, (..., H, L, S)."""
+    if attn_mask is not None:
+        fit_attn_mask(attn_mask.shape, shape, attn_mask.dtype.kind == "b")
+    if key_padding_mask is not None:
+        _check_padding_shape(key_padding_mask.shape, (*shape[:-3], shape[-1]))
 
 
 def _in_rows(mask: NDArray[Any], shape: Shape) -> NDArray[Any]:

@@ -24,7 +24,7 @@ import numpy as np
 from edgeattn.runtime import worker_pool
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
     from typing import Any
 
     from numpy.typing import DTypeLike, NDArray
@@ -219,32 +219,38 @@ _restore = ctypes.PYFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_vo
     ("PyErr_Restore", ctypes.pythonapi))
 
 
-def run(
-    function: Callable[..., object], arguments: Iterable[object], dtype: DTypeLike, shared_size: int, private_size: int,
-    work: int, jobs: int = 1,
-) -> None:
-    """function(*arguments, scratch, task_queue, count): alone if the work is small, else with up to `count` threads.
+def run(function: Callable[..., object], dtype: DTypeLike, shared_size: int, private_size: int, work: int,
+        jobs: int = 1) -> None:
+    """function(scratch, task_queue, count): alone if the work is small, else with up to `count` threads.
 
     The scratch holds `shared_size` elements for all threads and then `private_size` for each; both whole cache lines.
     A long call, of whose `work` each of `jobs` is an equal part, is cut finer, by a larger `count`, and what a signal's
     handler raises meanwhile ends it: its results are unfinished then.
     """
     if work < SMALLEST_SHARED_WORK:
-        if not shared_size + private_size:
-            function(*arguments, _NOTHING[dtype], _ALONE, 1)
+        size = shared_size + private_size
+        if not size:
+            function(_NOTHING[dtype], _ALONE, 1)
             return
-        memory = borrow(shared_size + private_size, dtype)
-        function(*arguments, memory, _ALONE, 1)
-        give_back(memory)
+        try:  # as `borrow` and `give_back`, for calls so short that these would show
+            memory = _scratch.pop()
+        except IndexError:
+            memory = borrow(size, dtype)
+        if memory.size < size or memory.dtype.type is not dtype:
+            _scratch.append(memory)
+            memory = borrow(size, dtype)
+        function(memory, _ALONE, 1)
+        if len(_scratch) < _KEPT:
+            _scratch.append(memory)
         return
     mates = _mates()
     task_queue, count = (_ALONE, 1) if mates is None else (mates.task_queue, mates.count)
     long = _long_task_queue(task_queue) if work >= LONG_WORK else None
     memory = borrow(shared_size + count * private_size, dtype)
     if long is None:
-        function(*arguments, memory, task_queue, count)
+        function(memory, task_queue, count)
     else:
-        function(*arguments, memory, long, max(count, min(work // jobs // (LONG_WORK // 2), MOST_PARTS)))
+        function(memory, long, max(count, min(work // jobs // (LONG_WORK // 2), MOST_PARTS)))
     give_back(memory)
     if long is not None and long[worker_pool.RAISED]:
         _restore(*long[worker_pool.ERROR:worker_pool.ERROR + 3].tolist())

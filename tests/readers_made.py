@@ -534,8 +534,8 @@ def bundles():
         "nested": lambda _: readers.with_footer(b"[" * 100_000), "no object": lambda _: readers.with_footer([1]),
         "no JSON": lambda _: readers.with_footer(b"\xff\xfe"), "longer than the file": lambda _: (
             lambda body: body + struct.pack("<16sII", b"edgeattn bundle\n", 2**31, zlib.crc32(body)))(b"x" * 99),
-        "sizes of a larger file": lambda _: readers.with_footer({**readers.description(), "sizes": {
-            **readers.description()["sizes"], "embed_dim": 2**20}}),
+        "a layer of a larger file": lambda _: readers.with_footer({**readers.description(), "kernels": [], "layer": [2**40, 2**40]}),
+        "a layer that is none": lambda _: readers.with_footer({**readers.description(), "kernels": [], "layer": [0, 40]}),
         "a library of the system": lambda _: readers.with_footer(readers.description(), library=_libm()),
         "no library": lambda _: readers.with_footer(readers.description(), library=b""),
     }

@@ -112,14 +112,16 @@ def test_checkpoints_of_other_libraries(quant_command):
     quant_command("calibrate", "torch.npz", "x.npy", "-o", "t.safetensors", "--torch-prefix", "att.", "--num-heads", 4)
     quant_command("quantize", "torch.npz", "t.safetensors", "-o", "tq.safetensors", "--torch-prefix", "att.",
                   "--num-heads", 4)
-    quant_command("export", "bert.safetensors", "b.tflite", "--bert-prefix", "b.", "--num-heads", 2,
-                  "--sequence-length", 9)
+    for option in ("--bert-prefix", "--prefix"):
+        quant_command("export", "bert.safetensors", f"{option[2:]}.tflite", option, "b.", "--num-heads", 2,
+                      "--sequence-length", 9)
+    assert Path("bert-prefix.tflite").read_bytes() == Path("prefix.tflite").read_bytes()
     error = quant_command("export", "torch.npz", "z.tflite", "--torch-prefix", "att.", "--sequence-length", 9, status=2)
     assert error == "quant export: --num-heads is required for a checkpoint, which does not name it\n"
     error = quant_command("export", "torch.npz", "z.tflite", "--torch-prefix", "", "--bert-prefix", "", status=2)
     assert "--torch-prefix and --bert-prefix exclude each other" in error
     error = quant_command("export", "layer.safetensors", "z.tflite", "--num-heads", 2, status=2)
-    assert "--num-heads needs --torch-prefix or --bert-prefix" in error
+    assert "--num-heads needs --prefix or --torch-prefix" in error
     error = quant_command("export", "torch.npz", "z.tflite", "--torch-prefix", "attn.", "--num-heads", 4, status=2)
     assert "prefix 'attn.' fits no tensor in torch.npz; prefixes with" in error
 
@@ -228,9 +230,9 @@ ERRORS = [
     ("quantize layer.safetensors other.safetensors -o q.safetensors --arithmetic x", "Invalid value for '--arithmetic'"),
     ("quantize layer.safetensors -o q.safetensors", "CALIBRATION is missing: run `quant calibrate` first, or choose"),
     ("quantize layer.safetensors other.safetensors -o q.safetensors --scheme dynamic", "takes neither CALIBRATION nor"),
-    ("quantize layer.npz other.safetensors -o q.safetensors", "--torch-prefix or --bert-prefix, and --num-heads"),
+    ("quantize layer.npz other.safetensors -o q.safetensors", "--prefix or --torch-prefix, and --num-heads"),
     ("quantize plain.safetensors other.safetensors -o q.safetensors",
-     "of other libraries with --torch-prefix or --bert-prefix, and --num-heads\n"),
+     "of other libraries with --prefix or --torch-prefix, and --num-heads; a whole model by its folder\n"),
     ("quantize plain.safetensors other.safetensors -o q.safetensors --num-heads 5 --torch-prefix a.",
      "--num-heads must divide the width 32"),
     ("export layer.safetensors a.tflite --sequence-length 9 --mask x.npy", "--mask must be \"causal\" or a .npy file"),

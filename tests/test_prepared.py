@@ -1,9 +1,14 @@
 """Calls that come again give what the first gave, and refuse what it would refuse."""
+import sys
+
 import numpy as np
 import pytest
 
 import edgeattn
 import quant
+from edgeattn.kernels.cpu import call as calling
+from edgeattn.kernels.cpu.records import record
+from edgeattn.runtime.addresses import address
 
 B, L, E, H = 2, 5, 8, 2
 KINDS = ("function", "float32", "dynamic", "static")
@@ -262,3 +267,135 @@ def test_layers_of_an_encoder_share_what_kernels_read_of_a_mask():
         read = first.for_kernels()
         assert second.for_kernels() is read
         np.testing.assert_array_equal(read[0][0].reshape(B, L), keep)
+
+
+def python_calls(run):
+    """How many calls of Python functions `run` makes."""
+    seen = []
+
+    def note(frame, event, _):
+        if event == "call":
+            seen.append(frame.f_code.co_qualname if hasattr(frame.f_code, "co_qualname") else frame.f_code.co_name)
+
+    sys.setprofile(note)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return seen[1:]  # without `run`
+
+
+def direct(kind):
+    """A call (x, **options) that is the library's alone, and its x of a length."""
+    rng = np.random.default_rng(7)
+    if kind == "function":
+        def run(heads, **options):
+            return edgeattn.scaled_dot_product_attention(heads, heads, heads, **options)
+        edgeattn.functional._prepared.clear()
+        return run, lambda length: numbers(rng, B, H, length, E // H)
+    call = make(kind)
+    if kind == "static":
+        return call.run_int8, lambda length: call.quantize_input(numbers(rng, B, length, E))
+    return call, lambda length: numbers(rng, B, length, E)
+
+
+# Frames of Python are what a short call costs beside its kernel: these are as many as there are.
+@pytest.mark.parametrize(("kind", "plain"), [("function", 9), ("float32", 9), ("dynamic", 9), ("static", 8)])
+def test_a_call_that_comes_again_makes_few_calls_of_python(kind, plain):
+    call, inputs = direct(kind)
+    x, rng = inputs(L), np.random.default_rng(8)
+    for options in masks(kind, rng, L):
+        if not is_read(options.get("attn_mask")) or options.keys() >= {"kv_lengths", "attn_mask", "is_causal"}:
+            continue
+        call(x, **options)
+        call(x, **options)
+        arrays = sum(name in options for name in ("attn_mask", "key_padding_mask"))
+        inside = 2 * bool(options.keys() & {"alibi_slopes", "kv_lengths"})  # whose content is compared
+        beside = 3 * (arrays > 1 or "kv_lengths" in options and arrays > 0)  # an array that is added, and others
+        made = python_calls(lambda options=options: call(x, **options))
+        assert len(made) <= plain + arrays + inside + beside, (sorted(options), made)
+
+
+@pytest.mark.parametrize(("kind", "most"), [("function", 49), ("float32", 61), ("dynamic", 63), ("static", 61)])
+def test_a_call_of_a_new_length_plans_once(kind, most):
+    call, inputs = direct(kind)
+    for options in (lambda n: {}, lambda n: {"is_causal": True}, lambda n: {"attn_mask": np.ones((n, n), bool)}):
+        call(inputs(L), **options(L))
+        x, given = inputs(L + 1), options(L + 1)
+        made = python_calls(lambda given=given, x=x: call(x, **given))
+        assert len(made) <= most, (len(made), made)
+        assert sum(name.endswith("_plan") for name in made) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_both_ways_refuse_a_first_call_alike(kind):
+    """What kernels read as it is, is checked in a short way: it says what the long one does, of a query as float64."""
+    x = numbers(np.random.default_rng(1), B, L, E)
+    for wrong in ({"attn_mask": np.ones((L, L + 1), bool)}, {"attn_mask": np.ones((B, L, L), bool)},
+                  {"key_padding_mask": np.ones((B, L + 1), bool)}, {"out": np.empty((B, L, E + 1), np.float32)},
+                  {"causal_alignment": "middle"}, {"window_size": (-2, 0)}):
+        said = []
+        for query in (x, x.astype(np.float64)):
+            given = dict(wrong)
+            if "out" in given:
+                given["out"] = given["out"].astype(query.dtype)
+            with pytest.raises(ValueError) as refused:
+                make(kind)(query, **given)
+            said.append(str(refused.value))
+        assert said[0] == said[1]
+    for bad in (x[..., :-1].copy(), x[None].copy()):
+        for query in (bad, bad.astype(np.float64)):
+            with pytest.raises(ValueError):
+                make(kind)(query)
+
+
+def test_what_a_call_leaves_out_is_what_the_plan_holds(monkeypatch):
+    """Not what the call before it wrote; and each call at a time has records of its own."""
+    seen, again = [], []
+
+    def bind(_function, parameters, addresses):
+        def run(*_):
+            if again:
+                again.pop()()
+            seen.append((parameters.tolist(), addresses.tolist()))
+        return run
+
+    monkeypatch.setattr(calling, "entry", lambda *_: None)
+    monkeypatch.setattr(calling, "bind", bind)
+    a, b, c, d = (np.zeros(1) for _ in "abcd")
+    at = [address(array) for array in (a, b, c, d)]
+    layout = record("first second third fourth fifth sixth seventh weights")
+    plan = calling.PreparedCall(None, np.arange(5), layout, np.float32, 0, 0, 0, fixed=(99,), own=2)
+    plan.run(a, a, b, c, d, own=(7, 8))
+    plan.run(a, b, b, own=(5, 6))
+    plan.run(a, b, c, d, None, None, a, own=(5, 6))
+    again.append(lambda: plan.run(d, d, d, own=(1, 1)))
+    plan.run(a, a, a, own=(2, 2))
+    holding = plan.holding({4: d})
+    holding.run(a, a, a, own=(3, 3))
+    holding.run(a, a, a, b, c, own=(3, 3))
+    holding.run(a, a, a, own=(3, 3))
+    A, B_, C, D = at
+    assert seen == [
+        ([0, 1, 7, 8, 4], [A, A, B_, C, D, 0, 0, 99]), ([0, 1, 5, 6, 4], [A, B_, B_, 0, 0, 0, 0, 99]),
+        ([0, 1, 5, 6, 4], [A, B_, C, D, 0, 0, A, 99]), ([0, 1, 1, 1, 4], [D, D, D, 0, 0, 0, 0, 99]),
+        ([0, 1, 2, 2, 4], [A, A, A, 0, 0, 0, 0, 99]), ([0, 1, 3, 3, 4], [A, A, A, 0, D, 0, 0, 99]),
+        ([0, 1, 3, 3, 4], [A, A, A, B_, C, 0, 0, 99]), ([0, 1, 3, 3, 4], [A, A, A, 0, D, 0, 0, 99])]
+
+
+@pytest.mark.parametrize("kind", ["float32", "dynamic"])
+@pytest.mark.parametrize("size", [3, 16])
+def test_projections_that_are_joined_give_the_bits_of_each(kind, size):
+    rng = np.random.default_rng(9)
+    layer = edgeattn.MultiHeadAttention(4, *(numbers(rng, rows, 20) for rows in (4 * size, 2 * size, 2 * size)),
+                                        k_bias=numbers(rng, 2 * size), num_kv_heads=2)
+    layer = layer if kind == "float32" else quant.quantize(layer, scheme="dynamic")
+    x = numbers(rng, 3, 20)
+    apart = [layer.projections[name].packed(x) for name in ("query", "key", "value")]
+    np.testing.assert_array_equal(layer.joined_projections(x), np.concatenate(apart, axis=1))
+    shared = [layer.projections[name].packed for name in ("query", "key", "value")]
+    for one, of in zip(apart, shared, strict=True):
+        np.testing.assert_array_equal(of(x), one)
+    if kind == "float32" and size == 16:  # whole vectors
+        whole = layer.joined_projections.__self__
+        assert all(of.__self__.weights is whole.weights for of in shared)

@@ -20,12 +20,14 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
+    from edgeattn.files.stored import StoredTensor
     from edgeattn.layers import MultiHeadAttention
     from edgeattn.quantized import DynamicMultiHeadAttention, QuantizedMultiHeadAttention, StaticMultiHeadAttention
     from edgeattn.types import Arithmetic, Path
 
 _FORMAT = 1
 _METADATA_KEY = "edgeattn"
+_MODELS = ("TransformerEncoderLayer", "TransformerEncoder", "TextEncoder", "ImageEncoder")
 # Where each kind of layer lives; imported only when a file of that kind is opened. Every class has
 #     to_state() -> (config, tensors)    and    from_state(config, tensors), a class method.
 _KINDS = {
@@ -38,6 +40,8 @@ _KINDS = {
     "LayerNorm": "edgeattn.layers.norm",
     "RMSNorm": "edgeattn.layers.norm",
     "FeedForward": "edgeattn.layers.feed_forward",
+    "StaticFeedForward": "edgeattn.quantized.static_feed_forward",
+    "StaticSelfAttention": "edgeattn.quantized.static_attention",
     "TransformerEncoderLayer": "edgeattn.layers.encoder",
     "TransformerEncoder": "edgeattn.layers.encoder",
     "TextEncoder": "edgeattn.models.text_encoder",
@@ -46,7 +50,7 @@ _KINDS = {
 
 
 def save(layer: MultiHeadAttention | QuantizedMultiHeadAttention, path: Path) -> None:
-    """Write a layer to a .safetensors file, whole or not at all.
+    """Write a layer, an encoder or a model to a .safetensors file, whole or not at all.
 
     Parameters
     ----------
@@ -61,8 +65,6 @@ def save(layer: MultiHeadAttention | QuantizedMultiHeadAttention, path: Path) ->
     TypeError, ValueError
         For another kind of object or another suffix.
     """
-    import safetensors.numpy  # 0.8 MiB that only files need
-
     path = as_path(path)
     kind = type(layer).__name__
     if _KINDS.get(kind) != type(layer).__module__:
@@ -71,13 +73,19 @@ def save(layer: MultiHeadAttention | QuantizedMultiHeadAttention, path: Path) ->
         raise ValueError(
             f"path must end in .safetensors, got {str(path)!r}; quant.export writes the other formats"
         )
+    write_atomic(path, content_of(layer))
+
+
+def content_of(layer: Any) -> bytes:
+    """What `save` writes of a layer."""
+    import safetensors.numpy  # 0.8 MiB that only files need
+
     config, tensors = layer.to_state()
-    header = {"format": _FORMAT, "kind": kind, "config": config}
-    content = safetensors.numpy.save(
+    header = {"format": _FORMAT, "kind": type(layer).__name__, "config": config}
+    return safetensors.numpy.save(
         {name: np.asarray(array, order="C") for name, array in tensors.items()},
         metadata={_METADATA_KEY: json.dumps(header, sort_keys=True)},
     )
-    write_atomic(path, content)
 
 
 def load(
@@ -109,9 +117,17 @@ def load(
 
         return read_tflite(path) if arithmetic is None else read_tflite(path, arithmetic=arithmetic)
     if path.suffix != ".safetensors":
-        bundle = "; edgeattn.bundle.load runs a bundle" if path.suffix == ".so" else ""
-        raise ValueError(f"path must end in .safetensors or .tflite, got {str(path)!r}{bundle}")
-    metadata, tensors = read_safetensors(path)
+        folder = path.is_dir() or not path.suffix
+        other = ("; edgeattn.from_pretrained reads a model's folder" if folder else
+                 "; edgeattn.bundle.load runs a bundle" if path.suffix == ".so" else "")
+        raise ValueError(f"path must end in .safetensors or .tflite, got {str(path)!r}{other}")
+    return layer_of(path, *read_safetensors(path), arithmetic)
+
+
+def layer_of(path: pathlib.Path, metadata: Mapping[str, str], tensors: Mapping[str, StoredTensor],
+             arithmetic: Arithmetic | None = None
+             ) -> MultiHeadAttention | StaticMultiHeadAttention | DynamicMultiHeadAttention:
+    """The layer of what `read_safetensors` gave of a file."""
     kind, config = _parse_header(path, metadata)
     if arithmetic is not None:
         if "arithmetic" not in config:
@@ -119,6 +135,8 @@ def load(
         config["arithmetic"] = arithmetic
     layer_class = getattr(importlib.import_module(_KINDS[kind]), kind)
     arrays = {name: tensor.read() for name, tensor in tensors.items()}
+    if kind in _MODELS:
+        _check_finite(path, arrays)
     try:
         layer: MultiHeadAttention | StaticMultiHeadAttention | DynamicMultiHeadAttention = (
             layer_class.from_state(config, arrays))
@@ -129,18 +147,32 @@ def load(
         raise ValueError(f"{path} does not hold a valid {kind}: {error}") from error
 
 
+def _check_finite(path: pathlib.Path, tensors: Mapping[str, Any]) -> None:
+    """Refuse weights that are no numbers; a position bias may be minus infinity, as a mask is."""
+    with np.errstate(invalid="ignore"):
+        for name, array in tensors.items():
+            # a sum makes no array of flags, and cannot leave float64
+            if array.dtype.kind == "f" and "position_bias" not in name and not np.isfinite(
+                    np.add.reduce(array, axis=None, dtype=np.float64)):
+                raise ValueError(f"{path}: {name} holds NaN or infinity: the file is damaged, or was saved of a model "
+                                 "whose training failed")
+
+
 def _parse_header(path: pathlib.Path, metadata: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
     """(kind, config) from the metadata of a layer's file."""
     if _METADATA_KEY not in metadata:
         raise ValueError(
             f"{path} holds tensors but no edgeattn layer: read checkpoints of other libraries with "
-            "MultiHeadAttention.from_torch or from_bert"
+            "MultiHeadAttention.from_torch or from_bert, a whole model from its folder with edgeattn.from_pretrained"
         )
     try:
         header = json.loads(metadata[_METADATA_KEY])
-        version, kind, config = header["format"], header["kind"], header["config"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} has unreadable edgeattn metadata: {type(error).__name__}, {reason(error)}") from error
+    if not isinstance(header, dict) or not {"format", "kind", "config"} <= set(header):
+        raise ValueError(f"{path} has unreadable edgeattn metadata: it must be an object with 'format', 'kind' and "
+                         f"'config', got {str(header)[:100]}")
+    version, kind, config = header["format"], header["kind"], header["config"]
     if version != _FORMAT:
         raise ValueError(
             f"{path} has format {version!r}, this edgeattn reads format {_FORMAT}; update edgeattn"

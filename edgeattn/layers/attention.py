@@ -6,20 +6,18 @@ import contextlib
 from typing import TYPE_CHECKING
 
 from edgeattn.executors.compiled import CompiledOps
-from edgeattn.layers import fast_path
 from edgeattn.layers.call import check_call
+from edgeattn.layers.fast_path import attend_again, attend_first, attend_fused
 from edgeattn.layers.projected_kv import ProjectedKV
 from edgeattn.ops import Sequences
 
 if TYPE_CHECKING:
     from typing import Any
 
-    from numpy.typing import ArrayLike
-
     from edgeattn.kv_cache import KVCache
     from edgeattn.layers.call import Call
     from edgeattn.ops import Ops, T
-    from edgeattn.types import Flag, Floats, Real
+    from edgeattn.types import Floats
 
 
 # An attention layer's linear maps, and what the weights of a float layer call them.
@@ -45,24 +43,25 @@ def forward(ops: Ops[T], layer: Any, query: T, key: T, value: T, sequences: Sequ
     return ops.linear(context, linears["output"], name + "output") if "output" in linears else context
 
 
-def call(layer: Any, query: Any, key: Any, value: ArrayLike | None, masks: tuple[Any, ...],
-         softcap: Real, kv_cache: KVCache | None, need_weights: Flag, average_attn_weights: Flag, out: Floats | None
-         ) -> Floats | tuple[Floats, Floats]:
-    """What a float or dynamic `layer` gives for the arguments of `MultiHeadAttention`.
-
-    masks: attn_mask, key_padding_mask, is_causal, causal_alignment, window_size, alibi_slopes.
-    """
+def call(layer: Any, query: Any, key: Any, value: Any, attn_mask: Any, key_padding_mask: Any, is_causal: Any,
+         causal_alignment: Any, window_size: Any, softcap: Any, alibi_slopes: Any, kv_cache: KVCache | None,
+         need_weights: Any, average_attn_weights: Any, out: Floats | None) -> Floats | tuple[Floats, Floats]:
+    """What a float or dynamic `layer` gives for the arguments of `MultiHeadAttention`, in their order."""
     if type(key) is ProjectedKV:
         if key.layer is not layer:
             raise ValueError(f"key must be a ProjectedKV of this layer's project_kv, got one of {key.layer}")
+        masks = attn_mask, key_padding_mask, is_causal, causal_alignment, window_size, alibi_slopes
         return key.attend(query, value, masks, softcap, kv_cache, need_weights, out)
     signature, fusible = None, layer.fusible
     if (fusible and need_weights is False and average_attn_weights is False and type(softcap) is float
             and not softcap):
-        again, signature = fast_path.attend_again(layer, query, key, value, out, kv_cache, *masks)
+        again, signature = attend_again(layer, query, key, value, out, kv_cache, attn_mask, key_padding_mask,
+                                        is_causal, causal_alignment, window_size, alibi_slopes)
+        if again is None and signature is not None and kv_cache is None:
+            again = attend_first(layer, signature, query, key, value, out, attn_mask, key_padding_mask, is_causal,
+                                 causal_alignment, window_size, alibi_slopes)
         if again is not None:
             return again
-    attn_mask, key_padding_mask, is_causal, causal_alignment, window_size, alibi_slopes = masks
     checked = check_call(
         layer, query, key, value, attn_mask=attn_mask, key_padding_mask=key_padding_mask, is_causal=is_causal,
         causal_alignment=causal_alignment, window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes,
@@ -73,7 +72,7 @@ def call(layer: Any, query: Any, key: Any, value: ArrayLike | None, masks: tuple
         if kv_cache is not None and layer.position_bias is None:
             layer.prepared_calls.learn_step(signature, result)
         return result
-    return fast_path.attend_fused(layer, checked, signature, attn_mask, key_padding_mask)
+    return attend_fused(layer, checked)
 
 
 def run(layer: Any, call: Call) -> Floats | tuple[Floats, Floats]:

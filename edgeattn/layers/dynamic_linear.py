@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgeattn.checks import as_array
+from edgeattn.checks import as_array, is_constant
 from edgeattn.kernels.cpu import encoder_dynamic
 from edgeattn.layers.linear import Linear, parameter
 
@@ -111,12 +111,13 @@ class DynamicLinear(Linear):
 
 
 def _integers(name: str, value: ArrayLike, dtype: DTypeLike, axes: int) -> NDArray[Any]:
-    """An owned, read-only copy in C order."""
+    """An owned, read-only copy in C order; what is constant is kept."""
     array = as_array(name, value)
     if array.dtype.kind not in "iu" or array.ndim != axes or (dtype is np.int8 and array.dtype != np.int8):
         raise TypeError(f"{name} must be {np.dtype(dtype)} with {axes} axes, got {array.dtype} of shape {array.shape}")
-    array = np.array(array, dtype, order="C")
-    array.flags.writeable = False
+    if array.dtype != dtype or not is_constant(array):
+        array = np.array(array, dtype, order="C")
+        array.flags.writeable = False
     return array
 
 

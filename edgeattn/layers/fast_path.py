@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgeattn.checks import to_float32, write_result
+from edgeattn.checks import FLOAT32, check_out, to_float32, write_result
 from edgeattn.kernels.cpu.records import shapes_of
 from edgeattn.kv_cache import KVCache
+from edgeattn.layers.call import check_input_shapes
+from edgeattn.masks import check_mask_shapes, resolve_mask
 from edgeattn.prepared import PLAIN, call_signature
 
 if TYPE_CHECKING:
@@ -41,11 +43,11 @@ def attend_again(layer: _Layer, query: Any, key: Any, value: Any, out: Any, kv_c
                                alibi_slopes, None, calls.dtype)
     if kv_cache is not None:
         signature = _step_signature(signature, kv_cache)
-    prepared = calls.find(signature, out)
+    prepared = calls.get(signature) if out is None else calls.find(signature, out)
     if prepared is None or kv_cache is not None and not kv_cache.room():
         return None, signature
     if kv_cache is None:
-        return prepared(query, key, value, out, attn_mask, key_padding_mask), signature
+        return prepared.run(query, key, value, out, attn_mask, key_padding_mask), signature
     return write_result(layer.take_step(query, kv_cache).reshape(prepared.shape), out, calls.dtype), signature
 
 
@@ -57,19 +59,54 @@ def _step_signature(signature: tuple[Any, ...] | None, cache: object) -> tuple[A
     return (*signature, cache.kind) if key is None and value is None and query[-2:-1] == (1,) else None
 
 
-def attend_fused(layer: _Layer, call: Call, signature: tuple[Any, ...] | None, attn_mask: Any, key_padding_mask: Any
-                 ) -> Floats | tuple[Floats, Floats]:
-    """The result of a call that has no empty axis by the layer's fused kernel, and what the next like it needs."""
+def attend_first(layer: _Layer, signature: tuple[Any, ...], query: Any, key: Any, value: Any, out: Any, attn_mask: Any,
+                 key_padding_mask: Any, is_causal: Any, causal_alignment: Any, window_size: Any, alibi_slopes: Any
+                 ) -> Floats | None:
+    """What a float or dynamic `layer` gives for a call with a signature, by its fused kernel; the next is prepared.
+
+    None where the kernel cannot give it, or does not read these masks as they are.
+
+    Raises
+    ------
+    TypeError, ValueError
+        What `check_call` would.
+    """
+    key = query if key is None else key
+    value = key if value is None else value
+    check_input_shapes(layer, query, key, value)
+    *lead, queries, _ = query.shape
+    shape = *lead, queries, layer.output_dim
+    check_out(out, shape, FLOAT32)
+    scores = *lead, layer.num_heads, queries, key.shape[-2]
+    mask = resolve_mask(scores, is_causal=is_causal, causal_alignment=causal_alignment, window_size=window_size,
+                        alibi_slopes=alibi_slopes)
+    check_mask_shapes(scores, attn_mask, key_padding_mask)
+    if not (query.size and key.size and value.size):
+        return None
+    q, k, v = query, key, value
+    if not lead:
+        q = query[None]
+        k = q if key is query else key[None]
+        v = k if value is key else value[None]
+    rows, position = layer.position_rows(mask), layer.first_position(mask)
+    prepared = layer.prepared_calls.learn(
+        signature, functools.partial(layer.fused_kernel.prepare, q, k, v, position=position), scores, shape, mask,
+        attn_mask, key_padding_mask, rows)
+    if prepared is None:
+        return None
+    return write_result(prepared.run(query, key, value, None, attn_mask, key_padding_mask), out, FLOAT32)
+
+
+def attend_fused(layer: _Layer, call: Call) -> Floats | tuple[Floats, Floats]:
+    """The result of a call that has no empty axis by the layer's fused kernel."""
     q = to_float32(call.query)
     k = q if call.key is call.query else to_float32(call.key)
     v = k if call.value is call.key else to_float32(call.value)
-    rows, position = layer.position_rows(call.mask), layer.first_position(call.mask)
-    keep, bias, band, alibi = call.mask.with_bias(rows).for_kernels()
-    prepare = functools.partial(layer.fused_kernel.prepare, q, k, v, position=position)
+    keep, bias, band, alibi = layer.biased(call.mask).for_kernels()
+    prepared = layer.fused_kernel.prepare(q, k, v, shapes_of(keep, None, bias, band, alibi),
+                                          layer.first_position(call.mask))
     result = np.empty((*q.shape[:2], layer.output_dim), np.float32)
-    prepare(shapes_of(keep, None, bias, band, alibi))(q, k, v, result, keep, None, bias, alibi)
-    layer.prepared_calls.learn(signature, prepare, (*call.lead, *call.mask.shape[1:]),
-                               (*call.lead, *result.shape[1:]), call.mask, attn_mask, key_padding_mask, rows)
+    prepared.run(q, k, v, result, keep, None, bias, alibi)
     return call.write_result(result)
 
 
@@ -78,18 +115,27 @@ def take_step(layer: _Layer, x: Float32s, cache: KVCache) -> Float32s:
 
     x (B, 1, E) or (1, E) float32 in C order; the layer has no `position_bias`.
     """
-    batch, linears = cache.batch, layer.projections
-    x = x.reshape(batch, x.shape[-1])
-    k = linears["key"].packed(x).reshape(batch, layer.num_kv_heads, 1, layer.head_dim)
-    v = linears["value"].packed(x).reshape(batch, layer.num_kv_heads, 1, layer.value_dim)
-    q = linears["query"].packed(x).reshape(batch, layer.num_heads, 1, layer.head_dim)
-    q, k = layer.placed_at(q, k, cache.length, cache.length)
-    cache.check_finite(k, v)
+    batch, heads, kv_heads = cache.batch, layer.num_heads, layer.num_kv_heads
+    rows = layer.joined_projections(x.reshape(batch, -1))
+    if layer.head_dim == layer.value_dim:
+        every = rows.reshape(batch, heads + 2 * kv_heads, 1, layer.head_dim)
+        q, k, v = every[:, :heads], every[:, heads:-kv_heads], every[:, -kv_heads:]
+    else:
+        ends = heads * layer.head_dim, (heads + kv_heads) * layer.head_dim
+        q, k, v = (part.reshape(batch, -1, 1, size) for part, size in zip(
+            np.split(rows, ends, axis=1), (layer.head_dim, layer.head_dim, layer.value_dim), strict=True))
+    if layer.rotary is not None or layer.q_norm is not None or layer.k_norm is not None:
+        q, k = layer.placed_at(np.ascontiguousarray(q), np.ascontiguousarray(k), cache.length, cache.length)
+    if cache.scales is not None:
+        cache.check_finite(k, v)
     if not cache.length:
         cache.store_without_bias(layer.common_key_bias)
-    context = np.empty((batch, layer.num_heads, 1, layer.value_dim), np.float32)
-    with cache.transaction():
+    context = np.empty((batch, heads * layer.value_dim), np.float32)
+    before = cache.length
+    try:
         cache.append_heads(k, v)
         cache.attend_last(q, layer.scale, context)
-        result = context.reshape(batch, -1)
-        return linears["output"].packed(result) if "output" in linears else result
+        return layer.projections["output"].packed(context) if "output" in layer.projections else context
+    except BaseException:
+        cache.restore(before)
+        raise

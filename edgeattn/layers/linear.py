@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgeattn.checks import float_array, to_float32
+from edgeattn.checks import float_array, is_constant, to_float32
 from edgeattn.layers.module import TokenWise
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from typing import Any
 
     from numpy.typing import ArrayLike
@@ -67,6 +67,27 @@ class Linear(TokenWise):
         return type(self), (self.weight, self.bias)
 
 
+def joined(linears: Sequence[Linear]) -> Callable[[Float32s], Float32s]:
+    """Compiled maps of one input, (tokens, E), as one to (tokens, F of them all), the same bits side by side.
+
+    Where their outputs fill whole vectors, each has its weights there from now on, rather than in memory of its own.
+    """
+    from edgeattn.kernels.cpu.encoder_float32 import Linear as Packed
+    from edgeattn.kernels.cpu.matmul import CHAIN
+    from edgeattn.kernels.cpu.simd.wide import VIRTUAL_LANES
+
+    biases = [np.zeros(linear.outputs, np.float32) if linear.bias is None else linear.bias for linear in linears]
+    whole = Packed(np.concatenate([linear.weight for linear in linears]), np.concatenate(biases), chain=CHAIN)
+    first = 0
+    for linear in linears:
+        if first % VIRTUAL_LANES:
+            break
+        linear.packed = whole.part(first, linear.outputs).of
+        first += linear.outputs
+    of: Callable[[Float32s], Float32s] = whole.of
+    return of
+
+
 def check_linear(name: str, linear: object, *, optional: bool = False) -> None:
     """Raise unless `linear` is a Linear, or None where that may be."""
     if not isinstance(linear, Linear) and not (optional and linear is None):
@@ -78,7 +99,8 @@ def parameter(name: str, value: ArrayLike, axes: str) -> Float32s:
     array = float_array(name, value)
     if array.ndim != axes.count(",") + (not axes.endswith(",)")):
         raise ValueError(f"{name} must be {axes}, got shape {array.shape}")
-    if array.dtype != np.float32 or array.flags.writeable or not (array.flags.owndata and array.flags.c_contiguous):
+    kept = is_constant(array) or not array.flags.writeable and array.flags.owndata and array.flags.c_contiguous
+    if array.dtype != np.float32 or not kept:
         array = np.array(to_float32(array))
         array.flags.writeable = False
     return array

@@ -9,7 +9,7 @@ from edgeattn.device import place
 from edgeattn.kernels.cpu.layer_float32 import FloatLayer
 from edgeattn.layers import attention, fast_path
 from edgeattn.layers.call import check_inputs
-from edgeattn.layers.linear import Linear
+from edgeattn.layers.linear import Linear, joined
 from edgeattn.layers.positions import refuse_positions
 from edgeattn.layers.projected_kv import project_kv
 from edgeattn.layers.weights import AttentionWeights
@@ -17,6 +17,7 @@ from edgeattn.masks import NO_WINDOW, torch_masks
 from edgeattn.prepared import PreparedCalls
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
     from numpy.typing import ArrayLike
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from edgeattn.layers.options import CallOptions
     from edgeattn.layers.projected_kv import ProjectedKV
     from edgeattn.ops import Ops, Sequences, T
-    from edgeattn.types import CausalAlignment, Flag, Floats, LayerOnDevice, Real, TorchOptions, Window
+    from edgeattn.types import CausalAlignment, Flag, Float32s, Floats, LayerOnDevice, Real, TorchOptions, Window
 
 
 class MultiHeadAttention(AttentionWeights):
@@ -166,9 +167,8 @@ class MultiHeadAttention(AttentionWeights):
         TypeError, ValueError
             Naming the argument, what was required and what came.
         """
-        masks = attn_mask, key_padding_mask, is_causal, causal_alignment, window_size, alibi_slopes
-        return attention.call(self, query, key, value, masks, softcap, kv_cache, need_weights, average_attn_weights,
-                              out)
+        return attention.call(self, query, key, value, attn_mask, key_padding_mask, is_causal, causal_alignment,
+                              window_size, softcap, alibi_slopes, kv_cache, need_weights, average_attn_weights, out)
 
     def project_kv(self, key: ArrayLike, value: ArrayLike | None = None, *,
                    key_padding_mask: ArrayLike | None = None) -> ProjectedKV:
@@ -257,6 +257,11 @@ class MultiHeadAttention(AttentionWeights):
         """The layer's linear maps: "query", "key", "value", and "output" and "gate" where it has them."""
         return {name: Linear(weight, getattr(self, f"{short}_bias")) for name, short in attention.SHORT.items()
                 if (weight := getattr(self, f"{short}_weight")) is not None}
+
+    @functools.cached_property
+    def joined_projections(self) -> Callable[[Float32s], Float32s]:
+        """The maps of an input to queries, keys and values as one, for tokens that come one by one."""
+        return joined([self.projections[name] for name in ("query", "key", "value")])
 
     def forward(self, ops: Ops[T], query: T, key: T, value: T, sequences: Sequences, name: str = "") -> T:
         """Rows of queries (tokens, E), keys and values -> (tokens, Eo)."""

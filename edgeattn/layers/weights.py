@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgeattn.checks import count, flag, float_array, to_float32
+from edgeattn.checks import count, flag, float_array, is_constant, to_float32
 from edgeattn.files import checkpoints
 from edgeattn.files.paths import listed, named
 from edgeattn.functional import default_scale
@@ -171,7 +171,7 @@ class AttentionWeights(Positions, Saveable):
     def from_checkpoint(
         cls, state_dict_or_path: Mapping[str, ArrayLike] | Path, prefix: str, num_heads: SupportsIndex
     ) -> Self:
-        """The attention under a prefix, named as by BERT, ViT, DistilBERT, ALBERT, CLIP, Whisper, Llama or timm.
+        """The attention under a prefix, named as by BERT, ViT, DistilBERT, CLIP, Whisper, T5, Llama, GPT-2 or timm.
 
         Heads that share keys are known by the keys' width. What the family does to positions is told by a warning.
 
@@ -247,13 +247,17 @@ class AttentionWeights(Positions, Saveable):
             there is one.
         """
         with named(path_or_model):
-            num_heads, num_kv_heads, found = checkpoints.onnx_weights(path_or_model, node)
-            weights: dict[str, Any] = dict(found)
-            if (turned := weights.get("rotary")) is not None:
-                from edgeattn.rotary import RotaryEmbedding
+            return cls.from_found(*checkpoints.onnx_weights(path_or_model, node))
 
-                weights["rotary"] = RotaryEmbedding(turned[0], base=turned[1], interleaved=turned[2])
-            return cls._build(num_heads, weights, num_kv_heads)
+    @classmethod
+    def from_found(cls, num_heads: int, num_kv_heads: int, found: Mapping[str, Any]) -> Self:
+        """The layer of what a reader found, a rotary embedding as (features turned, base, interleaved)."""
+        weights = dict(found)
+        if (turned := weights.get("rotary")) is not None:
+            from edgeattn.rotary import RotaryEmbedding
+
+            weights["rotary"] = RotaryEmbedding(turned[0], base=turned[1], interleaved=turned[2])
+        return cls._build(num_heads, weights, num_kv_heads)
 
     @classmethod
     def _build(cls, num_heads: SupportsIndex, weights: Mapping[str, Any],
@@ -350,13 +354,14 @@ def _optional(name: str, value: ArrayLike | None, axes: int) -> Float32s | None:
 
 
 def _parameter(name: str, value: ArrayLike, axes: int) -> Float32s:
-    """An owned, read-only float32 copy of a weight or bias."""
+    """An owned, read-only float32 copy of a weight or bias; what is constant is kept."""
     array = float_array(name, value)
     if array.ndim != axes:
         wanted = "(outputs, inputs)" if axes == 2 else "(outputs,)"
         raise ValueError(f"{name} must be {wanted}, got shape {array.shape}")
-    array = np.array(to_float32(array))
-    array.flags.writeable = False
+    if array.dtype != np.float32 or not is_constant(array):
+        array = np.array(to_float32(array))
+        array.flags.writeable = False
     return array
 
 

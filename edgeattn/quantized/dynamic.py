@@ -165,9 +165,8 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention, Positions):
         between them is computed in float32, or as the cache stores it. So steps through a cache give the same bytes
         whatever the chunks, where the cache is int8, but not those of the whole sequence without one.
         """
-        masks = attn_mask, key_padding_mask, is_causal, causal_alignment, window_size, alibi_slopes
-        return attention.call(self, query, key, value, masks, softcap, kv_cache, need_weights, average_attn_weights,
-                              out)
+        return attention.call(self, query, key, value, attn_mask, key_padding_mask, is_causal, causal_alignment,
+                              window_size, softcap, alibi_slopes, kv_cache, need_weights, average_attn_weights, out)
 
     def project_kv(self, key: ArrayLike, value: ArrayLike | None = None, *,
                    key_padding_mask: ArrayLike | None = None) -> ProjectedKV:
@@ -204,6 +203,14 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention, Positions):
         return {name: Projection(linear, bias := self.biases.get(name),
                                  DynamicLinear(linear.weight, linear.scale, bias))
                 for name, linear in self.weights.items()}
+
+    @functools.cached_property
+    def joined_projections(self) -> Callable[[Float32s], Float32s]:
+        """The maps of an input to queries, keys and values as one, for tokens that come one by one."""
+        linears = [self.weights[name] for name in INPUTS]
+        biases = [self.biases.get(name, np.zeros(len(self.weights[name].scale), np.float32)) for name in INPUTS]
+        return DynamicLinear(np.concatenate([linear.weight for linear in linears]),
+                             np.concatenate([linear.scale for linear in linears]), np.concatenate(biases))
 
     def to_state(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
         """(config, tensors): all that ``from_state`` needs to build an equal layer."""

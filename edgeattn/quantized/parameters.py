@@ -10,7 +10,7 @@ import numpy as np
 
 from edgeattn import arithmetic as rules
 from edgeattn.arithmetic import CODE_MAX, CODE_MIN
-from edgeattn.checks import as_array, number
+from edgeattn.checks import as_array, is_constant, number
 
 if TYPE_CHECKING:
     from typing import Any, SupportsIndex
@@ -116,12 +116,13 @@ def _scale(value: object, name: str) -> np.float32:
 
 
 def frozen(array: ArrayLike, dtype: DTypeLike, name: str) -> NDArray[Any]:
-    """A C-contiguous, read-only copy; refuses a dtype that would have to be converted."""
+    """A C-contiguous, read-only copy, or what is constant; refuses a dtype that would have to be converted."""
     array = as_array(name, array)
     if array.dtype != dtype:
         raise TypeError(f"{name} must be {np.dtype(dtype)}; got {array.dtype}")
-    array = np.array(array, order="C")
-    array.flags.writeable = False
+    if not is_constant(array):
+        array = np.array(array, order="C")
+        array.flags.writeable = False
     return array
 
 

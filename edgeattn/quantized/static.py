@@ -28,11 +28,11 @@ from edgeattn.device import place
 from edgeattn.executors.numpy_int8 import Int8Ops
 from edgeattn.functional import checked_softcap
 from edgeattn.kernels.cpu.layer_int8 import StaticLayer
-from edgeattn.kernels.cpu.quantize import to_codes, to_reals
+from edgeattn.kernels.cpu.quantize import Quantizer
 from edgeattn.layers.attention import forward
 from edgeattn.layers.call import check_cache, resolve_call_mask
 from edgeattn.layers.fast_path import attend_again
-from edgeattn.masks import NO_WINDOW, bool_mask, resolve_mask
+from edgeattn.masks import NO_WINDOW, bool_mask, check_mask_shapes, resolve_mask
 from edgeattn.ops import Sequences
 from edgeattn.prepared import PreparedCalls, is_read_as_it_is
 from edgeattn.quantized.layer import INPUTS, QuantizedMultiHeadAttention
@@ -407,13 +407,11 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         if (key is None and value is None and self.sources == (0, 0, 0) and need_weights is False
                 and average_attn_weights is False and is_read_as_it_is(query)):
             check_out(out, (*query.shape[:-1], self.output_dim), FLOAT32)
-            source, last = self.tensors["query_input"], self._last
-            codes, some_nan = to_codes(query, source.scale, source.zero_point)
+            codes, some_nan = self._source_quantizer.to_codes(query)
             if not some_nan:
-                reals = to_reals(
+                reals = self._last_quantizer.to_reals(
                     self.run_int8(codes, attn_mask=attn_mask, key_padding_mask=key_padding_mask, is_causal=is_causal,
-                                  causal_alignment=causal_alignment, window_size=window_size, kv_cache=kv_cache),
-                    last.scale, last.zero_point)
+                                  causal_alignment=causal_alignment, window_size=window_size, kv_cache=kv_cache))
                 return write_result(reals, out, FLOAT32)
         average = flag("average_attn_weights", average_attn_weights)
         masks: MaskOptions = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask, "is_causal": is_causal,
@@ -467,6 +465,17 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
     def _last(self) -> TensorQuantization:
         """The quantization of the result."""
         return self.tensors["output" if "output" in self.linears else "context"]
+
+    @functools.cached_property
+    def _source_quantizer(self) -> Quantizer:
+        """What makes codes of the one input of a layer with one."""
+        source = self.tensors["query_input"]
+        return Quantizer(source.scale, source.zero_point)
+
+    @functools.cached_property
+    def _last_quantizer(self) -> Quantizer:
+        """What makes reals of the result."""
+        return Quantizer(self._last.scale, self._last.zero_point)
 
     def distinct_inputs(self, query: Any, key: Any, value: Any) -> list[Any]:
         """The inputs this layer reads, None where it reads an earlier one; refuses others."""
@@ -558,6 +567,11 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         check_out(out, (*lead, L, self.output_dim), _INT8)
         if attn_mask is not None:
             attn_mask = bool_mask(attn_mask)
+        if signature is not None and kv_cache is None and query.size and key.size and self.output_dim:
+            first = self._run_first(signature, query, key, value, attn_mask, key_padding_mask, is_causal,
+                                    causal_alignment, window_size)
+            if first is not None:
+                return write_result(first, out, _INT8)
         if kv_cache is not None:
             self._check_cache(kv_cache, causal_alignment)
         mask, pieces = resolve_call_mask(
@@ -580,16 +594,35 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
             self.prepared_calls.learn_step(signature, result.reshape(*lead, L, self.output_dim))
         elif result.size:
             self._run_fused(query, key, value, mask, result)
-            if S:
-                self.prepared_calls.learn(
-                    signature, functools.partial(self._kernel_for, query, key, value), (*lead, *mask.shape[1:]),
-                    (*lead, *result.shape[1:]), mask, attn_mask, key_padding_mask)
         result = write_result(result.reshape(*lead, L, self.output_dim), out, _INT8)
         weights = record.get("probabilities")
         return result if weights is None else (result, weights.reshape(*lead, *weights.shape[1:]))
 
+    def _run_first(self, signature: tuple[Any, ...], query: Codes, key: Codes, value: Codes, attn_mask: Bools | None,
+                   key_padding_mask: Any, is_causal: Flag, causal_alignment: CausalAlignment | None,
+                   window_size: Window) -> Codes | None:
+        """The result of a call with a signature; the next is prepared. None where masks are not read as they are."""
+        *lead, L, _ = query.shape
+        scores = *lead, self.num_heads, L, key.shape[-2]
+        mask = resolve_mask(scores, is_causal=is_causal, causal_alignment=causal_alignment, window_size=window_size)
+        check_mask_shapes(scores, attn_mask, key_padding_mask)
+        if self.lut_index is not None:
+            fit_mask(self.lut_index, mask.shape)
+        q, k, v = query, key, value
+        if not lead:
+            q = query[None]
+            k = q if key is query else key[None]
+            v = k if value is key else value[None]
+        prepared = self.prepared_calls.learn(
+            signature, functools.partial(self._kernel_for, q, k, v), scores, (*lead, L, self.output_dim), mask,
+            attn_mask, key_padding_mask)
+        return None if prepared is None else prepared.run(query, key, value, None, attn_mask, key_padding_mask)
+
     def _check_codes(self, query: Any, key: Any, value: Any) -> tuple[Codes, Codes, Codes]:
         """The three inputs as int8 arrays of agreeing shapes."""
+        if (key is None and value is None and self.sources == (0, 0, 0) and is_read_as_it_is(query, _INT8)
+                and query.ndim in (2, 3) and query.shape[-1] == self.embed_dim):
+            return query, query, query
         inputs = self.distinct_inputs(query, key, value)
         arrays: list[Any] = [None if x is None else _codes(x, name) for name, x in zip(INPUTS, inputs, strict=True)]
         query, key, value = (arrays[source] for source in self.sources)
@@ -648,14 +681,26 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
             keep, band, lut_index = np.zeros((1, 1, 1, 1), np.bool_), None, None
         self._kernel(query, key, value, result, keep, band, lut_index, self.score_luts)
 
+    def attend_codes(self, x: Codes, mask: Mask, result: Codes, sequences: Sequences) -> None:
+        """Attention of x (B, L, E) to itself under `mask`, and to what the cache of `sequences` holds, to `result`."""
+        if not result.size:
+            return
+        if sequences.cache is None:
+            self._run_fused(x, x, x, mask, result)
+        else:
+            self.check_codes_of(sequences.cache)
+            self._run_cached(x, x, x, mask, sequences.cache, list(sequences.pieces), result)
+
     def take_step(self, x: Codes, cache: KVCache) -> Codes:
         """Attention without masks of one token per batch entry, (B, 1, E) or (1, E), and all before it: (B, 1, Eo)."""
-        x, out = x.reshape(cache.batch, 1, self.embed_dim), np.empty((cache.batch, 1, self.output_dim), np.int8)
-        with cache.transaction():
+        out, before = np.empty((cache.batch, 1, self.output_dim), np.int8), cache.length
+        try:
             cache.take_slots(1)
-            first, last = cache.visible_range()
-            self._kernel(x, x, x, out, score_luts=self.score_luts,
-                         cached=(cache.key_slots, cache.value_slots, first, last - first))
+            self._kernel.step(cache.plans, x, out, cache.key_slots, cache.value_slots, cache.visible_range(),
+                              self.score_luts)
+        except BaseException:
+            cache.restore(before)
+            raise
         return out
 
     def _run_cached(self, query: Codes, key: Codes, value: Codes, mask: Mask, cache: KVCache, pieces: Pieces,

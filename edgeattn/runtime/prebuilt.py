@@ -3,16 +3,21 @@
 A library is used where it was made of these sources, whole, for this machine's processor; which one, or why none, is
 decided when this module is imported. Then nothing is compiled, and Numba is not imported. ``EDGEATTN_JIT=1`` has
 kernels compiled here all the same; ``EDGEATTN_ISA`` asks for a library of that instruction set.
+
+A bundle brings a library of some kernels (edgeattn/bundle.py). Loaded before any kernel was needed, where the package
+has no library, it decides for the process as one of the package would; later it adds the kernels that are missing.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import importlib.util
 import json
 import os
 import platform
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +29,8 @@ from edgeattn.runtime.targets import TARGETS, runnable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
 
 FOLDER = sources.PACKAGE / "libraries"
 ABOUT = "libraries.json"  # in that folder: the stamp of the sources, and each library's checksum
@@ -38,11 +45,24 @@ class Library:
     target : str
         A name in TARGETS.
     path : Path
+    opened : str, optional
+        What to open instead.
+    memory : object
+        Kept as long as the library: what knows the file, which may not be written over meanwhile.
     """
 
-    def __init__(self, target: str, path: Path):
-        self.target, self.path, self.isa = target, path, TARGETS[target].isa
-        self._functions = ctypes.CDLL(str(path))
+    def __init__(self, target: str, path: Path, opened: str | None = None, memory: object = None):
+        self.target, self.path, self.isa, self.memory = target, path, TARGETS[target].isa, memory
+        self._functions = ctypes.CDLL(opened or str(path))
+
+    def __contains__(self, symbol: str) -> bool:
+        return hasattr(self._functions, symbol)
+
+    def close(self) -> None:
+        """Take it out of memory; nothing of it may run from then on."""
+        import _ctypes
+
+        _ctypes.dlclose(self._functions._handle)
 
     def function(self, symbol: str) -> Callable[..., int]:
         """The function of a kernel."""
@@ -71,19 +91,44 @@ class Kernel:
 
     def __init__(self, function: Callable[..., Any]):
         self.py_func, self.__name__, self.__doc__ = function, function.__name__, function.__doc__
-        self._function: Callable[..., int] | None = None
+
+    @functools.cached_property
+    def function(self) -> Callable[[ctypes.c_int64], int]:
+        """The library's: of the address of all arguments as `words`."""
+        symbol = symbol_of(self.py_func)
+        found: Callable[[ctypes.c_int64], int] = _ADDED.get(symbol, LIBRARY).function(symbol)
+        return found
 
     def __call__(self, *arguments: Any) -> int:
         """Run it."""
-        if self._function is None:
-            self._function = LIBRARY.function(symbol_of(self.py_func))
-        given: list[Any] = []
-        for argument in arguments:
-            if type(argument) is np.ndarray:
-                given += (ctypes.c_int64(address(argument)), ctypes.c_int64(argument.size))
-            else:
-                given.append(ctypes.c_int64(argument))
-        return self._function(*given)
+        given = np.array(words(arguments), np.int64)
+        return self.function(ctypes.c_int64(address(given)))
+
+    def bind(self, parameters: NDArray[np.int64], addresses: NDArray[np.int64]) -> Callable[..., int]:
+        """It and what it is called with first: a function of (scratch, task_queue, count), of one thread at a time.
+
+        ctypes makes an object of each argument, so all lie in memory of their own, and its address is the only one. It
+        gives up the interpreter's lock, which nobody may hold for as long as a kernel runs.
+        """
+        given = np.array([*words((parameters, addresses)), 0, 0, 0, 0, 0], np.int64)
+        found, function, argument, last = memoryview(given), self.function, ctypes.c_int64(address(given)), None
+
+        def run(scratch: NDArray[Any], task_queue: NDArray[np.int64], count: int, *,
+                _held: Any = (parameters, addresses)) -> int:
+            nonlocal last
+            found[4], found[5], found[8] = address(scratch), scratch.size, count
+            if task_queue is not last:
+                found[6], found[7], last = address(task_queue), task_queue.size, task_queue
+            return function(argument)
+        return run
+
+
+def words(arguments: Sequence[Any]) -> list[int]:
+    """Arguments as libraries take them: an array as where it is and how many elements it has."""
+    found: list[int] = []
+    for argument in arguments:
+        found += (address(argument), argument.size) if isinstance(argument, np.ndarray) else (int(argument),)
+    return found
 
 
 def jit(function: Callable[..., Any]) -> Kernel:
@@ -127,7 +172,7 @@ def find(folder: Path, machine: str, flags: set[str], parts: set[str], isa: str 
     if not possible:
         wanted = f" with the instruction set {isa}" if isa else ""
         return None, f"there is none for {machine}{wanted} and what its processor can do"
-    if stamp != sources.stamp():
+    if stamp != stamp_here():
         return None, f"those in {folder} were made of other sources than these"
     name = possible[-1]
     path = folder / f"{name}{SUFFIX}"
@@ -137,6 +182,12 @@ def find(folder: Path, machine: str, flags: set[str], parts: set[str], isa: str 
         return Library(name, path), f"the best of those for {machine} that its processor can run"
     except OSError as error:
         return None, f"{path} cannot be loaded: {error}"
+
+
+@functools.cache
+def stamp_here() -> str:
+    """That of the sources this process runs."""
+    return sources.stamp()
 
 
 def require_compiler() -> None:
@@ -152,11 +203,67 @@ def require_compiler() -> None:
 
 
 def _find_here() -> tuple[Library | None, str]:
-    if os.environ.get("EDGEATTN_JIT", "0") not in ("", "0"):
+    if _jit_is_asked_for():
         return None, "EDGEATTN_JIT is set"
     isa = os.environ.get("EDGEATTN_ISA") or None
     return find(FOLDER, platform.machine(), processor.flags(), processor.parts(), isa)
 
 
+def _jit_is_asked_for() -> bool:
+    return os.environ.get("EDGEATTN_JIT", "0") not in ("", "0")
+
+
+def _isa_here() -> str | None:
+    """The instruction set of this process's kernels; None as long as that is open."""
+    if LIBRARY is not None:
+        return str(LIBRARY.isa)
+    if "edgeattn.runtime.isa" in sys.modules or _jit_is_asked_for() and compiles():
+        return importlib.import_module("edgeattn.runtime.isa").ISA.name
+    return os.environ.get("EDGEATTN_ISA") or None
+
+
+def has(symbol: str) -> bool:
+    """Whether this process has a compiled kernel that a library calls so."""
+    return symbol in _ADDED or LIBRARY is not None and symbol in LIBRARY
+
+
+def compiles() -> bool:
+    """Whether this process can compile what no library has."""
+    if LIBRARY is not None:
+        return False
+    try:
+        return "numba" in sys.modules or importlib.util.find_spec("numba") is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def add(isa: str, symbols: Sequence[str], load: Callable[[], Library]) -> str | None:
+    """Have this process run kernels of a library, made of these sources, that are missing; why not where it cannot.
+
+    Parameters
+    ----------
+    isa : str
+        The instruction set they were written for.
+    symbols : sequence of str
+        What the library calls them.
+    load : callable
+        Gives the library; called where it is needed.
+    """
+    global LIBRARY, REASON
+    here = _isa_here()
+    if here not in (None, isa):
+        return f"its kernels are written for {isa}, those of this process for {here}"
+    missing = [symbol for symbol in symbols if not has(symbol)]
+    if not missing:
+        return None
+    library = load()
+    if LIBRARY is None and "edgeattn.runtime.isa" not in sys.modules:
+        LIBRARY, REASON = library, "it came with a layer, and the package has none"
+    else:
+        _ADDED.update(dict.fromkeys(missing, library))
+    return None
+
+
+_ADDED: dict[str, Library] = {}  # by the names of the kernels it is asked for
 LIBRARY: Any
 LIBRARY, REASON = _find_here()

@@ -14,7 +14,7 @@ from edgeattn.layers import MultiHeadAttention
 from edgeattn.layers.positions import refuse_positions
 from edgeattn.quantized import DynamicMultiHeadAttention, QuantizedMultiHeadAttention, StaticMultiHeadAttention
 from edgeattn.runtime.targets import TARGETS
-from quant.export.bundle import write_bundle
+from quant.export.bundle import has_header, write_bundle
 from quant.export.c import write_c
 from quant.export.c_files import check_beside, write_together
 from quant.export.targets import NATIVE, host_target, target_of
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
     from edgeattn import types
+    from quant.model_calls import Model
     from quant.types import TargetName
 
 
@@ -77,7 +78,8 @@ def _c(layer: Any, path: Path, request: Request) -> None:
 
 def _bundle(layer: Any, path: Path, request: Request) -> None:
     layer = _carrying(layer, path, request.mask)
-    check_beside(path, [f"{path.stem}.h"])
+    if has_header(layer):
+        check_beside(path, [f"{path.stem}.h"])  # before minutes of compiling
     files = write_bundle(layer, path.name, request.target or "")
     write_together({path.with_name(name): content for name, content in files.items()})
 
@@ -86,20 +88,22 @@ FORMATS = {
     ".tflite": Format(_tflite, "fixed shapes; runs in LiteRT, tflite-runtime and TFLite Micro"),
     ".safetensors": Format(_safetensors, "any shape; `edgeattn.load` reads it", any_shape=True),
     ".c": Format(_c, "fixed shapes; C99 for microcontrollers, with a header beside it", options=("test_vectors",)),
-    ".so": Format(_bundle, "any shape; compiled for a target, with a C header; `edgeattn.bundle.load` runs it without "
-                           "Numba", any_shape=True, options=("target",)),
+    ".so": Format(_bundle, "any shape, whole models too; its kernels compiled for a target, with a C header for an "
+                           "attention layer; `edgeattn.bundle.load` runs it without Numba", any_shape=True,
+                  options=("target",)),
 }
 
 
-def export(layer: MultiHeadAttention | QuantizedMultiHeadAttention, path: types.Path, *, batch: SupportsIndex = 1,
-           sequence_length: SupportsIndex | None = None, key_length: SupportsIndex | None = None,
-           mask: Literal["causal"] | ArrayLike | None = None, test_vectors: SupportsIndex | None = None,
-           target: TargetName | None = None) -> Path:
+def export(layer: MultiHeadAttention | QuantizedMultiHeadAttention | Model, path: types.Path, *,
+           batch: SupportsIndex = 1, sequence_length: SupportsIndex | None = None,
+           key_length: SupportsIndex | None = None, mask: Literal["causal"] | ArrayLike | None = None,
+           test_vectors: SupportsIndex | None = None, target: TargetName | None = None) -> Path:
     """Write ``layer`` to ``path`` in the format its suffix names; nothing half-written is ever left there.
 
     Parameters
     ----------
-    layer : MultiHeadAttention or QuantizedMultiHeadAttention
+    layer : MultiHeadAttention, QuantizedMultiHeadAttention, TransformerEncoder, TextEncoder or ImageEncoder
+        The last three, whole, go to a ``.safetensors`` or ``.so``.
     path : str or path-like
         Ends in one of `FORMATS`, which says what each is for: ``.tflite``, ``.safetensors``, ``.c`` (the name must be a
         C identifier, the layer a static one with the arithmetic "tflm") or ``.so``. With a target, a folder that exists
@@ -137,11 +141,8 @@ def export(layer: MultiHeadAttention | QuantizedMultiHeadAttention, path: types.
         When the folder is missing or cannot be written; files of these names stay as they were.
     """
     path = as_path(path)
-    if isinstance(layer, MODELS):
-        raise TypeError(f"layer must be an attention layer; got a {type(layer).__name__}, which edgeattn.save writes "
-                        "to a .safetensors file and edgeattn.load reads: the other formats hold no whole encoder yet; "
-                        "export its attention layers, encoder.layers[i].attention, one by one")
-    if not isinstance(layer, (MultiHeadAttention, QuantizedMultiHeadAttention)):
+    whole = isinstance(layer, MODELS)
+    if not whole and not isinstance(layer, (MultiHeadAttention, QuantizedMultiHeadAttention)):
         raise TypeError(f"layer must be a MultiHeadAttention or what quant.quantize returns; "
                         f"got {type(layer).__name__}")
     processor: str | None = host_target() if is_one_of(target, (NATIVE,)) else target
@@ -151,11 +152,15 @@ def export(layer: MultiHeadAttention | QuantizedMultiHeadAttention, path: types.
     if path.suffix not in FORMATS:
         raise ValueError(f"path must end in one of {', '.join(FORMATS)}; got {str(path)!r}")
     form = FORMATS[path.suffix]
-    if path.suffix != ".safetensors":
-        refuse_positions(layer, "save it, edgeattn.load runs what is in a .safetensors")
+    of_any_shape = " and ".join(suffix for suffix, other in FORMATS.items() if other.any_shape)
+    if whole and not form.any_shape:
+        raise TypeError(f"layer must be an attention layer for a {path.suffix} file; got a {type(layer).__name__}, "
+                        f"which only {of_any_shape} files hold whole; export its attention layers, "
+                        "encoder.layers[i].attention, one by one")
+    if not form.any_shape:
+        refuse_positions(layer, f"{of_any_shape} files hold it")
     if isinstance(layer, DynamicMultiHeadAttention) and (not form.any_shape or mask is not None):
-        whole = " and ".join(suffix for suffix, other in FORMATS.items() if other.any_shape)
-        raise ValueError(f"layer is dynamic, which only {whole} files hold, without a mask; got {str(path)!r}; "
+        raise ValueError(f"layer is dynamic, which only {of_any_shape} files hold, without a mask; got {str(path)!r}; "
                          "quantize with scheme='static' for the other formats")
     if processor is None and "target" in form.options:
         raise ValueError(f"target must name the processor of a {path.suffix}, one of {', '.join(TARGETS)}; it is "

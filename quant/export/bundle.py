@@ -1,12 +1,9 @@
-"""Layers compiled ahead of time: a shared library of kernels and weights, and its header."""
+"""Layers and models with compiled kernels in one file: a shared library, and its header where C can call it."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 import tempfile
 import zlib
 from pathlib import Path
@@ -14,19 +11,40 @@ from pathlib import Path
 import numba
 
 import edgeattn
-from edgeattn.bundle import ABI_VERSION, FOOTER, INPUTS, LARGEST, MAGIC, SIZES
-from edgeattn.quantized import StaticMultiHeadAttention
+from edgeattn.bundle import ABI_VERSION, FOOTER, MAGIC
+from edgeattn.files.storage import content_of
+from edgeattn.kernels.cpu.entries import ENTRIES
+from edgeattn.layers import MultiHeadAttention
+from edgeattn.layers.positions import POSITIONS
+from edgeattn.quantized import DynamicMultiHeadAttention, StaticMultiHeadAttention
+from edgeattn.quantized.layer import INPUTS
+from edgeattn.runtime import prebuilt
 from edgeattn.runtime.processor import HARDWARE_BITS
-from edgeattn.runtime.targets import Target
+from quant.export.bundle_entry import C_ABI, LARGEST
 from quant.export.c_text import check_header_name, fill_template, float_literal
-from quant.export.linker import find_linker, link
+from quant.export.kernel_objects import file_of, objects, run_build
+from quant.export.kernels_build import SERVICE
+from quant.export.linker import DEVICE_LIBRARIES, find_linker, link
 from quant.export.targets import target_of
+from quant.model_calls import MODELS
 
 # Compiling for another machine leans on inner names of Numba: crosscompile.py and bundle_entry.py.
 TESTED_NUMBA = ("0.68",)
-# The instruction set is chosen before anything that reads it is imported.
 _BUILD = ("import sys; from edgeattn.runtime import isa; isa.use(sys.argv[1]); "
           "from quant.export.bundle_build import main; main(*sys.argv[2:])")
+# What is called by layers of a kind, with those they are made of: names in ENTRIES.
+_ATTENTION = ("attention float32", "attention by rows")
+_CACHES = ("decode float32", "decode int8", "store rows")
+KERNELS = {
+    "MultiHeadAttention": ("layer float32", *_ATTENTION, *_CACHES, "linear float32"),
+    "DynamicMultiHeadAttention": ("layer dynamic", *_ATTENTION, *_CACHES, "projection dynamic"),
+    "StaticMultiHeadAttention": ("layer int8", "layer int8 with a cache", "quantize", "dequantize"),
+    "Linear": ("feed-forward float32", "linear float32"),
+    "DynamicLinear": ("feed-forward dynamic", "linear dynamic"),
+    "LayerNorm": ("norm",), "RMSNorm": ("norm",),
+}
+SIZES = ("num_heads", "embed_dim", "kdim", "vdim", "head_dim", "value_dim", "output_dim")
+KERNELS["SelfAttention"] = KERNELS["MultiHeadAttention"]
 # Those of a target's flags that compilers know a question for; no processor has these and lacks the others.
 _QUESTIONS = {"avx2": "avx2", "fma": "fma", "bmi1": "bmi", "bmi2": "bmi2", "avx_vnni": "avxvnni", "avx512f": "avx512f",
               "avx512bw": "avx512bw", "avx512cd": "avx512cd", "avx512dq": "avx512dq", "avx512vl": "avx512vl",
@@ -38,7 +56,7 @@ def write_bundle(layer, name: str, target: str) -> dict[str, bytes]:
 
     Parameters
     ----------
-    layer : MultiHeadAttention, DynamicMultiHeadAttention or StaticMultiHeadAttention
+    layer : MultiHeadAttention, QuantizedMultiHeadAttention, TransformerEncoder, TextEncoder or ImageEncoder
     name : str
         Of the library, ending in ``.so``; what precedes that, with ``_`` for what C allows in no name, is the prefix of
         its functions.
@@ -48,12 +66,12 @@ def write_bundle(layer, name: str, target: str) -> dict[str, bytes]:
     Returns
     -------
     dict of str to bytes
-        The library and its header.
+        The library, and its header where C can call it: of an attention layer that one kernel computes whole.
 
     Raises
     ------
     ValueError
-        For an unknown target, a layer the tiled kernels do not compute whole, and a name C cannot make a prefix of.
+        For an unknown target, and a name C cannot make a prefix of.
     RuntimeError
         Where there is no linker for the target, or Numba is of another version than this leans on.
     """
@@ -64,14 +82,40 @@ def write_bundle(layer, name: str, target: str) -> dict[str, bytes]:
         raise ValueError(f"path must be named by a letter and what follows it, for its functions get that name; got "
                          f"{name!r}")
     check_header_name(stem)
-    _check_layer(layer)
     check_numba()
     find_linker(row.machine)
-    about = _describe(layer, prefix, target, row)
-    library = _compile(layer, row, target, prefix, name)
-    body = library + json.dumps(about).encode("ascii")
-    footer = FOOTER.pack(MAGIC, len(body) - len(library), zlib.crc32(body))
-    return {name: body + footer, f"{stem}.h": _header(layer, stem, about).encode(errors="replace")}
+    kernels, header = kernels_of(layer), has_header(layer)
+    symbols = [prebuilt.symbol_of(kernel.py_func) for kernel in (*(ENTRIES[name].kernel for name in kernels), *SERVICE)]
+    content = content_of(layer)
+    stamp = prebuilt.sources.checksum(prebuilt.sources.files())
+    library = _linked(content, target, kernels, symbols, prefix if header else "", name)
+    library += bytes(-len(library) % 64)
+    about = {"abi": ABI_VERSION, "target": target, "machine": row.machine, "requires": list(row.requires),
+             "edgeattn": edgeattn.__version__, "stamp": stamp, "kernels": symbols,
+             "layer": [len(library), len(content)]}
+    description = json.dumps(about).encode("ascii")
+    body = library + content + description
+    files = {name: body + FOOTER.pack(MAGIC, len(description), zlib.crc32(body))}
+    if header:
+        files[f"{stem}.h"] = _header(layer, stem, prefix, target).encode(errors="replace")
+    return files
+
+
+def kernels_of(layer) -> list[str]:
+    """The names in ENTRIES of what a layer or a model calls."""
+    kinds = {type(layer).__name__, *_kinds(layer.to_state()[0])}
+    left_out = _CACHES if isinstance(layer, MODELS) else ()
+    return [name for name in ENTRIES if name not in left_out and any(name in KERNELS.get(kind, ()) for kind in kinds)]
+
+
+def _kinds(config):
+    """What layers are named in a config."""
+    if isinstance(config, dict):
+        yield from [config["kind"]] if isinstance(config.get("kind"), str) else []
+        config = config.values()
+    if not isinstance(config, (str, bytes)) and hasattr(config, "__iter__"):
+        for each in config:
+            yield from _kinds(each)
 
 
 def check_numba() -> None:
@@ -87,71 +131,62 @@ def check_numba() -> None:
                            f"{numba.__version__}: pip install 'numba=={TESTED_NUMBA[-1]}.*'")
 
 
-def _check_layer(layer) -> None:
-    if not all((layer.head_dim, layer.value_dim, layer.output_dim, layer.embed_dim, layer.kdim, layer.vdim)):
-        raise ValueError(f"layer must have no empty axis to be compiled; got {layer!r}")
-    if not isinstance(layer, StaticMultiHeadAttention) and (layer.extra_keys or layer.gated):
-        raise ValueError("layer must have neither bias_k, bias_v, add_zero_attn nor gate_weight to be compiled: the "
-                         "kernels know no keys that are no tokens, and no gate")
-
-
-def _describe(layer, prefix: str, target: str, row: Target) -> dict:
-    """What the loader must know before it runs anything."""
-    about = {"abi": ABI_VERSION, "target": target, "machine": row.machine, "requires": list(row.requires),
-             "prefix": prefix, "edgeattn": edgeattn.__version__, "scheme": getattr(layer, "scheme", "float32"),
-             "sizes": {size: getattr(layer, size) for size in SIZES}}
+def has_header(layer) -> bool:
+    """Whether one kernel computes a layer whole, which C can call."""
     if isinstance(layer, StaticMultiHeadAttention):
-        names = [INPUTS[source] for source in sorted(set(layer.sources))]
-        tensors = {name: layer.tensors[f"{name}_input"] for name in names}
-        tensors["output"] = layer.tensors["output" if "output" in layer.linears else "context"]
-        lut_index = layer.lut_index
-        shape = None if lut_index is None else [1] * (4 - lut_index.ndim) + list(lut_index.shape)
-        about |= {"arithmetic": layer.arithmetic, "sources": list(layer.sources), "mask_shape": shape,
-                  "quantization": {name: tensor.to_json() for name, tensor in tensors.items()}}
-    return about
+        return all(getattr(layer, size) for size in SIZES)
+    return (isinstance(layer, (MultiHeadAttention, DynamicMultiHeadAttention))
+            and all(getattr(layer, size) for size in SIZES) and not layer.extra_keys and not layer.gated
+            and not any(getattr(layer, part) is not None for part in POSITIONS))
 
 
-def _compile(layer, row: Target, target: str, prefix: str, name: str) -> bytes:
-    """The shared library, compiled by a process of its own."""
+def _linked(content: bytes, target: str, kernels: list[str], symbols: list[str], prefix: str, name: str) -> bytes:
+    """The shared library of kernels and, with a prefix, of C's functions for a layer's file."""
+    made = objects(target, kernels)
     with tempfile.TemporaryDirectory() as folder:
-        edgeattn.save(layer, Path(folder) / "layer.safetensors")
-        environment = {key: value for key, value in os.environ.items() if not key.startswith(("EDGEATTN_", "NUMBA_"))}
-        environment["PYTHONPATH"] = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
-        done = subprocess.run([sys.executable, "-c", _BUILD, row.isa, folder, target, prefix], env=environment,
-                              capture_output=True, text=True)
-        if done.returncode:
-            last = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
-            raise RuntimeError(f"compiling for {target} failed: {last[0]}")
-        return link(row.machine, Path(folder), name, [f"{prefix}_run", f"{prefix}_scratch_bytes"])
+        folder = Path(folder)
+        for title, code in made.items():
+            (folder / file_of(title)).write_bytes(code)
+        files = [file_of(title) for title in made if title not in DEVICE_LIBRARIES]
+        if prefix:
+            (folder / "layer.safetensors").write_bytes(content)
+            run_build(_BUILD, target, folder, prefix)
+            files.append("c.o")
+            symbols = [*symbols, f"{prefix}_run", f"{prefix}_scratch_bytes"]
+        return link(target_of(target).machine, folder, name, symbols, files)
 
 
-def _header(layer, stem: str, about: dict) -> str:
+def _header(layer, stem: str, prefix: str, target: str) -> str:
     """The C header of a bundle."""
-    static = isinstance(layer, StaticMultiHeadAttention)
-    kind = {"static": f"static int8, arithmetic {about.get('arithmetic')}", "dynamic": "dynamic int8, float in and out",
-            "float32": "float32"}[about["scheme"]]
-    prefix = about["prefix"]
-    if about["machine"] == "aarch64":
-        mask = sum(1 << HARDWARE_BITS[flag] for flag in about["requires"])
+    static, row = isinstance(layer, StaticMultiHeadAttention), target_of(target)
+    kind = (f"static int8, arithmetic {layer.arithmetic}" if static else
+            "dynamic int8, float in and out" if isinstance(layer, DynamicMultiHeadAttention) else "float32")
+    if row.machine == "aarch64":
+        mask = sum(1 << HARDWARE_BITS[flag] for flag in row.requires)
         include = "#include <sys/auxv.h>\n"
         supported = f"(getauxval(AT_HWCAP) & {mask:#x}UL) == {mask:#x}UL"
     else:
         include = ""
-        supported = "\n        && ".join(f'__builtin_cpu_supports("{_QUESTIONS[flag]}")' for flag in about["requires"]
+        supported = "\n        && ".join(f'__builtin_cpu_supports("{_QUESTIONS[flag]}")' for flag in row.requires
                                         if flag in _QUESTIONS)
+    tensors, shape = {}, None
+    if static:
+        tensors = {INPUTS[source]: layer.tensors[f"{INPUTS[source]}_input"] for source in sorted(set(layer.sources))}
+        tensors["output"] = layer.tensors["output" if "output" in layer.linears else "context"]
+        if layer.lut_index is not None:
+            shape = (1,) * (4 - layer.lut_index.ndim) + layer.lut_index.shape
     quantization = ""
-    for name, (scale, zero_point) in about.get("quantization", {}).items():
+    for name, (scale, zero_point) in ((name, tensor.to_json()) for name, tensor in tensors.items()):
         quantization += (f"#define {prefix.upper()}_{name.upper()}_SCALE {float_literal(scale)}\n"
                          f"#define {prefix.upper()}_{name.upper()}_ZERO_POINT ({zero_point})\n")
     if quantization:
         quantization = "/* real = SCALE * (code - ZERO_POINT) */\n" + quantization
-    shape = about.get("mask_shape")
     return fill_template("bundle.h", {
-        "file": stem, "prefix": prefix, "PREFIX": prefix.upper(), "target": about["target"], "include": include,
-        "title": f"{layer.num_heads}-head attention, {kind}", "abi": str(ABI_VERSION), "H": str(layer.num_heads),
+        "file": stem, "prefix": prefix, "PREFIX": prefix.upper(), "target": target, "include": include,
+        "title": f"{layer.num_heads}-head attention, {kind}", "abi": str(C_ABI), "H": str(layer.num_heads),
         "EQ": str(layer.embed_dim), "EK": str(layer.kdim), "EV": str(layer.vdim), "EO": str(layer.output_dim),
         "largest": str(LARGEST), "quantization": quantization, "ctype": "int8_t" if static else "float",
         "supported": supported,
-        "shape_note": "" if shape is None else f", or not those of the layer's mask, {tuple(shape)}",
+        "shape_note": "" if shape is None else f", or not those of the layer's mask, {shape}",
         "pointer_note": ", or bias is not" if static else "", "bias_note": " Always NULL: codes take none." * static,
     })

@@ -1,7 +1,7 @@
 """What a bundle makes known to C, as functions that Numba compiles: how much scratch a call needs, and the call.
 
-A call is an array of int64, the struct of the bundle's header (see edgeattn/bundle.py for its fields). Everything of
-the layer that does not change from call to call is constant data of the library.
+A call is an array of int64, the struct of the bundle's header. Everything of the layer that does not change from call
+to call is constant data of the library; the kernel is another object of it.
 """
 
 from __future__ import annotations
@@ -12,41 +12,35 @@ from numba import from_dtype, types
 from numba.core import cgutils
 from numba.extending import intrinsic, register_jitable
 
-from edgeattn.bundle import (
-    ABI,
-    ABI_VERSION,
-    ALIGNMENT,
-    BAD_ABI,
-    BAD_POINTER,
-    BAD_SCRATCH,
-    BAD_SHAPE,
-    BANDED,
-    BATCH,
-    BIAS,
-    BIAS_STRIDES,
-    FIELDS,
-    HIGH,
-    KEEP,
-    KEEP_STRIDES,
-    KEY,
-    KEYS,
-    LARGEST,
-    LOW,
-    OK,
-    OUTPUT,
-    QUERIES,
-    QUERY,
-    SCRATCH,
-    SCRATCH_BYTES,
-    VALUE,
-)
 from edgeattn.kernels.cpu import fused, fused_dynamic, fused_int8, layer_dynamic, layer_float32, layer_int8, records
 from edgeattn.kernels.cpu.records import named, packed
 from edgeattn.kernels.cpu.simd import address_of
+from edgeattn.quantized import DynamicMultiHeadAttention, StaticMultiHeadAttention
 from edgeattn.runtime.arrays import array_at, array_of
-from edgeattn.runtime.worker_pool import task
+from edgeattn.runtime.prebuilt import symbol_of
+
+ALIGNMENT = 64  # bytes, of scratch
+C_ABI = 1
+# One call: FIELDS numbers of 64 bits, as the struct of the header says.
+(ABI, BATCH, QUERIES, KEYS, QUERY, KEY, VALUE, OUTPUT, KEEP, KEEP_STRIDES) = range(10)
+(BIAS, BIAS_STRIDES, BANDED, LOW, HIGH, SCRATCH, SCRATCH_BYTES, FIELDS) = 13, 14, 18, 19, 20, 21, 22, 23
+# What a call returns; nothing has been written unless it is OK.
+OK, BAD_ABI, BAD_SHAPE, BAD_POINTER, BAD_SCRATCH = range(5)
+LARGEST = 1 << 24  # B, L and S
 
 _I8, _I64 = ir.IntType(8), ir.IntType(64)
+
+
+def entry_of(layer):
+    """(scratch_bytes, run) of a layer."""
+    if isinstance(layer, StaticMultiHeadAttention):
+        return _static_entry(layer.fused_kernel, layer.score_luts, layer.lut_index)
+    return _float_entry(layer.fused_kernel, isinstance(layer, DynamicMultiHeadAttention))
+
+
+def _compiled_elsewhere(kernel):
+    """A kernel as what calls it from C has it: an address and a size for each array."""
+    return types.ExternalFunction(symbol_of(kernel.py_func), types.int64(*(types.int64,) * 9))
 
 
 def constant(name, values):
@@ -96,7 +90,7 @@ def _fits(B, L, S):
 @register_jitable
 def _check(call):
     """OK, or what is wrong with a call beside its scratch."""
-    if call[ABI] != ABI_VERSION:
+    if call[ABI] != C_ABI:
         return BAD_ABI
     if not _fits(call[BATCH], call[QUERIES], call[KEYS]):
         return BAD_SHAPE
@@ -110,13 +104,13 @@ def _strides(call, field):
     return call[field], call[field + 1], call[field + 2], call[field + 3]
 
 
-def float_entry(kernel, dynamic):
+def _float_entry(kernel, dynamic):
     """(scratch_bytes, run) of a FloatLayer, or of a DynamicLayer."""
     if dynamic:
-        f, plan, layer, unit = fused_dynamic, layer_dynamic.plan, task(fused_dynamic.layer_dynamic.py_func), np.int32
+        f, plan, layer = fused_dynamic, layer_dynamic.plan, _compiled_elsewhere(fused_dynamic.layer_dynamic)
         factors = constant("factors", kernel.factors)
     else:
-        f, plan, layer, unit = fused, layer_float32.plan, task(fused.layer_float32.py_func), np.float32
+        f, plan, layer = fused, layer_float32.plan, _compiled_elsewhere(fused.layer_float32)
     weights = constant("weights", kernel.weights)
     parameters = local_copy("parameters", packed(kernel.parameters, f.LAYER))
     addresses = local_copy("addresses", np.zeros(len(f.LAYER_ADDRESSES), np.int64))
@@ -141,7 +135,6 @@ def float_entry(kernel, dynamic):
         p.band, p.low, p.high = call[BANDED], call[LOW], call[HIGH]
         p.keep_b, p.keep_h, p.keep_l, p.keep_s = _strides(call, KEEP_STRIDES)
         p.bias_b, p.bias_h, p.bias_l, p.bias_s = _strides(call, BIAS_STRIDES)
-        scratch, alone = array_at(call[SCRATCH], shared + private, unit), array_at(0, 0, np.int64)
         where = addresses()
         a = named(where, f.LAYER_ADDRESSES)
         a.queries, a.keys, a.values, a.out = call[QUERY], call[KEY], call[VALUE], call[OUTPUT]
@@ -149,14 +142,14 @@ def float_entry(kernel, dynamic):
         if dynamic:
             p.same_qk, p.same_kv = call[QUERY] == call[KEY], call[KEY] == call[VALUE]
             a.factors = address_of(factors())
-        layer(given, where, scratch, alone, 1)
+        layer(address_of(given), given.size, address_of(where), where.size, call[SCRATCH], shared + private, 0, 0, 1)
         return OK
     return scratch_bytes, run
 
 
-def static_entry(kernel, score_luts, lut_index):
+def _static_entry(kernel, score_luts, lut_index):
     """(scratch_bytes, run) of a StaticLayer with the score_luts and lut_index of its score operators, or None."""
-    f, plan, layer = fused_int8, layer_int8.plan, task(fused_int8.layer_int8.py_func)
+    f, plan, layer = fused_int8, layer_int8.plan, _compiled_elsewhere(fused_int8.layer_int8)
     softmax, weights = constant("softmax", kernel.table), constant("weights", kernel.weights)
     parameters = local_copy("parameters", packed(kernel.parameters, f.LAYER))
     addresses = local_copy("addresses", np.zeros(len(f.ADDRESSES), np.int64))
@@ -197,7 +190,6 @@ def static_entry(kernel, score_luts, lut_index):
         a.weights, a.softmax, a.keep, a.padding = address_of(weights()), address_of(softmax()), call[KEEP], 0
         a.lut_index = address_of(lut_index()) if has_index else 0
         a.score_luts = address_of(score_luts()) if has_luts else 0
-        scratch = array_at(call[SCRATCH], shared + private, np.int32)
-        layer(given, where, scratch, array_at(0, 0, np.int64), 1)
+        layer(address_of(given), given.size, address_of(where), where.size, call[SCRATCH], shared + private, 0, 0, 1)
         return OK
     return scratch_bytes, run

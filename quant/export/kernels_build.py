@@ -26,27 +26,30 @@ SERVICE = {worker_loop: 3, dismiss: 0}  # kernels of the worker pool, and the in
 
 
 def exported(kernel, dtype):
-    """(function, its argument types): what C calls of a kernel, with an address and a size for each array."""
+    """(function, its argument types): what C calls of a kernel, with the address of its `prebuilt.words`."""
     body = task(kernel.py_func)
 
-    def run(p, p_size, a, a_size, s, s_size, q, q_size, count):
-        body(array_at(p, p_size, np.int64), array_at(a, a_size, np.int64), array_at(s, s_size, dtype),
-             array_at(q, q_size, np.int64), count)
+    def run(words):
+        w = array_at(words, 9, np.int64)
+        body(array_at(w[0], w[1], np.int64), array_at(w[2], w[3], np.int64), array_at(w[4], w[5], dtype),
+             array_at(w[6], w[7], np.int64), w[8])
         return np.int64(0)
-    return run, (I64,) * 9
+    return run, (I64,)
 
 
 def service(kernel, integers):
     """The same of a kernel of the worker pool."""
     body = task(kernel.py_func)
     if integers == 0:
-        def run(q, q_size):
-            body(array_at(q, q_size, np.int64))
+        def run(words):
+            w = array_at(words, 2, np.int64)
+            body(array_at(w[0], w[1], np.int64))
             return np.int64(0)
     else:
-        def run(q, q_size, worker, thread, patience):
-            return np.int64(body(array_at(q, q_size, np.int64), worker, thread, patience))
-    return run, (I64,) * (2 + integers)
+        def run(words):
+            w = array_at(words, 5, np.int64)
+            return np.int64(body(array_at(w[0], w[1], np.int64), w[2], w[3], w[4]))
+    return run, (I64,)
 
 
 @global_compiler_lock

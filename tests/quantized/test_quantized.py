@@ -11,7 +11,7 @@ import edgeattn
 import quant
 from edgeattn.arithmetic import KERNEL_SETS
 from edgeattn.executors.numpy_int8 import Int8Ops
-from edgeattn.kernels.cpu.quantize import to_codes, to_reals
+from edgeattn.kernels.cpu.quantize import Quantizer
 from edgeattn.quantized import (
     AddMask,
     MulConstant,
@@ -384,15 +384,16 @@ def test_one_pass_gives_the_codes_and_reals_of_the_quantization(zero_point):
     tensor = TensorQuantization(0.037, zero_point)
     x = np.arange(-70_000, 70_001, dtype=np.float32) * np.float32(0.037 / 256)  # every tie, and beyond either end
     x = np.concatenate([x, np.float32([np.inf, -np.inf, 3e38, -3e38, 1e-45, -0.0])]).reshape(1, -1)
-    got, some_nan = to_codes(x, tensor.scale, tensor.zero_point)
+    quantizer = Quantizer(tensor.scale, tensor.zero_point)
+    got, some_nan = quantizer.to_codes(x)
     np.testing.assert_array_equal(got, tensor.quantize(x))
     assert not some_nan
     every = np.arange(-128, 128, dtype=np.int8).reshape(2, 128)
-    np.testing.assert_array_equal(to_reals(every, tensor.scale, tensor.zero_point), tensor.dequantize(every))
+    np.testing.assert_array_equal(quantizer.to_reals(every), tensor.dequantize(every))
     for at in (0, 63, -1):
         spoiled = x[:, :1000].copy()
         spoiled[0, at] = np.nan
-        assert to_codes(spoiled, tensor.scale, tensor.zero_point)[1]
+        assert quantizer.to_codes(spoiled)[1]
 
 
 def test_nan_goes_where_it_may_be_seen(pair):

@@ -2,6 +2,7 @@
 
 Whenever it comes, no thread is lost, no lock is held, and the next call uses all threads.
 """
+import functools
 import itertools
 import signal
 import subprocess
@@ -178,7 +179,7 @@ def test_a_long_call_begins_no_part_after_the_exception(signals, count):
         done, workers = np.zeros(1000, np.int64), np.full(1000, -1)
         signals[0] = n
         with pytest.raises(Stop):
-            threads.run(run, (done, workers, 30_000), np.float32, 0, 16, threads.LONG_WORK)
+            threads.run(functools.partial(run, done, workers, 30_000), np.float32, 0, 16, threads.LONG_WORK)
         assert done.max() == 1
         assert (workers == 0).sum() == n
         assert done.sum() < 1000

@@ -1,4 +1,5 @@
 """Jobs handed from compiled code to waiting threads: every part once, whoever runs it."""
+import functools
 import os
 import subprocess
 import sys
@@ -51,7 +52,7 @@ pytestmark = pytest.mark.usefixtures("one_thread_afterwards")
 
 def call(parts, steps=100, work=threads.SMALLEST_SHARED_WORK):
     done, workers = np.zeros(parts, np.int64), np.full(parts, -1)
-    threads.run(run, (done, workers, steps), np.float32, 0, 16, work)
+    threads.run(functools.partial(run, done, workers, steps), np.float32, 0, 16, work)
     assert (done == 1).all()
     return set(workers.tolist())
 
@@ -132,7 +133,7 @@ def processors_of_two():
     for _ in range(20):  # of a busy machine
         asleep(threads._pool.task_queue)
         found = np.full(3, -1)
-        threads.run(run_locate, (found, 100, 30_000), np.float32, 0, 16, threads.SMALLEST_SHARED_WORK)
+        threads.run(functools.partial(run_locate, found, 100, 30_000), np.float32, 0, 16, threads.SMALLEST_SHARED_WORK)
         if found[1] >= 0:
             return found[:2].tolist()
     raise AssertionError("the thread took no part")

@@ -81,7 +81,8 @@ EXPORT = ("import sys, test_bundle; from pathlib import Path; "
 def processes(folder: Path, cpu: str, tests: tuple[str, ...], layers: int, extra: list[str]) -> Iterator[Popen]:
     """Start, each when the one before has ended: the compiler of a CPU's bundles, here; pytest in its environment."""
     bundles = folder / "bundles" / cpu
-    bundles.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(bundles, ignore_errors=True)  # of other sources, it may be; what was compiled is kept elsewhere
+    bundles.mkdir(parents=True)
     python_path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
     pytest = [folder / cpu / "bin" / "python", "-m", "pytest", "-p", "no:cacheprovider", "--color=no", "-v",
               "--durations=10", f"--layers={layers}", *tests, *extra]

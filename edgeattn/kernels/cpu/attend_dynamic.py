@@ -11,10 +11,10 @@ from edgeattn.runtime.compiler import inline
 
 from .byte_products import DEPTH_STEP, lane_product
 from .dynamic import TOKENS
-from .fused import mask_scores
 from .int8_operands import FLIP, add_lane_term, lacking_sum
 from .int8_views import Part
 from .matmul import round_up
+from .score_masks import mask_scores
 from .simd import (
     LANES,
     WIDTH,

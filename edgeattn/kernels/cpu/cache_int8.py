@@ -108,9 +108,7 @@ def store(plans, keys, values, key_codes, key_scales, value_codes, value_scales,
     key = keys.shape, keys.strides, values.strides
     call = plans.get(key) or plans.keep(key, _prepare(
         key, key_codes.shape[2], values.shape[3], tuple(map(address, (key_scales, value_codes, value_scales)))))
-    parameters = call.parameters.copy()
-    parameters[_FIRST] = first
-    call(keys, values, key_codes, parameters=parameters)
+    call.run(keys, values, key_codes, own=(first,))
 
 
 def _prepare(key, capacity, value_size, fixed):
@@ -124,4 +122,4 @@ def _prepare(key, capacity, value_size, fixed):
               scales_b=H * capacity, scales_h=capacity)
     (p.k_b, p.k_h, p.k_n), (p.v_b, p.v_h, p.v_n) = ([step // 4 for step in each[:3]] for each in (k, v))
     return PreparedCall(store_rows, packed(p, STORE), ADDRESSES, np.float32, 0, 0, 8 * B * H * n * (D + value_size),
-                        fixed=fixed)
+                        fixed=fixed, own=_FIRST)

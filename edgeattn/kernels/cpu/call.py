@@ -9,15 +9,27 @@ import struct
 import numpy as np
 
 from edgeattn import threads
+from edgeattn.runtime import prebuilt
 from edgeattn.runtime.addresses import address
 from edgeattn.runtime.compiler import compiled_for
+from edgeattn.runtime.prebuilt import Kernel
 
 
 @functools.cache
 def entry(kernel, dtype):
     """The compiled function of a kernel whose scratch is of this dtype."""
+    source = getattr(kernel, "py_func", kernel)
+    if prebuilt.has(prebuilt.symbol_of(source)):
+        return prebuilt.jit(source)
     record = np.zeros(1, np.int64)
     return compiled_for(kernel, (record, record, np.zeros(1, dtype), record, 1))
+
+
+def bind(function, parameters, addresses):
+    """A compiled function with its first two arguments, of which each call writes the second anew."""
+    if type(function) is Kernel:
+        return function.bind(parameters, addresses)
+    return functools.partial(function, parameters, addresses)
 
 
 class PreparedCall:
@@ -40,44 +52,84 @@ class PreparedCall:
         The addresses with which the kernel's record ends, those of weights.
     owner : object
         Whose memory is at one of the fixed addresses, if nothing else holds it.
+    own : int, optional
+        The position of the first parameter that each call has of its own.
     """
 
-    __slots__ = ("_dtype", "_empty", "_full", "_jobs", "_owner", "_run", "_spare", "_work", "parameters", "private",
-                 "shared")
+    __slots__ = ("_addresses", "_dtype", "_frames", "_function", "_jobs", "_own", "_owner", "_work", "parameters",
+                 "private", "shared")
 
-    def __init__(self, kernel, parameters, layout, dtype, shared, private, work, jobs=1, fixed=(), owner=None):
-        self._run, self._dtype = entry(kernel, dtype), dtype
-        self._empty = np.zeros(len(layout), np.int64)
-        self._empty[len(layout) - len(fixed):] = fixed
-        self._full, self._spare = len(layout) - len(fixed) - 3, []
+    def __init__(self, kernel, parameters, layout, dtype, shared, private, work, jobs=1, fixed=(), owner=None,
+                 own=None):
+        self._function, self._dtype, self._owner = entry(kernel, dtype), dtype, owner
+        self._own = None if own is None else 8 * own
+        self._addresses = bytes(8 * (len(layout) - len(fixed))) + _WORDS[len(fixed)].pack(*fixed)
+        self._frames = []
         self.parameters, self.shared, self.private, self._work, self._jobs = parameters, shared, private, work, jobs
-        self._owner = owner
 
-    def __call__(self, first, second, third, *others, parameters=None):
+    def holding(self, arrays):
+        """The same with arrays in some of its places, which its calls leave out; arrays: {place: array}."""
+        words = bytearray(self._addresses)
+        for place, array in arrays.items():
+            _WORDS[1].pack_into(words, 8 * place, address(array))
+        other = object.__new__(PreparedCall)
+        other._addresses, other._frames, other._owner = bytes(words), [], (self._owner, arrays)
+        other._function, other._dtype, other._own, other._work, other._jobs = (
+            self._function, self._dtype, self._own, self._work, self._jobs)
+        other.parameters, other.shared, other.private = self.parameters, self.shared, self.private
+        return other
+
+    def run(self, first, second, third, *others, own=()):
         """Run it on arrays in the order of the kernel's record, each in C order or as planned, or None or left out.
 
         The first three are often one array, whose address is asked for once.
 
-        parameters : a copy with what this call alone has, instead of those it was made with
+        own : parameters that this call alone has, one after another
         """
         a = address(first)
         b = a if second is first else address(second)
         c = b if third is second else address(third)
         count = len(others)
-        full = count == self._full  # what writes all there is, but for what is fixed, leaves its record for the next
         try:
-            record = self._spare.pop() if full else self._empty.copy()
+            frame = self._frames.pop()
         except IndexError:
-            record = self._empty.copy()
-        if count:
-            _WRITE[3 + count](record, 0, a, b, c, *map(address, others))
+            frame = _Frame(self)
+        if frame.count != count:  # what is left out is not what a call before wrote
+            frame.addresses[:], frame.count = self._addresses, count
+        if count == 1:  # written out, for what most calls have
+            _WRITE_FOUR(frame.addresses, 0, a, b, c, address(others[0]))
+        elif not count:
+            _WRITE_THREE(frame.addresses, 0, a, b, c)
+        elif count == 2:
+            _WRITE_FIVE(frame.addresses, 0, a, b, c, address(others[0]), address(others[1]))
+        elif count == 3:
+            _WRITE_SIX(frame.addresses, 0, a, b, c, address(others[0]), address(others[1]), address(others[2]))
+        elif count == 4 and others[1] is others[2] is None:
+            _WRITE_BIAS(frame.addresses, 0, a, b, c, address(others[0]), address(others[3]))
         else:
-            _WRITE_THREE(record, 0, a, b, c)
-        given = self.parameters if parameters is None else parameters
-        threads.run(self._run, (given, record), self._dtype, self.shared, self.private, self._work, self._jobs)
-        if full:
-            self._spare.append(record)
+            _WRITE[3 + count](frame.addresses, 0, a, b, c, *[address(array) for array in others])
+        if own:
+            _WRITE[len(own)](frame.parameters, self._own, *own)
+        threads.run(frame.run, self._dtype, self.shared, self.private, self._work, self._jobs)
+        self._frames.append(frame)
+
+    __call__ = run
 
 
-_WRITE = [struct.Struct(f"{count}q").pack_into for count in range(33)]
-_WRITE_THREE = _WRITE[3]
+class _Frame:
+    """What one call at a time writes: its addresses and, where it has some of its own, its parameters."""
+
+    __slots__ = ("addresses", "count", "parameters", "run")
+
+    def __init__(self, call):
+        self.addresses, self.count, parameters = bytearray(call._addresses), -1, call.parameters
+        if call._own is not None:
+            self.parameters = bytearray(parameters)
+            parameters = np.frombuffer(self.parameters, np.int64)
+        self.run = bind(call._function, parameters, np.frombuffer(self.addresses, np.int64))
+
+
+_WORDS = [struct.Struct(f"{count}q") for count in range(33)]
+_WRITE = [words.pack_into for words in _WORDS]
+_WRITE_THREE, _WRITE_FOUR, _WRITE_FIVE, _WRITE_SIX = _WRITE[3:7]
+_WRITE_BIAS = struct.Struct("4q16xq").pack_into

@@ -11,7 +11,7 @@ from .decode_blocks import ADDRESSES, BLOCK, DECODE
 from .matmul import round_up
 from .records import bits_of_real, blank, packed, slot
 
-_KEYS, _FIRST = slot(DECODE, "keys"), slot(DECODE, "first")
+_KEYS = slot(DECODE, "keys")  # and the first of them: a call's own
 
 
 def _rows(array):
@@ -45,7 +45,7 @@ def _plan(q, kv_heads, value_size, blocks, scale, softcap, steps, scale_steps, f
         (p.k_scale_b, p.k_scale_h, p.k_scale_s), (p.v_scale_b, p.v_scale_h, p.v_scale_s) = (
             [step // 4 for step in each] for each in scale_steps)
     return PreparedCall(kernel, packed(p, DECODE), ADDRESSES, np.float32, p.shared_size, p.private_size,
-                        8 * B * H * blocks * BLOCK * (D + value_size), fixed=fixed)
+                        8 * B * H * blocks * BLOCK * (D + value_size), fixed=fixed, own=_KEYS)
 
 
 _prepare = functools.lru_cache(256)(_plan)
@@ -70,24 +70,21 @@ def decode(q, k, v, out, scale, softcap=0.0, lengths=None, k_scale=None, v_scale
     call = _prepare(q.shape, v.shape[1], v.shape[3], -(-keys // BLOCK), scale, softcap,
                     (q.strides, k.strides, v.strides, out.strides),
                     None if k_scale is None else (k_scale.strides, v_scale.strides))
-    parameters = call.parameters.copy()
-    parameters[_KEYS] = keys
-    call(q, out, lengths, k, v, k_scale, v_scale, parameters=parameters)
+    call(q, out, lengths, k, v, k_scale, v_scale, own=(keys, 0))
     return out
 
 
 def decode_slots(plans, q, k, v, out, slots, scale, k_scale=None, v_scale=None):
-    """`decode` for the keys in `slots` of a cache, (first, last): out (B, H, 1, Dv) of q (B, H, 1, D), both in C order.
+    """`decode` for the keys in `slots` of a cache, (first, last), in C order: out (B, H, 1, Dv), or (B, H * Dv).
 
+    q : (B, H, 1, D), batch entries any number of elements apart
     plans : PlanCache of this cache alone, whose arrays, the same ones in every call, are k, v, k_scale and v_scale, of
         all slots
     """
     first, last = slots
-    key = q.shape[1], (last - first + BLOCK - 1) // BLOCK, scale
+    key = q.shape[1], q.strides[0], (last - first + BLOCK - 1) // BLOCK, scale
     call = plans.get(key) or plans.keep(key, _plan(
-        (*q.shape[:2], q.shape[3]), k.shape[1], v.shape[3], key[1], scale, 0.0,
-        (q.strides, k.strides, v.strides, out.strides),
+        (*q.shape[:2], q.shape[3]), k.shape[1], v.shape[3], key[2], scale, 0.0,
+        (q.strides, k.strides, v.strides, (4 * q.shape[1] * v.shape[3], 4 * v.shape[3])),
         None if k_scale is None else (k_scale.strides, v_scale.strides), tuple(map(address, (k, v, k_scale, v_scale)))))
-    parameters = call.parameters.copy()
-    parameters[_KEYS], parameters[_FIRST] = last - first, first
-    call(q, out, None, parameters=parameters)
+    call.run(q, out, None, own=(last - first, first))

@@ -121,6 +121,14 @@ class Linear(RowKernel):
         super().__init__(blank(ff.LINEAR, width=inputs, out_width=outputs, out_up=up, chain=chain,
                                activation=ACTIVATIONS[activation], norm=norm_kind(norm), **at), weights)
 
+    def part(self, first, outputs):
+        """The map to so many outputs from `first` on, a multiple of VIRTUAL_LANES, with the same weights in memory."""
+        p, part = SimpleNamespace(**vars(self._parameters)), object.__new__(Linear)
+        p.w, p.b, p.out_width, p.out_up = p.w + first * p.width, p.b + first, outputs, round_up(outputs, VIRTUAL_LANES)
+        RowKernel.__init__(part, p, self.weights)
+        part.outputs = outputs
+        return part
+
     def of(self, x):
         """What the rows of x (rows, inputs) become, (rows, outputs)."""
         rows = len(x)

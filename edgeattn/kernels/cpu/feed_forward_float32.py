@@ -8,8 +8,6 @@ With a gate the activation is the gate's: h = activation(y g^T + bg) * (y w1^T +
 the hidden features HIDDEN at a time are in scratch.  A sum is CHAIN products at a time, or as many as a linear layer
 says, the bias comes last: a row gives the same bits alone and among others, on one thread and on several.
 """
-from typing import NamedTuple
-
 import numpy as np
 
 from edgeattn.runtime.calls import separately
@@ -17,16 +15,14 @@ from edgeattn.runtime.compiler import inline, jit, task
 from edgeattn.runtime.worker_pool import parallel_for
 
 from .activation import activate_rows, add_to_rows, multiply_rows
-from .matmul import multiply, multiply_ahead, round_up
+from .matmul import round_up
 from .norm import ADDRESSES, NO_NORM, finish_row, normalize_row, read_row
 from .records import named, record
-from .simd import COLUMNS, LANES, ROWS, WIDTH, address_of, pointer_to, tile_add, tile_store, tile_zero
-from .views import Rows
+from .row_products import NO_BIAS, Weights, product_rows
+from .simd import ROWS, WIDTH, address_of, pointer_to
+from .views import Blocks, Rows
 
 CHAIN = 64  # products that are summed one after another; the sums of the chains are summed then
-TALL = 6 if LANES == 8 else ROWS  # rows of a tile: of sixteen registers three hold what it is made of
-_UNEVEN = (1, 2) if TALL == 6 else (-1, -1)  # rows that would be left alone: 7 are better 4 and 3, 8 twice 4
-AHEAD = 8  # elements of the next panel that a tile brings near for each of its depth, where it has four rows or more
 HIDDEN = 256  # hidden features in scratch at a time, a multiple of CHAIN
 BLOCK = 64  # rows that pass a feed-forward together
 FEW_ROWS = 24  # up to so many rows, threads share the features; then the rows
@@ -36,75 +32,6 @@ LINEAR = record("rows width out_width out_up chain activation norm w b at_norm p
 FEED_FORWARD = record("rows width hidden out_width width_up hidden_up out_up activation gated norm_first norm_last",
                       "w1 b1 gate_w gate_b w2 b2 at_first at_last",
                       "at_rows at_hidden at_sums shared_size own_rows own_hidden own_sums own_gate private_size")
-
-
-class Weights(NamedTuple):
-    """Of a linear map, in a flat array: panels (depth, WIDTH) from data[at] on, `step` from one to the next.
-
-    chain: products that are summed one after another.
-    """
-
-    data: object
-    at: int
-    step: int
-    depth: int
-    chain: int
-
-
-@inline
-def multiply_tile(zero, begun, x, t, w, f, out):
-    """Rows of out = x w^T from t on, as many as the tile `zero` has, features from f on; plus what is there, if begun.
-
-    x, out: Rows; w: Weights
-    """
-    from_row, at_panel, to = x.at + t * x.step, w.at + f // WIDTH * w.step, out.at + t * out.step + f
-    for k in range(0, max(w.depth, 1), w.chain):
-        tile = multiply(zero, x.data, from_row + k, x.step, 1, w.data, at_panel + k * WIDTH, min(w.chain, w.depth - k))
-        if begun or k > 0:
-            tile = tile_add(tile, out.data, to, out.step, LANES)
-        tile_store(tile, out.data, to, out.step, LANES)
-
-
-@inline
-def multiply_tile_ahead(zero, begun, x, t, w, f, out, at_next, pace):
-    """multiply_tile(), while `pace` elements of w from at_next on for each of the depth are brought near."""
-    from_row, at_panel, to = x.at + t * x.step, w.at + f // WIDTH * w.step, out.at + t * out.step + f
-    for k in range(0, max(w.depth, 1), w.chain):
-        some = min(w.chain, w.depth - k)
-        tile = multiply_ahead(zero, x.data, from_row + k, x.step, 1, w.data, at_panel + k * WIDTH, some,
-                              at_next + k * pace, pace * some)
-        if begun or k > 0:
-            tile = tile_add(tile, out.data, to, out.step, LANES)
-        tile_store(tile, out.data, to, out.step, LANES)
-
-
-@task
-def product_rows(begun, x, rows, w, features, out):
-    """out (rows, features) = x w^T, plus what is in out, if begun; x, out: Rows; w: Weights."""
-    for f in range(0, features, WIDTH):
-        t, at_next = 0, w.at + (f // WIDTH + 1) * w.step
-        at_end = at_next + w.depth * WIDTH
-        while t < rows:
-            left = rows - t
-            if left >= TALL and left - TALL not in _UNEVEN:
-                pace = AHEAD if at_next < at_end else 0
-                multiply_tile_ahead(tile_zero(TALL, COLUMNS, w.data), begun, x, t, w, f, out, at_next, pace)
-                at_next += pace * w.depth
-                t += TALL
-            elif left >= 4 and left != 5:
-                pace = AHEAD if at_next < at_end else 0
-                multiply_tile_ahead(tile_zero(4, COLUMNS, w.data), begun, x, t, w, f, out, at_next, pace)
-                at_next += pace * w.depth
-                t += 4
-            elif left >= 3:
-                multiply_tile(tile_zero(3, COLUMNS, w.data), begun, x, t, w, f, out)
-                t += 3
-            elif left == 2:
-                multiply_tile(tile_zero(2, COLUMNS, w.data), begun, x, t, w, f, out)
-                t += 2
-            else:
-                multiply_tile(tile_zero(1, COLUMNS, w.data), begun, x, t, w, f, out)
-                t += 1
 
 
 @inline
@@ -142,8 +69,8 @@ def linear_of_rows(p, a, scratch, portion, worker, part):
     E, at, end = p.width, worker * p.private_size, min((part + 1) * portion, p.rows)
     for row in range(part * portion, end, BLOCK):
         rows = min(BLOCK, end - row)
-        separately(product_rows, (False, Rows(x, row * E, E), rows, Weights(w, p.w, E * WIDTH, E, p.chain), p.out_up,
-                                  Rows(s, at, p.out_up)))
+        separately(product_rows, (False, Rows(x, row * E, E), rows, Weights(w, p.w, E * WIDTH, E, p.chain, NO_BIAS),
+                                  p.out_up, Blocks(s, at, p.out_up, 0)))
         finish_linear(p, a, s, at, row, rows)
 
 
@@ -152,8 +79,8 @@ def multiply_features(p, a, scratch, portion, worker, part):
     """The sums of all rows for a portion of the features, at the start of the scratch."""
     x, w, s = pointer_to(a.x, np.float32), pointer_to(a.weights, np.float32), pointer_to(scratch, np.float32)
     E, f = p.width, part * portion
-    separately(product_rows, (False, Rows(x, 0, E), p.rows, Weights(w, p.w + f * E, E * WIDTH, E, p.chain),
-                              min(portion, p.out_up - f), Rows(s, f, p.out_up)))
+    separately(product_rows, (False, Rows(x, 0, E), p.rows, Weights(w, p.w + f * E, E * WIDTH, E, p.chain, NO_BIAS),
+                              min(portion, p.out_up - f), Blocks(s, f, p.out_up, 0)))
 
 
 @jit
@@ -187,13 +114,14 @@ def norm_rows(p, a, row, rows, s, at):
 def raise_rows(p, x, rows, w, hidden, at_gate, g, features):
     """The hidden features g .. g + `features`, a multiple of WIDTH, of some rows; x, hidden: Rows."""
     E, s = p.width, hidden.data
-    separately(product_rows, (False, x, rows, Weights(w, p.w1 + g * E, E * WIDTH, E, CHAIN), features, hidden))
+    separately(product_rows, (False, x, rows, Weights(w, p.w1 + g * E, E * WIDTH, E, CHAIN, NO_BIAS), features,
+                              Blocks(s, hidden.at, hidden.step, 0)))
     add_to_rows(w, p.b1 + g, s, hidden.at, hidden.step, rows, features)
     if p.gated == 0:
         separately(activate_rows, (p.activation, False, s, hidden.at, hidden.step, rows, features))
         return
-    separately(product_rows, (False, x, rows, Weights(w, p.gate_w + g * E, E * WIDTH, E, CHAIN), features,
-                              Rows(s, at_gate, HIDDEN)))
+    separately(product_rows, (False, x, rows, Weights(w, p.gate_w + g * E, E * WIDTH, E, CHAIN, NO_BIAS), features,
+                              Blocks(s, at_gate, HIDDEN, 0)))
     add_to_rows(w, p.gate_b + g, s, at_gate, HIDDEN, rows, features)
     separately(activate_rows, (p.activation, False, s, at_gate, HIDDEN, rows, features))
     multiply_rows(s, at_gate, HIDDEN, s, hidden.at, hidden.step, rows, features)
@@ -203,8 +131,9 @@ def raise_rows(p, x, rows, w, hidden, at_gate, g, features):
 def lower_rows(p, rows, w, hidden, g, at_sums, n, features):
     """Add to the sums, features from n on, what the hidden features g .. g + HIDDEN contribute; hidden: Rows."""
     depth = min(HIDDEN, p.hidden - g)
-    weights = Weights(w, p.w2 + n * p.hidden + g * WIDTH, p.hidden * WIDTH, depth, CHAIN)
-    separately(product_rows, (g > 0, hidden, rows, weights, features, Rows(hidden.data, at_sums + n, p.out_up)))
+    weights = Weights(w, p.w2 + n * p.hidden + g * WIDTH, p.hidden * WIDTH, depth, CHAIN, NO_BIAS)
+    separately(product_rows, (g > 0, hidden, rows, weights, features,
+                              Blocks(hidden.data, at_sums + n, p.out_up, 0)))
 
 
 @inline

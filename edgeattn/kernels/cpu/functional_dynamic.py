@@ -20,11 +20,12 @@ from .dynamic import (
     turn,
     unit_of,
 )
-from .fused import ATTENTION_ADDRESSES, adds_to_scores, fill_mask, portions, visible_range
+from .fused import ATTENTION_ADDRESSES, portions, visible_range
 from .int8_views import Part, parts_of
 from .key_mean import choose_block, subtract_mean, weigh_tokens
 from .matmul import round_up
 from .records import MASKS, NO_MASKS, bits_of_real, blank, named, packed, place, real, record, set_masks, shapes_of
+from .score_masks import adds_to_scores, fill_mask
 from .simd import (
     LANES,
     WIDTH,
@@ -219,14 +220,13 @@ def plan(p, masked):
     return shared, private
 
 
-def prepare(q, k, v, out, scale, softcap=0.0, masks=NO_MASKS):
-    """The `PreparedCall` of such arrays and masks; arguments as for `functional_float32.prepare`, softcap 0."""
-    return _prepare(q.shape, k.shape, v.shape, scale, masks)
+def prepare(inputs, scale, softcap=0.0, masks=NO_MASKS):
+    """The `PreparedCall` of arrays and masks of these shapes; as `functional_float32.prepare`, without softcap."""
+    return _plan(*inputs, scale, masks)
 
 
-@functools.lru_cache(256)
-def _prepare(q, k, v, scale, masks):
-    """The same, for arrays and masks of these shapes."""
+def _plan(q, k, v, scale, masks):
+    """The same."""
     p = blank(ATTENTION, scale=bits_of_real(scale))
     p.batch, p.heads, p.queries, p.head_size = q
     p.kv_heads, p.keys, p.value_size = k[1], k[2], v[3]
@@ -234,6 +234,9 @@ def _prepare(q, k, v, scale, masks):
     work = q[0] * q[1] * q[2] * k[2] * (q[3] + v[3])
     return PreparedCall(attention_dynamic, packed(p, ATTENTION), ATTENTION_ADDRESSES, np.int32, shared, private, work,
                         q[0])
+
+
+_prepare = functools.lru_cache(256)(_plan)
 
 
 def attention(q, k, v, out, scale, keep=None, bias=None, band=None, alibi=None):
@@ -248,5 +251,5 @@ def attention(q, k, v, out, scale, keep=None, bias=None, band=None, alibi=None):
         As `functional_float32.attention` takes them.
     """
     masks = shapes_of(keep, None, bias, band, alibi)
-    prepare(q, k, v, out, scale, 0.0, masks)(q, k, v, out, keep, None, bias, alibi)
+    _prepare(q.shape, k.shape, v.shape, scale, masks)(q, k, v, out, keep, None, bias, alibi)
     return out

@@ -4,20 +4,22 @@ import functools
 import numpy as np
 
 from . import fused as f
+from .attend_rows import masks_of_rows, scratch_of_rows
 from .call import PreparedCall
 from .matmul import round_up
-from .records import NO_MASKS, bits_of_real, blank, packed, set_masks, shapes_of
+from .records import NO_MASKS, bits_of_real, blank, packed, place, set_masks, shapes_of
 from .simd import LANES, ROWS, WIDTH
 
 
-def prepare(q, k, v, out, scale, softcap=0.0, masks=NO_MASKS):
-    """The `PreparedCall` of such arrays and masks; arguments as for `attention`, masks: what `shapes_of` gives."""
-    return _prepare(q.shape, k.shape, v.shape, (q.strides, k.strides, v.strides, out.strides), scale, softcap, masks)
+def prepare(inputs, scale, softcap=0.0, masks=NO_MASKS):
+    """The `PreparedCall` of q, k, v of these shapes and their result, in C order; masks: what `shapes_of` gives."""
+    (_, H, L, D), (_, Hkv, S, _), (*_, Dv) = inputs
+    steps = H * L * D, L * D, D, Hkv * S * D, S * D, D, Hkv * S * Dv, S * Dv, Dv, H * L * Dv, L * Dv, Dv
+    return _plan(*inputs, steps, scale, softcap, masks)
 
 
-@functools.lru_cache(256)
-def _prepare(q, k, v, steps, scale, softcap, masks):
-    """The same, for arrays and masks of these shapes; steps: of q, k, v and out, bytes along their axes."""
+def _plan(q, k, v, steps, scale, softcap, masks):
+    """The `PreparedCall` of arrays and masks of these shapes; steps: of q, k, v and out, elements along three axes."""
     B, H, L, D = q
     Hkv, S, Dv = k[1], k[2], v[3]
     D_up, Dv_up, Dv_lanes = round_up(D, LANES), round_up(Dv, ROWS), round_up(Dv, LANES)
@@ -25,15 +27,16 @@ def _prepare(q, k, v, steps, scale, softcap, masks):
               scale=bits_of_real(scale), softcap=bits_of_real(softcap))
     masked = set_masks(p, masks)
     private = (f.AT_FREE + WIDTH * (max(D_up, Dv_lanes) + D_up + max(Dv_up, Dv_lanes) + ROWS) + ROWS * D + 64
-               + (S * Dv_up if Dv != Dv_up else 0) + D_up + (S * WIDTH if masked else 0))
-    p.private_size = round_up(private, 16)
-    of_q, of_k, of_v, of_out = steps
-    p.q_b, p.q_h, p.q_l = of_q[0] // 4, of_q[1] // 4, of_q[2] // 4
-    p.k_b, p.k_h, p.k_s = of_k[0] // 4, of_k[1] // 4, of_k[2] // 4
-    p.v_b, p.v_h, p.v_s = of_v[0] // 4, of_v[1] // 4, of_v[2] // 4
-    p.out_b, p.out_h, p.out_l = of_out[0] // 4, of_out[1] // 4, of_out[2] // 4
+               + (S * Dv_up if Dv != Dv_up else 0) + D_up
+               + (max(S * WIDTH, masks_of_rows(L, S)) if masked else 0))
+    p.at_few, private = place(round_up(private, 16), scratch_of_rows(L, D, Dv))
+    p.private_size = private
+    (p.q_b, p.q_h, p.q_l, p.k_b, p.k_h, p.k_s, p.v_b, p.v_h, p.v_s, p.out_b, p.out_h, p.out_l) = steps
     return PreparedCall(f.attention_float32, packed(p, f.ATTENTION), f.ATTENTION_ADDRESSES, np.float32, 0,
                         p.private_size, 2 * B * H * L * S * (D + Dv))
+
+
+_prepare = functools.lru_cache(256)(_plan)
 
 
 def attention(q, k, v, out, scale, softcap=0.0, keep=None, bias=None, band=None, alibi=None, lengths=None):
@@ -55,5 +58,6 @@ def attention(q, k, v, out, scale, softcap=0.0, keep=None, bias=None, band=None,
         Keys that exist per batch entry.
     """
     masks = shapes_of(keep, None, bias, band, alibi)
-    prepare(q, k, v, out, scale, softcap, masks)(q, k, v, out, keep, None, bias, alibi, lengths)
+    steps = tuple(step // 4 for array in (q, k, v, out) for step in array.strides[:3])
+    _prepare(q.shape, k.shape, v.shape, steps, scale, softcap, masks)(q, k, v, out, keep, None, bias, alibi, lengths)
     return out

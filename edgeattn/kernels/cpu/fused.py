@@ -10,12 +10,16 @@ else of their distance to a running maximum.  Every sum is a sum of the sums of 
 """
 import numpy as np
 
+from edgeattn.runtime.calls import separately
 from edgeattn.runtime.compiler import inline, jit
 from edgeattn.runtime.worker_pool import parallel_for, task
 
-from .matmul import BLOCK, CHAIN, add_product, feature_position, multiply_ahead, part_of_block, project
+from .attend_rows import FEW_QUERIES, attend_rows
+from .matmul import BLOCK, CHAIN, add_product, feature_position, round_up
 from .positions import POSITIONS, place_keys, place_queries, transpose
 from .records import MASK_ADDRESSES, MASKS, named, real, record
+from .row_products import NO_BIAS, Weights, product_rows
+from .score_masks import adds_to_scores, fill_mask, fill_mask_rows, mask_row, mask_scores
 from .simd import (
     COLUMNS,
     LANES,
@@ -26,22 +30,16 @@ from .simd import (
     bits_of,
     float_of_bits,
     fma,
-    lane_index,
     load,
-    load_bytes,
     maximum,
     pointer_to,
     select,
     splat,
     store,
-    tile_add,
-    tile_store,
-    tile_zero,
-    to_float,
     transpose_block,
 )
-from .softmax import LARGEST_MASK, LOG2_E, exp2, exp2_within, masked_score, tanh
-from .views import Blocks, Group, Panels, Rows, ScoreMask, Visible
+from .softmax import LOG2_E, exp2, exp2_within, masked_score, tanh
+from .views import Blocks, Group, Rows, ScoreMask, Visible
 
 KEY_BLOCK = BLOCK
 SCORE_CHAIN = CHAIN // 2  # an error of a score counts as often as the score is large
@@ -52,7 +50,6 @@ _SMALL_BITS = SMALL.view(np.int32)
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 _MINUS_INFINITY = np.float32(-np.inf)
 _INFINITY_BITS = np.int32(0x7F800000)
-_FURTHEST = (1 << 31) - 1 - WIDTH  # a position whose distances fit int32
 _FAINT = np.float32(2.0**-20)
 _ZERO = np.float32(0)
 _ONE = np.float32(1)
@@ -64,118 +61,6 @@ AT_TILE = AT_SUM + WIDTH
 AT_SCORES = AT_TILE + max(ROWS * WIDTH, LANES * LANES)
 AT_FREE = AT_SCORES + (KEY_BLOCK + ROWS) * WIDTH
 SUMS = KEY_BLOCK * WIDTH // 2  # in float64, that fit where scores are
-
-
-@inline
-def mask_scores(scores, at, keys, s0, q0, band, low_edge, high_edge, full_from, full_to, masks, at_mask, has_mask):
-    """Lower the scores of what may not be seen to -inf and add the float mask, in place.
-
-    scores (keys, W); key s0 + s is visible to query q0 + l when q + low_edge <= key <= q + high_edge;
-    keys in [full_from, full_to) are visible to every query of the block.
-    """
-    if band:
-        for s in range(keys):
-            key = s0 + s
-            if full_from <= key < full_to:
-                continue
-            for c in range(COLUMNS):
-                distance = splat(np.int32(key - q0 - c * LANES)) - lane_index()
-                v = load(scores, at + s * WIDTH + c * LANES)
-                v = select(distance < splat(np.int32(low_edge)), splat(_MINUS_INFINITY), v)
-                v = select(distance > splat(np.int32(high_edge)), splat(_MINUS_INFINITY), v)
-                store(scores, at + s * WIDTH + c * LANES, v)
-    if has_mask:
-        for i in range(0, keys * WIDTH, LANES):
-            m = load(masks, at_mask + i)
-            v = load(scores, at + i) + m
-            store(scores, at + i, select(m == splat(_MINUS_INFINITY), m, v))
-
-
-@inline
-def slope_and_place(alibi, batch_step, batch, head):
-    """What a step away from a query costs its scores, and the position of query 0: of ALiBi, for one head.
-
-    alibi : address of (B or 1, H, 2) float64, or 0 where there is none; batch_step: 0 where all entries share one.
-    """
-    if alibi == 0:
-        return _ZERO, 0
-    pairs = pointer_to(alibi, np.float64)
-    at = batch * batch_step + 2 * head
-    return np.float32(pairs[at]), np.int64(pairs[at + 1])
-
-
-@inline
-def within(v):
-    """v within +-LARGEST_MASK; a NaN stays."""
-    v = select(v > splat(LARGEST_MASK), splat(LARGEST_MASK), v)
-    return maximum(splat(-LARGEST_MASK), v)
-
-
-@inline
-def adds_to_scores(a):
-    """Whether the masks at these addresses add numbers to scores."""
-    return a.bias != 0 or a.alibi != 0
-
-
-@inline
-def fill_mask(p, a, batch, head, q0, queries, first, last, masks, at, at_square):
-    """masks (keys, W) = (bias - slope * distance) * log2(e) where kept, else -inf; what is finite stays so.
-
-    Of `queries` queries from q0 on and the keys from `first` to `last`; the distance of lane l and key s is
-    |place + q0 + l - s|; lanes past `queries` have the mask of the last one.
-    p, a: a record of MASKS, and one of MASK_ADDRESSES.  at_square: (LANES, LANES) of masks, for what is turned.
-    """
-    keep, padding, bias = pointer_to(a.keep, np.uint8), pointer_to(a.padding, np.uint8), pointer_to(a.bias, np.float32)
-    at_keep = batch * p.keep_b + head * p.keep_h + q0 * p.keep_l + first * p.keep_s
-    at_padding = batch * p.padding_b + first
-    at_bias = batch * p.bias_b + head * p.bias_h + q0 * p.bias_l + first * p.bias_s
-    keep_row, keep_key, bias_row, bias_key = p.keep_l, p.keep_s, p.bias_l, p.bias_s
-    slope, place = slope_and_place(a.alibi, p.alibi_b, batch, head)
-    place, keys = place + q0 - first, last - first
-    has_keep, has_padding, has_bias, has_slope = a.keep != 0, a.padding != 0, a.bias != 0, slope != _ZERO
-    # 1. the bias, and -inf where it is not kept: arrays along keys become rows of lanes
-    fast = ((not has_keep) or keep_key == 1) and ((not has_bias) or bias_key == 1)
-    given = has_keep or has_bias
-    whole = keys // LANES * LANES if given and fast else 0
-    for s in range(0, whole, LANES):
-        for q0 in range(0, WIDTH, LANES):
-            for l in range(LANES):
-                q = min(q0 + l, queries - 1)
-                v = splat(_ZERO)
-                if has_bias:
-                    v = load(bias, at_bias + q * bias_row + s)
-                if has_keep:
-                    kept = load_bytes(keep, at_keep + q * keep_row + s) == splat(np.int32(0))
-                    v = select(kept, splat(_MINUS_INFINITY), v)
-                if has_padding:
-                    v = select(load_bytes(padding, at_padding + s) == splat(np.int32(0)), splat(_MINUS_INFINITY), v)
-                store(masks, at_square + l * LANES, v)
-            transpose_block(masks, at_square, LANES, masks, at + s * WIDTH + q0, WIDTH)
-    for s in range(whole, keys if given else 0):
-        for q0 in range(WIDTH):
-            q = min(q0, queries - 1)
-            v = _ZERO
-            if has_bias:
-                v = bias[at_bias + q * bias_row + s * bias_key]
-            if has_keep and keep[at_keep + q * keep_row + s * keep_key] == 0:
-                v = _MINUS_INFINITY
-            if has_padding and padding[at_padding + s] == 0:
-                v = _MINUS_INFINITY
-            masks[at + s * WIDTH + q0] = v
-    # 2. the slope, and units of log 2
-    for s in range(keys if has_bias or has_slope or not has_keep else 0):
-        for c in range(0, WIDTH, LANES):
-            v = splat(_ZERO)
-            if given:
-                v = load(masks, at + s * WIDTH + c)
-            added = within(v)
-            if has_slope:
-                distance = splat(np.int32(min(place + c, _FURTHEST) - s)) + lane_index()
-                distance = maximum(distance, splat(np.int32(0)) - distance)
-                added = within(added + to_float(distance) * splat(-slope))
-            added = added * splat(LOG2_E)
-            hidden = (bits_of(v) & splat(_MAGNITUDE)) == splat(_INFINITY_BITS)
-            store(masks, at + s * WIDTH + c, select(hidden, v, added))
 
 
 @inline
@@ -382,7 +267,8 @@ def attend(q, k, v, out, D, Dv, seen, mask, softcap, small, scratch):
 LAYER = record("batch queries keys query_width key_width value_width out_width heads kv_heads",
                "head_size value_size padded_head padded_value has_out",
                "wq bq wk bk wv bv wo bo", MASKS, POSITIONS, "group unit at_values",
-               "at_largest at_row_major at_q at_context at_tail at_masks shared_size private_size kept_size is_kept")
+               "at_largest at_rows at_q at_head at_context at_few at_edge at_masks",
+               "shared_size private_size kept_size is_kept")
 # Where the arrays of a call of a layer are: queries (B, L, Eq), keys (B, S, Ek), values (B, S, Ev), out (B, L, Eo),
 # masks, or 0 of none, keys and values that are kept, or 0 of none, what `FloatLayer` packed, and the table of a
 # rotation; all in C order.
@@ -403,70 +289,37 @@ def visible_range(q0, queries, S, band, low_edge, high_edge):
 
 
 @inline
-def project_tokens(x, tokens, weights, features, out, scratch, at_tail):
-    """project() for any number of tokens; the rows missing from the last tile are zeros, and written."""
-    whole, depth = tokens // ROWS * ROWS, x.step
-    project(x, whole, weights, features, out)
-    rest = tokens - whole
-    if rest > 0:
-        for i in range(rest * depth):
-            scratch[at_tail + i] = x.data[x.at + whole * depth + i]
-        for i in range(rest * depth, ROWS * depth):
-            scratch[at_tail + i] = _ZERO
-        project(Rows(scratch, at_tail, depth), ROWS, weights, features,
-                Blocks(out.data, out.at + whole * out.block, out.block, out.step))
+def project(x, tokens, weights, at_weight, at_bias, features, out):
+    """out = x @ weight.T + bias; x: Rows, as long as they are apart; out: Blocks."""
+    panels = Weights(weights, at_weight, x.step * WIDTH, x.step, CHAIN, at_bias)
+    separately(product_rows, (False, x, tokens, panels, features, out))
 
 
 @inline
-def project_context(p, a, group, context, first_query, tokens, e_from, e_to, scratch):
+def project_context(p, a, group, context, first_query, tokens, e_from, e_to, private):
     """Features e_from to e_to of the output of some tokens = or += the context of the group's heads @ weight.T.
 
-    The bias comes last.  context: Rows of blocks (features of the heads, W) of W tokens.
+    The bias comes last.  context: Rows of the heads' features.
     """
     weights, out, Eo = pointer_to(a.weights, np.float32), pointer_to(a.out, np.float32), p.out_width
     repeats = p.heads // p.kv_heads
-    depth, row = group.count * repeats * p.padded_value, p.heads * p.padded_value * WIDTH
-    at_weight = p.wo + group.first * repeats * p.padded_value * WIDTH
-    at_out, at_bias = (group.batch * p.queries + first_query) * Eo, p.bo
+    panel, depth = p.heads * p.padded_value * WIDTH, group.count * repeats * p.padded_value
     first, last = group.first == 0, group.first + group.count == p.kv_heads
-    for e in range(e_from, e_to, WIDTH):
-        whole = tokens // ROWS * ROWS if e + WIDTH <= Eo else 0
-        at_panel = at_weight + e // WIDTH * row
-        for k in range(0, depth, BLOCK):
-            count = min(BLOCK, depth - k)
-            at_next = at_panel + (k + BLOCK) * WIDTH if k + BLOCK < depth else at_panel + row
-            part = part_of_block(count, whole)
-            for t in range(0, whole, ROWS):
-                at_row = at_out + t * Eo + e
-                at_rows, at_near = at_panel + k * WIDTH, at_next + t // ROWS * part
-                at_lanes, done = context.at + t // WIDTH * context.step + k * WIDTH + t % WIDTH, 0
-                if count > CHAIN:
-                    done = CHAIN
-                    tile = tile_zero(ROWS, COLUMNS, weights)
-                    tile = multiply_ahead(tile, context.data, at_lanes, 1, WIDTH, weights, at_rows, CHAIN,
-                                          at_near, part // 2)
-                    if k > 0 or not first:
-                        tile = tile_add(tile, out, at_row, Eo, LANES)
-                    tile_store(tile, out, at_row, Eo, LANES)
-                tile = tile_zero(ROWS, COLUMNS, weights)
-                tile = multiply_ahead(tile, context.data, at_lanes + done * WIDTH, 1, WIDTH, weights,
-                                      at_rows + done * WIDTH, count - done, at_near + part // 2, part // 2)
-                if k + done > 0 or not first:
-                    tile = tile_add(tile, out, at_row, Eo, LANES)
-                if last and k + BLOCK >= depth:
-                    tile = tile_add(tile, weights, at_bias + e, 0, LANES)
-                tile_store(tile, out, at_row, Eo, LANES)
-        for t in range(whole, tokens, ROWS):
-            add_product(False, context.data, context.at + t // WIDTH * context.step + t % WIDTH, 1, WIDTH, weights,
-                        at_panel, depth, CHAIN, scratch, AT_TILE, WIDTH, LANES)
-            for i in range(min(ROWS, tokens - t)):
-                for j in range(min(WIDTH, Eo - e)):
-                    value = scratch[AT_TILE + i * WIDTH + j]
-                    if not first:
-                        value += out[at_out + (t + i) * Eo + e + j]
-                    if last:
-                        value += weights[at_bias + e + j]
-                    out[at_out + (t + i) * Eo + e + j] = value
+    at_panels = p.wo + group.first * repeats * p.padded_value * WIDTH
+    to, whole = (group.batch * p.queries + first_query) * Eo, min(e_to, Eo // WIDTH * WIDTH)
+    at_bias = p.bo + e_from if last else np.int64(NO_BIAS)
+    panels = Weights(weights, at_panels + e_from // WIDTH * panel, panel, depth, CHAIN, at_bias)
+    separately(product_rows, (not first, context, tokens, panels, whole - e_from, Blocks(out, to + e_from, Eo, 0)))
+    if whole < e_to:  # features that fill no panel wait beside
+        for t in range(tokens):
+            for e in range(e_to - whole):
+                private[p.at_edge + t * WIDTH + e] = _ZERO if first else out[to + t * Eo + whole + e]
+        at_bias = p.bo + whole if last else np.int64(NO_BIAS)
+        panels = Weights(weights, at_panels + whole // WIDTH * panel, panel, depth, CHAIN, at_bias)
+        separately(product_rows, (not first, context, tokens, panels, WIDTH, Blocks(private, p.at_edge, WIDTH, 0)))
+        for t in range(tokens):
+            for e in range(e_to - whole):
+                out[to + t * Eo + whole + e] = private[p.at_edge + t * WIDTH + e]
 
 
 @inline
@@ -503,11 +356,11 @@ def whole_panels(features):
 
 
 @inline
-def project_heads(x, tokens, weights, heads, size, out, from_head, begin, private, p):
+def project_heads(x, tokens, weights, at_weight, at_bias, heads, size, out, from_head, begin):
     """Keys or values of some tokens from `begin` on, for some heads from `from_head` on of the Blocks `out`."""
     at = out.at + begin * out.block + feature_position(from_head * size, out.block, out.step)
-    project_tokens(x, tokens, weights, whole_panels(heads * size), Blocks(out.data, at, out.block, out.step), private,
-                   p.at_tail)
+    project(x, tokens, weights, at_weight, at_bias, whole_panels(heads * size),
+            Blocks(out.data, at, out.block, out.step))
 
 
 @inline
@@ -536,58 +389,77 @@ def project_keys(p, a, scratch, group, portion, worker, part):
     row, head = group.batch * p.keys + begin, group.first + from_kv
     k_from, v_from = head * p.padded_head, head * p.padded_value
     x = Rows(pointer_to(a.keys, np.float32), row * p.key_width, p.key_width)
-    project_heads(x, tokens, Panels(weights, p.wk + k_from * x.step, p.bk + k_from), heads, p.padded_head, keys,
-                  from_kv, begin, private, p)
+    project_heads(x, tokens, weights, p.wk + k_from * x.step, p.bk + k_from, heads, p.padded_head, keys, from_kv, begin)
     if p.k_norm != 0 or p.pairs > 0:
         place_key_heads(p, a, heads, keys, from_kv, begin, tokens, private)
     x = Rows(pointer_to(a.values, np.float32), row * p.value_width, p.value_width)
-    project_heads(x, tokens, Panels(weights, p.wv + v_from * x.step, p.bv + v_from), heads, p.padded_value, values,
-                  from_kv, begin, private, p)
+    project_heads(x, tokens, weights, p.wv + v_from * x.step, p.bv + v_from, heads, p.padded_value, values, from_kv,
+                  begin)
 
 
 @inline
 def project_queries(p, a, group, head, heads, first_query, tokens, private):
-    """Queries of some tokens for some heads, rows (features / W, tokens, W) of the scratch; and how far apart these."""
-    rows, from_feature = whole_panels(tokens) * WIDTH, head * p.padded_head
+    """Rows of the queries of some tokens, for some heads; they have room for a vector more, and whole blocks of W."""
+    features, from_feature = whole_panels(heads * p.padded_head), head * p.padded_head
     x = Rows(pointer_to(a.queries, np.float32), (group.batch * p.queries + first_query) * p.query_width, p.query_width)
-    weights = Panels(pointer_to(a.weights, np.float32), p.wq + from_feature * x.step, p.bq + from_feature)
-    project_tokens(x, tokens, weights, whole_panels(heads * p.padded_head),
-                   Blocks(private, p.at_row_major, WIDTH, rows), private, p.at_tail)
-    return rows
+    project(x, tokens, pointer_to(a.weights, np.float32), p.wq + from_feature * x.step, p.bq + from_feature, features,
+            Blocks(private, p.at_rows, features + WIDTH, 0))
+    return Rows(private, p.at_rows, features + WIDTH)
 
 
 @inline
-def turn_queries(p, heads, t, queries, rows, private):
-    """Turn a block of W queries so that they are lanes; those without one must not carry what an earlier call left."""
-    for f in range(0, whole_panels(heads * p.padded_head), WIDTH):
-        at = p.at_row_major + f // WIDTH * rows + t * WIDTH
-        for i in range((queries + ROWS - 1) // ROWS * ROWS * WIDTH, WIDTH * WIDTH):
-            private[at + i] = _ZERO
-        for c in range(0, WIDTH, LANES):
-            for l in range(0, WIDTH, LANES):
-                transpose_block(private, at + l * WIDTH + c, WIDTH, private, p.at_q + (f + c) * WIDTH + l, WIDTH)
+def turn_head(q, size, queries, out, at):
+    """W queries of a head, Rows, turned so that they are lanes, (size, W) from out[at] on; zeros for those missing."""
+    for l in range(queries, WIDTH):
+        for d in range(0, size, LANES):
+            store(q.data, q.at + l * q.step + d, splat(_ZERO))
+    for d in range(0, size, LANES):
+        for l in range(0, WIDTH, LANES):
+            transpose_block(q.data, q.at + l * q.step + d, q.step, out, at + d * WIDTH + l, WIDTH)
 
 
 @inline
-def attend_heads(p, a, group, from_kv, heads, q0, queries, context, private):
-    """context (heads * Dvp, W) of a block of queries, head by head; from_kv: the first head's in the group."""
+def attend_heads(p, a, group, from_kv, heads, q, q0, queries, context, private):
+    """Rows of context of a block of queries, Rows, head by head; from_kv: the first head's in the group."""
     keys, values = keys_and_values(p, group.at_keys)
     repeats, Dp, Dvp, band = p.heads // p.kv_heads, p.padded_head, p.padded_value, p.band != 0
-    adds = adds_to_scores(a)
+    adds, few, placed = adds_to_scores(a), p.queries <= FEW_QUERIES, p.q_norm != 0 or p.pairs > 0
     masked, mask_per_head = adds or a.keep != 0, p.keep_h != 0 or p.bias_h != 0 or a.alibi != 0
     first, last, full_from, full_to = visible_range(q0, queries, p.keys, band, p.low, p.high)
     seen = Visible(first, last, full_from, full_to, q0, band, p.low, p.high)
-    mask = ScoreMask(private, p.at_masks, first, masked)
+    mask, has_mask = ScoreMask(private, p.at_masks, first, masked), False
     for h in range(heads):
         head, kv = (group.first + from_kv) * repeats + h, from_kv + h // repeats
-        if masked and (h == 0 or mask_per_head):
-            fill_mask(p, a, group.batch, head, q0, queries, first, last, private, p.at_masks, AT_TILE)
-        q = Rows(private, p.at_q + h * Dp * WIDTH, WIDTH)
+        of_head = Rows(private, q.at + h * Dp, q.step)
+        to = Rows(context.data, context.at + h * Dvp, context.step)
         k = Rows(keys.data, feature_position(kv * Dp, keys.block, keys.step), keys.block)
         v = Rows(values.data, values.at + feature_position(kv * Dvp, values.block, values.step), values.block)
-        small = not adds and all_small(q, p.head_size, private, p.at_largest + kv * Dp)
-        attend(q, k, v, Rows(context.data, context.at + h * Dvp * WIDTH, WIDTH), p.head_size, Dvp, seen, mask, _ZERO,
-               small, private)
+        if placed or not few:
+            turn_head(of_head, Dp, queries, private, p.at_q)
+        if placed:
+            place_queries(private, p.at_q, p, pointer_to(a.weights, np.float32), pointer_to(a.table, np.float32), q0,
+                          AT_MAXIMUM)
+        if few:
+            if placed:
+                transpose(private, p.at_q, WIDTH, p.head_size, queries, private, of_head.at, q.step)
+            if masked and (mask_per_head or not has_mask):
+                fill_mask_rows(p, a, group.batch, head, q0, queries, first, last, private, p.at_masks)
+                has_mask = True
+            if attend_rows(of_head, queries, k, v, to, p.head_size, Dvp, seen, mask, mask_row(p.keys), _ZERO,
+                           pointer_to(address_of(private) + 4 * p.at_few, np.float32)):
+                continue
+            has_mask = False
+            if not placed:
+                turn_head(of_head, Dp, queries, private, p.at_q)
+        if masked and (mask_per_head or not has_mask):
+            fill_mask(p, a, group.batch, head, q0, queries, first, last, private, p.at_masks, AT_TILE)
+            has_mask = not few
+        lanes = Rows(private, p.at_q, WIDTH)
+        small = not (few or adds) and all_small(lanes, p.head_size, private, p.at_largest + kv * Dp)
+        attend(lanes, k, v, Rows(private, p.at_head, WIDTH), p.head_size, Dvp, seen, mask, _ZERO, small, private)
+        for d in range(0, Dvp, LANES):
+            for l in range(0, WIDTH, LANES):
+                transpose_block(private, p.at_head + d * WIDTH + l, WIDTH, to.data, to.at + l * to.step + d, to.step)
 
 
 @inline
@@ -595,19 +467,17 @@ def copy_context(p, a, group, context, head, heads, first_query, tokens):
     """The output of some heads of a layer without a projection: its context."""
     out, at_row = pointer_to(a.out, np.float32), (group.batch * p.queries + first_query) * p.out_width
     for t in range(tokens):
-        at_lane = context.at + t // WIDTH * context.step + t % WIDTH
         for h in range(heads):
             for d in range(p.value_size):
                 out[at_row + t * p.out_width + (head + h) * p.value_size + d] = (
-                    context.data[at_lane + (h * p.padded_value + d) * WIDTH])
+                    context.data[context.at + t * context.step + h * p.padded_value + d])
 
 
 @inline
-def context_blocks(p, scratch, group, private):
-    """Rows of a group's context, blocks (heads * Dvp, W) of W queries; the first thread's, where all write heads."""
-    step = group.count * (p.heads // p.kv_heads) * p.padded_value * WIDTH
+def context_rows(p, scratch, group, private):
+    """Rows of a group's context, with room for a vector more; the first thread's, where all write heads."""
     own = private if group.splits == 1 else private_scratch(p, scratch, 0)
-    return Rows(own, p.at_context, step)
+    return Rows(own, p.at_context, group.count * (p.heads // p.kv_heads) * p.padded_value + WIDTH)
 
 
 @task
@@ -620,8 +490,8 @@ def attend_queries(p, a, scratch, group, portion, worker, part):
     begin, from_kv = part // group.splits * portion, part % group.splits * group.at_once
     kv_heads = min(group.at_once, group.count - from_kv)
     heads, head = kv_heads * repeats, (group.first + from_kv) * repeats
-    blocks = context_blocks(p, scratch, group, private)
-    if not adds_to_scores(a):
+    context = context_rows(p, scratch, group, private)
+    if not (adds_to_scores(a) or p.queries <= FEW_QUERIES):
         keys, _ = keys_and_values(p, group.at_keys)
         from_feature = from_kv * p.padded_head
         for f in range(from_feature, from_feature + whole_panels(kv_heads * p.padded_head), keys.block):
@@ -630,30 +500,24 @@ def attend_queries(p, a, scratch, group, portion, worker, part):
     to = min((begin + portion) * WIDTH, p.queries)
     for first_query in range(begin * WIDTH, to, QUERIES):
         tokens = min(QUERIES, to - first_query)
-        at = blocks.at + (first_query // WIDTH * blocks.step if group.splits > 1 else 0)
-        context = Rows(blocks.data, at + from_kv * repeats * p.padded_value * WIDTH, blocks.step)
-        rows = project_queries(p, a, group, head, heads, first_query, tokens, private)
+        at = context.at + (first_query * context.step if group.splits > 1 else 0)
+        of_heads = Rows(context.data, at + from_kv * repeats * p.padded_value, context.step)
+        q = project_queries(p, a, group, head, heads, first_query, tokens, private)
         for t in range(0, tokens, WIDTH):
-            q0 = first_query + t
-            queries = min(WIDTH, p.queries - q0)
-            turn_queries(p, heads, t, queries, rows, private)
-            if p.q_norm != 0 or p.pairs > 0:
-                for h in range(heads):
-                    place_queries(private, p.at_q + h * p.padded_head * WIDTH, p, pointer_to(a.weights, np.float32),
-                                  pointer_to(a.table, np.float32), q0, AT_MAXIMUM)
-            of_block = Rows(context.data, context.at + t // WIDTH * context.step, WIDTH)
-            attend_heads(p, a, group, from_kv, heads, q0, queries, of_block, private)
+            attend_heads(p, a, group, from_kv, heads, Rows(private, q.at + t * q.step, q.step), first_query + t,
+                         min(WIDTH, tokens - t), Rows(of_heads.data, of_heads.at + t * of_heads.step, of_heads.step),
+                         private)
         if p.has_out == 0:
-            copy_context(p, a, group, context, head, heads, first_query, tokens)
+            copy_context(p, a, group, of_heads, head, heads, first_query, tokens)
         elif group.splits == 1:
-            project_context(p, a, group, blocks, first_query, tokens, 0, p.out_width, private)
+            project_context(p, a, group, context, first_query, tokens, 0, p.out_width, private)
 
 
 @task
 def finish_features(p, a, scratch, group, portion, worker, part):
     """Stage 3 of a layer, where no part of stage 2 had all heads of the group: `portion` features of the output."""
     private = private_scratch(p, scratch, worker)
-    project_context(p, a, group, context_blocks(p, scratch, group, private), 0, p.queries, part * portion,
+    project_context(p, a, group, context_rows(p, scratch, group, private), 0, p.queries, part * portion,
                     min((part + 1) * portion, p.out_width), private)
 
 
@@ -669,8 +533,8 @@ def layer_float32(parameters, addresses, scratch, task_queue, count):
     groups = (p.kv_heads + p.group - 1) // p.group
     # Few blocks do not occupy all threads: then these take some heads each.
     few = all_blocks < 2 * count and all_blocks % count != 0 and p.queries <= QUERIES
-    # Not heads narrower than a tile: the last rows of its tile are the next head's, which may be another thread's.
-    splits = min(units, 2 * count) if few and p.padded_value % ROWS == 0 else 1
+    # Not heads narrower than a vector: its last lanes are the next head's, which may be another thread's.
+    splits = min(units, 2 * count) if few and p.padded_value % LANES == 0 else 1
     at_once = (units + splits - 1) // splits * p.unit
     others = (count + splits - 1) // splits
     tokens, token_parts = portions(p.keys, ROWS, others)
@@ -690,7 +554,7 @@ def layer_float32(parameters, addresses, scratch, task_queue, count):
 
 # The parameters of `attention_float32`: sizes; float32 by their bits; strides of each array, in elements; masks.
 ATTENTION = record("batch heads kv_heads queries keys head_size value_size", "scale softcap",
-                   "q_b q_h q_l", "k_b k_h k_s", "v_b v_h v_s", "out_b out_h out_l", MASKS, "private_size")
+                   "q_b q_h q_l", "k_b k_h k_s", "v_b v_h v_s", "out_b out_h out_l", MASKS, "at_few private_size")
 # Where its arrays are: q (B, H, L, D), k (B, Hkv, S, D), v (B, Hkv, S, Dv), out (B, H, L, Dv), the last dimension
 # contiguous; masks, and (B,) int64 keys that exist per batch entry, or 0 of none.
 ATTENTION_ADDRESSES = record("q k v out", MASK_ADDRESSES, "lengths")
@@ -727,14 +591,15 @@ def attention_part(p, a, scratch, portion, worker, part):
     all_q, all_k = pointer_to(a.q, np.float32), pointer_to(a.k, np.float32)
     all_v, all_o = pointer_to(a.v, np.float32), pointer_to(a.out, np.float32)
     lengths = pointer_to(a.lengths, np.int64)
+    few = L <= FEW_QUERIES
     at_row_major = AT_FREE
     at_q = at_row_major + WIDTH * max(D_up, Dv_lanes)
     at_context = at_q + D_up * WIDTH
     at_k_copy = at_context + (max(Dv_up, Dv_lanes) + ROWS) * WIDTH
     at_v_copy = at_k_copy + ROWS * D
     at_largest = at_v_copy + S * Dv_up if Dv != Dv_up else at_v_copy
-    at_masks = (at_largest + D_up + 15) // 16 * 16
-    bounded = D >= LANES and not adds and not softcap > _ZERO
+    at_masks = round_up(at_largest + D_up, 16)
+    bounded = D >= LANES and not adds and not softcap > _ZERO and not few
     measured = copied = -1
     factor = scale / softcap if softcap > _ZERO else scale * LOG2_E
     for item in range(part * portion, min((part + 1) * portion, p.batch * H * blocks)):
@@ -742,50 +607,56 @@ def attention_part(p, a, scratch, portion, worker, part):
         kv = h // group
         queries = min(WIDTH, L - q0)
         keys = S if a.lengths == 0 else min(max(lengths[batch], 0), S)
-        # 1. queries of this block, scaled, turned so that queries are lanes
+        first, last, full_from, full_to = visible_range(q0, queries, keys, band, p.low, p.high)
+        seen = Visible(first, last, full_from, full_to, q0, band, p.low, p.high)
+        mask = ScoreMask(private, at_masks, first, has_mask)
+        k, v = Rows(all_k, batch * p.k_b + kv * p.k_h, p.k_s), Rows(all_v, batch * p.v_b + kv * p.v_h, p.v_s)
+        out = Rows(all_o, batch * p.out_b + h * p.out_h + q0 * p.out_l, p.out_l)
+        # 1. queries of this block, scaled
         copy_rows(all_q, batch * p.q_b + h * p.q_h + q0 * p.q_l, p.q_l, queries, D, factor,
                   private, at_row_major, D_up)
+        if few:
+            if has_mask:
+                fill_mask_rows(p, a, batch, h, q0, queries, first, last, private, at_masks)
+            if attend_rows(Rows(private, at_row_major, D_up), queries, k, v, out, D, Dv, seen, mask, mask_row(S),
+                           softcap, pointer_to(address_of(private) + 4 * p.at_few, np.float32)):
+                continue
+        # 2. turned so that queries are lanes
         for i in range(queries * D_up, WIDTH * D_up):
             private[at_row_major + i] = _ZERO
         for d in range(0, D_up, LANES):
             for l in range(0, WIDTH, LANES):
                 transpose_block(private, at_row_major + l * D_up + d, D_up, private, at_q + d * WIDTH + l, WIDTH)
-        first, last, full_from, full_to = visible_range(q0, queries, keys, band, p.low, p.high)
         if has_mask:
             fill_mask(p, a, batch, h, q0, queries, first, last, private, at_masks, AT_TILE)
-        # 2. fewer keys than a tile has rows, or a value row narrower than whole tiles: read from a padded copy
-        k_at, k_row = batch * p.k_b + kv * p.k_h, p.k_s
-        v_at, v_row = batch * p.v_b + kv * p.v_h, p.v_s
-        short = keys < ROWS
-        if short:
+        # 3. fewer keys than a tile has rows, or a value row narrower than whole tiles: read from a padded copy
+        if keys < ROWS:
             for s in range(ROWS):
                 for d in range(D):
-                    private[at_k_copy + s * D + d] = all_k[k_at + s * k_row + d] if s < keys else _ZERO
-        if Dv != Dv_up and copied != batch * p.kv_heads + kv:
-            copied = batch * p.kv_heads + kv
-            for s in range(keys):
-                for d in range(Dv):
-                    private[at_v_copy + s * Dv_up + d] = all_v[v_at + s * v_row + d]
-                for d in range(Dv, Dv_up):
-                    private[at_v_copy + s * Dv_up + d] = _ZERO
-        v = Rows(all_v, v_at, v_row) if Dv == Dv_up else Rows(private, at_v_copy, Dv_up)
-        k = Rows(private, at_k_copy, D) if short else Rows(all_k, k_at, k_row)
+                    private[at_k_copy + s * D + d] = all_k[k.at + s * k.step + d] if s < keys else _ZERO
+            k = Rows(private, at_k_copy, D)
+        if Dv != Dv_up:
+            if copied != batch * p.kv_heads + kv:
+                copied = batch * p.kv_heads + kv
+                for s in range(keys):
+                    for d in range(Dv):
+                        private[at_v_copy + s * Dv_up + d] = all_v[v.at + s * v.step + d]
+                    for d in range(Dv, Dv_up):
+                        private[at_v_copy + s * Dv_up + d] = _ZERO
+            v = Rows(private, at_v_copy, Dv_up)
+        # 4. attention
         q, context = Rows(private, at_q, WIDTH), Rows(private, at_context, WIDTH)
-        # 3. attention
         if bounded and measured != batch * p.kv_heads + kv:
             measured = batch * p.kv_heads + kv
             largest_magnitudes(k, keys, D, private, at_largest)
         small = bounded and all_small(q, D, private, at_largest)
-        seen = Visible(first, last, full_from, full_to, q0, band, p.low, p.high)
-        mask = ScoreMask(private, at_masks, first, has_mask)
         attend(q, k, v, context, D, Dv, seen, mask, softcap, small, private)
-        # 4. turn the context back into rows
+        # 5. turn the context back into rows
         for d in range(0, Dv_lanes, LANES):
             for l in range(0, WIDTH, LANES):
                 transpose_block(private, at_context + d * WIDTH + l, WIDTH,
                                 private, at_row_major + l * Dv_lanes + d, Dv_lanes)
-        copy_rows(private, at_row_major, Dv_lanes, queries, Dv, _ONE,
-                  all_o, batch * p.out_b + h * p.out_h + q0 * p.out_l, p.out_l)
+        copy_rows(private, at_row_major, Dv_lanes, queries, Dv, _ONE, all_o, out.at, p.out_l)
 
 
 @inline

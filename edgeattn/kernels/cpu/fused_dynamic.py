@@ -32,7 +32,7 @@ from .dynamic import (
     turn,
     unit_of,
 )
-from .fused import adds_to_scores, fill_mask, portions, visible_range
+from .fused import portions, visible_range
 from .int8_operands import FLIP
 from .int8_views import Part, Projection, parts_of, scratch_at
 from .key_mean import add_to_tokens, choose_block, subtract_mean, weigh_tokens
@@ -40,6 +40,7 @@ from .matmul import round_up
 from .positions import POSITIONS, place_keys, place_queries
 from .project_dynamic import project_rows
 from .records import MASK_ADDRESSES, MASKS, named, record
+from .score_masks import adds_to_scores, fill_mask
 from .simd import (
     LANES,
     WIDTH,

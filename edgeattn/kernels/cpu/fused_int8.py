@@ -50,15 +50,16 @@ def packed_depth(E):
 
 
 # The parameters: sizes; where panels, biases and multipliers begin in the weights; zero points; numbers of rules, see
-# softmax_int8 and requantize; masks; where things
-# begin in the scratch of all threads, which keys are the first of, and in that of each; of a cache, see cached_int8.
-LAYER = record("batch queries keys query_width key_width value_width out_width heads",
+# softmax_int8 and requantize; what each call with a cache has of its own, see cached_int8, masks among it; where things
+# begin in the scratch of all threads, which keys are the first of, and in that of each, the last of them of a step.
+LAYER = record("batch queries query_width key_width value_width out_width heads",
                "head_size value_size padded_head padded_value has_out same_kv",
                "wq bq mq wk bk mk wv bv mv wo bo mo ms mc", "zq zk zv zs zc zo",
                "softmax_rule project_rule score_rule context_rule",
-               BAND, KEEP, "index_b index_h index_l index_s", "at_krow at_values",
+               "keys first_slot new_tokens capacity", BAND, KEEP,
+               "index_b index_h index_l index_s", "at_krow at_values",
                "at_x at_row_major at_q at_codes at_masks at_sums at_context at_softmax at_terms at_tiles",
-               "at_transposed shared_size private_size", "first_slot new_tokens capacity at_step")
+               "at_transposed shared_size private_size at_step")
 # Where the arrays of a call are: queries (B, L, Eq), keys (B, S, Ek), values (B, S, Ev), out (B, L, Eo), int8; or 0 of
 # none: keep and padding, as in records.py; codes of a cache, see cached_int8; lut_index, uint8, which of score_luts,
 # int8 (n, 256), maps a score's code; weights, int32, as the parameters say, and the softmax's table; in C order.

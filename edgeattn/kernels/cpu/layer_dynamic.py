@@ -29,28 +29,11 @@ def quantize_weight(weight):
     return np.clip(np.rint(weight / scale[:, None]), -127, 127).astype(np.int8), scale
 
 
-@register_jitable
-def plan(p, B, L, S, masked):
-    """Write a call's shape, and where what it needs lies in its scratch, into p; (shared, private) elements of that."""
-    p.batch, p.queries, p.keys = B, L, S
+def place_own(p):
+    """Write where things begin in the scratch of each thread into p; what masks need, of any length, comes last."""
     H, Hkv, Dp, Dvp = p.heads, p.kv_heads, p.padded_head, p.padded_value
-    S_up, L_up = round_up(S, TOKENS), round_up(L, TOKENS)
     D4, K4, C4 = Dp // 4, round_up(Hkv * Dp // 4, LANES), round_up(H * Dvp // 4, LANES)
     deepest = round_up(max(p.query_width, p.key_width, p.value_width), STEP) // 4
-    past = READ_AHEAD  # and of a row past the last number
-    shared = round_up((S_up + past) * K4 + past, 16)  # the keys
-    p.at_values, shared = place(shared, (Hkv * Dvp + past) * (round_up(S, 64) // 4) + past)
-    p.at_kterm, shared = place(shared, Hkv * S_up)
-    p.at_kscale, shared = place(shared, Hkv * S_up)
-    p.at_vlog, shared = place(shared, Hkv * S_up)
-    p.at_vinverse, shared = place(shared, Hkv * S_up)
-    p.at_mean, shared = place(shared, round_up(Hkv * Dp, WIDTH) + LANES)
-    p.at_key_factors, shared = place(shared, round_up(Hkv * Dp, WIDTH))
-    p.at_smooth, shared = place(shared, 1)
-    p.at_units, shared = place(shared, Hkv)
-    p.kept_size = shared
-    p.at_queries, shared = place(shared, L_up * H * D4)
-    p.at_qscale, shared = place(shared, L_up * H)
     p.at_x, private = place(0, TOKENS * deepest)
     p.at_rows, private = place(private, TOKENS * round_up(max(H * Dp, Hkv * Dvp), WIDTH) + LANES)
     p.at_xscale, private = place(private, TOKENS)
@@ -68,8 +51,33 @@ def plan(p, B, L, S, masked):
     p.at_context, private = place(private, H * Dvp * WIDTH)
     p.at_context_bytes, private = place(private, C4 * WIDTH)
     p.at_transposed, private = place(private, C4 * WIDTH)
-    p.at_tiles, private = place(private, max(TILES_SIZE, LANES * LANES))
-    p.at_masks, private = place(private, (S + 4) * WIDTH if masked else 0)
+    p.at_tiles, p.at_masks = place(private, max(TILES_SIZE, LANES * LANES))
+
+
+@register_jitable
+def plan(p, B, L, S, masked):
+    """Write a call's shape, and where what it needs lies in the scratch of all threads, into p, which has the rest.
+
+    Returns (shared, private) elements of scratch.
+    """
+    p.batch, p.queries, p.keys = B, L, S
+    H, Hkv, Dp, Dvp = p.heads, p.kv_heads, p.padded_head, p.padded_value
+    S_up, L_up, K4 = round_up(S, TOKENS), round_up(L, TOKENS), round_up(Hkv * Dp // 4, LANES)
+    past = READ_AHEAD  # and of a row past the last number
+    shared = round_up((S_up + past) * K4 + past, 16)  # the keys
+    p.at_values, shared = place(shared, (Hkv * Dvp + past) * (round_up(S, 64) // 4) + past)
+    p.at_kterm, shared = place(shared, Hkv * S_up)
+    p.at_kscale, shared = place(shared, Hkv * S_up)
+    p.at_vlog, shared = place(shared, Hkv * S_up)
+    p.at_vinverse, shared = place(shared, Hkv * S_up)
+    p.at_mean, shared = place(shared, round_up(Hkv * Dp, WIDTH) + LANES)
+    p.at_key_factors, shared = place(shared, round_up(Hkv * Dp, WIDTH))
+    p.at_smooth, shared = place(shared, 1)
+    p.at_units, shared = place(shared, Hkv)
+    p.kept_size = shared
+    p.at_queries, shared = place(shared, L_up * H * (Dp // 4))
+    p.at_qscale, shared = place(shared, L_up * H)
+    _, private = place(p.at_masks, (S + 4) * WIDTH if masked else 0)
     p.shared_size, p.private_size = shared, private
     return shared, private
 
@@ -134,6 +142,7 @@ class DynamicLayer:
             f.LAYER, query_width=q[0].shape[1], key_width=k[0].shape[1], value_width=v[0].shape[1], out_width=Eo,
             heads=H, kv_heads=Hkv, head_size=D, value_size=Dv, padded_head=Dp, padded_value=Dvp,
             has_out=o is not None, **weights.at, **reals.at, **positions)
+        place_own(self.parameters)
         self.output_dim = Eo
         self._plans = PlanCache()
 

@@ -7,6 +7,7 @@ from edgeattn.runtime.compiler import register_jitable
 from edgeattn.runtime.plan_cache import PlanCache
 
 from . import fused as f
+from .attend_rows import masks_of_rows, scratch_of_rows
 from .call import PreparedCall
 from .matmul import pack_panels, pad_heads, padded_head, round_up
 from .packing import Packer
@@ -48,11 +49,13 @@ def plan(p, B, L, S, masked):
     shared = round_up((k_features + k_block) * S_up, 16)  # the keys
     p.at_values, shared = place(shared, (v_features + v_block) * S_up + ROWS * v_block)
     p.at_largest, private = place(f.AT_FREE, k_features + k_block)
-    p.at_row_major, private = place(private, tokens * q_features)
-    p.at_q, private = place(private, q_features * WIDTH)
-    p.at_context, private = place(private, tokens * heads * Dvp + ROWS * WIDTH)
-    p.at_tail, private = place(private, ROWS * max(p.query_width, p.key_width, p.value_width))
-    p.at_masks, private = place(private, S * WIDTH if masked else 0)
+    p.at_rows, private = place(private, tokens * (q_features + WIDTH))
+    p.at_q, private = place(private, k_block * WIDTH)
+    p.at_head, private = place(private, (v_block + ROWS) * WIDTH)
+    p.at_context, private = place(private, tokens * (heads * Dvp + WIDTH))
+    p.at_few, private = place(private, scratch_of_rows(L, p.head_size, Dvp))
+    p.at_edge, private = place(private, tokens * WIDTH)
+    p.at_masks, private = place(private, max(S * WIDTH, masks_of_rows(L, S)) if masked else 0)
     p.shared_size, p.private_size = shared, private
     return shared, private
 

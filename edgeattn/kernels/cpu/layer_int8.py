@@ -14,47 +14,61 @@ from .call import PreparedCall
 from .int8_operands import value_terms_size
 from .matmul import pad_heads, padded_head, round_up
 from .packing import Packer
-from .records import NO_MASKS, blank, copy_of, packed, place, set_masks, shape_of, shapes_of, slot
+from .records import BAND, KEEP, NO_MASKS, blank, copy_of, packed, place, set_masks, shape_of, shapes_of, slot
 from .requantize import NUMBERS, encode
 from .simd import LANES, OFFSET, ROWS, WIDTH, byte_planes
 from .softmax_int8 import KEPT_GROUPS
 from .static_layout import padded_keys, turned_size, values_size
 from .step_int8 import step_sizes
 
-_KEYS, _NEW, _FIRST, _CAPACITY = (slot(f.LAYER, name) for name in ("keys", "new_tokens", "first_slot", "capacity"))
-_MASKS = slice(slot(f.LAYER, "band"), slot(f.LAYER, "padding_b") + 1)
+_OWN = slot(f.LAYER, "keys")  # where begins what each call with a cache has of its own, masks at its end
+_MASKS = f"{BAND} {KEEP}".split()
+_UNMASKED = (0,) * len(_MASKS)
 _MORE_KEYS = 64  # of a cache, that a plan has room for
+_CACHED = slot(f.ADDRESSES, "cached_keys")  # and values after them
+
+
+def place_own(p):
+    """Write where things begin in the scratch of each thread into p, but for those behind the codes of scores."""
+    H, Dp, Dvp = p.heads, p.padded_head, p.padded_value
+    row_major_row = round_up(round_up(H * max(Dp, Dvp), WIDTH) // 4, LANES)
+    deepest = f.packed_depth(max(p.query_width, p.key_width, p.value_width))
+    p.at_x, private = place(0, f.TOKENS * deepest + ROWS * WIDTH)
+    p.at_row_major, private = place(private, max(WIDTH * row_major_row + LANES, f.TOKENS // 4 * WIDTH, LANES * LANES))
+    p.at_q, private = place(private, max(row_major_row, H * round_up(Dp // 4, DEPTH_STEP)) * WIDTH)
+    p.at_sums, private = place(private, 3 * WIDTH)
+    p.at_terms, private = place(private, value_terms_size(Dvp))
+    p.at_context, p.at_codes = place(private, (f.packed_depth(H * Dvp) + ROWS) * WIDTH)
 
 
 @register_jitable
 def plan(p, B, L, S):
-    """Write a call's shape, and where what it needs lies in its scratch, into p; (shared, private) elements of that."""
+    """Write a call's shape, and where what it needs lies in its scratch, into p, which has the rest.
+
+    Returns (shared, private) elements of scratch.
+    """
     p.batch, p.queries, p.keys = B, L, S
     H, Dp, Dvp = p.heads, p.padded_head, p.padded_value
     features, v_features = round_up(H * Dp, WIDTH), round_up(H * Dvp, WIDTH)
     k_block, v_block = max(Dp, LANES), max(Dvp, LANES)
     S_up = padded_keys(S)
-    row_major_row = round_up(max(features, v_features) // 4, LANES)
-    q_groups = round_up(Dp // 4, DEPTH_STEP)
-    context4 = f.packed_depth(H * Dvp)
-    deepest = f.packed_depth(max(p.query_width, p.key_width, p.value_width))
     keys = round_up(features, k_block) * S_up + k_block * (READ_AHEAD + LANES)
     shared = round_up(keys // 4 + LANES, 16)
     p.at_values, shared = place(shared, values_size(v_features, v_block, S_up))
     p.at_krow, shared = place(shared, H * S_up)
-    p.at_x, private = place(0, f.TOKENS * deepest + ROWS * WIDTH)
-    p.at_row_major, private = place(private, max(WIDTH * row_major_row + LANES, f.TOKENS // 4 * WIDTH, LANES * LANES))
-    p.at_q, private = place(private, max(row_major_row, H * q_groups) * WIDTH)
-    p.at_sums, private = place(private, 3 * WIDTH)
-    p.at_terms, private = place(private, value_terms_size(Dvp))
-    p.at_context, private = place(private, (context4 + ROWS) * WIDTH)
-    p.at_codes, private = place(private, (round_up(S_up // 4, DEPTH_STEP) + 4) * WIDTH)
+    _, private = place(p.at_codes, (round_up(S_up // 4, DEPTH_STEP) + 4) * WIDTH)
     p.at_masks, private = place(private, (S_up // 4 + 4) * WIDTH)
     p.at_softmax, private = place(private, min(S_up, 4 * KEPT_GROUPS) * WIDTH)
     p.at_tiles, private = place(private, max(TILES_SCRATCH, 16))
-    p.at_transposed, private = place(private, turned_size(context4))
+    p.at_transposed, private = place(private, turned_size(f.packed_depth(H * Dvp)))
     p.shared_size, p.private_size = shared, private
     return shared, private
+
+
+def corrected_bias(weight, bias, zero_point):
+    """The bias (n,) of a weight (n, k), of codes with that zero point, for operands that are codes plus OFFSET."""
+    correction = bias.astype(np.int64) - (OFFSET + zero_point) * weight.astype(np.int64).sum(1)
+    return ((correction + 2**31) % 2**32 - 2**31).astype(np.int32)  # wraps as the accumulator does
 
 
 class StaticLayer:
@@ -88,11 +102,8 @@ class StaticLayer:
 
         def put_linear(letter, weight, bias, multipliers, source):
             """Weight (n, k), bias and multipliers are already padded; the source's zero point goes into the bias."""
-            sums = weight.astype(np.int64).sum(1)
-            correction = bias.astype(np.int64) - (OFFSET + zero_points[source]) * sums
-            correction = (correction + 2**31) % 2**32 - 2**31  # wraps as the accumulator does
             weights.put("w" + letter, pack_byte_panels(weight))
-            weights.put("b" + letter, correction.astype(np.int32))
+            weights.put("b" + letter, corrected_bias(weight, bias, zero_points[source]))
             weights.put("m" + letter, encode(project_rule, multipliers))
 
         for letter, name, size, wide in (("q", "query", D, Dp), ("k", "key", D, Dp), ("v", "value", Dv, Dvp)):
@@ -129,6 +140,7 @@ class StaticLayer:
             project_rule=NUMBERS[project_rule], score_rule=NUMBERS[score_rule], context_rule=NUMBERS[context_rule],
             zq=zero_points["query"], zk=zero_points["key"], zv=zero_points["value"], zs=zero_points["scores"],
             zc=zero_points["context"], zo=zero_points["output"] if "output" in linears else 0, **weights.at)
+        place_own(self.parameters)
         self.output_dim = Eo
         self._plans = PlanCache()
 
@@ -161,7 +173,20 @@ class StaticLayer:
                     + L * S * H * (Dp + Dvp + 64)) // 3
         kernel = cached_int8 if cached else f.layer_int8
         return PreparedCall(kernel, packed(p, f.LAYER), f.ADDRESSES, np.int32, shared, private, B * work, B,
-                            (*luts, *self._fixed))
+                            (*luts, *self._fixed), own=_OWN if cached else None)
+
+    def step(self, plans, x, out, keys, values, slots, score_luts):
+        """out (B, 1, Eo) from x (B, 1, E), the one new token of a layer with one input; as `__call__`, without masks.
+
+        plans : PlanCache of this cache alone, whose arrays, the same ones in every call, are keys and values
+        slots : (first, last) of those that are attended to; the codes of x go into the last of them
+        """
+        first, last = slots
+        key = self, (last - first + _MORE_KEYS - 1) // _MORE_KEYS
+        call = plans.get(key) or plans.keep(key, self._plan(
+            keys.shape[0], 1, round_up(last - first, _MORE_KEYS), 1, True, True, NO_MASKS, None,
+            (0, address(score_luts))).holding({_CACHED: keys, _CACHED + 1: values}))
+        call.run(x, x, x, out, own=(last - first, first, 1, keys.shape[2]))
 
     def __call__(self, xq, xk, xv, out, keep=None, band=None, lut_index=None, score_luts=None, cached=None):
         """out (B, L, Eo) from xq (B, L, Eq), xk (B, S, Ek), xv (B, S, Ev), all int8 and C-contiguous.
@@ -185,11 +210,9 @@ class StaticLayer:
         keys, values, first, S = cached
         key = (*xq.shape[:2], round_up(S, _MORE_KEYS), xk.shape[1], xk is xv, True, NO_MASKS, *luts)
         call = self._plans.get(key) or self._plans.keep(key, self._plan(*key))
-        parameters = call.parameters.copy()  # a plan serves fewer keys too, and any masks
-        parameters[_KEYS], parameters[_NEW], parameters[_FIRST] = S, xk.shape[1], first
-        parameters[_CAPACITY] = keys.shape[2]
-        if masks != NO_MASKS:
+        mask_fields = _UNMASKED
+        if masks != NO_MASKS:  # a plan serves any masks, and fewer keys too
             p = copy_of(self.parameters)
             set_masks(p, masks)
-            parameters[_MASKS] = tuple(vars(p).values())[_MASKS]
-        call(xq, xk, xv, out, keep, None, keys, values, parameters=parameters)
+            mask_fields = [getattr(p, name) for name in _MASKS]
+        call.run(xq, xk, xv, out, keep, None, keys, values, own=(S, first, xk.shape[1], keys.shape[2], *mask_fields))

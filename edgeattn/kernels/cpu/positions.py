@@ -106,12 +106,15 @@ def place_keys(x, at, p, weights, table, token, at_spare):
 @inline
 def transpose(source, at, step, rows, columns, target, at_target, target_step):
     """target[j][i] = source[i][j]: rows `step` and `target_step` apart, their number and length any."""
+    whole = rows >= LANES and columns >= LANES
     for i in range(0, rows, LANES):
         for j in range(0, columns, LANES):
-            at_source, to = at + i * step + j, at_target + j * target_step + i
-            if i + LANES <= rows and j + LANES <= columns:
-                transpose_block(source, at_source, step, target, to, target_step)
+            if whole:  # the last block steps back rather than past the end
+                i0, j0 = min(i, rows - LANES), min(j, columns - LANES)
+                transpose_block(source, at + i0 * step + j0, step, target, at_target + j0 * target_step + i0,
+                                target_step)
             else:
+                at_source, to = at + i * step + j, at_target + j * target_step + i
                 for k in range(min(LANES, rows - i)):
                     for l in range(min(LANES, columns - j)):
                         target[to + l * target_step + k] = source[at_source + k * step + l]

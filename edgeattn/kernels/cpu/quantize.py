@@ -1,9 +1,8 @@
 """Reals to int8 codes and back, in one pass each: `TensorQuantization` says by what rule."""
-import functools
-
 import numpy as np
 
 from edgeattn.runtime.compiler import jit
+from edgeattn.runtime.plan_cache import PlanCache
 from edgeattn.runtime.worker_pool import parallel_for, task
 
 from .call import PreparedCall
@@ -69,7 +68,7 @@ def dequantize_part(p, a, portion, worker, part):
 
 @jit
 def quantize(parameters, addresses, scratch, task_queue, count):
-    """See `to_codes`; on at most `count` threads that serve the task_queue.
+    """See `Quantizer.to_codes`; on at most `count` threads that serve the task_queue.
 
     parameters ELEMENTS, addresses ADDRESSES; no scratch.
     """
@@ -80,29 +79,43 @@ def quantize(parameters, addresses, scratch, task_queue, count):
 
 @jit
 def dequantize(parameters, addresses, scratch, task_queue, count):
-    """See `to_reals`; otherwise as `quantize`."""
+    """See `Quantizer.to_reals`; otherwise as `quantize`."""
     p, a = named(parameters, ELEMENTS), named(addresses, ADDRESSES)
     portion, parts = portions(p.size, _LEAST_SHARED, count)
     parallel_for(task_queue, parts, dequantize_part, p, a, portion)
 
 
-@functools.lru_cache(256)
-def _prepare(kernel, size, factor, zero_point):
-    """The `PreparedCall` of so many elements."""
-    p = blank(ELEMENTS, size=size, factor=bits_of_real(factor), zero_point=bits_of_real(zero_point))
-    # no work: on one thread, and signals wait, so that a token in a cache and its result as reals come together
-    return PreparedCall(kernel, packed(p, ELEMENTS), ADDRESSES, np.float32, 0, 0, 0)
+class Quantizer:
+    """Codes of reals and reals of codes, real = scale (code - zero_point).
 
+    Parameters
+    ----------
+    scale : float32
+    zero_point : int
+    """
 
-def to_codes(x, scale, zero_point):
-    """(int8 codes of float32 x in C order, whether x holds NaN, whose codes mean nothing)."""
-    codes, nan = np.empty(x.shape, np.int8), np.zeros(1, np.bool_)
-    _prepare(quantize, x.size, np.float32(1) / scale, zero_point)(x, codes, nan)
-    return codes, bool(nan[0])
+    def __init__(self, scale, zero_point):
+        self._scale, self._zero_point = scale, zero_point
+        self._to_codes, self._to_reals = PlanCache(), PlanCache()  # by the number of elements
 
+    def to_codes(self, x):
+        """(int8 codes of float32 x in C order, whether x holds NaN, whose codes mean nothing)."""
+        codes, nan = np.empty(x.shape, np.int8), np.zeros(1, np.bool_)
+        size = x.size
+        call = self._to_codes.get(size) or self._to_codes.keep(
+            size, self._plan(quantize, size, np.float32(1) / self._scale))
+        call.run(x, codes, nan)
+        return codes, bool(nan[0])
 
-def to_reals(codes, scale, zero_point):
-    """float32 reals of int8 codes in C order."""
-    x = np.empty(codes.shape, np.float32)
-    _prepare(dequantize, codes.size, scale, zero_point)(x, codes, None)
-    return x
+    def to_reals(self, codes):
+        """float32 reals of int8 codes in C order."""
+        x = np.empty(codes.shape, np.float32)
+        size = codes.size
+        call = self._to_reals.get(size) or self._to_reals.keep(size, self._plan(dequantize, size, self._scale))
+        call.run(x, codes, None)
+        return x
+
+    def _plan(self, kernel, size, factor):
+        p = blank(ELEMENTS, size=size, factor=bits_of_real(factor), zero_point=bits_of_real(self._zero_point))
+        # no work: on one thread, and signals wait, so that a token in a cache and its result as reals come together
+        return PreparedCall(kernel, packed(p, ELEMENTS), ADDRESSES, np.float32, 0, 0, 0)

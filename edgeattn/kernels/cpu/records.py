@@ -82,10 +82,10 @@ def copy_of(p):
 
 def packed(p, layout):
     """An array of int64 of the fields of a `blank`; ValueError where it has more of them than the record."""
-    array = np.fromiter(vars(p).values(), np.int64)
-    if len(array) != len(layout):
-        raise ValueError(f"p must have the {len(layout)} fields of its record, got {len(array)}")
-    return array
+    fields = vars(p)
+    if len(fields) != len(layout):
+        raise ValueError(f"p must have the {len(layout)} fields of its record, got {len(fields)}")
+    return np.fromiter(fields.values(), np.int64, len(fields))
 
 
 def named_fields(array, layout):
@@ -118,7 +118,7 @@ NO_MASKS = shapes_of()
 
 
 def set_masks(p, masks, index=None):
-    """Write a band, and strides of masks, into a record; whether fused.fill_mask has to write them out.
+    """Write a band, and strides of masks, into a record; whether score_masks.fill_mask has to write them out.
 
     masks: what `shapes_of` gives; index: the shape of a static layer's indices of tables.
     """

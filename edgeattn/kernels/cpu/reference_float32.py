@@ -78,7 +78,7 @@ def _prepare(query, key, value, keep, bias, slopes, left, right, scale, softcap)
 
 @inline
 def _within(added):
-    # as fused.fill_mask keeps masks finite; a NaN stays
+    # as score_masks.fill_mask keeps masks finite; a NaN stays
     return np.float32(min(max(added, -LARGEST_MASK), LARGEST_MASK)) if added == added else added
 
 

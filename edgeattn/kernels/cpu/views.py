@@ -22,14 +22,6 @@ class Blocks(NamedTuple):
     step: int
 
 
-class Panels(NamedTuple):
-    """A projection in a flat array: panels (features / WIDTH, depth, WIDTH) from `at` on, a bias from `at_bias` on."""
-
-    data: object
-    at: int
-    at_bias: int
-
-
 class Visible(NamedTuple):
     """Of the keys, those in [first, last) that any query of a block may see, and [full_from, full_to) that all may.
 

@@ -1,0 +1,29 @@
+"""Files in memory, whose pages are read when they are used and dropped when memory is short."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import weakref
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing import Any, BinaryIO
+
+
+def map_file(file: BinaryIO) -> Any:
+    """The bytes of an open file, as a ctypes array: not to be written to, unmapped when nothing refers to them.
+
+    Python's own mapping would keep a descriptor for each file.
+    """
+    size = os.fstat(file.fileno()).st_size
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    address = libc.mmap(None, ctypes.c_size_t(size), mmap.PROT_READ, mmap.MAP_PRIVATE, file.fileno(),
+                        ctypes.c_long(0))
+    if address == ctypes.c_void_p(-1).value:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), file.name)
+    content = (ctypes.c_uint8 * size).from_address(address)
+    weakref.finalize(content, libc.munmap, ctypes.c_void_p(address), ctypes.c_size_t(size)).atexit = False
+    return content

@@ -1,0 +1,163 @@
+"""A float32 product with tokens as the rows of tiles: so few rows as there are, so that a token costs what it must.
+
+A sum is some products at a time, the sums of these chains are summed, the bias comes last: a row gives the same bits
+alone and among others.
+"""
+from typing import NamedTuple
+
+from edgeattn.runtime.compiler import inline, task
+
+from .matmul import feature_position, multiply, multiply_ahead
+from .simd import COLUMNS, LANES, ROWS, WIDTH, outer_product, rank_steps, steps, tile_add, tile_store, tile_zero
+
+TALL = 6 if LANES == 8 else ROWS  # rows of a tile: of sixteen registers three hold what it is made of
+_UNEVEN = (1, 2) if TALL == 6 else (-1, -1)  # rows that would be left alone: 7 are better 4 and 3, 8 twice 4
+AHEAD = 8  # elements of the next panel that a tile brings near for each of its depth, where it has four rows or more
+NO_BIAS = -1
+
+
+class Weights(NamedTuple):
+    """Of a linear map, in a flat array: panels (depth, WIDTH) from data[at] on, `step` from one to the next.
+
+    chain: products that are summed one after another; at_bias: where a bias begins, or NO_BIAS.
+    """
+
+    data: object
+    at: int
+    step: int
+    depth: int
+    chain: int
+    at_bias: int
+
+
+class Place(NamedTuple):
+    """Where a panel's features of the product go: of row t from data[at + t * step] on, vectors `column` apart."""
+
+    data: object
+    at: int
+    step: int
+    column: int
+
+
+@inline
+def place_of(f, out):
+    """The `Place` of the features from f on in Blocks."""
+    at = feature_position(f, out.block, out.step)
+    return Place(out.data, out.at + at, out.block, feature_position(f + LANES, out.block, out.step) - at)
+
+
+@inline
+def finish_chain(tile, begun, k, t, w, f, out):
+    """Store a tile of the products from k on, rows from t on, features from f on; plus what is there, if begun.
+
+    w: Weights, out: Place
+    """
+    to = out.at + t * out.step
+    if begun or k > 0:
+        tile = tile_add(tile, out.data, to, out.step, out.column)
+    if w.at_bias != NO_BIAS and k + w.chain >= w.depth:
+        tile = tile_add(tile, w.data, w.at_bias + f, 0, LANES)
+    tile_store(tile, out.data, to, out.step, out.column)
+
+
+@inline
+def multiply_tile(zero, begun, x, t, w, f, out):
+    """Rows of out = x w^T from t on, as many as the tile `zero` has, features from f on; plus what is there, if begun.
+
+    x: Rows; w: Weights; out: Place
+    """
+    from_row, at_panel = x.at + t * x.step, w.at + f // WIDTH * w.step
+    for k in range(0, max(w.depth, 1), w.chain):
+        tile = multiply(zero, x.data, from_row + k, x.step, 1, w.data, at_panel + k * WIDTH, min(w.chain, w.depth - k))
+        finish_chain(tile, begun, k, t, w, f, out)
+
+
+@inline
+def multiply_tile_ahead(zero, begun, x, t, w, f, out, at_next, pace):
+    """multiply_tile(), while `pace` elements of w from at_next on for each of the depth are brought near."""
+    from_row, at_panel = x.at + t * x.step, w.at + f // WIDTH * w.step
+    for k in range(0, max(w.depth, 1), w.chain):
+        some = min(w.chain, w.depth - k)
+        tile = multiply_ahead(zero, x.data, from_row + k, x.step, 1, w.data, at_panel + k * WIDTH, some,
+                              at_next + k * pace, pace * some)
+        finish_chain(tile, begun, k, t, w, f, out)
+
+
+@inline
+def multiply_two(zero, begun, x, w, f, out):
+    """multiply_tile() of the first row for two panels, from that of f on; out: Blocks."""
+    count, at_panel = steps(w.data), w.at + f // WIDTH * w.step
+    for k in range(0, max(w.depth, 1), w.chain):
+        some, p0, p1 = min(w.chain, w.depth - k), zero, zero
+        for i in range(k, k + some - count + 1, count):
+            a, b = x.at + i, at_panel + i * WIDTH
+            p0 = rank_steps(p0, x.data, a, x.step, 1, w.data, b)
+            p1 = rank_steps(p1, x.data, a, x.step, 1, w.data, b + w.step)
+        for i in range(k + some // count * count, k + some):
+            a, b = x.at + i, at_panel + i * WIDTH
+            p0 = outer_product(p0, x.data, a, x.step, w.data, b)
+            p1 = outer_product(p1, x.data, a, x.step, w.data, b + w.step)
+        finish_chain(p0, begun, k, 0, w, f, place_of(f, out))
+        finish_chain(p1, begun, k, 0, w, f + WIDTH, place_of(f + WIDTH, out))
+
+
+@inline
+def multiply_four(zero, begun, x, w, f, out):
+    """multiply_tile() of the first row for four panels, from that of f on; out: Blocks."""
+    count, at_panel = steps(w.data), w.at + f // WIDTH * w.step
+    for k in range(0, max(w.depth, 1), w.chain):
+        some, p0, p1, p2, p3 = min(w.chain, w.depth - k), zero, zero, zero, zero
+        for i in range(k, k + some - count + 1, count):
+            a, b = x.at + i, at_panel + i * WIDTH
+            p0 = rank_steps(p0, x.data, a, x.step, 1, w.data, b)
+            p1 = rank_steps(p1, x.data, a, x.step, 1, w.data, b + w.step)
+            p2 = rank_steps(p2, x.data, a, x.step, 1, w.data, b + 2 * w.step)
+            p3 = rank_steps(p3, x.data, a, x.step, 1, w.data, b + 3 * w.step)
+        for i in range(k + some // count * count, k + some):
+            a, b = x.at + i, at_panel + i * WIDTH
+            p0 = outer_product(p0, x.data, a, x.step, w.data, b)
+            p1 = outer_product(p1, x.data, a, x.step, w.data, b + w.step)
+            p2 = outer_product(p2, x.data, a, x.step, w.data, b + 2 * w.step)
+            p3 = outer_product(p3, x.data, a, x.step, w.data, b + 3 * w.step)
+        finish_chain(p0, begun, k, 0, w, f, place_of(f, out))
+        finish_chain(p1, begun, k, 0, w, f + WIDTH, place_of(f + WIDTH, out))
+        finish_chain(p2, begun, k, 0, w, f + 2 * WIDTH, place_of(f + 2 * WIDTH, out))
+        finish_chain(p3, begun, k, 0, w, f + 3 * WIDTH, place_of(f + 3 * WIDTH, out))
+
+
+@task
+def product_rows(begun, x, rows, w, features, out):
+    """out (rows, features) = x w^T + bias, plus what is in out, if begun; x: Rows; w: Weights; out: Blocks."""
+    f = 0
+    while rows == 1 and f + 2 * WIDTH <= features:  # which waits for weights alone: several streams of them come faster
+        if f + 4 * WIDTH <= features:
+            multiply_four(tile_zero(1, COLUMNS, w.data), begun, x, w, f, out)
+            f += 4 * WIDTH
+        else:
+            multiply_two(tile_zero(1, COLUMNS, w.data), begun, x, w, f, out)
+            f += 2 * WIDTH
+    while f < features:
+        to, t, at_next = place_of(f, out), 0, w.at + (f // WIDTH + 1) * w.step
+        at_end = at_next + w.depth * WIDTH
+        while t < rows:
+            left = rows - t
+            if left >= TALL and left - TALL not in _UNEVEN:
+                pace = AHEAD if at_next < at_end else 0
+                multiply_tile_ahead(tile_zero(TALL, COLUMNS, w.data), begun, x, t, w, f, to, at_next, pace)
+                at_next += pace * w.depth
+                t += TALL
+            elif left >= 4 and left != 5:
+                pace = AHEAD if at_next < at_end else 0
+                multiply_tile_ahead(tile_zero(4, COLUMNS, w.data), begun, x, t, w, f, to, at_next, pace)
+                at_next += pace * w.depth
+                t += 4
+            elif left >= 3:
+                multiply_tile(tile_zero(3, COLUMNS, w.data), begun, x, t, w, f, to)
+                t += 3
+            elif left == 2:
+                multiply_tile(tile_zero(2, COLUMNS, w.data), begun, x, t, w, f, to)
+                t += 2
+            else:
+                multiply_tile(tile_zero(1, COLUMNS, w.data), begun, x, t, w, f, to)
+                t += 1
+        f += WIDTH
