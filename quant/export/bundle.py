@@ -87,7 +87,7 @@ def write_bundle(layer, name: str, target: str) -> dict[str, bytes]:
     kernels, header = kernels_of(layer), has_header(layer)
     symbols = [prebuilt.symbol_of(kernel.py_func) for kernel in (*(ENTRIES[name].kernel for name in kernels), *SERVICE)]
     content = content_of(layer)
-    stamp = prebuilt.sources.checksum(prebuilt.sources.files())
+    stamp = prebuilt.sources.stamp()
     library = _linked(content, target, kernels, symbols, prefix if header else "", name)
     library += bytes(-len(library) % 64)
     about = {"abi": ABI_VERSION, "target": target, "machine": row.machine, "requires": list(row.requires),
