@@ -75,7 +75,8 @@ def encoders(numbers, gate):
     found = edgeattn.TransformerEncoder([edgeattn.TransformerEncoderLayer(attention, feed_forward, *norms,
                                                                          norm_first=gate)])
     return {"float32": found, "dynamic": quant.quantize(found, scheme="dynamic"),
-            "mixed": quant.quantize(found, scheme="dynamic", attention="float32")}
+            "mixed": quant.quantize(found, scheme="dynamic", attention="float32"),
+            "static": quant.quantize(found, quant.calibrate(found, [numbers(1, TOKENS, WIDTH)]))}
 
 
 def masks_of(numbers, batch, heads, queries, keys):
@@ -123,6 +124,9 @@ def encoder_calls(numbers, folder):
     x = numbers(2, TOKENS, WIDTH)
     for path in sorted(folder.glob("encoder-*.safetensors")):
         name, encoder = path.stem.split("-")[1], edgeattn.load(path)
+        if name == "static":
+            yield f"encoder {name}", encoder(x)
+            continue
         for padding in ({}, {"key_padding_mask": numbers(2, TOKENS) > -0.5}):
             yield f"encoder {name}", encoder(x, **padding)
         yield f"linear {name}", encoder.layers[0].feed_forward.linear1(x)
