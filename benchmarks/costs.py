@@ -128,7 +128,7 @@ def processes(peers: bool, counts) -> dict[str, dict]:
 def installed_in(folder: Path):
     """A function that runs fresh.py on a copy of edgeattn in ``folder``, which starts without any cache."""
     source = Path(edgeattn.__file__).parent
-    shutil.copytree(source, folder / "edgeattn", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(source, folder / "edgeattn", ignore=shutil.ignore_patterns("__pycache__", "libraries"))
     shutil.copy(fresh.__file__, folder / "fresh.py")
     environment = {**os.environ, "HOME": str(folder), "XDG_CACHE_HOME": str(folder / "cache"),
                    "NUMBA_CACHE_DIR": str(folder / "numba"), "PYTHONPATH": str(folder)}

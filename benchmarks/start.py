@@ -1,4 +1,5 @@
-"""From nothing to the first result: one int8 layer as a bundle, compiled when called (from a warm cache), in LiteRT.
+"""From nothing to the first result: one int8 layer as a bundle, by a library of kernels that `make libraries` made,
+compiled when called (from a warm cache), in LiteRT.
 
     python -m benchmarks.start
 
@@ -11,6 +12,8 @@ language that its kernel was translated from; then the same from the cache.
 from __future__ import annotations
 
 import json
+import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -23,21 +26,24 @@ import numpy as np
 import edgeattn
 import quant
 from benchmarks.costs import installed_in
+from edgeattn.runtime import prebuilt, processor
 from quant.export.targets import host_target
 
 WIDTH, HEADS, LENGTH = 128, 4, 64
 ROUNDS = 7
 KINDS = {"float32": "float32", "dynamic": "dynamic int8", "int8": "static int8"}  # in fresh.py: in words
 # What each process runs between its clock readings: x is read from a file, y is the result.
+LOADED = """
+import edgeattn
+y = edgeattn.load(path).run_int8(numpy.load(data))
+"""
 FORMS = {
     "bundle": ("attention.so", """
 from edgeattn.bundle import load
 y = load(path).run_int8(numpy.load(data))
 """),
-    "compiled when called": ("attention.safetensors", """
-import edgeattn
-y = edgeattn.load(path).run_int8(numpy.load(data))
-"""),
+    "library": ("attention.safetensors", LOADED),
+    "compiled when called": ("attention.safetensors", LOADED),
     "LiteRT": ("attention.tflite", """
 from ai_edge_litert.interpreter import Interpreter
 interpreter = Interpreter(path)
@@ -47,6 +53,7 @@ interpreter.invoke()
 y = interpreter.get_tensor(interpreter.get_output_details()[0]["index"])
 """),
 }
+SETTINGS = {"library": {"EDGEATTN_JIT": "0"}, "compiled when called": {"EDGEATTN_JIT": "1"}}
 PROCESS = """
 import sys, time
 wall, processor = time.perf_counter(), time.process_time()
@@ -59,6 +66,12 @@ with open("/proc/self/status") as status:
     resident = next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024
 print(json.dumps(dict(wall=wall, processor=processor, mib=resident, crc=zlib.crc32(y.tobytes()))))
 """
+
+
+def forms() -> list[str]:
+    """Those that can run here: a library is not always there."""
+    library, _ = prebuilt.find(prebuilt.FOLDER, platform.machine(), processor.flags(), processor.parts(), None)
+    return [form for form in FORMS if form != "library" or library is not None]
 
 
 def make_files(folder: Path) -> None:
@@ -82,11 +95,14 @@ def measure(folder: Path, rounds: int = ROUNDS) -> dict[str, dict]:
     RuntimeError
         When a form fails, or gives other bytes than another.
     """
-    runs = {form: [] for form in FORMS}
+    runs = {form: [] for form in forms()}
+    # Bytecode of the sources is written, as it is where a package is installed.
+    settings = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     for number in range(rounds + 1):
-        for form, (name, work) in FORMS.items():
+        for form in runs:
+            name, work = FORMS[form]
             done = subprocess.run([sys.executable, "-c", PROCESS.format(work=work), folder / name, folder / "x.npy"],
-                                  capture_output=True, text=True)
+                                  capture_output=True, text=True, env=settings | SETTINGS.get(form, {}))
             if done.returncode:
                 raise RuntimeError(f"{form} failed: {done.stderr.strip().splitlines()[-1]}")
             if number:
@@ -113,6 +129,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         make_files(Path(folder))
         table = measure(Path(folder))
+    if "library" not in table:
+        print("no library of compiled kernels is here: make libraries")
     for form, found in table.items():
         print(f"{form:22}{found['wall']:16.3f}{found['processor']:19.3f}{found['mib']:15.0f}"
               f"{found['bytes'] / 1024:11.0f}")

@@ -188,6 +188,37 @@ def add_codes(rule: str, lhs, lhs_q, rhs, rhs_q, output_q) -> np.ndarray:
     return to_code(scaled(total, twice / np.float64(np.float32(1 << 20) * so)), output_q[1])
 
 
+def _gelu(x: float) -> float:
+    return 0.5 * x * math.erfc(-x * math.sqrt(0.5))
+
+
+def _gelu_tanh(x: float) -> float:
+    return 0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def _silu(x: float) -> float:
+    return 0.5 * x * (1 + math.tanh(0.5 * x))
+
+
+ACTIVATIONS: dict[str, Callable[[float], float]] = {"gelu": _gelu, "gelu_tanh": _gelu_tanh, "silu": _silu}
+
+
+def activation_table(name: str, input_q, output_q) -> np.ndarray:
+    """int8 (256,): of code c, at c + 128, the activation. ``*_q`` are (scale, zero_point) pairs.
+
+    TFLite's LUTPopulate, the same in every kernel set, for a function of ACTIVATIONS. "relu" has one tensor, for it is
+    fused into the operator before: it bounds that one's codes.
+    """
+    codes = np.arange(CODE_MIN, CODE_MAX + 1)
+    if name == "relu":
+        return np.maximum(codes, output_q[1]).astype(np.int8)
+    reals = np.float32(input_q[0]) * (codes - input_q[1]).astype(np.float32)
+    with np.errstate(over="ignore"):
+        values = np.array([ACTIVATIONS[name](float(x)) for x in reals]).astype(np.float32)
+        scaled = round_half_away(values * (np.float32(1) / np.float32(output_q[0])))
+    return to_code(scaled, output_q[1])
+
+
 # -- softmax: every rule is a table of exp(-scale * d), d = row maximum - code, a sum, and a normalisation -----------
 # Weights and probabilities are functions of numbers, and of arrays element by element.
 

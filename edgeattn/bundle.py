@@ -25,7 +25,7 @@ from edgeattn.files.mapped import map_file
 from edgeattn.files.paths import reading, reason
 from edgeattn.files.safetensors_file import view_safetensors
 from edgeattn.files.storage import layer_of
-from edgeattn.runtime import prebuilt, processor
+from edgeattn.runtime import prebuilt, processor, sources
 from edgeattn.runtime.targets import TARGETS
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def _use_kernels(path: str, file: BinaryIO, about: dict[str, Any], content: Any)
         return found
 
     why: str | None = f"it was made by edgeattn {about['edgeattn']}, of other sources than these"
-    if about["stamp"] == prebuilt.stamp_here():
+    if about["stamp"] == sources.stamp():
         why = prebuilt.add(TARGETS[about["target"]].isa, about["kernels"], library)
     if why is None:
         return

@@ -1,8 +1,10 @@
-"""The command `edgeattn`: what a device has that attention can use."""
+"""The command `edgeattn`: what a device has, what files hold, how fast they run, and vectors of texts."""
 import argparse
 import contextlib
 import importlib.metadata
+import importlib.util
 import os
+import pathlib
 import platform
 import statistics
 import sys
@@ -12,18 +14,23 @@ import time
 import numpy as np
 
 import edgeattn
-from edgeattn import messages, threads
+from edgeattn import cli_encode, messages, threads
+from edgeattn.cli_encode import open_model
+from edgeattn.files.paths import named
 from edgeattn.kernels.cpu import entries, fused
 from edgeattn.runtime import compiler, prebuilt, processor
 from edgeattn.runtime.isa import ISA
+from edgeattn.summary import summary
 
 _WIDTH = 80
 _NEEDED = ("numpy", "numba", "llvmlite", "safetensors")
 # Reading a .tflite and computing what it computes needs none of these.
 _OPTIONAL = {
     "other runtimes": ("ai-edge-litert", "tflite-runtime", "tflite-micro"),
+    "texts": ("tokenizers",),
     "workbench": ("flatbuffers", "click", "rich"),
 }
+_FILE = ".safetensors or int8 .tflite file, or a folder of a model for edgeattn.from_pretrained"
 
 
 def main(arguments=None):
@@ -32,26 +39,34 @@ def main(arguments=None):
     parser.add_argument("--version", action="version", version=f"edgeattn {edgeattn.__version__}")
     parser.set_defaults(run=lambda _: parser.print_help() or 2)
     commands = parser.add_subparsers(metavar="COMMAND")
-    info = commands.add_parser("info", help="versions, processor, threads, cache and optional packages of this machine",
-                               description="Say what this machine has: include it when you report a problem.")
-    info.set_defaults(run=lambda _: _info())
-    for name, run, text, layers, otherwise in (
-            ("warmup", _warmup, "compile ahead of time what layers need, so that no later process waits", "*",
-             "; none: every kernel, for minutes"),
-            ("bench", _bench, "time layers on this machine", "+", "")):
+    info = commands.add_parser(
+        "info", help="versions, processor, threads, cache and optional packages of this machine; or what files hold",
+        description="Say what this machine has: include it when you report a problem. With files, what each holds.")
+    info.add_argument("files", nargs="*", metavar="FILE", help=_FILE)
+    info.set_defaults(run=_info)
+    for name, run, text, files, otherwise in (
+            ("warmup", _warmup, "compile ahead of time what layers and models need, so that no later process waits",
+             "*", "; none: every kernel, for minutes"),
+            ("bench", _bench, "time layers, encoders and models on this machine", "+", "")):
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        command.add_argument("layers", nargs=layers, metavar="LAYER", help=".safetensors or int8 .tflite file"
-                             + otherwise)
+        command.add_argument("layers", nargs=files, metavar="FILE", help=_FILE + otherwise)
         command.add_argument("--length", type=int, nargs="+", default=None, metavar="L",
-                             help="tokens per call")
+                             help="tokens per call; an image has as many as it has")
         command.set_defaults(run=run)
-    chosen = parser.parse_args(arguments)
+    cli_encode.add_to(commands)
+    chosen, left = parser.parse_known_args(arguments)
+    if getattr(chosen, "texts", None) == [] and not any(text.startswith("-") and text != "-" for text in left):
+        chosen.texts, left = left, []  # argparse takes all of TEXT that stand behind FILE, even none before an option
+    if left:
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
     messages.show()
     try:
         return chosen.run(chosen)
-    except (OSError, TypeError, ValueError) as error:
-        print(f"edgeattn: {error}", file=sys.stderr)
-        return 2
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        print("edgeattn:", " ".join(str(error).split()), file=sys.stderr)
+    except KeyboardInterrupt:
+        print("edgeattn: interrupted", file=sys.stderr)
+    return 2
 
 
 def _warmup(chosen):
@@ -61,11 +76,11 @@ def _warmup(chosen):
             for entry in entries.ENTRIES.values():
                 entry.compile()
     for path in chosen.layers:
-        layer = edgeattn.load(path)
-        for length in chosen.length or [16]:
-            with _said_what_compiled(f"{path}, {length} tokens"):
+        layer = open_model(path)
+        for length in _lengths(layer, chosen.length, [16]):
+            with named(path), _said_what_compiled(f"{path}, {_what(layer, length)}"):
                 _call(layer, length)
-                for cache in _caches(layer, length + 1):
+                for cache in _caches(layer, (length or 0) + 1):
                     _call(layer, length, kv_cache=cache, is_causal=True)
     if prebuilt.LIBRARY is not None:
         print(f"Kernels come compiled, in {prebuilt.LIBRARY.path}")
@@ -89,22 +104,42 @@ def _said_what_compiled(what):
 
 def _bench(chosen):
     """Median time of a call, batch 1, for every layer and length."""
-    print(f"{edgeattn.get_num_threads()} thread(s), {ISA.name}; batch 1, median of calls over half a second")
+    title = f"{edgeattn.get_num_threads()} thread(s), {ISA.name}; batch 1, median of calls over half a second\n"
     for path in chosen.layers:
-        layer = edgeattn.load(path)
-        for length in chosen.length or [16, 64, 256]:
-            call = _call(layer, length)
+        layer = open_model(path)
+        for length in _lengths(layer, chosen.length, [16, 64, 256]):
+            with named(path):
+                call = _call(layer, length)
             times, until = [], time.perf_counter() + 0.5
             while len(times) < 5 or time.perf_counter() < until:
                 began = time.perf_counter()
                 call()
                 times.append(time.perf_counter() - began)
-            print(f"{path}, {length} tokens: {statistics.median(times) * 1e6:.1f} us")
+            print(f"{title}{path}, {_what(layer, length)}: {statistics.median(times) * 1e6:.1f} us")
+            title = ""
     return 0
 
 
+def _is_model(layer):
+    return not hasattr(layer, "num_heads")  # no attention layer alone
+
+
+def _lengths(layer, asked, usual):
+    """The lengths to call with: those asked for, or those of `usual` that the model has positions for."""
+    if isinstance(layer, edgeattn.ImageEncoder):
+        return [None]
+    longest = layer.embedding.longest if isinstance(layer, edgeattn.TextEncoder) else None
+    return asked or [length for length in usual if longest is None or length <= longest] or [longest]
+
+
+def _what(layer, length):
+    return f"{length} token{'s'[:length != 1]}" if length is not None else f"images of {layer.embedding.image_size}"
+
+
 def _caches(layer, capacity):
-    """An empty cache of every dtype that goes with the layer."""
+    """An empty cache of every dtype that goes with the layer; a causal model's are lists of them."""
+    if _is_model(layer):
+        return [layer.encoder.make_caches(1, capacity)] if getattr(layer, "is_causal", False) is True else []
     if getattr(layer, "lut_index", None) is not None:  # a mask of its own, which is for one length
         return []
     try:
@@ -117,8 +152,10 @@ def _caches(layer, capacity):
 
 def _call(layer, length, **arguments):
     """A call of the layer on made-up data of ``length`` tokens, made once already; then, with a cache, of one more."""
-    if length < 1:
+    if length is not None and length < 1:
         raise ValueError(f"--length must be at least 1, got {length}")
+    if _is_model(layer):
+        return _call_model(layer, length, arguments.get("kv_cache"))
     run = getattr(layer, "run_int8", layer)
     dtype = np.int8 if run is not layer else np.float32
     made = np.random.default_rng(0)
@@ -134,20 +171,53 @@ def _call(layer, length, **arguments):
     return lambda: run(*inputs)
 
 
-def _info():
-    rows = [*_software(), *_processor(), *_cache(), *_cuda(), *_extras()]
+def _call_model(model, length, kv_cache):
+    """The same of an encoder or a model."""
+    made = np.random.default_rng(0)
+    if isinstance(model, edgeattn.TextEncoder):
+        x = made.integers(0, len(model.embedding.token_weight), (1, length))
+    elif isinstance(model, edgeattn.ImageEncoder):
+        height, width = model.embedding.image_size
+        shape = (width, height) if model.spectrogram else (model.embedding.channels, height, width)
+        x = made.standard_normal((1, *shape), np.float32)
+    else:
+        x = made.standard_normal((1, length, getattr(model, "embed_dim", None) or model.inputs), np.float32)
+    if kv_cache is not None:
+        model(x[:, 1:], kv_cache=kv_cache)
+        model(x[:, :1], kv_cache=kv_cache)
+    model(x)
+    return lambda: model(x)
+
+
+def _info(chosen):
+    if chosen.files:
+        for i, path in enumerate(chosen.files):
+            print(*([""] if i else []), f"{path}: {_disk_size(path):,} bytes on disk", sep="\n")
+            _print_rows([(f"  {name}", text) for name, text in summary(open_model(path))])
+    else:
+        _print_rows([*_software(), *_processor(), *_cache(), *_cuda(), *_extras()])
+    return 0
+
+
+def _disk_size(path):
+    """Bytes of a file, or of all in a folder."""
+    if not os.path.isdir(path):
+        return os.path.getsize(path)
+    return sum(file.stat().st_size for file in pathlib.Path(path).rglob("*") if file.is_file())
+
+
+def _print_rows(rows):
     width = max(len(name) for name, _ in rows)
     for name, text in rows:
         print(textwrap.fill(f"{name:{width}}  {text}", _WIDTH, subsequent_indent=" " * (width + 2),
                             break_long_words=False, break_on_hyphens=False))
-    return 0
 
 
 def _software():
     yield "edgeattn", edgeattn.__version__ + ("" if _version("edgeattn") else " (not installed, run from its folder)")
     yield "python", f"{platform.python_version()} ({sys.executable or 'no executable'})"
     yield "system", platform.platform()
-    yield "packages", ", ".join(f"{name} {_version(name) or '(unknown version)'}" for name in _NEEDED)
+    yield "packages", ", ".join(f"{name} {_version(name) or '(not installed)'}" for name in _NEEDED)
 
 
 def _processor():
@@ -175,6 +245,9 @@ def _processor():
 
 
 def _cuda():
+    if importlib.util.find_spec("numba") is None:
+        yield "CUDA", "not used: Numba is not installed, which writes the kernels of a GPU"
+        return
     from edgeattn.kernels.cuda.driver import driver, why_not
 
     reason = why_not()

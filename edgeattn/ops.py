@@ -136,6 +136,13 @@ class Ops(Protocol[T]):
         result: T = layer.forward(self, x, sequences, name)
         return result
 
+    def static(self, x: T, layer: Any, sequences: Sequences | None, name: str) -> T:
+        """A layer of static int8 upon rows: codes of them, its `forward_codes`, and the reals of its result.
+
+        `name` stands before the names of its tensors.
+        """
+        raise _lacks(self, "static")
+
     def quantize(self, x: Any, name: str) -> T:
         """Codes of reals, by the quantization of the tensor of that name."""
         raise _lacks(self, "quantize")

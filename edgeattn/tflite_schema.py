@@ -1,4 +1,4 @@
-"""The part of the .tflite schema that attention needs, as data, and a graph in its terms.
+"""The part of the .tflite schema that our layers need, as data, and a graph in its terms.
 
 A .tflite file is a FlatBuffer (identifier "TFL3"): tables whose fields sit in numbered slots. The writer and
 the reader are both driven by TABLES, so a field exists once. Slots and codes are those of
@@ -82,6 +82,7 @@ TABLES: Mapping[str, Mapping[str, Field]] = MappingProxyType({
     "AddOptions": {"fused_activation_function": Field(0, "int8")},
     "MulOptions": {"fused_activation_function": Field(0, "int8")},
     "ReshapeOptions": {"new_shape": Field(0, "[int32]")},
+    "GeluOptions": {"approximate": Field(0, "bool")},
     "TransposeOptions": {},
     "SelectV2Options": {},
     "QuantizeOptions": {},
@@ -109,6 +110,7 @@ BUILTIN_OPERATORS: Mapping[str, BuiltinOperator] = MappingProxyType({
     "QUANTIZE": BuiltinOperator(114, 89, "QuantizeOptions"),
     "SELECT_V2": BuiltinOperator(123, 98, "SelectV2Options"),
     "BATCH_MATMUL": BuiltinOperator(126, 101, "BatchMatMulOptions"),
+    "GELU": BuiltinOperator(150, 116, "GeluOptions"),
 })
 # What the old int8 field of an operator's code says where the code is greater.
 DEPRECATED_CODE_MAX = 127

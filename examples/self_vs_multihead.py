@@ -262,9 +262,9 @@ def main() -> int:
     for name, path in (("one head", ONE_HEAD_WEIGHTS), ("four heads", WEIGHTS)):
         model = DigitsModel(path)
         layers[name] = model.attention_layers()
-        correct = int((model.predict(digits.test_images, layers[name]) == digits.test_labels).sum())
+        correct = int((model.predict(digits.test_images) == digits.test_labels).sum())
         console.print(f"{name:10s}: {correct} of {len(digits.test_labels)} test images right")
-        inputs = model.attention_inputs(digits.test_images, layers[name])
+        inputs = model.attention_inputs(digits.test_images)
         weights[name] = [
             layer(x, need_weights=True)[1] for layer, x in zip(layers[name], inputs, strict=True)
         ]

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from edgeattn.files.stored import StoredTensor
     from edgeattn.types import Path, Sources
     from quant.model_calls import Model
     from quant.types import Batch, ModelBatch, Observer
@@ -114,6 +113,10 @@ class Calibration:
         path : str or path-like
             Ends in ".safetensors". An existing file is replaced.
         """
+        _FILE.write(path, *self.to_state())
+
+    def to_state(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+        """The header and the tensors of a file."""
         tensors = {}
         for name, s in {**self.statistics, "single_scores": self.single_scores}.items():
             tensors[f"{name}.histogram"] = s.histogram
@@ -121,7 +124,7 @@ class Calibration:
         header = {"layer": self.layer, "observer": self.observer, "sources": list(self.sources),
                   "lowest_row_maximum": self.lowest_row_maximum if np.isfinite(self.lowest_row_maximum) else None,
                   "masked": self.masked}
-        _FILE.write(path, header, tensors)
+        return header, tensors
 
     @classmethod
     def load(cls, path: Path) -> Calibration:
@@ -135,7 +138,7 @@ class Calibration:
             Naming the file, when it is truncated, of another kind, or does not hold what it says.
         """
         with _FILE.read(path, "quant.calibrate gives and Calibration.save writes it") as (header, tensors):
-            return _parse(header, tensors)
+            return parse(header, {name: tensor.read() for name, tensor in tensors.items()})
 
 
 def is_calibration(path: Path) -> bool:
@@ -143,7 +146,8 @@ def is_calibration(path: Path) -> bool:
     return _FILE.is_in(path)
 
 
-def _parse(header: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> Calibration:
+def parse(header: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> Calibration:
+    """The calibration of which ``Calibration.to_state`` gave these; ValueError where it did not."""
     sources = tuple(header["sources"])
     if sources not in SOURCES or header["observer"] not in OBSERVERS:
         raise ValueError(f"unknown sources {sources} or observer {header['observer']!r}")
@@ -153,7 +157,7 @@ def _parse(header: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> Ca
     expected = {f"{name}.{part}" for name in names for part in ("histogram", "range")}
     if set(tensors) != expected:
         raise ValueError(f"it must hold {sorted(expected)}; got {listed(sorted(tensors))}")
-    statistics = {name: _parse_statistics(name, tensors[f"{name}.histogram"].read(), tensors[f"{name}.range"].read())
+    statistics = {name: _parse_statistics(name, tensors[f"{name}.histogram"], tensors[f"{name}.range"])
                   for name in names}
     single_scores = statistics.pop("single_scores")
     lowest = header["lowest_row_maximum"]
@@ -188,7 +192,7 @@ def calibrate(layer: Model, batches: Iterable[ModelBatch]) -> ModelCalibration: 
 
 
 def calibrate(layer: Any, batches: Iterable[Any], *, observer: Observer = "minmax") -> Calibration | ModelCalibration:
-    """Run ``layer`` over ``batches`` and remember the range of every tensor, or what a whole encoder's layers read.
+    """Run ``layer`` over ``batches`` and remember the range of every tensor, of a whole encoder of every feature.
 
     Parameters
     ----------
@@ -198,7 +202,7 @@ def calibrate(layer: Any, batches: Iterable[Any], *, observer: Observer = "minma
         attn_mask, key_padding_mask, is_causal, causal_alignment). Of a whole encoder what its call takes first, or a
         mapping of the call's arguments; of a TextEncoder a list of texts, too. A progress bar shows on a terminal.
     observer : {"minmax", "percentile", "mse"}
-        How ``quantize`` will turn what was seen into ranges; left out for a whole encoder, which has none.
+        How ``quantize`` will turn what was seen into ranges; left out for a whole encoder, no range of which is cut.
 
     Returns
     -------
@@ -211,8 +215,9 @@ def calibrate(layer: Any, batches: Iterable[Any], *, observer: Observer = "minma
     """
     if isinstance(layer, MODELS):
         if not is_one_of(observer, ("minmax",)):
-            raise ValueError(f"observer must be left out for a whole encoder, which has no ranges; got {observer!r}")
-        return calibrate_model(layer, batches)
+            raise ValueError("observer must be left out for a whole encoder, no range of which is cut; got "
+                             f"{observer!r}")
+        return calibrate_model(layer, batches, _of_attention)
     check_layer(layer)
     if not is_one_of(observer, OBSERVERS):
         raise ValueError(f"observer must be one of {', '.join(map(repr, OBSERVERS))}; got {observer!r}")
@@ -223,11 +228,23 @@ def calibrate(layer: Any, batches: Iterable[Any], *, observer: Observer = "minma
         elif call.sources != total.sources:
             raise ValueError(f"{call.where} calls the layer with {describe_sources(call.sources)}, the batches before "
                              f"with {describe_sources(total.sources)}; a static layer has one kind of call")
-        _observe(layer, call, total)
+        observe(layer, call, total)
     if total is None:
         raise ValueError("batches must hold at least one batch; got none")
     if total.statistics["scores"].count + total.single_scores.count == 0:
         raise ValueError("batches must hold at least one query with a permitted key; got none")
+    return total
+
+
+def _of_attention(layer: MultiHeadAttention, call: Call | None) -> Calibration | None:
+    """A calibration of one call, empty for None; None of a layer that static int8 has no form of."""
+    try:
+        check_layer(layer)
+    except (TypeError, ValueError):
+        return None
+    total = Calibration(fingerprint(layer), "minmax", (0, 0, 0))
+    if call is not None:
+        observe(layer, call, total)
     return total
 
 
@@ -264,7 +281,8 @@ def fingerprint(layer: MultiHeadAttention) -> str:
     return digest.hexdigest()[:16]
 
 
-def _observe(layer: MultiHeadAttention, call: Call, total: Calibration) -> None:
+def observe(layer: MultiHeadAttention, call: Call, total: Calibration) -> None:
+    """Add to a calibration what one call of the layer shows."""
     trace = float_trace(layer, call)
     scores = trace["scores"]
     if layer.position_bias is not None:

@@ -15,13 +15,16 @@ import edgeattn
 import quant
 from edgeattn import messages
 from edgeattn.arithmetic import KERNEL_SETS
-from edgeattn.files.paths import check_output
+from edgeattn.files.paths import check_output, reading
 from edgeattn.files.tensor_files import read_npy, read_tensors
 from edgeattn.layers import MultiHeadAttention
+from edgeattn.models import ImageEncoder, TextEncoder
 from quant.calibrate import Calibration
 from quant.describe import arithmetic_of_tflite, describe_file, describe_masks, describe_seen
 from quant.export import FORMATS
 from quant.export.targets import NATIVE, TARGETS
+from quant.model_calibration import ModelCalibration
+from quant.model_calls import MODELS
 from quant.observers import OBSERVERS
 from quant.tables import console, fill
 
@@ -30,8 +33,10 @@ ROWS_AT_ONCE = 32
 
 # What errors advise in terms of Python, and what does the same here.
 ADVICE = {
-    "read checkpoints of other libraries with MultiHeadAttention.from_torch or from_bert":
-        "read checkpoints of other libraries with --torch-prefix or --bert-prefix, and --num-heads",
+    "read checkpoints of other libraries with MultiHeadAttention.from_torch or from_bert, a whole model from its "
+    "folder with edgeattn.from_pretrained":
+        "read checkpoints of other libraries with --prefix or --torch-prefix, and --num-heads; a whole model by "
+        "its folder",
     "convert a torch checkpoint with safetensors.torch.save_file(state_dict, path)":
         "convert a torch checkpoint with safetensors.torch.save_file(state_dict, path) in Python",
     "give quant.calibrate calls with attn_mask, key_padding_mask or is_causal, or pass the mask to each call of this "
@@ -49,10 +54,14 @@ ADVICE = {
     "a layer of scheme=": "a layer of --scheme ",
     "; scheme=": "; --scheme ",
     "pass numpy.asarray(": "store numpy.asarray(",
+    "attention='float32' leaves": "--attention float32 leaves",
+    "which edgeattn.save writes to a .safetensors file and edgeattn.load reads":
+        "which a .safetensors file holds whole",
 }
 
 # Arguments that are options here.
-OPTIONS = ("num_heads", "target", "test_vectors", "sequence_length", "key_length", "batch", "mask", "arithmetic")
+OPTIONS = ("num_heads", "target", "test_vectors", "sequence_length", "key_length", "batch", "mask", "arithmetic",
+           "scheme", "observer")
 
 path_argument = click.Path(path_type=Path)
 arithmetic_option = click.option("--arithmetic", type=click.Choice(list(KERNEL_SETS)),
@@ -95,6 +104,8 @@ def layer_options(command):
     for option in (
         click.option("--num-heads", type=int, help="Number of heads in the checkpoint."),
         click.option("--bert-prefix", help='LAYER is a BERT checkpoint; what stands before "self.query.weight".'),
+        click.option("--prefix", help="LAYER is a checkpoint whose names tell its family, BERT, ViT, CLIP, T5, Llama, "
+                                      "GPT-2 ...; what stands before one attention layer's."),
         click.option("--torch-prefix", help="LAYER holds a torch.nn.MultiheadAttention; what stands before "
                                             '"in_proj_weight", "" if nothing does.'),
         click.argument("layer", type=path_argument),
@@ -106,13 +117,15 @@ def layer_options(command):
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(edgeattn.__version__, prog_name="quant", message="%(prog)s %(version)s")
 def commands():
-    """Turn a float attention layer into an int8 one.
+    """Turn a float attention layer, or a whole encoder or model, into an int8 one.
 
-    LAYER is a .safetensors file written by edgeattn.save, or a checkpoint (.safetensors, .npz) read with
-    --torch-prefix or --bert-prefix, and --num-heads.
+    LAYER is a .safetensors file written by edgeattn.save; a checkpoint (.safetensors, .npz) read with --prefix,
+    --torch-prefix or --bert-prefix, and --num-heads; or a folder with a model, as edgeattn.from_pretrained reads it.
 
     DATA are .npy files, each (B, L, E) or (L, E), or .npz files with arrays named as the arguments of the layer's
-    call: query, key, value, attn_mask, key_padding_mask, is_causal, causal_alignment.
+    call: query, key, value, attn_mask, key_padding_mask, is_causal, causal_alignment. Of an encoder or a model they
+    are named as those of its call (x, lengths, ...; ids, attention_mask, ...; pixels), and .npy files hold the first;
+    .txt files hold a text per line for a text encoder.
     """
 
 
@@ -121,11 +134,11 @@ def commands():
 @click.argument("data", nargs=-1, required=True, type=path_argument)
 @click.option("-o", "--output", required=True, type=path_argument, help="The .safetensors file to write.")
 @click.option("--observer", type=click.Choice(list(OBSERVERS)), default="minmax", show_default=True,
-              help="How ranges come from what is seen.")
-def calibrate(layer, torch_prefix, bert_prefix, num_heads, data, output, observer):
+              help="How ranges come from what is seen; a model has none.")
+def calibrate(layer, prefix, torch_prefix, bert_prefix, num_heads, data, output, observer):
     """Run LAYER over DATA and keep the range of every tensor."""
     check_paths(output, layer, *data)
-    layer = read_layer(layer, torch_prefix, bert_prefix, num_heads)
+    layer = read_layer(layer, prefix, torch_prefix, bert_prefix, num_heads)
     calls = 0
 
     def run(batches):
@@ -136,9 +149,12 @@ def calibrate(layer, torch_prefix, bert_prefix, num_heads, data, output, observe
                 yield batch
         return quant.calibrate(layer, counted(), observer=observer)
 
-    calibration = with_file_names(data, run)
+    calibration = with_file_names(layer, data, run)
     calibration.save(output)
     say(f"wrote {output}: calibrated on {', '.join(map(str, data))}")
+    if isinstance(layer, MODELS):
+        say(f"saw {calibration.tokens:,} tokens in {calls} call{'s' * (calls != 1)} of the model")
+        return
     say(f"saw {describe_seen(calibration, layer)} in {calls} call{'s' * (calls != 1)} of the layer")
     say(f"masks: {describe_masks(calibration)}")
 
@@ -147,18 +163,38 @@ def calibrate(layer, torch_prefix, bert_prefix, num_heads, data, output, observe
 @layer_options
 @click.argument("calibration", required=False, type=path_argument)
 @click.option("-o", "--output", required=True, type=path_argument, help="The .safetensors file to write.")
-@click.option("--scheme", type=click.Choice(["static", "dynamic"]), default="static", show_default=True,
-              help="static: int8 in and out, as a .tflite; dynamic: float in and out, without CALIBRATION.")
+@click.option("--scheme", type=click.Choice(["static", "dynamic"]),
+              help="static: int8 in and out, as a .tflite; dynamic: float in and out, without CALIBRATION. Unless "
+                   "given: static for a layer, dynamic for a model.")
 @click.option("--arithmetic", type=click.Choice(list(KERNEL_SETS)),
               help="The TFLite kernel set that a static layer equals; litert unless given.")
-def quantize(layer, torch_prefix, bert_prefix, num_heads, calibration, output, scheme, arithmetic):
-    """Make an int8 layer of LAYER and of CALIBRATION, which `quant calibrate` wrote."""
+@click.option("--attention", type=click.Choice(["int8", "float32"]),
+              help="Of a model: float32 leaves its attention as it is; int8 unless given.")
+def quantize(layer, prefix, torch_prefix, bert_prefix, num_heads, calibration, output, scheme, arithmetic, attention):
+    """Make an int8 layer of LAYER and of CALIBRATION, which `quant calibrate` wrote.
+
+    A model needs no CALIBRATION unless it shall be static: one chooses on your data which inputs stay float32.
+    """
+    check_paths(output, layer, calibration)
+    layer = read_layer(layer, prefix, torch_prefix, bert_prefix, num_heads)
+    if isinstance(layer, MODELS):
+        scheme, attention = scheme or "dynamic", attention or "int8"
+        if scheme == "static" and calibration is None:
+            raise click.UsageError("CALIBRATION is missing: run `quant calibrate` first, or leave --scheme out")
+        if scheme == "dynamic" and arithmetic is not None:
+            raise click.UsageError("--arithmetic needs --scheme static for a model")
+        seen = None if calibration is None else ModelCalibration.load(calibration)
+        edgeattn.save(quant.quantize(layer, seen, scheme=scheme, attention=attention,
+                                     arithmetic=arithmetic or "litert"), output)
+        say(f"wrote {output}: {scheme} int8, attention {attention}, float in and out")
+        return
+    if attention is not None:
+        raise click.UsageError("--attention must be left out for a layer, which is nothing else")
+    scheme = scheme or "static"
     if scheme == "static" and calibration is None:
         raise click.UsageError("CALIBRATION is missing: run `quant calibrate` first, or choose --scheme dynamic")
     if scheme == "dynamic" and (calibration is not None or arithmetic is not None):
-        raise click.UsageError("--scheme dynamic takes neither CALIBRATION nor --arithmetic")
-    check_paths(output, layer, calibration)
-    layer = read_layer(layer, torch_prefix, bert_prefix, num_heads)
+        raise click.UsageError("--scheme dynamic takes neither CALIBRATION nor --arithmetic for a layer")
     if scheme == "dynamic":
         edgeattn.save(quant.quantize(layer, scheme=scheme), output)
         say(f"wrote {output}: dynamic int8, float in and out")
@@ -173,16 +209,21 @@ def quantize(layer, torch_prefix, bert_prefix, num_heads, calibration, output, s
 @click.argument("quantized", type=path_argument)
 @click.argument("data", nargs=-1, required=True, type=path_argument)
 @arithmetic_option
-def compare(layer, torch_prefix, bert_prefix, num_heads, quantized, data, arithmetic):
-    """Say what int8 cost: every tensor of QUANTIZED against LAYER on DATA."""
-    layer = read_layer(layer, torch_prefix, bert_prefix, num_heads)
+@click.option("--json", "as_json", is_flag=True, help="Print the same as JSON.")
+def compare(layer, prefix, torch_prefix, bert_prefix, num_heads, quantized, data, arithmetic, as_json):
+    """Say what int8 cost: every tensor of QUANTIZED against LAYER on DATA; of a model each half of each layer."""
+    layer = read_layer(layer, prefix, torch_prefix, bert_prefix, num_heads)
     int8 = edgeattn.load(quantized, arithmetic=arithmetic)
-    report = with_file_names(data, lambda batches: quant.compare(layer, int8, batches))
+    report = with_file_names(layer, data, lambda batches: quant.compare(layer, int8, batches))
+    report = dataclasses.replace(report, lints=[in_words_of_the_command(lint) for lint in report.lints])
+    if as_json:
+        click.echo(report.to_json())
+        return
     if quantized.suffix == ".tflite":
         say(f"arithmetic: {arithmetic_of_tflite(arithmetic)}")
     else:
         say(f"arithmetic: {getattr(int8, 'arithmetic', 'our own, dynamic')}")
-    click.echo(str(dataclasses.replace(report, lints=[in_words_of_the_command(lint) for lint in report.lints])))
+    click.echo(str(report))
 
 
 @commands.command(help="\n\n".join((
@@ -197,14 +238,14 @@ def compare(layer, torch_prefix, bert_prefix, num_heads, quantized, data, arithm
 @click.option("--mask", help='"causal", or a .npy file with a bool mask, True = attend.')
 @click.option("--test-vectors", type=int, help="How many to write beside a .c, with a program that checks them.")
 @click.option("--target", type=click.Choice([*TARGETS, NATIVE]), help="The processor of a .so; native: this machine's.")
-def export(layer, torch_prefix, bert_prefix, num_heads, path, batch, sequence_length, key_length, mask, test_vectors,
-           target):
+def export(layer, prefix, torch_prefix, bert_prefix, num_heads, path, batch, sequence_length, key_length, mask,
+           test_vectors, target):
     """Write LAYER to OUT."""
     if target is not None and path.is_dir():
         path /= f"attention-{target}.so"
     mask_file = None if mask in (None, "causal") else Path(mask)
     check_paths(path, layer, mask_file)
-    layer = read_layer(layer, torch_prefix, bert_prefix, num_heads)
+    layer = read_layer(layer, prefix, torch_prefix, bert_prefix, num_heads)
     if mask_file is not None:
         mask = read_npy(mask_file)
     path = quant.export(layer, path, batch=batch, sequence_length=sequence_length, key_length=key_length, mask=mask,
@@ -216,7 +257,7 @@ def export(layer, torch_prefix, bert_prefix, num_heads, path, batch, sequence_le
 @click.argument("file", type=path_argument)
 @arithmetic_option
 def inspect(file, arithmetic):
-    """Show what FILE holds: a layer, a calibration or a .tflite graph."""
+    """Show what FILE holds: a layer, a model, a calibration or a .tflite graph."""
     shown = console()
     for part in list(describe_file(file, arithmetic=arithmetic)):
         click.echo(part) if isinstance(part, str) else shown.print(part)
@@ -235,30 +276,35 @@ def check_paths(output: Path, *inputs: Path | None) -> None:
         raise ValueError(f"cannot write {output}: there is no folder {output.parent}") from None
 
 
-def read_layer(path: Path, torch_prefix: str | None, bert_prefix: str | None, num_heads: int | None):
+def read_layer(path: Path, prefix: str | None, torch_prefix: str | None, bert_prefix: str | None,
+               num_heads: int | None):
     """The layer that LAYER and its options name."""
-    if torch_prefix is None and bert_prefix is None:
+    given = {name: value for name, value in (
+        ("--prefix", prefix), ("--torch-prefix", torch_prefix), ("--bert-prefix", bert_prefix)) if value is not None}
+    if not given:
         if num_heads is not None:
-            raise click.UsageError("--num-heads needs --torch-prefix or --bert-prefix: a saved layer knows its heads")
+            raise click.UsageError("--num-heads needs --prefix or --torch-prefix: a saved layer knows its heads")
         if path.suffix == ".npz":
-            raise click.UsageError(f"{path} is a checkpoint: give --torch-prefix or --bert-prefix, and --num-heads")
-        return edgeattn.load(path)
-    if torch_prefix is not None and bert_prefix is not None:
-        raise click.UsageError("--torch-prefix and --bert-prefix exclude each other")
+            raise click.UsageError(f"{path} is a checkpoint: give --prefix or --torch-prefix, and --num-heads")
+        return edgeattn.from_pretrained(path) if path.is_dir() else edgeattn.load(path)
+    if len(given) > 1:
+        raise click.UsageError(f"{' and '.join(given)} exclude each other")
     if num_heads is None:
         raise click.UsageError("--num-heads is required for a checkpoint, which does not name it")
+    if prefix is not None:
+        return MultiHeadAttention.from_checkpoint(path, prefix, num_heads)
     if torch_prefix is not None:
         return MultiHeadAttention.from_torch(path, num_heads, torch_prefix)
     return MultiHeadAttention.from_bert(path, bert_prefix, num_heads)
 
 
-def with_file_names(data: tuple[Path, ...], run):
+def with_file_names(layer, data: tuple[Path, ...], run):
     """``run(batches)``, with the names of files in its error messages where they say ``batches[i]``."""
     names = []
 
     def batches():
         for path in data:
-            for batch in read_batches(path):
+            for batch in read_batches(layer, path):
                 names.append(path)
                 yield batch
 
@@ -268,19 +314,29 @@ def with_file_names(data: tuple[Path, ...], run):
         raise type(error)(re.sub(r"batches\[(\d+)\]", lambda match: str(names[int(match[1])]), str(error))) from None
 
 
-def read_batches(path: Path) -> Iterator[np.ndarray | dict]:
-    """The batches of one DATA file."""
+def read_batches(layer, path: Path) -> Iterator[np.ndarray | dict | list]:
+    """The batches for ``layer`` of one DATA file."""
     if path.suffix == ".npy":
         array = read_npy(path)
-        pieces = range(0, len(array), ROWS_AT_ONCE) if array.ndim == 3 else ()
-        yield from [array[start:start + ROWS_AT_ONCE] for start in pieces] or [array]
+        axes = 2 if isinstance(layer, TextEncoder) else 4 - layer.spectrogram if isinstance(layer, ImageEncoder) else 3
+        yield from pieces_of(array) if array.ndim == axes else [array]
     elif path.suffix == ".npz":
         tensors, _ = read_tensors(path)
         # single values: is_causal and causal_alignment
         arrays = {name: tensor.read() for name, tensor in tensors.items()}
         yield {name: array.item() if array.ndim == 0 else array for name, array in arrays.items()}
+    elif path.suffix == ".txt" and isinstance(layer, TextEncoder):
+        with open(path, "rb") as file, reading(path, ".txt file of UTF-8"):
+            lines = file.read().decode("utf-8-sig").split("\n")
+        yield from pieces_of([line.rstrip("\r") for line in lines if line.strip()])
     else:
-        raise ValueError(f"DATA must be .npy or .npz files; got {path}")
+        texts = " or .txt files" if isinstance(layer, TextEncoder) else " files"
+        raise ValueError(f"DATA must be .npy{',' if texts != ' files' else ' or'} .npz{texts}; got {path}")
+
+
+def pieces_of(rows):
+    """At most ROWS_AT_ONCE rows at a time; what has none is one piece."""
+    return [rows[start:start + ROWS_AT_ONCE] for start in range(0, len(rows), ROWS_AT_ONCE)] or [rows]
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import numpy as np
 
 from edgeattn.layers import MultiHeadAttention
 from edgeattn.quantized import (
+    INPUTS,
     SHORT,
     DynamicMultiHeadAttention,
     MulConstant,
@@ -18,6 +19,7 @@ from edgeattn.quantized import (
     QuantizedMultiHeadAttention,
     SelectMask,
     StaticMultiHeadAttention,
+    StaticSelfAttention,
     fit_mask,
 )
 from quant.calibrate import check_layer
@@ -73,7 +75,7 @@ def compare(layer: Any, quantized: Any, batches: Iterable[Any]) -> Report | Mode
         Layers that do not belong together, no batch, batches that do not fit.
     """
     if isinstance(layer, MODELS):
-        return compare_model(layer, quantized, batches, _check_dynamic)
+        return compare_model(layer, quantized, batches, _check_of_model)
     if not isinstance(quantized, (StaticMultiHeadAttention, DynamicMultiHeadAttention)):
         raise TypeError(f"quantized must be a layer from quant.quantize; got {type(quantized).__name__}")
     check_layer(layer, quantized.scheme)
@@ -116,7 +118,7 @@ def compare(layer: Any, quantized: Any, batches: Iterable[Any]) -> Report | Mode
                   _lints(tensors, lost / rows if rows else 0.0))
 
 
-def _check_sizes(layer: MultiHeadAttention, quantized: QuantizedMultiHeadAttention) -> None:
+def _check_sizes(layer: MultiHeadAttention, quantized: QuantizedMultiHeadAttention | StaticSelfAttention) -> None:
     for name in ("num_heads", "embed_dim", "kdim", "vdim", "head_dim", "value_dim", "output_dim"):
         if getattr(layer, name) != getattr(quantized, name):
             raise ValueError(f"quantized does not belong to layer: {name} is {getattr(quantized, name)}, "
@@ -126,6 +128,18 @@ def _check_sizes(layer: MultiHeadAttention, quantized: QuantizedMultiHeadAttenti
 def _check_dynamic(layer: MultiHeadAttention, quantized: DynamicMultiHeadAttention) -> None:
     _check_sizes(layer, quantized)
     _check_weights(layer, quantized.weights, 1.0)
+
+
+def _check_of_model(layer: MultiHeadAttention, quantized: DynamicMultiHeadAttention | StaticSelfAttention) -> None:
+    """Raise unless `quantized` is the attention layer of an encoder that was made of `layer`."""
+    if isinstance(quantized, DynamicMultiHeadAttention):
+        _check_dynamic(layer, quantized)
+        return
+    _check_sizes(layer, quantized)
+    linears = dict(quantized.attention.linears)
+    for name in INPUTS:  # behind the features there are further columns
+        linears[name] = dataclasses.replace(linears[name], weight=linears[name].weight[:, :layer.embed_dim])
+    _check_weights(layer, linears, np.float32(layer.scale))
 
 
 def _check_weights(layer: MultiHeadAttention, linears: Mapping[str, QuantizedLinear],

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgeattn.executors.compiled import CompiledOps
-from edgeattn.layers import Linear, MultiHeadAttention
+from edgeattn.layers import FeedForward, Linear, MultiHeadAttention
 from edgeattn.layers.dynamic_linear import DynamicLinear
 from edgeattn.models import TextEncoder
-from edgeattn.quantized import DynamicMultiHeadAttention
+from edgeattn.quantized import DynamicMultiHeadAttention, QuantizedLinear, StaticFeedForward, StaticSelfAttention
 from quant.model_calls import encoder_of, on, read_model_calls
 from quant.report import Comparison, ModelReport, cosines
 
@@ -31,7 +31,7 @@ _PARTS = ("attention", "feed_forward")
 
 
 def compare_model(model: Model, quantized: Model, batches: Iterable[ModelBatch],
-                  check_attention: Callable[[MultiHeadAttention, DynamicMultiHeadAttention], None]) -> ModelReport:
+                  check_attention: Callable[[MultiHeadAttention, Any], None]) -> ModelReport:
     """See ``quant.compare``."""
     if type(quantized) is not type(model):
         raise TypeError(f"quantized must be a {type(model).__name__}, as model is; got {type(quantized).__name__}")
@@ -101,7 +101,7 @@ def _sequences(model: Model, call: ModelCall, real: Any, got: Any) -> list[tuple
 def _lints(report: ModelReport, quantized: Model) -> list[str]:
     shares = report.shares()
     attention = sum(share for name, share in shares.items() if name.endswith("attention"))
-    if attention > MOSTLY and any(isinstance(layer.attention, DynamicMultiHeadAttention)
+    if attention > MOSTLY and any(not isinstance(layer.attention, MultiHeadAttention)
                                   for layer in encoder_of(quantized).layers):
         return [f"attention is {attention:.0%} of the error: attention='float32' leaves it as it is"]
     return []
@@ -109,7 +109,7 @@ def _lints(report: ModelReport, quantized: Model) -> list[str]:
 
 def _check_pair(a: Any, b: Any, where: str, check_attention: Callable[[Any, Any], None]) -> None:
     """Raise unless `b` is `a`, or what ``quantize`` may have made of it."""
-    if isinstance(a, MultiHeadAttention) and isinstance(b, DynamicMultiHeadAttention):
+    if isinstance(a, MultiHeadAttention) and isinstance(b, (DynamicMultiHeadAttention, StaticSelfAttention)):
         try:
             check_attention(a, b)
         except ValueError as error:
@@ -117,6 +117,9 @@ def _check_pair(a: Any, b: Any, where: str, check_attention: Callable[[Any, Any]
         return
     if type(a) is Linear and isinstance(b, DynamicLinear):
         _check_linear(a, b, where)
+        return
+    if isinstance(a, FeedForward) and isinstance(b, StaticFeedForward):
+        _check_static(a, b, where)
         return
     same = type(a) is type(b)
     if same and isinstance(a, np.ndarray):
@@ -147,3 +150,28 @@ def _check_linear(a: Linear, b: DynamicLinear, where: str) -> None:
     if not fits:
         raise ValueError(f"quantized does not belong to model: its {where} differs; compare it with the model it was "
                          "made of")
+
+
+def _check_static(a: FeedForward, b: StaticFeedForward, where: str) -> None:
+    """Raise unless the first product's weights of `b` lie within a step of those of `a`, feature by feature."""
+    parts = [b] if b.large is None else [b, b.large]
+    fits = (a.inputs, a.outputs, a.linear1.outputs) == (b.inputs, b.outputs, sum(part.hidden for part in parts))
+    fits = fits and a.activation == b.activation and (a.gate is None) == (not b.gated)
+    rest = [_weights(part.linears["linear1"], a.inputs) for part in parts]
+    for row in a.linear1.weight if fits else ():
+        part = next((part for part in rest if len(part[0]) and _near(row, part[0][0], part[1][0])), None)
+        fits = fits and part is not None
+        if part is not None:
+            part[:] = [array[1:] for array in part]
+    if not fits:
+        raise ValueError(f"quantized does not belong to model: its {where} differs; compare it with the model it was "
+                         "made of")
+
+
+def _weights(linear: QuantizedLinear, features: int) -> list[Any]:
+    """[codes of the first features, scales]"""
+    return [linear.weight[:, :features], linear.scale]
+
+
+def _near(row: Float32s, codes: Any, scale: Any) -> bool:
+    return bool((np.abs(codes * scale - row) <= scale).all())

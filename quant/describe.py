@@ -12,14 +12,16 @@ from edgeattn.arithmetic import CODE_MAX, CODE_MIN
 from edgeattn.files.tflite_file import parse, read_bytes
 from edgeattn.layers import MultiHeadAttention
 from edgeattn.quantized import INPUTS, AddMask, DynamicMultiHeadAttention, MulConstant, StaticMultiHeadAttention
+from edgeattn.summary import summary
 from quant.calibrate import Calibration, is_calibration
+from quant.model_calibration import ModelCalibration, is_model_calibration
 from quant.quantize import MASK_MARGIN
 from quant.tables import fill, table
 from quant.trace import describe_sources
 
 
 def describe_file(path, *, arithmetic: str | None = None) -> Iterator:
-    """Lines and tables about a .tflite file, a saved layer or a saved calibration.
+    """Lines and tables about a .tflite file, a saved layer or model, a model's folder or a saved calibration.
 
     Parameters
     ----------
@@ -35,18 +37,24 @@ def describe_file(path, *, arithmetic: str | None = None) -> Iterator:
     path = Path(path)
     if path.suffix == ".tflite":
         yield from _describe_tflite(path, arithmetic)
+    elif path.is_dir():
+        yield from _describe_model(edgeattn.from_pretrained(path))
     elif is_calibration(path):
         if arithmetic is not None:
             raise ValueError(f"arithmetic={arithmetic!r} applies to int8 layers, but {path} holds a calibration")
         yield from _describe_calibration(Calibration.load(path))
+    elif is_model_calibration(path):
+        yield from _describe_model_calibration(ModelCalibration.load(path))
     else:
         layer = edgeattn.load(path, arithmetic=arithmetic)
         if isinstance(layer, StaticMultiHeadAttention):
             yield from _describe_static(layer, layer.arithmetic)
         elif isinstance(layer, DynamicMultiHeadAttention):
             yield from _describe_dynamic(layer)
-        else:
+        elif isinstance(layer, MultiHeadAttention):
             yield from _describe_float(layer)
+        else:
+            yield from _describe_model(layer)
 
 
 def arithmetic_of_tflite(arithmetic: str | None) -> str:
@@ -76,6 +84,21 @@ def _describe_tflite(path: Path, arithmetic: str | None) -> Iterator:
             yield fill(f"not a layer that edgeattn can load: {error}")
         else:
             yield from _describe_static(layer, arithmetic_of_tflite(arithmetic))
+
+
+def _describe_model(model) -> Iterator:
+    for name, text in summary(model):
+        yield fill(f"{name}: {text}")
+
+
+def _describe_model_calibration(calibration: ModelCalibration) -> Iterator:
+    yield f"Calibration of a model's feed-forward networks on {calibration.tokens:,} tokens"
+    yield f"encoder checksum: {calibration.encoder}"
+    shown = table("linear layer", "inputs", "largest", "median of all inputs")
+    for name, largest in calibration.largest.items():
+        shown.add_row(name, str(len(largest)), f"{largest.max(initial=0):.4g}",
+                      f"{np.median(largest) if len(largest) else 0:.4g}")
+    yield shown
 
 
 def _describe_float(layer: MultiHeadAttention) -> Iterator:

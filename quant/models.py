@@ -1,9 +1,9 @@
-"""Whole encoders in dynamic int8: linear layers and feed-forwards, and attention's products where wanted."""
+"""Whole encoders in int8: feed-forwards, and attention where wanted, by the dynamic or the static scheme."""
 
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -11,66 +11,107 @@ from edgeattn.checks import is_one_of
 from edgeattn.kernels.cpu.encoder_dynamic import MOST_OUTLIERS
 from edgeattn.layers import FeedForward, Linear, MultiHeadAttention, TransformerEncoder, TransformerEncoderLayer
 from edgeattn.layers.dynamic_linear import DynamicLinear
-from edgeattn.models import TextEncoder
-from edgeattn.position_bias import ConstantPositionBias
 from quant.calibrate import check_layer
-from quant.model_calibration import LargestInputs, ModelCalibration, encoder_fingerprint, feed_forward_linears
+from quant.model_calibration import ModelCalibration, encoder_fingerprint, feed_forward_linears, random_largest
 from quant.model_calls import encoder_of
+from quant.static_models import check_feed_forward, static_attention, static_feed_forward
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import Any
 
-    from edgeattn.quantized import DynamicMultiHeadAttention
-    from edgeattn.types import Float32s
+    from edgeattn.types import Arithmetic, Float32s
     from quant.model_calls import Model
 
 # An output whose largest weight is over so many times the median of all would cost the others their digits.
 SPLIT = 4.0
-_SEQUENCES, _TOKENS = 16, 24  # of the random input that finds the features with the largest magnitude
 
 
-def quantize_model(model: Model, attention: str, quantize_attention: Callable[[MultiHeadAttention],
-                                                                              DynamicMultiHeadAttention],
-                   calibration: object) -> Model:
-    """`model` with int8 weights; activations are quantized at run time.
+class Scheme(NamedTuple):
+    """How the halves of an encoder's layers become int8: each of (layer, its name), ValueError where it cannot."""
+
+    attention: Callable[[MultiHeadAttention, str], Any]
+    feed_forward: Callable[[FeedForward, str], Any]
+
+
+def dynamic_scheme(model: Model, calibration: object, quantize_attention: Callable[[MultiHeadAttention], Any]
+                   ) -> Scheme:
+    """Int8 weights; activations are quantized at run time.
 
     The four inputs of each feed-forward product that are largest stay float32: a few features of a residual stream,
     always the same ones, are up to a hundred times the others, and would set every token's scale. They show in random
     tokens as in real ones, so that `calibration` may be None.
     """
+    encoder = encoder_of(model)
+    _check_float(encoder)
+    largest = random_largest(model, encoder) if calibration is None else _seen_largest(calibration, encoder)
+
+    def attention(layer: MultiHeadAttention, _: str) -> Any:
+        check_layer(layer, "dynamic")
+        return quantize_attention(layer)
+
+    return Scheme(attention, lambda layer, _: _quantized(layer, largest))
+
+
+def static_scheme(model: Model, calibration: object, arithmetic: Arithmetic, quantize_layer: Any, quantize_linear: Any
+                  ) -> Scheme:
+    """Every scale from the calibration; quantize_layer, quantize_linear: of quant.quantize."""
+    encoder = encoder_of(model)
+    _check_float(encoder)
+    seen = _checked(calibration, encoder)
+
+    def attention(layer: MultiHeadAttention, name: str) -> Any:
+        check_layer(layer, "static")
+        if name not in seen.attention:
+            raise ValueError("calibration has no ranges of it, which leave float32")
+        return static_attention(layer, name, seen, arithmetic, quantize_layer)
+
+    def feed_forward(layer: FeedForward, name: str) -> Any:
+        check_feed_forward(layer)
+        return static_feed_forward(layer, name, seen, arithmetic, quantize_linear)
+
+    return Scheme(attention, feed_forward)
+
+
+def quantize_model(model: Model, attention: str, scheme: Callable[[], Scheme]) -> Model:
+    """`model` with the halves of its layers in int8."""
     if not is_one_of(attention, ("int8", "float32")):
         raise ValueError(f"attention must be 'int8' or 'float32'; got {attention!r}")
-    encoder = encoder_of(model)
-    for i, layer in enumerate(encoder.layers):
-        part = layer.feed_forward
-        for of in (part.linear1, part.linear2, part.gate, layer.attention):
-            if isinstance(of, DynamicLinear) or (of is layer.attention and not isinstance(of, MultiHeadAttention)):
-                raise TypeError(f"model must be a float one; got layers[{i}] with {of}")
-    largest = _random_largest(model, encoder) if calibration is None else _seen_largest(calibration, encoder)
+    encoder, of = encoder_of(model), scheme()
     made: dict[int, TransformerEncoderLayer] = {}
+    halves: dict[int, Any] = {}
     for i, layer in enumerate(encoder.layers):
         if id(layer) in made:
             continue
-        attend: Any = layer.attention
-        try:
-            feed_forward = _quantized(layer.feed_forward, largest)
-        except ValueError as error:
-            raise ValueError(f"layers[{i}].feed_forward: {error}") from None
-        if attention == "int8":
+        if id(layer.feed_forward) not in halves:
             try:
-                check_layer(layer.attention, "dynamic")
-                attend = quantize_attention(layer.attention)
+                halves[id(layer.feed_forward)] = of.feed_forward(layer.feed_forward, f"layers.{i}.feed_forward")
+            except ValueError as error:
+                raise ValueError(f"layers[{i}].feed_forward: {error}") from None
+        if id(layer.attention) not in halves and attention == "int8":
+            try:
+                halves[id(layer.attention)] = of.attention(layer.attention, f"layers.{i}.attention")
             except ValueError as error:
                 raise ValueError(f"layers[{i}]: {error}; attention='float32' leaves attention as it is") from None
         made[id(layer)] = TransformerEncoderLayer(
-            attend, feed_forward, layer.norm1, layer.norm2, norm_first=layer.norm_first,
-            window_size=layer.window_size)
+            halves.get(id(layer.attention), layer.attention), halves[id(layer.feed_forward)], layer.norm1, layer.norm2,
+            norm_first=layer.norm_first, window_size=layer.window_size)
     result = TransformerEncoder([made[id(layer)] for layer in encoder.layers], norm=encoder.norm)
     if isinstance(model, TransformerEncoder):
         return result
     given = {name: getattr(model, name) for name in inspect.signature(type(model)).parameters}
     return type(model)(**given | {"encoder": result})
+
+
+def _check_float(encoder: TransformerEncoder) -> None:
+    for i, layer in enumerate(encoder.layers):
+        part = layer.feed_forward
+        parts = [getattr(part, name, part) for name in ("linear1", "linear2", "gate")]
+        for of in (*parts, layer.attention):
+            float_one = (type(of) is Linear or of is None) if of is not layer.attention else isinstance(
+                of, MultiHeadAttention)
+            if not float_one:
+                raise TypeError(f"model must be a float one; got layers[{i}] with {of}")
 
 
 def _quantized(feed_forward: FeedForward, largest: Mapping[int, Float32s]) -> FeedForward:
@@ -90,32 +131,17 @@ def _quantized(feed_forward: FeedForward, largest: Mapping[int, Float32s]) -> Fe
 
 
 def _seen_largest(calibration: object, encoder: TransformerEncoder) -> dict[int, Float32s]:
+    seen = _checked(calibration, encoder)
+    return {id(linear): seen.largest[name] for name, linear in feed_forward_linears(encoder).items()}
+
+
+def _checked(calibration: object, encoder: TransformerEncoder) -> ModelCalibration:
+    """A calibration of this encoder."""
     if not isinstance(calibration, ModelCalibration):
         raise TypeError("calibration must be a quant.ModelCalibration for a whole encoder, as quant.calibrate gives of "
                         f"one; got {type(calibration).__name__}")
-    linears = feed_forward_linears(encoder)
-    sizes = {name: (linear.inputs,) for name, linear in linears.items()}
+    sizes = {name: (linear.inputs,) for name, linear in feed_forward_linears(encoder).items()}
     if calibration.encoder != encoder_fingerprint(encoder) or sizes != {
             name: largest.shape for name, largest in calibration.largest.items()}:
         raise ValueError("calibration was made with another encoder: its weights differ from this one's")
-    return {id(linear): calibration.largest[name] for name, linear in linears.items()}
-
-
-def _random_largest(model: Model, encoder: TransformerEncoder) -> dict[int, Float32s]:
-    rng, ops, length = np.random.default_rng(0), LargestInputs(), _TOKENS
-    for layer in encoder.layers:
-        bias = getattr(layer.attention, "position_bias", None)
-        if isinstance(bias, ConstantPositionBias):
-            length = min(length, *bias.array.shape[1:])
-    with np.errstate(over="ignore", invalid="ignore"):  # of huge weights
-        if isinstance(model, TextEncoder):
-            length = min(length, model.embedding.longest or length)
-            ids = rng.integers(0, len(model.embedding.token_weight), (_SEQUENCES, length))
-            positions = model.embedding.positions(ids, 0)
-            with encoder.prepared(ids.shape, is_causal=model.is_causal) as sequences:
-                model.forward(ops, ids.ravel(), positions.ravel(), np.zeros(ids.size, np.int64), sequences)
-        else:
-            x = rng.standard_normal((_SEQUENCES * length, encoder.embed_dim), np.float32)
-            with encoder.prepared((_SEQUENCES, length)) as sequences:
-                encoder.forward(ops, x, sequences)
-    return ops.largest
+    return calibration

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar, overload
 
 import numpy as np
 
+from edgeattn.checks import is_one_of
 from edgeattn.layers import MultiHeadAttention, TransformerEncoder
 from edgeattn.layers.positions import POSITIONS
 from edgeattn.models import ImageEncoder, TextEncoder
@@ -24,7 +25,7 @@ from edgeattn.quantized import (
 from quant.calibrate import Calibration, check_layer, fingerprint
 from quant.model_calibration import ModelCalibration
 from quant.model_calls import MODELS
-from quant.models import quantize_model
+from quant.models import dynamic_scheme, quantize_model, static_scheme
 
 if TYPE_CHECKING:
     from typing import Any
@@ -59,8 +60,8 @@ def quantize(layer: MultiHeadAttention, calibration: Calibration | None = None, 
 
 
 @overload
-def quantize(layer: Model, calibration: ModelCalibration | None = None, *, scheme: Literal["dynamic"],
-             attention: Literal["int8", "float32"] = "int8") -> Model: ...
+def quantize(layer: Model, calibration: ModelCalibration | None = None, *, scheme: Scheme = "static",
+             arithmetic: Arithmetic = "litert", attention: Literal["int8", "float32"] = "int8") -> Model: ...
 
 
 def quantize(layer: Any, calibration: Calibration | ModelCalibration | None = None, *, scheme: Scheme = "static",
@@ -75,12 +76,12 @@ def quantize(layer: Any, calibration: Calibration | ModelCalibration | None = No
     out: it adds the same to all scores of a row, which softmax does not see, and would only widen ranges. Grouped key
     and value heads are repeated. The scores' range is that of permitted scores in rows of two or more, cut where a
     score no longer matters to any row; when a mask was seen it reaches MASK_MARGIN below the lowest row's maximum, so
-    that masks survive, and ``with_mask`` extends it where the mask leaves a row a single key.
+    that masks survive, and ``with_mask`` extends it where the mask leaves a row a single key. A whole encoder keeps its
+    norms and residuals in float32, and spreads what reaches beyond the range of most features (docs/encoders.md).
 
     Parameters
     ----------
     layer : MultiHeadAttention, TransformerEncoder, TextEncoder or ImageEncoder
-        Whole encoders by the dynamic scheme.
     calibration : Calibration, or ModelCalibration of a whole encoder
         From ``calibrate`` on the same layer; the dynamic scheme needs none.
     scheme : {"static", "dynamic"}
@@ -101,9 +102,12 @@ def quantize(layer: Any, calibration: Calibration | ModelCalibration | None = No
         Naming the argument.
     """
     if isinstance(layer, MODELS):
-        if scheme != "dynamic":
-            raise ValueError(f"scheme must be 'dynamic' for a whole encoder; got {scheme!r}")
-        return quantize_model(layer, attention, _quantize_dynamic, calibration)
+        if not is_one_of(scheme, ("static", "dynamic")):
+            raise ValueError(f"scheme must be 'static' or 'dynamic'; got {scheme!r}")
+        if scheme == "static":
+            return quantize_model(layer, attention, lambda: static_scheme(
+                layer, calibration, arithmetic, quantize, quantize_linear))
+        return quantize_model(layer, attention, lambda: dynamic_scheme(layer, calibration, _quantize_dynamic))
     check_layer(layer, scheme)
     if scheme == "dynamic":
         return _quantize_dynamic(layer)

@@ -16,6 +16,7 @@ from workbench import random_input, random_layer
 
 import edgeattn
 import quant
+from edgeattn.kernels.cpu.encoder_int8 import Ends
 from edgeattn.runtime.isa import ISA
 
 PLAINEST = "generic"
@@ -50,6 +51,10 @@ def encoders():
     made = edgeattn.TransformerEncoder([layer])
     for each in (made, quant.quantize(made, scheme="dynamic", attention="float32")):
         each(x)
+    static = quant.quantize(made, quant.calibrate(made, [x]), attention="float32")
+    static.layers[0].feed_forward(x)
+    ends = Ends(32, 32, (1.0, 0), (1.0, 0))
+    ends.to_rows(*ends.to_codes(x[0]), None)
 
 
 def function(**options):

@@ -19,6 +19,7 @@ import zlib
 import encoder_cases
 import numpy as np
 import oracle_kernels as oracle
+import static_cases
 from kernels_under_test import ASYMMETRIC, SYMMETRIC, make_layer
 
 import edgeattn
@@ -28,6 +29,7 @@ from edgeattn.kernels.cpu import (
     cache_int8,
     encoder_dynamic,
     encoder_float32,
+    encoder_int8,
     functional_dynamic,
     functional_float32,
     linear_dynamic,
@@ -464,6 +466,28 @@ def _encoder(kind):
     return draw
 
 
+def encoder_static(rng, number):
+    """A feed-forward, rows and codes, and the two ends of a layer that takes codes."""
+    inputs, hidden, outputs = (int(rng.choice([1, 5, 31, 32, 33, 40, 64, 65, 100])) for _ in range(3))
+    more_inputs = tuple(int(rng.integers(0, inputs + i)) for i in range(rng.integers(0, 4)))
+    more_outputs = tuple((int(rng.integers(0, outputs)), int(rng.choice([-128, 127]))) for _ in range(rng.integers(0, 4)))
+    case = static_cases.make(
+        int(rng.integers(2**31)), inputs, hidden, outputs, str(rng.choice(["gelu", "relu"])), gated=number % 2 > 0,
+        arithmetic=static_cases.ARITHMETIC[number % 6], norm=(None, "layer", "rms")[rng.integers(3)],
+        norm_first=rng.random() < 0.5, residual=rng.random() < 0.7, bias=rng.random() < 0.7, rows=int(rng.integers(1, 70)),
+        more_inputs=more_inputs, more_outputs=more_outputs)
+
+    def call(place):
+        x, residual, kernel = place.input(case.x), place.input(case.residual), case.kernel()
+        ends = encoder_int8.Ends(inputs, inputs, (0.1, 3), (0.2, -5), more_inputs=more_inputs)
+        codes, nan = ends.to_codes(x)
+        given = place.input(np.ascontiguousarray(codes[:, :inputs]))
+        return [kernel(x, residual, place.make((len(x), outputs), np.float32)), codes,
+                kernel.of_codes(codes, place.make((len(x), outputs + len(more_outputs)), np.int8)),
+                ends.to_rows(given, nan, x)]
+    return f"{len(case.x)} rows {inputs=} {hidden=} {outputs=} {more_inputs=} {more_outputs=}", call, []
+
+
 KERNELS = {
     "float32-function": float32_function,
     "float32-few-keys": few_keys,
@@ -479,6 +503,7 @@ KERNELS = {
     "projections": projections,
     "encoder-float32": _encoder(encoder_float32),
     "encoder-dynamic": _encoder(encoder_dynamic),
+    "encoder-static": encoder_static,
     "float32-layer-with-cache": _public(lambda layer: layer),
     "dynamic-layer-with-cache": _public(lambda layer: quant.quantize(layer, scheme="dynamic")),
 }

@@ -25,7 +25,7 @@ import edgeattn
 import quant
 from edgeattn import bundle
 from edgeattn.quantized import AddMask, MulConstant, SelectMask, TensorQuantization
-from edgeattn.runtime import prebuilt
+from edgeattn.runtime import sources
 from quant.cli import read_batches, read_npy
 from quant.describe import describe_file
 from quant.export.targets import host_target
@@ -164,9 +164,13 @@ def onnx_model(kind="heads"):
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)])
 
 
+def onnx_text():
+    return (pathlib.Path(__file__).parent / "models" / "golden" / "bert" / "dynamo18.onnx").read_bytes()
+
+
 def description():
     return {"abi": 2, "target": host_target(), "machine": platform.machine(), "requires": [], "edgeattn": "1",
-            "stamp": prebuilt.stamp_here(), "kernels": ["no_kernel"], "layer": [0, 1]}
+            "stamp": sources.stamp(), "kernels": ["no_kernel"], "layer": [0, 1]}
 
 
 def with_footer(about, library=b"\x7fELF no library" + bytes(100)):
@@ -370,6 +374,7 @@ READERS = {
     "keras npz": Reader(".npz", MHA.from_keras, lambda: npz({f"arr_{i}": a for i, a in enumerate(keras_variables().values())}), zip_parts),
     "onnx": Reader(".onnx", MHA.from_onnx, lambda: onnx_model().SerializeToString(), onnx_parts),
     "onnx packed": Reader(".onnx", MHA.from_onnx, lambda: onnx_model("packed").SerializeToString(), onnx_parts),
+    "onnx text": Reader(".onnx", edgeattn.TextEncoder.from_onnx, onnx_text, onnx_parts, share=0.1),
     "calibration": Reader(".safetensors", quant.Calibration.load, lambda: saved(
         lambda: quant.calibrate(float_layer(), [numbers(1, 4, E)])), safetensors_parts),
     "DATA npz": Reader(".npz", read_data, lambda: npz({"query": numbers(2, 4, E), "key_padding_mask": np.ones((2, 4), bool),

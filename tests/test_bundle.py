@@ -24,7 +24,7 @@ import quant
 from edgeattn import bundle
 from edgeattn.kernels.cpu import call as kernel_call
 from edgeattn.kernels.cpu.entries import ENTRIES
-from edgeattn.runtime import isa, prebuilt, processor
+from edgeattn.runtime import isa, prebuilt, processor, sources
 from edgeattn.runtime.targets import TARGETS
 from quant.export import linker
 from quant.export.bundle import KERNELS, kernels_of
@@ -394,7 +394,7 @@ def rewritten(path, to, **changes):
 
 def description(**changes):
     """A right one of no layer."""
-    return {"abi": 2, "machine": platform.machine(), "requires": [], "target": HOST, "edgeattn": "1", "stamp": prebuilt.stamp_here(),
+    return {"abi": 2, "machine": platform.machine(), "requires": [], "target": HOST, "edgeattn": "1", "stamp": sources.stamp(),
             "kernels": ["no_kernel"], "layer": [0, 0], **changes}
 
 

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import safetensors.numpy
+from compiling import looks_at_compiling
 from places import ROOT
 from workbench import random_input, random_layer
 
@@ -111,14 +112,16 @@ def test_checkpoints_of_other_libraries(quant_command):
     quant_command("calibrate", "torch.npz", "x.npy", "-o", "t.safetensors", "--torch-prefix", "att.", "--num-heads", 4)
     quant_command("quantize", "torch.npz", "t.safetensors", "-o", "tq.safetensors", "--torch-prefix", "att.",
                   "--num-heads", 4)
-    quant_command("export", "bert.safetensors", "b.tflite", "--bert-prefix", "b.", "--num-heads", 2,
-                  "--sequence-length", 9)
+    for option in ("--bert-prefix", "--prefix"):
+        quant_command("export", "bert.safetensors", f"{option[2:]}.tflite", option, "b.", "--num-heads", 2,
+                      "--sequence-length", 9)
+    assert Path("bert-prefix.tflite").read_bytes() == Path("prefix.tflite").read_bytes()
     error = quant_command("export", "torch.npz", "z.tflite", "--torch-prefix", "att.", "--sequence-length", 9, status=2)
     assert error == "quant export: --num-heads is required for a checkpoint, which does not name it\n"
     error = quant_command("export", "torch.npz", "z.tflite", "--torch-prefix", "", "--bert-prefix", "", status=2)
     assert "--torch-prefix and --bert-prefix exclude each other" in error
     error = quant_command("export", "layer.safetensors", "z.tflite", "--num-heads", 2, status=2)
-    assert "--num-heads needs --torch-prefix or --bert-prefix" in error
+    assert "--num-heads needs --prefix or --torch-prefix" in error
     error = quant_command("export", "torch.npz", "z.tflite", "--torch-prefix", "attn.", "--num-heads", 4, status=2)
     assert "prefix 'attn.' fits no tensor in torch.npz; prefixes with" in error
 
@@ -227,9 +230,9 @@ ERRORS = [
     ("quantize layer.safetensors other.safetensors -o q.safetensors --arithmetic x", "Invalid value for '--arithmetic'"),
     ("quantize layer.safetensors -o q.safetensors", "CALIBRATION is missing: run `quant calibrate` first, or choose"),
     ("quantize layer.safetensors other.safetensors -o q.safetensors --scheme dynamic", "takes neither CALIBRATION nor"),
-    ("quantize layer.npz other.safetensors -o q.safetensors", "--torch-prefix or --bert-prefix, and --num-heads"),
+    ("quantize layer.npz other.safetensors -o q.safetensors", "--prefix or --torch-prefix, and --num-heads"),
     ("quantize plain.safetensors other.safetensors -o q.safetensors",
-     "of other libraries with --torch-prefix or --bert-prefix, and --num-heads\n"),
+     "of other libraries with --prefix or --torch-prefix, and --num-heads; a whole model by its folder\n"),
     ("quantize plain.safetensors other.safetensors -o q.safetensors --num-heads 5 --torch-prefix a.",
      "--num-heads must divide the width 32"),
     ("export layer.safetensors a.tflite --sequence-length 9 --mask x.npy", "--mask must be \"causal\" or a .npy file"),
@@ -390,6 +393,7 @@ def test_version(main, name, capsys):
     assert capsys.readouterr().out == f"{name} {edgeattn.__version__}\n"
 
 
+@looks_at_compiling
 def test_edgeattn_info_says_what_is_here(capsys):
     assert edgeattn.cli.main(["info"]) == 0
     text = capsys.readouterr().out
@@ -401,6 +405,7 @@ def test_edgeattn_info_says_what_is_here(capsys):
     assert all(len(line) <= 80 for line in text.splitlines() if len(line.split()) > 1 and "(used)" not in line)
 
 
+@looks_at_compiling
 def test_edgeattn_info_without_a_writable_cache(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("no folder")
@@ -434,6 +439,7 @@ def test_edgeattn_alone_prints_its_help(capsys):
     assert "\n    info " in shown
 
 
+@looks_at_compiling
 def test_edgeattn_warmup_compiles_once_and_says_so(folder):
     # a copy, with the kernels that other tests keep beside the sources but for two small ones
     shutil.copytree(ROOT / "edgeattn", folder / "site" / "edgeattn",
@@ -483,6 +489,7 @@ print(*sorted(used()), sep="\\n", file=sys.stderr)
 """
 
 
+@looks_at_compiling
 def test_warmup_leaves_nothing_to_compile_for_any_call(folder):
     layer = random_layer(2)
     edgeattn.save(quant.quantize(layer, quant.calibrate(layer, [random_input(1, 2, 9, 32)])), "int8.safetensors")

@@ -6,6 +6,7 @@ import cases
 import numpy as np
 import pytest
 import reference
+from compiling import looks_at_compiling
 
 from edgeattn import scaled_dot_product_attention as attend
 from edgeattn.checks import to_float32
@@ -224,6 +225,7 @@ def test_kernels_get_aligned_arrays(tmp_path):
     assert to_float32(unaligned).flags.aligned
 
 
+@looks_at_compiling
 def test_one_compiled_kernel_serves_every_call(tmp_path):
     q, k, v = qkv(2, 3, 5, 4)
     keep = np.tri(5, dtype=bool)

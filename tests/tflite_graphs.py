@@ -19,7 +19,8 @@ from quant.export.tflite import serialize
 PROBABILITIES = TensorQuantization(np.float32(1 / 256), -128)
 
 
-def _unary(name, shape, quantization, output, options, version):
+def unary(name, shape, quantization, output, options, version):
+    """One operator of one int8 input."""
     graph = Graph()
     graph.inputs = [graph.activation("x", shape, np.int8, quantization)]
     graph.outputs = [graph.activation("y", shape, np.int8, output)]
@@ -73,7 +74,7 @@ def add(lhs_shape, lhs, rhs_shape, rhs, output) -> bytes:
 
 def softmax(shape, quantization) -> bytes:
     """Over the last axis of one int8 input."""
-    return _unary("SOFTMAX", shape, quantization, PROBABILITIES, {"beta": 1.0}, 2)
+    return unary("SOFTMAX", shape, quantization, PROBABILITIES, {"beta": 1.0}, 2)
 
 
 def select(keep, shape, quantization, fill, *, scores_second=True) -> bytes:

@@ -40,6 +40,13 @@ class CompiledOps(NumpyOps):
         """x weight^T + bias."""
         return self._keep(name, linear.packed(x if x.dtype is FLOAT32 and x.flags.c_contiguous else to_float32(x)))
 
+    def static(self, x: Float32s, layer: Any, sequences: Sequences | None, name: str) -> Float32s:
+        """By the layer's kernels, unless something in it is to be kept."""
+        if self.record is not None:
+            return super().static(x, layer, sequences, name)
+        result: Float32s = layer.stage(None, None, residual=False)(np.ascontiguousarray(x), sequences)
+        return result
+
     def _attend(self, q: Float32s, k: Float32s, v: Float32s, layer: Any, mask: Mask, sequences: Sequences, name: str
                 ) -> Float32s:
         batch, heads, queries, keys = mask.shape
@@ -47,7 +54,7 @@ class CompiledOps(NumpyOps):
         added = added_keys(layer, batch) if layer.extra_keys else None
         context = np.empty((batch, heads, queries, layer.value_dim), np.float32)
         weights = None
-        if self._keeps(name + "probabilities"):
+        if self.keeps(name + "probabilities"):
             weights = np.zeros((batch, heads, queries, keys + layer.extra_keys), np.float32)
             self._keep(name + "probabilities", weights)
         if sequences.cache is None:

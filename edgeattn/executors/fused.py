@@ -58,6 +58,9 @@ class _Recorder(Ops[_Operation]):
                   ) -> _Operation:
         return _Operation("attention", (q, k, v), layer)
 
+    def static(self, x: _Operation, layer: Any, sequences: Any, name: str) -> _Operation:
+        return _Operation("static", (x,), layer)
+
     def layer_norm(self, x: _Operation, norm: Any, name: str) -> _Operation:
         return _Operation("layer_norm", (x,), norm)
 
@@ -86,7 +89,8 @@ def _stages(result: _Operation, x: _Operation) -> list[Stage] | None:
     before = _stages(source, x)
     if before is None:
         return None
-    for input_of, make in ((_attention_input, _attention), (_feed_forward_input, _feed_forward)):
+    for input_of, make in ((_attention_input, _attention), (_feed_forward_input, _feed_forward),
+                           (_static_input, _static)):
         read = input_of(branch)
         if read is source:
             return [*before, make(branch, None, norm)]
@@ -103,6 +107,11 @@ def _attention_input(branch: _Operation) -> _Operation | None:
         return None
     reads = [each.inputs[0] for each in inner.inputs if each.kind == "linear"]
     return reads[0] if len(reads) == 3 and reads[0] is reads[1] is reads[2] else None
+
+
+def _static_input(branch: _Operation) -> _Operation | None:
+    """What a branch reads that is a layer of static int8; None for another."""
+    return branch.inputs[0] if branch.kind == "static" else None
 
 
 def _feed_forward_input(branch: _Operation) -> _Operation | None:
@@ -172,6 +181,12 @@ def _feed_forward(branch: _Operation, first: _Operation | None, last: _Operation
         gate=None if gate is None else _weights(gate.made_with), norm=None if norm is None else _norm(norm),
         norm_first=first is not None)
     return lambda x, sequences: kernel(x, x, np.empty_like(x))
+
+
+def _static(branch: _Operation, first: _Operation | None, last: _Operation | None) -> Stage:
+    norms = (None if norm is None else _norm(norm) for norm in (first, last))
+    stage: Stage = branch.made_with.stage(*norms)
+    return stage
 
 
 def _normed(norm: _Operation) -> Stage:

@@ -44,11 +44,12 @@ class Recorder:
     def __init__(self, record: dict[str, Any] | None = None, names: Collection[str] | None = None):
         self.record, self.names = record, names
 
-    def _keeps(self, name: str) -> bool:
+    def keeps(self, name: str) -> bool:
+        """Whether what has that name is kept."""
         return self.record is not None and (self.names is None or name in self.names)
 
     def _keep(self, name: str, x: NDArray[Any]) -> NDArray[Any]:
-        if self.record is not None and self._keeps(name):
+        if self.record is not None and self.keeps(name):
             self.record[name] = x
         return x
 
@@ -144,6 +145,11 @@ class NumpyOps(Recorder, Ops["Float32s"]):
         """The product."""
         with np.errstate(invalid="ignore"):  # NaN of what is not finite
             return self._keep(name, a * b)
+
+    def static(self, x: Float32s, layer: Any, sequences: Sequences | None, name: str) -> Float32s:
+        """A layer upon codes, by the integer rules of its kernel set."""
+        rows: Float32s = layer.numpy_rows(self, x, sequences, name)
+        return rows
 
     def embed(self, table: Float32s, ids: NDArray[Any], name: str) -> Float32s:
         """Rows of a table."""

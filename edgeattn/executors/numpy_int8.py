@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgeattn.executors.unfused import AttentionParts
-    from edgeattn.ops import Sequences
+    from edgeattn.ops import Activation, Sequences
     from edgeattn.types import Codes, Float32s, Floats, Shape
 
 _SCORES_AT_ONCE = 1 << 20  # scores computed at a time: 8 MiB each, as the float64 of an exact product
@@ -59,6 +59,16 @@ class Int8Ops(Recorder, Ops["NDArray[Any]"]):
         total = _exact_product(x, self.layer.input_of(name).zero_point, linear.weight.T, 0)
         return self._requantized(total if linear.bias is None else total + linear.bias, name)
 
+    def activation(self, x: Codes, kind: Activation, name: str) -> Codes:
+        """By the layer's table; where it is a bound of codes alone, of those codes."""
+        return self._keep(name, self.layer.table[x.astype(np.int64) + 128])
+
+    def multiply(self, a: Codes, b: Codes, name: str) -> Codes:
+        """The product of two tensors of the layer, which says of which."""
+        kernel_set, t = self.layer.kernel_set, self.layer.tensors
+        pairs = [(t[each].scale, t[each].zero_point) for each in (*self.layer.factors, name)]
+        return self._keep(name, rules.mul_codes(kernel_set.mul, kernel_set.precision, a, pairs[0], b, *pairs[1:]))
+
     def attention(self, q: Codes, k: Codes, v: Codes, layer: Any, sequences: Sequences, name: str) -> Codes:
         """The heads side by side, some queries at a time."""
         (mask,), cache = sequences.masks, sequences.cache
@@ -70,7 +80,7 @@ class Int8Ops(Recorder, Ops["NDArray[Any]"]):
         lut_index = layer.score_lut_index(mask.shape)
         context = np.empty((batch, heads, queries, layer.value_dim), np.int8)
         whole = {part: self._keep(name + part, np.full(mask.shape, absent))
-                 for part, absent in _PARTS.items() if self._keeps(name + part)}
+                 for part, absent in _PARTS.items() if self.keeps(name + part)}
         for (begin, end), seen, k_seen, v_seen in _parts(k, v, mask.shape, sequences):
             some: dict[str, Any] = {}
             ops: AttentionParts[NDArray[Any]] = Int8Ops(layer, some, whole)

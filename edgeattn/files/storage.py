@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _FORMAT = 1
 _METADATA_KEY = "edgeattn"
+_MODELS = ("TransformerEncoderLayer", "TransformerEncoder", "TextEncoder", "ImageEncoder")
 # Where each kind of layer lives; imported only when a file of that kind is opened. Every class has
 #     to_state() -> (config, tensors)    and    from_state(config, tensors), a class method.
 _KINDS = {
@@ -39,6 +40,8 @@ _KINDS = {
     "LayerNorm": "edgeattn.layers.norm",
     "RMSNorm": "edgeattn.layers.norm",
     "FeedForward": "edgeattn.layers.feed_forward",
+    "StaticFeedForward": "edgeattn.quantized.static_feed_forward",
+    "StaticSelfAttention": "edgeattn.quantized.static_attention",
     "TransformerEncoderLayer": "edgeattn.layers.encoder",
     "TransformerEncoder": "edgeattn.layers.encoder",
     "TextEncoder": "edgeattn.models.text_encoder",
@@ -47,7 +50,7 @@ _KINDS = {
 
 
 def save(layer: MultiHeadAttention | QuantizedMultiHeadAttention, path: Path) -> None:
-    """Write a layer to a .safetensors file, whole or not at all.
+    """Write a layer, an encoder or a model to a .safetensors file, whole or not at all.
 
     Parameters
     ----------
@@ -114,8 +117,10 @@ def load(
 
         return read_tflite(path) if arithmetic is None else read_tflite(path, arithmetic=arithmetic)
     if path.suffix != ".safetensors":
-        bundle = "; edgeattn.bundle.load runs a bundle" if path.suffix == ".so" else ""
-        raise ValueError(f"path must end in .safetensors or .tflite, got {str(path)!r}{bundle}")
+        folder = path.is_dir() or not path.suffix
+        other = ("; edgeattn.from_pretrained reads a model's folder" if folder else
+                 "; edgeattn.bundle.load runs a bundle" if path.suffix == ".so" else "")
+        raise ValueError(f"path must end in .safetensors or .tflite, got {str(path)!r}{other}")
     return layer_of(path, *read_safetensors(path), arithmetic)
 
 
@@ -130,6 +135,8 @@ def layer_of(path: pathlib.Path, metadata: Mapping[str, str], tensors: Mapping[s
         config["arithmetic"] = arithmetic
     layer_class = getattr(importlib.import_module(_KINDS[kind]), kind)
     arrays = {name: tensor.read() for name, tensor in tensors.items()}
+    if kind in _MODELS:
+        _check_finite(path, arrays)
     try:
         layer: MultiHeadAttention | StaticMultiHeadAttention | DynamicMultiHeadAttention = (
             layer_class.from_state(config, arrays))
@@ -140,18 +147,32 @@ def layer_of(path: pathlib.Path, metadata: Mapping[str, str], tensors: Mapping[s
         raise ValueError(f"{path} does not hold a valid {kind}: {error}") from error
 
 
+def _check_finite(path: pathlib.Path, tensors: Mapping[str, Any]) -> None:
+    """Refuse weights that are no numbers; a position bias may be minus infinity, as a mask is."""
+    with np.errstate(invalid="ignore"):
+        for name, array in tensors.items():
+            # a sum makes no array of flags, and cannot leave float64
+            if array.dtype.kind == "f" and "position_bias" not in name and not np.isfinite(
+                    np.add.reduce(array, axis=None, dtype=np.float64)):
+                raise ValueError(f"{path}: {name} holds NaN or infinity: the file is damaged, or was saved of a model "
+                                 "whose training failed")
+
+
 def _parse_header(path: pathlib.Path, metadata: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
     """(kind, config) from the metadata of a layer's file."""
     if _METADATA_KEY not in metadata:
         raise ValueError(
             f"{path} holds tensors but no edgeattn layer: read checkpoints of other libraries with "
-            "MultiHeadAttention.from_torch or from_bert"
+            "MultiHeadAttention.from_torch or from_bert, a whole model from its folder with edgeattn.from_pretrained"
         )
     try:
         header = json.loads(metadata[_METADATA_KEY])
-        version, kind, config = header["format"], header["kind"], header["config"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} has unreadable edgeattn metadata: {type(error).__name__}, {reason(error)}") from error
+    if not isinstance(header, dict) or not {"format", "kind", "config"} <= set(header):
+        raise ValueError(f"{path} has unreadable edgeattn metadata: it must be an object with 'format', 'kind' and "
+                         f"'config', got {str(header)[:100]}")
+    version, kind, config = header["format"], header["kind"], header["config"]
     if version != _FORMAT:
         raise ValueError(
             f"{path} has format {version!r}, this edgeattn reads format {_FORMAT}; update edgeattn"

@@ -14,12 +14,14 @@ from edgeattn.layers.state import Stored
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Any
 
     from numpy.typing import ArrayLike, NDArray
 
     from edgeattn.ops import Ops, T
     from edgeattn.types import Float32s
 
+_LARGEST_SIZE = 2**24
 _CUBIC = -0.75  # the free parameter of the bicubic kernel, torch's choice
 
 
@@ -52,6 +54,8 @@ class Embedding(Stored):
             raise TypeError(f"norm must be an edgeattn.LayerNorm, got {type(norm).__name__}")
         check_linear("projection", projection, optional=True)
         self.norm, self.projection, self.padding_id = norm, projection, padding_id
+        if padding_id is not None and not (type(padding_id) is int and 0 <= padding_id < len(self.token_weight)):
+            raise ValueError(f"padding_id must be one of the {len(self.token_weight)} tokens, got {padding_id!r:.100}")
         width = self.token_weight.shape[1]
         for name in (*tables, "norm", "projection"):
             part = getattr(self, name)
@@ -109,9 +113,14 @@ class PatchEmbedding(Stored):
         check_linear("projection", projection)
         self.projection = projection
         self.position_weight = parameter("position_weight", position_weight, "(places, features)")
-        self.patch_size, self.image_size = tuple(patch_size), tuple(image_size)
-        self.stride = self.patch_size if stride is None else tuple(stride)
-        self.channels = projection.inputs // (self.patch_size[0] * self.patch_size[1])
+        self.patch_size, self.image_size = _pair("patch_size", patch_size), _pair("image_size", image_size)
+        self.stride = self.patch_size if stride is None else _pair("stride", stride)
+        self.channels, rest = divmod(projection.inputs, math.prod(self.patch_size))
+        if rest or not self.channels:
+            raise ValueError(f"projection must have inputs for whole channels of patches of {self.patch_size}, got "
+                             f"{projection}")
+        if any(whole < part for whole, part in zip(self.image_size, self.patch_size, strict=True)):
+            raise ValueError(f"image_size must have room for a patch of {self.patch_size}, got {self.image_size}")
         self.embed_dim = projection.outputs
         rows, columns = self.grid(*self.image_size)
         self.first_tokens = len(self.position_weight) - rows * columns
@@ -149,6 +158,14 @@ class PatchEmbedding(Stored):
         order = np.tile(np.arange(len(places)), images)
         return ops.add(ops.linear(patches, self.projection, name + "patches"),
                        ops.embed(places, order, name + "places"), name + "placed")
+
+
+def _pair(name: str, sizes: Any) -> tuple[int, int]:
+    """(height, width), checked."""
+    if not isinstance(sizes, (list, tuple)) or len(sizes) != 2 or not all(
+            type(size) is int and 1 <= size <= _LARGEST_SIZE for size in sizes):
+        raise ValueError(f"{name} must be (height, width), two positive integers, got {sizes!r:.100}")
+    return sizes[0], sizes[1]
 
 
 def _bicubic(old: int, new: int) -> NDArray[np.float64]:

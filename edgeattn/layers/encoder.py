@@ -20,7 +20,7 @@ from edgeattn.layers.call import check_cache, resolve_call_mask
 from edgeattn.layers.feed_forward import FeedForward
 from edgeattn.layers.linear import Linear
 from edgeattn.layers.multi_head import MultiHeadAttention
-from edgeattn.layers.norm import LayerNorm, RMSNorm
+from edgeattn.layers.norm import LayerNorm, RMSNorm, norm_of
 from edgeattn.layers.state import Stored
 from edgeattn.masks import NO_WINDOW, resolve_mask, torch_masks, window_bounds
 from edgeattn.ops import Sequences
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from edgeattn.executors.fused import Stage
     from edgeattn.masks import Mask
     from edgeattn.ops import Activation, Ops, T
-    from edgeattn.types import CacheDtype, Flag, Floats, Path, Shape, Window
+    from edgeattn.types import CacheDtype, Flag, Floats, OnnxModel, Path, Shape, Window
 
 _FURTHEST = 2**31
 
@@ -48,9 +48,9 @@ class TransformerEncoderLayer(Stored):
 
     Parameters
     ----------
-    attention : MultiHeadAttention, or a dynamic int8 layer
+    attention : MultiHeadAttention, or one in int8
         Of E features in and out.
-    feed_forward : FeedForward
+    feed_forward : FeedForward, or one in static int8
     norm1, norm2 : LayerNorm or RMSNorm, optional
     norm_first : bool
     window_size : (int, int)
@@ -60,10 +60,12 @@ class TransformerEncoderLayer(Stored):
     def __init__(self, attention: MultiHeadAttention, feed_forward: FeedForward,
                  norm1: LayerNorm | RMSNorm | None = None, norm2: LayerNorm | RMSNorm | None = None, *,
                  norm_first: Flag = False, window_size: Window = NO_WINDOW):
-        if not isinstance(attention, MultiHeadAttention) and getattr(attention, "scheme", None) != "dynamic":
-            raise TypeError(f"attention must be an edgeattn.MultiHeadAttention, or a dynamic int8 one, "
-                            f"got {type(attention).__name__}")
-        if not isinstance(feed_forward, FeedForward):
+        # int8 ones stand above in edgeattn.quantized; a static layer as such takes codes and has no forward of rows
+        int8 = getattr(attention, "scheme", None) in ("static", "dynamic") and hasattr(attention, "forward")
+        if not isinstance(attention, MultiHeadAttention) and not int8:
+            raise TypeError(f"attention must be an edgeattn.MultiHeadAttention, or one in int8 as quant.quantize of an "
+                            f"encoder makes it, got {type(attention).__name__}")
+        if not isinstance(feed_forward, FeedForward) and getattr(feed_forward, "scheme", None) != "static":
             raise TypeError(f"feed_forward must be an edgeattn.FeedForward, got {type(feed_forward).__name__}")
         self.embed_dim = attention.embed_dim
         for name, norm in (("norm1", norm1), ("norm2", norm2)):
@@ -98,6 +100,27 @@ class TransformerEncoderLayer(Stored):
     def _norm(self, ops: Ops[T], x: T, part: str, name: str) -> T:
         norm: LayerNorm | RMSNorm | None = getattr(self, part)
         return x if norm is None else norm.forward(ops, x, name + part)
+
+    def __call__(self, x: ArrayLike | Sequence[ArrayLike], *, lengths: ArrayLike | None = None,
+                 key_padding_mask: ArrayLike | None = None, attn_mask: ArrayLike | None = None, is_causal: Flag = False,
+                 window_size: Window = NO_WINDOW, kv_cache: KVCache | None = None, out: Floats | None = None
+                 ) -> Floats | list[Floats]:
+        """The layer of `x`.
+
+        Parameters
+        ----------
+        kv_cache : KVCache, optional
+            One that `KVCache.for_layer(layer.attention, ...)` makes.
+        x, lengths, key_padding_mask, attn_mask, is_causal, window_size, out
+            As for a call of a `TransformerEncoder`, which says what each means: True = attend.
+
+        Returns
+        -------
+        array of the shape and dtype of `x`, or list of such arrays
+        """
+        return TransformerEncoder([self])(
+            x, lengths=lengths, key_padding_mask=key_padding_mask, attn_mask=attn_mask, is_causal=is_causal,
+            window_size=window_size, kv_cache=None if kv_cache is None else [kv_cache], out=out)
 
     @functools.cached_property
     def stages(self) -> list[Stage] | None:
@@ -183,6 +206,39 @@ class TransformerEncoder(Placeable, Stored):
 
             norm = LayerNorm(*pair("norm"), layer_norm_eps) if "norm.weight" in found else None
             return cls(map(layer, stems), norm=norm)
+
+    @classmethod
+    def from_onnx(cls, path_or_model: Path | OnnxModel) -> Self:
+        """The encoder in an ONNX model: from the input of its first layer to the norm behind its last.
+
+        It is found from its attention, see `MultiHeadAttention.from_onnx`, and told by what is computed around that,
+        not by how: norms and activations may be one node, taken apart, or fused by onnxruntime. Int8 weights times
+        their scales are the float weights. What stands before the encoder (embeddings, convolutions) and behind it
+        (pooling, heads) is left out: a warning names the values between which the encoder is. `TextEncoder.from_onnx`
+        and `ImageEncoder.from_onnx` take the embeddings along.
+
+        Parameters
+        ----------
+        path_or_model : path or onnx.ModelProto
+            Needs the onnx package. All its attention must be that of one encoder.
+        """
+        with named(path_or_model):
+            return cls.from_found(checkpoints.onnx_encoder(path_or_model))
+
+    @classmethod
+    def from_found(cls, found: Any) -> Self:
+        """The encoder of what a reader found: `layers` of weights, and the `norm` behind them."""
+        def layer(each: Any) -> TransformerEncoderLayer:
+            attention = MultiHeadAttention.from_found(each.attention.heads, each.attention.kv_heads,
+                                                      each.attention.arguments)
+            gate = None if each.gate is None else Linear(*each.gate)
+            return TransformerEncoderLayer(
+                attention, FeedForward(Linear(*each.linear1), Linear(*each.linear2), gate=gate,
+                                       activation=each.activation),
+                norm_of(each.norm1), norm_of(each.norm2), norm_first=each.norm_first,
+                window_size=each.window_size)
+
+        return cls(map(layer, found.layers), norm=norm_of(found.norm))
 
     def forward(self, ops: Ops[T], x: T, sequences: Sequence[Sequences], name: str = "") -> T:
         """Rows of tokens (tokens, E) -> (tokens, E); `sequences` of each layer."""

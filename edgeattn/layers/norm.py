@@ -11,6 +11,8 @@ from edgeattn.layers.linear import parameter
 from edgeattn.layers.module import TokenWise
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from numpy.typing import ArrayLike
 
     from edgeattn.ops import Ops, T
@@ -78,6 +80,14 @@ class RMSNorm(TokenWise):
 
     def __repr__(self) -> str:
         return f"RMSNorm({len(self.weight)}, eps={self.eps})"
+
+
+def norm_of(found: tuple[Any, ...]) -> LayerNorm | RMSNorm | None:
+    """The norm of (kind, weight, bias, eps), as readers of files give it; None of ()."""
+    if not found:
+        return None
+    kind, weight, bias, eps = found
+    return LayerNorm(weight, bias, eps) if kind == "LayerNorm" else RMSNorm(weight, eps)
 
 
 def _positive(eps: Real) -> float:

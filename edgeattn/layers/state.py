@@ -36,10 +36,13 @@ _HOMES = {
     "RelativePositionBias": "position_bias",
     "RotaryEmbedding": "rotary",
     "SelfAttention": "layers.self_attention",
+    "StaticFeedForward": "quantized.static_feed_forward",
+    "StaticSelfAttention": "quantized.static_attention",
     "TransformerEncoder": "layers.encoder",
     "TransformerEncoderLayer": "layers.encoder",
 }
-_WITH_STATE = ("DynamicMultiHeadAttention",)  # not of arguments: their own config and tensors
+# Not of arguments: their own config and tensors.
+_WITH_STATE = ("DynamicMultiHeadAttention", "StaticFeedForward", "StaticSelfAttention")
 
 
 _LONGEST = 1000  # characters of a text in JSON
@@ -58,7 +61,7 @@ class Stored(Saveable):
         """What `to_state` gave, as one of this class."""
         left = dict(tensors)
         try:
-            made = cls(**keywords(config, left))
+            made: Self = build(cls, keywords(config, left))
         except RecursionError:
             raise ValueError("its config has too many levels") from None
         if left:
@@ -118,22 +121,35 @@ def unpack(packed: Any, tensors: dict[str, Any], made: dict[str, Any] | None = N
         return [unpack(each, tensors, made, f"{name}.{i}") for i, each in enumerate(packed)]
     if not isinstance(packed, dict):
         return packed
-    if "tensor" in packed:
-        return tensors.pop(packed["tensor"])
-    if "text" in packed:
-        return np.asarray(tensors.pop(packed["text"]), np.uint8).tobytes().decode()
-    if "same" in packed:
-        return made[packed["same"]]
-    kind = packed["kind"]
+    for key, things in (("tensor", tensors), ("text", tensors), ("same", made)):
+        if key in packed:
+            if not isinstance(packed[key], str) or packed[key] not in things:
+                raise ValueError(f"{name} names {str(packed[key])[:100]!r}, which is not there")
+            thing = made[packed[key]] if key == "same" else tensors.pop(packed[key])
+            return np.asarray(thing, np.uint8).tobytes().decode() if key == "text" else thing
+    kind = packed.get("kind")
     if not isinstance(kind, str) or kind not in _HOMES:
-        raise ValueError(f"a part must be one of {', '.join(_HOMES)}, got {str(kind)[:100]!r}")
+        raise ValueError(f"{name} must be one of {', '.join(_HOMES)}, got {str(kind)[:100]!r}")
     home = getattr(importlib.import_module(f"edgeattn.{_HOMES[kind]}"), kind)
     if kind in _WITH_STATE:
-        own = {key: tensors.pop(f"{name}.{key}") for key in packed["tensors"]}
-        made[name] = home.from_state(packed["state"], own)
+        state, names = packed.get("state"), packed.get("tensors")
+        if not isinstance(state, dict) or not isinstance(names, list) or not all(
+                f"{name}.{key}" in tensors for key in names):
+            raise ValueError(f"{name} must have a state and the names of its tensors, got {str(packed)[:200]}")
+        made[name] = home.from_state(state, {key: tensors.pop(f"{name}.{key}") for key in names})
     else:
-        made[name] = home(**keywords(packed, tensors, made, f"{name}."))
+        made[name] = build(home, keywords(packed, tensors, made, f"{name}."))
     return made[name]
+
+
+def build(home: Any, given: dict[str, Any]) -> Any:
+    """A `home` of these arguments, which may be too few or too many."""
+    known = inspect.signature(home).parameters
+    missing = [name for name, parameter in known.items() if parameter.default is parameter.empty and name not in given]
+    unknown = [name for name in given if name not in known]
+    if missing or unknown:
+        raise ValueError(f"{home.__name__} must be made of [{listed(known)}], got [{listed(given)}]")
+    return home(**given)
 
 
 def keywords(packed: Mapping[str, Any], tensors: dict[str, Any], made: dict[str, Any] | None = None, prefix: str = ""

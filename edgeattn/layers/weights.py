@@ -171,7 +171,7 @@ class AttentionWeights(Positions, Saveable):
     def from_checkpoint(
         cls, state_dict_or_path: Mapping[str, ArrayLike] | Path, prefix: str, num_heads: SupportsIndex
     ) -> Self:
-        """The attention under a prefix, named as by BERT, ViT, DistilBERT, ALBERT, CLIP, Whisper, Llama or timm.
+        """The attention under a prefix, named as by BERT, ViT, DistilBERT, CLIP, Whisper, T5, Llama, GPT-2 or timm.
 
         Heads that share keys are known by the keys' width. What the family does to positions is told by a warning.
 
@@ -247,13 +247,17 @@ class AttentionWeights(Positions, Saveable):
             there is one.
         """
         with named(path_or_model):
-            num_heads, num_kv_heads, found = checkpoints.onnx_weights(path_or_model, node)
-            weights: dict[str, Any] = dict(found)
-            if (turned := weights.get("rotary")) is not None:
-                from edgeattn.rotary import RotaryEmbedding
+            return cls.from_found(*checkpoints.onnx_weights(path_or_model, node))
 
-                weights["rotary"] = RotaryEmbedding(turned[0], base=turned[1], interleaved=turned[2])
-            return cls._build(num_heads, weights, num_kv_heads)
+    @classmethod
+    def from_found(cls, num_heads: int, num_kv_heads: int, found: Mapping[str, Any]) -> Self:
+        """The layer of what a reader found, a rotary embedding as (features turned, base, interleaved)."""
+        weights = dict(found)
+        if (turned := weights.get("rotary")) is not None:
+            from edgeattn.rotary import RotaryEmbedding
+
+            weights["rotary"] = RotaryEmbedding(turned[0], base=turned[1], interleaved=turned[2])
+        return cls._build(num_heads, weights, num_kv_heads)
 
     @classmethod
     def _build(cls, num_heads: SupportsIndex, weights: Mapping[str, Any],

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgeattn.checks import float_array, to_float32
+from edgeattn.checks import to_float32
 from edgeattn.files.paths import listed, reading
 from edgeattn.files.safetensors_file import read_safetensors
 from edgeattn.layers.linear import Linear
@@ -127,7 +127,11 @@ class Checkpoint:
         tensor, wanted = self._tensors.get(name), [1 if axis is None else axis for axis in shape]
         if tensor is not None and len(tensor.shape) == len(shape) and all(
                 axis in (None, length) for axis, length in zip(shape, tensor.shape, strict=True)):
-            array = to_float32(float_array(f"{self.source}: {name}", tensor.read()))
+            array = tensor.read()
+            if array.dtype.kind != "f":
+                raise ValueError(f"{self.source}: {name} must be a float16, float32 or float64 array, or bfloat16, got "
+                                 f"dtype {array.dtype}; use the weights of the float model")
+            array = to_float32(array)
             if not np.isfinite(array).all():
                 raise ValueError(f"{self.source}: {name} holds NaN or infinity as float32: the file is damaged, or its "
                                  "training failed")

@@ -39,7 +39,8 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "is_decoder": (False,), "add_cross_attention": (False,), "position_embedding_type": ("absolute",),
     "rope_scaling": (), "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,),
     "prenorm": (False,), "causal": (False,), "use_rms_norm": (False,), "parallel_block": (False,),
-    "rotary_emb_interleaved": (False,), "rotary_emb_scale_base": (), "apply_layernorm": (True, False)}
+    "rotary_emb_interleaved": (False,), "rotary_emb_scale_base": (), "rotary_scaling_factor": (),
+    "apply_layernorm": (True, False)}
 # What belongs to a model's head, or is computed anew: names begin or end so.
 _IGNORED = (
     "pooler.", "cls.", "lm_head", "classifier", "qa_outputs.", "predictions.", "discriminator_predictions.",
@@ -318,7 +319,10 @@ def _activation(c: Checkpoint) -> Any:
 
 
 def _eps(c: Checkpoint, f: Family) -> float:
-    return c.number("layer_norm_eps", "layer_norm_epsilon", "norm_eps", default=f.eps)
+    eps = c.number("layer_norm_eps", "layer_norm_epsilon", "norm_eps", default=f.eps)
+    if eps >= 1:
+        raise ValueError(f"{c.file}: layer_norm_eps must be less than 1, got {eps}: norms are of variances near 1")
+    return eps
 
 
 def _biased(c: Checkpoint, bias: _Biased) -> bool:

@@ -6,19 +6,23 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgeattn.checks import flag, float_array, result_dtype, to_float32, write_result
+from edgeattn.checks import as_array, flag, float_array, result_dtype, to_float32, write_result
 from edgeattn.device import Placeable
+from edgeattn.files import checkpoints
+from edgeattn.files.paths import named
 from edgeattn.layers.embedding import PatchEmbedding
 from edgeattn.layers.encoder import TransformerEncoder
+from edgeattn.layers.linear import Linear
 from edgeattn.layers.state import Stored
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import ArrayLike
+    from typing_extensions import Self
 
     from edgeattn.ops import Ops, Sequences, T
-    from edgeattn.types import Flag, Float32s, Floats
+    from edgeattn.types import Flag, Float32s, Floats, OnnxModel, Path
 
 
 class ImageEncoder(Placeable, Stored):
@@ -39,6 +43,31 @@ class ImageEncoder(Placeable, Stored):
         if embedding.embed_dim != encoder.embed_dim:
             raise ValueError(f"embedding must give the encoder's E = {encoder.embed_dim}, got {embedding.embed_dim}")
         self.embedding, self.encoder, self.spectrogram = embedding, encoder, flag("spectrogram", spectrogram)
+
+    @classmethod
+    def from_onnx(cls, path_or_model: Path | OnnxModel) -> Self:
+        """The image encoder of an ONNX model: ViT, DeiT and the like, whose patches a Conv makes.
+
+        The layers are found as `TransformerEncoder.from_onnx` finds them; what is behind them is left out.
+
+        Parameters
+        ----------
+        path_or_model : path or onnx.ModelProto
+            Needs the onnx package.
+
+        Raises
+        ------
+        ImportError
+            Where the package onnx is missing.
+        ValueError
+            Naming the file, and the node where something else stands than in an image encoder.
+        """
+        with named(path_or_model):
+            found = checkpoints.onnx_image(path_or_model)
+            patch = found.weight.shape[2:]
+            return cls(PatchEmbedding(Linear(found.weight.reshape(len(found.weight), -1), found.bias), found.places,
+                                      patch_size=patch, stride=found.stride, image_size=found.image_size),
+                       TransformerEncoder.from_found(found.encoder))
 
     @property
     def embed_dim(self) -> int:
@@ -67,7 +96,11 @@ class ImageEncoder(Placeable, Stored):
         """
         from edgeattn.executors.compiled import CompiledOps
 
-        array = float_array("pixels", pixels)
+        array = as_array("pixels", pixels)
+        if array.dtype.kind in "biu":
+            raise TypeError("pixels must be a float16, float32 or float64 array, scaled and normalized as the model's "
+                            f"preprocessor_config.json says, got dtype {array.dtype}")
+        array = float_array("pixels", array)
         axes = "(B, frames, bins)" if self.spectrogram else "(B, C, height, width)"
         if array.ndim != axes.count(",") + 1:
             raise ValueError(f"pixels must be {axes}, got shape {array.shape}")

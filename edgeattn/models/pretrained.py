@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING
 
-from edgeattn.files.paths import as_path, listed, named, reading
-from edgeattn.models.checkpoint import Checkpoint, read_json
+from edgeattn.files.paths import as_path, named
+from edgeattn.models.checkpoint import Checkpoint
 from edgeattn.models.families import encoder, family_of, patch_embedding, text_embedding
 from edgeattn.models.image_encoder import ImageEncoder
+from edgeattn.models.sentence_folder import modules_of, options_beside
 from edgeattn.models.text_encoder import TextEncoder
 
 if TYPE_CHECKING:
-    import pathlib
-    from typing import Any
-
     from edgeattn.types import Path
-
-MODULES = "modules.json"
-_UNLIMITED = 2**24  # a model_max_length beyond it says that there is none
-_POOLINGS = {
-    "pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max",
-    "pooling_mode_lasttoken": "last"}
 
 
 def from_pretrained(folder: Path) -> TextEncoder | ImageEncoder:
@@ -51,91 +42,15 @@ def from_pretrained(folder: Path) -> TextEncoder | ImageEncoder:
     if not folder.is_dir():
         raise NotADirectoryError(f"folder must be one with config.json and model.safetensors, got {str(folder)!r}; "
                                  "models are read from a disk, huggingface-cli download NAME fetches one")
-    modules = _modules(folder)
+    modules = modules_of(folder)
     inner = folder / modules.get("Transformer", {}).get("path", "")
     checkpoint = Checkpoint(inner)
-    with named(checkpoint.file):
+    with named(inner):
         family = family_of(checkpoint)
         if family.patches:
             patches = patch_embedding(checkpoint, family)
             return ImageEncoder(patches, encoder(checkpoint, family), spectrogram="num_mel_bins" in checkpoint.config)
         embedding = text_embedding(checkpoint, family)
         layers = encoder(checkpoint, family)
-    tokenizer, truncation = _tokenizer(inner / "tokenizer.json")
-    transformer = inner / "sentence_bert_config.json"
-    options = read_json(transformer) if transformer.is_file() else {}
-    return TextEncoder(
-        embedding, layers, pooling=_pooling(folder, modules, layers.embed_dim), normalize="Normalize" in modules,
-        is_causal=family.is_causal, tokenizer=tokenizer,
-        max_length=_max_length(inner, options, truncation), lower_case=options.get("do_lower_case") is True)
-
-
-def _modules(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
-    """The modules of a sentence-transformers folder by their kinds, {} for another folder."""
-    path = folder / MODULES
-    if not path.is_file():
-        return {}
-    modules = {}
-    for module in read_json(path, list):
-        kind = str(module.get("type")).rpartition(".")[2] if isinstance(module, dict) else str(module)[:100]
-        where = module.get("path") if isinstance(module, dict) else None
-        if kind not in ("Transformer", "Pooling", "Normalize") or kind in modules or not isinstance(where, str) or (
-                where.startswith(("/", "\\")) or ".." in where):
-            raise ValueError(f"{path} must name one Transformer, one Pooling and at most one Normalize, in folders "
-                             f"inside this one, got {kind!r} in {str(where)[:100]!r}")
-        modules[kind] = module
-    if "Transformer" not in modules:
-        raise ValueError(f"{path} must name one Transformer, got {listed(modules) or 'no module'}; remove the file if "
-                         "the model is in this folder itself")
-    prompts = folder / "config_sentence_transformers.json"
-    default = read_json(prompts).get("default_prompt_name") if prompts.is_file() else None
-    if default is not None:
-        raise ValueError(f"{prompts}: default_prompt_name must be null, got {str(default)[:100]!r}: put the prompt "
-                         "before the sentences yourself")
-    return modules
-
-
-def _pooling(folder: pathlib.Path, modules: dict[str, dict[str, Any]], width: int) -> Any:
-    if "Pooling" not in modules:
-        return "mean"
-    path = folder / modules["Pooling"]["path"] / "config.json"
-    config = read_json(path)
-    modes = [config["pooling_mode"]] if "pooling_mode" in config else [
-        _POOLINGS.get(name, name) for name, on in config.items() if name.startswith("pooling_mode_") and on is True]
-    modes = ["last" if mode == "lasttoken" else mode for mode in modes]
-    if len(modes) != 1 or modes[0] not in _POOLINGS.values():
-        raise ValueError(f"{path}: pooling must be one of {', '.join(_POOLINGS.values())}, got {str(modes)[:100]}")
-    size = config.get("embedding_dimension", config.get("word_embedding_dimension", width))
-    if size != width:
-        raise ValueError(f"{path}: the dimension must be the model's {width}, got {str(size)[:100]}")
-    return modes[0]
-
-
-def _tokenizer(path: pathlib.Path) -> tuple[str | None, dict[str, Any]]:
-    """The text of a tokenizer.json, and how it cuts; None and {} where there is none."""
-    if not path.is_file():
-        return None, {}
-    with open(path, "rb") as file, reading(path, "tokenizer.json"):
-        text = file.read().decode()
-        content = json.loads(text)
-        model = content.get("model") if isinstance(content, dict) else None
-        if not isinstance(model, dict) or "vocab" not in model:
-            raise ValueError("it must hold an object whose model is an object with a vocab")
-        truncation = content.get("truncation")
-        if not isinstance(truncation, (dict, type(None))):
-            raise ValueError(f"truncation must be null or an object, got {str(truncation)[:100]}")
-        return text, truncation or {}
-
-
-def _max_length(folder: pathlib.Path, options: dict[str, Any], truncation: dict[str, Any]) -> int | None:
-    """Where texts are cut: what sentence-transformers' file says, or the tokenizer's two."""
-    where, longest = "sentence_bert_config.json: max_seq_length", options.get("max_seq_length")
-    settings = folder / "tokenizer_config.json"
-    if longest is None and settings.is_file():
-        where, longest = "tokenizer_config.json: model_max_length", read_json(settings).get("model_max_length")
-        longest = None if isinstance(longest, (int, float)) and longest > _UNLIMITED else longest
-    if longest is None:
-        where, longest = "tokenizer.json: truncation.max_length", truncation.get("max_length")
-    if longest is not None and (type(longest) is not int or longest < 1):
-        raise ValueError(f"{folder / where} must be a positive integer, got {str(longest)[:100]}")
-    return longest
+    return TextEncoder(embedding, layers, is_causal=family.is_causal,
+                       **options_beside(folder, modules, layers.embed_dim))

@@ -11,10 +11,13 @@ import numpy as np
 
 from edgeattn.checks import as_array, count, flag, is_one_of
 from edgeattn.device import Placeable
-from edgeattn.files.paths import reading
+from edgeattn.files import checkpoints
+from edgeattn.files.paths import named, reading, reason
 from edgeattn.kv_cache import KVCache
 from edgeattn.layers.embedding import Embedding
 from edgeattn.layers.encoder import TransformerEncoder
+from edgeattn.layers.linear import Linear
+from edgeattn.layers.norm import norm_of
 from edgeattn.layers.state import Stored
 from edgeattn.ops import Pooling
 
@@ -23,9 +26,10 @@ if TYPE_CHECKING:
     from typing import Any, SupportsIndex
 
     from numpy.typing import ArrayLike, NDArray
+    from typing_extensions import Self
 
     from edgeattn.ops import Ops, Sequences, T
-    from edgeattn.types import Flag, Float32s
+    from edgeattn.types import Flag, Float32s, OnnxModel, Path
 
 _POOLINGS = get_args(Pooling)
 
@@ -68,6 +72,46 @@ class TextEncoder(Placeable, Stored):
         self.tokenizer, self.lower_case = tokenizer, flag("lower_case", lower_case)
         self.max_length = None if max_length is None else count("max_length", max_length)
 
+    @classmethod
+    def from_onnx(cls, path_or_model: Path | OnnxModel, *, tokenizer: Path | None = None) -> Self:
+        """The text encoder of an ONNX model: BERT, DistilBERT, RoBERTa and the like, whatever exported it.
+
+        The layers are found as `TransformerEncoder.from_onnx` finds them; in front of them embeddings of token ids, of
+        positions and of types are gathered and added. Pooling is the graph's, where it has one, or that of a folder of
+        sentence-transformers; "mean" where neither says. Heads behind the layers are left out.
+
+        Parameters
+        ----------
+        path_or_model : path or onnx.ModelProto
+            Needs the onnx package.
+        tokenizer : path, optional
+            Folder with tokenizer.json and what sentence-transformers puts beside it. Unless given it is looked for in
+            the model's folder and the one around that.
+
+        Raises
+        ------
+        ImportError
+            Where the package onnx is missing.
+        OSError
+            Where a file is missing or cannot be read.
+        ValueError
+            Naming the file, and the node where something else stands than in a text encoder.
+        """
+        from edgeattn.models.sentence_folder import folder_of, modules_of, options_beside
+
+        folder = folder_of(path_or_model, tokenizer)
+        with named(path_or_model):
+            found = checkpoints.onnx_text(path_or_model)
+            projection = None if found.projection is None else Linear(*found.projection)
+            norm: Any = norm_of(found.norm)
+            embedding = Embedding(found.tokens, found.positions, found.types, norm=norm,
+                                  projection=projection, padding_id=found.padding_id)
+            encoder = TransformerEncoder.from_found(found.encoder)
+        options = {} if folder is None else options_beside(folder, modules_of(folder), encoder.embed_dim)
+        if found.pooling is not None:
+            options |= {"pooling": found.pooling, "normalize": found.normalize}
+        return cls(embedding, encoder, is_causal=found.is_causal, **options)
+
     @property
     def embed_dim(self) -> int:
         """E."""
@@ -108,7 +152,7 @@ class TextEncoder(Placeable, Stored):
         from edgeattn.executors.compiled import CompiledOps
 
         ids, lengths = _id_array("ids", ids)
-        self._check_ids(ids, "ids", len(self.embedding.token_weight))
+        self._check_ids(ids, "ids", len(self.embedding.token_weight), "vocabulary")
         types = np.zeros_like(ids)
         if token_type_ids is not None:
             types, type_lengths = _id_array("token_type_ids", token_type_ids)
@@ -116,7 +160,7 @@ class TextEncoder(Placeable, Stored):
                 raise ValueError(f"token_type_ids must have the shape of ids, {_shape(ids, lengths)}, got "
                                  f"{_shape(types, type_lengths)}")
             table = self.embedding.type_weight
-            self._check_ids(types, "token_type_ids", 1 if table is None else len(table))
+            self._check_ids(types, "token_type_ids", 1 if table is None else len(table), "token types")
         real, lengths = _real_tokens(ids, lengths, attention_mask)
         held = _held(kv_cache)
         if lengths is not None and kv_cache is not None:
@@ -172,11 +216,14 @@ class TextEncoder(Placeable, Stored):
         size, normalize = count("batch_size", batch_size), self.normalize if normalize is None else flag(
             "normalize", normalize)
         texts = [text.lower() for text in sentences] if self.lower_case else sentences
-        encoded = self._tokenizer.encode_batch(texts)
+        encoded, entries = self._tokens(texts), len(self.embedding.token_weight)
         for i, tokens in enumerate(encoded):
             if not tokens.ids:
                 raise ValueError(f"sentences[{i}] gives no token: {sentences[i][:50]!r}; leave it out")
             self._check_length(len(tokens.ids), f"sentences[{i}]")
+            if max(tokens.ids) >= entries:
+                raise ValueError(f"sentences[{i}] gives token {max(tokens.ids)}, and the model's vocabulary has "
+                                 f"{entries}; use the tokenizer.json that was saved with the model")
         order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].ids))
         result = np.zeros((len(encoded), self.embed_dim), np.float32)
         for first in range(0, len(order), size):
@@ -192,6 +239,17 @@ class TextEncoder(Placeable, Stored):
         if normalize:
             result /= np.maximum(np.sqrt((result * result).sum(axis=1, keepdims=True)), np.float32(1e-12))
         return result
+
+    def _tokens(self, texts: list[str]) -> Any:
+        """What the tokenizer makes of texts."""
+        tokenizer = self._tokenizer
+        try:
+            return tokenizer.encode_batch(texts)
+        except BaseException as error:  # it is written in Rust, whose panics are no Exception
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise ValueError(f"the tokenizer is not a whole tokenizer.json: {reason(error)}; use the one that was "
+                             "saved with the model") from error
 
     @functools.cached_property
     def _tokenizer(self) -> Any:
@@ -211,10 +269,10 @@ class TextEncoder(Placeable, Stored):
             made.enable_truncation(self.max_length)
         return made
 
-    def _check_ids(self, ids: NDArray[np.int64], name: str, entries: int) -> None:
+    def _check_ids(self, ids: NDArray[np.int64], name: str, entries: int, what: str) -> None:
         if ids.size and not (ids.min() >= 0 and ids.max() < entries):
             row, column = np.argwhere((ids < 0) | (ids >= entries))[0]
-            raise ValueError(f"{name} must lie between 0 and {entries - 1}, the model's vocabulary, got "
+            raise ValueError(f"{name} must lie between 0 and {entries - 1}, the model's {what}, got "
                              f"{ids[row, column]} in sequence {row} at token {column}; is the tokenizer this model's?")
 
     def _check_length(self, tokens: int, name: str = "ids") -> None:

@@ -11,6 +11,8 @@ from edgeattn.quantized.parameters import (
 )
 from edgeattn.quantized.score_ops import AddMask, MulConstant, ScoreOp, SelectMask, fit_mask, score_map
 from edgeattn.quantized.static import SMALLEST_SOFTMAX_SCALE, SOURCES, StaticMultiHeadAttention
+from edgeattn.quantized.static_attention import StaticSelfAttention
+from edgeattn.quantized.static_feed_forward import StaticFeedForward
 
 __all__ = [
     "INPUTS",
@@ -27,7 +29,9 @@ __all__ = [
     "QuantizedMultiHeadAttention",
     "ScoreOp",
     "SelectMask",
+    "StaticFeedForward",
     "StaticMultiHeadAttention",
+    "StaticSelfAttention",
     "TensorQuantization",
     "fit_mask",
     "score_map",

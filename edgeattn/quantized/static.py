@@ -681,6 +681,16 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
             keep, band, lut_index = np.zeros((1, 1, 1, 1), np.bool_), None, None
         self._kernel(query, key, value, result, keep, band, lut_index, self.score_luts)
 
+    def attend_codes(self, x: Codes, mask: Mask, result: Codes, sequences: Sequences) -> None:
+        """Attention of x (B, L, E) to itself under `mask`, and to what the cache of `sequences` holds, to `result`."""
+        if not result.size:
+            return
+        if sequences.cache is None:
+            self._run_fused(x, x, x, mask, result)
+        else:
+            self.check_codes_of(sequences.cache)
+            self._run_cached(x, x, x, mask, sequences.cache, list(sequences.pieces), result)
+
     def take_step(self, x: Codes, cache: KVCache) -> Codes:
         """Attention without masks of one token per batch entry, (B, 1, E) or (1, E), and all before it: (B, 1, Eo)."""
         out, before = np.empty((cache.batch, 1, self.output_dim), np.int8), cache.length

@@ -2,6 +2,7 @@
 from edgeattn.runtime import prebuilt
 
 if prebuilt.LIBRARY is None:
+    prebuilt.require_compiler()
     from llvmlite import ir
     from numba.core import cgutils, types
     from numba.extending import intrinsic, models, overload, register_jitable, register_model

@@ -90,6 +90,7 @@ def arm64_features(hardware, cpu):
 def _host_features():
     import platform
 
+    prebuilt.require_compiler()
     from llvmlite import binding
     try:
         found = [name for name, present in binding.get_host_cpu_features().items() if present]

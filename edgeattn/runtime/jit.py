@@ -69,10 +69,11 @@ class _Part(codegen.CPUCodeLibrary):
         return ctypes.cast(ctypes.pythonapi.PyErr_BadArgument, ctypes.c_void_p).value
 
 
-class _PartCompiler(compiler.Compiler):
+class PartCompiler(compiler.Compiler):
     """Numba's pipeline, into a `_Part`."""
 
     def compile_extra(self, func):
+        """Compile what will be optimized where it is linked."""
         self.state.library = _Part(self.state.targetctx.codegen(), func.__qualname__)
         return super().compile_extra(func)
 
@@ -149,7 +150,7 @@ def task(function):
 
 def _part(function, **options):
     if USES_PARTS:
-        options.update(pipeline_class=_PartCompiler, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+        options.update(pipeline_class=PartCompiler, no_cpython_wrapper=True, no_cfunc_wrapper=True)
     return numba.njit(function, error_model="numpy", boundscheck=False, _nrt=False, **options)
 
 

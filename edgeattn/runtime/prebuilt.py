@@ -172,7 +172,7 @@ def find(folder: Path, machine: str, flags: set[str], parts: set[str], isa: str 
     if not possible:
         wanted = f" with the instruction set {isa}" if isa else ""
         return None, f"there is none for {machine}{wanted} and what its processor can do"
-    if stamp != stamp_here():
+    if stamp != sources.stamp():
         return None, f"those in {folder} were made of other sources than these"
     name = possible[-1]
     path = folder / f"{name}{SUFFIX}"
@@ -184,10 +184,16 @@ def find(folder: Path, machine: str, flags: set[str], parts: set[str], isa: str 
         return None, f"{path} cannot be loaded: {error}"
 
 
-@functools.cache
-def stamp_here() -> str:
-    """That of the sources this process runs."""
-    return sources.checksum(sources.files())
+def require_compiler() -> None:
+    """Say what is missing where kernels would have to be compiled, and Numba is not there.
+
+    Raises
+    ------
+    ImportError
+    """
+    if importlib.util.find_spec("numba") is None:
+        raise ImportError(f"edgeattn has no compiled kernels to use ({REASON}), and cannot compile them without Numba: "
+                          "pip install numba, or install a wheel of edgeattn for this machine, which brings them")
 
 
 def _find_here() -> tuple[Library | None, str]:

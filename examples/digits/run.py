@@ -1,14 +1,15 @@
-"""The main job on a real model: float32 attention to int8 to .tflite, the same bits in every interpreter.
+"""The main job on a real model: a float32 encoder to int8 to .tflite, the same bits in every interpreter.
 
     python examples/digits/run.py        (or: make run)
 
-1. Loads the trained digits Transformer, its two attention layers as `edgeattn.MultiHeadAttention`, and checks
-   the accuracy in float32 against the one noted when it was trained.
-2. Calibrates both layers on the activations of real training images.
-3. Quantizes them (static int8) and reports what that cost, tensor by tensor.
+1. Loads the trained digits Transformer, a whole `edgeattn.TransformerEncoder`, and checks the accuracy in float32
+   against the one noted when it was trained.
+2. Calibrates its two attention layers on the activations of real training images.
+3. Quantizes them (static int8) and its feed-forward networks (dynamic int8), and reports what that cost: of attention
+   tensor by tensor, and of the whole encoder.
 4. Compares the accuracy of the whole model before and after, on the test images.
-5. Exports each layer to out/digits/*.tflite, runs the files in every TFLite interpreter found here on the
-   real test activations, and counts the output bytes that differ from ours under the arithmetic of that name.
+5. Exports each attention layer to out/digits/*.tflite, runs the files in every TFLite interpreter found here on the
+   activations of the int8 encoder, and counts the output bytes that differ from ours under the arithmetic of that name.
 
 The exit status is 0 only when no byte differs and the float32 accuracy is the one noted at training.
 """
@@ -20,12 +21,13 @@ from pathlib import Path
 
 import numpy as np
 from data import load_digits_split
-from model import NUM_LAYERS, NUM_PATCHES, DigitsModel
+from model import NUM_PATCHES, DigitsModel, WithAttention
 from rich.progress import track
 
 import quant
 from edgeattn import messages
 from quant.describe import describe_masks, describe_seen
+from quant.report import cosines
 from quant.runtimes import RUNTIMES
 from quant.tables import console as new_console
 from quant.tables import fill, short, table
@@ -82,59 +84,65 @@ def main() -> int:
     total = len(digits.test_labels)
 
     console.rule("1. float32", align="left")
-    attention = model.attention_layers()
-    predicted = model.predict(digits.test_images, attention)
+    encoder, attention = model.encoder, model.attention_layers()
+    predicted = model.predict(digits.test_images)
     correct = int((predicted == digits.test_labels).sum())
     noted = int(model.metadata["test_correct"])
-    console.print(f"{NUM_LAYERS} attention layers of {model.num_heads} heads, width {attention[0].embed_dim}")
+    hidden = encoder.layers[0].feed_forward.linear1.outputs
+    sizes = f"width {encoder.embed_dim}, {model.num_heads} heads, hidden {hidden}"
+    console.print(f"an encoder of {len(attention)} layers: {sizes}")
     console.print(f"test accuracy {correct / total:.2%}: {correct} of {total} right, at training {noted}\n")
 
     console.rule(f"2. calibrate on {CALIBRATION_IMAGES} training images", align="left")
-    inputs = model.attention_inputs(digits.train_images[:CALIBRATION_IMAGES], attention)
+    inputs = model.attention_inputs(digits.train_images[:CALIBRATION_IMAGES])
     calibrations = [quant.calibrate(layer, batches(x)) for layer, x in zip(attention, inputs, strict=True)]
-    for i in range(NUM_LAYERS):
-        console.print(f"layer {i}: saw {describe_seen(calibrations[i], attention[i])}")
+    for i, (calibration, layer) in enumerate(zip(calibrations, attention, strict=True)):
+        console.print(f"layer {i}: saw {describe_seen(calibration, layer)}")
     console.print(fill(f"masks: {describe_masks(calibrations[0])}") + "\n", markup=False)
 
-    console.rule("3. quantize to static int8: what it cost", align="left")
+    console.rule("3. quantize to int8: what it cost", align="left")
     quantized = [
         quant.quantize(layer, calibration, scheme="static")
         for layer, calibration in zip(attention, calibrations, strict=True)
     ]
-    test_inputs = model.attention_inputs(digits.test_images, attention)
-    for i in range(NUM_LAYERS):
-        report = quant.compare(attention[i], quantized[i], batches(test_inputs[i]))
-        console.print(f"layer {i}, on the test images")
+    feed_forwards = quant.quantize(encoder, scheme="dynamic", attention="float32")
+    int8 = WithAttention(feed_forwards, quantized)
+    test_inputs = model.attention_inputs(digits.test_images)
+    for i, (layer, layer_int8, x) in enumerate(zip(attention, quantized, test_inputs, strict=True)):
+        report = quant.compare(layer, layer_int8, batches(x))
+        console.print(f"attention of layer {i}, on the test images")
         console.print(report)
         for lint in report.lints:
             console.print(fill(f"note: {lint}"), markup=False)
+    tokens = model.embed(digits.test_images)
+    encoded, int8_inputs = int8.run(tokens)
+    found = cosines(list(zip(encoder(tokens), encoded, strict=True)))
+    console.print("the whole encoder, its attention and feed-forward networks in int8:")
+    console.print(f"cosine of the results of an image: mean {found.mean:.5f}, least {found.minimum:.5f}\n")
 
     console.rule("4. accuracy before and after", align="left")
-    predicted_int8 = model.predict(digits.test_images, quantized)
+    predicted_int8 = model.predict(digits.test_images, int8)
     correct_int8 = int((predicted_int8 == digits.test_labels).sum())
     same = int((predicted == predicted_int8).sum())
-    console.print(f"float32 attention: {correct / total:.2%}, {correct} of {total} right")
-    console.print(f"int8 attention:    {correct_int8 / total:.2%}, {correct_int8} of {total} right")
+    console.print(f"float32: {correct / total:.2%}, {correct} of {total} right")
+    console.print(f"int8:    {correct_int8 / total:.2%}, {correct_int8} of {total} right")
     console.print(f"same answer as float32 on {same} of {total} images\n")
 
     console.rule("5. export to .tflite and run the files elsewhere", align="left")
     out.mkdir(parents=True, exist_ok=True)
     shown = table("file", "run by", "our arithmetic", "bytes", "differ", text=3)
     compared = differing = 0
-    int8_inputs = model.attention_inputs(digits.test_images, quantized)  # what the int8 model itself sees
-    for i in range(NUM_LAYERS):
-        path = out / f"layer_{i}.tflite"
-        quant.export(quantized[i], path, batch=1, sequence_length=NUM_PATCHES)
-        codes = quantized[i].quantize_input(int8_inputs[i])
-        counts = compare_bytes(quantized[i], path, codes, shown, console)
+    paths = [out / f"layer_{i}.tflite" for i in range(len(quantized))]
+    for layer, x, path in zip(quantized, int8_inputs, paths, strict=True):  # x: what the int8 model itself sees
+        quant.export(layer, path, batch=1, sequence_length=NUM_PATCHES)
+        counts = compare_bytes(layer, path, layer.quantize_input(x), shown, console)
         compared, differing = compared + counts[0], differing + counts[1]
     console.print(shown)
     for name, runtime in RUNTIMES.items():
         reason = runtime.available()
         if reason is not None:
             console.print(fill(f"not run: {name} ({reason})"), markup=False)
-    for i in range(NUM_LAYERS):
-        path = out / f"layer_{i}.tflite"
+    for path in paths:
         console.print(f"wrote {short(path)}: {path.stat().st_size:,} bytes", soft_wrap=True, markup=False)
 
     seconds = time.perf_counter() - started

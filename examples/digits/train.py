@@ -3,9 +3,10 @@
     python examples/digits/train.py
 
 The results are committed (digits.safetensors, and digits_one_head.safetensors for self_vs_multihead.py),
-so PyTorch is a development-only need. Seeds and split are fixed; it takes about a minute.
-The attention layers are torch.nn.MultiheadAttention and keep its names in the file, so that
-`edgeattn.MultiHeadAttention.from_torch(path, num_heads=4, prefix="layers.0.attention.")` reads one.
+so PyTorch is a development-only need. Seeds and split are fixed; it takes a few minutes.
+The encoder is a torch.nn.TransformerEncoder and keeps its names in the file: `edgeattn.TransformerEncoder.from_torch`
+reads it whole, and `edgeattn.MultiHeadAttention.from_torch(path, num_heads=4, prefix="encoder.layers.0.self_attn.")`
+the attention of one layer.
 """
 
 import numpy as np
@@ -23,41 +24,24 @@ LEARNING_RATE = 2e-3
 SEED = 1
 
 
-class Layer(nn.Module):
-    """Pre-norm attention and MLP, each around a residual connection."""
-
-    def __init__(self, num_heads):
-        super().__init__()
-        self.norm_attention = nn.LayerNorm(WIDTH)
-        self.attention = nn.MultiheadAttention(WIDTH, num_heads, batch_first=True)
-        self.norm_mlp = nn.LayerNorm(WIDTH)
-        self.mlp = nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, WIDTH))
-        self.dropout = nn.Dropout(0.1)
-
-    def forward(self, x):
-        """(B, 16, width) to the same shape."""
-        normed = self.norm_attention(x)
-        x = x + self.dropout(self.attention(normed, normed, normed, need_weights=False)[0])
-        return x + self.dropout(self.mlp(self.norm_mlp(x)))
-
-
 class Model(nn.Module):
-    """What model.py computes in NumPy, as a trainable module with the same names."""
+    """What model.py computes, as a trainable module with the same names."""
 
     def __init__(self, num_heads):
         super().__init__()
         self.embed = nn.Linear(PATCH * PATCH, WIDTH)
         self.position = nn.Parameter(0.1 * torch.randn(NUM_PATCHES, WIDTH))
-        self.layers = nn.ModuleList(Layer(num_heads) for _ in range(NUM_LAYERS))
-        self.norm = nn.LayerNorm(WIDTH)
+        layer = nn.TransformerEncoderLayer(
+            WIDTH, num_heads, HIDDEN, dropout=0.1, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.encoder = nn.TransformerEncoder(
+            layer, NUM_LAYERS, norm=nn.LayerNorm(WIDTH), enable_nested_tensor=False
+        )
         self.head = nn.Linear(WIDTH, 10)
 
     def forward(self, x):
         """Patches (B, 16, 4) to scores (B, 10)."""
-        x = self.embed(x) + self.position
-        for layer in self.layers:
-            x = layer(x)
-        return self.head(self.norm(x).mean(dim=1))
+        return self.head(self.encoder(self.embed(x) + self.position).mean(dim=1))
 
 
 def shifted(images, generator):
@@ -70,6 +54,7 @@ def shifted(images, generator):
 def train(num_heads, path):
     torch.manual_seed(SEED)
     torch.use_deterministic_algorithms(True)
+    torch.set_num_threads(1)  # sums in the same order on every machine of a kind
     generator = np.random.default_rng(SEED)
     digits = load_digits_split()
     model = Model(num_heads)

@@ -1,4 +1,4 @@
-"""Faults of a rotating machine by a whole encoder, in float32 and int8: python examples/sensor/run.py
+"""Faults of a rotating machine by a whole encoder, in float32, dynamic and static int8: python examples/sensor/run.py
 
 The encoder (2 layers, width 64, hidden 256, 4 heads) was trained by train.py on vibration made by formula (data.py).
 The exit status is 0 only when float32 gives the accuracy noted at training, within one recording: sines differ in
@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from data import TEST_RECORDINGS, TEST_SEED, recordings
+from data import TEST_RECORDINGS, TEST_SEED, TRAIN_SEED, recordings
 from safetensors import safe_open
 
 import edgeattn
@@ -20,6 +20,7 @@ from edgeattn import messages
 
 WEIGHTS = Path(__file__).with_name("sensor.safetensors")
 CALLS = 51
+CALIBRATION_RECORDINGS = 60
 
 
 def main() -> int:
@@ -32,8 +33,12 @@ def main() -> int:
     test = recordings(TEST_RECORDINGS, TEST_SEED)
     tokens = test.x @ weight.T + bias + position
     edgeattn.set_num_threads(1)
+    seen = recordings(CALIBRATION_RECORDINGS, TRAIN_SEED)
+    calibration = quant.calibrate(encoder, [{"x": seen.x @ weight.T + bias + position, "lengths": seen.lengths}])
+    forms = {"float32": encoder, "int8": quant.quantize(encoder, scheme="dynamic"),
+             "static": quant.quantize(encoder, calibration)}
     correct = {}
-    for name, form in (("float32", encoder), ("int8", quant.quantize(encoder, scheme="dynamic"))):
+    for name, form in forms.items():
         encoded = form(tokens, lengths=test.lengths)  # rows of padding are zeros
         scores = encoded.sum(axis=1) / test.lengths[:, None] @ head.T + head_bias
         correct[name] = int((scores.argmax(axis=-1) == test.labels).sum())

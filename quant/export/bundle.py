@@ -18,7 +18,7 @@ from edgeattn.layers import MultiHeadAttention
 from edgeattn.layers.positions import POSITIONS
 from edgeattn.quantized import DynamicMultiHeadAttention, StaticMultiHeadAttention
 from edgeattn.quantized.layer import INPUTS
-from edgeattn.runtime import prebuilt
+from edgeattn.runtime import prebuilt, sources
 from edgeattn.runtime.processor import HARDWARE_BITS
 from quant.export.bundle_entry import C_ABI, LARGEST
 from quant.export.c_text import check_header_name, fill_template, float_literal
@@ -87,7 +87,7 @@ def write_bundle(layer, name: str, target: str) -> dict[str, bytes]:
     kernels, header = kernels_of(layer), has_header(layer)
     symbols = [prebuilt.symbol_of(kernel.py_func) for kernel in (*(ENTRIES[name].kernel for name in kernels), *SERVICE)]
     content = content_of(layer)
-    stamp = prebuilt.sources.checksum(prebuilt.sources.files())
+    stamp = sources.stamp()
     library = _linked(content, target, kernels, symbols, prefix if header else "", name)
     library += bytes(-len(library) % 64)
     about = {"abi": ABI_VERSION, "target": target, "machine": row.machine, "requires": list(row.requires),

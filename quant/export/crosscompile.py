@@ -14,7 +14,7 @@ from __future__ import annotations
 import llvmlite.binding as llvm
 from llvmlite import ir
 from numba.core import codegen, types
-from numba.core.compiler import DEFAULT_FLAGS, compile_extra
+from numba.core.compiler import DEFAULT_FLAGS, Compiler, compile_extra
 from numba.core.registry import cpu_target
 from numba.core.runtime import nrtdynmod, rtsys
 
@@ -61,7 +61,7 @@ def compile_for(triple: str, cpu: str, features: str = "") -> None:
     context = cpu_target.target_context
     context.refresh()
     rtsys.initialize(context)
-    context._internal_codegen = _Generator(triple, cpu, features)
+    translate_for(triple, cpu, features)
     context.cached_internal_func = {}
     # Numba's counting of references, which views of arrays go through; nothing here owns memory that it would free.
     module, library = nrtdynmod.create_nrt_module(context)
@@ -73,12 +73,21 @@ def compile_for(triple: str, cpu: str, features: str = "") -> None:
     rtsys._library = library
 
 
-def compile_function(function, arguments, returns=types.void):
-    """Numba's compile result of a plain function for argument types, with the flags of our kernels."""
+def translate_for(triple: str, cpu: str, features: str = "") -> None:
+    """From here on, make machine code for that processor, also of parts compiled before for another like it."""
+    cpu_target.target_context._internal_codegen = _Generator(triple, cpu, features)
+
+
+def compile_function(function, arguments, returns=types.void, pipeline=Compiler):
+    """Numba's compile result of a plain function for argument types, with the flags of our kernels.
+
+    pipeline : the compiler; with `edgeattn.runtime.jit.PartCompiler` the result is optimized where it is linked
+    """
     flags = DEFAULT_FLAGS.copy()
     flags.error_model = "numpy"
     flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
-    return compile_extra(cpu_target.typing_context, cpu_target.target_context, function, arguments, returns, flags, {})
+    return compile_extra(cpu_target.typing_context, cpu_target.target_context, function, arguments, returns, flags, {},
+                         pipeline_class=pipeline)
 
 
 def assembly(function, arguments) -> str:

@@ -1,9 +1,9 @@
-"""What the process does that compiles the library of a target: from kernels to a shared library."""
+"""What a process does that compiles libraries: from kernels to object files."""
 
 from __future__ import annotations
 
+import gc
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +13,13 @@ from numba.core.compiler_lock import global_compiler_lock
 from edgeattn.kernels.cpu.entries import ENTRIES
 from edgeattn.runtime.arrays import array_at
 from edgeattn.runtime.compiler import task
-from edgeattn.runtime.prebuilt import SUFFIX, symbol_of
+from edgeattn.runtime.jit import PartCompiler
+from edgeattn.runtime.prebuilt import symbol_of
 from edgeattn.runtime.targets import TARGETS
 from edgeattn.runtime.worker_pool import dismiss, worker_loop
-from quant.export.crosscompile import compile_for, compile_function, emit
-from quant.export.linker import DEVICE_LIBRARIES, link
+from quant.export.crosscompile import compile_for, compile_function, emit, translate_for
+from quant.export.kernels import DTYPES
+from quant.export.linker import DEVICE_LIBRARIES
 
 I64 = types.int64
 SERVICE = {worker_loop: 3, dismiss: 0}  # kernels of the worker pool, and the integers they take beside a task queue
@@ -51,21 +53,26 @@ def service(kernel, integers):
 
 
 @global_compiler_lock
-def main(name: str, folder: str, *kernels: str) -> None:
-    """Write the library of a target to a folder; kernels are written for its instruction set already."""
-    target = TARGETS[name]
-    compile_for(target.triple, target.cpu, target.features)
+def main(dtype: str, folder: str, names: str, *kernels: str) -> None:
+    """Write the object files of targets of one instruction set to a folder: of the kernels whose scratch is of a dtype.
+
+    Kernels are written for that instruction set already: Numba does its part once, LLVM for each processor.
+    """
+    gc.disable()  # nearly all that is made here stays
+    targets = {name: TARGETS[name] for name in names.split(",")}
+    first = next(iter(targets.values()))
+    compile_for(first.triple, first.cpu, first.features)
     functions = {symbol_of(entry.kernel.py_func): exported(*entry) for title, entry in ENTRIES.items()
-                 if not kernels or title in kernels}
-    functions |= {symbol_of(kernel.py_func): service(kernel, integers) for kernel, integers in SERVICE.items()}
-    compiled = {symbol: compile_function(*each, I64) for symbol, each in functions.items()}
-    with tempfile.TemporaryDirectory() as work:
-        work = Path(work)
-        (work / "layer.o").write_bytes(emit(compiled))
-        for library, names in DEVICE_LIBRARIES.items():
-            (work / f"{library}.o").write_bytes(emit(dict.fromkeys(names)))
-        content = link(target.machine, work, f"{name}{SUFFIX}", list(compiled))
-    Path(folder, f"{name}{SUFFIX}").write_bytes(content)
+                 if np.dtype(entry.dtype) == dtype and (not kernels or title in kernels)}
+    if dtype == DTYPES[0]:
+        functions |= {symbol_of(kernel.py_func): service(kernel, integers) for kernel, integers in SERVICE.items()}
+    compiled = {symbol: compile_function(*each, I64, pipeline=PartCompiler) for symbol, each in functions.items()}
+    for name, target in targets.items():
+        translate_for(target.triple, target.cpu, target.features)
+        Path(folder, f"{name}.{dtype}.o").write_bytes(emit(compiled))
+        if dtype == DTYPES[0]:
+            for library, absent in DEVICE_LIBRARIES.items():
+                Path(folder, f"{target.machine}.{library}.o").write_bytes(emit(dict.fromkeys(absent)))
 
 
 if __name__ == "__main__":

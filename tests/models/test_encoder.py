@@ -11,6 +11,7 @@ import reference_encoder as oracle
 from safetensors.numpy import save_file
 
 import edgeattn
+import quant
 from edgeattn import TransformerEncoder, TransformerEncoderLayer
 from edgeattn.executors.numpy import NumpyOps
 from edgeattn.kernels.cpu import encoder_float32
@@ -164,6 +165,32 @@ def test_a_layers_own_window_narrows_the_calls():
     first = oracle.encoder_layer(x, weights()[0], H, permitted=reference.visible(1, H, 8, 8, window=(1, 1)))
     np.testing.assert_allclose(narrow(x, window_size=(-1, 2)),
                                oracle.encoder_layer(first, weights()[1], H, permitted=wide), **CLOSE)
+
+
+@pytest.mark.parametrize("scheme", ["float32", "dynamic"])
+def test_a_layer_is_called_by_itself(scheme):
+    made, x, lengths = encoder(norm=None), tokens(2, 7), [7, 3]
+    if scheme == "dynamic":
+        made = quant.quantize(made, scheme="dynamic")
+    first, second = made.layers
+    for options in ({}, {"is_causal": True}, {"window_size": (2, 1)}, {"lengths": lengths},
+                    {"attn_mask": np.tri(7, dtype=bool)}, {"key_padding_mask": np.arange(7) < np.array([[7], [4]])}):
+        np.testing.assert_array_equal(second(first(x, **options), **options), made(x, **options))
+    seen = reference.visible(2, H, 7, 7, causal=True)
+    close = CLOSE if scheme == "float32" else dict(rtol=0, atol=0.1)
+    np.testing.assert_allclose(first(x, is_causal=True), oracle.encoder_layer(x, weights()[0], H, permitted=seen), **close)
+    for row, alone, length in zip(x, first(list(x)), lengths, strict=True):
+        np.testing.assert_array_equal(alone, first(row))
+        np.testing.assert_array_equal(first(x, lengths=lengths)[lengths.index(length), :length], first(row[:length]))
+    out = np.empty_like(x)
+    assert first(x, out=out) is out and first(x.astype(np.float64)).dtype == np.float64
+    cache = edgeattn.KVCache.for_layer(first.attention, 2, 7)
+    steps = [first(x[:, i:i + 1], is_causal=True, kv_cache=cache) for i in range(7)]
+    np.testing.assert_allclose(np.concatenate(steps, axis=1), first(x, is_causal=True), **close)
+    with pytest.raises(ValueError, match=r"x must be \(B, L, E\) or \(L, E\) with E = 24, got shape"):
+        first(x[..., 1:])
+    with pytest.raises(TypeError, match="kv_cache must be an edgeattn.KVCache, got list"):
+        first(x, kv_cache=[cache])
 
 
 def test_shapes_dtypes_and_out():

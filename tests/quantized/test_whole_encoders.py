@@ -153,7 +153,6 @@ def unlike(name):
     (lambda: quant.quantize(unlike("weight"), scheme="dynamic"), ValueError,
      r"layers\[0\].feed_forward: linear must have a finite weight"),
     (lambda: quant.quantize(unlike("bias"), scheme="dynamic"), ValueError, "linear must have a finite bias"),
-    (lambda: quant.quantize(encoder()), ValueError, "scheme must be 'dynamic' for a whole encoder; got 'static'"),
     (lambda: quant.quantize(encoder(), object(), scheme="dynamic"), TypeError, "calibration must be a quant.ModelCal"),
     (lambda: quant.quantize(encoder(), scheme="dynamic", attention="int4"), ValueError,
      "attention must be 'int8' or 'float32'; got 'int4'"),

@@ -6,15 +6,16 @@ import shutil
 import subprocess
 import sys
 
+import elf
 import numpy as np
 import pytest
-from places import ROOT
+from places import ROOT, TESTS
 
 import edgeattn
 from edgeattn.runtime import prebuilt, processor, sources
 from edgeattn.runtime.targets import TARGETS, runnable
-from quant.export.kernels import build
-from quant.export.linker import find_linker
+from quant.export.kernels import build, chosen
+from quant.export.linker import DEVICE_LIBRARIES, find_linker
 from quant.export.targets import host_target
 
 A53, A72, A76 = "0xd03", "0xd08", "0xd0b"
@@ -46,6 +47,16 @@ def test_cores_that_differ_can_do_what_all_can(monkeypatch, text, flags, parts):
     assert processor.flags() == flags and processor.parts() == parts
 
 
+def test_targets_are_named_or_those_of_a_machine():
+    assert chosen(["aarch64"]) == ["aarch64", "cortex-a53", "cortex-a72", "cortex-a76"]
+    assert chosen(["cortex-a72", "x86-64-v2"]) == ["cortex-a72", "x86-64-v2"] and len(chosen(["x86_64"])) == 7
+    with pytest.raises(ValueError, match="no target or machine is called armv7l; there are aarch64, cortex-a53"):
+        chosen(["armv7l"])
+
+
+KERNELS = ["norm", "linear float32"]
+
+
 @pytest.fixture(scope="module")
 def libraries(tmp_path_factory):
     """The library of this machine's best target, of two kernels."""
@@ -54,8 +65,24 @@ def libraries(tmp_path_factory):
     except RuntimeError as error:
         pytest.skip(str(error))
     folder = tmp_path_factory.mktemp("libraries")
-    build([host_target()], folder, kernels=["norm", "linear float32"])
+    build([host_target()], folder, kernels=KERNELS)
     return folder
+
+
+def test_a_library_asks_for_the_c_library_alone_of_any_version(libraries):
+    found = elf.read((libraries / f"{host_target()}{prebuilt.SUFFIX}").read_bytes())
+    assert found.machine == TARGETS[host_target()].machine
+    assert set(found.needed) <= set(DEVICE_LIBRARIES) and not found.versioned
+    assert min(found.alignments) >= 2**16  # pages of a Raspberry Pi 5 have 16 KiB, of other kernels 64
+    assert not found.executable_stack
+
+
+def test_the_same_sources_are_the_same_bytes(request, libraries, tmp_path):
+    if not request.config.getoption("--long"):
+        pytest.skip("compiles once more: --long")
+    build([host_target()], tmp_path, kernels=KERNELS)
+    for path in libraries.iterdir():
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
 
 
 def find(folder, isa=None, machine=None, flags=None):
@@ -97,16 +124,27 @@ def test_no_other_is(libraries, tmp_path):
         assert library is None and "there is none for" in reason
 
 
+def test_without_libraries_and_numba_an_import_says_what_is_missing(tmp_path):
+    script = ("import sys; sys.modules['numba'] = sys.modules['llvmlite'] = None; import edgeattn\n"
+              "try: edgeattn.MultiHeadAttention\n"
+              "except ImportError as error: print(error)")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT,
+                          env={**os.environ, "EDGEATTN_JIT": "1"})
+    assert done.stdout.startswith("edgeattn has no compiled kernels to use (EDGEATTN_JIT is set), and cannot compile them "
+                                  "without Numba: pip install numba"), done.stderr
+
+
 SCRIPT = """
 import sys
 sys.modules["numba"] = sys.modules["llvmlite"] = None
 sys.path[:0] = [{root!r}]
 
-import edgeattn, numpy as np
+import edgeattn.cli, numpy as np
 from edgeattn.runtime import prebuilt
 x = np.load({x!r})
 norm, linear = edgeattn.LayerNorm(np.linspace(1, 2, 48)), edgeattn.Linear(np.sin(np.arange(48 * 20).reshape(20, 48)))
 np.savez({out!r}, norm(x), linear(x))
+edgeattn.cli.main(["info"])
 print(prebuilt.LIBRARY.target)
 """
 
@@ -122,11 +160,40 @@ def test_it_gives_the_bytes_of_what_is_compiled_here_without_numba(libraries, tm
     done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, cwd=tmp_path,
                           env={**os.environ, "EDGEATTN_JIT": "0", "EDGEATTN_ISA": "", "PYTHONPATH": ""})
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == host_target()
+    assert done.stdout.splitlines()[-1] == host_target()
+    words = " ".join(done.stdout.split())
+    assert "the best of those" in words and "CUDA not used: Numba is not installed" in words
     norm, linear = edgeattn.LayerNorm(np.linspace(1, 2, 48)), edgeattn.Linear(np.sin(np.arange(48 * 20).reshape(20, 48)))
     made = np.load(tmp_path / "out.npz")
     np.testing.assert_array_equal(made["arr_0"], norm(x))
     np.testing.assert_array_equal(made["arr_1"], linear(x))
+
+
+WITHOUT_NUMBA = ("import runpy, sys; sys.modules.update(dict.fromkeys(('numba', 'llvmlite', 'safetensors'))); "
+                 "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')")
+
+
+def test_every_kernel_gives_the_bytes_of_those_compiled_here_without_numba(request, tmp_path):
+    """Layers in every format, functions, masks, caches, encoders, threads, need_weights: tests/call_hashes.py."""
+    made = prebuilt.FOLDER
+    if find(made)[0] is None:
+        if not request.config.getoption("--long"):
+            pytest.skip("compiles every kernel once more: --long, or make libraries before")
+        made = tmp_path / "made"
+        build([host_target()], made)
+    package = tmp_path / "site" / "edgeattn"
+    shutil.copytree(ROOT / "edgeattn", package, ignore=shutil.ignore_patterns("__pycache__", "libraries"))
+    shutil.copytree(made, package / "libraries")
+
+    def said(path, jit, *start):
+        done = subprocess.run([sys.executable, *start, TESTS / "call_hashes.py", tmp_path / "calls"], cwd=tmp_path,
+                              capture_output=True, text=True,
+                              env={**os.environ, "EDGEATTN_JIT": jit, "EDGEATTN_ISA": "", "PYTHONPATH": str(path)})
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    here, found = said(ROOT, "1"), said(package.parent, "0", "-c", WITHOUT_NUMBA)
+    assert found[0] == f"# kernels: {host_target()}" and found[1:] == here[1:] and len(here) > 20
 
 
 def test_the_stamp_is_of_the_sources(tmp_path):

@@ -3,8 +3,12 @@
     python tools/arm64/run.py .arm64              every CPU; 14 minutes on two idle cores
     python tools/arm64/run.py .arm64 --short      one CPU, a few dozen tests
     python tools/arm64/run.py .arm64 --cpu cortex-a53 -- -k softmax
+    python tools/arm64/run.py .arm64 --wheel      the wheel alone
 
 What follows ``--`` goes to pytest. Kernels are compiled anew whenever a source changes, which is most of the time.
+Then, but for ``--short``, a wheel with these CPUs' libraries is built here, installed as on a board, and called on each
+CPU without Numba: tests/call_hashes.py must print there what it prints here, but for float32 attention, whose last bits
+follow from the length of vectors and must be the same on all of them.
 """
 
 from __future__ import annotations
@@ -13,13 +17,14 @@ import argparse
 import os
 import re
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from subprocess import DEVNULL, STDOUT, Popen
 
-from build import ROOT, Progress, clean_environment
+from build import ROOT, Progress, SetupError, clean_environment, pip_install
 
 # A whole layer kernel takes the emulator one to three minutes to compile, so what is chosen are the tests of what
 # depends on the CPU: its instructions, its LiteRT, its threads, its cache. Argument checks are the same everywhere.
@@ -143,12 +148,82 @@ def run(folder: Path, cpus: list[str], tests: dict[str, tuple[str, ...]], layers
     return len(failed)
 
 
+# -- the wheel -------------------------------------------------------------------------------------
+
+CALLS = ROOT / "tests" / "call_hashes.py"
+WITHOUT_NUMBA = ("import runpy, sys; sys.modules.update(dict.fromkeys(('numba', 'llvmlite', 'safetensors'))); "
+                 "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')")
+
+
+def said(command: list, folder: Path, **settings: str) -> list[str]:
+    """The lines that a program prints, run in a folder.
+
+    Raises
+    ------
+    SetupError
+        With its last words where it fails.
+    """
+    done = subprocess.run([str(part) for part in command], cwd=folder, env={**clean_environment(), **settings},
+                          stdin=DEVNULL, stdout=subprocess.PIPE, stderr=STDOUT, text=True, check=False)
+    lines = done.stdout.strip().splitlines()
+    if done.returncode:
+        raise SetupError("\n".join([f"{command[0]} ended with {done.returncode}:", *lines[-12:]]))
+    return lines
+
+
+def install_wheel(folder: Path, cpus: list[str]) -> Path:
+    """Build a wheel with the libraries of some CPUs and install it as on a board; where it is."""
+    dist, site = folder / "dist", folder / "wheel"
+    for old in (dist, site):
+        shutil.rmtree(old, ignore_errors=True)
+    said([sys.executable, ROOT / "tools" / "wheel.py", *cpus, "--out", dist], folder)
+    wheel, = dist.glob("*.whl")
+    options = ["--platform", "manylinux_2_28_aarch64", "--only-binary=:all:", "--no-index", "--no-deps"]
+    pip_install(Path(sys.executable), ["--target", str(site), *options, str(wheel)], f"installing {wheel.name}",
+                folder / "setup.log")
+    return site
+
+
+def call_wheel(folder: Path, cpus: list[str]) -> int:
+    """Call every kernel of a wheel on every CPU; return on how many the results are not those of this machine.
+
+    What follows from the lanes of a vector, of which this machine's may have more, is compared with the first CPU's.
+    """
+    step, began = Progress("every kernel for " + ", ".join(cpus)), time.monotonic()
+    try:
+        site = install_wheel(folder, cpus)
+        step.done(f"compiled here in {time.monotonic() - began:.0f} s")
+        here = said([sys.executable, CALLS, folder / "calls"], folder, PYTHONPATH=str(ROOT),
+                    NUMBA_CACHE_DIR=str(folder / "numba" / "here"))
+    except SetupError as error:
+        print(error)
+        return len(cpus)
+    expected = {line for line in here[1:] if not line.endswith("lanes)")}
+    failed = 0
+    for cpu in cpus:
+        command = [folder / cpu / "bin" / "python", "-c", WITHOUT_NUMBA, CALLS, folder / "calls"]
+        try:
+            kernels, *found = said(command, folder, PYTHONPATH=str(site), PYTHONDONTWRITEBYTECODE="1")
+        except SetupError as error:
+            problem = str(error)
+        else:
+            if cpu == cpus[0]:
+                expected |= {line for line in found if line.endswith("lanes)")}
+            problem = "\n".join(sorted(expected ^ set(found)))
+            if kernels != f"# kernels: {cpu}":
+                problem = f"used {kernels}"
+        failed += bool(problem)
+        print(f"  {'FAILED' if problem else 'passed'}  {cpu}, from the wheel and without Numba: {problem or found[-1]}")
+    return failed
+
+
 def main() -> int:
     """Read the command line and run; return 1 when a test failed on a CPU."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="What follows -- goes to pytest.")
     add = parser.add_argument
     add("folder", type=Path, help="where tools/arm64/build.py built")
     add("--short", action="store_true", help=f"{SHORT_CPU} alone, a few dozen tests")
+    add("--wheel", action="store_true", help="the wheel alone")
     add("--cpu", action="append", choices=list(FULL), help="this CPU alone; may be repeated")
     # argparse gives what follows "--" to no list that comes after an option.
     given = sys.argv[1:]
@@ -161,7 +236,10 @@ def main() -> int:
     if missing:
         print(f"{folder} has no {', '.join(missing)}: build it first with python tools/arm64/build.py", file=sys.stderr)
         return 2
-    return 1 if run(folder, cpus, tests, LAYERS[arguments.short], given[end + 1:]) else 0
+    failed = 0 if arguments.wheel else run(folder, cpus, tests, LAYERS[arguments.short], given[end + 1:])
+    if not arguments.short:
+        failed += call_wheel(folder, cpus)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

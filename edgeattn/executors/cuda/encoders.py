@@ -28,9 +28,13 @@ _FURTHEST = 2**31
 class _Model(OnCuda):
     """What encoders and models share: a call with NumPy arrays is the CPU's, with its checks, but for `forward`."""
 
-    def __init__(self, layer):
+    def __init__(self, layer, parameters=None):
+        for part in getattr(layer, "encoder", layer).layers:
+            if "static" in (getattr(part.attention, "scheme", None), getattr(part.feed_forward, "scheme", None)):
+                raise ValueError("a whole encoder must be a float or a dynamic int8 one on a GPU; got one in static "
+                                 "int8: keep it on the CPU, or quantize with scheme='dynamic'")
         super().__init__(layer)
-        self._parameters = Parameters(self._forward)
+        self._parameters = Parameters(self._forward) if parameters is None else parameters
 
     def forward(self, ops, *inputs):
         """The layer's forward here: of NumPy arrays, to NumPy rows. `ops`, the CPU's, is not used."""
@@ -178,7 +182,16 @@ def _part(masks, first, last, length):
     return found
 
 
-class TextsOnCuda(_Model):
+class _WithEncoder(_Model):
+    """A model around an encoder."""
+
+    @functools.cached_property
+    def encoder(self) -> EncoderOnCuda:
+        """The model's `TransformerEncoder` there, with the weights that the model has there already."""
+        return EncoderOnCuda(self.layer.encoder, self._parameters)
+
+
+class TextsOnCuda(_WithEncoder):
     """A `TextEncoder` on the GPU: of ids in host memory, and of sentences."""
 
     __call__, encode = TextEncoder.__call__, TextEncoder.encode
@@ -187,7 +200,7 @@ class TextsOnCuda(_Model):
         self.layer.forward(ops, None, None, None, [None] * len(self.layer.encoder.layers))
 
 
-class ImagesOnCuda(_Model):
+class ImagesOnCuda(_WithEncoder):
     """An `ImageEncoder` on the GPU: of pixels in host memory."""
 
     __call__ = ImageEncoder.__call__

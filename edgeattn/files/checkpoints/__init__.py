@@ -12,6 +12,9 @@ _HOMES = {
     "checkpoint_weights": "attention_names",
     "gpt2_weights": "state_dicts",
     "keras_weights": "keras_files",
+    "onnx_encoder": "onnx_graphs",
+    "onnx_image": "onnx_graphs",
+    "onnx_text": "onnx_graphs",
     "onnx_weights": "onnx_graphs",
     "torch_encoder_weights": "state_dicts",
     "torch_weights": "state_dicts",
@@ -23,6 +26,9 @@ TYPE_CHECKING = False  # what type checkers take for True; tests/test_packaging.
 if TYPE_CHECKING:
     from edgeattn.files.checkpoints.attention_names import checkpoint_weights as checkpoint_weights
     from edgeattn.files.checkpoints.keras_files import keras_weights as keras_weights
+    from edgeattn.files.checkpoints.onnx_graphs import onnx_encoder as onnx_encoder
+    from edgeattn.files.checkpoints.onnx_graphs import onnx_image as onnx_image
+    from edgeattn.files.checkpoints.onnx_graphs import onnx_text as onnx_text
     from edgeattn.files.checkpoints.onnx_graphs import onnx_weights as onnx_weights
     from edgeattn.files.checkpoints.state_dicts import bert_weights as bert_weights
     from edgeattn.files.checkpoints.state_dicts import gpt2_weights as gpt2_weights

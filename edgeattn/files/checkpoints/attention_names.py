@@ -27,10 +27,12 @@ class Names(NamedTuple):
     inputs: tuple[str, ...]
     out: str
     positions: str = ""  # what the family's own code does to queries, keys or scores
+    conv1d: bool = False  # weights are (inputs, outputs)
+    unscaled: bool = False  # scores are not divided by sqrt(D)
 
 
 FAMILIES = (
-    Names("BERT", ("self.query", "self.key", "self.value"), "output.dense"),
+    Names("BERT, MobileBERT", ("self.query", "self.key", "self.value"), "output.dense"),
     Names("ViT", ("attention.query", "attention.key", "attention.value"), "output.dense"),
     Names("DistilBERT", ("q_lin", "k_lin", "v_lin"), "out_lin"),
     Names("ALBERT", ("attention.query", "attention.key", "attention.value"), "attention.dense"),
@@ -41,6 +43,11 @@ FAMILIES = (
           "base=rope_theta)"),
     Names("Whisper", ("query", "key", "value"), "out"),
     Names("timm", ("qkv",), "proj"),
+    Names("T5", ("SelfAttention.q", "SelfAttention.k", "SelfAttention.v"), "SelfAttention.o", "adds the first layer's "
+          "relative_attention_bias to its scores: position_bias=RelativePositionBias(table)", unscaled=True),
+    Names("T5 cross-attention", ("EncDecAttention.q", "EncDecAttention.k", "EncDecAttention.v"), "EncDecAttention.o",
+          unscaled=True),
+    Names("GPT-2", ("c_attn",), "c_proj", "sees no token after it: is_causal=True in each call", conv1d=True),
 )
 
 
@@ -65,7 +72,7 @@ def checkpoint_weights(state_dict_or_path: Mapping[str, ArrayLike] | Path, prefi
         rows, inputs = tensors.axis(f"{name}.weight", 0), tensors.axis(f"{name}.weight", 1)
         tensors.expect(f"{name}.weight", (rows, inputs))
         if f"{name}.bias" in tensors:
-            tensors.expect(f"{name}.bias", (rows,))
+            tensors.expect(f"{name}.bias", (inputs if row.conv1d else rows,))
     arrays = tensors.checked()
     told = row.positions or ("adds a relative position bias to its scores" if any(
         name.startswith(stem) and "relative" in name for name in names) else "")
@@ -73,17 +80,24 @@ def checkpoint_weights(state_dict_or_path: Mapping[str, ArrayLike] | Path, prefi
         warnings.warn(f"{stem}: a {row.family} layer {told}; the layer read is without", stacklevel=4)
     weights: dict[str, Any] = {}
     for part, plural in (("weight", True), ("bias", False)):
-        inputs_ = [arrays.get(f"{name}.{part}") for name in row.inputs]
+        inputs_, out = ([arrays.get(f"{name}.{part}") for name in names] for names in (row.inputs, [row.out]))
+        if row.conv1d:
+            inputs_, out = ([None if array is None else array.T for array in arrays_] for arrays_ in (inputs_, out))
         if len(inputs_) == 1:
             if inputs_[0] is not None and len(inputs_[0]) % 3:
-                raise ValueError(f"{source}: {stem}qkv must have rows of Q, K and V, got {len(inputs_[0])}")
+                raise ValueError(f"{source}: {stem}{row.inputs[0]} must have outputs of Q, K and V, got "
+                                 f"{len(inputs_[0])}")
             inputs_ = [None] * 3 if inputs_[0] is None else np.split(inputs_[0], 3)
-        for short, array in zip(("q", "k", "v", "out"), [*inputs_, arrays.get(f"{row.out}.{part}")], strict=True):
+        for short, array in zip(("q", "k", "v", "out"), [*inputs_, *out], strict=True):
             if array is not None or plural:
                 weights[f"{short}_{part}"] = array
     heads = count("num_heads", num_heads)
     check_heads(heads, len(weights["q_weight"]))
     size = len(weights["q_weight"]) // heads
+    if row.unscaled:
+        for name in ("q_weight", "q_bias"):
+            if name in weights:
+                weights[name] = weights[name] * np.float32(size**0.5)
     if len(weights["k_weight"]) % size or not len(weights["k_weight"]):
         raise ValueError(f"{source}: {stem} must have keys in heads of {size} features, as queries with num_heads="
                          f"{heads}, got {len(weights['k_weight'])}")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from edgeattn.files.checkpoints import onnx_functions as functions
-from edgeattn.files.checkpoints.onnx_values import NotRead
+from edgeattn.files.checkpoints.onnx_values import NotRead, UnknownShape
 from edgeattn.files.paths import reason
 
 _MOST_TERMS = 6
@@ -179,7 +179,7 @@ def _operand(graph, name, made):
     size = None if shape is None else int(np.prod(shape, dtype=np.float64))
     if shape is None or not 0 < size <= graph.most_elements:
         maker = graph.maker.get(name)
-        raise NotRead(
+        raise UnknownShape(
             f"the shape of {name[:100]!r}"
             + (f", which a {maker.op_type} node makes," if maker else "")
             + f" must be known and hold 1 to {graph.most_elements} elements, got {shape}"

@@ -131,14 +131,19 @@ def erf(x):
     return _erf(x).astype(x.dtype)
 
 
-def _gelu(attributes, x):
-    if attributes.get("approximate") == "tanh":
-        return _gelu_tanh(attributes, x)
+def gelu(x):
+    """GELU by the error function."""
     return x * (1 + erf(x / math.sqrt(2))) / 2
 
 
-def _gelu_tanh(_, x, bias=0):
-    x = x + bias
+def _gelu(attributes, x):
+    if attributes.get("approximate") == "tanh":
+        return gelu_tanh(x)
+    return gelu(x)
+
+
+def gelu_tanh(x):
+    """GELU by tanh."""
     return x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
 
 
@@ -163,10 +168,8 @@ def _plain(function):
 ELEMENTWISE = {
     "Div": _divide,
     "Gelu": _gelu,
-    "FastGelu": _gelu_tanh,
     "Clip": _clip,
     "Erf": _plain(erf),
-    "BiasGelu": lambda a, x, bias: _gelu(a, x + bias),
     "QuickGelu": lambda a, x: x * sigmoid(a.get("alpha", 1.702) * x),
     "Swish": lambda a, x: x * sigmoid(a.get("alpha", 1.0) * x),
     "Silu": _plain(lambda x: x * sigmoid(x)),
@@ -258,7 +261,22 @@ REDUCED = {
         "L2": lambda x, **how: np.sqrt(np.square(x).sum(**how)),
     }.items()
 }
+def _lp_norm(attributes, x):
+    axis = attributes.get("axis", -1)
+    return x / (np.abs(x).sum(axis, keepdims=True) if attributes.get("p", 2) == 1
+                else np.sqrt((x * x).sum(axis, keepdims=True)))
+
+
+def _gather_nd(attributes, x, indices):
+    if attributes.get("batch_dims") or indices.dtype.kind not in "iu":
+        raise ValueError("a GatherND must have whole numbers and no batch_dims")
+    return x[tuple(np.moveaxis(indices, -1, 0))]
+
+
 OTHERS = {
+    "GatherElements": lambda a, x, indices: np.take_along_axis(x, indices, a.get("axis", 0)),
+    "GatherND": _gather_nd,
+    "LpNormalization": _lp_norm,
     "Range": _range,
     "Trilu": _trilu,
     "Concat": concat,
@@ -280,6 +298,18 @@ def dequantized(attributes, x, scale, zero_point=None):
         scale, zero_point = scale.reshape(shape), None if zero_point is None else zero_point.reshape(shape)
     codes = x.astype(np.float32)
     return (codes if zero_point is None else codes - zero_point.astype(np.float32)) * scale
+
+
+def quantized(attributes, x, scale, zero_point=None):
+    """QuantizeLinear of stored numbers, whose codes are uint8 where no zero point says otherwise."""
+    scale = np.asarray(scale, np.float32)
+    zero_point = np.zeros_like(scale, np.uint8) if zero_point is None else np.asarray(zero_point)
+    if scale.size > 1 and scale.ndim == 1:
+        shape = [1] * x.ndim
+        shape[attributes.get("axis", 1)] = -1
+        scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
+    limits = np.iinfo(zero_point.dtype)
+    return np.clip(np.rint(x / scale) + zero_point, limits.min, limits.max).astype(zero_point.dtype)
 
 
 def check_axes(shape):

@@ -8,59 +8,15 @@ import math
 import numpy as np
 
 from edgeattn.files.checkpoints import onnx_functions as functions
+from edgeattn.files.checkpoints.onnx_shapes import PRODUCTS, shapes_of
+from edgeattn.files.checkpoints.onnx_unfused import unfused
 from edgeattn.files.checkpoints.onnx_values import NotRead
 from edgeattn.files.paths import reason
 
 _MOST_NODES = 100_000  # ten times those of a language model
 _FEW_ELEMENTS, _MOST_ELEMENTS = 2**22, 2**24
 _LONGEST_WAY = 400
-_EMPTY = np.int8(0)
 _BATCH, _LENGTH, _IMAGE = 2, 5, 224
-_FIRST_OF = (
-    "Softmax",
-    "LogSoftmax",
-    "Dropout",
-    "LeakyRelu",
-    "Elu",
-    "Selu",
-    "HardSigmoid",
-    "HardSwish",
-    "Swish",
-    "BatchNormalization",
-    "InstanceNormalization",
-    "GroupNormalization",
-    "LpNormalization",
-    "Softplus",
-    "QAttention",
-    "QLinearSoftmax",
-    "QLinearSigmoid",
-    "QLinearAdd",
-    "QLinearMul",
-    "RotaryEmbedding",
-    "SkipLayerNormalization",
-    "SkipSimplifiedLayerNormalization",
-    "ScatterND",
-    "ScatterElements",
-    "CumSum",
-    "Trilu",
-    "Mish",
-    "LayerNormalization",
-    "RMSNormalization",
-    "SimplifiedLayerNormalization",
-    "PRelu",
-    *functions.SAME,
-)
-# Weights of a linear map: (where the value is, where its weights are)
-_PRODUCTS = {
-    "MatMul": (0, 1),
-    "Gemm": (0, 1),
-    "MatMulInteger": (0, 1),
-    "FusedMatMul": (0, 1),
-    "DynamicQuantizeMatMul": (0, 1),
-    "MatMulIntegerToFloat": (0, 1),
-    "QLinearMatMul": (0, 3),
-    "QGemm": (0, 3),
-}
 
 
 class Graph:
@@ -74,15 +30,20 @@ class Graph:
         What to call the model in errors.
     batch : int
         What an open first axis is taken for.
+    bound : dict of str to function
+        Inputs of the graph that are taken for known, name -> (shape) -> array.
+    length : int
+        What other open axes are taken for.
     """
 
-    def __init__(self, model, values, source, batch=_BATCH):
+    def __init__(self, model, values, source, batch=_BATCH, bound=None, length=_LENGTH):
         if len(model.graph.node) > _MOST_NODES:
             raise NotRead(f"its graph must have at most {_MOST_NODES} nodes, got {len(model.graph.node)}")
-        self.source, self.nodes = source, list(model.graph.node)
+        self.source, self.nodes = source, unfused(model.graph.node)
+        self.inputs = [value.name for value in model.graph.input]
         self.outputs = {value.name for value in model.graph.output}
         self.opset = max([entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")] or [23])
-        self._values, self._batch = values, batch
+        self._values, self._batch, self._length = values, batch, length
         self._stored = {tensor.name: tensor for tensor in model.graph.initializer}
         self.maker, self.readers, self.number = {}, {}, {}
         for number, node in enumerate(self.nodes):
@@ -93,15 +54,19 @@ class Graph:
             for name in node.input:
                 if name:
                     self.readers.setdefault(name, []).append(node)
-        stored = sum(_elements(tensor.dims) for tensor in model.graph.initializer)
-        self.most_elements = min(_MOST_ELEMENTS, max(_FEW_ELEMENTS, 4 * stored))
-        self._left = 8 * self.most_elements  # elements that may yet be computed
+        stored = [_elements(tensor.dims) for tensor in model.graph.initializer]
+        self.most_elements = min(_MOST_ELEMENTS, max(_FEW_ELEMENTS, 4 * sum(stored)))
+        self._largest = max([self.most_elements, *stored])
+        self._left = 8 * self.most_elements + 2 * sum(stored)  # elements that may yet be computed
         self._attributes, self._arrays, self._known = {}, {}, {}
         self.maps = {}  # linear maps within operators, by names made up for what they give
         self.shapes = {name: tuple(tensor.dims) for name, tensor in self._stored.items()}
         self.open_axes = False  # whether lengths, not only the batch, are taken for numbers
         self._open = {}
         self._input_shapes(model)
+        for name, array_of in (bound or {}).items():
+            if self.shapes.get(name) is not None:
+                self._arrays[name], self._known[name] = array_of(self.shapes[name]), True
         for node in self.nodes:
             self._follow(node)
 
@@ -131,7 +96,7 @@ class Graph:
             dims = tensor.shape.dim if tensor.HasField("shape") else None
             if dims is None:  # of unknown rank: rows of tokens, as wide as weights are high
                 width = self._width(value.name)
-                shape = None if width is None else (self._batch, _LENGTH, width)
+                shape = None if width is None else (self._batch, self._length, width)
                 self.open_axes = True
             else:
                 shape = tuple(self._axis(value.name, dim, i, len(dims)) for i, dim in enumerate(dims))
@@ -144,7 +109,7 @@ class Graph:
             self.open_axes = True
         if i == axes - 1 and axes < 4 and (width := self._width(name)) is not None:
             return width
-        usual = self._batch if i == 0 else (3 if i == 1 else _IMAGE) if axes == 4 else _LENGTH
+        usual = self._batch if i == 0 else (3 if i == 1 else _IMAGE) if axes == 4 else self._length
         return self._open.setdefault(dim.dim_param, usual) if dim.dim_param else usual
 
     def _width(self, name):
@@ -167,14 +132,14 @@ class Graph:
             if node.op_type in (*functions.SAME, "DynamicQuantizeLinear") and node.output and node.output[0] != name:
                 for reader in self.readers.get(node.output[0], ()):
                     shape = self.shapes.get(self.input(reader, 1))
-                    if reader.op_type in _PRODUCTS and shape is not None and len(shape) == 2:
+                    if reader.op_type in PRODUCTS and shape is not None and len(shape) == 2:
                         return shape[0]
         return None
 
     def _follow(self, node):
         """The shapes of a node's outputs, None where they are not known, and whether they can be computed."""
         kind = node.op_type
-        known = all(not name or self._is_known(name) for name in node.input)
+        known = all(not name or self.is_known(name) for name in node.input)
         if kind == "Shape":
             known = self.shapes.get(self.input(node, 0)) is not None
         elif (
@@ -192,7 +157,7 @@ class Graph:
             if name:
                 self._known[name] = known
         try:
-            shapes = self._shapes_of(node)
+            shapes = shapes_of(self, node)
         except (ValueError, TypeError, IndexError, OverflowError, ArithmeticError):
             shapes = None  # of a damaged node, or one of a kind that is not followed
         if not isinstance(shapes, list):
@@ -201,102 +166,12 @@ class Graph:
             if name:
                 self.shapes[name] = shapes[i] if i < len(shapes) else None
 
-    def _is_known(self, name):
+    def is_known(self, name):
+        """Whether a value is stored, or computed of these and of shapes."""
         return name in self._stored or self._known.get(name, False)
-
-    def _shapes_of(self, node):
-        kind, attributes = node.op_type, self.attributes(node)
-        shapes = [self.shapes.get(name) if name else None for name in node.input]
-        first = shapes[0] if shapes else None
-        if kind in ("Constant", "ConstantOfShape", "Range"):
-            value = self.constant(node.output[0])
-            return None if value is None else value.shape
-        if kind == "Shape":
-            return (len(first[attributes.get("start", 0) : attributes.get("end")]),)
-        if first is None:
-            return None
-        if kind == "Gather":
-            axis = attributes.get("axis", 0) % len(first)
-            return None if shapes[1] is None else first[:axis] + shapes[1] + first[axis + 1 :]
-        if kind in functions.LAYOUT:
-            rest = [self.constant(name) if name else None for name in list(node.input)[1:]]
-            if any(each is None and name for each, name in zip(rest, list(node.input)[1:], strict=True)):
-                return None
-            more = {"outputs": len(node.output)} if kind == "Split" else {}
-            functions.check_axes(first)
-            moved = functions.LAYOUT[kind](attributes, np.broadcast_to(_EMPTY, first), *rest, **more)
-            return [part.shape for part in moved] if kind == "Split" else moved.shape
-        if kind == "DynamicQuantizeLinear":
-            return [first, (), ()]
-        if kind in _FIRST_OF:
-            return [first] * len(node.output)
-        if kind in functions.ELEMENTWISE:
-            return None if None in shapes else np.broadcast_shapes(*shapes)
-        if kind == "Concat":
-            axis = attributes.get("axis", 0) % len(first)
-            return None if None in shapes else first[:axis] + (sum(s[axis] for s in shapes),) + first[axis + 1 :]
-        if kind in functions.REDUCED:
-            axes = attributes.get("axes")
-            if self.input(node, 1):
-                axes = self.constant(node.input[1]).reshape(-1).tolist()
-            axes = {axis % len(first) for axis in axes} if axes else set(range(len(first)))
-            keep = attributes.get("keepdims", 1)
-            return tuple(1 if i in axes else n for i, n in enumerate(first) if keep or i not in axes)
-        return self._shape_of_product(node, attributes, shapes, first)
-
-    def _shape_of_product(self, node, attributes, shapes, first):
-        kind = node.op_type
-        if kind in _PRODUCTS:
-            second = shapes[_PRODUCTS[kind][1]]
-            if second is None:
-                return None
-            if kind == "FusedMatMul" or kind in ("Gemm", "QGemm"):
-                first = first[:-2] + first[:-3:-1] if attributes.get("transA") else first
-                second = second[:-2] + second[:-3:-1] if attributes.get("transB") else second
-            if first[-1] != second[-2 if len(second) > 1 else 0]:
-                return None
-            if len(second) == 1:
-                return first[:-1]
-            return np.broadcast_shapes(first[:-2], second[:-2]) + (first[-2:-1] + second[-1:])
-        if kind == "Einsum":
-            left, right, out = equation(attributes.get("equation", ""))
-            sizes = dict(zip(left + right, first + shapes[1], strict=True))
-            return tuple(sizes[letter] for letter in out)
-        if kind in ("Conv", "ConvInteger", "FusedConv", "MaxPool", "AveragePool"):
-            return _convolved(attributes, first, None if "Pool" in kind else shapes[1])
-        if kind == "GlobalAveragePool":
-            return (*first[:2], *[1] * (len(first) - 2))
-        if kind == "Tile":
-            return tuple(n * m for n, m in zip(first, self.constant(node.input[1]).reshape(-1).tolist(), strict=True))
-        if kind == "Pad":
-            pads = attributes.get("pads") or self.constant(self.input(node, 1)).reshape(-1).tolist()
-            return tuple(n + a + b for n, a, b in zip(first, pads[: len(first)], pads[len(first) :], strict=True))
-        if kind == "EmbedLayerNormalization":
-            return [(*first, self.shapes[node.input[2]][1])]
-        if kind in ("Attention", "MultiHeadAttention", "GroupQueryAttention"):
-            return self._shape_of_attention(node, attributes, shapes, first)
-        return None
-
-    def _shape_of_attention(self, node, attributes, shapes, first):
-        if node.domain == "com.microsoft" and node.op_type == "Attention":
-            sizes = attributes.get("qkv_hidden_sizes")
-            return [(*first[:2], sizes[2] if sizes else shapes[1][1] // 3)]
-        if node.op_type == "GroupQueryAttention":
-            if shapes[2] is None:
-                heads, kv = attributes["num_heads"], attributes["kv_num_heads"]
-                return [(*first[:2], first[2] // (heads + 2 * kv) * heads)]
-            return [first]
-        if len(first) == 5:  # packed (B, L, H, 3, D)
-            return [(*first[:2], first[2] * first[4])]
-        value = shapes[2] if len(shapes) > 2 else None
-        if len(first) == 3:
-            heads, kv = (
-                attributes.get(name) or attributes.get("num_heads") for name in ("q_num_heads", "kv_num_heads")
-            )
-            if value is None or len(value) == 4:
-                return [first]
-            return [(*first[:2], value[2] // kv * heads)]
-        return [(*first[:3], value[3])]
+    def is_computed(self, name):
+        """Whether a node makes a known value."""
+        return name in self.maker and self.is_known(name)
 
     # -- constants
 
@@ -304,7 +179,7 @@ class Graph:
         """The array of a stored value, or of one that is computed of these and of shapes; None for any other."""
         if name in self._arrays:
             return self._arrays[name]
-        if not self._is_known(name):
+        if not self.is_known(name):
             return None
         todo, found = [name], {}
         while todo:
@@ -336,6 +211,17 @@ class Graph:
         inputs = [self._stored_array(name) if name else None for name in node.input]
         if any(array is None and name for array, name in zip(inputs, node.input, strict=True)) or not inputs:
             raise NotRead(f"{title(node)} reads {reason(list(node.input))} before it is computed")
+        return self.compute(node, inputs)
+
+    def compute(self, node, inputs, *, real=False):
+        """The arrays of a node's outputs from those of its inputs; with `real` no rounding, to codes or half, is done.
+
+        Raises
+        ------
+        NotRead
+            Naming the node, where it is of a kind that is not computed, or damaged.
+        """
+        kind, attributes = node.op_type, self.attributes(node)
         try:
             if kind == "ConstantOfShape":
                 shape = functions.whole_numbers(inputs[0], "a shape")
@@ -345,9 +231,12 @@ class Graph:
             if (shape := self.shapes.get(self.output(node))) is not None and kind not in functions.LAYOUT:
                 self._spend(_elements(shape))
             if kind == "Cast":
-                return [inputs[0].astype(self._values.dtype(attributes.get("to", 1)))]
-            if kind == "DequantizeLinear":
+                dtype = self._values.dtype(attributes.get("to", 1))
+                return [inputs[0] if real and dtype.kind == inputs[0].dtype.kind else inputs[0].astype(dtype)]
+            if kind == "DequantizeLinear" and inputs[0].dtype.kind in "iu":
                 return [functions.dequantized(attributes, *inputs)]
+            if kind == "QuantizeLinear" and node.input[0] in self._stored:  # weights; others pass as they are
+                return [functions.quantized(attributes, *inputs)]
             if kind in functions.SAME:
                 return [inputs[0]]
             if kind in functions.LAYOUT:
@@ -361,12 +250,12 @@ class Graph:
         except NotRead:
             raise
         except (ValueError, TypeError, IndexError, OverflowError, ArithmeticError, AttributeError) as error:
-            raise NotRead(f"{title(node)} cannot be computed of its constants: {reason(error)}") from None
-        raise NotRead(f"{title(node)} of constants must be of a kind that is read")
+            raise NotRead(f"{title(node)} cannot be computed of its inputs: {reason(error)}") from None
+        raise NotRead(f"{title(node)} must be of a kind that is computed")
 
     def _spend(self, elements):
         self._left -= max(elements, 1)
-        if elements > self.most_elements or self._left < 0:
+        if elements > self._largest or self._left < 0:
             raise NotRead("what it computes of constants must be no larger than they are")
 
     # -- ways
@@ -390,6 +279,15 @@ class Graph:
             todo.extend(inputs)
         return sorted(found.values(), key=lambda node: self.number[id(node)])
 
+    def nodes_behind(self, name):
+        """The nodes that compute with a value, or with what others of them gave, in their order."""
+        of = {name}
+        first = self.number[id(self.maker[name])] + 1 if name in self.maker else 0
+        for node in self.nodes[first:]:
+            if node.op_type not in ("Shape", "Size") and not of.isdisjoint(node.input):
+                of.update(filter(None, node.output))
+                yield node
+
     def reader(self, name):
         """The one node that reads a value, but for its shape; None where there are others, or none."""
         found = [node for node in self.readers.get(name, ()) if node.op_type not in ("Shape", "Size")]
@@ -400,39 +298,6 @@ def title(node):
     """A node, as errors call it."""
     domain = "" if node.domain in ("", "ai.onnx") else f"{node.domain} "
     return f"{domain}{node.op_type} node {node.name[:100]!r}"
-
-
-def equation(text):
-    """The letters of an Einsum of two inputs: (left, right, out).
-
-    Raises
-    ------
-    ValueError
-        For another Einsum.
-    """
-    inputs, arrow, out = text.replace(" ", "").partition("->")
-    left, comma, right = inputs.partition(",")
-    if not arrow or not comma or "." in text or len(set(left)) != len(left) or len(set(right)) != len(right):
-        raise ValueError(f"an Einsum must be of two inputs, each letter once in each, got {text[:100]!r}")
-    return left, right, out
-
-
-def _convolved(attributes, shape, weight):
-    kernel = weight[2:] if weight is not None else attributes["kernel_shape"]
-    axes = len(kernel)
-    pads, strides = attributes.get("pads", [0] * 2 * axes), attributes.get("strides", [1] * axes)
-    dilations = attributes.get("dilations", [1] * axes)
-    if attributes.get("auto_pad", "NOTSET") in ("SAME_UPPER", "SAME_LOWER"):
-        sizes = [-(-n // step) for n, step in zip(shape[2:], strides, strict=True)]
-    else:
-        ceil = attributes.get("ceil_mode")
-        sizes = [
-            (n + a + b - d * (k - 1) - 1 + (step - 1 if ceil else 0)) // step + 1
-            for n, a, b, d, k, step in zip(shape[2:], pads[:axes], pads[axes:], dilations, kernel, strides, strict=True)
-        ]
-    if min(sizes) < 1:
-        return None
-    return (shape[0], shape[1] if weight is None else weight[0], *sizes)
 
 
 def _elements(shape):

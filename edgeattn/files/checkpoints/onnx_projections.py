@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 
@@ -54,7 +55,7 @@ def linear(graph, name):
         weight, bias = _real(known(1), known(2), known(3)), known(4)
     elif kind == "MatMulIntegerToFloat":
         weight, bias = _real(known(1), known(3), known(5)), known(6)
-        source = _before_codes(graph, source)
+        source = before_codes(graph, source)
     elif kind in ("QLinearMatMul", "QGemm"):
         weight = _real(known(3), known(4), known(5))
         weight = weight.T if weight is not None and attributes.get("transB") else weight
@@ -84,11 +85,12 @@ def _integer_map(graph, node):
         zero = graph.constant(graph.input(integer, 3)) if graph.input(integer, 3) else None
         weight = _real(graph.constant(graph.input(integer, 1)), scale[0] if len(scale) == 1 else None, zero)
         if weight is not None and weight.ndim == 2:
-            return Map(_before_codes(graph, graph.input(integer, 0)), weight)
+            return Map(before_codes(graph, graph.input(integer, 0)), weight)
     return None
 
 
-def _before_codes(graph, name):
+def before_codes(graph, name):
+    """The value that codes are of."""
     maker = graph.maker.get(name)
     return (
         graph.input(maker, 0)
@@ -258,3 +260,26 @@ def _turned(terms, offset, width, place):
     if not np.allclose(offset, expected, atol=1e-3 * max(1.0, float(np.abs(start).max()))):
         raise wrong
     return index, np.broadcast_to(scale, index.shape), (count, float(base), interleaved)
+
+
+@dataclasses.dataclass
+class Parts:
+    """What attention is made of, before its heads are brought in order."""
+
+    q: Projection
+    k: Projection
+    v: Projection
+    value_groups: Any  # the group of queries of each group of values
+    context: str
+    codes: Any  # flat index in (groups of values, L, Dv) of each element of `context`
+    scale: Any  # of scores, for each group of queries; 1 / sqrt(D) not taken off
+    bias: Any = None  # (groups of values, L, S)
+    told: Any = ()
+    causal: bool = False
+    rotary: Any = None
+    window: Any = (-1, -1)
+
+
+def is_map_of(graph):
+    """A function that says whether a value is the result of a linear map."""
+    return lambda each: linear(graph, each) is not None

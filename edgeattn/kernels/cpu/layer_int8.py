@@ -65,6 +65,12 @@ def plan(p, B, L, S):
     return shared, private
 
 
+def corrected_bias(weight, bias, zero_point):
+    """The bias (n,) of a weight (n, k), of codes with that zero point, for operands that are codes plus OFFSET."""
+    correction = bias.astype(np.int64) - (OFFSET + zero_point) * weight.astype(np.int64).sum(1)
+    return ((correction + 2**31) % 2**32 - 2**31).astype(np.int32)  # wraps as the accumulator does
+
+
 class StaticLayer:
     """A static int8 multi-head layer packed for `layer_int8`.
 
@@ -96,11 +102,8 @@ class StaticLayer:
 
         def put_linear(letter, weight, bias, multipliers, source):
             """Weight (n, k), bias and multipliers are already padded; the source's zero point goes into the bias."""
-            sums = weight.astype(np.int64).sum(1)
-            correction = bias.astype(np.int64) - (OFFSET + zero_points[source]) * sums
-            correction = (correction + 2**31) % 2**32 - 2**31  # wraps as the accumulator does
             weights.put("w" + letter, pack_byte_panels(weight))
-            weights.put("b" + letter, correction.astype(np.int32))
+            weights.put("b" + letter, corrected_bias(weight, bias, zero_points[source]))
             weights.put("m" + letter, encode(project_rule, multipliers))
 
         for letter, name, size, wide in (("q", "query", D, Dp), ("k", "key", D, Dp), ("v", "value", Dv, Dvp)):

@@ -14,7 +14,7 @@ E = 8
 def state(row, stem, kv=E):
     random = np.random.default_rng(0).standard_normal
     rows = [3 * E] if len(row.inputs) == 1 else [E, kv, kv]
-    return {f"{stem}{name}.weight": random((count, E)).astype("f")
+    return {f"{stem}{name}.weight": random((E, count) if row.conv1d else (count, E)).astype("f")
             for name, count in zip((*row.inputs, row.out), [*rows, E], strict=True)}
 
 
@@ -24,9 +24,12 @@ def test_every_family_is_found_by_its_names(row):
     stored = state(row, "layers.0.") | state(row, "layers.1.")
     with pytest.warns(UserWarning, match="the layer read is without") if row.positions else contextlib.nullcontext():
         layer = MultiHeadAttention.from_checkpoint(stored, "layers.1.", 4)
-    wanted = stored[f"layers.1.{row.inputs[0]}.weight"]
-    np.testing.assert_array_equal(layer.q_weight, wanted[:E])
-    np.testing.assert_array_equal(layer.out_weight, stored[f"layers.1.{row.out}.weight"])
+    wanted, out = (stored[f"layers.1.{name}.weight"] for name in (row.inputs[0], row.out))
+    if row.conv1d:
+        wanted, out = wanted.T, out.T
+    # scores of 2 features are divided by sqrt(2), those of T5 by nothing
+    np.testing.assert_array_equal(layer.q_weight, wanted[:E] * np.float32(2**0.5 if row.unscaled else 1))
+    np.testing.assert_array_equal(layer.out_weight, out)
 
 
 def test_heads_that_share_keys_are_known_by_their_width():

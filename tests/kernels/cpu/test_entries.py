@@ -7,6 +7,7 @@ import compile_first
 import numba.np.numpy_support
 import numpy as np
 import pytest
+from compiling import looks_at_compiling
 
 import edgeattn
 from edgeattn.kernels import cpu
@@ -18,6 +19,7 @@ HOME = "edgeattn.kernels.cpu."
 CALLED_WITH = ["parameters", "addresses", "scratch", "task_queue", "count"]
 
 
+@looks_at_compiling
 def test_every_kernel_that_python_calls_stands_in_the_table():
     for module in pkgutil.walk_packages(cpu.__path__, HOME):
         importlib.import_module(module.name)
@@ -34,6 +36,7 @@ def test_no_entry_stands_in_the_table_twice():
     assert len(set(ENTRIES.values())) == len(ENTRIES)
 
 
+@looks_at_compiling
 def test_calls_compile_what_the_table_says():
     """What layers, functions and caches of each kind have compiled, or read from the cache."""
     for name in ("float32 layer", "probabilities", "dynamic layer", "caches", "float32 function", "int8 function",

@@ -204,6 +204,22 @@ def test_a_text_encoder_goes_whole():
         assert not row[len(ids):].any()
 
 
+def test_the_encoder_of_a_model_is_there_with_the_models_weights():
+    rng = np.random.default_rng(7)
+    layers, encoder, x = made(count=1)
+    x = x[:1, :3].copy()
+    placed = edgeattn.models.TextEncoder(edgeattn.layers.Embedding(table(rng, 11, E)), encoder).to("cuda")
+    memory = len(driver_module.driver().memory)
+    inner = placed.encoder
+    assert inner is placed.encoder and inner.to("cpu") is encoder and len(driver_module.driver().memory) == memory
+    got = inner(put(x)).numpy()
+    np.testing.assert_allclose(got, formula(layers, x.astype(np.float64)), atol=2e-5)
+    np.testing.assert_array_equal(inner(x), got)
+    caches = inner.make_caches(1, 3)
+    placed([[1, 2]], kv_cache=caches)
+    np.testing.assert_allclose(placed([[3]], kv_cache=caches), placed([[1, 2, 3]])[:, 2:], atol=2e-5)
+
+
 @pytest.mark.parametrize("size", [(8, 8), (12, 8)])
 def test_an_image_encoder_goes_whole(size):
     rng = np.random.default_rng(5)

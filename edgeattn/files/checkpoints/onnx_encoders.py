@@ -1,0 +1,369 @@
+"""Whole encoders in an ONNX graph: around each attention layer residuals, norms and the feed-forward network.
+
+Attention is where it begins (`onnx_layers`). From there on values are followed to the next linear maps; what stands
+between is computed and compared with norms and activations (`onnx_probes`), so that nothing depends on how a graph
+writes them. Which token each row is of is followed too.
+"""
+
+import dataclasses
+import itertools
+import math
+import re
+from typing import Any
+
+import numpy as np
+
+from edgeattn.files.checkpoints import onnx_functions as functions
+from edgeattn.files.checkpoints.onnx_elements import trace
+from edgeattn.files.checkpoints.onnx_layers import attention_at
+from edgeattn.files.checkpoints.onnx_nodes import title
+from edgeattn.files.checkpoints.onnx_outputs import with_bias
+from edgeattn.files.checkpoints.onnx_probes import activation_of, between, computed, norm_between
+from edgeattn.files.checkpoints.onnx_projections import is_map_of, linear
+from edgeattn.files.checkpoints.onnx_values import NotRead
+
+_PLAIN = (*functions.SAME, "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten")
+_FEW_NODES, _MOST_VALUES = 24, 64
+LONG = 150  # tokens: half the widest window of models known is 64
+_ROWS = 64  # of numbers that an activation is computed for
+
+
+@dataclasses.dataclass
+class Layer:
+    """An encoder layer; weights (outputs, inputs), norms as `norm_between` gives them."""
+
+    attention: Any  # as `attention_at` gives it
+    linear1: tuple
+    linear2: tuple
+    gate: tuple | None
+    activation: str
+    norm1: tuple
+    norm2: tuple
+    norm_first: bool
+
+    @property
+    def window_size(self):
+        """(left, right) that each token sees."""
+        return self.attention.window
+
+
+@dataclasses.dataclass
+class Encoder:
+    """Encoder layers one after the other."""
+
+    layers: list
+    norm: tuple
+    start: str  # the value that goes into the first layer
+    end: str  # what the last layer, or the norm behind it, gives
+
+    @property
+    def told(self):
+        """What is to be given with each call, once for all layers."""
+        texts = [text.replace(title(layer.attention.node), "attention")
+                 for layer in self.layers for text in layer.attention.told if "has a window" not in text]
+        return list({re.sub("'.*'", "", text): text for text in reversed(texts)}.values())[::-1]
+
+
+@dataclasses.dataclass
+class _Feed:
+    """The feed-forward network behind a sum, to the sum behind it."""
+
+    source: str  # what goes into its first maps
+    linear1: tuple
+    linear2: tuple
+    gate: tuple | None
+    activation: str
+    sum: str
+    residual: str  # the other side of that sum
+
+
+def read_encoder(graph, nodes):
+    """The `Encoder` around some attention nodes, in their order.
+
+    Raises
+    ------
+    NotRead
+        Naming the node where something else stands than an encoder layer.
+    """
+    if not nodes:
+        raise NotRead("it must have attention: a Softmax between two products, or an Attention operator; got none")
+    layers, start, stream = [], None, None
+    for node in nodes:
+        layer, residual, total = _layer(graph, attention_at(graph, node))
+        start = residual if start is None else start
+        if layers and not layers[-1].norm_first:
+            layers[-1].norm2 = _norm(graph, stream, residual, f"in front of {title(node)}")
+        elif layers and residual != stream:
+            raise NotRead(f"the residual of {title(node)} must be the sum that the layer before gives, {stream!r}, got "
+                          f"{residual!r}")
+        layers.append(layer)
+        stream = total
+    if not layers[-1].norm_first:
+        stream, layers[-1].norm2 = _norm_behind(graph, stream)
+        if not layers[-1].norm2:
+            raise NotRead(f"{title(graph.maker[stream])} must have a norm behind it, as the other sums, got none")
+    end, norm = _norm_behind(graph, stream)
+    return Encoder(layers, norm, start, end)
+
+
+def look_further(encoder, graph, nodes):
+    """Take masks from the graph of longer sequences: a window is not seen in those of a few tokens."""
+    for layer, node in zip(encoder.layers, nodes, strict=True):
+        found = attention_at(graph, node)
+        layer.attention = dataclasses.replace(layer.attention, told=found.told, causal=found.causal,
+                                              window=found.window)
+
+
+def _layer(graph, attention):
+    """(the `Layer`, the value that goes in, the last sum); of a layer whose norms are behind the sums norm2 is ()."""
+    name = title(attention.node)
+    sources = {root_of(graph, source) for source in attention.sources}
+    if len(sources) != 1:
+        raise NotRead(f"{name} must be attention of a sequence to itself, got queries, keys and values of "
+                      f"{', '.join(sorted(map(repr, sources)))[:200]}; "
+                      "MultiHeadAttention.from_onnx reads cross-attention")
+    if attention.order is None:
+        raise NotRead(f"{name} must have a MatMul or Gemm with constant weights behind it, which takes its heads side "
+                      "by side; MultiHeadAttention.from_onnx reads it without")
+    source = sources.pop()
+    total, rows, other = _sum_behind(graph, attention.end, name)
+    residual = root_of(graph, other)
+    rows = rows_of(graph, attention.source, source)[attention.order[rows]]
+    if (rows != rows_of(graph, other, residual)).any():
+        raise NotRead(f"the residual of {name} must be of the tokens that it attends from, in their order")
+    feed = _feed_forward(graph, total, name)
+    norm_first = feed.residual == total
+    if norm_first:
+        norm1 = _norm(graph, residual, source, f"in front of {name}", optional=True)
+        norm2 = _norm(graph, total, feed.source, f"behind {name}", optional=True)
+    else:
+        norm1, norm2 = _norm(graph, total, feed.source, f"behind {name}"), ()
+        if source != residual or feed.residual != feed.source:
+            raise NotRead(f"residuals around {name} must be both before norms or both behind them, got {residual!r} "
+                          f"beside {source!r}, and {feed.residual!r} beside {feed.source!r}")
+    return Layer(attention, feed.linear1, feed.linear2, feed.gate, feed.activation, norm1, norm2,
+                 norm_first), residual, feed.sum
+
+
+def root_of(graph, name):
+    """The value whose rows, of a token's features each, a value has in another layout."""
+    while (node := graph.maker.get(name)) is not None and node.op_type in _PLAIN and graph.constant(name) is None:
+        if node.op_type not in functions.SAME:
+            try:
+                rows_of(graph, name, node.input[0])
+            except NotRead:
+                break
+        name = node.input[0]
+    return name
+
+
+def rows_of(graph, value, root):
+    """The row of `root` that each row of `value` is: layouts may exchange rows, not cut them."""
+    width = graph.shapes[root][-1] if graph.shapes.get(root) else 1
+    elements = trace(graph, value, lambda each: each == root)
+    index = elements.terms[0].index if len(elements.terms) == 1 and elements.terms[0].source == root else None
+    if index is None or elements.shape[-1] != width or (np.diff(index.reshape(-1, width), axis=1) != 1).any() or (
+            index[..., 0] % width).any():
+        raise NotRead(f"{value[:100]!r} must have the rows of {root[:100]!r}, got {elements.shape} of "
+                      f"{graph.shapes.get(root)}")
+    return index.reshape(-1, width)[:, 0] // width
+
+
+def _norm(graph, start, end, place, *, optional=False):
+    """The norm between two values."""
+    found = norm_between(graph, start, end)
+    if found is None or not (found or optional):
+        raise NotRead(f"{place} there must be a LayerNormalization or RMSNormalization over the features, in one node "
+                      f"or taken apart, with constant weights; got {between(graph, {start}, end)}")
+    return found
+
+
+def _norm_behind(graph, value):
+    """(the value that a norm of a value gives, the norm); (the value, ()) where there is none."""
+    found = value, ()
+    for node in itertools.islice(graph.nodes_behind(value), _FEW_NODES):
+        end = graph.output(node)
+        # a mask of ones, as models are read with, makes no other norm of one
+        if node.op_type not in _PLAIN and (norm := norm_between(graph, value, end)) and not _same(norm, found[1]):
+            found = end, norm
+    return found
+
+
+def _same(norm, other):
+    return bool(other) and norm[0] == other[0] and norm[3] == other[3] and all(
+        np.array_equal(*pair) for pair in zip(norm[1:3], other[1:3], strict=True))
+
+
+def _sum_behind(graph, value, name):
+    """(the sum of a value and a computed one, the row of the value that each of it has, the other)."""
+    start = value
+    for _ in range(_FEW_NODES):
+        readers = [node for node in graph.readers.get(value, ()) if node.op_type not in ("Shape", "Size")]
+        if len(readers) != 1:
+            break
+        node = readers[0]
+        if node.op_type in ("Add", "Sum") and len(node.input) == 2:
+            other = node.input[1] if node.input[0] == value else node.input[0]
+            if graph.constant(other) is None and graph.shapes.get(other) == graph.shapes.get(value):
+                return graph.output(node), rows_of(graph, value, start), other
+        if node.op_type not in _PLAIN:
+            break
+        value = graph.output(node)
+    readers = ", ".join(map(title, graph.readers.get(value, ()))) or "nothing"
+    raise NotRead(f"what {name} gives must be added to what it was given, as a residual; got {readers[:300]} behind "
+                  f"{value[:100]!r}")
+
+
+def _next_map(graph, value, name):
+    """The result of the first linear map of what is computed of a value."""
+    of = {value}
+    for node in graph.nodes_behind(value):
+        found = linear(graph, graph.output(node))
+        if found is not None and found.source in of:
+            return graph.output(node)
+        of.update(node.output)
+    raise NotRead(f"behind {name} there must be a feed-forward network, of MatMul or Gemm with constant weights, an "
+                  f"activation and MatMul or Gemm; got none behind {value[:100]!r}")
+
+
+@dataclasses.dataclass
+class _Leaf:
+    """A value that is features of a linear map, each times a number plus a number."""
+
+    map: str
+    rows: Any
+    features: Any
+    factor: Any
+    offset: Any
+    shape: tuple
+
+    @property
+    def part(self):
+        return self.map, tuple(self.features.tolist())
+
+
+def _feed_forward(graph, start, name):
+    first = _next_map(graph, start, name)
+    second = _next_map(graph, first, name)
+    found = linear(graph, second)
+    top = root_of(graph, found.source)
+    leaves = _leaves(graph, top, name)
+    sources = {root_of(graph, linear(graph, leaf.map).source) for leaf in leaves.values()}
+    if len(sources) != 1:
+        raise NotRead(f"the feed-forward network behind {name} must be of one input, got {sorted(sources)}"[:500])
+    source = sources.pop()
+    activation, linear1, gate = _activation(graph, top, leaves, f"{title(graph.maker[first])} and "
+                                            f"{title(graph.maker[second])}")
+    if len(linear1[0]) != found.weight.shape[0]:
+        raise NotRead(f"{title(graph.maker[second])} must take the {len(linear1[0])} features that come to it, got "
+                      f"weights {found.weight.shape}")
+    end, linear2, last = with_bias(graph, second, found.weight.T, found.bias)
+    total, rows, other = _sum_behind(graph, end, f"the feed-forward network behind {name}")
+    residual = root_of(graph, other)
+    ways = [rows_of(graph, linear(graph, leaf.map).source, source)[leaf.rows] for leaf in leaves.values()]
+    rows = ways[0][rows_of(graph, found.source, top)][last][rows]
+    if any((way != ways[0]).any() for way in ways) or (rows != rows_of(graph, other, residual)).any():
+        raise NotRead(f"the feed-forward network behind {name} must keep the order of tokens")
+    return _Feed(source, linear1, linear2, gate, activation, total, residual)
+
+
+def _leaves(graph, top, name):
+    """The `_Leaf`s that a value is computed of, by their names."""
+    is_map = is_map_of(graph)
+    todo, leaves, seen = [top], {}, set()
+    while todo:
+        value = todo.pop()
+        if value in seen or not value or graph.constant(value) is not None:
+            continue
+        seen.add(value)
+        leaf = _leaf(graph, value, is_map)
+        if leaf is not None:
+            leaves[value] = leaf
+            continue
+        node = graph.maker.get(value)
+        if node is None or len(seen) > _MOST_VALUES:
+            raise NotRead(f"the feed-forward network behind {name} must have an activation of what its first MatMul or "
+                          f"Gemm gives, got one of {value[:100]!r}")
+        todo.extend(node.input)
+    if len({leaf.shape for leaf in leaves.values()}) != 1 or {graph.shapes.get(top)} != {
+            leaf.shape for leaf in leaves.values()}:
+        raise NotRead(f"the activation behind {name} must keep the shape of what comes to it, got "
+                      f"{[leaf.shape for leaf in leaves.values()]} and {graph.shapes.get(top)}")
+    return leaves
+
+
+def _leaf(graph, value, is_map):
+    elements = trace(graph, value, is_map)
+    if len(elements.terms) != 1 or not is_map(elements.terms[0].source) or not elements.shape:
+        return None
+    term, shape = elements.terms[0], elements.shape
+    width = linear(graph, term.source).weight.shape[1]
+    rows, features = np.divmod(term.index.reshape(-1, shape[-1]), width)
+    factor, offset = (np.broadcast_to(each, shape).reshape(-1, shape[-1]) for each in (term.factor, elements.known()))
+    if any((each != each[:1]).any() for each in (features, factor, offset)) or (rows != rows[:, :1]).any():
+        return None
+    return _Leaf(term.source, rows[:, 0], features[0], factor[0], offset[0], shape)
+
+
+def _activation(graph, top, leaves, place):
+    """(name, linear1, gate or None) of the activation that a value is of features of linear maps."""
+    parts = list(dict.fromkeys(leaf.part for leaf in leaves.values()))
+    starts = set(leaves)
+    if len(parts) > 2:
+        raise NotRead(f"between {place} there must be an activation, of one map or of a gate's and another's, got "
+                      f"{len(parts)} maps")
+    axes, width = len(graph.shapes[top]), graph.shapes[top][-1]
+    made = None
+    for rows in ((1,) * (axes - 2) + (_ROWS,), graph.shapes[top][:-1]):
+        numbers = np.random.default_rng(0)
+        given = {part: 3 * numbers.standard_normal((math.prod(rows), width)) for part in parts}
+        try:
+            made = computed(graph, top, {value: (given[leaf.part] * leaf.factor + leaf.offset).reshape(*rows, width)
+                                         for value, leaf in leaves.items()})
+        except NotRead:
+            continue
+        if made is not None and made.shape == (*rows, width):
+            break
+    else:
+        raise NotRead(f"between {place} there must be an activation of features, got "
+                      f"{between(graph, starts, top)}")
+    made = made.reshape(-1, width)
+    tried = []
+    for part in parts:
+        other = next((each for each in parts if each != part), None)
+        for leaf in (leaf for leaf in leaves.values() if leaf.part == part):
+            x = given[part] * leaf.factor + leaf.offset
+            for beside in [None] if other is None else [leaf for leaf in leaves.values() if leaf.part == other]:
+                by = 1.0 if beside is None else given[other] * beside.factor + beside.offset
+                activation, near = activation_of(made, x, by)
+                if activation is not None:
+                    maps = _map_of(graph, leaf), None if beside is None else _map_of(graph, beside)
+                    return (activation, maps[0], None) if beside is None else (activation, maps[1], maps[0])
+                tried.append(near)
+    raise NotRead(f"between {place} there must be gelu, gelu_tanh, relu or silu, times another map or not, in whatever "
+                  f"nodes; got {between(graph, starts, top)}: the nearest is {min(tried)[1]}")
+
+
+def map_of(graph, value):
+    """(weight, bias or None) of the linear map whose features a value is.
+
+    Raises
+    ------
+    NotRead
+        Where it is none.
+    """
+    leaf = _leaf(graph, value, is_map_of(graph))
+    if leaf is None:
+        raise NotRead(f"{value[:100]!r} must be what a MatMul or Gemm with constant weights gives, plus a bias")
+    return _map_of(graph, leaf)
+
+
+def _map_of(graph, leaf):
+    """(weight, bias or None) of the features of a leaf."""
+    found = linear(graph, leaf.map)
+    weight, factor = found.weight.T[leaf.features], np.float32(leaf.factor)
+    bias = None if found.bias is None else found.bias[leaf.features] * factor
+    if leaf.offset.any():
+        bias = leaf.offset if bias is None else bias + leaf.offset
+    return (np.asarray(weight if (factor == 1).all() else weight * factor[:, None], np.float32),
+            None if bias is None else np.asarray(bias, np.float32))

@@ -1,0 +1,99 @@
+"""The linear map behind attention: what becomes out_weight, and what is added to it."""
+
+import numpy as np
+
+from edgeattn.files.checkpoints import onnx_functions as functions
+from edgeattn.files.checkpoints.onnx_elements import trace
+from edgeattn.files.checkpoints.onnx_projections import linear
+
+FAR_BEHIND = 24  # nodes between attention and the end of its output projection
+
+
+def output_map(graph, context, codes, place, row_of, length, value_dim, heads):
+    """(value that the layer gives, (weight, bias) of the map behind or None, the token of each row of it)."""
+    value = context
+    way = [context]
+    for _ in range(FAR_BEHIND):
+        node = graph.reader(value)
+        if node is None:
+            return context, None, None
+        result = _result(graph, node)
+        found = linear(graph, result) if result else None
+        if found is not None and found.source == value:
+            break
+        if node.op_type not in (*functions.SAME, *functions.LAYOUT, "DynamicQuantizeLinear"):
+            return context, None, None
+        value = graph.output(node)
+        way.append(value)
+    else:
+        return context, None, None
+    elements = trace(graph, found.source, lambda each: each == context)
+    if len(elements.terms) != 1 or elements.terms[0].source != context or elements.shape[-1] != found.weight.shape[0]:
+        return context, None, None
+    code = codes.reshape(-1)[elements.terms[0].index.reshape(-1, elements.shape[-1])]
+    group, row, feature = code // (length * value_dim), code // value_dim % length, code % value_dim
+    column = place[group] * value_dim + feature
+    token = row_of[group] * length + row
+    if (
+        (column != column[:1]).any()
+        or (token != token[:, :1]).any()
+        or (sorted(column[0].tolist()) != list(range(heads * value_dim)))
+    ):
+        return context, None, None
+    weight = np.zeros((found.weight.shape[1], heads * value_dim), np.float32)
+    weight[:, column[0]] = found.weight.T
+    end, output, rows = with_bias(graph, result, weight, found.bias)
+    return end, output, token[:, 0][rows]
+
+
+def _result(graph, node):
+    """The value of the map that a node begins; of MatMulInteger that after Cast and Mul."""
+    value = graph.output(node)
+    if node.op_type == "DynamicQuantizeLinear":
+        readers = [each for each in graph.readers.get(value, ()) if each.op_type == "MatMulInteger"]
+        return _result(graph, readers[0]) if len(readers) == 1 else ""
+    if node.op_type == "MatMulInteger":
+        for _ in range(2):
+            reader = graph.reader(value)
+            if reader is None:
+                return ""
+            value = graph.output(reader)
+    return value
+
+
+def with_bias(graph, value, weight, bias):
+    """(value, (weight, bias), rows) with what is added, and multiplied, for each feature behind a map."""
+    start, end = value, value
+    best = None
+    for _ in range(FAR_BEHIND):
+        node = graph.reader(value)
+        if node is None or node.op_type not in (
+            "Add",
+            "Mul",
+            *functions.SAME,
+            "Reshape",
+            "Transpose",
+            "Squeeze",
+            "Unsqueeze",
+        ):
+            break
+        if node.op_type in ("Add", "Mul") and all(graph.constant(name) is None for name in node.input):
+            break
+        value = graph.output(node)
+        elements = trace(graph, value, lambda each: each == start)
+        if len(elements.terms) != 1 or elements.shape[-1] != len(weight):
+            continue
+        factor, offset = np.broadcast_to(elements.terms[0].factor, elements.shape), elements.known()
+        rows, index = np.divmod(elements.terms[0].index.reshape(-1, len(weight)), len(weight))
+        factor, offset = factor.reshape(-1, len(weight)), offset.reshape(-1, len(weight))
+        if (factor != factor[:1]).any() or (offset != offset[:1]).any() or (index != np.arange(len(weight))).any():
+            break
+        end, best = value, (factor[0], offset[0], elements.offset is not None, rows[:, 0])
+    if best is None:
+        return start, (weight, bias), np.arange(np.prod(graph.shapes[start][:-1], dtype=int))
+    factor, offset, biased, rows = best
+    if (factor != 1).any():
+        weight, bias = weight * np.float32(factor)[:, None], None if bias is None else bias * factor
+    if biased:
+        bias = offset if bias is None else bias + offset
+    return end, (np.asarray(weight, np.float32), None if bias is None else np.asarray(bias, np.float32)), rows

@@ -1,0 +1,183 @@
+"""Attention that is taken apart: a Softmax between the product of queries and keys and that with the values."""
+
+import numpy as np
+
+from edgeattn.files.checkpoints import onnx_functions as functions
+from edgeattn.files.checkpoints.onnx_elements import Term, trace
+from edgeattn.files.checkpoints.onnx_outputs import FAR_BEHIND
+from edgeattn.files.checkpoints.onnx_products import product
+from edgeattn.files.checkpoints.onnx_projections import Parts, is_map_of, projected
+from edgeattn.files.checkpoints.onnx_values import NotRead
+
+
+def _groups(lead):
+    """A function that makes (..., rows, columns) to (groups, rows, columns), `lead` the axes of the product."""
+    return lambda x: np.broadcast_to(x, (*lead, *x.shape[-2:])).reshape(-1, *x.shape[-2:])
+
+
+def from_softmax(graph, node, name):
+    """The `Parts` around a Softmax."""
+
+    def scores_source(each):
+        maker = graph.maker.get(each)
+        return product(graph, maker) is not None or (maker is not None and maker.op_type == "Tanh")
+
+    told = []
+    scores = trace(graph, graph.input(node, 0), scores_source)
+    axis = graph.attributes(node).get("axis", -1 if graph.opset >= 13 else len(scores.shape) - 1)
+    if axis % len(scores.shape) != len(scores.shape) - 1:
+        raise NotRead(f"{name} must be over the last axis, the keys, got axis {axis}")
+    term, masks = _scores_term(graph, scores, name)
+    offset = scores.offset
+    if graph.maker[term.source].op_type == "Tanh":
+        softcap = float(np.max(term.factor))
+        inner = trace(
+            graph, graph.maker[term.source].input[0], lambda each: product(graph, graph.maker.get(each)) is not None
+        )
+        below, more = _scores_term(graph, inner, name)
+        told.append(f"{name} caps its scores; pass softcap={softcap:g} in each call")
+        term = Term(below.source, below.index.reshape(-1)[term.index], np.float32(below.factor) * softcap)
+        masks += more
+    first = product(graph, graph.maker[term.source])
+    scale = np.broadcast_to(np.float32(term.factor) * np.float32(first.factor), scores.shape)
+
+    def to_product(each):
+        return each == graph.output(node)
+
+    second, side, weights = _reader_product(graph, node, name, to_product)
+    if len(weights.terms) != 1 or np.ndim(weights.terms[0].factor) and not (weights.terms[0].factor == 1).all():
+        raise NotRead(f"the probabilities of {name} must be multiplied by the values as they are")
+
+    q_name, k_name = (
+        graph.input(first.node, 0),
+        graph.input(first.node, 3 if first.node.op_type == "QLinearMatMul" else 1),
+    )
+    is_map = is_map_of(graph)
+    left, right = (
+        trace(graph, q_name, is_map).moved(first.left),
+        trace(graph, k_name, is_map).moved(lambda x: first.right(x).swapaxes(-1, -2)),
+    )
+    lead = np.broadcast_shapes(left.shape[:-2], right.shape[:-2])
+    length, keys = left.shape[-2], right.shape[-2]
+    codes = first.codes((*lead, length, keys)).reshape(-1)
+    comp = codes[term.index.reshape(-1)]  # of each score, where it is in the product
+    values = trace(graph, side, is_map).moved(second.right)
+    probabilities = weights.moved(second.left)
+    lead2 = np.broadcast_shapes(probabilities.shape[:-2], values.shape[:-2])
+    place = np.broadcast_to(probabilities.terms[0].index, (*lead2, *probabilities.shape[-2:])).reshape(
+        -1, *probabilities.shape[-2:]
+    )
+    at = comp[place]
+    if (
+        at.shape[1:] != (length, keys)
+        or (at - at[:, :1, :1] != np.arange(length * keys).reshape(length, keys)).any()
+        or (at[:, 0, 0] % (length * keys)).any()
+    ):
+        raise NotRead(f"{name} must weigh values by rows of queries and columns of keys, got scores in another order")
+    factors = scale.reshape(-1)[place]
+    if (factors != factors[:, :1, :1]).any():
+        raise NotRead(f"the scores of {name} must be scaled by one number in a head")
+    q = projected(graph, left, _groups(lead), f"the queries of {name}")
+    k = projected(graph, right, _groups(lead), f"the keys of {name}")
+    v = projected(graph, values, _groups(lead2), f"the values of {name}")
+    bias = None
+    if offset is not None and np.any(offset) and not masks:  # else a part of the mask
+        bias = np.broadcast_to(np.float32(offset), scores.shape).reshape(-1)[place]
+    for mask in sorted(set(masks)):
+        told.append(
+            f"{name} adds {mask} to its scores; pass it, if it masks, as attn_mask or key_padding_mask in each call"
+        )
+    context = graph.output(second.node)
+    return Parts(
+        q,
+        k,
+        v,
+        at[:, 0, 0] // (length * keys),
+        context,
+        second.codes((*lead2, length, values.shape[-1])),
+        factors[:, 0, 0],
+        bias,
+        told,
+    )
+
+
+def _scores_term(graph, scores, name):
+    """(the term of the product, names of what else is added)."""
+
+    def is_product(term):
+        maker = graph.maker.get(term.source)
+        return product(graph, maker) is not None or (maker is not None and maker.op_type == "Tanh")
+
+    terms = [term for term in scores.terms if is_product(term)]
+    if len(terms) > 1:  # a product may be under a computed mask too
+        raise NotRead(f"the scores of {name} must be one product of queries and keys, got {len(terms)}")
+    if not terms:
+        through = _behind_mask(graph, scores, name)
+        if through is not None:
+            return through
+        raise _no_projection_of_scores(graph, scores, name)
+    others = [_called(graph, term.source) for term in scores.terms if term is not terms[0]]
+    return terms[0], others
+
+
+def _called(graph, name):
+    node = graph.maker.get(name)
+    return f"{name[:60]!r}" if node is None else f"{name[:60]!r} (of a {node.op_type} node)"
+
+
+def _behind_mask(graph, scores, name):
+    """The term behind a Where whose condition is computed."""
+    if len(scores.terms) != 1:
+        return None
+    node = graph.maker.get(scores.terms[0].source)
+    if node is None or node.op_type != "Where":
+        return None
+    for i in (1, 2):
+        if graph.constant(graph.input(node, i)) is None:
+            inner = trace(graph, graph.input(node, i), lambda each: product(graph, graph.maker.get(each)) is not None)
+            term, masks = _scores_term(graph, inner, name)
+            if inner.shape != graph.shapes[graph.output(node)]:
+                return None
+            outer = scores.terms[0]
+            factor = np.broadcast_to(np.float32(term.factor), term.index.shape).reshape(-1)[outer.index]
+            return Term(term.source, term.index.reshape(-1)[outer.index], factor * np.float32(outer.factor)), [
+                *masks,
+                f"{graph.input(node, 0)[:60]!r} (of a Where node)",
+            ]
+    return None
+
+
+def _no_projection_of_scores(graph, scores, name):
+    """The error for a Softmax over something else than a product."""
+    found = ", ".join(_called(graph, term.source) for term in scores.terms) or "constants"
+    return NotRead(f"the scores of {name} must be a product of queries and keys, scaled and masked, got {found}")
+
+
+def _reader_product(graph, node, name, is_source):
+    """(the product of probabilities and values, the values' name, the probabilities' elements)."""
+    value = graph.output(node)
+    for _ in range(FAR_BEHIND):
+        readers = [each for each in graph.readers.get(value, ()) if each.op_type not in ("Shape", "IsNaN", "Size")]
+        for reader in readers:
+            found = product(graph, reader)
+            if found is not None and graph.input(reader, 0) == value:
+                elements = (
+                    trace(graph, value, is_source) if not _cleaned(graph, value) else _past_nan(graph, value, is_source)
+                )
+                return found, graph.input(reader, 3 if reader.op_type == "QLinearMatMul" else 1), elements
+        following = [each for each in readers if each.op_type in (*functions.SAME, *functions.LAYOUT, "Where")]
+        if not following:
+            break
+        value = graph.output(following[0])
+    raise NotRead(f"the probabilities of {name} must be the left side of a MatMul with the values")
+
+
+def _cleaned(graph, value):
+    node = graph.maker.get(value)
+    return node is not None and node.op_type == "Where"
+
+
+def _past_nan(graph, value, is_source):
+    """Probabilities behind Where(IsNaN(p), 0, p), which exporters write for rows without keys."""
+    node = graph.maker[value]
+    return trace(graph, graph.input(node, 2), is_source)

@@ -1,0 +1,136 @@
+"""Operators of onnxruntime that fuse sums, norms and activations, as the ONNX nodes that they stand for."""
+
+from edgeattn.files.checkpoints.onnx_shapes import PRODUCTS
+
+_FLOAT, _INT, _INTS, _STRING = 1, 2, 7, 3  # onnx.AttributeProto.AttributeType
+_EPS = 1e-12  # where a node has none
+
+
+def unfused(nodes):
+    """The nodes, with those of fused ones in their places."""
+    maker = {name: node for node in nodes for name in node.output if name}
+    result = []
+    for node in nodes:
+        write = _WRITERS.get(node.op_type)
+        try:
+            made = [node] if write is None else write(_Nodes(node, maker))
+        except IndexError:  # of a damaged node, which is told where it is read
+            made = [node]
+        result += made
+    return result
+
+
+class _Nodes:
+    """Writes nodes in place of one."""
+
+    def __init__(self, node, maker):
+        self.node, self.maker, self.made = node, maker, []
+        self.attributes = {entry.name: entry for entry in node.attribute}
+
+    def input(self, index):
+        return self.node.input[index] if index < len(self.node.input) else ""
+
+    def output(self, index):
+        return self.node.output[index] if index < len(self.node.output) else ""
+
+    def add(self, kind, *inputs, to="", **attributes):
+        """A node; returns the name of what it gives."""
+        made = type(self.node)()
+        made.op_type, made.name = kind, self.node.name
+        to = to or f"{self.output(0) or self.node.name} {kind} {len(self.made)}"
+        made.input.extend(inputs)
+        made.output.append(to)
+        for name, value in attributes.items():
+            entry = made.attribute.add()
+            entry.name = name
+            if isinstance(value, float):
+                entry.type, entry.f = _FLOAT, value
+            elif isinstance(value, int):
+                entry.type, entry.i = _INT, value
+            elif isinstance(value, str):
+                entry.type, entry.s = _STRING, value.encode()
+            else:
+                entry.type = _INTS
+                entry.ints.extend(value)
+        self.made.append(made)
+        return to
+
+    def split(self, value):
+        """The names of the halves of a value's last axis."""
+        first = self.add("Split", value, axis=-1, num_outputs=2)
+        self.made[-1].output.append(second := f"{first} 2")
+        return first, second
+
+    @property
+    def epsilon(self):
+        return self.attributes["epsilon"].f if "epsilon" in self.attributes else _EPS
+
+    def maps(self, name):
+        """Whether a value comes straight from a product."""
+        node = self.maker.get(name)
+        return node is not None and (node.op_type in PRODUCTS or node.op_type == "Mul")
+
+
+def _skip_norm(w):
+    simple = w.node.op_type == "SkipSimplifiedLayerNormalization"
+    x, skip, weight = w.node.input[:3]
+    beta, bias = ("", w.input(3)) if simple else (w.input(3), w.input(4))
+    if w.maps(skip) and not w.maps(x):
+        x, skip = skip, x
+    x = w.add("Add", x, bias) if bias else x
+    total = w.add("Add", x, skip, to=w.output(3))
+    if simple:
+        w.add("SimplifiedLayerNormalization", total, weight, to=w.output(0), epsilon=w.epsilon)
+    else:
+        w.add("LayerNormalization", total, weight, *([beta] if beta else []), to=w.output(0), epsilon=w.epsilon)
+    return w.made
+
+
+def _embedding(w):
+    ids, types, tokens, places, table, weight, bias = w.node.input[:7]
+    mask, positions = w.input(7), w.input(8)
+    x = w.add("Gather", tokens, ids)
+    if not positions:
+        length = w.add("Shape", ids, start=1, end=2)
+        positions = w.add("Range", w.add("Constant", value_int=0), length, w.add("Constant", value_int=1))
+    x = w.add("Add", x, w.add("Gather", places, positions))
+    if types and table:
+        x = w.add("Add", x, w.add("Gather", table, types))
+    x = w.add("Identity", x, to=w.output(2)) if w.output(2) else x
+    w.add("LayerNormalization", x, weight, bias, to=w.output(0), epsilon=w.epsilon)
+    if mask and w.output(1):
+        w.add("ReduceSum", mask, to=w.output(1), axes=[1], keepdims=0)
+    return w.made
+
+
+def _biased(w):
+    x, bias = w.node.input[0], w.input(1)
+    x = w.add("Add", x, bias) if bias else x
+    w.add("Gelu", x, to=w.output(0), approximate="none" if w.node.op_type == "BiasGelu" else "tanh")
+    return w.made
+
+
+def _rotary(w):
+    x, cosines, sines = w.node.input[:3]
+    given = {name: entry.i for name, entry in w.attributes.items()}
+    maker = w.maker.get(x)
+    heads_apart = maker is not None and any(entry.name == "perm" and len(entry.ints) == 4 for entry in maker.attribute)
+    if w.node.domain not in ("", "ai.onnx") or given.get("interleaved") or given.get("rotary_embedding_dim") or not (
+            heads_apart):
+        return [w.node]
+    tables = [w.add("Gather", table, w.input(3)) if w.input(3) else table for table in (cosines, sines)]
+    cosines, sines = (w.add("Unsqueeze", table, axes=[1]) for table in tables)
+    first, second = w.split(x)
+    w.add("Concat", w.add("Sub", w.add("Mul", first, cosines), w.add("Mul", second, sines)),
+          w.add("Add", w.add("Mul", first, sines), w.add("Mul", second, cosines)), to=w.output(0), axis=-1)
+    return w.made
+
+
+_WRITERS = {
+    "RotaryEmbedding": _rotary,
+    "SkipLayerNormalization": _skip_norm,
+    "SkipSimplifiedLayerNormalization": _skip_norm,
+    "EmbedLayerNormalization": _embedding,
+    "BiasGelu": _biased,
+    "FastGelu": _biased,
+}

@@ -1,0 +1,334 @@
+"""Feed-forwards in static int8, block of rows by block of rows: every scale fixed, codes from product to product.
+
+    input   x = clamp(rint(y / scale) + zero point), y a row or its norm; what the range leaves of a feature stands in a
+            further column
+    hidden  h = table[requantize(x w1^T + b1)]; with a gate h = requantize((table[g] - zg) (requantize(..) - z1)),
+            g = requantize(x gate^T + bg)
+    result  requantize(h w2^T + b2) as real numbers; what further channels hold is added to those that they go on from
+    out     norm(result + residual)
+
+Or codes in and out: x as it is, and the codes of the result.  Sums are exact and rules those of `requantize`, so that
+bytes are equal under every instruction set, in any batch and on any number of threads.
+"""
+import numpy as np
+
+from edgeattn.runtime.calls import separately
+from edgeattn.runtime.compiler import inline, jit, task
+from edgeattn.runtime.worker_pool import parallel_for
+
+from .byte_products import DEPTH_STEP, TILES_SCRATCH, linear, row_product
+from .feed_forward_float32 import FEW_ROWS, parts_of_rows, share_of
+from .finish_int8 import finish_bytes, scale_features
+from .fused_int8 import pack_tokens
+from .int8_operands import BYTE_FLIP
+from .int8_views import BytePanels, Groups, Part, Scaling, scratch_at
+from .matmul import round_up
+from .norm import ADDRESSES, NO_NORM, finish_row, normalize_row, read_row
+from .records import named, real, record
+from .requantize import requantize
+from .simd import (
+    LANES,
+    ROWS,
+    VIRTUAL_LANES,
+    WIDTH,
+    address_of,
+    bits_of,
+    load,
+    load_bytes,
+    matrix_configure,
+    matrix_release,
+    max_lanes,
+    maximum,
+    pointer_to,
+    round_to_int,
+    smaller,
+    smaller_float,
+    splat,
+    store,
+    store_bytes,
+    tile_store,
+    to_float,
+    wide_splat,
+)
+from .views import Blocks
+
+BLOCK = 64  # rows that pass together
+EDGE = max(TILES_SCRATCH, 16)  # elements at `at_tiles` before room for a tile
+FEATURES = max(VIRTUAL_LANES, 4 * DEPTH_STEP)  # hidden features, and channels, are multiples of
+# Of weights: positions in elements of 32 bits, `w` of panels, `b` biases, `m` multipliers; `z` zero points, `zh` of
+# the hidden features; `table`: 256 bytes; `more_inputs`: what each further column is left of, a feature or another such
+# column; `more_outputs`: of each further channel the one it is added to, and the code that adds nothing.
+FEED_FORWARD = record(
+    "rows width columns out_width channels depth4 hidden_up out_up codes gated norm_first norm_last",
+    "project_rule multiply_rule w1 b1 m1 z1 gate_w gate_b gate_m gate_z table active_z multiplier zh w2 b2 m2 z2",
+    "more_inputs more_outputs at_first at_last scale inverse zero out_scale",
+    "at_x at_nan at_hidden at_gate at_codes at_row at_tiles shared_size private_size")
+ENDS = record("x residual codes nan weights")  # rows of float32, int8 codes, float32 of each row
+_NONE, _ZERO, _NAN = np.int32(0), np.float32(0), np.float32(np.nan)
+_MAGNITUDE, _INFINITY = np.int32(0x7FFFFFFF), np.int32(0x7F800000)  # bits of a float32: all but the sign; of infinity
+_LEAST, _MOST = np.int32(-128), np.int32(127)
+_FLIP = np.int32(BYTE_FLIP)  # of a byte in 32 bits
+
+
+# --- rows to codes and back --------------------------------------------------------------------------------------
+
+@inline
+def quantize_row(s, p, at, to, at_nan):
+    """A row of 4 * depth4 to bytes, an unsigned operand; and whether it holds NaN, which no code stands for."""
+    inverse, zero = real(p.inverse), real(p.zero)
+    low, high, largest = np.float32(-128) - zero, np.float32(127) - zero, splat(_NONE)
+    for i in range(0, 4 * p.depth4, LANES):
+        v = load(s.float32, at + i) * splat(inverse)
+        largest = maximum(bits_of(v) & splat(_MAGNITUDE), largest)
+        v = smaller_float(maximum(v, splat(low)), splat(high))
+        store_bytes(s.int8, to + i, (round_to_int(v) + splat(np.int32(zero))) ^ splat(_FLIP))
+    s.float32[at_nan] = _NAN if max_lanes(largest) > _INFINITY else _ZERO
+
+
+@inline
+def widen_row(s, w, p, at):
+    """Zeros behind a row, and in its further columns what the range leaves of others."""
+    for i in range(round_up(p.width, VIRTUAL_LANES), 4 * p.depth4, VIRTUAL_LANES):
+        store(s.float32, at + i, wide_splat(_ZERO))
+    scale, inverse, zero = real(p.scale), real(p.inverse), real(p.zero)
+    low, high = np.float32(-128) - zero, np.float32(127) - zero
+    for k in range(p.columns - p.width):
+        value = s.float32[at + np.int64(w.int32[p.more_inputs + k])]
+        s.float32[at + p.width + k] = value - min(max(np.rint(value * inverse), low), high) * scale
+
+
+@task
+def read_codes(s, w, p, x, row, to, at_nan, own):
+    """Row `row` of x, an address, as an unsigned operand from `to` on; own: room for a row."""
+    if p.codes != 0:
+        pack_tokens(Part(pointer_to(x, np.int8), row * p.columns), p.columns, 1, 1, Part(s.int32, to), p.depth4)
+    else:
+        at = own + p.at_row
+        read_row(pointer_to(x, np.float32), row * p.width, p.width, s.float32, at)
+        if p.norm_first != NO_NORM:
+            normalize_row(s.float32, at, p.width, p.norm_first, w.float32, p.at_first)
+        widen_row(s, w, p, at)
+        quantize_row(s, p, at, 4 * to, at_nan)
+
+
+@task
+def write_codes(s, w, p, codes, nan, residual, out, row, own):
+    """Codes, bytes as Part, to row `row` of out; residual, out: addresses; nan: 0, or NaN."""
+    if p.codes != 0:
+        to = pointer_to(out, np.int8)
+        for i in range(p.channels):
+            to[row * p.channels + i] = codes.data[codes.at + i]
+        return
+    y, zero, scale = own + p.at_row, np.float32(p.z2), real(p.out_scale)
+    whole = p.out_width // LANES * LANES
+    for i in range(0, whole, LANES):
+        v = (to_float(load_bytes(codes.data, codes.at + i)) - splat(zero)) * splat(scale)
+        store(s.float32, y + i, v + splat(nan))
+    for i in range(whole, p.out_width):
+        s.float32[y + i] = (np.float32(codes.data[codes.at + i]) - zero) * scale + nan
+    for k in range(p.channels - p.out_width):
+        channel, none = y + np.int64(w.int32[p.more_outputs + 2 * k]), w.int32[p.more_outputs + 2 * k + 1]
+        more = np.float32(np.int32(codes.data[codes.at + p.out_width + k]) - none)
+        s.float32[channel] = s.float32[channel] + more * scale
+    for i in range(p.out_width, round_up(p.out_width, VIRTUAL_LANES)):
+        s.float32[y + i] = _ZERO
+    finish_row(s.float32, y, p.out_width, residual, row, p.norm_last, w.float32, p.at_last, out)
+
+
+# --- codes to codes ----------------------------------------------------------------------------------------------
+
+@inline
+def finish_few(tile, rows, t, f, scaling, out, edge):
+    """Codes of a tile of any height to bytes of out, by way of `edge`, int32."""
+    tile_store(scale_features(tile, f, scaling), edge.data, edge.at, WIDTH, LANES)
+    zero = splat(scaling.zero_point)
+    low, high = splat(_LEAST) - zero, splat(_MOST) - zero
+    for i in range(rows):
+        for j in range(0, WIDTH, LANES):
+            code = smaller(maximum(load(edge.data, edge.at + i * WIDTH + j), low), high) + zero
+            store_bytes(out.data, out.at + (t + i) * out.block + f + j, code)
+
+
+@task
+def product_of_codes(x, rows, panels, scaling, out, tiles):
+    """Codes of x w^T + bias, to out, whose blocks are whole rows; of few rows, which fill no tile, no others."""
+    if rows < ROWS:
+        edge = Part(tiles.data, tiles.at + EDGE)
+        row_product(finish_few, (scaling, out, edge), x, rows, panels, tiles)
+    else:
+        linear(finish_bytes, (scaling, _NONE, out), x, rows, panels, tiles)
+
+
+@inline
+def look_up(s, at, row_step, rows, features, table):
+    """codes = table[codes + 128], in place."""
+    for r in range(rows):
+        for i in range(at + r * row_step, at + r * row_step + features):
+            s.int8[i] = table.data[table.at + np.int64(s.int8[i]) + 128]
+
+
+@inline
+def multiply_codes(s, w, p, at_gate, at, rows, features):
+    """Codes of the product of gate and hidden features, in place of these, as an unsigned operand."""
+    z1, active_z, zh = splat(np.int32(p.z1)), splat(np.int32(p.active_z)), splat(np.int32(p.zh))
+    for r in range(rows):
+        for i in range(r * p.hidden_up, r * p.hidden_up + features, LANES):
+            product = (load_bytes(s.int8, at_gate + i) - active_z) * (load_bytes(s.int8, at + i) - z1)
+            code = requantize(product, p.multiply_rule, w.int32, p.multiplier, LANES) + zh
+            code = smaller(maximum(code, splat(_LEAST)), splat(_MOST))
+            store_bytes(s.int8, at + i, code ^ splat(_FLIP))
+
+
+@inline
+def raise_rows(s, w, p, base, own, rows, begin, end):
+    """The hidden features begin .. end of the rows at base, as unsigned operands."""
+    x, tiles = Groups(s.uint32, base + p.at_x, p.depth4, 1), Part(s.int32, own + p.at_tiles)
+    at, at_gate, features = 4 * (base + p.at_hidden) + begin, 4 * (base + p.at_gate) + begin, end - begin
+    table = Part(w.int8, 4 * p.table)
+    scaling = Scaling(w.int32, p.project_rule, p.m1 + begin, p.hidden_up, np.int32(p.z1))
+    panels = BytePanels(w.int32, p.w1 + begin * p.depth4, w.int32, p.b1 + begin, features, p.depth4)
+    separately(product_of_codes, (x, rows, panels, scaling, Blocks(s.int8, at, p.hidden_up, 0), tiles))
+    if p.gated != 0:
+        scaling = Scaling(w.int32, p.project_rule, p.gate_m + begin, p.hidden_up, np.int32(p.gate_z))
+        panels = BytePanels(w.int32, p.gate_w + begin * p.depth4, w.int32, p.gate_b + begin, features, p.depth4)
+        separately(product_of_codes, (x, rows, panels, scaling, Blocks(s.int8, at_gate, p.hidden_up, 0), tiles))
+        look_up(s, at_gate, p.hidden_up, rows, features, table)
+        multiply_codes(s, w, p, at_gate, at, rows, features)
+    else:
+        look_up(s, at, p.hidden_up, rows, features, table)
+
+
+@inline
+def lower_rows(s, w, p, base, own, rows, begin, end):
+    """The codes of the channels begin .. end of the rows at base."""
+    depth4 = p.hidden_up // 4
+    x, out = Groups(s.uint32, base + p.at_hidden, depth4, 1), 4 * (base + p.at_codes) + begin
+    scaling = Scaling(w.int32, p.project_rule, p.m2 + begin, p.out_up, np.int32(p.z2))
+    panels = BytePanels(w.int32, p.w2 + begin * depth4, w.int32, p.b2 + begin, end - begin, depth4)
+    separately(product_of_codes, (x, rows, panels, scaling, Blocks(s.int8, out, p.out_up, 0),
+                                  Part(s.int32, own + p.at_tiles)))
+
+
+@inline
+def write_result(s, w, p, a, r, row, base, own):
+    """Row r of the results at base to row `row` of out."""
+    codes = Part(s.int8, 4 * (base + p.at_codes) + r * p.out_up)
+    separately(write_codes, (s, w, p, codes, s.float32[base + p.at_nan + r], a.residual, a.out, row, own))
+
+
+# --- rows among threads ------------------------------------------------------------------------------------------
+
+@task
+def feed_rows_forward(p, a, scratch, portion, worker, part):
+    """All of a portion of the rows."""
+    s, w, own = scratch_at(scratch), scratch_at(a.weights), p.shared_size + worker * p.private_size
+    matrix_configure(s.int32, own + p.at_tiles)
+    end = min((part + 1) * portion, p.rows)
+    for row in range(part * portion, end, BLOCK):
+        rows = min(BLOCK, end - row)
+        for r in range(rows):
+            separately(read_codes, (s, w, p, a.x, row + r, own + p.at_x + r * p.depth4, own + p.at_nan + r, own))
+        raise_rows(s, w, p, own, own, rows, 0, p.hidden_up)
+        lower_rows(s, w, p, own, own, rows, 0, p.out_up)
+        for r in range(rows):
+            write_result(s, w, p, a, r, row + r, own, own)
+    matrix_release()
+
+
+@task
+def read_some(p, a, scratch, parts, worker, part):
+    """Some rows to codes, where few rows are all done together."""
+    s, w, own = scratch_at(scratch), scratch_at(a.weights), p.shared_size + worker * p.private_size
+    for r in range(part, p.rows, parts):
+        separately(read_codes, (s, w, p, a.x, r, p.at_x + r * p.depth4, p.at_nan + r, own))
+
+
+@task
+def raise_some(p, a, scratch, parts, worker, part):
+    """Some hidden features of all rows."""
+    s, w, own = scratch_at(scratch), scratch_at(a.weights), p.shared_size + worker * p.private_size
+    matrix_configure(s.int32, own + p.at_tiles)
+    begin, end = share_of(p.hidden_up, WIDTH, parts, part)
+    if begin < end:
+        raise_rows(s, w, p, 0, own, p.rows, begin, end)
+    matrix_release()
+
+
+@task
+def lower_some(p, a, scratch, parts, worker, part):
+    """Some channels of all rows."""
+    s, w, own = scratch_at(scratch), scratch_at(a.weights), p.shared_size + worker * p.private_size
+    matrix_configure(s.int32, own + p.at_tiles)
+    begin, end = share_of(p.out_up, WIDTH, parts, part)
+    if begin < end:
+        lower_rows(s, w, p, 0, own, p.rows, begin, end)
+    matrix_release()
+
+
+@task
+def write_some(p, a, scratch, parts, worker, part):
+    """Some rows of the result."""
+    s, w, own = scratch_at(scratch), scratch_at(a.weights), p.shared_size + worker * p.private_size
+    for r in range(part, p.rows, parts):
+        write_result(s, w, p, a, r, r, 0, own)
+
+
+@jit
+def feed_forward_int8(parameters, addresses, scratch, task_queue, count):
+    """A feed-forward and what is around it, see above, on at most `count` threads that serve the task_queue.
+
+    parameters FEED_FORWARD, addresses ADDRESSES; scratch: 32-bit elements, `shared_size` for all threads and then
+    `private_size` for each.
+    """
+    p, a, s = named(parameters, FEED_FORWARD), named(addresses, ADDRESSES), address_of(scratch)
+    if count > 1 and p.rows <= FEW_ROWS:
+        parallel_for(task_queue, count, read_some, p, a, s, count)
+        parallel_for(task_queue, count, raise_some, p, a, s, count)
+        parallel_for(task_queue, count, lower_some, p, a, s, count)
+        parallel_for(task_queue, count, write_some, p, a, s, count)
+    else:
+        portion, parts = parts_of_rows(p.rows, BLOCK, count)
+        parallel_for(task_queue, parts, feed_rows_forward, p, a, s, portion)
+
+
+# --- the two ends alone, for a layer between them that takes codes -----------------------------------------------
+
+@task
+def rows_to_codes_part(p, a, scratch, portion, worker, part):
+    """A portion of the rows."""
+    s, w, own = scratch_at(scratch), scratch_at(a.weights), worker * p.private_size
+    codes, nan, at = pointer_to(a.codes, np.int8), pointer_to(a.nan, np.float32), own + p.at_x
+    for row in range(part * portion, min((part + 1) * portion, p.rows)):
+        separately(read_codes, (s, w, p, a.x, row, at, own + p.at_nan, own))
+        nan[row] = s.float32[own + p.at_nan]
+        for i in range(p.columns):
+            codes[row * p.columns + i] = s.int8[4 * at + i] ^ BYTE_FLIP
+
+
+@jit
+def rows_to_codes(parameters, addresses, scratch, task_queue, count):
+    """Codes of rows or of their norm, the first step of `feed_forward_int8`; nan: of each row, 0 or NaN.
+
+    parameters FEED_FORWARD, addresses ENDS; scratch: `private_size` elements for each of `count` threads.
+    """
+    p, a = named(parameters, FEED_FORWARD), named(addresses, ENDS)
+    portion, parts = parts_of_rows(p.rows, BLOCK, count)
+    parallel_for(task_queue, parts, rows_to_codes_part, p, a, address_of(scratch), portion)
+
+
+@task
+def codes_to_rows_part(p, a, scratch, portion, worker, part):
+    """A portion of the rows."""
+    s, w, own = scratch_at(scratch), scratch_at(a.weights), worker * p.private_size
+    nan, codes = pointer_to(a.nan, np.float32), pointer_to(a.codes, np.int8)
+    for row in range(part * portion, min((part + 1) * portion, p.rows)):
+        some = Part(codes, row * p.channels)
+        separately(write_codes, (s, w, p, some, nan[row], a.residual, a.x, row, own))
+
+
+@jit
+def codes_to_rows(parameters, addresses, scratch, task_queue, count):
+    """Rows of codes, residual and norm, the last step of `feed_forward_int8`: to x; otherwise as `rows_to_codes`."""
+    p, a = named(parameters, FEED_FORWARD), named(addresses, ENDS)
+    portion, parts = parts_of_rows(p.rows, BLOCK, count)
+    parallel_for(task_queue, parts, codes_to_rows_part, p, a, address_of(scratch), portion)

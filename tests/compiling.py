@@ -1,0 +1,7 @@
+"""For tests that look at what Numba compiles: under EDGEATTN_JIT=0 it is nothing where there is a library."""
+import pytest
+
+from edgeattn.runtime import prebuilt
+
+looks_at_compiling = pytest.mark.skipif(
+    prebuilt.LIBRARY is not None, reason="kernels come from a library, and nothing is compiled: EDGEATTN_JIT=1")
