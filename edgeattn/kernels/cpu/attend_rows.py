@@ -12,7 +12,6 @@ from edgeattn.runtime.compiler import inline, register_jitable
 from .matmul import BLOCK, CHAIN, round_up
 from .positions import transpose
 from .row_products import NO_BIAS, Weights, product_rows
-from .score_masks import mask_row
 from .simd import (
     LANES,
     VIRTUAL_LANES,
@@ -49,17 +48,14 @@ AT_SCORES = AT_TOTAL + FEW_QUERIES
 AT_PANELS = AT_SCORES + FEW_QUERIES * KEY_BLOCK
 
 
-@register_jitable
-def scratch_of_rows(queries, D, Dv):
-    """Elements of scratch that `attend_rows` needs in a call of so many queries."""
-    panels = KEY_BLOCK * max(D, round_up(Dv, WIDTH))
-    return AT_PANELS + panels + FEW_QUERIES * round_up(Dv, WIDTH) if queries <= FEW_QUERIES else 0
+MORE_MASK = FEW_QUERIES * LANES  # elements that masks of rows may need beyond (keys, W)
 
 
 @register_jitable
-def masks_of_rows(queries, keys):
-    """Elements of scratch of their masks."""
-    return FEW_QUERIES * mask_row(keys) if queries <= FEW_QUERIES else 0
+def scratch_of_rows(D, Dv):
+    """Elements of scratch that `attend_rows` needs."""
+    features = round_up(Dv, WIDTH)
+    return AT_PANELS + KEY_BLOCK * max(D, features) + FEW_QUERIES * features
 
 
 @inline

@@ -4,10 +4,10 @@ import functools
 import numpy as np
 
 from . import fused as f
-from .attend_rows import masks_of_rows, scratch_of_rows
+from .attend_rows import FEW_QUERIES, MORE_MASK, scratch_of_rows
 from .call import PreparedCall
 from .matmul import round_up
-from .records import NO_MASKS, bits_of_real, blank, packed, place, set_masks, shapes_of
+from .records import NO_MASKS, bits_of_real, blank, packed, set_masks, shapes_of
 from .simd import LANES, ROWS, WIDTH
 
 
@@ -27,10 +27,11 @@ def _plan(q, k, v, steps, scale, softcap, masks):
               scale=bits_of_real(scale), softcap=bits_of_real(softcap))
     masked = set_masks(p, masks)
     private = (f.AT_FREE + WIDTH * (max(D_up, Dv_lanes) + D_up + max(Dv_up, Dv_lanes) + ROWS) + ROWS * D + 64
-               + (S * Dv_up if Dv != Dv_up else 0) + D_up
-               + (max(S * WIDTH, masks_of_rows(L, S)) if masked else 0))
-    p.at_few, private = place(round_up(private, 16), scratch_of_rows(L, D, Dv))
-    p.private_size = private
+               + (S * Dv_up if Dv != Dv_up else 0) + D_up + (S * WIDTH if masked else 0))
+    p.private_size = round_up(private, 16)
+    if L <= FEW_QUERIES:
+        p.at_few = p.private_size + MORE_MASK
+        p.private_size = p.at_few + scratch_of_rows(D, Dv)
     (p.q_b, p.q_h, p.q_l, p.k_b, p.k_h, p.k_s, p.v_b, p.v_h, p.v_s, p.out_b, p.out_h, p.out_l) = steps
     return PreparedCall(f.attention_float32, packed(p, f.ATTENTION), f.ATTENTION_ADDRESSES, np.float32, 0,
                         p.private_size, 2 * B * H * L * S * (D + Dv))

@@ -3,7 +3,8 @@
 Letters: B batch, H heads, L queries, S keys, D head size, Dv value size, E model width; W = WIDTH queries per block.
 
 Scores are computed transposed, (keys, W): a key is a broadcast row, a query is a lane.  Maxima and sums over keys are
-then plain vector operations, and the context comes out as (Dv, W), which is what the output projection broadcasts.
+then plain vector operations, and the context comes out as (Dv, W), which is turned back into rows of tokens.  The few
+queries of a short call are rows from the beginning: see attend_rows.py.  Projections have tokens as rows of tiles.
 Keys go by in blocks of KEY_BLOCK, so scratch memory does not depend on S (except for one row of mask per key where a
 mask differs from query to query).  Where no score can be large, exponentials are taken of the scores as they are;
 else of their distance to a running maximum.  Every sum is a sum of the sums of short chains: see CHAIN.

@@ -7,7 +7,7 @@ from edgeattn.runtime.compiler import register_jitable
 from edgeattn.runtime.plan_cache import PlanCache
 
 from . import fused as f
-from .attend_rows import masks_of_rows, scratch_of_rows
+from .attend_rows import MORE_MASK, scratch_of_rows
 from .call import PreparedCall
 from .matmul import pack_panels, pad_heads, padded_head, round_up
 from .packing import Packer
@@ -53,9 +53,10 @@ def plan(p, B, L, S, masked):
     p.at_q, private = place(private, k_block * WIDTH)
     p.at_head, private = place(private, (v_block + ROWS) * WIDTH)
     p.at_context, private = place(private, tokens * (heads * Dvp + WIDTH))
-    p.at_few, private = place(private, scratch_of_rows(L, p.head_size, Dvp))
     p.at_edge, private = place(private, tokens * WIDTH)
-    p.at_masks, private = place(private, max(S * WIDTH, masks_of_rows(L, S)) if masked else 0)
+    p.at_masks, private = place(private, S * WIDTH if masked else 0)
+    if L <= f.FEW_QUERIES:
+        p.at_few, private = place(private + MORE_MASK, scratch_of_rows(p.head_size, Dvp))
     p.shared_size, p.private_size = shared, private
     return shared, private
 
