@@ -8,13 +8,14 @@ from edgeattn.layers import FeedForward, MultiHeadAttention, TransformerEncoder,
 from edgeattn.layers.dynamic_linear import DynamicLinear
 from edgeattn.layers.module import TokenWise
 from edgeattn.models import ImageEncoder, TextEncoder
-from edgeattn.quantized import StaticMultiHeadAttention
+from edgeattn.quantized import StaticFeedForward, StaticMultiHeadAttention, StaticSelfAttention
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from typing import Any
 
 _ENCODERS = (TransformerEncoderLayer, TransformerEncoder, TextEncoder, ImageEncoder)
+_STATIC = (StaticMultiHeadAttention, StaticSelfAttention, StaticFeedForward)
 _PARTS = ("weights", "embedding", "attention", "feed-forward", "norms", "tokenizer")
 
 
@@ -42,7 +43,7 @@ def summary(of: Any) -> list[tuple[str, str]]:
 
 def precision(of: Any) -> str:
     """What its products are computed in."""
-    if isinstance(of, StaticMultiHeadAttention):
+    if isinstance(of, _STATIC):
         return f"static int8, as {of.arithmetic} computes"
     if isinstance(of, _ENCODERS):
         layers = _layers_of(of)
@@ -87,10 +88,23 @@ def _pixels(model: ImageEncoder) -> str:
 def _describe_layers(layers: Sequence[TransformerEncoderLayer]) -> str:
     parts = [layer.feed_forward for layer in layers]
     heads = _any(layer.attention.num_heads for layer in layers)
-    activations = _any(("gated " if part.gate is not None else "") + part.activation for part in parts)
+    activations = _any(("gated " if _is_gated(part) else "") + part.activation for part in parts)
     return (f"{len(parts)}, width {layers[0].embed_dim}, {heads} heads, hidden "
-            f"{_any(part.linear1.outputs for part in parts)}, {activations}, "
+            f"{_any(map(_hidden, parts))}, {activations}, "
             f"{'pre' if layers[0].norm_first else 'post'}-norm")
+
+
+def _is_gated(part: Any) -> bool:
+    gated: bool = part.gated if isinstance(part, StaticFeedForward) else part.gate is not None
+    return gated
+
+
+def _hidden(part: Any) -> int:
+    """The hidden features of a feed-forward."""
+    if isinstance(part, StaticFeedForward):
+        return part.hidden + (0 if part.large is None else part.large.hidden)
+    hidden: int = part.linear1.outputs
+    return hidden
 
 
 def _any(values: Iterable[Any]) -> str:

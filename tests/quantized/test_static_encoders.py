@@ -21,6 +21,7 @@ from edgeattn.quantized import (
     StaticSelfAttention,
     TensorQuantization,
 )
+from edgeattn.summary import summary
 from quant import static_models
 from quant.export.bundle import kernels_of
 
@@ -201,6 +202,28 @@ def feed_forward(**changes):
                              "linear2": QuantizedLinear(np.ones((3, 4), np.int8), np.ones(3, np.float32))},
                  "tensors": dict.fromkeys(("input", "linear1", "activation", "linear2"), t), **changes}
     return StaticFeedForward(arguments.pop("linears"), arguments.pop("tensors"), **arguments)
+
+
+def self_attention():
+    t = TensorQuantization(0.1, 0)
+    linears = {name: QuantizedLinear(np.ones((4, 3) if name != "output" else (3, 4), np.int8), np.ones(1, np.float32))
+               for name in ("query", "key", "value", "output")}
+    return StaticSelfAttention(StaticMultiHeadAttention(2, linears, dict.fromkeys(
+        ("query_input", "query", "key", "value", "scores", "context", "output"), t)))
+
+
+def test_a_summary_knows_static_halves():
+    whole = TransformerEncoder([TransformerEncoderLayer(self_attention(), feed_forward(large=feed_forward()))])
+    for part in (whole, whole.layers[0], whole.layers[0].attention, whole.layers[0].feed_forward):
+        assert dict(summary(part))["class"] == f"{type(part).__name__}, static int8, as litert computes"
+    assert dict(summary(whole))["layers"] == "1, width 3, 2 heads, hidden 8, gelu, post-norm"
+    gated = feed_forward(
+        linears={**feed_forward().linears, "gate": feed_forward().linears["linear1"]},
+        tensors=dict.fromkeys(("input", "linear1", "gate", "activation", "gated", "linear2"), TensorQuantization(0.1, 0)))
+    made = TransformerEncoder([TransformerEncoderLayer(edgeattn.MultiHeadAttention(1, *np.ones((4, 3, 3))), gated)])
+    found = dict(summary(made))
+    assert found["class"] == "TransformerEncoder, feed-forward static int8, as litert computes, attention float32"
+    assert "hidden 4, gated gelu" in found["layers"]
 
 
 def layer(**changes):
