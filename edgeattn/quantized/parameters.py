@@ -13,6 +13,7 @@ from edgeattn.arithmetic import CODE_MAX, CODE_MIN
 from edgeattn.checks import as_array, is_constant, number
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from typing import Any, SupportsIndex
 
     from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -124,6 +125,21 @@ def frozen(array: ArrayLike, dtype: DTypeLike, name: str) -> NDArray[Any]:
         array = np.array(array, order="C")
         array.flags.writeable = False
     return array
+
+
+def linears_state(linears: Mapping[str, QuantizedLinear]) -> dict[str, NDArray[Any]]:
+    """The arrays of linear layers by name."""
+    return {f"{name}.{part}": array for name, linear in linears.items() for part in ("weight", "scale", "bias")
+            if (array := getattr(linear, part)) is not None}
+
+
+def linears_of(tensors: Mapping[str, Any]) -> dict[str, QuantizedLinear]:
+    """The inverse of `linears_state`."""
+    groups: dict[str, dict[str, Any]] = {}
+    for name, array in tensors.items():
+        group, _, part = name.rpartition(".")
+        groups.setdefault(group, {})[part] = array
+    return {name: QuantizedLinear(**parts) for name, parts in groups.items()}
 
 
 PROBABILITIES = TensorQuantization(rules.PROBABILITY_SCALE, rules.PROBABILITY_ZERO_POINT)

@@ -36,7 +36,7 @@ from edgeattn.masks import NO_WINDOW, bool_mask, check_mask_shapes, resolve_mask
 from edgeattn.ops import Sequences
 from edgeattn.prepared import PreparedCalls, is_read_as_it_is
 from edgeattn.quantized.layer import INPUTS, QuantizedMultiHeadAttention
-from edgeattn.quantized.parameters import PROBABILITIES, QuantizedLinear, TensorQuantization
+from edgeattn.quantized.parameters import PROBABILITIES, QuantizedLinear, TensorQuantization, linears_state
 from edgeattn.quantized.score_ops import AddMask, MulConstant, ScoreOp, SelectMask, check_masks, fit_mask, score_map
 
 if TYPE_CHECKING:
@@ -308,10 +308,7 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
 
     def to_state(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
         """(config, tensors): all that ``from_state`` needs to build an equal layer."""
-        arrays: dict[str, NDArray[Any]] = {}
-        for name, linear in self.linears.items():
-            arrays |= {f"{name}.{part}": array for part in ("weight", "scale", "bias")
-                       if (array := getattr(linear, part)) is not None}
+        arrays = linears_state(self.linears)
         ops = []
         for i, op in enumerate(self.score_ops):
             row: dict[str, Any] = {"op": type(op).__name__}

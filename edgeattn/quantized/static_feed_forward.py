@@ -12,8 +12,8 @@ from edgeattn.checks import as_array, is_one_of
 from edgeattn.kernels.cpu import encoder_int8
 from edgeattn.layers.feed_forward import ACTIVATIONS
 from edgeattn.layers.module import TokenWise
-from edgeattn.quantized.parameters import QuantizedLinear, TensorQuantization
-from edgeattn.quantized.static_rows import StaticRows, checked_more, codes_of_rows, linears_of, linears_state
+from edgeattn.quantized.parameters import QuantizedLinear, TensorQuantization, linears_of, linears_state
+from edgeattn.quantized.static_rows import StaticRows, checked_more, codes_of_rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

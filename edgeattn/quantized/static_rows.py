@@ -9,16 +9,14 @@ import numpy as np
 
 from edgeattn.executors.numpy_int8 import Int8Ops
 from edgeattn.layers.saveable import Saveable
-from edgeattn.quantized.parameters import QuantizedLinear, TensorQuantization
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
     from typing import Any, Literal
-
-    from numpy.typing import NDArray
 
     from edgeattn.executors.numpy import Recorder
     from edgeattn.ops import Sequences
+    from edgeattn.quantized.parameters import TensorQuantization
     from edgeattn.types import Codes, Float32s
 
 
@@ -70,18 +68,3 @@ def checked_more(name: str, more: Iterable[Any], first: int) -> tuple[int, ...]:
         if not 0 <= source < first + i:
             raise ValueError(f"{name} must each be a column before their own, from 0 to {first + i - 1}; got {source}")
     return found
-
-
-def linears_state(linears: Mapping[str, QuantizedLinear]) -> dict[str, NDArray[Any]]:
-    """The arrays of linear layers by name."""
-    return {f"{name}.{part}": array for name, linear in linears.items() for part in ("weight", "scale", "bias")
-            if (array := getattr(linear, part)) is not None}
-
-
-def linears_of(tensors: Mapping[str, Any]) -> dict[str, QuantizedLinear]:
-    """The inverse of `linears_state`."""
-    groups: dict[str, dict[str, Any]] = {}
-    for name, array in tensors.items():
-        group, _, part = name.rpartition(".")
-        groups.setdefault(group, {})[part] = array
-    return {name: QuantizedLinear(**parts) for name, parts in groups.items()}
