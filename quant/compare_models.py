@@ -134,8 +134,12 @@ def _check_pair(a: Any, b: Any, where: str, check_attention: Callable[[Any, Any]
     elif same:
         same = a == b
     if not same:
-        raise ValueError(f"quantized does not belong to model: its {where} differs; compare it with the model it was "
-                         "made of")
+        raise _differs(where)
+
+
+def _differs(where: str) -> ValueError:
+    return ValueError(f"quantized does not belong to model: its {where} differs; compare it with the model it was made "
+                      "of")
 
 
 def _check_linear(a: Linear, b: DynamicLinear, where: str) -> None:
@@ -146,10 +150,9 @@ def _check_linear(a: Linear, b: DynamicLinear, where: str) -> None:
         weight[b.residual_outputs] += b.codes[b.outputs:] * b.scale[b.outputs:, None]
         weight[:, b.outlier_columns] = b.outlier_weight
         fits = bool((np.abs(weight - a.weight) <= b.scale[:b.outputs, None]).all())
-        fits = fits and (a.bias is None or np.array_equal(a.bias, b.bias))
+        fits = fits and (a.bias is None or b.bias is None or np.array_equal(a.bias, b.bias))
     if not fits:
-        raise ValueError(f"quantized does not belong to model: its {where} differs; compare it with the model it was "
-                         "made of")
+        raise _differs(where)
 
 
 def _check_static(a: FeedForward, b: StaticFeedForward, where: str) -> None:
@@ -164,8 +167,7 @@ def _check_static(a: FeedForward, b: StaticFeedForward, where: str) -> None:
         if part is not None:
             part[:] = [array[1:] for array in part]
     if not fits:
-        raise ValueError(f"quantized does not belong to model: its {where} differs; compare it with the model it was "
-                         "made of")
+        raise _differs(where)
 
 
 def _weights(linear: QuantizedLinear, features: int) -> list[Any]:

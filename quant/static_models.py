@@ -108,10 +108,10 @@ def static_attention(layer: MultiHeadAttention, name: str, calibration: ModelCal
     seen: Calibration = calibration.attention[name]
     of, more = spread_inputs(Ranges.of(calibration.ranges[f"{name}.input"]))
     columns = source_of(more, layer.embed_dim)
-    weights = [np.concatenate([weight, weight[:, columns]], axis=1)
-               for weight in (layer.q_weight, layer.k_weight, layer.v_weight)]
+    q, k, v = (np.concatenate([weight, weight[:, columns]], axis=1)
+               for weight in (layer.q_weight, layer.k_weight, layer.v_weight))
     wide = MultiHeadAttention(
-        layer.num_heads, *weights, layer.out_weight, num_kv_heads=layer.num_kv_heads, q_bias=layer.q_bias,
+        layer.num_heads, q, k, v, layer.out_weight, num_kv_heads=layer.num_kv_heads, q_bias=layer.q_bias,
         k_bias=layer.k_bias, v_bias=layer.v_bias, out_bias=layer.out_bias, position_bias=layer.position_bias)
     wide.scale = layer.scale
     inputs = Statistics()
