@@ -92,7 +92,7 @@ def _describe_model(model) -> Iterator:
 
 
 def _describe_model_calibration(calibration: ModelCalibration) -> Iterator:
-    yield f"Calibration of a model's feed-forward networks on {calibration.tokens:,} tokens"
+    yield f"Calibration of a model on {calibration.tokens:,} tokens"
     yield f"encoder checksum: {calibration.encoder}"
     shown = table("linear layer", "inputs", "largest", "median of all inputs")
     for name, largest in calibration.largest.items():

@@ -1,6 +1,6 @@
 """What instruction sets do with bytes in ways of their own: each function against its meaning, a plain loop.
 
-Under the set of this process: EDGEATTN_ISA=NAME python -m pytest tests/test_int8_operands.py
+Under the set of this process: EDGEATTN_ISA=NAME python -m pytest tests/kernels/cpu/test_int8_operands.py
 """
 import numpy as np
 import pytest
