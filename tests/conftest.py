@@ -98,6 +98,15 @@ def one_thread_afterwards():
     threads.set_num_threads(1)
 
 
+@pytest.fixture
+def many_threads(monkeypatch, one_thread_afterwards):
+    """`set_num_threads`, for calls of any size are shared among the threads there are."""
+    from edgeattn import threads
+
+    monkeypatch.setattr(threads, "SMALLEST_SHARED_WORK", 0)
+    return threads.set_num_threads
+
+
 @functools.cache
 def _gpu():
     """One driver for all tests: kernels are loaded once."""

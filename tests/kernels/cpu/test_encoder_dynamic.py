@@ -1,45 +1,17 @@
 """Linear layers and feed-forwards of dynamic int8: equal to the rule in NumPy, bit for bit, everywhere."""
-import concurrent.futures
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import reference_encoder_int8 as reference
+from each_instruction_set import RUNNABLE, answers_of
 from encoder_cases import CASES, make, run
-from places import ROOT, TESTS
 
-from edgeattn import threads
 from edgeattn.kernels.cpu import encoder_dynamic
-from edgeattn.runtime import isa
-
-RUNNABLE = [table.name for table in isa.runnable(isa._host_features())]
-
-
-@pytest.fixture
-def many_threads(monkeypatch):
-    """Calls of any size are shared among the threads there are."""
-    monkeypatch.setattr(threads, "SMALLEST_SHARED_WORK", 0)
-    yield threads.set_num_threads
-    threads.set_num_threads(1)
-
-
-def _answers(name, tmp_path):
-    path = tmp_path / f"{name}.npz"
-    done = subprocess.run([sys.executable, TESTS / "encoder_cases.py", path], text=True, capture_output=True, cwd=ROOT,
-                          env={**os.environ, "EDGEATTN_ISA": name, "PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}"})
-    assert done.returncode == 0, done.stderr
-    with np.load(path) as answers:
-        return dict(answers)
 
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
     """Instruction set -> what encoder_cases.py computes under it."""
-    folder = tmp_path_factory.mktemp("answers")
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(RUNNABLE, pool.map(_answers, RUNNABLE, [folder] * len(RUNNABLE)), strict=True))
+    return answers_of("encoder_cases.py", tmp_path_factory.mktemp("answers"))
 
 
 def exact(case):

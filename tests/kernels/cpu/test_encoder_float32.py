@@ -4,16 +4,7 @@ import pytest
 import reference_encoder_int8 as reference
 from encoder_cases import ACTIVATIONS, CASES, make, numbers, run
 
-from edgeattn import threads
 from edgeattn.kernels.cpu import encoder_float32
-
-
-@pytest.fixture
-def many_threads(monkeypatch):
-    """Calls of any size are shared among the threads there are."""
-    monkeypatch.setattr(threads, "SMALLEST_SHARED_WORK", 0)
-    yield threads.set_num_threads
-    threads.set_num_threads(1)
 
 
 def plain(case, dtype):

@@ -2,38 +2,17 @@
 
 One set of rules stands for all in whole layers; the others: EDGEATTN_ISA=avx2 python -m pytest tests/kernels/cpu/test_kernels_int8.py
 """
-import concurrent.futures
-import os
-import subprocess
-import sys
-
 import numpy as np
 import oracle_kernels as oracle
 import pytest
+from each_instruction_set import RUNNABLE, answers_of
 from int8_layers import DYNAMIC_CASES, rule_cases, softmax_cases, static_cases
-from places import ROOT, TESTS
-
-from edgeattn.runtime import isa
-
-RUNNABLE = [table.name for table in isa.runnable(isa._host_features())]
-
-
-def _answers(name, tmp_path):
-    path = tmp_path / f"{name}.npz"
-    done = subprocess.run([sys.executable, TESTS / "int8_layers.py", path], text=True, capture_output=True,
-                          cwd=ROOT, env={**os.environ, "EDGEATTN_ISA": name,
-                                         "PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}"})
-    assert done.returncode == 0, done.stderr
-    with np.load(path) as answers:
-        return dict(answers)
 
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
     """Instruction set -> what int8_layers.py computes under it."""
-    folder = tmp_path_factory.mktemp("answers")
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(RUNNABLE, pool.map(_answers, RUNNABLE, [folder] * len(RUNNABLE)), strict=True))
+    return answers_of("int8_layers.py", tmp_path_factory.mktemp("answers"))
 
 
 def test_the_processes_used_what_they_were_told_to_use(answers):
