@@ -166,7 +166,8 @@ def _edgeattn_dynamic(problem, _threads):
     return lambda: layer(x), lambda: layer(x)
 
 
-def _numpy(problem, _threads):
+def plain_numpy(problem, _threads):
+    """The formula of a `benchmarks.problem.Formula` in float32."""
     return lambda: problem.formula(np.float32), lambda: problem.formula(np.float32)
 
 
@@ -174,7 +175,7 @@ OURS = (
     Contender("edgeattn float32", _edgeattn_float32, "float", None, "ours"),
     Contender("edgeattn int8", _edgeattn_static, "bytes", None, "ours"),
     Contender("edgeattn dynamic", _edgeattn_dynamic, "cosine", None, "ours"),
-    Contender("numpy", _numpy, "float", None, "float32"),
+    Contender("numpy", plain_numpy, "float", None, "float32"),
 )
 PEERS = (
     Contender("litert float32", peers.litert_float32, "float-peer", "ai_edge_litert", "float32"),

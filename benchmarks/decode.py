@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.contenders import Contender
+from benchmarks.contenders import Contender, plain_numpy
 from benchmarks.peers import onnx_session, torch_with
+from benchmarks.problem import Formula
 from edgeattn.kernels.cpu.decode import decode
 
 HEADS, HEAD_SIZE = 8, 64
@@ -37,7 +38,7 @@ class Step:
 STEPS = tuple(Step(S, Hkv) for Hkv in KV_HEADS for S in LENGTHS)
 
 
-class DecodeProblem:
+class DecodeProblem(Formula):
     """A random query and cache.
 
     Attributes
@@ -75,16 +76,6 @@ class DecodeProblem:
         """What a step reads, for `benchmarks.limits.read_limits`."""
         return {"float32 read": (self.k, self.v), "int8 read": self.int8}
 
-    @functools.cached_property
-    def exact(self):
-        """The answer in float64."""
-        return self.formula(np.float64)
-
-    @functools.cached_property
-    def plain_error(self):
-        """Largest error of the plain float32 formula."""
-        return float(np.abs(self.formula(np.float32) - self.exact).max())
-
 
 def _edgeattn_float32(problem, _threads):
     out, scale = np.empty_like(problem.q), problem.point.D**-0.5
@@ -108,10 +99,6 @@ def _edgeattn_int8(problem, _threads):
         decode(q, k, v, out, scale, k_scale=k_scale, v_scale=v_scale)
 
     return call, lambda: out
-
-
-def _numpy(problem, _threads):
-    return lambda: problem.formula(np.float32), lambda: problem.formula(np.float32)
 
 
 def _torch_sdpa(problem, threads):
@@ -159,7 +146,7 @@ def _onnxruntime_gqa(problem, threads):
 OURS = (
     Contender("edgeattn float32", _edgeattn_float32, "float", None, "ours"),
     Contender("edgeattn int8", _edgeattn_int8, "cosine", None, "ours"),
-    Contender("numpy", _numpy, "float-peer", None, "float32"),
+    Contender("numpy", plain_numpy, "float-peer", None, "float32"),
 )
 PEERS = (
     Contender("onnxruntime GQA", _onnxruntime_gqa, "float-peer", "onnxruntime", "float32"),

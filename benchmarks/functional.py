@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import numpy as np
 
 import edgeattn
-from benchmarks.contenders import Contender
+from benchmarks.contenders import Contender, plain_numpy
 from benchmarks.peers import torch_with
+from benchmarks.problem import Formula
 
 LENGTHS = (64, 128, 256, 512, 1024)
 LONG_LENGTHS = (1024, 2048, 4096, 8192, 16384)
@@ -42,7 +42,7 @@ CAUSAL = (Shape(12, 512, 32), Shape(12, 512))
 LONG = tuple(Shape(1, L) for L in LONG_LENGTHS)
 
 
-class AttentionProblem:
+class AttentionProblem(Formula):
     """Random queries, keys and values.
 
     Attributes
@@ -63,16 +63,6 @@ class AttentionProblem:
         scores = np.exp(scores - scores.max(-1, keepdims=True))
         return scores @ v / scores.sum(-1, keepdims=True)
 
-    @functools.cached_property
-    def exact(self):
-        """The answer in float64."""
-        return self.formula(np.float64)
-
-    @functools.cached_property
-    def plain_error(self):
-        """Largest error of the plain float32 formula."""
-        return float(np.abs(self.formula(np.float32) - self.exact).max())
-
 
 def _edgeattn(problem, _threads):
     q, k, v, out = problem.q, problem.k, problem.v, np.empty_like(problem.q)
@@ -82,10 +72,6 @@ def _edgeattn(problem, _threads):
 def _edgeattn_dynamic(problem, _threads):
     q, k, v, out = problem.q, problem.k, problem.v, np.empty_like(problem.q)
     return lambda: edgeattn.scaled_dot_product_attention(q, k, v, out=out, precision="int8"), lambda: out
-
-
-def _numpy(problem, _threads):
-    return lambda: problem.formula(np.float32), lambda: problem.formula(np.float32)
 
 
 def _torch_sdpa(problem, threads):
@@ -103,7 +89,7 @@ def _torch_sdpa(problem, threads):
 OURS = (
     Contender("edgeattn float32", _edgeattn, "float", None, "ours"),
     Contender("edgeattn dynamic", _edgeattn_dynamic, "cosine", None, "ours"),
-    Contender("numpy", _numpy, "float", None, "float32"),
+    Contender("numpy", plain_numpy, "float", None, "float32"),
 )
 PEERS = (Contender("torch sdpa", _torch_sdpa, "float-peer", "torch", "float32"),)
 

@@ -58,7 +58,21 @@ GRID = tuple(Point(E, H, L) for E in WIDTHS for H in HEADS if E % H == 0 for L i
 QUICK = (Point(64, 4, 32), Point(128, 4, 64), Point(256, 4, 128))
 
 
-class Problem:
+class Formula:
+    """What has a `formula(dtype)` of its answer, every step in that dtype."""
+
+    @functools.cached_property
+    def exact(self) -> np.ndarray:
+        """The answer in float64."""
+        return self.formula(np.float64)
+
+    @functools.cached_property
+    def plain_error(self) -> float:
+        """Largest error of the plain float32 formula."""
+        return float(np.abs(self.formula(np.float32) - self.exact).max())
+
+
+class Problem(Formula):
     """A random layer of a point's shape; everything derived from it is made when first asked for.
 
     Attributes
@@ -97,16 +111,6 @@ class Problem:
         scores = np.exp(scores - scores.max(-1, keepdims=True))
         context = scores @ v / scores.sum(-1, keepdims=True)
         return linear(context.swapaxes(0, 1).reshape(x.shape), "out")[None]
-
-    @functools.cached_property
-    def exact(self) -> np.ndarray:
-        """The answer in float64."""
-        return self.formula(np.float64)
-
-    @functools.cached_property
-    def plain_error(self) -> float:
-        """Largest error of the plain float32 formula."""
-        return float(np.abs(self.formula(np.float32) - self.exact).max())
 
     @functools.cached_property
     def _calibration(self):
