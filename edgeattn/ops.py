@@ -137,7 +137,7 @@ class Ops(Protocol[T]):
         return result
 
     def static(self, x: T, layer: Any, sequences: Sequences | None, name: str) -> T:
-        """A layer of static int8 upon rows: codes of them, its `forward_codes`, and the reals of its result.
+        """A layer of static int8 upon rows: codes of them, what the layer makes of codes, and the reals of that.
 
         `name` stands before the names of its tensors.
         """
