@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from edgeattn.ops import Activation, Ops, T
     from edgeattn.types import CacheDtype, Flag, Floats, OnnxModel, Path, Shape, Window
 
-_FURTHEST = 2**31
+FURTHEST = 2**31  # the largest bound of a window
 
 
 class TransformerEncoderLayer(Stored):
@@ -78,7 +78,7 @@ class TransformerEncoderLayer(Stored):
             if set(sizes) != {self.embed_dim}:
                 raise ValueError(f"{name} must have E = {self.embed_dim} features in and out, got {sizes}")
         self.attention, self.feed_forward, self.norm1, self.norm2 = attention, feed_forward, norm1, norm2
-        self.norm_first, self.window_size = flag("norm_first", norm_first), window_bounds(window_size, _FURTHEST)
+        self.norm_first, self.window_size = flag("norm_first", norm_first), window_bounds(window_size, FURTHEST)
 
     def forward(self, ops: Ops[T], x: T, sequences: Sequences, name: str = "") -> T:
         """Rows of tokens (tokens, E) -> (tokens, E)."""
@@ -328,7 +328,7 @@ class TransformerEncoder(Placeable, Stored):
             raise ValueError(f"lengths must be left out with {other}, got both")
         runs = None if lengths is None else runs_of(checked_lengths(lengths, lead))
         check_caches(self.layers, kv_cache)
-        window, scores = window_bounds(window_size, _FURTHEST), (lead[-1], lead[-1])
+        window, scores = window_bounds(window_size, FURTHEST), (lead[-1], lead[-1])
 
         @functools.cache
         def without_cache(heads: int, window: tuple[int, int]) -> Sequences:

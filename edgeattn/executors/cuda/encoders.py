@@ -13,7 +13,7 @@ from edgeattn.executors.cuda.layers import OnCuda, check_is_on_gpu
 from edgeattn.executors.cuda.masks import arrays_read
 from edgeattn.executors.cuda.ops import CudaOps, Group, SequencesOnDevice
 from edgeattn.executors.cuda.parameters import Parameters
-from edgeattn.layers.encoder import TransformerEncoder, check_caches, checked_lengths, narrower, runs_of
+from edgeattn.layers.encoder import FURTHEST, TransformerEncoder, check_caches, checked_lengths, narrower, runs_of
 from edgeattn.masks import NO_WINDOW, window_bounds
 from edgeattn.models import ImageEncoder, TextEncoder
 
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from typing import Any
 
     from edgeattn.types import Flag, Window
-
-_FURTHEST = 2**31
 
 
 class _Model(OnCuda):
@@ -138,7 +136,7 @@ class EncoderOnCuda(_Model):
         """(the `SequencesOnDevice` of each layer, the arrays that they read)."""
         *lead, length, _ = shape
         batch = lead[0] if lead else 1
-        window = window_bounds(window_size, _FURTHEST)
+        window = window_bounds(window_size, FURTHEST)
         runs = None if counts is None else runs_of(counts)
 
         @functools.cache
