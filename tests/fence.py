@@ -219,7 +219,7 @@ def float32_function(rng, number):
 
 def few_keys(rng, number):
     """As many keys as a tile has rows, or a few less or more, and few queries whose windows begin behind the first."""
-    S, L = 1 + number % (ROWS + 2), int(rng.choice([1, 2, ROWS, FEW_QUERIES + 1]))
+    S, L = 1 + number % (ROWS + 2), int(rng.choice([1, ROWS, FEW_QUERIES + 1, FEW_QUERIES + 2]))
     D, Dv = int(rng.choice([1, LANES, 200])), int(rng.choice([1, ROWS, LANES]))
     low = number // (ROWS + 2) % S
     return _float32_function(rng, (low, [FAR, low, low + 1][number // 2 % 3]), 1, 2, 1, L, S, D, Dv, rng.random() < 0.5)

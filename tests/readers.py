@@ -336,7 +336,7 @@ def changed_message(rng, message):
 
 
 def read_data(path):
-    return list(read_batches(path))
+    return list(read_batches(None, path))
 
 
 def inspect(path):

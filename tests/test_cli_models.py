@@ -256,7 +256,7 @@ def test_a_layers_comparison_as_json(command):
     (f"calibrate {SENTENCES} latin.txt -o c.safetensors", "latin.txt is not a whole .txt file of UTF-8"),
     ("calibrate none x.npy -o c.safetensors", "edgeattn.from_pretrained reads a model's folder"),
     ("compare e.safetensors t.safetensors x.npy", "quantized must be a TransformerEncoder, as model is; got TextEncoder"),
-    ("export e.safetensors e.tflite --sequence-length 9", "got a TransformerEncoder, which a .safetensors file holds"),
+    ("export e.safetensors e.tflite --sequence-length 9", "got a TransformerEncoder, which only .safetensors and .so files hold whole"),
 ])
 def test_quant_errors_are_one_line(command, line, message):
     before = sorted(Path().iterdir())

@@ -1,4 +1,5 @@
 """Calls that come again give what the first gave, and refuse what it would refuse."""
+import gc
 import sys
 
 import numpy as np
@@ -277,11 +278,13 @@ def python_calls(run):
         if event == "call":
             seen.append(frame.f_code.co_qualname if hasattr(frame.f_code, "co_qualname") else frame.f_code.co_name)
 
+    gc.disable()  # what others have called for when memory is swept
     sys.setprofile(note)
     try:
         run()
     finally:
         sys.setprofile(None)
+        gc.enable()
     return seen[1:]  # without `run`
 
 

@@ -39,8 +39,17 @@ def entry_of(layer):
 
 
 def _compiled_elsewhere(kernel):
-    """A kernel as what calls it from C has it: an address and a size for each array."""
-    return types.ExternalFunction(symbol_of(kernel.py_func), types.int64(*(types.int64,) * 9))
+    """A kernel as a library has it, called on one thread with the address of its arguments (`prebuilt.words`)."""
+    function = types.ExternalFunction(symbol_of(kernel.py_func), types.int64(types.int64))
+    words = local_copy("words", np.zeros(9, np.int64))
+
+    @register_jitable
+    def call(parameters, addresses, scratch, size):
+        w = words()
+        w[0], w[1], w[2], w[3] = address_of(parameters), parameters.size, address_of(addresses), addresses.size
+        w[4], w[5], w[8] = scratch, size, 1
+        function(address_of(w))
+    return call
 
 
 def constant(name, values):
@@ -142,7 +151,7 @@ def _float_entry(kernel, dynamic):
         if dynamic:
             p.same_qk, p.same_kv = call[QUERY] == call[KEY], call[KEY] == call[VALUE]
             a.factors = address_of(factors())
-        layer(address_of(given), given.size, address_of(where), where.size, call[SCRATCH], shared + private, 0, 0, 1)
+        layer(given, where, call[SCRATCH], shared + private)
         return OK
     return scratch_bytes, run
 
@@ -190,6 +199,6 @@ def _static_entry(kernel, score_luts, lut_index):
         a.weights, a.softmax, a.keep, a.padding = address_of(weights()), address_of(softmax()), call[KEEP], 0
         a.lut_index = address_of(lut_index()) if has_index else 0
         a.score_luts = address_of(score_luts()) if has_luts else 0
-        layer(address_of(given), given.size, address_of(where), where.size, call[SCRATCH], shared + private, 0, 0, 1)
+        layer(given, where, call[SCRATCH], shared + private)
         return OK
     return scratch_bytes, run

@@ -31,12 +31,12 @@ from build import ROOT, Progress, SetupError, clean_environment, pip_install
 # What LiteRT's own kernels give on the emulated A72 is not to be believed (docs/deployment.md): left out there.
 LITERT = "tests/quantized/test_parity.py::test_layers_equal_the_runtime"
 BUNDLE = "tests/test_bundle.py::test_"
+SAME_BYTES = "tests/test_same_bytes.py::test_a_library_gives_the_same_bytes"  # of every kernel: minutes of compiling
 EVERYWHERE = (
     "tests/kernels/cpu/test_arm64.py",
     f"{BUNDLE}codes_are_those_of_the_kernels",
     f"{BUNDLE}a_bundle_for_a_newer_processor_is_refused",
     f"{BUNDLE}what_cannot_run_here_is_refused_before_it_is_loaded",
-    "tests/test_same_bytes.py::test_a_library_gives_the_same_bytes",
     LITERT,
 )
 SHORT = (*EVERYWHERE, f"--deselect={LITERT}[litert-reference", "tests/kernels/cpu/test_simd.py")
@@ -45,6 +45,7 @@ SHORT = (*EVERYWHERE, f"--deselect={LITERT}[litert-reference", "tests/kernels/cp
 FULL = {
     "cortex-a76": (
         *EVERYWHERE,
+        SAME_BYTES,
         "tests/kernels/cpu/test_simd.py",
         f"{BUNDLE}floats_are_those_of_the_kernels_compiled_here[dynamic]",
         "tests/kernels/cpu/test_kernels_int8.py::test_vector_rule_equals_the_rule_on_python_integers",
@@ -56,6 +57,7 @@ FULL = {
     ),
     "cortex-a72": (
         *EVERYWHERE,
+        SAME_BYTES,
         f"--deselect={LITERT}[litert-arm",
         f"{BUNDLE}floats_are_those_of_the_kernels_compiled_here[float32]",
         "tests/kernels/cpu/test_kernels_float32.py::test_float_layer",
@@ -66,6 +68,7 @@ FULL = {
     ),
     "cortex-a53": (
         *SHORT,
+        SAME_BYTES,
         "tests/runtime/test_jit.py::test_second_process_reads_the_cache",
         "tests/runtime/test_jit.py::test_edit_in_another_module_recompiles",
         "tests/runtime/test_jit.py::test_code_of_other_types_is_not_run",
@@ -90,9 +93,11 @@ def processes(folder: Path, cpu: str, tests: tuple[str, ...], layers: int, extra
     pytest = [folder / cpu / "bin" / "python", "-m", "pytest", "-p", "no:cacheprovider", "--color=no", "-v",
               "--durations=10", f"--layers={layers}", *tests, *extra]
     floats = re.findall(rf"{BUNDLE}floats\S+\[(\w+)\]", " ".join(tests))
+    compilers = [[sys.executable, "-c", EXPORT, bundles, cpu, *floats]]
+    if SAME_BYTES in tests:
+        compilers.append([sys.executable, "-c", LIBRARY, library, cpu])
     for command, numba, settings in (
-            ([sys.executable, "-c", EXPORT, bundles, cpu, *floats], "here", {"PYTHONPATH": python_path}),
-            ([sys.executable, "-c", LIBRARY, library, cpu], "here", {"PYTHONPATH": python_path}),
+            *((compiler, "here", {"PYTHONPATH": python_path}) for compiler in compilers),
             (pytest, cpu, {"PYTHONDONTWRITEBYTECODE": "1", "TEST_BUNDLES": str(bundles),
                            "TEST_LIBRARIES": str(library)})):
         environment = {**clean_environment(), "NUMBA_CACHE_DIR": str(folder / "numba" / numba), **settings}
