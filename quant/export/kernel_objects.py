@@ -29,7 +29,7 @@ TOGETHER = {"layer int8 with a cache": "layer int8"}
 BUILD = ("import sys; from edgeattn.runtime import isa; isa.use(sys.argv[1]); "
          "from quant.export.kernel_objects_build import main; main(*sys.argv[2:])")
 _HERE = Path(__file__).parent
-_WRITTEN_BY = [_HERE / name for name in ("crosscompile.py", "kernels_build.py", "kernel_objects.py",
+_WRITTEN_BY = [_HERE / name for name in ("crosscompile.py", "kernels_build.py", "linker.py", "kernel_objects.py",
                                          "kernel_objects_build.py")]
 _compiling = threading.Lock()  # two exports at a time would compile the same kernels
 
