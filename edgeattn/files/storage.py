@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import importlib
 import json
-import mmap
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgeattn.files.mapped import map_file
 from edgeattn.files.paths import as_path, reason, write_atomic
 from edgeattn.files.safetensors_file import read_safetensors, view_safetensors
 
@@ -132,10 +132,10 @@ def _mapped(path: pathlib.Path) -> tuple[dict[str, str], dict[str, StoredTensor]
     """(metadata, tensors) of a file, as memory where its file system has that: tensors are then the file itself."""
     try:
         with open(path, "rb") as file:
-            pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError):
+            content = map_file(file)
+    except OSError:
         return read_safetensors(path)
-    return view_safetensors(path, memoryview(pages))
+    return view_safetensors(path, memoryview(content).cast("B").toreadonly())
 
 
 def layer_of(path: pathlib.Path, metadata: Mapping[str, str], tensors: Mapping[str, StoredTensor],
