@@ -11,6 +11,7 @@ import numpy as np
 import edgeattn
 from benchmarks.contenders import CannotSayError, Contender
 from benchmarks.peers import torch_with
+from benchmarks.problem import Formula
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 
@@ -40,7 +41,7 @@ CASES = tuple(CasePoint(case) for case in listed.CASES  # empty arrays take no t
               if min(case.B, case.H, case.L, case.S, case.D, case.value_dim) > 0)
 
 
-class CaseProblem:
+class CaseProblem(Formula):
     """A case's arrays, what its masks permit, and its answer by tests/reference.py.
 
     Attributes
@@ -84,21 +85,11 @@ class CaseProblem:
         given = self.point.case.scale
         return self.point.case.D ** -0.5 if given is None else given
 
-    def reference(self, dtype) -> np.ndarray:
+    def formula(self, dtype) -> np.ndarray:
         """The formula row by row, every step in ``dtype``."""
         case = self.point.case
         return reference.attention(self.q, self.k, self.v, self.visible, self.bias, scale=case.scale,
                                    softcap=case.softcap, dtype=dtype)[0]
-
-    @functools.cached_property
-    def exact(self) -> np.ndarray:
-        """The answer in float64."""
-        return self.reference(np.float64)
-
-    @functools.cached_property
-    def plain_error(self) -> float:
-        """Largest error of the plain float32 formula."""
-        return float(np.abs(self.reference(np.float32) - self.exact).max())
 
 
 def _edgeattn(problem, _threads):
