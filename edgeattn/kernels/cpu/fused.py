@@ -660,13 +660,6 @@ def attention_part(p, a, scratch, portion, worker, part):
         copy_rows(private, at_row_major, Dv_lanes, queries, Dv, _ONE, all_o, out.at, p.out_l)
 
 
-@inline
-def steps_of(array):
-    """The strides of an array's first three axes, in elements."""
-    first, second, third = array.strides[0], array.strides[1], array.strides[2]
-    return first // array.itemsize, second // array.itemsize, third // array.itemsize
-
-
 @jit
 def attention_float32(parameters, addresses, scratch, task_queue, count):
     """See `attention_part`; on at most `count` threads that serve the task_queue."""
