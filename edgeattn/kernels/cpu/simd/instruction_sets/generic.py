@@ -8,6 +8,7 @@ from .. import emit
 class Code:
     """What the intrinsics write where instruction sets differ."""
 
+    adds_first = False  # words are added before they are multiplied, see word_tile.py
     multiplies_words = False  # bytes only after they have been widened, at a cost that is worth saving
 
     def maximum(self, builder, a, b):
