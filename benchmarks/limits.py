@@ -39,6 +39,7 @@ from edgeattn.runtime.jit import compiled_for, jit
 from edgeattn.runtime.worker_pool import parallel_for, task
 
 STEPS = 80_000  # products of a tile in one call, and of four tiles of the matrix unit: some tenths of a millisecond
+NEAR = 64  # products of words whose operands are in the first cache: of the same ones the compiler would make one
 MATRIX_STEPS = 20_000
 SHARED_FACTOR = 5  # more on several threads, which take a while to start
 
@@ -59,7 +60,8 @@ def word_limit(steps, a, b, private, begin, end):
     for _ in range(begin, end):
         tile = tile_zero(ROWS, COLUMNS, b)
         for k in range(steps):
-            tile = add_products_of_wide(tile, a, 0, 2, b, (k & 1) * 2 * WIDTH)
+            near = k & (NEAR - 1)
+            tile = add_products_of_wide(tile, a, 2 * near, 2, b, near * 2 * WIDTH)
         tile_store(tile, private, 0, WIDTH, LANES)
 
 
@@ -134,7 +136,7 @@ def limits(count: int) -> dict[str, tuple[Callable, int]]:
 
     "float32 limit", "int8 limit" and, on a machine that has one, "matrix limit" (int8).
     """
-    size = 4 * WIDTH + 2 * ROWS
+    size = 2 * NEAR * WIDTH + 2 * ROWS
     floats, scratch = np.ones(size, np.float32), ROWS * WIDTH
     unsigned, signed = np.ones(size, np.uint32), np.ones(size, np.int32)
 

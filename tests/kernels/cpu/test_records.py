@@ -1,6 +1,8 @@
 """Parameters of kernels by name: what Python packs is what a kernel reads, and where it writes."""
+import numba
 import numpy as np
 import pytest
+from numba.core.itanium_mangler import mangle_args
 
 from edgeattn.kernels.cpu import records
 from edgeattn.runtime.jit import jit
@@ -21,6 +23,13 @@ def test_a_kernel_reads_and_writes_the_fields_where_they_are():
     assert _exchange(array) == 4
     assert array.tolist() == [2, 52, 4, 5, 3]
     assert array[records.slot(RECORD, "high")] == 3
+
+
+def test_machine_code_tells_records_by_their_fields_in_every_process():
+    first, second = (numba.from_dtype(records.record(names)) for names in ("heads queries", "heads keys"))
+    names = [mangle_args([records.told_by_fields(each)]) for each in (first, second)]
+    assert len(set(names)) == 2
+    assert names[0] == "22Recorddc679ace3c8b8f62"  # Numba's own has a number that it draws in each process
 
 
 def test_a_field_the_record_does_not_have_is_refused():
