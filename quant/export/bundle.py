@@ -30,8 +30,7 @@ from quant.model_calls import MODELS
 
 # Compiling for another machine leans on inner names of Numba: crosscompile.py and bundle_entry.py.
 TESTED_NUMBA = ("0.68",)
-_BUILD = ("import sys; from edgeattn.runtime import isa; isa.use(sys.argv[1]); "
-          "from quant.export.bundle_build import main; main(*sys.argv[2:])")
+_BUILD = "from quant.export.bundle_build import main; main(*sys.argv[2:])"
 # What is called by layers of a kind, with those they are made of: names in ENTRIES.
 _ATTENTION = ("attention float32", "attention by rows")
 _CACHES = ("decode float32", "decode int8", "store rows")
@@ -152,7 +151,7 @@ def _linked(content: bytes, target: str, kernels: list[str], symbols: list[str],
         files = [file_of(title) for title in made if title not in DEVICE_LIBRARIES]
         if prefix:
             (folder / "layer.safetensors").write_bytes(content)
-            run_build(_BUILD, target, folder, prefix)
+            run_build(_BUILD, [target], folder, prefix)
             files.append("c.o")
             symbols = [*symbols, f"{prefix}_run", f"{prefix}_scratch_bytes"]
         return link(target_of(target).machine, folder, name, symbols, files)

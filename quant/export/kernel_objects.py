@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -20,17 +21,16 @@ from edgeattn.runtime.targets import TARGETS
 from quant.export.linker import DEVICE_LIBRARIES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
 WORKER_POOL = "worker pool"  # what a library has beside ENTRIES
 # Kernels that have most of their code in common, once in the object of the second.
 TOGETHER = {"layer int8 with a cache": "layer int8"}
 # The instruction set is chosen before anything that reads it is imported.
-BUILD = ("import sys; from edgeattn.runtime import isa; isa.use(sys.argv[1]); "
-         "from quant.export.kernel_objects_build import main; main(*sys.argv[2:])")
+_CHOOSE = "import sys; from edgeattn.runtime import isa; isa.use(sys.argv[1]); "
+_BUILD = "from quant.export.kernels_build import main; main(*sys.argv[2:])"
 _HERE = Path(__file__).parent
-_WRITTEN_BY = [_HERE / name for name in ("crosscompile.py", "kernels_build.py", "linker.py", "kernel_objects.py",
-                                         "kernel_objects_build.py")]
+_WRITTEN_BY = [_HERE / name for name in ("crosscompile.py", "kernels_build.py", "linker.py", "kernel_objects.py")]
 _compiling = threading.Lock()  # two exports at a time would compile the same kernels
 
 
@@ -69,8 +69,31 @@ def objects(target: str, kernels: Iterable[str]) -> dict[str, bytes]:
     return {name: found[name] for name in names}
 
 
-def run_build(code: str, target: str, *arguments: object) -> None:
-    """Run a process that compiles for another machine.
+def compile_objects(targets: Sequence[str], contents: dict[str, Sequence[str]], folder: Path) -> None:
+    """Write object files for targets, in a process of its own.
+
+    Parameters
+    ----------
+    targets : sequence of str
+        Names in TARGETS, of one instruction set.
+    contents : dict of str to sequence of str
+        The names of the objects, and for each what it holds: names in ENTRIES, or WORKER_POOL; of one called as in
+        DEVICE_LIBRARIES nothing, for it holds what is called so there.
+    folder : Path
+        Each target's objects go to a folder in it, of the target's name.
+
+    Raises
+    ------
+    RuntimeError
+        With what was said where one could not be compiled.
+    """
+    for target in targets:
+        (folder / target).mkdir(exist_ok=True)
+    run_build(_BUILD, targets, folder, json.dumps(contents))
+
+
+def run_build(code: str, targets: Sequence[str], *arguments: object) -> None:
+    """Run a process that compiles for other machines, of one instruction set.
 
     Raises
     ------
@@ -80,17 +103,19 @@ def run_build(code: str, target: str, *arguments: object) -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("EDGEATTN_", "NUMBA_"))}
     environment |= {"EDGEATTN_JIT": "1", "PYTHONHASHSEED": "0",
                     "PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in sys.path)}
-    done = subprocess.run([sys.executable, "-c", code, TARGETS[target].isa, target, *map(str, arguments)],
-                          env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-c", _CHOOSE + code, TARGETS[targets[0]].isa, ",".join(targets), *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
-        raise RuntimeError(f"compiling for {target} failed: {last[0]}")
+        raise RuntimeError(f"compiling for {', '.join(targets)} failed: {last[0]}")
 
 
-def _compiled(target: str, names: list[str]) -> dict[str, bytes]:
+def _compiled(target: str, names: Sequence[str]) -> dict[str, bytes]:
+    contents = {name: [title for title in (*ENTRIES, WORKER_POOL) if TOGETHER.get(title, title) == name]
+                for name in names}
     with tempfile.TemporaryDirectory() as folder:
-        run_build(BUILD, target, folder, *names)
-        return {name: Path(folder, file_of(name)).read_bytes() for name in names}
+        compile_objects([target], contents, Path(folder))
+        return {name: Path(folder, target, file_of(name)).read_bytes() for name in names}
 
 
 def file_of(name: str) -> str:

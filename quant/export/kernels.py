@@ -9,27 +9,24 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from edgeattn.kernels.cpu.entries import ENTRIES
 from edgeattn.runtime import prebuilt, sources
 from edgeattn.runtime.targets import TARGETS
+from quant.export.kernel_objects import WORKER_POOL, compile_objects, file_of
 from quant.export.linker import DEVICE_LIBRARIES, link
 from quant.export.targets import host_target
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-# The dtypes of kernels' scratch, by which they are compiled in two processes: those of one have more in common.
-DTYPES = "float32", "int32"
-_BUILD = ("import sys; from edgeattn.runtime import isa; isa.use(sys.argv[1]); "
-          "from quant.export.kernels_build import main; main(*sys.argv[2:])")
 
 
 def build(targets: Sequence[str], folder: Path, kernels: Sequence[str] = (), jobs: int | None = None) -> None:
@@ -55,18 +52,16 @@ def build(targets: Sequence[str], folder: Path, kernels: Sequence[str] = (), job
     alike: dict[tuple[str, str], list[str]] = {}  # of one instruction set: compiled up to LLVM's language together
     for name in targets:
         alike.setdefault((TARGETS[name].machine, TARGETS[name].isa), []).append(name)
+    contents = _contents(kernels)
     # Those for two processors take longest.
-    work = sorted(product(alike.items(), DTYPES), key=lambda each: -len(each[0][1]))
+    work = sorted(product(alike.values(), contents), key=lambda each: -len(each[0]))
     with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
         objects = Path(temporary)
-        for _ in pool.map(lambda each: _compile(each[0][0][1], each[0][1], each[1], objects, kernels), work):
+        for _ in pool.map(lambda each: compile_objects(*each, objects), work):
             pass
         for name in targets:
-            machine = TARGETS[name].machine
-            for library in DEVICE_LIBRARIES:
-                shutil.copy(objects / f"{machine}.{library}.o", objects / f"{library}.o")
-            content = link(machine, objects, f"{name}{prebuilt.SUFFIX}", ["edgeattn_*"],
-                           [f"{name}.{dtype}.o" for dtype in DTYPES])
+            content = link(TARGETS[name].machine, objects / name, f"{name}{prebuilt.SUFFIX}", ["edgeattn_*"],
+                           [file_of(each) for each in chain(*contents) if each not in DEVICE_LIBRARIES])
             (folder / f"{name}{prebuilt.SUFFIX}").write_bytes(content)
     checksums = {name: hashlib.sha256((folder / f"{name}{prebuilt.SUFFIX}").read_bytes()).hexdigest()
                  for name in targets}
@@ -74,13 +69,14 @@ def build(targets: Sequence[str], folder: Path, kernels: Sequence[str] = (), job
     (folder / prebuilt.ABOUT).write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
 
 
-def _compile(isa: str, targets: Sequence[str], dtype: str, folder: Path, kernels: Sequence[str]) -> None:
-    """Compile the object files of targets with one instruction set, in a process of its own."""
-    command = [sys.executable, "-c", _BUILD, isa, dtype, str(folder), ",".join(targets), *kernels]
-    done = subprocess.run(command, capture_output=True, text=True, env={
-        **os.environ, "EDGEATTN_JIT": "1", "EDGEATTN_ISA": "", "PYTHONHASHSEED": "0"})
-    if done.returncode:
-        raise RuntimeError(f"the libraries for {', '.join(targets)} could not be compiled:\n{done.stderr.strip()}")
+def _contents(kernels: Sequence[str]) -> list[dict[str, Sequence[str]]]:
+    """What is compiled in a process each, as objects: kernels of one dtype of scratch, which have more in common."""
+    titles: dict[str, list[str]] = {}
+    for title, entry in ENTRIES.items():
+        if not kernels or title in kernels:
+            titles.setdefault(np.dtype(entry.dtype).name, []).append(title)
+    others: dict[str, Sequence[str]] = {WORKER_POOL: [WORKER_POOL], **dict.fromkeys(DEVICE_LIBRARIES, ())}
+    return [{dtype: of_it, **(others if i == 0 else {})} for i, (dtype, of_it) in enumerate(titles.items())]
 
 
 def chosen(names: Sequence[str]) -> list[str]:

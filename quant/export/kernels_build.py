@@ -1,8 +1,9 @@
-"""What a process does that compiles libraries: from kernels to object files."""
+"""What a process does that compiles kernels, of wheels and of bundles: from kernels to object files."""
 
 from __future__ import annotations
 
 import gc
+import json
 import sys
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from edgeattn.runtime.prebuilt import symbol_of
 from edgeattn.runtime.targets import TARGETS
 from edgeattn.runtime.worker_pool import dismiss, worker_loop
 from quant.export.crosscompile import compile_for, compile_function, emit, translate_for
-from quant.export.kernels import DTYPES
+from quant.export.kernel_objects import WORKER_POOL, file_of
 from quant.export.linker import DEVICE_LIBRARIES
 
 I64 = types.int64
@@ -52,9 +53,18 @@ def service(kernel, integers):
     return run, (I64,)
 
 
+def functions_of(title):
+    """The functions of an entry, or of the worker pool, by the names C calls them by."""
+    if title == WORKER_POOL:
+        return {symbol_of(kernel.py_func): service(kernel, integers) for kernel, integers in SERVICE.items()}
+    return {symbol_of(ENTRIES[title].kernel.py_func): exported(*ENTRIES[title])}
+
+
 @global_compiler_lock
-def main(dtype: str, folder: str, names: str, *kernels: str) -> None:
-    """Write the object files of targets of one instruction set to a folder: of the kernels whose scratch is of a dtype.
+def main(names: str, folder: str, contents: str) -> None:
+    """Write object files for targets of one instruction set, for each to a folder of its own.
+
+    contents : {name of an object: titles of what it holds} in JSON, as quant.export.kernel_objects has them
 
     Kernels are written for that instruction set already: Numba does its part once, LLVM for each processor.
     """
@@ -62,17 +72,14 @@ def main(dtype: str, folder: str, names: str, *kernels: str) -> None:
     targets = {name: TARGETS[name] for name in names.split(",")}
     first = next(iter(targets.values()))
     compile_for(first.triple, first.cpu, first.features)
-    functions = {symbol_of(entry.kernel.py_func): exported(*entry) for title, entry in ENTRIES.items()
-                 if np.dtype(entry.dtype) == dtype and (not kernels or title in kernels)}
-    if dtype == DTYPES[0]:
-        functions |= {symbol_of(kernel.py_func): service(kernel, integers) for kernel, integers in SERVICE.items()}
-    compiled = {symbol: compile_function(*each, I64, pipeline=PartCompiler) for symbol, each in functions.items()}
-    for name, target in targets.items():
-        translate_for(target.triple, target.cpu, target.features)
-        Path(folder, f"{name}.{dtype}.o").write_bytes(emit(compiled))
-        if dtype == DTYPES[0]:
-            for library, absent in DEVICE_LIBRARIES.items():
-                Path(folder, f"{target.machine}.{library}.o").write_bytes(emit(dict.fromkeys(absent)))
+    compiled = {name: dict.fromkeys(DEVICE_LIBRARIES[name]) if name in DEVICE_LIBRARIES else
+                {symbol: compile_function(*each, I64, pipeline=PartCompiler)
+                 for title in titles for symbol, each in functions_of(title).items()}
+                for name, titles in json.loads(contents).items()}
+    for target, row in targets.items():
+        translate_for(row.triple, row.cpu, row.features)
+        for name, functions in compiled.items():
+            Path(folder, target, file_of(name)).write_bytes(emit(functions))
 
 
 if __name__ == "__main__":
