@@ -24,10 +24,11 @@ import quant
 from edgeattn import bundle
 from edgeattn.kernels.cpu import call as kernel_call
 from edgeattn.kernels.cpu.entries import ENTRIES
+from edgeattn.kinds import KINDS
 from edgeattn.runtime import isa, prebuilt, processor, sources
 from edgeattn.runtime.targets import TARGETS
 from quant.export import linker
-from quant.export.bundle import KERNELS, kernels_of
+from quant.export.bundle import kernels_of
 
 X86 = platform.machine() == "x86_64"
 # The instruction sets of this machine that targets are made for; AMX is for none.
@@ -551,7 +552,7 @@ def test_a_bundle_has_the_kernels_its_layer_calls():
     assert {"layer dynamic", "norm", "feed-forward dynamic"} < set(kernels_of(encoder()))
     assert not {"decode int8", "layer float32", "layer int8"} & set(kernels_of(encoder()))
     # every kernel is that of some kind of layer, but for the function's
-    assert set(ENTRIES) - {name for names in KERNELS.values() for name in names} == {"attention dynamic"}
+    assert set(ENTRIES) - {name for kind in KINDS.values() for name in kind.kernels} == {"attention dynamic"}
 
 
 def test_what_c_cannot_call_has_no_header(folder, tmp_path):

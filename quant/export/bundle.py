@@ -14,6 +14,7 @@ import edgeattn
 from edgeattn.bundle import ABI_VERSION, FOOTER, MAGIC
 from edgeattn.files.storage import content_of
 from edgeattn.kernels.cpu.entries import ENTRIES
+from edgeattn.kinds import CACHES, KINDS
 from edgeattn.layers import MultiHeadAttention
 from edgeattn.layers.positions import POSITIONS
 from edgeattn.quantized import DynamicMultiHeadAttention, StaticMultiHeadAttention
@@ -31,21 +32,7 @@ from quant.model_calls import MODELS
 # Compiling for another machine leans on inner names of Numba: crosscompile.py and bundle_entry.py.
 TESTED_NUMBA = ("0.68",)
 _BUILD = "from quant.export.bundle_build import main; main(*sys.argv[2:])"
-# What is called by layers of a kind, with those they are made of: names in ENTRIES.
-_ATTENTION = ("attention float32", "attention by rows")
-_CACHES = ("decode float32", "decode int8", "store rows")
-KERNELS = {
-    "MultiHeadAttention": ("layer float32", *_ATTENTION, *_CACHES, "linear float32"),
-    "DynamicMultiHeadAttention": ("layer dynamic", *_ATTENTION, *_CACHES, "projection dynamic"),
-    "StaticMultiHeadAttention": ("layer int8", "layer int8 with a cache", "quantize", "dequantize"),
-    "StaticSelfAttention": ("rows to codes", "layer int8", "layer int8 with a cache", "codes to rows"),
-    "StaticFeedForward": ("feed-forward int8",),
-    "Linear": ("feed-forward float32", "linear float32"),
-    "DynamicLinear": ("feed-forward dynamic", "linear dynamic"),
-    "LayerNorm": ("norm",), "RMSNorm": ("norm",),
-}
 SIZES = ("num_heads", "embed_dim", "kdim", "vdim", "head_dim", "value_dim", "output_dim")
-KERNELS["SelfAttention"] = KERNELS["MultiHeadAttention"]
 # Those of a target's flags that compilers know a question for; no processor has these and lacks the others.
 _QUESTIONS = {"avx2": "avx2", "fma": "fma", "bmi1": "bmi", "bmi2": "bmi2", "avx_vnni": "avxvnni", "avx512f": "avx512f",
               "avx512bw": "avx512bw", "avx512cd": "avx512cd", "avx512dq": "avx512dq", "avx512vl": "avx512vl",
@@ -105,8 +92,9 @@ def write_bundle(layer, name: str, target: str) -> dict[str, bytes]:
 def kernels_of(layer) -> list[str]:
     """The names in ENTRIES of what a layer or a model calls."""
     kinds = {type(layer).__name__, *_kinds(layer.to_state()[0])}
-    left_out = _CACHES if isinstance(layer, MODELS) else ()
-    return [name for name in ENTRIES if name not in left_out and any(name in KERNELS.get(kind, ()) for kind in kinds)]
+    left_out = CACHES if isinstance(layer, MODELS) else ()
+    called = {name for kind in kinds if kind in KINDS for name in KINDS[kind].kernels}
+    return [name for name in ENTRIES if name in called.difference(left_out)]
 
 
 def _kinds(config):
