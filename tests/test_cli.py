@@ -22,7 +22,7 @@ import edgeattn.cli
 import quant
 import quant.cli
 from edgeattn.runtime.isa import ISA
-from quant.calibrate import Calibration
+from quant.calibration import Calibration
 
 
 @pytest.fixture
