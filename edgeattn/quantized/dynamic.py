@@ -118,13 +118,8 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention, Positions):
         self.prepared_calls = PreparedCalls()
         fused = (*INPUTS, "output")
         self._kernel = DynamicLayer(
-            H, Hkv, *(*map(pair, fused), *(self.biases.get(name) for name in fused), self.scale),
+            H, Hkv, [pair(name) for name in fused], [self.biases.get(name) for name in fused], self.scale,
             **self.head_positions)
-
-    def __repr__(self) -> str:
-        return (f"{type(self).__name__}(num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, "
-                f"embed_dim={self.embed_dim}, kdim={self.kdim}, vdim={self.vdim}, head_dim={self.head_dim}, "
-                f"value_dim={self.value_dim}, output_dim={self.output_dim})")
 
     @overload
     def __call__(self, query: ArrayLike, key: ArrayLike | ProjectedKV | None = None,
