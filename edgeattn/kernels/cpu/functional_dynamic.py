@@ -1,9 +1,8 @@
 """Attention on given queries, keys and values with int8 products: float32 in and out, quantized at run time."""
-import functools
-
 import numpy as np
 
 from edgeattn.runtime.compiler import inline, jit
+from edgeattn.runtime.plan_cache import planned
 from edgeattn.runtime.worker_pool import parallel_for, task
 
 from .attend_dynamic import KEY_BLOCK, Keys, Queries, attend_bytes, fill_dither, values_of
@@ -236,9 +235,6 @@ def _plan(q, k, v, scale, masks):
                         q[0])
 
 
-_prepare = functools.lru_cache(256)(_plan)
-
-
 def attention(q, k, v, out, scale, keep=None, bias=None, band=None, alibi=None):
     """out (B, H, L, Dv) = softmax(q k^T scale, masked) v, products in int8.
 
@@ -251,5 +247,5 @@ def attention(q, k, v, out, scale, keep=None, bias=None, band=None, alibi=None):
         As `functional_float32.attention` takes them.
     """
     masks = shapes_of(keep, None, bias, band, alibi)
-    _prepare(q.shape, k.shape, v.shape, scale, masks)(q, k, v, out, keep, None, bias, alibi)
+    planned(_plan, q.shape, k.shape, v.shape, scale, masks)(q, k, v, out, keep, None, bias, alibi)
     return out

@@ -1,7 +1,7 @@
 """Calling the float32 attention kernel on given queries, keys and values."""
-import functools
-
 import numpy as np
+
+from edgeattn.runtime.plan_cache import planned
 
 from . import fused as f
 from .attend_rows import FEW_QUERIES, MORE_MASK, scratch_of_rows
@@ -37,9 +37,6 @@ def _plan(q, k, v, steps, scale, softcap, masks):
                         p.private_size, 2 * B * H * L * S * (D + Dv))
 
 
-_prepare = functools.lru_cache(256)(_plan)
-
-
 def attention(q, k, v, out, scale, softcap=0.0, keep=None, bias=None, band=None, alibi=None, lengths=None):
     """out (B, H, L, Dv) = softmax(q k^T scale, capped and masked) v.
 
@@ -60,5 +57,6 @@ def attention(q, k, v, out, scale, softcap=0.0, keep=None, bias=None, band=None,
     """
     masks = shapes_of(keep, None, bias, band, alibi)
     steps = tuple(step // 4 for array in (q, k, v, out) for step in array.strides[:3])
-    _prepare(q.shape, k.shape, v.shape, steps, scale, softcap, masks)(q, k, v, out, keep, None, bias, alibi, lengths)
+    call = planned(_plan, q.shape, k.shape, v.shape, steps, scale, softcap, masks)
+    call(q, k, v, out, keep, None, bias, alibi, lengths)
     return out

@@ -1,11 +1,11 @@
 """Attention one row of scores at a time: where the probabilities are wanted, an axis is empty, or a scale extreme."""
 
-import functools
 import math
 
 import numpy as np
 
 from edgeattn.runtime.compiler import inline, jit
+from edgeattn.runtime.plan_cache import planned
 from edgeattn.runtime.worker_pool import parallel_for, task
 from edgeattn.shapes import strides
 
@@ -50,13 +50,12 @@ def attention(query, key, value, mask, *, scale, softcap, out, weights=None, lse
     batch, _, _, keys = mask.shape
     offset = np.zeros(batch, np.int64) + mask.offset
     lengths = np.full(batch, keys, np.int64) if mask.lengths is None else mask.lengths
-    call = _prepare(query.shape, key.shape, value.shape, shape_of(mask.keep), shape_of(mask.bias),
-                    shape_of(mask.slopes), mask.left, mask.right, scale, softcap)
+    call = planned(_plan, query.shape, key.shape, value.shape, shape_of(mask.keep), shape_of(mask.bias),
+                   shape_of(mask.slopes), mask.left, mask.right, scale, softcap)
     call(query, key, value, out, mask.keep, mask.bias, mask.slopes, offset, lengths, weights, lse)
 
 
-@functools.lru_cache(256)
-def _prepare(query, key, value, keep, bias, slopes, left, right, scale, softcap):
+def _plan(query, key, value, keep, bias, slopes, left, right, scale, softcap):
     """The `PreparedCall` of arrays of these shapes, or None, and these bounds of a window."""
     p = blank(ATTENTION, left=left, right=right, scale=bits_of_double(scale), softcap=bits_of_double(softcap))
     if keep is not None:
