@@ -32,7 +32,7 @@ from edgeattn.kernels.cpu import (
     encoder_int8,
     functional_dynamic,
     functional_float32,
-    linear_dynamic,
+    projection_dynamic,
 )
 from edgeattn.kernels.cpu.attend_rows import FEW_QUERIES
 from edgeattn.kernels.cpu.decode_blocks import BLOCK
@@ -416,7 +416,7 @@ def projections(rng, number):
         given = place.input(x)
         stored = [array for _ in "kv" for array in (place.make(rows.shape, np.int8), place.make(rows.shape[:3], np.float32))]
         cache_int8.store(PlanCache(), place.input(rows), place.input(rows), *stored, 0)
-        return [edgeattn.Linear(weight, bias).packed(given), linear_dynamic.DynamicLinear(codes, scale, bias)(given),
+        return [edgeattn.Linear(weight, bias).packed(given), projection_dynamic.DynamicProjection(codes, scale, bias)(given),
                 *stored]
     exact = x.astype(np.float64) @ weight.astype(np.float64).T + bias
     return f"{tokens=} {depth=} {outputs=}", call, [(exact, 1e-4)]

@@ -186,8 +186,8 @@ BUGS = [
         "finish(_multiply(tile, x, t - 1, panels, f), 3, t, f, *arguments)", SMALL),
     Bug("a head's lanes are turned from the tokens before", "fused_dynamic.py",
         "p.at_rows + (b * WIDTH + c) * row + h * size + d", "p.at_rows + b * WIDTH * row + h * size + d", SMALL),
-    Bug("the last tokens of a projection have the scale of a tile's first", "linear_dynamic.py",
-        "broadcast(scales.data, scales.at + t + i)", "broadcast(scales.data, scales.at + t)", PROJECTION),
+    Bug("later tokens of a projection have the scales of the first", "projection_dynamic.py",
+        "tile_dequantize(tile, scales.data, scales.at + t,", "tile_dequantize(tile, scales.data, scales.at,", PROJECTION),
     # projections and functions
     Bug("a projection loses all chains but the last", "row_products.py",
         "if begun or k > 0:", "if begun:",

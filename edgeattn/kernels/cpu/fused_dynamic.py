@@ -38,7 +38,7 @@ from .int8_views import Part, Projection, parts_of, scratch_at
 from .key_mean import add_to_tokens, choose_block, subtract_mean, weigh_tokens
 from .matmul import round_up
 from .positions import POSITIONS, place_keys, place_queries
-from .project_dynamic import project_rows
+from .projection_dynamic import project_rows
 from .records import MASK_ADDRESSES, MASKS, named, record
 from .score_masks import adds_to_scores, fill_mask
 from .simd import (

@@ -12,10 +12,10 @@ from .byte_products import DEPTH_STEP, READ_AHEAD, ROW_STEP, pack_byte_panels
 from .call import PreparedCall
 from .dynamic import STEP, TOKENS
 from .layer_float32 import _LOG2_E
-from .linear_dynamic import TILES_SIZE, join_depth
 from .matmul import pad_heads, round_up
 from .packing import Packer
 from .positions import norm_fields, rotary_fields, rotary_table
+from .projection_dynamic import TILES_SIZE, join_depth
 from .records import NO_MASKS, blank, copy_of, named_fields, packed, place, set_masks, shapes_of
 from .simd import LANES, OFFSET, WIDTH
 
