@@ -59,7 +59,7 @@ BUGS = [
     Bug("a last tile of keys steps back one row too far", "fused.py",
         "t = max(min(s, keys - ROWS), -s0)", "t = max(min(s, keys - ROWS - 1), -s0)", GIVEN),
     Bug("a window's left edge hides its first key", "score_masks.py",
-        "distance < splat(np.int32(low_edge))", "distance < splat(np.int32(low_edge + 1))", GIVEN),
+        "distance < splat(np.int32(seen.low))", "distance < splat(np.int32(seen.low + 1))", GIVEN),
     Bug("a window's right edge shows a key more", "score_masks.py",
         "distance > splat(np.int32(high_edge))", "distance > splat(np.int32(high_edge + 1))", GIVEN),
     Bug("keys that some queries see count as seen by all", "fused.py",

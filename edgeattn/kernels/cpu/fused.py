@@ -20,7 +20,7 @@ from .matmul import BLOCK, CHAIN, add_product, feature_position, round_up
 from .positions import POSITIONS, place_keys, place_queries, transpose
 from .records import MASK_ADDRESSES, MASKS, named, real, record
 from .row_products import NO_BIAS, Weights, product_rows
-from .score_masks import adds_to_scores, fill_mask, fill_mask_rows, mask_row, mask_scores
+from .score_masks import adds_to_scores, fill_mask, fill_mask_rows, mask_row, mask_scores, masks_differ
 from .simd import (
     COLUMNS,
     LANES,
@@ -40,7 +40,7 @@ from .simd import (
     transpose_block,
 )
 from .softmax import LOG2_E, exp2, exp2_within, masked_score, tanh
-from .views import Blocks, Group, Rows, ScoreMask, Visible
+from .views import Blocks, Grid, Group, Rows, ScoreMask, Visible
 
 KEY_BLOCK = BLOCK
 SCORE_CHAIN = CHAIN // 2  # an error of a score counts as often as the score is large
@@ -145,8 +145,8 @@ def attend_block(q, k, v, out, D, Dv, seen, mask, softcap, small, scratch):
         # 1. scores (keys, W); the last tile steps back rather than past the end, to key 0 at most
         for s in range(0, keys, ROWS):
             t = max(min(s, keys - ROWS), -s0)
-            add_product(False, k.data, k.at + (s0 + t) * k.step, k.step, 1, q.data, q.at, D, SCORE_CHAIN,
-                        scratch, at_scores + t * WIDTH, WIDTH, LANES)
+            add_product(False, Grid(k.data, k.at + (s0 + t) * k.step, k.step, 1), q.data, q.at, D, SCORE_CHAIN,
+                        Grid(scratch, at_scores + t * WIDTH, WIDTH, LANES))
         # 2. softcap, then masks
         if softcap > _ZERO:
             for i in range(0, keys * WIDTH, LANES):
@@ -154,8 +154,7 @@ def attend_block(q, k, v, out, D, Dv, seen, mask, softcap, small, scratch):
                 store(scratch, at_scores + i, capped)
         hides = mask.given or (seen.band and not (seen.full_from <= s0 and s0 + keys <= seen.full_to))
         if hides:
-            mask_scores(scratch, at_scores, keys, s0, seen.q0, seen.band, seen.low, seen.high, seen.full_from,
-                        seen.full_to, mask.data, mask.at + (s0 - mask.first) * WIDTH, mask.given)
+            mask_scores(scratch, at_scores, keys, s0, seen, mask, mask.given)
         # 3. maximum, exponentials, sum
         for c in range(COLUMNS):
             at = at_scores + c * LANES
@@ -187,8 +186,8 @@ def attend_block(q, k, v, out, D, Dv, seen, mask, softcap, small, scratch):
             store(scratch, AT_SUM + c * LANES, total)
         # 4. context (Dv, W) += v^T p
         for d in range(0, Dv, ROWS):
-            add_product(s0 > first, v.data, v.at + s0 * v.step + d, 1, v.step, scratch, at_scores, keys, CHAIN,
-                        out.data, out.at + d * WIDTH, WIDTH, LANES)
+            add_product(s0 > first, Grid(v.data, v.at + s0 * v.step + d, 1, v.step), scratch, at_scores, keys, CHAIN,
+                        Grid(out.data, out.at + d * WIDTH, WIDTH, LANES))
     # 5. divide by the sum; a query that saw no key gets zeros
     largest = splat(np.int32(0))  # of the bits, as in largest_magnitudes
     for c in range(COLUMNS):
@@ -425,7 +424,7 @@ def attend_heads(p, a, group, from_kv, heads, q, q0, queries, context, private):
     keys, values = keys_and_values(p, group.at_keys)
     repeats, Dp, Dvp, band = p.heads // p.kv_heads, p.padded_head, p.padded_value, p.band != 0
     adds, few, placed = adds_to_scores(a), p.queries <= FEW_QUERIES, p.q_norm != 0 or p.pairs > 0
-    masked, mask_per_head = adds or a.keep != 0, p.keep_h != 0 or p.bias_h != 0 or a.alibi != 0
+    masked, mask_per_head = adds or a.keep != 0, masks_differ(p, a)
     first, last, full_from, full_to = visible_range(q0, queries, p.keys, band, p.low, p.high)
     seen = Visible(first, last, full_from, full_to, q0, band, p.low, p.high)
     mask, has_mask = ScoreMask(private, p.at_masks, first, masked), False

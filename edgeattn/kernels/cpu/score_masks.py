@@ -33,26 +33,26 @@ _ZERO = np.float32(0)
 
 
 @inline
-def mask_scores(scores, at, keys, s0, q0, band, low_edge, high_edge, full_from, full_to, masks, at_mask, has_mask):
-    """Lower the scores of what may not be seen to -inf and add the float mask, in place.
+def mask_scores(scores, at, keys, s0, seen, mask, adds):
+    """Lower the scores (keys, W) of the keys from s0 on that may not be seen to -inf and add the mask, in place.
 
-    scores (keys, W); key s0 + s is visible to query q0 + l when q + low_edge <= key <= q + high_edge;
-    keys in [full_from, full_to) are visible to every query of the block.
+    seen: Visible; mask: ScoreMask, which is added where `adds`
     """
-    if band:
+    if seen.band:
         for s in range(keys):
             key = s0 + s
-            if full_from <= key < full_to:
+            if seen.full_from <= key < seen.full_to:
                 continue
             for c in range(COLUMNS):
-                distance = splat(np.int32(key - q0 - c * LANES)) - lane_index()
+                distance = splat(np.int32(key - seen.q0 - c * LANES)) - lane_index()
                 v = load(scores, at + s * WIDTH + c * LANES)
-                v = select(distance < splat(np.int32(low_edge)), splat(_MINUS_INFINITY), v)
-                v = select(distance > splat(np.int32(high_edge)), splat(_MINUS_INFINITY), v)
+                v = select(distance < splat(np.int32(seen.low)), splat(_MINUS_INFINITY), v)
+                v = select(distance > splat(np.int32(seen.high)), splat(_MINUS_INFINITY), v)
                 store(scores, at + s * WIDTH + c * LANES, v)
-    if has_mask:
+    if adds:
+        at_mask = mask.at + (s0 - mask.first) * WIDTH
         for i in range(0, keys * WIDTH, LANES):
-            m = load(masks, at_mask + i)
+            m = load(mask.data, at_mask + i)
             v = load(scores, at + i) + m
             store(scores, at + i, select(m == splat(_MINUS_INFINITY), m, v))
 
@@ -81,6 +81,12 @@ def within(v):
 def adds_to_scores(a):
     """Whether the masks at these addresses add numbers to scores."""
     return a.bias != 0 or a.alibi != 0
+
+
+@inline
+def masks_differ(p, a):
+    """Whether those of a head may differ from another's."""
+    return p.keep_h != 0 or p.bias_h != 0 or a.alibi != 0
 
 
 @inline
