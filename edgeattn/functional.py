@@ -242,7 +242,7 @@ def scaled_dot_product_attention(
     weights = np.empty((*query.shape[:-1], key.shape[-2]), np.float32) if return_weights else None
     lse = np.empty(query.shape[:-1], np.float32) if return_lse else None
     if precision == "int8" and not shapes.empty:
-        functional_dynamic.attention(q, k, v, context, scale, *mask.for_kernels())
+        functional_dynamic.attention(q, k, v, context, scale, mask.for_kernels())
     else:
         float32.attention(
             q, k, v, mask, context, scale=scale, softcap=softcap,

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgeattn.checks import FLOAT32, check_out, to_float32, write_result
-from edgeattn.kernels.cpu.records import shapes_of
 from edgeattn.kv_cache import KVCache
 from edgeattn.layers.call import check_input_shapes
 from edgeattn.masks import check_mask_shapes, resolve_mask
@@ -102,11 +101,10 @@ def attend_fused(layer: _Layer, call: Call) -> Floats | tuple[Floats, Floats]:
     q = to_float32(call.query)
     k = q if call.key is call.query else to_float32(call.key)
     v = k if call.value is call.key else to_float32(call.value)
-    keep, bias, band, alibi = layer.biased(call.mask).for_kernels()
-    prepared = layer.fused_kernel.prepare(q, k, v, shapes_of(keep, None, bias, band, alibi),
-                                          layer.first_position(call.mask))
+    given = layer.biased(call.mask).for_kernels()
+    prepared = layer.fused_kernel.prepare(q, k, v, given.shapes, layer.first_position(call.mask))
     result = np.empty((*q.shape[:2], layer.output_dim), np.float32)
-    prepared.run(q, k, v, result, keep, None, bias, alibi)
+    prepared.run(q, k, v, result, *given.arrays)
     return call.write_result(result)
 
 

@@ -23,7 +23,7 @@ from .fused import ATTENTION_ADDRESSES, portions, visible_range
 from .int8_views import Part, parts_of
 from .key_mean import choose_block, subtract_mean, weigh_tokens
 from .matmul import round_up
-from .records import MASKS, NO_MASKS, bits_of_real, blank, named, packed, place, real, record, set_masks, shapes_of
+from .records import MASKS, NO_MASK, NO_MASKS, bits_of_real, blank, named, packed, place, real, record, set_masks
 from .score_masks import adds_to_scores, fill_mask
 from .simd import (
     LANES,
@@ -235,7 +235,7 @@ def _plan(q, k, v, scale, masks):
                         q[0])
 
 
-def attention(q, k, v, out, scale, keep=None, bias=None, band=None, alibi=None):
+def attention(q, k, v, out, scale, mask=NO_MASK):
     """out (B, H, L, Dv) = softmax(q k^T scale, masked) v, products in int8.
 
     Parameters
@@ -243,9 +243,7 @@ def attention(q, k, v, out, scale, keep=None, bias=None, band=None, alibi=None):
     q, k, v : float32 arrays, C order
         (B, H, L, D), (B, Hkv, S, D), (B, Hkv, S, Dv); no axis empty.
     out : float32 array, C order
-    keep, bias, band, alibi
-        As `functional_float32.attention` takes them.
+    mask : KernelMask
     """
-    masks = shapes_of(keep, None, bias, band, alibi)
-    planned(_plan, q.shape, k.shape, v.shape, scale, masks)(q, k, v, out, keep, None, bias, alibi)
+    planned(_plan, q.shape, k.shape, v.shape, scale, mask.shapes)(q, k, v, out, *mask.arrays)
     return out

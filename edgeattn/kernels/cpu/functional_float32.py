@@ -7,12 +7,12 @@ from . import fused as f
 from .attend_rows import FEW_QUERIES, MORE_MASK, scratch_of_rows
 from .call import PreparedCall
 from .matmul import round_up
-from .records import NO_MASKS, bits_of_real, blank, packed, set_masks, shapes_of
+from .records import NO_MASK, NO_MASKS, bits_of_real, blank, packed, set_masks
 from .simd import LANES, ROWS, WIDTH
 
 
 def prepare(inputs, scale, softcap=0.0, masks=NO_MASKS):
-    """The `PreparedCall` of q, k, v of these shapes and their result, in C order; masks: what `shapes_of` gives."""
+    """The `PreparedCall` of q, k, v of these shapes and their result, in C order; masks: `KernelMask.shapes`."""
     (_, H, L, D), (_, Hkv, S, _), (*_, Dv) = inputs
     steps = H * L * D, L * D, D, Hkv * S * D, S * D, D, Hkv * S * Dv, S * Dv, Dv, H * L * Dv, L * Dv, Dv
     return _plan(*inputs, steps, scale, softcap, masks)
@@ -37,7 +37,7 @@ def _plan(q, k, v, steps, scale, softcap, masks):
                         p.private_size, 2 * B * H * L * S * (D + Dv))
 
 
-def attention(q, k, v, out, scale, softcap=0.0, keep=None, bias=None, band=None, alibi=None, lengths=None):
+def attention(q, k, v, out, scale, softcap=0.0, mask=NO_MASK, lengths=None):
     """out (B, H, L, Dv) = softmax(q k^T scale, capped and masked) v.
 
     Parameters
@@ -46,17 +46,11 @@ def attention(q, k, v, out, scale, softcap=0.0, keep=None, bias=None, band=None,
         (B, H, L, D), (B, Hkv, S, D), (B, Hkv, S, Dv); last dimension contiguous, other strides free.
     out : ndarray of float32
         (B, H, L, Dv), last dimension contiguous.
-    keep, bias : ndarray, C-contiguous, broadcast to (B, H, L, S) by NumPy's rules, or None
-        bool or uint8, and float32.
-    band : (low, high) or None
-        Query i sees key j when i + low <= j <= i + high.
-    alibi : (B or 1, H, 2) float64, C-contiguous, or None
-        A head's slope, and the position of query 0: -slope * |position - j| is added too.
+    mask : KernelMask
     lengths : (B,) int64 or None
         Keys that exist per batch entry.
     """
-    masks = shapes_of(keep, None, bias, band, alibi)
     steps = tuple(step // 4 for array in (q, k, v, out) for step in array.strides[:3])
-    call = planned(_plan, q.shape, k.shape, v.shape, steps, scale, softcap, masks)
-    call(q, k, v, out, keep, None, bias, alibi, lengths)
+    call = planned(_plan, q.shape, k.shape, v.shape, steps, scale, softcap, mask.shapes)
+    call(q, k, v, out, *mask.arrays, lengths)
     return out

@@ -6,6 +6,7 @@ packs it.  The array is not one of records itself, because NumPy copies those fi
 """
 import struct
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -109,18 +110,44 @@ def shape_of(mask):
     return None if mask is None else mask.shape
 
 
-def shapes_of(keep=None, padding=None, bias=None, band=None, alibi=None):
-    """What a plan depends on of masks, arrays or None: their shapes, and the band as it is."""
-    return shape_of(keep), shape_of(padding), shape_of(bias), band, shape_of(alibi)
+class KernelMask(NamedTuple):
+    """The masks of a call, in the form that kernels read: arrays in C order, or None of none.
+
+    keep, padding : bool or uint8 arrays that broadcast to (B, H, L, S); padding (B or 1, 1, 1, S)
+        0 = may not be seen.
+    bias : float32 array that broadcasts to (B, H, L, S)
+        Added to the scores.
+    band : (low, high)
+        Query i sees key j when i + low <= j <= i + high.
+    alibi : (B or 1, H, 2) float64 array
+        A head's slope, and the position of query 0: -slope * |position - j| is added too.
+    """
+
+    keep: Any = None
+    padding: Any = None
+    bias: Any = None
+    band: Any = None
+    alibi: Any = None
+
+    @property
+    def shapes(self):
+        """What a plan depends on: the shapes of the arrays, and the band as it is."""
+        return shape_of(self.keep), shape_of(self.padding), shape_of(self.bias), self.band, shape_of(self.alibi)
+
+    @property
+    def arrays(self):
+        """Those of MASK_ADDRESSES."""
+        return self.keep, self.padding, self.bias, self.alibi
 
 
-NO_MASKS = shapes_of()
+NO_MASK = KernelMask()
+NO_MASKS = NO_MASK.shapes
 
 
 def set_masks(p, masks, index=None):
     """Write a band, and strides of masks, into a record; whether score_masks.fill_mask has to write them out.
 
-    masks: what `shapes_of` gives; index: the shape of a static layer's indices of tables.
+    masks: `KernelMask.shapes`; index: the shape of a static layer's indices of tables.
     """
     keep, padding, bias, band, alibi = masks
     if band is not None:
