@@ -39,7 +39,7 @@ endef
 setup_files = setup.cfg pyproject.toml tools/environment.py tools/find-python.sh
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-long test-libraries test-fence test-mutations test-arm64 test-arm64-short test-cortex-m test-cuda test-cuda-offline test-published fuzz lint libraries wheel wheels examples example-minilm example-self-vs-multihead example-sensor bench bench-cuda bench-models bench-peers bench-resident bench-same-bytes bench-start clean distclean
+.PHONY: help run test test-long test-libraries test-fence test-mutations test-arm64 test-arm64-short test-cortex-m test-cuda test-cuda-offline test-published docs fuzz lint libraries wheel wheels examples example-minilm example-self-vs-multihead example-sensor bench bench-cuda bench-models bench-peers bench-resident bench-same-bytes bench-start clean distclean
 
 help: ## this list
 	@echo "edgeattn: attention for small computers. Targets:"
@@ -83,6 +83,9 @@ test-cuda-offline: $(ready_cuda) ## ... emulated and compiled, without a GPU
 
 test-published: $(ready_published) ## published ONNX models, beside onnxruntime
 	@$(python) -m pytest -n 0 tests/models/test_onnx_models.py -k published $(ARGS)
+
+docs: $(ready_dev) ## the pages of docs/ as a site, in site/
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --strict && echo "site/index.html"
 
 fuzz: $(ready_fuzz) ## readers of files, 20 s each (--seconds N)
 	@$(python) tools/fuzz/run.py $(ARGS)
@@ -135,7 +138,7 @@ bench-start: $(ready) ## start of a process, in four forms
 	@$(python) -m benchmarks.start
 
 clean: ## remove what was built; keep environments
-	rm -rf build dist out edgeattn/libraries ./*.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache .import_linter_cache
+	rm -rf build dist out site edgeattn/libraries ./*.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache .import_linter_cache
 	find . \( -path './.venv*' -o -path './.arm64' \) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## ... and the environments
