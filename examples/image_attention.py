@@ -2,8 +2,9 @@
 
 A photograph that scikit-learn ships is cut into 14 x 14 patches, as a ViT-tiny cuts it, and goes through one layer of
 three heads whose queries and keys compare colour, texture and place: projections are principal components of the
-patches' own features, and a bias for each key makes their product a distance, so nothing was trained. Printed: what float32 and int8 differ by. Drawn to
-out/image_attention.png: for three patches, where each head looks, in float32 and in int8.
+patches' own features, and a bias for each key makes their product a distance, so nothing was trained. Printed: what
+float32 and int8 differ by. Drawn to out/image_attention.png: for three patches, where each head looks, in float32 and
+in int8.
 """
 
 import sys
@@ -37,7 +38,8 @@ def photograph() -> np.ndarray:
 
 def features(picture: np.ndarray) -> list[np.ndarray]:
     """For each head (196, n): what it compares, of mean 0 and variance 1."""
-    patches = picture.reshape(GRID, PATCH, GRID, PATCH, 3).transpose(0, 2, 1, 3, 4).reshape(GRID * GRID, PATCH, PATCH, 3)
+    cut = picture.reshape(GRID, PATCH, GRID, PATCH, 3).transpose(0, 2, 1, 3, 4)
+    patches = cut.reshape(GRID * GRID, PATCH, PATCH, 3)
     colour = np.concatenate([patches.mean((1, 2)), patches.std((1, 2))], axis=1)
     grey = patches.mean(-1)
     texture = np.log1p(100 * np.abs(np.fft.rfft2(grey - grey.mean((1, 2), keepdims=True)))[:, :8, :8].reshape(-1, 64))
@@ -76,7 +78,8 @@ def draw(picture: np.ndarray, maps: dict[str, np.ndarray]) -> None:
             axis.imshow(picture, alpha=1.0 if seen is None else 0.35, extent=(0, size, size, 0))
             if seen is not None:
                 axis.imshow(seen / seen.max(), cmap="inferno", alpha=0.7, extent=(0, size, size, 0))
-            axis.add_patch(plt.Rectangle((right * PATCH, down * PATCH), PATCH, PATCH, fill=False, edgecolor="cyan", lw=2))
+            corner = right * PATCH, down * PATCH
+            axis.add_patch(plt.Rectangle(corner, PATCH, PATCH, fill=False, edgecolor="cyan", lw=2))
             axis.set(xticks=[], yticks=[])
             if number == 0:
                 axis.set_title(title, fontsize=11)

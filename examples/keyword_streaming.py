@@ -55,7 +55,8 @@ def encoder() -> tuple[np.ndarray, edgeattn.TransformerEncoder]:
         return edgeattn.LayerNorm(np.ones(WIDTH, np.float32), np.zeros(WIDTH, np.float32))
 
     layers = [edgeattn.TransformerEncoderLayer(
-        edgeattn.MultiHeadAttention(HEADS, *(matrix(WIDTH, WIDTH) for _ in range(4)), rotary=edgeattn.RotaryEmbedding(WIDTH // HEADS)),
+        edgeattn.MultiHeadAttention(HEADS, *(matrix(WIDTH, WIDTH) for _ in range(4)),
+                                    rotary=edgeattn.RotaryEmbedding(WIDTH // HEADS)),
         edgeattn.FeedForward(edgeattn.Linear(matrix(HIDDEN, WIDTH)), edgeattn.Linear(matrix(WIDTH, HIDDEN))),
         norm(), norm(), norm_first=True) for _ in range(LAYERS)]
     return matrix(WIDTH, BANDS), edgeattn.TransformerEncoder(layers, norm=norm())
@@ -80,7 +81,8 @@ def main() -> int:
     projection, float32 = encoder()
     bands = log_bands(0)
     x = bands @ projection.T
-    print(f"{FRAMES} frames of {1e3 * BUDGET:.0f} ms, {BANDS} bands; {LAYERS} layers of {WIDTH}, each sees the last {SEEN}")
+    print(f"{FRAMES} frames of {1e3 * BUDGET:.0f} ms, {BANDS} bands; "
+          f"{LAYERS} layers of {WIDTH}, each sees the last {SEEN}")
     times, worst = {}, 0.0
     for name, form in {"float32": float32, "int8": quant.quantize(float32, scheme="dynamic")}.items():
         stream(form, x[:3])  # compiles, where nothing is compiled yet

@@ -33,7 +33,8 @@ def series(minutes: int, seed: int) -> np.ndarray:
     """(minutes, sensors): all follow the load, with a delay, and each in its own way."""
     rng = np.random.default_rng(seed)
     t = np.arange(minutes + 60)
-    load = np.sin(t / 37 + rng.uniform(0, 6)) + 0.5 * np.sin(t / 11 + rng.uniform(0, 6)) + 0.1 * rng.standard_normal(t.size)
+    waves = np.sin(t / 37 + rng.uniform(0, 6)) + 0.5 * np.sin(t / 11 + rng.uniform(0, 6))
+    load = waves + 0.1 * rng.standard_normal(t.size)
     delayed = np.convolve(load, np.ones(30) / 30)[:t.size]
     pressure = 0.4 * load + 0.7 * delayed
     columns = (load, delayed * 1.4, pressure, np.tanh(1.5 * pressure), 0.8 * load + 0.2 * load ** 2, 0.5 * load ** 2)

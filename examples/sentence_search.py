@@ -31,7 +31,7 @@ def paragraphs() -> list[str]:
         inside = False
         for block in page.read_text(encoding="utf-8").split("\n\n"):
             fences = block.count("```")
-            if not inside and not fences and 80 < len(block) and block[0] not in "#|<!-: ":
+            if not inside and not fences and len(block) > 80 and block[0] not in "#|<!-: ":
                 found.append(" ".join(block.split()))
             inside ^= fences % 2 == 1
     return found[:TEXTS]
@@ -57,7 +57,8 @@ def main() -> int:
         asked = np.concatenate([form.encode([query]) for query in queries])
         end = time.perf_counter()
         ranked[name] = asked @ index.T
-        print(f"{name:8s} {len(texts) / (middle - start):5.0f} texts and {len(queries) / (end - middle):5.0f} queries a second")
+        print(f"{name:8s} {len(texts) / (middle - start):5.0f} texts and "
+              f"{len(queries) / (end - middle):5.0f} queries a second")
     shared = []
     for query, exact, coded in zip(queries, ranked["float32"], ranked["int8"], strict=True):
         first = [np.argsort(-cosines)[:FIRST] for cosines in (exact, coded)]
