@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from edgeattn.checks import FLOAT32, as_array, count, flag, float_array, is_one_of, to_float32
-from edgeattn.kernels.cpu.records import KernelMask
+from edgeattn.kernels.cpu.records import NO_MASK, KernelMask
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -170,6 +170,8 @@ class Mask(NamedTuple):
 
     def for_kernels(self) -> KernelMask:
         """The same conditions as the tiled kernels take them."""
+        if self.keep is self.bias is self.slopes is self.lengths is None and self.left < 0 and self.right < 0:
+            return NO_MASK
         if self.lengths is not None:  # where batch entries differ, one array says it all
             return KernelMask(np.ascontiguousarray(self.permitted()), None, self.bias, None, self.alibi())
         return KernelMask(self.keep, None, self.bias, self.band(), self.alibi())

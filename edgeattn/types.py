@@ -38,7 +38,7 @@ CacheDtype: TypeAlias = (Literal["float32", "int8"] | np.dtype[np.float32] | np.
 
 
 class LayerSizes(Protocol):
-    """What every layer has, and every bundle."""
+    """What every attention layer has, one on a GPU too."""
 
     num_heads: int
     num_kv_heads: int

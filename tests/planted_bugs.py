@@ -61,7 +61,7 @@ BUGS = [
     Bug("a window's left edge hides its first key", "score_masks.py",
         "distance < splat(np.int32(seen.low))", "distance < splat(np.int32(seen.low + 1))", GIVEN),
     Bug("a window's right edge shows a key more", "score_masks.py",
-        "distance > splat(np.int32(high_edge))", "distance > splat(np.int32(high_edge + 1))", GIVEN),
+        "distance > splat(np.int32(seen.high))", "distance > splat(np.int32(seen.high + 1))", GIVEN),
     Bug("keys that some queries see count as seen by all", "fused.py",
         "full_from = q0 + WIDTH - 1 + low_edge", "full_from = q0 + low_edge", GIVEN),
     Bug("the last key of a window is left out", "fused.py",
