@@ -170,7 +170,8 @@ class Mask(NamedTuple):
 
     def for_kernels(self) -> KernelMask:
         """The same conditions as the tiled kernels take them."""
-        if self.keep is self.bias is self.slopes is self.lengths is None and self.left < 0 and self.right < 0:
+        arrays = self.keep, self.bias, self.slopes, self.lengths
+        if all(array is None for array in arrays) and self.left < 0 and self.right < 0:
             return NO_MASK
         if self.lengths is not None:  # where batch entries differ, one array says it all
             return KernelMask(np.ascontiguousarray(self.permitted()), None, self.bias, None, self.alibi())
