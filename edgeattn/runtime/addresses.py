@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-_POINTER = object.__basicsize__  # in NumPy's C structure of an array: behind the head that every object has
+POINTER = object.__basicsize__  # in NumPy's C structure of an array: behind the head that every object has
 try:
     _memory = (ctypes.c_int64 * 2**50).from_address(0)
 except (MemoryError, OverflowError, ValueError):  # addresses of fewer bits
@@ -21,7 +21,7 @@ except (MemoryError, OverflowError, ValueError):  # addresses of fewer bits
 
 def address(array: NDArray[Any] | None) -> int:
     """The address of an array's first element, a tenth as costly as `array.ctypes.data`; 0 of None."""
-    return 0 if array is None else _memory[id(array) + _POINTER >> 3]
+    return 0 if array is None else _memory[id(array) + POINTER >> 3]
 
 
 def _slow_address(array: NDArray[Any] | None) -> int:

@@ -12,7 +12,7 @@ from edgeattn.shapes import strides
 from .call import PreparedCall
 from .fused import portions
 from .matmul import round_up
-from .records import bits_of_double, blank, double, named, packed, place, record, shape_of
+from .records import bits_of_double, blank, double, located, named, packed, place, record, shape_of
 from .simd import address_of, pointer_to
 from .softmax import LARGEST_MASK, masked_score
 
@@ -205,6 +205,6 @@ def attention_by_rows(parameters, addresses, scratch, task_queue, count):
 
     parameters ATTENTION, addresses ADDRESSES; scratch: 32-bit elements, `private_size` for each thread.
     """
-    p, a = named(parameters, ATTENTION), named(addresses, ADDRESSES)
+    p, a = named(parameters, ATTENTION), located(addresses, ADDRESSES)
     portion, parts = portions(p.batch * p.heads * p.queries, 1, count)
     parallel_for(task_queue, parts, _attend_part, p, a, address_of(scratch), portion)
