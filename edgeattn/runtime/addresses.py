@@ -24,10 +24,6 @@ def address(array: NDArray[Any] | None) -> int:
     return 0 if array is None else _memory[id(array) + POINTER >> 3]
 
 
-def _slow_address(array: NDArray[Any] | None) -> int:
-    return 0 if array is None else array.ctypes.data
-
-
 _probe = np.zeros(1)
-if _memory is None or address(_probe) != _probe.ctypes.data:  # or objects that are not where `id` says
-    address = _slow_address
+if _memory is None or address(_probe) != _probe.ctypes.data:
+    raise ImportError("edgeattn needs CPython on a processor of 64 bits: kernels read an array where id() says it is")

@@ -1,7 +1,8 @@
 """Calling kernels, which all take (parameters, addresses, scratch, task_queue, count): those of `entries`.
 
 Parameters and addresses are arrays of int64, records by name inside (see records.py): what follows from shapes, masks
-and weights, and where the arrays of one call lie.  The first is made once for many calls; a call writes the second.
+and weights, and where the arrays of one call lie.  The first is made once for many calls; of the second a call writes
+which arrays it has, and the kernel asks these for their addresses: see `records.located`.
 """
 import functools
 import struct
