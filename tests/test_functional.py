@@ -429,7 +429,7 @@ def test_heads_share_a_mask_and_give_what_each_gives_alone():
     lengths = {"kv_lengths": np.array([11, 40])}
     for mask, options in ((bias, {}), (bias > 0, {}), (rng.random((2, 1, 37, 41)) > 0.3, {}),
                           (rng.random((2, 1, 1, 41)) > 0.3, {}), (bias[:1], {}), (None, lengths)):
-        together = edgeattn.scaled_dot_product_attention(q, k, v, mask, **options)
+        together = attend(q, k, v, mask, **options)
         for head in range(3):
-            alone = edgeattn.scaled_dot_product_attention(*(x[:, head:head + 1].copy() for x in (q, k, v)), mask, **options)
+            alone = attend(*(x[:, head:head + 1].copy() for x in (q, k, v)), mask, **options)
             np.testing.assert_array_equal(together[:, head:head + 1], alone)
