@@ -83,7 +83,7 @@ class Mask(NamedTuple):
         _, _, queries, keys = self.shape
         column, parts = np.arange(keys), []
         if self.lengths is not None:
-            parts.append(column < self.lengths[:, None, None, None])
+            parts.append(column < self.lengths.reshape(-1, 1, 1, 1))
         if self.left >= 0 or self.right >= 0:
             position = np.arange(queries)[:, None] + np.reshape(self.offset, (-1, 1, 1, 1))
             if self.left >= 0:

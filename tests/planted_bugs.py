@@ -84,7 +84,7 @@ BUGS = [
         "d = min(start, D - LANES)", "d = start", "fence float32-function"),
     Bug("the padded copy of another batch entry's values is used", "fused.py",
         "copied != batch * p.kv_heads + kv:", "copied != kv:", "fence float32-function"),
-    Bug("no scratch for masks", "functional_float32.py", "(S * WIDTH if masked else 0)", "0",
+    Bug("no scratch for masks", "functional_float32.py", "private += S * WIDTH * (blocks if shared else 1)", "private += 0",
         "fence float32-function"),
     # float32 layers, and the tiled product
     Bug("lanes without a query keep what an earlier call left", "fused.py",

@@ -42,11 +42,13 @@ def attend_again(layer: _Layer, query: Any, key: Any, value: Any, out: Any, kv_c
                                alibi_slopes, None, calls.dtype)
     if kv_cache is not None:
         signature = _step_signature(signature, kv_cache)
-    prepared = calls.get(signature) if out is None else calls.find(signature, out)
-    if prepared is None or kv_cache is not None and not kv_cache.room():
+    prepared = calls.get(signature)  # None of None
+    if prepared is None:
         return None, signature
     if kv_cache is None:
         return prepared.run(query, key, value, out, attn_mask, key_padding_mask), signature
+    if not kv_cache.room() or out is not None and prepared.target(out) is None:
+        return None, signature
     return write_result(layer.take_step(query, kv_cache).reshape(prepared.shape), out, calls.dtype), signature
 
 
@@ -54,7 +56,7 @@ def _step_signature(signature: tuple[Any, ...] | None, cache: object) -> tuple[A
     """That of a call with a cache, where it is of one token, which sees all that is held; `signature`: without."""
     if signature is None or len(signature) != PLAIN or type(cache) is not KVCache:
         return None
-    query, key, value, _ = signature
+    query, key, value, *_ = signature
     return (*signature, cache.kind) if key is None and value is None and query[-2:-1] == (1,) else None
 
 

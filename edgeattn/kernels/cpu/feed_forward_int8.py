@@ -25,7 +25,7 @@ from .int8_views import BytePanels, Groups, Part, Scaling, scratch_at
 from .matmul import round_up
 from .norm import ADDRESSES, NO_NORM, finish_row, normalize_row, read_row
 from .quantize import dequantize_row, quantize_vectors
-from .records import named, real, record
+from .records import located, named, real, record
 from .requantize import requantize
 from .simd import (
     LANES,
@@ -267,7 +267,7 @@ def feed_forward_int8(parameters, addresses, scratch, task_queue, count):
     parameters FEED_FORWARD, addresses ADDRESSES; scratch: 32-bit elements, `shared_size` for all threads and then
     `private_size` for each.
     """
-    p, a, s = named(parameters, FEED_FORWARD), named(addresses, ADDRESSES), address_of(scratch)
+    p, a, s = named(parameters, FEED_FORWARD), located(addresses, ADDRESSES), address_of(scratch)
     if count > 1 and p.rows <= FEW_ROWS:
         parallel_for(task_queue, count, read_some, p, a, s, count)
         parallel_for(task_queue, count, raise_some, p, a, s, count)
@@ -298,7 +298,7 @@ def rows_to_codes(parameters, addresses, scratch, task_queue, count):
 
     parameters FEED_FORWARD, addresses ENDS; scratch: `private_size` elements for each of `count` threads.
     """
-    p, a = named(parameters, FEED_FORWARD), named(addresses, ENDS)
+    p, a = named(parameters, FEED_FORWARD), located(addresses, ENDS)
     portion, parts = parts_of_rows(p.rows, BLOCK, count)
     parallel_for(task_queue, parts, rows_to_codes_part, p, a, address_of(scratch), portion)
 
@@ -316,6 +316,6 @@ def codes_to_rows_part(p, a, scratch, portion, worker, part):
 @jit
 def codes_to_rows(parameters, addresses, scratch, task_queue, count):
     """Rows of codes, residual and norm, the last step of `feed_forward_int8`: to x; otherwise as `rows_to_codes`."""
-    p, a = named(parameters, FEED_FORWARD), named(addresses, ENDS)
+    p, a = named(parameters, FEED_FORWARD), located(addresses, ENDS)
     portion, parts = parts_of_rows(p.rows, BLOCK, count)
     parallel_for(task_queue, parts, codes_to_rows_part, p, a, address_of(scratch), portion)

@@ -23,7 +23,20 @@ from .fused import ATTENTION_ADDRESSES, portions, visible_range
 from .int8_views import Part, parts_of
 from .key_mean import choose_block, subtract_mean, weigh_tokens
 from .matmul import round_up
-from .records import MASKS, NO_MASK, NO_MASKS, bits_of_real, blank, named, packed, place, real, record, set_masks
+from .records import (
+    MASKS,
+    NO_MASK,
+    NO_MASKS,
+    bits_of_real,
+    blank,
+    located,
+    named,
+    packed,
+    place,
+    real,
+    record,
+    set_masks,
+)
 from .score_masks import adds_to_scores, fill_mask
 from .simd import (
     LANES,
@@ -179,7 +192,7 @@ def attend_part(p, a, scratch, batch, portion, worker, part):
 @jit
 def attention_dynamic(parameters, addresses, scratch, task_queue, count):
     """See ATTENTION; arrays in C order; on at most `count` threads that serve the task_queue."""
-    p, a, memory = named(parameters, ATTENTION), named(addresses, ATTENTION_ADDRESSES), address_of(scratch)
+    p, a, memory = named(parameters, ATTENTION), located(addresses, ATTENTION_ADDRESSES), address_of(scratch)
     heads, head_parts = portions(p.kv_heads, 1, count)
     items, item_parts = portions(p.heads * ((p.queries + WIDTH - 1) // WIDTH), 1, count)
     for batch in range(p.batch):

@@ -10,6 +10,8 @@ from .matmul import round_up
 from .records import NO_MASK, NO_MASKS, bits_of_real, blank, packed, set_masks
 from .simd import LANES, ROWS, WIDTH
 
+_MOST_KEPT = 1 << 14  # elements of masks that one head leaves to the next
+
 
 def prepare(inputs, scale, softcap=0.0, masks=NO_MASKS):
     """The `PreparedCall` of q, k, v of these shapes and their result, in C order; masks: `KernelMask.shapes`."""
@@ -27,7 +29,12 @@ def _plan(q, k, v, steps, scale, softcap, masks):
               scale=bits_of_real(scale), softcap=bits_of_real(softcap))
     masked = set_masks(p, masks)
     private = (f.AT_FREE + WIDTH * (max(D_up, Dv_lanes) + D_up + max(Dv_up, Dv_lanes) + ROWS) + ROWS * D + 64
-               + (S * Dv_up if Dv != Dv_up else 0) + D_up + (S * WIDTH if masked else 0))
+               + (S * Dv_up if Dv != Dv_up else 0) + D_up)
+    if masked:
+        blocks = -(-L // WIDTH)
+        shared = FEW_QUERIES < L <= _MOST_KEPT // max(S, 1) and not (p.keep_h or p.bias_h or masks[4])
+        p.mask_step = S * WIDTH if shared else 0
+        private += S * WIDTH * (blocks if shared else 1)
     p.private_size = round_up(private, 16)
     if L <= FEW_QUERIES:
         p.at_few = p.private_size + MORE_MASK

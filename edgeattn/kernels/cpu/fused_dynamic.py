@@ -39,7 +39,7 @@ from .key_mean import add_to_tokens, choose_block, subtract_mean, weigh_tokens
 from .matmul import round_up
 from .positions import POSITIONS, place_keys, place_queries
 from .projection_dynamic import project_rows
-from .records import MASK_ADDRESSES, MASKS, named, record
+from .records import MASK_ADDRESSES, MASKS, located, named, record
 from .score_masks import adds_to_scores, fill_mask, masks_differ
 from .simd import (
     LANES,
@@ -320,7 +320,7 @@ def attend_part(p, a, scratch, batch, portion, worker, part):
 @jit
 def layer_dynamic(parameters, addresses, scratch, task_queue, count):
     """A dynamic int8 multi-head attention layer, see LAYER, on at most `count` threads that serve the task_queue."""
-    p, a, memory = named(parameters, LAYER), named(addresses, LAYER_ADDRESSES), address_of(scratch)
+    p, a, memory = named(parameters, LAYER), located(addresses, LAYER_ADDRESSES), address_of(scratch)
     blocks = (p.keys + TOKENS - 1) // TOKENS - 1 if p.is_kept == 0 else 0
     if p.same_qk == 0:
         blocks += (p.queries + TOKENS - 1) // TOKENS

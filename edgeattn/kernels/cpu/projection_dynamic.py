@@ -20,7 +20,7 @@ from .fused import portions
 from .int8_operands import FLIP
 from .int8_views import BytePanels, Groups, Part, Projection, scratch_at
 from .matmul import round_up
-from .records import blank, named, packed, record
+from .records import blank, located, named, packed, record
 from .simd import (
     LANES,
     OFFSET,
@@ -108,7 +108,7 @@ def projection_dynamic(parameters, addresses, scratch, task_queue, count):
 
     parameters PROJECTION, addresses ADDRESSES; scratch: 32-bit elements, `private_size` for each thread.
     """
-    p, a = named(parameters, PROJECTION), named(addresses, ADDRESSES)
+    p, a = named(parameters, PROJECTION), located(addresses, ADDRESSES)
     portion, parts = portions(p.rows, TOKENS, count)
     parallel_for(task_queue, parts, project_part, p, a, address_of(scratch), portion)
 

@@ -7,7 +7,7 @@ from edgeattn.runtime.worker_pool import parallel_for, task
 
 from .call import PreparedCall
 from .fused import portions
-from .records import bits_of_real, blank, named, packed, real, record
+from .records import bits_of_real, blank, located, named, packed, real, record
 from .simd import (
     LANES,
     bits_of,
@@ -85,7 +85,7 @@ def quantize(parameters, addresses, scratch, task_queue, count):
 
     parameters ELEMENTS, addresses ADDRESSES; no scratch.
     """
-    p, a = named(parameters, ELEMENTS), named(addresses, ADDRESSES)
+    p, a = named(parameters, ELEMENTS), located(addresses, ADDRESSES)
     portion, parts = portions(p.size, _LEAST_SHARED, count)
     parallel_for(task_queue, parts, quantize_part, p, a, portion)
 
@@ -93,7 +93,7 @@ def quantize(parameters, addresses, scratch, task_queue, count):
 @jit
 def dequantize(parameters, addresses, scratch, task_queue, count):
     """See `Quantizer.to_reals`; otherwise as `quantize`."""
-    p, a = named(parameters, ELEMENTS), named(addresses, ADDRESSES)
+    p, a = named(parameters, ELEMENTS), located(addresses, ADDRESSES)
     portion, parts = portions(p.size, _LEAST_SHARED, count)
     parallel_for(task_queue, parts, dequantize_part, p, a, portion)
 

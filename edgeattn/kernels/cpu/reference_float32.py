@@ -18,6 +18,7 @@ from .records import (
     bits_of_double,
     blank,
     double,
+    located,
     named,
     packed,
     place,
@@ -210,6 +211,6 @@ def attention_by_rows(parameters, addresses, scratch, task_queue, count):
 
     parameters ATTENTION, addresses ADDRESSES; scratch: 32-bit elements, `private_size` for each thread.
     """
-    p, a = named(parameters, ATTENTION), named(addresses, ADDRESSES)
+    p, a = named(parameters, ATTENTION), located(addresses, ADDRESSES)
     portion, parts = portions(p.batch * p.heads * p.queries, 1, count)
     parallel_for(task_queue, parts, _attend_part, p, a, address_of(scratch), portion)
