@@ -24,7 +24,7 @@ WITHOUT_NUMPY = """
     test_arm64 test_bundle test_compile_cost test_worker_pool test_cuda_cache test_cuda_compile test_cuda_encoders
     test_cuda_float32 test_cuda_instructions test_feed_forward_int8 test_neighbour test_onnx_encoders test_onnx_operators
     test_parity_feed_forward test_prebuilt test_same_bytes test_wheel
-    test_cuda_int8 test_cuda_int8_functional test_cuda_laws test_cuda_layers test_cuda_mutations test_cuda_on_device
+    test_cuda_int8 test_cuda_int8_functional test_cuda_laws test_packaging test_cuda_layers test_cuda_mutations test_cuda_on_device
     test_cuda_order test_cuda_precision test_cuda_probabilities test_cuda_torch test_cuda_versions test_decode
     test_dynamic_kernels test_encoder_dynamic test_encoder_float32 test_export_c test_fence test_generated_code
     test_instruction_sets test_int8_operands test_interrupts test_isa test_jit
@@ -49,9 +49,6 @@ def pytest_addoption(parser):
         "--long", action="store_true",
         help="the long form of tests/kernels/cuda/test_cuda_*.py (every shape, and the CPU's kernels beside), of test_fence.py (every "
              "kernel under every instruction set, twenty times as many cases) and of test_planted_bugs.py (all of them)")
-    parser.addoption(
-        "--bundles", metavar="FOLDER",
-        help="make the bundles of tests/test_bundle.py there, or take those that an earlier run on the same sources made")
     parser.addoption("--numpy", action="store_true", help="leave out the files whose results do not depend on NumPy")
 
 

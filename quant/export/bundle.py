@@ -22,8 +22,7 @@ from edgeattn.runtime import prebuilt, sources
 from edgeattn.runtime.processor import HARDWARE_BITS
 from quant.export.bundle_entry import C_ABI, LARGEST
 from quant.export.c_text import check_header_name, fill_template, float_literal
-from quant.export.kernel_objects import file_of, objects, run_build
-from quant.export.kernels_build import SERVICE
+from quant.export.kernel_objects import SERVICE, file_of, objects, run_build
 from quant.export.linker import DEVICE_LIBRARIES, find_linker, link
 from quant.export.targets import target_of
 from quant.model_calls import MODELS
@@ -144,7 +143,7 @@ def has_header(layer) -> bool:
 
 def _linked(content: bytes, target: str, kernels: list[str], symbols: list[str], prefix: str, name: str) -> bytes:
     """The shared library of kernels and, with a prefix, of C's functions for a layer's file."""
-    made = objects(target, kernels)
+    made = objects([target], kernels)[target]
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         for title, code in made.items():
@@ -152,7 +151,7 @@ def _linked(content: bytes, target: str, kernels: list[str], symbols: list[str],
         files = [file_of(title) for title in made if title not in DEVICE_LIBRARIES]
         if prefix:
             (folder / "layer.safetensors").write_bytes(content)
-            run_build(_BUILD, target, folder, prefix)
+            run_build(_BUILD, [target], folder, prefix)
             files.append("c.o")
             symbols = [*symbols, f"{prefix}_run", f"{prefix}_scratch_bytes"]
         return link(target_of(target).machine, folder, name, symbols, files)
