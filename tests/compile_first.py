@@ -24,7 +24,7 @@ from quant.export.bundle import KERNELS
 from quant.export.kernel_objects import objects
 
 PLAINEST = "generic"
-BUNDLED = "StaticMultiHeadAttention", "MultiHeadAttention", "DynamicMultiHeadAttention", "Linear", "LayerNorm", "DynamicLinear"
+BUNDLED = "StaticMultiHeadAttention", "MultiHeadAttention", "DynamicMultiHeadAttention", "LayerNorm", "DynamicLinear"
 CROSS = "cortex-a72"  # what README exports for
 
 
@@ -83,7 +83,7 @@ CALLS = {
     "float32 function": function,
     "int8 function": lambda: function(precision="int8"),
 }
-OTHERS = ("float32 function", "dynamic layer", "static layer")  # of the tests of fence.py, and of int8_layers.py
+OTHERS = ("dynamic layer", "static layer")  # of int8_layers.py
 
 
 def objects_of_bundles():

@@ -27,14 +27,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 WORKER_POOL = "worker pool"  # what a library has beside ENTRIES
-SERVICE = {worker_pool.worker_loop: 3, worker_pool.dismiss: 0}  # its kernels, and the integers they take beside a task queue
+# Its kernels, and the integers they take beside a task queue.
+SERVICE = {worker_pool.worker_loop: 3, worker_pool.dismiss: 0}
 # Kernels that have most of their code in common, once in the object of the second.
 TOGETHER = {"layer int8 with a cache": "layer int8"}
 # The instruction set is chosen before anything that reads it is imported.
 BUILD = ("import sys; from edgeattn.runtime import isa; isa.use(sys.argv[1]); "
          "from quant.export.kernel_objects_build import main; main(*sys.argv[2:])")
 _HERE = Path(__file__).parent
-_WRITTEN_BY = [_HERE / name for name in ("crosscompile.py", "linker.py", "kernel_objects.py", "kernel_objects_build.py")]
+_WRITTEN_BY = [_HERE / f"{name}.py" for name in ("crosscompile", "linker", "kernel_objects", "kernel_objects_build")]
 _compiling = threading.Lock()  # two exports at a time would compile the same kernels
 
 
@@ -99,8 +100,8 @@ def run_build(code: str, targets: Sequence[str], *arguments: object) -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("EDGEATTN_", "NUMBA_"))}
     environment |= {"EDGEATTN_JIT": "1", "PYTHONHASHSEED": "0",
                     "PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in sys.path)}
-    done = subprocess.run([sys.executable, "-c", code, TARGETS[targets[0]].isa, ",".join(targets), *map(str, arguments)],
-                          env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-c", code, TARGETS[targets[0]].isa, ",".join(targets), *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
         raise RuntimeError(f"compiling for {', '.join(targets)} failed: {last[0]}")
