@@ -13,10 +13,11 @@ os.environ.setdefault("EDGEATTN_JIT", "1")  # tests look into kernels, which lib
 
 # These take longest, in this order; they come first, so that no process is left with one when the others have ended.
 FIRST = """
-    test_readme test_bundle test_fence test_instruction_sets test_cuda_mutations test_planted_bugs test_benchmarks test_cli
-    test_cuda_float32 test_generated_code test_compile_cost test_cuda_layers test_cuda_probabilities test_threads
-    test_export_c test_simd test_parity test_cuda_int8 test_cuda_int8_functional test_arithmetic test_packaging test_readers
-    test_properties test_interrupts test_jit
+    test_readme test_cuda_mutations test_fence test_cuda_layers test_readers test_export_c test_planted_bugs test_cuda_float32
+    test_interrupts test_parity test_compile_cost test_docs test_cuda_probabilities test_generated_code test_jit test_bundle
+    test_instruction_sets test_cuda_encoders test_benchmarks test_cli test_tflite_reader test_threads test_arithmetic
+    test_encoder_dynamic test_feed_forward_int8 test_properties test_cuda_int8_functional test_cuda_int8 test_cuda_order
+    test_packaging test_simd
 """.split()
 # What these hold does not depend on NumPy: instructions, compiled loops, caches, emulated processors, C. `--numpy` leaves
 # them out, for a leg that repeats the suite on another NumPy.
