@@ -22,7 +22,7 @@ FIRST = """
 # What these hold does not depend on NumPy: instructions, compiled loops, caches, emulated processors, C. `--numpy` leaves
 # them out, for a leg that repeats the suite on another NumPy.
 WITHOUT_NUMPY = """
-    test_arm64 test_bundle test_compile_cost test_worker_pool test_cuda_cache test_cuda_compile test_cuda_encoders
+    test_arm64 test_bundle test_docs test_compile_cost test_worker_pool test_cuda_cache test_cuda_compile test_cuda_encoders
     test_cuda_float32 test_cuda_instructions test_feed_forward_int8 test_neighbour test_onnx_encoders test_onnx_operators
     test_parity_feed_forward test_prebuilt test_same_bytes test_wheel
     test_cuda_int8 test_cuda_int8_functional test_cuda_laws test_packaging test_cuda_layers test_cuda_mutations test_cuda_on_device
