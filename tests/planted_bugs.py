@@ -224,7 +224,7 @@ BUGS = [
 ]
 # One each of the tests that compile little: what `make test` plants.
 SHORT = [next(bug for bug in BUGS if bug.test.startswith(test)) for test in (
-    "fence float32-few-keys", TOKEN, "kernels/cpu/test_kernels_int8.py::test_vector_rule")]
+    "fence int8-cache-left-windows", TOKEN, "kernels/cpu/test_kernels_int8.py::test_vector_rule")]
 
 
 def copy_package(folder):

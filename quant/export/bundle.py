@@ -23,8 +23,7 @@ from edgeattn.runtime import prebuilt, sources
 from edgeattn.runtime.processor import HARDWARE_BITS
 from quant.export.bundle_entry import C_ABI, LARGEST
 from quant.export.c_text import check_header_name, fill_template, float_literal
-from quant.export.kernel_objects import file_of, objects, run_build
-from quant.export.kernels_build import SERVICE
+from quant.export.kernel_objects import SERVICE, file_of, objects, run_build
 from quant.export.linker import DEVICE_LIBRARIES, find_linker, link
 from quant.export.targets import target_of
 from quant.model_calls import MODELS
@@ -131,7 +130,7 @@ def has_header(layer) -> bool:
 
 def _linked(content: bytes, target: str, kernels: list[str], symbols: list[str], prefix: str, name: str) -> bytes:
     """The shared library of kernels and, with a prefix, of C's functions for a layer's file."""
-    made = objects(target, kernels)
+    made = objects([target], kernels)[target]
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         for title, code in made.items():

@@ -1,19 +1,22 @@
-"""Object files of kernels for a target, compiled once: the next export finds them where machine code is kept."""
+"""Object files of kernels for targets, compiled once: what libraries and bundles are linked from finds them again where
+machine code is kept.
+"""
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import llvmlite
 import numba
+import numpy as np
 
 from edgeattn.kernels.cpu.entries import ENTRIES
 from edgeattn.runtime import kernel_cache, sources, worker_pool
@@ -24,76 +27,70 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 WORKER_POOL = "worker pool"  # what a library has beside ENTRIES
+# Its kernels, and the integers they take beside a task queue.
+SERVICE = {worker_pool.worker_loop: 3, worker_pool.dismiss: 0}
 # Kernels that have most of their code in common, once in the object of the second.
 TOGETHER = {"layer int8 with a cache": "layer int8"}
 # The instruction set is chosen before anything that reads it is imported.
 _CHOOSE = "import sys; from edgeattn.runtime import isa; isa.use(sys.argv[1]); "
-_BUILD = "from quant.export.kernels_build import main; main(*sys.argv[2:])"
+_BUILD = "from quant.export.kernel_objects_build import main; main(*sys.argv[2:])"
 _HERE = Path(__file__).parent
-_WRITTEN_BY = [_HERE / name for name in ("crosscompile.py", "kernels_build.py", "linker.py", "kernel_objects.py")]
+_WRITTEN_BY = [_HERE / f"{name}.py" for name in ("crosscompile", "linker", "kernel_objects", "kernel_objects_build")]
 _compiling = threading.Lock()  # two exports at a time would compile the same kernels
 
 
-def objects(target: str, kernels: Iterable[str]) -> dict[str, bytes]:
-    """What a library of kernels is linked from.
+def objects(targets: Iterable[str], kernels: Iterable[str], jobs: int | None = None) -> dict[str, dict[str, bytes]]:
+    """What libraries of kernels are linked from.
 
     Parameters
     ----------
-    target : str
-        A name in TARGETS.
+    targets : iterable of str
+        Names in TARGETS.
     kernels : iterable of str
         Names in ENTRIES.
+    jobs : int, optional
+        How many processes compile at a time; one a core without.
 
     Returns
     -------
-    dict of str to bytes
-        An object file for each of them that is in no other's, for WORKER_POOL and for each of DEVICE_LIBRARIES.
+    dict of str to dict of str to bytes
+        For each target an object file of each kernel that is in no other's, of WORKER_POOL and of each of
+        DEVICE_LIBRARIES.
 
     Raises
     ------
     RuntimeError
         With what was said where one could not be compiled.
     """
-    names = list(dict.fromkeys([*(TOGETHER.get(name, name) for name in kernels), WORKER_POOL, *DEVICE_LIBRARIES]))
+    names = list(dict.fromkeys([*DEVICE_LIBRARIES, WORKER_POOL, *(TOGETHER.get(name, name) for name in kernels)]))
     stamp = sources.checksum([*sources.files(), *_WRITTEN_BY])
     made_by = f"{stamp} {numba.__version__} {llvmlite.__version__}\n".encode()
-    with _compiling:
-        found = {name: content for name in names if (content := _kept(name, target, made_by)) is not None}
-        missing = [name for name in names if name not in found]
-        processes = min(os.cpu_count() or 1, len(missing))
-        with ThreadPoolExecutor(max(processes, 1)) as pool:
-            for made in pool.map(lambda i: _compiled(target, missing[i::processes]), range(processes)):
-                for name, content in made.items():
-                    found[name] = content
-                    _keep(name, target, made_by + content)
-    return {name: found[name] for name in names}
+    with _compiling, ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
+        found = {target: {name: content for name in names if (content := _kept(name, target, made_by)) is not None}
+                 for target in targets}
+        alike: dict[tuple[str, str], list[str]] = {}  # of one instruction set: compiled up to LLVM's language together
+        for target in found:
+            if len(found[target]) < len(names):
+                alike.setdefault((TARGETS[target].machine, TARGETS[target].isa), []).append(target)
+        work = [(group, share) for group in alike.values()
+                for share in _shares([name for name in names if any(name not in found[target] for target in group)])]
+        work.sort(key=lambda each: -len(each[0]))  # those for several processors take longest
+        for made in pool.map(lambda each: _compiled(*each), work):
+            for (target, name), content in made.items():
+                found[target][name] = content
+                _keep(name, target, made_by + content)
+    return {target: {name: found[target][name] for name in names} for target in found}
 
 
-def compile_objects(targets: Sequence[str], contents: dict[str, Sequence[str]], folder: Path) -> None:
-    """Write object files for targets, in a process of its own.
-
-    Parameters
-    ----------
-    targets : sequence of str
-        Names in TARGETS, of one instruction set.
-    contents : dict of str to sequence of str
-        The names of the objects, and for each what it holds: names in ENTRIES, or WORKER_POOL; of one called as in
-        DEVICE_LIBRARIES nothing, for it holds what is called so there.
-    folder : Path
-        Each target's objects go to a folder in it, of the target's name.
-
-    Raises
-    ------
-    RuntimeError
-        With what was said where one could not be compiled.
-    """
-    for target in targets:
-        (folder / target).mkdir(exist_ok=True)
-    run_build(_BUILD, targets, folder, json.dumps(contents))
+def _shares(names: list[str]) -> list[list[str]]:
+    """Halves, for two processes: kernels whose scratch is of one dtype have more in common."""
+    names = sorted(names, key=lambda name: name in ENTRIES and ENTRIES[name].dtype is np.int32)
+    middle = (len(names) + 1) // 2
+    return [half for half in (names[:middle], names[middle:]) if half]
 
 
 def run_build(code: str, targets: Sequence[str], *arguments: object) -> None:
-    """Run a process that compiles for other machines, of one instruction set.
+    """Run a process that compiles for other machines, of one instruction set, which it chooses before it runs `code`.
 
     Raises
     ------
@@ -110,12 +107,12 @@ def run_build(code: str, targets: Sequence[str], *arguments: object) -> None:
         raise RuntimeError(f"compiling for {', '.join(targets)} failed: {last[0]}")
 
 
-def _compiled(target: str, names: Sequence[str]) -> dict[str, bytes]:
-    contents = {name: [title for title in (*ENTRIES, WORKER_POOL) if TOGETHER.get(title, title) == name]
-                for name in names}
+def _compiled(targets: list[str], names: list[str]) -> dict[tuple[str, str], bytes]:
     with tempfile.TemporaryDirectory() as folder:
-        compile_objects([target], contents, Path(folder))
-        return {name: Path(folder, target, file_of(name)).read_bytes() for name in names}
+        for target in targets:
+            Path(folder, target).mkdir()
+        run_build(_BUILD, targets, folder, *names)
+        return {each: Path(folder, each[0], file_of(each[1])).read_bytes() for each in product(targets, names)}
 
 
 def file_of(name: str) -> str:

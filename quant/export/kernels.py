@@ -8,20 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, product
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from edgeattn.kernels.cpu.entries import ENTRIES
 from edgeattn.runtime import prebuilt, sources
 from edgeattn.runtime.targets import TARGETS
-from quant.export.kernel_objects import WORKER_POOL, compile_objects, file_of
+from quant.export.kernel_objects import file_of, objects
 from quant.export.linker import DEVICE_LIBRARIES, link
 from quant.export.targets import host_target
 
@@ -49,34 +44,17 @@ def build(targets: Sequence[str], folder: Path, kernels: Sequence[str] = (), job
         With what was said where one could not be compiled.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    alike: dict[tuple[str, str], list[str]] = {}  # of one instruction set: compiled up to LLVM's language together
-    for name in targets:
-        alike.setdefault((TARGETS[name].machine, TARGETS[name].isa), []).append(name)
-    contents = _contents(kernels)
-    # Those for two processors take longest.
-    work = sorted(product(alike.values(), contents), key=lambda each: -len(each[0]))
-    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
-        objects = Path(temporary)
-        for _ in pool.map(lambda each: compile_objects(*each, objects), work):
-            pass
-        for name in targets:
-            content = link(TARGETS[name].machine, objects / name, f"{name}{prebuilt.SUFFIX}", ["edgeattn_*"],
-                           [file_of(each) for each in chain(*contents) if each not in DEVICE_LIBRARIES])
-            (folder / f"{name}{prebuilt.SUFFIX}").write_bytes(content)
+    for target, made in objects(targets, kernels or ENTRIES, jobs).items():
+        with tempfile.TemporaryDirectory() as temporary:
+            for name, content in made.items():
+                Path(temporary, file_of(name)).write_bytes(content)
+            linked = link(TARGETS[target].machine, Path(temporary), f"{target}{prebuilt.SUFFIX}", ["edgeattn_*"],
+                          [file_of(name) for name in made if name not in DEVICE_LIBRARIES])
+        (folder / f"{target}{prebuilt.SUFFIX}").write_bytes(linked)
     checksums = {name: hashlib.sha256((folder / f"{name}{prebuilt.SUFFIX}").read_bytes()).hexdigest()
                  for name in targets}
     about = {"stamp": sources.stamp(), "libraries": checksums}
     (folder / prebuilt.ABOUT).write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
-
-
-def _contents(kernels: Sequence[str]) -> list[dict[str, Sequence[str]]]:
-    """What is compiled in a process each, as objects: kernels of one dtype of scratch, which have more in common."""
-    titles: dict[str, list[str]] = {}
-    for title, entry in ENTRIES.items():
-        if not kernels or title in kernels:
-            titles.setdefault(np.dtype(entry.dtype).name, []).append(title)
-    others: dict[str, Sequence[str]] = {WORKER_POOL: [WORKER_POOL], **dict.fromkeys(DEVICE_LIBRARIES, ())}
-    return [{dtype: of_it, **(others if i == 0 else {})} for i, (dtype, of_it) in enumerate(titles.items())]
 
 
 def chosen(names: Sequence[str]) -> list[str]:
