@@ -140,7 +140,7 @@ class Prepared:
             key_padding_mask: Any) -> NDArray[Any] | None:
         """The result, in `out` if there is one; None where that cannot take it as it is."""
         if out is None:
-            result = np.empty(self.shape, self._dtype)
+            result: NDArray[Any] | None = np.empty(self.shape, self._dtype)
         elif (result := self.target(out, query, key, value, attn_mask, key_padding_mask)) is None:
             return None
         call: Any = self._call
