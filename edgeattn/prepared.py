@@ -139,9 +139,9 @@ class Prepared:
     def run(self, query: NDArray[Any], key: NDArray[Any], value: NDArray[Any], out: Any, attn_mask: Any,
             key_padding_mask: Any) -> NDArray[Any] | None:
         """The result, in `out` if there is one; None where that cannot take it as it is."""
-        if out is None:
-            result: NDArray[Any] | None = np.empty(self.shape, self._dtype)
-        elif (result := self.target(out, query, key, value, attn_mask, key_padding_mask)) is None:
+        result = (np.empty(self.shape, self._dtype) if out is None else
+                  self.target(out, query, key, value, attn_mask, key_padding_mask))
+        if result is None:
             return None
         call: Any = self._call
         if self._adds:
