@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import TYPE_CHECKING, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast, overload
 
 import numpy as np
 
@@ -229,9 +229,8 @@ def scaled_dot_product_attention(
         prepared = _prepared.learn(signature, functools.partial(kernel.prepare, shapes.inputs, scale, softcap),
                                    shapes.scores, shapes.result, mask, attn_mask)
         if prepared is not None:
-            result = prepared.run(query, key, value, None, attn_mask, None)
-            assert result is not None  # it is new
-            return write_result(result, out, dtype)
+            made = prepared.run(query, key, value, None, attn_mask, None)  # a new array, never None
+            return write_result(cast("Floats", made), out, dtype)
     mask = resolve_mask(shapes.scores, attn_mask, **positions)
     q, k, v = (to_float32(x.reshape(axes)) for x, axes in zip((query, key, value), shapes.inputs, strict=True))
     if (type(out) is np.ndarray and out.dtype == FLOAT32 and out.flags.carray

@@ -19,8 +19,8 @@ from workbench import random_input, random_layer
 import edgeattn
 import quant
 from edgeattn.kernels.cpu.encoder_int8 import Ends
+from edgeattn.kinds import KINDS
 from edgeattn.runtime.isa import ISA
-from quant.export.bundle import KERNELS
 from quant.export.kernel_objects import objects
 
 PLAINEST = "generic"
@@ -90,7 +90,7 @@ def objects_of_bundles():
     """What is kept of every export: those of layers of several kinds here, of a static one for another machine."""
     try:
         for target, kinds in ((targets_here()[ISA.name], BUNDLED), (CROSS, BUNDLED[:1])):
-            objects([target], dict.fromkeys(name for kind in kinds for name in KERNELS[kind]))
+            objects([target], dict.fromkeys(name for kind in kinds for name in KINDS[kind].kernels))
     except RuntimeError as error:  # the tests that need them say so too
         print(error)
 
