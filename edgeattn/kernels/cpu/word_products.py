@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from edgeattn.runtime.compiler import inline
+from edgeattn.runtime.compiler import inline, register_jitable
 
 from .matmul import round_up
 from .simd import (
@@ -59,6 +59,7 @@ def own_terms(codes):
     return -own_products(codes) if ADDS_FIRST else np.zeros(len(codes), np.int32)
 
 
+@register_jitable
 def words_scratch(rows, depth4):
     """Elements that rows of words take, what each adds, and the words of a panel."""
     return round_up(rows, 16) + 2 * depth4 * (rows + WIDTH) if ADDS_FIRST else 0
