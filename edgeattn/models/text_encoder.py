@@ -174,14 +174,14 @@ class TextEncoder(Placeable, Stored):
         options: dict[str, Any] = {"lengths": lengths, "is_causal": self.is_causal, "kv_cache": kv_cache}
         if lengths is None and real is not None:
             options["key_padding_mask"] = real
-        tokens = ids, self.embedding.positions(ids, held), types
+        positions = self.embedding.positions(ids, held)
         result: Float32s = np.zeros((*ids.shape, self.embed_dim), np.float32)
         with self.encoder.prepared(ids.shape, **options) as sequences:
             if lengths is None and ids.size:
-                rows = self.forward(CompiledOps(), *(each.reshape(-1) for each in tokens), sequences)
+                rows = self.forward(CompiledOps(), ids.ravel(), positions.ravel(), types.ravel(), sequences)
                 result = rows.reshape(result.shape)
             elif real is not None and real.any():
-                result[real] = self.forward(CompiledOps(), *(each[real] for each in tokens), sequences)
+                result[real] = self.forward(CompiledOps(), ids[real], positions[real], types[real], sequences)
         if lengths is None and real is not None:
             result[~real] = 0
         return result
