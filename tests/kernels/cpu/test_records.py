@@ -49,7 +49,7 @@ def test_strides_repeat_along_axes_of_one(shape, wanted):
 
 
 def test_fields_of_masks_are_of_the_names_that_records_share():
-    p = records.blank(np.dtype([]))
+    p = records.blank(records.record())
     assert records.set_masks(p, ((2, 1, 1, 5), (2, 1, 1, 5), (3, 4, 5), (-3, 2), (2, 3, 2)))
     assert vars(p) == {"band": 1, "low": -3, "high": 2, "keep_b": 5, "keep_h": 0, "keep_l": 0, "keep_s": 1,
                        "padding_b": 5, "bias_b": 0, "bias_h": 20, "bias_l": 5, "bias_s": 1, "alibi_b": 6}
@@ -57,7 +57,7 @@ def test_fields_of_masks_are_of_the_names_that_records_share():
 
 
 def test_what_repeats_over_the_batch_takes_no_step_there():
-    p = records.blank(np.dtype([]))
+    p = records.blank(records.record())
     assert records.set_masks(p, (None, (1, 1, 1, 5), None, None, (1, 3, 2)))
     assert not records.set_masks(p, records.NO_MASKS)
     assert vars(p) == {}
