@@ -60,8 +60,8 @@ ADVICE = {
 }
 
 # Arguments that are options here.
-OPTIONS = ("num_heads", "target", "test_vectors", "sequence_length", "key_length", "batch", "mask", "arithmetic",
-           "scheme", "observer")
+OPTIONS = ("num_heads", "opset", "target", "test_vectors", "sequence_length", "key_length", "batch", "mask",
+           "arithmetic", "scheme", "observer")
 
 path_argument = click.Path(path_type=Path)
 arithmetic_option = click.option("--arithmetic", type=click.Choice(list(KERNEL_SETS)),
@@ -235,14 +235,16 @@ def compare(layer, prefix, torch_prefix, bert_prefix, num_heads, quantized, data
     "With --target a folder stands for attention-TARGET.so in it.")))
 @layer_options
 @click.argument("path", metavar="OUT", type=path_argument)
-@click.option("--batch", type=int, default=1, show_default=True, help="B of a .tflite or .c.")
-@click.option("--sequence-length", type=int, multiple=True, help="L of a .tflite or .c; a .tflite takes several.")
+@click.option("--batch", type=int, help="B of a .tflite, .onnx or .c; 1 unless given.")
+@click.option("--sequence-length", type=int, multiple=True,
+              help="L of a .tflite, .onnx or .c; a .tflite takes several, an .onnx without any length.")
 @click.option("--key-length", type=int, help="S of a .tflite or .c whose keys are an input of their own.")
 @click.option("--mask", help='"causal", or a .npy file with a bool mask, True = attend.')
 @click.option("--test-vectors", type=int, help="How many to write beside a .c, with a program that checks them.")
 @click.option("--target", type=click.Choice([*TARGETS, NATIVE]), help="The processor of a .so; native: this machine's.")
+@click.option("--opset", type=int, help="Of an .onnx: 17, unless given, to 23, where attention is one operator.")
 def export(layer, prefix, torch_prefix, bert_prefix, num_heads, path, batch, sequence_length, key_length, mask,
-           test_vectors, target):
+           test_vectors, target, opset):
     """Write LAYER to OUT."""
     if target is not None and path.is_dir():
         path /= f"attention-{target}.so"
@@ -253,7 +255,7 @@ def export(layer, prefix, torch_prefix, bert_prefix, num_heads, path, batch, seq
         mask = read_npy(mask_file)
     lengths = list(sequence_length) if len(sequence_length) > 1 else next(iter(sequence_length), None)
     path = quant.export(layer, path, batch=batch, sequence_length=lengths, key_length=key_length, mask=mask,
-                        test_vectors=test_vectors, target=target)
+                        test_vectors=test_vectors, target=target, opset=opset)
     say(f"wrote {path}: {path.stat().st_size:,} bytes")
 
 

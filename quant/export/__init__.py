@@ -18,6 +18,7 @@ from edgeattn.runtime.targets import TARGETS
 from quant.export.bundle import has_header, write_bundle
 from quant.export.c import write_c
 from quant.export.c_files import check_beside, write_together
+from quant.export.onnx import OPSETS, write_onnx
 from quant.export.targets import NATIVE, host_target, target_of
 from quant.export.tflite import write_tflite
 from quant.model_calls import MODELS
@@ -40,6 +41,7 @@ class Request(NamedTuple):
     mask: Any
     test_vectors: int | None
     target: str | None
+    opset: int | None
 
 
 class Format(NamedTuple):
@@ -57,7 +59,8 @@ class Format(NamedTuple):
     encoders, dynamic : bool
         Whether it takes whole encoders, and dynamic layers.
     options : tuple of str
-        Of "target", which is required then, "test_vectors", and "several lengths": those that the format has.
+        Of "target", which is required then, "test_vectors", "opset", "several lengths" and "any length": those that
+        the format has.
     """
 
     write: Callable[[Any, Path, Request], None]
@@ -70,6 +73,10 @@ class Format(NamedTuple):
 
 def _tflite(layer: Any, path: Path, request: Request) -> None:
     write_atomic(path, write_tflite(layer, **request.lengths, mask=request.mask))
+
+
+def _onnx(layer: Any, path: Path, request: Request) -> None:
+    write_atomic(path, write_onnx(layer, **request.lengths, mask=request.mask, opset=request.opset or OPSETS[0]))
 
 
 def _safetensors(layer: Any, path: Path, request: Request) -> None:
@@ -93,6 +100,8 @@ def _bundle(layer: Any, path: Path, request: Request) -> None:
 FORMATS = {
     ".tflite": Format(_tflite, "fixed shapes, whole encoders too; runs in LiteRT, tflite-runtime and TFLite Micro",
                       encoders=True, dynamic=True, options=("several lengths",)),
+    ".onnx": Format(_onnx, "fixed shapes or any, whole encoders too; runs in onnxruntime and others", encoders=True,
+                    options=("any length", "opset")),
     ".safetensors": Format(_safetensors, "any shape; `edgeattn.load` reads it", any_shape=True, encoders=True,
                            dynamic=True),
     ".c": Format(_c, "fixed shapes; C99 for microcontrollers, with a header beside it", options=("test_vectors",)),
@@ -103,25 +112,27 @@ FORMATS = {
 
 
 def export(layer: MultiHeadAttention | QuantizedMultiHeadAttention | Model, path: types.Path, *,
-           batch: SupportsIndex = 1, sequence_length: SupportsIndex | Sequence[SupportsIndex] | None = None,
+           batch: SupportsIndex | None = None, sequence_length: SupportsIndex | Sequence[SupportsIndex] | None = None,
            key_length: SupportsIndex | None = None, mask: Literal["causal"] | ArrayLike | None = None,
-           test_vectors: SupportsIndex | None = None, target: TargetName | None = None) -> Path:
+           test_vectors: SupportsIndex | None = None, target: TargetName | None = None,
+           opset: SupportsIndex | None = None) -> Path:
     """Write ``layer`` to ``path`` in the format its suffix names; nothing half-written is ever left there.
 
     Parameters
     ----------
     layer : MultiHeadAttention, QuantizedMultiHeadAttention, TransformerEncoder, TextEncoder or ImageEncoder
-        The last two, whole, go to a ``.safetensors`` or ``.so``; their ``encoder`` to a ``.tflite`` too.
+        The last two, whole, go to a ``.safetensors`` or ``.so``; their ``encoder`` to a ``.tflite`` or ``.onnx`` too.
     path : str or path-like
         Ends in one of `FORMATS`, which says what each is for: ``.tflite``, ``.safetensors``, ``.c`` (the name must be a
         C identifier, the layer a static one with the arithmetic "tflm") or ``.so``. With a target, a folder that exists
         stands for ``attention-TARGET.so`` in it. A file of this name is replaced; what has the name of a file that goes
         beside it, only if it is of an earlier export.
     batch : int
-        B of a ``.tflite`` or ``.c``. A ``.safetensors`` or ``.so`` takes any, and lengths only for a mask.
+        B of a ``.tflite`` or ``.c``, 1 unless given. A ``.safetensors`` or ``.so`` takes any, and lengths only for a
+        mask. An ``.onnx`` takes any where neither ``batch`` nor ``sequence_length`` is given.
     sequence_length : int, or for a ``.tflite`` several
         L of a ``.tflite`` or ``.c``, required there, and of a causal mask. A ``.tflite`` of several has a signature,
-        ``length_L``, for each of them, over the same weights.
+        ``length_L``, for each of them, over the same weights. An ``.onnx`` without takes any.
     key_length : int, optional
         S of a ``.tflite`` or ``.c`` with inputs of their own for key and value; L otherwise.
     mask : "causal" or bool array broadcastable to (B, H, L, S), optional
@@ -133,6 +144,8 @@ def export(layer: MultiHeadAttention | QuantizedMultiHeadAttention | Model, path
     target : str, optional
         Of a ``.so``, required there: the processor, a name in ``quant.export.targets.TARGETS``, such as "cortex-a72";
         "native": the best of them that this machine can run.
+    opset : int, optional
+        Of an ``.onnx``: 17, unless given, to 23, where attention in float32 is one operator.
 
     Returns
     -------
@@ -181,7 +194,7 @@ def export(layer: MultiHeadAttention | QuantizedMultiHeadAttention | Model, path
     if processor is None and "target" in form.options:
         raise ValueError(f"target must name the processor of a {path.suffix}, one of {', '.join(TARGETS)}; it is "
                          f"missing for {str(path)!r}")
-    for name, value in (("target", processor), ("test_vectors", test_vectors)):
+    for name, value in (("target", processor), ("test_vectors", test_vectors), ("opset", opset)):
         if value is not None and name not in form.options:
             those = " or ".join(suffix for suffix, other in FORMATS.items() if name in other.options)
             raise ValueError(f"{name} must be left out but for a {those}; got {value!r} for {str(path)!r}")
@@ -190,6 +203,10 @@ def export(layer: MultiHeadAttention | QuantizedMultiHeadAttention | Model, path
         those = " or ".join(suffix for suffix, other in FORMATS.items() if "several lengths" in other.options)
         raise ValueError(f"sequence_length must be one number but for a {those}; got {several} for {str(path)!r}")
     vectors = None if test_vectors is None else count("test_vectors", test_vectors)
+    version = None if opset is None else count("opset", opset)
+    free = "any length" in form.options and sequence_length is None
+    if batch is None and not free:
+        batch = 1
     given: dict[str, Any] = {"batch": batch, "sequence_length": sequence_length, "key_length": key_length}
     lengths: dict[str, Any] = {
         name: several if name == "sequence_length" and several else None if length is None else count(name, length)
@@ -198,14 +215,14 @@ def export(layer: MultiHeadAttention | QuantizedMultiHeadAttention | Model, path
         needed: dict[str, Any] = {} if mask is not None else {
             "sequence_length": sequence_length, "key_length": key_length}
         for name, value, default in (("batch", batch, 1), *((n, v, None) for n, v in needed.items())):
-            if value != default:
+            if value is not None and value != default:
                 raise ValueError(f"{name} must be left out for a {path.suffix}, which takes any; got {value}")
     check_folder(path)
     if mask is not None and not (several and is_one_of(mask, ("causal",)) and key_length is None):
         mask = _mask(mask, lengths["sequence_length"], lengths["key_length"])
-    if not form.any_shape and sequence_length is None:
+    if not form.any_shape and sequence_length is None and not free:
         raise ValueError(f"sequence_length is required for a {path.suffix}: its shapes are fixed")
-    form.write(layer, path, Request(lengths, mask, vectors, processor))
+    form.write(layer, path, Request(lengths, mask, vectors, processor, version))
     return path
 
 

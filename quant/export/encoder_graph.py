@@ -7,17 +7,14 @@ the runtime's integers; the weights of a dynamic one are int8, and the runtime q
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edgeattn.layers import MultiHeadAttention
-from edgeattn.layers import attention as layers_attention
 from edgeattn.layers.dynamic_linear import DynamicLinear
 from edgeattn.layers.positions import refuse_positions
-from edgeattn.ops import Sequences
-from edgeattn.quantized import DynamicMultiHeadAttention, StaticFeedForward, StaticSelfAttention
+from edgeattn.quantized import DynamicMultiHeadAttention, StaticFeedForward
 from quant.export.attention_graph import (
     FLOAT_VERSIONS,
     FloatTfliteOps,
@@ -26,12 +23,12 @@ from quant.export.attention_graph import (
     check_lengths,
 )
 from quant.export.feed_forward_graph import FeedForwardOps, check_activation
+from quant.export.static_rows import StaticBetweenRows, prepared, scatter
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from edgeattn.layers import TransformerEncoder
-    from edgeattn.quantized import StaticMultiHeadAttention, TensorQuantization
+    from edgeattn.ops import Ops, Sequences
+    from edgeattn.quantized import TensorQuantization
     from edgeattn.tflite_schema import Graph
 
 _VERSIONS = FLOAT_VERSIONS | dict.fromkeys(
@@ -64,18 +61,7 @@ def encoder_graph(encoder: TransformerEncoder, *, batch: int, sequence_length: i
     return ops.graph
 
 
-@contextlib.contextmanager
-def prepared(encoder: TransformerEncoder, shape: tuple[int, int], mask: Any) -> Iterator[list[Sequences]]:
-    """What the tokens of each layer see under the mask of a file."""
-    with contextlib.ExitStack() as entered:
-        try:
-            sequences = entered.enter_context(encoder.prepared(shape, attn_mask=mask))
-        except ValueError as error:
-            raise ValueError(f"{error}; export with the lengths the mask was made for".removeprefix("attn_")) from None
-        yield sequences
-
-
-class EncoderTfliteOps(FloatTfliteOps):
+class EncoderTfliteOps(StaticBetweenRows[int], FloatTfliteOps):
     """`edgeattn.ops.Ops` of whole encoders, upon float32 rows (B, L, features)."""
 
     def __init__(self, encoder: TransformerEncoder, batch: int, length: int):
@@ -111,71 +97,24 @@ class EncoderTfliteOps(FloatTfliteOps):
             kept = np.ones(linear.inputs, np.float32)
             kept[apart] = 0
             rest = self._elementwise("MUL", x, self._constant(f"{name}/kept", kept), f"{name}/rest")
-            parts.append(self._columns(x, apart, f"{name}/apart"))
+            parts.append(self.columns(x, apart, f"{name}/apart"))
             weights.append(linear.outlier_weight)
         y = self.hybrid(rest, linear.codes[:outputs], linear.scale[:outputs], linear.bias, name)
         if len(linear.residual_outputs):
             parts.append(self.hybrid(rest, linear.codes[outputs:], linear.scale[outputs:], None, f"{name}/second"))
-            weights.append(_scatter(linear.residual_outputs, outputs))
+            weights.append(scatter(linear.residual_outputs, outputs))
         if not parts:
             return y
-        weight = self._constant(f"{name}/added/weight", np.concatenate(weights, axis=1).astype(np.float32))
-        added = self._fully_connected(self._joined(parts, f"{name}/columns"), weight, None, f"{name}/added")
+        weight = np.concatenate(weights, axis=1).astype(np.float32)
+        added = self.narrow(self.joined(parts, f"{name}/columns"), weight, None, f"{name}/added")
         return self._elementwise("ADD", y, added, f"{name}/sum")
 
-    def static(self, x: int, layer: Any, sequences: Sequences | None, name: str) -> int:
-        """A static layer between QUANTIZE and DEQUANTIZE."""
-        if isinstance(layer, StaticSelfAttention) and sequences is not None:
-            of, (mask,) = layer.attention, sequences.masks
-            keep = mask.permitted()
-            if keep is not None:
-                of = masked(of, keep)
-            codes = self._codes(x, of.tensors["query_input"], layer.more_inputs, f"{name}input")
-            ops = Int8TfliteOps(self.lengths, of.tensors, self.graph, name)
-            return self._reals(layers_attention.forward(ops, of, codes, codes, codes, Sequences([])), f"{name}reals")
-        if not isinstance(layer, StaticFeedForward):
-            raise TypeError(f"layer must be a StaticSelfAttention or StaticFeedForward; got {type(layer).__name__}")
-        check_activation(layer)
-        codes = self._codes(x, layer.tensors["input"], layer.more_inputs, f"{name}input")
-        y = self._outputs(layer, layer.forward_codes(FeedForwardOps(layer, self.graph, name), codes), name)
-        if layer.large is not None:
-            y = self.add(y, self.static(x, layer.large, None, f"{name}large."), f"{name}with_large")
-        return y
-
-    def _codes(self, x: int, quantization: TensorQuantization, more: tuple[int, ...], name: str) -> int:
-        """Codes of rows, those of what their range leaves of some columns behind them."""
-        codes = self._quantize(x, quantization, name)
-        if not more:
-            return codes
-        features = self.graph.tensors[x].shape[-1]
-        reals, parts, order = x, [codes], list(range(features))
-        at = {column: column for column in order}  # where a column stands in `reals` and in the codes of it
-        pending = list(enumerate(more, features))
-        while pending:
-            now = [(column, source) for column, source in pending if source in at]
-            sources, step = [at[source] for _, source in now], f"{name}/rest{len(parts)}"
-            kept = self._reals(self._columns(parts[-1], sources, f"{step}/codes"), f"{step}/held")
-            reals = self._elementwise("SUB", self._columns(reals, sources, f"{step}/columns"), kept, step)
-            parts.append(self._quantize(reals, quantization, f"{step}/quantized"))
-            order += [column for column, _ in now]
-            at = {column: i for i, (column, _) in enumerate(now)}
-            pending = [pair for pair in pending if pair not in now]
-        codes = self._joined(parts, f"{name}/joined")
-        return codes if order == sorted(order) else self._columns(codes, np.argsort(order), f"{name}/ordered")
-
-    def _outputs(self, layer: StaticFeedForward, codes: int, name: str) -> int:
-        """The reals of outputs, each with what those behind them add to it."""
-        if not layer.more_outputs:
-            return self._reals(codes, f"{name}reals")
-        quantization, outputs = layer.tensors["linear2"], layer.outputs
-        main, more = (self._reals(self._slice(codes, first, size, f"{name}{part}/codes"), f"{name}{part}")
-                      for part, first, size in (("reals", 0, outputs), ("more", outputs, len(layer.more_outputs))))
-        channels = [channel for channel, _ in layer.more_outputs]
-        moved = np.zeros(outputs, np.float32)
-        np.subtract.at(moved, channels, quantization.dequantize([none for _, none in layer.more_outputs]))
-        weight = self._constant(f"{name}added/weight", _scatter(channels, outputs))
-        bias = self._constant(f"{name}added/bias", moved)
-        return self.add(main, self._fully_connected(more, weight, bias, f"{name}added"), f"{name}whole")
+    def codes_ops(self, layer: Any, name: str) -> Ops[int]:
+        """The executor of a static layer's own operations."""
+        if isinstance(layer, StaticFeedForward):
+            check_activation(layer)
+            return FeedForwardOps(layer, self.graph, name)
+        return Int8TfliteOps(self.lengths, layer.tensors, self.graph, name)
 
     # -- operations ----------------------------------------------------------------------------------------------------
 
@@ -215,6 +154,16 @@ class EncoderTfliteOps(FloatTfliteOps):
         """The product, element by element."""
         return self._elementwise("MUL", a, b, name)
 
+    def subtract(self, a: int, b: int, name: str) -> int:
+        """The difference."""
+        return self._elementwise("SUB", a, b, name)
+
+    def narrow(self, x: int, weight: np.ndarray, bias: np.ndarray | None, name: str) -> int:
+        """A float product of a few columns."""
+        constants = [None if array is None else self._constant(f"{name}/{part}", array)
+                     for part, array in (("weight", weight), ("bias", bias))]
+        return self._fully_connected(x, *constants, name)
+
     def _elementwise(self, operator: str, a: int, b: int, name: str) -> int:
         return self._operator(operator, [a, b], name, self.graph.tensors[a].shape)
 
@@ -228,15 +177,18 @@ class EncoderTfliteOps(FloatTfliteOps):
             self._numbers[name] = self._constant(name, np.array(values, np.int32))
         return self._numbers[name]
 
-    def _columns(self, x: int, columns: Any, name: str) -> int:
+    def columns(self, x: int, columns: Any, name: str) -> int:
+        """Some columns of rows or codes."""
         return self._moved("GATHER", [x, self._indices(f"{name}/which", columns)], name, len(columns), {"axis": 2})
 
-    def _slice(self, x: int, first: int, size: int, name: str) -> int:
+    def part(self, x: int, first: int, size: int, name: str) -> int:
+        """Columns beside each other."""
         bounds = [self._indices(f"{name}/{part}", [*lead, value]) for part, lead, value in (
             ("begin", (0, 0), first), ("size", self.graph.tensors[x].shape[:-1], size))]
         return self._moved("SLICE", [x, *bounds], name, size)
 
-    def _joined(self, parts: list[int], name: str) -> int:
+    def joined(self, parts: list[int], name: str) -> int:
+        """Rows or codes side by side."""
         if len(parts) == 1:
             return parts[0]
         width = sum(self.graph.tensors[part].shape[-1] for part in parts)
@@ -253,30 +205,18 @@ class EncoderTfliteOps(FloatTfliteOps):
         self.graph.operator(operator, inputs, output, options, versions[operator])
         return output
 
-    def _quantize(self, x: int, quantization: TensorQuantization, name: str) -> int:
+    def quantized(self, x: int, quantization: TensorQuantization, name: str) -> int:
+        """Codes of rows."""
         output = self.graph.activation(name, self.graph.tensors[x].shape, np.int8, quantization)
         self.graph.operator("QUANTIZE", [x], output, None, _VERSIONS["QUANTIZE"])
         return output
 
-    def _reals(self, codes: int, name: str) -> int:
+    def reals(self, codes: int, name: str) -> int:
+        """The rows that codes stand for."""
         return self._operator("DEQUANTIZE", [codes], name, self.graph.tensors[codes].shape)
-
-
-def masked(attention: StaticMultiHeadAttention, keep: Any) -> StaticMultiHeadAttention:
-    """The attention of a static encoder with a mask of its own."""
-    if attention.mask_margin == 0:
-        raise ValueError("mask needs attention whose scores leave room below for masked ones: quantize with "
-                         "room_for_masks=True, or with attention='float32'")
-    return attention.with_mask(keep)
 
 
 class _Quantization:
     def __init__(self, scale: Any, zero_point: Any):
         self.scale, self.zero_point = scale, zero_point
 
-
-def _scatter(channels: Any, outputs: int) -> np.ndarray:
-    """(outputs, columns): each column is added to the channel that it has."""
-    weight = np.zeros((outputs, len(channels)), np.float32)
-    weight[channels, np.arange(len(channels))] = 1
-    return weight
