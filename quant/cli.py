@@ -61,7 +61,7 @@ ADVICE = {
 
 # Arguments that are options here.
 OPTIONS = ("num_heads", "opset", "target", "test_vectors", "sequence_length", "key_length", "batch", "mask",
-           "arithmetic", "scheme", "observer")
+           "arithmetic", "scheme", "observer", "room_for_masks")
 
 path_argument = click.Path(path_type=Path)
 arithmetic_option = click.option("--arithmetic", type=click.Choice(list(KERNEL_SETS)),
