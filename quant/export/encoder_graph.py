@@ -178,7 +178,10 @@ class EncoderTfliteOps(StaticBetweenRows[int], FloatTfliteOps):
         return self._numbers[name]
 
     def columns(self, x: int, columns: Any, name: str) -> int:
-        """Some columns of rows or codes."""
+        """Some columns of rows or codes; of rows by a product with ones and zeros, for a delegate takes no GATHER."""
+        source = self.graph.tensors[x]
+        if source.scale is None:
+            return self.narrow(x, scatter(columns, source.shape[-1]).T, None, name)
         return self._moved("GATHER", [x, self._indices(f"{name}/which", columns)], name, len(columns), {"axis": 2})
 
     def part(self, x: int, first: int, size: int, name: str) -> int:

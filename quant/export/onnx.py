@@ -281,7 +281,7 @@ class OnnxOps(StaticBetweenRows[str], Ops[str]):
         options: dict[str, Any] = {} if axes else {"axes": [-1]}
         mean = self.node("ReduceMean", [square, *axes], f"{name}/mean", keepdims=1, **options)
         eps = self.constant(f"{name}/eps", np.array(norm.eps, np.float32))
-        root = self.node("Sqrt", [self.node("Add", [mean, eps], f"{name}/mean_eps")], f"{name}/root")
+        root = self.node("Sqrt", [self.node("Add", [mean, eps], f"{name}/mean_eps")], f"{name}/sqrt")
         normed = self.node("Div", [x, root], f"{name}/normed")
         return self.node("Mul", [normed, self.constant(f"{name}/weight", norm.weight)], name)
 
@@ -300,13 +300,13 @@ class OnnxOps(StaticBetweenRows[str], Ops[str]):
             return self.constant(f"{name}/{part}", np.array(value, np.float32))
 
         if kind == "gelu":
-            inner = self.node("Erf", [self.node("Div", [x, number("root", math.sqrt(2))], f"{name}/scaled")],
+            inner = self.node("Erf", [self.node("Div", [x, number("divisor", math.sqrt(2))], f"{name}/scaled")],
                               f"{name}/erf")
         else:
             cube = self.node("Mul", [self.node("Mul", [x, x], f"{name}/square"), x], f"{name}/cube")
             sum_ = self.node("Add", [x, self.node("Mul", [cube, number("factor", 0.044715)], f"{name}/part")],
                              f"{name}/sum")
-            inner = self.node("Tanh", [self.node("Mul", [sum_, number("root", math.sqrt(2 / math.pi))],
+            inner = self.node("Tanh", [self.node("Mul", [sum_, number("outer", math.sqrt(2 / math.pi))],
                                                  f"{name}/scaled")], f"{name}/tanh")
         upper = self.node("Add", [inner, number("one", 1)], f"{name}/upper")
         return self.node("Mul", [self.node("Mul", [x, upper], f"{name}/twice"), number("half", 0.5)], name)

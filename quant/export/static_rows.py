@@ -53,8 +53,9 @@ class StaticBetweenRows(Generic[T]):
         while pending:
             now = [(column, source) for column, source in pending if source in at]
             sources, step = [at[source] for _, source in now], f"{name}/rest{len(parts)}"
-            kept = self.reals(self.columns(parts[-1], sources, f"{step}/codes"), f"{step}/held")
-            reals = self.subtract(self.columns(reals, sources, f"{step}/columns"), kept, step)
+            chosen = self.columns(reals, sources, f"{step}/columns")
+            kept = self.reals(self.quantized(chosen, quantization, f"{step}/codes"), f"{step}/held")
+            reals = self.subtract(chosen, kept, step)
             parts.append(self.quantized(reals, quantization, f"{step}/quantized"))
             order += [column for column, _ in now]
             at = {column: i for i, (column, _) in enumerate(now)}
