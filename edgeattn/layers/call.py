@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgeattn import shapes
-from edgeattn.checks import check_out, flag, float_array, result_dtype, write_result
-from edgeattn.functional import checked_softcap
+from edgeattn.checks import check_out, checked_softcap, flag, float_array, result_dtype, write_result
 from edgeattn.kv_cache import KVCache
 from edgeattn.masks import Mask, resolve_mask
 

@@ -16,6 +16,7 @@ from edgeattn.checks import (
     FLOAT32,
     as_array,
     check_out,
+    checked_softcap,
     count,
     flag,
     float_array,
@@ -26,7 +27,6 @@ from edgeattn.checks import (
 )
 from edgeattn.device import place
 from edgeattn.executors.numpy_int8 import Int8Ops
-from edgeattn.functional import checked_softcap
 from edgeattn.kernels.cpu.layer_int8 import StaticLayer
 from edgeattn.kernels.cpu.quantize import Quantizer
 from edgeattn.layers.attention import forward
