@@ -6,7 +6,6 @@ compiles from then on is for another machine. Without a target, that of this mac
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -68,8 +67,7 @@ def build(targets: Sequence[str], folder: Path, kernels: Sequence[str] = (), job
             content = link(machine, objects, f"{name}{prebuilt.SUFFIX}", ["edgeattn_*"],
                            [f"{name}.{dtype}.o" for dtype in DTYPES])
             (folder / f"{name}{prebuilt.SUFFIX}").write_bytes(content)
-    checksums = {name: hashlib.sha256((folder / f"{name}{prebuilt.SUFFIX}").read_bytes()).hexdigest()
-                 for name in targets}
+    checksums = {name: prebuilt.checksum((folder / f"{name}{prebuilt.SUFFIX}").read_bytes()) for name in targets}
     about = {"stamp": sources.stamp(), "libraries": checksums}
     (folder / prebuilt.ABOUT).write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
 

@@ -1,10 +1,12 @@
 """Kernels that come compiled: which library is used and why, and that it gives what compiling here gives."""
 
+import _ctypes
 import json
 import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import elf
 import numpy as np
@@ -122,6 +124,39 @@ def test_no_other_is(libraries, tmp_path):
     for options in ({"isa": "neon"}, {"machine": "riscv64"}, {"flags": set()}):
         library, reason = find(libraries, **options)
         assert library is None and "there is none for" in reason
+
+
+def foreign(content):
+    """A library for another machine, made of one for this."""
+    content = bytearray(content)
+    content[18:20] = (62 if content[18] == 183 else 183).to_bytes(2, "little")
+    return bytes(content)
+
+
+@pytest.mark.parametrize(("listed", "content", "words"), [
+    (b"[" * 100_000, None, "cannot be read"), (b"[]", None, "cannot be read"), (b"\xff\xfe", None, "cannot be read"),
+    (b"{\"stamp\": 1}", None, "cannot be read"), (None, b"", "cannot be loaded"), (None, b"text", "cannot be loaded"),
+    (None, "foreign", "cannot be loaded"), (None, "short", "cannot be loaded"), (None, "folder", "cannot be loaded")])
+def test_what_is_no_library_is_refused(tmp_path, listed, content, words):
+    whole = Path(_ctypes.__file__).read_bytes()
+    content = {"foreign": foreign(whole), "short": whole[:100]}.get(content, content)
+    path = tmp_path / f"{host_target()}{prebuilt.SUFFIX}"
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content)
+    checksums = {host_target(): prebuilt.checksum(content) if isinstance(content, bytes) else ""}
+    about = json.dumps({"stamp": sources.stamp(), "libraries": checksums}).encode()
+    (tmp_path / prebuilt.ABOUT).write_bytes(listed or about)
+    library, reason = find(tmp_path)
+    assert library is None and words in reason, reason
+
+
+def test_sources_that_cannot_be_read_are_a_reason(tmp_path, monkeypatch):
+    (tmp_path / prebuilt.ABOUT).write_text(json.dumps({"stamp": "", "libraries": {host_target(): ""}}))
+    monkeypatch.setattr(sources, "stamp", lambda: Path("nowhere").read_bytes())
+    library, reason = find(tmp_path)
+    assert library is None and "cannot be read" in reason and "nowhere" in reason
 
 
 def test_without_libraries_and_numba_an_import_says_what_is_missing(tmp_path):
