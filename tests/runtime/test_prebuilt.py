@@ -184,6 +184,29 @@ print(prebuilt.LIBRARY.target)
 """
 
 
+@pytest.mark.parametrize(("asked", "absent"), [
+    ("edgeattn.load, edgeattn.MultiHeadAttention", {"edgeattn.quantized", "edgeattn.kv_cache", "edgeattn.layers.encoder"}),
+    ("from edgeattn.quantized import StaticMultiHeadAttention", {"edgeattn.kv_cache", "edgeattn.layers.multi_head"})])
+def test_a_start_brings_in_what_it_uses(tmp_path, asked, absent):
+    """Of what NumPy does not bring; any library does, for none of it is called."""
+    package = tmp_path / "edgeattn"
+    shutil.copytree(ROOT / "edgeattn", package, ignore=shutil.ignore_patterns("__pycache__", "libraries"))
+    (package / "libraries").mkdir()
+    content = Path(_ctypes.__file__).read_bytes()
+    (package / "libraries" / f"{host_target()}{prebuilt.SUFFIX}").write_bytes(content)
+    (package / "libraries" / prebuilt.ABOUT).write_text(json.dumps(
+        {"stamp": sources.stamp(), "libraries": {host_target(): prebuilt.checksum(content)}}))
+    script = ("import sys, numpy; before = set(sys.modules); sys.modules['numba'] = sys.modules['llvmlite'] = None\n"
+              f"import edgeattn; {asked}; print(*set(sys.modules) - before)")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path,
+                          env={**os.environ, "EDGEATTN_JIT": "0", "EDGEATTN_ISA": "", "PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    found = set(done.stdout.split())
+    assert "edgeattn.runtime.prebuilt" in found
+    assert not found & (absent | {"_hashlib", "ctypes.util", "dataclasses", "pathlib", "secrets", "subprocess", "tempfile"})
+    assert len(found) < 130
+
+
 def test_it_gives_the_bytes_of_what_is_compiled_here_without_numba(libraries, tmp_path):
     package = tmp_path / "site" / "edgeattn"
     shutil.copytree(ROOT / "edgeattn", package, ignore=shutil.ignore_patterns("__pycache__", "libraries"))
