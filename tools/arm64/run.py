@@ -91,10 +91,13 @@ def processes(folder: Path, cpu: str, tests: tuple[str, ...], layers: int, extra
     pytest = [folder / cpu / "bin" / "python", "-m", "pytest", "-p", "no:cacheprovider", "--color=no", "-v",
               "--durations=10", f"--layers={layers}", *tests, *extra]
     floats = re.findall(rf"{BUNDLE}floats\S+\[(\w+)\]", " ".join(tests))
-    for command, numba, settings in (
-            ([sys.executable, "-c", EXPORT, bundles, cpu, *floats], "here", {"PYTHONPATH": python_path}),
-            (pytest, cpu, {"PYTHONDONTWRITEBYTECODE": "1", "TEST_BUNDLES": str(bundles)})):
-        environment = {**clean_environment(), "NUMBA_CACHE_DIR": str(folder / "numba" / numba), **settings}
+    there = {"NUMBA_CACHE_DIR": str(folder / "numba" / cpu), "PYTHONDONTWRITEBYTECODE": "1",
+             "TEST_BUNDLES": str(bundles)}
+    if tests is SHORT:  # a layer's kernel takes two minutes to compile there
+        there["TEST_PARITY_KERNELS"] = str(bundles / "static-litert.so")
+    for command, settings in (([sys.executable, "-c", EXPORT, bundles, cpu, *floats], {"PYTHONPATH": python_path}),
+                              (pytest, there)):
+        environment = {**clean_environment(), **settings}
         with log_of(folder, cpu).open("a", encoding="utf-8") as log:
             yield Popen([str(part) for part in command], cwd=ROOT, env=environment, stdin=DEVNULL, stdout=log,
                         stderr=STDOUT)
@@ -219,15 +222,14 @@ def call_wheel(folder: Path, cpus: list[str], dist: Path | None) -> int:
     What follows from the lanes of a vector, of which this machine's may have more, is compared with the first CPU's.
     """
     step, began = Progress("every kernel for " + ", ".join(cpus)), time.monotonic()
-    numba = {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))),
-             "NUMBA_CACHE_DIR": str(folder / "numba" / "here")}
+    python_path = {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
     models = folder / "models"
     models.mkdir(exist_ok=True)
     try:
         site = install_wheel(folder, cpus, dist)
         step.done(f"compiled here in {time.monotonic() - began:.0f} s")
-        here = said([sys.executable, CALLS, folder / "calls"], folder, **numba)
-        said([sys.executable, "-c", MAKE_MODELS, models], folder, **numba)
+        here = said([sys.executable, CALLS, folder / "calls"], folder, **python_path)
+        said([sys.executable, "-c", MAKE_MODELS, models], folder, **python_path)
     except SetupError as error:
         print(error)
         return len(cpus)
