@@ -105,7 +105,7 @@ example-minilm: $(ready_minilm) ## a sentence encoder, float32 against int8
 example-sensor: $(ready) ## faults of a machine, float32 against int8
 	@$(python) examples/sensor/run.py
 
-example-search: $(ready_minilm) ## search by meaning in these pages, float32, int8
+example-search: $(ready_minilm) ## search by meaning in pages, float32, int8
 	@$(python) examples/sentence_search.py
 
 example-streaming: $(ready) ## sound, frame after frame, against 10 ms each
@@ -147,7 +147,7 @@ bench-peers: $(ready_peers) ## ... beside other runtimes (large downloads)
 bench-resident: $(ready) ## memory of 10^6 calls, of MiniLM's sizes; idle
 	@$(python) -m benchmarks.resident $(ARGS)
 
-bench-start: $(ready) ## start of a process, beside other runtimes
+bench-start: $(ready) ## start of a process, beside peers
 	@$(python) -m benchmarks.start $(ARGS)
 
 clean: ## remove what was built; keep environments
