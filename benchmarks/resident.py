@@ -124,8 +124,8 @@ def forget(path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def limited_group() -> Path | None:
-    """A new control group that may have LIMIT bytes; None where that is not allowed."""
+def limited_group(most: int = LIMIT) -> Path | None:
+    """A new control group that may have so many bytes; None where that is not allowed."""
     for parent in GROUPS:
         group = parent / f"edgeattn-{os.getpid()}"
         try:
@@ -133,7 +133,7 @@ def limited_group() -> Path | None:
         except OSError:
             continue
         for name in LIMITS & {each.name for each in group.iterdir()}:
-            (group / name).write_text(str(LIMIT))
+            (group / name).write_text(str(most))
             return group
         group.rmdir()
     return None

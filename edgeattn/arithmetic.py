@@ -15,11 +15,10 @@ Q-formats: ``Qm.n`` is a signed integer with ``m`` integer and ``n`` fractional 
 from __future__ import annotations
 
 import ctypes
-import ctypes.util
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -226,10 +225,15 @@ def activation_table(name: str, input_q, output_q) -> np.ndarray:
 @functools.cache
 def _libm_expf() -> Callable[[float], float]:
     """``expf`` of the C library, which the runtimes call too; elsewhere the rounded float64 exponential."""
-    library = ctypes.util.find_library("m")
-    if library is None:
-        return math.exp
-    expf = ctypes.CDLL(library).expf
+    try:
+        expf = ctypes.CDLL("libm.so.6").expf  # as glibc calls it: to look for it takes three processes
+    except OSError:
+        from ctypes.util import find_library
+
+        library = find_library("m")
+        if library is None:
+            return math.exp
+        expf = ctypes.CDLL(library).expf
     expf.restype, expf.argtypes = ctypes.c_float, [ctypes.c_float]
     return expf
 
@@ -352,8 +356,7 @@ def fixed_probability(e, total):
     return rounding_divide_by_pot(mul(reciprocal, np.int64(e)), 12 - zeros + 31 - 8)
 
 
-@dataclass(frozen=True)
-class SoftmaxRule:
+class SoftmaxRule(NamedTuple):
     """How one kernel set computes an int8 softmax row.
 
     ``d = max(row) - code``; ``e = table(scale)[d]``; ``total`` is the sum of ``weight(e)`` in key order, in the type of
@@ -376,8 +379,7 @@ SOFTMAX: dict[str, SoftmaxRule] = {
 # -- the kernel sets -------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class KernelSet:
+class KernelSet(NamedTuple):
     """The rules one TFLite runtime computes an attention layer with; fields from ``fully_connected`` on name them."""
 
     name: str

@@ -18,7 +18,6 @@ import platform
 import struct
 import weakref
 import zlib
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeattn.files.mapped import map_file
@@ -88,7 +87,7 @@ def load(path: types.Path) -> FloatBundle | StaticBundle:
         content = _content(path, file, checksum)
         _use_kernels(path, file, about, content)
     start, size = about["layer"]
-    return layer_of(Path(path), *view_safetensors(path, memoryview(content).cast("B").toreadonly()[start:start + size]))
+    return layer_of(path, *view_safetensors(path, memoryview(content).cast("B").toreadonly()[start:start + size]))
 
 
 def _content(path: str, file: BinaryIO, checksum: int) -> Any:
@@ -111,7 +110,7 @@ def _use_kernels(path: str, file: BinaryIO, about: dict[str, Any], content: Any)
         # whatever now lies there. A number is given again, so each time its path is spelled differently.
         spelling = f"{next(_NUMBERS):b}".replace("0", "./").replace("1", ".//")
         try:
-            found = prebuilt.Library(about["target"], Path(path), f"/proc/self/fd/{spelling}{file.fileno()}", content)
+            found = prebuilt.Library(about["target"], path, f"/proc/self/fd/{spelling}{file.fileno()}", content)
         except OSError as error:
             raise ValueError(f"{path} cannot be loaded: {error}") from error
         if lacking := [symbol for symbol in about["kernels"] if symbol not in found]:
@@ -203,4 +202,5 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from edgeattn import layers, quantized
 
-    return functools.reduce(operator.or_, ({**vars(layers), **vars(quantized)}[kind] for kind in _KINDS[name]))
+    return functools.reduce(operator.or_, (getattr(layers if kind in layers.__all__ else quantized, kind)
+                                           for kind in _KINDS[name]))

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _LARGEST_COUNT = 2**31 - 1
 _LARGEST = float(np.finfo(np.float32).max)
+_SMALLEST_SOFTCAP = 1e-30  # its reciprocal is a float32 too
 FLOAT32 = np.dtype(np.float32)
 
 
@@ -165,3 +166,18 @@ def write_result(result: NDArray[Any], out: NDArray[Any] | None, dtype: np.dtype
             return result.astype(dtype, copy=False)
         out[...] = result
     return out
+
+
+def default_scale(head_dim: int) -> float:
+    """1 / sqrt(head_dim); heads of size 0 have scores of 0 whatever the scale."""
+    return 1 / math.sqrt(head_dim) if head_dim else 1.0
+
+
+def checked_softcap(softcap: object) -> float:
+    """`softcap` as a float that kernels can divide by, or 0."""
+    if type(softcap) is float and not softcap:
+        return softcap
+    softcap = number("softcap", softcap)
+    if softcap != 0 and softcap < _SMALLEST_SOFTCAP:
+        raise ValueError(f"softcap must be 0 (off), or positive and at least {_SMALLEST_SOFTCAP}, got {softcap}")
+    return softcap

@@ -11,6 +11,8 @@ import numpy as np
 from edgeattn.checks import (
     FLOAT32,
     check_out,
+    checked_softcap,
+    default_scale,
     flag,
     float_array,
     is_one_of,
@@ -44,7 +46,6 @@ if TYPE_CHECKING:
         Window,
     )
 
-_SMALLEST_SOFTCAP = 1e-30  # its reciprocal is a float32 too
 _FLOAT32: Precision = "float32"
 _prepared = PreparedCalls(256)
 
@@ -261,21 +262,6 @@ def _check_precision(precision: object, on_cuda: bool) -> None:
     if precision != "int8" and not on_cuda:
         raise ValueError(f"precision must be 'float32' or 'int8' for arrays on the CPU, got {precision!r}, which "
                          "tensor cores have; leave it out, or pass arrays on a GPU")
-
-
-def default_scale(head_dim: int) -> float:
-    """1 / sqrt(head_dim); heads of size 0 have scores of 0 whatever the scale."""
-    return 1 / math.sqrt(head_dim) if head_dim else 1.0
-
-
-def checked_softcap(softcap: object) -> float:
-    """`softcap` as a float that kernels can divide by, or 0."""
-    if type(softcap) is float and not softcap:
-        return softcap
-    softcap = number("softcap", softcap)
-    if softcap != 0 and softcap < _SMALLEST_SOFTCAP:
-        raise ValueError(f"softcap must be 0 (off), or positive and at least {_SMALLEST_SOFTCAP}, got {softcap}")
-    return softcap
 
 
 class _Shapes(NamedTuple):

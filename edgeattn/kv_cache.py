@@ -11,7 +11,9 @@ from numpy.lib.stride_tricks import as_strided
 from edgeattn.checks import (
     FLOAT32,
     check_out,
+    checked_softcap,
     count,
+    default_scale,
     flag,
     float_array,
     is_one_of,
@@ -21,7 +23,6 @@ from edgeattn.checks import (
     write_result,
 )
 from edgeattn.device import place
-from edgeattn.functional import checked_softcap, default_scale
 from edgeattn.kernels.cpu import float32, reference_float32
 from edgeattn.kernels.cpu.cache_int8 import store
 from edgeattn.kernels.cpu.decode import decode, decode_slots

@@ -14,7 +14,6 @@ is known by, to whoever records, calibrates, quantizes or exports it.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, TypeVar
 
 from edgeattn.masks import Mask
@@ -34,7 +33,6 @@ Pooling: TypeAlias = Literal["mean", "cls", "max", "last"]
 T = TypeVar("T")  # what an executor hands from one operation to the next: a float32 array (tokens, features), a name
 
 
-@dataclasses.dataclass(slots=True, eq=False)
 class Sequences:
     """Which rows are a sequence, and which of its tokens each token sees.
 
@@ -51,11 +49,12 @@ class Sequences:
         Of the cache: (first, last) query and (first, last) token of each piece in which it takes them.
     """
 
-    masks: list[Mask]
-    softcap: float = 0.0
-    cache: KVCache | None = None
-    pieces: Sequence[tuple[tuple[int, int], tuple[int, int]]] = ()
-    _for_kernels: list[KernelMask] | None = dataclasses.field(default=None, init=False, repr=False)
+    __slots__ = "_for_kernels", "cache", "masks", "pieces", "softcap"
+
+    def __init__(self, masks: list[Mask], softcap: float = 0.0, cache: KVCache | None = None,
+                 pieces: Sequence[tuple[tuple[int, int], tuple[int, int]]] = ()):
+        self.masks, self.softcap, self.cache, self.pieces = masks, softcap, cache, pieces
+        self._for_kernels: list[KernelMask] | None = None
 
     def for_kernels(self) -> list[KernelMask]:
         """`Mask.for_kernels` of each mask, made once: the layers of an encoder share their masks."""

@@ -138,7 +138,8 @@ def _check_of_model(layer: MultiHeadAttention, quantized: DynamicMultiHeadAttent
     _check_sizes(layer, quantized)
     linears = dict(quantized.attention.linears)
     for name in INPUTS:  # behind the features there are further columns
-        linears[name] = dataclasses.replace(linears[name], weight=linears[name].weight[:, :layer.embed_dim])
+        of = linears[name]
+        linears[name] = QuantizedLinear(of.weight[:, :layer.embed_dim], of.scale, of.bias)
     _check_weights(layer, linears, np.float32(layer.scale))
 
 

@@ -13,7 +13,6 @@ import numpy as np
 from places import ROOT
 
 import edgeattn
-import quant
 from edgeattn.runtime import prebuilt
 from edgeattn.runtime.isa import ISA
 
@@ -83,6 +82,8 @@ def int8(model, attention, folder=None):
     """A model of FLOAT in int8, quantized here or as `save` wrote it to a folder."""
     if folder is not None:
         return edgeattn.load(Path(folder, f"{model}.safetensors"))
+    import quant  # which a board without Numba cannot
+
     return quant.quantize(FLOAT[model](), scheme="dynamic", attention=attention)
 
 
@@ -163,7 +164,7 @@ def known():
 
 
 def main(folder=None, *names):
-    """Print the digests; what computed them to stderr."""
+    """Print the digests, of NAMES or of all that are known; what computed them to stderr."""
     print(f"{ISA.name}, {'compiled here' if prebuilt.LIBRARY is None else prebuilt.LIBRARY.path}", file=sys.stderr)
     for name in names or NAMES[:len(FLOAT)]:
         print(f"{digest(ways(name, folder)['whole']())}  {name}")

@@ -145,7 +145,7 @@ def test_names_of_edgeattn_are_imported_when_they_are_asked_for():
     assert missing.stderr.strip().endswith("AttributeError: module 'edgeattn' has no attribute 'attention'")
 
 
-@pytest.mark.parametrize("package", ["edgeattn", "edgeattn.files.checkpoints"])
+@pytest.mark.parametrize("package", ["edgeattn", "edgeattn.files.checkpoints", "edgeattn.layers", "edgeattn.models", "edgeattn.quantized"])
 def test_type_checkers_find_a_name_where_it_is_imported_from(package):
     """Who asks for a name gets it by `_HOMES`, and a type checker by the imports that are never run."""
     tree = ast.parse((ROOT / package.replace(".", "/") / "__init__.py").read_text(encoding="utf-8"))

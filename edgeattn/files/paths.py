@@ -11,13 +11,12 @@ import contextlib
 import errno
 import os
 import re
-import secrets
 import stat
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+    from pathlib import Path
     from typing import IO, Any
 
 try:
@@ -43,7 +42,7 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
     OSError
         When the folder is missing or not writable, or the disk is full; the temporary file is removed.
     """
-    path = Path(path)
+    path = as_path(path)
     check_folder(path)
     remove_leftovers(path)
     temporary = beside(path, new_mark(), "tmp")
@@ -58,7 +57,7 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
 
 def new_mark() -> str:
     """What the names of one writer's temporary files have in common, and no other's have."""
-    return secrets.token_hex(6)
+    return os.urandom(6).hex()
 
 
 def beside(path: Path, mark: str, kind: str) -> Path:
@@ -163,10 +162,20 @@ def check_output(path: Path, *inputs: Path | None) -> None:
 
 def as_path(path: str | os.PathLike[str]) -> Path:
     """`path` as a Path; TypeError where it is neither a string nor a path."""
+    from pathlib import Path
+
     try:
         return Path(path)
     except TypeError:
         raise TypeError(f"path must be a string or a path, got {type(path).__name__}") from None
+
+
+def suffix_of(path: str | os.PathLike[str]) -> str:
+    """`path.suffix` without pathlib, which takes milliseconds to import; TypeError as `as_path`."""
+    name = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
+    if not isinstance(name, str):
+        raise TypeError(f"path must be a string or a path, got {type(path).__name__}")
+    return os.path.splitext(name)[1]
 
 
 @contextlib.contextmanager

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgeattn.files.paths import as_path, reading
+from edgeattn.files.paths import reading
 from edgeattn.files.stored import Budget, StoredTensor, file_size, widened
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from edgeattn.types import Path
 
 KIND = ".safetensors file"
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
@@ -35,7 +36,6 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict
     ValueError
         Naming the file, for one that is truncated or damaged; also when a tensor is read whose dtype NumPy lacks.
     """
-    path = as_path(path)
 
     def fetch(start, dtype, count):
         with open(path, "rb") as file:
@@ -46,7 +46,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict
         return _contents(path, file.read, file_size(file), fetch)
 
 
-def view_safetensors(path: str | os.PathLike[str], content: memoryview
+def view_safetensors(path: Path, content: memoryview
                      ) -> tuple[dict[str, str], dict[str, StoredTensor]]:
     """The same of what is in memory already: tensors are views of it; `path` is where it comes from."""
     at = 0
@@ -57,7 +57,7 @@ def view_safetensors(path: str | os.PathLike[str], content: memoryview
         return bytes(content[at - count:at])
 
     with reading(path, KIND):
-        return _contents(as_path(path), read, len(content), lambda start, dtype, count: (
+        return _contents(path, read, len(content), lambda start, dtype, count: (
             np.frombuffer(content, dtype, count, start) if count else np.zeros(0, dtype)))
 
 

@@ -7,17 +7,17 @@ A layer's file is a .safetensors file: its tensors, and under the metadata key "
 from __future__ import annotations
 
 import json
+import os
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edgeattn.files.mapped import map_file
-from edgeattn.files.paths import as_path, reason, write_atomic
+from edgeattn.files.paths import as_path, reason, suffix_of, write_atomic
 from edgeattn.files.safetensors_file import read_safetensors, view_safetensors
 from edgeattn.kinds import FILES, KINDS, class_of, kind_of
 
 if TYPE_CHECKING:
-    import pathlib
     from collections.abc import Mapping
     from typing import Any
 
@@ -95,20 +95,20 @@ def load(
     ValueError
         Naming the file, for one that is truncated, foreign, or does not hold what it says.
     """
-    path = as_path(path)
-    if path.suffix == ".tflite":
+    suffix = suffix_of(path)
+    if suffix == ".tflite":
         from edgeattn.files.tflite import read_tflite
 
         return read_tflite(path) if arithmetic is None else read_tflite(path, arithmetic=arithmetic)
-    if path.suffix != ".safetensors":
-        folder = path.is_dir() or not path.suffix
+    if suffix != ".safetensors":
+        folder = os.path.isdir(path) or not suffix
         other = ("; edgeattn.from_pretrained reads a model's folder" if folder else
-                 "; edgeattn.bundle.load runs a bundle" if path.suffix == ".so" else "")
+                 "; edgeattn.bundle.load runs a bundle" if suffix == ".so" else "")
         raise ValueError(f"path must end in .safetensors or .tflite, got {str(path)!r}{other}")
     return layer_of(path, *_mapped(path), arithmetic)
 
 
-def _mapped(path: pathlib.Path) -> tuple[dict[str, str], dict[str, StoredTensor]]:
+def _mapped(path: Path) -> tuple[dict[str, str], dict[str, StoredTensor]]:
     """(metadata, tensors) of a file, as memory where its file system has that: tensors are then the file itself."""
     try:
         with open(path, "rb") as file:
@@ -118,7 +118,7 @@ def _mapped(path: pathlib.Path) -> tuple[dict[str, str], dict[str, StoredTensor]
     return view_safetensors(path, memoryview(content).cast("B").toreadonly())
 
 
-def layer_of(path: pathlib.Path, metadata: Mapping[str, str], tensors: Mapping[str, StoredTensor],
+def layer_of(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, StoredTensor],
              arithmetic: Arithmetic | None = None
              ) -> MultiHeadAttention | StaticMultiHeadAttention | DynamicMultiHeadAttention:
     """The layer of what `read_safetensors` gave of a file."""
@@ -141,7 +141,7 @@ def layer_of(path: pathlib.Path, metadata: Mapping[str, str], tensors: Mapping[s
         raise ValueError(f"{path} does not hold a valid {kind}: {error}") from error
 
 
-def _check_finite(path: pathlib.Path, tensors: Mapping[str, Any]) -> None:
+def _check_finite(path: Path, tensors: Mapping[str, Any]) -> None:
     """Refuse weights that are no numbers; a position bias may be minus infinity, as a mask is."""
     with np.errstate(invalid="ignore"):
         for name, array in tensors.items():
@@ -152,7 +152,7 @@ def _check_finite(path: pathlib.Path, tensors: Mapping[str, Any]) -> None:
                                  "whose training failed")
 
 
-def _parse_header(path: pathlib.Path, metadata: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
+def _parse_header(path: Path, metadata: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
     """(kind, config) from the metadata of a layer's file."""
     if _METADATA_KEY not in metadata:
         raise ValueError(

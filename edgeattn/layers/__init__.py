@@ -1,22 +1,34 @@
 """Layers in float32: attention, and what else an encoder is made of."""
 
-from edgeattn.layers.embedding import Embedding, PatchEmbedding
-from edgeattn.layers.encoder import TransformerEncoder, TransformerEncoderLayer
-from edgeattn.layers.feed_forward import FeedForward
-from edgeattn.layers.linear import Linear
-from edgeattn.layers.multi_head import MultiHeadAttention
-from edgeattn.layers.norm import LayerNorm, RMSNorm
-from edgeattn.layers.self_attention import SelfAttention
+from edgeattn.lazy import names_from
 
-__all__ = [
-    "Embedding",
-    "FeedForward",
-    "LayerNorm",
-    "Linear",
-    "MultiHeadAttention",
-    "PatchEmbedding",
-    "RMSNorm",
-    "SelfAttention",
-    "TransformerEncoder",
-    "TransformerEncoderLayer",
-]
+# A name's module is imported when the name is asked for: one kind of layer does not bring in all others.
+_HOMES = {
+    "Embedding": "embedding",
+    "FeedForward": "feed_forward",
+    "LayerNorm": "norm",
+    "Linear": "linear",
+    "MultiHeadAttention": "multi_head",
+    "PatchEmbedding": "embedding",
+    "RMSNorm": "norm",
+    "SelfAttention": "self_attention",
+    "TransformerEncoder": "encoder",
+    "TransformerEncoderLayer": "encoder",
+}
+
+__all__ = list(_HOMES)
+
+TYPE_CHECKING = False  # what type checkers take for True; tests/test_packaging.py holds the two lists together
+if TYPE_CHECKING:
+    from edgeattn.layers.embedding import Embedding as Embedding
+    from edgeattn.layers.embedding import PatchEmbedding as PatchEmbedding
+    from edgeattn.layers.encoder import TransformerEncoder as TransformerEncoder
+    from edgeattn.layers.encoder import TransformerEncoderLayer as TransformerEncoderLayer
+    from edgeattn.layers.feed_forward import FeedForward as FeedForward
+    from edgeattn.layers.linear import Linear as Linear
+    from edgeattn.layers.multi_head import MultiHeadAttention as MultiHeadAttention
+    from edgeattn.layers.norm import LayerNorm as LayerNorm
+    from edgeattn.layers.norm import RMSNorm as RMSNorm
+    from edgeattn.layers.self_attention import SelfAttention as SelfAttention
+else:
+    __getattr__ = names_from(__name__, _HOMES)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edgeattn import shapes
-from edgeattn.checks import check_out, flag, float_array, result_dtype, write_result
-from edgeattn.functional import checked_softcap
-from edgeattn.kv_cache import KVCache
+from edgeattn.checks import check_out, checked_softcap, flag, float_array, result_dtype, write_result
 from edgeattn.masks import Mask, resolve_mask
 
 if TYPE_CHECKING:
@@ -18,6 +15,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import ArrayLike, NDArray
 
+    from edgeattn.kv_cache import KVCache
     from edgeattn.types import CausalAlignment, Flag, Float32s, Floats, LayerSizes, Real, Shape, Window
 
     _Span = tuple[int, int]
@@ -27,7 +25,6 @@ if TYPE_CHECKING:
         query_name: str
 
 
-@dataclasses.dataclass(slots=True, eq=False)
 class Call:
     """The checked arguments of a call. The batch axis is made where inputs have none.
 
@@ -51,18 +48,15 @@ class Call:
         Of the cache: (first, last) query and (first, last) token of each piece.
     """
 
-    query: Floats
-    key: Floats
-    value: Floats
-    mask: Mask
-    softcap: float
-    need_weights: bool
-    average: bool
-    lead: Shape
-    out: Floats | None
-    dtype: np.dtype[Any]
-    cache: KVCache | None
-    pieces: Pieces
+    __slots__ = ("average", "cache", "dtype", "key", "lead", "mask", "need_weights", "out", "pieces", "query",
+                 "softcap", "value")
+
+    def __init__(self, query: Floats, key: Floats, value: Floats, mask: Mask, softcap: float, need_weights: bool,
+                 average: bool, lead: Shape, out: Floats | None, dtype: np.dtype[Any], cache: KVCache | None,
+                 pieces: Pieces):
+        self.query, self.key, self.value, self.mask, self.softcap = query, key, value, mask, softcap
+        self.need_weights, self.average, self.lead, self.out, self.dtype = need_weights, average, lead, out, dtype
+        self.cache, self.pieces = cache, pieces
 
     def write_result(self, result: Float32s, weights: Float32s | None = None) -> Floats | tuple[Floats, Floats]:
         """What the caller gets, from result (B, L, Eo) and weights (B, H, L, S) or None, both float32."""
@@ -127,6 +121,8 @@ def resolve_call_mask(shape: Shape, cache: KVCache | None, *, causal_alignment: 
 
 def check_cache(layer: LayerSizes, cache: object, causal_alignment: object) -> None:
     """Raise unless `cache` is one of the sizes of `layer`, and knows the positions alone."""
+    from edgeattn.kv_cache import KVCache  # only with a cache: it brings kernels of its own
+
     if not isinstance(cache, KVCache):
         raise TypeError(f"kv_cache must be an edgeattn.KVCache, got {type(cache).__name__}")
     if causal_alignment is not None:

@@ -15,7 +15,6 @@ from edgeattn.checks import as_array, check_out, flag, float_array, result_dtype
 from edgeattn.device import Placeable
 from edgeattn.files import checkpoints
 from edgeattn.files.paths import named
-from edgeattn.kv_cache import KVCache
 from edgeattn.layers.call import check_cache, resolve_call_mask
 from edgeattn.layers.feed_forward import FeedForward
 from edgeattn.layers.linear import Linear
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from edgeattn.executors.fused import Stage
+    from edgeattn.kv_cache import KVCache
     from edgeattn.masks import Mask
     from edgeattn.ops import Activation, Ops, T
     from edgeattn.types import CacheDtype, Flag, Floats, OnnxModel, Path, Shape, Window
@@ -249,6 +249,8 @@ class TransformerEncoder(Placeable, Stored):
     def make_caches(self, batch: SupportsIndex, capacity: SupportsIndex, *, dtype: CacheDtype | None = None,
                     window: SupportsIndex | None = None) -> list[KVCache]:
         """One empty cache for each layer, for the `kv_cache` of a call; arguments as `KVCache.for_layer`'s."""
+        from edgeattn.kv_cache import KVCache
+
         return [KVCache.for_layer(layer.attention, batch, capacity, dtype=dtype, window=window)
                 for layer in self.layers]
 

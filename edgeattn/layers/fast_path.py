@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgeattn.checks import FLOAT32, check_out, to_float32, write_result
-from edgeattn.kv_cache import KVCache
 from edgeattn.layers.call import check_input_shapes
 from edgeattn.masks import check_mask_shapes, resolve_mask
 from edgeattn.prepared import PLAIN, call_signature
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from edgeattn.kv_cache import KVCache
     from edgeattn.layers.call import Call
     from edgeattn.types import Float32s, Floats
 
@@ -52,12 +52,19 @@ def attend_again(layer: _Layer, query: Any, key: Any, value: Any, out: Any, kv_c
     return write_result(layer.take_step(query, kv_cache).reshape(prepared.shape), out, calls.dtype), signature
 
 
-def _step_signature(signature: tuple[Any, ...] | None, cache: object) -> tuple[Any, ...] | None:
+def _step_signature(signature: tuple[Any, ...] | None, cache: KVCache) -> tuple[Any, ...] | None:
     """That of a call with a cache, where it is of one token, which sees all that is held; `signature`: without."""
-    if signature is None or len(signature) != PLAIN or type(cache) is not KVCache:
+    if signature is None or len(signature) != PLAIN or type(cache) is not _kv_cache():
         return None
     query, key, value, *_ = signature
     return (*signature, cache.kind) if key is None and value is None and query[-2:-1] == (1,) else None
+
+
+@functools.cache
+def _kv_cache() -> type[KVCache]:
+    from edgeattn.kv_cache import KVCache  # only with a cache: it brings kernels of its own
+
+    return KVCache
 
 
 def attend_first(layer: _Layer, signature: tuple[Any, ...], query: Any, key: Any, value: Any, out: Any, attn_mask: Any,

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgeattn.checks import check_out, flag, float_array, result_dtype, to_float32, write_result
-from edgeattn.functional import checked_softcap
+from edgeattn.checks import check_out, checked_softcap, flag, float_array, result_dtype, to_float32, write_result
 from edgeattn.layers.call import check_input_shapes
 from edgeattn.masks import resolve_mask
 

@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgeattn.checks import count, flag, float_array, is_constant, to_float32
+from edgeattn.checks import count, default_scale, flag, float_array, is_constant, to_float32
 from edgeattn.files import checkpoints
 from edgeattn.files.paths import listed, named
-from edgeattn.functional import default_scale
 from edgeattn.layers.positions import POSITIONS, Positions
 from edgeattn.layers.saveable import Saveable
 from edgeattn.layers.sizes import Sizes

@@ -13,7 +13,6 @@ from edgeattn.checks import as_array, count, flag, is_one_of
 from edgeattn.device import Placeable
 from edgeattn.files import checkpoints
 from edgeattn.files.paths import named, reading, reason
-from edgeattn.kv_cache import KVCache
 from edgeattn.layers.embedding import Embedding
 from edgeattn.layers.encoder import TransformerEncoder
 from edgeattn.layers.linear import Linear
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
     from typing_extensions import Self
 
+    from edgeattn.kv_cache import KVCache
     from edgeattn.ops import Ops, Sequences, T
     from edgeattn.types import Flag, Float32s, OnnxModel, Path
 
@@ -317,6 +317,8 @@ def _held(kv_cache: Any) -> int:
     """How many tokens the caches hold."""
     if kv_cache is None:
         return 0
+    from edgeattn.kv_cache import KVCache
+
     listed = isinstance(kv_cache, (list, tuple))
     caches = [cache for cache in (kv_cache if listed else ()) if isinstance(cache, KVCache)]
     if not listed or len(caches) != len(kv_cache):

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 import numpy as np
 
-from edgeattn.checks import count
+from edgeattn.checks import count, default_scale
 from edgeattn.device import place
-from edgeattn.functional import default_scale
 from edgeattn.kernels.cpu.layer_dynamic import DynamicLayer
 from edgeattn.kernels.cpu.projection_dynamic import DynamicProjection
 from edgeattn.layers import attention, fast_path

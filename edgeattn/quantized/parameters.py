@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,6 +10,7 @@ import numpy as np
 from edgeattn import arithmetic as rules
 from edgeattn.arithmetic import CODE_MAX, CODE_MIN
 from edgeattn.checks import as_array, is_constant, number
+from edgeattn.quantized.values import Frozen, Value
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-60, 2.0**60
 
 
-@dataclass(frozen=True)
-class TensorQuantization:
+class TensorQuantization(Value):
     """Per-tensor int8 quantization: ``real = scale * (code - zero_point)``.
 
     Parameters
@@ -38,13 +37,8 @@ class TensorQuantization:
     scale: np.float32
     zero_point: int
 
-    if TYPE_CHECKING:  # what may be given; kept are the types above
-
-        def __init__(self, scale: Real, zero_point: SupportsIndex) -> None: ...
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "scale", _scale(self.scale, "scale"))
-        object.__setattr__(self, "zero_point", operator.index(self.zero_point))
+    def __init__(self, scale: Real, zero_point: SupportsIndex):
+        self.set_fields(scale=_scale(scale, "scale"), zero_point=operator.index(zero_point))
         if not CODE_MIN <= self.zero_point <= CODE_MAX:
             raise ValueError(f"zero_point must lie in [-128, 127]; got {self.zero_point}")
 
@@ -72,8 +66,7 @@ class TensorQuantization:
         return (np.asarray(codes, np.float32) - np.float32(self.zero_point)) * self.scale
 
 
-@dataclass(frozen=True, eq=False)
-class QuantizedLinear:
+class QuantizedLinear(Frozen):
     """A fully connected layer: int8 weights, symmetric per output channel, and an int32 bias at input x weight scale.
 
     Parameters
@@ -87,25 +80,23 @@ class QuantizedLinear:
 
     weight: Codes
     scale: Float32s
-    bias: NDArray[np.int32] | None = None
+    bias: NDArray[np.int32] | None
 
-    def __post_init__(self) -> None:
-        weight = frozen(self.weight, np.int8, "weight")
+    def __init__(self, weight: Codes, scale: Float32s, bias: NDArray[np.int32] | None = None):
+        weight = frozen(weight, np.int8, "weight")
         if weight.ndim != 2:
             raise ValueError(f"weight must be (out_features, in_features); got shape {weight.shape}")
         if (weight == CODE_MIN).any():
             raise ValueError("weight must lie in [-127, 127], as TFLite defines its FULLY_CONNECTED weights; got -128")
-        scale = frozen(np.broadcast_to(self.scale, (weight.shape[0],)), np.float32, "scale")
+        scale = frozen(np.broadcast_to(scale, (weight.shape[0],)), np.float32, "scale")
         if not ((scale >= SMALLEST_SCALE) & (scale <= LARGEST_SCALE)).all():
             raise ValueError("scale of a linear layer must be positive and finite in every channel, within "
                              "[2**-60, 2**60]")
-        object.__setattr__(self, "weight", weight)
-        object.__setattr__(self, "scale", scale)
-        if self.bias is not None:
-            bias = frozen(self.bias, np.int32, "bias")
+        if bias is not None:
+            bias = frozen(bias, np.int32, "bias")
             if bias.shape != (weight.shape[0],):
                 raise ValueError(f"bias must have shape {(weight.shape[0],)}; got {bias.shape}")
-            object.__setattr__(self, "bias", bias)
+        self.set_fields(weight=weight, scale=scale, bias=bias)
 
 
 def _scale(value: object, name: str) -> np.float32:

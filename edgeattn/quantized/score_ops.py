@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import operator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +11,7 @@ import numpy as np
 from edgeattn import arithmetic as rules
 from edgeattn.arithmetic import CODE_MAX, CODE_MIN
 from edgeattn.quantized.parameters import TensorQuantization, frozen
+from edgeattn.quantized.values import Frozen, Value
 
 if TYPE_CHECKING:
     from typing import Any, SupportsIndex, TypeVar
@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     _Scalar = TypeVar("_Scalar", bound=np.generic)
 
 
-@dataclass(frozen=True)
-class MulConstant:
+class MulConstant(Value):
     """Scores times a constant: how other converters write 1/sqrt(D).
 
     Parameters
@@ -38,13 +37,12 @@ class MulConstant:
     constant: TensorQuantization
     output: TensorQuantization
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "code", _code(self.code, "code"))
+    def __init__(self, code: int, constant: TensorQuantization, output: TensorQuantization):
+        self.set_fields(code=_code(code, "code"), constant=constant, output=output)
         _check_quantization(self, "constant", "output")
 
 
-@dataclass(frozen=True, eq=False)
-class AddMask:
+class AddMask(Frozen):
     """Scores plus a constant mask: how other converters write a mask.
 
     Parameters
@@ -57,13 +55,12 @@ class AddMask:
     mask: TensorQuantization
     output: TensorQuantization
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "codes", _mask(self.codes, np.int8, "codes"))
+    def __init__(self, codes: Codes, mask: TensorQuantization, output: TensorQuantization):
+        self.set_fields(codes=_mask(codes, np.int8, "codes"), mask=mask, output=output)
         _check_quantization(self, "mask", "output")
 
 
-@dataclass(frozen=True, eq=False)
-class SelectMask:
+class SelectMask(Frozen):
     """Scores where permitted, a fill code elsewhere: how our exporter writes a mask. Keeps the scores' quantization.
 
     Parameters
@@ -75,11 +72,10 @@ class SelectMask:
     """
 
     keep: Bools
-    fill: int = CODE_MIN
+    fill: int
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "keep", _mask(self.keep, np.bool_, "keep"))
-        object.__setattr__(self, "fill", _code(self.fill, "fill"))
+    def __init__(self, keep: Bools, fill: int = CODE_MIN):
+        self.set_fields(keep=_mask(keep, np.bool_, "keep"), fill=_code(fill, "fill"))
 
 
 ScoreOp = MulConstant | AddMask | SelectMask

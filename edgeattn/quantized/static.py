@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, overload
@@ -16,6 +15,7 @@ from edgeattn.checks import (
     FLOAT32,
     as_array,
     check_out,
+    checked_softcap,
     count,
     flag,
     float_array,
@@ -26,7 +26,6 @@ from edgeattn.checks import (
 )
 from edgeattn.device import place
 from edgeattn.executors.numpy_int8 import Int8Ops
-from edgeattn.functional import checked_softcap
 from edgeattn.kernels.cpu.layer_int8 import StaticLayer
 from edgeattn.kernels.cpu.quantize import Quantizer
 from edgeattn.layers.attention import forward
@@ -312,12 +311,11 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         ops = []
         for i, op in enumerate(self.score_ops):
             row: dict[str, Any] = {"op": type(op).__name__}
-            for f in dataclasses.fields(op):
-                value = getattr(op, f.name)
+            for name, value in vars(op).items():
                 if isinstance(value, np.ndarray):
-                    arrays[f"score_ops.{i}.{f.name}"] = value
+                    arrays[f"score_ops.{i}.{name}"] = value
                 else:
-                    row[f.name] = value.to_json() if isinstance(value, TensorQuantization) else value
+                    row[name] = value.to_json() if isinstance(value, TensorQuantization) else value
             ops.append(row)
         return {"num_heads": self.num_heads, "arithmetic": self.arithmetic, "sources": list(self.sources),
                 "tensors": {name: t.to_json() for name, t in self.tensors.items()}, "score_ops": ops,

@@ -3,6 +3,8 @@ from edgeattn.runtime import prebuilt
 
 if prebuilt.LIBRARY is None:
     prebuilt.require_compiler()
+    from typing import NamedTuple
+
     from llvmlite import ir
     from numba.core import cgutils, types
     from numba.extending import intrinsic, models, overload, register_jitable, register_model
@@ -10,6 +12,7 @@ if prebuilt.LIBRARY is None:
     from edgeattn.runtime.jit import compiled, compiled_for, inline, jit, task
 else:
     from edgeattn.runtime.placeholders import (
+        NamedTuple,
         cgutils,
         inline,
         intrinsic,
@@ -23,5 +26,5 @@ else:
     )
     from edgeattn.runtime.prebuilt import compiled, compiled_for, jit
 
-__all__ = ["cgutils", "compiled", "compiled_for", "inline", "intrinsic", "ir", "jit", "models", "overload",
-           "register_jitable", "register_model", "task", "types"]
+__all__ = ["NamedTuple", "cgutils", "compiled", "compiled_for", "inline", "intrinsic", "ir", "jit", "models",
+           "overload", "register_jitable", "register_model", "task", "types"]

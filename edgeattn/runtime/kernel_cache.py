@@ -185,7 +185,7 @@ def source_stamp(filename):
     try:
         if not _LOADED or _listing() != _LOADED:
             return None
-        return sources.checksum([*(sources.PACKAGE / name for name, _, _ in _LOADED), pathlib.Path(filename)])
+        return sources.checksum([*(f"{sources.PACKAGE}/{name}" for name, _, _ in _LOADED), pathlib.Path(filename)])
     except OSError:
         return None
 

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import importlib.util
 import json
 import os
 import platform
 import sys
-from pathlib import Path
+import zlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-FOLDER = sources.PACKAGE / "libraries"
+FOLDER = f"{sources.PACKAGE}/libraries"
 ABOUT = "libraries.json"  # in that folder: the stamp of the sources, and each library's checksum
 SUFFIX = ".so"
 
@@ -44,16 +43,16 @@ class Library:
     ----------
     target : str
         A name in TARGETS.
-    path : Path
+    path : str or path
     opened : str, optional
         What to open instead.
     memory : object
         Kept as long as the library: what knows the file, which may not be written over meanwhile.
     """
 
-    def __init__(self, target: str, path: Path, opened: str | None = None, memory: object = None):
+    def __init__(self, target: str, path: str | os.PathLike[str], opened: str | None = None, memory: object = None):
         self.target, self.path, self.isa, self.memory = target, path, TARGETS[target].isa, memory
-        self._functions = ctypes.CDLL(opened or str(path))
+        self._functions = ctypes.CDLL(opened or os.fspath(path))
 
     def __contains__(self, symbol: str) -> bool:
         return hasattr(self._functions, symbol)
@@ -146,42 +145,55 @@ def compiled() -> int:
     return 0
 
 
-def find(folder: Path, machine: str, flags: set[str], parts: set[str], isa: str | None) -> tuple[Library | None, str]:
+def find(folder: str | os.PathLike[str], machine: str, flags: set[str], parts: set[str], isa: str | None
+         ) -> tuple[Library | None, str]:
     """The library to use, and why that one; or none, and why none.
 
     Parameters
     ----------
-    folder : Path
+    folder : str or path
         With ABOUT and libraries.
     machine, flags, parts
         As `platform.machine` and edgeattn.runtime.processor have them.
     isa : str, optional
         An instruction set that must be used.
     """
+    listed = f"{os.fspath(folder)}/{ABOUT}"
     try:
-        about = json.loads((folder / ABOUT).read_bytes())
+        with open(listed, "rb") as file:
+            about = json.loads(file.read())
         stamp, checksums = about["stamp"], about["libraries"]
         if not isinstance(checksums, dict):
             raise TypeError("libraries is no object")
     except FileNotFoundError:
         return None, f"there are none in {folder}"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return None, f"{folder / ABOUT} cannot be read: {error}"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        return None, f"{listed} cannot be read: {error}"
     possible = [name for name in runnable(machine, flags, parts)
                 if name in checksums and isa in (None, TARGETS[name].isa)]
     if not possible:
         wanted = f" with the instruction set {isa}" if isa else ""
         return None, f"there is none for {machine}{wanted} and what its processor can do"
-    if stamp != sources.stamp():
+    try:
+        here = sources.stamp()
+    except OSError as error:
+        return None, f"the sources that those in {folder} were made of cannot be read: {error}"
+    if stamp != here:
         return None, f"those in {folder} were made of other sources than these"
     name = possible[-1]
-    path = folder / f"{name}{SUFFIX}"
+    path = f"{os.fspath(folder)}/{name}{SUFFIX}"
     try:
-        if hashlib.sha256(path.read_bytes()).hexdigest() != checksums[name]:
-            return None, f"{path} is damaged"
+        with open(path, "rb", buffering=0) as file:
+            if checksum(file.read()) != checksums[name]:
+                return None, f"{path} is damaged"
         return Library(name, path), f"the best of those for {machine} that its processor can run"
     except OSError as error:
         return None, f"{path} cannot be loaded: {error}"
+
+
+def checksum(content: bytes) -> str:
+    """What tells that a library is whole."""
+    return f"{len(content)} {zlib.crc32(content):08x}"
 
 
 def require_compiler() -> None:

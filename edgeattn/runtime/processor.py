@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import platform
 import re
 import sys
@@ -51,6 +52,7 @@ def parts() -> set[str]:
     return set(re.findall(r"^CPU part\s*:\s*(0x[0-9a-f]+)\s*$", _cpuinfo(), re.MULTILINE))
 
 
+@functools.cache
 def _cpuinfo() -> str:
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:

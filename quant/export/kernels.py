@@ -6,7 +6,6 @@ compiles from then on is for another machine. Without a target, that of this mac
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 import tempfile
@@ -51,8 +50,7 @@ def build(targets: Sequence[str], folder: Path, kernels: Sequence[str] = (), job
             linked = link(TARGETS[target].machine, Path(temporary), f"{target}{prebuilt.SUFFIX}", ["edgeattn_*"],
                           [file_of(name) for name in made if name not in DEVICE_LIBRARIES])
         (folder / f"{target}{prebuilt.SUFFIX}").write_bytes(linked)
-    checksums = {name: hashlib.sha256((folder / f"{name}{prebuilt.SUFFIX}").read_bytes()).hexdigest()
-                 for name in targets}
+    checksums = {name: prebuilt.checksum((folder / f"{name}{prebuilt.SUFFIX}").read_bytes()) for name in targets}
     about = {"stamp": sources.stamp(), "libraries": checksums}
     (folder / prebuilt.ABOUT).write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
 

@@ -1,5 +1,7 @@
 """The static layer itself: its parameters' checks, masks, empty and NaN inputs, copies, files."""
+import copy
 import itertools
+import pickle
 import re
 
 import numpy as np
@@ -611,6 +613,22 @@ PARTS = [
 def test_bad_parts_are_refused(build, error, match):
     with pytest.raises(error, match=match):
         build()
+
+
+def test_parts_stay_as_they_were_made():
+    one, same, other = TensorQuantization(0.5, 3), TensorQuantization(0.5, 3), TensorQuantization(0.5, 4)
+    linear = QuantizedLinear(np.ones((2, 3), np.int8), np.ones(2, np.float32))
+    assert one == same != other and len({one, same, other}) == 2 and one != (0.5, 3) and linear != copy.copy(linear)
+    assert re.fullmatch(r"TensorQuantization\(scale=.*0\.5\)?, zero_point=3\)", repr(one))
+    for part, name in ((one, "scale"), (linear, "bias"), (linear, "other")):
+        with pytest.raises(AttributeError, match=f"cannot set {name}: {type(part).__name__} stays"):
+            setattr(part, name, 1)
+    with pytest.raises(AttributeError, match="cannot delete scale"):
+        del one.scale
+    for part in (one, MulConstant(3, one, other)):
+        assert pickle.loads(pickle.dumps(part)) == copy.deepcopy(part) == part
+    with pytest.raises(TypeError, match="zero_point"):
+        TensorQuantization(1.0)
 
 
 def test_bad_layers_are_refused(static):

@@ -1,10 +1,12 @@
 """Kernels that come compiled: which library is used and why, and that it gives what compiling here gives."""
 
+import _ctypes
 import json
 import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import elf
 import numpy as np
@@ -126,6 +128,39 @@ def test_no_other_is(libraries, tmp_path):
         assert library is None and "there is none for" in reason
 
 
+def foreign(content):
+    """A library for another machine, made of one for this."""
+    content = bytearray(content)
+    content[18:20] = (62 if content[18] == 183 else 183).to_bytes(2, "little")
+    return bytes(content)
+
+
+@pytest.mark.parametrize(("listed", "content", "words"), [
+    (b"[" * 100_000, None, "cannot be read"), (b"[]", None, "cannot be read"), (b"\xff\xfe", None, "cannot be read"),
+    (b"{\"stamp\": 1}", None, "cannot be read"), (None, b"", "cannot be loaded"), (None, b"text", "cannot be loaded"),
+    (None, "foreign", "cannot be loaded"), (None, "short", "cannot be loaded"), (None, "folder", "cannot be loaded")])
+def test_what_is_no_library_is_refused(tmp_path, listed, content, words):
+    whole = Path(_ctypes.__file__).read_bytes()
+    content = {"foreign": foreign(whole), "short": whole[:100]}.get(content, content)
+    path = tmp_path / f"{host_target()}{prebuilt.SUFFIX}"
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content)
+    checksums = {host_target(): prebuilt.checksum(content) if isinstance(content, bytes) else ""}
+    about = json.dumps({"stamp": sources.stamp(), "libraries": checksums}).encode()
+    (tmp_path / prebuilt.ABOUT).write_bytes(listed or about)
+    library, reason = find(tmp_path)
+    assert library is None and words in reason, reason
+
+
+def test_sources_that_cannot_be_read_are_a_reason(tmp_path, monkeypatch):
+    (tmp_path / prebuilt.ABOUT).write_text(json.dumps({"stamp": "", "libraries": {host_target(): ""}}))
+    monkeypatch.setattr(sources, "stamp", lambda: Path("nowhere").read_bytes())
+    library, reason = find(tmp_path)
+    assert library is None and "cannot be read" in reason and "nowhere" in reason
+
+
 def test_without_libraries_and_numba_an_import_says_what_is_missing(tmp_path):
     script = ("import sys; sys.modules['numba'] = sys.modules['llvmlite'] = None; import edgeattn\n"
               "try: edgeattn.MultiHeadAttention\n"
@@ -149,6 +184,29 @@ np.savez({out!r}, norm(x), linear(x))
 edgeattn.cli.main(["info"])
 print(prebuilt.LIBRARY.target)
 """
+
+
+@pytest.mark.parametrize(("asked", "absent"), [
+    ("edgeattn.load, edgeattn.MultiHeadAttention", {"edgeattn.quantized", "edgeattn.kv_cache", "edgeattn.layers.encoder"}),
+    ("from edgeattn.quantized import StaticMultiHeadAttention", {"edgeattn.kv_cache", "edgeattn.layers.multi_head"})])
+def test_a_start_brings_in_what_it_uses(tmp_path, asked, absent):
+    """Of what NumPy does not bring; any library does, for none of it is called."""
+    package = tmp_path / "edgeattn"
+    shutil.copytree(ROOT / "edgeattn", package, ignore=shutil.ignore_patterns("__pycache__", "libraries"))
+    (package / "libraries").mkdir()
+    content = Path(_ctypes.__file__).read_bytes()
+    (package / "libraries" / f"{host_target()}{prebuilt.SUFFIX}").write_bytes(content)
+    (package / "libraries" / prebuilt.ABOUT).write_text(json.dumps(
+        {"stamp": sources.stamp(), "libraries": {host_target(): prebuilt.checksum(content)}}))
+    script = ("import sys, numpy; before = set(sys.modules); sys.modules['numba'] = sys.modules['llvmlite'] = None\n"
+              f"import edgeattn; {asked}; print(*set(sys.modules) - before)")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path,
+                          env={**os.environ, "EDGEATTN_JIT": "0", "EDGEATTN_ISA": "", "PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    found = set(done.stdout.split())
+    assert "edgeattn.runtime.prebuilt" in found
+    assert not found & (absent | {"_hashlib", "ctypes.util", "dataclasses", "pathlib", "secrets", "subprocess", "tempfile"})
+    assert len(found) < 130
 
 
 def test_it_gives_the_bytes_of_what_is_compiled_here_without_numba(libraries, tmp_path):

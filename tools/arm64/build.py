@@ -6,6 +6,7 @@ configured to take them. Each CPU gets a Python that sees the /proc/cpuinfo of t
 so that LLVM finds the same CPU there as on the board, and that dies of an instruction the CPU lacks.
 
     python tools/arm64/build.py .arm64
+    python tools/arm64/build.py .arm64/trixie trixie      another Debian's Python, with NumPy alone, as on a board
     .arm64/cortex-a72/bin/python -c 'import numba; ...'
 
 How long anything takes in there says nothing about a board.
@@ -69,7 +70,21 @@ CPUS = (
 # -- Debian packages -------------------------------------------------------------------------------
 
 
-def apt_options(folder: Path) -> list[str]:
+def sources_of(suite: str, folder: Path) -> Path:
+    """Write this machine's package sources to a folder, with another Debian's name for that of its own; return it."""
+    release = dict(line.split("=", 1) for line in Path("/etc/os-release").read_text(encoding="utf-8").splitlines()
+                   if "=" in line)
+    own, wanted = release.get("VERSION_CODENAME", "").strip('"'), folder / "sources.list.d"
+    wanted.mkdir(parents=True, exist_ok=True)
+    for path in (Path("/etc/apt/sources.list"), *Path("/etc/apt/sources.list.d").glob("*")):
+        if path.suffix in (".list", ".sources") and path.is_file():
+            text = path.read_text(encoding="utf-8")
+            if own and own in text:
+                (wanted / path.name).write_text(re.sub(rf"\b{own}\b", suite, text), encoding="utf-8")
+    return wanted
+
+
+def apt_options(folder: Path, suite: str = "") -> list[str]:
     """Return the options that make apt-get keep its state in ``folder`` and know both architectures."""
     for name in ("state/lists/partial", "cache/archives/partial", "preferences"):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -83,34 +98,41 @@ def apt_options(folder: Path) -> list[str]:
         "APT::Architecture": "arm64", "APT::Sandbox::User": user, "APT::Install-Recommends": 0,
         "Acquire::Languages": "none", "Debug::NoLocking": 1,
     }
+    if suite:
+        settings |= {"Dir::Etc::sourcelist": "/dev/null", "Dir::Etc::sourceparts": sources_of(suite, folder)}
     options = [f"{name}={value}" for name, value in settings.items()]
     options += ["APT::Architectures::=arm64", "APT::Architectures::=amd64"]
     return [part for option in options for part in ("-o", option)]
 
 
-def apt(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+def apt(folder: Path, suite: str, *arguments: str) -> subprocess.CompletedProcess:
     """Run apt-get with the state in ``folder``; its output is kept in the result."""
     try:
         return subprocess.run(
-            ["apt-get", *apt_options(folder), "-q", "-y", *arguments], env={**clean_environment(), "LC_ALL": "C"},
+            ["apt-get", *apt_options(folder, suite), "-q", "-y", *arguments],
+            env={**clean_environment(), "LC_ALL": "C"},
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     except OSError as error:
         raise SetupError(f"apt-get cannot be run ({error}): this needs Debian, or a system made of it") from error
 
 
-def download_packages(folder: Path) -> list[Path]:
+def download_packages(folder: Path, suite: str) -> list[Path]:
     """Download the packages and all they depend on; return the files."""
     step = Progress("Debian packages for arm64")
     step.update("reading the package lists")
-    said = apt(folder, "update").stdout
+    said = apt(folder, suite, "update").stdout
     for emulator in EMULATORS:
         step.update("downloading")
-        done = apt(folder, "install", "--download-only", *PACKAGES, f"{emulator}:amd64")
+        done = apt(folder, suite, "install", "--download-only", *PACKAGES, f"{emulator}:amd64")
         said += done.stdout
         files = sorted((folder / "cache" / "archives").glob("*.deb"))
-        if done.returncode == 0 and files:
+        if done.returncode == 0 and any(file.name.startswith(f"{emulator}_") and file.stat().st_size > 1e6
+                                        for file in files):  # a small one asks for the other name, of any machine
             step.done(f"{len(files)} files, {sum(file.stat().st_size for file in files) / 1e6:.0f} MB")
             return files
+        for file in files:
+            if file.name.startswith("qemu"):
+                file.unlink()
     step.done("failed")
     tail = "\n".join(said.strip().splitlines()[-12:])
     raise SetupError(f"apt-get could not download the packages. Its last words:\n{tail}\n\n"
@@ -125,7 +147,10 @@ def unpack(packages: list[Path], root: Path) -> Path:
         # Not run here, and neither is anything that would need them.
         if not package.name.startswith(("dpkg_", "tar_", "perl")):
             subprocess.run(["dpkg-deb", "-x", package, root], check=True, env=clean_environment())
-    found = [root / "usr" / "bin" / name for name in EMULATOR_FILES if (root / "usr" / "bin" / name).is_file()]
+    if not (root / "lib").exists():  # since Debian 13 packages hold what lies in /usr, and a link leads there
+        (root / "lib").symlink_to("usr/lib")
+    binaries = [root / "usr" / "bin" / name for name in EMULATOR_FILES]
+    found = [path for path in binaries if path.is_file() and not path.is_symlink()]  # Debian 13 has one by both names
     if not found:
         raise SetupError(f"the packages hold neither of {', '.join(EMULATOR_FILES)}")
     emulator = root.parent / "qemu-aarch64"
@@ -170,13 +195,13 @@ def requirements() -> list[str]:
     return [line for line in wanted if line and not line.startswith(("#", "edgeattn")) and ";" not in line]
 
 
-def install_wheels(python: str, glibc: int, site: Path, log: Path) -> None:
+def install_wheels(wanted: list[str], python: str, glibc: int, site: Path, log: Path) -> None:
     """Install the wheels of another machine into ``site`` with the pip of this Python."""
     platforms = [f"manylinux_2_{minor}_aarch64" for minor in range(glibc, OLDEST_GLIBC - 1, -1)]
     platforms.append("manylinux2014_aarch64")
     arguments = ["--target", str(site), "--only-binary=:all:", "--python-version", python, "--implementation", "cp"]
     arguments += [part for name in platforms for part in ("--platform", name)]
-    pip_install(Path(sys.executable), [*arguments, *requirements()], f"aarch64 wheels for Python {python}", log)
+    pip_install(Path(sys.executable), [*arguments, *wanted], f"aarch64 wheels for Python {python}", log)
 
 
 # -- one environment per CPU -----------------------------------------------------------------------
@@ -214,27 +239,32 @@ def make_environment(cpu: Cpu, folder: Path, emulator: Path, root: Path, site: P
 
 CHECK = """
 import platform, subprocess, sys
-import ai_edge_litert.interpreter, llvmlite.binding, numba, numpy
+import numpy
 child = subprocess.run([sys.executable, "-c", "import platform; print(platform.machine())"],
                        capture_output=True, text=True, check=True).stdout.strip()
 assert (platform.machine(), child) == ("aarch64", "aarch64"), (platform.machine(), child)
+"""
+CHECK_ALONE = CHECK + "print('{cpu} python', platform.python_version(), 'numpy', numpy.__version__)"
+CHECK_ALL = CHECK + """
+import ai_edge_litert.interpreter, llvmlite.binding, numba
 assert numba.njit(lambda x: x + 1)(41) == 42
 print(llvmlite.binding.get_host_cpu_name(), "numpy", numpy.__version__, "numba", numba.__version__)
 """
 
 
-def check(cpu: Cpu, script: Path) -> None:
+def check(cpu: Cpu, script: Path, code: str) -> None:
     """Refuse an environment in which LLVM does not see the board's CPU, or a child process leaves the emulator."""
     step = Progress(cpu.name)
-    done = subprocess.run([script, "-c", CHECK], env=clean_environment(), capture_output=True, text=True, check=False)
+    done = subprocess.run([script, "-c", code.replace("{cpu}", cpu.name)], env=clean_environment(),
+                          capture_output=True, text=True, check=False)
     if done.returncode or not done.stdout.startswith(cpu.name + " "):
         step.done("does not work")
         raise SetupError(f"{script} does not work:\n{done.stdout}{done.stderr}")
     step.done(f"{done.stdout.strip()}, as on a {cpu.board}")
 
 
-def build(folder: Path) -> None:
-    """Build everything from the start in ``folder``."""
+def build(folder: Path, suite: str = "") -> None:
+    """Build everything from the start in ``folder``; of a Debian other than this machine's, Python and NumPy alone."""
     if platform.machine() != "x86_64":
         raise SetupError(f"the emulator's package is for x86-64; this machine is {platform.machine()}. "
                          "On an ARM64 machine the suite runs as it is: make test")
@@ -245,24 +275,26 @@ def build(folder: Path) -> None:
     root, site, log = folder / "root", folder / "site", folder / "setup.log"
     (folder / "apt").mkdir(parents=True, exist_ok=True)
 
-    packages = download_packages(folder / "apt")
+    packages = download_packages(folder / "apt", suite)
     emulator = unpack(packages, root)
     python = python_of(root)
-    install_wheels(python, glibc_of(packages), site, log)
+    wanted = [line for line in requirements() if not suite or line.startswith("numpy")]
+    install_wheels(wanted, python, glibc_of(packages), site, log)
     for cpu in CPUS:
-        check(cpu, make_environment(cpu, folder / cpu.name, emulator, root, site, python))
+        script = make_environment(cpu, folder / cpu.name, emulator, root, site, python)
+        check(cpu, script, CHECK_ALONE if suite else CHECK_ALL)
 
 
 def main() -> int:
     """Build the environments, then write the stamp that tells make that they are ready."""
-    if len(sys.argv) != 2:
-        print(f"usage: {sys.argv[0]} FOLDER", file=sys.stderr)
+    if len(sys.argv) not in (2, 3):
+        print(f"usage: {sys.argv[0]} FOLDER [SUITE]", file=sys.stderr)
         return 2
-    folder = Path(sys.argv[1]).absolute()
+    folder, suite = Path(sys.argv[1]).absolute(), "".join(sys.argv[2:])
     began = time.monotonic()
-    print(f"Setting up {os.path.relpath(folder, ROOT)} (once; about 550 MB)", flush=True)
+    print(f"Setting up {os.path.relpath(folder, ROOT)} (once; about {200 if suite else 550} MB)", flush=True)
     try:
-        build(folder)
+        build(folder, suite)
     except SetupError as error:
         print(f"\nSetting up stopped: {error}", file=sys.stderr)
         return 1

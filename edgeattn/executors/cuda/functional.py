@@ -62,7 +62,7 @@ def scaled_dot_product_attention(query, key, value, attn_mask, is_causal, causal
     scale, which may be None, and softcap are checked; `check_shapes` takes the three Views; `known_as` is what `replay`
     will be asked with.
     """
-    from edgeattn.functional import default_scale
+    from edgeattn.checks import default_scale
     from edgeattn.kernels.cuda import host
     from edgeattn.kernels.cuda.call import Call
     from edgeattn.kernels.cuda.launch_graph import as_argument, capture

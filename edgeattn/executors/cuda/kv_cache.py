@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgeattn.checks import flag, number
+from edgeattn.checks import checked_softcap, default_scale, flag, number
 from edgeattn.executors.cuda.functional import numbers, result_array
 from edgeattn.executors.cuda.masks import arrays_read, device_masks
-from edgeattn.functional import checked_softcap, default_scale
 from edgeattn.kv_cache import KVCache
 
 if TYPE_CHECKING:

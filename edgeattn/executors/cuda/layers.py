@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgeattn.checks import check_out, flag, float_array, result_dtype, to_float32, write_result
+from edgeattn.checks import check_out, checked_softcap, flag, float_array, result_dtype, to_float32, write_result
 from edgeattn.executors.cuda.call_cache import OUT, RESULTS, CallCache
 from edgeattn.executors.cuda.functional import result_array
 from edgeattn.executors.cuda.masks import arrays_read, device_masks
 from edgeattn.executors.cuda.ops import CudaOps, Group, SequencesOnDevice
 from edgeattn.executors.cuda.parameters import Parameters
 from edgeattn.executors.cuda.static_ops import StaticOps
-from edgeattn.functional import checked_softcap
 from edgeattn.layers import attention
 from edgeattn.layers.call import check_input_shapes
 from edgeattn.masks import NO_WINDOW, no_bool_mask

@@ -3,11 +3,9 @@
 Keys go by in blocks that begin at multiples of KEY_BLOCK, wherever the first key is: what a query gets does not depend
 on its neighbours.
 """
-from typing import NamedTuple
-
 import numpy as np
 
-from edgeattn.runtime.compiler import inline
+from edgeattn.runtime.compiler import NamedTuple, inline
 
 from .byte_products import DEPTH_STEP, lane_product
 from .dynamic import TOKENS

@@ -5,11 +5,9 @@ written in three signed digits to the base 256: at least 22 bits and a sign of t
 float32 holds of it.  Each digit is a row of bytes that meets the stored bytes; the sums are integers, whatever their
 order.  The matrix unit takes 16 rows of digits at once.
 """
-from typing import NamedTuple
-
 import numpy as np
 
-from edgeattn.runtime.compiler import inline, jit
+from edgeattn.runtime.compiler import NamedTuple, inline, jit
 from edgeattn.runtime.worker_pool import parallel_for, task
 
 from .byte_products import DEPTH_STEP, digit_products

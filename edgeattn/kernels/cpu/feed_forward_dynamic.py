@@ -13,12 +13,10 @@ Quotients are products with a reciprocal, s (q c) and the rest multiply-adds.  T
 same order under every instruction set: where they can multiply and add with one rounding, results are equal bit for
 bit, in any batch and on any number of threads.
 """
-from typing import NamedTuple
-
 import numpy as np
 
 from edgeattn.runtime.calls import separately
-from edgeattn.runtime.compiler import inline, jit, task
+from edgeattn.runtime.compiler import NamedTuple, inline, jit, task
 from edgeattn.runtime.worker_pool import parallel_for
 
 from .activation import activate_rows, multiply_rows

@@ -5,11 +5,9 @@ Sizes with a 4 count groups of four bytes.  `FLIP` turns a code into the unsigne
 
 The arithmetic is exact: whatever instruction set runs it, the bits are those of the named TFLite kernel set.
 """
-from typing import NamedTuple
-
 import numpy as np
 
-from edgeattn.runtime.compiler import inline, jit, register_jitable
+from edgeattn.runtime.compiler import NamedTuple, inline, jit, register_jitable
 from edgeattn.runtime.worker_pool import parallel_for, task
 
 from .byte_products import DEPTH_STEP, linear

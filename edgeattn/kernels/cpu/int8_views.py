@@ -2,11 +2,9 @@
 
 A group is four bytes in an element of 32 bits.
 """
-from typing import NamedTuple
-
 import numpy as np
 
-from edgeattn.runtime.compiler import inline
+from edgeattn.runtime.compiler import NamedTuple, inline
 
 from .matmul import feature_position
 from .simd import LANES, pointer_to

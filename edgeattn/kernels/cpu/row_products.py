@@ -3,9 +3,7 @@
 A sum is some products at a time, the sums of these chains are summed, the bias comes last: a row gives the same bits
 alone and among others.
 """
-from typing import NamedTuple
-
-from edgeattn.runtime.compiler import inline, task
+from edgeattn.runtime.compiler import NamedTuple, inline, task
 
 from .matmul import feature_position, multiply, multiply_ahead
 from .simd import COLUMNS, LANES, ROWS, WIDTH, outer_product, rank_steps, steps, tile_add, tile_store, tile_zero

@@ -4,11 +4,9 @@ Letters as in fused_int8.  Queries less their zero point, and probabilities, are
 digits 2 a + c, bytes with a sign, that meet the stored bytes as the digits of decode_int8 do.  The rows of scores
 become lanes for the softmax, a head to a lane: its sums go in the order of the keys whatever the layout.
 """
-from typing import NamedTuple
-
 import numpy as np
 
-from edgeattn.runtime.compiler import inline, register_jitable
+from edgeattn.runtime.compiler import NamedTuple, inline, register_jitable
 from edgeattn.runtime.worker_pool import task
 
 from . import fused_int8 as f

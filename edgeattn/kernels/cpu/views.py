@@ -2,7 +2,7 @@
 
 Letters: S keys, W = WIDTH queries per block.
 """
-from typing import NamedTuple
+from edgeattn.runtime.compiler import NamedTuple
 
 
 class Rows(NamedTuple):
