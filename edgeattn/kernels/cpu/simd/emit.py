@@ -62,6 +62,13 @@ def void_call(builder, name, arguments):
     call(builder, name, ir.VoidType(), arguments)
 
 
+def prefetch(builder, pointer):
+    """A hint: what lies there will soon be read."""
+    pointer = builder.bitcast(pointer, i8.as_pointer())
+    # to be read, into the second-level cache, data
+    void_call(builder, "llvm.prefetch.p0", [pointer, *(ir.Constant(i32, value) for value in (0, 2, 1))])
+
+
 def literal(value):
     """The number that an argument is known to be when its function is compiled."""
     if not isinstance(value, types.IntegerLiteral):

@@ -9,6 +9,8 @@ class Code:
     """What the intrinsics write where instruction sets differ."""
 
     multiplies_words = False  # bytes only after they have been widened, at a cost that is worth saving
+    by_lane = False  # a vector times one lane of another, as `lane_products` has it
+    in_pairs = False  # there, bytes at two depths at a time
 
     def maximum(self, builder, a, b):
         """`vector.maximum` of floats."""
