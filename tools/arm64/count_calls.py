@@ -14,12 +14,13 @@ GETPGID, MARK = 155, 1818845549  # as in count_plugin.c
 
 
 def edgeattn_call(path, x):
-    """The layer's call."""
+    """The layer's call, a static one's from codes to codes."""
     import edgeattn
 
     edgeattn.set_num_threads(1)
     layer = edgeattn.load(path)
-    return lambda: layer(x)
+    forward = layer.run_int8 if x.dtype == np.int8 else layer
+    return lambda: forward(x)
 
 
 def litert_call(path, x):

@@ -10,8 +10,6 @@ from .vector import LANES
 BY_LANE = CODE.by_lane
 _FOUR = 4  # elements of a load
 _LINE = 16  # elements of four bytes in a cache line
-# Depths of one turn: of elements that follow one another, of adjacent rows, and of what lies anywhere.
-_TURN = {"depth": 2 if CODE.in_pairs else _FOUR, "rows": 2, "any": 2}
 
 
 def _loop(builder, turns, state, body):
@@ -60,6 +58,9 @@ class _Product:
         self.builder, self.tile, self.a, self.b = builder, sig.args[0], sig.args[1], sig.args[5]
         _, a, at_a, self.row_step, self.step, b, at_b = args[:7]
         self.vector = context.get_value_type(self.tile.vec)
+        self.pairs = CODE.in_pairs and self.tile.vec.dtype == types.int32
+        # Depths of one turn: of elements that follow one another, of adjacent rows, and of what lies anywhere.
+        self.turn = {"depth": 2 if self.pairs else _FOUR, "rows": 2, "any": 2}
         self.first = builder.gep(emit.data(context, builder, self.a, a), [at_a])
         self.panel = emit.pointer(context, builder, self.b, b, at_b, self.vector)
 
@@ -92,9 +93,9 @@ class _Product:
 
     def depths(self, k, rows, way):
         """(rows, vectors of b) at the depths from k on that one turn multiplies."""
-        depths = [self.builder.add(k, self.number(d)) for d in range(_TURN[way])]
+        depths = [self.builder.add(k, self.number(d)) for d in range(self.turn[way])]
         if way == "depth":
-            down = zip(*[self.some(self.at(i, k), _TURN[way]) for i in rows], strict=True)
+            down = zip(*[self.some(self.at(i, k), self.turn[way]) for i in rows], strict=True)
         else:
             down = [self.rows(depth, rows, way == "rows") for depth in depths]
         return zip(down, [self.across(depth) for depth in depths], strict=True)
@@ -104,7 +105,7 @@ class _Product:
         every = range(self.tile.rows)
 
         def turn(number, state):
-            k = self.builder.mul(number, self.number(_TURN[way]))
+            k = self.builder.mul(number, self.number(self.turn[way]))
             if ahead:
                 ahead(k)
             for down, across in self.depths(k, every, way):
@@ -114,11 +115,11 @@ class _Product:
         return self.rest(_loop(self.builder, self.turns(depth, way), tile, turn), way, depth, every)
 
     def turns(self, depth, way):
-        return self.builder.ashr(depth, self.number(_TURN[way].bit_length() - 1))
+        return self.builder.ashr(depth, self.number(self.turn[way].bit_length() - 1))
 
     def rest(self, tile, way, depth, rows):
         """The depths that are left after whole turns."""
-        left = self.builder.and_(depth, self.number(_TURN[way] - 1))
+        left = self.builder.and_(depth, self.number(self.turn[way] - 1))
         done = self.builder.sub(depth, left)
 
         def turn(number, state):
@@ -140,7 +141,7 @@ class _Product:
             rows = range(begin, min(begin + _FOUR, self.tile.rows))
 
             def turn(number, state, rows=rows, lacks=lacking is None):
-                k = builder.mul(number, self.number(_TURN[way]))
+                k = builder.mul(number, self.number(self.turn[way]))
                 pairs = list(self.depths(k, rows, way))
                 for (down, across), (second, across_second) in zip(pairs[::2], pairs[1::2], strict=True):
                     for j in range(columns if lacks else 0):
@@ -175,8 +176,7 @@ class _Product:
                 here, otherwise = (builder.append_basic_block(name) for name in (f"by_{way}", "otherwise"))
                 builder.cbranch(builder.icmp_signed("==", possible, one), here, otherwise)
                 builder.position_at_end(here)
-            in_pairs = CODE.in_pairs and self.tile.vec.dtype == types.int32
-            found = (self.in_pairs(list(tile), way, depth) if in_pairs
+            found = (self.in_pairs(list(tile), way, depth) if self.pairs
                      else self.one_by_one(list(tile), way, depth, ahead if way == "depth" else None))
             ends.append((builder.block, found))
             builder.branch(after)
