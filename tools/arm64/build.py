@@ -171,12 +171,13 @@ def requirements() -> list[str]:
 
 
 def install_wheels(python: str, glibc: int, site: Path, log: Path, wanted: list[str] | None = None) -> None:
-    """Install the wheels of another machine into ``site`` with the pip of this Python; the tests' without a list."""
+    """Install wheels of another machine, what the tests need if not said, into ``site`` with this Python's pip."""
     platforms = [f"manylinux_2_{minor}_aarch64" for minor in range(glibc, OLDEST_GLIBC - 1, -1)]
     platforms.append("manylinux2014_aarch64")
     arguments = ["--target", str(site), "--only-binary=:all:", "--python-version", python, "--implementation", "cp"]
     arguments += [part for name in platforms for part in ("--platform", name)]
-    pip_install(Path(sys.executable), [*arguments, *(wanted or requirements())], f"aarch64 wheels for Python {python}", log)
+    arguments += wanted or requirements()
+    pip_install(Path(sys.executable), arguments, f"aarch64 wheels for Python {python}", log)
 
 
 # -- one environment per CPU -----------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Calls of layers between marks that count_plugin.c counts at: python count_calls.py RUNTIME FILE INPUT.npy ...
 
-Under emulation, in a process of its own for each runtime; one thread. A mark, CALLS calls, a mark, twice as many, a mark:
-what the difference leaves are CALLS calls, and nothing of the marks.
+Under emulation, in a process of its own for each runtime; one thread. A mark, CALLS calls, a mark, twice as many, a mark: the
+difference leaves CALLS calls, and nothing of the marks.
 """
 import ctypes
 import sys

@@ -1,10 +1,10 @@
-"""Instructions that whole calls of attention layers execute on emulated Raspberry Pis, beside other runtimes' aarch64 wheels.
+"""Instructions that calls of attention layers execute on emulated Raspberry Pis, beside other runtimes' wheels.
 
     python tools/arm64/count_instructions.py .arm64
     python tools/arm64/count_instructions.py .arm64 --cpu cortex-a53 --site FOLDER --size 64/4/32
 
-For each CPU a process a runtime, counted by a plugin of the emulator (count_plugin.c): what a call costs is what six
-calls execute less what three do. A count is no speed: instructions take unlike times, and the emulator has no pipelines.
+For each CPU a process a runtime, counted by a plugin of the emulator (count_plugin.c): a call is half of what four calls
+execute more than two. A count is no speed: instructions take unlike times, and the emulator has no pipelines.
 edgeattn runs from a wheel with these CPUs' kernels, without Numba; LiteRT and onnxruntime as their wheels come, on one
 thread. Needs a C compiler, apt-get as build.py does, and the package onnx.
 """
@@ -86,7 +86,8 @@ def make_files(folder: Path, sizes: list[str]) -> dict[tuple[str, str, str], tup
         E, H, L = (int(number) for number in size.split("/"))
         rng, stem = np.random.default_rng(E + L), folder / size.replace("/", "-")
         weights = [rng.standard_normal((E, E), np.float32) / np.float32(E**0.5) for _ in range(4)]
-        biases = dict(zip(("q_bias", "k_bias", "v_bias", "out_bias"), rng.standard_normal((4, E), np.float32), strict=True))
+        names = "q_bias", "k_bias", "v_bias", "out_bias"
+        biases = dict(zip(names, rng.standard_normal((4, E), np.float32), strict=True))
         layer, x = edgeattn.MultiHeadAttention(H, *weights, **biases), rng.standard_normal((1, L, E), np.float32)
         made = {"float32": layer, "dynamic": quant.quantize(layer, scheme="dynamic"),
                 "static": quant.quantize(layer, quant.calibrate(layer, [x]))}
@@ -120,9 +121,9 @@ def count(folder: Path, cpu: str, site: Path, peers: Path, runtime: str, files: 
     paths = [str(site)] if runtime == "edgeattn" else [str(peers)] if runtime == "onnxruntime" else []
     environment = {name: value for name, value in clean_environment().items()
                    if name not in ("LD_PRELOAD", "LD_LIBRARY_PATH", "PYTHONHOME")}
-    done = subprocess.run([str(part) for part in command], env={**environment, "PYTHONPATH": os.pathsep.join(paths),
-                                                               "PYTHONDONTWRITEBYTECODE": "1"},
-                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    environment |= {"PYTHONPATH": os.pathsep.join(paths), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run([str(part) for part in command], env=environment, stdin=subprocess.DEVNULL, check=False,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         raise SetupError(f"{runtime} on {cpu} ended with {done.returncode}:\n{done.stdout[-2000:]}")
     marks = [int(line) for line in out.read_text().split()]
@@ -134,11 +135,12 @@ def count(folder: Path, cpu: str, site: Path, peers: Path, runtime: str, files: 
 def main() -> int:
     """Read the command line, count, print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="where tools/arm64/build.py built")
-    parser.add_argument("--cpu", action="append", choices=[cpu.name for cpu in CPUS], help="this CPU alone; may be repeated")
-    parser.add_argument("--size", action="append", help="width/heads/tokens; may be repeated")
-    parser.add_argument("--site", type=Path, help="where edgeattn is installed with libraries; else a wheel is built")
-    parser.add_argument("--runtime", action="append", choices=["edgeattn", *PEERS], help="this alone; may be repeated")
+    add = parser.add_argument
+    add("folder", type=Path, help="where tools/arm64/build.py built")
+    add("--cpu", action="append", choices=[cpu.name for cpu in CPUS], help="this CPU alone; may be repeated")
+    add("--size", action="append", help="width/heads/tokens; may be repeated")
+    add("--site", type=Path, help="where edgeattn is installed with libraries; else a wheel is built")
+    add("--runtime", action="append", choices=["edgeattn", *PEERS], help="this alone; may be repeated")
     given = parser.parse_args()
     folder, cpus, sizes = given.folder.absolute(), given.cpu or [cpu.name for cpu in CPUS], given.size or list(SIZES)
     runtimes = given.runtime or ["edgeattn", *PEERS]

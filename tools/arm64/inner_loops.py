@@ -14,7 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[2] / "tests" / each) for each in (".", "kernels/cpu")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "kernels" / "cpu"))
 
 from test_generated_code import LANES, generated, loops
 
@@ -67,8 +68,8 @@ def main() -> int:
     print("| loop | processor | model | instructions | cycles | each, instructions | each, cycles | bound by |\n"
           "|---|---|---|---|---|---|---|---|")
     for _, title, cpu, model, count, results, cycles, bound in sorted(rows):
-        print(f"| {title} | {cpu} | {model} | {count} | {cycles:.1f} | {count / results:.3f} | {cycles / results:.3f} | "
-              f"{bound} |")
+        print(f"| {title} | {cpu} | {model} | {count} | {cycles:.1f} | {count / results:.3f} | "
+              f"{cycles / results:.3f} | {bound} |")
     return 0
 
 

@@ -131,8 +131,9 @@ class _Product:
     def in_pairs(self, tile, way, depth):
         """Two depths of bytes at a time: their products fit 16 bits, both, and are added to the sums in one piece.
 
-        But for twice -128 times -128: so the second is subtracted, with the complement of a, -1 - a, and what that lacks
-        is the same in all rows, the sum of b. Half of the sums of a column are in one lane, half in the next.
+        But for twice -128 times -128: so the second is subtracted, with the complement of a, -1 - a. That adds, in all
+        rows alike, the sum of those b, which is taken off. Half of the sums of a column are in one lane, half in the
+        next.
         """
         builder, columns = self.builder, self.tile.columns
         zero = ir.Constant(self.vector, None)

@@ -177,6 +177,7 @@ def _rank_one(context, builder, sig, args):
 
 
 def may_multiply(t, a, b):
+    """Whether arrays of these types have products that a tile takes."""
     return t.vec is F32 or (a.dtype == types.uint32) != (b.dtype == types.uint32)
 
 

@@ -27,7 +27,7 @@ class Code(generic.Code):
         return builder.add(accumulator, self.add_neighbours(builder, *halves))
 
     def add_two_products(self, builder, sums, half, first, second):
-        """sums[l] += the sum of bytes 2 l and 2 l + 1 of half of u * s of the first, less those of the second (u, s)."""
+        """sums[l] += bytes 2 l and 2 l + 1 of half of u * s of the first pair (u, s), less those of the second."""
         words = [self._multiply(builder, half, *pair) for pair in (first, second)]
         return self._add_words(builder, sums, builder.sub(*words))
 
