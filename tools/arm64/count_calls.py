@@ -1,14 +1,14 @@
 """Calls of layers between marks that count_plugin.c counts at: python count_calls.py RUNTIME FILE INPUT.npy ...
 
-Under emulation, in a process of its own for each runtime; one thread. A mark, CALLS calls, a mark, twice as many, a mark: the
-difference leaves CALLS calls, and nothing of the marks.
+Under emulation, in a process of its own for each runtime; one thread. A mark, CALLS calls, a mark, twice as many, a
+mark: the difference leaves CALLS calls, and nothing of the marks.
 """
 import ctypes
 import sys
 
 import numpy as np
 
-CALLS = 2
+CALLS = 4
 WARM = 3  # calls before: what the first ones plan, pack and allocate is not counted
 GETPGID, MARK = 155, 1818845549  # as in count_plugin.c
 

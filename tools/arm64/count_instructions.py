@@ -3,8 +3,8 @@
     python tools/arm64/count_instructions.py .arm64
     python tools/arm64/count_instructions.py .arm64 --cpu cortex-a53 --site FOLDER --size 64/4/32
 
-For each CPU a process a runtime, counted by a plugin of the emulator (count_plugin.c): a call is half of what four calls
-execute more than two. A count is no speed: instructions take unlike times, and the emulator has no pipelines.
+For each CPU a process a runtime, counted by a plugin of the emulator (count_plugin.c): a call is a quarter of what eight
+calls execute more than four. A count is no speed: instructions take unlike times, and the emulator has no pipelines.
 edgeattn runs from a wheel with these CPUs' kernels, without Numba; LiteRT and onnxruntime as their wheels come, on one
 thread. Needs a C compiler, apt-get as build.py does, and the package onnx.
 """
@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 import edgeattn
 import quant
 
-CALLS = 2  # as count_calls.py has it
+CALLS = 4  # as count_calls.py has it
 SIZES = "64/4/32", "384/12/32", "384/12/128"  # width, heads, tokens
 FORMATS = "float32", "dynamic", "static"
 PEERS = {"litert": ("float32", "static"), "onnxruntime": ("float32", "dynamic")}

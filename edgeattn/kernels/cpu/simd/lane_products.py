@@ -62,6 +62,9 @@ class _Product:
         # Depths of one turn: of elements that follow one another, of adjacent rows, and of what lies anywhere.
         self.turn = {"depth": 2 if self.pairs else _FOUR, "rows": 2, "any": 2}
         self.first = builder.gep(emit.data(context, builder, self.a, a), [at_a])
+        self.down = [builder.mul(self.number(i), self.row_step) for i in range(self.tile.rows)]
+        if not self.pairs:  # else the compiler adds step after step in the loop, to save registers
+            self.down = [emit.unknown(builder, each) for each in self.down]
         self.panel = emit.pointer(context, builder, self.b, b, at_b, self.vector)
 
     def number(self, value):
@@ -76,8 +79,7 @@ class _Product:
     def at(self, i, k):
         """Where row i is at depth k."""
         builder = self.builder
-        row = builder.gep(self.first, [builder.mul(self.number(i), self.row_step)])
-        return builder.gep(row, [builder.mul(k, self.step)])
+        return builder.gep(builder.gep(self.first, [builder.mul(k, self.step)]), [self.down[i]])
 
     def some(self, where, count):
         """A few elements, each as a vector that has it in every lane."""
