@@ -12,7 +12,7 @@ from edgeattn.checks import count
 from edgeattn.device import place
 from edgeattn.functional import default_scale
 from edgeattn.kernels.cpu.layer_dynamic import DynamicLayer
-from edgeattn.kernels.cpu.linear_dynamic import DynamicLinear
+from edgeattn.kernels.cpu.projection_dynamic import DynamicProjection
 from edgeattn.layers import attention, fast_path
 from edgeattn.layers.positions import Positions, refuse_positions
 from edgeattn.layers.projected_kv import project_kv
@@ -118,13 +118,8 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention, Positions):
         self.prepared_calls = PreparedCalls()
         fused = (*INPUTS, "output")
         self._kernel = DynamicLayer(
-            H, Hkv, *(*map(pair, fused), *(self.biases.get(name) for name in fused), self.scale),
+            H, Hkv, [pair(name) for name in fused], [self.biases.get(name) for name in fused], self.scale,
             **self.head_positions)
-
-    def __repr__(self) -> str:
-        return (f"{type(self).__name__}(num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, "
-                f"embed_dim={self.embed_dim}, kdim={self.kdim}, vdim={self.vdim}, head_dim={self.head_dim}, "
-                f"value_dim={self.value_dim}, output_dim={self.output_dim})")
 
     @overload
     def __call__(self, query: ArrayLike, key: ArrayLike | ProjectedKV | None = None,
@@ -201,7 +196,7 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention, Positions):
     def projections(self) -> dict[str, Projection]:
         """The layer's linear maps by their names, as every attention layer has them."""
         return {name: Projection(linear, bias := self.biases.get(name),
-                                 DynamicLinear(linear.weight, linear.scale, bias))
+                                 DynamicProjection(linear.weight, linear.scale, bias))
                 for name, linear in self.weights.items()}
 
     @functools.cached_property
@@ -209,7 +204,7 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention, Positions):
         """The maps of an input to queries, keys and values as one, for tokens that come one by one."""
         linears = [self.weights[name] for name in INPUTS]
         biases = [self.biases.get(name, np.zeros(len(self.weights[name].scale), np.float32)) for name in INPUTS]
-        return DynamicLinear(np.concatenate([linear.weight for linear in linears]),
+        return DynamicProjection(np.concatenate([linear.weight for linear in linears]),
                              np.concatenate([linear.scale for linear in linears]), np.concatenate(biases))
 
     def to_state(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
