@@ -3,8 +3,9 @@
     python tools/arm64/count_instructions.py .arm64
     python tools/arm64/count_instructions.py .arm64 --cpu cortex-a53 --site FOLDER --size 64/4/32
 
-For each CPU a process a runtime, counted by a plugin of the emulator (count_plugin.c): a call is a quarter of what eight
-calls execute more than four. A count is no speed: instructions take unlike times, and the emulator has no pipelines.
+For each CPU a process a runtime, counted by a plugin of the emulator (count_plugin.c): a call is a quarter of what
+eight calls execute more than four. A count is no speed: instructions take unlike times, and the emulator has no
+pipelines.
 edgeattn runs from a wheel with these CPUs' kernels, without Numba; LiteRT and onnxruntime as their wheels come, on one
 thread. Needs a C compiler, apt-get as build.py does, and the package onnx.
 """
