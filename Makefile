@@ -84,8 +84,9 @@ test-cuda: ## the CUDA tests on a GPU, in nine minutes
 test-cuda-offline: $(ready_cuda) ## ... emulated and compiled, without a GPU
 	@$(python) -m pytest --long tests/kernels/cuda/test_cuda_*.py $(ARGS)
 
-test-published: $(ready_published) ## published ONNX models, beside onnxruntime
+test-published: $(ready_published) ## ONNX, read and written, beside onnxruntime
 	@$(python) -m pytest -n 0 tests/models/test_onnx_models.py -k published $(ARGS)
+	@$(python) -m pytest -n 0 tests/export/test_export_onnx.py -k onnxruntime $(ARGS)
 
 docs: $(ready_dev) ## the pages of docs/ as a site, in site/
 	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --strict && echo "site/index.html"

@@ -2,7 +2,7 @@
 
 norm(x + w2 gelu(w1 x + b1) + b2) of MiniLM's widths. Beside edgeattn's fused kernels: its kernels of linear layers with
 NumPy between, NumPy alone, and onnxruntime and torch where they can be imported (onnx too), each checked before it is
-timed. The limits: multiply-adds in registers, and twice as many of bytes, which is what pairs of 16-bit words give.
+timed. The limits: multiply-adds in registers, of float32 and of bytes.
 """
 
 from __future__ import annotations
@@ -138,18 +138,18 @@ def main() -> None:
     threads.set_num_threads(1)
     w = weights()
     calls = {**ours(w), **onnxruntime(w), **torch(w)}
-    limit, operations = limits(1)["float32 limit"]
+    bounds = {name.split()[0]: limit for name, limit in limits(1).items()}
     for rows in options.rows:
         x = np.random.default_rng(rows).standard_normal((rows, E)).astype(np.float32)
         check(calls, x)
         timed = {name: (lambda call=call: call(x)) for name, call in calls.items()}  # noqa: B023
-        times = {name: np.array(found) for name, found in interleave({**timed, "limit": limit},
-                                                                     seconds=options.seconds).items()}
-        rate = operations / times.pop("limit")
+        times = {name: np.array(found) for name, found in interleave(
+            timed | {f"{kind} limit": call for kind, (call, _) in bounds.items()}, seconds=options.seconds).items()}
+        rates = {kind: operations / times.pop(f"{kind} limit") for kind, (_, operations) in bounds.items()}
         print(f"{rows} tokens")
         for name, found in times.items():
-            share = np.median(4 * rows * E * F / found / rate) / (2 if "int8" in name else 1)
-            ratio = np.median(found / times["int8" if "int8" in name else "float32"])
+            kind = "int8" if "int8" in name else "float32"
+            share, ratio = np.median(4 * rows * E * F / found / rates[kind]), np.median(found / times[kind])
             print(f"  {name:24s} {np.median(found) * 1e6:8.0f} us, least {found.min() * 1e6:8.0f}, {ratio:5.2f} times "
                   f"ours, {share:4.0%} of the limit", flush=True)
 

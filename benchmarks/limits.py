@@ -1,8 +1,8 @@
 """What one core, or several, can do at most: multiply and add in registers, and read memory.
 
 Written with the vectors of edgeattn.kernels.cpu.simd, so each instruction set has its own limit: float32 by
-multiply-add, int8
-by the four-way dot product and, where there is one, by the matrix unit.
+multiply-add, int8 by the four-way dot product, or as words that are added first, and, where there is one, by the matrix
+unit.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from benchmarks.machine import cache_sizes
 from benchmarks.timing import interleave
 from edgeattn import threads
 from edgeattn.kernels.cpu.simd import (
+    ADDS_FIRST,
     COLUMNS,
     LANES,
     MATRIX_ROWS,
     ROWS,
     WIDTH,
+    add_products_of_wide,
     matrix_configure,
     matrix_dot,
     matrix_load,
@@ -37,6 +39,7 @@ from edgeattn.runtime.jit import compiled_for, jit
 from edgeattn.runtime.worker_pool import parallel_for, task
 
 STEPS = 80_000  # products of a tile in one call, and of four tiles of the matrix unit: some tenths of a millisecond
+NEAR = 64  # products of words whose operands are in the first cache: of the same ones the compiler would make one
 MATRIX_STEPS = 20_000
 SHARED_FACTOR = 5  # more on several threads, which take a while to start
 
@@ -48,6 +51,17 @@ def tile_limit(steps, a, b, private, begin, end):
         tile = tile_zero(ROWS, COLUMNS, b)
         for k in range(steps):
             tile = outer_product(tile, a, 0, 1, b, (k & 1) * WIDTH)
+        tile_store(tile, private, 0, WIDTH, LANES)
+
+
+@jit
+def word_limit(steps, a, b, private, begin, end):
+    """tile_limit() of bytes that have become words, as word_products.py multiplies them."""
+    for _ in range(begin, end):
+        tile = tile_zero(ROWS, COLUMNS, b)
+        for k in range(steps):
+            near = k & (NEAR - 1)
+            tile = add_products_of_wide(tile, a, 2 * near, 2, b, near * 2 * WIDTH)
         tile_store(tile, private, 0, WIDTH, LANES)
 
 
@@ -122,7 +136,7 @@ def limits(count: int) -> dict[str, tuple[Callable, int]]:
 
     "float32 limit", "int8 limit" and, on a machine that has one, "matrix limit" (int8).
     """
-    size = 2 * WIDTH + ROWS
+    size = 2 * NEAR * WIDTH + 2 * ROWS
     floats, scratch = np.ones(size, np.float32), ROWS * WIDTH
     unsigned, signed = np.ones(size, np.uint32), np.ones(size, np.int32)
 
@@ -139,8 +153,9 @@ def limits(count: int) -> dict[str, tuple[Callable, int]]:
     factor = 1 if count == 1 else SHARED_FACTOR
     steps, matrix_steps = factor * STEPS, factor * MATRIX_STEPS
     tile = 2 * ROWS * WIDTH * steps * count
+    of_bytes = (word_limit, (steps, signed, signed)) if ADDS_FIRST else (tile_limit, (steps, unsigned, signed))
     found = {"float32 limit": (call(tile_limit, (steps, floats, floats), np.float32), tile),
-             "int8 limit": (call(tile_limit, (steps, unsigned, signed), np.int32), 4 * tile)}
+             "int8 limit": (call(*of_bytes, np.int32), 4 * tile)}
     if ISA.amx:
         found["matrix limit"] = (call(matrix_limit, (matrix_steps,), np.int32),
                                  2 * 4 * MATRIX_ROWS * MATRIX_ROWS * 4 * MATRIX_ROWS * matrix_steps * count)

@@ -75,7 +75,7 @@ TABLES: Mapping[str, Mapping[str, Field]] = MappingProxyType({
     "TensorMap": {"name": Field(0, "string"), "tensor_index": Field(1, "uint32")},
     "FullyConnectedOptions": {
         "fused_activation_function": Field(0, "int8"), "weights_format": Field(1, "int8"),
-        "keep_num_dims": Field(2, "bool"),
+        "keep_num_dims": Field(2, "bool"), "asymmetric_quantize_inputs": Field(3, "bool"),
     },
     "BatchMatMulOptions": {"adj_x": Field(0, "bool"), "adj_y": Field(1, "bool")},
     "SoftmaxOptions": {"beta": Field(0, "float32")},
@@ -83,6 +83,11 @@ TABLES: Mapping[str, Mapping[str, Field]] = MappingProxyType({
     "MulOptions": {"fused_activation_function": Field(0, "int8")},
     "ReshapeOptions": {"new_shape": Field(0, "[int32]")},
     "GeluOptions": {"approximate": Field(0, "bool")},
+    "ReducerOptions": {"keep_dims": Field(0, "bool")},
+    "SubOptions": {"fused_activation_function": Field(0, "int8")},
+    "GatherOptions": {"axis": Field(0, "int32"), "batch_dims": Field(1, "int32")},
+    "ConcatenationOptions": {"axis": Field(0, "int32"), "fused_activation_function": Field(1, "int8")},
+    "SliceOptions": {},
     "TransposeOptions": {},
     "SelectV2Options": {},
     "QuantizeOptions": {},
@@ -92,7 +97,7 @@ TABLES: Mapping[str, Mapping[str, Field]] = MappingProxyType({
 
 @dataclass(frozen=True)
 class BuiltinOperator:
-    """An operator: its code, the code of its options in the union, and the options' table."""
+    """An operator: its code, the code of its options in the union, and the options' table; 0 and "" of none."""
 
     code: int
     options_code: int
@@ -101,12 +106,20 @@ class BuiltinOperator:
 
 BUILTIN_OPERATORS: Mapping[str, BuiltinOperator] = MappingProxyType({
     "ADD": BuiltinOperator(0, 11, "AddOptions"),
+    "CONCATENATION": BuiltinOperator(2, 10, "ConcatenationOptions"),
     "DEQUANTIZE": BuiltinOperator(6, 38, "DequantizeOptions"),
     "FULLY_CONNECTED": BuiltinOperator(9, 8, "FullyConnectedOptions"),
+    "LOGISTIC": BuiltinOperator(14, 0, ""),
     "MUL": BuiltinOperator(18, 21, "MulOptions"),
+    "RELU": BuiltinOperator(19, 0, ""),
     "RESHAPE": BuiltinOperator(22, 17, "ReshapeOptions"),
     "SOFTMAX": BuiltinOperator(25, 9, "SoftmaxOptions"),
+    "GATHER": BuiltinOperator(36, 23, "GatherOptions"),
     "TRANSPOSE": BuiltinOperator(39, 26, "TransposeOptions"),
+    "MEAN": BuiltinOperator(40, 27, "ReducerOptions"),
+    "SUB": BuiltinOperator(41, 28, "SubOptions"),
+    "SLICE": BuiltinOperator(65, 48, "SliceOptions"),
+    "RSQRT": BuiltinOperator(76, 0, ""),
     "QUANTIZE": BuiltinOperator(114, 89, "QuantizeOptions"),
     "SELECT_V2": BuiltinOperator(123, 98, "SelectV2Options"),
     "BATCH_MATMUL": BuiltinOperator(126, 101, "BatchMatMulOptions"),

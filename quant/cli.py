@@ -60,8 +60,8 @@ ADVICE = {
 }
 
 # Arguments that are options here.
-OPTIONS = ("num_heads", "target", "test_vectors", "sequence_length", "key_length", "batch", "mask", "arithmetic",
-           "scheme", "observer")
+OPTIONS = ("num_heads", "opset", "target", "test_vectors", "sequence_length", "key_length", "batch", "mask",
+           "arithmetic", "scheme", "observer", "room_for_masks")
 
 path_argument = click.Path(path_type=Path)
 arithmetic_option = click.option("--arithmetic", type=click.Choice(list(KERNEL_SETS)),
@@ -170,7 +170,10 @@ def calibrate(layer, prefix, torch_prefix, bert_prefix, num_heads, data, output,
               help="The TFLite kernel set that a static layer equals; litert unless given.")
 @click.option("--attention", type=click.Choice(["int8", "float32"]),
               help="Of a model: float32 leaves its attention as it is; int8 unless given.")
-def quantize(layer, prefix, torch_prefix, bert_prefix, num_heads, calibration, output, scheme, arithmetic, attention):
+@click.option("--room-for-masks", is_flag=True,
+              help="static: leave room below the scores for a mask that a .tflite, .onnx or .c shall hold.")
+def quantize(layer, prefix, torch_prefix, bert_prefix, num_heads, calibration, output, scheme, arithmetic, attention,
+             room_for_masks):
     """Make an int8 layer of LAYER and of CALIBRATION, which `quant calibrate` wrote.
 
     A model needs no CALIBRATION unless it shall be static: one chooses on your data which inputs stay float32.
@@ -185,7 +188,7 @@ def quantize(layer, prefix, torch_prefix, bert_prefix, num_heads, calibration, o
             raise click.UsageError("--arithmetic needs --scheme static for a model")
         seen = None if calibration is None else ModelCalibration.load(calibration)
         edgeattn.save(quant.quantize(layer, seen, scheme=scheme, attention=attention,
-                                     arithmetic=arithmetic or "litert"), output)
+                                     arithmetic=arithmetic or "litert", room_for_masks=room_for_masks), output)
         say(f"wrote {output}: {scheme} int8, attention {attention}, float in and out")
         return
     if attention is not None:
@@ -232,14 +235,16 @@ def compare(layer, prefix, torch_prefix, bert_prefix, num_heads, quantized, data
     "With --target a folder stands for attention-TARGET.so in it.")))
 @layer_options
 @click.argument("path", metavar="OUT", type=path_argument)
-@click.option("--batch", type=int, default=1, show_default=True, help="B of a .tflite or .c.")
-@click.option("--sequence-length", type=int, help="L of a .tflite or .c.")
+@click.option("--batch", type=int, help="B of a .tflite, .onnx or .c; 1 unless given.")
+@click.option("--sequence-length", type=int, multiple=True,
+              help="L of a .tflite, .onnx or .c; a .tflite takes several, an .onnx without any length.")
 @click.option("--key-length", type=int, help="S of a .tflite or .c whose keys are an input of their own.")
 @click.option("--mask", help='"causal", or a .npy file with a bool mask, True = attend.')
 @click.option("--test-vectors", type=int, help="How many to write beside a .c, with a program that checks them.")
 @click.option("--target", type=click.Choice([*TARGETS, NATIVE]), help="The processor of a .so; native: this machine's.")
+@click.option("--opset", type=int, help="Of an .onnx: 17, unless given, to 23, where attention is one operator.")
 def export(layer, prefix, torch_prefix, bert_prefix, num_heads, path, batch, sequence_length, key_length, mask,
-           test_vectors, target):
+           test_vectors, target, opset):
     """Write LAYER to OUT."""
     if target is not None and path.is_dir():
         path /= f"attention-{target}.so"
@@ -248,8 +253,9 @@ def export(layer, prefix, torch_prefix, bert_prefix, num_heads, path, batch, seq
     layer = read_layer(layer, prefix, torch_prefix, bert_prefix, num_heads)
     if mask_file is not None:
         mask = read_npy(mask_file)
-    path = quant.export(layer, path, batch=batch, sequence_length=sequence_length, key_length=key_length, mask=mask,
-                        test_vectors=test_vectors, target=target)
+    lengths = list(sequence_length) if len(sequence_length) > 1 else next(iter(sequence_length), None)
+    path = quant.export(layer, path, batch=batch, sequence_length=lengths, key_length=key_length, mask=mask,
+                        test_vectors=test_vectors, target=target, opset=opset)
     say(f"wrote {path}: {path.stat().st_size:,} bytes")
 
 

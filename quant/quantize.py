@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import TYPE_CHECKING, Literal, TypeVar, overload
 
 import numpy as np
 
-from edgeattn.checks import is_one_of
+from edgeattn.checks import flag, is_one_of
 from edgeattn.layers import MultiHeadAttention, TransformerEncoder
 from edgeattn.layers.positions import POSITIONS
 from edgeattn.models import ImageEncoder, TextEncoder
@@ -46,7 +48,7 @@ SMALLEST_SCORE_SCALE = 2.0**-20
 
 @overload
 def quantize(layer: MultiHeadAttention, calibration: Calibration, *, scheme: Literal["static"] = "static",
-             arithmetic: Arithmetic = "litert") -> StaticMultiHeadAttention: ...
+             arithmetic: Arithmetic = "litert", room_for_masks: bool = False) -> StaticMultiHeadAttention: ...
 
 
 @overload
@@ -56,16 +58,19 @@ def quantize(layer: MultiHeadAttention, calibration: Calibration | None = None, 
 
 @overload
 def quantize(layer: MultiHeadAttention, calibration: Calibration | None = None, *, scheme: Scheme,
-             arithmetic: Arithmetic = "litert") -> StaticMultiHeadAttention | DynamicMultiHeadAttention: ...
+             arithmetic: Arithmetic = "litert", room_for_masks: bool = False
+             ) -> StaticMultiHeadAttention | DynamicMultiHeadAttention: ...
 
 
 @overload
 def quantize(layer: Model, calibration: ModelCalibration | None = None, *, scheme: Scheme = "static",
-             arithmetic: Arithmetic = "litert", attention: Literal["int8", "float32"] = "int8") -> Model: ...
+             arithmetic: Arithmetic = "litert", attention: Literal["int8", "float32"] = "int8",
+             room_for_masks: bool = False) -> Model: ...
 
 
 def quantize(layer: Any, calibration: Calibration | ModelCalibration | None = None, *, scheme: Scheme = "static",
-             arithmetic: Arithmetic = "litert", attention: Literal["int8", "float32"] = "int8") -> Any:
+             arithmetic: Arithmetic = "litert", attention: Literal["int8", "float32"] = "int8",
+             room_for_masks: bool = False) -> Any:
     """Quantize a float layer, or a whole encoder, to int8.
 
     Dynamic: weights symmetric per output channel, everything else at run time; no calibration. That of a whole encoder
@@ -91,6 +96,9 @@ def quantize(layer: Any, calibration: Calibration | ModelCalibration | None = No
         The TFLite kernel set for the static scheme to equal, a name in ``edgeattn.arithmetic.KERNEL_SETS``.
     attention : {"int8", "float32"}
         Of a whole encoder: whether its attention layers become int8 too, or stay as they are.
+    room_for_masks : bool
+        Of static attention: whether the scores' range leaves room below for masks that a file shall hold. A layer has
+        it anyway where its calibration saw masks; a whole encoder, whose calls leave masked keys out, does not.
 
     Returns
     -------
@@ -101,12 +109,16 @@ def quantize(layer: Any, calibration: Calibration | ModelCalibration | None = No
     TypeError, ValueError
         Naming the argument.
     """
+    room_for_masks = flag("room_for_masks", room_for_masks)
+    if room_for_masks and scheme == "dynamic":
+        raise ValueError("room_for_masks must be left out for scheme='dynamic', whose scores are float32")
     if isinstance(layer, MODELS):
         if not is_one_of(scheme, ("static", "dynamic")):
             raise ValueError(f"scheme must be 'static' or 'dynamic'; got {scheme!r}")
         if scheme == "static":
             return quantize_model(layer, attention, lambda: static_scheme(
-                layer, calibration, arithmetic, quantize, quantize_linear))
+                layer, calibration, arithmetic, functools.partial(quantize, room_for_masks=room_for_masks),
+                quantize_linear))
         return quantize_model(layer, attention, lambda: dynamic_scheme(layer, calibration, _quantize_dynamic))
     check_layer(layer, scheme)
     if scheme == "dynamic":
@@ -116,6 +128,8 @@ def quantize(layer: Any, calibration: Calibration | ModelCalibration | None = No
                         f"got {type(calibration).__name__}")
     if calibration.layer != fingerprint(layer):
         raise ValueError("calibration was made with another layer: its weights differ from this layer's")
+    if room_for_masks:
+        calibration = dataclasses.replace(calibration, masked=True)
     for name in calibration.statistics:
         low, high = calibration.range(name)
         if high - low > 127 * LARGEST_SCALE:

@@ -235,6 +235,14 @@ def test_quantize_to_static(command):
         edgeattn.load("e.safetensors"), quant.ModelCalibration.load("c.safetensors"), arithmetic="tflm")
 
 
+def test_export_of_an_encoder(command):
+    command("quant calibrate e.safetensors x.npy -o c.safetensors")
+    command("quant quantize e.safetensors c.safetensors -o q.safetensors --scheme static --room-for-masks")
+    for name, lengths in (("e", "--sequence-length 4 --sequence-length 9"), ("q", "--sequence-length 9 --mask causal")):
+        assert command(f"quant export {name}.safetensors {name}.tflite {lengths}").startswith(f"wrote {name}.tflite: ")
+    assert command("quant export q.safetensors q.onnx --opset 20").startswith("wrote q.onnx: ")
+
+
 def test_a_layers_comparison_as_json(command):
     command("quant quantize layer.safetensors -o q.safetensors --scheme dynamic")
     found = json.loads(command("quant compare layer.safetensors q.safetensors x.npy --json"))
@@ -256,7 +264,10 @@ def test_a_layers_comparison_as_json(command):
     (f"calibrate {SENTENCES} latin.txt -o c.safetensors", "latin.txt is not a whole .txt file of UTF-8"),
     ("calibrate none x.npy -o c.safetensors", "edgeattn.from_pretrained reads a model's folder"),
     ("compare e.safetensors t.safetensors x.npy", "quantized must be a TransformerEncoder, as model is; got TextEncoder"),
-    ("export e.safetensors e.tflite --sequence-length 9", "got a TransformerEncoder, which only .safetensors and .so files hold whole"),
+    ("export e.safetensors e.c --sequence-length 9", "got a TransformerEncoder, which only .tflite, .onnx, .safetensors and .so files"),
+    ("export t.safetensors t.tflite --sequence-length 9", "export its encoder, model.encoder, whose inputs are"),
+    ("export e.safetensors e.onnx --opset 12", "--opset must be one of 17 to 23; got 12"),
+    ("quantize e.safetensors -o q.safetensors --room-for-masks", "--room-for-masks must be left out for scheme='dynamic'"),
 ])
 def test_quant_errors_are_one_line(command, line, message):
     before = sorted(Path().iterdir())

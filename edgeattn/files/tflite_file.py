@@ -226,7 +226,7 @@ class _Parser:
 
     def options(self, table: int, name: str) -> dict[str, object]:
         builtin = BUILTIN_OPERATORS.get(name)
-        if builtin is None:
+        if builtin is None or not builtin.options_table:
             return {}
         code = self.get(table, "Operator", "builtin_options_type")
         position = self.get(table, "Operator", "builtin_options")

@@ -167,20 +167,23 @@ class TextEncoder(Placeable, Stored):
             name = "ids" if attention_mask is None else "attention_mask"
             raise ValueError(f"{name} must be of sequences of one length with kv_cache, got lengths "
                              f"{str(lengths)[:100]}; decode those of each length with caches of their own")
-        if held and not real.all():
+        if held and real is not None:
             raise ValueError("attention_mask must be left out, or of 1 alone, with a kv_cache that holds tokens, "
                              "got a 0")
         self._check_length(held + (ids.shape[1] if lengths is None else max(lengths, default=0)))
         options: dict[str, Any] = {"lengths": lengths, "is_causal": self.is_causal, "kv_cache": kv_cache}
-        if lengths is None and not real.all():
+        if lengths is None and real is not None:
             options["key_padding_mask"] = real
-        chosen = np.ones_like(real) if lengths is None else real
         positions = self.embedding.positions(ids, held)
-        result = np.zeros((*ids.shape, self.embed_dim), np.float32)
+        result: Float32s = np.zeros((*ids.shape, self.embed_dim), np.float32)
         with self.encoder.prepared(ids.shape, **options) as sequences:
-            if chosen.any():
-                result[chosen] = self.forward(CompiledOps(), ids[chosen], positions[chosen], types[chosen], sequences)
-        result[~real] = 0
+            if lengths is None and ids.size:
+                rows = self.forward(CompiledOps(), ids.ravel(), positions.ravel(), types.ravel(), sequences)
+                result = rows.reshape(result.shape)
+            elif real is not None and real.any():
+                result[real] = self.forward(CompiledOps(), ids[real], positions[real], types[real], sequences)
+        if lengths is None and real is not None:
+            result[~real] = 0
         return result
 
     def encode(self, sentences: Iterable[str], batch_size: SupportsIndex = 32, *, normalize: Flag | None = None,
@@ -340,9 +343,10 @@ def _sentences(sentences: Iterable[str]) -> list[str]:
 
 
 def _real_tokens(ids: NDArray[np.int64], lengths: list[int] | None, attention_mask: ArrayLike | None
-                 ) -> tuple[NDArray[np.bool_], list[int] | None]:
-    """Which tokens are real (B, L), and the lengths of sequences where all others stand at their ends; None for whole
-    ones.
+                 ) -> tuple[NDArray[np.bool_] | None, list[int] | None]:
+    """Which tokens are real (B, L), and the lengths of sequences where all others stand at their ends.
+
+    None where all are real; and for lengths where others stand elsewhere.
     """
     column = np.arange(ids.shape[1])
     if lengths is not None:
@@ -351,13 +355,15 @@ def _real_tokens(ids: NDArray[np.int64], lengths: list[int] | None, attention_ma
                              "got both")
         return column < np.array(lengths, np.int64)[:, None], lengths
     if attention_mask is None:
-        return np.ones(ids.shape, bool), None
+        return None, None
     mask = as_array("attention_mask", attention_mask)
     if mask.shape != ids.shape:
         raise ValueError(f"attention_mask must have the shape of ids, {ids.shape}, got {mask.shape}")
     if mask.dtype.kind not in "biuf" or not ((mask == 0) | (mask == 1)).all():
         raise ValueError("attention_mask must be of 0 and 1, 1 = a real token, got other values")
     real = mask != 0
+    if real.all():
+        return None, None
     counts = real.sum(axis=1)
     ends = (real == (column < counts[:, None])).all()
-    return real, counts.tolist() if ends and not real.all() else None
+    return real, counts.tolist() if ends else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -10,13 +11,14 @@ import numpy as np
 import edgeattn
 from edgeattn.checks import as_array, count, is_one_of
 from edgeattn.files.paths import as_path, check_folder, write_atomic
-from edgeattn.layers import MultiHeadAttention
+from edgeattn.layers import MultiHeadAttention, TransformerEncoder
 from edgeattn.layers.positions import refuse_positions
 from edgeattn.quantized import DynamicMultiHeadAttention, QuantizedMultiHeadAttention, StaticMultiHeadAttention
 from edgeattn.runtime.targets import TARGETS
 from quant.export.bundle import has_header, write_bundle
 from quant.export.c import write_c
 from quant.export.c_files import check_beside, write_together
+from quant.export.onnx import OPSETS, write_onnx
 from quant.export.targets import NATIVE, host_target, target_of
 from quant.export.tflite import write_tflite
 from quant.model_calls import MODELS
@@ -33,12 +35,13 @@ if TYPE_CHECKING:
 
 
 class Request(NamedTuple):
-    """The arguments of ``export``, checked, for whoever writes."""
+    """The arguments of ``export``, checked, for whoever writes; of several lengths the mask may be "causal"."""
 
     lengths: dict[str, Any]
-    mask: types.Bools | None
+    mask: Any
     test_vectors: int | None
     target: str | None
+    opset: int | None
 
 
 class Format(NamedTuple):
@@ -51,19 +54,29 @@ class Format(NamedTuple):
     about : str
         What the file is for, as `quant export --help` and docs/formats.md say it.
     any_shape : bool
-        Whether a file takes any batch and lengths, and a dynamic layer; the others are of fixed shapes.
+        Whether a file takes any batch and lengths, and whole models of texts and images; the others are of fixed
+        shapes.
+    encoders, dynamic : bool
+        Whether it takes whole encoders, and dynamic layers.
     options : tuple of str
-        Of "target", which is required then, and "test_vectors": those that the format has.
+        Of "target", which is required then, "test_vectors", "opset", "several lengths" and "any length": those that
+        the format has.
     """
 
     write: Callable[[Any, Path, Request], None]
     about: str
     any_shape: bool = False
+    encoders: bool = False
+    dynamic: bool = False
     options: tuple[str, ...] = ()
 
 
 def _tflite(layer: Any, path: Path, request: Request) -> None:
     write_atomic(path, write_tflite(layer, **request.lengths, mask=request.mask))
+
+
+def _onnx(layer: Any, path: Path, request: Request) -> None:
+    write_atomic(path, write_onnx(layer, **request.lengths, mask=request.mask, opset=request.opset or OPSETS[0]))
 
 
 def _safetensors(layer: Any, path: Path, request: Request) -> None:
@@ -85,45 +98,54 @@ def _bundle(layer: Any, path: Path, request: Request) -> None:
 
 
 FORMATS = {
-    ".tflite": Format(_tflite, "fixed shapes; runs in LiteRT, tflite-runtime and TFLite Micro"),
-    ".safetensors": Format(_safetensors, "any shape; `edgeattn.load` reads it", any_shape=True),
+    ".tflite": Format(_tflite, "fixed shapes, whole encoders too; runs in LiteRT, tflite-runtime and TFLite Micro",
+                      encoders=True, dynamic=True, options=("several lengths",)),
+    ".onnx": Format(_onnx, "fixed shapes or any, whole encoders too; runs in onnxruntime and others", encoders=True,
+                    options=("any length", "opset")),
+    ".safetensors": Format(_safetensors, "any shape; `edgeattn.load` reads it", any_shape=True, encoders=True,
+                           dynamic=True),
     ".c": Format(_c, "fixed shapes; C99 for microcontrollers, with a header beside it", options=("test_vectors",)),
     ".so": Format(_bundle, "any shape, whole models too; its kernels compiled for a target, with a C header for an "
                            "attention layer; `edgeattn.bundle.load` runs it without Numba", any_shape=True,
-                  options=("target",)),
+                  encoders=True, dynamic=True, options=("target",)),
 }
 
 
 def export(layer: MultiHeadAttention | QuantizedMultiHeadAttention | Model, path: types.Path, *,
-           batch: SupportsIndex = 1, sequence_length: SupportsIndex | None = None,
+           batch: SupportsIndex | None = None, sequence_length: SupportsIndex | Sequence[SupportsIndex] | None = None,
            key_length: SupportsIndex | None = None, mask: Literal["causal"] | ArrayLike | None = None,
-           test_vectors: SupportsIndex | None = None, target: TargetName | None = None) -> Path:
+           test_vectors: SupportsIndex | None = None, target: TargetName | None = None,
+           opset: SupportsIndex | None = None) -> Path:
     """Write ``layer`` to ``path`` in the format its suffix names; nothing half-written is ever left there.
 
     Parameters
     ----------
     layer : MultiHeadAttention, QuantizedMultiHeadAttention, TransformerEncoder, TextEncoder or ImageEncoder
-        The last three, whole, go to a ``.safetensors`` or ``.so``.
+        The last two, whole, go to a ``.safetensors`` or ``.so``; their ``encoder`` to a ``.tflite`` or ``.onnx`` too.
     path : str or path-like
         Ends in one of `FORMATS`, which says what each is for: ``.tflite``, ``.safetensors``, ``.c`` (the name must be a
         C identifier, the layer a static one with the arithmetic "tflm") or ``.so``. With a target, a folder that exists
         stands for ``attention-TARGET.so`` in it. A file of this name is replaced; what has the name of a file that goes
         beside it, only if it is of an earlier export.
     batch : int
-        B of a ``.tflite`` or ``.c``. A ``.safetensors`` or ``.so`` takes any, and lengths only for a mask.
-    sequence_length : int
-        L of a ``.tflite`` or ``.c``, required there, and of a causal mask.
+        B of a ``.tflite`` or ``.c``, 1 unless given. A ``.safetensors`` or ``.so`` takes any, and lengths only for a
+        mask. An ``.onnx`` takes any where neither ``batch`` nor ``sequence_length`` is given.
+    sequence_length : int, or for a ``.tflite`` several
+        L of a ``.tflite`` or ``.c``, required there, and of a causal mask. A ``.tflite`` of several has a signature,
+        ``length_L``, for each of them, over the same weights. An ``.onnx`` without takes any.
     key_length : int, optional
         S of a ``.tflite`` or ``.c`` with inputs of their own for key and value; L otherwise.
     mask : "causal" or bool array broadcastable to (B, H, L, S), optional
-        Written into the file; True = attend. An int8 layer must have been calibrated with masks, else its scores' range
-        leaves no room below for masked scores.
+        Written into the file; True = attend. Static attention must have been calibrated with masks, or quantized with
+        ``room_for_masks=True``, else its scores' range leaves no room below for masked scores.
     test_vectors : int, optional
         Of a ``.c``: how many test vectors to write beside it, ``NAME_test.h``, with a program that checks them,
         ``NAME_test.c``.
     target : str, optional
         Of a ``.so``, required there: the processor, a name in ``quant.export.targets.TARGETS``, such as "cortex-a72";
         "native": the best of them that this machine can run.
+    opset : int, optional
+        Of an ``.onnx``: 17, unless given, to 23, where attention in float32 is one operator.
 
     Returns
     -------
@@ -153,38 +175,71 @@ def export(layer: MultiHeadAttention | QuantizedMultiHeadAttention | Model, path
         raise ValueError(f"path must end in one of {', '.join(FORMATS)}; got {str(path)!r}")
     form = FORMATS[path.suffix]
     of_any_shape = " and ".join(suffix for suffix, other in FORMATS.items() if other.any_shape)
-    if whole and not form.any_shape:
+    if whole and not form.encoders:
         raise TypeError(f"layer must be an attention layer for a {path.suffix} file; got a {type(layer).__name__}, "
-                        f"which only {of_any_shape} files hold whole; export its attention layers, "
+                        f"which only {_those('encoders')} files hold whole; export its attention layers, "
                         "encoder.layers[i].attention, one by one")
+    if whole and not form.any_shape and not isinstance(layer, TransformerEncoder):
+        raise TypeError(f"layer must be an encoder or an attention layer for a {path.suffix} file; got a "
+                        f"{type(layer).__name__}, which only {of_any_shape} files hold whole; export its encoder, "
+                        "model.encoder, whose inputs are what the embedding gives")
     if not form.any_shape:
         refuse_positions(layer, f"{of_any_shape} files hold it")
-    if isinstance(layer, DynamicMultiHeadAttention) and (not form.any_shape or mask is not None):
-        raise ValueError(f"layer is dynamic, which only {of_any_shape} files hold, without a mask; got {str(path)!r}; "
+    if isinstance(layer, DynamicMultiHeadAttention) and not form.dynamic:
+        raise ValueError(f"layer is dynamic, which only {_those('dynamic')} files hold; got {str(path)!r}; "
                          "quantize with scheme='static' for the other formats")
+    if form.any_shape and mask is not None and (whole or isinstance(layer, DynamicMultiHeadAttention)):
+        raise ValueError(f"mask must be left out for {'a model' if whole else 'a dynamic layer'} in a {path.suffix} "
+                         "file, which holds none; pass it to each call")
     if processor is None and "target" in form.options:
         raise ValueError(f"target must name the processor of a {path.suffix}, one of {', '.join(TARGETS)}; it is "
                          f"missing for {str(path)!r}")
-    for name, value in (("target", processor), ("test_vectors", test_vectors)):
+    for name, value in (("target", processor), ("test_vectors", test_vectors), ("opset", opset)):
         if value is not None and name not in form.options:
             those = " or ".join(suffix for suffix, other in FORMATS.items() if name in other.options)
             raise ValueError(f"{name} must be left out but for a {those}; got {value!r} for {str(path)!r}")
+    several = _several(sequence_length)
+    if several is not None and "several lengths" not in form.options:
+        those = " or ".join(suffix for suffix, other in FORMATS.items() if "several lengths" in other.options)
+        raise ValueError(f"sequence_length must be one number but for a {those}; got {several} for {str(path)!r}")
     vectors = None if test_vectors is None else count("test_vectors", test_vectors)
-    given = {"batch": batch, "sequence_length": sequence_length, "key_length": key_length}
+    version = None if opset is None else count("opset", opset)
+    free = "any length" in form.options and sequence_length is None
+    if batch is None and not free:
+        batch = 1
+    given: dict[str, Any] = {"batch": batch, "sequence_length": sequence_length, "key_length": key_length}
     lengths: dict[str, Any] = {
-        name: None if length is None else count(name, length) for name, length in given.items()}
+        name: several if name == "sequence_length" and several else None if length is None else count(name, length)
+        for name, length in given.items()}
     if form.any_shape:
-        needed = {"sequence_length": sequence_length, "key_length": key_length} if mask is None else {}
+        needed: dict[str, Any] = {} if mask is not None else {
+            "sequence_length": sequence_length, "key_length": key_length}
         for name, value, default in (("batch", batch, 1), *((n, v, None) for n, v in needed.items())):
-            if value != default:
+            if value is not None and value != default:
                 raise ValueError(f"{name} must be left out for a {path.suffix}, which takes any; got {value}")
     check_folder(path)
-    if mask is not None:
+    if mask is not None and not (several and is_one_of(mask, ("causal",)) and key_length is None):
         mask = _mask(mask, lengths["sequence_length"], lengths["key_length"])
-    if not form.any_shape and sequence_length is None:
+    if not form.any_shape and sequence_length is None and not free:
         raise ValueError(f"sequence_length is required for a {path.suffix}: its shapes are fixed")
-    form.write(layer, path, Request(lengths, mask, vectors, processor))
+    form.write(layer, path, Request(lengths, mask, vectors, processor, version))
     return path
+
+
+def _those(what: str) -> str:
+    """The suffixes of formats that have it."""
+    *others, last = (suffix for suffix, form in FORMATS.items() if getattr(form, what))
+    return f"{', '.join(others)} and {last}"
+
+
+def _several(lengths: object) -> list[int] | None:
+    """Several lengths, each once; None where it is one or none."""
+    if isinstance(lengths, str) or not isinstance(lengths, Sequence):
+        return None
+    found = [count(f"sequence_length[{i}]", length) for i, length in enumerate(lengths)]
+    if not found or len(set(found)) != len(found):
+        raise ValueError(f"sequence_length must be a number or several, each once; got {found}")
+    return found
 
 
 def _carrying(layer: MultiHeadAttention | QuantizedMultiHeadAttention, path: Path, mask: types.Bools | None

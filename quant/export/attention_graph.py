@@ -24,11 +24,20 @@ import numpy as np
 from edgeattn.executors.unfused import attend
 from edgeattn.layers.attention import forward
 from edgeattn.ops import Ops, Sequences
-from edgeattn.quantized import INPUTS, AddMask, MulConstant, SelectMask, StaticMultiHeadAttention
+from edgeattn.quantized import (
+    INPUTS,
+    AddMask,
+    MulConstant,
+    QuantizedLinear,
+    SelectMask,
+    StaticMultiHeadAttention,
+)
 from edgeattn.tflite_schema import Graph
 
 FULLY_CONNECTED_VERSION = 5  # the first with keep_num_dims
+HYBRID_VERSION = 12  # of FULLY_CONNECTED: the first with float rows and int8 weights of a scale for each channel
 INT8_VERSIONS = {
+    "FULLY_CONNECTED": FULLY_CONNECTED_VERSION,
     "ADD": 2,
     "MUL": 2,
     "BATCH_MATMUL": 2,
@@ -37,7 +46,7 @@ INT8_VERSIONS = {
     "RESHAPE": 1,
     "SELECT_V2": 1,
 }
-FLOAT_VERSIONS = dict.fromkeys(INT8_VERSIONS, 1)
+FLOAT_VERSIONS = dict.fromkeys(INT8_VERSIONS, 1) | {"FULLY_CONNECTED": FULLY_CONNECTED_VERSION}
 # exp(MASKED_SCORE - any real score) is 0 in float32, and unlike -inf a row full of it gives no NaN.
 MASKED_SCORE = np.float32(-1e30)
 
@@ -67,10 +76,15 @@ class TfliteOps(Ops[int]):
     lengths : _Lengths
     tensors : mapping of str to TensorQuantization
         By the names of tensors; empty for a graph in float32.
+    graph : Graph, optional
+        What is written to; one of its own unless given.
+    prefix : str
+        Before the names that the graph's tensors get.
     """
 
-    def __init__(self, lengths: _Lengths, tensors):
-        self.graph = Graph()
+    def __init__(self, lengths: _Lengths, tensors, graph: Graph | None = None, prefix: str = ""):
+        self.graph = Graph() if graph is None else graph
+        self.prefix = prefix
         self.lengths = lengths
         self.tensors = tensors
         self.dtype = np.dtype(np.int8 if tensors else np.float32)
@@ -112,22 +126,22 @@ class TfliteOps(Ops[int]):
         if H == 1 or len(tensor.shape) == 4:
             return x
         _, length, width = tensor.shape
-        split = self._reshape(x, f"{tensor.name}/split", (B, length, H, width // H))
-        return self._transpose_heads(split, f"{tensor.name}/heads")
+        name = tensor.name.removeprefix(self.prefix)
+        split = self._reshape(x, f"{name}/split", (B, length, H, width // H))
+        return self._transpose_heads(split, f"{name}/heads")
 
     def merge_heads(self, x: int) -> int:
         """(B, H, L, Dv) -> (B, L, H*Dv); one head is left alone."""
         if self.lengths.heads == 1:
             return x
-        B, H, L, width = self.graph.tensors[x].shape
-        return self._reshape(self._transpose_heads(x, "context/heads"), "context/merged", (B, L, H * width))
+        tensor = self.graph.tensors[x]
+        (B, H, L, width), name = tensor.shape, tensor.name.removeprefix(self.prefix)
+        return self._reshape(self._transpose_heads(x, f"{name}/heads"), f"{name}/merged", (B, L, H * width))
 
     def _fully_connected(self, x: int, weight: int, bias: int | None, name: str) -> int:
         shape = (*self.graph.tensors[x].shape[:-1], self.graph.tensors[weight].shape[0])
-        output = self.graph.activation(name, shape, self.dtype, self.tensors.get(name))
-        self.graph.operator("FULLY_CONNECTED", [x, weight] if bias is None else [x, weight, bias], output,
-                            {"keep_num_dims": True}, FULLY_CONNECTED_VERSION)
-        return output
+        operands = [x, weight] if bias is None else [x, weight, bias]
+        return self._operator("FULLY_CONNECTED", operands, name, shape, options={"keep_num_dims": True})
 
     def _batch_matmul(self, lhs: int, rhs: int, name: str, columns: int, *, adj_y: bool) -> int:
         shape = (*self.graph.tensors[lhs].shape[:-1], columns)
@@ -135,25 +149,28 @@ class TfliteOps(Ops[int]):
 
     def _reshape(self, x: int, name: str, shape) -> int:
         target = np.array(shape, np.int32)
-        constant = self.graph.constant(f"{name}/shape", target)
+        constant = self._constant(f"{name}/shape", target)
         return self._operator("RESHAPE", [x, constant], name, shape, options={"new_shape": target})
 
     def _transpose_heads(self, x: int, name: str) -> int:
         if self._heads_first is None:
-            self._heads_first = self.graph.constant("heads_first", np.array([0, 2, 1, 3], np.int32))
+            self._heads_first = self._constant("heads_first", np.array([0, 2, 1, 3], np.int32))
         shape = [self.graph.tensors[x].shape[axis] for axis in (0, 2, 1, 3)]
         return self._operator("TRANSPOSE", [x, self._heads_first], name, shape)
 
     def _operator(self, operator: str, inputs: list[int], name: str, shape, quantization=None, options=None) -> int:
         # what is only moved, "query/split", is quantized as "query" is
         quantization = quantization or self.tensors.get(name.partition("/")[0])
-        output = self.graph.activation(name, shape, self.dtype, quantization)
+        output = self.graph.activation(self.prefix + name, shape, self.dtype, quantization)
         self.graph.operator(operator, inputs, output, options, self._versions[operator])
         return output
 
+    def _constant(self, name: str, values: np.ndarray, quantization=None, *, channel_scale=None) -> int:
+        return self.graph.constant(self.prefix + name, values, quantization, channel_scale=channel_scale)
+
     def _mask_constant(self, name: str, values: np.ndarray, what: str, quantization=None) -> int:
         """A constant of the scores' rank, from ``values`` that broadcast to (B, H, L, S)."""
-        return self.graph.constant(name, mask_to_graph_rank(values, self.lengths.scores, what), quantization)
+        return self._constant(name, mask_to_graph_rank(values, self.lengths.scores, what), quantization)
 
 
 class Int8TfliteOps(TfliteOps):
@@ -161,11 +178,11 @@ class Int8TfliteOps(TfliteOps):
 
     def linear(self, x: int, linear, name: str) -> int:
         """x weight^T + bias; heads are split right behind it."""
-        weight = self.graph.constant(f"{name}/weight", linear.weight, channel_scale=linear.scale)
+        weight = self._constant(f"{name}/weight", linear.weight, channel_scale=linear.scale)
         bias = None
         if linear.bias is not None:
             input_scale = self.graph.tensors[x].scale
-            bias = self.graph.constant(f"{name}/bias", linear.bias, channel_scale=input_scale * linear.scale)
+            bias = self._constant(f"{name}/bias", linear.bias, channel_scale=input_scale * linear.scale)
         y = self._fully_connected(x, weight, bias, name)
         return self.split_heads(y) if name in INPUTS else y
 
@@ -175,7 +192,7 @@ class Int8TfliteOps(TfliteOps):
         for number, op in enumerate(layer.score_ops):
             name = f"scores/{number}"
             if isinstance(op, MulConstant):
-                constant = self.graph.constant(f"{name}/constant", np.array(op.code, np.int8), op.constant)
+                constant = self._constant(f"{name}/constant", np.array(op.code, np.int8), op.constant)
                 quantization = op.output
                 scores = self._operator("MUL", [scores, constant], f"{name}/scaled", shape, quantization)
             elif isinstance(op, AddMask):
@@ -184,7 +201,7 @@ class Int8TfliteOps(TfliteOps):
                 scores = self._operator("ADD", [scores, added], f"{name}/masked", shape, quantization)
             elif isinstance(op, SelectMask):
                 keep = self._mask_constant(f"{name}/keep", op.keep, "mask of the layer's SelectMask")
-                fill = self.graph.constant(f"{name}/fill", np.array(op.fill, np.int8), quantization)
+                fill = self._constant(f"{name}/fill", np.array(op.fill, np.int8), quantization)
                 scores = self._operator("SELECT_V2", [keep, scores, fill], f"{name}/masked", shape, quantization)
             else:
                 raise TypeError(f"score_ops must be MulConstant, AddMask or SelectMask; got {type(op).__name__}")
@@ -192,57 +209,84 @@ class Int8TfliteOps(TfliteOps):
 
 
 class FloatTfliteOps(TfliteOps):
-    """Of a float layer: float32 (B, L, E) in, float32 (B, L, output width) out.
+    """Of a float layer: float32 (B, L, E) in, float32 (B, L, output width) out. Weights in int8 make hybrid products,
+    whose rows the runtime quantizes.
 
     1/sqrt(D) is multiplied into the query weights, and key and value heads shared by several query heads are repeated.
     """
 
-    def __init__(self, lengths: _Lengths, layer, mask):
-        super().__init__(lengths, {})
-        self._factor = {"query": np.float32(layer.scale)}
-        self._repeats = dict.fromkeys(("key", "value"), layer.num_heads // layer.num_kv_heads)
-        self._kv_heads = layer.num_kv_heads
+    def __init__(self, lengths: _Lengths, graph: Graph | None = None):
+        super().__init__(lengths, {}, graph)
+        self._factor: dict[str, np.float32] = {}
+        self._shared: dict[str, tuple[int, int]] = {}
+        self._mask: np.ndarray | None = None
+
+    def begin(self, layer, mask, name: str = "") -> None:
+        """What `forward` of a layer, whose names begin with `name`, is about to find."""
+        self._factor = {f"{name}query": np.float32(layer.scale)}
+        repeats = layer.num_heads // layer.num_kv_heads
+        self._shared = dict.fromkeys((f"{name}key", f"{name}value"), (layer.num_kv_heads, repeats))
         self._mask = None if mask is None else np.asarray(mask)
 
     def linear(self, x: int, linear, name: str) -> int:
         """x weight^T + bias."""
-        constants = [None if array is None else self.graph.constant(f"{name}/{part}", self._folded(name, array))
+        quantized = getattr(linear, "weight", None)
+        if isinstance(quantized, QuantizedLinear):  # a Projection of a dynamic layer
+            return self.hybrid(x, quantized.weight, quantized.scale, linear.bias, name)
+        constants = [None if array is None else self._constant(f"{name}/{part}", self._folded(name, array))
                      for part, array in (("weight", linear.weight), ("bias", linear.bias))]
         return self._fully_connected(x, *constants, name)
 
+    def hybrid(self, x: int, codes: np.ndarray, scale: np.ndarray, bias: np.ndarray | None, name: str) -> int:
+        """x (codes * scale)^T + bias, of rows that the runtime quantizes by ranges of their own."""
+        codes = self._repeated(name, codes)
+        operands = [x, self._constant(f"{name}/weight", codes, channel_scale=self._folded(name, scale))]
+        if bias is not None:
+            operands.append(self._constant(f"{name}/bias", self._folded(name, bias)))
+        output = self.graph.activation(name, (*self.graph.tensors[x].shape[:-1], len(codes)), np.float32)
+        options = {"keep_num_dims": True, "asymmetric_quantize_inputs": True}
+        self.graph.operator("FULLY_CONNECTED", operands, output, options, HYBRID_VERSION)
+        return output
+
+    def _repeated(self, name: str, array: np.ndarray) -> np.ndarray:
+        heads, repeats = self._shared.get(name, (1, 1))
+        if repeats > 1:
+            array = np.repeat(array.reshape(heads, -1, *array.shape[1:]), repeats, axis=0).reshape(
+                -1, *array.shape[1:])
+        return array
+
     def _folded(self, name: str, array: np.ndarray) -> np.ndarray:
-        if (repeats := self._repeats.get(name, 1)) > 1:
-            heads = array.reshape(self._kv_heads, -1, *array.shape[1:])
-            array = np.repeat(heads, repeats, axis=0).reshape(-1, *array.shape[1:])
+        array = self._repeated(name, array)
         return array * self._factor[name] if name in self._factor else array
 
     def masked(self, scores: int, layer, mask, name: str) -> int:
         """The mask that the file shall hold."""
         if self._mask is None:
             return scores
-        mask, shape = self._mask, self.graph.tensors[scores].shape
+        mask, tensor = self._mask, self.graph.tensors[scores]
+        name, shape = tensor.name, tensor.shape
         if mask.dtype == np.bool_:
-            keep = self._mask_constant("scores/keep", mask, "mask")
-            fill = self.graph.constant("scores/fill", np.array(MASKED_SCORE))
-            return self._operator("SELECT_V2", [keep, scores, fill], "scores/masked", shape)
+            keep = self._mask_constant(f"{name}/keep", mask, "mask")
+            fill = self._constant(f"{name}/fill", np.array(MASKED_SCORE))
+            return self._operator("SELECT_V2", [keep, scores, fill], f"{name}/masked", shape)
         if mask.dtype != np.float32:
             raise TypeError(f"mask must be bool (True = attend) or float32 (added to the scores); got {mask.dtype}")
         if np.isnan(mask).any():
             raise ValueError("mask must hold no NaN")
-        added = self._mask_constant("scores/mask", np.maximum(mask, MASKED_SCORE), "mask")
-        return self._operator("ADD", [scores, added], "scores/masked", shape)
+        added = self._mask_constant(f"{name}/mask", np.maximum(mask, MASKED_SCORE), "mask")
+        return self._operator("ADD", [scores, added], f"{name}/masked", shape)
 
 
 def attention_graph(layer, *, batch: int, sequence_length: int, key_length: int | None = None, mask=None) -> Graph:
-    """The graph of a layer: int8 of a static one, its ``score_ops`` included, or float32.
+    """The graph of a layer: int8 of a static one, its ``score_ops`` included, float32, or hybrid of a dynamic one.
 
     Parameters
     ----------
-    layer : StaticMultiHeadAttention or MultiHeadAttention
+    layer : StaticMultiHeadAttention, MultiHeadAttention or DynamicMultiHeadAttention
     batch, sequence_length, key_length : int
         B, L, S; S is L by default.
     mask : bool array, broadcastable to (B, H, L, S), optional
-        True = attend. For a float layer also float32 numbers that are added to the scores.
+        True = attend. For a float or dynamic layer also float32 numbers that are added to the scores.
 
     Returns
     -------
@@ -255,16 +299,18 @@ def attention_graph(layer, *, batch: int, sequence_length: int, key_length: int 
         layer, sources = layer if mask is None else layer.with_mask(np.asarray(mask)), layer.sources
         ops: TfliteOps = Int8TfliteOps(check_lengths(layer, sources, batch, sequence_length, key_length), layer.tensors)
     else:
-        _check_float(layer)
+        check_float(layer)
         sources = (0, 0, 0) if widths[0] == widths[1] and key_length is None else (0, 1, 1)
         if widths[1] != widths[2]:
             sources = (0, 1, 2)
-        ops = FloatTfliteOps(check_lengths(layer, sources, batch, sequence_length, key_length), layer, mask)
+        ops = FloatTfliteOps(check_lengths(layer, sources, batch, sequence_length, key_length))
+        ops.begin(layer, mask)
     ops.graph.outputs = [forward(ops, layer, *ops.inputs(sources, widths), Sequences([]))]
     return ops.graph
 
 
-def _check_float(layer) -> None:
+def check_float(layer) -> None:
+    """Refuse a float or dynamic layer that has what the graph has no place for."""
     if layer.extra_keys:
         raise ValueError("layer must have no bias_k, bias_v and add_zero_attn: the graph has no place for added keys; "
                          f"got {layer.extra_keys}")

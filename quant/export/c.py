@@ -73,7 +73,8 @@ def write_c(layer, stem: str, *, batch: int = 1, sequence_length: int, key_lengt
         layer = layer.with_mask(np.asarray(mask))
     passes = score_passes(layer, lengths.scores)
     _check_sizes(layer, lengths)
-    values = {**_names(layer, stem, lengths), **_body(layer, passes), **_header(layer, stem, lengths, passes)}
+    values = {**_names(layer, stem, lengths), **_body(layer, passes, lengths.keys),
+              **_header(layer, stem, lengths, passes)}
     _check_names(stem, fill_template("layer.c", values | {"stem": ""}))
     result = {f"{stem}.c": fill_template("layer.c", values), f"{stem}.h": fill_template("layer.h", values)}
     if test_vectors is not None:
@@ -125,7 +126,8 @@ def _check_sizes(layer, lengths) -> None:
     if lengths.keys > MAX_KEYS:
         raise ValueError(f"there may be at most {MAX_KEYS} keys in C: TFLite Micro sums a softmax row in 12 integer "
                          f"bits; got {lengths.keys}")
-    sizes = {"scratch memory": _scratch_bytes(layer, lengths) + 4 * _sums(layer, lengths),
+    more = max(4 * _sums(layer, lengths), _pairs_bytes(layer, lengths) + _more_rows_bytes(layer))
+    sizes = {"scratch memory": _scratch_bytes(layer, lengths) + more,
              "output": lengths.batch * lengths.queries * layer.output_dim,
              "query input": lengths.batch * lengths.queries * layer.embed_dim,
              "key input": lengths.batch * lengths.keys * max(layer.kdim, layer.vdim)}
@@ -146,6 +148,18 @@ def _scratch_bytes(layer, lengths) -> int:
     D, Dv, S = layer.head_dim, layer.value_dim, lengths.keys
     context = lengths.queries * layer.num_heads * Dv if "output" in layer.linears else 0
     return S * D + S * Dv + max(D, Dv) + S + context
+
+
+def _pairs_bytes(layer, lengths) -> int:
+    """What four tokens that are projected take where the DSP extension wants them in 16 bits."""
+    inputs = max(layer.embed_dim, layer.kdim, layer.vdim, layer.num_heads * layer.value_dim if "output" in layer.linears
+                 else 0)
+    return max(32 * -(-inputs // 4), 8 * -(-max(layer.head_dim, lengths.keys) // 4))
+
+
+def _more_rows_bytes(layer) -> int:
+    """Rows of a projection beside the first, of the four that the DSP extension takes at a time."""
+    return 3 * max(layer.head_dim, layer.value_dim)
 
 
 def _sums(layer, lengths) -> int:
@@ -215,7 +229,17 @@ class COps(Ops[str]):
 # -- the source ------------------------------------------------------------------------------------------------------
 
 
-def _body(layer: StaticMultiHeadAttention, passes: ScorePasses) -> dict[str, str]:
+def _largest_sum(layer: StaticMultiHeadAttention, keys: int) -> int:
+    """A bound of what a sum of products comes to, bias included."""
+    products = 255 * 255 * max(layer.head_dim, keys)
+    for linear in layer.linears.values():
+        weights = np.abs(linear.weight.astype(np.int64)).sum(1) * 255
+        bias = 0 if linear.bias is None else np.abs(linear.bias.astype(np.int64))
+        products = max(products, int((weights + bias).max(initial=0)))
+    return products
+
+
+def _body(layer: StaticMultiHeadAttention, passes: ScorePasses, keys: int) -> dict[str, str]:
     """What layer.c.in reads."""
     tensors, ops = layer.tensors, COps(layer)
     result = forward(ops, layer, *INPUTS, Sequences([]))
@@ -224,8 +248,8 @@ def _body(layer: StaticMultiHeadAttention, passes: ScorePasses) -> dict[str, str
     projected = result == "output"
     all_keys = passes.permitted == "S"
     text = "" if all_keys else f"const int32_t permitted = {passes.permitted};\n"
-    keys = "S" if all_keys else "permitted"
-    text += f"failed |= batch_matmul_s8(&scores_product, row, key, {keys}, D, sums, scores);\n\n"
+    seen = "S" if all_keys else "permitted"
+    text += f"failed |= batch_matmul_s8(&scores_product, rows + i % TOKENS * D, key, {seen}, D, buffer, scores);\n\n"
     text += passes.code + "/* 4. probabilities, in place */\nsoftmax_s8(scores, S);\n"
     rows = [("tensor", "shape", "scale", "zero point")]
     shapes = {"query": "(B, L, H*D)", "key": "(B, S, H*D)", "value": "(B, S, H*DV)", "scores": "(B, H, L, S)",
@@ -240,6 +264,7 @@ def _body(layer: StaticMultiHeadAttention, passes: ScorePasses) -> dict[str, str
         "constants": "\n".join(constants),
         "tensor_table": block_comment_lines(rows),
         "softmax_multiplier": str(multiplier), "softmax_shift": str(shift), "softmax_lowest": str(lowest),
+        "small_sums": str(int(_largest_sum(layer, keys) < 2**30)),
         "exp_table": numbers(rules.fixed_table(passes.scale)) + ",",
         "scaling_note": "lies in its scale" if not layer.score_ops or passes.scale == tensors["scores"].scale
                         else "lies in its scale or in pass 3",
@@ -254,8 +279,9 @@ CONTEXT_IN_SCRATCH = "    int8_t *const context = scores + S;                   
 CONTEXT_IN_OUTPUT = "        int8_t *const context = output + b * L * EO; /* (L, H, DV) */\n"
 OUTPUT_PASS = """
         /* 6. the output projection */
-        for (int32_t i = 0; i < L; i++) {
-            failed |= fully_connected_s8(&output_linear, 0, EO, context + i * H * DV, output + (b * L + i) * EO);
+        for (int32_t i = 0; i < L; i += TOKENS) {
+            failed |= fully_connected_s8(&output_linear, 0, EO, TOKENS > 1 && L - i < TOKENS ? L - i : TOKENS,
+                                         context + i * H * DV, buffer, output + (b * L + i) * EO);
         }
 """
 
@@ -330,6 +356,8 @@ def _header(layer, stem: str, lengths, passes: ScorePasses) -> dict[str, str]:
         "parameter_table": "\n".join(rows),
         "scratch_bytes": str(_scratch_bytes(layer, lengths)),
         "sums_bytes": str(4 * _sums(layer, lengths)),
+        "pairs_bytes": str(_pairs_bytes(layer, lengths)),
+        "more_rows_bytes": str(_more_rows_bytes(layer)),
         "context_note": ", contexts (L, H, DV)" if projected else "",
         "mask_note": passes.note,
         "output_shape": f"({lengths.batch}, {lengths.queries}, {layer.output_dim})",

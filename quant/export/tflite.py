@@ -1,13 +1,14 @@
-"""Attention layers written as .tflite files, with the ``flatbuffers`` package alone."""
+"""Attention layers and whole encoders written as .tflite files, with the ``flatbuffers`` package alone."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from edgeattn.layers import MultiHeadAttention
-from edgeattn.quantized import StaticMultiHeadAttention
+from edgeattn.layers import MultiHeadAttention, TransformerEncoder
+from edgeattn.quantized import QuantizedMultiHeadAttention
 from edgeattn.tflite_schema import (
     BUFFER_ALIGNMENT,
     BUILTIN_OPERATORS,
@@ -17,9 +18,11 @@ from edgeattn.tflite_schema import (
     TABLES,
     TYPE_CODES,
     Graph,
+    Operator,
     Tensor,
 )
 from quant.export.attention_graph import attention_graph
+from quant.export.encoder_graph import encoder_graph
 from quant.tables import missing
 
 # The name TensorFlow gives; some tools refuse a file without a signature.
@@ -28,22 +31,23 @@ DESCRIPTION = "edgeattn"
 
 
 def write_tflite(
-    layer, *, batch: int = 1, sequence_length: int, key_length: int | None = None, mask=None
+    layer, *, batch: int = 1, sequence_length: int | Sequence[int], key_length: int | None = None, mask=None
 ) -> bytes:
     """The bytes of a .tflite file that computes ``layer`` at fixed lengths.
 
     Parameters
     ----------
-    layer : StaticMultiHeadAttention or MultiHeadAttention
-        The file is int8 in and out, or float32 in and out.
+    layer : StaticMultiHeadAttention, DynamicMultiHeadAttention, MultiHeadAttention or TransformerEncoder
+        The file is int8 in and out of a static layer, else float32 in and out. Of a dynamic layer or encoder it is
+        hybrid: the runtime quantizes rows as it meets int8 weights, by rules of its own.
     batch : int
         B.
-    sequence_length : int
-        L, the number of queries.
+    sequence_length : int, or several
+        L, the number of queries. Of several each has a subgraph and a signature, ``length_L``, over the same weights.
     key_length : int, optional
-        S, the number of keys. Default: L. A quantized layer must have an input of its own for the keys; a
+        S, the number of keys. Default: L. A static layer must have an input of its own for the keys; a
         float layer gets one when this is given, and another for the values where kdim and vdim differ.
-    mask : bool array, broadcastable to (B, H, L, S), optional
+    mask : bool array, broadcastable to (B, H, L, S), or "causal", optional
         True = attend; baked into the file. For a float layer also a float32 array that is added to the
         scores. A query with no permitted key gets the mean of all values: that is what TFLite's softmax makes
         of equal scores, where edgeattn's own kernels give zeros.
@@ -62,15 +66,26 @@ def write_tflite(
         When ``layer`` is of another kind, a length is not a positive integer, or a mask does not fit the
         lengths.
     """
-    if not isinstance(layer, (MultiHeadAttention, StaticMultiHeadAttention)):
-        raise TypeError("layer must be a static QuantizedMultiHeadAttention or a MultiHeadAttention; "
+    encoder = isinstance(layer, TransformerEncoder)
+    if not encoder and not isinstance(layer, (MultiHeadAttention, QuantizedMultiHeadAttention)):
+        raise TypeError("layer must be a MultiHeadAttention, what quant.quantize returns, or a TransformerEncoder; "
                         f"got {type(layer).__name__}, which has no TFLite form")
-    return serialize(attention_graph(
-        layer, batch=batch, sequence_length=sequence_length, key_length=key_length, mask=mask))
+    if encoder and key_length is not None:
+        raise ValueError(f"key_length must be left out for an encoder, which attends to itself; got {key_length}")
+
+    def graph(length: int) -> Graph:
+        keep = np.tri(length, dtype=np.bool_) if isinstance(mask, str) and mask == "causal" else mask
+        if isinstance(layer, TransformerEncoder):
+            return encoder_graph(layer, batch=batch, sequence_length=length, mask=keep)
+        return attention_graph(layer, batch=batch, sequence_length=length, key_length=key_length, mask=keep)
+
+    if isinstance(sequence_length, Sequence):
+        return serialize({f"length_{length}": graph(length) for length in sequence_length})
+    return serialize({SIGNATURE: graph(sequence_length)})
 
 
-def serialize(graph: Graph) -> bytes:
-    """The .tflite file that holds ``graph``: one subgraph, one signature.
+def serialize(graphs: Graph | Mapping[str, Graph]) -> bytes:
+    """The .tflite file that holds ``graphs``, by the keys of their signatures: a subgraph each, constants once.
 
     Raises
     ------
@@ -82,30 +97,31 @@ def serialize(graph: Graph) -> bytes:
     except ImportError as error:
         raise missing("writing .tflite", "flatbuffers") from error
     builder = flatbuffers.Builder(1024)
-    builder.Finish(_write_table(builder, "Model", _model(graph)), IDENTIFIER)
+    if isinstance(graphs, Graph):
+        graphs = {SIGNATURE: graphs}
+    builder.Finish(_write_table(builder, "Model", _model(graphs)), IDENTIFIER)
     return bytes(builder.Output())
 
 
-def _model(graph: Graph) -> dict:
-    """``graph`` as nested dicts in the terms of TABLES."""
+def _model(graphs: Mapping[str, Graph]) -> dict:
+    """``graphs`` as nested dicts in the terms of TABLES."""
     buffers: list[dict] = [
         {}
     ]  # buffer 0 is by convention the empty one of all tensors that are not constants
-    tensors = []
-    for tensor in graph.tensors:
-        tensors.append(_tensor(tensor, buffer=0 if tensor.data is None else len(buffers)))
-        if tensor.data is not None:
-            buffers.append({"data": tensor.data})
-
+    known: dict[bytes, int] = {}  # of constants by their bytes
     codes: dict[tuple[str, int], int] = {}
-    operators = []
-    for operator in graph.operators:
-        builtin = BUILTIN_OPERATORS[operator.name]
-        operators.append({
-            "opcode_index": codes.setdefault((operator.name, operator.version), len(codes)),
-            "inputs": operator.inputs, "outputs": operator.outputs,
-            "builtin_options_type": builtin.options_code,
-            "builtin_options": (builtin.options_table, operator.options),
+    subgraphs, signatures = [], []
+    for key, graph in graphs.items():
+        signature: dict = {"signature_key": key, "subgraph_index": len(subgraphs)}
+        for role, numbers in (("inputs", graph.inputs), ("outputs", graph.outputs)):
+            signature[role] = [{"name": graph.tensors[number].name, "tensor_index": number} for number in numbers]
+        signatures.append(signature)
+        subgraphs.append({
+            "name": "main" if len(graphs) == 1 else key,
+            "tensors": [_tensor(tensor, _buffer(tensor.data, buffers, known)) for tensor in graph.tensors],
+            "inputs": graph.inputs,
+            "outputs": graph.outputs,
+            "operators": [_operator(operator, codes) for operator in graph.operators],
         })
     operator_codes = []
     for name, version in codes:
@@ -117,19 +133,29 @@ def _model(graph: Graph) -> dict:
                 "version": version,
             }
         )
-
-    signature = {"signature_key": SIGNATURE, "subgraph_index": 0}
-    for role, numbers in (("inputs", graph.inputs), ("outputs", graph.outputs)):
-        signature[role] = [{"name": graph.tensors[number].name, "tensor_index": number} for number in numbers]
-    subgraph = {
-        "name": "main",
-        "tensors": tensors,
-        "inputs": graph.inputs,
-        "outputs": graph.outputs,
-        "operators": operators,
-    }
     return {"version": SCHEMA_VERSION, "description": DESCRIPTION, "operator_codes": operator_codes,
-            "subgraphs": [subgraph], "buffers": buffers, "signature_defs": [signature]}
+            "subgraphs": subgraphs, "buffers": buffers, "signature_defs": signatures}
+
+
+def _buffer(data: np.ndarray | None, buffers: list[dict], known: dict[bytes, int]) -> int:
+    """The number of the buffer that holds ``data``; those of equal bytes are one."""
+    if data is None:
+        return 0
+    digest = hashlib.blake2b(np.ascontiguousarray(data)).digest()
+    if digest not in known:
+        known[digest] = len(buffers)
+        buffers.append({"data": data})
+    return known[digest]
+
+
+def _operator(operator: Operator, codes: dict[tuple[str, int], int]) -> dict:
+    builtin = BUILTIN_OPERATORS[operator.name]
+    entry = {"opcode_index": codes.setdefault((operator.name, operator.version), len(codes)),
+             "inputs": operator.inputs, "outputs": operator.outputs}
+    if builtin.options_table:
+        entry |= {"builtin_options_type": builtin.options_code,
+                  "builtin_options": (builtin.options_table, operator.options)}
+    return entry
 
 
 def _tensor(tensor: Tensor, buffer: int) -> dict:

@@ -66,7 +66,7 @@ BAD = [
      "batch must be left out for a .safetensors, which takes any; got 2"),
     ({"path": "a.safetensors"}, ValueError, "sequence_length must be left out for a .safetensors, which takes any; got"),
     ({"path": 3}, TypeError, "path must be a string or a path, got int"),
-    ({"path": "a.onnx"}, ValueError, "path must end in one of .tflite, .safetensors, .c, .so; got 'a.onnx'"),
+    ({"path": "a.pt"}, ValueError, "path must end in one of .tflite, .onnx, .safetensors, .c, .so; got 'a.pt'"),
     ({"path": "tflite"}, ValueError, "path must end in one of"),
     ({"sequence_length": None}, ValueError, "sequence_length is required for a .tflite"),
     ({"sequence_length": 0}, ValueError, "sequence_length must be at least 1, got 0"),
@@ -97,7 +97,7 @@ def test_bad_arguments_are_refused_before_anything_is_written(tmp_path, layer, s
     path = arguments.pop("path")
     if isinstance(path, str):
         path = tmp_path / path
-        match = match.replace("'a.onnx'", ".*a.onnx'")
+        match = match.replace("'a.pt'", ".*a.pt'")
     with pytest.raises(error, match=match):
         quant.export({"float": layer, "static": static}[kind], path, **arguments)
     assert os.listdir(tmp_path) == []

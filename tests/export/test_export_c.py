@@ -27,6 +27,7 @@ from quant.runtimes import RUNTIMES
 WARNINGS = ("-std=c99 -Wall -Wextra -Werror -Wpedantic -Wconversion -Wsign-conversion -Wshadow -Wstrict-prototypes "
             "-Wmissing-prototypes -Wundef").split()
 CMSIS_NN = Path(__file__).parent / "cmsis_nn"
+ACLE = Path(__file__).parent / "acle"
 RANDOM_CASES = [random_case(seed) for seed in range(30)]
 NO_COMPILER = "needs {0}: apt-get install {0}"
 
@@ -183,6 +184,20 @@ def test_calls_into_cmsis_nn_mean_the_same(tmp_path, case):
     run(compiler("gcc"), *WARNINGS, "-O1", *flags, source, tmp_path / "attention_test.c", CMSIS_NN / "stand_in.c", "-o",
         tmp_path / "program")
     run(tmp_path / "program")
+
+
+@pytest.mark.parametrize("case", CASES[1::7] + RANDOM_CASES[2:4], ids=lambda case: case.name)
+def test_the_dsp_extension_means_the_same(tmp_path, case):
+    """Its loops here, with intrinsics in C; `make test-cortex-m` runs them, and those of Helium, as instructions."""
+    source = export(case, tmp_path, test_vectors=7)
+    flags = ["-D__ARM_FEATURE_SIMD32=1", f"-I{ACLE}", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    run(compiler("gcc"), *WARNINGS, "-O1", *flags, source, tmp_path / "attention_test.c", "-o", tmp_path / "program")
+    run(tmp_path / "program")
+
+
+def test_c_alone_can_be_asked_for(tmp_path):
+    source = export(CASES[0], tmp_path)
+    assert compile_library(source, "-D__ARM_FEATURE_SIMD32=1", "-DATTENTION_PORTABLE")
 
 
 def test_a_failure_of_cmsis_nn_is_reported(tmp_path):

@@ -15,7 +15,7 @@ from .matmul import round_up
 from .norm import ADDRESSES
 from .projection_dynamic import join_depth
 from .records import blank, packed, place
-from .simd import VIRTUAL_LANES
+from .simd import ADDS_FIRST, VIRTUAL_LANES, WIDTH, own_products
 
 MOST_OUTLIERS = ff.COLUMNS_APART
 
@@ -91,6 +91,12 @@ def _channels(weight, multiple=VIRTUAL_LANES):
     return _Channels(outputs, up, up + round_up(len(weight.residual_outputs), VIRTUAL_LANES))
 
 
+def _sums_of(codes):
+    """Each channel's sum, and where kernels need them minus its own products."""
+    sums = codes.sum(1, dtype=np.int32)
+    return np.concatenate((sums, -own_products(join_depth(codes)))) if ADDS_FIRST else sums
+
+
 def _pack(weight, bias, channels, group, w, c, s, b, v):
     """{name: array} of a weight's parts as kernels read them, its inputs in groups of `group`."""
     codes = channels.spread(weight.codes)
@@ -99,7 +105,7 @@ def _pack(weight, bias, channels, group, w, c, s, b, v):
     apart = np.zeros((len(weight.outlier_columns), channels.columns), np.float32)
     apart[:, :channels.outputs] = weight.outlier_weight.T
     return {w: np.concatenate([pack_byte_panels(join_depth(some)) for some in groups]),
-            c: np.concatenate([some.sum(1, dtype=np.int32) for some in groups]),
+            c: np.concatenate([_sums_of(some) for some in groups]),
             s: channels.spread(weight.scale), b: padded(bias, channels.columns), v: apart}
 
 
@@ -108,9 +114,15 @@ def _rows_of(p, rows, groups4, columns):
     p.at_bytes, size = place(0, rows * groups4 * ff.WORDS)
     p.at_scale, size = place(size, rows)
     p.at_minus, size = place(size, rows)
+    p.at_own, size = place(size, rows)
     p.at_apart, size = place(size, rows * ff.COLUMNS_APART)
     p.at_sums, size = place(size, rows * columns)
     return size
+
+
+def _wide_size(groups4):
+    """Elements that the words of a panel take."""
+    return 2 * groups4 * WIDTH if ADDS_FIRST else 0
 
 
 class Linear(RowKernel):
@@ -134,6 +146,7 @@ class Linear(RowKernel):
         p = SimpleNamespace(**vars(self._parameters) | {"rows": rows})
         size = _rows_of(p, min(rows, ff.BLOCK), p.groups4, p.columns)
         p.shared_size = size if rows <= ff.FEW_ROWS else 0
+        p.at_wide, size = place(size, _wide_size(p.groups4))
         p.at_row, p.private_size = place(size, 4 * p.groups4 + VIRTUAL_LANES)
         work = 2 * rows * p.columns * (4 * p.groups4 + 8)
         return PreparedCall(ff.linear_dynamic, packed(p, ff.LINEAR), ADDRESSES, np.float32, p.shared_size,
@@ -183,8 +196,10 @@ class FeedForward(RowKernel):
         p.at_codes, size = place(size, groups * some * ff.GROUP // 4 * ff.WORDS)
         p.at_code_scale, size = place(size, groups * some)
         p.at_code_minus, size = place(size, groups * some)
+        p.at_code_own, size = place(size, groups * some)
         p.at_hidden_apart, size = place(size, some * ff.COLUMNS_APART)
         p.shared_size = size if rows <= ff.FEW_ROWS else 0
+        p.at_wide, size = place(size, _wide_size(max(p.groups4, ff.GROUP // 4)))
         p.at_row, size = place(size, 4 * p.groups4 + VIRTUAL_LANES)
         p.at_hidden, size = place(size, some * ff.GROUP)
         p.at_gate, p.private_size = place(size, some * ff.GROUP * p.gated)

@@ -29,6 +29,7 @@ from .matmul import multiply, round_up
 from .norm import ADDRESSES, NO_NORM, finish_row, normalize_row, read_row
 from .records import located, named, record
 from .simd import (
+    ADDS_FIRST,
     AS_WORDS,
     COLUMNS,
     LANES,
@@ -53,35 +54,59 @@ from .simd import (
     splat,
     store,
     tile_accumulate,
+    tile_add_columns,
+    tile_add_down,
+    tile_add_outer,
     tile_of_products,
     tile_scale,
     tile_store,
     wide_splat,
 )
+from .word_products import Words, product_of_words, split_row
 
 GROUP = 256  # hidden features that share a scale
-BLOCK = 32 if AS_WORDS else 64  # rows that pass a feed-forward together
+BLOCK = 32 if AS_WORDS and not ADDS_FIRST else 64  # rows that pass a feed-forward together
 FEW_ROWS = 24  # up to so many rows, threads share the features; then the rows
 COLUMNS_APART = 4  # features of an input that may be apart from the bytes
 DEPTH = 64  # what rows of bytes are padded to: whole numbers of vectors of bytes for every instruction set
-# Of weights: positions in elements of 32 bits. `w`: bytes, `c`: sums of an output channel's, `s`: scales, `b`: biases,
-# `v`: (J, columns) of the features `j` that are apart, whose number is `apart`; `low`: the channels, `lows` of them,
-# that have a second one, behind the others. `groups4`: groups of four bytes of an input row. `columns`: channels and
-# second ones. Of scratch: first what belongs to some rows together, then what a thread needs for itself.
-_ROWS_OF = "at_bytes at_scale at_minus at_apart at_sums"
+# Of weights: positions in elements of 32 bits. `w`: bytes, `c`: sums of an output channel's, and where ADDS_FIRST,
+# group by group, minus its own products behind them, `s`: scales, `b`: biases, `v`: (J, columns) of the features `j`
+# that are apart, whose number is `apart`; `low`: the channels, `lows` of them, that have a second one, behind the
+# others. `groups4`: groups of four bytes of an input row. `columns`: channels and second ones. Of scratch: first what
+# belongs to some rows together, then what a thread needs for itself.
+_ROWS_OF = "at_bytes at_scale at_minus at_own at_apart at_sums"
 LINEAR = record("rows width out_width out_up columns groups4 activation norm w c s b v j apart low lows at_norm",
-                _ROWS_OF, "at_row shared_size private_size")
+                _ROWS_OF, "at_wide at_row shared_size private_size")
 FEED_FORWARD = record(
     "rows width hidden out_width hidden_up out_up columns groups4 activation gated norm_first norm_last",
     "w1 c1 s1 b1 v1 j1 apart1 gate_w gate_c gate_s gate_b gate_v w2 c2 s2 b2 v2 j2 apart2 low lows at_first at_last",
-    _ROWS_OF, "at_codes at_code_scale at_code_minus at_hidden_apart codes_step scales_step",
-    "at_row at_hidden at_gate shared_size private_size")
+    _ROWS_OF, "at_codes at_code_scale at_code_minus at_code_own at_hidden_apart codes_step scales_step",
+    "at_wide at_row at_hidden at_gate shared_size private_size")
 WORDS = 2 if AS_WORDS else 1  # elements that four bytes of a row take in scratch
+BEHIND = 1 if ADDS_FIRST else 0  # whether they are bytes in the second half of that at first
 _ZERO = np.float32(0)
 _SIGN = np.int32(-2147483648)
 _EVEN_BYTES, _EIGHT = np.int32(0x00FF00FF), np.int32(8)
 _INFINITY, _NAN, _LARGEST_FLOAT = np.float32(np.inf), np.float32(np.nan), np.float32(3.4028235e38)
 _LEVELS, _PER_LEVEL = np.float32(255), np.float32(1 / 255)
+
+
+class Codes(NamedTuple):
+    """Where rows of groups4 groups of bytes are; of each row its scale, what c is times, minus its own products."""
+
+    at: int
+    groups4: int
+    at_scale: int
+    at_minus: int
+    at_own: int
+
+
+class Panels(NamedTuple):
+    """Where panels of weights are, the channels' sums, and how far behind those minus their own products."""
+
+    at: int
+    at_c: int
+    own_step: int
 
 
 class Memory(NamedTuple):
@@ -114,9 +139,14 @@ def take_apart(m, at, j, first, width, apart, kept):
 
 
 @inline
-def split_words(m, at, groups4):
-    """Four bytes an element (groups4,) to 16-bit numbers, as `outer_product_of_words` takes them, where AS_WORDS."""
-    if AS_WORDS:
+def split_codes(m, at, groups4, at_own):
+    """Four bytes an element to 16-bit numbers, as products take them, where AS_WORDS.
+
+    The bytes (groups4,) are at `at` or, where ADDS_FIRST, groups4 elements behind it.
+    """
+    if ADDS_FIRST:
+        split_row(m.i, at + groups4, groups4, m.i, at, at_own)
+    elif AS_WORDS:
         for i in range(at, at + groups4, LANES):
             four = load(m.i, i)
             store(m.i, i, four & splat(_EVEN_BYTES))
@@ -124,17 +154,17 @@ def split_words(m, at, groups4):
 
 
 @inline
-def quantize_row(m, at, groups4, out, at_scale, at_minus):
+def quantize_row(m, at, groups4, out, at_scale, at_minus, at_own):
     """A row to bytes, symmetric: bytes, scale, and what the sum of a channel's weights times is added to products."""
     largest = float_of_bits(splat(largest_of_row(m.f, at, 4 * groups4)))
     m.f[at_scale] = first_lane(scale_of(largest))
     m.i[at_minus] = np.int32(-OFFSET)
-    join_row(m.f, at, 4 * groups4, inverse_of(largest), FLIP, m.i, out)
-    split_words(m, out, groups4)
+    join_row(m.f, at, 4 * groups4, inverse_of(largest), FLIP, m.i, out + BEHIND * groups4)
+    split_codes(m, out, groups4, at_own)
 
 
 @inline
-def quantize_range(m, at, width, out, at_scale, at_minus):
+def quantize_range(m, at, width, out, at_scale, at_minus, at_own):
     """A row to bytes with a zero point; otherwise as quantize_row. width a multiple of DEPTH."""
     high = splat(np.int32(0))
     low = high
@@ -155,8 +185,8 @@ def quantize_range(m, at, width, out, at_scale, at_minus):
         c1 = round_to_int(load(m.f, i + LANES) * inverse) + shift
         c2 = round_to_int(load(m.f, i + 2 * LANES) * inverse) + shift
         c3 = round_to_int(load(m.f, i + 3 * LANES) * inverse) + shift
-        store(m.i, out + e // 4, join_bytes(c0, c1, c2, c3) ^ splat(FLIP))
-    split_words(m, out, width // 4)
+        store(m.i, out + (BEHIND * width + e) // 4, join_bytes(c0, c1, c2, c3) ^ splat(FLIP))
+    split_codes(m, out, width // 4, at_own)
 
 
 @task
@@ -169,7 +199,13 @@ def quantize_input(m, p, a, row, base, r, own, norm, at_norm, j, apart):
         normalize_row(m.f, at, p.width, norm, m.factors, at_norm)
     take_apart(m, at, j, 0, p.width, apart, base + p.at_apart + r * COLUMNS_APART)
     quantize_row(m, at, p.groups4, base + p.at_bytes + r * p.groups4 * WORDS, base + p.at_scale + r,
-                 base + p.at_minus + r)
+                 base + p.at_minus + r, base + p.at_own + r)
+
+
+@inline
+def codes_of_rows(p, base):
+    """The Codes of the rows at base."""
+    return Codes(base + p.at_bytes, p.groups4, base + p.at_scale, base + p.at_minus, base + p.at_own)
 
 
 # --- products ----------------------------------------------------------------------------------------------------
@@ -188,16 +224,14 @@ def multiply_tile(tile, begun, m, at_x, at_w, groups4, at_scale, out, out_row):
         tile_store(tile_scale(tile, m.f, at_scale), m.f, out, out_row, LANES)
 
 
-@task
-def product_rows(begun, m, at_x, rows, groups4, at_scale, at_minus, at_w, at_c, features, out, out_row):
-    """out (rows, features) = scale (x w^T + minus c), plus what is in out, if begun.
-
-    x: bytes (rows, groups4); w: panels (features / WIDTH, groups4, WIDTH); c (features,): sums of w
-    """
+@inline
+def product_of_bytes(begun, m, x, rows, w, features, out, out_row):
+    """product_rows() of bytes, or of words as they are."""
+    groups4, at_scale, at_minus, at_c = x.groups4, x.at_scale, x.at_minus, w.at_c
     for f in range(0, features, WIDTH):
-        at_panel, at, t = at_w + f * groups4, out + f, 0
+        at_panel, at, t = w.at + f * groups4, out + f, 0
         while t < rows:
-            left, from_row, to_row = rows - t, at_x + t * groups4 * WORDS, at + t * out_row
+            left, from_row, to_row = rows - t, x.at + t * groups4 * WORDS, at + t * out_row
             if left >= ROWS:
                 tile = tile_of_products(ROWS, COLUMNS, m.i, at_minus + t, m.weights, at_c + f)
                 multiply_tile(tile, begun, m, from_row, at_panel, groups4, at_scale + t, to_row, out_row)
@@ -218,6 +252,36 @@ def product_rows(begun, m, at_x, rows, groups4, at_scale, at_minus, at_w, at_c, 
                 tile = tile_of_products(1, COLUMNS, m.i, at_minus + t, m.weights, at_c + f)
                 multiply_tile(tile, begun, m, from_row, at_panel, groups4, at_scale + t, to_row, out_row)
                 t += 1
+
+
+@inline
+def start_sums(tile, t, f, begun, m, x, w, out, out_row):
+    """What a tile of zeros is before products are added."""
+    tile = tile_add_outer(tile, m.i, x.at_minus + t, m.weights, w.at_c + f)
+    return tile_add_columns(tile_add_down(tile, m.i, x.at_own + t), m.weights, w.at_c + w.own_step + f)
+
+
+@inline
+def finish_sums(tile, rows, t, f, begun, m, x, w, out, out_row):
+    """out = scale tile, plus what is in out, if begun."""
+    to = out + t * out_row + f
+    if begun:
+        tile_accumulate(tile, m.f, x.at_scale + t, m.f, to, out_row)
+    else:
+        tile_store(tile_scale(tile, m.f, x.at_scale + t), m.f, to, out_row, LANES)
+
+
+@task
+def product_rows(begun, m, x, rows, w, features, out, out_row, at_wide):
+    """out (rows, features) = scale (x w^T + minus c), plus what is in out, if begun.
+
+    x: Codes; w: Panels (features / WIDTH, groups4, WIDTH); c (features,): sums of w; at_wide: room for words
+    """
+    if ADDS_FIRST:
+        product_of_words(start_sums, finish_sums, (begun, m, x, w, out, out_row),
+                         Words(m.i, x.at, x.groups4, at_wide), rows, m.weights, w.at, features)
+    else:
+        product_of_bytes(begun, m, x, rows, w, features, out, out_row)
 
 
 @task
@@ -243,11 +307,10 @@ def add_second(m, at, out_up, low, lows):
 # --- linear ------------------------------------------------------------------------------------------------------
 
 @inline
-def multiply_linear(m, p, base, rows, f, features):
+def multiply_linear(m, p, base, own, rows, f, features):
     """The sums of the channels from f on of the rows at base."""
-    at_x, at_scale, at_minus, at_c = base + p.at_bytes, base + p.at_scale, base + p.at_minus, p.c + f
-    separately(product_rows, (False, m, at_x, rows, p.groups4, at_scale, at_minus, p.w + f * p.groups4, at_c, features,
-                              base + p.at_sums + f, p.columns))
+    separately(product_rows, (False, m, codes_of_rows(p, base), rows, Panels(p.w + f * p.groups4, p.c + f, p.columns),
+                              features, base + p.at_sums + f, p.columns, own + p.at_wide))
 
 
 @inline
@@ -272,7 +335,7 @@ def linear_of_rows(p, a, scratch, portion, worker, part):
         rows = min(BLOCK, end - row)
         for r in range(rows):
             separately(quantize_input, (m, p, a, row + r, own, r, own, NO_NORM, 0, p.j, p.apart))
-        multiply_linear(m, p, own, rows, 0, p.columns)
+        multiply_linear(m, p, own, own, rows, 0, p.columns)
         finish_linear(m, p, a, own, row, rows)
 
 
@@ -288,7 +351,8 @@ def quantize_linear_input(p, a, scratch, parts, worker, part):
 def multiply_channels(p, a, scratch, parts, worker, part):
     """The sums of all rows for some channels."""
     begin, end = share_of(p.columns, WIDTH, parts, part)
-    multiply_linear(memory_of(scratch, a.weights), p, 0, p.rows, begin, end - begin)
+    own = p.shared_size + worker * p.private_size
+    multiply_linear(memory_of(scratch, a.weights), p, 0, own, p.rows, begin, end - begin)
 
 
 @jit
@@ -315,14 +379,14 @@ def raise_rows(m, p, base, own, rows, g):
     """The hidden features g .. g + GROUP of the rows at base, as bytes."""
     features = min(GROUP, p.hidden_up - g)
     at, at_gate, x4 = own + p.at_hidden, own + p.at_gate, p.groups4
-    at_x, at_scale, at_minus, at_apart = base + p.at_bytes, base + p.at_scale, base + p.at_minus, base + p.at_apart
-    separately(product_rows, (False, m, at_x, rows, x4, at_scale, at_minus, p.w1 + g * x4, p.c1 + g, features, at,
-                              GROUP))
+    x, at_apart = codes_of_rows(p, base), base + p.at_apart
+    separately(product_rows, (False, m, x, rows, Panels(p.w1 + g * x4, p.c1 + g, p.hidden_up), features, at, GROUP,
+                              own + p.at_wide))
     separately(scale_rows, (m, at, GROUP, rows, features, p.s1 + g, p.b1 + g, p.v1 + g, p.hidden_up, p.apart1,
                             at_apart))
     if p.gated != 0:
-        separately(product_rows, (False, m, at_x, rows, x4, at_scale, at_minus, p.gate_w + g * x4, p.gate_c + g,
-                                  features, at_gate, GROUP))
+        separately(product_rows, (False, m, x, rows, Panels(p.gate_w + g * x4, p.gate_c + g, p.hidden_up), features,
+                                  at_gate, GROUP, own + p.at_wide))
         separately(scale_rows, (m, at_gate, GROUP, rows, features, p.gate_s + g, p.gate_b + g, p.gate_v + g,
                                 p.hidden_up, p.apart1, at_apart))
         separately(activate_rows, (p.activation, True, m.f, at_gate, GROUP, rows, features))
@@ -334,18 +398,19 @@ def raise_rows(m, p, base, own, rows, g):
     for r in range(rows):
         take_apart(m, at + r * GROUP, p.j2, g, features, p.apart2, base + p.at_hidden_apart + r * COLUMNS_APART)
         quantize_range(m, at + r * GROUP, features, codes + r * (features // 4) * WORDS,
-                       base + p.at_code_scale + scales + r, base + p.at_code_minus + scales + r)
+                       base + p.at_code_scale + scales + r, base + p.at_code_minus + scales + r,
+                       base + p.at_code_own + scales + r)
 
 
 @inline
-def lower_rows(m, p, base, rows, g, n, features):
+def lower_rows(m, p, base, own, rows, g, n, features):
     """Add to the sums of the channels from n on what the hidden features g .. g + GROUP contribute."""
     number, groups4 = g // GROUP, min(GROUP, p.hidden_up - g) // 4
     scales = number * p.scales_step
-    at_x, at_scale = base + p.at_codes + number * p.codes_step, base + p.at_code_scale + scales
-    at_w, at_c = p.w2 + g // 4 * p.columns + n * groups4, p.c2 + number * p.columns + n
-    separately(product_rows, (g > 0, m, at_x, rows, groups4, at_scale, base + p.at_code_minus + scales, at_w, at_c,
-                              features, base + p.at_sums + n, p.columns))
+    x = Codes(base + p.at_codes + number * p.codes_step, groups4, base + p.at_code_scale + scales,
+              base + p.at_code_minus + scales, base + p.at_code_own + scales)
+    w = Panels(p.w2 + g // 4 * p.columns + n * groups4, p.c2 + number * p.columns * (1 + BEHIND) + n, p.columns)
+    separately(product_rows, (g > 0, m, x, rows, w, features, base + p.at_sums + n, p.columns, own + p.at_wide))
 
 
 @inline
@@ -371,7 +436,7 @@ def feed_rows_forward(p, a, scratch, portion, worker, part):
             separately(quantize_input, (m, p, a, row + r, own, r, own, p.norm_first, p.at_first, p.j1, p.apart1))
         for g in range(0, p.hidden, GROUP):
             raise_rows(m, p, own, own, rows, g)
-            lower_rows(m, p, own, rows, g, 0, p.columns)
+            lower_rows(m, p, own, own, rows, g, 0, p.columns)
         finish_rows(m, p, a, own, 0, row, rows)
 
 
@@ -394,10 +459,10 @@ def raise_some(p, a, scratch, parts, worker, part):
 @task
 def lower_some(p, a, scratch, parts, worker, part):
     """The sums of all rows for some channels."""
-    m = memory_of(scratch, a.weights)
+    m, own = memory_of(scratch, a.weights), p.shared_size + worker * p.private_size
     begin, end = share_of(p.columns, WIDTH, parts, part)
     for g in range(0, p.hidden, GROUP):
-        lower_rows(m, p, 0, p.rows, g, begin, end - begin)
+        lower_rows(m, p, 0, own, p.rows, g, begin, end - begin)
 
 
 @task

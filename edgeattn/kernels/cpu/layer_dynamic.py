@@ -18,6 +18,7 @@ from .positions import norm_fields, rotary_fields, rotary_table
 from .projection_dynamic import TILES_SIZE, join_depth
 from .records import NO_MASK, NO_MASKS, KernelMask, blank, copy_of, named_fields, packed, place, set_masks
 from .simd import LANES, OFFSET, WIDTH
+from .word_products import own_terms, words_scratch
 
 SMALLEST_WEIGHT = np.float32(2.0**-100)  # a row of smaller ones is a row of zeros: float32 ends not far below
 
@@ -51,7 +52,8 @@ def place_own(p):
     p.at_context, private = place(private, H * Dvp * WIDTH)
     p.at_context_bytes, private = place(private, C4 * WIDTH)
     p.at_transposed, private = place(private, C4 * WIDTH)
-    p.at_tiles, p.at_masks = place(private, max(TILES_SIZE, LANES * LANES))
+    words = words_scratch(TOKENS, max(deepest, C4))
+    p.at_tiles, p.at_masks = place(private, max(TILES_SIZE, LANES * LANES) + words)
 
 
 @register_jitable
@@ -107,7 +109,7 @@ class DynamicLayer:
 
         def put_linear(letter, codes, factors, bias):
             packer.put("w" + letter, pack_byte_panels(codes))
-            packer.put("c" + letter, -OFFSET * codes.astype(np.int32).sum(1))
+            packer.put("c" + letter, -OFFSET * codes.astype(np.int32).sum(1) + own_terms(codes))
             reals.put("s" + letter, factors)
             reals.put("b" + letter, bias)
 

@@ -22,6 +22,7 @@ from .int8_views import BytePanels, Groups, Part, Projection, scratch_at
 from .matmul import round_up
 from .records import blank, located, named, packed, record
 from .simd import (
+    ADDS_FIRST,
     LANES,
     OFFSET,
     ROWS,
@@ -30,10 +31,13 @@ from .simd import (
     matrix_configure,
     matrix_release,
     pointer_to,
+    tile_add_columns,
+    tile_add_down,
     tile_dequantize,
     tile_store,
 )
 from .views import Rows
+from .word_products import Words, own_terms, product_of_words, split_row, words_scratch
 
 TILES_SIZE = TILES_SCRATCH + max(ROWS * WIDTH, 16)  # a block of the matrix unit, or its description; one tile
 # `x` (rows, width) and `out` (rows, out_width) float32; weights int32: byte panels (features / WIDTH, depth4, WIDTH),
@@ -65,18 +69,39 @@ def _finish_rows(tile, rows, t, f, scales, projection, tokens, features, out, ow
             out.data[to + i * out.step + j] = own.float32[at_edge + i * WIDTH + j]
 
 
+@inline
+def _start_words(tile, t, f, panels, own, at_own, finish_with):
+    """Of a tile of zeros what is added to sums."""
+    return tile_add_columns(tile_add_down(tile, own.int32, at_own + t), panels.bias, panels.at_bias + f)
+
+
+@inline
+def _finish_words(tile, rows, t, f, panels, own, at_own, finish_with):
+    _finish_rows(tile, rows, t, f, *finish_with)
+
+
 @task
 def project_rows(x, tokens, scales, projection, features, out, own, at_tiles):
     """Rows of out (tokens, features) = scale (x w^T + terms) factor + bias; what is packed has whole panels.
 
     x           Part, uint32, rows of bytes plus OFFSET; where the matrix unit multiplies, a multiple of 16
     projection  of panels (features / WIDTH, depth4, WIDTH) of bytes; its bias among the factors
-    own         Scratch, TILES_SIZE elements from at_tiles on
+    own         Scratch, TILES_SIZE elements from at_tiles on, behind them words_scratch(TOKENS, depth4)
     """
-    row_product(_finish_rows, (scales, projection, tokens, features, out, own, at_tiles + TILES_SCRATCH),
-                Groups(x.data, x.at, projection.depth4, 1), tokens,
-                BytePanels(projection.weights, projection.at, projection.weights, projection.at_terms,
-                           round_up(features, WIDTH), projection.depth4), Part(own.int32, at_tiles))
+    depth4, at_own = projection.depth4, at_tiles + TILES_SIZE
+    panels = BytePanels(projection.weights, projection.at, projection.weights, projection.at_terms,
+                        round_up(features, WIDTH), depth4)
+    finish_with = scales, projection, tokens, features, out, own, at_tiles + TILES_SCRATCH
+    if ADDS_FIRST:
+        at_words = at_own + TOKENS
+        for t in range(tokens):
+            split_row(x.data, x.at + t * depth4, depth4, own.int32, at_words + 2 * t * depth4, at_own + t)
+        product_of_words(_start_words, _finish_words, (panels, own, at_own, finish_with),
+                         Words(own.int32, at_words, depth4, at_words + 2 * TOKENS * depth4), tokens,
+                         panels.data, panels.at, panels.features)
+    else:
+        row_product(_finish_rows, finish_with, Groups(x.data, x.at, depth4, 1), tokens, panels,
+                    Part(own.int32, at_tiles))
 
 
 @task
@@ -84,7 +109,7 @@ def project_part(p, a, scratch, portion, worker, part):
     """A portion of the rows, quantized and multiplied TOKENS at a time."""
     depth, depth4, features = p.width, depth_groups(p.width), round_up(p.out_width, WIDTH)
     at_tiles = TOKENS * depth4
-    at_scales = at_tiles + TILES_SIZE
+    at_scales = at_tiles + TILES_SIZE + words_scratch(TOKENS, depth4)
     at_inverse, at_tail = at_scales + TOKENS, at_scales + 2 * TOKENS
     own = scratch_at(scratch + 4 * worker * p.private_size)
     x, out, factors = pointer_to(a.x, np.float32), pointer_to(a.out, np.float32), pointer_to(a.factors, np.float32)
@@ -129,8 +154,9 @@ class DynamicProjection:
         features = round_up(self.outputs, WIDTH)
         deep = np.zeros((features, self.inputs), np.int8)
         deep[: self.outputs] = codes
-        corrections = (-OFFSET * deep.astype(np.int32).sum(1)).astype(np.int32)
-        panels = pack_byte_panels(join_depth(deep))
+        joined = join_depth(deep)
+        corrections = (-OFFSET * deep.astype(np.int32).sum(1)).astype(np.int32) + own_terms(joined)
+        panels = pack_byte_panels(joined)
         self._weights = threads.aligned(panels.size + features, np.int32)
         self._weights[:] = np.concatenate((panels, corrections))
         self._factors = threads.aligned(2 * features, np.float32)
@@ -153,7 +179,7 @@ class DynamicProjection:
 
     def _plan(self, rows):
         deep = round_up(self.inputs, STEP) // 4
-        private = round_up(TOKENS * deep + TILES_SIZE + 2 * TOKENS + STEP, 16)
+        private = round_up(TOKENS * deep + TILES_SIZE + words_scratch(TOKENS, deep) + 2 * TOKENS + STEP, 16)
         p = blank(PROJECTION, rows=rows, width=self.inputs, out_width=self.outputs, private_size=private)
         return PreparedCall(projection_dynamic, packed(p, PROJECTION), ADDRESSES, np.int32, 0, private,
                             rows * self.inputs * self.outputs, fixed=(address(self._factors),))

@@ -4,13 +4,14 @@ A kernel is given an array of int64, and a record says what each of its numbers 
 them where they lie: `p = named(parameters, LAYER)`, then `p.heads`.  Python fills in a `blank` of the same names and
 packs it.  The array is not one of records itself, because NumPy copies those field by field, and every call copies.
 """
+import hashlib
 import struct
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from edgeattn.runtime.compiler import inline, intrinsic, ir, register_jitable, types
+from edgeattn.runtime.compiler import inline, intrinsic, ir, models, register_jitable, register_model, types
 from edgeattn.shapes import strides
 
 from .simd import pointer_to
@@ -35,6 +36,30 @@ def record(*names):
     return made
 
 
+class Record(types.Record):
+    """A record whose name in machine code is told by its fields.
+
+    Numba's has a number drawn anew in every process: parts of two kernels, compiled in processes of their own, may get
+    one name, and in a process that reads both from the cache one of them is then taken for the other.
+    """
+
+    @property
+    def mangling_args(self):
+        """(name, parameters) of which Numba makes that of a function."""
+        return "Record" + hashlib.sha256(self.name.encode()).hexdigest()[:16], ()
+
+
+def told_by_fields(found):
+    """The `Record` that is Numba's type of a record."""
+    fields = [(name, {"type": field.type, "offset": field.offset}) for name, field in found.fields.items()]
+    return Record(fields, found.size, found.aligned)
+
+
+@register_model(Record)
+class _RecordModel(models.RecordModel):
+    pass
+
+
 @intrinsic
 def named(typing, parameters, layout):
     """The record that an array of int64 holds: its fields by name, where they are.
@@ -43,7 +68,7 @@ def named(typing, parameters, layout):
     """
     if not isinstance(parameters, types.Array) or parameters.dtype != types.int64:
         return None
-    found = layout.dtype
+    found = told_by_fields(layout.dtype)
 
     def generate(context, builder, sig, args):
         array = context.make_array(sig.args[0])(context, builder, args[0])

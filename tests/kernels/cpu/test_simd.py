@@ -578,6 +578,51 @@ def test_products_of_bytes_that_are_words():
     np.testing.assert_array_equal(found, x @ w.T)
 
 
+@njit(error_model="numpy")
+def _added_to_tiles(down, across, out):
+    tile = simd.tile_add_outer(simd.tile_of_columns(2, COLUMNS, across, 2), down, 1, across, 1)
+    simd.tile_store(simd.tile_add_columns(tile, across, 3), out, 0, WIDTH, N)
+
+
+def test_products_and_columns_are_added_to_tiles():
+    down, across = np.array([9, -3, 7], np.int32), np.arange(-5, WIDTH, dtype=np.int32) ** 3
+    out = np.zeros((2, WIDTH), np.int32)
+    _added_to_tiles(down, across, out.ravel())
+    np.testing.assert_array_equal(out, across[2:WIDTH + 2] + np.outer(down[1:], across[1:WIDTH + 1]) + across[3:WIDTH + 3])
+
+
+@njit(error_model="numpy")
+def _word_products(x, weights, words, wide, own, out):
+    for i in range(2):
+        simd.store(own, i * N, simd.split_words(words, 1 + i * 2 * N, simd.load(x, i * N)))
+    for k in range(N):
+        at, zero = 1 + 2 * k, simd.tile_zero(2, COLUMNS, weights)
+        first = simd.add_word_products(zero, words, at, 2 * N, weights, k * WIDTH)
+        second = simd.add_word_products_and_widen(zero, words, at, 2 * N, weights, k * WIDTH, wide, 3)
+        third = simd.add_products_of_wide(zero, words, at, 2 * N, wide, 3)
+        for number, tile in enumerate((first, second, third)):
+            simd.tile_store(tile, out, (3 * k + number) * 2 * WIDTH, WIDTH, N)
+
+
+@pytest.mark.skipif(not simd.ADDS_FIRST, reason="needs EDGEATTN_ISA avx2")
+@pytest.mark.parametrize("extreme", [False, True])
+def test_products_of_words_that_are_added_first(extreme):
+    rng = np.random.default_rng(6)
+    x, w = rng.integers(0, 256, (2, N, 4)), rng.integers(-128, 128, (N, WIDTH, 4))
+    if extreme:
+        x[:], w[:] = 255, rng.choice((-128, 127), w.shape)
+    words, wide, own = np.zeros(1 + 4 * N, np.int32), np.zeros(3 + 2 * WIDTH, np.int32), np.zeros((2, N), np.int32)
+    out = np.zeros((N, 3, 2, WIDTH), np.int32)
+    weights = w.astype(np.int8).view(np.int32).ravel()
+    _word_products(x.astype(np.uint8).view(np.int32).ravel(), weights, words, wide, own.ravel(), out.ravel())
+    own_x, own_w = (a[..., 0] * a[..., 1] + a[..., 2] * a[..., 3] for a in (x, w))
+    np.testing.assert_array_equal(own, own_x)
+    np.testing.assert_array_equal(simd.own_products(w[0].astype(np.int8)), own_w[0])
+    for k in range(N):
+        for tile in out[k]:
+            np.testing.assert_array_equal(tile, x[:, k] @ w[k].T + own_x[:, k, None] + own_w[k])
+
+
 def test_every_operation_has_its_meaning_here():
     source = Path(__file__).read_text(encoding="utf-8")
     operations = [name for name, value in vars(simd).items() if type(value) is type(simd.load)]

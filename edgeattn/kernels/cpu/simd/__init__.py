@@ -128,5 +128,15 @@ from .wide import (
     wide_store_first,
     wide_sum,
 )
+from .word_tile import (
+    ADDS_FIRST,
+    add_products_of_wide,
+    add_word_products,
+    add_word_products_and_widen,
+    own_products,
+    split_words,
+    tile_add_columns,
+    tile_add_outer,
+)
 
 OFFSET = ISA.offset

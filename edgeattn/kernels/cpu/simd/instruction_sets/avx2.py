@@ -9,6 +9,7 @@ from . import generic
 class Code(generic.Code):
     """AVX2."""
 
+    adds_first = True  # two ports multiply, four add
     multiplies_words = True
     words, half = "llvm.x86.avx2.packssdw", "llvm.x86.avx2.packsswb"
 
@@ -42,3 +43,8 @@ class Code(generic.Code):
             pairs = emit.call(builder, "llvm.x86.avx2.pmadd.wd", accumulator.type, [a, b])
             accumulator = builder.add(accumulator, pairs)
         return accumulator
+
+    def dot_of_sums(self, builder, accumulator, u, s):
+        """Even and odd words of two operands: what `dot` adds, and both own products, as `word_tile` says."""
+        sums = builder.add(u[0], s[1]), builder.add(u[1], s[0])
+        return builder.add(accumulator, emit.call(builder, "llvm.x86.avx2.pmadd.wd", accumulator.type, sums))

@@ -6,7 +6,7 @@ from . import avx2
 class Code(avx2.Code):
     """AVX2 with VNNI."""
 
-    multiplies_words = False
+    adds_first = multiplies_words = False
 
     prepare = staticmethod(emit.as_bytes)
 

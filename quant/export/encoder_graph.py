@@ -1,0 +1,225 @@
+"""Whole encoders as graphs of TFLite operators.
+
+Between the layers there are float32 rows (B, L, E): norms are taken apart (MEAN, SUB, MUL, RSQRT, ...), for no operator
+is one, and residuals are ADD. What a static layer computes on codes stands between QUANTIZE and DEQUANTIZE, and equals
+the runtime's integers; the weights of a dynamic one are int8, and the runtime quantizes their rows.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgeattn.layers import MultiHeadAttention
+from edgeattn.layers.dynamic_linear import DynamicLinear
+from edgeattn.layers.positions import refuse_positions
+from edgeattn.quantized import DynamicMultiHeadAttention, StaticFeedForward
+from quant.export.attention_graph import (
+    FLOAT_VERSIONS,
+    FloatTfliteOps,
+    Int8TfliteOps,
+    check_float,
+    check_lengths,
+)
+from quant.export.feed_forward_graph import FeedForwardOps, check_activation
+from quant.export.static_rows import StaticBetweenRows, prepared, scatter
+
+if TYPE_CHECKING:
+    from edgeattn.layers import TransformerEncoder
+    from edgeattn.ops import Ops, Sequences
+    from edgeattn.quantized import TensorQuantization
+    from edgeattn.tflite_schema import Graph
+
+_VERSIONS = FLOAT_VERSIONS | dict.fromkeys(
+    ("MEAN", "SUB", "RSQRT", "LOGISTIC", "RELU", "GELU", "QUANTIZE", "SLICE", "GATHER", "CONCATENATION"), 1) | {
+    "DEQUANTIZE": 2}  # the first of int8
+_INT8_VERSIONS = {"GATHER": 2, "CONCATENATION": 2, "SLICE": 2}
+
+
+def encoder_graph(encoder: TransformerEncoder, *, batch: int, sequence_length: int, mask: Any = None) -> Graph:
+    """float32 (B, L, E) -> (B, L, E).
+
+    Parameters
+    ----------
+    encoder : TransformerEncoder
+        Of float, dynamic and static halves in any mixture.
+    batch, sequence_length : int
+        B, L.
+    mask : bool array, broadcastable to (B, H, L, L), optional
+        True = attend.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the layer that has no such form.
+    """
+    ops = EncoderTfliteOps(encoder, batch, sequence_length)
+    with prepared(encoder, (batch, sequence_length), mask) as sequences:
+        x = ops.graph.activation("input", (batch, sequence_length, encoder.embed_dim), np.float32)
+        ops.graph.inputs, ops.graph.outputs = [x], [encoder.forward(ops, x, sequences)]
+    return ops.graph
+
+
+class EncoderTfliteOps(StaticBetweenRows[int], FloatTfliteOps):
+    """`edgeattn.ops.Ops` of whole encoders, upon float32 rows (B, L, features)."""
+
+    def __init__(self, encoder: TransformerEncoder, batch: int, length: int):
+        self._shape = batch, length
+        super().__init__(check_lengths(encoder.layers[0].attention, (0, 0, 0), batch, length, None))
+        self._versions = _VERSIONS
+        self._numbers: dict[str, int] = {}
+
+    # -- layers --------------------------------------------------------------------------------------------------------
+
+    def block(self, layer: Any, x: int, sequences: Sequences, name: str) -> int:
+        """By the operations of its forward."""
+        attention, (mask,) = layer.attention, sequences.masks
+        self.lengths = check_lengths(attention, (0, 0, 0), *self._shape, None)
+        try:
+            if isinstance(attention, (MultiHeadAttention, DynamicMultiHeadAttention)):
+                refuse_positions(attention, "a .safetensors or .so holds the encoder whole")
+                check_float(attention)
+                self.begin(attention, mask.permitted(), f"{name}attention.")
+            return layer.forward(self, x, sequences, name)
+        except ValueError as error:
+            raise ValueError(f"{name.removesuffix('.')}: {error}") from None
+
+    def linear(self, x: int, linear: Any, name: str) -> int:
+        """x weight^T + bias."""
+        return self._dynamic(x, linear, name) if isinstance(linear, DynamicLinear) else super().linear(x, linear, name)
+
+    def _dynamic(self, x: int, linear: DynamicLinear, name: str) -> int:
+        """A hybrid product; inputs that stay float32, and outputs' second codes, are added by a narrow float one."""
+        outputs, apart = linear.outputs, linear.outlier_columns
+        rest, parts, weights = x, [], []
+        if len(apart):
+            kept = np.ones(linear.inputs, np.float32)
+            kept[apart] = 0
+            rest = self._elementwise("MUL", x, self._constant(f"{name}/kept", kept), f"{name}/rest")
+            parts.append(self.columns(x, apart, f"{name}/apart"))
+            weights.append(linear.outlier_weight)
+        y = self.hybrid(rest, linear.codes[:outputs], linear.scale[:outputs], linear.bias, name)
+        if len(linear.residual_outputs):
+            parts.append(self.hybrid(rest, linear.codes[outputs:], linear.scale[outputs:], None, f"{name}/second"))
+            weights.append(scatter(linear.residual_outputs, outputs))
+        if not parts:
+            return y
+        weight = np.concatenate(weights, axis=1).astype(np.float32)
+        added = self.narrow(self.joined(parts, f"{name}/columns"), weight, None, f"{name}/added")
+        return self._elementwise("ADD", y, added, f"{name}/sum")
+
+    def codes_ops(self, layer: Any, name: str) -> Ops[int]:
+        """The executor of a static layer's own operations."""
+        if isinstance(layer, StaticFeedForward):
+            check_activation(layer)
+            return FeedForwardOps(layer, self.graph, name)
+        return Int8TfliteOps(self.lengths, layer.tensors, self.graph, name)
+
+    # -- operations ----------------------------------------------------------------------------------------------------
+
+    def layer_norm(self, x: int, norm: Any, name: str) -> int:
+        """(x - mean) / sqrt(variance + eps) * weight + bias, taken apart."""
+        return self._scaled(self._elementwise("SUB", x, self._mean(x, f"{name}/mean"), f"{name}/centred"), norm, name)
+
+    def rms_norm(self, x: int, norm: Any, name: str) -> int:
+        """x / sqrt(mean(x^2) + eps) * weight, taken apart."""
+        return self._scaled(x, norm, name)
+
+    def _scaled(self, x: int, norm: Any, name: str) -> int:
+        variance = self._mean(self._elementwise("MUL", x, x, f"{name}/square"), f"{name}/variance")
+        eps = self._constant(f"{name}/eps", np.array(norm.eps, np.float32))
+        variance = self._elementwise("ADD", variance, eps, f"{name}/variance_eps")
+        shape = self.graph.tensors[variance].shape
+        inverse = self._operator("RSQRT", [variance], f"{name}/inverse", shape)
+        y = self._elementwise("MUL", x, inverse, f"{name}/normed")
+        y = self._elementwise("MUL", y, self._constant(f"{name}/weight", norm.weight), f"{name}/scaled")
+        return y if norm.bias is None else self._elementwise("ADD", y, self._constant(f"{name}/bias", norm.bias), name)
+
+    def activation(self, x: int, kind: str, name: str) -> int:
+        """GELU, RELU, or MUL and LOGISTIC."""
+        shape = self.graph.tensors[x].shape
+        if kind in ("gelu", "gelu_tanh"):
+            return self._operator("GELU", [x], name, shape, options={"approximate": kind == "gelu_tanh"})
+        if kind == "relu":
+            return self._operator("RELU", [x], name, shape)
+        y = self._operator("LOGISTIC", [x], f"{name}/sigmoid", shape)
+        return self._elementwise("MUL", x, y, name) if kind == "silu" else y
+
+    def add(self, a: int, b: int, name: str) -> int:
+        """The sum."""
+        return self._elementwise("ADD", a, b, name)
+
+    def multiply(self, a: int, b: int, name: str) -> int:
+        """The product, element by element."""
+        return self._elementwise("MUL", a, b, name)
+
+    def subtract(self, a: int, b: int, name: str) -> int:
+        """The difference."""
+        return self._elementwise("SUB", a, b, name)
+
+    def narrow(self, x: int, weight: np.ndarray, bias: np.ndarray | None, name: str) -> int:
+        """A float product of a few columns."""
+        constants = [None if array is None else self._constant(f"{name}/{part}", array)
+                     for part, array in (("weight", weight), ("bias", bias))]
+        return self._fully_connected(x, *constants, name)
+
+    def _elementwise(self, operator: str, a: int, b: int, name: str) -> int:
+        return self._operator(operator, [a, b], name, self.graph.tensors[a].shape)
+
+    def _mean(self, x: int, name: str) -> int:
+        shape = (*self.graph.tensors[x].shape[:-1], 1)
+        return self._operator("MEAN", [x, self._indices("last_axis", [2])], name, shape, options={"keep_dims": True})
+
+    def _indices(self, name: str, values: Any) -> int:
+        """A constant of int32, once under a name."""
+        if name not in self._numbers:
+            self._numbers[name] = self._constant(name, np.array(values, np.int32))
+        return self._numbers[name]
+
+    def columns(self, x: int, columns: Any, name: str) -> int:
+        """Some columns of rows or codes; of rows by a product with ones and zeros, for a delegate takes no GATHER."""
+        source = self.graph.tensors[x]
+        if source.scale is None:
+            return self.narrow(x, scatter(columns, source.shape[-1]).T, None, name)
+        return self._moved("GATHER", [x, self._indices(f"{name}/which", columns)], name, len(columns), {"axis": 2})
+
+    def part(self, x: int, first: int, size: int, name: str) -> int:
+        """Columns beside each other."""
+        bounds = [self._indices(f"{name}/{part}", [*lead, value]) for part, lead, value in (
+            ("begin", (0, 0), first), ("size", self.graph.tensors[x].shape[:-1], size))]
+        return self._moved("SLICE", [x, *bounds], name, size)
+
+    def joined(self, parts: list[int], name: str) -> int:
+        """Rows or codes side by side."""
+        if len(parts) == 1:
+            return parts[0]
+        width = sum(self.graph.tensors[part].shape[-1] for part in parts)
+        return self._moved("CONCATENATION", parts, name, width, {"axis": 2})
+
+    def _moved(self, operator: str, inputs: list[int], name: str, width: int, options: Any = None) -> int:
+        """What has the dtype and scale of the first of its inputs."""
+        source = self.graph.tensors[inputs[0]]
+        quantization = None
+        if source.scale is not None:
+            quantization = _Quantization(source.scale[0], source.zero_point[0])
+        output = self.graph.activation(name, (*source.shape[:-1], width), source.dtype, quantization)
+        versions = _VERSIONS if quantization is None else _INT8_VERSIONS
+        self.graph.operator(operator, inputs, output, options, versions[operator])
+        return output
+
+    def quantized(self, x: int, quantization: TensorQuantization, name: str) -> int:
+        """Codes of rows."""
+        output = self.graph.activation(name, self.graph.tensors[x].shape, np.int8, quantization)
+        self.graph.operator("QUANTIZE", [x], output, None, _VERSIONS["QUANTIZE"])
+        return output
+
+    def reals(self, codes: int, name: str) -> int:
+        """The rows that codes stand for."""
+        return self._operator("DEQUANTIZE", [codes], name, self.graph.tensors[codes].shape)
+
+
+class _Quantization:
+    def __init__(self, scale: Any, zero_point: Any):
+        self.scale, self.zero_point = scale, zero_point
+

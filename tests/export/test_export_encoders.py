@@ -1,0 +1,185 @@
+"""Whole encoders as .tflite files: what runtimes make of them, beside what the encoder gives."""
+
+
+import numpy as np
+import pytest
+from arrays import cosine
+from arrays import numbers as random
+from runtimes import HERE
+from static_cases import make
+from whole_models import E, encoder, image_encoder, text_encoder
+
+import edgeattn
+import quant
+from edgeattn.layers import TransformerEncoder, TransformerEncoderLayer
+from edgeattn.quantized import StaticFeedForward, StaticSelfAttention
+from quant.runtimes import RUNTIMES
+
+L = 9
+SETTINGS = {"norm last": {}, "norm first": {"norm_first": True}, "gate": {"gate": True}}
+CAUSAL = np.tri(L, dtype=bool)
+
+
+def data(*shape, seed=0):
+    """What residual streams are: one feature is much larger than the others."""
+    x = random(*shape, E, seed=seed)
+    x[..., 5] *= 40
+    return x
+
+
+def activated(kind, **settings):
+    """An encoder with this activation; TFLite Micro has no GELU."""
+    made = encoder(**settings)
+    for layer in made.layers:
+        layer.feed_forward.activation = kind
+    return made
+
+
+def static(made, **options):
+    batches = [data(3, L, seed=1), {"x": data(3, L, seed=2), "is_causal": True}]
+    return quant.quantize(made, quant.calibrate(made, batches), **options)
+
+
+def with_mask(made, keep):
+    """A static encoder whose attention carries the mask as a file does: masked scores keep a trace of weight."""
+    layers = [TransformerEncoderLayer(
+        StaticSelfAttention(layer.attention.attention.with_mask(keep), more_inputs=layer.attention.more_inputs),
+        layer.feed_forward, layer.norm1, layer.norm2, norm_first=layer.norm_first) for layer in made.layers]
+    return TransformerEncoder(layers, norm=made.norm)
+
+
+def written(made, path, **options):
+    return RUNTIMES[options.pop("runtime", "litert-reference")].session(
+        quant.export(made, path, batch=2, **{"sequence_length": L} | options))
+
+
+def window(made):
+    """The encoder whose layers see a token on each side."""
+    return TransformerEncoder([TransformerEncoderLayer(
+        layer.attention, layer.feed_forward, layer.norm1, layer.norm2, window_size=(1, 1)) for layer in made.layers])
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("mask", [None, "causal"])
+def test_float32_is_the_encoder(tmp_path, settings, mask):
+    x = data(2, L)
+    for activation, names in (("gelu", set(HERE) - {"tflm"}), ("relu", set(HERE) & {"tflm"})):
+        made = activated(activation, **SETTINGS[settings])
+        want = made(x, is_causal=mask is not None)
+        for name in names:
+            found = written(made, tmp_path / "a.tflite", mask=mask, runtime=name).run(x)[0]
+            np.testing.assert_allclose(found, want, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("name", HERE)
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_static_int8_is_the_runtimes(tmp_path, name, settings):
+    """Codes are equal: one that was not would show by a step of the codes, hundreds of times the bound."""
+    made = static(activated("relu", **SETTINGS[settings]), arithmetic=name, room_for_masks=True)
+    x = data(2, L)
+    assert any(layer.attention.more_inputs for layer in made.layers)
+    for mask in (None, CAUSAL):
+        want = (made if mask is None else with_mask(made, mask))(x)
+        found = written(made, tmp_path / "a.tflite", mask=mask, runtime=name).run(x)[0]
+        np.testing.assert_allclose(found, want, atol=2e-6 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+def test_static_int8_with_the_operator_gelu(tmp_path, activation):
+    made, x = static(activated(activation), arithmetic="litert-reference"), data(2, L)
+    np.testing.assert_allclose(written(made, tmp_path / "a.tflite").run(x)[0], made(x), atol=2e-6)
+
+
+def test_static_feed_forwards_with_all_they_may_have(tmp_path):
+    """Further outputs, columns that continue further columns, large features apart; attention in float32."""
+    options = {"arithmetic": "litert-reference", "more_inputs": (3, E, 7, E + 1), "more_outputs": ((5, -128), (0, 127))}
+    large = make(4, E, 20, E, "gelu_tanh", arithmetic="litert-reference", more_inputs=(2,)).layer
+    of = make(3, E, 40, E, "gelu", **options).layer
+    part = StaticFeedForward(of.linears, of.tensors, activation="gelu", large=large, **options)
+    layer = encoder().layers[0]
+    made = TransformerEncoder([TransformerEncoderLayer(layer.attention, part, layer.norm1, layer.norm2)])
+    x = data(2, L)
+    got = written(made, tmp_path / "a.tflite", mask="causal").run(x)[0]
+    np.testing.assert_allclose(got, made(x, is_causal=True), atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_dynamic_int8_is_hybrid(tmp_path, settings):
+    """Of as many bytes as the weights, and as near the float encoder as ours."""
+    made, x = encoder(**SETTINGS[settings]), data(2, L)
+    dynamic, want = quant.quantize(made, scheme="dynamic"), made(x)
+    for name in HERE:
+        if name in ("tflm", "tflite-runtime"):
+            continue  # neither has hybrid products of a scale for each channel
+        found = written(dynamic, tmp_path / "a.tflite", runtime=name).run(x)[0]
+        assert cosine(found, want) > 0.999 and cosine(found, dynamic(x)) > 0.999
+    written(made, tmp_path / "float.tflite")
+    assert (tmp_path / "a.tflite").stat().st_size < 0.6 * (tmp_path / "float.tflite").stat().st_size
+
+
+def test_a_dynamic_layer_is_hybrid(tmp_path):
+    made = encoder().layers[0].attention
+    dynamic, x = quant.quantize(made, scheme="dynamic"), random(2, L, E)
+    found = written(dynamic, tmp_path / "a.tflite", mask="causal").run(x)[0]
+    assert cosine(found, made(x, is_causal=True)) > 0.999
+
+
+def test_layers_with_windows_of_their_own(tmp_path):
+    made, x = window(encoder()), data(2, L)
+    np.testing.assert_allclose(written(made, tmp_path / "a.tflite").run(x)[0], made(x), atol=1e-5)
+
+
+def test_shared_heads(tmp_path):
+    weights = [random(n, E, seed=n) / 6 for n in (E, 16, 16, E)]
+    attention = edgeattn.MultiHeadAttention(4, *weights, num_kv_heads=2)
+    made = TransformerEncoder([TransformerEncoderLayer(attention, encoder().layers[0].feed_forward)])
+    x = random(2, L, E)
+    np.testing.assert_allclose(written(made, tmp_path / "a.tflite").run(x)[0], made(x), atol=1e-5)
+    dynamic = quant.quantize(made, scheme="dynamic")
+    assert cosine(written(dynamic, tmp_path / "a.tflite").run(x)[0], made(x)) > 0.999
+
+
+def test_several_lengths_are_signatures_over_the_same_weights(tmp_path):
+    litert = pytest.importorskip("ai_edge_litert.interpreter")
+    made = encoder()
+    one = quant.export(made, tmp_path / "one.tflite", sequence_length=4).stat().st_size
+    path = quant.export(made, tmp_path / "a.tflite", sequence_length=[4, 9, 17], mask="causal")
+    assert path.stat().st_size < 1.6 * one
+    interpreter = litert.Interpreter(str(path))
+    assert list(interpreter.get_signature_list()) == ["length_4", "length_9", "length_17"]
+    for length in (9, 4, 17):
+        x = data(1, length)
+        (found,) = interpreter.get_signature_runner(f"length_{length}")(input=x).values()
+        np.testing.assert_allclose(found, made(x, is_causal=True), atol=1e-5)
+
+
+REFUSED = {
+    "a model": (lambda: text_encoder(), {}, TypeError, r"model\.encoder"),
+    "an image model": (lambda: image_encoder(), {}, TypeError, r"model\.encoder"),
+    "key_length": (lambda: encoder(), {"key_length": 3}, ValueError, "key_length must be left out for an encoder"),
+    "a mask of other lengths": (lambda: encoder(), {"mask": np.ones((8, 8), bool)}, ValueError,
+                                "^mask must .*export with the lengths"),
+    "rotary": (lambda: encoder(rotary=edgeattn.RotaryEmbedding(8)), {}, ValueError,
+               r"layers\.0: layer must have no rotary .*\.safetensors"),
+    "no room": (lambda: static(encoder()), {"mask": "causal"}, ValueError, "layers.0: .*room_for_masks=True"),
+    "silu": (lambda: static(activated("silu")), {}, ValueError, "layers.0: .*scheme='dynamic'"),
+    "equal lengths": (lambda: encoder(), {"sequence_length": [4, 4]}, ValueError, "several, each once"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_no_file_holds_is_refused(tmp_path, case):
+    made, options, error, match = REFUSED[case]
+    with pytest.raises(error, match=match):
+        quant.export(made(), tmp_path / "a.tflite", **{"sequence_length": L} | options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_several_lengths_are_of_tflite_alone(tmp_path):
+    with pytest.raises(ValueError, match=r"must be one number but for a \.tflite"):
+        quant.export(encoder().layers[0].attention, tmp_path / "a.c", sequence_length=[4, 9])
+
+
+def test_room_for_masks_is_of_static_scores():
+    with pytest.raises(ValueError, match="room_for_masks must be left out for scheme='dynamic'"):
+        quant.quantize(encoder(), scheme="dynamic", room_for_masks=True)

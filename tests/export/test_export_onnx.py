@@ -1,0 +1,157 @@
+"""Layers and whole encoders as ONNX models, carried out by onnx's own evaluator, or by onnxruntime where it is."""
+
+import builtins
+
+import numpy as np
+import pytest
+from arrays import cosine
+from arrays import numbers as random
+from test_export_encoders import CAUSAL, SETTINGS, L, activated, data, static, window, with_mask
+from whole_models import E, encoder, text_encoder
+from workbench import random_input, random_layer
+
+import edgeattn
+import quant
+from edgeattn.layers import TransformerEncoder, TransformerEncoderLayer
+
+onnx = pytest.importorskip("onnx", reason="the extra edgeattn[checkpoints] brings onnx")
+
+OPSETS = (17, 18, 20, 23)
+
+
+def evaluated(path, *inputs):
+    from onnx.reference import ReferenceEvaluator
+    names = [value.name for value in onnx.load(path).graph.input]
+    return ReferenceEvaluator(str(path)).run(None, dict(zip(names, inputs, strict=True)))[0]
+
+
+def in_onnxruntime(path, *inputs):
+    """`make test-published` has it."""
+    runtime = pytest.importorskip("onnxruntime", reason="make test-published installs it")
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return session.run(None, dict(zip((value.name for value in session.get_inputs()), inputs, strict=True)))[0]
+
+
+RUNS = {"onnx": evaluated, "onnxruntime": in_onnxruntime}
+each_run = pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+
+
+@each_run
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_float32_is_the_encoder(tmp_path, run, settings):
+    made = encoder(**SETTINGS[settings])
+    for opset in OPSETS:
+        free = quant.export(made, tmp_path / "a.onnx", opset=opset)
+        for shape in ((2, L), (3, 5)):  # one file for any
+            x = data(*shape)
+            np.testing.assert_allclose(run(free, x), made(x), atol=1e-5)
+    x = data(2, L)
+    for opset in (17, 23):
+        path = quant.export(made, tmp_path / "a.onnx", batch=2, sequence_length=L, mask="causal", opset=opset)
+        np.testing.assert_allclose(run(path, x), made(x, is_causal=True), atol=1e-5)
+
+
+@each_run
+@pytest.mark.parametrize("kind", ["relu", "gelu_tanh", "silu"])
+def test_activations(tmp_path, run, kind):
+    made, x = activated(kind), data(2, L)
+    for opset in (17, 20):
+        np.testing.assert_allclose(run(quant.export(made, tmp_path / "a.onnx", opset=opset), x), made(x), atol=1e-5)
+
+
+@each_run
+def test_windows_shared_heads_and_rms_norms(tmp_path, run):
+    weights = [random(n, E, seed=n) / 6 for n in (E, 16, 16, E)]
+    layer = window(encoder()).layers[0]
+    made = TransformerEncoder([TransformerEncoderLayer(
+        edgeattn.MultiHeadAttention(4, *weights, num_kv_heads=2), layer.feed_forward,
+        edgeattn.RMSNorm(np.ones(E)), None, window_size=(1, 1))], norm=layer.norm1)
+    x = data(2, L)
+    for opset in (17, 18, 23):
+        path = quant.export(made, tmp_path / "a.onnx", batch=2, sequence_length=L, opset=opset)
+        np.testing.assert_allclose(run(path, x), made(x), atol=1e-5)
+
+
+@each_run
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_static_int8_is_near_ours(tmp_path, run, settings):
+    """Sums are exact there too; exponentials and roundings of halves are not ours."""
+    made = static(activated("gelu", **SETTINGS[settings]), room_for_masks=True)
+    x = data(2, L)
+    for opset in (17 if run is in_onnxruntime else 20, 23):  # onnx's own evaluator has DequantizeLinear from 19 on
+        free = quant.export(made, tmp_path / "a.onnx", opset=opset)
+        assert cosine(run(free, x), made(x)) > 0.9995
+        path = quant.export(made, tmp_path / "a.onnx", sequence_length=L, batch=2, mask=CAUSAL, opset=opset)
+        assert cosine(run(path, x), with_mask(made, CAUSAL)(x)) > 0.9995
+
+
+@each_run
+def test_layers(tmp_path, run):
+    """Cross-attention too; int8 within one step of the output's codes."""
+    layer, x = random_layer(0), random_input(3, 2, 9, 32)
+    np.testing.assert_allclose(run(quant.export(layer, tmp_path / "a.onnx"), x), layer(x), atol=1e-5)
+    key = random_input(4, 2, 5, 32)
+    path = quant.export(layer, tmp_path / "a.onnx", batch=2, sequence_length=9, key_length=5)
+    assert [value.name for value in onnx.load(path).graph.input] == ["query_input", "key_input"]
+    np.testing.assert_allclose(run(path, x, key), layer(x, key), atol=1e-5)
+    calls = [{"query": random_input(seed, 3, 9, 32), "is_causal": seed % 2 == 0} for seed in range(4)]
+    made = quant.quantize(layer, quant.calibrate(layer, calls))
+    for mask in (None, CAUSAL):
+        path = quant.export(made, tmp_path / "a.onnx", batch=2, sequence_length=9, mask=mask, opset=20)
+        want = (made if mask is None else made.with_mask(mask))(x)
+        assert np.abs(run(path, x) - want).max() <= 1.01 * made.tensors["output"].scale
+
+
+@pytest.mark.parametrize("opset", OPSETS)
+def test_our_own_reader_opens_them(tmp_path, opset):
+    made, x = encoder(), data(2, L)
+    path = quant.export(made, tmp_path / "a.onnx", opset=opset)
+    np.testing.assert_array_equal(TransformerEncoder.from_onnx(path)(x), made(x))
+    layer = made.layers[0].attention
+    path = quant.export(layer, tmp_path / "b.onnx", opset=opset)
+    np.testing.assert_array_equal(edgeattn.MultiHeadAttention.from_onnx(path)(x), layer(x))
+
+
+def test_int8_weights_come_back_as_what_they_stand_for(tmp_path):
+    layer, x = random_layer(0), random_input(3, 2, 9, 32)
+    made = quant.quantize(layer, quant.calibrate(layer, [x]))
+    read = edgeattn.MultiHeadAttention.from_onnx(quant.export(made, tmp_path / "a.onnx"))
+    linear = made.linears["value"]
+    np.testing.assert_allclose(read.v_weight, linear.weight * linear.scale[:, None], rtol=1e-6)
+
+
+REFUSED = {
+    "a model": (text_encoder, {}, TypeError, r"model\.encoder"),
+    "dynamic": (lambda: quant.quantize(encoder(), scheme="dynamic"), {}, ValueError,
+                r"layers\.0: .*scheme='static'.*\.tflite"),
+    "a dynamic layer": (lambda: quant.quantize(random_layer(0), scheme="dynamic"), {}, ValueError, "layer is dynamic"),
+    "opset": (encoder, {"opset": 16}, ValueError, "opset must be one of 17 to 23; got 16"),
+    "opset of another": (encoder, {"opset": 17, "path": "a.tflite"}, ValueError, "opset must be left out but for a .onnx"),
+    "mask without a length": (encoder, {"mask": np.ones((3, 3), bool)}, ValueError, "mask needs sequence_length"),
+    "window without a length": (lambda: window(encoder()), {}, ValueError, r"layers\.0 has a window"),
+    "several": (encoder, {"sequence_length": [3, 4]}, ValueError, r"sequence_length must be one number but for a \.tflite"),
+    "no room": (lambda: static(encoder()), {"sequence_length": L, "mask": "causal"}, ValueError, "room_for_masks=True"),
+    "rotary": (lambda: encoder(rotary=edgeattn.RotaryEmbedding(8)), {}, ValueError, r"layers\.0: .*no rotary"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_no_file_holds_is_refused(tmp_path, case):
+    made, options, error, match = REFUSED[case]
+    options = {"path": "a.onnx"} | options
+    with pytest.raises(error, match=match):
+        quant.export(made(), tmp_path / options.pop("path"), **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_it_says_what_to_install(tmp_path, monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *arguments, **options):
+        if name.startswith("onnx"):
+            raise ImportError(name)
+        return real(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ImportError, match=r"needs the package onnx: pip install edgeattn\[checkpoints\]"):
+        quant.export(encoder(), tmp_path / "a.onnx")
