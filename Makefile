@@ -40,7 +40,7 @@ endef
 setup_files = setup.cfg pyproject.toml tools/environment.py tools/find-python.sh
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-long test-libraries test-fence test-mutations test-arm64 test-arm64-short test-cortex-m test-cuda test-cuda-offline test-published docs fuzz lint libraries wheel wheels examples example-minilm example-search example-streaming example-anomaly example-image example-self-vs-multihead example-sensor bench bench-cuda bench-models bench-peers bench-resident bench-same-bytes bench-start clean distclean
+.PHONY: help run test test-long test-libraries test-fence test-mutations test-arm64 test-arm64-short count-arm64 test-cortex-m test-cuda test-cuda-offline test-published docs fuzz lint libraries wheel wheels examples example-minilm example-search example-streaming example-anomaly example-image example-self-vs-multihead example-sensor bench bench-cuda bench-models bench-peers bench-resident bench-same-bytes bench-start clean distclean
 
 help: ## this list
 	@echo "edgeattn: attention for small computers. Targets:"
@@ -74,6 +74,9 @@ test-arm64: $(ready_arm64) $(ready_trixie) $(linking) ## the CPU's part, emulate
 
 test-arm64-short: $(ready_arm64) $(linking) ## ... a few dozen tests, emulated Pi 5
 	@$(python) tools/arm64/run.py $(ARM64) --short -- $(ARGS)
+
+count-arm64: $(ready_arm64) $(linking) ## instructions of whole calls there, beside LiteRT and onnxruntime
+	@$(python) tools/arm64/count_instructions.py $(ARM64) $(ARGS)
 
 # Needs no registry: where there is no environment of ours, with the machine's own python3.
 test-cuda: ## the CUDA tests on a GPU, in nine minutes

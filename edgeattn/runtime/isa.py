@@ -37,8 +37,8 @@ TABLES = (
     InstructionSet("avx512vnni", 16, 8, 2, 128, (4, 4), True, _AVX512),
     InstructionSet("avx2vnni", 8, 4, 2, 128, (4, 4), True, ("avx2", "fma", "avxvnni")),
     InstructionSet("avx2", 8, 4, 2, 128, (4, 1), True, ("avx2", "fma")),
-    InstructionSet("neondot", 4, 8, 2, 0, (2, 4), False, ("neon", "dotprod")),
-    InstructionSet("neon", 4, 8, 2, 128, (2, 1), False, ("neon",)),
+    InstructionSet("neondot", 4, 8, 2, 0, (4, 4), False, ("neon", "dotprod")),
+    InstructionSet("neon", 4, 8, 2, 0, (4, 1), False, ("neon",)),
     InstructionSet("generic", 4, 4, 2, 128, (1, 1), False, ()),
 )
 

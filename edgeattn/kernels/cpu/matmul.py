@@ -10,10 +10,13 @@ import numpy as np
 from edgeattn.runtime.compiler import inline, register_jitable
 
 from .simd import (
+    BY_LANE,
     COLUMNS,
     LANES,
     ROWS,
     WIDTH,
+    multiply_by_lane,
+    multiply_by_lane_ahead,
     outer_product,
     prefetch,
     quotient,
@@ -65,7 +68,7 @@ def pack_panels(weight):
 
 
 @inline
-def multiply(tile, a, at_a, row_step, step, b, at_b, depth):
+def _multiply(tile, a, at_a, row_step, step, b, at_b, depth):
     """tile[i][j] += sum over k of a[at_a + i row_step + k step] * vector j of b[at_b + k WIDTH]"""
     count = steps(b)
     for k in range(0, depth - count + 1, count):
@@ -76,8 +79,8 @@ def multiply(tile, a, at_a, row_step, step, b, at_b, depth):
 
 
 @inline
-def multiply_ahead(tile, a, at_a, row_step, step, b, at_b, depth, at_next, part):
-    """multiply(), while `part` elements of b from at_next on, at most 8 times `depth`, are brought near."""
+def _multiply_ahead(tile, a, at_a, row_step, step, b, at_b, depth, at_next, part):
+    """_multiply(), while `part` elements of b from at_next on, at most 8 times `depth`, are brought near."""
     count = steps(b)
     pace = part // max(depth, 1)
     for k in range(0, depth - 2 * count + 1, 2 * count):
@@ -91,6 +94,15 @@ def multiply_ahead(tile, a, at_a, row_step, step, b, at_b, depth, at_next, part)
     for k in range(depth // (2 * count) * (2 * count), depth):
         tile = outer_product(tile, a, at_a + k * step, row_step, b, at_b + k * WIDTH)
     return tile
+
+
+@inline
+def _multiply_by_lane_ahead(tile, a, at_a, row_step, step, b, at_b, depth, at_next, part):
+    return multiply_by_lane_ahead(tile, a, at_a, row_step, step, b, at_b, depth, at_next, part // max(depth, 1))
+
+
+# multiply(tile, a, at_a, row_step, step, b, at_b, depth), and multiply_ahead(..., at_next, part)
+multiply, multiply_ahead = (multiply_by_lane, _multiply_by_lane_ahead) if BY_LANE else (_multiply, _multiply_ahead)
 
 
 @inline

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from numba import njit
 
-from edgeattn.kernels.cpu import simd, softmax
+from edgeattn.kernels.cpu import matmul, simd, softmax
 from edgeattn.kernels.cpu.simd import COLUMNS, LANES, OFFSET, ROWS, WIDTH
 from edgeattn.runtime import isa
 
@@ -166,6 +166,43 @@ def test_tile_of_bytes_multiplies(unsigned_rows):
     out = np.zeros((ROWS, WIDTH), np.int32)
     _product(a.view(views[0]).ravel(), b.view(views[1]).ravel(), out.ravel(), 5, out.ravel())
     np.testing.assert_array_equal(out, np.einsum("rkj,kwj->rw", a.astype(int), b.astype(int)))
+
+
+@njit(error_model="numpy")
+def _multiply(a, row_step, step, b, out, depth):
+    tile = simd.tile_load(ROWS, COLUMNS, out, 0, WIDTH, N)
+    simd.tile_store(matmul.multiply(tile, a, 0, row_step, step, b, 0, depth), out, 0, WIDTH, N)
+
+
+# Elements of a row that follow one another, rows that do, and neither; both only where there is one of either.
+STEPS = [(11, 1), (1, ROWS + 3), (2, 2 * ROWS + 1), (1, 1)]
+
+
+@pytest.mark.parametrize("row_step, step", STEPS)
+@pytest.mark.parametrize("kind", ["float32", "unsigned rows", "unsigned columns"])
+def test_a_product_wherever_its_rows_lie(kind, row_step, step):
+    rng = np.random.default_rng(6)
+    for depth in (0, 1, 2, 3, 4, 7, 10):
+        i, k = np.arange(ROWS)[:, None] * row_step, np.arange(depth) * step
+        size = (ROWS - 1) * row_step + max(depth - 1, 0) * step + 1  # no element more than there is to be read
+        if kind == "float32":
+            a, b, start = (rng.integers(-9, 9, s).astype(np.float32) for s in (size, (depth, WIDTH), (ROWS, WIDTH)))
+            want, views = start + a[i + k] @ b, (np.float32, np.float32)
+        else:
+            unsigned, signed = (np.array([0, 255]), np.array([-128, 127])) if OFFSET else (np.array([-128, 127]),) * 2
+            ends = (unsigned, signed) if kind == "unsigned rows" else (signed, unsigned)
+            extreme = depth % 2 == 0  # all at the lowest or either end, or anything between
+            (a, b) = (rng.choice(e, (*s, 4)) if extreme else rng.integers(e[0], e[1] + 1, (*s, 4))
+                      for e, s in zip(ends, ((size,), (depth, WIDTH)), strict=True))
+            if depth == 4:
+                a[:], b[:] = ends[0][0] or 255, ends[1][0] or 255
+            start = rng.integers(-2**20, 2**20, (ROWS, WIDTH)).astype(np.int32)
+            want = start + np.einsum("rkj,kwj->rw", a[i + k], b)
+            views = (np.uint32, np.int32) if kind == "unsigned rows" else (np.int32, np.uint32)
+            a, b = (np.ascontiguousarray(x.astype(np.uint8)).view(v).ravel() for x, v in zip((a, b), views, strict=True))
+        out = start.ravel().copy()
+        _multiply(a, row_step, step, np.append(b.ravel(), np.zeros(1, b.dtype)), out, depth)
+        np.testing.assert_array_equal(out.reshape(ROWS, WIDTH), want, err_msg=f"depth {depth}")
 
 
 @njit(error_model="numpy")

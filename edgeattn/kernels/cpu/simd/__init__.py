@@ -29,6 +29,11 @@ from .bytes import (
     store_bytes,
     subtract_bytes,
 )
+from .lane_products import (
+    BY_LANE,
+    multiply_by_lane,
+    multiply_by_lane_ahead,
+)
 from .matrix_unit import (
     MATRIX_ROWS,
     matrix_configure,

@@ -62,6 +62,18 @@ def void_call(builder, name, arguments):
     call(builder, name, ir.VoidType(), arguments)
 
 
+def prefetch(builder, pointer):
+    """A hint: what lies there will soon be read."""
+    pointer = builder.bitcast(pointer, i8.as_pointer())
+    # to be read, into the second-level cache, data
+    void_call(builder, "llvm.prefetch.p0", [pointer, *(ir.Constant(i32, value) for value in (0, 2, 1))])
+
+
+def unknown(builder, number):
+    """The same 64-bit integer in a register, of which the compiler does not know how it was computed."""
+    return builder.asm(ir.FunctionType(i64, [i64]), "", "=r,0", [number], side_effect=False)
+
+
 def literal(value):
     """The number that an argument is known to be when its function is compiled."""
     if not isinstance(value, types.IntegerLiteral):

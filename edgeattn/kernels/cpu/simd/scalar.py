@@ -1,6 +1,6 @@
 """What kernels need of scalars and addresses that Python has no word for."""
 
-from edgeattn.runtime.compiler import intrinsic, ir, types
+from edgeattn.runtime.compiler import intrinsic, types
 
 from . import emit
 
@@ -39,7 +39,5 @@ def prefetch(typing, array, at):
     """Nothing but a hint: array[at] will soon be read."""
     def generate(context, builder, sig, args):
         where = emit.pointer(context, builder, sig.args[0], args[0], args[1], emit.i8)
-        # to be read, into the second-level cache, data
-        arguments = [where, *(ir.Constant(emit.i32, value) for value in (0, 2, 1))]
-        emit.void_call(builder, "llvm.prefetch.p0", arguments)
+        emit.prefetch(builder, where)
     return types.void(array, types.intp), generate

@@ -176,7 +176,8 @@ def _rank_one(context, builder, sig, args):
     return tile
 
 
-def _may_multiply(t, a, b):
+def may_multiply(t, a, b):
+    """Whether arrays of these types have products that a tile takes."""
     return t.vec is F32 or (a.dtype == types.uint32) != (b.dtype == types.uint32)
 
 
@@ -187,7 +188,7 @@ def outer_product(typing, t, a, at_a, row_step, b, at_b):
     float32 arrays multiply; integer ones take the four-way dot product of bytes, and exactly one of `a` and `b`
     must be of dtype uint32, the unsigned side.
     """
-    if not _may_multiply(t, a, b):
+    if not may_multiply(t, a, b):
         return None
     return t(t, a, types.intp, types.intp, b, types.intp), _rank_one
 
@@ -207,7 +208,7 @@ def steps(typing, like):
 @intrinsic
 def rank_steps(typing, t, a, at_a, row_step, step, b, at_b):
     """outer_product(t, a, at_a + k * step, row_step, b, at_b + k * WIDTH) for every k in range(steps(b))"""
-    if not _may_multiply(t, a, b):
+    if not may_multiply(t, a, b):
         return None
 
     def generate(context, builder, sig, args):

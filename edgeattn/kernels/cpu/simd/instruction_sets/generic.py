@@ -10,6 +10,8 @@ class Code:
 
     adds_first = False  # words are added before they are multiplied, see word_tile.py
     multiplies_words = False  # bytes only after they have been widened, at a cost that is worth saving
+    by_lane = False  # a vector times one lane of another, as `lane_products` has it
+    in_pairs = False  # there, bytes at two depths at a time
 
     def maximum(self, builder, a, b):
         """`vector.maximum` of floats."""

@@ -1,0 +1,225 @@
+"""Products of NEON: four elements come by one load, and each of them is multiplied as a lane of what was loaded."""
+
+from edgeattn.runtime.compiler import intrinsic, ir, types
+
+from . import emit
+from .instruction_sets import CODE
+from .tile import may_multiply
+from .vector import LANES
+
+BY_LANE = CODE.by_lane
+_FOUR = 4  # elements of a load
+_LINE = 16  # elements of four bytes in a cache line
+
+
+def _loop(builder, turns, state, body):
+    """What a list of values has become after body(number, values) for every number in range(turns)."""
+    before = builder.block
+    turn, after = (builder.append_basic_block(name) for name in ("turn", "after"))
+    nothing = ir.Constant(emit.i64, 0)
+    builder.cbranch(builder.icmp_signed(">", turns, nothing), turn, after)
+    builder.position_at_end(turn)
+    number, *values = (builder.phi(value.type) for value in (nothing, *state))
+    found = [builder.add(number, ir.Constant(emit.i64, 1)), *body(number, list(values))]
+    end = builder.block
+    builder.cbranch(builder.icmp_signed("<", found[0], turns), turn, after)
+    for phi, first, last in zip((number, *values), (nothing, *state), found, strict=True):
+        phi.add_incoming(first, before)
+        phi.add_incoming(last, end)
+    builder.position_at_end(after)
+    return [_either(builder, (before, first), (end, last)) for first, last in zip(state, found[1:], strict=True)]
+
+
+def _either(builder, *ways):
+    """The value of the block that control came from."""
+    phi = builder.phi(ways[0][1].type)
+    for block, value in ways:
+        phi.add_incoming(value, block)
+    return phi
+
+
+def _times(builder, tile, t, rows, across):
+    """The vectors of a tile, t[i][j] += rows[i] * across[j]."""
+    out = []
+    for i, row in enumerate(rows):
+        for j, column in enumerate(across):
+            accumulator = tile[i * t.columns + j]
+            if t.vec.dtype == types.float32:
+                out.append(emit.fma(builder, row, column, accumulator))
+            else:  # both have signs
+                out.append(CODE.dot(builder, accumulator, *(CODE.prepare(builder, v, False) for v in (column, row))))
+    return out
+
+
+class _Product:
+    """A tile, t[i][j] += a[at_a + i * row_step + k * step] * b[at_b + k * WIDTH + j * LANES + l], as code for it."""
+
+    def __init__(self, context, builder, sig, args):
+        self.builder, self.tile, self.a, self.b = builder, sig.args[0], sig.args[1], sig.args[5]
+        _, a, at_a, self.row_step, self.step, b, at_b = args[:7]
+        self.vector = context.get_value_type(self.tile.vec)
+        self.pairs = CODE.in_pairs and self.tile.vec.dtype == types.int32
+        # Depths of one turn: of elements that follow one another, of adjacent rows, and of what lies anywhere.
+        self.turn = {"depth": 2 if self.pairs else _FOUR, "rows": 2, "any": 2}
+        self.first = builder.gep(emit.data(context, builder, self.a, a), [at_a])
+        self.down = [builder.mul(self.number(i), self.row_step) for i in range(self.tile.rows)]
+        if not self.pairs:  # else the compiler adds step after step in the loop, to save registers
+            self.down = [emit.unknown(builder, each) for each in self.down]
+        self.panel = emit.pointer(context, builder, self.b, b, at_b, self.vector)
+
+    def number(self, value):
+        return ir.Constant(emit.i64, value)
+
+    def across(self, k):
+        """The vectors of b at depth k."""
+        columns = self.tile.columns
+        here = self.builder.gep(self.panel, [self.builder.mul(k, self.number(columns))])
+        return [emit.load(self.builder, self.builder.gep(here, [self.number(j)])) for j in range(columns)]
+
+    def at(self, i, k):
+        """Where row i is at depth k."""
+        builder = self.builder
+        return builder.gep(builder.gep(self.first, [builder.mul(k, self.step)]), [self.down[i]])
+
+    def some(self, where, count):
+        """A few elements, each as a vector that has it in every lane."""
+        vector = ir.VectorType(self.vector.element, count)
+        found = emit.load(self.builder, self.builder.bitcast(where, vector.as_pointer()))
+        return [emit.shuffle(self.builder, found, found, [lane] * LANES) for lane in range(count)]
+
+    def rows(self, k, rows, adjacent):
+        """Rows at depth k, each in every lane; four by one load where they are adjacent."""
+        if adjacent and len(rows) % _FOUR == 0:
+            return [row for i in rows[::_FOUR] for row in self.some(self.at(i, k), _FOUR)]
+        return [emit.splat(self.builder, self.builder.load(self.at(i, k)), self.vector) for i in rows]
+
+    def depths(self, k, rows, way):
+        """(rows, vectors of b) at the depths from k on that one turn multiplies."""
+        depths = [self.builder.add(k, self.number(d)) for d in range(self.turn[way])]
+        if way == "depth":
+            down = zip(*[self.some(self.at(i, k), self.turn[way]) for i in rows], strict=True)
+        else:
+            down = [self.rows(depth, rows, way == "rows") for depth in depths]
+        return zip(down, [self.across(depth) for depth in depths], strict=True)
+
+    def one_by_one(self, tile, way, depth, ahead):
+        """All depths, each added to the tile on its own."""
+        every = range(self.tile.rows)
+
+        def turn(number, state):
+            k = self.builder.mul(number, self.number(self.turn[way]))
+            if ahead:
+                ahead(k)
+            for down, across in self.depths(k, every, way):
+                state = _times(self.builder, state, self.tile, down, across)
+            return state
+
+        return self.rest(_loop(self.builder, self.turns(depth, way), tile, turn), way, depth, every)
+
+    def turns(self, depth, way):
+        return self.builder.ashr(depth, self.number(self.turn[way].bit_length() - 1))
+
+    def rest(self, tile, way, depth, rows):
+        """The depths that are left after whole turns."""
+        left = self.builder.and_(depth, self.number(self.turn[way] - 1))
+        done = self.builder.sub(depth, left)
+
+        def turn(number, state):
+            k = self.builder.add(done, number)
+            return _times(self.builder, state, self.tile, self.rows(k, rows, way == "rows"), self.across(k))
+
+        return _loop(self.builder, left, tile, turn)
+
+    def in_pairs(self, tile, way, depth):
+        """Two depths of bytes at a time: their products fit 16 bits, both, and are added to the sums in one piece.
+
+        But for twice -128 times -128: so the second is subtracted, with the complement of a, -1 - a. That adds, in all
+        rows alike, the sum of those b, which is taken off. Half of the sums of a column are in one lane, half in the
+        next.
+        """
+        builder, columns = self.builder, self.tile.columns
+        zero = ir.Constant(self.vector, None)
+        lacking = None
+        for begin in range(0, self.tile.rows, _FOUR):
+            rows = range(begin, min(begin + _FOUR, self.tile.rows))
+
+            def turn(number, state, rows=rows, lacks=lacking is None):
+                k = builder.mul(number, self.number(self.turn[way]))
+                pairs = list(self.depths(k, rows, way))
+                for (down, across), (second, across_second) in zip(pairs[::2], pairs[1::2], strict=True):
+                    for j in range(columns if lacks else 0):
+                        state[j] = CODE.add_bytes(builder, state[j], across_second[j])
+                    at = columns if lacks else 0
+                    for one, two in zip(down, second, strict=True):
+                        two = builder.not_(two)
+                        for j in range(columns):
+                            for half in range(2):
+                                state[at] = CODE.add_two_products(builder, state[at], half, (across[j], one),
+                                                                  (across_second[j], two))
+                                at += 1
+                return state
+
+            state = [zero] * ((columns if lacking is None else 0) + 2 * columns * len(rows))
+            state = _loop(builder, self.turns(depth, way), state, turn)
+            if lacking is None:
+                lacking, state = state[:columns], state[columns:]
+            for n in range(columns * len(rows)):
+                sums = CODE.add_neighbours(builder, *state[2 * n:2 * n + 2])
+                at = begin * columns + n
+                tile[at] = builder.add(tile[at], builder.sub(sums, lacking[n % columns]))
+        return self.rest(tile, way, depth, range(self.tile.rows))
+
+    def code(self, tile, depth, ahead=None):
+        """The tile of all depths, in the way that the steps allow."""
+        builder, one, ends = self.builder, self.number(1), []
+        after = builder.append_basic_block("multiplied")
+        for way, possible in (("depth", self.step), ("rows", self.row_step), ("any", None)):
+            otherwise = None
+            if possible is not None:
+                here, otherwise = (builder.append_basic_block(name) for name in (f"by_{way}", "otherwise"))
+                builder.cbranch(builder.icmp_signed("==", possible, one), here, otherwise)
+                builder.position_at_end(here)
+            found = (self.in_pairs(list(tile), way, depth) if self.pairs
+                     else self.one_by_one(list(tile), way, depth, ahead if way == "depth" else None))
+            ends.append((builder.block, found))
+            builder.branch(after)
+            if otherwise:
+                builder.position_at_end(otherwise)
+        builder.position_at_end(after)
+        return [_either(builder, *[(block, found[n]) for block, found in ends]) for n in range(len(tile))]
+
+
+def _multiply(context, builder, sig, args):
+    """multiply_by_lane; with two more arguments what is ahead is brought near."""
+    t, depth = sig.args[0], args[7]
+    product = _Product(context, builder, sig, args)
+    ahead = None
+    if len(args) > 8:
+        start = emit.pointer(context, builder, sig.args[5], args[5], args[8], product.vector.element)
+
+        def ahead(k):
+            for line in range(2):
+                where = builder.add(builder.mul(k, args[9]), ir.Constant(emit.i64, line * _LINE))
+                emit.prefetch(builder, builder.gep(start, [where]))
+
+    tile = [builder.extract_value(args[0], n) for n in range(t.rows * t.columns)]
+    out = ir.Constant(context.get_value_type(t), ir.Undefined)
+    for n, value in enumerate(product.code(tile, depth, ahead)):
+        out = builder.insert_value(out, value, n)
+    return out
+
+
+@intrinsic
+def multiply_by_lane(typing, t, a, at_a, row_step, step, b, at_b, depth):
+    """outer_product(t, a, at_a + k * step, row_step, b, at_b + k * WIDTH) for every k in range(depth)"""
+    if not may_multiply(t, a, b):
+        return None
+    return t(t, a, types.intp, types.intp, types.intp, b, types.intp, types.intp), _multiply
+
+
+@intrinsic
+def multiply_by_lane_ahead(typing, t, a, at_a, row_step, step, b, at_b, depth, at_next, pace):
+    """multiply_by_lane(), while b[at_next : at_next + depth * pace] is brought near, pace at most 8"""
+    if not may_multiply(t, a, b):
+        return None
+    return t(t, a, types.intp, types.intp, types.intp, b, *[types.intp] * 4), _multiply

@@ -1,0 +1,180 @@
+"""Instructions that calls of attention layers execute on emulated Raspberry Pis, beside other runtimes' wheels.
+
+    python tools/arm64/count_instructions.py .arm64
+    python tools/arm64/count_instructions.py .arm64 --cpu cortex-a53 --site FOLDER --size 64/4/32
+
+For each CPU a process a runtime, counted by a plugin of the emulator (count_plugin.c): a call is a quarter of what
+eight calls execute more than four. A count is no speed: instructions take unlike times, and the emulator has no
+pipelines.
+edgeattn runs from a wheel with these CPUs' kernels, without Numba; LiteRT and onnxruntime as their wheels come, on one
+thread. Needs a C compiler, apt-get as build.py does, and the package onnx.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from build import CPUS, Progress, SetupError, apt, install_wheels, python_of
+from run import ROOT, clean_environment, install_wheel
+
+sys.path.insert(0, str(ROOT))
+
+import edgeattn
+import quant
+
+CALLS = 4  # as count_calls.py has it
+SIZES = "64/4/32", "384/12/32", "384/12/128"  # width, heads, tokens
+FORMATS = "float32", "dynamic", "static"
+PEERS = {"litert": ("float32", "static"), "onnxruntime": ("float32", "dynamic")}
+HERE = Path(__file__).resolve().parent
+
+
+def counting_emulator(folder: Path) -> tuple[Path, Path]:
+    """An emulator that takes plugins, as the static one does not, and the plugin; both made where they are missing."""
+    emulator, plugin = folder / "usr" / "bin" / "qemu-aarch64", folder / "count.so"
+    if not emulator.exists():
+        state = folder / "apt"
+        state.mkdir(parents=True, exist_ok=True)
+        apt(state, "update")
+        done = apt(state, "install", "--download-only", "qemu-user:amd64")
+        packages = sorted((state / "cache" / "archives").glob("*_amd64.deb"))
+        if done.returncode or not packages:
+            raise SetupError(f"apt-get could not download qemu-user:\n{done.stdout[-1000:]}")
+        for package in packages:
+            subprocess.run(["dpkg-deb", "-x", package, folder], check=True)
+    if not plugin.exists() or plugin.stat().st_mtime < (HERE / "count_plugin.c").stat().st_mtime:
+        subprocess.run(["cc", "-shared", "-fPIC", "-O2", "-o", plugin, HERE / "count_plugin.c"], check=True)
+    return emulator, plugin
+
+
+def onnx_file(layer: edgeattn.MultiHeadAttention, shape: tuple[int, ...], dynamic: bool, path: Path) -> None:
+    """A layer in onnxruntime's own operators: Attention and MatMul, or QAttention and DynamicQuantizeMatMul."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    weights = {"w": np.concatenate([layer.q_weight, layer.k_weight, layer.v_weight]).T, "wo": layer.out_weight.T}
+    constants = {"b": np.concatenate([layer.q_bias, layer.k_bias, layer.v_bias]), "bo": layer.out_bias, **weights}
+    own = {"domain": "com.microsoft"}
+    if dynamic:
+        for name, values in weights.items():
+            scale = np.float32(np.abs(values).max() / 127)
+            constants |= {name: np.clip(np.rint(values / scale), -127, 127).astype(np.int8), f"{name}_scale": scale,
+                          f"{name}_zero": np.int8(0)}
+        nodes = [helper.make_node("DynamicQuantizeLinear", ["x"], ["xq", "x_scale", "x_zero"]),
+                 helper.make_node("QAttention", ["xq", "w", "b", "x_scale", "w_scale", "", "x_zero", "w_zero"], ["a"],
+                                  num_heads=layer.num_heads, **own),
+                 helper.make_node("DynamicQuantizeMatMul", ["a", "wo", "wo_scale", "wo_zero", "bo"], ["y"], **own)]
+    else:
+        nodes = [helper.make_node("Attention", ["x", "w", "b"], ["a"], num_heads=layer.num_heads, **own),
+                 helper.make_node("MatMul", ["a", "wo"], ["m"]), helper.make_node("Add", ["m", "bo"], ["y"])]
+    ends = [[helper.make_tensor_value_info(name, TensorProto.FLOAT, list(shape))] for name in "xy"]
+    arrays = [numpy_helper.from_array(np.ascontiguousarray(values), name) for name, values in constants.items()]
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(helper.make_graph(nodes, "layer", *ends, arrays), opset_imports=opsets, ir_version=9)
+    path.write_bytes(model.SerializeToString())
+
+
+def make_files(folder: Path, sizes: list[str]) -> dict[tuple[str, str, str], tuple[Path, Path]]:
+    """(runtime, size, format) -> (a layer's file, its input's)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {}
+    for size in sizes:
+        E, H, L = (int(number) for number in size.split("/"))
+        rng, stem = np.random.default_rng(E + L), folder / size.replace("/", "-")
+        weights = [rng.standard_normal((E, E), np.float32) / np.float32(E**0.5) for _ in range(4)]
+        names = "q_bias", "k_bias", "v_bias", "out_bias"
+        biases = dict(zip(names, rng.standard_normal((4, E), np.float32), strict=True))
+        layer, x = edgeattn.MultiHeadAttention(H, *weights, **biases), rng.standard_normal((1, L, E), np.float32)
+        made = {"float32": layer, "dynamic": quant.quantize(layer, scheme="dynamic"),
+                "static": quant.quantize(layer, quant.calibrate(layer, [x]))}
+        inputs, codes = Path(f"{stem}.npy"), Path(f"{stem}-codes.npy")
+        np.save(inputs, x)
+        np.save(codes, rng.integers(-128, 128, (1, L, E)).astype(np.int8))
+        for name, each in made.items():
+            path = Path(f"{stem}-{name}.safetensors")
+            edgeattn.save(each, path)
+            files["edgeattn", size, name] = path, codes if name == "static" else inputs
+        for name in PEERS["litert"]:
+            path = Path(f"{stem}-{name}.tflite")
+            quant.export(made[name], path, sequence_length=L)
+            files["litert", size, name] = path, codes if name == "static" else inputs
+        for name in PEERS["onnxruntime"]:
+            path = Path(f"{stem}-{name}.onnx")
+            onnx_file(layer, x.shape, name == "dynamic", path)
+            files["onnxruntime", size, name] = path, inputs
+    return files
+
+
+def count(folder: Path, cpu: str, site: Path, peers: Path, runtime: str, files: list[tuple[Path, Path]]) -> list[int]:
+    """Instructions of one call of each file's layer."""
+    counting = folder / "counting"
+    emulator, plugin = counting_emulator(counting)
+    out = counting / f"{cpu}-{runtime}.txt"
+    root = folder / "root"
+    command = [emulator, "-plugin", f"{plugin},out={out}", "-cpu", cpu, "-L", folder / cpu / "prefix", "-0",
+               folder / cpu / "bin" / "python", root / "usr" / "bin" / f"python{python_of(root)}",
+               HERE / "count_calls.py", runtime, *(part for each in files for part in each)]
+    paths = [str(site)] if runtime == "edgeattn" else [str(peers)] if runtime == "onnxruntime" else []
+    environment = {name: value for name, value in clean_environment().items()
+                   if name not in ("LD_PRELOAD", "LD_LIBRARY_PATH", "PYTHONHOME")}
+    environment |= {"PYTHONPATH": os.pathsep.join(paths), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run([str(part) for part in command], env=environment, stdin=subprocess.DEVNULL, check=False,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise SetupError(f"{runtime} on {cpu} ended with {done.returncode}:\n{done.stdout[-2000:]}")
+    marks = [int(line) for line in out.read_text().split()]
+    starts, middles, ends = marks[::3], marks[1::3], marks[2::3]
+    return [((end - middle) - (middle - start)) // CALLS
+            for start, middle, end in zip(starts, middles, ends, strict=True)]
+
+
+def main() -> int:
+    """Read the command line, count, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("folder", type=Path, help="where tools/arm64/build.py built")
+    add("--cpu", action="append", choices=[cpu.name for cpu in CPUS], help="this CPU alone; may be repeated")
+    add("--size", action="append", help="width/heads/tokens; may be repeated")
+    add("--site", type=Path, help="where edgeattn is installed with libraries; else a wheel is built")
+    add("--runtime", action="append", choices=["edgeattn", *PEERS], help="this alone; may be repeated")
+    given = parser.parse_args()
+    folder, cpus, sizes = given.folder.absolute(), given.cpu or [cpu.name for cpu in CPUS], given.size or list(SIZES)
+    runtimes = given.runtime or ["edgeattn", *PEERS]
+    peers = folder / "counting" / "peers"
+    try:
+        counting_emulator(folder / "counting")
+        if "onnxruntime" in runtimes and not peers.exists():
+            install_wheels(["onnxruntime"], python_of(folder / "root"), 28, peers, folder / "setup.log")
+        site = given.site or (install_wheel(folder, cpus) if "edgeattn" in runtimes else folder)
+        files = make_files(folder / "counting" / "layers", sizes)
+        step, counts = Progress("counting"), {}
+        for cpu in cpus:
+            for runtime in runtimes:
+                step.update(f"{runtime} on {cpu}")
+                mine = [key for key in files if key[0] == runtime]
+                found = count(folder, cpu, site.absolute(), peers, runtime, [files[key] for key in mine])
+                counts |= {(cpu, *key): each for key, each in zip(mine, found, strict=True)}
+        step.done(f"{len(counts)} layers")
+    except SetupError as error:
+        print(f"\nStopped: {error}", file=sys.stderr)
+        return 1
+    print("| layer | processor | " + " | ".join(runtimes) + " |\n|" + "---|" * (2 + len(runtimes)))
+    for name in FORMATS:
+        for size in sizes:
+            for cpu in cpus:
+                row = [counts.get((cpu, runtime, size, name)) for runtime in runtimes]
+                if any(row):
+                    cells = ("" if each is None else f"{each / 1e6:.3f}" for each in row)
+                    print(f"| {name} {size} | {cpu} | " + " | ".join(cells) + " |")
+    return 0
+
+
+if __name__ == "__main__":
+    if shutil.which("cc") is None:
+        sys.exit("needs a C compiler: apt-get install gcc")
+    sys.exit(main())
