@@ -29,7 +29,10 @@ from quant.report import Comparison, ModelReport, Report
 from quant.trace import counted, describe_sources, float_trace, read_calls, static_trace
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from typing import Any
+
+    from numpy.typing import NDArray
 
     from edgeattn.types import Bools, Shape
     from quant.model_calls import Model
@@ -127,7 +130,12 @@ def _check_sizes(layer: MultiHeadAttention, quantized: QuantizedMultiHeadAttenti
 
 def _check_dynamic(layer: MultiHeadAttention, quantized: DynamicMultiHeadAttention) -> None:
     _check_sizes(layer, quantized)
-    _check_weights(layer, quantized.weights, 1.0)
+    columns = quantized.outlier_columns
+    for name, apart in quantized.outlier_weights.items() if len(columns) else ():
+        if not np.array_equal(getattr(layer, f"{SHORT[name]}_weight")[:, columns], apart):
+            raise ValueError(f"quantized does not belong to layer: its outlier_weights of {name} differ; compare it with "
+                             "the layer it was made of")
+    _check_weights(layer, quantized.weights, 1.0, list(columns))
 
 
 def _check_of_model(layer: MultiHeadAttention, quantized: DynamicMultiHeadAttention | StaticSelfAttention) -> None:
@@ -142,9 +150,12 @@ def _check_of_model(layer: MultiHeadAttention, quantized: DynamicMultiHeadAttent
     _check_weights(layer, linears, np.float32(layer.scale))
 
 
-def _check_weights(layer: MultiHeadAttention, linears: Mapping[str, QuantizedLinear],
-                   fold: float | np.float32) -> None:
-    """Raise unless every int8 weight lies within a step of the layer's; ``fold`` is in the query's scale."""
+def _check_weights(layer: MultiHeadAttention, linears: Mapping[str, QuantizedLinear], fold: float | np.float32,
+                   columns: Sequence[int] | NDArray[np.int64] = ()) -> None:
+    """Raise unless every int8 weight lies within a step of the layer's; ``fold`` is in the query's scale.
+
+    columns: inputs whose weights are no codes, but of the output projection.
+    """
     groups = layer.num_heads // layer.num_kv_heads
     for name, short in SHORT.items():
         weight, linear = getattr(layer, f"{short}_weight"), linears.get(name)
@@ -156,6 +167,8 @@ def _check_weights(layer: MultiHeadAttention, linears: Mapping[str, QuantizedLin
             weight = np.repeat(weight.reshape(layer.num_kv_heads, -1, weight.shape[1]), groups, axis=0)
         step = (linear.scale / np.float32(fold if name == "query" else 1))[:, None]
         off = np.abs(weight.reshape(linear.weight.shape) - linear.weight * step) / step
+        if name != "output":
+            off[:, columns] = 0
         if off.max(initial=0) > 1:
             raise ValueError(f"quantized does not belong to layer: its {name} weights are off by up to "
                              f"{off.max():.3g} steps of int8; compare it with the layer it was made of")

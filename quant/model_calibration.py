@@ -206,7 +206,7 @@ def large_features(model: Model, encoder: TransformerEncoder) -> dict[int, NDArr
 
 
 def random_largest(model: Model, encoder: TransformerEncoder) -> dict[int, Float32s]:
-    """The largest magnitude of each input of each linear layer upon random tokens, by the layer's id."""
+    """The largest magnitude of each input of each linear and attention layer upon random tokens, by the layer's id."""
     rng, ops, length = np.random.default_rng(0), LargestInputs(), _TOKENS
     for layer in encoder.layers:
         bias = getattr(layer.attention, "position_bias", None)
@@ -247,8 +247,14 @@ def encoder_fingerprint(encoder: TransformerEncoder) -> str:
     return digest.hexdigest()[:16]
 
 
+def read_by_attention(layer: Any, x: Float32s) -> Float32s:
+    """What the attention of an encoder layer reads of the rows that the layer is given."""
+    read: Float32s = x if not layer.norm_first or layer.norm1 is None else layer.norm1.forward(CompiledOps(), x)
+    return read
+
+
 class LargestInputs(CompiledOps):
-    """Keeps the largest magnitude of each input of every linear layer.
+    """Keeps the largest magnitude of each input of every linear layer, and of what attention layers read.
 
     Parameters
     ----------
@@ -265,6 +271,7 @@ class LargestInputs(CompiledOps):
         """An encoder layer: its attention as a call computes it, its feed-forward operation by operation."""
         if name.endswith("layers.0."):
             self.tokens += len(self.counted(x))
+        self._keep_largest(layer.attention, read_by_attention(layer, x))
         if layer.stages is None:
             return super().block(layer, x, sequences, name)
         attention, _ = layer.stages
@@ -273,9 +280,12 @@ class LargestInputs(CompiledOps):
 
     def linear(self, x: Float32s, linear: Any, name: str) -> Float32s:
         """x weight^T + bias."""
-        found = np.abs(self.counted(x)).max(axis=0, initial=0)
-        self.largest[id(linear)] = np.maximum(found, self.largest.get(id(linear), found))
+        self._keep_largest(linear, x)
         return super().linear(x, linear, name)
+
+    def _keep_largest(self, reader: Any, x: Float32s) -> None:
+        found = np.abs(self.counted(x)).max(axis=0, initial=0)
+        self.largest[id(reader)] = np.maximum(found, self.largest.get(id(reader), found))
 
 
 class SeenRanges(LargestInputs):
@@ -304,7 +314,7 @@ class SeenRanges(LargestInputs):
         self._layer, self._sequences = layer, sequences
         self._place = {part: self._places.setdefault(id(getattr(layer, part)), here + part)
                        for part in ("attention", "feed_forward")}
-        read = x if not layer.norm_first or layer.norm1 is None else layer.norm1.forward(CompiledOps(), x)
+        read = read_by_attention(layer, x)
         self._see("attention", "input", read)
         self._observe_attention(read)
         return super().block(layer, x, sequences, name)
