@@ -37,7 +37,7 @@ class Scheme(NamedTuple):
 def dynamic_scheme(model: Model, calibration: object, quantize_attention: Callable[..., Any]) -> Scheme:
     """Int8 weights; activations are quantized at run time.
 
-    The four inputs of each product but attention's last that are largest stay float32: a few features of a residual stream,
+    The four largest inputs of each product but attention's last stay float32: a few features of a residual stream,
     always the same ones, are up to a hundred times the others, and would set every token's scale. They show in random
     tokens as in real ones, so that `calibration` may be None.
     """
@@ -129,7 +129,8 @@ def _quantized(feed_forward: FeedForward, largest: Mapping[int, Float32s]) -> Fe
 
 
 def _largest_columns(magnitudes: Float32s) -> list[int]:
-    columns: list[int] = np.sort(np.argsort(magnitudes, kind="stable")[max(len(magnitudes) - MOST_OUTLIERS, 0):]).tolist()
+    largest = np.argsort(magnitudes, kind="stable")[max(len(magnitudes) - MOST_OUTLIERS, 0):]
+    columns: list[int] = np.sort(largest).tolist()
     return columns
 
 

@@ -4,7 +4,7 @@ import copy
 
 import numpy as np
 import pytest
-from arrays import cosine, numbers
+from arrays import numbers
 
 import edgeattn
 import quant

@@ -59,7 +59,8 @@ from .simd import (
 from .views import Rows, ScoreMask, Visible
 
 # The parameters: sizes; where weights begin: bytes, and what OFFSET adds to their products, in the int32 weights,
-# scales and biases in the float32 ones, as are the weights v of `apart` features, which `columns` names; masks; where things begin in the scratch of all threads, and in that of each;
+# scales and biases in the float32 ones, as are the weights v of `apart` features, which `columns` names; masks; where
+# things begin in the scratch of all threads, and in that of each;
 # of keys and values that are kept from call to call, the size of a batch entry's, and whether they are there.
 LAYER = record("batch queries keys query_width key_width value_width out_width heads kv_heads",
                "head_size value_size padded_head padded_value has_out same_qk same_kv",

@@ -25,7 +25,7 @@ class Apart(NamedTuple):
 
 @task
 def set_apart(x, width, tokens, columns, count, own, at_rest, at_apart):
-    """`tokens` rows of x, a Part, to own.float32[at_rest:], without the features columns (count,), which go to at_apart.
+    """`tokens` rows of x, a Part, to own.float32[at_rest:], but the features columns (count,), which go to at_apart.
 
     columns: Part of int32; of each token COLUMNS_APART numbers at at_apart.
     """
