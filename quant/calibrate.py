@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,12 +17,14 @@ from edgeattn.layers.positions import refuse_positions
 from edgeattn.position_bias import ConstantPositionBias
 from edgeattn.quantized import INPUTS, SOURCES
 from quant.calibration_file import Kind
-from quant.model_calibration import ModelCalibration, calibrate_model
+from quant.model_calibration import ModelCalibration, calibrate_model, large_by_name
 from quant.model_calls import MODELS
 from quant.observers import BINS, OBSERVERS, SMALLEST_EXPONENT, Statistics
-from quant.trace import Call, counted, describe_sources, float_trace, read_calls
+from quant.over_executor import merged
+from quant.trace import Call, check_batches, counted, describe_sources, float_trace, read_calls
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
     from typing import Any
 
     from numpy.typing import NDArray
@@ -184,14 +187,17 @@ def _parse_statistics(name: str, histogram: NDArray[Any], numbers: NDArray[Any])
 
 
 @overload
-def calibrate(layer: MultiHeadAttention, batches: Iterable[Batch], *, observer: Observer = "minmax") -> Calibration: ...
+def calibrate(layer: MultiHeadAttention, batches: Iterable[Batch], *, observer: Observer = "minmax",
+              executor: Executor | None = None) -> Calibration: ...
 
 
 @overload
-def calibrate(layer: Model, batches: Iterable[ModelBatch]) -> ModelCalibration: ...
+def calibrate(layer: Model, batches: Iterable[ModelBatch], *, executor: Executor | None = None
+              ) -> ModelCalibration: ...
 
 
-def calibrate(layer: Any, batches: Iterable[Any], *, observer: Observer = "minmax") -> Calibration | ModelCalibration:
+def calibrate(layer: Any, batches: Iterable[Any], *, observer: Observer = "minmax", executor: Executor | None = None
+              ) -> Calibration | ModelCalibration:
     """Run ``layer`` over ``batches`` and remember the range of every tensor, of a whole encoder of every feature.
 
     Parameters
@@ -203,6 +209,9 @@ def calibrate(layer: Any, batches: Iterable[Any], *, observer: Observer = "minma
         mapping of the call's arguments; of a TextEncoder a list of texts, too. A progress bar shows on a terminal.
     observer : {"minmax", "percentile", "mse"}
         How ``quantize`` will turn what was seen into ranges; left out for a whole encoder, no range of which is cut.
+    executor : concurrent.futures.Executor, optional
+        Runs the layer over some batches at a time: threads, processes, or a cluster as a Dask client's
+        ``get_executor()`` is. What comes out is the same, bit for bit.
 
     Returns
     -------
@@ -217,22 +226,37 @@ def calibrate(layer: Any, batches: Iterable[Any], *, observer: Observer = "minma
         if not is_one_of(observer, ("minmax",)):
             raise ValueError("observer must be left out for a whole encoder, no range of which is cut; got "
                              f"{observer!r}")
-        return calibrate_model(layer, batches, _of_attention)
+        check_batches(batches)
+        large = {name: features.tolist() for name, features in large_by_name(layer).items()}
+        of_some = functools.partial(calibrate_model, layer, of_attention=_of_attention, large=large)
+        found = of_some(batches, "calibrating") if executor is None else merged(executor, of_some, batches)
+        if found is None:
+            raise ValueError("batches must hold at least one token that is no padding; got none")
+        return found
     check_layer(layer)
     if not is_one_of(observer, OBSERVERS):
         raise ValueError(f"observer must be one of {', '.join(map(repr, OBSERVERS))}; got {observer!r}")
+    check_batches(batches)
+    of_layer = functools.partial(_of_some, layer, observer)
+    total = of_layer(batches, "calibrating") if executor is None else merged(executor, of_layer, batches)
+    if total is None:
+        raise ValueError("batches must hold at least one batch; got none")
+    if total.statistics["scores"].count + total.single_scores.count == 0:
+        raise ValueError("batches must hold at least one query with a permitted key; got none")
+    return total
+
+
+def _of_some(layer: MultiHeadAttention, observer: Observer, batches: Iterable[Batch], description: str = ""
+             ) -> Calibration | None:
+    """What some batches show; None of none."""
     checksum, total = fingerprint(layer), None
-    for call in read_calls(layer, batches, "calibrating"):
+    for call in read_calls(layer, batches, description):
         if total is None:
             total = Calibration(checksum, observer, call.sources)
         elif call.sources != total.sources:
             raise ValueError(f"{call.where} calls the layer with {describe_sources(call.sources)}, the batches before "
                              f"with {describe_sources(total.sources)}; a static layer has one kind of call")
         observe(layer, call, total)
-    if total is None:
-        raise ValueError("batches must hold at least one batch; got none")
-    if total.statistics["scores"].count + total.single_scores.count == 0:
-        raise ValueError("batches must hold at least one query with a permitted key; got none")
     return total
 
 

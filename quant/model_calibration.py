@@ -19,7 +19,7 @@ from quant.model_calls import encoder_of, on, read_model_calls
 from quant.trace import Call
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from typing import Any, TypeAlias
 
     from numpy.typing import NDArray
@@ -156,28 +156,37 @@ def _parse(headers: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> li
     return [groups["largest"], groups["ranges"], groups["large"], found]
 
 
-def calibrate_model(model: Model, batches: Iterable[ModelBatch], of_attention: OfAttention) -> ModelCalibration:
-    """See ``quant.calibrate``; of_attention: the calibration of one call of an attention layer."""
+def calibrate_model(model: Model, batches: Iterable[ModelBatch], description: str = "", *, of_attention: OfAttention,
+                    large: Mapping[str, Sequence[int]]) -> ModelCalibration | None:
+    """See ``quant.calibrate``: what some batches show, None where they hold no token.
+
+    of_attention: the calibration of one call of an attention layer; large: as `large_by_name` gives it.
+    """
     encoder = encoder_of(model)
     names = {id(linear): name for name, linear in feed_forward_linears(encoder).items()}
     found = ModelCalibration(encoder_fingerprint(encoder))
-    large = large_features(model, encoder)
-    for call in read_model_calls(model, batches, "calibrating"):
-        ops = SeenRanges(call, large, of_attention)
+    apart = {name: np.array(features, np.int64) for name, features in large.items()}
+    by_id = {id(layer.feed_forward): apart[_first_place(encoder, id(layer.feed_forward))] for layer in encoder.layers}
+    for call in read_model_calls(model, batches, description):
+        ops = SeenRanges(call, by_id, of_attention)
         with np.errstate(over="ignore", invalid="ignore"):
             call.run(on(ops, model))
         if not ops.tokens:
             continue
         seen = ModelCalibration(
             found.encoder, ops.tokens, {name: ops.largest[key] for key, name in names.items()}, ops.ranges,
-            {_first_place(encoder, key): features for key, features in large.items()}, ops.calibrations)
+            apart, ops.calibrations)
         for name, largest in seen.largest.items():
             if not np.isfinite(largest).all():
                 raise ValueError(f"{call.where}: what {name} reads leaves the range of float32")
         found = found.merge(seen) if found.tokens else seen
-    if not found.tokens:
-        raise ValueError("batches must hold at least one token; got none")
-    return found
+    return found if found.tokens else None
+
+
+def large_by_name(model: Model) -> dict[str, NDArray[np.int64]]:
+    """`large_features` by the name of a feed-forward."""
+    encoder = encoder_of(model)
+    return {_first_place(encoder, key): features for key, features in large_features(model, encoder).items()}
 
 
 def _first_place(encoder: TransformerEncoder, key: int) -> str:
@@ -187,7 +196,7 @@ def _first_place(encoder: TransformerEncoder, key: int) -> str:
 def wider(ends: Float32s, other: Float32s) -> Float32s:
     """Least and largest values (2, features) of both."""
     result: Float32s = np.stack([np.minimum(ends[0], other[0]), np.maximum(ends[1], other[1])])
-    return result
+    return result + np.float32(0)  # -0 is 0: which of them came first makes no difference
 
 
 def large_features(model: Model, encoder: TransformerEncoder) -> dict[int, NDArray[np.int64]]:
