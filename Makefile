@@ -39,7 +39,7 @@ endef
 setup_files = setup.cfg pyproject.toml tools/environment.py tools/find-python.sh
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-long test-libraries test-fence test-mutations test-arm64 test-arm64-short test-cortex-m test-cuda test-cuda-offline test-published fuzz lint libraries wheel wheels examples example-corpus example-minilm example-self-vs-multihead example-sensor bench bench-cuda bench-models bench-peers bench-resident bench-same-bytes bench-start clean distclean
+.PHONY: help run test test-long test-libraries test-fence test-mutations test-arm64 test-arm64-short test-cortex-m test-cuda test-cuda-offline test-published docs fuzz lint libraries wheel wheels examples example-corpus example-minilm example-search example-streaming example-anomaly example-image example-self-vs-multihead example-sensor bench bench-cuda bench-models bench-peers bench-resident bench-same-bytes bench-start clean distclean
 
 help: ## this list
 	@echo "edgeattn: attention for small computers. Targets:"
@@ -84,6 +84,9 @@ test-cuda-offline: $(ready_cuda) ## ... emulated and compiled, without a GPU
 test-published: $(ready_published) ## published ONNX models, beside onnxruntime
 	@$(python) -m pytest -n 0 tests/models/test_onnx_models.py -k published $(ARGS)
 
+docs: $(ready_dev) ## the pages of docs/ as a site, in site/
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --strict && echo "site/index.html"
+
 fuzz: $(ready_fuzz) ## readers of files, 20 s each (--seconds N)
 	@$(python) tools/fuzz/run.py $(ARGS)
 
@@ -93,7 +96,7 @@ lint: $(ready_dev) ## style, types, imports, files
 	@$(VENV)/bin/lint-imports --no-cache --no-logo
 	@$(python) tools/check_tree.py
 
-examples: run example-self-vs-multihead example-minilm example-sensor example-corpus ## every example, each under a minute
+examples: run example-self-vs-multihead example-minilm example-search example-sensor example-anomaly example-streaming example-image example-corpus ## every example, each under a minute
 
 example-minilm: $(ready_minilm) ## a sentence encoder, float32 against int8
 	@$(python) examples/minilm/run.py
@@ -103,6 +106,18 @@ example-corpus: $(ready_minilm) ## a folder of text, embedded by a Dask cluster
 
 example-sensor: $(ready) ## faults of a machine, float32 against int8
 	@$(python) examples/sensor/run.py
+
+example-search: $(ready_minilm) ## search by meaning in these pages, float32, int8
+	@$(python) examples/sentence_search.py
+
+example-streaming: $(ready) ## sound, frame after frame, against 10 ms each
+	@$(python) examples/keyword_streaming.py
+
+example-anomaly: $(ready) ## faults in a series of sensors, cross-attention
+	@$(python) examples/sensor_anomaly.py
+
+example-image: $(ready) ## what attention sees in a photograph
+	@$(python) examples/image_attention.py
 
 example-self-vs-multihead: $(ready) ## one head against many: picture, table
 	@$(python) examples/self_vs_multihead.py
@@ -138,7 +153,7 @@ bench-start: $(ready) ## start of a process, in four forms
 	@$(python) -m benchmarks.start
 
 clean: ## remove what was built; keep environments
-	rm -rf build dist out edgeattn/libraries ./*.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache .import_linter_cache
+	rm -rf build dist out site edgeattn/libraries ./*.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache .import_linter_cache
 	find . \( -path './.venv*' -o -path './.arm64' \) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## ... and the environments

@@ -40,7 +40,7 @@ def _arguments(arguments):
     parser.add_argument("--quick", action="store_true", help="three layers only, a few seconds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured to FILE")
     parser.add_argument("--from-json", type=Path, metavar="FILE", help="measure nothing: report what FILE holds")
-    parser.add_argument("--readme", action="store_true", help="rewrite the table in README.md and the plots in docs/")
+    parser.add_argument("--docs", action="store_true", help="rewrite the tables of docs/performance.md and its plots")
     found = parser.parse_args(arguments)
     if found.threads is None:
         found.threads = [1] if found.quick or machine.cores() == 1 else [1, 2]
@@ -64,8 +64,8 @@ def main(arguments=None) -> int:
     if options.json:
         options.json.write_text(json.dumps(found, default=float) + "\n", encoding="utf-8")
         out.print(f"wrote {options.json}", markup=False)
-    if options.readme:
-        from benchmarks.readme import write_plots, write_table
+    if options.docs:
+        from benchmarks.pages import write_plots, write_table
         for path in (write_table(found), *write_plots(found)):
             out.print(f"wrote {path}", markup=False)
     refused = {name for record in found["records"] for name in record["refused"]}

@@ -17,7 +17,7 @@ import numpy as np
 from benchmarks.limits import limits
 from benchmarks.timing import interleave
 from edgeattn import threads
-from edgeattn.kernels.cpu import encoder_dynamic, encoder_float32, linear_dynamic
+from edgeattn.kernels.cpu import encoder_dynamic, encoder_float32, projection_dynamic
 from edgeattn.kernels.cpu.layer_dynamic import quantize_weight
 from edgeattn.kernels.cpu.matmul import CHAIN
 
@@ -49,7 +49,7 @@ def ours(w: dict[str, np.ndarray]) -> dict[str, Callable]:
     norm = "layer", w["weight"], w["bias"], EPS
     arguments = w["w1"], w["b1"], w["w2"], w["b2"]
     first, second = (encoder_float32.Linear(*arguments[i:i + 2], chain=CHAIN).of for i in (0, 2))
-    bytes_ = [linear_dynamic.DynamicLinear(*quantize_weight(arguments[i]), arguments[i + 1]) for i in (0, 2)]
+    bytes_ = [projection_dynamic.DynamicProjection(*quantize_weight(arguments[i]), arguments[i + 1]) for i in (0, 2)]
     quantize = encoder_dynamic.quantize_linear
     apart = (quantize(w["w1"], columns=range(4)), w["b1"], quantize(w["w2"], columns=range(4), split=4), w["b2"])
 

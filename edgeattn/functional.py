@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import TYPE_CHECKING, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast, overload
 
 import numpy as np
 
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     )
 
 _SMALLEST_SOFTCAP = 1e-30  # its reciprocal is a float32 too
+_FLOAT32: Precision = "float32"
 _prepared = PreparedCalls(256)
 
 
@@ -176,7 +177,7 @@ def scaled_dot_product_attention(
         Naming the argument, what was required and what came.
     """
     on_cuda = not isinstance(query, np.ndarray) and is_on_gpu(query)
-    if not is_one_of(precision, ("float32",)):
+    if precision is not _FLOAT32 and not is_one_of(precision, (_FLOAT32,)):
         _check_precision(precision, on_cuda)
     if on_cuda:
         arrays = (query, key, value, out, attn_mask, kv_lengths, alibi_slopes)
@@ -192,12 +193,10 @@ def scaled_dot_product_attention(
     if (return_weights is False and return_lse is False and type(softcap) is float
             and (scale is None or type(scale) is float) and (enable_gqa is False or enable_gqa is True)):
         signature = call_signature(query, key, value, attn_mask, None, is_causal, causal_alignment, window_size,
-                                   alibi_slopes, kv_lengths)
-        if signature is not None:
-            signature = *signature, scale, softcap, enable_gqa, precision
-            prepared = _prepared.get(signature) if out is None else _prepared.find(signature, out)
-            if prepared is not None:
-                return prepared.run(query, key, value, out, attn_mask, None)
+                                   alibi_slopes, kv_lengths, FLOAT32, (scale, softcap, enable_gqa, precision))
+        prepared = _prepared.get(signature)  # None of None
+        if prepared is not None and (again := prepared.run(query, key, value, out, attn_mask, None)) is not None:
+            return again
     grouped = flag("enable_gqa", enable_gqa)
     return_weights = flag("return_weights", return_weights)
     return_lse = flag("return_lse", return_lse)
@@ -230,7 +229,8 @@ def scaled_dot_product_attention(
         prepared = _prepared.learn(signature, functools.partial(kernel.prepare, shapes.inputs, scale, softcap),
                                    shapes.scores, shapes.result, mask, attn_mask)
         if prepared is not None:
-            return write_result(prepared.run(query, key, value, None, attn_mask, None), out, dtype)
+            made = prepared.run(query, key, value, None, attn_mask, None)  # a new array, never None
+            return write_result(cast("Floats", made), out, dtype)
     mask = resolve_mask(shapes.scores, attn_mask, **positions)
     q, k, v = (to_float32(x.reshape(axes)) for x, axes in zip((query, key, value), shapes.inputs, strict=True))
     if (type(out) is np.ndarray and out.dtype == FLOAT32 and out.flags.carray
@@ -242,7 +242,7 @@ def scaled_dot_product_attention(
     weights = np.empty((*query.shape[:-1], key.shape[-2]), np.float32) if return_weights else None
     lse = np.empty(query.shape[:-1], np.float32) if return_lse else None
     if precision == "int8" and not shapes.empty:
-        functional_dynamic.attention(q, k, v, context, scale, *mask.for_kernels())
+        functional_dynamic.attention(q, k, v, context, scale, mask.for_kernels())
     else:
         float32.attention(
             q, k, v, mask, context, scale=scale, softcap=softcap,

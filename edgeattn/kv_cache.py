@@ -384,9 +384,8 @@ class KVCache:
         if signature is not None and len(signature) == PLAIN:
             # what a decoding loop calls again and again: one query, that of the last token; it sees all before it
             signature = *signature, scale
-            prepared = self._prepared.find(signature, out)
-            if prepared is not None and self._length:
-                result = prepared.target(out, query)
+            prepared = self._prepared.get(signature)
+            if prepared is not None and self._length and (result := prepared.target(out, query)) is not None:
                 self.attend_last(query, default_scale(self.head_dim) if scale is None else float(scale), result)
                 return write_result(result, out, FLOAT32)
         query = float_array("query", query)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from edgeattn.checks import FLOAT32, as_array, count, flag, float_array, is_one_of, to_float32
+from edgeattn.kernels.cpu.records import NO_MASK, KernelMask
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import ArrayLike, NDArray
 
-    from edgeattn.types import Bools, CausalAlignment, Flag, Float32s, Floats, KernelMask, Shape, Window
+    from edgeattn.types import Bools, CausalAlignment, Flag, Float32s, Floats, Shape, Window
 
 
 NO_WINDOW = (-1, -1)
@@ -82,7 +83,7 @@ class Mask(NamedTuple):
         _, _, queries, keys = self.shape
         column, parts = np.arange(keys), []
         if self.lengths is not None:
-            parts.append(column < self.lengths[:, None, None, None])
+            parts.append(column < self.lengths.reshape(-1, 1, 1, 1))
         if self.left >= 0 or self.right >= 0:
             position = np.arange(queries)[:, None] + np.reshape(self.offset, (-1, 1, 1, 1))
             if self.left >= 0:
@@ -168,21 +169,13 @@ class Mask(NamedTuple):
         return self._replace(bias=_read_only(added), slopes=None)
 
     def for_kernels(self) -> KernelMask:
-        """The same conditions as the tiled kernels take them.
-
-        Returns
-        -------
-        keep : bool array as above, or None
-        bias : float32 array as above, or None
-        band : (int, int) or None
-            (low, high): query i may see key j when i + low <= j <= i + high; None when it may see every key.
-        alibi : (B or 1, H, 2) float64 array or None
-            The slope of each head, and the position of query 0.
-        """
-        alibi = self.alibi()
+        """The same conditions as the tiled kernels take them."""
+        arrays = self.keep, self.bias, self.slopes, self.lengths
+        if all(array is None for array in arrays) and self.left < 0 and self.right < 0:
+            return NO_MASK
         if self.lengths is not None:  # where batch entries differ, one array says it all
-            return np.ascontiguousarray(self.permitted()), self.bias, None, alibi
-        return self.keep, self.bias, self.band(), alibi
+            return KernelMask(np.ascontiguousarray(self.permitted()), None, self.bias, None, self.alibi())
+        return KernelMask(self.keep, None, self.bias, self.band(), self.alibi())
 
     def band(self) -> tuple[int, int] | None:
         """The bounds of `for_kernels`, of a mask without lengths."""

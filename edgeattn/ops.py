@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from edgeattn.kernels.cpu.records import KernelMask
     from edgeattn.kv_cache import KVCache
-    from edgeattn.types import Float32s, KernelMask
+    from edgeattn.types import Float32s
 
 Activation: TypeAlias = Literal["gelu", "gelu_tanh", "relu", "silu", "sigmoid"]
 Pooling: TypeAlias = Literal["mean", "cls", "max", "last"]

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from edgeattn.masks import Mask
     from edgeattn.types import Bools, Float32s, MaskShapes, Shape
 
-PLAIN = 4  # parts of the signature of a call that no mask but a causal one restricts
+PLAIN = 5  # parts of the signature of a call that no mask but a causal one restricts
 _BOOL = np.dtype(np.bool_)
 _KEEP, _BIAS, _ALIBI = 4, 6, 7  # places of masks in the kernels' records of addresses; what else is kept stands at 5
 _MOST_KEPT = 1 << 14  # bytes of a mask that a prepared call holds: its lengths written out
@@ -34,21 +34,27 @@ _MOST_KEPT = 1 << 14  # bytes of a mask that a prepared call holds: its lengths 
 
 def call_signature(query: Any, key: Any, value: Any, attn_mask: Any, key_padding_mask: Any, is_causal: object,
                    causal_alignment: object, window_size: Any, alibi_slopes: Any, kv_lengths: Any = None,
-                   dtype: np.dtype[Any] = FLOAT32) -> tuple[Any, ...] | None:
-    """The signature of these inputs, of `dtype`, and masks; None where a kernel does not read them as they are."""
+                   dtype: np.dtype[Any] = FLOAT32, others: tuple[Any, ...] = ()) -> tuple[Any, ...] | None:
+    """The signature of these inputs, of `dtype`, and masks; None where a kernel does not read them as they are.
+
+    others : what else the call's meaning depends on
+    """
     if type(query) is not ndarray or query.dtype is not dtype or not query.flags.carray:
         return None
     key_shape = value_shape = None
-    if key is not query or value is not key:
-        if (key is not query and not is_read_as_it_is(key, dtype)
-                or value is not key and not is_read_as_it_is(value, dtype)):
+    if key is not query:
+        if type(key) is not ndarray or key.dtype is not dtype or not key.flags.carray:
             return None
-        key_shape, value_shape = None if key is query else key.shape, None if value is key else value.shape
+        key_shape = key.shape
+    if value is not key:
+        if type(value) is not ndarray or value.dtype is not dtype or not value.flags.carray:
+            return None
+        value_shape = value.shape
     if is_causal is not False and is_causal is not True:
         return None
     if (attn_mask is None and key_padding_mask is None and causal_alignment is None and window_size is NO_WINDOW
             and alibi_slopes is None and kv_lengths is None):
-        return query.shape, key_shape, value_shape, is_causal
+        return query.shape, key_shape, value_shape, is_causal, others
     if causal_alignment is not None and type(causal_alignment) is not str:
         return None
     if window_size is not NO_WINDOW and not (type(window_size) is tuple and len(window_size) == 2
@@ -71,7 +77,8 @@ def call_signature(query: Any, key: Any, value: Any, attn_mask: Any, key_padding
         few = _content(alibi_slopes, "f"), _content(kv_lengths, "iu")  # a number for each head, for each batch entry
         if False in few:
             return None
-    return (query.shape, key_shape, value_shape, is_causal, mask, adds, padding, causal_alignment, window_size, few)
+    return (query.shape, key_shape, value_shape, is_causal, others, mask, adds, padding, causal_alignment, window_size,
+            few)
 
 
 def is_read_as_it_is(x: object, dtype: np.dtype[Any] = FLOAT32) -> bool:
@@ -121,22 +128,21 @@ class Prepared:
         self.shape, self._dtype, self._call, self._adds, self._keep, self._position_bias = (
             shape, dtype, call, adds, keep, position_bias)
 
-    def takes(self, out: object) -> bool:
-        """Whether a kernel can write the result to `out`; None stands for a new array."""
-        return out is None or (type(out) is ndarray and out.dtype is self._dtype and out.flags.carray
-                               and out.shape == self.shape)
-
-    def target(self, out: NDArray[Any] | None, *inputs: NDArray[Any] | None) -> NDArray[Any]:
-        """Where a kernel that reads `inputs` is to write: `out`, which it takes, unless it lies over one."""
-        return out if out is not None and lies_apart(out, inputs) else np.empty(self.shape, self._dtype)
-
-    def run(self, query: NDArray[Any], key: NDArray[Any], value: NDArray[Any], out: NDArray[Any] | None,
-            attn_mask: Any, key_padding_mask: Any) -> NDArray[Any]:
-        """The result, in `out` if there is one."""
+    def target(self, out: Any, *inputs: NDArray[Any] | None) -> NDArray[Any] | None:
+        """Where a kernel that reads `inputs` writes the result: `out`, or a new array; None if `out` cannot take it."""
         if out is None:
-            result = np.empty(self.shape, self._dtype)
-        else:
-            result = self.target(out, query, key, value, attn_mask, key_padding_mask)
+            return np.empty(self.shape, self._dtype)
+        if type(out) is not ndarray or out.dtype is not self._dtype or not out.flags.carray or out.shape != self.shape:
+            return None
+        return out if lies_apart(out, inputs) else np.empty(self.shape, self._dtype)
+
+    def run(self, query: NDArray[Any], key: NDArray[Any], value: NDArray[Any], out: Any, attn_mask: Any,
+            key_padding_mask: Any) -> NDArray[Any] | None:
+        """The result, in `out` if there is one; None where that cannot take it as it is."""
+        result = (np.empty(self.shape, self._dtype) if out is None else
+                  self.target(out, query, key, value, attn_mask, key_padding_mask))
+        if result is None:
+            return None
         call: Any = self._call
         if self._adds:
             keep, padding = (key_padding_mask, self._keep) if key_padding_mask is not None else (self._keep, None)
@@ -160,11 +166,6 @@ class PreparedCalls(PlanCache[Any, Prepared]):
     def __init__(self, size: int = 64, dtype: np.dtype[Any] = FLOAT32):
         super().__init__(size)
         self.dtype = dtype
-
-    def find(self, signature: tuple[Any, ...] | None, out: object) -> Prepared | None:
-        """That of a signature, where it can give its result in `out`."""
-        found = self.get(signature)  # None of None
-        return found if out is None or found is None or found.takes(out) else None
 
     def learn(self, signature: tuple[Any, ...] | None, prepare: Callable[[MaskShapes], PreparedCall],
               scores: Shape, shape: Shape, mask: Mask, attn_mask: Any, key_padding_mask: Any = None,
@@ -227,7 +228,7 @@ def lies_apart(out: NDArray[Any], inputs: Iterable[NDArray[Any] | None]) -> bool
     """Whether no input changes where `out` is written."""
     alone, last = out.flags.owndata, None
     for array in inputs:
-        if array is None or array is last:
+        if array is last or array is None:
             continue
         last = array
         if alone and array is not out and array.flags.owndata:  # each has memory of its own

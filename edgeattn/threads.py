@@ -47,8 +47,6 @@ _pools: dict[int, _WorkerPool] = {}  # by the number of the change that asked fo
 _pool: _WorkerPool | None = None  # the one last used
 _scratch: list[NDArray[Any]] = []
 _ALONE = np.zeros(0, np.int64)
-# Scratch of kernels that need none.
-_NOTHING: dict[Any, NDArray[Any]] = {dtype: np.zeros(0, dtype) for dtype in (np.float32, np.int32)}
 
 
 class _WorkerPool:
@@ -229,9 +227,6 @@ def run(function: Callable[..., object], dtype: DTypeLike, shared_size: int, pri
     """
     if work < SMALLEST_SHARED_WORK:
         size = shared_size + private_size
-        if not size:
-            function(_NOTHING[dtype], _ALONE, 1)
-            return
         try:  # as `borrow` and `give_back`, for calls so short that these would show
             memory = _scratch.pop()
         except IndexError:

@@ -22,7 +22,6 @@ Bools: TypeAlias = NDArray[np.bool_]
 Flag: TypeAlias = bool | np.bool_
 Real: TypeAlias = float | np.floating[Any] | np.integer[Any]
 Shape: TypeAlias = tuple[int, ...]
-KernelMask: TypeAlias = tuple[Bools | None, Float32s | None, tuple[int, int] | None, NDArray[np.float64] | None]
 MaskShapes: TypeAlias = tuple[Shape | None, Shape | None, Shape | None, tuple[int, int] | None, Shape | None]
 Window: TypeAlias = tuple[SupportsIndex, SupportsIndex]
 Path: TypeAlias = str | os.PathLike[str]
@@ -39,7 +38,7 @@ CacheDtype: TypeAlias = (Literal["float32", "int8"] | np.dtype[np.float32] | np.
 
 
 class LayerSizes(Protocol):
-    """What every layer has, and every bundle."""
+    """What every attention layer has, one on a GPU too."""
 
     num_heads: int
     num_kv_heads: int

@@ -1,6 +1,7 @@
 """The workbench: calibrate a float layer or model, quantize it to int8, say what that cost, export it."""
 
-from quant.calibrate import Calibration, calibrate
+from quant.calibrate import calibrate
+from quant.calibration import Calibration
 from quant.compare import compare
 from quant.export import export
 from quant.model_calibration import ModelCalibration

@@ -19,7 +19,7 @@ from edgeattn.files.paths import check_output, reading
 from edgeattn.files.tensor_files import read_npy, read_tensors
 from edgeattn.layers import MultiHeadAttention
 from edgeattn.models import ImageEncoder, TextEncoder
-from quant.calibrate import Calibration
+from quant.calibration import Calibration
 from quant.describe import arithmetic_of_tflite, describe_file, describe_masks, describe_seen
 from quant.export import FORMATS
 from quant.export.targets import NATIVE, TARGETS

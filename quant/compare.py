@@ -22,7 +22,7 @@ from edgeattn.quantized import (
     StaticSelfAttention,
     fit_mask,
 )
-from quant.calibrate import check_layer
+from quant.calibration import check_layer
 from quant.compare_models import compare_model
 from quant.model_calls import MODELS
 from quant.report import Comparison, ModelReport, Report

@@ -13,7 +13,7 @@ from edgeattn.files.tflite_file import parse, read_bytes
 from edgeattn.layers import MultiHeadAttention
 from edgeattn.quantized import INPUTS, AddMask, DynamicMultiHeadAttention, MulConstant, StaticMultiHeadAttention
 from edgeattn.summary import summary
-from quant.calibrate import Calibration, is_calibration
+from quant.calibration import Calibration, is_calibration
 from quant.model_calibration import ModelCalibration, is_model_calibration
 from quant.quantize import MASK_MARGIN
 from quant.tables import fill, table

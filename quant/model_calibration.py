@@ -14,24 +14,22 @@ from edgeattn.executors.compiled import CompiledOps
 from edgeattn.layers import Linear
 from edgeattn.models import TextEncoder
 from edgeattn.position_bias import ConstantPositionBias
+from quant.calibration import Calibration, of_call, parse
 from quant.calibration_file import Kind
 from quant.model_calls import encoder_of, on, read_model_calls
 from quant.trace import Call
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-    from typing import Any, TypeAlias
+    from collections.abc import Mapping, Sequence
+    from typing import Any
 
     from numpy.typing import NDArray
 
     from edgeattn.layers import TransformerEncoder
     from edgeattn.ops import Sequences
     from edgeattn.types import Float32s, Path
-    from quant.calibrate import Calibration
     from quant.model_calls import Model, ModelCall
     from quant.types import ModelBatch
-
-    OfAttention: TypeAlias = Callable[[Any, Call | None], Calibration | None]
 
 _SEQUENCES, _TOKENS = 16, 24  # of the random input that finds the features with the largest magnitude
 # Hidden features over so many times what nine of ten reach are apart, one of so many at most.
@@ -137,8 +135,6 @@ def is_model_calibration(path: Path) -> bool:
 
 def _parse(headers: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> list[dict[str, Any]]:
     """What a file holds, by kinds."""
-    from quant.calibrate import parse
-
     groups: dict[str, dict[str, Any]] = {"largest": {}, "ranges": {}, "large": {}, "attention": {}}
     for path, array in arrays.items():
         group, _, name = path.partition("/")
@@ -156,11 +152,11 @@ def _parse(headers: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> li
     return [groups["largest"], groups["ranges"], groups["large"], found]
 
 
-def calibrate_model(model: Model, batches: Iterable[ModelBatch], description: str = "", *, of_attention: OfAttention,
+def calibrate_model(model: Model, batches: Iterable[ModelBatch], description: str = "", *,
                     large: Mapping[str, Sequence[int]]) -> ModelCalibration | None:
     """See ``quant.calibrate``: what some batches show, None where they hold no token.
 
-    of_attention: the calibration of one call of an attention layer; large: as `large_by_name` gives it.
+    large: as `large_by_name` gives it.
     """
     encoder = encoder_of(model)
     names = {id(linear): name for name, linear in feed_forward_linears(encoder).items()}
@@ -168,7 +164,7 @@ def calibrate_model(model: Model, batches: Iterable[ModelBatch], description: st
     apart = {name: np.array(features, np.int64) for name, features in large.items()}
     by_id = {id(layer.feed_forward): apart[_first_place(encoder, id(layer.feed_forward))] for layer in encoder.layers}
     for call in read_model_calls(model, batches, description):
-        ops = SeenRanges(call, by_id, of_attention)
+        ops = SeenRanges(call, by_id)
         with np.errstate(over="ignore", invalid="ignore"):
             call.run(on(ops, model))
         if not ops.tokens:
@@ -305,13 +301,11 @@ class SeenRanges(LargestInputs):
     call : ModelCall
     large : dict
         By the id of a feed-forward its hidden features that are apart.
-    of_attention : function
-        The calibration of one call of an attention layer; None of a layer that has none.
     """
 
-    def __init__(self, call: ModelCall, large: dict[int, NDArray[np.int64]], of_attention: OfAttention):
+    def __init__(self, call: ModelCall, large: dict[int, NDArray[np.int64]]):
         super().__init__(call.counted)
-        self.call, self.large, self.of_attention = call, large, of_attention
+        self.call, self.large = call, large
         self.ranges: dict[str, Float32s] = {}
         self.calibrations: dict[str, Calibration] = {}
         self._places: dict[int, str] = {}
@@ -352,7 +346,7 @@ class SeenRanges(LargestInputs):
 
     def _observe_attention(self, x: Float32s) -> None:
         layer, name, row = self._layer.attention, self._place["attention"], 0
-        if self.of_attention(layer, None) is None:
+        if of_call(layer, None) is None:
             return
         for mask in self._sequences.masks:
             batch, _, length, _ = mask.shape
@@ -369,7 +363,7 @@ class SeenRanges(LargestInputs):
 
     def _observe_one(self, layer: Any, name: str, call: Call) -> None:
         try:
-            seen = self.of_attention(layer, call)
+            seen = of_call(layer, call)
         except ValueError:  # beyond float32: dynamic int8 may take the layer still
             seen = None
         if seen is None or name in self._beyond:

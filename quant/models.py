@@ -11,7 +11,7 @@ from edgeattn.checks import is_one_of
 from edgeattn.kernels.cpu.encoder_dynamic import MOST_OUTLIERS
 from edgeattn.layers import FeedForward, Linear, MultiHeadAttention, TransformerEncoder, TransformerEncoderLayer
 from edgeattn.layers.dynamic_linear import DynamicLinear
-from quant.calibrate import check_layer
+from quant.calibration import check_layer
 from quant.model_calibration import ModelCalibration, encoder_fingerprint, feed_forward_linears, random_largest
 from quant.model_calls import encoder_of
 from quant.static_models import check_feed_forward, static_attention, static_feed_forward

@@ -22,7 +22,7 @@ from edgeattn.quantized import (
     StaticMultiHeadAttention,
     TensorQuantization,
 )
-from quant.calibrate import Calibration, check_layer, fingerprint
+from quant.calibration import Calibration, check_layer, fingerprint
 from quant.model_calibration import ModelCalibration
 from quant.model_calls import MODELS
 from quant.models import dynamic_scheme, quantize_model, static_scheme

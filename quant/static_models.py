@@ -15,7 +15,7 @@ import numpy as np
 from edgeattn.arithmetic import ACTIVATIONS, CODE_MAX, CODE_MIN
 from edgeattn.layers import FeedForward, Linear, MultiHeadAttention
 from edgeattn.quantized import QuantizedLinear, StaticFeedForward, StaticSelfAttention, TensorQuantization
-from quant.calibrate import fingerprint
+from quant.calibration import fingerprint
 from quant.observers import Statistics
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from edgeattn.quantized import StaticMultiHeadAttention
     from edgeattn.types import Arithmetic, Float32s
-    from quant.calibrate import Calibration
+    from quant.calibration import Calibration
     from quant.model_calibration import ModelCalibration
 
 SHARE = 12  # further columns, and outputs, are at most one for so many features

@@ -1,8 +1,17 @@
-"""What a layer does beside attending as plainly as it can; needs NumPy and the device package alone."""
+"""What tests of bundles share: targets, and what a layer does beside attending as plainly as it can; needs NumPy and the device package alone."""
+
+import platform
 
 import numpy as np
 
 import edgeattn
+from edgeattn.runtime import processor
+from edgeattn.runtime.targets import TARGETS, runnable
+
+
+def targets_here():
+    """Instruction set -> the best target of it that this machine can run."""
+    return {TARGETS[name].isa: name for name in runnable(platform.machine(), processor.flags(), processor.parts())}
 
 
 def ways(name, layer):

@@ -2,7 +2,8 @@
 
 conftest.py runs it before the processes of a whole suite start: each would compile the same kernels at the same time.
 No two of CALLS need the same kernel, and what takes longest comes first. Then the plainest instruction set, for the
-tests that compare others with it; `--host`: without that.
+tests that compare others with it, and the object files that bundles and libraries of this machine are linked from, and
+README's for another; `--host`: without these.
 """
 import concurrent.futures
 import multiprocessing
@@ -11,15 +12,20 @@ import subprocess
 import sys
 
 import numpy as np
+from bundle_ways import targets_here
 from places import TESTS
 from workbench import random_input, random_layer
 
 import edgeattn
 import quant
 from edgeattn.kernels.cpu.encoder_int8 import Ends
+from edgeattn.kinds import KINDS
 from edgeattn.runtime.isa import ISA
+from quant.export.kernel_objects import objects
 
 PLAINEST = "generic"
+BUNDLED = "StaticMultiHeadAttention", "MultiHeadAttention", "DynamicMultiHeadAttention", "LayerNorm", "DynamicLinear"
+CROSS = "cortex-a72"  # what README exports for
 
 
 def float_layer():
@@ -77,7 +83,16 @@ CALLS = {
     "float32 function": function,
     "int8 function": lambda: function(precision="int8"),
 }
-OTHERS = ("float32 function", "dynamic layer", "static layer")  # of the tests of fence.py, and of int8_layers.py
+OTHERS = ("dynamic layer", "static layer")  # of int8_layers.py
+
+
+def objects_of_bundles():
+    """What is kept of every export: those of layers of several kinds here, of a static one for another machine."""
+    try:
+        for target, kinds in ((targets_here()[ISA.name], BUNDLED), (CROSS, BUNDLED[:1])):
+            objects([target], dict.fromkeys(name for kind in kinds for name in KINDS[kind].kernels))
+    except RuntimeError as error:  # the tests that need them say so too
+        print(error)
 
 
 def compile_one(name, instruction_set=ISA.name):
@@ -91,11 +106,14 @@ def main(arguments):
     if names:
         return
     work = [(name, ISA.name) for name in CALLS]
-    if "--host" not in arguments and ISA.name != PLAINEST:
+    everything = "--host" not in arguments
+    if everything and ISA.name != PLAINEST:
         work += [(name, PLAINEST) for name in OTHERS]
     cores = len(os.sched_getaffinity(0))
     with concurrent.futures.ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool:
         list(pool.map(compile_one, *zip(*work, strict=True)))
+    if everything:
+        objects_of_bundles()
 
 
 if __name__ == "__main__":

@@ -13,18 +13,19 @@ os.environ.setdefault("EDGEATTN_JIT", "1")  # tests look into kernels, which lib
 
 # These take longest, in this order; they come first, so that no process is left with one when the others have ended.
 FIRST = """
-    test_readme test_bundle test_fence test_instruction_sets test_cuda_mutations test_planted_bugs test_benchmarks test_cli
-    test_cuda_float32 test_generated_code test_compile_cost test_cuda_layers test_cuda_probabilities test_threads
-    test_export_c test_simd test_parity test_cuda_int8 test_cuda_int8_functional test_arithmetic test_packaging test_readers
-    test_properties test_interrupts test_jit
+    test_readme test_cuda_mutations test_fence test_cuda_layers test_readers test_export_c test_planted_bugs test_cuda_float32
+    test_interrupts test_parity test_compile_cost test_docs test_cuda_probabilities test_generated_code test_jit test_bundle
+    test_instruction_sets test_cuda_encoders test_benchmarks test_cli test_tflite_reader test_threads test_arithmetic
+    test_encoder_dynamic test_feed_forward_int8 test_properties test_cuda_int8_functional test_cuda_int8 test_cuda_order
+    test_packaging test_simd
 """.split()
 # What these hold does not depend on NumPy: instructions, compiled loops, caches, emulated processors, C. `--numpy` leaves
 # them out, for a leg that repeats the suite on another NumPy.
 WITHOUT_NUMPY = """
-    test_arm64 test_bundle test_compile_cost test_worker_pool test_cuda_cache test_cuda_compile test_cuda_encoders
+    test_arm64 test_bundle test_docs test_compile_cost test_worker_pool test_cuda_cache test_cuda_compile test_cuda_encoders
     test_cuda_float32 test_cuda_instructions test_feed_forward_int8 test_neighbour test_onnx_encoders test_onnx_operators
     test_parity_feed_forward test_prebuilt test_same_bytes test_wheel
-    test_cuda_int8 test_cuda_int8_functional test_cuda_laws test_cuda_layers test_cuda_mutations test_cuda_on_device
+    test_cuda_int8 test_cuda_int8_functional test_cuda_laws test_packaging test_cuda_layers test_cuda_mutations test_cuda_on_device
     test_cuda_order test_cuda_precision test_cuda_probabilities test_cuda_torch test_cuda_versions test_decode
     test_dynamic_kernels test_encoder_dynamic test_encoder_float32 test_export_c test_fence test_generated_code
     test_instruction_sets test_int8_operands test_interrupts test_isa test_jit
@@ -49,9 +50,6 @@ def pytest_addoption(parser):
         "--long", action="store_true",
         help="the long form of tests/kernels/cuda/test_cuda_*.py (every shape, and the CPU's kernels beside), of test_fence.py (every "
              "kernel under every instruction set, twenty times as many cases) and of test_planted_bugs.py (all of them)")
-    parser.addoption(
-        "--bundles", metavar="FOLDER",
-        help="make the bundles of tests/test_bundle.py there, or take those that an earlier run on the same sources made")
     parser.addoption("--numpy", action="store_true", help="leave out the files whose results do not depend on NumPy")
 
 

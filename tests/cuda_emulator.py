@@ -6,6 +6,8 @@ shared memory that nothing wrote, and a shuffle or matrix operation of a block t
 cannot see is a missing barrier between threads of different warps when the order of statements hides it; shared memory
 written and read without a barrier in between by another warp is noticed (`Block.sync`).
 """
+import functools
+
 import numpy as np
 
 from edgeattn.kernels.cuda import ptx
@@ -62,15 +64,14 @@ class Memory:
         self.lent.append((low, low + array.nbytes, array.reshape(-1).view(np.uint8), writable))
         return low
 
-    def bytes(self, addresses, size, mask, write):
+    def bytes(self, addresses, size, write):
         """(flat bytes, offsets) for so many bytes at each address."""
-        wanted = addresses[mask]
-        first, last = wanted.min(), wanted.max() + size
+        first, last = addresses.min(), addresses.max() + size
         for low, high, flat, writable in self.lent:
             if first >= low and last <= high:
                 assert writable or not write, "a kernel writes to an array that it was lent for reading"
-                assert not (wanted & (size - 1)).any(), f"a global access of {size} bytes is misaligned"
-                return flat, np.where(mask, addresses - low, 0)
+                assert not np.bitwise_or.reduce(addresses) & (size - 1), f"a global access of {size} bytes is misaligned"
+                return flat, addresses - low
         raise AssertionError("a global access lies outside the arrays that were lent")
 
 
@@ -86,6 +87,14 @@ class Block:
         self.written = np.zeros(MEMORY, bool)
         self.writers, self.readers = (np.zeros((-(-threads // 32), MEMORY), bool) for _ in range(2))  # warps since a barrier
         self.wrote = self.used = False  # whether there are any
+        self._all, self._warp = np.ones(threads, bool), self.lanes // 32
+        self._true = {size: np.ones(size, bool).view(f"V{size}") for size in (1, 2, 4, 8, 16)}
+
+    def begin(self, block):
+        """Be another block: nothing has been written."""
+        self.block = block
+        self.written[:self.size] = False
+        self.sync()
 
     # -- helpers ------------------------------------------------------------------------------------------------------
 
@@ -93,37 +102,47 @@ class Block:
         value = np.asarray(value, dtype)
         return value if value.shape == (self.threads,) else np.full(self.threads, value)
 
+    def threads_where(self, good):
+        """Which threads a predicate lets through, True where it is all of them, False where it is none."""
+        if np.ndim(good) == 0:
+            return bool(good)
+        count = np.count_nonzero(good)
+        return good if 0 < count < self.threads else count > 0
+
     def warps(self, value, dtype):
         assert self.threads % 32 == 0, "a warp is not whole"
         return self.vector(value, dtype).reshape(-1, 32)
 
     def sync(self):
         if self.used:
-            self.writers[:] = self.readers[:] = self.wrote = self.used = False
+            self.writers[:, :self.size] = self.readers[:, :self.size] = self.wrote = self.used = False
 
     def _shared_at(self, address, size):
         """Which of the pieces of `size` bytes each thread means."""
         at = self.vector(address, np.int64)
-        assert not (at & (size - 1)).any(), f"a shared access of {size} bytes is misaligned"
+        assert not np.bitwise_or.reduce(at) & (size - 1), f"a shared access of {size} bytes is misaligned"
         assert at.min() >= 0 and at.max() + size <= self.size, "a shared access lies outside the block's memory"
         return at // size
 
     def _others(self, users, at, size):
         """Whether another warp than a thread's own is among those that used its piece since the last barrier."""
-        found = users.view(f"V{size}").take(at, 1).view(bool).reshape(len(users), self.threads, size)
-        return (found & (np.arange(len(users))[:, None, None] != self.lanes[:, None] // 32)).any()
+        if len(users) == 1:
+            return False
+        found = users.view(f"V{size}").take(at, 1).view(bool).reshape(len(users), self.threads, size).any(2)
+        found[self._warp, self.lanes] = False
+        return found.any()
 
     def _uses(self, users, at, size):
-        users.view(f"V{size}")[self.lanes // 32, at] = np.ones(size, bool).view(f"V{size}")
+        users.view(f"V{size}")[self._warp, at] = self._true[size]
         self.used = True
 
     def read(self, address, size):
         at = self._shared_at(address, size)
-        assert self.written.view(f"V{size}")[at].view(bool).all(), "shared memory is read that nothing wrote"
+        assert self.written.view(f"V{size}").take(at).view(bool).all(), "shared memory is read that nothing wrote"
         assert not (self.wrote and self._others(self.writers, at, size)), \
             "shared memory is read before a barrier after another warp wrote it"
         self._uses(self.readers, at, size)
-        return self.shared.view(f"V{size}")[at].view(np.uint8).reshape(-1, size)
+        return self.shared.view(f"V{size}").take(at).view(np.uint8).reshape(-1, size)
 
     def write(self, address, data):
         size = data.shape[1]
@@ -133,7 +152,7 @@ class Block:
         self._uses(self.writers, at, size)
         self.wrote = True
         self.shared.view(f"V{size}")[at] = data.view(f"V{size}")[:, 0]
-        self.written.view(f"V{size}")[at] = np.ones(size, bool).view(f"V{size}")
+        self.written.view(f"V{size}")[at] = self._true[size]
 
     def as_bytes(self, *values, dtype):
         """Bytes of each thread's values, made the dtype."""
@@ -141,29 +160,37 @@ class Block:
             values = [in_registers(value) for value in values]
         if dtype is np.float16:
             values = [to_half(value) for value in values]
-        columns = [np.ascontiguousarray(self.vector(value).astype(dtype)) for value in values]
-        return np.stack(columns, 1).view(np.uint8).reshape(self.threads, -1)
+        columns = np.empty((self.threads, len(values)), dtype)
+        for i, value in enumerate(values):
+            columns[:, i] = value
+        return columns.view(np.uint8)
 
     def load(self, good, address, count, dtype):
-        mask, at = self.vector(good, bool), self.vector(address, np.int64)
+        mask, at = self.threads_where(good), self.vector(address, np.int64)
         size = count * np.dtype(dtype).itemsize
-        if not mask.any():
+        if mask is False:
             return [np.zeros(self.threads, dtype) for _ in range(count)]
-        flat, offsets = self.global_memory.bytes(at, size, mask, False)
-        data = flat[offsets[:, None] + np.arange(size)]
-        data[~mask] = 0
-        return list(np.ascontiguousarray(data).view(dtype).T)
+        flat, offsets = self.global_memory.bytes(at if mask is True else at[mask], size, False)
+        data = flat.take(offsets[:, None] + np.arange(size)).view(dtype)
+        if mask is not True:
+            found = np.zeros((self.threads, count), dtype)
+            found[mask] = data
+            data = found
+        return list(data.T)
 
     def store(self, good, address, *values, dtype):
-        mask, at = self.vector(good, bool), self.vector(address, np.int64)
+        mask, at = self.threads_where(good), self.vector(address, np.int64)
         data = self.as_bytes(*values, dtype=dtype)
-        if mask.any():
-            flat, offsets = self.global_memory.bytes(at, data.shape[1], mask, True)
-            flat[offsets[mask][:, None] + np.arange(data.shape[1])] = data[mask]
+        if mask is False:
+            return
+        if mask is not True:
+            at, data = at[mask], data[mask]
+        flat, offsets = self.global_memory.bytes(at, data.shape[1], True)
+        flat[offsets[:, None] + np.arange(data.shape[1])] = data
 
     def uniform(self, address, dtype):
         assert np.ndim(address) == 0, "the address of a uniform load differs by thread"
-        flat, offset = self.global_memory.bytes(np.array([address]), np.dtype(dtype).itemsize, np.array([True]), False)
+        flat, offset = self.global_memory.bytes(np.array([address]), np.dtype(dtype).itemsize, False)
         return flat[offset[0]:offset[0] + np.dtype(dtype).itemsize].view(dtype)[0]
 
     # -- matrices -----------------------------------------------------------------------------------------------------
@@ -186,15 +213,15 @@ class Block:
         Summed in float64, which is exact for the integers, and rounded once.
         """
         warps, per = self.threads // 32, 4 // np.dtype(left).itemsize
-        lane, word, part = np.ogrid[:32, :4, :per]
-        g, along = lane // 4, lane % 4 * per + part  # row or column, and depth
-        A, B = np.zeros((warps, 16, K)), np.zeros((warps, K, 8))
-        words = np.stack([self.warps(r, np.int32) for r in registers[:6]], 2)
-        A[:, g + 8 * (word % 2), along + K // 2 * (word // 2)] = words[:, :, :4].copy().view(left).reshape(warps, 32, 4, per)
-        B[:, along + K // 2 * word[:, :2], g] = words[:, :, 4:].copy().view(right).reshape(warps, 32, 2, per)
-        j = np.arange(4)
-        C = (A @ B)[:, g[..., 0] + 8 * (j // 2), lane[..., 0] % 4 * 2 + j % 2]
-        return [(self.warps(registers[6 + i], result) + C[:, :, i]).astype(result).reshape(-1) for i in j]
+        in_a, in_b, in_c = _places(K, per)
+        A, B = np.empty((warps, 16 * K)), np.empty((warps, K * 8))
+        words = np.empty((warps, 32, 6), np.int32)
+        for i in range(6):
+            words[:, :, i] = self.warps(registers[i], np.int32)
+        A[:, in_a] = words[:, :, :4].copy().view(left).reshape(warps, -1)
+        B[:, in_b] = words[:, :, 4:].copy().view(right).reshape(warps, -1)
+        C = (A.reshape(warps, 16, K) @ B.reshape(warps, K, 8)).reshape(warps, -1)[:, in_c]
+        return [(self.warps(registers[6 + i], result) + C[:, :, i]).astype(result).reshape(-1) for i in range(4)]
 
     # -- the list -----------------------------------------------------------------------------------------------------
 
@@ -207,6 +234,11 @@ class Block:
         def clamped(x):
             x = np.where(np.isnan(x), 0, np.asarray(x, f64))
             return np.clip(x, -2.0**31, 2.0**31 - 1).astype(i32)
+
+        def fma(a, b, c):
+            product = np.asarray(a, f64) * np.asarray(b)
+            product = product + np.asarray(c) if np.ndim(product) == 0 else np.add(product, np.asarray(c), product)
+            return product.astype(f32)
 
         def floats(data):
             return [column.view(Bits) for column in np.ascontiguousarray(data).view(f32).T]
@@ -240,7 +272,7 @@ class Block:
             "times": lambda a, b: (np.asarray(a, np.int64) * np.asarray(b, np.int64)).astype(i32)[()],
             "times_wide": lambda a, b: np.asarray(a, np.int64) * np.asarray(b, np.int64),
             "quotient": lambda a, b: i32(a // b), "remainder": lambda a, b: i32(a % b),
-            "fma": lambda a, b, c: (np.asarray(a, f64) * np.asarray(b, f64) + np.asarray(c, f64)).astype(f32),
+            "fma": fma,
             "multiply": lambda a, b: np.asarray(a, f32) * np.asarray(b, f32),
             "add": lambda a, b: np.asarray(a, f32) + np.asarray(b, f32),
             "divide": lambda a, b: np.asarray(a, f32) / np.asarray(b, f32),
@@ -329,6 +361,17 @@ class Block:
         return bind(function, self.supply)
 
 
+@functools.cache
+def _places(K, per):
+    """Where the lanes of a warp have the elements of A (16, K), B (K, 8) and C (16, 8), counted row by row."""
+    lane, word, part = np.ogrid[:32, :4, :per]
+    g, along = lane // 4, lane % 4 * per + part  # row or column, and depth
+    j = np.arange(4)
+    return (((g + 8 * (word % 2)) * K + along + K // 2 * (word // 2)).reshape(-1),
+            ((along + K // 2 * word[:, :2]) * 8 + g).reshape(-1),
+            (g[..., 0] + 8 * (j // 2)) * 8 + lane[..., 0] % 4 * 2 + j % 2)
+
+
 class Cast:
     """A number type: converts as the machine does, and names the dtype of local arrays."""
 
@@ -336,7 +379,7 @@ class Cast:
         self.kind = kind
 
     def __call__(self, value):
-        return np.asarray(value).astype(self.kind)[()]
+        return value if type(value) is self.kind else np.asarray(value).astype(self.kind)[()]
 
 
 def to_half(x):
@@ -357,9 +400,11 @@ def run(kernel, grid, addresses, numbers, memory):
     """Run a Kernel for every block of a grid, in an order that no kernel may rely on; the last block is returned."""
     assert (len(addresses), len(numbers)) == (kernel.addresses, kernel.numbers)
     blocks = [(x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])]
-    block = None
+    block = Block(memory, kernel, blocks[-1])
+    function = block.kernel(kernel.function)
+    a, p = tuple(np.int64(x) for x in addresses), tuple(np.int32(x) for x in numbers)
     with np.errstate(all="ignore"):
         for where in reversed(blocks):
-            block = Block(memory, kernel, where)
-            block.kernel(kernel.function)(tuple(np.int64(x) for x in addresses), tuple(np.int32(x) for x in numbers))
+            block.begin(where)
+            function(a, p)
     return block

@@ -32,12 +32,13 @@ from edgeattn.kernels.cpu import (
     encoder_int8,
     functional_dynamic,
     functional_float32,
-    linear_dynamic,
+    projection_dynamic,
 )
 from edgeattn.kernels.cpu.attend_rows import FEW_QUERIES
 from edgeattn.kernels.cpu.decode_blocks import BLOCK
 from edgeattn.kernels.cpu.layer_dynamic import DynamicLayer
 from edgeattn.kernels.cpu.layer_float32 import FloatLayer
+from edgeattn.kernels.cpu.records import KernelMask
 from edgeattn.kernels.cpu.simd import LANES, ROWS, WIDTH
 from edgeattn.rotary import RotaryEmbedding
 from edgeattn.runtime.isa import ISA
@@ -203,6 +204,12 @@ def for_oracle(masks, B, H, L, S):
     return {**masks, "keep": keep, "bias": np.where(keep, bias, 0)}
 
 
+def for_kernels(place, masks):
+    """(KernelMask, lengths): masks as float kernels take them."""
+    given = placed(place, masks)
+    return KernelMask(*map(given.get, KernelMask._fields)), given.get("lengths")
+
+
 def placed(place, masks):
     """The same masks, their arrays from `place`."""
     return {name: place.input(mask) if isinstance(mask, np.ndarray) else mask for name, mask in masks.items()}
@@ -246,7 +253,8 @@ def _float32_function(rng, kinds, B, H, Hkv, L, S, D, Dv, tokens_first):
         out = place.make((B, L, H, Dv), np.float32).transpose(0, 2, 1, 3) if tokens_first else place.make(
             (B, H, L, Dv), np.float32)
         functional_float32.attention(
-            place.input(q), place.input(k), place.input(v), out, D ** -0.5, **placed(place, masks))
+            place.input(q), place.input(k), place.input(v), out, D ** -0.5, masks.get("softcap", 0.0),
+            *for_kernels(place, masks))
         return [out]
 
     exact = oracle.attention(q, k, v, D ** -0.5, **for_oracle(masks, B, H, L, S))
@@ -285,10 +293,10 @@ def _layer(kind, has_positions=False):
 
         def call(place):
             given = [*weights[:3], None, *weights[4:7], None] if alone else weights
-            layer = kind(H, Hkv, *given, D ** -0.5, **positions)
+            layer = kind(H, Hkv, given[:4], given[4:], D ** -0.5, **positions)
             out = place.make((B, L, layer.output_dim), np.float32)
             xq = place.input(x[0])
-            layer(xq, *((xq, xq) if same else map(place.input, x[1:])), out, **placed(place, masks))
+            layer(xq, *((xq, xq) if same else map(place.input, x[1:])), out, for_kernels(place, masks)[0])
             return [out]
 
         right = []
@@ -308,7 +316,7 @@ def dynamic_function(rng, number):
     def call(place):
         out = place.make((B, H, L, Dv), np.float32)
         functional_dynamic.attention(
-            place.input(q), place.input(k), place.input(v), out, D ** -0.5, **placed(place, masks))
+            place.input(q), place.input(k), place.input(v), out, D ** -0.5, for_kernels(place, masks)[0])
         return [out]
     return f"{'+'.join(kinds)} {masks.get('band', '')} B={B} {H=} {Hkv=} {L=} {S=} {D=} {Dv=}", call, []
 
@@ -419,7 +427,7 @@ def projections(rng, number):
         given = place.input(x)
         stored = [array for _ in "kv" for array in (place.make(rows.shape, np.int8), place.make(rows.shape[:3], np.float32))]
         cache_int8.store(PlanCache(), place.input(rows), place.input(rows), *stored, 0)
-        return [edgeattn.Linear(weight, bias).packed(given), linear_dynamic.DynamicLinear(codes, scale, bias)(given),
+        return [edgeattn.Linear(weight, bias).packed(given), projection_dynamic.DynamicProjection(codes, scale, bias)(given),
                 *stored]
     exact = x.astype(np.float64) @ weight.astype(np.float64).T + bias
     return f"{tokens=} {depth=} {outputs=}", call, [(exact, 1e-4)]

@@ -20,7 +20,7 @@ from benchmarks import (
     limits,
     machine,
     measure,
-    readme,
+    pages,
     rounding,
     start,
     targets,
@@ -232,28 +232,30 @@ def test_causal_targets_count_what_a_mask_leaves_to_do():
     assert "80%" in as_text({"machine": machine.describe() | {"seconds": 1.0}, "records": records})
 
 
-def test_readme_table_and_marks(tmp_path, monkeypatch):
-    monkeypatch.setattr(readme, "ROOT", tmp_path)
-    (tmp_path / "README.md").write_text("before\n")
-    with pytest.raises(ValueError, match="README.md must hold one line"):
-        readme.write_table(made_up())
-    (tmp_path / "README.md").write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
+def test_tables_and_marks_of_the_page(tmp_path, monkeypatch):
+    monkeypatch.setattr(pages, "ROOT", tmp_path)
+    page = tmp_path / "docs" / "performance.md"
+    page.parent.mkdir()
+    page.write_text("before\n")
+    with pytest.raises(ValueError, match="docs/performance.md must hold one line"):
+        pages.write_table(made_up())
+    page.write_text(f"before\n{pages.BEGIN}\nold\n{pages.END}\nafter\n")
     overhead = {"case": "64/4/32", "seconds": {}, "steps": {"float32": 13.21e-6, "static": 2e-5}}
-    readme.write_table({**made_up(), "overhead": overhead})
-    text = (tmp_path / "README.md").read_text()
+    pages.write_table({**made_up(), "overhead": overhead})
+    text = page.read_text()
     assert ("\nOne token through a layer of E = 64, H = 4, with a cache that holds 32: float32 13.2 us, static 20.0 us.\n"
             in text)
-    assert text.startswith("before\n") and text.endswith(f"{readme.END}\nafter\n") and "\nold\n" not in text
+    assert text.startswith("before\n") and text.endswith(f"{pages.END}\nafter\n") and "\nold\n" not in text
     assert "| 256 / 4 / 128 | 10 | 0.9 x onnxruntime float32 | 4 | 2.0 x | 20.0 x | 6 | 1.3 x litert int8 |" in text
 
 
 def test_plots(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="the plots need matplotlib (pip install 'edgeattn[examples]')")
-    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    monkeypatch.setattr(pages, "ROOT", tmp_path)
     (tmp_path / "docs").mkdir()
     found = made_up()
     step = {**found["records"][0], "section": "decode", "case": "8/2/64/256"}
-    written = readme.write_plots({**found, "records": [*found["records"], step]})
+    written = pages.write_plots({**found, "records": [*found["records"], step]})
     assert [path.name for path in written] == ["speed.png", "decode.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
 

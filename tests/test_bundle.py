@@ -14,7 +14,7 @@ from pathlib import Path
 import executors
 import numpy as np
 import pytest
-from bundle_ways import ways
+from bundle_ways import targets_here, ways
 from laws import LAWS
 from places import ROOT
 from workbench import needs_compiler, random_input, random_layer
@@ -24,17 +24,17 @@ import quant
 from edgeattn import bundle
 from edgeattn.kernels.cpu import call as kernel_call
 from edgeattn.kernels.cpu.entries import ENTRIES
+from edgeattn.kinds import KINDS
 from edgeattn.runtime import isa, prebuilt, processor, sources
 from edgeattn.runtime.targets import TARGETS
 from quant.export import linker
-from quant.export.bundle import KERNELS, kernels_of
+from quant.export.bundle import kernels_of
 
 X86 = platform.machine() == "x86_64"
-# The instruction sets of this machine that targets are made for; AMX is for none.
 # A folder that export_all filled on another machine, named by its target: what `make test-arm64` does.
 GIVEN = os.environ.get("TEST_BUNDLES")
-HERE = {t.isa: name for name, t in TARGETS.items() if t.machine == platform.machine() and set(t.requires) <= processor.flags()}
-HOST = Path(GIVEN).name if GIVEN else HERE.get("avx2") or HERE.get("neondot") or HERE.get("neon")
+HERE = targets_here()
+HOST = Path(GIVEN).name if GIVEN else HERE.get(isa.ISA.name)
 FLOATS = ("float32", "dynamic", "encoder")
 MASKED = "static-tflm"  # the one that carries a mask
 
@@ -109,13 +109,12 @@ def export_all(folder, target, floats=FLOATS):
 
 
 @pytest.fixture(scope="module")
-def folder(request, tmp_path_factory):
+def folder(tmp_path_factory):
     """The bundles of all layers for this machine."""
     if GIVEN:
         return Path(GIVEN)
     needs_compiler()
-    kept = request.config.getoption("bundles")
-    folder = Path(kept).absolute() if kept else tmp_path_factory.mktemp("bundles")
+    folder = tmp_path_factory.mktemp("bundles")
     export_all(folder, HOST)
     return folder
 
@@ -216,7 +215,7 @@ def test_a_bundle_for_a_newer_processor_is_refused(folder):
         bundle.load(rewritten(folder / "static-litert.so", folder / "newer.so", target="cortex-a76", requires=TARGETS["cortex-a76"].requires))
 
 
-@pytest.mark.parametrize("instructions", [name for name in ("avx512vnni", "avx2vnni") if name in HERE])
+@pytest.mark.parametrize("instructions", [name for name in ("avx512vnni", "avx2vnni", "avx2") if HERE.get(name, HOST) != HOST])
 def test_other_instruction_sets_of_this_machine_give_the_same_codes(tmp_path, instructions):
     needs_compiler()
     layer = static_layer("litert")
@@ -551,7 +550,7 @@ def test_a_bundle_has_the_kernels_its_layer_calls():
     assert {"layer dynamic", "norm", "feed-forward dynamic"} < set(kernels_of(encoder()))
     assert not {"decode int8", "layer float32", "layer int8"} & set(kernels_of(encoder()))
     # every kernel is that of some kind of layer, but for the function's
-    assert set(ENTRIES) - {name for names in KERNELS.values() for name in names} == {"attention dynamic"}
+    assert set(ENTRIES) - {name for kind in KINDS.values() for name in kind.kernels} == {"attention dynamic"}
 
 
 def test_what_c_cannot_call_has_no_header(folder, tmp_path):

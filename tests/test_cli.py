@@ -22,7 +22,7 @@ import edgeattn.cli
 import quant
 import quant.cli
 from edgeattn.runtime.isa import ISA
-from quant.calibrate import Calibration
+from quant.calibration import Calibration
 
 
 @pytest.fixture
@@ -465,7 +465,7 @@ def test_edgeattn_warmup_without_a_layer_compiles_every_kernel(monkeypatch, caps
 
 
 KERNELS_USED = """
-import re, sys
+import os, re, sys
 import numpy as np
 import edgeattn, edgeattn.cli
 from edgeattn.runtime import jit
@@ -474,18 +474,28 @@ def used():  # a function passed to a kernel has an address that differs from pr
     return {re.sub("0x[0-9a-f]+", "", f"{k.py_func.__module__}.{k.py_func.__name__} {signature}")
             for k in jit.KERNELS for signature in k.signatures}
 
-if sys.argv[1] == "warmup":
-    assert edgeattn.cli.main([*sys.argv[1:], "--length", "5"]) == 0
-else:
+def warmup(path):
+    assert edgeattn.cli.main(["warmup", path, "--length", "5"]) == 0
+
+def calls(path):
     x = np.random.default_rng(0).standard_normal((2, 7, 32)).astype(np.float32)
-    for path in sys.argv[2:]:
-        layer = edgeattn.load(path)
-        layer(x), layer(x, is_causal=True)
-        layer(x, x, x, attn_mask=np.tri(7, dtype=bool), window_size=(3, -1), causal_alignment="upper_left")
-        for dtype in ["int8"] if path == "int8.safetensors" else ["float32", "int8"]:
-            cache = edgeattn.KVCache.for_layer(layer, 2, 9, dtype=dtype)
-            layer(x, kv_cache=cache, is_causal=True), layer(x[:, :1], kv_cache=cache)
-print(*sorted(used()), sep="\\n", file=sys.stderr)
+    layer = edgeattn.load(path)
+    layer(x), layer(x, is_causal=True)
+    layer(x, x, x, attn_mask=np.tri(7, dtype=bool), window_size=(3, -1), causal_alignment="upper_left")
+    for dtype in ["int8"] if path == "int8.safetensors" else ["float32", "int8"]:
+        cache = edgeattn.KVCache.for_layer(layer, 2, 9, dtype=dtype)
+        layer(x, kv_cache=cache, is_causal=True), layer(x[:, :1], kv_cache=cache)
+
+for path in sys.argv[1:]:
+    for what in (warmup, calls):
+        if child := os.fork():
+            assert os.waitpid(child, 0)[1] == 0
+            continue
+        assert not used()
+        what(path)
+        with open(f"{path}.{what.__name__}", "w") as file:
+            print(*sorted(used()), sep="\\n", file=file)
+        os._exit(0)
 """
 
 
@@ -494,11 +504,11 @@ def test_warmup_leaves_nothing_to_compile_for_any_call(folder):
     layer = random_layer(2)
     edgeattn.save(quant.quantize(layer, quant.calibrate(layer, [random_input(1, 2, 9, 32)])), "int8.safetensors")
     edgeattn.save(quant.quantize(layer, scheme="dynamic"), "dynamic.safetensors")
-    for path in ("layer.safetensors", "int8.safetensors", "dynamic.safetensors"):
-        warm, calls = (
-            set(subprocess.run([sys.executable, "-W", "error", "-c", KERNELS_USED, verb, path], text=True, check=True,
-                               capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)}).stderr.splitlines())
-            for verb in ("warmup", "call"))
+    paths = ("layer.safetensors", "int8.safetensors", "dynamic.safetensors")
+    subprocess.run([sys.executable, "-W", "error", "-c", KERNELS_USED, *paths], check=True,
+                   env={**os.environ, "PYTHONPATH": str(ROOT)})
+    for path in paths:
+        warm, calls = (set(Path(f"{path}.{what}").read_text().splitlines()) for what in ("warmup", "calls"))
         assert calls and calls <= warm, path
 
 

@@ -419,3 +419,17 @@ def test_an_out_that_is_refused_is_not_written():
     with pytest.raises(ValueError, match=re.escape("kv_lengths must lie between 0 and S = 7")):
         attend(Q, K, V, kv_lengths=np.array([1, 8]), out=out)
     assert (out == 7).all()
+
+
+def test_heads_share_a_mask_and_give_what_each_gives_alone():
+    """Of several blocks of queries, and several entries of a batch, each with its own."""
+    rng = np.random.default_rng(17)
+    q, k, v = (rng.standard_normal((2, 3, length, 8), np.float32) for length in (37, 41, 41))
+    bias = rng.standard_normal((37, 41), np.float32)
+    lengths = {"kv_lengths": np.array([11, 40])}
+    for mask, options in ((bias, {}), (bias > 0, {}), (rng.random((2, 1, 37, 41)) > 0.3, {}),
+                          (rng.random((2, 1, 1, 41)) > 0.3, {}), (bias[:1], {}), (None, lengths)):
+        together = attend(q, k, v, mask, **options)
+        for head in range(3):
+            alone = attend(*(x[:, head:head + 1].copy() for x in (q, k, v)), mask, **options)
+            np.testing.assert_array_equal(together[:, head:head + 1], alone)

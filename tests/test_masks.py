@@ -21,8 +21,9 @@ def test_masks_whose_dtype_is_an_object_of_its_own(dtype):
     assert other.dtype == mask.dtype and other.dtype is not mask.dtype
     np.testing.assert_array_equal(edgeattn.scaled_dot_product_attention(x, x, x, attn_mask=other),
                                   edgeattn.scaled_dot_product_attention(x, x, x, attn_mask=mask))
-    keep, bias, band, _ = resolve_mask((2, 3, 5, 5), other).for_kernels()
-    assert (keep is None) == (dtype is not np.bool_) and (bias is None) == (dtype is np.bool_) and band is None
+    given = resolve_mask((2, 3, 5, 5), other).for_kernels()
+    assert (given.keep is None) == (dtype is not np.bool_) and (given.bias is None) == (dtype is np.bool_)
+    assert given.band is None
 
 
 @pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)

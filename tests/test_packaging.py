@@ -2,6 +2,7 @@
 
 import ast
 import configparser
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -188,24 +189,28 @@ def test_every_module_with_a_public_name_is_checked_strictly(setup_cfg):
     assert sorted(paths - checked) == []
 
 
-def imports_of(path, *, top_level_only=False):
-    """Return the dotted names that a module imports, ``from a import b`` as both ``a`` and ``a.b``."""
+@functools.cache
+def imports_of(path):
+    """The dotted names that a module imports, ``from a import b`` as both ``a`` and ``a.b``: (all, at the top level)."""
     package = path.relative_to(ROOT).with_suffix("").parts
     package = package[:-1]  # of a module its package; of an __init__ the package itself
-    tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
-    nodes = list(ast.walk(tree))
-    if top_level_only:
-        inside = {id(n) for f in nodes if isinstance(f, (ast.FunctionDef, ast.Lambda)) for n in ast.walk(f)}
-        nodes = [node for node in nodes if id(node) not in inside]
-    names = set()
-    for node in nodes:
+    found = set(), set()
+    waiting = [(ast.parse(path.read_text(encoding="utf-8"), str(path)), False)]
+    while waiting:
+        node, inside = waiting.pop()
+        inside = inside or isinstance(node, (ast.FunctionDef, ast.Lambda))
+        names = []
         if isinstance(node, ast.Import):
-            names.update(alias.name for alias in node.names)
+            names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = list(package[: len(package) - node.level + 1]) if node.level else []
             base = ".".join(base + ([node.module] if node.module else []))
-            names.update([base, *(f"{base}.{alias.name}" for alias in node.names)])
-    return names
+            names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
+        found[0].update(names)
+        found[1].update(() if inside else names)
+        # no expression holds an import
+        waiting += [(child, inside) for child in ast.iter_child_nodes(node) if not isinstance(child, ast.expr)]
+    return found
 
 
 def within(name, *modules):
@@ -220,7 +225,7 @@ def offenders(forbidden, *, scope="edgeattn quant", allowed=(), top_level_only=F
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         if within(module, *allowed):
             continue
-        names = imports_of(path, top_level_only=top_level_only)
+        names = imports_of(path)[top_level_only]
         found += [f"{module} imports {name}" for name in sorted(names) if within(name, *forbidden)]
     return found
 

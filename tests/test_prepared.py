@@ -1,4 +1,5 @@
 """Calls that come again give what the first gave, and refuse what it would refuse."""
+import ctypes
 import gc
 import sys
 
@@ -303,7 +304,7 @@ def direct(kind):
 
 
 # Frames of Python are what a short call costs beside its kernel: these are as many as there are.
-@pytest.mark.parametrize(("kind", "plain"), [("function", 9), ("float32", 9), ("dynamic", 9), ("static", 8)])
+@pytest.mark.parametrize(("kind", "plain"), [("function", 6), ("float32", 7), ("dynamic", 7), ("static", 6)])
 def test_a_call_that_comes_again_makes_few_calls_of_python(kind, plain):
     call, inputs = direct(kind)
     x, rng = inputs(L), np.random.default_rng(8)
@@ -312,11 +313,9 @@ def test_a_call_that_comes_again_makes_few_calls_of_python(kind, plain):
             continue
         call(x, **options)
         call(x, **options)
-        arrays = sum(name in options for name in ("attn_mask", "key_padding_mask"))
         inside = 2 * bool(options.keys() & {"alibi_slopes", "kv_lengths"})  # whose content is compared
-        beside = 3 * (arrays > 1 or "kv_lengths" in options and arrays > 0)  # an array that is added, and others
         made = python_calls(lambda options=options: call(x, **options))
-        assert len(made) <= plain + arrays + inside + beside, (sorted(options), made)
+        assert len(made) <= plain + inside, (sorted(options), made)
 
 
 @pytest.mark.parametrize(("kind", "most"), [("function", 51), ("float32", 65), ("dynamic", 63), ("static", 61)])
@@ -352,6 +351,14 @@ def test_both_ways_refuse_a_first_call_alike(kind):
                 make(kind)(query)
 
 
+def as_located(addresses, size):
+    """What `records.located` makes of the addresses of a call whose record has this size."""
+    found, (pointer, none, *objects) = addresses[:size].tolist(), addresses[size:].tolist()
+    found[:len(objects)] = [0 if given == none else ctypes.c_int64.from_address(given + pointer).value
+                            for given in objects]
+    return found
+
+
 def test_what_a_call_leaves_out_is_what_the_plan_holds(monkeypatch):
     """Not what the call before it wrote; and each call at a time has records of its own."""
     seen, again = [], []
@@ -360,7 +367,7 @@ def test_what_a_call_leaves_out_is_what_the_plan_holds(monkeypatch):
         def run(*_):
             if again:
                 again.pop()()
-            seen.append((parameters.tolist(), addresses.tolist()))
+            seen.append((parameters.tolist(), as_located(addresses, len(layout))))
         return run
 
     monkeypatch.setattr(calling, "entry", lambda *_: None)

@@ -11,7 +11,7 @@ import pytest
 from places import ROOT
 
 # What a comment above a block may say of it; what it needs is a key of `lacking`.
-COMMENT = re.compile(r"<!-- (?:not run by tests/test_readme.py: (?P<reason>.+)|needs (?P<need>.+)) -->")
+COMMENT = re.compile(r"<!-- (?:not run by tests/test_\w+\.py: (?P<reason>.+)|needs (?P<need>.+)) -->")
 PAGES = ("README.md",)
 
 

@@ -12,6 +12,7 @@ from places import ROOT
 from edgeattn import threads
 from edgeattn.kernels.cpu import fused_int8
 from edgeattn.kernels.cpu.layer_float32 import FloatLayer
+from edgeattn.kernels.cpu.records import KernelMask
 from edgeattn.quantized import QuantizedLinear, StaticMultiHeadAttention, TensorQuantization
 
 pytestmark = pytest.mark.usefixtures("one_thread_afterwards")
@@ -19,16 +20,16 @@ pytestmark = pytest.mark.usefixtures("one_thread_afterwards")
 
 def make(E=64, H=4):
     rng = np.random.default_rng(0)
-    weights = [rng.standard_normal((E, E)).astype(np.float32) / 8 for _ in range(4)] + [None] * 4
-    return FloatLayer(H, H, *weights, 0.25), rng
+    weights = [rng.standard_normal((E, E)).astype(np.float32) / 8 for _ in range(4)]
+    return FloatLayer(H, H, weights, [None] * 4, 0.25), rng
 
 
 def test_two_threads_give_the_same_bits():
     layer, rng = make()
     x = rng.standard_normal((2, 301, 64)).astype(np.float32)
-    alone = layer(x, x, x, np.zeros_like(x), band=(-100, 3))
+    alone = layer(x, x, x, np.zeros_like(x), KernelMask(band=(-100, 3)))
     threads.set_num_threads(2)
-    np.testing.assert_array_equal(layer(x, x, x, np.zeros_like(x), band=(-100, 3)), alone)
+    np.testing.assert_array_equal(layer(x, x, x, np.zeros_like(x), KernelMask(band=(-100, 3))), alone)
 
 
 def test_concurrent_callers():

@@ -166,7 +166,7 @@ def _attention(branch: _Operation, first: _Operation | None, last: _Operation | 
                 tokens = read[rows].reshape(batch, length, x.shape[1])
                 biased = layer.biased(mask)
                 kernel(tokens, tokens, tokens, y[rows].reshape(batch, length, x.shape[1]),
-                       *(given if biased is mask else biased.for_kernels()), layer.first_position(mask))
+                       given if biased is mask else biased.for_kernels(), layer.first_position(mask))
                 row = rows.stop
         return np.add(y, x, out=y) if after is None else after(y, x, y)
     return stage

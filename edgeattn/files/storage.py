@@ -6,7 +6,6 @@ A layer's file is a .safetensors file: its tensors, and under the metadata key "
 
 from __future__ import annotations
 
-import importlib
 import json
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,7 @@ import numpy as np
 from edgeattn.files.mapped import map_file
 from edgeattn.files.paths import as_path, reason, write_atomic
 from edgeattn.files.safetensors_file import read_safetensors, view_safetensors
+from edgeattn.kinds import FILES, KINDS, class_of, kind_of
 
 if TYPE_CHECKING:
     import pathlib
@@ -28,26 +28,6 @@ if TYPE_CHECKING:
 
 _FORMAT = 1
 _METADATA_KEY = "edgeattn"
-_MODELS = ("TransformerEncoderLayer", "TransformerEncoder", "TextEncoder", "ImageEncoder")
-# Where each kind of layer lives; imported only when a file of that kind is opened. Every class has
-#     to_state() -> (config, tensors)    and    from_state(config, tensors), a class method.
-_KINDS = {
-    "MultiHeadAttention": "edgeattn.layers.multi_head",
-    "SelfAttention": "edgeattn.layers.self_attention",
-    "StaticMultiHeadAttention": "edgeattn.quantized.static",
-    "DynamicMultiHeadAttention": "edgeattn.quantized.dynamic",
-    "Linear": "edgeattn.layers.linear",
-    "DynamicLinear": "edgeattn.layers.dynamic_linear",
-    "LayerNorm": "edgeattn.layers.norm",
-    "RMSNorm": "edgeattn.layers.norm",
-    "FeedForward": "edgeattn.layers.feed_forward",
-    "StaticFeedForward": "edgeattn.quantized.static_feed_forward",
-    "StaticSelfAttention": "edgeattn.quantized.static_attention",
-    "TransformerEncoderLayer": "edgeattn.layers.encoder",
-    "TransformerEncoder": "edgeattn.layers.encoder",
-    "TextEncoder": "edgeattn.models.text_encoder",
-    "ImageEncoder": "edgeattn.models.image_encoder",
-}
 
 
 def save(layer: MultiHeadAttention | QuantizedMultiHeadAttention, path: Path) -> None:
@@ -67,9 +47,9 @@ def save(layer: MultiHeadAttention | QuantizedMultiHeadAttention, path: Path) ->
         For another kind of object or another suffix.
     """
     path = as_path(path)
-    kind = type(layer).__name__
-    if _KINDS.get(kind) != type(layer).__module__:
-        raise TypeError(f"layer must be one of {', '.join(_KINDS)}, got {kind}")
+    kind = kind_of(layer)
+    if kind is None or not kind.is_file:
+        raise TypeError(f"layer must be one of {', '.join(FILES)}, got {type(layer).__name__}")
     if path.suffix != ".safetensors":
         raise ValueError(
             f"path must end in .safetensors, got {str(path)!r}; quant.export writes the other formats"
@@ -147,9 +127,9 @@ def layer_of(path: pathlib.Path, metadata: Mapping[str, str], tensors: Mapping[s
         if "arithmetic" not in config:
             raise ValueError(f"arithmetic={arithmetic!r} applies to int8 layers, but {path} holds a {kind}")
         config["arithmetic"] = arithmetic
-    layer_class = getattr(importlib.import_module(_KINDS[kind]), kind)
+    layer_class = class_of(kind)
     arrays = {name: tensor.read() for name, tensor in tensors.items()}
-    if kind in _MODELS:
+    if KINDS[kind].is_model:
         _check_finite(path, arrays)
     try:
         layer: MultiHeadAttention | StaticMultiHeadAttention | DynamicMultiHeadAttention = (
@@ -191,6 +171,6 @@ def _parse_header(path: pathlib.Path, metadata: Mapping[str, str]) -> tuple[str,
         raise ValueError(
             f"{path} has format {version!r}, this edgeattn reads format {_FORMAT}; update edgeattn"
         )
-    if not isinstance(kind, str) or kind not in _KINDS or not isinstance(config, dict):
-        raise ValueError(f"{path} must hold one of {', '.join(_KINDS)} with its config, got kind {kind!r}")
+    if not isinstance(kind, str) or kind not in FILES or not isinstance(config, dict):
+        raise ValueError(f"{path} must hold one of {', '.join(FILES)} with its config, got kind {kind!r}")
     return kind, config

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgeattn.checks import FLOAT32, check_out, to_float32, write_result
-from edgeattn.kernels.cpu.records import shapes_of
 from edgeattn.kv_cache import KVCache
 from edgeattn.layers.call import check_input_shapes
 from edgeattn.masks import check_mask_shapes, resolve_mask
@@ -43,11 +42,13 @@ def attend_again(layer: _Layer, query: Any, key: Any, value: Any, out: Any, kv_c
                                alibi_slopes, None, calls.dtype)
     if kv_cache is not None:
         signature = _step_signature(signature, kv_cache)
-    prepared = calls.get(signature) if out is None else calls.find(signature, out)
-    if prepared is None or kv_cache is not None and not kv_cache.room():
+    prepared = calls.get(signature)  # None of None
+    if prepared is None:
         return None, signature
     if kv_cache is None:
         return prepared.run(query, key, value, out, attn_mask, key_padding_mask), signature
+    if not kv_cache.room() or out is not None and prepared.target(out) is None:
+        return None, signature
     return write_result(layer.take_step(query, kv_cache).reshape(prepared.shape), out, calls.dtype), signature
 
 
@@ -55,7 +56,7 @@ def _step_signature(signature: tuple[Any, ...] | None, cache: object) -> tuple[A
     """That of a call with a cache, where it is of one token, which sees all that is held; `signature`: without."""
     if signature is None or len(signature) != PLAIN or type(cache) is not KVCache:
         return None
-    query, key, value, _ = signature
+    query, key, value, *_ = signature
     return (*signature, cache.kind) if key is None and value is None and query[-2:-1] == (1,) else None
 
 
@@ -102,11 +103,10 @@ def attend_fused(layer: _Layer, call: Call) -> Floats | tuple[Floats, Floats]:
     q = to_float32(call.query)
     k = q if call.key is call.query else to_float32(call.key)
     v = k if call.value is call.key else to_float32(call.value)
-    keep, bias, band, alibi = layer.biased(call.mask).for_kernels()
-    prepared = layer.fused_kernel.prepare(q, k, v, shapes_of(keep, None, bias, band, alibi),
-                                          layer.first_position(call.mask))
+    given = layer.biased(call.mask).for_kernels()
+    prepared = layer.fused_kernel.prepare(q, k, v, given.shapes, layer.first_position(call.mask))
     result = np.empty((*q.shape[:2], layer.output_dim), np.float32)
-    prepared.run(q, k, v, result, keep, None, bias, alibi)
+    prepared.run(q, k, v, result, *given.arrays)
     return call.write_result(result)
 
 

@@ -236,7 +236,7 @@ class MultiHeadAttention(AttentionWeights):
 
     @property
     def fused_kernel(self) -> Any:
-        """The kernel that is the whole layer: (q, k, v, out, keep, bias, band, alibi, position); None of none."""
+        """The kernel that is the whole layer: (q, k, v, out, mask, position); None of none."""
         return self._kernel if self.fusible else None
 
     take_step = fast_path.take_step
@@ -249,8 +249,8 @@ class MultiHeadAttention(AttentionWeights):
     @functools.cached_property
     def _kernel(self) -> FloatLayer:
         return FloatLayer(
-            self.num_heads, self.num_kv_heads, self.q_weight, self.k_weight, self.v_weight, self.out_weight,
-            self.q_bias, self.k_bias, self.v_bias, self.out_bias, self.scale, **self.head_positions)
+            self.num_heads, self.num_kv_heads, (self.q_weight, self.k_weight, self.v_weight, self.out_weight),
+            (self.q_bias, self.k_bias, self.v_bias, self.out_bias), self.scale, **self.head_positions)
 
     @functools.cached_property
     def projections(self) -> dict[str, Linear]:

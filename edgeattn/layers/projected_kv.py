@@ -8,7 +8,6 @@ import numpy as np
 
 from edgeattn.checks import check_out, flag, float_array, result_dtype, to_float32, write_result
 from edgeattn.functional import checked_softcap
-from edgeattn.kernels.cpu.records import shapes_of
 from edgeattn.layers.call import check_input_shapes
 from edgeattn.masks import resolve_mask
 
@@ -68,10 +67,9 @@ class ProjectedKV:
         result = np.empty(shape, np.float32)
         if query.size:
             q = to_float32(query if self._lead else query[np.newaxis])
-            position, (keep, bias, band, alibi) = layer.first_position(mask), layer.biased(mask).for_kernels()
-            masks = shapes_of(keep, None, bias, band, alibi)
-            kernel = layer.fused_kernel.prepare_kept(q, self.length, masks, position)
-            kernel(q, q, q, result, keep, None, bias, alibi, self._memory)
+            given = layer.biased(mask).for_kernels()
+            kernel = layer.fused_kernel.prepare_kept(q, self.length, given.shapes, layer.first_position(mask))
+            kernel(q, q, q, result, *given.arrays, self._memory)
         return write_result(result, out, dtype)
 
 

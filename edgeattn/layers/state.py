@@ -1,19 +1,19 @@
 """Layers made of layers as what a file holds: a tree of settings in JSON, and tensors.
 
-A class in `_HOMES` keeps each argument of its constructor as an attribute of the same name; so a part is
+A class in `kinds.KINDS` keeps each argument of its constructor as an attribute of the same name; so a part is
 {"kind": the name of its class, argument: value, ...}, an array {"tensor": its name}, a long text {"text": its name}, a
 part that is there a second time {"same": the name of the first}.
 """
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edgeattn.files.paths import listed
+from edgeattn.kinds import KINDS, class_of, kind_of
 from edgeattn.layers.saveable import Saveable
 
 if TYPE_CHECKING:
@@ -21,29 +21,6 @@ if TYPE_CHECKING:
     from typing import Any
 
     from typing_extensions import Self
-
-_HOMES = {
-    "DynamicLinear": "layers.dynamic_linear",
-    "DynamicMultiHeadAttention": "quantized.dynamic",
-    "ConstantPositionBias": "position_bias",
-    "Embedding": "layers.embedding",
-    "FeedForward": "layers.feed_forward",
-    "LayerNorm": "layers.norm",
-    "Linear": "layers.linear",
-    "MultiHeadAttention": "layers.multi_head",
-    "PatchEmbedding": "layers.embedding",
-    "RMSNorm": "layers.norm",
-    "RelativePositionBias": "position_bias",
-    "RotaryEmbedding": "rotary",
-    "SelfAttention": "layers.self_attention",
-    "StaticFeedForward": "quantized.static_feed_forward",
-    "StaticSelfAttention": "quantized.static_attention",
-    "TransformerEncoder": "layers.encoder",
-    "TransformerEncoderLayer": "layers.encoder",
-}
-# Not of arguments: their own config and tensors.
-_WITH_STATE = ("DynamicMultiHeadAttention", "StaticFeedForward", "StaticSelfAttention")
-
 
 _LONGEST = 1000  # characters of a text in JSON
 
@@ -88,13 +65,13 @@ def pack(part: Any, name: str, tensors: dict[str, Any], seen: dict[int, str] | N
         return {"tensor": name}
     if isinstance(part, (list, tuple)):
         return [pack(each, f"{name}.{i}", tensors, seen) for i, each in enumerate(part)]
-    kind = type(part).__name__
-    if type(part).__module__ != f"edgeattn.{_HOMES.get(kind)}":
-        raise TypeError(f"{name} must be made of {', '.join(_HOMES)} to be saved, got {kind}")
+    kind, row = type(part).__name__, kind_of(part)
+    if row is None:
+        raise TypeError(f"{name} must be made of {', '.join(KINDS)} to be saved, got {kind}")
     if id(part) in seen:
         return {"same": seen[id(part)]}
     seen[id(part)] = name
-    if kind in _WITH_STATE:
+    if row.own_state:
         config, own = part.to_state()
         tensors |= {f"{name}.{key}": array for key, array in own.items()}
         return {"kind": kind, "state": config, "tensors": sorted(own)}
@@ -128,10 +105,10 @@ def unpack(packed: Any, tensors: dict[str, Any], made: dict[str, Any] | None = N
             thing = made[packed[key]] if key == "same" else tensors.pop(packed[key])
             return np.asarray(thing, np.uint8).tobytes().decode() if key == "text" else thing
     kind = packed.get("kind")
-    if not isinstance(kind, str) or kind not in _HOMES:
-        raise ValueError(f"{name} must be one of {', '.join(_HOMES)}, got {str(kind)[:100]!r}")
-    home = getattr(importlib.import_module(f"edgeattn.{_HOMES[kind]}"), kind)
-    if kind in _WITH_STATE:
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise ValueError(f"{name} must be one of {', '.join(KINDS)}, got {str(kind)[:100]!r}")
+    home = class_of(kind)
+    if KINDS[kind].own_state:
         state, names = packed.get("state"), packed.get("tensors")
         if not isinstance(state, dict) or not isinstance(names, list) or not all(
                 f"{name}.{key}" in tensors for key in names):

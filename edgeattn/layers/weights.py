@@ -12,6 +12,7 @@ from edgeattn.files.paths import listed, named
 from edgeattn.functional import default_scale
 from edgeattn.layers.positions import POSITIONS, Positions
 from edgeattn.layers.saveable import Saveable
+from edgeattn.layers.sizes import Sizes
 from edgeattn.layers.state import pack, unpack
 
 if TYPE_CHECKING:
@@ -32,17 +33,8 @@ TENSORS = (
 KEY_TENSORS = ("bias_k", "bias_v")  # of a key that is no token, where a layer has one
 
 
-class AttentionWeights(Positions, Saveable):
+class AttentionWeights(Positions, Sizes, Saveable):
     """Weights, numbers of heads and sizes of a float layer; parameters and attributes as `MultiHeadAttention`'s."""
-
-    num_heads: int
-    num_kv_heads: int
-    embed_dim: int
-    kdim: int
-    vdim: int
-    head_dim: int
-    value_dim: int
-    output_dim: int
 
     def __init__(
         self,
@@ -263,13 +255,6 @@ class AttentionWeights(Positions, Saveable):
     def _build(cls, num_heads: SupportsIndex, weights: Mapping[str, Any],
                num_kv_heads: SupportsIndex | None = None) -> Self:
         return cls(num_heads, **weights, num_kv_heads=num_kv_heads)
-
-    def __repr__(self) -> str:
-        return (
-            f"{type(self).__name__}(num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, "
-            f"embed_dim={self.embed_dim}, kdim={self.kdim}, vdim={self.vdim}, head_dim={self.head_dim}, "
-            f"value_dim={self.value_dim}, output_dim={self.output_dim})"
-        )
 
     def to_state(self) -> tuple[dict[str, Any], dict[str, Float32s]]:
         """(config, tensors): all that `from_state` needs to build an equal layer."""

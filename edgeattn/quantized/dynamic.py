@@ -13,10 +13,9 @@ from edgeattn.device import place
 from edgeattn.functional import default_scale
 from edgeattn.kernels.cpu.encoder_dynamic import MOST_OUTLIERS
 from edgeattn.kernels.cpu.layer_dynamic import DynamicLayer
-from edgeattn.kernels.cpu.linear_dynamic import DynamicLinear
+from edgeattn.kernels.cpu.projection_dynamic import DynamicProjection
 from edgeattn.layers import attention, fast_path
-from edgeattn.layers.dynamic_linear import DynamicLinear as Linear
-from edgeattn.layers.dynamic_linear import indices
+from edgeattn.layers.dynamic_linear import DynamicLinear, indices
 from edgeattn.layers.positions import Positions, refuse_positions
 from edgeattn.layers.projected_kv import project_kv
 from edgeattn.layers.weights import KEY_TENSORS, added_keys, added_keys_state, positions_of, positions_state
@@ -132,7 +131,7 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention, Positions):
         self.prepared_calls = PreparedCalls()
         fused = (*INPUTS, "output")
         self._kernel = DynamicLayer(
-            H, Hkv, *(*map(pair, fused), *(self.biases.get(name) for name in fused), self.scale),
+            H, Hkv, [pair(name) for name in fused], [self.biases.get(name) for name in fused], self.scale,
             columns=self.outlier_columns, apart=[self.outlier_weights[name] for name in INPUTS], **self.head_positions)
 
     def _checked_outliers(self, weights: Mapping[str, ArrayLike]) -> dict[str, Float32s]:
@@ -156,11 +155,6 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention, Positions):
             if array.shape != (shape := (len(self.weights[name].scale), count)):
                 raise ValueError(f"outlier_weights of {name} must have shape {shape}; got {array.shape}")
         return found
-
-    def __repr__(self) -> str:
-        return (f"{type(self).__name__}(num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, "
-                f"embed_dim={self.embed_dim}, kdim={self.kdim}, vdim={self.vdim}, head_dim={self.head_dim}, "
-                f"value_dim={self.value_dim}, output_dim={self.output_dim})")
 
     @overload
     def __call__(self, query: ArrayLike, key: ArrayLike | ProjectedKV | None = None,
@@ -240,9 +234,9 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention, Positions):
 
     def _projection(self, name: str, linear: QuantizedLinear, bias: Float32s | None) -> Any:
         if name in _OF_INPUT and len(self.outlier_columns):
-            return Linear(linear.weight, linear.scale, bias, outlier_columns=self.outlier_columns,
-                          outlier_weight=self.outlier_weights[name])
-        return Projection(linear, bias, DynamicLinear(linear.weight, linear.scale, bias))
+            return DynamicLinear(linear.weight, linear.scale, bias, outlier_columns=self.outlier_columns,
+                                 outlier_weight=self.outlier_weights[name])
+        return Projection(linear, bias, DynamicProjection(linear.weight, linear.scale, bias))
 
     @functools.cached_property
     def joined_projections(self) -> Callable[[Float32s], Float32s]:
@@ -252,8 +246,8 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention, Positions):
         codes, scale = (np.concatenate([getattr(linear, part) for linear in linears]) for part in ("weight", "scale"))
         bias = np.concatenate(biases)
         if not len(self.outlier_columns):
-            return DynamicLinear(codes, scale, bias)
-        return Linear(codes, scale, bias, outlier_columns=self.outlier_columns, outlier_weight=np.concatenate(
+            return DynamicProjection(codes, scale, bias)
+        return DynamicLinear(codes, scale, bias, outlier_columns=self.outlier_columns, outlier_weight=np.concatenate(
             [self.outlier_weights[name] for name in INPUTS])).packed
 
     def to_state(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal, overload
 
 from edgeattn.layers.attention import SHORT
 from edgeattn.layers.saveable import Saveable
+from edgeattn.layers.sizes import Sizes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,18 +22,10 @@ __all__ = ["INPUTS", "SHORT", "QuantizedMultiHeadAttention"]
 INPUTS: tuple[Input, Input, Input] = ("query", "key", "value")
 
 
-class QuantizedMultiHeadAttention(Saveable):
+class QuantizedMultiHeadAttention(Sizes, Saveable):
     """Multi-head attention in int8, as ``quant.quantize`` makes it: a static or a dynamic layer, see ``scheme``."""
 
     scheme: Literal["static", "dynamic"]
-    num_heads: int
-    num_kv_heads: int
-    embed_dim: int
-    kdim: int
-    vdim: int
-    head_dim: int
-    value_dim: int
-    output_dim: int
     query_name = "query"  # what the caller calls it
 
     if TYPE_CHECKING:  # what either has

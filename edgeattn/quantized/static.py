@@ -669,7 +669,8 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         return self._kernel.prepare(query, key, value, masks, self.lut_index, self.score_luts)
 
     def _run_fused(self, query: Codes, key: Codes, value: Codes, mask: Mask, result: Codes) -> None:
-        keep, _, band, _ = mask.for_kernels()
+        given = mask.for_kernels()
+        keep, band = given.keep, given.band
         lut_index = self.lut_index
         if lut_index is not None:
             fit_mask(lut_index, mask.shape)
@@ -707,7 +708,8 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
             xv = xk if value is key else np.ascontiguousarray(value[:, slice(*tokens)])
             xq = xk if query is key and rows == tokens else np.ascontiguousarray(query[:, slice(*rows)])
             cache.take_slots(tokens[1] - tokens[0])
-            keep, _, band, _ = mask.part(rows, (cache.start, cache.length)).for_kernels()
+            given = mask.part(rows, (cache.start, cache.length)).for_kernels()
+            keep, band = given.keep, given.band
             held = cache.length - cache.start
             if held == 0:  # one key that is not there
                 held, keep, band = 1, np.zeros((1, 1, 1, 1), np.bool_), None

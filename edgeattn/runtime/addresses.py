@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-_POINTER = object.__basicsize__  # in NumPy's C structure of an array: behind the head that every object has
+POINTER = object.__basicsize__  # in NumPy's C structure of an array: behind the head that every object has
 try:
     _memory = (ctypes.c_int64 * 2**50).from_address(0)
 except (MemoryError, OverflowError, ValueError):  # addresses of fewer bits
@@ -21,13 +21,9 @@ except (MemoryError, OverflowError, ValueError):  # addresses of fewer bits
 
 def address(array: NDArray[Any] | None) -> int:
     """The address of an array's first element, a tenth as costly as `array.ctypes.data`; 0 of None."""
-    return 0 if array is None else _memory[id(array) + _POINTER >> 3]
-
-
-def _slow_address(array: NDArray[Any] | None) -> int:
-    return 0 if array is None else array.ctypes.data
+    return 0 if array is None else _memory[id(array) + POINTER >> 3]
 
 
 _probe = np.zeros(1)
-if _memory is None or address(_probe) != _probe.ctypes.data:  # or objects that are not where `id` says
-    address = _slow_address
+if _memory is None or address(_probe) != _probe.ctypes.data:
+    raise ImportError("edgeattn needs CPython on a processor of 64 bits: kernels read an array where id() says it is")

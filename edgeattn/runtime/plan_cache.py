@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -24,3 +27,13 @@ class PlanCache(dict[K, V]):
             self.clear()
         self[key] = plan
         return plan
+
+
+_PLANS: PlanCache[Any, Any] = PlanCache(256)  # of calls that no layer or cache owns
+
+
+def planned(plan: Callable[..., V], *arguments: Any) -> V:
+    """What `plan` makes of these arguments, kept for the next call with the same."""
+    key = plan, arguments
+    found: V = _PLANS.get(key) or _PLANS.keep(key, plan(*arguments))
+    return found

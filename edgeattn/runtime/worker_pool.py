@@ -1,10 +1,10 @@
 """Handing parts of a call to waiting threads, from inside compiled code.
 
 A hand-over through Python needs the interpreter's lock on both sides and a wake-up by the kernel: tens of microseconds,
-as long as a whole small layer. Here the threads of a pool wait in `serve`, compiled and without that lock, for the
-state word of a task_queue to change; a caller posts a job there, and everybody, the caller too, claims its parts one by
-one. A thread that is late finds nothing left: nobody waits for a thread that has not begun. One that has waited for
-long sleeps in the kernel, from where the next job's poster wakes it, still without the interpreter.
+as long as a whole small layer. Here the threads of a pool wait in `worker_loop`, compiled and without that lock, for
+the state word of a task_queue to change; a caller posts a job there, and everybody, the caller too, claims its parts
+one by one. A thread that is late finds nothing left: nobody waits for a thread that has not begun. One that has waited
+for long sleeps in the kernel, from where the next job's poster wakes it, still without the interpreter.
 
 A caller takes the pool for one job, and leaves it when that is done, in compiled code too: an exception of Python's,
 which may come between any two of its steps, cannot come between these. Who finds it taken does all parts himself.

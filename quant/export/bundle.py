@@ -14,6 +14,7 @@ import edgeattn
 from edgeattn.bundle import ABI_VERSION, FOOTER, MAGIC
 from edgeattn.files.storage import content_of
 from edgeattn.kernels.cpu.entries import ENTRIES
+from edgeattn.kinds import CACHES, KINDS
 from edgeattn.layers import MultiHeadAttention
 from edgeattn.layers.positions import POSITIONS
 from edgeattn.quantized import DynamicMultiHeadAttention, StaticMultiHeadAttention
@@ -22,31 +23,15 @@ from edgeattn.runtime import prebuilt, sources
 from edgeattn.runtime.processor import HARDWARE_BITS
 from quant.export.bundle_entry import C_ABI, LARGEST
 from quant.export.c_text import check_header_name, fill_template, float_literal
-from quant.export.kernel_objects import file_of, objects, run_build
-from quant.export.kernels_build import SERVICE
+from quant.export.kernel_objects import SERVICE, file_of, objects, run_build
 from quant.export.linker import DEVICE_LIBRARIES, find_linker, link
 from quant.export.targets import target_of
 from quant.model_calls import MODELS
 
 # Compiling for another machine leans on inner names of Numba: crosscompile.py and bundle_entry.py.
 TESTED_NUMBA = ("0.68",)
-_BUILD = ("import sys; from edgeattn.runtime import isa; isa.use(sys.argv[1]); "
-          "from quant.export.bundle_build import main; main(*sys.argv[2:])")
-# What is called by layers of a kind, with those they are made of: names in ENTRIES.
-_ATTENTION = ("attention float32", "attention by rows")
-_CACHES = ("decode float32", "decode int8", "store rows")
-KERNELS = {
-    "MultiHeadAttention": ("layer float32", *_ATTENTION, *_CACHES, "linear float32"),
-    "DynamicMultiHeadAttention": ("layer dynamic", *_ATTENTION, *_CACHES, "projection dynamic"),
-    "StaticMultiHeadAttention": ("layer int8", "layer int8 with a cache", "quantize", "dequantize"),
-    "StaticSelfAttention": ("rows to codes", "layer int8", "layer int8 with a cache", "codes to rows"),
-    "StaticFeedForward": ("feed-forward int8",),
-    "Linear": ("feed-forward float32", "linear float32"),
-    "DynamicLinear": ("feed-forward dynamic", "linear dynamic"),
-    "LayerNorm": ("norm",), "RMSNorm": ("norm",),
-}
+_BUILD = "from quant.export.bundle_build import main; main(*sys.argv[2:])"
 SIZES = ("num_heads", "embed_dim", "kdim", "vdim", "head_dim", "value_dim", "output_dim")
-KERNELS["SelfAttention"] = KERNELS["MultiHeadAttention"]
 # Those of a target's flags that compilers know a question for; no processor has these and lacks the others.
 _QUESTIONS = {"avx2": "avx2", "fma": "fma", "bmi1": "bmi", "bmi2": "bmi2", "avx_vnni": "avxvnni", "avx512f": "avx512f",
               "avx512bw": "avx512bw", "avx512cd": "avx512cd", "avx512dq": "avx512dq", "avx512vl": "avx512vl",
@@ -106,8 +91,9 @@ def write_bundle(layer, name: str, target: str) -> dict[str, bytes]:
 def kernels_of(layer) -> list[str]:
     """The names in ENTRIES of what a layer or a model calls."""
     kinds = {type(layer).__name__, *_kinds(layer.to_state()[0])}
-    left_out = _CACHES if isinstance(layer, MODELS) else ()
-    return [name for name in ENTRIES if name not in left_out and any(name in KERNELS.get(kind, ()) for kind in kinds)]
+    left_out = CACHES if isinstance(layer, MODELS) else ()
+    called = {name for kind in kinds if kind in KINDS for name in KINDS[kind].kernels}
+    return [name for name in ENTRIES if name in called.difference(left_out)]
 
 
 def _kinds(config):
@@ -144,7 +130,7 @@ def has_header(layer) -> bool:
 
 def _linked(content: bytes, target: str, kernels: list[str], symbols: list[str], prefix: str, name: str) -> bytes:
     """The shared library of kernels and, with a prefix, of C's functions for a layer's file."""
-    made = objects(target, kernels)
+    made = objects([target], kernels)[target]
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         for title, code in made.items():
@@ -152,7 +138,7 @@ def _linked(content: bytes, target: str, kernels: list[str], symbols: list[str],
         files = [file_of(title) for title in made if title not in DEVICE_LIBRARIES]
         if prefix:
             (folder / "layer.safetensors").write_bytes(content)
-            run_build(_BUILD, target, folder, prefix)
+            run_build(_BUILD, [target], folder, prefix)
             files.append("c.o")
             symbols = [*symbols, f"{prefix}_run", f"{prefix}_scratch_bytes"]
         return link(target_of(target).machine, folder, name, symbols, files)

@@ -1,4 +1,6 @@
-"""Object files of kernels for a target, compiled once: the next export finds them where machine code is kept."""
+"""Object files of kernels for targets, compiled once: what libraries and bundles are linked from finds them again where
+machine code is kept.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +10,13 @@ import sys
 import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import llvmlite
 import numba
+import numpy as np
 
 from edgeattn.kernels.cpu.entries import ENTRIES
 from edgeattn.runtime import kernel_cache, sources, worker_pool
@@ -20,57 +24,73 @@ from edgeattn.runtime.targets import TARGETS
 from quant.export.linker import DEVICE_LIBRARIES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
 WORKER_POOL = "worker pool"  # what a library has beside ENTRIES
+# Its kernels, and the integers they take beside a task queue.
+SERVICE = {worker_pool.worker_loop: 3, worker_pool.dismiss: 0}
 # Kernels that have most of their code in common, once in the object of the second.
 TOGETHER = {"layer int8 with a cache": "layer int8"}
 # The instruction set is chosen before anything that reads it is imported.
-BUILD = ("import sys; from edgeattn.runtime import isa; isa.use(sys.argv[1]); "
-         "from quant.export.kernel_objects_build import main; main(*sys.argv[2:])")
+_CHOOSE = "import sys; from edgeattn.runtime import isa; isa.use(sys.argv[1]); "
+_BUILD = "from quant.export.kernel_objects_build import main; main(*sys.argv[2:])"
 _HERE = Path(__file__).parent
-_WRITTEN_BY = [_HERE / name for name in ("crosscompile.py", "kernels_build.py", "linker.py", "kernel_objects.py",
-                                         "kernel_objects_build.py")]
+_WRITTEN_BY = [_HERE / f"{name}.py" for name in ("crosscompile", "linker", "kernel_objects", "kernel_objects_build")]
 _compiling = threading.Lock()  # two exports at a time would compile the same kernels
 
 
-def objects(target: str, kernels: Iterable[str]) -> dict[str, bytes]:
-    """What a library of kernels is linked from.
+def objects(targets: Iterable[str], kernels: Iterable[str], jobs: int | None = None) -> dict[str, dict[str, bytes]]:
+    """What libraries of kernels are linked from.
 
     Parameters
     ----------
-    target : str
-        A name in TARGETS.
+    targets : iterable of str
+        Names in TARGETS.
     kernels : iterable of str
         Names in ENTRIES.
+    jobs : int, optional
+        How many processes compile at a time; one a core without.
 
     Returns
     -------
-    dict of str to bytes
-        An object file for each of them that is in no other's, for WORKER_POOL and for each of DEVICE_LIBRARIES.
+    dict of str to dict of str to bytes
+        For each target an object file of each kernel that is in no other's, of WORKER_POOL and of each of
+        DEVICE_LIBRARIES.
 
     Raises
     ------
     RuntimeError
         With what was said where one could not be compiled.
     """
-    names = list(dict.fromkeys([*(TOGETHER.get(name, name) for name in kernels), WORKER_POOL, *DEVICE_LIBRARIES]))
+    names = list(dict.fromkeys([*DEVICE_LIBRARIES, WORKER_POOL, *(TOGETHER.get(name, name) for name in kernels)]))
     stamp = sources.checksum([*sources.files(), *_WRITTEN_BY])
     made_by = f"{stamp} {numba.__version__} {llvmlite.__version__}\n".encode()
-    with _compiling:
-        found = {name: content for name in names if (content := _kept(name, target, made_by)) is not None}
-        missing = [name for name in names if name not in found]
-        processes = min(os.cpu_count() or 1, len(missing))
-        with ThreadPoolExecutor(max(processes, 1)) as pool:
-            for made in pool.map(lambda i: _compiled(target, missing[i::processes]), range(processes)):
-                for name, content in made.items():
-                    found[name] = content
-                    _keep(name, target, made_by + content)
-    return {name: found[name] for name in names}
+    with _compiling, ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
+        found = {target: {name: content for name in names if (content := _kept(name, target, made_by)) is not None}
+                 for target in targets}
+        alike: dict[tuple[str, str], list[str]] = {}  # of one instruction set: compiled up to LLVM's language together
+        for target in found:
+            if len(found[target]) < len(names):
+                alike.setdefault((TARGETS[target].machine, TARGETS[target].isa), []).append(target)
+        work = [(group, share) for group in alike.values()
+                for share in _shares([name for name in names if any(name not in found[target] for target in group)])]
+        work.sort(key=lambda each: -len(each[0]))  # those for several processors take longest
+        for made in pool.map(lambda each: _compiled(*each), work):
+            for (target, name), content in made.items():
+                found[target][name] = content
+                _keep(name, target, made_by + content)
+    return {target: {name: found[target][name] for name in names} for target in found}
 
 
-def run_build(code: str, target: str, *arguments: object) -> None:
-    """Run a process that compiles for another machine.
+def _shares(names: list[str]) -> list[list[str]]:
+    """Halves, for two processes: kernels whose scratch is of one dtype have more in common."""
+    names = sorted(names, key=lambda name: name in ENTRIES and ENTRIES[name].dtype is np.int32)
+    middle = (len(names) + 1) // 2
+    return [half for half in (names[:middle], names[middle:]) if half]
+
+
+def run_build(code: str, targets: Sequence[str], *arguments: object) -> None:
+    """Run a process that compiles for other machines, of one instruction set, which it chooses before it runs `code`.
 
     Raises
     ------
@@ -80,17 +100,19 @@ def run_build(code: str, target: str, *arguments: object) -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("EDGEATTN_", "NUMBA_"))}
     environment |= {"EDGEATTN_JIT": "1", "PYTHONHASHSEED": "0",
                     "PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in sys.path)}
-    done = subprocess.run([sys.executable, "-c", code, TARGETS[target].isa, target, *map(str, arguments)],
-                          env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-c", _CHOOSE + code, TARGETS[targets[0]].isa, ",".join(targets), *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
-        raise RuntimeError(f"compiling for {target} failed: {last[0]}")
+        raise RuntimeError(f"compiling for {', '.join(targets)} failed: {last[0]}")
 
 
-def _compiled(target: str, names: list[str]) -> dict[str, bytes]:
+def _compiled(targets: list[str], names: list[str]) -> dict[tuple[str, str], bytes]:
     with tempfile.TemporaryDirectory() as folder:
-        run_build(BUILD, target, folder, *names)
-        return {name: Path(folder, file_of(name)).read_bytes() for name in names}
+        for target in targets:
+            Path(folder, target).mkdir()
+        run_build(_BUILD, targets, folder, *names)
+        return {each: Path(folder, each[0], file_of(each[1])).read_bytes() for each in product(targets, names)}
 
 
 def file_of(name: str) -> str:

@@ -8,28 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgeattn.kernels.cpu.entries import ENTRIES
 from edgeattn.runtime import prebuilt, sources
 from edgeattn.runtime.targets import TARGETS
+from quant.export.kernel_objects import file_of, objects
 from quant.export.linker import DEVICE_LIBRARIES, link
 from quant.export.targets import host_target
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-# The dtypes of kernels' scratch, by which they are compiled in two processes: those of one have more in common.
-DTYPES = "float32", "int32"
-_BUILD = ("import sys; from edgeattn.runtime import isa; isa.use(sys.argv[1]); "
-          "from quant.export.kernels_build import main; main(*sys.argv[2:])")
 
 
 def build(targets: Sequence[str], folder: Path, kernels: Sequence[str] = (), jobs: int | None = None) -> None:
@@ -52,35 +44,17 @@ def build(targets: Sequence[str], folder: Path, kernels: Sequence[str] = (), job
         With what was said where one could not be compiled.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    alike: dict[tuple[str, str], list[str]] = {}  # of one instruction set: compiled up to LLVM's language together
-    for name in targets:
-        alike.setdefault((TARGETS[name].machine, TARGETS[name].isa), []).append(name)
-    # Those for two processors take longest.
-    work = sorted(product(alike.items(), DTYPES), key=lambda each: -len(each[0][1]))
-    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
-        objects = Path(temporary)
-        for _ in pool.map(lambda each: _compile(each[0][0][1], each[0][1], each[1], objects, kernels), work):
-            pass
-        for name in targets:
-            machine = TARGETS[name].machine
-            for library in DEVICE_LIBRARIES:
-                shutil.copy(objects / f"{machine}.{library}.o", objects / f"{library}.o")
-            content = link(machine, objects, f"{name}{prebuilt.SUFFIX}", ["edgeattn_*"],
-                           [f"{name}.{dtype}.o" for dtype in DTYPES])
-            (folder / f"{name}{prebuilt.SUFFIX}").write_bytes(content)
+    for target, made in objects(targets, kernels or ENTRIES, jobs).items():
+        with tempfile.TemporaryDirectory() as temporary:
+            for name, content in made.items():
+                Path(temporary, file_of(name)).write_bytes(content)
+            linked = link(TARGETS[target].machine, Path(temporary), f"{target}{prebuilt.SUFFIX}", ["edgeattn_*"],
+                          [file_of(name) for name in made if name not in DEVICE_LIBRARIES])
+        (folder / f"{target}{prebuilt.SUFFIX}").write_bytes(linked)
     checksums = {name: hashlib.sha256((folder / f"{name}{prebuilt.SUFFIX}").read_bytes()).hexdigest()
                  for name in targets}
     about = {"stamp": sources.stamp(), "libraries": checksums}
     (folder / prebuilt.ABOUT).write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
-
-
-def _compile(isa: str, targets: Sequence[str], dtype: str, folder: Path, kernels: Sequence[str]) -> None:
-    """Compile the object files of targets with one instruction set, in a process of its own."""
-    command = [sys.executable, "-c", _BUILD, isa, dtype, str(folder), ",".join(targets), *kernels]
-    done = subprocess.run(command, capture_output=True, text=True, env={
-        **os.environ, "EDGEATTN_JIT": "1", "EDGEATTN_ISA": "", "PYTHONHASHSEED": "0"})
-    if done.returncode:
-        raise RuntimeError(f"the libraries for {', '.join(targets)} could not be compiled:\n{done.stderr.strip()}")
 
 
 def chosen(names: Sequence[str]) -> list[str]:

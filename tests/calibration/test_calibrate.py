@@ -9,7 +9,7 @@ from workbench import as_batch, random_call, random_input, random_layer
 
 import edgeattn
 import quant
-from quant.calibrate import Calibration, fingerprint
+from quant.calibration import Calibration, fingerprint
 from quant.observers import OBSERVERS
 
 

@@ -19,6 +19,7 @@ from edgeattn import MultiHeadAttention, SelfAttention, load, save
 from edgeattn.files import paths
 from edgeattn.files.paths import write_atomic
 from edgeattn.files.stored import Budget
+from edgeattn.kinds import KINDS, class_of
 from edgeattn.quantized import (
     AddMask,
     MulConstant,
@@ -305,6 +306,12 @@ def test_save_refuses_by_name(tmp_path):
     with pytest.raises(FileNotFoundError):
         save(layers()["bare"], tmp_path / "missing" / "a.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+def test_every_kind_lives_where_its_row_says_and_can_be_a_file_where_it_says_so():
+    for name, kind in KINDS.items():
+        assert class_of(name).__module__ == f"edgeattn.{kind.home}"
+        assert not (kind.is_file or kind.own_state) or {"to_state", "from_state"} <= set(dir(class_of(name))), name
 
 
 def test_load_refuses_other_suffixes_and_missing_files(tmp_path):

@@ -190,7 +190,7 @@ TEXT, IMAGE = whole_models.text_encoder, whole_models.image_encoder
     (TEXT, ("config",), {}, r"TextEncoder must be made of \[embedding, encoder, .*\], got \[\]"),
     (TEXT, ("config", "more"), 1, r"TextEncoder must be made of \[.*\], got \[.*more.*\]"),
     (TEXT, ("config", "embedding", "token_weight"), None, r"Embedding must be made of \[token_weight, .*\], got \[norm, "),
-    (TEXT, ("config", "embedding", "norm", "kind"), "os", "embedding.norm must be one of DynamicLinear, .*, got 'os'"),
+    (TEXT, ("config", "embedding", "norm", "kind"), "os", "embedding.norm must be one of MultiHeadAttention, .*, got 'os'"),
     (TEXT, ("config", "embedding", "norm", "weight", "tensor"), ["a"], r"weight names \"\['a'\]\", which is not there"),
     (TEXT, ("config", "encoder", "layers", 1), {"same": "x"}, r"encoder.layers.1 names 'x', which is not there"),
     (TEXT, ("config", "embedding", "padding_id"), 1.5, "padding_id must be one of the 50 tokens, got 1.5"),

@@ -6,7 +6,7 @@ from arrays import cosine
 
 import edgeattn
 import quant
-from edgeattn.kernels.cpu.linear_dynamic import DynamicLinear
+from edgeattn.kernels.cpu.projection_dynamic import DynamicProjection
 from edgeattn.quantized import DynamicMultiHeadAttention, QuantizedLinear
 
 
@@ -117,7 +117,7 @@ def test_the_projection_alone_is_exact_integers_and_the_same_for_a_token_alone(o
     x = rng.standard_normal((tokens, inputs)).astype(np.float32)
     codes = rng.integers(-127, 128, (outputs, inputs)).astype(np.int8)
     scale, bias = rng.uniform(0.5, 2, (2, outputs)).astype(np.float32)
-    linear = DynamicLinear(codes, scale, bias)
+    linear = DynamicProjection(codes, scale, bias)
     result = linear(x)
     step = np.abs(x).max(1, initial=0, keepdims=True) / np.float32(127)
     quantized = np.rint(x / np.where(step > 0, step, 1))

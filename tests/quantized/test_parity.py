@@ -1,6 +1,7 @@
 """The promise: every output byte of a static layer equals the named TFLite runtime's."""
 
 import functools
+import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +10,7 @@ from runtimes import HERE
 
 import edgeattn
 import quant
+from edgeattn import bundle
 from edgeattn.arithmetic import KERNEL_SETS
 from edgeattn.quantized import (
     INPUTS,
@@ -19,10 +21,20 @@ from edgeattn.quantized import (
     StaticMultiHeadAttention,
     TensorQuantization,
 )
+from edgeattn.runtime import prebuilt
 from quant.export.tflite import write_tflite
 from quant.runtimes import RUNTIMES
 
 KERNEL_SET_SEEDS = range(200)
+# A bundle whose kernels are run, where compiling takes minutes: in the short form of `make test-arm64`.
+GIVEN = os.environ.get("TEST_PARITY_KERNELS")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def given_kernels():
+    if GIVEN:
+        bundle.load(GIVEN)
+        assert prebuilt.has("edgeattn_fused_int8_layer_int8")
 
 
 @dataclass(frozen=True)

@@ -96,11 +96,12 @@ def processes(folder: Path, cpu: str, tests: tuple[str, ...], layers: int, extra
     compilers = [[sys.executable, "-c", EXPORT, bundles, cpu, *floats]]
     if SAME_BYTES in tests:
         compilers.append([sys.executable, "-c", LIBRARY, library, cpu])
-    for command, numba, settings in (
-            *((compiler, "here", {"PYTHONPATH": python_path}) for compiler in compilers),
-            (pytest, cpu, {"PYTHONDONTWRITEBYTECODE": "1", "TEST_BUNDLES": str(bundles),
-                           "TEST_LIBRARIES": str(library)})):
-        environment = {**clean_environment(), "NUMBA_CACHE_DIR": str(folder / "numba" / numba), **settings}
+    there = {"NUMBA_CACHE_DIR": str(folder / "numba" / cpu), "PYTHONDONTWRITEBYTECODE": "1",
+             "TEST_BUNDLES": str(bundles), "TEST_LIBRARIES": str(library)}
+    if tests is SHORT:  # a layer's kernel takes two minutes to compile there
+        there["TEST_PARITY_KERNELS"] = str(bundles / "static-litert.so")
+    for command, settings in (*((compiler, {"PYTHONPATH": python_path}) for compiler in compilers), (pytest, there)):
+        environment = {**clean_environment(), **settings}
         with log_of(folder, cpu).open("a", encoding="utf-8") as log:
             yield Popen([str(part) for part in command], cwd=ROOT, env=environment, stdin=DEVNULL, stdout=log,
                         stderr=STDOUT)
@@ -203,8 +204,7 @@ def call_wheel(folder: Path, cpus: list[str]) -> int:
     try:
         site = install_wheel(folder, cpus)
         step.done(f"compiled here in {time.monotonic() - began:.0f} s")
-        here = said([sys.executable, CALLS, folder / "calls"], folder, PYTHONPATH=str(ROOT),
-                    NUMBA_CACHE_DIR=str(folder / "numba" / "here"))
+        here = said([sys.executable, CALLS, folder / "calls"], folder, PYTHONPATH=str(ROOT))
     except SetupError as error:
         print(error)
         return len(cpus)

@@ -223,8 +223,7 @@ def mask_block(values, block, seen, mask, has_bias, stats, p, own):
     at_mask = mask.at + (s0 - mask.first) * WIDTH
     if has_bias:
         add_bias(own.float32, at_scores, count, values.scales, at_log, mask.data, at_mask)
-    mask_scores(own.float32, at_scores, count, s0, seen.q0, seen.band, seen.low, seen.high, seen.full_from,
-                seen.full_to, mask.data, at_mask, mask.given and not has_bias)
+    mask_scores(own.float32, at_scores, count, s0, seen, mask, mask.given and not has_bias)
     for c in range(0, WIDTH, LANES):
         if has_bias:
             store(own.float32, stats.new_shift + c,

@@ -7,7 +7,7 @@ from edgeattn.runtime.worker_pool import parallel_for, task
 
 from .call import PreparedCall
 from .fused import portions
-from .records import blank, named, packed, record, slot
+from .records import blank, located, named, packed, record, slot
 from .simd import (
     LANES,
     fma,
@@ -86,7 +86,7 @@ def store_rows(parameters, addresses, scratch, task_queue, count):
 
     parameters STORE, addresses ADDRESSES; no scratch.
     """
-    p, a = named(parameters, STORE), named(addresses, ADDRESSES)
+    p, a = named(parameters, STORE), located(addresses, ADDRESSES)
     portion, parts = portions(p.batch * p.heads * p.rows, 1, count)
     parallel_for(task_queue, parts, store_part, p, a, portion)
 

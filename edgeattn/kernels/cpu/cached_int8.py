@@ -14,7 +14,7 @@ from .fused import portions
 from .int8_operands import zero_bytes
 from .int8_views import Groups, Part, parts_of
 from .matmul import feature_position, round_up
-from .records import named
+from .records import located, named
 from .simd import (
     LANES,
     ROWS,
@@ -138,7 +138,7 @@ def cached_int8(parameters, addresses, scratch, task_queue, count):
 
     keys (B, new_tokens, Ek), values (B, new_tokens, Ev)
     """
-    p, a, memory = named(parameters, f.LAYER), named(addresses, f.ADDRESSES), address_of(scratch)
+    p, a, memory = named(parameters, f.LAYER), located(addresses, f.ADDRESSES), address_of(scratch)
     some, append_parts = portions(p.new_tokens, WIDTH, count)
     tokens, token_parts = portions(p.keys, f.TOKENS_TOGETHER, count)
     blocks, block_parts = portions((p.queries + WIDTH - 1) // WIDTH, 1, count)

@@ -1,7 +1,8 @@
 """Calling kernels, which all take (parameters, addresses, scratch, task_queue, count): those of `entries`.
 
 Parameters and addresses are arrays of int64, records by name inside (see records.py): what follows from shapes, masks
-and weights, and where the arrays of one call lie.  The first is made once for many calls; a call writes the second.
+and weights, and where the arrays of one call lie.  The first is made once for many calls; of the second a call writes
+which arrays it has, and the kernel asks these for their addresses: see `records.located`.
 """
 import functools
 import struct
@@ -10,7 +11,7 @@ import numpy as np
 
 from edgeattn import threads
 from edgeattn.runtime import prebuilt
-from edgeattn.runtime.addresses import address
+from edgeattn.runtime.addresses import POINTER, address
 from edgeattn.runtime.compiler import compiled_for
 from edgeattn.runtime.prebuilt import Kernel
 
@@ -79,35 +80,26 @@ class PreparedCall:
         other.parameters, other.shared, other.private = self.parameters, self.shared, self.private
         return other
 
-    def run(self, first, second, third, *others, own=()):
+    def run(self, a, b, c, *others, own=()):
         """Run it on arrays in the order of the kernel's record, each in C order or as planned, or None or left out.
-
-        The first three are often one array, whose address is asked for once.
 
         own : parameters that this call alone has, one after another
         """
-        a = address(first)
-        b = a if second is first else address(second)
-        c = b if third is second else address(third)
         count = len(others)
         try:
             frame = self._frames.pop()
         except IndexError:
-            frame = _Frame(self)
-        if frame.count != count:  # what is left out is not what a call before wrote
-            frame.addresses[:], frame.count = self._addresses, count
+            frame = _Frame(self, count)
+        if frame.count != count:
+            frame = _Frame(self, count)
         if count == 1:  # written out, for what most calls have
-            _WRITE_FOUR(frame.addresses, 0, a, b, c, address(others[0]))
+            _WRITE_FOUR(frame.addresses, frame.at, id(a), id(b), id(c), id(others[0]))
         elif not count:
-            _WRITE_THREE(frame.addresses, 0, a, b, c)
+            _WRITE_THREE(frame.addresses, frame.at, id(a), id(b), id(c))
         elif count == 2:
-            _WRITE_FIVE(frame.addresses, 0, a, b, c, address(others[0]), address(others[1]))
-        elif count == 3:
-            _WRITE_SIX(frame.addresses, 0, a, b, c, address(others[0]), address(others[1]), address(others[2]))
-        elif count == 4 and others[1] is others[2] is None:
-            _WRITE_BIAS(frame.addresses, 0, a, b, c, address(others[0]), address(others[3]))
+            _WRITE_FIVE(frame.addresses, frame.at, id(a), id(b), id(c), id(others[0]), id(others[1]))
         else:
-            _WRITE[3 + count](frame.addresses, 0, a, b, c, *[address(array) for array in others])
+            _WRITE[3 + count](frame.addresses, frame.at, id(a), id(b), id(c), *map(id, others))
         if own:
             _WRITE[len(own)](frame.parameters, self._own, *own)
         threads.run(frame.run, self._dtype, self.shared, self.private, self._work, self._jobs)
@@ -117,12 +109,13 @@ class PreparedCall:
 
 
 class _Frame:
-    """What one call at a time writes: its addresses and, where it has some of its own, its parameters."""
+    """What one call at a time writes: its arrays, for `located`, and, where it has some of its own, its parameters."""
 
-    __slots__ = ("addresses", "count", "parameters", "run")
+    __slots__ = ("addresses", "at", "count", "parameters", "run")
 
-    def __init__(self, call):
-        self.addresses, self.count, parameters = bytearray(call._addresses), -1, call.parameters
+    def __init__(self, call, count):
+        self.count, self.at, parameters = count, len(call._addresses) + len(_OF_OBJECTS), call.parameters
+        self.addresses = bytearray(call._addresses + _OF_OBJECTS + bytes(8 * (3 + count)))
         if call._own is not None:
             self.parameters = bytearray(parameters)
             parameters = np.frombuffer(self.parameters, np.int64)
@@ -131,5 +124,5 @@ class _Frame:
 
 _WORDS = [struct.Struct(f"{count}q") for count in range(33)]
 _WRITE = [words.pack_into for words in _WORDS]
-_WRITE_THREE, _WRITE_FOUR, _WRITE_FIVE, _WRITE_SIX = _WRITE[3:7]
-_WRITE_BIAS = struct.Struct("4q16xq").pack_into
+_WRITE_THREE, _WRITE_FOUR, _WRITE_FIVE = _WRITE[3:6]
+_OF_OBJECTS = _WORDS[2].pack(POINTER, id(None))

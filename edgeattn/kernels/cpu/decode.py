@@ -1,9 +1,8 @@
 """Calling the kernels for one query per head against a long cache of keys and values: loops bound by memory."""
-import functools
-
 import numpy as np
 
 from edgeattn.runtime.addresses import address
+from edgeattn.runtime.plan_cache import planned
 
 from . import decode_float32, decode_int8
 from .call import PreparedCall
@@ -48,9 +47,6 @@ def _plan(q, kv_heads, value_size, blocks, scale, softcap, steps, scale_steps, f
                         8 * B * H * blocks * BLOCK * (D + value_size), fixed=fixed, own=_KEYS)
 
 
-_prepare = functools.lru_cache(256)(_plan)
-
-
 def decode(q, k, v, out, scale, softcap=0.0, lengths=None, k_scale=None, v_scale=None):
     """out (B, H, Dv) = softmax(q k^T scale) v for one query per head.
 
@@ -67,9 +63,9 @@ def decode(q, k, v, out, scale, softcap=0.0, lengths=None, k_scale=None, v_scale
     """
     q = _rows(q)
     keys = k.shape[2]
-    call = _prepare(q.shape, v.shape[1], v.shape[3], -(-keys // BLOCK), scale, softcap,
-                    (q.strides, k.strides, v.strides, out.strides),
-                    None if k_scale is None else (k_scale.strides, v_scale.strides))
+    call = planned(_plan, q.shape, v.shape[1], v.shape[3], -(-keys // BLOCK), scale, softcap,
+                   (q.strides, k.strides, v.strides, out.strides),
+                   None if k_scale is None else (k_scale.strides, v_scale.strides))
     call(q, out, lengths, k, v, k_scale, v_scale, own=(keys, 0))
     return out
 

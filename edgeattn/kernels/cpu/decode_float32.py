@@ -9,7 +9,7 @@ from edgeattn.runtime.worker_pool import parallel_for, task
 
 from .decode_blocks import ADDRESSES, BLOCK, DECODE, cap_and_maximum, inverse_of, join_blocks, keys_of, take_queries
 from .fused import portions
-from .records import named, real
+from .records import located, named, real
 from .simd import (
     LANES,
     ROWS,
@@ -199,7 +199,7 @@ def decode_float32(parameters, addresses, scratch, task_queue, count):
     parameters DECODE, addresses ADDRESSES; scratch: 32-bit elements, `shared_size` for all threads and then
     `private_size` for each.
     """
-    p, a, memory = named(parameters, DECODE), named(addresses, ADDRESSES), address_of(scratch)
+    p, a, memory = named(parameters, DECODE), located(addresses, ADDRESSES), address_of(scratch)
     portion, parts = portions(p.batch * p.kv_heads * p.blocks, 1, count)
     parallel_for(task_queue, parts, decode_part, p, a, memory, portion)
     join_blocks(p, a, pointer_to(memory, np.float32), in_order)

@@ -18,7 +18,7 @@ from .fused import portions
 from .int8_operands import LANE_FLIP, add_digit_sum, flip_lanes, less_digit_sum, store_digit_sum
 from .int8_views import Part
 from .matmul import round_up
-from .records import named, real
+from .records import located, named, real
 from .simd import (
     LANES,
     MATRIX_ROWS,
@@ -378,7 +378,7 @@ def decode_int8(parameters, addresses, scratch, task_queue, count):
     parameters DECODE, addresses ADDRESSES; scratch: 32-bit elements, `shared_size` for all threads and then
     `private_size` for each.
     """
-    p, a, memory = named(parameters, DECODE), named(addresses, ADDRESSES), address_of(scratch)
+    p, a, memory = named(parameters, DECODE), located(addresses, ADDRESSES), address_of(scratch)
     portion, parts = portions(p.batch * p.kv_heads * p.blocks, 1, count)
     parallel_for(task_queue, parts, decode_part, p, a, memory, portion)
     join_blocks(p, a, pointer_to(memory, np.float32), interleaved)

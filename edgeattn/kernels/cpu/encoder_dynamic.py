@@ -11,9 +11,9 @@ from .byte_products import pack_byte_panels
 from .call import PreparedCall
 from .encoder_float32 import RowKernel, norm_kind, pack, pack_norm, padded
 from .layer_dynamic import SMALLEST_WEIGHT, quantize_weight
-from .linear_dynamic import join_depth
 from .matmul import round_up
 from .norm import ADDRESSES
+from .projection_dynamic import join_depth
 from .records import blank, packed, place
 from .simd import VIRTUAL_LANES
 

@@ -20,8 +20,8 @@ from . import (
     fused,
     fused_dynamic,
     fused_int8,
-    linear_dynamic,
     norm,
+    projection_dynamic,
     quantize,
     reference_float32,
 )
@@ -48,7 +48,7 @@ ENTRIES = {
     "attention by rows": Entry(reference_float32.attention_by_rows, np.float32),
     "decode float32": Entry(decode_float32.decode_float32, np.float32),
     "decode int8": Entry(decode_int8.decode_int8, np.float32),
-    "projection dynamic": Entry(linear_dynamic.linear_dynamic, np.int32),
+    "projection dynamic": Entry(projection_dynamic.projection_dynamic, np.int32),
     "linear float32": Entry(feed_forward_float32.linear_float32, np.float32),
     "linear dynamic": Entry(feed_forward_dynamic.linear_dynamic, np.float32),
     "feed-forward float32": Entry(feed_forward_float32.feed_forward_float32, np.float32),

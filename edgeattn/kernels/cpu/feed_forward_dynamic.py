@@ -27,7 +27,7 @@ from .feed_forward_float32 import parts_of_rows, share_of
 from .int8_operands import FLIP
 from .matmul import multiply, round_up
 from .norm import ADDRESSES, NO_NORM, finish_row, normalize_row, read_row
-from .records import named, record
+from .records import located, named, record
 from .simd import (
     AS_WORDS,
     COLUMNS,
@@ -297,7 +297,7 @@ def linear_dynamic(parameters, addresses, scratch, task_queue, count):
     parameters LINEAR, addresses ADDRESSES; scratch: 32-bit elements, `shared_size` for all threads and then
     `private_size` for each.
     """
-    p, a, s = named(parameters, LINEAR), named(addresses, ADDRESSES), address_of(scratch)
+    p, a, s = named(parameters, LINEAR), located(addresses, ADDRESSES), address_of(scratch)
     if count > 1 and p.rows <= FEW_ROWS:
         parallel_for(task_queue, count, quantize_linear_input, p, a, s, count)
         parallel_for(task_queue, count, multiply_channels, p, a, s, count)
@@ -413,7 +413,7 @@ def feed_forward_dynamic(parameters, addresses, scratch, task_queue, count):
     parameters FEED_FORWARD, addresses ADDRESSES; scratch: 32-bit elements, `shared_size` for all threads and then
     `private_size` for each.
     """
-    p, a, s = named(parameters, FEED_FORWARD), named(addresses, ADDRESSES), address_of(scratch)
+    p, a, s = named(parameters, FEED_FORWARD), located(addresses, ADDRESSES), address_of(scratch)
     if count > 1 and p.rows <= FEW_ROWS:
         parallel_for(task_queue, count, quantize_some, p, a, s, count)
         parallel_for(task_queue, count, raise_some, p, a, s, count)

@@ -17,7 +17,7 @@ from edgeattn.runtime.worker_pool import parallel_for
 from .activation import activate_rows, add_to_rows, multiply_rows
 from .matmul import round_up
 from .norm import ADDRESSES, NO_NORM, finish_row, normalize_row, read_row
-from .records import named, record
+from .records import located, named, record
 from .row_products import NO_BIAS, Weights, product_rows
 from .simd import ROWS, WIDTH, address_of, pointer_to
 from .views import Blocks, Rows
@@ -89,7 +89,7 @@ def linear_float32(parameters, addresses, scratch, task_queue, count):
 
     parameters LINEAR, addresses ADDRESSES; scratch: 32-bit elements, `private_size` for each thread.
     """
-    p, a, s = named(parameters, LINEAR), named(addresses, ADDRESSES), address_of(scratch)
+    p, a, s = named(parameters, LINEAR), located(addresses, ADDRESSES), address_of(scratch)
     if count > 1 and p.rows <= FEW_ROWS:
         portion = round_up((p.out_up + count - 1) // count, WIDTH)
         parallel_for(task_queue, (p.out_up + portion - 1) // portion, multiply_features, p, a, s, portion)
@@ -208,7 +208,7 @@ def feed_forward_float32(parameters, addresses, scratch, task_queue, count):
     parameters FEED_FORWARD, addresses ADDRESSES; scratch: 32-bit elements, `shared_size` for all threads and then
     `private_size` for each.
     """
-    p, a, s = named(parameters, FEED_FORWARD), named(addresses, ADDRESSES), address_of(scratch)
+    p, a, s = named(parameters, FEED_FORWARD), located(addresses, ADDRESSES), address_of(scratch)
     if count > 1 and p.rows <= FEW_ROWS:
         if p.norm_first != NO_NORM:
             parallel_for(task_queue, count, norm_some, p, a, s, count)

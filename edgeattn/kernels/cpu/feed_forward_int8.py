@@ -24,7 +24,8 @@ from .int8_operands import BYTE_FLIP
 from .int8_views import BytePanels, Groups, Part, Scaling, scratch_at
 from .matmul import round_up
 from .norm import ADDRESSES, NO_NORM, finish_row, normalize_row, read_row
-from .records import named, real, record
+from .quantize import dequantize_row, quantize_vectors
+from .records import located, named, real, record
 from .requantize import requantize
 from .simd import (
     LANES,
@@ -32,22 +33,17 @@ from .simd import (
     VIRTUAL_LANES,
     WIDTH,
     address_of,
-    bits_of,
     load,
     load_bytes,
     matrix_configure,
     matrix_release,
-    max_lanes,
     maximum,
     pointer_to,
-    round_to_int,
     smaller,
-    smaller_float,
     splat,
     store,
     store_bytes,
     tile_store,
-    to_float,
     wide_splat,
 )
 from .views import Blocks
@@ -65,7 +61,6 @@ FEED_FORWARD = record(
     "at_x at_nan at_hidden at_gate at_codes at_row at_tiles shared_size private_size")
 ENDS = record("x residual codes nan weights")  # rows of float32, int8 codes, float32 of each row
 _NONE, _ZERO, _NAN = np.int32(0), np.float32(0), np.float32(np.nan)
-_MAGNITUDE, _INFINITY = np.int32(0x7FFFFFFF), np.int32(0x7F800000)  # bits of a float32: all but the sign; of infinity
 _LEAST, _MOST = np.int32(-128), np.int32(127)
 _FLIP = np.int32(BYTE_FLIP)  # of a byte in 32 bits
 
@@ -75,14 +70,8 @@ _FLIP = np.int32(BYTE_FLIP)  # of a byte in 32 bits
 @inline
 def quantize_row(s, p, at, to, at_nan):
     """A row of 4 * depth4 to bytes, an unsigned operand; and whether it holds NaN, which no code stands for."""
-    inverse, zero = real(p.inverse), real(p.zero)
-    low, high, largest = np.float32(-128) - zero, np.float32(127) - zero, splat(_NONE)
-    for i in range(0, 4 * p.depth4, LANES):
-        v = load(s.float32, at + i) * splat(inverse)
-        largest = maximum(bits_of(v) & splat(_MAGNITUDE), largest)
-        v = smaller_float(maximum(v, splat(low)), splat(high))
-        store_bytes(s.int8, to + i, (round_to_int(v) + splat(np.int32(zero))) ^ splat(_FLIP))
-    s.float32[at_nan] = _NAN if max_lanes(largest) > _INFINITY else _ZERO
+    nan = quantize_vectors(s.float32, at, 4 * p.depth4, real(p.inverse), real(p.zero), _FLIP, s.int8, to)
+    s.float32[at_nan] = _NAN if nan else _ZERO
 
 
 @inline
@@ -120,12 +109,10 @@ def write_codes(s, w, p, codes, nan, residual, out, row, own):
             to[row * p.channels + i] = codes.data[codes.at + i]
         return
     y, zero, scale = own + p.at_row, np.float32(p.z2), real(p.out_scale)
-    whole = p.out_width // LANES * LANES
-    for i in range(0, whole, LANES):
-        v = (to_float(load_bytes(codes.data, codes.at + i)) - splat(zero)) * splat(scale)
-        store(s.float32, y + i, v + splat(nan))
-    for i in range(whole, p.out_width):
-        s.float32[y + i] = (np.float32(codes.data[codes.at + i]) - zero) * scale + nan
+    dequantize_row(codes.data, codes.at, p.out_width, scale, zero, s.float32, y)
+    if nan != _ZERO:
+        for i in range(p.out_width):
+            s.float32[y + i] = nan
     for k in range(p.channels - p.out_width):
         channel, none = y + np.int64(w.int32[p.more_outputs + 2 * k]), w.int32[p.more_outputs + 2 * k + 1]
         more = np.float32(np.int32(codes.data[codes.at + p.out_width + k]) - none)
@@ -280,7 +267,7 @@ def feed_forward_int8(parameters, addresses, scratch, task_queue, count):
     parameters FEED_FORWARD, addresses ADDRESSES; scratch: 32-bit elements, `shared_size` for all threads and then
     `private_size` for each.
     """
-    p, a, s = named(parameters, FEED_FORWARD), named(addresses, ADDRESSES), address_of(scratch)
+    p, a, s = named(parameters, FEED_FORWARD), located(addresses, ADDRESSES), address_of(scratch)
     if count > 1 and p.rows <= FEW_ROWS:
         parallel_for(task_queue, count, read_some, p, a, s, count)
         parallel_for(task_queue, count, raise_some, p, a, s, count)
@@ -311,7 +298,7 @@ def rows_to_codes(parameters, addresses, scratch, task_queue, count):
 
     parameters FEED_FORWARD, addresses ENDS; scratch: `private_size` elements for each of `count` threads.
     """
-    p, a = named(parameters, FEED_FORWARD), named(addresses, ENDS)
+    p, a = named(parameters, FEED_FORWARD), located(addresses, ENDS)
     portion, parts = parts_of_rows(p.rows, BLOCK, count)
     parallel_for(task_queue, parts, rows_to_codes_part, p, a, address_of(scratch), portion)
 
@@ -329,6 +316,6 @@ def codes_to_rows_part(p, a, scratch, portion, worker, part):
 @jit
 def codes_to_rows(parameters, addresses, scratch, task_queue, count):
     """Rows of codes, residual and norm, the last step of `feed_forward_int8`: to x; otherwise as `rows_to_codes`."""
-    p, a = named(parameters, FEED_FORWARD), named(addresses, ENDS)
+    p, a = named(parameters, FEED_FORWARD), located(addresses, ENDS)
     portion, parts = parts_of_rows(p.rows, BLOCK, count)
     parallel_for(task_queue, parts, codes_to_rows_part, p, a, address_of(scratch), portion)

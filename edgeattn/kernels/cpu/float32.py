@@ -19,7 +19,7 @@ def attention(q, k, v, mask, out, *, scale, softcap=0.0, weights=None, lse=None)
     strides.
     """
     if weights is None and lse is None and out.size and k.size and is_ordinary(scale, softcap):
-        functional_float32.attention(q, k, v, out, scale, softcap, *mask.for_kernels())
+        functional_float32.attention(q, k, v, out, scale, softcap, mask.for_kernels())
     else:
         reference_float32.attention(*map(to_float32, (q, k, v)), mask, scale=scale, softcap=softcap, out=out,
                                     weights=weights,

@@ -1,9 +1,8 @@
 """Attention on given queries, keys and values with int8 products: float32 in and out, quantized at run time."""
-import functools
-
 import numpy as np
 
 from edgeattn.runtime.compiler import inline, jit
+from edgeattn.runtime.plan_cache import planned
 from edgeattn.runtime.worker_pool import parallel_for, task
 
 from .attend_dynamic import KEY_BLOCK, Keys, Queries, attend_bytes, fill_dither, values_of
@@ -24,7 +23,20 @@ from .fused import ATTENTION_ADDRESSES, portions, visible_range
 from .int8_views import Part, parts_of
 from .key_mean import choose_block, subtract_mean, weigh_tokens
 from .matmul import round_up
-from .records import MASKS, NO_MASKS, bits_of_real, blank, named, packed, place, real, record, set_masks, shapes_of
+from .records import (
+    MASKS,
+    NO_MASK,
+    NO_MASKS,
+    bits_of_real,
+    blank,
+    located,
+    named,
+    packed,
+    place,
+    real,
+    record,
+    set_masks,
+)
 from .score_masks import adds_to_scores, fill_mask
 from .simd import (
     LANES,
@@ -180,7 +192,7 @@ def attend_part(p, a, scratch, batch, portion, worker, part):
 @jit
 def attention_dynamic(parameters, addresses, scratch, task_queue, count):
     """See ATTENTION; arrays in C order; on at most `count` threads that serve the task_queue."""
-    p, a, memory = named(parameters, ATTENTION), named(addresses, ATTENTION_ADDRESSES), address_of(scratch)
+    p, a, memory = named(parameters, ATTENTION), located(addresses, ATTENTION_ADDRESSES), address_of(scratch)
     heads, head_parts = portions(p.kv_heads, 1, count)
     items, item_parts = portions(p.heads * ((p.queries + WIDTH - 1) // WIDTH), 1, count)
     for batch in range(p.batch):
@@ -236,10 +248,7 @@ def _plan(q, k, v, scale, masks):
                         q[0])
 
 
-_prepare = functools.lru_cache(256)(_plan)
-
-
-def attention(q, k, v, out, scale, keep=None, bias=None, band=None, alibi=None):
+def attention(q, k, v, out, scale, mask=NO_MASK):
     """out (B, H, L, Dv) = softmax(q k^T scale, masked) v, products in int8.
 
     Parameters
@@ -247,9 +256,7 @@ def attention(q, k, v, out, scale, keep=None, bias=None, band=None, alibi=None):
     q, k, v : float32 arrays, C order
         (B, H, L, D), (B, Hkv, S, D), (B, Hkv, S, Dv); no axis empty.
     out : float32 array, C order
-    keep, bias, band, alibi
-        As `functional_float32.attention` takes them.
+    mask : KernelMask
     """
-    masks = shapes_of(keep, None, bias, band, alibi)
-    _prepare(q.shape, k.shape, v.shape, scale, masks)(q, k, v, out, keep, None, bias, alibi)
+    planned(_plan, q.shape, k.shape, v.shape, scale, mask.shapes)(q, k, v, out, *mask.arrays)
     return out

@@ -1,18 +1,20 @@
 """Calling the float32 attention kernel on given queries, keys and values."""
-import functools
-
 import numpy as np
+
+from edgeattn.runtime.plan_cache import planned
 
 from . import fused as f
 from .attend_rows import FEW_QUERIES, MORE_MASK, scratch_of_rows
 from .call import PreparedCall
 from .matmul import round_up
-from .records import NO_MASKS, bits_of_real, blank, packed, set_masks, shapes_of
+from .records import NO_MASK, NO_MASKS, bits_of_real, blank, packed, set_masks
 from .simd import LANES, ROWS, WIDTH
+
+_MOST_KEPT = 1 << 14  # elements of masks that one head leaves to the next
 
 
 def prepare(inputs, scale, softcap=0.0, masks=NO_MASKS):
-    """The `PreparedCall` of q, k, v of these shapes and their result, in C order; masks: what `shapes_of` gives."""
+    """The `PreparedCall` of q, k, v of these shapes and their result, in C order; masks: `KernelMask.shapes`."""
     (_, H, L, D), (_, Hkv, S, _), (*_, Dv) = inputs
     steps = H * L * D, L * D, D, Hkv * S * D, S * D, D, Hkv * S * Dv, S * Dv, Dv, H * L * Dv, L * Dv, Dv
     return _plan(*inputs, steps, scale, softcap, masks)
@@ -27,7 +29,12 @@ def _plan(q, k, v, steps, scale, softcap, masks):
               scale=bits_of_real(scale), softcap=bits_of_real(softcap))
     masked = set_masks(p, masks)
     private = (f.AT_FREE + WIDTH * (max(D_up, Dv_lanes) + D_up + max(Dv_up, Dv_lanes) + ROWS) + ROWS * D + 64
-               + (S * Dv_up if Dv != Dv_up else 0) + D_up + (S * WIDTH if masked else 0))
+               + (S * Dv_up if Dv != Dv_up else 0) + D_up)
+    if masked:
+        blocks = -(-L // WIDTH)
+        shared = FEW_QUERIES < L <= _MOST_KEPT // max(S, 1) and not (p.keep_h or p.bias_h or masks[4])
+        p.mask_step = S * WIDTH if shared else 0
+        private += S * WIDTH * (blocks if shared else 1)
     p.private_size = round_up(private, 16)
     if L <= FEW_QUERIES:
         p.at_few = p.private_size + MORE_MASK
@@ -37,10 +44,7 @@ def _plan(q, k, v, steps, scale, softcap, masks):
                         p.private_size, 2 * B * H * L * S * (D + Dv))
 
 
-_prepare = functools.lru_cache(256)(_plan)
-
-
-def attention(q, k, v, out, scale, softcap=0.0, keep=None, bias=None, band=None, alibi=None, lengths=None):
+def attention(q, k, v, out, scale, softcap=0.0, mask=NO_MASK, lengths=None):
     """out (B, H, L, Dv) = softmax(q k^T scale, capped and masked) v.
 
     Parameters
@@ -49,16 +53,11 @@ def attention(q, k, v, out, scale, softcap=0.0, keep=None, bias=None, band=None,
         (B, H, L, D), (B, Hkv, S, D), (B, Hkv, S, Dv); last dimension contiguous, other strides free.
     out : ndarray of float32
         (B, H, L, Dv), last dimension contiguous.
-    keep, bias : ndarray, C-contiguous, broadcast to (B, H, L, S) by NumPy's rules, or None
-        bool or uint8, and float32.
-    band : (low, high) or None
-        Query i sees key j when i + low <= j <= i + high.
-    alibi : (B or 1, H, 2) float64, C-contiguous, or None
-        A head's slope, and the position of query 0: -slope * |position - j| is added too.
+    mask : KernelMask
     lengths : (B,) int64 or None
         Keys that exist per batch entry.
     """
-    masks = shapes_of(keep, None, bias, band, alibi)
     steps = tuple(step // 4 for array in (q, k, v, out) for step in array.strides[:3])
-    _prepare(q.shape, k.shape, v.shape, steps, scale, softcap, masks)(q, k, v, out, keep, None, bias, alibi, lengths)
+    call = planned(_plan, q.shape, k.shape, v.shape, steps, scale, softcap, mask.shapes)
+    call(q, k, v, out, *mask.arrays, lengths)
     return out

@@ -18,9 +18,9 @@ from edgeattn.runtime.worker_pool import parallel_for, task
 from .attend_rows import FEW_QUERIES, attend_rows
 from .matmul import BLOCK, CHAIN, add_product, feature_position, round_up
 from .positions import POSITIONS, place_keys, place_queries, transpose
-from .records import MASK_ADDRESSES, MASKS, named, real, record
+from .records import MASK_ADDRESSES, MASKS, located, named, real, record
 from .row_products import NO_BIAS, Weights, product_rows
-from .score_masks import adds_to_scores, fill_mask, fill_mask_rows, mask_row, mask_scores
+from .score_masks import adds_to_scores, fill_mask, fill_mask_rows, mask_row, mask_scores, masks_differ
 from .simd import (
     COLUMNS,
     LANES,
@@ -40,7 +40,7 @@ from .simd import (
     transpose_block,
 )
 from .softmax import LOG2_E, exp2, exp2_within, masked_score, tanh
-from .views import Blocks, Group, Rows, ScoreMask, Visible
+from .views import Blocks, Grid, Group, Rows, ScoreMask, Visible
 
 KEY_BLOCK = BLOCK
 SCORE_CHAIN = CHAIN // 2  # an error of a score counts as often as the score is large
@@ -145,8 +145,8 @@ def attend_block(q, k, v, out, D, Dv, seen, mask, softcap, small, scratch):
         # 1. scores (keys, W); the last tile steps back rather than past the end, to key 0 at most
         for s in range(0, keys, ROWS):
             t = max(min(s, keys - ROWS), -s0)
-            add_product(False, k.data, k.at + (s0 + t) * k.step, k.step, 1, q.data, q.at, D, SCORE_CHAIN,
-                        scratch, at_scores + t * WIDTH, WIDTH, LANES)
+            add_product(False, Grid(k.data, k.at + (s0 + t) * k.step, k.step, 1), q.data, q.at, D, SCORE_CHAIN,
+                        Grid(scratch, at_scores + t * WIDTH, WIDTH, LANES))
         # 2. softcap, then masks
         if softcap > _ZERO:
             for i in range(0, keys * WIDTH, LANES):
@@ -154,8 +154,7 @@ def attend_block(q, k, v, out, D, Dv, seen, mask, softcap, small, scratch):
                 store(scratch, at_scores + i, capped)
         hides = mask.given or (seen.band and not (seen.full_from <= s0 and s0 + keys <= seen.full_to))
         if hides:
-            mask_scores(scratch, at_scores, keys, s0, seen.q0, seen.band, seen.low, seen.high, seen.full_from,
-                        seen.full_to, mask.data, mask.at + (s0 - mask.first) * WIDTH, mask.given)
+            mask_scores(scratch, at_scores, keys, s0, seen, mask, mask.given)
         # 3. maximum, exponentials, sum
         for c in range(COLUMNS):
             at = at_scores + c * LANES
@@ -187,8 +186,8 @@ def attend_block(q, k, v, out, D, Dv, seen, mask, softcap, small, scratch):
             store(scratch, AT_SUM + c * LANES, total)
         # 4. context (Dv, W) += v^T p
         for d in range(0, Dv, ROWS):
-            add_product(s0 > first, v.data, v.at + s0 * v.step + d, 1, v.step, scratch, at_scores, keys, CHAIN,
-                        out.data, out.at + d * WIDTH, WIDTH, LANES)
+            add_product(s0 > first, Grid(v.data, v.at + s0 * v.step + d, 1, v.step), scratch, at_scores, keys, CHAIN,
+                        Grid(out.data, out.at + d * WIDTH, WIDTH, LANES))
     # 5. divide by the sum; a query that saw no key gets zeros
     largest = splat(np.int32(0))  # of the bits, as in largest_magnitudes
     for c in range(COLUMNS):
@@ -425,7 +424,7 @@ def attend_heads(p, a, group, from_kv, heads, q, q0, queries, context, private):
     keys, values = keys_and_values(p, group.at_keys)
     repeats, Dp, Dvp, band = p.heads // p.kv_heads, p.padded_head, p.padded_value, p.band != 0
     adds, few, placed = adds_to_scores(a), p.queries <= FEW_QUERIES, p.q_norm != 0 or p.pairs > 0
-    masked, mask_per_head = adds or a.keep != 0, p.keep_h != 0 or p.bias_h != 0 or a.alibi != 0
+    masked, mask_per_head = adds or a.keep != 0, masks_differ(p, a)
     first, last, full_from, full_to = visible_range(q0, queries, p.keys, band, p.low, p.high)
     seen = Visible(first, last, full_from, full_to, q0, band, p.low, p.high)
     mask, has_mask = ScoreMask(private, p.at_masks, first, masked), False
@@ -529,7 +528,7 @@ def layer_float32(parameters, addresses, scratch, task_queue, count):
     Its three stages follow each other for every group of heads of every batch entry.
     scratch: first what all threads share, see `keys_and_values`; then what each thread has to itself.
     """
-    p, a, memory = named(parameters, LAYER), named(addresses, LAYER_ADDRESSES), address_of(scratch)
+    p, a, memory = named(parameters, LAYER), located(addresses, LAYER_ADDRESSES), address_of(scratch)
     units, all_blocks = (p.group + p.unit - 1) // p.unit, (p.queries + WIDTH - 1) // WIDTH
     groups = (p.kv_heads + p.group - 1) // p.group
     # Few blocks do not occupy all threads: then these take some heads each.
@@ -553,9 +552,11 @@ def layer_float32(parameters, addresses, scratch, task_queue, count):
                 parallel_for(task_queue, feature_parts, finish_features, p, a, memory, group, features)
 
 
-# The parameters of `attention_float32`: sizes; float32 by their bits; strides of each array, in elements; masks.
+# The parameters of `attention_float32`: sizes; float32 by their bits; strides of each array, in elements; masks; how
+# far those of blocks of queries are apart that the next head finds again, or 0 where it does not.
 ATTENTION = record("batch heads kv_heads queries keys head_size value_size", "scale softcap",
-                   "q_b q_h q_l", "k_b k_h k_s", "v_b v_h v_s", "out_b out_h out_l", MASKS, "at_few private_size")
+                   "q_b q_h q_l", "k_b k_h k_s", "v_b v_h v_s", "out_b out_h out_l", MASKS,
+                   "mask_step at_few private_size")
 # Where its arrays are: q (B, H, L, D), k (B, Hkv, S, D), v (B, Hkv, S, Dv), out (B, H, L, Dv), the last dimension
 # contiguous; masks, and (B,) int64 keys that exist per batch entry, or 0 of none.
 ATTENTION_ADDRESSES = record("q k v out", MASK_ADDRESSES, "lengths")
@@ -610,15 +611,16 @@ def attention_part(p, a, scratch, portion, worker, part):
         keys = S if a.lengths == 0 else min(max(lengths[batch], 0), S)
         first, last, full_from, full_to = visible_range(q0, queries, keys, band, p.low, p.high)
         seen = Visible(first, last, full_from, full_to, q0, band, p.low, p.high)
-        mask = ScoreMask(private, at_masks, first, has_mask)
+        mask = ScoreMask(private, at_masks + q0 // WIDTH * p.mask_step, first, has_mask)
+        is_filled = p.mask_step != 0 and min(item % (H * blocks), item - part * portion) >= blocks
         k, v = Rows(all_k, batch * p.k_b + kv * p.k_h, p.k_s), Rows(all_v, batch * p.v_b + kv * p.v_h, p.v_s)
         out = Rows(all_o, batch * p.out_b + h * p.out_h + q0 * p.out_l, p.out_l)
         # 1. queries of this block, scaled
         copy_rows(all_q, batch * p.q_b + h * p.q_h + q0 * p.q_l, p.q_l, queries, D, factor,
                   private, at_row_major, D_up)
         if few:
-            if has_mask:
-                fill_mask_rows(p, a, batch, h, q0, queries, first, last, private, at_masks)
+            if has_mask and not is_filled:
+                fill_mask_rows(p, a, batch, h, q0, queries, first, last, private, mask.at)
             if attend_rows(Rows(private, at_row_major, D_up), queries, k, v, out, D, Dv, seen, mask, mask_row(S),
                            softcap, pointer_to(address_of(private) + 4 * p.at_few, np.float32)):
                 continue
@@ -628,8 +630,8 @@ def attention_part(p, a, scratch, portion, worker, part):
         for d in range(0, D_up, LANES):
             for l in range(0, WIDTH, LANES):
                 transpose_block(private, at_row_major + l * D_up + d, D_up, private, at_q + d * WIDTH + l, WIDTH)
-        if has_mask:
-            fill_mask(p, a, batch, h, q0, queries, first, last, private, at_masks, AT_TILE)
+        if has_mask and not is_filled:
+            fill_mask(p, a, batch, h, q0, queries, first, last, private, mask.at, AT_TILE)
         # 3. fewer keys than a tile has rows, or a value row narrower than whole tiles: read from a padded copy
         if keys < ROWS:
             for s in range(ROWS):
@@ -663,7 +665,7 @@ def attention_part(p, a, scratch, portion, worker, part):
 @jit
 def attention_float32(parameters, addresses, scratch, task_queue, count):
     """See `attention_part`; on at most `count` threads that serve the task_queue."""
-    p, a = named(parameters, ATTENTION), named(addresses, ATTENTION_ADDRESSES)
+    p, a = named(parameters, ATTENTION), located(addresses, ATTENTION_ADDRESSES)
     items = p.batch * p.heads * ((p.queries + WIDTH - 1) // WIDTH)
     portion, parts = portions(items, 1, count)
     parallel_for(task_queue, parts, attention_part, p, a, address_of(scratch), portion)

@@ -41,9 +41,9 @@ from .int8_views import Part, Projection, parts_of, scratch_at
 from .key_mean import add_to_tokens, choose_block, subtract_mean, weigh_tokens
 from .matmul import round_up
 from .positions import POSITIONS, place_keys, place_queries
-from .project_dynamic import Apart, project_rows, set_apart
-from .records import MASK_ADDRESSES, MASKS, named, record
-from .score_masks import adds_to_scores, fill_mask
+from .projection_dynamic import Apart, project_rows, set_apart
+from .records import MASK_ADDRESSES, MASKS, located, named, record
+from .score_masks import adds_to_scores, fill_mask, masks_differ
 from .simd import (
     LANES,
     WIDTH,
@@ -310,7 +310,7 @@ def attend_part(p, a, scratch, batch, portion, worker, part):
     shared, own = parts_of(scratch, p, worker)
     kept = keys_memory(p, a, scratch, batch)
     L, S, D4, band, adds = p.queries, p.keys, p.padded_head // 4, p.band != 0, adds_to_scores(a)
-    masked, mask_per_head = adds or a.keep != 0, p.keep_h != 0 or p.bias_h != 0 or a.alibi != 0
+    masked, mask_per_head = adds or a.keep != 0, masks_differ(p, a)
     matrix_configure(own.int32, p.at_stats)
     for i in range(p.at_q + D4 * WIDTH, p.at_q + round_up(D4, DEPTH_STEP) * WIDTH, LANES):
         store(own.int32, i, splat(np.int32(0)))
@@ -333,7 +333,7 @@ def attend_part(p, a, scratch, batch, portion, worker, part):
 @jit
 def layer_dynamic(parameters, addresses, scratch, task_queue, count):
     """A dynamic int8 multi-head attention layer, see LAYER, on at most `count` threads that serve the task_queue."""
-    p, a, memory = named(parameters, LAYER), named(addresses, LAYER_ADDRESSES), address_of(scratch)
+    p, a, memory = named(parameters, LAYER), located(addresses, LAYER_ADDRESSES), address_of(scratch)
     blocks = (p.keys + TOKENS - 1) // TOKENS - 1 if p.is_kept == 0 else 0
     if p.same_qk == 0:
         blocks += (p.queries + TOKENS - 1) // TOKENS

@@ -18,7 +18,7 @@ from .fused import portions, visible_range
 from .int8_operands import BYTE_FLIP, FLIP, ONES, store_value_terms, whole_sums, zero_bytes
 from .int8_views import BytePanels, Groups, Mask, Part, Scaling, parts_of
 from .matmul import feature_position, round_up
-from .records import BAND, KEEP, named, record
+from .records import BAND, KEEP, located, named, record
 from .simd import (
     LANES,
     OFFSET,
@@ -347,7 +347,7 @@ def attend_part(p, a, scratch, batch, portion, worker, part):
 @jit
 def layer_int8(parameters, addresses, scratch, task_queue, count):
     """A static int8 multi-head attention layer, see LAYER, on at most `count` threads that serve the task_queue."""
-    p, a, memory = named(parameters, LAYER), named(addresses, ADDRESSES), address_of(scratch)
+    p, a, memory = named(parameters, LAYER), located(addresses, ADDRESSES), address_of(scratch)
     tokens, token_parts = portions(p.keys, TOKENS_TOGETHER, count)
     blocks, block_parts = portions((p.queries + WIDTH - 1) // WIDTH, 1, count)
     for batch in range(p.batch):

@@ -12,11 +12,11 @@ from .byte_products import DEPTH_STEP, READ_AHEAD, ROW_STEP, pack_byte_panels
 from .call import PreparedCall
 from .dynamic import COLUMNS_APART, STEP, TOKENS
 from .layer_float32 import _LOG2_E
-from .linear_dynamic import TILES_SIZE, join_depth
 from .matmul import pad_heads, round_up
 from .packing import Packer
 from .positions import norm_fields, rotary_fields, rotary_table
-from .records import NO_MASKS, blank, copy_of, named_fields, packed, place, set_masks, shapes_of
+from .projection_dynamic import TILES_SIZE, join_depth
+from .records import NO_MASK, NO_MASKS, KernelMask, blank, copy_of, named_fields, packed, place, set_masks
 from .simd import LANES, OFFSET, WIDTH
 
 SMALLEST_WEIGHT = np.float32(2.0**-100)  # a row of smaller ones is a row of zeros: float32 ends not far below
@@ -90,10 +90,10 @@ class DynamicLayer:
     Parameters
     ----------
     num_heads, num_kv_heads : int
-    q_weight, k_weight, v_weight, out_weight : float32 (out, in) weight, or (int8 codes, float32 scale (out,))
-        (H*D, Eq), (Hkv*D, Ek), (Hkv*Dv, Ev), (Eo, H*Dv) or None.
-    q_bias, k_bias, v_bias, out_bias : ndarray of float32, or None
-        k_bias has no effect where keys are neither normed nor rotated: softmax does not see it.
+    weights : float32 (out, in) weights, or pairs (int8 codes, float32 scale (out,))
+        Of queries, keys, values and output: (H*D, Eq), (Hkv*D, Ek), (Hkv*Dv, Ev), (Eo, H*Dv) or None.
+    biases : ndarrays of float32, each or None
+        Likewise. That of keys has no effect where keys are neither normed nor rotated: softmax does not see it.
     scale : float
     rotary, q_norm, k_norm
         As for `FloatLayer`.
@@ -103,25 +103,25 @@ class DynamicLayer:
         The weights of `columns`: (H*D, columns), (Hkv*D, columns), (Hkv*Dv, columns).
     """
 
-    def __init__(self, num_heads, num_kv_heads, q_weight, k_weight, v_weight, out_weight, q_bias, k_bias, v_bias,
-                 out_bias, scale, rotary=None, q_norm=None, k_norm=None, columns=(), apart=None):
+    def __init__(self, num_heads, num_kv_heads, weights, biases, scale, rotary=None, q_norm=None, k_norm=None,
+                 columns=(), apart=None):
         H, Hkv = num_heads, num_kv_heads
-        q, k, v, o = (w if w is None or isinstance(w, tuple) else quantize_weight(w)
-                      for w in (q_weight, k_weight, v_weight, out_weight))
+        q, k, v, o = (w if w is None or isinstance(w, tuple) else quantize_weight(w) for w in weights)
+        q_bias, k_bias, v_bias, out_bias = biases
         D, Dv = q[0].shape[0] // H, v[0].shape[0] // Hkv
         Dp, Dvp = round_up(D, 4), round_up(Dv, 4)
-        weights, reals = Packer(np.int32), Packer(np.float32)
+        packer, reals = Packer(np.int32), Packer(np.float32)
 
         def put_linear(letter, codes, factors, bias):
-            weights.put("w" + letter, pack_byte_panels(codes))
-            weights.put("c" + letter, -OFFSET * codes.astype(np.int32).sum(1))
+            packer.put("w" + letter, pack_byte_panels(codes))
+            packer.put("c" + letter, -OFFSET * codes.astype(np.int32).sum(1))
             reals.put("s" + letter, factors)
             reals.put("b" + letter, bias)
 
         fold = scale * _LOG2_E
         if rotary is None and k_norm is None:
             k_bias = None
-        weights.put("columns", np.asarray(columns, np.int32))
+        packer.put("columns", np.asarray(columns, np.int32))
         for letter, (codes, factors), bias, in_float, heads, size, wide, factor in zip(
                 "qkv", (q, k, v), (q_bias, k_bias, v_bias), (None,) * 3 if apart is None else apart, (H, Hkv, Hkv),
                 (D, D, Dv), (Dp, Dp, Dvp), (fold if q_norm is None else 1.0, 1.0, 1.0), strict=True):
@@ -146,12 +146,12 @@ class DynamicLayer:
             put_linear("o", spread, factors, bias)
         positions = norm_fields(reals, q_norm, k_norm, fold) | rotary_fields(rotary)
         self._rotary = rotary
-        self.weights, self.factors = weights.packed(), reals.packed()
+        self.weights, self.factors = packer.packed(), reals.packed()
         self._fixed = address(self.factors), address(self.weights)
         self.parameters = blank(
             f.LAYER, query_width=q[0].shape[1], key_width=k[0].shape[1], value_width=v[0].shape[1], out_width=Eo,
             heads=H, kv_heads=Hkv, head_size=D, value_size=Dv, padded_head=Dp, padded_value=Dvp,
-            has_out=o is not None, apart=len(columns), **weights.at, **reals.at, **positions)
+            has_out=o is not None, apart=len(columns), **packer.at, **reals.at, **positions)
         place_own(self.parameters)
         self.output_dim = Eo
         self._plans = PlanCache()
@@ -169,7 +169,7 @@ class DynamicLayer:
     def keep_keys(self, xk, xv, keep=None):
         """Keys and values of xk (B, S, Ek) and xv (B, S, Ev), as calls read them: an array. keep: as in calls."""
         B, S, _ = xk.shape
-        call = self._plan(B, 0, S, False, xk is xv, shapes_of(keep))
+        call = self._plan(B, 0, S, False, xk is xv, KernelMask(keep).shapes)
         kept = threads.aligned(B * named_fields(call.parameters, f.LAYER).kept_size, np.int32)
         kept[:] = 0
         call(xk, xk, xv, None, keep, None, None, None, kept)
@@ -188,8 +188,7 @@ class DynamicLayer:
         return PreparedCall(f.layer_dynamic, packed(p, f.LAYER), f.LAYER_ADDRESSES, np.int32, shared, private,
                             B * work, B, (*self._fixed, address(table)), owner=table)
 
-    def __call__(self, xq, xk, xv, out, keep=None, bias=None, band=None, alibi=None, position=0):
+    def __call__(self, xq, xk, xv, out, mask=NO_MASK, position=0):
         """out (B, L, Eo) from xq (B, L, Eq), xk (B, S, Ek), xv (B, S, Ev): float32, C order; masks as FloatLayer."""
-        masks = shapes_of(keep, None, bias, band, alibi)
-        self.prepare(xq, xk, xv, masks, position)(xq, xk, xv, out, keep, None, bias, alibi)
+        self.prepare(xq, xk, xv, mask.shapes, position)(xq, xk, xv, out, *mask.arrays)
         return out

@@ -12,7 +12,7 @@ from .call import PreparedCall
 from .matmul import pack_panels, pad_heads, padded_head, round_up
 from .packing import Packer
 from .positions import norm_fields, rotary_fields, rotary_table
-from .records import NO_MASKS, blank, copy_of, named_fields, packed, place, set_masks, shapes_of
+from .records import NO_MASK, NO_MASKS, KernelMask, blank, copy_of, named_fields, packed, place, set_masks
 from .simd import LANES, ROWS, WIDTH
 
 GROUP = 1 << 17  # elements of keys and values in scratch at a time, where a head does not need more: 512 KiB
@@ -67,9 +67,10 @@ class FloatLayer:
     Parameters
     ----------
     num_heads, num_kv_heads : int
-    q_weight, k_weight, v_weight, out_weight : ndarray of float32
-        (H*D, Eq), (Hkv*D, Ek), (Hkv*Dv, Ev), (Eo, H*Dv) or None.
-    q_bias, k_bias, v_bias, out_bias : ndarray of float32, or None
+    weights : ndarrays of float32
+        Of queries, keys, values and output: (H*D, Eq), (Hkv*D, Ek), (Hkv*Dv, Ev), (Eo, H*Dv) or None.
+    biases : ndarrays of float32, each or None
+        In the same order.
     scale : float
         Multiplies the scores; folded into the query projection, or its norm, together with log2(e).
     rotary : RotaryEmbedding, optional
@@ -77,45 +78,45 @@ class FloatLayer:
         "layer" or "rms", of D features.
     """
 
-    def __init__(self, num_heads, num_kv_heads, q_weight, k_weight, v_weight, out_weight,
-                 q_bias, k_bias, v_bias, out_bias, scale, rotary=None, q_norm=None, k_norm=None):
+    def __init__(self, num_heads, num_kv_heads, weights, biases, scale, rotary=None, q_norm=None, k_norm=None):
         H, Hkv = num_heads, num_kv_heads
+        (q_weight, k_weight, v_weight, out_weight), (q_bias, k_bias, v_bias, out_bias) = weights, biases
         D, Dv = q_weight.shape[0] // H, v_weight.shape[0] // Hkv
         Dp, Dvp = padded_head(D), padded_head(Dv)
         fold = np.float64(scale) * _LOG2_E
-        weights = Packer(np.float32)
+        packer = Packer(np.float32)
         for name, weight, bias, heads, size, wide, factor in (
                 ("q", q_weight, q_bias, H, D, Dp, fold if q_norm is None else 1.0),
                 ("k", k_weight, k_bias, Hkv, D, Dp, 1.0),
                 ("v", v_weight, v_bias, Hkv, Dv, Dvp, 1.0)):
             bias = np.zeros(heads * size, np.float32) if bias is None else bias
             weight, bias = ((a.astype(np.float64) * factor).astype(np.float32) for a in (weight, bias))
-            weights.put("w" + name, pack_panels(pad_heads(weight, heads, size, wide)))
-            weights.put("b" + name, pad_heads(bias, heads, size, wide))
+            packer.put("w" + name, pack_panels(pad_heads(weight, heads, size, wide)))
+            packer.put("b" + name, pad_heads(bias, heads, size, wide))
         if out_weight is not None:
             Eo = out_weight.shape[0]
             spread = np.zeros((round_up(Eo, WIDTH), H, Dvp), np.float32)
             spread[:Eo, :, :Dv] = out_weight.reshape(Eo, H, Dv)
-            weights.put("wo", pack_panels(spread.reshape(-1, H * Dvp)))
+            packer.put("wo", pack_panels(spread.reshape(-1, H * Dvp)))
             padded_bias = np.zeros(round_up(Eo, WIDTH), np.float32)
             if out_bias is not None:
                 padded_bias[:Eo] = out_bias
-            weights.put("bo", padded_bias)
+            packer.put("bo", padded_bias)
         else:
             Eo = H * Dv
-        positions = norm_fields(weights, q_norm, k_norm, fold) | rotary_fields(rotary)
+        positions = norm_fields(packer, q_norm, k_norm, fold) | rotary_fields(rotary)
         self._rotary = rotary
-        self.weights = weights.packed()
+        self.weights = packer.packed()
         self._address = address(self.weights)
         self.parameters = blank(
             f.LAYER, query_width=q_weight.shape[1], key_width=k_weight.shape[1], value_width=v_weight.shape[1],
             out_width=Eo, heads=H, kv_heads=Hkv, head_size=D, value_size=Dv, padded_head=Dp, padded_value=Dvp,
-            has_out=out_weight is not None, **weights.at, **positions)
+            has_out=out_weight is not None, **packer.at, **positions)
         self.output_dim = Eo
         self._plans = PlanCache()
 
     def prepare(self, xq, xk, xv, masks=NO_MASKS, position=0):
-        """The `PreparedCall` for inputs and masks of such shapes; masks: what `shapes_of` gives; position: a call's."""
+        """The `PreparedCall` for inputs and masks of such shapes; masks: `KernelMask.shapes`; position: a call's."""
         key = (*xq.shape[:2], xk.shape[1], masks, position)
         return self._plans.get(key) or self._plans.keep(key, self._plan(*key))
 
@@ -127,7 +128,7 @@ class FloatLayer:
     def keep_keys(self, xk, xv, keep=None):
         """Keys and values of xk (B, S, Ek) and xv (B, S, Ev), as calls read them: an array. keep: as in calls."""
         B, S, _ = xk.shape
-        call = self._plan(B, 0, S, shapes_of(keep))
+        call = self._plan(B, 0, S, KernelMask(keep).shapes)
         p = named_fields(call.parameters, f.LAYER)
         kept = threads.aligned(B * -(-p.kv_heads // p.group) * p.kept_size, np.float32)
         call(xk, xk, xv, None, keep, None, None, None, kept)
@@ -146,14 +147,11 @@ class FloatLayer:
         return PreparedCall(f.layer_float32, packed(p, f.LAYER), f.LAYER_ADDRESSES, np.float32, shared, private, work,
                             B, (self._address, address(table)), owner=table)
 
-    def __call__(self, xq, xk, xv, out, keep=None, bias=None, band=None, alibi=None, position=0):
+    def __call__(self, xq, xk, xv, out, mask=NO_MASK, position=0):
         """out (B, L, Eo) from xq (B, L, Eq), xk (B, S, Ek), xv (B, S, Ev), all float32 and C-contiguous.
 
-        keep : uint8 or bool, bias : float32, C-contiguous, broadcast to (B, H, L, S) by NumPy's rules, or None
-        band : (low, high) or None: query i sees key j when i + low <= j <= i + high
-        alibi : (B or 1, H, 2) float64, C-contiguous, or None: a head's slope, and the position of query 0
+        mask : KernelMask
         position : that of query 0 among the keys, for the rotation
         """
-        masks = shapes_of(keep, None, bias, band, alibi)
-        self.prepare(xq, xk, xv, masks, position)(xq, xk, xv, out, keep, None, bias, alibi)
+        self.prepare(xq, xk, xv, mask.shapes, position)(xq, xk, xv, out, *mask.arrays)
         return out

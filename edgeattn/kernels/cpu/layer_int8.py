@@ -14,7 +14,7 @@ from .call import PreparedCall
 from .int8_operands import value_terms_size
 from .matmul import pad_heads, padded_head, round_up
 from .packing import Packer
-from .records import BAND, KEEP, NO_MASKS, blank, copy_of, packed, place, set_masks, shape_of, shapes_of, slot
+from .records import BAND, KEEP, NO_MASKS, KernelMask, blank, copy_of, packed, place, set_masks, shape_of, slot
 from .requantize import NUMBERS, encode
 from .simd import LANES, OFFSET, ROWS, WIDTH, byte_planes
 from .softmax_int8 import KEPT_GROUPS
@@ -198,7 +198,7 @@ class StaticLayer:
         cached : (keys (B, H, capacity, D), values (B, H, capacity, Dv), first, S), int8 and C-contiguous: attention is
             over the S slots from `first` on, and the codes of xk and xv go into the last of these
         """
-        masks = shapes_of(keep, None, None, band)
+        masks = KernelMask(keep, band=band).shapes
         if cached is None:
             self.prepare(xq, xk, xv, masks, lut_index, score_luts)(xq, xk, xv, out, keep)
         else:

@@ -94,20 +94,20 @@ def multiply_ahead(tile, a, at_a, row_step, step, b, at_b, depth, at_next, part)
 
 
 @inline
-def add_product(begun, a, at_a, row_step, step, b, at_b, depth, chain, out, at_out, out_row, out_column):
-    """Add a tile of a b, in chains of `chain` products, to the tile at `out`, zeros unless begun."""
+def add_product(begun, a, b, at_b, depth, chain, out):
+    """Add a tile of a b, in chains of `chain` products, to the tile at `out`, zeros unless begun; a, out: Grids."""
     last = max(depth - 1, 0) // chain * chain
     for k in range(0, last, chain):
-        part = tile_zero(ROWS, COLUMNS, a)
-        part = multiply(part, a, at_a + k * step, row_step, step, b, at_b + k * WIDTH, chain)
+        part = tile_zero(ROWS, COLUMNS, a.data)
+        part = multiply(part, a.data, a.at + k * a.column, a.row, a.column, b, at_b + k * WIDTH, chain)
         if begun or k > 0:
-            part = tile_add(part, out, at_out, out_row, out_column)
-        tile_store(part, out, at_out, out_row, out_column)
-    tile = tile_zero(ROWS, COLUMNS, a)
-    tile = multiply(tile, a, at_a + last * step, row_step, step, b, at_b + last * WIDTH, depth - last)
+            part = tile_add(part, out.data, out.at, out.row, out.column)
+        tile_store(part, out.data, out.at, out.row, out.column)
+    tile = tile_zero(ROWS, COLUMNS, a.data)
+    tile = multiply(tile, a.data, a.at + last * a.column, a.row, a.column, b, at_b + last * WIDTH, depth - last)
     if begun or last > 0:
-        tile = tile_add(tile, out, at_out, out_row, out_column)
-    tile_store(tile, out, at_out, out_row, out_column)
+        tile = tile_add(tile, out.data, out.at, out.row, out.column)
+    tile_store(tile, out.data, out.at, out.row, out.column)
 
 
 @inline

@@ -12,7 +12,7 @@ from edgeattn.runtime.worker_pool import parallel_for
 
 from .fused import portions
 from .matmul import round_up
-from .records import named, record
+from .records import located, named, record
 from .simd import (
     VIRTUAL_LANES,
     address_of,
@@ -115,6 +115,6 @@ def add_norm(parameters, addresses, scratch, task_queue, count):
 
     parameters NORM, addresses ADDRESSES; scratch: 32-bit elements, `private_size` for each of `count` threads.
     """
-    p, a = named(parameters, NORM), named(addresses, ADDRESSES)
+    p, a = named(parameters, NORM), located(addresses, ADDRESSES)
     portion, parts = portions(p.rows, 1, count)
     parallel_for(task_queue, parts, norm_part, p, a, address_of(scratch), portion)

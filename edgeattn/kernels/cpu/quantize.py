@@ -1,13 +1,13 @@
 """Reals to int8 codes and back, in one pass each: `TensorQuantization` says by what rule."""
 import numpy as np
 
-from edgeattn.runtime.compiler import jit
+from edgeattn.runtime.compiler import inline, jit
 from edgeattn.runtime.plan_cache import PlanCache
 from edgeattn.runtime.worker_pool import parallel_for, task
 
 from .call import PreparedCall
 from .fused import portions
-from .records import bits_of_real, blank, named, packed, real, record
+from .records import bits_of_real, blank, located, named, packed, real, record
 from .simd import (
     LANES,
     bits_of,
@@ -31,6 +31,28 @@ _MAGNITUDE, _INFINITY = np.int32(0x7FFFFFFF), np.int32(0x7F800000)  # bits of a 
 _LEAST_SHARED = 4096  # elements, a multiple of every vector's: a part has as many at least
 
 
+@inline
+def quantize_vectors(x, at, count, inverse, zero_point, flip, codes, to):
+    """Codes, ^ flip, of `count` numbers of x, a multiple of LANES; whether one is NaN, which no code stands for."""
+    low, high, largest = np.float32(-128) - zero_point, np.float32(127) - zero_point, splat(np.int32(0))
+    for i in range(0, count, LANES):
+        v = load(x, at + i) * splat(inverse)
+        largest = maximum(bits_of(v) & splat(_MAGNITUDE), largest)
+        v = smaller_float(maximum(v, splat(low)), splat(high))  # whole numbers: the same before rounding as after it
+        store_bytes(codes, to + i, (round_to_int(v) + splat(np.int32(zero_point))) ^ splat(flip))
+    return max_lanes(largest) > _INFINITY
+
+
+@inline
+def dequantize_row(codes, at, count, scale, zero_point, x, to):
+    """The real numbers that `count` codes stand for."""
+    whole = count // LANES * LANES
+    for i in range(0, whole, LANES):
+        store(x, to + i, (to_float(load_bytes(codes, at + i)) - splat(zero_point)) * splat(scale))
+    for i in range(whole, count):
+        x[to + i] = (np.float32(codes[at + i]) - zero_point) * scale
+
+
 @task
 def quantize_part(p, a, portion, worker, part):
     """A portion of the codes."""
@@ -38,14 +60,9 @@ def quantize_part(p, a, portion, worker, part):
                                      real(p.zero_point))
     low, high = np.float32(-128) - zero_point, np.float32(127) - zero_point
     begin, end = part * portion, min((part + 1) * portion, p.size)
-    whole, largest = begin + max(end - begin, 0) // LANES * LANES, splat(np.int32(0))
-    for i in range(begin, whole, LANES):
-        v = load(x, i) * splat(inverse)
-        largest = maximum(bits_of(v) & splat(_MAGNITUDE), largest)
-        v = smaller_float(maximum(v, splat(low)), splat(high))  # whole numbers: the same before rounding as after it
-        store_bytes(codes, i, round_to_int(v) + splat(np.int32(zero_point)))
-    nan = max_lanes(largest) > _INFINITY
-    for i in range(whole, end):
+    whole = max(end - begin, 0) // LANES * LANES
+    nan = quantize_vectors(x, begin, whole, inverse, zero_point, np.int32(0), codes, begin)
+    for i in range(begin + whole, end):
         v = np.rint(x[i] * inverse)
         nan |= v != v
         codes[i] = np.int8(min(max(low, v), high) + zero_point)
@@ -59,11 +76,7 @@ def dequantize_part(p, a, portion, worker, part):
     codes, x, scale, zero_point = (pointer_to(a.codes, np.int8), pointer_to(a.reals, np.float32), real(p.factor),
                                    real(p.zero_point))
     begin, end = part * portion, min((part + 1) * portion, p.size)
-    whole = begin + max(end - begin, 0) // LANES * LANES
-    for i in range(begin, whole, LANES):
-        store(x, i, (to_float(load_bytes(codes, i)) - splat(zero_point)) * splat(scale))
-    for i in range(whole, end):
-        x[i] = (np.float32(codes[i]) - zero_point) * scale
+    dequantize_row(codes, begin, max(end - begin, 0), scale, zero_point, x, begin)
 
 
 @jit
@@ -72,7 +85,7 @@ def quantize(parameters, addresses, scratch, task_queue, count):
 
     parameters ELEMENTS, addresses ADDRESSES; no scratch.
     """
-    p, a = named(parameters, ELEMENTS), named(addresses, ADDRESSES)
+    p, a = named(parameters, ELEMENTS), located(addresses, ADDRESSES)
     portion, parts = portions(p.size, _LEAST_SHARED, count)
     parallel_for(task_queue, parts, quantize_part, p, a, portion)
 
@@ -80,7 +93,7 @@ def quantize(parameters, addresses, scratch, task_queue, count):
 @jit
 def dequantize(parameters, addresses, scratch, task_queue, count):
     """See `Quantizer.to_reals`; otherwise as `quantize`."""
-    p, a = named(parameters, ELEMENTS), named(addresses, ADDRESSES)
+    p, a = named(parameters, ELEMENTS), located(addresses, ADDRESSES)
     portion, parts = portions(p.size, _LEAST_SHARED, count)
     parallel_for(task_queue, parts, dequantize_part, p, a, portion)
 

@@ -6,11 +6,14 @@ packs it.  The array is not one of records itself, because NumPy copies those fi
 """
 import struct
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from edgeattn.runtime.compiler import intrinsic, ir, register_jitable, types
+from edgeattn.runtime.compiler import inline, intrinsic, ir, register_jitable, types
 from edgeattn.shapes import strides
+
+from .simd import pointer_to
 
 _FLOAT32, _INT32 = struct.Struct("f"), struct.Struct("i")
 # What records share. Of masks: whether there is a band and its edges, strides of flat masks along the axes of the
@@ -22,10 +25,14 @@ MASKS = f"{BAND} {KEEP} bias_b bias_h bias_l bias_s alibi_b"
 # alone; float32 to be added; (B or 1, H, 2) float64 slopes and positions of query 0.
 MASK_ADDRESSES = "keep padding bias alibi"
 
+_BLANK = {}  # by the identity of a record: it, and its fields, all zero
+
 
 def record(*names):
     """The dtype of a record of int64; `names`: of its fields, any number in a string."""
-    return np.dtype([(name, np.int64) for group in names for name in group.split()], align=True)
+    made = np.dtype([(name, np.int64) for group in names for name in group.split()], align=True)
+    _BLANK[id(made)] = made, dict.fromkeys(made.names, 0)
+    return made
 
 
 @intrinsic
@@ -42,6 +49,31 @@ def named(typing, parameters, layout):
         array = context.make_array(sig.args[0])(context, builder, args[0])
         return builder.bitcast(array.data, context.get_value_type(found))
     return found(parameters, layout), generate
+
+
+@intrinsic
+def count_of(typing, layout):
+    """The number of a record's fields."""
+    count = len(layout.dtype.fields)
+
+    def generate(context, builder, sig, args):
+        return ir.Constant(ir.IntType(64), count)
+    return types.int64(layout), generate
+
+
+@inline
+def located(addresses, layout):
+    """The record of a call's addresses, see `named`; those of arrays that Python gave as objects are found first.
+
+    Behind the record there are then: where an array has the address of its elements, None, and the arrays, with whose
+    addresses the record begins.  To ask for them here costs nothing; in Python each costs a tenth of a microsecond.
+    """
+    at_objects = count_of(layout) + 2
+    for i in range(addresses.size - at_objects):
+        given = addresses[at_objects + i]
+        addresses[i] = 0 if given == addresses[at_objects - 1] else (
+            pointer_to(given + addresses[at_objects - 2], np.int64)[0])
+    return named(addresses, layout)
 
 
 @intrinsic
@@ -72,7 +104,7 @@ def bits_of_double(number):
 
 def blank(layout, **values):
     """The fields of a record as attributes, zero where no value is given."""
-    return SimpleNamespace(**(dict.fromkeys(layout.names, 0) | values))
+    return SimpleNamespace(**(_BLANK[id(layout)][1] | values))
 
 
 def copy_of(p):
@@ -109,18 +141,44 @@ def shape_of(mask):
     return None if mask is None else mask.shape
 
 
-def shapes_of(keep=None, padding=None, bias=None, band=None, alibi=None):
-    """What a plan depends on of masks, arrays or None: their shapes, and the band as it is."""
-    return shape_of(keep), shape_of(padding), shape_of(bias), band, shape_of(alibi)
+class KernelMask(NamedTuple):
+    """The masks of a call, in the form that kernels read: arrays in C order, or None of none.
+
+    keep, padding : bool or uint8 arrays that broadcast to (B, H, L, S); padding (B or 1, 1, 1, S)
+        0 = may not be seen.
+    bias : float32 array that broadcasts to (B, H, L, S)
+        Added to the scores.
+    band : (low, high)
+        Query i sees key j when i + low <= j <= i + high.
+    alibi : (B or 1, H, 2) float64 array
+        A head's slope, and the position of query 0: -slope * |position - j| is added too.
+    """
+
+    keep: Any = None
+    padding: Any = None
+    bias: Any = None
+    band: Any = None
+    alibi: Any = None
+
+    @property
+    def shapes(self):
+        """What a plan depends on: the shapes of the arrays, and the band as it is."""
+        return shape_of(self.keep), shape_of(self.padding), shape_of(self.bias), self.band, shape_of(self.alibi)
+
+    @property
+    def arrays(self):
+        """Those of MASK_ADDRESSES."""
+        return self.keep, self.padding, self.bias, self.alibi
 
 
-NO_MASKS = shapes_of()
+NO_MASK = KernelMask()
+NO_MASKS = NO_MASK.shapes
 
 
 def set_masks(p, masks, index=None):
     """Write a band, and strides of masks, into a record; whether score_masks.fill_mask has to write them out.
 
-    masks: what `shapes_of` gives; index: the shape of a static layer's indices of tables.
+    masks: `KernelMask.shapes`; index: the shape of a static layer's indices of tables.
     """
     keep, padding, bias, band, alibi = masks
     if band is not None:

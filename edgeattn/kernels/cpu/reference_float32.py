@@ -1,30 +1,43 @@
 """Attention one row of scores at a time: where the probabilities are wanted, an axis is empty, or a scale extreme."""
 
-import functools
 import math
 
 import numpy as np
 
 from edgeattn.runtime.compiler import inline, jit
+from edgeattn.runtime.plan_cache import planned
 from edgeattn.runtime.worker_pool import parallel_for, task
-from edgeattn.shapes import strides
 
 from .call import PreparedCall
 from .fused import portions
 from .matmul import round_up
-from .records import bits_of_double, blank, double, named, packed, place, record, shape_of
+from .records import (
+    MASK_ADDRESSES,
+    MASKS,
+    KernelMask,
+    bits_of_double,
+    blank,
+    double,
+    located,
+    named,
+    packed,
+    place,
+    record,
+    set_masks,
+)
+from .score_masks import adds_to_scores, slope_and_place
 from .simd import address_of, pointer_to
 from .softmax import LARGEST_MASK, masked_score
 
 _WORK = 8  # a sum in float64, one number at a time, for each of the operations of a tile
-# The bounds of a window, -1 of none; bits of scale and softcap as float64; strides of masks in elements; where in a
+# The bounds of a window, -1 of none; bits of scale and softcap as float64; masks, without a band; where in a
 # thread's scratch its arrays begin, in elements of 32 bits.
 ATTENTION = record("batch heads kv_heads queries keys head_size value_size left right scale softcap",
-                   "keep_b keep_h keep_l keep_s bias_b bias_h bias_l bias_s slopes_b",
+                   MASKS,
                    "at_context at_columns at_powers at_permitted private_size")
-# Arrays in C order. Of masks, slopes (B or 1, H), weights (B, H, L, S) and lse (B, H, L) 0 where there are none;
-# offset, the position of query 0, and lengths: int64, of each batch entry.
-ADDRESSES = record("query key value out keep bias slopes offset lengths weights lse")
+# Arrays in C order. Of masks, weights (B, H, L, S) and lse (B, H, L) 0 where there are none; offset, the position of
+# query 0, and lengths: int64, of each batch entry.
+ADDRESSES = record("query key value out", MASK_ADDRESSES, "offset lengths weights lse")
 
 
 def attention(query, key, value, mask, *, scale, softcap, out, weights=None, lse=None):
@@ -50,22 +63,17 @@ def attention(query, key, value, mask, *, scale, softcap, out, weights=None, lse
     batch, _, _, keys = mask.shape
     offset = np.zeros(batch, np.int64) + mask.offset
     lengths = np.full(batch, keys, np.int64) if mask.lengths is None else mask.lengths
-    call = _prepare(query.shape, key.shape, value.shape, shape_of(mask.keep), shape_of(mask.bias),
-                    shape_of(mask.slopes), mask.left, mask.right, scale, softcap)
-    call(query, key, value, out, mask.keep, mask.bias, mask.slopes, offset, lengths, weights, lse)
+    given = KernelMask(mask.keep, None, mask.bias, None, mask.alibi())
+    call = planned(_plan, query.shape, key.shape, value.shape, given.shapes, mask.left, mask.right, scale, softcap)
+    call(query, key, value, out, *given.arrays, offset, lengths, weights, lse)
 
 
-@functools.lru_cache(256)
-def _prepare(query, key, value, keep, bias, slopes, left, right, scale, softcap):
-    """The `PreparedCall` of arrays of these shapes, or None, and these bounds of a window."""
+def _plan(query, key, value, masks, left, right, scale, softcap):
+    """The `PreparedCall` of arrays and masks of these shapes, and these bounds of a window."""
     p = blank(ATTENTION, left=left, right=right, scale=bits_of_double(scale), softcap=bits_of_double(softcap))
-    if keep is not None:
-        p.keep_b, p.keep_h, p.keep_l, p.keep_s = strides(keep)
-    if bias is not None:
-        p.bias_b, p.bias_h, p.bias_l, p.bias_s = strides(bias)
+    set_masks(p, masks)
     p.batch, p.heads, p.queries, p.head_size = query
     p.kv_heads, p.keys, p.value_size = key[1], key[2], value[3]
-    p.slopes_b = p.heads if slopes is not None and slopes[0] > 1 else 0
     _, size = place(0, 2 * p.keys)  # the scores
     p.at_context, size = place(size, 2 * p.value_size)
     p.at_columns, size = place(size, p.head_size * p.keys)
@@ -110,13 +118,11 @@ def _permitted_keys(p, a, b, h, i, position, permitted):
 
 @inline
 def _add_to_scores(p, a, b, h, i, position, first, last, scores, permitted):
-    # What a bias and slopes add; where the bias is -inf a key is not permitted.
-    if a.bias == 0 and a.slopes == 0:
+    # What masks add; where a bias is -inf a key is not permitted.
+    if not adds_to_scores(a):
         return
     bias, at = pointer_to(a.bias, np.float32), b * p.bias_b + h * p.bias_h + i * p.bias_l
-    slope = np.float32(0)
-    if a.slopes != 0:
-        slope = pointer_to(a.slopes, np.float32)[b * p.slopes_b + h]
+    slope, _ = slope_and_place(a.alibi, p.alibi_b, b, h)
     for j in range(first, last):
         added = np.float32(0)
         if a.bias != 0:
@@ -205,6 +211,6 @@ def attention_by_rows(parameters, addresses, scratch, task_queue, count):
 
     parameters ATTENTION, addresses ADDRESSES; scratch: 32-bit elements, `private_size` for each thread.
     """
-    p, a = named(parameters, ATTENTION), named(addresses, ADDRESSES)
+    p, a = named(parameters, ATTENTION), located(addresses, ADDRESSES)
     portion, parts = portions(p.batch * p.heads * p.queries, 1, count)
     parallel_for(task_queue, parts, _attend_part, p, a, address_of(scratch), portion)

@@ -33,26 +33,26 @@ _ZERO = np.float32(0)
 
 
 @inline
-def mask_scores(scores, at, keys, s0, q0, band, low_edge, high_edge, full_from, full_to, masks, at_mask, has_mask):
-    """Lower the scores of what may not be seen to -inf and add the float mask, in place.
+def mask_scores(scores, at, keys, s0, seen, mask, adds):
+    """Lower the scores (keys, W) of the keys from s0 on that may not be seen to -inf and add the mask, in place.
 
-    scores (keys, W); key s0 + s is visible to query q0 + l when q + low_edge <= key <= q + high_edge;
-    keys in [full_from, full_to) are visible to every query of the block.
+    seen: Visible; mask: ScoreMask, which is added where `adds`
     """
-    if band:
+    if seen.band:
         for s in range(keys):
             key = s0 + s
-            if full_from <= key < full_to:
+            if seen.full_from <= key < seen.full_to:
                 continue
             for c in range(COLUMNS):
-                distance = splat(np.int32(key - q0 - c * LANES)) - lane_index()
+                distance = splat(np.int32(key - seen.q0 - c * LANES)) - lane_index()
                 v = load(scores, at + s * WIDTH + c * LANES)
-                v = select(distance < splat(np.int32(low_edge)), splat(_MINUS_INFINITY), v)
-                v = select(distance > splat(np.int32(high_edge)), splat(_MINUS_INFINITY), v)
+                v = select(distance < splat(np.int32(seen.low)), splat(_MINUS_INFINITY), v)
+                v = select(distance > splat(np.int32(seen.high)), splat(_MINUS_INFINITY), v)
                 store(scores, at + s * WIDTH + c * LANES, v)
-    if has_mask:
+    if adds:
+        at_mask = mask.at + (s0 - mask.first) * WIDTH
         for i in range(0, keys * WIDTH, LANES):
-            m = load(masks, at_mask + i)
+            m = load(mask.data, at_mask + i)
             v = load(scores, at + i) + m
             store(scores, at + i, select(m == splat(_MINUS_INFINITY), m, v))
 
@@ -84,6 +84,12 @@ def adds_to_scores(a):
 
 
 @inline
+def masks_differ(p, a):
+    """Whether those of a head may differ from another's."""
+    return p.keep_h != 0 or p.bias_h != 0 or a.alibi != 0
+
+
+@inline
 def in_units(v, slope, distance):
     """A mask, and a slope that counts so many steps, in units of log 2; an infinity or NaN stays."""
     added = within(v)
@@ -110,11 +116,11 @@ def fill_mask(p, a, batch, head, q0, queries, first, last, masks, at, at_square)
     slope, place = slope_and_place(a.alibi, p.alibi_b, batch, head)
     place, keys = place + q0 - first, last - first
     has_keep, has_padding, has_bias, has_slope = a.keep != 0, a.padding != 0, a.bias != 0, slope != _ZERO
-    # 1. the bias, and -inf where it is not kept: arrays along keys become rows of lanes
-    fast = ((not has_keep) or keep_key == 1) and ((not has_bias) or bias_key == 1)
-    given = has_keep or has_bias
-    whole = keys // LANES * LANES if given and fast else 0
-    for s in range(0, whole, LANES):
+    # 1. the bias, and -inf where it is not kept: a row for all queries is spread, rows of queries become lanes
+    fast = ((not has_keep) or keep_key == 1) and ((not has_bias) or bias_key == 1) and keys >= LANES
+    given, is_one = has_keep or has_bias, keep_row == 0 and bias_row == 0
+    for begin in range(0, keys if given and fast and not is_one else 0, LANES):
+        s = min(begin, keys - LANES)
         for q0 in range(0, WIDTH, LANES):
             for l in range(LANES):
                 q = min(q0 + l, queries - 1)
@@ -128,25 +134,25 @@ def fill_mask(p, a, batch, head, q0, queries, first, last, masks, at, at_square)
                     v = select(load_bytes(padding, at_padding + s) == splat(np.int32(0)), splat(_MINUS_INFINITY), v)
                 store(masks, at_square + l * LANES, v)
             transpose_block(masks, at_square, LANES, masks, at + s * WIDTH + q0, WIDTH)
-    for s in range(whole, keys if given else 0):
-        for q0 in range(WIDTH):
+    for s in range(keys if given and (is_one or not fast) else 0):
+        for q0 in range(1 if is_one else WIDTH):
             q = min(q0, queries - 1)
-            v = _ZERO
-            if has_bias:
-                v = bias[at_bias + q * bias_row + s * bias_key]
+            added = bias[at_bias + q * bias_row + s * bias_key] if has_bias else _ZERO
             if has_keep and keep[at_keep + q * keep_row + s * keep_key] == 0:
-                v = _MINUS_INFINITY
+                added = _MINUS_INFINITY
             if has_padding and padding[at_padding + s] == 0:
-                v = _MINUS_INFINITY
-            masks[at + s * WIDTH + q0] = v
+                added = _MINUS_INFINITY
+            masks[at + s * WIDTH + q0] = added
+        for c in range(0, WIDTH if is_one else 0, LANES):
+            store(masks, at + s * WIDTH + c, splat(masks[at + s * WIDTH]))
     # 2. the slope, and units of log 2
     for s in range(keys if has_bias or has_slope or not has_keep else 0):
         for c in range(0, WIDTH, LANES):
-            v = splat(_ZERO)
-            if given:
-                v = load(masks, at + s * WIDTH + c)
             distance = splat(np.int32(min(place + c, _FURTHEST) - s)) + lane_index()
-            store(masks, at + s * WIDTH + c, in_units(v, slope, distance))
+            if given:
+                store(masks, at + s * WIDTH + c, in_units(load(masks, at + s * WIDTH + c), slope, distance))
+            else:
+                store(masks, at + s * WIDTH + c, in_units(splat(_ZERO), slope, distance))
 
 
 @register_jitable
@@ -161,14 +167,14 @@ def fill_mask_rows(p, a, batch, head, q0, queries, first, last, masks, at):
     keep, padding, bias = pointer_to(a.keep, np.uint8), pointer_to(a.padding, np.uint8), pointer_to(a.bias, np.float32)
     slope, place = slope_and_place(a.alibi, p.alibi_b, batch, head)
     keys, has_keep, has_padding, has_bias = last - first, a.keep != 0, a.padding != 0, a.bias != 0
-    fast = ((not has_keep) or p.keep_s == 1) and ((not has_bias) or p.bias_s == 1)
-    whole = keys // LANES * LANES if fast else 0
+    fast = ((not has_keep) or p.keep_s == 1) and ((not has_bias) or p.bias_s == 1) and keys >= LANES
     at_padding = batch * p.padding_b + first
     for q in range(queries):
         row = at + q * mask_row(p.keys)
         at_keep = batch * p.keep_b + head * p.keep_h + (q0 + q) * p.keep_l + first * p.keep_s
         at_bias = batch * p.bias_b + head * p.bias_h + (q0 + q) * p.bias_l + first * p.bias_s
-        for s in range(0, whole, LANES):
+        for begin in range(0, keys if fast else 0, LANES):
+            s = min(begin, keys - LANES)
             v = splat(_ZERO)
             if has_bias:
                 v = load(bias, at_bias + s)
@@ -177,7 +183,7 @@ def fill_mask_rows(p, a, batch, head, q0, queries, first, last, masks, at):
             if has_padding:
                 v = select(load_bytes(padding, at_padding + s) == splat(np.int32(0)), splat(_MINUS_INFINITY), v)
             store(masks, row + s, v)
-        for s in range(whole, keys):
+        for s in range(0 if fast else keys):
             v = bias[at_bias + s * p.bias_s] if has_bias else _ZERO
             if has_keep and keep[at_keep + s * p.keep_s] == 0:
                 v = _MINUS_INFINITY

@@ -13,6 +13,15 @@ class Rows(NamedTuple):
     step: int
 
 
+class Grid(NamedTuple):
+    """Numbers in a flat array: row i, column k is data[at + i * row + k * column]."""
+
+    data: object
+    at: int
+    row: int
+    column: int
+
+
 class Blocks(NamedTuple):
     """(features / block, tokens, block) in a flat array from data[at] on; `step` from block to block."""
 

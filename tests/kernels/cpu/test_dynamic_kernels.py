@@ -9,7 +9,7 @@ from edgeattn.kernels.cpu.byte_products import ROW_STEP, TILES_SCRATCH, lane_pro
 from edgeattn.kernels.cpu.dynamic import STEP, quantize_rows
 from edgeattn.kernels.cpu.int8_operands import FLIP, LANE_SHIFT
 from edgeattn.kernels.cpu.int8_views import BytePanels, Groups, Part, scratch_at
-from edgeattn.kernels.cpu.linear_dynamic import join_depth
+from edgeattn.kernels.cpu.projection_dynamic import join_depth
 from edgeattn.kernels.cpu.records import NO_MASKS
 from edgeattn.kernels.cpu.simd import (
     LANES,

@@ -17,7 +17,7 @@ OTHERS = [table.name for table in isa.runnable(isa._host_features()) if table !=
 GROUPS = ("float32-few-keys float32-function", "float32-layer float32-layer-with-positions", "dynamic-function",
           "dynamic-layer dynamic-layer-with-positions", "static-layer", "int8-cache-left-windows int8-cache float32-cache",
           "projections", "float32-layer-with-cache dynamic-layer-with-cache", "encoder-float32 encoder-dynamic", "encoder-static")
-SHORT = ("float32-few-keys",)
+SHORT = ("int8-cache-left-windows",)
 
 
 def run(name, kernels, *options):

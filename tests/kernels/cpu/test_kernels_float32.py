@@ -9,7 +9,7 @@ from edgeattn.kernels.cpu.functional_float32 import attention
 from edgeattn.kernels.cpu.layer_dynamic import DynamicLayer
 from edgeattn.kernels.cpu.layer_float32 import FloatLayer, group_size
 from edgeattn.kernels.cpu.matmul import padded_head
-from edgeattn.kernels.cpu.records import NO_MASKS
+from edgeattn.kernels.cpu.records import NO_MASKS, KernelMask
 from edgeattn.kernels.cpu.simd import LANES, ROWS, WIDTH
 
 # B, L, S, E, H, Hkv, D, Dv, Eo: lengths around the tile and the query block, odd sizes, D != Dv, L != S
@@ -44,11 +44,11 @@ def test_float_layer(shape):
     B, L, S, E, H, Hkv, D, Dv, Eo = shape
     rng = np.random.default_rng(L)
     weights = make_layer(rng, E, H, Hkv, D, Dv, Eo)
-    layer = FloatLayer(H, Hkv, *weights, D ** -0.5)
+    layer = FloatLayer(H, Hkv, weights[:4], weights[4:], D ** -0.5)
     x = [rng.standard_normal((B, n, E)).astype(np.float32) for n in (L, S, S)]
     for masks in mask_cases(rng, B, H, L, S):
         around = np.full((B + 2, L, Eo), 77, np.float32)
-        layer(*x, around[1:-1], **masks)
+        layer(*x, around[1:-1], KernelMask(**masks))
         np.testing.assert_allclose(around[1:-1], oracle.layer(*x, weights, H, Hkv, **masks), atol=3e-6)
         assert (around[0] == 77).all() and (around[-1] == 77).all()
 
@@ -61,14 +61,14 @@ def test_any_number_of_threads_gives_the_same_bits(B, L, S, E, H, Hkv, D, Dv, Eo
     monkeypatch.setattr(threads, "SMALLEST_SHARED_WORK", 0)
     rng = np.random.default_rng(L)
     weights = make_layer(rng, E, H, Hkv, D, Dv, Eo)
-    layers = FloatLayer(H, Hkv, *weights, 0.3), FloatLayer(H, Hkv, *weights[:3], None, *weights[4:7], None, 0.3)
+    layers = FloatLayer(H, Hkv, weights[:4], weights[4:], 0.3), FloatLayer(H, Hkv, (*weights[:3], None), (*weights[4:7], None), 0.3)
     x = [rng.standard_normal((B, n, E)).astype(np.float32) for n in (L, S, S)]
     for layer in layers:
         for masks in mask_cases(rng, B, H, L, S):
             results = []
             for count in (1, 2, 3, 5):
                 threads.set_num_threads(count)
-                results.append(layer(*x, np.full((B, L, layer.output_dim), 77, np.float32), **masks))
+                results.append(layer(*x, np.full((B, L, layer.output_dim), 77, np.float32), KernelMask(**masks)))
             threads.set_num_threads(1)
             for result in results[1:]:
                 np.testing.assert_array_equal(result, results[0])
@@ -80,20 +80,21 @@ def test_layers_in_groups_of_heads(E, H, L, monkeypatch):
     rng = np.random.default_rng(L)
     D = E // H
     weights = make_layer(rng, E, H, H, D, D, E)
-    layer = FloatLayer(H, H, *weights, D ** -0.5)
+    layer = FloatLayer(H, H, weights[:4], weights[4:], D ** -0.5)
     x = [rng.standard_normal((1, L, E)).astype(np.float32)] * 3
     for most in (layer_float32.GROUP, 1):
         monkeypatch.setattr(layer_float32, "GROUP", most)
         for masks in ({}, dict(band=(-10**6, 0)), dict(keep=rng.random((1, H, 1, L)) > 0.2)):
             layer._plans.clear()
-            got = layer(*x, np.empty_like(x[0]), **masks)
+            got = layer(*x, np.empty_like(x[0]), KernelMask(**masks))
             np.testing.assert_allclose(got, oracle.layer(*x, weights, H, H, **masks), atol=3e-6)
 
 
 @pytest.mark.parametrize("E, H", [(64, 4), (64, 8), (128, 8), (256, 4), (384, 4), (384, 8), (384, 12)])
 def test_scratch_does_not_grow_with_queries_and_holds_few_heads(E, H):
     D = E // H
-    layer = FloatLayer(H, H, *make_layer(np.random.default_rng(0), E, H, H, D, D, E), D ** -0.5)
+    weights = make_layer(np.random.default_rng(0), E, H, H, D, D, E)
+    layer = FloatLayer(H, H, weights[:4], weights[4:], D ** -0.5)
 
     def sizes(L, S, masked=False):
         call = layer._plan(1, L, S, ((1, 1, 1, S), None, None, None, None) if masked else NO_MASKS)
@@ -120,10 +121,10 @@ def test_dynamic_layer(shape):
     B, L, S, E, H, Hkv, D, Dv, Eo = shape
     rng = np.random.default_rng(L)
     weights = make_layer(rng, E, H, Hkv, D, Dv, Eo)
-    layer = DynamicLayer(H, Hkv, *weights, D ** -0.5)
+    layer = DynamicLayer(H, Hkv, weights[:4], weights[4:], D ** -0.5)
     x = [rng.standard_normal((B, n, E)).astype(np.float32) for n in (L, S, S)]
     for masks in mask_cases(rng, B, H, L, S):
-        got = layer(*x, np.zeros((B, L, Eo), np.float32), **masks)
+        got = layer(*x, np.zeros((B, L, Eo), np.float32), KernelMask(**masks))
         want = oracle.layer(*x, weights, H, Hkv, **masks)
         # Three roundings to 8 bits in a row, each at most half a step of 1/127 of its row's largest value.
         assert np.sqrt(((got - want) ** 2).mean() / (want ** 2).mean()) < 0.03
@@ -133,7 +134,7 @@ def test_dynamic_layer(shape):
 def test_every_small_number_of_tokens(kind, error):
     rng, (H, Hkv, D, Dv, E) = np.random.default_rng(4), (5, 5, 20, 12, 70)
     weights = make_layer(rng, E, H, Hkv, D, Dv, E)
-    layer = kind(H, Hkv, *weights, D ** -0.5)
+    layer = kind(H, Hkv, weights[:4], weights[4:], D ** -0.5)
     for L in range(1, 34):
         x = rng.standard_normal((2, L, E)).astype(np.float32)
         got = layer(x, x, x, np.zeros((2, L, E), np.float32))
@@ -155,6 +156,8 @@ def test_attention_on_given_arrays(shape):
     for masks in cases:
         around = np.full((B, L, H + 2, Dv), 77, np.float32)
         out = around.transpose(0, 2, 1, 3)[:, 1:-1]
-        attention(q, k, v, out, D ** -0.5, **masks)
+        given = dict(masks)
+        softcap, lengths = given.pop("softcap", 0.0), given.pop("lengths", None)
+        attention(q, k, v, out, D ** -0.5, softcap, KernelMask(**given), lengths)
         np.testing.assert_allclose(out, oracle.attention(q, k, v, D ** -0.5, **masks), atol=3e-6)
         assert (around[:, :, 0] == 77).all() and (around[:, :, -1] == 77).all()

@@ -1,5 +1,6 @@
 """Planted bugs: each line of MUTATIONS breaks a kernel in one place, and the named check must fail for it."""
 import contextlib
+import functools
 import importlib
 import sys
 import types
@@ -32,6 +33,13 @@ IN_HOST = {"attention": "fa", "merge": "fm", "linear": "fl", "quantize": "qz", "
            "elements": "el", "norm": "nm", "int8": "i8", "linear_dynamic": "ld"}
 
 
+@functools.cache
+def source(path):
+    """The text of a module, and what it is compiled to."""
+    text = Path(path).read_text(encoding="utf-8")
+    return text, compile(text, path, "exec")
+
+
 @contextlib.contextmanager
 def planted(name, old, new):
     """The kernels, built anew with one place of one file changed, in place of those that are launched."""
@@ -40,13 +48,13 @@ def planted(name, old, new):
             for module, attribute in IN_HOST.items() if hasattr(where, attribute)]
     try:
         for module in ORDER:
-            text = Path(kept[module].__file__).read_text(encoding="utf-8")
+            text, code = source(kept[module].__file__)
             if module == name:
                 assert text.count(old) == 1, f"the place to break is {text.count(old)} times in {name}.py"
-                text = text.replace(old, new)
+                code = compile(text.replace(old, new), kept[module].__file__, "exec")
             made = types.ModuleType(f"edgeattn.kernels.cuda.{module}")
             made.__package__ = "edgeattn.kernels.cuda"
-            exec(compile(text, kept[module].__file__, "exec"), made.__dict__)
+            exec(code, made.__dict__)
             sys.modules[made.__name__] = made
             for where, of, attribute, _ in used:
                 if of == module:

@@ -1,4 +1,4 @@
-"""The table between two marks of README.md, and the plots in docs/: written from what was measured."""
+"""The tables of docs/performance.md between two marks, and the plots in docs/: written from what was measured."""
 
 from __future__ import annotations
 
@@ -66,17 +66,18 @@ def table(found: dict) -> str:
 
 
 def write_table(found: dict) -> Path:
-    """Replace what stands between the marks in README.md.
+    """Replace what stands between the marks in docs/performance.md.
 
     Raises
     ------
     ValueError
         When the marks are missing.
     """
-    path = ROOT / "README.md"
+    path = ROOT / "docs" / "performance.md"
     text = path.read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"README.md must hold one line {BEGIN} and after it one line {END}; the table goes between")
+        raise ValueError(f"docs/performance.md must hold one line {BEGIN} and after it one line {END}; the table goes "
+                         "between")
     before, after = text[:text.index(BEGIN)], text[text.index(END):]
     path.write_text(f"{before}{BEGIN}\n{table(found)}\n{after}", encoding="utf-8")
     return path

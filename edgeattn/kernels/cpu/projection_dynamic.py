@@ -1,40 +1,41 @@
-"""A projection with int8 weights and every token quantized by its own range: float32 in and out.
+"""Projections of the dynamic layer, each token quantized by its own range: float32 in and out.
 
-The products are exact integers, so a token gives the same bits alone and inside a chunk.
+The products are exact integers, so a token gives the same bits alone and inside a chunk. What encoders have beside
+attention, feed_forward_dynamic.py, rounds in another order and has columns apart: its kernel is not this one.
 """
+from typing import NamedTuple
 
 import numpy as np
 
 from edgeattn import threads
 from edgeattn.runtime.addresses import address
+from edgeattn.runtime.calls import separately
 from edgeattn.runtime.compiler import inline, jit
 from edgeattn.runtime.plan_cache import PlanCache
 from edgeattn.runtime.worker_pool import parallel_for, task
 
-from .byte_products import TILES_SCRATCH, linear, pack_byte_panels
+from .byte_products import TILES_SCRATCH, pack_byte_panels, row_product
 from .call import PreparedCall
-from .dynamic import STEP, TOKENS, depth_groups, quantize_rows
+from .dynamic import COLUMNS_APART, STEP, TOKENS, depth_groups, quantize_rows
 from .fused import portions
 from .int8_operands import FLIP
 from .int8_views import BytePanels, Groups, Part, Projection, scratch_at
 from .matmul import round_up
-from .records import blank, named, packed, record
+from .records import blank, located, named, packed, record
 from .simd import (
     LANES,
     OFFSET,
     ROWS,
     WIDTH,
     address_of,
-    broadcast,
-    fma,
     load,
     matrix_configure,
     matrix_release,
+    outer_product,
     pointer_to,
     store,
     tile_dequantize,
     tile_store,
-    to_float,
 )
 from .views import Rows
 
@@ -53,42 +54,70 @@ def join_depth(weight):
     return out.reshape(n, out.shape[1] // STEP, 4, LANES // 4, 4).swapaxes(2, 3).reshape(out.shape)
 
 
+class Apart(NamedTuple):
+    """Features of an input that stay float32: of each token COLUMNS_APART numbers, of each of them a row of weights."""
+
+    count: int
+    inputs: object
+    at: int
+    weights: object
+    at_weights: int
+    step: int
+
+
+@task
+def set_apart(x, width, tokens, columns, count, own, at_rest, at_apart):
+    """`tokens` rows of x, a Part, to own.float32[at_rest:], but the features columns (count,), which go to at_apart.
+
+    columns: Part of int32; of each token COLUMNS_APART numbers at at_apart.
+    """
+    whole = width // LANES * LANES
+    for t in range(tokens):
+        row, here = x.at + t * width, at_rest + t * width
+        for e in range(0, whole, LANES):
+            store(own.float32, here + e, load(x.data, row + e))
+        for e in range(whole, width):
+            own.float32[here + e] = x.data[row + e]
+        for k in range(count):
+            column = np.int64(columns.data[columns.at + k])
+            own.float32[at_apart + t * COLUMNS_APART + k] = x.data[row + column]
+            own.float32[here + column] = np.float32(0)
+
+
 @inline
-def finish_rows(tile, t, f, scales, projection, tokens, features, out, own, at_tile):
-    """Rows of out = scale tile factor + bias: the tile's tokens from t, its features from f on, as far as there are."""
-    factors, at_factor, at_bias = projection.factors, projection.at_factors + f, projection.at_bias + f
-    if t + ROWS <= tokens and f + WIDTH <= features:
-        whole = tile_dequantize(tile, scales.data, scales.at + t, factors, at_factor, at_bias)
-        tile_store(whole, out.data, out.at + t * out.step + f, out.step, LANES)
+def _finish_rows(tile, rows, t, f, scales, projection, apart, tokens, features, out, own, at_edge):
+    """Rows of out = scale tile factor + bias + x_J V_J: the tile's tokens from t, its features from f on.
+
+    As far as there are any; J are the features that are apart.
+    """
+    whole = tile_dequantize(tile, scales.data, scales.at + t, projection.factors, projection.at_factors + f,
+                            projection.at_bias + f)
+    for k in range(apart.count):
+        whole = outer_product(whole, apart.inputs, apart.at + t * COLUMNS_APART + k, COLUMNS_APART, apart.weights,
+                              apart.at_weights + k * apart.step + f)
+    to = out.at + t * out.step + f
+    if t + rows <= tokens and f + WIDTH <= features:
+        tile_store(whole, out.data, to, out.step, LANES)
         return
-    tile_store(tile, own.int32, at_tile, WIDTH, LANES)
-    for i in range(min(ROWS, tokens - t)):
-        scale = broadcast(scales.data, scales.at + t + i)
-        to = out.at + (t + i) * out.step + f
-        for c in range(0, min(WIDTH, features - f), LANES):
-            at = at_tile + i * WIDTH + c
-            v = fma(to_float(load(own.int32, at)) * load(factors, at_factor + c), scale, load(factors, at_bias + c))
-            if f + c + LANES <= features:
-                store(out.data, to + c, v)
-            else:
-                store(own.float32, at, v)
-                for j in range(features - f - c):
-                    out.data[to + c + j] = own.float32[at + j]
+    tile_store(whole, own.float32, at_edge, WIDTH, LANES)
+    for i in range(min(rows, tokens - t)):
+        for j in range(min(WIDTH, features - f)):
+            out.data[to + i * out.step + j] = own.float32[at_edge + i * WIDTH + j]
 
 
-@inline
-def linear_rows(x, tokens, scales, projection, features, out, own, at_tiles):
-    """Rows of out (tokens, features) = scale (x w^T + terms) factor + bias.
+@task
+def project_rows(x, tokens, scales, projection, apart, features, out, own, at_tiles):
+    """Rows of out (tokens, features) = scale (x w^T + terms) factor + bias + x_J V_J; what is packed has whole panels.
 
-    x           Part, uint32, rows of bytes plus OFFSET; as many as whole tiles have
+    x           Part, uint32, rows of bytes plus OFFSET; where the matrix unit multiplies, a multiple of 16
     projection  of panels (features / WIDTH, depth4, WIDTH) of bytes; its bias among the factors
+    apart       the features J of x that are not among the bytes, and their weights V
     own         Scratch, TILES_SIZE elements from at_tiles on
     """
-    depth4, weights = projection.depth4, projection.weights
-    linear(finish_rows, (scales, projection, tokens, features, out, own, at_tiles + TILES_SCRATCH),
-           Groups(x.data, x.at, depth4, 1), tokens,
-           BytePanels(weights, projection.at, weights, projection.at_terms, round_up(features, WIDTH), depth4),
-           Part(own.int32, at_tiles))
+    row_product(_finish_rows, (scales, projection, apart, tokens, features, out, own, at_tiles + TILES_SCRATCH),
+                Groups(x.data, x.at, projection.depth4, 1), tokens,
+                BytePanels(projection.weights, projection.at, projection.weights, projection.at_terms,
+                           round_up(features, WIDTH), projection.depth4), Part(own.int32, at_tiles))
 
 
 @task
@@ -103,29 +132,30 @@ def project_part(p, a, scratch, portion, worker, part):
     scales = Part(own.float32, at_scales)
     projection = Projection(pointer_to(a.weights, np.int32), 0, features * depth4, factors, 0, factors, features,
                             depth4)
+    none = Apart(0, own.float32, 0, factors, 0, 0)
     matrix_configure(own.int32, at_tiles)
     end = min((part + 1) * portion, p.rows)
     for t in range(part * portion, end, TOKENS):
         some = min(TOKENS, end - t)
         quantize_rows(Part(x, t * depth), depth, some, TOKENS, FLIP, Part(own.int32, 0), scales, own, at_inverse,
                       at_tail)
-        linear_rows(Part(own.uint32, 0), some, scales, projection, p.out_width,
-                    Rows(out, t * p.out_width, p.out_width), own, at_tiles)
+        separately(project_rows, (Part(own.uint32, 0), some, scales, projection, none, p.out_width,
+                                  Rows(out, t * p.out_width, p.out_width), own, at_tiles))
     matrix_release()
 
 
 @jit
-def linear_dynamic(parameters, addresses, scratch, task_queue, count):
+def projection_dynamic(parameters, addresses, scratch, task_queue, count):
     """out = quantized x times w^T, dequantized, + bias; on at most `count` threads that serve the task_queue.
 
     parameters PROJECTION, addresses ADDRESSES; scratch: 32-bit elements, `private_size` for each thread.
     """
-    p, a = named(parameters, PROJECTION), named(addresses, ADDRESSES)
+    p, a = named(parameters, PROJECTION), located(addresses, ADDRESSES)
     portion, parts = portions(p.rows, TOKENS, count)
     parallel_for(task_queue, parts, project_part, p, a, address_of(scratch), portion)
 
 
-class DynamicLinear:
+class DynamicProjection:
     """y = x weight^T + bias, with int8 weights, packed.
 
     Parameters
@@ -167,5 +197,5 @@ class DynamicLinear:
         deep = round_up(self.inputs, STEP) // 4
         private = round_up(TOKENS * deep + TILES_SIZE + 2 * TOKENS + STEP, 16)
         p = blank(PROJECTION, rows=rows, width=self.inputs, out_width=self.outputs, private_size=private)
-        return PreparedCall(linear_dynamic, packed(p, PROJECTION), ADDRESSES, np.int32, 0, private,
+        return PreparedCall(projection_dynamic, packed(p, PROJECTION), ADDRESSES, np.int32, 0, private,
                             rows * self.inputs * self.outputs, fixed=(address(self._factors),))
