@@ -39,7 +39,7 @@ endef
 setup_files = setup.cfg pyproject.toml tools/environment.py tools/find-python.sh
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-long test-libraries test-fence test-mutations test-arm64 test-arm64-short test-cortex-m test-cuda test-cuda-offline test-published docs fuzz lint libraries wheel wheels examples example-corpus example-minilm example-search example-streaming example-anomaly example-image example-self-vs-multihead example-sensor bench bench-cuda bench-models bench-peers bench-resident bench-same-bytes bench-start clean distclean
+.PHONY: help run test test-long test-libraries test-fence test-mutations test-arm64 test-arm64-short test-cortex-m test-cuda test-cuda-offline test-published docs fuzz lint libraries wheel wheels examples example-corpus example-minilm example-search example-streaming example-anomaly example-image example-self-vs-multihead example-sensor bench bench-accuracy bench-cuda bench-models bench-peers bench-resident bench-same-bytes bench-start clean distclean
 
 help: ## this list
 	@echo "edgeattn: attention for small computers. Targets:"
@@ -139,6 +139,9 @@ bench-cuda: $(ready_cuda) ## ... on a GPU, beside torch (its CUDA build)
 
 bench-models: $(ready_models) ## whole encoders beside other runtimes (large)
 	@$(VENV_MODELS)/bin/python -m benchmarks.models $(ARGS)
+
+bench-accuracy: $(ready_models) ## ... what int8 costs in sentences and recordings
+	@$(VENV_MODELS)/bin/python -m benchmarks.tasks $(ARGS)
 
 bench-same-bytes: $(ready_models) ## ... do embeddings keep their bytes there
 	@$(VENV_MODELS)/bin/python -m benchmarks.same_bytes $(ARGS)
