@@ -40,7 +40,7 @@ endef
 setup_files = setup.cfg pyproject.toml tools/environment.py tools/find-python.sh
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-long test-libraries test-fence test-mutations test-arm64 test-arm64-short count-arm64 test-cortex-m test-cuda test-cuda-offline test-published docs fuzz lint libraries wheel wheels examples example-minilm example-search example-streaming example-anomaly example-image example-self-vs-multihead example-sensor bench bench-cuda bench-models bench-peers bench-resident bench-same-bytes bench-start clean distclean
+.PHONY: help run test test-long test-libraries test-fence test-mutations test-arm64 test-arm64-short count-arm64 test-cortex-m test-cuda test-cuda-offline test-published docs fuzz lint libraries wheel wheels examples example-corpus example-minilm example-search example-streaming example-anomaly example-image example-self-vs-multihead example-sensor bench bench-accuracy bench-cuda bench-models bench-peers bench-resident bench-same-bytes bench-start clean distclean
 
 help: ## this list
 	@echo "edgeattn: attention for small computers. Targets:"
@@ -101,10 +101,13 @@ lint: $(ready_dev) ## style, types, imports, files
 	@$(VENV)/bin/lint-imports --no-cache --no-logo
 	@$(python) tools/check_tree.py
 
-examples: run example-self-vs-multihead example-minilm example-search example-sensor example-anomaly example-streaming example-image ## every example, each under a minute
+examples: run example-self-vs-multihead example-minilm example-search example-sensor example-anomaly example-streaming example-image example-corpus ## every example, each under a minute
 
 example-minilm: $(ready_minilm) ## a sentence encoder, float32 against int8
 	@$(python) examples/minilm/run.py
+
+example-corpus: $(ready_minilm) ## a folder of text, embedded by a Dask cluster
+	@$(python) examples/corpus_dask.py --kill
 
 example-sensor: $(ready) ## faults of a machine, float32 against int8
 	@$(python) examples/sensor/run.py
@@ -141,6 +144,9 @@ bench-cuda: $(ready_cuda) ## ... on a GPU, beside torch (its CUDA build)
 
 bench-models: $(ready_models) ## whole encoders beside other runtimes (large)
 	@$(VENV_MODELS)/bin/python -m benchmarks.models $(ARGS)
+
+bench-accuracy: $(ready_models) ## ... what int8 costs in sentences and recordings
+	@$(VENV_MODELS)/bin/python -m benchmarks.tasks $(ARGS)
 
 bench-same-bytes: $(ready_models) ## ... do embeddings keep their bytes there
 	@$(VENV_MODELS)/bin/python -m benchmarks.same_bytes $(ARGS)

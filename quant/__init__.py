@@ -5,10 +5,12 @@ from quant.calibration import Calibration
 from quant.compare import compare
 from quant.export import export
 from quant.model_calibration import ModelCalibration
+from quant.page import write_report
 from quant.quantize import quantize
 from quant.report import ModelReport, Report
 
-__all__ = ["Calibration", "ModelCalibration", "ModelReport", "Report", "calibrate", "compare", "export", "quantize"]
+__all__ = ["Calibration", "ModelCalibration", "ModelReport", "Report", "calibrate", "compare", "export", "quantize",
+           "write_report"]
 
 
 def __dir__() -> list[str]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, overload
 
 from edgeattn.checks import is_one_of
 from quant.calibration import Calibration, check_layer, fingerprint, observe
-from quant.model_calibration import ModelCalibration, calibrate_model
+from quant.model_calibration import ModelCalibration, calibrate_model, large_by_name
 from quant.model_calls import MODELS
 from quant.observers import OBSERVERS
-from quant.trace import describe_sources, read_calls
+from quant.over_executor import merged
+from quant.trace import check_batches, describe_sources, read_calls
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from concurrent.futures import Executor
     from typing import Any
 
     from edgeattn.layers import MultiHeadAttention
@@ -21,14 +24,17 @@ if TYPE_CHECKING:
 
 
 @overload
-def calibrate(layer: MultiHeadAttention, batches: Iterable[Batch], *, observer: Observer = "minmax") -> Calibration: ...
+def calibrate(layer: MultiHeadAttention, batches: Iterable[Batch], *, observer: Observer = "minmax",
+              executor: Executor | None = None) -> Calibration: ...
 
 
 @overload
-def calibrate(layer: Model, batches: Iterable[ModelBatch]) -> ModelCalibration: ...
+def calibrate(layer: Model, batches: Iterable[ModelBatch], *, executor: Executor | None = None
+              ) -> ModelCalibration: ...
 
 
-def calibrate(layer: Any, batches: Iterable[Any], *, observer: Observer = "minmax") -> Calibration | ModelCalibration:
+def calibrate(layer: Any, batches: Iterable[Any], *, observer: Observer = "minmax", executor: Executor | None = None
+              ) -> Calibration | ModelCalibration:
     """Run ``layer`` over ``batches`` and remember the range of every tensor, of a whole encoder of every feature.
 
     Parameters
@@ -40,6 +46,9 @@ def calibrate(layer: Any, batches: Iterable[Any], *, observer: Observer = "minma
         mapping of the call's arguments; of a TextEncoder a list of texts, too. A progress bar shows on a terminal.
     observer : {"minmax", "percentile", "mse"}
         How ``quantize`` will turn what was seen into ranges; left out for a whole encoder, no range of which is cut.
+    executor : concurrent.futures.Executor, optional
+        Runs the layer over some batches at a time: threads, processes, or a cluster as a Dask client's
+        ``get_executor()`` is. What comes out is the same, bit for bit.
 
     Returns
     -------
@@ -54,20 +63,35 @@ def calibrate(layer: Any, batches: Iterable[Any], *, observer: Observer = "minma
         if not is_one_of(observer, ("minmax",)):
             raise ValueError("observer must be left out for a whole encoder, no range of which is cut; got "
                              f"{observer!r}")
-        return calibrate_model(layer, batches)
+        check_batches(batches)
+        large = {name: features.tolist() for name, features in large_by_name(layer).items()}
+        of_some = functools.partial(calibrate_model, layer, large=large)
+        found = of_some(batches, "calibrating") if executor is None else merged(executor, of_some, batches)
+        if found is None:
+            raise ValueError("batches must hold at least one token that is no padding; got none")
+        return found
     check_layer(layer)
     if not is_one_of(observer, OBSERVERS):
         raise ValueError(f"observer must be one of {', '.join(map(repr, OBSERVERS))}; got {observer!r}")
+    check_batches(batches)
+    of_layer = functools.partial(_of_some, layer, observer)
+    total = of_layer(batches, "calibrating") if executor is None else merged(executor, of_layer, batches)
+    if total is None:
+        raise ValueError("batches must hold at least one batch; got none")
+    if total.statistics["scores"].count + total.single_scores.count == 0:
+        raise ValueError("batches must hold at least one query with a permitted key; got none")
+    return total
+
+
+def _of_some(layer: MultiHeadAttention, observer: Observer, batches: Iterable[Batch], description: str = ""
+             ) -> Calibration | None:
+    """What some batches show; None of none."""
     checksum, total = fingerprint(layer), None
-    for call in read_calls(layer, batches, "calibrating"):
+    for call in read_calls(layer, batches, description):
         if total is None:
             total = Calibration(checksum, observer, call.sources)
         elif call.sources != total.sources:
             raise ValueError(f"{call.where} calls the layer with {describe_sources(call.sources)}, the batches before "
                              f"with {describe_sources(total.sources)}; a static layer has one kind of call")
         observe(layer, call, total)
-    if total is None:
-        raise ValueError("batches must hold at least one batch; got none")
-    if total.statistics["scores"].count + total.single_scores.count == 0:
-        raise ValueError("batches must hold at least one query with a permitted key; got none")
     return total

@@ -229,6 +229,23 @@ def compare(layer, prefix, torch_prefix, bert_prefix, num_heads, quantized, data
     click.echo(str(report))
 
 
+@commands.command()
+@layer_options
+@click.argument("quantized", type=path_argument)
+@click.argument("data", nargs=-1, required=True, type=path_argument)
+@click.option("-o", "--output", required=True, type=path_argument, help="The .html file to write.")
+@arithmetic_option
+def report(layer, prefix, torch_prefix, bert_prefix, num_heads, quantized, data, output, arithmetic):
+    """Write what `quant compare` finds as one page: a verdict, tables, histograms, attention maps."""
+    check_paths(output, layer, quantized, *data)
+    title = f"{quantized.name} beside {layer.name}"
+    layer = read_layer(layer, prefix, torch_prefix, bert_prefix, num_heads)
+    int8 = edgeattn.load(quantized, arithmetic=arithmetic)
+    found = with_file_names(layer, data, lambda batches: quant.write_report(layer, int8, batches, output, title=title))
+    say(f"wrote {output}: {output.stat().st_size:,} bytes")
+    say(found.verdict())
+
+
 @commands.command(help="\n\n".join((
     "Write LAYER, float or int8, to OUT, in the format that its suffix names:",
     "\n".join(("\b", *(f"{suffix:<13} {form.about}" for suffix, form in FORMATS.items()))),

@@ -29,9 +29,13 @@ from quant.report import Comparison, ModelReport, Report
 from quant.trace import counted, describe_sources, float_trace, read_calls, static_trace
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from typing import Any
 
+    from numpy.typing import NDArray
+
     from edgeattn.types import Bools, Shape
+    from quant.detail import Detail
     from quant.model_calls import Model
     from quant.types import Batch, ModelBatch
 
@@ -40,15 +44,17 @@ SATURATION_LIMIT = 0.01  # lint when more of a tensor than this lies outside its
 
 
 @overload
-def compare(layer: MultiHeadAttention, quantized: QuantizedMultiHeadAttention, batches: Iterable[Batch]
-            ) -> Report: ...
+def compare(layer: MultiHeadAttention, quantized: QuantizedMultiHeadAttention, batches: Iterable[Batch], *,
+            detail: Detail | None = None) -> Report: ...
 
 
 @overload
-def compare(layer: Model, quantized: Model, batches: Iterable[ModelBatch]) -> ModelReport: ...
+def compare(layer: Model, quantized: Model, batches: Iterable[ModelBatch], *, detail: Detail | None = None
+            ) -> ModelReport: ...
 
 
-def compare(layer: Any, quantized: Any, batches: Iterable[Any]) -> Report | ModelReport:
+def compare(layer: Any, quantized: Any, batches: Iterable[Any], *, detail: Detail | None = None
+            ) -> Report | ModelReport:
     """Compare every tensor and every head of ``quantized`` with the float ``layer`` on ``batches``.
 
     Parameters
@@ -59,6 +65,8 @@ def compare(layer: Any, quantized: Any, batches: Iterable[Any]) -> Report | Mode
         compared; of a whole encoder attention and feed-forward of every layer, and the results.
     batches : iterable
         As for ``calibrate``; better other data than was calibrated on.
+    detail : Detail, optional
+        Takes what lies behind the figures, which ``write_report`` shows.
 
     Returns
     -------
@@ -75,13 +83,13 @@ def compare(layer: Any, quantized: Any, batches: Iterable[Any]) -> Report | Mode
         Layers that do not belong together, no batch, batches that do not fit.
     """
     if isinstance(layer, MODELS):
-        return compare_model(layer, quantized, batches, _check_of_model)
+        return compare_model(layer, quantized, batches, _check_of_model, detail)
     if not isinstance(quantized, (StaticMultiHeadAttention, DynamicMultiHeadAttention)):
         raise TypeError(f"quantized must be a layer from quant.quantize; got {type(quantized).__name__}")
     check_layer(layer, quantized.scheme)
     if isinstance(quantized, DynamicMultiHeadAttention):
         _check_dynamic(layer, quantized)
-        return _compare_outputs(layer, quantized, batches)
+        return _compare_outputs(layer, quantized, batches, detail)
     _check_sizes(layer, quantized)
     # our layers carry 1/sqrt(D) in the query; other converters multiply the scores by it
     scale, folded = np.float32(layer.scale), not any(isinstance(op, MulConstant) for op in quantized.score_ops)
@@ -102,6 +110,8 @@ def compare(layer: Any, quantized: Any, batches: Iterable[Any]) -> Report | Mode
         for name, values in real.items():
             tensors.setdefault(name, Comparison()).update(
                 counted(name, values * factor[name], call), counted(name, codes[name], call), quantized.tensors[name])
+            if detail is not None:
+                detail.add_layer_tensor(name, values * factor[name], codes[name], quantized.tensors[name], call)
         for head, comparison in enumerate(heads):
             alone = call if call.permitted is None else dataclasses.replace(
                 call, permitted=call.permitted[:, head:head + 1])
@@ -127,7 +137,12 @@ def _check_sizes(layer: MultiHeadAttention, quantized: QuantizedMultiHeadAttenti
 
 def _check_dynamic(layer: MultiHeadAttention, quantized: DynamicMultiHeadAttention) -> None:
     _check_sizes(layer, quantized)
-    _check_weights(layer, quantized.weights, 1.0)
+    columns = quantized.outlier_columns
+    for name, apart in quantized.outlier_weights.items() if len(columns) else ():
+        if not np.array_equal(getattr(layer, f"{SHORT[name]}_weight")[:, columns], apart):
+            raise ValueError(f"quantized does not belong to layer: its outlier_weights of {name} differ; compare it "
+                             "with the layer it was made of")
+    _check_weights(layer, quantized.weights, 1.0, list(columns))
 
 
 def _check_of_model(layer: MultiHeadAttention, quantized: DynamicMultiHeadAttention | StaticSelfAttention) -> None:
@@ -143,9 +158,12 @@ def _check_of_model(layer: MultiHeadAttention, quantized: DynamicMultiHeadAttent
     _check_weights(layer, linears, np.float32(layer.scale))
 
 
-def _check_weights(layer: MultiHeadAttention, linears: Mapping[str, QuantizedLinear],
-                   fold: float | np.float32) -> None:
-    """Raise unless every int8 weight lies within a step of the layer's; ``fold`` is in the query's scale."""
+def _check_weights(layer: MultiHeadAttention, linears: Mapping[str, QuantizedLinear], fold: float | np.float32,
+                   columns: Sequence[int] | NDArray[np.int64] = ()) -> None:
+    """Raise unless every int8 weight lies within a step of the layer's; ``fold`` is in the query's scale.
+
+    columns: inputs whose weights are no codes, but of the output projection.
+    """
     groups = layer.num_heads // layer.num_kv_heads
     for name, short in SHORT.items():
         weight, linear = getattr(layer, f"{short}_weight"), linears.get(name)
@@ -157,16 +175,20 @@ def _check_weights(layer: MultiHeadAttention, linears: Mapping[str, QuantizedLin
             weight = np.repeat(weight.reshape(layer.num_kv_heads, -1, weight.shape[1]), groups, axis=0)
         step = (linear.scale / np.float32(fold if name == "query" else 1))[:, None]
         off = np.abs(weight.reshape(linear.weight.shape) - linear.weight * step) / step
+        if name != "output":
+            off[:, columns] = 0
         if off.max(initial=0) > 1:
             raise ValueError(f"quantized does not belong to layer: its {name} weights are off by up to "
                              f"{off.max():.3g} steps of int8; compare it with the layer it was made of")
 
 
-def _compare_outputs(layer: MultiHeadAttention, quantized: DynamicMultiHeadAttention, batches: Iterable[Batch]
-                     ) -> Report:
+def _compare_outputs(layer: MultiHeadAttention, quantized: DynamicMultiHeadAttention, batches: Iterable[Batch],
+                     detail: Detail | None) -> Report:
     output = Comparison()
     for call in read_calls(layer, batches, "comparing"):
         real, got = (each(call.query, call.key, call.value, attn_mask=call.permitted) for each in (layer, quantized))
+        if detail is not None:
+            detail.add_layer_call(layer, quantized, call, counted("output", real, call), counted("output", got, call))
         output.add(*(counted("output", y, call) for y in (real, got)))
     if not output.count:
         raise ValueError("batches must hold at least one batch; got none")

@@ -14,7 +14,7 @@ from edgeattn.layers.dynamic_linear import DynamicLinear
 from edgeattn.models import TextEncoder
 from edgeattn.quantized import DynamicMultiHeadAttention, QuantizedLinear, StaticFeedForward, StaticSelfAttention
 from quant.model_calls import encoder_of, on, read_model_calls
-from quant.report import Comparison, ModelReport, cosines
+from quant.report import Comparison, ModelReport, cosines, pair_order
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from edgeattn.layers import TransformerEncoder, TransformerEncoderLayer
     from edgeattn.ops import Sequences
     from edgeattn.types import Float32s
+    from quant.detail import Detail
     from quant.model_calls import Model, ModelCall
     from quant.types import ModelBatch
 
@@ -31,12 +32,13 @@ _PARTS = ("attention", "feed_forward")
 
 
 def compare_model(model: Model, quantized: Model, batches: Iterable[ModelBatch],
-                  check_attention: Callable[[MultiHeadAttention, Any], None]) -> ModelReport:
-    """See ``quant.compare``."""
+                  check_attention: Callable[[MultiHeadAttention, Any], None], detail: Detail | None = None
+                  ) -> ModelReport:
+    """See ``quant.compare``; detail: takes what lies behind the figures."""
     if type(quantized) is not type(model):
         raise TypeError(f"quantized must be a {type(model).__name__}, as model is; got {type(quantized).__name__}")
     _check_pair(model, quantized, "", check_attention)
-    ops = _SideBySide(encoder_of(quantized))
+    ops = _SideBySide(encoder_of(quantized), detail)
     output, each = Comparison(), []
     for call in read_model_calls(model, batches, "comparing"):
         ops.call = call
@@ -47,7 +49,7 @@ def compare_model(model: Model, quantized: Model, batches: Iterable[ModelBatch],
     if not ops.alone:
         raise ValueError("batches must hold at least one token; got none")
     alone, so_far = ({name: c.result() for name, c in found.items()} for found in (ops.alone, ops.so_far))
-    report = ModelReport(alone, so_far, output.result(), cosines(each), [])
+    report = ModelReport(alone, so_far, output.result(), cosines(each), [], pair_order(each))
     report.lints.extend(_lints(report, quantized))
     return report
 
@@ -55,9 +57,9 @@ def compare_model(model: Model, quantized: Model, batches: Iterable[ModelBatch],
 class _SideBySide(CompiledOps):
     """Computes the float model, and beside each half of its layers the int8 one's."""
 
-    def __init__(self, quantized: TransformerEncoder):
+    def __init__(self, quantized: TransformerEncoder, detail: Detail | None):
         super().__init__()
-        self.quantized = quantized
+        self.quantized, self.detail = quantized, detail
         self.call: ModelCall
         self.alone: dict[str, Comparison] = {}
         self.so_far: dict[str, Comparison] = {}
@@ -67,6 +69,8 @@ class _SideBySide(CompiledOps):
         i = int(name.split(".")[-2])
         if i == 0:
             self.carried = x
+        if self.detail is not None:
+            self.detail.watch(f"layers.{i}", layer, self.quantized.layers[i], x, sequences, self.call)
         halves = zip(_PARTS, _halves(layer), _halves(self.quantized.layers[i]), strict=True)
         for part, of_float, of_int8 in halves:
             y, alone = of_float(x, sequences), of_int8(x, sequences)
@@ -74,6 +78,8 @@ class _SideBySide(CompiledOps):
             for comparisons, got in ((self.alone, alone), (self.so_far, self.carried)):
                 comparison = comparisons.setdefault(f"layers.{i}.{part}", Comparison())
                 comparison.add(self.call.counted(y), self.call.counted(got))
+            if self.detail is not None:
+                self.detail.add(f"layers.{i}.{part}", self.call.counted(y), self.call.counted(alone))
             x = y
         return x
 

@@ -20,7 +20,7 @@ from quant.model_calls import encoder_of, on, read_model_calls
 from quant.trace import Call
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from typing import Any
 
     from numpy.typing import NDArray
@@ -152,28 +152,37 @@ def _parse(headers: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> li
     return [groups["largest"], groups["ranges"], groups["large"], found]
 
 
-def calibrate_model(model: Model, batches: Iterable[ModelBatch]) -> ModelCalibration:
-    """See ``quant.calibrate``."""
+def calibrate_model(model: Model, batches: Iterable[ModelBatch], description: str = "", *,
+                    large: Mapping[str, Sequence[int]]) -> ModelCalibration | None:
+    """See ``quant.calibrate``: what some batches show, None where they hold no token.
+
+    large: as `large_by_name` gives it.
+    """
     encoder = encoder_of(model)
     names = {id(linear): name for name, linear in feed_forward_linears(encoder).items()}
     found = ModelCalibration(encoder_fingerprint(encoder))
-    large = large_features(model, encoder)
-    for call in read_model_calls(model, batches, "calibrating"):
-        ops = SeenRanges(call, large)
+    apart = {name: np.array(features, np.int64) for name, features in large.items()}
+    by_id = {id(layer.feed_forward): apart[_first_place(encoder, id(layer.feed_forward))] for layer in encoder.layers}
+    for call in read_model_calls(model, batches, description):
+        ops = SeenRanges(call, by_id)
         with np.errstate(over="ignore", invalid="ignore"):
             call.run(on(ops, model))
         if not ops.tokens:
             continue
         seen = ModelCalibration(
             found.encoder, ops.tokens, {name: ops.largest[key] for key, name in names.items()}, ops.ranges,
-            {_first_place(encoder, key): features for key, features in large.items()}, ops.calibrations)
+            apart, ops.calibrations)
         for name, largest in seen.largest.items():
             if not np.isfinite(largest).all():
                 raise ValueError(f"{call.where}: what {name} reads leaves the range of float32")
         found = found.merge(seen) if found.tokens else seen
-    if not found.tokens:
-        raise ValueError("batches must hold at least one token; got none")
-    return found
+    return found if found.tokens else None
+
+
+def large_by_name(model: Model) -> dict[str, NDArray[np.int64]]:
+    """`large_features` by the name of a feed-forward."""
+    encoder = encoder_of(model)
+    return {_first_place(encoder, key): features for key, features in large_features(model, encoder).items()}
 
 
 def _first_place(encoder: TransformerEncoder, key: int) -> str:
@@ -183,7 +192,7 @@ def _first_place(encoder: TransformerEncoder, key: int) -> str:
 def wider(ends: Float32s, other: Float32s) -> Float32s:
     """Least and largest values (2, features) of both."""
     result: Float32s = np.stack([np.minimum(ends[0], other[0]), np.maximum(ends[1], other[1])])
-    return result
+    return result + np.float32(0)  # -0 is 0: which of them came first makes no difference
 
 
 def large_features(model: Model, encoder: TransformerEncoder) -> dict[int, NDArray[np.int64]]:
@@ -202,7 +211,7 @@ def large_features(model: Model, encoder: TransformerEncoder) -> dict[int, NDArr
 
 
 def random_largest(model: Model, encoder: TransformerEncoder) -> dict[int, Float32s]:
-    """The largest magnitude of each input of each linear layer upon random tokens, by the layer's id."""
+    """The largest magnitude of each input of each linear and attention layer upon random tokens, by the layer's id."""
     rng, ops, length = np.random.default_rng(0), LargestInputs(), _TOKENS
     for layer in encoder.layers:
         bias = getattr(layer.attention, "position_bias", None)
@@ -243,8 +252,14 @@ def encoder_fingerprint(encoder: TransformerEncoder) -> str:
     return digest.hexdigest()[:16]
 
 
+def read_by_attention(layer: Any, x: Float32s) -> Float32s:
+    """What the attention of an encoder layer reads of the rows that the layer is given."""
+    read: Float32s = x if not layer.norm_first or layer.norm1 is None else layer.norm1.forward(CompiledOps(), x)
+    return read
+
+
 class LargestInputs(CompiledOps):
-    """Keeps the largest magnitude of each input of every linear layer.
+    """Keeps the largest magnitude of each input of every linear layer, and of what attention layers read.
 
     Parameters
     ----------
@@ -261,6 +276,7 @@ class LargestInputs(CompiledOps):
         """An encoder layer: its attention as a call computes it, its feed-forward operation by operation."""
         if name.endswith("layers.0."):
             self.tokens += len(self.counted(x))
+        self._keep_largest(layer.attention, read_by_attention(layer, x))
         if layer.stages is None:
             return super().block(layer, x, sequences, name)
         attention, _ = layer.stages
@@ -269,9 +285,12 @@ class LargestInputs(CompiledOps):
 
     def linear(self, x: Float32s, linear: Any, name: str) -> Float32s:
         """x weight^T + bias."""
-        found = np.abs(self.counted(x)).max(axis=0, initial=0)
-        self.largest[id(linear)] = np.maximum(found, self.largest.get(id(linear), found))
+        self._keep_largest(linear, x)
         return super().linear(x, linear, name)
+
+    def _keep_largest(self, reader: Any, x: Float32s) -> None:
+        found = np.abs(self.counted(x)).max(axis=0, initial=0)
+        self.largest[id(reader)] = np.maximum(found, self.largest.get(id(reader), found))
 
 
 class SeenRanges(LargestInputs):
@@ -298,7 +317,7 @@ class SeenRanges(LargestInputs):
         self._layer, self._sequences = layer, sequences
         self._place = {part: self._places.setdefault(id(getattr(layer, part)), here + part)
                        for part in ("attention", "feed_forward")}
-        read = x if not layer.norm_first or layer.norm1 is None else layer.norm1.forward(CompiledOps(), x)
+        read = read_by_attention(layer, x)
         self._see("attention", "input", read)
         self._observe_attention(read)
         return super().block(layer, x, sequences, name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from edgeattn.layers import TransformerEncoder
 from edgeattn.models import ImageEncoder, TextEncoder
 from quant.progress import track
+from quant.trace import check_batches
 
 if TYPE_CHECKING:
     from typing import Any, TypeAlias, TypeVar
@@ -88,9 +89,7 @@ def read_model_calls(model: Model, batches: Iterable[ModelBatch], description: s
     TypeError, ValueError
         Naming the batch.
     """
-    if isinstance(batches, (str, bytes, Mapping)) or not isinstance(batches, Iterable):
-        raise TypeError(f"batches must be an iterable of batches; got {type(batches).__name__} (put a single batch "
-                        f"into a list)")
+    check_batches(batches)
     for i, batch in enumerate(track(batches, description)):
         yield _read(model, batch, f"batches[{i}]")
 

@@ -34,11 +34,10 @@ class Scheme(NamedTuple):
     feed_forward: Callable[[FeedForward, str], Any]
 
 
-def dynamic_scheme(model: Model, calibration: object, quantize_attention: Callable[[MultiHeadAttention], Any]
-                   ) -> Scheme:
+def dynamic_scheme(model: Model, calibration: object, quantize_attention: Callable[..., Any]) -> Scheme:
     """Int8 weights; activations are quantized at run time.
 
-    The four inputs of each feed-forward product that are largest stay float32: a few features of a residual stream,
+    The four largest inputs of each product but attention's last stay float32: a few features of a residual stream,
     always the same ones, are up to a hundred times the others, and would set every token's scale. They show in random
     tokens as in real ones, so that `calibration` may be None.
     """
@@ -48,7 +47,7 @@ def dynamic_scheme(model: Model, calibration: object, quantize_attention: Callab
 
     def attention(layer: MultiHeadAttention, _: str) -> Any:
         check_layer(layer, "dynamic")
-        return quantize_attention(layer)
+        return quantize_attention(layer, _largest_columns(largest[id(layer)]))
 
     return Scheme(attention, lambda layer, _: _quantized(layer, largest))
 
@@ -123,16 +122,25 @@ def _quantized(feed_forward: FeedForward, largest: Mapping[int, Float32s]) -> Fe
         of_input = np.maximum(of_input, largest[id(gate)])
 
     def quantized(linear: Linear, magnitudes: Float32s, split: float | None = None) -> DynamicLinear:
-        columns = np.argsort(magnitudes, kind="stable")[max(len(magnitudes) - MOST_OUTLIERS, 0):]
-        return DynamicLinear.quantized_from(linear, outlier_columns=columns.tolist(), split=split)
+        return DynamicLinear.quantized_from(linear, outlier_columns=_largest_columns(magnitudes), split=split)
 
     return FeedForward(quantized(linear1, of_input), quantized(linear2, of_hidden, SPLIT),
                        activation=feed_forward.activation, gate=None if gate is None else quantized(gate, of_input))
 
 
+def _largest_columns(magnitudes: Float32s) -> list[int]:
+    largest = np.argsort(magnitudes, kind="stable")[max(len(magnitudes) - MOST_OUTLIERS, 0):]
+    columns: list[int] = np.sort(largest).tolist()
+    return columns
+
+
 def _seen_largest(calibration: object, encoder: TransformerEncoder) -> dict[int, Float32s]:
     seen = _checked(calibration, encoder)
-    return {id(linear): seen.largest[name] for name, linear in feed_forward_linears(encoder).items()}
+    largest = {id(linear): seen.largest[name] for name, linear in feed_forward_linears(encoder).items()}
+    for i, layer in enumerate(encoder.layers):
+        if (ends := seen.ranges.get(f"layers.{i}.attention.input")) is not None:
+            largest.setdefault(id(layer.attention), np.abs(ends).max(axis=0))
+    return largest
 
 
 def _checked(calibration: object, encoder: TransformerEncoder) -> ModelCalibration:

@@ -38,7 +38,8 @@ class Statistics:
         values = np.asarray(values, np.float64).ravel()
         if values.size == 0:
             return
-        self.minimum, self.maximum = min(self.minimum, float(values.min())), max(self.maximum, float(values.max()))
+        least, most = float(values.min()) + 0.0, float(values.max()) + 0.0  # -0 is 0, whichever came first
+        self.minimum, self.maximum = min(self.minimum, least), max(self.maximum, most)
         largest = max(abs(self.minimum), abs(self.maximum))
         if largest > 0:  # zeros fit every range, and must not widen it
             self._widen(int(np.frexp(largest)[1]))  # largest < 2**exponent

@@ -12,8 +12,11 @@ T = TypeVar("T")
 
 
 def track(items: Iterable[T], description: str) -> Iterable[T]:
-    """Iterate over ``items`` under a progress bar on standard error, if that is a terminal and rich is installed."""
-    if not sys.stderr.isatty():
+    """Iterate over ``items`` under a progress bar on standard error, if that is a terminal and rich is installed.
+
+    Without a description there is none.
+    """
+    if not (description and sys.stderr.isatty()):
         return items
     try:
         import rich.progress

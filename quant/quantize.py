@@ -30,6 +30,7 @@ from quant.model_calls import MODELS
 from quant.models import dynamic_scheme, quantize_model, static_scheme
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from typing import Any
 
     from numpy.typing import NDArray
@@ -179,17 +180,22 @@ def _added_bias(position_bias: Any, calibration: Calibration) -> AddMask:
     return AddMask(constant.quantize(bias), constant, output)
 
 
-def _quantize_dynamic(layer: MultiHeadAttention) -> DynamicMultiHeadAttention:
-    weights, biases = {}, {}
+def _quantize_dynamic(layer: MultiHeadAttention, columns: Sequence[int] = ()) -> DynamicMultiHeadAttention:
+    """columns: inputs of queries, keys and values whose products stay float32."""
+    weights, biases, apart = {}, {}, {}
     for name, short in SHORT.items():
         weight, bias = getattr(layer, f"{short}_weight"), getattr(layer, f"{short}_bias")
+        if weight is not None and name != "output" and len(columns):
+            apart[name], weight = weight[:, columns], weight.copy()
+            weight[:, columns] = 0
         if weight is not None:
             weights[name] = quantize_linear(weight, None, 1.0)
         if bias is not None:
             biases[name] = bias
     return DynamicMultiHeadAttention(
         layer.num_heads, weights, biases, num_kv_heads=layer.num_kv_heads, bias_k=layer.bias_k, bias_v=layer.bias_v,
-        add_zero_attn=layer.add_zero_attn, **{name: getattr(layer, name) for name in POSITIONS})
+        add_zero_attn=layer.add_zero_attn, outlier_columns=columns or None, outlier_weights=apart,
+        **{name: getattr(layer, name) for name in POSITIONS})
 
 
 def quantize_linear(weight: Float32s, bias: Float32s | None, input_scale: float | np.float32) -> QuantizedLinear:

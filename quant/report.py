@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
+from html import escape
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +19,11 @@ if TYPE_CHECKING:
     from typing import Any
 
     from edgeattn.types import Codes, Floats
+
+MOST_IN_ORDER = 1000  # results whose pairs are put in order
+# Mean and least cosine from which a sentence about a model holds.
+VERDICTS = ((0.999, 0.997, "is the float model for most purposes"), (0.99, 0.97, "is near the float model"),
+            (-2.0, -2.0, "differs from the float model"))
 
 
 @dataclass(frozen=True)
@@ -49,11 +55,15 @@ class Comparison:
 
     def update(self, real: Floats, codes: Codes, quantization: TensorQuantization) -> None:
         """Take in float values and the int8 codes that stand for them, of one shape."""
+        self.saturated(real, quantization)
+        self.add(real, quantization.dequantize(codes))
+
+    def saturated(self, real: Floats, quantization: TensorQuantization) -> None:
+        """Count the values that lie outside the range of codes."""
         half = float(quantization.scale) / 2
         low, high = (float(quantization.dequantize(code)) for code in (CODE_MIN, CODE_MAX))
         self.below += int(np.count_nonzero(real < low - half))
         self.above += int(np.count_nonzero(real > high + half))
-        self.add(real, quantization.dequantize(codes))
 
     def add(self, real: Floats, got: Floats) -> None:
         """Take in float values and what was computed in their place, of one shape."""
@@ -108,6 +118,20 @@ class Report:
     def __str__(self) -> str:
         return "\n".join([render(self), *(fill(f"note: {lint}") for lint in self.lints)])
 
+    def verdict(self) -> str:
+        """What the figures say, in a sentence."""
+        last, result = list(self.tensors.items())[-1]
+        worst, figures = min(self.tensors.items(), key=lambda item: item[1].sqnr_db)
+        most = "" if worst == last else f" The worst tensor is {worst}, with {figures.sqnr_db:.1f} dB."
+        return (f"The {last} of the int8 layer has a cosine of {result.cosine:.4f} to the float one, and "
+                f"{result.sqnr_db:.1f} dB of signal over noise.{most}")
+
+    def _repr_html_(self) -> str:
+        rows = [*self.tensors.items(), *((f"context of head {h}", r) for h, r in enumerate(self.heads))]
+        return html_table(("tensor", "SQNR dB", "cosine", "saturated"),
+                          [(name, f"{r.sqnr_db:.1f}", f"{r.cosine:.5f}", f"{r.saturation:.2%}") for name, r in rows],
+                          self.verdict(), self.lints)
+
 
 @dataclass(frozen=True)
 class Cosines:
@@ -136,6 +160,25 @@ def cosines(pairs: Sequence[tuple[Floats, Floats]]) -> Cosines:
     return Cosines(math.fsum(found) / len(found) if found else math.nan, min(found, default=math.nan), len(found))
 
 
+def pair_order(pairs: Sequence[tuple[Floats, Floats]]) -> float:
+    """Spearman's rank correlation of the similarities of all pairs of results, one vector for each sequence.
+
+    NaN where results are no vectors of one length, or fewer than three.
+    """
+    if len(pairs) < 3 or any(real.ndim != 1 for real, _ in pairs):
+        return math.nan
+    ranks = []
+    for side in zip(*pairs[:MOST_IN_ORDER], strict=True):
+        rows = np.stack([row.astype(np.float64) for row in side])
+        rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-300)
+        similar = (rows @ rows.T)[np.triu_indices(len(rows), 1)]
+        _, place, count = np.unique(similar, return_inverse=True, return_counts=True)
+        ranks.append((np.cumsum(count) - (count + 1) / 2)[place.ravel()])  # those that are equal share their mean
+    a, b = (rank - rank.mean() for rank in ranks)
+    length = math.sqrt(float(a @ a) * float(b @ b))
+    return float(a @ b) / length if length else math.nan
+
+
 @dataclass(frozen=True)
 class ModelReport:
     """What ``quant.compare`` found of a whole encoder; ``str(report)`` is a table, what costs most first.
@@ -155,6 +198,9 @@ class ModelReport:
         Of the results of each sequence: of a text its embedding, else of its tokens.
     lints : list of str
         What to look at.
+    pair_order : float
+        Spearman's rank correlation of the similarities of all pairs of results with those of the float model; NaN where
+        results are no vectors.
     """
 
     alone: dict[str, TensorReport]
@@ -162,6 +208,19 @@ class ModelReport:
     output: TensorReport
     cosines: Cosines
     lints: list[str]
+    pair_order: float = math.nan
+
+    def verdict(self) -> str:
+        """What the figures say, in a sentence."""
+        c = self.cosines
+        if not c.sequences:
+            return "No result of the float model has a length: nothing can be said."
+        words = next(words for mean, least, words in VERDICTS if c.mean >= mean and c.minimum >= least)
+        order = "" if math.isnan(self.pair_order) else f", and orders pairs alike to {self.pair_order:.4f}"
+        cost = next(iter(self.shares().items()), None)
+        most = "" if cost is None or not cost[1] else f" Most of its error, {cost[1]:.0%}, is made in {cost[0]}."
+        return (f"The int8 model {words}: its results have a cosine of {c.mean:.4f} to the float ones on average, "
+                f"{c.minimum:.4f} at least{order}.{most}")
 
     def shares(self) -> dict[str, float]:
         """How much of the errors that parts make is each one's, largest first: of noise to signal, 1 in all."""
@@ -177,6 +236,7 @@ class ModelReport:
             "output": _numbers(self.output),
             "cosine": {"mean": _finite(self.cosines.mean), "minimum": _finite(self.cosines.minimum),
                        "sequences": self.cosines.sequences},
+            "pair_order": _finite(self.pair_order), "verdict": self.verdict(),
             "notes": self.lints})
 
     def __rich__(self) -> Any:
@@ -191,7 +251,24 @@ class ModelReport:
         c = self.cosines
         whole = (f"results: SQNR {self.output.sqnr_db:.1f} dB; cosine of {c.sequences:,} "
                  f"sequence{'s'[:c.sequences != 1]}: mean {c.mean:.5f}, least {c.minimum:.5f}")
-        return "\n".join([render(self), whole, *(fill(f"note: {lint}") for lint in self.lints)])
+        return "\n".join([render(self), whole, fill(self.verdict()), *(fill(f"note: {lint}") for lint in self.lints)])
+
+    def _repr_html_(self) -> str:
+        rows = [(name, f"{share:.1%}", self.alone[name], self.so_far[name]) for name, share in self.shares().items()]
+        return html_table(
+            ("part", "share", "alone, dB", "cosine", "so far, dB", "cosine"),
+            [(name, share, f"{a.sqnr_db:.1f}", f"{a.cosine:.5f}", f"{s.sqnr_db:.1f}", f"{s.cosine:.5f}")
+             for name, share, a, s in rows], self.verdict(), self.lints)
+
+
+def html_table(titles: Sequence[str], rows: Sequence[Sequence[str]], words: str, lints: Sequence[str]) -> str:
+    """A table, a paragraph and what to look at, for notebooks."""
+    def line(cells: Sequence[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    notes = "".join(f"<li>{escape(lint)}</li>" for lint in lints)
+    return (f"<p>{escape(words)}</p><table><thead>{line(titles, 'th')}</thead><tbody>"
+            f"{''.join(line(row, 'td') for row in rows)}</tbody></table>{f'<ul>{notes}</ul>' if notes else ''}")
 
 
 def _numbers(report: TensorReport) -> dict[str, float | None]:

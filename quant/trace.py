@@ -65,6 +65,13 @@ def describe_sources(sources: tuple[int, ...]) -> str:
     return words.get(sources, "a query, a key and a value")
 
 
+def check_batches(batches: object) -> None:
+    """TypeError for what is no iterable of batches."""
+    if isinstance(batches, (str, bytes, Mapping)) or not isinstance(batches, Iterable):
+        raise TypeError(f"batches must be an iterable of batches; got {type(batches).__name__} (put a single batch "
+                        f"into a list)")
+
+
 def read_calls(layer: MultiHeadAttention, batches: Iterable[Batch], description: str) -> Iterator[Call]:
     """Every batch as a Call that fits ``layer``, under a progress bar. Batches are as ``quant.calibrate`` takes them.
 
@@ -73,9 +80,7 @@ def read_calls(layer: MultiHeadAttention, batches: Iterable[Batch], description:
     TypeError, ValueError
         Naming the batch and the argument.
     """
-    if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
-        raise TypeError(f"batches must be an iterable of batches; got {type(batches).__name__} (put a single batch "
-                        f"into a list)")
+    check_batches(batches)
     for i, batch in enumerate(track(batches, description)):
         yield _read_call(layer, batch, f"batches[{i}]")
 

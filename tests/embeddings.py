@@ -21,7 +21,7 @@ ATTENTION = ("int8", "float32")
 SENTENCES = ["A", "Good morning!", "The pump has stopped.", "Die Pumpe steht, seit heute früh.", "ポンプが止まった",
              "The pump stopped at noon, and nobody has found out why yet.", "", "0123456789" * 6 + "abc", "The pump has stopped"]
 # Kernels that the models in int8 call, as a library has to have them; the first are those of whole sequences.
-KERNELS = ("layer dynamic", "feed-forward dynamic", "norm", "projection dynamic", "store rows", "decode int8")
+KERNELS = ("layer dynamic", "feed-forward dynamic", "norm", "projection dynamic", "linear dynamic", "store rows", "decode int8")
 E, F, H = 48, 150, 4
 
 

@@ -287,6 +287,9 @@ def _layer(kind, has_positions=False):
         masks, alone, same = draw_masks(rng, kinds, B, H, L, S), rng.random() < 0.3, L == S
         x = [numbers(rng, B, n, E) for n in (L, S, S)]
         positions = _positions(rng, D) if has_positions else {}
+        if kind is DynamicLayer:
+            columns = rng.permutation(E)[:rng.integers(5)]
+            positions |= {"columns": columns, "apart": [numbers(rng, n, len(columns)) for n in (H * D, Hkv * D, Hkv * Dv)]}
 
         def call(place):
             given = [*weights[:3], None, *weights[4:7], None] if alone else weights

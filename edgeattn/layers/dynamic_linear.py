@@ -49,9 +49,9 @@ class DynamicLinear(Linear):
                  outlier_weight: ArrayLike | None = None):
         self.codes = _integers("codes", codes, np.int8, 2)
         rows, self.inputs = self.codes.shape
-        self.residual_outputs = _indices("residual_outputs", residual_outputs, rows)
+        self.residual_outputs = indices("residual_outputs", residual_outputs, rows)
         self.outputs = rows - len(self.residual_outputs)
-        self.outlier_columns = _indices("outlier_columns", outlier_columns, self.inputs)
+        self.outlier_columns = indices("outlier_columns", outlier_columns, self.inputs)
         self.scale = parameter("scale", scale, "(rows,)")
         self.bias = None if bias is None else parameter("bias", bias, "(outputs,)")
         outliers = self.outputs, len(self.outlier_columns)
@@ -121,7 +121,7 @@ def _integers(name: str, value: ArrayLike, dtype: DTypeLike, axes: int) -> NDArr
     return array
 
 
-def _indices(name: str, value: ArrayLike | None, size: int) -> NDArray[np.int64]:
+def indices(name: str, value: ArrayLike | None, size: int) -> NDArray[np.int64]:
     """`value` as a row of indices below `size`; none for None."""
     indices = _integers(name, np.zeros(0, np.int64) if value is None else value, np.int64, 1)
     if not ((indices >= 0) & (indices < size)).all():

@@ -10,9 +10,11 @@ import numpy as np
 
 from edgeattn.checks import count, default_scale
 from edgeattn.device import place
+from edgeattn.kernels.cpu.encoder_dynamic import MOST_OUTLIERS
 from edgeattn.kernels.cpu.layer_dynamic import DynamicLayer
 from edgeattn.kernels.cpu.projection_dynamic import DynamicProjection
 from edgeattn.layers import attention, fast_path
+from edgeattn.layers.dynamic_linear import DynamicLinear, indices
 from edgeattn.layers.positions import Positions, refuse_positions
 from edgeattn.layers.projected_kv import project_kv
 from edgeattn.layers.weights import KEY_TENSORS, added_keys, added_keys_state, positions_of, positions_state
@@ -46,6 +48,9 @@ class Projection(NamedTuple):
     packed: Callable[[Float32s], Float32s]
 
 
+_OF_INPUT = (*INPUTS, "gate")  # the projections that read what the layer is given
+
+
 class DynamicMultiHeadAttention(QuantizedMultiHeadAttention, Positions):
     """Float in, float out, int8 inside: nothing is calibrated, every token is quantized by its own range at run time.
 
@@ -69,6 +74,11 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention, Positions):
         The added keys, as for ``MultiHeadAttention``.
     rotary, q_norm, k_norm, position_bias
         Likewise: in float32, before queries and keys are quantized.
+    outlier_columns : (n,) int array, optional
+        Features of the inputs, all of one width, whose products are float32, at most 4: those much larger than the
+        others, which would set the scale of every token. Their codes in "query", "key", "value" and "gate" are 0.
+    outlier_weights : mapping, optional
+        By these names float32 (out_features, n): the weights of `outlier_columns`.
     """
 
     scheme: Literal["dynamic"] = "dynamic"
@@ -77,7 +87,8 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention, Positions):
                  biases: Mapping[str, ArrayLike], *, num_kv_heads: SupportsIndex | None = None,
                  bias_k: ArrayLike | None = None, bias_v: ArrayLike | None = None, add_zero_attn: Flag = False,
                  rotary: RotaryEmbedding | None = None, q_norm: LayerNorm | RMSNorm | None = None,
-                 k_norm: LayerNorm | RMSNorm | None = None, position_bias: ArrayLike | PositionBias | None = None):
+                 k_norm: LayerNorm | RMSNorm | None = None, position_bias: ArrayLike | PositionBias | None = None,
+                 outlier_columns: ArrayLike | None = None, outlier_weights: Mapping[str, ArrayLike] | None = None):
         self.num_heads = count("num_heads", num_heads)
         self.num_kv_heads = self.num_heads if num_kv_heads is None else count("num_kv_heads", num_kv_heads)
         self.weights = dict(weights)
@@ -112,13 +123,37 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention, Positions):
 
         self._set_positions(H, self.head_dim, rotary, q_norm, k_norm, position_bias)
         self.gated = "gate" in self.weights
+        self.outlier_columns = indices("outlier_columns", outlier_columns, self.embed_dim)
+        self.outlier_weights = self._checked_outliers({} if outlier_weights is None else outlier_weights)
         self.k_bias = self.biases.get("key")
         self.fusible = bool(self.output_dim) and not (self.extra_keys or self.gated)
         self.prepared_calls = PreparedCalls()
         fused = (*INPUTS, "output")
         self._kernel = DynamicLayer(
             H, Hkv, [pair(name) for name in fused], [self.biases.get(name) for name in fused], self.scale,
-            **self.head_positions)
+            columns=self.outlier_columns, apart=[self.outlier_weights[name] for name in INPUTS], **self.head_positions)
+
+    def _checked_outliers(self, weights: Mapping[str, ArrayLike]) -> dict[str, Float32s]:
+        """The weights of `outlier_columns` by the names of projections."""
+        count, names = len(self.outlier_columns), [name for name in _OF_INPUT if name in self.weights]
+        if not count:
+            if weights:
+                raise ValueError(f"outlier_columns must name the inputs that outlier_weights are of, got weights of "
+                                 f"{', '.join(weights)}")
+            return {name: np.zeros((len(self.weights[name].scale), 0), np.float32) for name in names}
+        widths = self.embed_dim, self.kdim, self.vdim
+        if len(set(widths)) > 1:
+            raise ValueError("outlier_columns must be left out where query, key and value have inputs of different "
+                             f"widths, got {', '.join(map(str, widths))}")
+        if count > MOST_OUTLIERS:
+            raise ValueError(f"outlier_columns must be at most {MOST_OUTLIERS} inputs, got {self.outlier_columns}")
+        if sorted(weights) != sorted(names):
+            raise ValueError(f"outlier_weights must be of {', '.join(names)}; got {sorted(weights)}")
+        found = {name: frozen(weights[name], np.float32, f"outlier_weights of {name}") for name in names}
+        for name, array in found.items():
+            if array.shape != (shape := (len(self.weights[name].scale), count)):
+                raise ValueError(f"outlier_weights of {name} must have shape {shape}; got {array.shape}")
+        return found
 
     @overload
     def __call__(self, query: ArrayLike, key: ArrayLike | ProjectedKV | None = None,
@@ -194,23 +229,34 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention, Positions):
     @functools.cached_property
     def projections(self) -> dict[str, Projection]:
         """The layer's linear maps by their names, as every attention layer has them."""
-        return {name: Projection(linear, bias := self.biases.get(name),
-                                 DynamicProjection(linear.weight, linear.scale, bias))
-                for name, linear in self.weights.items()}
+        return {name: self._projection(name, linear, self.biases.get(name)) for name, linear in self.weights.items()}
+
+    def _projection(self, name: str, linear: QuantizedLinear, bias: Float32s | None) -> Any:
+        if name in _OF_INPUT and len(self.outlier_columns):
+            return DynamicLinear(linear.weight, linear.scale, bias, outlier_columns=self.outlier_columns,
+                                 outlier_weight=self.outlier_weights[name])
+        return Projection(linear, bias, DynamicProjection(linear.weight, linear.scale, bias))
 
     @functools.cached_property
     def joined_projections(self) -> Callable[[Float32s], Float32s]:
         """The maps of an input to queries, keys and values as one, for tokens that come one by one."""
         linears = [self.weights[name] for name in INPUTS]
         biases = [self.biases.get(name, np.zeros(len(self.weights[name].scale), np.float32)) for name in INPUTS]
-        return DynamicProjection(np.concatenate([linear.weight for linear in linears]),
-                             np.concatenate([linear.scale for linear in linears]), np.concatenate(biases))
+        codes, scale = (np.concatenate([getattr(linear, part) for linear in linears]) for part in ("weight", "scale"))
+        bias = np.concatenate(biases)
+        if not len(self.outlier_columns):
+            return DynamicProjection(codes, scale, bias)
+        return DynamicLinear(codes, scale, bias, outlier_columns=self.outlier_columns, outlier_weight=np.concatenate(
+            [self.outlier_weights[name] for name in INPUTS])).packed
 
     def to_state(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
         """(config, tensors): all that ``from_state`` needs to build an equal layer."""
         tensors = {f"{name}.{part}": getattr(linear, part) for name, linear in self.weights.items()
                    for part in ("weight", "scale")}
         tensors |= {f"{name}.bias": bias for name, bias in self.biases.items()}
+        if len(self.outlier_columns):
+            tensors |= {f"{name}.outlier_weight": weight for name, weight in self.outlier_weights.items()}
+            tensors["outlier_columns"] = self.outlier_columns
         config, added = added_keys_state(self)
         tensors |= added
         return {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads, **config,
@@ -224,12 +270,13 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention, Positions):
         groups: dict[str, dict[str, Any]] = {}
         added: dict[str, Any] = {}
         for name, array in tensors.items():
-            if name in KEY_TENSORS:
+            if name in KEY_TENSORS or name == "outlier_columns":
                 added[name] = array
                 continue
             group, _, part = name.rpartition(".")
             groups.setdefault(group, {})[part] = array
-        biases = {name: parts.pop("bias") for name, parts in groups.items() if "bias" in parts}
+        biases, apart = ({name: parts.pop(part) for name, parts in groups.items() if part in parts}
+                         for part in ("bias", "outlier_weight"))
         return cls(config["num_heads"], {name: QuantizedLinear(**parts) for name, parts in groups.items()}, biases,
                    num_kv_heads=config["num_kv_heads"], add_zero_attn=config.get("add_zero_attn", False), **added,
-                   **positions)
+                   outlier_weights=apart, **positions)

@@ -82,7 +82,9 @@ def test_calibration_of_images_and_of_layers_that_are_shared():
 
 
 @pytest.mark.parametrize("call, error, words", [
-    (lambda: quant.calibrate(encoder(), []), ValueError, "at least one token; got none"),
+    (lambda: quant.calibrate(encoder(), []), ValueError, "at least one token that is no padding; got none"),
+    (lambda: quant.calibrate(encoder(), [{"x": random(2, 5, E), "key_padding_mask": np.zeros((2, 5), bool)}]), ValueError,
+     "at least one token that is no padding; got none"),
     (lambda: quant.calibrate(encoder(), [np.zeros((2, 0, E), np.float32)]), ValueError, "at least one token"),
     (lambda: quant.calibrate(encoder(), [random(3, E)], observer="mse"), ValueError, "observer must be left out"),
     (lambda: quant.calibrate(encoder(), [random(3, E), random(3, E + 1)]), ValueError, r"batches\[1\]: x must be"),

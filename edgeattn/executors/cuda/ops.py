@@ -303,20 +303,33 @@ class CudaOps(DeviceOps):
             self._quantized[key] = x, quantize(x, columns, grouped, self.stream, self.like)
         return self._quantized[key][1]
 
+    def _made_of(self, x, placed):
+        """What int8 weights, and float32 ones of a few inputs, make of x (B, T, E): (B, T, outputs)."""
+        from edgeattn.kernels.cuda.encoder import linear_dynamic
+        from edgeattn.kernels.cuda.host import scratch
+
+        rows = scratch((*x.shape[:2], placed.outputs), np.float32, self.like)
+        linear_dynamic(self._codes_of_rows(x, placed.columns, False), x, placed, rows, self.stream, self.like)
+        return rows
+
     def _attend(self, inputs, linears, layer, sequences, group, out):
+        from edgeattn.kernels.cuda.encoder import DynamicRows
         from edgeattn.kernels.cuda.host import attend, attend_int8, scratch
         from edgeattn.kernels.cuda.layers import FloatLinear, as_heads, repeated
 
         heads, cache = (layer.num_heads, layer.num_kv_heads, layer.num_kv_heads), sequences.cache
         placed = [self._parameters.of(linear) for linear in linears]
-        is_float = isinstance(placed[0], FloatLinear)
+        is_float, apart = isinstance(placed[0], FloatLinear), isinstance(placed[0], DynamicRows)
         precision = self._precision if is_float else "float32"
-        in_place = cache is not None and cache.dtype == "float32" and len(sequences.pieces) == 1
+        in_place = cache is not None and cache.dtype == "float32" and len(sequences.pieces) == 1 and not apart
         places = cache.places(inputs[1].shape[1], self.stream, self.like) if in_place else ()
-        made = [scratch((group.batch, n, x.shape[1], one.outputs // n), np.float32, self.like)
-                for x, n, one in zip(inputs, heads[:1] if places else heads, placed, strict=False)]
-        q, k, v = *made, *places
-        self._project(placed, inputs, [q, k, v])
+        if apart:
+            q, k, v = (as_heads(self._made_of(x, one), n) for x, one, n in zip(inputs, placed, heads, strict=True))
+        else:
+            made = [scratch((group.batch, n, x.shape[1], one.outputs // n), np.float32, self.like)
+                    for x, n, one in zip(inputs, heads[:1] if places else heads, placed, strict=False)]
+            q, k, v = *made, *places
+            self._project(placed, inputs, [q, k, v])
         added = self._parameters.added(layer)
         options = dict(softcap=sequences.softcap, stream=self.stream, like=self.like, **group.masks)
         context, weights = as_heads(out, layer.num_heads), sequences.weights

@@ -45,6 +45,7 @@ from .softmax import exp2_within, log2_roughly
 TOKENS = 32  # tokens that are quantized at a time: whole blocks of W for every instruction set
 BLOCKS = TOKENS // WIDTH
 STEP = 4 * LANES  # bytes that are joined at a time
+COLUMNS_APART = 4  # features of an input that may be apart from the bytes
 _ZERO = np.float32(0)
 _ONE = np.float32(1)
 _NAN = np.float32(np.nan)

@@ -20,7 +20,7 @@ from edgeattn.runtime.compiler import NamedTuple, inline, jit, task
 from edgeattn.runtime.worker_pool import parallel_for
 
 from .activation import activate_rows, multiply_rows
-from .dynamic import inverse_of, join_row, largest_of_row, scale_of
+from .dynamic import COLUMNS_APART, inverse_of, join_row, largest_of_row, scale_of
 from .feed_forward_float32 import parts_of_rows, share_of
 from .int8_operands import FLIP
 from .matmul import multiply, round_up
@@ -65,7 +65,6 @@ from .word_products import Words, product_of_words, split_row
 GROUP = 256  # hidden features that share a scale
 BLOCK = 32 if AS_WORDS and not ADDS_FIRST else 64  # rows that pass a feed-forward together
 FEW_ROWS = 24  # up to so many rows, threads share the features; then the rows
-COLUMNS_APART = 4  # features of an input that may be apart from the bytes
 DEPTH = 64  # what rows of bytes are padded to: whole numbers of vectors of bytes for every instruction set
 # Of weights: positions in elements of 32 bits. `w`: bytes, `c`: sums of an output channel's, and where ADDS_FIRST,
 # group by group, minus its own products behind them, `s`: scales, `b`: biases, `v`: (J, columns) of the features `j`

@@ -8,6 +8,9 @@ lanes, which is what dynamic.py quantizes.
 Softmax does not see what is added to all scores of a query: so the key projection's bias is left out, and from all
 keys of a head the mean of the first TOKENS that are seen is subtracted, which leaves the bytes to what tells keys apart
 (SageAttention, arXiv 2410.02367, section 4.2, takes the mean of all).
+
+A few features of the input may be apart, as feed_forward_dynamic.py has them: their products with the weights of
+queries, keys and values are float32.
 """
 import numpy as np
 
@@ -38,7 +41,7 @@ from .int8_views import Part, Projection, parts_of, scratch_at
 from .key_mean import add_to_tokens, choose_block, subtract_mean, weigh_tokens
 from .matmul import round_up
 from .positions import POSITIONS, place_keys, place_queries
-from .projection_dynamic import project_rows
+from .projection_dynamic import Apart, project_rows, set_apart
 from .records import MASK_ADDRESSES, MASKS, located, named, record
 from .score_masks import adds_to_scores, fill_mask, masks_differ
 from .simd import (
@@ -56,14 +59,15 @@ from .simd import (
 from .views import Rows, ScoreMask, Visible
 
 # The parameters: sizes; where weights begin: bytes, and what OFFSET adds to their products, in the int32 weights,
-# scales and biases in the float32 ones; masks; where things begin in the scratch of all threads, and in that of each;
+# scales and biases in the float32 ones, as are the weights v of `apart` features, which `columns` names; masks; where
+# things begin in the scratch of all threads, and in that of each;
 # of keys and values that are kept from call to call, the size of a batch entry's, and whether they are there.
 LAYER = record("batch queries keys query_width key_width value_width out_width heads kv_heads",
                "head_size value_size padded_head padded_value has_out same_qk same_kv",
-               "wq cq wk ck wv cv wo co", "sq bq sk bk sv bv so bo", MASKS, POSITIONS,
+               "wq cq wk ck wv cv wo co columns", "sq bq vq sk bk vk sv bv vv so bo apart", MASKS, POSITIONS,
                "at_mean at_key_factors at_smooth at_units at_kterm at_kscale at_values at_vlog at_vinverse",
                "at_queries at_qscale",
-               "at_x at_rows at_xscale at_inverse at_tail at_weights at_seen at_keys at_q at_scores",
+               "at_rest at_apart at_x at_rows at_xscale at_inverse at_tail at_weights at_seen at_keys at_q at_scores",
                "at_probabilities at_stats at_dither at_context at_context_bytes at_transposed at_tiles at_masks",
                "shared_size private_size kept_size is_kept")
 # Where the arrays of a call are: queries (B, L, Eq), keys (B, S, Ek), values (B, S, Ev), out (B, L, Eo), float32;
@@ -79,17 +83,25 @@ def values_row(S):
 
 
 @inline
-def quantize_block(x, E, tokens, p, own):
-    """Up to TOKENS rows of x, a Part, to rows of bytes, and their scales."""
+def quantize_block(x, E, tokens, p, a, own):
+    """Up to TOKENS rows of x, a Part, to rows of bytes, and their scales; what is apart is kept in float32."""
+    if p.apart > 0:
+        columns = Part(pointer_to(a.weights, np.int32), p.columns)
+        separately(set_apart, (x, E, tokens, columns, p.apart, own, p.at_rest, p.at_apart))
+        x = Part(own.float32, p.at_rest)
     quantize_rows(x, E, tokens, round_up(tokens, LANES), FLIP, Part(own.int32, p.at_x), Part(own.float32, p.at_xscale),
                   own, p.at_inverse, p.at_tail)
 
 
 @inline
-def project_block_rows(projection, features, tokens, p, own):
-    """A quantized block's rows of `features`, from p.at_rows on; how far they are apart."""
+def project_block_rows(projection, at_apart, features, tokens, p, a, own):
+    """A quantized block's rows of `features`, from p.at_rows on; how far they are apart.
+
+    at_apart: of the weights of what is apart among the factors.
+    """
     row = round_up(features, WIDTH)
-    separately(project_rows, (Part(own.uint32, p.at_x), tokens, Part(own.float32, p.at_xscale), projection, row,
+    apart = Apart(p.apart, own.float32, p.at_apart, pointer_to(a.factors, np.float32), at_apart, row)
+    separately(project_rows, (Part(own.uint32, p.at_x), tokens, Part(own.float32, p.at_xscale), projection, apart, row,
                               Rows(own.float32, p.at_rows, row), own, p.at_tiles))
     return row
 
@@ -121,7 +133,7 @@ def project_queries(projection, t, blocks, tokens, p, a, shared, own):
     H, size = p.heads, p.padded_head
     D4, at_scales = size // 4, p.at_qscale + t * H
     at_queries = p.at_queries + t * H * D4
-    row = project_block_rows(projection, H * size, tokens, p, own)
+    row = project_block_rows(projection, p.vq, H * size, tokens, p, a, own)
     for h in range(H):
         step = turn_head(h, size, row, blocks, p, own)
         for b in range(blocks):
@@ -147,7 +159,7 @@ def project_keys(projection, t, blocks, tokens, smoothing, p, a, shared, own):
     """
     Hkv, size, S_up = p.kv_heads, p.padded_head, round_up(p.keys, TOKENS)
     K4 = round_up(Hkv * size // 4, LANES)
-    row = project_block_rows(projection, Hkv * size, tokens, p, own)
+    row = project_block_rows(projection, p.vk, Hkv * size, tokens, p, a, own)
     if smoothing:  # beside the mean, for the blocks that have it for a bias
         for f in range(0, row, LANES):
             store(shared.float32, p.at_key_factors + f, load(projection.factors, projection.at_factors + f))
@@ -171,10 +183,10 @@ def project_keys(projection, t, blocks, tokens, smoothing, p, a, shared, own):
 
 
 @inline
-def project_values(projection, t, blocks, tokens, smoothing, p, shared, own):
+def project_values(projection, t, blocks, tokens, smoothing, p, a, shared, own):
     """Values of a quantized block of tokens from t on, to rows of bytes; smoothing: a head's unit is found first."""
     Hkv, size, S_up, row4 = p.kv_heads, p.padded_value, round_up(p.keys, TOKENS), values_row(p.keys)
-    row = project_block_rows(projection, Hkv * size, tokens, p, own)
+    row = project_block_rows(projection, p.vv, Hkv * size, tokens, p, a, own)
     for h in range(Hkv):
         step = turn_head(h, size, row, blocks, p, own)
         if smoothing:
@@ -200,7 +212,7 @@ def project_block(p, a, batch, block, smoothing, shared, kept, own):
     t = (block - kv_blocks if is_query else block) * TOKENS
     tokens = min(TOKENS, of - t)
     blocks = (tokens + WIDTH - 1) // WIDTH
-    quantize_block(Part(pointer_to(x, np.float32), (batch * of + t) * E), E, tokens, p, own)
+    quantize_block(Part(pointer_to(x, np.float32), (batch * of + t) * E), E, tokens, p, a, own)
     if is_query or p.same_qk != 0:
         depth4 = depth_groups(p.query_width)
         project_queries(Projection(weights, p.wq, p.cq, factors, p.sq, factors, p.bq, depth4), t, blocks, tokens, p,
@@ -219,10 +231,10 @@ def project_block(p, a, batch, block, smoothing, shared, kept, own):
                  smoothing, p, a, kept, own)
     if p.same_kv == 0:
         values = pointer_to(a.values, np.float32)
-        quantize_block(Part(values, (batch * S + t) * p.value_width), p.value_width, tokens, p, own)
+        quantize_block(Part(values, (batch * S + t) * p.value_width), p.value_width, tokens, p, a, own)
     depth4 = depth_groups(p.value_width)
     project_values(Projection(weights, p.wv, p.cv, factors, p.sv, factors, p.bv, depth4), t, blocks, tokens, smoothing,
-                   p, kept, own)
+                   p, a, kept, own)
 
 
 @task
@@ -287,8 +299,9 @@ def write_rows(p, a, at_row, queries, own):
         pack_rows(own.float32, at_context + c, C, inverse_of(largest), FLIP, own.int32, p.at_context_bytes + c)
     turn(own.int32, p.at_context_bytes, C4, WIDTH, own.int32, p.at_transposed)
     output = Projection(pointer_to(a.weights, np.int32), p.wo, p.co, factors, p.so, factors, p.bo, C4)
-    separately(project_rows, (Part(own.uint32, p.at_transposed), queries, Part(own.float32, p.at_xscale), output, Eo,
-                              Rows(out, at_row, Eo), own, p.at_tiles))
+    none = Apart(0, own.float32, p.at_apart, factors, 0, 0)
+    separately(project_rows, (Part(own.uint32, p.at_transposed), queries, Part(own.float32, p.at_xscale), output, none,
+                              Eo, Rows(out, at_row, Eo), own, p.at_tiles))
 
 
 @task

@@ -10,7 +10,7 @@ from . import fused_dynamic as f
 from .attend_dynamic import KEY_BLOCK
 from .byte_products import DEPTH_STEP, READ_AHEAD, ROW_STEP, pack_byte_panels
 from .call import PreparedCall
-from .dynamic import STEP, TOKENS
+from .dynamic import COLUMNS_APART, STEP, TOKENS
 from .layer_float32 import _LOG2_E
 from .matmul import pad_heads, round_up
 from .packing import Packer
@@ -35,7 +35,9 @@ def place_own(p):
     H, Hkv, Dp, Dvp = p.heads, p.kv_heads, p.padded_head, p.padded_value
     D4, K4, C4 = Dp // 4, round_up(Hkv * Dp // 4, LANES), round_up(H * Dvp // 4, LANES)
     deepest = round_up(max(p.query_width, p.key_width, p.value_width), STEP) // 4
-    p.at_x, private = place(0, TOKENS * deepest)
+    p.at_rest, private = place(0, TOKENS * p.query_width if p.apart else 0)
+    p.at_apart, private = place(private, TOKENS * COLUMNS_APART)
+    p.at_x, private = place(private, TOKENS * deepest)
     p.at_rows, private = place(private, TOKENS * round_up(max(H * Dp, Hkv * Dvp), WIDTH) + LANES)
     p.at_xscale, private = place(private, TOKENS)
     p.at_inverse, private = place(private, TOKENS)
@@ -97,9 +99,14 @@ class DynamicLayer:
     scale : float
     rotary, q_norm, k_norm
         As for `FloatLayer`.
+    columns : sequence of int
+        Inputs of queries, keys and values, all of one width, whose products are float32: their codes are 0.
+    apart : None or three float32 arrays
+        The weights of `columns`: (H*D, columns), (Hkv*D, columns), (Hkv*Dv, columns).
     """
 
-    def __init__(self, num_heads, num_kv_heads, weights, biases, scale, rotary=None, q_norm=None, k_norm=None):
+    def __init__(self, num_heads, num_kv_heads, weights, biases, scale, rotary=None, q_norm=None, k_norm=None,
+                 columns=(), apart=None):
         H, Hkv = num_heads, num_kv_heads
         q, k, v, o = (w if w is None or isinstance(w, tuple) else quantize_weight(w) for w in weights)
         q_bias, k_bias, v_bias, out_bias = biases
@@ -116,9 +123,13 @@ class DynamicLayer:
         fold = scale * _LOG2_E
         if rotary is None and k_norm is None:
             k_bias = None
-        for letter, (codes, factors), bias, heads, size, wide, factor in (
-                ("q", q, q_bias, H, D, Dp, fold if q_norm is None else 1.0), ("k", k, k_bias, Hkv, D, Dp, 1.0),
-                ("v", v, v_bias, Hkv, Dv, Dvp, 1.0)):
+        packer.put("columns", np.asarray(columns, np.int32))
+        for letter, (codes, factors), bias, in_float, heads, size, wide, factor in zip(
+                "qkv", (q, k, v), (q_bias, k_bias, v_bias), (None,) * 3 if apart is None else apart, (H, Hkv, Hkv),
+                (D, D, Dv), (Dp, Dp, Dvp), (fold if q_norm is None else 1.0, 1.0, 1.0), strict=True):
+            if in_float is not None:
+                scaled = (in_float.astype(np.float64) * factor).astype(np.float32)
+                reals.put("v" + letter, pad_heads(scaled, heads, size, wide).T)
             bias = np.zeros(heads * size, np.float32) if bias is None else bias
             factors, bias = ((a.astype(np.float64) * factor).astype(np.float32) for a in (factors, bias))
             codes, factors, bias = (pad_heads(a, heads, size, wide) for a in (join_depth(codes), factors, bias))
@@ -142,7 +153,7 @@ class DynamicLayer:
         self.parameters = blank(
             f.LAYER, query_width=q[0].shape[1], key_width=k[0].shape[1], value_width=v[0].shape[1], out_width=Eo,
             heads=H, kv_heads=Hkv, head_size=D, value_size=Dv, padded_head=Dp, padded_value=Dvp,
-            has_out=o is not None, **packer.at, **reals.at, **positions)
+            has_out=o is not None, apart=len(columns), **packer.at, **reals.at, **positions)
         place_own(self.parameters)
         self.output_dim = Eo
         self._plans = PlanCache()

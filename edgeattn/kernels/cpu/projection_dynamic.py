@@ -3,19 +3,18 @@
 The products are exact integers, so a token gives the same bits alone and inside a chunk. What encoders have beside
 attention, feed_forward_dynamic.py, rounds in another order and has columns apart: its kernel is not this one.
 """
-
 import numpy as np
 
 from edgeattn import threads
 from edgeattn.runtime.addresses import address
 from edgeattn.runtime.calls import separately
-from edgeattn.runtime.compiler import inline, jit
+from edgeattn.runtime.compiler import NamedTuple, inline, jit
 from edgeattn.runtime.plan_cache import PlanCache
 from edgeattn.runtime.worker_pool import parallel_for, task
 
 from .byte_products import TILES_SCRATCH, pack_byte_panels, row_product
 from .call import PreparedCall
-from .dynamic import STEP, TOKENS, depth_groups, quantize_rows
+from .dynamic import COLUMNS_APART, STEP, TOKENS, depth_groups, quantize_rows
 from .fused import portions
 from .int8_operands import FLIP
 from .int8_views import BytePanels, Groups, Part, Projection, scratch_at
@@ -28,9 +27,12 @@ from .simd import (
     ROWS,
     WIDTH,
     address_of,
+    load,
     matrix_configure,
     matrix_release,
+    outer_product,
     pointer_to,
+    store,
     tile_add_columns,
     tile_add_down,
     tile_dequantize,
@@ -54,11 +56,47 @@ def join_depth(weight):
     return out.reshape(n, out.shape[1] // STEP, 4, LANES // 4, 4).swapaxes(2, 3).reshape(out.shape)
 
 
+class Apart(NamedTuple):
+    """Features of an input that stay float32: of each token COLUMNS_APART numbers, of each of them a row of weights."""
+
+    count: int
+    inputs: object
+    at: int
+    weights: object
+    at_weights: int
+    step: int
+
+
+@task
+def set_apart(x, width, tokens, columns, count, own, at_rest, at_apart):
+    """`tokens` rows of x, a Part, to own.float32[at_rest:], but the features columns (count,), which go to at_apart.
+
+    columns: Part of int32; of each token COLUMNS_APART numbers at at_apart.
+    """
+    whole = width // LANES * LANES
+    for t in range(tokens):
+        row, here = x.at + t * width, at_rest + t * width
+        for e in range(0, whole, LANES):
+            store(own.float32, here + e, load(x.data, row + e))
+        for e in range(whole, width):
+            own.float32[here + e] = x.data[row + e]
+        for k in range(count):
+            column = np.int64(columns.data[columns.at + k])
+            own.float32[at_apart + t * COLUMNS_APART + k] = x.data[row + column]
+            own.float32[here + column] = np.float32(0)
+
+
 @inline
-def _finish_rows(tile, rows, t, f, scales, projection, tokens, features, out, own, at_edge):
-    """Rows of out = scale tile factor + bias: the tile's tokens from t, its features from f on, as far as there are."""
+def _finish_rows(tile, rows, t, f, scales, projection, apart, tokens, features, out, own, at_edge):
+    """Rows of out = scale tile factor + bias + x_J V_J: the tile's tokens from t, its features from f on.
+
+    As far as there are any; J are the features that are apart.
+    """
     whole = tile_dequantize(tile, scales.data, scales.at + t, projection.factors, projection.at_factors + f,
                             projection.at_bias + f)
+    for k in range(apart.count):
+        whole = outer_product(whole, apart.inputs, apart.at + t * COLUMNS_APART + k, COLUMNS_APART, apart.weights,
+                              apart.at_weights + k * apart.step + f)
     to = out.at + t * out.step + f
     if t + rows <= tokens and f + WIDTH <= features:
         tile_store(whole, out.data, to, out.step, LANES)
@@ -81,17 +119,18 @@ def _finish_words(tile, rows, t, f, panels, own, at_own, finish_with):
 
 
 @task
-def project_rows(x, tokens, scales, projection, features, out, own, at_tiles):
-    """Rows of out (tokens, features) = scale (x w^T + terms) factor + bias; what is packed has whole panels.
+def project_rows(x, tokens, scales, projection, apart, features, out, own, at_tiles):
+    """Rows of out (tokens, features) = scale (x w^T + terms) factor + bias + x_J V_J; what is packed has whole panels.
 
     x           Part, uint32, rows of bytes plus OFFSET; where the matrix unit multiplies, a multiple of 16
     projection  of panels (features / WIDTH, depth4, WIDTH) of bytes; its bias among the factors
+    apart       the features J of x that are not among the bytes, and their weights V
     own         Scratch, TILES_SIZE elements from at_tiles on, behind them words_scratch(TOKENS, depth4)
     """
     depth4, at_own = projection.depth4, at_tiles + TILES_SIZE
     panels = BytePanels(projection.weights, projection.at, projection.weights, projection.at_terms,
                         round_up(features, WIDTH), depth4)
-    finish_with = scales, projection, tokens, features, out, own, at_tiles + TILES_SCRATCH
+    finish_with = scales, projection, apart, tokens, features, out, own, at_tiles + TILES_SCRATCH
     if ADDS_FIRST:
         at_words = at_own + TOKENS
         for t in range(tokens):
@@ -116,13 +155,14 @@ def project_part(p, a, scratch, portion, worker, part):
     scales = Part(own.float32, at_scales)
     projection = Projection(pointer_to(a.weights, np.int32), 0, features * depth4, factors, 0, factors, features,
                             depth4)
+    none = Apart(0, own.float32, 0, factors, 0, 0)
     matrix_configure(own.int32, at_tiles)
     end = min((part + 1) * portion, p.rows)
     for t in range(part * portion, end, TOKENS):
         some = min(TOKENS, end - t)
         quantize_rows(Part(x, t * depth), depth, some, TOKENS, FLIP, Part(own.int32, 0), scales, own, at_inverse,
                       at_tail)
-        separately(project_rows, (Part(own.uint32, 0), some, scales, projection, p.out_width,
+        separately(project_rows, (Part(own.uint32, 0), some, scales, projection, none, p.out_width,
                                   Rows(out, t * p.out_width, p.out_width), own, at_tiles))
     matrix_release()
 

@@ -2,11 +2,9 @@
 
 The first tile of a panel leaves its words for the others, which bring the next panel near.
 """
-from typing import NamedTuple
-
 import numpy as np
 
-from edgeattn.runtime.compiler import inline, register_jitable
+from edgeattn.runtime.compiler import NamedTuple, inline, register_jitable
 
 from .matmul import round_up
 from .simd import (

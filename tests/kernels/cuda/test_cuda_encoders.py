@@ -145,12 +145,17 @@ def dynamic(linear, *columns):
     return DynamicLinear.quantized_from(linear, outlier_columns=columns, split=2.0 if columns else None)
 
 
-@pytest.mark.parametrize("attention", ["int8", "float32"])
+@pytest.mark.parametrize("attention", ["int8", "apart", "float32"])
 def test_a_dynamic_encoder_is_near_the_formula(attention):
     layers, encoder, x = made(count=1)
     layer, x = encoder.layers[0], x[:1]
     part = edgeattn.FeedForward(dynamic(layer.feed_forward.linear1), dynamic(layer.feed_forward.linear2, 3, 9))
-    attend = quant.quantize(layer.attention, scheme="dynamic") if attention == "int8" else layer.attention
+    attend = layer.attention
+    if attention == "int8":
+        attend = quant.quantize(layer.attention, scheme="dynamic")
+    elif attention == "apart":
+        attend = quant.quantize(edgeattn.TransformerEncoder([layer]), scheme="dynamic").layers[0].attention
+        assert len(attend.outlier_columns) == 4
     placed = edgeattn.TransformerEncoder(
         [edgeattn.TransformerEncoderLayer(attend, part, layer.norm1, layer.norm2)]).to("cuda")
     want = formula(layers, x.astype(np.float64))

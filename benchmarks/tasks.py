@@ -1,0 +1,109 @@
+"""How well int8 does what models are for, beside other runtimes: python -m benchmarks.tasks
+
+- sentences: all-MiniLM-L6-v2 on the sentences of examples/minilm: cosine of embeddings to float32, mean and least, and
+  how alike all pairs are put in order (Spearman's rank correlation of their similarities);
+- recordings: the encoder of examples/sensor on its first test recordings: how many are told right.
+
+Peers are those of `benchmarks.models`, as it makes them; --ours leaves them out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import edgeattn
+import quant
+from benchmarks.models import OURS, ROOT, Question, Subject, contenders, minilm, padded, sensor
+from quant.report import cosines, pair_order
+
+RECORDINGS = 300  # each a call of its own: some peers take one length, and one at a time
+TASKS = ("sentences", "recordings")
+
+
+def ours(subject: Subject, calibration: list[Any]) -> dict[str, Callable]:
+    """name -> call of an input, or a list of rows; float32 is torch's place where there is none."""
+    found = {name: subject.model if settings is None else quant.quantize(subject.model, scheme="dynamic", **settings)
+             for name, settings in OURS.items()}
+    found["edgeattn int8, static"] = quant.quantize(subject.model, quant.calibrate(subject.model, calibration))
+    return found
+
+
+def with_peers(subject: Subject, mine: dict[str, Callable], alone: bool, judge: Callable[[dict[str, Callable]], None]
+               ) -> None:
+    """Judge ours, and what can be imported beside it."""
+    if alone:
+        judge({name: lambda q, call=call: call(q.x if q.rows is None else q.rows) for name, call in mine.items()})
+        return
+    from benchmarks.encoder_peers import Common
+    from benchmarks.encoder_torch import Encoder
+
+    with tempfile.TemporaryDirectory() as folder:
+        common = Common(subject.model, Encoder(subject.model), Path(folder) / "model.onnx", subject.samples,
+                        Path(folder))
+        common.module.exported(subject.samples[0], str(common.graph))
+        judge(contenders(common, mine, 1))
+
+
+def sentences(alone: bool) -> None:
+    """Print the table of sentences."""
+    subject = minilm()
+
+    def judge(calls: dict[str, Callable]) -> None:
+        rows = {name: [np.asarray(call(Question(*padded([ids], subject.longest), [ids]))[0])[: len(ids)].mean(axis=0)
+                       for ids in subject.judged] for name, call in calls.items()}
+        print(f"\n{subject.title}: {len(subject.judged)} texts\n  {'':34} {'cosine':>8} {'least':>8} {'order':>8}")
+        for name, embeddings in rows.items():
+            pairs = list(zip(rows["edgeattn float32"], embeddings, strict=True))
+            found = cosines(pairs)
+            print(f"  {name:34} {found.mean:8.5f} {found.minimum:8.5f} {pair_order(pairs):8.5f}", flush=True)
+
+    with_peers(subject, ours(subject, subject.samples), alone, judge)
+
+
+def recordings(alone: bool) -> None:
+    """Print the table of recordings."""
+    sys.path.insert(0, str(ROOT / "examples" / "sensor"))
+    from data import TEST_RECORDINGS, TEST_SEED, TRAIN_SEED
+    from data import recordings as drawn
+    from safetensors import safe_open
+
+    with safe_open(ROOT / "examples" / "sensor" / "sensor.safetensors", framework="numpy") as file:
+        weight, bias, position, head, head_bias = (file.get_tensor(name).astype(np.float32) for name in (
+            "embed.weight", "embed.bias", "position", "head.weight", "head.bias"))
+    test, seen, subject = drawn(TEST_RECORDINGS, TEST_SEED), drawn(60, TRAIN_SEED), sensor()
+    tokens = test.x @ weight.T + bias + position
+    calibration = [{"x": seen.x @ weight.T + bias + position, "lengths": seen.lengths}]
+
+    def judge(calls: dict[str, Callable]) -> None:
+        print(f"\n{subject.title}: {RECORDINGS} recordings")
+        for name, call in calls.items():
+            right = 0
+            for x, length, label in zip(tokens[:RECORDINGS], test.lengths, test.labels, strict=False):
+                row = x[:length]
+                y = np.asarray(call(Question(*padded([row], subject.longest), [row]))[0])[:length]
+                right += int((y.mean(axis=0) @ head.T + head_bias).argmax() == label)
+            print(f"  {name:34} {right:5} right, {right / RECORDINGS:.2%}", flush=True)
+
+    with_peers(subject, ours(subject, calibration), alone, judge)
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ours", action="store_true", help="without other runtimes")
+    parser.add_argument("--task", choices=TASKS, action="append", help="this one alone")
+    options = parser.parse_args()
+    edgeattn.set_num_threads(1)
+    for name in options.task or TASKS:
+        globals()[name](options.ours)
+
+
+if __name__ == "__main__":
+    main()
