@@ -23,6 +23,7 @@ import numpy as np
 
 from edgeattn.executors.unfused import attend
 from edgeattn.layers.attention import forward
+from edgeattn.layers.dynamic_linear import DynamicLinear
 from edgeattn.ops import Ops, Sequences
 from edgeattn.quantized import (
     INPUTS,
@@ -31,8 +32,10 @@ from edgeattn.quantized import (
     QuantizedLinear,
     SelectMask,
     StaticMultiHeadAttention,
+    TensorQuantization,
 )
 from edgeattn.tflite_schema import Graph
+from quant.export.static_rows import scatter
 
 FULLY_CONNECTED_VERSION = 5  # the first with keep_num_dims
 HYBRID_VERSION = 12  # of FULLY_CONNECTED: the first with float rows and int8 weights of a scale for each channel
@@ -46,7 +49,8 @@ INT8_VERSIONS = {
     "RESHAPE": 1,
     "SELECT_V2": 1,
 }
-FLOAT_VERSIONS = dict.fromkeys(INT8_VERSIONS, 1) | {"FULLY_CONNECTED": FULLY_CONNECTED_VERSION}
+MOVED_INT8_VERSIONS = {"GATHER": 2, "CONCATENATION": 2, "SLICE": 2}
+FLOAT_VERSIONS = dict.fromkeys((*INT8_VERSIONS, "CONCATENATION"), 1) | {"FULLY_CONNECTED": FULLY_CONNECTED_VERSION}
 # exp(MASKED_SCORE - any real score) is 0 in float32, and unlike -inf a row full of it gives no NaN.
 MASKED_SCORE = np.float32(-1e30)
 
@@ -230,7 +234,9 @@ class FloatTfliteOps(TfliteOps):
 
     def linear(self, x: int, linear, name: str) -> int:
         """x weight^T + bias."""
-        quantized = getattr(linear, "weight", None)
+        if isinstance(linear, DynamicLinear):
+            return self._dynamic(x, linear, name)
+        quantized = linear.weight
         if isinstance(quantized, QuantizedLinear):  # a Projection of a dynamic layer
             return self.hybrid(x, quantized.weight, quantized.scale, linear.bias, name)
         constants = [None if array is None else self._constant(f"{name}/{part}", self._folded(name, array))
@@ -246,6 +252,53 @@ class FloatTfliteOps(TfliteOps):
         output = self.graph.activation(name, (*self.graph.tensors[x].shape[:-1], len(codes)), np.float32)
         options = {"keep_num_dims": True, "asymmetric_quantize_inputs": True}
         self.graph.operator("FULLY_CONNECTED", operands, output, options, HYBRID_VERSION)
+        return output
+
+    def _dynamic(self, x: int, linear: DynamicLinear, name: str) -> int:
+        """A hybrid product; inputs that stay float32, and outputs' second codes, are added by a narrow float one."""
+        outputs, apart = linear.outputs, linear.outlier_columns
+        rest, parts, weights = x, [], []
+        if len(apart):
+            kept = np.ones(linear.inputs, np.float32)
+            kept[apart] = 0
+            rest = self._elementwise("MUL", x, self._constant(f"{name}/kept", kept), f"{name}/rest")
+            parts.append(self.narrow(x, scatter(apart, linear.inputs).T, None, f"{name}/apart"))
+            weights.append(linear.outlier_weight)
+        y = self.hybrid(rest, linear.codes[:outputs], linear.scale[:outputs], linear.bias, name)
+        if len(linear.residual_outputs):
+            parts.append(self.hybrid(rest, linear.codes[outputs:], linear.scale[outputs:], None, f"{name}/second"))
+            weights.append(scatter(linear.residual_outputs, outputs))
+        if not parts:
+            return y
+        weight = np.concatenate(weights, axis=1).astype(np.float32)
+        added = self.narrow(self.joined(parts, f"{name}/columns"), weight, None, f"{name}/added")
+        return self._elementwise("ADD", y, added, f"{name}/sum")
+
+    def narrow(self, x: int, weight: np.ndarray, bias: np.ndarray | None, name: str) -> int:
+        """A float product of a few columns."""
+        constants = [None if array is None else self._constant(f"{name}/{part}", array)
+                     for part, array in (("weight", weight), ("bias", bias))]
+        return self._fully_connected(x, *constants, name)
+
+    def _elementwise(self, operator: str, a: int, b: int, name: str) -> int:
+        return self._operator(operator, [a, b], name, self.graph.tensors[a].shape)
+
+    def joined(self, parts: list[int], name: str) -> int:
+        """Rows or codes side by side."""
+        if len(parts) == 1:
+            return parts[0]
+        width = sum(self.graph.tensors[part].shape[-1] for part in parts)
+        return self._moved("CONCATENATION", parts, name, width, {"axis": 2})
+
+    def _moved(self, operator: str, inputs: list[int], name: str, width: int, options=None) -> int:
+        """What has the dtype and scale of the first of its inputs."""
+        source = self.graph.tensors[inputs[0]]
+        quantization = None
+        if source.scale is not None:
+            quantization = TensorQuantization(source.scale[0], source.zero_point[0])
+        output = self.graph.activation(name, (*source.shape[:-1], width), source.dtype, quantization)
+        versions = self._versions if quantization is None else MOVED_INT8_VERSIONS
+        self.graph.operator(operator, inputs, output, options, versions[operator])
         return output
 
     def _repeated(self, name: str, array: np.ndarray) -> np.ndarray:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgeattn.layers import MultiHeadAttention
-from edgeattn.layers.dynamic_linear import DynamicLinear
 from edgeattn.layers.positions import refuse_positions
 from edgeattn.quantized import DynamicMultiHeadAttention, StaticFeedForward
 from quant.export.attention_graph import (
@@ -32,9 +31,8 @@ if TYPE_CHECKING:
     from edgeattn.tflite_schema import Graph
 
 _VERSIONS = FLOAT_VERSIONS | dict.fromkeys(
-    ("MEAN", "SUB", "RSQRT", "LOGISTIC", "RELU", "GELU", "QUANTIZE", "SLICE", "GATHER", "CONCATENATION"), 1) | {
+    ("MEAN", "SUB", "RSQRT", "LOGISTIC", "RELU", "GELU", "QUANTIZE", "SLICE", "GATHER"), 1) | {
     "DEQUANTIZE": 2}  # the first of int8
-_INT8_VERSIONS = {"GATHER": 2, "CONCATENATION": 2, "SLICE": 2}
 
 
 def encoder_graph(encoder: TransformerEncoder, *, batch: int, sequence_length: int, mask: Any = None) -> Graph:
@@ -85,30 +83,6 @@ class EncoderTfliteOps(StaticBetweenRows[int], FloatTfliteOps):
         except ValueError as error:
             raise ValueError(f"{name.removesuffix('.')}: {error}") from None
 
-    def linear(self, x: int, linear: Any, name: str) -> int:
-        """x weight^T + bias."""
-        return self._dynamic(x, linear, name) if isinstance(linear, DynamicLinear) else super().linear(x, linear, name)
-
-    def _dynamic(self, x: int, linear: DynamicLinear, name: str) -> int:
-        """A hybrid product; inputs that stay float32, and outputs' second codes, are added by a narrow float one."""
-        outputs, apart = linear.outputs, linear.outlier_columns
-        rest, parts, weights = x, [], []
-        if len(apart):
-            kept = np.ones(linear.inputs, np.float32)
-            kept[apart] = 0
-            rest = self._elementwise("MUL", x, self._constant(f"{name}/kept", kept), f"{name}/rest")
-            parts.append(self.columns(x, apart, f"{name}/apart"))
-            weights.append(linear.outlier_weight)
-        y = self.hybrid(rest, linear.codes[:outputs], linear.scale[:outputs], linear.bias, name)
-        if len(linear.residual_outputs):
-            parts.append(self.hybrid(rest, linear.codes[outputs:], linear.scale[outputs:], None, f"{name}/second"))
-            weights.append(scatter(linear.residual_outputs, outputs))
-        if not parts:
-            return y
-        weight = np.concatenate(weights, axis=1).astype(np.float32)
-        added = self.narrow(self.joined(parts, f"{name}/columns"), weight, None, f"{name}/added")
-        return self._elementwise("ADD", y, added, f"{name}/sum")
-
     def codes_ops(self, layer: Any, name: str) -> Ops[int]:
         """The executor of a static layer's own operations."""
         if isinstance(layer, StaticFeedForward):
@@ -158,15 +132,6 @@ class EncoderTfliteOps(StaticBetweenRows[int], FloatTfliteOps):
         """The difference."""
         return self._elementwise("SUB", a, b, name)
 
-    def narrow(self, x: int, weight: np.ndarray, bias: np.ndarray | None, name: str) -> int:
-        """A float product of a few columns."""
-        constants = [None if array is None else self._constant(f"{name}/{part}", array)
-                     for part, array in (("weight", weight), ("bias", bias))]
-        return self._fully_connected(x, *constants, name)
-
-    def _elementwise(self, operator: str, a: int, b: int, name: str) -> int:
-        return self._operator(operator, [a, b], name, self.graph.tensors[a].shape)
-
     def _mean(self, x: int, name: str) -> int:
         shape = (*self.graph.tensors[x].shape[:-1], 1)
         return self._operator("MEAN", [x, self._indices("last_axis", [2])], name, shape, options={"keep_dims": True})
@@ -190,24 +155,6 @@ class EncoderTfliteOps(StaticBetweenRows[int], FloatTfliteOps):
             ("begin", (0, 0), first), ("size", self.graph.tensors[x].shape[:-1], size))]
         return self._moved("SLICE", [x, *bounds], name, size)
 
-    def joined(self, parts: list[int], name: str) -> int:
-        """Rows or codes side by side."""
-        if len(parts) == 1:
-            return parts[0]
-        width = sum(self.graph.tensors[part].shape[-1] for part in parts)
-        return self._moved("CONCATENATION", parts, name, width, {"axis": 2})
-
-    def _moved(self, operator: str, inputs: list[int], name: str, width: int, options: Any = None) -> int:
-        """What has the dtype and scale of the first of its inputs."""
-        source = self.graph.tensors[inputs[0]]
-        quantization = None
-        if source.scale is not None:
-            quantization = _Quantization(source.scale[0], source.zero_point[0])
-        output = self.graph.activation(name, (*source.shape[:-1], width), source.dtype, quantization)
-        versions = _VERSIONS if quantization is None else _INT8_VERSIONS
-        self.graph.operator(operator, inputs, output, options, versions[operator])
-        return output
-
     def quantized(self, x: int, quantization: TensorQuantization, name: str) -> int:
         """Codes of rows."""
         output = self.graph.activation(name, self.graph.tensors[x].shape, np.int8, quantization)
@@ -217,9 +164,3 @@ class EncoderTfliteOps(StaticBetweenRows[int], FloatTfliteOps):
     def reals(self, codes: int, name: str) -> int:
         """The rows that codes stand for."""
         return self._operator("DEQUANTIZE", [codes], name, self.graph.tensors[codes].shape)
-
-
-class _Quantization:
-    def __init__(self, scale: Any, zero_point: Any):
-        self.scale, self.zero_point = scale, zero_point
-
