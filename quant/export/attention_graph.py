@@ -263,7 +263,7 @@ class FloatTfliteOps(TfliteOps):
             kept[apart] = 0
             rest = self._elementwise("MUL", x, self._constant(f"{name}/kept", kept), f"{name}/rest")
             parts.append(self.narrow(x, scatter(apart, linear.inputs).T, None, f"{name}/apart"))
-            weights.append(linear.outlier_weight)
+            weights.append(self._folded(name, linear.outlier_weight))
         y = self.hybrid(rest, linear.codes[:outputs], linear.scale[:outputs], linear.bias, name)
         if len(linear.residual_outputs):
             parts.append(self.hybrid(rest, linear.codes[outputs:], linear.scale[outputs:], None, f"{name}/second"))

@@ -139,6 +139,24 @@ def test_shared_heads(tmp_path):
     assert cosine(written(dynamic, tmp_path / "a.tflite").run(x)[0], made(x)) > 0.999
 
 
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_inputs_of_dynamic_attention_that_stay_float32(tmp_path, kv_heads):
+    """Their weights hold the scale of queries, and are repeated for shared heads, as the codes are."""
+    kv = E // 4 * kv_heads
+    attention = edgeattn.MultiHeadAttention(4, *(random(n, E, seed=n) / 6 for n in (E, kv, kv, E)),
+                                            num_kv_heads=kv_heads)
+    scale, feed_forward = np.ones(E), encoder().layers[0].feed_forward
+    scale[:4] = 4
+    made = TransformerEncoder([TransformerEncoderLayer(
+        attention, feed_forward, edgeattn.LayerNorm(scale), edgeattn.LayerNorm(np.ones(E)), norm_first=True)])
+    dynamic, x = quant.quantize(made, scheme="dynamic"), random(2, L, E)
+    layer = dynamic.layers[0].attention
+    assert layer.outlier_columns.tolist() == [0, 1, 2, 3]
+    normed = x * scale.astype(np.float32)
+    assert cosine(written(layer, tmp_path / "a.tflite").run(normed)[0], attention(normed)) > 0.9995
+    assert cosine(written(dynamic, tmp_path / "a.tflite").run(x)[0], made(x)) > 0.9995
+
+
 def test_several_lengths_are_signatures_over_the_same_weights(tmp_path):
     litert = pytest.importorskip("ai_edge_litert.interpreter")
     made = encoder()
