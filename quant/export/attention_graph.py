@@ -224,6 +224,7 @@ class FloatTfliteOps(TfliteOps):
         self._factor: dict[str, np.float32] = {}
         self._shared: dict[str, tuple[int, int]] = {}
         self._mask: np.ndarray | None = None
+        self._apart: dict[tuple[int, ...], tuple[int, int]] = {}
 
     def begin(self, layer, mask, name: str = "") -> None:
         """What `forward` of a layer, whose names begin with `name`, is about to find."""
@@ -259,10 +260,8 @@ class FloatTfliteOps(TfliteOps):
         outputs, apart = linear.outputs, linear.outlier_columns
         rest, parts, weights = x, [], []
         if len(apart):
-            kept = np.ones(linear.inputs, np.float32)
-            kept[apart] = 0
-            rest = self._elementwise("MUL", x, self._constant(f"{name}/kept", kept), f"{name}/rest")
-            parts.append(self.narrow(x, scatter(apart, linear.inputs).T, None, f"{name}/apart"))
+            rest, chosen = self._set_apart(x, apart, name)
+            parts.append(chosen)
             weights.append(self._folded(name, linear.outlier_weight))
         y = self.hybrid(rest, linear.codes[:outputs], linear.scale[:outputs], linear.bias, name)
         if len(linear.residual_outputs):
@@ -273,6 +272,17 @@ class FloatTfliteOps(TfliteOps):
         weight = np.concatenate(weights, axis=1).astype(np.float32)
         added = self.narrow(self.joined(parts, f"{name}/columns"), weight, None, f"{name}/added")
         return self._elementwise("ADD", y, added, f"{name}/sum")
+
+    def _set_apart(self, x: int, columns: np.ndarray, name: str) -> tuple[int, int]:
+        """Rows without some of their columns, and those; once for queries, keys and values, or a gate."""
+        key = (x, *columns.tolist())
+        if key not in self._apart:
+            width = self.graph.tensors[x].shape[-1]
+            kept = np.ones(width, np.float32)
+            kept[columns] = 0
+            rest = self._elementwise("MUL", x, self._constant(f"{name}/kept", kept), f"{name}/rest")
+            self._apart[key] = rest, self.narrow(x, scatter(columns, width).T, None, f"{name}/apart")
+        return self._apart[key]
 
     def narrow(self, x: int, weight: np.ndarray, bias: np.ndarray | None, name: str) -> int:
         """A float product of a few columns."""
