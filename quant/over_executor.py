@@ -70,4 +70,6 @@ def _of_some(function: Callable[[list[Any]], Any], begin: int, some: list[Any]) 
         return function(some)
     except (TypeError, ValueError) as error:
         words = re.sub(r"batches\[(\d+)\]", lambda found: f"batches[{begin + int(found[1])}]", str(error))
+        if words == str(error):  # nobody's words about batches: its class may want other arguments
+            raise
         raise type(error)(words) from None

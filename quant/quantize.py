@@ -75,7 +75,7 @@ def quantize(layer: Any, calibration: Calibration | ModelCalibration | None = No
     """Quantize a float layer, or a whole encoder, to int8.
 
     Dynamic: weights symmetric per output channel, everything else at run time; no calibration. That of a whole encoder
-    chooses which inputs of its feed-forwards stay float32, instead of random tokens (docs/encoders.md).
+    chooses which inputs stay float32, instead of random tokens (docs/encoders.md).
 
     Static: weights are symmetric per output channel, keys and values symmetric per tensor, everything else asymmetric
     per tensor. 1/sqrt(D) goes into the scale of the query projection, which changes no weight. The key bias is left
