@@ -8,6 +8,8 @@ import pytest
 from places import ROOT
 from test_readme import COMMENT, blocks, lacking
 
+import quant
+
 PAGES = sorted(path for path in (ROOT / "docs").glob("*.md"))
 
 
@@ -43,3 +45,10 @@ def test_a_page_runs_as_printed(page, tmp_path):
     done = subprocess.run([sys.executable, "-W", "error", "-c", program(found_in(page))], cwd=tmp_path, text=True, capture_output=True,
                           env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_page_is_in_the_site_and_the_workbench_in_its_reference():
+    site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert [page.name for page in PAGES if f": {page.name}\n" not in site] == []
+    reference = (ROOT / "docs/api/quant.md").read_text(encoding="utf-8")
+    assert [name for name in quant.__all__ if f".{name}\n" not in reference] == []
