@@ -13,7 +13,7 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,7 +100,8 @@ class Question(NamedTuple):
     rows: list[np.ndarray] | None = None
 
 
-def contenders(common: Common, ours: dict[str, Callable], threads: int, peers: list[str]) -> dict[str, Callable]:
+def contenders(common: Common, ours: dict[str, Callable], threads: int, peers: Iterable[str] = BUILDERS
+               ) -> dict[str, Callable]:
     """name -> call of a Question; of peers those named, and torch, which says what is right."""
     found: dict[str, Callable] = {name: lambda q, call=call: call(q.x if q.rows is None else q.rows)
                                   for name, call in ours.items()}

@@ -201,7 +201,7 @@ def said(command: list, folder: Path, **settings: str) -> list[str]:
     return done.stdout.strip().splitlines()
 
 
-def install_wheel(folder: Path, cpus: list[str], dist: Path | None) -> Path:
+def install_wheel(folder: Path, cpus: list[str], dist: Path | None = None) -> Path:
     """Install a wheel as on a board, one of `dist` or a new one with the libraries of some CPUs; where it is."""
     site = folder / "wheel"
     shutil.rmtree(site, ignore_errors=True)
