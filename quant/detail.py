@@ -146,9 +146,9 @@ class Detail:
 
     def _watch_attention(self, name: str, layer: MultiHeadAttention, int8: Any, read: Float32s, sequences: Sequences,
                          call: ModelCall) -> None:
-        self._see_channels(name, int8, call.counted(read))
-        if isinstance(int8, MultiHeadAttention):
+        if isinstance(int8, MultiHeadAttention):  # it reads no codes
             return
+        self._see_channels(name, int8, call.counted(read))
         if isinstance(int8, StaticSelfAttention):
             real, got = _static_traces(layer, int8, read, sequences)
             tensors: Any = int8.attention.tensors

@@ -13,6 +13,7 @@ from edgeattn.files.paths import as_path, write_atomic
 from quant import svg
 from quant.compare import compare
 from quant.detail import Detail
+from quant.model_calls import MODELS, encoder_of
 from quant.report import ModelReport, Report
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def write_report(layer: Any, quantized: Any, batches: Iterable[Any], path: PathL
         raise ValueError(f"path must end in .html; got {str(path)!r}")
     detail = Detail()
     report = compare(layer, quantized, batches, detail=detail)
-    report.lints.extend(_lints(detail))
+    report.lints.extend(_lints(detail, quantized))
     write_atomic(path, page(report, detail, title or f"{type(layer).__name__} in int8").encode())
     return report
 
@@ -204,7 +205,7 @@ def _channels(detail: Detail) -> str:
             f'{_key("float", "as they are")}{_key("int8", "as codes hold them")}</p><div class="grid">{cards}</div>')
 
 
-def _lints(detail: Detail) -> list[str]:
+def _lints(detail: Detail, quantized: Any) -> list[str]:
     """What to look at, and what helps."""
     lints = []
     for name, channels in detail.channels.items():
@@ -212,7 +213,7 @@ def _lints(detail: Detail) -> list[str]:
         if middle > 0 and channels.after.max() > OUTLIER * middle:
             times = f"{channels.after.max() / middle:.0f}"
             lints.append(f"outliers: the codes of {name}'s input have a channel {times} times the median "
-                         "of all; quantize the whole encoder, which keeps the four largest in float32")
+                         f"of all; {_remedy(name, quantized)}")
     outside = {name: each.result().saturation for name, each in detail.tensors.items()
                if "." in name and not name.endswith("probabilities")}
     worst = max(outside, key=outside.__getitem__, default=None)
@@ -220,3 +221,12 @@ def _lints(detail: Detail) -> list[str]:
         lints.append(f"saturation: {outside[worst]:.1%} of {worst} lies outside its int8 range; calibrate on data like "
                      "this")
     return lints
+
+
+def _remedy(name: str, quantized: Any) -> str:
+    """What helps against a large channel of attention's input."""
+    if not isinstance(quantized, MODELS):
+        return "quantize the whole encoder, which keeps the four largest in float32"
+    if encoder_of(quantized).layers[int(name.split(".")[1])].attention.scheme == "static":
+        return "scheme='dynamic' keeps the four largest in float32"
+    return "quantize with a calibration on data like this, which says which four stay float32"

@@ -94,6 +94,19 @@ def test_a_channel_that_sets_the_scale_is_a_note_with_its_remedy(tmp_path):
     assert any("outliers: the codes of layer's input" in lint and "quantize the whole encoder" in lint for lint in report.lints)
 
 
+def test_what_helps_a_model_against_a_large_channel_is_what_it_lacks(tmp_path):
+    model, x = whole_models.encoder(), numbers(2, 9, whole_models.E)
+    x[..., 5] *= 100
+
+    def outliers(**settings):
+        report = quant.write_report(model, quant.quantize(model, **settings), [x], tmp_path / "a.html")
+        return [lint for lint in report.lints if "layers.0.attention's input" in lint]
+
+    seen = quant.calibrate(model, [x])
+    assert "quantize with a calibration" in outliers(scheme="dynamic")[0]
+    assert outliers(calibration=seen, scheme="dynamic") == outliers(scheme="dynamic", attention="float32") == []
+
+
 def test_constant_values_have_no_histogram_but_a_word(tmp_path):
     model = whole_models.encoder()
     report = quant.write_report(model, quant.quantize(model, scheme="dynamic"), [np.zeros((1, 3, whole_models.E), np.float32)],
