@@ -138,10 +138,11 @@ class Detail:
     def add_layer_call(self, layer: MultiHeadAttention, int8: Any, call: Call, real: Float32s, got: Float32s) -> None:
         """The results of a dynamic layer."""
         self._see_channels("layer", int8, call.query.reshape(-1, call.query.shape[-1]))
-        maps = [each(call.query, call.key, call.value, attn_mask=call.permitted, need_weights=True)[1]
-                for each in (layer, int8)]
-        self.add("probabilities", *maps)
-        self.add_maps("layer", *maps)
+        in_float, in_int8 = (
+            each(call.query, call.key, call.value, attn_mask=call.permitted, need_weights=True)[1]
+            for each in (layer, int8))
+        self.add("probabilities", in_float, in_int8)
+        self.add_maps("layer", in_float, in_int8)
         self.add("output", real, got)
 
     def _watch_attention(self, name: str, layer: MultiHeadAttention, int8: Any, read: Float32s, sequences: Sequences,

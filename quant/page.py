@@ -56,7 +56,7 @@ def write_report(layer: Any, quantized: Any, batches: Iterable[Any], path: PathL
     if path.suffix != ".html":
         raise ValueError(f"path must end in .html; got {str(path)!r}")
     detail = Detail()
-    report = compare(layer, quantized, batches, detail=detail)
+    report: Report | ModelReport = compare(layer, quantized, batches, detail=detail)
     report.lints.extend(_lints(detail, quantized))
     write_atomic(path, page(report, detail, title or f"{type(layer).__name__} in int8").encode())
     return report
@@ -227,6 +227,7 @@ def _remedy(name: str, quantized: Any) -> str:
     """What helps against a large channel of attention's input."""
     if not isinstance(quantized, MODELS):
         return "quantize the whole encoder, which keeps the four largest in float32"
-    if encoder_of(quantized).layers[int(name.split(".")[1])].attention.scheme == "static":
+    attention: Any = encoder_of(quantized).layers[int(name.split(".")[1])].attention
+    if attention.scheme == "static":
         return "scheme='dynamic' keeps the four largest in float32"
     return "quantize with a calibration on data like this, which says which four stay float32"
