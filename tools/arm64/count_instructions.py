@@ -41,8 +41,8 @@ def counting_emulator(folder: Path) -> tuple[Path, Path]:
     if not emulator.exists():
         state = folder / "apt"
         state.mkdir(parents=True, exist_ok=True)
-        apt(state, "update")
-        done = apt(state, "install", "--download-only", "qemu-user:amd64")
+        apt(state, "", "update")
+        done = apt(state, "", "install", "--download-only", "qemu-user:amd64")
         packages = sorted((state / "cache" / "archives").glob("*_amd64.deb"))
         if done.returncode or not packages:
             raise SetupError(f"apt-get could not download qemu-user:\n{done.stdout[-1000:]}")
