@@ -23,6 +23,7 @@ import numpy as np
 
 from edgeattn.executors.unfused import attend
 from edgeattn.layers.attention import forward
+from edgeattn.layers.dynamic_linear import DynamicLinear
 from edgeattn.ops import Ops, Sequences
 from edgeattn.quantized import (
     INPUTS,
@@ -33,6 +34,7 @@ from edgeattn.quantized import (
     StaticMultiHeadAttention,
 )
 from edgeattn.tflite_schema import Graph
+from quant.export.static_rows import scatter
 
 FULLY_CONNECTED_VERSION = 5  # the first with keep_num_dims
 HYBRID_VERSION = 12  # of FULLY_CONNECTED: the first with float rows and int8 weights of a scale for each channel
@@ -46,7 +48,7 @@ INT8_VERSIONS = {
     "RESHAPE": 1,
     "SELECT_V2": 1,
 }
-FLOAT_VERSIONS = dict.fromkeys(INT8_VERSIONS, 1) | {"FULLY_CONNECTED": FULLY_CONNECTED_VERSION}
+FLOAT_VERSIONS = dict.fromkeys((*INT8_VERSIONS, "CONCATENATION"), 1) | {"FULLY_CONNECTED": FULLY_CONNECTED_VERSION}
 # exp(MASKED_SCORE - any real score) is 0 in float32, and unlike -inf a row full of it gives no NaN.
 MASKED_SCORE = np.float32(-1e30)
 
@@ -220,6 +222,7 @@ class FloatTfliteOps(TfliteOps):
         self._factor: dict[str, np.float32] = {}
         self._shared: dict[str, tuple[int, int]] = {}
         self._mask: np.ndarray | None = None
+        self._apart: dict[tuple[int, ...], tuple[int, int]] = {}
 
     def begin(self, layer, mask, name: str = "") -> None:
         """What `forward` of a layer, whose names begin with `name`, is about to find."""
@@ -230,12 +233,62 @@ class FloatTfliteOps(TfliteOps):
 
     def linear(self, x: int, linear, name: str) -> int:
         """x weight^T + bias."""
+        if isinstance(linear, DynamicLinear):
+            return self._dynamic(x, linear, name)
         quantized = getattr(linear, "weight", None)
         if isinstance(quantized, QuantizedLinear):  # a Projection of a dynamic layer
             return self.hybrid(x, quantized.weight, quantized.scale, linear.bias, name)
         constants = [None if array is None else self._constant(f"{name}/{part}", self._folded(name, array))
                      for part, array in (("weight", linear.weight), ("bias", linear.bias))]
         return self._fully_connected(x, *constants, name)
+
+    def _dynamic(self, x: int, linear: DynamicLinear, name: str) -> int:
+        """A hybrid product; inputs that stay float32, and outputs' second codes, are added by a narrow float one."""
+        outputs, rest, parts, weights = linear.outputs, x, [], []
+        if len(linear.outlier_columns):
+            rest, apart = self._taken_apart(x, linear.outlier_columns, name)
+            parts.append(apart)
+            weights.append(linear.outlier_weight)
+        y = self.hybrid(rest, linear.codes[:outputs], linear.scale[:outputs], linear.bias, name)
+        if len(linear.residual_outputs):
+            parts.append(self.hybrid(rest, linear.codes[outputs:], linear.scale[outputs:], None, f"{name}/second"))
+            weights.append(scatter(linear.residual_outputs, outputs))
+        if not parts:
+            return y
+        weight = self._folded(name, np.concatenate(weights, axis=1).astype(np.float32))
+        added = self.narrow(self.joined(parts, f"{name}/columns"), weight, None, f"{name}/added")
+        return self._elementwise("ADD", y, added, f"{name}/sum")
+
+    def _taken_apart(self, x: int, columns: np.ndarray, name: str) -> tuple[int, int]:
+        """x with zeros in some columns, and these; once for all products of x, which have the name of the first."""
+        known = self._apart.get((x, *columns))
+        if known is None:
+            kept = np.ones(self.graph.tensors[x].shape[-1], np.float32)
+            kept[columns] = 0
+            rest = self._elementwise("MUL", x, self._constant(f"{name}/kept", kept), f"{name}/rest")
+            known = self._apart[(x, *columns)] = rest, self.columns(x, columns, f"{name}/apart")
+        return known
+
+    def narrow(self, x: int, weight: np.ndarray, bias: np.ndarray | None, name: str) -> int:
+        """A float product of a few columns."""
+        constants = [None if array is None else self._constant(f"{name}/{part}", array)
+                     for part, array in (("weight", weight), ("bias", bias))]
+        return self._fully_connected(x, *constants, name)
+
+    def columns(self, x: int, columns, name: str) -> int:
+        """Some columns of rows, by a product with ones and zeros, for a delegate takes no GATHER."""
+        return self.narrow(x, scatter(columns, self.graph.tensors[x].shape[-1]).T, None, name)
+
+    def joined(self, parts: list[int], name: str) -> int:
+        """Rows side by side."""
+        if len(parts) == 1:
+            return parts[0]
+        shapes = [self.graph.tensors[part].shape for part in parts]
+        shape = (*shapes[0][:-1], sum(shape[-1] for shape in shapes))
+        return self._operator("CONCATENATION", parts, name, shape, options={"axis": 2})
+
+    def _elementwise(self, operator: str, a: int, b: int, name: str) -> int:
+        return self._operator(operator, [a, b], name, self.graph.tensors[a].shape)
 
     def hybrid(self, x: int, codes: np.ndarray, scale: np.ndarray, bias: np.ndarray | None, name: str) -> int:
         """x (codes * scale)^T + bias, of rows that the runtime quantizes by ranges of their own."""

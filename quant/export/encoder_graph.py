@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgeattn.layers import MultiHeadAttention
-from edgeattn.layers.dynamic_linear import DynamicLinear
 from edgeattn.layers.positions import refuse_positions
 from edgeattn.quantized import DynamicMultiHeadAttention, StaticFeedForward
 from quant.export.attention_graph import (
@@ -23,7 +22,7 @@ from quant.export.attention_graph import (
     check_lengths,
 )
 from quant.export.feed_forward_graph import FeedForwardOps, check_activation
-from quant.export.static_rows import StaticBetweenRows, prepared, scatter
+from quant.export.static_rows import StaticBetweenRows, prepared
 
 if TYPE_CHECKING:
     from edgeattn.layers import TransformerEncoder
@@ -85,30 +84,6 @@ class EncoderTfliteOps(StaticBetweenRows[int], FloatTfliteOps):
         except ValueError as error:
             raise ValueError(f"{name.removesuffix('.')}: {error}") from None
 
-    def linear(self, x: int, linear: Any, name: str) -> int:
-        """x weight^T + bias."""
-        return self._dynamic(x, linear, name) if isinstance(linear, DynamicLinear) else super().linear(x, linear, name)
-
-    def _dynamic(self, x: int, linear: DynamicLinear, name: str) -> int:
-        """A hybrid product; inputs that stay float32, and outputs' second codes, are added by a narrow float one."""
-        outputs, apart = linear.outputs, linear.outlier_columns
-        rest, parts, weights = x, [], []
-        if len(apart):
-            kept = np.ones(linear.inputs, np.float32)
-            kept[apart] = 0
-            rest = self._elementwise("MUL", x, self._constant(f"{name}/kept", kept), f"{name}/rest")
-            parts.append(self.columns(x, apart, f"{name}/apart"))
-            weights.append(linear.outlier_weight)
-        y = self.hybrid(rest, linear.codes[:outputs], linear.scale[:outputs], linear.bias, name)
-        if len(linear.residual_outputs):
-            parts.append(self.hybrid(rest, linear.codes[outputs:], linear.scale[outputs:], None, f"{name}/second"))
-            weights.append(scatter(linear.residual_outputs, outputs))
-        if not parts:
-            return y
-        weight = np.concatenate(weights, axis=1).astype(np.float32)
-        added = self.narrow(self.joined(parts, f"{name}/columns"), weight, None, f"{name}/added")
-        return self._elementwise("ADD", y, added, f"{name}/sum")
-
     def codes_ops(self, layer: Any, name: str) -> Ops[int]:
         """The executor of a static layer's own operations."""
         if isinstance(layer, StaticFeedForward):
@@ -158,15 +133,6 @@ class EncoderTfliteOps(StaticBetweenRows[int], FloatTfliteOps):
         """The difference."""
         return self._elementwise("SUB", a, b, name)
 
-    def narrow(self, x: int, weight: np.ndarray, bias: np.ndarray | None, name: str) -> int:
-        """A float product of a few columns."""
-        constants = [None if array is None else self._constant(f"{name}/{part}", array)
-                     for part, array in (("weight", weight), ("bias", bias))]
-        return self._fully_connected(x, *constants, name)
-
-    def _elementwise(self, operator: str, a: int, b: int, name: str) -> int:
-        return self._operator(operator, [a, b], name, self.graph.tensors[a].shape)
-
     def _mean(self, x: int, name: str) -> int:
         shape = (*self.graph.tensors[x].shape[:-1], 1)
         return self._operator("MEAN", [x, self._indices("last_axis", [2])], name, shape, options={"keep_dims": True})
@@ -178,10 +144,9 @@ class EncoderTfliteOps(StaticBetweenRows[int], FloatTfliteOps):
         return self._numbers[name]
 
     def columns(self, x: int, columns: Any, name: str) -> int:
-        """Some columns of rows or codes; of rows by a product with ones and zeros, for a delegate takes no GATHER."""
-        source = self.graph.tensors[x]
-        if source.scale is None:
-            return self.narrow(x, scatter(columns, source.shape[-1]).T, None, name)
+        """Some columns of rows or codes."""
+        if self.graph.tensors[x].scale is None:
+            return super().columns(x, columns, name)
         return self._moved("GATHER", [x, self._indices(f"{name}/which", columns)], name, len(columns), {"axis": 2})
 
     def part(self, x: int, first: int, size: int, name: str) -> int:
@@ -192,8 +157,8 @@ class EncoderTfliteOps(StaticBetweenRows[int], FloatTfliteOps):
 
     def joined(self, parts: list[int], name: str) -> int:
         """Rows or codes side by side."""
-        if len(parts) == 1:
-            return parts[0]
+        if len(parts) == 1 or self.graph.tensors[parts[0]].scale is None:
+            return super().joined(parts, name)
         width = sum(self.graph.tensors[part].shape[-1] for part in parts)
         return self._moved("CONCATENATION", parts, name, width, {"axis": 2})
 

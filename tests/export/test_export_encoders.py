@@ -105,7 +105,7 @@ def test_static_feed_forwards_with_all_they_may_have(tmp_path):
 
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_dynamic_int8_is_hybrid(tmp_path, settings):
-    """Of as many bytes as the weights, and as near the float encoder as ours."""
+    """Of little more bytes than the weights, of which 4 columns of 32 are float32, and as near the float encoder as ours."""
     made, x = encoder(**SETTINGS[settings]), data(2, L)
     dynamic, want = quant.quantize(made, scheme="dynamic"), made(x)
     for name in HERE:
@@ -114,14 +114,17 @@ def test_dynamic_int8_is_hybrid(tmp_path, settings):
         found = written(dynamic, tmp_path / "a.tflite", runtime=name).run(x)[0]
         assert cosine(found, want) > 0.999 and cosine(found, dynamic(x)) > 0.999
     written(made, tmp_path / "float.tflite")
-    assert (tmp_path / "a.tflite").stat().st_size < 0.6 * (tmp_path / "float.tflite").stat().st_size
+    assert (tmp_path / "a.tflite").stat().st_size < 0.7 * (tmp_path / "float.tflite").stat().st_size
 
 
 def test_a_dynamic_layer_is_hybrid(tmp_path):
     made = encoder().layers[0].attention
     dynamic, x = quant.quantize(made, scheme="dynamic"), random(2, L, E)
-    found = written(dynamic, tmp_path / "a.tflite", mask="causal").run(x)[0]
-    assert cosine(found, made(x, is_causal=True)) > 0.999
+    of_encoder = quant.quantize(encoder(), scheme="dynamic").layers[0].attention
+    assert len(of_encoder.outlier_columns)
+    for layer in (dynamic, of_encoder):
+        found = written(layer, tmp_path / "a.tflite", mask="causal").run(x)[0]
+        assert cosine(found, made(x, is_causal=True)) > 0.999
 
 
 def test_layers_with_windows_of_their_own(tmp_path):
