@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, overload
 from edgeattn.checks import is_one_of
 from quant.calibration import Calibration, check_layer, fingerprint, observe
 from quant.model_calibration import ModelCalibration, calibrate_model, large_by_name
-from quant.model_calls import MODELS
+from quant.model_calls import MODELS, encoder_of
+from quant.models import check_float
 from quant.observers import OBSERVERS
 from quant.over_executor import merged
 from quant.trace import check_batches, describe_sources, read_calls
@@ -64,6 +65,7 @@ def calibrate(layer: Any, batches: Iterable[Any], *, observer: Observer = "minma
             raise ValueError("observer must be left out for a whole encoder, no range of which is cut; got "
                              f"{observer!r}")
         check_batches(batches)
+        check_float(encoder_of(layer))
         large = {name: features.tolist() for name, features in large_by_name(layer).items()}
         of_some = functools.partial(calibrate_model, layer, large=large)
         found = of_some(batches, "calibrating") if executor is None else merged(executor, of_some, batches)

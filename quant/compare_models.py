@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -46,8 +47,8 @@ def compare_model(model: Model, quantized: Model, batches: Iterable[ModelBatch],
         for a, b in _sequences(model, call, real, got):
             output.add(a, b)
             each.append((a, b))
-    if not ops.alone:
-        raise ValueError("batches must hold at least one token; got none")
+    if not any(comparison.count for comparison in ops.alone.values()):
+        raise ValueError("batches must hold at least one token that is no padding; got none")
     alone, so_far = ({name: c.result() for name, c in found.items()} for found in (ops.alone, ops.so_far))
     report = ModelReport(alone, so_far, output.result(), cosines(each), [], pair_order(each))
     report.lints.extend(_lints(report, quantized))
@@ -97,7 +98,7 @@ def _sequences(model: Model, call: ModelCall, real: Any, got: Any) -> list[tuple
     """The results of each sequence: a text's embedding, else those of its tokens that are no padding."""
     if isinstance(real, list) or ("sentences" in call.arguments and isinstance(model, TextEncoder)):
         return list(zip(real, got, strict=True))
-    shape = (-1, *real.shape[-2:])
+    shape = (math.prod(real.shape[:-2]), *real.shape[-2:])
     pairs = list(zip(real.reshape(shape), got.reshape(shape), strict=True))
     if call.real is None:
         return pairs

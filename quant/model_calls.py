@@ -95,7 +95,7 @@ def read_model_calls(model: Model, batches: Iterable[ModelBatch], description: s
 
 
 def _read(model: Model, batch: Any, where: str) -> ModelCall:
-    names = ARGUMENTS[type(model)]
+    names = next(names for kind, names in ARGUMENTS.items() if isinstance(model, kind))
     if isinstance(model, TextEncoder):
         if isinstance(batch, str):
             raise TypeError(f"{where} must be a list of texts, or token ids; got a text alone: put it into a list")

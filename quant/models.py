@@ -42,7 +42,7 @@ def dynamic_scheme(model: Model, calibration: object, quantize_attention: Callab
     tokens as in real ones, so that `calibration` may be None.
     """
     encoder = encoder_of(model)
-    _check_float(encoder)
+    check_float(encoder)
     largest = random_largest(model, encoder) if calibration is None else _seen_largest(calibration, encoder)
 
     def attention(layer: MultiHeadAttention, _: str) -> Any:
@@ -56,7 +56,7 @@ def static_scheme(model: Model, calibration: object, arithmetic: Arithmetic, qua
                   ) -> Scheme:
     """Every scale from the calibration; quantize_layer, quantize_linear: of quant.quantize."""
     encoder = encoder_of(model)
-    _check_float(encoder)
+    check_float(encoder)
     seen = _checked(calibration, encoder)
 
     def attention(layer: MultiHeadAttention, name: str) -> Any:
@@ -102,7 +102,8 @@ def quantize_model(model: Model, attention: str, scheme: Callable[[], Scheme]) -
     return type(model)(**given | {"encoder": result})
 
 
-def _check_float(encoder: TransformerEncoder) -> None:
+def check_float(encoder: TransformerEncoder) -> None:
+    """Raise unless the encoder has no int8 part."""
     for i, layer in enumerate(encoder.layers):
         part = layer.feed_forward
         parts = [getattr(part, name, part) for name in ("linear1", "linear2", "gate")]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import re
-from concurrent.futures import FIRST_COMPLETED, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, wait
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
-    from concurrent.futures import Executor, Future
+    from concurrent.futures import Future
     from typing import Any, TypeVar
 
     T = TypeVar("T")
@@ -35,9 +35,10 @@ def merged(executor: Executor, function: Callable[[list[Any]], T | None], batche
     Exception
         What ``function`` raises; "batches[i]" in it counts all batches. Tasks that have not begun are cancelled.
     """
-    if not callable(getattr(executor, "submit", None)):
-        raise TypeError("executor must be a concurrent.futures.Executor, or what has its submit, as a Dask client's "
-                        f"get_executor(); got {type(executor).__name__}")
+    if not isinstance(executor, Executor):  # a Dask client has a submit, too, whose futures are others
+        got = f"the class {executor.__name__}" if isinstance(executor, type) else type(executor).__name__
+        raise TypeError("executor must be a concurrent.futures.Executor, as ThreadPoolExecutor(4) is, and a Dask "
+                        f"client's client.get_executor(); got {got}")
     total: Any = None
     running: set[Future[Any]] = set()
     pieces = _pieces(batches)

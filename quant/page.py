@@ -165,6 +165,8 @@ def _heads(detail: Detail) -> str:
     decibels = np.full((len(detail.heads), width), np.nan)
     for i, each in enumerate(detail.heads.values()):
         decibels[i, :len(each)] = [comparison.result().sqnr_db for comparison in each]
+    if np.isnan(decibels).all():
+        return ""
     return ('<h2>Heads</h2><p class="quiet">Signal over noise of each head\'s context, layers down, heads across: '
             f"from {np.nanmin(decibels):.1f} dB, the strongest colour, to {np.nanmax(decibels):.1f} dB.</p>"
             f'<div class="card" style="max-width:520px">{svg.heads(decibels)}</div>')

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar, overload
 
 import numpy as np
 
+from edgeattn.arithmetic import kernel_set
 from edgeattn.checks import flag, is_one_of
 from edgeattn.layers import MultiHeadAttention, TransformerEncoder
 from edgeattn.layers.positions import POSITIONS
@@ -111,6 +112,7 @@ def quantize(layer: Any, calibration: Calibration | ModelCalibration | None = No
         Naming the argument.
     """
     room_for_masks = flag("room_for_masks", room_for_masks)
+    kernel_set(arithmetic)
     if room_for_masks and scheme == "dynamic":
         raise ValueError("room_for_masks must be left out for scheme='dynamic', whose scores are float32")
     if isinstance(layer, MODELS):
@@ -122,7 +124,13 @@ def quantize(layer: Any, calibration: Calibration | ModelCalibration | None = No
                 quantize_linear))
         return quantize_model(layer, attention, lambda: dynamic_scheme(layer, calibration, _quantize_dynamic))
     check_layer(layer, scheme)
+    if not is_one_of(attention, ("int8",)):
+        raise ValueError("attention must be left out for an attention layer, of which no other half could be int8; got "
+                         f"{attention!r}")
     if scheme == "dynamic":
+        if calibration is not None and not isinstance(calibration, Calibration):
+            raise TypeError("calibration must be left out, or a quant.Calibration, for an attention layer; got "
+                            f"{type(calibration).__name__}")
         return _quantize_dynamic(layer)
     if not isinstance(calibration, Calibration):
         raise TypeError(f"calibration must be a quant.Calibration for scheme='static' (run quant.calibrate first); "

@@ -79,7 +79,8 @@ class Comparison:
         if self.signal == 0:
             sqnr = cosine = math.nan
         else:
-            sqnr = math.inf if self.noise == 0 else 10 * math.log10(self.signal / self.noise)
+            ratio = self.signal / self.noise if self.noise else math.inf
+            sqnr = 10 * math.log10(ratio) if ratio else -math.inf
             cosine = self.dot / math.sqrt(self.signal * self.other) if self.other else 0.0
         return TensorReport(sqnr, cosine, (self.below + self.above) / self.count if self.count else 0.0)
 

@@ -74,6 +74,7 @@ def columns(series: Sequence[tuple[str, Sequence[float]]], labels: Sequence[str]
 
 def magnitudes(before: NDArray[np.float32], after: NDArray[np.float32]) -> str:
     """Channels from the largest on, logarithms of what they reach: filled as they are, a line as codes have them."""
+    before, after = np.nan_to_num(before), np.nan_to_num(after)
     order = np.argsort(-before, kind="stable")[:_BARS]
     tops = [np.maximum(each[order].astype(np.float64), 1e-12) for each in (before, after)]
     kept = tops[1][tops[1] > 1e-12]
@@ -124,7 +125,7 @@ def _image(more: NDArray[np.float32], less: NDArray[np.float32], title: str) -> 
     height, width = more.shape
     pixels = np.zeros((height, width, 4), np.uint8)
     pixels[..., :3] = np.where((less > more)[..., None], (56, 120, 200), (230, 110, 30))
-    pixels[..., 3] = np.rint(255 * np.sqrt(np.maximum(more, less)))  # small ones shall be seen
+    pixels[..., 3] = np.rint(255 * np.sqrt(np.nan_to_num(np.maximum(more, less))))  # small ones shall be seen
     raw = b"".join(b"\0" + row.tobytes() for row in pixels)
     data = b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))

@@ -32,6 +32,14 @@ def equal(a, b):
         same(getattr(a, group), getattr(b, group)) for group in ("largest", "ranges", "large"))
 
 
+def test_subclasses_are_calibrated_as_what_they_are_made_of():
+    class Named(TransformerEncoder):
+        pass
+
+    made = encoder()
+    assert equal(quant.calibrate(made, [random(3, E)]), quant.calibrate(Named(made.layers, norm=made.norm), [random(3, E)]))
+
+
 def test_it_is_the_same_however_the_data_is_cut(tmp_path):
     model = text_encoder()
     whole = quant.calibrate(model, [SEQUENCES])
@@ -110,7 +118,11 @@ def test_calibration_of_images_and_of_layers_that_are_shared():
      "quantized must be a TextEncoder"),
     *[(lambda name=name: quant.export(text_encoder(), name), TypeError, "got a TextEncoder, which only .*files hold whole")
       for name in ("a.tflite", "a.c")],
-    (lambda: quant.compare(encoder(), quant.quantize(encoder(), scheme="dynamic"), []), ValueError, "at least one tok"),
+    *[(lambda batches=batches: quant.compare(encoder(), quant.quantize(encoder(), scheme="dynamic"), batches), ValueError,
+       "at least one token that is no padding; got none") for batches in (
+        [], [np.zeros((2, 0, E), np.float32)], [{"x": random(2, 5, E), "key_padding_mask": np.zeros((2, 5), bool)}])],
+    (lambda: quant.calibrate(quant.quantize(encoder(), scheme="dynamic"), [random(3, E)]), TypeError,
+     r"model must be a float one; got layers\[0\]"),
 ])
 def test_bad_input_is_refused(call, error, words):
     with pytest.raises(error, match=words):

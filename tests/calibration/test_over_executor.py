@@ -46,6 +46,13 @@ class Backwards(Executor):
         return future
 
 
+class Client:
+    """As a Dask client is: what it submits has futures of its own."""
+
+    def submit(self, function, *arguments):
+        return object()
+
+
 @pytest.fixture(scope="module")
 def cluster():
     """A client of two workers, processes of their own, on this machine."""
@@ -107,6 +114,8 @@ def test_batches_are_read_as_they_are_needed():
     ([], ThreadPoolExecutor(1), ValueError, "batches must hold at least one batch; got none"),
     ("x", ThreadPoolExecutor(1), TypeError, "batches must be an iterable of batches"),
     ([], 3, TypeError, "executor must be a concurrent.futures.Executor.*got int"),
+    ([], ThreadPoolExecutor, TypeError, "executor must be .*got the class ThreadPoolExecutor"),
+    ([], Client(), TypeError, r"executor must be .*client.get_executor\(\); got Client"),
 ])
 def test_bad_input_is_refused(batches, executor, error, words):
     with pytest.raises(error, match=words):

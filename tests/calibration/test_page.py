@@ -107,6 +107,16 @@ def test_what_helps_a_model_against_a_large_channel_is_what_it_lacks(tmp_path):
     assert outliers(calibration=seen, scheme="dynamic") == outliers(scheme="dynamic", attention="float32") == []
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of what leaves float32
+@pytest.mark.parametrize("size", [1e30, 3e38])
+def test_values_that_leave_float32_have_a_page(size, tmp_path):
+    model, x = whole_models.encoder(), numbers(1, 3, whole_models.E)
+    x *= np.float32(size) / np.abs(x).max()
+    report = quant.write_report(model, quant.quantize(model, scheme="dynamic"), [x], tmp_path / "huge.html")
+    read(tmp_path / "huge.html")
+    assert report.verdict()
+
+
 def test_constant_values_have_no_histogram_but_a_word(tmp_path):
     model = whole_models.encoder()
     report = quant.write_report(model, quant.quantize(model, scheme="dynamic"), [np.zeros((1, 3, whole_models.E), np.float32)],

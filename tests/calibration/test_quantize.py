@@ -280,6 +280,12 @@ def test_bad_arguments_are_refused():
         quant.quantize(random_layer(9), calibration)
     with pytest.raises(ValueError, match="arithmetic must be one of 'litert'.*got 'fast'"):
         quant.quantize(layer, calibration, arithmetic="fast")
+    with pytest.raises(ValueError, match="arithmetic must be one of 'litert'.*got 'fast'"):
+        quant.quantize(layer, scheme="dynamic", arithmetic="fast")
+    with pytest.raises(TypeError, match="calibration must be left out, or a quant.Calibration.*got int"):
+        quant.quantize(layer, 3, scheme="dynamic")
+    with pytest.raises(ValueError, match="attention must be left out for an attention layer.*got 'float32'"):
+        quant.quantize(layer, scheme="dynamic", attention="float32")
 
 
 def scaled_layer(factor):
