@@ -75,7 +75,7 @@ test-arm64: $(ready_arm64) $(ready_trixie) $(linking) ## the CPU's part, emulate
 test-arm64-short: $(ready_arm64) $(linking) ## ... a few dozen tests, emulated Pi 5
 	@$(python) tools/arm64/run.py $(ARM64) --short -- $(ARGS)
 
-count-arm64: $(ready_arm64) $(linking) ## instructions of whole calls there, beside LiteRT and onnxruntime
+count-arm64: $(ready_arm64) $(linking) ## ... instructions of calls, beside peers
 	@$(python) tools/arm64/count_instructions.py $(ARM64) $(ARGS)
 
 # Needs no registry: where there is no environment of ours, with the machine's own python3.
@@ -145,7 +145,7 @@ bench-cuda: $(ready_cuda) ## ... on a GPU, beside torch (its CUDA build)
 bench-models: $(ready_models) ## whole encoders beside other runtimes (large)
 	@$(VENV_MODELS)/bin/python -m benchmarks.models $(ARGS)
 
-bench-accuracy: $(ready_models) ## ... what int8 costs in sentences and recordings
+bench-accuracy: $(ready_models) ## what int8 costs, in sentences, in recordings
 	@$(VENV_MODELS)/bin/python -m benchmarks.tasks $(ARGS)
 
 bench-same-bytes: $(ready_models) ## ... do embeddings keep their bytes there

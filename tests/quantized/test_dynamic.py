@@ -92,8 +92,8 @@ def test_compare_reports_the_output():
 def test_refusals(tmp_path):
     layer = make(np.random.default_rng(6))
     dynamic = quant.quantize(layer, scheme="dynamic")
-    with pytest.raises(ValueError, match="layer is dynamic, which only .safetensors and .so files hold"):
-        quant.export(dynamic, tmp_path / "a.tflite", sequence_length=4)
+    with pytest.raises(ValueError, match="layer is dynamic"):
+        quant.export(dynamic, tmp_path / "a.c", sequence_length=4)
     with pytest.raises(ValueError, match=r"missing \['value'\], unexpected \['gates'\]"):
         DynamicMultiHeadAttention(4, {**{k: v for k, v in dynamic.weights.items() if k != "value"},
                                       "gates": dynamic.weights["key"]}, {})

@@ -174,6 +174,14 @@ def _multiply(a, row_step, step, b, out, depth):
     simd.tile_store(matmul.multiply(tile, a, 0, row_step, step, b, 0, depth), out, 0, WIDTH, N)
 
 
+@njit(error_model="numpy")
+def _multiply_by_lane(a, row_step, step, b, out, ahead, depth):
+    tile = simd.tile_load(ROWS, COLUMNS, out, 0, WIDTH, N)
+    simd.tile_store(simd.multiply_by_lane(tile, a, 0, row_step, step, b, 0, depth), out, 0, WIDTH, N)
+    again = simd.multiply_by_lane_ahead(tile, a, 0, row_step, step, b, 0, depth, 0, WIDTH)
+    simd.tile_store(again, ahead, 0, WIDTH, N)
+
+
 # Elements of a row that follow one another, rows that do, and neither; both only where there is one of either.
 STEPS = [(11, 1), (1, ROWS + 3), (2, 2 * ROWS + 1), (1, 1)]
 
@@ -200,9 +208,14 @@ def test_a_product_wherever_its_rows_lie(kind, row_step, step):
             want = start + np.einsum("rkj,kwj->rw", a[i + k], b)
             views = (np.uint32, np.int32) if kind == "unsigned rows" else (np.int32, np.uint32)
             a, b = (np.ascontiguousarray(x.astype(np.uint8)).view(v).ravel() for x, v in zip((a, b), views, strict=True))
-        out = start.ravel().copy()
-        _multiply(a, row_step, step, np.append(b.ravel(), np.zeros(1, b.dtype)), out, depth)
+        out, b = start.ravel().copy(), np.append(b.ravel(), np.zeros(1, b.dtype))
+        _multiply(a, row_step, step, b, out, depth)
         np.testing.assert_array_equal(out.reshape(ROWS, WIDTH), want, err_msg=f"depth {depth}")
+        if matmul.BY_LANE or kind == "float32":
+            out, ahead = start.ravel().copy(), np.empty_like(start).ravel()
+            _multiply_by_lane(a, row_step, step, b, out, ahead, depth)
+            for each in (out, ahead):
+                np.testing.assert_array_equal(each.reshape(ROWS, WIDTH), want, err_msg=f"by lane, depth {depth}")
 
 
 @njit(error_model="numpy")
