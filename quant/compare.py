@@ -122,8 +122,8 @@ def compare(layer: Any, quantized: Any, batches: Iterable[Any], *, detail: Detai
         attending = real["probabilities"].any(-1)
         lost += float(np.abs(1 - total[attending]).sum())
         rows += int(np.count_nonzero(attending))
-    if not tensors:
-        raise ValueError("batches must hold at least one batch; got none")
+    if not any(comparison.count for comparison in tensors.values()):
+        raise ValueError("batches must hold at least one query with a permitted key; got none")
     return Report({name: c.result() for name, c in tensors.items()}, [c.result() for c in heads],
                   _lints(tensors, lost / rows if rows else 0.0))
 
@@ -191,7 +191,7 @@ def _compare_outputs(layer: MultiHeadAttention, quantized: DynamicMultiHeadAtten
             detail.add_layer_call(layer, quantized, call, counted("output", real, call), counted("output", got, call))
         output.add(*(counted("output", y, call) for y in (real, got)))
     if not output.count:
-        raise ValueError("batches must hold at least one batch; got none")
+        raise ValueError("batches must hold at least one query with a permitted key; got none")
     return Report({"output": output.result()}, [], [])
 
 

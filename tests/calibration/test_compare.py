@@ -247,8 +247,10 @@ def test_bad_arguments_are_refused():
         quant.compare(random_layer(9, H=2), q, [x])
     with pytest.raises(ValueError, match="quantized does not belong to layer: one of them has no output projection"):
         quant.compare(random_layer(9, output=False), q, [x])
-    with pytest.raises(ValueError, match="batches must hold at least one batch; got none"):
-        quant.compare(layer, q, [])
+    for batches in ([], [{"query": x, "key_padding_mask": np.zeros((2, 5), bool)}]):
+        for int8 in (q, quant.quantize(layer, scheme="dynamic")):
+            with pytest.raises(ValueError, match="batches must hold at least one query with a permitted key; got none"):
+                quant.compare(layer, int8, batches)
     with pytest.raises(ValueError, match=r"query of batches\[1\] holds NaN"):
         quant.compare(layer, q, [x, x * np.float32(np.nan)])
     with pytest.raises(ValueError, match=r"batches\[0\] calls the layer with a query and a key; it was quantized for a "
