@@ -22,7 +22,7 @@ from edgeattn.models import ImageEncoder, TextEncoder
 from quant.calibration import Calibration
 from quant.describe import arithmetic_of_tflite, describe_file, describe_masks, describe_seen
 from quant.export import FORMATS
-from quant.export.targets import NATIVE, TARGETS
+from quant.export.targets import BOARDS, NATIVE, TARGETS
 from quant.model_calibration import ModelCalibration
 from quant.model_calls import MODELS
 from quant.observers import OBSERVERS
@@ -258,7 +258,8 @@ def report(layer, prefix, torch_prefix, bert_prefix, num_heads, quantized, data,
 @click.option("--key-length", type=int, help="S of a .tflite or .c whose keys are an input of their own.")
 @click.option("--mask", help='"causal", or a .npy file with a bool mask, True = attend.')
 @click.option("--test-vectors", type=int, help="How many to write beside a .c, with a program that checks them.")
-@click.option("--target", type=click.Choice([*TARGETS, NATIVE]), help="The processor of a .so; native: this machine's.")
+@click.option("--target", type=click.Choice([*TARGETS, *BOARDS, NATIVE]),
+              help="The processor of a .so, or the board; native: this machine's.")
 @click.option("--opset", type=int, help="Of an .onnx: 17, unless given, to 23, where attention is one operator.")
 def export(layer, prefix, torch_prefix, bert_prefix, num_heads, path, batch, sequence_length, key_length, mask,
            test_vectors, target, opset):

@@ -19,7 +19,7 @@ from quant.export.bundle import has_header, write_bundle
 from quant.export.c import write_c
 from quant.export.c_files import check_beside, write_together
 from quant.export.onnx import OPSETS, write_onnx
-from quant.export.targets import NATIVE, host_target, target_of
+from quant.export.targets import target_named, target_of
 from quant.export.tflite import write_tflite
 from quant.model_calls import MODELS
 
@@ -143,7 +143,7 @@ def export(layer: MultiHeadAttention | QuantizedMultiHeadAttention | Model, path
         ``NAME_test.c``.
     target : str, optional
         Of a ``.so``, required there: the processor, a name in ``quant.export.targets.TARGETS``, such as "cortex-a72";
-        "native": the best of them that this machine can run.
+        a board in ``BOARDS`` there, such as "pi4"; "native": the best of them that this machine can run.
     opset : int, optional
         Of an ``.onnx``: 17, unless given, to 23, where attention in float32 is one operator.
 
@@ -167,7 +167,7 @@ def export(layer: MultiHeadAttention | QuantizedMultiHeadAttention | Model, path
     if not whole and not isinstance(layer, (MultiHeadAttention, QuantizedMultiHeadAttention)):
         raise TypeError(f"layer must be a MultiHeadAttention or what quant.quantize returns; "
                         f"got {type(layer).__name__}")
-    processor: str | None = host_target() if is_one_of(target, (NATIVE,)) else target
+    processor: str | None = target_named(target)
     if processor is not None and path.is_dir():
         target_of(processor)
         path /= f"attention-{processor}.so"
