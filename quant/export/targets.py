@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from typing import Any
 
 from edgeattn.runtime import processor
 from edgeattn.runtime.targets import TARGETS, Target, runnable
@@ -13,7 +14,7 @@ BOARDS = {"pi3": "cortex-a53", "zero2w": "cortex-a53", "pi4": "cortex-a72", "pi4
           "pi500": "cortex-a76"}
 
 
-def target_of(name) -> Target:
+def target_of(name: object) -> Target:
     """The row of that name.
 
     Raises
@@ -26,7 +27,7 @@ def target_of(name) -> Target:
     return TARGETS[name]
 
 
-def target_named(name):
+def target_named(name: Any) -> Any:
     """What a user called a target, as a name in TARGETS: of a board its processor, of NATIVE this machine's.
 
     Anything else is given back as it is, for `target_of` to judge.

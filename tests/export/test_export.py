@@ -159,7 +159,7 @@ def test_an_unwritable_folder_is_an_error(tmp_path, static, name):
 def test_native_is_this_machines_target_and_a_board_its_processors(monkeypatch, tmp_path, name, file, target):
     export = importlib.import_module("quant.export")  # of which quant has the function of that name
     asked = []
-    monkeypatch.setattr("quant.export.targets.host_target", lambda: "cortex-a72")
+    monkeypatch.setattr(importlib.import_module("quant.export.targets"), "host_target", lambda: "cortex-a72")
     monkeypatch.setattr(export, "write_bundle", lambda layer, name, target: asked.append((name, target)) or {name: b""})
     layer = quant.quantize(random_layer(0), scheme="dynamic")
     assert quant.export(layer, tmp_path / name, target=target) == tmp_path / file
