@@ -107,7 +107,7 @@ class Block:
         if np.ndim(good) == 0:
             return bool(good)
         count = np.count_nonzero(good)
-        return good if 0 < count < self.threads else count > 0
+        return good if 0 < count < self.threads else bool(count)
 
     def warps(self, value, dtype):
         assert self.threads % 32 == 0, "a warp is not whole"
