@@ -111,7 +111,7 @@ def draw_forms() -> None:
 
     rows = [
         ("a microcontroller (Cortex-M)?", "C99:  quant.export(static, \"layer.c\")",
-         "flash and RAM are printed in its header"),
+         "its header says how much scratch it needs"),
         ("a 32-bit system, or an app\nthat has LiteRT in it?", ".tflite:  quant.export(static, \"layer.tflite\")",
          "the bytes are the layer's own"),
         ("a workstation, or nothing\nthat hurries?", "pip install .", "kernels compile at their first call"),
