@@ -62,7 +62,9 @@ def main(arguments=None):
     messages.show()
     try:
         return chosen.run(chosen)
-    except (ImportError, OSError, TypeError, ValueError) as error:
+    except OSError as error:
+        print("edgeattn:", f"{error.filename}: {error.strerror}" if error.filename else error, file=sys.stderr)
+    except (ImportError, TypeError, ValueError) as error:
         print("edgeattn:", " ".join(str(error).split()), file=sys.stderr)
     except KeyboardInterrupt:
         print("edgeattn: interrupted", file=sys.stderr)

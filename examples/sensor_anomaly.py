@@ -79,7 +79,8 @@ def main() -> int:
         told = [f"{SENSORS[sensor]} {np.mean(score[first:first + minutes, sensor] > LIMIT):.0%}"
                 for sensor, first, minutes, _ in FAULTS]
         print(f"{name:8s} minutes of a fault that are found: {', '.join(told)}; "
-              f"false alarms {np.mean((score[clean] > LIMIT).any(axis=1)):.1%}")
+              f"false alarms where nothing is wrong "
+              f"{np.mean((score[clean] > LIMIT).any(axis=1)):.1%}")
     figure, axes = plt.subplots(len(SENSORS), 1, figsize=(10, 8), sharex=True, layout="constrained")
     for i, axis in enumerate(axes):
         axis.plot(now[:, i], color="0.4", linewidth=1)
@@ -89,7 +90,7 @@ def main() -> int:
         alarm = np.flatnonzero(found["int8"][:, i] > LIMIT)
         axis.plot(alarm, now[alarm, i], ".", color="tab:red", markersize=3)
         axis.set(ylabel=SENSORS[i], yticks=[])
-    axes[0].set_title("shaded: a fault was put in; red: far from what the other sensors say (int8)")
+    axes[0].set_title("shaded: a fault; red: far from what the others say, of which one may be at fault (int8)")
     axes[-1].set_xlabel("minutes")
     OUT.parent.mkdir(exist_ok=True)
     figure.savefig(OUT, dpi=100)

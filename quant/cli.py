@@ -179,7 +179,9 @@ def quantize(layer, prefix, torch_prefix, bert_prefix, num_heads, calibration, o
     A model needs no CALIBRATION unless it shall be static: one chooses on your data which inputs stay float32.
     """
     check_paths(output, layer, calibration)
-    layer = read_layer(layer, prefix, torch_prefix, bert_prefix, num_heads)
+    given, layer = layer, read_layer(layer, prefix, torch_prefix, bert_prefix, num_heads)
+    if isinstance(layer, edgeattn.QuantizedMultiHeadAttention):
+        raise click.UsageError(f"{given} is int8 already: give the float layer that it was made of")
     if isinstance(layer, MODELS):
         scheme, attention = scheme or "dynamic", attention or "int8"
         if scheme == "static" and calibration is None:

@@ -243,6 +243,7 @@ ERRORS = [
     ("inspect layer.safetensors --arithmetic tflm", "applies to int8 layers, but layer.safetensors holds a Multi"),
     ("compare layer.safetensors layer.safetensors x.npy", "quantized must be a layer from quant.quantize"),
     ("export layer.safetensors a.tflite", "quant: --sequence-length is required for a .tflite"),
+    ("quantize unmasked.safetensors other.safetensors -o q.safetensors", "unmasked.safetensors is int8 already"),
     ("export layer.safetensors a.pb --sequence-length 9", "path must end in one of .tflite, .onnx, .safetensors, .c"),
     ("export layer.safetensors a.so", "quant: --target must name the processor of a .so, one of aarch64, cortex-a53"),
     ("export layer.safetensors a.tflite --sequence-length 9 --target cortex-a72", "--target must be left out but for a .so"),

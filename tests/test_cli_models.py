@@ -172,15 +172,15 @@ def test_encode_says_how_far_it_is_once_that_takes_long(command, folder, monkeyp
     ("encode none a -o v.npy", "edgeattn.from_pretrained reads a model's folder"),
     (f"encode {SENTENCES} texts.txt -o v.npy", "TEXT 'texts.txt' is the name of a file: --from texts.txt encodes what"),
     (f"encode {SENTENCES} --from latin.txt -o v.npy", "line 2 of latin.txt must be UTF-8, and is not: unexpected end of"),
-    (f"encode {SENTENCES} --from none.txt -o v.npy", "No such file or directory: 'none.txt'"),
+    (f"encode {SENTENCES} --from none.txt -o v.npy", "none.txt: No such file or directory"),
     (f"encode {SENTENCES} a -o v.txt", "--output must end in .npy, got 'v.txt'"),
-    (f"encode {SENTENCES} a -o no/v.npy", "No such file or directory: 'no/v.npy'"),
+    (f"encode {SENTENCES} a -o no/v.npy", "no/v.npy: No such file or directory"),
     (f"encode {SENTENCES} --from x.npy -o x.npy", "cannot write x.npy: it is an input of this command"),
     (f"encode {SENTENCES} a -o v.npy --batch-size 0", "--batch-size must be at least 1, got 0"),
     (f"encode {SENTENCES} a -o v.npy --max-length 0", "--max-length must be at least 1, got 0"),
     (f"encode {SENTENCES} a --from long.txt -o v.npy --max-length 99",
      "line 2 of long.txt must have at most the model's 24 positions, got 42 tokens; cut the text, or give --max-length"),
-    ("info none.safetensors", "No such file or directory: 'none.safetensors'"),
+    ("info none.safetensors", "none.safetensors: No such file or directory"),
     ("bench t.safetensors --length 21", "t.safetensors: ids must have at most the model's 20 positions, got"),
 ])
 def test_edgeattn_errors_are_one_line(command, line, message):

@@ -104,7 +104,8 @@ def load(
         folder = os.path.isdir(path) or not suffix
         other = ("; edgeattn.from_pretrained reads a model's folder" if folder else
                  "; edgeattn.bundle.load runs a bundle" if suffix == ".so" else "")
-        raise ValueError(f"path must end in .safetensors or .tflite, got {str(path)!r}{other}")
+        missing = "" if os.path.exists(path) else ", of which there is none"
+        raise ValueError(f"path must end in .safetensors or .tflite, got {str(path)!r}{missing}{other}")
     return layer_of(path, *_mapped(path), arithmetic)
 
 

@@ -317,7 +317,7 @@ def test_every_kind_lives_where_its_row_says_and_can_be_a_file_where_it_says_so(
 def test_load_refuses_other_suffixes_and_missing_files(tmp_path):
     with pytest.raises(ValueError, match="path must end in .safetensors or .tflite, got .*layer.npz"):
         load(tmp_path / "layer.npz")
-    with pytest.raises(ValueError, match="got .*layer.so'; edgeattn.bundle.load runs a bundle"):
+    with pytest.raises(ValueError, match="got .*layer.so', of which there is none; edgeattn.bundle.load runs a bundle"):
         load(tmp_path / "layer.so")
     with pytest.raises(FileNotFoundError):
         load(tmp_path / "layer.safetensors")
