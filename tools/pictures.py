@@ -133,7 +133,7 @@ def draw_forms() -> None:
 
 
 if __name__ == "__main__":
-    plt.rcParams.update({"svg.hashsalt": "edgeattn", "font.size": 10})
+    plt.rcParams.update({"svg.hashsalt": "edgeattn", "svg.fonttype": "none", "font.size": 10})
     OUT.mkdir(parents=True, exist_ok=True)
     for draw in (draw_codes, draw_outlier, draw_probabilities, draw_forms):
         draw()
