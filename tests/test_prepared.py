@@ -353,9 +353,9 @@ def test_both_ways_refuse_a_first_call_alike(kind):
 
 def as_located(addresses, size):
     """What `records.located` makes of the addresses of a call whose record has this size."""
-    found, (pointer, none, *objects) = addresses[:size].tolist(), addresses[size:].tolist()
-    found[:len(objects)] = [0 if given == none else ctypes.c_int64.from_address(given + pointer).value
-                            for given in objects]
+    found, (pointer, none, items, count) = addresses[:size].tolist(), addresses[size:].tolist()
+    found[:count] = [0 if given == none else ctypes.c_int64.from_address(given + pointer).value
+                     for given in (ctypes.c_int64 * count).from_address(items)]
     return found
 
 
@@ -363,7 +363,7 @@ def test_what_a_call_leaves_out_is_what_the_plan_holds(monkeypatch):
     """Not what the call before it wrote; and each call at a time has records of its own."""
     seen, again = [], []
 
-    def bind(_function, parameters, addresses):
+    def bind(_function, parameters, addresses, _objects):
         def run(*_):
             if again:
                 again.pop()()
