@@ -28,6 +28,9 @@ ready_arm64 = $(ARM64)/.ready
 ready_trixie = $(ARM64)/trixie/.ready
 # What links for aarch64: a linker of this system's, or the one that pip brings.
 linking = $(if $(shell which ld.lld aarch64-linux-gnu-ld 2>/dev/null),$(ready),$(ready_bundle))
+# Tests, in as many processes as there are cores. What does not look at compiling runs on this machine's library, which
+# is compiled where it is not there, once for every environment; the others on kernels that Numba compiles.
+suite = $(python) -m pytest -n auto --dist loadfile --no-loadscope-reorder
 # Extras of the environment; .ci/run asks for test-numpy2,examples in a second one.
 EXTRAS ?= test,examples
 
@@ -52,13 +55,13 @@ run: $(ready) ## the main job: float, int8, report, .tflite
 	@$(python) examples/digits/run.py $(ARGS)
 
 test: $(ready) ## the test suite
-	@$(python) -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
+	@$(if $(filter tests/%,$(ARGS)),$(suite) $(ARGS),$(suite) --prebuilt $(ARGS) && $(suite) --compiled $(ARGS))
 
 test-long: $(ready) ## ... in every long form, an hour and more
-	@$(python) -m pytest -n auto --dist loadfile --no-loadscope-reorder --long $(ARGS)
+	@$(suite) --long $(ARGS)
 
-test-libraries: libraries ## ... on compiled kernels, what compiles nothing
-	@EDGEATTN_JIT=0 $(python) -m pytest -n auto --dist loadfile --no-loadscope-reorder --numpy $(ARGS)
+test-libraries: $(ready) ## ... of it what looks at no compiling
+	@$(suite) --prebuilt $(ARGS)
 
 test-fence: $(ready) ## kernels between guard pages, long form
 	@$(python) -m pytest -n auto --long tests/kernels/cpu/test_fence.py $(ARGS)

@@ -55,7 +55,7 @@ def call_signature(query: Any, key: Any, value: Any, attn_mask: Any, key_padding
     if (attn_mask is None and key_padding_mask is None and causal_alignment is None and window_size is NO_WINDOW
             and alibi_slopes is None and kv_lengths is None):
         if key_shape is None and value_shape is None and is_causal is False and not others:
-            return query.shape
+            return tuple(query.shape)
         return query.shape, key_shape, value_shape, is_causal, others
     if causal_alignment is not None and type(causal_alignment) is not str:
         return None
@@ -90,7 +90,7 @@ def plain_inputs(signature: tuple[Any, ...]) -> tuple[Any, Any, Any] | None:
     """
     if signature and type(signature[0]) is int:
         return signature, None, None
-    return signature[:3] if len(signature) == PLAIN else None  # type: ignore[return-value]
+    return signature[:3] if len(signature) == PLAIN else None
 
 
 def is_read_as_it_is(x: object, dtype: np.dtype[Any] = FLOAT32) -> bool:
