@@ -139,8 +139,9 @@ wheel: $(ready) ## a wheel that brings them for this machine
 wheels: $(linking) ## ... for x86_64, and one for aarch64
 	@$(python) tools/wheel.py x86_64 aarch64 $(ARGS)
 
+# Its limits are kernels of its own, which Numba compiles.
 bench: $(ready) ## how fast, on this machine
-	@$(python) -m benchmarks $(ARGS)
+	@EDGEATTN_JIT=1 $(python) -m benchmarks $(ARGS)
 
 bench-cuda: $(ready_cuda) ## ... on a GPU, beside torch (its CUDA build)
 	@$(python) -m benchmarks.cuda $(ARGS)
@@ -155,7 +156,7 @@ bench-same-bytes: $(ready_models) ## ... do embeddings keep their bytes there
 	@$(VENV_MODELS)/bin/python -m benchmarks.same_bytes $(ARGS)
 
 bench-peers: $(ready_peers) ## ... beside other runtimes (large downloads)
-	@$(python) -m benchmarks --peers $(ARGS)
+	@EDGEATTN_JIT=1 $(python) -m benchmarks --peers $(ARGS)
 
 bench-resident: $(ready) ## memory of 10^6 calls, of MiniLM's sizes; idle
 	@$(python) -m benchmarks.resident $(ARGS)

@@ -101,9 +101,16 @@ class PreparedCall:
         if frame.argument is None or self._work >= threads.SMALLEST_SHARED_WORK:
             threads.run(frame.run, self._dtype, self.shared, self.private, self._work, self._jobs)
         else:
-            memory = frame.objects[-1] = threads.borrow(self._alone, self._dtype)
+            try:  # as `borrow` and `give_back`
+                memory = _SCRATCH.pop()
+            except IndexError:
+                memory = threads.borrow(self._alone, self._dtype)
+            if memory.size < self._alone:
+                memory = threads.borrow(self._alone, self._dtype)
+            frame.objects[-1] = memory
             frame.function(frame.argument)
-            threads.give_back(memory)
+            if len(_SCRATCH) < _KEPT:
+                _SCRATCH.append(memory)
         frame.objects[:] = frame.nothing
         self._frames.append(frame)
 
@@ -123,7 +130,7 @@ class PreparedCall:
         if frame.argument is None or self._work >= threads.SMALLEST_SHARED_WORK:
             threads.run(frame.run, self._dtype, self.shared, self.private, self._work, self._jobs)
         else:
-            try:  # as `borrow` and `give_back`
+            try:
                 memory = _SCRATCH.pop()
             except IndexError:
                 memory = threads.borrow(self._alone, self._dtype)
