@@ -98,6 +98,13 @@ class Kernel:
         found: Callable[[ctypes.c_int64], int] = _ADDED.get(symbol, LIBRARY).function(symbol)
         return found
 
+    @functools.cached_property
+    def _without_result(self) -> Callable[[ctypes.c_int64], object]:
+        symbol = symbol_of(self.py_func)
+        found: Any = _ADDED.get(symbol, LIBRARY).function(symbol)
+        found.restype = None
+        return found  # type: ignore[no-any-return]
+
     def __call__(self, *arguments: Any) -> int:
         """Run it."""
         given = np.array(words(arguments), np.int64)
@@ -109,10 +116,7 @@ class Kernel:
         objects : list
             Of a number of elements that stays; the kernel finds its scratch there, as the last.
         """
-        symbol = symbol_of(self.py_func)
-        function = _ADDED.get(symbol, LIBRARY).function(symbol)  # one of its own, for nothing asks for its result
-        function.restype = None
-        return BoundKernel(function, parameters, addresses, objects)
+        return BoundKernel(self._without_result, parameters, addresses, objects)
 
 
 class BoundKernel:
@@ -125,7 +129,7 @@ class BoundKernel:
 
     __slots__ = ("_given", "_held", "argument", "function", "objects")
 
-    def __init__(self, function: Callable[[ctypes.c_int64], int], parameters: NDArray[np.int64],
+    def __init__(self, function: Callable[[ctypes.c_int64], object], parameters: NDArray[np.int64],
                  addresses: NDArray[np.int64], objects: list[Any]):
         self.function, self.objects, self._held = function, objects, (parameters, addresses)
         scratch = items_address(objects) + 8 * (len(objects) - 1)

@@ -106,6 +106,7 @@ class PreparedCall:
             except IndexError:
                 memory = threads.borrow(self._alone, self._dtype)
             if memory.size < self._alone:
+                _SCRATCH.append(memory)
                 memory = threads.borrow(self._alone, self._dtype)
             frame.objects[-1] = memory
             frame.function(frame.argument)
@@ -135,6 +136,7 @@ class PreparedCall:
             except IndexError:
                 memory = threads.borrow(self._alone, self._dtype)
             if memory.size < self._alone:
+                _SCRATCH.append(memory)
                 memory = threads.borrow(self._alone, self._dtype)
             objects[4] = memory
             frame.function(frame.argument)
@@ -150,7 +152,7 @@ class _Frame:
     __slots__ = ("addresses", "argument", "count", "function", "nothing", "objects", "parameters", "run")
 
     def __init__(self, call, count):
-        self.count, self.nothing, parameters = count, (None,) * (4 + count), call.parameters
+        self.count, self.nothing, parameters = count, _NOTHING[4 + count], call.parameters
         self.objects = list(self.nothing)
         given = _WORDS[4].pack(POINTER, id(None), items_address(self.objects), 3 + count)
         self.addresses = bytearray(call._addresses + given)
@@ -163,4 +165,5 @@ class _Frame:
 
 _WORDS = [struct.Struct(f"{count}q") for count in range(33)]
 _WRITE = [words.pack_into for words in _WORDS]
+_NOTHING = [(None,) * count for count in range(33)]
 _SCRATCH, _KEPT = threads.scratch, threads.KEPT
