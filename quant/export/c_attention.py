@@ -76,8 +76,8 @@ def attention_c(layer: StaticMultiHeadAttention, passes: ScorePasses, prefix: st
     tensors, all_keys = layer.tensors, passes.permitted == "keys"
     text = "" if all_keys else f"const int32_t permitted = {passes.permitted};\n"
     seen = "keys" if all_keys else "permitted"
-    text += (f"failed |= batch_matmul_s8(&{name}scores_product, rows + i % TOKENS * D, key, {seen}, D, buffer, scores);"
-             "\n\n")
+    text += (f"failed |= batch_matmul_s8(&{name}scores_product, rows + i % TOKENS * D, key, {seen}, D, buffer,\n"
+             "                          scores);\n\n")
     text += passes.code + f"/* 4. probabilities, in place */\nsoftmax_s8(&{name}exponentials, scores, keys);\n"
     function = fill_template("attention.c", {
         "PREFIX": prefix, "name": name, "title": title, "parameters": parameters, "sizes": sizes,

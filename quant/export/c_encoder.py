@@ -241,8 +241,8 @@ class _File:
      * (length, {H * DV}), and what a head wants, or the projection of contexts */
     read_rows_f32(&{name}attention_source, {first}, x, length, row, memory);
     failed |= {name}attend_s8(memory, length, memory + {context}, buffer, memory + {context + rest});
-    failed |= add_contexts_f32({projection}, &{name}attention_result, {last}, memory + {context}, {H * DV}, length, x,
-                               buffer, row, memory + {context + rest});
+    failed |= add_contexts_f32({projection}, &{name}attention_result, {last},
+                               memory + {context}, {H * DV}, length, x, buffer, row, memory + {context + rest});
 """
         plain, dsp = (context + rest + max(attention_bytes(layer, L, dsp=dsp), E * (DSP_TOKENS if dsp else 1))
                       for dsp in (False, True))
@@ -327,7 +327,7 @@ class _File:
         """A source_s8 of its own."""
         array = f"{name}_more_inputs_s32"
         return (_more(array, more, "Of each further column the one that it goes on from.")
-                + f"static const source_s8 {name}_source = {_source(tensor, self.encoder.embed_dim, more, array)};\n")
+                + f"static const source_s8 {name}_source =\n    {_source(tensor, self.encoder.embed_dim, more, array)};\n")
 
     def result(self, name: str, tensor: TensorQuantization, more: tuple[tuple[int, int], ...]) -> str:
         """A result_s8 of its own."""

@@ -99,7 +99,7 @@ def _prefix_passes(permitted: np.ndarray, fill: int, shape, scale, name: str, an
             note = ": no query sees any key, so all get the mean of the values"
     else:
         size, index = _broadcast_index(permitted.shape)
-        constants = constant("int32_t", f"{name}permitted_keys_s32", size, permitted.ravel(),
+        constants = constant("int32_t", f"{name}permitted_keys_s32", _size(size, permitted, name), permitted.ravel(),
                              "How many keys a query sees; those after them are masked.")
         count = f"{name}permitted_keys_s32[{index}]"
         note = f", masked: a query sees its first {name}permitted_keys_s32 keys"
@@ -114,7 +114,7 @@ def _bit_passes(keep: np.ndarray, fill: int, scale, name: str) -> ScorePasses:
     """Any mask: a bit per score. ``keep`` is (B or 1, H or 1, L or 1, S)."""
     size, index = _broadcast_index(keep.shape[:3])
     bits = np.packbits(keep, axis=-1, bitorder="little").reshape(-1, (keep.shape[3] + 7) // 8)
-    text = constant("uint8_t", f"{name}permitted_u8", f"{size} * ((S + 7) / 8)", bits,
+    text = constant("uint8_t", f"{name}permitted_u8", _size(f"{size} * ((S + 7) / 8)", bits, name), bits,
                     "A bit per score, 1 = permitted; key j of a row is bit j % 8 of byte j / 8.")
     code = (f"/* 3. masked scores get the code {fill} and keep the weight it stands for, as in the .tflite file */\n"
             f"const uint8_t *const bits = {name}permitted_u8 + ({index}) * ((S + 7) / 8);\n"
@@ -137,12 +137,18 @@ def _table_passes(layer: StaticMultiHeadAttention, name: str) -> ScorePasses:
         line = line.format("")
     else:
         size, index = _broadcast_index(lut_index.shape)
-        text += "\n" + constant("uint8_t", f"{name}score_class_u8", size, lut_index.reshape(-1, lut_index.shape[3]),
+        text += "\n" + constant("uint8_t", f"{name}score_class_u8", _size(size, lut_index, name),
+                                lut_index.reshape(-1, lut_index.shape[3]),
                                 "The class of every position.")
         line = line.format(f"{name}score_class_u8[{index}] * 256 + ")
     code = (f"/* 3. constant factors and masks, tabulated */\n"
             f"for (int32_t j = 0; j < keys; j++) {{\n    {line}\n}}\n\n")
     return ScorePasses(text, "keys", code, ", with the constant factors and masks of its graph", quantization.scale)
+
+
+def _size(text: str, array: np.ndarray, name: str) -> str:
+    """The size of an array; those of several layers stand where no axis has a name."""
+    return str(array.size) if name else text
 
 
 def _broadcast_index(shape: tuple[int, ...]) -> tuple[str, str]:

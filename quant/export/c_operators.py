@@ -82,8 +82,8 @@ def linear_constants(name: str, what: str, linear: QuantizedLinear, source: Tens
                  f"Bias ({size}), at (scale of the input) * (scale of the row), zero point folded in."),
         constant("int32_t", f"{name}_multiplier_s32", outputs, multiplier, "Multiplier, Q0.31."),
         constant("int32_t", f"{name}_shift_s32", outputs, shift, "Its power of two."),
-        f"static const linear_s8 {name}_linear = {{{name}_weight_s8, {name}_bias_s32, {name}_multiplier_s32,\n"
-        f"{' ' * (len(name) + 35)}{name}_shift_s32, {inputs}, {output.zero_point}}};\n"))
+        f"static const linear_s8 {name}_linear = {{\n    {name}_weight_s8, {name}_bias_s32,\n"
+        f"    {name}_multiplier_s32, {name}_shift_s32, {inputs}, {output.zero_point}}};\n"))
 
 
 def product_constants(name: str, what: str, lhs: TensorQuantization, rhs: TensorQuantization,
