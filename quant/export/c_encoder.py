@@ -1,7 +1,7 @@
 """Whole static int8 encoders as portable C99: products on codes, norms and residuals in single precision.
 
-The stages of a layer are the patterns that `edgeattn.executors.fused` finds in its forward, as the compiled kernels have
-them; so the C computes in their order, and its bytes are theirs.
+The stages of a layer are the patterns that `edgeattn.executors.fused` finds in its forward, as the compiled kernels
+have them; so the C computes in their order, and its bytes are theirs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,14 @@ import numpy as np
 from edgeattn import arithmetic as rules
 from edgeattn.executors.fused import parts_of
 from edgeattn.layers import LayerNorm, TransformerEncoder, TransformerEncoderLayer
-from edgeattn.quantized import AddMask, SelectMask, StaticFeedForward, StaticMultiHeadAttention, StaticSelfAttention
+from edgeattn.quantized import (
+    INPUTS,
+    AddMask,
+    SelectMask,
+    StaticFeedForward,
+    StaticMultiHeadAttention,
+    StaticSelfAttention,
+)
 from quant.export.attention_graph import check_lengths
 from quant.export.c_attention import attention_bytes, attention_c, check_attention, widest_input
 from quant.export.c_mask import score_passes
@@ -223,7 +230,7 @@ class _File:
                 layer, passes, self.prefix, name=name, what=f" of {path}attention", title=f"Attention of {path[:-1]}",
                 widths={"H * D": str(H * D), "H * DV": str(H * DV), "EO": str(E),
                         **dict.fromkeys(("EQ", "EK", "EV"), str(layer.embed_dim))},
-                parameters="const int8_t *codes, int32_t length", feeds=dict.fromkeys(("query", "key", "value"), "codes"),
+                parameters="const int8_t *codes, int32_t length", feeds=dict.fromkeys(INPUTS, "codes"),
                 sizes=f"    enum {{ H = {H}, D = {D}, DV = {DV}, EQ = {layer.embed_dim}, EK = EQ, EV = EQ, S = L }};\n"
                       "    const int32_t queries = length, keys = length;\n")
         except ValueError as error:
@@ -327,7 +334,8 @@ class _File:
         """A source_s8 of its own."""
         array = f"{name}_more_inputs_s32"
         return (_more(array, more, "Of each further column the one that it goes on from.")
-                + f"static const source_s8 {name}_source =\n    {_source(tensor, self.encoder.embed_dim, more, array)};\n")
+                + f"static const source_s8 {name}_source =\n"
+                f"    {_source(tensor, self.encoder.embed_dim, more, array)};\n")
 
     def result(self, name: str, tensor: TensorQuantization, more: tuple[tuple[int, int], ...]) -> str:
         """A result_s8 of its own."""
