@@ -122,18 +122,19 @@ def export(layer: MultiHeadAttention | QuantizedMultiHeadAttention | Model, path
     Parameters
     ----------
     layer : MultiHeadAttention, QuantizedMultiHeadAttention, TransformerEncoder, TextEncoder or ImageEncoder
-        The last two, whole, go to a ``.safetensors`` or ``.so``; their ``encoder`` to a ``.tflite`` or ``.onnx`` too.
+        The last two, whole, go to a ``.safetensors`` or ``.so``; their ``encoder`` to the others too.
     path : str or path-like
         Ends in one of `FORMATS`, which says what each is for: ``.tflite``, ``.safetensors``, ``.c`` (the name must be a
-        C identifier, the layer a static one with the arithmetic "tflm") or ``.so``. With a target, a folder that exists
-        stands for ``attention-TARGET.so`` in it. A file of this name is replaced; what has the name of a file that goes
-        beside it, only if it is of an earlier export.
+        C identifier, the layer or encoder a static one with the arithmetic "tflm") or ``.so``. With a target, a folder
+        that exists stands for ``attention-TARGET.so`` in it. A file of this name is replaced; what has the name of a
+        file that goes beside it, only if it is of an earlier export.
     batch : int
         B of a ``.tflite`` or ``.c``, 1 unless given. A ``.safetensors`` or ``.so`` takes any, and lengths only for a
         mask. An ``.onnx`` takes any where neither ``batch`` nor ``sequence_length`` is given.
     sequence_length : int, or for a ``.tflite`` several
         L of a ``.tflite`` or ``.c``, required there, and of a causal mask. A ``.tflite`` of several has a signature,
-        ``length_L``, for each of them, over the same weights. An ``.onnx`` without takes any.
+        ``length_L``, for each of them, over the same weights. An ``.onnx`` without takes any. An encoder's ``.c`` takes
+        sequences of any length up to it.
     key_length : int, optional
         S of a ``.tflite`` or ``.c`` with inputs of their own for key and value; L otherwise.
     mask : "causal" or bool array broadcastable to (B, H, L, S), optional

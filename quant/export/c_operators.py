@@ -1,6 +1,6 @@
 """Fully connected layers, products, softmaxes and tables of TFLite Micro's rules as constants of a C file.
 
-What they are read by stands in c_templates/operators.c.in: an attention layer's file and an encoder's have it in common.
+What reads them stands in c_templates/operators.c.in: an attention layer's file and an encoder's have it in common.
 """
 
 from __future__ import annotations

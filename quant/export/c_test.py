@@ -66,9 +66,10 @@ def vectors_c(layer, stem: str, names: list[str], lengths, how_many: int) -> dic
     for name, catches, inputs, output in make_vectors(layer, lengths, how_many):
         arrays = ",\n".join(f"     {{\n{numbers(array)}}}" for array in (*inputs, output))
         vectors.append(f'    {{"{name}", "{catches}",\n{arrays}}},')
-    return _files(stem, how_many, vectors, function=f"{stem}_s8", ctype="int8_t", unit="code", libraries="", expected=(
-        "the expected codes are those of\n * StaticMultiHeadAttention.run_int8 under the kernel set \"tflm\", which equals "
-        "TFLite Micro."), fields=[("int8_t", name, name) for name in names])
+    return _files(stem, how_many, vectors, function=f"{stem}_s8", ctype="int8_t", unit="code", libraries="",
+                  expected="the expected codes are those of\n * StaticMultiHeadAttention.run_int8 under the kernel set "
+                           "\"tflm\", which equals TFLite Micro.",
+                  fields=[("int8_t", name, name) for name in names])
 
 
 def encoder_vectors_c(encoder: TransformerEncoder, stem: str, length: int, how_many: int,

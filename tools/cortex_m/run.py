@@ -264,7 +264,8 @@ def main() -> int:
             parser.error(f"--cmsis-nn must be a folder with CMSIS-NN's Include and Source; got {arguments.cmsis_nn}")
         targets = [with_cmsis_nn(target, arguments.cmsis_nn, arguments.work) for target in targets]
     if not arguments.table:
-        check_equality(targets, SHORT_CASES if arguments.short else [*CASES, *ENCODERS], arguments.work, arguments.optimize)
+        cases = SHORT_CASES if arguments.short else [*CASES, *ENCODERS]
+        check_equality(targets, cases, arguments.work, arguments.optimize)
     if not arguments.short:
         print_table(targets, arguments.work, arguments.optimize)
     return 0
