@@ -18,6 +18,7 @@ from whole_models import text_encoder
 import edgeattn
 import quant
 from edgeattn.layers import TransformerEncoder, TransformerEncoderLayer
+from quant.cli import main
 from quant.export.c_encoder import carried, write_encoder_c
 
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
@@ -265,6 +266,18 @@ def test_masks_need_room(tmp_path):
     of = quant.quantize(made, quant.calibrate(made, [random(2, 5, 32)]), arithmetic="tflm")
     with pytest.raises(ValueError, match="layers.0.attention: mask needs attention .*room_for_masks=True"):
         quant.export(of, tmp_path / "model.c", sequence_length=5, mask="causal")
+
+
+def test_the_command_writes_it_and_says_how_to_make_what_it_takes(tmp_path, capsys):
+    for name, of in (("static", by_name("relu").encoder), ("float", float_encoder())):
+        edgeattn.save(of, tmp_path / f"{name}.safetensors")
+    options = ["--sequence-length", "5", "--test-vectors", "1"]
+    assert main(["export", str(tmp_path / "static.safetensors"), str(tmp_path / "model.c"), *options]) == 0
+    assert (tmp_path / "model_test.c").is_file()
+    assert main(["export", str(tmp_path / "float.safetensors"), str(tmp_path / "other.c"), *options]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "layers.0.attention must be static int8 for C" in said
+    assert "with `quant calibrate` and `quant quantize --arithmetic tflm`" in said
 
 
 @pytest.mark.parametrize("name", ["norm_row", "last_norm", "fma", "int", "math"])
