@@ -25,8 +25,8 @@ ROOT = HERE.parents[1]
 OUT = ROOT / "out" / "sensor"
 CALIBRATION_RECORDINGS = 60
 HERE_RECORDINGS, EMULATED_RECORDINGS = 120, 12
-CORTEX_M4 = ["arm-none-eabi-gcc", "-mcpu=cortex-m4", "-mthumb", "-mfloat-abi=hard", "-mfpu=fpv4-sp-d16", "-ffreestanding",
-             "-nostartfiles", "--specs=nano.specs", "-Wl,--no-warn-rwx-segments"]
+CORTEX_M4 = ["arm-none-eabi-gcc", "-mcpu=cortex-m4", "-mthumb", "-mfloat-abi=hard", "-mfpu=fpv4-sp-d16",
+             "-ffreestanding", "-nostartfiles", "--specs=nano.specs", "-Wl,--no-warn-rwx-segments"]
 EMULATOR = ["qemu-system-arm", "-M", "mps2-an386", "-nographic", "-monitor", "none", "-serial", "none",
             "-semihosting-config", "enable=on,target=native", "-kernel"]
 
@@ -67,8 +67,8 @@ def main() -> int:
         write_model(around, test.x[:count], test.lengths[:count], answers[:count])
         program = OUT / "classify"
         board = [f"-T{ROOT / 'tools/cortex_m/memory.ld'}", ROOT / "tools/cortex_m/start.c"] if runner else []
-        subprocess.run([*compiler, "-O2", f"-I{OUT}", *board, OUT / "encoder.c", HERE / "classify.c", "-o", program, "-lm"],
-                       check=True)
+        sources = [*board, OUT / "encoder.c", HERE / "classify.c"]
+        subprocess.run([*compiler, "-O2", f"-I{OUT}", *sources, "-o", program, "-lm"], check=True)
         right[name] = count - subprocess.run([*runner, program], timeout=300).returncode
         print(f"C on {name}: {right[name]} of {count} answers are Python's")
         if right[name] != count:

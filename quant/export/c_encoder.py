@@ -167,7 +167,7 @@ class _File:
         self.stem, self.prefix, self.encoder, self.length = stem, stem.upper(), encoder, length
         self.linears: list[QuantizedLinear] = []
         self.inner, self.widest, self.columns, self.gated = length, 1, encoder.embed_dim, False
-        self.rows = [("tensor", "shape", "scale", "zero point")]
+        self.rows = [("tensor", "scale", "zero point")]
         self.notes: set[str] = set()
         self.masks: dict[str, int] = {}
 
@@ -244,8 +244,7 @@ class _File:
         projection = f"&{name}output_linear" if made.projected else "NULL"
         context, rest = L * layer.embed_dim, L * H * DV
         calls = f"""\
-    /* {path}attention: codes of x {"or of its norm " if first != "NULL" else ""}(length, {layer.embed_dim}), contexts
-     * (length, {H * DV}), and what a head wants, or the projection of contexts */
+    /* {path}attention: codes (length, {layer.embed_dim}), contexts (length, {H * DV}); then a head, or projections */
     read_rows_f32(&{name}attention_source, {first}, x, length, row, memory);
     failed |= {name}attend_s8(memory, length, memory + {context}, buffer, memory + {context + rest});
     failed |= add_contexts_f32({projection}, &{name}attention_result, {last},
@@ -333,16 +332,17 @@ class _File:
     def source(self, name: str, tensor: TensorQuantization, more: tuple[int, ...]) -> str:
         """A source_s8 of its own."""
         array = f"{name}_more_inputs_s32"
-        return (_more(array, more, "Of each further column the one that it goes on from.")
-                + f"static const source_s8 {name}_source =\n"
-                f"    {_source(tensor, self.encoder.embed_dim, more, array)};\n")
+        texts = [_more(array, more, "Of each further column the one that it goes on from."),
+                 f"static const source_s8 {name}_source =\n"
+                 f"    {_source(tensor, self.encoder.embed_dim, more, array)};\n"]
+        return "\n".join(text for text in texts if text)
 
     def result(self, name: str, tensor: TensorQuantization, more: tuple[tuple[int, int], ...]) -> str:
         """A result_s8 of its own."""
         return f"static const result_s8 {name}_result = {_result(tensor, self.encoder.embed_dim, more, '')};\n"
 
     def _tensors(self, path: str, tensors: dict[str, TensorQuantization]) -> None:
-        self.rows += [(path + name, "", float_literal(tensor.scale)[:-1], str(tensor.zero_point))
+        self.rows += [(path + name, float_literal(tensor.scale)[:-1], str(tensor.zero_point))
                       for name, tensor in tensors.items()]
 
     def _products(self, linears: Any, widest: int, inner: int, columns: int) -> None:
@@ -361,7 +361,7 @@ def _networks(layer: StaticFeedForward) -> Iterator[StaticFeedForward]:
 def _more(name: str, more: Any, comment: str) -> str:
     """The array of further columns or outputs; nothing where there are none."""
     values = np.array(more, np.int32).reshape(-1)
-    return constant("int32_t", name, str(len(values)), values, comment) + "\n" if len(values) else ""
+    return constant("int32_t", name, str(len(values)), values, comment) if len(values) else ""
 
 
 def _source(tensor: TensorQuantization, features: int, more: tuple[int, ...], array: str) -> str:
