@@ -19,7 +19,7 @@ from quant.observers import BINS, OBSERVERS, SMALLEST_EXPONENT, Statistics
 from quant.trace import Call, counted, describe_sources, float_trace
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from typing import Any
 
     from numpy.typing import NDArray
@@ -55,6 +55,8 @@ class Calibration:
         The smallest maximum of a row of two permitted scores or more; infinite without such a row.
     masked : bool
         Whether any call came with a mask.
+    rules : dict of function
+        By tensor name what takes the observer's place; not kept in files.
     """
 
     layer: str
@@ -64,6 +66,7 @@ class Calibration:
     single_scores: Statistics = field(default_factory=Statistics)
     lowest_row_maximum: float = np.inf
     masked: bool = False
+    rules: dict[str, Callable[[Statistics, bool], tuple[float, float]]] = field(default_factory=dict)
 
     def merge(self, other: Calibration) -> Calibration:
         """Calibration on the data of both.
@@ -99,7 +102,8 @@ class Calibration:
         statistics = self.statistics[name]
         if name in ("scores", "biased_scores") and not statistics.count:
             statistics = self.single_scores
-        return OBSERVERS[self.observer](statistics, symmetric) if statistics.count else (0.0, 0.0)
+        rule = self.rules.get(name, OBSERVERS[self.observer])
+        return rule(statistics, symmetric) if statistics.count else (0.0, 0.0)
 
     def save(self, path: Path) -> None:
         """Write to a .safetensors file, whole or not at all: histograms and ranges, the rest as JSON metadata.
