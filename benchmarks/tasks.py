@@ -2,7 +2,8 @@
 
 - sentences: all-MiniLM-L6-v2 on the sentences of examples/minilm: cosine of embeddings to float32, mean and least, and
   how alike all pairs are put in order (Spearman's rank correlation of their similarities);
-- recordings: the encoder of examples/sensor on its first test recordings: how many are told right.
+- recordings: the encoder of examples/sensor on its first test recordings: how many are told right;
+- images: the encoder of examples/digits on its test images: how many are told right.
 
 Peers are those of `benchmarks.models`, as it makes them; --ours leaves them out.
 """
@@ -10,7 +11,7 @@ Peers are those of `benchmarks.models`, as it makes them; --ours leaves them out
 from __future__ import annotations
 
 import argparse
-import sys
+import importlib.util
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,18 +21,22 @@ import numpy as np
 
 import edgeattn
 import quant
-from benchmarks.models import OURS, ROOT, Question, Subject, contenders, minilm, padded, sensor
+from benchmarks.models import OURS, ROOT, SAMPLES, Question, Subject, contenders, minilm, padded, sensor
 from quant.report import cosines, pair_order
 
 RECORDINGS = 300  # each a call of its own: some peers take one length, and one at a time
-TASKS = ("sentences", "recordings")
+CALIBRATION = 256  # images
+STATIC = {"edgeattn int8, static": None, "edgeattn int8, static attention": {"*.feed_forward": "dynamic"}}
+TASKS = ("sentences", "recordings", "images")
 
 
 def ours(subject: Subject, calibration: list[Any]) -> dict[str, Callable]:
     """name -> call of an input, or a list of rows; float32 is torch's place where there is none."""
     found = {name: subject.model if settings is None else quant.quantize(subject.model, scheme="dynamic", **settings)
              for name, settings in OURS.items()}
-    found["edgeattn int8, static"] = quant.quantize(subject.model, quant.calibrate(subject.model, calibration))
+    seen = quant.calibrate(subject.model, calibration)
+    for name, overrides in STATIC.items():
+        found[name] = quant.quantize(subject.model, seen, overrides=overrides)
     return found
 
 
@@ -69,29 +74,52 @@ def sentences(alone: bool) -> None:
 
 def recordings(alone: bool) -> None:
     """Print the table of recordings."""
-    sys.path.insert(0, str(ROOT / "examples" / "sensor"))
-    from data import TEST_RECORDINGS, TEST_SEED, TRAIN_SEED
-    from data import recordings as drawn
     from safetensors import safe_open
 
+    data, subject = example("sensor", "data"), sensor()
     with safe_open(ROOT / "examples" / "sensor" / "sensor.safetensors", framework="numpy") as file:
         weight, bias, position, head, head_bias = (file.get_tensor(name).astype(np.float32) for name in (
             "embed.weight", "embed.bias", "position", "head.weight", "head.bias"))
-    test, seen, subject = drawn(TEST_RECORDINGS, TEST_SEED), drawn(60, TRAIN_SEED), sensor()
-    tokens = test.x @ weight.T + bias + position
+    test, seen = data.recordings(data.TEST_RECORDINGS, data.TEST_SEED), data.recordings(60, data.TRAIN_SEED)
+    tokens = test.x[:RECORDINGS] @ weight.T + bias + position
     calibration = [{"x": seen.x @ weight.T + bias + position, "lengths": seen.lengths}]
+    rows = [x[:length] for x, length in zip(tokens, test.lengths, strict=False)]
+    tell("recordings", subject, calibration, rows, test.labels, lambda y: y @ head.T + head_bias, alone)
 
+
+def images(alone: bool) -> None:
+    """Print the table of images."""
+    digits, model = example("digits", "data").load_digits_split(), example("digits", "model").DigitsModel()
+    seen, rows = (model.embed(some) for some in (digits.train_images[:CALIBRATION], digits.test_images))
+    subject = Subject("the digits' encoder", model.encoder, ((1, len(seen[0])),), False, lambda shape: seen[:shape[0]],
+                      [x[None] for x in seen[:SAMPLES]], list(rows), len(seen[0]))
+    tell("images", subject, [seen], subject.judged, digits.test_labels,
+         lambda y: y @ model.head_weight.T + model.head_bias, alone)
+
+
+def tell(what: str, subject: Subject, calibration: list[Any], rows: list[np.ndarray], labels: np.ndarray,
+         head: Callable[[np.ndarray], np.ndarray], alone: bool) -> None:
+    """Print how many of `rows` each encoder tells right: `head` of the mean of its tokens is largest at the label."""
     def judge(calls: dict[str, Callable]) -> None:
-        print(f"\n{subject.title}: {RECORDINGS} recordings")
+        print(f"\n{subject.title}: {len(rows)} {what}")
         for name, call in calls.items():
             right = 0
-            for x, length, label in zip(tokens[:RECORDINGS], test.lengths, test.labels, strict=False):
-                row = x[:length]
-                y = np.asarray(call(Question(*padded([row], subject.longest), [row]))[0])[:length]
-                right += int((y.mean(axis=0) @ head.T + head_bias).argmax() == label)
-            print(f"  {name:34} {right:5} right, {right / RECORDINGS:.2%}", flush=True)
+            for row, label in zip(rows, labels, strict=False):
+                y = np.asarray(call(Question(*padded([row], subject.longest), [row]))[0])[:len(row)]
+                right += int(head(y.mean(axis=0)).argmax() == label)
+            print(f"  {name:34} {right:5} right, {right / len(rows):.2%}", flush=True)
 
     with_peers(subject, ours(subject, calibration), alone, judge)
+
+
+def example(folder: str, module: str) -> Any:
+    """A module of an example: several have one of the same name."""
+    spec = importlib.util.spec_from_file_location(f"{folder}_{module}", ROOT / "examples" / folder / f"{module}.py")
+    if spec is None or spec.loader is None:
+        raise ImportError(f"there is no examples/{folder}/{module}.py")
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
 
 
 def main() -> None:
