@@ -3,7 +3,9 @@
 - sentences: all-MiniLM-L6-v2 on the sentences of examples/minilm: cosine of embeddings to float32, mean and least, and
   how alike all pairs are put in order (Spearman's rank correlation of their similarities);
 - recordings: the encoder of examples/sensor on its first test recordings: how many are told right;
-- images: the encoder of examples/digits on its test images: how many are told right.
+- images: the encoder of examples/digits on its test images: how many are told right;
+- shapes: encoders of other families' shapes with random weights and a few large features: cosine of the other ones'
+  results.
 
 Peers are those of `benchmarks.models`, as it makes them; --ours leaves them out.
 """
@@ -15,7 +17,7 @@ import importlib.util
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,7 +29,24 @@ from quant.report import cosines, pair_order
 RECORDINGS = 300  # each a call of its own: some peers take one length, and one at a time
 CALIBRATION = 256  # images
 STATIC = {"edgeattn int8, static": None, "edgeattn int8, static attention": {"*.feed_forward": "dynamic"}}
-TASKS = ("sentences", "recordings", "images")
+TASKS = ("sentences", "recordings", "images", "shapes")
+SEQUENCES, LARGE = 8, 3  # of `shapes`; large features
+
+
+class Shape(NamedTuple):
+    """Of an encoder."""
+
+    width: int
+    heads: int
+    hidden: int
+    tokens: int
+    norm_first: bool = False
+    shared: bool = False
+
+
+SHAPES = {"as BERT-base is": Shape(768, 12, 3072, 64), "as ViT-small is, norms first": Shape(384, 6, 1536, 197, True),
+          "as ALBERT is, one layer twice": Shape(768, 12, 3072, 64, shared=True),
+          "as MiniLM is, 512 tokens": Shape(384, 12, 1536, 512)}
 
 
 def ours(subject: Subject, calibration: list[Any]) -> dict[str, Callable]:
@@ -110,6 +129,41 @@ def tell(what: str, subject: Subject, calibration: list[Any], rows: list[np.ndar
             print(f"  {name:34} {right:5} right, {right / len(rows):.2%}", flush=True)
 
     with_peers(subject, ours(subject, calibration), alone, judge)
+
+
+def shapes(_: bool) -> None:
+    """Print the table of shapes; there are no peers."""
+    for title, shape in SHAPES.items():
+        made, rng = random_encoder(shape), np.random.default_rng(1)
+        data = [rng.standard_normal((SEQUENCES, shape.tokens, shape.width), np.float32) for _ in range(2)]
+        for x in data:
+            x[..., :LARGE] *= 15
+        exact = made(data[1])
+        print(f"\n{title}\n  {'':34} {'cosine':>8} {'least':>8}")
+        subject = Subject(title, made, (), False, rng.standard_normal, [], [], shape.tokens)
+        for name, int8 in ours(subject, [data[0]]).items():
+            found = cosines([(a[:, LARGE:], b[:, LARGE:]) for a, b in zip(exact, int8(data[1]), strict=True)])
+            print(f"  {name:34} {found.mean:8.5f} {found.minimum:8.5f}", flush=True)
+
+
+def random_encoder(shape: Shape) -> edgeattn.TransformerEncoder:
+    """Two layers, or one twice; some features of the residual stream and some hidden ones are larger than others."""
+    rng, large = np.random.default_rng(0), np.where(np.arange(shape.width) < LARGE, 15.0, 1.0)
+
+    def linear(outputs: int, inputs: int) -> edgeattn.Linear:
+        weight = rng.standard_normal((outputs, inputs), np.float32) / np.float32(inputs**0.5)
+        weight[:LARGE if outputs > inputs else 0] *= 6
+        return edgeattn.Linear(weight, rng.standard_normal(outputs, np.float32) / 10)
+
+    def layer() -> edgeattn.TransformerEncoderLayer:
+        weights = [linear(shape.width, shape.width).weight for _ in range(4)]
+        network = edgeattn.FeedForward(linear(shape.hidden, shape.width), linear(shape.width, shape.hidden))
+        return edgeattn.TransformerEncoderLayer(
+            edgeattn.MultiHeadAttention(shape.heads, *weights), network, edgeattn.LayerNorm(large),
+            edgeattn.LayerNorm(large), norm_first=shape.norm_first)
+
+    first = layer()
+    return edgeattn.TransformerEncoder([first, first if shape.shared else layer()])
 
 
 def example(folder: str, module: str) -> Any:

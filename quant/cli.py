@@ -175,9 +175,9 @@ def calibrate(layer, prefix, torch_prefix, bert_prefix, num_heads, data, output,
 @click.option("--room-for-masks", is_flag=True,
               help="static: leave room below the scores for a mask that a .tflite, .onnx or .c shall hold.")
 @click.option("--override", "overrides", multiple=True, metavar="NAME=VALUE",
-              help="Several may be given. Half a layer of a model, such as layers.0.feed_forward, or layers.*.attention: "
-                   "static, dynamic or float32. A tensor of static attention, such as scores, or "
-                   "layers.*.attention.scores: minmax, mse, percentile, percentile:SHARE or LOW:HIGH.")
+              help="Several may be given. Half a layer of a model, layers.0.feed_forward or layers.*.attention: "
+                   "static, dynamic or float32. A tensor of static attention, scores or layers.*.attention.scores: "
+                   "minmax, mse, percentile, percentile:SHARE or LOW:HIGH.")
 def quantize(layer, prefix, torch_prefix, bert_prefix, num_heads, calibration, output, scheme, arithmetic, attention,
              room_for_masks, overrides):
     """Make an int8 layer of LAYER and of CALIBRATION, which `quant calibrate` wrote.
@@ -225,7 +225,7 @@ def quantize(layer, prefix, torch_prefix, bert_prefix, num_heads, calibration, o
 @arithmetic_option
 @click.option("--json", "as_json", is_flag=True, help="Print the same as JSON.")
 @click.option("--model-explorer", type=path_argument, metavar="FILE.json",
-              help="Also write signal over noise as node data for Google's Model Explorer, for the .tflite of --tflite.")
+              help="Also write signal over noise as node data of Google's Model Explorer, for the file of --tflite.")
 @click.option("--tflite", type=path_argument, help="What `quant export` wrote of QUANTIZED; QUANTIZED where it is one.")
 def compare(layer, prefix, torch_prefix, bert_prefix, num_heads, quantized, data, arithmetic, as_json, model_explorer,
             tflite):

@@ -86,8 +86,8 @@ def quantize(layer: Any, calibration: Calibration | ModelCalibration | None = No
     and value heads are repeated. The scores' range is that of permitted scores in rows of two or more, cut where a
     score no longer matters to any row; when a mask was seen it reaches MASK_MARGIN below the lowest row's maximum, so
     that masks survive, and ``with_mask`` extends it where the mask leaves a row a single key. A whole encoder keeps its
-    norms and residuals in float32, and spreads what reaches beyond the range of most features (docs/encoders.md). Halves
-    of its layers that no static form is of stay float32, and a warning names them.
+    norms and residuals in float32, and spreads what reaches beyond the range of most features (docs/encoders.md).
+    Halves of its layers that no static form is of stay float32, and a warning names them.
 
     Parameters
     ----------
