@@ -148,7 +148,9 @@ def shapes(_: bool) -> None:
 
 def random_encoder(shape: Shape) -> edgeattn.TransformerEncoder:
     """Two layers, or one twice; some features of the residual stream and some hidden ones are larger than others."""
-    rng, large = np.random.default_rng(0), np.where(np.arange(shape.width) < LARGE, 15.0, 1.0)
+    rng = np.random.default_rng(0)
+    # norms that come last make what is large so; before others it is in the data
+    large = np.where(np.arange(shape.width) < LARGE, 1.0 if shape.norm_first else 15.0, 1.0)
 
     def linear(outputs: int, inputs: int) -> edgeattn.Linear:
         weight = rng.standard_normal((outputs, inputs), np.float32) / np.float32(inputs**0.5)
