@@ -152,7 +152,7 @@ bench-cuda: $(ready_cuda) ## ... on a GPU, beside torch (its CUDA build)
 bench-models: $(ready_models) ## whole encoders beside other runtimes (large)
 	@$(VENV_MODELS)/bin/python -m benchmarks.models $(ARGS)
 
-bench-accuracy: $(ready_models) ## what int8 costs, in sentences, in recordings
+bench-accuracy: $(ready_models) ## what int8 costs: sentences, recordings, images, shapes
 	@$(VENV_MODELS)/bin/python -m benchmarks.tasks $(ARGS)
 
 bench-same-bytes: $(ready_models) ## ... do embeddings keep their bytes there
