@@ -12,7 +12,6 @@ from .activation import ACTIVATIONS
 from .byte_products import pack_byte_panels
 from .call import PreparedCall
 from .encoder_float32 import RowKernel, norm_kind, pack, pack_norm, padded
-from .feed_forward_float32 import pieces_of
 from .layer_dynamic import SMALLEST_WEIGHT, quantize_weight
 from .matmul import round_up
 from .norm import ADDRESSES
@@ -193,9 +192,7 @@ class FeedForward(RowKernel):
         """See RowKernel."""
         p = SimpleNamespace(**vars(self._parameters) | {"rows": rows})
         some = min(rows, ff.BLOCK)
-        weights = p.hidden_up * ((2 if p.gated else 1) * 4 * p.groups4 + p.columns)
-        p.pieces = pieces_of(rows, weights)
-        groups = max(-(-p.hidden // ff.GROUP), 1) if p.pieces else 1
+        groups = max(-(-p.hidden // ff.GROUP), 1) if rows <= ff.FEW_ROWS else 1
         p.codes_step, p.scales_step = (some * ff.GROUP // 4 * ff.WORDS, some) if groups > 1 else (0, 0)
         size = _rows_of(p, some, p.groups4, p.columns)
         p.at_codes, size = place(size, groups * some * ff.GROUP // 4 * ff.WORDS)
@@ -203,11 +200,12 @@ class FeedForward(RowKernel):
         p.at_code_minus, size = place(size, groups * some)
         p.at_code_own, size = place(size, groups * some)
         p.at_hidden_apart, size = place(size, some * ff.COLUMNS_APART)
-        p.shared_size = size if p.pieces else 0
+        p.shared_size = size if rows <= ff.FEW_ROWS else 0
         p.at_wide, size = place(size, _wide_size(max(p.groups4, ff.GROUP // 4)))
         p.at_row, size = place(size, 4 * p.groups4 + VIRTUAL_LANES)
         p.at_hidden, size = place(size, some * ff.GROUP)
         p.at_gate, p.private_size = place(size, some * ff.GROUP * p.gated)
-        work = max(2 * rows * weights, work_of_reading(self.weights))
+        work = max(2 * rows * p.hidden_up * ((2 if p.gated else 1) * 4 * p.groups4 + p.columns),
+                   work_of_reading(self.weights))
         return PreparedCall(ff.feed_forward_dynamic, packed(p, ff.FEED_FORWARD), ADDRESSES, np.float32, p.shared_size,
                             p.private_size, work, fixed=(self._address,))

@@ -187,9 +187,7 @@ class FeedForward(RowKernel):
     def prepare(self, rows):
         """See RowKernel."""
         p = SimpleNamespace(**vars(self._parameters) | {"rows": rows})
-        weights = p.hidden_up * ((2 if p.gated else 1) * p.width + p.out_up)
-        p.pieces, some = ff.pieces_of(rows, weights), min(rows, ff.BLOCK)
-        few = some if p.pieces else 0
+        few, some = rows if rows <= ff.FEW_ROWS else 0, min(rows, ff.BLOCK)
         normed, gated = p.norm_first != NO_NORM, p.gated
         p.at_rows = 0
         p.at_hidden = p.at_rows + few * p.width_up * normed
@@ -200,6 +198,6 @@ class FeedForward(RowKernel):
         p.own_sums = p.own_hidden + some * ff.HIDDEN
         p.own_gate = p.own_sums + some * p.out_up
         p.private_size = p.own_gate + some * ff.HIDDEN * gated
-        work = max(2 * rows * weights, work_of_reading(self.weights))
+        work = max(2 * rows * p.hidden_up * ((2 if gated else 1) * p.width + p.out_up), work_of_reading(self.weights))
         return PreparedCall(ff.feed_forward_float32, packed(p, ff.FEED_FORWARD), ADDRESSES, np.float32, p.shared_size,
                             p.private_size, work, fixed=(self._address,))

@@ -21,7 +21,7 @@ from edgeattn.runtime.worker_pool import parallel_for
 
 from .activation import activate_rows, multiply_rows
 from .dynamic import COLUMNS_APART, inverse_of, join_row, largest_of_row, scale_of
-from .feed_forward_float32 import parts_of_rows, rows_together, share_of
+from .feed_forward_float32 import parts_of_rows, share_of
 from .int8_operands import FLIP
 from .matmul import multiply, round_up
 from .norm import ADDRESSES, NO_NORM, finish_row, normalize_row, read_row
@@ -64,7 +64,7 @@ from .word_products import Words, product_of_words, split_row
 
 GROUP = 256  # hidden features that share a scale
 BLOCK = 32 if AS_WORDS and not ADDS_FIRST else 64  # rows that pass a feed-forward together
-FEW_ROWS = 24  # of a linear layer up to so many rows, threads share the features; then the rows
+FEW_ROWS = 24  # up to so many rows, threads share the features; then the rows
 DEPTH = 64  # what rows of bytes are padded to: whole numbers of vectors of bytes for every instruction set
 # Of weights: positions in elements of 32 bits. `w`: bytes, `c`: sums of an output channel's, and where ADDS_FIRST,
 # group by group, minus its own products behind them, `s`: scales, `b`: biases, `v`: (J, columns) of the features `j`
@@ -75,7 +75,7 @@ _ROWS_OF = "at_bytes at_scale at_minus at_own at_apart at_sums"
 LINEAR = record("rows width out_width out_up columns groups4 activation norm w c s b v j apart low lows at_norm",
                 _ROWS_OF, "at_wide at_row shared_size private_size")
 FEED_FORWARD = record(
-    "rows width hidden out_width hidden_up out_up columns groups4 activation gated norm_first norm_last pieces",
+    "rows width hidden out_width hidden_up out_up columns groups4 activation gated norm_first norm_last",
     "w1 c1 s1 b1 v1 j1 apart1 gate_w gate_c gate_s gate_b gate_v w2 c2 s2 b2 v2 j2 apart2 low lows at_first at_last",
     _ROWS_OF, "at_codes at_code_scale at_code_minus at_code_own at_hidden_apart codes_step scales_step",
     "at_wide at_row at_hidden at_gate shared_size private_size")
@@ -340,8 +340,7 @@ def linear_of_rows(p, a, scratch, portion, worker, part):
 def quantize_linear_input(p, a, scratch, parts, worker, part):
     """Some rows to bytes, where few rows are all done together."""
     m, own = memory_of(scratch, a.weights), p.shared_size + worker * p.private_size
-    begin, end = share_of(p.rows, 1, parts, part)
-    for r in range(begin, end):
+    for r in range(part, p.rows, parts):
         separately(quantize_input, (m, p, a, r, 0, r, own, NO_NORM, 0, p.j, p.apart))
 
 
@@ -373,8 +372,8 @@ def linear_dynamic(parameters, addresses, scratch, task_queue, count):
 # --- feed-forward ------------------------------------------------------------------------------------------------
 
 @inline
-def raise_rows(m, p, base, own, rows, g, number):
-    """The hidden features g .. g + GROUP of the rows at base, as bytes, the group of that number there."""
+def raise_rows(m, p, base, own, rows, g):
+    """The hidden features g .. g + GROUP of the rows at base, as bytes."""
     features = min(GROUP, p.hidden_up - g)
     at, at_gate, x4 = own + p.at_hidden, own + p.at_gate, p.groups4
     x, at_apart = codes_of_rows(p, base), base + p.at_apart
@@ -391,6 +390,7 @@ def raise_rows(m, p, base, own, rows, g, number):
         multiply_rows(m.f, at_gate, GROUP, m.f, at, GROUP, rows, features)
     else:
         separately(activate_rows, (p.activation, True, m.f, at, GROUP, rows, features))
+    number = g // GROUP
     codes, scales = base + p.at_codes + number * p.codes_step, number * p.scales_step
     for r in range(rows):
         take_apart(m, at + r * GROUP, p.j2, g, features, p.apart2, base + p.at_hidden_apart + r * COLUMNS_APART)
@@ -400,12 +400,13 @@ def raise_rows(m, p, base, own, rows, g, number):
 
 
 @inline
-def lower_rows(m, p, base, own, rows, g, number, n, features):
-    """Add to the sums of the channels from n on what the hidden features g .. g + GROUP contribute: as raise_rows."""
-    groups4, scales = min(GROUP, p.hidden_up - g) // 4, number * p.scales_step
+def lower_rows(m, p, base, own, rows, g, n, features):
+    """Add to the sums of the channels from n on what the hidden features g .. g + GROUP contribute."""
+    number, groups4 = g // GROUP, min(GROUP, p.hidden_up - g) // 4
+    scales = number * p.scales_step
     x = Codes(base + p.at_codes + number * p.codes_step, groups4, base + p.at_code_scale + scales,
               base + p.at_code_minus + scales, base + p.at_code_own + scales)
-    w = Panels(p.w2 + g // 4 * p.columns + n * groups4, p.c2 + g // GROUP * p.columns * (1 + BEHIND) + n, p.columns)
+    w = Panels(p.w2 + g // 4 * p.columns + n * groups4, p.c2 + number * p.columns * (1 + BEHIND) + n, p.columns)
     separately(product_rows, (g > 0, m, x, rows, w, features, base + p.at_sums + n, p.columns, own + p.at_wide))
 
 
@@ -431,41 +432,41 @@ def feed_rows_forward(p, a, scratch, portion, worker, part):
         for r in range(rows):
             separately(quantize_input, (m, p, a, row + r, own, r, own, p.norm_first, p.at_first, p.j1, p.apart1))
         for g in range(0, p.hidden, GROUP):
-            raise_rows(m, p, own, own, rows, g, 0)
-            lower_rows(m, p, own, own, rows, g, 0, 0, p.columns)
+            raise_rows(m, p, own, own, rows, g)
+            lower_rows(m, p, own, own, rows, g, 0, p.columns)
         finish_rows(m, p, a, own, 0, row, rows)
 
 
 @task
-def quantize_some(p, a, scratch, row, rows, parts, worker, part):
-    """Some of the rows from `row` on to bytes, where threads share the features of these."""
+def quantize_some(p, a, scratch, parts, worker, part):
+    """Some rows to bytes, where few rows are all done together."""
     m, own = memory_of(scratch, a.weights), p.shared_size + worker * p.private_size
-    begin, end = share_of(rows, 1, parts, part)
-    for r in range(begin, end):
-        separately(quantize_input, (m, p, a, row + r, 0, r, own, p.norm_first, p.at_first, p.j1, p.apart1))
+    for r in range(part, p.rows, parts):
+        separately(quantize_input, (m, p, a, r, 0, r, own, p.norm_first, p.at_first, p.j1, p.apart1))
 
 
 @task
-def raise_some(p, a, scratch, rows, worker, part):
-    """A group of hidden features of some rows."""
+def raise_some(p, a, scratch, parts, worker, part):
+    """Some groups of hidden features of all rows."""
     m, own = memory_of(scratch, a.weights), p.shared_size + worker * p.private_size
-    raise_rows(m, p, 0, own, rows, part * GROUP, part)
+    for g in range(part * GROUP, p.hidden, parts * GROUP):
+        raise_rows(m, p, 0, own, p.rows, g)
 
 
 @task
-def lower_some(p, a, scratch, rows, parts, worker, part):
-    """The sums of some rows for some channels."""
+def lower_some(p, a, scratch, parts, worker, part):
+    """The sums of all rows for some channels."""
     m, own = memory_of(scratch, a.weights), p.shared_size + worker * p.private_size
     begin, end = share_of(p.columns, WIDTH, parts, part)
     for g in range(0, p.hidden, GROUP):
-        lower_rows(m, p, 0, own, rows, g, g // GROUP, begin, end - begin)
+        lower_rows(m, p, 0, own, p.rows, g, begin, end - begin)
 
 
 @task
-def finish_some(p, a, scratch, row, rows, parts, worker, part):
-    """All that follows the sums of some of the rows from `row` on."""
-    begin, end = share_of(rows, 1, parts, part)
-    finish_rows(memory_of(scratch, a.weights), p, a, 0, begin, row + begin, end - begin)
+def finish_some(p, a, scratch, parts, worker, part):
+    """All that follows the sums of some rows."""
+    begin, end = share_of(p.rows, 1, parts, part)
+    finish_rows(memory_of(scratch, a.weights), p, a, 0, begin, begin, end - begin)
 
 
 @jit
@@ -476,15 +477,11 @@ def feed_forward_dynamic(parameters, addresses, scratch, task_queue, count):
     `private_size` for each.
     """
     p, a, s = named(parameters, FEED_FORWARD), located(addresses, ADDRESSES), address_of(scratch)
-    groups = (p.hidden + GROUP - 1) // GROUP
-    if count > 1 and p.pieces > 0 and (p.rows <= FEW_ROWS or groups % count == 0 or groups > 4 * count):
-        parts, size = count * p.pieces, rows_together(p.rows, BLOCK)
-        for row in range(0, p.rows, size):
-            rows = min(size, p.rows - row)
-            parallel_for(task_queue, count, quantize_some, p, a, s, row, rows, count)
-            parallel_for(task_queue, groups, raise_some, p, a, s, rows)
-            parallel_for(task_queue, parts, lower_some, p, a, s, rows, parts)
-            parallel_for(task_queue, count, finish_some, p, a, s, row, rows, count)
+    if count > 1 and p.rows <= FEW_ROWS:
+        parallel_for(task_queue, count, quantize_some, p, a, s, count)
+        parallel_for(task_queue, count, raise_some, p, a, s, count)
+        parallel_for(task_queue, count, lower_some, p, a, s, count)
+        parallel_for(task_queue, count, finish_some, p, a, s, count)
     else:
         portion, parts = parts_of_rows(p.rows, BLOCK, count)
         parallel_for(task_queue, parts, feed_rows_forward, p, a, s, portion)

@@ -25,15 +25,11 @@ from .views import Blocks, Rows
 CHAIN = 64  # products that are summed one after another; the sums of the chains are summed then
 HIDDEN = 256  # hidden features in scratch at a time, a multiple of CHAIN
 BLOCK = 64  # rows that pass a feed-forward together
-# Up to so many rows, threads share the features; then the rows. Of weights as large as these, features up to more rows:
-# a thread reads its part of them, and of many parts a thread that is slow for a while takes fewer.
-FEW_ROWS = 24
-LARGE_WEIGHTS, MANY_ROWS, PIECES = 1 << 17, 512, 4
+FEW_ROWS = 24  # up to so many rows, threads share the features; then the rows
 # Positions are in elements of 32 bits: of weights, biases and norms in the weights, others in the scratch; `hidden_up`
 # and `out_up` are whole numbers of vectors of 32 lanes.
 LINEAR = record("rows width out_width out_up chain activation norm w b at_norm private_size")
 FEED_FORWARD = record("rows width hidden out_width width_up hidden_up out_up activation gated norm_first norm_last",
-                      "pieces",
                       "w1 b1 gate_w gate_b w2 b2 at_first at_last",
                       "at_rows at_hidden at_sums shared_size own_rows own_hidden own_sums own_gate private_size")
 
@@ -51,20 +47,6 @@ def parts_of_rows(rows, block, count):
     parts = round_up((rows + block - 1) // block, count)
     size = max((rows + parts - 1) // max(parts, 1), 1)
     return size, max((rows + size - 1) // size, 1)
-
-
-def pieces_of(rows, weights):
-    """Parts for each thread that features are cut into, so many rows together; 0 where threads share the rows."""
-    if weights >= LARGE_WEIGHTS:
-        return PIECES if rows <= MANY_ROWS else 0
-    return 1 if rows <= FEW_ROWS else 0
-
-
-@inline
-def rows_together(rows, block):
-    """How many rows to do together of so many, at most a block, alike."""
-    blocks = (rows + block - 1) // block
-    return max((rows + blocks - 1) // max(blocks, 1), 1)
 
 
 # --- linear ------------------------------------------------------------------------------------------------------
@@ -183,39 +165,39 @@ def feed_rows_forward(p, a, scratch, portion, worker, part):
 
 
 @task
-def norm_some(p, a, scratch, row, rows, parts, worker, part):
-    """The norm of some of the rows from `row` on, where threads share the features of these."""
-    begin, end = share_of(rows, 1, parts, part)
-    norm_rows(p, a, row + begin, end - begin, pointer_to(scratch, np.float32), p.at_rows + begin * p.width_up)
+def norm_some(p, a, scratch, parts, worker, part):
+    """The norm of some rows, where few rows are all done together."""
+    begin, end = share_of(p.rows, 1, parts, part)
+    norm_rows(p, a, begin, end - begin, pointer_to(scratch, np.float32), p.at_rows + begin * p.width_up)
 
 
 @task
-def raise_some(p, a, scratch, row, rows, parts, worker, part):
-    """Some hidden features of the rows from `row` on."""
+def raise_some(p, a, scratch, parts, worker, part):
+    """Some hidden features of all rows."""
     w, s = pointer_to(a.weights, np.float32), pointer_to(scratch, np.float32)
-    y = Rows(pointer_to(a.x, np.float32), row * p.width, p.width)
+    y = Rows(pointer_to(a.x, np.float32), 0, p.width)
     if p.norm_first != NO_NORM:
         y = Rows(s, p.at_rows, p.width_up)
     begin, end = share_of(p.hidden_up, WIDTH, parts, part)
     for g in range(begin, end, HIDDEN):
-        raise_rows(p, y, rows, w, Rows(s, p.at_hidden + g, p.hidden_up),
+        raise_rows(p, y, p.rows, w, Rows(s, p.at_hidden + g, p.hidden_up),
                    p.shared_size + worker * p.private_size + p.own_gate, g, min(HIDDEN, end - g))
 
 
 @task
-def lower_some(p, a, scratch, rows, parts, worker, part):
-    """The sums of some rows for some output features."""
+def lower_some(p, a, scratch, parts, worker, part):
+    """The sums of all rows for some output features."""
     w, s = pointer_to(a.weights, np.float32), pointer_to(scratch, np.float32)
     begin, end = share_of(p.out_up, WIDTH, parts, part)
     for g in range(0, p.hidden, HIDDEN):
-        lower_rows(p, rows, w, Rows(s, p.at_hidden + g, p.hidden_up), g, p.at_sums, begin, end - begin)
+        lower_rows(p, p.rows, w, Rows(s, p.at_hidden + g, p.hidden_up), g, p.at_sums, begin, end - begin)
 
 
 @task
-def finish_some(p, a, scratch, row, rows, parts, worker, part):
-    """All that follows the sums of some of the rows from `row` on."""
-    begin, end = share_of(rows, 1, parts, part)
-    finish_rows(p, a, pointer_to(scratch, np.float32), p.at_sums + begin * p.out_up, row + begin, end - begin)
+def finish_some(p, a, scratch, parts, worker, part):
+    """All that follows the sums of some rows."""
+    begin, end = share_of(p.rows, 1, parts, part)
+    finish_rows(p, a, pointer_to(scratch, np.float32), p.at_sums + begin * p.out_up, begin, end - begin)
 
 
 @jit
@@ -226,15 +208,12 @@ def feed_forward_float32(parameters, addresses, scratch, task_queue, count):
     `private_size` for each.
     """
     p, a, s = named(parameters, FEED_FORWARD), located(addresses, ADDRESSES), address_of(scratch)
-    if count > 1 and p.pieces > 0:
-        parts, size = count * p.pieces, rows_together(p.rows, BLOCK)
-        for row in range(0, p.rows, size):
-            rows = min(size, p.rows - row)
-            if p.norm_first != NO_NORM:
-                parallel_for(task_queue, count, norm_some, p, a, s, row, rows, count)
-            parallel_for(task_queue, parts, raise_some, p, a, s, row, rows, parts)
-            parallel_for(task_queue, parts, lower_some, p, a, s, rows, parts)
-            parallel_for(task_queue, count, finish_some, p, a, s, row, rows, count)
+    if count > 1 and p.rows <= FEW_ROWS:
+        if p.norm_first != NO_NORM:
+            parallel_for(task_queue, count, norm_some, p, a, s, count)
+        parallel_for(task_queue, count, raise_some, p, a, s, count)
+        parallel_for(task_queue, count, lower_some, p, a, s, count)
+        parallel_for(task_queue, count, finish_some, p, a, s, count)
     else:
         portion, parts = parts_of_rows(p.rows, BLOCK, count)
         parallel_for(task_queue, parts, feed_rows_forward, p, a, s, portion)

@@ -338,15 +338,15 @@ def portions(total, unit, count):
 def heads_at_once(heads, unit, count):
     """How many heads, whole units, a part takes so that `count` threads are done soonest.
 
-    Where it is alike, two parts for each, since one may be slower. Some heads of all tokens have a part of the weights
-    to themselves, which is read once.
+    The most where it is alike. Some heads of all tokens have a part of the weights to themselves, which is read once;
+    in int8 each part makes its bytes of the tokens.
     """
     best = least = heads
     if count > 1:
         for at_once in range((heads - 1) // unit * unit, 0, -unit):
             parts = (heads + at_once - 1) // at_once
             longest = (parts + count - 1) // count * at_once
-            if longest < least or (longest == least and parts <= 2 * count and at_once > 1):
+            if longest < least:
                 best, least = at_once, longest
     return best
 

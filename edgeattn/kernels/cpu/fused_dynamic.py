@@ -434,7 +434,7 @@ def layer_dynamic(parameters, addresses, scratch, task_queue, count):
     queries, query_parts = portions(all_queries, 1, others)
     query_parts *= (all_heads + attend_once - 1) // attend_once
     # What makes bytes of a block's context makes them for each portion of its output.
-    of_block = max(2 * count // max(all_queries, 1), 1)
+    of_block = max(count // max(all_queries, 1), 1)
     features = round_up((p.out_width + of_block - 1) // of_block, WIDTH)
     output_parts = all_queries * ((p.out_width + features - 1) // features)
     for batch in range(alone, p.batch):

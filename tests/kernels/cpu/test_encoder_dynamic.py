@@ -5,7 +5,7 @@ import reference_encoder_int8 as reference
 from each_instruction_set import RUNNABLE, answers_of
 from encoder_cases import CASES, make, run
 
-from edgeattn.kernels.cpu import encoder_dynamic, feed_forward_float32
+from edgeattn.kernels.cpu import encoder_dynamic
 
 
 @pytest.fixture(scope="module")
@@ -45,16 +45,6 @@ def test_a_row_is_the_same_in_every_batch_and_on_every_number_of_threads(name, c
     for rows in (*range(1, 10), 24, 25, len(case.x)):
         np.testing.assert_array_equal(run(kernel, case, slice(rows)), want[:rows])
         np.testing.assert_array_equal(run(kernel, case, slice(len(case.x) - rows, None)), want[len(case.x) - rows:])
-
-
-@pytest.mark.parametrize("name", ["feed-forward, apart", "gated, apart", "feed-forward of a block"])
-def test_threads_that_share_the_features_of_large_weights_give_the_same(name, many_threads, monkeypatch):
-    monkeypatch.setattr(feed_forward_float32, "LARGE_WEIGHTS", 0)
-    case = CASES[name]
-    kernel, want = case.kernel(encoder_dynamic), exact(case)
-    for count in (2, 3):
-        many_threads(count)
-        np.testing.assert_array_equal(run(kernel, case), want)
 
 
 def test_many_rows_are_the_rows_one_by_one(many_threads):

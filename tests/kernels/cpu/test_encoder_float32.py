@@ -42,16 +42,6 @@ def test_a_row_is_the_same_in_every_batch_and_on_every_number_of_threads(name, c
         np.testing.assert_array_equal(run(kernel, case, slice(len(case.x) - rows, None)), whole[len(case.x) - rows:])
 
 
-@pytest.mark.parametrize("name", ["feed-forward gelu", "gated silu"])
-def test_threads_that_share_the_features_of_large_weights_give_the_same(name, many_threads, monkeypatch):
-    monkeypatch.setattr(feed_forward_float32, "LARGE_WEIGHTS", 0)
-    case = CASES[name]
-    kernel, want = case.kernel(), run(case.kernel(), case)
-    for count in (2, 3):
-        many_threads(count)
-        np.testing.assert_array_equal(run(kernel, case), want)
-
-
 @pytest.mark.parametrize("rows, block, count, wanted", [
     (64, 64, 2, (32, 2)), (65, 64, 2, (33, 2)), (128, 64, 2, (64, 2)), (129, 64, 2, (33, 4)), (256, 64, 2, (64, 4)),
     (256, 64, 3, (43, 6)), (5, 64, 4, (2, 3)), (0, 64, 2, (1, 1)), (700, 64, 1, (64, 11))])
