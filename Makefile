@@ -40,7 +40,7 @@ endef
 setup_files = setup.cfg pyproject.toml tools/environment.py tools/find-python.sh
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-long test-libraries test-fence test-mutations test-arm64 test-arm64-short count-arm64 test-cortex-m test-cuda test-cuda-offline test-published docs fuzz lint libraries wheel wheels examples example-corpus example-minilm example-search example-streaming example-anomaly example-image example-self-vs-multihead example-sensor bench bench-accuracy bench-cuda bench-models bench-peers bench-resident bench-same-bytes bench-start clean distclean
+.PHONY: help run test test-long test-libraries test-fence test-mutations test-arm64 test-arm64-short count-arm64 test-cortex-m test-cuda test-cuda-offline test-published docs fuzz lint libraries wheel wheels examples example-corpus example-minilm example-search example-streaming example-anomaly example-image example-self-vs-multihead example-sensor example-microcontroller bench bench-accuracy bench-cuda bench-models bench-peers bench-resident bench-same-bytes bench-start clean distclean
 
 help: ## this list
 	@echo "edgeattn: attention for small computers. Targets:"
@@ -101,7 +101,7 @@ lint: $(ready_dev) ## style, types, imports, files
 	@$(VENV)/bin/lint-imports --no-cache --no-logo
 	@$(python) tools/check_tree.py
 
-examples: run example-self-vs-multihead example-minilm example-search example-sensor example-anomaly example-streaming example-image example-corpus ## every example, each under a minute
+examples: run example-self-vs-multihead example-minilm example-search example-sensor example-microcontroller example-anomaly example-streaming example-image example-corpus ## every example, each under a minute
 
 example-minilm: $(ready_minilm) ## a sentence encoder, float32 against int8
 	@$(python) examples/minilm/run.py
@@ -111,6 +111,9 @@ example-corpus: $(ready_minilm) ## a folder of text, embedded by a Dask cluster
 
 example-sensor: $(ready) ## faults of a machine, float32 against int8
 	@$(python) examples/sensor/run.py
+
+example-microcontroller: $(ready) ## the same as C, here and on an emulated Cortex-M4
+	@$(python) examples/sensor/microcontroller.py
 
 example-search: $(ready_minilm) ## search by meaning in pages, float32, int8
 	@$(python) examples/sentence_search.py
