@@ -218,6 +218,11 @@ _restore = ctypes.PYFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_vo
     ("PyErr_Restore", ctypes.pythonapi))
 
 
+def work_of_reading(weights: NDArray[Any]) -> int:
+    """How many operations take as long as it takes one thread to read weights: what few rows wait for."""
+    return 4 * weights.nbytes
+
+
 def run(function: Callable[..., object], dtype: DTypeLike, shared_size: int, private_size: int, work: int,
         jobs: int = 1) -> None:
     """function(scratch, task_queue, count): alone if the work is small, else with up to `count` threads.

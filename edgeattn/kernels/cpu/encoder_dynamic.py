@@ -5,6 +5,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeattn.threads import work_of_reading
+
 from . import feed_forward_dynamic as ff
 from .activation import ACTIVATIONS
 from .byte_products import pack_byte_panels
@@ -203,6 +205,7 @@ class FeedForward(RowKernel):
         p.at_row, size = place(size, 4 * p.groups4 + VIRTUAL_LANES)
         p.at_hidden, size = place(size, some * ff.GROUP)
         p.at_gate, p.private_size = place(size, some * ff.GROUP * p.gated)
-        work = 2 * rows * p.hidden_up * ((2 if p.gated else 1) * 4 * p.groups4 + p.columns)
+        work = max(2 * rows * p.hidden_up * ((2 if p.gated else 1) * 4 * p.groups4 + p.columns),
+                   work_of_reading(self.weights))
         return PreparedCall(ff.feed_forward_dynamic, packed(p, ff.FEED_FORWARD), ADDRESSES, np.float32, p.shared_size,
                             p.private_size, work, fixed=(self._address,))

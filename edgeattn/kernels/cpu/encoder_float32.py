@@ -5,6 +5,7 @@ import numpy as np
 
 from edgeattn.runtime.addresses import address
 from edgeattn.runtime.plan_cache import PlanCache
+from edgeattn.threads import work_of_reading
 
 from . import feed_forward_float32 as ff
 from .activation import ACTIVATIONS
@@ -197,6 +198,6 @@ class FeedForward(RowKernel):
         p.own_sums = p.own_hidden + some * ff.HIDDEN
         p.own_gate = p.own_sums + some * p.out_up
         p.private_size = p.own_gate + some * ff.HIDDEN * gated
-        work = 2 * rows * p.hidden_up * ((2 if gated else 1) * p.width + p.out_up)
+        work = max(2 * rows * p.hidden_up * ((2 if gated else 1) * p.width + p.out_up), work_of_reading(self.weights))
         return PreparedCall(ff.feed_forward_float32, packed(p, ff.FEED_FORWARD), ADDRESSES, np.float32, p.shared_size,
                             p.private_size, work, fixed=(self._address,))

@@ -19,7 +19,7 @@ from .matmul import round_up
 from .norm import ADDRESSES, NO_NORM, finish_row, normalize_row, read_row
 from .records import located, named, record
 from .row_products import NO_BIAS, Weights, product_rows
-from .simd import ROWS, WIDTH, address_of, pointer_to
+from .simd import WIDTH, address_of, pointer_to
 from .views import Blocks, Rows
 
 CHAIN = 64  # products that are summed one after another; the sums of the chains are summed then
@@ -43,10 +43,9 @@ def share_of(total, unit, parts, part):
 
 @inline
 def parts_of_rows(rows, block, count):
-    """(rows in a part, parts) for `count` threads: equal, or a block each where there are many."""
-    size = round_up((rows + count - 1) // count, ROWS)
-    if rows > 2 * count * block:
-        size = block
+    """(rows in a part, parts) for `count` threads: at most a block, alike, and as many for each thread."""
+    parts = round_up((rows + block - 1) // block, count)
+    size = max((rows + parts - 1) // max(parts, 1), 1)
     return size, max((rows + size - 1) // size, 1)
 
 

@@ -267,13 +267,15 @@ def attend(q, k, v, out, D, Dv, seen, mask, softcap, small, scratch):
 LAYER = record("batch queries keys query_width key_width value_width out_width heads kv_heads",
                "head_size value_size padded_head padded_value has_out",
                "wq bq wk bk wv bv wo bo", MASKS, POSITIONS, "group unit at_values",
-               "at_largest at_rows at_q at_head at_context at_few at_edge at_masks",
+               "at_largest at_rows at_q at_head at_context at_few at_edge at_masks at_entry",
                "shared_size private_size kept_size is_kept")
 # Where the arrays of a call of a layer are: queries (B, L, Eq), keys (B, S, Ek), values (B, S, Ev), out (B, L, Eo),
 # masks, or 0 of none, keys and values that are kept, or 0 of none, what `FloatLayer` packed, and the table of a
 # rotation; all in C order.
 LAYER_ADDRESSES = record("queries keys values out", MASK_ADDRESSES, "kept weights table")
 QUERIES = 128  # projected at a time; a multiple of WIDTH
+LARGEST_ENTRY = 1 << 18  # elements of keys and values up to which a thread does a batch entry alone
+MOST_ENTRIES = 1 << 16  # parts that such entries become at most
 
 
 @inline
@@ -330,6 +332,37 @@ def portions(total, unit, count):
     size = max((total + 2 * count - 1) // (2 * count), 1)
     size = (size + unit - 1) // unit * unit
     return size, max((total + size - 1) // size, 1)
+
+
+@inline
+def heads_at_once(heads, unit, count):
+    """How many heads, whole units, a part takes so that `count` threads are done soonest.
+
+    The most where it is alike. Some heads of all tokens have a part of the weights to themselves, which is read once;
+    in int8 each part makes its bytes of the tokens.
+    """
+    best = least = heads
+    if count > 1:
+        for at_once in range((heads - 1) // unit * unit, 0, -unit):
+            parts = (heads + at_once - 1) // at_once
+            longest = (parts + count - 1) // count * at_once
+            if longest < least:
+                best, least = at_once, longest
+    return best
+
+
+@inline
+def entries_alone(p, count):
+    """(number, of a part, parts) of the first batch entries: threads do these alone, each as many."""
+    alone = p.batch // count * count if count > 1 and p.at_entry > 0 else 0
+    portion = max((alone + MOST_ENTRIES - 1) // MOST_ENTRIES, 1)
+    return alone, portion, (alone + portion - 1) // portion
+
+
+@inline
+def own_memory(p, scratch, worker):
+    """Where a thread that does a batch entry alone has what else all threads share: an address."""
+    return scratch + 4 * (p.shared_size + worker * p.private_size + p.at_entry)
 
 
 @inline
@@ -521,34 +554,53 @@ def finish_features(p, a, scratch, group, portion, worker, part):
                     min((part + 1) * portion, p.out_width), private)
 
 
+@inline
+def group_of(p, a, batch, first, at_once, memory):
+    """The Group of heads from `first` on, whose keys are in `memory`, an address, or kept."""
+    heads, groups = min(p.group, p.kv_heads - first), (p.kv_heads + p.group - 1) // p.group
+    at_keys = a.kept + 4 * p.kept_size * (batch * groups + first // p.group) if a.kept != 0 else memory
+    return Group(batch, first, heads, at_once, (heads + at_once - 1) // at_once, at_keys)
+
+
+@task
+def attend_entries(p, a, scratch, portion, alone, worker, part):
+    """All stages of a layer for `portion` of the batch entries that threads do alone."""
+    for batch in range(part * portion, min((part + 1) * portion, alone)):
+        for first in range(0, p.kv_heads, p.group):
+            group = group_of(p, a, batch, first, p.group, own_memory(p, scratch, worker))
+            if p.is_kept == 0:
+                separately(project_keys, (p, a, scratch, group, p.keys, worker, np.int64(0)))
+            separately(attend_queries, (p, a, scratch, group, (p.queries + WIDTH - 1) // WIDTH, worker, np.int64(0)))
+
+
 @jit
 def layer_float32(parameters, addresses, scratch, task_queue, count):
     """A multi-head attention layer, see LAYER, on at most `count` threads that serve the task_queue.
 
-    Its three stages follow each other for every group of heads of every batch entry.
+    As many batch entries as each thread can have alone are done so. For every group of heads of every other one the
+    three stages follow each other.
     scratch: first what all threads share, see `keys_and_values`; then what each thread has to itself.
     """
     p, a, memory = named(parameters, LAYER), located(addresses, LAYER_ADDRESSES), address_of(scratch)
-    units, all_blocks = (p.group + p.unit - 1) // p.unit, (p.queries + WIDTH - 1) // WIDTH
-    groups = (p.kv_heads + p.group - 1) // p.group
-    # Few blocks do not occupy all threads: then these take some heads each.
-    few = all_blocks < 2 * count and all_blocks % count != 0 and p.queries <= QUERIES
-    # Not heads narrower than a vector: its last lanes are the next head's, which may be another thread's.
-    splits = min(units, 2 * count) if few and p.padded_value % LANES == 0 else 1
-    at_once = (units + splits - 1) // splits * p.unit
+    alone, entries, entry_parts = entries_alone(p, count)
+    if alone > 0:
+        parallel_for(task_queue, entry_parts, attend_entries, p, a, memory, entries, alone)
+    # Of few queries threads take some heads each, but not heads narrower than a vector: its last lanes are the next
+    # head's, which may be another thread's.
+    splits_heads = p.queries <= QUERIES and p.padded_value % LANES == 0
+    at_once = heads_at_once(p.group, p.unit, count) if splits_heads else p.group
+    splits = (p.group + at_once - 1) // at_once
     others = (count + splits - 1) // splits
     tokens, token_parts = portions(p.keys, ROWS, others)
-    blocks, block_parts = portions(all_blocks, 1, others)
+    blocks, block_parts = portions((p.queries + WIDTH - 1) // WIDTH, 1, others)
     features, feature_parts = portions(p.out_width, WIDTH, count)
-    for batch in range(p.batch):
+    for batch in range(alone, p.batch):
         for first in range(0, p.kv_heads, p.group):
-            heads = min(p.group, p.kv_heads - first)
-            at_keys = a.kept + 4 * p.kept_size * (batch * groups + first // p.group) if a.kept != 0 else memory
-            group = Group(batch, first, heads, at_once, (heads + at_once - 1) // at_once, at_keys)
+            group = group_of(p, a, batch, first, at_once, memory)
             if p.is_kept == 0:
                 parallel_for(task_queue, token_parts * group.splits, project_keys, p, a, memory, group, tokens)
             parallel_for(task_queue, block_parts * group.splits, attend_queries, p, a, memory, group, blocks)
-            if group.splits > 1 and p.has_out != 0:
+            if group.splits > 1 and p.has_out != 0 and p.queries > 0:
                 parallel_for(task_queue, feature_parts, finish_features, p, a, memory, group, features)
 
 

@@ -35,7 +35,14 @@ from .dynamic import (
     turn,
     unit_of,
 )
-from .fused import portions, visible_range
+from .fused import (
+    QUERIES,
+    entries_alone,
+    heads_at_once,
+    own_memory,
+    portions,
+    visible_range,
+)
 from .int8_operands import FLIP
 from .int8_views import Part, Projection, parts_of, scratch_at
 from .key_mean import add_to_tokens, choose_block, subtract_mean, weigh_tokens
@@ -56,7 +63,7 @@ from .simd import (
     store,
     transpose_block,
 )
-from .views import Rows, ScoreMask, Visible
+from .views import Heads, Rows, ScoreMask, Visible
 
 # The parameters: sizes; where weights begin: bytes, and what OFFSET adds to their products, in the int32 weights,
 # scales and biases in the float32 ones, as are the weights v of `apart` features, which `columns` names; masks; where
@@ -66,9 +73,10 @@ LAYER = record("batch queries keys query_width key_width value_width out_width h
                "head_size value_size padded_head padded_value has_out same_qk same_kv",
                "wq cq wk ck wv cv wo co columns", "sq bq vq sk bk vk sv bv vv so bo apart", MASKS, POSITIONS,
                "at_mean at_key_factors at_smooth at_units at_kterm at_kscale at_values at_vlog at_vinverse",
-               "at_queries at_qscale",
+               "at_queries at_qscale at_contexts unit",
                "at_rest at_apart at_x at_rows at_xscale at_inverse at_tail at_weights at_seen at_keys at_q at_scores",
                "at_probabilities at_stats at_dither at_context at_context_bytes at_transposed at_tiles at_masks",
+               "at_entry",
                "shared_size private_size kept_size is_kept")
 # Where the arrays of a call are: queries (B, L, Eq), keys (B, S, Ek), values (B, S, Ev), out (B, L, Eo), float32;
 # masks, or 0 of none; keys and values that are kept, or 0 of none; factors, float32, and weights, int32, as the
@@ -94,14 +102,18 @@ def quantize_block(x, E, tokens, p, a, own):
 
 
 @inline
-def project_block_rows(projection, at_apart, features, tokens, p, a, own):
-    """A quantized block's rows of `features`, from p.at_rows on; how far they are apart.
+def project_block_rows(projection, at_apart, features, heads, size, tokens, p, a, own):
+    """A quantized block's rows of some heads, `size` of the features each, from p.at_rows on; how far they are apart.
 
     at_apart: of the weights of what is apart among the factors.
     """
-    row = round_up(features, WIDTH)
-    apart = Apart(p.apart, own.float32, p.at_apart, pointer_to(a.factors, np.float32), at_apart, row)
-    separately(project_rows, (Part(own.uint32, p.at_x), tokens, Part(own.float32, p.at_xscale), projection, apart, row,
+    first, row = heads.first * size, round_up(heads.count * size, WIDTH)
+    some = Projection(projection.weights, projection.at + first * projection.depth4, projection.at_terms + first,
+                      projection.factors, projection.at_factors + first, projection.bias, projection.at_bias + first,
+                      projection.depth4)
+    apart = Apart(p.apart, own.float32, p.at_apart, pointer_to(a.factors, np.float32), at_apart + first,
+                  round_up(features, WIDTH))
+    separately(project_rows, (Part(own.uint32, p.at_x), tokens, Part(own.float32, p.at_xscale), some, apart, row,
                               Rows(own.float32, p.at_rows, row), own, p.at_tiles))
     return row
 
@@ -110,7 +122,7 @@ def project_block_rows(projection, at_apart, features, tokens, p, a, own):
 def turn_head(h, size, row, blocks, p, own):
     """A head's features of `blocks` blocks of W tokens, each (size, W), from p.at_scores on; how far these are apart.
 
-    Tokens that there are not have any features.
+    h: which of those whose rows there are. Tokens that there are not have any features.
     """
     step = round_up(size, LANES) * WIDTH
     for b in range(blocks):
@@ -122,22 +134,22 @@ def turn_head(h, size, row, blocks, p, own):
 
 
 @inline
-def keys_memory(p, a, scratch, batch):
-    """Where all threads have the keys and values of a batch entry."""
-    return scratch_at(a.kept + 4 * p.kept_size * batch if a.kept != 0 else scratch)
+def keys_memory(p, a, memory, batch):
+    """Where the keys and values of a batch entry are: in `memory`, an address, or kept."""
+    return scratch_at(a.kept + 4 * p.kept_size * batch if a.kept != 0 else memory)
 
 
 @inline
-def project_queries(projection, t, blocks, tokens, p, a, shared, own):
-    """Queries of a quantized block of tokens from t on, quantized again: bytes (blocks, heads, size / 4, W)."""
+def project_queries(projection, heads, t, blocks, tokens, p, a, shared, own):
+    """Queries of a quantized block of tokens from t on, quantized again: bytes (blocks, H, size / 4, W), some heads."""
     H, size = p.heads, p.padded_head
     D4, at_scales = size // 4, p.at_qscale + t * H
     at_queries = p.at_queries + t * H * D4
-    row = project_block_rows(projection, p.vq, H * size, tokens, p, a, own)
-    for h in range(H):
+    row = project_block_rows(projection, p.vq, H * size, heads, size, tokens, p, a, own)
+    for h in range(heads.count):
         step = turn_head(h, size, row, blocks, p, own)
         for b in range(blocks):
-            at, number = p.at_scores + b * step, b * H + h
+            at, number = p.at_scores + b * step, b * H + heads.first + h
             if p.q_norm != 0 or p.pairs > 0:
                 place_queries(own.float32, at, p, projection.factors, pointer_to(a.table, np.float32), t + b * WIDTH,
                               p.at_inverse)
@@ -152,19 +164,19 @@ def places_keys(p):
 
 
 @inline
-def project_keys(projection, t, blocks, tokens, smoothing, p, a, shared, own):
-    """Keys of a quantized block of tokens from t on, to rows of bytes; smoothing: their mean is left out, and kept.
+def project_keys(projection, heads, t, blocks, tokens, smoothing, p, a, shared, own):
+    """Keys of some heads of a quantized block of tokens from t on, to rows of bytes; smoothing: less their mean, kept.
 
     Without it the projection has left that out already, unless keys are normed or rotated between.
     """
     Hkv, size, S_up = p.kv_heads, p.padded_head, round_up(p.keys, TOKENS)
     K4 = round_up(Hkv * size // 4, LANES)
-    row = project_block_rows(projection, p.vk, Hkv * size, tokens, p, a, own)
+    row, at_first = project_block_rows(projection, p.vk, Hkv * size, heads, size, tokens, p, a, own), heads.first * size
     if smoothing:  # beside the mean, for the blocks that have it for a bias
-        for f in range(0, row, LANES):
+        for f in range(at_first, at_first + row, LANES):
             store(shared.float32, p.at_key_factors + f, load(projection.factors, projection.at_factors + f))
-    for h in range(Hkv):
-        step = turn_head(h, size, row, blocks, p, own)
+    for h in range(heads.first, heads.first + heads.count):
+        step = turn_head(h - heads.first, size, row, blocks, p, own)
         if places_keys(p):
             for b in range(blocks):
                 place_keys(own.float32, p.at_scores + b * step, p, projection.factors, pointer_to(a.table, np.float32),
@@ -179,16 +191,17 @@ def project_keys(projection, t, blocks, tokens, smoothing, p, a, shared, own):
                           Part(own.int32, p.at_keys + b * K4 * WIDTH + h * size // 4 * WIDTH),
                           Part(shared.float32, p.at_kscale + token), Part(shared.int32, p.at_kterm + token))
     for b in range(blocks):
-        keys_to_rows(own.int32, p.at_keys + b * K4 * WIDTH, K4, shared.int32, (t + b * WIDTH) * K4, K4)
+        keys_to_rows(own.int32, p.at_keys + (b * K4 + at_first // 4) * WIDTH, round_up(heads.count * size // 4, LANES),
+                     shared.int32, (t + b * WIDTH) * K4 + at_first // 4, K4)
 
 
 @inline
-def project_values(projection, t, blocks, tokens, smoothing, p, a, shared, own):
-    """Values of a quantized block of tokens from t on, to rows of bytes; smoothing: a head's unit is found first."""
+def project_values(projection, heads, t, blocks, tokens, smoothing, p, a, shared, own):
+    """Values of some heads of a quantized block of tokens from t on, to rows of bytes; smoothing: their units first."""
     Hkv, size, S_up, row4 = p.kv_heads, p.padded_value, round_up(p.keys, TOKENS), values_row(p.keys)
-    row = project_block_rows(projection, p.vv, Hkv * size, tokens, p, a, own)
-    for h in range(Hkv):
-        step = turn_head(h, size, row, blocks, p, own)
+    row = project_block_rows(projection, p.vv, Hkv * size, heads, size, tokens, p, a, own)
+    for h in range(heads.first, heads.first + heads.count):
+        step = turn_head(h - heads.first, size, row, blocks, p, own)
         if smoothing:
             for b in range(blocks):
                 for c in range(0, WIDTH, LANES):
@@ -203,8 +216,11 @@ def project_values(projection, t, blocks, tokens, smoothing, p, a, shared, own):
 
 
 @inline
-def project_block(p, a, batch, block, smoothing, shared, kept, own):
-    """Queries, keys and values of a block of tokens; blocks of queries with an input of their own follow the keys'."""
+def project_block(p, a, heads, batch, block, smoothing, shared, kept, own):
+    """Queries, keys and values of a block of tokens, for some key heads and those that attend to them.
+
+    Blocks of queries with an input of their own follow the keys'.
+    """
     L, S, weights, factors = p.queries, p.keys, pointer_to(a.weights, np.int32), pointer_to(a.factors, np.float32)
     kv_blocks = (S + TOKENS - 1) // TOKENS
     is_query = block >= kv_blocks
@@ -214,9 +230,9 @@ def project_block(p, a, batch, block, smoothing, shared, kept, own):
     blocks = (tokens + WIDTH - 1) // WIDTH
     quantize_block(Part(pointer_to(x, np.float32), (batch * of + t) * E), E, tokens, p, a, own)
     if is_query or p.same_qk != 0:
-        depth4 = depth_groups(p.query_width)
-        project_queries(Projection(weights, p.wq, p.cq, factors, p.sq, factors, p.bq, depth4), t, blocks, tokens, p,
-                        a, shared, own)
+        depth4, repeats = depth_groups(p.query_width), p.heads // p.kv_heads
+        project_queries(Projection(weights, p.wq, p.cq, factors, p.sq, factors, p.bq, depth4),
+                        Heads(heads.first * repeats, heads.count * repeats), t, blocks, tokens, p, a, shared, own)
     if is_query:
         return
     if smoothing:
@@ -227,32 +243,45 @@ def project_block(p, a, batch, block, smoothing, shared, kept, own):
     if not (smoothing or places_keys(p)):
         reals, at_factors, at_bias = kept.float32, p.at_key_factors, p.at_mean
     depth4 = depth_groups(p.key_width)
-    project_keys(Projection(weights, p.wk, p.ck, reals, at_factors, reals, at_bias, depth4), t, blocks, tokens,
+    project_keys(Projection(weights, p.wk, p.ck, reals, at_factors, reals, at_bias, depth4), heads, t, blocks, tokens,
                  smoothing, p, a, kept, own)
     if p.same_kv == 0:
         values = pointer_to(a.values, np.float32)
         quantize_block(Part(values, (batch * S + t) * p.value_width), p.value_width, tokens, p, a, own)
     depth4 = depth_groups(p.value_width)
-    project_values(Projection(weights, p.wv, p.cv, factors, p.sv, factors, p.bv, depth4), t, blocks, tokens, smoothing,
-                   p, a, kept, own)
+    project_values(Projection(weights, p.wv, p.cv, factors, p.sv, factors, p.bv, depth4), heads, t, blocks, tokens,
+                   smoothing, p, a, kept, own)
+
+
+@inline
+def heads_of_part(p, at_once, part):
+    """(portion, Heads) of a part of parts that count portions, and in each of them the key heads, `at_once` a part."""
+    splits = (p.kv_heads + at_once - 1) // at_once
+    first = part % splits * at_once
+    return part // splits, Heads(first, min(at_once, p.kv_heads - first))
 
 
 @task
-def project_part(p, a, scratch, batch, smoothing, portion, worker, part):
-    """Keys, values and queries of one batch entry, for all threads: bytes, and what scales them.
+def project_part(p, a, scratch, memory, batch, smoothing, at_once, portion, worker, part):
+    """Keys, values and queries of one batch entry, of `at_once` key heads: bytes, and what scales them.
 
     smoothing: the first block of TOKENS keys and values that is seen, and minus the mean of its keys; then `portion` of
     the other blocks, those of queries last where they have an input of their own.
-    scratch: int32, first what all threads share: keys (S', K4), values (Hkv Dvp, S'), queries (L' / W, H D4, W) and
-    what scales them; then what each thread has to itself.
+    memory: where all threads that are at this entry have keys (S', K4), values (Hkv Dvp, S'), queries (L' / W, H D4, W)
+    and what scales them.
     """
-    shared, own = parts_of(scratch, p, worker)
-    kept = keys_memory(p, a, scratch, batch)
+    _, own = parts_of(scratch, p, worker)
+    shared, kept = scratch_at(memory), keys_memory(p, a, memory, batch)
+    number, heads = heads_of_part(p, at_once, part)
     matrix_configure(own.int32, p.at_stats)
+    first = np.int64(0)
     if smoothing:
-        kept.int32[p.at_smooth] = choose_block(p, a, batch, own.int32, p.at_seen)
-    first = np.int64(kept.int32[p.at_smooth])
-    blocks, begin = 1, part * portion
+        first = np.int64(choose_block(p, a, batch, own.int32, p.at_seen))
+        if part == 0:
+            kept.int32[p.at_smooth] = first
+    else:
+        first = np.int64(kept.int32[p.at_smooth])
+    blocks, begin = 1, number * portion
     if not smoothing:
         blocks, begin = (p.keys + TOKENS - 1) // TOKENS, begin + 1
         if p.same_qk == 0:
@@ -261,7 +290,7 @@ def project_part(p, a, scratch, batch, smoothing, portion, worker, part):
             begin += (p.keys + TOKENS - 1) // TOKENS - 1
     for i in range(begin, min(begin + portion, blocks)):
         block = first if i == 0 else i - 1 if i <= first else i
-        project_block(p, a, batch, block, smoothing, shared, kept, own)
+        project_block(p, a, heads, batch, block, smoothing, shared, kept, own)
     matrix_release()
 
 
@@ -281,66 +310,138 @@ def attend_head(h, q0, seen, mask, adds, p, shared, kept, own):
 
 
 @inline
-def write_rows(p, a, at_row, queries, own):
-    """A block's rows of the result, from at_row on: the context, or its projection, of bytes with a scale per query."""
+def write_context(p, a, heads, at_row, queries, own):
+    """Some heads of a block's rows of the result, from at_row on, where that is the context."""
+    out, Dv, Dvp, Eo = pointer_to(a.out, np.float32), p.value_size, p.padded_value, p.out_width
+    for h in range(heads.first, heads.first + heads.count):
+        for d in range(Dv):
+            for l in range(queries):
+                out[at_row + l * Eo + h * Dv + d] = own.float32[p.at_context + (h * Dvp + d) * WIDTH + l]
+
+
+@inline
+def write_rows(p, a, context, at_row, queries, first, features, own):
+    """Features from `first` on of a block's rows of the result, from at_row on: the projection of a context, a Part.
+
+    Of bytes with a scale per query.
+    """
     out, factors = pointer_to(a.out, np.float32), pointer_to(a.factors, np.float32)
-    H, Dv, Dvp, Eo, at_context = p.heads, p.value_size, p.padded_value, p.out_width, p.at_context
-    if p.has_out == 0:
-        for h in range(H):
-            for d in range(Dv):
-                for l in range(queries):
-                    out[at_row + l * Eo + h * Dv + d] = own.float32[at_context + (h * Dvp + d) * WIDTH + l]
-        return
-    C = H * Dvp
+    C, Eo = p.heads * p.padded_value, p.out_width
     C4 = round_up(C // 4, LANES)
     for c in range(0, WIDTH, LANES):
-        largest = largest_rows(own.float32, at_context + c, C)
+        largest = largest_rows(context.data, context.at + c, C)
         store(own.float32, p.at_xscale + c, scale_of(largest))
-        pack_rows(own.float32, at_context + c, C, inverse_of(largest), FLIP, own.int32, p.at_context_bytes + c)
+        pack_rows(context.data, context.at + c, C, inverse_of(largest), FLIP, own.int32, p.at_context_bytes + c)
     turn(own.int32, p.at_context_bytes, C4, WIDTH, own.int32, p.at_transposed)
-    output = Projection(pointer_to(a.weights, np.int32), p.wo, p.co, factors, p.so, factors, p.bo, C4)
+    output = Projection(pointer_to(a.weights, np.int32), p.wo + first * C4, p.co + first, factors, p.so + first,
+                        factors, p.bo + first, C4)
     none = Apart(0, own.float32, p.at_apart, factors, 0, 0)
     separately(project_rows, (Part(own.uint32, p.at_transposed), queries, Part(own.float32, p.at_xscale), output, none,
-                              Eo, Rows(out, at_row, Eo), own, p.at_tiles))
+                              features, Rows(out, at_row + first, Eo), own, p.at_tiles))
 
 
 @task
-def attend_part(p, a, scratch, batch, portion, worker, part):
-    """`portion` blocks of W queries of one batch entry: attention, head by head, and the output projection."""
-    shared, own = parts_of(scratch, p, worker)
-    kept = keys_memory(p, a, scratch, batch)
+def attend_part(p, a, scratch, memory, batch, at_once, portion, worker, part):
+    """`portion` blocks of W queries of one batch entry: attention, head by head, and the output projection.
+
+    Of `at_once` key heads; where those are not all, the context waits in memory.
+    """
+    _, own = parts_of(scratch, p, worker)
+    shared, kept = scratch_at(memory), keys_memory(p, a, memory, batch)
+    number, kv = heads_of_part(p, at_once, part)
+    heads = Heads(kv.first * (p.heads // p.kv_heads), kv.count * (p.heads // p.kv_heads))
     L, S, D4, band, adds = p.queries, p.keys, p.padded_head // 4, p.band != 0, adds_to_scores(a)
     masked, mask_per_head = adds or a.keep != 0, masks_differ(p, a)
     matrix_configure(own.int32, p.at_stats)
     for i in range(p.at_q + D4 * WIDTH, p.at_q + round_up(D4, DEPTH_STEP) * WIDTH, LANES):
         store(own.int32, i, splat(np.int32(0)))
     fill_dither(own.float32, p.at_dither, S)
-    for block in range(part * portion, min((part + 1) * portion, (L + WIDTH - 1) // WIDTH)):
-        q0 = block * WIDTH
+    for block in range(number * portion, min((number + 1) * portion, (L + WIDTH - 1) // WIDTH)):
+        q0, at_row = block * WIDTH, (batch * L + block * WIDTH) * p.out_width
         queries = min(WIDTH, L - q0)
         first, last, full_from, full_to = visible_range(q0, queries, S, band, p.low, p.high)
         first = first // 4 * 4
         seen = Visible(first, last, full_from, full_to, q0, band, p.low, p.high)
         mask = ScoreMask(own.float32, p.at_masks, first, masked)
-        for h in range(p.heads):
-            if masked and (h == 0 or mask_per_head):
+        for h in range(heads.first, heads.first + heads.count):
+            if masked and (h == heads.first or mask_per_head):
                 fill_mask(p, a, batch, h, q0, queries, first, last, own.float32, p.at_masks, p.at_tiles)
             attend_head(h, q0, seen, mask, adds, p, shared, kept, own)
-        write_rows(p, a, (batch * L + q0) * p.out_width, queries, own)
+        if p.has_out == 0:
+            write_context(p, a, heads, at_row, queries, own)
+        elif heads.count == p.heads:
+            write_rows(p, a, Part(own.float32, p.at_context), at_row, queries, 0, p.out_width, own)
+        else:
+            row = p.padded_value * WIDTH
+            at = p.at_contexts + block * p.heads * row
+            for i in range(heads.first * row, (heads.first + heads.count) * row, LANES):
+                store(shared.float32, at + i, load(own.float32, p.at_context + i))
     matrix_release()
+
+
+@task
+def project_output(p, a, scratch, batch, portion, worker, part):
+    """`portion` features of the output of a block of queries of one batch entry, whose context all threads have.
+
+    `part` counts the blocks, and in each of them the portions.
+    """
+    shared, own = parts_of(scratch, p, worker)
+    portions_of_row = (p.out_width + portion - 1) // portion
+    q0, first = part // portions_of_row * WIDTH, part % portions_of_row * portion
+    matrix_configure(own.int32, p.at_stats)
+    context = Part(shared.float32, p.at_contexts + q0 * p.heads * p.padded_value)
+    write_rows(p, a, context, (batch * p.queries + q0) * p.out_width, min(WIDTH, p.queries - q0), first,
+               min(portion, p.out_width - first), own)
+    matrix_release()
+
+
+@inline
+def other_blocks(p):
+    """Blocks of TOKENS to be projected beside the one whose keys' mean is left out."""
+    blocks = (p.keys + TOKENS - 1) // TOKENS - 1 if p.is_kept == 0 else 0
+    return blocks + (p.queries + TOKENS - 1) // TOKENS if p.same_qk == 0 else blocks
+
+
+@task
+def attend_entries(p, a, scratch, portion, alone, worker, part):
+    """All of a layer for `portion` of the batch entries that threads do alone."""
+    memory, all_heads, none = own_memory(p, scratch, worker), p.kv_heads, np.int64(0)
+    for batch in range(part * portion, min((part + 1) * portion, alone)):
+        if p.is_kept == 0:
+            separately(project_part, (p, a, scratch, memory, batch, True, all_heads, np.int64(1), worker, none))
+        separately(project_part, (p, a, scratch, memory, batch, False, all_heads, other_blocks(p), worker, none))
+        separately(attend_part, (p, a, scratch, memory, batch, all_heads, (p.queries + WIDTH - 1) // WIDTH, worker,
+                                 none))
 
 
 @jit
 def layer_dynamic(parameters, addresses, scratch, task_queue, count):
     """A dynamic int8 multi-head attention layer, see LAYER, on at most `count` threads that serve the task_queue."""
     p, a, memory = named(parameters, LAYER), located(addresses, LAYER_ADDRESSES), address_of(scratch)
-    blocks = (p.keys + TOKENS - 1) // TOKENS - 1 if p.is_kept == 0 else 0
-    if p.same_qk == 0:
-        blocks += (p.queries + TOKENS - 1) // TOKENS
-    tokens, token_parts = portions(blocks, 1, count)
-    queries, query_parts = portions((p.queries + WIDTH - 1) // WIDTH, 1, count)
-    for batch in range(p.batch):
+    alone, entries, entry_parts = entries_alone(p, count)
+    if alone > 0:
+        parallel_for(task_queue, entry_parts, attend_entries, p, a, memory, entries, alone)
+    all_heads, all_tokens, all_queries = p.kv_heads, other_blocks(p), (p.queries + WIDTH - 1) // WIDTH
+    some = heads_at_once(all_heads, p.unit, count)
+    splits = (all_heads + some - 1) // some
+    # Where there are few blocks, threads take some heads each: of all tokens, or of all queries.
+    at_once = some if all_tokens < 4 * count else all_heads
+    others = (count + splits - 1) // splits if at_once == some else count
+    tokens, token_parts = portions(all_tokens, 1, others)
+    token_parts *= (all_heads + at_once - 1) // at_once
+    attend_once = some if 0 < all_queries < 4 * count and p.queries <= QUERIES else all_heads
+    others = (count + splits - 1) // splits if attend_once == some else count
+    queries, query_parts = portions(all_queries, 1, others)
+    query_parts *= (all_heads + attend_once - 1) // attend_once
+    # What makes bytes of a block's context makes them for each portion of its output.
+    of_block = max(count // max(all_queries, 1), 1)
+    features = round_up((p.out_width + of_block - 1) // of_block, WIDTH)
+    output_parts = all_queries * ((p.out_width + features - 1) // features)
+    for batch in range(alone, p.batch):
         if p.is_kept == 0:
-            parallel_for(task_queue, 1, project_part, p, a, memory, batch, True, 1)
-        parallel_for(task_queue, token_parts, project_part, p, a, memory, batch, False, tokens)
-        parallel_for(task_queue, query_parts, attend_part, p, a, memory, batch, queries)
+            parallel_for(task_queue, splits, project_part, p, a, memory, memory, batch, True, some, np.int64(1))
+        if all_tokens > 0:
+            parallel_for(task_queue, token_parts, project_part, p, a, memory, memory, batch, False, at_once, tokens)
+        parallel_for(task_queue, query_parts, attend_part, p, a, memory, memory, batch, attend_once, queries)
+        if attend_once < all_heads and p.has_out != 0:
+            parallel_for(task_queue, output_parts, project_output, p, a, memory, batch, features)

@@ -11,6 +11,7 @@ from .attend_dynamic import KEY_BLOCK
 from .byte_products import DEPTH_STEP, READ_AHEAD, ROW_STEP, pack_byte_panels
 from .call import PreparedCall
 from .dynamic import COLUMNS_APART, STEP, TOKENS
+from .fused import LARGEST_ENTRY, QUERIES
 from .layer_float32 import _LOG2_E
 from .matmul import pad_heads, round_up
 from .packing import Packer
@@ -30,9 +31,18 @@ def quantize_weight(weight):
     return np.clip(np.rint(weight / scale[:, None]), -127, 127).astype(np.int8), scale
 
 
+def unit_of(Hkv, Dp, Dvp):
+    """Any multiple of so many key heads fills whole panels and vectors: another thread may have the heads beside."""
+    if Dp % LANES or Dvp % LANES:
+        return Hkv
+    groups = max(4 * LANES, WIDTH)
+    return max(groups // min(Dp & -Dp, groups), WIDTH // min(Dvp & -Dvp, WIDTH))
+
+
 def place_own(p):
     """Write where things begin in the scratch of each thread into p; what masks need, of any length, comes last."""
     H, Hkv, Dp, Dvp = p.heads, p.kv_heads, p.padded_head, p.padded_value
+    p.unit = unit_of(Hkv, Dp, Dvp)
     D4, K4, C4 = Dp // 4, round_up(Hkv * Dp // 4, LANES), round_up(H * Dvp // 4, LANES)
     deepest = round_up(max(p.query_width, p.key_width, p.value_width), STEP) // 4
     p.at_rest, private = place(0, TOKENS * p.query_width if p.apart else 0)
@@ -82,6 +92,10 @@ def plan(p, B, L, S, masked):
     p.at_queries, shared = place(shared, L_up * H * (Dp // 4))
     p.at_qscale, shared = place(shared, L_up * H)
     _, private = place(p.at_masks, (S + 4) * WIDTH if masked else 0)
+    p.at_entry = 0
+    if B > 1 and shared <= LARGEST_ENTRY:
+        p.at_entry, private = place(private, shared)
+    p.at_contexts, shared = place(shared, round_up(L, WIDTH) * H * Dvp if L <= QUERIES else 0)
     p.shared_size, p.private_size = shared, private
     return shared, private
 
@@ -187,8 +201,9 @@ class DynamicLayer:
         Eq, Ek, Ev, Eo = p.query_width, p.key_width, p.value_width, p.out_width
         work = 2 * (L * Eq * H * Dp + S * Hkv * (Ek * Dp + Ev * Dvp) + L * H * Dvp * Eo
                     + L * S * H * (Dp + Dvp + 64)) // 3
+        work = max(B * work, threads.work_of_reading(self.weights))
         return PreparedCall(f.layer_dynamic, packed(p, f.LAYER), f.LAYER_ADDRESSES, np.int32, shared, private,
-                            B * work, B, (*self._fixed, address(table)), owner=table)
+                            work, B, (*self._fixed, address(table)), owner=table)
 
     def __call__(self, xq, xk, xv, out, mask=NO_MASK, position=0):
         """out (B, L, Eo) from xq (B, L, Eq), xk (B, S, Ek), xv (B, S, Ev): float32, C order; masks as FloatLayer."""

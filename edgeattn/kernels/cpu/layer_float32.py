@@ -57,6 +57,9 @@ def plan(p, B, L, S, masked):
     p.at_masks, private = place(private, S * WIDTH if masked else 0)
     if L <= f.FEW_QUERIES:
         p.at_few, private = place(private + MORE_MASK, scratch_of_rows(p.head_size, Dvp))
+    p.at_entry = 0
+    if B > 1 and shared <= f.LARGEST_ENTRY:
+        p.at_entry, private = place(private, shared)
     p.shared_size, p.private_size = shared, private
     return shared, private
 
@@ -144,6 +147,7 @@ class FloatLayer:
         Eq, Ek, Ev, Eo = p.query_width, p.key_width, p.value_width, p.out_width
         work = 2 * B * (L * Eq * H * Dp + S * (Ek * Hkv * Dp + Ev * Hkv * Dvp) + L * H * Dvp * Eo
                         + L * S * H * (Dp + Dvp))
+        work = max(work, threads.work_of_reading(self.weights))
         return PreparedCall(f.layer_float32, packed(p, f.LAYER), f.LAYER_ADDRESSES, np.float32, shared, private, work,
                             B, (self._address, address(table)), owner=table)
 

@@ -56,6 +56,13 @@ class ScoreMask(NamedTuple):
     given: bool
 
 
+class Heads(NamedTuple):
+    """Some heads: `count` from `first` on."""
+
+    first: int
+    count: int
+
+
 class Group(NamedTuple):
     """Key/value heads of a batch entry that are projected and attended to at a time: `count` from `first` on.
 

@@ -4,7 +4,7 @@ import pytest
 import reference_encoder_int8 as reference
 from encoder_cases import ACTIVATIONS, CASES, make, numbers, run
 
-from edgeattn.kernels.cpu import encoder_float32
+from edgeattn.kernels.cpu import encoder_float32, feed_forward_float32
 
 
 def plain(case, dtype):
@@ -40,6 +40,13 @@ def test_a_row_is_the_same_in_every_batch_and_on_every_number_of_threads(name, c
     for rows in (*range(1, 13), 24, 25, len(case.x)):
         np.testing.assert_array_equal(run(kernel, case, slice(rows)), whole[:rows])
         np.testing.assert_array_equal(run(kernel, case, slice(len(case.x) - rows, None)), whole[len(case.x) - rows:])
+
+
+@pytest.mark.parametrize("rows, block, count, wanted", [
+    (64, 64, 2, (32, 2)), (65, 64, 2, (33, 2)), (128, 64, 2, (64, 2)), (129, 64, 2, (33, 4)), (256, 64, 2, (64, 4)),
+    (256, 64, 3, (43, 6)), (5, 64, 4, (2, 3)), (0, 64, 2, (1, 1)), (700, 64, 1, (64, 11))])
+def test_rows_are_shared_evenly(rows, block, count, wanted):
+    assert feed_forward_float32.parts_of_rows.py_func(rows, block, count) == wanted
 
 
 def test_many_rows_are_the_rows_one_by_one(many_threads):

@@ -74,6 +74,35 @@ def test_any_number_of_threads_gives_the_same_bits(B, L, S, E, H, Hkv, D, Dv, Eo
                 np.testing.assert_array_equal(result, results[0])
 
 
+@pytest.mark.parametrize("B, L, S, E, H, Hkv, D, Dv", [
+    (1, 1, 1, 64, 4, 4, 32, 32), (1, 33, 70, 64, 4, 4, 16, 32), (1, 70, 33, 96, 6, 3, 32, 16), (1, 40, 40, 40, 5, 5, 20, 12),
+    (5, 20, 20, 64, 4, 2, 32, 32)])
+def test_any_number_of_threads_gives_the_same_bytes(B, L, S, E, H, Hkv, D, Dv, monkeypatch):
+    """Whether they take batch entries, blocks of tokens, or heads; with other inputs for queries, and the same."""
+    monkeypatch.setattr(threads, "SMALLEST_SHARED_WORK", 0)
+    rng = np.random.default_rng(L)
+    weights = make_layer(rng, E, H, Hkv, D, Dv, 70)
+    layers = (DynamicLayer(H, Hkv, weights[:4], weights[4:], 0.3),
+              DynamicLayer(H, Hkv, (*weights[:3], None), (*weights[4:7], None), 0.3))
+    q, k = (rng.standard_normal((B, n, E)).astype(np.float32) for n in (L, S))
+    for layer in layers:
+        for x in [(q, k, k), (q, q, q)] if L == S else [(q, k, k)]:
+            for masks in list(mask_cases(rng, B, H, L, S))[:7:2]:
+                results = []
+                for count in (1, 2, 3, 5):
+                    threads.set_num_threads(count)
+                    results.append(layer(*x, np.full((B, L, layer.output_dim), 77, np.float32), KernelMask(**masks)))
+                threads.set_num_threads(1)
+                for result in results[1:]:
+                    np.testing.assert_array_equal(result, results[0])
+
+
+@pytest.mark.parametrize("heads, unit, count, at_once", [
+    (12, 1, 1, 12), (12, 1, 2, 6), (12, 1, 3, 4), (12, 1, 4, 3), (12, 1, 5, 3), (12, 4, 2, 8), (4, 1, 2, 2), (1, 1, 2, 1)])
+def test_heads_are_shared_evenly(heads, unit, count, at_once):
+    assert fused.heads_at_once.py_func(heads, unit, count) == at_once
+
+
 @pytest.mark.parametrize("E, H, L", [(384, 12, 512), (384, 4, 300), (256, 8, 77), (64, 8, 1024), (60, 5, 90)])
 def test_layers_in_groups_of_heads(E, H, L, monkeypatch):
     """Heads that are projected and attended to a few at a time add up in the output, with and without masks."""
