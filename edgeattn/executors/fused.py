@@ -153,21 +153,34 @@ def _attention(branch: _Operation, first: _Operation | None, last: _Operation | 
     before = None if first is None else encoder_float32.Norm(_norm(first))
     after = None if last is None else encoder_float32.Norm(_norm(last))
 
-    def stage(x: Float32s, sequences: Sequences) -> Float32s:
-        read = x if before is None else before(x, None, np.empty_like(x))
+    def attend(x: Float32s, sequences: Sequences) -> Float32s:
         kernel = layer.fused_kernel
         if kernel is None or sequences.cache is not None or sequences.softcap:
-            y: Float32s = np.ascontiguousarray(layer.forward(CompiledOps(), read, read, read, sequences))
+            y: Float32s = np.ascontiguousarray(layer.forward(CompiledOps(), x, x, x, sequences))
+            return y
+        y, row = np.empty_like(x), 0
+        for mask, given in zip(sequences.masks, sequences.for_kernels(), strict=True):
+            batch, _, length, _ = mask.shape
+            rows = slice(row, row + batch * length)
+            tokens = x[rows].reshape(batch, length, x.shape[1])
+            biased = layer.biased(mask)
+            given = given if biased is mask else biased.for_kernels()
+            call = kernel.prepare(tokens, tokens, tokens, given.shapes, layer.first_position(mask))
+            arrays = given.arrays if any(array is not None for array in given.arrays) else ()
+            call(tokens, tokens, tokens, y[rows], *arrays)
+            row = rows.stop
+            if len(sequences.masks) == 1:
+                sequences.calls[attend] = call, arrays
+        return y
+
+    def stage(x: Float32s, sequences: Sequences) -> Float32s:
+        read = x if before is None else before(x, None, np.empty_like(x))
+        known = sequences.calls.get(attend)
+        if known is None:
+            y = attend(read, sequences)
         else:
-            y, row = np.empty_like(x), 0
-            for mask, given in zip(sequences.masks, sequences.for_kernels(), strict=True):
-                batch, _, length, _ = mask.shape
-                rows = slice(row, row + batch * length)
-                tokens = read[rows].reshape(batch, length, x.shape[1])
-                biased = layer.biased(mask)
-                kernel(tokens, tokens, tokens, y[rows].reshape(batch, length, x.shape[1]),
-                       given if biased is mask else biased.for_kernels(), layer.first_position(mask))
-                row = rows.stop
+            (call, arrays), y = known, np.empty_like(x)
+            call(read, read, read, y, *arrays)
         return np.add(y, x, out=y) if after is None else after(y, x, y)
     return stage
 

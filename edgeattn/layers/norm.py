@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +12,8 @@ from edgeattn.layers.linear import parameter
 from edgeattn.layers.module import TokenWise
 
 if TYPE_CHECKING:
-    from typing import Any
+    from collections.abc import Callable
+    from typing import Any, Literal
 
     from numpy.typing import ArrayLike
 
@@ -19,7 +21,29 @@ if TYPE_CHECKING:
     from edgeattn.types import Float32s, Real
 
 
-class LayerNorm(TokenWise):
+class Norm(TokenWise):
+    """What norms have in common."""
+
+    weight: Float32s
+    bias: Float32s | None
+    eps: float
+    kind: Literal["layer", "rms"]
+
+    if TYPE_CHECKING:
+        def rows(self, x: Float32s) -> Float32s: ...  # noqa: D102
+
+    @functools.cached_property
+    def packed(self) -> Callable[[Float32s], Float32s]:
+        """`rows`, by a kernel where there is one of the same bits."""
+        from edgeattn.kernels.cpu import encoder_float32
+
+        if self.inputs > encoder_float32.MOST_AS_NUMPY:
+            return self.rows
+        kernel = encoder_float32.Norm((self.kind, self.weight, self.bias, self.eps), as_numpy=True)
+        return lambda x: kernel(x, None, np.empty_like(x))
+
+
+class LayerNorm(Norm):
     """(x - mean) / sqrt(variance + eps) * weight + bias, over the features of each token.
 
     Parameters
@@ -28,6 +52,8 @@ class LayerNorm(TokenWise):
     bias : (E,) float array, optional
     eps : float
     """
+
+    kind = "layer"
 
     def __init__(self, weight: ArrayLike, bias: ArrayLike | None = None, eps: Real = 1e-5):
         self.weight = parameter("weight", weight, "(features,)")
@@ -53,7 +79,7 @@ class LayerNorm(TokenWise):
         return f"LayerNorm({len(self.weight)}, bias={self.bias is not None}, eps={self.eps})"
 
 
-class RMSNorm(TokenWise):
+class RMSNorm(Norm):
     """x / sqrt(mean(x^2) + eps) * weight, over the features of each token.
 
     Parameters
@@ -63,6 +89,7 @@ class RMSNorm(TokenWise):
     """
 
     bias = None
+    kind = "rms"
 
     def __init__(self, weight: ArrayLike, eps: Real = 1e-6):
         self.weight = parameter("weight", weight, "(features,)")
