@@ -12,7 +12,6 @@ from edgeattn.layers.linear import parameter
 from edgeattn.layers.module import TokenWise
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from typing import Any, Literal
 
     from numpy.typing import ArrayLike
@@ -33,14 +32,18 @@ class Norm(TokenWise):
         def rows(self, x: Float32s) -> Float32s: ...  # noqa: D102
 
     @functools.cached_property
-    def packed(self) -> Callable[[Float32s], Float32s]:
-        """`rows`, by a kernel where there is one of the same bits."""
+    def kernel(self) -> Any:
+        """The kernel that gives the bits of `rows`; None where there is none."""
         from edgeattn.kernels.cpu import encoder_float32
 
         if self.inputs > encoder_float32.MOST_AS_NUMPY:
-            return self.rows
-        kernel = encoder_float32.Norm((self.kind, self.weight, self.bias, self.eps), as_numpy=True)
-        return lambda x: kernel(x, None, np.empty_like(x))
+            return None
+        return encoder_float32.Norm((self.kind, self.weight, self.bias, self.eps), as_numpy=True)
+
+    def packed(self, x: Float32s) -> Float32s:
+        """`rows` of x in C order, by the kernel where there is one."""
+        result: Float32s = self.rows(x) if self.kernel is None else self.kernel(x, None, np.empty_like(x))
+        return result
 
 
 class LayerNorm(Norm):

@@ -107,6 +107,12 @@ class PreparedCall:
 
     __call__ = run
 
+    def on(self, *arrays):
+        """A function that runs it on these arrays, which whoever keeps it must keep: for one call at a time."""
+        frame = _Frame(self, len(arrays) - 3)
+        _WRITE[len(arrays)](frame.addresses, frame.at, *map(id, arrays))
+        return functools.partial(threads.run, frame.run, self._dtype, self.shared, self.private, self._work, self._jobs)
+
 
 class _Frame:
     """What one call at a time writes: its arrays, for `located`, and, where it has some of its own, its parameters."""

@@ -73,10 +73,15 @@ class RowKernel:
         """
         if not out.size:
             return out
-        rows = out.size // out.shape[-1]
-        call = self._plans.get(rows) or self._plans.keep(rows, self.prepare(rows))
-        call(x, residual, out)
+        self._call_for(out.size // out.shape[-1])(x, residual, out)
         return out
+
+    def on(self, x, residual, out):
+        """A function that does the same to these arrays, see `PreparedCall.on`."""
+        return self._call_for(out.size // out.shape[-1]).on(x, residual, out)
+
+    def _call_for(self, rows):
+        return self._plans.get(rows) or self._plans.keep(rows, self.prepare(rows))
 
 
 class Norm(RowKernel):

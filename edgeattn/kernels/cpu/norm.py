@@ -69,7 +69,8 @@ def sum_as_numpy(y, at, width):
     """The sum of up to MOST_AS_NUMPY numbers: eight sums side by side, then what is left over."""
     total, begin = _ZERO, 0
     if width >= 8:
-        s0, s1, s2, s3, s4, s5, s6, s7 = y[at], y[at + 1], y[at + 2], y[at + 3], y[at + 4], y[at + 5], y[at + 6], y[at + 7]
+        s0, s1, s2, s3 = y[at], y[at + 1], y[at + 2], y[at + 3]
+        s4, s5, s6, s7 = y[at + 4], y[at + 5], y[at + 6], y[at + 7]
         begin = width // 8 * 8
         for e in range(at + 8, at + begin, 8):
             s0, s1, s2, s3 = s0 + y[e], s1 + y[e + 1], s2 + y[e + 2], s3 + y[e + 3]

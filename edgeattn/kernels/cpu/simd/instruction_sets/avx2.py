@@ -15,7 +15,7 @@ class Code(generic.Code):
     words, half = "llvm.x86.avx2.packssdw", "llvm.x86.avx2.packsswb"
 
     def maximum(self, builder, a, b):
-        """By the instruction, which the compiler would turn into a store under a mask where a result replaces a or b."""
+        """By the instruction: LLVM makes slow stores under a mask of a choice that replaces a or b."""
         if a.type.count != 8:
             return super().maximum(builder, a, b)
         return emit.call(builder, "llvm.x86.avx.max.ps.256", a.type, [a, b])
