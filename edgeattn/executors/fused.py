@@ -99,7 +99,7 @@ class RowStage:
         result: Float32s = self.kernel(x, x if self.residual else None, np.empty_like(x))
         return result
 
-    def on(self, x: Float32s, read: Float32s, y: Float32s, sequences: Sequences) -> list[Callable[[], object]] | None:
+    def on(self, x: Float32s, *_: object) -> list[Callable[[], object]] | None:
         """As `AttentionStage.on`."""
         return [self.kernel.on(x, x if self.residual else None, x)]
 

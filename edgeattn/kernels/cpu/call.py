@@ -108,10 +108,12 @@ class PreparedCall:
     __call__ = run
 
     def on(self, *arrays):
-        """A function that runs it on these arrays, which whoever keeps it must keep: for one call at a time."""
+        """A function that runs it on these arrays, as often as it is called: by one caller at a time."""
         frame = _Frame(self, len(arrays) - 3)
         _WRITE[len(arrays)](frame.addresses, frame.at, *map(id, arrays))
-        return functools.partial(threads.run, frame.run, self._dtype, self.shared, self.private, self._work, self._jobs)
+        run = functools.partial(threads.run, frame.run, self._dtype, self.shared, self.private, self._work, self._jobs)
+        run.arrays = arrays  # which must live as long
+        return run
 
 
 class _Frame:
