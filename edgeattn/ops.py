@@ -47,14 +47,17 @@ class Sequences:
         Takes in the keys and values of this call, and has room for them; there is one group then.
     pieces : list
         Of the cache: (first, last) query and (first, last) token of each piece in which it takes them.
+    calls : dict
+        What stages have prepared for these sequences, by stage: those of an encoder come again.
     """
 
-    __slots__ = "_for_kernels", "cache", "masks", "pieces", "softcap"
+    __slots__ = "_for_kernels", "cache", "calls", "masks", "pieces", "softcap"
 
     def __init__(self, masks: list[Mask], softcap: float = 0.0, cache: KVCache | None = None,
                  pieces: Sequence[tuple[tuple[int, int], tuple[int, int]]] = ()):
         self.masks, self.softcap, self.cache, self.pieces = masks, softcap, cache, pieces
         self._for_kernels: list[KernelMask] | None = None
+        self.calls: dict[Any, Any] = {}
 
     def for_kernels(self) -> list[KernelMask]:
         """`Mask.for_kernels` of each mask, made once: the layers of an encoder share their masks."""

@@ -40,6 +40,12 @@ class CompiledOps(NumpyOps):
         """x weight^T + bias."""
         return self._keep(name, linear.packed(x if x.dtype is FLOAT32 and x.flags.c_contiguous else to_float32(x)))
 
+    def layer_norm(self, x: Float32s, norm: Any, name: str) -> Float32s:
+        """(x - mean) / sqrt(variance + eps) * weight + bias."""
+        return self._keep(name, norm.packed(x if x.flags.c_contiguous else to_float32(x)))
+
+    rms_norm = layer_norm
+
     def static(self, x: Float32s, layer: Any, sequences: Sequences | None, name: str) -> Float32s:
         """By the layer's kernels, unless something in it is to be kept."""
         if self.record is not None:

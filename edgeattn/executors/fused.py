@@ -6,6 +6,7 @@ attention with its projections; linear, activation and linear; each with the res
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -52,6 +53,69 @@ def parts_of(layer: Any) -> list[Part] | None:
     except LacksOperationError:
         return None
     return _parts(result, x)
+
+
+class AttentionStage:
+    """norm(x + attention of x), or x + attention of norm(x), each norm there or not: (rows, sequences) -> rows."""
+
+    def __init__(self, layer: Any, before: encoder_float32.Norm | None, after: encoder_float32.Norm | None):
+        self.layer, self.before, self.after = layer, before, after
+
+    def __call__(self, x: Float32s, sequences: Sequences) -> Float32s:  # noqa: D102
+        read = x if self.before is None else self.before(x, None, np.empty_like(x))
+        known = sequences.calls.get(self)
+        if known is None:
+            y = self._attend(read, sequences)
+        else:
+            (call, arrays), y = known, np.empty_like(x)
+            call(read, read, read, y, *arrays)
+        return np.add(y, x, out=y) if self.after is None else self.after(y, x, y)
+
+    def _attend(self, x: Float32s, sequences: Sequences) -> Float32s:
+        layer, kernel = self.layer, self.layer.fused_kernel
+        if kernel is None or sequences.cache is not None or sequences.softcap:
+            result: Float32s = np.ascontiguousarray(layer.forward(CompiledOps(), x, x, x, sequences))
+            return result
+        y, row = np.empty_like(x), 0
+        for mask, given in zip(sequences.masks, sequences.for_kernels(), strict=True):
+            batch, _, length, _ = mask.shape
+            rows = slice(row, row + batch * length)
+            row = rows.stop
+            tokens = x[rows].reshape(batch, length, x.shape[1])
+            biased = layer.biased(mask)
+            given = given if biased is mask else biased.for_kernels()
+            call = kernel.prepare(tokens, tokens, tokens, given.shapes, layer.first_position(mask))
+            arrays = given.arrays if any(array is not None for array in given.arrays) else ()
+            call(tokens, tokens, tokens, y[rows], *arrays)
+            if len(sequences.masks) == 1:
+                sequences.calls[self] = call, arrays
+        return y
+
+    def on(self, x: Float32s, read: Float32s, y: Float32s, sequences: Sequences) -> list[Callable[[], object]] | None:
+        """What it does to x in place, with room for as much at `read` and y; None before a call of these sequences."""
+        known = sequences.calls.get(self)
+        if known is None:
+            return None
+        call, arrays = known
+        source = x if self.before is None else read
+        return [*([] if self.before is None else [self.before.on(x, None, read)]),
+                call.on(source, source, source, y, *arrays),
+                functools.partial(np.add, y, x, out=x) if self.after is None else self.after.on(y, x, x)]
+
+
+class RowStage:
+    """What a kernel makes of rows, with x as the residual or without one: (rows, sequences) -> rows."""
+
+    def __init__(self, kernel: encoder_float32.RowKernel, *, residual: bool):
+        self.kernel, self.residual = kernel, residual
+
+    def __call__(self, x: Float32s, sequences: Sequences) -> Float32s:  # noqa: D102
+        result: Float32s = self.kernel(x, x if self.residual else None, np.empty_like(x))
+        return result
+
+    def on(self, x: Float32s, *_: object) -> list[Callable[[], object]] | None:
+        """As `AttentionStage.on`."""
+        return [self.kernel.on(x, x if self.residual else None, x)]
 
 
 class _Operation(NamedTuple):
@@ -169,27 +233,8 @@ def go_together(linear1: Any, gate: Any, linear2: Any) -> bool:
 
 
 def _attention(branch: _Operation, first: _Operation | None, last: _Operation | None) -> Stage:
-    layer = branch.inputs[0].made_with
-    before = None if first is None else encoder_float32.Norm(_norm(first))
-    after = None if last is None else encoder_float32.Norm(_norm(last))
-
-    def stage(x: Float32s, sequences: Sequences) -> Float32s:
-        read = x if before is None else before(x, None, np.empty_like(x))
-        kernel = layer.fused_kernel
-        if kernel is None or sequences.cache is not None or sequences.softcap:
-            y: Float32s = np.ascontiguousarray(layer.forward(CompiledOps(), read, read, read, sequences))
-        else:
-            y, row = np.empty_like(x), 0
-            for mask, given in zip(sequences.masks, sequences.for_kernels(), strict=True):
-                batch, _, length, _ = mask.shape
-                rows = slice(row, row + batch * length)
-                tokens = read[rows].reshape(batch, length, x.shape[1])
-                biased = layer.biased(mask)
-                kernel(tokens, tokens, tokens, y[rows].reshape(batch, length, x.shape[1]),
-                       given if biased is mask else biased.for_kernels(), layer.first_position(mask))
-                row = rows.stop
-        return np.add(y, x, out=y) if after is None else after(y, x, y)
-    return stage
+    return AttentionStage(branch.inputs[0].made_with, *(
+        None if norm is None else encoder_float32.Norm(_norm(norm)) for norm in (first, last)))
 
 
 def _feed_forward(branch: _Operation, first: _Operation | None, last: _Operation | None) -> Stage:
@@ -200,7 +245,7 @@ def _feed_forward(branch: _Operation, first: _Operation | None, last: _Operation
         *_weights(linear1.made_with), *_weights(linear2), activation=activation,
         gate=None if gate is None else _weights(gate.made_with), norm=None if norm is None else _norm(norm),
         norm_first=first is not None)
-    return lambda x, sequences: kernel(x, x, np.empty_like(x))
+    return RowStage(kernel, residual=True)
 
 
 def _static(branch: _Operation, first: _Operation | None, last: _Operation | None) -> Stage:
@@ -210,8 +255,7 @@ def _static(branch: _Operation, first: _Operation | None, last: _Operation | Non
 
 
 def _normed(norm: Any) -> Stage:
-    kernel = encoder_float32.Norm(_norm(norm))
-    return lambda x, sequences: kernel(x, None, np.empty_like(x))
+    return RowStage(encoder_float32.Norm(_norm(norm)), residual=False)
 
 
 # Of each kind of branch what it reads, None for another, and what makes its stage.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +12,7 @@ from edgeattn.layers.linear import parameter
 from edgeattn.layers.module import TokenWise
 
 if TYPE_CHECKING:
-    from typing import Any
+    from typing import Any, Literal
 
     from numpy.typing import ArrayLike
 
@@ -19,7 +20,33 @@ if TYPE_CHECKING:
     from edgeattn.types import Float32s, Real
 
 
-class LayerNorm(TokenWise):
+class Norm(TokenWise):
+    """What norms have in common."""
+
+    weight: Float32s
+    bias: Float32s | None
+    eps: float
+    kind: Literal["layer", "rms"]
+
+    if TYPE_CHECKING:
+        def rows(self, x: Float32s) -> Float32s: ...  # noqa: D102
+
+    @functools.cached_property
+    def kernel(self) -> Any:
+        """The kernel that gives the bits of `rows`; None where there is none."""
+        from edgeattn.kernels.cpu import encoder_float32
+
+        if self.inputs > encoder_float32.MOST_AS_NUMPY:
+            return None
+        return encoder_float32.Norm((self.kind, self.weight, self.bias, self.eps), as_numpy=True)
+
+    def packed(self, x: Float32s) -> Float32s:
+        """`rows` of x in C order, by the kernel where there is one."""
+        result: Float32s = self.rows(x) if self.kernel is None else self.kernel(x, None, np.empty_like(x))
+        return result
+
+
+class LayerNorm(Norm):
     """(x - mean) / sqrt(variance + eps) * weight + bias, over the features of each token.
 
     Parameters
@@ -28,6 +55,8 @@ class LayerNorm(TokenWise):
     bias : (E,) float array, optional
     eps : float
     """
+
+    kind = "layer"
 
     def __init__(self, weight: ArrayLike, bias: ArrayLike | None = None, eps: Real = 1e-5):
         self.weight = parameter("weight", weight, "(features,)")
@@ -53,7 +82,7 @@ class LayerNorm(TokenWise):
         return f"LayerNorm({len(self.weight)}, bias={self.bias is not None}, eps={self.eps})"
 
 
-class RMSNorm(TokenWise):
+class RMSNorm(Norm):
     """x / sqrt(mean(x^2) + eps) * weight, over the features of each token.
 
     Parameters
@@ -63,6 +92,7 @@ class RMSNorm(TokenWise):
     """
 
     bias = None
+    kind = "rms"
 
     def __init__(self, weight: ArrayLike, eps: Real = 1e-6):
         self.weight = parameter("weight", weight, "(features,)")

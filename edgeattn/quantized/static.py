@@ -28,6 +28,7 @@ from edgeattn.device import place
 from edgeattn.executors.numpy_int8 import Int8Ops
 from edgeattn.kernels.cpu.layer_int8 import StaticLayer
 from edgeattn.kernels.cpu.quantize import Quantizer
+from edgeattn.kernels.cpu.records import KernelMask
 from edgeattn.layers.attention import forward
 from edgeattn.layers.call import check_cache, resolve_call_mask
 from edgeattn.layers.fast_path import attend_again
@@ -690,6 +691,16 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         else:
             self.check_codes_of(sequences.cache)
             self._run_cached(x, x, x, mask, sequences.cache, list(sequences.pieces), result)
+
+    def attend_on(self, x: Codes, mask: Mask, result: Codes) -> Callable[[], object]:
+        """A function that does the same without a cache, see `PreparedCall.on`."""
+        given = mask.for_kernels()
+        if self.lut_index is not None:
+            fit_mask(self.lut_index, mask.shape)
+        run: Callable[[], object] = self._kernel.prepare(
+            x, x, x, KernelMask(given.keep, band=given.band).shapes, self.lut_index, self.score_luts).on(
+                x, x, x, result, given.keep)
+        return run
 
     def take_step(self, x: Codes, cache: KVCache) -> Codes:
         """Attention without masks of one token per batch entry, (B, 1, E) or (1, E), and all before it: (B, 1, Eo)."""

@@ -13,7 +13,7 @@ from edgeattn.quantized.static import StaticMultiHeadAttention
 from edgeattn.quantized.static_rows import StaticRows, checked_more, codes_of_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from typing import Any
 
     from typing_extensions import Self
@@ -80,17 +80,7 @@ class StaticSelfAttention(StaticRows):
             self.embed_dim, self.output_dim, (source.scale, source.zero_point), (result.scale, result.zero_point),
             more_inputs=self.more_inputs, norm=first or last, norm_first=first is not None)
 
-        def run(x: Float32s, sequences: Sequences) -> Float32s:
-            codes, nan = ends.to_codes(x)
-            out = np.empty((len(x), self.output_dim), np.int8)
-            for part, mask in _groups(sequences):
-                shape = mask.shape[0], mask.shape[2], -1
-                of.attend_codes(codes[part].reshape(shape), mask, out[part].reshape(shape), sequences)
-            if np.isnan(nan).any():
-                nan[_reached(np.isnan(nan), sequences)] = np.nan
-            rows: Float32s = ends.to_rows(out, nan, x if residual else None)
-            return rows
-        return run
+        return StaticAttentionStage(self, ends, residual)
 
     def to_state(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """(config, tensors): all that ``from_state`` needs to build an equal layer."""
@@ -103,6 +93,38 @@ class StaticSelfAttention(StaticRows):
         return cls(StaticMultiHeadAttention.from_state(config, tensors), more_inputs=config["more_inputs"])
 
 
+class StaticAttentionStage:
+    """Rows to codes, attention upon them, codes to rows: (rows, sequences) -> rows."""
+
+    def __init__(self, layer: StaticSelfAttention, ends: encoder_int8.Ends, residual: bool):
+        self.layer, self.ends, self.residual = layer, ends, residual
+
+    def __call__(self, x: Float32s, sequences: Sequences) -> Float32s:  # noqa: D102
+        codes, nan = self.ends.to_codes(x)
+        out = np.empty((len(x), self.layer.output_dim), np.int8)
+        for part, mask in _groups(sequences):
+            shape = mask.shape[0], mask.shape[2], -1
+            self.layer.attention.attend_codes(codes[part].reshape(shape), mask, out[part].reshape(shape), sequences)
+        _spread(nan, sequences)
+        rows: Float32s = self.ends.to_rows(out, nan, x if self.residual else None)
+        return rows
+
+    def on(self, x: Float32s, _read: Float32s, _y: Float32s, sequences: Sequences) -> list[Callable[[], object]] | None:
+        """As `AttentionStage.on`."""
+        (_, mask), *others = _groups(sequences)
+        if others or sequences.cache is not None:
+            return None
+        batch, _, length, _ = mask.shape
+        nan = np.empty(batch * length, np.float32)
+        codes, out = (np.empty((batch * length, features), np.int8) for features in (
+            self.layer.attention.embed_dim, self.layer.output_dim))
+        to_codes, _ = self.ends.on(x, codes, nan, None, x)
+        _, to_rows = self.ends.on(x, out, nan, x if self.residual else None, x)
+        shape = batch, length, -1
+        return [to_codes, self.layer.attention.attend_on(codes.reshape(shape), mask, out.reshape(shape)),
+                lambda: _spread(nan, sequences), to_rows]
+
+
 def _groups(sequences: Sequences) -> Iterator[tuple[slice, Mask]]:
     """The rows of each group of equally long sequences, and its mask."""
     row = 0
@@ -113,6 +135,12 @@ def _groups(sequences: Sequences) -> Iterator[tuple[slice, Mask]]:
         rows = slice(row, row + mask.shape[0] * mask.shape[2])
         row = rows.stop
         yield rows, mask
+
+
+def _spread(nan: Float32s, sequences: Sequences) -> None:
+    """NaN for the rows that see one, in nan, which is 0 for those that hold none."""
+    if nan.any():
+        nan[_reached(np.isnan(nan), sequences)] = np.nan
 
 
 def _reached(nan: Bools, sequences: Sequences) -> Bools:

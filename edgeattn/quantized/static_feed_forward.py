@@ -16,7 +16,7 @@ from edgeattn.quantized.parameters import QuantizedLinear, TensorQuantization, l
 from edgeattn.quantized.static_rows import StaticRows, checked_more, codes_of_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from typing import Any
 
     from numpy.typing import ArrayLike, NDArray
@@ -201,12 +201,7 @@ class StaticFeedForward(StaticRows, TokenWise):
         norm = first or last
         kernel = self._alone if norm is None else self.kernel(norm, norm_first=first is not None)
         large = None if self.large is None else self.large.stage(first, None, residual=residual)
-
-        def run(x: Float32s, sequences: Sequences) -> Float32s:
-            before = (x if residual else None) if large is None else large(x, sequences)
-            out: Float32s = kernel(x, before, np.empty((len(x), self.outputs), np.float32))
-            return out
-        return run
+        return StaticFeedForwardStage(kernel, self.outputs, large, residual)
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
@@ -232,6 +227,22 @@ class StaticFeedForward(StaticRows, TokenWise):
         return cls(linears_of(own), {name: TensorQuantization(*pair) for name, pair in config["tensors"].items()},
                    activation=config["activation"], arithmetic=config["arithmetic"],
                    more_inputs=config["more_inputs"], more_outputs=config["more_outputs"], large=large)
+
+
+class StaticFeedForwardStage:
+    """A feed-forward by its kernel, after those of large features if there are any: (rows, sequences) -> rows."""
+
+    def __init__(self, kernel: encoder_int8.FeedForward, outputs: int, large: Stage | None, residual: bool):
+        self.kernel, self.outputs, self.large, self.residual = kernel, outputs, large, residual
+
+    def __call__(self, x: Float32s, sequences: Sequences) -> Float32s:  # noqa: D102
+        before = (x if self.residual else None) if self.large is None else self.large(x, sequences)
+        out: Float32s = self.kernel(x, before, np.empty((len(x), self.outputs), np.float32))
+        return out
+
+    def on(self, x: Float32s, *_: object) -> list[Callable[[], object]] | None:
+        """As `AttentionStage.on`."""
+        return None if self.large is not None else [self.kernel.on(x, x if self.residual else None, x)]
 
 
 def _pair(t: TensorQuantization) -> tuple[np.float32, int]:

@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 import edgeattn
 import quant
 from edgeattn import TransformerEncoder, TransformerEncoderLayer
+from edgeattn.executors.chain import Chain
 from edgeattn.executors.numpy import NumpyOps
 from edgeattn.kernels.cpu import encoder_float32
 
@@ -128,6 +129,40 @@ def test_padding_is_never_touched():
     clean = encoder()(x, lengths=lengths)
     x[1, 3:] = np.nan
     np.testing.assert_array_equal(encoder()(x, lengths=lengths), clean)
+
+
+@pytest.mark.parametrize("scheme", ["float32", "dynamic"])
+@pytest.mark.parametrize("norm_first, norm", [(False, None), (True, NORM)])
+def test_a_call_that_comes_again_gives_the_same(scheme, norm_first, norm, many_threads):
+    def fresh():
+        made = encoder(norm_first, norm=norm)
+        return made if scheme == "float32" else quant.quantize(made, scheme=scheme)
+
+    made, x, keep = fresh(), tokens(2, 7), random().random((2, 7)) > 0.3
+    keep[:, 0] = True
+    first = [fresh()(x), fresh()(x, key_padding_mask=keep), fresh()(x, is_causal=True), fresh()(-x)]
+    for count in (1, 2, 1):
+        many_threads(count)
+        results = [made(x), made(x, key_padding_mask=keep), made(x, is_causal=True), made(-x)]
+        for found, right in zip(results, first, strict=True):
+            np.testing.assert_array_equal(found, right)
+    assert len(made._chains) == 3 and all(type(chain) is Chain for chain in made._chains.values())
+    before, out = x.copy(), np.empty_like(x)
+    made(x)[:] = 7  # neither the caller's input nor what it was given is the encoder's
+    np.testing.assert_array_equal(x, before)
+    np.testing.assert_array_equal(made(x), first[0])
+    assert made(x, out=out) is out and np.array_equal(out, first[0])
+    keep[:, -1] ^= True
+    np.testing.assert_array_equal(made(x, key_padding_mask=keep), fresh()(x, key_padding_mask=keep))
+    np.testing.assert_array_equal(made(x[:, :5]), fresh()(x[:, :5]))
+
+
+def test_wide_rows_are_not_kept_between_stages():
+    made = encoder()
+    x = tokens(60, 20)  # more than chain.MOST bytes
+    first = made(x)
+    np.testing.assert_array_equal(made(x), first)
+    assert made._chains and not any(type(chain) is Chain for chain in made._chains.values())
 
 
 @pytest.mark.parametrize("chunks", [[1] * 9, [4, 5], [3, 1, 1, 4]])

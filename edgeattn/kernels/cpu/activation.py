@@ -11,7 +11,20 @@ import numpy as np
 
 from edgeattn.runtime.compiler import inline, task
 
-from .simd import LANES, bits_of, float_of_bits, fma, load, maximum, smaller_float, splat, store
+from .simd import (
+    LANES,
+    VIRTUAL_LANES,
+    bits_of,
+    float_of_bits,
+    fma,
+    in_step,
+    load,
+    maximum,
+    smaller_float,
+    splat_like,
+    store,
+    wide_load,
+)
 
 IDENTITY, RELU, GELU, GELU_TANH, SILU = range(5)
 ACTIVATIONS = {None: IDENTITY, "relu": RELU, "gelu": GELU, "gelu_tanh": GELU_TANH, "silu": SILU}
@@ -43,68 +56,84 @@ _TANH_3 = np.float32(-2 * np.sqrt(2 / np.pi) * 0.044715 * _LOG2_E)
 @inline
 def power_of_two(t):
     """2**t, t counting as no less than -126 and no more than 126."""
-    t = smaller_float(splat(_HIGHEST), maximum(splat(_LOWEST), t))
-    shifted = t + splat(_ROUND)
-    r = t - (shifted - splat(_ROUND))
-    p = fma(splat(_E6), r, splat(_E5))
-    p = fma(p, r, splat(_E4))
-    p = fma(p, r, splat(_E3))
-    p = fma(p, r, splat(_E2))
-    p = fma(p, r, splat(_E1))
-    p = fma(p, r, splat(_ONE))
-    return p * float_of_bits(bits_of(shifted) << splat(np.int32(23)))
+    return power_within(smaller_float(splat_like(t, _HIGHEST), maximum(splat_like(t, _LOWEST), t)))
+
+
+@inline
+def power_within(t):
+    """2**t for t in [-126, 126]; a NaN stays."""
+    shifted = t + splat_like(t, _ROUND)
+    r = t - (shifted - splat_like(t, _ROUND))
+    p = in_step(fma(splat_like(t, _E6), r, splat_like(t, _E5)))
+    p = in_step(fma(p, r, splat_like(t, _E4)))
+    p = in_step(fma(p, r, splat_like(t, _E3)))
+    p = in_step(fma(p, r, splat_like(t, _E2)))
+    p = in_step(fma(p, r, splat_like(t, _E1)))
+    p = in_step(fma(p, r, splat_like(t, _ONE)))
+    return p * float_of_bits(bits_of(shifted) << splat_like(t, np.int32(23)))
 
 
 @inline
 def relu(x):
     """max(x, 0)"""
-    return maximum(splat(_ZERO), x)
+    return maximum(splat_like(x, _ZERO), x)
 
 
 @inline
 def gelu(x):
     """GELU as float32 has it: max(x, 0) - a erfc(a / sqrt(2)) / 2 with a = |x|."""
-    a = smaller_float(splat(_T_TOP), float_of_bits(bits_of(x) & splat(_MAGNITUDE)))
-    t = splat(_ONE) / fma(splat(_T_SLOPE), a, splat(_ONE))
-    p = fma(splat(_T9), t, splat(_T8))
-    p = fma(p, t, splat(_T7))
-    p = fma(p, t, splat(_T6))
-    p = fma(p, t, splat(_T5))
-    p = fma(p, t, splat(_T4))
-    p = fma(p, t, splat(_T3))
-    p = fma(p, t, splat(_T2))
-    p = fma(p, t, splat(_T1))
+    a = smaller_float(splat_like(x, _T_TOP), float_of_bits(bits_of(x) & splat_like(x, _MAGNITUDE)))
+    t = in_step(splat_like(x, _ONE) / fma(splat_like(x, _T_SLOPE), a, splat_like(x, _ONE)))
+    power = power_within(a * a * splat_like(x, _HALF_LOG2_E))  # while the quotient is on its way
+    p = in_step(fma(splat_like(x, _T9), t, splat_like(x, _T8)))
+    p = in_step(fma(p, t, splat_like(x, _T7)))
+    p = in_step(fma(p, t, splat_like(x, _T6)))
+    p = in_step(fma(p, t, splat_like(x, _T5)))
+    p = in_step(fma(p, t, splat_like(x, _T4)))
+    p = in_step(fma(p, t, splat_like(x, _T3)))
+    p = in_step(fma(p, t, splat_like(x, _T2)))
+    p = in_step(fma(p, t, splat_like(x, _T1)))
     p = p * t
-    return fma(splat(_ZERO) - a, p * power_of_two(a * a * splat(_HALF_LOG2_E)), relu(x))
+    return fma(splat_like(x, _ZERO) - a, p * power, relu(x))
 
 
 @inline
 def gelu_roughly(x):
     """GELU to 4.1e-5, for what becomes bytes: no division, no exponential."""
-    a = smaller_float(splat(_R_TOP), float_of_bits(bits_of(x) & splat(_MAGNITUDE)))
-    p = fma(splat(_R10), a, splat(_R9))
-    p = fma(p, a, splat(_R8))
-    p = fma(p, a, splat(_R7))
-    p = fma(p, a, splat(_R6))
-    p = fma(p, a, splat(_R5))
-    p = fma(p, a, splat(_R4))
-    p = fma(p, a, splat(_R3))
-    p = fma(p, a, splat(_R2))
-    p = fma(p, a, splat(_R1))
-    return fma(splat(_ZERO) - a, p, relu(x))
+    a = smaller_float(splat_like(x, _R_TOP), float_of_bits(bits_of(x) & splat_like(x, _MAGNITUDE)))
+    p = in_step(fma(splat_like(x, _R10), a, splat_like(x, _R9)))
+    p = in_step(fma(p, a, splat_like(x, _R8)))
+    p = in_step(fma(p, a, splat_like(x, _R7)))
+    p = in_step(fma(p, a, splat_like(x, _R6)))
+    p = in_step(fma(p, a, splat_like(x, _R5)))
+    p = in_step(fma(p, a, splat_like(x, _R4)))
+    p = in_step(fma(p, a, splat_like(x, _R3)))
+    p = in_step(fma(p, a, splat_like(x, _R2)))
+    p = in_step(fma(p, a, splat_like(x, _R1)))
+    return fma(splat_like(x, _ZERO) - a, p, relu(x))
 
 
 @inline
 def gelu_tanh(x):
     """The approximation of GELU by tanh, as x / (1 + exp(-2 u))."""
-    t = x * fma(x * x, splat(_TANH_3), splat(_TANH_1))
-    return x / (splat(_ONE) + power_of_two(t))
+    t = x * fma(x * x, splat_like(x, _TANH_3), splat_like(x, _TANH_1))
+    return x / (splat_like(x, _ONE) + power_of_two(t))
 
 
 @inline
 def silu(x):
     """x / (1 + exp(-x))"""
-    return x / (splat(_ONE) + power_of_two(x * splat(_SILU)))
+    return x / (splat_like(x, _ONE) + power_of_two(x * splat_like(x, _SILU)))
+
+
+@inline
+def activate_row(function, x, first, width):
+    """x = function(x), 32 numbers at a time: a polynomial of one of them waits for itself."""
+    whole = width // VIRTUAL_LANES * VIRTUAL_LANES
+    for i in range(first, first + whole, VIRTUAL_LANES):
+        store(x, i, function(wide_load(x, i)))
+    for i in range(first + whole, first + width, LANES):
+        store(x, i, function(load(x, i)))
 
 
 @task
@@ -116,17 +145,13 @@ def activate_rows(kind, rough, x, at, row_step, rows, width):
             for i in range(first, first + width, LANES):
                 store(x, i, relu(load(x, i)))
         elif kind == GELU and rough:
-            for i in range(first, first + width, LANES):
-                store(x, i, gelu_roughly(load(x, i)))
+            activate_row(gelu_roughly, x, first, width)
         elif kind == GELU:
-            for i in range(first, first + width, LANES):
-                store(x, i, gelu(load(x, i)))
+            activate_row(gelu, x, first, width)
         elif kind == GELU_TANH:
-            for i in range(first, first + width, LANES):
-                store(x, i, gelu_tanh(load(x, i)))
+            activate_row(gelu_tanh, x, first, width)
         elif kind == SILU:
-            for i in range(first, first + width, LANES):
-                store(x, i, silu(load(x, i)))
+            activate_row(silu, x, first, width)
 
 
 @inline

@@ -145,6 +145,22 @@ class PreparedCall:
         objects[:] = frame.nothing
         self._fours.append(frame)
 
+    def on(self, *arrays):
+        """A function that runs it on these arrays, as often as it is called: by one caller at a time."""
+        frame = _Frame(self, len(arrays) - 3)
+        frame.objects[:-1] = arrays
+        if frame.argument is None or self._work >= threads.SMALLEST_SHARED_WORK:
+            run = functools.partial(threads.run, frame.run, self._dtype, self.shared, self.private, self._work,
+                                    self._jobs)
+            run.frame = frame  # which must live as long
+            return run
+        return functools.partial(self._run_alone, frame)
+
+    def _run_alone(self, frame):
+        memory = frame.objects[-1] = threads.borrow(self._alone, self._dtype)
+        frame.function(frame.argument)
+        threads.give_back(memory)
+
 
 class _Frame:
     """What one call at a time writes: its arrays, for `located`, and, where it has some of its own, its parameters."""

@@ -11,10 +11,12 @@ from . import feed_forward_float32 as ff
 from .activation import ACTIVATIONS
 from .call import PreparedCall
 from .matmul import pack_panels, round_up
-from .norm import ADDRESSES, AT_WEIGHT, LAYER_NORM, NO_NORM, NORM, RMS_NORM, add_norm
+from .norm import ADDRESSES, AT_WEIGHT, LAYER_NORM, MOST_AS_NUMPY, NO_NORM, NORM, RMS_NORM, add_norm
 from .packing import Packer
 from .records import blank, packed
 from .simd import VIRTUAL_LANES
+
+__all__ = ["MOST_AS_NUMPY", "FeedForward", "Linear", "Norm", "RowKernel", "norm_kind", "pack", "pack_norm", "padded"]
 
 NORMS = {"layer": LAYER_NORM, "rms": RMS_NORM}
 
@@ -72,10 +74,15 @@ class RowKernel:
         """
         if not out.size:
             return out
-        rows = out.size // out.shape[-1]
-        call = self._plans.get(rows) or self._plans.keep(rows, self.prepare(rows))
-        call(x, residual, out)
+        self._call_for(out.size // out.shape[-1])(x, residual, out)
         return out
+
+    def on(self, x, residual, out):
+        """A function that does the same to these arrays, see `PreparedCall.on`."""
+        return self._call_for(out.size // out.shape[-1]).on(x, residual, out)
+
+    def _call_for(self, rows):
+        return self._plans.get(rows) or self._plans.keep(rows, self.prepare(rows))
 
 
 class Norm(RowKernel):
@@ -85,12 +92,18 @@ class Norm(RowKernel):
     ----------
     norm : tuple
         ("layer" or "rms", float32 weight, float32 bias or None, eps).
+    as_numpy : bool
+        Without a residual, and of at most MOST_AS_NUMPY features: the bits that NumPy gives.
     """
 
-    def __init__(self, norm):
-        width = len(norm[1])
+    def __init__(self, norm, *, as_numpy=False):
+        kind, weight, bias, eps = norm
+        width = len(weight)
+        if as_numpy and bias is None:
+            bias = np.full(width, -0.0, np.float32)  # which changes nothing, while 0 makes 0 of -0
         row = round_up(width, VIRTUAL_LANES)
-        super().__init__(blank(NORM, width=width, norm=norm_kind(norm), private_size=row), pack_norm(norm, width))
+        super().__init__(blank(NORM, width=width, norm=norm_kind(norm), as_numpy=as_numpy,
+                               private_size=row * (1 + as_numpy)), pack_norm((kind, weight, bias, eps), width))
 
     def prepare(self, rows):
         """See RowKernel."""
@@ -195,9 +208,9 @@ class FeedForward(RowKernel):
         p.shared_size = p.at_sums + few * p.out_up
         p.own_rows = 0
         p.own_hidden = p.own_rows + some * p.width_up * normed
-        p.own_sums = p.own_hidden + some * ff.HIDDEN
+        p.own_sums = p.own_hidden + some * ff.STEP
         p.own_gate = p.own_sums + some * p.out_up
-        p.private_size = p.own_gate + some * ff.HIDDEN * gated
+        p.private_size = p.own_gate + some * ff.STEP * gated
         work = max(2 * rows * p.hidden_up * ((2 if gated else 1) * p.width + p.out_up), work_of_reading(self.weights))
         return PreparedCall(ff.feed_forward_float32, packed(p, ff.FEED_FORWARD), ADDRESSES, np.float32, p.shared_size,
                             p.private_size, work, fixed=(self._address,))

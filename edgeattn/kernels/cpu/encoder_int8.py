@@ -165,6 +165,11 @@ class Ends:
             self._call(ff.codes_to_rows, len(codes))(out, residual, codes, nan)
         return out
 
+    def on(self, x, codes, nan, residual, out):
+        """(to_codes, to_rows) between these arrays: functions that do it, see `PreparedCall.on`."""
+        return (self._call(ff.rows_to_codes, len(codes)).on(x, None, codes, nan),
+                self._call(ff.codes_to_rows, len(codes)).on(out, residual, codes, nan))
+
     def _call(self, kernel, rows):
         key = kernel, rows
         return self._plans.get(key) or self._plans.keep(key, self._prepare(*key))

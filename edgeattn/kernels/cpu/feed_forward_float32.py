@@ -24,6 +24,8 @@ from .views import Blocks, Rows
 
 CHAIN = 64  # products that are summed one after another; the sums of the chains are summed then
 HIDDEN = 256  # hidden features in scratch at a time, a multiple of CHAIN
+STEP = HIDDEN + 16  # between their rows: a power of two would have all rows in a few sets of the cache
+NEAR = 2048  # of them, so many are made and activated while they are near
 BLOCK = 64  # rows that pass a feed-forward together
 FEW_ROWS = 24  # up to so many rows, threads share the features; then the rows
 # Positions are in elements of 32 bits: of weights, biases and norms in the weights, others in the scratch; `hidden_up`
@@ -110,36 +112,39 @@ def norm_rows(p, a, row, rows, s, at):
 
 
 @inline
-def raise_rows(p, x, rows, w, hidden, at_gate, g, features):
-    """The hidden features g .. g + `features`, a multiple of WIDTH, of some rows; x, hidden: Rows."""
-    E, s = p.width, hidden.data
-    separately(product_rows, (False, x, rows, Weights(w, p.w1 + g * E, E * WIDTH, E, CHAIN, NO_BIAS), features,
-                              Blocks(s, hidden.at, hidden.step, 0)))
-    add_to_rows(w, p.b1 + g, s, hidden.at, hidden.step, rows, features)
-    if p.gated == 0:
-        separately(activate_rows, (p.activation, False, s, hidden.at, hidden.step, rows, features))
-        return
-    separately(product_rows, (False, x, rows, Weights(w, p.gate_w + g * E, E * WIDTH, E, CHAIN, NO_BIAS), features,
-                              Blocks(s, at_gate, HIDDEN, 0)))
-    add_to_rows(w, p.gate_b + g, s, at_gate, HIDDEN, rows, features)
-    separately(activate_rows, (p.activation, False, s, at_gate, HIDDEN, rows, features))
-    multiply_rows(s, at_gate, HIDDEN, s, hidden.at, hidden.step, rows, features)
+def raise_rows(p, x, rows, w, hidden, at_gate, begin, features):
+    """The hidden features begin .. begin + `features`, a multiple of WIDTH, of some rows; x, hidden: Rows."""
+    E, s, at_once = p.width, hidden.data, max(NEAR // rows // WIDTH * WIDTH, WIDTH)
+    for f in range(0, features, at_once):
+        some, g, at = min(at_once, features - f), begin + f, hidden.at + f
+        separately(product_rows, (False, x, rows, Weights(w, p.w1 + g * E, E * WIDTH, E, CHAIN, p.b1 + g), some,
+                                  Blocks(s, at, hidden.step, 0)))
+        if p.gated == 0:
+            separately(activate_rows, (p.activation, False, s, at, hidden.step, rows, some))
+        else:
+            separately(product_rows, (False, x, rows, Weights(w, p.gate_w + g * E, E * WIDTH, E, CHAIN, p.gate_b + g),
+                                      some, Blocks(s, at_gate + f, STEP, 0)))
+            separately(activate_rows, (p.activation, False, s, at_gate + f, STEP, rows, some))
+            multiply_rows(s, at_gate + f, STEP, s, at, hidden.step, rows, some)
 
 
 @inline
 def lower_rows(p, rows, w, hidden, g, at_sums, n, features):
-    """Add to the sums, features from n on, what the hidden features g .. g + HIDDEN contribute; hidden: Rows."""
+    """Add to the sums, features from n on, what the hidden features g .. g + HIDDEN contribute; hidden: Rows.
+
+    The last of them bring the bias.
+    """
     depth = min(HIDDEN, p.hidden - g)
-    weights = Weights(w, p.w2 + n * p.hidden + g * WIDTH, p.hidden * WIDTH, depth, CHAIN, NO_BIAS)
+    at_bias = p.b2 + n if g + HIDDEN >= p.hidden else np.int64(NO_BIAS)
+    weights = Weights(w, p.w2 + n * p.hidden + g * WIDTH, p.hidden * WIDTH, depth, CHAIN, at_bias)
     separately(product_rows, (g > 0, hidden, rows, weights, features,
                               Blocks(hidden.data, at_sums + n, p.out_up, 0)))
 
 
 @inline
 def finish_rows(p, a, s, at_sums, row, rows):
-    """Bias, residual and norm of the sums of some rows, the first of which is `row`."""
+    """Residual and norm of the sums of some rows, the first of which is `row`."""
     w = pointer_to(a.weights, np.float32)
-    add_to_rows(w, p.b2, s, at_sums, p.out_up, rows, p.out_up)
     for r in range(rows):
         separately(finish_row, (s, at_sums + r * p.out_up, p.out_width, a.residual, row + r, p.norm_last, w, p.at_last,
                                 a.out))
@@ -157,7 +162,7 @@ def feed_rows_forward(p, a, scratch, portion, worker, part):
         if p.norm_first != NO_NORM:
             norm_rows(p, a, row, rows, s, own + p.own_rows)
             y = Rows(s, own + p.own_rows, p.width_up)
-        hidden = Rows(s, at_hidden, HIDDEN)
+        hidden = Rows(s, at_hidden, STEP)
         for g in range(0, p.hidden, HIDDEN):
             raise_rows(p, y, rows, w, hidden, own + p.own_gate, g, min(HIDDEN, p.hidden_up - g))
             lower_rows(p, rows, w, hidden, g, at_sums, 0, p.out_up)

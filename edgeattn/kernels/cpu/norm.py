@@ -3,7 +3,8 @@
     layer norm  (y - mean(y)) / sqrt(mean((y - mean(y))**2) + eps) * weight + bias
     RMS norm    y / sqrt(mean(y**2) + eps) * weight
 
-Means are sums over the 32 lanes of `simd.wide`, divided by the number of features.
+Means are sums over the 32 lanes of `simd.wide`, divided by the number of features; or, of a norm alone that says so,
+sums in the order of NumPy's, and the rest operation by operation as there: the same bits as `LayerNorm.rows`.
 """
 import numpy as np
 
@@ -14,10 +15,13 @@ from .fused import portions
 from .matmul import round_up
 from .records import located, named, record
 from .simd import (
+    LANES,
     VIRTUAL_LANES,
     address_of,
     fma,
+    load,
     pointer_to,
+    splat,
     store,
     wide_first,
     wide_load,
@@ -31,7 +35,8 @@ NO_NORM, LAYER_NORM, RMS_NORM = 0, 1, 2
 AT_WEIGHT = 16  # where a norm's weight begins: eps, the rest of its cache line, weight and bias, each a row of scratch
 # `x` and `residual`: what is read, 0 for no residual; they and `out` are rows of `width` float32, without gaps.
 ADDRESSES = record("x residual out weights")
-NORM = record("rows width norm private_size")
+NORM = record("rows width norm as_numpy private_size")
+MOST_AS_NUMPY = 128  # features: NumPy cuts longer sums in two
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
 
@@ -57,6 +62,41 @@ def normalize_row(y, at, width, kind, weights, at_norm):
     for e in range(0, up, VIRTUAL_LANES):
         scaled = (wide_load(y, at + e) - middle) * inverse
         store(y, at + e, fma(scaled, wide_load(weights, at_weight + e), wide_load(weights, at_bias + e)))
+
+
+@inline
+def sum_as_numpy(y, at, width):
+    """The sum of up to MOST_AS_NUMPY numbers: eight sums side by side, then what is left over."""
+    total, begin = _ZERO, 0
+    if width >= 8:
+        s0, s1, s2, s3 = y[at], y[at + 1], y[at + 2], y[at + 3]
+        s4, s5, s6, s7 = y[at + 4], y[at + 5], y[at + 6], y[at + 7]
+        begin = width // 8 * 8
+        for e in range(at + 8, at + begin, 8):
+            s0, s1, s2, s3 = s0 + y[e], s1 + y[e + 1], s2 + y[e + 2], s3 + y[e + 3]
+            s4, s5, s6, s7 = s4 + y[e + 4], s5 + y[e + 5], s6 + y[e + 6], s7 + y[e + 7]
+        total = ((s0 + s1) + (s2 + s3)) + ((s4 + s5) + (s6 + s7))
+    for e in range(at + begin, at + width):
+        total = total + y[e]
+    return _ZERO + total
+
+
+@task
+def normalize_as_numpy(y, at, at_squares, width, kind, weights, at_norm):
+    """y (width,) in place, as `normalize_row` otherwise; at_squares: room for as much."""
+    up = round_up(width, VIRTUAL_LANES)
+    at_weight = at_norm + AT_WEIGHT
+    at_bias = at_weight + up
+    if kind == LAYER_NORM:
+        mean = splat(sum_as_numpy(y, at, width) / np.float32(width))
+        for e in range(0, up, LANES):
+            store(y, at + e, load(y, at + e) - mean)
+    for e in range(0, up, LANES):
+        store(y, at_squares + e, load(y, at + e) * load(y, at + e))
+    root = splat(np.sqrt(sum_as_numpy(y, at_squares, width) / np.float32(width) + weights[at_norm]))
+    for e in range(0, up, LANES):
+        scaled = load(y, at + e) * (load(weights, at_weight + e) / root)
+        store(y, at + e, scaled + load(weights, at_bias + e))
 
 
 @inline
@@ -106,7 +146,11 @@ def norm_part(p, a, scratch, portion, worker, part):
     x, weights = pointer_to(a.x, np.float32), pointer_to(a.weights, np.float32)
     for row in range(part * portion, min((part + 1) * portion, p.rows)):
         read_row(x, row * p.width, p.width, own, 0)
-        finish_row(own, 0, p.width, a.residual, row, p.norm, weights, 0, a.out)
+        if p.as_numpy != 0:
+            normalize_as_numpy(own, 0, p.private_size // 2, p.width, p.norm, weights, 0)
+            write_row(own, 0, p.width, pointer_to(a.out, np.float32), row * p.width)
+        else:
+            finish_row(own, 0, p.width, a.residual, row, p.norm, weights, 0, a.out)
 
 
 @jit

@@ -4,6 +4,7 @@ import pytest
 import reference_encoder_int8 as reference
 from encoder_cases import ACTIVATIONS, CASES, make, numbers, run
 
+from edgeattn import LayerNorm, RMSNorm
 from edgeattn.kernels.cpu import encoder_float32, feed_forward_float32
 
 
@@ -56,6 +57,19 @@ def test_many_rows_are_the_rows_one_by_one(many_threads):
     for count in (1, 2, 4):
         many_threads(count)
         np.testing.assert_array_equal(run(kernel, case), one_by_one)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_norm_alone_has_the_bits_of_numpys(biased):
+    rng = np.random.default_rng(15)
+    for width in (*range(1, 20), 31, 32, 33, 63, 64, 100, 127, 128):
+        x = numbers(rng, 6, width) * np.float32(10) ** rng.integers(-3, 4, (6, 1)).astype(np.float32)
+        x[0], x[1] = 0, -0.0
+        weight, bias = numbers(rng, width), numbers(rng, width) if biased else None
+        for norm in (LayerNorm(weight, bias), RMSNorm(weight)):
+            assert norm.kernel is not None
+            np.testing.assert_array_equal(norm.packed(x).view(np.int32), norm.rows(x).view(np.int32))
+    assert LayerNorm(np.ones(129)).kernel is None  # NumPy cuts such sums in two
 
 
 @pytest.mark.parametrize("kind", ["layer", "rms"])

@@ -539,6 +539,21 @@ def test_wide_vectors_are_32_lanes_folded_by_halves(count):
 
 
 @njit(error_model="numpy")
+def _in_step(a, out):
+    x = simd.wide_load(a, 1)
+    simd.store(out, 0, simd.in_step(x + simd.splat_like(x, np.float32(3))))
+    magnitude = simd.bits_of(x) & simd.splat_like(x, np.int32(0x7FFFFFFF))
+    simd.store(out, 32, simd.in_step(simd.float_of_bits(magnitude)))
+    simd.store(out, 64, simd.in_step(simd.splat_like(simd.load(a, 1), np.float32(5))))
+
+
+def test_wide_vectors_that_wait_for_each_other_are_what_they_were():
+    a, out = np.random.default_rng(7).standard_normal(40).astype(np.float32), np.zeros(64 + N, np.float32)
+    _in_step(a, out)
+    np.testing.assert_array_equal(out, np.concatenate((a[1:33] + np.float32(3), np.abs(a[1:33]), np.full(N, 5))))
+
+
+@njit(error_model="numpy")
 def _smaller_float(a, b, out):
     simd.store(out, 0, simd.smaller_float(simd.load(a, 0), simd.load(b, 0)))
 

@@ -110,6 +110,7 @@ from .vector import (
     smaller,
     smaller_float,
     splat,
+    splat_like,
     store,
     sum_lanes,
     to_double,
@@ -121,6 +122,7 @@ from .vector import (
 from .wide import (
     VIRTUAL_LANES,
     WIDE,
+    in_step,
     wide_first,
     wide_load,
     wide_load_first,

@@ -74,6 +74,11 @@ def unknown(builder, number):
     return builder.asm(ir.FunctionType(i64, [i64]), "", "=r,0", [number], side_effect=False)
 
 
+def in_order(builder, value, kind):
+    """The same value, not computed before those that this was asked for earlier; kind: the letter of its registers."""
+    return builder.asm(ir.FunctionType(value.type, [value.type]), "", f"={kind},0", [value], side_effect=True)
+
+
 def literal(value):
     """The number that an argument is known to be when its function is compiled."""
     if not isinstance(value, types.IntegerLiteral):

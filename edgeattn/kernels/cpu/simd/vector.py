@@ -45,6 +45,18 @@ def splat(typing, scalar):
 
 
 @intrinsic
+def splat_like(typing, like, scalar):
+    """v[l] = scalar, in as many lanes as a vector of that type has"""
+    if scalar not in (types.float32, types.int32):
+        return None
+    vec = Vec(scalar, like.lanes)
+
+    def generate(context, builder, sig, args):
+        return emit.splat(builder, args[1], context.get_value_type(vec))
+    return vec(like, scalar), generate
+
+
+@intrinsic
 def lane_index(typing):
     """v[l] = l, int32"""
     def generate(context, builder, sig, args):
@@ -227,13 +239,13 @@ def fraction(typing, a):
 @intrinsic
 def bits_of(typing, a):
     """v[l] = the bits of float32 a[l]"""
-    return _unary(I32, a, lambda b, v, t: b.bitcast(v, t))
+    return _unary(Vec(types.int32, a.lanes), a, lambda b, v, t: b.bitcast(v, t))
 
 
 @intrinsic
 def float_of_bits(typing, a):
     """v[l] = the float32 with bits a[l]"""
-    return _unary(F32, a, lambda b, v, t: b.bitcast(v, t))
+    return _unary(Vec(types.float32, a.lanes), a, lambda b, v, t: b.bitcast(v, t))
 
 
 @intrinsic

@@ -6,7 +6,8 @@ Element i of a row goes to lane i % 32, and at the end the lanes are folded by h
 from edgeattn.runtime.compiler import intrinsic, ir, types
 
 from . import emit
-from .vector import Vec
+from .instruction_sets import CODE
+from .vector import LANES, Vec
 
 VIRTUAL_LANES = 32
 WIDE = Vec(types.float32, VIRTUAL_LANES)
@@ -65,6 +66,19 @@ def wide_first(typing, v, count):
     def generate(context, builder, sig, args):
         return builder.select(_first_lanes(builder, args[1], VIRTUAL_LANES), args[0], ir.Constant(args[0].type, None))
     return v(v, types.intp), generate
+
+
+@intrinsic
+def in_step(typing, v):
+    """v, of whose registers none is far ahead of the others: all of them wait for a step of a polynomial together."""
+    def generate(context, builder, sig, args):
+        pieces = [emit.in_order(builder, emit.shuffle(builder, args[0], args[0], range(at, at + LANES)), CODE.registers)
+                  for at in range(0, v.lanes, LANES)]
+        while len(pieces) > 1:
+            count = 2 * pieces[0].type.count
+            pieces = [emit.shuffle(builder, a, b, range(count)) for a, b in zip(pieces[::2], pieces[1::2], strict=True)]
+        return pieces[0]
+    return v(v), generate if CODE.registers and v.lanes > LANES else lambda context, builder, sig, args: args[0]
 
 
 @intrinsic

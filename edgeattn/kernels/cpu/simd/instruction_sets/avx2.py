@@ -11,7 +11,14 @@ class Code(generic.Code):
 
     adds_first = True  # two ports multiply, four add
     multiplies_words = True
+    registers = "x"
     words, half = "llvm.x86.avx2.packssdw", "llvm.x86.avx2.packsswb"
+
+    def maximum(self, builder, a, b):
+        """By the instruction: LLVM makes slow stores under a mask of a choice that replaces a or b."""
+        if a.type.count != 8:
+            return super().maximum(builder, a, b)
+        return emit.call(builder, "llvm.x86.avx.max.ps.256", a.type, [a, b])
 
     def round_to_int(self, builder, v, result):  # noqa: D102
         return emit.call(builder, "llvm.x86.avx.cvt.ps2dq.256", result, [v])

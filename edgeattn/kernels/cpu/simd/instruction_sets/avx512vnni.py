@@ -13,6 +13,7 @@ _DOWN, _QUIET = 1, 8  # how a fraction is rounded, and that no exception is rais
 class Code(avx2vnni.Code):
     """AVX-512 with VNNI."""
 
+    registers = "v"
     words, half = "llvm.x86.avx512.packssdw.512", "llvm.x86.avx512.packsswb.512"
 
     def round_to_int(self, builder, v, result):  # noqa: D102

@@ -12,6 +12,7 @@ class Code:
     multiplies_words = False  # bytes only after they have been widened, at a cost that is worth saving
     by_lane = False  # a vector times one lane of another, as `lane_products` has it
     in_pairs = False  # there, bytes at two depths at a time
+    registers = ""  # those of vectors, by the letter that LLVM has for them; none: their order is the compiler's
 
     def maximum(self, builder, a, b):
         """`vector.maximum` of floats."""

@@ -13,6 +13,7 @@ class Code(generic.Code):
     """NEON."""
 
     by_lane = in_pairs = True
+    registers = "w"
 
     def maximum(self, builder, a, b):  # noqa: D102
         return emit.call(builder, f"llvm.maximum.v{a.type.count}f32", a.type, [a, b])
