@@ -61,7 +61,7 @@ def word_limit(steps, a, b, private, begin, end):
         tile = tile_zero(ROWS, COLUMNS, b)
         for k in range(steps):
             near = k & (NEAR - 1)
-            tile = add_products_of_wide(tile, a, 2 * near, 2, b, near * 2 * WIDTH)
+            tile = add_products_of_wide(tile, a, 2 * near, b, near * 2 * WIDTH)
         tile_store(tile, private, 0, WIDTH, LANES)
 
 

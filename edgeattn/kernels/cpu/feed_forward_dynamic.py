@@ -80,7 +80,7 @@ FEED_FORWARD = record(
     _ROWS_OF, "at_codes at_code_scale at_code_minus at_code_own at_hidden_apart codes_step scales_step",
     "at_wide at_row at_hidden at_gate shared_size private_size")
 WORDS = 2 if AS_WORDS else 1  # elements that four bytes of a row take in scratch
-BEHIND = 1 if ADDS_FIRST else 0  # whether they are bytes in the second half of that at first
+OWN_TERMS = 1 if ADDS_FIRST else 0  # whether minus a channel's own products are behind the sums of its weights
 _ZERO = np.float32(0)
 _SIGN = np.int32(-2147483648)
 _EVEN_BYTES, _EIGHT = np.int32(0x00FF00FF), np.int32(8)
@@ -136,13 +136,16 @@ def take_apart(m, at, j, first, width, apart, kept):
 
 
 @inline
-def split_codes(m, at, groups4, at_own):
-    """Four bytes an element to 16-bit numbers, as products take them, where AS_WORDS.
+def place_of_codes(at_row, groups4, out, r):
+    """Where a row at at_row becomes bytes: as row r of those at `out` or, where ADDS_FIRST, in its own place."""
+    return at_row if ADDS_FIRST else out + r * groups4 * WORDS
 
-    The bytes (groups4,) are at `at` or, where ADDS_FIRST, groups4 elements behind it.
-    """
+
+@inline
+def split_codes(m, at, groups4, out, r, at_own):
+    """Four bytes an element (groups4,) to 16-bit numbers, as products take row r of `out`, where AS_WORDS."""
     if ADDS_FIRST:
-        split_row(m.i, at + groups4, groups4, m.i, at, at_own)
+        split_row(m.i, at, groups4, m.i, out, r, at_own)
     elif AS_WORDS:
         for i in range(at, at + groups4, LANES):
             four = load(m.i, i)
@@ -151,18 +154,22 @@ def split_codes(m, at, groups4, at_own):
 
 
 @inline
-def quantize_row(m, at, groups4, out, at_scale, at_minus, at_own):
-    """A row to bytes, symmetric: bytes, scale, and what the sum of a channel's weights times is added to products."""
+def quantize_row(m, at, groups4, out, r, at_scale, at_minus, at_own):
+    """A row, which changes, to bytes, row r of those at `out`, symmetric: bytes, scale, and what the sum of a channel's
+    weights times is added to products.
+    """
     largest = float_of_bits(splat(largest_of_row(m.f, at, 4 * groups4)))
     m.f[at_scale] = first_lane(scale_of(largest))
     m.i[at_minus] = np.int32(-OFFSET)
-    join_row(m.f, at, 4 * groups4, inverse_of(largest), FLIP, m.i, out + BEHIND * groups4)
-    split_codes(m, out, groups4, at_own)
+    to = place_of_codes(at, groups4, out, r)
+    join_row(m.f, at, 4 * groups4, inverse_of(largest), FLIP, m.i, to)
+    split_codes(m, to, groups4, out, r, at_own)
 
 
 @inline
-def quantize_range(m, at, width, out, at_scale, at_minus, at_own):
+def quantize_range(m, at, width, out, r, at_scale, at_minus, at_own):
     """A row to bytes with a zero point; otherwise as quantize_row. width a multiple of DEPTH."""
+    to = place_of_codes(at, width // 4, out, r)
     high = splat(np.int32(0))
     low = high
     for e in range(0, width, LANES):  # as integers: a NaN is larger than all numbers
@@ -182,8 +189,8 @@ def quantize_range(m, at, width, out, at_scale, at_minus, at_own):
         c1 = round_to_int(load(m.f, i + LANES) * inverse) + shift
         c2 = round_to_int(load(m.f, i + 2 * LANES) * inverse) + shift
         c3 = round_to_int(load(m.f, i + 3 * LANES) * inverse) + shift
-        store(m.i, out + (BEHIND * width + e) // 4, join_bytes(c0, c1, c2, c3) ^ splat(FLIP))
-    split_codes(m, out, width // 4, at_own)
+        store(m.i, to + e // 4, join_bytes(c0, c1, c2, c3) ^ splat(FLIP))
+    split_codes(m, to, width // 4, out, r, at_own)
 
 
 @task
@@ -195,8 +202,8 @@ def quantize_input(m, p, a, row, base, r, own, norm, at_norm, j, apart):
     if norm != NO_NORM:
         normalize_row(m.f, at, p.width, norm, m.factors, at_norm)
     take_apart(m, at, j, 0, p.width, apart, base + p.at_apart + r * COLUMNS_APART)
-    quantize_row(m, at, p.groups4, base + p.at_bytes + r * p.groups4 * WORDS, base + p.at_scale + r,
-                 base + p.at_minus + r, base + p.at_own + r)
+    quantize_row(m, at, p.groups4, base + p.at_bytes, r, base + p.at_scale + r, base + p.at_minus + r,
+                 base + p.at_own + r)
 
 
 @inline
@@ -394,9 +401,8 @@ def raise_rows(m, p, base, own, rows, g):
     codes, scales = base + p.at_codes + number * p.codes_step, number * p.scales_step
     for r in range(rows):
         take_apart(m, at + r * GROUP, p.j2, g, features, p.apart2, base + p.at_hidden_apart + r * COLUMNS_APART)
-        quantize_range(m, at + r * GROUP, features, codes + r * (features // 4) * WORDS,
-                       base + p.at_code_scale + scales + r, base + p.at_code_minus + scales + r,
-                       base + p.at_code_own + scales + r)
+        quantize_range(m, at + r * GROUP, features, codes, r, base + p.at_code_scale + scales + r,
+                       base + p.at_code_minus + scales + r, base + p.at_code_own + scales + r)
 
 
 @inline
@@ -406,7 +412,7 @@ def lower_rows(m, p, base, own, rows, g, n, features):
     scales = number * p.scales_step
     x = Codes(base + p.at_codes + number * p.codes_step, groups4, base + p.at_code_scale + scales,
               base + p.at_code_minus + scales, base + p.at_code_own + scales)
-    w = Panels(p.w2 + g // 4 * p.columns + n * groups4, p.c2 + number * p.columns * (1 + BEHIND) + n, p.columns)
+    w = Panels(p.w2 + g // 4 * p.columns + n * groups4, p.c2 + number * p.columns * (1 + OWN_TERMS) + n, p.columns)
     separately(product_rows, (g > 0, m, x, rows, w, features, base + p.at_sums + n, p.columns, own + p.at_wide))
 
 
