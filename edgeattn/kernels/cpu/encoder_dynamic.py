@@ -202,8 +202,8 @@ class FeedForward(RowKernel):
         p.shared_size = size if rows <= ff.FEW_ROWS else 0
         p.at_wide, size = place(size, _wide_size(max(p.groups4, ff.GROUP // 4)))
         p.at_row, size = place(size, 4 * p.groups4 + VIRTUAL_LANES)
-        p.at_hidden, size = place(size, some * ff.GROUP)
-        p.at_gate, p.private_size = place(size, some * ff.GROUP * p.gated)
+        p.at_hidden, size = place(size, some * ff.ROW)
+        p.at_gate, p.private_size = place(size, some * ff.ROW * p.gated)
         work = 2 * rows * p.hidden_up * ((2 if p.gated else 1) * 4 * p.groups4 + p.columns)
         return PreparedCall(ff.feed_forward_dynamic, packed(p, ff.FEED_FORWARD), ADDRESSES, np.float32, p.shared_size,
                             p.private_size, work, fixed=(self._address,))

@@ -65,6 +65,7 @@ from .simd import (
 from .word_products import Words, product_of_words, split_row
 
 GROUP = 256  # hidden features that share a scale
+ROW = GROUP + 16  # from row to row of them: a power of two would have all rows in a few sets of the cache
 BLOCK = 32 if AS_WORDS and not ADDS_FIRST else 64  # rows that pass a feed-forward together
 FEW_ROWS = 24  # up to so many rows, threads share the features; then the rows
 DEPTH = 64  # what rows of bytes are padded to: whole numbers of vectors of bytes for every instruction set
@@ -424,23 +425,23 @@ def raise_rows(m, p, base, own, rows, g):
     features = min(GROUP, p.hidden_up - g)
     at, at_gate, x4 = own + p.at_hidden, own + p.at_gate, p.groups4
     x, at_apart = codes_of_rows(p, base), base + p.at_apart
-    out = Sums(at, GROUP, False, True, p.s1 + g, p.b1 + g, p.v1 + g, p.hidden_up, p.apart1, at_apart)
+    out = Sums(at, ROW, False, True, p.s1 + g, p.b1 + g, p.v1 + g, p.hidden_up, p.apart1, at_apart)
     separately(product_rows, (m, x, rows, Panels(p.w1 + g * x4, p.c1 + g, p.hidden_up), features, out,
                               own + p.at_wide))
     if p.gated != 0:
-        out = Sums(at_gate, GROUP, False, True, p.gate_s + g, p.gate_b + g, p.gate_v + g, p.hidden_up, p.apart1,
+        out = Sums(at_gate, ROW, False, True, p.gate_s + g, p.gate_b + g, p.gate_v + g, p.hidden_up, p.apart1,
                    at_apart)
         separately(product_rows, (m, x, rows, Panels(p.gate_w + g * x4, p.gate_c + g, p.hidden_up), features, out,
                                   own + p.at_wide))
-        separately(activate_rows, (p.activation, True, m.f, at_gate, GROUP, rows, features))
-        multiply_rows(m.f, at_gate, GROUP, m.f, at, GROUP, rows, features)
+        separately(activate_rows, (p.activation, True, m.f, at_gate, ROW, rows, features))
+        multiply_rows(m.f, at_gate, ROW, m.f, at, ROW, rows, features)
     else:
-        separately(activate_rows, (p.activation, True, m.f, at, GROUP, rows, features))
+        separately(activate_rows, (p.activation, True, m.f, at, ROW, rows, features))
     number = g // GROUP
     codes, scales = base + p.at_codes + number * p.codes_step, number * p.scales_step
     for r in range(rows):
-        take_apart(m, at + r * GROUP, p.j2, g, features, p.apart2, base + p.at_hidden_apart + r * COLUMNS_APART)
-        quantize_range(m, at + r * GROUP, features, codes, r, base + p.at_code_scale + scales + r,
+        take_apart(m, at + r * ROW, p.j2, g, features, p.apart2, base + p.at_hidden_apart + r * COLUMNS_APART)
+        quantize_range(m, at + r * ROW, features, codes, r, base + p.at_code_scale + scales + r,
                        base + p.at_code_minus + scales + r, base + p.at_code_own + scales + r)
 
 

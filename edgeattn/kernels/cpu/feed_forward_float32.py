@@ -22,7 +22,7 @@ from .row_products import NO_BIAS, Weights, product_rows
 from .simd import ROWS, WIDTH, address_of, pointer_to
 from .views import Blocks, Rows
 
-CHAIN = 64  # products that are summed one after another; the sums of the chains are summed then
+CHAIN = 128  # products that are summed one after another; the sums of the chains are summed then
 HIDDEN = 256  # hidden features in scratch at a time, a multiple of CHAIN
 BLOCK = 64  # rows that pass a feed-forward together
 FEW_ROWS = 24  # up to so many rows, threads share the features; then the rows
