@@ -59,9 +59,10 @@ def word_limit(steps, a, b, private, begin, end):
     """tile_limit() of bytes that have become words, as word_products.py multiplies them."""
     for _ in range(begin, end):
         tile = tile_zero(ROWS, COLUMNS, b)
-        for k in range(steps):
+        for k in range(0, steps, 2):
             near = k & (NEAR - 1)
-            tile = add_products_of_wide(tile, a, 2 * near, 2, b, near * 2 * WIDTH)
+            tile = add_products_of_wide(tile, a, 2 * near, b, near * 2 * WIDTH)
+            tile = add_products_of_wide(tile, a, 2 * near + 2, b, (near + 1) * 2 * WIDTH)
         tile_store(tile, private, 0, WIDTH, LANES)
 
 

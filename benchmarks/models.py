@@ -64,11 +64,9 @@ def minilm() -> Subject:
                            for n, count in ((20, SAMPLES), (12, 20)))
     else:
         sys.path.insert(0, str(ROOT / "examples" / "minilm"))
-        from sentences import EVALUATION
-        text = (ROOT / "README.md").read_text().replace("\n", " ")
-        said = [sentence for sentence in text.split(". ") if 20 < len(sentence) < 300][:SAMPLES]
+        from sentences import CALIBRATION, EVALUATION
         samples, judged = ([np.array(each.ids) for each in model._tokenizer.encode_batch(list(texts))]
-                           for texts in (said, EVALUATION))
+                           for texts in (CALIBRATION, EVALUATION))
     text = np.concatenate(judged)
 
     def make(shape: tuple[int, int]) -> np.ndarray:

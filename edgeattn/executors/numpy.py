@@ -153,7 +153,7 @@ class NumpyOps(Recorder, Ops["Float32s"]):
 
     def embed(self, table: Float32s, ids: NDArray[Any], name: str) -> Float32s:
         """Rows of a table."""
-        return self._keep(name, table[ids])
+        return self._keep(name, np.asarray(table).take(ids, axis=0))
 
     def pool(self, x: Float32s, lengths: Sequence[int], kind: Pooling, name: str) -> Float32s:
         """One row per sequence."""

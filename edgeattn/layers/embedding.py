@@ -74,7 +74,7 @@ class Embedding(Stored):
     def positions(self, ids: NDArray[np.int64], first: int = 0) -> NDArray[np.int64]:
         """The rows of `position_weight` for ids (B, L), before which there were `first` tokens."""
         if self.padding_id is None:
-            return np.broadcast_to(np.arange(first, first + ids.shape[1]), ids.shape)
+            return np.arange(first, first + ids.shape[1])[None].repeat(len(ids), axis=0)
         real = ids != self.padding_id
         rows: NDArray[np.int64] = self.padding_id + real * (np.cumsum(real, axis=1) + first)
         return rows

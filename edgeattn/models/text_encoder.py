@@ -153,8 +153,9 @@ class TextEncoder(Placeable, Stored):
 
         ids, lengths = _id_array("ids", ids)
         self._check_ids(ids, "ids", len(self.embedding.token_weight), "vocabulary")
-        types = np.zeros_like(ids)
-        if token_type_ids is not None:
+        if token_type_ids is None:
+            types = np.zeros(ids.shape, np.int64)
+        else:
             types, type_lengths = _id_array("token_type_ids", token_type_ids)
             if types.shape != ids.shape or type_lengths != lengths:
                 raise ValueError(f"token_type_ids must have the shape of ids, {_shape(ids, lengths)}, got "
@@ -175,13 +176,15 @@ class TextEncoder(Placeable, Stored):
         if lengths is None and real is not None:
             options["key_padding_mask"] = real
         positions = self.embedding.positions(ids, held)
-        result: Float32s = np.zeros((*ids.shape, self.embed_dim), np.float32)
+        shape = (*ids.shape, self.embed_dim)
         with self.encoder.prepared(ids.shape, **options) as sequences:
             if lengths is None and ids.size:
                 rows = self.forward(CompiledOps(), ids.ravel(), positions.ravel(), types.ravel(), sequences)
-                result = rows.reshape(result.shape)
-            elif real is not None and real.any():
-                result[real] = self.forward(CompiledOps(), ids[real], positions[real], types[real], sequences)
+                result: Float32s = rows.reshape(shape)
+            else:
+                result = np.zeros(shape, np.float32)
+                if real is not None and real.any():
+                    result[real] = self.forward(CompiledOps(), ids[real], positions[real], types[real], sequences)
         if lengths is None and real is not None:
             result[~real] = 0
         return result
@@ -273,7 +276,7 @@ class TextEncoder(Placeable, Stored):
         return made
 
     def _check_ids(self, ids: NDArray[np.int64], name: str, entries: int, what: str) -> None:
-        if ids.size and not (ids.min() >= 0 and ids.max() < entries):
+        if ids.size and np.maximum.reduce(ids.view(np.uint64), None) >= entries:  # where negative ones are large
             row, column = np.argwhere((ids < 0) | (ids >= entries))[0]
             raise ValueError(f"{name} must lie between 0 and {entries - 1}, the model's {what}, got "
                              f"{ids[row, column]} in sequence {row} at token {column}; is the tokenizer this model's?")
@@ -306,7 +309,7 @@ def _id_array(name: str, ids: Any) -> tuple[NDArray[np.int64], list[int] | None]
         raise TypeError(f"{name} must be an integer array, got dtype {array.dtype}")
     if array.ndim != 2:
         raise ValueError(f"{name} must be (B, L), got shape {array.shape}")
-    return array.astype(np.int64), lengths
+    return np.ascontiguousarray(array, np.int64), lengths
 
 
 def _shape(ids: NDArray[np.int64], lengths: list[int] | None) -> str:
@@ -350,14 +353,13 @@ def _real_tokens(ids: NDArray[np.int64], lengths: list[int] | None, attention_ma
 
     None where all are real; and for lengths where others stand elsewhere.
     """
-    column = np.arange(ids.shape[1])
-    if lengths is not None:
-        if attention_mask is not None:
-            raise ValueError("attention_mask must be left out where ids are a list of sequences that differ in length, "
-                             "got both")
-        return column < np.array(lengths, np.int64)[:, None], lengths
     if attention_mask is None:
-        return None, None
+        if lengths is None:
+            return None, None
+        return np.arange(ids.shape[1]) < np.array(lengths, np.int64)[:, None], lengths
+    if lengths is not None:
+        raise ValueError("attention_mask must be left out where ids are a list of sequences that differ in length, "
+                         "got both")
     mask = as_array("attention_mask", attention_mask)
     if mask.shape != ids.shape:
         raise ValueError(f"attention_mask must have the shape of ids, {ids.shape}, got {mask.shape}")
@@ -367,5 +369,5 @@ def _real_tokens(ids: NDArray[np.int64], lengths: list[int] | None, attention_ma
     if real.all():
         return None, None
     counts = real.sum(axis=1)
-    ends = (real == (column < counts[:, None])).all()
+    ends = (real == (np.arange(ids.shape[1]) < counts[:, None])).all()
     return real, counts.tolist() if ends else None

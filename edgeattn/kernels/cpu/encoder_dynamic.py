@@ -17,7 +17,7 @@ from .matmul import round_up
 from .norm import ADDRESSES
 from .projection_dynamic import join_depth
 from .records import blank, packed, place
-from .simd import ADDS_FIRST, VIRTUAL_LANES, WIDTH, own_products
+from .simd import ADDS_FIRST, ROWS, VIRTUAL_LANES, WIDTH, own_products
 
 MOST_OUTLIERS = ff.COLUMNS_APART
 
@@ -113,7 +113,7 @@ def _pack(weight, bias, channels, group, w, c, s, b, v):
 
 def _rows_of(p, rows, groups4, columns):
     """Lay out what belongs to so many rows together; the elements it takes."""
-    p.at_bytes, size = place(0, rows * groups4 * ff.WORDS)
+    p.at_bytes, size = place(0, round_up(rows, ROWS) * groups4 * ff.WORDS)
     p.at_scale, size = place(size, rows)
     p.at_minus, size = place(size, rows)
     p.at_own, size = place(size, rows)
@@ -193,9 +193,10 @@ class FeedForward(RowKernel):
         p = SimpleNamespace(**vars(self._parameters) | {"rows": rows})
         some = min(rows, ff.BLOCK)
         groups = max(-(-p.hidden // ff.GROUP), 1) if rows <= ff.FEW_ROWS else 1
-        p.codes_step, p.scales_step = (some * ff.GROUP // 4 * ff.WORDS, some) if groups > 1 else (0, 0)
+        codes = round_up(some, ROWS) * ff.GROUP // 4 * ff.WORDS
+        p.codes_step, p.scales_step = (codes, some) if groups > 1 else (0, 0)
         size = _rows_of(p, some, p.groups4, p.columns)
-        p.at_codes, size = place(size, groups * some * ff.GROUP // 4 * ff.WORDS)
+        p.at_codes, size = place(size, groups * codes)
         p.at_code_scale, size = place(size, groups * some)
         p.at_code_minus, size = place(size, groups * some)
         p.at_code_own, size = place(size, groups * some)
@@ -203,8 +204,8 @@ class FeedForward(RowKernel):
         p.shared_size = size if rows <= ff.FEW_ROWS else 0
         p.at_wide, size = place(size, _wide_size(max(p.groups4, ff.GROUP // 4)))
         p.at_row, size = place(size, 4 * p.groups4 + VIRTUAL_LANES)
-        p.at_hidden, size = place(size, some * ff.GROUP)
-        p.at_gate, p.private_size = place(size, some * ff.GROUP * p.gated)
+        p.at_hidden, size = place(size, some * ff.ROW)
+        p.at_gate, p.private_size = place(size, some * ff.ROW * p.gated)
         work = max(2 * rows * p.hidden_up * ((2 if p.gated else 1) * 4 * p.groups4 + p.columns),
                    work_of_reading(self.weights))
         return PreparedCall(ff.feed_forward_dynamic, packed(p, ff.FEED_FORWARD), ADDRESSES, np.float32, p.shared_size,

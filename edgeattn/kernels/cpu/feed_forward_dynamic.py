@@ -44,6 +44,7 @@ from .simd import (
     load,
     max_lanes,
     maximum,
+    outer_product,
     outer_product_of_words,
     pointer_to,
     round_to_int,
@@ -55,6 +56,7 @@ from .simd import (
     tile_add_columns,
     tile_add_down,
     tile_add_outer,
+    tile_map,
     tile_of_products,
     tile_scale,
     tile_store,
@@ -63,6 +65,7 @@ from .simd import (
 from .word_products import Words, product_of_words, split_row
 
 GROUP = 256  # hidden features that share a scale
+ROW = GROUP + 16  # from row to row of them: a power of two would have all rows in a few sets of the cache
 BLOCK = 32 if AS_WORDS and not ADDS_FIRST else 64  # rows that pass a feed-forward together
 FEW_ROWS = 24  # up to so many rows, threads share the features; then the rows
 DEPTH = 64  # what rows of bytes are padded to: whole numbers of vectors of bytes for every instruction set
@@ -80,7 +83,7 @@ FEED_FORWARD = record(
     _ROWS_OF, "at_codes at_code_scale at_code_minus at_code_own at_hidden_apart codes_step scales_step",
     "at_wide at_row at_hidden at_gate shared_size private_size")
 WORDS = 2 if AS_WORDS else 1  # elements that four bytes of a row take in scratch
-BEHIND = 1 if ADDS_FIRST else 0  # whether they are bytes in the second half of that at first
+OWN_TERMS = 1 if ADDS_FIRST else 0  # whether minus a channel's own products are behind the sums of its weights
 _ZERO = np.float32(0)
 _SIGN = np.int32(-2147483648)
 _EVEN_BYTES, _EIGHT = np.int32(0x00FF00FF), np.int32(8)
@@ -104,6 +107,25 @@ class Panels(NamedTuple):
     at: int
     at_c: int
     own_step: int
+
+
+class Sums(NamedTuple):
+    """Where products go, as float32: rows from `at` on, `row` apart; begun: they are added to what is there.
+
+    finished: they are not, and become y s + b + x_J V_J: where the scales, biases and V, rows `v_step` apart, of these
+    channels are, how many features are `apart`, and where x_J of the first row is.
+    """
+
+    at: int
+    row: int
+    begun: bool
+    finished: bool
+    at_s: int
+    at_b: int
+    at_v: int
+    v_step: int
+    apart: int
+    at_apart: int
 
 
 class Memory(NamedTuple):
@@ -136,13 +158,16 @@ def take_apart(m, at, j, first, width, apart, kept):
 
 
 @inline
-def split_codes(m, at, groups4, at_own):
-    """Four bytes an element to 16-bit numbers, as products take them, where AS_WORDS.
+def place_of_codes(at_row, groups4, out, r):
+    """Where a row at at_row becomes bytes: as row r of those at `out` or, where ADDS_FIRST, in its own place."""
+    return at_row if ADDS_FIRST else out + r * groups4 * WORDS
 
-    The bytes (groups4,) are at `at` or, where ADDS_FIRST, groups4 elements behind it.
-    """
+
+@inline
+def split_codes(m, at, groups4, out, r, at_own):
+    """Four bytes an element (groups4,) to 16-bit numbers, as products take row r of `out`, where AS_WORDS."""
     if ADDS_FIRST:
-        split_row(m.i, at + groups4, groups4, m.i, at, at_own)
+        split_row(m.i, at, groups4, m.i, out, r, at_own)
     elif AS_WORDS:
         for i in range(at, at + groups4, LANES):
             four = load(m.i, i)
@@ -151,18 +176,22 @@ def split_codes(m, at, groups4, at_own):
 
 
 @inline
-def quantize_row(m, at, groups4, out, at_scale, at_minus, at_own):
-    """A row to bytes, symmetric: bytes, scale, and what the sum of a channel's weights times is added to products."""
+def quantize_row(m, at, groups4, out, r, at_scale, at_minus, at_own):
+    """A row, which changes, to bytes, row r of those at `out`, symmetric: bytes, scale, and what the sum of a channel's
+    weights times is added to products.
+    """
     largest = float_of_bits(splat(largest_of_row(m.f, at, 4 * groups4)))
     m.f[at_scale] = first_lane(scale_of(largest))
     m.i[at_minus] = np.int32(-OFFSET)
-    join_row(m.f, at, 4 * groups4, inverse_of(largest), FLIP, m.i, out + BEHIND * groups4)
-    split_codes(m, out, groups4, at_own)
+    to = place_of_codes(at, groups4, out, r)
+    join_row(m.f, at, 4 * groups4, inverse_of(largest), FLIP, m.i, to)
+    split_codes(m, to, groups4, out, r, at_own)
 
 
 @inline
-def quantize_range(m, at, width, out, at_scale, at_minus, at_own):
+def quantize_range(m, at, width, out, r, at_scale, at_minus, at_own):
     """A row to bytes with a zero point; otherwise as quantize_row. width a multiple of DEPTH."""
+    to = place_of_codes(at, width // 4, out, r)
     high = splat(np.int32(0))
     low = high
     for e in range(0, width, LANES):  # as integers: a NaN is larger than all numbers
@@ -182,8 +211,8 @@ def quantize_range(m, at, width, out, at_scale, at_minus, at_own):
         c1 = round_to_int(load(m.f, i + LANES) * inverse) + shift
         c2 = round_to_int(load(m.f, i + 2 * LANES) * inverse) + shift
         c3 = round_to_int(load(m.f, i + 3 * LANES) * inverse) + shift
-        store(m.i, out + (BEHIND * width + e) // 4, join_bytes(c0, c1, c2, c3) ^ splat(FLIP))
-    split_codes(m, out, width // 4, at_own)
+        store(m.i, to + e // 4, join_bytes(c0, c1, c2, c3) ^ splat(FLIP))
+    split_codes(m, to, width // 4, out, r, at_own)
 
 
 @task
@@ -195,8 +224,8 @@ def quantize_input(m, p, a, row, base, r, own, norm, at_norm, j, apart):
     if norm != NO_NORM:
         normalize_row(m.f, at, p.width, norm, m.factors, at_norm)
     take_apart(m, at, j, 0, p.width, apart, base + p.at_apart + r * COLUMNS_APART)
-    quantize_row(m, at, p.groups4, base + p.at_bytes + r * p.groups4 * WORDS, base + p.at_scale + r,
-                 base + p.at_minus + r, base + p.at_own + r)
+    quantize_row(m, at, p.groups4, base + p.at_bytes, r, base + p.at_scale + r, base + p.at_minus + r,
+                 base + p.at_own + r)
 
 
 @inline
@@ -208,77 +237,95 @@ def codes_of_rows(p, base):
 # --- products ----------------------------------------------------------------------------------------------------
 
 @inline
-def multiply_tile(tile, begun, m, at_x, at_w, groups4, at_scale, out, out_row):
-    """out = scale (tile + x w^T), plus what is in out, if begun."""
+def scale_and_add(y, factors, at, behind):
+    """y times a scale, plus the bias `behind` it."""
+    return fma(y, load(factors, at), load(factors, at + behind))
+
+
+@inline
+def finish_tile(tile, t, f, m, x, out):
+    """The products of rows from t on and channels from f on, times each row's scale, as `out` says."""
+    to = out.at + t * out.row + f
+    if out.begun:
+        tile_accumulate(tile, m.f, x.at_scale + t, m.f, to, out.row)
+    elif out.finished:
+        y = tile_map(tile_scale(tile, m.f, x.at_scale + t), scale_and_add, m.factors, out.at_s + f, LANES,
+                     out.at_b - out.at_s)
+        for k in range(out.apart):
+            y = outer_product(y, m.f, out.at_apart + t * COLUMNS_APART + k, COLUMNS_APART, m.factors,
+                              out.at_v + k * out.v_step + f)
+        tile_store(y, m.f, to, out.row, LANES)
+    else:
+        tile_store(tile_scale(tile, m.f, x.at_scale + t), m.f, to, out.row, LANES)
+
+
+@inline
+def multiply_tile(tile, t, f, m, x, w, out):
+    """A tile, plus x w^T, finished."""
+    groups4 = x.groups4
+    at_x, at_w = x.at + t * groups4 * WORDS, w.at + f * groups4
     if AS_WORDS:
         for k in range(groups4):
             tile = outer_product_of_words(tile, m.i, at_x + k, WORDS * groups4, groups4, m.weights, at_w + k * WIDTH)
     else:
         tile = multiply(tile, m.u, at_x, groups4, 1, m.weights, at_w, groups4)
-    if begun:
-        tile_accumulate(tile, m.f, at_scale, m.f, out, out_row)
-    else:
-        tile_store(tile_scale(tile, m.f, at_scale), m.f, out, out_row, LANES)
+    finish_tile(tile, t, f, m, x, out)
 
 
 @inline
-def product_of_bytes(begun, m, x, rows, w, features, out, out_row):
+def product_of_bytes(m, x, rows, w, features, out):
     """product_rows() of bytes, or of words as they are."""
-    groups4, at_scale, at_minus, at_c = x.groups4, x.at_scale, x.at_minus, w.at_c
+    at_minus, at_c = x.at_minus, w.at_c
     for f in range(0, features, WIDTH):
-        at_panel, at, t = w.at + f * groups4, out + f, 0
+        t = 0
         while t < rows:
-            left, from_row, to_row = rows - t, x.at + t * groups4 * WORDS, at + t * out_row
+            left = rows - t
             if left >= ROWS:
                 tile = tile_of_products(ROWS, COLUMNS, m.i, at_minus + t, m.weights, at_c + f)
-                multiply_tile(tile, begun, m, from_row, at_panel, groups4, at_scale + t, to_row, out_row)
+                multiply_tile(tile, t, f, m, x, w, out)
                 t += ROWS
             elif left >= 4:
                 tile = tile_of_products(4, COLUMNS, m.i, at_minus + t, m.weights, at_c + f)
-                multiply_tile(tile, begun, m, from_row, at_panel, groups4, at_scale + t, to_row, out_row)
+                multiply_tile(tile, t, f, m, x, w, out)
                 t += 4
             elif left == 3:
                 tile = tile_of_products(3, COLUMNS, m.i, at_minus + t, m.weights, at_c + f)
-                multiply_tile(tile, begun, m, from_row, at_panel, groups4, at_scale + t, to_row, out_row)
+                multiply_tile(tile, t, f, m, x, w, out)
                 t += 3
             elif left == 2:
                 tile = tile_of_products(2, COLUMNS, m.i, at_minus + t, m.weights, at_c + f)
-                multiply_tile(tile, begun, m, from_row, at_panel, groups4, at_scale + t, to_row, out_row)
+                multiply_tile(tile, t, f, m, x, w, out)
                 t += 2
             else:
                 tile = tile_of_products(1, COLUMNS, m.i, at_minus + t, m.weights, at_c + f)
-                multiply_tile(tile, begun, m, from_row, at_panel, groups4, at_scale + t, to_row, out_row)
+                multiply_tile(tile, t, f, m, x, w, out)
                 t += 1
 
 
 @inline
-def start_sums(tile, t, f, begun, m, x, w, out, out_row):
+def start_sums(tile, t, f, m, x, w, out):
     """What a tile of zeros is before products are added."""
     tile = tile_add_outer(tile, m.i, x.at_minus + t, m.weights, w.at_c + f)
     return tile_add_columns(tile_add_down(tile, m.i, x.at_own + t), m.weights, w.at_c + w.own_step + f)
 
 
 @inline
-def finish_sums(tile, rows, t, f, begun, m, x, w, out, out_row):
-    """out = scale tile, plus what is in out, if begun."""
-    to = out + t * out_row + f
-    if begun:
-        tile_accumulate(tile, m.f, x.at_scale + t, m.f, to, out_row)
-    else:
-        tile_store(tile_scale(tile, m.f, x.at_scale + t), m.f, to, out_row, LANES)
+def finish_sums(tile, rows, t, f, m, x, w, out):
+    """finish_tile(), as product_of_words calls it."""
+    finish_tile(tile, t, f, m, x, out)
 
 
 @task
-def product_rows(begun, m, x, rows, w, features, out, out_row, at_wide):
-    """out (rows, features) = scale (x w^T + minus c), plus what is in out, if begun.
+def product_rows(m, x, rows, w, features, out, at_wide):
+    """out (rows, features) = scale (x w^T + minus c), or what `out` says.
 
-    x: Codes; w: Panels (features / WIDTH, groups4, WIDTH); c (features,): sums of w; at_wide: room for words
+    x: Codes; w: Panels (features / WIDTH, groups4, WIDTH); c (features,): sums of w; out: Sums; at_wide: room for words
     """
     if ADDS_FIRST:
-        product_of_words(start_sums, finish_sums, (begun, m, x, w, out, out_row),
-                         Words(m.i, x.at, x.groups4, at_wide), rows, m.weights, w.at, features)
+        product_of_words(start_sums, finish_sums, (m, x, w, out), Words(m.i, x.at, x.groups4, at_wide), rows,
+                         m.weights, w.at, features)
     else:
-        product_of_bytes(begun, m, x, rows, w, features, out, out_row)
+        product_of_bytes(m, x, rows, w, features, out)
 
 
 @task
@@ -305,16 +352,17 @@ def add_second(m, at, out_up, low, lows):
 
 @inline
 def multiply_linear(m, p, base, own, rows, f, features):
-    """The sums of the channels from f on of the rows at base."""
-    separately(product_rows, (False, m, codes_of_rows(p, base), rows, Panels(p.w + f * p.groups4, p.c + f, p.columns),
-                              features, base + p.at_sums + f, p.columns, own + p.at_wide))
+    """The channels from f on of the rows at base, without the second ones."""
+    out = Sums(base + p.at_sums + f, p.columns, False, True, p.s + f, p.b + f, p.v + f, p.columns, p.apart,
+               base + p.at_apart)
+    separately(product_rows, (m, codes_of_rows(p, base), rows, Panels(p.w + f * p.groups4, p.c + f, p.columns),
+                              features, out, own + p.at_wide))
 
 
 @inline
 def finish_linear(m, p, a, base, row, rows):
     """All that follows the sums of the rows at base, of which `row` is the first."""
     at = base + p.at_sums
-    separately(scale_rows, (m, at, p.columns, rows, p.columns, p.s, p.b, p.v, p.columns, p.apart, base + p.at_apart))
     for r in range(rows):
         add_second(m, at + r * p.columns, p.out_up, p.low, p.lows)
     separately(activate_rows, (p.activation, True, m.f, at, p.columns, rows, p.out_up))
@@ -377,26 +425,24 @@ def raise_rows(m, p, base, own, rows, g):
     features = min(GROUP, p.hidden_up - g)
     at, at_gate, x4 = own + p.at_hidden, own + p.at_gate, p.groups4
     x, at_apart = codes_of_rows(p, base), base + p.at_apart
-    separately(product_rows, (False, m, x, rows, Panels(p.w1 + g * x4, p.c1 + g, p.hidden_up), features, at, GROUP,
+    out = Sums(at, ROW, False, True, p.s1 + g, p.b1 + g, p.v1 + g, p.hidden_up, p.apart1, at_apart)
+    separately(product_rows, (m, x, rows, Panels(p.w1 + g * x4, p.c1 + g, p.hidden_up), features, out,
                               own + p.at_wide))
-    separately(scale_rows, (m, at, GROUP, rows, features, p.s1 + g, p.b1 + g, p.v1 + g, p.hidden_up, p.apart1,
-                            at_apart))
     if p.gated != 0:
-        separately(product_rows, (False, m, x, rows, Panels(p.gate_w + g * x4, p.gate_c + g, p.hidden_up), features,
-                                  at_gate, GROUP, own + p.at_wide))
-        separately(scale_rows, (m, at_gate, GROUP, rows, features, p.gate_s + g, p.gate_b + g, p.gate_v + g,
-                                p.hidden_up, p.apart1, at_apart))
-        separately(activate_rows, (p.activation, True, m.f, at_gate, GROUP, rows, features))
-        multiply_rows(m.f, at_gate, GROUP, m.f, at, GROUP, rows, features)
+        out = Sums(at_gate, ROW, False, True, p.gate_s + g, p.gate_b + g, p.gate_v + g, p.hidden_up, p.apart1,
+                   at_apart)
+        separately(product_rows, (m, x, rows, Panels(p.gate_w + g * x4, p.gate_c + g, p.hidden_up), features, out,
+                                  own + p.at_wide))
+        separately(activate_rows, (p.activation, True, m.f, at_gate, ROW, rows, features))
+        multiply_rows(m.f, at_gate, ROW, m.f, at, ROW, rows, features)
     else:
-        separately(activate_rows, (p.activation, True, m.f, at, GROUP, rows, features))
+        separately(activate_rows, (p.activation, True, m.f, at, ROW, rows, features))
     number = g // GROUP
     codes, scales = base + p.at_codes + number * p.codes_step, number * p.scales_step
     for r in range(rows):
-        take_apart(m, at + r * GROUP, p.j2, g, features, p.apart2, base + p.at_hidden_apart + r * COLUMNS_APART)
-        quantize_range(m, at + r * GROUP, features, codes + r * (features // 4) * WORDS,
-                       base + p.at_code_scale + scales + r, base + p.at_code_minus + scales + r,
-                       base + p.at_code_own + scales + r)
+        take_apart(m, at + r * ROW, p.j2, g, features, p.apart2, base + p.at_hidden_apart + r * COLUMNS_APART)
+        quantize_range(m, at + r * ROW, features, codes, r, base + p.at_code_scale + scales + r,
+                       base + p.at_code_minus + scales + r, base + p.at_code_own + scales + r)
 
 
 @inline
@@ -406,8 +452,9 @@ def lower_rows(m, p, base, own, rows, g, n, features):
     scales = number * p.scales_step
     x = Codes(base + p.at_codes + number * p.codes_step, groups4, base + p.at_code_scale + scales,
               base + p.at_code_minus + scales, base + p.at_code_own + scales)
-    w = Panels(p.w2 + g // 4 * p.columns + n * groups4, p.c2 + number * p.columns * (1 + BEHIND) + n, p.columns)
-    separately(product_rows, (g > 0, m, x, rows, w, features, base + p.at_sums + n, p.columns, own + p.at_wide))
+    w = Panels(p.w2 + g // 4 * p.columns + n * groups4, p.c2 + number * p.columns * (1 + OWN_TERMS) + n, p.columns)
+    out = Sums(base + p.at_sums + n, p.columns, g > 0, False, 0, 0, 0, 0, 0, 0)
+    separately(product_rows, (m, x, rows, w, features, out, own + p.at_wide))
 
 
 @inline

@@ -22,7 +22,7 @@ from .row_products import NO_BIAS, Weights, product_rows
 from .simd import WIDTH, address_of, pointer_to
 from .views import Blocks, Rows
 
-CHAIN = 64  # products that are summed one after another; the sums of the chains are summed then
+CHAIN = 128  # products that are summed one after another; the sums of the chains are summed then
 HIDDEN = 256  # hidden features in scratch at a time, a multiple of CHAIN
 STEP = HIDDEN + 16  # between their rows: a power of two would have all rows in a few sets of the cache
 NEAR = 2048  # of them, so many are made and activated while they are near

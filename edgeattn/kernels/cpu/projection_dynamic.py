@@ -135,7 +135,7 @@ def project_rows(x, tokens, scales, projection, apart, features, out, own, at_ti
     if ADDS_FIRST:
         at_words = at_own + TOKENS
         for t in range(tokens):
-            split_row(x.data, x.at + t * depth4, depth4, own.int32, at_words + 2 * t * depth4, at_own + t)
+            split_row(x.data, x.at + t * depth4, depth4, own.int32, at_words, t, at_own + t)
         product_of_words(_start_words, _finish_words, (panels, own, at_own, finish_with),
                          Words(own.int32, at_words, depth4, at_words + 2 * TOKENS * depth4), tokens,
                          panels.data, panels.at, panels.features)

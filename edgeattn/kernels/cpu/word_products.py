@@ -1,6 +1,6 @@
 """Products of bytes as words, as simd.word_tile says, where ADDS_FIRST: tile by tile, panel by panel.
 
-The first tile of a panel leaves its words for the others, which bring the next panel near.
+The first tile of a panel leaves its words for the others.
 """
 import numpy as np
 
@@ -25,12 +25,13 @@ from .simd import (
     tile_zero,
 )
 
-_NEAR = 32 * WIDTH  # how far ahead bytes are brought near that are read once
+_NEAR = 32 * WIDTH  # how far ahead bytes are brought near
 
 
 class Words(NamedTuple):
-    """Rows of pairs of words, of which there are depth4, from data[at] on.
+    """Tiles of ROWS rows of depth4 pairs of words, in data from `at` on: of each depth the pairs of a tile's rows.
 
+    Pair k of row r is at `at` + 2 * ((r // ROWS * depth4 + k) * ROWS + r % ROWS), in the last tile too.
     at_wide: where in data the words of a panel go, 2 * depth4 * WIDTH elements.
     """
 
@@ -41,14 +42,11 @@ class Words(NamedTuple):
 
 
 @inline
-def split_row(source, at, depth4, data, to, at_own):
-    """Four bytes an element (depth4,) to pairs of words, and minus the sum of their own products; depth4 as LANES.
-
-    The bytes may be the second half of where the words go.
-    """
-    own = splat(np.int32(0))
+def split_row(source, at, depth4, data, at_words, row, at_own):
+    """Four bytes an element (depth4,) to a row of Words, and minus the sum of their own products; depth4 as LANES."""
+    own, to = splat(np.int32(0)), at_words + 2 * (row // ROWS * depth4 * ROWS + row % ROWS)
     for i in range(0, depth4, LANES):
-        own = own + split_words(data, to + 2 * i, load(source, at + i))
+        own = own + split_words(data, to + 2 * ROWS * i, 2 * ROWS, load(source, at + i))
     data[at_own] = -sum_lanes(own)
 
 
@@ -60,35 +58,42 @@ def own_terms(codes):
 @register_jitable
 def words_scratch(rows, depth4):
     """Elements that rows of words take, what each adds, and the words of a panel."""
-    return round_up(rows, 16) + 2 * depth4 * (rows + WIDTH) if ADDS_FIRST else 0
+    return round_up(rows, 16) + 2 * depth4 * (round_up(rows, ROWS) + WIDTH) if ADDS_FIRST else 0
 
+
+# Two depths stand in one turn of each loop: fewer instructions beside those that multiply.
 
 @inline
 def _of_bytes(start, finish, arguments, zero, rows, x, w, at_w, f):
     tile = start(zero, 0, f, *arguments)
-    for k in range(x.depth4):
-        prefetch(w, at_w + k * WIDTH + _NEAR)
-        tile = add_word_products(tile, x.data, x.at + 2 * k, 2 * x.depth4, w, at_w + k * WIDTH)
+    for k in range(0, x.depth4, 2):
+        at_x, at = x.at + 2 * ROWS * k, at_w + k * WIDTH
+        prefetch(w, at + _NEAR)
+        tile = add_word_products(tile, x.data, at_x, w, at)
+        prefetch(w, at + WIDTH + _NEAR)
+        tile = add_word_products(tile, x.data, at_x + 2 * ROWS, w, at + WIDTH)
     finish(tile, rows, 0, f, *arguments)
 
 
 @inline
-def _of_words(start, finish, arguments, zero, rows, x, t, f, w, at_next, lines):
-    for i in range(lines):
-        prefetch(w, at_next + ((t // ROWS - 1) * lines + i) * WIDTH)
+def _of_words(start, finish, arguments, zero, rows, x, t, f):
     tile = start(zero, t, f, *arguments)
-    for k in range(x.depth4):
-        tile = add_products_of_wide(tile, x.data, x.at + 2 * (t * x.depth4 + k), 2 * x.depth4, x.data,
-                                    x.at_wide + 2 * k * WIDTH)
+    for k in range(0, x.depth4, 2):
+        at_x, at_wide = x.at + 2 * (t * x.depth4 + ROWS * k), x.at_wide + 2 * k * WIDTH
+        tile = add_products_of_wide(tile, x.data, at_x, x.data, at_wide)
+        tile = add_products_of_wide(tile, x.data, at_x + 2 * ROWS, x.data, at_wide + 2 * WIDTH)
     finish(tile, rows, t, f, *arguments)
 
 
 @inline
 def _widen(start, finish, arguments, zero, x, w, at_w, f):
     tile = start(zero, 0, f, *arguments)
-    for k in range(x.depth4):
-        tile = add_word_products_and_widen(tile, x.data, x.at + 2 * k, 2 * x.depth4, w, at_w + k * WIDTH, x.data,
-                                           x.at_wide + 2 * k * WIDTH)
+    for k in range(0, x.depth4, 2):
+        at_x, at, at_wide = x.at + 2 * ROWS * k, at_w + k * WIDTH, x.at_wide + 2 * k * WIDTH
+        prefetch(w, at + _NEAR)
+        tile = add_word_products_and_widen(tile, x.data, at_x, w, at, x.data, at_wide)
+        prefetch(w, at + WIDTH + _NEAR)
+        tile = add_word_products_and_widen(tile, x.data, at_x + 2 * ROWS, w, at + WIDTH, x.data, at_wide + 2 * WIDTH)
     finish(tile, ROWS, 0, f, *arguments)
 
 
@@ -98,26 +103,21 @@ def product_of_words(start, finish, arguments, x, rows, w, at_w, features):
 
     x: Words; w: panels (features / WIDTH, depth4, WIDTH) of bytes from at_w on
     """
-    like, depth4, more_tiles = x.data, x.depth4, (rows - 1) // ROWS
-    lines = (depth4 + more_tiles - 1) // max(more_tiles, 1)  # of the next panel that each of these tiles brings near
+    like = x.data
     for f in range(0, features, WIDTH):
-        at_panel = at_w + f * depth4
+        at_panel = at_w + f * x.depth4
         if rows > ROWS:
-            at_next, t = at_panel + depth4 * WIDTH, ROWS
+            t = ROWS
             _widen(start, finish, arguments, tile_zero(ROWS, COLUMNS, like), x, w, at_panel, f)
             while t + ROWS <= rows:
-                _of_words(start, finish, arguments, tile_zero(ROWS, COLUMNS, like), ROWS, x, t, f, w, at_next,
-                          lines)
+                _of_words(start, finish, arguments, tile_zero(ROWS, COLUMNS, like), ROWS, x, t, f)
                 t += ROWS
             if rows - t == 3:
-                _of_words(start, finish, arguments, tile_zero(3, COLUMNS, like), 3, x, t, f, w, at_next,
-                          lines)
+                _of_words(start, finish, arguments, tile_zero(3, COLUMNS, like), 3, x, t, f)
             elif rows - t == 2:
-                _of_words(start, finish, arguments, tile_zero(2, COLUMNS, like), 2, x, t, f, w, at_next,
-                          lines)
+                _of_words(start, finish, arguments, tile_zero(2, COLUMNS, like), 2, x, t, f)
             elif rows - t == 1:
-                _of_words(start, finish, arguments, tile_zero(1, COLUMNS, like), 1, x, t, f, w, at_next,
-                          lines)
+                _of_words(start, finish, arguments, tile_zero(1, COLUMNS, like), 1, x, t, f)
         elif rows == 4:
             _of_bytes(start, finish, arguments, tile_zero(4, COLUMNS, like), 4, x, w, at_panel, f)
         elif rows == 3:

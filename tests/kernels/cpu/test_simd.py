@@ -622,12 +622,12 @@ def test_products_and_columns_are_added_to_tiles():
 @njit(error_model="numpy")
 def _word_products(x, weights, words, wide, own, out):
     for i in range(2):
-        simd.store(own, i * N, simd.split_words(words, 1 + i * 2 * N, simd.load(x, i * N)))
+        simd.store(own, i * N, simd.split_words(words, 1 + 2 * i, 4, simd.load(x, i * N)))
     for k in range(N):
-        at, zero = 1 + 2 * k, simd.tile_zero(2, COLUMNS, weights)
-        first = simd.add_word_products(zero, words, at, 2 * N, weights, k * WIDTH)
-        second = simd.add_word_products_and_widen(zero, words, at, 2 * N, weights, k * WIDTH, wide, 3)
-        third = simd.add_products_of_wide(zero, words, at, 2 * N, wide, 3)
+        at, zero = 1 + 4 * k, simd.tile_zero(2, COLUMNS, weights)
+        first = simd.add_word_products(zero, words, at, weights, k * WIDTH)
+        second = simd.add_word_products_and_widen(zero, words, at, weights, k * WIDTH, wide, 3)
+        third = simd.add_products_of_wide(zero, words, at, wide, 3)
         for number, tile in enumerate((first, second, third)):
             simd.tile_store(tile, out, (3 * k + number) * 2 * WIDTH, WIDTH, N)
 
