@@ -1,6 +1,7 @@
 """The command `edgeattn info`: what this machine has, and what files hold."""
 import importlib.metadata
 import importlib.util
+import json
 import os
 import pathlib
 import platform
@@ -9,7 +10,7 @@ import textwrap
 
 import edgeattn
 from edgeattn import threads
-from edgeattn.cli_encode import open_model
+from edgeattn.cli_open import FORMS, open_model
 from edgeattn.kernels.cpu import fused
 from edgeattn.runtime import prebuilt, processor
 from edgeattn.runtime.isa import ISA
@@ -25,14 +26,34 @@ _OPTIONAL = {
 }
 
 
-def info(chosen):
-    """Say what this machine has, or what files hold."""
-    if chosen.files:
-        for i, path in enumerate(chosen.files):
-            print(*([""] if i else []), f"{path}: {_disk_size(path):,} bytes on disk", sep="\n")
-            _print_rows([(f"  {name}", text) for name, text in summary(open_model(path))])
-    else:
-        _print_rows([*_software(), *_processor(), *_cache(), *_cuda(), *_extras()])
+def add_to(commands):
+    """Add the command to those of `edgeattn`."""
+    command = commands.add_parser(
+        "info", help="versions, processor, threads, cache and optional packages of this machine; or what files hold",
+        description="Say what this machine has: include it when you report a problem. With files, what each holds.")
+    command.add_argument("files", nargs="*", metavar="FILE", help=FORMS)
+    command.add_argument("--json", action="store_true", help="print the same as JSON")
+    command.set_defaults(run=_info)
+
+
+def _info(chosen):
+    if not chosen.files:
+        rows = [*_software(), *_processor(), *_cache(), *_cuda(), *_extras()]
+        if chosen.json:
+            print(json.dumps({**dict(rows), "also read": [text for name, text in rows if name == "also read"],
+                              "versions": {name: _version(name) for name in (*_NEEDED, *sum(_OPTIONAL.values(), ()))},
+                              "instruction set": ISA.name, "number of threads": threads.get_num_threads(),
+                              "library": prebuilt.LIBRARY and str(prebuilt.LIBRARY.path)}, indent=1))
+        else:
+            _print_rows(rows)
+        return 0
+    found = [(path, _disk_size(path), summary(open_model(path))) for path in chosen.files]
+    if chosen.json:
+        print(json.dumps([{"file": path, "bytes on disk": size, **dict(rows)} for path, size, rows in found], indent=1))
+        return 0
+    for i, (path, size, rows) in enumerate(found):
+        print(*([""] if i else []), f"{path}: {size:,} bytes on disk", sep="\n")
+        _print_rows([(f"  {name}", text) for name, text in rows])
     return 0
 
 
@@ -115,9 +136,11 @@ def _cache():
         yield "cache", ("none, every process compiles anew: no folder is writable; set NUMBA_CACHE_DIR to one that is")
     for folder, writable in folders:
         if folder == used:
-            yield "cache", f"{folder} (used)"
-        else:
+            yield "cache", f"{folder} ({'used' if os.path.isdir(folder) else 'made when a kernel is compiled'})"
+        elif os.path.isdir(folder):
             yield "also read", f"{folder}{'' if writable else ' (not writable)'}"
+        elif not writable:
+            yield "not used", f"{folder}, which is not there and cannot be made"
 
 
 def _extras():

@@ -169,7 +169,7 @@ def test_encode_says_how_far_it_is_once_that_takes_long(command, folder, monkeyp
     ("encode t.safetensors a -o v.npy", "t.safetensors has no tokenizer: pass token ids to the model itself, or put a"),
     (f"encode {VIT} a -o v.npy", "vit must hold a TextEncoder to encode texts, got ImageEncoder"),
     ("encode layer.safetensors a -o v.npy", "layer.safetensors must hold a TextEncoder to encode texts, got MultiHead"),
-    ("encode none a -o v.npy", "edgeattn.from_pretrained reads a model's folder"),
+    ("encode none a -o v.npy", "edgeattn: none: No such file or directory\n"),
     (f"encode {SENTENCES} texts.txt -o v.npy", "TEXT 'texts.txt' is the name of a file: --from texts.txt encodes what"),
     (f"encode {SENTENCES} --from latin.txt -o v.npy", "line 2 of latin.txt must be UTF-8, and is not: unexpected end of"),
     (f"encode {SENTENCES} --from none.txt -o v.npy", "none.txt: No such file or directory"),
@@ -262,12 +262,12 @@ def test_a_layers_comparison_as_json(command):
     ("calibrate t.safetensors x.npy -o c.safetensors", "x.npy: ids must be an integer array, got dtype float32"),
     ("calibrate t.safetensors texts.txt -o c.safetensors", "texts.txt: this TextEncoder has no tokenizer"),
     (f"calibrate {SENTENCES} latin.txt -o c.safetensors", "latin.txt is not a whole .txt file of UTF-8"),
-    ("calibrate none x.npy -o c.safetensors", "edgeattn.from_pretrained reads a model's folder"),
+    ("calibrate none x.npy -o c.safetensors", "quant: none: No such file or directory\n"),
     ("compare e.safetensors t.safetensors x.npy", "quantized must be a TransformerEncoder, as model is; got TextEncoder"),
     ("export e.safetensors e.c --sequence-length 9", "got a TransformerEncoder, which only .tflite, .onnx, .safetensors and .so files"),
     ("export t.safetensors t.tflite --sequence-length 9", "export its encoder, model.encoder, whose inputs are"),
     ("export e.safetensors e.onnx --opset 12", "--opset must be one of 17 to 23; got 12"),
-    ("quantize e.safetensors -o q.safetensors --room-for-masks", "--room-for-masks must be left out for scheme='dynamic'"),
+    ("quantize e.safetensors -o q.safetensors --room-for-masks", "--room-for-masks must be left out for --scheme dynamic"),
 ])
 def test_quant_errors_are_one_line(command, line, message):
     before = sorted(Path().iterdir())
