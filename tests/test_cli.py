@@ -197,7 +197,7 @@ def test_inspect(quant_command):
     assert "StaticMultiHeadAttention" not in text
     assert "not int8: edgeattn cannot load it; quantize the float layer that it was made of" in " ".join(text.split())
     error = quant_command("inspect", "f.tflite", "--arithmetic", "tflm", status=2)
-    assert "arithmetic='tflm' applies to int8 layers, but f.tflite holds a float graph" in error
+    assert "--arithmetic tflm applies to int8 layers, but f.tflite holds a float graph" in error
 
     text = quant_command("inspect", "c.safetensors")
     assert "observer: minmax" in text
@@ -221,7 +221,7 @@ ERRORS = [
     ("calibrate layer.safetensors cut.npy -o c.safetensors", "quant: cut.npy is not a whole .npy file"),
     ("calibrate layer.safetensors objects.npy -o c.safetensors", "quant: objects.npy is not a whole .npy file"),
     ("calibrate layer.safetensors cut.npz -o c.safetensors", "quant: cut.npz is not a whole .npz file"),
-    ("calibrate layer.safetensors names.npz -o c.safetensors", "names.npz must be an array or a mapping with 'query'"),
+    ("calibrate layer.safetensors names.npz -o c.safetensors", "names.npz must hold 'query' and any of 'key'"),
     ("calibrate layer.safetensors x.npy -o c.json", "quant: path must end in .safetensors; got 'c.json'"),
     ("calibrate layer.safetensors x.npy -o no/c.safetensors", "cannot write no/c.safetensors: there is no folder no"),
     ("calibrate layer.safetensors x.npy -o c.safetensors --observer max", "Invalid value for '--observer'"),

@@ -132,9 +132,10 @@ def test_no_message_of_a_command_speaks_python(awkward, made, monkeypatch, capsy
     """Every line of wrong input that other tests know, and files of the wrong kind for every command."""
     models = [case for name in ("test_edgeattn_errors_are_one_line", "test_quant_errors_are_one_line")
               for case in getattr(test_cli_models, name).pytestmark[0].args[1]]
-    kinds = ["edgeattn"] * (len(models) - len(test_cli_models.test_quant_errors_are_one_line.pytestmark[0].args[1]))
+    of_quant = len(test_cli_models.test_quant_errors_are_one_line.pytestmark[0].args[1])
+    kinds = ["edgeattn"] * (len(models) - of_quant) + ["quant"] * of_quant
     lines = [(awkward, f"quant {line}") for line, _ in test_cli.ERRORS]
-    lines += [(made, f"{kind} {line}") for (line, _), kind in zip(models, kinds + ["quant"] * len(models))]
+    lines += [(made, f"{kind} {line}") for (line, _), kind in zip(models, kinds, strict=True)]
     wrong = ("x.npy", "cut.safetensors", "cut.tflite", "none.safetensors", "objects.npy", "names.npz")
     for file in wrong:
         lines += [(awkward, f"edgeattn {verb} {file}") for verb in ("info", "bench", "warmup")]
