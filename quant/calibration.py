@@ -65,6 +65,10 @@ class Calibration:
     lowest_row_maximum: float = np.inf
     masked: bool = False
 
+    def __repr__(self) -> str:
+        tensors = {name: seen.count for name, seen in self.statistics.items()}
+        return f"Calibration(observer={self.observer!r}, masked={self.masked}, values of tensors {tensors})"
+
     def merge(self, other: Calibration) -> Calibration:
         """Calibration on the data of both.
 
