@@ -111,8 +111,7 @@ def _compiling(did, what, **about):
 def _bench(chosen):
     """Median time of a call, batch 1, for every layer and length."""
     found = []
-    if not chosen.json:
-        print(f"{edgeattn.get_num_threads()} thread(s), {ISA.name}; batch 1, median of calls over half a second")
+    title = f"{edgeattn.get_num_threads()} thread(s), {ISA.name}; batch 1, median of calls over half a second\n"
     for path in chosen.layers:
         layer = open_model(path)
         for length in _lengths(layer, chosen.length, [16, 64, 256]):
@@ -127,7 +126,8 @@ def _bench(chosen):
             microseconds = statistics.median(times) * 1e6
             found.append({"file": path, "length": length, "microseconds": microseconds, "calls": len(times)})
             if not chosen.json:
-                print(f"{what}: {microseconds:.1f} us")
+                print(f"{title}{what}: {microseconds:.1f} us")
+                title = ""
     if chosen.json:
         about = {"threads": edgeattn.get_num_threads(), "instruction set": ISA.name}
         print(json.dumps({**about, "calls": found}, indent=1))

@@ -273,3 +273,17 @@ def test_readers_of_checkpoints(command, tmp_path):
     for line in ("edgeattn info layer.onnx", "quant inspect layer.onnx"):
         status, out, err = command(line)
         assert status == 0 and "MultiHeadAttention, float32" in out, err
+
+
+def test_encode_reads_onnx_with_a_tokenizer_and_bundles(command, monkeypatch):
+    """Which reader is asked, with what; tests/models and tests/test_bundle.py have what these read."""
+    model = edgeattn.from_pretrained(test_cli_models.SENTENCES)
+    asked = []
+    for name in ("m.onnx", "m.so"):
+        open(name, "wb").close()
+    monkeypatch.setattr(edgeattn.TextEncoder, "from_onnx", lambda *given, **named: asked.append((given, named)) or model)
+    monkeypatch.setattr("edgeattn.bundle.load", lambda path: asked.append(path) or model)
+    status, out, err = command("edgeattn encode m.onnx dog -o v.npy --tokenizer folder")
+    assert status == 0 and [str(asked[0][0][0]), str(asked[0][1]["tokenizer"])] == ["m.onnx", "folder"], err
+    assert command("edgeattn encode m.so dog -o w.npy")[0] == 0 and asked[1] == "m.so"
+    np.testing.assert_array_equal(np.load("v.npy"), np.load("w.npy"))
