@@ -168,7 +168,7 @@ def test_exit_statuses_are_those_of_the_help(command, monkeypatch, capsys):
     page = " ".join((ROOT / "docs/commands.md").read_text(encoding="utf-8").split())
     assert "0 done, 2 an error" in page and "130 interrupted" in page
 
-    def interrupted(*_):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
     monkeypatch.setattr(edgeattn.cli, "open_model", interrupted)
     monkeypatch.setattr(quant.cli, "describe_file", interrupted)
