@@ -42,7 +42,7 @@ endef
 setup_files = setup.cfg pyproject.toml tools/environment.py tools/find-python.sh
 
 .DEFAULT_GOAL := help
-.PHONY: help run examples example-self-vs-multihead example-minilm example-search example-sensor example-anomaly example-streaming example-image example-everywhere example-torch example-corpus libraries wheel wheels bench bench-start bench-peers bench-models bench-accuracy bench-same-bytes bench-resident bench-cuda test lint typecheck docs test-long test-libraries test-pythons test-published test-fence test-mutations fuzz test-arm64-short test-arm64 count-arm64 test-cortex-m test-cuda-offline test-cuda clean distclean
+.PHONY: help run examples example-self-vs-multihead example-minilm example-search example-sensor example-microcontroller example-anomaly example-streaming example-image example-everywhere example-torch example-corpus libraries wheel wheels bench bench-start bench-peers bench-models bench-accuracy bench-same-bytes bench-resident bench-cuda test lint typecheck docs test-long test-libraries test-pythons test-published test-fence test-mutations fuzz test-arm64-short test-arm64 count-arm64 test-cortex-m test-cuda-offline test-cuda clean distclean
 
 help: ## this list
 	@echo "edgeattn: small Transformers on small computers."
@@ -57,7 +57,7 @@ help: ## this list
 run: $(ready) ## the main job: float, int8, report, .tflite
 	@$(python) examples/digits/run.py $(ARGS)
 
-examples: run example-self-vs-multihead example-minilm example-search example-sensor example-anomaly example-streaming example-image example-everywhere example-corpus ## every example but torch's, each under a minute
+examples: run example-self-vs-multihead example-minilm example-search example-sensor example-microcontroller example-anomaly example-streaming example-image example-everywhere example-corpus ## every example but torch's, each under a minute
 
 example-self-vs-multihead: $(ready) ## one head against many: picture, table
 	@$(python) examples/self_vs_multihead.py
@@ -70,6 +70,9 @@ example-search: $(ready_minilm) ## search by meaning in pages, float32, int8
 
 example-sensor: $(ready) ## faults of a machine, float32 against int8
 	@$(python) examples/sensor/run.py
+
+example-microcontroller: $(ready) ## the same as C, here, and as a Cortex-M4
+	@$(python) examples/sensor/microcontroller.py
 
 example-anomaly: $(ready) ## faults in a series of sensors, cross-attention
 	@$(python) examples/sensor_anomaly.py

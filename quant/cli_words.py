@@ -24,6 +24,8 @@ ADVICE = {
         "make it with `quant quantize --arithmetic tflm`",
     "quantize it first, quant.quantize(layer, calibration, arithmetic='tflm')":
         "quantize it first, with `quant calibrate` and `quant quantize --arithmetic tflm`",
+    "quantize the float encoder with quant.quantize(encoder, quant.calibrate(encoder, batches), arithmetic='tflm')":
+        "make it of the float encoder with `quant calibrate` and `quant quantize --arithmetic tflm`",
     "quant.quantize makes one": "`quant quantize --scheme static` makes one",
     "quantize with scheme=": "quantize with --scheme ",
     "a layer of scheme=": "a layer of --scheme ",

@@ -28,7 +28,7 @@ WITHOUT_NUMPY = """
     test_cuda_int8 test_cuda_int8_functional test_cuda_laws test_packaging test_cuda_layers test_cuda_mutations test_cuda_on_device
     test_cuda_order test_cuda_precision test_cuda_probabilities test_cuda_torch test_cuda_versions test_decode
     test_dynamic_kernels test_encoder_dynamic test_encoder_float32 test_export_c test_fence test_generated_code
-    test_instruction_sets test_int8_operands test_interrupts test_isa test_jit
+    test_export_c_encoder test_instruction_sets test_int8_operands test_interrupts test_isa test_jit
     test_kernels_float32 test_kernels_int8 test_planted_bugs test_long_rows test_readers test_readme test_simd
     test_threads test_trusted
 """.split()
