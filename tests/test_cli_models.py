@@ -264,7 +264,7 @@ def test_a_layers_comparison_as_json(command):
     (f"calibrate {SENTENCES} latin.txt -o c.safetensors", "latin.txt is not a whole .txt file of UTF-8"),
     ("calibrate none x.npy -o c.safetensors", "quant: none: No such file or directory\n"),
     ("compare e.safetensors t.safetensors x.npy", "quantized must be a TransformerEncoder, as model is; got TextEncoder"),
-    ("export e.safetensors e.c --sequence-length 9", "got a TransformerEncoder, which only .tflite, .onnx, .safetensors and .so files"),
+    ("export e.safetensors e.c --sequence-length 9", "make it of the float encoder with `quant calibrate` and `quant quantize --arith"),
     ("export t.safetensors t.tflite --sequence-length 9", "export its encoder from Python, whose inputs are"),
     ("export e.safetensors e.onnx --opset 12", "--opset must be one of 17 to 23; got 12"),
     ("quantize e.safetensors -o q.safetensors --room-for-masks", "--room-for-masks must be left out for --scheme dynamic"),
