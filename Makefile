@@ -105,19 +105,20 @@ wheels: $(linking) ## ... for x86_64, and one for aarch64
 
 ##@ Measure
 
+# Its limits are kernels of its own, which Numba compiles.
 bench: $(ready) ## how fast, on this machine
-	@$(python) -m benchmarks $(ARGS)
+	@EDGEATTN_JIT=1 $(python) -m benchmarks $(ARGS)
 
 bench-start: $(ready) ## ... start of a process, beside peers
 	@$(python) -m benchmarks.start $(ARGS)
 
 bench-peers: $(ready_peers) ## ... beside other runtimes (large downloads)
-	@$(python) -m benchmarks --peers $(ARGS)
+	@EDGEATTN_JIT=1 $(python) -m benchmarks --peers $(ARGS)
 
 bench-models: $(ready_models) ## ... whole encoders beside others (large)
 	@$(VENV_MODELS)/bin/python -m benchmarks.models $(ARGS)
 
-bench-accuracy: $(ready_models) ## ... what int8 costs, in sentences, recordings
+bench-accuracy: $(ready_models) ## ... what int8 costs: sentences, images, ...
 	@$(VENV_MODELS)/bin/python -m benchmarks.tasks $(ARGS)
 
 bench-same-bytes: $(ready_models) ## ... do embeddings keep their bytes there
@@ -131,14 +132,18 @@ bench-cuda: $(ready_cuda) ## ... on a GPU, beside torch (its CUDA build)
 
 ##@ Change it
 
+# Tests, in as many processes as there are cores. What does not look at compiling runs on this machine's library, which
+# is compiled where it is not there, once for every environment; the others on kernels that Numba compiles.
+suite = $(python) -m pytest -n auto --dist loadfile --no-loadscope-reorder
+
 test: $(ready) ## the test suite
-	@$(python) -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
+	@$(if $(filter tests/%,$(ARGS)),$(suite) $(ARGS),$(suite) --prebuilt $(ARGS) && $(suite) --compiled $(ARGS))
 
 test-long: $(ready) ## ... in every long form, an hour and more
-	@$(python) -m pytest -n auto --dist loadfile --no-loadscope-reorder --long $(ARGS)
+	@$(suite) --long $(ARGS)
 
-test-libraries: libraries ## ... on compiled kernels, what compiles nothing
-	@EDGEATTN_JIT=0 $(python) -m pytest -n auto --dist loadfile --no-loadscope-reorder --numpy $(ARGS)
+test-libraries: $(ready) ## ... of it what looks at no compiling
+	@$(suite) --prebuilt $(ARGS)
 
 test-pythons: $(linking) ## ... wheel, sdist in clean environments, Pythons
 	@$(python) tools/pythons.py $(ARGS)

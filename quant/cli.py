@@ -15,7 +15,7 @@ from edgeattn import messages
 from edgeattn.alive import alive
 from edgeattn.arithmetic import KERNEL_SETS
 from edgeattn.cli_parser import EXIT_STATUS, SHELLS, nearest
-from edgeattn.files.paths import check_output
+from edgeattn.files.paths import check_output, write_atomic
 from edgeattn.files.tensor_files import read_npy
 from quant.calibration import Calibration
 from quant.cli_source import layer_options, path_argument, with_file_names
@@ -130,13 +130,18 @@ def calibrate(source, data, output, observer, as_json):
               help="Of a model: float32 leaves its attention as it is; int8 unless given.")
 @click.option("--room-for-masks", is_flag=True,
               help="static: leave room below the scores for a mask that a .tflite, .onnx or .c shall hold.")
+@click.option("--override", "overrides", multiple=True, metavar="NAME=VALUE",
+              help="Several may be given. Half a layer of a model, layers.0.feed_forward or layers.*.attention: "
+                   "static, dynamic or float32. A tensor of static attention, scores or layers.*.attention.scores: "
+                   "minmax, mse, percentile, percentile:SHARE or LOW:HIGH.")
 @json_option
-def quantize(source, calibration, output, scheme, arithmetic, attention, room_for_masks, as_json):
+def quantize(source, calibration, output, scheme, arithmetic, attention, room_for_masks, overrides, as_json):
     """Make an int8 layer of LAYER and of CALIBRATION, which `quant calibrate` wrote.
 
     A model needs no CALIBRATION unless it shall be static: one chooses on your data which inputs stay float32.
     """
     check_paths(output, source.path, calibration)
+    overrides = dict(map(read_override, overrides)) or None
     layer = source.read()
     if isinstance(layer, edgeattn.QuantizedMultiHeadAttention):
         raise click.UsageError(f"{source.path} is int8 already: give the float layer that it was made of")
@@ -149,7 +154,8 @@ def quantize(source, calibration, output, scheme, arithmetic, attention, room_fo
         seen = None if calibration is None else ModelCalibration.load(calibration)
         with alive("quantizing"):
             edgeattn.save(quant.quantize(layer, seen, scheme=scheme, attention=attention,
-                                         arithmetic=arithmetic or "litert", room_for_masks=room_for_masks), output)
+                                         arithmetic=arithmetic or "litert", room_for_masks=room_for_masks,
+                                         overrides=overrides), output)
         tell(as_json, {"output": output, "scheme": scheme, "attention": attention},
              f"wrote {output}: {scheme} int8, attention {attention}, float in and out")
         return
@@ -161,10 +167,11 @@ def quantize(source, calibration, output, scheme, arithmetic, attention, room_fo
     if scheme == "dynamic" and (calibration is not None or arithmetic is not None):
         raise click.UsageError("--scheme dynamic takes neither CALIBRATION nor --arithmetic for a layer")
     if scheme == "dynamic":
-        edgeattn.save(quant.quantize(layer, scheme=scheme), output)
+        edgeattn.save(quant.quantize(layer, scheme=scheme, overrides=overrides), output)
         tell(as_json, {"output": output, "scheme": scheme}, f"wrote {output}: dynamic int8, float in and out")
         return
-    quantized = quant.quantize(layer, Calibration.load(calibration), arithmetic=arithmetic or "litert")
+    quantized = quant.quantize(layer, Calibration.load(calibration), arithmetic=arithmetic or "litert",
+                               overrides=overrides)
     edgeattn.save(quantized, output)
     tell(as_json, {"output": output, "scheme": scheme, "arithmetic": quantized.arithmetic},
          f"wrote {output}: static int8, equal to {quantized.arithmetic}")
@@ -176,13 +183,23 @@ def quantize(source, calibration, output, scheme, arithmetic, attention, room_fo
 @click.argument("data", nargs=-1, required=True, type=path_argument)
 @arithmetic_option
 @json_option
-def compare(source, quantized, data, arithmetic, as_json):
+@click.option("--model-explorer", type=path_argument, metavar="FILE.json",
+              help="Also write signal over noise as node data of Google's Model Explorer, for the file of --tflite.")
+@click.option("--tflite", type=path_argument, help="What `quant export` wrote of QUANTIZED; QUANTIZED where it is one.")
+def compare(source, quantized, data, arithmetic, as_json, model_explorer, tflite):
     """Say what int8 cost: every tensor of QUANTIZED against LAYER on DATA; of a model each half of each layer."""
+    tflite = tflite or (quantized if quantized.suffix == ".tflite" else None)
+    if model_explorer is not None:
+        if tflite is None:
+            raise click.UsageError("--model-explorer needs --tflite, whose nodes are named")
+        check_paths(model_explorer, source.path, quantized, tflite, *data)
     layer = source.read()
     int8 = edgeattn.load(quantized, arithmetic=arithmetic)
     with alive("comparing", bar=True):
         report = with_file_names(layer, data, lambda batches: quant.compare(layer, int8, batches))
     report = dataclasses.replace(report, lints=[in_words_of_the_command(lint) for lint in report.lints])
+    if model_explorer is not None:
+        write_atomic(model_explorer, report.to_model_explorer(tflite).encode())
     if as_json:
         click.echo(report.to_json())
         return
@@ -290,6 +307,20 @@ def tell(as_json: bool, values: dict, *lines: str) -> None:
 def say(text: str) -> None:
     """Print a line, or several where it is long."""
     click.echo(fill(text))
+
+
+def read_override(text: str) -> tuple[str, object]:
+    """The name and the value of one --override."""
+    name, sign, value = text.partition("=")
+    first, colon, last = value.partition(":")
+    if not (name and sign and value):
+        raise click.UsageError(f"--override must be NAME=VALUE; got {text!r}")
+    if not colon:
+        return name, value
+    try:
+        return name, (first if first == "percentile" else float(first), float(last))
+    except ValueError:
+        raise click.UsageError(f"--override must end in percentile:SHARE or LOW:HIGH, numbers; got {text!r}") from None
 
 
 def check_paths(output: Path, *inputs: Path | None) -> None:

@@ -26,6 +26,8 @@ ADVICE = {
         "quantize it first, with `quant calibrate` and `quant quantize --arithmetic tflm`",
     "quantize the float encoder with quant.quantize(encoder, quant.calibrate(encoder, batches), arithmetic='tflm')":
         "make it of the float encoder with `quant calibrate` and `quant quantize --arithmetic tflm`",
+    "overrides=report.overrides() makes what costs most dynamic": "`quant quantize --override NAME=dynamic` makes what "
+                                                                  "costs most dynamic",
     "quant.quantize makes one": "`quant quantize --scheme static` makes one",
     "quantize with scheme=": "quantize with --scheme ",
     "a layer of scheme=": "a layer of --scheme ",
