@@ -2,7 +2,7 @@
 
 from edgeattn.lazy import names_from as _names_from
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # A name's module is imported when the name is asked for: `edgeattn.bundle` must not bring Numba in.
 _HOMES = {

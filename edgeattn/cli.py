@@ -1,124 +1,136 @@
 """The command `edgeattn`: what a device has, what files hold, how fast they run, and vectors of texts."""
-import argparse
 import contextlib
-import importlib.metadata
-import importlib.util
-import os
-import pathlib
-import platform
+import json
 import statistics
 import sys
-import textwrap
 import time
 
 import numpy as np
 
 import edgeattn
-from edgeattn import cli_encode, messages, threads
-from edgeattn.cli_encode import open_model
+from edgeattn import cli_encode, cli_info, messages
+from edgeattn.alive import alive
+from edgeattn.cli_open import FORMS, open_model
+from edgeattn.cli_parser import SHELLS, Parser, completion
+from edgeattn.cli_words import in_words_of_the_command
 from edgeattn.files.paths import named
 from edgeattn.kernels.cpu import entries, fused
-from edgeattn.runtime import compiler, prebuilt, processor
+from edgeattn.runtime import compiler, prebuilt
 from edgeattn.runtime.isa import ISA
-from edgeattn.summary import summary
-
-_WIDTH = 80
-_NEEDED = ("numpy", "numba", "llvmlite", "safetensors")
-# Reading a .tflite and computing what it computes needs none of these.
-_OPTIONAL = {
-    "other runtimes": ("ai-edge-litert", "tflite-runtime", "tflite-micro"),
-    "texts": ("tokenizers",),
-    "workbench": ("flatbuffers", "click", "rich"),
-}
-_FILE = ".safetensors or int8 .tflite file, or a folder of a model for edgeattn.from_pretrained"
 
 
 def main(arguments=None):
     """Run the command; returns its exit status. Without a command it prints its help."""
-    parser = argparse.ArgumentParser(prog="edgeattn", description="Attention for small computers.")
+    parser = _parser()
+    chosen, left = parser.parse_known_args(arguments)
+    if getattr(chosen, "texts", None) == [] and not any(text.startswith("-") and text != "-" for text in left):
+        chosen.texts, left = left, []  # argparse takes all of TEXT that stand behind FILE, even none before an option
+    if left:
+        chosen.parser.refuse(left)
+    messages.show()
+    try:
+        return chosen.run(chosen)
+    except OSError as error:
+        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    except (ImportError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+        message = in_words_of_the_command(str(error))
+    except KeyboardInterrupt:
+        print("edgeattn: interrupted", file=sys.stderr)
+        return 130
+    print("edgeattn:", " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+def _parser():
+    parser = Parser(prog="edgeattn", description="Attention for small computers.")
     parser.add_argument("--version", action="version", version=f"edgeattn {edgeattn.__version__}")
-    parser.set_defaults(run=lambda _: parser.print_help() or 2)
+    parser.set_defaults(run=lambda _: parser.print_help() or 2, parser=parser)
     commands = parser.add_subparsers(metavar="COMMAND")
-    info = commands.add_parser(
-        "info", help="versions, processor, threads, cache and optional packages of this machine; or what files hold",
-        description="Say what this machine has: include it when you report a problem. With files, what each holds.")
-    info.add_argument("files", nargs="*", metavar="FILE", help=_FILE)
-    info.set_defaults(run=_info)
+    cli_info.add_to(commands)
     for name, run, text, files, otherwise in (
             ("warmup", _warmup, "compile ahead of time what layers and models need, so that no later process waits",
              "*", "; none: every kernel, for minutes"),
             ("bench", _bench, "time layers, encoders and models on this machine", "+", "")):
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        command.add_argument("layers", nargs=files, metavar="FILE", help=_FILE + otherwise)
+        command.add_argument("layers", nargs=files, metavar="FILE", help=FORMS + otherwise)
         command.add_argument("--length", type=int, nargs="+", default=None, metavar="L",
                              help="tokens per call; an image has as many as it has")
+        command.add_argument("--json", action="store_true", help="print the same as JSON")
         command.set_defaults(run=run)
     cli_encode.add_to(commands)
-    chosen, left = parser.parse_known_args(arguments)
-    if getattr(chosen, "texts", None) == [] and not any(text.startswith("-") and text != "-" for text in left):
-        chosen.texts, left = left, []  # argparse takes all of TEXT that stand behind FILE, even none before an option
-    if left:
-        parser.error(f"unrecognized arguments: {' '.join(left)}")
-    messages.show()
-    try:
-        return chosen.run(chosen)
-    except OSError as error:
-        print("edgeattn:", f"{error.filename}: {error.strerror}" if error.filename else error, file=sys.stderr)
-    except (ImportError, TypeError, ValueError) as error:
-        print("edgeattn:", " ".join(str(error).split()), file=sys.stderr)
-    except KeyboardInterrupt:
-        print("edgeattn: interrupted", file=sys.stderr)
-    return 2
+    shell = commands.add_parser("completion", help="what a shell needs to complete this command",
+                                description='Print it: eval "$(edgeattn completion bash)" in ~/.bashrc; for fish '
+                                            "edgeattn completion fish | source")
+    shell.add_argument("shell", choices=SHELLS, metavar="SHELL", help=", ".join(SHELLS))
+    shell.set_defaults(run=lambda chosen: print(completion(parser, chosen.shell)))
+    for command in commands.choices.values():
+        command.set_defaults(parser=command)
+    return parser
 
 
 def _warmup(chosen):
     """Use every layer in each way; say what that cost, and whether a later process will find the machine code."""
+    did = []
     if not chosen.layers:
-        with _said_what_compiled("every kernel"):
+        with _compiling(did, "every kernel"):
             for entry in entries.ENTRIES.values():
                 entry.compile()
     for path in chosen.layers:
         layer = open_model(path)
         for length in _lengths(layer, chosen.length, [16]):
-            with named(path), _said_what_compiled(f"{path}, {_what(layer, length)}"):
+            with named(path), _compiling(did, f"{path}, {_what(layer, length)}", file=path, length=length):
                 _call(layer, length)
                 for cache in _caches(layer, (length or 0) + 1):
                     _call(layer, length, kv_cache=cache, is_causal=True)
-    if prebuilt.LIBRARY is not None:
-        print(f"Kernels come compiled, in {prebuilt.LIBRARY.path}")
-        return 0
-    from edgeattn.runtime import kernel_cache
+    library, folder = prebuilt.LIBRARY and str(prebuilt.LIBRARY.path), None
+    if library is None:
+        from edgeattn.runtime import kernel_cache
 
-    folder = kernel_cache.kept_in(fused.layer_float32.py_func)
-    print(f"Machine code is kept in {folder}" if folder else
+        folder = kernel_cache.kept_in(fused.layer_float32.py_func)
+    if chosen.json:
+        print(json.dumps({"compiled": did, "library": library, "cache": folder}, indent=1))
+        return 0
+    for each in did:
+        new = each["kernels"]
+        print(f"{each['what']}: {each['seconds']:.2f} s, "
+              + (f"{new} kernel{'s'[:new != 1]} compiled" if new else "nothing to compile"))
+    print(f"Kernels come compiled, in {library}" if library else f"Machine code is kept in {folder}" if folder else
           "Nothing is kept: no cache folder is writable; set NUMBA_CACHE_DIR to one that is.")
     return 0
 
 
 @contextlib.contextmanager
-def _said_what_compiled(what):
-    """Say afterwards how long it took, and how many kernels were compiled."""
+def _compiling(did, what, **about):
+    """Add to `did` how long it took, and how many kernels were compiled."""
     before, began = compiler.compiled(), time.perf_counter()
-    yield
-    seconds, new = time.perf_counter() - began, compiler.compiled() - before
-    print(f"{what}: {seconds:.2f} s, " + (f"{new} kernel{'s'[:new != 1]} compiled" if new else "nothing to compile"))
+    with alive(what):
+        yield
+    did.append({"what": what, **about, "seconds": time.perf_counter() - began, "kernels": compiler.compiled() - before})
 
 
 def _bench(chosen):
     """Median time of a call, batch 1, for every layer and length."""
+    found = []
     title = f"{edgeattn.get_num_threads()} thread(s), {ISA.name}; batch 1, median of calls over half a second\n"
     for path in chosen.layers:
         layer = open_model(path)
         for length in _lengths(layer, chosen.length, [16, 64, 256]):
-            with named(path):
+            what = f"{path}, {_what(layer, length)}"
+            with named(path), alive(what):
                 call = _call(layer, length)
             times, until = [], time.perf_counter() + 0.5
             while len(times) < 5 or time.perf_counter() < until:
                 began = time.perf_counter()
                 call()
                 times.append(time.perf_counter() - began)
-            print(f"{title}{path}, {_what(layer, length)}: {statistics.median(times) * 1e6:.1f} us")
-            title = ""
+            microseconds = statistics.median(times) * 1e6
+            found.append({"file": path, "length": length, "microseconds": microseconds, "calls": len(times)})
+            if not chosen.json:
+                print(f"{title}{what}: {microseconds:.1f} us")
+                title = ""
+    if chosen.json:
+        about = {"threads": edgeattn.get_num_threads(), "instruction set": ISA.name}
+        print(json.dumps({**about, "calls": found}, indent=1))
     return 0
 
 
@@ -189,113 +201,6 @@ def _call_model(model, length, kv_cache):
         model(x[:, :1], kv_cache=kv_cache)
     model(x)
     return lambda: model(x)
-
-
-def _info(chosen):
-    if chosen.files:
-        for i, path in enumerate(chosen.files):
-            print(*([""] if i else []), f"{path}: {_disk_size(path):,} bytes on disk", sep="\n")
-            _print_rows([(f"  {name}", text) for name, text in summary(open_model(path))])
-    else:
-        _print_rows([*_software(), *_processor(), *_cache(), *_cuda(), *_extras()])
-    return 0
-
-
-def _disk_size(path):
-    """Bytes of a file, or of all in a folder."""
-    if not os.path.isdir(path):
-        return os.path.getsize(path)
-    return sum(file.stat().st_size for file in pathlib.Path(path).rglob("*") if file.is_file())
-
-
-def _print_rows(rows):
-    width = max(len(name) for name, _ in rows)
-    for name, text in rows:
-        print(textwrap.fill(f"{name:{width}}  {text}", _WIDTH, subsequent_indent=" " * (width + 2),
-                            break_long_words=False, break_on_hyphens=False))
-
-
-def _software():
-    yield "edgeattn", edgeattn.__version__ + ("" if _version("edgeattn") else " (not installed, run from its folder)")
-    yield "python", f"{platform.python_version()} ({sys.executable or 'no executable'})"
-    yield "system", platform.platform()
-    yield "packages", ", ".join(f"{name} {_version(name) or '(not installed)'}" for name in _NEEDED)
-
-
-def _processor():
-    if prebuilt.LIBRARY is None:
-        import llvmlite.binding
-
-        features = {name for name, there in llvmlite.binding.get_host_cpu_features().items() if there}
-        yield "processor", f"{llvmlite.binding.get_host_cpu_name()} ({platform.machine()}), as LLVM sees it"
-        yield "kernels", f"compiled here, by Numba: of libraries, {prebuilt.REASON}"
-    else:
-        features = processor.flags()
-        yield "processor", f"{platform.machine()}, as Linux sees it"
-        yield "kernels", f"{prebuilt.LIBRARY.path}: {prebuilt.REASON}"
-    forced = " (asked for by EDGEATTN_ISA)" if os.environ.get("EDGEATTN_ISA") else ""
-    yield "kernels for", f"{ISA.name}{forced}: {ISA.lanes} floats or {4 * ISA.lanes} int8 per instruction"
-    yield "features", " ".join(sorted(features)) or "none known"
-    if prebuilt.LIBRARY is None:
-        import numba
-
-        if numba.config.CPU_NAME or numba.config.CPU_FEATURES:
-            yield "compiled for", (f"{numba.config.CPU_NAME or 'this processor'} "
-                                   f"{numba.config.CPU_FEATURES or ''}".rstrip())
-    yield "threads", (f"{threads.get_num_threads()} unless edgeattn.threads.set_num_threads says otherwise; "
-                      f"{_usable_cores()} of {os.cpu_count()} cores usable")
-
-
-def _cuda():
-    if importlib.util.find_spec("numba") is None:
-        yield "CUDA", "not used: Numba is not installed, which writes the kernels of a GPU"
-        return
-    from edgeattn.kernels.cuda.driver import driver, why_not
-
-    reason = why_not()
-    if reason is None:
-        yield "CUDA", f"{driver().name()}, compute capability {'.'.join(map(str, driver().capability()))}"
-    else:
-        yield "CUDA", f"not used: {reason}"
-
-
-def _usable_cores():
-    # a container or taskset may grant fewer than the machine has
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def _cache():
-    if prebuilt.LIBRARY is not None:
-        return
-    import numba
-
-    from edgeattn.runtime import kernel_cache
-
-    if numba.config.DISABLE_JIT:
-        yield "cache", "none: NUMBA_DISABLE_JIT is set, kernels run as plain Python"
-        return
-    folders = [(folder, kernel_cache.usable(folder)) for folder in kernel_cache.folders(fused.layer_float32.py_func)]
-    used = next((folder for folder, writable in folders if writable), None)
-    if used is None:
-        yield "cache", ("none, every process compiles anew: no folder is writable; set NUMBA_CACHE_DIR to one that is")
-    for folder, writable in folders:
-        if folder == used:
-            yield "cache", f"{folder} (used)"
-        else:
-            yield "also read", f"{folder}{'' if writable else ' (not writable)'}"
-
-
-def _extras():
-    yield ".tflite files", "read and computed with what is here; the packages below are for more"
-    for purpose, packages in _OPTIONAL.items():
-        yield purpose, ", ".join(f"{name} {_version(name) or '(not installed)'}" for name in packages)
-
-
-def _version(package):
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The command `edgeattn encode`: vectors of texts."""
 import io
+import json
 import os
 import re
 import sys
@@ -9,16 +10,13 @@ from pathlib import Path
 import numpy as np
 
 import edgeattn
+from edgeattn.alive import alive
 from edgeattn.checks import count
+from edgeattn.cli_open import open_model
 from edgeattn.files.paths import check_output, write_atomic
 
 TEXTS_AT_ONCE = 256  # between two words about how far it is
 PATIENCE = 1.0  # seconds without one
-
-
-def open_model(path):
-    """The layer or model in a file, or in a folder of another library."""
-    return edgeattn.from_pretrained(path) if os.path.isdir(path) else edgeattn.load(path)
 
 
 def add_to(commands):
@@ -26,7 +24,8 @@ def add_to(commands):
     encode = commands.add_parser(
         "encode", help="vectors of texts, by a text encoder, as a .npy file",
         description="Write a vector for each text to a .npy file, float32, in the order of the texts.")
-    encode.add_argument("model", metavar="FILE", help="a .safetensors file of a text encoder, or a folder of one")
+    encode.add_argument("model", metavar="FILE",
+                        help="a text encoder: a .safetensors, .so (bundle) or .onnx file, or a folder")
     encode.add_argument("texts", nargs="*", metavar="TEXT", help="a text; - or none: standard input, a text per line")
     encode.add_argument("--from", dest="files", action="append", default=[], metavar="FILE",
                         help="a file with a text per line, UTF-8; may be given again")
@@ -34,6 +33,9 @@ def add_to(commands):
     encode.add_argument("--batch-size", type=int, default=32, metavar="N", help="texts computed at a time (default 32)")
     encode.add_argument("--max-length", type=int, default=None, metavar="N",
                         help="cut texts after so many tokens; unless given, as the model's folder says")
+    encode.add_argument("--tokenizer", type=Path, default=None, metavar="FOLDER",
+                        help="of an .onnx file: where tokenizer.json is, unless that is its folder")
+    encode.add_argument("--json", action="store_true", help="print what was written as JSON")
     encode.set_defaults(run=_encode)
 
 
@@ -44,7 +46,11 @@ def _encode(chosen):
         raise ValueError(f"--output must end in .npy, got {str(output)!r}")
     check_output(output, Path(chosen.model), *files)
     names, texts = _texts(chosen.texts, files)
-    model = open_model(chosen.model)
+    if chosen.tokenizer is not None and not chosen.model.endswith(".onnx"):
+        raise ValueError(f"--tokenizer must be left out but for an .onnx file, got {chosen.model}: what else holds a "
+                         "model holds its tokenizer")
+    with alive(f"reading {chosen.model}"):
+        model = open_model(chosen.model, texts=True, tokenizer=chosen.tokenizer)
     if not isinstance(model, edgeattn.TextEncoder):
         raise TypeError(f"{chosen.model} must hold a TextEncoder to encode texts, got {type(model).__name__}")
     if chosen.max_length is not None:
@@ -66,7 +72,10 @@ def _encode(chosen):
     content, whole = io.BytesIO(), np.concatenate(vectors)
     np.save(content, whole)
     write_atomic(output, content.getvalue())
-    print(f"wrote {output}: {len(whole):,} vector{'s'[:len(whole) != 1]} of {model.embed_dim}, float32")
+    if chosen.json:
+        print(json.dumps({"output": str(output), "vectors": len(whole), "width": model.embed_dim, "dtype": "float32"}))
+    else:
+        print(f"wrote {output}: {len(whole):,} vector{'s'[:len(whole) != 1]} of {model.embed_dim}, float32")
     return 0
 
 

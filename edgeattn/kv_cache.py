@@ -23,6 +23,7 @@ from edgeattn.checks import (
     write_result,
 )
 from edgeattn.device import place
+from edgeattn.hints import hinted
 from edgeattn.kernels.cpu import float32, reference_float32
 from edgeattn.kernels.cpu.cache_int8 import store
 from edgeattn.kernels.cpu.decode import decode, decode_slots
@@ -117,6 +118,7 @@ class KVCache:
         Bytes of storage.
     """
 
+    @hinted
     def __init__(
         self, batch: SupportsIndex, num_kv_heads: SupportsIndex, capacity: SupportsIndex, head_dim: SupportsIndex, *,
         value_dim: SupportsIndex | None = None, dtype: CacheDtype = "float32", scales: tuple[Real, Real] | None = None,

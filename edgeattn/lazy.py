@@ -10,6 +10,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 
+def dir_of(package: str, homes: Mapping[str, str]) -> Callable[[], list[str]]:
+    """The package's `__dir__`: the names it is for, and no module of it."""
+    def names() -> list[str]:
+        return sorted({*(name for name in vars(sys.modules[package]) if name.startswith("__")), *homes})
+    return names
+
+
 def names_from(package: str, homes: Mapping[str, str]) -> Callable[[str], object]:
     """The package's `__getattr__`.
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgeattn.checks import count, flag, float_array, to_float32
+from edgeattn.hints import hinted
 
 if TYPE_CHECKING:
     from typing import SupportsIndex
@@ -36,6 +37,7 @@ class RelativePositionBias:
         From which on all distances share the last bucket.
     """
 
+    @hinted
     def __init__(self, table: ArrayLike, *, bidirectional: Flag = True, max_distance: SupportsIndex = 128):
         array = float_array("table", table)
         self.bidirectional = flag("bidirectional", bidirectional)

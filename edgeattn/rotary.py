@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgeattn.checks import as_array, count, flag, float_array, number, result_dtype
+from edgeattn.hints import hinted
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -133,6 +134,7 @@ class RotaryEmbedding:
         Position of the first key, at least 0.
     """
 
+    @hinted
     def __init__(self, rotary_embedding_dim: SupportsIndex, *, base: Real = 10000.0, interleaved: Flag = False,
                  offset: SupportsIndex = 0):
         self._table = rotary_cache(1, rotary_embedding_dim, base=base)

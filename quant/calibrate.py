@@ -7,6 +7,7 @@ import warnings
 from typing import TYPE_CHECKING, overload
 
 from edgeattn.checks import is_one_of
+from edgeattn.hints import hinted
 from quant.calibration import Calibration, check_layer, fingerprint, observe
 from quant.model_calibration import ModelCalibration, calibrate_model, large_by_name
 from quant.model_calls import MODELS, encoder_of
@@ -35,6 +36,7 @@ def calibrate(layer: Model, batches: Iterable[ModelBatch], *, executor: Executor
               ) -> ModelCalibration: ...
 
 
+@hinted
 def calibrate(layer: Any, batches: Iterable[Any], *, observer: Observer = "minmax", executor: Executor | None = None
               ) -> Calibration | ModelCalibration:
     """Run ``layer`` over ``batches`` and remember the range of every tensor, of a whole encoder of every feature.

@@ -80,6 +80,10 @@ class Calibration:
         size = max(abs(scores.minimum), abs(scores.maximum)) if scores.count else 0.0
         return size > _NO_SCORE and self.widest_row <= _EQUAL * size
 
+    def __repr__(self) -> str:
+        tensors = {name: seen.count for name, seen in self.statistics.items()}
+        return f"Calibration(observer={self.observer!r}, masked={self.masked}, values of tensors {tensors})"
+
     def merge(self, other: Calibration) -> Calibration:
         """Calibration on the data of both.
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, overload
 
 import numpy as np
 
+from edgeattn.hints import hinted
 from edgeattn.layers import MultiHeadAttention
 from edgeattn.quantized import (
     INPUTS,
@@ -53,6 +54,7 @@ def compare(layer: Model, quantized: Model, batches: Iterable[ModelBatch], *, de
             ) -> ModelReport: ...
 
 
+@hinted
 def compare(layer: Any, quantized: Any, batches: Iterable[Any], *, detail: Detail | None = None
             ) -> Report | ModelReport:
     """Compare every tensor and every head of ``quantized`` with the float ``layer`` on ``batches``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 
 import edgeattn
 from edgeattn.arithmetic import CODE_MAX, CODE_MIN
+from edgeattn.cli_open import open_model
 from edgeattn.files.tflite_file import parse, read_bytes
 from edgeattn.layers import MultiHeadAttention
 from edgeattn.quantized import INPUTS, AddMask, DynamicMultiHeadAttention, MulConstant, StaticMultiHeadAttention
@@ -37,8 +39,8 @@ def describe_file(path, *, arithmetic: str | None = None) -> Iterator:
     path = Path(path)
     if path.suffix == ".tflite":
         yield from _describe_tflite(path, arithmetic)
-    elif path.is_dir():
-        yield from _describe_model(edgeattn.from_pretrained(path))
+    elif path.is_dir() or path.suffix in (".onnx", ".so"):
+        yield from _describe_model(open_model(path))
     elif is_calibration(path):
         if arithmetic is not None:
             raise ValueError(f"arithmetic={arithmetic!r} applies to int8 layers, but {path} holds a calibration")
@@ -55,6 +57,35 @@ def describe_file(path, *, arithmetic: str | None = None) -> Iterator:
             yield from _describe_float(layer)
         else:
             yield from _describe_model(layer)
+
+
+def values_of(parts: Iterable) -> dict:
+    """What `describe_file` gives, for programs: what stands before ": " of a line, the other lines, and the tables."""
+    values: dict = {"about": [], "tables": []}
+    for part in parts:
+        if not isinstance(part, str):
+            columns = [str(column.header) for column in part.columns]
+            cells = zip(*(map(_value, column.cells) for column in part.columns), strict=True)
+            values["tables"].append([dict(zip(columns, row, strict=True)) for row in cells])
+            continue
+        name, colon, text = " ".join(part.split()).partition(": ")
+        if not colon:
+            values["about"].append(name)
+        elif name in values:
+            values[name] = [*(values[name] if isinstance(values[name], list) else [values[name]]), text]
+        else:
+            values[name] = text
+    return values
+
+
+def _value(cell: object) -> object:
+    """A cell of a table, as a number where it is one."""
+    text = str(cell).replace(",", "")
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            if np.isfinite(number := kind(text)):
+                return number
+    return str(cell)
 
 
 def arithmetic_of_tflite(arithmetic: str | None) -> str:
@@ -171,10 +202,15 @@ def _describe_calibration(calibration: Calibration) -> Iterator:
 
 def describe_seen(calibration: Calibration, layer: MultiHeadAttention) -> str:
     """How many tokens ``layer`` was calibrated on; the keys' too where they are an input of their own."""
-    tokens = [f"{calibration.statistics['query_input'].count // max(layer.embed_dim, 1):,} tokens"]
+    tokens = [f"{tokens_seen(calibration, layer):,} tokens"]
     if calibration.sources[1]:
         tokens.append(f"{calibration.statistics['key_input'].count // max(layer.kdim, 1):,} of keys")
     return " and ".join(tokens)
+
+
+def tokens_seen(calibration: Calibration, layer: MultiHeadAttention) -> int:
+    """How many tokens of queries ``layer`` was calibrated on."""
+    return calibration.statistics["query_input"].count // max(layer.embed_dim, 1)
 
 
 def describe_masks(calibration: Calibration) -> str:

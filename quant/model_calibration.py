@@ -72,6 +72,9 @@ class ModelCalibration:
     large: dict[str, NDArray[np.int64]] = field(default_factory=dict)
     attention: dict[str, Calibration] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        return f"ModelCalibration(tokens={self.tokens}, {len(self.largest)} linear layers)"
+
     def merge(self, other: ModelCalibration) -> ModelCalibration:
         """Calibration on the data of both.
 

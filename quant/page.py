@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgeattn.files.paths import as_path, write_atomic
+from edgeattn.hints import hinted
 from quant import svg
 from quant.compare import compare
 from quant.detail import Detail
@@ -30,6 +31,7 @@ SATURATION = 0.01
 _STYLE = Path(__file__).with_name("page.css")
 
 
+@hinted
 def write_report(layer: Any, quantized: Any, batches: Iterable[Any], path: PathLike, *, title: str | None = None
                  ) -> Report | ModelReport:
     """Compare ``quantized`` with the float ``layer``, and write what was found as a page of HTML.

@@ -10,6 +10,7 @@ import numpy as np
 
 from edgeattn.arithmetic import kernel_set
 from edgeattn.checks import flag, is_one_of
+from edgeattn.hints import hinted
 from edgeattn.layers import MultiHeadAttention, TransformerEncoder
 from edgeattn.layers.positions import POSITIONS
 from edgeattn.models import ImageEncoder, TextEncoder
@@ -72,6 +73,7 @@ def quantize(layer: Model, calibration: ModelCalibration | None = None, *, schem
              room_for_masks: bool = False, overrides: Overrides | None = None) -> Model: ...
 
 
+@hinted
 def quantize(layer: Any, calibration: Calibration | ModelCalibration | None = None, *, scheme: Scheme = "static",
              arithmetic: Arithmetic = "litert", attention: Literal["int8", "float32"] = "int8",
              room_for_masks: bool = False, overrides: Overrides | None = None) -> Any:

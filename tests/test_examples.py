@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 from places import ROOT
 
+import edgeattn
+import quant
+
 EXAMPLES = ROOT / "examples"
 
 
@@ -191,3 +194,80 @@ def test_self_vs_multihead_draws_and_reports(tmp_path):
     assert_readable(done.stdout)
     assert out.read_bytes().startswith(b"\x89PNG")
     assert "Diversity of the four heads" in done.stdout
+
+
+@pytest.fixture
+def everywhere(examples_on_path, monkeypatch, tmp_path):
+    """examples/export_everywhere.py on few images, its bundle left to the tests of bundles."""
+    export = quant.export
+
+    def without_bundle(layer, path, **options):
+        if options.get("target"):
+            raise RuntimeError("no linker")
+        return export(layer, path, **options)
+    module = importlib.import_module("export_everywhere")
+    monkeypatch.setattr(module, "IMAGES", 3)
+    monkeypatch.setattr(quant, "export", without_bundle)
+    monkeypatch.setattr(sys, "argv", ["export_everywhere.py", "--out", str(tmp_path)])
+    yield module
+    for name in ("export_everywhere", "data", "model"):
+        sys.modules.pop(name, None)
+
+
+def test_export_everywhere_finds_every_byte_equal(everywhere, capsys):
+    pytest.importorskip("onnx", reason="the extra edgeattn[checkpoints] brings onnx")
+    status = everywhere.main()
+    shown = capsys.readouterr().out
+    assert status == 0, shown
+    assert_readable(shown)
+    rows = [line.split() for line in shown.splitlines() if line.startswith("  attention.")]
+    assert {row[0] for row in rows} == {f"attention.{suffix}" for suffix in ("safetensors", "tflite", "c", "onnx")}
+    assert all(row[-1] == "none" for row in rows if row[0] != "attention.onnx") and len(rows) >= 4
+    assert "not run: everywhere.so by edgeattn.bundle: no linker" in shown and "Done in" in shown
+
+
+def test_export_everywhere_fails_when_bytes_differ(everywhere, monkeypatch, capsys):
+    monkeypatch.setattr(everywhere, "in_c", lambda _, path, codes: codes)
+    monkeypatch.setattr(everywhere, "in_onnx", lambda path, layer, codes: layer.run_int8(codes))
+    monkeypatch.setattr(everywhere.shutil, "which", lambda _: "cc")
+    assert everywhere.main() == 1
+    assert "FAILED" in capsys.readouterr().out
+
+
+def torch_state(rng, width=32, hidden=64, layers=2):
+    """What `trained` of examples/torch_to_pi.py gives, of random numbers."""
+    shapes = {"embed": (width, 8), "head": (10, width)}
+    for i in range(layers):
+        shapes |= {f"encoder.layers.{i}.linear1": (hidden, width), f"encoder.layers.{i}.linear2": (width, hidden),
+                   f"encoder.layers.{i}.self_attn.out_proj": (width, width)}
+    state = {"places": rng.standard_normal((8, width), np.float32)}
+    for name, shape in shapes.items():
+        state[f"{name}.weight"] = rng.standard_normal(shape, np.float32) / shape[1] ** 0.5
+        state[f"{name}.bias"] = rng.standard_normal(shape[0], np.float32)
+    for i in range(layers):
+        state[f"encoder.layers.{i}.self_attn.in_proj_weight"] = rng.standard_normal((3 * width, width), np.float32) / 6
+        state[f"encoder.layers.{i}.self_attn.in_proj_bias"] = np.zeros(3 * width, np.float32)
+        for norm in ("norm1", "norm2"):
+            state[f"encoder.layers.{i}.{norm}.weight"] = np.ones(width, np.float32)
+            state[f"encoder.layers.{i}.{norm}.bias"] = np.zeros(width, np.float32)
+    return state
+
+
+def test_torch_to_pi_takes_a_state_dict_to_a_file(examples_on_path, tmp_path, capsys):
+    """All of the example but torch itself."""
+    example = importlib.import_module("torch_to_pi")
+    rng = np.random.default_rng(0)
+    state, images = torch_state(rng), rng.random((16, 8, 8), np.float32)
+    model, int8 = example.to_board(state, images, tmp_path)
+    assert model.encoder == edgeattn.TransformerEncoder.from_torch(state, 4, prefix="encoder.", **example.MADE_WITH)
+    assert int8.encoder == edgeattn.load(tmp_path / "pi.safetensors") and int8.embed is model.embed
+    assert [type(layer.attention).__name__ for layer in int8.encoder.layers] == ["StaticSelfAttention"] * 2
+    assert "is the float model for most purposes" in capsys.readouterr().out
+
+
+def test_torch_to_pi_without_torch_says_what_installs_it(examples_on_path, monkeypatch, tmp_path, capsys):
+    example = importlib.import_module("torch_to_pi")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setattr(sys, "argv", ["torch_to_pi.py", "--out", str(tmp_path)])
+    assert example.main() == 1
+    assert "make example-torch" in capsys.readouterr().out

@@ -80,7 +80,7 @@ def test_a_device_needs_three_packages(setup_cfg):
 
 
 def test_extras_are_the_promised_ones(setup_cfg):
-    promised = {"bundle", "checkpoints", "text", "tflite", "cuda", "cuda-offline", "dask", "quant", "examples", "test", "test-numpy2", "peers", "models-peers", "fuzz", "dev"}
+    promised = {"bundle", "checkpoints", "text", "tflite", "cuda", "cuda-offline", "dask", "quant", "examples", "test", "test-numpy2", "peers", "models-peers", "fuzz", "torch", "typecheck", "dev"}
     assert set(setup_cfg["options.extras_require"]) == promised
     assert "flatbuffers" in extra(setup_cfg, "quant", "3.11", "x86_64")
     assert "ai-edge-litert" in extra(setup_cfg, "tflite", "3.11", "x86_64")
@@ -95,6 +95,7 @@ def test_extras_are_the_promised_ones(setup_cfg):
         ("3.12", "x86_64", {"ai-edge-litert", "tflite-micro"}, None),
         ("3.13", "x86_64", {"ai-edge-litert", "tflite-micro"}, None),
         ("3.13", "aarch64", {"ai-edge-litert"}, None),
+        ("3.14", "x86_64", {"ai-edge-litert", "tflite-micro"}, None),
     ],
 )
 def test_test_extra_takes_the_interpreters_that_have_a_wheel(setup_cfg, python, machine, runtimes, numpy):

@@ -1,6 +1,7 @@
-"""What a user's type checker makes of these packages: read by mypy in `make lint`, never run.
+"""What a user's type checker makes of these packages: read by mypy in `make lint` and by pyright in
+`make typecheck`, never run.
 
-A line with `type: ignore` is a mistake that has to be one to the checker too: mypy says so where it is none.
+A line with `type: ignore` is a mistake that has to be one to the checkers too: they say so where it is none.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ def layers(path: Path) -> None:
     assert_type(layer.out_bias, Float32s | None)
     assert_type(layer(x, attn_mask=mask, out=x), Floats)
     result, probabilities = layer(x, x, x, need_weights=True)
+    assert_type(result, Floats)
     assert_type(probabilities, Floats)
     assert_type(layer.call_with_torch_masks(x, attn_mask=~mask), Floats)
     assert_type(layer.to("cpu"), MultiHeadAttention)

@@ -6,7 +6,7 @@ good='import struct, sys, venv; sys.exit(not (sys.version_info >= (3, 10) and st
 if [ -n "${1:-}" ]; then
     candidates=$1
 else
-    candidates='python3.11 python3.12 python3.13 python3.10 python3'
+    candidates='python3.11 python3.12 python3.13 python3.14 python3.10 python3'
 fi
 for python in $candidates; do
     if "$python" -c "$good" >/dev/null 2>&1; then

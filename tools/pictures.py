@@ -128,7 +128,7 @@ def draw_forms() -> None:
         if remark:
             axis.text(6.85, y - 0.6, remark, ha="center", fontsize=9, color="0.35")
         y -= 1.4
-    box(0.2, y, "wheel with every kernel compiled:  make wheels, pip install --no-deps", YES, 6.6, "bold")
+    box(0.2, y, "wheel with every kernel compiled:\nmake wheels, pip install --no-deps", YES, 4.5, "bold")
     save(figure, "forms.svg")
 
 

@@ -32,6 +32,17 @@ SOURCES = "edgeattn", "quant", "setup.cfg", "setup.py", "pyproject.toml", "READM
 EARLIEST = 315532800  # what a zip file can say: 1980-01-01
 
 
+def copy_sources(folder: Path) -> None:
+    """Put what a package is built from, and nothing built before, into a new folder."""
+    folder.mkdir()
+    ignored = shutil.ignore_patterns("__pycache__", "libraries")
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+        else:
+            shutil.copy(ROOT / name, folder / name)
+
+
 def pure_wheel(folder: Path) -> dict[str, bytes]:
     """What `pip wheel` makes of the sources in a folder of their own, where nothing built before lies: name -> content.
 
@@ -40,13 +51,7 @@ def pure_wheel(folder: Path) -> dict[str, bytes]:
     RuntimeError
         With pip's last words where it fails.
     """
-    ignored = shutil.ignore_patterns("__pycache__", "libraries")
-    for name in SOURCES:
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, folder / "sources" / name, ignore=ignored)
-        else:
-            (folder / "sources").mkdir(exist_ok=True)
-            shutil.copy(ROOT / name, folder / "sources" / name)
+    copy_sources(folder / "sources")
     done = subprocess.run([sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", folder, folder / "sources"],
                           env=clean_environment(), capture_output=True, text=True, check=False)
     if done.returncode:

@@ -15,6 +15,7 @@ import numpy as np
 from edgeattn.files.mapped import map_file
 from edgeattn.files.paths import as_path, reason, suffix_of, write_atomic
 from edgeattn.files.safetensors_file import read_safetensors, view_safetensors
+from edgeattn.hints import hinted
 from edgeattn.kinds import FILES, KINDS, class_of, kind_of
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def content_of(layer: Any) -> bytes:
     )
 
 
+@hinted
 def load(
     path: Path, *, arithmetic: Arithmetic | None = None
 ) -> MultiHeadAttention | StaticMultiHeadAttention | DynamicMultiHeadAttention:

@@ -1,6 +1,6 @@
 """Layers in float32: attention, and what else an encoder is made of."""
 
-from edgeattn.lazy import names_from
+from edgeattn.lazy import dir_of, names_from
 
 # A name's module is imported when the name is asked for: one kind of layer does not bring in all others.
 _HOMES = {
@@ -32,3 +32,4 @@ if TYPE_CHECKING:
     from edgeattn.layers.self_attention import SelfAttention as SelfAttention
 else:
     __getattr__ = names_from(__name__, _HOMES)
+    __dir__ = dir_of(__name__, _HOMES)

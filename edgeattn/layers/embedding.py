@@ -64,6 +64,10 @@ class Embedding(Stored):
                 raise ValueError(f"{name} must be of E = {width} features, those of token_weight, got {features}")
         self.embed_dim = width if projection is None else projection.outputs
 
+    def __repr__(self) -> str:
+        return (f"Embedding(tokens={len(self.token_weight)}, positions={self.longest}, embed_dim={self.embed_dim}, "
+                f"norm={self.norm!r})")
+
     @property
     def longest(self) -> int | None:
         """The number of tokens that there are positions for; None where they have no end."""
@@ -127,6 +131,10 @@ class PatchEmbedding(Stored):
         if self.first_tokens < 0 or self.position_weight.shape[1] != self.embed_dim:
             raise ValueError(f"position_weight must have a row of {self.embed_dim} features for each of {rows} * "
                              f"{columns} patches at least, got shape {self.position_weight.shape}")
+
+    def __repr__(self) -> str:
+        return (f"PatchEmbedding(channels={self.channels}, image_size={self.image_size}, "
+                f"patch_size={self.patch_size}, embed_dim={self.embed_dim})")
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches in an image."""

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgeattn.hints import hinted
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
@@ -25,6 +27,11 @@ class Saveable:
 
         @classmethod
         def from_state(cls, config: Mapping[str, Any], tensors: Mapping[str, Any]) -> Self: ...  # noqa: D102
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "__init__" in vars(cls):
+            cls.__init__ = hinted(cls.__init__)  # type: ignore[method-assign]
 
     def save(self, path: Path) -> None:
         """Write it to a .safetensors file, as `edgeattn.save` does."""

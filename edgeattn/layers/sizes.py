@@ -1,17 +1,17 @@
 """How large an attention layer is."""
 
+from __future__ import annotations
 
-class Sizes:
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from edgeattn.types import LayerSizes as _LayerSizes
+else:
+    _LayerSizes = object  # edgeattn.types is of type checkers alone
+
+
+class Sizes(_LayerSizes):
     """What every attention layer says of itself, whatever its numbers are."""
-
-    num_heads: int
-    num_kv_heads: int
-    embed_dim: int
-    kdim: int
-    vdim: int
-    head_dim: int
-    value_dim: int
-    output_dim: int
 
     def __repr__(self) -> str:
         return (

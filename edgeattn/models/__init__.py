@@ -1,6 +1,6 @@
 """Whole models, from the folders that transformers and sentence-transformers save."""
 
-from edgeattn.lazy import names_from
+from edgeattn.lazy import dir_of, names_from
 
 # A name's module is imported when the name is asked for: one kind of layer does not bring in all others.
 _HOMES = {
@@ -18,3 +18,4 @@ if TYPE_CHECKING:
     from edgeattn.models.text_encoder import TextEncoder as TextEncoder
 else:
     __getattr__ = names_from(__name__, _HOMES)
+    __dir__ = dir_of(__name__, _HOMES)

@@ -1,6 +1,6 @@
 """Quantized multi-head attention: its parameters, the static and the dynamic layer."""
 
-from edgeattn.lazy import names_from
+from edgeattn.lazy import dir_of, names_from
 
 # A name's module is imported when the name is asked for: one kind of layer does not bring in all others.
 _HOMES = {
@@ -52,3 +52,4 @@ if TYPE_CHECKING:
     from edgeattn.quantized.static_feed_forward import StaticFeedForward as StaticFeedForward
 else:
     __getattr__ = names_from(__name__, _HOMES)
+    __dir__ = dir_of(__name__, _HOMES)

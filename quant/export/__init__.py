@@ -11,6 +11,7 @@ import numpy as np
 import edgeattn
 from edgeattn.checks import as_array, count, is_one_of
 from edgeattn.files.paths import as_path, check_folder, write_atomic
+from edgeattn.hints import hinted
 from edgeattn.layers import MultiHeadAttention, TransformerEncoder
 from edgeattn.layers.positions import refuse_positions
 from edgeattn.quantized import DynamicMultiHeadAttention, QuantizedMultiHeadAttention, StaticMultiHeadAttention
@@ -112,6 +113,7 @@ FORMATS = {
 }
 
 
+@hinted
 def export(layer: MultiHeadAttention | QuantizedMultiHeadAttention | Model, path: types.Path, *,
            batch: SupportsIndex | None = None, sequence_length: SupportsIndex | Sequence[SupportsIndex] | None = None,
            key_length: SupportsIndex | None = None, mask: Literal["causal"] | ArrayLike | None = None,

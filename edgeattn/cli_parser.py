@@ -1,0 +1,84 @@
+"""The parser of the command `edgeattn`: errors of one line with the nearest name that there is, and completion."""
+import argparse
+import difflib
+import re
+
+SHELLS = ("bash", "zsh", "fish")
+EXIT_STATUS = "Exit status: 0 done, 2 an error, which one line on standard error names, 130 interrupted."
+
+
+class Parser(argparse.ArgumentParser):
+    """Of a command, or of one of its commands."""
+
+    def __init__(self, **options):
+        super().__init__(**{"allow_abbrev": False, "epilog": EXIT_STATUS, **options})
+
+    def error(self, message):
+        """End with one line."""
+        unknown = re.match(r"argument COMMAND: invalid choice: '([^']*)'", message)
+        if unknown:
+            commands = list(commands_of(self))
+            message = f"No such command {unknown[1]!r}.{nearest(unknown[1], commands)}"
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
+
+    def refuse(self, left):
+        """End for arguments that no option takes."""
+        for argument in left:
+            if argument.startswith("-"):
+                name = argument.partition("=")[0]
+                self.error(f"No such option {name!r}.{nearest(name, options_of(self))}")
+        self.error(f"too many arguments: {' '.join(left)}")
+
+
+def nearest(name, names):
+    """A sentence with the name that was probably meant; empty where none is near."""
+    begin = [each for each in names if each.startswith(name)]
+    found = begin if len(begin) == 1 else difflib.get_close_matches(name, names, 1)
+    return f" Did you mean {found[0]!r}?" if found else ""
+
+
+def commands_of(parser):
+    """Name -> the parser of each command."""
+    action = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    return action.choices
+
+
+def options_of(parser):
+    """The options of a command, long names."""
+    return [name for action in parser._actions for name in action.option_strings if name.startswith("--")]
+
+
+def completion(parser, shell):
+    """The program for a shell that completes commands and options of a parser; what is neither is a file.
+
+    Parameters
+    ----------
+    parser : Parser
+        With commands.
+    shell : str
+        Of SHELLS.
+    """
+    commands, prog = commands_of(parser), parser.prog
+    if shell == "fish":
+        lines = [f"complete -c {prog} -n __fish_use_subcommand -f -a {name}" for name in commands]
+        for name, command in commands.items():
+            lines += [f"complete -c {prog} -n '__fish_seen_subcommand_from {name}' -l {option[2:]}"
+                      for option in options_of(command)]
+        return "\n".join(lines)
+    cases = "".join(f"        {name}) words='{' '.join([*_choices(command), *options_of(command)])}' ;;\n"
+                    for name, command in commands.items())
+    script = (f"_{prog}() {{\n"
+              "    local words\n"
+              '    case "${COMP_WORDS[1]}" in\n'
+              f"{cases}"
+              "        *) words='' ;;\n"
+              "    esac\n"
+              f"    [ \"$COMP_CWORD\" -eq 1 ] && words='{' '.join([*commands, *options_of(parser)])}'\n"
+              '    COMPREPLY=($(compgen -W "$words" -- "${COMP_WORDS[COMP_CWORD]}"))\n'
+              "}\n"
+              f"complete -o default -F _{prog} {prog}")
+    return f"autoload -U +X compinit bashcompinit && compinit && bashcompinit\n{script}" if shell == "zsh" else script
+
+
+def _choices(command):
+    return [choice for action in command._actions if not action.option_strings for choice in action.choices or ()]

@@ -1,0 +1,32 @@
+"""What functions say in their errors, for those who type commands."""
+import re
+
+# Files and folders of other libraries are given to a command as they are.
+_ADVICE = (
+    (r"read checkpoints of other libraries with MultiHeadAttention\.from_torch or from_bert, a whole model from its "
+     r"folder with edgeattn\.from_pretrained",
+     "`quant export` with --prefix or --torch-prefix makes a layer of a checkpoint; a whole model is read by its "
+     "folder"),
+    (r"; edgeattn\.from_pretrained reads a model's folder|; edgeattn\.bundle\.load runs a bundle", ""),
+    (r"cut the text, or give the TextEncoder a max_length", "shorter ones fit"),
+    (r"as quant\.calibrate gives and \w+\.save writes it", "as `quant calibrate` writes it"),
+    (r"must be a layer from quant\.quantize", "must be an int8 layer, as `quant quantize` writes it"),
+    (r"must be an array or a mapping with", "must hold"),
+    (r"it has dtype object; only plain numbers are read, never objects",
+     "it holds objects; only plain numbers are read"),
+    (r"\bgot dtype ", "got "),
+    (r"; got sequence_length=[^;]*$", ""),
+    (r", encoder\.layers\[i\]\.attention, one by one", " one by one, from Python"),
+    (r"export its encoder, model\.encoder, whose inputs are what the embedding gives",
+     "export its encoder from Python, whose inputs are what the embedding gives"),
+    (r"`?\bquant\.(calibrate|compare|export|quantize)\b`?", r"`quant \1`"),
+    # an argument and its value
+    (r"\b(arithmetic|attention|mask|observer|scheme|target)='([^']*)'", r"--\1 \2"),
+)
+
+
+def in_words_of_the_command(message):
+    """The message of an error, in words of files and options."""
+    for said, instead in _ADVICE:
+        message = re.sub(said, instead, message)
+    return message

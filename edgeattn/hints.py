@@ -1,0 +1,42 @@
+"""The name of an argument that was probably meant, in the error for one that there is not."""
+
+from __future__ import annotations
+
+import functools
+import sys
+
+TYPE_CHECKING = False  # what type checkers take for True; `typing` itself would be another import
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, TypeVar
+
+    F = TypeVar("F", bound=Callable[..., Any])
+
+
+def hinted(function: F) -> F:
+    """`function`, with that in its errors; from Python 3.13 on the interpreter says it.
+
+    For what is called rarely: it costs a call of a Python function.
+    """
+    if sys.version_info >= (3, 13):
+        return function
+    code = function.__code__
+    names = code.co_varnames[:code.co_argcount + code.co_kwonlyargcount]
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **named: Any) -> Any:
+        try:
+            return function(*arguments, **named)
+        except TypeError as error:
+            for name in named:
+                if name not in names and str(error).endswith(f"unexpected keyword argument {name!r}"):
+                    raise TypeError(str(error) + _nearest(name, names)) from None
+            raise
+    return call  # type: ignore[return-value]
+
+
+def _nearest(name: str, names: tuple[str, ...]) -> str:
+    import difflib
+
+    found = difflib.get_close_matches(name, names, 1)
+    return f". Did you mean {found[0]!r}?" if found else ""

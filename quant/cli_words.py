@@ -1,0 +1,53 @@
+"""What the functions of the workbench say in their errors, for those who type commands."""
+
+from __future__ import annotations
+
+import re
+
+from edgeattn.cli_words import in_words_of_the_command as of_both
+
+# What errors advise in terms of Python, and what does the same here.
+ADVICE = {
+    "read checkpoints of other libraries with MultiHeadAttention.from_torch or from_bert, a whole model from its "
+    "folder with edgeattn.from_pretrained":
+        "read checkpoints of other libraries with --prefix or --torch-prefix, and --num-heads; a whole model by "
+        "its folder",
+    "convert a torch checkpoint with safetensors.torch.save_file(state_dict, path)":
+        "convert a torch checkpoint with safetensors.torch.save_file(state_dict, path) in Python",
+    "give quant.calibrate calls with attn_mask, key_padding_mask or is_causal, or pass the mask to each call of this "
+    "layer": "run `quant calibrate` on DATA in .npz files that hold attn_mask, key_padding_mask or is_causal, too",
+    "mask must be 'causal' or a bool array": "--mask must be \"causal\" or a .npy file with a bool array",
+    "mask='causal' needs sequence_length, and as many keys as queries": "--mask causal needs --sequence-length, and no "
+                                                                        "other --key-length",
+    "(run quant.calibrate first)": "(run `quant calibrate` first)",
+    "export layer.with_arithmetic('tflm'), or quantize with arithmetic='tflm'":
+        "make it with `quant quantize --arithmetic tflm`",
+    "quantize it first, quant.quantize(layer, calibration, arithmetic='tflm')":
+        "quantize it first, with `quant calibrate` and `quant quantize --arithmetic tflm`",
+    "quantize the float encoder with quant.quantize(encoder, quant.calibrate(encoder, batches), arithmetic='tflm')":
+        "make it of the float encoder with `quant calibrate` and `quant quantize --arithmetic tflm`",
+    "overrides=report.overrides() makes what costs most dynamic": "`quant quantize --override NAME=dynamic` makes what "
+                                                                  "costs most dynamic",
+    "quant.quantize makes one": "`quant quantize --scheme static` makes one",
+    "quantize with scheme=": "quantize with --scheme ",
+    "a layer of scheme=": "a layer of --scheme ",
+    "; scheme=": "; --scheme ",
+    "pass numpy.asarray(": "store numpy.asarray(",
+    "attention='float32' leaves": "--attention float32 leaves",
+    "which edgeattn.save writes to a .safetensors file and edgeattn.load reads":
+        "which a .safetensors file holds whole",
+}
+
+# Arguments that are options here.
+OPTIONS = ("num_heads", "opset", "target", "test_vectors", "sequence_length", "key_length", "batch", "mask",
+           "arithmetic", "scheme", "observer", "room_for_masks")
+
+
+def in_words_of_the_command(message: str) -> str:
+    """What a Python function says, for those who type commands."""
+    for python, option in ADVICE.items():
+        message = message.replace(python, option)
+    # the file stands before it where there is one
+    message = re.sub(rf"(^|: )({'|'.join(OPTIONS)})(?= must | is | needs )",
+                     lambda found: f"{found[1]}--{found[2].replace('_', '-')}", message)
+    return of_both(re.sub(r"(--scheme )'(static|dynamic)'", r"\1\2", message))
