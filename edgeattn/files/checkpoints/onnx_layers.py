@@ -16,6 +16,17 @@ _BLOCKED = -9e3  # what is added to a score is a mask from here on
 
 
 @dataclasses.dataclass
+class Apart:
+    """The projections and products of attention."""
+
+    projections: tuple  # of queries, keys and values, the groups of the first as the others
+    groups: list  # of each head
+    scale: Any  # of the scores of each group
+    products: Any  # their nodes, or None
+    output: Any  # the value of the map behind, or None
+
+
+@dataclasses.dataclass
 class Attention:
     """The attention around one node."""
 
@@ -30,6 +41,7 @@ class Attention:
     order: Any  # of each row of `end`, the row of `source` that it is of; None without a map behind
     causal: bool = False
     window: tuple = (-1, -1)  # (left, right) that a mask of all pairs leaves
+    apart: Any = None  # what it is made of, for its codes
 
 
 def attention_at(graph, node):
@@ -93,7 +105,7 @@ def _assembled(graph, node, name, parts):
         for i in range(heads)
     ):
         kv, kv_heads = first, heads
-    arguments = {}
+    arguments, projections = {}, (q, k, v)
     size = q.features.shape[1]
     correction = parts.scale[groups] * np.float32(math.sqrt(size)) if len(parts.scale) == len(groups) else parts.scale
     correction = np.where(np.isclose(correction, 1, rtol=2e-6, atol=0), np.float32(1), correction)
@@ -134,7 +146,7 @@ def _assembled(graph, node, name, parts):
     position = {h: i for i, h in enumerate(order)}
     # of each group: where its head is among the heads side by side
     place = np.array([position[h] for h in head_of])
-    end, output, tokens = output_map(graph, parts.context, codes, place, row_of, q.rows.shape[1], value_dim, heads)
+    end, output, tokens, behind = output_map(graph, parts.context, codes, place, row_of, q.rows.shape[1], value_dim, heads)
     if output is not None:
         arguments["out_weight"], bias = output
         if bias is not None:
@@ -154,6 +166,8 @@ def _assembled(graph, node, name, parts):
         tokens,
         causal,
         window,
+        Apart(projections, first, parts.scale[groups] if len(parts.scale) == len(groups) else parts.scale, parts.products,
+              behind),
     )
 
 
