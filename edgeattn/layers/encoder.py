@@ -236,7 +236,8 @@ class TransformerEncoder(Placeable, Stored):
             Naming the node where something else stands than in an encoder; with "static" the tensor without a scale.
         """
         with named(path_or_model):
-            return cls.from_found(checkpoints.onnx_encoder(path_or_model, checkpoints.kernel_set_of(scheme, arithmetic)))
+            kernel_set = checkpoints.kernel_set_of(scheme, arithmetic)
+            return cls.from_found(checkpoints.onnx_encoder(path_or_model, kernel_set))
 
     @classmethod
     def from_found(cls, found: Any) -> Self:

@@ -74,8 +74,8 @@ def _below(graph, value):
 def _scale_of(graph, value, what):
     found = _above(graph, value) or _below(graph, value)
     if found is None:
-        raise NotRead(f"static int8 needs the scale of {what}, {value[:100]!r}: QuantizeLinear and DequantizeLinear to 8 "
-                      f"bits with one scale and zero point, got none{_INSTEAD}")
+        raise NotRead(f"static int8 needs the scale of {what}, {value[:100]!r}: QuantizeLinear and DequantizeLinear to "
+                      f"8 bits with one scale and zero point, got none{_INSTEAD}")
     return found
 
 
@@ -100,8 +100,8 @@ def _weight_scale(graph, value, what):
         if scale is not None and scale.size > 1 and (scale.shape != (outputs,) or axis != (0 if turned else 1)):
             scale = None
     if scale is None:
-        raise NotRead(f"static int8 needs {what} as codes with a scale for each output, or one, behind a DequantizeLinear, "
-                      f"got {'none' if node is None else title(node)}{_INSTEAD}")
+        raise NotRead(f"static int8 needs {what} as codes with a scale for each output, or one, behind a "
+                      f"DequantizeLinear, got {'none' if node is None else title(node)}{_INSTEAD}")
     return np.broadcast_to(np.float32(scale).reshape(-1), (outputs,))
 
 
@@ -115,18 +115,20 @@ def _coded(weight, bias, scale, source, what):
     largest = float(np.abs(whole).max(initial=0)) if near else math.nan
     if not largest <= _LARGEST:
         found = f"codes up to {largest:g} from the zero point" if near else "others"
-        raise NotRead(f"static int8 needs {what} symmetric, in codes from -{_LARGEST} to {_LARGEST}, got {found}{_INSTEAD}")
+        raise NotRead(f"static int8 needs {what} symmetric, in codes from -{_LARGEST} to {_LARGEST}, got "
+                      f"{found}{_INSTEAD}")
     made = {"weight": whole.astype(np.int8), "scale": scale}
     if bias is not None:
         with np.errstate(all="ignore"):
             steps = np.rint(np.float64(bias) / (np.float64(source[0]) * np.float64(scale)))
         if not (np.abs(steps) < 2**31).all():
-            raise NotRead(f"static int8 needs the bias of {what} within 32 bits of its step, got {float(np.abs(steps).max())}")
+            raise NotRead(f"static int8 needs the bias of {what} within 32 bits of its step, got "
+                          f"{float(np.abs(steps).max())}")
         made["bias"] = steps.astype(np.int32)
     return made
 
 
-# -- further columns -----------------------------------------------------------------------------------------------------
+# -- further columns ---------------------------------------------------------------------------------------------------
 
 
 def _quantized(graph, value):
@@ -144,7 +146,8 @@ def _chosen(graph, value):
     node = graph.maker.get(value)
     which = graph.constant(graph.input(node, 1)) if node is not None and node.op_type == "Gather" else None
     shape = None if which is None else graph.shapes.get(graph.input(node, 0))
-    if which is None or which.ndim != 1 or not shape or graph.attributes(node).get("axis", 0) not in (-1, len(shape) - 1):
+    axis = graph.attributes(node).get("axis", 0) if which is not None else 0
+    if which is None or which.ndim != 1 or not shape or axis not in (-1, len(shape) - 1):
         return None
     return graph.input(node, 0), which.tolist()
 
@@ -197,8 +200,9 @@ def further_outputs(graph, value):
     readers = graph.readers.get(value, ())
     if len(readers) != 2 or any(node.op_type != "Slice" for node in readers):
         return None
-    of = {value}
+    of, weight = {value}, None
     for node in graph.nodes_behind(value):
+        weight = graph.constant(graph.input(node, 1)) if node.op_type == "MatMul" else weight
         if not of.issuperset(name for name in node.input if graph.constant(name) is None):
             return None
         of.update(node.output)
@@ -210,21 +214,21 @@ def further_outputs(graph, value):
         return None
     shape = graph.shapes.get(graph.output(node))
     outputs = shape[-1] if shape else width
-    if not 0 < outputs < width:
+    if not 0 < outputs < width or weight is None or weight.shape != (width - outputs, outputs):
         return None
-    probe = np.concatenate([np.zeros((1, width)), np.eye(width)])
-    made = computed(graph, graph.output(node), {value: probe.reshape(1, width + 1, width)})
-    if made is None or made.shape != (1, width + 1, outputs):
+    probe = np.random.default_rng(0).standard_normal((1, 4, width))
+    probe[0, 0] = 0
+    made = computed(graph, graph.output(node), {value: probe})
+    if made is None or made.shape != (1, 4, outputs):
         return None
-    offset, by = made[0, 0], made[0, 1:] - made[0, 0]
-    channels = np.abs(by[outputs:]).argmax(1)
-    if not np.allclose(by[:outputs], np.eye(outputs)) or not np.allclose(by[outputs:], np.eye(outputs)[channels]):
-        return None
-    return graph.output(node), channels.tolist(), offset
+    offset, channels = made[0, 0], np.abs(weight).argmax(1)
+    wanted = probe[0, :, :outputs] + offset
+    np.add.at(wanted, (slice(None), channels), probe[0, :, outputs:])
+    return (graph.output(node), channels.tolist(), offset) if np.allclose(made[0], wanted) else None
 
 
 def _pieces(channels, offset, pair, what):
-    """(channel, the code that adds nothing) of outputs behind the first: the lowest code of some, the highest of others."""
+    """(channel, the code that adds nothing) of outputs behind the first: the lowest code of some, or the highest."""
     scale, zero = pair
     found: Any = []
     for channel in dict.fromkeys(channels):
@@ -239,7 +243,7 @@ def _pieces(channels, offset, pair, what):
     return [pair for _, pair in sorted(found)]
 
 
-# -- layers --------------------------------------------------------------------------------------------------------------
+# -- layers ------------------------------------------------------------------------------------------------------------
 
 
 def static_attention(graph, found, name, arithmetic):
@@ -264,14 +268,14 @@ def static_attention(graph, found, name, arithmetic):
     scale, zero = _scale_of(graph, graph.input(first, 0), f"the queries of {name}")
     tensors["query"] = scale * factor, zero
     probabilities = _scale_of(graph, graph.input(second, 0), f"the probabilities of {name}")
-    if not 1 / 257 < probabilities[0] < 1 / 254 or probabilities[1] != -128:
-        raise NotRead(f"{name} must have probabilities in codes of 1/256 or 1/255 from 0 on, got a scale of "
+    if probabilities[0] > 1 / 254 or probabilities[1] != -128:  # ours are of 1/256 always
+        raise NotRead(f"{name} must have probabilities in codes of 1/255 or less, from 0 on, got a scale of "
                       f"{probabilities[0]:g} and a zero point of {probabilities[1]}{_INSTEAD}")
     arrays = {}
     for role, each, by in zip(("query", "key", "value"), apart.projections, (factor, 1.0, 1.0), strict=True):
         weight, bias = each.weights(apart.groups)
-        scales = (_weight_scale(graph, each.source, f"the weights of the {role} of {name}")[each.features[apart.groups]]
-                  * each.factor[apart.groups]).reshape(-1)
+        scales = _weight_scale(graph, each.source, f"the weights of the {role} of {name}")
+        scales = (scales[each.features[apart.groups]] * each.factor[apart.groups]).reshape(-1)
         if not (scales > 0).all():
             raise NotRead(f"{name} must scale its {role} by positive numbers{_INSTEAD}")
         weight, bias = weight * np.float32(by), None if bias is None else bias * np.float32(by)

@@ -286,7 +286,7 @@ class _Leaf:
 
 
 def _feed_forward(graph, start, name):
-    net = _network(graph, start, _next_map(graph, start, name), name)
+    net = _network(graph, _next_map(graph, start, name), name)
     networks, rows = [net], net.rows
     what = f"the feed-forward network behind {name}"
     total, order, other = _sum_behind(graph, net.whole, what)
@@ -299,7 +299,8 @@ def _feed_forward(graph, start, name):
     linear1, gate, linear2 = net.float_maps(graph)
     for large in networks[1:]:
         more = large.float_maps(graph)
-        linear1, gate = (None if a is None else _joined(a, b, 0) for a, b in zip((linear1, gate), more[:2], strict=True))
+        linear1, gate = (None if one is None else _joined(one, other, 0)
+                         for one, other in zip((linear1, gate), more[:2], strict=True))
         linear2 = _joined(linear2, more[2], 1)
     if (rows != rows_of(graph, other, residual)).any():
         raise NotRead(f"{what} must keep the order of tokens")
@@ -307,7 +308,7 @@ def _feed_forward(graph, start, name):
 
 
 def _joined(one, other, axis):
-    """(weight, bias) of two maps: side by side in their outputs (axis 0), or in their inputs, whose results are added."""
+    """(weight, bias) of two maps: outputs side by side (axis 0), or inputs, whose results are added."""
     biases = [each for _, each in (one, other) if each is not None]
     if axis == 0 and biases:
         biases = [np.zeros(len(weight), np.float32) if bias is None else bias for weight, bias in (one, other)]
@@ -323,14 +324,15 @@ def _second_network(graph, start, net, name):
         found = linear(graph, graph.output(node))
         if found is not None and found.source in of and graph.output(node) not in known and (
                 root_of(graph, rows_read(graph, found.source).source) == net.source):
-            large = _network(graph, start, graph.output(node), name)
-            same = (large.source, large.activation, large.gate is None) == (net.source, net.activation, net.gate is None)
+            large = _network(graph, graph.output(node), name)
+            same = (large.source, large.activation, large.gate is None) == (
+                net.source, net.activation, net.gate is None)
             return large if same and large.second not in known else None
         of.update(node.output)
     return None
 
 
-def _network(graph, start, first, name):
+def _network(graph, first, name):
     """The `_Network` that begins with a map."""
     second = _next_map(graph, first, name)
     found = linear(graph, second)
@@ -345,8 +347,8 @@ def _network(graph, start, first, name):
                                                  f"{title(graph.maker[second])}")
     linear1, gate = leaves[value1], leaves.get(value_gate)
     if len(linear1.features) != found.weight.shape[0]:
-        raise NotRead(f"{title(graph.maker[second])} must take the {len(linear1.features)} features that come to it, got "
-                      f"weights {found.weight.shape}")
+        raise NotRead(f"{title(graph.maker[second])} must take the {len(linear1.features)} features that come to it, "
+                      f"got weights {found.weight.shape}")
     end, linear2, last = with_bias(graph, second, found.weight.T, found.bias)
     ways = [rows_of(graph, read[value], source)[leaf.rows] for value, leaf in leaves.items()]
     if any((way != ways[0]).any() for way in ways):

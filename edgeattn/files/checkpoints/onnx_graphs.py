@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from edgeattn.types import Arithmetic, OnnxModel, OnnxScheme, Path
 
 _TOLD = 20  # names in an error
+_MOST_RETRIED = 10_000  # nodes: a larger graph is read for one size only
 _FEW, _LONGEST = 4, 4096  # lengths that a graph is tried for, and the longest of them
 
 
@@ -91,8 +92,8 @@ def onnx_weights(
 def kernel_set_of(scheme: OnnxScheme, arithmetic: Arithmetic) -> Arithmetic | None:
     """What a QDQ graph is to be read as: a kernel set's name for static int8, None for float32."""
     if not is_one_of(scheme, ("float32", "static")):
-        raise ValueError(f"scheme must be 'float32' or 'static', got {scheme!r}; quant.quantize(encoder, scheme='dynamic') "
-                         "makes a dynamic encoder of the float32 one")
+        raise ValueError(f"scheme must be 'float32' or 'static', got {scheme!r}; quant.quantize(encoder, "
+                         "scheme='dynamic') makes a dynamic encoder of the float32 one")
     rules.kernel_set(arithmetic)
     return arithmetic if scheme == "static" else None
 
@@ -177,6 +178,7 @@ def open_graph(path_or_model):
         with reading(source, ".onnx file"):  # texts are decoded when they are looked at
             return Graph(model, values, source, batch, *options)
 
+    graph.nodes = model.graph.node
     return graph
 
 
@@ -187,6 +189,8 @@ def read_graph(graphs, read):
         try:
             return read(2)
         except NotRead as error:
+            if len(graphs.nodes) > _MOST_RETRIED:
+                raise
             # of layouts with the length first, too, where it is taken for the batch
             lengths = _traced(graphs(2)) if isinstance(error, UnknownShape) else []
             for sizes in ((1,), *((length,) for length in lengths), *((2, None, length) for length in lengths)):

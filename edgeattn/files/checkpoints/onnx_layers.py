@@ -146,7 +146,8 @@ def _assembled(graph, node, name, parts):
     position = {h: i for i, h in enumerate(order)}
     # of each group: where its head is among the heads side by side
     place = np.array([position[h] for h in head_of])
-    end, output, tokens, behind = output_map(graph, parts.context, codes, place, row_of, q.rows.shape[1], value_dim, heads)
+    end, output, tokens, behind = output_map(
+        graph, parts.context, codes, place, row_of, q.rows.shape[1], value_dim, heads)
     if output is not None:
         arguments["out_weight"], bias = output
         if bias is not None:
@@ -166,8 +167,7 @@ def _assembled(graph, node, name, parts):
         tokens,
         causal,
         window,
-        Apart(projections, first, parts.scale[groups] if len(parts.scale) == len(groups) else parts.scale, parts.products,
-              behind),
+        Apart(projections, first, parts.scale, parts.products, behind),
     )
 
 
