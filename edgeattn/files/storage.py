@@ -102,7 +102,7 @@ def load(
     if suffix == ".tflite":
         from edgeattn.files.tflite import read_tflite
 
-        given = {"arithmetic": arithmetic, "block": block}
+        given: dict[str, Any] = {"arithmetic": arithmetic, "block": block}
         return read_tflite(path, **{name: value for name, value in given.items() if value is not None})
     if suffix != ".safetensors":
         folder = os.path.isdir(path) or not suffix

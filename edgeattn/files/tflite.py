@@ -131,7 +131,8 @@ class _Matcher:
     def fold(self, operator: Operator) -> bool:
         """Whether an operator has constants only, and what it gives became one: masks that converters leave so."""
         tensors = self.graph.tensors
-        if operator.name not in ("RESHAPE", "SELECT_V2") or len(operator.outputs) != 1 or not operator.inputs or any(
+        counts = {"RESHAPE": (1, 2), "SELECT_V2": (3,)}.get(operator.name, ())
+        if len(operator.inputs) not in counts or len(operator.outputs) != 1 or any(
                 number < 0 or tensors[number].data is None for number in operator.inputs):
             return False
         output = tensors[operator.outputs[0]]
@@ -141,11 +142,15 @@ class _Matcher:
                 each.dtype != output.dtype or not _same_codes(each, output) for each in values):
             return False
         try:
-            data = values[0].data if operator.name == "RESHAPE" else np.where(
-                inputs[0].data.view(np.uint8) != 0, *(each.data for each in values))
-            tensors[operator.outputs[0]] = dataclasses.replace(output, data=data.reshape(output.shape))
+            if operator.name == "RESHAPE":
+                data = values[0].data.reshape(output.shape)
+            elif np.broadcast_shapes(*(each.shape for each in inputs)) != output.shape or inputs[0].dtype != np.bool_:
+                return False
+            else:
+                data = np.where(inputs[0].data.view(np.uint8) != 0, *(each.data for each in values))
         except ValueError:
             return False
+        tensors[operator.outputs[0]] = dataclasses.replace(output, data=data)
         return True
 
     # -- access to the graph, checked
@@ -305,8 +310,8 @@ class _Matcher:
             axes = self.constant(inputs[0], np.int32, "the axis of SPLIT").ravel().tolist()
             parts = len(operator.outputs)
             if len(axes) != 1 or not -elements.ndim <= axes[0] < elements.ndim or elements.shape[axes[0]] % parts:
-                raise self.error(f"SPLIT of {source.name!r}, shape {elements.shape}, along {axes[:8]} in {parts} parts; "
-                                 "expected equal parts of one axis")
+                raise self.error(f"SPLIT of {source.name!r}, shape {elements.shape}, along {axes[:8]} in {parts} "
+                                 "parts; expected equal parts of one axis")
             found = np.split(elements, parts, axes[0])[operator.outputs.index(given)]
         if found.shape != output.shape:
             raise self.error(f"{name} gives {output.name!r} shape {output.shape}; expected {found.shape}")
@@ -425,8 +430,8 @@ class _Matcher:
             hybrid = any(operator.name == "FULLY_CONNECTED" and len(operator.inputs) > 1 and operator.inputs[1] >= 0
                          and self.tensor(operator.inputs[1]).dtype == np.int8 for operator in self.graph.operators)
             raise self.error(
-                "is a hybrid model, int8 weights and float32 attention: expected int8 attention; a runtime quantizes its "
-                "rows by rules of its own. Read the model that it was made of (edgeattn.from_pretrained, "
+                "is a hybrid model, int8 weights and float32 attention: expected int8 attention; a runtime quantizes "
+                "its rows by rules of its own. Read the model that it was made of (edgeattn.from_pretrained, "
                 "MultiHeadAttention.from_torch, from_onnx) and quantize that with quant.quantize(layer, "
                 "scheme='dynamic'), or convert with full integer quantization" if hybrid else
                 "is a float model: expected int8 attention; found a float32 SOFTMAX (quantize the float layer with "
@@ -485,8 +490,8 @@ class _Matcher:
         for role, factor in factors.items():
             linears[role] = _cut_linear(linears[role], moves[role], factor)
             if factor != 1:
-                self.check_multiplier(float(self.quantization(feeds[role], "an input").scale)
-                                      * float(linears[role].scale.max()) / float(tensors[role].scale), f"MUL of the {role}")
+                scale = float(self.quantization(feeds[role], "an input").scale) * float(linears[role].scale.max())
+                self.check_multiplier(scale / float(tensors[role].scale), f"MUL of the {role}")
         self.check_shape(scores, (B, H, L, S), "the scores")
         self.check_shape(softmax.outputs[0], (B, H, L, S), "the probabilities")
         value_dim = moves["value"].shape[-1]
@@ -664,6 +669,10 @@ class _Matcher:
             self.check_multiplier(
                 max(before.scale, quantization.scale) / float(after.scale), "ADD of the mask"
             )
+            if codes.size > 1 and float(np.ptp(quantization.dequantize(codes))) < float(after.scale):
+                self.told.append(f"{self.name}: what ADD adds to the scores, {self.tensor(other).name!r}, changes none "
+                                 "by a step: a mask of minus infinity that its converter had no code for. Convert "
+                                 "without the mask, and pass it to each call")
             return AddMask(self.mask(codes, tensor, scores).astype(np.int8), quantization, after)
         if codes.size != 1:
             raise self.error(
@@ -790,7 +799,7 @@ def _same_codes(one: Tensor, other: Tensor) -> bool:
 
 
 def _cut_linear(linear: QuantizedLinear, elements: np.ndarray, factor: float) -> QuantizedLinear:
-    """The features of a projection that heads have, in their order, times a number; ``elements`` as `back` gives them."""
+    """The features of a projection that heads have, in their order, times a number; ``elements`` as of `back`."""
     features = linear.weight.shape[0]
     length, size = elements.shape[-2:]
     wanted = elements.reshape(-1, length, size)[:, 0] % features  # of each group; those of each sequence are the same

@@ -255,8 +255,11 @@ REFUSED = {
         lambda g: rename(g, "SOFTMAX", "DEQUANTIZE"),
         "expected one attention block, so one SOFTMAX; found 0",
     ),
-    "another softmax": (add_softmax, "expected one attention block and nothing else; found SOFTMAX .*; block=0 reads"),
-    "unused operator": (add_unused_operator, "expected one attention block and nothing else; found MUL"),
+    "another softmax": (add_softmax, "expected one reader of tensor 'reshape.*'; found 1 and the graph's output"),
+    "unused operator": (
+        add_unused_operator,
+        r"expected one attention block and nothing else; found MUL \(operator \d+\) besides it; block=0 reads",
+    ),
     "unused input": (
         add_unused_input,
         "expected every graph input to feed a projection; found 'extra' unused",

@@ -42,7 +42,7 @@ def rows_read(graph, value):
 
 
 def _pair(graph, node):
-    """(scale, zero point of int8 codes) of a QuantizeLinear or DequantizeLinear; None where they are not of a tensor."""
+    """(scale, zero point of int8 codes) of a QuantizeLinear or DequantizeLinear of a tensor; None of channels."""
     scale = graph.constant(graph.input(node, 1))
     zero = graph.constant(graph.input(node, 2)) if graph.input(node, 2) else np.zeros(1, np.uint8)
     if scale is None or zero is None or scale.size != 1 or zero.size != 1 or zero.dtype not in (np.uint8, np.int8):
@@ -74,8 +74,8 @@ def _below(graph, value):
 def _scale_of(graph, value, what):
     found = _above(graph, value) or _below(graph, value)
     if found is None:
-        raise NotRead(f"static int8 needs the scale of {what}, {value[:100]!r}: QuantizeLinear and DequantizeLinear to "
-                      f"8 bits with one scale and zero point, got none{_INSTEAD}")
+        raise NotRead(f"static int8 needs the scale of {what}, {value[:100]!r}: QuantizeLinear and DequantizeLinear "
+                      f"to 8 bits with one scale and zero point, got none{_INSTEAD}")
     return found
 
 
@@ -153,7 +153,7 @@ def _chosen(graph, value):
 
 
 def _further_inputs(graph, value):
-    """The `Rows` of codes of x beside codes of what those leave of some columns: Concat, and Gather that orders them."""
+    """The `Rows` of codes beside codes of what those leave of some columns: a Concat, and a Gather that orders them."""
     for _ in range(_LONGEST):  # past what keeps columns
         node = graph.maker.get(value)
         if node is None or node.op_type not in ("Identity", "Reshape", "Cast") or graph.constant(value) is not None:
