@@ -263,8 +263,9 @@ def report(layer, prefix, torch_prefix, bert_prefix, num_heads, quantized, data,
 @click.option("--target", type=click.Choice([*TARGETS, *BOARDS, NATIVE]),
               help="The processor of a .so, or the board; native: this machine's.")
 @click.option("--opset", type=int, help="Of an .onnx: 17, unless given, to 23, where attention is one operator.")
+@click.option("--padding", is_flag=True, help="An encoder's .tflite or .onnx gets an input attention_mask, 0 = padding.")
 def export(layer, prefix, torch_prefix, bert_prefix, num_heads, path, batch, sequence_length, key_length, mask,
-           test_vectors, target, opset):
+           test_vectors, target, opset, padding):
     """Write LAYER to OUT."""
     if target is not None and path.is_dir():
         path /= f"attention-{target}.so"
@@ -275,7 +276,7 @@ def export(layer, prefix, torch_prefix, bert_prefix, num_heads, path, batch, seq
         mask = read_npy(mask_file)
     lengths = list(sequence_length) if len(sequence_length) > 1 else next(iter(sequence_length), None)
     path = quant.export(layer, path, batch=batch, sequence_length=lengths, key_length=key_length, mask=mask,
-                        test_vectors=test_vectors, target=target, opset=opset)
+                        test_vectors=test_vectors, target=target, opset=opset, padding=padding)
     say(f"wrote {path}: {path.stat().st_size:,} bytes")
 
 

@@ -7,7 +7,7 @@ import pytest
 from arrays import cosine
 from arrays import numbers as random
 from static_cases import make
-from test_export_encoders import CAUSAL, SETTINGS, L, activated, data, static, window, with_mask
+from test_export_encoders import CAUSAL, PADDED, SETTINGS, L, activated, data, static, window, with_mask
 from whole_models import E, encoder, text_encoder
 from workbench import random_input, random_layer
 
@@ -86,6 +86,23 @@ def test_static_int8_is_near_ours(tmp_path, run, settings):
         assert cosine(run(free, x), made(x)) > 0.9995
         path = quant.export(made, tmp_path / "a.onnx", sequence_length=L, batch=2, mask=CAUSAL, opset=opset)
         assert cosine(run(path, x), with_mask(made, CAUSAL)(x)) > 0.9995
+
+
+@each_run
+def test_padding_is_an_input(tmp_path, run):
+    """As the mask of a call in float32; in static int8 as one that is written into the file. Our reader takes both."""
+    x, seen = data(2, L), PADDED > 0
+    plain = encoder()
+    made = static(plain, room_for_masks=True)
+    for opset in (20, 23):
+        for each, want in ((plain, plain(x, key_padding_mask=seen)), (
+                made, with_mask(made, np.broadcast_to(seen[:, None, None], (2, 1, L, L)))(x))):
+            path = quant.export(each, tmp_path / "a.onnx", opset=opset, padding=True)
+            found = run(path, x, PADDED)
+            assert [value.name for value in onnx.load(path).graph.input] == ["input", "attention_mask"]
+            assert cosine(found[seen], want[seen]) > (0.9995 if each is made else 1 - 1e-6)
+    with pytest.warns(UserWarning, match="attention_mask"):
+        same(state(TransformerEncoder.from_onnx(path, scheme="static")), state(made))
 
 
 @each_run
@@ -194,6 +211,10 @@ REFUSED = {
     "window without a length": (lambda: window(encoder()), {}, ValueError, r"layers\.0 has a window"),
     "several": (encoder, {"sequence_length": [3, 4]}, ValueError, r"sequence_length must be one number but for a \.tflite"),
     "no room": (lambda: static(encoder()), {"sequence_length": L, "mask": "causal"}, ValueError, "room_for_masks=True"),
+    "padding of a layer": (lambda: random_layer(0), {"padding": True}, ValueError,
+                           r"padding must be left out but for an encoder in a \.tflite or \.onnx; got a MultiHeadAttention"),
+    "padding elsewhere": (encoder, {"padding": True, "path": "a.safetensors"}, ValueError, "takes masks with each call"),
+    "no room for padding": (lambda: static(encoder()), {"padding": True}, ValueError, "room_for_masks=True"),
     "rotary": (lambda: encoder(rotary=edgeattn.RotaryEmbedding(8)), {}, ValueError, r"layers\.0: .*no rotary"),
 }
 
