@@ -263,7 +263,7 @@ def report(layer, prefix, torch_prefix, bert_prefix, num_heads, quantized, data,
 @click.option("--target", type=click.Choice([*TARGETS, *BOARDS, NATIVE]),
               help="The processor of a .so, or the board; native: this machine's.")
 @click.option("--opset", type=int, help="Of an .onnx: 17, unless given, to 23, where attention is one operator.")
-@click.option("--padding", is_flag=True, help="An encoder's .tflite or .onnx gets an input attention_mask, 0 = padding.")
+@click.option("--padding", is_flag=True, help="An encoder's .tflite or .onnx has an input attention_mask.")
 def export(layer, prefix, torch_prefix, bert_prefix, num_heads, path, batch, sequence_length, key_length, mask,
            test_vectors, target, opset, padding):
     """Write LAYER to OUT."""
