@@ -19,7 +19,7 @@ from edgeattn.files.checkpoints.onnx_elements import trace
 from edgeattn.files.checkpoints.onnx_layers import attention_at
 from edgeattn.files.checkpoints.onnx_nodes import title
 from edgeattn.files.checkpoints.onnx_outputs import with_bias
-from edgeattn.files.checkpoints.onnx_probes import activation_of, between, computed, norm_between
+from edgeattn.files.checkpoints.onnx_probes import activation_of, between, computed, norm_between, scaled_silu
 from edgeattn.files.checkpoints.onnx_projections import is_map_of, linear
 from edgeattn.files.checkpoints.onnx_values import NotRead
 
@@ -97,6 +97,7 @@ class _Network:
     further: Any  # (channels, offset) of outputs that go on where others end, or None
     whole: str  # the sum with these
     rows: Any  # the row of `source` that each row of `whole` is of
+    steep: float  # what features are multiplied by before a silu, and divided by behind it
 
     def weights(self, graph, leaf):
         """(weight, bias) of a first map."""
@@ -284,6 +285,11 @@ class _Leaf:
     def part(self):
         return self.map, tuple(self.features.tolist())
 
+    def times(self, number):
+        """The same features, multiplied."""
+        return self if number == 1 else dataclasses.replace(
+            self, factor=self.factor * number, offset=self.offset * number)
+
 
 def _feed_forward(graph, start, name):
     net = _network(graph, _next_map(graph, start, name), name)
@@ -343,20 +349,25 @@ def _network(graph, first, name):
     if len(sources) != 1:
         raise NotRead(f"the feed-forward network behind {name} must be of one input, got {sorted(sources)}"[:500])
     source = sources.pop()
-    activation, value1, value_gate = _activation(graph, top, leaves, f"{title(graph.maker[first])} and "
-                                                 f"{title(graph.maker[second])}")
+    activation, value1, value_gate, steep = _activation(graph, top, leaves, f"{title(graph.maker[first])} and "
+                                                        f"{title(graph.maker[second])}")
     linear1, gate = leaves[value1], leaves.get(value_gate)
+    if gate is None:
+        linear1 = linear1.times(steep)
+    else:
+        gate = gate.times(steep)
     if len(linear1.features) != found.weight.shape[0]:
         raise NotRead(f"{title(graph.maker[second])} must take the {len(linear1.features)} features that come to it, "
                       f"got weights {found.weight.shape}")
-    end, linear2, last = with_bias(graph, second, found.weight.T, found.bias)
+    weight = found.weight.T if steep == 1 else found.weight.T / np.float32(steep)
+    end, linear2, last = with_bias(graph, second, weight, found.bias)
     ways = [rows_of(graph, read[value], source)[leaf.rows] for value, leaf in leaves.items()]
     if any((way != ways[0]).any() for way in ways):
         raise NotRead(f"the feed-forward network behind {name} must keep the order of tokens")
     further = further_outputs(graph, end)
     whole, further = (end, None) if further is None else (further[0], further[1:])
     return _Network(source, activation, value1, linear1, value_gate, gate, second, linear2, end, further, whole,
-                    ways[0][rows_of(graph, found.source, top)][last])
+                    ways[0][rows_of(graph, found.source, top)][last], steep)
 
 
 def _leaves(graph, top, name):
@@ -398,7 +409,10 @@ def _leaf(graph, value, is_map):
 
 
 def _activation(graph, top, leaves, place):
-    """(name, linear1, gate or None) of the activation that a value is of features of linear maps, by their names."""
+    """(name, linear1, gate or None, factor) of the activation that a value is of features of maps, by their names.
+
+    With a factor it is of that many times the features, and divided by it.
+    """
     names = {id(leaf): value for value, leaf in leaves.items()}
     parts = list(dict.fromkeys(leaf.part for leaf in leaves.values()))
     starts = set(leaves)
@@ -421,7 +435,7 @@ def _activation(graph, top, leaves, place):
         raise NotRead(f"between {place} there must be an activation of features, got "
                       f"{between(graph, starts, top)}")
     made = made.reshape(-1, width)
-    tried = []
+    tried, steepened = [], None
     for part in parts:
         other = next((each for each in parts if each != part), None)
         for leaf in (leaf for leaf in leaves.values() if leaf.part == part):
@@ -431,8 +445,14 @@ def _activation(graph, top, leaves, place):
                 activation, near = activation_of(made, x, by)
                 if activation is not None:
                     name = names[id(leaf)]
-                    return (activation, name, None) if beside is None else (activation, names[id(beside)], name)
+                    return (activation, name, None, 1.0) if beside is None else (
+                        activation, names[id(beside)], name, 1.0)
                 tried.append(near)
+                if (steep := scaled_silu(made, x, by)) is not None:
+                    steepened = ("silu", names[id(leaf)], None, steep) if beside is None else (
+                        "silu", names[id(beside)], names[id(leaf)], steep)
+    if steepened is not None:
+        return steepened
     raise NotRead(f"between {place} there must be gelu, gelu_tanh, relu or silu, times another map or not, in whatever "
                   f"nodes; got {between(graph, starts, top)}: the nearest is {min(tried)[1]}")
 
