@@ -80,7 +80,8 @@ def _describe_tflite(path: Path, arithmetic: str | None) -> Iterator:
         yield fill("not int8: edgeattn cannot load it; quantize the float layer that it was made of (`quant "
                    "calibrate`, `quant quantize`) and export that, or run this file in a TFLite runtime")
         return
-    names = blocks_of(path)
+    several = sum(operator.name == "SOFTMAX" for operator in graph.operators) > 1
+    names = blocks_of(path) if several else []
     for number in range(len(names)) if len(names) > 1 else (None,):
         if number is not None:
             yield fill(f"block {number}, {names[number]!r}: edgeattn.load(path, block={number})")
