@@ -16,11 +16,12 @@ import numpy as np
 from edgeattn.files.checkpoints import onnx_functions as functions
 from edgeattn.files.checkpoints.onnx_codes import further_outputs, rows_read, static_attention, static_feed_forward
 from edgeattn.files.checkpoints.onnx_elements import trace
-from edgeattn.files.checkpoints.onnx_layers import attention_at
+from edgeattn.files.checkpoints.onnx_layers import ADDED, attention_at
 from edgeattn.files.checkpoints.onnx_nodes import title
 from edgeattn.files.checkpoints.onnx_outputs import with_bias
 from edgeattn.files.checkpoints.onnx_probes import activation_of, between, computed, norm_between, scaled_silu
 from edgeattn.files.checkpoints.onnx_projections import is_map_of, linear
+from edgeattn.files.checkpoints.onnx_relative import relative_bias
 from edgeattn.files.checkpoints.onnx_values import NotRead
 
 _PLAIN = (*functions.SAME, "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten")
@@ -147,11 +148,15 @@ def read_encoder(graph, nodes, *, arithmetic=None):
 
 
 def look_further(encoder, graph, nodes):
-    """Take masks from the graph of longer sequences: a window is not seen in those of a few tokens."""
+    """Take masks from the graph of longer sequences: a window is not seen in those of a few tokens, nor T5's bias."""
     for layer, node in zip(encoder.layers, nodes, strict=True):
         found = attention_at(graph, node)
-        layer.attention = dataclasses.replace(layer.attention, told=found.told, causal=found.causal,
-                                              window=found.window)
+        told, arguments = found.told, layer.attention.arguments
+        if found.added is not None and (bias := relative_bias(graph, found.added)) is not None:
+            told = [text for text in told if ADDED not in text]
+            arguments = {**arguments, "position_bias": bias}
+        layer.attention = dataclasses.replace(layer.attention, told=told, causal=found.causal, window=found.window,
+                                              arguments=arguments)
 
 
 def _layer(graph, attention):

@@ -12,6 +12,7 @@ from edgeattn.files.checkpoints.onnx_outputs import output_map
 from edgeattn.files.checkpoints.onnx_scores import from_softmax
 from edgeattn.files.checkpoints.onnx_values import NotRead
 
+ADDED = "adds a mask or bias"
 _BLOCKED = -9e3  # what is added to a score is a mask from here on
 
 
@@ -42,6 +43,7 @@ class Attention:
     causal: bool = False
     window: tuple = (-1, -1)  # (left, right) that a mask of all pairs leaves
     apart: Any = None  # what it is made of, for its codes
+    added: Any = None  # (heads, L, S): what scores have added that is no mask, in a graph of any length
 
 
 def attention_at(graph, node):
@@ -122,7 +124,7 @@ def _assembled(graph, node, name, parts):
         raise NotRead(f"{name} must have values that no rotary embedding turns")
     if rotary:
         arguments["rotary"] = rotary
-    told, causal, window = list(parts.told), parts.causal, parts.window
+    told, causal, window, added = list(parts.told), parts.causal, parts.window, None
     if parts.bias is not None and parts.bias.any():
         bias = parts.bias
         by_head = np.stack([bias[g] for g in first])
@@ -137,8 +139,9 @@ def _assembled(graph, node, name, parts):
         elif per_batch and not graph.open_axes and np.isfinite(by_head).all():
             arguments["position_bias"] = by_head
         else:
+            added = by_head if per_batch and np.isfinite(by_head).all() else None
             told.append(
-                f"{name} adds a mask or bias of {bias.shape[1:]} to its scores, which may differ with the length; "
+                f"{name} {ADDED} of {bias.shape[1:]} to its scores, which may differ with the length; "
                 "pass it as attn_mask in each call"
             )
     codes = np.asarray(parts.codes, np.int32)
@@ -168,6 +171,7 @@ def _assembled(graph, node, name, parts):
         causal,
         window,
         Apart(projections, first, parts.scale, parts.products, behind),
+        added,
     )
 
 
