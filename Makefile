@@ -28,6 +28,9 @@ ready_arm64 = $(ARM64)/.ready
 ready_trixie = $(ARM64)/trixie/.ready
 # What links for aarch64: a linker of this system's, or the one that pip brings.
 linking = $(if $(shell which ld.lld aarch64-linux-gnu-ld 2>/dev/null),$(ready),$(ready_bundle))
+# Tests, in as many processes as there are cores. What does not look at compiling runs on this machine's library, which
+# is compiled where it is not there, once for every environment; the others on kernels that Numba compiles.
+suite = $(python) -m pytest -n auto --dist loadfile --no-loadscope-reorder
 # Extras of the environment; .ci/run asks for test-numpy2,examples in a second one.
 EXTRAS ?= test,examples
 
@@ -40,7 +43,7 @@ endef
 setup_files = setup.cfg pyproject.toml tools/environment.py tools/find-python.sh
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-long test-libraries test-fence test-mutations test-arm64 test-arm64-short count-arm64 test-cortex-m test-cuda test-cuda-offline test-published docs fuzz lint libraries wheel wheels examples example-corpus example-minilm example-search example-streaming example-anomaly example-image example-self-vs-multihead example-sensor bench bench-accuracy bench-cuda bench-models bench-peers bench-resident bench-same-bytes bench-start clean distclean
+.PHONY: help run test test-long test-libraries test-fence test-mutations test-arm64 test-arm64-short count-arm64 test-cortex-m test-cuda test-cuda-offline test-published docs fuzz lint libraries wheel wheels examples example-corpus example-minilm example-search example-streaming example-anomaly example-image example-self-vs-multihead example-sensor example-microcontroller bench bench-accuracy bench-cuda bench-models bench-peers bench-resident bench-same-bytes bench-start clean distclean
 
 help: ## this list
 	@echo "edgeattn: attention for small computers. Targets:"
@@ -52,13 +55,13 @@ run: $(ready) ## the main job: float, int8, report, .tflite
 	@$(python) examples/digits/run.py $(ARGS)
 
 test: $(ready) ## the test suite
-	@$(python) -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
+	@$(if $(filter tests/%,$(ARGS)),$(suite) $(ARGS),$(suite) --prebuilt $(ARGS) && $(suite) --compiled $(ARGS))
 
 test-long: $(ready) ## ... in every long form, an hour and more
-	@$(python) -m pytest -n auto --dist loadfile --no-loadscope-reorder --long $(ARGS)
+	@$(suite) --long $(ARGS)
 
-test-libraries: libraries ## ... on compiled kernels, what compiles nothing
-	@EDGEATTN_JIT=0 $(python) -m pytest -n auto --dist loadfile --no-loadscope-reorder --numpy $(ARGS)
+test-libraries: $(ready) ## ... of it what looks at no compiling
+	@$(suite) --prebuilt $(ARGS)
 
 test-fence: $(ready) ## kernels between guard pages, long form
 	@$(python) -m pytest -n auto --long tests/kernels/cpu/test_fence.py $(ARGS)
@@ -101,7 +104,7 @@ lint: $(ready_dev) ## style, types, imports, files
 	@$(VENV)/bin/lint-imports --no-cache --no-logo
 	@$(python) tools/check_tree.py
 
-examples: run example-self-vs-multihead example-minilm example-search example-sensor example-anomaly example-streaming example-image example-corpus ## every example, each under a minute
+examples: run example-self-vs-multihead example-minilm example-search example-sensor example-microcontroller example-anomaly example-streaming example-image example-corpus ## every example, each under a minute
 
 example-minilm: $(ready_minilm) ## a sentence encoder, float32 against int8
 	@$(python) examples/minilm/run.py
@@ -111,6 +114,9 @@ example-corpus: $(ready_minilm) ## a folder of text, embedded by a Dask cluster
 
 example-sensor: $(ready) ## faults of a machine, float32 against int8
 	@$(python) examples/sensor/run.py
+
+example-microcontroller: $(ready) ## the same as C, here and on an emulated Cortex-M4
+	@$(python) examples/sensor/microcontroller.py
 
 example-search: $(ready_minilm) ## search by meaning in pages, float32, int8
 	@$(python) examples/sentence_search.py
@@ -136,8 +142,9 @@ wheel: $(ready) ## a wheel that brings them for this machine
 wheels: $(linking) ## ... for x86_64, and one for aarch64
 	@$(python) tools/wheel.py x86_64 aarch64 $(ARGS)
 
+# Its limits are kernels of its own, which Numba compiles.
 bench: $(ready) ## how fast, on this machine
-	@$(python) -m benchmarks $(ARGS)
+	@EDGEATTN_JIT=1 $(python) -m benchmarks $(ARGS)
 
 bench-cuda: $(ready_cuda) ## ... on a GPU, beside torch (its CUDA build)
 	@$(python) -m benchmarks.cuda $(ARGS)
@@ -145,14 +152,14 @@ bench-cuda: $(ready_cuda) ## ... on a GPU, beside torch (its CUDA build)
 bench-models: $(ready_models) ## whole encoders beside other runtimes (large)
 	@$(VENV_MODELS)/bin/python -m benchmarks.models $(ARGS)
 
-bench-accuracy: $(ready_models) ## what int8 costs, in sentences, in recordings
+bench-accuracy: $(ready_models) ## what int8 costs: sentences, recordings, images, shapes
 	@$(VENV_MODELS)/bin/python -m benchmarks.tasks $(ARGS)
 
 bench-same-bytes: $(ready_models) ## ... do embeddings keep their bytes there
 	@$(VENV_MODELS)/bin/python -m benchmarks.same_bytes $(ARGS)
 
 bench-peers: $(ready_peers) ## ... beside other runtimes (large downloads)
-	@$(python) -m benchmarks --peers $(ARGS)
+	@EDGEATTN_JIT=1 $(python) -m benchmarks --peers $(ARGS)
 
 bench-resident: $(ready) ## memory of 10^6 calls, of MiniLM's sizes; idle
 	@$(python) -m benchmarks.resident $(ARGS)

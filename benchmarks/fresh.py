@@ -122,7 +122,7 @@ def memory(count):
     for name, make in layers(384, 12, 512).items():
         call = make()
         call(1)  # packs the weights, and loads the kernel
-        threads._scratch.clear()
+        threads.scratch.clear()
         tracemalloc.start()
         out = call()
         found[name] = tracemalloc.get_traced_memory()[1] - out.nbytes

@@ -381,7 +381,7 @@ class KVCache:
         if (type(softcap) is float and not softcap and position is None and return_weights is False
                 and (scale is None or type(scale) is float)):
             signature = call_signature(query, query, query, attn_mask, key_padding_mask, is_causal, None, window_size,
-                                       alibi_slopes)
+                                       alibi_slopes, others=("of a cache",))
         if signature is not None and len(signature) == PLAIN:
             # what a decoding loop calls again and again: one query, that of the last token; it sees all before it
             signature = *signature, scale

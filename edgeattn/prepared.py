@@ -37,7 +37,7 @@ def call_signature(query: Any, key: Any, value: Any, attn_mask: Any, key_padding
                    dtype: np.dtype[Any] = FLOAT32, others: tuple[Any, ...] = ()) -> tuple[Any, ...] | None:
     """The signature of these inputs, of `dtype`, and masks; None where a kernel does not read them as they are.
 
-    others : what else the call's meaning depends on
+    That of self-attention without masks is the input's shape alone.  others : what else the call's meaning depends on
     """
     if type(query) is not ndarray or query.dtype is not dtype or not query.flags.carray:
         return None
@@ -54,6 +54,8 @@ def call_signature(query: Any, key: Any, value: Any, attn_mask: Any, key_padding
         return None
     if (attn_mask is None and key_padding_mask is None and causal_alignment is None and window_size is NO_WINDOW
             and alibi_slopes is None and kv_lengths is None):
+        if key_shape is None and value_shape is None and is_causal is False and not others:
+            return tuple(query.shape)
         return query.shape, key_shape, value_shape, is_causal, others
     if causal_alignment is not None and type(causal_alignment) is not str:
         return None
@@ -79,6 +81,16 @@ def call_signature(query: Any, key: Any, value: Any, attn_mask: Any, key_padding
             return None
     return (query.shape, key_shape, value_shape, is_causal, others, mask, adds, padding, causal_alignment, window_size,
             few)
+
+
+def plain_inputs(signature: tuple[Any, ...]) -> tuple[Any, Any, Any] | None:
+    """The shapes of query, key and value in a signature without masks but a causal one; None of another.
+
+    None stands for those of the input before it.
+    """
+    if signature and type(signature[0]) is int:
+        return signature, None, None
+    return signature[:3] if len(signature) == PLAIN else None
 
 
 def is_read_as_it_is(x: object, dtype: np.dtype[Any] = FLOAT32) -> bool:
@@ -121,11 +133,11 @@ class Prepared:
         Where a call's mask is added: what else its signature says the whole of, and what is added beside it.
     """
 
-    __slots__ = ("_adds", "_call", "_dtype", "_keep", "_position_bias", "shape")
+    __slots__ = ("_adds", "_dtype", "_keep", "_position_bias", "call", "shape")
 
     def __init__(self, shape: Shape, dtype: np.dtype[Any], call: PreparedCall | None = None, adds: bool = False,
                  keep: Bools | None = None, position_bias: Float32s | None = None):
-        self.shape, self._dtype, self._call, self._adds, self._keep, self._position_bias = (
+        self.shape, self._dtype, self.call, self._adds, self._keep, self._position_bias = (
             shape, dtype, call, adds, keep, position_bias)
 
     def target(self, out: Any, *inputs: NDArray[Any] | None) -> NDArray[Any] | None:
@@ -143,14 +155,14 @@ class Prepared:
                   self.target(out, query, key, value, attn_mask, key_padding_mask))
         if result is None:
             return None
-        call: Any = self._call
+        call: Any = self.call
         if self._adds:
             keep, padding = (key_padding_mask, self._keep) if key_padding_mask is not None else (self._keep, None)
             bias = attn_mask if self._position_bias is None else sum_of_biases(attn_mask, self._position_bias)
             call.run(query, key, value, result, keep, padding, bias)
         elif attn_mask is None:
             if key_padding_mask is None:
-                call.run(query, key, value, result)
+                call.run_four(query, key, value, result)
             else:
                 call.run(query, key, value, result, key_padding_mask)
         elif key_padding_mask is None:
@@ -163,9 +175,25 @@ class Prepared:
 class PreparedCalls(PlanCache[Any, Prepared]):
     """Of a layer, a cache or the function: the `Prepared` of each signature; `dtype`: of inputs and results."""
 
+    __slots__ = ("dtype",)
+
     def __init__(self, size: int = 64, dtype: np.dtype[Any] = FLOAT32):
         super().__init__(size)
         self.dtype = dtype
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._size, self.dtype)
+
+    def attend(self, query: Any) -> NDArray[Any] | None:
+        """Self-attention without masks, where a call like it was prepared; else None."""
+        if type(query) is not ndarray or query.dtype is not self.dtype or not query.flags.carray:
+            return None
+        prepared = self.get(query.shape)
+        if prepared is None:
+            return None
+        result = np.empty(prepared.shape, self.dtype)
+        prepared.call.run_four(query, query, query, result)  # type: ignore[union-attr]
+        return result
 
     def learn(self, signature: tuple[Any, ...] | None, prepare: Callable[[MaskShapes], PreparedCall],
               scores: Shape, shape: Shape, mask: Mask, attn_mask: Any, key_padding_mask: Any = None,

@@ -38,14 +38,14 @@ MOST_PARTS = 1 << 16
 ALIGNMENT = 64  # bytes: one cache line, and the widest vector
 _NAP = 1e-3  # seconds between a thread's looks for work, where compiled code cannot sleep until there is some
 _LOOK = 100_000_000  # nanoseconds between a long call's looks for signals; each waits for the GIL, up to 5 ms
-_KEPT = 8  # scratch buffers kept for the next call
+KEPT = 8  # scratch buffers kept for the next call
 
 _numbers = itertools.count(1)
 _wanted = 0, 1  # a number of its own for each change, and the number of threads for a call
 _settled = 0  # the change whose pool alone is left
 _pools: dict[int, _WorkerPool] = {}  # by the number of the change that asked for them
 _pool: _WorkerPool | None = None  # the one last used
-_scratch: list[NDArray[Any]] = []
+scratch: list[NDArray[Any]] = []  # what `borrow` takes from
 _ALONE = np.zeros(0, np.int64)
 
 
@@ -123,8 +123,9 @@ def _settle() -> None:
 
 def _forget_after_fork() -> None:
     """A forked child has none of its parent's threads: start afresh."""
-    global _pools, _pool, _scratch
-    _pools, _pool, _scratch = {}, None, []
+    global _pools, _pool
+    _pools, _pool = {}, None
+    scratch.clear()
 
 
 def _end() -> None:
@@ -167,7 +168,7 @@ def aligned(count: int, dtype: DTypeLike) -> NDArray[Any]:
 def borrow(size: int, dtype: DTypeLike) -> NDArray[Any]:
     """A scratch array of at least `size` elements, to be given back with `give_back`."""
     try:
-        array = _scratch.pop()
+        array = scratch.pop()
     except IndexError:
         array = None
     if array is not None and array.dtype.type is not dtype:
@@ -181,8 +182,8 @@ def borrow(size: int, dtype: DTypeLike) -> NDArray[Any]:
 
 def give_back(array: NDArray[Any]) -> None:
     """Keep `array` for the next `borrow`, unless enough are kept already."""
-    if len(_scratch) < _KEPT:
-        _scratch.append(array)
+    if len(scratch) < KEPT:
+        scratch.append(array)
 
 
 @functools.cache
@@ -228,15 +229,15 @@ def run(function: Callable[..., object], dtype: DTypeLike, shared_size: int, pri
     if work < SMALLEST_SHARED_WORK:
         size = shared_size + private_size
         try:  # as `borrow` and `give_back`, for calls so short that these would show
-            memory = _scratch.pop()
+            memory = scratch.pop()
         except IndexError:
             memory = borrow(size, dtype)
         if memory.size < size or memory.dtype.type is not dtype:
-            _scratch.append(memory)
+            scratch.append(memory)
             memory = borrow(size, dtype)
         function(memory, _ALONE, 1)
-        if len(_scratch) < _KEPT:
-            _scratch.append(memory)
+        if len(scratch) < KEPT:
+            scratch.append(memory)
         return
     mates = _mates()
     task_queue, count = (_ALONE, 1) if mates is None else (mates.task_queue, mates.count)

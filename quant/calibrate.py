@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import TYPE_CHECKING, overload
 
 from edgeattn.checks import is_one_of
@@ -15,7 +16,7 @@ from quant.over_executor import merged
 from quant.trace import check_batches, describe_sources, read_calls
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
     from concurrent.futures import Executor
     from typing import Any
 
@@ -71,6 +72,7 @@ def calibrate(layer: Any, batches: Iterable[Any], *, observer: Observer = "minma
         found = of_some(batches, "calibrating") if executor is None else merged(executor, of_some, batches)
         if found is None:
             raise ValueError("batches must hold at least one token that is no padding; got none")
+        _warn_of_one_token(list(found.attention.values()))
         return found
     check_layer(layer)
     if not is_one_of(observer, OBSERVERS):
@@ -82,7 +84,14 @@ def calibrate(layer: Any, batches: Iterable[Any], *, observer: Observer = "minma
         raise ValueError("batches must hold at least one batch; got none")
     if total.statistics["scores"].count + total.single_scores.count == 0:
         raise ValueError("batches must hold at least one query with a permitted key; got none")
+    _warn_of_one_token([total])
     return total
+
+
+def _warn_of_one_token(seen: Sequence[Calibration]) -> None:
+    if seen and all(each.is_of_one_token for each in seen):
+        warnings.warn("batches hold one token again and again, as constant data does: ranges of it fit no other data; "
+                      "calibrate on samples of what will be asked", stacklevel=3)
 
 
 def _of_some(layer: MultiHeadAttention, observer: Observer, batches: Iterable[Batch], description: str = ""

@@ -19,7 +19,7 @@ from quant.observers import BINS, OBSERVERS, SMALLEST_EXPONENT, Statistics
 from quant.trace import Call, counted, describe_sources, float_trace
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from typing import Any
 
     from numpy.typing import NDArray
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from edgeattn.types import Path, Sources
 
 WEIGHTS = tuple(f"{name}_{part}" for name in ("q", "k", "v", "out") for part in ("weight", "bias"))
+# What equal scores differ by, relative to their size: a product's rows are not summed alike; and what is as good as 0.
+_EQUAL, _NO_SCORE = 1e-5, 1e-6
 # Format 1: keys and scores with the key bias, scores of rows with one key among the others.
 _FILE = Kind("quant.calibration", 2, "calibration")
 
@@ -55,6 +57,10 @@ class Calibration:
         The smallest maximum of a row of two permitted scores or more; infinite without such a row.
     masked : bool
         Whether any call came with a mask.
+    rules : dict of function
+        By tensor name what takes the observer's place; not kept in files.
+    widest_row : float
+        The largest difference of the permitted scores of a row; not kept in files.
     """
 
     layer: str
@@ -64,6 +70,15 @@ class Calibration:
     single_scores: Statistics = field(default_factory=Statistics)
     lowest_row_maximum: float = np.inf
     masked: bool = False
+    rules: dict[str, Callable[[Statistics, bool], tuple[float, float]]] = field(default_factory=dict)
+    widest_row: float = 0.0
+
+    @property
+    def is_of_one_token(self) -> bool:
+        """Whether tokens were told apart in no row, as those of constant data are not."""
+        scores = self.statistics.get("scores", Statistics())
+        size = max(abs(scores.minimum), abs(scores.maximum)) if scores.count else 0.0
+        return size > _NO_SCORE and self.widest_row <= _EQUAL * size
 
     def merge(self, other: Calibration) -> Calibration:
         """Calibration on the data of both.
@@ -89,7 +104,8 @@ class Calibration:
             self.layer, self.observer, self.sources,
             {name: s.merge(other.statistics[name]) for name, s in self.statistics.items()},
             self.single_scores.merge(other.single_scores),
-            min(self.lowest_row_maximum, other.lowest_row_maximum), self.masked or other.masked)
+            min(self.lowest_row_maximum, other.lowest_row_maximum), self.masked or other.masked,
+            widest_row=max(self.widest_row, other.widest_row))
 
     def range(self, name: str, *, symmetric: bool = False) -> tuple[float, float]:
         """The observer's (low, high) for a tensor, low <= 0 <= high; (0, 0) for one without elements.
@@ -99,7 +115,8 @@ class Calibration:
         statistics = self.statistics[name]
         if name in ("scores", "biased_scores") and not statistics.count:
             statistics = self.single_scores
-        return OBSERVERS[self.observer](statistics, symmetric) if statistics.count else (0.0, 0.0)
+        rule = self.rules.get(name, OBSERVERS[self.observer])
+        return rule(statistics, symmetric) if statistics.count else (0.0, 0.0)
 
     def save(self, path: Path) -> None:
         """Write to a .safetensors file, whole or not at all: histograms and ranges, the rest as JSON metadata.
@@ -240,4 +257,6 @@ def observe(layer: MultiHeadAttention, call: Call, total: Calibration) -> None:
     total.single_scores.update(scores[single])
     rows = np.where(several, scores, -np.inf).max(-1, initial=-np.inf)
     total.lowest_row_maximum = min(total.lowest_row_maximum, float(rows[keys > 1].min(initial=np.inf)))
+    lowest = np.where(several, scores, np.inf).min(-1, initial=np.inf)
+    total.widest_row = max(total.widest_row, float((rows - lowest)[keys > 1].max(initial=0)))
     total.masked |= call.permitted is not None

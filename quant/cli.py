@@ -15,7 +15,7 @@ import edgeattn
 import quant
 from edgeattn import messages
 from edgeattn.arithmetic import KERNEL_SETS
-from edgeattn.files.paths import check_output, reading
+from edgeattn.files.paths import check_output, reading, write_atomic
 from edgeattn.files.tensor_files import read_npy, read_tensors
 from edgeattn.layers import MultiHeadAttention
 from edgeattn.models import ImageEncoder, TextEncoder
@@ -49,12 +49,16 @@ ADVICE = {
         "make it with `quant quantize --arithmetic tflm`",
     "quantize it first, quant.quantize(layer, calibration, arithmetic='tflm')":
         "quantize it first, with `quant calibrate` and `quant quantize --arithmetic tflm`",
+    "quantize the float encoder with quant.quantize(encoder, quant.calibrate(encoder, batches), arithmetic='tflm')":
+        "make it of the float encoder with `quant calibrate` and `quant quantize --arithmetic tflm`",
     "quant.quantize makes one": "`quant quantize --scheme static` makes one",
     "quantize with scheme=": "quantize with --scheme ",
     "a layer of scheme=": "a layer of --scheme ",
     "; scheme=": "; --scheme ",
     "pass numpy.asarray(": "store numpy.asarray(",
     "attention='float32' leaves": "--attention float32 leaves",
+    "overrides=report.overrides() makes what costs most dynamic": "`quant quantize --override NAME=dynamic` makes what "
+                                                                  "costs most dynamic",
     "which edgeattn.save writes to a .safetensors file and edgeattn.load reads":
         "which a .safetensors file holds whole",
 }
@@ -172,13 +176,18 @@ def calibrate(layer, prefix, torch_prefix, bert_prefix, num_heads, data, output,
               help="Of a model: float32 leaves its attention as it is; int8 unless given.")
 @click.option("--room-for-masks", is_flag=True,
               help="static: leave room below the scores for a mask that a .tflite, .onnx or .c shall hold.")
+@click.option("--override", "overrides", multiple=True, metavar="NAME=VALUE",
+              help="Several may be given. Half a layer of a model, layers.0.feed_forward or layers.*.attention: "
+                   "static, dynamic or float32. A tensor of static attention, scores or layers.*.attention.scores: "
+                   "minmax, mse, percentile, percentile:SHARE or LOW:HIGH.")
 def quantize(layer, prefix, torch_prefix, bert_prefix, num_heads, calibration, output, scheme, arithmetic, attention,
-             room_for_masks):
+             room_for_masks, overrides):
     """Make an int8 layer of LAYER and of CALIBRATION, which `quant calibrate` wrote.
 
     A model needs no CALIBRATION unless it shall be static: one chooses on your data which inputs stay float32.
     """
     check_paths(output, layer, calibration)
+    overrides = dict(map(read_override, overrides)) or None
     given, layer = layer, read_layer(layer, prefix, torch_prefix, bert_prefix, num_heads)
     if isinstance(layer, edgeattn.QuantizedMultiHeadAttention):
         raise click.UsageError(f"{given} is int8 already: give the float layer that it was made of")
@@ -190,7 +199,8 @@ def quantize(layer, prefix, torch_prefix, bert_prefix, num_heads, calibration, o
             raise click.UsageError("--arithmetic needs --scheme static for a model")
         seen = None if calibration is None else ModelCalibration.load(calibration)
         edgeattn.save(quant.quantize(layer, seen, scheme=scheme, attention=attention,
-                                     arithmetic=arithmetic or "litert", room_for_masks=room_for_masks), output)
+                                     arithmetic=arithmetic or "litert", room_for_masks=room_for_masks,
+                                     overrides=overrides), output)
         say(f"wrote {output}: {scheme} int8, attention {attention}, float in and out")
         return
     if attention is not None:
@@ -201,10 +211,11 @@ def quantize(layer, prefix, torch_prefix, bert_prefix, num_heads, calibration, o
     if scheme == "dynamic" and (calibration is not None or arithmetic is not None):
         raise click.UsageError("--scheme dynamic takes neither CALIBRATION nor --arithmetic for a layer")
     if scheme == "dynamic":
-        edgeattn.save(quant.quantize(layer, scheme=scheme), output)
+        edgeattn.save(quant.quantize(layer, scheme=scheme, overrides=overrides), output)
         say(f"wrote {output}: dynamic int8, float in and out")
         return
-    quantized = quant.quantize(layer, Calibration.load(calibration), arithmetic=arithmetic or "litert")
+    quantized = quant.quantize(layer, Calibration.load(calibration), arithmetic=arithmetic or "litert",
+                               overrides=overrides)
     edgeattn.save(quantized, output)
     say(f"wrote {output}: static int8, equal to {quantized.arithmetic}")
 
@@ -215,12 +226,23 @@ def quantize(layer, prefix, torch_prefix, bert_prefix, num_heads, calibration, o
 @click.argument("data", nargs=-1, required=True, type=path_argument)
 @arithmetic_option
 @click.option("--json", "as_json", is_flag=True, help="Print the same as JSON.")
-def compare(layer, prefix, torch_prefix, bert_prefix, num_heads, quantized, data, arithmetic, as_json):
+@click.option("--model-explorer", type=path_argument, metavar="FILE.json",
+              help="Also write signal over noise as node data of Google's Model Explorer, for the file of --tflite.")
+@click.option("--tflite", type=path_argument, help="What `quant export` wrote of QUANTIZED; QUANTIZED where it is one.")
+def compare(layer, prefix, torch_prefix, bert_prefix, num_heads, quantized, data, arithmetic, as_json, model_explorer,
+            tflite):
     """Say what int8 cost: every tensor of QUANTIZED against LAYER on DATA; of a model each half of each layer."""
+    tflite = tflite or (quantized if quantized.suffix == ".tflite" else None)
+    if model_explorer is not None:
+        if tflite is None:
+            raise click.UsageError("--model-explorer needs --tflite, whose nodes are named")
+        check_paths(model_explorer, layer, quantized, tflite, *data)
     layer = read_layer(layer, prefix, torch_prefix, bert_prefix, num_heads)
     int8 = edgeattn.load(quantized, arithmetic=arithmetic)
     report = with_file_names(layer, data, lambda batches: quant.compare(layer, int8, batches))
     report = dataclasses.replace(report, lints=[in_words_of_the_command(lint) for lint in report.lints])
+    if model_explorer is not None:
+        write_atomic(model_explorer, report.to_model_explorer(tflite).encode())
     if as_json:
         click.echo(report.to_json())
         return
@@ -323,6 +345,20 @@ def read_layer(path: Path, prefix: str | None, torch_prefix: str | None, bert_pr
     if torch_prefix is not None:
         return MultiHeadAttention.from_torch(path, num_heads, torch_prefix)
     return MultiHeadAttention.from_bert(path, bert_prefix, num_heads)
+
+
+def read_override(text: str) -> tuple[str, object]:
+    """The name and the value of one --override."""
+    name, sign, value = text.partition("=")
+    first, colon, last = value.partition(":")
+    if not (name and sign and value):
+        raise click.UsageError(f"--override must be NAME=VALUE; got {text!r}")
+    if not colon:
+        return name, value
+    try:
+        return name, (first if first == "percentile" else float(first), float(last))
+    except ValueError:
+        raise click.UsageError(f"--override must end in percentile:SHARE or LOW:HIGH, numbers; got {text!r}") from None
 
 
 def with_file_names(layer, data: tuple[Path, ...], run):

@@ -106,12 +106,20 @@ def _sequences(model: Model, call: ModelCall, real: Any, got: Any) -> list[tuple
 
 
 def _lints(report: ModelReport, quantized: Model) -> list[str]:
+    lints, layers = [], encoder_of(quantized).layers
+    static = {f"layers.{i}.{part}" for i, layer in enumerate(layers) for part in _PARTS
+              if isinstance(getattr(layer, part), (StaticSelfAttention, StaticFeedForward))}
+    some = [name for name in report.overrides() if name in static]
+    if some:
+        lints.append(f"static int8 ends at a cosine of {report.cosines.mean:.4f}: overrides=report.overrides() makes "
+                     f"what costs most dynamic, {len(some)} of {len(static)} halves; in a .tflite their scales are "
+                     "found at run time")
     shares = report.shares()
     attention = sum(share for name, share in shares.items() if name.endswith("attention"))
     if attention > MOSTLY and any(not isinstance(layer.attention, MultiHeadAttention)
-                                  for layer in encoder_of(quantized).layers):
-        return [f"attention is {attention:.0%} of the error: attention='float32' leaves it as it is"]
-    return []
+                                  for layer in layers):
+        lints.append(f"attention is {attention:.0%} of the error: attention='float32' leaves it as it is")
+    return lints
 
 
 def _check_pair(a: Any, b: Any, where: str, check_attention: Callable[[Any, Any], None]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from edgeattn.layers.dynamic_linear import DynamicLinear
 from quant.calibration import check_layer
 from quant.model_calibration import ModelCalibration, encoder_fingerprint, feed_forward_linears, random_largest
 from quant.model_calls import encoder_of
+from quant.overrides import halves_of, of_model
 from quant.static_models import check_feed_forward, static_attention, static_feed_forward
 
 if TYPE_CHECKING:
@@ -27,8 +29,12 @@ if TYPE_CHECKING:
 SPLIT = 4.0
 
 
+class LacksFormError(ValueError):
+    """Half a layer has parts that a scheme has no form of."""
+
+
 class Scheme(NamedTuple):
-    """How the halves of an encoder's layers become int8: each of (layer, its name), ValueError where it cannot."""
+    """How the halves of an encoder's layers become int8: each of (layer, its name), LacksFormError where it cannot."""
 
     attention: Callable[[MultiHeadAttention, str], Any]
     feed_forward: Callable[[FeedForward, str], Any]
@@ -60,7 +66,10 @@ def static_scheme(model: Model, calibration: object, arithmetic: Arithmetic, qua
     seen = _checked(calibration, encoder)
 
     def attention(layer: MultiHeadAttention, name: str) -> Any:
-        check_layer(layer, "static")
+        try:
+            check_layer(layer, "static")
+        except ValueError as error:
+            raise LacksFormError(error) from None
         if name not in seen.attention:
             raise ValueError("calibration has no ranges of it, which leave float32")
         return static_attention(layer, name, seen, arithmetic, quantize_layer)
@@ -72,30 +81,51 @@ def static_scheme(model: Model, calibration: object, arithmetic: Arithmetic, qua
     return Scheme(attention, feed_forward)
 
 
-def quantize_model(model: Model, attention: str, scheme: Callable[[], Scheme]) -> Model:
-    """`model` with the halves of its layers in int8."""
+def quantize_model(model: Model, calibration: Any, scheme: str, attention: str, overrides: Any,
+                   schemes: Mapping[str, Callable[[Any], Scheme]]) -> Model:
+    """`model` with the halves of its layers in int8; schemes: by name, of a calibration.
+
+    What the scheme has no form of stays float32, unless `overrides` asks for it.
+    """
     if not is_one_of(attention, ("int8", "float32")):
         raise ValueError(f"attention must be 'int8' or 'float32'; got {attention!r}")
-    encoder, of = encoder_of(model), scheme()
-    made: dict[int, TransformerEncoderLayer] = {}
+    encoder = encoder_of(model)
+    names = halves_of(encoder)
+    asked, calibration = of_model(overrides, names.values(), calibration)
+    made: dict[str, Scheme] = {}
     halves: dict[int, Any] = {}
-    for i, layer in enumerate(encoder.layers):
-        if id(layer) in made:
-            continue
-        if id(layer.feed_forward) not in halves:
-            try:
-                halves[id(layer.feed_forward)] = of.feed_forward(layer.feed_forward, f"layers.{i}.feed_forward")
-            except ValueError as error:
-                raise ValueError(f"layers[{i}].feed_forward: {error}") from None
-        if id(layer.attention) not in halves and attention == "int8":
-            try:
-                halves[id(layer.attention)] = of.attention(layer.attention, f"layers.{i}.attention")
-            except ValueError as error:
-                raise ValueError(f"layers[{i}]: {error}; attention='float32' leaves attention as it is") from None
-        made[id(layer)] = TransformerEncoderLayer(
-            halves.get(id(layer.attention), layer.attention), halves[id(layer.feed_forward)], layer.norm1, layer.norm2,
-            norm_first=layer.norm_first, window_size=layer.window_size)
-    result = TransformerEncoder([made[id(layer)] for layer in encoder.layers], norm=encoder.norm)
+    left: dict[str, list[str]] = {}
+    wanted = {name: "float32" if attention == "float32" and name.endswith("attention") else scheme
+              for name in names.values()} | asked
+    for each in {scheme, *wanted.values()} - {"float32"}:
+        made[each] = schemes[each](calibration)
+
+    def quantized(half: Any, part: str) -> Any:
+        name = names[id(half)]
+        if wanted[name] == "float32" or id(half) in halves:
+            return halves.get(id(half), half)
+        try:
+            halves[id(half)] = getattr(made[wanted[name]], part)(half, name)
+        except LacksFormError as error:
+            if name in asked:
+                raise ValueError(f"{name}: {error}") from None
+            left.setdefault(str(error), []).append(name)
+            halves[id(half)] = half
+        except ValueError as error:
+            other = "overrides" if part == "feed_forward" else "attention='float32'"
+            raise ValueError(f"{name}: {error}; {other} leaves it as it is") from None
+        return halves[id(half)]
+
+    layers: dict[int, TransformerEncoderLayer] = {}
+    for layer in encoder.layers:
+        if id(layer) not in layers:
+            layers[id(layer)] = TransformerEncoderLayer(
+                quantized(layer.attention, "attention"), quantized(layer.feed_forward, "feed_forward"), layer.norm1,
+                layer.norm2, norm_first=layer.norm_first, window_size=layer.window_size)
+    for reason, some in left.items():
+        warnings.warn(f"{', '.join(some)} stay{'s' * (len(some) == 1)} float32: {reason}; overrides={{{some[0]!r}: "
+                      "'dynamic'} makes dynamic int8 of one", stacklevel=3)
+    result = TransformerEncoder([layers[id(layer)] for layer in encoder.layers], norm=encoder.norm)
     if isinstance(model, TransformerEncoder):
         return result
     given = {name: getattr(model, name) for name in inspect.signature(type(model)).parameters}

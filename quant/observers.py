@@ -77,7 +77,7 @@ class Statistics:
 
 def minmax(s: Statistics, symmetric: bool = False) -> tuple[float, float]:
     """Everything that was seen."""
-    return _span(s.minimum, s.maximum, symmetric)
+    return span(s.minimum, s.maximum, symmetric)
 
 
 def percentile(s: Statistics, symmetric: bool = False, tail: float = 1e-4) -> tuple[float, float]:
@@ -86,7 +86,7 @@ def percentile(s: Statistics, symmetric: bool = False, tail: float = 1e-4) -> tu
     edges = s.edges()
     low = float(edges[np.searchsorted(cumulative, tail, side="right")])
     high = float(edges[np.searchsorted(cumulative, 1 - tail, side="left") + 1])
-    return _span(max(low, s.minimum), min(high, s.maximum), symmetric)
+    return span(max(low, s.minimum), min(high, s.maximum), symmetric)
 
 
 def mse(s: Statistics, symmetric: bool = False) -> tuple[float, float]:
@@ -113,7 +113,8 @@ def mse(s: Statistics, symmetric: bool = False) -> tuple[float, float]:
     return float(lows[i]), float(highs[j])
 
 
-def _span(low: float, high: float, symmetric: bool) -> tuple[float, float]:
+def span(low: float, high: float, symmetric: bool) -> tuple[float, float]:
+    """(low, high), or where it shall be symmetric as far at either end, 0 within."""
     low, high = min(low, 0.0), max(high, 0.0)
     reach = max(-low, high)
     return (-reach, reach) if symmetric else (low, high)

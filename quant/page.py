@@ -124,7 +124,7 @@ def _parts(report: ModelReport) -> str:
         a, s = report.alone[name], report.so_far[name]
         bar = f'<span class="bar" style="width:{max(100 * share / most, 0.5):.0f}%"></span>'
         figures = (f"{a.sqnr_db:.1f}", f"{a.cosine:.5f}", f"{s.sqnr_db:.1f}", f"{s.cosine:.5f}")
-        rows.append((name, bar, f"{share:.1%}", *figures))
+        rows.append((_name(name), bar, f"{share:.1%}", *figures))
     return ('<h2>Halves of layers</h2><p class="quiet">Each alone in int8, on what the float model gives it, and '
             "in the int8 model, after all before it.</p>" + _table(
                 ("part", "", "share", "alone, dB", "cosine", "so far, dB", "cosine"), rows, wide=1))
@@ -135,7 +135,7 @@ def _tensors(detail: Detail) -> str:
     rows = []
     for name, tensor in found[:MOST_TENSORS]:
         r = tensor.result()
-        rows.append((escape(name), f"{r.sqnr_db:.1f}", f"{r.cosine:.5f}",
+        rows.append((_name(name), f"{r.sqnr_db:.1f}", f"{r.cosine:.5f}",
                      f"{r.saturation:.2%}" if tensor.has_range else "-",
                      f"{tensor.real.minimum:.3g} .. {tensor.real.maximum:.3g}"))
     more = "" if len(found) <= MOST_TENSORS else f" The {MOST_TENSORS} worst of {len(found)}."
@@ -146,6 +146,11 @@ def _tensors(detail: Detail) -> str:
 def _worst_first(comparison: Comparison) -> float:
     decibels = comparison.result().sqnr_db
     return decibels if decibels == decibels else math.inf
+
+
+def _name(name: str) -> str:
+    """A name that may go on in a second line behind a dot."""
+    return escape(name).replace(".", ".<wbr>")
 
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]], wide: int = -1) -> str:

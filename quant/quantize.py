@@ -29,6 +29,7 @@ from quant.calibration import Calibration, check_layer, fingerprint
 from quant.model_calibration import ModelCalibration
 from quant.model_calls import MODELS
 from quant.models import dynamic_scheme, quantize_model, static_scheme
+from quant.overrides import Given, of_layer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgeattn.types import Arithmetic, Float32s
-    from quant.types import Scheme
+    from quant.types import Overrides, Scheme
 
 Model = TypeVar("Model", TransformerEncoder, TextEncoder, ImageEncoder)
 # A masked score gets the lowest code, so the lowest code must be worth nothing in every row. exp(-12) is 1/636 of the
@@ -50,7 +51,8 @@ SMALLEST_SCORE_SCALE = 2.0**-20
 
 @overload
 def quantize(layer: MultiHeadAttention, calibration: Calibration, *, scheme: Literal["static"] = "static",
-             arithmetic: Arithmetic = "litert", room_for_masks: bool = False) -> StaticMultiHeadAttention: ...
+             arithmetic: Arithmetic = "litert", room_for_masks: bool = False, overrides: Overrides | None = None
+             ) -> StaticMultiHeadAttention: ...
 
 
 @overload
@@ -60,19 +62,19 @@ def quantize(layer: MultiHeadAttention, calibration: Calibration | None = None, 
 
 @overload
 def quantize(layer: MultiHeadAttention, calibration: Calibration | None = None, *, scheme: Scheme,
-             arithmetic: Arithmetic = "litert", room_for_masks: bool = False
+             arithmetic: Arithmetic = "litert", room_for_masks: bool = False, overrides: Overrides | None = None
              ) -> StaticMultiHeadAttention | DynamicMultiHeadAttention: ...
 
 
 @overload
 def quantize(layer: Model, calibration: ModelCalibration | None = None, *, scheme: Scheme = "static",
              arithmetic: Arithmetic = "litert", attention: Literal["int8", "float32"] = "int8",
-             room_for_masks: bool = False) -> Model: ...
+             room_for_masks: bool = False, overrides: Overrides | None = None) -> Model: ...
 
 
 def quantize(layer: Any, calibration: Calibration | ModelCalibration | None = None, *, scheme: Scheme = "static",
              arithmetic: Arithmetic = "litert", attention: Literal["int8", "float32"] = "int8",
-             room_for_masks: bool = False) -> Any:
+             room_for_masks: bool = False, overrides: Overrides | None = None) -> Any:
     """Quantize a float layer, or a whole encoder, to int8.
 
     Dynamic: weights symmetric per output channel, everything else at run time; no calibration. That of a whole encoder
@@ -85,6 +87,7 @@ def quantize(layer: Any, calibration: Calibration | ModelCalibration | None = No
     score no longer matters to any row; when a mask was seen it reaches MASK_MARGIN below the lowest row's maximum, so
     that masks survive, and ``with_mask`` extends it where the mask leaves a row a single key. A whole encoder keeps its
     norms and residuals in float32, and spreads what reaches beyond the range of most features (docs/encoders.md).
+    Halves of its layers that no static form is of stay float32, and a warning names them.
 
     Parameters
     ----------
@@ -101,6 +104,12 @@ def quantize(layer: Any, calibration: Calibration | ModelCalibration | None = No
     room_for_masks : bool
         Of static attention: whether the scores' range leaves room below for masks that a file shall hold. A layer has
         it anyway where its calibration saw masks; a whole encoder, whose calls leave masked keys out, does not.
+    overrides : mapping, optional
+        From names, which may hold ``*``, to what they shall be. Of halves of a whole encoder's layers,
+        "layers.0.feed_forward" or "layers.*.attention": "static", "dynamic" or "float32", so that one model has
+        several (``ModelReport.overrides`` of a comparison says which cost most). Of tensors of static attention,
+        "scores" of a layer, "layers.*.attention.context" of an encoder: how their range is found, "minmax", "mse",
+        "percentile", ("percentile", share left out at either end), or (low, high). The last that fits a name counts.
 
     Returns
     -------
@@ -118,11 +127,11 @@ def quantize(layer: Any, calibration: Calibration | ModelCalibration | None = No
     if isinstance(layer, MODELS):
         if not is_one_of(scheme, ("static", "dynamic")):
             raise ValueError(f"scheme must be 'static' or 'dynamic'; got {scheme!r}")
-        if scheme == "static":
-            return quantize_model(layer, attention, lambda: static_scheme(
-                layer, calibration, arithmetic, functools.partial(quantize, room_for_masks=room_for_masks),
-                quantize_linear))
-        return quantize_model(layer, attention, lambda: dynamic_scheme(layer, calibration, _quantize_dynamic))
+        schemes = {
+            "static": lambda seen: static_scheme(
+                layer, seen, arithmetic, functools.partial(quantize, room_for_masks=room_for_masks), quantize_linear),
+            "dynamic": lambda seen: dynamic_scheme(layer, seen, _quantize_dynamic)}
+        return quantize_model(layer, calibration, scheme, attention, overrides, schemes)
     check_layer(layer, scheme)
     if not is_one_of(attention, ("int8",)):
         raise ValueError("attention must be left out for an attention layer, of which no other half could be int8; got "
@@ -131,12 +140,16 @@ def quantize(layer: Any, calibration: Calibration | ModelCalibration | None = No
         if calibration is not None and not isinstance(calibration, Calibration):
             raise TypeError("calibration must be left out, or a quant.Calibration, for an attention layer; got "
                             f"{type(calibration).__name__}")
+        if overrides is not None:
+            raise ValueError("overrides must be left out for scheme='dynamic' of a layer, which has no fixed ranges")
         return _quantize_dynamic(layer)
     if not isinstance(calibration, Calibration):
         raise TypeError(f"calibration must be a quant.Calibration for scheme='static' (run quant.calibrate first); "
                         f"got {type(calibration).__name__}")
     if calibration.layer != fingerprint(layer):
         raise ValueError("calibration was made with another layer: its weights differ from this layer's")
+    if overrides is not None:
+        calibration = of_layer(overrides, calibration)
     if room_for_masks:
         calibration = dataclasses.replace(calibration, masked=True)
     for name in calibration.statistics:
@@ -226,6 +239,8 @@ def quantize_linear(weight: Float32s, bias: Float32s | None, input_scale: float 
 
 def _score_range(calibration: Calibration, name: str = "scores") -> tuple[float, float]:
     low, high = calibration.range(name)
+    if isinstance(calibration.rules.get(name), Given):
+        return low, high
     reach = min(calibration.lowest_row_maximum, high) - MASK_MARGIN
     return min(0.0, reach if calibration.masked else max(low, reach)), high
 

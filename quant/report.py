@@ -12,18 +12,21 @@ import numpy as np
 
 from edgeattn.arithmetic import CODE_MAX, CODE_MIN
 from edgeattn.quantized import TensorQuantization
+from quant.model_explorer import node_data
 from quant.tables import fill, render, table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
-    from edgeattn.types import Codes, Floats
+    from edgeattn.types import Codes, Floats, Path
 
 MOST_IN_ORDER = 1000  # results whose pairs are put in order
 # Mean and least cosine from which a sentence about a model holds.
 VERDICTS = ((0.999, 0.997, "is the float model for most purposes"), (0.99, 0.97, "is near the float model"),
             (-2.0, -2.0, "differs from the float model"))
+GOAL = VERDICTS[0][0]  # the mean cosine that `ModelReport.overrides` aims at
+REMAINS = 0.1  # of the error of static int8 in dynamic int8, as measured of MiniLM
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,15 @@ class Report:
         """The same as JSON; a number that is not finite is null."""
         return _json({"tensors": {name: _numbers(r) for name, r in self.tensors.items()},
                       "heads": [_numbers(r) for r in self.heads], "notes": self.lints})
+
+    def to_model_explorer(self, tflite: Path) -> str:
+        """Signal over noise as node data of Google's Model Explorer, JSON, for the .tflite exported of the int8 layer.
+
+        See Also
+        --------
+        quant.model_explorer.node_data : what it holds, and its errors.
+        """
+        return node_data(self.tensors, tflite)
 
     def __rich__(self) -> Any:
         shown = table("tensor", "SQNR dB", "cosine", "saturated")
@@ -228,6 +240,40 @@ class ModelReport:
         noise = {name: 10 ** (-r.sqnr_db / 10) if r.sqnr_db == r.sqnr_db else 0.0 for name, r in self.alone.items()}
         total = math.fsum(noise.values()) or 1.0
         return {name: noise[name] / total for name in sorted(noise, key=lambda name: -noise[name])}
+
+    def overrides(self, cosine: float = GOAL) -> dict[str, str]:
+        """Which halves of a static model to make dynamic, for ``overrides`` of ``quant.quantize``.
+
+        Those that cost most, as many as it takes for the mean cosine that can be expected: the loss is each one's share
+        of the error, of which a tenth remains. Compare again to see what it is.
+
+        Parameters
+        ----------
+        cosine : float
+            To reach, on average.
+
+        Returns
+        -------
+        dict
+            From names to "dynamic"; empty where nothing has to be done.
+        """
+        chosen: dict[str, str] = {}
+        whole = remaining = 1 - self.cosines.mean
+        for name, share in self.shares().items():
+            if not remaining > 1 - cosine or not share:
+                break
+            chosen[name] = "dynamic"
+            remaining -= share * whole * (1 - REMAINS)
+        return chosen
+
+    def to_model_explorer(self, tflite: Path) -> str:
+        """Signal over noise of each half alone as node data of Google's Model Explorer, JSON, for an exported .tflite.
+
+        See Also
+        --------
+        quant.model_explorer.node_data : what it holds, and its errors.
+        """
+        return node_data(self.alone, tflite)
 
     def to_json(self) -> str:
         """The same as JSON, parts in the order of the table; a number that is not finite is null."""

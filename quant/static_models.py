@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from quant.calibration import Calibration
     from quant.model_calibration import ModelCalibration
 
-SHARE = 12  # further columns, and outputs, are at most one for so many features
+SHARE = 6  # further columns, and outputs, are at most one for so many features
 _FACTORS = np.linspace(1, 0.02, 99)  # of the whole range, tried for that of the codes
 _CODES = CODE_MAX - CODE_MIN  # what a further output's codes begin beyond those before it
 

@@ -8,6 +8,9 @@ from typing import Any, Literal, TypeAlias
 from numpy.typing import ArrayLike
 
 Scheme: TypeAlias = Literal["static", "dynamic"]
+# Of names: a scheme of half a layer, or of a tensor an observer, ("percentile", share) or (low, high).
+Overrides: TypeAlias = Mapping[str, Literal["static", "dynamic", "float32", "minmax", "percentile", "mse"]
+                               | tuple[Literal["percentile"], float] | tuple[float, float]]
 # The names in quant.observers.OBSERVERS.
 Observer: TypeAlias = Literal["minmax", "percentile", "mse"]
 # The names in quant.export.targets.TARGETS.

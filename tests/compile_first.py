@@ -1,15 +1,17 @@
-"""Compiles what tests of many files call, on every core: python tests/compile_first.py [--host].
+"""Compiles what tests of many files call, on every core: python tests/compile_first.py [--host] [--prebuilt].
 
 conftest.py runs it before the processes of a whole suite start: each would compile the same kernels at the same time.
 No two of CALLS need the same kernel, and what takes longest comes first. Then the plainest instruction set, for the
 tests that compare others with it, and the object files that bundles and libraries of this machine are linked from, and
-README's for another; `--host`: without these.
+README's for another; `--host`: without these. `--prebuilt`: this machine's library, where it is not there, instead of
+CALLS; these where it cannot be linked.
 """
 import concurrent.futures
 import multiprocessing
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 from bundle_ways import targets_here
@@ -20,8 +22,10 @@ import edgeattn
 import quant
 from edgeattn.kernels.cpu.encoder_int8 import Ends
 from edgeattn.kinds import KINDS
+from edgeattn.runtime import prebuilt
 from edgeattn.runtime.isa import ISA
 from quant.export.kernel_objects import objects
+from quant.export.kernels import build
 
 PLAINEST = "generic"
 BUNDLED = "StaticMultiHeadAttention", "MultiHeadAttention", "DynamicMultiHeadAttention", "LayerNorm", "DynamicLinear"
@@ -70,7 +74,7 @@ def function(**options):
 def others(*names):
     """CALLS of these names under the plainest instruction set, in a process of its own."""
     subprocess.run([sys.executable, TESTS / "compile_first.py", *names], check=True,
-                   env={**os.environ, "EDGEATTN_ISA": PLAINEST})
+                   env={**os.environ, "EDGEATTN_ISA": PLAINEST, "EDGEATTN_JIT": "1"})
 
 
 CALLS = {
@@ -95,6 +99,18 @@ def objects_of_bundles():
         print(error)
 
 
+def library():
+    """Whether there is a library for this machine; it is compiled where there is none."""
+    if prebuilt.LIBRARY is not None:
+        return True
+    try:
+        build([targets_here()[ISA.name]], Path(prebuilt.FOLDER))
+    except (KeyError, RuntimeError) as error:
+        print(f"kernels are compiled by each Python, for there is no library: {error}")
+        return False
+    return True
+
+
 def compile_one(name, instruction_set=ISA.name):
     CALLS[name]() if instruction_set == ISA.name else others(name)
 
@@ -105,13 +121,14 @@ def main(arguments):
         CALLS[name]()
     if names:
         return
-    work = [(name, ISA.name) for name in CALLS]
+    work = [] if "--prebuilt" in arguments and library() else [(name, ISA.name) for name in CALLS]
     everything = "--host" not in arguments
     if everything and ISA.name != PLAINEST:
         work += [(name, PLAINEST) for name in OTHERS]
     cores = len(os.sched_getaffinity(0))
     with concurrent.futures.ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(compile_one, *zip(*work, strict=True)))
+        for done in [pool.submit(compile_one, *each) for each in work]:
+            done.result()
     if everything:
         objects_of_bundles()
 

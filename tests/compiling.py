@@ -3,5 +3,9 @@ import pytest
 
 from edgeattn.runtime import prebuilt
 
-looks_at_compiling = pytest.mark.skipif(
-    prebuilt.LIBRARY is not None, reason="kernels come from a library, and nothing is compiled: EDGEATTN_JIT=1")
+
+def looks_at_compiling(test):
+    """Mark a test: skipped where kernels come from a library, run by `pytest --compiled`."""
+    skipped = pytest.mark.skipif(
+        prebuilt.LIBRARY is not None, reason="kernels come from a library, and nothing is compiled: EDGEATTN_JIT=1")
+    return pytest.mark.looks_at_compiling(skipped(test))

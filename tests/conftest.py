@@ -9,8 +9,6 @@ import time
 import pytest
 from places import ROOT, TESTS
 
-os.environ.setdefault("EDGEATTN_JIT", "1")  # tests look into kernels, which libraries hide
-
 # These take longest, in this order; they come first, so that no process is left with one when the others have ended.
 FIRST = """
     test_readme test_cuda_mutations test_fence test_cuda_layers test_readers test_export_c test_planted_bugs test_cuda_float32
@@ -28,10 +26,19 @@ WITHOUT_NUMPY = """
     test_cuda_int8 test_cuda_int8_functional test_cuda_laws test_packaging test_cuda_layers test_cuda_mutations test_cuda_on_device
     test_cuda_order test_cuda_precision test_cuda_probabilities test_cuda_torch test_cuda_versions test_decode
     test_dynamic_kernels test_encoder_dynamic test_encoder_float32 test_export_c test_fence test_generated_code
-    test_instruction_sets test_int8_operands test_interrupts test_isa test_jit
+    test_export_c_encoder test_instruction_sets test_int8_operands test_interrupts test_isa test_jit
     test_kernels_float32 test_kernels_int8 test_planted_bugs test_long_rows test_readers test_readme test_simd
     test_threads test_trusted
 """.split()
+
+# These call parts of kernels, or look at what is compiled here: they need Numba's kernels. `--prebuilt` leaves them out,
+# and runs the others on this machine's library; `--compiled` runs them, and what is marked so in the files behind.
+COMPILED = """
+    test_arm64 test_benchmarks test_compile_cost test_dynamic_kernels test_fence test_generated_code test_int8_operands
+    test_interrupts test_isa test_jit test_kernels_float32 test_kernels_int8 test_planted_bugs test_prebuilt test_records
+    test_simd test_threads test_worker_pool
+""".split()
+PARTLY_COMPILED = "test_cli", "test_entries", "test_functional"  # compiling.looks_at_compiling
 
 # Each process compiles kernels and loads interpreters: more of them than fit into memory would end each other.
 WORKER_BYTES = 2**30
@@ -51,15 +58,35 @@ def pytest_addoption(parser):
         help="the long form of tests/kernels/cuda/test_cuda_*.py (every shape, and the CPU's kernels beside), of test_fence.py (every "
              "kernel under every instruction set, twenty times as many cases) and of test_planted_bugs.py (all of them)")
     parser.addoption("--numpy", action="store_true", help="leave out the files whose results do not depend on NumPy")
+    parser.addoption("--prebuilt", action="store_true",
+                     help="on this machine's library, compiled first where it is not there, what does not look at compiling")
+    parser.addoption("--compiled", action="store_true", help="what --prebuilt leaves out, alone")
+
+
+def pytest_configure(config):
+    """Have kernels from the library, or compiled here: tests look into kernels, which libraries hide."""
+    if config.getoption("prebuilt"):
+        os.environ["EDGEATTN_JIT"] = "0"
+    else:
+        os.environ.setdefault("EDGEATTN_JIT", "1")
 
 
 def pytest_ignore_collect(collection_path, config):
-    """Leave out what `--numpy` leaves out."""
-    return True if config.getoption("numpy") and collection_path.stem in WITHOUT_NUMPY else None
+    """Leave out what `--numpy`, `--prebuilt` and `--compiled` leave out."""
+    stem = collection_path.stem
+    if not stem.startswith("test_"):
+        return None
+    left_out = (config.getoption("numpy") and stem in WITHOUT_NUMPY
+                or config.getoption("prebuilt") and stem in COMPILED
+                or config.getoption("compiled") and stem not in (*COMPILED, *PARTLY_COMPILED))
+    return True if left_out and collection_path.suffix == ".py" else None
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """FIRST first, the others in the order of their names."""
+    if config.getoption("compiled"):
+        items[:] = [item for item in items
+                    if item.path.stem in COMPILED or item.get_closest_marker("looks_at_compiling")]
     items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
 
 
@@ -72,12 +99,20 @@ def pytest_xdist_auto_num_workers():
     return workers if workers > 1 else 0
 
 
+def pytest_sessionfinish(session, exitstatus):
+    """That one of both parts of the suite has nothing of what was asked for is no failure."""
+    option = session.config.option
+    if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and (option.prebuilt or option.compiled):
+        session.exitstatus = pytest.ExitCode.OK
+
+
 def pytest_sessionstart(session):
     """Before the processes of a whole suite start, compile what all of them would."""
     if begins_a_whole_suite(session.config):
         began = time.monotonic()
         print("compiling the kernels that many tests call: some minutes the first time", flush=True)
-        subprocess.run([sys.executable, TESTS / "compile_first.py", *["--host"] * session.config.option.numpy], check=True,
+        parts = ["--host"] * session.config.option.numpy + ["--prebuilt"] * session.config.option.prebuilt
+        subprocess.run([sys.executable, TESTS / "compile_first.py", *parts], check=True,
                        env={**os.environ, "PYTHONPATH": str(ROOT)})
         print(f"kernels that many tests call: {time.monotonic() - began:.0f} s")
 

@@ -95,9 +95,9 @@ def test_what_is_finite_hides_no_key():
 
 
 def peak(call):
-    threads._scratch.clear()
+    threads.scratch.clear()
     call()
-    threads._scratch.clear()
+    threads.scratch.clear()
     tracemalloc.start()
     call()
     size = tracemalloc.get_traced_memory()[1]

@@ -361,6 +361,7 @@ def test_files_that_the_suite_treats_apart_exist():
     tests = {path.stem for path in TESTS.rglob("test_*.py")}
     assert set(conftest.FIRST) < tests
     assert set(conftest.WITHOUT_NUMPY) < tests
+    assert {*conftest.COMPILED, *conftest.PARTLY_COMPILED} < tests
 
 
 def test_a_whole_suite_compiles_first_and_no_part_of_one():

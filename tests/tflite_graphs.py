@@ -93,7 +93,7 @@ def select(keep, shape, quantization, fill, *, scores_second=True) -> bytes:
 
 
 def random_layer(rng, H=2, D=4, Dv=4, E=8, sources=(0, 0, 0), projected=True, zero_points=True, bias=True,
-                 score_ops=()) -> StaticMultiHeadAttention:
+                 score_ops=(), Eo=None) -> StaticMultiHeadAttention:
     """A static layer of random parameters, keys and values with zero points; nothing in it is calibrated."""
     def tensor(scale):
         return TensorQuantization(
@@ -117,7 +117,7 @@ def random_layer(rng, H=2, D=4, Dv=4, E=8, sources=(0, 0, 0), projected=True, ze
     tensors |= {"query": tensor(0.02), "key": tensor(0.1), "value": tensor(0.1), "scores": tensor(0.05 * D),
                 "context": tensor(0.05)}
     if projected:
-        linears["output"], tensors["output"] = linear(E, H * Dv), tensor(0.1)
+        linears["output"], tensors["output"] = linear(Eo or E, H * Dv), tensor(0.1)
     return StaticMultiHeadAttention(H, linears, tensors, sources=sources, score_ops=score_ops)
 
 

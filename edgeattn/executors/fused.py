@@ -32,12 +32,26 @@ def stages_of(layer: Any) -> list[Stage] | None:
 
     None where a pattern is not one of ours: then the operations are run one by one.
     """
+    parts = parts_of(layer)
+    return None if parts is None else [_made(part) for part in parts]
+
+
+class Part(NamedTuple):
+    """last(x + branch(first(x))), or last(x) without a branch; each norm is an operation, or None."""
+
+    branch: _Operation | None
+    first: _Operation | None
+    last: _Operation | None
+
+
+def parts_of(layer: Any) -> list[Part] | None:
+    """The patterns that follow upon each other in the layer's forward; None where one is not of ours."""
     x = _Operation("input")
     try:
         result = layer.forward(_Recorder(), x, None, "")
     except LacksOperationError:
         return None
-    return _stages(result, x)
+    return _parts(result, x)
 
 
 class _Operation(NamedTuple):
@@ -77,27 +91,33 @@ class _Recorder(Ops[_Operation]):
         return _Operation("multiply", (a, b))
 
 
-def _stages(result: _Operation, x: _Operation) -> list[Stage] | None:
-    """The stages from x to a result: norm(a + f(a)), a + f(norm(a)) or norm(a), a being what came before."""
+def _parts(result: _Operation, x: _Operation) -> list[Part] | None:
+    """The parts from x to a result: norm(a + f(a)), a + f(norm(a)) or norm(a), a being what came before."""
     if result is x:
         return []
     norm, inner = (result, result.inputs[0]) if result.kind in _NORMS else (None, result)
     if inner.kind != "add":
-        before = None if norm is None else _stages(inner, x)
-        return None if norm is None or before is None else [*before, _normed(norm)]
+        before = None if norm is None else _parts(inner, x)
+        return None if norm is None or before is None else [*before, Part(None, None, norm)]
     source, branch = inner.inputs
-    before = _stages(source, x)
+    before = _parts(source, x)
     if before is None:
         return None
-    for input_of, make in ((_attention_input, _attention), (_feed_forward_input, _feed_forward),
-                           (_static_input, _static)):
+    for input_of in _MAKERS:
         read = input_of(branch)
         if read is source:
-            return [*before, make(branch, None, norm)]
+            return [*before, Part(branch, None, norm)]
         if read is not None and read.kind in _NORMS and read.inputs[0] is source:
-            last = [] if norm is None else [_normed(norm)]
-            return [*before, make(branch, read, None), *last]
+            return [*before, Part(branch, read, None)] + [Part(None, None, norm)] * (norm is not None)
     return None
+
+
+def _made(part: Part) -> Stage:
+    """The compiled stage of a part."""
+    if part.branch is None:
+        return _normed(part.last)
+    make = next(make for input_of, make in _MAKERS.items() if input_of(part.branch) is not None)
+    return make(part.branch, part.first, part.last)
 
 
 def _attention_input(branch: _Operation) -> _Operation | None:
@@ -189,9 +209,15 @@ def _static(branch: _Operation, first: _Operation | None, last: _Operation | Non
     return stage
 
 
-def _normed(norm: _Operation) -> Stage:
+def _normed(norm: Any) -> Stage:
     kernel = encoder_float32.Norm(_norm(norm))
     return lambda x, sequences: kernel(x, None, np.empty_like(x))
+
+
+# Of each kind of branch what it reads, None for another, and what makes its stage.
+_MAKERS: dict[Callable[[_Operation], _Operation | None],
+              Callable[[_Operation, _Operation | None, _Operation | None], Stage]] = {
+    _attention_input: _attention, _feed_forward_input: _feed_forward, _static_input: _static}
 
 
 def _norm(norm: _Operation) -> tuple[str, Float32s, Float32s | None, float]:

@@ -10,7 +10,7 @@ import numpy as np
 from edgeattn.checks import FLOAT32, check_out, to_float32, write_result
 from edgeattn.layers.call import check_input_shapes
 from edgeattn.masks import check_mask_shapes, resolve_mask
-from edgeattn.prepared import PLAIN, call_signature
+from edgeattn.prepared import call_signature, plain_inputs
 
 if TYPE_CHECKING:
     from typing import Any, TypeAlias
@@ -54,9 +54,10 @@ def attend_again(layer: _Layer, query: Any, key: Any, value: Any, out: Any, kv_c
 
 def _step_signature(signature: tuple[Any, ...] | None, cache: KVCache) -> tuple[Any, ...] | None:
     """That of a call with a cache, where it is of one token, which sees all that is held; `signature`: without."""
-    if signature is None or len(signature) != PLAIN or type(cache) is not _kv_cache():
+    shapes = None if signature is None else plain_inputs(signature)
+    if signature is None or shapes is None or type(cache) is not _kv_cache():
         return None
-    query, key, value, *_ = signature
+    query, key, value = shapes
     return (*signature, cache.kind) if key is None and value is None and query[-2:-1] == (1,) else None
 
 

@@ -194,6 +194,11 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention, Positions):
         between them is computed in float32, or as the cache stores it. So steps through a cache give the same bytes
         whatever the chunks, where the cache is int8, but not those of the whole sequence without one.
         """
+        if (key is None and value is None and attn_mask is None and key_padding_mask is None and is_causal is False
+                and window_size is NO_WINDOW and kv_cache is None and alibi_slopes is None and causal_alignment is None
+                and need_weights is False and average_attn_weights is False and out is None and type(softcap) is float
+                and not softcap and (again := self.prepared_calls.attend(query)) is not None):
+            return again
         return attention.call(self, query, key, value, attn_mask, key_padding_mask, is_causal, causal_alignment,
                               window_size, softcap, alibi_slopes, kv_cache, need_weights, average_attn_weights, out)
 

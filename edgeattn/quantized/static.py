@@ -552,6 +552,10 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         signature = None
         if (need_weights is False and (key is not None or not self.sources[1])
                 and (value is not None or self.sources[2] < 2)):
+            if (key is None and value is None and attn_mask is None and key_padding_mask is None and kv_cache is None
+                    and is_causal is False and causal_alignment is None and window_size is NO_WINDOW and out is None
+                    and (again := self.prepared_calls.attend(query)) is not None):
+                return again
             again, signature = attend_again(self, query, key, value, out, kv_cache, attn_mask, key_padding_mask,
                                             is_causal, causal_alignment, window_size, None)
             if again is not None:

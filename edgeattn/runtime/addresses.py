@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-POINTER = object.__basicsize__  # in NumPy's C structure of an array: behind the head that every object has
+# Behind the head that every object has: in NumPy's C structure of an array, and in Python's of a list, whose elements
+# stay where they are as long as their number does.
+POINTER, ITEMS = object.__basicsize__, object.__basicsize__ + 8
 try:
     _memory = (ctypes.c_int64 * 2**50).from_address(0)
 except (MemoryError, OverflowError, ValueError):  # addresses of fewer bits
@@ -24,6 +26,13 @@ def address(array: NDArray[Any] | None) -> int:
     return 0 if array is None else _memory[id(array) + POINTER >> 3]
 
 
-_probe = np.zeros(1)
-if _memory is None or address(_probe) != _probe.ctypes.data:
+def items_address(objects: list[Any]) -> int:
+    """Where a list has its elements, the addresses of objects; until their number changes."""
+    return _memory[id(objects) + ITEMS >> 3]
+
+
+_probe = np.zeros(3)
+_listed = [_probe]
+if (_memory is None or address(_probe) != _probe.ctypes.data or _memory[items_address(_listed) >> 3] != id(_probe)
+        or _memory[_memory[id(_probe) + POINTER + 16 >> 3] >> 3] != _probe.size):
     raise ImportError("edgeattn needs CPython on a processor of 64 bits: kernels read an array where id() says it is")

@@ -14,6 +14,8 @@ V = TypeVar("V")
 class PlanCache(dict[K, V]):
     """Plans by what they depend on, at most `size`: ever new lengths do not fill memory."""
 
+    __slots__ = ("_size",)
+
     def __init__(self, size: int = 64):
         super().__init__()
         self._size = size

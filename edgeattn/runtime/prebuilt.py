@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgeattn.runtime import processor, sources
-from edgeattn.runtime.addresses import address
+from edgeattn.runtime.addresses import POINTER, address, items_address
 from edgeattn.runtime.targets import TARGETS, runnable
 
 if TYPE_CHECKING:
@@ -98,28 +98,49 @@ class Kernel:
         found: Callable[[ctypes.c_int64], int] = _ADDED.get(symbol, LIBRARY).function(symbol)
         return found
 
+    @functools.cached_property
+    def _without_result(self) -> Callable[[ctypes.c_int64], object]:
+        symbol = symbol_of(self.py_func)
+        found: Any = _ADDED.get(symbol, LIBRARY).function(symbol)
+        found.restype = None
+        return found  # type: ignore[no-any-return]
+
     def __call__(self, *arguments: Any) -> int:
         """Run it."""
         given = np.array(words(arguments), np.int64)
         return self.function(ctypes.c_int64(address(given)))
 
-    def bind(self, parameters: NDArray[np.int64], addresses: NDArray[np.int64]) -> Callable[..., int]:
-        """It and what it is called with first: a function of (scratch, task_queue, count), of one thread at a time.
+    def bind(self, parameters: NDArray[np.int64], addresses: NDArray[np.int64], objects: list[Any]) -> BoundKernel:
+        """It and what it is called with first, for one thread at a time.
 
-        ctypes makes an object of each argument, so all lie in memory of their own, and its address is the only one. It
-        gives up the interpreter's lock, which nobody may hold for as long as a kernel runs.
+        objects : list
+            Of a number of elements that stays; the kernel finds its scratch there, as the last.
         """
-        given = np.array([*words((parameters, addresses)), 0, 0, 0, 0, 0], np.int64)
-        found, function, argument, last = memoryview(given), self.function, ctypes.c_int64(address(given)), None
+        return BoundKernel(self._without_result, parameters, addresses, objects)
 
-        def run(scratch: NDArray[Any], task_queue: NDArray[np.int64], count: int, *,
-                _held: Any = (parameters, addresses)) -> int:
-            nonlocal last
-            found[4], found[5], found[8] = address(scratch), scratch.size, count
-            if task_queue is not last:
-                found[6], found[7], last = address(task_queue), task_queue.size, task_queue
-            return function(argument)
-        return run
+
+class BoundKernel:
+    """A kernel of a library, its parameters and addresses; the scratch is the last of a list.
+
+    ctypes makes an object of each argument, so all lie in memory of their own, and its address is the only one:
+    `function(argument)` is a call on this thread alone. It gives up the interpreter's lock, which nobody may hold for
+    as long as a kernel runs.
+    """
+
+    __slots__ = ("_given", "_held", "argument", "function", "objects")
+
+    def __init__(self, function: Callable[[ctypes.c_int64], object], parameters: NDArray[np.int64],
+                 addresses: NDArray[np.int64], objects: list[Any]):
+        self.function, self.objects, self._held = function, objects, (parameters, addresses)
+        scratch = items_address(objects) + 8 * (len(objects) - 1)
+        self._given = np.array([*words((parameters, addresses)), scratch, -POINTER, 0, 0, 1], np.int64)
+        self.argument = ctypes.c_int64(address(self._given))
+
+    def __call__(self, scratch: NDArray[Any], task_queue: NDArray[np.int64], count: int) -> None:
+        """Run it with those who serve a task_queue."""
+        self.objects[-1], self._given[6:] = scratch, (address(task_queue), task_queue.size, count)
+        self.function(self.argument)
+        self._given[6:] = 0, 0, 1
 
 
 def words(arguments: Sequence[Any]) -> list[int]:

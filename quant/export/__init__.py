@@ -17,6 +17,7 @@ from edgeattn.quantized import DynamicMultiHeadAttention, QuantizedMultiHeadAtte
 from edgeattn.runtime.targets import TARGETS
 from quant.export.bundle import has_header, write_bundle
 from quant.export.c import write_c
+from quant.export.c_encoder import write_encoder_c
 from quant.export.c_files import check_beside, write_together
 from quant.export.onnx import OPSETS, write_onnx
 from quant.export.targets import target_named, target_of
@@ -57,8 +58,8 @@ class Format(NamedTuple):
     any_shape : bool
         Whether a file takes any batch and lengths, and whole models of texts and images; the others are of fixed
         shapes.
-    encoders, dynamic : bool
-        Whether it takes whole encoders, and dynamic layers.
+    dynamic : bool
+        Whether it takes dynamic layers.
     options : tuple of str
         Of "target", which is required then, "test_vectors", "opset", "padding", "several lengths" and "any length":
         those that the format has.
@@ -67,7 +68,6 @@ class Format(NamedTuple):
     write: Callable[[Any, Path, Request], None]
     about: str
     any_shape: bool = False
-    encoders: bool = False
     dynamic: bool = False
     options: tuple[str, ...] = ()
 
@@ -86,7 +86,8 @@ def _safetensors(layer: Any, path: Path, request: Request) -> None:
 
 
 def _c(layer: Any, path: Path, request: Request) -> None:
-    texts = write_c(layer, path.stem, **request.lengths, mask=request.mask, test_vectors=request.test_vectors)
+    write = write_encoder_c if isinstance(layer, TransformerEncoder) else write_c
+    texts = write(layer, path.stem, **request.lengths, mask=request.mask, test_vectors=request.test_vectors)
     check_beside(path, texts.keys() - {path.name})
     write_together({path.with_name(name): text.encode("ascii") for name, text in texts.items()})
 
@@ -101,15 +102,15 @@ def _bundle(layer: Any, path: Path, request: Request) -> None:
 
 FORMATS = {
     ".tflite": Format(_tflite, "fixed shapes, whole encoders too; runs in LiteRT, tflite-runtime and TFLite Micro",
-                      encoders=True, dynamic=True, options=("several lengths", "padding")),
-    ".onnx": Format(_onnx, "fixed shapes or any, whole encoders too; runs in onnxruntime and others", encoders=True,
+                      dynamic=True, options=("several lengths", "padding")),
+    ".onnx": Format(_onnx, "fixed shapes or any, whole encoders too; runs in onnxruntime and others",
                     options=("any length", "opset", "padding")),
-    ".safetensors": Format(_safetensors, "any shape; `edgeattn.load` reads it", any_shape=True, encoders=True,
-                           dynamic=True),
-    ".c": Format(_c, "fixed shapes; C99 for microcontrollers, with a header beside it", options=("test_vectors",)),
+    ".safetensors": Format(_safetensors, "any shape; `edgeattn.load` reads it", any_shape=True, dynamic=True),
+    ".c": Format(_c, "fixed shapes, whole encoders too; C99 for microcontrollers, with a header beside it",
+                 options=("test_vectors",)),
     ".so": Format(_bundle, "any shape, whole models too; its kernels compiled for a target, with a C header for an "
                            "attention layer; `edgeattn.bundle.load` runs it without Numba", any_shape=True,
-                  encoders=True, dynamic=True, options=("target",)),
+                  dynamic=True, options=("target",)),
 }
 
 
@@ -123,18 +124,19 @@ def export(layer: MultiHeadAttention | QuantizedMultiHeadAttention | Model, path
     Parameters
     ----------
     layer : MultiHeadAttention, QuantizedMultiHeadAttention, TransformerEncoder, TextEncoder or ImageEncoder
-        The last two, whole, go to a ``.safetensors`` or ``.so``; their ``encoder`` to a ``.tflite`` or ``.onnx`` too.
+        The last two, whole, go to a ``.safetensors`` or ``.so``; their ``encoder`` to the others too.
     path : str or path-like
         Ends in one of `FORMATS`, which says what each is for: ``.tflite``, ``.safetensors``, ``.c`` (the name must be a
-        C identifier, the layer a static one with the arithmetic "tflm") or ``.so``. With a target, a folder that exists
-        stands for ``attention-TARGET.so`` in it. A file of this name is replaced; what has the name of a file that goes
-        beside it, only if it is of an earlier export.
+        C identifier, the layer or encoder a static one with the arithmetic "tflm") or ``.so``. With a target, a folder
+        that exists stands for ``attention-TARGET.so`` in it. A file of this name is replaced; what has the name of a
+        file that goes beside it, only if it is of an earlier export.
     batch : int
         B of a ``.tflite`` or ``.c``, 1 unless given. A ``.safetensors`` or ``.so`` takes any, and lengths only for a
         mask. An ``.onnx`` takes any where neither ``batch`` nor ``sequence_length`` is given.
     sequence_length : int, or for a ``.tflite`` several
         L of a ``.tflite`` or ``.c``, required there, and of a causal mask. A ``.tflite`` of several has a signature,
-        ``length_L``, for each of them, over the same weights. An ``.onnx`` without takes any.
+        ``length_L``, for each of them, over the same weights. An ``.onnx`` without takes any. An encoder's ``.c`` takes
+        sequences of any length up to it.
     key_length : int, optional
         S of a ``.tflite`` or ``.c`` with inputs of their own for key and value; L otherwise.
     mask : "causal" or bool array broadcastable to (B, H, L, S), optional
@@ -181,10 +183,6 @@ def export(layer: MultiHeadAttention | QuantizedMultiHeadAttention | Model, path
         raise ValueError(f"path must end in one of {', '.join(FORMATS)}; got {str(path)!r}")
     form = FORMATS[path.suffix]
     of_any_shape = " and ".join(suffix for suffix, other in FORMATS.items() if other.any_shape)
-    if whole and not form.encoders:
-        raise TypeError(f"layer must be an attention layer for a {path.suffix} file; got a {type(layer).__name__}, "
-                        f"which only {_those('encoders')} files hold whole; export its attention layers, "
-                        "encoder.layers[i].attention, one by one")
     if whole and not form.any_shape and not isinstance(layer, TransformerEncoder):
         raise TypeError(f"layer must be an encoder or an attention layer for a {path.suffix} file; got a "
                         f"{type(layer).__name__}, which only {of_any_shape} files hold whole; export its encoder, "

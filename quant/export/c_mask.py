@@ -44,7 +44,8 @@ class ScorePasses:
     scale: np.float32
 
 
-def score_passes(layer: StaticMultiHeadAttention, shape: tuple[int, int, int, int]) -> ScorePasses:
+def score_passes(layer: StaticMultiHeadAttention, shape: tuple[int, int, int, int], *, name: str = "",
+                 any_length: bool = False) -> ScorePasses:
     """The passes that a layer's ``score_ops`` ask for.
 
     Parameters
@@ -52,6 +53,10 @@ def score_passes(layer: StaticMultiHeadAttention, shape: tuple[int, int, int, in
     layer : StaticMultiHeadAttention
     shape : tuple of int
         (B, H, L, S).
+    name : str
+        Before the names of arrays.
+    any_length : bool
+        Whether a call may have fewer queries and keys, the first of these.
 
     Raises
     ------
@@ -64,10 +69,10 @@ def score_passes(layer: StaticMultiHeadAttention, shape: tuple[int, int, int, in
             mask_to_graph_rank(mask, shape, f"mask of the layer's {type(op).__name__}")
     fills = {op.fill if isinstance(op, SelectMask) else None for op in layer.score_ops}
     if len(fills) > 1 or None in fills:
-        return _table_passes(layer)
+        return _table_passes(layer, name)
     scale = layer.tensors["scores"].scale
     if not fills:
-        return ScorePasses("", "S", "", "", scale)
+        return ScorePasses("", "keys", "", "", scale)
     keep = np.ones((1, 1, 1, 1), np.bool_)
     for op in layer.score_ops:
         keep = keep & op.keep
@@ -75,17 +80,17 @@ def score_passes(layer: StaticMultiHeadAttention, shape: tuple[int, int, int, in
     keep = np.broadcast_to(keep, (*keep.shape[:3], shape[3]))
     permitted = keep.sum(-1)
     if (keep == (np.arange(shape[3]) < permitted[..., None])).all():
-        return _prefix_passes(permitted, fills.pop(), shape, scale)
-    return _bit_passes(keep, fills.pop(), scale)
+        return _prefix_passes(permitted, fills.pop(), shape, scale, name, any_length)
+    return _bit_passes(keep, fills.pop(), scale, name)
 
 
-def _prefix_passes(permitted: np.ndarray, fill: int, shape, scale) -> ScorePasses:
+def _prefix_passes(permitted: np.ndarray, fill: int, shape, scale, name: str, any_length: bool) -> ScorePasses:
     """A row's first keys are permitted: ``permitted`` (B or 1, H or 1, L or 1) says how many."""
     _, _, L, S = shape
     causal = np.minimum(np.arange(L) + 1, S).reshape(1, 1, L)
     constants = ""
     if (permitted == S).all():
-        return ScorePasses("", "S", "", "", scale)
+        return ScorePasses("", "keys", "", "", scale)
     if permitted.shape == causal.shape and (permitted == causal).all():
         count, note = "i + 1 < S ? i + 1 : S" if L > S else "i + 1", ", causal: query i sees the keys 0 to i"
     elif permitted.size == 1:
@@ -94,47 +99,56 @@ def _prefix_passes(permitted: np.ndarray, fill: int, shape, scale) -> ScorePasse
             note = ": no query sees any key, so all get the mean of the values"
     else:
         size, index = _broadcast_index(permitted.shape)
-        constants = constant("int32_t", "permitted_keys_s32", size, permitted.ravel(),
+        constants = constant("int32_t", f"{name}permitted_keys_s32", _size(size, permitted, name), permitted.ravel(),
                              "How many keys a query sees; those after them are masked.")
-        count, note = f"permitted_keys_s32[{index}]", ", masked: a query sees its first permitted_keys_s32 keys"
+        count = f"{name}permitted_keys_s32[{index}]"
+        note = f", masked: a query sees its first {name}permitted_keys_s32 keys"
+    if any_length and count != "i + 1":
+        count = f"{count} < keys ? {count} : keys"
     code = (f"/* 3. masked scores get the code {fill} and keep the weight it stands for, as in the .tflite file */\n"
-            f"memset(scores + permitted, {fill}, (size_t)(S - permitted));\n\n")
+            f"memset(scores + permitted, {fill}, (size_t)(keys - permitted));\n\n")
     return ScorePasses(constants, count, code, note, scale)
 
 
-def _bit_passes(keep: np.ndarray, fill: int, scale) -> ScorePasses:
+def _bit_passes(keep: np.ndarray, fill: int, scale, name: str) -> ScorePasses:
     """Any mask: a bit per score. ``keep`` is (B or 1, H or 1, L or 1, S)."""
     size, index = _broadcast_index(keep.shape[:3])
     bits = np.packbits(keep, axis=-1, bitorder="little").reshape(-1, (keep.shape[3] + 7) // 8)
-    text = constant("uint8_t", "permitted_u8", f"{size} * ((S + 7) / 8)", bits,
+    text = constant("uint8_t", f"{name}permitted_u8", _size(f"{size} * ((S + 7) / 8)", bits, name), bits,
                     "A bit per score, 1 = permitted; key j of a row is bit j % 8 of byte j / 8.")
     code = (f"/* 3. masked scores get the code {fill} and keep the weight it stands for, as in the .tflite file */\n"
-            f"const uint8_t *const bits = permitted_u8 + ({index}) * ((S + 7) / 8);\n"
-            f"for (int32_t j = 0; j < S; j++) {{\n"
+            f"const uint8_t *const bits = {name}permitted_u8 + ({index}) * ((S + 7) / 8);\n"
+            f"for (int32_t j = 0; j < keys; j++) {{\n"
             f"    if ((bits[j / 8] >> (j % 8) & 1) == 0) {{\n"
             f"        scores[j] = {fill};\n"
             f"    }}\n"
             f"}}\n\n")
-    return ScorePasses(text, "S", code, ", masked: permitted_u8 says which keys a query sees", scale)
+    return ScorePasses(text, "keys", code, f", masked: {name}permitted_u8 says which keys a query sees", scale)
 
 
-def _table_passes(layer: StaticMultiHeadAttention) -> ScorePasses:
+def _table_passes(layer: StaticMultiHeadAttention, name: str) -> ScorePasses:
     """Any chain of operators: a table of 256 codes per class of position."""
     score_luts, lut_index, quantization = score_map(layer.score_ops, layer.tensors["scores"], KERNEL_SETS["tflm"])
-    text = constant("int8_t", "score_codes_s8", f"{len(score_luts)} * 256", score_luts,
+    text = constant("int8_t", f"{name}score_codes_s8", f"{len(score_luts)} * 256", score_luts,
                     "For every class of position, the code the softmax sees for the score's codes -128 to 127:\n"
                     f" * {' then '.join(type(op).__name__ for op in layer.score_ops)}.")
-    line = "scores[j] = score_codes_s8[{}scores[j] + 128];"
+    line = f"scores[j] = {name}score_codes_s8[{{}}scores[j] + 128];"
     if lut_index.size == 1:
         line = line.format("")
     else:
         size, index = _broadcast_index(lut_index.shape)
-        text += "\n" + constant("uint8_t", "score_class_u8", size, lut_index.reshape(-1, lut_index.shape[3]),
+        text += "\n" + constant("uint8_t", f"{name}score_class_u8", _size(size, lut_index, name),
+                                lut_index.reshape(-1, lut_index.shape[3]),
                                 "The class of every position.")
-        line = line.format(f"score_class_u8[{index}] * 256 + ")
+        line = line.format(f"{name}score_class_u8[{index}] * 256 + ")
     code = (f"/* 3. constant factors and masks, tabulated */\n"
-            f"for (int32_t j = 0; j < S; j++) {{\n    {line}\n}}\n\n")
-    return ScorePasses(text, "S", code, ", with the constant factors and masks of its graph", quantization.scale)
+            f"for (int32_t j = 0; j < keys; j++) {{\n    {line}\n}}\n\n")
+    return ScorePasses(text, "keys", code, ", with the constant factors and masks of its graph", quantization.scale)
+
+
+def _size(text: str, array: np.ndarray, name: str) -> str:
+    """The size of an array; those of several layers stand where no axis has a name."""
+    return str(array.size) if name else text
 
 
 def _broadcast_index(shape: tuple[int, ...]) -> tuple[str, str]:

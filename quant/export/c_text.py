@@ -38,7 +38,8 @@ def fill_template(name: str, values: dict[str, str]) -> str:
 
 def numbers(array: np.ndarray, indent: str = INDENT) -> str:
     """The numbers of an array in C order, separated by commas, in lines of at most LINE_LENGTH."""
-    text = ", ".join(map(str, np.ravel(array).tolist()))
+    values = np.ravel(array)
+    text = ", ".join(map(float_literal, values) if values.dtype.kind == "f" else map(str, values.tolist()))
     return textwrap.fill(text, LINE_LENGTH, initial_indent=indent, subsequent_indent=indent,
                          break_long_words=False, break_on_hyphens=False)
 
@@ -50,7 +51,8 @@ def constant(ctype: str, name: str, shape: str, array: np.ndarray, comment: str)
     ----------
     ctype, name, shape : str
         ``static const <ctype> <name>[<shape>]``.
-    array : integer array of one or two axes
+    array : array of one or two axes
+        Of integers or float32.
     comment : str
         What it is, put above it.
     """

@@ -58,7 +58,11 @@ def _exported(kernel, dtype):
 
     def run(words):
         w = array_at(words, 9, np.int64)
-        body(array_at(w[0], w[1], np.int64), array_at(w[2], w[3], np.int64), array_at(w[4], w[5], dtype),
+        scratch, size = w[4], w[5]
+        if size < 0:  # where a list has the array, and as a negative number where arrays have their address and shape
+            array = array_at(array_at(scratch, 1, np.int64)[0] - size, 3, np.int64)
+            scratch, size = array[0], array_at(array[2], 1, np.int64)[0]
+        body(array_at(w[0], w[1], np.int64), array_at(w[2], w[3], np.int64), array_at(scratch, size, dtype),
              array_at(w[6], w[7], np.int64), w[8])
         return np.int64(0)
     return run, (I64,)

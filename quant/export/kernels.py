@@ -43,6 +43,7 @@ def build(targets: Sequence[str], folder: Path, kernels: Sequence[str] = (), job
         With what was said where one could not be compiled.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    stamp = sources.stamp()  # before: what is edited meanwhile may be compiled or not
     for target, made in objects(targets, kernels or ENTRIES, jobs).items():
         with tempfile.TemporaryDirectory() as temporary:
             for name, content in made.items():
@@ -51,7 +52,7 @@ def build(targets: Sequence[str], folder: Path, kernels: Sequence[str] = (), job
                           [file_of(name) for name in made if name not in DEVICE_LIBRARIES])
         (folder / f"{target}{prebuilt.SUFFIX}").write_bytes(linked)
     checksums = {name: prebuilt.checksum((folder / f"{name}{prebuilt.SUFFIX}").read_bytes()) for name in targets}
-    about = {"stamp": sources.stamp(), "libraries": checksums}
+    about = {"stamp": stamp, "libraries": checksums}
     (folder / prebuilt.ABOUT).write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
 
 

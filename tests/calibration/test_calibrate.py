@@ -1,9 +1,11 @@
 """What calibration remembers, refuses, and writes to files."""
 import json
+import warnings
 
 import numpy as np
 import pytest
 import safetensors.numpy
+import whole_models
 from arrays import cosine
 from workbench import as_batch, random_call, random_input, random_layer
 
@@ -347,3 +349,18 @@ def test_saving_is_whole_or_not_at_all(tmp_path, layer, monkeypatch):
         calibration.save(path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["c.safetensors"]
+
+
+def test_data_of_one_token_is_named(layer):
+    x = random_input(0, 2, 9, 32)
+    constant = np.broadcast_to(x[:1, :1], x.shape).copy()
+    for made, name in ((layer, "query"), (whole_models.encoder(), "x")):
+        with pytest.warns(UserWarning, match="batches hold one token again and again, .* calibrate on samples"):
+            seen = quant.calibrate(made, [{name: constant}, constant])
+        int8 = quant.quantize(made, seen)
+        assert np.isfinite(int8(x)).all()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            quant.calibrate(made, [constant, x])
+            quant.calibrate(made, [np.zeros_like(x)])  # nothing is wrong with zeros that nothing else is said of
+    assert "saturation" in str(quant.compare(layer, quant.quantize(layer, quant.calibrate(layer, [0.1 * x])), [x]).lints)

@@ -143,6 +143,16 @@ def test_dynamic_int8_is_hybrid(tmp_path, settings):
     assert (tmp_path / "a.tflite").stat().st_size < 0.7 * (tmp_path / "float.tflite").stat().st_size
 
 
+def test_halves_of_several_schemes_stand_in_one_file(tmp_path):
+    """Static attention in codes, dynamic feed-forwards hybrid, a half in float32."""
+    made, x = encoder(), data(2, L)
+    mixed = static(made, arithmetic="litert-reference", overrides={
+        "*.feed_forward": "dynamic", "layers.1.attention": "float32"})
+    assert [type(layer.attention) for layer in mixed.layers] == [StaticSelfAttention, edgeattn.MultiHeadAttention]
+    found = written(mixed, tmp_path / "a.tflite").run(x)[0]
+    assert cosine(found, mixed(x)) > 0.9995 and cosine(found, made(x)) > 0.999
+
+
 def test_a_dynamic_layer_is_hybrid(tmp_path):
     made = encoder().layers[0].attention
     dynamic, x = quant.quantize(made, scheme="dynamic"), random(2, L, E)

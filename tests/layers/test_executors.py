@@ -15,7 +15,7 @@ from edgeattn.layers.attention import forward
 from edgeattn.masks import resolve_mask
 from edgeattn.ops import Sequences
 from quant.export.attention_graph import Int8TfliteOps, check_lengths
-from quant.export.c import COps
+from quant.export.c_attention import COps
 
 PARTS = ["query", "key", "value", "scores", "masked_scores", "probabilities", "context"]
 

@@ -73,7 +73,7 @@ def check_pool(count):
     while len(of_ours()) > count - 1 and time.monotonic() < end:
         time.sleep(0.01)
     assert len(of_ours()) == count - 1
-    assert len({id(array) for array in threads._scratch}) == len(threads._scratch)
+    assert len({id(array) for array in threads.scratch}) == len(threads.scratch)
 
 
 def a_call():

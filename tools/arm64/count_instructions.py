@@ -1,7 +1,9 @@
-"""Instructions that calls of attention layers execute on emulated Raspberry Pis, beside other runtimes' wheels.
+"""Instructions that calls of layers execute on emulated Raspberry Pis, beside other runtimes' wheels.
 
     python tools/arm64/count_instructions.py .arm64
     python tools/arm64/count_instructions.py .arm64 --cpu cortex-a53 --site FOLDER --size 64/4/32
+
+Sizes of three numbers are attention layers; a fourth, of hidden features, makes it an encoder layer of MiniLM's kind.
 
 For each CPU a process a runtime, counted by a plugin of the emulator (count_plugin.c): a call is a quarter of what
 eight calls execute more than four. A count is no speed: instructions take unlike times, and the emulator has no
@@ -29,9 +31,10 @@ import edgeattn
 import quant
 
 CALLS = 4  # as count_calls.py has it
-SIZES = "64/4/32", "384/12/32", "384/12/128"  # width, heads, tokens
+SIZES = "64/4/32", "384/12/32", "384/12/128", "384/12/32/1536"  # width, heads, tokens, hidden features
 FORMATS = "float32", "dynamic", "static"
 PEERS = {"litert": ("float32", "static"), "onnxruntime": ("float32", "dynamic")}
+PEERS_OF_ENCODERS = {"litert": ("float32", "static"), "onnxruntime": ("float32", "static")}
 HERE = Path(__file__).resolve().parent
 
 
@@ -84,12 +87,14 @@ def make_files(folder: Path, sizes: list[str]) -> dict[tuple[str, str, str], tup
     folder.mkdir(parents=True, exist_ok=True)
     files = {}
     for size in sizes:
-        E, H, L = (int(number) for number in size.split("/"))
+        E, H, L, *hidden = (int(number) for number in size.split("/"))
         rng, stem = np.random.default_rng(E + L), folder / size.replace("/", "-")
         weights = [rng.standard_normal((E, E), np.float32) / np.float32(E**0.5) for _ in range(4)]
         names = "q_bias", "k_bias", "v_bias", "out_bias"
         biases = dict(zip(names, rng.standard_normal((4, E), np.float32), strict=True))
         layer, x = edgeattn.MultiHeadAttention(H, *weights, **biases), rng.standard_normal((1, L, E), np.float32)
+        if hidden:
+            layer = encoder(layer, hidden[0], rng)
         made = {"float32": layer, "dynamic": quant.quantize(layer, scheme="dynamic"),
                 "static": quant.quantize(layer, quant.calibrate(layer, [x]))}
         inputs, codes = Path(f"{stem}.npy"), Path(f"{stem}-codes.npy")
@@ -98,16 +103,34 @@ def make_files(folder: Path, sizes: list[str]) -> dict[tuple[str, str, str], tup
         for name, each in made.items():
             path = Path(f"{stem}-{name}.safetensors")
             edgeattn.save(each, path)
-            files["edgeattn", size, name] = path, codes if name == "static" else inputs
-        for name in PEERS["litert"]:
+            files["edgeattn", size, name] = path, codes if name == "static" and not hidden else inputs
+        peers = PEERS_OF_ENCODERS if hidden else PEERS
+        for name in peers["litert"]:
             path = Path(f"{stem}-{name}.tflite")
             quant.export(made[name], path, sequence_length=L)
-            files["litert", size, name] = path, codes if name == "static" else inputs
-        for name in PEERS["onnxruntime"]:
+            files["litert", size, name] = path, codes if name == "static" and not hidden else inputs
+        for name in peers["onnxruntime"]:
             path = Path(f"{stem}-{name}.onnx")
-            onnx_file(layer, x.shape, name == "dynamic", path)
+            if hidden:
+                quant.export(made[name], path, sequence_length=L)
+            else:
+                onnx_file(layer, x.shape, name == "dynamic", path)
             files["onnxruntime", size, name] = path, inputs
     return files
+
+
+def encoder(attention: edgeattn.MultiHeadAttention, hidden: int, rng: np.random.Generator
+            ) -> edgeattn.TransformerEncoder:
+    """One layer around attention, as MiniLM has six: GELU, norms behind the sums."""
+    width = attention.embed_dim
+
+    def linear(outputs: int, inputs: int) -> edgeattn.Linear:
+        return edgeattn.Linear(rng.standard_normal((outputs, inputs), np.float32) / np.float32(inputs**0.5),
+                               rng.standard_normal(outputs, np.float32))
+
+    norms = [edgeattn.LayerNorm(1 + rng.standard_normal(width, np.float32) / 8) for _ in range(2)]
+    return edgeattn.TransformerEncoder([edgeattn.TransformerEncoderLayer(
+        attention, edgeattn.FeedForward(linear(hidden, width), linear(width, hidden), activation="gelu"), *norms)])
 
 
 def count(folder: Path, cpu: str, site: Path, peers: Path, runtime: str, files: list[tuple[Path, Path]]) -> list[int]:

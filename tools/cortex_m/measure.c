@@ -1,4 +1,4 @@
-/* Checks attention_s8 against its test vectors on a Cortex-M, and counts its instructions and stack.
+/* Checks attention_s8, or attention_f32 of an encoder, against its test vectors on a Cortex-M, and counts its instructions and stack.
  *
  * Exits with the number of vectors that differ. Prints one line: vectors, equal ones, bytes of stack, and ticks of the
  * system timer for one call and for CALIBRATION_INSTRUCTIONS; under an emulator that lets the clock advance by
@@ -19,7 +19,7 @@ enum { GUARD = 16, SENTINEL = 0x5a, CALIBRATION_LOOPS = 1000000, CALIBRATION_INS
 extern uint8_t bss_end[]; /* by memory.ld */
 
 static int32_t scratch_words[(ATTENTION_SCRATCH_BYTES + 3) / 4 + GUARD];
-static int8_t output[ATTENTION_OUTPUT_SIZE + GUARD];
+static OUTPUT output[ATTENTION_OUTPUT_SIZE + GUARD];
 
 static void start_ticks(void)
 {
@@ -89,8 +89,8 @@ int main(void)
             }
             stack = (uint32_t)((const uint8_t *)__builtin_frame_address(0) - deepest);
         }
-        equal += status == ATTENTION_OK && memcmp(output, vector->output, ATTENTION_OUTPUT_SIZE) == 0 &&
-                 untouched(output, ATTENTION_OUTPUT_SIZE, sizeof output) &&
+        equal += status == ATTENTION_OK && memcmp(output, vector->output, sizeof vector->output) == 0 &&
+                 untouched(output, sizeof vector->output, sizeof output) &&
                  untouched(scratch_words, ATTENTION_SCRATCH_BYTES, sizeof scratch_words);
     }
 

@@ -1,4 +1,4 @@
-"""Exported C on emulated processors: equality on every target, then flash, RAM and instructions of a few layers.
+"""Exported C on emulated processors: equality on every target, then flash, RAM and instructions of layers and encoders.
 
 ``make test-cortex-m``, or ``python tools/cortex_m/run.py --help``. Emulators say what is computed and how many
 instructions that takes. They know nothing of pipelines, caches and wait states: these are not times.
@@ -20,9 +20,14 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import numpy as np  # noqa: E402
 from c_cases import CASES, Exported  # noqa: E402
+from c_encoders import CASES as ENCODERS  # noqa: E402
+from c_encoders import ExportedEncoder  # noqa: E402
+from safetensors import safe_open  # noqa: E402
 from workbench import random_input, random_layer  # noqa: E402
 
+import edgeattn  # noqa: E402
 import quant  # noqa: E402
 
 VECTORS = 6
@@ -31,7 +36,7 @@ WARNINGS = ["-std=gnu99", "-Wall", "-Wextra", "-Werror"]
 CMSIS_NN_FILES = """arm_fully_connected_per_channel_s8 arm_batch_matmul_s8 arm_softmax_s8 arm_nn_softmax_common_s8
     arm_vector_sum_s8 arm_nn_vec_mat_mult_t_per_ch_s8 arm_nn_vec_mat_mult_t_s8""".split()
 # Every fourth case, for CI; the last ones have the masks.
-SHORT_CASES = CASES[::4]
+SHORT_CASES = [*CASES[::4], *ENCODERS[1::6]]
 
 
 @dataclass(frozen=True)
@@ -98,15 +103,18 @@ def build(target: Target, folder: Path, optimize: str, program: Path) -> None:
     command = [target.compiler, *WARNINGS, optimize, *target.flags, f"-I{folder}"]
     if target.bare_metal:
         header = (folder / "attention_test.h").read_text(encoding="ascii")
-        fields = [line.split()[1].split("[")[0] for line in header.splitlines() if line.startswith("    int8_t ")]
-        call = ", ".join(f"(v)->{field}" for field in fields[:-1])
-        command += [f"-DCALL(v, output, scratch)=attention_s8({call}, output, scratch, ATTENTION_SCRATCH_BYTES)",
+        fields = re.findall(r"^    (int8_t|float|int32_t) (\w+)", header, re.MULTILINE)
+        ctype, _ = fields.pop()
+        call = ", ".join(f"(v)->{name}" for _, name in sorted(fields, key=lambda field: field[1] == "length"))
+        function = "attention_f32" if ctype == "float" else "attention_s8"
+        command += [f"-DCALL(v, output, scratch)={function}({call}, output, scratch, ATTENTION_SCRATCH_BYTES)",
+                    f"-DOUTPUT={ctype}",
                     "-ffreestanding", "-ffunction-sections", "-nostartfiles", "--specs=nano.specs", "-Wl,--gc-sections",
                     "-Wl,--no-warn-rwx-segments", f"-T{HERE / 'memory.ld'}", str(HERE / "start.c"),
                     str(HERE / "measure.c"), str(folder / "attention.c")]
     else:
         command += [str(folder / "attention.c"), str(folder / "attention_test.c")]
-    _run([*command, "-o", str(program)])
+    _run([*command, "-o", str(program), "-lm"])
 
 
 def execute(target: Target, program: Path) -> dict[str, int]:
@@ -123,11 +131,12 @@ def _run(command: list[str]) -> str:
     return done.stdout + done.stderr  # an emulator without a console sends the program's text to stderr
 
 
-def export(case: Exported, folder: Path) -> None:
-    """Write a case's C and test vectors."""
+def export(case: Exported | ExportedEncoder, folder: Path) -> None:
+    """Write a case's C and test vectors; encoders' files are called attention.c too."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    quant.export(case.layer, folder / "attention.c", **case.arguments, test_vectors=VECTORS)
+    layer = case.layer if isinstance(case, Exported) else case.encoder
+    quant.export(layer, folder / "attention.c", **case.arguments, test_vectors=VECTORS)
 
 
 def check_equality(targets, cases, work: Path, optimize: str) -> None:
@@ -140,7 +149,7 @@ def check_equality(targets, cases, work: Path, optimize: str) -> None:
             program = work / f"case-{n}" / "program"
             build(target, work / f"case-{n}", optimize, program)
             execute(target, program)
-        print(f"{target.name:<17} {len(cases)} layers, {VECTORS} test vectors each: all codes equal  "
+        print(f"{target.name:<17} {len(cases)} layers and encoders, {VECTORS} test vectors each: all bytes equal  "
               f"({time.monotonic() - began:.0f} s)", flush=True)
 
 
@@ -189,25 +198,48 @@ def print_table(targets, work: Path, optimize: str) -> None:
              *(target.name for target in targets)]
     print("| " + " | ".join(names) + " |\n" + "| ---: " * len(names) + "|")
     for E, H, L, mask in MEASURED:
-        folder = work / f"measured-{E}-{H}-{L}-{mask}"
-        export(measured_case(E, H, L, mask), folder)
-        constants, code, stack, instructions = 0, 0, 0, []
-        for target in targets:
-            sizes = object_sizes(target, folder, optimize)
-            build(target, folder, optimize, folder / "program")
-            seen = execute(target, folder / "program")
-            constants, code, stack = max(constants, sizes[0]), max(code, sizes[1]), max(stack, seen["stack"])
-            instructions.append(seen["ticks"] * seen["calibration_instructions"] // seen["calibration_ticks"])
-        scratch = _macro(folder / "attention.h", "ATTENTION_SCRATCH_BYTES")
-        numbers = (constants, code, scratch, 2 * L * E, stack, products(E, L, mask),
-                   *(round(n, -3) for n in instructions))
+        numbers = _measured(targets, measured_case(E, H, L, mask), work / f"measured-{E}-{H}-{L}-{mask}", optimize)
+        numbers[3:3] = [2 * L * E]
+        numbers[5:5] = [products(E, L, mask)]
         print(f"| {E} | {H} | {L} | {mask or ''} | " + " | ".join(f"{n:,}" for n in numbers) + " |", flush=True)
+    names = ["encoder", "layers", "E", "F", "H", "L", *names[4:]]
+    print("\n| " + " | ".join(names) + " |\n| --- " + "| ---: " * (len(names) - 1) + "|")
+    for name in ("sensor", "digits"):
+        case = shipped_encoder(name)
+        layers, E, L = case.encoder.layers, case.encoder.embed_dim, case.L
+        F, H = layers[0].feed_forward.hidden, layers[0].attention.num_heads
+        numbers = _measured(targets, case, work / f"measured-{name}", optimize)
+        numbers[3:3] = [2 * 4 * L * E]
+        numbers[5:5] = [len(layers) * (products(E, L, None) + 2 * L * E * F)]
+        print(f"| {name} | {len(layers)} | {E} | {F} | {H} | {L} | " + " | ".join(f"{n:,}" for n in numbers) + " |",
+              flush=True)
 
 
-def _macro(header: Path, name: str) -> int:
-    """The first number in a macro: of the scratch memory, the bytes without CMSIS-NN."""
-    line = next(line for line in header.read_text(encoding="ascii").splitlines() if line.startswith(f"#define {name} "))
-    return int(re.search(r"\d+", line.split(None, 2)[2])[0])
+def shipped_encoder(name: str) -> ExportedEncoder:
+    """The encoder of examples/sensor or examples/digits, calibrated on random numbers: sizes are those of any."""
+    path = ROOT / "examples" / name / f"{name}.safetensors"
+    encoder = edgeattn.TransformerEncoder.from_torch(path, 4, activation="gelu", norm_first=True, prefix="encoder.")
+    with safe_open(path, framework="numpy") as file:
+        position = file.get_tensor("position").astype(np.float32)
+    x = random_input(0, 8, *position.shape) + position
+    static = quant.quantize(encoder, quant.calibrate(encoder, [x]), arithmetic="tflm")
+    return ExportedEncoder(name, static, len(position))
+
+
+def _measured(targets, case: Exported | ExportedEncoder, folder: Path, optimize: str) -> list[int]:
+    """Constants, code, scratch, stack, and instructions on each target."""
+    export(case, folder)
+    constants, code, stack, instructions = 0, 0, 0, []
+    for target in targets:
+        sizes = object_sizes(target, folder, optimize)
+        build(target, folder, optimize, folder / "program")
+        seen = execute(target, folder / "program")
+        constants, code, stack = max(constants, sizes[0]), max(code, sizes[1]), max(stack, seen["stack"])
+        instructions.append(seen["ticks"] * seen["calibration_instructions"] // seen["calibration_ticks"])
+    (folder / "scratch.c").write_text('#include "attention.h"\nATTENTION_SCRATCH_BYTES\n', encoding="ascii")
+    sum_of_bytes = _run([targets[0].compiler, "-DATTENTION_PORTABLE", "-E", "-P", str(folder / "scratch.c")])
+    scratch = eval(sum_of_bytes.splitlines()[-1], {})  # of C alone
+    return [constants, code, scratch, stack, *(round(n, -3) for n in instructions)]
 
 
 def main() -> int:
@@ -232,7 +264,8 @@ def main() -> int:
             parser.error(f"--cmsis-nn must be a folder with CMSIS-NN's Include and Source; got {arguments.cmsis_nn}")
         targets = [with_cmsis_nn(target, arguments.cmsis_nn, arguments.work) for target in targets]
     if not arguments.table:
-        check_equality(targets, SHORT_CASES if arguments.short else CASES, arguments.work, arguments.optimize)
+        cases = SHORT_CASES if arguments.short else [*CASES, *ENCODERS]
+        check_equality(targets, cases, arguments.work, arguments.optimize)
     if not arguments.short:
         print_table(targets, arguments.work, arguments.optimize)
     return 0

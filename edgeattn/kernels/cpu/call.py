@@ -1,8 +1,8 @@
 """Calling kernels, which all take (parameters, addresses, scratch, task_queue, count): those of `entries`.
 
 Parameters and addresses are arrays of int64, records by name inside (see records.py): what follows from shapes, masks
-and weights, and where the arrays of one call lie.  The first is made once for many calls; of the second a call writes
-which arrays it has, and the kernel asks these for their addresses: see `records.located`.
+and weights, and where the arrays of one call lie.  Both are made once for many calls: the second says where a list
+is, in which a call puts its arrays, and the kernel asks these for their addresses, see `records.located`.
 """
 import functools
 import struct
@@ -11,7 +11,7 @@ import numpy as np
 
 from edgeattn import threads
 from edgeattn.runtime import prebuilt
-from edgeattn.runtime.addresses import POINTER, address
+from edgeattn.runtime.addresses import POINTER, address, items_address
 from edgeattn.runtime.compiler import compiled_for
 from edgeattn.runtime.prebuilt import Kernel
 
@@ -26,10 +26,10 @@ def entry(kernel, dtype):
     return compiled_for(kernel, (record, record, np.zeros(1, dtype), record, 1))
 
 
-def bind(function, parameters, addresses):
-    """A compiled function with its first two arguments, of which each call writes the second anew."""
+def bind(function, parameters, addresses, objects):
+    """A compiled function with its first two arguments; `objects`: a list with the arrays of a call, and scratch."""
     if type(function) is Kernel:
-        return function.bind(parameters, addresses)
+        return function.bind(parameters, addresses, objects)
     return functools.partial(function, parameters, addresses)
 
 
@@ -57,16 +57,17 @@ class PreparedCall:
         The position of the first parameter that each call has of its own.
     """
 
-    __slots__ = ("_addresses", "_dtype", "_frames", "_function", "_jobs", "_own", "_owner", "_work", "parameters",
-                 "private", "shared")
+    __slots__ = ("_addresses", "_alone", "_dtype", "_fours", "_frames", "_function", "_jobs", "_own", "_owner", "_work",
+                 "parameters", "private", "shared")
 
     def __init__(self, kernel, parameters, layout, dtype, shared, private, work, jobs=1, fixed=(), owner=None,
                  own=None):
         self._function, self._dtype, self._owner = entry(kernel, dtype), dtype, owner
         self._own = None if own is None else 8 * own
         self._addresses = bytes(8 * (len(layout) - len(fixed))) + _WORDS[len(fixed)].pack(*fixed)
-        self._frames = []
+        self._frames, self._fours = [], []
         self.parameters, self.shared, self.private, self._work, self._jobs = parameters, shared, private, work, jobs
+        self._alone = shared + private
 
     def holding(self, arrays):
         """The same with arrays in some of its places, which its calls leave out; arrays: {place: array}."""
@@ -74,10 +75,11 @@ class PreparedCall:
         for place, array in arrays.items():
             _WORDS[1].pack_into(words, 8 * place, address(array))
         other = object.__new__(PreparedCall)
-        other._addresses, other._frames, other._owner = bytes(words), [], (self._owner, arrays)
+        other._addresses, other._frames, other._fours, other._owner = bytes(words), [], [], (self._owner, arrays)
         other._function, other._dtype, other._own, other._work, other._jobs = (
             self._function, self._dtype, self._own, self._work, self._jobs)
-        other.parameters, other.shared, other.private = self.parameters, self.shared, self.private
+        other.parameters, other.shared, other.private, other._alone = (
+            self.parameters, self.shared, self.private, self._alone)
         return other
 
     def run(self, a, b, c, *others, own=()):
@@ -92,37 +94,76 @@ class PreparedCall:
             frame = _Frame(self, count)
         if frame.count != count:
             frame = _Frame(self, count)
-        if count == 1:  # written out, for what most calls have
-            _WRITE_FOUR(frame.addresses, frame.at, id(a), id(b), id(c), id(others[0]))
-        elif not count:
-            _WRITE_THREE(frame.addresses, frame.at, id(a), id(b), id(c))
-        elif count == 2:
-            _WRITE_FIVE(frame.addresses, frame.at, id(a), id(b), id(c), id(others[0]), id(others[1]))
-        else:
-            _WRITE[3 + count](frame.addresses, frame.at, id(a), id(b), id(c), *map(id, others))
+        frame.objects[:3] = a, b, c
+        frame.objects[3:-1] = others
         if own:
             _WRITE[len(own)](frame.parameters, self._own, *own)
-        threads.run(frame.run, self._dtype, self.shared, self.private, self._work, self._jobs)
+        if frame.argument is None or self._work >= threads.SMALLEST_SHARED_WORK:
+            threads.run(frame.run, self._dtype, self.shared, self.private, self._work, self._jobs)
+        else:
+            try:  # as `borrow` and `give_back`
+                memory = _SCRATCH.pop()
+            except IndexError:
+                memory = threads.borrow(self._alone, self._dtype)
+            if memory.size < self._alone:
+                _SCRATCH.append(memory)
+                memory = threads.borrow(self._alone, self._dtype)
+            frame.objects[-1] = memory
+            frame.function(frame.argument)
+            if len(_SCRATCH) < _KEPT:
+                _SCRATCH.append(memory)
+        frame.objects[:] = frame.nothing
         self._frames.append(frame)
 
     __call__ = run
+
+    def run_four(self, a, b, c, d):
+        """`run` on four arrays, which most calls have, with as few steps as there can be."""
+        try:
+            frame = self._fours.pop()
+        except IndexError:
+            frame = _Frame(self, 1)
+        objects = frame.objects
+        objects[0] = a
+        objects[1] = b
+        objects[2] = c
+        objects[3] = d
+        if frame.argument is None or self._work >= threads.SMALLEST_SHARED_WORK:
+            threads.run(frame.run, self._dtype, self.shared, self.private, self._work, self._jobs)
+        else:
+            try:
+                memory = _SCRATCH.pop()
+            except IndexError:
+                memory = threads.borrow(self._alone, self._dtype)
+            if memory.size < self._alone:
+                _SCRATCH.append(memory)
+                memory = threads.borrow(self._alone, self._dtype)
+            objects[4] = memory
+            frame.function(frame.argument)
+            if len(_SCRATCH) < _KEPT:
+                _SCRATCH.append(memory)
+        objects[:] = frame.nothing
+        self._fours.append(frame)
 
 
 class _Frame:
     """What one call at a time writes: its arrays, for `located`, and, where it has some of its own, its parameters."""
 
-    __slots__ = ("addresses", "at", "count", "parameters", "run")
+    __slots__ = ("addresses", "argument", "count", "function", "nothing", "objects", "parameters", "run")
 
     def __init__(self, call, count):
-        self.count, self.at, parameters = count, len(call._addresses) + len(_OF_OBJECTS), call.parameters
-        self.addresses = bytearray(call._addresses + _OF_OBJECTS + bytes(8 * (3 + count)))
+        self.count, self.nothing, parameters = count, _NOTHING[4 + count], call.parameters
+        self.objects = list(self.nothing)
+        given = _WORDS[4].pack(POINTER, id(None), items_address(self.objects), 3 + count)
+        self.addresses = bytearray(call._addresses + given)
         if call._own is not None:
             self.parameters = bytearray(parameters)
             parameters = np.frombuffer(self.parameters, np.int64)
-        self.run = bind(call._function, parameters, np.frombuffer(self.addresses, np.int64))
+        self.run = bind(call._function, parameters, np.frombuffer(self.addresses, np.int64), self.objects)
+        self.function, self.argument = getattr(self.run, "function", None), getattr(self.run, "argument", None)
 
 
 _WORDS = [struct.Struct(f"{count}q") for count in range(33)]
 _WRITE = [words.pack_into for words in _WORDS]
-_WRITE_THREE, _WRITE_FOUR, _WRITE_FIVE = _WRITE[3:6]
-_OF_OBJECTS = _WORDS[2].pack(POINTER, id(None))
+_NOTHING = [(None,) * count for count in range(33)]
+_SCRATCH, _KEPT = threads.scratch, threads.KEPT
