@@ -16,7 +16,6 @@ class Kind(NamedTuple):
     kernels: tuple[str, ...] = ()  # names in kernels.cpu.entries.ENTRIES, beside those of what it is made of
     is_file: bool = True  # whether a file may hold one alone, by to_state() and from_state()
     own_state: bool = False  # whether it is written so inside another, too, and not as the arguments of its constructor
-    is_model: bool = False  # whether a file's weights must be finite
 
 
 CACHES = ("decode float32", "decode int8", "store rows")
@@ -43,10 +42,10 @@ KINDS = {
     "RotaryEmbedding": Kind("rotary", is_file=False),
     "ConstantPositionBias": Kind("position_bias", is_file=False),
     "RelativePositionBias": Kind("position_bias", is_file=False),
-    "TransformerEncoderLayer": Kind("layers.encoder", is_model=True),
-    "TransformerEncoder": Kind("layers.encoder", is_model=True),
-    "TextEncoder": Kind("models.text_encoder", is_model=True),
-    "ImageEncoder": Kind("models.image_encoder", is_model=True),
+    "TransformerEncoderLayer": Kind("layers.encoder"),
+    "TransformerEncoder": Kind("layers.encoder"),
+    "TextEncoder": Kind("models.text_encoder"),
+    "ImageEncoder": Kind("models.image_encoder"),
 }
 FILES = [name for name, kind in KINDS.items() if kind.is_file]
 

@@ -33,6 +33,8 @@ Input: TypeAlias = Literal["query", "key", "value"]
 Sources: TypeAlias = tuple[int, int, int]
 # The names in edgeattn.arithmetic.KERNEL_SETS.
 Arithmetic: TypeAlias = Literal["litert", "litert-arm", "litert-builtin", "litert-reference", "tflite-runtime", "tflm"]
+# What from_onnx makes of a file with quantizers.
+OnnxScheme: TypeAlias = Literal["float32", "static"]
 CacheDtype: TypeAlias = (Literal["float32", "int8"] | np.dtype[np.float32] | np.dtype[np.int8]
                          | type[np.float32] | type[np.int8])
 

@@ -245,6 +245,7 @@ def report(source, quantized, data, output, arithmetic, as_json):
 @click.option("--target", type=click.Choice([*TARGETS, *BOARDS, NATIVE]),
               help="The processor of a .so, or the board; native: this machine's.")
 @click.option("--opset", type=int, help="Of an .onnx: 17, unless given, to 23, where attention is one operator.")
+@click.option("--padding", is_flag=True, help="An encoder's .tflite or .onnx has an input attention_mask.")
 @json_option
 def export(source, path, sequence_length, mask, as_json, **options):
     """Write LAYER to OUT."""

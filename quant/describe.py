@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 import edgeattn
 from edgeattn.arithmetic import CODE_MAX, CODE_MIN
 from edgeattn.cli_open import open_model
+from edgeattn.files.tflite import blocks_of
 from edgeattn.files.tflite_file import parse, read_bytes
 from edgeattn.layers import MultiHeadAttention
 from edgeattn.quantized import INPUTS, AddMask, DynamicMultiHeadAttention, MulConstant, StaticMultiHeadAttention
@@ -108,13 +110,22 @@ def _describe_tflite(path: Path, arithmetic: str | None) -> Iterator:
     if not int8:
         yield fill("not int8: edgeattn cannot load it; quantize the float layer that it was made of (`quant "
                    "calibrate`, `quant quantize`) and export that, or run this file in a TFLite runtime")
-    else:
+        return
+    several = sum(operator.name == "SOFTMAX" for operator in graph.operators) > 1
+    names = blocks_of(path) if several else []
+    for number in range(len(names)) if len(names) > 1 else (None,):
+        if number is not None:
+            yield fill(f"block {number}, {names[number]!r}: edgeattn.load(path, block={number})")
         try:
-            layer = edgeattn.load(path, arithmetic=arithmetic)
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                layer = edgeattn.load(path, arithmetic=arithmetic, block=number)
         except ValueError as error:
             yield fill(f"not a layer that edgeattn can load: {error}")
-        else:
-            yield from _describe_static(layer, arithmetic_of_tflite(arithmetic))
+            continue
+        for each in told:
+            yield fill(str(each.message))
+        yield from _describe_static(layer, arithmetic_of_tflite(arithmetic))
 
 
 def _describe_model(model) -> Iterator:

@@ -168,6 +168,18 @@ def onnx_text():
     return (pathlib.Path(__file__).parent / "models" / "golden" / "bert" / "dynamo18.onnx").read_bytes()
 
 
+def onnx_static():
+    """Codes, further columns and all."""
+    with tempfile.TemporaryDirectory() as folder:
+        x = numbers(2, 4, 12) * np.float32([40] + [1] * 11)
+        weights = [numbers(n, m, seed=i) / 4 for i, (n, m) in enumerate([(12, 12)] * 4 + [(16, 12), (12, 16)])]
+        encoder = edgeattn.TransformerEncoder([edgeattn.TransformerEncoderLayer(
+            MHA(H, *weights[:4]), edgeattn.FeedForward(*map(edgeattn.Linear, weights[4:])),
+            edgeattn.LayerNorm(np.ones(12)), edgeattn.LayerNorm(np.ones(12)))])
+        made = quant.quantize(encoder, quant.calibrate(encoder, [x]))
+        return quant.export(made, pathlib.Path(folder) / "a.onnx").read_bytes()
+
+
 def description():
     return {"abi": 2, "target": host_target(), "machine": platform.machine(), "requires": [], "edgeattn": "1",
             "stamp": sources.stamp(), "kernels": ["no_kernel"], "layer": [0, 1]}
@@ -375,6 +387,8 @@ READERS = {
     "onnx": Reader(".onnx", MHA.from_onnx, lambda: onnx_model().SerializeToString(), onnx_parts),
     "onnx packed": Reader(".onnx", MHA.from_onnx, lambda: onnx_model("packed").SerializeToString(), onnx_parts),
     "onnx text": Reader(".onnx", edgeattn.TextEncoder.from_onnx, onnx_text, onnx_parts, share=0.1),
+    "onnx static": Reader(".onnx", lambda path: edgeattn.TransformerEncoder.from_onnx(path, scheme="static"), onnx_static, onnx_parts,
+                          share=0.1),
     "calibration": Reader(".safetensors", quant.Calibration.load, lambda: saved(
         lambda: quant.calibrate(float_layer(), [numbers(1, 4, E)])), safetensors_parts),
     "DATA npz": Reader(".npz", read_data, lambda: npz({"query": numbers(2, 4, E), "key_padding_mask": np.ones((2, 4), bool),

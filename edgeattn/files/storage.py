@@ -16,11 +16,11 @@ from edgeattn.files.mapped import map_file
 from edgeattn.files.paths import as_path, reason, suffix_of, write_atomic
 from edgeattn.files.safetensors_file import read_safetensors, view_safetensors
 from edgeattn.hints import hinted
-from edgeattn.kinds import FILES, KINDS, class_of, kind_of
+from edgeattn.kinds import FILES, class_of, kind_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from typing import Any
+    from typing import Any, SupportsIndex
 
     from edgeattn.files.stored import StoredTensor
     from edgeattn.layers import MultiHeadAttention
@@ -72,7 +72,7 @@ def content_of(layer: Any) -> bytes:
 
 @hinted
 def load(
-    path: Path, *, arithmetic: Arithmetic | None = None
+    path: Path, *, arithmetic: Arithmetic | None = None, block: str | SupportsIndex | None = None
 ) -> MultiHeadAttention | StaticMultiHeadAttention | DynamicMultiHeadAttention:
     """Read a layer that `save` wrote, or an int8 attention graph from a .tflite file.
 
@@ -86,6 +86,9 @@ def load(
     arithmetic : str, optional
         The kernel set an int8 layer shall follow, a name in `edgeattn.arithmetic.KERNEL_SETS`. Unless given:
         the one a .safetensors file was saved with, "litert" for a .tflite file, which does not say.
+    block : int or str, optional
+        Which attention block of a .tflite file of a whole model: its number, or the name that `quant inspect` lists.
+        Unless given the file must be one block and nothing else.
 
     Returns
     -------
@@ -101,13 +104,16 @@ def load(
     if suffix == ".tflite":
         from edgeattn.files.tflite import read_tflite
 
-        return read_tflite(path) if arithmetic is None else read_tflite(path, arithmetic=arithmetic)
+        given: dict[str, Any] = {"arithmetic": arithmetic, "block": block}
+        return read_tflite(path, **{name: value for name, value in given.items() if value is not None})
     if suffix != ".safetensors":
         folder = os.path.isdir(path) or not suffix
         other = ("; edgeattn.from_pretrained reads a model's folder" if folder else
                  "; edgeattn.bundle.load runs a bundle" if suffix == ".so" else "")
         missing = "" if os.path.exists(path) else ", of which there is none"
         raise ValueError(f"path must end in .safetensors or .tflite, got {str(path)!r}{missing}{other}")
+    if block is not None:
+        raise ValueError(f"block applies to .tflite files, got {block!r} for {path}")
     return layer_of(path, *_mapped(path), arithmetic)
 
 
@@ -132,8 +138,7 @@ def layer_of(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Stor
         config["arithmetic"] = arithmetic
     layer_class = class_of(kind)
     arrays = {name: tensor.read() for name, tensor in tensors.items()}
-    if KINDS[kind].is_model:
-        _check_finite(path, arrays)
+    _check_finite(path, arrays)
     try:
         layer: MultiHeadAttention | StaticMultiHeadAttention | DynamicMultiHeadAttention = (
             layer_class.from_state(config, arrays))

@@ -1,13 +1,17 @@
 """Static int8 attention read from a .tflite file, ours or another converter's.
 
 A file is accepted when its operators, all of them, are one attention block that the layer reproduces exactly.
-The shapes between the projections and the products are not matched against a list of known forms: where
-RESHAPE and TRANSPOSE carry each element is followed, and compared with where attention needs it.
+The shapes between the projections and the products are not matched against a list of known forms: where RESHAPE,
+TRANSPOSE, SLICE and SPLIT carry each element is followed, and compared with where attention needs it. Of a model with
+several blocks one is read, and what stands around it is not looked at.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import operator as index_of
+import warnings
 
 import numpy as np
 
@@ -36,23 +40,29 @@ _LARGEST_MULTIPLIER = 256.0
 _MASK_IN_THE_RANGE = ("; a mask of -3e38 in the scores' range leaves the scores no codes: convert without the "
                       "mask and pass it to each call, or quantize the float layer with quant.quantize")
 _MOVES = ("RESHAPE", "TRANSPOSE")
+_CUTS = ("SLICE", "SPLIT")
+_TOLD = 20  # blocks in an error
 _SCORE_OPS = ("MUL", "ADD", "SELECT_V2")
 
 
-def read_tflite(path_or_bytes, *, arithmetic: str = "litert") -> StaticMultiHeadAttention:
+def read_tflite(path_or_bytes, *, arithmetic: str = "litert", block=None) -> StaticMultiHeadAttention:
     """The attention layer in a .tflite file.
 
-    Read are int8 files of one block: three FULLY_CONNECTED projections with per-channel weights, heads split
-    by RESHAPE and TRANSPOSE or one head, BATCH_MATMUL, any number of MUL by a constant, ADD of a constant
-    mask and SELECT_V2 by a constant mask, SOFTMAX, BATCH_MATMUL, and an output projection or none; QUANTIZE
-    and DEQUANTIZE at the edges. Keys and values may have a zero point, and the first product may have K
-    transposed already or by adj_y.
+    Read are blocks of int8: FULLY_CONNECTED projections with per-channel weights, apart or packed and cut by SLICE or
+    SPLIT, heads split by RESHAPE and TRANSPOSE or one head, BATCH_MATMUL, any number of MUL by a constant, ADD of a
+    constant mask and SELECT_V2 by a constant mask, SOFTMAX, BATCH_MATMUL, and an output projection or none; QUANTIZE
+    and DEQUANTIZE at the edges. Keys and values may have a zero point, and the first product may have K transposed
+    already or by adj_y. A MUL of queries, keys or values by a constant becomes a part of their projection, which rounds
+    once where the file rounds twice: a warning says so.
 
     Parameters
     ----------
     path_or_bytes : str, os.PathLike or bytes
     arithmetic : str
         The kernel set to compute as, see ``edgeattn.arithmetic.KERNEL_SETS``; a file does not name one.
+    block : int or str, optional
+        Of a model with more than attention, or with several blocks: the number of one, in the order of the graph, or
+        the name of the tensor that its SOFTMAX gives. Unless given the file must be one block and nothing else.
 
     Returns
     -------
@@ -70,7 +80,19 @@ def read_tflite(path_or_bytes, *, arithmetic: str = "litert") -> StaticMultiHead
     """
     data, name = read_bytes(path_or_bytes)
     most = min(_MOST_ELEMENTS, max(_FEW_ELEMENTS, 4 * len(data)))
-    return _Matcher(parse(data, name), name, most).layer(arithmetic)
+    matcher = _Matcher(parse(data, name), name, most)
+    layer = matcher.layer(arithmetic, block)
+    for told in matcher.told:
+        warnings.warn(told, stacklevel=3)
+    return layer
+
+
+def blocks_of(path_or_bytes) -> list[str]:
+    """The names of the tensors that the SOFTMAX of each attention block gives; of a float file none."""
+    data, name = read_bytes(path_or_bytes)
+    matcher = _Matcher(parse(data, name), name, min(_MOST_ELEMENTS, max(_FEW_ELEMENTS, 4 * len(data))))
+    return [matcher.tensor(matcher.graph.operators[number].outputs[0]).name for number in matcher.blocks()
+            if matcher.tensor(matcher.graph.operators[number].outputs[0]).dtype == np.int8]
 
 
 class _Matcher:
@@ -82,10 +104,15 @@ class _Matcher:
         self.most_elements = most_elements
         self.outputs = set(graph.outputs)
         self.used: set[int] = set()
+        self.told: list[str] = []
+        self.alone = True  # whether all of the graph must be the block
         self.producers: dict[int, int] = {}
         self.consumers: dict[int, list[int]] = {}
         written = set(graph.inputs)
         for number, operator in enumerate(graph.operators):
+            if self.fold(operator):
+                self.used.add(number)
+                continue
             for tensor in operator.inputs:
                 if tensor >= 0 and not (tensor in written or self.is_constant(tensor)):
                     raise self.error(
@@ -100,6 +127,31 @@ class _Matcher:
 
     def error(self, message: str) -> ValueError:
         return ValueError(f"{self.name}: {message}")
+
+    def fold(self, operator: Operator) -> bool:
+        """Whether an operator has constants only, and what it gives became one: masks that converters leave so."""
+        tensors = self.graph.tensors
+        counts = {"RESHAPE": (1, 2), "SELECT_V2": (3,)}.get(operator.name, ())
+        if len(operator.inputs) not in counts or len(operator.outputs) != 1 or any(
+                number < 0 or tensors[number].data is None for number in operator.inputs):
+            return False
+        output = tensors[operator.outputs[0]]
+        inputs = [tensors[number] for number in operator.inputs]
+        values = inputs[:1] if operator.name == "RESHAPE" else inputs[1:]
+        if output.data is not None or math.prod(output.shape) > self.most_elements or any(
+                each.dtype != output.dtype or not _same_codes(each, output) for each in values):
+            return False
+        try:
+            if operator.name == "RESHAPE":
+                data = values[0].data.reshape(output.shape)
+            elif np.broadcast_shapes(*(each.shape for each in inputs)) != output.shape or inputs[0].dtype != np.bool_:
+                return False
+            else:
+                data = np.where(inputs[0].data.view(np.uint8) != 0, *(each.data for each in values))
+        except ValueError:
+            return False
+        tensors[operator.outputs[0]] = dataclasses.replace(output, data=data)
+        return True
 
     # -- access to the graph, checked
 
@@ -207,8 +259,12 @@ class _Matcher:
                              f"expected 1 to {self.most_elements} in a file of this size")
         return size
 
-    def moved(self, operator: Operator, elements: np.ndarray) -> np.ndarray:
-        """``elements``, laid out as a RESHAPE or TRANSPOSE lays out its input."""
+    def moved(self, operator: Operator, elements: np.ndarray, given: int | None = None) -> np.ndarray:
+        """``elements``, laid out as an operator lays out its input; given: which output of a SPLIT is meant."""
+        if operator.name in _CUTS:
+            return self.cut(operator, elements, given)
+        if operator.name == "MUL":
+            return elements
         inputs = self.operands(operator, (1, 2) if operator.name == "RESHAPE" else (2,))
         source, output = self.tensor(inputs[0]), self.tensor(operator.outputs[0])
         role = f"a tensor that {operator.name} moves"
@@ -231,21 +287,80 @@ class _Matcher:
             )
         return elements.reshape(output.shape)
 
-    def back(self, tensor: int) -> tuple[int, np.ndarray]:
-        """Undo RESHAPE and TRANSPOSE.
+    def cut(self, operator: Operator, elements: np.ndarray, given: int | None) -> np.ndarray:
+        """The elements that a SLICE or an output of a SPLIT has."""
+        name, inputs = operator.name, operator.inputs
+        if len(inputs) != (3 if name == "SLICE" else 2) or given not in operator.outputs:
+            raise self.error(f"{name} has {len(inputs)} inputs; expected {3 if name == 'SLICE' else 2}")
+        output, source = self.tensor(given), self.tensor(inputs[1 if name == "SPLIT" else 0])
+        role = f"a tensor that {name} cuts"
+        if self.quantization(inputs[1 if name == "SPLIT" else 0], role) != self.quantization(given, role):
+            raise self.error(f"{name} changes the quantization of {source.name!r}; expected it kept")
+        if name == "SLICE":
+            begin, size = (self.constant(inputs[i], np.int32, f"the {what} of SLICE").ravel().tolist()
+                           for i, what in ((1, "begin"), (2, "size")))
+            if len(begin) != elements.ndim or len(size) != elements.ndim or any(
+                    at < 0 or at + max(count, 0) > length
+                    for at, count, length in zip(begin, size, elements.shape, strict=True)):
+                raise self.error(f"SLICE of {source.name!r} begins at {begin[:8]} with {size[:8]} elements; its input "
+                                 f"has shape {elements.shape}")
+            found = elements[tuple(slice(at, None if count < 0 else at + count)
+                                   for at, count in zip(begin, size, strict=True))]
+        else:
+            axes = self.constant(inputs[0], np.int32, "the axis of SPLIT").ravel().tolist()
+            parts = len(operator.outputs)
+            if len(axes) != 1 or not -elements.ndim <= axes[0] < elements.ndim or elements.shape[axes[0]] % parts:
+                raise self.error(f"SPLIT of {source.name!r}, shape {elements.shape}, along {axes[:8]} in {parts} "
+                                 "parts; expected equal parts of one axis")
+            found = np.split(elements, parts, axes[0])[operator.outputs.index(given)]
+        if found.shape != output.shape:
+            raise self.error(f"{name} gives {output.name!r} shape {output.shape}; expected {found.shape}")
+        return found
 
-        Returns the tensor they begin with, and for each element of ``tensor`` its flat index there.
+    def back(self, tensor: int, *, scaled: bool = False) -> tuple[int, np.ndarray, float]:
+        """Undo RESHAPE, TRANSPOSE, SLICE and SPLIT, with ``scaled`` also MUL by a positive constant.
+
+        Returns the tensor they begin with, for each element of ``tensor`` its flat index there, and the product of the
+        constants.
         """
-        path = []
-        while (number := self.producer(tensor, _MOVES)) is not None:
-            path.append(number)
-            self.check_chain(path, _MOVES)
-            tensor = self.operands(self.graph.operators[number], (1, 2))[0]
+        path, factor = [], 1.0
+        names = (*_MOVES, *_CUTS, *(["MUL"] if scaled else []))
+        while (number := self.producer(tensor, names)) is not None:
+            operator = self.graph.operators[number]
+            path.append((number, tensor))
+            self.check_chain(path, names)
+            if operator.name == "MUL":
+                tensor, by = self.scaled(operator)
+                factor *= by
+            else:
+                inputs = self.operands(operator, (1, 2)) if operator.name in _MOVES else operator.inputs
+                tensor = inputs[1 if operator.name == "SPLIT" and len(inputs) > 1 else 0] if inputs else -1
+            if tensor < 0:
+                raise self.error(f"{operator.name} lacks an input")
         elements = np.arange(self.size(tensor), dtype=np.int32).reshape(self.tensor(tensor).shape)
-        for number in reversed(path):
+        for number, given in reversed(path):
             self.used.add(number)
-            elements = self.moved(self.graph.operators[number], elements)
-        return tensor, elements
+            elements = self.moved(self.graph.operators[number], elements, given)
+        return tensor, elements, factor
+
+    def scaled(self, operator: Operator) -> tuple[int, float]:
+        """The tensor that a MUL scales, and by what number."""
+        inputs = self.operands(operator, (2,))
+        self.no_activation(operator)
+        changing = [number for number in inputs if not self.is_constant(number)]
+        constants = [number for number in inputs if self.is_constant(number)]
+        if len(changing) != 1:
+            raise self.error("expected MUL of queries, keys or values by one number; found two computed tensors")
+        role = "the number that MUL scales by"
+        codes, quantization = self.constant(constants[0], np.int8, role), self.quantization(constants[0], role)
+        source, output = self.tensor(changing[0]), self.tensor(operator.outputs[0])
+        by = float(quantization.dequantize(codes.ravel()[:1])[0]) if codes.size else 0.0
+        if codes.size != 1 or source.shape != output.shape or not by > 0:
+            raise self.error(f"expected MUL of {source.name!r} by one positive number; found {codes.size} numbers, "
+                             f"{by:g}")
+        self.told.append(f"{self.name}: {output.name!r} is scaled by a MUL of its own, which is taken into the "
+                         "projection, and rounds once: its codes may differ by one step, the output's by a few")
+        return changing[0], by
 
     def forward(self, tensor: int) -> tuple[int, np.ndarray, Operator | None]:
         """Follow RESHAPE and TRANSPOSE.
@@ -269,17 +384,58 @@ class _Matcher:
 
     # -- the parts of attention
 
-    def softmax(self) -> Operator:
+    def blocks(self) -> list[int]:
+        """The numbers of the SOFTMAX operators, those of attention where there are any."""
         found = [number for number, operator in enumerate(self.graph.operators) if operator.name == "SOFTMAX"]
-        if len(found) != 1:
-            raise self.error(f"expected one attention block, so one SOFTMAX; found {len(found)}")
+        return [number for number in found if self.weighs(self.graph.operators[number])] or found
+
+    def weighs(self, operator: Operator) -> bool:
+        """Whether what an operator gives goes into a BATCH_MATMUL, through RESHAPE or not."""
+        for _ in range(_LONGEST_CHAIN):
+            readers = [self.graph.operators[number] for tensor in operator.outputs
+                       for number in self.consumers.get(tensor, ())]
+            if any(reader.name == "BATCH_MATMUL" for reader in readers):
+                return True
+            readers = [reader for reader in readers if reader.name == "RESHAPE"]
+            if not readers:
+                return False
+            operator = readers[0]
+        return False
+
+    def softmax(self, block=None) -> Operator:
+        found = self.blocks()
+        names = [self.tensor(self.graph.operators[number].outputs[0]).name for number in found
+                 if self.graph.operators[number].outputs]
+        listed = ", ".join(f"{i}: {name!r}" for i, name in enumerate(names[:_TOLD]))
+        listed += f" and {len(names) - _TOLD} more" if len(names) > _TOLD else ""
+        if block is None:
+            if len(found) != 1:
+                raise self.error(f"expected one attention block, so one SOFTMAX; found {len(found)}" + (
+                    f": choose one by block=, its number or name: {listed}" if found else ""))
+        elif isinstance(block, str):
+            found = [number for number, name in zip(found, names, strict=False) if name == block]
+            if len(found) != 1:
+                raise self.error(f"block must name one of its attention blocks; got {block!r}, there are: {listed}")
+        elif isinstance(block, bool) or not hasattr(block, "__index__"):
+            raise TypeError(f"block must be a number or a name; got {block!r}, and {self.name} has: {listed}")
+        else:
+            if not 0 <= index_of.index(block) < len(found):
+                raise self.error(f"block must be from 0 to {len(found) - 1}; got {block}, there are: {listed}")
+            found = [found[index_of.index(block)]]
+        self.alone = block is None
         softmax = self.graph.operators[found[0]]
         self.used.add(found[0])
         (scores,) = self.operands(softmax, (1,))
         if self.tensor(scores).dtype == np.float32:
+            hybrid = any(operator.name == "FULLY_CONNECTED" and len(operator.inputs) > 1 and operator.inputs[1] >= 0
+                         and self.tensor(operator.inputs[1]).dtype == np.int8 for operator in self.graph.operators)
             raise self.error(
-                "is a float model: expected int8 attention; found a float32 SOFTMAX "
-                "(quantize the float layer with quant.quantize, or convert with full integer quantization)"
+                "is a hybrid model, int8 weights and float32 attention: expected int8 attention; a runtime quantizes "
+                "its rows by rules of its own. Read the model that it was made of (edgeattn.from_pretrained, "
+                "MultiHeadAttention.from_torch, from_onnx) and quantize that with quant.quantize(layer, "
+                "scheme='dynamic'), or convert with full integer quantization" if hybrid else
+                "is a float model: expected int8 attention; found a float32 SOFTMAX (quantize the float layer with "
+                "quant.quantize, or convert with full integer quantization)"
             )
         if softmax.options["beta"] != 1:
             raise self.error(f"expected SOFTMAX with beta 1; found {softmax.options['beta']}")
@@ -290,34 +446,35 @@ class _Matcher:
             )
         return softmax
 
-    def layer(self, arithmetic: str) -> StaticMultiHeadAttention:
+    def layer(self, arithmetic: str, block=None) -> StaticMultiHeadAttention:
         """The layer, after everything about the graph was found to be as one attention block has it."""
-        softmax = self.softmax()
+        softmax = self.softmax(block)
         tensors = {}
         scores, score_ops = self.score_ops(softmax.inputs[0])
         tensors["scores"] = self.quantization(scores, "the scores")
         product = self.use(scores, "BATCH_MATMUL", "the scores")
         query, key = self.operands(product, (2,))
-        number, second = self.next_operator(softmax.outputs[0]) or (None, None)
+        probabilities, elements, second = self.forward(softmax.outputs[0])
         if (
             second is None
             or second.name != "BATCH_MATMUL"
-            or self.operands(second, (2,))[0] != softmax.outputs[0]
+            or self.operands(second, (2,))[0] != probabilities
             or second.options["adj_x"]
+            or (np.diff(elements.ravel()) != 1).any()
         ):
             raise self.error("expected the probabilities to be the left side of a BATCH_MATMUL; found "
                              f"{'the output' if second is None else second.name}")
-        self.used.add(number)
+        self.used.add(self.producers[second.outputs[0]])
         tensors["context"] = self.quantization(second.outputs[0], "the context")
 
-        projections, moves = {}, {}
+        projections, moves, factors = {}, {}, {}
         for role, tensor, swap in (
             ("query", query, product.options["adj_x"]),
             ("key", key, not product.options["adj_y"]),
             ("value", second.inputs[1], second.options["adj_y"]),
         ):
             tensors[role] = self.quantization(tensor, f"the {role}")
-            source, elements = self.back(tensor)
+            source, elements, factors[role] = self.back(tensor, scaled=True)
             if elements.ndim < 2:
                 raise self.error(
                     f"expected the {role}, tensor {self.tensor(tensor).name!r}, to have 2 axes or more; "
@@ -330,6 +487,11 @@ class _Matcher:
         for role, operator in projections.items():
             linears[role], feeds[role] = self.linear(operator, role)
         B, H, L, S = self.check_heads(moves, linears)
+        for role, factor in factors.items():
+            linears[role] = _cut_linear(linears[role], moves[role], factor)
+            if factor != 1:
+                scale = float(self.quantization(feeds[role], "an input").scale) * float(linears[role].scale.max())
+                self.check_multiplier(scale / float(tensors[role].scale), f"MUL of the {role}")
         self.check_shape(scores, (B, H, L, S), "the scores")
         self.check_shape(softmax.outputs[0], (B, H, L, S), "the probabilities")
         value_dim = moves["value"].shape[-1]
@@ -345,9 +507,9 @@ class _Matcher:
         sources = self.inputs(feeds, tensors)
         self.output(second.outputs[0], (B, H, L, value_dim), tensors, linears)
         for number, operator in enumerate(self.graph.operators):
-            if number not in self.used:
+            if self.alone and number not in self.used:
                 raise self.error(f"expected one attention block and nothing else; found {operator.name} "
-                                 f"(operator {number}) besides it")
+                                 f"(operator {number}) besides it; block=0 reads the block alone")
         ops = tuple(self.score_op(*op, (B, H, L, S)) for op in score_ops)
         try:
             return StaticMultiHeadAttention(
@@ -369,30 +531,33 @@ class _Matcher:
         """B, H, L, S, once query, key and value are found to be split into heads as attention needs."""
         L, head_dim = moves["query"].shape[-2:]
         S = moves["key"].shape[-2]
-        features = {role: linear.weight.shape[0] for role, linear in linears.items()}
-        if features["query"] % head_dim:
-            raise self.error(
-                f"expected the query's {features['query']} features to be a multiple of the head size; "
-                f"found heads of {head_dim}"
-            )
-        H = features["query"] // head_dim
-        B = moves["query"].size // (features["query"] * L)
+        width = linears["query"].weight.shape[0]
+        rows = self.rows_of(moves["query"], width)
+        B = len(np.unique(rows[:, 0])) if rows.size else 0
+        groups = len(rows)
+        if not B or groups % B:
+            raise self.error(f"expected queries of as many heads for each sequence; found {groups} for {B} sequences")
+        H = groups // B
         for role, length in (("query", L), ("key", S), ("value", S)):
-            if features[role] % H or moves[role].size != B * length * features[role] or B == 0:
+            features, size = linears[role].weight.shape[0], moves[role].shape[-1]
+            first = moves[role].reshape(-1, length, size)[:, :1, :1] if moves[role].shape[-2] == length else None
+            if first is None or len(first) != groups:
                 raise self.error(f"expected a {role} of batch {B}, length {length} and {H} heads; found "
-                                 f"{moves[role].size} elements in {features[role]} features")
-            width = features[role] // H
-            split = (
-                np.arange(moves[role].size, dtype=np.int32).reshape(B, length, H, width).transpose(0, 2, 1, 3)
-            )
-            if moves[role].shape[-2:] != (length, width) or not np.array_equal(
-                moves[role].ravel(), split.ravel()
-            ):
+                                 f"{moves[role].size} elements in {features} features")
+            heads = (first % features).reshape(B, H)
+            wanted = (np.arange(B)[:, None, None, None] * length * features + heads[:1, :, None, None]
+                      + np.arange(length)[:, None] * features + np.arange(size))
+            if (heads[:, :] + size > features).any() or not np.array_equal(moves[role].ravel(), wanted.ravel()):
                 raise self.error(
-                    f"expected the {role}'s features split into {H} heads of {width}, (B, H, length, head "
+                    f"expected the {role}'s features split into {H} heads of {size}, (B, H, length, head "
                     f"size); found another order, shape {moves[role].shape}"
                 )
         return B, H, L, S
+
+    @staticmethod
+    def rows_of(elements: np.ndarray, features: int) -> np.ndarray:
+        """(groups, length): the row of a projection that each row of each head is of."""
+        return elements[..., 0].reshape(-1, elements.shape[-2]) // features if elements.shape[-1] else elements[..., :0]
 
     def linear(self, operator: Operator, role: str) -> tuple[QuantizedLinear, int]:
         """A FULLY_CONNECTED's parameters and the tensor it reads."""
@@ -451,8 +616,18 @@ class _Matcher:
         changes and the position of that among its inputs.
         """
         found = []
-        while (number := self.producer(tensor, _SCORE_OPS)) is not None:
+        reshaped = []
+        while (number := self.producer(tensor, (*_SCORE_OPS, "RESHAPE"))) is not None:
             operator = self.graph.operators[number]
+            if operator.name == "RESHAPE":  # keeps the order of elements; shapes are looked at where they are used
+                self.used.add(number)
+                reshaped.append(number)
+                self.check_chain(reshaped, ("RESHAPE",))
+                source = self.operands(operator, (1, 2))[0]
+                self.moved(operator, np.arange(self.size(source), dtype=np.int32).reshape(self.tensor(source).shape))
+                tensor = source
+                self.next_operator(tensor)
+                continue
             self.no_activation(operator)
             inputs = self.operands(operator, (3,) if operator.name == "SELECT_V2" else (2,))
             changing = [i for i, number in enumerate(inputs) if number < 0 or not self.is_constant(number)]
@@ -494,6 +669,10 @@ class _Matcher:
             self.check_multiplier(
                 max(before.scale, quantization.scale) / float(after.scale), "ADD of the mask"
             )
+            if codes.size > 1 and float(np.ptp(quantization.dequantize(codes))) < float(after.scale):
+                self.told.append(f"{self.name}: what ADD adds to the scores, {self.tensor(other).name!r}, changes none "
+                                 "by a step: a mask of minus infinity that its converter had no code for. Convert "
+                                 "without the mask, and pass it to each call")
             return AddMask(self.mask(codes, tensor, scores).astype(np.int8), quantization, after)
         if codes.size != 1:
             raise self.error(
@@ -508,6 +687,8 @@ class _Matcher:
         """A mask that broadcasts to a tensor of the graph, as one that broadcasts to (B, H, L, S)."""
         shape = self.tensor(tensor).shape
         B, H, L, S = scores
+        while values.ndim > len(shape) and values.shape[0] == 1:
+            values = values[0]
         try:
             fits = np.broadcast_shapes(values.shape, shape) == shape
         except ValueError:
@@ -536,13 +717,13 @@ class _Matcher:
         """Which input feeds each projection; adds the inputs' quantization to ``tensors``."""
         roots = []
         for role in INPUTS:
-            tensor, elements = self.back(feeds[role])
+            tensor, elements, _ = self.back(feeds[role])
             if (elements.ravel()[1:] < elements.ravel()[:-1]).any():
                 raise self.error(
                     f"expected the input of the {role} projection in the graph's order; found it transposed"
                 )
             quantization = self.quantization(tensor, f"the input of the {role} projection")
-            if tensor not in self.graph.inputs:
+            if tensor not in self.graph.inputs and self.alone:
                 quantize = self.use(tensor, "QUANTIZE", f"the input of the {role} projection")
                 (tensor,) = self.operands_of_edge(quantize)
                 if tensor not in self.graph.inputs or self.tensor(tensor).dtype != np.float32:
@@ -551,7 +732,7 @@ class _Matcher:
                     )
             roots.append((tensor, quantization))
         for number in self.graph.inputs:
-            if number not in [tensor for tensor, _ in roots]:
+            if self.alone and number not in [tensor for tensor, _ in roots]:
                 raise self.error(
                     f"expected every graph input to feed a projection; found {self.tensor(number).name!r}"
                     " unused"
@@ -591,9 +772,13 @@ class _Matcher:
                 )
             self.used.add(self.producers[reader.outputs[0]])
             tensors["output"] = self.quantization(reader.outputs[0], "the output")
+            if not self.alone:
+                return
             tensor, elements, reader = self.forward(reader.outputs[0])
             if (np.diff(elements.ravel()) != 1).any():
                 raise self.error("expected the output in the order (B, L, features); found it transposed")
+        if not self.alone:
+            return
         if reader is not None and reader.name == "DEQUANTIZE":
             self.operands_of_edge(reader)
             self.used.add(self.producers[reader.outputs[0]])
@@ -605,3 +790,22 @@ class _Matcher:
                 f" output; found {found}"
                 + ("" if reader is None else f", and {reader.name} behind it")
             )
+
+
+def _same_codes(one: Tensor, other: Tensor) -> bool:
+    """Whether codes of two tensors stand for the same numbers."""
+    return all((a is None) == (b is None) and (a is None or np.array_equal(a, b))
+               for a, b in ((one.scale, other.scale), (one.zero_point, other.zero_point)))
+
+
+def _cut_linear(linear: QuantizedLinear, elements: np.ndarray, factor: float) -> QuantizedLinear:
+    """The features of a projection that heads have, in their order, times a number; ``elements`` as of `back`."""
+    features = linear.weight.shape[0]
+    length, size = elements.shape[-2:]
+    wanted = elements.reshape(-1, length, size)[:, 0] % features  # of each group; those of each sequence are the same
+    sequences = len(np.unique(elements.reshape(-1, length, size)[:, 0, 0] // features))
+    wanted = wanted[:len(wanted) // sequences].ravel()
+    if factor == 1 and np.array_equal(wanted, np.arange(features)):
+        return linear
+    scale = linear.scale[wanted] * np.float32(factor)
+    return QuantizedLinear(linear.weight[wanted], scale, None if linear.bias is None else linear.bias[wanted])

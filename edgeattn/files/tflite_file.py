@@ -284,11 +284,17 @@ class _Parser:
                 f"tensor {name!r} has buffer number {number}; the file has {len(self.buffers)} buffers"
             )
         buffer = int(self.buffers[number])
-        # Offsets of 0 and 1 are placeholders; greater ones point behind the FlatBuffer, as in files of over 2
-        # GB.
-        if self.get(table, "Tensor", "external_buffer") or self.get(buffer, "Buffer", "offset") > 1:
-            raise self.error(f"tensor {name!r} has its values outside the FlatBuffer; expected them inside")
-        raw = self.get(buffer, "Buffer", "data")
+        if self.get(table, "Tensor", "external_buffer"):
+            raise self.error(f"tensor {name!r} has its values in another file; expected them in this one")
+        # Offsets of 0 and 1 are placeholders; greater ones point behind the FlatBuffer, where ai-edge-quantizer puts
+        # large constants.
+        offset = self.get(buffer, "Buffer", "offset")
+        if offset > 1:
+            size = self.get(buffer, "Buffer", "size")
+            self.span(offset, size, f"the values of tensor {name!r}")
+            raw = np.frombuffer(self.data, np.uint8, size, offset)
+        else:
+            raw = self.get(buffer, "Buffer", "data")
         if raw.size == 0 or dtype is None:
             return None
         if self.get(table, "Tensor", "sparsity") is not None:

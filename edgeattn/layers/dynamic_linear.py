@@ -51,7 +51,7 @@ class DynamicLinear(Linear):
         rows, self.inputs = self.codes.shape
         self.residual_outputs = indices("residual_outputs", residual_outputs, rows)
         self.outputs = rows - len(self.residual_outputs)
-        self.outlier_columns = indices("outlier_columns", outlier_columns, self.inputs)
+        self.outlier_columns = indices("outlier_columns", outlier_columns, self.inputs, once=True)
         self.scale = parameter("scale", scale, "(rows,)")
         self.bias = None if bias is None else parameter("bias", bias, "(outputs,)")
         outliers = self.outputs, len(self.outlier_columns)
@@ -121,9 +121,11 @@ def _integers(name: str, value: ArrayLike, dtype: DTypeLike, axes: int) -> NDArr
     return array
 
 
-def indices(name: str, value: ArrayLike | None, size: int) -> NDArray[np.int64]:
-    """`value` as a row of indices below `size`; none for None."""
+def indices(name: str, value: ArrayLike | None, size: int, *, once: bool = False) -> NDArray[np.int64]:
+    """`value` as a row of indices below `size`, each once or not; none for None."""
     indices = _integers(name, np.zeros(0, np.int64) if value is None else value, np.int64, 1)
     if not ((indices >= 0) & (indices < size)).all():
         raise ValueError(f"{name} must lie between 0 and {size - 1}, got {indices}")
+    if once and len(np.unique(indices)) < len(indices):
+        raise ValueError(f"{name} must name each once, got {indices}")
     return indices

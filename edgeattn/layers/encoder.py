@@ -15,6 +15,7 @@ from edgeattn.checks import as_array, check_out, flag, float_array, result_dtype
 from edgeattn.device import Placeable
 from edgeattn.files import checkpoints
 from edgeattn.files.paths import named
+from edgeattn.kinds import class_of
 from edgeattn.layers.call import check_cache, resolve_call_mask
 from edgeattn.layers.feed_forward import FeedForward
 from edgeattn.layers.linear import Linear
@@ -37,7 +38,18 @@ if TYPE_CHECKING:
     from edgeattn.kv_cache import KVCache
     from edgeattn.masks import Mask
     from edgeattn.ops import Activation, Ops, T
-    from edgeattn.types import CacheDtype, Flag, Float32s, Floats, OnnxModel, Path, Shape, Window
+    from edgeattn.types import (
+        Arithmetic,
+        CacheDtype,
+        Flag,
+        Float32s,
+        Floats,
+        OnnxModel,
+        OnnxScheme,
+        Path,
+        Shape,
+        Window,
+    )
 
 FURTHEST = 2**31  # the largest bound of a window
 
@@ -210,7 +222,8 @@ class TransformerEncoder(Placeable, Stored):
             return cls(map(layer, stems), norm=norm)
 
     @classmethod
-    def from_onnx(cls, path_or_model: Path | OnnxModel) -> Self:
+    def from_onnx(cls, path_or_model: Path | OnnxModel, *, scheme: OnnxScheme = "float32",
+                  arithmetic: Arithmetic = "litert") -> Self:
         """The encoder in an ONNX model: from the input of its first layer to the norm behind its last.
 
         It is found from its attention, see `MultiHeadAttention.from_onnx`, and told by what is computed around that,
@@ -223,20 +236,36 @@ class TransformerEncoder(Placeable, Stored):
         ----------
         path_or_model : path or onnx.ModelProto
             Needs the onnx package. All its attention must be that of one encoder.
+        scheme : {"float32", "static"}
+            What a file with QuantizeLinear and DequantizeLinear (QDQ) becomes: "float32", the float encoder of its
+            weights; "static", an int8 encoder by the scales that it has, without data, equal to the one that
+            `quant.export` wrote. Norms and residuals are float32 in both.
+        arithmetic : str
+            Of "static", the kernel set to compute as, a name in `edgeattn.arithmetic.KERNEL_SETS`; a file names none.
+
+        Raises
+        ------
+        ValueError
+            Naming the node where something else stands than in an encoder; with "static" the tensor without a scale.
         """
         with named(path_or_model):
-            return cls.from_found(checkpoints.onnx_encoder(path_or_model))
+            kernel_set = checkpoints.kernel_set_of(scheme, arithmetic)
+            return cls.from_found(checkpoints.onnx_encoder(path_or_model, kernel_set))
 
     @classmethod
     def from_found(cls, found: Any) -> Self:
         """The encoder of what a reader found: `layers` of weights, and the `norm` behind them."""
         def layer(each: Any) -> TransformerEncoderLayer:
-            attention = MultiHeadAttention.from_found(each.attention.heads, each.attention.kv_heads,
+            attention: Any = MultiHeadAttention.from_found(each.attention.heads, each.attention.kv_heads,
                                                       each.attention.arguments)
             gate = None if each.gate is None else Linear(*each.gate)
+            feed_forward: Any = FeedForward(Linear(*each.linear1), Linear(*each.linear2), gate=gate,
+                                            activation=each.activation)
+            if each.static is not None:
+                attention, feed_forward = (class_of(name).from_state(*state) for name, state in zip(
+                    ("StaticSelfAttention", "StaticFeedForward"), each.static, strict=True))
             return TransformerEncoderLayer(
-                attention, FeedForward(Linear(*each.linear1), Linear(*each.linear2), gate=gate,
-                                       activation=each.activation),
+                attention, feed_forward,
                 norm_of(each.norm1), norm_of(each.norm2), norm_first=each.norm_first,
                 window_size=each.window_size)
 

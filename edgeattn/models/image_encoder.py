@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from edgeattn.ops import Ops, Sequences, T
-    from edgeattn.types import Flag, Float32s, Floats, OnnxModel, Path
+    from edgeattn.types import Arithmetic, Flag, Float32s, Floats, OnnxModel, OnnxScheme, Path
 
 
 class ImageEncoder(Placeable, Stored):
@@ -45,7 +45,8 @@ class ImageEncoder(Placeable, Stored):
         self.embedding, self.encoder, self.spectrogram = embedding, encoder, flag("spectrogram", spectrogram)
 
     @classmethod
-    def from_onnx(cls, path_or_model: Path | OnnxModel) -> Self:
+    def from_onnx(cls, path_or_model: Path | OnnxModel, *, scheme: OnnxScheme = "float32",
+                  arithmetic: Arithmetic = "litert") -> Self:
         """The image encoder of an ONNX model: ViT, DeiT and the like, whose patches a Conv makes.
 
         The layers are found as `TransformerEncoder.from_onnx` finds them; what is behind them is left out.
@@ -54,6 +55,9 @@ class ImageEncoder(Placeable, Stored):
         ----------
         path_or_model : path or onnx.ModelProto
             Needs the onnx package.
+        scheme : {"float32", "static"}
+        arithmetic : str
+            As of `TransformerEncoder.from_onnx`; the embedding is float32 in both.
 
         Raises
         ------
@@ -63,7 +67,7 @@ class ImageEncoder(Placeable, Stored):
             Naming the file, and the node where something else stands than in an image encoder.
         """
         with named(path_or_model):
-            found = checkpoints.onnx_image(path_or_model)
+            found = checkpoints.onnx_image(path_or_model, checkpoints.kernel_set_of(scheme, arithmetic))
             patch = found.weight.shape[2:]
             return cls(PatchEmbedding(Linear(found.weight.reshape(len(found.weight), -1), found.bias), found.places,
                                       patch_size=patch, stride=found.stride, image_size=found.image_size),

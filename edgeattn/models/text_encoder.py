@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from edgeattn.kv_cache import KVCache
     from edgeattn.ops import Ops, Sequences, T
-    from edgeattn.types import Flag, Float32s, OnnxModel, Path
+    from edgeattn.types import Arithmetic, Flag, Float32s, OnnxModel, OnnxScheme, Path
 
 _POOLINGS = get_args(Pooling)
 
@@ -73,7 +73,8 @@ class TextEncoder(Placeable, Stored):
         self.max_length = None if max_length is None else count("max_length", max_length)
 
     @classmethod
-    def from_onnx(cls, path_or_model: Path | OnnxModel, *, tokenizer: Path | None = None) -> Self:
+    def from_onnx(cls, path_or_model: Path | OnnxModel, *, tokenizer: Path | None = None,
+                  scheme: OnnxScheme = "float32", arithmetic: Arithmetic = "litert") -> Self:
         """The text encoder of an ONNX model: BERT, DistilBERT, RoBERTa and the like, whatever exported it.
 
         The layers are found as `TransformerEncoder.from_onnx` finds them; in front of them embeddings of token ids, of
@@ -87,6 +88,9 @@ class TextEncoder(Placeable, Stored):
         tokenizer : path, optional
             Folder with tokenizer.json and what sentence-transformers puts beside it. Unless given it is looked for in
             the model's folder and the one around that.
+        scheme : {"float32", "static"}
+        arithmetic : str
+            As of `TransformerEncoder.from_onnx`; the embedding is float32 in both.
 
         Raises
         ------
@@ -101,7 +105,7 @@ class TextEncoder(Placeable, Stored):
 
         folder = folder_of(path_or_model, tokenizer)
         with named(path_or_model):
-            found = checkpoints.onnx_text(path_or_model)
+            found = checkpoints.onnx_text(path_or_model, checkpoints.kernel_set_of(scheme, arithmetic))
             projection = None if found.projection is None else Linear(*found.projection)
             norm: Any = norm_of(found.norm)
             embedding = Embedding(found.tokens, found.positions, found.types, norm=norm,

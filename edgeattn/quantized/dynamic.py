@@ -123,7 +123,7 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention, Positions):
 
         self._set_positions(H, self.head_dim, rotary, q_norm, k_norm, position_bias)
         self.gated = "gate" in self.weights
-        self.outlier_columns = indices("outlier_columns", outlier_columns, self.embed_dim)
+        self.outlier_columns = indices("outlier_columns", outlier_columns, self.embed_dim, once=True)
         self.outlier_weights = self._checked_outliers({} if outlier_weights is None else outlier_weights)
         self.k_bias = self.biases.get("key")
         self.fusible = bool(self.output_dim) and not (self.extra_keys or self.gated)

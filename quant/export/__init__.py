@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 import edgeattn
-from edgeattn.checks import as_array, count, is_one_of
+from edgeattn.checks import as_array, count, flag, is_one_of
 from edgeattn.files.paths import as_path, check_folder, write_atomic
 from edgeattn.hints import hinted
 from edgeattn.layers import MultiHeadAttention, TransformerEncoder
@@ -44,6 +44,7 @@ class Request(NamedTuple):
     test_vectors: int | None
     target: str | None
     opset: int | None
+    padding: bool = False
 
 
 class Format(NamedTuple):
@@ -61,8 +62,8 @@ class Format(NamedTuple):
     dynamic : bool
         Whether it takes dynamic layers.
     options : tuple of str
-        Of "target", which is required then, "test_vectors", "opset", "several lengths" and "any length": those that
-        the format has.
+        Of "target", which is required then, "test_vectors", "opset", "padding", "several lengths" and "any length":
+        those that the format has.
     """
 
     write: Callable[[Any, Path, Request], None]
@@ -73,11 +74,12 @@ class Format(NamedTuple):
 
 
 def _tflite(layer: Any, path: Path, request: Request) -> None:
-    write_atomic(path, write_tflite(layer, **request.lengths, mask=request.mask))
+    write_atomic(path, write_tflite(layer, **request.lengths, mask=request.mask, padding=request.padding))
 
 
 def _onnx(layer: Any, path: Path, request: Request) -> None:
-    write_atomic(path, write_onnx(layer, **request.lengths, mask=request.mask, opset=request.opset or OPSETS[0]))
+    write_atomic(path, write_onnx(layer, **request.lengths, mask=request.mask, opset=request.opset or OPSETS[0],
+                                  padding=request.padding))
 
 
 def _safetensors(layer: Any, path: Path, request: Request) -> None:
@@ -101,9 +103,9 @@ def _bundle(layer: Any, path: Path, request: Request) -> None:
 
 FORMATS = {
     ".tflite": Format(_tflite, "fixed shapes, whole encoders too; runs in LiteRT, tflite-runtime and TFLite Micro",
-                      dynamic=True, options=("several lengths",)),
+                      dynamic=True, options=("several lengths", "padding")),
     ".onnx": Format(_onnx, "fixed shapes or any, whole encoders too; runs in onnxruntime and others",
-                    options=("any length", "opset")),
+                    options=("any length", "opset", "padding")),
     ".safetensors": Format(_safetensors, "any shape; `edgeattn.load` reads it", any_shape=True, dynamic=True),
     ".c": Format(_c, "fixed shapes, whole encoders too; C99 for microcontrollers, with a header beside it",
                  options=("test_vectors",)),
@@ -118,7 +120,7 @@ def export(layer: MultiHeadAttention | QuantizedMultiHeadAttention | Model, path
            batch: SupportsIndex | None = None, sequence_length: SupportsIndex | Sequence[SupportsIndex] | None = None,
            key_length: SupportsIndex | None = None, mask: Literal["causal"] | ArrayLike | None = None,
            test_vectors: SupportsIndex | None = None, target: TargetName | None = None,
-           opset: SupportsIndex | None = None) -> Path:
+           opset: SupportsIndex | None = None, padding: types.Flag = False) -> Path:
     """Write ``layer`` to ``path`` in the format its suffix names; nothing half-written is ever left there.
 
     Parameters
@@ -150,6 +152,10 @@ def export(layer: MultiHeadAttention | QuantizedMultiHeadAttention | Model, path
         a board in ``BOARDS`` there, such as "pi4"; "native": the best of them that this machine can run.
     opset : int, optional
         Of an ``.onnx``: 17, unless given, to 23, where attention in float32 is one operator.
+    padding : bool
+        Of an encoder in a ``.tflite`` or ``.onnx``: whether the file has an input more, ``attention_mask`` (B, L), as
+        transformers calls it: 1 = token, 0 = padding, which no token attends to. int32 in a ``.tflite``, int64 in an
+        ``.onnx``; static attention needs room for it as for ``mask``.
 
     Returns
     -------
@@ -198,6 +204,12 @@ def export(layer: MultiHeadAttention | QuantizedMultiHeadAttention | Model, path
         if value is not None and name not in form.options:
             those = " or ".join(suffix for suffix, other in FORMATS.items() if name in other.options)
             raise ValueError(f"{name} must be left out but for a {those}; got {value!r} for {str(path)!r}")
+    padding = flag("padding", padding)
+    if padding and (not isinstance(layer, TransformerEncoder) or "padding" not in form.options):
+        those = " or ".join(suffix for suffix, other in FORMATS.items() if "padding" in other.options)
+        takes = "with each call" if form.any_shape else "as constants"
+        raise ValueError(f"padding must be left out but for an encoder in a {those}; got a {type(layer).__name__} for "
+                         f"{str(path)!r}, which takes masks {takes}")
     several = _several(sequence_length)
     if several is not None and "several lengths" not in form.options:
         those = " or ".join(suffix for suffix, other in FORMATS.items() if "several lengths" in other.options)
@@ -222,7 +234,7 @@ def export(layer: MultiHeadAttention | QuantizedMultiHeadAttention | Model, path
         mask = _mask(mask, lengths["sequence_length"], lengths["key_length"])
     if not form.any_shape and sequence_length is None and not free:
         raise ValueError(f"sequence_length is required for a {path.suffix}: its shapes are fixed")
-    form.write(layer, path, Request(lengths, mask, vectors, processor, version))
+    form.write(layer, path, Request(lengths, mask, vectors, processor, version, padding))
     return path
 
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from edgeattn.arithmetic import CODE_MIN
 from edgeattn.executors.unfused import attend
 from edgeattn.layers.attention import forward
 from edgeattn.layers.dynamic_linear import DynamicLinear
@@ -48,6 +49,7 @@ INT8_VERSIONS = {
     "TRANSPOSE": 2,
     "RESHAPE": 1,
     "SELECT_V2": 1,
+    "NOT_EQUAL": 1,
 }
 MOVED_INT8_VERSIONS = {"GATHER": 2, "CONCATENATION": 2, "SLICE": 2}
 FLOAT_VERSIONS = dict.fromkeys((*INT8_VERSIONS, "CONCATENATION"), 1) | {"FULLY_CONNECTED": FULLY_CONNECTED_VERSION}
@@ -93,6 +95,7 @@ class TfliteOps(Ops[int]):
         self.tensors = tensors
         self.dtype = np.dtype(np.int8 if tensors else np.float32)
         self._versions = INT8_VERSIONS if tensors else FLOAT_VERSIONS
+        self.padding: dict[int, int] | None = None  # bool, by the rank of scores: which keys are tokens
         self._heads_first = None  # the permutation (B, L, H, D) <-> (B, H, L, D), made when first needed
 
     def inputs(self, sources, widths) -> list[int]:
@@ -115,6 +118,15 @@ class TfliteOps(Ops[int]):
     def scores(self, q: int, k: int, layer, name: str) -> int:
         """q k^T: the scale lies in q."""
         return self._batch_matmul(q, k, name, self.lengths.keys, adj_y=True)
+
+    def padded(self, scores: int, fill: np.ndarray, quantization, name: str) -> int:
+        """The scores, those of padding replaced."""
+        if self.padding is None:
+            return scores
+        filling = self._constant(f"{name}/padding", fill, quantization)
+        shape = self.graph.tensors[scores].shape
+        return self._operator("SELECT_V2", [self.padding[len(shape)], scores, filling], f"{name}/tokens", shape,
+                              quantization)
 
     def softmax(self, scores: int, name: str) -> int:
         """Over the keys."""
@@ -209,7 +221,7 @@ class Int8TfliteOps(TfliteOps):
                 scores = self._operator("SELECT_V2", [keep, scores, fill], f"{name}/masked", shape, quantization)
             else:
                 raise TypeError(f"score_ops must be MulConstant, AddMask or SelectMask; got {type(op).__name__}")
-        return scores
+        return self.padded(scores, np.array(CODE_MIN, np.int8), quantization, "scores")
 
 
 class FloatTfliteOps(TfliteOps):
@@ -323,7 +335,8 @@ class FloatTfliteOps(TfliteOps):
         return array * self._factor[name] if name in self._factor else array
 
     def masked(self, scores: int, layer, mask, name: str) -> int:
-        """The mask that the file shall hold."""
+        """The mask that the file shall hold, and the padding that it is given."""
+        scores = self.padded(scores, np.array(MASKED_SCORE), None, self.graph.tensors[scores].name)
         if self._mask is None:
             return scores
         mask, tensor = self._mask, self.graph.tensors[scores]

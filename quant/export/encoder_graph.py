@@ -22,7 +22,7 @@ from quant.export.attention_graph import (
     check_lengths,
 )
 from quant.export.feed_forward_graph import FeedForwardOps, check_activation
-from quant.export.static_rows import StaticBetweenRows, prepared, scatter
+from quant.export.static_rows import PADDING, StaticBetweenRows, prepared, scatter
 
 if TYPE_CHECKING:
     from edgeattn.layers import TransformerEncoder
@@ -35,7 +35,8 @@ _VERSIONS = FLOAT_VERSIONS | dict.fromkeys(
     "DEQUANTIZE": 2}  # the first of int8
 
 
-def encoder_graph(encoder: TransformerEncoder, *, batch: int, sequence_length: int, mask: Any = None) -> Graph:
+def encoder_graph(encoder: TransformerEncoder, *, batch: int, sequence_length: int, mask: Any = None,
+                  padding: bool = False) -> Graph:
     """float32 (B, L, E) -> (B, L, E).
 
     Parameters
@@ -46,6 +47,8 @@ def encoder_graph(encoder: TransformerEncoder, *, batch: int, sequence_length: i
         B, L.
     mask : bool array, broadcastable to (B, H, L, L), optional
         True = attend.
+    padding : bool
+        Whether there is an input for what is padding, int32 (B, L).
 
     Raises
     ------
@@ -55,7 +58,8 @@ def encoder_graph(encoder: TransformerEncoder, *, batch: int, sequence_length: i
     ops = EncoderTfliteOps(encoder, batch, sequence_length)
     with prepared(encoder, (batch, sequence_length), mask) as sequences:
         x = ops.graph.activation("input", (batch, sequence_length, encoder.embed_dim), np.float32)
-        ops.graph.inputs, ops.graph.outputs = [x], [encoder.forward(ops, x, sequences)]
+        ops.graph.inputs = [x, ops.tokens(encoder)] if padding else [x]
+        ops.graph.outputs = [encoder.forward(ops, x, sequences)]
     return ops.graph
 
 
@@ -67,6 +71,21 @@ class EncoderTfliteOps(StaticBetweenRows[int], FloatTfliteOps):
         super().__init__(check_lengths(encoder.layers[0].attention, (0, 0, 0), batch, length, None))
         self._versions = _VERSIONS
         self._numbers: dict[str, int] = {}
+
+    def tokens(self, encoder: TransformerEncoder) -> int:
+        """The input that says which tokens are none."""
+        batch, length = self._shape
+        given, none = self.graph.activation(PADDING, (batch, length), np.int32), np.array(0, np.int32)
+        self.padding = {}
+        for rank in sorted({3 if layer.attention.num_heads == 1 else 4 for layer in encoder.layers}):
+            shape = (batch, *[1] * (rank - 2), length)
+            name, target = f"{PADDING}/{rank}", np.array(shape, np.int32)
+            keys = self.graph.activation(f"{name}/keys", shape, np.int32)
+            self.graph.operator("RESHAPE", [given, self._constant(f"{name}/shape", target)], keys,
+                                {"new_shape": target})
+            self.padding[rank] = self.graph.activation(f"{name}/tokens", shape, np.bool_)
+            self.graph.operator("NOT_EQUAL", [keys, self._constant(f"{name}/none", none)], self.padding[rank])
+        return given
 
     # -- layers --------------------------------------------------------------------------------------------------------
 
@@ -88,7 +107,9 @@ class EncoderTfliteOps(StaticBetweenRows[int], FloatTfliteOps):
         if isinstance(layer, StaticFeedForward):
             check_activation(layer)
             return FeedForwardOps(layer, self.graph, name)
-        return Int8TfliteOps(self.lengths, layer.tensors, self.graph, name)
+        ops = Int8TfliteOps(self.lengths, layer.tensors, self.graph, name)
+        ops.padding = self.padding
+        return ops
 
     # -- operations ----------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgeattn.arithmetic import CODE_MIN
 from edgeattn.executors.unfused import attend
 from edgeattn.layers import MultiHeadAttention, TransformerEncoder
 from edgeattn.layers import attention as layers_attention
@@ -28,7 +29,7 @@ from edgeattn.quantized import (
     StaticMultiHeadAttention,
 )
 from quant.export.attention_graph import MASKED_SCORE, check_float, check_lengths
-from quant.export.static_rows import StaticBetweenRows, prepared
+from quant.export.static_rows import PADDING, StaticBetweenRows, prepared
 
 if TYPE_CHECKING:
     from edgeattn.quantized import QuantizedLinear, TensorQuantization
@@ -46,7 +47,7 @@ _MOST_BYTES = 2**31 - 2**20
 
 
 def write_onnx(layer: Any, *, batch: int | None = None, sequence_length: int | None = None,
-               key_length: int | None = None, mask: Any = None, opset: int = 17) -> bytes:
+               key_length: int | None = None, mask: Any = None, opset: int = 17, padding: bool = False) -> bytes:
     """The bytes of an ONNX model that computes ``layer``.
 
     Parameters
@@ -58,7 +59,9 @@ def write_onnx(layer: Any, *, batch: int | None = None, sequence_length: int | N
     mask : bool array, broadcastable to (B, H, L, S), optional
         True = attend; needs ``sequence_length``. A query with no permitted key gets the mean of all values.
     opset : int
-        17 to 23; from 23 on attention in float32 is one operator.
+        17 to 23; from 23 on attention in float32 is one operator, but of a file with padding.
+    padding : bool
+        Of an encoder: whether the file has an input more, ``attention_mask``, int64 (B, L): 1 = token, 0 = padding.
 
     Raises
     ------
@@ -75,7 +78,7 @@ def write_onnx(layer: Any, *, batch: int | None = None, sequence_length: int | N
     if isinstance(layer, TransformerEncoder):
         if key_length is not None:
             raise ValueError(f"key_length must be left out for an encoder, which attends to itself; got {key_length}")
-        return ops.encoder(layer, batch, sequence_length, mask)
+        return ops.encoder(layer, batch, sequence_length, mask, padding=padding)
     if isinstance(layer, DynamicMultiHeadAttention) or not isinstance(
             layer, (MultiHeadAttention, StaticMultiHeadAttention)):
         raise TypeError(f"layer must be a MultiHeadAttention, a static one or a TransformerEncoder; got "
@@ -103,17 +106,23 @@ class OnnxOps(StaticBetweenRows[str], Ops[str]):
 
     # -- models --------------------------------------------------------------------------------------------------------
 
-    def encoder(self, encoder: TransformerEncoder, batch: int | None, length: int | None, mask: Any) -> bytes:
+    def encoder(self, encoder: TransformerEncoder, batch: int | None, length: int | None, mask: Any, *,
+                padding: bool = False) -> bytes:
         """A whole encoder."""
         self.shapes_known = length is not None
         for i, layer in enumerate(encoder.layers):
             if length is None and layer.window_size != (-1, -1):
                 raise ValueError(f"layers.{i} has a window, for which the file must have one length: give "
                                  "sequence_length")
+        inputs: dict[str, tuple[Any, ...]] = {"input": (batch, length, encoder.embed_dim)}
+        if padding:
+            inputs[PADDING] = (batch, length)
+            flags = self.node("Cast", [PADDING], f"{PADDING}/flags", to=self.onnx.TensorProto.BOOL)
+            axes = self.constant(f"{PADDING}/axes", np.array([1, 2], np.int64))
+            self.padding = self.node("Unsqueeze", [flags, axes], f"{PADDING}/tokens")
         with prepared(encoder, (batch or 1, length or 1), mask) as sequences:
             result = encoder.forward(self, "input", sequences)
-        return self._model("encoder", {"input": (batch, length, encoder.embed_dim)}, result,
-                           (batch, length, encoder.embed_dim))
+        return self._model("encoder", inputs, result, (batch, length, encoder.embed_dim))
 
     def layer(self, layer: Any, batch: int | None, length: int | None, key_length: int | None, mask: Any) -> bytes:
         """One attention layer."""
@@ -155,8 +164,9 @@ class OnnxOps(StaticBetweenRows[str], Ops[str]):
 
         def described(value: str, sizes: tuple[Any, ...]) -> Any:
             lengths = "key_length" if value.startswith(("key", "value")) else "sequence_length"
-            return helper.make_tensor_value_info(value, onnx.TensorProto.FLOAT, [
-                free if size is None else size for size, free in zip(sizes, ("batch", lengths, ""), strict=True)])
+            kind = onnx.TensorProto.INT64 if value == PADDING else onnx.TensorProto.FLOAT
+            return helper.make_tensor_value_info(value, kind, [
+                free if size is None else size for size, free in zip(sizes, ("batch", lengths, ""), strict=False)])
 
         if result != "output":
             self.nodes.append(helper.make_node("Identity", [result], ["output"], name="output"))
@@ -212,7 +222,7 @@ class OnnxOps(StaticBetweenRows[str], Ops[str]):
 
     def attention(self, q: str, k: str, v: str, layer: Any, sequences: Sequences, name: str) -> str:
         """The heads side by side."""
-        if self.opset >= _ATTENTION:
+        if self.opset >= _ATTENTION and self.padding is None:
             inputs = [q, k, v]
             if self._keep is not None:
                 inputs.append(self.constant(f"{name}mask", self._seen(self._keep)))
@@ -236,11 +246,18 @@ class OnnxOps(StaticBetweenRows[str], Ops[str]):
         return self.node("Mul", [y, self.constant(f"{name}/scale", np.array(layer.scale, np.float32))], name)
 
     def masked(self, scores: str, layer: Any, mask: Any, name: str) -> str:
-        """The mask that the file shall hold."""
+        """The mask that the file shall hold, and the padding that it is given."""
+        scores = self.padded(scores, np.array(MASKED_SCORE), name)
         if self._keep is None:
             return scores
         keep = self.constant(f"{name}/keep", self._keep)
         return self.node("Where", [keep, scores, self.constant(f"{name}/fill", np.array(MASKED_SCORE))], name)
+
+    def padded(self, scores: str, fill: Any, name: str) -> str:
+        """The scores, those of padding replaced."""
+        if self.padding is None:
+            return scores
+        return self.node("Where", [self.padding, scores, self.constant(f"{name}/padding", fill)], f"{name}/tokens")
 
     def softmax(self, scores: str, name: str) -> str:
         """Over the keys."""
@@ -434,7 +451,7 @@ class CodesOps(Ops[str]):
                 scores = rows.node("Where", [rows.constant(f"{full}/keep", op.keep), scores, fill], f"{full}/masked")
                 continue
             scores = rows.quantized(scores, quantization, f"{full}/codes")
-        return scores
+        return rows.padded(scores, quantization.dequantize(CODE_MIN), f"{self.prefix}scores")
 
     def softmax(self, scores: str, name: str) -> str:
         """Over the keys."""

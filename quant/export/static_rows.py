@@ -19,16 +19,21 @@ if TYPE_CHECKING:
     from edgeattn.quantized import StaticMultiHeadAttention, TensorQuantization
 
 T = TypeVar("T")
+PADDING = "attention_mask"  # the input that says which tokens are none, by transformers' name: 1 = token, 0 = padding
 
 
 class StaticBetweenRows(Generic[T]):
     """`Ops.static` of an executor that writes a file, and what that is written in."""
+
+    padding: Any = None  # which keys are tokens; None where all are
 
     def static(self, x: T, layer: Any, sequences: Sequences | None, name: str) -> T:
         """A static layer between codes of rows, and the rows of its codes."""
         if isinstance(layer, StaticSelfAttention) and sequences is not None:
             of, (mask,) = layer.attention, sequences.masks
             keep = mask.permitted()
+            if self.padding is not None:
+                check_room(of)
             if keep is not None:
                 of = masked(of, keep)
             codes = self._codes(x, of.tensors["query_input"], layer.embed_dim, layer.more_inputs, f"{name}input")
@@ -90,10 +95,15 @@ class StaticBetweenRows(Generic[T]):
 
 def masked(attention: StaticMultiHeadAttention, keep: Any) -> StaticMultiHeadAttention:
     """The attention of a static encoder with a mask of its own."""
+    check_room(attention)
+    return attention.with_mask(keep)
+
+
+def check_room(attention: StaticMultiHeadAttention) -> None:
+    """Refuse a mask of scores that leave no room below for masked ones."""
     if attention.mask_margin == 0:
         raise ValueError("mask needs attention whose scores leave room below for masked ones: quantize with "
                          "room_for_masks=True, or with attention='float32'")
-    return attention.with_mask(keep)
 
 
 def scatter(channels: Any, outputs: int) -> np.ndarray:

@@ -31,7 +31,8 @@ DESCRIPTION = "edgeattn"
 
 
 def write_tflite(
-    layer, *, batch: int = 1, sequence_length: int | Sequence[int], key_length: int | None = None, mask=None
+    layer, *, batch: int = 1, sequence_length: int | Sequence[int], key_length: int | None = None, mask=None,
+    padding: bool = False
 ) -> bytes:
     """The bytes of a .tflite file that computes ``layer`` at fixed lengths.
 
@@ -51,6 +52,8 @@ def write_tflite(
         True = attend; baked into the file. For a float layer also a float32 array that is added to the
         scores. A query with no permitted key gets the mean of all values: that is what TFLite's softmax makes
         of equal scores, where edgeattn's own kernels give zeros.
+    padding : bool
+        Of an encoder: whether the file has an input more, ``attention_mask``, int32 (B, L): 1 = token, 0 = padding.
 
     Returns
     -------
@@ -76,7 +79,7 @@ def write_tflite(
     def graph(length: int) -> Graph:
         keep = np.tri(length, dtype=np.bool_) if isinstance(mask, str) and mask == "causal" else mask
         if isinstance(layer, TransformerEncoder):
-            return encoder_graph(layer, batch=batch, sequence_length=length, mask=keep)
+            return encoder_graph(layer, batch=batch, sequence_length=length, mask=keep, padding=padding)
         return attention_graph(layer, batch=batch, sequence_length=length, key_length=key_length, mask=keep)
 
     if isinstance(sequence_length, Sequence):

@@ -84,6 +84,32 @@ def test_static_int8_is_the_runtimes(tmp_path, name, settings):
         np.testing.assert_allclose(found, want, atol=2e-6 * np.abs(want).max())
 
 
+PADDED = np.array([[1] * L, [1] * 4 + [0] * (L - 4)])
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_padding_is_an_input(tmp_path, name):
+    """As the mask of a call in float32; in static int8 as one that is written into the file, masked scores leave a trace."""
+    plain, x = activated("relu"), data(2, L)
+    seen = PADDED[:, None, None, :] > 0
+    static_one = static(plain, arithmetic=name, room_for_masks=True)
+    for made, want, mask, near in (
+            (plain, plain(x, key_padding_mask=PADDED > 0), None, 1e-5),
+            (plain, plain(x, key_padding_mask=PADDED > 0, is_causal=True), CAUSAL, 1e-5),
+            (static_one, with_mask(static_one, np.broadcast_to(seen, (2, 1, L, L)))(x), None, 2e-6)):
+        session = written(made, tmp_path / "a.tflite", mask=mask, runtime=name, padding=True)
+        assert [each[1:] for each in session.inputs] == [((2, L, E), np.float32), ((2, L), np.int32)]
+        found = session.run(x, PADDED.astype(np.int32))[0]
+        np.testing.assert_allclose(found[PADDED > 0], want[PADDED > 0], atol=near * np.abs(want).max())
+    if name == "litert":  # and of several lengths, heads apart or one
+        one_head = TransformerEncoder([TransformerEncoderLayer(
+            edgeattn.MultiHeadAttention(1, *[random(E, E, seed=i) / 6 for i in range(4)]), plain.layers[0].feed_forward,
+            plain.layers[0].norm1, plain.layers[0].norm2), *plain.layers])
+        found = written(one_head, tmp_path / "a.tflite", runtime=name, padding=True).run(x, PADDED.astype(np.int32))[0]
+        want = one_head(x, key_padding_mask=PADDED > 0)
+        np.testing.assert_allclose(found[PADDED > 0], want[PADDED > 0], atol=1e-5 * np.abs(want).max())
+
+
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
 def test_static_int8_with_the_operator_gelu(tmp_path, activation):
     made, x = static(activated(activation), arithmetic="litert-reference"), data(2, L)

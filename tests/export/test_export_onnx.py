@@ -6,13 +6,16 @@ import numpy as np
 import pytest
 from arrays import cosine
 from arrays import numbers as random
-from test_export_encoders import CAUSAL, SETTINGS, L, activated, data, static, window, with_mask
+from static_cases import make
+from test_export_encoders import CAUSAL, PADDED, SETTINGS, L, activated, data, static, window, with_mask
 from whole_models import E, encoder, text_encoder
 from workbench import random_input, random_layer
 
 import edgeattn
 import quant
+from edgeattn.executors.numpy import NumpyOps
 from edgeattn.layers import TransformerEncoder, TransformerEncoderLayer
+from edgeattn.quantized import StaticFeedForward
 
 onnx = pytest.importorskip("onnx", reason="the extra edgeattn[checkpoints] brings onnx")
 
@@ -86,6 +89,23 @@ def test_static_int8_is_near_ours(tmp_path, run, settings):
 
 
 @each_run
+def test_padding_is_an_input(tmp_path, run):
+    """As the mask of a call in float32; in static int8 as one that is written into the file. Our reader takes both."""
+    x, seen = data(2, L), PADDED > 0
+    plain = encoder()
+    made = static(plain, room_for_masks=True)
+    for opset in (20, 23):
+        for each, want in ((plain, plain(x, key_padding_mask=seen)), (
+                made, with_mask(made, np.broadcast_to(seen[:, None, None], (2, 1, L, L)))(x))):
+            path = quant.export(each, tmp_path / "a.onnx", opset=opset, padding=True)
+            found = run(path, x, PADDED)
+            assert [value.name for value in onnx.load(path).graph.input] == ["input", "attention_mask"]
+            assert cosine(found[seen], want[seen]) > (0.9995 if each is made else 1 - 1e-6)
+    with pytest.warns(UserWarning, match="attention_mask"):
+        same(state(TransformerEncoder.from_onnx(path, scheme="static")), state(made))
+
+
+@each_run
 def test_layers(tmp_path, run):
     """Cross-attention too; int8 within one step of the output's codes."""
     layer, x = random_layer(0), random_input(3, 2, 9, 32)
@@ -112,6 +132,66 @@ def test_our_own_reader_opens_them(tmp_path, opset):
     np.testing.assert_array_equal(edgeattn.MultiHeadAttention.from_onnx(path)(x), layer(x))
 
 
+def state(made):
+    """(config, arrays) but for what calibration saw, which no file says."""
+    config, arrays = made.to_state()
+    for layer in config["layers"]:
+        layer["attention"]["state"] |= {"mask_margin": None, "lowest_single_score": None}
+    return config, arrays
+
+
+def without_kernels(made, x):
+    with made.prepared(x.shape[:2]) as sequences:
+        return made.forward(NumpyOps(), x.reshape(-1, E), sequences)
+
+
+@pytest.mark.parametrize(("settings", "activation"), list(zip(SETTINGS, ("gelu", "relu", "silu"), strict=True)))
+def test_static_encoders_come_back_as_they_were(tmp_path, settings, activation):
+    """Codes, scales and further columns; and as the float encoder that they stand for."""
+    plain = activated(activation, **SETTINGS[settings])
+    made, x = static(plain), data(2, L)
+    assert made.layers[0].attention.more_inputs
+    path = quant.export(made, tmp_path / "a.onnx")
+    same(state(TransformerEncoder.from_onnx(path, scheme="static")), state(made))
+    assert cosine(without_kernels(TransformerEncoder.from_onnx(path), x), without_kernels(plain, x)) > 0.9999
+
+
+def same(found, wanted):
+    assert found[0] == wanted[0]
+    assert found[1].keys() == wanted[1].keys()
+    for name, array in wanted[1].items():
+        np.testing.assert_array_equal(found[1][name], array)
+
+
+def test_static_feed_forwards_come_back_with_all_they_may_have(tmp_path):
+    options = {"arithmetic": "litert-builtin", "more_inputs": (3, E, 7, E + 1),
+               "more_outputs": ((5, -128), (0, 127), (9, -128), (9, 127))}
+    large = make(4, E, 20, E, "gelu_tanh", arithmetic="litert-builtin", more_inputs=(2,)).layer
+    of = make(3, E, 40, E, "gelu_tanh", **options).layer
+    part = StaticFeedForward(of.linears, of.tensors, activation="gelu_tanh", large=large, **options)
+    layer = static(encoder(), arithmetic="litert-builtin").layers[0]
+    made = TransformerEncoder([TransformerEncoderLayer(layer.attention, part, layer.norm1, layer.norm2)])
+    path = quant.export(made, tmp_path / "a.onnx", opset=20)
+    same(state(TransformerEncoder.from_onnx(path, scheme="static", arithmetic="litert-builtin")), state(made))
+
+
+def test_what_has_no_scales_is_no_static_encoder(tmp_path):
+    path = quant.export(encoder(), tmp_path / "a.onnx")
+    with pytest.raises(ValueError, match=r"a\.onnx.*static int8 needs the scale of .*scheme='float32' reads the float model"):
+        TransformerEncoder.from_onnx(path, scheme="static")
+    with pytest.raises(ValueError, match="scheme must be 'float32' or 'static', got 'dynamic'; quant.quantize"):
+        TransformerEncoder.from_onnx(path, scheme="dynamic")
+    with pytest.raises(ValueError, match="arithmetic must be one of"):
+        TransformerEncoder.from_onnx(path, scheme="static", arithmetic="tpu")
+    path = quant.export(static(encoder()), tmp_path / "b.onnx")
+    model = onnx.load(path)
+    for node in model.graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear") and node.name.startswith("layers.1.attention.scores"):
+            node.input[1] = "input"
+    with pytest.raises(ValueError, match="static int8 needs the scale of the scores of Softmax node 'layers.1"):
+        TransformerEncoder.from_onnx(model, scheme="static")
+
+
 def test_int8_weights_come_back_as_what_they_stand_for(tmp_path):
     layer, x = random_layer(0), random_input(3, 2, 9, 32)
     made = quant.quantize(layer, quant.calibrate(layer, [x]))
@@ -131,6 +211,10 @@ REFUSED = {
     "window without a length": (lambda: window(encoder()), {}, ValueError, r"layers\.0 has a window"),
     "several": (encoder, {"sequence_length": [3, 4]}, ValueError, r"sequence_length must be one number but for a \.tflite"),
     "no room": (lambda: static(encoder()), {"sequence_length": L, "mask": "causal"}, ValueError, "room_for_masks=True"),
+    "padding of a layer": (lambda: random_layer(0), {"padding": True}, ValueError,
+                           r"padding must be left out but for an encoder in a \.tflite or \.onnx; got a MultiHeadAttention"),
+    "padding elsewhere": (encoder, {"padding": True, "path": "a.safetensors"}, ValueError, "takes masks with each call"),
+    "no room for padding": (lambda: static(encoder()), {"padding": True}, ValueError, "room_for_masks=True"),
     "rotary": (lambda: encoder(rotary=edgeattn.RotaryEmbedding(8)), {}, ValueError, r"layers\.0: .*no rotary"),
 }
 

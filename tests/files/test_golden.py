@@ -7,12 +7,14 @@ import pytest
 from runtimes import each_runtime
 
 import edgeattn
+from edgeattn.files.tflite import blocks_of
 from edgeattn.quantized import MulConstant
+from quant.describe import describe_file
 from quant.runtimes import RUNTIMES
 
 FOLDER = Path(__file__).parent / "golden"
 FILES = ("keras_self", "keras_cross", "quantizer_self", "quantizer_cross")
-RECORDED = np.load(FOLDER / "litert.npz")
+RECORDED = dict(np.load(FOLDER / "litert.npz")) | dict(np.load(FOLDER / "litert_torch.npz"))
 
 
 def inputs(name):
@@ -20,7 +22,7 @@ def inputs(name):
 
 
 @pytest.mark.parametrize("arithmetic", ["litert", "litert-reference"])
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [*FILES, "torch_packed"])
 def test_bytes_are_the_recorded_ones(name, arithmetic):
     layer = edgeattn.load(FOLDER / f"{name}.tflite", arithmetic=arithmetic)
     np.testing.assert_array_equal(layer.run_int8(*inputs(name)), RECORDED[f"{name}.{arithmetic}"])
@@ -54,6 +56,43 @@ def test_what_the_files_say_is_read(name):
     assert layer.tensors["key"].zero_point != 0 != layer.tensors["value"].zero_point
     mul, = layer.score_ops
     assert isinstance(mul, MulConstant) and abs(float(mul.constant.dequantize(mul.code)) - 0.5) < 0.01
+
+
+@pytest.mark.parametrize("arithmetic", ["litert", "litert-reference"])
+def test_queries_and_keys_that_a_mul_scales_round_once(arithmetic):
+    """nn.MultiheadAttention: near the recorded codes, of which the file rounds queries and keys twice."""
+    with pytest.warns(UserWarning, match="torch_mha.tflite: .* is scaled by a MUL of its own, .* differ by one step") as told:
+        layer = edgeattn.load(FOLDER / "torch_mha.tflite", arithmetic=arithmetic)
+    assert len(told) == 2
+    difference = np.abs(layer.run_int8(*inputs("torch_mha")).astype(int) - RECORDED[f"torch_mha.{arithmetic}"])
+    assert difference.max() <= 6
+    assert difference.mean() < 1
+
+
+def test_a_block_of_a_model_is_read_alone():
+    path = FOLDER / "torch_two.tflite"
+    with pytest.raises(ValueError, match=r"one SOFTMAX; found 2: choose one by block=, its number or name: 0: '.*Apart.*', 1: "):
+        edgeattn.load(path)
+    first, second = (edgeattn.load(path, block=number) for number in range(2))
+    assert (first.score_ops, len(second.score_ops)) == ((), 1)
+    name = blocks_of(path)[1]
+    np.testing.assert_array_equal(edgeattn.load(path, block=name).linears["key"].weight, second.linears["key"].weight)
+    # where it is the whole file it is the same layer
+    one, block = edgeattn.load(FOLDER / "torch_packed.tflite"), edgeattn.load(FOLDER / "torch_packed.tflite", block=0)
+    np.testing.assert_array_equal(one.run_int8(*inputs("torch_packed")), block.run_int8(*inputs("torch_packed")))
+    for wrong, error in ((2, "block must be from 0 to 1; got 2"), ("x", "block must name one of .* got 'x'")):
+        with pytest.raises(ValueError, match=f"torch_two.tflite: {error}"):
+            edgeattn.load(path, block=wrong)
+    with pytest.raises(TypeError, match="block must be a number or a name; got True"):
+        edgeattn.load(path, block=True)
+    shown = " ".join(map(str, describe_file(path)))
+    assert "block 0" in shown
+    assert "block 1" in shown
+
+
+def test_a_hybrid_file_is_refused_with_the_way_out():
+    with pytest.raises(ValueError, match=r"torch_hybrid.tflite: is a hybrid model, .* quant.quantize\(layer, scheme='dynamic'\)"):
+        edgeattn.load(FOLDER / "torch_hybrid.tflite")
 
 
 def test_a_mask_that_took_the_whole_range_is_refused_with_the_way_out():

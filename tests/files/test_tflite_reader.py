@@ -1,7 +1,9 @@
 """Reading .tflite files: ours, other converters', damaged ones and those that hold something else."""
 
+import dataclasses
 import struct
 
+import flatbuffers
 import numpy as np
 import pytest
 import tflite_graphs as graphs
@@ -12,7 +14,8 @@ from tflite_graphs import Form
 from edgeattn.files.tflite import read_tflite
 from edgeattn.files.tflite_file import parse
 from edgeattn.quantized import AddMask, MulConstant, SelectMask, TensorQuantization
-from edgeattn.tflite_schema import Graph, Tensor
+from edgeattn.tflite_schema import IDENTIFIER, Graph, Operator, Tensor
+from quant.export import tflite
 from quant.export.tflite import serialize, write_tflite
 from quant.runtimes import RUNTIMES
 
@@ -125,6 +128,67 @@ def test_float_edges_are_left_out(rng, sources):
     )
 
 
+def packed(graph, cut):
+    """The three projections as one, cut again by SLICE or SPLIT."""
+    products = [op for op in graph.operators if op.name == "FULLY_CONNECTED"][:3]
+    tensors = graph.tensors
+    weights, biases = ([tensors[op.inputs[i]] for op in products] for i in (1, 2))
+    source, rows = products[0].inputs[0], tensors[products[0].outputs[0]].shape[:-1]
+    sizes = [len(each.data) for each in weights]
+    of = TensorQuantization(tensors[products[0].outputs[0]].scale[0], 0)
+    whole = graph.activation("packed", (*rows, sum(sizes)), np.int8, of)
+    operands = [source, graph.constant("weights", np.concatenate([each.data for each in weights]),
+                                       channel_scale=np.concatenate([each.scale for each in weights])),
+                graph.constant("biases", np.concatenate([each.data for each in biases]),
+                               channel_scale=np.concatenate([each.scale for each in biases]))]
+    made = [Operator("FULLY_CONNECTED", tuple(operands), (whole,), {"keep_num_dims": True}, 5)]
+    outputs = tuple(op.outputs[0] for op in products)
+    for number in outputs:
+        tensors[number] = dataclasses.replace(
+            tensors[number], scale=np.full(1, of.scale), zero_point=np.zeros(1, np.int64))
+    if cut == "SPLIT":
+        made.append(Operator("SPLIT", (graph.constant("axis", np.array(2, np.int32)), whole), outputs, {"num_splits": 3}, 2))
+    else:
+        for i, number in enumerate(outputs):
+            bounds = [graph.constant(f"{part}{i}", np.array(values, np.int32)) for part, values in (
+                ("begin", (0, 0, sum(sizes[:i]))), ("size", (-1, rows[1], sizes[i])))]
+            made.append(Operator("SLICE", (whole, *bounds), (number,), {}, 2))
+    at = graph.operators.index(products[0])
+    graph.operators = [*graph.operators[:at], *made, *(op for op in graph.operators[at:] if op not in products)]
+
+
+@pytest.mark.parametrize("cut", ["SLICE", "SPLIT"])
+def test_packed_projections_are_cut(rng, cut):
+    """What heads are made of: moves that requantize aside, for all three have one scale."""
+    layer = graphs.random_layer(rng, zero_points=False)
+    layer = layer._replace(tensors=layer.tensors | dict.fromkeys(("query", "key", "value"), layer.tensors["query"]))
+    graph = graphs.converted(layer, 2, 5, 5)
+    packed(graph, cut)
+    assert_same_layer(read_tflite(serialize(graph)), layer)
+
+
+def test_constants_behind_the_flatbuffer_are_read(rng, monkeypatch):
+    """As ai-edge-quantizer writes those of 256 KiB and more."""
+    layer = graphs.random_layer(rng)
+    model = tflite._model({"serving_default": graphs.converted(layer, 2, 5, 5)})
+    monkeypatch.setitem(tflite._SCALAR_METHODS, "uint64", "PrependUint64Slot")
+    behind, data = b"", b""
+    for _ in range(2):  # the second time where the file ends is known
+        builder, behind_before, behind = flatbuffers.Builder(1024), len(data), b""
+        buffers = []
+        for buffer in model["buffers"]:
+            raw = np.ascontiguousarray(buffer["data"]).tobytes() if buffer else b""
+            buffers.append(buffer if len(raw) < 64 else {"offset": 2 + behind_before + len(behind), "size": len(raw)})
+            behind += raw if len(raw) >= 64 else b""
+        builder.Finish(tflite._write_table(builder, "Model", model | {"buffers": buffers}), IDENTIFIER)
+        data = bytes(builder.Output())
+    data += b"  " + behind
+    assert len(behind) >= 4 * 64
+    assert_same_layer(read_tflite(data), layer)
+    with pytest.raises(ValueError, match="truncated or damaged: the values of tensor"):
+        read_tflite(data[:-3])
+
+
 # -- graphs that are something else
 
 def rename(graph, old, new):
@@ -191,8 +255,11 @@ REFUSED = {
         lambda g: rename(g, "SOFTMAX", "DEQUANTIZE"),
         "expected one attention block, so one SOFTMAX; found 0",
     ),
-    "two blocks": (add_softmax, "expected one attention block, so one SOFTMAX; found 2"),
-    "unused operator": (add_unused_operator, "expected one attention block and nothing else; found MUL"),
+    "another softmax": (add_softmax, "expected one reader of tensor 'reshape.*'; found 1 and the graph's output"),
+    "unused operator": (
+        add_unused_operator,
+        r"expected one attention block and nothing else; found MUL \(operator \d+\) besides it; block=0 reads",
+    ),
     "unused input": (
         add_unused_input,
         "expected every graph input to feed a projection; found 'extra' unused",

@@ -224,6 +224,21 @@ def test_weights_in_files_that_are_no_numbers(value, tmp_path):
         edgeattn.load(path)
 
 
+@pytest.mark.parametrize("scheme", [None, "dynamic", "static"])
+def test_weights_of_layers_in_files_that_are_no_numbers(scheme, tmp_path):
+    path, layer = tmp_path / "layer.safetensors", whole_models.encoder().layers[0].attention
+    x = np.ones((1, 3, whole_models.E), np.float32)
+    made = layer if scheme is None else quant.quantize(layer, quant.calibrate(layer, [x])) if scheme == "static" else (
+        quant.quantize(layer, scheme="dynamic"))
+    header, tensors = stored(made, path)
+    name = next(name for name in tensors if tensors[name].dtype == np.float32)
+    tensors[name] = tensors[name].copy()
+    tensors[name].reshape(-1)[1] = np.nan
+    save_file(tensors, path, metadata={"edgeattn": json.dumps(header)})
+    with pytest.raises(ValueError, match=f"^{path}: {name} holds NaN or infinity: the file is damaged"):
+        edgeattn.load(path)
+
+
 def test_a_position_bias_may_hide_keys(tmp_path):
     bias = np.zeros((whole_models.H, 6, 6), np.float32)
     bias[:, :, 4:] = -np.inf

@@ -46,6 +46,18 @@ def test_models_are_those_that_were_exported(name):
         assert (model.pooling, model.normalize) == ("mean", True)
 
 
+@pytest.mark.filterwarnings("error")
+def test_what_onnxruntime_quantized_is_a_static_encoder_without_data():
+    """By its own scales; its masks, which it gives codes of an infinite scale, are a call's here."""
+    known = dict(np.load(GOLDEN / "bert" / "expected.npz"))
+    model = TextEncoder.from_onnx(GOLDEN / "bert" / "qdq.onnx", scheme="static")
+    assert {type(part).__name__ for layer in model.encoder.layers for part in (layer.attention, layer.feed_forward)} == {
+        "StaticSelfAttention", "StaticFeedForward"}
+    assert cosine(hidden_states(model, known), known["hidden"]) > 0.999
+    with pytest.raises(ValueError, match="static int8 needs the .*scheme='float32' reads the float model"):
+        TextEncoder.from_onnx(GOLDEN / "bert" / "int8.onnx", scheme="static")
+
+
 def test_every_family_of_layers_has_a_file():
     assert {Path(name).parent.name for name in FILES} >= {"bert", "roberta", "modernbert", "gpt2", "vit", "deit"}
     assert {Path(name).stem for name in FILES} >= {"torchscript14", "torchscript17", "dynamo18", "dynamo23", "fused", *CODED}

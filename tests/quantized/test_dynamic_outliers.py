@@ -108,7 +108,8 @@ def rebuilt(layer, **changes):
 
 
 @pytest.mark.parametrize(("changes", "words"), [
-    ({"outlier_columns": [45] * 4}, "outlier_columns must lie between 0 and 44"),
+    ({"outlier_columns": [45, 44, 43, 42]}, "outlier_columns must lie between 0 and 44"),
+    ({"outlier_columns": [4, 7, 4, 1]}, r"outlier_columns must name each once, got \[4 7 4 1\]"),
     ({"outlier_columns": [1, 2, 3, 4, 5]}, "outlier_columns must be at most 4 inputs"),
     ({"outlier_columns": None}, "outlier_columns must name the inputs"),
     ({"outlier_weights": {}}, r"outlier_weights must be of query, key, value; got \[\]"),

@@ -23,7 +23,8 @@ from onnxruntime.transformers import optimizer
 FOLDER = Path(__file__).resolve().parents[2] / "tests" / "models" / "golden"
 EXPORTS = {
     "bert": ["torchscript14", "dynamo18", "fused", "int8", "qdq"], "distilbert": ["torchscript17"],
-    "roberta": ["torchscript17"], "electra": ["dynamo18"], "albert": ["fused"], "gpt2": ["torchscript17"],
+    "roberta": ["torchscript17"], "mpnet": ["torchscript17"],
+    "electra": ["dynamo18"], "albert": ["fused"], "gpt2": ["torchscript17"],
     "modernbert": ["dynamo23", "torchscript17"], "vit": ["dynamo18"], "deit": ["torchscript17"]}
 
 

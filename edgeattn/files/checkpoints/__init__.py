@@ -12,6 +12,7 @@ _HOMES = {
     "checkpoint_weights": "attention_names",
     "gpt2_weights": "state_dicts",
     "keras_weights": "keras_files",
+    "kernel_set_of": "onnx_graphs",
     "onnx_encoder": "onnx_graphs",
     "onnx_image": "onnx_graphs",
     "onnx_text": "onnx_graphs",
@@ -26,6 +27,7 @@ TYPE_CHECKING = False  # what type checkers take for True; tests/test_packaging.
 if TYPE_CHECKING:
     from edgeattn.files.checkpoints.attention_names import checkpoint_weights as checkpoint_weights
     from edgeattn.files.checkpoints.keras_files import keras_weights as keras_weights
+    from edgeattn.files.checkpoints.onnx_graphs import kernel_set_of as kernel_set_of
     from edgeattn.files.checkpoints.onnx_graphs import onnx_encoder as onnx_encoder
     from edgeattn.files.checkpoints.onnx_graphs import onnx_image as onnx_image
     from edgeattn.files.checkpoints.onnx_graphs import onnx_text as onnx_text

@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 
 from edgeattn.files.checkpoints import onnx_functions as functions
+from edgeattn.files.checkpoints.onnx_codes import further_outputs, rows_read, static_attention, static_feed_forward
 from edgeattn.files.checkpoints.onnx_elements import trace
-from edgeattn.files.checkpoints.onnx_layers import attention_at
+from edgeattn.files.checkpoints.onnx_layers import ADDED, attention_at
 from edgeattn.files.checkpoints.onnx_nodes import title
 from edgeattn.files.checkpoints.onnx_outputs import with_bias
-from edgeattn.files.checkpoints.onnx_probes import activation_of, between, computed, norm_between
+from edgeattn.files.checkpoints.onnx_probes import activation_of, between, computed, norm_between, scaled_silu
 from edgeattn.files.checkpoints.onnx_projections import is_map_of, linear
+from edgeattn.files.checkpoints.onnx_relative import relative_bias
 from edgeattn.files.checkpoints.onnx_values import NotRead
 
 _PLAIN = (*functions.SAME, "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten")
@@ -40,6 +42,8 @@ class Layer:
     norm1: tuple
     norm2: tuple
     norm_first: bool
+    networks: Any = ()  # the `_Network` of the feed-forward, and that of large features
+    static: Any = None  # (config, arrays), of attention and feed-forward in static int8, where that is asked for
 
     @property
     def window_size(self):
@@ -75,10 +79,43 @@ class _Feed:
     activation: str
     sum: str
     residual: str  # the other side of that sum
+    networks: tuple
 
 
-def read_encoder(graph, nodes):
-    """The `Encoder` around some attention nodes, in their order.
+@dataclasses.dataclass
+class _Network:
+    """Maps and the activation between them."""
+
+    source: str
+    activation: str
+    value1: str  # features of the first map, where the activation, or the product with it, takes them
+    linear1: Any  # a `_Leaf`
+    value_gate: str | None
+    gate: Any
+    second: str  # the value of the second map
+    linear2: tuple
+    end: str  # what it gives with its bias
+    further: Any  # (channels, offset) of outputs that go on where others end, or None
+    whole: str  # the sum with these
+    rows: Any  # the row of `source` that each row of `whole` is of
+    steep: float  # what features are multiplied by before a silu, and divided by behind it
+
+    def weights(self, graph, leaf):
+        """(weight, bias) of a first map."""
+        return _map_of(graph, leaf)
+
+    def float_maps(self, graph):
+        """linear1, gate and linear2 without further columns and outputs: of the float network these add nothing."""
+        inputs = graph.shapes[self.source][-1]
+        maps = [None if leaf is None else _map_of(graph, leaf) for leaf in (self.linear1, self.gate)]
+        weight, bias = self.linear2
+        outputs = graph.shapes[self.whole][-1]
+        return (*(each and (each[0][:, :inputs], each[1]) for each in maps),
+                (weight[:outputs], None if bias is None else bias[:outputs]))
+
+
+def read_encoder(graph, nodes, *, arithmetic=None):
+    """The `Encoder` around some attention nodes, in their order; with `arithmetic`, a kernel set's name, static int8.
 
     Raises
     ------
@@ -90,6 +127,10 @@ def read_encoder(graph, nodes):
     layers, start, stream = [], None, None
     for node in nodes:
         layer, residual, total = _layer(graph, attention_at(graph, node))
+        if arithmetic is not None:
+            name = title(node)
+            layer.static = (static_attention(graph, layer.attention, name, arithmetic),
+                            static_feed_forward(graph, layer.networks, layer.activation, name, arithmetic))
         start = residual if start is None else start
         if layers and not layers[-1].norm_first:
             layers[-1].norm2 = _norm(graph, stream, residual, f"in front of {title(node)}")
@@ -107,17 +148,22 @@ def read_encoder(graph, nodes):
 
 
 def look_further(encoder, graph, nodes):
-    """Take masks from the graph of longer sequences: a window is not seen in those of a few tokens."""
+    """Take masks from the graph of longer sequences: a window is not seen in those of a few tokens, nor T5's bias."""
     for layer, node in zip(encoder.layers, nodes, strict=True):
         found = attention_at(graph, node)
-        layer.attention = dataclasses.replace(layer.attention, told=found.told, causal=found.causal,
-                                              window=found.window)
+        told, arguments = found.told, layer.attention.arguments
+        if found.added is not None and (bias := relative_bias(graph, found.added)) is not None:
+            told = [text for text in told if ADDED not in text]
+            arguments = {**arguments, "position_bias": bias}
+        layer.attention = dataclasses.replace(layer.attention, told=told, causal=found.causal, window=found.window,
+                                              arguments=arguments)
 
 
 def _layer(graph, attention):
     """(the `Layer`, the value that goes in, the last sum); of a layer whose norms are behind the sums norm2 is ()."""
     name = title(attention.node)
-    sources = {root_of(graph, source) for source in attention.sources}
+    read = rows_read(graph, attention.source).source
+    sources = {root_of(graph, rows_read(graph, source).source) for source in attention.sources}
     if len(sources) != 1:
         raise NotRead(f"{name} must be attention of a sequence to itself, got queries, keys and values of "
                       f"{', '.join(sorted(map(repr, sources)))[:200]}; "
@@ -128,7 +174,7 @@ def _layer(graph, attention):
     source = sources.pop()
     total, rows, other = _sum_behind(graph, attention.end, name)
     residual = root_of(graph, other)
-    rows = rows_of(graph, attention.source, source)[attention.order[rows]]
+    rows = rows_of(graph, read, source)[attention.order[rows]]
     if (rows != rows_of(graph, other, residual)).any():
         raise NotRead(f"the residual of {name} must be of the tokens that it attends from, in their order")
     feed = _feed_forward(graph, total, name)
@@ -141,8 +187,11 @@ def _layer(graph, attention):
         if source != residual or feed.residual != feed.source:
             raise NotRead(f"residuals around {name} must be both before norms or both behind them, got {residual!r} "
                           f"beside {source!r}, and {feed.residual!r} beside {feed.source!r}")
+    if attention.source != read:  # further columns hold what codes leave of others: nothing, of the float layer
+        width = graph.shapes[read][-1]
+        attention.arguments |= {f"{part}_weight": attention.arguments[f"{part}_weight"][:, :width] for part in "qkv"}
     return Layer(attention, feed.linear1, feed.linear2, feed.gate, feed.activation, norm1, norm2,
-                 norm_first), residual, feed.sum
+                 norm_first, feed.networks), residual, feed.sum
 
 
 def root_of(graph, name):
@@ -241,30 +290,89 @@ class _Leaf:
     def part(self):
         return self.map, tuple(self.features.tolist())
 
+    def times(self, number):
+        """The same features, multiplied."""
+        return self if number == 1 else dataclasses.replace(
+            self, factor=self.factor * number, offset=self.offset * number)
+
 
 def _feed_forward(graph, start, name):
-    first = _next_map(graph, start, name)
+    net = _network(graph, _next_map(graph, start, name), name)
+    networks, rows = [net], net.rows
+    what = f"the feed-forward network behind {name}"
+    total, order, other = _sum_behind(graph, net.whole, what)
+    rows, residual = rows[order], root_of(graph, other)
+    if residual not in (start, net.source) and (large := _second_network(graph, start, net, name)) is not None and (
+            root_of(graph, large.whole) == residual):
+        networks.append(large)
+        total, order, other = _sum_behind(graph, total, what)
+        rows, residual = rows[order], root_of(graph, other)
+    linear1, gate, linear2 = net.float_maps(graph)
+    for large in networks[1:]:
+        more = large.float_maps(graph)
+        linear1, gate = (None if one is None else _joined(one, other, 0)
+                         for one, other in zip((linear1, gate), more[:2], strict=True))
+        linear2 = _joined(linear2, more[2], 1)
+    if (rows != rows_of(graph, other, residual)).any():
+        raise NotRead(f"{what} must keep the order of tokens")
+    return _Feed(net.source, linear1, linear2, gate, net.activation, total, residual, tuple(networks))
+
+
+def _joined(one, other, axis):
+    """(weight, bias) of two maps: outputs side by side (axis 0), or inputs, whose results are added."""
+    biases = [each for _, each in (one, other) if each is not None]
+    if axis == 0 and biases:
+        biases = [np.zeros(len(weight), np.float32) if bias is None else bias for weight, bias in (one, other)]
+    bias = None if not biases else np.concatenate(biases) if axis == 0 else sum(biases[1:], biases[0])
+    return np.concatenate([one[0], other[0]], axis), bias
+
+
+def _second_network(graph, start, net, name):
+    """A further network of the same input, as `_network`; None where there is none."""
+    known = {net.linear1.map, net.second} | ({net.gate.map} if net.gate is not None else set())
+    of = {start}
+    for node in graph.nodes_behind(start):
+        found = linear(graph, graph.output(node))
+        if found is not None and found.source in of and graph.output(node) not in known and (
+                root_of(graph, rows_read(graph, found.source).source) == net.source):
+            large = _network(graph, graph.output(node), name)
+            same = (large.source, large.activation, large.gate is None) == (
+                net.source, net.activation, net.gate is None)
+            return large if same and large.second not in known else None
+        of.update(node.output)
+    return None
+
+
+def _network(graph, first, name):
+    """The `_Network` that begins with a map."""
     second = _next_map(graph, first, name)
     found = linear(graph, second)
     top = root_of(graph, found.source)
     leaves = _leaves(graph, top, name)
-    sources = {root_of(graph, linear(graph, leaf.map).source) for leaf in leaves.values()}
+    read = {value: rows_read(graph, linear(graph, leaf.map).source).source for value, leaf in leaves.items()}
+    sources = {root_of(graph, each) for each in read.values()}
     if len(sources) != 1:
         raise NotRead(f"the feed-forward network behind {name} must be of one input, got {sorted(sources)}"[:500])
     source = sources.pop()
-    activation, linear1, gate = _activation(graph, top, leaves, f"{title(graph.maker[first])} and "
-                                            f"{title(graph.maker[second])}")
-    if len(linear1[0]) != found.weight.shape[0]:
-        raise NotRead(f"{title(graph.maker[second])} must take the {len(linear1[0])} features that come to it, got "
-                      f"weights {found.weight.shape}")
-    end, linear2, last = with_bias(graph, second, found.weight.T, found.bias)
-    total, rows, other = _sum_behind(graph, end, f"the feed-forward network behind {name}")
-    residual = root_of(graph, other)
-    ways = [rows_of(graph, linear(graph, leaf.map).source, source)[leaf.rows] for leaf in leaves.values()]
-    rows = ways[0][rows_of(graph, found.source, top)][last][rows]
-    if any((way != ways[0]).any() for way in ways) or (rows != rows_of(graph, other, residual)).any():
+    activation, value1, value_gate, steep = _activation(graph, top, leaves, f"{title(graph.maker[first])} and "
+                                                        f"{title(graph.maker[second])}")
+    linear1, gate = leaves[value1], leaves.get(value_gate)
+    if gate is None:
+        linear1 = linear1.times(steep)
+    else:
+        gate = gate.times(steep)
+    if len(linear1.features) != found.weight.shape[0]:
+        raise NotRead(f"{title(graph.maker[second])} must take the {len(linear1.features)} features that come to it, "
+                      f"got weights {found.weight.shape}")
+    weight = found.weight.T if steep == 1 else found.weight.T / np.float32(steep)
+    end, linear2, last = with_bias(graph, second, weight, found.bias)
+    ways = [rows_of(graph, read[value], source)[leaf.rows] for value, leaf in leaves.items()]
+    if any((way != ways[0]).any() for way in ways):
         raise NotRead(f"the feed-forward network behind {name} must keep the order of tokens")
-    return _Feed(source, linear1, linear2, gate, activation, total, residual)
+    further = further_outputs(graph, end)
+    whole, further = (end, None) if further is None else (further[0], further[1:])
+    return _Network(source, activation, value1, linear1, value_gate, gate, second, linear2, end, further, whole,
+                    ways[0][rows_of(graph, found.source, top)][last], steep)
 
 
 def _leaves(graph, top, name):
@@ -306,7 +414,11 @@ def _leaf(graph, value, is_map):
 
 
 def _activation(graph, top, leaves, place):
-    """(name, linear1, gate or None) of the activation that a value is of features of linear maps."""
+    """(name, linear1, gate or None, factor) of the activation that a value is of features of maps, by their names.
+
+    With a factor it is of that many times the features, and divided by it.
+    """
+    names = {id(leaf): value for value, leaf in leaves.items()}
     parts = list(dict.fromkeys(leaf.part for leaf in leaves.values()))
     starts = set(leaves)
     if len(parts) > 2:
@@ -328,7 +440,7 @@ def _activation(graph, top, leaves, place):
         raise NotRead(f"between {place} there must be an activation of features, got "
                       f"{between(graph, starts, top)}")
     made = made.reshape(-1, width)
-    tried = []
+    tried, steepened = [], None
     for part in parts:
         other = next((each for each in parts if each != part), None)
         for leaf in (leaf for leaf in leaves.values() if leaf.part == part):
@@ -337,9 +449,15 @@ def _activation(graph, top, leaves, place):
                 by = 1.0 if beside is None else given[other] * beside.factor + beside.offset
                 activation, near = activation_of(made, x, by)
                 if activation is not None:
-                    maps = _map_of(graph, leaf), None if beside is None else _map_of(graph, beside)
-                    return (activation, maps[0], None) if beside is None else (activation, maps[1], maps[0])
+                    name = names[id(leaf)]
+                    return (activation, name, None, 1.0) if beside is None else (
+                        activation, names[id(beside)], name, 1.0)
                 tried.append(near)
+                if (steep := scaled_silu(made, x, by)) is not None:
+                    steepened = ("silu", names[id(leaf)], None, steep) if beside is None else (
+                        "silu", names[id(beside)], names[id(leaf)], steep)
+    if steepened is not None:
+        return steepened
     raise NotRead(f"between {place} there must be gelu, gelu_tanh, relu or silu, times another map or not, in whatever "
                   f"nodes; got {between(graph, starts, top)}: the nearest is {min(tried)[1]}")
 

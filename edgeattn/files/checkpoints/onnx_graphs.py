@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgeattn import arithmetic as rules
+from edgeattn.checks import is_one_of
 from edgeattn.files.checkpoints.onnx_encoders import LONG, Encoder, look_further, read_encoder, root_of
 from edgeattn.files.checkpoints.onnx_layers import attention_at
 from edgeattn.files.checkpoints.onnx_models import Image, Text, read_image, read_text, text_inputs
@@ -28,9 +30,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from edgeattn.types import OnnxModel, Path
+    from edgeattn.types import Arithmetic, OnnxModel, OnnxScheme, Path
 
 _TOLD = 20  # names in an error
+_MOST_RETRIED = 10_000  # nodes: a larger graph is read for one size only
 _FEW, _LONGEST = 4, 4096  # lengths that a graph is tried for, and the longest of them
 
 
@@ -86,8 +89,17 @@ def onnx_weights(
     return found.heads, found.kv_heads, found.arguments
 
 
-def onnx_encoder(path_or_model: Path | OnnxModel) -> Encoder:
-    """The encoder layers of an ONNX model, and the norm behind them.
+def kernel_set_of(scheme: OnnxScheme, arithmetic: Arithmetic) -> Arithmetic | None:
+    """What a QDQ graph is to be read as: a kernel set's name for static int8, None for float32."""
+    if not is_one_of(scheme, ("float32", "static")):
+        raise ValueError(f"scheme must be 'float32' or 'static', got {scheme!r}; quant.quantize(encoder, "
+                         "scheme='dynamic') makes a dynamic encoder of the float32 one")
+    rules.kernel_set(arithmetic)
+    return arithmetic if scheme == "static" else None
+
+
+def onnx_encoder(path_or_model: Path | OnnxModel, arithmetic: Arithmetic | None = None) -> Encoder:
+    """The encoder layers of an ONNX model, and the norm behind them; `arithmetic` as `kernel_set_of` gives it.
 
     All attention of the model must be one encoder's. Around it there may be anything, as `onnx_weights` says; what
     goes into the first layer and what the last one gives are told by their names.
@@ -106,7 +118,7 @@ def onnx_encoder(path_or_model: Path | OnnxModel) -> Encoder:
 
     def read(*sizes):
         graph = graphs(*sizes)
-        found = read_encoder(graph, attention_nodes(graph))
+        found = read_encoder(graph, attention_nodes(graph), arithmetic=arithmetic)
         if graph.open_axes:
             with contextlib.suppress(NotRead):  # of a model that was traced for one length
                 further = graphs(sizes[0], None, LONG)
@@ -122,7 +134,7 @@ def onnx_encoder(path_or_model: Path | OnnxModel) -> Encoder:
     return found
 
 
-def onnx_text(path_or_model: Path | OnnxModel) -> Text:
+def onnx_text(path_or_model: Path | OnnxModel, arithmetic: Arithmetic | None = None) -> Text:
     """The text encoder of an ONNX model whose first nodes gather embeddings of token ids.
 
     Its inputs besides the ids are taken for no padding, one type of tokens, and positions from 0 on.
@@ -136,12 +148,12 @@ def onnx_text(path_or_model: Path | OnnxModel) -> Text:
     inputs = text_inputs(graphs(2))
 
     def read(batch, *_):
-        return read_text(lambda *options: graphs(batch, *options), attention_nodes, *inputs)
+        return read_text(lambda *options: graphs(batch, *options), attention_nodes, *inputs, arithmetic)
 
     return read_graph(graphs, read)
 
 
-def onnx_image(path_or_model: Path | OnnxModel) -> Image:
+def onnx_image(path_or_model: Path | OnnxModel, arithmetic: Arithmetic | None = None) -> Image:
     """The image encoder of an ONNX model whose first node makes patches of pixels, a Conv.
 
     Raises
@@ -153,7 +165,7 @@ def onnx_image(path_or_model: Path | OnnxModel) -> Image:
 
     def read(*sizes):
         graph = graphs(*sizes)
-        return read_image(graph, attention_nodes(graph))
+        return read_image(graph, attention_nodes(graph), arithmetic)
 
     return read_graph(graphs, read)
 
@@ -166,6 +178,7 @@ def open_graph(path_or_model):
         with reading(source, ".onnx file"):  # texts are decoded when they are looked at
             return Graph(model, values, source, batch, *options)
 
+    graph.nodes = model.graph.node
     return graph
 
 
@@ -176,6 +189,8 @@ def read_graph(graphs, read):
         try:
             return read(2)
         except NotRead as error:
+            if len(graphs.nodes) > _MOST_RETRIED:
+                raise
             # of layouts with the length first, too, where it is taken for the batch
             lengths = _traced(graphs(2)) if isinstance(error, UnknownShape) else []
             for sizes in ((1,), *((length,) for length in lengths), *((2, None, length) for length in lengths)):

@@ -12,7 +12,19 @@ from edgeattn.files.checkpoints.onnx_outputs import output_map
 from edgeattn.files.checkpoints.onnx_scores import from_softmax
 from edgeattn.files.checkpoints.onnx_values import NotRead
 
+ADDED = "adds a mask or bias"
 _BLOCKED = -9e3  # what is added to a score is a mask from here on
+
+
+@dataclasses.dataclass
+class Apart:
+    """The projections and products of attention."""
+
+    projections: tuple  # of queries, keys and values, the groups of the first as the others
+    groups: list  # of each head
+    scale: Any  # of the scores of each group
+    products: Any  # their nodes, or None
+    output: Any  # the value of the map behind, or None
 
 
 @dataclasses.dataclass
@@ -30,6 +42,8 @@ class Attention:
     order: Any  # of each row of `end`, the row of `source` that it is of; None without a map behind
     causal: bool = False
     window: tuple = (-1, -1)  # (left, right) that a mask of all pairs leaves
+    apart: Any = None  # what it is made of, for its codes
+    added: Any = None  # (heads, L, S): what scores have added that is no mask, in a graph of any length
 
 
 def attention_at(graph, node):
@@ -93,7 +107,7 @@ def _assembled(graph, node, name, parts):
         for i in range(heads)
     ):
         kv, kv_heads = first, heads
-    arguments = {}
+    arguments, projections = {}, (q, k, v)
     size = q.features.shape[1]
     correction = parts.scale[groups] * np.float32(math.sqrt(size)) if len(parts.scale) == len(groups) else parts.scale
     correction = np.where(np.isclose(correction, 1, rtol=2e-6, atol=0), np.float32(1), correction)
@@ -110,7 +124,7 @@ def _assembled(graph, node, name, parts):
         raise NotRead(f"{name} must have values that no rotary embedding turns")
     if rotary:
         arguments["rotary"] = rotary
-    told, causal, window = list(parts.told), parts.causal, parts.window
+    told, causal, window, added = list(parts.told), parts.causal, parts.window, None
     if parts.bias is not None and parts.bias.any():
         bias = parts.bias
         by_head = np.stack([bias[g] for g in first])
@@ -125,8 +139,9 @@ def _assembled(graph, node, name, parts):
         elif per_batch and not graph.open_axes and np.isfinite(by_head).all():
             arguments["position_bias"] = by_head
         else:
+            added = by_head if per_batch and np.isfinite(by_head).all() else None
             told.append(
-                f"{name} adds a mask or bias of {bias.shape[1:]} to its scores, which may differ with the length; "
+                f"{name} {ADDED} of {bias.shape[1:]} to its scores, which may differ with the length; "
                 "pass it as attn_mask in each call"
             )
     codes = np.asarray(parts.codes, np.int32)
@@ -134,7 +149,8 @@ def _assembled(graph, node, name, parts):
     position = {h: i for i, h in enumerate(order)}
     # of each group: where its head is among the heads side by side
     place = np.array([position[h] for h in head_of])
-    end, output, tokens = output_map(graph, parts.context, codes, place, row_of, q.rows.shape[1], value_dim, heads)
+    end, output, tokens, behind = output_map(
+        graph, parts.context, codes, place, row_of, q.rows.shape[1], value_dim, heads)
     if output is not None:
         arguments["out_weight"], bias = output
         if bias is not None:
@@ -154,6 +170,8 @@ def _assembled(graph, node, name, parts):
         tokens,
         causal,
         window,
+        Apart(projections, first, parts.scale, parts.products, behind),
+        added,
     )
 
 

@@ -48,10 +48,10 @@ class Image:
     encoder: Encoder
 
 
-def read_text(graphs, nodes_of, ids, bound):
+def read_text(graphs, nodes_of, ids, bound, arithmetic=None):
     """The `Text` of a model; `graphs(bound)` gives its graph, `nodes_of(graph)` the attention nodes.
 
-    `ids` and `bound` are what `text_inputs` gives.
+    `ids` and `bound` are what `text_inputs` gives, `arithmetic` is as of `read_encoder`.
 
     Raises
     ------
@@ -59,7 +59,7 @@ def read_text(graphs, nodes_of, ids, bound):
         Naming the node where something else stands than in a text encoder.
     """
     graph = graphs(bound)
-    encoder = read_encoder(graph, nodes_of(graph))
+    encoder = read_encoder(graph, nodes_of(graph), arithmetic=arithmetic)
     value, projection = encoder.start, None
     if (found := linear(graph, root_of(graph, _before_bias(graph, value)))) is not None:
         projection = map_of(graph, value)
@@ -288,15 +288,15 @@ def _pooling(graphs, bound, end, ids):
     return None, False
 
 
-def read_image(graph, nodes):
-    """The `Image` of a model whose patches a Conv makes of its input.
+def read_image(graph, nodes, arithmetic=None):
+    """The `Image` of a model whose patches a Conv makes of its input; `arithmetic` as of `read_encoder`.
 
     Raises
     ------
     NotRead
         Naming the node where something else stands than in an image encoder.
     """
-    encoder = read_encoder(graph, nodes)
+    encoder = read_encoder(graph, nodes, arithmetic=arithmetic)
     if encoder.told:
         raise NotRead(f"an image encoder must have no masks, got: {encoder.told[0]}; TransformerEncoder.from_onnx "
                       "reads the layers")

@@ -10,26 +10,26 @@ FAR_BEHIND = 24  # nodes between attention and the end of its output projection
 
 
 def output_map(graph, context, codes, place, row_of, length, value_dim, heads):
-    """(value that the layer gives, (weight, bias) of the map behind or None, the token of each row of it)."""
+    """(value that the layer gives, (weight, bias) of the map behind or None, the token of each row of it, the map)."""
     value = context
     way = [context]
     for _ in range(FAR_BEHIND):
         node = graph.reader(value)
         if node is None:
-            return context, None, None
+            return context, None, None, None
         result = _result(graph, node)
         found = linear(graph, result) if result else None
         if found is not None and found.source == value:
             break
         if node.op_type not in (*functions.SAME, *functions.LAYOUT, "DynamicQuantizeLinear"):
-            return context, None, None
+            return context, None, None, None
         value = graph.output(node)
         way.append(value)
     else:
-        return context, None, None
+        return context, None, None, None
     elements = trace(graph, found.source, lambda each: each == context)
     if len(elements.terms) != 1 or elements.terms[0].source != context or elements.shape[-1] != found.weight.shape[0]:
-        return context, None, None
+        return context, None, None, None
     code = codes.reshape(-1)[elements.terms[0].index.reshape(-1, elements.shape[-1])]
     group, row, feature = code // (length * value_dim), code // value_dim % length, code % value_dim
     column = place[group] * value_dim + feature
@@ -39,11 +39,11 @@ def output_map(graph, context, codes, place, row_of, length, value_dim, heads):
         or (token != token[:, :1]).any()
         or (sorted(column[0].tolist()) != list(range(heads * value_dim)))
     ):
-        return context, None, None
+        return context, None, None, None
     weight = np.zeros((found.weight.shape[1], heads * value_dim), np.float32)
     weight[:, column[0]] = found.weight.T
     end, output, rows = with_bias(graph, result, weight, found.bias)
-    return end, output, token[:, 0][rows]
+    return end, output, token[:, 0][rows], result
 
 
 def _result(graph, node):

@@ -278,6 +278,7 @@ class Parts:
     causal: bool = False
     rotary: Any = None
     window: Any = (-1, -1)
+    products: Any = None  # the nodes of both, where attention is taken apart
 
 
 def is_map_of(graph):

@@ -98,6 +98,7 @@ def from_softmax(graph, node, name):
         factors[:, 0, 0],
         bias,
         told,
+        products=(first.node, second.node),
     )
 
 

@@ -222,6 +222,20 @@ def test_masks_of_all_layers_are_told_once():
 # -- int8 ----------------------------------------------------------------------------------------------
 
 
+QUICK = {"taken apart": lambda g, x: g.add("Mul", x, g.add("Sigmoid", g.add("Mul", x, number(1.702)))),
+         "the other way round": lambda g, x: g.add("Mul", g.add("Sigmoid", g.add("Mul", number(1.702), x)), x)}
+
+
+@pytest.mark.parametrize("form", QUICK.values(), ids=QUICK)
+def test_quick_gelu_is_a_silu_whose_maps_take_its_factor(form):
+    graph = Graph(x=seeded(B, L, E))
+    model = graph.model(layer(graph, "x", activation=form))
+    encoder = TransformerEncoder.from_onnx(model)
+    assert encoder.layers[0].feed_forward.activation == "silu"
+    wanted = ReferenceEvaluator(model).run(None, graph.inputs)[0]
+    np.testing.assert_allclose(computed(encoder, graph.inputs["x"]), wanted, **CLOSE)
+
+
 def quantized(model, weights):
     """The model with weights as int8 codes; around each product QuantizeLinear and DequantizeLinear, as tools write."""
     graph, nodes = onnx.GraphProto(), []
@@ -268,8 +282,7 @@ def test_files_with_quantizers_are_read_as_if_these_did_not_round():
 
 # -- refusals ------------------------------------------------------------------------------------------
 
-HARD = [("QuickGelu", lambda g, x: g.add("Mul", x, g.add("Sigmoid", g.add("Mul", x, number(1.702))))),
-        ("HardSwish", lambda g, x: g.add("HardSwish", x)), ("Tanh", lambda g, x: g.add("Tanh", x))]
+HARD = [("HardSwish", lambda g, x: g.add("HardSwish", x)), ("Tanh", lambda g, x: g.add("Tanh", x))]
 
 
 @pytest.mark.parametrize(("name", "form"), HARD)
