@@ -54,6 +54,18 @@ def test_it_is_the_same_however_the_data_is_cut(tmp_path):
     assert equal(whole, quant.ModelCalibration.load(tmp_path / "c.safetensors"))
 
 
+def test_every_batch_counts_where_shapes_come_again():
+    made, batches = encoder(), [random(2, 5, E) * factor for factor in (1, 2, 4)]
+    result = made(batches[0])
+    seen = quant.calibrate(made, batches)
+    assert seen.tokens == 30 and equal(seen, quant.calibrate(made, batches))
+    assert equal(seen, quant.calibrate(made, [np.concatenate(batches)]))
+    report = quant.compare(made, quant.quantize(made, seen, scheme="dynamic"), batches)
+    assert report.cosines.sequences == 6
+    for _ in range(2):  # and what looked on is gone
+        np.testing.assert_array_equal(made(batches[0]), result)
+
+
 def test_padding_does_not_count_wherever_it_stands():
     made, x = encoder(), random(3, 6, E)
     mask = np.array([[1, 1, 0, 1, 1, 1], [0, 0, 1, 1, 1, 1], [1] * 6], bool)
