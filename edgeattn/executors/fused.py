@@ -229,7 +229,8 @@ def go_together(linear1: Any, gate: Any, linear2: Any) -> bool:
         return True
     first, second = linear1.quantized, gate.quantized
     whole = not len(first.residual_outputs) and not len(second.residual_outputs)
-    return whole and np.array_equal(first.outlier_columns, second.outlier_columns)
+    # Not np.array_equal, which takes what a signal's handler raises meanwhile for "no": a layer asks this once.
+    return whole and bool(first.outlier_columns.tolist() == second.outlier_columns.tolist())
 
 
 def _attention(branch: _Operation, first: _Operation | None, last: _Operation | None) -> Stage:

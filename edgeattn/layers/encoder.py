@@ -341,10 +341,13 @@ class TransformerEncoder(Placeable, Stored):
             known = self._seen.get(said)
             if known is not None and given.shape[-1] == self.embed_dim:  # all else was checked
                 chain = self._chains.get(said)
-                if chain is None:
-                    chain = chain_of(self, given, known) or functools.partial(self._again, known)
-                    self._chains.keep(said, chain)
-                return chain(given)
+                if chain is not None:
+                    return chain(given)
+                again = functools.partial(self._again, known)
+                result = again(given)  # by now every stage has prepared its call, whoever asked for these before
+                of_kernels = type(self).forward is TransformerEncoder.forward
+                self._chains.keep(said, of_kernels and chain_of(self, given, known) or again)
+                return result
         if isinstance(x, (list, tuple)) and any(isinstance(each, np.ndarray) and each.ndim == 2 for each in x):
             return self.encode_list(x, lengths, out, key_padding_mask=key_padding_mask, attn_mask=attn_mask,
                                      is_causal=is_causal, window_size=window_size, kv_cache=kv_cache)
