@@ -256,8 +256,8 @@ class TransformerEncoder(Placeable, Stored):
     def from_found(cls, found: Any) -> Self:
         """The encoder of what a reader found: `layers` of weights, and the `norm` behind them."""
         def layer(each: Any) -> TransformerEncoderLayer:
-            attention: Any = MultiHeadAttention.from_found(each.attention.heads, each.attention.kv_heads,
-                                                      each.attention.arguments)
+            attention: Any = MultiHeadAttention.from_found(
+                each.attention.heads, each.attention.kv_heads, each.attention.arguments)
             gate = None if each.gate is None else Linear(*each.gate)
             feed_forward: Any = FeedForward(Linear(*each.linear1), Linear(*each.linear2), gate=gate,
                                             activation=each.activation)
