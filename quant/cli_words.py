@@ -28,6 +28,11 @@ ADVICE = {
         "make it of the float encoder with `quant calibrate` and `quant quantize --arithmetic tflm`",
     "overrides=report.overrides() makes what costs most dynamic": "`quant quantize --override NAME=dynamic` makes what "
                                                                   "costs most dynamic",
+    "quantize with room_for_masks=True": "quantize with --room-for-masks",
+    "any length up to sequence_length": "any length up to --sequence-length",
+    "('percentile', share) with a share from 0 to below 0.5 or (low, high) with low below high":
+        "percentile:SHARE with a share from 0 to below 0.5 or LOW:HIGH with low below high",
+    "overrides of ranges need a quant.ModelCalibration": "overrides of ranges need CALIBRATION",
     "quant.quantize makes one": "`quant quantize --scheme static` makes one",
     "quantize with scheme=": "quantize with --scheme ",
     "a layer of scheme=": "a layer of --scheme ",
@@ -40,7 +45,7 @@ ADVICE = {
 
 # Arguments that are options here.
 OPTIONS = ("num_heads", "opset", "target", "test_vectors", "sequence_length", "key_length", "batch", "mask",
-           "arithmetic", "scheme", "observer", "room_for_masks")
+           "arithmetic", "scheme", "observer", "room_for_masks", "padding")
 
 
 def in_words_of_the_command(message: str) -> str:
@@ -50,4 +55,6 @@ def in_words_of_the_command(message: str) -> str:
     # the file stands before it where there is one
     message = re.sub(rf"(^|: )({'|'.join(OPTIONS)})(?= must | is | needs )",
                      lambda found: f"{found[1]}--{found[2].replace('_', '-')}", message)
+    if message.startswith("overrides of "):
+        message = re.sub(r"; got \('?([^',]+)'?, ([^,]+)\)$", r"; got \1:\2", message)
     return of_both(re.sub(r"(--scheme )'(static|dynamic)'", r"\1\2", message))
