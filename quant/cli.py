@@ -93,7 +93,7 @@ def commands():
 @json_option
 def calibrate(source, data, output, observer, as_json):
     """Run LAYER over DATA and keep the range of every tensor."""
-    check_paths(output, source.path, *data)
+    check_paths(output, source.path, *data, suffix=".safetensors")
     layer = source.read()
     calls = 0
 
@@ -142,7 +142,7 @@ def quantize(source, calibration, output, scheme, arithmetic, attention, room_fo
 
     A model needs no CALIBRATION unless it shall be static: one chooses on your data which inputs stay float32.
     """
-    check_paths(output, source.path, calibration)
+    check_paths(output, source.path, calibration, suffix=".safetensors")
     overrides = dict(map(read_override, overrides)) or None
     layer = source.read()
     if precision(layer) != "float32":
@@ -224,7 +224,7 @@ def compare(source, quantized, data, arithmetic, as_json, model_explorer, tflite
 @json_option
 def report(source, quantized, data, output, arithmetic, as_json):
     """Write what `quant compare` finds as one page: a verdict, tables, histograms, attention maps."""
-    check_paths(output, source.path, quantized, *data)
+    check_paths(output, source.path, quantized, *data, suffix=".html")
     title = f"{quantized.name} beside {source.path.name}"
     layer = source.read()
     int8 = read_quantized(quantized, arithmetic)
@@ -341,12 +341,14 @@ def read_quantized(path: Path, arithmetic: str | None):
     return edgeattn.load(path, arithmetic=arithmetic)
 
 
-def check_paths(output: Path, *inputs: Path | None) -> None:
+def check_paths(output: Path, *inputs: Path | None, suffix: str | None = None) -> None:
     """Refuse what cannot be written, or would replace what is read, before any work is done for it."""
     try:
         check_output(output, *inputs)
     except FileNotFoundError:
         raise ValueError(f"cannot write {output}: there is no folder {output.parent}") from None
+    if suffix is not None and output.suffix != suffix:
+        raise ValueError(f"--output must end in {suffix}; got {str(output)!r}")
 
 
 if __name__ == "__main__":

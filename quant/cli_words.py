@@ -28,6 +28,7 @@ ADVICE = {
         "make it of the float encoder with `quant calibrate` and `quant quantize --arithmetic tflm`",
     "overrides=report.overrides() makes what costs most dynamic": "`quant quantize --override NAME=dynamic` makes what "
                                                                   "costs most dynamic",
+    "batches must hold": "DATA must hold",
     "quantize with room_for_masks=True": "quantize with --room-for-masks",
     "any length up to sequence_length": "any length up to --sequence-length",
     "('percentile', share) with a share from 0 to below 0.5 or (low, high) with low below high":

@@ -222,7 +222,7 @@ ERRORS = [
     ("calibrate layer.safetensors objects.npy -o c.safetensors", "quant: objects.npy is not a whole .npy file"),
     ("calibrate layer.safetensors cut.npz -o c.safetensors", "quant: cut.npz is not a whole .npz file"),
     ("calibrate layer.safetensors names.npz -o c.safetensors", "names.npz must hold 'query' and any of 'key'"),
-    ("calibrate layer.safetensors x.npy -o c.json", "quant: path must end in .safetensors; got 'c.json'"),
+    ("calibrate layer.safetensors x.npy -o c.json", "quant: --output must end in .safetensors; got 'c.json'"),
     ("calibrate layer.safetensors x.npy -o no/c.safetensors", "cannot write no/c.safetensors: there is no folder no"),
     ("calibrate layer.safetensors x.npy -o c.safetensors --observer max", "Invalid value for '--observer'"),
     ("quantize layer.safetensors layer.safetensors -o q.safetensors", "layer.safetensors is not a whole calibration"),
