@@ -62,7 +62,7 @@ def _parser():
                                 description='Print it: eval "$(edgeattn completion bash)" in ~/.bashrc; for fish '
                                             "edgeattn completion fish | source")
     shell.add_argument("shell", choices=SHELLS, metavar="SHELL", help=", ".join(SHELLS))
-    shell.set_defaults(run=lambda chosen: print(completion(parser, chosen.shell)))
+    shell.set_defaults(run=lambda chosen: print(completion(parser, chosen.shell)) or 0)
     for command in commands.choices.values():
         command.set_defaults(parser=command)
     return parser

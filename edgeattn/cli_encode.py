@@ -44,7 +44,10 @@ def _encode(chosen):
     output, files = chosen.output, [Path(path) for path in chosen.files]
     if output.suffix != ".npy":
         raise ValueError(f"--output must end in .npy, got {str(output)!r}")
-    check_output(output, Path(chosen.model), *files)
+    try:
+        check_output(output, Path(chosen.model), *files)
+    except FileNotFoundError:
+        raise ValueError(f"cannot write {output}: there is no folder {output.parent}") from None
     names, texts = _texts(chosen.texts, files)
     if chosen.tokenizer is not None and not chosen.model.endswith(".onnx"):
         raise ValueError(f"--tokenizer must be left out but for an .onnx file, got {chosen.model}: what else holds a "

@@ -64,6 +64,8 @@ def completion(parser, shell):
         for name, command in commands.items():
             lines += [f"complete -c {prog} -n '__fish_seen_subcommand_from {name}' -l {option[2:]}"
                       for option in options_of(command)]
+            lines += [f"complete -c {prog} -n '__fish_seen_subcommand_from {name}' -f -a {choice}"
+                      for choice in _choices(command)]
         return "\n".join(lines)
     cases = "".join(f"        {name}) words='{' '.join([*_choices(command), *options_of(command)])}' ;;\n"
                     for name, command in commands.items())

@@ -3,6 +3,12 @@ import re
 
 # Files and folders of other libraries are given to a command as they are.
 _ADVICE = (
+    (r"path must end in \.safetensors or \.tflite, got '([^']*)', of which there is none", r"there is no \1"),
+    (r"path must end in \.safetensors or \.tflite, got '([^']*)'",
+     r"\1 is no .safetensors, int8 .tflite, .onnx or .so file, and no folder"),
+    (r"choose one by block=, its number or name", "`quant inspect` shows each, edgeattn.load with block= reads one"),
+    (r"Read the model that it was made of \([^)]*\) and quantize that with quant\.quantize\(layer, "
+     r"scheme='dynamic'\)", "Quantize the model that it was made of with `quant quantize --scheme dynamic`"),
     (r"read checkpoints of other libraries with MultiHeadAttention\.from_torch or from_bert, a whole model from its "
      r"folder with edgeattn\.from_pretrained",
      "`quant export` with --prefix or --torch-prefix makes a layer of a checkpoint; a whole model is read by its "

@@ -14,9 +14,11 @@ import quant
 from edgeattn import messages
 from edgeattn.alive import alive
 from edgeattn.arithmetic import KERNEL_SETS
+from edgeattn.cli_open import open_model
 from edgeattn.cli_parser import EXIT_STATUS, SHELLS, nearest
 from edgeattn.files.paths import check_output, write_atomic
 from edgeattn.files.tensor_files import read_npy
+from edgeattn.summary import precision
 from quant.calibration import Calibration
 from quant.cli_source import layer_options, path_argument, with_file_names
 from quant.cli_words import in_words_of_the_command
@@ -91,7 +93,7 @@ def commands():
 @json_option
 def calibrate(source, data, output, observer, as_json):
     """Run LAYER over DATA and keep the range of every tensor."""
-    check_paths(output, source.path, *data)
+    check_paths(output, source.path, *data, suffix=".safetensors")
     layer = source.read()
     calls = 0
 
@@ -140,15 +142,18 @@ def quantize(source, calibration, output, scheme, arithmetic, attention, room_fo
 
     A model needs no CALIBRATION unless it shall be static: one chooses on your data which inputs stay float32.
     """
-    check_paths(output, source.path, calibration)
+    check_paths(output, source.path, calibration, suffix=".safetensors")
     overrides = dict(map(read_override, overrides)) or None
     layer = source.read()
-    if isinstance(layer, edgeattn.QuantizedMultiHeadAttention):
-        raise click.UsageError(f"{source.path} is int8 already: give the float layer that it was made of")
+    if precision(layer) != "float32":
+        raise click.UsageError(f"{source.path} is int8 already: give the float one that it was made of")
     if isinstance(layer, MODELS):
         scheme, attention = scheme or "dynamic", attention or "int8"
         if scheme == "static" and calibration is None:
             raise click.UsageError("CALIBRATION is missing: run `quant calibrate` first, or leave --scheme out")
+        if calibration is None and "static" in (overrides or {}).values():
+            raise click.UsageError("CALIBRATION is missing, which static int8 of an --override needs: run `quant "
+                                   "calibrate` first")
         if scheme == "dynamic" and arithmetic is not None:
             raise click.UsageError("--arithmetic needs --scheme static for a model")
         seen = None if calibration is None else ModelCalibration.load(calibration)
@@ -167,11 +172,11 @@ def quantize(source, calibration, output, scheme, arithmetic, attention, room_fo
     if scheme == "dynamic" and (calibration is not None or arithmetic is not None):
         raise click.UsageError("--scheme dynamic takes neither CALIBRATION nor --arithmetic for a layer")
     if scheme == "dynamic":
-        edgeattn.save(quant.quantize(layer, scheme=scheme, overrides=overrides), output)
+        edgeattn.save(quant.quantize(layer, scheme=scheme, room_for_masks=room_for_masks, overrides=overrides), output)
         tell(as_json, {"output": output, "scheme": scheme}, f"wrote {output}: dynamic int8, float in and out")
         return
     quantized = quant.quantize(layer, Calibration.load(calibration), arithmetic=arithmetic or "litert",
-                               overrides=overrides)
+                               room_for_masks=room_for_masks, overrides=overrides)
     edgeattn.save(quantized, output)
     tell(as_json, {"output": output, "scheme": scheme, "arithmetic": quantized.arithmetic},
          f"wrote {output}: static int8, equal to {quantized.arithmetic}")
@@ -194,7 +199,7 @@ def compare(source, quantized, data, arithmetic, as_json, model_explorer, tflite
             raise click.UsageError("--model-explorer needs --tflite, whose nodes are named")
         check_paths(model_explorer, source.path, quantized, tflite, *data)
     layer = source.read()
-    int8 = edgeattn.load(quantized, arithmetic=arithmetic)
+    int8 = read_quantized(quantized, arithmetic)
     with alive("comparing", bar=True):
         report = with_file_names(layer, data, lambda batches: quant.compare(layer, int8, batches))
     report = dataclasses.replace(report, lints=[in_words_of_the_command(lint) for lint in report.lints])
@@ -206,7 +211,7 @@ def compare(source, quantized, data, arithmetic, as_json, model_explorer, tflite
     if quantized.suffix == ".tflite":
         say(f"arithmetic: {arithmetic_of_tflite(arithmetic)}")
     else:
-        say(f"arithmetic: {getattr(int8, 'arithmetic', 'our own, dynamic')}")
+        say(f"arithmetic: {getattr(int8, 'arithmetic', None) or precision(int8)}")
     click.echo(str(report))
 
 
@@ -219,10 +224,10 @@ def compare(source, quantized, data, arithmetic, as_json, model_explorer, tflite
 @json_option
 def report(source, quantized, data, output, arithmetic, as_json):
     """Write what `quant compare` finds as one page: a verdict, tables, histograms, attention maps."""
-    check_paths(output, source.path, quantized, *data)
+    check_paths(output, source.path, quantized, *data, suffix=".html")
     title = f"{quantized.name} beside {source.path.name}"
     layer = source.read()
-    int8 = edgeattn.load(quantized, arithmetic=arithmetic)
+    int8 = read_quantized(quantized, arithmetic)
     with alive("comparing", bar=True):
         found = with_file_names(layer, data,
                                 lambda batches: quant.write_report(layer, int8, batches, output, title=title))
@@ -324,12 +329,26 @@ def read_override(text: str) -> tuple[str, object]:
         raise click.UsageError(f"--override must end in percentile:SHARE or LOW:HIGH, numbers; got {text!r}") from None
 
 
-def check_paths(output: Path, *inputs: Path | None) -> None:
+def read_quantized(path: Path, arithmetic: str | None):
+    """QUANTIZED, also of a bundle."""
+    if path.suffix == ".onnx":
+        raise click.UsageError(f"QUANTIZED must be a .safetensors, .tflite or .so file; got {path}, and what an .onnx "
+                               "holds is read as float32")
+    if path.suffix == ".so":
+        if arithmetic is not None:
+            raise click.UsageError(f"--arithmetic must be left out for a bundle, which has its own; got {path}")
+        return open_model(path)
+    return edgeattn.load(path, arithmetic=arithmetic)
+
+
+def check_paths(output: Path, *inputs: Path | None, suffix: str | None = None) -> None:
     """Refuse what cannot be written, or would replace what is read, before any work is done for it."""
     try:
         check_output(output, *inputs)
     except FileNotFoundError:
         raise ValueError(f"cannot write {output}: there is no folder {output.parent}") from None
+    if suffix is not None and output.suffix != suffix:
+        raise ValueError(f"--output must end in {suffix}; got {str(output)!r}")
 
 
 if __name__ == "__main__":

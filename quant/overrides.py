@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import functools
-import math
+import numbers
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from quant.observers import Statistics
 
 SCHEMES = ("static", "dynamic", "float32")
-_RULES = (f"one of {', '.join(map(repr, OBSERVERS))}, ('percentile', the share left out at either end) or (low, high)")
+_RULES = (f"one of {', '.join(map(repr, OBSERVERS))}, ('percentile', share) with a share from 0 to below 0.5 or (low, "
+          "high) with low below high, within 2**65")
+_LARGEST = 2**65  # int8 scales end at 2**60
 
 
 class Given(NamedTuple):
@@ -39,23 +41,28 @@ class Given(NamedTuple):
 
 def of_layer(overrides: Any, calibration: Calibration) -> Calibration:
     """A layer's calibration whose ranges are found as `overrides` says."""
-    return _ruled(calibration, _matched(overrides, calibration.statistics, "tensors"))
+    return _ruled(calibration, {name: _rule(name, value) for name, value in
+                                _matched(overrides, calibration.statistics, "tensors").items()})
 
 
 def of_model(overrides: Any, names: Iterable[str], calibration: Any) -> tuple[dict[str, str], Any]:
     """(scheme by the name of half a layer, the calibration whose ranges are found as `overrides` says)."""
+    names = list(names)
     schemes = {pattern: value for pattern, value in _mapping(overrides).items() if is_one_of(value, SCHEMES)}
     rules = {pattern: value for pattern, value in _mapping(overrides).items() if pattern not in schemes}
     halves: dict[str, str] = _matched(schemes, names, "halves of layers")
     if not rules:
         return halves, calibration
+    for name in names:  # "*" alone may mean its tensors
+        if name in rules:
+            raise ValueError(f"overrides of {name} must be one of {', '.join(map(repr, SCHEMES))}; got {rules[name]!r}")
     if not isinstance(calibration, ModelCalibration):
         raise ValueError(f"overrides of ranges need a quant.ModelCalibration; got {listed(rules)} without one, and a "
                          f"half of a layer may be {', '.join(map(repr, SCHEMES))}")
     # the inputs of attention have ranges of features, which are spread, not cut
     tensors = [f"{name}.{tensor}" for name, seen in calibration.attention.items() for tensor in seen.statistics
                if not tensor.endswith("_input")]
-    found = _matched(rules, tensors, "tensors of attention")
+    found = {name: _rule(name, value) for name, value in _matched(rules, tensors, "tensors of attention").items()}
     return halves, dataclasses.replace(calibration, attention={
         name: _ruled(seen, {tensor: value for tensor in seen.statistics
                             if (value := found.get(f"{name}.{tensor}")) is not None})
@@ -89,8 +96,8 @@ def _matched(overrides: Any, names: Iterable[str], what: str) -> dict[str, Any]:
     return found
 
 
-def _ruled(calibration: Calibration, values: Mapping[str, Any]) -> Calibration:
-    return dataclasses.replace(calibration, rules={name: _rule(name, value) for name, value in values.items()})
+def _ruled(calibration: Calibration, rules: Mapping[str, Any]) -> Calibration:
+    return dataclasses.replace(calibration, rules=dict(rules))
 
 
 def _rule(name: str, value: Any) -> Any:
@@ -107,4 +114,4 @@ def _rule(name: str, value: Any) -> Any:
 
 
 def _is_real(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and -_LARGEST <= value <= _LARGEST

@@ -134,7 +134,7 @@ def test_dynamic(quant_command):
     assert [row.split()[0] for row in text.splitlines() if "(32, 32)" in row] == ["query", "key", "value", "output"]
     report = quant_command("compare", "layer.safetensors", "d.safetensors", "x.npy")
     expected = quant.compare(random_layer(1), edgeattn.load("d.safetensors"), [np.load("x.npy")])
-    assert report == f"arithmetic: our own, dynamic\n{expected}\n"
+    assert report == f"arithmetic: dynamic int8\n{expected}\n"
 
 
 def test_notes_of_a_comparison_speak_of_options(quant_command):
@@ -222,7 +222,7 @@ ERRORS = [
     ("calibrate layer.safetensors objects.npy -o c.safetensors", "quant: objects.npy is not a whole .npy file"),
     ("calibrate layer.safetensors cut.npz -o c.safetensors", "quant: cut.npz is not a whole .npz file"),
     ("calibrate layer.safetensors names.npz -o c.safetensors", "names.npz must hold 'query' and any of 'key'"),
-    ("calibrate layer.safetensors x.npy -o c.json", "quant: path must end in .safetensors; got 'c.json'"),
+    ("calibrate layer.safetensors x.npy -o c.json", "quant: --output must end in .safetensors; got 'c.json'"),
     ("calibrate layer.safetensors x.npy -o no/c.safetensors", "cannot write no/c.safetensors: there is no folder no"),
     ("calibrate layer.safetensors x.npy -o c.safetensors --observer max", "Invalid value for '--observer'"),
     ("quantize layer.safetensors layer.safetensors -o q.safetensors", "layer.safetensors is not a whole calibration"),
@@ -230,6 +230,7 @@ ERRORS = [
     ("quantize layer.safetensors other.safetensors -o q.safetensors --arithmetic x", "Invalid value for '--arithmetic'"),
     ("quantize layer.safetensors -o q.safetensors", "CALIBRATION is missing: run `quant calibrate` first, or choose"),
     ("quantize layer.safetensors other.safetensors -o q.safetensors --scheme dynamic", "takes neither CALIBRATION nor"),
+    ("quantize layer.safetensors -o q.safetensors --scheme dynamic --room-for-masks", "--room-for-masks must be left out"),
     ("quantize layer.npz other.safetensors -o q.safetensors", "--prefix or --torch-prefix, and --num-heads"),
     ("quantize plain.safetensors other.safetensors -o q.safetensors",
      "of other libraries with --prefix or --torch-prefix, and --num-heads; a whole model by its folder\n"),
@@ -259,7 +260,7 @@ ERRORS = [
     ("export layer.safetensors a.so --target cortex-m4", "Invalid value for '--target': 'cortex-m4' is not one of"),
     ("export layer.safetensors a.tflite --sequence-length nine", "Invalid value for '--sequence-length'"),
     ("export layer.safetensors a.tflite --sequence-length 9 --mask diagonal", "quant: diagonal: No such file"),
-    ("inspect x.npy", "path must end in .safetensors or .tflite, got 'x.npy'"),
+    ("inspect x.npy", "x.npy is no .safetensors, int8 .tflite, .onnx or .so file, and no folder"),
     ("inspect cut.tflite", "cut.tflite"),
     ("inspect cut.safetensors", "cut.safetensors is not a whole .safetensors file"),
     ("inspect", "quant inspect: Missing argument 'FILE'."),
@@ -526,7 +527,7 @@ def test_edgeattn_bench_times_every_layer_and_length(folder, capsys):
 
 @pytest.mark.parametrize("arguments,message", [
     (["bench", "nothing.safetensors"], "nothing.safetensors"),
-    (["warmup", "x.npy"], "path must end in .safetensors or .tflite"),
+    (["warmup", "x.npy"], "x.npy is no .safetensors, int8 .tflite, .onnx or .so file"),
     (["bench", "layer.safetensors", "--length", "0"], "--length must be at least 1, got 0"),
 ])
 def test_edgeattn_errors_are_one_line(folder, capsys, arguments, message):

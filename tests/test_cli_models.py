@@ -174,7 +174,7 @@ def test_encode_says_how_far_it_is_once_that_takes_long(command, folder, monkeyp
     (f"encode {SENTENCES} --from latin.txt -o v.npy", "line 2 of latin.txt must be UTF-8, and is not: unexpected end of"),
     (f"encode {SENTENCES} --from none.txt -o v.npy", "none.txt: No such file or directory"),
     (f"encode {SENTENCES} a -o v.txt", "--output must end in .npy, got 'v.txt'"),
-    (f"encode {SENTENCES} a -o no/v.npy", "no/v.npy: No such file or directory"),
+    (f"encode {SENTENCES} a -o no/v.npy", "cannot write no/v.npy: there is no folder no"),
     (f"encode {SENTENCES} --from x.npy -o x.npy", "cannot write x.npy: it is an input of this command"),
     (f"encode {SENTENCES} a -o v.npy --batch-size 0", "--batch-size must be at least 1, got 0"),
     (f"encode {SENTENCES} a -o v.npy --max-length 0", "--max-length must be at least 1, got 0"),
@@ -243,6 +243,22 @@ def test_export_of_an_encoder(command):
     assert command("quant export q.safetensors q.onnx --opset 20").startswith("wrote q.onnx: ")
 
 
+def test_a_comparison_says_what_computes_also_of_a_bundle(command, monkeypatch):
+    command("quant calibrate e.safetensors x.npy -o c.safetensors")
+    command("quant quantize e.safetensors c.safetensors -o q.safetensors --scheme static --override *.attention=float32")
+    told = command("quant compare e.safetensors q.safetensors x.npy")
+    assert " ".join(told.split()).startswith("arithmetic: feed-forward static int8, as litert computes, attention float32 ")
+    Path("q.so").touch()
+    monkeypatch.setattr("edgeattn.bundle.load", lambda path: edgeattn.load("q.safetensors"))
+    assert command("quant compare e.safetensors q.so x.npy") == told
+
+
+def test_a_layer_has_room_for_masks_where_that_is_asked_for(command):
+    command("quant calibrate layer.safetensors x.npy -o c.safetensors")
+    command("quant quantize layer.safetensors c.safetensors -o q.safetensors --room-for-masks")
+    assert edgeattn.load("q.safetensors").mask_margin > 0
+
+
 def test_a_layers_comparison_as_json(command):
     command("quant quantize layer.safetensors -o q.safetensors --scheme dynamic")
     found = json.loads(command("quant compare layer.safetensors q.safetensors x.npy --json"))
@@ -267,6 +283,10 @@ def test_a_layers_comparison_as_json(command):
     ("export e.safetensors e.c --sequence-length 9", "make it of the float encoder with `quant calibrate` and `quant quantize --arith"),
     ("export t.safetensors t.tflite --sequence-length 9", "export its encoder from Python, whose inputs are"),
     ("export e.safetensors e.onnx --opset 12", "--opset must be one of 17 to 23; got 12"),
+    ("quantize e.safetensors -o q.safetensors --override layers.0.feed_forward=static", "CALIBRATION is missing, which"),
+    ("export e.safetensors e.c --sequence-length 9 --padding", "--padding must be left out but for an encoder in a .tflite"),
+    ("compare e.safetensors e.onnx x.npy", "QUANTIZED must be a .safetensors, .tflite or .so file; got e.onnx"),
+    ("compare e.safetensors e.so x.npy --arithmetic tflm", "--arithmetic must be left out for a bundle"),
     ("quantize e.safetensors -o q.safetensors --room-for-masks", "--room-for-masks must be left out for --scheme dynamic"),
 ])
 def test_quant_errors_are_one_line(command, line, message):

@@ -33,7 +33,7 @@ class StaticBetweenRows(Generic[T]):
             of, (mask,) = layer.attention, sequences.masks
             keep = mask.permitted()
             if self.padding is not None:
-                check_room(of)
+                check_room(of, "padding")
             if keep is not None:
                 of = masked(of, keep)
             codes = self._codes(x, of.tensors["query_input"], layer.embed_dim, layer.more_inputs, f"{name}input")
@@ -99,10 +99,10 @@ def masked(attention: StaticMultiHeadAttention, keep: Any) -> StaticMultiHeadAtt
     return attention.with_mask(keep)
 
 
-def check_room(attention: StaticMultiHeadAttention) -> None:
-    """Refuse a mask of scores that leave no room below for masked ones."""
+def check_room(attention: StaticMultiHeadAttention, given: str = "mask") -> None:
+    """Refuse a mask, or padding, of scores that leave no room below for masked ones."""
     if attention.mask_margin == 0:
-        raise ValueError("mask needs attention whose scores leave room below for masked ones: quantize with "
+        raise ValueError(f"{given} needs attention whose scores leave room below for masked ones: quantize with "
                          "room_for_masks=True, or with attention='float32'")
 
 

@@ -88,7 +88,7 @@ def test_ranges_of_a_layer():
     layer, x = random_layer(1), random_input(0, 2, 9, 32)
     calibration = quant.calibrate(layer, [x])
     plain, made = quant.quantize(layer, calibration), quant.quantize(layer, calibration, overrides={
-        "context": (-1, 2), "out*": ("percentile", 0.05), "value": (-3, 1), "scores": (-4.0, 5.0)})
+        "context": (np.float32(-1), np.int64(2)), "out*": ("percentile", 0.05), "value": (-3, 1), "scores": (-4.0, 5.0)})
     assert made.tensors["context"] == TensorQuantization.over(-1, 2)
     assert made.tensors["output"] == TensorQuantization.over(
         *percentile(calibration.statistics["output"], tail=0.05)) != plain.tensors["output"]
@@ -118,7 +118,7 @@ def layer_of(overrides, **options):
     (lambda: layer_of({"logits": "mse"}), ValueError, "must name tensors that there are, query_input.*got 'logits'"),
     (lambda: layer_of({3: "mse"}), ValueError, "got 3"),
     (lambda: layer_of({"scores": "dynamic"}), ValueError, "overrides of scores must be one of 'minmax'"),
-    (lambda: layer_of({"scores": (2, 1)}), ValueError, r"overrides of scores must be .* or \(low, high\); got \(2, 1\)"),
+    (lambda: layer_of({"scores": (2, 1)}), ValueError, r"overrides of scores must be .* or \(low, high\) .*; got \(2, 1\)"),
     (lambda: layer_of({"scores": (0, np.inf)}), ValueError, "overrides of scores"),
     (lambda: layer_of({"scores": ("percentile", 0.5)}), ValueError, "overrides of scores"),
     (lambda: layer_of({"scores": ("mse", 0.1)}), ValueError, "overrides of scores"),
@@ -127,7 +127,12 @@ def layer_of(overrides, **options):
     (lambda: quant.quantize(encoder(), scheme="dynamic", overrides={"layers.7.attention": "static"}), ValueError,
      r"must name halves of layers that there are, layers\.0\.attention, .*got 'layers.7.attention'"),
     (lambda: quant.quantize(encoder(), scheme="dynamic", overrides={"layers.0.attention": "int4"}), ValueError,
-     "overrides of ranges need a quant.ModelCalibration; got layers.0.attention without one, .*'static', 'dynamic'"),
+     "overrides of layers.0.attention must be one of 'static', 'dynamic', 'float32'; got 'int4'"),
+    (lambda: quant.quantize(encoder(), scheme="dynamic", overrides={"*.scores": "mse"}), ValueError,
+     r"overrides of ranges need a quant.ModelCalibration; got \*.scores without one, .*'static', 'dynamic'"),
+    (lambda: quant.quantize(encoder(), calibrated(encoder()), overrides={"*.scores": (2, 1)}), ValueError,
+     r"overrides of layers\.0\.attention\.scores must be"),
+    (lambda: layer_of({"scores": (-10**400, 1)}), ValueError, "overrides of scores must be .* within 2"),
     (lambda: quant.quantize(encoder(), scheme="dynamic", overrides={"layers.0.attention": "static"}), TypeError,
      "calibration must be a quant.ModelCalibration"),
     (lambda: quant.quantize(encoder(), calibrated(encoder()), overrides={"layers.0.attention.query_input": "mse"}),
@@ -138,7 +143,7 @@ def test_bad_input_is_refused(call, error, words):
         call()
 
 
-def test_the_command_takes_them(tmp_path, monkeypatch):
+def test_the_command_takes_them(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     edgeattn.save(encoder(), "e.safetensors")
     calibrated(encoder()).save("c.safetensors")
@@ -149,6 +154,8 @@ def test_the_command_takes_them(tmp_path, monkeypatch):
     made = edgeattn.load("i.safetensors")
     assert kinds(made)[1] == (StaticSelfAttention, FeedForward)
     assert made.layers[0].attention.attention.tensors["context"] == TensorQuantization.over(-1, 2)
-    for wrong, said in (("context", "must be NAME=VALUE"), ("a=1:x", "percentile:SHARE or LOW:HIGH")):
-        result = CliRunner().invoke(cli.commands, [*words, "--override", wrong])
-        assert result.exit_code == 2 and said in result.output
+    for wrong, said in (("context", "must be NAME=VALUE"), ("a=1:x", "percentile:SHARE or LOW:HIGH"),
+                        ("*.context=2:1", "or LOW:HIGH with low below high, within 2**65; got 2.0:1.0"),
+                        ("*.context=percentile:0.5", "got percentile:0.5")):
+        assert cli.main([*words, "--override", wrong]) == 2
+        assert said in capsys.readouterr().err

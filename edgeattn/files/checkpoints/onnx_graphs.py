@@ -262,9 +262,10 @@ def _is_attention(graph, node):
 def choose(graph, wanted):
     """The attention node that is asked for."""
     nodes = attention_nodes(graph)
-    known = ", ".join(f"{index}: {title(node)}" for index, node in enumerate(nodes[:_TOLD])) or (
-        "none: no Softmax between two products, and no Attention operator"
-    )
+    if not nodes:
+        raise ValueError(f"{graph.source} must hold attention: found no Softmax between two products, and no Attention "
+                         "operator")
+    known = ", ".join(f"{index}: {title(node)}" for index, node in enumerate(nodes[:_TOLD]))
     known += f" and {len(nodes) - _TOLD} more" if len(nodes) > _TOLD else ""
     known = f"attention nodes of {graph.source}: {known}"
     if wanted is None:

@@ -365,7 +365,7 @@ def plain_node(graph, parts, **options):
 
 
 def test_no_attention_node():
-    refused("attention nodes of the model: none: no Softmax between two products", lambda graph: graph.linear("query", random(E, 8)))
+    refused("the model must hold attention: found no Softmax between two products", lambda graph: graph.linear("query", random(E, 8)))
 
 
 def test_softcaps_are_told():
