@@ -31,9 +31,11 @@ ADVICE = {
     "batches must hold": "DATA must hold",
     "quantize with room_for_masks=True": "quantize with --room-for-masks",
     "any length up to sequence_length": "any length up to --sequence-length",
+    "overrides of ranges need a quant.ModelCalibration": "--override of ranges needs CALIBRATION",
     "('percentile', share) with a share from 0 to below 0.5 or (low, high) with low below high":
         "percentile:SHARE with a share from 0 to below 0.5 or LOW:HIGH with low below high",
-    "overrides of ranges need a quant.ModelCalibration": "overrides of ranges need CALIBRATION",
+    "overrides of ": "--override of ",
+    "overrides must ": "--override must ",
     "quant.quantize makes one": "`quant quantize --scheme static` makes one",
     "quantize with scheme=": "quantize with --scheme ",
     "a layer of scheme=": "a layer of --scheme ",
@@ -56,6 +58,7 @@ def in_words_of_the_command(message: str) -> str:
     # the file stands before it where there is one
     message = re.sub(rf"(^|: )({'|'.join(OPTIONS)})(?= must | is | needs )",
                      lambda found: f"{found[1]}--{found[2].replace('_', '-')}", message)
-    if message.startswith("overrides of "):
+    message = re.sub(r"\boverrides=\{'([^']*)': '(\w+)'\}", r"--override \1=\2", message)
+    if message.startswith("--override of "):
         message = re.sub(r"; got \('?([^',]+)'?, ([^,]+)\)$", r"; got \1:\2", message)
     return of_both(re.sub(r"(--scheme )'(static|dynamic)'", r"\1\2", message))

@@ -92,7 +92,10 @@ class AttentionStage:
         return y
 
     def on(self, x: Float32s, read: Float32s, y: Float32s, sequences: Sequences) -> list[Callable[[], object]] | None:
-        """What it does to x in place, with room for as much at `read` and y; None before a call of these sequences."""
+        """The steps that make the result of x in x itself, bound to these arrays; None where there are none to bind.
+
+        read, y : of the shape of x, written on the way.  sequences : of a call before, which found their kernel
+        """
         known = sequences.calls.get(self)
         if known is None:
             return None
@@ -229,7 +232,8 @@ def go_together(linear1: Any, gate: Any, linear2: Any) -> bool:
         return True
     first, second = linear1.quantized, gate.quantized
     whole = not len(first.residual_outputs) and not len(second.residual_outputs)
-    return whole and np.array_equal(first.outlier_columns, second.outlier_columns)
+    # Not np.array_equal, which takes what a signal's handler raises meanwhile for "no": a layer asks this once.
+    return whole and bool(first.outlier_columns.tolist() == second.outlier_columns.tolist())
 
 
 def _attention(branch: _Operation, first: _Operation | None, last: _Operation | None) -> Stage:

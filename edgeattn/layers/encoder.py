@@ -256,8 +256,8 @@ class TransformerEncoder(Placeable, Stored):
     def from_found(cls, found: Any) -> Self:
         """The encoder of what a reader found: `layers` of weights, and the `norm` behind them."""
         def layer(each: Any) -> TransformerEncoderLayer:
-            attention: Any = MultiHeadAttention.from_found(each.attention.heads, each.attention.kv_heads,
-                                                      each.attention.arguments)
+            attention: Any = MultiHeadAttention.from_found(
+                each.attention.heads, each.attention.kv_heads, each.attention.arguments)
             gate = None if each.gate is None else Linear(*each.gate)
             feed_forward: Any = FeedForward(Linear(*each.linear1), Linear(*each.linear2), gate=gate,
                                             activation=each.activation)
@@ -333,16 +333,21 @@ class TransformerEncoder(Placeable, Stored):
         from edgeattn.executors.compiled import CompiledOps
 
         given: Any = x
-        if out is None and kv_cache is None and lengths is None and is_read_as_it_is(given):
+        # A forward of its own, as where a calibration looks on, is no kernels' chain.
+        if (out is None and kv_cache is None and lengths is None and "forward" not in vars(self)
+                and is_read_as_it_is(given)):
             said = said_of(given.shape[:-1], None, window_size, attn_mask=attn_mask,
                            key_padding_mask=key_padding_mask, is_causal=is_causal)
             known = self._seen.get(said)
             if known is not None and given.shape[-1] == self.embed_dim:  # all else was checked
                 chain = self._chains.get(said)
-                if chain is None:
-                    chain = chain_of(self, given, known) or functools.partial(self._again, known)
-                    self._chains.keep(said, chain)
-                return chain(given)
+                if chain is not None:
+                    return chain(given)
+                again = functools.partial(self._again, known)
+                result = again(given)  # by now every stage has prepared its call, whoever asked for these before
+                of_kernels = type(self).forward is TransformerEncoder.forward
+                self._chains.keep(said, of_kernels and chain_of(self, given, known) or again)
+                return result
         if isinstance(x, (list, tuple)) and any(isinstance(each, np.ndarray) and each.ndim == 2 for each in x):
             return self.encode_list(x, lengths, out, key_padding_mask=key_padding_mask, attn_mask=attn_mask,
                                      is_causal=is_causal, window_size=window_size, kv_cache=kv_cache)
@@ -363,16 +368,16 @@ class TransformerEncoder(Placeable, Stored):
 
     @functools.cached_property
     def _seen(self) -> PlanCache[Any, list[Sequences]]:
-        """What the tokens of calls see that say so in few numbers, by `said_of`."""
+        """What `prepared` found of calls before, by `said_of`: the masks of each layer."""
         return PlanCache(16)
 
     @functools.cached_property
     def _chains(self) -> PlanCache[Any, Callable[[Float32s], Float32s]]:
-        """What is called for these again."""
+        """What a call that comes again is, by the same: a `Chain`, or `_again` where there is none."""
         return PlanCache(16)
 
     def _again(self, sequences: list[Sequences], x: Float32s) -> Float32s:
-        """The encoder of x in C order."""
+        """The encoder of x in C order, whose masks were prepared before."""
         from edgeattn.executors.compiled import CompiledOps
 
         return self.forward(CompiledOps(), x.reshape(-1, self.embed_dim), sequences).reshape(x.shape)
@@ -481,7 +486,7 @@ _FEW = 4096  # bytes of a mask that is compared by its content
 
 def said_of(lead: Shape, lengths: Any, window_size: Any, *, attn_mask: Any = None, key_padding_mask: Any = None,
             is_causal: Any = False) -> tuple[Any, ...] | None:
-    """What a call says of what its tokens see, to be compared; None where that would be much, or must be checked."""
+    """A key, equal for calls whose masks are; None where masks are large, or of types that must be checked first."""
     if is_causal is not False and is_causal is not True:
         return None
     if window_size is not NO_WINDOW and not (type(window_size) is tuple and len(window_size) == 2

@@ -54,16 +54,16 @@ def test_it_is_the_same_however_the_data_is_cut(tmp_path):
     assert equal(whole, quant.ModelCalibration.load(tmp_path / "c.safetensors"))
 
 
-def test_calls_of_a_shape_known_already_are_seen():
-    """An encoder keeps what calls of a shape do, for the next; calibration and comparison look into each all the same."""
-    made, x = encoder(), random(4, 6, E)
-    whole = quant.calibrate(encoder(), [x])
-    made(x[:2])
-    made(x[:2])
-    assert equal(whole, quant.calibrate(made, [x[:2], x[2:]]))
-    assert quant.calibrate(made, [x[:2]] * 3).tokens == 36
-    int8 = quant.quantize(made, whole)
-    assert quant.compare(made, int8, [x[:2], x[2:]]).to_json() == quant.compare(encoder(), int8, [x[:2], x[2:]]).to_json()
+def test_every_batch_counts_where_shapes_come_again():
+    made, batches = encoder(), [random(2, 5, E) * factor for factor in (1, 2, 4)]
+    result = made(batches[0])
+    seen = quant.calibrate(made, batches)
+    assert seen.tokens == 30 and equal(seen, quant.calibrate(made, batches))
+    assert equal(seen, quant.calibrate(made, [np.concatenate(batches)]))
+    report = quant.compare(made, quant.quantize(made, seen, scheme="dynamic"), batches)
+    assert report.cosines.sequences == 6
+    for _ in range(2):  # and what looked on is gone
+        np.testing.assert_array_equal(made(batches[0]), result)
 
 
 def test_padding_does_not_count_wherever_it_stands():

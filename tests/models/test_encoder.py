@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import edgeattn
 import quant
 from edgeattn import TransformerEncoder, TransformerEncoderLayer
 from edgeattn.executors.chain import Chain
+from edgeattn.executors.fused import go_together
 from edgeattn.executors.numpy import NumpyOps
 from edgeattn.kernels.cpu import encoder_float32
 
@@ -131,12 +133,17 @@ def test_padding_is_never_touched():
     np.testing.assert_array_equal(encoder()(x, lengths=lengths), clean)
 
 
-@pytest.mark.parametrize("scheme", ["float32", "dynamic"])
+@pytest.mark.parametrize("scheme", ["float32", "dynamic", "static"])
 @pytest.mark.parametrize("norm_first, norm", [(False, None), (True, NORM)])
 def test_a_call_that_comes_again_gives_the_same(scheme, norm_first, norm, many_threads):
+    uncalled = encoder(norm_first, norm=norm)
+    if scheme == "dynamic":
+        uncalled = quant.quantize(uncalled, scheme="dynamic")
+    elif scheme == "static":
+        uncalled = quant.quantize(uncalled, quant.calibrate(uncalled, [tokens(2, 7)]), room_for_masks=True)
+
     def fresh():
-        made = encoder(norm_first, norm=norm)
-        return made if scheme == "float32" else quant.quantize(made, scheme=scheme)
+        return copy.deepcopy(uncalled)
 
     made, x, keep = fresh(), tokens(2, 7), random().random((2, 7)) > 0.3
     keep[:, 0] = True
@@ -155,6 +162,36 @@ def test_a_call_that_comes_again_gives_the_same(scheme, norm_first, norm, many_t
     keep[:, -1] ^= True
     np.testing.assert_array_equal(made(x, key_padding_mask=keep), fresh()(x, key_padding_mask=keep))
     np.testing.assert_array_equal(made(x[:, :5]), fresh()(x[:, :5]))
+
+
+def test_what_another_call_has_not_prepared_yet_becomes_a_chain():
+    made, x = encoder(), tokens(2, 7)
+    with made.prepared(x.shape[:-1]):  # as by a thread that is still at work
+        pass
+    results = [made(x) for _ in range(3)]
+    np.testing.assert_array_equal(results[1:], results[:2])
+    assert [type(chain) for chain in made._chains.values()] == [Chain]
+
+
+def test_a_forward_of_another_class_is_called_every_time():
+    class Twice(TransformerEncoder):
+        def forward(self, *arguments):
+            return 2 * super().forward(*arguments)
+
+    made, x = encoder(), tokens(2, 7)
+    twice = Twice(made.layers, norm=made.norm)
+    np.testing.assert_array_equal([twice(x) for _ in range(3)], [2 * made(x)] * 3)
+
+
+def test_what_a_signal_raises_is_no_answer_to_whether_weights_go_together():
+    class Interrupted:
+        def tolist(self):
+            raise TimeoutError
+        __array__ = tolist
+
+    linear = SimpleNamespace(outputs=1, quantized=SimpleNamespace(residual_outputs=(), outlier_columns=Interrupted()))
+    with pytest.raises(TimeoutError):
+        go_together(linear, linear, linear)
 
 
 def test_wide_rows_are_not_kept_between_stages():
