@@ -28,14 +28,14 @@ ADVICE = {
         "make it of the float encoder with `quant calibrate` and `quant quantize --arithmetic tflm`",
     "overrides=report.overrides() makes what costs most dynamic": "`quant quantize --override NAME=dynamic` makes what "
                                                                   "costs most dynamic",
-    "overrides of ranges need a quant.ModelCalibration": "--override of ranges needs CALIBRATION",
-    "overrides of ": "--override of ",
-    "overrides must ": "--override must ",
     "batches must hold": "DATA must hold",
     "quantize with room_for_masks=True": "quantize with --room-for-masks",
     "any length up to sequence_length": "any length up to --sequence-length",
+    "overrides of ranges need a quant.ModelCalibration": "--override of ranges needs CALIBRATION",
     "('percentile', share) with a share from 0 to below 0.5 or (low, high) with low below high":
         "percentile:SHARE with a share from 0 to below 0.5 or LOW:HIGH with low below high",
+    "overrides of ": "--override of ",
+    "overrides must ": "--override must ",
     "quant.quantize makes one": "`quant quantize --scheme static` makes one",
     "quantize with scheme=": "quantize with --scheme ",
     "a layer of scheme=": "a layer of --scheme ",
@@ -58,7 +58,7 @@ def in_words_of_the_command(message: str) -> str:
     # the file stands before it where there is one
     message = re.sub(rf"(^|: )({'|'.join(OPTIONS)})(?= must | is | needs )",
                      lambda found: f"{found[1]}--{found[2].replace('_', '-')}", message)
-    message = re.sub(r"overrides=\{'([^']+)': '(\w+)'\}", r"--override \1=\2", message)
+    message = re.sub(r"\boverrides=\{'([^']*)': '(\w+)'\}", r"--override \1=\2", message)
     if message.startswith("--override of "):
         message = re.sub(r"; got \('?([^',]+)'?, ([^,]+)\)$", r"; got \1:\2", message)
     return of_both(re.sub(r"(--scheme )'(static|dynamic)'", r"\1\2", message))

@@ -9,7 +9,6 @@ import numpy as np
 
 from edgeattn.layers import TransformerEncoder
 from edgeattn.models import ImageEncoder, TextEncoder
-from edgeattn.runtime.plan_cache import PlanCache
 from quant.progress import track
 from quant.trace import check_batches
 
@@ -76,11 +75,9 @@ def encoder_of(model: Model) -> TransformerEncoder:
 
 
 def on(ops: Ops[Any], model: _M) -> _M:
-    """`model`, for one call, whose operations `ops` computes."""
+    """`model` with calls whose operations `ops` computes."""
     twin = object.__new__(type(model))
-    # what the model keeps of calls before would compute this one by itself, without `ops`
-    own = {name: value for name, value in vars(model).items() if not isinstance(value, PlanCache)}
-    vars(twin).update(own, forward=lambda _, *arguments: model.forward(ops, *arguments))
+    vars(twin).update(vars(model), forward=lambda _, *arguments: model.forward(ops, *arguments))
     return twin
 
 
