@@ -368,13 +368,13 @@ class TransformerEncoder(Placeable, Stored):
 
     @functools.cached_property
     def _seen(self) -> PlanCache[Any, list[Sequences]]:
-        """What the tokens of calls see that say so in few numbers, by `said_of`."""
-        return PlanCache(16)
+        """What the tokens of calls see that say so in few numbers, by `said_of`: of sentences, as many as have lengths."""
+        return PlanCache(64)
 
     @functools.cached_property
     def _chains(self) -> PlanCache[Any, Callable[[Float32s], Float32s]]:
         """What is called for these again."""
-        return PlanCache(16)
+        return PlanCache(64)
 
     def _again(self, sequences: list[Sequences], x: Float32s) -> Float32s:
         """The encoder of x in C order."""
