@@ -368,7 +368,7 @@ class TransformerEncoder(Placeable, Stored):
 
     @functools.cached_property
     def _seen(self) -> PlanCache[Any, list[Sequences]]:
-        """What the tokens of calls see that say so in few numbers, by `said_of`: of sentences, as many as have lengths."""
+        """What the tokens of calls see that say so in few numbers, by `said_of`: sentences have many lengths."""
         return PlanCache(64)
 
     @functools.cached_property
