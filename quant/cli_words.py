@@ -28,6 +28,11 @@ ADVICE = {
         "make it of the float encoder with `quant calibrate` and `quant quantize --arithmetic tflm`",
     "overrides=report.overrides() makes what costs most dynamic": "`quant quantize --override NAME=dynamic` makes what "
                                                                   "costs most dynamic",
+    "overrides of ranges need a quant.ModelCalibration": "--override of ranges needs CALIBRATION",
+    "('percentile', the share left out at either end) or (low, high)": "percentile:SHARE or LOW:HIGH",
+    "; overrides leaves it as it is": "; --override NAME=float32 leaves it as it is",
+    "overrides of ": "--override of ",
+    "overrides must ": "--override must ",
     "quant.quantize makes one": "`quant quantize --scheme static` makes one",
     "quantize with scheme=": "quantize with --scheme ",
     "a layer of scheme=": "a layer of --scheme ",
@@ -40,7 +45,7 @@ ADVICE = {
 
 # Arguments that are options here.
 OPTIONS = ("num_heads", "opset", "target", "test_vectors", "sequence_length", "key_length", "batch", "mask",
-           "arithmetic", "scheme", "observer", "room_for_masks")
+           "arithmetic", "scheme", "observer", "room_for_masks", "padding")
 
 
 def in_words_of_the_command(message: str) -> str:

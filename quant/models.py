@@ -112,7 +112,7 @@ def quantize_model(model: Model, calibration: Any, scheme: str, attention: str, 
             left.setdefault(str(error), []).append(name)
             halves[id(half)] = half
         except ValueError as error:
-            other = "overrides" if part == "feed_forward" else "attention='float32'"
+            other = f"overrides={{{name!r}: 'float32'}}" if part == "feed_forward" else "attention='float32'"
             raise ValueError(f"{name}: {error}; {other} leaves it as it is") from None
         return halves[id(half)]
 

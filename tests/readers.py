@@ -26,7 +26,7 @@ import quant
 from edgeattn import bundle
 from edgeattn.quantized import AddMask, MulConstant, SelectMask, TensorQuantization
 from edgeattn.runtime import sources
-from quant.cli import read_batches, read_npy
+from quant.cli_source import read_batches, read_npy
 from quant.describe import describe_file
 from quant.export.targets import host_target
 from quant.export.tflite import write_tflite

@@ -21,7 +21,9 @@ MOST = 1 << 16  # bytes of an array between stages: where they are larger, kerne
 
 
 class Chain:
-    """What an encoder makes of rows of one shape.
+    """The calls that an encoder is for rows of one shape and masks that are known, one after the other.
+
+    Any number of threads may call it: each has arrays of its own.
 
     Parameters
     ----------
@@ -49,14 +51,14 @@ class Chain:
 
 
 class _Frame:
-    """What one call at a time writes, and what it does to it."""
+    """What one call at a time has: the rows, which every step changes in place, and arrays that steps write between."""
 
-    __slots__ = "last", "room", "steps", "x"
+    __slots__ = "between", "last", "steps", "x"
 
     def __init__(self, x: Float32s, stages: list[tuple[Any, Sequences]], norm: Any):
-        self.x, self.room = np.empty_like(x), (np.empty_like(x), np.empty_like(x))
+        self.x, self.between = np.empty_like(x), (np.empty_like(x), np.empty_like(x))
         self.steps: list[Callable[[], object]] = [
-            step for stage, sequences in stages for step in stage.on(self.x, *self.room, sequences)]
+            step for stage, sequences in stages for step in stage.on(self.x, *self.between, sequences)]
         self.last = None
         if norm is not None and norm.kernel is not None:
             self.steps.append(norm.kernel.on(self.x, None, self.x))
@@ -69,7 +71,7 @@ def chain_of(encoder: Any, x: Float32s, sequences: list[Sequences]) -> Chain | N
     if x.nbytes > MOST or any(layer.stages is None for layer in encoder.layers):
         return None
     stages = [(stage, seen) for layer, seen in zip(encoder.layers, sequences, strict=True) for stage in layer.stages]
-    room = np.empty_like(x), np.empty_like(x)
-    if any(not hasattr(stage, "on") or stage.on(x, *room, seen) is None for stage, seen in stages):
+    between = np.empty_like(x), np.empty_like(x)
+    if any(not hasattr(stage, "on") or stage.on(x, *between, seen) is None for stage, seen in stages):
         return None
     return Chain(stages, encoder.norm)

@@ -92,7 +92,10 @@ class AttentionStage:
         return y
 
     def on(self, x: Float32s, read: Float32s, y: Float32s, sequences: Sequences) -> list[Callable[[], object]] | None:
-        """What it does to x in place, with room for as much at `read` and y; None before a call of these sequences."""
+        """The steps that make the result of x in x itself, bound to these arrays; None where there are none to bind.
+
+        read, y : of the shape of x, written on the way.  sequences : of a call before, which found their kernel
+        """
         known = sequences.calls.get(self)
         if known is None:
             return None

@@ -256,8 +256,8 @@ class TransformerEncoder(Placeable, Stored):
     def from_found(cls, found: Any) -> Self:
         """The encoder of what a reader found: `layers` of weights, and the `norm` behind them."""
         def layer(each: Any) -> TransformerEncoderLayer:
-            attention: Any = MultiHeadAttention.from_found(each.attention.heads, each.attention.kv_heads,
-                                                      each.attention.arguments)
+            attention: Any = MultiHeadAttention.from_found(
+                each.attention.heads, each.attention.kv_heads, each.attention.arguments)
             gate = None if each.gate is None else Linear(*each.gate)
             feed_forward: Any = FeedForward(Linear(*each.linear1), Linear(*each.linear2), gate=gate,
                                             activation=each.activation)
@@ -368,16 +368,16 @@ class TransformerEncoder(Placeable, Stored):
 
     @functools.cached_property
     def _seen(self) -> PlanCache[Any, list[Sequences]]:
-        """What the tokens of calls see that say so in few numbers, by `said_of`: sentences have many lengths."""
+        """What `prepared` found of calls before, by `said_of`: masks of sentences, which have many lengths."""
         return PlanCache(64)
 
     @functools.cached_property
     def _chains(self) -> PlanCache[Any, Callable[[Float32s], Float32s]]:
-        """What is called for these again."""
+        """What a call that comes again is, by the same: a `Chain`, or `_again` where there is none."""
         return PlanCache(64)
 
     def _again(self, sequences: list[Sequences], x: Float32s) -> Float32s:
-        """The encoder of x in C order."""
+        """The encoder of x in C order, whose masks were prepared before."""
         from edgeattn.executors.compiled import CompiledOps
 
         return self.forward(CompiledOps(), x.reshape(-1, self.embed_dim), sequences).reshape(x.shape)
@@ -486,7 +486,7 @@ _FEW = 4096  # bytes of a mask that is compared by its content
 
 def said_of(lead: Shape, lengths: Any, window_size: Any, *, attn_mask: Any = None, key_padding_mask: Any = None,
             is_causal: Any = False) -> tuple[Any, ...] | None:
-    """What a call says of what its tokens see, to be compared; None where that would be much, or must be checked."""
+    """A key, equal for calls whose masks are; None where masks are large, or of types that must be checked first."""
     if is_causal is not False and is_causal is not True:
         return None
     if window_size is not NO_WINDOW and not (type(window_size) is tuple and len(window_size) == 2

@@ -276,8 +276,9 @@ class AttentionWeights(Positions, Sizes, Saveable):
         return cls._build(config["num_heads"], arguments, config["num_kv_heads"])
 
 
-# The only class that is made so: what Python's own errors call it.
-AttentionWeights.__init__.__qualname__ = "MultiHeadAttention.__init__"
+# The only class that is made so: what Python's own errors call it, of the function that `hinted` calls, too.
+_init: Any = AttentionWeights.__init__
+_init.__qualname__ = getattr(_init, "__wrapped__", _init).__qualname__ = "MultiHeadAttention.__init__"
 
 
 def check_weights(kind: type, **weights: ArrayLike | None) -> list[ArrayLike]:

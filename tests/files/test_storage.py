@@ -194,9 +194,10 @@ def test_write_atomic_replaces_and_leaves_nothing_else(tmp_path):
     assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
+DATA = np.random.default_rng(0).standard_normal((2, 3, 8), np.float32)
 WRITERS = {
     "save": ("a.safetensors", lambda layer, path: save(layer, path), ["a.safetensors"]),
-    "calibration": ("a.safetensors", lambda layer, path: quant.calibrate(layer, [np.ones((2, 3, 8), np.float32)]).save(path),
+    "calibration": ("a.safetensors", lambda layer, path: quant.calibrate(layer, [DATA]).save(path),
                     ["a.safetensors"]),
     "tflite": ("a.tflite", lambda layer, path: quant.export(layer, path, sequence_length=3), ["a.tflite"]),
     "c": ("a.c", lambda layer, path: quant.export(static(layer), path, sequence_length=3, test_vectors=1),
@@ -206,7 +207,7 @@ WRITERS = {
 
 
 def static(layer):
-    return quant.quantize(layer, quant.calibrate(layer, [np.ones((2, 3, 8), np.float32)]), arithmetic="tflm")
+    return quant.quantize(layer, quant.calibrate(layer, [DATA]), arithmetic="tflm")
 
 
 @pytest.mark.parametrize("writer", WRITERS)

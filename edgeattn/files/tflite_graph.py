@@ -1,0 +1,322 @@
+"""A .tflite graph as its readers look at it: operators, tensors and scales, checked, and where elements go."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+
+from edgeattn.quantized import TensorQuantization
+from edgeattn.tflite_schema import Graph, Operator, Tensor
+
+# Where elements are followed, and what happens to scores: converters write four operators in a row at most.
+LONGEST_CHAIN = 16
+# Beyond these, scales and their products leave what float32 and the runtimes' 31-bit multipliers can hold.
+_SCALES = (2.0**-60, 2.0**60)
+_LARGEST_MULTIPLIER = 256.0
+_MASK_IN_THE_RANGE = ("; a mask of -3e38 in the scores' range leaves the scores no codes: convert without the "
+                      "mask and pass it to each call, or quantize the float layer with quant.quantize")
+_MOVES = ("RESHAPE", "TRANSPOSE")
+_CUTS = ("SLICE", "SPLIT")
+
+
+class CheckedGraph:
+    """A graph whose parts are looked at with checks. ``used`` collects the operators that were recognised."""
+
+    def __init__(self, graph: Graph, name: str, most_elements: int):
+        self.graph = graph
+        self.name = name
+        self.most_elements = most_elements
+        self.outputs = set(graph.outputs)
+        self.used: set[int] = set()
+        self.told: list[str] = []
+        self.producers: dict[int, int] = {}
+        self.consumers: dict[int, list[int]] = {}
+        written = set(graph.inputs)
+        for number, operator in enumerate(graph.operators):
+            if self.fold(operator):
+                self.used.add(number)
+                continue
+            for tensor in operator.inputs:
+                if tensor >= 0 and not (tensor in written or self.is_constant(tensor)):
+                    raise self.error(
+                        f"{operator.name} reads tensor {graph.tensors[tensor].name!r} before it is computed"
+                    )
+                self.consumers.setdefault(tensor, []).append(number)
+            for tensor in operator.outputs:
+                if tensor in written or self.is_constant(tensor):
+                    raise self.error(f"tensor {graph.tensors[tensor].name!r} is written twice")
+                written.add(tensor)
+                self.producers[tensor] = number
+
+    def error(self, message: str) -> ValueError:
+        """The error to raise, with the name of the file."""
+        return ValueError(f"{self.name}: {message}")
+
+    def fold(self, operator: Operator) -> bool:
+        """Whether an operator has constants only, and what it gives became one: masks that converters leave so."""
+        tensors = self.graph.tensors
+        counts = {"RESHAPE": (1, 2), "SELECT_V2": (3,)}.get(operator.name, ())
+        if len(operator.inputs) not in counts or len(operator.outputs) != 1 or any(
+                number < 0 or tensors[number].data is None for number in operator.inputs):
+            return False
+        output = tensors[operator.outputs[0]]
+        inputs = [tensors[number] for number in operator.inputs]
+        values = inputs[:1] if operator.name == "RESHAPE" else inputs[1:]
+        if output.data is not None or math.prod(output.shape) > self.most_elements or any(
+                each.dtype != output.dtype or not _same_codes(each, output) for each in values):
+            return False
+        try:
+            if operator.name == "RESHAPE":
+                data = values[0].data.reshape(output.shape)
+            elif np.broadcast_shapes(*(each.shape for each in inputs)) != output.shape or inputs[0].dtype != np.bool_:
+                return False
+            else:
+                data = np.where(inputs[0].data.view(np.uint8) != 0, *(each.data for each in values))
+        except ValueError:
+            return False
+        tensors[operator.outputs[0]] = dataclasses.replace(output, data=data)
+        return True
+
+    # -- access to the graph, checked
+
+    def is_constant(self, tensor: int) -> bool:
+        """Whether the file holds what is in a tensor."""
+        return self.graph.tensors[tensor].data is not None
+
+    def tensor(self, number: int) -> Tensor:
+        """The tensor of a number."""
+        return self.graph.tensors[number]
+
+    def operands(self, operator: Operator, inputs: tuple[int, ...]) -> tuple[int, ...]:
+        """The input tensors of an operator that must have one of ``inputs`` many, and one output."""
+        if len(operator.inputs) not in inputs or len(operator.outputs) != 1:
+            raise self.error(
+                f"{operator.name} has {len(operator.inputs)} inputs and {len(operator.outputs)} outputs; "
+                f"expected {' or '.join(map(str, inputs))} and 1"
+            )
+        if min(operator.inputs[:2]) < 0:
+            raise self.error(f"{operator.name} lacks an input")
+        return operator.inputs
+
+    def producer(self, tensor: int, names: tuple[str, ...]) -> int | None:
+        """The number of the operator that computes ``tensor``, when it is one of ``names``."""
+        number = self.producers.get(tensor)
+        return number if number is not None and self.graph.operators[number].name in names else None
+
+    def use(self, tensor: int, expected: str, role: str) -> Operator:
+        """The operator that computes ``tensor``, which must be an ``expected``."""
+        number = self.producers.get(tensor)
+        found = "a graph input or constant" if number is None else self.graph.operators[number].name
+        if found != expected:
+            raise self.error(
+                f"expected {expected} to compute {role}, tensor {self.tensor(tensor).name!r}; found {found}"
+            )
+        self.used.add(number)
+        return self.graph.operators[number]
+
+    def next_operator(self, tensor: int) -> tuple[int, Operator] | None:
+        """The one operator that reads ``tensor``, or None where it only leaves the graph."""
+        readers = self.consumers.get(tensor, [])
+        if len(readers) + (tensor in self.outputs) != 1:
+            raise self.error(
+                f"expected one reader of tensor {self.tensor(tensor).name!r}; found {len(readers)}"
+                + (" and the graph's output" if tensor in self.outputs else "")
+            )
+        return (readers[0], self.graph.operators[readers[0]]) if readers else None
+
+    def quantization(self, number: int, role: str) -> TensorQuantization:
+        """The per-tensor int8 quantization of a tensor."""
+        tensor = self.tensor(number)
+        if tensor.dtype != np.int8:
+            found = "an unsupported type" if tensor.dtype is None else str(tensor.dtype)
+            raise self.error(f"expected {role}, tensor {tensor.name!r}, to be int8; found {found}")
+        if tensor.scale is None:
+            raise self.error(
+                f"expected {role}, tensor {tensor.name!r}, to have a scale and zero point; found none"
+            )
+        if tensor.scale.size != 1:
+            raise self.error(
+                f"expected one scale for {role}, tensor {tensor.name!r}; found {tensor.scale.size}"
+            )
+        self.check_scales(tensor, role)
+        try:
+            return TensorQuantization(tensor.scale[0], tensor.zero_point[0])
+        except ValueError as error:
+            raise self.error(f"{role}, tensor {tensor.name!r}: {error}") from None
+
+    def check_scales(self, tensor: Tensor, role: str) -> None:
+        """Refuse scales that neither float32 nor a multiplier can hold."""
+        lowest, highest = _SCALES
+        wrong = tensor.scale[~((tensor.scale >= lowest) & (tensor.scale <= highest))]
+        if wrong.size:
+            raise self.error(
+                f"expected a scale between {lowest:.0e} and {highest:.0e} for {role}, tensor {tensor.name!r};"
+                f" found {wrong[0]}" + (_MASK_IN_THE_RANGE if wrong.max() > highest else "")
+            )
+
+    def check_multiplier(self, largest: float, what: str) -> None:
+        """Refuse input scales too large beside the output scale."""
+        if not largest < _LARGEST_MULTIPLIER:
+            raise self.error(
+                f"expected input scales over output scale below {_LARGEST_MULTIPLIER:.0f} in {what}; "
+                f"found {largest:.3g}"
+            )
+
+    def constant(self, number: int, dtype, role: str) -> np.ndarray:
+        """What is in a tensor that must be a constant of this dtype."""
+        tensor = self.tensor(number)
+        if tensor.data is None or tensor.dtype != dtype:
+            found = "a tensor computed at run time" if tensor.data is None else str(tensor.dtype)
+            raise self.error(
+                f"expected {role}, tensor {tensor.name!r}, to be a constant of {np.dtype(dtype)}; found"
+                f" {found}"
+            )
+        return tensor.data
+
+    def no_activation(self, operator: Operator) -> None:
+        """Refuse an activation that is fused into the operator."""
+        if operator.options.get("fused_activation_function", 0) != 0:
+            raise self.error(f"{operator.name} has a fused activation function "
+                             f"({operator.options['fused_activation_function']}); expected none")
+
+    # -- where elements go
+
+    def size(self, number: int) -> int:
+        """How many elements a tensor has, of those that are followed."""
+        tensor = self.tensor(number)
+        size = math.prod(tensor.shape)
+        if not 1 <= size <= self.most_elements:
+            raise self.error(f"tensor {tensor.name!r} of shape {tensor.shape} has {size} elements; "
+                             f"expected 1 to {self.most_elements} in a file of this size")
+        return size
+
+    def moved(self, operator: Operator, elements: np.ndarray, given: int | None = None) -> np.ndarray:
+        """``elements``, laid out as an operator lays out its input; given: which output of a SPLIT is meant."""
+        if operator.name in _CUTS:
+            return self.cut(operator, elements, given)
+        if operator.name == "MUL":
+            return elements
+        inputs = self.operands(operator, (1, 2) if operator.name == "RESHAPE" else (2,))
+        source, output = self.tensor(inputs[0]), self.tensor(operator.outputs[0])
+        role = f"a tensor that {operator.name} moves"
+        if self.quantization(inputs[0], role) != self.quantization(operator.outputs[0], role):
+            raise self.error(f"{operator.name} changes the quantization of {source.name!r}; expected it kept")
+        if operator.name == "TRANSPOSE":
+            axes = self.constant(inputs[1], np.int32, "the permutation of TRANSPOSE").ravel().tolist()
+            if sorted(axes) != list(range(elements.ndim)):
+                raise self.error(
+                    f"TRANSPOSE of {source.name!r} has permutation {axes}; its input has {elements.ndim} axes"
+                )
+            elements = elements.transpose(axes)
+            if elements.shape != output.shape:
+                raise self.error(
+                    f"TRANSPOSE gives {output.name!r} shape {output.shape}; expected {elements.shape}"
+                )
+        elif self.size(operator.outputs[0]) != elements.size:
+            raise self.error(
+                f"RESHAPE from {source.shape} to {output.shape}, tensor {output.name!r}, changes the size"
+            )
+        return elements.reshape(output.shape)
+
+    def cut(self, operator: Operator, elements: np.ndarray, given: int | None) -> np.ndarray:
+        """The elements that a SLICE or an output of a SPLIT has."""
+        name, inputs = operator.name, operator.inputs
+        if len(inputs) != (3 if name == "SLICE" else 2) or given not in operator.outputs:
+            raise self.error(f"{name} has {len(inputs)} inputs; expected {3 if name == 'SLICE' else 2}")
+        output, source = self.tensor(given), self.tensor(inputs[1 if name == "SPLIT" else 0])
+        role = f"a tensor that {name} cuts"
+        if self.quantization(inputs[1 if name == "SPLIT" else 0], role) != self.quantization(given, role):
+            raise self.error(f"{name} changes the quantization of {source.name!r}; expected it kept")
+        if name == "SLICE":
+            begin, size = (self.constant(inputs[i], np.int32, f"the {what} of SLICE").ravel().tolist()
+                           for i, what in ((1, "begin"), (2, "size")))
+            if len(begin) != elements.ndim or len(size) != elements.ndim or any(
+                    at < 0 or at + max(count, 0) > length
+                    for at, count, length in zip(begin, size, elements.shape, strict=True)):
+                raise self.error(f"SLICE of {source.name!r} begins at {begin[:8]} with {size[:8]} elements; its input "
+                                 f"has shape {elements.shape}")
+            found = elements[tuple(slice(at, None if count < 0 else at + count)
+                                   for at, count in zip(begin, size, strict=True))]
+        else:
+            axes = self.constant(inputs[0], np.int32, "the axis of SPLIT").ravel().tolist()
+            parts = len(operator.outputs)
+            if len(axes) != 1 or not -elements.ndim <= axes[0] < elements.ndim or elements.shape[axes[0]] % parts:
+                raise self.error(f"SPLIT of {source.name!r}, shape {elements.shape}, along {axes[:8]} in {parts} "
+                                 "parts; expected equal parts of one axis")
+            found = np.split(elements, parts, axes[0])[operator.outputs.index(given)]
+        if found.shape != output.shape:
+            raise self.error(f"{name} gives {output.name!r} shape {output.shape}; expected {found.shape}")
+        return found
+
+    def back(self, tensor: int, *, scaled: bool = False) -> tuple[int, np.ndarray, float]:
+        """Undo RESHAPE, TRANSPOSE, SLICE and SPLIT, with ``scaled`` also MUL by a positive constant.
+
+        Returns the tensor they begin with, for each element of ``tensor`` its flat index there, and the product of the
+        constants.
+        """
+        path, factor = [], 1.0
+        names = (*_MOVES, *_CUTS, *(["MUL"] if scaled else []))
+        while (number := self.producer(tensor, names)) is not None:
+            operator = self.graph.operators[number]
+            path.append((number, tensor))
+            self.check_chain(path, names)
+            if operator.name == "MUL":
+                tensor, by = self.scaled(operator)
+                factor *= by
+            else:
+                inputs = self.operands(operator, (1, 2)) if operator.name in _MOVES else operator.inputs
+                tensor = inputs[1 if operator.name == "SPLIT" and len(inputs) > 1 else 0] if inputs else -1
+            if tensor < 0:
+                raise self.error(f"{operator.name} lacks an input")
+        elements = np.arange(self.size(tensor), dtype=np.int32).reshape(self.tensor(tensor).shape)
+        for number, given in reversed(path):
+            self.used.add(number)
+            elements = self.moved(self.graph.operators[number], elements, given)
+        return tensor, elements, factor
+
+    def scaled(self, operator: Operator) -> tuple[int, float]:
+        """The tensor that a MUL scales, and by what number."""
+        inputs = self.operands(operator, (2,))
+        self.no_activation(operator)
+        changing = [number for number in inputs if not self.is_constant(number)]
+        constants = [number for number in inputs if self.is_constant(number)]
+        if len(changing) != 1:
+            raise self.error("expected MUL of queries, keys or values by one number; found two computed tensors")
+        role = "the number that MUL scales by"
+        codes, quantization = self.constant(constants[0], np.int8, role), self.quantization(constants[0], role)
+        source, output = self.tensor(changing[0]), self.tensor(operator.outputs[0])
+        by = float(quantization.dequantize(codes.ravel()[:1])[0]) if codes.size else 0.0
+        if codes.size != 1 or source.shape != output.shape or not by > 0:
+            raise self.error(f"expected MUL of {source.name!r} by one positive number; found {codes.size} numbers, "
+                             f"{by:g}")
+        self.told.append(f"{self.name}: {output.name!r} is scaled by a MUL of its own, which is taken into the "
+                         "projection, and rounds once: its codes may differ by one step, the output's by a few")
+        return changing[0], by
+
+    def forward(self, tensor: int) -> tuple[int, np.ndarray, Operator | None]:
+        """Follow RESHAPE and TRANSPOSE.
+
+        Returns the tensor they end with, the flat index of its elements in ``tensor``, and its reader.
+        """
+        elements = np.arange(self.size(tensor), dtype=np.int32).reshape(self.tensor(tensor).shape)
+        path = []
+        while (found := self.next_operator(tensor)) is not None and found[1].name in _MOVES:
+            path.append(found[0])
+            self.check_chain(path, _MOVES)
+            elements = self.moved(found[1], elements)
+            self.used.add(found[0])
+            tensor = found[1].outputs[0]
+        return tensor, elements, None if found is None else found[1]
+
+    def check_chain(self, path: list, names: tuple[str, ...]) -> None:
+        """Refuse more operators in a row than any converter writes."""
+        if len(path) > LONGEST_CHAIN:
+            raise self.error(f"expected at most {LONGEST_CHAIN} of {', '.join(names)} in a row; found more")
+
+
+def _same_codes(one: Tensor, other: Tensor) -> bool:
+    """Whether codes of two tensors stand for the same numbers."""
+    return all((a is None) == (b is None) and (a is None or np.array_equal(a, b))
+               for a, b in ((one.scale, other.scale), (one.zero_point, other.zero_point)))
