@@ -42,7 +42,7 @@ class CompiledOps(NumpyOps):
 
     def layer_norm(self, x: Float32s, norm: Any, name: str) -> Float32s:
         """(x - mean) / sqrt(variance + eps) * weight + bias."""
-        return self._keep(name, norm.packed(x if x.flags.c_contiguous else to_float32(x)))
+        return self._keep(name, norm.packed(x if x.dtype is FLOAT32 and x.flags.c_contiguous else to_float32(x)))
 
     rms_norm = layer_norm
 

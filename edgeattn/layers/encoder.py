@@ -368,13 +368,13 @@ class TransformerEncoder(Placeable, Stored):
 
     @functools.cached_property
     def _seen(self) -> PlanCache[Any, list[Sequences]]:
-        """What `prepared` found of calls before, by `said_of`: the masks of each layer."""
-        return PlanCache(16)
+        """What `prepared` found of calls before, by `said_of`: masks of sentences, which have many lengths."""
+        return PlanCache(64)
 
     @functools.cached_property
     def _chains(self) -> PlanCache[Any, Callable[[Float32s], Float32s]]:
         """What a call that comes again is, by the same: a `Chain`, or `_again` where there is none."""
-        return PlanCache(16)
+        return PlanCache(64)
 
     def _again(self, sequences: list[Sequences], x: Float32s) -> Float32s:
         """The encoder of x in C order, whose masks were prepared before."""

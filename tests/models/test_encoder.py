@@ -173,6 +173,14 @@ def test_what_another_call_has_not_prepared_yet_becomes_a_chain():
     assert [type(chain) for chain in made._chains.values()] == [Chain]
 
 
+def test_sequences_of_forty_lengths_have_their_chains():
+    made = encoder()
+    for _ in range(2):
+        for length in range(1, 41):
+            made(tokens(1, length))
+    assert [type(chain) for chain in made._chains.values()] == [Chain] * 40
+
+
 def test_a_forward_of_another_class_is_called_every_time():
     class Twice(TransformerEncoder):
         def forward(self, *arguments):

@@ -166,7 +166,7 @@ class FeedForward(RowKernel):
         gate_w, gate_b = (w1, None) if gate is None else (_quantized(gate[0]), gate[1])
         if len(w1.residual_outputs) or len(gate_w.residual_outputs):
             raise ValueError("w1 and gate must have one byte a weight, got second channels: quantize with split=None")
-        if not np.array_equal(w1.outlier_columns, gate_w.outlier_columns):
+        if w1.outlier_columns.tolist() != gate_w.outlier_columns.tolist():  # np.array_equal hides what a signal raises
             raise ValueError("w1 and gate must have the same columns apart, got "
                              f"{w1.outlier_columns}, {gate_w.outlier_columns}")
         hidden, inputs = w1.codes.shape
