@@ -333,9 +333,9 @@ class TransformerEncoder(Placeable, Stored):
         from edgeattn.executors.compiled import CompiledOps
 
         given: Any = x
-        # A forward of its own, as where a calibration looks on, is no kernels' chain.
-        if (out is None and kv_cache is None and lengths is None and "forward" not in vars(self)
-                and is_read_as_it_is(given)):
+        # A forward of its own, as on a GPU or where a calibration looks on, is no kernels' chain.
+        own = "forward" in vars(self) or type(self).forward is not TransformerEncoder.forward
+        if out is None and kv_cache is None and lengths is None and not own and is_read_as_it_is(given):
             said = said_of(given.shape[:-1], None, window_size, attn_mask=attn_mask,
                            key_padding_mask=key_padding_mask, is_causal=is_causal)
             known = self._seen.get(said)
@@ -345,8 +345,7 @@ class TransformerEncoder(Placeable, Stored):
                     return chain(given)
                 again = functools.partial(self._again, known)
                 result = again(given)  # by now every stage has prepared its call, whoever asked for these before
-                of_kernels = type(self).forward is TransformerEncoder.forward
-                self._chains.keep(said, of_kernels and chain_of(self, given, known) or again)
+                self._chains.keep(said, chain_of(self, given, known) or again)
                 return result
         if isinstance(x, (list, tuple)) and any(isinstance(each, np.ndarray) and each.ndim == 2 for each in x):
             return self.encode_list(x, lengths, out, key_padding_mask=key_padding_mask, attn_mask=attn_mask,
