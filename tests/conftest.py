@@ -34,9 +34,9 @@ WITHOUT_NUMPY = """
 # These call parts of kernels, or look at what is compiled here: they need Numba's kernels. `--prebuilt` leaves them out,
 # and runs the others on this machine's library; `--compiled` runs them, and what is marked so in the files behind.
 COMPILED = """
-    test_arm64 test_benchmarks test_compile_cost test_dynamic_kernels test_fence test_generated_code test_int8_operands
-    test_interrupts test_isa test_jit test_kernels_float32 test_kernels_int8 test_planted_bugs test_prebuilt test_records
-    test_simd test_threads test_worker_pool
+    test_arm64 test_benchmarks test_compile_cost test_dynamic_kernels test_fence test_generated_code test_instruction_sets
+    test_int8_operands test_interrupts test_isa test_jit test_kernels_float32 test_kernels_int8 test_planted_bugs test_prebuilt
+    test_records test_simd test_threads test_worker_pool
 """.split()
 PARTLY_COMPILED = "test_cli", "test_entries", "test_functional"  # compiling.looks_at_compiling
 

@@ -591,12 +591,6 @@ def test_without_a_linker_nothing_is_written(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
-def test_a_whole_encoder_goes_to_no_c_file(tmp_path):
-    with pytest.raises(TypeError, match="layer must be an attention layer for a .c file; got a TransformerEncoder, which only "
-                                        ".tflite, .onnx, .safetensors and .so files hold whole"):
-        quant.export(encoder(), tmp_path / "a.c", sequence_length=3)
-
-
 def test_the_header_of_another_export_is_not_replaced(tmp_path):
     static = static_layer("tflm")
     quant.export(static, tmp_path / "a.c", sequence_length=9)
