@@ -46,7 +46,7 @@ def call_overhead(problem: Problem) -> dict[str, float]:
         calls[f"decode, {dtype} cache"] = lambda cache=cache: cache.attend(last)
     bind, layers = call.bind, (problem.layer, problem.static, problem.dynamic)
     _forget(layers)
-    call.bind = lambda function, parameters, addresses: bind(function, _emptied(parameters), addresses)
+    call.bind = lambda function, parameters, *others: bind(function, _emptied(parameters), *others)
     try:
         return {name: float(np.median([_seconds(run) for _ in range(_BLOCKS)])) for name, run in calls.items()}
     finally:
