@@ -57,8 +57,8 @@ class PreparedCall:
         The position of the first parameter that each call has of its own.
     """
 
-    __slots__ = ("_addresses", "_alone", "_dtype", "_fours", "_frames", "_function", "_jobs", "_own", "_owner", "_work",
-                 "parameters", "private", "shared")
+    __slots__ = ("_addresses", "_alone", "_bytes", "_dtype", "_fours", "_frames", "_function", "_jobs", "_own",
+                 "_owner", "_work", "parameters", "private", "shared")
 
     def __init__(self, kernel, parameters, layout, dtype, shared, private, work, jobs=1, fixed=(), owner=None,
                  own=None):
@@ -68,6 +68,7 @@ class PreparedCall:
         self._frames, self._fours = [], []
         self.parameters, self.shared, self.private, self._work, self._jobs = parameters, shared, private, work, jobs
         self._alone = shared + private
+        self._bytes = self._alone * np.dtype(dtype).itemsize
 
     def holding(self, arrays):
         """The same with arrays in some of its places, which its calls leave out; arrays: {place: array}."""
@@ -75,11 +76,9 @@ class PreparedCall:
         for place, array in arrays.items():
             _WORDS[1].pack_into(words, 8 * place, address(array))
         other = object.__new__(PreparedCall)
+        for name in self.__slots__:
+            setattr(other, name, getattr(self, name))
         other._addresses, other._frames, other._fours, other._owner = bytes(words), [], [], (self._owner, arrays)
-        other._function, other._dtype, other._own, other._work, other._jobs = (
-            self._function, self._dtype, self._own, self._work, self._jobs)
-        other.parameters, other.shared, other.private, other._alone = (
-            self.parameters, self.shared, self.private, self._alone)
         return other
 
     def run(self, a, b, c, *others, own=()):
@@ -101,17 +100,7 @@ class PreparedCall:
         if frame.argument is None or self._work >= threads.SMALLEST_SHARED_WORK:
             threads.run(frame.run, self._dtype, self.shared, self.private, self._work, self._jobs)
         else:
-            try:  # as `borrow` and `give_back`
-                memory = _SCRATCH.pop()
-            except IndexError:
-                memory = threads.borrow(self._alone, self._dtype)
-            if memory.size < self._alone:
-                _SCRATCH.append(memory)
-                memory = threads.borrow(self._alone, self._dtype)
-            frame.objects[-1] = memory
-            frame.function(frame.argument)
-            if len(_SCRATCH) < _KEPT:
-                _SCRATCH.append(memory)
+            self._run_alone(frame)
         frame.objects[:] = frame.nothing
         self._frames.append(frame)
 
@@ -130,12 +119,12 @@ class PreparedCall:
         objects[3] = d
         if frame.argument is None or self._work >= threads.SMALLEST_SHARED_WORK:
             threads.run(frame.run, self._dtype, self.shared, self.private, self._work, self._jobs)
-        else:
+        else:  # `_run_alone`, written out
             try:
                 memory = _SCRATCH.pop()
             except IndexError:
                 memory = threads.borrow(self._alone, self._dtype)
-            if memory.size < self._alone:
+            if memory.nbytes < self._bytes:
                 _SCRATCH.append(memory)
                 memory = threads.borrow(self._alone, self._dtype)
             objects[4] = memory
