@@ -329,9 +329,6 @@ class TransformerEncoder(Placeable, Stored):
         TypeError, ValueError
             Naming the argument, what was required and what came.
         """
-        from edgeattn.executors.chain import chain_of
-        from edgeattn.executors.compiled import CompiledOps
-
         given: Any = x
         # A forward of its own, as on a GPU or where a calibration looks on, is no kernels' chain.
         own = "forward" in vars(self) or type(self).forward is not TransformerEncoder.forward
@@ -343,6 +340,8 @@ class TransformerEncoder(Placeable, Stored):
                 chain = self._chains.get(said)
                 if chain is not None:
                     return chain(given)
+                from edgeattn.executors.chain import chain_of
+
                 again = functools.partial(self._again, known)
                 result = again(given)  # by now every stage has prepared its call, whoever asked for these before
                 self._chains.keep(said, chain_of(self, given, known) or again)
@@ -350,6 +349,8 @@ class TransformerEncoder(Placeable, Stored):
         if isinstance(x, (list, tuple)) and any(isinstance(each, np.ndarray) and each.ndim == 2 for each in x):
             return self.encode_list(x, lengths, out, key_padding_mask=key_padding_mask, attn_mask=attn_mask,
                                      is_causal=is_causal, window_size=window_size, kv_cache=kv_cache)
+        from edgeattn.executors.compiled import CompiledOps
+
         x = float_array("x", cast("ArrayLike", x))
         self.check_shape(x)
         dtype = result_dtype(x)
