@@ -1,7 +1,8 @@
 """The parser of the command `edgeattn`: errors of one line with the nearest name that there is, and completion."""
 import argparse
-import difflib
 import re
+
+from edgeattn import hints
 
 SHELLS = ("bash", "zsh", "fish")
 EXIT_STATUS = "Exit status: 0 done, 2 an error, which one line on standard error names, 130 interrupted."
@@ -33,8 +34,7 @@ class Parser(argparse.ArgumentParser):
 def nearest(name, names):
     """A sentence with the name that was probably meant; empty where none is near."""
     begin = [each for each in names if each.startswith(name)]
-    found = begin if len(begin) == 1 else difflib.get_close_matches(name, names, 1)
-    return f" Did you mean {found[0]!r}?" if found else ""
+    return f" Did you mean {begin[0]!r}?" if len(begin) == 1 else hints.nearest(name, names)
 
 
 def commands_of(parser):

@@ -7,7 +7,7 @@ import sys
 
 TYPE_CHECKING = False  # what type checkers take for True; `typing` itself would be another import
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from typing import Any, TypeVar
 
     F = TypeVar("F", bound=Callable[..., Any])
@@ -30,13 +30,15 @@ def hinted(function: F) -> F:
         except TypeError as error:
             for name in named:
                 if name not in names and str(error).endswith(f"unexpected keyword argument {name!r}"):
-                    raise TypeError(str(error) + _nearest(name, names)) from None
+                    hint = nearest(name, names)
+                    raise TypeError(f"{error}{'.' if hint else ''}{hint}") from None
             raise
     return call  # type: ignore[return-value]
 
 
-def _nearest(name: str, names: tuple[str, ...]) -> str:
+def nearest(name: str, names: Iterable[str]) -> str:
+    """A sentence with the name that was probably meant; empty where none is near."""
     import difflib
 
     found = difflib.get_close_matches(name, names, 1)
-    return f". Did you mean {found[0]!r}?" if found else ""
+    return f" Did you mean {found[0]!r}?" if found else ""
