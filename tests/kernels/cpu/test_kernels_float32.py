@@ -53,6 +53,16 @@ def test_float_layer(shape):
         assert (around[0] == 77).all() and (around[-1] == 77).all()
 
 
+def check_numbers_of_threads(layer, x, B, L, masks):
+    results = []
+    for count in (1, 2, 3, 5):
+        threads.set_num_threads(count)
+        results.append(layer(*x, np.full((B, L, layer.output_dim), 77, np.float32), KernelMask(**masks)))
+    threads.set_num_threads(1)
+    for result in results[1:]:
+        np.testing.assert_array_equal(result, results[0])
+
+
 @pytest.mark.parametrize("B, L, S, E, H, Hkv, D, Dv, Eo", [
     *SHAPES, (1, 32, 32, 128, 4, 4, 32, 32, 128), (2, 5, 40, 64, 8, 8, 16, 16, 100), (1, 90, 60, 64, 6, 3, 8, 24, 64),
     (1, 1, 500, 128, 4, 4, 64, 16, 30), (1, 32, 2000, 96, 8, 8, 40, 40, 96), (2, 33, 40, 32, 24, 24, 8, 3, 30)])
@@ -65,13 +75,7 @@ def test_any_number_of_threads_gives_the_same_bits(B, L, S, E, H, Hkv, D, Dv, Eo
     x = [rng.standard_normal((B, n, E)).astype(np.float32) for n in (L, S, S)]
     for layer in layers:
         for masks in mask_cases(rng, B, H, L, S):
-            results = []
-            for count in (1, 2, 3, 5):
-                threads.set_num_threads(count)
-                results.append(layer(*x, np.full((B, L, layer.output_dim), 77, np.float32), KernelMask(**masks)))
-            threads.set_num_threads(1)
-            for result in results[1:]:
-                np.testing.assert_array_equal(result, results[0])
+            check_numbers_of_threads(layer, x, B, L, masks)
 
 
 @pytest.mark.parametrize("B, L, S, E, H, Hkv, D, Dv", [
@@ -88,13 +92,7 @@ def test_any_number_of_threads_gives_the_same_bytes(B, L, S, E, H, Hkv, D, Dv, m
     for layer in layers:
         for x in [(q, k, k), (q, q, q)] if L == S else [(q, k, k)]:
             for masks in list(mask_cases(rng, B, H, L, S))[:7:2]:
-                results = []
-                for count in (1, 2, 3, 5):
-                    threads.set_num_threads(count)
-                    results.append(layer(*x, np.full((B, L, layer.output_dim), 77, np.float32), KernelMask(**masks)))
-                threads.set_num_threads(1)
-                for result in results[1:]:
-                    np.testing.assert_array_equal(result, results[0])
+                check_numbers_of_threads(layer, x, B, L, masks)
 
 
 @pytest.mark.parametrize("heads, unit, count, at_once", [
