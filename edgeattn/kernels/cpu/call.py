@@ -100,7 +100,17 @@ class PreparedCall:
         if frame.argument is None or self._work >= threads.SMALLEST_SHARED_WORK:
             threads.run(frame.run, self._dtype, self.shared, self.private, self._work, self._jobs)
         else:
-            self._run_alone(frame)
+            try:  # `_run_alone`, written out: a call is a fixed number of calls of Python, see tests/test_prepared.py
+                memory = _SCRATCH.pop()
+            except IndexError:
+                memory = threads.borrow(self._alone, self._dtype)
+            if memory.nbytes < self._bytes:
+                _SCRATCH.append(memory)
+                memory = threads.borrow(self._alone, self._dtype)
+            frame.objects[-1] = memory
+            frame.function(frame.argument)
+            if len(_SCRATCH) < _KEPT:
+                _SCRATCH.append(memory)
         frame.objects[:] = frame.nothing
         self._frames.append(frame)
 
@@ -119,7 +129,7 @@ class PreparedCall:
         objects[3] = d
         if frame.argument is None or self._work >= threads.SMALLEST_SHARED_WORK:
             threads.run(frame.run, self._dtype, self.shared, self.private, self._work, self._jobs)
-        else:  # `_run_alone`, written out
+        else:
             try:
                 memory = _SCRATCH.pop()
             except IndexError:
