@@ -14,6 +14,7 @@ import numba
 from numba import types
 from numba.core import codegen, compiler
 from numba.core.compiler_lock import global_compiler_lock
+from numba.core.targetconfig import ConfigStack
 
 from edgeattn.messages import LOG
 from edgeattn.runtime.kernel_cache import KernelCache, kept_in
@@ -69,8 +70,21 @@ class _Part(codegen.CPUCodeLibrary):
         return ctypes.cast(ctypes.pythonapi.PyErr_BadArgument, ctypes.c_void_p).value
 
 
-class PartCompiler(compiler.Compiler):
-    """Numba's pipeline, into a `_Part`."""
+class _InliningCompiler(compiler.Compiler):
+    """Numba's pipeline; what a function calls is compiled into it, but for tasks.
+
+    Numba compiles a helper of its own once, as its first caller would have it: without this the code of a kernel would
+    depend on which kernels were compiled before.
+    """
+
+    def define_pipelines(self):
+        """Numba's, and what callees take over from this function."""
+        ConfigStack().top().forceinline = True
+        return super().define_pipelines()
+
+
+class PartCompiler(_InliningCompiler):
+    """The same, into a `_Part`."""
 
     def compile_extra(self, func):
         """Compile what will be optimized where it is linked."""
@@ -78,8 +92,8 @@ class PartCompiler(compiler.Compiler):
         return super().compile_extra(func)
 
 
-class _KernelCompiler(compiler.Compiler):
-    """Numba's pipeline; what takes long is said."""
+class _KernelCompiler(_InliningCompiler):
+    """The same; what takes long is said."""
 
     def compile_extra(self, func):
         with _said(func):
@@ -145,7 +159,7 @@ def task(function):
 
     It can make no array, and counts no references to those it is given: the caller of `parallel_for` has them.
     """
-    return _part(function)
+    return _part(function, forceinline=False)
 
 
 def _part(function, **options):

@@ -62,29 +62,18 @@ def objects(targets: Iterable[str], kernels: Iterable[str], jobs: int | None = N
     RuntimeError
         With what was said where one could not be compiled.
     """
-    def named(kernels: Iterable[str]) -> list[str]:
-        return list(dict.fromkeys([*DEVICE_LIBRARIES, WORKER_POOL, *(TOGETHER.get(name, name) for name in kernels)]))
-
-    names = named(kernels)
-    whole = set(names) == set(named(ENTRIES))
+    names = list(dict.fromkeys([*DEVICE_LIBRARIES, WORKER_POOL, *(TOGETHER.get(name, name) for name in kernels)]))
     stamp = sources.checksum([*sources.files(), *_WRITTEN_BY])
-    # An object has the same bytes only where it was compiled with the same others: all of them where all are asked for.
-    of_all, of_some = (f"{stamp} {numba.__version__} {llvmlite.__version__} of {what}\n".encode()
-                       for what in ("all", "some"))
-    made_by = of_all if whole else of_some
+    made_by = f"{stamp} {numba.__version__} {llvmlite.__version__}\n".encode()
     with _compiling, ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
-        found = {target: {name: content for name in names if (content := _kept(name, target, of_all)) is not None
-                          or not whole and (content := _kept(name, target, of_some)) is not None}
+        found = {target: {name: content for name in names if (content := _kept(name, target, made_by)) is not None}
                  for target in targets}
         alike: dict[tuple[str, str], list[str]] = {}  # of one instruction set: compiled up to LLVM's language together
         for target in found:
             if len(found[target]) < len(names):
                 alike.setdefault((TARGETS[target].machine, TARGETS[target].isa), []).append(target)
-        work = []
-        for group in alike.values():
-            missing = [name for name in names if any(name not in found[target] for target in group)]
-            shares = _shares(names if whole else missing)
-            work += [(group, share) for share in shares if not set(share).isdisjoint(missing)]
+        work = [(group, share) for group in alike.values()
+                for share in _shares([name for name in names if any(name not in found[target] for target in group)])]
         work.sort(key=lambda each: -len(each[0]))  # those for several processors take longest
         for made in pool.map(lambda each: _compiled(*each), work):
             for (target, name), content in made.items():

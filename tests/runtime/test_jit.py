@@ -313,6 +313,30 @@ def test_a_helper_is_no_more_than_a_part_of_its_kernel(package):
     assert run(package, PARTS.format(before="")) == "8 ['double']"
 
 
+@pytest.mark.parametrize("first", ["task", "part"])
+def test_a_helper_is_compiled_alike_whoever_calls_it_first(first):
+    """So a kernel's code does not depend on what was compiled before: libraries have the same bytes twice."""
+    import numba
+
+    from edgeattn.runtime.jit import inline, task
+
+    helper = numba.njit(lambda x: x + 7)  # as those that Numba brings
+
+    @task
+    def job(x):
+        return helper(x)
+
+    @inline
+    def part(x):
+        return job(x) * helper(x)
+
+    integer = (numba.types.int64,)
+    {"task": job, "part": part}[first].compile(integer)
+    part.compile(integer)
+    inlined = [each.overloads[integer].fndesc.inline for each in (job, helper, part)]
+    assert inlined == [False, True, True]
+
+
 def test_with_another_numba_helpers_are_compiled_as_numba_does(package):
     before = "import importlib; numba.__version__ = '0.99.0'; importlib.reload(jit); assert not jit.USES_PARTS"
     assert run(package, PARTS.format(before=before)) == "8 ['double', 'factor']"

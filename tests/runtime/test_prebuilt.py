@@ -14,7 +14,6 @@ import pytest
 from places import ROOT, TESTS
 
 import edgeattn
-from edgeattn.kernels.cpu.entries import ENTRIES
 from edgeattn.runtime import prebuilt, processor, sources
 from edgeattn.runtime.targets import TARGETS, runnable
 from quant.export import kernel_objects
@@ -88,28 +87,6 @@ def test_the_same_sources_are_the_same_bytes(request, libraries, tmp_path, monke
     build([host_target()], tmp_path, kernels=KERNELS)
     for path in libraries.iterdir():
         assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
-
-
-def test_what_was_compiled_with_other_kernels_is_in_no_library_of_all(monkeypatch):
-    """Code that Numba made has the same bytes where the same was compiled beside it: so a wheel has."""
-    kept, made = {}, []
-
-    def compiled(targets, names):
-        made.append(names)
-        return {(target, name): ",".join(names).encode() for target in targets for name in names}
-
-    monkeypatch.setattr(kernel_objects, "_compiled", compiled)
-    monkeypatch.setattr(kernel_objects, "_keep", lambda name, target, content: kept.update({(target, name): content}))
-    monkeypatch.setattr(kernel_objects, "_kept", lambda name, target, made_by: (
-        content.removeprefix(made_by) if (content := kept.get((target, name), b"")).startswith(made_by) else None))
-    target = host_target()
-    some = kernel_objects.objects([target], KERNELS)[target]
-    assert kernel_objects.objects([target], KERNELS)[target] == some and len(made) == 2
-    every = kernel_objects.objects([target], ENTRIES)[target]
-    assert len(made) == 4 and every["norm"] != some["norm"]
-    del kept[target, "norm"]
-    assert kernel_objects.objects([target], ENTRIES)[target] == every and len(made) == 5
-    assert kernel_objects.objects([target], KERNELS)[target] == {name: every[name] for name in some} and len(made) == 5
 
 
 def find(folder, isa=None, machine=None, flags=None):
