@@ -184,17 +184,6 @@ class PreparedCalls(PlanCache[Any, Prepared]):
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._size, self.dtype)
 
-    def attend(self, query: Any) -> NDArray[Any] | None:
-        """Self-attention without masks, where a call like it was prepared; else None."""
-        if type(query) is not ndarray or query.dtype is not self.dtype or not query.flags.carray:
-            return None
-        prepared = self.get(query.shape)
-        if prepared is None:
-            return None
-        result = np.empty(prepared.shape, self.dtype)
-        prepared.call.run_four(query, query, query, result)  # type: ignore[union-attr]
-        return result
-
     def learn(self, signature: tuple[Any, ...] | None, prepare: Callable[[MaskShapes], PreparedCall],
               scores: Shape, shape: Shape, mask: Mask, attn_mask: Any, key_padding_mask: Any = None,
               position_bias: Float32s | None = None) -> Prepared | None:

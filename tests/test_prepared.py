@@ -316,7 +316,8 @@ def test_a_call_that_comes_again_makes_few_calls_of_python(kind, plain):
         call(x, **options)
         inside = 2 * bool(options.keys() & {"alibi_slopes", "kv_lengths"})  # whose content is compared
         made = python_calls(lambda options=options: call(x, **options))
-        assert len(made) <= plain + inside, (sorted(options), made)
+        most = plain + inside if options or kind == "function" else 3  # the layer, its prepared call and threads.run
+        assert len(made) <= most, (sorted(options), made)
 
 
 @pytest.mark.parametrize(("kind", "most"), [("function", 58), ("float32", 72), ("dynamic", 70), ("static", 68)])
