@@ -100,7 +100,7 @@ libraries: $(ready) ## compile all kernels now, for this machine
 wheel: $(ready) ## a wheel that brings them for this machine
 	@$(python) tools/wheel.py $(ARGS)
 
-wheels: $(linking) ## ... for x86_64, and one for aarch64
+wheels: $(linking) ## ... x86_64's and aarch64's (ARGS=--twice)
 	@$(python) tools/wheel.py x86_64 aarch64 $(ARGS)
 
 ##@ Measure

@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import os
 import runpy
 import struct
 import subprocess
@@ -63,6 +64,25 @@ def test_the_same_files_are_the_same_bytes(wheel, tmp_path, monkeypatch):
     dated = made(wheel, tmp_path, "dated")
     with zipfile.ZipFile(dated) as archive:
         assert {entry.date_time[:3] for entry in archive.infolist()} == {(2023, 11, 14)}
+
+
+def test_a_wheel_is_compared_with_one_built_from_a_copy(wheel, tmp_path, monkeypatch):
+    """`make wheels ARGS=--twice`: nothing compiled is at hand there, and the sources are another folder's."""
+    here, again = made(wheel, tmp_path), [b"other"]
+
+    def build(command, env, cwd, **_):
+        assert command[1] == cwd / "tools" / "wheel.py" and command[1].exists() and cwd != ROOT
+        assert command[2:4] == ["x86-64-v2", "--out"] and not list(cwd.rglob("__pycache__"))
+        assert not os.path.exists(env["XDG_CACHE_HOME"]) and "NUMBA_CACHE_DIR" not in env
+        command[4].mkdir()
+        (command[4] / here.name).write_bytes(again[0])
+        return SimpleNamespace(returncode=0, stdout="", stderr="")
+
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(wheel.subprocess, "run", build)
+    assert wheel.differing([here], ["x86-64-v2"]) == [here.name]
+    again[0] = here.read_bytes()
+    assert wheel.differing([here], ["x86-64-v2"]) == []
 
 
 @pytest.mark.parametrize("bits", [32, 64])

@@ -3,6 +3,7 @@
     python tools/wheel.py                            for this machine, into dist
     python tools/wheel.py x86_64 aarch64             ... for these
     python tools/wheel.py cortex-a72 --out build     with the library of that processor alone
+    python tools/wheel.py cortex-a72 --twice         ... compiled once more, where nothing is kept: the same bytes?
 
 A wheel is what `pip wheel` makes of the tracked sources, and the libraries. Two of the same sources, made with the same
 Numba and linker, are the same bytes; times in it are SOURCE_DATE_EPOCH, else 1980.
@@ -15,6 +16,7 @@ import base64
 import hashlib
 import os
 import platform
+import resource
 import shutil
 import subprocess
 import sys
@@ -91,8 +93,30 @@ def write(path: Path, files: dict[str, bytes]) -> None:
             archive.writestr(entry, content, zipfile.ZIP_DEFLATED, 9)
 
 
+def differing(made: list[Path], targets: list[str]) -> list[str]:
+    """The names of wheels that have other bytes when they are made from a copy of the sources, with nothing compiled.
+
+    Raises
+    ------
+    RuntimeError
+        With its last words where the second build fails.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        copy_sources(folder / "tree")
+        shutil.copytree(ROOT / "tools", folder / "tree" / "tools", ignore=shutil.ignore_patterns("__pycache__"))
+        environment = clean_environment() | {"XDG_CACHE_HOME": str(folder / "cache")}
+        environment.pop("NUMBA_CACHE_DIR", None)
+        command = [sys.executable, folder / "tree" / "tools" / "wheel.py", *targets, "--out", folder / "made"]
+        done = subprocess.run(command, env=environment, cwd=folder / "tree", capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"the second build failed: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
+        print(done.stdout, end="")
+        return [path.name for path in made if (folder / "made" / path.name).read_bytes() != path.read_bytes()]
+
+
 def main() -> int:
-    """Build them; 1 where one cannot be built or is too large."""
+    """Build them; 1 where one cannot be built, is too large, or is another when it is built again."""
     sys.path.insert(0, str(ROOT))
     from edgeattn.runtime.targets import TARGETS
     from quant.export.kernels import build, chosen
@@ -100,13 +124,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("targets", nargs="*", default=[platform.machine()], help="machines or processors")
     parser.add_argument("--out", type=Path, default=ROOT / "dist", metavar="FOLDER", help="default: dist")
+    parser.add_argument("--twice", action="store_true", help="build once more from nothing, and compare bytes")
     given = parser.parse_args()
     try:
         targets = chosen(given.targets)
     except ValueError as error:
         parser.error(str(error))
     given.out.mkdir(parents=True, exist_ok=True)
-    began = time.monotonic()
+    began, made = time.monotonic(), []
     try:
         with tempfile.TemporaryDirectory() as folder:
             files = pure_wheel(Path(folder))
@@ -117,10 +142,16 @@ def main() -> int:
                 build(mine, Path(folder))
                 name, content = with_libraries(files, machine, Path(folder))
             write(given.out / name, content)
-            size = (given.out / name).stat().st_size
-            print(f"{given.out / name}: {size / 1e6:.1f} MB, {time.monotonic() - began:.0f} s")
+            made.append(given.out / name)
+            size = made[-1].stat().st_size
+            most = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+            print(f"{made[-1]}: {size / 1e6:.1f} MB, {time.monotonic() - began:.0f} s, processes of {most:.0f} MiB")
             if size > MOST_BYTES:
                 raise RuntimeError(f"{name} is larger than the {MOST_BYTES / 1e6:.0f} MB it may be")
+        if given.twice and (others := differing(made, targets)):
+            raise RuntimeError(f"other bytes when built again: {', '.join(others)}")
+        if given.twice:
+            print("the same bytes twice")
     except RuntimeError as error:
         print(error, file=sys.stderr)
         return 1
