@@ -154,6 +154,24 @@ def test_what_is_no_library_is_refused(tmp_path, listed, content, words):
     assert library is None and words in reason, reason
 
 
+def test_where_one_is_refused_kernels_are_compiled_here(tmp_path):
+    package, name = tmp_path / "edgeattn", f"{host_target()}{prebuilt.SUFFIX}"
+    shutil.copytree(ROOT / "edgeattn", package, ignore=shutil.ignore_patterns("__pycache__", "libraries"))
+    (package / "libraries").mkdir()
+    content = Path(_ctypes.__file__).read_bytes()
+    (package / "libraries" / name).write_bytes(content[:-1])
+    (package / "libraries" / prebuilt.ABOUT).write_text(json.dumps(
+        {"stamp": sources.stamp(), "libraries": {host_target(): prebuilt.checksum(content)}}))
+    script = ("import edgeattn.cli; from edgeattn.runtime import compiler; edgeattn.cli.main(['info'])\n"
+              "print(compiler.jit.__module__)")
+    done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, cwd=tmp_path,
+                          env={**os.environ, "EDGEATTN_JIT": "0", "EDGEATTN_ISA": "", "PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    said = " ".join(done.stdout.split())
+    assert "compiled here, by Numba: of libraries" in said and "is damaged" in said
+    assert said.endswith("edgeattn.runtime.jit")
+
+
 def test_sources_that_cannot_be_read_are_a_reason(tmp_path, monkeypatch):
     (tmp_path / prebuilt.ABOUT).write_text(json.dumps({"stamp": "", "libraries": {host_target(): ""}}))
     monkeypatch.setattr(sources, "stamp", lambda: Path("nowhere").read_bytes())
