@@ -313,7 +313,7 @@ class StaticMultiHeadAttention(StaticCalls):
                     and is_causal is False and causal_alignment is None and window_size is NO_WINDOW and out is None
                     and type(query) is ndarray and query.dtype is _INT8 and query.flags.carray
                     and (prepared := self.prepared_calls.get(query.shape)) is not None):
-                result: Codes = empty(prepared.shape, _INT8)
+                result = empty(prepared.shape, query.dtype)
                 prepared.call.run_four(query, query, query, result)  # type: ignore[union-attr]
                 return result
             again, signature = attend_again(self, query, key, value, out, kv_cache, attn_mask, key_padding_mask,
