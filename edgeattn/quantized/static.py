@@ -36,7 +36,13 @@ from edgeattn.masks import NO_WINDOW, bool_mask, check_mask_shapes, resolve_mask
 from edgeattn.ops import Sequences
 from edgeattn.prepared import PreparedCalls, is_read_as_it_is
 from edgeattn.quantized.layer import INPUTS, QuantizedMultiHeadAttention
-from edgeattn.quantized.parameters import PROBABILITIES, QuantizedLinear, TensorQuantization, linears_state
+from edgeattn.quantized.parameters import (
+    PROBABILITIES,
+    QuantizedLinear,
+    TensorQuantization,
+    check_scales,
+    linears_state,
+)
 from edgeattn.quantized.score_ops import AddMask, MulConstant, ScoreOp, SelectMask, check_masks, fit_mask, score_map
 
 if TYPE_CHECKING:
@@ -161,6 +167,7 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
             raise ValueError(f"probabilities must have the scale 1/256 and the zero point -128 of every int8 softmax; "
                              f"got {self.tensors['probabilities']}")
         self.tensors = {name: self.tensors[name] for name in required}  # in the order of the computation
+        check_scales(self.tensors)
         q, k, v = (self.linears[name].weight for name in INPUTS)
         if q.shape[0] % H or q.shape[0] != k.shape[0] or v.shape[0] % H:
             raise ValueError(f"num_heads = {H} does not fit projections of {q.shape[0]} query, {k.shape[0]} key and "
