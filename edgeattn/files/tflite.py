@@ -388,7 +388,7 @@ class _Matcher(CheckedGraph):
             self.check_multiplier(
                 max(before.scale, quantization.scale) / float(after.scale), "ADD of the mask"
             )
-            if codes.size > 1 and float(np.ptp(quantization.dequantize(codes))) < float(after.scale):
+            if codes.size > 1 and np.ptp(codes.astype(np.int32)) * float(quantization.scale) < float(after.scale):
                 self.told.append(f"{self.name}: what ADD adds to the scores, {self.tensor(other).name!r}, changes none "
                                  "by a step: a mask of minus infinity that its converter had no code for. Convert "
                                  "without the mask, and pass it to each call")

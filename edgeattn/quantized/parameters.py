@@ -65,7 +65,8 @@ class TensorQuantization(Value):
 
     def dequantize(self, codes: ArrayLike) -> Float32s:
         """Reals that ``codes`` stand for, float32 of the same shape."""
-        return (np.asarray(codes, np.float32) - np.float32(self.zero_point)) * self.scale
+        with np.errstate(over="ignore"):
+            return (np.asarray(codes, np.float32) - np.float32(self.zero_point)) * self.scale
 
 
 class QuantizedLinear(Frozen):
