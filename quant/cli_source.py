@@ -36,14 +36,17 @@ class Source(NamedTuple):
     norm_first: bool
     node: str | None
 
-    def read(self):
-        """The layer, encoder or model."""
+    def read(self, scheme: str | None = None, arithmetic: str | None = None):
+        """The layer, encoder or model; of an .onnx file with quantizers as `scheme` says."""
         path = self.path
         given = {f"--{name.replace('_', '-')}": value for name, value in self._asdict().items()
                  if name.endswith("prefix") or name == "torch_encoder"}
         given = {name: value for name, value in given.items() if value is not None}
         if self.torch_encoder is None and (self.activation is not None or self.norm_first):
             raise click.UsageError("--activation and --norm-first need --torch-encoder: other files say what they are")
+        if (scheme or arithmetic) and (given or self.node is not None or path.suffix in KERAS):
+            raise click.UsageError(f"--{'scheme' if scheme else 'arithmetic'} must be left out for what is read as "
+                                   f"float32; got {path}")
         if self.node is not None:
             return self._of_node(given)
         if not given:
@@ -51,7 +54,9 @@ class Source(NamedTuple):
                 raise click.UsageError("--num-heads needs --prefix or --torch-prefix: a saved layer knows its heads")
             if path.suffix == ".npz":
                 raise click.UsageError(f"{path} is a checkpoint: give --prefix or --torch-prefix, and --num-heads")
-            return MultiHeadAttention.from_keras(path) if path.suffix in KERAS else open_model(path)
+            if path.suffix in KERAS:
+                return MultiHeadAttention.from_keras(path)
+            return open_model(path, scheme=scheme, arithmetic=arithmetic)
         if len(given) > 1:
             raise click.UsageError(f"{' and '.join(given)} exclude each other")
         if self.num_heads is None:

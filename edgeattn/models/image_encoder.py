@@ -10,6 +10,7 @@ from edgeattn.checks import as_array, flag, float_array, result_dtype, to_float3
 from edgeattn.device import Placeable
 from edgeattn.files import checkpoints
 from edgeattn.files.paths import named
+from edgeattn.hints import hinted
 from edgeattn.layers.embedding import PatchEmbedding
 from edgeattn.layers.encoder import TransformerEncoder
 from edgeattn.layers.linear import Linear
@@ -45,8 +46,9 @@ class ImageEncoder(Placeable, Stored):
         self.embedding, self.encoder, self.spectrogram = embedding, encoder, flag("spectrogram", spectrogram)
 
     @classmethod
+    @hinted
     def from_onnx(cls, path_or_model: Path | OnnxModel, *, scheme: OnnxScheme = "float32",
-                  arithmetic: Arithmetic = "litert") -> Self:
+                  arithmetic: Arithmetic | None = None) -> Self:
         """The image encoder of an ONNX model: ViT, DeiT and the like, whose patches a Conv makes.
 
         The layers are found as `TransformerEncoder.from_onnx` finds them; what is behind them is left out.

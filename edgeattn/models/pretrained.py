@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from edgeattn.files.paths import as_path, named
+from edgeattn.hints import hinted
 from edgeattn.models.checkpoint import Checkpoint
 from edgeattn.models.families import encoder, family_of, patch_embedding, text_embedding
 from edgeattn.models.image_encoder import ImageEncoder
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from edgeattn.types import Path
 
 
+@hinted
 def from_pretrained(folder: Path) -> TextEncoder | ImageEncoder:
     """The model in a folder, as `save_pretrained` of transformers or sentence-transformers writes it.
 

@@ -181,6 +181,9 @@ def test_what_has_no_scales_is_no_static_encoder(tmp_path):
         TransformerEncoder.from_onnx(path, scheme="static")
     with pytest.raises(ValueError, match="scheme must be 'float32' or 'static', got 'dynamic'; quant.quantize"):
         TransformerEncoder.from_onnx(path, scheme="dynamic")
+    for each in (TransformerEncoder, edgeattn.TextEncoder, edgeattn.ImageEncoder):
+        with pytest.raises(ValueError, match="arithmetic must be left out but for scheme='static'.*got 'litert'"):
+            each.from_onnx(path, arithmetic="litert")
     with pytest.raises(ValueError, match="arithmetic must be one of"):
         TransformerEncoder.from_onnx(path, scheme="static", arithmetic="tpu")
     path = quant.export(static(encoder()), tmp_path / "b.onnx")
