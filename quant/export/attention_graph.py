@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -52,7 +53,8 @@ INT8_VERSIONS = {
     "NOT_EQUAL": 1,
 }
 MOVED_INT8_VERSIONS = {"GATHER": 2, "CONCATENATION": 2, "SLICE": 2}
-FLOAT_VERSIONS = dict.fromkeys((*INT8_VERSIONS, "CONCATENATION"), 1) | {"FULLY_CONNECTED": FULLY_CONNECTED_VERSION}
+FLOAT_VERSIONS = dict.fromkeys((*INT8_VERSIONS, "CONCATENATION", "MEAN", "SUB", "RSQRT", "SLICE"), 1) | {
+    "FULLY_CONNECTED": FULLY_CONNECTED_VERSION}
 # exp(MASKED_SCORE - any real score) is 0 in float32, and unlike -inf a row full of it gives no NaN.
 MASKED_SCORE = np.float32(-1e30)
 
@@ -237,6 +239,7 @@ class FloatTfliteOps(TfliteOps):
         self._shared: dict[str, tuple[int, int]] = {}
         self._mask: np.ndarray | None = None
         self._apart: dict[tuple[int, ...], tuple[int, int]] = {}
+        self._numbers: dict[str, int] = {}
 
     def begin(self, layer, mask, name: str = "") -> None:
         """What `forward` of a layer, whose names begin with `name`, is about to find."""
@@ -302,8 +305,54 @@ class FloatTfliteOps(TfliteOps):
                      for part, array in (("weight", weight), ("bias", bias))]
         return self._fully_connected(x, *constants, name)
 
+    def layer_norm(self, x: int, norm: Any, name: str) -> int:
+        """(x - mean) / sqrt(variance + eps) * weight + bias, taken apart."""
+        return self._scaled(self._elementwise("SUB", x, self._mean(x, f"{name}/mean"), f"{name}/centred"), norm, name)
+
+    def rms_norm(self, x: int, norm: Any, name: str) -> int:
+        """x / sqrt(mean(x^2) + eps) * weight, taken apart."""
+        return self._scaled(x, norm, name)
+
+    def _scaled(self, x: int, norm: Any, name: str) -> int:
+        variance = self._mean(self._elementwise("MUL", x, x, f"{name}/square"), f"{name}/variance")
+        eps = self._constant(f"{name}/eps", np.array(norm.eps, np.float32))
+        variance = self._elementwise("ADD", variance, eps, f"{name}/variance_eps")
+        shape = self.graph.tensors[variance].shape
+        inverse = self._operator("RSQRT", [variance], f"{name}/inverse", shape)
+        y = self._elementwise("MUL", x, inverse, f"{name}/normed")
+        y = self._elementwise("MUL", y, self._constant(f"{name}/weight", norm.weight), f"{name}/scaled")
+        return y if norm.bias is None else self._elementwise("ADD", y, self._constant(f"{name}/bias", norm.bias), name)
+
+    def add(self, a: int, b: int, name: str) -> int:
+        """The sum."""
+        return self._elementwise("ADD", a, b, name)
+
+    def multiply(self, a: int, b: int, name: str) -> int:
+        """The product, element by element."""
+        return self._elementwise("MUL", a, b, name)
+
+    def subtract(self, a: int, b: int, name: str) -> int:
+        """The difference."""
+        return self._elementwise("SUB", a, b, name)
+
+    def _mean(self, x: int, name: str) -> int:
+        shape = (*self.graph.tensors[x].shape[:-1], 1)
+        return self._operator("MEAN", [x, self._indices("last_axis", [2])], name, shape, options={"keep_dims": True})
+
+    def _indices(self, name: str, values: Any) -> int:
+        """A constant of int32, once under a name."""
+        if name not in self._numbers:
+            self._numbers[name] = self._constant(name, np.array(values, np.int32))
+        return self._numbers[name]
+
     def _elementwise(self, operator: str, a: int, b: int, name: str) -> int:
         return self._operator(operator, [a, b], name, self.graph.tensors[a].shape)
+
+    def part(self, x: int, first: int, size: int, name: str) -> int:
+        """Columns beside each other."""
+        bounds = [self._indices(f"{name}/{part}", [*lead, value]) for part, lead, value in (
+            ("begin", (0, 0), first), ("size", self.graph.tensors[x].shape[:-1], size))]
+        return self._moved("SLICE", [x, *bounds], name, size)
 
     def joined(self, parts: list[int], name: str) -> int:
         """Rows or codes side by side."""
