@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgeattn.layers import MultiHeadAttention
-from edgeattn.layers.positions import refuse_positions
 from edgeattn.quantized import DynamicMultiHeadAttention, StaticFeedForward
 from quant.export.attention_graph import (
     FLOAT_VERSIONS,
@@ -93,9 +92,8 @@ class EncoderTfliteOps(StaticBetweenRows[int], FloatTfliteOps):
         self.lengths = check_lengths(attention, (0, 0, 0), *self._shape, None)
         try:
             if isinstance(attention, (MultiHeadAttention, DynamicMultiHeadAttention)):
-                refuse_positions(attention, "a .safetensors or .so holds the encoder whole")
                 check_float(attention)
-                self.begin(attention, mask.permitted(), f"{name}attention.")
+                self.begin(attention, mask.permitted(), f"{name}attention.", mask.bias)
             return layer.forward(self, x, sequences, name)
         except ValueError as error:
             raise ValueError(f"{name.removesuffix('.')}: {error}") from None

@@ -218,7 +218,6 @@ REFUSED = {
                            r"padding must be left out but for an encoder in a \.tflite or \.onnx; got a MultiHeadAttention"),
     "padding elsewhere": (encoder, {"padding": True, "path": "a.safetensors"}, ValueError, "takes masks with each call"),
     "no room for padding": (lambda: static(encoder()), {"padding": True}, ValueError, "room_for_masks=True"),
-    "rotary": (lambda: encoder(rotary=edgeattn.RotaryEmbedding(8)), {}, ValueError, r"layers\.0: .*no rotary"),
 }
 
 

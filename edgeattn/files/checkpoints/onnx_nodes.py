@@ -223,6 +223,8 @@ class Graph:
         """
         kind, attributes = node.op_type, self.attributes(node)
         try:
+            if not inputs or inputs[0] is None:
+                raise ValueError("its first input is missing")
             if kind == "ConstantOfShape":
                 shape = functions.whole_numbers(inputs[0], "a shape")
                 self._spend(_elements(shape))
