@@ -11,7 +11,7 @@ FORMS = (".safetensors, int8 .tflite, .onnx or .so (bundle) file, or a folder of
          "sentence-transformers save it")
 
 
-def open_model(path, *, texts=False, tokenizer=None, scheme=None, arithmetic=None):
+def open_model(path, *, texts=False, tokenizer=None, scheme=None, arithmetic=None, part=None):
     """The layer or model in a file, or in a folder of another library.
 
     Parameters
@@ -23,6 +23,8 @@ def open_model(path, *, texts=False, tokenizer=None, scheme=None, arithmetic=Non
         Of an .onnx file: the folder of its tokenizer, where that is not its own.
     scheme, arithmetic : str, optional
         Of an .onnx file, as `edgeattn.TransformerEncoder.from_onnx` takes them.
+    part : str, optional
+        Of a folder, as `edgeattn.from_pretrained` takes it.
     """
     folder, suffix = os.path.isdir(path), os.path.splitext(path)[1]
     if arithmetic is not None and (folder or suffix == ".so"):
@@ -32,8 +34,10 @@ def open_model(path, *, texts=False, tokenizer=None, scheme=None, arithmetic=Non
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(path))
     if scheme is not None and (folder or suffix != ".onnx"):
         raise ValueError(f"--scheme must be left out but for an .onnx file, got {path}: any other says what it holds")
+    if part is not None and not folder:
+        raise ValueError(f"--part must be left out but for a model's folder, got {path}")
     if folder:
-        return edgeattn.from_pretrained(path)
+        return edgeattn.from_pretrained(path, part=part)
     if suffix == ".so":
         from edgeattn import bundle
 

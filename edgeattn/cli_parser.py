@@ -5,6 +5,7 @@ import re
 from edgeattn import hints
 from edgeattn.arithmetic import KERNEL_SETS
 from edgeattn.cli_open import SCHEMES
+from edgeattn.models.pretrained import PARTS
 
 SHELLS = ("bash", "zsh", "fish")
 EXIT_STATUS = "Exit status: 0 done, 2 an error, which one line on standard error names, 130 interrupted."
@@ -24,8 +25,10 @@ class Parser(argparse.ArgumentParser):
             message = f"No such command {unknown[1]!r}.{nearest(unknown[1], commands)}"
         self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
 
-    def add_onnx_options(self):
-        """Add what an .onnx file is read as."""
+    def add_reading_options(self):
+        """Add what an .onnx file, or a folder of several models, is read as."""
+        self.add_argument("--part", choices=PARTS, default=None,
+                          help="of a folder: text or vision, a half of CLIP and its kind; encoder, the layers alone")
         self.add_argument("--scheme", choices=SCHEMES, default=None,
                           help="of an .onnx file with quantizers: static, its int8 layers by its own scales; float32 "
                                "unless given")

@@ -18,6 +18,7 @@ from edgeattn.cli_open import SCHEMES, open_model
 from edgeattn.cli_parser import EXIT_STATUS, SHELLS, nearest
 from edgeattn.files.paths import check_output, write_atomic
 from edgeattn.files.tensor_files import read_npy
+from edgeattn.models.pretrained import PARTS
 from edgeattn.summary import precision
 from quant.calibration import Calibration
 from quant.cli_source import layer_options, path_argument, with_file_names
@@ -35,6 +36,8 @@ arithmetic_option = click.option("--arithmetic", type=click.Choice(list(KERNEL_S
 scheme_option = click.option("--scheme", type=click.Choice(SCHEMES),
                              help="Of an .onnx file with quantizers: static, its int8 layers by its own scales; "
                                   "float32 unless given.")
+part_option = click.option("--part", type=click.Choice(PARTS),
+                           help="Of a folder: text or vision, a half of CLIP and its kind; encoder, the layers alone.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the same as JSON.")
 
 
@@ -278,10 +281,11 @@ def export(source, path, sequence_length, mask, scheme, arithmetic, as_json, **o
 @click.argument("file", type=path_argument)
 @scheme_option
 @arithmetic_option
+@part_option
 @json_option
-def inspect(file, scheme, arithmetic, as_json):
+def inspect(file, scheme, arithmetic, part, as_json):
     """Show what FILE holds: a layer, a model, a calibration or a .tflite graph."""
-    parts = list(describe_file(file, arithmetic=arithmetic, scheme=scheme))
+    parts = list(describe_file(file, arithmetic=arithmetic, scheme=scheme, part=part))
     if as_json:
         click.echo(json.dumps({"file": str(file), **values_of(parts)}, indent=1))
         return

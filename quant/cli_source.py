@@ -16,6 +16,7 @@ from edgeattn.files.paths import reading
 from edgeattn.files.tensor_files import read_npy, read_tensors
 from edgeattn.layers import MultiHeadAttention, TransformerEncoder
 from edgeattn.models import ImageEncoder, TextEncoder
+from edgeattn.models.pretrained import PARTS
 
 # Of a .npy file: the results are the same however it is cut, and the (B, H, L, S) scores shall fit memory.
 ROWS_AT_ONCE = 32
@@ -35,6 +36,7 @@ class Source(NamedTuple):
     activation: str | None
     norm_first: bool
     node: str | None
+    part: str | None
 
     def read(self, scheme: str | None = None, arithmetic: str | None = None):
         """The layer, encoder or model; of an .onnx file with quantizers as `scheme` says."""
@@ -47,6 +49,8 @@ class Source(NamedTuple):
         if (scheme or arithmetic) and (given or self.node is not None or path.suffix in KERAS):
             raise click.UsageError(f"--{'scheme' if scheme else 'arithmetic'} must be left out for what is read as "
                                    f"float32; got {path}")
+        if self.part is not None and (given or self.node is not None):
+            raise click.UsageError(f"--part needs the folder of a model; got {path}")
         if self.node is not None:
             return self._of_node(given)
         if not given:
@@ -56,7 +60,7 @@ class Source(NamedTuple):
                 raise click.UsageError(f"{path} is a checkpoint: give --prefix or --torch-prefix, and --num-heads")
             if path.suffix in KERAS:
                 return MultiHeadAttention.from_keras(path)
-            return open_model(path, scheme=scheme, arithmetic=arithmetic)
+            return open_model(path, scheme=scheme, arithmetic=arithmetic, part=self.part)
         if len(given) > 1:
             raise click.UsageError(f"{' and '.join(given)} exclude each other")
         if self.num_heads is None:
@@ -87,6 +91,8 @@ def layer_options(command):
         return command(source=Source(layer, **{name: given.pop(name) for name in Source._fields[1:]}), **given)
 
     for option in (
+        click.option("--part", type=click.Choice(PARTS),
+                     help="LAYER is a folder: text or vision, a half of CLIP and its kind; encoder, the layers alone."),
         click.option("--node", help="LAYER is an .onnx, .keras or .h5 file; the name of its attention node or layer."),
         click.option("--norm-first", is_flag=True, help="Of --torch-encoder: what its layers were made with."),
         click.option("--activation", help="Of --torch-encoder: what its layers were made with; relu unless given."),

@@ -14,10 +14,12 @@ from edgeattn.hints import hinted
 from edgeattn.layers.embedding import PatchEmbedding
 from edgeattn.layers.encoder import TransformerEncoder
 from edgeattn.layers.linear import Linear
+from edgeattn.layers.norm import norm_of
 from edgeattn.layers.state import Stored
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Any
 
     from numpy.typing import ArrayLike
     from typing_extensions import Self
@@ -71,8 +73,9 @@ class ImageEncoder(Placeable, Stored):
         with named(path_or_model):
             found = checkpoints.onnx_image(path_or_model, checkpoints.kernel_set_of(scheme, arithmetic))
             patch = found.weight.shape[2:]
+            norm: Any = norm_of(found.norm)
             return cls(PatchEmbedding(Linear(found.weight.reshape(len(found.weight), -1), found.bias), found.places,
-                                      patch_size=patch, stride=found.stride, image_size=found.image_size),
+                                      patch_size=patch, stride=found.stride, image_size=found.image_size, norm=norm),
                        TransformerEncoder.from_found(found.encoder))
 
     @property

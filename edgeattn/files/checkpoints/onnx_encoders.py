@@ -253,8 +253,9 @@ def _sum_behind(graph, value, name):
         node = readers[0]
         if node.op_type in ("Add", "Sum") and len(node.input) == 2:
             other = node.input[1] if node.input[0] == value else node.input[0]
-            if graph.constant(other) is None and graph.shapes.get(other) == graph.shapes.get(value):
-                return graph.output(node), rows_of(graph, value, start), other
+            total, shape = graph.output(node), graph.shapes.get(other)
+            if total and graph.constant(other) is None and shape == graph.shapes.get(value):
+                return total, rows_of(graph, value, start), other
         if node.op_type not in _PLAIN:
             break
         value = graph.output(node)
