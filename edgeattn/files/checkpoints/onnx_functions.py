@@ -11,7 +11,7 @@ import numpy as np
 from edgeattn.files.paths import reason
 
 _LONGEST_RANGE = 2**16
-_MOST_AXES = 12
+_MOST_AXES, _LARGEST_TILE = 12, 2**22
 
 
 def reshape(attributes, x, shape):
@@ -96,6 +96,14 @@ def expand(_, x, shape):
     return np.broadcast_to(x, np.broadcast_shapes(x.shape, tuple(whole_numbers(shape, "a shape"))))
 
 
+def tile(_, x, repeats):
+    """Tile."""
+    repeats = whole_numbers(repeats, "repeats")
+    if min(repeats, default=1) < 0 or x.size * math.prod(repeats) > _LARGEST_TILE:
+        raise ValueError(f"a Tile must give at most {_LARGEST_TILE} elements, got {x.size} times {reason(repeats)}")
+    return np.tile(x, repeats)
+
+
 def concat(attributes, *parts):
     """Concat."""
     return np.concatenate(parts, attributes.get("axis", 0))
@@ -112,6 +120,7 @@ LAYOUT = {
     "Gather": gather,
     "Split": split,
     "Expand": expand,
+    "Tile": tile,
 }
 
 
@@ -282,7 +291,6 @@ OTHERS = {
     "Concat": concat,
     "MatMul": _plain(np.matmul),
     "CumSum": lambda _, x, axis: np.cumsum(x, int(np.asarray(axis).reshape(-1)[0])),
-    "Tile": lambda _, x, repeats: np.tile(x, whole_numbers(repeats, "repeats")),
     "LayerNormalization": layer_norm,
     "RMSNormalization": rms_norm,
     "SimplifiedLayerNormalization": rms_norm,

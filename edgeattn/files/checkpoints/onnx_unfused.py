@@ -1,13 +1,16 @@
 """Operators of onnxruntime that fuse sums, norms and activations, as the ONNX nodes that they stand for."""
 
-from edgeattn.files.checkpoints.onnx_shapes import PRODUCTS
+from edgeattn.files.checkpoints.onnx_shapes import PRODUCTS, equation
 
 _FLOAT, _INT, _INTS, _STRING = 1, 2, 7, 3  # onnx.AttributeProto.AttributeType
 _EPS = 1e-12  # where a node has none
 
 
-def unfused(nodes):
-    """The nodes, with those of fused ones in their places."""
+def unfused(nodes, outputs=()):
+    """The nodes, with those of fused ones in their places, and without transpositions that are taken back.
+
+    `outputs` names what the graph gives.
+    """
     maker = {name: node for node in nodes for name in node.output if name}
     result = []
     for node in nodes:
@@ -17,7 +20,26 @@ def unfused(nodes):
         except IndexError:  # of a damaged node, which is told where it is read
             made = [node]
         result += made
-    return result
+    maker = {name: node for node in result for name in node.output if name}
+    result = [_turned_back(node, maker) for node in result]
+    read = {name for node in result for name in node.input} | set(outputs)
+    return [node for node in result if node.op_type != "Transpose" or read.intersection(node.output)]
+
+
+def _turned_back(node, maker):
+    """A Transpose that takes another one back, as a node that does nothing."""
+    first = maker.get(node.input[0]) if node.op_type == "Transpose" and node.input else None
+    if first is None or first.op_type != "Transpose" or not first.input or not node.output:
+        return node
+    perms = [list(entry.ints) for each in (first, node) for entry in each.attribute if entry.name == "perm"]
+    if len(perms) != 2 or len(perms[0]) != len(perms[1]) or any(
+            not 0 <= axis < len(perms[0]) or perms[0][axis] != i for i, axis in enumerate(perms[1])):
+        return node
+    same = type(node)()
+    same.op_type, same.name = "Identity", node.name
+    same.input.append(first.input[0])
+    same.output.append(node.output[0])
+    return same
 
 
 class _Nodes:
@@ -126,7 +148,61 @@ def _rotary(w):
     return w.made
 
 
+def _quick_gelu(w):
+    x, alpha = w.node.input[0], w.attributes["alpha"].f if "alpha" in w.attributes else (
+        1.702 if w.node.op_type == "QuickGelu" else 1.0)
+    steep = w.add("Mul", x, w.add("Constant", value_float=alpha)) if alpha != 1 else x
+    w.add("Mul", x, w.add("Sigmoid", steep), to=w.output(0))
+    return w.made
+
+
+def _einsum(w):
+    """Of rows and weights: a product of two axes each, between reshapes."""
+    try:
+        left, right, out = equation(w.attributes["equation"].s.decode())
+    except (ValueError, KeyError):
+        return [w.node]
+    inner = "".join(letter for letter in left if letter in right)
+    lead, outer = left.removesuffix(inner), right.removeprefix(inner)
+    if not inner or not outer or left != lead + inner or right != inner + outer or out != lead + outer or len(lead) < 2:
+        return [w.node]
+    (x, weight), kept = w.node.input[:2], [0] * len(lead)
+    sizes = w.add("Shape", weight)
+    if len(inner) > 1:
+        x = w.add("Reshape", x, w.add("Constant", value_ints=[*kept, -1]))
+    if len(inner) > 1 or len(outer) > 1:
+        rows = w.add("Slice", sizes, *(w.add("Constant", value_ints=[number]) for number in (len(inner), 2**31)))
+        wide = w.add("ReduceProd", rows, axes=[0], keepdims=1)
+        weight = w.add("Reshape", weight, w.add("Concat", w.add("Constant", value_ints=[-1]), wide, axis=0))
+    if len(outer) == 1:
+        w.add("MatMul", x, weight, to=w.output(0))
+    else:
+        heads = w.add("Concat", w.add("Constant", value_ints=kept), rows, axis=0)
+        w.add("Reshape", w.add("MatMul", x, weight), heads, to=w.output(0))
+    return w.made
+
+
+def _pointwise(w):
+    """A convolution of one token or pixel at a time: a product, between transpositions."""
+    given = {name: list(entry.ints) for name, entry in w.attributes.items() if entry.type == _INTS}
+    axes = len(given.get("kernel_shape", ()))
+    group = w.attributes["group"].i if "group" in w.attributes else 1
+    if axes not in (1, 2) or group != 1 or any(given.get("pads", ())) or any(
+            size != 1 for name in ("kernel_shape", "strides", "dilations") for size in given.get(name, ())):
+        return [w.node]
+    last = w.add("Transpose", w.node.input[0], perm=[0, *range(2, axes + 2), 1])
+    weight = w.add("Squeeze", w.node.input[1], w.add("Constant", value_ints=list(range(2, axes + 2))))
+    rows = w.add("MatMul", last, w.add("Transpose", weight, perm=[1, 0]))
+    rows = w.add("Add", rows, w.input(2)) if w.input(2) else rows
+    w.add("Transpose", rows, to=w.output(0), perm=[0, axes + 1, *range(1, axes + 1)])
+    return w.made
+
+
 _WRITERS = {
+    "Conv": _pointwise,
+    "QuickGelu": _quick_gelu,
+    "Swish": _quick_gelu,
+    "Einsum": _einsum,
     "RotaryEmbedding": _rotary,
     "SkipLayerNormalization": _skip_norm,
     "SkipSimplifiedLayerNormalization": _skip_norm,
