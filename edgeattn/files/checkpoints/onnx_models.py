@@ -310,7 +310,8 @@ def read_image(graph, nodes, arithmetic=None):
     if len(start.terms) != 1 or not is_conv(start.terms[0].source):
         found = [graph.maker.get(term.source) for term in start.terms]
         raise NotRead("an image encoder must begin with a Conv that makes patches of an input of the graph, plus "
-                      f"constants, got {', '.join(title(node) if node is not None else 'an input' for node in found)}")
+                      f"constants, got {', '.join(title(node) if node is not None else 'an input' for node in found)}; "
+                      "TransformerEncoder.from_onnx reads the layers alone")
     term = start.terms[0]
     conv = graph.maker[term.source]
     attributes, weight = graph.attributes(conv), graph.constant(conv.input[1])

@@ -4,10 +4,11 @@ from edgeattn.files.checkpoints.onnx_shapes import PRODUCTS, equation
 
 _FLOAT, _INT, _INTS, _STRING = 1, 2, 7, 3  # onnx.AttributeProto.AttributeType
 _EPS = 1e-12  # where a node has none
+_DROPPED = ("Transpose", "DequantizeLinear")  # where nothing reads them
 
 
 def unfused(nodes, outputs=()):
-    """The nodes, with those of fused ones in their places, and without transpositions that are taken back.
+    """The nodes, with those of fused ones in their places, and without what only moves there and back, or to a shape.
 
     `outputs` names what the graph gives.
     """
@@ -21,9 +22,20 @@ def unfused(nodes, outputs=()):
             made = [node]
         result += made
     maker = {name: node for node in result for name in node.output if name}
-    result = [_turned_back(node, maker) for node in result]
+    result = [_of_codes_themselves(_turned_back(node, maker), maker) for node in result]
     read = {name for node in result for name in node.input} | set(outputs)
-    return [node for node in result if node.op_type != "Transpose" or read.intersection(node.output)]
+    return [node for node in result if node.op_type not in _DROPPED or read.intersection(node.output)]
+
+
+def _of_codes_themselves(node, maker):
+    """A Shape of the reals of codes as one of the codes."""
+    reals = maker.get(node.input[0]) if node.op_type == "Shape" and node.input else None
+    if reals is None or reals.op_type != "DequantizeLinear" or not reals.input:
+        return node
+    same = type(node)()
+    same.CopyFrom(node)
+    same.input[0] = reals.input[0]
+    return same
 
 
 def _turned_back(node, maker):
@@ -198,7 +210,41 @@ def _pointwise(w):
     return w.made
 
 
+def _of_codes(w):
+    """An elementwise operator upon codes, between what makes reals of them and codes again."""
+    kind = w.node.op_type.removeprefix("QLinear")
+    first = 1 if kind == "Where" else 0
+    count = 1 if kind == "Sigmoid" else 2
+    reals = [w.add("DequantizeLinear", *w.node.input[i : i + 3]) for i in range(first, first + 3 * count, 3)]
+    made = w.add(kind, *w.node.input[:first], *reals)
+    scales = w.node.input[first + 3 * count :]
+    w.add("QuantizeLinear", made, scales[0], *scales[1:], to=w.output(0))
+    return w.made
+
+
+def _concat_of_codes(w):
+    scales, parts = w.node.input[:2], w.node.input[2:]
+    reals = [w.add("DequantizeLinear", *parts[i : i + 3]) for i in range(0, len(parts), 3)]
+    axis = w.attributes["axis"].i if "axis" in w.attributes else 0
+    w.add("QuantizeLinear", w.add("Concat", *reals, axis=axis), *scales, to=w.output(0))
+    return w.made
+
+
+def _convolution_of_codes(w):
+    x, weight, scales, bias = w.node.input[:3], w.node.input[3:6], w.node.input[6:8], w.input(8)
+    reals = [w.add("DequantizeLinear", *x), w.add("DequantizeLinear", *weight, axis=0)]
+    if bias:
+        reals.append(w.add("DequantizeLinear", bias, w.add("Mul", x[1], weight[1]), axis=0))
+    made = w.add("Conv", *reals)
+    w.made[-1].attribute.extend(w.node.attribute)
+    w.add("QuantizeLinear", made, *scales, to=w.output(0))
+    return w.made
+
+
 _WRITERS = {
+    "QLinearConcat": _concat_of_codes,
+    "QLinearConv": _convolution_of_codes,
+    **dict.fromkeys(("QLinearAdd", "QLinearMul", "QLinearSigmoid", "QLinearWhere"), _of_codes),
     "Conv": _pointwise,
     "QuickGelu": _quick_gelu,
     "Swish": _quick_gelu,

@@ -353,6 +353,48 @@ def test_fused_sigmoids(kind, alpha):
     np.testing.assert_allclose(computed(first, seeded(B, L, E)), computed(second, seeded(B, L, E)), **CLOSE)
 
 
+STEP = number(0.05), np.array(128, np.uint8)
+
+
+def in_codes(kind):
+    """An operator of onnxruntime's QOperator format, between codes; its shape is asked of the reals."""
+    def form(graph, *values):
+        codes = [part for value in values for part in (graph.add("QuantizeLinear", value, *STEP), *STEP)]
+        made = graph.add(f"QLinear{kind}", *codes, *STEP, domain="com.microsoft")
+        shape = graph.add("Shape", graph.add("DequantizeLinear", made, *STEP))
+        return graph.add("Reshape", graph.add("DequantizeLinear", made, *STEP), shape)
+    return form
+
+
+def test_operators_upon_codes():
+    def built(add, activation):
+        graph = Graph(x=seeded(B, L, E))
+        x = norm_node(graph, add(graph, "x", attended(graph, 0, *heads(graph, "x", 0))), seeded(E), seeded(E))
+        x = norm_node(graph, add(graph, x, feed_forward(graph, x, 6, activation)), seeded(E), seeded(E))
+        return TransformerEncoder.from_onnx(open_axes(graph.model(x), "b", "l"))
+
+    first = built(in_codes("Add"), lambda g, x: in_codes("Mul")(g, x, in_codes("Sigmoid")(g, x)))
+    second = built(lambda g, a, b: g.add("Add", a, b), lambda g, x: g.add("Mul", x, g.add("Sigmoid", x)))
+    np.testing.assert_array_equal(computed(first, seeded(B, L, E)), computed(second, seeded(B, L, E)))
+
+
+def test_images_whose_patches_are_of_codes():
+    """QLinearConv and QLinearConcat; the bias has the steps of both."""
+    graph = Graph(pixels=seeded(B, 3, 8, 12))
+    weight, scales = np.random.default_rng(3).integers(-99, 99, (E, 3, 4, 4)).astype(np.int8), np.abs(seeded(E)) / 99 + number(1e-3)
+    bias = np.arange(E, dtype=np.int32) * 9
+    codes = graph.add("QLinearConv", graph.add("QuantizeLinear", "pixels", *STEP), *STEP, weight, scales, np.zeros(E, np.int8),
+                      *STEP, bias, strides=[4, 4], kernel_shape=[4, 4])
+    rows = graph.add("Transpose", graph.add("Reshape", codes, np.array([B, E, -1])), perm=[0, 2, 1])
+    token = graph.add("QuantizeLinear", seeded(B, 1, E) * 0, *STEP)
+    rows = graph.add("QLinearConcat", *STEP, token, *STEP, rows, *STEP, axis=1, domain="com.microsoft")
+    rows = graph.add("Add", graph.add("DequantizeLinear", rows, *STEP), seeded(1, 7, E))
+    image = ImageEncoder.from_onnx(graph.model(layer(graph, rows, norm_first=True)))
+    np.testing.assert_allclose(image.embedding.projection.weight, (weight * scales[:, None, None, None]).reshape(E, -1), rtol=1e-6)
+    np.testing.assert_allclose(image.embedding.projection.bias, bias * scales * 0.05, rtol=1e-6)
+    assert image.embedding.first_tokens == 1
+
+
 def test_biases_of_distances_are_relative_positions():
     """Whatever table they are of: the numbers of each distance, the same from some on."""
     numbers = seeded(H, 13)
