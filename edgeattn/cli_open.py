@@ -6,7 +6,6 @@ import os
 import edgeattn
 from edgeattn.files.checkpoints import kernel_set_of
 
-SCHEMES = ("float32", "static")
 FORMS = (".safetensors, int8 .tflite, .onnx or .so (bundle) file, or a folder of a model as transformers and "
          "sentence-transformers save it")
 

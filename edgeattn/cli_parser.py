@@ -4,9 +4,8 @@ import re
 
 from edgeattn import hints
 from edgeattn.arithmetic import KERNEL_SETS
-from edgeattn.cli_open import SCHEMES
-from edgeattn.models.pretrained import PARTS
 
+SCHEMES, PARTS = ("float32", "static"), ("text", "vision", "encoder")  # edgeattn.types has them for type checkers
 SHELLS = ("bash", "zsh", "fish")
 EXIT_STATUS = "Exit status: 0 done, 2 an error, which one line on standard error names, 130 interrupted."
 

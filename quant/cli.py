@@ -14,11 +14,10 @@ import quant
 from edgeattn import messages
 from edgeattn.alive import alive
 from edgeattn.arithmetic import KERNEL_SETS
-from edgeattn.cli_open import SCHEMES, open_model
-from edgeattn.cli_parser import EXIT_STATUS, SHELLS, nearest
+from edgeattn.cli_open import open_model
+from edgeattn.cli_parser import EXIT_STATUS, PARTS, SCHEMES, SHELLS, nearest
 from edgeattn.files.paths import check_output, write_atomic
 from edgeattn.files.tensor_files import read_npy
-from edgeattn.models.pretrained import PARTS
 from edgeattn.summary import precision
 from quant.calibration import Calibration
 from quant.cli_source import layer_options, path_argument, with_file_names

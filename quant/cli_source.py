@@ -12,11 +12,11 @@ import click
 import numpy as np
 
 from edgeattn.cli_open import open_model
+from edgeattn.cli_parser import PARTS
 from edgeattn.files.paths import reading
 from edgeattn.files.tensor_files import read_npy, read_tensors
 from edgeattn.layers import MultiHeadAttention, TransformerEncoder
 from edgeattn.models import ImageEncoder, TextEncoder
-from edgeattn.models.pretrained import PARTS
 
 # Of a .npy file: the results are the same however it is cut, and the (B, H, L, S) scores shall fit memory.
 ROWS_AT_ONCE = 32

@@ -235,6 +235,15 @@ def test_quantize_to_static(command):
         edgeattn.load("e.safetensors"), quant.ModelCalibration.load("c.safetensors"), arithmetic="tflm")
 
 
+def test_a_part_of_a_folder(command):
+    whisper, vit = GOLDEN / "whisper", GOLDEN / "vit"
+    assert "TransformerEncoder, float32" in command(f"edgeattn info {whisper} --part encoder")
+    assert "give --part encoder" not in command(f"quant inspect {vit} --part vision")
+    assert command(f"quant export {whisper} w.onnx --part encoder").startswith("wrote w.onnx: ")
+    assert "--part encoder reads its layers" in command(f"edgeattn bench {whisper}", status=2)
+    assert "--part must be left out but for a model's folder" in command("edgeattn info e.safetensors --part text", status=2)
+
+
 def test_export_of_an_encoder(command):
     command("quant calibrate e.safetensors x.npy -o c.safetensors")
     command("quant quantize e.safetensors c.safetensors -o q.safetensors --scheme static --room-for-masks")

@@ -278,6 +278,16 @@ def test_readers_of_checkpoints(command, tmp_path):
         assert status == 0 and "MultiHeadAttention, float32" in out, err
 
 
+def test_options_have_the_values_that_arguments_have():
+    from typing import get_args
+
+    from edgeattn import cli_parser, types
+    from edgeattn.models import pretrained
+
+    assert get_args(types.ModelPart) == cli_parser.PARTS == pretrained.PARTS
+    assert get_args(types.OnnxScheme) == cli_parser.SCHEMES
+
+
 def test_encode_reads_onnx_with_a_tokenizer_and_bundles(command, monkeypatch):
     """Which reader is asked, with what; tests/models and tests/test_bundle.py have what these read."""
     model = edgeattn.from_pretrained(test_cli_models.SENTENCES)

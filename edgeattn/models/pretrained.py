@@ -15,7 +15,7 @@ from edgeattn.models.text_encoder import TextEncoder
 
 if TYPE_CHECKING:
     from edgeattn.layers import TransformerEncoder
-    from edgeattn.types import Path
+    from edgeattn.types import ModelPart, Path
 
 
 PARTS = ("text", "vision", "encoder")
@@ -38,7 +38,7 @@ def from_pretrained(folder: Path, *, part: None = None) -> TextEncoder | ImageEn
 
 
 @hinted
-def from_pretrained(folder: Path, *, part: str | None = None) -> Any:
+def from_pretrained(folder: Path, *, part: ModelPart | None = None) -> Any:
     """The model in a folder, as `save_pretrained` of transformers or sentence-transformers writes it.
 
     docs/encoders.md has the table of families. Everything is computed in float32.
