@@ -445,6 +445,7 @@ class FloatTfliteOps(HeadPositions[int], TfliteOps):
         scores = self.padded(scores, np.array(MASKED_SCORE), None, name)
         if self._mask is None:
             return scores
+        name = self.graph.tensors[scores].name
         keep = self._mask_constant(f"{name}/keep", self._mask, "mask")
         fill = self._constant(f"{name}/fill", np.array(MASKED_SCORE))
         return self._operator("SELECT_V2", [keep, scores, fill], f"{name}/masked", shape)
