@@ -13,6 +13,7 @@ from edgeattn.checks import as_array, count, flag, is_one_of
 from edgeattn.device import Placeable
 from edgeattn.files import checkpoints
 from edgeattn.files.paths import named, reading, reason
+from edgeattn.hints import hinted
 from edgeattn.layers.embedding import Embedding
 from edgeattn.layers.encoder import TransformerEncoder
 from edgeattn.layers.linear import Linear
@@ -73,8 +74,9 @@ class TextEncoder(Placeable, Stored):
         self.max_length = None if max_length is None else count("max_length", max_length)
 
     @classmethod
+    @hinted
     def from_onnx(cls, path_or_model: Path | OnnxModel, *, tokenizer: Path | None = None,
-                  scheme: OnnxScheme = "float32", arithmetic: Arithmetic = "litert") -> Self:
+                  scheme: OnnxScheme = "float32", arithmetic: Arithmetic | None = None) -> Self:
         """The text encoder of an ONNX model: BERT, DistilBERT, RoBERTa and the like, whatever exported it.
 
         The layers are found as `TransformerEncoder.from_onnx` finds them; in front of them embeddings of token ids, of

@@ -245,8 +245,6 @@ REFUSED = {
     "key_length": (lambda: encoder(), {"key_length": 3}, ValueError, "key_length must be left out for an encoder"),
     "a mask of other lengths": (lambda: encoder(), {"mask": np.ones((8, 8), bool)}, ValueError,
                                 "^mask must .*export with the lengths"),
-    "rotary": (lambda: encoder(rotary=edgeattn.RotaryEmbedding(8)), {}, ValueError,
-               r"layers\.0: layer must have no rotary .*\.safetensors"),
     "no room": (lambda: static(encoder()), {"mask": "causal"}, ValueError, "layers.0: .*room_for_masks=True"),
     "silu": (lambda: static(activated("silu")), {}, ValueError, "layers.0: .*scheme='dynamic'"),
     "equal lengths": (lambda: encoder(), {"sequence_length": [4, 4]}, ValueError, "several, each once"),
