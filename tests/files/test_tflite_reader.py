@@ -530,7 +530,7 @@ def test_left_out_operand_is_refused():
         read_tflite(serialize(graph))
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, len(MASKED_FILE) - 1), st.integers(0, 255)), min_size=1, max_size=4))
 def test_changed_bytes_give_a_layer_or_a_value_error(changes):
     data = bytearray(MASKED_FILE)
@@ -544,7 +544,7 @@ def test_changed_bytes_give_a_layer_or_a_value_error(changes):
         assert layer.num_heads >= 1
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(
     st.integers(0, len(MASKED_FILE) // 4 - 1),
     st.sampled_from([0, 1, 4, 2**31 - 1, 2**31, 2**32 - 1, 2**32 - 16, 0x7FC00000]),
