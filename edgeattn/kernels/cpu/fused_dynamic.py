@@ -109,8 +109,8 @@ def project_block_rows(projection, at_apart, features, heads, size, tokens, p, a
     """
     first, row = heads.first * size, round_up(heads.count * size, WIDTH)
     some = Projection(projection.weights, projection.at + first * projection.depth4, projection.at_terms + first,
-                      projection.factors, projection.at_factors + first, projection.bias, projection.at_bias + first,
-                      projection.depth4)
+                      projection.own_step, projection.factors, projection.at_factors + first, projection.bias,
+                      projection.at_bias + first, projection.depth4)
     apart = Apart(p.apart, own.float32, p.at_apart, pointer_to(a.factors, np.float32), at_apart + first,
                   round_up(features, WIDTH))
     separately(project_rows, (Part(own.uint32, p.at_x), tokens, Part(own.float32, p.at_xscale), some, apart, row,
@@ -231,7 +231,8 @@ def project_block(p, a, heads, batch, block, smoothing, shared, kept, own):
     quantize_block(Part(pointer_to(x, np.float32), (batch * of + t) * E), E, tokens, p, a, own)
     if is_query or p.same_qk != 0:
         depth4, repeats = depth_groups(p.query_width), p.heads // p.kv_heads
-        project_queries(Projection(weights, p.wq, p.cq, factors, p.sq, factors, p.bq, depth4),
+        up = round_up(p.heads * p.padded_head, WIDTH)
+        project_queries(Projection(weights, p.wq, p.cq, up, factors, p.sq, factors, p.bq, depth4),
                         Heads(heads.first * repeats, heads.count * repeats), t, blocks, tokens, p, a, shared, own)
     if is_query:
         return
@@ -242,14 +243,14 @@ def project_block(p, a, heads, batch, block, smoothing, shared, kept, own):
     reals, at_factors, at_bias = factors, p.sk, p.bk  # a bias of zeros, where keys are not placed
     if not (smoothing or places_keys(p)):
         reals, at_factors, at_bias = kept.float32, p.at_key_factors, p.at_mean
-    depth4 = depth_groups(p.key_width)
-    project_keys(Projection(weights, p.wk, p.ck, reals, at_factors, reals, at_bias, depth4), heads, t, blocks, tokens,
+    depth4, up = depth_groups(p.key_width), round_up(p.kv_heads * p.padded_head, WIDTH)
+    project_keys(Projection(weights, p.wk, p.ck, up, reals, at_factors, reals, at_bias, depth4), heads, t, blocks, tokens,
                  smoothing, p, a, kept, own)
     if p.same_kv == 0:
         values = pointer_to(a.values, np.float32)
         quantize_block(Part(values, (batch * S + t) * p.value_width), p.value_width, tokens, p, a, own)
-    depth4 = depth_groups(p.value_width)
-    project_values(Projection(weights, p.wv, p.cv, factors, p.sv, factors, p.bv, depth4), heads, t, blocks, tokens,
+    depth4, up = depth_groups(p.value_width), round_up(p.kv_heads * p.padded_value, WIDTH)
+    project_values(Projection(weights, p.wv, p.cv, up, factors, p.sv, factors, p.bv, depth4), heads, t, blocks, tokens,
                    smoothing, p, a, kept, own)
 
 
@@ -333,8 +334,8 @@ def write_rows(p, a, context, at_row, queries, first, features, own):
         store(own.float32, p.at_xscale + c, scale_of(largest))
         pack_rows(context.data, context.at + c, C, inverse_of(largest), FLIP, own.int32, p.at_context_bytes + c)
     turn(own.int32, p.at_context_bytes, C4, WIDTH, own.int32, p.at_transposed)
-    output = Projection(pointer_to(a.weights, np.int32), p.wo + first * C4, p.co + first, factors, p.so + first,
-                        factors, p.bo + first, C4)
+    output = Projection(pointer_to(a.weights, np.int32), p.wo + first * C4, p.co + first, round_up(Eo, WIDTH), factors,
+                        p.so + first, factors, p.bo + first, C4)
     none = Apart(0, own.float32, p.at_apart, factors, 0, 0)
     separately(project_rows, (Part(own.uint32, p.at_transposed), queries, Part(own.float32, p.at_xscale), output, none,
                               features, Rows(out, at_row + first, Eo), own, p.at_tiles))

@@ -11,6 +11,7 @@ from .simd import (
     ADDS_FIRST,
     COLUMNS,
     LANES,
+    OFFSET,
     ROWS,
     WIDTH,
     add_products_of_wide,
@@ -50,9 +51,13 @@ def split_row(source, at, depth4, data, at_words, row, at_own):
     data[at_own] = -sum_lanes(own)
 
 
-def own_terms(codes):
-    """What is added to the products of each row of int8 codes (n, depth): minus their own ones, where ADDS_FIRST."""
-    return -own_products(codes) if ADDS_FIRST else np.zeros(len(codes), np.int32)
+def terms_of(codes):
+    """What is added to products of rows of int8 codes (n, depth) with bytes plus OFFSET: (n,) for the OFFSET.
+
+    Behind these, where ADDS_FIRST, minus the rows' own products.
+    """
+    terms = -OFFSET * codes.sum(1, dtype=np.int32)
+    return np.concatenate((terms, -own_products(codes))) if ADDS_FIRST else terms
 
 
 @register_jitable
