@@ -119,18 +119,23 @@ def project_block_rows(projection, at_apart, features, heads, size, tokens, p, a
 
 
 @inline
-def turn_head(h, size, row, blocks, p, own):
-    """A head's features of `blocks` blocks of W tokens, each (size, W), from p.at_scores on; how far these are apart.
+def turn_head(h, size, row, tokens, p, own):
+    """A head's features of some tokens, blocks of W of them, (size, W), from p.at_scores on; how far these are apart.
 
-    h: which of those whose rows there are. Tokens that there are not have any features.
+    h: which of those whose rows there are. Lanes without a token have any features.
     """
     step = round_up(size, LANES) * WIDTH
-    for b in range(blocks):
-        for c in range(0, WIDTH, LANES):
-            for d in range(0, size, LANES):
-                transpose_block(own.float32, p.at_rows + (b * WIDTH + c) * row + h * size + d, row, own.float32,
-                                p.at_scores + b * step + d * WIDTH + c, WIDTH)
+    for t in range(0, tokens, LANES):
+        to = p.at_scores + t // WIDTH * step + t % WIDTH
+        for d in range(0, size, LANES):
+            transpose_block(own.float32, p.at_rows + t * row + h * size + d, row, own.float32, to + d * WIDTH, WIDTH)
     return step
+
+
+@inline
+def lanes_of(tokens, b):
+    """How many of some tokens are in the b-th block of W."""
+    return min(WIDTH, tokens - b * WIDTH)
 
 
 @inline
@@ -147,13 +152,14 @@ def project_queries(projection, heads, t, blocks, tokens, p, a, shared, own):
     at_queries = p.at_queries + t * H * D4
     row = project_block_rows(projection, p.vq, H * size, heads, size, tokens, p, a, own)
     for h in range(heads.count):
-        step = turn_head(h, size, row, blocks, p, own)
+        step = turn_head(h, size, row, tokens, p, own)
         for b in range(blocks):
             at, number = p.at_scores + b * step, b * H + heads.first + h
             if p.q_norm != 0 or p.pairs > 0:
                 place_queries(own.float32, at, p, projection.factors, pointer_to(a.table, np.float32), t + b * WIDTH,
                               p.at_inverse)
-            quantize_queries(Part(own.float32, at), size, Part(shared.int32, at_queries + number * D4 * WIDTH),
+            quantize_queries(Part(own.float32, at), size, lanes_of(tokens, b),
+                             Part(shared.int32, at_queries + number * D4 * WIDTH),
                              Part(shared.float32, at_scales + number * WIDTH))
 
 
@@ -176,23 +182,24 @@ def project_keys(projection, heads, t, blocks, tokens, smoothing, p, a, shared, 
         for f in range(at_first, at_first + row, LANES):
             store(shared.float32, p.at_key_factors + f, load(projection.factors, projection.at_factors + f))
     for h in range(heads.first, heads.first + heads.count):
-        step = turn_head(h - heads.first, size, row, blocks, p, own)
+        step = turn_head(h - heads.first, size, row, tokens, p, own)
         if places_keys(p):
             for b in range(blocks):
                 place_keys(own.float32, p.at_scores + b * step, p, projection.factors, pointer_to(a.table, np.float32),
                            t + b * WIDTH, p.at_inverse)
             if not smoothing:
-                add_to_tokens(own.float32, p.at_scores, step, size, shared.float32, p.at_mean + h * size)
+                add_to_tokens(own.float32, p.at_scores, step, size, tokens, shared.float32, p.at_mean + h * size)
         if smoothing:
-            subtract_mean(own.float32, p.at_scores, step, size, p.at_weights, shared.float32, p.at_mean + h * size)
+            subtract_mean(own.float32, p.at_scores, step, size, tokens, p.at_weights, shared.float32,
+                          p.at_mean + h * size)
         for b in range(blocks):
             token = h * S_up + t + b * WIDTH
-            quantize_keys(Part(own.float32, p.at_scores + b * step), size,
+            quantize_keys(Part(own.float32, p.at_scores + b * step), size, lanes_of(tokens, b),
                           Part(own.int32, p.at_keys + b * K4 * WIDTH + h * size // 4 * WIDTH),
                           Part(shared.float32, p.at_kscale + token), Part(shared.int32, p.at_kterm + token))
     for b in range(blocks):
         keys_to_rows(own.int32, p.at_keys + (b * K4 + at_first // 4) * WIDTH, round_up(heads.count * size // 4, LANES),
-                     shared.int32, (t + b * WIDTH) * K4 + at_first // 4, K4)
+                     lanes_of(tokens, b), shared.int32, (t + b * WIDTH) * K4 + at_first // 4, K4)
 
 
 @inline
@@ -201,17 +208,17 @@ def project_values(projection, heads, t, blocks, tokens, smoothing, p, a, shared
     Hkv, size, S_up, row4 = p.kv_heads, p.padded_value, round_up(p.keys, TOKENS), values_row(p.keys)
     row = project_block_rows(projection, p.vv, Hkv * size, heads, size, tokens, p, a, own)
     for h in range(heads.first, heads.first + heads.count):
-        step = turn_head(h - heads.first, size, row, blocks, p, own)
+        step = turn_head(h - heads.first, size, row, tokens, p, own)
         if smoothing:
-            for b in range(blocks):
-                for c in range(0, WIDTH, LANES):
-                    store(own.float32, p.at_weights + b * WIDTH + c,
-                          largest_rows(own.float32, p.at_scores + b * step + c, size))
+            for s in range(0, tokens, LANES):
+                at = p.at_scores + s // WIDTH * step + s % WIDTH
+                store(own.float32, p.at_weights + s, largest_rows(own.float32, at, size))
             shared.float32[p.at_units + h] = unit_of(own.float32, p.at_weights, own.int32, p.at_seen)
         for b in range(blocks):
             token = h * S_up + t + b * WIDTH
             to = Rows(shared.int8, 4 * (p.at_values + h * size * row4) + t + b * WIDTH, 4 * row4)
-            quantize_values(Part(own.float32, p.at_scores + b * step), size, shared.float32[p.at_units + h], to,
+            quantize_values(Part(own.float32, p.at_scores + b * step), size, lanes_of(tokens, b),
+                            shared.float32[p.at_units + h], to,
                             Part(shared.float32, p.at_vlog + token), Part(shared.float32, p.at_vinverse + token))
 
 
@@ -244,8 +251,8 @@ def project_block(p, a, heads, batch, block, smoothing, shared, kept, own):
     if not (smoothing or places_keys(p)):
         reals, at_factors, at_bias = kept.float32, p.at_key_factors, p.at_mean
     depth4, up = depth_groups(p.key_width), round_up(p.kv_heads * p.padded_head, WIDTH)
-    project_keys(Projection(weights, p.wk, p.ck, up, reals, at_factors, reals, at_bias, depth4), heads, t, blocks, tokens,
-                 smoothing, p, a, kept, own)
+    project_keys(Projection(weights, p.wk, p.ck, up, reals, at_factors, reals, at_bias, depth4), heads, t, blocks,
+                 tokens, smoothing, p, a, kept, own)
     if p.same_kv == 0:
         values = pointer_to(a.values, np.float32)
         quantize_block(Part(values, (batch * S + t) * p.value_width), p.value_width, tokens, p, a, own)
@@ -304,7 +311,7 @@ def attend_head(h, q0, seen, mask, adds, p, shared, kept, own):
     for i in range(0, D4 * WIDTH, LANES):
         store(own.int32, p.at_q + i, load(shared.int32, at_head + i))
     queries = Queries(own.uint32, p.at_q, round_up(D4, DEPTH_STEP), shared.float32,
-                      p.at_qscale + q0 * H + h * WIDTH)
+                      p.at_qscale + q0 * H + h * WIDTH, min(WIDTH, p.queries - q0))
     keys = Keys(kept.int32, kv * D4, K4, p.at_kterm + kv * S_up, kept.float32, p.at_kscale + kv * S_up)
     values = values_of(kv, Dvp, values_row(p.keys), p, kept)
     attend_bytes(queries, keys, values, Dvp, seen, mask, adds, p, own, p.at_context + h * Dvp * WIDTH)
@@ -329,7 +336,7 @@ def write_rows(p, a, context, at_row, queries, first, features, own):
     out, factors = pointer_to(a.out, np.float32), pointer_to(a.factors, np.float32)
     C, Eo = p.heads * p.padded_value, p.out_width
     C4 = round_up(C // 4, LANES)
-    for c in range(0, WIDTH, LANES):
+    for c in range(0, queries, LANES):
         largest = largest_rows(context.data, context.at + c, C)
         store(own.float32, p.at_xscale + c, scale_of(largest))
         pack_rows(context.data, context.at + c, C, inverse_of(largest), FLIP, own.int32, p.at_context_bytes + c)

@@ -304,7 +304,7 @@ def context_of_one(p, a, h, first, groups, layout, shared, own):
     from_zero = first_lane(term)
     v = values_of(h, first, p, layout, shared)
     store_value_terms(Part(v.data, v.at), v.step, groups, p.padded_value, Part(own.int32, p.at_terms))
-    for d in range(0, p.padded_value, LANES):  # past its last feature a head has what the next one, or nothing, replaces
+    for d in range(0, p.padded_value, LANES):  # past its last feature lies what the next head replaces
         sums = add_feature_terms(splat(from_zero), own.int32, p.at_terms + d)
         for g in range(groups):
             sums = dot_bytes(sums, broadcast(own.int32, at_codes + g * WIDTH), load(v.data, v.at + g * v.step + d))

@@ -106,7 +106,7 @@ def _widen(start, finish, arguments, zero, x, w, at_w, f):
 def product_of_words(start, finish, arguments, x, rows, w, at_w, features):
     """finish(tile, rows, t, f, *arguments) with every tile of start(zeros, t, f, *arguments) + x w^T + own products.
 
-    x: Words; w: panels (features / WIDTH, depth4, WIDTH) of bytes from at_w on
+    x: Words, of two rows or more: one_row.py has one; w: panels (features / WIDTH, depth4, WIDTH) of bytes from at_w on
     """
     like = x.data
     for f in range(0, features, WIDTH):
@@ -127,7 +127,5 @@ def product_of_words(start, finish, arguments, x, rows, w, at_w, features):
             _of_bytes(start, finish, arguments, tile_zero(4, COLUMNS, like), 4, x, w, at_panel, f)
         elif rows == 3:
             _of_bytes(start, finish, arguments, tile_zero(3, COLUMNS, like), 3, x, w, at_panel, f)
-        elif rows == 2:
-            _of_bytes(start, finish, arguments, tile_zero(2, COLUMNS, like), 2, x, w, at_panel, f)
         else:
-            _of_bytes(start, finish, arguments, tile_zero(1, COLUMNS, like), 1, x, w, at_panel, f)
+            _of_bytes(start, finish, arguments, tile_zero(2, COLUMNS, like), 2, x, w, at_panel, f)
