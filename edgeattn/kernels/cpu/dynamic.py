@@ -219,6 +219,22 @@ def unit_of(sizes, at, seen, at_seen):
 
 
 @inline
+def keep_scale_of_value(largest, unit, logs, inverses, c):
+    """Of values whose largest magnitudes are `largest`, what `quantize_values` says, from the c-th of each on.
+
+    Returns what they are multiplied by to become codes.
+    """
+    lowest = max(unit * _SMALLEST_VALUE, _SMALLEST_SIZE)
+    size = select(largest > splat(lowest), largest, splat(lowest))
+    size = select(size < splat(_LARGEST_FLOAT), size, splat(_LARGEST_FLOAT))
+    log = log2_roughly(size) - splat(_LOG2_LARGEST)
+    inverse = exp2_within(splat(_ZERO) - log)
+    store(logs.data, logs.at + c, (log - log2_roughly(splat(unit))) + largest * splat(_ZERO))
+    store(inverses.data, inverses.at + c, inverse * splat(unit))
+    return inverse
+
+
+@inline
 def quantize_values(x, rows, count, unit, out, logs, inverses):
     """x (rows, W) to Rows of bytes, and the scale of each lane: its base-2 logarithm and inverse.
 
@@ -226,15 +242,8 @@ def quantize_values(x, rows, count, unit, out, logs, inverses):
     they fit one another.  A lane that is not finite gets a NaN for a logarithm, which shows in its scores, where masks
     are: it goes where it may be seen.
     """
-    lowest = max(unit * _SMALLEST_VALUE, _SMALLEST_SIZE)
     for c in range(0, count, LANES):
-        largest = largest_rows(x.data, x.at + c, rows)
-        size = select(largest > splat(lowest), largest, splat(lowest))
-        size = select(size < splat(_LARGEST_FLOAT), size, splat(_LARGEST_FLOAT))
-        log = log2_roughly(size) - splat(_LOG2_LARGEST)
-        inverse = exp2_within(splat(_ZERO) - log)
-        store(logs.data, logs.at + c, (log - log2_roughly(splat(unit))) + largest * splat(_ZERO))
-        store(inverses.data, inverses.at + c, inverse * splat(unit))
+        inverse = keep_scale_of_value(largest_rows(x.data, x.at + c, rows), unit, logs, inverses, c)
         for d in range(rows):
             codes = round_to_int(load(x.data, x.at + d * WIDTH + c) * inverse)
             store_bytes(out.data, out.at + d * out.step + c, codes)

@@ -47,6 +47,7 @@ from .int8_operands import FLIP
 from .int8_views import Part, Projection, parts_of, scratch_at
 from .key_mean import add_to_tokens, choose_block, subtract_mean, weigh_tokens
 from .matmul import round_up
+from .one_token import largest_of_head, quantize_key, quantize_query, quantize_value, subtract_mean_of_one
 from .positions import POSITIONS, place_keys, place_queries
 from .projection_dynamic import Apart, project_rows, set_apart
 from .records import MASK_ADDRESSES, MASKS, located, named, record
@@ -55,6 +56,7 @@ from .simd import (
     LANES,
     WIDTH,
     address_of,
+    first_lane,
     load,
     matrix_configure,
     matrix_release,
@@ -151,16 +153,29 @@ def project_queries(projection, heads, t, blocks, tokens, p, a, shared, own):
     D4, at_scales = size // 4, p.at_qscale + t * H
     at_queries = p.at_queries + t * H * D4
     row = project_block_rows(projection, p.vq, H * size, heads, size, tokens, p, a, own)
+    placed = p.q_norm != 0 or p.pairs > 0
     for h in range(heads.count):
+        if is_lone(tokens, size, placed):
+            number = heads.first + h
+            quantize_query(own.float32, p.at_rows + h * size, size, own, p.at_scores,
+                           Part(shared.int32, at_queries + number * D4 * WIDTH),
+                           Part(shared.float32, at_scales + number * WIDTH))
+            continue
         step = turn_head(h, size, row, tokens, p, own)
         for b in range(blocks):
             at, number = p.at_scores + b * step, b * H + heads.first + h
-            if p.q_norm != 0 or p.pairs > 0:
+            if placed:
                 place_queries(own.float32, at, p, projection.factors, pointer_to(a.table, np.float32), t + b * WIDTH,
                               p.at_inverse)
             quantize_queries(Part(own.float32, at), size, lanes_of(tokens, b),
                              Part(shared.int32, at_queries + number * D4 * WIDTH),
                              Part(shared.float32, at_scales + number * WIDTH))
+
+
+@inline
+def is_lone(tokens, size, placed):
+    """Whether heads of so many features are quantized as one_token.py says."""
+    return tokens == 1 and size % LANES == 0 and not placed
 
 
 @inline
@@ -181,6 +196,15 @@ def project_keys(projection, heads, t, blocks, tokens, smoothing, p, a, shared, 
     if smoothing:  # beside the mean, for the blocks that have it for a bias
         for f in range(at_first, at_first + row, LANES):
             store(shared.float32, p.at_key_factors + f, load(projection.factors, projection.at_factors + f))
+    if is_lone(tokens, size, places_keys(p)):
+        for h in range(heads.first, heads.first + heads.count):
+            at_head, token = p.at_rows + (h - heads.first) * size, h * S_up + t
+            if smoothing:
+                subtract_mean_of_one(own.float32, at_head, size, own.float32[p.at_weights], shared.float32,
+                                     p.at_mean + h * size)
+            quantize_key(own.float32, at_head, size, shared.int8, 4 * t * K4 + h * size,
+                         Part(shared.float32, p.at_kscale + token), Part(shared.int32, p.at_kterm + token))
+        return
     for h in range(heads.first, heads.first + heads.count):
         step = turn_head(h - heads.first, size, row, tokens, p, own)
         if places_keys(p):
@@ -208,6 +232,15 @@ def project_values(projection, heads, t, blocks, tokens, smoothing, p, a, shared
     Hkv, size, S_up, row4 = p.kv_heads, p.padded_value, round_up(p.keys, TOKENS), values_row(p.keys)
     row = project_block_rows(projection, p.vv, Hkv * size, heads, size, tokens, p, a, own)
     for h in range(heads.first, heads.first + heads.count):
+        if is_lone(tokens, size, False):
+            at_head, token = p.at_rows + (h - heads.first) * size, h * S_up + t
+            if smoothing:
+                own.float32[p.at_weights] = first_lane(largest_of_head(own.float32, at_head, size))
+                shared.float32[p.at_units + h] = unit_of(own.float32, p.at_weights, own.int32, p.at_seen)
+            quantize_value(own.float32, at_head, size, shared.float32[p.at_units + h], own, p.at_scores,
+                           Rows(shared.int8, 4 * (p.at_values + h * size * row4) + t, 4 * row4),
+                           Part(shared.float32, p.at_vlog + token), Part(shared.float32, p.at_vinverse + token))
+            continue
         step = turn_head(h - heads.first, size, row, tokens, p, own)
         if smoothing:
             for s in range(0, tokens, LANES):
