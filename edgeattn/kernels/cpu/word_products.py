@@ -11,6 +11,7 @@ from .simd import (
     ADDS_FIRST,
     COLUMNS,
     LANES,
+    OFFSET,
     ROWS,
     WIDTH,
     add_products_of_wide,
@@ -57,9 +58,13 @@ def split_row(source, at, depth4, data, at_words, row, at_own):
     data[at_own] = -sum_lanes(own)
 
 
-def own_terms(codes):
-    """What is added to the products of each row of int8 codes (n, depth): minus their own ones, where ADDS_FIRST."""
-    return -own_products(codes) if ADDS_FIRST else np.zeros(len(codes), np.int32)
+def terms_of(codes):
+    """What is added to products of rows of int8 codes (n, depth) with bytes plus OFFSET: (n,) for the OFFSET.
+
+    Behind these, where ADDS_FIRST, minus the rows' own products.
+    """
+    terms = -OFFSET * codes.sum(1, dtype=np.int32)
+    return np.concatenate((terms, -own_products(codes))) if ADDS_FIRST else terms
 
 
 @register_jitable
@@ -120,7 +125,7 @@ def _widen(start, finish, arguments, zero, x, w, at_w, f):
 def product_of_words(start, finish, arguments, x, rows, w, at_w, features):
     """finish(tile, rows, t, f, *arguments) with every tile of start(zeros, t, f, *arguments) + x w^T + own products.
 
-    x: Words; w: panels (features / WIDTH, depth4, WIDTH) of bytes from at_w on
+    x: Words, of two rows or more: one_row.py has one; w: panels (features / WIDTH, depth4, WIDTH) of bytes from at_w on
     """
     like = x.data
     for f in range(0, features, WIDTH):
@@ -141,7 +146,5 @@ def product_of_words(start, finish, arguments, x, rows, w, at_w, features):
             _of_bytes(start, finish, arguments, tile_zero(4, COLUMNS, like), 4, x, w, at_panel, f)
         elif rows == 3:
             _of_bytes(start, finish, arguments, tile_zero(3, COLUMNS, like), 3, x, w, at_panel, f)
-        elif rows == 2:
-            _of_bytes(start, finish, arguments, tile_zero(2, COLUMNS, like), 2, x, w, at_panel, f)
         else:
-            _of_bytes(start, finish, arguments, tile_zero(1, COLUMNS, like), 1, x, w, at_panel, f)
+            _of_bytes(start, finish, arguments, tile_zero(2, COLUMNS, like), 2, x, w, at_panel, f)

@@ -48,6 +48,11 @@ from .matrix_unit import (
 from .operators import (
     shift_right_logical,
 )
+from .row_tile import (
+    HALVES_DEPTH,
+    IN_HALVES,
+    add_row_products,
+)
 from .scalar import (
     address_of,
     pointer_to,
@@ -74,6 +79,7 @@ from .tile import (
     tile_load,
     tile_map,
     tile_of_columns,
+    tile_of_row,
     tile_pack_rows,
     tile_row_sums,
     tile_store,

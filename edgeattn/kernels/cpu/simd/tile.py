@@ -54,6 +54,19 @@ def tile_of_columns(typing, rows, columns, array, at):
 
 
 @intrinsic
+def tile_of_row(typing, rows, t):
+    """u[i][j] = t[0][j]"""
+    tile = Tile(t.vec, emit.literal(rows), t.columns)
+
+    def generate(context, builder, sig, args):
+        out = ir.Constant(context.get_value_type(tile), ir.Undefined)
+        for k in range(tile.rows * tile.columns):
+            out = builder.insert_value(out, builder.extract_value(args[1], k % tile.columns), k)
+        return out
+    return tile(rows, t), generate
+
+
+@intrinsic
 def tile_load(typing, rows, columns, array, at, row_step, column_step):
     """t[i][j] = load(array, at + i * row_step + j * column_step)"""
     tile = Tile(OF_ARRAY[array.dtype], emit.literal(rows), emit.literal(columns))

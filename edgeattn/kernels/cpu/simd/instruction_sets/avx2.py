@@ -10,6 +10,7 @@ class Code(generic.Code):
     """AVX2."""
 
     adds_first = True  # two ports multiply, four add
+    in_halves = True
     multiplies_words = True
     registers = "x"
     words, half = "llvm.x86.avx2.packssdw", "llvm.x86.avx2.packsswb"
@@ -71,6 +72,16 @@ class Code(generic.Code):
             pairs = emit.call(builder, "llvm.x86.avx2.pmadd.wd", accumulator.type, [a, b])
             accumulator = builder.add(accumulator, pairs)
         return accumulator
+
+    def add_words(self, builder, words, u, s):
+        """words[l] += bytes 2 l and 2 l + 1 of u, unsigned, times those of s, with signs."""
+        u, s = (emit.as_bytes(builder, v, None) for v in (u, s))
+        return builder.add(words, emit.call(builder, "llvm.x86.avx2.pmadd.ub.sw", words.type, [u, s]))
+
+    def add_pairs(self, builder, accumulator, words, factor):
+        """accumulator[l] += words 2 l and 2 l + 1, times a constant."""
+        pairs = [words, emit.all_lanes(factor, words.type)]
+        return builder.add(accumulator, emit.call(builder, "llvm.x86.avx2.pmadd.wd", accumulator.type, pairs))
 
     def dot_of_sums(self, builder, accumulator, u, s):
         """Even and odd words of two operands: what `dot` adds, and both own products, as `word_tile` says."""

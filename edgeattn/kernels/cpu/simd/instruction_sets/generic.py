@@ -9,6 +9,7 @@ class Code:
     """What the intrinsics write where instruction sets differ."""
 
     adds_first = False  # words are added before they are multiplied, see word_tile.py
+    in_halves = False  # bytes of a lone row four bits at a time, see row_tile.py
     multiplies_words = False  # bytes only after they have been widened, at a cost that is worth saving
     by_lane = False  # a vector times one lane of another, as `lane_products` has it
     in_pairs = False  # there, bytes at two depths at a time
