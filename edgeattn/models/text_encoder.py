@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, cast, get_args
 
 import numpy as np
 
@@ -183,6 +183,13 @@ class TextEncoder(Placeable, Stored):
             options["key_padding_mask"] = real
         positions = self.embedding.positions(ids, held)
         shape = (*ids.shape, self.embed_dim)
+        if lengths is None and kv_cache is None and ids.size and type(self).forward is TextEncoder.forward:
+            # As a call of the encoder, which keeps what such calls are.
+            x = self.embedding.forward(CompiledOps(), ids.ravel(), positions.ravel(), types.ravel())
+            y: Any = self.encoder(x.reshape(shape), key_padding_mask=real, is_causal=self.is_causal)
+            if real is not None:
+                y[~real] = 0
+            return cast("Float32s", y)
         with self.encoder.prepared(ids.shape, **options) as sequences:
             if lengths is None and ids.size:
                 rows = self.forward(CompiledOps(), ids.ravel(), positions.ravel(), types.ravel(), sequences)
