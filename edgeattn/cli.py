@@ -55,6 +55,7 @@ def _parser():
         command.add_argument("layers", nargs=files, metavar="FILE", help=FORMS + otherwise)
         command.add_argument("--length", type=int, nargs="+", default=None, metavar="L",
                              help="tokens per call; an image has as many as it has")
+        command.add_reading_options()
         command.add_argument("--json", action="store_true", help="print the same as JSON")
         command.set_defaults(run=run)
     cli_encode.add_to(commands)
@@ -76,7 +77,7 @@ def _warmup(chosen):
             for entry in entries.ENTRIES.values():
                 entry.compile()
     for path in chosen.layers:
-        layer = open_model(path)
+        layer = open_model(path, scheme=chosen.scheme, arithmetic=chosen.arithmetic, part=chosen.part)
         for length in _lengths(layer, chosen.length, [16]):
             with named(path), _compiling(did, f"{path}, {_what(layer, length)}", file=path, length=length):
                 _call(layer, length)
@@ -113,7 +114,7 @@ def _bench(chosen):
     found = []
     title = f"{edgeattn.get_num_threads()} thread(s), {ISA.name}; batch 1, median of calls over half a second\n"
     for path in chosen.layers:
-        layer = open_model(path)
+        layer = open_model(path, scheme=chosen.scheme, arithmetic=chosen.arithmetic, part=chosen.part)
         for length in _lengths(layer, chosen.length, [16, 64, 256]):
             what = f"{path}, {_what(layer, length)}"
             with named(path), alive(what):

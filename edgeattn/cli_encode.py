@@ -35,6 +35,7 @@ def add_to(commands):
                         help="cut texts after so many tokens; unless given, as the model's folder says")
     encode.add_argument("--tokenizer", type=Path, default=None, metavar="FOLDER",
                         help="of an .onnx file: where tokenizer.json is, unless that is its folder")
+    encode.add_reading_options()
     encode.add_argument("--json", action="store_true", help="print what was written as JSON")
     encode.set_defaults(run=_encode)
 
@@ -53,7 +54,8 @@ def _encode(chosen):
         raise ValueError(f"--tokenizer must be left out but for an .onnx file, got {chosen.model}: what else holds a "
                          "model holds its tokenizer")
     with alive(f"reading {chosen.model}"):
-        model = open_model(chosen.model, texts=True, tokenizer=chosen.tokenizer)
+        model = open_model(chosen.model, texts=True, tokenizer=chosen.tokenizer, scheme=chosen.scheme,
+                           arithmetic=chosen.arithmetic, part=chosen.part)
     if not isinstance(model, edgeattn.TextEncoder):
         raise TypeError(f"{chosen.model} must hold a TextEncoder to encode texts, got {type(model).__name__}")
     if chosen.max_length is not None:

@@ -32,6 +32,7 @@ def add_to(commands):
         "info", help="versions, processor, threads, cache and optional packages of this machine; or what files hold",
         description="Say what this machine has: include it when you report a problem. With files, what each holds.")
     command.add_argument("files", nargs="*", metavar="FILE", help=FORMS)
+    command.add_reading_options()
     command.add_argument("--json", action="store_true", help="print the same as JSON")
     command.set_defaults(run=_info)
 
@@ -47,7 +48,8 @@ def _info(chosen):
         else:
             _print_rows(rows)
         return 0
-    found = [(path, _disk_size(path), summary(open_model(path))) for path in chosen.files]
+    options = {"scheme": chosen.scheme, "arithmetic": chosen.arithmetic, "part": chosen.part}
+    found = [(path, _disk_size(path), summary(open_model(path, **options))) for path in chosen.files]
     if chosen.json:
         print(json.dumps([{"file": path, "bytes on disk": size, **dict(rows)} for path, size, rows in found], indent=1))
         return 0

@@ -1,14 +1,16 @@
 """What the files are that commands are given: every form that a layer or a model is read from."""
+import contextlib
 import errno
 import os
 
 import edgeattn
+from edgeattn.files.checkpoints import kernel_set_of
 
 FORMS = (".safetensors, int8 .tflite, .onnx or .so (bundle) file, or a folder of a model as transformers and "
          "sentence-transformers save it")
 
 
-def open_model(path, *, texts=False, tokenizer=None):
+def open_model(path, *, texts=False, tokenizer=None, scheme=None, arithmetic=None, part=None):
     """The layer or model in a file, or in a folder of another library.
 
     Parameters
@@ -18,27 +20,44 @@ def open_model(path, *, texts=False, tokenizer=None):
         Whether it must be a text encoder, of a file that could be read as something smaller.
     tokenizer : str or path, optional
         Of an .onnx file: the folder of its tokenizer, where that is not its own.
+    scheme, arithmetic : str, optional
+        Of an .onnx file, as `edgeattn.TransformerEncoder.from_onnx` takes them.
+    part : str, optional
+        Of a folder, as `edgeattn.from_pretrained` takes it.
     """
+    folder, suffix = os.path.isdir(path), os.path.splitext(path)[1]
+    if arithmetic is not None and (folder or suffix == ".so"):
+        what = "folder, which is float32" if folder else "bundle, which has its own"
+        raise ValueError(f"--arithmetic must be left out for a {what}; got {path}")
     if not os.path.exists(path):
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(path))
-    if os.path.isdir(path):
-        return edgeattn.from_pretrained(path)
-    suffix = os.path.splitext(path)[1]
+    if scheme is not None and (folder or suffix != ".onnx"):
+        raise ValueError(f"--scheme must be left out but for an .onnx file, got {path}: any other says what it holds")
+    if part is not None and not folder:
+        raise ValueError(f"--part must be left out but for a model's folder, got {path}")
+    if folder:
+        return edgeattn.from_pretrained(path, part=part)
     if suffix == ".so":
         from edgeattn import bundle
 
         return bundle.load(path)
-    if suffix == ".onnx":
-        return edgeattn.TextEncoder.from_onnx(path, tokenizer=tokenizer) if texts else _largest_in_onnx(path, tokenizer)
-    return edgeattn.load(path)
+    return _in_onnx(path, texts, tokenizer, scheme or "float32", arithmetic) if suffix == ".onnx" else edgeattn.load(
+        path, arithmetic=arithmetic)
 
 
-def _largest_in_onnx(path, tokenizer):
+def _in_onnx(path, texts, tokenizer, scheme, arithmetic):
     """The most of it that is known: a model, the encoder in it, an attention layer."""
-    for reader in (lambda: edgeattn.TextEncoder.from_onnx(path, tokenizer=tokenizer),
-                   lambda: edgeattn.ImageEncoder.from_onnx(path), lambda: edgeattn.TransformerEncoder.from_onnx(path)):
-        try:
+    kernel_set_of(scheme, arithmetic)
+    given = {"scheme": scheme, "arithmetic": arithmetic}
+    if texts:
+        return edgeattn.TextEncoder.from_onnx(path, tokenizer=tokenizer, **given)
+    for reader in (lambda: edgeattn.TextEncoder.from_onnx(path, tokenizer=tokenizer, **given),
+                   lambda: edgeattn.ImageEncoder.from_onnx(path, **given)):
+        with contextlib.suppress(ValueError):
             return reader()
-        except ValueError:
-            continue
+    try:
+        return edgeattn.TransformerEncoder.from_onnx(path, **given)
+    except ValueError:
+        if scheme == "static":
+            raise
     return edgeattn.MultiHeadAttention.from_onnx(path)

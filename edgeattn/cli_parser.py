@@ -3,7 +3,9 @@ import argparse
 import re
 
 from edgeattn import hints
+from edgeattn.arithmetic import KERNEL_SETS
 
+SCHEMES, PARTS = ("float32", "static"), ("text", "vision", "encoder")  # edgeattn.types has them for type checkers
 SHELLS = ("bash", "zsh", "fish")
 EXIT_STATUS = "Exit status: 0 done, 2 an error, which one line on standard error names, 130 interrupted."
 
@@ -21,6 +23,16 @@ class Parser(argparse.ArgumentParser):
             commands = list(commands_of(self))
             message = f"No such command {unknown[1]!r}.{nearest(unknown[1], commands)}"
         self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
+
+    def add_reading_options(self):
+        """Add what an .onnx file, or a folder of several models, is read as."""
+        self.add_argument("--part", choices=PARTS, default=None,
+                          help="of a folder: text or vision, a half of CLIP and its kind; encoder, the layers alone")
+        self.add_argument("--scheme", choices=SCHEMES, default=None,
+                          help="of an .onnx file with quantizers: static, its int8 layers by its own scales; float32 "
+                               "unless given")
+        self.add_argument("--arithmetic", choices=KERNEL_SETS, default=None,
+                          help="the TFLite kernel set that int8 layers follow; the one stored, or litert, unless given")
 
     def refuse(self, left):
         """End for arguments that no option takes."""

@@ -27,7 +27,8 @@ _ADVICE = (
      "export its encoder from Python, whose inputs are what the embedding gives"),
     (r"`?\bquant\.(calibrate|compare|export|quantize)\b`?", r"`quant \1`"),
     # an argument and its value
-    (r"\b(arithmetic|attention|mask|observer|scheme|target)='([^']*)'", r"--\1 \2"),
+    (r"\bfrom_pretrained\(folder, (part='[^']*')\)", r"\1"),
+    (r"\b(arithmetic|attention|mask|observer|part|scheme|target)='([^']*)'", r"--\1 \2"),
 )
 
 

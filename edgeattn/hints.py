@@ -13,12 +13,15 @@ if TYPE_CHECKING:
     F = TypeVar("F", bound=Callable[..., Any])
 
 
+FRAMES = int(sys.version_info < (3, 13))  # that `hinted` puts between a function and its caller, as warnings count
+
+
 def hinted(function: F) -> F:
     """`function`, with that in its errors; from Python 3.13 on the interpreter says it.
 
     For what is called rarely: it costs a call of a Python function.
     """
-    if sys.version_info >= (3, 13):
+    if not FRAMES:
         return function
     code = function.__code__
     names = code.co_varnames[:code.co_argcount + code.co_kwonlyargcount]

@@ -35,6 +35,8 @@ Sources: TypeAlias = tuple[int, int, int]
 Arithmetic: TypeAlias = Literal["litert", "litert-arm", "litert-builtin", "litert-reference", "tflite-runtime", "tflm"]
 # What from_onnx makes of a file with quantizers.
 OnnxScheme: TypeAlias = Literal["float32", "static"]
+# What from_pretrained reads of a folder, where that is not the whole.
+ModelPart: TypeAlias = Literal["text", "vision", "encoder"]
 CacheDtype: TypeAlias = (Literal["float32", "int8"] | np.dtype[np.float32] | np.dtype[np.int8]
                          | type[np.float32] | type[np.int8])
 

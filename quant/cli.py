@@ -15,7 +15,7 @@ from edgeattn import messages
 from edgeattn.alive import alive
 from edgeattn.arithmetic import KERNEL_SETS
 from edgeattn.cli_open import open_model
-from edgeattn.cli_parser import EXIT_STATUS, SHELLS, nearest
+from edgeattn.cli_parser import EXIT_STATUS, PARTS, SCHEMES, SHELLS, nearest
 from edgeattn.files.paths import check_output, write_atomic
 from edgeattn.files.tensor_files import read_npy
 from edgeattn.summary import precision
@@ -32,6 +32,11 @@ from quant.tables import console, fill
 
 arithmetic_option = click.option("--arithmetic", type=click.Choice(list(KERNEL_SETS)),
                                  help="The TFLite kernel set to compute with; by default the one stored, or litert.")
+scheme_option = click.option("--scheme", type=click.Choice(SCHEMES),
+                             help="Of an .onnx file with quantizers: static, its int8 layers by its own scales; "
+                                  "float32 unless given.")
+part_option = click.option("--part", type=click.Choice(PARTS),
+                           help="Of a folder: text or vision, a half of CLIP and its kind; encoder, the layers alone.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the same as JSON.")
 
 
@@ -251,15 +256,17 @@ def report(source, quantized, data, output, arithmetic, as_json):
               help="The processor of a .so, or the board; native: this machine's.")
 @click.option("--opset", type=int, help="Of an .onnx: 17, unless given, to 23, where attention is one operator.")
 @click.option("--padding", is_flag=True, help="An encoder's .tflite or .onnx has an input attention_mask.")
+@scheme_option
+@arithmetic_option
 @json_option
-def export(source, path, sequence_length, mask, as_json, **options):
+def export(source, path, sequence_length, mask, scheme, arithmetic, as_json, **options):
     """Write LAYER to OUT."""
     target = options["target"]
     if target is not None and path.is_dir():
         path /= f"attention-{target}.so"
     mask_file = None if mask in (None, "causal") else Path(mask)
     check_paths(path, source.path, mask_file)
-    layer = source.read()
+    layer = source.read(scheme, arithmetic)
     if mask_file is not None:
         mask = read_npy(mask_file)
     lengths = list(sequence_length) if len(sequence_length) > 1 else next(iter(sequence_length), None)
@@ -271,11 +278,13 @@ def export(source, path, sequence_length, mask, as_json, **options):
 
 @commands.command()
 @click.argument("file", type=path_argument)
+@scheme_option
 @arithmetic_option
+@part_option
 @json_option
-def inspect(file, arithmetic, as_json):
+def inspect(file, scheme, arithmetic, part, as_json):
     """Show what FILE holds: a layer, a model, a calibration or a .tflite graph."""
-    parts = list(describe_file(file, arithmetic=arithmetic))
+    parts = list(describe_file(file, arithmetic=arithmetic, scheme=scheme, part=part))
     if as_json:
         click.echo(json.dumps({"file": str(file), **values_of(parts)}, indent=1))
         return
@@ -330,15 +339,11 @@ def read_override(text: str) -> tuple[str, object]:
 
 
 def read_quantized(path: Path, arithmetic: str | None):
-    """QUANTIZED, also of a bundle."""
+    """QUANTIZED: of an .onnx file its static int8 layers; also of a bundle."""
     if path.suffix == ".onnx":
-        raise click.UsageError(f"QUANTIZED must be a .safetensors, .tflite or .so file; got {path}, and what an .onnx "
-                               "holds is read as float32")
-    if path.suffix == ".so":
-        if arithmetic is not None:
-            raise click.UsageError(f"--arithmetic must be left out for a bundle, which has its own; got {path}")
-        return open_model(path)
-    return edgeattn.load(path, arithmetic=arithmetic)
+        return open_model(path, scheme="static", arithmetic=arithmetic)
+    return open_model(path, arithmetic=arithmetic) if path.suffix == ".so" else edgeattn.load(
+        path, arithmetic=arithmetic)
 
 
 def check_paths(output: Path, *inputs: Path | None, suffix: str | None = None) -> None:

@@ -12,6 +12,7 @@ import click
 import numpy as np
 
 from edgeattn.cli_open import open_model
+from edgeattn.cli_parser import PARTS
 from edgeattn.files.paths import reading
 from edgeattn.files.tensor_files import read_npy, read_tensors
 from edgeattn.layers import MultiHeadAttention, TransformerEncoder
@@ -35,15 +36,21 @@ class Source(NamedTuple):
     activation: str | None
     norm_first: bool
     node: str | None
+    part: str | None
 
-    def read(self):
-        """The layer, encoder or model."""
+    def read(self, scheme: str | None = None, arithmetic: str | None = None):
+        """The layer, encoder or model; of an .onnx file with quantizers as `scheme` says."""
         path = self.path
         given = {f"--{name.replace('_', '-')}": value for name, value in self._asdict().items()
                  if name.endswith("prefix") or name == "torch_encoder"}
         given = {name: value for name, value in given.items() if value is not None}
         if self.torch_encoder is None and (self.activation is not None or self.norm_first):
             raise click.UsageError("--activation and --norm-first need --torch-encoder: other files say what they are")
+        if (scheme or arithmetic) and (given or self.node is not None or path.suffix in KERAS):
+            raise click.UsageError(f"--{'scheme' if scheme else 'arithmetic'} must be left out for what is read as "
+                                   f"float32; got {path}")
+        if self.part is not None and (given or self.node is not None):
+            raise click.UsageError(f"--part needs the folder of a model; got {path}")
         if self.node is not None:
             return self._of_node(given)
         if not given:
@@ -51,7 +58,9 @@ class Source(NamedTuple):
                 raise click.UsageError("--num-heads needs --prefix or --torch-prefix: a saved layer knows its heads")
             if path.suffix == ".npz":
                 raise click.UsageError(f"{path} is a checkpoint: give --prefix or --torch-prefix, and --num-heads")
-            return MultiHeadAttention.from_keras(path) if path.suffix in KERAS else open_model(path)
+            if path.suffix in KERAS:
+                return MultiHeadAttention.from_keras(path)
+            return open_model(path, scheme=scheme, arithmetic=arithmetic, part=self.part)
         if len(given) > 1:
             raise click.UsageError(f"{' and '.join(given)} exclude each other")
         if self.num_heads is None:
@@ -82,6 +91,8 @@ def layer_options(command):
         return command(source=Source(layer, **{name: given.pop(name) for name in Source._fields[1:]}), **given)
 
     for option in (
+        click.option("--part", type=click.Choice(PARTS),
+                     help="LAYER is a folder: text or vision, a half of CLIP and its kind; encoder, the layers alone."),
         click.option("--node", help="LAYER is an .onnx, .keras or .h5 file; the name of its attention node or layer."),
         click.option("--norm-first", is_flag=True, help="Of --torch-encoder: what its layers were made with."),
         click.option("--activation", help="Of --torch-encoder: what its layers were made with; relu unless given."),

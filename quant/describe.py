@@ -24,7 +24,8 @@ from quant.tables import fill, table
 from quant.trace import describe_sources
 
 
-def describe_file(path, *, arithmetic: str | None = None) -> Iterator:
+def describe_file(path, *, arithmetic: str | None = None, scheme: str | None = None,
+                  part: str | None = None) -> Iterator:
     """Lines and tables about a .tflite file, a saved layer or model, a model's folder or a saved calibration.
 
     Parameters
@@ -32,6 +33,10 @@ def describe_file(path, *, arithmetic: str | None = None) -> Iterator:
     path : str or path
     arithmetic : str, optional
         The kernel set to read an int8 layer with, as ``edgeattn.load`` takes it.
+    scheme : {"float32", "static"}, optional
+        Of an .onnx file, as ``TransformerEncoder.from_onnx`` takes it.
+    part : {"text", "vision", "encoder"}, optional
+        Of a folder, as ``edgeattn.from_pretrained`` takes it.
 
     Raises
     ------
@@ -39,10 +44,10 @@ def describe_file(path, *, arithmetic: str | None = None) -> Iterator:
         When the file cannot be read, is damaged or of another kind.
     """
     path = Path(path)
-    if path.suffix == ".tflite":
+    if path.is_dir() or path.suffix in (".onnx", ".so") or scheme or part:
+        yield from _describe_model(open_model(path, scheme=scheme, arithmetic=arithmetic, part=part))
+    elif path.suffix == ".tflite":
         yield from _describe_tflite(path, arithmetic)
-    elif path.is_dir() or path.suffix in (".onnx", ".so"):
-        yield from _describe_model(open_model(path))
     elif is_calibration(path):
         if arithmetic is not None:
             raise ValueError(f"arithmetic={arithmetic!r} applies to int8 layers, but {path} holds a calibration")

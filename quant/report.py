@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgeattn.arithmetic import CODE_MAX, CODE_MIN
+from edgeattn.checks import number
 from edgeattn.quantized import TensorQuantization
 from quant.model_explorer import node_data
 from quant.tables import fill, render, table
@@ -250,13 +251,15 @@ class ModelReport:
         Parameters
         ----------
         cosine : float
-            To reach, on average.
+            To reach, on average, from 0 to 1.
 
         Returns
         -------
         dict
             From names to "dynamic"; empty where nothing has to be done.
         """
+        if not 0 <= number("cosine", cosine) <= 1:
+            raise ValueError(f"cosine must lie from 0 to 1; got {cosine!r}")
         chosen: dict[str, str] = {}
         whole = remaining = 1 - self.cosines.mean
         for name, share in self.shares().items():

@@ -81,6 +81,7 @@ CASES = [
     *(Case(f"cross-{L}-{S}", B=2, H=3, L=L, S=S, D=5, Dv=7) for L, S in ((3, 8), (8, 3), (17, 33), (64, 15))),
     *(Case(f"grouped-{H}-{Hkv}", B=2, H=H, Hkv=Hkv, L=5, S=9) for H, Hkv in ((4, 1), (4, 2), (6, 3))),
     Case("grouped-one-query", B=2, H=8, Hkv=2, L=1, S=33, D=16),
+    Case("one-token", B=2, H=4, L=1, S=1, D=32),
     Case("batch", B=3, H=4, L=9, S=9, D=16),
     Case("empty-batch", B=0),
     Case("empty-heads", H=0),

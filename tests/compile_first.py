@@ -29,7 +29,7 @@ from quant.export.kernels import build
 
 PLAINEST = "generic"
 BUNDLED = "StaticMultiHeadAttention", "MultiHeadAttention", "DynamicMultiHeadAttention", "LayerNorm", "DynamicLinear"
-CROSS = "cortex-a72"  # what README exports for
+CROSS = "cortex-a76"  # what README exports for
 
 
 def float_layer():

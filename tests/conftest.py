@@ -11,11 +11,11 @@ from places import ROOT, TESTS
 
 # These take longest, in this order; they come first, so that no process is left with one when the others have ended.
 FIRST = """
-    test_readme test_cuda_mutations test_fence test_cuda_layers test_readers test_export_c test_planted_bugs test_cuda_float32
-    test_interrupts test_parity test_compile_cost test_docs test_cuda_probabilities test_generated_code test_jit test_bundle
-    test_instruction_sets test_cuda_encoders test_benchmarks test_cli test_tflite_reader test_threads test_arithmetic
-    test_encoder_dynamic test_feed_forward_int8 test_properties test_cuda_int8_functional test_cuda_int8 test_cuda_order
-    test_packaging test_simd
+    test_compile_cost test_readers test_readme test_interrupts test_planted_bugs test_fence test_export_c test_cuda_float32 test_bundle
+    test_cuda_layers test_cuda_mutations test_parity test_benchmarks test_instruction_sets test_prebuilt test_cli test_examples
+    test_cuda_encoders test_tflite_reader test_cuda_probabilities test_arithmetic test_jit test_generated_code test_feed_forward_int8
+    test_encoder_dynamic test_cuda_laws test_parity_operators test_cuda_order test_quantized test_properties test_cuda_int8_functional
+    test_docs test_over_executor test_threads test_cuda_precision test_cuda_int8 test_simd test_packaging
 """.split()
 # What these hold does not depend on NumPy: instructions, compiled loops, caches, emulated processors, C. `--numpy` leaves
 # them out, for a leg that repeats the suite on another NumPy.
@@ -34,11 +34,11 @@ WITHOUT_NUMPY = """
 # These call parts of kernels, or look at what is compiled here: they need Numba's kernels. `--prebuilt` leaves them out,
 # and runs the others on this machine's library; `--compiled` runs them, and what is marked so in the files behind.
 COMPILED = """
-    test_arm64 test_benchmarks test_compile_cost test_dynamic_kernels test_fence test_generated_code test_instruction_sets
-    test_int8_operands test_interrupts test_isa test_jit test_kernels_float32 test_kernels_int8 test_planted_bugs test_prebuilt
-    test_records test_simd test_threads test_worker_pool
+    test_arm64 test_benchmarks test_compile_cost test_dynamic_kernels test_generated_code test_instruction_sets test_int8_operands
+    test_interrupts test_isa test_jit test_kernels_float32 test_kernels_int8 test_planted_bugs test_prebuilt test_records test_simd
+    test_threads test_worker_pool
 """.split()
-PARTLY_COMPILED = "test_cli", "test_entries", "test_functional"  # compiling.looks_at_compiling
+PARTLY_COMPILED = "test_bundle", "test_cli", "test_entries", "test_functional"  # compiling.looks_at_compiling
 
 # Each process compiles kernels and loads interpreters: more of them than fit into memory would end each other.
 WORKER_BYTES = 2**30
@@ -57,7 +57,9 @@ def pytest_addoption(parser):
         "--long", action="store_true",
         help="the long form of tests/kernels/cuda/test_cuda_*.py (every shape, and the CPU's kernels beside), of test_fence.py (every "
              "kernel under every instruction set, twenty times as many cases) and of test_planted_bugs.py (all of them)")
-    parser.addoption("--numpy", action="store_true", help="leave out the files whose results do not depend on NumPy")
+    parser.addoption("--numpy", action="store_true",
+                     help="leave out the files whose results do not depend on NumPy, and of a test's cases those that have no value of a "
+                          "parameter that another does not have")
     parser.addoption("--prebuilt", action="store_true",
                      help="on this machine's library, compiled first where it is not there, what does not look at compiling")
     parser.addoption("--compiled", action="store_true", help="what --prebuilt leaves out, alone")
@@ -87,7 +89,35 @@ def pytest_collection_modifyitems(config, items):
     if config.getoption("compiled"):
         items[:] = [item for item in items
                     if item.path.stem in COMPILED or item.get_closest_marker("looks_at_compiling")]
+    if config.getoption("numpy"):
+        left_out = without_news(items)
+        config.hook.pytest_deselected(items=list(left_out))
+        items[:] = [item for item in items if item not in left_out]
     items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
+
+
+def without_news(items):
+    """Cases of a test all whose parameters have values that others, which stay, have too: of a product its diagonals stay."""
+    tests, left_out = {}, set()
+    for item in items:
+        if hasattr(item, "callspec"):
+            tests.setdefault(item.nodeid.partition("[")[0], {})[item] = values_of(item)
+    for cases in tests.values():
+        missing = set().union(*cases.values())
+        while missing:
+            missing -= cases.pop(max(cases, key=lambda case: len(cases[case] & missing)))
+        left_out |= cases.keys()
+    return left_out
+
+
+def values_of(item):
+    """What each `parametrize` of a test gives this case: rows of a table are one value."""
+    given = dict(item.callspec.params)
+    found = set()
+    for mark in item.iter_markers("parametrize"):
+        names = mark.args[0] if not isinstance(mark.args[0], str) else [name.strip() for name in mark.args[0].split(",")]
+        found.add((*names, *(id(given.pop(name)) for name in names if name in given)))
+    return found | {(*given, *map(id, given.values()))}
 
 
 @pytest.hookimpl(optionalhook=True)

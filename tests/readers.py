@@ -442,7 +442,9 @@ def _of(name):
 
     reader = READERS[name]
     whole = reader.whole()
-    made = {title: make for key, cases in MADE.items() if reader.suffix.endswith(key) or key == name for title, make in cases.items()}
+    first = next(n for n, other in READERS.items() if (other.read, other.suffix) == (reader.read, reader.suffix))
+    made = {title: make for key, cases in MADE.items()  # once for those that differ in the whole file alone
+            if name == first and reader.suffix.endswith(key) or key == name for title, make in cases.items()}
     return whole, reader.parts(whole) if reader.parts else None, made
 
 

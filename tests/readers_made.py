@@ -353,6 +353,31 @@ def model(nodes, constants=(), **more):
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)]).SerializeToString()
 
 
+@made("onnx static")
+def damaged_encoders():
+    """What fuzzing has found: nodes of an encoder in int8 that lack what they need."""
+    import onnx
+
+    def model_with(change):
+        def make(_):
+            model = onnx.ModelProto.FromString(readers.READERS["onnx static"].whole())
+            change({node.name: node for node in model.graph.node})
+            return model.SerializeToString()
+        return make
+
+    def axis(nodes):
+        nodes["layers.0.attention.query/weight/reals"].attribute[0].i = 7
+
+    def cast(nodes):
+        node = nodes["layers.0.attention.key/split"]
+        node.op_type, node.input[0] = "Cast", ""
+
+    def nothing(nodes):
+        nodes["layers.0.sum2"].output[0] = ""
+
+    return {"an axis that is none": model_with(axis), "a Cast of nothing": model_with(cast), "a sum that nobody reads": model_with(nothing)}
+
+
 @made(".onnx")
 def graphs():
     from onnx import TensorProto, helper

@@ -15,6 +15,7 @@ import executors
 import numpy as np
 import pytest
 from bundle_ways import targets_here, ways
+from compiling import looks_at_compiling
 from laws import LAWS
 from places import ROOT
 from workbench import needs_compiler, random_input, random_layer
@@ -203,6 +204,7 @@ def test_codes_are_those_of_the_kernels(folder, results):
         assert_same_bytes(name, results[name], codes[name])
 
 
+@looks_at_compiling
 @pytest.mark.parametrize("name", FLOATS)
 def test_floats_are_those_of_the_kernels_compiled_here(results, tmp_path, name):
     python(COMPILED_HERE, name, tmp_path / "floats", EDGEATTN_JIT="1", EDGEATTN_ISA=TARGETS[HOST].isa)

@@ -235,12 +235,30 @@ def test_quantize_to_static(command):
         edgeattn.load("e.safetensors"), quant.ModelCalibration.load("c.safetensors"), arithmetic="tflm")
 
 
+def test_a_part_of_a_folder(command):
+    whisper, vit = GOLDEN / "whisper", GOLDEN / "vit"
+    assert "TransformerEncoder, float32" in command(f"edgeattn info {whisper} --part encoder")
+    assert "give --part encoder" not in command(f"quant inspect {vit} --part vision")
+    assert command(f"quant export {whisper} w.onnx --part encoder").startswith("wrote w.onnx: ")
+    assert "--part encoder reads its layers" in command(f"edgeattn bench {whisper}", status=2)
+    assert "--part must be left out but for a model's folder" in command("edgeattn info e.safetensors --part text", status=2)
+
+
 def test_export_of_an_encoder(command):
     command("quant calibrate e.safetensors x.npy -o c.safetensors")
     command("quant quantize e.safetensors c.safetensors -o q.safetensors --scheme static --room-for-masks")
     for name, lengths in (("e", "--sequence-length 4 --sequence-length 9"), ("q", "--sequence-length 9 --mask causal")):
         assert command(f"quant export {name}.safetensors {name}.tflite {lengths}").startswith(f"wrote {name}.tflite: ")
     assert command("quant export q.safetensors q.onnx --opset 20").startswith("wrote q.onnx: ")
+    # and back: the same int8 encoder
+    command("quant export q.onnx again.safetensors --scheme static")
+    x = np.load("x.npy")[:2]
+    np.testing.assert_array_equal(edgeattn.load("again.safetensors")(x), edgeattn.load("q.safetensors")(x))
+    for line, said in (("edgeattn info q.onnx --scheme static", "static int8, as litert computes"),
+                       ("edgeattn info q.onnx", "TransformerEncoder, float32"),
+                       ("quant inspect q.onnx --scheme static --arithmetic tflm", "static int8, as tflm computes"),
+                       ("quant compare e.safetensors q.onnx x.npy", "arithmetic: static int8, as litert computes")):
+        assert said in " ".join(command(line).split())
 
 
 def test_a_comparison_says_what_computes_also_of_a_bundle(command, monkeypatch):
@@ -285,7 +303,9 @@ def test_a_layers_comparison_as_json(command):
     ("export e.safetensors e.onnx --opset 12", "--opset must be one of 17 to 23; got 12"),
     ("quantize e.safetensors -o q.safetensors --override layers.0.feed_forward=static", "CALIBRATION is missing, which"),
     ("export e.safetensors e.c --sequence-length 9 --padding", "--padding must be left out but for an encoder in a .tflite"),
-    ("compare e.safetensors e.onnx x.npy", "QUANTIZED must be a .safetensors, .tflite or .so file; got e.onnx"),
+    ("compare e.safetensors e.onnx x.npy", "quant: e.onnx: No such file or directory\n"),
+    ("export e.safetensors a.onnx --scheme static", "--scheme must be left out but for an .onnx file, got e.safetensors"),
+    ("export e.pt a.onnx --prefix p --num-heads 2 --arithmetic tflm", "--arithmetic must be left out for what is read as"),
     ("compare e.safetensors e.so x.npy --arithmetic tflm", "--arithmetic must be left out for a bundle"),
     ("quantize e.safetensors -o q.safetensors --room-for-masks", "--room-for-masks must be left out for --scheme dynamic"),
 ])

@@ -271,9 +271,21 @@ def test_readers_of_checkpoints(command, tmp_path):
     assert edgeattn.load("e.safetensors") == edgeattn.TransformerEncoder.from_torch(
         "torch.npz", 4, prefix="enc.", activation="gelu", norm_first=True)
     assert command("quant export layer.safetensors layer.onnx --batch 1 --sequence-length 9")[0] == 0
+    status, _, err = command("edgeattn info layer.onnx --arithmetic tflm")
+    assert status == 2 and "arithmetic must be left out but for" in err
     for line in ("edgeattn info layer.onnx", "quant inspect layer.onnx"):
         status, out, err = command(line)
         assert status == 0 and "MultiHeadAttention, float32" in out, err
+
+
+def test_options_have_the_values_that_arguments_have():
+    from typing import get_args
+
+    from edgeattn import cli_parser, types
+    from edgeattn.models import pretrained
+
+    assert get_args(types.ModelPart) == cli_parser.PARTS == pretrained.PARTS
+    assert get_args(types.OnnxScheme) == cli_parser.SCHEMES
 
 
 def test_encode_reads_onnx_with_a_tokenizer_and_bundles(command, monkeypatch):

@@ -80,6 +80,11 @@ def test_lists_of_names_hold_no_modules():
     (lambda: quant.compare(layer, layer, [], details=None), "detail"),
     (lambda: quant.export(layer, "a.tflite", sequence_lenght=4), "sequence_length"),
     (lambda: edgeattn.load("a.tflite", arithmetics="tflm"), "arithmetic"),
+    (lambda: edgeattn.MultiHeadAttention.from_onnx("a.onnx", nodes=1), "node"),
+    (lambda: edgeattn.TransformerEncoder.from_onnx("a.onnx", sheme="static"), "scheme"),
+    (lambda: edgeattn.TextEncoder.from_onnx("a.onnx", tokeniser="a"), "tokenizer"),
+    (lambda: edgeattn.ImageEncoder.from_onnx("a.onnx", arithmetics="tflm"), "arithmetic"),
+    (lambda: edgeattn.from_pretrained(folders="a"), "folder"),
 ])
 def test_a_misspelt_argument_is_told_what_was_meant(call, name):
     with pytest.raises(TypeError, match=rf"unexpected keyword argument '\w+'\. Did you mean '{name}'\?"):

@@ -6,24 +6,29 @@ writes addresses. Here all that is done once, for sequences that have come befor
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from edgeattn import threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
     from edgeattn.ops import Sequences
-    from edgeattn.types import Float32s
+    from edgeattn.types import Float32s, Shape
 
 MOST = 1 << 16  # bytes of an array between stages: where they are larger, kernels take the time
+_APART = 80  # elements between two of them, which must not lie whole pages apart
+_free: list[Float32s] = []  # memory for calls of any chain, one at a time
 
 
 class Chain:
     """The calls that an encoder is for rows of one shape and masks that are known, one after the other.
 
-    Any number of threads may call it: each has arrays of its own.
+    Any number of threads may call it: each takes memory of its own, which the chains share.
 
     Parameters
     ----------
@@ -34,36 +39,38 @@ class Chain:
 
     def __init__(self, stages: list[tuple[Any, Sequences]], norm: Any):
         self._stages, self._norm = stages, norm
-        self._frames: list[_Frame] = []
+        self._frames: dict[int, _Frame] = {}  # by the memory they are in
 
     def __call__(self, x: Float32s) -> Float32s:
         """x (..., E) float32 in C order -> the same shape."""
         try:
-            frame = self._frames.pop()
+            memory = _free.pop()
         except IndexError:
-            frame = _Frame(x, self._stages, self._norm)
+            memory = threads.aligned(3 * (MOST // 4 + _APART), np.float32)
+        frame = self._frames.get(id(memory))
+        if frame is None:
+            frame = self._frames[id(memory)] = _Frame(memory, x.shape, self._stages, self._norm)
         np.copyto(frame.x, x)
         for step in frame.steps:
             step()
-        result: Float32s = frame.x.copy() if frame.last is None else frame.last(frame.x)
-        self._frames.append(frame)
+        result: Float32s = frame.x.copy()
+        _free.append(memory)
         return result
 
 
 class _Frame:
-    """What one call at a time has: the rows, which every step changes in place, and arrays that steps write between."""
+    """What is in some memory: the rows, which every step changes in place, and arrays that steps write between."""
 
-    __slots__ = "between", "last", "steps", "x"
+    __slots__ = "memory", "steps", "x"
 
-    def __init__(self, x: Float32s, stages: list[tuple[Any, Sequences]], norm: Any):
-        self.x, self.between = np.empty_like(x), (np.empty_like(x), np.empty_like(x))
+    def __init__(self, memory: Float32s, shape: Shape, stages: list[tuple[Any, Sequences]], norm: Any):
+        size = math.prod(shape)
+        self.memory, apart = memory, size + _APART - size % 16
+        self.x, *between = (memory[at:at + size].reshape(shape) for at in (0, apart, 2 * apart))
         self.steps: list[Callable[[], object]] = [
-            step for stage, sequences in stages for step in stage.on(self.x, *self.between, sequences)]
-        self.last = None
-        if norm is not None and norm.kernel is not None:
+            step for stage, sequences in stages for step in stage.on(self.x, *between, sequences)]
+        if norm is not None:
             self.steps.append(norm.kernel.on(self.x, None, self.x))
-        elif norm is not None:
-            self.last = norm.rows
 
 
 def chain_of(encoder: Any, x: Float32s, sequences: list[Sequences]) -> Chain | None:

@@ -45,7 +45,7 @@ def save(layer: MultiHeadAttention | QuantizedMultiHeadAttention, path: Path) ->
     Raises
     ------
     TypeError, ValueError
-        For another kind of object or another suffix.
+        For another kind of object or another suffix; for weights that hold NaN or infinity, which `load` refuses.
     """
     path = as_path(path)
     kind = kind_of(layer)
@@ -63,6 +63,7 @@ def content_of(layer: Any) -> bytes:
     import safetensors.numpy  # 0.8 MiB that only files need
 
     config, tensors = layer.to_state()
+    _check_finite(f"a {type(layer).__name__} cannot be saved", tensors, "the training of its model failed")
     header = {"format": _FORMAT, "kind": type(layer).__name__, "config": config}
     return safetensors.numpy.save(
         {name: np.asarray(array, order="C") for name, array in tensors.items()},
@@ -138,7 +139,7 @@ def layer_of(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Stor
         config["arithmetic"] = arithmetic
     layer_class = class_of(kind)
     arrays = {name: tensor.read() for name, tensor in tensors.items()}
-    _check_finite(path, arrays)
+    _check_finite(path, arrays, "the file is damaged, or was saved of a model whose training failed")
     try:
         layer: MultiHeadAttention | StaticMultiHeadAttention | DynamicMultiHeadAttention = (
             layer_class.from_state(config, arrays))
@@ -149,15 +150,14 @@ def layer_of(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Stor
         raise ValueError(f"{path} does not hold a valid {kind}: {error}") from error
 
 
-def _check_finite(path: Path, tensors: Mapping[str, Any]) -> None:
+def _check_finite(place: Path, tensors: Mapping[str, Any], why: str) -> None:
     """Refuse weights that are no numbers; a position bias may be minus infinity, as a mask is."""
     with np.errstate(invalid="ignore"):
         for name, array in tensors.items():
             # a sum makes no array of flags, and cannot leave float64
             if array.dtype.kind == "f" and "position_bias" not in name and not np.isfinite(
                     np.add.reduce(array, axis=None, dtype=np.float64)):
-                raise ValueError(f"{path}: {name} holds NaN or infinity: the file is damaged, or was saved of a model "
-                                 "whose training failed")
+                raise ValueError(f"{place}: {name} holds NaN or infinity: {why}")
 
 
 def _parse_header(path: Path, metadata: Mapping[str, str]) -> tuple[str, dict[str, Any]]:

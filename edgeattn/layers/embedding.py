@@ -110,11 +110,18 @@ class PatchEmbedding(Stored):
         (height, width) of a patch, and from one patch to the next.
     image_size : (int, int)
         (height, width) of the images that `position_weight` is for; for others it is interpolated.
+    norm : LayerNorm, optional
+        Of what the layers are given, as in CLIP.
     """
 
     def __init__(self, projection: Linear, position_weight: ArrayLike, *, patch_size: Sequence[int],
-                 image_size: Sequence[int], stride: Sequence[int] | None = None):
+                 image_size: Sequence[int], stride: Sequence[int] | None = None, norm: LayerNorm | None = None):
         check_linear("projection", projection)
+        if norm is not None and not isinstance(norm, LayerNorm):
+            raise TypeError(f"norm must be an edgeattn.LayerNorm, got {type(norm).__name__}")
+        if norm is not None and norm.inputs != projection.outputs:
+            raise ValueError(f"norm must be of E = {projection.outputs} features, got {norm}")
+        self.norm = norm
         self.projection = projection
         self.position_weight = parameter("position_weight", position_weight, "(places, features)")
         self.patch_size, self.image_size = _pair("patch_size", patch_size), _pair("image_size", image_size)
@@ -164,8 +171,9 @@ class PatchEmbedding(Stored):
     def forward(self, ops: Ops[T], patches: T, places: Float32s, images: int, name: str = "") -> T:
         """Rows of `patches` and the table of `places` -> (tokens, E)."""
         order = np.tile(np.arange(len(places)), images)
-        return ops.add(ops.linear(patches, self.projection, name + "patches"),
-                       ops.embed(places, order, name + "places"), name + "placed")
+        x = ops.add(ops.linear(patches, self.projection, name + "patches"),
+                    ops.embed(places, order, name + "places"), name + "placed")
+        return x if self.norm is None else self.norm.forward(ops, x, name + "norm")
 
 
 def _pair(name: str, sizes: Any) -> tuple[int, int]:

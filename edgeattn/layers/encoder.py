@@ -15,6 +15,7 @@ from edgeattn.checks import as_array, check_out, flag, float_array, result_dtype
 from edgeattn.device import Placeable
 from edgeattn.files import checkpoints
 from edgeattn.files.paths import named
+from edgeattn.hints import hinted
 from edgeattn.kinds import class_of
 from edgeattn.layers.call import check_cache, resolve_call_mask
 from edgeattn.layers.feed_forward import FeedForward
@@ -222,8 +223,9 @@ class TransformerEncoder(Placeable, Stored):
             return cls(map(layer, stems), norm=norm)
 
     @classmethod
+    @hinted
     def from_onnx(cls, path_or_model: Path | OnnxModel, *, scheme: OnnxScheme = "float32",
-                  arithmetic: Arithmetic = "litert") -> Self:
+                  arithmetic: Arithmetic | None = None) -> Self:
         """The encoder in an ONNX model: from the input of its first layer to the norm behind its last.
 
         It is found from its attention, see `MultiHeadAttention.from_onnx`, and told by what is computed around that,
@@ -241,7 +243,8 @@ class TransformerEncoder(Placeable, Stored):
             weights; "static", an int8 encoder by the scales that it has, without data, equal to the one that
             `quant.export` wrote. Norms and residuals are float32 in both.
         arithmetic : str
-            Of "static", the kernel set to compute as, a name in `edgeattn.arithmetic.KERNEL_SETS`; a file names none.
+            Of "static", the kernel set to compute as, a name in `edgeattn.arithmetic.KERNEL_SETS`; "litert" unless
+            given, for a file names none.
 
         Raises
         ------

@@ -33,16 +33,14 @@ class Norm(TokenWise):
 
     @functools.cached_property
     def kernel(self) -> Any:
-        """The kernel that gives the bits of `rows`; None where there is none."""
+        """The kernel that gives the bits of `rows`."""
         from edgeattn.kernels.cpu import encoder_float32
 
-        if self.inputs > encoder_float32.MOST_AS_NUMPY:
-            return None
         return encoder_float32.Norm((self.kind, self.weight, self.bias, self.eps), as_numpy=True)
 
     def packed(self, x: Float32s) -> Float32s:
-        """`rows` of x in C order, by the kernel where there is one."""
-        result: Float32s = self.rows(x) if self.kernel is None else self.kernel(x, None, np.empty_like(x))
+        """`rows` of x in C order, by the kernel."""
+        result: Float32s = self.kernel(x, None, np.empty_like(x))
         return result
 
 

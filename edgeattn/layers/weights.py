@@ -9,6 +9,7 @@ import numpy as np
 from edgeattn.checks import count, default_scale, flag, float_array, is_constant, to_float32
 from edgeattn.files import checkpoints
 from edgeattn.files.paths import listed, named
+from edgeattn.hints import hinted
 from edgeattn.layers.positions import POSITIONS, Positions
 from edgeattn.layers.saveable import Saveable
 from edgeattn.layers.sizes import Sizes
@@ -220,6 +221,7 @@ class AttentionWeights(Positions, Sizes, Saveable):
             return cls._build(num_heads, weights, num_kv_heads)
 
     @classmethod
+    @hinted
     def from_onnx(cls, path_or_model: Path | OnnxModel, node: str | SupportsIndex | None = None) -> Self:
         """The layer around an attention node of an ONNX model; see `checkpoints.onnx_weights`.
 

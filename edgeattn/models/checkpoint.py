@@ -64,10 +64,12 @@ class Checkpoint:
         self._wrong: dict[str, list[str]] = {"missing": [], "mis-shaped": []}
         self._prefix = ""
 
-    def strip(self, prefix: str, ignored: Iterable[str]) -> None:
-        """Take only the tensors under `prefix`, if there are any; heads, which end or begin as `ignored`, are left."""
-        if any(name.startswith(prefix) for name in self._tensors):
-            self._prefix = prefix
+    def strip(self, prefixes: Iterable[str], ignored: Iterable[str]) -> None:
+        """Take only the tensors under the first of `prefixes` that there are any of; heads, which end or begin as
+        `ignored`, are left.
+        """
+        self._prefix = next((prefix for prefix in prefixes if prefix and any(
+            name.startswith(prefix) for name in self._tensors)), "")
         for name in self._tensors:
             short = name.removeprefix(self._prefix)
             if any(short.startswith(part) or short.endswith(part) for part in ignored):
@@ -86,7 +88,8 @@ class Checkpoint:
         """An option that is a positive integer."""
         value = self.option(*names, default=default)
         if type(value) is not int or not 1 <= value <= _LARGEST_SIZE:
-            raise ValueError(f"{self.file}: {names[0]} must be an integer from 1 to {_LARGEST_SIZE}, got "
+            given = next((name for name in names if self.config.get(name) is not None), names[0])
+            raise ValueError(f"{self.file}: {given} must be an integer from 1 to {_LARGEST_SIZE}, got "
                              f"{str(value)[:100]}")
         return value
 
@@ -155,9 +158,9 @@ class Checkpoint:
         return LayerNorm(self.take(f"{name}.weight", features), self.take(f"{name}.bias", features) if bias else None,
                          eps)
 
-    def finish(self) -> None:
-        """Raise one error about all tensors that were missing, mis-shaped, or not asked for."""
-        unexpected = [name for name in self._tensors if name not in self._taken]
+    def finish(self, *, whole: bool = True) -> None:
+        """Raise one error about all tensors that were missing, mis-shaped, or of a `whole` model not asked for."""
+        unexpected = [name for name in self._tensors if whole and name not in self._taken]
         if unexpected or any(self._wrong.values()):
             self._raise(unexpected)
 

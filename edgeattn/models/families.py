@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 
 ACTIVATIONS = {
     "gelu": "gelu", "gelu_python": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_fast": "gelu_tanh", "relu": "relu", "silu": "silu", "swish": "silu", "swiglu": "silu", "geglu": "gelu"}
+    "gelu_fast": "gelu_tanh", "relu": "relu", "silu": "silu", "swish": "silu", "swiglu": "silu", "geglu": "gelu",
+    "quick_gelu": "silu"}
+_STEEP = {"quick_gelu": 1.702}
 # The values that an option may have: any other asks for a computation that is not built in.
 _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "is_decoder": (False,), "add_cross_attention": (False,), "position_embedding_type": ("absolute",),
@@ -75,9 +77,13 @@ class Family:
     embedding_norm: str = "embeddings.LayerNorm"
     projection: str = ""
     patches: str = ""  # an image encoder's
+    patch_bias: bool = True
     first_tokens: tuple[str, ...] = ("embeddings.cls_token",)
+    table: bool = False  # whether places are a table (places, features), and a first token (features)
+    patch_norm: str = ""  # in front of the layers
     conv1d: bool = False  # weights are (inputs, outputs)
     qkv_bias: _Biased = True  # or an option, and what it is where it is not given
+    k_bias: bool = True  # whether keys have one where queries and values do
     out_bias: _Biased = True
     mlp_bias: _Biased = True
     norm_bias: _Biased = True
@@ -87,6 +93,11 @@ class Family:
     numbered_from_padding: bool = False  # positions
     eps: float = 1e-12
     places: Callable[[Checkpoint, Sizes], list[_Place]] | None = None
+    pooling: str = ""  # of a text encoder whose folder says none
+    other_prefix: str = ""  # in place of `prefix`, in a model without a head
+    left_out: tuple[str, ...] = ()  # what else belongs to no encoder
+    defaults: tuple[tuple[str, Any], ...] = ()  # options that a config of several models may leave out
+    no_front: str = ""  # why the layers alone are read
 
 
 class Sizes(NamedTuple):
@@ -145,6 +156,27 @@ _VIT = Family(
     qkv_bias=("qkv_bias", True))
 _DEIT = dataclasses.replace(
     _VIT, prefix="deit.", first_tokens=("embeddings.cls_token", "embeddings.distillation_token"))
+# CLIP and SigLIP: each half of such a model, and the names that both have
+_CLIP = Family(
+    prefix="text_model.", layer="encoder.layers.{}.", q="self_attn.q_proj", k="self_attn.k_proj",
+    v="self_attn.v_proj", out="self_attn.out_proj", norm1="layer_norm1", linear1="mlp.fc1", linear2="mlp.fc2",
+    norm2="layer_norm2", norm="final_layer_norm", tokens="embeddings.token_embedding",
+    positions="embeddings.position_embedding", types="", embedding_norm="", norm_first=True, is_causal=True, eps=1e-5,
+    pooling="last", left_out=("vision_model.", "text_projection", "visual_projection", "logit_scale", "logit_bias"),
+    defaults=tuple({"vocab_size": 49408, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12,
+                    "num_attention_heads": 8, "max_position_embeddings": 77, "hidden_act": "quick_gelu"}.items()))
+_CLIP_VISION = dataclasses.replace(
+    _CLIP, prefix="vision_model.", patches="embeddings.patch_embedding", patch_bias=False, table=True,
+    first_tokens=("embeddings.class_embedding",), positions="embeddings.position_embedding.weight",
+    patch_norm="pre_layrnorm", norm="", is_causal=False,
+    left_out=("text_model.", "post_layernorm.", *_CLIP.left_out[1:]),
+    defaults=tuple({"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+                    "image_size": 224, "patch_size": 32, "hidden_act": "quick_gelu"}.items()))
+_SIGLIP = tuple({"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+                 "hidden_act": "gelu_pytorch_tanh"}.items())
+# Models of texts and of images in one folder: the options of each half, and its family.
+HALVES = {kind: {"text": ("text_config", f"{kind}_text_model"), "vision": ("vision_config", f"{kind}_vision_model")}
+          for kind in ("clip", "siglip")}
 FAMILIES = {
     "bert": _BERT,
     "roberta": _ROBERTA,
@@ -183,13 +215,37 @@ FAMILIES = {
         _VIT, prefix="dinov2.", norm1="norm1", norm2="norm2", linear1="mlp.fc1", linear2="mlp.fc2",
         scale1="layer_scale1.lambda1", scale2="layer_scale2.lambda1", eps=1e-6),
     "audio-spectrogram-transformer": dataclasses.replace(_DEIT, prefix="audio_spectrogram_transformer."),
+    "clip_text_model": _CLIP,
+    "clip_vision_model": _CLIP_VISION,
+    "siglip_text_model": dataclasses.replace(
+        _CLIP, is_causal=False, eps=1e-6,
+        defaults=(*_SIGLIP, ("vocab_size", 32000), ("max_position_embeddings", 64))),
+    "siglip_vision_model": dataclasses.replace(
+        _CLIP_VISION, patch_bias=True, first_tokens=(), patch_norm="", norm="post_layernorm", eps=1e-6,
+        left_out=("text_model.", *_CLIP.left_out[1:]), defaults=(*_SIGLIP, ("image_size", 224), ("patch_size", 16))),
+    "whisper": Family(
+        prefix="model.encoder.", other_prefix="encoder.", layer="layers.{}.", q="self_attn.q_proj",
+        k="self_attn.k_proj", v="self_attn.v_proj", out="self_attn.out_proj", k_bias=False,
+        norm1="self_attn_layer_norm", linear1="fc1", linear2="fc2", norm2="final_layer_norm", norm="layer_norm",
+        norm_first=True, eps=1e-5,
+        left_out=("model.decoder.", "proj_out.", "conv1.", "conv2.", "embed_positions."),
+        no_front="it begins with two convolutions over time, of which there is no layer here"),
 }
 _REFUSED = {"mobilebert": "its layers have bottlenecks, several feed-forward networks and a norm without statistics"}
 
 
-def family_of(c: Checkpoint) -> Family:
-    """The family of a checkpoint, whose options must be ones that are built in."""
+def family_of(c: Checkpoint, part: str | None = None) -> Family:
+    """The family of a checkpoint, whose options must be ones that are built in; `part` as of `from_pretrained`."""
     kind = c.option("model_type")
+    if isinstance(kind, str) and kind in HALVES:
+        if part not in HALVES[kind]:
+            raise ValueError(f"{c.file}: a {kind} model is one of texts and one of images: from_pretrained(folder, "
+                             f"part='text') or part='vision' reads one, whose encoder is its layers; got part={part!r}")
+        name, kind = HALVES[kind][part]
+        options = c.option(name)
+        if not isinstance(options, dict):
+            raise ValueError(f"{c.file}: {name} must be an object, got {str(options)[:100]}")
+        c.config = {**dict(FAMILIES[kind].defaults), **options, "model_type": kind}
     if not isinstance(kind, str) or kind not in FAMILIES:
         why = _REFUSED.get(kind, "it is none of these") if isinstance(kind, str) else "it is no name"
         raise ValueError(f"{c.file}: model_type must be one of {', '.join(FAMILIES)}, got {str(kind)[:100]!r}: {why}")
@@ -201,7 +257,13 @@ def family_of(c: Checkpoint) -> Family:
     family = FAMILIES[kind]
     if c.flag("use_swiglu_ffn", False):  # DINOv2, giant
         family = dataclasses.replace(family, linear1="mlp.weights_in", gate="mlp.weights_in", linear2="mlp.weights_out")
-    c.strip(family.prefix, _IGNORED)
+    if part in ("text", "vision") and (family.no_front or bool(family.patches) != (part == "vision")):
+        raise ValueError(f"{c.file}: part must be left out, or 'encoder', for a {kind} model, got {part!r}")
+    if family.no_front and part != "encoder":
+        raise ValueError(f"{c.file}: a {kind} model is not read whole, for {family.no_front}; "
+                         "from_pretrained(folder, part='encoder') reads its layers, which take what transformers' own "
+                         "convolutions and positions give")
+    c.strip((family.prefix, family.other_prefix), (*_IGNORED, *family.left_out))
     return family
 
 
@@ -235,19 +297,24 @@ def patch_embedding(c: Checkpoint, f: Family) -> PatchEmbedding:
         raise ValueError(f"{c.file}: images of {image} must have room for a patch of {patch}")
     patches = [(whole - part) // step + 1 for whole, part, step in zip(image, patch, stride, strict=True)]
     weight = c.take(f"{f.patches}.weight", hidden, channels, *patch).reshape(hidden, -1)
-    bias = c.take(f"{f.patches}.bias", hidden)
-    first = [c.take(name, 1, 1, hidden)[0] for name in f.first_tokens]
-    places = c.take(f.positions, 1, len(first) + patches[0] * patches[1], hidden)[0].astype(np.float32)
-    places[: len(first)] += np.concatenate(first) - bias
-    return PatchEmbedding(Linear(weight, bias), places, patch_size=patch, stride=stride, image_size=image)
+    bias = c.take(f"{f.patches}.bias", hidden) if f.patch_bias else None
+    lead = () if f.table else (1,)
+    first = [c.take(name, *lead, *lead, hidden).reshape(1, hidden) for name in f.first_tokens]
+    count = len(first) + patches[0] * patches[1]
+    places = c.take(f.positions, *lead, count, hidden).reshape(count, hidden).astype(np.float32)
+    if first:
+        places[: len(first)] += np.concatenate(first) - (0 if bias is None else bias)
+    norm = c.norm(f.patch_norm, hidden, _eps(c, f)) if f.patch_norm else None
+    return PatchEmbedding(Linear(weight, bias), places, patch_size=patch, stride=stride, image_size=image, norm=norm)
 
 
-def encoder(c: Checkpoint, f: Family) -> TransformerEncoder:
-    """The layers; after this the checkpoint must have no tensor left."""
-    hidden, heads = c.size("hidden_size", "n_embd", "dim"), c.size("num_attention_heads", "n_head", "n_heads")
+def encoder(c: Checkpoint, f: Family, *, alone: bool = False) -> TransformerEncoder:
+    """The layers; after this the checkpoint must have no tensor left, but for what stands before layers read alone."""
+    hidden = c.size("hidden_size", "n_embd", "dim", "d_model")
+    heads = c.size("encoder_attention_heads", "num_attention_heads", "n_head", "n_heads")
     if hidden % heads:
         raise ValueError(f"{c.file}: num_attention_heads must divide hidden_size = {hidden}, got {heads}")
-    count = c.size("num_hidden_layers", "n_layer", "n_layers")
+    count = c.size("encoder_layers", "num_hidden_layers", "n_layer", "n_layers")
     sizes = Sizes(hidden, heads, c.size("head_dim", default=hidden // heads), count)
     places = f.places(c, sizes) if f.places else [({}, NO_WINDOW)] * count
     groups, inner = (c.size(name, default=1) if f.shared else 1 for name in ("num_hidden_groups", "inner_group_num"))
@@ -260,7 +327,7 @@ def encoder(c: Checkpoint, f: Family) -> TransformerEncoder:
                 made[stem] = _layer(c, f, stem, sizes, i > 0 or f.first_norm, attention, window)
             layers.append(made[stem])
     norm = c.norm(f.norm, hidden, _eps(c, f), bias=_biased(c, f.norm_bias)) if f.norm else None
-    c.finish()
+    c.finish(whole=not alone)
     return TransformerEncoder(layers, norm=norm)
 
 
@@ -278,7 +345,8 @@ def _layer(c: Checkpoint, f: Family, stem: str, sizes: Sizes, has_norm1: bool, a
     if f.qkv:
         q, k, v = _parts(linear(f.qkv, 3 * inner, hidden, f.qkv_bias), 3)
     else:
-        q, k, v = (linear(name, inner, hidden, f.qkv_bias) for name in (f.q, f.k, f.v))
+        q, k, v = (linear(name, inner, hidden, f.qkv_bias if name != f.k or f.k_bias else False)
+                   for name in (f.q, f.k, f.v))
     out = linear(f.out, hidden, inner, f.out_bias, f.scale1)
     features, gate = _features(c, hidden), None
     if f.gate == f.linear1:
@@ -286,13 +354,17 @@ def _layer(c: Checkpoint, f: Family, stem: str, sizes: Sizes, has_norm1: bool, a
     else:
         linear1 = linear(f.linear1, features, hidden, f.mlp_bias)
         gate = linear(f.gate, features, hidden, f.mlp_bias) if f.gate else None
+    linear2 = linear(f.linear2, hidden, features, f.mlp_bias, f.scale2)
+    activation, steep = _activation(c)
+    if steep != 1:  # x sigmoid(1.702 x) is a SiLU of 1.702 x, divided by it
+        linear1 = Linear(linear1.weight * steep, None if linear1.bias is None else linear1.bias * steep)
+        linear2 = Linear(linear2.weight / steep, linear2.bias)
     norms = [c.norm(stem + name, hidden, _eps(c, f), bias=_biased(c, f.norm_bias)) if name else None
              for name in (f.norm1 if has_norm1 else "", f.norm2)]
     return TransformerEncoderLayer(
         MultiHeadAttention(sizes.heads, q.weight, k.weight, v.weight, out.weight, q_bias=q.bias, k_bias=k.bias,
                            v_bias=v.bias, out_bias=out.bias, **attention),
-        FeedForward(linear1, linear(f.linear2, hidden, features, f.mlp_bias, f.scale2), gate=gate,
-                    activation=_activation(c)),
+        FeedForward(linear1, linear2, gate=gate, activation=activation),
         *norms, norm_first=f.norm_first, window_size=window)
 
 
@@ -305,17 +377,18 @@ def _parts(linear: Linear, count: int) -> list[Linear]:
 def _features(c: Checkpoint, hidden: int) -> int:
     """F."""
     if "mlp_ratio" not in c.config:
-        return c.size("intermediate_size", "n_inner", "hidden_dim", default=4 * hidden)
+        return c.size("encoder_ffn_dim", "intermediate_size", "n_inner", "hidden_dim", default=4 * hidden)
     features = int(hidden * c.number("mlp_ratio"))
     return (features * 2 // 3 + 7) // 8 * 8 if c.flag("use_swiglu_ffn", False) else features
 
 
-def _activation(c: Checkpoint) -> Any:
+def _activation(c: Checkpoint) -> tuple[Any, np.float32]:
+    """(the activation, what features are multiplied by before it and divided by behind it)."""
     name = "silu" if c.flag("use_swiglu_ffn", False) else c.option(
         "hidden_act", "activation_function", "hidden_activation", "activation")
     if not isinstance(name, str) or name not in ACTIVATIONS:
         raise ValueError(f"{c.file}: the activation must be one of {listed(ACTIVATIONS)}, got {str(name)[:100]!r}")
-    return ACTIVATIONS[name]
+    return ACTIVATIONS[name], np.float32(_STEEP.get(name, 1))
 
 
 def _eps(c: Checkpoint, f: Family) -> float:

@@ -10,13 +10,16 @@ from edgeattn.checks import as_array, flag, float_array, result_dtype, to_float3
 from edgeattn.device import Placeable
 from edgeattn.files import checkpoints
 from edgeattn.files.paths import named
+from edgeattn.hints import hinted
 from edgeattn.layers.embedding import PatchEmbedding
 from edgeattn.layers.encoder import TransformerEncoder
 from edgeattn.layers.linear import Linear
+from edgeattn.layers.norm import norm_of
 from edgeattn.layers.state import Stored
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Any
 
     from numpy.typing import ArrayLike
     from typing_extensions import Self
@@ -45,8 +48,9 @@ class ImageEncoder(Placeable, Stored):
         self.embedding, self.encoder, self.spectrogram = embedding, encoder, flag("spectrogram", spectrogram)
 
     @classmethod
+    @hinted
     def from_onnx(cls, path_or_model: Path | OnnxModel, *, scheme: OnnxScheme = "float32",
-                  arithmetic: Arithmetic = "litert") -> Self:
+                  arithmetic: Arithmetic | None = None) -> Self:
         """The image encoder of an ONNX model: ViT, DeiT and the like, whose patches a Conv makes.
 
         The layers are found as `TransformerEncoder.from_onnx` finds them; what is behind them is left out.
@@ -69,8 +73,9 @@ class ImageEncoder(Placeable, Stored):
         with named(path_or_model):
             found = checkpoints.onnx_image(path_or_model, checkpoints.kernel_set_of(scheme, arithmetic))
             patch = found.weight.shape[2:]
+            norm: Any = norm_of(found.norm)
             return cls(PatchEmbedding(Linear(found.weight.reshape(len(found.weight), -1), found.bias), found.places,
-                                      patch_size=patch, stride=found.stride, image_size=found.image_size),
+                                      patch_size=patch, stride=found.stride, image_size=found.image_size, norm=norm),
                        TransformerEncoder.from_found(found.encoder))
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, cast, get_args
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from edgeattn.checks import as_array, count, flag, is_one_of
 from edgeattn.device import Placeable
 from edgeattn.files import checkpoints
 from edgeattn.files.paths import named, reading, reason
+from edgeattn.hints import hinted
 from edgeattn.layers.embedding import Embedding
 from edgeattn.layers.encoder import TransformerEncoder
 from edgeattn.layers.linear import Linear
@@ -73,8 +74,9 @@ class TextEncoder(Placeable, Stored):
         self.max_length = None if max_length is None else count("max_length", max_length)
 
     @classmethod
+    @hinted
     def from_onnx(cls, path_or_model: Path | OnnxModel, *, tokenizer: Path | None = None,
-                  scheme: OnnxScheme = "float32", arithmetic: Arithmetic = "litert") -> Self:
+                  scheme: OnnxScheme = "float32", arithmetic: Arithmetic | None = None) -> Self:
         """The text encoder of an ONNX model: BERT, DistilBERT, RoBERTa and the like, whatever exported it.
 
         The layers are found as `TransformerEncoder.from_onnx` finds them; in front of them embeddings of token ids, of
@@ -181,6 +183,13 @@ class TextEncoder(Placeable, Stored):
             options["key_padding_mask"] = real
         positions = self.embedding.positions(ids, held)
         shape = (*ids.shape, self.embed_dim)
+        if lengths is None and kv_cache is None and ids.size and type(self).forward is TextEncoder.forward:
+            # As a call of the encoder, which keeps what such calls are.
+            x = self.embedding.forward(CompiledOps(), ids.ravel(), positions.ravel(), types.ravel())
+            y: Any = self.encoder(x.reshape(shape), key_padding_mask=real, is_causal=self.is_causal)
+            if real is not None:
+                y[~real] = 0
+            return cast("Float32s", y)
         with self.encoder.prepared(ids.shape, **options) as sequences:
             if lengths is None and ids.size:
                 rows = self.forward(CompiledOps(), ids.ravel(), positions.ravel(), types.ravel(), sequences)

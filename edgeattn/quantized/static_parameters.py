@@ -13,7 +13,13 @@ from edgeattn.checks import as_array, count, number
 from edgeattn.kernels.cpu.layer_int8 import StaticLayer
 from edgeattn.prepared import PreparedCalls
 from edgeattn.quantized.layer import INPUTS, QuantizedMultiHeadAttention
-from edgeattn.quantized.parameters import PROBABILITIES, QuantizedLinear, TensorQuantization, linears_state
+from edgeattn.quantized.parameters import (
+    PROBABILITIES,
+    QuantizedLinear,
+    TensorQuantization,
+    check_scales,
+    linears_state,
+)
 from edgeattn.quantized.score_ops import AddMask, MulConstant, ScoreOp, SelectMask, check_masks, fit_mask, score_map
 
 if TYPE_CHECKING:
@@ -78,6 +84,7 @@ class StaticParameters(QuantizedMultiHeadAttention):
             raise ValueError(f"probabilities must have the scale 1/256 and the zero point -128 of every int8 softmax; "
                              f"got {self.tensors['probabilities']}")
         self.tensors = {name: self.tensors[name] for name in required}  # in the order of the computation
+        check_scales(self.tensors)
         q, k, v = (self.linears[name].weight for name in INPUTS)
         if q.shape[0] % H or q.shape[0] != k.shape[0] or v.shape[0] % H:
             raise ValueError(f"num_heads = {H} does not fit projections of {q.shape[0]} query, {k.shape[0]} key and "

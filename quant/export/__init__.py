@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 import edgeattn
-from edgeattn.checks import as_array, count, flag, is_one_of
+from edgeattn.checks import as_array, count, flag, is_one_of, to_float32
 from edgeattn.files.paths import as_path, check_folder, write_atomic
 from edgeattn.hints import hinted
 from edgeattn.layers import MultiHeadAttention, TransformerEncoder
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, Literal, SupportsIndex
 
-    from numpy.typing import ArrayLike
+    from numpy.typing import ArrayLike, NDArray
 
     from edgeattn import types
     from quant.model_calls import Model
@@ -62,8 +62,8 @@ class Format(NamedTuple):
     dynamic : bool
         Whether it takes dynamic layers.
     options : tuple of str
-        Of "target", which is required then, "test_vectors", "opset", "padding", "several lengths" and "any length":
-        those that the format has.
+        Of "target", which is required then, "test_vectors", "opset", "padding", "several lengths", "any length" and
+        "positions", of float attention: those that the format has.
     """
 
     write: Callable[[Any, Path, Request], None]
@@ -103,9 +103,9 @@ def _bundle(layer: Any, path: Path, request: Request) -> None:
 
 FORMATS = {
     ".tflite": Format(_tflite, "fixed shapes, whole encoders too; runs in LiteRT, tflite-runtime and TFLite Micro",
-                      dynamic=True, options=("several lengths", "padding")),
+                      dynamic=True, options=("several lengths", "padding", "positions")),
     ".onnx": Format(_onnx, "fixed shapes or any, whole encoders too; runs in onnxruntime and others",
-                    options=("any length", "opset", "padding")),
+                    options=("any length", "opset", "padding", "positions")),
     ".safetensors": Format(_safetensors, "any shape; `edgeattn.load` reads it", any_shape=True, dynamic=True),
     ".c": Format(_c, "fixed shapes, whole encoders too; C99 for microcontrollers, with a header beside it",
                  options=("test_vectors",)),
@@ -142,7 +142,8 @@ def export(layer: MultiHeadAttention | QuantizedMultiHeadAttention | Model, path
     key_length : int, optional
         S of a ``.tflite`` or ``.c`` with inputs of their own for key and value; L otherwise.
     mask : "causal" or bool array broadcastable to (B, H, L, S), optional
-        Written into the file; True = attend. Static attention must have been calibrated with masks, or quantized with
+        Written into the file; True = attend. Of float attention in a ``.tflite`` or ``.onnx`` also numbers that are
+        added to the scores, such as ALiBi's. Static attention must have been calibrated with masks, or quantized with
         ``room_for_masks=True``, else its scores' range leaves no room below for masked scores.
     test_vectors : int, optional
         Of a ``.c``: how many test vectors to write beside it, ``NAME_test.h``, with a program that checks them,
@@ -189,7 +190,7 @@ def export(layer: MultiHeadAttention | QuantizedMultiHeadAttention | Model, path
         raise TypeError(f"layer must be an encoder or an attention layer for a {path.suffix} file; got a "
                         f"{type(layer).__name__}, which only {of_any_shape} files hold whole; export its encoder, "
                         "model.encoder, whose inputs are what the embedding gives")
-    if not form.any_shape:
+    if not form.any_shape and "positions" not in form.options:
         refuse_positions(layer, f"{of_any_shape} files hold it")
     if isinstance(layer, DynamicMultiHeadAttention) and not form.dynamic:
         raise ValueError(f"layer is dynamic, which only {_those('dynamic')} files hold; got {str(path)!r}; "
@@ -231,7 +232,8 @@ def export(layer: MultiHeadAttention | QuantizedMultiHeadAttention | Model, path
                 raise ValueError(f"{name} must be left out for a {path.suffix}, which takes any; got {value}")
     check_folder(path)
     if mask is not None and not (several and is_one_of(mask, ("causal",)) and key_length is None):
-        mask = _mask(mask, lengths["sequence_length"], lengths["key_length"])
+        numbers = "positions" in form.options and not isinstance(layer, StaticMultiHeadAttention)
+        mask = _mask(mask, lengths["sequence_length"], lengths["key_length"], numbers)
     if not form.any_shape and sequence_length is None and not free:
         raise ValueError(f"sequence_length is required for a {path.suffix}: its shapes are fixed")
     form.write(layer, path, Request(lengths, mask, vectors, processor, version, padding))
@@ -265,8 +267,8 @@ def _carrying(layer: MultiHeadAttention | QuantizedMultiHeadAttention, path: Pat
     return layer.with_mask(mask)
 
 
-def _mask(mask: ArrayLike, sequence_length: int | None, key_length: int | None) -> types.Bools:
-    """The mask argument as a bool array."""
+def _mask(mask: ArrayLike, sequence_length: int | None, key_length: int | None, numbers: bool) -> NDArray[Any]:
+    """The mask argument as an array, bool, or where that may be `numbers` float32."""
     if isinstance(mask, str):
         if mask != "causal":
             raise ValueError(f"mask must be 'causal' or a bool array; got {mask!r}")
@@ -275,6 +277,10 @@ def _mask(mask: ArrayLike, sequence_length: int | None, key_length: int | None) 
                              f"sequence_length={sequence_length}, key_length={key_length}")
         return np.tri(sequence_length, dtype=np.bool_)
     mask = as_array("mask", mask)
+    if mask.ndim <= 4 and numbers and mask.dtype.kind == "f":
+        if np.isnan(mask).any():
+            raise ValueError("mask must hold no NaN")
+        return to_float32(mask)
     if mask.dtype != np.bool_ or mask.ndim > 4:
         raise TypeError(f"mask must be 'causal' or a bool array broadcastable to (B, H, L, S), True = attend; got "
                         f"{mask.dtype} of shape {mask.shape}")

@@ -18,13 +18,16 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from edgeattn.arithmetic import CODE_MIN
 from edgeattn.executors.unfused import attend
+from edgeattn.layers import Linear
 from edgeattn.layers.attention import forward
 from edgeattn.layers.dynamic_linear import DynamicLinear
+from edgeattn.layers.norm import LayerNorm
 from edgeattn.ops import Ops, Sequences
 from edgeattn.quantized import (
     INPUTS,
@@ -36,7 +39,9 @@ from edgeattn.quantized import (
     TensorQuantization,
 )
 from edgeattn.tflite_schema import Graph
+from quant.export.head_positions import HeadPositions, added_scores, tables
 from quant.export.static_rows import scatter
+from quant.models import SPLIT
 
 FULLY_CONNECTED_VERSION = 5  # the first with keep_num_dims
 HYBRID_VERSION = 12  # of FULLY_CONNECTED: the first with float rows and int8 weights of a scale for each channel
@@ -52,7 +57,8 @@ INT8_VERSIONS = {
     "NOT_EQUAL": 1,
 }
 MOVED_INT8_VERSIONS = {"GATHER": 2, "CONCATENATION": 2, "SLICE": 2}
-FLOAT_VERSIONS = dict.fromkeys((*INT8_VERSIONS, "CONCATENATION"), 1) | {"FULLY_CONNECTED": FULLY_CONNECTED_VERSION}
+FLOAT_VERSIONS = dict.fromkeys((*INT8_VERSIONS, "CONCATENATION", "MEAN", "SUB", "RSQRT", "SLICE"), 1) | {
+    "FULLY_CONNECTED": FULLY_CONNECTED_VERSION}
 # exp(MASKED_SCORE - any real score) is 0 in float32, and unlike -inf a row full of it gives no NaN.
 MASKED_SCORE = np.float32(-1e30)
 
@@ -95,7 +101,7 @@ class TfliteOps(Ops[int]):
         self.tensors = tensors
         self.dtype = np.dtype(np.int8 if tensors else np.float32)
         self._versions = INT8_VERSIONS if tensors else FLOAT_VERSIONS
-        self.padding: dict[int, int] | None = None  # bool, by the rank of scores: which keys are tokens
+        self.padding: dict[int, int] | None = None  # by the rank of scores: which keys are tokens, as `padded` takes it
         self._heads_first = None  # the permutation (B, L, H, D) <-> (B, H, L, D), made when first needed
 
     def inputs(self, sources, widths) -> list[int]:
@@ -118,15 +124,6 @@ class TfliteOps(Ops[int]):
     def scores(self, q: int, k: int, layer, name: str) -> int:
         """q k^T: the scale lies in q."""
         return self._batch_matmul(q, k, name, self.lengths.keys, adj_y=True)
-
-    def padded(self, scores: int, fill: np.ndarray, quantization, name: str) -> int:
-        """The scores, those of padding replaced."""
-        if self.padding is None:
-            return scores
-        filling = self._constant(f"{name}/padding", fill, quantization)
-        shape = self.graph.tensors[scores].shape
-        return self._operator("SELECT_V2", [self.padding[len(shape)], scores, filling], f"{name}/tokens", shape,
-                              quantization)
 
     def softmax(self, scores: int, name: str) -> int:
         """Over the keys."""
@@ -221,29 +218,84 @@ class Int8TfliteOps(TfliteOps):
                 scores = self._operator("SELECT_V2", [keep, scores, fill], f"{name}/masked", shape, quantization)
             else:
                 raise TypeError(f"score_ops must be MulConstant, AddMask or SelectMask; got {type(op).__name__}")
-        return self.padded(scores, np.array(CODE_MIN, np.int8), quantization, "scores")
+        return self.padded(scores, quantization)
+
+    def padded(self, scores: int, quantization) -> int:
+        """The codes of scores, those of padding the lowest; `padding` is true for tokens."""
+        if self.padding is None:
+            return scores
+        filling = self._constant("scores/padding", np.array(CODE_MIN, np.int8), quantization)
+        shape = self.graph.tensors[scores].shape
+        return self._operator("SELECT_V2", [self.padding[len(shape)], scores, filling], "scores/tokens", shape,
+                              quantization)
 
 
-class FloatTfliteOps(TfliteOps):
+class FloatTfliteOps(HeadPositions[int], TfliteOps):
     """Of a float layer: float32 (B, L, E) in, float32 (B, L, output width) out. Weights in int8 make hybrid products,
     whose rows the runtime quantizes.
 
-    1/sqrt(D) is multiplied into the query weights, and key and value heads shared by several query heads are repeated.
+    1/sqrt(D) is multiplied into the query weights, or into those of the queries' norm, key and value heads shared by
+    several query heads are repeated, and features that a rotary embedding turns as neighbours lie as halves.
     """
 
     def __init__(self, lengths: _Lengths, graph: Graph | None = None):
         super().__init__(lengths, {}, graph)
         self._factor: dict[str, np.float32] = {}
         self._shared: dict[str, tuple[int, int]] = {}
+        self._order: dict[str, tuple[int, np.ndarray]] = {}
         self._mask: np.ndarray | None = None
+        self._added: np.ndarray | None = None
         self._apart: dict[tuple[int, ...], tuple[int, int]] = {}
+        self._numbers: dict[str, int] = {}
 
-    def begin(self, layer, mask, name: str = "") -> None:
-        """What `forward` of a layer, whose names begin with `name`, is about to find."""
-        self._factor = {f"{name}query": np.float32(layer.scale)}
+    def begin(self, layer, mask, name: str = "", added: np.ndarray | None = None) -> None:
+        """What `forward` of a layer, whose names begin with `name`, is about to find.
+
+        A mask of bool says which keys are seen, and numbers, in it or in `added`, are added to the scores.
+        """
+        self._factor = {} if layer.q_norm is not None else {f"{name}query": np.float32(layer.scale)}
+        heads = {"query": layer.num_heads, "key": layer.num_kv_heads}
+        order = _as_halves(layer)
+        self._order = {} if order is None else {f"{name}{part}": (count, order) for part, count in heads.items()}
         repeats = layer.num_heads // layer.num_kv_heads
         self._shared = dict.fromkeys((f"{name}key", f"{name}value"), (layer.num_kv_heads, repeats))
-        self._mask = None if mask is None else np.asarray(mask)
+        mask = None if mask is None else np.asarray(mask)
+        if mask is not None and mask.dtype not in (np.bool_, np.float32):
+            raise TypeError(f"mask must be bool (True = attend) or float32 (added to the scores); got {mask.dtype}")
+        self._mask = mask if mask is not None and mask.dtype == np.bool_ else None
+        if mask is not None and mask.dtype == np.float32 and added is None:
+            added = mask
+        if added is not None:
+            mask_to_graph_rank(added, self.lengths.scores, "mask")
+            if np.isnan(added).any():
+                raise ValueError("mask must hold no NaN")
+        self._added = added_scores(layer, added, self.lengths.queries, self.lengths.keys)
+
+    def attention(self, q: int, k: int, v: int, layer, sequences, name: str) -> int:
+        """The heads side by side, normed and turned first."""
+        q, k, v = map(self.split_heads, (q, k, v))
+        q, k = self.placed(q, k, layer, name)
+        return self.merge_heads(attend(self, q, k, v, layer, sequences, name))
+
+    def norm_of_heads(self, norm, layer, part: str):
+        """With the scale of the scores, where it is that of the queries; of features that lie as halves."""
+        weights = [None if array is None else array * np.float32(layer.scale if part == "query" else 1)
+                   for array in (norm.weight, norm.bias)]
+        order = _as_halves(layer)
+        if order is not None:
+            weights = [None if array is None else array[order] for array in weights]
+        return type(norm)(weights[0], weights[1], norm.eps) if isinstance(norm, LayerNorm) else type(norm)(
+            weights[0], norm.eps)
+
+    def pair(self, x: int, rotary, name: str) -> tuple[int, int]:
+        """Both halves of what is turned."""
+        half = rotary.rotary_embedding_dim // 2
+        return self.part(x, 0, half, f"{name}/first"), self.part(x, half, half, f"{name}/second")
+
+    def angles(self, rotary, part: str, name: str) -> tuple[int, int]:
+        """Cosines and sines, constants."""
+        cos, sin = tables(rotary, self.lengths.queries if part == "query" else self.lengths.keys)
+        return self._constant(f"{name}/cos", cos), self._constant(f"{name}/sin", sin)
 
     def linear(self, x: int, linear, name: str) -> int:
         """x weight^T + bias."""
@@ -269,6 +321,8 @@ class FloatTfliteOps(TfliteOps):
 
     def _dynamic(self, x: int, linear: DynamicLinear, name: str) -> int:
         """A hybrid product; inputs that stay float32, and outputs' second codes, are added by a narrow float one."""
+        if name.endswith("linear2"):
+            linear = _all_in_codes(linear)
         outputs, apart = linear.outputs, linear.outlier_columns
         rest, parts, weights = x, [], []
         if len(apart):
@@ -302,15 +356,67 @@ class FloatTfliteOps(TfliteOps):
                      for part, array in (("weight", weight), ("bias", bias))]
         return self._fully_connected(x, *constants, name)
 
+    def layer_norm(self, x: int, norm: Any, name: str) -> int:
+        """(x - mean) / sqrt(variance + eps) * weight + bias, taken apart."""
+        return self._scaled(self._elementwise("SUB", x, self._mean(x, f"{name}/mean"), f"{name}/centred"), norm, name)
+
+    def rms_norm(self, x: int, norm: Any, name: str) -> int:
+        """x / sqrt(mean(x^2) + eps) * weight, taken apart."""
+        return self._scaled(x, norm, name)
+
+    def _scaled(self, x: int, norm: Any, name: str) -> int:
+        variance = self._mean(self._elementwise("MUL", x, x, f"{name}/square"), f"{name}/variance")
+        eps = self._constant(f"{name}/eps", np.array(norm.eps, np.float32))
+        variance = self._elementwise("ADD", variance, eps, f"{name}/variance_eps")
+        shape = self.graph.tensors[variance].shape
+        inverse = self._operator("RSQRT", [variance], f"{name}/inverse", shape)
+        y = self._elementwise("MUL", x, inverse, f"{name}/normed")
+        if (norm.weight != 1).any():
+            y = self._elementwise("MUL", y, self._constant(f"{name}/weight", norm.weight), f"{name}/scaled")
+        if norm.bias is not None and norm.bias.any():
+            y = self._elementwise("ADD", y, self._constant(f"{name}/bias", norm.bias), name)
+        return y
+
+    def add(self, a: int, b: int, name: str) -> int:
+        """The sum."""
+        return self._elementwise("ADD", a, b, name)
+
+    def multiply(self, a: int, b: int, name: str) -> int:
+        """The product, element by element."""
+        return self._elementwise("MUL", a, b, name)
+
+    def subtract(self, a: int, b: int, name: str) -> int:
+        """The difference."""
+        return self._elementwise("SUB", a, b, name)
+
+    def _mean(self, x: int, name: str) -> int:
+        shape = (*self.graph.tensors[x].shape[:-1], 1)
+        last = len(shape) - 1
+        axis = self._indices("last_axis" if last == 2 else f"axis_{last}", [last])
+        return self._operator("MEAN", [x, axis], name, shape, options={"keep_dims": True})
+
+    def _indices(self, name: str, values: Any) -> int:
+        """A constant of int32, once under a name."""
+        if name not in self._numbers:
+            self._numbers[name] = self._constant(name, np.array(values, np.int32))
+        return self._numbers[name]
+
     def _elementwise(self, operator: str, a: int, b: int, name: str) -> int:
         return self._operator(operator, [a, b], name, self.graph.tensors[a].shape)
+
+    def part(self, x: int, first: int, size: int, name: str) -> int:
+        """Columns beside each other."""
+        bounds = [self._indices(f"{name}/{part}", [*lead, value]) for part, lead, value in (
+            ("begin", [0] * (len(self.graph.tensors[x].shape) - 1), first),
+            ("size", self.graph.tensors[x].shape[:-1], size))]
+        return self._moved("SLICE", [x, *bounds], name, size)
 
     def joined(self, parts: list[int], name: str) -> int:
         """Rows or codes side by side."""
         if len(parts) == 1:
             return parts[0]
         width = sum(self.graph.tensors[part].shape[-1] for part in parts)
-        return self._moved("CONCATENATION", parts, name, width, {"axis": 2})
+        return self._moved("CONCATENATION", parts, name, width, {"axis": len(self.graph.tensors[parts[0]].shape) - 1})
 
     def _moved(self, operator: str, inputs: list[int], name: str, width: int, options=None) -> int:
         """What has the dtype and scale of the first of its inputs."""
@@ -324,6 +430,9 @@ class FloatTfliteOps(TfliteOps):
         return output
 
     def _repeated(self, name: str, array: np.ndarray) -> np.ndarray:
+        if name in self._order:
+            heads, order = self._order[name]
+            array = array.reshape(heads, -1, *array.shape[1:])[:, order].reshape(array.shape)
         heads, repeats = self._shared.get(name, (1, 1))
         if repeats > 1:
             array = np.repeat(array.reshape(heads, -1, *array.shape[1:]), repeats, axis=0).reshape(
@@ -334,23 +443,41 @@ class FloatTfliteOps(TfliteOps):
         array = self._repeated(name, array)
         return array * self._factor[name] if name in self._factor else array
 
+    def padded(self, scores: int) -> int:
+        """The scores, those of padding MASKED_SCORE: what `padding` adds to them, and takes them up in rounding.
+
+        Unlike SELECT_V2 ADD is an operator of XNNPACK's, which computes the layers without a stop.
+        """
+        if self.padding is None:
+            return scores
+        tensor = self.graph.tensors[scores]
+        return self._elementwise("ADD", scores, self.padding[len(tensor.shape)], f"{tensor.name}/tokens")
+
     def masked(self, scores: int, layer, mask, name: str) -> int:
         """The mask that the file shall hold, and the padding that it is given."""
-        scores = self.padded(scores, np.array(MASKED_SCORE), None, self.graph.tensors[scores].name)
+        name, shape = self.graph.tensors[scores].name, self.graph.tensors[scores].shape
+        if self._added is not None:
+            added = self._mask_constant(f"{name}/mask", np.maximum(self._added, MASKED_SCORE), "mask")
+            scores = self._operator("ADD", [scores, added], f"{name}/added", shape)
+        scores = self.padded(scores)
         if self._mask is None:
             return scores
-        mask, tensor = self._mask, self.graph.tensors[scores]
-        name, shape = tensor.name, tensor.shape
-        if mask.dtype == np.bool_:
-            keep = self._mask_constant(f"{name}/keep", mask, "mask")
-            fill = self._constant(f"{name}/fill", np.array(MASKED_SCORE))
-            return self._operator("SELECT_V2", [keep, scores, fill], f"{name}/masked", shape)
-        if mask.dtype != np.float32:
-            raise TypeError(f"mask must be bool (True = attend) or float32 (added to the scores); got {mask.dtype}")
-        if np.isnan(mask).any():
-            raise ValueError("mask must hold no NaN")
-        added = self._mask_constant(f"{name}/mask", np.maximum(mask, MASKED_SCORE), "mask")
-        return self._operator("ADD", [scores, added], f"{name}/masked", shape)
+        name = self.graph.tensors[scores].name
+        keep = self._mask_constant(f"{name}/keep", self._mask, "mask")
+        fill = self._constant(f"{name}/fill", np.array(MASKED_SCORE))
+        return self._operator("SELECT_V2", [keep, scores, fill], f"{name}/masked", shape)
+
+
+def _all_in_codes(linear: DynamicLinear) -> DynamicLinear:
+    """The layer without inputs that stay float32: hidden features have none so large that a file gains by them."""
+    if not len(linear.outlier_columns):
+        return linear
+    weight = linear.codes * linear.scale[:, None]
+    np.add.at(weight, linear.residual_outputs, weight[linear.outputs:])
+    weight = weight[:linear.outputs]
+    weight[:, linear.outlier_columns] = linear.outlier_weight
+    split = SPLIT if len(linear.residual_outputs) else None
+    return DynamicLinear.quantized_from(Linear(weight, linear.bias), split=split)
 
 
 def attention_graph(layer, *, batch: int, sequence_length: int, key_length: int | None = None, mask=None) -> Graph:
@@ -383,6 +510,14 @@ def attention_graph(layer, *, batch: int, sequence_length: int, key_length: int 
         ops.begin(layer, mask)
     ops.graph.outputs = [forward(ops, layer, *ops.inputs(sources, widths), Sequences([]))]
     return ops.graph
+
+
+def _as_halves(layer) -> np.ndarray | None:
+    """Where each feature of a head comes from, so that neighbours which are turned together lie as halves."""
+    if layer.rotary is None or not layer.rotary.interleaved:
+        return None
+    turned = layer.rotary.rotary_embedding_dim
+    return np.concatenate([np.arange(0, turned, 2), np.arange(1, turned, 2), np.arange(turned, layer.head_dim)])
 
 
 def check_float(layer) -> None:

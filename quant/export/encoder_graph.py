@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgeattn.layers import MultiHeadAttention
-from edgeattn.layers.positions import refuse_positions
 from edgeattn.quantized import DynamicMultiHeadAttention, StaticFeedForward
 from quant.export.attention_graph import (
     FLOAT_VERSIONS,
+    MASKED_SCORE,
     FloatTfliteOps,
     Int8TfliteOps,
     check_float,
@@ -30,8 +30,7 @@ if TYPE_CHECKING:
     from edgeattn.quantized import TensorQuantization
     from edgeattn.tflite_schema import Graph
 
-_VERSIONS = FLOAT_VERSIONS | dict.fromkeys(
-    ("MEAN", "SUB", "RSQRT", "LOGISTIC", "RELU", "GELU", "QUANTIZE", "SLICE", "GATHER"), 1) | {
+_VERSIONS = FLOAT_VERSIONS | dict.fromkeys(("LOGISTIC", "RELU", "GELU", "QUANTIZE", "GATHER"), 1) | {
     "DEQUANTIZE": 2}  # the first of int8
 
 
@@ -70,21 +69,28 @@ class EncoderTfliteOps(StaticBetweenRows[int], FloatTfliteOps):
         self._shape = batch, length
         super().__init__(check_lengths(encoder.layers[0].attention, (0, 0, 0), batch, length, None))
         self._versions = _VERSIONS
-        self._numbers: dict[str, int] = {}
+        self._tokens: dict[int, int] | None = None  # bool, by the rank of scores: which keys are tokens
 
     def tokens(self, encoder: TransformerEncoder) -> int:
         """The input that says which tokens are none."""
         batch, length = self._shape
         given, none = self.graph.activation(PADDING, (batch, length), np.int32), np.array(0, np.int32)
-        self.padding = {}
-        for rank in sorted({3 if layer.attention.num_heads == 1 else 4 for layer in encoder.layers}):
+        self.padding, self._tokens = {}, {}
+        ranks: dict[int, list[Any]] = {}
+        for layer in encoder.layers:
+            ranks.setdefault(3 if layer.attention.num_heads == 1 else 4, []).append(layer)
+        for rank, layers in sorted(ranks.items()):
             shape = (batch, *[1] * (rank - 2), length)
             name, target = f"{PADDING}/{rank}", np.array(shape, np.int32)
             keys = self.graph.activation(f"{name}/keys", shape, np.int32)
             self.graph.operator("RESHAPE", [given, self._constant(f"{name}/shape", target)], keys,
                                 {"new_shape": target})
-            self.padding[rank] = self.graph.activation(f"{name}/tokens", shape, np.bool_)
-            self.graph.operator("NOT_EQUAL", [keys, self._constant(f"{name}/none", none)], self.padding[rank])
+            self._tokens[rank] = self.graph.activation(f"{name}/tokens", shape, np.bool_)
+            self.graph.operator("NOT_EQUAL", [keys, self._constant(f"{name}/none", none)], self._tokens[rank])
+            if any(isinstance(layer.attention, (MultiHeadAttention, DynamicMultiHeadAttention)) for layer in layers):
+                added = (self._constant(f"{name}/{part}", value) for part, value in (
+                    ("unchanged", np.zeros(1, np.float32)), ("masked", np.full(1, MASKED_SCORE))))
+                self.padding[rank] = self._operator("SELECT_V2", [self._tokens[rank], *added], f"{name}/added", shape)
         return given
 
     # -- layers --------------------------------------------------------------------------------------------------------
@@ -95,9 +101,8 @@ class EncoderTfliteOps(StaticBetweenRows[int], FloatTfliteOps):
         self.lengths = check_lengths(attention, (0, 0, 0), *self._shape, None)
         try:
             if isinstance(attention, (MultiHeadAttention, DynamicMultiHeadAttention)):
-                refuse_positions(attention, "a .safetensors or .so holds the encoder whole")
                 check_float(attention)
-                self.begin(attention, mask.permitted(), f"{name}attention.")
+                self.begin(attention, mask.permitted(), f"{name}attention.", mask.bias)
             return layer.forward(self, x, sequences, name)
         except ValueError as error:
             raise ValueError(f"{name.removesuffix('.')}: {error}") from None
@@ -108,28 +113,10 @@ class EncoderTfliteOps(StaticBetweenRows[int], FloatTfliteOps):
             check_activation(layer)
             return FeedForwardOps(layer, self.graph, name)
         ops = Int8TfliteOps(self.lengths, layer.tensors, self.graph, name)
-        ops.padding = self.padding
+        ops.padding = self._tokens
         return ops
 
     # -- operations ----------------------------------------------------------------------------------------------------
-
-    def layer_norm(self, x: int, norm: Any, name: str) -> int:
-        """(x - mean) / sqrt(variance + eps) * weight + bias, taken apart."""
-        return self._scaled(self._elementwise("SUB", x, self._mean(x, f"{name}/mean"), f"{name}/centred"), norm, name)
-
-    def rms_norm(self, x: int, norm: Any, name: str) -> int:
-        """x / sqrt(mean(x^2) + eps) * weight, taken apart."""
-        return self._scaled(x, norm, name)
-
-    def _scaled(self, x: int, norm: Any, name: str) -> int:
-        variance = self._mean(self._elementwise("MUL", x, x, f"{name}/square"), f"{name}/variance")
-        eps = self._constant(f"{name}/eps", np.array(norm.eps, np.float32))
-        variance = self._elementwise("ADD", variance, eps, f"{name}/variance_eps")
-        shape = self.graph.tensors[variance].shape
-        inverse = self._operator("RSQRT", [variance], f"{name}/inverse", shape)
-        y = self._elementwise("MUL", x, inverse, f"{name}/normed")
-        y = self._elementwise("MUL", y, self._constant(f"{name}/weight", norm.weight), f"{name}/scaled")
-        return y if norm.bias is None else self._elementwise("ADD", y, self._constant(f"{name}/bias", norm.bias), name)
 
     def activation(self, x: int, kind: str, name: str) -> int:
         """GELU, RELU, or MUL and LOGISTIC."""
@@ -141,40 +128,12 @@ class EncoderTfliteOps(StaticBetweenRows[int], FloatTfliteOps):
         y = self._operator("LOGISTIC", [x], f"{name}/sigmoid", shape)
         return self._elementwise("MUL", x, y, name) if kind == "silu" else y
 
-    def add(self, a: int, b: int, name: str) -> int:
-        """The sum."""
-        return self._elementwise("ADD", a, b, name)
-
-    def multiply(self, a: int, b: int, name: str) -> int:
-        """The product, element by element."""
-        return self._elementwise("MUL", a, b, name)
-
-    def subtract(self, a: int, b: int, name: str) -> int:
-        """The difference."""
-        return self._elementwise("SUB", a, b, name)
-
-    def _mean(self, x: int, name: str) -> int:
-        shape = (*self.graph.tensors[x].shape[:-1], 1)
-        return self._operator("MEAN", [x, self._indices("last_axis", [2])], name, shape, options={"keep_dims": True})
-
-    def _indices(self, name: str, values: Any) -> int:
-        """A constant of int32, once under a name."""
-        if name not in self._numbers:
-            self._numbers[name] = self._constant(name, np.array(values, np.int32))
-        return self._numbers[name]
-
     def columns(self, x: int, columns: Any, name: str) -> int:
         """Some columns of rows or codes; of rows by a product with ones and zeros, for a delegate takes no GATHER."""
         source = self.graph.tensors[x]
         if source.scale is None:
             return self.narrow(x, scatter(columns, source.shape[-1]).T, None, name)
         return self._moved("GATHER", [x, self._indices(f"{name}/which", columns)], name, len(columns), {"axis": 2})
-
-    def part(self, x: int, first: int, size: int, name: str) -> int:
-        """Columns beside each other."""
-        bounds = [self._indices(f"{name}/{part}", [*lead, value]) for part, lead, value in (
-            ("begin", (0, 0), first), ("size", self.graph.tensors[x].shape[:-1], size))]
-        return self._moved("SLICE", [x, *bounds], name, size)
 
     def quantized(self, x: int, quantization: TensorQuantization, name: str) -> int:
         """Codes of rows."""

@@ -17,7 +17,6 @@ from edgeattn.arithmetic import CODE_MIN
 from edgeattn.executors.unfused import attend
 from edgeattn.layers import MultiHeadAttention, TransformerEncoder
 from edgeattn.layers import attention as layers_attention
-from edgeattn.layers.positions import refuse_positions
 from edgeattn.ops import Ops, Sequences
 from edgeattn.quantized import (
     INPUTS,
@@ -29,6 +28,8 @@ from edgeattn.quantized import (
     StaticMultiHeadAttention,
 )
 from quant.export.attention_graph import MASKED_SCORE, check_float, check_lengths
+from quant.export.head_positions import added_scores
+from quant.export.onnx_positions import OnnxPositions
 from quant.export.static_rows import PADDING, StaticBetweenRows, prepared
 
 if TYPE_CHECKING:
@@ -57,7 +58,8 @@ def write_onnx(layer: Any, *, batch: int | None = None, sequence_length: int | N
     batch, sequence_length, key_length : int, optional
         B, L and S; free unless given. A float layer has an input for the keys where ``key_length`` is given.
     mask : bool array, broadcastable to (B, H, L, S), optional
-        True = attend; needs ``sequence_length``. A query with no permitted key gets the mean of all values.
+        True = attend; needs ``sequence_length``. A query with no permitted key gets the mean of all values. For a float
+        layer also float32 numbers that are added to the scores.
     opset : int
         17 to 23; from 23 on attention in float32 is one operator, but of a file with padding.
     padding : bool
@@ -86,7 +88,7 @@ def write_onnx(layer: Any, *, batch: int | None = None, sequence_length: int | N
     return ops.layer(layer, batch, sequence_length, key_length, mask)
 
 
-class OnnxOps(StaticBetweenRows[str], Ops[str]):
+class OnnxOps(OnnxPositions, StaticBetweenRows[str], Ops[str]):
     """`edgeattn.ops.Ops` that writes nodes upon float32 rows (B, L, features): what it hands on are names of values.
 
     Codes are handed on as the reals that a DequantizeLinear makes of them.
@@ -98,6 +100,7 @@ class OnnxOps(StaticBetweenRows[str], Ops[str]):
             import onnx.numpy_helper
         except ImportError as error:
             raise ImportError(f"writing .onnx needs the package onnx: {INSTALL}", name="onnx") from error
+        super().__init__()
         self.onnx, self.opset, self.shapes_known = onnx, opset, True
         self.nodes: list[Any] = []
         self.initializers: list[Any] = []
@@ -109,7 +112,7 @@ class OnnxOps(StaticBetweenRows[str], Ops[str]):
     def encoder(self, encoder: TransformerEncoder, batch: int | None, length: int | None, mask: Any, *,
                 padding: bool = False) -> bytes:
         """A whole encoder."""
-        self.shapes_known = length is not None
+        self.shapes_known, self.lengths = length is not None, None if length is None else (length, length)
         for i, layer in enumerate(encoder.layers):
             if length is None and layer.window_size != (-1, -1):
                 raise ValueError(f"layers.{i} has a window, for which the file must have one length: give "
@@ -154,8 +157,9 @@ class OnnxOps(StaticBetweenRows[str], Ops[str]):
                                               Sequences([]))
         else:
             check_float(layer)
-            refuse_positions(layer, "a .safetensors or .so holds it")
-            self._keep = mask
+            self._keep, self.numbers = (None, mask) if mask is not None and mask.dtype != np.bool_ else (mask, None)
+            self.lengths = None if length is None else (lengths.queries, lengths.keys)
+            self.feeds = {"query": feeds[0], "key": feeds[1]}
             result = layers_attention.forward(self, layer, *feeds, Sequences([]))
         return self._model("attention", inputs, result, (batch, length, layer.output_dim))
 
@@ -192,9 +196,8 @@ class OnnxOps(StaticBetweenRows[str], Ops[str]):
                 raise ValueError("attention is dynamic int8, which has no ONNX form: quantize with scheme='static', or "
                                  "export the float encoder; a .tflite holds it")
             if isinstance(attention, MultiHeadAttention):
-                refuse_positions(attention, "a .safetensors or .so holds the encoder whole")
                 check_float(attention)
-                self._keep = mask.permitted()
+                self._keep, self.numbers = mask.permitted(), mask.bias
             elif not self.shapes_known and attention.attention.score_ops:
                 raise ValueError("attention has a position bias, for which the file must have one length: give "
                                  "sequence_length")
@@ -222,22 +225,30 @@ class OnnxOps(StaticBetweenRows[str], Ops[str]):
 
     def attention(self, q: str, k: str, v: str, layer: Any, sequences: Sequences, name: str) -> str:
         """The heads side by side."""
-        if self.opset >= _ATTENTION and self.padding is None:
-            inputs = [q, k, v]
-            if self._keep is not None:
-                inputs.append(self.constant(f"{name}mask", self._seen(self._keep)))
-            return self.node("Attention", inputs, f"{name}context", q_num_heads=layer.num_heads,
+        whole = self.opset >= _ATTENTION and self.padding is None
+        mask = [] if not whole else [each for each in (self._masks(layer, name),) if each is not None]
+        apart = any(part is not None for part in (layer.rotary, layer.q_norm, layer.k_norm))
+        if whole and not apart:
+            return self.node("Attention", [q, k, v, *mask], f"{name}context", q_num_heads=layer.num_heads,
                              kv_num_heads=layer.num_kv_heads, scale=float(layer.scale))
         heads = (layer.num_heads, layer.num_kv_heads, layer.num_kv_heads)
         q, k, v = (self.split_heads(x, count, f"{name}{part}")
                    for x, count, part in zip((q, k, v), heads, INPUTS, strict=True))
+        q, k = self.placed(q, k, layer, name)
+        if whole:
+            context = self.node("Attention", [q, k, v, *mask], f"{name}context/heads", scale=float(layer.scale))
+            return self.merge_heads(context, f"{name}context")
         if layer.num_kv_heads != layer.num_heads:
             k, v = (self._repeated(x, layer, f"{name}{part}") for x, part in ((k, "key"), (v, "value")))
         return self.merge_heads(attend(self, q, k, v, layer, sequences, name), f"{name}context")
 
-    def _seen(self, keep: np.ndarray) -> np.ndarray:
+    def _masks(self, layer: Any, name: str) -> str | None:
         """The mask as Attention takes it: of a row that sees nothing, scores that are all equal."""
-        return np.where(keep, np.float32(0), MASKED_SCORE).astype(np.float32)
+        if self._keep is None:
+            return self.added(layer, name)
+        keep = np.where(self._keep, np.float32(0), MASKED_SCORE).astype(np.float32)
+        numbers = None if self.lengths is None else added_scores(layer, self.numbers, *self.lengths)
+        return self.constant(f"{name}mask", keep if numbers is None else np.maximum(keep + numbers, MASKED_SCORE))
 
     def scores(self, q: str, k: str, layer: Any, name: str) -> str:
         """q k^T, scaled."""
@@ -247,6 +258,9 @@ class OnnxOps(StaticBetweenRows[str], Ops[str]):
 
     def masked(self, scores: str, layer: Any, mask: Any, name: str) -> str:
         """The mask that the file shall hold, and the padding that it is given."""
+        added = self.added(layer, name.removesuffix("masked_scores"))
+        if added is not None:
+            scores = self.node("Add", [scores, added], f"{name}/added")
         scores = self.padded(scores, np.array(MASKED_SCORE), name)
         if self._keep is None:
             return scores
@@ -355,10 +369,10 @@ class OnnxOps(StaticBetweenRows[str], Ops[str]):
         """Some columns of rows."""
         return self.node("Gather", [x, self.constant(f"{name}/which", np.array(columns, np.int64))], name, axis=-1)
 
-    def part(self, x: str, first: int, size: int, name: str) -> str:
-        """Columns beside each other."""
+    def part(self, x: str, first: int, size: int, name: str, step: int = 1) -> str:
+        """Columns beside each other, or each `step`-th of them."""
         bounds = [self.constant(f"{name}/{part}", np.array([value], np.int64)) for part, value in (
-            ("first", first), ("last", first + size), ("axis", -1))]
+            ("first", first), ("last", first + size), ("axis", -1), ("step", step)) if part != "step" or step > 1]
         return self.node("Slice", [x, *bounds], name)
 
     def joined(self, parts: list[str], name: str) -> str:

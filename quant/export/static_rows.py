@@ -32,6 +32,9 @@ class StaticBetweenRows(Generic[T]):
         if isinstance(layer, StaticSelfAttention) and sequences is not None:
             of, (mask,) = layer.attention, sequences.masks
             keep = mask.permitted()
+            if mask.bias is not None:
+                raise ValueError("mask must be bool (True = attend) for static attention, whose scores are codes; got "
+                                 "numbers that are added")
             if self.padding is not None:
                 check_room(of, "padding")
             if keep is not None:

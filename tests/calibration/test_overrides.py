@@ -64,6 +64,9 @@ def test_a_report_says_which_halves_to_make_dynamic():
     chosen = static.overrides(1 - loss / 2)
     assert set(chosen.values()) == {"dynamic"} and list(chosen) == list(static.shares())[:len(chosen)]
     assert 0 < len(chosen) < 4 and static.overrides(static.cosines.mean) == {} and len(static.overrides(1)) == 4
+    for wrong, error in ((2, ValueError), (-0.1, ValueError), (np.nan, ValueError), ("0.99", TypeError), (True, TypeError)):
+        with pytest.raises(error, match="cosine must"):
+            static.overrides(wrong)
     mixed = quant.compare(made, quant.quantize(made, seen, overrides=chosen), x)
     assert 1 - mixed.cosines.mean < 0.75 * loss
     assert any("overrides=report.overrides() makes" in lint for lint in static.lints) == (static.cosines.mean < 0.999)

@@ -77,7 +77,7 @@ BAD = [
     ({"mask": "diagonal"}, ValueError, "mask must be 'causal' or a bool array; got 'diagonal'"),
     ({"mask": "causal", "sequence_length": None}, ValueError, "mask='causal' needs sequence_length"),
     ({"mask": "causal", "key_length": 5}, ValueError, "mask='causal' needs sequence_length, and as many keys as"),
-    ({"mask": np.zeros((9, 9), np.float32)}, TypeError, "mask must be 'causal' or a bool array .* got float32"),
+    ({"mask": np.zeros((9, 9), np.int8)}, TypeError, "mask must be 'causal' or a bool array .* got int8"),
     ({"mask": np.ones((1, 1, 1, 9, 9), bool)}, TypeError, "mask must be 'causal' or a bool array"),
     ({"mask": np.ones((8, 8), bool)}, ValueError, r"must broadcast to \(B, H, L, S\) = \(1, 4, 9, 9\)"),
 ]

@@ -65,8 +65,9 @@ def test_calls_into_cmsis_nn_mean_the_same(tmp_path, name):
 FUSED = ["-mfma"] if platform.machine() == "x86_64" else []
 
 
-@pytest.mark.parametrize("cc", ["gcc", "clang"])
-@pytest.mark.parametrize("name", ["norm first, and one at the end", "further columns and outputs", "one token"])
+@pytest.mark.parametrize(("name", "cc"), [
+    ("norm first, and one at the end", "gcc"), ("further columns and outputs", "gcc"), ("further columns and outputs", "clang"),
+    ("one token", "clang")])
 def test_compilers_that_fuse_what_they_can_change_nothing(tmp_path, name, cc):
     """Instructions that multiply and add are used where it says so alone, whatever the optimization."""
     export(by_name(name), tmp_path, test_vectors=VECTORS)

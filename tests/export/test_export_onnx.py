@@ -181,6 +181,9 @@ def test_what_has_no_scales_is_no_static_encoder(tmp_path):
         TransformerEncoder.from_onnx(path, scheme="static")
     with pytest.raises(ValueError, match="scheme must be 'float32' or 'static', got 'dynamic'; quant.quantize"):
         TransformerEncoder.from_onnx(path, scheme="dynamic")
+    for each in (TransformerEncoder, edgeattn.TextEncoder, edgeattn.ImageEncoder):
+        with pytest.raises(ValueError, match="arithmetic must be left out but for scheme='static'.*got 'litert'"):
+            each.from_onnx(path, arithmetic="litert")
     with pytest.raises(ValueError, match="arithmetic must be one of"):
         TransformerEncoder.from_onnx(path, scheme="static", arithmetic="tpu")
     path = quant.export(static(encoder()), tmp_path / "b.onnx")
@@ -215,7 +218,6 @@ REFUSED = {
                            r"padding must be left out but for an encoder in a \.tflite or \.onnx; got a MultiHeadAttention"),
     "padding elsewhere": (encoder, {"padding": True, "path": "a.safetensors"}, ValueError, "takes masks with each call"),
     "no room for padding": (lambda: static(encoder()), {"padding": True}, ValueError, "room_for_masks=True"),
-    "rotary": (lambda: encoder(rotary=edgeattn.RotaryEmbedding(8)), {}, ValueError, r"layers\.0: .*no rotary"),
 }
 
 

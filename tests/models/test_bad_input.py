@@ -224,6 +224,17 @@ def test_weights_in_files_that_are_no_numbers(value, tmp_path):
         edgeattn.load(path)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_no_numbers_are_not_saved_either(value, tmp_path):
+    """In the words that a file would be refused with, and nothing is written."""
+    weights = [np.eye(8, dtype=np.float32) for _ in range(4)]
+    weights[1][2, 3] = value
+    for made, name in ((edgeattn.MultiHeadAttention(2, *weights), "k_weight"), (edgeattn.Linear(weights[1]), "weight")):
+        with pytest.raises(ValueError, match=f"{type(made).__name__} cannot be saved: {name} holds NaN or infinity"):
+            made.save(tmp_path / "layer.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("scheme", [None, "dynamic", "static"])
 def test_weights_of_layers_in_files_that_are_no_numbers(scheme, tmp_path):
     path, layer = tmp_path / "layer.safetensors", whole_models.encoder().layers[0].attention

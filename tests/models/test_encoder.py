@@ -202,6 +202,18 @@ def test_what_a_signal_raises_is_no_answer_to_whether_weights_go_together():
         go_together(linear, linear, linear)
 
 
+def test_calls_of_a_text_encoder_that_come_again_are_its_encoders_chains():
+    ids, mask = random().integers(0, 20, (2, 7)), random().random((2, 7)) > 0.3
+    mask[:, [0, -1]], mask[0, 3] = True, False
+    model = edgeattn.TextEncoder(edgeattn.layers.Embedding(random().standard_normal((20, E))), encoder())
+    first = [model(ids), model(ids, mask)]
+    np.testing.assert_array_equal(first[0], model.encoder(model.embedding.token_weight[ids]))
+    for _ in range(3):
+        np.testing.assert_array_equal([model(ids), model(ids, mask)], first)
+    assert [type(chain) for chain in model.encoder._chains.values()] == [Chain] * 2
+    assert not first[1][~mask].any() and first[1][mask].all()
+
+
 def test_wide_rows_are_not_kept_between_stages():
     made = encoder()
     x = tokens(60, 20)  # more than chain.MOST bytes

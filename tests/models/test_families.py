@@ -14,7 +14,7 @@ import quant
 from edgeattn.models.families import FAMILIES
 
 GOLDEN = Path(__file__).parent / "golden"
-NAMES = sorted(path.name for path in GOLDEN.iterdir() if path.name != "sentence-transformer")
+NAMES = sorted(path.name for path in GOLDEN.iterdir() if path.name not in ("sentence-transformer", "whisper"))
 TEXT = [name for name in NAMES if "ids" in np.load(GOLDEN / name / "expected.npz")]
 CLOSE = dict(rtol=0, atol=1e-5)
 
@@ -34,7 +34,7 @@ def copy_of(name, folder, *, config=(), tensors=lambda found: found):
 
 
 def test_every_family_has_a_golden_model():
-    kinds = {json.loads((GOLDEN / name / "config.json").read_text())["model_type"] for name in NAMES}
+    kinds = {json.loads((GOLDEN / name / "config.json").read_text())["model_type"] for name in [*NAMES, "whisper"]}
     assert kinds == set(FAMILIES)
     assert max(path.stat().st_size for path in GOLDEN.rglob("*.*")) < 200_000
 
@@ -56,6 +56,51 @@ def test_image_models_are_those_of_transformers(name):
         if f"pixels{at}" in known:
             np.testing.assert_allclose(model(known[f"pixels{at}"]), known[f"hidden{at}"], **CLOSE)
             assert model(known[f"pixels{at}"].astype(np.float64)).dtype == np.float64
+
+
+@pytest.mark.parametrize("name", ["whisper", "bert", "clip-vision"])
+def test_layers_alone(name, tmp_path):
+    """Of what is not read whole: they take what stands before them in transformers."""
+    made = edgeattn.from_pretrained(GOLDEN / name, part="encoder")
+    assert isinstance(made, edgeattn.TransformerEncoder)
+    if name != "whisper":
+        assert made == edgeattn.from_pretrained(GOLDEN / name).encoder
+        return
+    known = expected(name)
+    np.testing.assert_allclose(made(known["rows"]), known["hidden"], **CLOSE)
+    # as WhisperForConditionalGeneration names its tensors
+    headed = copy_of(name, tmp_path, tensors=lambda found: {f"model.{each}": array for each, array in found.items()})
+    assert edgeattn.from_pretrained(headed, part="encoder") == made
+    for part in (None, "text", "vision"):
+        with pytest.raises(ValueError, match="part='encoder'|part must be left out, or 'encoder', for a whisper model"):
+            edgeattn.from_pretrained(headed, part=part)
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_halves_of_one_folder(kind, tmp_path):
+    """CLIPModel and SiglipModel: the options of each half, of which published ones leave some out, and its tensors."""
+    halves = {"text": copy_of(f"{kind}-text", tmp_path / "text"), "vision": copy_of(f"{kind}-vision", tmp_path / "vision")}
+    tensors = {f"{part}_model.{name}": array for part, folder in halves.items()
+               for name, array in load_file(folder / "model.safetensors").items()}
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    save_file(tensors | {"logit_scale": np.ones((), np.float32), "text_projection.weight": np.ones((4, 16), np.float32)},
+              whole / "model.safetensors")
+    config = {f"{part}_config": json.loads((folder / "config.json").read_text()) for part, folder in halves.items()}
+    config["text_config"].pop("layer_norm_eps")
+    config["vision_config"].pop("hidden_act")
+    (whole / "config.json").write_text(json.dumps({"model_type": kind, **config}))
+    for part, folder in halves.items():
+        assert edgeattn.from_pretrained(whole, part=part) == edgeattn.from_pretrained(folder)
+        assert edgeattn.from_pretrained(folder, part=part) == edgeattn.from_pretrained(folder)
+    for part in (None, "encoder"):
+        with pytest.raises(ValueError, match=rf"config\.json: a {kind} model is one of texts and one of images: .*part='text'"):
+            edgeattn.from_pretrained(whole, part=part)
+    with pytest.raises(ValueError, match=f"part must be left out, or 'encoder', for a {kind}_text_model model, got 'vision'"):
+        edgeattn.from_pretrained(halves["text"], part="vision")
+    with pytest.raises(ValueError, match="part must be one of 'text', 'vision', 'encoder', or left out, got 'images'"):
+        edgeattn.from_pretrained(whole, part="images")
+    assert edgeattn.from_pretrained(whole, part="text").pooling == "last"
 
 
 @pytest.mark.parametrize("name", TEXT)
@@ -231,7 +276,7 @@ WORD = "embeddings.word_embeddings.weight"
     ("bert", {"hidden_size": 2**40}, without(""), "config.json: hidden_size must be an integer from 1"),
     ("bert", {"hidden_size": "16"}, without(""), "hidden_size must be an integer from 1 to 16777216, got 16"),
     ("bert", {"num_attention_heads": 3}, without(""), "num_attention_heads must divide hidden_size = 16, got 3"),
-    ("bert", {"hidden_act": "quick_gelu"}, without(""), "the activation must be one of gelu, .* got 'quick_gelu'"),
+    ("bert", {"hidden_act": "gelu_10"}, without(""), "the activation must be one of gelu, .* got 'gelu_10'"),
     ("bert", {"position_embedding_type": "relative_key"}, without(""), "position_embedding_type must be absolute, got"),
     ("bert", {"is_decoder": True}, without(""), "config.json: is_decoder must be False, got True: a bert model computed"),
     ("bert", {"model_type": "t5"}, without(""), "model_type must be one of bert, roberta, .*, got 't5': it is none of"),

@@ -43,6 +43,14 @@ MODELS = {
     "dinov2-swiglu": t.Dinov2Config(**DINO, use_swiglu_ffn=True),
     "audio-spectrogram-transformer": t.ASTConfig(
         **SIZES, patch_size=4, frequency_stride=3, time_stride=3, max_length=20, num_mel_bins=12),
+    "clip-text": t.CLIPTextConfig(**TEXT, **TOKENS),
+    "clip-vision": t.CLIPVisionConfig(**IMAGE),
+    "siglip-text": t.SiglipTextConfig(**TEXT, **TOKENS),
+    "siglip-vision": t.SiglipVisionConfig(**IMAGE),
+    "whisper": t.WhisperConfig(
+        d_model=16, encoder_layers=2, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=32, decoder_ffn_dim=16, num_mel_bins=8, max_source_positions=12, max_target_positions=6,
+        vocab_size=40, decoder_start_token_id=1, **TOKENS),
 }
 WORDS = "[PAD] [UNK] [CLS] [SEP] a b c the cat sat on mat dog dogs ran runs fast slowly home and ##s ##ing".split()
 SENTENCES = ["The cat sat on the mat", "a", "", "dogs run fast " * 9, "a dog ran home slowly and the cats sat"]
@@ -84,6 +92,14 @@ def of_images(model):
     return made
 
 
+def of_sound(model):
+    """What the layers of a speech model's encoder are given, and what it gives."""
+    spectrum = torch.tensor(np.random.default_rng(8).normal(size=(2, 8, 24)).astype(np.float32))
+    with torch.no_grad():
+        states = model.encoder(spectrum, output_hidden_states=True)
+    return {"rows": states.hidden_states[0].numpy(), "hidden": states.last_hidden_state.numpy()}
+
+
 def sentence_transformer(folder, hidden):
     """A folder of sentence-transformers, and what it makes of SENTENCES."""
     tokenizer = Tokenizer(models.WordPiece({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
@@ -104,9 +120,10 @@ def main():
     """Write all of it."""
     shutil.rmtree(FOLDER, ignore_errors=True)
     for name, config in MODELS.items():
-        model = randomize(t.AutoModel.from_config(config, attn_implementation="eager"))
+        config._attn_implementation = "eager"
+        model = randomize(t.SiglipTextModel(config) if name == "siglip-text" else t.AutoModel.from_config(config))
         model.save_pretrained(FOLDER / name)
-        made = of_text(model) if hasattr(config, "vocab_size") else of_images(model)
+        made = (of_sound if name == "whisper" else of_text if hasattr(config, "vocab_size") else of_images)(model)
         np.savez(FOLDER / name / "expected.npz", **made)
     made = sentence_transformer(FOLDER / "sentence-transformer", FOLDER / "temporary")
     shutil.rmtree(FOLDER / "temporary")

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 
 from edgeattn.files.checkpoints import onnx_functions as functions
+from edgeattn.files.checkpoints.onnx_nodes import title
 from edgeattn.files.checkpoints.onnx_values import NotRead, UnknownShape
 from edgeattn.files.paths import reason
 
+BLOCKED = -9e3  # what is added to a score is a mask from here on
 _MOST_TERMS = 6
-_LINEAR = ("Add", "Sub", "Mul", "Div", "Neg", "Sum", "Concat", "Where", *functions.SAME, *functions.LAYOUT)
+_LINEAR = ("Add", "Sub", "Mul", "Div", "Neg", "Sum", "Concat", "Where", "Max", *functions.SAME, *functions.LAYOUT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +156,10 @@ def _inputs(graph, node):
         return None
     if kind in functions.SAME:
         return [node.input[0]]
+    if kind == "Max":  # that keeps masked scores finite
+        known = [graph.constant(name) for name in node.input if name not in computed]
+        return computed if len(computed) == 1 and known and all(
+            array.size == 1 and array.reshape(-1)[0] <= BLOCKED for array in known) else None
     if kind in functions.LAYOUT:
         return (
             [node.input[0]]
@@ -200,7 +206,13 @@ def _step(graph, node, made):
         return [elements.moved(lambda x: functions.LAYOUT[kind](attributes, x, *rest))]
     if kind in functions.SAME:
         return [_operand(graph, node.input[0], made)]
+    if kind == "Max":
+        return [_operand(graph, next(name for name in node.input if graph.constant(name) is None), made)]
     inputs = [_operand(graph, name, made) for name in node.input]
+    if kind in ("Add", "Sub", "Mul") and any(
+            (array := graph.constant(name)) is not None and array.dtype == bool for name in node.input):
+        raise NotRead(f"{title(node)} must take numbers, got a mask of bool, which no ONNX operator of sums takes: the "
+                      "exporter that wrote it lost the mask; export for another opset")
     if (
         graph.shapes.get(node.output[0]) is None
         or np.prod(graph.shapes[node.output[0]], dtype=np.float64) > graph.most_elements

@@ -253,8 +253,9 @@ def _sum_behind(graph, value, name):
         node = readers[0]
         if node.op_type in ("Add", "Sum") and len(node.input) == 2:
             other = node.input[1] if node.input[0] == value else node.input[0]
-            if graph.constant(other) is None and graph.shapes.get(other) == graph.shapes.get(value):
-                return graph.output(node), rows_of(graph, value, start), other
+            total, shape = graph.output(node), graph.shapes.get(other)
+            if total and graph.constant(other) is None and shape == graph.shapes.get(value):
+                return total, rows_of(graph, value, start), other
         if node.op_type not in _PLAIN:
             break
         value = graph.output(node)
@@ -349,13 +350,20 @@ def _network(graph, first, name):
     found = linear(graph, second)
     top = root_of(graph, found.source)
     leaves = _leaves(graph, top, name)
+    place = f"{title(graph.maker[first])} and {title(graph.maker[second])}"
+    try:
+        activation, value1, value_gate, steep = _activation(graph, top, leaves, place)
+    except NotRead:  # of features that are scaled in several ways, as GELU's are, before anything else is done
+        lifted = _lifted(graph, leaves)
+        if lifted.keys() == leaves.keys():
+            raise
+        leaves = lifted
+        activation, value1, value_gate, steep = _activation(graph, top, leaves, place)
     read = {value: rows_read(graph, linear(graph, leaf.map).source).source for value, leaf in leaves.items()}
     sources = {root_of(graph, each) for each in read.values()}
     if len(sources) != 1:
         raise NotRead(f"the feed-forward network behind {name} must be of one input, got {sorted(sources)}"[:500])
     source = sources.pop()
-    activation, value1, value_gate, steep = _activation(graph, top, leaves, f"{title(graph.maker[first])} and "
-                                                        f"{title(graph.maker[second])}")
     linear1, gate = leaves[value1], leaves.get(value_gate)
     if gate is None:
         linear1 = linear1.times(steep)
@@ -398,6 +406,22 @@ def _leaves(graph, top, name):
         raise NotRead(f"the activation behind {name} must keep the shape of what comes to it, got "
                       f"{[leaf.shape for leaf in leaves.values()]} and {graph.shapes.get(top)}")
     return leaves
+
+
+def _lifted(graph, leaves):
+    """The same, those that are a number times such a value by that value."""
+    lifted, is_map = {}, is_map_of(graph)
+    for value, leaf in leaves.items():
+        node = graph.maker.get(value)
+        inputs = [] if node is None or node.op_type not in ("Mul", "Div") else [
+            name for name in node.input if graph.constant(name) is None]
+        numbers = [] if not inputs else [graph.constant(name) for name in node.input if name not in inputs]
+        if len(inputs) == len(numbers) == 1 and numbers[0].size == 1 and (
+                above := _leaf(graph, inputs[0], is_map)) is not None:
+            lifted[inputs[0]] = above
+        else:
+            lifted[value] = leaf
+    return lifted
 
 
 def _leaf(graph, value, is_map):

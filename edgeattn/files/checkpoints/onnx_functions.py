@@ -11,7 +11,7 @@ import numpy as np
 from edgeattn.files.paths import reason
 
 _LONGEST_RANGE = 2**16
-_MOST_AXES = 12
+_MOST_AXES, _LARGEST_TILE = 12, 2**22
 
 
 def reshape(attributes, x, shape):
@@ -96,6 +96,14 @@ def expand(_, x, shape):
     return np.broadcast_to(x, np.broadcast_shapes(x.shape, tuple(whole_numbers(shape, "a shape"))))
 
 
+def tile(_, x, repeats):
+    """Tile."""
+    repeats = whole_numbers(repeats, "repeats")
+    if min(repeats, default=1) < 0 or x.size * math.prod(repeats) > _LARGEST_TILE:
+        raise ValueError(f"a Tile must give at most {_LARGEST_TILE} elements, got {x.size} times {reason(repeats)}")
+    return np.tile(x, repeats)
+
+
 def concat(attributes, *parts):
     """Concat."""
     return np.concatenate(parts, attributes.get("axis", 0))
@@ -112,6 +120,7 @@ LAYOUT = {
     "Gather": gather,
     "Split": split,
     "Expand": expand,
+    "Tile": tile,
 }
 
 
@@ -282,7 +291,6 @@ OTHERS = {
     "Concat": concat,
     "MatMul": _plain(np.matmul),
     "CumSum": lambda _, x, axis: np.cumsum(x, int(np.asarray(axis).reshape(-1)[0])),
-    "Tile": lambda _, x, repeats: np.tile(x, whole_numbers(repeats, "repeats")),
     "LayerNormalization": layer_norm,
     "RMSNormalization": rms_norm,
     "SimplifiedLayerNormalization": rms_norm,
@@ -292,10 +300,7 @@ OTHERS = {
 def dequantized(attributes, x, scale, zero_point=None):
     """DequantizeLinear of stored codes."""
     scale = np.asarray(scale, np.float32)
-    if scale.size > 1 and scale.ndim == 1:
-        shape = [1] * x.ndim
-        shape[attributes.get("axis", 1)] = -1
-        scale, zero_point = scale.reshape(shape), None if zero_point is None else zero_point.reshape(shape)
+    scale, zero_point = _along_axis(attributes, x, scale, zero_point)
     codes = x.astype(np.float32)
     return (codes if zero_point is None else codes - zero_point.astype(np.float32)) * scale
 
@@ -304,12 +309,21 @@ def quantized(attributes, x, scale, zero_point=None):
     """QuantizeLinear of stored numbers, whose codes are uint8 where no zero point says otherwise."""
     scale = np.asarray(scale, np.float32)
     zero_point = np.zeros_like(scale, np.uint8) if zero_point is None else np.asarray(zero_point)
-    if scale.size > 1 and scale.ndim == 1:
-        shape = [1] * x.ndim
-        shape[attributes.get("axis", 1)] = -1
-        scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
+    scale, zero_point = _along_axis(attributes, x, scale, zero_point)
     limits = np.iinfo(zero_point.dtype)
     return np.clip(np.rint(x / scale) + zero_point, limits.min, limits.max).astype(zero_point.dtype)
+
+
+def _along_axis(attributes, x, scale, zero_point):
+    """(scale, zero_point) of each channel, as they broadcast to x."""
+    if scale.size < 2 or scale.ndim != 1:
+        return scale, zero_point
+    axis = attributes.get("axis", 1)
+    if not -x.ndim <= axis < x.ndim:
+        raise ValueError(f"axis must be one of {x.ndim}, got {axis}")
+    shape = [1] * x.ndim
+    shape[axis] = -1
+    return scale.reshape(shape), None if zero_point is None else zero_point.reshape(shape)
 
 
 def check_axes(shape):

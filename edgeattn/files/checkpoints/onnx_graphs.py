@@ -24,6 +24,7 @@ from edgeattn.files.checkpoints.onnx_operators import OPERATORS, domain_of
 from edgeattn.files.checkpoints.onnx_products import product
 from edgeattn.files.checkpoints.onnx_values import NotRead, UnknownShape, Values
 from edgeattn.files.paths import reading
+from edgeattn.hints import FRAMES
 
 if TYPE_CHECKING:
     from typing import Any, SupportsIndex
@@ -85,17 +86,22 @@ def onnx_weights(
 
     found = read_graph(graphs, read)
     for told in found.told:
-        warnings.warn(told, stacklevel=3)
+        warnings.warn(told, stacklevel=3 + FRAMES)
     return found.heads, found.kv_heads, found.arguments
 
 
-def kernel_set_of(scheme: OnnxScheme, arithmetic: Arithmetic) -> Arithmetic | None:
+def kernel_set_of(scheme: OnnxScheme, arithmetic: Arithmetic | None) -> Arithmetic | None:
     """What a QDQ graph is to be read as: a kernel set's name for static int8, None for float32."""
     if not is_one_of(scheme, ("float32", "static")):
         raise ValueError(f"scheme must be 'float32' or 'static', got {scheme!r}; quant.quantize(encoder, "
                          "scheme='dynamic') makes a dynamic encoder of the float32 one")
+    if arithmetic is None:
+        return "litert" if scheme == "static" else None
     rules.kernel_set(arithmetic)
-    return arithmetic if scheme == "static" else None
+    if scheme != "static":
+        raise ValueError(f"arithmetic must be left out but for scheme='static', which is int8; got {arithmetic!r} with "
+                         f"scheme={scheme!r}")
+    return arithmetic
 
 
 def onnx_encoder(path_or_model: Path | OnnxModel, arithmetic: Arithmetic | None = None) -> Encoder:
@@ -130,7 +136,7 @@ def onnx_encoder(path_or_model: Path | OnnxModel, arithmetic: Arithmetic | None 
     for told in found.told + ([] if whole else [
             f"the encoder takes {found.start!r} and gives {found.end!r}; what the model computes before and behind is "
             "not part of it"]):
-        warnings.warn(told, stacklevel=3)
+        warnings.warn(told, stacklevel=3 + FRAMES)
     return found
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from edgeattn.files.checkpoints.onnx_elements import BLOCKED
 from edgeattn.files.checkpoints.onnx_nodes import title
 from edgeattn.files.checkpoints.onnx_operators import from_operator
 from edgeattn.files.checkpoints.onnx_outputs import output_map
@@ -13,7 +14,6 @@ from edgeattn.files.checkpoints.onnx_scores import from_softmax
 from edgeattn.files.checkpoints.onnx_values import NotRead
 
 ADDED = "adds a mask or bias"
-_BLOCKED = -9e3  # what is added to a score is a mask from here on
 
 
 @dataclasses.dataclass
@@ -130,7 +130,7 @@ def _assembled(graph, node, name, parts):
         by_head = np.stack([bias[g] for g in first])
         per_batch = all((bias[g] == by_head[order.index(head_of[g])]).all() for g in range(len(groups)))
         causal_mask = np.triu(np.ones(bias.shape[1:], bool), 1)
-        if (bias[:, ~causal_mask] == 0).all() and (bias[:, causal_mask] <= _BLOCKED).all() and causal_mask.any():
+        if (bias[:, ~causal_mask] == 0).all() and (bias[:, causal_mask] <= BLOCKED).all() and causal_mask.any():
             causal = True
             told.append(f"{name} is causal; pass is_causal=True, causal_alignment='upper_left' in each call")
         elif (found := _window(bias)) is not None:
@@ -183,7 +183,7 @@ def _window(bias):
         return None
     left, right = int(-place[free].min()), int(place[free].max())
     band = (place >= -left) & (place <= right)
-    if (bias[:, band] != 0).any() or (bias[:, ~band] > _BLOCKED).any():
+    if (bias[:, band] != 0).any() or (bias[:, ~band] > BLOCKED).any():
         return None
     return (-1 if -place.min() == left else left), (-1 if place.max() == right else right)
 

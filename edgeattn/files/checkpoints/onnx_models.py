@@ -46,6 +46,7 @@ class Image:
     stride: tuple
     image_size: tuple
     encoder: Encoder
+    norm: tuple  # in front of the layers
 
 
 def read_text(graphs, nodes_of, ids, bound, arithmetic=None):
@@ -304,11 +305,13 @@ def read_image(graph, nodes, arithmetic=None):
     def is_conv(name):
         return name in graph.maker and graph.maker[name].op_type == "Conv"
 
-    start = trace(graph, encoder.start, is_conv)
+    value, norm = _norm_above(graph, encoder.start)
+    start = trace(graph, value, is_conv)
     if len(start.terms) != 1 or not is_conv(start.terms[0].source):
         found = [graph.maker.get(term.source) for term in start.terms]
         raise NotRead("an image encoder must begin with a Conv that makes patches of an input of the graph, plus "
-                      f"constants, got {', '.join(title(node) if node is not None else 'an input' for node in found)}")
+                      f"constants, got {', '.join(title(node) if node is not None else 'an input' for node in found)}; "
+                      "TransformerEncoder.from_onnx reads the layers alone")
     term = start.terms[0]
     conv = graph.maker[term.source]
     attributes, weight = graph.attributes(conv), graph.constant(conv.input[1])
@@ -335,4 +338,4 @@ def read_image(graph, nodes, arithmetic=None):
     places = np.array(added[0], np.float32)
     places[:first] -= bias
     return Image(np.asarray(weight, np.float32), bias, places, tuple(attributes.get("strides", (1, 1))), pixels[2:],
-                 encoder)
+                 encoder, norm)

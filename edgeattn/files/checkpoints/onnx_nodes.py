@@ -39,9 +39,9 @@ class Graph:
     def __init__(self, model, values, source, batch=_BATCH, bound=None, length=_LENGTH):
         if len(model.graph.node) > _MOST_NODES:
             raise NotRead(f"its graph must have at most {_MOST_NODES} nodes, got {len(model.graph.node)}")
-        self.source, self.nodes = source, unfused(model.graph.node)
         self.inputs = [value.name for value in model.graph.input]
         self.outputs = {value.name for value in model.graph.output}
+        self.source, self.nodes = source, unfused(model.graph.node, self.outputs)
         self.opset = max([entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")] or [23])
         self._values, self._batch, self._length = values, batch, length
         self._stored = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -223,6 +223,8 @@ class Graph:
         """
         kind, attributes = node.op_type, self.attributes(node)
         try:
+            if not inputs or inputs[0] is None:
+                raise ValueError("its first input is missing")
             if kind == "ConstantOfShape":
                 shape = functions.whole_numbers(inputs[0], "a shape")
                 self._spend(_elements(shape))

@@ -1,4 +1,4 @@
-"""T5's relative positions in an ONNX graph: found by what they add to the scores of a long text."""
+"""Relative positions in an ONNX graph, T5's and others: found by what they add to the scores of a long text."""
 
 import numpy as np
 
@@ -7,6 +7,7 @@ from edgeattn.kinds import class_of
 _DISTANCES = (128, 64, 256, 32, 512, 1024, 16)  # from which on all share a bucket: T5's and MPNet's first
 _MOST_BUCKETS = 1024
 _NEAR = 1e-6
+_ALIKE = 16  # distances that show that all further ones are alike
 
 
 def relative_bias(graph, added):
@@ -28,4 +29,19 @@ def relative_bias(graph, added):
                 bias = class_of("RelativePositionBias")(table, bidirectional=bidirectional, max_distance=max_distance)
                 if np.abs(bias.rows(0, queries, keys) - added).max() <= _NEAR * max(1.0, float(np.abs(table).max())):
                     return bias
-    return None
+    return _of_distances(added)
+
+
+def _of_distances(added):
+    """The bias of numbers that say nothing but how far a key is, and are the same from some distance on; or None."""
+    _, queries, keys = added.shape
+    if queries != keys or not np.isfinite(added).all() or (added[:, 1:, 1:] != added[:, :-1, :-1]).any():
+        return None
+    sides = np.stack([added[:, -1, ::-1], added[:, 0]])  # of keys before the query, and after it, by their distance
+    differ = np.flatnonzero((sides != sides[..., -1:]).any((0, 1)))
+    furthest = 1 if not len(differ) else int(differ[-1]) + 1
+    if keys - furthest < _ALIKE:
+        return None
+    buckets = sides[..., np.minimum(np.arange(2 * furthest), furthest)]  # the first half of a distance each
+    table = np.concatenate(list(buckets), axis=1).T
+    return class_of("RelativePositionBias")(table, max_distance=furthest + 1)

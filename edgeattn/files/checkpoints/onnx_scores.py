@@ -3,7 +3,7 @@
 import numpy as np
 
 from edgeattn.files.checkpoints import onnx_functions as functions
-from edgeattn.files.checkpoints.onnx_elements import Term, trace
+from edgeattn.files.checkpoints.onnx_elements import BLOCKED, Term, trace
 from edgeattn.files.checkpoints.onnx_outputs import FAR_BEHIND
 from edgeattn.files.checkpoints.onnx_products import product
 from edgeattn.files.checkpoints.onnx_projections import Parts, is_map_of, projected
@@ -75,6 +75,10 @@ def from_softmax(graph, node, name):
     ):
         raise NotRead(f"{name} must weigh values by rows of queries and columns of keys, got scores in another order")
     factors = scale.reshape(-1)[place]
+    if offset is not None:  # where a mask takes the score's place, it has no factor
+        free = np.broadcast_to(np.float32(offset), scores.shape).reshape(-1)[place] > BLOCKED
+        one = np.argmax(free.reshape(len(free), -1), 1)
+        factors = np.where(free, factors, factors.reshape(len(free), -1)[np.arange(len(free)), one][:, None, None])
     if (factors != factors[:, :1, :1]).any():
         raise NotRead(f"the scores of {name} must be scaled by one number in a head")
     q = projected(graph, left, _groups(lead), f"the queries of {name}")

@@ -1,13 +1,17 @@
 """Operators of onnxruntime that fuse sums, norms and activations, as the ONNX nodes that they stand for."""
 
-from edgeattn.files.checkpoints.onnx_shapes import PRODUCTS
+from edgeattn.files.checkpoints.onnx_shapes import PRODUCTS, equation
 
 _FLOAT, _INT, _INTS, _STRING = 1, 2, 7, 3  # onnx.AttributeProto.AttributeType
 _EPS = 1e-12  # where a node has none
+_DROPPED = ("Transpose", "DequantizeLinear")  # where nothing reads them
 
 
-def unfused(nodes):
-    """The nodes, with those of fused ones in their places."""
+def unfused(nodes, outputs=()):
+    """The nodes, with those of fused ones in their places, and without what only moves there and back, or to a shape.
+
+    `outputs` names what the graph gives.
+    """
     maker = {name: node for node in nodes for name in node.output if name}
     result = []
     for node in nodes:
@@ -17,7 +21,37 @@ def unfused(nodes):
         except IndexError:  # of a damaged node, which is told where it is read
             made = [node]
         result += made
-    return result
+    maker = {name: node for node in result for name in node.output if name}
+    result = [_of_codes_themselves(_turned_back(node, maker), maker) for node in result]
+    read = {name for node in result for name in node.input} | set(outputs)
+    return [node for node in result if node.op_type not in _DROPPED or read.intersection(node.output)]
+
+
+def _of_codes_themselves(node, maker):
+    """A Shape of the reals of codes as one of the codes."""
+    reals = maker.get(node.input[0]) if node.op_type == "Shape" and node.input else None
+    if reals is None or reals.op_type != "DequantizeLinear" or not reals.input:
+        return node
+    same = type(node)()
+    same.CopyFrom(node)
+    same.input[0] = reals.input[0]
+    return same
+
+
+def _turned_back(node, maker):
+    """A Transpose that takes another one back, as a node that does nothing."""
+    first = maker.get(node.input[0]) if node.op_type == "Transpose" and node.input else None
+    if first is None or first.op_type != "Transpose" or not first.input or not node.output:
+        return node
+    perms = [list(entry.ints) for each in (first, node) for entry in each.attribute if entry.name == "perm"]
+    if len(perms) != 2 or len(perms[0]) != len(perms[1]) or any(
+            not 0 <= axis < len(perms[0]) or perms[0][axis] != i for i, axis in enumerate(perms[1])):
+        return node
+    same = type(node)()
+    same.op_type, same.name = "Identity", node.name
+    same.input.append(first.input[0])
+    same.output.append(node.output[0])
+    return same
 
 
 class _Nodes:
@@ -126,7 +160,95 @@ def _rotary(w):
     return w.made
 
 
+def _quick_gelu(w):
+    x, alpha = w.node.input[0], w.attributes["alpha"].f if "alpha" in w.attributes else (
+        1.702 if w.node.op_type == "QuickGelu" else 1.0)
+    steep = w.add("Mul", x, w.add("Constant", value_float=alpha)) if alpha != 1 else x
+    w.add("Mul", x, w.add("Sigmoid", steep), to=w.output(0))
+    return w.made
+
+
+def _einsum(w):
+    """Of rows and weights: a product of two axes each, between reshapes."""
+    try:
+        left, right, out = equation(w.attributes["equation"].s.decode())
+    except (ValueError, KeyError):
+        return [w.node]
+    inner = "".join(letter for letter in left if letter in right)
+    lead, outer = left.removesuffix(inner), right.removeprefix(inner)
+    if not inner or not outer or left != lead + inner or right != inner + outer or out != lead + outer or len(lead) < 2:
+        return [w.node]
+    (x, weight), kept = w.node.input[:2], [0] * len(lead)
+    sizes = w.add("Shape", weight)
+    if len(inner) > 1:
+        x = w.add("Reshape", x, w.add("Constant", value_ints=[*kept, -1]))
+    if len(inner) > 1 or len(outer) > 1:
+        rows = w.add("Slice", sizes, *(w.add("Constant", value_ints=[number]) for number in (len(inner), 2**31)))
+        wide = w.add("ReduceProd", rows, axes=[0], keepdims=1)
+        weight = w.add("Reshape", weight, w.add("Concat", w.add("Constant", value_ints=[-1]), wide, axis=0))
+    if len(outer) == 1:
+        w.add("MatMul", x, weight, to=w.output(0))
+    else:
+        heads = w.add("Concat", w.add("Constant", value_ints=kept), rows, axis=0)
+        w.add("Reshape", w.add("MatMul", x, weight), heads, to=w.output(0))
+    return w.made
+
+
+def _pointwise(w):
+    """A convolution of one token or pixel at a time: a product, between transpositions."""
+    given = {name: list(entry.ints) for name, entry in w.attributes.items() if entry.type == _INTS}
+    axes = len(given.get("kernel_shape", ()))
+    group = w.attributes["group"].i if "group" in w.attributes else 1
+    if axes not in (1, 2) or group != 1 or any(given.get("pads", ())) or any(
+            size != 1 for name in ("kernel_shape", "strides", "dilations") for size in given.get(name, ())):
+        return [w.node]
+    last = w.add("Transpose", w.node.input[0], perm=[0, *range(2, axes + 2), 1])
+    weight = w.add("Squeeze", w.node.input[1], w.add("Constant", value_ints=list(range(2, axes + 2))))
+    rows = w.add("MatMul", last, w.add("Transpose", weight, perm=[1, 0]))
+    rows = w.add("Add", rows, w.input(2)) if w.input(2) else rows
+    w.add("Transpose", rows, to=w.output(0), perm=[0, axes + 1, *range(1, axes + 1)])
+    return w.made
+
+
+def _of_codes(w):
+    """An elementwise operator upon codes, between what makes reals of them and codes again."""
+    kind = w.node.op_type.removeprefix("QLinear")
+    first = 1 if kind == "Where" else 0
+    count = 1 if kind == "Sigmoid" else 2
+    reals = [w.add("DequantizeLinear", *w.node.input[i : i + 3]) for i in range(first, first + 3 * count, 3)]
+    made = w.add(kind, *w.node.input[:first], *reals)
+    scales = w.node.input[first + 3 * count :]
+    w.add("QuantizeLinear", made, scales[0], *scales[1:], to=w.output(0))
+    return w.made
+
+
+def _concat_of_codes(w):
+    scales, parts = w.node.input[:2], w.node.input[2:]
+    reals = [w.add("DequantizeLinear", *parts[i : i + 3]) for i in range(0, len(parts), 3)]
+    axis = w.attributes["axis"].i if "axis" in w.attributes else 0
+    w.add("QuantizeLinear", w.add("Concat", *reals, axis=axis), *scales, to=w.output(0))
+    return w.made
+
+
+def _convolution_of_codes(w):
+    x, weight, scales, bias = w.node.input[:3], w.node.input[3:6], w.node.input[6:8], w.input(8)
+    reals = [w.add("DequantizeLinear", *x), w.add("DequantizeLinear", *weight, axis=0)]
+    if bias:
+        reals.append(w.add("DequantizeLinear", bias, w.add("Mul", x[1], weight[1]), axis=0))
+    made = w.add("Conv", *reals)
+    w.made[-1].attribute.extend(w.node.attribute)
+    w.add("QuantizeLinear", made, *scales, to=w.output(0))
+    return w.made
+
+
 _WRITERS = {
+    "QLinearConcat": _concat_of_codes,
+    "QLinearConv": _convolution_of_codes,
+    **dict.fromkeys(("QLinearAdd", "QLinearMul", "QLinearSigmoid", "QLinearWhere"), _of_codes),
+    "Conv": _pointwise,
+    "QuickGelu": _quick_gelu,
+    "Swish": _quick_gelu,
+    "Einsum": _einsum,
     "RotaryEmbedding": _rotary,
     "SkipLayerNormalization": _skip_norm,
     "SkipSimplifiedLayerNormalization": _skip_norm,

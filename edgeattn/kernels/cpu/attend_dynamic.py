@@ -45,7 +45,7 @@ _TO_FRACTION = np.float32(2.0**-32)
 class Queries(NamedTuple):
     """Bytes (depth4, W) plus LANE_SHIFT from data[at] on, depth4 a multiple of DEPTH_STEP; scales (W,), float32.
 
-    The scales are in units of log 2.
+    The scales are in units of log 2. count: lanes with queries; nothing is found for vectors without any.
     """
 
     data: object
@@ -53,6 +53,7 @@ class Queries(NamedTuple):
     depth4: int
     scales: object
     at_scales: int
+    count: int
 
 
 class Keys(NamedTuple):
@@ -189,7 +190,7 @@ def score_block(queries, keys, values, block, stats, p, own):
     whole, groups = count // 4 * 4, (count + 3) // 4
     lane_product(False, Rows(keys.data, keys.at + s0 * keys.step, keys.step), count,
                  Part(queries.data, queries.at), queries.depth4, Part(own.int32, at_scores))
-    for c in range(0, WIDTH, LANES):
+    for c in range(0, queries.count, LANES):
         at = at_scores + c
         qs = load(queries.scales, queries.at_scales + c)
         m0 = splat(-_INFINITY)
@@ -215,14 +216,14 @@ def score_block(queries, keys, values, block, stats, p, own):
 
 
 @inline
-def mask_block(values, block, seen, mask, has_bias, stats, p, own):
+def mask_block(queries, values, block, seen, mask, has_bias, stats, p, own):
     """The same under a mask."""
     count, s0, at_scores, at_log = block.keys, block.s0, p.at_scores, values.at_logs + block.s0
     at_mask = mask.at + (s0 - mask.first) * WIDTH
     if has_bias:
         add_bias(own.float32, at_scores, count, values.scales, at_log, mask.data, at_mask)
     mask_scores(own.float32, at_scores, count, s0, seen, mask, mask.given and not has_bias)
-    for c in range(0, WIDTH, LANES):
+    for c in range(0, queries.count, LANES):
         if has_bias:
             store(own.float32, stats.new_shift + c,
                   center_scores(own.float32, at_scores + c, count, values.scales, at_log))
@@ -263,9 +264,9 @@ def weigh_lanes(values, block, c, masked, stats, p, own):
 
 
 @inline
-def weigh_block(values, block, masked, stats, p, own):
+def weigh_block(queries, values, block, masked, stats, p, own):
     """Exponentials of a block's scores as bytes, and what their sum makes of the sums of blocks before."""
-    for c in range(0, WIDTH, LANES):
+    for c in range(0, queries.count, LANES):
         total = weigh_lanes(values, block, c, masked, stats, p, own)
         top, shift = load(own.float32, stats.new_top + c), load(own.float32, stats.new_shift + c)
         before, now = splat(_ONE), splat(_ONE)
@@ -288,7 +289,7 @@ def weigh_block(values, block, masked, stats, p, own):
 
 
 @inline
-def context_block(values, block, rows, stats, p, own, at_out):
+def context_block(queries, values, block, rows, stats, p, own, at_out):
     """Add probabilities times values to the context, out (rows, W); the last block's divided by the sum."""
     at_scores, groups = p.at_scores, (block.keys + 3) // 4
     at_v = values.at + block.s0 // 4
@@ -296,7 +297,7 @@ def context_block(values, block, rows, stats, p, own, at_out):
                  round_up(groups, DEPTH_STEP), Part(own.int32, at_scores))
     for d in range(rows):
         lacking = lacking_sum(values.data, at_v + d * values.step, groups)
-        for c in range(0, WIDTH, LANES):
+        for c in range(0, queries.count, LANES):
             i = d * WIDTH + c
             sums = load(own.int32, at_scores + i) + splat(lacking)
             context = to_float(sums) * load(own.float32, stats.factor + c)
@@ -329,7 +330,7 @@ def attend_bytes(queries, keys, values, rows, seen, mask, has_bias, p, own, at_o
         block = Block(s0, count, s0 == first, s0 + count >= last)
         score_block(queries, keys, values, block, stats, p, own)
         if masked:
-            mask_block(values, block, seen, mask, has_bias, stats, p, own)
-        weigh_block(values, block, masked, stats, p, own)
-        context_block(values, block, rows, stats, p, own, at_out)
+            mask_block(queries, values, block, seen, mask, has_bias, stats, p, own)
+        weigh_block(queries, values, block, masked, stats, p, own)
+        context_block(queries, values, block, rows, stats, p, own, at_out)
         s0 += count

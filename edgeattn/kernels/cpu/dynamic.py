@@ -181,19 +181,21 @@ def pack_rows(x, at, rows, inverse, flip, out, at_out):
     return total
 
 
+# Of the W lanes of what follows `count` hold tokens: only the vectors with such lanes are looked at.
+
 @inline
-def quantize_queries(x, rows, out, scales):
+def quantize_queries(x, rows, count, out, scales):
     """x (rows, W) to bytes (rows / 4, W), plus LANE_SHIFT, and the scale of each lane; all of them Parts."""
-    for c in range(0, WIDTH, LANES):
+    for c in range(0, count, LANES):
         largest = largest_rows(x.data, x.at + c, rows)
         store(scales.data, scales.at + c, scale_of(largest))
         pack_rows(x.data, x.at + c, rows, inverse_of(largest), LANE_FLIP, out.data, out.at + c)
 
 
 @inline
-def quantize_keys(x, rows, out, scales, terms):
+def quantize_keys(x, rows, count, out, scales, terms):
     """x (rows, W) to bytes (rows / 4, W), the scale of each lane, and what LANE_SHIFT adds to a product, negated."""
-    for c in range(0, WIDTH, LANES):
+    for c in range(0, count, LANES):
         largest = largest_rows(x.data, x.at + c, rows)
         store(scales.data, scales.at + c, scale_of(largest))
         total = pack_rows(x.data, x.at + c, rows, inverse_of(largest), np.int32(0), out.data, out.at + c)
@@ -217,30 +219,39 @@ def unit_of(sizes, at, seen, at_seen):
 
 
 @inline
-def quantize_values(x, rows, unit, out, logs, inverses):
+def keep_scale_of_value(largest, unit, logs, inverses, c):
+    """Of values whose largest magnitudes are `largest`, what `quantize_values` says, from the c-th of each on.
+
+    Returns what they are multiplied by to become codes.
+    """
+    lowest = max(unit * _SMALLEST_VALUE, _SMALLEST_SIZE)
+    size = select(largest > splat(lowest), largest, splat(lowest))
+    size = select(size < splat(_LARGEST_FLOAT), size, splat(_LARGEST_FLOAT))
+    log = log2_roughly(size) - splat(_LOG2_LARGEST)
+    inverse = exp2_within(splat(_ZERO) - log)
+    store(logs.data, logs.at + c, (log - log2_roughly(splat(unit))) + largest * splat(_ZERO))
+    store(inverses.data, inverses.at + c, inverse * splat(unit))
+    return inverse
+
+
+@inline
+def quantize_values(x, rows, count, unit, out, logs, inverses):
     """x (rows, W) to Rows of bytes, and the scale of each lane: its base-2 logarithm and inverse.
 
     Both in units of `unit`.  The logarithm is found roughly, the inverse from that exactly, the codes from the inverse:
     they fit one another.  A lane that is not finite gets a NaN for a logarithm, which shows in its scores, where masks
     are: it goes where it may be seen.
     """
-    lowest = max(unit * _SMALLEST_VALUE, _SMALLEST_SIZE)
-    for c in range(0, WIDTH, LANES):
-        largest = largest_rows(x.data, x.at + c, rows)
-        size = select(largest > splat(lowest), largest, splat(lowest))
-        size = select(size < splat(_LARGEST_FLOAT), size, splat(_LARGEST_FLOAT))
-        log = log2_roughly(size) - splat(_LOG2_LARGEST)
-        inverse = exp2_within(splat(_ZERO) - log)
-        store(logs.data, logs.at + c, (log - log2_roughly(splat(unit))) + largest * splat(_ZERO))
-        store(inverses.data, inverses.at + c, inverse * splat(unit))
+    for c in range(0, count, LANES):
+        inverse = keep_scale_of_value(largest_rows(x.data, x.at + c, rows), unit, logs, inverses, c)
         for d in range(rows):
             codes = round_to_int(load(x.data, x.at + d * WIDTH + c) * inverse)
             store_bytes(out.data, out.at + d * out.step + c, codes)
 
 
 @inline
-def keys_to_rows(packed, at, depth4, keys, at_keys, row):
+def keys_to_rows(packed, at, depth4, count, keys, at_keys, row):
     """keys (W, row): the bytes (depth4, W), one token after the other; depth4 a multiple of LANES."""
     for g in range(0, depth4, LANES):
-        for c in range(0, WIDTH, LANES):
+        for c in range(0, count, LANES):
             transpose_block(packed, at + g * WIDTH + c, WIDTH, keys, at_keys + c * row + g, row)

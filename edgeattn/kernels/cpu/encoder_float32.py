@@ -11,12 +11,12 @@ from . import feed_forward_float32 as ff
 from .activation import ACTIVATIONS
 from .call import PreparedCall
 from .matmul import pack_panels, round_up
-from .norm import ADDRESSES, AT_WEIGHT, LAYER_NORM, MOST_AS_NUMPY, NO_NORM, NORM, RMS_NORM, add_norm
+from .norm import ADDRESSES, AT_WEIGHT, LAYER_NORM, NO_NORM, NORM, RMS_NORM, SUMS, add_norm
 from .packing import Packer
 from .records import blank, packed
 from .simd import VIRTUAL_LANES
 
-__all__ = ["MOST_AS_NUMPY", "FeedForward", "Linear", "Norm", "RowKernel", "norm_kind", "pack", "pack_norm", "padded"]
+__all__ = ["FeedForward", "Linear", "Norm", "RowKernel", "norm_kind", "pack", "pack_norm", "padded"]
 
 NORMS = {"layer": LAYER_NORM, "rms": RMS_NORM}
 
@@ -93,7 +93,7 @@ class Norm(RowKernel):
     norm : tuple
         ("layer" or "rms", float32 weight, float32 bias or None, eps).
     as_numpy : bool
-        Without a residual, and of at most MOST_AS_NUMPY features: the bits that NumPy gives.
+        Without a residual: the bits that NumPy gives.
     """
 
     def __init__(self, norm, *, as_numpy=False):
@@ -103,13 +103,14 @@ class Norm(RowKernel):
             bias = np.full(width, -0.0, np.float32)  # which changes nothing, while 0 makes 0 of -0
         row = round_up(width, VIRTUAL_LANES)
         super().__init__(blank(NORM, width=width, norm=norm_kind(norm), as_numpy=as_numpy,
-                               private_size=row * (1 + as_numpy)), pack_norm((kind, weight, bias, eps), width))
+                               private_size=2 * row + SUMS if as_numpy else row),
+                         pack_norm((kind, weight, bias, eps), width))
 
     def prepare(self, rows):
         """See RowKernel."""
         p = SimpleNamespace(**vars(self._parameters) | {"rows": rows})
         return PreparedCall(add_norm, packed(p, NORM), ADDRESSES, np.float32, 0, p.private_size,
-                            16 * rows * p.private_size, fixed=(self._address,))
+                            96 * rows * p.width, fixed=(self._address,))
 
 
 class Linear(RowKernel):

@@ -23,8 +23,10 @@ from .activation import activate_rows, multiply_rows
 from .dynamic import COLUMNS_APART, inverse_of, join_row, largest_of_row, scale_of
 from .feed_forward_float32 import parts_of_rows, share_of
 from .int8_operands import FLIP
+from .int8_views import Groups
 from .matmul import multiply, round_up
 from .norm import ADDRESSES, NO_NORM, finish_row, normalize_row, read_row
+from .one_row import multiply_row
 from .records import located, named, record
 from .simd import (
     ADDS_FIRST,
@@ -158,16 +160,20 @@ def take_apart(m, at, j, first, width, apart, kept):
 
 
 @inline
-def place_of_codes(at_row, groups4, out, r):
-    """Where a row at at_row becomes bytes: as row r of those at `out` or, where ADDS_FIRST, in its own place."""
-    return at_row if ADDS_FIRST else out + r * groups4 * WORDS
+def place_of_codes(at_row, groups4, out, r, alone):
+    """Where a row at at_row becomes bytes: as row r of those at `out` or, where ADDS_FIRST, in its own place.
+
+    alone: whether it is the only one, which stays bytes where ADDS_FIRST.
+    """
+    return at_row if ADDS_FIRST and not alone else out + r * groups4 * WORDS
 
 
 @inline
-def split_codes(m, at, groups4, out, r, at_own):
+def split_codes(m, at, groups4, out, r, alone, at_own):
     """Four bytes an element (groups4,) to 16-bit numbers, as products take row r of `out`, where AS_WORDS."""
     if ADDS_FIRST:
-        split_row(m.i, at, groups4, m.i, out, r, at_own)
+        if not alone:
+            split_row(m.i, at, groups4, m.i, out, r, at_own)
     elif AS_WORDS:
         for i in range(at, at + groups4, LANES):
             four = load(m.i, i)
@@ -176,22 +182,22 @@ def split_codes(m, at, groups4, out, r, at_own):
 
 
 @inline
-def quantize_row(m, at, groups4, out, r, at_scale, at_minus, at_own):
+def quantize_row(m, at, groups4, out, r, alone, at_scale, at_minus, at_own):
     """A row, which changes, to bytes, row r of those at `out`, symmetric: bytes, scale, and what the sum of a channel's
     weights times is added to products.
     """
     largest = float_of_bits(splat(largest_of_row(m.f, at, 4 * groups4)))
     m.f[at_scale] = first_lane(scale_of(largest))
     m.i[at_minus] = np.int32(-OFFSET)
-    to = place_of_codes(at, groups4, out, r)
+    to = place_of_codes(at, groups4, out, r, alone)
     join_row(m.f, at, 4 * groups4, inverse_of(largest), FLIP, m.i, to)
-    split_codes(m, to, groups4, out, r, at_own)
+    split_codes(m, to, groups4, out, r, alone, at_own)
 
 
 @inline
-def quantize_range(m, at, width, out, r, at_scale, at_minus, at_own):
+def quantize_range(m, at, width, out, r, alone, at_scale, at_minus, at_own):
     """A row to bytes with a zero point; otherwise as quantize_row. width a multiple of DEPTH."""
-    to = place_of_codes(at, width // 4, out, r)
+    to = place_of_codes(at, width // 4, out, r, alone)
     high = splat(np.int32(0))
     low = high
     for e in range(0, width, LANES):  # as integers: a NaN is larger than all numbers
@@ -212,19 +218,19 @@ def quantize_range(m, at, width, out, r, at_scale, at_minus, at_own):
         c2 = round_to_int(load(m.f, i + 2 * LANES) * inverse) + shift
         c3 = round_to_int(load(m.f, i + 3 * LANES) * inverse) + shift
         store(m.i, to + e // 4, join_bytes(c0, c1, c2, c3) ^ splat(FLIP))
-    split_codes(m, to, width // 4, out, r, at_own)
+    split_codes(m, to, width // 4, out, r, alone, at_own)
 
 
 @task
-def quantize_input(m, p, a, row, base, r, own, norm, at_norm, j, apart):
-    """Row `row` of x, or its norm, as row r of the bytes at base; own: room for a row."""
+def quantize_input(m, p, a, row, base, r, alone, own, norm, at_norm, j, apart):
+    """Row `row` of x, or its norm, as row r of the bytes at base, the only one if `alone`; own: room for a row."""
     at = own + p.at_row
     read_row(pointer_to(a.x, np.float32), row * p.width, p.width, m.f, at)
     store(m.f, at + round_up(p.width, VIRTUAL_LANES), wide_splat(_ZERO))
     if norm != NO_NORM:
         normalize_row(m.f, at, p.width, norm, m.factors, at_norm)
     take_apart(m, at, j, 0, p.width, apart, base + p.at_apart + r * COLUMNS_APART)
-    quantize_row(m, at, p.groups4, base + p.at_bytes, r, base + p.at_scale + r, base + p.at_minus + r,
+    quantize_row(m, at, p.groups4, base + p.at_bytes, r, alone, base + p.at_scale + r, base + p.at_minus + r,
                  base + p.at_own + r)
 
 
@@ -322,6 +328,12 @@ def product_rows(m, x, rows, w, features, out, at_wide):
     x: Codes; w: Panels (features / WIDTH, groups4, WIDTH); c (features,): sums of w; out: Sums; at_wide: room for words
     """
     if ADDS_FIRST:
+        if rows == 1:
+            for f in range(0, features, WIDTH):
+                tile = tile_of_products(1, COLUMNS, m.i, x.at_minus, m.weights, w.at_c + f)
+                tile = multiply_row(tile, Groups(m.u, x.at, 0, 1), m.weights, w.at + f * x.groups4, x.groups4)
+                finish_tile(tile, 0, f, m, x, out)
+            return
         product_of_words(start_sums, finish_sums, (m, x, w, out), Words(m.i, x.at, x.groups4, at_wide), rows,
                          m.weights, w.at, features)
     else:
@@ -379,7 +391,7 @@ def linear_of_rows(p, a, scratch, portion, worker, part):
     for row in range(part * portion, end, BLOCK):
         rows = min(BLOCK, end - row)
         for r in range(rows):
-            separately(quantize_input, (m, p, a, row + r, own, r, own, NO_NORM, 0, p.j, p.apart))
+            separately(quantize_input, (m, p, a, row + r, own, r, rows == 1, own, NO_NORM, 0, p.j, p.apart))
         multiply_linear(m, p, own, own, rows, 0, p.columns)
         finish_linear(m, p, a, own, row, rows)
 
@@ -389,7 +401,7 @@ def quantize_linear_input(p, a, scratch, parts, worker, part):
     """Some rows to bytes, where few rows are all done together."""
     m, own = memory_of(scratch, a.weights), p.shared_size + worker * p.private_size
     for r in range(part, p.rows, parts):
-        separately(quantize_input, (m, p, a, r, 0, r, own, NO_NORM, 0, p.j, p.apart))
+        separately(quantize_input, (m, p, a, r, 0, r, p.rows == 1, own, NO_NORM, 0, p.j, p.apart))
 
 
 @task
@@ -441,7 +453,7 @@ def raise_rows(m, p, base, own, rows, g):
     codes, scales = base + p.at_codes + number * p.codes_step, number * p.scales_step
     for r in range(rows):
         take_apart(m, at + r * ROW, p.j2, g, features, p.apart2, base + p.at_hidden_apart + r * COLUMNS_APART)
-        quantize_range(m, at + r * ROW, features, codes, r, base + p.at_code_scale + scales + r,
+        quantize_range(m, at + r * ROW, features, codes, r, rows == 1, base + p.at_code_scale + scales + r,
                        base + p.at_code_minus + scales + r, base + p.at_code_own + scales + r)
 
 
@@ -477,7 +489,8 @@ def feed_rows_forward(p, a, scratch, portion, worker, part):
     for row in range(part * portion, end, BLOCK):
         rows = min(BLOCK, end - row)
         for r in range(rows):
-            separately(quantize_input, (m, p, a, row + r, own, r, own, p.norm_first, p.at_first, p.j1, p.apart1))
+            separately(quantize_input, (m, p, a, row + r, own, r, rows == 1, own, p.norm_first, p.at_first, p.j1,
+                                        p.apart1))
         for g in range(0, p.hidden, GROUP):
             raise_rows(m, p, own, own, rows, g)
             lower_rows(m, p, own, own, rows, g, 0, p.columns)
@@ -489,7 +502,7 @@ def quantize_some(p, a, scratch, parts, worker, part):
     """Some rows to bytes, where few rows are all done together."""
     m, own = memory_of(scratch, a.weights), p.shared_size + worker * p.private_size
     for r in range(part, p.rows, parts):
-        separately(quantize_input, (m, p, a, r, 0, r, own, p.norm_first, p.at_first, p.j1, p.apart1))
+        separately(quantize_input, (m, p, a, r, 0, r, p.rows == 1, own, p.norm_first, p.at_first, p.j1, p.apart1))
 
 
 @task

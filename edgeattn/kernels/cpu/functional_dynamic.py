@@ -98,16 +98,16 @@ def key_block(k, head, kv, t, is_first, p, shared, own):
                 largest = largest_rows(own.float32, at_rows + b * D_up * WIDTH + c, Dp)
                 store(own.float32, p.at_weights + b * WIDTH + c, largest)
         weigh_tokens(own.float32, p.at_weights, own.int32, p.at_seen)
-        subtract_mean(own.float32, at_rows, D_up * WIDTH, D_up, p.at_weights, shared.float32, minus)
+        subtract_mean(own.float32, at_rows, D_up * WIDTH, D_up, TOKENS, p.at_weights, shared.float32, minus)
     else:
         for j in range(0, BLOCKS * D_up * WIDTH, LANES):
             at = at_rows + j
             store(own.float32, at, load(own.float32, at) + broadcast(shared.float32, minus + j // WIDTH % D_up))
     for b in range(BLOCKS):
         at = kv * round_up(p.keys, TOKENS) + t + b * WIDTH
-        quantize_keys(Part(own.float32, at_rows + b * D_up * WIDTH), Dp, Part(own.int32, p.at_keys),
+        quantize_keys(Part(own.float32, at_rows + b * D_up * WIDTH), Dp, WIDTH, Part(own.int32, p.at_keys),
                       Part(shared.float32, p.at_kscale + at), Part(shared.int32, p.at_kterm + at))
-        keys_to_rows(own.int32, p.at_keys, K4, shared.int32, at * K4, K4)
+        keys_to_rows(own.int32, p.at_keys, K4, WIDTH, shared.int32, at * K4, K4)
 
 
 @inline
@@ -123,7 +123,7 @@ def value_block(v, head, kv, t, is_first, p, shared, own):
     for b in range(BLOCKS):
         at = kv * round_up(p.keys, TOKENS) + t + b * WIDTH
         turn_block(v, head, t, b, Dv, p, own, p.at_rows)
-        quantize_values(Part(own.float32, p.at_rows), Dvp, shared.float32[p.at_units + kv],
+        quantize_values(Part(own.float32, p.at_rows), Dvp, WIDTH, shared.float32[p.at_units + kv],
                         Rows(shared.int8, 4 * (p.at_values + kv * Dvp * row) + t + b * WIDTH, 4 * row),
                         Part(shared.float32, p.at_vlog + at), Part(shared.float32, p.at_vinverse + at))
 
@@ -156,14 +156,15 @@ def attend_block(p, a, batch, h, q0, shared, own):
     masked = adds or a.keep != 0
     # 1. queries
     turn_rows(Part(q, at_row * D), D, queries, factor, own, p.at_row_major, p.at_rows)
-    quantize_queries(Part(own.float32, p.at_rows), 4 * D4, Part(own.int32, p.at_q), Part(own.float32, p.at_qscale))
+    quantize_queries(Part(own.float32, p.at_rows), 4 * D4, queries, Part(own.int32, p.at_q),
+                     Part(own.float32, p.at_qscale))
     # 2. attention
     first, last, full_from, full_to = visible_range(q0, queries, S, band, p.low, p.high)
     first = first // 4 * 4
     if masked:
         fill_mask(p, a, batch, h, q0, queries, first, last, own.float32, p.at_masks, p.at_square)
     at = kv * round_up(S, TOKENS)
-    attend_bytes(Queries(own.uint32, p.at_q, round_up(D4, DEPTH_STEP), own.float32, p.at_qscale),
+    attend_bytes(Queries(own.uint32, p.at_q, round_up(D4, DEPTH_STEP), own.float32, p.at_qscale, queries),
                  Keys(shared.int32, at * K4, K4, p.at_kterm + at, shared.float32, p.at_kscale + at),
                  values_of(kv, Dvp, round_up(S, 64) // 4, p, shared), Dvp,
                  Visible(first, last, full_from, full_to, q0, band, p.low, p.high),

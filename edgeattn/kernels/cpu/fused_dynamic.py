@@ -47,6 +47,7 @@ from .int8_operands import FLIP
 from .int8_views import Part, Projection, parts_of, scratch_at
 from .key_mean import add_to_tokens, choose_block, subtract_mean, weigh_tokens
 from .matmul import round_up
+from .one_token import largest_of_head, quantize_key, quantize_query, quantize_value, subtract_mean_of_one
 from .positions import POSITIONS, place_keys, place_queries
 from .projection_dynamic import Apart, project_rows, set_apart
 from .records import MASK_ADDRESSES, MASKS, located, named, record
@@ -55,6 +56,7 @@ from .simd import (
     LANES,
     WIDTH,
     address_of,
+    first_lane,
     load,
     matrix_configure,
     matrix_release,
@@ -109,8 +111,8 @@ def project_block_rows(projection, at_apart, features, heads, size, tokens, p, a
     """
     first, row = heads.first * size, round_up(heads.count * size, WIDTH)
     some = Projection(projection.weights, projection.at + first * projection.depth4, projection.at_terms + first,
-                      projection.factors, projection.at_factors + first, projection.bias, projection.at_bias + first,
-                      projection.depth4)
+                      projection.own_step, projection.factors, projection.at_factors + first, projection.bias,
+                      projection.at_bias + first, projection.depth4)
     apart = Apart(p.apart, own.float32, p.at_apart, pointer_to(a.factors, np.float32), at_apart + first,
                   round_up(features, WIDTH))
     separately(project_rows, (Part(own.uint32, p.at_x), tokens, Part(own.float32, p.at_xscale), some, apart, row,
@@ -119,18 +121,23 @@ def project_block_rows(projection, at_apart, features, heads, size, tokens, p, a
 
 
 @inline
-def turn_head(h, size, row, blocks, p, own):
-    """A head's features of `blocks` blocks of W tokens, each (size, W), from p.at_scores on; how far these are apart.
+def turn_head(h, size, row, tokens, p, own):
+    """A head's features of some tokens, blocks of W of them, (size, W), from p.at_scores on; how far these are apart.
 
-    h: which of those whose rows there are. Tokens that there are not have any features.
+    h: which of those whose rows there are. Lanes without a token have any features.
     """
     step = round_up(size, LANES) * WIDTH
-    for b in range(blocks):
-        for c in range(0, WIDTH, LANES):
-            for d in range(0, size, LANES):
-                transpose_block(own.float32, p.at_rows + (b * WIDTH + c) * row + h * size + d, row, own.float32,
-                                p.at_scores + b * step + d * WIDTH + c, WIDTH)
+    for t in range(0, tokens, LANES):
+        to = p.at_scores + t // WIDTH * step + t % WIDTH
+        for d in range(0, size, LANES):
+            transpose_block(own.float32, p.at_rows + t * row + h * size + d, row, own.float32, to + d * WIDTH, WIDTH)
     return step
+
+
+@inline
+def lanes_of(tokens, b):
+    """How many of some tokens are in the b-th block of W."""
+    return min(WIDTH, tokens - b * WIDTH)
 
 
 @inline
@@ -146,15 +153,29 @@ def project_queries(projection, heads, t, blocks, tokens, p, a, shared, own):
     D4, at_scales = size // 4, p.at_qscale + t * H
     at_queries = p.at_queries + t * H * D4
     row = project_block_rows(projection, p.vq, H * size, heads, size, tokens, p, a, own)
+    placed = p.q_norm != 0 or p.pairs > 0
     for h in range(heads.count):
-        step = turn_head(h, size, row, blocks, p, own)
+        if is_lone(tokens, size, placed):
+            number = heads.first + h
+            quantize_query(own.float32, p.at_rows + h * size, size, own, p.at_scores,
+                           Part(shared.int32, at_queries + number * D4 * WIDTH),
+                           Part(shared.float32, at_scales + number * WIDTH))
+            continue
+        step = turn_head(h, size, row, tokens, p, own)
         for b in range(blocks):
             at, number = p.at_scores + b * step, b * H + heads.first + h
-            if p.q_norm != 0 or p.pairs > 0:
+            if placed:
                 place_queries(own.float32, at, p, projection.factors, pointer_to(a.table, np.float32), t + b * WIDTH,
                               p.at_inverse)
-            quantize_queries(Part(own.float32, at), size, Part(shared.int32, at_queries + number * D4 * WIDTH),
+            quantize_queries(Part(own.float32, at), size, lanes_of(tokens, b),
+                             Part(shared.int32, at_queries + number * D4 * WIDTH),
                              Part(shared.float32, at_scales + number * WIDTH))
+
+
+@inline
+def is_lone(tokens, size, placed):
+    """Whether heads of so many features are quantized as one_token.py says."""
+    return tokens == 1 and size % LANES == 0 and not placed
 
 
 @inline
@@ -175,24 +196,34 @@ def project_keys(projection, heads, t, blocks, tokens, smoothing, p, a, shared, 
     if smoothing:  # beside the mean, for the blocks that have it for a bias
         for f in range(at_first, at_first + row, LANES):
             store(shared.float32, p.at_key_factors + f, load(projection.factors, projection.at_factors + f))
+    if is_lone(tokens, size, places_keys(p)):
+        for h in range(heads.first, heads.first + heads.count):
+            at_head, token = p.at_rows + (h - heads.first) * size, h * S_up + t
+            if smoothing:
+                subtract_mean_of_one(own.float32, at_head, size, own.float32[p.at_weights], shared.float32,
+                                     p.at_mean + h * size)
+            quantize_key(own.float32, at_head, size, shared.int8, 4 * t * K4 + h * size,
+                         Part(shared.float32, p.at_kscale + token), Part(shared.int32, p.at_kterm + token))
+        return
     for h in range(heads.first, heads.first + heads.count):
-        step = turn_head(h - heads.first, size, row, blocks, p, own)
+        step = turn_head(h - heads.first, size, row, tokens, p, own)
         if places_keys(p):
             for b in range(blocks):
                 place_keys(own.float32, p.at_scores + b * step, p, projection.factors, pointer_to(a.table, np.float32),
                            t + b * WIDTH, p.at_inverse)
             if not smoothing:
-                add_to_tokens(own.float32, p.at_scores, step, size, shared.float32, p.at_mean + h * size)
+                add_to_tokens(own.float32, p.at_scores, step, size, tokens, shared.float32, p.at_mean + h * size)
         if smoothing:
-            subtract_mean(own.float32, p.at_scores, step, size, p.at_weights, shared.float32, p.at_mean + h * size)
+            subtract_mean(own.float32, p.at_scores, step, size, tokens, p.at_weights, shared.float32,
+                          p.at_mean + h * size)
         for b in range(blocks):
             token = h * S_up + t + b * WIDTH
-            quantize_keys(Part(own.float32, p.at_scores + b * step), size,
+            quantize_keys(Part(own.float32, p.at_scores + b * step), size, lanes_of(tokens, b),
                           Part(own.int32, p.at_keys + b * K4 * WIDTH + h * size // 4 * WIDTH),
                           Part(shared.float32, p.at_kscale + token), Part(shared.int32, p.at_kterm + token))
     for b in range(blocks):
         keys_to_rows(own.int32, p.at_keys + (b * K4 + at_first // 4) * WIDTH, round_up(heads.count * size // 4, LANES),
-                     shared.int32, (t + b * WIDTH) * K4 + at_first // 4, K4)
+                     lanes_of(tokens, b), shared.int32, (t + b * WIDTH) * K4 + at_first // 4, K4)
 
 
 @inline
@@ -201,17 +232,26 @@ def project_values(projection, heads, t, blocks, tokens, smoothing, p, a, shared
     Hkv, size, S_up, row4 = p.kv_heads, p.padded_value, round_up(p.keys, TOKENS), values_row(p.keys)
     row = project_block_rows(projection, p.vv, Hkv * size, heads, size, tokens, p, a, own)
     for h in range(heads.first, heads.first + heads.count):
-        step = turn_head(h - heads.first, size, row, blocks, p, own)
+        if is_lone(tokens, size, False):
+            at_head, token = p.at_rows + (h - heads.first) * size, h * S_up + t
+            if smoothing:
+                own.float32[p.at_weights] = first_lane(largest_of_head(own.float32, at_head, size))
+                shared.float32[p.at_units + h] = unit_of(own.float32, p.at_weights, own.int32, p.at_seen)
+            quantize_value(own.float32, at_head, size, shared.float32[p.at_units + h], own, p.at_scores,
+                           Rows(shared.int8, 4 * (p.at_values + h * size * row4) + t, 4 * row4),
+                           Part(shared.float32, p.at_vlog + token), Part(shared.float32, p.at_vinverse + token))
+            continue
+        step = turn_head(h - heads.first, size, row, tokens, p, own)
         if smoothing:
-            for b in range(blocks):
-                for c in range(0, WIDTH, LANES):
-                    store(own.float32, p.at_weights + b * WIDTH + c,
-                          largest_rows(own.float32, p.at_scores + b * step + c, size))
+            for s in range(0, tokens, LANES):
+                at = p.at_scores + s // WIDTH * step + s % WIDTH
+                store(own.float32, p.at_weights + s, largest_rows(own.float32, at, size))
             shared.float32[p.at_units + h] = unit_of(own.float32, p.at_weights, own.int32, p.at_seen)
         for b in range(blocks):
             token = h * S_up + t + b * WIDTH
             to = Rows(shared.int8, 4 * (p.at_values + h * size * row4) + t + b * WIDTH, 4 * row4)
-            quantize_values(Part(own.float32, p.at_scores + b * step), size, shared.float32[p.at_units + h], to,
+            quantize_values(Part(own.float32, p.at_scores + b * step), size, lanes_of(tokens, b),
+                            shared.float32[p.at_units + h], to,
                             Part(shared.float32, p.at_vlog + token), Part(shared.float32, p.at_vinverse + token))
 
 
@@ -231,7 +271,8 @@ def project_block(p, a, heads, batch, block, smoothing, shared, kept, own):
     quantize_block(Part(pointer_to(x, np.float32), (batch * of + t) * E), E, tokens, p, a, own)
     if is_query or p.same_qk != 0:
         depth4, repeats = depth_groups(p.query_width), p.heads // p.kv_heads
-        project_queries(Projection(weights, p.wq, p.cq, factors, p.sq, factors, p.bq, depth4),
+        up = round_up(p.heads * p.padded_head, WIDTH)
+        project_queries(Projection(weights, p.wq, p.cq, up, factors, p.sq, factors, p.bq, depth4),
                         Heads(heads.first * repeats, heads.count * repeats), t, blocks, tokens, p, a, shared, own)
     if is_query:
         return
@@ -242,14 +283,14 @@ def project_block(p, a, heads, batch, block, smoothing, shared, kept, own):
     reals, at_factors, at_bias = factors, p.sk, p.bk  # a bias of zeros, where keys are not placed
     if not (smoothing or places_keys(p)):
         reals, at_factors, at_bias = kept.float32, p.at_key_factors, p.at_mean
-    depth4 = depth_groups(p.key_width)
-    project_keys(Projection(weights, p.wk, p.ck, reals, at_factors, reals, at_bias, depth4), heads, t, blocks, tokens,
-                 smoothing, p, a, kept, own)
+    depth4, up = depth_groups(p.key_width), round_up(p.kv_heads * p.padded_head, WIDTH)
+    project_keys(Projection(weights, p.wk, p.ck, up, reals, at_factors, reals, at_bias, depth4), heads, t, blocks,
+                 tokens, smoothing, p, a, kept, own)
     if p.same_kv == 0:
         values = pointer_to(a.values, np.float32)
         quantize_block(Part(values, (batch * S + t) * p.value_width), p.value_width, tokens, p, a, own)
-    depth4 = depth_groups(p.value_width)
-    project_values(Projection(weights, p.wv, p.cv, factors, p.sv, factors, p.bv, depth4), heads, t, blocks, tokens,
+    depth4, up = depth_groups(p.value_width), round_up(p.kv_heads * p.padded_value, WIDTH)
+    project_values(Projection(weights, p.wv, p.cv, up, factors, p.sv, factors, p.bv, depth4), heads, t, blocks, tokens,
                    smoothing, p, a, kept, own)
 
 
@@ -303,7 +344,7 @@ def attend_head(h, q0, seen, mask, adds, p, shared, kept, own):
     for i in range(0, D4 * WIDTH, LANES):
         store(own.int32, p.at_q + i, load(shared.int32, at_head + i))
     queries = Queries(own.uint32, p.at_q, round_up(D4, DEPTH_STEP), shared.float32,
-                      p.at_qscale + q0 * H + h * WIDTH)
+                      p.at_qscale + q0 * H + h * WIDTH, min(WIDTH, p.queries - q0))
     keys = Keys(kept.int32, kv * D4, K4, p.at_kterm + kv * S_up, kept.float32, p.at_kscale + kv * S_up)
     values = values_of(kv, Dvp, values_row(p.keys), p, kept)
     attend_bytes(queries, keys, values, Dvp, seen, mask, adds, p, own, p.at_context + h * Dvp * WIDTH)
@@ -328,13 +369,13 @@ def write_rows(p, a, context, at_row, queries, first, features, own):
     out, factors = pointer_to(a.out, np.float32), pointer_to(a.factors, np.float32)
     C, Eo = p.heads * p.padded_value, p.out_width
     C4 = round_up(C // 4, LANES)
-    for c in range(0, WIDTH, LANES):
+    for c in range(0, queries, LANES):
         largest = largest_rows(context.data, context.at + c, C)
         store(own.float32, p.at_xscale + c, scale_of(largest))
         pack_rows(context.data, context.at + c, C, inverse_of(largest), FLIP, own.int32, p.at_context_bytes + c)
     turn(own.int32, p.at_context_bytes, C4, WIDTH, own.int32, p.at_transposed)
-    output = Projection(pointer_to(a.weights, np.int32), p.wo + first * C4, p.co + first, factors, p.so + first,
-                        factors, p.bo + first, C4)
+    output = Projection(pointer_to(a.weights, np.int32), p.wo + first * C4, p.co + first, round_up(Eo, WIDTH), factors,
+                        p.so + first, factors, p.bo + first, C4)
     none = Apart(0, own.float32, p.at_apart, factors, 0, 0)
     separately(project_rows, (Part(own.uint32, p.at_transposed), queries, Part(own.float32, p.at_xscale), output, none,
                               features, Rows(out, at_row + first, Eo), own, p.at_tiles))

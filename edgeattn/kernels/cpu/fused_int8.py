@@ -13,27 +13,40 @@ from edgeattn.runtime.worker_pool import parallel_for, task
 from .byte_products import DEPTH_STEP, linear
 from .finish_int8 import finish_bytes, finish_context, finish_output, finish_scores
 from .fused import portions, visible_range
-from .int8_operands import BYTE_FLIP, FLIP, ONES, store_value_terms, whole_sums, zero_bytes
+from .int8_operands import (
+    BYTE_FLIP,
+    FLIP,
+    ONES,
+    add_feature_terms,
+    store_value_terms,
+    whole_sums,
+    zero_bytes,
+)
 from .int8_views import BytePanels, Groups, Mask, Part, Scaling, parts_of
 from .matmul import feature_position, round_up
+from .one_row import linear_of_row, linear_of_tokens
 from .records import BAND, KEEP, located, named, record
+from .requantize import bounded_codes, requantize
 from .simd import (
     LANES,
     OFFSET,
     ROWS,
     WIDTH,
     address_of,
+    broadcast,
     dot_bytes,
+    first_lane,
     load,
     matrix_configure,
     matrix_release,
     pointer_to,
     splat,
     store,
+    store_bytes,
     transpose_block,
 )
 from .softmax_int8 import LOWEST_CODES, softmax
-from .static_layout import context_rows, layout_of, project_values, values_of
+from .static_layout import FEATURES_TOGETHER, context_rows, layout_of, project_values, values_of
 from .views import Blocks
 
 _NONE, _ALL = np.int32(0), np.int32(-1)
@@ -93,13 +106,13 @@ class Seen(NamedTuple):
 @inline
 def pack_tokens(x, E, tokens, rows, out, out_row):
     """int8 rows of x as unsigned operand (rows, out_row); missing bytes and rows are zero codes."""
-    whole = E // (4 * LANES) * LANES if E % 4 == 0 else 0  # groups that come in vectors
-    words = pointer_to(address_of(x.data), np.int32)
+    whole = E // (4 * LANES) * LANES  # groups that come in vectors
     flip = splat(FLIP)
     for t in range(tokens):
         from_x, to = x.at + t * E, out.at + t * out_row
+        words = pointer_to(address_of(x.data) + from_x, np.int32)
         for i in range(0, whole, LANES):
-            store(out.data, to + i, load(words, from_x // 4 + i) ^ flip)
+            store(out.data, to + i, load(words, i) ^ flip)
         for i in range(whole, out_row):
             word = np.int32(0)
             for j in range(min(4, E - 4 * i)):
@@ -188,10 +201,11 @@ def project_part(p, a, scratch, batch, portion, worker, part):
         rows = round_up(tokens, ROWS)
         pack_tokens(Part(xk, (batch * S + t) * Ek), Ek, tokens, rows, packed, Ek4)
         to = Blocks(shared.int8, t * layout.k_block, layout.k_block, layout.k_step)
-        linear(finish_bytes, (k_scaling, _NONE, to), Groups(own.uint32, p.at_x, Ek4, 1), rows, k_panels, tiles)
+        linear_of_tokens(finish_bytes, (k_scaling, _NONE, to), Groups(own.uint32, p.at_x, Ek4, 1), tokens, k_panels,
+                         tiles)
         if p.same_kv == 0:
             pack_tokens(Part(xv, (batch * S + t) * Ev), Ev, tokens, rows, packed, Ev4)
-        project_values(Groups(own.uint32, p.at_x, Ev4, 1), rows, v_panels, v_scaling, t, p, layout, shared, own)
+        project_values(Groups(own.uint32, p.at_x, Ev4, 1), tokens, v_panels, v_scaling, t, p, layout, shared, own)
         for h in range(p.heads):
             at = feature_position(h * p.padded_head, layout.k_block, layout.k_step) // 4 + t * k_row
             key_terms(Groups(shared.int32, at, k_row, 1), rows, p.padded_head // 4, q_zero,
@@ -210,8 +224,8 @@ def project_queries(p, a, batch, q0, queries, own):
     pack_tokens(x, Eq, queries, WIDTH, Part(own.int32, p.at_x), Eq4)
     scaling = Scaling(weights, p.project_rule, p.mq, features, np.int32(p.zq))
     to = Blocks(own.int8, 4 * at_row_major, 4 * row_major_row, 0)
-    linear(finish_bytes, (scaling, FLIP, to), Groups(own.uint32, p.at_x, Eq4, 1), round_up(queries, ROWS),
-           BytePanels(weights, p.wq, weights, p.bq, features, Eq4), Part(own.int32, p.at_tiles))
+    linear_of_tokens(finish_bytes, (scaling, FLIP, to), Groups(own.uint32, p.at_x, Eq4, 1), queries,
+                     BytePanels(weights, p.wq, weights, p.bq, features, Eq4), Part(own.int32, p.at_tiles))
     turns, turn = (1, row_major_row) if q_groups == D4 else (p.heads, q_groups)
     for h in range(turns):
         for f in range(0, turn, LANES):
@@ -279,30 +293,64 @@ def context_head(p, a, h, first, groups, layout, shared, own):
 
 
 @inline
-def write_rows(p, a, at_row, queries, own):
-    """A block's rows of the result, from at_row on: projection of the context, or the context itself."""
-    H, Dv, Dvp, Eo = p.heads, p.value_size, p.padded_value, p.out_width
-    out = pointer_to(a.out, np.int8)
-    if p.has_out == 0:
-        for h in range(H):
-            for d in range(Dv):
-                for l in range(queries):
-                    byte = (p.at_context + (h * Dvp + d) // 4 * WIDTH + l) * 4 + d % 4
-                    out[at_row + l * Eo + h * Dv + d] = own.int8[byte] ^ BYTE_FLIP
-        return
-    C4, Eo_up = packed_depth(H * Dvp), round_up(Eo, WIDTH)
-    project_output(p, a, context_rows(p, C4, own), at_row, queries, Eo_up, own)
+def context_of_one(p, a, h, first, groups, layout, shared, own):
+    """The same of a block's one query, with features in lanes: unsigned operands of all heads, one after the other."""
+    at_codes, zv, weights = p.at_codes, np.int32(p.zv), pointer_to(a.weights, np.int32)
+    term = splat(_NONE)
+    if zv != 0:
+        for g in range(groups):
+            term = dot_bytes(term, load(own.int32, at_codes + g * WIDTH), splat(ONES))
+        term = whole_sums(term, groups) * splat(np.int32(-zv))
+    from_zero = first_lane(term)
+    v = values_of(h, first, p, layout, shared)
+    store_value_terms(Part(v.data, v.at), v.step, groups, p.padded_value, Part(own.int32, p.at_terms))
+    for d in range(0, p.padded_value, LANES):  # past its last feature lies what the next head replaces
+        sums = add_feature_terms(splat(from_zero), own.int32, p.at_terms + d)
+        for g in range(groups):
+            sums = dot_bytes(sums, broadcast(own.int32, at_codes + g * WIDTH), load(v.data, v.at + g * v.step + d))
+        codes = bounded_codes(requantize(sums, p.context_rule, weights, p.mc, LANES), np.int32(p.zc))
+        store_bytes(own.int8, 4 * p.at_context + h * p.padded_value + d, codes ^ splat(np.int32(BYTE_FLIP)))
 
 
 @inline
-def project_output(p, a, context, at_row, queries, features, own):
-    """Output projection of the context of some queries, unsigned operands, to rows from at_row on."""
-    weights = pointer_to(a.weights, np.int32)
-    scaling = Scaling(weights, p.project_rule, p.mo, features, np.int32(p.zo))
-    to = Groups(pointer_to(a.out, np.int8), at_row, p.out_width, 1)
+def write_rows(p, a, at_row, queries, alone, own):
+    """A block's rows of the result, from at_row on: projection of the context, or the context itself.
+
+    alone: whether the context is that of `context_of_one`.
+    """
+    H, Dv, Dvp, Eo = p.heads, p.value_size, p.padded_value, p.out_width
+    out = pointer_to(a.out, np.int8)
+    if p.has_out == 0:
+        group = 1 if alone else WIDTH
+        for h in range(H):
+            for d in range(Dv):
+                for l in range(queries):
+                    byte = (p.at_context + (h * Dvp + d) // 4 * group + l) * 4 + d % 4
+                    out[at_row + l * Eo + h * Dv + d] = own.int8[byte] ^ BYTE_FLIP
+    elif alone:
+        project_output_of_one(p, a, at_row, own)
+    else:
+        scaling, panels = output_parts(p, a)
+        to = Groups(out, at_row, Eo, 1)
+        linear(finish_output, (scaling, to, queries, Part(own.int8, 4 * p.at_x)),
+               context_rows(p, packed_depth(H * Dvp), own), queries, panels, Part(own.int32, p.at_tiles))
+
+
+@inline
+def output_parts(p, a):
+    """Scaling and panels of the output projection."""
+    weights, features = pointer_to(a.weights, np.int32), round_up(p.out_width, WIDTH)
     panels = BytePanels(weights, p.wo, weights, p.bo, features, packed_depth(p.heads * p.padded_value))
-    linear(finish_output, (scaling, to, queries, Part(own.int8, 4 * p.at_x)), context, queries, panels,
-           Part(own.int32, p.at_tiles))
+    return Scaling(weights, p.project_rule, p.mo, features, np.int32(p.zo)), panels
+
+
+@inline
+def project_output_of_one(p, a, at_row, own):
+    """Output projection of one query's context, unsigned operands side by side, to a row from at_row on."""
+    scaling, panels = output_parts(p, a)
+    to = Groups(pointer_to(a.out, np.int8), at_row, p.out_width, 1)
+    linear_of_row(finish_output, (scaling, to, 1, Part(own.int8, 4 * p.at_x)),
+                  Groups(own.uint32, p.at_context, panels.depth4, 1), panels)
 
 
 @task
@@ -327,6 +375,7 @@ def attend_part(p, a, scratch, batch, portion, worker, part):
         groups = (last_up - first) // 4
         seen = Seen(q0, queries, first, last, groups, band, p.low, p.high)
         masked = band or has_keep or last_up > last
+        alone = FEATURES_TOGETHER and queries == 1
         for h in range(H):
             score_head(p, a, h, first, last_up - first, layout, shared, own)
             if a.score_luts != 0 and last > first:
@@ -337,8 +386,11 @@ def attend_part(p, a, scratch, batch, portion, worker, part):
                 drop_codes(codes, masks, groups)
             softmax(a.softmax, p.softmax_rule, codes, groups, masks, masked, Part(own.int32, p.at_softmax),
                           Part(own.int32, p.at_sums + WIDTH))
-            context_head(p, a, h, first, groups, layout, shared, own)
-        write_rows(p, a, (batch * L + q0) * p.out_width, queries, own)
+            if alone:
+                context_of_one(p, a, h, first, groups, layout, shared, own)
+            else:
+                context_head(p, a, h, first, groups, layout, shared, own)
+        write_rows(p, a, (batch * L + q0) * p.out_width, queries, alone, own)
     matrix_release()
 
 

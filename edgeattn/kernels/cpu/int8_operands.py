@@ -137,6 +137,11 @@ def _leave_tile(tile, terms, at):
 
 
 @inline
+def _add_term_vector(sums, terms, at):
+    return sums + load(terms, at)
+
+
+@inline
 def _nothing_lacks(values, at, groups):
     return np.int32(0)
 
@@ -167,10 +172,11 @@ def _terms(features):
 if OFFSET:
     whole_sums = _all_there
     store_value_terms, add_value_terms, value_terms_size = _no_value_terms, _leave_tile, _no_terms
-    lacking_sum = _nothing_lacks
+    lacking_sum, add_feature_terms = _nothing_lacks, _leave_sums
 else:
     whole_sums = _add_lacking  # sums[l] + 128 for each byte of `groups` groups
     store_value_terms = _value_terms  # out[d] = 128 * sum over groups g of the bytes of values[g * group_step + d]
     add_value_terms = tile_add_down  # tile[i][j] + splat(terms[at + i])
     value_terms_size = _terms  # elements of what `store_value_terms` writes and `add_value_terms` reads
+    add_feature_terms = _add_term_vector  # sums[l] + terms[at + l]
     lacking_sum = _lacking_of_row  # 128 * the sum of the bytes of values[at : at + groups]

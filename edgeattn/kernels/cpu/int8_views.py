@@ -70,12 +70,14 @@ class Scratch(NamedTuple):
 class Projection(NamedTuple):
     """Weights as bytes, packed, from weights[at] on, and what is added to the sums of each row from at_terms on.
 
+    own_step: how far behind that minus a row's own products are, where ADDS_FIRST.
     factors, bias: float32, of each row from at_factors and at_bias on; depth4: of a row.
     """
 
     weights: object
     at: int
     at_terms: int
+    own_step: int
     factors: object
     at_factors: int
     bias: object

@@ -6,7 +6,7 @@ import numpy as np
 
 from edgeattn.runtime.compiler import inline
 
-from .dynamic import BLOCKS, TOKENS
+from .dynamic import TOKENS
 from .simd import (
     LANES,
     WIDTH,
@@ -117,35 +117,40 @@ def token_sums(values, at, block_step, j, at_weight):
 
 
 @inline
-def pair_sums(values, at, block_step, j, at_weight):
-    """`token_sums` of j and of j + 1."""
-    return token_sums(values, at, block_step, j, at_weight) + token_sums(values, at, block_step, j + 1, at_weight)
+def pair_sums(values, at, block_step, j, tokens, at_weight):
+    """`token_sums` of j and, where there are such tokens, of j + 1."""
+    total = token_sums(values, at, block_step, j, at_weight)
+    if (j + 1) * LANES < tokens:
+        total = total + token_sums(values, at, block_step, j + 1, at_weight)
+    return total
 
 
 @inline
-def subtract_mean(values, at, block_step, rows, at_weight, shared, at_mean):
-    """values (blocks, rows, W) minus their weighted mean over all tokens, which is left, negative, in shared[at_mean:].
+def subtract_mean(values, at, block_step, rows, tokens, at_weight, shared, at_mean):
+    """values (blocks, rows, W) minus their weighted mean over the tokens, which is left, negative, in shared[at_mean:].
 
-    The sums are trees of neighbours, the same for every number of lanes.
+    The sums are trees of neighbours, the same for every number of lanes; zeros, of no token, change none.
     """
     for d in range(0, rows, LANES):
         here = at + d * WIDTH
-        total = pair_sums(values, here, block_step, 0, at_weight)
-        if TOKENS // LANES >= 4:
-            total = total + pair_sums(values, here, block_step, 2, at_weight)
-        if TOKENS // LANES == 8:
-            total = total + (pair_sums(values, here, block_step, 4, at_weight)
-                             + pair_sums(values, here, block_step, 6, at_weight))
+        total = pair_sums(values, here, block_step, 0, tokens, at_weight)
+        if TOKENS // LANES >= 4 and tokens > 2 * LANES:
+            total = total + pair_sums(values, here, block_step, 2, tokens, at_weight)
+        if TOKENS // LANES == 8 and tokens > 4 * LANES:
+            later = pair_sums(values, here, block_step, 4, tokens, at_weight)
+            if tokens > 6 * LANES:
+                later = later + pair_sums(values, here, block_step, 6, tokens, at_weight)
+            total = total + later
         store(shared, at_mean + d, splat(_ZERO) - total)
-    add_to_tokens(values, at, block_step, rows, shared, at_mean)
+    add_to_tokens(values, at, block_step, rows, tokens, shared, at_mean)
 
 
 @inline
-def add_to_tokens(values, at, block_step, rows, shared, at_added):
+def add_to_tokens(values, at, block_step, rows, tokens, shared, at_added):
     """values (blocks, rows, W) += a number for each row, from shared[at_added] on."""
-    for b in range(BLOCKS):
+    for b in range((tokens + WIDTH - 1) // WIDTH):
         for d in range(rows):
             added = broadcast(shared, at_added + d)
-            for c in range(0, WIDTH, LANES):
+            for c in range(0, min(WIDTH, tokens - b * WIDTH), LANES):
                 i = at + b * block_step + d * WIDTH + c
                 store(values, i, load(values, i) + added)

@@ -18,8 +18,8 @@ from .packing import Packer
 from .positions import norm_fields, rotary_fields, rotary_table
 from .projection_dynamic import TILES_SIZE, join_depth
 from .records import NO_MASK, NO_MASKS, KernelMask, blank, copy_of, named_fields, packed, place, set_masks
-from .simd import LANES, OFFSET, WIDTH
-from .word_products import own_terms, words_scratch
+from .simd import LANES, WIDTH
+from .word_products import terms_of, words_scratch
 
 SMALLEST_WEIGHT = np.float32(2.0**-100)  # a row of smaller ones is a row of zeros: float32 ends not far below
 
@@ -130,7 +130,7 @@ class DynamicLayer:
 
         def put_linear(letter, codes, factors, bias):
             packer.put("w" + letter, pack_byte_panels(codes))
-            packer.put("c" + letter, -OFFSET * codes.astype(np.int32).sum(1) + own_terms(codes))
+            packer.put("c" + letter, terms_of(codes))
             reals.put("s" + letter, factors)
             reals.put("b" + letter, bias)
 

@@ -36,7 +36,8 @@ AT_WEIGHT = 16  # where a norm's weight begins: eps, the rest of its cache line,
 # `x` and `residual`: what is read, 0 for no residual; they and `out` are rows of `width` float32, without gaps.
 ADDRESSES = record("x residual out weights")
 NORM = record("rows width norm as_numpy private_size")
-MOST_AS_NUMPY = 128  # features: NumPy cuts longer sums in two
+TOGETHER = 128  # numbers that NumPy sums without cutting them in two
+SUMS = 32  # halves of halves that a row as NumPy sums it can be cut into: of 2^31 features
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
 
@@ -65,8 +66,8 @@ def normalize_row(y, at, width, kind, weights, at_norm):
 
 
 @inline
-def sum_as_numpy(y, at, width):
-    """The sum of up to MOST_AS_NUMPY numbers: eight sums side by side, then what is left over."""
+def sum_of_part(y, at, width):
+    """The sum of up to TOGETHER numbers: eight sums side by side, then what is left over."""
     total, begin = _ZERO, 0
     if width >= 8:
         s0, s1, s2, s3 = y[at], y[at + 1], y[at + 2], y[at + 3]
@@ -78,22 +79,49 @@ def sum_as_numpy(y, at, width):
         total = ((s0 + s1) + (s2 + s3)) + ((s4 + s5) + (s6 + s7))
     for e in range(at + begin, at + width):
         total = total + y[e]
+    return total
+
+
+@inline
+def sum_as_numpy(y, at, width, at_sums):
+    """The sum of a row: halves of it are summed by themselves, and halves of these, down to TOGETHER numbers.
+
+    at_sums: room for SUMS numbers, those of halves whose other half is still to come.
+    """
+    total, begin = _ZERO, 0
+    while begin < width:
+        # The part that begins here: how often halved, and, bit by bit, which half it is.
+        first, some, depth, seconds = 0, width, 0, 0
+        while some > TOGETHER:
+            half = some // 16 * 8
+            depth, seconds = depth + 1, 2 * seconds
+            if begin < first + half:
+                some = half
+            else:
+                first, some, seconds = first + half, some - half, seconds + 1
+        total = sum_of_part(y, at + begin, some)
+        while seconds % 2 == 1:
+            total = y[at_sums + depth] + total
+            depth, seconds = depth - 1, seconds // 2
+        y[at_sums + depth] = total
+        begin += some
     return _ZERO + total
 
 
 @task
 def normalize_as_numpy(y, at, at_squares, width, kind, weights, at_norm):
-    """y (width,) in place, as `normalize_row` otherwise; at_squares: room for as much."""
+    """y (width,) in place, as `normalize_row` otherwise; at_squares: room for as much, and SUMS numbers behind."""
     up = round_up(width, VIRTUAL_LANES)
+    at_sums = at_squares + up
     at_weight = at_norm + AT_WEIGHT
     at_bias = at_weight + up
     if kind == LAYER_NORM:
-        mean = splat(sum_as_numpy(y, at, width) / np.float32(width))
+        mean = splat(sum_as_numpy(y, at, width, at_sums) / np.float32(width))
         for e in range(0, up, LANES):
             store(y, at + e, load(y, at + e) - mean)
     for e in range(0, up, LANES):
         store(y, at_squares + e, load(y, at + e) * load(y, at + e))
-    root = splat(np.sqrt(sum_as_numpy(y, at_squares, width) / np.float32(width) + weights[at_norm]))
+    root = splat(np.sqrt(sum_as_numpy(y, at_squares, width, at_sums) / np.float32(width) + weights[at_norm]))
     for e in range(0, up, LANES):
         scaled = load(y, at + e) * (load(weights, at_weight + e) / root)
         store(y, at + e, scaled + load(weights, at_bias + e))
@@ -147,7 +175,7 @@ def norm_part(p, a, scratch, portion, worker, part):
     for row in range(part * portion, min((part + 1) * portion, p.rows)):
         read_row(x, row * p.width, p.width, own, 0)
         if p.as_numpy != 0:
-            normalize_as_numpy(own, 0, p.private_size // 2, p.width, p.norm, weights, 0)
+            normalize_as_numpy(own, 0, round_up(p.width, VIRTUAL_LANES), p.width, p.norm, weights, 0)
             write_row(own, 0, p.width, pointer_to(a.out, np.float32), row * p.width)
         else:
             finish_row(own, 0, p.width, a.residual, row, p.norm, weights, 0, a.out)

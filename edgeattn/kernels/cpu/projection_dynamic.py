@@ -20,11 +20,11 @@ from .fused import portions
 from .int8_operands import FLIP
 from .int8_views import BytePanels, Groups, Part, Projection, scratch_at
 from .matmul import round_up
+from .one_row import product_of_row
 from .records import blank, located, named, packed, record
 from .simd import (
     ADDS_FIRST,
     LANES,
-    OFFSET,
     ROWS,
     WIDTH,
     address_of,
@@ -40,11 +40,11 @@ from .simd import (
     tile_store,
 )
 from .views import Rows
-from .word_products import Words, own_terms, product_of_words, split_row, words_scratch
+from .word_products import Words, product_of_words, split_row, terms_of, words_scratch
 
 TILES_SIZE = TILES_SCRATCH + max(ROWS * WIDTH, 16)  # a block of the matrix unit, or its description; one tile
 # `x` (rows, width) and `out` (rows, out_width) float32; weights int32: byte panels (features / WIDTH, depth4, WIDTH),
-# then corrections (features,); factors float32: scales (features,), then the bias (features,).
+# then `terms_of` them; factors float32: scales (features,), then the bias (features,).
 PROJECTION = record("rows width out_width private_size")
 ADDRESSES = record("x out weights factors")
 
@@ -109,13 +109,14 @@ def _finish_rows(tile, rows, t, f, scales, projection, apart, tokens, features, 
 
 
 @inline
-def _start_words(tile, t, f, panels, own, at_own, finish_with):
+def _start_words(tile, t, f, panels, own_step, own, at_own, finish_with):
     """Of a tile of zeros what is added to sums."""
-    return tile_add_columns(tile_add_down(tile, own.int32, at_own + t), panels.bias, panels.at_bias + f)
+    tile = tile_add_columns(tile_add_down(tile, own.int32, at_own + t), panels.bias, panels.at_bias + f)
+    return tile_add_columns(tile, panels.bias, panels.at_bias + own_step + f)
 
 
 @inline
-def _finish_words(tile, rows, t, f, panels, own, at_own, finish_with):
+def _finish_words(tile, rows, t, f, panels, own_step, own, at_own, finish_with):
     _finish_rows(tile, rows, t, f, *finish_with)
 
 
@@ -133,10 +134,13 @@ def project_rows(x, tokens, scales, projection, apart, features, out, own, at_ti
                         round_up(features, WIDTH), depth4)
     finish_with = scales, projection, apart, tokens, features, out, own, at_tiles + TILES_SCRATCH
     if ADDS_FIRST:
+        if tokens == 1:
+            product_of_row(_finish_rows, finish_with, Groups(x.data, x.at, depth4, 1), panels)
+            return
         at_words = at_own + TOKENS
         for t in range(tokens):
             split_row(x.data, x.at + t * depth4, depth4, own.int32, at_words, t, at_own + t)
-        product_of_words(_start_words, _finish_words, (panels, own, at_own, finish_with),
+        product_of_words(_start_words, _finish_words, (panels, projection.own_step, own, at_own, finish_with),
                          Words(own.int32, at_words, depth4, at_words + 2 * TOKENS * depth4), tokens,
                          panels.data, panels.at, panels.features)
     else:
@@ -154,8 +158,8 @@ def project_part(p, a, scratch, portion, worker, part):
     own = scratch_at(scratch + 4 * worker * p.private_size)
     x, out, factors = pointer_to(a.x, np.float32), pointer_to(a.out, np.float32), pointer_to(a.factors, np.float32)
     scales = Part(own.float32, at_scales)
-    projection = Projection(pointer_to(a.weights, np.int32), 0, features * depth4, factors, 0, factors, features,
-                            depth4)
+    projection = Projection(pointer_to(a.weights, np.int32), 0, features * depth4, features, factors, 0, factors,
+                            features, depth4)
     none = Apart(0, own.float32, 0, factors, 0, 0)
     matrix_configure(own.int32, at_tiles)
     end = min((part + 1) * portion, p.rows)
@@ -196,10 +200,9 @@ class DynamicProjection:
         deep = np.zeros((features, self.inputs), np.int8)
         deep[: self.outputs] = codes
         joined = join_depth(deep)
-        corrections = (-OFFSET * deep.astype(np.int32).sum(1)).astype(np.int32) + own_terms(joined)
-        panels = pack_byte_panels(joined)
-        self._weights = threads.aligned(panels.size + features, np.int32)
-        self._weights[:] = np.concatenate((panels, corrections))
+        panels, terms = pack_byte_panels(joined), terms_of(joined)
+        self._weights = threads.aligned(panels.size + terms.size, np.int32)
+        self._weights[:] = np.concatenate((panels, terms))
         self._factors = threads.aligned(2 * features, np.float32)
         self._factors[:] = 0
         self._factors[: self.outputs] = scale

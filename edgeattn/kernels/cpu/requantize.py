@@ -17,6 +17,7 @@ from .simd import (
     narrow,
     round_to_int,
     select,
+    smaller,
     splat,
     tile_map,
     to_double,
@@ -26,6 +27,7 @@ from .simd import (
     widen,
 )
 
+_FAR, _FAR_BELOW = np.int32(1 << 12), np.int32(-1 << 12)  # beyond every code, whatever the zero point
 _HALF_STEP = np.int64(1 << 30)
 _LOW_WORD = np.int64(0xFFFFFFFF)
 
@@ -86,6 +88,13 @@ def float64(accumulator, parameters, at, plane):
     up = select(rest >= splat(np.float64(0.5)), one, none)
     down = select(rest <= splat(np.float64(-0.5)), one, none)
     return truncate(whole) + up - down
+
+
+@inline
+def bounded_codes(scaled, zero_point):
+    """scaled + zero_point, clamped to -128 .. 127."""
+    near = smaller(maximum(scaled, splat(_FAR_BELOW)), splat(_FAR)) + splat(zero_point)
+    return smaller(maximum(near, splat(np.int32(-128))), splat(np.int32(127)))
 
 
 RULES = {"float_rne": float_rne, "double": double, "ruy": ruy, "float64": float64}

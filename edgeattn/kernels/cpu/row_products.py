@@ -10,7 +10,7 @@ from .simd import COLUMNS, LANES, ROWS, WIDTH, outer_product, rank_steps, steps,
 
 TALL = 6 if LANES == 8 else ROWS  # rows of a tile: of sixteen registers three hold what it is made of
 _UNEVEN = (1, 2) if TALL == 6 else (-1, -1)  # rows that would be left alone: 7 are better 4 and 3, 8 twice 4
-AHEAD = 8  # elements of the next panel that a tile brings near for each of its depth, where it has four rows or more
+AHEAD = 8  # elements of the next panel at most that a tile of four rows or more brings near for each of its depth
 NO_BIAS = -1
 
 
@@ -134,18 +134,20 @@ def product_rows(begun, x, rows, w, features, out):
         else:
             multiply_two(tile_zero(1, COLUMNS, w.data), begun, x, w, f, out)
             f += 2 * WIDTH
+    tiles = (rows + TALL - 1) // TALL
+    ahead = min(AHEAD, (WIDTH + tiles - 1) // tiles)  # evenly: other threads wait for memory, too
     while f < features:
         to, t, at_next = place_of(f, out), 0, w.at + (f // WIDTH + 1) * w.step
         at_end = at_next + w.depth * WIDTH
         while t < rows:
             left = rows - t
             if left >= TALL and left - TALL not in _UNEVEN:
-                pace = AHEAD if at_next < at_end else 0
+                pace = ahead if at_next < at_end else 0
                 multiply_tile_ahead(tile_zero(TALL, COLUMNS, w.data), begun, x, t, w, f, to, at_next, pace)
                 at_next += pace * w.depth
                 t += TALL
             elif left >= 4 and left != 5:
-                pace = AHEAD if at_next < at_end else 0
+                pace = ahead if at_next < at_end else 0
                 multiply_tile_ahead(tile_zero(4, COLUMNS, w.data), begun, x, t, w, f, to, at_next, pace)
                 at_next += pace * w.depth
                 t += 4

@@ -10,10 +10,11 @@ import numpy as np
 from edgeattn.runtime.compiler import inline, register_jitable
 from edgeattn.runtime.isa import ISA
 
-from .byte_products import DEPTH_STEP, READ_AHEAD, linear
+from .byte_products import DEPTH_STEP, READ_AHEAD
 from .finish_int8 import finish_values, scale_features
 from .int8_views import Groups, Part
 from .matmul import feature_position, round_up
+from .one_row import linear_of_tokens
 from .simd import LANES, ROWS, WIDTH, tile_pack_rows, tile_store, transpose_block
 from .views import Blocks
 
@@ -52,9 +53,9 @@ def _size_of_blocks(features, block, S_up):
 
 
 @inline
-def _project_blocks(x, rows, panels, scaling, t, p, layout, shared, own):
+def _project_blocks(x, tokens, panels, scaling, t, p, layout, shared, own):
     out = Blocks(shared.int32, p.at_values + t // 4 * layout.v_block, layout.v_block, layout.v_step)
-    linear(finish_values, (scaling, out), x, rows, panels, Part(own.int32, p.at_tiles))
+    linear_of_tokens(finish_values, (scaling, out), x, tokens, panels, Part(own.int32, p.at_tiles))
 
 
 @inline
@@ -105,10 +106,10 @@ def _finish_turned(tile, t, f, scaling, out, tokens, panel):
 
 
 @inline
-def _project_rows(x, rows, panels, scaling, t, p, layout, shared, own):
+def _project_rows(x, tokens, panels, scaling, t, p, layout, shared, own):
     out = Groups(shared.int32, p.at_values + t // 4, layout.v_row, 1)
-    linear(_finish_turned, (scaling, out, rows, Part(own.int32, p.at_row_major)), x, rows, panels,
-           Part(own.int32, p.at_tiles))
+    linear_of_tokens(_finish_turned, (scaling, out, tokens, Part(own.int32, p.at_row_major)), x, tokens, panels,
+                     Part(own.int32, p.at_tiles))
 
 
 @inline
@@ -142,11 +143,13 @@ def _context_rows(p, depth4, own):
 
 
 # values_size(features, block, S_up): elements of the values of S_up keys
-# project_values(x, rows, panels, scaling, t, p, layout, shared, own): values of `rows` tokens from the t-th on
+# project_values(x, tokens, panels, scaling, t, p, layout, shared, own): values of `tokens` tokens from the t-th on
 # values_of(h, first, p, layout, shared): of a head, from its key `first` on, Groups: a row is a feature
 # value_room(h, d, t, p, layout, shared, own): where LANES groups of keys from t on, of LANES features from d on, are
 #     put together, `step` from group to group; `place_values` then has them where `values_of` finds them
+# FEATURES_TOGETHER: whether a group's LANES features from d on are load(v.data, v.at + g * v.step + d), v of values_of
 # turned_size(depth4): elements of scratch of `context_rows(p, depth4, own)`, the context as Groups of each query
+FEATURES_TOGETHER = not ISA.amx
 if ISA.amx:
     values_size, project_values, values_of = _size_of_rows, _project_rows, _rows_of_head
     value_room, place_values = _room_to_turn, _turn_values

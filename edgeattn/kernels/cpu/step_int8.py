@@ -10,13 +10,14 @@ from edgeattn.runtime.compiler import NamedTuple, inline, register_jitable
 from edgeattn.runtime.worker_pool import task
 
 from . import fused_int8 as f
-from .byte_products import DEPTH_STEP, digit_products, linear
+from .byte_products import DEPTH_STEP, digit_products
 from .decode_blocks import BLOCK
 from .decode_int8 import CHUNK, QUADS, interleaved, key_panels, value_panels
 from .int8_operands import BYTE_FLIP, FLIP, LANE_SHIFT
 from .int8_views import BytePanels, Groups, Mask, Part, Scaling, parts_of
 from .matmul import round_up
-from .requantize import requantize
+from .one_row import linear_of_tokens
+from .requantize import bounded_codes, requantize
 from .simd import (
     LANES,
     MATRIX_ROWS,
@@ -27,16 +28,13 @@ from .simd import (
     load,
     matrix_configure,
     matrix_release,
-    maximum,
     pointer_to,
-    smaller,
     splat,
     store,
 )
 from .softmax_int8 import LOWEST_CODES, softmax
 from .views import Blocks, Rows
 
-_FAR, _FAR_BELOW = np.int32(1 << 12), np.int32(-1 << 12)  # beyond every code, whatever the zero point
 _SEVEN_BITS, _LOWEST_BITS = np.int32(0x7F7F7F7F), np.int32(0x01010101)
 
 
@@ -80,16 +78,10 @@ def project_codes(p, a, x, E, tokens, to, padded, own):
     row, weights = 4 * round_up(features // 4, LANES), pointer_to(a.weights, np.int32)
     f.pack_tokens(x, E, tokens, rows, Part(own.int32, p.at_x), depth4)
     scaling = Scaling(weights, p.project_rule, to.multiplier, features, np.int32(to.zero_point))
-    linear(f.finish_bytes, (scaling, np.int32(0), Blocks(own.int8, 4 * p.at_row_major, row, 0)),
-           Groups(own.uint32, p.at_x, depth4, 1), rows,
-           BytePanels(weights, to.weight, weights, to.bias, features, depth4), Part(own.int32, p.at_tiles))
+    linear_of_tokens(f.finish_bytes, (scaling, np.int32(0), Blocks(own.int8, 4 * p.at_row_major, row, 0)),
+                     Groups(own.uint32, p.at_x, depth4, 1), tokens,
+                     BytePanels(weights, to.weight, weights, to.bias, features, depth4), Part(own.int32, p.at_tiles))
     return row
-
-
-@inline
-def shifted(v, zero_point):
-    """v + zero_point, or as far from every code."""
-    return smaller(maximum(v, splat(_FAR_BELOW)), splat(_FAR)) + splat(zero_point)
 
 
 @inline
@@ -135,7 +127,7 @@ def score_codes(p, a, batch, head, lane, own, buffers):
         for s in range(0, count, LANES):
             twice = load(sums, s)
             acc = twice + twice + load(sums, BLOCK + s) - excess
-            store(sums, s, shifted(requantize(acc, p.score_rule, weights, p.ms, LANES), zs))
+            store(sums, s, bounded_codes(requantize(acc, p.score_rule, weights, p.ms, LANES), zs))
         for s in range(0, count, CHUNK):
             store(sums, s, join_bytes(load(sums, s), load(sums, s + LANES), load(sums, s + 2 * LANES),
                                       load(sums, s + 3 * LANES)))
@@ -177,12 +169,12 @@ def context_codes(p, a, batch, head, lane, own, buffers):
             store(context, d, load(context, d) + twice + twice + load(sums, Dv_up + d))
     excess = splat(np.int32(total * (LANE_SHIFT + zv)))
     for d in range(0, Dv_up, LANES):
-        store(context, d, shifted(requantize(load(context, d) - excess, p.context_rule, weights, p.mc, LANES), zc))
+        exact = load(context, d) - excess
+        store(context, d, bounded_codes(requantize(exact, p.context_rule, weights, p.mc, LANES), zc))
     for d in range(Dv_up):
         feature = interleaved(d)
         if feature < Dv:
-            code = np.int8(min(max(context[d], -128), 127))
-            own.int8[4 * p.at_context + head * p.padded_value + feature] = code ^ BYTE_FLIP
+            own.int8[4 * p.at_context + head * p.padded_value + feature] = np.int8(context[d]) ^ BYTE_FLIP
 
 
 @task
@@ -223,6 +215,5 @@ def step_part(p, a, scratch, batch, worker, part):
                 byte = own.int8[4 * p.at_context + h * p.padded_value + d]
                 out[batch * Eo + h * Dv + d] = byte ^ BYTE_FLIP
     else:
-        context = Groups(own.uint32, p.at_context, f.packed_depth(H * p.padded_value), 1)
-        f.project_output(p, a, context, batch * Eo, 1, round_up(Eo, WIDTH), own)
+        f.project_output_of_one(p, a, batch * Eo, own)
     matrix_release()

@@ -11,14 +11,17 @@ from .simd import (
     ADDS_FIRST,
     COLUMNS,
     LANES,
+    OFFSET,
     ROWS,
     WIDTH,
     add_products_of_wide,
     add_word_products,
     add_word_products_and_widen,
+    lane_index,
     load,
     own_products,
     prefetch,
+    select,
     splat,
     split_words,
     sum_lanes,
@@ -43,22 +46,43 @@ class Words(NamedTuple):
 
 @inline
 def split_row(source, at, depth4, data, at_words, row, at_own):
-    """Four bytes an element (depth4,) to a row of Words, and minus the sum of their own products; depth4 as LANES."""
-    own, to = splat(np.int32(0)), at_words + 2 * (row // ROWS * depth4 * ROWS + row % ROWS)
-    for i in range(0, depth4, LANES):
+    """Four bytes an element (depth4,) to a row of Words, and minus the sum of their own products; depth4 >= LANES."""
+    none, to = splat(np.int32(0)), at_words + 2 * (row // ROWS * depth4 * ROWS + row % ROWS)
+    own, whole = none, depth4 // LANES * LANES
+    for i in range(0, whole, LANES):
         own = own + split_words(data, to + 2 * ROWS * i, 2 * ROWS, load(source, at + i))
+    if whole < depth4:  # the last ones, among them some that have been counted
+        i = depth4 - LANES
+        more = split_words(data, to + 2 * ROWS * i, 2 * ROWS, load(source, at + i))
+        own = own + select(lane_index() < splat(np.int32(whole - i)), none, more)
     data[at_own] = -sum_lanes(own)
 
 
-def own_terms(codes):
-    """What is added to the products of each row of int8 codes (n, depth): minus their own ones, where ADDS_FIRST."""
-    return -own_products(codes) if ADDS_FIRST else np.zeros(len(codes), np.int32)
+def terms_of(codes):
+    """What is added to products of rows of int8 codes (n, depth) with bytes plus OFFSET: (n,) for the OFFSET.
+
+    Behind these, where ADDS_FIRST, minus the rows' own products.
+    """
+    terms = -OFFSET * codes.sum(1, dtype=np.int32)
+    return np.concatenate((terms, -own_products(codes))) if ADDS_FIRST else terms
+
+
+@register_jitable
+def rows_of_words(rows, depth4):
+    """Elements that rows of words take."""
+    return 2 * depth4 * round_up(rows, ROWS) if ADDS_FIRST else 0
+
+
+@register_jitable
+def panel_of_words(depth4):
+    """Elements that the words of a panel take."""
+    return 2 * depth4 * WIDTH if ADDS_FIRST else 0
 
 
 @register_jitable
 def words_scratch(rows, depth4):
     """Elements that rows of words take, what each adds, and the words of a panel."""
-    return round_up(rows, 16) + 2 * depth4 * (round_up(rows, ROWS) + WIDTH) if ADDS_FIRST else 0
+    return round_up(rows, 16) + rows_of_words(rows, depth4) + panel_of_words(depth4) if ADDS_FIRST else 0
 
 
 # Two depths stand in one turn of each loop: fewer instructions beside those that multiply.
@@ -101,7 +125,7 @@ def _widen(start, finish, arguments, zero, x, w, at_w, f):
 def product_of_words(start, finish, arguments, x, rows, w, at_w, features):
     """finish(tile, rows, t, f, *arguments) with every tile of start(zeros, t, f, *arguments) + x w^T + own products.
 
-    x: Words; w: panels (features / WIDTH, depth4, WIDTH) of bytes from at_w on
+    x: Words, of two rows or more: one_row.py has one; w: panels (features / WIDTH, depth4, WIDTH) of bytes from at_w on
     """
     like = x.data
     for f in range(0, features, WIDTH):
@@ -122,7 +146,5 @@ def product_of_words(start, finish, arguments, x, rows, w, at_w, features):
             _of_bytes(start, finish, arguments, tile_zero(4, COLUMNS, like), 4, x, w, at_panel, f)
         elif rows == 3:
             _of_bytes(start, finish, arguments, tile_zero(3, COLUMNS, like), 3, x, w, at_panel, f)
-        elif rows == 2:
-            _of_bytes(start, finish, arguments, tile_zero(2, COLUMNS, like), 2, x, w, at_panel, f)
         else:
-            _of_bytes(start, finish, arguments, tile_zero(1, COLUMNS, like), 1, x, w, at_panel, f)
+            _of_bytes(start, finish, arguments, tile_zero(2, COLUMNS, like), 2, x, w, at_panel, f)

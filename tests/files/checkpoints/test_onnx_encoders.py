@@ -219,6 +219,200 @@ def test_masks_of_all_layers_are_told_once():
     assert len(told) == 1
 
 
+# -- forms that files have been seen in ----------------------------------------------------------------
+
+
+def heads(graph, x, seed):
+    return [graph.split(dense(graph, x, E, E, seed + i), H, D) for i in range(3)]
+
+
+def attended(graph, seed, q, k, v, masked=lambda graph, scores: scores):
+    scores = graph.add("Mul", graph.add("MatMul", q, graph.add("Transpose", k, perm=[0, 1, 3, 2])), number(D**-0.5))
+    context = graph.add("MatMul", graph.add("Softmax", masked(graph, scores), axis=-1), v)
+    return dense(graph, graph.join(context, E), E, E, seed + 3)
+
+
+def around(graph, attend, seed=0):
+    x = norm_node(graph, graph.add("Add", "x", attend), seeded(E, seed=seed), seeded(E, seed=seed))
+    return norm_node(graph, graph.add("Add", x, feed_forward(graph, x, seed + 6)), seeded(E), seeded(E))
+
+
+def places(graph, scores, axis):
+    length = graph.add("Gather", graph.add("Shape", scores), np.array(-1))
+    return graph.add("Unsqueeze", graph.add("Range", np.array(0), length, np.array(1)), np.array([axis]))
+
+
+def later(graph, scores):
+    return graph.add("Less", places(graph, scores, 1), places(graph, scores, 0))
+
+
+def of_table(graph, scores):
+    """GPT's: times a table of ones, minus 1e4 where that is 0."""
+    length = graph.add("Shape", scores, start=3, end=4)
+    both = graph.add("Concat", length, length, axis=0)
+    table = graph.add("Slice", np.tril(np.ones((1, 1, 16, 16), np.float32)), np.array([0, 0]), both, np.array([2, 3]))
+    return graph.add("Sub", graph.add("Mul", scores, table), graph.add("Mul", number(1e4), graph.add("Sub", number(1), table)))
+
+
+CAUSAL = {
+    "where seen": lambda g, s: g.add("Where", g.add("Not", later(g, s)), s, number(-np.inf)),
+    "where not seen": lambda g, s: g.add("Where", later(g, s), number(-1e9), s),
+    "times a table": of_table,
+    "kept finite": lambda g, s: g.add("Max", g.add("Add", s, g.add("Mul", g.add("Cast", later(g, s), to=1), number(-3e38))), number(-3.4e38)),
+}
+
+
+@pytest.mark.parametrize("form", CAUSAL.values(), ids=CAUSAL)
+def test_causal_masks_that_take_the_place_of_scores(form):
+    graph = Graph(x=seeded(B, L, E))
+    model = open_axes(graph.model(around(graph, attended(graph, 0, *heads(graph, "x", 0), form))), "b", "l")
+    with pytest.warns(UserWarning, match="attention is causal; pass is_causal=True"):
+        encoder = TransformerEncoder.from_onnx(model)
+    wanted = ReferenceEvaluator(model).run(None, graph.inputs)[0]
+    np.testing.assert_allclose(computed(encoder, graph.inputs["x"], is_causal=True), wanted, **CLOSE)
+
+
+def test_a_mask_of_bool_that_is_added_is_refused():
+    """torch writes it of GPT-2 at opset 23; onnxruntime does not take it either."""
+    graph = Graph(x=seeded(B, L, E))
+    scores = around(graph, attended(graph, 0, *heads(graph, "x", 0), lambda g, s: g.add("Add", s, later(g, s))))
+    with pytest.raises(ValueError, match="Add node .* must take numbers, got a mask of bool, .*export for another opset"):
+        TransformerEncoder.from_onnx(graph.model(scores))
+
+
+def by_einsum(graph, seed):
+    """As Keras writes it: weights (E, H, D), and (H, D, E) of the output."""
+    def weights(i):
+        return seeded(E, E, seed=seed + i) * 0.5
+
+    q, k, v = (graph.add("Add", graph.add("Einsum", "x", weights(i).reshape(E, H, D), equation="abc,cde->abde"),
+                         seeded(E, seed=seed + i).reshape(H, D)) for i in range(3))
+    scores = graph.add("Einsum", graph.add("Mul", q, number(D**-0.5)), k, equation="aecd,abcd->aceb")
+    context = graph.add("Einsum", graph.add("Softmax", scores, axis=-1), v, equation="aceb,abcd->aecd")
+    return graph.add("Add", graph.add("Einsum", context, weights(3).reshape(H, D, E), equation="abcd,cde->abe"), seeded(E, seed=seed + 3))
+
+
+def pointwise(graph, x, inputs, outputs, seed):
+    """A map as a convolution of one token."""
+    weight = (seeded(inputs, outputs, seed=seed) * 0.5).T[:, :, None].copy()
+    return graph.add("Conv", x, weight, seeded(outputs, seed=seed), kernel_shape=[1])
+
+
+def by_convolutions(graph, seed):
+    columns = graph.add("Transpose", "x", perm=[0, 2, 1])
+    q, k, v = (graph.split(graph.add("Transpose", pointwise(graph, columns, E, E, seed + i), perm=[0, 2, 1]), H, D) for i in range(3))
+    scores = graph.add("Mul", graph.add("MatMul", q, graph.add("Transpose", k, perm=[0, 1, 3, 2])), number(D**-0.5))
+    context = graph.join(graph.add("MatMul", graph.add("Softmax", scores, axis=-1), v), E)
+    made = pointwise(graph, graph.add("Transpose", context, perm=[0, 2, 1]), E, E, seed + 3)
+    return graph.add("Transpose", made, perm=[0, 2, 1])
+
+
+def shared_by_tile(graph, seed):
+    q = graph.split(dense(graph, "x", E, E, seed), H, D)
+    k, v = (graph.add("Tile", graph.split(dense(graph, "x", E, D, seed + i), 1, D), np.array([1, H, 1, 1])) for i in (1, 2))
+    return attended(graph, seed, q, k, v)
+
+
+@pytest.mark.parametrize("form", [by_einsum, by_convolutions, shared_by_tile])
+def test_projections(form):
+    graph = Graph(x=seeded(B, L, E))
+    model = open_axes(graph.model(around(graph, form(graph, 0))), "b", "l")
+    wanted = ReferenceEvaluator(model).run(None, graph.inputs)[0]
+    np.testing.assert_allclose(computed(TransformerEncoder.from_onnx(model), graph.inputs["x"]), wanted, **CLOSE)
+
+
+def test_networks_of_convolutions():
+    def feed(graph, x, seed):
+        inner = pointwise(graph, graph.add("Transpose", x, perm=[0, 2, 1]), E, F, seed)
+        return graph.add("Transpose", pointwise(graph, graph.add("Gelu", inner), F, E, seed + 1), perm=[0, 2, 1])
+
+    graph = Graph(x=seeded(B, L, E))
+    read(graph, layer(graph, layer(graph, "x", feed=feed), 20, feed=feed))
+
+
+def test_gelu_of_features_that_are_scaled_first():
+    """0.5 x and x / sqrt(2): neither is what GELU is of."""
+    def form(graph, x):
+        upper = graph.add("Add", graph.add("Erf", graph.add("Div", x, graph.add("Sqrt", number(2)))), number(1))
+        return graph.add("Mul", graph.add("Mul", number(0.5), x), upper)
+
+    graph = Graph(x=seeded(B, L, E))
+    assert read(graph, layer(graph, "x", activation=form)).layers[0].feed_forward.activation == "gelu"
+
+
+@pytest.mark.parametrize(("kind", "alpha"), [("QuickGelu", 1.702), ("Swish", 1.0)])
+def test_fused_sigmoids(kind, alpha):
+    def fused(graph, x):
+        return graph.add(kind, x, domain="com.microsoft" if kind == "QuickGelu" else "", alpha=alpha)
+
+    def plain(graph, x):
+        return graph.add("Mul", x, graph.add("Sigmoid", graph.add("Mul", x, number(alpha))))
+
+    first, second = (TransformerEncoder.from_onnx(graph.model(layer(graph, "x", activation=form)))
+                     for form in (fused, plain) for graph in [Graph(x=seeded(B, L, E))])
+    np.testing.assert_allclose(computed(first, seeded(B, L, E)), computed(second, seeded(B, L, E)), **CLOSE)
+
+
+STEP = number(0.05), np.array(128, np.uint8)
+
+
+def in_codes(kind):
+    """An operator of onnxruntime's QOperator format, between codes; its shape is asked of the reals."""
+    def form(graph, *values):
+        codes = [part for value in values for part in (graph.add("QuantizeLinear", value, *STEP), *STEP)]
+        made = graph.add(f"QLinear{kind}", *codes, *STEP, domain="com.microsoft")
+        shape = graph.add("Shape", graph.add("DequantizeLinear", made, *STEP))
+        return graph.add("Reshape", graph.add("DequantizeLinear", made, *STEP), shape)
+    return form
+
+
+def test_operators_upon_codes():
+    def built(add, activation):
+        graph = Graph(x=seeded(B, L, E))
+        x = norm_node(graph, add(graph, "x", attended(graph, 0, *heads(graph, "x", 0))), seeded(E), seeded(E))
+        x = norm_node(graph, add(graph, x, feed_forward(graph, x, 6, activation)), seeded(E), seeded(E))
+        return TransformerEncoder.from_onnx(open_axes(graph.model(x), "b", "l"))
+
+    first = built(in_codes("Add"), lambda g, x: in_codes("Mul")(g, x, in_codes("Sigmoid")(g, x)))
+    second = built(lambda g, a, b: g.add("Add", a, b), lambda g, x: g.add("Mul", x, g.add("Sigmoid", x)))
+    np.testing.assert_array_equal(computed(first, seeded(B, L, E)), computed(second, seeded(B, L, E)))
+
+
+def test_images_whose_patches_are_of_codes():
+    """QLinearConv and QLinearConcat; the bias has the steps of both."""
+    graph = Graph(pixels=seeded(B, 3, 8, 12))
+    weight, scales = np.random.default_rng(3).integers(-99, 99, (E, 3, 4, 4)).astype(np.int8), np.abs(seeded(E)) / 99 + number(1e-3)
+    bias = np.arange(E, dtype=np.int32) * 9
+    codes = graph.add("QLinearConv", graph.add("QuantizeLinear", "pixels", *STEP), *STEP, weight, scales, np.zeros(E, np.int8),
+                      *STEP, bias, strides=[4, 4], kernel_shape=[4, 4])
+    rows = graph.add("Transpose", graph.add("Reshape", codes, np.array([B, E, -1])), perm=[0, 2, 1])
+    token = graph.add("QuantizeLinear", seeded(B, 1, E) * 0, *STEP)
+    rows = graph.add("QLinearConcat", *STEP, token, *STEP, rows, *STEP, axis=1, domain="com.microsoft")
+    rows = graph.add("Add", graph.add("DequantizeLinear", rows, *STEP), seeded(1, 7, E))
+    image = ImageEncoder.from_onnx(graph.model(layer(graph, rows, norm_first=True)))
+    np.testing.assert_allclose(image.embedding.projection.weight, (weight * scales[:, None, None, None]).reshape(E, -1), rtol=1e-6)
+    np.testing.assert_allclose(image.embedding.projection.bias, bias * scales * 0.05, rtol=1e-6)
+    assert image.embedding.first_tokens == 1
+
+
+def test_biases_of_distances_are_relative_positions():
+    """Whatever table they are of: the numbers of each distance, the same from some on."""
+    numbers = seeded(H, 13)
+    numbers[:, :3], numbers[:, -3:] = numbers[:, :1], numbers[:, -1:]
+
+    def biased(graph, scores):
+        apart = graph.add("Sub", places(graph, scores, 0), places(graph, scores, 1))
+        index = graph.add("Add", graph.add("Clip", apart, np.array(-6), np.array(6)), np.array(6))
+        return graph.add("Add", scores, graph.add("Gather", numbers, index, axis=1))
+
+    graph = Graph(x=seeded(B, 9, E))
+    model = open_axes(graph.model(around(graph, attended(graph, 0, *heads(graph, "x", 0), biased))), "b", "l")
+    encoder = TransformerEncoder.from_onnx(model)
+    wanted = ReferenceEvaluator(model).run(None, graph.inputs)[0]
+    np.testing.assert_allclose(computed(encoder, graph.inputs["x"]), wanted, **CLOSE)
+    assert encoder.layers[0].attention.position_bias.max_distance <= 7
+
+
 # -- int8 ----------------------------------------------------------------------------------------------
 
 
@@ -457,13 +651,16 @@ def image_graph(first=1, pads=(0, 0, 0, 0)):
 
 @pytest.mark.parametrize("first", [0, 1, 2])
 def test_images(first):
+    """With two first tokens also a norm in front of the layers, as CLIP has."""
     graph, rows = image_graph(first)
     rows = graph.add("Add", rows, seeded(1, first + 6, E))
+    rows = norm_apart(graph, rows, 1 + 0.3 * seeded(E, seed=9), seeded(E, seed=9)) if first == 2 else rows
     x = layer(graph, layer(graph, rows, norm_first=True), 20, norm_first=True)
     model = graph.model(norm_node(graph, x, seeded(E), seeded(E)))
     image = ImageEncoder.from_onnx(model)
     embedding = image.embedding
     assert (embedding.patch_size, embedding.image_size, embedding.first_tokens) == ((4, 4), (8, 12), first)
+    assert (embedding.norm is not None) == (first == 2)
     places = embedding.places(8, 12)
     with image.encoder.prepared((B, len(places))) as sequences:
         found = image.forward(NumpyOps(), embedding.patches(graph.inputs["pixels"]), places, B, sequences)

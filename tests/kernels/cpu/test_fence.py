@@ -75,7 +75,7 @@ touch(copy, {"behind": 5, "before": -1, "input": 2}[how], how == "input")
 """
     for how in ("behind", "before", "input", "scratch"):
         done = subprocess.run([sys.executable, "-c", program, how], text=True, capture_output=True, cwd=ROOT,
-                              env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}"})
+                              env={**os.environ, "EDGEATTN_JIT": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}"})
         if how == "scratch":
             assert done.returncode == 1 and "stale scratch, scratch full of NaN" in done.stderr, done.stderr
         else:

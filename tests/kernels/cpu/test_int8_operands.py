@@ -69,8 +69,9 @@ def test_flipping_adds_the_shift_to_every_byte():
 
 
 @njit(error_model="numpy")
-def _value_terms(values, step, groups, features, terms, tile):
+def _value_terms(values, step, groups, features, terms, tile, vector):
     operands.store_value_terms(Part(values, 1), step, groups, features, Part(terms, 0))
+    store(vector, 0, operands.add_feature_terms(load(vector, 0), terms, 1))
     t = tile_load(ROWS, 1, tile, 0, LANES, LANES)
     tile_store(operands.add_value_terms(t, terms, 2), tile, 0, LANES, LANES)
 
@@ -81,14 +82,14 @@ def test_probabilities_less_128_lack_the_sums_of_the_values(groups):
     values, tile = words(1 + (groups + 1) * step), words(ROWS, LANES)
     size = operands.value_terms_size(features)
     terms = np.zeros(max(size, 1), np.int32)
-    given = tile.copy()
-    _value_terms(values, step, groups, features, terms, tile.reshape(-1))
-    lacking = 0
+    given, vector, lacking, in_lanes = tile.copy(), np.arange(LANES, dtype=np.int32), 0, 0
+    _value_terms(values, step, groups, features, terms, tile.reshape(-1), vector)
     if not OFFSET:
         sums = bytes_of(values[1:1 + groups * step].reshape(groups, step)).sum((0, 2))[:features]
         np.testing.assert_array_equal(terms[:features], 128 * sums)
-        lacking = terms[2:2 + ROWS, None]
+        lacking, in_lanes = terms[2:2 + ROWS, None], terms[1:1 + LANES]
     np.testing.assert_array_equal(tile, given + lacking)
+    np.testing.assert_array_equal(vector, np.arange(LANES) + in_lanes)
 
 
 @njit(error_model="numpy")

@@ -157,9 +157,10 @@ def test_dynamic_layer(shape):
         assert np.sqrt(((got - want) ** 2).mean() / (want ** 2).mean()) < 0.03
 
 
+@pytest.mark.parametrize("sizes", [(5, 5, 20, 12, 70), (4, 2, 16, 32, 70)], ids=["any heads", "heads of whole vectors"])
 @pytest.mark.parametrize("kind, error", [(FloatLayer, 1e-5), (DynamicLayer, 0.03)])
-def test_every_small_number_of_tokens(kind, error):
-    rng, (H, Hkv, D, Dv, E) = np.random.default_rng(4), (5, 5, 20, 12, 70)
+def test_every_small_number_of_tokens(sizes, kind, error):
+    rng, (H, Hkv, D, Dv, E) = np.random.default_rng(4), sizes
     weights = make_layer(rng, E, H, Hkv, D, Dv, E)
     layer = kind(H, Hkv, weights[:4], weights[4:], D ** -0.5)
     for L in range(1, 34):

@@ -14,6 +14,7 @@ from kernels_under_test import (
     make_layer,
     run_cached,
     scaled,
+    static_kernel,
 )
 
 from edgeattn.kernels.cpu.byte_products import DEPTH_STEP, TILES_SCRATCH, pack_byte_panels
@@ -25,7 +26,8 @@ from edgeattn.kernels.cpu.simd import OFFSET, ROWS, WIDTH
 SHAPES = [(1, 1, 1, 4, 4, 1, 1, 3), (2, 5, 9, 7, 8, 2, 5, 6), (1, 33, 31, 20, 24, 3, 8, 12), (1, 40, 70, 33, 16, 2, 20, 40),
           (1, 45, 37, 64, 16, 4, 16, 64),  # whole groups for the matrix unit
           (1, 2, 150, 8, 48, 1, 8, 4),  # heads that fill no whole number of vectors, keys that come in two goes
-          (2, 1, 150, 20, 24, 3, 8, 12), (1, 1, 6, 9, 4, 35, 5, 7)]  # one query, which a cache serves by another kernel
+          (2, 1, 150, 20, 24, 3, 8, 12), (1, 1, 6, 9, 4, 35, 5, 7),  # one query, which a cache serves by another kernel
+          (2, 1, 1, 70, 16, 3, 16, 41), (1, 17, 1, 33, 8, 2, 24, 8)]  # one token, and one left in a block of queries
 
 
 def run(layer, linears, tensors, table, heads, rules, softmax, x, **masks):
@@ -46,6 +48,15 @@ def test_every_rule_set_equals_integer_arithmetic(rules, zero_points):
         layer, *parts = make_layer(rng, heads, E, D, Dv, Eo, zero_points, rules[:3], rules[3])
         x = [rng.integers(-128, 128, (B, n, E)).astype(np.int8) for n in (L, S, S)]
         run(layer, *parts, heads, rules[:3], rules[3], x)
+
+
+def test_a_lone_query_without_an_output_projection():
+    rng, rules = np.random.default_rng(12), ("float_rne",) * 3
+    _, linears, tensors, table = make_layer(rng, 3, 24, 8, 8, 24, ASYMMETRIC, rules, "lut_f32")
+    del linears["output"]
+    layer = static_kernel(3, linears, tensors, *rules, table, "lut_f32")
+    x = [rng.integers(-128, 128, (2, n, 24)).astype(np.int8) for n in (1, 6, 6)]
+    run(layer, linears, tensors, table, 3, rules, "lut_f32", x)
 
 
 @pytest.mark.parametrize("softmax", ["lut_f32", "lut_u16", "fixed"])

@@ -6,7 +6,7 @@ import pytest
 from numba import njit
 
 from edgeattn.kernels.cpu import matmul, simd, softmax
-from edgeattn.kernels.cpu.simd import COLUMNS, LANES, OFFSET, ROWS, WIDTH
+from edgeattn.kernels.cpu.simd import COLUMNS, HALVES_DEPTH, LANES, OFFSET, ROWS, WIDTH
 from edgeattn.runtime import isa
 
 N = LANES
@@ -239,6 +239,21 @@ def test_tile_to_bytes():
 
 
 @njit(error_model="numpy")
+def _few_to_bytes(a, out, others):
+    simd.tile_store_bytes(simd.tile_load(1, COLUMNS, a, 0, WIDTH, N), out, 0, 0, N, np.int32(-3), np.int32(0))
+    simd.tile_store_bytes(simd.tile_load(3, COLUMNS, a, 0, WIDTH, N), others, 0, WIDTH, N, np.int32(-3), np.int32(0))
+
+
+def test_a_tile_of_few_rows_to_bytes():
+    a = np.random.default_rng(5).integers(-200, 200, 3 * WIDTH).astype(np.int32)
+    out, others = (np.full(rows * WIDTH + 9, 77, np.int8) for rows in (1, 3))
+    _few_to_bytes(a, out, others)
+    want = np.clip(a - 3, -128, 127).astype(np.int8)
+    np.testing.assert_array_equal(others, [*want, *[77] * 9])
+    np.testing.assert_array_equal(out, [*want[:WIDTH], *[77] * 9])
+
+
+@njit(error_model="numpy")
 def _look_up(table, index, out):
     found = simd.look_up_bytes(table, simd.load(index, 0))
     for j in range(4):
@@ -254,6 +269,20 @@ def test_look_up_every_entry(dtype):
         index = np.arange(start, start + 4 * N, dtype=np.uint8).reshape(4, N)
         _look_up(wide, np.ascontiguousarray(index.T).view(np.int32).ravel(), out)
         np.testing.assert_array_equal(out, table[start:start + 4 * N])
+
+
+@njit(error_model="numpy")
+def _map_bytes(table, v, out):
+    for i in range(0, v.size, N):
+        simd.store(out, i, simd.map_bytes(table, 3, simd.load(v, i)))
+
+
+def test_map_every_byte():
+    table = np.random.default_rng(6).permutation(300).astype(np.int8)
+    places = np.random.default_rng(7).permutation(256).astype(np.uint8)
+    out = np.zeros(64, np.int32)
+    _map_bytes(table, places.view(np.int32), out)
+    np.testing.assert_array_equal(out.view(np.int8), table[3 + places.astype(int)])
 
 
 @njit
@@ -649,6 +678,38 @@ def test_products_of_words_that_are_added_first(extreme):
     for k in range(N):
         for tile in out[k]:
             np.testing.assert_array_equal(tile, x[:, k] @ w[k].T + own_x[:, k, None] + own_w[k])
+
+
+@njit(error_model="numpy")
+def _row_products(x, weights, out):
+    tile = simd.tile_of_columns(1, COLUMNS, weights, 1)
+    tile = simd.add_row_products(tile, HALVES_DEPTH, x, 1, 3, weights, 1)
+    tile = simd.add_row_products(tile, 1, x, 1, 3, weights, 1)
+    simd.tile_store(tile, out, 0, WIDTH, N)
+
+
+@pytest.mark.skipif(not simd.IN_HALVES, reason="needs EDGEATTN_ISA avx2")
+@pytest.mark.parametrize("x, w", [(None, None), (255, -128), (255, 127), (240, -128), (15, -128)])
+def test_products_of_a_row_by_halves_of_its_bytes(x, w):
+    rng, depth = np.random.default_rng(7), HALVES_DEPTH
+    x = rng.integers(0, 256, (depth, 4)) if x is None else np.full((depth, 4), x)
+    w = rng.integers(-128, 128, (depth, WIDTH, 4)) if w is None else np.full((depth, WIDTH, 4), w)
+    row, weights = np.zeros(1 + 3 * depth, np.uint32), np.zeros(1 + depth * WIDTH, np.int32)
+    row[1::3], weights[1:] = x.astype(np.uint8).view(np.uint32).ravel(), w.astype(np.int8).view(np.int32).ravel()
+    found, products = np.zeros(WIDTH, np.int32), np.einsum("kb,kfb->kf", x, w)
+    _row_products(row, weights, found)
+    np.testing.assert_array_equal(found, weights[1:1 + WIDTH] + products.sum(0) + products[0])
+
+
+@njit(error_model="numpy")
+def _row_again(across, out):
+    simd.tile_store(simd.tile_of_row(3, simd.tile_of_columns(1, COLUMNS, across, 1)), out, 0, WIDTH, N)
+
+
+def test_rows_of_a_tile_are_one_row():
+    across, out = np.arange(WIDTH + 1, dtype=np.int32), np.zeros((3, WIDTH), np.int32)
+    _row_again(across, out.ravel())
+    np.testing.assert_array_equal(out, [across[1:]] * 3)
 
 
 def test_every_operation_has_its_meaning_here():

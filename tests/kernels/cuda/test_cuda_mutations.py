@@ -1,4 +1,7 @@
-"""Planted bugs: each line of MUTATIONS breaks a kernel in one place, and the named check must fail for it."""
+"""Planted bugs: each line of MUTATIONS breaks a kernel in one place, and the named check must fail for it.
+
+The short form plants one bug for each check, and looks for the places of all.
+"""
 import contextlib
 import functools
 import importlib
@@ -17,7 +20,7 @@ import test_cuda_layers
 import test_cuda_precision
 import test_cuda_probabilities
 from cases import Case
-from cuda_emulated import emulated_only
+from cuda_emulated import emulated_only, long_form
 from kernels_under_test import ASYMMETRIC, make_layer
 
 from edgeattn.executors.cuda import functional as on_cuda
@@ -289,13 +292,13 @@ def check_text():
     test_cuda_encoders.test_a_text_encoder_goes_whole()
 
 
-CHECKS = [check_norm, check_feed_forward, check_dynamic_feed_forward, check_encoder, check_ragged, check_text,
-          check_float, check_band, check_groups, check_masks, check_finite_mask, check_pieces, check_split, check_nan, check_static,
-          check_fixed, check_u16, check_deep, check_wide, check_static_band, check_rules,
-          check_half, check_tf32, check_half_masks, check_not_finite, check_dynamic, check_dynamic_window, check_dynamic_masks, check_dynamic_mean,
-          check_strong_key, check_not_a_number, check_offset,
-          check_codes, check_padding, check_weights, check_split_weights, check_nothing, check_extras, check_cache,
-          check_static_cache, check_static_weights]
+OF_THIS_FILE = [check_float, check_band, check_groups, check_masks, check_pieces, check_split, check_half, check_tf32, check_half_masks,
+                check_nan, check_static, check_fixed, check_u16, check_deep, check_wide, check_static_band, check_rules]
+# These are tests of other files, which run them with nothing planted.
+OF_OTHERS = [check_norm, check_feed_forward, check_dynamic_feed_forward, check_encoder, check_ragged, check_text, check_finite_mask,
+             check_not_finite, check_dynamic, check_dynamic_window, check_dynamic_masks, check_dynamic_mean, check_strong_key,
+             check_not_a_number, check_offset, check_codes, check_padding, check_weights, check_split_weights, check_nothing, check_extras,
+             check_cache, check_static_cache, check_static_weights]
 
 MUTATIONS = [
     # float32 attention
@@ -422,13 +425,29 @@ MUTATIONS = [
 ]
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("check", [*OF_THIS_FILE, *(pytest.param(check, marks=long_form) for check in OF_OTHERS)],
+                         ids=lambda check: check.__name__)
 def test_nothing_planted_nothing_found(check):
     with planted("attention", "offset = p[P_OFFSET]", "offset = p[P_OFFSET]"):
         check()
 
 
-@pytest.mark.parametrize(("name", "old", "new", "check"), MUTATIONS, ids=[f"{m[0]}-{i}" for i, m in enumerate(MUTATIONS)])
+def test_the_place_of_every_bug_is_there_once():
+    for name, old, new, check in MUTATIONS:
+        assert source(sys.modules[f"edgeattn.kernels.cuda.{name}"].__file__)[0].count(old) == 1, (name, old)
+        assert old != new and check in (*OF_THIS_FILE, *OF_OTHERS)
+
+
+def cases():
+    """MUTATIONS, and which of them the short form plants: the first for each check."""
+    seen = set()
+    for i, mutation in enumerate(MUTATIONS):
+        check = mutation[-1]
+        yield pytest.param(*mutation, id=f"{mutation[0]}-{i}", marks=[long_form] if check in seen else [])
+        seen.add(check)
+
+
+@pytest.mark.parametrize(("name", "old", "new", "check"), list(cases()))
 def test_a_planted_bug_is_found(name, old, new, check):
     with planted(name, old, new), pytest.raises((AssertionError, ValueError)):
         check()

@@ -111,7 +111,8 @@ def with_extras(rng, provider):
     return weights
 
 
-@pytest.mark.parametrize("provider", [(), ("keys",), ("gate",), ("keys", "gate", "heads")], ids="-".join)
+@pytest.mark.parametrize("provider", [
+    (), pytest.param(("keys",), marks=long_form), pytest.param(("gate",), marks=long_form), ("keys", "gate", "heads")], ids="-".join)
 def test_layers(provider):
     rng = np.random.default_rng(1)
     weights = with_extras(rng, provider)

@@ -25,6 +25,7 @@ from .bytes import (
     larger_bytes,
     load_bytes,
     look_up_bytes,
+    map_bytes,
     pack_bytes,
     store_bytes,
     subtract_bytes,
@@ -46,6 +47,11 @@ from .matrix_unit import (
 )
 from .operators import (
     shift_right_logical,
+)
+from .row_tile import (
+    HALVES_DEPTH,
+    IN_HALVES,
+    add_row_products,
 )
 from .scalar import (
     address_of,
@@ -73,6 +79,7 @@ from .tile import (
     tile_load,
     tile_map,
     tile_of_columns,
+    tile_of_row,
     tile_pack_rows,
     tile_row_sums,
     tile_store,

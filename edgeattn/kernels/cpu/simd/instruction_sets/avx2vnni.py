@@ -6,7 +6,7 @@ from . import avx2
 class Code(avx2.Code):
     """AVX2 with VNNI."""
 
-    adds_first = multiplies_words = False
+    adds_first = in_halves = multiplies_words = False
 
     prepare = staticmethod(emit.as_bytes)
 

@@ -9,6 +9,7 @@ class Code:
     """What the intrinsics write where instruction sets differ."""
 
     adds_first = False  # words are added before they are multiplied, see word_tile.py
+    in_halves = False  # bytes of a lone row four bits at a time, see row_tile.py
     multiplies_words = False  # bytes only after they have been widened, at a cost that is worth saving
     by_lane = False  # a vector times one lane of another, as `lane_products` has it
     in_pairs = False  # there, bytes at two depths at a time
@@ -51,6 +52,14 @@ class Code:
             index = builder.and_(builder.lshr(d, emit.all_lanes(8 * j, d.type)), emit.all_lanes(255, d.type))
             found.append(self.gather(builder, table, index, vector))
         return found
+
+    def map_bytes(self, builder, entries, v):
+        """`bytes.map_bytes`, of a vector of bytes."""
+        for i in range(v.type.count):
+            at = ir.Constant(emit.i32, i)
+            byte = builder.zext(builder.extract_element(v, at), emit.i64)
+            v = builder.insert_element(v, builder.load(builder.gep(entries, [byte])), at)
+        return v
 
     def pack(self, builder, vectors, zero_point):
         """Four int32 vectors to one vector of bytes: saturate16, add zero point saturating, saturate8.
