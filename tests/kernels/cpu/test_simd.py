@@ -178,7 +178,7 @@ def _multiply(a, row_step, step, b, out, depth):
 def _multiply_by_lane(a, row_step, step, b, out, ahead, depth):
     tile = simd.tile_load(ROWS, COLUMNS, out, 0, WIDTH, N)
     simd.tile_store(simd.multiply_by_lane(tile, a, 0, row_step, step, b, 0, depth), out, 0, WIDTH, N)
-    again = simd.multiply_by_lane_ahead(tile, a, 0, row_step, step, b, 0, depth, 0, WIDTH)
+    again = simd.multiply_by_lane_ahead(tile, a, 0, row_step, step, b, 0, depth, 0, depth % 2 * WIDTH)
     simd.tile_store(again, ahead, 0, WIDTH, N)
 
 
@@ -198,7 +198,8 @@ def test_a_product_wherever_its_rows_lie(kind, row_step, step):
             want, views = start + a[i + k] @ b, (np.float32, np.float32)
         else:
             unsigned, signed = (np.array([0, 255]), np.array([-128, 127])) if OFFSET else (np.array([-128, 127]),) * 2
-            ends = (unsigned, signed) if kind == "unsigned rows" else (signed, unsigned)
+            weights = signed + [not OFFSET, 0]  # with signs on both sides the columns of signed bytes are never -128
+            ends = (unsigned, weights) if kind == "unsigned rows" else (signed, unsigned)
             extreme = depth % 2 == 0  # all at the lowest or either end, or anything between
             (a, b) = (rng.choice(e, (*s, 4)) if extreme else rng.integers(e[0], e[1] + 1, (*s, 4))
                       for e, s in zip(ends, ((size,), (depth, WIDTH)), strict=True))

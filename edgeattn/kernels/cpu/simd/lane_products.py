@@ -59,6 +59,7 @@ class _Product:
         _, a, at_a, self.row_step, self.step, b, at_b = args[:7]
         self.vector = context.get_value_type(self.tile.vec)
         self.pairs = CODE.in_pairs and self.tile.vec.dtype == types.int32
+        self.any_codes = self.b.dtype == types.uint32  # else b holds weights, none of them -128
         # Depths of one turn: of elements that follow one another, of adjacent rows, and of what lies anywhere.
         self.turn = {"depth": 2 if self.pairs else _FOUR, "rows": 2, "any": 2}
         self.first = builder.gep(emit.data(context, builder, self.a, a), [at_a])
@@ -133,41 +134,72 @@ class _Product:
     def in_pairs(self, tile, way, depth):
         """Two depths of bytes at a time: their products fit 16 bits, both, and are added to the sums in one piece.
 
-        But for twice -128 times -128: so the second is subtracted, with the complement of a, -1 - a. That adds, in all
-        rows alike, the sum of those b, which is taken off. Half of the sums of a column are in one lane, half in the
-        next.
+        But for twice -128 times -128, which weights exclude. Where b may be anything the second is subtracted, with the
+        complement of a, -1 - a. That adds, in all rows alike, the sum of those b, which is taken off. Half of the sums
+        of a column are in one lane, half in the next.
         """
-        builder, columns = self.builder, self.tile.columns
-        zero = ir.Constant(self.vector, None)
-        lacking = None
+        builder, columns, size = self.builder, self.tile.columns, self.turn[way]
+        zero, turns = ir.Constant(self.vector, None), self.turns(depth, way)
+        lacking = self.lacking(turns, size) if self.any_codes else None
         for begin in range(0, self.tile.rows, _FOUR):
             rows = range(begin, min(begin + _FOUR, self.tile.rows))
+            count = 2 * columns * len(rows)
 
-            def turn(number, state, rows=rows, lacks=lacking is None):
-                k = builder.mul(number, self.number(self.turn[way]))
-                pairs = list(self.depths(k, rows, way))
-                for (down, across), (second, across_second) in zip(pairs[::2], pairs[1::2], strict=True):
-                    for j in range(columns if lacks else 0):
-                        state[j] = CODE.add_bytes(builder, state[j], across_second[j])
-                    at = columns if lacks else 0
-                    for one, two in zip(down, second, strict=True):
+            def turn(number, state, rows=rows, count=count):
+                k = builder.mul(number, self.number(size))
+                sums, places = state[:count], state[count:]
+                first, second = self.across(k), self.across(builder.add(k, self.number(1)))
+                down, places = self.spread(places, rows, way)
+                for i, (one, two) in enumerate(down):
+                    if self.any_codes:
                         two = builder.not_(two)
-                        for j in range(columns):
-                            for half in range(2):
-                                state[at] = CODE.add_two_products(builder, state[at], half, (across[j], one),
-                                                                  (across_second[j], two))
-                                at += 1
-                return state
+                    for j in range(columns):
+                        for half in range(2):
+                            at = 2 * (i * columns + j) + half
+                            sums[at] = CODE.add_two_products(builder, sums[at], half, (first[j], one), (second[j], two),
+                                                             self.any_codes)
+                return [*sums, *places]
 
-            state = [zero] * ((columns if lacking is None else 0) + 2 * columns * len(rows))
-            state = _loop(builder, self.turns(depth, way), state, turn)
-            if lacking is None:
-                lacking, state = state[:columns], state[columns:]
+            state = _loop(builder, turns, [*[zero] * count, *self.places(rows, way)], turn)
             for n in range(columns * len(rows)):
                 sums = CODE.add_neighbours(builder, *state[2 * n:2 * n + 2])
                 at = begin * columns + n
-                tile[at] = builder.add(tile[at], builder.sub(sums, lacking[n % columns]))
+                if self.any_codes:
+                    sums = builder.sub(sums, lacking[n % columns])
+                tile[at] = builder.add(tile[at], sums)
         return self.rest(tile, way, depth, range(self.tile.rows))
+
+    def lacking(self, turns, size):
+        """Of each vector of b the sums of the bytes that were multiplied by a complement."""
+        builder, one = self.builder, self.number(1)
+
+        def turn(number, sums):
+            second = self.across(builder.add(builder.mul(number, self.number(size)), one))
+            return [CODE.add_bytes(builder, *each) for each in zip(sums, second, strict=True)]
+
+        return _loop(builder, turns, [ir.Constant(self.vector, None)] * self.tile.columns, turn)
+
+    def places(self, rows, way):
+        """Where a loop over the depths finds some rows: in as many pieces as `spread` loads."""
+        if way == "rows":
+            return [self.at(i, self.number(0)) for i in (rows[:1] if len(rows) == _FOUR else rows)]
+        return [self.at(i, self.number(0)) for i in rows]
+
+    def spread(self, places, rows, way):
+        """Of some rows the depths of a turn, each element in every lane; and the places of the next turn."""
+        builder, size, after = self.builder, self.turn[way], []
+        if way == "depth":
+            down = [CODE.load_to_all(builder, place, size, self.vector) for place in places]
+            return down, [builder.gep(place, [self.number(size)]) for place in places]
+        down = []
+        for place in places:
+            found = []
+            for _ in range(size):
+                found.append(CODE.load_to_all(builder, place, len(rows) // len(places), self.vector))
+                place = builder.gep(place, [self.step])
+            down += zip(*found, strict=True)
+            after.append(place)
+        return down, after
 
     def code(self, tile, depth, ahead=None):
         """The tile of all depths, in the way that the steps allow."""
@@ -211,7 +243,10 @@ def _multiply(context, builder, sig, args):
 
 @intrinsic
 def multiply_by_lane(typing, t, a, at_a, row_step, step, b, at_b, depth):
-    """outer_product(t, a, at_a + k * step, row_step, b, at_b + k * WIDTH) for every k in range(depth)"""
+    """outer_product(t, a, at_a + k * step, row_step, b, at_b + k * WIDTH) for every k in range(depth)
+
+    b of dtype int32: weights, no byte of which is -128.
+    """
     if not may_multiply(t, a, b):
         return None
     return t(t, a, types.intp, types.intp, types.intp, b, types.intp, types.intp), _multiply
