@@ -222,11 +222,13 @@ class _Product:
 
 
 def _multiply(context, builder, sig, args):
-    """multiply_by_lane; with two more arguments what is ahead is brought near."""
+    """multiply_by_lane; with two more arguments what is ahead is brought near, if it is anything."""
     t, depth = sig.args[0], args[7]
     product = _Product(context, builder, sig, args)
-    ahead = None
-    if len(args) > 8:
+    tile = [builder.extract_value(args[0], n) for n in range(t.rows * t.columns)]
+    if len(args) == 8:
+        tile = product.code(tile, depth)
+    else:
         start = emit.pointer(context, builder, sig.args[5], args[5], args[8], product.vector.element)
 
         def ahead(k):
@@ -234,9 +236,18 @@ def _multiply(context, builder, sig, args):
                 where = builder.add(builder.mul(k, args[9]), ir.Constant(emit.i64, line * _LINE))
                 emit.prefetch(builder, builder.gep(start, [where]))
 
-    tile = [builder.extract_value(args[0], n) for n in range(t.rows * t.columns)]
+        near, nothing, after = (builder.append_basic_block(name) for name in ("ahead", "nothing_ahead", "multiplied"))
+        builder.cbranch(builder.icmp_signed("!=", args[9], ir.Constant(emit.i64, 0)), near, nothing)
+        ends = []
+        for block, way in ((near, ahead), (nothing, None)):
+            builder.position_at_end(block)
+            found = product.code(list(tile), depth, way)
+            ends.append((builder.block, found))
+            builder.branch(after)
+        builder.position_at_end(after)
+        tile = [_either(builder, *[(block, found[n]) for block, found in ends]) for n in range(len(tile))]
     out = ir.Constant(context.get_value_type(t), ir.Undefined)
-    for n, value in enumerate(product.code(tile, depth, ahead)):
+    for n, value in enumerate(tile):
         out = builder.insert_value(out, value, n)
     return out
 
@@ -258,3 +269,42 @@ def multiply_by_lane_ahead(typing, t, a, at_a, row_step, step, b, at_b, depth, a
     if not may_multiply(t, a, b):
         return None
     return t(t, a, types.intp, types.intp, types.intp, b, *[types.intp] * 4), _multiply
+
+
+def _rows_of(context, builder, sig, args, t):
+    """Of each row of a tile where its vectors lie, one behind the other, `array`, `at` and `row_step` the last args.
+
+    Each place follows from the one before: the compiler would keep all of them, on the stack, from call to call.
+    """
+    vector = context.get_value_type(t.vec)
+    place = builder.ptrtoint(emit.pointer(context, builder, sig.args[-3], *args[-3:-1], vector), emit.i64)
+    step = builder.mul(args[-1], ir.Constant(emit.i64, 4))
+    for _ in range(t.rows):
+        place = emit.in_order(builder, place, "r")
+        row = builder.inttoptr(place, vector.as_pointer())
+        yield [builder.gep(row, [ir.Constant(emit.i64, j)]) for j in range(t.columns)]
+        place = builder.add(place, step)
+
+
+@intrinsic
+def tile_add_side_by_side(typing, t, array, at, row_step):
+    """tile_add(t, array, at, row_step, LANES)"""
+    def generate(context, builder, sig, args):
+        tile = args[0]
+        for i, row in enumerate(_rows_of(context, builder, sig, args, t)):
+            for j, where in enumerate(row):
+                k = i * t.columns + j
+                value = builder.fadd(builder.extract_value(tile, k), emit.load(builder, where))
+                tile = builder.insert_value(tile, value, k)
+        return tile
+    return t(t, array, types.intp, types.intp), generate
+
+
+@intrinsic
+def tile_store_side_by_side(typing, t, array, at, row_step):
+    """tile_store(t, array, at, row_step, LANES)"""
+    def generate(context, builder, sig, args):
+        for i, row in enumerate(_rows_of(context, builder, sig, args, t)):
+            for j, where in enumerate(row):
+                emit.store(builder, builder.extract_value(args[0], i * t.columns + j), where)
+    return types.void(t, array, types.intp, types.intp), generate
