@@ -12,13 +12,13 @@ CASES = [("avx512vbmi", (), r"vfmadd\w+ps\b.*zmm", (r"vpdpbusd\b.*zmm",)), ("avx
          ("avx2vnni", (), r"vfmadd\w+ps\b.*ymm", (r"vpdpbusd\b.*ymm",)),
          ("avx2", (), r"vfmadd\w+ps\b.*ymm", (r"vpmaddwd\b.*ymm",)),
          ("neondot", ("aarch64-unknown-linux-gnu", "cortex-a76"), r"fmla\b", (r"sdot\b",)),
-         ("neon", ("aarch64-unknown-linux-gnu", "cortex-a72"), r"fmla\b", (r"sadalp\b", r"smull2?\b", r"smlsl2?\b")),
-         ("neon", ("aarch64-unknown-linux-gnu", "cortex-a53"), r"fmla\b", (r"sadalp\b", r"smull2?\b", r"smlsl2?\b"))]
+         ("neon", ("aarch64-unknown-linux-gnu", "cortex-a72"), r"fmla\b", (r"smlsl2?\b", r"smull2?\b", r"sadalp\b")),
+         ("neon", ("aarch64-unknown-linux-gnu", "cortex-a53"), r"fmla\b", (r"smlsl2?\b", r"smull2?\b", r"sadalp\b"))]
 # What the instructions of the products of NEON multiply, and how many of all in a loop one product may take.
 LANES = {"fmla": 4, "sdot": 16, "smull": 8, "smull2": 8, "smlal": 8, "smlal2": 8, "smlsl": 8, "smlsl2": 8}
 MOST = {("neon", "product float32"): 0.35, ("neondot", "product float32"): 0.35, ("neon", "product int8"): 0.24, ("neon", "product int8 of weights"): 0.22, ("neondot", "product int8"): 0.085}
 # Where weights, none of them -128, are multiplied in another way than any codes.
-OF_WEIGHTS = {"neon": (r"sadalp\b", r"smull2?\b", r"smlal2?\b")}
+OF_WEIGHTS = {"neon": (r"smlal2?\b", r"smull2?\b", r"sadalp\b")}
 
 
 def loops(assembly):

@@ -149,8 +149,8 @@ class _Product:
                 k = builder.mul(number, self.number(size))
                 sums, places = state[:count], state[count:]
                 first, second = self.across(k), self.across(builder.add(k, self.number(1)))
-                down, places = self.spread(places, rows, way)
-                for i, (one, two) in enumerate(down):
+                found = [self.spread(place, len(rows) // len(places), way) for place in places]
+                for i, (one, two) in enumerate(pair for down, _ in found for pair in down):
                     if self.any_codes:
                         two = builder.not_(two)
                     for j in range(columns):
@@ -158,7 +158,8 @@ class _Product:
                             at = 2 * (i * columns + j) + half
                             sums[at] = CODE.add_two_products(builder, sums[at], half, (first[j], one), (second[j], two),
                                                              self.any_codes)
-                return [*sums, *places]
+                # The compiler does not know how they go on: else it counts all of them up in its own way, and unrolls.
+                return [*sums, *[emit.in_order(builder, place, "r") for _, place in found]]
 
             state = _loop(builder, turns, [*[zero] * count, *self.places(rows, way)], turn)
             for n in range(columns * len(rows)):
@@ -180,26 +181,21 @@ class _Product:
         return _loop(builder, turns, [ir.Constant(self.vector, None)] * self.tile.columns, turn)
 
     def places(self, rows, way):
-        """Where a loop over the depths finds some rows: in as many pieces as `spread` loads."""
-        if way == "rows":
-            return [self.at(i, self.number(0)) for i in (rows[:1] if len(rows) == _FOUR else rows)]
-        return [self.at(i, self.number(0)) for i in rows]
+        """Where a loop over the depths finds some rows, addresses: one for all of them where four come by one load."""
+        rows = rows[:1] if way == "rows" and len(rows) == _FOUR else rows
+        return [self.builder.ptrtoint(self.at(i, self.number(0)), emit.i64) for i in rows]
 
-    def spread(self, places, rows, way):
-        """Of some rows the depths of a turn, each element in every lane; and the places of the next turn."""
-        builder, size, after = self.builder, self.turn[way], []
-        if way == "depth":
-            down = [CODE.load_to_all(builder, place, size, self.vector) for place in places]
-            return down, [builder.gep(place, [self.number(size)]) for place in places]
-        down = []
-        for place in places:
-            found = []
-            for _ in range(size):
-                found.append(CODE.load_to_all(builder, place, len(rows) // len(places), self.vector))
-                place = builder.gep(place, [self.step])
-            down += zip(*found, strict=True)
-            after.append(place)
-        return down, after
+    def spread(self, place, count, way):
+        """(of `count` rows from a place on the depths of a turn, each in every lane; the place of the next turn)."""
+        builder, size, found = self.builder, self.turn[way], []
+        element = self.vector.element.as_pointer()
+        if way == "depth":  # loads to all lanes; of rows that are adjacent these would be too many registers at once
+            found = CODE.load_to_all(builder, builder.inttoptr(place, element), size, self.vector)
+            return [found], builder.add(place, self.number(4 * size))
+        for _ in range(size):
+            found.append(self.some(builder.inttoptr(place, element), count))
+            place = builder.add(place, builder.mul(self.step, self.number(4)))
+        return list(zip(*found, strict=True)), place
 
     def code(self, tile, depth, ahead=None):
         """The tile of all depths, in the way that the steps allow."""
