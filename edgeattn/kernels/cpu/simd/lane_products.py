@@ -189,9 +189,11 @@ class _Product:
         """(of `count` rows from a place on the depths of a turn, each in every lane; the place of the next turn)."""
         builder, size, found = self.builder, self.turn[way], []
         element = self.vector.element.as_pointer()
-        if way == "depth":  # loads to all lanes; of rows that are adjacent these would be too many registers at once
-            found = CODE.load_to_all(builder, builder.inttoptr(place, element), size, self.vector)
-            return [found], builder.add(place, self.number(4 * size))
+        if way == "depth":
+            where, after = builder.inttoptr(place, element), builder.add(place, self.number(4 * size))
+            if self.any_codes:  # a load to all lanes needs registers that follow one another: here there are too few
+                return [self.some(where, size)], after
+            return [CODE.load_to_all(builder, where, size, self.vector)], after
         for _ in range(size):
             found.append(self.some(builder.inttoptr(place, element), count))
             place = builder.add(place, builder.mul(self.step, self.number(4)))
