@@ -34,7 +34,7 @@ def write(folder: Path, length: int, layers: int) -> dict[str, Path]:
     if not all(path.exists() for path in (*paths.values(), *peers.values())):
         from benchmarks.encoder_torch import Encoder
 
-        encoder = edgeattn.TransformerEncoder(random_model().encoder.layers[:layers])
+        encoder = edgeattn.TransformerEncoder([with_norms(layer) for layer in random_model().encoder.layers[:layers]])
         batches = [example(length, seed) for seed in range(4)]
         made = {"float32": encoder, "hybrid": quant.quantize(encoder, scheme="dynamic"),
                 "static": quant.quantize(encoder, quant.calibrate(encoder, batches), room_for_masks=True)}
@@ -46,6 +46,14 @@ def write(folder: Path, length: int, layers: int) -> dict[str, Path]:
         for kind in ("float32", "int8"):
             _litert_file(common, (1, length, WIDTH), np.dtype(np.float32), kind)
     return paths | peers
+
+
+def with_norms(layer: edgeattn.TransformerEncoderLayer) -> edgeattn.TransformerEncoderLayer:
+    """The layer with weights in its norms other than 1: those a converter would leave out."""
+    random = np.random.default_rng(3)
+    norms = (edgeattn.LayerNorm(1 + 0.1 * random.standard_normal(WIDTH), 0.1 * random.standard_normal(WIDTH), 1e-12)
+             for _ in range(2))
+    return edgeattn.TransformerEncoderLayer(layer.attention, layer.feed_forward, *norms)
 
 
 def example(length: int, seed: int) -> np.ndarray:

@@ -155,9 +155,21 @@ def to_code(value, zero_point):
 # -- elementwise operators on codes; used to tabulate, so NumPy speed is enough --------------------------------------
 
 
+# XNNPACK takes a MUL of such a multiplier, an ADD of such ratios of its inputs' scales to the output's, below 2**8; all
+# others LiteRT's own kernels compute.
+_XNNPACK_FROM = {"float_rne": 2.0**-16, "xnn_add": 2.0**-10}
+
+
+def elementwise_rule(rule: str, *multipliers) -> str:
+    """The rule that a MUL or ADD of these multipliers is computed by in a kernel set that has ``rule`` for it."""
+    lowest = _XNNPACK_FROM.get(rule)
+    return rule if lowest is None or all(lowest <= each < 256 for each in multipliers) else "double"
+
+
 def mul_codes(rule: str, precision, lhs, lhs_q, rhs, rhs_q, output_q) -> np.ndarray:
     """MUL of two int8 arrays. ``*_q`` are (scale, zero_point) pairs; ``precision`` as in ``mul_multiplier``."""
     real = mul_multiplier(precision, lhs_q[0], rhs_q[0], output_q[0])
+    rule = elementwise_rule(rule, real[0])
     q31, shift = quantize_multiplier(float(real[0]))
     acc = (np.asarray(lhs, np.int64) - lhs_q[1]) * (np.asarray(rhs, np.int64) - rhs_q[1])
     return to_code(REQUANTIZE[rule](acc, q31, shift, real[0]), output_q[1])
@@ -167,9 +179,10 @@ def add_codes(rule: str, lhs, lhs_q, rhs, rhs_q, output_q) -> np.ndarray:
     """ADD of two int8 arrays, by XNNPACK's 20-bit multipliers (``xnn_add``) or TFLite's (a requantization rule)."""
     lhs, rhs = np.asarray(lhs, np.int64), np.asarray(rhs, np.int64)
     s1, s2, so = np.float32(lhs_q[0]), np.float32(rhs_q[0]), np.float32(output_q[0])
+    r1, r2 = s1 / so, s2 / so
+    rule = elementwise_rule(rule, r1, r2)
     if rule == "xnn_add":
         # the larger multiplier lies in [2**20, 2**21); one rounding at the end, halves up
-        r1, r2 = s1 / so, s2 / so
         k = 20 - (math.frexp(float(max(r1, r2)))[1] - 1)
         m1, m2 = (int(np.rint(np.float64(r) * 2.0**k)) for r in (r1, r2))
         acc = m1 * (lhs - lhs_q[1]) + m2 * (rhs - rhs_q[1])
@@ -184,7 +197,7 @@ def add_codes(rule: str, lhs, lhs_q, rhs, rhs_q, output_q) -> np.ndarray:
     total = scaled((lhs - lhs_q[1]) << 20, np.float64(s1) / twice) + scaled(
         (rhs - rhs_q[1]) << 20, np.float64(s2) / twice
     )
-    return to_code(scaled(total, twice / np.float64(np.float32(1 << 20) * so)), output_q[1])
+    return to_code(scaled(total, twice / (2.0**20 * np.float64(so))), output_q[1])
 
 
 def _gelu(x: float) -> float:
@@ -241,7 +254,9 @@ def _libm_expf() -> Callable[[float], float]:
 def _exp_table(step: np.float32) -> np.ndarray:
     """``expf(step * d)`` for d = 0..255, float32; the product is rounded to float32 first, as the runtimes do."""
     expf = _libm_expf()
-    return np.array([expf(float(np.float32(step) * np.float32(d))) for d in range(256)], np.float32)
+    with np.errstate(over="ignore"):
+        steps = np.float32(step) * np.arange(256, dtype=np.float32)
+    return np.array([expf(each) for each in steps.tolist()], np.float32)
 
 
 def lut_f32_table(scale) -> np.ndarray:

@@ -6,8 +6,9 @@ import operator
 from typing import TYPE_CHECKING, Literal, overload
 
 import numpy as np
-from numpy.lib.stride_tricks import as_strided
 
+from edgeattn.cache_queries import decode_run, runs_of, visible
+from edgeattn.cache_slots import CacheSlots
 from edgeattn.checks import (
     FLOAT32,
     check_out,
@@ -25,8 +26,7 @@ from edgeattn.checks import (
 from edgeattn.device import place
 from edgeattn.hints import hinted
 from edgeattn.kernels.cpu import float32, reference_float32
-from edgeattn.kernels.cpu.cache_int8 import store
-from edgeattn.kernels.cpu.decode import decode, decode_slots
+from edgeattn.kernels.cpu.decode import decode_slots
 from edgeattn.masks import NO_WINDOW, resolve_mask
 from edgeattn.prepared import PLAIN, PreparedCalls, call_signature
 from edgeattn.runtime.plan_cache import PlanCache
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, SupportsIndex
 
-    from numpy.typing import ArrayLike, NDArray
+    from numpy.typing import ArrayLike
     from typing_extensions import Self, Unpack
 
     from edgeattn.masks import Mask
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
         CacheDtype,
         CacheOnDevice,
         CacheOptions,
-        Codes,
         Device,
         Flag,
         Float32s,
@@ -53,12 +52,8 @@ if TYPE_CHECKING:
         Window,
     )
 
-    _Span = tuple[int, int]
-    _Run = tuple[int, int, int, int, list[int]]
-
 _DTYPES = ("float32", "int8")
 _LARGEST_POSITION = 2**31 - 1
-_LARGEST_CODE = np.float32(127)
 
 
 def _name_of(dtype: object) -> object:
@@ -69,7 +64,7 @@ def _name_of(dtype: object) -> object:
     return dtype
 
 
-class KVCache:
+class KVCache(CacheSlots):
     """Storage for the keys and values of up to `capacity` tokens, allocated once.
 
     A token's position is the number of tokens appended before it. `append` adds a chunk, `attend` lets queries
@@ -140,10 +135,9 @@ class KVCache:
                 "twice the window makes dropping old tokens cheap"
             )
         rows = (self.batch, self.num_kv_heads, self.capacity)
-        self._keys: NDArray[Any] = np.zeros((*rows, self.head_dim), name)
-        self._values: NDArray[Any] = np.zeros((*rows, self.value_dim), name)
-        self._key_scales: Float32s | None = None
-        self._value_scales: Float32s | None = None
+        self._keys = np.zeros((*rows, self.head_dim), name)
+        self._values = np.zeros((*rows, self.value_dim), name)
+        self._key_scales = self._value_scales = None
         self.scales = None if scales is None else _fixed_scales(scales, name)
         if self.scales is not None:
             self._key_scales, self._value_scales = (np.broadcast_to(np.float32(scale), rows) for scale in self.scales)
@@ -151,13 +145,8 @@ class KVCache:
             self._key_scales, self._value_scales = np.zeros(rows, np.float32), np.zeros(rows, np.float32)
         self.kind = self.batch, self.num_kv_heads, self.head_dim, self.value_dim, self.scales
         self._prepared = PreparedCalls()
-        self._plans: PlanCache[Any, Any] = PlanCache()
-        self._length = self._start = 0
-        self._first = 0  # the slot of token `start`; tokens lie side by side, in order
-
-    _moving = False  # tokens, to make room
-    # What every key had before it was stored without, (1, Hkv, 1, D) float32 or None; of int8 caches.
-    _key_offset: Float32s | None = None
+        self._plans = PlanCache()
+        self._length = self._start = self._first = 0
 
     @classmethod
     def for_layer(cls, layer: LayerSizes, batch: SupportsIndex, capacity: SupportsIndex, *,
@@ -187,24 +176,6 @@ class KVCache:
         if dtype is None:
             dtype = "float32" if scales is None else "int8"
         return cls(batch, sizes[0], capacity, sizes[1], value_dim=sizes[2], dtype=dtype, scales=scales, window=window)
-
-    @property
-    def length(self) -> int:
-        """Position of the next token."""
-        return self._length
-
-    @property
-    def start(self) -> int:
-        """Position of the oldest token still held."""
-        return self._start
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of storage."""
-        return sum(array.nbytes for array in self._storage())
-
-    def __len__(self) -> int:
-        return self._length
 
     def __repr__(self) -> str:
         return (
@@ -249,40 +220,6 @@ class KVCache:
                 )
         return tokens
 
-    def truncate(self, length: SupportsIndex) -> None:
-        """Forget the tokens at position `length` and after, as if they had not been appended.
-
-        Parameters
-        ----------
-        length : int
-            At most the present one. With `window`, the keys that the next query may see must still be held: that
-            is so at least back to where the last `append` began.
-
-        Raises
-        ------
-        TypeError, ValueError
-            Naming what was required and what came.
-        """
-        try:
-            wanted = operator.index(length)
-        except TypeError:
-            raise TypeError(f"length must be an integer, got {length!r}") from None
-        if not 0 <= wanted <= self._length:
-            raise ValueError(f"length must lie between 0 and the cache's length {self._length}, got {wanted}")
-        if self.window is not None and max(wanted - self.window + 1, 0) < self._start:
-            raise ValueError(
-                f"length must be at least {self._start + self.window - 1}, or 0 after reset(): older tokens "
-                f"than position {self._start} were dropped; got {wanted}. A larger capacity keeps more of them"
-            )
-        self._length = wanted
-        if not wanted:
-            self._key_offset = None
-
-    def reset(self) -> None:
-        """Forget every token; the storage stays."""
-        self._length = self._start = self._first = 0
-        self._key_offset, self._moving = None, False
-
     @overload
     def to(self, device: Literal["cpu"]) -> Self: ...
 
@@ -293,21 +230,6 @@ class KVCache:
         """An empty cache of the same sizes on `device`: "cpu" is this one, "cuda" on a GPU (docs/cuda.md)."""
         placed: Self | CacheOnDevice = place(self, device)
         return placed
-
-    def held(self) -> tuple[Float32s, Float32s]:
-        """The tokens `start` to `length` - 1 as float32 copies; int8 codes times their scales.
-
-        Returns
-        -------
-        key : (B, Hkv, length - start, D) float32 array
-        value : (B, Hkv, length - start, Dv) float32 array
-        """
-        keys, values, key_scales, value_scales = self.views()
-        if key_scales is None or value_scales is None:
-            return keys.copy(), values.copy()
-        with np.errstate(invalid="ignore"):
-            keys, values = keys * key_scales[..., None], values * value_scales[..., None]
-            return keys if self._key_offset is None else keys + self._key_offset, values
 
     @overload
     def attend(self, query: ArrayLike, *, return_weights: Literal[False] = False,
@@ -441,150 +363,7 @@ class KVCache:
             )
         return heads, queries, first
 
-    def _storage(self) -> list[NDArray[Any]]:
-        scales = (self._key_scales, self._value_scales) if self.scales is None else ()
-        return [array for array in (self._keys, self._values, *scales) if array is not None]
-
-    def _check_room(self, tokens: int) -> None:
-        if tokens <= self.room():
-            return
-        if self.window is None:
-            raise ValueError(
-                f"the cache is full: its capacity is {self.capacity} tokens, it holds {self._length}, and "
-                f"{tokens} more came; truncate or reset it, build it with a larger capacity, or with a window"
-            )
-        raise ValueError(
-            f"a chunk of {tokens} tokens needs a capacity of window - 1 + {tokens} = {self.window - 1 + tokens}, "
-            f"got {self.capacity}; append at most {self.room()} tokens at a time"
-        )
-
     # -- what layers and executors call --------------------------------------------------------------------------------
-
-    def room(self) -> int:
-        """The largest chunk that can come next."""
-        if self.window is None:
-            return self.capacity - self._length
-        return self.capacity - min(self._length - self._start, self.window - 1)
-
-    def pieces(self, queries: int, tokens: int, right: int) -> list[tuple[_Span, _Span]]:
-        """How a chunk is taken in: (first, last) query and (first, last) token of each piece; raises without room.
-
-        Where queries see no later key, `right` = 0, a chunk too long for the window comes in pieces that fit.
-        """
-        piece = tokens
-        if self.window is not None and queries == tokens and right == 0:
-            piece = min(tokens, self.capacity - self.window + 1)
-        self._check_room(piece)
-        if piece == tokens:
-            return [((0, queries), (0, tokens))]
-        ends = [(begin, min(begin + piece, tokens)) for begin in range(0, tokens, piece)]
-        return [(end, end) for end in ends]
-
-    def within_window(self, window_size: Window) -> Window:
-        """`window_size` within the cache's own window; what is no window is left to `resolve_mask`."""
-        if self.window is None:
-            return window_size
-        try:
-            left, right = (operator.index(bound) for bound in window_size)
-        except (TypeError, ValueError):
-            return window_size
-        return (self.window - 1 if left == -1 else min(left, self.window - 1)), right
-
-    def check_finite(self, key: Floats, value: Floats) -> None:
-        """Raise if key or value, float arrays, hold what codes by `scales` cannot keep."""
-        if self.scales is None:
-            return
-        for name, array in (("key", key), ("value", value)):
-            if not np.isfinite(array).all():
-                raise ValueError(f"{name} must be finite for a cache with fixed scales, whose codes have no NaN")
-
-    def store_without_bias(self, key_bias: Float32s | None) -> None:
-        """Keep the bias (Hkv * D,) of all keys that will come, or None, out of an int8 cache that holds no token yet.
-
-        It adds the same to all scores of a query, unless a softcap or keys without it come between: `held` adds it
-        again for these.
-        """
-        if self._length == 0 and self.dtype == "int8":
-            shape = (1, self.num_kv_heads, 1, self.head_dim)
-            self._key_offset = None if key_bias is None else key_bias.reshape(shape)
-
-    def transaction(self) -> _Transaction:
-        """For `with`, while a chunk is taken in: an exception leaves the length as it was before.
-
-        A signal's handler may raise anywhere: no token is counted and not written, nor one whose result nobody got.
-        Only where the window has dropped older tokens for the first pieces of a long chunk, these pieces stay; and
-        nothing does where it comes while tokens are moved to make room.
-        """
-        return _Transaction(self)
-
-    def restore(self, length: int) -> None:
-        """What a transaction does, and what in its place is called where it shows: the length as it was before."""
-        if self._moving:  # tokens lie half here, half there
-            self.reset()
-        else:
-            self._length = max(length, self._start)
-
-    def append_heads(self, key: NDArray[Any], value: NDArray[Any]) -> None:
-        """Store float32 (B, Hkv, n, D) and (B, Hkv, n, Dv), for which there is room; or their codes, by `scales`."""
-        slots = self.take_slots(key.shape[2])
-        if self.dtype == "float32" or key.dtype == np.int8:
-            self._keys[:, :, slots], self._values[:, :, slots] = key, value
-            return
-        if self._key_offset is not None:
-            key = key - self._key_offset
-        if self.scales is not None:
-            self._keys[:, :, slots] = _quantize_by(self.scales[0], key)
-            self._values[:, :, slots] = _quantize_by(self.scales[1], value)
-        elif self._key_scales is not None and self._value_scales is not None:
-            store(self._plans, key, value, self._keys, self._key_scales, self._values, self._value_scales, slots.start)
-
-    def take_slots(self, tokens: int) -> slice:
-        """The slots of so many new tokens, for which there is room: held from now on, and to be written."""
-        held = self._length - self._start
-        if self._first + held + tokens > self.capacity:
-            # Only with a window: move what the coming queries may see to the front, drop what is older.
-            kept = held if self.window is None else min(held, self.window - 1)
-            begin = self._first + held - kept
-            self._moving = True
-            for array in self._storage():
-                array[:, :, :kept] = array[:, :, begin : begin + kept]
-            self._first, self._start, held = 0, self._length - kept, kept
-            self._moving = False
-        self._length += tokens
-        return slice(self._first + held, self._first + held + tokens)
-
-    @property
-    def plans(self) -> PlanCache[Any, Any]:
-        """What calls of kernels with the arrays of this cache have planned."""
-        return self._plans
-
-    @property
-    def key_slots(self) -> NDArray[Any]:
-        """All slots of keys, (B, Hkv, capacity, D), in place."""
-        return self._keys
-
-    @property
-    def value_slots(self) -> NDArray[Any]:
-        """All slots of values, (B, Hkv, capacity, Dv), in place."""
-        return self._values
-
-    @property
-    def first_slot(self) -> int:
-        """The slot of token `start`; tokens lie side by side, in order."""
-        return self._first
-
-    def views(self) -> tuple[NDArray[Any], NDArray[Any], Float32s | None, Float32s | None]:
-        """Keys, values, key scales and value scales of the tokens held, in place; None for no scales."""
-        slots = slice(self._first, self._first + self._length - self._start)
-        key_scales, value_scales = self._key_scales, self._value_scales
-        return (self._keys[:, :, slots], self._values[:, :, slots],
-                None if key_scales is None else key_scales[:, :, slots],
-                None if value_scales is None else value_scales[:, :, slots])
-
-    def visible_range(self) -> _Span:
-        """(first, last) of the slots that a query at the last token sees."""
-        last = self._first + self._length - self._start
-        return (self._first if self.window is None else max(self._first, last - self.window)), last
 
     def attend_heads(self, query: Float32s, mask: Mask, scale: float, softcap: float, out: Float32s,
                      weights: Float32s | None = None, added: tuple[Float32s, Float32s] | None = None) -> None:
@@ -617,25 +396,13 @@ class KVCache:
         elif key_scales is None and not (scores_alone and queries == 1):
             float32.attention(query, keys, values, part, out, scale=scale, softcap=softcap)
         else:
-            for run in _runs(*_visible(part)):
-                _decode(query, (keys, values, key_scales, value_scales), out, scale, softcap, run)
+            for run in runs_of(*visible(part)):
+                decode_run(query, (keys, values, key_scales, value_scales), out, scale, softcap, run)
 
     def attend_last(self, query: Float32s, scale: float, out: Float32s) -> None:
         """`attend_heads` of one query, in C order, that stands at the last token and sees all of the cache's window."""
         decode_slots(self._plans, query, self._keys, self._values, out, self.visible_range(), scale, self._key_scales,
                      self._value_scales)
-
-
-class _Transaction:
-    def __init__(self, cache: KVCache):
-        self._cache, self._before = cache, cache._length
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            self._cache.restore(self._before)
 
 
 def _fixed_scales(scales: tuple[Real, Real], dtype: str) -> tuple[float, float]:
@@ -650,64 +417,3 @@ def _fixed_scales(scales: tuple[Real, Real], dtype: str) -> tuple[float, float]:
     if min(fixed) < np.finfo(np.float32).tiny:
         raise ValueError(f"scales must be positive, got {scales!r}")
     return fixed
-
-
-def _quantize_by(scale: float, x: Floats) -> Codes:
-    """int8 codes of x by one scale, saturated."""
-    with np.errstate(over="ignore"):  # what saturates
-        codes: Codes = np.clip(np.rint(x / np.float32(scale)), -_LARGEST_CODE, _LARGEST_CODE).astype(np.int8)
-        return codes
-
-
-def _visible(mask: Mask) -> tuple[list[int], list[int]]:
-    """(first, last) per query: it sees the keys first .. last - 1; of a mask that is a band alone."""
-    _, _, queries, keys = mask.shape
-    position = np.arange(queries) + mask.offset
-    first = np.clip(position - mask.left, 0, keys) if mask.left >= 0 else np.zeros(queries, np.int64)
-    last = np.clip(position + mask.right + 1, 0, keys) if mask.right >= 0 else np.full(queries, keys)
-    return first.tolist(), np.maximum(first, last).tolist()
-
-
-def _runs(first: list[int], last: list[int]) -> list[_Run]:
-    """Cut queries into runs in which `first` goes up evenly: (begin, end, first key, step, key counts)."""
-    begin, runs = 0, []
-    while begin < len(first):
-        end, step = begin + 1, 0
-        if end < len(first):
-            step = first[end] - first[begin]
-            while end < len(first) and first[end] - first[end - 1] == step:
-                end += 1
-        counts = [last[i] - first[i] for i in range(begin, end)]
-        runs.append((begin, end, first[begin], step, counts))
-        begin = end
-    return runs
-
-
-def _decode(query: Float32s, stored: tuple[NDArray[Any] | None, ...], out: Float32s, scale: float, softcap: float,
-            run: _Run) -> None:
-    """One query at a time through the kernel for that, which reads the cache in place."""
-    begin, end, first, step, counts = run
-    if end - begin == 1:
-        views = [None if array is None else array[:, :, first : first + counts[0]] for array in stored]
-        keys, values, key_scales, value_scales = views
-        decode(
-            query[:, :, begin], keys, values, out[:, :, begin], scale, softcap,
-            k_scale=key_scales, v_scale=value_scales,
-        )
-        return
-    # The queries of one batch entry stand in for a batch: query i sees the same storage, `step` rows further on.
-    lengths, size = np.array(counts, np.int64), max(counts)
-    for b in range(query.shape[0]):
-        views = []
-        for array in stored:
-            if array is None:
-                views.append(None)
-                continue
-            rows = array[b, :, first:]
-            shape = (end - begin, rows.shape[0], size, *rows.shape[2:])
-            views.append(as_strided(rows, shape, (step * rows.strides[1], *rows.strides), writeable=False))
-        keys, values, key_scales, value_scales = views
-        decode(
-            query[b, :, begin:end].swapaxes(0, 1), keys, values, out[b, :, begin:end].swapaxes(0, 1),
-            scale, softcap, lengths=lengths, k_scale=key_scales, v_scale=value_scales,
-        )

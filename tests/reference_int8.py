@@ -75,6 +75,8 @@ def code(value: int, zero_point: int) -> int:
 
 def mul(rule, a, qa, b, qb, qo, precision=np.float32):
     real = float(precision(np.float32(qa[0])) * precision(np.float32(qb[0])) / precision(np.float32(qo[0])))
+    if rule == "float_rne" and not 1 / 65536 <= real < 256:  # XNNPACK's range; beyond it TFLite's kernels run
+        rule = "double"
     return code(requantize(rule, (a - qa[1]) * (b - qb[1]), real), qo[1])
 
 
@@ -91,6 +93,8 @@ def xnn_multipliers(ra: float, rb: float) -> tuple[int, int, int]:
 
 def add(rule, a, qa, b, qb, qo):
     sa, sb, so = (np.float32(q[0]) for q in (qa, qb, qo))
+    if rule == "xnn_add" and not all(1 / 1024 <= s / so < 256 for s in (sa, sb)):
+        rule = "double"
     if rule == "xnn_add":
         ma, mb, k = xnn_multipliers(float(sa / so), float(sb / so))
         return code(floor_half_up(Fraction(ma * (a - qa[1]) + mb * (b - qb[1])) / Fraction(2) ** k), qo[1])
@@ -98,7 +102,7 @@ def add(rule, a, qa, b, qb, qo):
     left = requantize(rule, (a - qa[1]) << 20, float(sa) / twice) + requantize(
         rule, (b - qb[1]) << 20, float(sb) / twice
     )
-    return code(requantize(rule, left, twice / float(np.float32(2**20) * so)), qo[1])
+    return code(requantize(rule, left, twice / (2**20 * float(so))), qo[1])
 
 
 # -- softmax -----------------------------------------------------------------------------------------------------------

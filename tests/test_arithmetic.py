@@ -68,6 +68,11 @@ QUANTIZATIONS = [
     ((0.1, -128), (0.00098, -128), (0.0001, 0)),
     ((1.0, 0), (1.0, 0), (1.0, 0)),
 ]
+BEYOND_XNNPACK = [
+    ((0.0003, 7), (0.03, -3), (0.9, 1)),
+    ((0.1, 7), (9.3e35, 127), (9.3e35, 127)),
+    ((0.1, 7), (0.002, -128), (9.3e35, 127)),
+]
 ALL_PAIRS = np.array(list(itertools.product(range(-128, 128), repeat=2)), np.int8)
 
 
@@ -77,18 +82,18 @@ def sample_of_pairs():
 
 @pytest.mark.parametrize("precision", [np.float32, np.float64])
 @pytest.mark.parametrize("rule", ["double", "ruy", "float_rne"])
-@pytest.mark.parametrize("a,b,out", QUANTIZATIONS)
+@pytest.mark.parametrize("a,b,out", QUANTIZATIONS + BEYOND_XNNPACK)
 def test_mul_equals_the_oracle(a, b, out, rule, precision):
-    pairs = sample_of_pairs() if rule != "double" else ALL_PAIRS
+    pairs = sample_of_pairs() if rule != "double" or (a, b, out) in BEYOND_XNNPACK else ALL_PAIRS
     got = arithmetic.mul_codes(rule, precision, np.array(pairs)[:, 0], a, np.array(pairs)[:, 1], b, out)
     expected = [reference_int8.mul(rule, int(x), a, int(y), b, out, precision) for x, y in pairs]
     assert got.tolist() == expected
 
 
 @pytest.mark.parametrize("rule", ["xnn_add", "double", "ruy"])
-@pytest.mark.parametrize("a,b,out", QUANTIZATIONS)
+@pytest.mark.parametrize("a,b,out", QUANTIZATIONS + BEYOND_XNNPACK)
 def test_add_equals_the_oracle(a, b, out, rule):
-    pairs = sample_of_pairs() if rule != "xnn_add" else ALL_PAIRS
+    pairs = sample_of_pairs() if rule != "xnn_add" or (a, b, out) in BEYOND_XNNPACK else ALL_PAIRS
     got = arithmetic.add_codes(rule, np.array(pairs)[:, 0], a, np.array(pairs)[:, 1], b, out)
     assert got.tolist() == [reference_int8.add(rule, int(x), a, int(y), b, out) for x, y in pairs]
 

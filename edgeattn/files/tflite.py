@@ -34,6 +34,7 @@ _MOST_ELEMENTS = 2**24
 _FEW_ELEMENTS = 2**22
 _TOLD = 20  # blocks in an error
 _SCORE_OPS = ("MUL", "ADD", "SELECT_V2")
+_WIDEST_STEP = math.log(256)  # of scores: from there on the lower of two has no probability of 1/256
 
 
 def read_tflite(path_or_bytes, *, arithmetic: str = "litert", block=None) -> StaticMultiHeadAttention:
@@ -158,7 +159,8 @@ class _Matcher(CheckedGraph):
         softmax = self.softmax(block)
         tensors = {}
         scores, score_ops = self.score_ops(softmax.inputs[0])
-        tensors["scores"] = self.quantization(scores, "the scores")
+        tensors["scores"] = self.of_scores(scores, "the scores")
+        self.check_steps(softmax.inputs[0])
         product = self.use(scores, "BATCH_MATMUL", "the scores")
         query, key = self.operands(product, (2,))
         probabilities, elements, second = self.forward(softmax.outputs[0])
@@ -351,16 +353,26 @@ class _Matcher(CheckedGraph):
             self.check_chain(found, _SCORE_OPS)
         return tensor, found[::-1]
 
+    def check_steps(self, tensor: int) -> None:
+        """Tell where two scores that are a step apart share nothing: nearly always a mask took their range."""
+        scale = float(self.of_scores(tensor, "the input of SOFTMAX").scale)
+        if scale > _WIDEST_STEP:
+            self.told.append(
+                f"{self.name}: the scores, {self.tensor(tensor).name!r}, are {scale:.3g} from code to code, so that "
+                "most are one code, and keys weigh the same or nothing: a mask of large numbers is in their range. "
+                "Bytes are the runtime's; for a file that attends convert without the mask and pass it to each call, "
+                "or quantize the float layer with quant.quantize")
+
     def score_op(self, operator: Operator, tensor: int, position: int, scores: tuple[int, int, int, int]):
         """A MUL, ADD or SELECT_V2 as a layer holds it."""
         self.check_shape(operator.outputs[0], scores, f"the result of {operator.name}")
-        before = self.quantization(tensor, f"the scores that {operator.name} takes")
-        after = self.quantization(operator.outputs[0], f"the result of {operator.name}")
+        before = self.of_scores(tensor, f"the scores that {operator.name} takes")
+        after = self.of_scores(operator.outputs[0], f"the result of {operator.name}")
         if operator.name == "SELECT_V2":
             keep = self.constant(operator.inputs[0], np.bool_, "the condition of SELECT_V2")
             filling = operator.inputs[3 - position]
             fill = self.constant(filling, np.int8, "the masked score of SELECT_V2")
-            if before != after or self.quantization(filling, "the masked score of SELECT_V2") != after:
+            if before != after or self.of_scores(filling, "the masked score of SELECT_V2") != after:
                 raise self.error(
                     "expected SELECT_V2 to keep the scores' quantization; found another in its output or fill"
                 )
@@ -371,12 +383,12 @@ class _Matcher(CheckedGraph):
             return SelectMask(self.mask(keep if position == 1 else ~keep, tensor, scores), int(fill.flat[0]))
         other = operator.inputs[1 - position]
         codes = self.constant(other, np.int8, f"the constant of {operator.name}")
-        quantization = self.quantization(other, f"the constant of {operator.name}")
+        quantization = self.of_scores(other, f"the constant of {operator.name}")
         if operator.name == "ADD":
             self.check_multiplier(
                 max(before.scale, quantization.scale) / float(after.scale), "ADD of the mask"
             )
-            if codes.size > 1 and float(np.ptp(quantization.dequantize(codes))) < float(after.scale):
+            if codes.size > 1 and np.ptp(codes.astype(np.int32)) * float(quantization.scale) < float(after.scale):
                 self.told.append(f"{self.name}: what ADD adds to the scores, {self.tensor(other).name!r}, changes none "
                                  "by a step: a mask of minus infinity that its converter had no code for. Convert "
                                  "without the mask, and pass it to each call")

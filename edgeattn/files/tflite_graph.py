@@ -7,16 +7,12 @@ import math
 
 import numpy as np
 
-from edgeattn.quantized import TensorQuantization
+from edgeattn.quantized.parameters import LARGEST_SCALE, LARGEST_SCORE_SCALE, SMALLEST_SCALE, TensorQuantization
 from edgeattn.tflite_schema import Graph, Operator, Tensor
 
 # Where elements are followed, and what happens to scores: converters write four operators in a row at most.
 LONGEST_CHAIN = 16
-# Beyond these, scales and their products leave what float32 and the runtimes' 31-bit multipliers can hold.
-_SCALES = (2.0**-60, 2.0**60)
 _LARGEST_MULTIPLIER = 256.0
-_MASK_IN_THE_RANGE = ("; a mask of -3e38 in the scores' range leaves the scores no codes: convert without the "
-                      "mask and pass it to each call, or quantize the float layer with quant.quantize")
 _MOVES = ("RESHAPE", "TRANSPOSE")
 _CUTS = ("SLICE", "SPLIT")
 
@@ -126,7 +122,7 @@ class CheckedGraph:
             )
         return (readers[0], self.graph.operators[readers[0]]) if readers else None
 
-    def quantization(self, number: int, role: str) -> TensorQuantization:
+    def quantization(self, number: int, role: str, largest: float = LARGEST_SCALE) -> TensorQuantization:
         """The per-tensor int8 quantization of a tensor."""
         tensor = self.tensor(number)
         if tensor.dtype != np.int8:
@@ -140,21 +136,24 @@ class CheckedGraph:
             raise self.error(
                 f"expected one scale for {role}, tensor {tensor.name!r}; found {tensor.scale.size}"
             )
-        self.check_scales(tensor, role)
+        self.check_scales(tensor, role, largest)
         try:
             return TensorQuantization(tensor.scale[0], tensor.zero_point[0])
         except ValueError as error:
             raise self.error(f"{role}, tensor {tensor.name!r}: {error}") from None
 
-    def check_scales(self, tensor: Tensor, role: str) -> None:
+    def check_scales(self, tensor: Tensor, role: str, largest: float = LARGEST_SCALE) -> None:
         """Refuse scales that neither float32 nor a multiplier can hold."""
-        lowest, highest = _SCALES
-        wrong = tensor.scale[~((tensor.scale >= lowest) & (tensor.scale <= highest))]
+        wrong = tensor.scale[~((tensor.scale >= SMALLEST_SCALE) & (tensor.scale <= largest))]
         if wrong.size:
             raise self.error(
-                f"expected a scale between {lowest:.0e} and {highest:.0e} for {role}, tensor {tensor.name!r};"
-                f" found {wrong[0]}" + (_MASK_IN_THE_RANGE if wrong.max() > highest else "")
+                f"expected a scale between {SMALLEST_SCALE:.0e} and {largest:.0e} for {role}, tensor {tensor.name!r};"
+                f" found {wrong[0]}"
             )
+
+    def of_scores(self, number: int, role: str) -> TensorQuantization:
+        """As `quantization`, of scores or what is done to them: a mask, float32's lowest number, may lie in it."""
+        return self.quantization(number, role, LARGEST_SCORE_SCALE)
 
     def check_multiplier(self, largest: float, what: str) -> None:
         """Refuse input scales too large beside the output scale."""
@@ -201,7 +200,7 @@ class CheckedGraph:
         inputs = self.operands(operator, (1, 2) if operator.name == "RESHAPE" else (2,))
         source, output = self.tensor(inputs[0]), self.tensor(operator.outputs[0])
         role = f"a tensor that {operator.name} moves"
-        if self.quantization(inputs[0], role) != self.quantization(operator.outputs[0], role):
+        if self.of_scores(inputs[0], role) != self.of_scores(operator.outputs[0], role):
             raise self.error(f"{operator.name} changes the quantization of {source.name!r}; expected it kept")
         if operator.name == "TRANSPOSE":
             axes = self.constant(inputs[1], np.int32, "the permutation of TRANSPOSE").ravel().tolist()

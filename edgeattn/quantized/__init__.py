@@ -9,8 +9,8 @@ _HOMES = {
     "PROBABILITIES": "parameters",
     "SHORT": "layer",
     "SMALLEST_SCALE": "parameters",
-    "SMALLEST_SOFTMAX_SCALE": "static",
-    "SOURCES": "static",
+    "SMALLEST_SOFTMAX_SCALE": "static_parameters",
+    "SOURCES": "static_parameters",
     "AddMask": "score_ops",
     "DynamicMultiHeadAttention": "dynamic",
     "MulConstant": "score_ops",
@@ -45,11 +45,11 @@ if TYPE_CHECKING:
     from edgeattn.quantized.score_ops import SelectMask as SelectMask
     from edgeattn.quantized.score_ops import fit_mask as fit_mask
     from edgeattn.quantized.score_ops import score_map as score_map
-    from edgeattn.quantized.static import SMALLEST_SOFTMAX_SCALE as SMALLEST_SOFTMAX_SCALE
-    from edgeattn.quantized.static import SOURCES as SOURCES
     from edgeattn.quantized.static import StaticMultiHeadAttention as StaticMultiHeadAttention
     from edgeattn.quantized.static_attention import StaticSelfAttention as StaticSelfAttention
     from edgeattn.quantized.static_feed_forward import StaticFeedForward as StaticFeedForward
+    from edgeattn.quantized.static_parameters import SMALLEST_SOFTMAX_SCALE as SMALLEST_SOFTMAX_SCALE
+    from edgeattn.quantized.static_parameters import SOURCES as SOURCES
 else:
     __getattr__ = names_from(__name__, _HOMES)
     __dir__ = dir_of(__name__, _HOMES)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from edgeattn.types import Codes, Float32s, Real
 
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-60, 2.0**60
+LARGEST_SCORE_SCALE = 2.0**121  # 255 codes reach float32's lowest number, which converters write as a mask
 
 
 class TensorQuantization(Value):
@@ -29,7 +30,8 @@ class TensorQuantization(Value):
     Parameters
     ----------
     scale : float
-        In [2**-60, 2**60], where products and quotients of two scales are normal float32 numbers; kept as float32.
+        In [2**-60, 2**121], kept as float32. Layers take those above 2**60 for scores alone: up to there products and
+        quotients of two scales are normal float32 numbers.
     zero_point : int
         In [-128, 127].
     """
@@ -63,7 +65,8 @@ class TensorQuantization(Value):
 
     def dequantize(self, codes: ArrayLike) -> Float32s:
         """Reals that ``codes`` stand for, float32 of the same shape."""
-        return (np.asarray(codes, np.float32) - np.float32(self.zero_point)) * self.scale
+        with np.errstate(over="ignore"):
+            return (np.asarray(codes, np.float32) - np.float32(self.zero_point)) * self.scale
 
 
 class QuantizedLinear(Frozen):
@@ -102,9 +105,17 @@ class QuantizedLinear(Frozen):
 def _scale(value: object, name: str) -> np.float32:
     """A scale as float32."""
     value = number(name, value)
-    if not SMALLEST_SCALE <= value <= LARGEST_SCALE:
-        raise ValueError(f"{name} must be positive and finite, within [2**-60, 2**60]; got {value}")
+    if not SMALLEST_SCALE <= value <= LARGEST_SCORE_SCALE:
+        raise ValueError(f"{name} must be positive and finite, within [2**-60, 2**121]; got {value}")
     return np.float32(value)
+
+
+def check_scales(tensors: Mapping[str, TensorQuantization]) -> None:
+    """Refuse scales above 2**60 of what is not scores."""
+    for name, tensor in tensors.items():
+        if name != "scores" and tensor.scale > LARGEST_SCALE:
+            raise ValueError(f"the scale of {name} must be positive and finite, within [2**-60, 2**60]; got "
+                             f"{tensor.scale}")
 
 
 def frozen(array: ArrayLike, dtype: DTypeLike, name: str) -> NDArray[Any]:

@@ -84,6 +84,7 @@ ScoreOp = MulConstant | AddMask | SelectMask
 _POSITIONS, _GROWTH = 2**22, 16
 _MOST_OPS = 64
 _MOST_CLASSES = 256  # they are numbered in a byte
+_LARGEST_MULTIPLIER = 2.0**31
 
 
 def _check_quantization(op: ScoreOp, *names: str) -> None:
@@ -146,6 +147,22 @@ def fit_mask(mask: NDArray[_Scalar], shape: tuple[int, ...]) -> NDArray[_Scalar]
                          f"(B, H, L, S) = {shape}; call the layer with the lengths the mask was made for") from None
 
 
+def _check_multiplier(real: float, name: str) -> None:
+    if not real < _LARGEST_MULTIPLIER:
+        raise ValueError(f"{name} must have input scales over output scale below 2**31; got {real:.3g}")
+
+
+def _check_add(scale: np.float32, op: AddMask, kernel_set: rules.KernelSet) -> None:
+    """Refuse what the runtime does not survive: TFLite's ADD takes 2**20 times its output's scale in float32."""
+    output = op.output.scale
+    xnnpack = kernel_set.add == "xnn_add" == rules.elementwise_rule(
+        kernel_set.add, scale / output, op.mask.scale / output)
+    if kernel_set.precision is np.float32 and not xnnpack and output >= 2.0**108:
+        raise ValueError("AddMask must have an output scale below 2**108, from which on the ADD of "
+                         f"{kernel_set.runtime} ends the process; got {output:.3g}. Convert without the mask, and pass "
+                         "it to each call")
+
+
 def score_map(ops: tuple[ScoreOp, ...], scores: TensorQuantization, kernel_set: rules.KernelSet
               ) -> tuple[Codes, NDArray[np.uint8], TensorQuantization]:
     """Any chain of elementwise operators on int8 scores, as one table per class of position.
@@ -165,6 +182,7 @@ def score_map(ops: tuple[ScoreOp, ...], scores: TensorQuantization, kernel_set: 
         if isinstance(op, MulConstant):
             to = (op.output.scale, op.output.zero_point)
             constant = (op.constant.scale, op.constant.zero_point)
+            _check_multiplier(float(q[0]) * float(constant[0]) / float(to[0]), "MulConstant")
             score_luts = rules.mul_codes(kernel_set.mul, kernel_set.precision, score_luts, q, op.code, constant, to)
             scores = op.output
             continue
@@ -178,6 +196,8 @@ def score_map(ops: tuple[ScoreOp, ...], scores: TensorQuantization, kernel_set: 
         lut_index = lut_index * np.uint16(len(values)) + index
         if isinstance(op, AddMask):
             to = (op.output.scale, op.output.zero_point)
+            _check_multiplier(max(float(q[0]), float(op.mask.scale)) / float(to[0]), "AddMask")
+            _check_add(q[0], op, kernel_set)
             mapped = [rules.add_codes(kernel_set.add, score_luts, q, value, (op.mask.scale, op.mask.zero_point), to)
                       for value in values]
             scores = op.output

@@ -4,54 +4,45 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, overload
 
 import numpy as np
 
-from edgeattn import arithmetic as rules
-from edgeattn.arithmetic import CODE_MIN
 from edgeattn.checks import (
     FLOAT32,
     as_array,
     check_out,
     checked_softcap,
-    count,
     flag,
     float_array,
     is_one_of,
-    number,
     result_dtype,
     write_result,
 )
 from edgeattn.device import place
 from edgeattn.executors.numpy_int8 import Int8Ops
-from edgeattn.kernels.cpu.layer_int8 import StaticLayer
 from edgeattn.kernels.cpu.quantize import Quantizer
-from edgeattn.kernels.cpu.records import KernelMask
 from edgeattn.layers.attention import forward
-from edgeattn.layers.call import check_cache, resolve_call_mask
+from edgeattn.layers.call import resolve_call_mask
 from edgeattn.layers.fast_path import attend_again
-from edgeattn.masks import NO_WINDOW, bool_mask, check_mask_shapes, resolve_mask
+from edgeattn.masks import NO_WINDOW, bool_mask, resolve_mask
 from edgeattn.ops import Sequences
-from edgeattn.prepared import PreparedCalls, is_read_as_it_is
-from edgeattn.quantized.layer import INPUTS, QuantizedMultiHeadAttention
-from edgeattn.quantized.parameters import PROBABILITIES, QuantizedLinear, TensorQuantization, linears_state
-from edgeattn.quantized.score_ops import AddMask, MulConstant, ScoreOp, SelectMask, check_masks, fit_mask, score_map
+from edgeattn.prepared import is_read_as_it_is
+from edgeattn.quantized.layer import INPUTS
+from edgeattn.quantized.score_ops import SelectMask
+from edgeattn.quantized.static_calls import StaticCalls
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from typing import Any, SupportsIndex, TypeAlias
+    from collections.abc import Sequence
+    from typing import Any
 
-    from numpy.typing import ArrayLike, NDArray
+    from numpy.typing import ArrayLike
     from typing_extensions import Self, Unpack
 
     from edgeattn.kv_cache import KVCache
-    from edgeattn.layers.call import Pieces
     from edgeattn.layers.options import CallOptions, CodeOptions
-    from edgeattn.masks import Mask
+    from edgeattn.quantized.parameters import TensorQuantization
     from edgeattn.types import (
-        Arithmetic,
         Bools,
         CausalAlignment,
         Codes,
@@ -61,23 +52,15 @@ if TYPE_CHECKING:
         Floats,
         Input,
         MaskOptions,
-        MaskShapes,
         Real,
-        Shape,
-        Sources,
         StaticOnDevice,
         Window,
     )
 
-    Requantization: TypeAlias = tuple[Callable[..., Any], NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]
-
 _INT8 = np.dtype(np.int8)
-SOURCES = ((0, 0, 0), (0, 1, 1), (0, 1, 2))
-# gemmlowp's softmax takes differences of scores in Q5.26; the runtimes that use it abort on a scale below that.
-SMALLEST_SOFTMAX_SCALE = 2.0**-26
 
 
-class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
+class StaticMultiHeadAttention(StaticCalls):
     """int8 in, int8 out, every scale fixed at calibration: equal, bit for bit, to a TFLite kernel set.
 
     ``scores = q k^T`` (1/sqrt(D) lies in q's scale), ``probabilities = softmax(scores)``,
@@ -111,116 +94,12 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
 
     scheme: Literal["static"] = "static"
 
-    def __init__(self, num_heads: SupportsIndex, linears: Mapping[str, QuantizedLinear],
-                 tensors: Mapping[str, TensorQuantization], *, sources: Sources = (0, 0, 0),
-                 score_ops: Sequence[ScoreOp] = (), arithmetic: Arithmetic = "litert",
-                 mask_margin: Real | None = None, lowest_single_score: Real | None = None):
-        self.kernel_set = rules.kernel_set(arithmetic)
-        self.arithmetic: Arithmetic = arithmetic
-        self.num_heads = self.num_kv_heads = count("num_heads", num_heads)
-        self.sources = tuple(sources)
-        if self.sources not in SOURCES:
-            raise ValueError(f"sources must be one of {SOURCES}; got {self.sources}")
-        self.linears = dict(linears)
-        self.tensors = {"probabilities": PROBABILITIES, **tensors}
-        self.score_ops = tuple(score_ops)
-        self.mask_margin = None if mask_margin is None else number("mask_margin", mask_margin)
-        self.lowest_single_score = (
-            None if lowest_single_score is None else number("lowest_single_score", lowest_single_score))
-        self._check_parameters()
-        self.embed_dim, self.kdim, self.vdim = (self.linears[name].weight.shape[1] for name in INPUTS)
-        self.head_dim = self.linears["query"].weight.shape[0] // self.num_heads
-        self.value_dim = self.linears["value"].weight.shape[0] // self.num_heads
-        last = self.linears.get("output", self.linears["value"])
-        self.output_dim = last.weight.shape[0]
-        self._prepare()
-
     def __repr__(self) -> str:
         return (f"{type(self).__name__}(num_heads={self.num_heads}, embed_dim={self.embed_dim}, kdim={self.kdim}, "
                 f"vdim={self.vdim}, head_dim={self.head_dim}, value_dim={self.value_dim}, "
                 f"output_dim={self.output_dim}, sources={self.sources}, "
                 f"score_ops=[{', '.join(type(op).__name__ for op in self.score_ops)}], "
                 f"arithmetic={self.arithmetic!r}, mask_margin={self.mask_margin})")
-
-    def _check_parameters(self) -> None:
-        H = self.num_heads
-        name: str
-        for name in INPUTS:
-            if name not in self.linears:
-                raise ValueError(f"linears must hold {', '.join(map(repr, INPUTS))}; {name!r} is missing")
-        for name in sorted(set(self.linears) - {*INPUTS, "output"}):
-            raise ValueError(f"linears has an unexpected entry {name!r}")
-        required = [f"{INPUTS[source]}_input" for source in sorted(set(self.sources))]
-        required += [*INPUTS, "scores", "probabilities", "context"] + ["output"] * ("output" in self.linears)
-        for name in required:
-            if name not in self.tensors:
-                raise ValueError(f"tensors must hold the quantization of {name!r}")
-        for name in sorted(set(self.tensors) - set(required)):
-            raise ValueError(f"tensors has an unexpected entry {name!r}; this layer has {', '.join(required)}")
-        if self.tensors["probabilities"] != PROBABILITIES:
-            raise ValueError(f"probabilities must have the scale 1/256 and the zero point -128 of every int8 softmax; "
-                             f"got {self.tensors['probabilities']}")
-        self.tensors = {name: self.tensors[name] for name in required}  # in the order of the computation
-        q, k, v = (self.linears[name].weight for name in INPUTS)
-        if q.shape[0] % H or q.shape[0] != k.shape[0] or v.shape[0] % H:
-            raise ValueError(f"num_heads = {H} does not fit projections of {q.shape[0]} query, {k.shape[0]} key and "
-                             f"{v.shape[0]} value features: query and key must agree, all be multiples of num_heads")
-        for name, source in zip(INPUTS, self.sources, strict=True):
-            width, other = (self.linears[linear].weight.shape[1] for linear in (name, INPUTS[source]))
-            if width != other:
-                raise ValueError(f"the {name} projection takes {width} features; the {INPUTS[source]} projection of "
-                                 f"the same input takes {other}")
-        if "output" in self.linears and self.linears["output"].weight.shape[1] != v.shape[0]:
-            raise ValueError(f"the output projection takes {self.linears['output'].weight.shape[1]} features; "
-                             f"the heads give {v.shape[0]}")
-        check_masks(self.score_ops, H, "masks in score_ops")
-
-    # -- derived once: what the kernels read ---------------------------------------------------------------------------
-
-    def kernel_parameters(self) -> dict[str, Any]:
-        """What the kernels of any target read, as ``StaticLayer`` names it."""
-        kernel_set, t = self.kernel_set, self.tensors
-        linears = {}
-        for name, linear in self.linears.items():
-            real = rules.fully_connected_multiplier(kernel_set.fully_connected, self.input_of(name).scale, linear.scale,
-                                                    t[name].scale)
-            linears[name] = (linear.weight, real, linear.bias)
-
-        def batch_matmul(lhs: TensorQuantization, rhs: TensorQuantization, output: TensorQuantization
-                         ) -> tuple[str, np.float64]:
-            rule = kernel_set.batch_matmul if rhs.zero_point == 0 else kernel_set.batch_matmul_asymmetric
-            real = rules.batch_matmul_multiplier(rule, kernel_set.precision, lhs.scale, rhs.scale, output.scale)
-            return rule, real[0]
-
-        scores_rule, scores = batch_matmul(t["query"], t["key"], t["scores"])
-        context_rule, context = batch_matmul(t["probabilities"], t["value"], t["context"])
-        zero_points = {f"{name}_input": self.input_of(name).zero_point for name in INPUTS}
-        zero_points |= {name: tensor.zero_point for name, tensor in t.items()}
-        return dict(num_heads=self.num_heads, linears=linears, scores=scores, context=context, zero_points=zero_points,
-                    project_rule=kernel_set.fully_connected, score_rule=scores_rule, context_rule=context_rule,
-                    softmax_table=self.softmax_table, softmax=kernel_set.softmax)
-
-    @functools.cached_property
-    def requantizations(self) -> dict[str, Requantization]:
-        """How sums of products become codes, by the tensor's name: (rule, q31, shift, real multiplier)."""
-        given = self.kernel_parameters()
-        found = {name: (given["project_rule"], real) for name, (_, real, _) in given["linears"].items()}
-        found |= {name: (given[rule], np.array([given[name]]))
-                  for name, rule in (("scores", "score_rule"), ("context", "context_rule"))}
-        return {name: (rules.REQUANTIZE[rule], *(a.astype(np.int64) for a in rules.fixed_point(real)), real)
-                for name, (rule, real) in found.items()}
-
-    def _prepare(self) -> None:
-        self.score_map = score_luts, lut_index, softmax_input = score_map(
-            self.score_ops, self.tensors["scores"], self.kernel_set)
-        if softmax_input.scale <= SMALLEST_SOFTMAX_SCALE:
-            raise ValueError(f"the scores' scale must be above 2**-26, the resolution of TFLite's softmax; got "
-                             f"{softmax_input.scale}")
-        self.softmax_table = rules.SOFTMAX[self.kernel_set.softmax].table(softmax_input.scale)
-        self.score_luts = score_luts if self.score_ops else None
-        self.lut_index = np.ascontiguousarray(lut_index) if lut_index.size > 1 else None
-        self._kernel = StaticLayer(**self.kernel_parameters())
-        self.prepared_calls = PreparedCalls(dtype=_INT8)
 
     @overload
     def to(self, device: Literal["cpu"]) -> Self: ...
@@ -233,119 +112,7 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         placed: Self | StaticOnDevice = place(self, device)
         return placed
 
-    @property
-    def projections(self) -> dict[str, QuantizedLinear]:
-        """The layer's linear maps by their names, as every attention layer has them: ``linears``."""
-        return self.linears
-
-    def score_lut_index(self, shape: Shape) -> NDArray[np.uint8]:
-        """Which of the tables of ``score_map`` each score of ``shape`` (B, H, L, S) takes."""
-        return fit_mask(self.score_map[1], shape)
-
-    def input_of(self, linear: str) -> TensorQuantization:
-        """The quantization of the tensor that the linear layer called ``linear`` reads."""
-        return self.tensors["context" if linear == "output" else f"{INPUTS[self.sources[INPUTS.index(linear)]]}_input"]
-
-    # -- copies with one thing changed ---------------------------------------------------------------------------------
-
-    def with_arithmetic(self, arithmetic: Arithmetic) -> StaticMultiHeadAttention:
-        """The same parameters under another kernel set."""
-        return self._replace(arithmetic=arithmetic)
-
-    def with_mask(self, mask: ArrayLike) -> StaticMultiHeadAttention:
-        """The layer that carries ``mask``: what an exported graph with that mask computes, bit for bit.
-
-        A masked score gets the lowest code, -128, as the graph's SELECT_V2 gives it, and so keeps a trace of weight,
-        ``exp(-scale * (max + 128))``. A mask passed to a call leaves masked keys out altogether. Where the mask leaves
-        a row a single key, whose score must stand above that code, the scores' range is extended to ``mask_margin``
-        below the lowest such score of calibration.
-
-        Parameters
-        ----------
-        mask : bool, broadcastable to (B, H, L, S)
-            True = attend.
-
-        Raises
-        ------
-        TypeError, ValueError
-            For another kind of mask, and for a layer that was calibrated without masks: its lowest code may stand for a
-            score like any other.
-        """
-        mask = as_array("mask", mask)
-        if mask.dtype != np.bool_:
-            raise TypeError(f"mask must be bool (True = attend); got {mask.dtype}")
-        if self.mask_margin is not None and any(isinstance(op, AddMask) for op in self.score_ops):  # calibrated here
-            raise ValueError("mask needs a layer whose scores get no bias: after that no room is left below for masked "
-                             "scores; pass the mask to each call of this layer")
-        if self.mask_margin == 0:
-            raise ValueError("mask needs a layer that was calibrated with masks: the scores' range of this one leaves "
-                             "no room below for masked scores; give quant.calibrate calls with attn_mask, "
-                             "key_padding_mask or is_causal, or pass the mask to each call of this layer")
-        score_ops = (*self.score_ops, SelectMask(mask))
-        check_masks(score_ops, self.num_heads, "mask")
-        return self._replace(score_ops=score_ops, tensors=self._tensors_under(score_ops))
-
-    def _tensors_under(self, score_ops: tuple[ScoreOp, ...]) -> dict[str, TensorQuantization]:
-        """``tensors``, the scores' range wide enough for what ``score_ops`` permit alone in a row."""
-        if self.lowest_single_score is None or not self.mask_margin:
-            return self.tensors
-        permitted = functools.reduce(np.logical_and, (op.keep for op in score_ops if isinstance(op, SelectMask)))
-        if not (np.atleast_1d(permitted).sum(-1) == 1).any():
-            return self.tensors
-        scores = self.tensors["scores"]
-        low, high = (float(scores.dequantize(code)) for code in (CODE_MIN, rules.CODE_MAX))
-        needed = self.lowest_single_score - self.mask_margin
-        if needed >= low:
-            return self.tensors
-        return {**self.tensors, "scores": TensorQuantization.over(needed, high)}
-
-    def _replace(self, **changes: Any) -> StaticMultiHeadAttention:
-        arguments: dict[str, Any] = dict(
-            num_heads=self.num_heads, linears=self.linears, tensors=self.tensors, sources=self.sources,
-            score_ops=self.score_ops, arithmetic=self.arithmetic, mask_margin=self.mask_margin,
-            lowest_single_score=self.lowest_single_score)
-        return StaticMultiHeadAttention(**{**arguments, **changes})
-
-    def to_state(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-        """(config, tensors): all that ``from_state`` needs to build an equal layer."""
-        arrays = linears_state(self.linears)
-        ops = []
-        for i, op in enumerate(self.score_ops):
-            row: dict[str, Any] = {"op": type(op).__name__}
-            for name, value in vars(op).items():
-                if isinstance(value, np.ndarray):
-                    arrays[f"score_ops.{i}.{name}"] = value
-                else:
-                    row[name] = value.to_json() if isinstance(value, TensorQuantization) else value
-            ops.append(row)
-        return {"num_heads": self.num_heads, "arithmetic": self.arithmetic, "sources": list(self.sources),
-                "tensors": {name: t.to_json() for name, t in self.tensors.items()}, "score_ops": ops,
-                "mask_margin": self.mask_margin, "lowest_single_score": self.lowest_single_score}, arrays
-
-    @classmethod
-    def from_state(cls, config: Mapping[str, Any], tensors: Mapping[str, ArrayLike]) -> Self:
-        """The layer of which ``to_state`` gave these."""
-        if not isinstance(config["tensors"], dict) or not all(isinstance(row, dict) for row in config["score_ops"]):
-            raise ValueError("tensors must be an object, and score_ops a list of objects")
-        groups: dict[str, dict[str, Any]] = {}
-        for name, array in tensors.items():
-            group, _, part = name.rpartition(".")
-            groups.setdefault(group, {})[part] = array
-        ops: list[ScoreOp] = []
-        for i, row in enumerate(config["score_ops"]):
-            row = {**row, **groups.pop(f"score_ops.{i}", {})}
-            kinds: dict[str, Any] = {op.__name__: op for op in (MulConstant, AddMask, SelectMask)}
-            kind = kinds.get(row.pop("op"))
-            if kind is None:
-                raise ValueError(f"score_ops[{i}] must be MulConstant, AddMask or SelectMask")
-            ops.append(kind(**{name: TensorQuantization(*value) if isinstance(value, list) else value
-                               for name, value in row.items()}))
-        return cls(config["num_heads"], {name: QuantizedLinear(**parts) for name, parts in groups.items()},
-                   {name: TensorQuantization(*pair) for name, pair in config["tensors"].items()},
-                   sources=tuple(config["sources"]), score_ops=tuple(ops), arithmetic=config["arithmetic"],
-                   mask_margin=config["mask_margin"], lowest_single_score=config.get("lowest_single_score"))
-
-    # -- running -------------------------------------------------------------------------------------------------------
+    # -- on reals ------------------------------------------------------------------------------------------------------
 
     @overload
     def __call__(self, query: ArrayLike, key: ArrayLike | None = None, value: ArrayLike | None = None, *,
@@ -473,19 +240,7 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         """What makes reals of the result."""
         return Quantizer(self._last.scale, self._last.zero_point)
 
-    def distinct_inputs(self, query: Any, key: Any, value: Any) -> list[Any]:
-        """The inputs this layer reads, None where it reads an earlier one; refuses others."""
-        given = [query, key, value]
-        for i, name in enumerate(INPUTS):
-            source = self.sources[i]
-            if source < i:
-                if given[i] is not None and given[i] is not given[source]:
-                    raise ValueError(f"{name} must be left out: this layer was quantized with {INPUTS[source]} as its "
-                                     f"{name}")
-                given[i] = None
-            elif given[i] is None:
-                raise ValueError(f"{name} is required: this layer was quantized with a {name} of its own")
-        return given
+    # -- on codes ------------------------------------------------------------------------------------------------------
 
     @overload
     def run_int8(self, query: ArrayLike, key: ArrayLike | None = None, value: ArrayLike | None = None, *,
@@ -598,26 +353,6 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
         weights = record.get("probabilities")
         return result if weights is None else (result, weights.reshape(*lead, *weights.shape[1:]))
 
-    def _run_first(self, signature: tuple[Any, ...], query: Codes, key: Codes, value: Codes, attn_mask: Bools | None,
-                   key_padding_mask: Any, is_causal: Flag, causal_alignment: CausalAlignment | None,
-                   window_size: Window) -> Codes | None:
-        """The result of a call with a signature; the next is prepared. None where masks are not read as they are."""
-        *lead, L, _ = query.shape
-        scores = *lead, self.num_heads, L, key.shape[-2]
-        mask = resolve_mask(scores, is_causal=is_causal, causal_alignment=causal_alignment, window_size=window_size)
-        check_mask_shapes(scores, attn_mask, key_padding_mask)
-        if self.lut_index is not None:
-            fit_mask(self.lut_index, mask.shape)
-        q, k, v = query, key, value
-        if not lead:
-            q = query[None]
-            k = q if key is query else key[None]
-            v = k if value is key else value[None]
-        prepared = self.prepared_calls.learn(
-            signature, functools.partial(self._kernel_for, q, k, v), scores, (*lead, L, self.output_dim), mask,
-            attn_mask, key_padding_mask)
-        return None if prepared is None else prepared.run(query, key, value, None, attn_mask, key_padding_mask)
-
     def _check_codes(self, query: Any, key: Any, value: Any) -> tuple[Codes, Codes, Codes]:
         """The three inputs as int8 arrays of agreeing shapes."""
         if (key is None and value is None and self.sources == (0, 0, 0) and is_read_as_it_is(query, _INT8)
@@ -639,97 +374,19 @@ class StaticMultiHeadAttention(QuantizedMultiHeadAttention):
                              f"got {query.shape}, {key.shape}, {value.shape}")
         return query, key, value
 
-    @functools.cached_property
-    def cache_scales(self) -> tuple[float, float]:
-        """The scales of keys and values, for ``KVCache.for_layer``."""
-        for name in ("key", "value"):
-            if self.tensors[name].zero_point != 0:
-                raise ValueError(f"layer must have keys and values without a zero point for a cache; got "
-                                 f"{self.tensors[name].zero_point} of its {name}: quantize the float layer with "
-                                 "quant.quantize, or give each call the whole sequence")
-        return float(self.tensors["key"].scale), float(self.tensors["value"].scale)
-
-    def _check_cache(self, cache: KVCache, causal_alignment: CausalAlignment | None) -> None:
-        check_cache(self, cache, causal_alignment)
-        self.check_codes_of(cache)
-
-    def check_codes_of(self, cache: KVCache) -> None:
-        """Raise unless `cache`, of this layer's sizes, holds codes of this layer's scales."""
-        if cache.scales != self.cache_scales:
-            raise ValueError(f"kv_cache must have this layer's scales {self.cache_scales}, got {cache.scales}; make it "
-                             "with KVCache.for_layer(layer, ...)")
-        if self.lut_index is not None:
-            raise ValueError("kv_cache needs a layer without a mask of its own, which is for one length; pass masks to "
-                             "each call")
-
-    @property
-    def fused_kernel(self) -> StaticLayer:
-        """The kernel that is the whole layer: (q, k, v, out, keep, band, lut_index, score_luts, cached)."""
-        return self._kernel
-
-    def _kernel_for(self, query: Codes, key: Codes, value: Codes, masks: MaskShapes) -> Any:
-        """The kernel for inputs and masks of these shapes."""
-        return self._kernel.prepare(query, key, value, masks, self.lut_index, self.score_luts)
-
-    def _run_fused(self, query: Codes, key: Codes, value: Codes, mask: Mask, result: Codes) -> None:
-        given = mask.for_kernels()
-        keep, band = given.keep, given.band
-        lut_index = self.lut_index
-        if lut_index is not None:
-            fit_mask(lut_index, mask.shape)
-        if mask.shape[3] == 0:  # one key that is not there
-            key, value = (np.zeros((len(x), 1, x.shape[-1]), np.int8) for x in (key, value))
-            keep, band, lut_index = np.zeros((1, 1, 1, 1), np.bool_), None, None
-        self._kernel(query, key, value, result, keep, band, lut_index, self.score_luts)
-
-    def attend_codes(self, x: Codes, mask: Mask, result: Codes, sequences: Sequences) -> None:
-        """Attention of x (B, L, E) to itself under `mask`, and to what the cache of `sequences` holds, to `result`."""
-        if not result.size:
-            return
-        if sequences.cache is None:
-            self._run_fused(x, x, x, mask, result)
-        else:
-            self.check_codes_of(sequences.cache)
-            self._run_cached(x, x, x, mask, sequences.cache, list(sequences.pieces), result)
-
-    def attend_on(self, x: Codes, mask: Mask, result: Codes) -> Callable[[], object]:
-        """A function that does the same without a cache, see `PreparedCall.on`."""
-        given = mask.for_kernels()
-        if self.lut_index is not None:
-            fit_mask(self.lut_index, mask.shape)
-        run: Callable[[], object] = self._kernel.prepare(
-            x, x, x, KernelMask(given.keep, band=given.band).shapes, self.lut_index, self.score_luts).on(
-                x, x, x, result, given.keep)
-        return run
-
-    def take_step(self, x: Codes, cache: KVCache) -> Codes:
-        """Attention without masks of one token per batch entry, (B, 1, E) or (1, E), and all before it: (B, 1, Eo)."""
-        out, before = np.empty((cache.batch, 1, self.output_dim), np.int8), cache.length
-        try:
-            cache.take_slots(1)
-            self._kernel.step(cache.plans, x, out, cache.key_slots, cache.value_slots, cache.visible_range(),
-                              self.score_luts)
-        except BaseException:
-            cache.restore(before)
-            raise
-        return out
-
-    def _run_cached(self, query: Codes, key: Codes, value: Codes, mask: Mask, cache: KVCache, pieces: Pieces,
-                    result: Codes) -> None:
-        for rows, tokens in pieces:
-            xk = np.ascontiguousarray(key[:, slice(*tokens)])
-            xv = xk if value is key else np.ascontiguousarray(value[:, slice(*tokens)])
-            xq = xk if query is key and rows == tokens else np.ascontiguousarray(query[:, slice(*rows)])
-            cache.take_slots(tokens[1] - tokens[0])
-            given = mask.part(rows, (cache.start, cache.length)).for_kernels()
-            keep, band = given.keep, given.band
-            held = cache.length - cache.start
-            if held == 0:  # one key that is not there
-                held, keep, band = 1, np.zeros((1, 1, 1, 1), np.bool_), None
-            some = np.empty((*xq.shape[:2], self.output_dim), np.int8)
-            self._kernel(xq, xk, xv, some, keep, band, None, self.score_luts,
-                         (cache.key_slots, cache.value_slots, cache.first_slot, held))
-            result[:, slice(*rows)] = some
+    def distinct_inputs(self, query: Any, key: Any, value: Any) -> list[Any]:
+        """The inputs this layer reads, None where it reads an earlier one; refuses others."""
+        given = [query, key, value]
+        for i, name in enumerate(INPUTS):
+            source = self.sources[i]
+            if source < i:
+                if given[i] is not None and given[i] is not given[source]:
+                    raise ValueError(f"{name} must be left out: this layer was quantized with {INPUTS[source]} as its "
+                                     f"{name}")
+                given[i] = None
+            elif given[i] is None:
+                raise ValueError(f"{name} is required: this layer was quantized with a {name} of its own")
+        return given
 
 
 def _refuse(softcap: Real, alibi_slopes: ArrayLike | None) -> None:

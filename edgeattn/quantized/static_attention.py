@@ -139,7 +139,7 @@ def _groups(sequences: Sequences) -> Iterator[tuple[slice, Mask]]:
 
 def _spread(nan: Float32s, sequences: Sequences) -> None:
     """NaN for the rows that see one, in nan, which is 0 for those that hold none."""
-    if nan.any():
+    if np.count_nonzero(nan):  # quicker than any()
         nan[_reached(np.isnan(nan), sequences)] = np.nan
 
 

@@ -12,7 +12,7 @@ from edgeattn.checks import as_array, is_one_of
 from edgeattn.kernels.cpu import encoder_int8
 from edgeattn.layers.feed_forward import ACTIVATIONS
 from edgeattn.layers.module import TokenWise
-from edgeattn.quantized.parameters import QuantizedLinear, TensorQuantization, linears_of, linears_state
+from edgeattn.quantized.parameters import QuantizedLinear, TensorQuantization, check_scales, linears_of, linears_state
 from edgeattn.quantized.static_rows import StaticRows, checked_more, codes_of_rows
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ class StaticFeedForward(StaticRows, TokenWise):
             names.remove(self.active)
         _require("tensors", self.tensors, names)
         self.tensors = {name: self.tensors[name] for name in names}  # in the order of the computation
+        check_scales(self.tensors)
         shapes = {name: linear.weight.shape for name, linear in self.linears.items()}
         (hidden, columns), (channels, read) = shapes["linear1"], shapes["linear2"]
         if read != hidden or shapes.get("gate", (hidden, columns)) != (hidden, columns):
@@ -189,8 +190,8 @@ class StaticFeedForward(StaticRows, TokenWise):
             linear("linear1"), linear("linear2"), gate=linear("gate") if self.gated else None, table=self.table,
             product=product, zero_points=zero_points | {"hidden": self.input_of("linear2").zero_point},
             scale=t["input"].scale, out_scale=t["linear2"].scale, project_rule=self.kernel_set.fully_connected,
-            multiply_rule=self.kernel_set.mul, more_inputs=self.more_inputs, more_outputs=self.more_outputs, norm=norm,
-            norm_first=norm_first)
+            multiply_rule=rules.elementwise_rule(self.kernel_set.mul, product), more_inputs=self.more_inputs,
+            more_outputs=self.more_outputs, norm=norm, norm_first=norm_first)
 
     @functools.cached_property
     def _alone(self) -> encoder_int8.FeedForward:

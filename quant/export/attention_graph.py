@@ -23,6 +23,7 @@ import numpy as np
 
 from edgeattn.arithmetic import CODE_MIN
 from edgeattn.executors.unfused import attend
+from edgeattn.layers import Linear
 from edgeattn.layers.attention import forward
 from edgeattn.layers.dynamic_linear import DynamicLinear
 from edgeattn.ops import Ops, Sequences
@@ -37,6 +38,7 @@ from edgeattn.quantized import (
 )
 from edgeattn.tflite_schema import Graph
 from quant.export.static_rows import scatter
+from quant.models import SPLIT
 
 FULLY_CONNECTED_VERSION = 5  # the first with keep_num_dims
 HYBRID_VERSION = 12  # of FULLY_CONNECTED: the first with float rows and int8 weights of a scale for each channel
@@ -95,7 +97,7 @@ class TfliteOps(Ops[int]):
         self.tensors = tensors
         self.dtype = np.dtype(np.int8 if tensors else np.float32)
         self._versions = INT8_VERSIONS if tensors else FLOAT_VERSIONS
-        self.padding: dict[int, int] | None = None  # bool, by the rank of scores: which keys are tokens
+        self.padding: dict[int, int] | None = None  # by the rank of scores: which keys are tokens, as `padded` takes it
         self._heads_first = None  # the permutation (B, L, H, D) <-> (B, H, L, D), made when first needed
 
     def inputs(self, sources, widths) -> list[int]:
@@ -118,15 +120,6 @@ class TfliteOps(Ops[int]):
     def scores(self, q: int, k: int, layer, name: str) -> int:
         """q k^T: the scale lies in q."""
         return self._batch_matmul(q, k, name, self.lengths.keys, adj_y=True)
-
-    def padded(self, scores: int, fill: np.ndarray, quantization, name: str) -> int:
-        """The scores, those of padding replaced."""
-        if self.padding is None:
-            return scores
-        filling = self._constant(f"{name}/padding", fill, quantization)
-        shape = self.graph.tensors[scores].shape
-        return self._operator("SELECT_V2", [self.padding[len(shape)], scores, filling], f"{name}/tokens", shape,
-                              quantization)
 
     def softmax(self, scores: int, name: str) -> int:
         """Over the keys."""
@@ -221,7 +214,16 @@ class Int8TfliteOps(TfliteOps):
                 scores = self._operator("SELECT_V2", [keep, scores, fill], f"{name}/masked", shape, quantization)
             else:
                 raise TypeError(f"score_ops must be MulConstant, AddMask or SelectMask; got {type(op).__name__}")
-        return self.padded(scores, np.array(CODE_MIN, np.int8), quantization, "scores")
+        return self.padded(scores, quantization)
+
+    def padded(self, scores: int, quantization) -> int:
+        """The codes of scores, those of padding the lowest; `padding` is true for tokens."""
+        if self.padding is None:
+            return scores
+        filling = self._constant("scores/padding", np.array(CODE_MIN, np.int8), quantization)
+        shape = self.graph.tensors[scores].shape
+        return self._operator("SELECT_V2", [self.padding[len(shape)], scores, filling], "scores/tokens", shape,
+                              quantization)
 
 
 class FloatTfliteOps(TfliteOps):
@@ -269,6 +271,8 @@ class FloatTfliteOps(TfliteOps):
 
     def _dynamic(self, x: int, linear: DynamicLinear, name: str) -> int:
         """A hybrid product; inputs that stay float32, and outputs' second codes, are added by a narrow float one."""
+        if name.endswith("linear2"):
+            linear = _all_in_codes(linear)
         outputs, apart = linear.outputs, linear.outlier_columns
         rest, parts, weights = x, [], []
         if len(apart):
@@ -334,9 +338,19 @@ class FloatTfliteOps(TfliteOps):
         array = self._repeated(name, array)
         return array * self._factor[name] if name in self._factor else array
 
+    def padded(self, scores: int) -> int:
+        """The scores, those of padding MASKED_SCORE: what `padding` adds to them, and takes them up in rounding.
+
+        Unlike SELECT_V2 ADD is an operator of XNNPACK's, which computes the layers without a stop.
+        """
+        if self.padding is None:
+            return scores
+        tensor = self.graph.tensors[scores]
+        return self._elementwise("ADD", scores, self.padding[len(tensor.shape)], f"{tensor.name}/tokens")
+
     def masked(self, scores: int, layer, mask, name: str) -> int:
         """The mask that the file shall hold, and the padding that it is given."""
-        scores = self.padded(scores, np.array(MASKED_SCORE), None, self.graph.tensors[scores].name)
+        scores = self.padded(scores)
         if self._mask is None:
             return scores
         mask, tensor = self._mask, self.graph.tensors[scores]
@@ -351,6 +365,18 @@ class FloatTfliteOps(TfliteOps):
             raise ValueError("mask must hold no NaN")
         added = self._mask_constant(f"{name}/mask", np.maximum(mask, MASKED_SCORE), "mask")
         return self._operator("ADD", [scores, added], f"{name}/masked", shape)
+
+
+def _all_in_codes(linear: DynamicLinear) -> DynamicLinear:
+    """The layer without inputs that stay float32: hidden features have none so large that a file gains by them."""
+    if not len(linear.outlier_columns):
+        return linear
+    weight = linear.codes * linear.scale[:, None]
+    np.add.at(weight, linear.residual_outputs, weight[linear.outputs:])
+    weight = weight[:linear.outputs]
+    weight[:, linear.outlier_columns] = linear.outlier_weight
+    split = SPLIT if len(linear.residual_outputs) else None
+    return DynamicLinear.quantized_from(Linear(weight, linear.bias), split=split)
 
 
 def attention_graph(layer, *, batch: int, sequence_length: int, key_length: int | None = None, mask=None) -> Graph:

@@ -16,6 +16,7 @@ from edgeattn.layers.positions import refuse_positions
 from edgeattn.quantized import DynamicMultiHeadAttention, StaticFeedForward
 from quant.export.attention_graph import (
     FLOAT_VERSIONS,
+    MASKED_SCORE,
     FloatTfliteOps,
     Int8TfliteOps,
     check_float,
@@ -71,20 +72,28 @@ class EncoderTfliteOps(StaticBetweenRows[int], FloatTfliteOps):
         super().__init__(check_lengths(encoder.layers[0].attention, (0, 0, 0), batch, length, None))
         self._versions = _VERSIONS
         self._numbers: dict[str, int] = {}
+        self._tokens: dict[int, int] | None = None  # bool, by the rank of scores: which keys are tokens
 
     def tokens(self, encoder: TransformerEncoder) -> int:
         """The input that says which tokens are none."""
         batch, length = self._shape
         given, none = self.graph.activation(PADDING, (batch, length), np.int32), np.array(0, np.int32)
-        self.padding = {}
-        for rank in sorted({3 if layer.attention.num_heads == 1 else 4 for layer in encoder.layers}):
+        self.padding, self._tokens = {}, {}
+        ranks: dict[int, list[Any]] = {}
+        for layer in encoder.layers:
+            ranks.setdefault(3 if layer.attention.num_heads == 1 else 4, []).append(layer)
+        for rank, layers in sorted(ranks.items()):
             shape = (batch, *[1] * (rank - 2), length)
             name, target = f"{PADDING}/{rank}", np.array(shape, np.int32)
             keys = self.graph.activation(f"{name}/keys", shape, np.int32)
             self.graph.operator("RESHAPE", [given, self._constant(f"{name}/shape", target)], keys,
                                 {"new_shape": target})
-            self.padding[rank] = self.graph.activation(f"{name}/tokens", shape, np.bool_)
-            self.graph.operator("NOT_EQUAL", [keys, self._constant(f"{name}/none", none)], self.padding[rank])
+            self._tokens[rank] = self.graph.activation(f"{name}/tokens", shape, np.bool_)
+            self.graph.operator("NOT_EQUAL", [keys, self._constant(f"{name}/none", none)], self._tokens[rank])
+            if any(isinstance(layer.attention, (MultiHeadAttention, DynamicMultiHeadAttention)) for layer in layers):
+                added = (self._constant(f"{name}/{part}", value) for part, value in (
+                    ("unchanged", np.zeros(1, np.float32)), ("masked", np.full(1, MASKED_SCORE))))
+                self.padding[rank] = self._operator("SELECT_V2", [self._tokens[rank], *added], f"{name}/added", shape)
         return given
 
     # -- layers --------------------------------------------------------------------------------------------------------
@@ -108,7 +117,7 @@ class EncoderTfliteOps(StaticBetweenRows[int], FloatTfliteOps):
             check_activation(layer)
             return FeedForwardOps(layer, self.graph, name)
         ops = Int8TfliteOps(self.lengths, layer.tensors, self.graph, name)
-        ops.padding = self.padding
+        ops.padding = self._tokens
         return ops
 
     # -- operations ----------------------------------------------------------------------------------------------------
@@ -128,8 +137,11 @@ class EncoderTfliteOps(StaticBetweenRows[int], FloatTfliteOps):
         shape = self.graph.tensors[variance].shape
         inverse = self._operator("RSQRT", [variance], f"{name}/inverse", shape)
         y = self._elementwise("MUL", x, inverse, f"{name}/normed")
-        y = self._elementwise("MUL", y, self._constant(f"{name}/weight", norm.weight), f"{name}/scaled")
-        return y if norm.bias is None else self._elementwise("ADD", y, self._constant(f"{name}/bias", norm.bias), name)
+        if (norm.weight != 1).any():
+            y = self._elementwise("MUL", y, self._constant(f"{name}/weight", norm.weight), f"{name}/scaled")
+        if norm.bias is not None and norm.bias.any():
+            y = self._elementwise("ADD", y, self._constant(f"{name}/bias", norm.bias), name)
+        return y
 
     def activation(self, x: int, kind: str, name: str) -> int:
         """GELU, RELU, or MUL and LOGISTIC."""

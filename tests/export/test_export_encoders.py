@@ -11,8 +11,12 @@ from whole_models import E, encoder, image_encoder, text_encoder
 
 import edgeattn
 import quant
+from edgeattn.files.tflite_file import parse
 from edgeattn.layers import TransformerEncoder, TransformerEncoderLayer
+from edgeattn.layers.dynamic_linear import DynamicLinear
 from edgeattn.quantized import StaticFeedForward, StaticSelfAttention
+from quant.export.attention_graph import _all_in_codes
+from quant.export.tflite import write_tflite
 from quant.runtimes import RUNTIMES
 
 L = 9
@@ -141,6 +145,34 @@ def test_dynamic_int8_is_hybrid(tmp_path, settings):
         assert cosine(found, want) > 0.999 and cosine(found, dynamic(x)) > 0.999
     written(made, tmp_path / "float.tflite")
     assert (tmp_path / "a.tflite").stat().st_size < 0.7 * (tmp_path / "float.tflite").stat().st_size
+
+
+def test_little_stands_beside_hybrid_products():
+    """No float product of hidden features; SELECT_V2, where XNNPACK would stop, once, for the padding of all layers."""
+    graph = parse(write_tflite(quant.quantize(encoder(), scheme="dynamic"), sequence_length=L, padding=True), "x")
+    assert [each.name for each in graph.operators].count("SELECT_V2") == 1
+    names = [tensor.name for tensor in graph.tensors]
+    assert any("linear1/apart" in name for name in names) and not any("linear2/apart" in name for name in names)
+
+
+def test_inputs_that_were_apart_are_codes_among_the_others():
+    linear = edgeattn.Linear(random(12, 24) * np.where(np.arange(12) == 3, 20, 1)[:, None], random(12))
+    dynamic = DynamicLinear.quantized_from(linear, outlier_columns=[1, 5, 7, 20], split=4.0)
+    whole = _all_in_codes(dynamic)
+    assert len(whole.outlier_columns) == 0 and whole.residual_outputs.tolist() == [3]
+    weight = whole.codes * whole.scale[:, None]
+    weight[3] += weight[12]
+    step = np.where(np.arange(12) == 3, whole.scale[12], whole.scale[:12])[:, None]
+    assert (np.abs(weight[:12] - linear.weight) < 1.01 * step).all()
+
+
+def test_a_norm_without_weights_has_no_operators_for_them():
+    def operators(bias):
+        norms = (edgeattn.LayerNorm(np.ones(E), bias, 1e-5) for _ in range(2))
+        layer = encoder().layers[0]
+        made = TransformerEncoder([TransformerEncoderLayer(layer.attention, layer.feed_forward, *norms)])
+        return len(parse(write_tflite(made, sequence_length=L), "x").operators)
+    assert operators(np.zeros(E)) + 2 == operators(np.ones(E))
 
 
 def test_halves_of_several_schemes_stand_in_one_file(tmp_path):

@@ -95,7 +95,25 @@ def test_a_hybrid_file_is_refused_with_the_way_out():
         edgeattn.load(FOLDER / "torch_hybrid.tflite")
 
 
-def test_a_mask_that_took_the_whole_range_is_refused_with_the_way_out():
-    with pytest.raises(ValueError, match=r"keras_causal.tflite: expected a scale between .* found 9.30.*e\+35; a mask of "
-                                         "-3e38 in the scores' range .* pass it to each call, or quantize the float"):
-        edgeattn.load(FOLDER / "keras_causal.tflite")
+@pytest.mark.parametrize("arithmetic", ["litert", "litert-reference"])
+def test_a_mask_that_took_the_whole_range_is_computed_as_it_is_and_told(arithmetic):
+    layer = causal(arithmetic)
+    assert layer.score_ops[0].output.scale > 9e35
+    np.testing.assert_array_equal(layer.run_int8(*inputs("keras_causal")), RECORDED[f"keras_causal.{arithmetic}"])
+
+
+@each_runtime
+def test_bytes_under_such_a_mask_are_those_of_every_runtime_here(name, tmp_path):
+    layer, session = causal(name), RUNTIMES[name].session(FOLDER / "keras_causal.tflite")
+    edgeattn.save(layer, tmp_path / "layer.safetensors")
+    for given in (layer, edgeattn.load(tmp_path / "layer.safetensors")):
+        x = np.random.default_rng(0).integers(-128, 128, (1, 6, 12)).astype(np.int8)
+        np.testing.assert_array_equal(given.run_int8(x), session.run(x)[0])
+
+
+def causal(arithmetic):
+    with pytest.warns(UserWarning, match=r"keras_causal.tflite: the scores, .*, are 9.3e\+35 from code to code, .* convert "
+                                         "without the mask and pass it to each call, or quantize the float layer") as told:
+        layer = edgeattn.load(FOLDER / "keras_causal.tflite", arithmetic=arithmetic)
+    assert len(told) == 1
+    return layer

@@ -9,11 +9,12 @@ import pytest
 import tflite_graphs as graphs
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runtimes import each_runtime
 from tflite_graphs import Form
 
 from edgeattn.files.tflite import read_tflite
 from edgeattn.files.tflite_file import parse
-from edgeattn.quantized import AddMask, MulConstant, SelectMask, TensorQuantization
+from edgeattn.quantized import AddMask, MulConstant, SelectMask, StaticMultiHeadAttention, TensorQuantization
 from edgeattn.tflite_schema import IDENTIFIER, Graph, Operator, Tensor
 from quant.export import tflite
 from quant.export.tflite import serialize, write_tflite
@@ -329,6 +330,14 @@ REFUSED = {
         lambda g: change(g, "query_input", zero_point=np.array([200])),
         r"must lie in \[-128, 127\]; got 200",
     ),
+    "scale of a projection that only a mask has": (
+        lambda g: change(g, "query_input", scale=np.full(1, 1e30, np.float32)),
+        r"expected a scale between 9e-19 and 1e\+18 for .* found .*e\+(29|30)",
+    ),
+    "scale beyond a mask's": (
+        lambda g: change(g, "mask", scale=np.full(1, 3e36, np.float32)),
+        r"expected a scale between 9e-19 and 3e\+36 for the constant of ADD, tensor 'mask'; found 3",
+    ),
     "scales far apart": (
         lambda g: change(g, "query_input", scale=np.full(1, 1e9, np.float32)),
         "expected input scales over output scale below 256 in the query projection",
@@ -368,6 +377,46 @@ def test_a_float_model_is_refused_as_such(tmp_path):
     path.write_bytes(serialize(graph))
     with pytest.raises(ValueError, match=r"float\.tflite: is a float model: expected int8 attention"):
         read_tflite(path)
+
+
+LOWEST = np.float32(np.finfo(np.float32).max / 255)  # the scale of a range down to float32's lowest number
+OF_BYTES = "^the .tflite bytes: "
+
+
+def with_mask_in_the_range(rng, mask_scale, out_scale, *, scores=None, arithmetic="litert"):
+    """A layer whose scores get a causal mask added."""
+    codes = np.where(np.tri(6, dtype=bool)[None, None], 127, -128).astype(np.int8)
+    ops = AddMask(codes, TensorQuantization(mask_scale, 127), TensorQuantization(out_scale, 120)),
+    layer = graphs.random_layer(rng)
+    tensors = layer.tensors if scores is None else {**layer.tensors, "scores": TensorQuantization(scores, 127)}
+    return StaticMultiHeadAttention(layer.num_heads, layer.linears, tensors, score_ops=ops, arithmetic=arithmetic)
+
+
+@pytest.mark.parametrize("mask_scale,out_scale,scores", [
+    (1e9 / 255, 1e9 / 255, None), (1e4 / 255, 1e4 / 255, None), (2.0**107, 2.0**107, None), (LOWEST, LOWEST, LOWEST)])
+@each_runtime
+def test_masks_in_the_range_of_the_scores_give_the_runtime_s_bytes(rng, name, mask_scale, out_scale, scores):
+    if scores is not None and name not in ("litert", "litert-arm", "tflm"):  # whose ADD ends the process
+        with pytest.raises(ValueError, match="AddMask must have an output scale below"):
+            with_mask_in_the_range(rng, mask_scale, out_scale, scores=scores, arithmetic=name)
+        return
+    layer = with_mask_in_the_range(rng, mask_scale, out_scale, scores=scores, arithmetic=name)
+    file = serialize(graphs.converted(layer, 1, 6, 6))
+    with pytest.warns(UserWarning, match=OF_BYTES + "the scores, .* from code to code, .* Bytes are the runtime's"):
+        read = read_tflite(file, arithmetic=name)
+    x = rng.integers(-128, 128, (1, 6, 8)).astype(np.int8)
+    expected, = RUNTIMES[name].run(file, [x])
+    np.testing.assert_array_equal(read.run_int8(x), expected)
+    np.testing.assert_array_equal(read.run_int8(x, need_weights=True)[0], expected)
+
+
+@pytest.mark.parametrize("arithmetic", ["litert", "litert-builtin", "litert-reference", "tflite-runtime"])
+def test_an_add_that_ends_its_runtime_is_refused(rng, arithmetic):
+    file = serialize(graphs.converted(with_mask_in_the_range(rng, LOWEST, LOWEST, arithmetic="tflm"), 1, 6, 6))
+    with pytest.warns(UserWarning, match="Bytes are the runtime's"):
+        read_tflite(file, arithmetic="tflm")
+    with pytest.raises(ValueError, match=OF_BYTES + r"AddMask must have an output scale below 2\*\*108, .* pass it to each"):
+        read_tflite(file, arithmetic=arithmetic)
 
 
 def test_select_that_fills_with_another_quantization_is_refused(rng):

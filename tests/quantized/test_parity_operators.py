@@ -108,11 +108,47 @@ def test_elementwise(name, operator):
         np.testing.assert_array_equal(RUNTIMES[name].run(file, [lhs, rhs])[0], expected)
 
 
+@pytest.mark.parametrize("operator", ["mul", "add"])
+@pytest.mark.parametrize("power", [-9.5, -10.5, -16, -30, -125])
+def test_elementwise_of_scales_far_apart(name, operator, power):
+    # XNNPACK leaves these to LiteRT's own kernels; multipliers may come out as 0
+    lhs, rhs = (grid.astype(np.int8).reshape(1, 256, 256) for grid in np.mgrid[-128:128, -128:128])
+    row = KERNEL_SETS[name]
+    for seed in range(2):
+        rng = np.random.default_rng(600 + seed)
+        b, out = tensor(rng), tensor(rng)
+        scale = 2.0**power * rng.uniform(0.5, 1) * float(out.scale) / (1 if operator == "add" else float(b.scale))
+        out = (out.scale, out.zero_point)
+        if power < -100:  # a mask of float32's lowest number in the range
+            scale, out = scale * 2.0**100, (out[0] * np.float32(2.0**100), out[1])
+        if operator == "add":
+            b = TensorQuantization(np.float32(out[0] * rng.uniform(0.5, 1)), b.zero_point)
+        a, out = TensorQuantization(np.float32(scale), 5), TensorQuantization(*out)
+        if operator == "mul":
+            expected = arithmetic.mul_codes(row.mul, row.precision, lhs, pair(a), rhs, pair(b), pair(out))
+        else:
+            expected = arithmetic.add_codes(row.add, lhs, pair(a), rhs, pair(b), pair(out))
+        file = getattr(tflite_graphs, operator)(lhs.shape, a, rhs.shape, b, out)
+        np.testing.assert_array_equal(RUNTIMES[name].run(file, [lhs, rhs])[0], expected)
+
+
+def test_a_mul_below_xnnpack_s_range_next_to_a_tie(name):
+    # 200 * 200 / 80000: XNNPACK's rule would round this half to 0, LiteRT's own kernels do not
+    lhs, rhs = (grid.astype(np.int8).reshape(1, 256, 256) for grid in np.mgrid[-128:128, -128:128])
+    a, one = TensorQuantization(1 / 80000, -128), TensorQuantization(1, -128)
+    row = KERNEL_SETS[name]
+    expected = arithmetic.mul_codes(row.mul, row.precision, lhs, pair(a), rhs, pair(one), pair(one))
+    np.testing.assert_array_equal(RUNTIMES[name].run(tflite_graphs.mul(lhs.shape, a, rhs.shape, one, one), [lhs, rhs])[0],
+                                  expected)
+
+
 def test_softmax(name):
     rule = SOFTMAX[KERNEL_SETS[name].softmax]
     for seed in REPEATS:
         rng = np.random.default_rng(300 + seed)
         x, q = codes(rng, 1, 5, int(rng.integers(1, 300))), tensor(rng)
+        if seed % 8 == 0:  # of a mask of large numbers in the range
+            q = TensorQuantization(np.float32(10 ** rng.uniform(1, 36)), q.zero_point)
         table = rule.table(q.scale)
         expected = np.empty(x.shape, np.int8)
         for i, row in enumerate(x[0].tolist()):

@@ -18,6 +18,7 @@ from .norm import ADDRESSES
 from .projection_dynamic import join_depth
 from .records import blank, packed, place
 from .simd import ADDS_FIRST, ROWS, VIRTUAL_LANES, WIDTH, own_products
+from .word_products import panel_of_words
 
 MOST_OUTLIERS = ff.COLUMNS_APART
 
@@ -90,7 +91,7 @@ class _Channels(NamedTuple):
 def _channels(weight, multiple=VIRTUAL_LANES):
     outputs = len(weight.codes) - len(weight.residual_outputs)
     up = round_up(outputs, multiple)
-    return _Channels(outputs, up, up + round_up(len(weight.residual_outputs), VIRTUAL_LANES))
+    return _Channels(outputs, up, up + round_up(len(weight.residual_outputs), WIDTH))
 
 
 def _sums_of(codes):
@@ -122,11 +123,6 @@ def _rows_of(p, rows, groups4, columns):
     return size
 
 
-def _wide_size(groups4):
-    """Elements that the words of a panel take."""
-    return 2 * groups4 * WIDTH if ADDS_FIRST else 0
-
-
 class Linear(RowKernel):
     """encoder_float32.Linear with a weight of bytes: float32, (int8 codes, float32 scale) or a QuantizedWeight."""
 
@@ -148,7 +144,7 @@ class Linear(RowKernel):
         p = SimpleNamespace(**vars(self._parameters) | {"rows": rows})
         size = _rows_of(p, min(rows, ff.BLOCK), p.groups4, p.columns)
         p.shared_size = size if rows <= ff.FEW_ROWS else 0
-        p.at_wide, size = place(size, _wide_size(p.groups4))
+        p.at_wide, size = place(size, panel_of_words(p.groups4))
         p.at_row, p.private_size = place(size, 4 * p.groups4 + VIRTUAL_LANES)
         work = 2 * rows * p.columns * (4 * p.groups4 + 8)
         return PreparedCall(ff.linear_dynamic, packed(p, ff.LINEAR), ADDRESSES, np.float32, p.shared_size,
@@ -202,7 +198,7 @@ class FeedForward(RowKernel):
         p.at_code_own, size = place(size, groups * some)
         p.at_hidden_apart, size = place(size, some * ff.COLUMNS_APART)
         p.shared_size = size if rows <= ff.FEW_ROWS else 0
-        p.at_wide, size = place(size, _wide_size(max(p.groups4, ff.GROUP // 4)))
+        p.at_wide, size = place(size, panel_of_words(max(p.groups4, ff.GROUP // 4)))
         p.at_row, size = place(size, 4 * p.groups4 + VIRTUAL_LANES)
         p.at_hidden, size = place(size, some * ff.ROW)
         p.at_gate, p.private_size = place(size, some * ff.ROW * p.gated)

@@ -16,14 +16,21 @@ from .matmul import round_up
 from .norm import ADDRESSES
 from .records import bits_of_real, blank, packed, place
 from .requantize import NUMBERS, encode
-from .simd import LANES, ROWS, VIRTUAL_LANES, WIDTH
+from .simd import ADDS_FIRST, LANES, VIRTUAL_LANES, WIDTH, own_products
+from .word_products import panel_of_words, rows_of_words
+
+
+def packed_depth(columns):
+    """Groups of four bytes in a row that is quantized vector by vector, and multiplied two groups at a time."""
+    depth4 = round_up(-(-columns // 4), max(LANES // 4, DEPTH_STEP))
+    return max(depth4, LANES) if ADDS_FIRST else depth4  # what `split_row` takes at once
 
 
 def _input(width, quantization, more_inputs, norm):
     """Fields and arrays of rows that become codes."""
-    depth4 = round_up(round_up(width + len(more_inputs), VIRTUAL_LANES) // 4, DEPTH_STEP)
+    columns = width + len(more_inputs)
     scale, zero_point = quantization
-    fields = dict(width=width, columns=width + len(more_inputs), depth4=depth4, norm_first=norm_kind(norm),
+    fields = dict(width=width, columns=columns, depth4=packed_depth(columns), norm_first=norm_kind(norm),
                   scale=bits_of_real(scale), inverse=bits_of_real(np.float32(1) / scale),
                   zero=bits_of_real(zero_point))
     return fields, {"more_inputs": np.array(more_inputs, np.int32), "at_first": pack_norm(norm, width)}
@@ -32,14 +39,14 @@ def _input(width, quantization, more_inputs, norm):
 def _output(width, quantization, more_outputs, norm):
     """Fields and arrays of codes that become rows."""
     channels, (scale, zero_point) = width + len(more_outputs), quantization
-    fields = dict(out_width=width, channels=channels, out_up=round_up(channels, ff.FEATURES), z2=zero_point,
+    fields = dict(out_width=width, channels=channels, out_up=round_up(channels, WIDTH), z2=zero_point,
                   out_scale=bits_of_real(scale), norm_last=norm_kind(norm))
     return fields, {"more_outputs": np.array(more_outputs, np.int32).reshape(-1), "at_last": pack_norm(norm, width)}
 
 
 def _row_size(p):
     """Elements of room for a row, its further columns or its channels."""
-    return max(4 * p.depth4, p.out_up) + VIRTUAL_LANES
+    return round_up(max(4 * p.depth4, p.out_up), VIRTUAL_LANES) + VIRTUAL_LANES
 
 
 class FeedForward(RowKernel):
@@ -89,8 +96,10 @@ class FeedForward(RowKernel):
             wide_real[:len(real)] = real
             if bias is not None:
                 wide_bias[:len(bias)] = bias
-            parts = (pack_byte_panels(wide), corrected_bias(wide, wide_bias, zero_points[source]),
-                     encode(project_rule, wide_real))
+            terms = corrected_bias(wide, wide_bias, zero_points[source])
+            if ADDS_FIRST:
+                terms = np.concatenate((terms, -own_products(wide)))
+            parts = pack_byte_panels(wide), terms, encode(project_rule, wide_real)
             return dict(zip(names, parts, strict=True))
 
         arrays |= ends | linear(("w1", "b1", "m1"), linear1, hidden_up, depth, "input")
@@ -122,9 +131,12 @@ class FeedForward(RowKernel):
         p.at_hidden, size = place(size, up * p.hidden_up // 4)
         p.at_gate, size = place(size, up * p.hidden_up // 4 * p.gated)
         p.at_codes, size = place(size, up * p.out_up // 4)
+        deepest = max(p.depth4, p.hidden_up // 4)
+        p.at_words, size = place(size, rows_of_words(some, deepest))
+        p.at_own, size = place(size, some)
         p.shared_size = size if rows <= ff.FEW_ROWS else 0
         p.at_row, size = place(size, _row_size(p))
-        p.at_tiles, p.private_size = place(size, ff.EDGE + ROWS * WIDTH)
+        p.at_tiles, p.private_size = place(size, ff.WIDE + panel_of_words(deepest))
         work = 2 * rows * p.hidden_up * ((2 if p.gated else 1) * 4 * p.depth4 + p.out_up) // 3
         return PreparedCall(ff.feed_forward_int8, packed(p, ff.FEED_FORWARD), ADDRESSES, np.int32, p.shared_size,
                             p.private_size, work, fixed=(self._address,))

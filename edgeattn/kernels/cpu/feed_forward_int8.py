@@ -13,14 +13,14 @@ bytes are equal under every instruction set, in any batch and on any number of t
 import numpy as np
 
 from edgeattn.runtime.calls import separately
-from edgeattn.runtime.compiler import inline, jit, task
+from edgeattn.runtime.compiler import NamedTuple, inline, jit, task
 from edgeattn.runtime.worker_pool import parallel_for
 
-from .byte_products import DEPTH_STEP, TILES_SCRATCH, linear, row_product
+from .byte_products import DEPTH_STEP, TILES_SCRATCH, row_product
 from .feed_forward_float32 import FEW_ROWS, parts_of_rows, share_of
-from .finish_int8 import finish_bytes, scale_features
+from .finish_int8 import finish_bytes
 from .fused_int8 import pack_tokens
-from .int8_operands import BYTE_FLIP
+from .int8_operands import BYTE_FLIP, FLIP, SIGN_BITS
 from .int8_views import BytePanels, Groups, Part, Scaling, scratch_at
 from .matmul import round_up
 from .norm import ADDRESSES, NO_NORM, finish_row, normalize_row, read_row
@@ -28,13 +28,14 @@ from .quantize import dequantize_row, quantize_vectors
 from .records import located, named, real, record
 from .requantize import requantize
 from .simd import (
+    ADDS_FIRST,
     LANES,
-    ROWS,
     VIRTUAL_LANES,
     WIDTH,
     address_of,
     load,
     load_bytes,
+    map_bytes,
     matrix_configure,
     matrix_release,
     maximum,
@@ -43,26 +44,38 @@ from .simd import (
     splat,
     store,
     store_bytes,
-    tile_store,
+    tile_add_columns,
+    tile_add_down,
     wide_splat,
 )
 from .views import Blocks
+from .word_products import Words, product_of_words, split_row
 
 BLOCK = 64  # rows that pass together
-EDGE = max(TILES_SCRATCH, 16)  # elements at `at_tiles` before room for a tile
-FEATURES = max(VIRTUAL_LANES, 4 * DEPTH_STEP)  # hidden features, and channels, are multiples of
-# Of weights: positions in elements of 32 bits, `w` of panels, `b` biases, `m` multipliers; `z` zero points, `zh` of
-# the hidden features; `table`: 256 bytes; `more_inputs`: what each further column is left of, a feature or another such
-# column; `more_outputs`: of each further channel the one it is added to, and the code that adds nothing.
+WIDE = max(TILES_SCRATCH, 16)  # elements at `at_tiles` before room for the words of a panel
+FEATURES = max(VIRTUAL_LANES, 4 * DEPTH_STEP)  # hidden features are a multiple of
+# Of weights: positions in elements of 32 bits, `w` of panels, `b` biases and, where ADDS_FIRST, minus the features' own
+# products behind them, `m` multipliers; `z` zero points, `zh` of the hidden features; `table`: 256 bytes;
+# `more_inputs`: what each further column is left of, a feature or another such column; `more_outputs`: of each further
+# channel the one it is added to, and the code that adds nothing.
 FEED_FORWARD = record(
     "rows width columns out_width channels depth4 hidden_up out_up codes gated norm_first norm_last",
     "project_rule multiply_rule w1 b1 m1 z1 gate_w gate_b gate_m gate_z table active_z multiplier zh w2 b2 m2 z2",
     "more_inputs more_outputs at_first at_last scale inverse zero out_scale",
-    "at_x at_nan at_hidden at_gate at_codes at_row at_tiles shared_size private_size")
+    "at_x at_nan at_hidden at_gate at_codes at_words at_own at_row at_tiles shared_size private_size")
 ENDS = record("x residual codes nan weights")  # rows of float32, int8 codes, float32 of each row
 _NONE, _ZERO, _NAN = np.int32(0), np.float32(0), np.float32(np.nan)
 _LEAST, _MOST = np.int32(-128), np.int32(127)
 _FLIP = np.int32(BYTE_FLIP)  # of a byte in 32 bits
+
+
+class Operand(NamedTuple):
+    """Rows of depth4 groups of unsigned bytes, in scratch; where ADDS_FIRST, their words, and minus own products."""
+
+    at: int
+    depth4: int
+    at_words: int
+    at_own: int
 
 
 # --- rows to codes and back --------------------------------------------------------------------------------------
@@ -125,33 +138,61 @@ def write_codes(s, w, p, codes, nan, residual, out, row, own):
 # --- codes to codes ----------------------------------------------------------------------------------------------
 
 @inline
-def finish_few(tile, rows, t, f, scaling, out, edge):
-    """Codes of a tile of any height to bytes of out, by way of `edge`, int32."""
-    tile_store(scale_features(tile, f, scaling), edge.data, edge.at, WIDTH, LANES)
-    zero = splat(scaling.zero_point)
-    low, high = splat(_LEAST) - zero, splat(_MOST) - zero
-    for i in range(rows):
-        for j in range(0, WIDTH, LANES):
-            code = smaller(maximum(load(edge.data, edge.at + i * WIDTH + j), low), high) + zero
-            store_bytes(out.data, out.at + (t + i) * out.block + f + j, code)
+def operand_of(p, base, at, depth4):
+    """The Operand at `at` of the rows at base; of words there is one at a time."""
+    return Operand(base + at, depth4, base + p.at_words, base + p.at_own)
+
+
+@inline
+def split_rows(s, x, begin, rows, step):
+    """The words of every `step`-th row of an Operand, from `begin` on, where products read them."""
+    if ADDS_FIRST:
+        for r in range(begin, rows, step):
+            split_row(s.int32, x.at + r * x.depth4, x.depth4, s.int32, x.at_words, r, x.at_own + r)
+
+
+@inline
+def finish_codes(tile, rows, t, f, scaling, flip, out):
+    """Codes, ^ flip, to bytes of out, as row_product calls it."""
+    finish_bytes(tile, t, f, scaling, flip, out)
+
+
+@inline
+def start_words(tile, t, f, s, x, panels, own_step, finish_with):
+    """What a tile of zeros is before products are added, as product_of_words calls it."""
+    tile = tile_add_columns(tile_add_down(tile, s.int32, x.at_own + t), panels.bias, panels.at_bias + f)
+    return tile_add_columns(tile, panels.bias, panels.at_bias + own_step + f)
+
+
+@inline
+def finish_words(tile, rows, t, f, s, x, panels, own_step, finish_with):
+    """finish_codes(), as product_of_words calls it."""
+    finish_codes(tile, rows, t, f, *finish_with)
 
 
 @task
-def product_of_codes(x, rows, panels, scaling, out, tiles):
-    """Codes of x w^T + bias, to out, whose blocks are whole rows; of few rows, which fill no tile, no others."""
-    if rows < ROWS:
-        edge = Part(tiles.data, tiles.at + EDGE)
-        row_product(finish_few, (scaling, out, edge), x, rows, panels, tiles)
+def product_of_codes(s, x, rows, panels, scaling, flip, out, at_tiles):
+    """Codes of x w^T + bias, ^ flip, to out, whose blocks are whole rows."""
+    if ADDS_FIRST and rows > 1:
+        words = Words(s.int32, x.at_words, x.depth4, at_tiles + WIDE)
+        product_of_words(start_words, finish_words, (s, x, panels, scaling.features, (scaling, flip, out)), words, rows,
+                         panels.data, panels.at, panels.features)
     else:
-        linear(finish_bytes, (scaling, _NONE, out), x, rows, panels, tiles)
+        row_product(finish_codes, (scaling, flip, out), Groups(s.uint32, x.at, x.depth4, 1), rows, panels,
+                    Part(s.int32, at_tiles))
 
 
 @inline
 def look_up(s, at, row_step, rows, features, table):
-    """codes = table[codes + 128], in place."""
+    """codes = table[codes], in place; codes plus 128, a multiple of 4 of them to a row."""
+    together = 4 * LANES
+    whole = features // together * together
     for r in range(rows):
-        for i in range(at + r * row_step, at + r * row_step + features):
-            s.int8[i] = table.data[table.at + np.int64(s.int8[i]) + 128]
+        here = at + r * row_step
+        for i in range(here, here + whole, together):
+            store(s.int32, i >> 2, map_bytes(table.data, table.at, load(s.int32, i >> 2)))
+        for i in range(here + whole, here + features):
+            s.int8[i] = table.data[table.at + (np.int64(s.int8[i]) & 255)]
 
 
 @inline
@@ -169,16 +210,18 @@ def multiply_codes(s, w, p, at_gate, at, rows, features):
 @inline
 def raise_rows(s, w, p, base, own, rows, begin, end):
     """The hidden features begin .. end of the rows at base, as unsigned operands."""
-    x, tiles = Groups(s.uint32, base + p.at_x, p.depth4, 1), Part(s.int32, own + p.at_tiles)
+    x, at_tiles = operand_of(p, base, p.at_x, p.depth4), own + p.at_tiles
     at, at_gate, features = 4 * (base + p.at_hidden) + begin, 4 * (base + p.at_gate) + begin, end - begin
     table = Part(w.int8, 4 * p.table)
     scaling = Scaling(w.int32, p.project_rule, p.m1 + begin, p.hidden_up, np.int32(p.z1))
     panels = BytePanels(w.int32, p.w1 + begin * p.depth4, w.int32, p.b1 + begin, features, p.depth4)
-    separately(product_of_codes, (x, rows, panels, scaling, Blocks(s.int8, at, p.hidden_up, 0), tiles))
+    flip = SIGN_BITS if p.gated == 0 else _NONE  # what is looked up is a position
+    separately(product_of_codes, (s, x, rows, panels, scaling, flip, Blocks(s.int8, at, p.hidden_up, 0), at_tiles))
     if p.gated != 0:
         scaling = Scaling(w.int32, p.project_rule, p.gate_m + begin, p.hidden_up, np.int32(p.gate_z))
         panels = BytePanels(w.int32, p.gate_w + begin * p.depth4, w.int32, p.gate_b + begin, features, p.depth4)
-        separately(product_of_codes, (x, rows, panels, scaling, Blocks(s.int8, at_gate, p.hidden_up, 0), tiles))
+        separately(product_of_codes, (s, x, rows, panels, scaling, SIGN_BITS,
+                                      Blocks(s.int8, at_gate, p.hidden_up, 0), at_tiles))
         look_up(s, at_gate, p.hidden_up, rows, features, table)
         multiply_codes(s, w, p, at_gate, at, rows, features)
     else:
@@ -189,11 +232,11 @@ def raise_rows(s, w, p, base, own, rows, begin, end):
 def lower_rows(s, w, p, base, own, rows, begin, end):
     """The codes of the channels begin .. end of the rows at base."""
     depth4 = p.hidden_up // 4
-    x, out = Groups(s.uint32, base + p.at_hidden, depth4, 1), 4 * (base + p.at_codes) + begin
+    x, out = operand_of(p, base, p.at_hidden, depth4), 4 * (base + p.at_codes) + begin
     scaling = Scaling(w.int32, p.project_rule, p.m2 + begin, p.out_up, np.int32(p.z2))
     panels = BytePanels(w.int32, p.w2 + begin * depth4, w.int32, p.b2 + begin, end - begin, depth4)
-    separately(product_of_codes, (x, rows, panels, scaling, Blocks(s.int8, out, p.out_up, 0),
-                                  Part(s.int32, own + p.at_tiles)))
+    separately(product_of_codes, (s, x, rows, panels, scaling, _NONE, Blocks(s.int8, out, p.out_up, 0),
+                                  own + p.at_tiles))
 
 
 @inline
@@ -215,7 +258,9 @@ def feed_rows_forward(p, a, scratch, portion, worker, part):
         rows = min(BLOCK, end - row)
         for r in range(rows):
             separately(read_codes, (s, w, p, a.x, row + r, own + p.at_x + r * p.depth4, own + p.at_nan + r, own))
+        split_rows(s, operand_of(p, own, p.at_x, p.depth4), 0, rows, 1)
         raise_rows(s, w, p, own, own, rows, 0, p.hidden_up)
+        split_rows(s, operand_of(p, own, p.at_hidden, p.hidden_up // 4), 0, rows, 1)
         lower_rows(s, w, p, own, own, rows, 0, p.out_up)
         for r in range(rows):
             write_result(s, w, p, a, r, row + r, own, own)
@@ -228,6 +273,7 @@ def read_some(p, a, scratch, parts, worker, part):
     s, w, own = scratch_at(scratch), scratch_at(a.weights), p.shared_size + worker * p.private_size
     for r in range(part, p.rows, parts):
         separately(read_codes, (s, w, p, a.x, r, p.at_x + r * p.depth4, p.at_nan + r, own))
+    split_rows(s, operand_of(p, 0, p.at_x, p.depth4), part, p.rows, parts)
 
 
 @task
@@ -239,6 +285,12 @@ def raise_some(p, a, scratch, parts, worker, part):
     if begin < end:
         raise_rows(s, w, p, 0, own, p.rows, begin, end)
     matrix_release()
+
+
+@task
+def split_some(p, a, scratch, parts, worker, part):
+    """The words of some rows of hidden features."""
+    split_rows(scratch_at(scratch), operand_of(p, 0, p.at_hidden, p.hidden_up // 4), part, p.rows, parts)
 
 
 @task
@@ -271,6 +323,8 @@ def feed_forward_int8(parameters, addresses, scratch, task_queue, count):
     if count > 1 and p.rows <= FEW_ROWS:
         parallel_for(task_queue, count, read_some, p, a, s, count)
         parallel_for(task_queue, count, raise_some, p, a, s, count)
+        if ADDS_FIRST:
+            parallel_for(task_queue, count, split_some, p, a, s, count)
         parallel_for(task_queue, count, lower_some, p, a, s, count)
         parallel_for(task_queue, count, write_some, p, a, s, count)
     else:
@@ -280,6 +334,16 @@ def feed_forward_int8(parameters, addresses, scratch, task_queue, count):
 
 # --- the two ends alone, for a layer between them that takes codes -----------------------------------------------
 
+@inline
+def copy_codes(s, at, count, codes, to):
+    """Codes of unsigned operands from `at` on, to wherever `to` is."""
+    whole, groups = count // (4 * LANES) * LANES, pointer_to(address_of(codes) + to, np.int32)
+    for i in range(0, whole, LANES):
+        store(groups, i, load(s.int32, at + i) ^ splat(FLIP))
+    for i in range(4 * whole, count):
+        codes[to + i] = s.int8[4 * at + i] ^ BYTE_FLIP
+
+
 @task
 def rows_to_codes_part(p, a, scratch, portion, worker, part):
     """A portion of the rows."""
@@ -288,8 +352,7 @@ def rows_to_codes_part(p, a, scratch, portion, worker, part):
     for row in range(part * portion, min((part + 1) * portion, p.rows)):
         separately(read_codes, (s, w, p, a.x, row, at, own + p.at_nan, own))
         nan[row] = s.float32[own + p.at_nan]
-        for i in range(p.columns):
-            codes[row * p.columns + i] = s.int8[4 * at + i] ^ BYTE_FLIP
+        copy_codes(s, at, p.columns, codes, row * p.columns)
 
 
 @jit

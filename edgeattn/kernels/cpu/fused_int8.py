@@ -93,13 +93,13 @@ class Seen(NamedTuple):
 @inline
 def pack_tokens(x, E, tokens, rows, out, out_row):
     """int8 rows of x as unsigned operand (rows, out_row); missing bytes and rows are zero codes."""
-    whole = E // (4 * LANES) * LANES if E % 4 == 0 else 0  # groups that come in vectors
-    words = pointer_to(address_of(x.data), np.int32)
+    whole = E // (4 * LANES) * LANES  # groups that come in vectors
     flip = splat(FLIP)
     for t in range(tokens):
         from_x, to = x.at + t * E, out.at + t * out_row
+        words = pointer_to(address_of(x.data) + from_x, np.int32)
         for i in range(0, whole, LANES):
-            store(out.data, to + i, load(words, from_x // 4 + i) ^ flip)
+            store(out.data, to + i, load(words, i) ^ flip)
         for i in range(whole, out_row):
             word = np.int32(0)
             for j in range(min(4, E - 4 * i)):

@@ -16,9 +16,11 @@ from .simd import (
     add_products_of_wide,
     add_word_products,
     add_word_products_and_widen,
+    lane_index,
     load,
     own_products,
     prefetch,
+    select,
     splat,
     split_words,
     sum_lanes,
@@ -43,10 +45,15 @@ class Words(NamedTuple):
 
 @inline
 def split_row(source, at, depth4, data, at_words, row, at_own):
-    """Four bytes an element (depth4,) to a row of Words, and minus the sum of their own products; depth4 as LANES."""
-    own, to = splat(np.int32(0)), at_words + 2 * (row // ROWS * depth4 * ROWS + row % ROWS)
-    for i in range(0, depth4, LANES):
+    """Four bytes an element (depth4,) to a row of Words, and minus the sum of their own products; depth4 >= LANES."""
+    none, to = splat(np.int32(0)), at_words + 2 * (row // ROWS * depth4 * ROWS + row % ROWS)
+    own, whole = none, depth4 // LANES * LANES
+    for i in range(0, whole, LANES):
         own = own + split_words(data, to + 2 * ROWS * i, 2 * ROWS, load(source, at + i))
+    if whole < depth4:  # the last ones, among them some that have been counted
+        i = depth4 - LANES
+        more = split_words(data, to + 2 * ROWS * i, 2 * ROWS, load(source, at + i))
+        own = own + select(lane_index() < splat(np.int32(whole - i)), none, more)
     data[at_own] = -sum_lanes(own)
 
 
@@ -56,9 +63,21 @@ def own_terms(codes):
 
 
 @register_jitable
+def rows_of_words(rows, depth4):
+    """Elements that rows of words take."""
+    return 2 * depth4 * round_up(rows, ROWS) if ADDS_FIRST else 0
+
+
+@register_jitable
+def panel_of_words(depth4):
+    """Elements that the words of a panel take."""
+    return 2 * depth4 * WIDTH if ADDS_FIRST else 0
+
+
+@register_jitable
 def words_scratch(rows, depth4):
     """Elements that rows of words take, what each adds, and the words of a panel."""
-    return round_up(rows, 16) + 2 * depth4 * (round_up(rows, ROWS) + WIDTH) if ADDS_FIRST else 0
+    return round_up(rows, 16) + rows_of_words(rows, depth4) + panel_of_words(depth4) if ADDS_FIRST else 0
 
 
 # Two depths stand in one turn of each loop: fewer instructions beside those that multiply.

@@ -263,6 +263,21 @@ def test_tile_to_bytes():
 
 
 @njit(error_model="numpy")
+def _few_to_bytes(a, out, others):
+    simd.tile_store_bytes(simd.tile_load(1, COLUMNS, a, 0, WIDTH, N), out, 0, 0, N, np.int32(-3), np.int32(0))
+    simd.tile_store_bytes(simd.tile_load(3, COLUMNS, a, 0, WIDTH, N), others, 0, WIDTH, N, np.int32(-3), np.int32(0))
+
+
+def test_a_tile_of_few_rows_to_bytes():
+    a = np.random.default_rng(5).integers(-200, 200, 3 * WIDTH).astype(np.int32)
+    out, others = (np.full(rows * WIDTH + 9, 77, np.int8) for rows in (1, 3))
+    _few_to_bytes(a, out, others)
+    want = np.clip(a - 3, -128, 127).astype(np.int8)
+    np.testing.assert_array_equal(others, [*want, *[77] * 9])
+    np.testing.assert_array_equal(out, [*want[:WIDTH], *[77] * 9])
+
+
+@njit(error_model="numpy")
 def _look_up(table, index, out):
     found = simd.look_up_bytes(table, simd.load(index, 0))
     for j in range(4):
@@ -278,6 +293,20 @@ def test_look_up_every_entry(dtype):
         index = np.arange(start, start + 4 * N, dtype=np.uint8).reshape(4, N)
         _look_up(wide, np.ascontiguousarray(index.T).view(np.int32).ravel(), out)
         np.testing.assert_array_equal(out, table[start:start + 4 * N])
+
+
+@njit(error_model="numpy")
+def _map_bytes(table, v, out):
+    for i in range(0, v.size, N):
+        simd.store(out, i, simd.map_bytes(table, 3, simd.load(v, i)))
+
+
+def test_map_every_byte():
+    table = np.random.default_rng(6).permutation(300).astype(np.int8)
+    places = np.random.default_rng(7).permutation(256).astype(np.uint8)
+    out = np.zeros(64, np.int32)
+    _map_bytes(table, places.view(np.int32), out)
+    np.testing.assert_array_equal(out.view(np.int8), table[3 + places.astype(int)])
 
 
 @njit

@@ -25,6 +25,7 @@ from .bytes import (
     larger_bytes,
     load_bytes,
     look_up_bytes,
+    map_bytes,
     pack_bytes,
     store_bytes,
     subtract_bytes,

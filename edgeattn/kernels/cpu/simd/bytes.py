@@ -51,6 +51,17 @@ def byte_planes(table):
 
 
 @intrinsic
+def map_bytes(typing, table, at, v):
+    """each unsigned byte of v[l] = table[at + byte], table of bytes"""
+    def generate(context, builder, sig, args):
+        vector = ir.VectorType(emit.i8, 4 * LANES)
+        entries = builder.gep(emit.data(context, builder, sig.args[0], args[0]), [args[1]])
+        found = CODE.map_bytes(builder, entries, builder.bitcast(args[2], vector))
+        return builder.bitcast(found, args[2].type)
+    return I32(table, types.intp, I32), generate
+
+
+@intrinsic
 def pack_bytes(typing, a, b, c, d, zero_point):
     """byte j of v[l] = clamp((a, b, c, d)[j][l] + zero_point, -128, 127)"""
     def generate(context, builder, sig, args):

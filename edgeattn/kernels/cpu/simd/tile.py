@@ -354,7 +354,7 @@ def tile_dequantize(typing, t, down, i0, across, j0, k0):
 def tile_store_bytes(typing, t, array, at, row_step, column_step, zero_point, flip):
     """array[at + i * row_step + j * column_step + l] = clamp(t[i][j][l] + zero_point, -128, 127) ^ byte l % 4 of flip
 
-    array of bytes; rows * columns a multiple of 4.
+    array of bytes
     """
     def generate(context, builder, sig, args):
         tile, array_, position, row_step_, column_step_, zero, flip_ = args
@@ -366,11 +366,12 @@ def tile_store_bytes(typing, t, array, at, row_step, column_step, zero_point, fl
                 here = builder.add(here, column_step_)
             position = builder.add(position, row_step_)
         quarter = ir.VectorType(emit.i32, LANES // 4)
-        for k in range(0, t.rows * t.columns, 4):
-            packed = CODE.pack(builder, [builder.extract_value(tile, k + c) for c in range(4)], zero)
+        last = t.rows * t.columns - 1
+        for k in range(0, last + 1, 4):
+            packed = CODE.pack(builder, [builder.extract_value(tile, min(k + c, last)) for c in range(4)], zero)
             packed = builder.xor(packed, emit.splat(builder, flip_, packed.type))
             packed = emit.shuffle(builder, packed, packed, [4 * g + c for c in range(4) for g in range(LANES // 4)])
-            for c in range(4):
+            for c in range(min(4, last + 1 - k)):
                 part = emit.shuffle(builder, packed, packed, range(c * quarter.count, (c + 1) * quarter.count))
                 where = emit.pointer(context, builder, sig.args[1], array_, positions[k + c], quarter)
                 emit.store(builder, part, where)

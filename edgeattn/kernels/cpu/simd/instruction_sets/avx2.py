@@ -13,6 +13,7 @@ class Code(generic.Code):
     multiplies_words = True
     registers = "x"
     words, half = "llvm.x86.avx2.packssdw", "llvm.x86.avx2.packsswb"
+    shuffle_bytes = "llvm.x86.avx2.pshuf.b"
 
     def maximum(self, builder, a, b):
         """By the instruction: LLVM makes slow stores under a mask of a choice that replaces a or b."""
@@ -34,6 +35,26 @@ class Code(generic.Code):
         return emit.call(builder, f"llvm.masked.gather.v{n}{kind}.v{n}p0", vector,
                          [builder.inttoptr(addresses, pointers), ir.Constant(emit.i32, 4), every,
                           ir.Constant(vector, ir.Undefined)])
+
+    def map_bytes(self, builder, entries, v):  # noqa: D102
+        # sixteen entries at a time, by the lower half of a byte; the bits of its upper half choose, each as a sign
+        n, none = v.type.count, emit.all_lanes(0, v.type)
+        sixteen = ir.VectorType(emit.i8, 16)
+        lower = builder.and_(v, emit.all_lanes(15, v.type))
+        words = builder.bitcast(v, ir.VectorType(emit.i16, n // 2))
+        shifted = [builder.bitcast(builder.shl(words, emit.all_lanes(left, words.type)), v.type)
+                   for left in (3, 2, 1, 0)]
+        signs = [builder.icmp_signed("<", bits, none) for bits in shifted]
+
+        def chosen(first, count):
+            if count == 1:
+                where = builder.gep(entries, [ir.Constant(emit.i64, 16 * first)])
+                some = emit.load(builder, builder.bitcast(where, sixteen.as_pointer()))
+                some = emit.shuffle(builder, some, some, [i % 16 for i in range(n)])
+                return emit.call(builder, self.shuffle_bytes, v.type, [some, lower])
+            below, above = chosen(first, count // 2), chosen(first + count // 2, count // 2)
+            return builder.select(signs[count.bit_length() - 2], above, below)
+        return chosen(0, 16)
 
     def pack(self, builder, vectors, zero_point):  # noqa: D102
         n = vectors[0].type.count

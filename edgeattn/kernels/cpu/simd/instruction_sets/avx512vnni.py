@@ -15,6 +15,7 @@ class Code(avx2vnni.Code):
 
     registers = "v"
     words, half = "llvm.x86.avx512.packssdw.512", "llvm.x86.avx512.packsswb.512"
+    shuffle_bytes = "llvm.x86.avx512.pshuf.b.512"
 
     def round_to_int(self, builder, v, result):  # noqa: D102
         return emit.call(builder, "llvm.x86.avx512.mask.cvtps2dq.512", result,

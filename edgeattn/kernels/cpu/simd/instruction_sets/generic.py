@@ -52,6 +52,14 @@ class Code:
             found.append(self.gather(builder, table, index, vector))
         return found
 
+    def map_bytes(self, builder, entries, v):
+        """`bytes.map_bytes`, of a vector of bytes."""
+        for i in range(v.type.count):
+            at = ir.Constant(emit.i32, i)
+            byte = builder.zext(builder.extract_element(v, at), emit.i64)
+            v = builder.insert_element(v, builder.load(builder.gep(entries, [byte])), at)
+        return v
+
     def pack(self, builder, vectors, zero_point):
         """Four int32 vectors to one vector of bytes: saturate16, add zero point saturating, saturate8.
 

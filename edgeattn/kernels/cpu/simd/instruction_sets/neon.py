@@ -21,6 +21,16 @@ class Code(generic.Code):
     def round_to_int(self, builder, v, result):  # noqa: D102
         return emit.call(builder, "llvm.aarch64.neon.fcvtns.v4i32.v4f32", result, [v])
 
+    def map_bytes(self, builder, entries, v):  # noqa: D102
+        # 64 entries at a time; what is none of them leaves what was found before, at first zeros
+        found = emit.all_lanes(0, v.type)
+        for first in range(0, 256, 64):
+            places = [builder.gep(entries, [ir.Constant(emit.i64, first + i)]) for i in range(0, 64, 16)]
+            four = [emit.load(builder, builder.bitcast(where, v.type.as_pointer())) for where in places]
+            found = emit.call(builder, "llvm.aarch64.neon.tbx4.v16i8", v.type,
+                              [found, *four, builder.sub(v, emit.all_lanes(first, v.type))])
+        return found
+
     prepare = staticmethod(emit.as_bytes)
 
     def dot(self, builder, accumulator, u, s):  # noqa: D102
