@@ -27,7 +27,7 @@ def main(name, triple=None, cpu=""):
 
     def product_ahead(a, b, out, depth):
         tile = tile_zero(ROWS, COLUMNS, b)
-        tile = multiply_ahead(tile, a, 0, depth, 1, b, 0, depth, depth * WIDTH, depth)
+        tile = multiply_ahead(tile, a, 0, depth, 1, b, 0, depth, depth * WIDTH, 1)
         tile_store(tile, out, 0, WIDTH, LANES)
 
     def exponentials(a, out, highest):
@@ -48,6 +48,7 @@ def main(name, triple=None, cpu=""):
     functions = {"product float32": (product, (floats, floats, floats, types.int64)),
                  "product float32 ahead": (product_ahead, (floats, floats, floats, types.int64)),
                  "product int8": (product, (codes, unsigned, codes, types.int64)),
+                 "product int8 of weights": (product, (unsigned, codes, codes, types.int64)),
                  "exponentials": (exponentials, (floats, floats, types.float32))}
     for rule, function in RULES.items():
         functions[f"requantization {rule}"] = (requantization(function), (codes, codes, codes))

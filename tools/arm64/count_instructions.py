@@ -3,7 +3,8 @@
     python tools/arm64/count_instructions.py .arm64
     python tools/arm64/count_instructions.py .arm64 --cpu cortex-a53 --site FOLDER --size 64/4/32
 
-Sizes of three numbers are attention layers; a fourth, of hidden features, makes it an encoder layer of MiniLM's kind.
+Sizes of three numbers are attention layers; a fourth, of hidden features, makes it an encoder layer of MiniLM's kind,
+and a fifth says how many of these: 384/12/32/1536/6 is MiniLM behind its embedding.
 
 For each CPU a process a runtime, counted by a plugin of the emulator (count_plugin.c): a call is a quarter of what
 eight calls execute more than four. A count is no speed: instructions take unlike times, and the emulator has no
@@ -94,7 +95,7 @@ def make_files(folder: Path, sizes: list[str]) -> dict[tuple[str, str, str], tup
         biases = dict(zip(names, rng.standard_normal((4, E), np.float32), strict=True))
         layer, x = edgeattn.MultiHeadAttention(H, *weights, **biases), rng.standard_normal((1, L, E), np.float32)
         if hidden:
-            layer = encoder(layer, hidden[0], rng)
+            layer = encoder(layer, *hidden, rng=rng)
         made = {"float32": layer, "dynamic": quant.quantize(layer, scheme="dynamic"),
                 "static": quant.quantize(layer, quant.calibrate(layer, [x]))}
         inputs, codes = Path(f"{stem}.npy"), Path(f"{stem}-codes.npy")
@@ -119,18 +120,21 @@ def make_files(folder: Path, sizes: list[str]) -> dict[tuple[str, str, str], tup
     return files
 
 
-def encoder(attention: edgeattn.MultiHeadAttention, hidden: int, rng: np.random.Generator
+def encoder(attention: edgeattn.MultiHeadAttention, hidden: int, layers: int = 1, *, rng: np.random.Generator
             ) -> edgeattn.TransformerEncoder:
-    """One layer around attention, as MiniLM has six: GELU, norms behind the sums."""
+    """Layers around the same attention, as MiniLM has six: GELU, norms behind the sums."""
     width = attention.embed_dim
 
     def linear(outputs: int, inputs: int) -> edgeattn.Linear:
         return edgeattn.Linear(rng.standard_normal((outputs, inputs), np.float32) / np.float32(inputs**0.5),
                                rng.standard_normal(outputs, np.float32))
 
-    norms = [edgeattn.LayerNorm(1 + rng.standard_normal(width, np.float32) / 8) for _ in range(2)]
-    return edgeattn.TransformerEncoder([edgeattn.TransformerEncoderLayer(
-        attention, edgeattn.FeedForward(linear(hidden, width), linear(width, hidden), activation="gelu"), *norms)])
+    def layer() -> edgeattn.TransformerEncoderLayer:
+        norms = [edgeattn.LayerNorm(1 + rng.standard_normal(width, np.float32) / 8) for _ in range(2)]
+        feed_forward = edgeattn.FeedForward(linear(hidden, width), linear(width, hidden), activation="gelu")
+        return edgeattn.TransformerEncoderLayer(attention, feed_forward, *norms)
+
+    return edgeattn.TransformerEncoder([layer() for _ in range(layers)])
 
 
 def count(folder: Path, cpu: str, site: Path, peers: Path, runtime: str, files: list[tuple[Path, Path]]) -> list[int]:
@@ -162,7 +166,7 @@ def main() -> int:
     add = parser.add_argument
     add("folder", type=Path, help="where tools/arm64/build.py built")
     add("--cpu", action="append", choices=[cpu.name for cpu in CPUS], help="this CPU alone; may be repeated")
-    add("--size", action="append", help="width/heads/tokens; may be repeated")
+    add("--size", action="append", help="as said above; may be repeated")
     add("--site", type=Path, help="where edgeattn is installed with libraries; else a wheel is built")
     add("--runtime", action="append", choices=["edgeattn", *PEERS], help="this alone; may be repeated")
     given = parser.parse_args()

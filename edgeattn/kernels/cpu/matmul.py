@@ -79,10 +79,9 @@ def _multiply(tile, a, at_a, row_step, step, b, at_b, depth):
 
 
 @inline
-def _multiply_ahead(tile, a, at_a, row_step, step, b, at_b, depth, at_next, part):
-    """_multiply(), while `part` elements of b from at_next on, at most 8 times `depth`, are brought near."""
+def _multiply_ahead(tile, a, at_a, row_step, step, b, at_b, depth, at_next, pace):
+    """_multiply(), while for each depth `pace` elements of b from at_next on, at most 8, are brought near."""
     count = steps(b)
-    pace = part // max(depth, 1)
     for k in range(0, depth - 2 * count + 1, 2 * count):
         half = k + count
         prefetch(b, at_next + k * pace)
@@ -96,13 +95,8 @@ def _multiply_ahead(tile, a, at_a, row_step, step, b, at_b, depth, at_next, part
     return tile
 
 
-@inline
-def _multiply_by_lane_ahead(tile, a, at_a, row_step, step, b, at_b, depth, at_next, part):
-    return multiply_by_lane_ahead(tile, a, at_a, row_step, step, b, at_b, depth, at_next, part // max(depth, 1))
-
-
-# multiply(tile, a, at_a, row_step, step, b, at_b, depth), and multiply_ahead(..., at_next, part)
-multiply, multiply_ahead = (multiply_by_lane, _multiply_by_lane_ahead) if BY_LANE else (_multiply, _multiply_ahead)
+# multiply(tile, a, at_a, row_step, step, b, at_b, depth), and multiply_ahead(..., at_next, pace)
+multiply, multiply_ahead = (multiply_by_lane, multiply_by_lane_ahead) if BY_LANE else (_multiply, _multiply_ahead)
 
 
 @inline

@@ -6,7 +6,21 @@ alone and among others.
 from edgeattn.runtime.compiler import NamedTuple, inline, task
 
 from .matmul import feature_position, multiply, multiply_ahead
-from .simd import COLUMNS, LANES, ROWS, WIDTH, outer_product, rank_steps, steps, tile_add, tile_store, tile_zero
+from .simd import (
+    BY_LANE,
+    COLUMNS,
+    LANES,
+    ROWS,
+    WIDTH,
+    outer_product,
+    rank_steps,
+    steps,
+    tile_add,
+    tile_add_side_by_side,
+    tile_store,
+    tile_store_side_by_side,
+    tile_zero,
+)
 
 TALL = 6 if LANES == 8 else ROWS  # rows of a tile: of sixteen registers three hold what it is made of
 _UNEVEN = (1, 2) if TALL == 6 else (-1, -1)  # rows that would be left alone: 7 are better 4 and 3, 8 twice 4
@@ -50,10 +64,17 @@ def finish_chain(tile, begun, k, t, w, f, out):
 
     w: Weights, out: Place
     """
-    to = out.at + t * out.step
-    if begun or k > 0:
+    to, has_more, is_last = out.at + t * out.step, begun or k > 0, w.at_bias != NO_BIAS and k + w.chain >= w.depth
+    if BY_LANE and out.column == LANES:
+        if has_more:
+            tile = tile_add_side_by_side(tile, out.data, to, out.step)
+        if is_last:
+            tile = tile_add(tile, w.data, w.at_bias + f, 0, LANES)
+        tile_store_side_by_side(tile, out.data, to, out.step)
+        return
+    if has_more:
         tile = tile_add(tile, out.data, to, out.step, out.column)
-    if w.at_bias != NO_BIAS and k + w.chain >= w.depth:
+    if is_last:
         tile = tile_add(tile, w.data, w.at_bias + f, 0, LANES)
     tile_store(tile, out.data, to, out.step, out.column)
 
@@ -77,7 +98,7 @@ def multiply_tile_ahead(zero, begun, x, t, w, f, out, at_next, pace):
     for k in range(0, max(w.depth, 1), w.chain):
         some = min(w.chain, w.depth - k)
         tile = multiply_ahead(zero, x.data, from_row + k, x.step, 1, w.data, at_panel + k * WIDTH, some,
-                              at_next + k * pace, pace * some)
+                              at_next + k * pace, pace)
         finish_chain(tile, begun, k, t, w, f, out)
 
 

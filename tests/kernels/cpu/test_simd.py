@@ -175,11 +175,16 @@ def _multiply(a, row_step, step, b, out, depth):
 
 
 @njit(error_model="numpy")
-def _multiply_by_lane(a, row_step, step, b, out, ahead, depth):
+def _multiply_by_lane(a, row_step, step, b, out, depth):
     tile = simd.tile_load(ROWS, COLUMNS, out, 0, WIDTH, N)
     simd.tile_store(simd.multiply_by_lane(tile, a, 0, row_step, step, b, 0, depth), out, 0, WIDTH, N)
-    again = simd.multiply_by_lane_ahead(tile, a, 0, row_step, step, b, 0, depth, 0, WIDTH)
-    simd.tile_store(again, ahead, 0, WIDTH, N)
+
+
+@njit(error_model="numpy")
+def _multiply_by_lane_ahead(a, row_step, step, b, out, depth, pace):
+    tile = simd.tile_load(ROWS, COLUMNS, out, 0, WIDTH, N)
+    tile = simd.multiply_by_lane_ahead(tile, a, 0, row_step, step, b, 0, depth, 0, pace)
+    simd.tile_store(tile, out, 0, WIDTH, N)
 
 
 # Elements of a row that follow one another, rows that do, and neither; both only where there is one of either.
@@ -198,7 +203,8 @@ def test_a_product_wherever_its_rows_lie(kind, row_step, step):
             want, views = start + a[i + k] @ b, (np.float32, np.float32)
         else:
             unsigned, signed = (np.array([0, 255]), np.array([-128, 127])) if OFFSET else (np.array([-128, 127]),) * 2
-            ends = (unsigned, signed) if kind == "unsigned rows" else (signed, unsigned)
+            weights = signed + [not OFFSET, 0]  # with signs on both sides the columns of signed bytes are never -128
+            ends = (unsigned, weights) if kind == "unsigned rows" else (signed, unsigned)
             extreme = depth % 2 == 0  # all at the lowest or either end, or anything between
             (a, b) = (rng.choice(e, (*s, 4)) if extreme else rng.integers(e[0], e[1] + 1, (*s, 4))
                       for e, s in zip(ends, ((size,), (depth, WIDTH)), strict=True))
@@ -211,11 +217,29 @@ def test_a_product_wherever_its_rows_lie(kind, row_step, step):
         out, b = start.ravel().copy(), np.append(b.ravel(), np.zeros(1, b.dtype))
         _multiply(a, row_step, step, b, out, depth)
         np.testing.assert_array_equal(out.reshape(ROWS, WIDTH), want, err_msg=f"depth {depth}")
-        if matmul.BY_LANE or kind == "float32":
-            out, ahead = start.ravel().copy(), np.empty_like(start).ravel()
-            _multiply_by_lane(a, row_step, step, b, out, ahead, depth)
-            for each in (out, ahead):
-                np.testing.assert_array_equal(each.reshape(ROWS, WIDTH), want, err_msg=f"by lane, depth {depth}")
+        if kind == "float32":  # as NEON multiplies them
+            more = [(_multiply_by_lane_ahead, pace) for pace in (0, WIDTH)]
+            if not matmul.BY_LANE:  # else it was that one
+                more.append((_multiply_by_lane,))
+            for multiply, *pace in more:
+                out = start.ravel().copy()
+                multiply(a, row_step, step, b, out, depth, *pace)
+                np.testing.assert_array_equal(out.reshape(ROWS, WIDTH), want, err_msg=f"by lane, {depth}, {pace} ahead")
+
+
+@njit(error_model="numpy")
+def _side_by_side(a, out):
+    tile = simd.tile_add_side_by_side(simd.tile_zero(ROWS, COLUMNS, a), a, 1, WIDTH + 3)
+    simd.tile_store_side_by_side(tile, out, 2, WIDTH + 1)
+
+
+def test_tiles_whose_vectors_lie_side_by_side():
+    a = np.arange(1 + ROWS * (WIDTH + 3), dtype=np.float32)
+    out = np.full(2 + ROWS * (WIDTH + 1), -1, np.float32)
+    _side_by_side(a, out)
+    want = np.full_like(out, -1)
+    want[2:].reshape(ROWS, WIDTH + 1)[:, :WIDTH] = a[1:].reshape(ROWS, WIDTH + 3)[:, :WIDTH]
+    np.testing.assert_array_equal(out, want)
 
 
 @njit(error_model="numpy")

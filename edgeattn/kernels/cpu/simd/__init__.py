@@ -34,6 +34,8 @@ from .lane_products import (
     BY_LANE,
     multiply_by_lane,
     multiply_by_lane_ahead,
+    tile_add_side_by_side,
+    tile_store_side_by_side,
 )
 from .matrix_unit import (
     MATRIX_ROWS,

@@ -59,6 +59,7 @@ class _Product:
         _, a, at_a, self.row_step, self.step, b, at_b = args[:7]
         self.vector = context.get_value_type(self.tile.vec)
         self.pairs = CODE.in_pairs and self.tile.vec.dtype == types.int32
+        self.any_codes = self.b.dtype == types.uint32  # else b holds weights, none of them -128
         # Depths of one turn: of elements that follow one another, of adjacent rows, and of what lies anywhere.
         self.turn = {"depth": 2 if self.pairs else _FOUR, "rows": 2, "any": 2}
         self.first = builder.gep(emit.data(context, builder, self.a, a), [at_a])
@@ -133,41 +134,70 @@ class _Product:
     def in_pairs(self, tile, way, depth):
         """Two depths of bytes at a time: their products fit 16 bits, both, and are added to the sums in one piece.
 
-        But for twice -128 times -128: so the second is subtracted, with the complement of a, -1 - a. That adds, in all
-        rows alike, the sum of those b, which is taken off. Half of the sums of a column are in one lane, half in the
-        next.
+        But for twice -128 times -128, which weights exclude. Where b may be anything the second is subtracted, with the
+        complement of a, -1 - a. That adds, in all rows alike, the sum of those b, which is taken off. Half of the sums
+        of a column are in one lane, half in the next.
         """
-        builder, columns = self.builder, self.tile.columns
-        zero = ir.Constant(self.vector, None)
-        lacking = None
+        builder, columns, size = self.builder, self.tile.columns, self.turn[way]
+        zero, turns = ir.Constant(self.vector, None), self.turns(depth, way)
+        lacking = self.lacking(turns, size) if self.any_codes else None
         for begin in range(0, self.tile.rows, _FOUR):
             rows = range(begin, min(begin + _FOUR, self.tile.rows))
+            count = 2 * columns * len(rows)
 
-            def turn(number, state, rows=rows, lacks=lacking is None):
-                k = builder.mul(number, self.number(self.turn[way]))
-                pairs = list(self.depths(k, rows, way))
-                for (down, across), (second, across_second) in zip(pairs[::2], pairs[1::2], strict=True):
-                    for j in range(columns if lacks else 0):
-                        state[j] = CODE.add_bytes(builder, state[j], across_second[j])
-                    at = columns if lacks else 0
-                    for one, two in zip(down, second, strict=True):
+            def turn(number, state, rows=rows, count=count):
+                k = builder.mul(number, self.number(size))
+                sums, places = state[:count], state[count:]
+                first, second = self.across(k), self.across(builder.add(k, self.number(1)))
+                found = [self.spread(place, len(rows) // len(places), way) for place in places]
+                for i, (one, two) in enumerate(pair for down, _ in found for pair in down):
+                    if self.any_codes:
                         two = builder.not_(two)
-                        for j in range(columns):
-                            for half in range(2):
-                                state[at] = CODE.add_two_products(builder, state[at], half, (across[j], one),
-                                                                  (across_second[j], two))
-                                at += 1
-                return state
+                    for j in range(columns):
+                        for half in range(2):
+                            at = 2 * (i * columns + j) + half
+                            sums[at] = CODE.add_two_products(builder, sums[at], half, (first[j], one), (second[j], two),
+                                                             self.any_codes)
+                # The compiler does not know how they go on: else it counts all of them up in its own way, and unrolls.
+                return [*sums, *[emit.in_order(builder, place, "r") for _, place in found]]
 
-            state = [zero] * ((columns if lacking is None else 0) + 2 * columns * len(rows))
-            state = _loop(builder, self.turns(depth, way), state, turn)
-            if lacking is None:
-                lacking, state = state[:columns], state[columns:]
+            state = _loop(builder, turns, [*[zero] * count, *self.places(rows, way)], turn)
             for n in range(columns * len(rows)):
                 sums = CODE.add_neighbours(builder, *state[2 * n:2 * n + 2])
                 at = begin * columns + n
-                tile[at] = builder.add(tile[at], builder.sub(sums, lacking[n % columns]))
+                if self.any_codes:
+                    sums = builder.sub(sums, lacking[n % columns])
+                tile[at] = builder.add(tile[at], sums)
         return self.rest(tile, way, depth, range(self.tile.rows))
+
+    def lacking(self, turns, size):
+        """Of each vector of b the sums of the bytes that were multiplied by a complement."""
+        builder, one = self.builder, self.number(1)
+
+        def turn(number, sums):
+            second = self.across(builder.add(builder.mul(number, self.number(size)), one))
+            return [CODE.add_bytes(builder, *each) for each in zip(sums, second, strict=True)]
+
+        return _loop(builder, turns, [ir.Constant(self.vector, None)] * self.tile.columns, turn)
+
+    def places(self, rows, way):
+        """Where a loop over the depths finds some rows, addresses: one for all of them where four come by one load."""
+        rows = rows[:1] if way == "rows" and len(rows) == _FOUR else rows
+        return [self.builder.ptrtoint(self.at(i, self.number(0)), emit.i64) for i in rows]
+
+    def spread(self, place, count, way):
+        """(of `count` rows from a place on the depths of a turn, each in every lane; the place of the next turn)."""
+        builder, size, found = self.builder, self.turn[way], []
+        element = self.vector.element.as_pointer()
+        if way == "depth":
+            where, after = builder.inttoptr(place, element), builder.add(place, self.number(4 * size))
+            if self.any_codes:  # a load to all lanes needs registers that follow one another: here there are too few
+                return [self.some(where, size)], after
+            return [CODE.load_to_all(builder, where, size, self.vector)], after
+        for _ in range(size):
+            found.append(self.some(builder.inttoptr(place, element), count))
+            place = builder.add(place, builder.mul(self.step, self.number(4)))
+        return list(zip(*found, strict=True)), place
 
     def code(self, tile, depth, ahead=None):
         """The tile of all depths, in the way that the steps allow."""
@@ -190,11 +220,13 @@ class _Product:
 
 
 def _multiply(context, builder, sig, args):
-    """multiply_by_lane; with two more arguments what is ahead is brought near."""
+    """multiply_by_lane; with two more arguments what is ahead is brought near, if it is anything."""
     t, depth = sig.args[0], args[7]
     product = _Product(context, builder, sig, args)
-    ahead = None
-    if len(args) > 8:
+    tile = [builder.extract_value(args[0], n) for n in range(t.rows * t.columns)]
+    if len(args) == 8:
+        tile = product.code(tile, depth)
+    else:
         start = emit.pointer(context, builder, sig.args[5], args[5], args[8], product.vector.element)
 
         def ahead(k):
@@ -202,16 +234,28 @@ def _multiply(context, builder, sig, args):
                 where = builder.add(builder.mul(k, args[9]), ir.Constant(emit.i64, line * _LINE))
                 emit.prefetch(builder, builder.gep(start, [where]))
 
-    tile = [builder.extract_value(args[0], n) for n in range(t.rows * t.columns)]
+        near, nothing, after = (builder.append_basic_block(name) for name in ("ahead", "nothing_ahead", "multiplied"))
+        builder.cbranch(builder.icmp_signed("!=", args[9], ir.Constant(emit.i64, 0)), near, nothing)
+        ends = []
+        for block, way in ((near, ahead), (nothing, None)):
+            builder.position_at_end(block)
+            found = product.code(list(tile), depth, way)
+            ends.append((builder.block, found))
+            builder.branch(after)
+        builder.position_at_end(after)
+        tile = [_either(builder, *[(block, found[n]) for block, found in ends]) for n in range(len(tile))]
     out = ir.Constant(context.get_value_type(t), ir.Undefined)
-    for n, value in enumerate(product.code(tile, depth, ahead)):
+    for n, value in enumerate(tile):
         out = builder.insert_value(out, value, n)
     return out
 
 
 @intrinsic
 def multiply_by_lane(typing, t, a, at_a, row_step, step, b, at_b, depth):
-    """outer_product(t, a, at_a + k * step, row_step, b, at_b + k * WIDTH) for every k in range(depth)"""
+    """outer_product(t, a, at_a + k * step, row_step, b, at_b + k * WIDTH) for every k in range(depth)
+
+    b of dtype int32: weights, no byte of which is -128.
+    """
     if not may_multiply(t, a, b):
         return None
     return t(t, a, types.intp, types.intp, types.intp, b, types.intp, types.intp), _multiply
@@ -223,3 +267,42 @@ def multiply_by_lane_ahead(typing, t, a, at_a, row_step, step, b, at_b, depth, a
     if not may_multiply(t, a, b):
         return None
     return t(t, a, types.intp, types.intp, types.intp, b, *[types.intp] * 4), _multiply
+
+
+def _rows_of(context, builder, sig, args, t):
+    """Of each row of a tile where its vectors lie, one behind the other, `array`, `at` and `row_step` the last args.
+
+    Each place follows from the one before: the compiler would keep all of them, on the stack, from call to call.
+    """
+    vector = context.get_value_type(t.vec)
+    place = builder.ptrtoint(emit.pointer(context, builder, sig.args[-3], *args[-3:-1], vector), emit.i64)
+    step = builder.mul(args[-1], ir.Constant(emit.i64, 4))
+    for _ in range(t.rows):
+        place = emit.in_order(builder, place, "r")
+        row = builder.inttoptr(place, vector.as_pointer())
+        yield [builder.gep(row, [ir.Constant(emit.i64, j)]) for j in range(t.columns)]
+        place = builder.add(place, step)
+
+
+@intrinsic
+def tile_add_side_by_side(typing, t, array, at, row_step):
+    """tile_add(t, array, at, row_step, LANES)"""
+    def generate(context, builder, sig, args):
+        tile = args[0]
+        for i, row in enumerate(_rows_of(context, builder, sig, args, t)):
+            for j, where in enumerate(row):
+                k = i * t.columns + j
+                value = builder.fadd(builder.extract_value(tile, k), emit.load(builder, where))
+                tile = builder.insert_value(tile, value, k)
+        return tile
+    return t(t, array, types.intp, types.intp), generate
+
+
+@intrinsic
+def tile_store_side_by_side(typing, t, array, at, row_step):
+    """tile_store(t, array, at, row_step, LANES)"""
+    def generate(context, builder, sig, args):
+        for i, row in enumerate(_rows_of(context, builder, sig, args, t)):
+            for j, where in enumerate(row):
+                emit.store(builder, builder.extract_value(args[0], i * t.columns + j), where)
+    return types.void(t, array, types.intp, types.intp), generate

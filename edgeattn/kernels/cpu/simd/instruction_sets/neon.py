@@ -37,10 +37,18 @@ class Code(generic.Code):
         halves = [self._add_words(builder, None, self._multiply(builder, half, u, s)) for half in range(2)]
         return builder.add(accumulator, self.add_neighbours(builder, *halves))
 
-    def add_two_products(self, builder, sums, half, first, second):
-        """sums[l] += bytes 2 l and 2 l + 1 of half of u * s of the first pair (u, s), less those of the second."""
+    def add_two_products(self, builder, sums, half, first, second, less):
+        """sums[l] += bytes 2 l and 2 l + 1 of half of u * s of the first pair (u, s), and plus or less the second's."""
         words = [self._multiply(builder, half, *pair) for pair in (first, second)]
-        return self._add_words(builder, sums, builder.sub(*words))
+        return self._add_words(builder, sums, (builder.sub if less else builder.add)(*words))
+
+    def load_to_all(self, builder, where, count, vector):
+        """At most four elements that follow one another, each as a vector that has it in every lane."""
+        if count == 1:
+            return [emit.splat(builder, builder.load(where), vector)]
+        name = f"llvm.aarch64.neon.ld{count}r.v{vector.count}i32.p0"
+        found = emit.call(builder, name, ir.LiteralStructType([vector] * count), [where])
+        return [builder.extract_value(found, n) for n in range(count)]
 
     def add_neighbours(self, builder, a, b):
         """The sums of lanes 0 and 1, 2 and 3 of a, then of b."""
