@@ -136,6 +136,16 @@ def test_a_text_encoder_is_quantized_whole():
     np.testing.assert_array_equal(made(ids)[1:, :2], made([ids[1]]))
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_texts_of_one_length_are_calibrated_and_compared(masked):
+    model, ids = text_encoder(), np.array([[3, 4, 5, 6], [9, 10, 1, 1]])
+    batch = {"ids": ids, "attention_mask": ids != 1} if masked else {"ids": ids}
+    calibration = quant.calibrate(model, [batch])
+    assert calibration.tokens == (6 if masked else 8)
+    made = quant.quantize(model, calibration)
+    assert len(quant.compare(model, made, [batch]).alone) == 4
+
+
 def test_layers_and_halves_that_are_shared_stay_shared():
     one, other = encoder().layers
     twice = TransformerEncoder([one, TransformerEncoderLayer(
