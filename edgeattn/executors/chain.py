@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from edgeattn.types import Float32s, Shape
 
 MOST = 1 << 16  # bytes of an array between stages: where they are larger, kernels take the time
+MOST_LAYERS = 80  # of all chains that an encoder keeps: some 5 KiB each
 _APART = 80  # elements between two of them, which must not lie whole pages apart
 _free: list[Float32s] = []  # memory for calls of any chain, one at a time
 
@@ -50,11 +51,13 @@ class Chain:
         frame = self._frames.get(id(memory))
         if frame is None:
             frame = self._frames[id(memory)] = _Frame(memory, x.shape, self._stages, self._norm)
-        np.copyto(frame.x, x)
-        for step in frame.steps:
-            step()
-        result: Float32s = frame.x.copy()
-        _free.append(memory)
+        try:
+            np.copyto(frame.x, x)
+            for step in frame.steps:
+                step()
+            result: Float32s = frame.x.copy()
+        finally:  # where a signal's handler raised, too: its memory would be kept by this chain, and no more be used
+            _free.append(memory)
         return result
 
 

@@ -29,12 +29,13 @@ from edgeattn.prepared import is_read_as_it_is
 from edgeattn.runtime.plan_cache import PlanCache
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from typing import Any, SupportsIndex
 
     from numpy.typing import ArrayLike, NDArray
     from typing_extensions import Self
 
+    from edgeattn.executors.chain import Chain
     from edgeattn.executors.fused import Stage
     from edgeattn.kv_cache import KVCache
     from edgeattn.masks import Mask
@@ -340,15 +341,7 @@ class TransformerEncoder(Placeable, Stored):
                            key_padding_mask=key_padding_mask, is_causal=is_causal)
             known = self._seen.get(said)
             if known is not None and given.shape[-1] == self.embed_dim:  # all else was checked
-                chain = self._chains.get(said)
-                if chain is not None:
-                    return chain(given)
-                from edgeattn.executors.chain import chain_of
-
-                again = functools.partial(self._again, known)
-                result = again(given)  # by now every stage has prepared its call, whoever asked for these before
-                self._chains.keep(said, chain_of(self, given, known) or again)
-                return result
+                return known.chain(given) if known.chain is not None else self._again(known, given)
         if isinstance(x, (list, tuple)) and any(isinstance(each, np.ndarray) and each.ndim == 2 for each in x):
             return self.encode_list(x, lengths, out, key_padding_mask=key_padding_mask, attn_mask=attn_mask,
                                      is_causal=is_causal, window_size=window_size, kv_cache=kv_cache)
@@ -370,20 +363,23 @@ class TransformerEncoder(Placeable, Stored):
         return write_result(result.reshape(x.shape), out, dtype)
 
     @functools.cached_property
-    def _seen(self) -> PlanCache[Any, list[Sequences]]:
+    def _seen(self) -> PlanCache[Any, _Seen]:
         """What `prepared` found of calls before, by `said_of`: masks of sentences, which have many lengths."""
         return PlanCache(64)
 
-    @functools.cached_property
-    def _chains(self) -> PlanCache[Any, Callable[[Float32s], Float32s]]:
-        """What a call that comes again is, by the same: a `Chain`, or `_again` where there is none."""
-        return PlanCache(64)
-
-    def _again(self, sequences: list[Sequences], x: Float32s) -> Float32s:
-        """The encoder of x in C order, whose masks were prepared before."""
+    def _again(self, known: _Seen, x: Float32s) -> Float32s:
+        """The encoder of x in C order, whose masks were prepared before; what comes thrice becomes a `Chain`."""
+        from edgeattn.executors.chain import MOST_LAYERS, chain_of
         from edgeattn.executors.compiled import CompiledOps
 
-        return self.forward(CompiledOps(), x.reshape(-1, self.embed_dim), sequences).reshape(x.shape)
+        sequences = known.sequences
+        result = self.forward(CompiledOps(), x.reshape(-1, self.embed_dim), sequences).reshape(x.shape)
+        known.times += 1
+        if known.times == 2:  # by now every stage has prepared its call, whoever asked for these before
+            chains = sum(each.chain is not None for each in list(self._seen.values()))
+            if not chains or (chains + 1) * len(self.layers) <= MOST_LAYERS:
+                known.chain = chain_of(self, x, sequences)
+        return result
 
     @contextlib.contextmanager
     def prepared(self, lead: Shape, *, lengths: ArrayLike | None = None, kv_cache: Sequence[KVCache] | None = None,
@@ -395,7 +391,7 @@ class TransformerEncoder(Placeable, Stored):
         said = None if kv_cache is not None else said_of(lead, lengths, window_size, **masks)
         known = self._seen.get(said)  # None of None
         if known is not None:
-            yield known
+            yield known.sequences
             return
         if lengths is not None and (kv_cache is not None or masks.get("key_padding_mask") is not None):
             other = "key_padding_mask" if kv_cache is None else "kv_cache"
@@ -422,7 +418,7 @@ class TransformerEncoder(Placeable, Stored):
         caches = [None] * len(self.layers) if kv_cache is None else kv_cache
         sequences = [seen(*pair) for pair in zip(self.layers, caches, strict=True)]
         if said is not None and all(lead) and len(sequences[0].masks) == 1:
-            self._seen.keep(said, sequences)
+            self._seen.keep(said, _Seen(sequences))
         with contextlib.ExitStack() as chunks:
             for cache in kv_cache or ():
                 chunks.enter_context(cache.transaction())
@@ -484,6 +480,16 @@ class TransformerEncoder(Placeable, Stored):
 
 
 _Run = tuple[int, int, int]
+class _Seen:
+    """What calls whose masks are equal have in common: what each layer's tokens see; how often they came again."""
+
+    __slots__ = "chain", "sequences", "times"
+
+    def __init__(self, sequences: list[Sequences]):
+        self.sequences, self.times = sequences, 0
+        self.chain: Chain | None = None
+
+
 _FEW = 4096  # bytes of a mask that is compared by its content
 
 

@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 import edgeattn
 import quant
 from edgeattn import TransformerEncoder, TransformerEncoderLayer
+from edgeattn.executors import chain
 from edgeattn.executors.chain import Chain
 from edgeattn.executors.fused import go_together
 from edgeattn.executors.numpy import NumpyOps
@@ -44,6 +45,10 @@ def expected(x, norm_first=False, kind="gelu", norm=NORM, bias=True, **attending
     for w in weights(bias):
         x = oracle.encoder_layer(x, w, H, kind=kind, norm_first=norm_first, **attending)
     return x if norm is None else oracle.layer_norm(x, *norm)
+
+
+def chains(encoder):
+    return [seen.chain for seen in encoder._seen.values() if seen.chain is not None]
 
 
 def tokens(*shape):
@@ -148,12 +153,12 @@ def test_a_call_that_comes_again_gives_the_same(scheme, norm_first, norm, many_t
     made, x, keep = fresh(), tokens(2, 7), random().random((2, 7)) > 0.3
     keep[:, 0] = True
     first = [fresh()(x), fresh()(x, key_padding_mask=keep), fresh()(x, is_causal=True), fresh()(-x)]
-    for count in (1, 2, 1):
+    for count in (1, 2, 1, 2, 1):
         many_threads(count)
         results = [made(x), made(x, key_padding_mask=keep), made(x, is_causal=True), made(-x)]
         for found, right in zip(results, first, strict=True):
             np.testing.assert_array_equal(found, right)
-    assert len(made._chains) == 3 and all(type(chain) is Chain for chain in made._chains.values())
+    assert len(chains(made)) == 3 and all(type(each) is Chain for each in chains(made))
     before, out = x.copy(), np.empty_like(x)
     made(x)[:] = 7  # neither the caller's input nor what it was given is the encoder's
     np.testing.assert_array_equal(x, before)
@@ -170,15 +175,40 @@ def test_what_another_call_has_not_prepared_yet_becomes_a_chain():
         pass
     results = [made(x) for _ in range(3)]
     np.testing.assert_array_equal(results[1:], results[:2])
-    assert [type(chain) for chain in made._chains.values()] == [Chain]
+    assert [type(each) for each in chains(made)] == [Chain]
 
 
 def test_sequences_of_forty_lengths_have_their_chains():
     made = encoder()
-    for _ in range(2):
-        for length in range(1, 41):
+    for _ in range(3):
+        for length in range(1, 61):
             made(tokens(1, length))
-    assert [type(chain) for chain in made._chains.values()] == [Chain] * 40
+    assert [type(each) for each in chains(made)] == [Chain] * 40  # and no more: they would fill memory
+
+
+def test_chains_of_many_layers_are_fewer():
+    made = TransformerEncoder(encoder().layers * 15)
+    for length in (1, 2, 3, 4, 5) * 3:
+        made(tokens(1, length))
+    assert len(chains(made)) == 2
+
+
+def test_what_is_raised_in_a_chain_loses_no_memory():
+    made, x = encoder(), tokens(2, 7)
+    for _ in range(4):
+        expected = made(x)
+    frame, = chains(made)[0]._frames.values()
+    held = [id(memory) for memory in chain._free]
+
+    def interrupted():
+        raise TimeoutError
+
+    frame.steps.insert(1, interrupted)
+    with pytest.raises(TimeoutError):
+        made(x)
+    frame.steps.remove(interrupted)
+    assert [id(memory) for memory in chain._free] == held
+    np.testing.assert_array_equal(made(x), expected)
 
 
 def test_a_forward_of_another_class_is_called_every_time():
@@ -210,7 +240,7 @@ def test_calls_of_a_text_encoder_that_come_again_are_its_encoders_chains():
     np.testing.assert_array_equal(first[0], model.encoder(model.embedding.token_weight[ids]))
     for _ in range(3):
         np.testing.assert_array_equal([model(ids), model(ids, mask)], first)
-    assert [type(chain) for chain in model.encoder._chains.values()] == [Chain] * 2
+    assert [type(each) for each in chains(model.encoder)] == [Chain] * 2
     assert not first[1][~mask].any() and first[1][mask].all()
 
 
@@ -218,8 +248,9 @@ def test_wide_rows_are_not_kept_between_stages():
     made = encoder()
     x = tokens(60, 20)  # more than chain.MOST bytes
     first = made(x)
-    np.testing.assert_array_equal(made(x), first)
-    assert made._chains and not any(type(chain) is Chain for chain in made._chains.values())
+    for _ in range(3):
+        np.testing.assert_array_equal(made(x), first)
+    assert made._seen and not chains(made)
 
 
 @pytest.mark.parametrize("chunks", [[1] * 9, [4, 5], [3, 1, 1, 4]])
