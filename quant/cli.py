@@ -248,7 +248,7 @@ def report(source, quantized, data, output, arithmetic, as_json):
 @click.option("--sequence-length", type=int, multiple=True,
               help="L of a .tflite, .onnx or .c; a .tflite takes several, an .onnx without any length.")
 @click.option("--key-length", type=int, help="S of a .tflite or .c whose keys are an input of their own.")
-@click.option("--mask", help='"causal", or a .npy file with a bool mask, True = attend.')
+@click.option("--mask", help='"causal", or a .npy file: bool, True = attend; of a float layer also float32, added.')
 @click.option("--test-vectors", type=int, help="How many to write beside a .c, with a program that checks them.")
 @click.option("--target", type=click.Choice([*TARGETS, *BOARDS, NATIVE]),
               help="The processor of a .so, or the board; native: this machine's.")
