@@ -16,7 +16,7 @@ import numpy as np
 from edgeattn.files.checkpoints import onnx_functions as functions
 from edgeattn.files.checkpoints.onnx_codes import further_outputs, rows_read, static_attention, static_feed_forward
 from edgeattn.files.checkpoints.onnx_elements import trace
-from edgeattn.files.checkpoints.onnx_layers import ADDED, attention_at
+from edgeattn.files.checkpoints.onnx_layers import ADDED, CAPS, UPPER_LEFT, attention_at
 from edgeattn.files.checkpoints.onnx_nodes import title
 from edgeattn.files.checkpoints.onnx_outputs import with_bias
 from edgeattn.files.checkpoints.onnx_probes import activation_of, between, computed, norm_between, scaled_silu
@@ -63,7 +63,7 @@ class Encoder:
     @property
     def told(self):
         """What is to be given with each call, once for all layers."""
-        texts = [text.replace(title(layer.attention.node), "attention")
+        texts = [text.replace(title(layer.attention.node), "attention").replace(UPPER_LEFT, "")
                  for layer in self.layers for text in layer.attention.told if "has a window" not in text]
         return list({re.sub("'.*'", "", text): text for text in reversed(texts)}.values())[::-1]
 
@@ -162,6 +162,9 @@ def look_further(encoder, graph, nodes):
 def _layer(graph, attention):
     """(the `Layer`, the value that goes in, the last sum); of a layer whose norms are behind the sums norm2 is ()."""
     name = title(attention.node)
+    if capped := [text for text in attention.told if CAPS in text]:
+        raise NotRead(f"{capped[0].partition(';')[0]}, for which an encoder has no place; MultiHeadAttention.from_onnx reads "
+                      "it alone")
     read = rows_read(graph, attention.source).source
     sources = {root_of(graph, rows_read(graph, source).source) for source in attention.sources}
     if len(sources) != 1:

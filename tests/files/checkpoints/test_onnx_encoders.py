@@ -413,6 +413,50 @@ def test_biases_of_distances_are_relative_positions():
     assert encoder.layers[0].attention.position_bias.max_distance <= 7
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_tables_that_go_on_beyond_what_is_seen_are_told(axis):
+    """As T5's of a distance that no model has: numbers of texts longer than those that are looked at are not known."""
+    table = seeded(4, H)
+
+    def biased(graph, scores):
+        apart = graph.add("Abs", graph.add("Sub", places(graph, scores, 0), places(graph, scores, 1)))
+        index = graph.add("Min", graph.add("Div", apart, np.array(100)), np.array(3))
+        rows = graph.add("Gather", table if axis == 0 else table.T.copy(), index, axis=axis)
+        return graph.add("Add", scores, graph.add("Transpose", rows, perm=[2, 0, 1]) if axis == 0 else rows)
+
+    graph = Graph(x=seeded(B, 9, E))
+    model = open_axes(graph.model(around(graph, attended(graph, 0, *heads(graph, "x", 0), biased))), "b", "l")
+    with pytest.warns(UserWarning, match="adds a mask or bias"):
+        TransformerEncoder.from_onnx(model)
+
+
+def test_rotary_angles_that_an_einsum_makes():
+    """As lucidrains' and GPT-NeoX's, and torch.outer as TorchScript writes it."""
+    graph = Graph(x=seeded(B, 9, E))
+    frequencies = (500.0 ** (-np.arange(D // 2) / (D // 2))).astype(np.float32)
+
+    def turned(x):
+        rows = graph.add("Range", np.array(0), graph.add("Gather", graph.add("Shape", x), np.array(2)), np.array(1))
+        angles = graph.add("Einsum", graph.add("Cast", rows, to=onnx.TensorProto.FLOAT), frequencies, equation="n , d -> n d")
+        both = graph.add("Concat", angles, angles, axis=-1)
+        a, b = (graph.add("Slice", x, np.array([i]), np.array([i + D // 2]), np.array([-1])) for i in (0, D // 2))
+        other = graph.add("Concat", graph.add("Neg", b), a, axis=-1)
+        return graph.add("Add", graph.add("Mul", x, graph.add("Cos", both)), graph.add("Mul", other, graph.add("Sin", both)))
+
+    q, k, v = heads(graph, "x", 0)
+    assert read(graph, around(graph, attended(graph, 0, turned(q), turned(k), v))).layers[0].attention.rotary.base == 500
+
+
+def test_scores_with_a_cap_are_refused():
+    graph = Graph(x=seeded(B, L, E))
+
+    def capped(graph, scores):
+        return graph.add("Mul", graph.add("Tanh", graph.add("Div", scores, number(3))), number(3))
+
+    with pytest.raises(ValueError, match=r"caps its scores, for which an encoder has no place; MultiHeadAttention\.from_onnx"):
+        TransformerEncoder.from_onnx(graph.model(around(graph, attended(graph, 0, *heads(graph, "x", 0), capped))))
+
+
 # -- int8 ----------------------------------------------------------------------------------------------
 
 
