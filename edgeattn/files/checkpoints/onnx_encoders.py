@@ -163,8 +163,8 @@ def _layer(graph, attention):
     """(the `Layer`, the value that goes in, the last sum); of a layer whose norms are behind the sums norm2 is ()."""
     name = title(attention.node)
     if capped := [text for text in attention.told if CAPS in text]:
-        raise NotRead(f"{capped[0].partition(';')[0]}, for which an encoder has no place; MultiHeadAttention.from_onnx reads "
-                      "it alone")
+        raise NotRead(f"{capped[0].partition(';')[0]}, for which an encoder has no place; MultiHeadAttention.from_onnx "
+                      "reads it alone")
     read = rows_read(graph, attention.source).source
     sources = {root_of(graph, rows_read(graph, source).source) for source in attention.sources}
     if len(sources) != 1:

@@ -295,9 +295,9 @@ def _einsum(attributes, *inputs):
     terms = text.partition("->")[0].split(",")
     if len(terms) != len(inputs) or any(len(term) != x.ndim for term, x in zip(terms, inputs, strict=True)):
         raise ValueError(f"an Einsum of constants must have a letter for each axis, got {text[:100]!r}")
-    sizes = {letter: size for term, x in zip(terms, inputs, strict=True) for letter, size in zip(term, x.shape, strict=True)}
+    sizes = dict(zip("".join(terms), [size for x in inputs for size in x.shape], strict=True))
     if math.prod(sizes.values()) > _LARGEST_TILE:
-        raise ValueError(f"an Einsum of constants must be of at most {_LARGEST_TILE} products, got axes of {reason(sizes)}")
+        raise ValueError(f"an Einsum of constants must be of at most {_LARGEST_TILE} products, got {reason(sizes)}")
     return np.einsum(text, *inputs)
 
 

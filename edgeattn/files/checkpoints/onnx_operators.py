@@ -39,8 +39,8 @@ def from_operator(graph, node, name):
     if attributes.get("do_rotary") and kind != "GroupQueryAttention":
         raise NotRead(f"{name} has do_rotary={attributes['do_rotary']}, which edgeattn layers do not do")
     if attributes.get("smooth_softmax") == 1 or (kind == "GroupQueryAttention" and graph.input(node, 11)):
-        raise NotRead(f"{name} has an attention sink (smooth_softmax or head_sink), which takes a part of the weight and "
-                      "has no place in a layer")
+        raise NotRead(f"{name} has an attention sink (smooth_softmax or head_sink), which takes a part of the weight "
+                      "and has no place in a layer")
     rotary = None
     if kind in ("Attention", "QAttention") and domain:
         q, k, v, heads = _packed_operator(graph, node, name, attributes)

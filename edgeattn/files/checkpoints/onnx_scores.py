@@ -70,8 +70,8 @@ def from_softmax(graph, node, name):
     )
     at = comp[place]
     if scores.shape[-1] != keys:
-        raise NotRead(f"{name} must be over the keys alone, {keys}, got {scores.shape[-1]} numbers in a row: an attention "
-                      "sink, which takes a part of the weight, has no place in a layer")
+        raise NotRead(f"{name} must be over the keys alone, {keys}, got {scores.shape[-1]} numbers in a row: an "
+                      "attention sink, which takes a part of the weight, has no place in a layer")
     if (
         at.shape[1:] != (length, keys)
         or (at - at[:, :1, :1] != np.arange(length * keys).reshape(length, keys)).any()
@@ -196,4 +196,5 @@ def _past_nan(graph, elements, is_source):
         return elements
     (term,) = inner.terms
     factor = np.broadcast_to(np.float32(term.factor), term.index.shape).reshape(-1)[outer.index]
-    return Elements(elements.shape, (Term(term.source, term.index.reshape(-1)[outer.index], factor * np.float32(outer.factor)),))
+    index = term.index.reshape(-1)[outer.index]
+    return Elements(elements.shape, (Term(term.source, index, factor * np.float32(outer.factor)),))
