@@ -14,7 +14,13 @@ from typing import Any
 import numpy as np
 
 from edgeattn.files.checkpoints import onnx_functions as functions
-from edgeattn.files.checkpoints.onnx_codes import further_outputs, rows_read, static_attention, static_feed_forward
+from edgeattn.files.checkpoints.onnx_codes import (
+    INSTEAD,
+    further_outputs,
+    rows_read,
+    static_attention,
+    static_feed_forward,
+)
 from edgeattn.files.checkpoints.onnx_elements import trace
 from edgeattn.files.checkpoints.onnx_layers import ADDED, CAPS, UPPER_LEFT, attention_at
 from edgeattn.files.checkpoints.onnx_nodes import title
@@ -157,6 +163,13 @@ def look_further(encoder, graph, nodes):
             arguments = {**arguments, "position_bias": bias}
         layer.attention = dataclasses.replace(layer.attention, told=told, causal=found.causal, window=found.window,
                                               arguments=arguments)
+
+
+def refuse_positions(encoder):
+    """Refuse a static encoder whose positions showed in the graph of longer sequences."""
+    for layer in encoder.layers:
+        if layer.static is not None and layer.attention.arguments.get("position_bias") is not None:
+            raise NotRead(f"{title(layer.attention.node)} has positions of its own, which static int8 has not{INSTEAD}")
 
 
 def _layer(graph, attention):
@@ -355,7 +368,9 @@ def _network(graph, first, name):
     leaves = _leaves(graph, top, name)
     place = f"{title(graph.maker[first])} and {title(graph.maker[second])}"
     try:
-        activation, value1, value_gate, steep = _activation(graph, top, leaves, place)
+        activation, value1, value_gate, steep = (
+            ("relu", top, None, 1.0) if list(leaves) == [top] and _clipped(graph, found.source)
+            else _activation(graph, top, leaves, place))
     except NotRead:  # of features that are scaled in several ways, as GELU's are, before anything else is done
         lifted = _lifted(graph, leaves)
         if lifted.keys() == leaves.keys():
@@ -409,6 +424,20 @@ def _leaves(graph, top, name):
         raise NotRead(f"the activation behind {name} must keep the shape of what comes to it, got "
                       f"{[leaf.shape for leaf in leaves.values()]} and {graph.shapes.get(top)}")
     return leaves
+
+
+def _clipped(graph, value):
+    """Whether codes of a value have none below zero: quantizers leave a ReLU out in front of these."""
+    for _ in range(_FEW_NODES):
+        node = graph.maker.get(value)
+        if node is None or node.op_type not in _PLAIN:
+            break
+        value = node.input[0]
+        if node.op_type == "QuantizeLinear":
+            zero = graph.constant(graph.input(node, 2)) if graph.input(node, 2) else np.zeros(1, np.uint8)
+            if zero is not None and zero.dtype.kind in "iu" and (zero == np.iinfo(zero.dtype).min).all():
+                return True
+    return False
 
 
 def _lifted(graph, leaves):
