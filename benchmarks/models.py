@@ -46,6 +46,7 @@ class Subject(NamedTuple):
     samples: list[np.ndarray]  # (1, L, ...): for calibration
     judged: list[np.ndarray]  # (L, ...)
     longest: int  # of them
+    static: bool = False  # whether ours is timed in static int8, too
 
     @property
     def encoder(self) -> edgeattn.TransformerEncoder:
@@ -87,7 +88,7 @@ def sensor() -> Subject:
         return rng.standard_normal((*shape, 64), np.float32)
 
     return Subject("the sensor's encoder", model, ((1, 64),), False, make, [make((1, 64)) for _ in range(SAMPLES)],
-                   [make((1, 64))[0] for _ in range(20)], 64)
+                   [make((1, 64))[0] for _ in range(20)], 64, static=True)
 
 
 class Question(NamedTuple):
@@ -240,6 +241,9 @@ def main() -> None:
         subject = make()
         ours = {each: subject.model if settings is None else quant.quantize(subject.model, scheme="dynamic", **settings)
                 for each, settings in OURS.items()}
+        if subject.static:
+            calibration = quant.calibrate(subject.model, subject.samples)
+            ours["edgeattn int8, static"] = quant.quantize(subject.model, calibration)
         with tempfile.TemporaryDirectory() as folder:
             common = Common(subject.model, Encoder(subject.model), Path(folder) / "model.onnx", subject.samples,
                             Path(folder))

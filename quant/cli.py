@@ -15,12 +15,12 @@ from edgeattn import messages
 from edgeattn.alive import alive
 from edgeattn.arithmetic import KERNEL_SETS
 from edgeattn.cli_open import open_model
-from edgeattn.cli_parser import EXIT_STATUS, PARTS, SCHEMES, SHELLS, nearest
+from edgeattn.cli_parser import EXIT_STATUS, SCHEMES, SHELLS, nearest
 from edgeattn.files.paths import check_output, write_atomic
 from edgeattn.files.tensor_files import read_npy
 from edgeattn.summary import precision
 from quant.calibration import Calibration
-from quant.cli_source import layer_options, path_argument, with_file_names
+from quant.cli_source import layer_options, part_option, path_argument, with_file_names
 from quant.cli_words import in_words_of_the_command
 from quant.describe import arithmetic_of_tflite, describe_file, describe_masks, describe_seen, tokens_seen, values_of
 from quant.export import FORMATS
@@ -35,8 +35,6 @@ arithmetic_option = click.option("--arithmetic", type=click.Choice(list(KERNEL_S
 scheme_option = click.option("--scheme", type=click.Choice(SCHEMES),
                              help="Of an .onnx file with quantizers: static, its int8 layers by its own scales; "
                                   "float32 unless given.")
-part_option = click.option("--part", type=click.Choice(PARTS),
-                           help="Of a folder: text or vision, a half of CLIP and its kind; encoder, the layers alone.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the same as JSON.")
 
 
@@ -250,7 +248,7 @@ def report(source, quantized, data, output, arithmetic, as_json):
 @click.option("--sequence-length", type=int, multiple=True,
               help="L of a .tflite, .onnx or .c; a .tflite takes several, an .onnx without any length.")
 @click.option("--key-length", type=int, help="S of a .tflite or .c whose keys are an input of their own.")
-@click.option("--mask", help='"causal", or a .npy file with a bool mask, True = attend.')
+@click.option("--mask", help='"causal", or a .npy file: bool, True = attend; of a float layer also float32, added.')
 @click.option("--test-vectors", type=int, help="How many to write beside a .c, with a program that checks them.")
 @click.option("--target", type=click.Choice([*TARGETS, *BOARDS, NATIVE]),
               help="The processor of a .so, or the board; native: this machine's.")

@@ -22,6 +22,8 @@ from edgeattn.models import ImageEncoder, TextEncoder
 ROWS_AT_ONCE = 32
 KERAS = (".keras", ".h5")
 path_argument = click.Path(path_type=Path)
+part_option = click.option("--part", type=click.Choice(PARTS),
+                           help="Of a folder: text or vision, a half of CLIP and its kind; encoder, the layers alone.")
 
 
 class Source(NamedTuple):
@@ -91,8 +93,7 @@ def layer_options(command):
         return command(source=Source(layer, **{name: given.pop(name) for name in Source._fields[1:]}), **given)
 
     for option in (
-        click.option("--part", type=click.Choice(PARTS),
-                     help="LAYER is a folder: text or vision, a half of CLIP and its kind; encoder, the layers alone."),
+        part_option,
         click.option("--node", help="LAYER is an .onnx, .keras or .h5 file; the name of its attention node or layer."),
         click.option("--norm-first", is_flag=True, help="Of --torch-encoder: what its layers were made with."),
         click.option("--activation", help="Of --torch-encoder: what its layers were made with; relu unless given."),

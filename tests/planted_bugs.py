@@ -207,7 +207,7 @@ BUGS = [
         "tile_dequantize(tile, scales.data, scales.at + t,", "tile_dequantize(tile, scales.data, scales.at,", PROJECTION),
     # projections and functions
     Bug("a projection loses all chains but the last", "row_products.py",
-        "if begun or k > 0:", "if begun:",
+        "out.step, begun or k > 0, w.at_bias", "out.step, begun, w.at_bias",
         "fence projections"),
     Bug("powers below the smallest are taken as they are", "softmax.py",
         "return exp2_within(maximum(splat(_LOWEST), t))", "return exp2_within(t)", FUNCTIONS),

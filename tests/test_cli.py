@@ -236,7 +236,7 @@ ERRORS = [
      "of other libraries with --prefix or --torch-prefix, and --num-heads; a whole model by its folder\n"),
     ("quantize plain.safetensors other.safetensors -o q.safetensors --num-heads 5 --torch-prefix a.",
      "--num-heads must divide the width 32"),
-    ("export layer.safetensors a.tflite --sequence-length 9 --mask x.npy", "--mask must be \"causal\" or a .npy file"),
+    ("export layer.safetensors a.tflite --sequence-length 9 --mask x.npy", "--mask must broadcast to (B, H, L, S)"),
     ("export layer.safetensors a.tflite --mask causal", "--mask causal needs --sequence-length"),
     ("export unmasked.safetensors a.tflite --sequence-length 9 --mask causal",
      "run `quant calibrate` on DATA in .npz files that hold attn_mask, key_padding_mask or is_causal"),

@@ -160,7 +160,8 @@ class _Matcher(CheckedGraph):
         tensors = {}
         scores, score_ops = self.score_ops(softmax.inputs[0])
         tensors["scores"] = self.of_scores(scores, "the scores")
-        self.check_steps(softmax.inputs[0])
+        if any(operator.name != "MUL" for operator, *_ in score_ops):
+            self.check_steps(softmax.inputs[0])
         product = self.use(scores, "BATCH_MATMUL", "the scores")
         query, key = self.operands(product, (2,))
         probabilities, elements, second = self.forward(softmax.outputs[0])
@@ -354,7 +355,7 @@ class _Matcher(CheckedGraph):
         return tensor, found[::-1]
 
     def check_steps(self, tensor: int) -> None:
-        """Tell where two scores that are a step apart share nothing: nearly always a mask took their range."""
+        """Tell where a mask took the range of the scores: two that are a step apart share nothing."""
         scale = float(self.of_scores(tensor, "the input of SOFTMAX").scale)
         if scale > _WIDEST_STEP:
             self.told.append(

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from edgeattn.types import Bools, CausalAlignment, Codes, Flag, MaskShapes, Window
 
 
-
 class StaticCalls(StaticParameters):
     """A ``StaticMultiHeadAttention`` behind its checks: codes in, codes out."""
 

@@ -1,4 +1,4 @@
-"""Operators of onnxruntime that fuse sums, norms and activations, as the ONNX nodes that they stand for."""
+"""Operators as the plain ONNX nodes that they stand for: fused ones, Einsum, those upon codes (QOperator)."""
 
 from edgeattn.files.checkpoints.onnx_shapes import PRODUCTS, equation
 
