@@ -22,7 +22,7 @@ _MOVED = (*functions.SAME, *functions.LAYOUT)
 _LONGEST = 24  # nodes between a value and where it is quantized
 _UNSIGNED = 128
 _LARGEST = 127  # weights are symmetric
-_INSTEAD = ("; scheme='float32' reads the float model of the file's weights, which quant.quantize quantizes with data, "
+INSTEAD = ("; scheme='float32' reads the float model of the file's weights, which quant.quantize quantizes with data, "
             "or, with scheme='dynamic', without")
 
 
@@ -75,7 +75,7 @@ def _scale_of(graph, value, what):
     found = _above(graph, value) or _below(graph, value)
     if found is None:
         raise NotRead(f"static int8 needs the scale of {what}, {value[:100]!r}: QuantizeLinear and DequantizeLinear "
-                      f"to 8 bits with one scale and zero point, got none{_INSTEAD}")
+                      f"to 8 bits with one scale and zero point, got none{INSTEAD}")
     return found
 
 
@@ -101,7 +101,7 @@ def _weight_scale(graph, value, what):
             scale = None
     if scale is None:
         raise NotRead(f"static int8 needs {what} as codes with a scale for each output, or one, behind a "
-                      f"DequantizeLinear, got {'none' if node is None else title(node)}{_INSTEAD}")
+                      f"DequantizeLinear, got {'none' if node is None else title(node)}{INSTEAD}")
     return np.broadcast_to(np.float32(scale).reshape(-1), (outputs,))
 
 
@@ -116,7 +116,7 @@ def _coded(weight, bias, scale, source, what):
     if not largest <= _LARGEST:
         found = f"codes up to {largest:g} from the zero point" if near else "others"
         raise NotRead(f"static int8 needs {what} symmetric, in codes from -{_LARGEST} to {_LARGEST}, got "
-                      f"{found}{_INSTEAD}")
+                      f"{found}{INSTEAD}")
     made = {"weight": whole.astype(np.int8), "scale": scale}
     if bias is not None:
         with np.errstate(all="ignore"):
@@ -237,7 +237,7 @@ def _pieces(channels, offset, pair, what):
         highest = (sum_ + 128 * count) / 255
         if abs(highest - round(highest)) > 1e-2 or not 0 <= round(highest) <= count:
             raise NotRead(f"further outputs of {what} must begin at the lowest or highest code, got an offset of "
-                          f"{offset[channel]:g}{_INSTEAD}")
+                          f"{offset[channel]:g}{INSTEAD}")
         nones = iter([-128] * (count - round(highest)) + [127] * round(highest))
         found += [(i, [channel, next(nones)]) for i, each in enumerate(channels) if each == channel]
     return [pair for _, pair in sorted(found)]
@@ -250,12 +250,12 @@ def static_attention(graph, found, name, arithmetic):
     """(config, arrays) of the StaticSelfAttention that an attention layer is, as its `from_state` takes them."""
     apart = found.apart
     if found.arguments.get("rotary") or found.arguments.get("position_bias") is not None:
-        raise NotRead(f"{name} has positions of its own, which static int8 has not{_INSTEAD}")
+        raise NotRead(f"{name} has positions of its own, which static int8 has not{INSTEAD}")
     if apart.products is None or any(node.op_type != "MatMul" for node in apart.products) or apart.output is None:
-        raise NotRead(f"{name} must be taken apart, a Softmax between MatMul, to have a scale for each part{_INSTEAD}")
+        raise NotRead(f"{name} must be taken apart, a Softmax between MatMul, to have a scale for each part{INSTEAD}")
     factor = np.unique(apart.scale)
     if len(factor) != 1 or not factor[0] > 0:
-        raise NotRead(f"{name} must scale the scores of all heads by one number, got {len(factor)}{_INSTEAD}")
+        raise NotRead(f"{name} must scale the scores of all heads by one number, got {len(factor)}{INSTEAD}")
     factor = float(factor[0])
     first, second = apart.products
     source = rows_read(graph, found.source)
@@ -270,14 +270,14 @@ def static_attention(graph, found, name, arithmetic):
     probabilities = _scale_of(graph, graph.input(second, 0), f"the probabilities of {name}")
     if probabilities[0] > 1 / 254 or probabilities[1] != -128:  # ours are of 1/256 always
         raise NotRead(f"{name} must have probabilities in codes of 1/255 or less, from 0 on, got a scale of "
-                      f"{probabilities[0]:g} and a zero point of {probabilities[1]}{_INSTEAD}")
+                      f"{probabilities[0]:g} and a zero point of {probabilities[1]}{INSTEAD}")
     arrays = {}
     for role, each, by in zip(("query", "key", "value"), apart.projections, (factor, 1.0, 1.0), strict=True):
         weight, bias = each.weights(apart.groups)
         scales = _weight_scale(graph, each.source, f"the weights of the {role} of {name}")
         scales = (scales[each.features[apart.groups]] * each.factor[apart.groups]).reshape(-1)
         if not (scales > 0).all():
-            raise NotRead(f"{name} must scale its {role} by positive numbers{_INSTEAD}")
+            raise NotRead(f"{name} must scale its {role} by positive numbers{INSTEAD}")
         weight, bias = weight * np.float32(by), None if bias is None else bias * np.float32(by)
         arrays |= {f"{role}.{part}": array for part, array in _coded(
             weight, bias, scales * np.float32(by), given, f"the weights of the {role} of {name}").items()}
@@ -350,7 +350,7 @@ def _static_network(graph, net, activation, name, arithmetic):
             weight, bias = net.weights(graph, leaf)
             scale = _weight_scale(graph, leaf.map, f"the weights of {what}")[leaf.features] * np.float32(leaf.factor)
             if not (scale > 0).all():
-                raise NotRead(f"{what} must scale its maps by positive numbers{_INSTEAD}")
+                raise NotRead(f"{what} must scale its maps by positive numbers{INSTEAD}")
             arrays |= {f"{role}.{part}": array
                        for part, array in _coded(weight, bias, scale, given, f"the weights of {what}").items()}
     arrays |= {f"linear2.{part}": array for part, array in _coded(

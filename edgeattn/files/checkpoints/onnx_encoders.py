@@ -14,9 +14,15 @@ from typing import Any
 import numpy as np
 
 from edgeattn.files.checkpoints import onnx_functions as functions
-from edgeattn.files.checkpoints.onnx_codes import further_outputs, rows_read, static_attention, static_feed_forward
+from edgeattn.files.checkpoints.onnx_codes import (
+    INSTEAD,
+    further_outputs,
+    rows_read,
+    static_attention,
+    static_feed_forward,
+)
 from edgeattn.files.checkpoints.onnx_elements import trace
-from edgeattn.files.checkpoints.onnx_layers import ADDED, attention_at
+from edgeattn.files.checkpoints.onnx_layers import ADDED, CAPS, UPPER_LEFT, attention_at
 from edgeattn.files.checkpoints.onnx_nodes import title
 from edgeattn.files.checkpoints.onnx_outputs import with_bias
 from edgeattn.files.checkpoints.onnx_probes import activation_of, between, computed, norm_between, scaled_silu
@@ -63,7 +69,7 @@ class Encoder:
     @property
     def told(self):
         """What is to be given with each call, once for all layers."""
-        texts = [text.replace(title(layer.attention.node), "attention")
+        texts = [text.replace(title(layer.attention.node), "attention").replace(UPPER_LEFT, "")
                  for layer in self.layers for text in layer.attention.told if "has a window" not in text]
         return list({re.sub("'.*'", "", text): text for text in reversed(texts)}.values())[::-1]
 
@@ -159,9 +165,19 @@ def look_further(encoder, graph, nodes):
                                               arguments=arguments)
 
 
+def refuse_positions(encoder):
+    """Refuse a static encoder whose positions showed in the graph of longer sequences."""
+    for layer in encoder.layers:
+        if layer.static is not None and layer.attention.arguments.get("position_bias") is not None:
+            raise NotRead(f"{title(layer.attention.node)} has positions of its own, which static int8 has not{INSTEAD}")
+
+
 def _layer(graph, attention):
     """(the `Layer`, the value that goes in, the last sum); of a layer whose norms are behind the sums norm2 is ()."""
     name = title(attention.node)
+    if capped := [text for text in attention.told if CAPS in text]:
+        raise NotRead(f"{capped[0].partition(';')[0]}, for which an encoder has no place; MultiHeadAttention.from_onnx "
+                      "reads it alone")
     read = rows_read(graph, attention.source).source
     sources = {root_of(graph, rows_read(graph, source).source) for source in attention.sources}
     if len(sources) != 1:
@@ -352,7 +368,9 @@ def _network(graph, first, name):
     leaves = _leaves(graph, top, name)
     place = f"{title(graph.maker[first])} and {title(graph.maker[second])}"
     try:
-        activation, value1, value_gate, steep = _activation(graph, top, leaves, place)
+        activation, value1, value_gate, steep = (
+            ("relu", top, None, 1.0) if list(leaves) == [top] and _clipped(graph, found.source)
+            else _activation(graph, top, leaves, place))
     except NotRead:  # of features that are scaled in several ways, as GELU's are, before anything else is done
         lifted = _lifted(graph, leaves)
         if lifted.keys() == leaves.keys():
@@ -406,6 +424,20 @@ def _leaves(graph, top, name):
         raise NotRead(f"the activation behind {name} must keep the shape of what comes to it, got "
                       f"{[leaf.shape for leaf in leaves.values()]} and {graph.shapes.get(top)}")
     return leaves
+
+
+def _clipped(graph, value):
+    """Whether codes of a value have none below zero: quantizers leave a ReLU out in front of these."""
+    for _ in range(_FEW_NODES):
+        node = graph.maker.get(value)
+        if node is None or node.op_type not in _PLAIN:
+            break
+        value = node.input[0]
+        if node.op_type == "QuantizeLinear":
+            zero = graph.constant(graph.input(node, 2)) if graph.input(node, 2) else np.zeros(1, np.uint8)
+            if zero is not None and zero.dtype.kind in "iu" and (zero == np.iinfo(zero.dtype).min).all():
+                return True
+    return False
 
 
 def _lifted(graph, leaves):

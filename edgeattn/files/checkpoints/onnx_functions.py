@@ -282,7 +282,27 @@ def _gather_nd(attributes, x, indices):
     return x[tuple(np.moveaxis(indices, -1, 0))]
 
 
+def _cumsum(attributes, x, axis):
+    axis = int(np.asarray(axis).reshape(-1)[0])
+    x = np.flip(x, axis) if attributes.get("reverse") else x
+    sums = np.cumsum(x, axis, dtype=x.dtype) - (x if attributes.get("exclusive") else 0)
+    return np.flip(sums, axis) if attributes.get("reverse") else sums
+
+
+def _einsum(attributes, *inputs):
+    """Of a few letters: rotary embeddings have the outer product of positions and frequencies."""
+    text = attributes.get("equation", "").replace(" ", "")
+    terms = text.partition("->")[0].split(",")
+    if len(terms) != len(inputs) or any(len(term) != x.ndim for term, x in zip(terms, inputs, strict=True)):
+        raise ValueError(f"an Einsum of constants must have a letter for each axis, got {text[:100]!r}")
+    sizes = dict(zip("".join(terms), [size for x in inputs for size in x.shape], strict=True))
+    if math.prod(sizes.values()) > _LARGEST_TILE:
+        raise ValueError(f"an Einsum of constants must be of at most {_LARGEST_TILE} products, got {reason(sizes)}")
+    return np.einsum(text, *inputs)
+
+
 OTHERS = {
+    "Einsum": _einsum,
     "GatherElements": lambda a, x, indices: np.take_along_axis(x, indices, a.get("axis", 0)),
     "GatherND": _gather_nd,
     "LpNormalization": _lp_norm,
@@ -290,7 +310,7 @@ OTHERS = {
     "Trilu": _trilu,
     "Concat": concat,
     "MatMul": _plain(np.matmul),
-    "CumSum": lambda _, x, axis: np.cumsum(x, int(np.asarray(axis).reshape(-1)[0])),
+    "CumSum": _cumsum,
     "LayerNormalization": layer_norm,
     "RMSNormalization": rms_norm,
     "SimplifiedLayerNormalization": rms_norm,

@@ -16,7 +16,14 @@ import numpy as np
 
 from edgeattn import arithmetic as rules
 from edgeattn.checks import is_one_of
-from edgeattn.files.checkpoints.onnx_encoders import LONG, Encoder, look_further, read_encoder, root_of
+from edgeattn.files.checkpoints.onnx_encoders import (
+    LONG,
+    Encoder,
+    look_further,
+    read_encoder,
+    refuse_positions,
+    root_of,
+)
 from edgeattn.files.checkpoints.onnx_layers import attention_at
 from edgeattn.files.checkpoints.onnx_models import Image, Text, read_image, read_text, text_inputs
 from edgeattn.files.checkpoints.onnx_nodes import Graph, title
@@ -129,6 +136,7 @@ def onnx_encoder(path_or_model: Path | OnnxModel, arithmetic: Arithmetic | None 
             with contextlib.suppress(NotRead):  # of a model that was traced for one length
                 further = graphs(sizes[0], None, LONG)
                 look_further(found, further, attention_nodes(further))
+        refuse_positions(found)
         ends = {root_of(graph, name) for name in graph.outputs}
         return found, found.start in graph.inputs and found.end in ends
 

@@ -13,7 +13,8 @@ from edgeattn.files.checkpoints.onnx_outputs import output_map
 from edgeattn.files.checkpoints.onnx_scores import from_softmax
 from edgeattn.files.checkpoints.onnx_values import NotRead
 
-ADDED = "adds a mask or bias"
+ADDED, CAPS = "adds a mask or bias", "caps its scores"  # in what is told
+UPPER_LEFT = ", causal_alignment='upper_left'"  # an encoder's calls have no other
 
 
 @dataclasses.dataclass

@@ -8,7 +8,15 @@ import numpy as np
 
 from edgeattn.files.checkpoints import onnx_functions as functions
 from edgeattn.files.checkpoints.onnx_elements import trace
-from edgeattn.files.checkpoints.onnx_encoders import LONG, Encoder, look_further, map_of, read_encoder, root_of
+from edgeattn.files.checkpoints.onnx_encoders import (
+    LONG,
+    Encoder,
+    look_further,
+    map_of,
+    read_encoder,
+    refuse_positions,
+    root_of,
+)
 from edgeattn.files.checkpoints.onnx_nodes import title
 from edgeattn.files.checkpoints.onnx_probes import computed, norm_between
 from edgeattn.files.checkpoints.onnx_projections import linear
@@ -81,6 +89,7 @@ def read_text(graphs, nodes_of, ids, bound, arithmetic=None):
 def _masks(graph, text, nodes_of):
     """Take the masks of a graph of long texts."""
     look_further(text.encoder, graph, nodes_of(graph))
+    refuse_positions(text.encoder)
     told = [each for each in text.encoder.told if "is causal" not in each]
     if told:
         raise NotRead(f"a text encoder must have no masks but padding, causal ones and windows, got: {told[0]}; "

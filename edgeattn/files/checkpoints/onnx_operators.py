@@ -38,6 +38,9 @@ def from_operator(graph, node, name):
     told = []
     if attributes.get("do_rotary") and kind != "GroupQueryAttention":
         raise NotRead(f"{name} has do_rotary={attributes['do_rotary']}, which edgeattn layers do not do")
+    if attributes.get("smooth_softmax") == 1 or (kind == "GroupQueryAttention" and graph.input(node, 11)):
+        raise NotRead(f"{name} has an attention sink (smooth_softmax or head_sink), which takes a part of the weight "
+                      "and has no place in a layer")
     rotary = None
     if kind in ("Attention", "QAttention") and domain:
         q, k, v, heads = _packed_operator(graph, node, name, attributes)
@@ -115,10 +118,11 @@ def from_operator(graph, node, name):
         told.append(f"{name} caps its scores; pass softcap={attributes['softcap']:g} in each call")
     keys = parts[1][0].shape[2]
     masks = {
-        ("", "Attention"): (3,),
+        ("", "Attention"): (3, 6),
         ("com.microsoft", "Attention"): (3, 5),
         ("com.microsoft", "QAttention"): (5,),
         ("com.microsoft", "MultiHeadAttention"): (4, 5),
+        ("com.microsoft", "GroupQueryAttention"): (10,),
     }.get((domain, kind), ())
     for i in masks:
         given = graph.input(node, i)

@@ -12,15 +12,10 @@ _ALIKE = 16  # distances that show that all further ones are alike
 
 def relative_bias(graph, added):
     """The RelativePositionBias that adds (heads, L, S) to scores, of a table that a graph gathers rows of; or None."""
-    heads, queries, keys = added.shape
-    for node in graph.nodes:
-        if node.op_type != "Gather" or len(node.input) != 2 or graph.attributes(node).get("axis", 0):
-            continue
-        shape = graph.shapes.get(node.input[0])
-        if shape is None or len(shape) != 2 or shape[1] != heads or not 4 <= shape[0] <= _MOST_BUCKETS:
-            continue
-        table = graph.constant(node.input[0])
-        if table is None or table.dtype.kind != "f" or not np.isfinite(table).all():
+    _, queries, keys = added.shape
+    tables = list(_tables(graph, len(added)))
+    for table in tables:
+        if not 4 <= len(table) <= _MOST_BUCKETS:
             continue
         for max_distance in _DISTANCES:
             for bidirectional in (True, False):
@@ -29,7 +24,26 @@ def relative_bias(graph, added):
                 bias = class_of("RelativePositionBias")(table, bidirectional=bidirectional, max_distance=max_distance)
                 if np.abs(bias.rows(0, queries, keys) - added).max() <= _NEAR * max(1.0, float(np.abs(table).max())):
                     return bias
-    return _of_distances(added)
+    return None if any(_goes_on(table, added) for table in tables) else _of_distances(added)
+
+
+def _tables(graph, heads):
+    """Constants (numbers, heads) that a graph gathers rows of, or columns of their transposes."""
+    for node in graph.nodes:
+        axis = graph.attributes(node).get("axis", 0) if node.op_type == "Gather" and len(node.input) == 2 else None
+        shape = graph.shapes.get(node.input[0]) if axis in (0, 1) else None
+        if shape is not None and len(shape) == 2 and shape[1 - axis] == heads:
+            table = graph.constant(node.input[0])
+            if table is not None and table.dtype.kind == "f" and np.isfinite(table).all():
+                yield table if axis == 0 else table.T
+
+
+def _goes_on(table, added):
+    """Whether some numbers of a table are added, and others not yet: those are of distances beyond."""
+    table = np.unique(np.asarray(table, np.float32), axis=0)
+    seen = np.unique(np.concatenate([added[:, 0], added[:, -1]], 1).T, axis=0)
+    known = (np.abs(table[:, None] - seen) <= _NEAR * max(1.0, float(np.abs(table).max()))).all(-1).any(1)
+    return bool(known.any() and not known.all())
 
 
 def _of_distances(added):

@@ -3,7 +3,7 @@
 import numpy as np
 
 from edgeattn.files.checkpoints import onnx_functions as functions
-from edgeattn.files.checkpoints.onnx_elements import BLOCKED, Term, trace
+from edgeattn.files.checkpoints.onnx_elements import BLOCKED, Elements, Term, trace
 from edgeattn.files.checkpoints.onnx_outputs import FAR_BEHIND
 from edgeattn.files.checkpoints.onnx_products import product
 from edgeattn.files.checkpoints.onnx_projections import Parts, is_map_of, projected
@@ -45,7 +45,8 @@ def from_softmax(graph, node, name):
         return each == graph.output(node)
 
     second, side, weights = _reader_product(graph, node, name, to_product)
-    if len(weights.terms) != 1 or np.ndim(weights.terms[0].factor) and not (weights.terms[0].factor == 1).all():
+    if [term.source for term in weights.terms] != [graph.output(node)] or second.factor != 1 or not np.all(
+            weights.terms[0].factor == 1):
         raise NotRead(f"the probabilities of {name} must be multiplied by the values as they are")
 
     q_name, k_name = (
@@ -68,6 +69,9 @@ def from_softmax(graph, node, name):
         -1, *probabilities.shape[-2:]
     )
     at = comp[place]
+    if scores.shape[-1] != keys:
+        raise NotRead(f"{name} must be over the keys alone, {keys}, got {scores.shape[-1]} numbers in a row: an "
+                      "attention sink, which takes a part of the weight, has no place in a layer")
     if (
         at.shape[1:] != (length, keys)
         or (at - at[:, :1, :1] != np.arange(length * keys).reshape(length, keys)).any()
@@ -166,10 +170,8 @@ def _reader_product(graph, node, name, is_source):
         for reader in readers:
             found = product(graph, reader)
             if found is not None and graph.input(reader, 0) == value:
-                elements = (
-                    trace(graph, value, is_source) if not _cleaned(graph, value) else _past_nan(graph, value, is_source)
-                )
-                return found, graph.input(reader, 3 if reader.op_type == "QLinearMatMul" else 1), elements
+                second = graph.input(reader, 3 if reader.op_type == "QLinearMatMul" else 1)
+                return found, second, _past_nan(graph, trace(graph, value, is_source), is_source)
         following = [each for each in readers if each.op_type in (*functions.SAME, *functions.LAYOUT, "Where")]
         if not following:
             break
@@ -177,12 +179,22 @@ def _reader_product(graph, node, name, is_source):
     raise NotRead(f"the probabilities of {name} must be the left side of a MatMul with the values")
 
 
-def _cleaned(graph, value):
-    node = graph.maker.get(value)
-    return node is not None and node.op_type == "Where"
-
-
-def _past_nan(graph, value, is_source):
-    """Probabilities behind Where(IsNaN(p), 0, p), which exporters write for rows without keys."""
-    node = graph.maker[value]
-    return trace(graph, graph.input(node, 2), is_source)
+def _past_nan(graph, elements, is_source):
+    """Probabilities behind Where(IsNaN(p), 0, p), or of a condition of whole rows: exporters write both for rows
+    without keys.
+    """
+    node = graph.maker.get(elements.terms[0].source) if len(elements.terms) == 1 else None
+    if node is None or node.op_type != "Where" or len(node.input) != 3 or is_source(elements.terms[0].source):
+        return elements
+    condition, shape = graph.maker.get(node.input[0]), graph.shapes.get(node.input[0])
+    of_rows = (condition is not None and condition.op_type == "IsNaN") or (shape is not None and shape[-1:] == (1,))
+    computed = [name for name in node.input[1:] if graph.constant(name) is None]
+    if not of_rows or len(computed) != 1:
+        return elements
+    inner, outer = trace(graph, computed[0], is_source), elements.terms[0]
+    if len(inner.terms) != 1 or inner.shape != graph.shapes.get(graph.output(node)):
+        return elements
+    (term,) = inner.terms
+    factor = np.broadcast_to(np.float32(term.factor), term.index.shape).reshape(-1)[outer.index]
+    index = term.index.reshape(-1)[outer.index]
+    return Elements(elements.shape, (Term(term.source, index, factor * np.float32(outer.factor)),))

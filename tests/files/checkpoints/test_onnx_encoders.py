@@ -413,6 +413,50 @@ def test_biases_of_distances_are_relative_positions():
     assert encoder.layers[0].attention.position_bias.max_distance <= 7
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_tables_that_go_on_beyond_what_is_seen_are_told(axis):
+    """As T5's of a distance that no model has: numbers of texts longer than those that are looked at are not known."""
+    table = seeded(4, H)
+
+    def biased(graph, scores):
+        apart = graph.add("Abs", graph.add("Sub", places(graph, scores, 0), places(graph, scores, 1)))
+        index = graph.add("Min", graph.add("Div", apart, np.array(100)), np.array(3))
+        rows = graph.add("Gather", table if axis == 0 else table.T.copy(), index, axis=axis)
+        return graph.add("Add", scores, graph.add("Transpose", rows, perm=[2, 0, 1]) if axis == 0 else rows)
+
+    graph = Graph(x=seeded(B, 9, E))
+    model = open_axes(graph.model(around(graph, attended(graph, 0, *heads(graph, "x", 0), biased))), "b", "l")
+    with pytest.warns(UserWarning, match="adds a mask or bias"):
+        TransformerEncoder.from_onnx(model)
+
+
+def test_rotary_angles_that_an_einsum_makes():
+    """As lucidrains' and GPT-NeoX's, and torch.outer as TorchScript writes it."""
+    graph = Graph(x=seeded(B, 9, E))
+    frequencies = (500.0 ** (-np.arange(D // 2) / (D // 2))).astype(np.float32)
+
+    def turned(x):
+        rows = graph.add("Range", np.array(0), graph.add("Gather", graph.add("Shape", x), np.array(2)), np.array(1))
+        angles = graph.add("Einsum", graph.add("Cast", rows, to=onnx.TensorProto.FLOAT), frequencies, equation="n , d -> n d")
+        both = graph.add("Concat", angles, angles, axis=-1)
+        a, b = (graph.add("Slice", x, np.array([i]), np.array([i + D // 2]), np.array([-1])) for i in (0, D // 2))
+        other = graph.add("Concat", graph.add("Neg", b), a, axis=-1)
+        return graph.add("Add", graph.add("Mul", x, graph.add("Cos", both)), graph.add("Mul", other, graph.add("Sin", both)))
+
+    q, k, v = heads(graph, "x", 0)
+    assert read(graph, around(graph, attended(graph, 0, turned(q), turned(k), v))).layers[0].attention.rotary.base == 500
+
+
+def test_scores_with_a_cap_are_refused():
+    graph = Graph(x=seeded(B, L, E))
+
+    def capped(graph, scores):
+        return graph.add("Mul", graph.add("Tanh", graph.add("Div", scores, number(3))), number(3))
+
+    with pytest.raises(ValueError, match=r"caps its scores, for which an encoder has no place; MultiHeadAttention\.from_onnx"):
+        TransformerEncoder.from_onnx(graph.model(around(graph, attended(graph, 0, *heads(graph, "x", 0), capped))))
+
+
 # -- int8 ----------------------------------------------------------------------------------------------
 
 
@@ -435,13 +479,15 @@ def quantized(model, weights):
     graph, nodes = onnx.GraphProto(), []
     graph.CopyFrom(model.graph)
     stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    made = {name: node.op_type for node in model.graph.node for name in node.output}
     for node in model.graph.node:
         if node.op_type == "MatMul":
             for i, name in enumerate(list(node.input)):
                 array = stored.get(name)
                 if array is None:
-                    nodes += [onnx.helper.make_node("QuantizeLinear", [name, "step", "zero"], [f"{name} q"]),
-                              onnx.helper.make_node("DequantizeLinear", [f"{name} q", "step", "zero"], [f"{name} d"])]
+                    pair = ["fine", "lowest"] if made.get(name) == "Softmax" else ["step", "zero"]
+                    nodes += [onnx.helper.make_node("QuantizeLinear", [name, *pair], [f"{name} q"]),
+                              onnx.helper.make_node("DequantizeLinear", [f"{name} q", *pair], [f"{name} d"])]
                 elif weights:
                     scale = np.float32(np.abs(array).max() / 127)
                     for part, value in (("codes", np.rint(array / scale).astype(np.int8)), ("scale", scale)):
@@ -452,6 +498,8 @@ def quantized(model, weights):
         nodes.append(node)
     graph.initializer.append(onnx.numpy_helper.from_array(number(0.05), "step"))
     graph.initializer.append(onnx.numpy_helper.from_array(np.int8(0), "zero"))
+    graph.initializer.append(onnx.numpy_helper.from_array(number(1 / 256), "fine"))
+    graph.initializer.append(onnx.numpy_helper.from_array(np.int8(-128), "lowest"))
     del graph.node[:]
     graph.node.extend(nodes)
     return onnx.helper.make_model(graph, opset_imports=model.opset_import)
@@ -472,6 +520,56 @@ def test_files_with_quantizers_are_read_as_if_these_did_not_round():
     found = computed(encoder, graph.inputs["x"])
     np.testing.assert_allclose(found, wanted, **CLOSE)
     assert 1e-3 < np.abs(found - rounding).max() < 0.3
+
+
+def test_positions_that_only_long_texts_show_are_no_part_of_static_int8():
+    """Every value has codes here, so that nothing but the positions is in the way."""
+    def biased(graph, scores):
+        apart = graph.add("Sub", places(graph, scores, 0), places(graph, scores, 1))
+        return graph.add("Add", scores, graph.add("Gather", seeded(H, 3), graph.add("Min", graph.add("Abs", apart), np.array(2)), axis=1))
+
+    def plain(graph, scores):
+        return scores
+
+    for form in (plain, biased):
+        graph = Graph(x=seeded(B, 9, E))
+        model = quantized(graph.model(around(graph, attended(graph, 0, *heads(graph, "x", 0), form))), weights=True)
+        nodes = []
+        for node in model.graph.node:
+            nodes.append(node)
+            if node.op_type in ("MatMul", "Add", "Mul", "Gelu", "LayerNormalization") and node.output[0] not in (
+                    each.name for each in model.graph.output):
+                name = node.output[0]
+                node.output[0] = f"{name} real"
+                nodes += [onnx.helper.make_node("QuantizeLinear", [f"{name} real", "step", "zero"], [f"{name} all"]),
+                          onnx.helper.make_node("DequantizeLinear", [f"{name} all", "step", "zero"], [name])]
+        coded = onnx.ModelProto()
+        coded.CopyFrom(model)
+        del coded.graph.node[:]
+        coded.graph.node.extend(nodes)
+        coded = open_axes(coded, "b", "l")
+        if form is plain:
+            TransformerEncoder.from_onnx(coded, scheme="static")
+        else:
+            with pytest.raises(ValueError, match="has positions of its own, which static int8 has not"):
+                TransformerEncoder.from_onnx(coded, scheme="static")
+
+
+def test_a_relu_that_quantizers_left_to_the_lowest_code():
+    """onnxruntime's take it out where no code behind it is negative."""
+    def built(activation):
+        graph = Graph(x=seeded(B, L, E))
+        return TransformerEncoder.from_onnx(graph.model(layer(graph, "x", activation=activation)))
+
+    def coded(kind, lowest):
+        step = number(0.02), np.array(lowest, kind)
+        return lambda g, x: g.add("DequantizeLinear", g.add("QuantizeLinear", x, *step), *step)
+
+    wanted = computed(built(lambda g, x: g.add("Relu", x)), seeded(B, L, E))
+    for kind, lowest in ((np.int8, -128), (np.uint8, 0)):
+        np.testing.assert_array_equal(computed(built(coded(kind, lowest)), seeded(B, L, E)), wanted)
+    with pytest.raises(ValueError, match="got nothing: the nearest"):
+        built(coded(np.int8, 0))
 
 
 # -- refusals ------------------------------------------------------------------------------------------

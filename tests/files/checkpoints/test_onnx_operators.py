@@ -134,6 +134,25 @@ def test_softcaps_of_groups_are_told():
         MultiHeadAttention.from_onnx(graph.model(output))
 
 
+def test_what_else_groups_may_have_is_refused_or_told():
+    for name, message in (("smooth_softmax", "attention sink"), ("head_sink", "attention sink"), ("bias", "has a mask, 'bias'")):
+        graph, output, _, _ = group_query()
+        model = graph.model(output)
+        (node,) = (each for each in model.graph.node if each.op_type == "GroupQueryAttention")
+        if name == "smooth_softmax":
+            node.attribute.append(onnx.helper.make_attribute(name, 1))
+        else:
+            node.input.extend([""] * ((10 if name == "bias" else 11) - len(node.input)) + [name])
+            model.graph.input.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 1, L, L]))
+        if name == "bias":
+            with pytest.warns(UserWarning) as told:
+                MultiHeadAttention.from_onnx(model)
+            assert any(message in str(each.message) for each in told)
+        else:
+            with pytest.raises(ValueError, match=message):
+                MultiHeadAttention.from_onnx(model)
+
+
 if __name__ == "__main__":
     import onnxruntime
 

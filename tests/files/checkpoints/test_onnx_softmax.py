@@ -169,6 +169,27 @@ def test_open_axes():
     np.testing.assert_array_equal(MultiHeadAttention.from_onnx(model).q_weight, random(E, H * D).T)
 
 
+def test_weights_of_something_else_than_keys_are_refused():
+    """A sink beside the keys, and a mask of probabilities: of a layer neither is part."""
+    for form, message in (("sink", r"over the keys alone, 5, got 6 numbers in a row: an attention sink"),
+                          ("masked", "must be multiplied by the values as they are"),
+                          ("scaled", "must be multiplied by the values as they are")):
+        graph = Graph(x=random(B, L, E), mask=random(B, 1, 1, L) > 0)
+        q, k, v = heads(graph), heads(graph, (0, 2, 3, 1)), heads(graph)
+        rows = scores(graph, q, k)
+        if form == "sink":
+            rows = graph.add("Concat", rows, random(B, H, L, 1), axis=-1)
+        weights = graph.add("Softmax", rows, axis=-1)
+        if form == "sink":
+            weights = graph.add("Slice", weights, np.array([0]), np.array([L]), np.array([-1]))
+        elif form == "scaled":
+            context = graph.add("FusedMatMul", weights, v, domain="com.microsoft", alpha=0.5)
+        else:
+            weights = graph.add("Where", "mask", np.array(0, np.float32), weights)
+        with pytest.raises(ValueError, match=message):
+            MultiHeadAttention.from_onnx(graph.model(output(graph, context if form == "scaled" else graph.add("MatMul", weights, v))))
+
+
 def test_a_softmax_of_something_else_is_no_attention():
     graph = Graph(x=random(B, L, E))
     result = graph.linear(graph.add("Softmax", graph.linear("x", random(E, E))), random(E, E))
