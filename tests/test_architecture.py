@@ -35,7 +35,7 @@ def test_a_call_that_comes_again_is_as_many_calls_as_the_page_says(call, said):
 def test_every_module_that_the_page_names_is_there():
     missing = []
     for name in re.findall(r"`([a-z_/0-9]+\.py)`", PAGE):
-        tops = (ROOT, ROOT / "edgeattn", ROOT / "quant", ROOT / "quant/export", ROOT / "edgeattn/kernels/cpu",
+        tops = (ROOT, ROOT / "edgeattn", ROOT / "quant", ROOT / "quant/export", ROOT / "edgeattn/kernels/cpu", ROOT / "edgeattn/kernels/cpu/simd",
                 ROOT / "edgeattn/executors/cuda", ROOT / "edgeattn/runtime", ROOT / "edgeattn/layers",
                 ROOT / "edgeattn/quantized", ROOT / "edgeattn/executors")
         missing += [] if any((top / name).is_file() for top in tops) else [name]
