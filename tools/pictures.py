@@ -121,7 +121,8 @@ def draw_forms() -> None:
         ("a microcontroller\n(Cortex-M)?", answer("C99", 'quant.export(static, "layer.c")')),
         ("a 32-bit system, or an\napp that has LiteRT?", answer(".tflite", 'quant.export(static, "layer.tflite")')),
         ("a workstation, or\nnothing that hurries?", answer("pip install .", "kernels compile at their first call")),
-        ("one model, one file,\nNumPy alone?", answer("bundle", "quant export model.safetensors", "model.so --target cortex-a72")),
+        ("one model, one file,\nNumPy alone?",
+         answer("bundle", "quant export model.safetensors", "model.so --target cortex-a72")),
     ]
     y = 6.7
     for asked, said in rows:
