@@ -42,7 +42,9 @@ def write_report(layer: Any, quantized: Any, batches: Iterable[Any], path: PathL
 
     Parameters
     ----------
-    layer, quantized, batches : float layer or model, the same in int8, iterable
+    layer : float layer, encoder or model
+    quantized : the same in int8
+    batches : iterable
         As for ``compare``.
     path : str or path-like
         Ends in ".html". An existing file is replaced, by a whole one.

@@ -40,6 +40,14 @@ def test_printed_with_its_sizes(thing):
     assert any(character.isdigit() for character in shown) and len(shown) < 1200 and "array(" not in shown
 
 
+def test_printed_encoders_tell_what_is_int8():
+    static = quant.quantize(encoder, quant.calibrate(encoder, [random_input(0, 1, 4, 32)]))
+    partly = quant.quantize(encoder, scheme="dynamic", attention="float32")
+    shown = [repr(each) for each in (encoder, THINGS["dynamic encoder"], static, partly)]
+    assert len(set(shown)) == 4 and "Dynamic" not in shown[0] and "DynamicMultiHeadAttention" in shown[1]
+    assert "StaticFeedForward" in shown[2] and "DynamicLinear, MultiHeadAttention" in shown[3]
+
+
 @pytest.mark.parametrize("thing", THINGS.values(), ids=THINGS)
 def test_equal_where_all_is(thing):
     again = copy.deepcopy(thing)

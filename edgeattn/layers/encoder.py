@@ -541,8 +541,11 @@ class TransformerEncoder(Placeable, Stored):
         return [row[:count] for row, count in zip(encoded, counts, strict=True)]
 
     def __repr__(self) -> str:
-        return (f"TransformerEncoder({len(self.layers)} layers, num_heads={self.layers[0].attention.num_heads}, "
-                f"embed_dim={self.embed_dim}, norm={self.norm})")
+        # the classes of attention and of products, which tell float from int8
+        kinds = ", ".join(sorted({type(part).__name__ for layer in self.layers for part in (
+            layer.attention, getattr(layer.feed_forward, "linear1", layer.feed_forward))}))
+        return (f"TransformerEncoder({len(self.layers)} layers of {kinds}, "
+                f"num_heads={self.layers[0].attention.num_heads}, embed_dim={self.embed_dim}, norm={self.norm})")
 
 
 _Run = tuple[int, int, int]

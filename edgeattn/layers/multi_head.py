@@ -334,8 +334,10 @@ class MultiHeadAttention(AttentionWeights):
         is_causal : bool
             A query sees no key after its own position, the first query standing at the first key. Unlike torch's
             this is no hint: it needs no `attn_mask`.
-        need_weights, average_attn_weights, out : bool, bool, array
+        need_weights, average_attn_weights : bool
             As for a call of the layer; the weights are averaged over the heads unless told otherwise.
+        out : (B, L, Eo) or (L, Eo) array, optional
+            Takes the result.
 
         Returns
         -------

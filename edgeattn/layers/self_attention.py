@@ -29,7 +29,9 @@ class SelfAttention(MultiHeadAttention):
     out_weight : (Eo, Dv) float array, optional
         Without it the head itself is the output.
     q_bias, k_bias, v_bias, out_bias : (D,), (D,), (Dv,), (Eo,) float arrays, optional
-    bias_k, bias_v, add_zero_attn, gate_weight, gate_bias : (D,), (Dv,), bool, (Dv, E), (Dv,), optional
+    bias_k, bias_v : (D,), (Dv,) float arrays, optional
+    add_zero_attn : bool
+    gate_weight, gate_bias : (Dv, E), (Dv,) float arrays, optional
         As for `MultiHeadAttention`.
 
     Raises
@@ -124,7 +126,9 @@ class SelfAttention(MultiHeadAttention):
             All dtypes are computed in float32.
         attn_mask, key_padding_mask : array, optional
         is_causal, need_weights : bool
-        window_size, softcap, alibi_slopes : (int, int), float, (1,) or (B, 1) float array
+        window_size : (int, int)
+        softcap : float
+        alibi_slopes : (1,) or (B, 1) float array, optional
         kv_cache : KVCache, optional
         out : (B, L, Eo) or (L, Eo) array, optional
             As for `MultiHeadAttention`, with H = 1 and S = L.

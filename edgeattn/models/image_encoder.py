@@ -65,7 +65,8 @@ class ImageEncoder(Placeable, Stored):
         ----------
         path_or_model : path or onnx.ModelProto
             Needs the onnx package.
-        scheme, arithmetic : {"float32", "static"}, str
+        scheme : {"float32", "static"}
+        arithmetic : str, optional
             As of `TransformerEncoder.from_onnx`; the embedding is float32 in both.
 
         Returns

@@ -96,7 +96,8 @@ class TextEncoder(Placeable, Stored):
         tokenizer : path, optional
             Folder with tokenizer.json and what sentence-transformers puts beside it. Unless given it is looked for in
             the model's folder and the one around that.
-        scheme, arithmetic : {"float32", "static"}, str
+        scheme : {"float32", "static"}
+        arithmetic : str, optional
             As of `TransformerEncoder.from_onnx`; the embedding is float32 in both.
 
         Returns

@@ -71,9 +71,12 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention, Positions):
         keys, a softcap and what a float32 cache holds, to nothing else.
     num_kv_heads : int, optional
         Hkv, H unless given.
-    bias_k, bias_v, add_zero_attn : (Hkv * D,), (Hkv * Dv,) float arrays, bool, optional
+    bias_k, bias_v : (Hkv * D,), (Hkv * Dv,) float arrays, optional
+    add_zero_attn : bool
         The added keys, as for ``MultiHeadAttention``.
-    rotary, q_norm, k_norm, position_bias : RotaryEmbedding, norms, (H, L, S) array or RelativePositionBias, optional
+    rotary : RotaryEmbedding, optional
+    q_norm, k_norm : LayerNorm or RMSNorm of D features, optional
+    position_bias : (H, L, S) float array or RelativePositionBias, optional
         Likewise: in float32, before queries and keys are quantized.
     outlier_columns : (n,) int array, optional
         Features of the inputs, all of one width, whose products are float32, at most 4: those much larger than the
