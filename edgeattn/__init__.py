@@ -1,4 +1,4 @@
-"""Attention for small computers: NumPy arrays in, NumPy arrays out."""
+"""Small Transformers on small computers: NumPy arrays in, NumPy arrays out."""
 
 from edgeattn.lazy import names_from as _names_from
 

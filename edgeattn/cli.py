@@ -42,7 +42,7 @@ def main(arguments=None):
 
 
 def _parser():
-    parser = Parser(prog="edgeattn", description="Attention for small computers.")
+    parser = Parser(prog="edgeattn", description="Small Transformers on small computers.")
     parser.add_argument("--version", action="version", version=f"edgeattn {edgeattn.__version__}",
                         help="Show the version and exit.")
     parser.set_defaults(run=lambda _: parser.print_help() or 2, parser=parser)
