@@ -43,7 +43,13 @@ def place(thing: Any, device: object, **options: Any) -> Any:
         return thing
     if device != "cuda":
         raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}")
-    return executor(device, "placement").place(thing, **options)
+    try:
+        return executor(device, "placement").place(thing, **options)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("edgeattn"):
+            raise
+        raise RuntimeError(f"CUDA needs the extra 'cuda' (pip install 'edgeattn[cuda]'): {error.name} is not installed"
+                           ) from error
 
 
 class Placeable:

@@ -370,6 +370,20 @@ def test_quant_without_its_extra_says_what_to_install():
     assert shown.stderr == ("quant: the command needs the package click: pip install '.[quant]' in edgeattn's folder\n")
 
 
+def test_what_a_wheel_beside_numpy_alone_cannot_do_says_what_to_install():
+    missing = "import sys; sys.modules.update(dict.fromkeys(('numba', 'llvmlite', 'safetensors'), None))\n"
+    code = "import edgeattn.files.storage as s\ntry: s.content_of(None)\nexcept ImportError as error: print(error)"
+    shown = subprocess.run([sys.executable, "-c", missing + code], cwd=ROOT, capture_output=True, text=True)
+    assert shown.stdout == "writing a .safetensors file needs safetensors: pip install safetensors\n", shown.stderr
+    shown = subprocess.run([sys.executable, "-c", f"{missing}import quant"], cwd=ROOT, capture_output=True, text=True)
+    assert re.search(r"^ImportError: the workbench needs the package (safetensors|numba|llvmlite): pip install '\.\[quant\]' in "
+                     r"edgeattn's folder$", shown.stderr, re.M)
+    code = ("import edgeattn.device as d\nd.executor = lambda *_: __import__('llvmlite')\n"
+            "try: d.place(None, 'cuda')\nexcept RuntimeError as error: print(error)")
+    shown = subprocess.run([sys.executable, "-c", missing + code], cwd=ROOT, capture_output=True, text=True)
+    assert shown.stdout == "CUDA needs the extra 'cuda' (pip install 'edgeattn[cuda]'): llvmlite is not installed\n", shown.stderr
+
+
 def test_import_quant_needs_no_extra():
     shown = without_the_extra("""
 import quant, numpy as np

@@ -192,7 +192,7 @@ def test_edgeattn_errors_are_one_line(command, line, message):
 
 def test_edgeattn_without_its_extra_says_what_to_install(command, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    assert "pip install edgeattn[text]" in command(f"edgeattn encode {SENTENCES} a -o v.npy", status=2)
+    assert "pip install 'edgeattn[text]'" in command(f"edgeattn encode {SENTENCES} a -o v.npy", status=2)
 
 
 @pytest.mark.parametrize("model, data, batches, tokens", [

@@ -60,7 +60,10 @@ def save(layer: MultiHeadAttention | QuantizedMultiHeadAttention, path: Path) ->
 
 def content_of(layer: Any) -> bytes:
     """What `save` writes of a layer."""
-    import safetensors.numpy  # 0.8 MiB that only files need
+    try:
+        import safetensors.numpy  # 0.8 MiB that only files need
+    except ModuleNotFoundError as error:
+        raise ImportError("writing a .safetensors file needs safetensors: pip install safetensors") from error
 
     config, tensors = layer.to_state()
     _check_finite(f"a {type(layer).__name__} cannot be saved", tensors, "the training of its model failed")

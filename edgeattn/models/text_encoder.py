@@ -291,7 +291,7 @@ class TextEncoder(Placeable, Stored):
             from tokenizers import Tokenizer
         except ImportError as error:
             raise ImportError("encode needs the package tokenizers, which cuts sentences into tokens: "
-                              "pip install edgeattn[text]") from error
+                              "pip install 'edgeattn[text]'") from error
         with reading("the tokenizer", "tokenizer.json"):
             made = Tokenizer.from_str(self.tokenizer)
         made.no_padding()

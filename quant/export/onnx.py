@@ -42,7 +42,7 @@ PRODUCER = "edgeattn"
 # Codes are written as uint8: onnxruntime's products of uint8 by int8 saturate on processors without VNNI, and it makes
 # uint8 of int8 activations on its own; those of uint8 by uint8 are exact everywhere.
 UNSIGNED = 128
-INSTALL = "pip install edgeattn[checkpoints]"
+INSTALL = "pip install 'edgeattn[checkpoints]'"
 # As many elements as a protobuf message of 2 GiB can hold in float32, less room for all else.
 _MOST_BYTES = 2**31 - 2**20
 
