@@ -87,6 +87,11 @@ class _WorkerPool:
 def set_num_threads(n: int | np.integer[Any]) -> None:
     """Use at most `n` threads for a call; 1 keeps every call on its caller's thread.
 
+    Parameters
+    ----------
+    n : int
+        At least 1, which it is unless this is called.
+
     Raises
     ------
     TypeError, ValueError
@@ -103,7 +108,12 @@ def set_num_threads(n: int | np.integer[Any]) -> None:
 
 
 def get_num_threads() -> int:
-    """The number of threads a call may use."""
+    """The number of threads a call may use.
+
+    Returns
+    -------
+    int
+    """
     return _wanted[1]
 
 
