@@ -55,6 +55,12 @@ def parts_of(layer: Any) -> list[Part] | None:
     return _parts(result, x)
 
 
+def feed_forward_kernel(feed_forward: Any) -> encoder_float32.RowKernel | None:
+    """The kernel of a feed-forward alone; None where there is none for its weights together."""
+    branch = feed_forward.forward(_Recorder(), _Operation("input"))
+    return None if _feed_forward_input(branch) is None else _feed_forward_kernel(branch, None, None)
+
+
 class AttentionStage:
     """norm(x + attention of x), or x + attention of norm(x), each norm there or not: (rows, sequences) -> rows."""
 
@@ -242,14 +248,19 @@ def _attention(branch: _Operation, first: _Operation | None, last: _Operation | 
 
 
 def _feed_forward(branch: _Operation, first: _Operation | None, last: _Operation | None) -> Stage:
+    return RowStage(_feed_forward_kernel(branch, first, last), residual=True)
+
+
+def _feed_forward_kernel(branch: _Operation, first: _Operation | None, last: _Operation | None
+                         ) -> encoder_float32.RowKernel:
     activation, linear1, gate, linear2 = _feed_forward_parts(branch)
     norm = first or last
     kernels = encoder_float32 if linear2.quantized is None else encoder_dynamic
-    kernel = kernels.FeedForward(
+    kernel: encoder_float32.RowKernel = kernels.FeedForward(
         *_weights(linear1.made_with), *_weights(linear2), activation=activation,
         gate=None if gate is None else _weights(gate.made_with), norm=None if norm is None else _norm(norm),
         norm_first=first is not None)
-    return RowStage(kernel, residual=True)
+    return kernel
 
 
 def _static(branch: _Operation, first: _Operation | None, last: _Operation | None) -> Stage:
