@@ -7,7 +7,8 @@ from edgeattn.runtime.compiler import register_jitable
 from edgeattn.runtime.plan_cache import PlanCache
 
 from . import fused as f
-from .attend_rows import MORE_MASK, scratch_of_rows
+from .attend_lanes import AT_FREE
+from .attend_rows import FEW_QUERIES, MORE_MASK, scratch_of_rows
 from .call import PreparedCall
 from .matmul import pack_panels, pad_heads, padded_head, round_up
 from .packing import Packer
@@ -48,14 +49,14 @@ def plan(p, B, L, S, masked):
     S_up, tokens = round_up(S, ROWS), min(round_up(L, WIDTH), f.QUERIES)
     shared = round_up((k_features + k_block) * S_up, 16)  # the keys
     p.at_values, shared = place(shared, (v_features + v_block) * S_up + ROWS * v_block)
-    p.at_largest, private = place(f.AT_FREE, k_features + k_block)
+    p.at_largest, private = place(AT_FREE, k_features + k_block)
     p.at_rows, private = place(private, tokens * (q_features + WIDTH))
     p.at_q, private = place(private, k_block * WIDTH)
     p.at_head, private = place(private, (v_block + ROWS) * WIDTH)
     p.at_context, private = place(private, tokens * (heads * Dvp + WIDTH))
     p.at_edge, private = place(private, tokens * WIDTH)
     p.at_masks, private = place(private, S * WIDTH if masked else 0)
-    if L <= f.FEW_QUERIES:
+    if L <= FEW_QUERIES:
         p.at_few, private = place(private + MORE_MASK, scratch_of_rows(p.head_size, Dvp))
     p.at_entry = 0
     if B > 1 and shared <= f.LARGEST_ENTRY:

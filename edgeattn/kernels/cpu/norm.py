@@ -11,8 +11,8 @@ import numpy as np
 from edgeattn.runtime.compiler import inline, jit, task
 from edgeattn.runtime.worker_pool import parallel_for
 
-from .fused import portions
 from .matmul import round_up
+from .portions import portions
 from .records import located, named, record
 from .simd import (
     LANES,
