@@ -24,7 +24,10 @@ from .simd import (
 
 TALL = 6 if LANES == 8 else ROWS  # rows of a tile: of sixteen registers three hold what it is made of
 _UNEVEN = (1, 2) if TALL == 6 else (-1, -1)  # rows that would be left alone: 7 are better 4 and 3, 8 twice 4
-AHEAD = 8  # elements of the next panel at most that a tile of four rows or more brings near for each of its depth
+# Weights are brought near before they are needed: those of the next panel while a panel is multiplied, evenly by all its
+# tiles; by a lone tile, which reads weights as fast as memory has them, those so many elements on: what a panel takes of
+# the first cache is used while it is there.
+AHEAD = 4096
 NO_BIAS = -1
 
 
@@ -92,13 +95,13 @@ def multiply_tile(zero, begun, x, t, w, f, out):
 
 
 @inline
-def multiply_tile_ahead(zero, begun, x, t, w, f, out, at_next, pace):
-    """multiply_tile(), while `pace` elements of w from at_next on for each of the depth are brought near."""
+def multiply_tile_ahead(zero, begun, x, t, w, f, out, at_next, pace, most):
+    """multiply_tile(), while `pace` elements of w from at_next on, at most `most`, for each of the depth come near."""
     from_row, at_panel = x.at + t * x.step, w.at + f // WIDTH * w.step
     for k in range(0, max(w.depth, 1), w.chain):
         some = min(w.chain, w.depth - k)
         tile = multiply_ahead(zero, x.data, from_row + k, x.step, 1, w.data, at_panel + k * WIDTH, some,
-                              at_next + k * pace, pace)
+                              at_next + k * pace, pace, most)
         finish_chain(tile, begun, k, t, w, f, out)
 
 
@@ -155,30 +158,29 @@ def product_rows(begun, x, rows, w, features, out):
         else:
             multiply_two(tile_zero(1, COLUMNS, w.data), begun, x, w, f, out)
             f += 2 * WIDTH
-    tiles = (rows + TALL - 1) // TALL
-    ahead = min(AHEAD, (WIDTH + tiles - 1) // tiles)  # evenly: other threads wait for memory, too
+    tiles, size = (rows + TALL - 1) // TALL, w.depth * WIDTH
+    pace, lone = (WIDTH + tiles - 1) // tiles, tiles == 1
     while f < features:
-        to, t, at_next = place_of(f, out), 0, w.at + (f // WIDTH + 1) * w.step
-        at_end = at_next + w.depth * WIDTH
+        to, t, at_panel = place_of(f, out), 0, w.at + f // WIDTH * w.step
+        at_next = at_panel + min(size, AHEAD) if lone else at_panel + w.step
         while t < rows:
-            left = rows - t
+            left, at, at_next = rows - t, at_next, at_next + pace * w.depth
             if left >= TALL and left - TALL not in _UNEVEN:
-                pace = ahead if at_next < at_end else 0
-                multiply_tile_ahead(tile_zero(TALL, COLUMNS, w.data), begun, x, t, w, f, to, at_next, pace)
-                at_next += pace * w.depth
+                if lone:
+                    multiply_tile_ahead(tile_zero(TALL, COLUMNS, w.data), begun, x, t, w, f, to, at, pace, WIDTH)
+                else:
+                    multiply_tile_ahead(tile_zero(TALL, COLUMNS, w.data), begun, x, t, w, f, to, at, pace, WIDTH // 2)
                 t += TALL
             elif left >= 4 and left != 5:
-                pace = ahead if at_next < at_end else 0
-                multiply_tile_ahead(tile_zero(4, COLUMNS, w.data), begun, x, t, w, f, to, at_next, pace)
-                at_next += pace * w.depth
+                multiply_tile_ahead(tile_zero(4, COLUMNS, w.data), begun, x, t, w, f, to, at, pace, WIDTH)
                 t += 4
             elif left >= 3:
-                multiply_tile(tile_zero(3, COLUMNS, w.data), begun, x, t, w, f, to)
+                multiply_tile_ahead(tile_zero(3, COLUMNS, w.data), begun, x, t, w, f, to, at, pace, WIDTH)
                 t += 3
             elif left == 2:
-                multiply_tile(tile_zero(2, COLUMNS, w.data), begun, x, t, w, f, to)
+                multiply_tile_ahead(tile_zero(2, COLUMNS, w.data), begun, x, t, w, f, to, at, pace, WIDTH)
                 t += 2
             else:
-                multiply_tile(tile_zero(1, COLUMNS, w.data), begun, x, t, w, f, to)
+                multiply_tile_ahead(tile_zero(1, COLUMNS, w.data), begun, x, t, w, f, to, at, pace, WIDTH)
                 t += 1
         f += WIDTH
