@@ -90,9 +90,9 @@ class FloatLayer:
         fold = np.float64(scale) * _LOG2_E
         packer = Packer(np.float32)
         for name, weight, bias, heads, size, wide, factor in (
-                ("q", q_weight, q_bias, H, D, Dp, fold if q_norm is None else 1.0),
-                ("k", k_weight, k_bias, Hkv, D, Dp, 1.0),
-                ("v", v_weight, v_bias, Hkv, Dv, Dvp, 1.0)):
+                ("k", k_weight, k_bias, Hkv, D, Dp, 1.0),  # in the order in which they are read
+                ("v", v_weight, v_bias, Hkv, Dv, Dvp, 1.0),
+                ("q", q_weight, q_bias, H, D, Dp, fold if q_norm is None else 1.0)):
             bias = np.zeros(heads * size, np.float32) if bias is None else bias
             weight, bias = ((a.astype(np.float64) * factor).astype(np.float32) for a in (weight, bias))
             packer.put("w" + name, pack_panels(pad_heads(weight, heads, size, wide)))
