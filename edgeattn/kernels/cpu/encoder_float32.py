@@ -11,7 +11,18 @@ from . import feed_forward_float32 as ff
 from .activation import ACTIVATIONS
 from .call import PreparedCall
 from .matmul import pack_panels, round_up
-from .norm import ADDRESSES, AT_WEIGHT, LAYER_NORM, NO_NORM, NORM, RMS_NORM, SUMS, add_norm
+from .norm import (
+    ADDRESSES,
+    AT_ONCE,
+    AT_WEIGHT,
+    LAYER_NORM,
+    MEANS,
+    NO_NORM,
+    NORM,
+    RMS_NORM,
+    SUMS,
+    add_norm,
+)
 from .packing import Packer
 from .records import blank, packed
 from .row_products import TALL
@@ -104,7 +115,7 @@ class Norm(RowKernel):
             bias = np.full(width, -0.0, np.float32)  # which changes nothing, while 0 makes 0 of -0
         row = round_up(width, VIRTUAL_LANES)
         super().__init__(blank(NORM, width=width, norm=norm_kind(norm), as_numpy=as_numpy,
-                               private_size=2 * row + SUMS if as_numpy else row),
+                               private_size=2 * row + SUMS if as_numpy else AT_ONCE * row + MEANS),
                          pack_norm((kind, weight, bias, eps), width))
 
     def prepare(self, rows):

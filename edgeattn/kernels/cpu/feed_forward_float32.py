@@ -16,7 +16,7 @@ from edgeattn.runtime.worker_pool import parallel_for
 
 from .activation import activate_rows, add_to_rows, multiply_rows
 from .matmul import round_up
-from .norm import ADDRESSES, NO_NORM, finish_row, normalize_row, read_row
+from .norm import ADDRESSES, AT_ONCE, NO_NORM, finish_row, finish_rows, normalize_rows, read_row
 from .records import located, named, record
 from .row_products import NO_BIAS, Weights, product_rows
 from .simd import WIDTH, address_of, pointer_to
@@ -104,12 +104,14 @@ def linear_float32(parameters, addresses, scratch, task_queue, count):
 # --- feed-forward ------------------------------------------------------------------------------------------------
 
 @inline
-def norm_rows(p, a, row, rows, s, at):
-    """Rows of x, the first of which is `row`, in scratch, and their norm."""
+def norm_rows(p, a, row, rows, s, at, at_means):
+    """Rows of x, the first of which is `row`, in scratch, and their norm; at_means: see normalize_rows."""
     x, w = pointer_to(a.x, np.float32), pointer_to(a.weights, np.float32)
-    for r in range(rows):
-        read_row(x, (row + r) * p.width, p.width, s, at + r * p.width_up)
-        separately(normalize_row, (s, at + r * p.width_up, p.width, p.norm_first, w, p.at_first))
+    for r in range(0, rows, AT_ONCE):
+        begin, some = at + r * p.width_up, min(AT_ONCE, rows - r)
+        for i in range(some):
+            read_row(x, (row + r + i) * p.width, p.width, s, begin + i * p.width_up)
+        separately(normalize_rows, (s, begin, p.width_up, some, p.width, p.norm_first, w, p.at_first, at_means))
 
 
 @inline
@@ -142,15 +144,6 @@ def lower_rows(p, rows, w, hidden, g, at_sums, n, features):
                               Blocks(hidden.data, at_sums + n, p.out_up, 0)))
 
 
-@inline
-def finish_rows(p, a, s, at_sums, row, rows):
-    """Residual and norm of the sums of some rows, the first of which is `row`."""
-    w = pointer_to(a.weights, np.float32)
-    for r in range(rows):
-        separately(finish_row, (s, at_sums + r * p.out_up, p.out_width, a.residual, row + r, p.norm_last, w, p.at_last,
-                                a.out))
-
-
 @task
 def feed_rows_forward(p, a, scratch, portion, worker, part):
     """All of a portion of the rows."""
@@ -161,20 +154,22 @@ def feed_rows_forward(p, a, scratch, portion, worker, part):
         rows = min(BLOCK, end - row)
         y = Rows(x, row * p.width, p.width)
         if p.norm_first != NO_NORM:
-            norm_rows(p, a, row, rows, s, own + p.own_rows)
+            norm_rows(p, a, row, rows, s, own + p.own_rows, at_hidden)
             y = Rows(s, own + p.own_rows, p.width_up)
         hidden = Rows(s, at_hidden, p.at_once + APART)
         for g in range(0, p.hidden, p.at_once):
             raise_rows(p, y, rows, w, hidden, own + p.own_gate, g, min(p.at_once, p.hidden_up - g))
             lower_rows(p, rows, w, hidden, g, at_sums, 0, p.out_up)
-        finish_rows(p, a, s, at_sums, row, rows)
+        separately(finish_rows, (s, at_sums, p.out_up, rows, p.out_width, a.residual, row, p.norm_last, w, p.at_last,
+                                 at_hidden, a.out))
 
 
 @task
 def norm_some(p, a, scratch, parts, worker, part):
     """The norm of some rows, where few rows are all done together."""
     begin, end = share_of(p.rows, 1, parts, part)
-    norm_rows(p, a, begin, end - begin, pointer_to(scratch, np.float32), p.at_rows + begin * p.width_up)
+    norm_rows(p, a, begin, end - begin, pointer_to(scratch, np.float32), p.at_rows + begin * p.width_up,
+              p.shared_size + worker * p.private_size + p.own_hidden)
 
 
 @task
@@ -202,8 +197,10 @@ def lower_some(p, a, scratch, parts, worker, part):
 @task
 def finish_some(p, a, scratch, parts, worker, part):
     """All that follows the sums of some rows."""
+    w, s = pointer_to(a.weights, np.float32), pointer_to(scratch, np.float32)
     begin, end = share_of(p.rows, 1, parts, part)
-    finish_rows(p, a, pointer_to(scratch, np.float32), p.at_sums + begin * p.out_up, begin, end - begin)
+    separately(finish_rows, (s, p.at_sums + begin * p.out_up, p.out_up, end - begin, p.out_width, a.residual, begin,
+                             p.norm_last, w, p.at_last, p.shared_size + worker * p.private_size + p.own_hidden, a.out))
 
 
 @jit
