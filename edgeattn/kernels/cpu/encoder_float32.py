@@ -11,9 +11,21 @@ from . import feed_forward_float32 as ff
 from .activation import ACTIVATIONS
 from .call import PreparedCall
 from .matmul import pack_panels, round_up
-from .norm import ADDRESSES, AT_WEIGHT, LAYER_NORM, NO_NORM, NORM, RMS_NORM, SUMS, add_norm
+from .norm import (
+    ADDRESSES,
+    AT_ONCE,
+    AT_WEIGHT,
+    LAYER_NORM,
+    MEANS,
+    NO_NORM,
+    NORM,
+    RMS_NORM,
+    SUMS,
+    add_norm,
+)
 from .packing import Packer
 from .records import blank, packed
+from .row_products import TALL
 from .simd import VIRTUAL_LANES
 
 __all__ = ["FeedForward", "Linear", "Norm", "RowKernel", "norm_kind", "pack", "pack_norm", "padded"]
@@ -103,7 +115,7 @@ class Norm(RowKernel):
             bias = np.full(width, -0.0, np.float32)  # which changes nothing, while 0 makes 0 of -0
         row = round_up(width, VIRTUAL_LANES)
         super().__init__(blank(NORM, width=width, norm=norm_kind(norm), as_numpy=as_numpy,
-                               private_size=2 * row + SUMS if as_numpy else row),
+                               private_size=2 * row + SUMS if as_numpy else AT_ONCE * row + MEANS),
                          pack_norm((kind, weight, bias, eps), width))
 
     def prepare(self, rows):
@@ -203,15 +215,16 @@ class FeedForward(RowKernel):
         p = SimpleNamespace(**vars(self._parameters) | {"rows": rows})
         few, some = rows if rows <= ff.FEW_ROWS else 0, min(rows, ff.BLOCK)
         normed, gated = p.norm_first != NO_NORM, p.gated
+        p.at_once = p.hidden_up if rows <= TALL else ff.HIDDEN
         p.at_rows = 0
         p.at_hidden = p.at_rows + few * p.width_up * normed
         p.at_sums = p.at_hidden + few * p.hidden_up
         p.shared_size = p.at_sums + few * p.out_up
         p.own_rows = 0
         p.own_hidden = p.own_rows + some * p.width_up * normed
-        p.own_sums = p.own_hidden + some * ff.STEP
+        p.own_sums = p.own_hidden + some * (p.at_once + ff.APART)
         p.own_gate = p.own_sums + some * p.out_up
-        p.private_size = p.own_gate + some * ff.STEP * gated
+        p.private_size = p.own_gate + some * (p.at_once + ff.APART) * gated
         work = max(2 * rows * p.hidden_up * ((2 if gated else 1) * p.width + p.out_up), work_of_reading(self.weights))
         return PreparedCall(ff.feed_forward_float32, packed(p, ff.FEED_FORWARD), ADDRESSES, np.float32, p.shared_size,
                             p.private_size, work, fixed=(self._address,))

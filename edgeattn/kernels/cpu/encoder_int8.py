@@ -13,7 +13,7 @@ from .encoder_float32 import RowKernel, norm_kind, pack, pack_norm
 from .int8_operands import BYTE_FLIP
 from .layer_int8 import corrected_bias
 from .matmul import round_up
-from .norm import ADDRESSES
+from .norm import ADDRESSES, AT_ONCE, MEANS
 from .records import bits_of_real, blank, packed, place
 from .requantize import NUMBERS, encode
 from .simd import ADDS_FIRST, LANES, VIRTUAL_LANES, WIDTH, own_products
@@ -44,9 +44,14 @@ def _output(width, quantization, more_outputs, norm):
     return fields, {"more_outputs": np.array(more_outputs, np.int32).reshape(-1), "at_last": pack_norm(norm, width)}
 
 
-def _row_size(p):
-    """Elements of room for a row, its further columns or its channels."""
-    return round_up(max(4 * p.depth4, p.out_up), VIRTUAL_LANES) + VIRTUAL_LANES
+def _place_rows(p, size):
+    """Room for AT_ONCE rows, with their further columns or channels, and what a norm leaves of them.
+
+    Returns the elements of scratch by then.
+    """
+    p.row_step = round_up(max(4 * p.depth4, p.out_up), VIRTUAL_LANES) + VIRTUAL_LANES
+    p.at_row, size = place(size, AT_ONCE * p.row_step + MEANS)
+    return size
 
 
 class FeedForward(RowKernel):
@@ -135,7 +140,7 @@ class FeedForward(RowKernel):
         p.at_words, size = place(size, rows_of_words(some, deepest))
         p.at_own, size = place(size, some)
         p.shared_size = size if rows <= ff.FEW_ROWS else 0
-        p.at_row, size = place(size, _row_size(p))
+        size = _place_rows(p, size)
         p.at_tiles, p.private_size = place(size, ff.WIDE + panel_of_words(deepest))
         work = 2 * rows * p.hidden_up * ((2 if p.gated else 1) * 4 * p.depth4 + p.out_up) // 3
         return PreparedCall(ff.feed_forward_int8, packed(p, ff.FEED_FORWARD), ADDRESSES, np.int32, p.shared_size,
@@ -188,8 +193,8 @@ class Ends:
 
     def _prepare(self, kernel, rows):
         p = SimpleNamespace(**vars(self._parameters) | {"rows": rows})
-        p.at_nan, size = place(0, 1)
-        p.at_x, size = place(size, p.depth4)
-        p.at_row, p.private_size = place(size, _row_size(p))
+        p.at_nan, size = place(0, AT_ONCE)
+        p.at_x, size = place(size, AT_ONCE * p.depth4)
+        p.private_size = _place_rows(p, size)
         return PreparedCall(kernel, packed(p, ff.FEED_FORWARD), ff.ENDS, np.int32, 0, p.private_size,
                             16 * rows * (4 * p.depth4), fixed=(address(self._weights),))

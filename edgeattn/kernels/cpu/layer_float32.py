@@ -7,7 +7,8 @@ from edgeattn.runtime.compiler import register_jitable
 from edgeattn.runtime.plan_cache import PlanCache
 
 from . import fused as f
-from .attend_rows import MORE_MASK, scratch_of_rows
+from .attend_lanes import AT_FREE
+from .attend_rows import FEW_QUERIES, MORE_MASK, scratch_of_rows
 from .call import PreparedCall
 from .matmul import pack_panels, pad_heads, padded_head, round_up
 from .packing import Packer
@@ -48,14 +49,14 @@ def plan(p, B, L, S, masked):
     S_up, tokens = round_up(S, ROWS), min(round_up(L, WIDTH), f.QUERIES)
     shared = round_up((k_features + k_block) * S_up, 16)  # the keys
     p.at_values, shared = place(shared, (v_features + v_block) * S_up + ROWS * v_block)
-    p.at_largest, private = place(f.AT_FREE, k_features + k_block)
+    p.at_largest, private = place(AT_FREE, k_features + k_block)
     p.at_rows, private = place(private, tokens * (q_features + WIDTH))
     p.at_q, private = place(private, k_block * WIDTH)
     p.at_head, private = place(private, (v_block + ROWS) * WIDTH)
     p.at_context, private = place(private, tokens * (heads * Dvp + WIDTH))
     p.at_edge, private = place(private, tokens * WIDTH)
     p.at_masks, private = place(private, S * WIDTH if masked else 0)
-    if L <= f.FEW_QUERIES:
+    if L <= FEW_QUERIES:
         p.at_few, private = place(private + MORE_MASK, scratch_of_rows(p.head_size, Dvp))
     p.at_entry = 0
     if B > 1 and shared <= f.LARGEST_ENTRY:
@@ -89,9 +90,9 @@ class FloatLayer:
         fold = np.float64(scale) * _LOG2_E
         packer = Packer(np.float32)
         for name, weight, bias, heads, size, wide, factor in (
-                ("q", q_weight, q_bias, H, D, Dp, fold if q_norm is None else 1.0),
-                ("k", k_weight, k_bias, Hkv, D, Dp, 1.0),
-                ("v", v_weight, v_bias, Hkv, Dv, Dvp, 1.0)):
+                ("k", k_weight, k_bias, Hkv, D, Dp, 1.0),  # in the order in which they are read
+                ("v", v_weight, v_bias, Hkv, Dv, Dvp, 1.0),
+                ("q", q_weight, q_bias, H, D, Dp, fold if q_norm is None else 1.0)):
             bias = np.zeros(heads * size, np.float32) if bias is None else bias
             weight, bias = ((a.astype(np.float64) * factor).astype(np.float32) for a in (weight, bias))
             packer.put("w" + name, pack_panels(pad_heads(weight, heads, size, wide)))

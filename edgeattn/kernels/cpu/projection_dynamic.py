@@ -16,11 +16,11 @@ from edgeattn.runtime.worker_pool import parallel_for, task
 from .byte_products import TILES_SCRATCH, pack_byte_panels, row_product
 from .call import PreparedCall
 from .dynamic import COLUMNS_APART, STEP, TOKENS, depth_groups, quantize_rows
-from .fused import portions
 from .int8_operands import FLIP
 from .int8_views import BytePanels, Groups, Part, Projection, scratch_at
 from .matmul import round_up
 from .one_row import product_of_row
+from .portions import portions
 from .records import blank, located, named, packed, record
 from .simd import (
     ADDS_FIRST,
