@@ -9,7 +9,9 @@ import pytest
 import edgeattn
 import edgeattn.functional
 import quant
+from edgeattn import threads
 from edgeattn.kernels.cpu import call as calling
+from edgeattn.kernels.cpu import encoder_float32
 from edgeattn.kernels.cpu.records import record
 from edgeattn.runtime.addresses import address
 
@@ -393,6 +395,39 @@ def test_what_a_call_leaves_out_is_what_the_plan_holds(monkeypatch):
         ([0, 1, 5, 6, 4], [A, B_, C, D, 0, 0, A, 99]), ([0, 1, 1, 1, 4], [D, D, D, 0, 0, 0, 0, 99]),
         ([0, 1, 2, 2, 4], [A, A, A, 0, 0, 0, 0, 99]), ([0, 1, 3, 3, 4], [A, A, A, 0, D, 0, 0, 99]),
         ([0, 1, 3, 3, 4], [A, A, A, B_, C, 0, 0, 99]), ([0, 1, 3, 3, 4], [A, A, A, 0, D, 0, 0, 99])]
+
+
+def test_calls_in_turn_keep_their_order(many_threads):
+    rng = np.random.default_rng(4)
+    x, y, z = numbers(rng, 3, 70, 32)
+    norm = encoder_float32.Norm(("layer", numbers(rng, 32), numbers(rng, 32), 1e-5))
+    wide = encoder_float32.Linear(numbers(rng, 32, 32) / 8, None, activation="relu")
+    many = numbers(rng, 2000, 32)
+    first = many.copy()
+
+    def between():
+        np.add(z, 1, out=z)
+
+    steps = [norm.on(x, None, y), norm.on(y, x, z), between, norm.on(z, None, y), wide.on(many, None, many),
+             norm.on(y, z, y)]
+    for count in (1, 2, 1):
+        results = []
+        for made in (steps, calling.in_turn(steps)):
+            many_threads(count)
+            for _ in range(2):
+                y[:], z[:], many[:] = 0, 0, first
+                for step in made:
+                    step()
+                results.append([y.copy(), z.copy(), many.copy()])
+        for found in results[1:]:
+            for a, b in zip(found, results[0], strict=True):
+                np.testing.assert_array_equal(a, b)
+    native = steps[0].frame.argument is not None  # of a library's kernels
+    assert len(calling.in_turn(steps)) == (3 if native else len(steps))
+    assert calling.in_turn([between]) == [between]
+    long = steps[0]
+    long.work = threads.LONG_WORK - 1
+    assert len(calling.in_turn([long, *steps[1:2]])) == 2  # too long together for signals to wait
 
 
 @pytest.mark.parametrize("kind", ["float32", "dynamic"])

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 WORKER_POOL = "worker pool"  # what a library has beside ENTRIES
-# Its kernels, and the integers they take beside a task queue.
-SERVICE = {worker_pool.worker_loop: 3, worker_pool.dismiss: 0}
+# Its kernels, and the integers they take beside a task queue, or beside another array of integers.
+SERVICE = {worker_pool.worker_loop: 3, worker_pool.dismiss: 0, worker_pool.run_in_turn: 0}
 # Kernels that have most of their code in common, once in the object of the second.
 TOGETHER = {"layer int8 with a cache": "layer int8"}
 # The instruction set is chosen before anything that reads it is imported.

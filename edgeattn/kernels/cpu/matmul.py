@@ -33,6 +33,7 @@ from .simd import (
 # length of a chain.
 CHAIN = 32
 BLOCK = 2 * CHAIN  # two chains: how much of a panel (8 KiB at 32 features) stays near while all tokens pass
+AHEAD = 8  # elements of the next panel at most that a tile brings near for each of its depth
 _LINE = 16  # elements of four bytes in a cache line
 
 
@@ -103,6 +104,16 @@ def _multiply_by_lane_ahead(tile, a, at_a, row_step, step, b, at_b, depth, at_ne
 
 # multiply(tile, a, at_a, row_step, step, b, at_b, depth), and multiply_ahead(..., at_next, pace, most)
 multiply, multiply_ahead = ((multiply_by_lane, _multiply_by_lane_ahead) if BY_LANE else (_multiply, _multiply_ahead))
+
+
+@inline
+def pace_ahead(rows, tall):
+    """How much of the next panel each tile of `tall` rows brings near for each depth: evenly, threads share memory.
+
+    Nothing where one tile passes: it reads panel after panel, which the processor sees for itself.
+    """
+    tiles = (rows + tall - 1) // tall
+    return min(AHEAD, (WIDTH + tiles - 1) // tiles) if tiles > 1 else 0
 
 
 @inline
