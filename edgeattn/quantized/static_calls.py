@@ -94,11 +94,11 @@ class StaticCalls(StaticParameters):
     def cache_scales(self) -> tuple[float, float]:
         """The scales of keys and values, for ``KVCache.for_layer``."""
         for name in ("key", "value"):
-            if self.tensors[name].zero_point != 0:
+            if self.product_tensors[name].zero_point != 0:
                 raise ValueError(f"layer must have keys and values without a zero point for a cache; got "
-                                 f"{self.tensors[name].zero_point} of its {name}: quantize the float layer with "
+                                 f"{self.product_tensors[name].zero_point} of its {name}: quantize the float layer with "
                                  "quant.quantize, or give each call the whole sequence")
-        return float(self.tensors["key"].scale), float(self.tensors["value"].scale)
+        return float(self.product_tensors["key"].scale), float(self.product_tensors["value"].scale)
 
     def _check_cache(self, cache: KVCache, causal_alignment: CausalAlignment | None) -> None:
         check_cache(self, cache, causal_alignment)
