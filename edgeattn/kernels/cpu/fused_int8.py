@@ -61,10 +61,11 @@ def packed_depth(E):
     return round_up((E + 3) // 4, DEPTH_STEP)
 
 
-# The parameters: sizes; where panels, biases and multipliers begin in the weights; where tables of what products read of
-# projected codes do, or 0 of none, and these codes' zero points; zero points; numbers of rules, see
-# softmax_int8 and requantize; what each call with a cache has of its own, see cached_int8, masks among it; where things
-# begin in the scratch of all threads, which keys are the first of, and in that of each, the last of them of a step.
+# The parameters: sizes; where panels, biases and multipliers begin in the weights; where tables do, of what products
+# read of queries and keys, or 0 of none, and zero points of the codes that they are of; zero points; numbers of rules,
+# see softmax_int8 and requantize; what each call with a cache has of its own, see cached_int8, masks among it; where
+# things begin in the scratch of all threads, which keys are the first of, and in that of each, the last of them of a
+# step.
 LAYER = record("batch queries query_width key_width value_width out_width heads",
                "head_size value_size padded_head padded_value has_out same_kv",
                "wq bq mq wk bk mk wv bv mv wo bo mo ms mc", "tq tk yq yk", "zq zk zv zs zc zo",
