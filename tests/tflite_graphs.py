@@ -123,11 +123,10 @@ def random_layer(rng, H=2, D=4, Dv=4, E=8, sources=(0, 0, 0), projected=True, ze
 
 
 def random_scaling(rng, before, *, symmetric=False) -> MulConstant:
-    """A MUL of what ``before`` quantizes by a constant of either sign; some of its results saturate."""
-    constant = TensorQuantization(np.float32(10 ** rng.uniform(-4, -1)), int(rng.integers(-128, 128)))
-    code = int(constant.zero_point + (rng.integers(1, 128 - constant.zero_point) if constant.zero_point < 0 else
-                                      -rng.integers(1, 129 + constant.zero_point)))
-    factor = abs(float(constant.dequantize(code)))
+    """A MUL of what ``before`` quantizes by a constant near 1 or -1; some of its results saturate."""
+    factor, zero_point = rng.uniform(0.6, 1.6), int(rng.integers(-128, 128))
+    code = int(rng.integers(zero_point + 1, 128) if zero_point < 0 else rng.integers(-128, zero_point))
+    constant = TensorQuantization(np.float32(factor / abs(code - zero_point)), zero_point)
     return MulConstant(code, constant, TensorQuantization(before.scale * np.float32(factor * rng.uniform(0.4, 1.5)),
                                                           0 if symmetric else int(rng.integers(-30, 31))))
 

@@ -24,6 +24,13 @@ def scaled_layer(seed, *, symmetric=False, both=None, **options):
     """A layer of random parameters whose queries, keys or both go by MUL operators."""
     rng = np.random.default_rng(seed)
     layer = graphs.random_layer(rng, zero_points=not symmetric, **options)
+    # small scores, so that many keys weigh something and a step of a code shows
+    of = layer.linears["query"]
+    small = {name: TensorQuantization(layer.tensors[name].scale * np.float32(0.1), layer.tensors[name].zero_point)
+             for name in ("query", "scores")}
+    layer = layer._replace(
+        tensors=layer.tensors | small,
+        linears=layer.linears | {"query": QuantizedLinear(of.weight, of.scale * np.float32(0.1), of.bias)})
 
     def chain(name):
         first = graphs.random_scaling(rng, layer.tensors[name], symmetric=symmetric)
