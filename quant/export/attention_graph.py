@@ -199,15 +199,25 @@ class Int8TfliteOps(TfliteOps):
         y = self._fully_connected(x, weight, bias, name)
         return self.split_heads(y) if name in INPUTS else y
 
+    def attention(self, q: int, k: int, v: int, layer, sequences, name: str) -> int:
+        """The heads side by side, after the layer's ``query_ops`` and ``key_ops``."""
+        for number, op in enumerate(layer.query_ops):
+            q = self._scaled(q, op, f"query/{number}")
+        for number, op in enumerate(layer.key_ops):
+            k = self._scaled(k, op, f"key/{number}")
+        return super().attention(q, k, v, layer, sequences, name)
+
+    def _scaled(self, x: int, op: MulConstant, name: str) -> int:
+        constant = self._constant(f"{name}/constant", np.array(op.code, np.int8), op.constant)
+        return self._operator("MUL", [x, constant], f"{name}/scaled", self.graph.tensors[x].shape, op.output)
+
     def masked(self, scores: int, layer, mask, name: str) -> int:
         """The layer's ``score_ops``, elementwise operators."""
         shape, quantization = self.graph.tensors[scores].shape, self.tensors["scores"]
         for number, op in enumerate(layer.score_ops):
             name = f"scores/{number}"
             if isinstance(op, MulConstant):
-                constant = self._constant(f"{name}/constant", np.array(op.code, np.int8), op.constant)
-                quantization = op.output
-                scores = self._operator("MUL", [scores, constant], f"{name}/scaled", shape, quantization)
+                scores, quantization = self._scaled(scores, op, name), op.output
             elif isinstance(op, AddMask):
                 added = self._mask_constant(f"{name}/mask", op.codes, "mask of the layer's AddMask", op.mask)
                 quantization = op.output

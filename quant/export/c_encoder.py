@@ -142,7 +142,7 @@ def shortened(encoder: TransformerEncoder, length: int) -> TransformerEncoder:
         of = layer.attention.attention
         layers.append(_with_attention(layer, StaticMultiHeadAttention(
             of.num_heads, of.linears, of.tensors, score_ops=[op(each) for each in of.score_ops],
-            arithmetic=of.arithmetic)))
+            arithmetic=of.arithmetic, query_ops=of.query_ops, key_ops=of.key_ops)))
     return TransformerEncoder(layers, norm=encoder.norm)
 
 

@@ -440,8 +440,16 @@ class CodesOps(Ops[str]):
         """The heads side by side."""
         q, k, v = (self.rows.split_heads(x, layer.num_heads, f"{self.prefix}{part}")
                    for x, part in ((q, "query"), (k, "key"), (v, "value")))
+        q, k = self._scaled(q, layer.query_ops, "query"), self._scaled(k, layer.key_ops, "key")
         heads = attend(self, q, k, v, layer, sequences, name)
         return self.rows.merge_heads(heads, f"{self.prefix}context")
+
+    def _scaled(self, x: str, ops: tuple[MulConstant, ...], name: str) -> str:
+        for number, op in enumerate(ops):
+            full = f"{self.prefix}{name}/{number}"
+            factor = self.rows.constant(f"{full}/constant", op.constant.dequantize(op.code))
+            x = self.rows.quantized(self.rows.node("Mul", [x, factor], f"{full}/scaled"), op.output, f"{full}/codes")
+        return x
 
     def scores(self, q: str, k: str, layer: Any, name: str) -> str:
         """q k^T: the scale lies in q."""
