@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from edgeattn.checks import as_array, check_out, flag, float_array, result_dtype, to_float32, write_result
+from edgeattn.checks import FLOAT32, as_array, check_out, flag, float_array, result_dtype, to_float32, write_result
 from edgeattn.device import Placeable
 from edgeattn.files import checkpoints
 from edgeattn.files.paths import named
 from edgeattn.hints import hinted
 from edgeattn.kinds import class_of
 from edgeattn.layers.call import check_cache, resolve_call_mask
+from edgeattn.layers.encoder_step import can_step, step, step_signature
 from edgeattn.layers.feed_forward import FeedForward
 from edgeattn.layers.linear import Linear
 from edgeattn.layers.multi_head import MultiHeadAttention
@@ -342,6 +343,14 @@ class TransformerEncoder(Placeable, Stored):
             known = self._seen.get(said)
             if known is not None and given.shape[-1] == self.embed_dim:  # all else was checked
                 return known.chain(given) if known.chain is not None else self._again(known, given)
+        stepped = None
+        if kv_cache is not None and not own:
+            stepped = step_signature(given, kv_cache, lengths, window_size, {
+                "attn_mask": attn_mask, "key_padding_mask": key_padding_mask, "is_causal": is_causal})
+            if stepped in self._steps and (out is None or is_read_as_it_is(out) and out.shape == given.shape):
+                token = step(self, given, kv_cache)
+                if token is not None:
+                    return write_result(token, out, FLOAT32)
         if isinstance(x, (list, tuple)) and any(isinstance(each, np.ndarray) and each.ndim == 2 for each in x):
             return self.encode_list(x, lengths, out, key_padding_mask=key_padding_mask, attn_mask=attn_mask,
                                      is_causal=is_causal, window_size=window_size, kv_cache=kv_cache)
@@ -360,11 +369,18 @@ class TransformerEncoder(Placeable, Stored):
                 result, real = np.zeros(x.shape, np.float32), np.arange(x.shape[-2]) < np.asarray(lengths)[..., None]
                 if real.any():
                     result[real] = self.forward(CompiledOps(), to_float32(x)[real], sequences)
+        if stepped is not None and can_step(self):
+            self._steps.keep(stepped, True)
         return write_result(result.reshape(x.shape), out, dtype)
 
     @functools.cached_property
     def _seen(self) -> PlanCache[Any, _Seen]:
         """What `prepared` found of calls before, by `said_of`: masks of sentences, which have many lengths."""
+        return PlanCache(64)
+
+    @functools.cached_property
+    def _steps(self) -> PlanCache[Any, bool]:
+        """The signatures of steps through caches that were checked, see `encoder_step`."""
         return PlanCache(64)
 
     def _again(self, known: _Seen, x: Float32s) -> Float32s:

@@ -185,10 +185,10 @@ class TextEncoder(Placeable, Stored):
         shape = (*ids.shape, self.embed_dim)
         # A forward of its own, as on a GPU or where a calibration looks on, is more than the encoder's call.
         own = "forward" in vars(self) or type(self).forward is not TextEncoder.forward
-        if lengths is None and kv_cache is None and ids.size and not own:
+        if lengths is None and ids.size and not own:
             # As a call of the encoder, which keeps what such calls are.
             x = self.embedding.forward(CompiledOps(), ids.ravel(), positions.ravel(), types.ravel())
-            y: Any = self.encoder(x.reshape(shape), key_padding_mask=real, is_causal=self.is_causal)
+            y: Any = self.encoder(x.reshape(shape), key_padding_mask=real, is_causal=self.is_causal, kv_cache=kv_cache)
             if real is not None:
                 y[~real] = 0
             return cast("Float32s", y)
