@@ -169,6 +169,37 @@ def test_a_call_that_comes_again_gives_the_same(scheme, norm_first, norm, many_t
     np.testing.assert_array_equal(made(x[:, :5]), fresh()(x[:, :5]))
 
 
+@pytest.mark.parametrize("lengths", [[7, 7, 7], [4, 4, 4], [5, 0, 0], [0, 3, 3], [7, 2, 2], [0, 0, 0]])
+@pytest.mark.parametrize("scheme", ["float32", "dynamic", "static"])
+def test_lengths_that_come_again_give_the_same(lengths, scheme):
+    x = tokens(3, 7)
+    made, uncalled = by_scheme(scheme, x), by_scheme(scheme, x)
+    wanted = np.zeros_like(x)
+    for row, given, length in zip(wanted, x, lengths, strict=True):
+        if length:
+            row[:length] = uncalled(given[None, :length])[0]
+    single = len({length for length in lengths if length}) == 1
+    for given in (lengths, np.array(lengths), np.array(lengths, np.int32)):
+        for _ in range(4):
+            for row, length in zip(x, lengths, strict=True):
+                row[length:] = np.nan  # no padding is read
+            np.testing.assert_array_equal(made(x, lengths=given), wanted)
+            out = np.full_like(x, 3)
+            assert made(x, lengths=given, out=out) is out
+            np.testing.assert_array_equal(out, wanted)
+    assert len(chains(made)) == 3 * single
+    for _ in range(4):
+        listed = made([row[:length] for row, length in zip(x, lengths, strict=True)])
+        for found, row, length in zip(listed, wanted, lengths, strict=True):
+            np.testing.assert_array_equal(found, row[:length])
+    for wrong in ([7.0] * 3, [True] * 3, [8] * 3, [-1] * 3, [7] * 2):
+        with pytest.raises((TypeError, ValueError), match="lengths must"):
+            made(x, lengths=wrong)
+    for out in (np.empty((3, 6, E), np.float32), np.empty(x.shape)):
+        with pytest.raises((TypeError, ValueError), match="out must have"):
+            made(x, lengths=lengths, out=out)
+
+
 def test_what_another_call_has_not_prepared_yet_becomes_a_chain():
     made, x = encoder(), tokens(2, 7)
     with made.prepared(x.shape[:-1]):  # as by a thread that is still at work
