@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, TypeAlias
 
+    from edgeattn.kv_cache import KVCache
     from edgeattn.ops import Activation, Sequences
     from edgeattn.types import Float32s
 
@@ -97,6 +98,17 @@ class AttentionStage:
                 sequences.calls[self] = call, arrays
         return y
 
+    @functools.cached_property
+    def can_step(self) -> bool:
+        """Whether there is a `step`."""
+        return self.layer.fusible and self.layer.position_bias is None
+
+    def step(self, x: Float32s, cache: KVCache) -> Float32s:
+        """A call for one token of each sequence, after those that the cache holds, for which it has room."""
+        read = x if self.before is None else self.before(x, None, np.empty_like(x))
+        y: Float32s = self.layer.take_step(read, cache)
+        return np.add(y, x, out=y) if self.after is None else self.after(y, x, y)
+
     def on(self, x: Float32s, read: Float32s, y: Float32s, sequences: Sequences) -> list[Callable[[], object]] | None:
         """The steps that make the result of x in x itself, bound to these arrays; None where there are none to bind.
 
@@ -119,6 +131,13 @@ class RowStage:
         self.kernel, self.residual = kernel, residual
 
     def __call__(self, x: Float32s, sequences: Sequences) -> Float32s:  # noqa: D102
+        result: Float32s = self.kernel(x, x if self.residual else None, np.empty_like(x))
+        return result
+
+    can_step = True
+
+    def step(self, x: Float32s, _cache: KVCache) -> Float32s:
+        """As `AttentionStage.step`."""
         result: Float32s = self.kernel(x, x if self.residual else None, np.empty_like(x))
         return result
 

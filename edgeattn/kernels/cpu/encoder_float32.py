@@ -3,8 +3,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from edgeattn.runtime.addresses import address
-from edgeattn.runtime.plan_cache import PlanCache
+from edgeattn.runtime.plan_cache import shared_plans
 from edgeattn.threads import work_of_reading
 
 from . import feed_forward_float32 as ff
@@ -66,7 +65,8 @@ def pack(**arrays):
 class RowKernel:
     """What the kernels have in common: one that is planned by the number of rows, called with addresses.
 
-    Each has prepare(rows), its `PreparedCall` for so many rows, whose addresses are those of `norm.ADDRESSES`.
+    Each has prepare(rows), its `PreparedCall` for so many rows, whose addresses are those of `norm.ADDRESSES`. It is
+    given the weights with every call, so that all layers that differ in these alone have one.
 
     Parameters
     ----------
@@ -77,7 +77,7 @@ class RowKernel:
 
     def __init__(self, parameters, weights):
         self._parameters, self.weights = parameters, weights
-        self._address, self._plans = address(weights), PlanCache()
+        self._plans = shared_plans((type(self), weights.size, *vars(parameters).values()))
 
     def __call__(self, x, residual, out):
         """out (..., outputs) from x (..., inputs) and residual (..., outputs) or None: float32, C order; returns out.
@@ -86,12 +86,12 @@ class RowKernel:
         """
         if not out.size:
             return out
-        self._call_for(out.size // out.shape[-1])(x, residual, out)
+        self._call_for(out.size // out.shape[-1]).run_four(x, residual, out, self.weights)
         return out
 
     def on(self, x, residual, out):
         """A function that does the same to these arrays, see `PreparedCall.on`."""
-        return self._call_for(out.size // out.shape[-1]).on(x, residual, out)
+        return self._call_for(out.size // out.shape[-1]).on(x, residual, out, self.weights)
 
     def _call_for(self, rows):
         return self._plans.get(rows) or self._plans.keep(rows, self.prepare(rows))
@@ -122,7 +122,7 @@ class Norm(RowKernel):
         """See RowKernel."""
         p = SimpleNamespace(**vars(self._parameters) | {"rows": rows})
         return PreparedCall(add_norm, packed(p, NORM), ADDRESSES, np.float32, 0, p.private_size,
-                            96 * rows * p.width, fixed=(self._address,))
+                            96 * rows * p.width)
 
 
 class Linear(RowKernel):
@@ -163,7 +163,7 @@ class Linear(RowKernel):
         call = self._plans.get(rows)
         if call is None:
             return self(x, None, out)
-        call(x, None, out)
+        call.run_four(x, None, out, self.weights)
         return out
 
     def prepare(self, rows):
@@ -171,8 +171,7 @@ class Linear(RowKernel):
         p = SimpleNamespace(**vars(self._parameters) | {"rows": rows})
         size = p.private_size = min(rows, ff.BLOCK) * p.out_up
         work = 2 * rows * p.out_up * (p.width + 8)
-        return PreparedCall(ff.linear_float32, packed(p, ff.LINEAR), ADDRESSES, np.float32, 0, size, work,
-                            fixed=(self._address,))
+        return PreparedCall(ff.linear_float32, packed(p, ff.LINEAR), ADDRESSES, np.float32, 0, size, work)
 
 
 class FeedForward(RowKernel):
@@ -227,4 +226,4 @@ class FeedForward(RowKernel):
         p.private_size = p.own_gate + some * (p.at_once + ff.APART) * gated
         work = max(2 * rows * p.hidden_up * ((2 if gated else 1) * p.width + p.out_up), work_of_reading(self.weights))
         return PreparedCall(ff.feed_forward_float32, packed(p, ff.FEED_FORWARD), ADDRESSES, np.float32, p.shared_size,
-                            p.private_size, work, fixed=(self._address,))
+                            p.private_size, work)

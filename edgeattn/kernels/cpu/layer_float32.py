@@ -4,7 +4,7 @@ import numpy as np
 from edgeattn import threads
 from edgeattn.runtime.addresses import address
 from edgeattn.runtime.compiler import register_jitable
-from edgeattn.runtime.plan_cache import PlanCache
+from edgeattn.runtime.plan_cache import PlanCache, shared_plans
 
 from . import fused as f
 from .attend_lanes import AT_FREE
@@ -118,11 +118,12 @@ class FloatLayer:
             has_out=out_weight is not None, **packer.at, **positions)
         self.output_dim = Eo
         self._plans = PlanCache()
+        self._alike = shared_plans((FloatLayer, self.weights.size, *vars(self.parameters).values()))
 
     def prepare(self, xq, xk, xv, masks=NO_MASKS, position=0):
         """The `PreparedCall` for inputs and masks of such shapes; masks: `KernelMask.shapes`; position: a call's."""
         key = (*xq.shape[:2], xk.shape[1], masks, position)
-        return self._plans.get(key) or self._plans.keep(key, self._plan(*key))
+        return self._plans.get(key) or self._plans.keep(key, self._planned(*key))
 
     def prepare_kept(self, xq, keys, masks=NO_MASKS, position=0):
         """The `PreparedCall` for queries, and so many keys of what `keep_keys` gave, which it takes last."""
@@ -137,6 +138,13 @@ class FloatLayer:
         kept = threads.aligned(B * -(-p.kv_heads // p.group) * p.kept_size, np.float32)
         call(xk, xk, xv, None, keep, None, None, None, kept)
         return kept
+
+    def _planned(self, *key):
+        """As `_plan`, which layers that differ in their weights alone do once."""
+        if self._rotary is not None:
+            return self._plan(*key)
+        alike = self._alike.get(key)
+        return self._alike.keep(key, self._plan(*key)) if alike is None else alike.ending((self._address, 0))
 
     def _plan(self, B, L, S, masks, position=0, is_kept=False):
         p = copy_of(self.parameters)
