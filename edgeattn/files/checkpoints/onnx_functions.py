@@ -302,6 +302,7 @@ def _einsum(attributes, *inputs):
 
 
 OTHERS = {
+    "EyeLike": lambda a, x: np.eye(*x.shape, a.get("k", 0), dtype=np.float32),
     "Einsum": _einsum,
     "GatherElements": lambda a, x, indices: np.take_along_axis(x, indices, a.get("axis", 0)),
     "GatherND": _gather_nd,

@@ -84,17 +84,32 @@ def onnx_weights(
     Warns
     -----
     UserWarning
-        When the graph masks its scores, or has a window or a softcap, which here are arguments of each call.
+        When the graph masks its scores, or has a window or a softcap, which here are arguments of each call; when
+        queries, keys and values are not of one value, or something else than a linear map follows.
     """
     graphs = open_graph(path_or_model)
+
     def read(*sizes):
         graph = graphs(*sizes)
-        return attention_at(graph, choose(graph, node))
+        found = attention_at(graph, choose(graph, node))
+        return found, [*found.told, *_apart(graph, found)]
 
-    found = read_graph(graphs, read)
-    for told in found.told:
-        warnings.warn(told, stacklevel=3 + FRAMES)
+    found, told = read_graph(graphs, read)
+    for text in told:
+        warnings.warn(text, stacklevel=3 + FRAMES)
     return found.heads, found.kv_heads, found.arguments
+
+
+def _apart(graph, found):
+    """What is to be known of a layer whose inputs are not one, or whose result goes on otherwise than through a map."""
+    sources = [root_of(graph, source) for source in found.sources]
+    if len(set(sources)) > 1 and not set(sources) <= set(graph.inputs):
+        q, k, v = (f"{source[:60]!r}" for source in sources)
+        yield (f"{title(found.node)} takes queries of {q}, keys of {k} and values of {v}; pass each in its place in each "
+               "call: layer(query, key, value)")
+    if found.beyond is not None:
+        yield (f"what {title(found.node)} gives goes into {found.beyond}, which is not part of the layer; the layer has "
+               "no output projection")
 
 
 def kernel_set_of(scheme: OnnxScheme, arithmetic: Arithmetic | None) -> Arithmetic | None:
@@ -208,8 +223,11 @@ def read_graph(graphs, read):
             # of layouts with the length first, too, where it is taken for the batch
             lengths = _traced(graphs(2)) if isinstance(error, UnknownShape) else []
             for sizes in ((1,), *((length,) for length in lengths), *((2, None, length) for length in lengths)):
-                with contextlib.suppress(NotRead):
+                try:
                     return read(*sizes)
+                except NotRead as other:  # of a size whose shapes are known: what stands there is the fault
+                    if isinstance(error, UnknownShape):
+                        error = other
             raise error from None
 
 

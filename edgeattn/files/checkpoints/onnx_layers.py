@@ -9,7 +9,7 @@ import numpy as np
 from edgeattn.files.checkpoints.onnx_elements import BLOCKED
 from edgeattn.files.checkpoints.onnx_nodes import title
 from edgeattn.files.checkpoints.onnx_operators import from_operator
-from edgeattn.files.checkpoints.onnx_outputs import output_map
+from edgeattn.files.checkpoints.onnx_outputs import beyond, output_map
 from edgeattn.files.checkpoints.onnx_scores import from_softmax
 from edgeattn.files.checkpoints.onnx_values import NotRead
 
@@ -45,6 +45,7 @@ class Attention:
     window: tuple = (-1, -1)  # (left, right) that a mask of all pairs leaves
     apart: Any = None  # what it is made of, for its codes
     added: Any = None  # (heads, L, S): what scores have added that is no mask, in a graph of any length
+    beyond: str | None = None  # the node that computes with what attention gives, where that is no map
 
 
 def attention_at(graph, node):
@@ -173,6 +174,7 @@ def _assembled(graph, node, name, parts):
         window,
         Apart(projections, first, parts.scale, parts.products, behind),
         added,
+        beyond(graph, parts.context) if output is None else None,
     )
 
 

@@ -32,6 +32,7 @@ _FIRST_OF = (
     "ScatterElements",
     "CumSum",
     "Trilu",
+    "EyeLike",
     "Mish",
     "LayerNormalization",
     "RMSNormalization",

@@ -17,7 +17,7 @@ _KINDS = {
     "INT": "num_heads q_num_heads kv_num_heads kv_num_heads do_rotary is_causal unidirectional left_window_size "
            "right_window_size local_window_size transA transB axis allowzero keepdims start end to upper "
            "num_outputs rotary_interleaved group p batch_dims ceil_mode noop_with_empty_axes smooth_softmax "
-           "exclusive reverse",
+           "exclusive reverse k",
     "FLOAT": "scale softcap alpha beta epsilon",
     "INTS": "qkv_hidden_sizes perm split axes starts ends pads strides dilations kernel_shape",
     "STRING": "equation approximate auto_pad",
