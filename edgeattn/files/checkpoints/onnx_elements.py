@@ -240,7 +240,11 @@ def _step(graph, node, made):
             f"{reason(graph.shapes.get(node.output[0]))}"
         )
     if kind == "Concat":
-        return [_joined(inputs, attributes.get("axis", 0))]
+        try:
+            return [_joined(inputs, attributes.get("axis", 0))]
+        except ValueError:
+            raise UnknownShape(f"{title(node)} must have inputs that fit each other, got "
+                               f"{reason([each.shape for each in inputs])}") from None
     if kind == "Where":
         return [_chosen(graph.constant(node.input[0]).astype(bool), *inputs[1:])]
     if kind == "Neg":

@@ -176,8 +176,11 @@ def onnx_text(path_or_model: Path | OnnxModel, arithmetic: Arithmetic | None = N
     graphs = open_graph(path_or_model)
     inputs = text_inputs(graphs(2))
 
-    def read(batch, *_):
-        return read_text(lambda *options: graphs(batch, *options), attention_nodes, *inputs, arithmetic)
+    def read(batch, _=None, length=None):
+        def graph(bound, at=length):
+            return graphs(batch, bound, at) if at else graphs(batch, bound)
+
+        return read_text(graph, attention_nodes, *inputs, arithmetic, traced=length is not None)
 
     return read_graph(graphs, read)
 
@@ -225,8 +228,8 @@ def read_graph(graphs, read):
             for sizes in ((1,), *((length,) for length in lengths), *((2, None, length) for length in lengths)):
                 try:
                     return read(*sizes)
-                except NotRead as other:  # of a size whose shapes are known: what stands there is the fault
-                    if isinstance(error, UnknownShape):
+                except ValueError as other:  # of a size whose shapes are known: what stands there is the fault
+                    if isinstance(error, UnknownShape) and isinstance(other, NotRead):
                         error = other
             raise error from None
 

@@ -281,11 +281,14 @@ class Graph:
             todo.extend(inputs)
         return sorted(found.values(), key=lambda node: self.number[id(node)])
 
+    def made(self, name):
+        """The number of the node that makes a value, -1 for what none makes."""
+        return self.number[id(self.maker[name])] if name in self.maker else -1
+
     def nodes_behind(self, name):
         """The nodes that compute with a value, or with what others of them gave, in their order."""
         of = {name}
-        first = self.number[id(self.maker[name])] + 1 if name in self.maker else 0
-        for node in self.nodes[first:]:
+        for node in self.nodes[self.made(name) + 1 :]:
             if node.op_type not in ("Shape", "Size") and not of.isdisjoint(node.input):
                 of.update(filter(None, node.output))
                 yield node

@@ -7,9 +7,20 @@ something else.
 import numpy as np
 import pytest
 from test_checkpoints_onnx import B, D, E, Graph, H, L, random
+from test_onnx_encoders import (
+    IDS,
+    attention,
+    feed_forward,
+    hidden,
+    layer,
+    norm_node,
+    number,
+    seeded,
+    traced_for_one_length,
+)
 from test_onnx_softmax import attend, heads, output
 
-from edgeattn import MultiHeadAttention
+from edgeattn import MultiHeadAttention, TextEncoder, TransformerEncoder
 
 onnx = pytest.importorskip("onnx", reason="the extra edgeattn[checkpoints] brings onnx")
 
@@ -26,8 +37,8 @@ def test_heads_that_are_cut_into_the_batch_and_put_together_again():
                          axis=0) for i in range(3))
     context = attend(graph, q, graph.add("Transpose", k, perm=[0, 2, 1]), v)
     joined = graph.add("Concat", *graph.add("Split", context, outputs=H, axis=0, num_outputs=H), axis=2)
-    layer = graph.check(graph.linear(joined, random(H * D, 8), random(8)))
-    assert (layer.num_heads, layer.output_dim) == (H, 8)
+    found = graph.check(graph.linear(joined, random(H * D, 8), random(8)))
+    assert (found.num_heads, found.output_dim) == (H, 8)
 
 
 def test_what_heads_are_multiplied_by_and_have_added_is_in_the_output_projection():
@@ -56,8 +67,8 @@ def test_what_stands_in_front_of_the_output_projection_is_told(follower):
         rows = graph.add("LayerNormalization", rows, random(H * D))
     kind = {"gate": "Mul", "norm": "LayerNormalization", "values": "Add"}[follower]
     with pytest.warns(UserWarning, match=f"gives goes into {kind} node '', which is not part of the layer"):
-        layer = MultiHeadAttention.from_onnx(graph.model(graph.linear(rows, random(H * D, 8))))
-    assert layer.output_dim == H * D
+        found = MultiHeadAttention.from_onnx(graph.model(graph.linear(rows, random(H * D, 8))))
+    assert found.output_dim == H * D
 
 
 def test_queries_of_other_rows_than_keys_are_told():
@@ -67,10 +78,10 @@ def test_queries_of_other_rows_than_keys_are_told():
     q, k, v = (graph.split(graph.linear(source, random(E, H * D) + i), H, D) for i, source in enumerate((placed, placed, "x")))
     model = graph.model(output(graph, attend(graph, q, graph.add("Transpose", k, perm=[0, 1, 3, 2]), v)))
     with pytest.warns(UserWarning, match=f"takes queries of '{placed}', keys of '{placed}' and values of 'x'; pass each"):
-        layer = MultiHeadAttention.from_onnx(model)
+        found = MultiHeadAttention.from_onnx(model)
     rows = graph.inputs["x"] + random(L, E)
     wanted = onnx.reference.ReferenceEvaluator(model).run(None, graph.inputs)[0]
-    np.testing.assert_allclose(layer(rows, rows, graph.inputs["x"]), wanted, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found(rows, rows, graph.inputs["x"]), wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("order", ["ble,ehd->bhld", "ble,hde->blhd"])
@@ -91,8 +102,8 @@ def test_einsum_of_keys_that_all_heads_share():
     k, v = (graph.linear("x", random(E, D) + i) for i in range(2))
     scores = graph.add("Einsum", q, k, equation="bhid,bjd->bhij")
     weights = graph.add("Softmax", graph.add("Mul", scores, np.array(D**-0.5, np.float32)), axis=-1)
-    layer = graph.check(output(graph, graph.add("Einsum", weights, v, equation="bhij,bjd->bhid")))
-    assert (layer.num_heads, layer.num_kv_heads) == (H, 1)
+    found = graph.check(output(graph, graph.add("Einsum", weights, v, equation="bhij,bjd->bhid")))
+    assert (found.num_heads, found.num_kv_heads) == (H, 1)
 
 
 def test_a_node_that_hides_a_shape_is_named():
@@ -108,5 +119,67 @@ def test_a_mask_of_the_diagonal():
     square = graph.add("ConstantOfShape", np.array([L, L]), value=onnx.numpy_helper.from_array(np.zeros(1, np.float32)))
     mask = graph.add("Mul", graph.add("EyeLike", square, dtype=1), np.array(-1e4, np.float32))
     scores = graph.add("Add", graph.add("Mul", graph.add("MatMul", q, k), np.array(D**-0.5, np.float32)), mask)
-    layer = graph.check(output(graph, graph.add("MatMul", graph.add("Softmax", scores, axis=-1), v)))
-    assert layer.position_bias is not None
+    found = graph.check(output(graph, graph.add("MatMul", graph.add("Softmax", scores, axis=-1), v)))
+    assert found.position_bias is not None
+
+
+# -- whole encoders ------------------------------------------------------------------------------------
+
+
+def beside(graph, x, seed=0):
+    """A layer whose feed-forward network is beside attention, of the same norm."""
+    rows = norm_node(graph, x, 1 + 0.3 * seeded(8, seed=seed), seeded(8, seed=seed))
+    one, other = attention(graph, rows, seed), feed_forward(graph, rows, seed + 6)
+    return one, other, x
+
+
+@pytest.mark.parametrize("order", ["attention, network, residual", "attention, residual, network"])
+def test_a_network_beside_attention_is_refused_as_such(order):
+    graph = Graph(x=seeded(2, 5, 8))
+    x = "x"
+    for seed in (0, 20):
+        one, other, x = beside(graph, x, seed)
+        order_of = {"attention": one, "network": other, "residual": x}
+        first, second, third = (order_of[name] for name in order.split(", "))
+        x = graph.add("Add", graph.add("Add", first, second), third)
+    with pytest.raises(ValueError, match="has a feed-forward network, or another map, beside it, .*GPT-NeoX.*reads attention alone"):
+        TransformerEncoder.from_onnx(graph.model(x))
+
+
+def test_layers_without_a_network_are_refused_as_such():
+    graph = Graph(x=seeded(2, 5, 8))
+    x = "x"
+    for seed in (0, 20):
+        x = graph.add("Add", x, attention(graph, norm_node(graph, x, seeded(8, seed=seed), seeded(8)), seed))
+    with pytest.raises(ValueError, match="between Softmax node '' and Softmax node '' there must be a feed-forward network, got none"):
+        TransformerEncoder.from_onnx(graph.model(x))
+
+
+def test_residuals_that_are_multiplied_are_refused_as_such():
+    graph = Graph(x=seeded(2, 5, 8))
+    total = graph.add("Add", graph.add("Mul", "x", number(1.5)), attention(graph, "x", 0))
+    x = norm_node(graph, total, seeded(8), seeded(8))
+    x = norm_node(graph, graph.add("Add", x, feed_forward(graph, x, 6)), seeded(8), seeded(8))
+    with pytest.raises(ValueError, match="the residual of Softmax node '' must be what goes in, got Mul node '', which multiplies it"):
+        TransformerEncoder.from_onnx(graph.model(x))
+
+
+@pytest.mark.parametrize("times", ["Mul", "Div"])
+@pytest.mark.filterwarnings("error")
+def test_embeddings_that_are_multiplied(times):
+    """By sqrt(E), as the first Transformer had them; positions are stored sines."""
+    graph = Graph(input_ids=IDS)
+    root = number(8**0.5 if times == "Mul" else 8**-0.5)
+    tokens = graph.add(times, graph.add("Gather", 0.3 * seeded(30, 8), "input_ids"), root)
+    x = layer(graph, graph.add("Add", tokens, seeded(5, 8)))
+    model = graph.model(x)
+    text = TextEncoder.from_onnx(model)
+    wanted = onnx.reference.ReferenceEvaluator(model).run(None, graph.inputs)[0]
+    np.testing.assert_allclose(hidden(text, IDS, np.ones_like(IDS)), wanted.reshape(-1, 8), rtol=1e-4, atol=2e-5)
+
+
+def test_an_activation_is_named_of_a_graph_that_was_traced_for_one_length():
+    """Not the shapes, which are unknown for other lengths."""
+    _, model = traced_for_one_length("batch", lambda graph, x: graph.add("Mul", x, graph.add("Tanh", graph.add("Softplus", x))))
+    with pytest.raises(ValueError, match="there must be an activation of features, got Softplus node"):
+        TransformerEncoder.from_onnx(model)
