@@ -208,9 +208,10 @@ def _layer(graph, attention, following=()):
     else:
         norm1, norm2 = _norm(graph, total, feed.source, f"behind {name}"), ()
         for value, given in ((residual, source), (feed.residual, feed.source)):
-            if (node := graph.maker.get(value)) is not None and node.op_type in ("Mul", "Div") and given in node.input:
-                raise NotRead(f"the residual of {name} must be what goes in, got {title(node)}, which multiplies it, as "
-                              "DeepNet does; an encoder layer has no place for that")
+            node = graph.maker.get(value)
+            if node is not None and node.op_type in ("Mul", "Div") and given in node.input:
+                raise NotRead(f"the residual of {name} must be what goes in, got {title(node)}, which multiplies it, "
+                              "as DeepNet does; an encoder layer has no place for that")
         if source != residual or feed.residual != feed.source:
             raise NotRead(f"residuals around {name} must be both before norms or both behind them, got {residual!r} "
                           f"beside {source!r}, and {feed.residual!r} beside {feed.source!r}")
@@ -230,9 +231,9 @@ def _refuse_parallel(graph, total, residual, source, name):
         beside.append(residual)
     for each in beside:
         if graph.constant(each) is None and _leaf(graph, each, is_map_of(graph)) is not None:
-            raise NotRead(f"{name} has a feed-forward network, or another map, beside it, not behind it: its result is "
-                          f"added to what {title(graph.maker[each])} gives, as in GPT-J and GPT-NeoX, for which an "
-                          f"encoder layer has no place; {ALONE}")
+            raise NotRead(f"{name} has a feed-forward network, or another map, beside it, not behind it: what it gives "
+                          f"is added to what {title(graph.maker[each])} gives, as in GPT-J and GPT-NeoX, for which "
+                          f"an encoder layer has no place; {ALONE}")
 
 
 def _refuse_missing(graph, total, name, following):
@@ -242,7 +243,8 @@ def _refuse_missing(graph, total, name, following):
         then = attention_at(graph, following[0]) if following else None
         first = then and _next_map(graph, total, name)
     if first and first in {each.source for each in then.apart.projections}:
-        raise NotRead(f"between {name} and {title(following[0])} there must be a feed-forward network, got none; {ALONE}")
+        raise NotRead(f"between {name} and {title(following[0])} there must be a feed-forward network, got none; "
+                      f"{ALONE}")
 
 
 def root_of(graph, name):

@@ -105,11 +105,11 @@ def _apart(graph, found):
     sources = [root_of(graph, source) for source in found.sources]
     if len(set(sources)) > 1 and not set(sources) <= set(graph.inputs):
         q, k, v = (f"{source[:60]!r}" for source in sources)
-        yield (f"{title(found.node)} takes queries of {q}, keys of {k} and values of {v}; pass each in its place in each "
-               "call: layer(query, key, value)")
+        yield (f"{title(found.node)} takes queries of {q}, keys of {k} and values of {v}; pass each in its place in "
+               "each call: layer(query, key, value)")
     if found.beyond is not None:
-        yield (f"what {title(found.node)} gives goes into {found.beyond}, which is not part of the layer; the layer has "
-               "no output projection")
+        yield (f"what {title(found.node)} gives goes into {found.beyond}, which is not part of the layer; the layer "
+               "has no output projection")
 
 
 def kernel_set_of(scheme: OnnxScheme, arithmetic: Arithmetic | None) -> Arithmetic | None:

@@ -113,7 +113,13 @@ def _assembled(graph, node, name, parts):
     size = q.features.shape[1]
     correction = parts.scale[groups] * np.float32(math.sqrt(size)) if len(parts.scale) == len(groups) else parts.scale
     correction = np.where(np.isclose(correction, 1, rtol=2e-6, atol=0), np.float32(1), correction)
-    if (correction != 1).any():
+    if q.norm and (correction != 1).any():
+        if (correction != correction[:1]).any():
+            raise NotRead(f"{name} must scale the scores of all heads by one number behind a norm of queries")
+        kind, weight, bias, eps = q.norm
+        weight, bias = (None if each is None else each * correction[0] for each in (weight, bias))
+        q = dataclasses.replace(q, norm=(kind, weight, bias, eps))
+    elif (correction != 1).any():
         q = dataclasses.replace(q, factor=q.factor * correction[:, None], offset=q.offset * correction[:, None])
     for short, each, which in (("q", q, first), ("k", k, kv), ("v", v, kv)):
         arguments[f"{short}_weight"], bias = each.weights(which)
@@ -122,6 +128,9 @@ def _assembled(graph, node, name, parts):
     rotary = parts.rotary or q.rotary
     if (q.rotary != k.rotary) and not parts.rotary:
         raise NotRead(f"{name} must turn queries and keys by the same rotary embedding, got {q.rotary} and {k.rotary}")
+    if v.norm:
+        raise NotRead(f"{name} must have values that no norm changes")
+    arguments |= {f"{short}_norm": each.norm for short, each in (("q", q), ("k", k)) if each.norm}
     if v.rotary:
         raise NotRead(f"{name} must have values that no rotary embedding turns")
     if rotary:

@@ -60,7 +60,8 @@ def _map_behind(graph, context):
         values = [context, *(output for each in way for output in each.output)]
         readers = {id(reader) for value in values for reader in graph.readers.get(value, ())
                    if reader.op_type not in ("Shape", "Size")}
-        if readers - {id(each) for each in way} != {id(graph.reader(found.source))} or graph.outputs.intersection(values):
+        beside = readers - {id(each) for each in way} - {id(graph.reader(found.source))}
+        if beside or graph.reader(found.source) is None or graph.outputs.intersection(values):
             break
         return result, found, elements
     return None, None, None

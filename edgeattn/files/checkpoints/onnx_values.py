@@ -100,6 +100,10 @@ class Values:
         return np.dtype(bool) if kind == "BOOL" else np.dtype(
             np.float32 if kind.endswith("FLOAT16") else _DTYPES.get(kind, ("f4",))[0])
 
+    def is_half(self, tensor):
+        """Whether a stored tensor is of 16-bit floats."""
+        return tensor.data_type in (self._onnx.TensorProto.FLOAT16, self._onnx.TensorProto.BFLOAT16)
+
     def array(self, tensor, name):
         """A stored tensor as an array; bfloat16, which NumPy lacks, as float32."""
         kind = _enum_name(self._onnx.TensorProto.DataType, tensor.data_type)

@@ -13,14 +13,17 @@ from test_onnx_encoders import (
     feed_forward,
     hidden,
     layer,
+    norm_apart,
     norm_node,
     number,
+    read,
+    rms_apart,
     seeded,
     traced_for_one_length,
 )
 from test_onnx_softmax import attend, heads, output
 
-from edgeattn import MultiHeadAttention, TextEncoder, TransformerEncoder
+from edgeattn import LayerNorm, MultiHeadAttention, RMSNorm, TextEncoder, TransformerEncoder
 
 onnx = pytest.importorskip("onnx", reason="the extra edgeattn[checkpoints] brings onnx")
 
@@ -183,3 +186,76 @@ def test_an_activation_is_named_of_a_graph_that_was_traced_for_one_length():
     _, model = traced_for_one_length("batch", lambda graph, x: graph.add("Mul", x, graph.add("Tanh", graph.add("Softplus", x))))
     with pytest.raises(ValueError, match="there must be an activation of features, got Softplus node"):
         TransformerEncoder.from_onnx(model)
+
+
+# -- norms of queries and keys, added keys, half precision ---------------------------------------------
+
+
+@pytest.mark.parametrize("norm", [norm_node, norm_apart, rms_apart])
+def test_norms_of_heads(norm):
+    """Behind the maps; the norm of queries takes what scores are multiplied by."""
+    graph = Graph(x=random(B, L, E))
+    q, k = (norm(graph, graph.split(graph.linear("x", random(E, H * D) + i, random(H * D)), H, D),
+                 1 + random(D) / 4, random(D)) for i in range(2))
+    v = graph.split(graph.linear("x", random(E, H * D) + 2), H, D)
+    context = attend(graph, q, graph.add("Transpose", k, perm=[0, 1, 3, 2]), v, scale=0.3)
+    found = graph.check(output(graph, context))
+    assert type(found.q_norm) is type(found.k_norm) is (RMSNorm if norm is rms_apart else LayerNorm)
+
+
+def test_a_norm_over_all_heads_is_refused_as_such():
+    graph = Graph(x=random(B, L, E))
+    q, k, v = (graph.linear("x", random(E, H * D) + i) for i in range(3))
+    q, k = (norm_node(graph, each, random(H * D), random(H * D)) for each in (q, k))
+    q, k, v = (graph.split(each, H, D) for each in (q, k, v))
+    model = graph.model(output(graph, attend(graph, q, graph.add("Transpose", k, perm=[0, 1, 3, 2]), v)))
+    with pytest.raises(ValueError, match="must be normed over the features of a head, 3, .* over 12: a norm over all heads"):
+        MultiHeadAttention.from_onnx(model)
+
+
+def test_keys_that_are_added_are_refused_as_such():
+    """bias_k and bias_v of torch.nn.MultiheadAttention."""
+    graph = Graph(x=random(B, L, E))
+    q, k, v = (graph.split(graph.linear("x", random(E, H * D) + i), H, D) for i in range(3))
+    k, v = (graph.add("Concat", each, np.float32(random(B, H, 1, D)), axis=2) for each in (k, v))
+    model = graph.model(output(graph, attend(graph, q, graph.add("Transpose", k, perm=[0, 1, 3, 2]), v)))
+    with pytest.raises(ValueError, match=r"got 6 rows of which 1 are constants: .*add_zero_attn.*from_torch"):
+        MultiHeadAttention.from_onnx(model)
+
+
+def test_rotary_embeddings_in_half_precision_are_refused_as_such():
+    graph = Graph(x=random(B, L, E))
+    angles = np.arange(L)[:, None] * 1e4 ** (-np.arange(2) / 2)
+    cos, sin = (np.float16(of(np.concatenate([angles, angles], 1))) for of in (np.cos, np.sin))
+
+    def turned(x):
+        first, second = graph.add("Split", x, outputs=2, axis=-1, num_outputs=2)
+        return graph.add("Add", graph.add("Mul", x, cos), graph.add("Mul", graph.add("Concat", graph.add("Neg", second), first, axis=-1), sin))
+
+    q, k, v = (graph.split(graph.linear("x", np.float16(random(E, H * 4) + i)), H, 4) for i in range(3))
+    context = attend(graph, turned(q), graph.add("Transpose", turned(k), perm=[0, 1, 3, 2]), v, scale=0.5)
+    with pytest.raises(ValueError, match="cosines in half precision, which tell no base: export the float32 model"):
+        MultiHeadAttention.from_onnx(graph.model(graph.linear(graph.join(context, H * 4), random(H * 4, 8))))
+
+
+def test_scores_with_a_second_product_behind_a_gather_are_refused():
+    """DeBERTa's: positions gathered from a product of the queries with a table are no mask of a call's."""
+    graph, q, k, v = parts()
+    relative = graph.add("MatMul", q, random(D, L))
+    gathered = graph.add("GatherElements", relative, np.broadcast_to(np.arange(L), (B, H, L, L)).copy(), axis=3)
+    total = graph.add("Add", graph.add("MatMul", q, k), gathered)
+    model = graph.model(output(graph, graph.add("MatMul", graph.add("Softmax", total, axis=-1), v)))
+    with pytest.raises(ValueError, match="got 'value.*' .of a GatherElements node. added, which is computed of these: .*DeBERTa"):
+        MultiHeadAttention.from_onnx(model)
+
+
+def test_norms_of_rows_that_are_laid_out_in_one_axis():
+    """As OPT reshapes them in front of its feed-forward networks."""
+    graph = Graph(x=seeded(2, 5, 8))
+    x = "x"
+    for seed in (0, 20):
+        x = graph.add("Add", x, attention(graph, norm_node(graph, x, 1 + seeded(8, seed=seed) / 4, seeded(8)), seed))
+        rows = graph.add("Reshape", x, np.array([-1, 8]))
+        fed = feed_forward(graph, norm_node(graph, rows, 1 + seeded(8, seed=seed + 1) / 4, seeded(8)), seed + 6)
+        x = graph.add("Reshape", graph.add("Add", rows, fed), np.array([2, -1, 8]))
+    read(graph, x)
