@@ -144,7 +144,8 @@ def read_encoder(graph, nodes, *, arithmetic=None):
             layers[-1].norm2 = _norm(graph, stream, residual, f"in front of {title(node)}")
         elif layers and residual != stream:
             raise NotRead(f"the residual of {title(node)} must be the sum that the layer before gives, {stream!r}, got "
-                          f"{residual!r}: another encoder, or something between two layers; {ALONE}")
+                          f"{residual!r}: another encoder, or something between two layers; TextEncoder.from_onnx and "
+                          f"ImageEncoder.from_onnx read those of a model of texts and images, {ALONE}")
         layers.append(layer)
         stream = total
     if not layers[-1].norm_first:

@@ -180,7 +180,10 @@ def onnx_text(path_or_model: Path | OnnxModel, arithmetic: Arithmetic | None = N
         def graph(bound, at=length):
             return graphs(batch, bound, at) if at else graphs(batch, bound)
 
-        return read_text(graph, attention_nodes, *inputs, arithmetic, traced=length is not None)
+        def nodes_of(graph):
+            return _of_inputs(graph, inputs[:1])
+
+        return read_text(graph, nodes_of, *inputs, arithmetic, traced=length is not None)
 
     return read_graph(graphs, read)
 
@@ -197,7 +200,8 @@ def onnx_image(path_or_model: Path | OnnxModel, arithmetic: Arithmetic | None = 
 
     def read(*sizes):
         graph = graphs(*sizes)
-        return read_image(graph, attention_nodes(graph), arithmetic)
+        images = [name for name in graph.inputs if len(graph.shapes.get(name) or ()) == 4]
+        return read_image(graph, _of_inputs(graph, images), arithmetic)
 
     return read_graph(graphs, read)
 
@@ -271,6 +275,13 @@ def attention_nodes(graph):
         if (domain_of(node), node.op_type) in OPERATORS
         or (node.op_type in ("Softmax", "QLinearSoftmax") and _is_attention(graph, node))
     ]
+
+
+def _of_inputs(graph, names):
+    """The attention nodes of what is computed of some inputs: those of texts, or of images, in a model of both."""
+    of = {id(node) for name in names for node in graph.nodes_behind(name)}
+    nodes = attention_nodes(graph)
+    return [node for node in nodes if id(node) in of] or nodes
 
 
 def _is_attention(graph, node):

@@ -23,7 +23,7 @@ from test_onnx_encoders import (
 )
 from test_onnx_softmax import attend, heads, output
 
-from edgeattn import LayerNorm, MultiHeadAttention, RMSNorm, TextEncoder, TransformerEncoder
+from edgeattn import ImageEncoder, LayerNorm, MultiHeadAttention, RMSNorm, TextEncoder, TransformerEncoder
 
 onnx = pytest.importorskip("onnx", reason="the extra edgeattn[checkpoints] brings onnx")
 
@@ -259,3 +259,44 @@ def test_norms_of_rows_that_are_laid_out_in_one_axis():
         fed = feed_forward(graph, norm_node(graph, rows, 1 + seeded(8, seed=seed + 1) / 4, seeded(8)), seed + 6)
         x = graph.add("Reshape", graph.add("Add", rows, fed), np.array([2, -1, 8]))
     read(graph, x)
+
+
+# -- models of texts and images, positions brought to another size -------------------------------------
+
+
+@pytest.mark.parametrize(("sizes", "options"), [
+    ((5, 4), {"mode": "cubic"}), ((2, 7), {"mode": "cubic", "coordinate_transformation_mode": "align_corners"}),
+    ((5, 2), {"mode": "linear"}), ((6, 1), {"mode": "linear", "coordinate_transformation_mode": "pytorch_half_pixel"}),
+    ((6, 6), {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}),
+    ((3, 3), {"mode": "cubic", "cubic_coeff_a": -0.5})], ids=str)
+@pytest.mark.filterwarnings("error")
+def test_positions_that_are_resized(sizes, options):
+    """As DINOv2's exported, whose table is for another number of patches."""
+    graph = Graph(pixels=seeded(2, 3, 4 * sizes[0], 4 * sizes[1]))
+    patches = graph.add("Conv", "pixels", 0.3 * seeded(8, 3, 4, 4), seeded(8), strides=[4, 4], kernel_shape=[4, 4])
+    table = graph.add("Resize", seeded(1, 8, 3, 3), "", "", np.array([1, 8, *sizes]), **options)
+    rows = graph.add("Transpose", graph.add("Reshape", graph.add("Add", patches, table), np.array([2, 8, -1])), perm=[0, 2, 1])
+    model = graph.model(layer(graph, rows, norm_first=True))
+    image = ImageEncoder.from_onnx(model)
+    wanted = onnx.reference.ReferenceEvaluator(model).run(None, graph.inputs)[0]
+    np.testing.assert_allclose(image(graph.inputs["pixels"]), wanted, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_model_of_texts_and_images_has_an_encoder_of_each():
+    """As CLIP's: what is computed of the ids, and what of the pixels."""
+    graph = Graph(pixels=seeded(2, 3, 8, 8), input_ids=IDS)
+    patches = graph.add("Conv", "pixels", 0.3 * seeded(8, 3, 4, 4), seeded(8), strides=[4, 4], kernel_shape=[4, 4])
+    rows = graph.add("Transpose", graph.add("Reshape", patches, np.array([2, 8, -1])), perm=[0, 2, 1])
+    seen = layer(graph, rows, norm_first=True)
+    read_of = layer(graph, graph.add("Gather", seeded(30, 8), "input_ids"), 20)
+    both = graph.add("MatMul", graph.add("ReduceMean", read_of, np.array([1]), keepdims=0),
+                     graph.add("Transpose", graph.add("ReduceMean", seen, np.array([1]), keepdims=0), perm=[1, 0]))
+    model = graph.model(both)
+    model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in (seen, read_of))
+    _, images, texts = onnx.reference.ReferenceEvaluator(model).run(None, graph.inputs)
+    np.testing.assert_allclose(ImageEncoder.from_onnx(model)(graph.inputs["pixels"]), images, rtol=1e-4, atol=2e-5)
+    text = TextEncoder.from_onnx(model)
+    np.testing.assert_allclose(hidden(text, IDS, np.ones_like(IDS)), texts.reshape(-1, 8), rtol=1e-4, atol=2e-5)
+    with pytest.raises(ValueError, match="another encoder, .*TextEncoder.from_onnx and ImageEncoder.from_onnx read"):
+        TransformerEncoder.from_onnx(model)
