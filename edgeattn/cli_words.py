@@ -26,6 +26,7 @@ _ADVICE = (
     (r"export its encoder, model\.encoder, whose inputs are what the embedding gives",
      "export its encoder from Python, whose inputs are what the embedding gives"),
     (r"`?\bquant\.(calibrate|compare|export|quantize)\b`?", r"`quant \1`"),
+    (r"^arithmetic must", "--arithmetic must"),
     # an argument and its value
     (r"\bfrom_pretrained\(folder, (part='[^']*')\)", r"\1"),
     (r"\b(arithmetic|attention|mask|observer|part|scheme|target)='([^']*)'", r"--\1 \2"),
