@@ -72,8 +72,14 @@ class TransformerEncoderLayer(Stored):
     feed_forward : FeedForward, or one in static int8
     norm1, norm2 : LayerNorm or RMSNorm, optional
     norm_first : bool
+        Whether norms stand before attention and network, not behind the sums.
     window_size : (int, int)
         (left, right): a token sees this many before and after it, whatever the call says; -1 = unbounded.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was required and what came.
     """
 
     def __init__(self, attention: MultiHeadAttention, feed_forward: FeedForward,
@@ -130,12 +136,21 @@ class TransformerEncoderLayer(Stored):
         ----------
         kv_cache : KVCache, optional
             One that `KVCache.for_layer(layer.attention, ...)` makes.
-        x, lengths, key_padding_mask, attn_mask, is_causal, window_size, out
+        x : (B, L, E) or (L, E) array, or list of (L_i, E) arrays
+        lengths, key_padding_mask, attn_mask : array, optional
+        is_causal : bool
+        window_size : (int, int)
+        out : array of the shape and dtype of `x`, optional
             As for a call of a `TransformerEncoder`, which says what each means: True = attend.
 
         Returns
         -------
         array of the shape and dtype of `x`, or list of such arrays
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the argument, what was required and what came.
         """
         return TransformerEncoder([self])(
             x, lengths=lengths, key_padding_mask=key_padding_mask, attn_mask=attn_mask, is_causal=is_causal,
@@ -169,6 +184,11 @@ class TransformerEncoder(Placeable, Stored):
     norm : LayerNorm, RMSNorm or None
     embed_dim : int
         E.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was required and what came.
     """
 
     def __init__(self, layers: Iterable[TransformerEncoderLayer], *, norm: LayerNorm | RMSNorm | None = None):
@@ -205,6 +225,20 @@ class TransformerEncoder(Placeable, Stored):
             What stands before "layers.0.", or before "self_attn." of a single layer.
         layer_norm_eps : float
             Likewise.
+
+        Returns
+        -------
+        TransformerEncoder
+            In float32.
+
+        Raises
+        ------
+        OSError
+            Where the file cannot be read.
+        TypeError, ValueError
+            Naming the argument, the file or the tensor, what was expected and what came.
+        ImportError
+            Naming the package that reads such a file, and how to install it.
         """
         with named(state_dict_or_path):
             stems, found = checkpoints.torch_encoder_weights(state_dict_or_path, num_heads, prefix)
@@ -250,8 +284,17 @@ class TransformerEncoder(Placeable, Stored):
             Of "static", the kernel set to compute as, a name in `edgeattn.arithmetic.KERNEL_SETS`; "litert" unless
             given, for a file names none.
 
+        Returns
+        -------
+        TransformerEncoder
+            In float32, or with layers in static int8.
+
         Raises
         ------
+        ImportError
+            Where the package onnx is missing.
+        OSError
+            Where a file is missing or cannot be read.
         ValueError
             Naming the node where something else stands than in an encoder; with "static" the tensor without a scale.
         """
@@ -286,7 +329,25 @@ class TransformerEncoder(Placeable, Stored):
 
     def make_caches(self, batch: SupportsIndex, capacity: SupportsIndex, *, dtype: CacheDtype | None = None,
                     window: SupportsIndex | None = None) -> list[KVCache]:
-        """One empty cache for each layer, for the `kv_cache` of a call; arguments as `KVCache.for_layer`'s."""
+        """One empty cache for each layer, for the `kv_cache` of a call; arguments as `KVCache.for_layer`'s.
+
+        Parameters
+        ----------
+        batch, capacity : int
+            B, and how many tokens each holds at a time.
+        dtype : {"float32", "int8"}, optional
+        window : int, optional
+            Keys that a query sees, itself among them.
+
+        Returns
+        -------
+        list of KVCache
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the argument, what was required and what came.
+        """
         from edgeattn.kv_cache import KVCache
 
         return [KVCache.for_layer(layer.attention, batch, capacity, dtype=dtype, window=window)
@@ -481,13 +542,18 @@ class TransformerEncoder(Placeable, Stored):
             torch's `src_key_padding_mask`. bool: True = padding. float: added to the scores.
         is_causal : bool
             A token sees none after it; unlike torch's this is no hint.
-        out
-            As for a call.
+        out : array of the shape and dtype of `x`, optional
+            Takes the result.
 
         Returns
         -------
         array of the shape and dtype of `x`
             Rows of padding are those of tokens that see the others.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the argument, what was required and what came.
         """
         x = float_array("x", x)
         self.check_shape(x)

@@ -32,6 +32,11 @@ class FeedForward(TokenWise):
     activation : {"gelu", "gelu_tanh", "relu", "silu"}
     gate : Linear, optional
         E to F features; GeGLU with "gelu", SwiGLU with "silu".
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was required and what came.
     """
 
     def __init__(self, linear1: Linear, linear2: Linear, *, activation: Activation = "gelu",

@@ -42,6 +42,7 @@ class TextEncoder(Placeable, Stored):
     Parameters
     ----------
     embedding : Embedding
+        Of token ids, positions and types.
     encoder : TransformerEncoder
     pooling : {"mean", "cls", "max", "last"}
         What `encode` makes of the vectors of a text's tokens.
@@ -55,6 +56,11 @@ class TextEncoder(Placeable, Stored):
         Texts are cut after so many tokens; unless given, those too long for the positions are refused.
     lower_case : bool
         Whether texts become lower case first.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was required and what came.
     """
 
     def __init__(self, embedding: Embedding, encoder: TransformerEncoder, *, pooling: Pooling = "mean",
@@ -91,9 +97,12 @@ class TextEncoder(Placeable, Stored):
         tokenizer : path, optional
             Folder with tokenizer.json and what sentence-transformers puts beside it. Unless given it is looked for in
             the model's folder and the one around that.
-        scheme : {"float32", "static"}
-        arithmetic : str
+        scheme, arithmetic : {"float32", "static"}, str
             As of `TransformerEncoder.from_onnx`; the embedding is float32 in both.
+
+        Returns
+        -------
+        TextEncoder
 
         Raises
         ------

@@ -35,6 +35,11 @@ class StaticSelfAttention(StaticRows):
     more_inputs : sequence of int
         The n columns of its codes behind E, of features that reach beyond the range of the codes: each holds what the
         range leaves of the column it names.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was required and what came.
     """
 
     def __init__(self, attention: StaticMultiHeadAttention, *, more_inputs: Iterable[int] = ()):

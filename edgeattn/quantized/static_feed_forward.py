@@ -42,6 +42,7 @@ class StaticFeedForward(StaticRows, TokenWise):
         TensorQuantization of "input", "linear1", "activation", "linear2" and, with a gate, of "gate" and "gated". The
         product before a "relu" gives "activation" itself.
     activation : {"gelu", "gelu_tanh", "relu", "silu"}
+        What stands between the products.
     arithmetic : str
         A name in ``edgeattn.arithmetic.KERNEL_SETS``.
     more_inputs : sequence of int
@@ -53,6 +54,11 @@ class StaticFeedForward(StaticRows, TokenWise):
     large : StaticFeedForward, optional
         Of hidden features with values much larger than the others': a network of their own, with scales of their own,
         whose result is added in float32.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was required and what came.
     """
 
     def __init__(self, linears: Mapping[str, QuantizedLinear], tensors: Mapping[str, TensorQuantization], *,
