@@ -115,7 +115,7 @@ class Norm(RowKernel):
             bias = np.full(width, -0.0, np.float32)  # which changes nothing, while 0 makes 0 of -0
         row = round_up(width, VIRTUAL_LANES)
         super().__init__(blank(NORM, width=width, norm=norm_kind(norm), as_numpy=as_numpy,
-                               private_size=2 * row + SUMS if as_numpy else AT_ONCE * row + MEANS),
+                               private_size=AT_ONCE * row + MEANS + (SUMS + row) * as_numpy),
                          pack_norm((kind, weight, bias, eps), width))
 
     def prepare(self, rows):

@@ -33,7 +33,6 @@ from .simd import (
 # length of a chain.
 CHAIN = 32
 BLOCK = 2 * CHAIN  # two chains: how much of a panel (8 KiB at 32 features) stays near while all tokens pass
-AHEAD = 8  # elements of the next panel at most that a tile brings near for each of its depth
 _LINE = 16  # elements of four bytes in a cache line
 
 
@@ -113,7 +112,7 @@ def pace_ahead(rows, tall):
     Nothing where one tile passes: it reads panel after panel, which the processor sees for itself.
     """
     tiles = (rows + tall - 1) // tall
-    return min(AHEAD, (WIDTH + tiles - 1) // tiles) if tiles > 1 else 0
+    return (WIDTH + tiles - 1) // tiles if tiles > 1 else 0
 
 
 @inline

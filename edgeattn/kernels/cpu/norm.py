@@ -145,22 +145,30 @@ def sum_as_numpy(y, at, width, at_sums):
 
 
 @task
-def normalize_as_numpy(y, at, at_squares, width, kind, weights, at_norm):
-    """y (width,) in place, as `normalize_row` otherwise; at_squares: room for as much, and SUMS numbers behind."""
-    up = round_up(width, VIRTUAL_LANES)
-    at_sums = at_squares + up
-    at_weight = at_norm + AT_WEIGHT
-    at_bias = at_weight + up
+def normalize_as_numpy(y, at, step, rows, width, kind, weights, at_norm, at_means):
+    """y, up to AT_ONCE rows of (width,), in place, as `normalize_rows` otherwise.
+
+    at_means: room in y for MEANS numbers, then SUMS, then a row
+    """
+    up, at_weight = round_up(width, VIRTUAL_LANES), at_norm + AT_WEIGHT
+    at_bias, at_roots, at_sums = at_weight + up, at_means + AT_ONCE, at_means + MEANS
+    at_squares = at_sums + SUMS
     if kind == LAYER_NORM:
-        mean = splat(sum_as_numpy(y, at, width, at_sums) / np.float32(width))
+        for r in range(rows):
+            y[at_means + r] = sum_as_numpy(y, at + r * step, width, at_sums) / np.float32(width)
+        for r in range(rows):
+            for e in range(at + r * step, at + r * step + up, LANES):
+                store(y, e, load(y, e) - splat(y[at_means + r]))
+    for r in range(rows):
         for e in range(0, up, LANES):
-            store(y, at + e, load(y, at + e) - mean)
-    for e in range(0, up, LANES):
-        store(y, at_squares + e, load(y, at + e) * load(y, at + e))
-    root = splat(np.sqrt(sum_as_numpy(y, at_squares, width, at_sums) / np.float32(width) + weights[at_norm]))
-    for e in range(0, up, LANES):
-        scaled = load(y, at + e) * (load(weights, at_weight + e) / root)
-        store(y, at + e, scaled + load(weights, at_bias + e))
+            number = load(y, at + r * step + e)
+            store(y, at_squares + e, number * number)
+        total = sum_as_numpy(y, at_squares, width, at_sums)
+        y[at_roots + r] = np.sqrt(total / np.float32(width) + weights[at_norm])
+    for r in range(rows):
+        for e in range(0, up, LANES):
+            scaled = load(y, at + r * step + e) * (load(weights, at_weight + e) / splat(y[at_roots + r]))
+            store(y, at + r * step + e, scaled + load(weights, at_bias + e))
 
 
 @inline
@@ -222,16 +230,17 @@ def norm_part(p, a, scratch, portion, worker, part):
     """A portion of the rows."""
     own = pointer_to(scratch + 4 * worker * p.private_size, np.float32)
     x, weights, step = pointer_to(a.x, np.float32), pointer_to(a.weights, np.float32), round_up(p.width, VIRTUAL_LANES)
-    end, together = min((part + 1) * portion, p.rows), AT_ONCE if p.as_numpy == 0 else 1
-    for row in range(part * portion, end, together):
-        rows = min(together, end - row)
+    end, at_means = min((part + 1) * portion, p.rows), AT_ONCE * step
+    for row in range(part * portion, end, AT_ONCE):
+        rows = min(AT_ONCE, end - row)
         for r in range(rows):
             read_row(x, (row + r) * p.width, p.width, own, r * step)
         if p.as_numpy != 0:
-            normalize_as_numpy(own, 0, step, p.width, p.norm, weights, 0)
-            write_row(own, 0, p.width, pointer_to(a.out, np.float32), row * p.width)
+            separately(normalize_as_numpy, (own, 0, step, rows, p.width, p.norm, weights, 0, at_means))
+            for r in range(rows):
+                write_row(own, r * step, p.width, pointer_to(a.out, np.float32), (row + r) * p.width)
         else:
-            separately(finish_rows, (own, 0, step, rows, p.width, a.residual, row, p.norm, weights, 0, AT_ONCE * step,
+            separately(finish_rows, (own, 0, step, rows, p.width, a.residual, row, p.norm, weights, 0, at_means,
                                      a.out))
 
 
