@@ -27,6 +27,7 @@ _ADVICE = (
      "export its encoder, whose inputs are what the embedding gives: of a folder with --part encoder, of a saved file "
      "from Python"),
     (r"`?\bquant\.(calibrate|compare|export|quantize)\b`?", r"`quant \1`"),
+    (r"^arithmetic must", "--arithmetic must"),
     # an argument and its value
     (r"(^|: )part(?= must )", r"\1--part"),
     (r"\bfrom_pretrained\(folder, (part='[^']*')\)", r"\1"),

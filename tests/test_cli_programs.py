@@ -283,7 +283,7 @@ def test_readers_of_checkpoints(command, tmp_path):
         "torch.npz", 4, prefix="enc.", activation="gelu", norm_first=True)
     assert command("quant export layer.safetensors layer.onnx --batch 1 --sequence-length 9")[0] == 0
     status, _, err = command("edgeattn info layer.onnx --arithmetic tflm")
-    assert status == 2 and "arithmetic must be left out but for" in err
+    assert status == 2 and "edgeattn: --arithmetic must be left out but for --scheme static" in err
     for line in ("edgeattn info layer.onnx", "quant inspect layer.onnx"):
         status, out, err = command(line)
         assert status == 0 and "MultiHeadAttention, float32" in out, err

@@ -10,6 +10,7 @@ from edgeattn.checks import count, default_scale, flag, float_array, is_constant
 from edgeattn.files import checkpoints
 from edgeattn.files.paths import listed, named
 from edgeattn.hints import hinted
+from edgeattn.layers.norm import norm_of
 from edgeattn.layers.positions import POSITIONS, Positions
 from edgeattn.layers.saveable import Saveable
 from edgeattn.layers.sizes import Sizes
@@ -328,8 +329,14 @@ class AttentionWeights(Positions, Sizes, Saveable):
 
     @classmethod
     def from_found(cls, num_heads: int, num_kv_heads: int, found: Mapping[str, Any]) -> Self:
-        """The layer of what a reader found, a rotary embedding as (features turned, base, interleaved)."""
+        """The layer of what a reader found.
+
+        A rotary embedding is (features turned, base, interleaved), norms are what `norm_of` takes.
+        """
         weights = dict(found)
+        for part in ("q_norm", "k_norm"):
+            if weights.get(part):
+                weights[part] = norm_of(weights[part])
         if (turned := weights.get("rotary")) is not None:
             from edgeattn.rotary import RotaryEmbedding
 

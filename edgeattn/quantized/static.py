@@ -83,6 +83,9 @@ class StaticMultiHeadAttention(StaticCalls):
         key, (0, 1, 2) three inputs.
     score_ops : sequence of MulConstant, AddMask, SelectMask
         What happens to the scores' codes before the softmax.
+    query_ops, key_ops : sequence of MulConstant
+        What happens to the codes of "query" and "key", which the projections give, before their product: none where
+        1/sqrt(D) lies in a scale.
     arithmetic : str
         A name in ``edgeattn.arithmetic.KERNEL_SETS``.
     mask_margin : float, optional
@@ -105,6 +108,7 @@ class StaticMultiHeadAttention(StaticCalls):
                 f"vdim={self.vdim}, head_dim={self.head_dim}, value_dim={self.value_dim}, "
                 f"output_dim={self.output_dim}, sources={self.sources}, "
                 f"score_ops=[{', '.join(type(op).__name__ for op in self.score_ops)}], "
+                f"query_ops={len(self.query_ops)}, key_ops={len(self.key_ops)}, "
                 f"arithmetic={self.arithmetic!r}, mask_margin={self.mask_margin})")
 
     @overload
