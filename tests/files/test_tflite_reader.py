@@ -2,12 +2,13 @@
 
 import dataclasses
 import struct
+import warnings
 
 import flatbuffers
 import numpy as np
 import pytest
 import tflite_graphs as graphs
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from runtimes import each_runtime
 from tflite_graphs import Form
@@ -531,13 +532,16 @@ def test_left_out_operand_is_refused():
 
 
 @settings(max_examples=500, deadline=None)
+@example([(3595, 34)])  # what the mask adds changes no score by a step: read, with a warning
 @given(st.lists(st.tuples(st.integers(0, len(MASKED_FILE) - 1), st.integers(0, 255)), min_size=1, max_size=4))
 def test_changed_bytes_give_a_layer_or_a_value_error(changes):
     data = bytearray(MASKED_FILE)
     for position, value in changes:
         data[position] = value
     try:
-        layer = read_tflite(bytes(data))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of a mask that other bytes left without a code
+            layer = read_tflite(bytes(data))
     except ValueError as error:
         assert str(error).startswith("the .tflite bytes: ")
     else:
@@ -553,7 +557,9 @@ def test_changed_words_give_a_layer_or_a_value_error(word, value):
     data = bytearray(MASKED_FILE)
     data[4 * word:4 * word + 4] = struct.pack("<I", value)
     try:
-        read_tflite(bytes(data))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            read_tflite(bytes(data))
     except ValueError as error:
         assert str(error).startswith("the .tflite bytes: ")
 
