@@ -22,7 +22,8 @@ SETTLE = 2e-3  # seconds without work of any thread, before a block on several t
 LONGEST_SETTLE = 0.5  # OpenBLAS's threads look for work for 0.1 s after a product, onnxruntime's for 25 ms
 
 
-def interleave(calls: Mapping[str, Callable], *, seconds: float, threads: int = 1, seed: int = 0) -> dict[str, list]:
+def interleave(calls: Mapping[str, Callable], *, seconds: float, threads: int = 1, seed: int = 0, warm: float = 0,
+               cold: dict[str, list] | None = None) -> dict[str, list]:
     """Time several calls against each other.
 
     Parameters
@@ -34,6 +35,10 @@ def interleave(calls: Mapping[str, Callable], *, seconds: float, threads: int = 
         With more than one, every block waits until the threads of the one before have gone to sleep.
     seed : int
         Of the order within rounds.
+    warm : float
+        Seconds of untimed calls before each block: megabytes of weights are back in the caches after some five calls.
+    cold : dict of str to list, optional
+        To hold the seconds of the first of those untimed calls, of each round, as the times are held.
 
     Returns
     -------
@@ -41,8 +46,10 @@ def interleave(calls: Mapping[str, Callable], *, seconds: float, threads: int = 
         Seconds per call, one number per round; the same rounds for all.
     """
     clock = time.process_time if threads == 1 else time.perf_counter
-    repeats = {name: _repeats(call, clock) for name, call in calls.items()}
+    repeats = {name: _repeats(call, clock, warm) for name, call in calls.items()}
     times = {name: [] for name in calls}
+    if cold is not None:
+        cold |= {name: [] for name in calls}
     rng = np.random.default_rng(seed)
     names = list(calls)
     collecting = gc.isenabled()
@@ -56,18 +63,25 @@ def interleave(calls: Mapping[str, Callable], *, seconds: float, threads: int = 
                 name = names[i]
                 if threads > 1:
                     _settle()
-                times[name].append(_block(calls[name], clock, *repeats[name]))
+                counted, untimed = repeats[name]
+                if untimed:
+                    first = _block(calls[name], clock, 1)
+                    if cold is not None:
+                        cold[name].append(first)
+                    for _ in range(untimed - 1):
+                        calls[name]()
+                times[name].append(_block(calls[name], clock, counted))
     finally:
         if collecting:
             gc.enable()
     return times
 
 
-def _repeats(call, clock):
-    """(calls in a block, whether to warm up): from three calls, the second and third timed."""
+def _repeats(call, clock, warm):
+    """(calls in a block, untimed ones before it): from three calls, the second and third timed."""
     call()
-    once = min(_block(call, clock, 1, False) for _ in range(2))
-    return max(1, int(BLOCK / max(once, 1e-7))), once < WARM_BELOW
+    once = max(min(_block(call, clock, 1) for _ in range(2)), 1e-7)
+    return max(1, int(BLOCK / once)), max(int(once < WARM_BELOW), int(np.ceil(warm / once)))
 
 
 def _settle():
@@ -80,9 +94,7 @@ def _settle():
             break
 
 
-def _block(call, clock, repeats, warm):
-    if warm:
-        call()
+def _block(call, clock, repeats):
     start = clock()
     for _ in range(repeats):
         call()

@@ -157,6 +157,12 @@ def _mates() -> _WorkerPool | None:
     return found
 
 
+def serving() -> tuple[NDArray[np.int64], int]:
+    """The task_queue of those who serve a call that is shared, and how many they are, its caller included."""
+    mates = _mates()
+    return (_ALONE, 1) if mates is None else (mates.task_queue, mates.count)
+
+
 def aligned(count: int, dtype: DTypeLike) -> NDArray[Any]:
     """An uninitialized one-dimensional array of `count` elements that starts on a cache line."""
     size = count * np.dtype(dtype).itemsize
@@ -244,8 +250,7 @@ def run(function: Callable[..., object], dtype: DTypeLike, shared_size: int, pri
         if len(scratch) < KEPT:
             scratch.append(memory)
         return
-    mates = _mates()
-    task_queue, count = (_ALONE, 1) if mates is None else (mates.task_queue, mates.count)
+    task_queue, count = serving()
     long = _long_task_queue(task_queue) if work >= LONG_WORK else None
     memory = borrow(shared_size + count * private_size, dtype)
     if long is None:

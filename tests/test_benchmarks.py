@@ -170,6 +170,21 @@ def test_interleave_calls_all_in_every_round():
     assert min(calls.values()) > FEWEST_ROUNDS
 
 
+def test_weights_are_in_the_caches_before_a_block_and_cold_calls_are_told_apart(monkeypatch):
+    clock, last, calls = 0.0, None, 0
+
+    def call(name):
+        nonlocal clock, last, calls
+        calls = calls + 1 if last == name else 1
+        last, clock = name, clock + (8e-3 if calls == 1 else 4e-3 if calls < 4 else 2e-3)  # the others' weights go by and by
+
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: clock, process_time=lambda: clock))
+    cold = {}
+    times = interleave({name: lambda name=name: call(name) for name in "ab"}, seconds=0, warm=16e-3, cold=cold)
+    assert times["a"] == times["b"] == pytest.approx([2e-3] * FEWEST_ROUNDS)
+    assert max(cold["a"][1:]) == pytest.approx(8e-3) and len(cold["a"]) == FEWEST_ROUNDS
+
+
 def test_ratio_is_of_rounds_not_of_medians():
     # the machine slows down threefold in two rounds of three, for both alike
     assert median_ratio([2.0, 6.0, 6.0], [1.0, 3.0, 3.0]) == 2.0

@@ -9,7 +9,9 @@ import pytest
 import edgeattn
 import edgeattn.functional
 import quant
+from edgeattn import threads
 from edgeattn.kernels.cpu import call as calling
+from edgeattn.kernels.cpu import encoder_float32
 from edgeattn.kernels.cpu.records import record
 from edgeattn.runtime.addresses import address
 
@@ -185,6 +187,33 @@ def test_ever_new_lengths_do_not_fill_memory():
     assert 0 < len(layer.fused_kernel._plans) <= 64
 
 
+@pytest.mark.parametrize("kind", ["float32", "dynamic"])
+def test_layers_that_differ_in_their_weights_alone_plan_a_length_once(kind):
+    rng = np.random.default_rng(11)
+    layers = []
+    for _ in range(3):
+        float_layer = edgeattn.MultiHeadAttention(H, *(numbers(rng, E, E) for _ in range(4)))
+        layers.append(float_layer if kind == "float32" else quant.quantize(float_layer, scheme="dynamic"))
+    mask, made = rng.random((B, 5)) > 0.3, []
+    x = numbers(rng, B, 5, E)
+    for layer in layers:
+        made.append(python_calls(lambda layer=layer: layer(x, key_padding_mask=mask)))
+    assert [sum(name.endswith("_plan") for name in each) for each in made] == [1, 0, 0]
+    results = [layer(x, key_padding_mask=mask) for layer in layers]
+    for layer, result in zip(layers, results, strict=True):
+        layer.prepared_calls.clear()
+        layer.fused_kernel._plans.clear()
+        layer.fused_kernel._alike.clear()
+        np.testing.assert_array_equal(layer(x, key_padding_mask=mask), result)
+    del layers[0]  # whose plan the others share
+    for layer, result in zip(layers, results[1:], strict=True):
+        np.testing.assert_array_equal(layer(x, key_padding_mask=mask), result)
+    for layer in layers:
+        layer.fused_kernel._plans.clear()
+    calls = [layer.fused_kernel.prepare(x, x, x, (mask[:, None, None].shape, None, None, None, None)) for layer in layers]
+    assert calls[0].parameters is calls[1].parameters and calls[0]._addresses != calls[1]._addresses
+
+
 def tokens(rng, count):
     """Of a sequence, one by one."""
     return [numbers(rng, B, 1, E) for _ in range(count)]
@@ -320,7 +349,7 @@ def test_a_call_that_comes_again_makes_few_calls_of_python(kind, plain):
         assert len(made) <= most, (sorted(options), made)
 
 
-@pytest.mark.parametrize(("kind", "most"), [("function", 58), ("float32", 72), ("dynamic", 70), ("static", 68)])
+@pytest.mark.parametrize(("kind", "most"), [("function", 58), ("float32", 72), ("dynamic", 72), ("static", 68)])
 def test_a_call_of_a_new_length_plans_once(kind, most):
     call, inputs = direct(kind)
     for options in (lambda n: {}, lambda n: {"is_causal": True}, lambda n: {"attn_mask": np.ones((n, n), bool)}):
@@ -393,6 +422,39 @@ def test_what_a_call_leaves_out_is_what_the_plan_holds(monkeypatch):
         ([0, 1, 5, 6, 4], [A, B_, C, D, 0, 0, A, 99]), ([0, 1, 1, 1, 4], [D, D, D, 0, 0, 0, 0, 99]),
         ([0, 1, 2, 2, 4], [A, A, A, 0, 0, 0, 0, 99]), ([0, 1, 3, 3, 4], [A, A, A, 0, D, 0, 0, 99]),
         ([0, 1, 3, 3, 4], [A, A, A, B_, C, 0, 0, 99]), ([0, 1, 3, 3, 4], [A, A, A, 0, D, 0, 0, 99])]
+
+
+def test_calls_in_turn_keep_their_order(many_threads):
+    rng = np.random.default_rng(4)
+    x, y, z = numbers(rng, 3, 70, 32)
+    norm = encoder_float32.Norm(("layer", numbers(rng, 32), numbers(rng, 32), 1e-5))
+    wide = encoder_float32.Linear(numbers(rng, 32, 32) / 8, None, activation="relu")
+    many = numbers(rng, 2000, 32)
+    first = many.copy()
+
+    def between():
+        np.add(z, 1, out=z)
+
+    steps = [norm.on(x, None, y), norm.on(y, x, z), between, norm.on(z, None, y), wide.on(many, None, many),
+             norm.on(y, z, y)]
+    for count in (1, 2, 1):
+        results = []
+        for made in (steps, calling.in_turn(steps)):
+            many_threads(count)
+            for _ in range(2):
+                y[:], z[:], many[:] = 0, 0, first
+                for step in made:
+                    step()
+                results.append([y.copy(), z.copy(), many.copy()])
+        for found in results[1:]:
+            for a, b in zip(found, results[0], strict=True):
+                np.testing.assert_array_equal(a, b)
+    native = steps[0].frame.argument is not None  # of a library's kernels
+    assert len(calling.in_turn(steps)) == (3 if native else len(steps))
+    assert calling.in_turn([between]) == [between]
+    long = steps[0]
+    long.work = threads.LONG_WORK - 1
+    assert len(calling.in_turn([long, *steps[1:2]])) == 2  # too long together for signals to wait
 
 
 @pytest.mark.parametrize("kind", ["float32", "dynamic"])

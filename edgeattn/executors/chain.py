@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgeattn import threads
+from edgeattn.kernels.cpu.call import in_turn
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -70,10 +71,10 @@ class _Frame:
         size = math.prod(shape)
         self.memory, apart = memory, size + _APART - size % 16
         self.x, *between = (memory[at:at + size].reshape(shape) for at in (0, apart, 2 * apart))
-        self.steps: list[Callable[[], object]] = [
-            step for stage, sequences in stages for step in stage.on(self.x, *between, sequences)]
+        steps = [step for stage, sequences in stages for step in stage.on(self.x, *between, sequences)]
         if norm is not None:
-            self.steps.append(norm.kernel.on(self.x, None, self.x))
+            steps.append(norm.kernel.on(self.x, None, self.x))
+        self.steps: list[Callable[[], object]] = in_turn(steps)
 
 
 def chain_of(encoder: Any, x: Float32s, sequences: list[Sequences]) -> Chain | None:

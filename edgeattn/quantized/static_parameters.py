@@ -184,7 +184,22 @@ class StaticParameters(QuantizedMultiHeadAttention):
     # -- copies with one thing changed ---------------------------------------------------------------------------------
 
     def with_arithmetic(self, arithmetic: Arithmetic) -> Self:
-        """The same parameters under another kernel set."""
+        """The same parameters under another kernel set.
+
+        Parameters
+        ----------
+        arithmetic : str
+            A name in ``edgeattn.arithmetic.KERNEL_SETS``.
+
+        Returns
+        -------
+        layer of this class
+
+        Raises
+        ------
+        ValueError
+            For another name, with those there are.
+        """
         return self._replace(arithmetic=arithmetic)
 
     def with_mask(self, mask: ArrayLike) -> Self:
@@ -199,6 +214,10 @@ class StaticParameters(QuantizedMultiHeadAttention):
         ----------
         mask : bool, broadcastable to (B, H, L, S)
             True = attend.
+
+        Returns
+        -------
+        layer of this class
 
         Raises
         ------

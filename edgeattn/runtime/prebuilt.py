@@ -16,6 +16,7 @@ import importlib.util
 import json
 import os
 import platform
+import struct
 import sys
 import zlib
 from typing import TYPE_CHECKING, Any
@@ -99,7 +100,8 @@ class Kernel:
         return found
 
     @functools.cached_property
-    def _without_result(self) -> Callable[[ctypes.c_int64], object]:
+    def without_result(self) -> Callable[[ctypes.c_int64], object]:
+        """The same, of which nothing is returned."""
         symbol = symbol_of(self.py_func)
         found: Any = _ADDED.get(symbol, LIBRARY).function(symbol)
         found.restype = None
@@ -116,7 +118,10 @@ class Kernel:
         objects : list
             Of a number of elements that stays; the kernel finds its scratch there, as the last.
         """
-        return BoundKernel(self._without_result, parameters, addresses, objects)
+        return BoundKernel(self.without_result, parameters, addresses, objects)
+
+
+_NINE = struct.Struct("9q")
 
 
 class BoundKernel:
@@ -133,14 +138,20 @@ class BoundKernel:
                  addresses: NDArray[np.int64], objects: list[Any]):
         self.function, self.objects, self._held = function, objects, (parameters, addresses)
         scratch = items_address(objects) + 8 * (len(objects) - 1)
-        self._given = np.array([*words((parameters, addresses)), scratch, -POINTER, 0, 0, 1], np.int64)
+        self._given = np.frombuffer(_NINE.pack(address(parameters), parameters.size, address(addresses), addresses.size,
+                                               scratch, -POINTER, 0, 0, 1), np.int64).copy()
         self.argument = ctypes.c_int64(address(self._given))
 
     def __call__(self, scratch: NDArray[Any], task_queue: NDArray[np.int64], count: int) -> None:
         """Run it with those who serve a task_queue."""
-        self.objects[-1], self._given[6:] = scratch, (address(task_queue), task_queue.size, count)
+        self.objects[-1] = scratch
+        self.serve(task_queue, count)
         self.function(self.argument)
         self._given[6:] = 0, 0, 1
+
+    def serve(self, task_queue: NDArray[np.int64], count: int) -> None:
+        """From now on run it with those who serve a task_queue, which must live as long."""
+        self._given[6:] = address(task_queue), task_queue.size, count
 
 
 def words(arguments: Sequence[Any]) -> list[int]:

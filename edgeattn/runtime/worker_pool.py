@@ -370,6 +370,13 @@ def dismiss(task_queue):
         wake_all(task_queue)
 
 
+@jit
+def run_in_turn(calls):
+    """Call the functions of a library at the even places of an array, each with what stands behind it."""
+    for i in range(0, calls.size, 2):
+        foreign(calls[i], (calls[i + 1],))
+
+
 def task_queue_size(workers):
     """Elements of a task_queue that so many threads serve."""
     return _SLEEPERS + workers * _SLEEPER_SIZE

@@ -27,10 +27,11 @@ from edgeattn.quantized import (
     StaticFeedForward,
     StaticMultiHeadAttention,
 )
-from quant.export.attention_graph import MASKED_SCORE, check_float, check_lengths
 from quant.export.head_positions import added_scores
 from quant.export.onnx_positions import OnnxPositions
 from quant.export.static_rows import PADDING, StaticBetweenRows, prepared
+from quant.export.tflite_float_ops import check_float
+from quant.export.tflite_ops import MASKED_SCORE, check_lengths
 
 if TYPE_CHECKING:
     from edgeattn.quantized import QuantizedLinear, TensorQuantization

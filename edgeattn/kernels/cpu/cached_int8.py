@@ -10,10 +10,10 @@ from edgeattn.runtime.compiler import inline, jit
 from edgeattn.runtime.worker_pool import parallel_for, task
 
 from . import fused_int8 as f
-from .fused import portions
 from .int8_operands import zero_bytes
 from .int8_views import Groups, Part, parts_of
 from .matmul import feature_position, round_up
+from .portions import portions
 from .records import located, named
 from .simd import (
     LANES,

@@ -4,6 +4,7 @@ Parameters and addresses are arrays of int64, records by name inside (see record
 and weights, and where the arrays of one call lie.  Both are made once for many calls: the second says where a list
 is, in which a call puts its arrays, and the kernel asks these for their addresses, see `records.located`.
 """
+import ctypes
 import functools
 import struct
 
@@ -14,6 +15,7 @@ from edgeattn.runtime import prebuilt
 from edgeattn.runtime.addresses import POINTER, address, items_address
 from edgeattn.runtime.compiler import compiled_for
 from edgeattn.runtime.prebuilt import Kernel
+from edgeattn.runtime.worker_pool import run_in_turn
 
 
 @functools.cache
@@ -75,10 +77,20 @@ class PreparedCall:
         words = bytearray(self._addresses)
         for place, array in arrays.items():
             _WORDS[1].pack_into(words, 8 * place, address(array))
+        return self._with(bytes(words), (self._owner, arrays))
+
+    def ending(self, fixed, owner=None):
+        """The same with other fixed addresses, as many."""
+        words = _WORDS[len(fixed)].pack(*fixed)
+        return self._with(self._addresses[:-len(words)] + words, owner)
+
+    def _with(self, addresses, owner):
         other = object.__new__(PreparedCall)
-        for name in self.__slots__:
-            setattr(other, name, getattr(self, name))
-        other._addresses, other._frames, other._fours, other._owner = bytes(words), [], [], (self._owner, arrays)
+        other._function, other._dtype, other._own, other.parameters = (
+            self._function, self._dtype, self._own, self.parameters)
+        other.shared, other.private, other._work, other._jobs = self.shared, self.private, self._work, self._jobs
+        other._alone, other._bytes = self._alone, self._bytes
+        other._addresses, other._frames, other._fours, other._owner = addresses, [], [], owner
         return other
 
     def run(self, a, b, c, *others, own=()):
@@ -100,7 +112,7 @@ class PreparedCall:
         if frame.argument is None or self._work >= threads.SMALLEST_SHARED_WORK:
             threads.run(frame.run, self._dtype, self.shared, self.private, self._work, self._jobs)
         else:
-            try:  # `_run_alone`, written out: a call is a fixed number of calls of Python, see tests/test_prepared.py
+            try:  # `BoundCall`, written out: a call is a fixed number of calls of Python, see tests/test_prepared.py
                 memory = _SCRATCH.pop()
             except IndexError:
                 memory = threads.borrow(self._alone, self._dtype)
@@ -146,18 +158,98 @@ class PreparedCall:
 
     def on(self, *arrays):
         """A function that runs it on these arrays, as often as it is called: by one caller at a time."""
-        frame = _Frame(self, len(arrays) - 3)
-        frame.objects[:-1] = arrays
-        if frame.argument is None or self._work >= threads.SMALLEST_SHARED_WORK:
-            run = functools.partial(threads.run, frame.run, self._dtype, self.shared, self.private, self._work,
-                                    self._jobs)
-            run.frame = frame  # which must live as long
-            return run
-        return functools.partial(self._run_alone, frame)
+        return BoundCall(self, arrays)
 
-    def _run_alone(self, frame):
-        memory = frame.objects[-1] = threads.borrow(self._alone, self._dtype)
+
+class BoundCall:
+    """A `PreparedCall` and the arrays that it is run on."""
+
+    __slots__ = "dtype", "frame", "jobs", "private", "shared", "work"
+
+    def __init__(self, call, arrays):
+        self.frame = _Frame(call, len(arrays) - 3)
+        self.frame.objects[:-1] = arrays
+        self.dtype, self.shared, self.private, self.work, self.jobs = (
+            call._dtype, call.shared, call.private, call._work, call._jobs)
+
+    def __call__(self):
+        """Run it."""
+        frame = self.frame
+        if frame.argument is None or self.is_shared:
+            threads.run(frame.run, self.dtype, self.shared, self.private, self.work, self.jobs)
+            return
+        memory = frame.objects[-1] = threads.borrow(self.shared + self.private, self.dtype)
         frame.function(frame.argument)
+        threads.give_back(memory)
+
+    @property
+    def is_shared(self):
+        """Whether other threads may take part."""
+        return self.work >= threads.SMALLEST_SHARED_WORK
+
+    def scratch_bytes(self, count):
+        """The size of the scratch where `count` threads take part in what is shared."""
+        return (self.shared + (count if self.is_shared else 1) * self.private) * np.dtype(self.dtype).itemsize
+
+
+def in_turn(steps):
+    """Functions without arguments, to be called one after the other, as fewer that do the same.
+
+    Kernels of a library that follow upon each other become one call, as long as all of them together are not so long
+    that signals would have to end it: between two kernels Python takes microseconds, for they leave nothing of it in
+    the processor's caches.
+    """
+    if not prebuilt.has(prebuilt.symbol_of(_RUN_IN_TURN)):
+        return list(steps)
+    out, some, work = [], [], 0
+    for step in steps:
+        native = type(step) is BoundCall and step.frame.argument is not None and step.work < threads.LONG_WORK
+        if some and (not native or work + step.work >= threads.LONG_WORK):
+            out.append(some[0] if len(some) == 1 else CallsInTurn(some))
+            some, work = [], 0
+        if native:
+            some.append(step)
+            work += step.work
+        else:
+            out.append(step)
+    if some:
+        out.append(some[0] if len(some) == 1 else CallsInTurn(some))
+    return out
+
+
+class CallsInTurn:
+    """Bound calls of a library's kernels as one: by one caller at a time."""
+
+    __slots__ = "_argument", "_bytes", "_calls", "_function", "_held", "_memory", "_task_queue"
+
+    def __init__(self, calls):
+        self._calls, self._function = calls, prebuilt.jit(_RUN_IN_TURN).without_result
+        frames = [each.frame for each in calls]
+        pairs = np.array([(ctypes.cast(each.function, ctypes.c_void_p).value, each.argument.value) for each in frames])
+        given = np.array(prebuilt.words((pairs,)), np.int64)
+        self._argument, self._held = ctypes.c_int64(address(given)), (pairs, given)
+        self._task_queue = self._memory = None
+
+    def __call__(self):
+        """Run them."""
+        task_queue, count = threads.serving()
+        if task_queue is not self._task_queue:
+            for each in self._calls:
+                if each.is_shared:
+                    each.frame.run.serve(task_queue, count)
+            self._task_queue, self._bytes = task_queue, max(each.scratch_bytes(count) for each in self._calls)
+        try:
+            memory = _SCRATCH.pop()
+        except IndexError:
+            memory = threads.borrow(self._bytes, np.uint8)
+        if memory.nbytes < self._bytes:
+            _SCRATCH.append(memory)
+            memory = threads.borrow(self._bytes, np.uint8)
+        if memory is not self._memory:
+            for each in self._calls:
+                each.frame.objects[-1] = memory
+            self._memory = memory
+        self._function(self._argument)
         threads.give_back(memory)
 
 
@@ -170,14 +262,15 @@ class _Frame:
         self.count, self.nothing, parameters = count, _NOTHING[4 + count], call.parameters
         self.objects = list(self.nothing)
         given = _WORDS[4].pack(POINTER, id(None), items_address(self.objects), 3 + count)
-        self.addresses = bytearray(call._addresses + given)
+        self.addresses = np.frombuffer(call._addresses + given, np.int64).copy()  # the copy keeps no buffer's view
         if call._own is not None:
             self.parameters = bytearray(parameters)
             parameters = np.frombuffer(self.parameters, np.int64)
-        self.run = bind(call._function, parameters, np.frombuffer(self.addresses, np.int64), self.objects)
+        self.run = bind(call._function, parameters, self.addresses, self.objects)
         self.function, self.argument = getattr(self.run, "function", None), getattr(self.run, "argument", None)
 
 
+_RUN_IN_TURN = getattr(run_in_turn, "py_func", run_in_turn)
 _WORDS = [struct.Struct(f"{count}q") for count in range(33)]
 _WRITE = [words.pack_into for words in _WORDS]
 _NOTHING = [(None,) * count for count in range(33)]

@@ -24,7 +24,7 @@ from .dynamic import COLUMNS_APART, inverse_of, join_row, largest_of_row, scale_
 from .feed_forward_float32 import parts_of_rows, share_of
 from .int8_operands import FLIP
 from .int8_views import Groups
-from .matmul import multiply, round_up
+from .matmul import multiply, multiply_ahead, pace_ahead, round_up
 from .norm import ADDRESSES, NO_NORM, finish_row, normalize_row, read_row
 from .one_row import multiply_row
 from .records import located, named, record
@@ -266,13 +266,16 @@ def finish_tile(tile, t, f, m, x, out):
 
 
 @inline
-def multiply_tile(tile, t, f, m, x, w, out):
-    """A tile, plus x w^T, finished."""
+def multiply_tile(tile, t, f, m, x, w, out, at_next, pace):
+    """A tile, plus x w^T, finished; of weights from at_next on, `pace` elements for each depth are brought near."""
     groups4 = x.groups4
     at_x, at_w = x.at + t * groups4 * WORDS, w.at + f * groups4
     if AS_WORDS:
         for k in range(groups4):
             tile = outer_product_of_words(tile, m.i, at_x + k, WORDS * groups4, groups4, m.weights, at_w + k * WIDTH)
+    elif pace > 0:
+        tile = multiply_ahead(tile, m.u, at_x, groups4, 1, m.weights, at_w, groups4, at_next, pace,
+                              WIDTH // 2)
     else:
         tile = multiply(tile, m.u, at_x, groups4, 1, m.weights, at_w, groups4)
     finish_tile(tile, t, f, m, x, out)
@@ -281,30 +284,31 @@ def multiply_tile(tile, t, f, m, x, w, out):
 @inline
 def product_of_bytes(m, x, rows, w, features, out):
     """product_rows() of bytes, or of words as they are."""
-    at_minus, at_c = x.at_minus, w.at_c
+    at_minus, at_c, pace = x.at_minus, w.at_c, pace_ahead(rows, ROWS)
     for f in range(0, features, WIDTH):
-        t = 0
+        t, at_next = 0, w.at + (f + WIDTH) * x.groups4
         while t < rows:
             left = rows - t
             if left >= ROWS:
                 tile = tile_of_products(ROWS, COLUMNS, m.i, at_minus + t, m.weights, at_c + f)
-                multiply_tile(tile, t, f, m, x, w, out)
+                multiply_tile(tile, t, f, m, x, w, out, at_next, pace)
+                at_next += pace * x.groups4
                 t += ROWS
             elif left >= 4:
                 tile = tile_of_products(4, COLUMNS, m.i, at_minus + t, m.weights, at_c + f)
-                multiply_tile(tile, t, f, m, x, w, out)
+                multiply_tile(tile, t, f, m, x, w, out, at_next, 0)
                 t += 4
             elif left == 3:
                 tile = tile_of_products(3, COLUMNS, m.i, at_minus + t, m.weights, at_c + f)
-                multiply_tile(tile, t, f, m, x, w, out)
+                multiply_tile(tile, t, f, m, x, w, out, at_next, 0)
                 t += 3
             elif left == 2:
                 tile = tile_of_products(2, COLUMNS, m.i, at_minus + t, m.weights, at_c + f)
-                multiply_tile(tile, t, f, m, x, w, out)
+                multiply_tile(tile, t, f, m, x, w, out, at_next, 0)
                 t += 2
             else:
                 tile = tile_of_products(1, COLUMNS, m.i, at_minus + t, m.weights, at_c + f)
-                multiply_tile(tile, t, f, m, x, w, out)
+                multiply_tile(tile, t, f, m, x, w, out, at_next, 0)
                 t += 1
 
 

@@ -12,7 +12,6 @@ from edgeattn.runtime.worker_pool import parallel_for, task
 
 from .byte_products import DEPTH_STEP, linear
 from .finish_int8 import finish_bytes, finish_context, finish_output, finish_scores
-from .fused import portions, visible_range
 from .int8_operands import (
     BYTE_FLIP,
     FLIP,
@@ -25,8 +24,10 @@ from .int8_operands import (
 from .int8_views import BytePanels, Groups, Mask, Part, Scaling, parts_of
 from .matmul import feature_position, round_up
 from .one_row import linear_of_row, linear_of_tokens
+from .portions import portions
 from .records import BAND, KEEP, located, named, record
 from .requantize import bounded_codes, requantize
+from .score_masks import visible_range
 from .simd import (
     LANES,
     OFFSET,
