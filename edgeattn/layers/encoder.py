@@ -137,9 +137,14 @@ class TransformerEncoderLayer(Stored):
         -------
         array of the shape and dtype of `x`, or list of such arrays
         """
-        return TransformerEncoder([self])(
+        return self._alone(
             x, lengths=lengths, key_padding_mask=key_padding_mask, attn_mask=attn_mask, is_causal=is_causal,
             window_size=window_size, kv_cache=None if kv_cache is None else [kv_cache], out=out)
+
+    @functools.cached_property
+    def _alone(self) -> TransformerEncoder:
+        """An encoder of this layer, which keeps what its calls have in common."""
+        return TransformerEncoder([self])
 
     @functools.cached_property
     def stages(self) -> list[Stage] | None:
