@@ -384,7 +384,7 @@ def test_both_ways_refuse_a_first_call_alike(kind):
 
 def as_located(addresses, size):
     """What `records.located` makes of the addresses of a call whose record has this size."""
-    found, (pointer, none, items, count) = addresses[:size].tolist(), addresses[size:].tolist()
+    found, (pointer, none, items, count) = addresses[:size].tolist(), addresses[size:size + 4].tolist()
     found[:count] = [0 if given == none else ctypes.c_int64.from_address(given + pointer).value
                      for given in (ctypes.c_int64 * count).from_address(items)]
     return found

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgeattn.files.mapped import map_file
+from edgeattn.files.mapped import let_go, map_file
 from edgeattn.files.paths import as_path, reason, suffix_of, write_atomic
 from edgeattn.files.safetensors_file import read_safetensors, view_safetensors
 from edgeattn.hints import hinted
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 # Files say 2 where they hold what readers of 1, to whom it is unknown, would leave out.
 _FORMATS, _SINCE_2 = (1, 2), ('"query_ops": [', '"key_ops": [')
 _METADATA_KEY = "edgeattn"
+_AT_ONCE = 1 << 18  # numbers that are looked at before their memory is given back
 
 
 def save(layer: MultiHeadAttention | QuantizedMultiHeadAttention, path: Path) -> None:
@@ -121,23 +122,27 @@ def load(
         raise ValueError(f"path must end in .safetensors or .tflite, got {str(path)!r}{missing}{other}")
     if block is not None:
         raise ValueError(f"block applies to .tflite files, got {block!r} for {path}")
-    return layer_of(path, *_mapped(path), arithmetic)
+    metadata, tensors, content = _mapped(path)
+    return layer_of(path, metadata, tensors, arithmetic, content)
 
 
-def _mapped(path: Path) -> tuple[dict[str, str], dict[str, StoredTensor]]:
-    """(metadata, tensors) of a file, as memory where its file system has that: tensors are then the file itself."""
+def _mapped(path: Path) -> tuple[dict[str, str], dict[str, StoredTensor], Any]:
+    """(metadata, tensors, content) of a file, mapped where its file system has that: tensors are then the file itself.
+
+    content : what `map_file` gave; None where the file is read.
+    """
     try:
         with open(path, "rb") as file:
             content = map_file(file)
     except OSError:
-        return read_safetensors(path)
-    return view_safetensors(path, memoryview(content).cast("B").toreadonly())
+        return (*read_safetensors(path), None)
+    return (*view_safetensors(path, memoryview(content).cast("B").toreadonly()), content)
 
 
 def layer_of(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, StoredTensor],
-             arithmetic: Arithmetic | None = None
+             arithmetic: Arithmetic | None = None, content: Any = None
              ) -> MultiHeadAttention | StaticMultiHeadAttention | DynamicMultiHeadAttention:
-    """The layer of what `read_safetensors` gave of a file."""
+    """The layer of what `read_safetensors` gave of a file; content: where it is mapped."""
     kind, config = _parse_header(path, metadata)
     if arithmetic is not None:
         if "arithmetic" not in config:
@@ -145,7 +150,7 @@ def layer_of(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Stor
         config["arithmetic"] = arithmetic
     layer_class = class_of(kind)
     arrays = {name: tensor.read() for name, tensor in tensors.items()}
-    _check_finite(path, arrays, "the file is damaged, or was saved of a model whose training failed")
+    _check_finite(path, arrays, "the file is damaged, or was saved of a model whose training failed", content)
     try:
         layer: MultiHeadAttention | StaticMultiHeadAttention | DynamicMultiHeadAttention = (
             layer_class.from_state(config, arrays))
@@ -156,14 +161,23 @@ def layer_of(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Stor
         raise ValueError(f"{path} does not hold a valid {kind}: {error}") from error
 
 
-def _check_finite(place: Path, tensors: Mapping[str, Any], why: str) -> None:
-    """Refuse weights that are no numbers; a position bias may be minus infinity, as a mask is."""
-    with np.errstate(invalid="ignore"):
+def _check_finite(place: Path, tensors: Mapping[str, Any], why: str, content: Any = None) -> None:
+    """Refuse weights that are no numbers; a position bias may be minus infinity, as a mask is.
+
+    content : the mapped file that they lie in, of which this keeps no more in memory than was there before
+    """
+    with np.errstate(invalid="ignore", over="ignore"):
         for name, array in tensors.items():
-            # a sum makes no array of flags, and cannot leave float64
-            if array.dtype.kind == "f" and "position_bias" not in name and not np.isfinite(
-                    np.add.reduce(array, axis=None, dtype=np.float64)):
-                raise ValueError(f"{place}: {name} holds NaN or infinity: {why}")
+            if array.dtype.kind != "f" or "position_bias" in name:
+                continue
+            flat = array.reshape(-1)
+            for at in range(0, len(flat), _AT_ONCE):
+                part = flat[at : at + _AT_ONCE]
+                # a sum makes no array of flags; it may leave its own dtype, but not float64, which takes thrice as long
+                if not (np.isfinite(np.add.reduce(part)) or np.isfinite(np.add.reduce(part, dtype=np.float64))):
+                    raise ValueError(f"{place}: {name} holds NaN or infinity: {why}")
+                if content is not None and len(flat) > _AT_ONCE:
+                    let_go(content, part)
 
 
 def _parse_header(path: Path, metadata: Mapping[str, str]) -> tuple[str, dict[str, Any]]:

@@ -152,9 +152,14 @@ class TransformerEncoderLayer(Stored):
         TypeError, ValueError
             Naming the argument, what was required and what came.
         """
-        return TransformerEncoder([self])(
+        return self._alone(
             x, lengths=lengths, key_padding_mask=key_padding_mask, attn_mask=attn_mask, is_causal=is_causal,
             window_size=window_size, kv_cache=None if kv_cache is None else [kv_cache], out=out)
+
+    @functools.cached_property
+    def _alone(self) -> TransformerEncoder:
+        """An encoder of this layer, which keeps what its calls have in common."""
+        return TransformerEncoder([self])
 
     @functools.cached_property
     def stages(self) -> list[Stage] | None:
@@ -404,9 +409,11 @@ class TransformerEncoder(Placeable, Stored):
                            key_padding_mask=key_padding_mask, is_causal=is_causal)
             known = self._seen.get(said)
             if known is not None and given.shape[-1] == self.embed_dim:  # all else was checked
+                if out is None and known.run is None and known.chain is not None:
+                    return known.chain(given)
                 check_out(out, given.shape, FLOAT32)
                 if known.run is None:
-                    again = known.chain(given) if known.chain is not None else self._again(known, given)
+                    again = self._again(known, given)
                 else:
                     whole = given.reshape(-1, *given.shape[-2:])
                     again = spread(self._again(known, gathered(whole, [known.run])), [known.run], whole.shape)

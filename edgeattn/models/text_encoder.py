@@ -21,6 +21,7 @@ from edgeattn.layers.norm import norm_of
 from edgeattn.layers.ragged import gathered, spread
 from edgeattn.layers.state import Stored
 from edgeattn.ops import Pooling
+from edgeattn.runtime.plan_cache import planned
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -392,11 +393,30 @@ def _real_tokens(ids: NDArray[np.int64], lengths: list[int] | None, attention_ma
     mask = as_array("attention_mask", attention_mask)
     if mask.shape != ids.shape:
         raise ValueError(f"attention_mask must have the shape of ids, {ids.shape}, got {mask.shape}")
-    if mask.dtype.kind not in "biuf" or not ((mask == 0) | (mask == 1)).all():
-        raise ValueError("attention_mask must be of 0 and 1, 1 = a real token, got other values")
+    if mask.dtype.kind not in "biuf":
+        raise ValueError(_OF_0_AND_1)
+    if mask.nbytes > _FEW:
+        return _told_by(mask)
+    return planned(_told_by_content, mask.dtype, mask.shape, mask.tobytes())
+
+
+_FEW = 4096  # bytes of a mask that is known by its content
+_OF_0_AND_1 = "attention_mask must be of 0 and 1, 1 = a real token, got other values"
+
+
+def _told_by_content(dtype: np.dtype[Any], shape: tuple[int, ...], content: bytes
+                     ) -> tuple[NDArray[np.bool_] | None, list[int] | None]:
+    return _told_by(np.frombuffer(content, dtype).reshape(shape))
+
+
+def _told_by(mask: NDArray[Any]) -> tuple[NDArray[np.bool_] | None, list[int] | None]:
+    """What `_real_tokens` gives of a mask of numbers; the array is read-only."""
+    if not ((mask == 0) | (mask == 1)).all():
+        raise ValueError(_OF_0_AND_1)
     real = mask != 0
     if real.all():
         return None, None
+    real.flags.writeable = False
     counts = real.sum(axis=1)
-    ends = (real == (np.arange(ids.shape[1]) < counts[:, None])).all()
+    ends = (real == (np.arange(mask.shape[1]) < counts[:, None])).all()
     return real, counts.tolist() if ends else None

@@ -16,7 +16,6 @@ import importlib.util
 import json
 import os
 import platform
-import struct
 import sys
 import zlib
 from typing import TYPE_CHECKING, Any
@@ -115,43 +114,44 @@ class Kernel:
     def bind(self, parameters: NDArray[np.int64], addresses: NDArray[np.int64], objects: list[Any]) -> BoundKernel:
         """It and what it is called with first, for one thread at a time.
 
+        addresses : (n + SPARE,) int64 array
+            The last ones are the bound kernel's own.
         objects : list
             Of a number of elements that stays; the kernel finds its scratch there, as the last.
         """
         return BoundKernel(self.without_result, parameters, addresses, objects)
 
 
-_NINE = struct.Struct("9q")
+SPARE = 9  # parameters, addresses, scratch and task_queue, each with its size, and count
 
 
 class BoundKernel:
     """A kernel of a library, its parameters and addresses; the scratch is the last of a list.
 
-    ctypes makes an object of each argument, so all lie in memory of their own, and its address is the only one:
-    `function(argument)` is a call on this thread alone. It gives up the interpreter's lock, which nobody may hold for
-    as long as a kernel runs.
+    ctypes makes an object of each argument, so all lie behind the addresses, in the SPARE elements that these have, and
+    where that is, is the only one: `function(argument)` is a call on this thread alone. It gives up the interpreter's
+    lock, which nobody may hold for as long as a kernel runs.
     """
 
-    __slots__ = ("_given", "_held", "argument", "function", "objects")
+    __slots__ = ("_addresses", "_parameters", "argument", "function", "objects")
 
     def __init__(self, function: Callable[[ctypes.c_int64], object], parameters: NDArray[np.int64],
                  addresses: NDArray[np.int64], objects: list[Any]):
-        self.function, self.objects, self._held = function, objects, (parameters, addresses)
-        scratch = items_address(objects) + 8 * (len(objects) - 1)
-        self._given = np.frombuffer(_NINE.pack(address(parameters), parameters.size, address(addresses), addresses.size,
-                                               scratch, -POINTER, 0, 0, 1), np.int64).copy()
-        self.argument = ctypes.c_int64(address(self._given))
+        self.function, self.objects, self._parameters, self._addresses = function, objects, parameters, addresses
+        scratch, size = items_address(objects) + 8 * (len(objects) - 1), addresses.size - SPARE
+        addresses[size:] = (address(parameters), parameters.size, address(addresses), size, scratch, -POINTER, 0, 0, 1)
+        self.argument = ctypes.c_int64(address(addresses) + 8 * size)
 
     def __call__(self, scratch: NDArray[Any], task_queue: NDArray[np.int64], count: int) -> None:
         """Run it with those who serve a task_queue."""
         self.objects[-1] = scratch
         self.serve(task_queue, count)
         self.function(self.argument)
-        self._given[6:] = 0, 0, 1
+        self._addresses[-3:] = 0, 0, 1
 
     def serve(self, task_queue: NDArray[np.int64], count: int) -> None:
         """From now on run it with those who serve a task_queue, which must live as long."""
-        self._given[6:] = address(task_queue), task_queue.size, count
+        self._addresses[-3:] = address(task_queue), task_queue.size, count
 
 
 def words(arguments: Sequence[Any]) -> list[int]:

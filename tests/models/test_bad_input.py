@@ -224,6 +224,12 @@ def test_weights_in_files_that_are_no_numbers(value, tmp_path):
         edgeattn.load(path)
 
 
+def test_weights_whose_sum_leaves_float32_are_numbers(tmp_path):
+    path = tmp_path / "layer.safetensors"
+    edgeattn.LayerNorm(np.full(8, 3e38, np.float32)).save(path)
+    assert (edgeattn.load(path).weight == np.float32(3e38)).all()
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_weights_that_are_no_numbers_are_not_saved_either(value, tmp_path):
     """In the words that a file would be refused with, and nothing is written."""

@@ -275,6 +275,34 @@ def test_calls_of_a_text_encoder_that_come_again_are_its_encoders_chains():
     assert not first[1][~mask].any() and first[1][mask].all()
 
 
+@pytest.mark.parametrize("dtype", [bool, np.int64, np.float32, ">i2"])
+def test_an_attention_mask_is_known_by_what_stands_in_it(dtype):
+    ids, mask = random().integers(0, 20, (2, 7)), np.ones((2, 7), dtype)
+    model = edgeattn.TextEncoder(edgeattn.layers.Embedding(random().standard_normal((20, E))), encoder())
+    for hidden in ((), (6,), (5, 6), (0,), (1, 3), ()):
+        mask[:], mask[0, list(hidden)] = 1, 0
+        wanted = model(ids)
+        kept = mask[0] == 1
+        wanted[0] = 0
+        wanted[0, kept] = model.encoder(model.embedding.token_weight[ids[:1]], key_padding_mask=kept[None])[0, kept]
+        for given in (mask, mask[:, ::-1].copy()[:, ::-1], np.asfortranarray(mask)):
+            np.testing.assert_array_equal(model(ids, given), wanted)
+    for wrong in (mask[:, :6], mask[:1], np.full((2, 7), 2), np.full((2, 7), np.nan), mask.astype(object)):
+        for _ in range(2):
+            with pytest.raises(ValueError, match="attention_mask must"):
+                model(ids, wrong)
+
+
+def test_a_layer_called_by_itself_keeps_what_its_calls_have_in_common():
+    layer, x = encoder().layers[0], tokens(2, 7)
+    first = layer(x)
+    for _ in range(3):
+        np.testing.assert_array_equal(layer(x), first)
+    assert len(chains(layer._alone)) == 1
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        np.testing.assert_array_equal(other(x), first)
+
+
 def test_wide_rows_are_not_kept_between_stages():
     made = encoder()
     x = tokens(60, 20)  # more than chain.MOST bytes

@@ -56,5 +56,5 @@ __all__ = ["DEPTH_STEP", "READ_AHEAD", "ROW_STEP", "TILES_SCRATCH", "digit_produ
 def pack_byte_panels(weight):
     """int8 weight (N, depth), N a multiple of WIDTH, depth of 4 -> int32 panels (N / WIDTH, depth / 4, WIDTH)."""
     n, depth = weight.shape
-    panels = weight.reshape(n // WIDTH, WIDTH, depth // 4, 4).transpose(0, 2, 1, 3)
-    return np.ascontiguousarray(panels).view(np.int32).ravel()
+    words = np.ascontiguousarray(weight).view(np.int32)  # NumPy moves words ten times as fast as four bytes each
+    return words.reshape(n // WIDTH, WIDTH, depth // 4).transpose(0, 2, 1).ravel()

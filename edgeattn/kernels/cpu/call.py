@@ -14,7 +14,7 @@ from edgeattn import threads
 from edgeattn.runtime import prebuilt
 from edgeattn.runtime.addresses import POINTER, address, items_address
 from edgeattn.runtime.compiler import compiled_for
-from edgeattn.runtime.prebuilt import Kernel
+from edgeattn.runtime.prebuilt import SPARE, Kernel
 from edgeattn.runtime.worker_pool import run_in_turn
 
 
@@ -29,7 +29,10 @@ def entry(kernel, dtype):
 
 
 def bind(function, parameters, addresses, objects):
-    """A compiled function with its first two arguments; `objects`: a list with the arrays of a call, and scratch."""
+    """A compiled function with its first two arguments; `objects`: a list with the arrays of a call, and scratch.
+
+    addresses : has SPARE more elements than the kernel reads.
+    """
     if type(function) is Kernel:
         return function.bind(parameters, addresses, objects)
     return functools.partial(function, parameters, addresses)
@@ -262,7 +265,8 @@ class _Frame:
         self.count, self.nothing, parameters = count, _NOTHING[4 + count], call.parameters
         self.objects = list(self.nothing)
         given = _WORDS[4].pack(POINTER, id(None), items_address(self.objects), 3 + count)
-        self.addresses = np.frombuffer(call._addresses + given, np.int64).copy()  # the copy keeps no buffer's view
+        # A copy, which keeps no view of the bytes.
+        self.addresses = np.frombuffer(call._addresses + given + _SPARE, np.int64).copy()
         if call._own is not None:
             self.parameters = bytearray(parameters)
             parameters = np.frombuffer(self.parameters, np.int64)
@@ -271,6 +275,7 @@ class _Frame:
 
 
 _RUN_IN_TURN = getattr(run_in_turn, "py_func", run_in_turn)
+_SPARE = bytes(8 * SPARE)
 _WORDS = [struct.Struct(f"{count}q") for count in range(33)]
 _WRITE = [words.pack_into for words in _WORDS]
 _NOTHING = [(None,) * count for count in range(33)]

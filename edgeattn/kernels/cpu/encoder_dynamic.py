@@ -81,7 +81,9 @@ class _Channels(NamedTuple):
     columns: int
 
     def spread(self, array):
-        """An array by outputs and second channels, its first axis as kernels have them."""
+        """An array by outputs and second channels, its first axis as kernels have them; perhaps the array itself."""
+        if len(array) == self.outputs == self.columns:
+            return array
         out = np.zeros((self.columns, *array.shape[1:]), array.dtype)
         out[:self.outputs] = array[:self.outputs]
         out[self.up:self.up + len(array) - self.outputs] = array[self.outputs:]
@@ -103,7 +105,8 @@ def _sums_of(codes):
 def _pack(weight, bias, channels, group, w, c, s, b, v):
     """{name: array} of a weight's parts as kernels read them, its inputs in groups of `group`."""
     codes = channels.spread(weight.codes)
-    codes = np.pad(codes, ((0, 0), (0, round_up(codes.shape[1], ff.DEPTH) - codes.shape[1])))
+    if codes.shape[1] % ff.DEPTH:
+        codes = np.pad(codes, ((0, 0), (0, round_up(codes.shape[1], ff.DEPTH) - codes.shape[1])))
     groups = [codes[:, i:i + group] for i in range(0, codes.shape[1], group)]
     apart = np.zeros((len(weight.outlier_columns), channels.columns), np.float32)
     apart[:, :channels.outputs] = weight.outlier_weight.T

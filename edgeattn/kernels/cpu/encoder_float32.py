@@ -33,7 +33,9 @@ NORMS = {"layer": LAYER_NORM, "rms": RMS_NORM}
 
 
 def padded(array, *shape):
-    """float32 of this shape, zeros beyond what is given; all zeros for None."""
+    """float32 of this shape, zeros beyond what is given, perhaps the array itself; all zeros for None."""
+    if array is not None and array.shape == shape and array.dtype == np.float32:
+        return array
     out = np.zeros(shape, np.float32)
     if array is not None:
         out[tuple(slice(n) for n in array.shape)] = array

@@ -94,7 +94,8 @@ class FloatLayer:
                 ("v", v_weight, v_bias, Hkv, Dv, Dvp, 1.0),
                 ("q", q_weight, q_bias, H, D, Dp, fold if q_norm is None else 1.0)):
             bias = np.zeros(heads * size, np.float32) if bias is None else bias
-            weight, bias = ((a.astype(np.float64) * factor).astype(np.float32) for a in (weight, bias))
+            if factor != 1.0:
+                weight, bias = ((a.astype(np.float64) * factor).astype(np.float32) for a in (weight, bias))
             packer.put("w" + name, pack_panels(pad_heads(weight, heads, size, wide)))
             packer.put("b" + name, pad_heads(bias, heads, size, wide))
         if out_weight is not None:

@@ -25,7 +25,8 @@ class Packer:
     def packed(self):
         """All in one aligned array, zeros between."""
         weights = threads.aligned(self._size, self._dtype)
-        weights[:] = 0
         for at, array in zip(self.at.values(), self._parts, strict=True):
-            weights[at:at + array.size] = array.ravel()
+            end = at + array.size
+            weights[at:end] = array.ravel()
+            weights[end:at + round_up(array.size, 16)] = 0
         return weights

@@ -51,9 +51,12 @@ ADDRESSES = record("x out weights factors")
 def join_depth(weight):
     """int8 weight (N, depth) -> (N, depth up to a multiple of STEP), in the order in which `join_bytes` joins x."""
     n, depth = weight.shape
-    out = np.zeros((n, round_up(depth, STEP)), np.int8)
-    out[:, :depth] = weight
-    return out.reshape(n, out.shape[1] // STEP, 4, LANES // 4, 4).swapaxes(2, 3).reshape(out.shape)
+    deep = np.ascontiguousarray(weight)
+    if depth % STEP:
+        deep = np.zeros((n, round_up(depth, STEP)), np.int8)
+        deep[:, :depth] = weight
+    words = deep.view(np.int32).reshape(n, deep.shape[1] // STEP, 4, LANES // 4).swapaxes(2, 3)
+    return words.reshape(n, deep.shape[1] // 4).view(np.int8)
 
 
 class Apart(NamedTuple):

@@ -16,8 +16,7 @@ ADDS_FIRST = CODE.adds_first  # whether this instruction set gains by it
 
 def own_products(codes):
     """The own products of rows of int8 codes (n, depth), depth a multiple of 4: (n,)."""
-    pairs = codes.reshape(len(codes), codes.shape[1] // 2, 2).astype("int32")
-    return pairs.prod(2).sum(1, dtype="int32")
+    return (codes[:, ::2].astype("int16") * codes[:, 1::2]).sum(1, dtype="int32")
 
 
 @intrinsic
