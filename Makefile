@@ -12,6 +12,8 @@ python = $(VENV)/bin/python
 # A stamp is written when its extras are installed. One asked for with PYTHON= is another stamp than one without.
 suffix = $(if $(PYTHON),-$(notdir $(PYTHON)))
 ready = $(VENV)/.ready-test$(suffix)
+# The main job needs less, where nothing is there yet.
+ready_run = $(if $(wildcard $(ready)),$(ready),$(VENV)/.ready-run$(suffix))
 ready_dev = $(VENV)/.ready-dev$(suffix)
 ready_cuda = $(VENV)/.ready-cuda$(suffix)
 ready_torch = $(VENV)/.ready-torch$(suffix)
@@ -54,7 +56,7 @@ help: ## this list
 
 ##@ Try it
 
-run: $(ready) ## the main job: float, int8, report, .tflite
+run: $(ready_run) ## the main job: float, int8, report, .tflite
 	@$(python) examples/digits/run.py $(ARGS)
 
 examples: run example-self-vs-multihead example-minilm example-search example-sensor example-microcontroller example-anomaly example-streaming example-image example-everywhere example-corpus ## every example but torch's, each under a minute
@@ -202,6 +204,9 @@ clean: ## remove what was built; keep environments
 
 distclean: clean ## ... and the environments
 	rm -rf .venv .venv-* .arm64
+
+$(VENV)/.ready-run$(suffix): $(setup_files)
+	$(build_environment) --extras run
 
 $(ready): $(setup_files)
 	$(build_environment) --extras $(EXTRAS)

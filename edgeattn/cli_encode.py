@@ -22,21 +22,22 @@ PATIENCE = 1.0  # seconds without one
 def add_to(commands):
     """Add the command to those of `edgeattn`."""
     encode = commands.add_parser(
-        "encode", help="vectors of texts, by a text encoder, as a .npy file",
+        "encode", help="Write a vector for each text to a .npy file.",
         description="Write a vector for each text to a .npy file, float32, in the order of the texts.")
     encode.add_argument("model", metavar="FILE",
-                        help="a text encoder: a .safetensors, .so (bundle) or .onnx file, or a folder")
-    encode.add_argument("texts", nargs="*", metavar="TEXT", help="a text; - or none: standard input, a text per line")
+                        help="A text encoder: a .safetensors, .so (bundle) or .onnx file, or a folder.")
+    encode.add_argument("texts", nargs="*", metavar="TEXT", help="A text; - or none: standard input, a text per line.")
     encode.add_argument("--from", dest="files", action="append", default=[], metavar="FILE",
-                        help="a file with a text per line, UTF-8; may be given again")
-    encode.add_argument("-o", "--output", required=True, type=Path, metavar="OUT", help="the .npy file to write")
-    encode.add_argument("--batch-size", type=int, default=32, metavar="N", help="texts computed at a time (default 32)")
+                        help="A file with a text per line, UTF-8; may be given again.")
+    encode.add_argument("-o", "--output", required=True, type=Path, metavar="OUT", help="The .npy file to write.")
+    encode.add_argument("--batch-size", type=int, default=32, metavar="N",
+                        help="Texts computed at a time; 32 unless given.")
     encode.add_argument("--max-length", type=int, default=None, metavar="N",
-                        help="cut texts after so many tokens; unless given, as the model's folder says")
+                        help="Cut texts after so many tokens; unless given, as the model's folder says.")
     encode.add_argument("--tokenizer", type=Path, default=None, metavar="FOLDER",
-                        help="of an .onnx file: where tokenizer.json is, unless that is its folder")
+                        help="Of an .onnx file: where tokenizer.json is, unless that is its folder.")
     encode.add_reading_options()
-    encode.add_argument("--json", action="store_true", help="print what was written as JSON")
+    encode.add_argument("--json", action="store_true", help="Print what was written as JSON.")
     encode.set_defaults(run=_encode)
 
 

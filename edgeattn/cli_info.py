@@ -29,11 +29,11 @@ _OPTIONAL = {
 def add_to(commands):
     """Add the command to those of `edgeattn`."""
     command = commands.add_parser(
-        "info", help="versions, processor, threads, cache and optional packages of this machine; or what files hold",
+        "info", help="Say what this machine has, or what files hold.",
         description="Say what this machine has: include it when you report a problem. With files, what each holds.")
-    command.add_argument("files", nargs="*", metavar="FILE", help=FORMS)
+    command.add_argument("files", nargs="*", metavar="FILE", help=f"{FORMS}.")
     command.add_reading_options()
-    command.add_argument("--json", action="store_true", help="print the same as JSON")
+    command.add_argument("--json", action="store_true", help="Print the same as JSON.")
     command.set_defaults(run=_info)
 
 

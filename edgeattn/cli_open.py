@@ -6,7 +6,7 @@ import os
 import edgeattn
 from edgeattn.files.checkpoints import kernel_set_of
 
-FORMS = (".safetensors, int8 .tflite, .onnx or .so (bundle) file, or a folder of a model as transformers and "
+FORMS = ("A .safetensors, int8 .tflite, .onnx or .so (bundle) file, or a folder of a model as transformers and "
          "sentence-transformers save it")
 
 

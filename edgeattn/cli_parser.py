@@ -10,29 +10,54 @@ SHELLS = ("bash", "zsh", "fish")
 EXIT_STATUS = "Exit status: 0 done, 2 an error, which one line on standard error names, 130 interrupted."
 
 
+class Words(argparse.HelpFormatter):
+    """Help in the words and the form of `quant --help`."""
+
+    def add_usage(self, usage, actions, groups, prefix=None):
+        """The first line."""
+        super().add_usage(usage, actions, groups, "Usage: " if prefix is None else prefix)
+
+    def _format_action(self, action):
+        """Without the word that stands for all commands, in front of them."""
+        text = super()._format_action(action)
+        return text.partition("\n")[2] if isinstance(action, argparse._SubParsersAction) else text
+
+
 class Parser(argparse.ArgumentParser):
     """Of a command, or of one of its commands."""
 
     def __init__(self, **options):
-        super().__init__(**{"allow_abbrev": False, "epilog": EXIT_STATUS, **options})
+        super().__init__(**{"allow_abbrev": False, "epilog": EXIT_STATUS, "add_help": False, "formatter_class": Words,
+                            **options})
+        self._positionals.title, self._optionals.title = "Arguments", "Options"
+        self.add_argument("-h", "--help", action="help", help="Show this message and exit.")
 
     def error(self, message):
-        """End with one line."""
+        """End with one line, in the words that `quant` has for it."""
         unknown = re.match(r"argument COMMAND: invalid choice: '([^']*)'", message)
         if unknown:
-            commands = list(commands_of(self))
-            message = f"No such command {unknown[1]!r}.{nearest(unknown[1], commands)}"
+            message = f"No such command {unknown[1]!r}.{nearest(unknown[1], list(commands_of(self)))}"
+        elif missing := re.match(r"the following arguments are required: (.*)", message):
+            first = missing[1].split(", ")[0]
+            message = f"Missing {'option' if first.startswith('-') else 'argument'} {_quoted(first)}."
+        elif wrong := re.match(r"argument (\S+): invalid choice: (.*) \(choose from (.*)\)", message):
+            choices = ", ".join(repr(choice.strip("'")) for choice in wrong[3].split(", "))
+            message = f"Invalid value for {_quoted(wrong[1])}: {wrong[2]} is not one of {choices}."
+        elif wrong := re.match(r"argument (\S+): invalid int value: (.*)", message):
+            message = f"Invalid value for {_quoted(wrong[1])}: {wrong[2]} is not a valid integer."
+        elif bare := re.match(r"argument (\S+): expected (?:one|at least one) argument", message):
+            message = f"Option {_quoted(bare[1])} requires an argument."
         self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
 
     def add_reading_options(self):
         """Add what an .onnx file, or a folder of several models, is read as."""
         self.add_argument("--part", choices=PARTS, default=None,
-                          help="of a folder: text or vision, a half of CLIP and its kind; encoder, the layers alone")
+                          help="Of a folder: text or vision, a half of CLIP and its kind; encoder, the layers alone.")
         self.add_argument("--scheme", choices=SCHEMES, default=None,
-                          help="of an .onnx file with quantizers: static, its int8 layers by its own scales; float32 "
-                               "unless given")
+                          help="Of an .onnx file with quantizers: static, its int8 layers by its own scales; float32 "
+                               "unless given.")
         self.add_argument("--arithmetic", choices=KERNEL_SETS, default=None,
-                          help="the TFLite kernel set that int8 layers follow; the one stored, or litert, unless given")
+                          help="The TFLite kernel set to compute with; by default the one stored, or litert.")
 
     def refuse(self, left):
         """End for arguments that no option takes."""
@@ -41,6 +66,11 @@ class Parser(argparse.ArgumentParser):
                 name = argument.partition("=")[0]
                 self.error(f"No such option {name!r}.{nearest(name, options_of(self))}")
         self.error(f"too many arguments: {' '.join(left)}")
+
+
+def _quoted(names):
+    """'-o' / '--output' of -o/--output."""
+    return " / ".join(repr(name) for name in names.split("/"))
 
 
 def nearest(name, names):

@@ -24,9 +24,12 @@ _ADVICE = (
     (r"; got sequence_length=[^;]*$", ""),
     (r", encoder\.layers\[i\]\.attention, one by one", " one by one, from Python"),
     (r"export its encoder, model\.encoder, whose inputs are what the embedding gives",
-     "export its encoder from Python, whose inputs are what the embedding gives"),
+     "export its encoder, whose inputs are what the embedding gives: of a folder with --part encoder, of a saved file "
+     "from Python"),
     (r"`?\bquant\.(calibrate|compare|export|quantize)\b`?", r"`quant \1`"),
+    (r"^arithmetic must", "--arithmetic must"),
     # an argument and its value
+    (r"(^|: )part(?= must )", r"\1--part"),
     (r"\bfrom_pretrained\(folder, (part='[^']*')\)", r"\1"),
     (r"\b(arithmetic|attention|mask|observer|part|scheme|target)='([^']*)'", r"--\1 \2"),
 )

@@ -56,7 +56,23 @@ class Placeable:
     def to(self, device: Literal["cuda"]) -> EncoderOnDevice: ...
 
     def to(self, device: Device) -> Self | EncoderOnDevice:
-        """Place it on `device`: "cpu", or "cuda", a GPU (docs/cuda.md); `.layer` of that is this one."""
+        """Place it on `device`: "cpu", or "cuda", a GPU (docs/cuda.md); `.layer` of that is this one.
+
+        Parameters
+        ----------
+        device : {"cpu", "cuda"}
+
+        Returns
+        -------
+        the encoder or model itself, or one whose layers compute on the GPU
+
+        Raises
+        ------
+        ValueError
+            For another device.
+        RuntimeError
+            Where there is no CUDA, saying what of it is missing.
+        """
         placed: Self | EncoderOnDevice = place(self, device)
         return placed
 

@@ -111,6 +111,11 @@ class KVCache(CacheSlots):
         Position of the oldest token still held; 0 without `window`.
     nbytes : int
         Bytes of storage.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was required and what came.
     """
 
     @hinted
@@ -156,10 +161,15 @@ class KVCache(CacheSlots):
         Parameters
         ----------
         layer : MultiHeadAttention, SelfAttention or QuantizedMultiHeadAttention
-        batch, capacity, window
+        batch, capacity, window : int
             As for the class.
         dtype : {"float32", "int8"}, optional
             "float32" unless given. A static layer always has an int8 cache, with its own scales.
+
+        Returns
+        -------
+        KVCache
+            Empty.
 
         Raises
         ------
@@ -227,7 +237,23 @@ class KVCache(CacheSlots):
     def to(self, device: Literal["cuda"]) -> CacheOnDevice: ...
 
     def to(self, device: Device) -> Self | CacheOnDevice:
-        """An empty cache of the same sizes on `device`: "cpu" is this one, "cuda" on a GPU (docs/cuda.md)."""
+        """An empty cache of the same sizes on `device`: "cpu" is this one, "cuda" on a GPU (docs/cuda.md).
+
+        Parameters
+        ----------
+        device : {"cpu", "cuda"}
+
+        Returns
+        -------
+        KVCache, or one on the GPU
+
+        Raises
+        ------
+        ValueError
+            For another device.
+        RuntimeError
+            Where there is no CUDA, saying what of it is missing.
+        """
         placed: Self | CacheOnDevice = place(self, device)
         return placed
 

@@ -319,6 +319,11 @@ def sliding_window(keys: SupportsIndex) -> tuple[int, int]:
     -------
     (int, int)
         (W - 1, 0)
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `keys` is not an integer of at least 1.
     """
     return count("keys", keys) - 1, 0
 

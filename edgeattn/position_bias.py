@@ -35,6 +35,11 @@ class RelativePositionBias:
         Half of the buckets are for keys after the query, as in encoders; otherwise these share the first one.
     max_distance : int
         From which on all distances share the last bucket.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was required and what came.
     """
 
     @hinted
@@ -124,6 +129,11 @@ def swin_position_bias(table: ArrayLike, window_size: tuple[SupportsIndex, Suppo
     -------
     (H, height * width, height * width) float32 array
         For `MultiHeadAttention(..., position_bias=...)`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was required and what came.
     """
     height, width = (count("window_size", size) for size in window_size)
     array = float_array("table", table)

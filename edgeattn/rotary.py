@@ -103,6 +103,11 @@ def rotary_cache(
     Returns
     -------
     cos, sin : (positions, R / 2) float32 array
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was required and what came.
     """
     positions = count("positions", positions)
     turned = count("rotary_embedding_dim", rotary_embedding_dim)
@@ -132,6 +137,11 @@ class RotaryEmbedding:
         Pairs are neighbours instead of halves, as in `apply_rotary_embedding`.
     offset : int
         Position of the first key, at least 0.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was required and what came.
     """
 
     @hinted

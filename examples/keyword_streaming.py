@@ -104,7 +104,7 @@ def main() -> int:
         below.semilogy(at, 1e3 * seconds, ".", markersize=3, label=name)
     below.axhline(1e3 * BUDGET, color="tab:red", label="a frame lasts")
     below.set(xlabel="seconds", ylabel="ms for a frame")
-    below.legend(loc="upper right", ncols=3)
+    below.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False)  # above the points
     OUT.parent.mkdir(exist_ok=True)
     figure.savefig(OUT, dpi=110)
     print(f"wrote out/{OUT.name}: the bands, and the time of each frame")

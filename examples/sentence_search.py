@@ -21,20 +21,23 @@ from edgeattn import messages
 ROOT = Path(__file__).resolve().parents[1]
 QUERIES = ("how much memory does a board need", "which masks may I pass", "run it on a microcontroller",
            "my results differ between processors", "token after token with a cache")
-TEXTS, FIRST, SHOWN = 120, 10, 56
+EACH, FIRST, SHOWN = 12, 10, 72
 
 
 def paragraphs() -> list[str]:
-    """Prose of the pages: no tables, no code, no headings."""
+    """Prose of every page, its first EACH paragraphs, each behind the heading it stands under: no tables, no code."""
     found = []
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
-        inside = False
+        inside, heading, prose = False, "", []
         for block in page.read_text(encoding="utf-8").split("\n\n"):
             fences = block.count("```")
-            if not inside and not fences and len(block) > 80 and block[0] not in "#|<!-: ":
-                found.append(" ".join(block.split()))
+            if not inside and block.startswith("#"):
+                heading = block.splitlines()[0].lstrip("# ")
+            elif not inside and not fences and len(block) > 80 and block[0] not in "#|<!-: ":
+                prose.append(f"{heading}: {' '.join(block.split())}")
             inside ^= fences % 2 == 1
-    return found[:TEXTS]
+        found += prose[:EACH]
+    return found
 
 
 def main() -> int:

@@ -87,6 +87,16 @@ class Calibration:
     def merge(self, other: Calibration) -> Calibration:
         """Calibration on the data of both.
 
+        Parameters
+        ----------
+        other : Calibration
+            Of the same layers.
+
+        Returns
+        -------
+        Calibration
+            A new one.
+
         Raises
         ------
         TypeError
@@ -115,6 +125,22 @@ class Calibration:
         """The observer's (low, high) for a tensor, low <= 0 <= high; (0, 0) for one without elements.
 
         That of the scores is that of ``single_scores`` where no row had more: nothing better is known.
+
+        Parameters
+        ----------
+        name : str
+            A tensor, as in `statistics`.
+        symmetric : bool
+            Whether low is to be -high.
+
+        Returns
+        -------
+        (float, float)
+
+        Raises
+        ------
+        KeyError
+            For a name that is not in `statistics`.
         """
         statistics = self.statistics[name]
         if name in ("scores", "biased_scores") and not statistics.count:
@@ -129,6 +155,13 @@ class Calibration:
         ----------
         path : str or path-like
             Ends in ".safetensors". An existing file is replaced.
+
+        Raises
+        ------
+        OSError
+            Where it cannot be written.
+        ValueError
+            For another suffix.
         """
         _FILE.write(path, *self.to_state())
 
@@ -146,6 +179,14 @@ class Calibration:
     @classmethod
     def load(cls, path: Path) -> Calibration:
         """Read what ``save`` wrote.
+
+        Parameters
+        ----------
+        path : str or path-like
+
+        Returns
+        -------
+        Calibration
 
         Raises
         ------

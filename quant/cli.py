@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import textwrap
 from pathlib import Path
 
 import click
@@ -35,6 +36,7 @@ arithmetic_option = click.option("--arithmetic", type=click.Choice(list(KERNEL_S
 scheme_option = click.option("--scheme", type=click.Choice(SCHEMES),
                              help="Of an .onnx file with quantizers: static, its int8 layers by its own scales; "
                                   "float32 unless given.")
+LAYER_AND_DATA = "`quant --help` says what LAYER and DATA may be."
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the same as JSON.")
 
 
@@ -48,7 +50,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
-        message = f"{context.command_path if context else 'quant'}: {error.format_message()}"
+        said = error.format_message()
+        if isinstance(error, click.NoSuchOption):
+            known = [name for option in context.command.params for name in option.opts]
+            said = f"No such option {error.option_name!r}.{nearest(error.option_name, known)}"
+        message = f"{context.command_path if context else 'quant'}: {said}"
     except click.Abort:
         print("quant: interrupted", file=sys.stderr)
         return 130
@@ -87,7 +93,7 @@ def commands():
     """
 
 
-@commands.command()
+@commands.command(short_help="Keep the range of every tensor on your data.", epilog=LAYER_AND_DATA)
 @layer_options
 @click.argument("data", nargs=-1, required=True, type=path_argument)
 @click.option("-o", "--output", required=True, type=path_argument, help="The .safetensors file to write.")
@@ -122,7 +128,7 @@ def calibrate(source, data, output, observer, as_json):
          f"wrote {output}: calibrated on {', '.join(map(str, data))}", *said)
 
 
-@commands.command()
+@commands.command(short_help="Make an int8 layer or model.", epilog=LAYER_AND_DATA)
 @layer_options
 @click.argument("calibration", required=False, type=path_argument)
 @click.option("-o", "--output", required=True, type=path_argument, help="The .safetensors file to write.")
@@ -185,7 +191,7 @@ def quantize(source, calibration, output, scheme, arithmetic, attention, room_fo
          f"wrote {output}: static int8, equal to {quantized.arithmetic}")
 
 
-@commands.command()
+@commands.command(short_help="Say what int8 cost, as a table.", epilog=LAYER_AND_DATA)
 @layer_options
 @click.argument("quantized", type=path_argument)
 @click.argument("data", nargs=-1, required=True, type=path_argument)
@@ -218,7 +224,7 @@ def compare(source, quantized, data, arithmetic, as_json, model_explorer, tflite
     click.echo(str(report))
 
 
-@commands.command()
+@commands.command(short_help="Say what int8 cost, as a page.", epilog=LAYER_AND_DATA)
 @layer_options
 @click.argument("quantized", type=path_argument)
 @click.argument("data", nargs=-1, required=True, type=path_argument)
@@ -238,9 +244,11 @@ def report(source, quantized, data, output, arithmetic, as_json):
     tell(as_json, {"output": output, "bytes": size, "verdict": verdict}, f"wrote {output}: {size:,} bytes", verdict)
 
 
-@commands.command(help="\n\n".join((
+@commands.command(short_help="Write a layer or model in the format of another runtime.", epilog=LAYER_AND_DATA,
+                  help="\n\n".join((
     "Write LAYER, float or int8, to OUT, in the format that its suffix names:",
-    "\n".join(("\b", *(f"{suffix:<13} {form.about}" for suffix, form in FORMATS.items()))),
+    "\n".join(("\b", *(line for suffix, form in FORMATS.items() for line in textwrap.wrap(
+        form.about, 76, initial_indent=f"{suffix:<13} ", subsequent_indent=" " * 14)))),
     "With --target a folder stands for attention-TARGET.so in it.")))
 @layer_options
 @click.argument("path", metavar="OUT", type=path_argument)
@@ -274,7 +282,7 @@ def export(source, path, sequence_length, mask, scheme, arithmetic, as_json, **o
     tell(as_json, {"output": path, "bytes": size}, f"wrote {path}: {size:,} bytes")
 
 
-@commands.command()
+@commands.command(short_help="Show what a file holds.")
 @click.argument("file", type=path_argument)
 @scheme_option
 @arithmetic_option
@@ -338,6 +346,9 @@ def read_override(text: str) -> tuple[str, object]:
 
 def read_quantized(path: Path, arithmetic: str | None):
     """QUANTIZED: of an .onnx file its static int8 layers; also of a bundle."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, of a float model: `quant quantize` makes the int8 file to give as "
+                         "QUANTIZED")
     if path.suffix == ".onnx":
         return open_model(path, scheme="static", arithmetic=arithmetic)
     return open_model(path, arithmetic=arithmetic) if path.suffix == ".so" else edgeattn.load(

@@ -58,6 +58,8 @@ def in_words_of_the_command(message: str) -> str:
     # the file stands before it where there is one
     message = re.sub(rf"(^|: )({'|'.join(OPTIONS)})(?= must | is | needs )",
                      lambda found: f"{found[1]}--{found[2].replace('_', '-')}", message)
+    message = re.sub(r"(^|: )layer(?= must )", r"\1LAYER", message)
+    message = re.sub(r"(^|: )path(?= must end in one of )", r"\1OUT", message)
     message = re.sub(r"\boverrides=\{'([^']*)': '(\w+)'\}", r"--override \1=\2", message)
     if message.startswith("--override of "):
         message = re.sub(r"; got \('?([^',]+)'?, ([^,]+)\)$", r"; got \1:\2", message)

@@ -93,10 +93,12 @@ def compare(layer: Any, quantized: Any, batches: Iterable[Any], *, detail: Detai
         _check_dynamic(layer, quantized)
         return _compare_outputs(layer, quantized, batches, detail)
     _check_sizes(layer, quantized)
-    # our layers carry 1/sqrt(D) in the query; other converters multiply the scores by it
-    scale, folded = np.float32(layer.scale), not any(isinstance(op, MulConstant) for op in quantized.score_ops)
+    # our layers carry 1/sqrt(D) in the query; other converters multiply the scores by it, or queries and keys
+    scale, scaled = np.float32(layer.scale), any(isinstance(op, MulConstant) for op in quantized.score_ops)
+    folded = not (scaled or quantized.query_ops or quantized.key_ops)
     _check_weights(layer, quantized.linears, scale if folded else 1.0)
-    factor = collections.defaultdict(lambda: np.float32(1), {"query": scale} if folded else {"scores": 1 / scale})
+    factor = collections.defaultdict(
+        lambda: np.float32(1), {"query": scale} if folded else {"scores": 1 / scale} if scaled else {})
     tensors: dict[str, Comparison] = {}
     heads = [Comparison() for _ in range(layer.num_heads)]
     lost = rows = 0.0

@@ -190,6 +190,9 @@ def _describe_static(layer: StaticMultiHeadAttention, arithmetic: str) -> Iterat
     biased = {name for name, linear in layer.linears.items() if linear.bias is not None}
     yield _projections((name, layer.linears.get(name), "int32" if name in biased else "none")
                        for name in (*INPUTS, "output"))
+    for name, ops in (("query", layer.query_ops), ("key", layer.key_ops)):
+        for op in ops:
+            yield f"{name} op: {_describe_op(op)}"
     if not layer.score_ops:
         yield "score ops: none"
     for op in layer.score_ops:

@@ -78,6 +78,16 @@ class ModelCalibration:
     def merge(self, other: ModelCalibration) -> ModelCalibration:
         """Calibration on the data of both.
 
+        Parameters
+        ----------
+        other : ModelCalibration
+            Of the same layers.
+
+        Returns
+        -------
+        ModelCalibration
+            A new one.
+
         Raises
         ------
         TypeError
@@ -103,6 +113,13 @@ class ModelCalibration:
         ----------
         path : str or path-like
             Ends in ".safetensors". An existing file is replaced.
+
+        Raises
+        ------
+        OSError
+            Where it cannot be written.
+        ValueError
+            For another suffix.
         """
         tensors: dict[str, NDArray[Any]] = {}
         for group in ("largest", "ranges", "large"):
@@ -116,6 +133,14 @@ class ModelCalibration:
     @classmethod
     def load(cls, path: Path) -> ModelCalibration:
         """Read what ``save`` wrote.
+
+        Parameters
+        ----------
+        path : str or path-like
+
+        Returns
+        -------
+        ModelCalibration
 
         Raises
         ------

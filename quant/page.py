@@ -42,7 +42,7 @@ def write_report(layer: Any, quantized: Any, batches: Iterable[Any], path: PathL
 
     Parameters
     ----------
-    layer, quantized, batches
+    layer, quantized, batches : float layer or model, the same in int8, iterable
         As for ``compare``.
     path : str or path-like
         Ends in ".html". An existing file is replaced, by a whole one.
@@ -53,6 +53,13 @@ def write_report(layer: Any, quantized: Any, batches: Iterable[Any], path: PathL
     -------
     Report or ModelReport
         What ``compare`` gives.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As ``compare`` does; for another suffix.
+    OSError
+        Where it cannot be written.
     """
     path = as_path(path)
     if path.suffix != ".html":

@@ -108,16 +108,36 @@ class Report:
     lints: list[str]
 
     def to_json(self) -> str:
-        """The same as JSON; a number that is not finite is null."""
+        """The same as JSON; a number that is not finite is null.
+
+        Returns
+        -------
+        str
+        """
         return _json({"tensors": {name: _numbers(r) for name, r in self.tensors.items()},
                       "heads": [_numbers(r) for r in self.heads], "notes": self.lints})
 
     def to_model_explorer(self, tflite: Path) -> str:
         """Signal over noise as node data of Google's Model Explorer, JSON, for the .tflite exported of the int8 layer.
 
+        Parameters
+        ----------
+        tflite : path
+            The exported int8 layer or encoder.
+
+        Returns
+        -------
+        str
+            JSON.
+
+        Raises
+        ------
+        OSError, ValueError
+            Naming the file, where it cannot be read or holds something else.
+
         See Also
         --------
-        quant.model_explorer.node_data : what it holds, and its errors.
+        quant.model_explorer.node_data : what it holds.
         """
         return node_data(self.tensors, tflite)
 
@@ -133,7 +153,12 @@ class Report:
         return "\n".join([render(self), *(fill(f"note: {lint}") for lint in self.lints)])
 
     def verdict(self) -> str:
-        """What the figures say, in a sentence."""
+        """What the figures say, in a sentence.
+
+        Returns
+        -------
+        str
+        """
         last, result = list(self.tensors.items())[-1]
         worst, figures = min(self.tensors.items(), key=lambda item: item[1].sqnr_db)
         most = "" if worst == last else f" The worst tensor is {worst}, with {figures.sqnr_db:.1f} dB."
@@ -225,7 +250,12 @@ class ModelReport:
     pair_order: float = math.nan
 
     def verdict(self) -> str:
-        """What the figures say, in a sentence."""
+        """What the figures say, in a sentence.
+
+        Returns
+        -------
+        str
+        """
         c = self.cosines
         if not c.sequences:
             return "No result of the float model has a length: nothing can be said."
@@ -237,7 +267,13 @@ class ModelReport:
                 f"{c.minimum:.4f} at least{order}.{most}")
 
     def shares(self) -> dict[str, float]:
-        """How much of the errors that parts make is each one's, largest first: of noise to signal, 1 in all."""
+        """How much of the errors that parts make is each one's, largest first: of noise to signal, 1 in all.
+
+        Returns
+        -------
+        dict of float
+            By part.
+        """
         noise = {name: 10 ** (-r.sqnr_db / 10) if r.sqnr_db == r.sqnr_db else 0.0 for name, r in self.alone.items()}
         total = math.fsum(noise.values()) or 1.0
         return {name: noise[name] / total for name in sorted(noise, key=lambda name: -noise[name])}
@@ -257,6 +293,11 @@ class ModelReport:
         -------
         dict
             From names to "dynamic"; empty where nothing has to be done.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If ``cosine`` is no number from 0 to 1.
         """
         if not 0 <= number("cosine", cosine) <= 1:
             raise ValueError(f"cosine must lie from 0 to 1; got {cosine!r}")
@@ -272,14 +313,34 @@ class ModelReport:
     def to_model_explorer(self, tflite: Path) -> str:
         """Signal over noise of each half alone as node data of Google's Model Explorer, JSON, for an exported .tflite.
 
+        Parameters
+        ----------
+        tflite : path
+            The exported int8 layer or encoder.
+
+        Returns
+        -------
+        str
+            JSON.
+
+        Raises
+        ------
+        OSError, ValueError
+            Naming the file, where it cannot be read or holds something else.
+
         See Also
         --------
-        quant.model_explorer.node_data : what it holds, and its errors.
+        quant.model_explorer.node_data : what it holds.
         """
         return node_data(self.alone, tflite)
 
     def to_json(self) -> str:
-        """The same as JSON, parts in the order of the table; a number that is not finite is null."""
+        """The same as JSON, parts in the order of the table; a number that is not finite is null.
+
+        Returns
+        -------
+        str
+        """
         return _json({
             "parts": [{"name": name, "share": share, "alone": _numbers(self.alone[name]),
                        "so_far": _numbers(self.so_far[name])} for name, share in self.shares().items()],

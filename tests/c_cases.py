@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
-from tflite_graphs import converted_score_ops, random_layer
+from tflite_graphs import converted_score_ops, random_layer, random_scaling
 
 from edgeattn.quantized import SelectMask, StaticMultiHeadAttention
 
@@ -40,13 +40,15 @@ class Exported:
         return self.layer.with_mask(mask)
 
 
-def _case(name, seed=0, *, B=1, L=9, S=None, mask=None, ops=None, **sizes) -> Exported:
+def _case(name, seed=0, *, B=1, L=9, S=None, mask=None, ops=None, scaled=(), **sizes) -> Exported:
     rng = np.random.default_rng(seed)
     if ops == "converted":
         sizes["score_ops"] = converted_score_ops(rng, L, L if S is None else S, sizes.get("D", 4))
     elif ops is not None:
         sizes["score_ops"] = ops
-    return Exported(name, random_layer(rng, **sizes).with_arithmetic("tflm"), B, L, S, mask)
+    layer = random_layer(rng, **sizes).with_arithmetic("tflm")
+    return Exported(name, layer._replace(**{f"{part}_ops": (random_scaling(rng, layer.tensors[part]),) for part in scaled}),
+                    B, L, S, mask)
 
 
 def _keep(*shape, seed=1, p=0.6):
@@ -88,6 +90,9 @@ CASES = [
     _case("fill that is not the lowest code", L=9, ops=(SelectMask(np.tri(9, dtype=bool), -90),)),
     _case("converted by TensorFlow: MUL and ADD", L=6, ops="converted"),
     _case("converted by TensorFlow, and a mask", L=7, B=2, mask=_prefix(7, 5, 2), ops="converted"),
+    _case("MUL of queries", L=7, B=2, scaled=("query",)),
+    _case("MUL of keys", L=6, scaled=("key",), D=5),
+    _case("MUL of queries, keys and scores", L=9, S=13, sources=(0, 1, 2), scaled=("query", "key"), ops="converted"),
     _case("converted by TensorFlow: MUL alone", L=7, ops=converted_score_ops(np.random.default_rng(0), 7, 7)[:1]),
 ]
 assert len({case.name for case in CASES}) == len(CASES)

@@ -67,6 +67,7 @@ LIMITS = [
     (int8.linear_int8("double", False), (144, 160), 10240, 0),
     (int8.linear_int8("ruy", True), (128, 216), 10240, 0),
     (int8.linear_int8("float64", True), (128, 128), 10240, 0),
+    (int8.linear_int8("float_rne", True, True), (144, 176), 10240, 0),
     (int8.linear_int8(None, True), (128, 128), 10240, 0),
     (int8.static_attention("float_rne", "float_rne", "lut_f32"), (232, 248), 38656, 0),
     (int8.static_attention("double", "double", "lut_f32"), (232, 248), 38656, 0),

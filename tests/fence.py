@@ -20,7 +20,7 @@ import encoder_cases
 import numpy as np
 import oracle_kernels as oracle
 import static_cases
-from kernels_under_test import ASYMMETRIC, SYMMETRIC, make_layer
+from kernels_under_test import ASYMMETRIC, SYMMETRIC, make_layer, random_tables
 
 import edgeattn
 import quant
@@ -329,6 +329,7 @@ def static_layer(rng, number):
     layer_seed, zero_points = int(rng.integers(2**31)), (SYMMETRIC, ASYMMETRIC)[number % 2]
     x = [rng.integers(-128, 128, (B, n, E)).astype(np.int8) for n in (L, S, S)]
     masks = {}
+    tables = random_tables(rng, zero_points) if number % 3 == 2 else None
     if kinds == ("score_luts",):
         masks = {"score_luts": rng.integers(-128, 128, (3, 256)).astype(np.int8),
                  "lut_index": rng.integers(0, 3, (B, 1, L, S)).astype(np.uint8)}
@@ -336,7 +337,7 @@ def static_layer(rng, number):
         masks = draw_masks(rng, kinds, B, H, L, S)
 
     def call(place):
-        layer, *_ = make_layer(np.random.default_rng(layer_seed), H, E, D, Dv, Eo, zero_points, rules, softmax)
+        layer, *_ = make_layer(np.random.default_rng(layer_seed), H, E, D, Dv, Eo, zero_points, rules, softmax, tables)
         given, shown = [place.input(codes) for codes in x], placed(place, masks)
         outs = [place.make((B, L, layer.output_dim), np.int8) for _ in range(2)]
         layer(*given, outs[0], **shown)
@@ -353,7 +354,8 @@ def static_layer(rng, number):
         np.random.default_rng(layer_seed), H, E, D, Dv, Eo, zero_points, rules, softmax)
     right = []
     if "score_luts" not in masks and B * H * L * S <= 2000:  # in integers of Python
-        right = [(oracle.static_layer(*x, H, linears, tensors, rules, softmax, table, **masks), 0)] * 2
+        right = [(oracle.static_layer(*x, H, linears, tensors, rules, softmax, table, tables=tables, **masks), 0)] * 2
+    kinds = kinds if tables is None else (*kinds, "tables")
     return f"{'+'.join(kinds)} {masks.get('band', '')} B={B} {H=} {L=} {S=} {D=} {Dv=} {E=} {Eo=} {softmax}", call, right
 
 

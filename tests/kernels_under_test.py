@@ -93,7 +93,7 @@ def apply_linear(x, x_row, tokens, panels, bias, features, depth4, out, tiles):
     matrix_release()
 
 
-def static_kernel(heads, linears, tensors, project_rule, score_rule, context_rule, table, softmax):
+def static_kernel(heads, linears, tensors, project_rule, score_rule, context_rule, table, softmax, tables=None):
     """StaticLayer from scales: linears name -> (weight, scale, bias), tensors name -> (scale, zero point)."""
     source = {"query": "query_input", "key": "key_input", "value": "value_input", "output": "context"}
     multiplied = {
@@ -106,7 +106,17 @@ def static_kernel(heads, linears, tensors, project_rule, score_rule, context_rul
     return StaticLayer(heads, multiplied, product(score_rule, "query", "key", "scores"),
                        product(context_rule, "probabilities", "value", "context"),
                        {name: zero_point for name, (_, zero_point) in tensors.items()},
-                       project_rule, score_rule, context_rule, table, softmax)
+                       project_rule, score_rule, context_rule, table, softmax, tables)
+
+
+def random_tables(rng, zero_points):
+    """Tables of queries and keys as StaticLayer takes them, that know zero as those of MUL do."""
+    tables = {}
+    for name in ("query", "key"):
+        table, zero = rng.integers(-128, 128, 256).astype(np.int8), int(rng.integers(-30, 31))
+        table[zero + 128] = zero_points[name]
+        tables[name] = (table, zero)
+    return tables
 
 
 SYMMETRIC = dict(query_input=3, key_input=-7, value_input=0, query=-4, key=0, value=0, scores=21, context=5, output=-9)
@@ -122,7 +132,7 @@ def softmax_table(rule, scale):
     return np.minimum(np.rint(step * 2.0**31), 2**31 - 1).astype(np.int32)
 
 
-def make_layer(rng, heads, E, D, Dv, Eo, zero_points, rules, softmax):
+def make_layer(rng, heads, E, D, Dv, Eo, zero_points, rules, softmax, tables=None):
     """A random layer whose codes use their whole range."""
     linears, tensors = {}, {"probabilities": (np.float32(1 / 256), -128)}
     for name, z in zero_points.items():
@@ -135,7 +145,7 @@ def make_layer(rng, heads, E, D, Dv, Eo, zero_points, rules, softmax):
     q, k = tensors["query"][0], tensors["key"][0]
     tensors["scores"] = (np.float32(q * k * 50 * np.sqrt(D)), zero_points["scores"])
     table = softmax_table(softmax, rng.uniform(0.02, 0.15))
-    layer = static_kernel(heads, linears, tensors, *rules, table, softmax)
+    layer = static_kernel(heads, linears, tensors, *rules, table, softmax, tables)
     return layer, linears, tensors, table
 
 

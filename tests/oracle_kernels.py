@@ -170,15 +170,17 @@ def multiplier_bmm(rule, a, b, c):
 
 
 def static_layer(xq, xk, xv, num_heads, linears, tensors, rules, softmax, table, keep=None, band=None,
-                 lut_index=None, score_luts=None):
-    """The static int8 layer, operator by operator, in exact integers."""
+                 lut_index=None, score_luts=None, tables=None):
+    """The static int8 layer, operator by operator, in exact integers; tables: as those of StaticLayer."""
     fc_rule, score_rule, context_rule = rules
 
     def linear(x, name, source, target):
         weight, ws, bias = linears[name]
         (xs, xz), (ys, yz) = tensors[source], tensors[target]
+        table, yz = (tables or {}).get(name, (None, yz))
         acc = (x.astype(np.int64) - xz) @ weight.astype(np.int64).T + (0 if bias is None else bias)
-        return requantize(fc_rule, acc, multipliers_fc(fc_rule, xs, ws, ys), yz)
+        codes = requantize(fc_rule, acc, multipliers_fc(fc_rule, xs, ws, ys), yz)
+        return codes if table is None else table[codes.astype(np.int64) + 128]
 
     def split(y):
         return y.reshape(*y.shape[:2], num_heads, -1).transpose(0, 2, 1, 3)

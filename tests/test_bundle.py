@@ -18,6 +18,7 @@ from bundle_ways import targets_here, ways
 from compiling import looks_at_compiling
 from laws import LAWS
 from places import ROOT
+from tflite_graphs import random_scaling
 from workbench import needs_compiler, random_input, random_layer
 
 import edgeattn
@@ -37,13 +38,19 @@ GIVEN = os.environ.get("TEST_BUNDLES")
 HERE = targets_here()
 HOST = Path(GIVEN).name if GIVEN else HERE.get(isa.ISA.name)
 FLOATS = ("float32", "dynamic", "encoder")
-MASKED = "static-tflm"  # the one that carries a mask
+MASKED = "static-tflm"  # the one that carries a mask, and scales queries and keys by tables
 
 
 def static_layer(arithmetic, **options):
     layer = random_layer(3, **options)
     calls = [{"query": x, "is_causal": True} for x in random_input(0, 4, 2, 9, 32)]
     return quant.quantize(layer, quant.calibrate(layer, calls), arithmetic=arithmetic)
+
+
+def scaled(layer):
+    """With a MUL of queries and of keys, as other converters write it."""
+    rng = np.random.default_rng(6)
+    return layer._replace(**{f"{name}_ops": (random_scaling(rng, layer.tensors[name]),) for name in ("query", "key")})
 
 
 def cross_layer():
@@ -63,7 +70,7 @@ def encoder():
 # What is exported, and how it is made.
 LAYERS = {
     "static-litert": lambda: static_layer("litert"),
-    MASKED: lambda: static_layer("tflm").with_mask(np.tri(9, dtype=bool)),
+    MASKED: lambda: scaled(static_layer("tflm")).with_mask(np.tri(9, dtype=bool)),
     "float32": cross_layer,
     "dynamic": lambda: quant.quantize(cross_layer(), scheme="dynamic"),
     "encoder": encoder,

@@ -245,7 +245,7 @@ ERRORS = [
     ("compare layer.safetensors layer.safetensors x.npy", "quantized must be an int8 layer, as `quant quantize` writes it"),
     ("export layer.safetensors a.tflite", "quant: --sequence-length is required for a .tflite"),
     ("quantize unmasked.safetensors other.safetensors -o q.safetensors", "unmasked.safetensors is int8 already"),
-    ("export layer.safetensors a.pb --sequence-length 9", "path must end in one of .tflite, .onnx, .safetensors, .c"),
+    ("export layer.safetensors a.pb --sequence-length 9", "OUT must end in one of .tflite, .onnx, .safetensors, .c"),
     ("export layer.safetensors a.so", "quant: --target must name the processor of a .so, one of aarch64, cortex-a53"),
     ("export layer.safetensors a.tflite --sequence-length 9 --target cortex-a72", "--target must be left out but for a .so"),
     ("export layer.safetensors a.safetensors --test-vectors 2", "quant: --test-vectors must be left out but for a .c"),
@@ -441,7 +441,7 @@ def test_edgeattn_refuses_what_it_does_not_know(capsys):
 def test_edgeattn_alone_prints_its_help(capsys):
     assert edgeattn.cli.main([]) == 2
     shown = capsys.readouterr().out
-    assert shown.startswith("usage: edgeattn")
+    assert shown.startswith("Usage: edgeattn")
     assert "\n    info " in shown
 
 

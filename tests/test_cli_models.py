@@ -299,7 +299,7 @@ def test_a_layers_comparison_as_json(command):
     ("calibrate none x.npy -o c.safetensors", "quant: none: No such file or directory\n"),
     ("compare e.safetensors t.safetensors x.npy", "quantized must be a TransformerEncoder, as model is; got TextEncoder"),
     ("export e.safetensors e.c --sequence-length 9", "make it of the float encoder with `quant calibrate` and `quant quantize --arith"),
-    ("export t.safetensors t.tflite --sequence-length 9", "export its encoder from Python, whose inputs are"),
+    ("export t.safetensors t.tflite --sequence-length 9", "export its encoder, whose inputs are what the embedding gives: of a folder with --part encoder, of a "),
     ("export e.safetensors e.onnx --opset 12", "--opset must be one of 17 to 23; got 12"),
     ("quantize e.safetensors -o q.safetensors --override layers.0.feed_forward=static", "CALIBRATION is missing, which"),
     ("export e.safetensors e.c --sequence-length 9 --padding", "--padding must be left out but for an encoder in a .tflite"),

@@ -109,7 +109,18 @@ def test_every_command_has_json():
     ("edgeattn xyz", "edgeattn: No such command 'xyz'.\n"),
     ("edgeattn info --jsn", "edgeattn info: No such option '--jsn'. Did you mean '--json'?\n"),
     ("edgeattn bench layer.safetensors --lenght=3", "edgeattn bench: No such option '--lenght'. Did you mean '--length'?\n"),
-    ("edgeattn bench", "edgeattn bench: the following arguments are required: FILE\n"),
+    ("edgeattn bench", "edgeattn bench: Missing argument 'FILE'.\n"),
+    ("edgeattn encode m a", "edgeattn encode: Missing option '-o' / '--output'.\n"),
+    ("edgeattn bench layer.safetensors --length x", "edgeattn bench: Invalid value for '--length': 'x' is not a valid integer.\n"),
+    ("edgeattn bench layer.safetensors --length", "edgeattn bench: Option '--length' requires an argument.\n"),
+    ("edgeattn info --part x", "edgeattn info: Invalid value for '--part': 'x' is not one of 'text', 'vision', 'encoder'.\n"),
+    ("edgeattn completion x", "edgeattn completion: Invalid value for 'SHELL': 'x' is not one of 'bash', 'zsh', 'fish'.\n"),
+    ("edgeattn info no", "edgeattn: no: No such file or directory\n"),
+    ("edgeattn info .", "edgeattn: config.json: No such file or directory; a model's folder holds one, as transformers and "),
+    ("quant compare layer.safetensors . x.npy", "quant: . is a folder, of a float model: `quant quantize` makes the int8 "),
+    ("quant export layer.safetensors a.tflit", "quant: OUT must end in one of .tflite, .onnx, .safetensors, .c, .so; got "),
+    ("quant export layer.safetensors a.tflite --seqence-length 4",
+     "quant export: No such option '--seqence-length'. Did you mean '--sequence-length'?\n"),
     ("edgeattn encode m a -o v.npy --tokenizer t", "edgeattn: --tokenizer must be left out but for an .onnx file, got m: "
      "what else holds a model holds its tokenizer\n"),
     ("quant quantise a", "quant: No such command 'quantise'. Did you mean 'quantize'?\n"),
@@ -272,7 +283,7 @@ def test_readers_of_checkpoints(command, tmp_path):
         "torch.npz", 4, prefix="enc.", activation="gelu", norm_first=True)
     assert command("quant export layer.safetensors layer.onnx --batch 1 --sequence-length 9")[0] == 0
     status, _, err = command("edgeattn info layer.onnx --arithmetic tflm")
-    assert status == 2 and "arithmetic must be left out but for" in err
+    assert status == 2 and "edgeattn: --arithmetic must be left out but for --scheme static" in err
     for line in ("edgeattn info layer.onnx", "quant inspect layer.onnx"):
         status, out, err = command(line)
         assert status == 0 and "MultiHeadAttention, float32" in out, err
@@ -300,3 +311,16 @@ def test_encode_reads_onnx_with_a_tokenizer_and_bundles(command, monkeypatch):
     assert status == 0 and [str(asked[0][0][0]), str(asked[0][1]["tokenizer"])] == ["m.onnx", "folder"], err
     assert command("edgeattn encode m.so dog -o w.npy")[0] == 0 and asked[1] == "m.so"
     np.testing.assert_array_equal(np.load("v.npy"), np.load("w.npy"))
+
+
+def test_help_of_both_commands_has_one_form_and_fits_a_terminal(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = [f"{name} {each}".strip() for name, commands in (
+        ("edgeattn", edgeattn.cli_parser.commands_of(edgeattn.cli._parser())), ("quant", quant.cli.commands.commands))
+        for each in ("", *commands)]
+    for line in lines:
+        _, out, _ = command(f"{line} --help")
+        assert out.startswith(f"Usage: {line} ") and "\nOptions:\n" in out and "Show this message and exit." in out
+        assert "positional" not in out and "..." not in out.partition("\nCommands:\n")[2].partition("Exit status")[0]
+        # the names of kernel sets or of targets are one word to argparse and to click
+        assert [each for each in out.splitlines() if len(each) > 80 and "litert-arm" not in each and "cortex-a53" not in each] == []

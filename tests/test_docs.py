@@ -1,6 +1,7 @@
 """What the pages of docs/ print runs as it is printed: the Python of a page is one program."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -52,3 +53,13 @@ def test_every_page_is_in_the_site_and_the_workbench_in_its_reference():
     assert [page.name for page in PAGES if f": {page.name}\n" not in site] == []
     reference = (ROOT / "docs/api/quant.md").read_text(encoding="utf-8")
     assert [name for name in quant.__all__ if f".{name}\n" not in reference] == []
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.stem)
+def test_tables_have_names_links_do_not_name_files_and_prose_is_no_code(page):
+    text = page.read_text(encoding="utf-8")
+    heads = re.findall(r"^(\|.*\|)\n\|[-:| ]+\|$", text, re.M)
+    assert [head for head in heads if not re.search(r"\w", head)] == []
+    assert re.findall(r"\[[^\]]*\.md\]\([^)]*\)", text) == []
+    # text that is indented behind a table is shown as a block of code
+    assert re.findall(r"^\|.*\|\n\n {4}\S.*", text, re.M) == []

@@ -10,7 +10,7 @@ from compiling import looks_at_compiling
 
 from edgeattn import scaled_dot_product_attention as attend
 from edgeattn.checks import to_float32
-from edgeattn.kernels.cpu import fused, reference_float32
+from edgeattn.kernels.cpu import functional_float32, reference_float32
 
 CASES = [case for case in cases.CASES if not case.padding]  # padding masks belong to layers
 
@@ -235,7 +235,7 @@ def test_one_compiled_kernel_serves_every_call(tmp_path):
                 attend(array, k, v, mask, return_weights=wanted)
                 attend(array, k, v, mask, is_causal=True, kv_lengths=[4, 5], causal_alignment="lower_right",
                        return_weights=wanted)
-    assert len(reference_float32.attention_by_rows.signatures) == len(fused.attention_float32.signatures) == 1
+    assert len(reference_float32.attention_by_rows.signatures) == len(functional_float32.attention_float32.signatures) == 1
 
 
 def test_big_endian_inputs_give_native_results():

@@ -80,7 +80,7 @@ def test_a_device_needs_three_packages(setup_cfg):
 
 
 def test_extras_are_the_promised_ones(setup_cfg):
-    promised = {"bundle", "checkpoints", "text", "tflite", "cuda", "cuda-offline", "dask", "quant", "examples", "test", "test-numpy2", "peers", "models-peers", "fuzz", "torch", "typecheck", "dev"}
+    promised = {"bundle", "checkpoints", "text", "tflite", "cuda", "cuda-offline", "dask", "quant", "examples", "run", "test", "test-numpy2", "peers", "models-peers", "fuzz", "torch", "typecheck", "dev"}
     assert set(setup_cfg["options.extras_require"]) == promised
     assert "flatbuffers" in extra(setup_cfg, "quant", "3.11", "x86_64")
     assert "ai-edge-litert" in extra(setup_cfg, "tflite", "3.11", "x86_64")
@@ -100,6 +100,8 @@ def test_extras_are_the_promised_ones(setup_cfg):
 )
 def test_test_extra_takes_the_interpreters_that_have_a_wheel(setup_cfg, python, machine, runtimes, numpy):
     taken = extra(setup_cfg, "test", python, machine)
+    main_job = extra(setup_cfg, "run", python, machine)
+    assert main_job.items() < taken.items() and "pytest" not in main_job
     assert {name for name in taken if "lite" in name} == runtimes
     assert taken.get("numpy") == numpy
 

@@ -99,12 +99,14 @@ PROGRAM = """
 import numpy as np
 import edgeattn
 from edgeattn.kernels.cpu import (
-    cache_int8, cached_int8, decode_float32, decode_int8, functional_dynamic, fused, fused_dynamic, fused_int8, quantize)
+    cache_int8, cached_int8, decode_float32, decode_int8, functional_dynamic, functional_float32, fused, fused_dynamic,
+    fused_int8, quantize)
 from edgeattn.quantized import (
     DynamicMultiHeadAttention, QuantizedLinear, StaticMultiHeadAttention, TensorQuantization)
-kernels = (fused.layer_float32, fused_int8.layer_int8, fused_dynamic.layer_dynamic, fused.attention_float32,
-           decode_float32.decode_float32, decode_int8.decode_int8, functional_dynamic.attention_dynamic, cache_int8.store_rows,
-           cached_int8.cached_int8, quantize.quantize, quantize.dequantize)
+kernels = (fused.layer_float32, fused_int8.layer_int8, fused_dynamic.layer_dynamic,
+           functional_float32.attention_float32, decode_float32.decode_float32, decode_int8.decode_int8,
+           functional_dynamic.attention_dynamic, cache_int8.store_rows, cached_int8.cached_int8, quantize.quantize,
+           quantize.dequantize)
 assert not any(kernel.signatures for kernel in kernels), "importing compiled a kernel"
 w = np.eye(16, dtype=np.float32)
 edgeattn.MultiHeadAttention(2, w, w, w, w)(np.ones((1, 3, 16), np.float32))

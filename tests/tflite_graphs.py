@@ -93,7 +93,7 @@ def select(keep, shape, quantization, fill, *, scores_second=True) -> bytes:
 
 
 def random_layer(rng, H=2, D=4, Dv=4, E=8, sources=(0, 0, 0), projected=True, zero_points=True, bias=True,
-                 score_ops=(), Eo=None) -> StaticMultiHeadAttention:
+                 score_ops=(), Eo=None, query_ops=(), key_ops=()) -> StaticMultiHeadAttention:
     """A static layer of random parameters, keys and values with zero points; nothing in it is calibrated."""
     def tensor(scale):
         return TensorQuantization(
@@ -118,7 +118,17 @@ def random_layer(rng, H=2, D=4, Dv=4, E=8, sources=(0, 0, 0), projected=True, ze
                 "context": tensor(0.05)}
     if projected:
         linears["output"], tensors["output"] = linear(Eo or E, H * Dv), tensor(0.1)
-    return StaticMultiHeadAttention(H, linears, tensors, sources=sources, score_ops=score_ops)
+    return StaticMultiHeadAttention(H, linears, tensors, sources=sources, score_ops=score_ops, query_ops=query_ops,
+                                    key_ops=key_ops)
+
+
+def random_scaling(rng, before, *, symmetric=False) -> MulConstant:
+    """A MUL of what ``before`` quantizes by a constant near 1 or -1; some of its results saturate."""
+    factor, zero_point = rng.uniform(0.6, 1.6), int(rng.integers(-128, 128))
+    code = int(rng.integers(zero_point + 1, 128) if zero_point < 0 else rng.integers(-128, zero_point))
+    constant = TensorQuantization(np.float32(factor / abs(code - zero_point)), zero_point)
+    return MulConstant(code, constant, TensorQuantization(before.scale * np.float32(factor * rng.uniform(0.4, 1.5)),
+                                                          0 if symmetric else int(rng.integers(-30, 31))))
 
 
 def converted_score_ops(rng, L, S, D=4):
@@ -148,8 +158,8 @@ class Form:
     float_edges: bool = False  # QUANTIZE and DEQUANTIZE around it
 
 
-def converted(layer, B, L, S, form=None) -> Graph:
-    """``layer`` as a graph in ``form``: computes the same bytes as our own."""
+def converted(layer, B, L, S, form=None, value_ops=()) -> Graph:
+    """``layer`` as a graph in ``form``: computes the same bytes as our own, but for MUL of values."""
     form = form or Form()
     graph, t, H = Graph(), layer.tensors, layer.num_heads
 
@@ -185,8 +195,12 @@ def converted(layer, B, L, S, form=None) -> Graph:
 
     def heads(name, x, length, size, axes):
         x = reshape(project(name, x), (B, length, H, size), t[name])
-        x = transpose(x, axes, t[name])
-        return reshape(x, (B * H, *graph.tensors[x].shape[2:]), t[name]) if form.merged_heads else x
+        x, quantization = transpose(x, axes, t[name]), t[name]
+        for op in {"query": layer.query_ops, "key": layer.key_ops, "value": value_ops}[name]:
+            operands, quantization = [x, graph.constant("factor", np.array(op.code, np.int8), op.constant)], op.output
+            x = apply("MUL", operands if form.scores_first else operands[::-1], graph.tensors[x].shape, quantization,
+                      version=2)
+        return reshape(x, (B * H, *graph.tensors[x].shape[2:]), quantization) if form.merged_heads else x
 
     inputs = []
     for source in sorted(set(layer.sources)):

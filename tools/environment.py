@@ -230,7 +230,9 @@ def pip_install(python: Path, arguments: list[str], title: str, log: Path) -> No
         The file that receives everything pip says.
     """
     step = Progress(title)
-    command = [str(python), "-m", "pip", "install", "--progress-bar", "off", *arguments]
+    # Python writes the bytecode of what is imported, a small part of what is installed.
+    later = [] if sys.dont_write_bytecode else ["--no-compile"]
+    command = [str(python), "-m", "pip", "install", "--progress-bar", "off", *later, *arguments]
     with log.open("a+", encoding="utf-8") as written:
         begin = written.seek(0, os.SEEK_END)
         process = subprocess.Popen(

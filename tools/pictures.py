@@ -99,36 +99,41 @@ def draw_probabilities() -> None:
 
 
 def draw_forms() -> None:
-    """Which form for which board, as questions from the top."""
-    figure, axis = plt.subplots(figsize=(9.4, 6.8))
-    axis.set(xlim=(0, 9.4), ylim=(-0.2, 6.6))
+    """Which form for which board, as questions from the top; narrow, so that a phone shows all of it."""
+    figure, axis = plt.subplots(figsize=(5.5, 7.4))
+    axis.set(xlim=(0, 5.5), ylim=(-0.1, 7.3))
     axis.axis("off")
 
-    def box(x, y, text, colour, width, weight="normal"):
-        shape = FancyBboxPatch((x, y - 0.38), width, 0.76, boxstyle="round,pad=0.06", facecolor=colour, edgecolor="0.4")
+    def box(x, y, width, colour, lines):
+        shape = FancyBboxPatch((x, y - 0.42), width, 0.84, boxstyle="round,pad=0.04", facecolor=colour, edgecolor="0.4")
         axis.add_patch(shape)
-        axis.text(x + width / 2, y, text, ha="center", va="center", fontsize=9.5, weight=weight)
+        for i, (text, weight, shade) in enumerate(lines):
+            axis.text(x + width / 2, y + 0.22 * ((len(lines) - 1) / 2 - i), text, ha="center", va="center", fontsize=9,
+                      weight=weight, color=shade)
+
+    def question(text):
+        return [(line, "normal", "black") for line in text.splitlines()]
+
+    def answer(form, *remarks):
+        return [(form, "bold", "black"), *((remark, "normal", "0.3") for remark in remarks)]
 
     rows = [
-        ("a microcontroller (Cortex-M)?", "C99:  quant.export(static, \"layer.c\")",
-         "its header says how much scratch it needs"),
-        ("a 32-bit system, or an app\nthat has LiteRT in it?", ".tflite:  quant.export(static, \"layer.tflite\")",
-         "the bytes are the layer's own"),
-        ("a workstation, or nothing\nthat hurries?", "pip install .", "kernels compile at their first call"),
-        ("one model, one file,\nNumPy alone?", "bundle:  quant export\nm.safetensors m.so --target cortex-a72", ""),
+        ("a microcontroller\n(Cortex-M)?", answer("C99", 'quant.export(static, "layer.c")')),
+        ("a 32-bit system, or an\napp that has LiteRT?", answer(".tflite", 'quant.export(static, "layer.tflite")')),
+        ("a workstation, or\nnothing that hurries?", answer("pip install .", "kernels compile at their first call")),
+        ("one model, one file,\nNumPy alone?",
+         answer("bundle", "quant export model.safetensors", "model.so --target cortex-a72")),
     ]
-    y = 6.0
-    for question, answer, remark in rows:
-        box(0.2, y, question, NO, 3.1)
-        box(4.6, y, answer, YES, 4.5, "bold")
-        axis.annotate("", (4.5, y), (3.4, y), arrowprops={"arrowstyle": "->", "color": "0.3"})
-        axis.text(3.95, y + 0.1, "yes", ha="center", fontsize=10)
-        axis.annotate("", (1.75, y - 0.95), (1.75, y - 0.46), arrowprops={"arrowstyle": "->", "color": "0.3"})
-        axis.text(1.85, y - 0.72, "no", fontsize=10)
-        if remark:
-            axis.text(6.85, y - 0.6, remark, ha="center", fontsize=9, color="0.35")
-        y -= 1.4
-    box(0.2, y, "wheel with every kernel compiled:\nmake wheels, pip install --no-deps", YES, 4.5, "bold")
+    y = 6.7
+    for asked, said in rows:
+        box(0.05, y, 1.9, NO, question(asked))
+        box(2.5, y, 2.95, YES, said)
+        axis.annotate("", (2.44, y), (2.01, y), arrowprops={"arrowstyle": "->", "color": "0.3"})
+        axis.text(2.22, y + 0.1, "yes", ha="center", fontsize=9)
+        axis.annotate("", (1.0, y - 0.96), (1.0, y - 0.48), arrowprops={"arrowstyle": "->", "color": "0.3"})
+        axis.text(1.1, y - 0.76, "no", fontsize=9)
+        y -= 1.45
+    box(0.05, y, 3.2, YES, answer("wheel with every kernel compiled", "make wheels; pip install --no-deps"))
     save(figure, "forms.svg")
 
 

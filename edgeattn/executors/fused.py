@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, TypeAlias
 
+    from edgeattn.kv_cache import KVCache
     from edgeattn.ops import Activation, Sequences
     from edgeattn.types import Float32s
 
@@ -53,6 +54,12 @@ def parts_of(layer: Any) -> list[Part] | None:
     except LacksOperationError:
         return None
     return _parts(result, x)
+
+
+def feed_forward_kernel(feed_forward: Any) -> encoder_float32.RowKernel | None:
+    """The kernel of a feed-forward alone; None where there is none for its weights together."""
+    branch = feed_forward.forward(_Recorder(), _Operation("input"))
+    return None if _feed_forward_input(branch) is None else _feed_forward_kernel(branch, None, None)
 
 
 class AttentionStage:
@@ -91,6 +98,17 @@ class AttentionStage:
                 sequences.calls[self] = call, arrays
         return y
 
+    @functools.cached_property
+    def can_step(self) -> bool:
+        """Whether there is a `step`."""
+        return self.layer.fusible and self.layer.position_bias is None
+
+    def step(self, x: Float32s, cache: KVCache) -> Float32s:
+        """A call for one token of each sequence, after those that the cache holds, for which it has room."""
+        read = x if self.before is None else self.before(x, None, np.empty_like(x))
+        y: Float32s = self.layer.take_step(read, cache)
+        return np.add(y, x, out=y) if self.after is None else self.after(y, x, y)
+
     def on(self, x: Float32s, read: Float32s, y: Float32s, sequences: Sequences) -> list[Callable[[], object]] | None:
         """The steps that make the result of x in x itself, bound to these arrays; None where there are none to bind.
 
@@ -113,6 +131,13 @@ class RowStage:
         self.kernel, self.residual = kernel, residual
 
     def __call__(self, x: Float32s, sequences: Sequences) -> Float32s:  # noqa: D102
+        result: Float32s = self.kernel(x, x if self.residual else None, np.empty_like(x))
+        return result
+
+    can_step = True
+
+    def step(self, x: Float32s, _cache: KVCache) -> Float32s:
+        """As `AttentionStage.step`."""
         result: Float32s = self.kernel(x, x if self.residual else None, np.empty_like(x))
         return result
 
@@ -242,14 +267,19 @@ def _attention(branch: _Operation, first: _Operation | None, last: _Operation | 
 
 
 def _feed_forward(branch: _Operation, first: _Operation | None, last: _Operation | None) -> Stage:
+    return RowStage(_feed_forward_kernel(branch, first, last), residual=True)
+
+
+def _feed_forward_kernel(branch: _Operation, first: _Operation | None, last: _Operation | None
+                         ) -> encoder_float32.RowKernel:
     activation, linear1, gate, linear2 = _feed_forward_parts(branch)
     norm = first or last
     kernels = encoder_float32 if linear2.quantized is None else encoder_dynamic
-    kernel = kernels.FeedForward(
+    kernel: encoder_float32.RowKernel = kernels.FeedForward(
         *_weights(linear1.made_with), *_weights(linear2), activation=activation,
         gate=None if gate is None else _weights(gate.made_with), norm=None if norm is None else _norm(norm),
         norm_first=first is not None)
-    return RowStage(kernel, residual=True)
+    return kernel
 
 
 def _static(branch: _Operation, first: _Operation | None, last: _Operation | None) -> Stage:

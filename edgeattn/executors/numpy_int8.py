@@ -77,6 +77,7 @@ class Int8Ops(Recorder, Ops["NDArray[Any]"]):
         shape = (*q.shape[:-1], heads * layer.value_dim)
         q = self._keep(name + "query", split_heads(q, batch, queries, heads))
         k, v = (self._keep(name + part, split_heads(x, batch, tokens, heads)) for part, x in (("key", k), ("value", v)))
+        q, k = (_looked_up(x, layer.projection_tables.get(part)) for part, x in (("query", q), ("key", k)))
         lut_index = layer.score_lut_index(mask.shape)
         context = np.empty((batch, heads, queries, layer.value_dim), np.int8)
         whole = {part: self._keep(name + part, np.full(mask.shape, absent))
@@ -123,7 +124,7 @@ class Int8Ops(Recorder, Ops["NDArray[Any]"]):
         return self._batch_matmul(probabilities, "probabilities", v, "value", name)
 
     def _batch_matmul(self, a: Codes, a_name: str, b: Codes, b_name: str, name: str) -> Codes:
-        t = self.layer.tensors
+        t = self.layer.product_tensors
         return self._requantized(_exact_product(a, t[a_name].zero_point, b, t[b_name].zero_point), name)
 
     def _requantized(self, total: NDArray[np.int64], name: str) -> Codes:
@@ -148,6 +149,11 @@ def _parts(k: Codes, v: Codes, shape: Shape, sequences: Sequences
         step = max(1, _SCORES_AT_ONCE // max(1, batch * heads * (tokens[1] - tokens[0])))
         for begin in range(*rows, step):
             yield (begin, min(begin + step, rows[1])), tokens, k_seen, v_seen
+
+
+def _looked_up(x: Codes, table: Codes | None) -> Codes:
+    """What a layer's `query_ops` or `key_ops` make of codes."""
+    return x if table is None else table[x.astype(np.int64) + 128]
 
 
 def _exact_product(a: Codes, a_zero_point: int, b: Codes, b_zero_point: int) -> NDArray[np.int64]:

@@ -1,7 +1,7 @@
 """Layers in files.
 
 A layer's file is a .safetensors file: its tensors, and under the metadata key "edgeattn" one JSON object
-{"format": 1, "kind": the name of the layer's class, "config": that class's own settings}.
+{"format": 1 or 2, "kind": the name of the layer's class, "config": that class's own settings}.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from edgeattn.quantized import DynamicMultiHeadAttention, QuantizedMultiHeadAttention, StaticMultiHeadAttention
     from edgeattn.types import Arithmetic, Path
 
-_FORMAT = 1
+# Files say 2 where they hold what readers of 1, to whom it is unknown, would leave out.
+_FORMATS, _SINCE_2 = (1, 2), ('"query_ops": [', '"key_ops": [')
 _METADATA_KEY = "edgeattn"
 
 
@@ -64,7 +65,9 @@ def content_of(layer: Any) -> bytes:
 
     config, tensors = layer.to_state()
     _check_finite(f"a {type(layer).__name__} cannot be saved", tensors, "the training of its model failed")
-    header = {"format": _FORMAT, "kind": type(layer).__name__, "config": config}
+    text = json.dumps(config, sort_keys=True)
+    header = {"format": 2 if any(key in text for key in _SINCE_2) else 1, "kind": type(layer).__name__,
+              "config": config}
     return safetensors.numpy.save(
         {name: np.asarray(array, order="C") for name, array in tensors.items()},
         metadata={_METADATA_KEY: json.dumps(header, sort_keys=True)},
@@ -175,9 +178,10 @@ def _parse_header(path: Path, metadata: Mapping[str, str]) -> tuple[str, dict[st
         raise ValueError(f"{path} has unreadable edgeattn metadata: it must be an object with 'format', 'kind' and "
                          f"'config', got {str(header)[:100]}")
     version, kind, config = header["format"], header["kind"], header["config"]
-    if version != _FORMAT:
+    if version not in _FORMATS:
         raise ValueError(
-            f"{path} has format {version!r}, this edgeattn reads format {_FORMAT}; update edgeattn"
+            f"{path} has format {version!r}, this edgeattn reads formats {' and '.join(map(str, _FORMATS))}; update "
+            "edgeattn"
         )
     if not isinstance(kind, str) or kind not in FILES or not isinstance(config, dict):
         raise ValueError(f"{path} must hold one of {', '.join(FILES)} with its config, got kind {kind!r}")

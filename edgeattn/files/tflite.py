@@ -44,8 +44,8 @@ def read_tflite(path_or_bytes, *, arithmetic: str = "litert", block=None) -> Sta
     SPLIT, heads split by RESHAPE and TRANSPOSE or one head, BATCH_MATMUL, any number of MUL by a constant, ADD of a
     constant mask and SELECT_V2 by a constant mask, SOFTMAX, BATCH_MATMUL, and an output projection or none; QUANTIZE
     and DEQUANTIZE at the edges. Keys and values may have a zero point, and the first product may have K transposed
-    already or by adj_y. A MUL of queries, keys or values by a constant becomes a part of their projection, which rounds
-    once where the file rounds twice: a warning says so.
+    already or by adj_y. Queries and keys may be multiplied by a constant of one number before their product. Of values
+    such a MUL becomes a part of their projection, which rounds once where the file rounds twice: a warning says so.
 
     Parameters
     ----------
@@ -177,14 +177,15 @@ class _Matcher(CheckedGraph):
         self.used.add(self.producers[second.outputs[0]])
         tensors["context"] = self.quantization(second.outputs[0], "the context")
 
-        projections, moves, factors = {}, {}, {}
+        projections, moves, ops = {}, {}, {}
         for role, tensor, swap in (
             ("query", query, product.options["adj_x"]),
             ("key", key, not product.options["adj_y"]),
             ("value", second.inputs[1], second.options["adj_y"]),
         ):
-            tensors[role] = self.quantization(tensor, f"the {role}")
-            source, elements, factors[role] = self.back(tensor, scaled=True)
+            source, elements, scaling = self.back(tensor, scaled=True)
+            tensors[role] = self.quantization(tensor if role == "value" else source, f"the {role}")
+            ops[role] = [self.mul_of_projected(operator) for operator in scaling]
             if elements.ndim < 2:
                 raise self.error(
                     f"expected the {role}, tensor {self.tensor(tensor).name!r}, to have 2 axes or more; "
@@ -197,11 +198,12 @@ class _Matcher(CheckedGraph):
         for role, operator in projections.items():
             linears[role], feeds[role] = self.linear(operator, role)
         B, H, L, S = self.check_heads(moves, linears)
-        for role, factor in factors.items():
-            linears[role] = _cut_linear(linears[role], moves[role], factor)
-            if factor != 1:
-                scale = float(self.quantization(feeds[role], "an input").scale) * float(linears[role].scale.max())
-                self.check_multiplier(scale / float(tensors[role].scale), f"MUL of the {role}")
+        factor = self.folded(ops.pop("value"))
+        for role in INPUTS:
+            linears[role] = _cut_linear(linears[role], moves[role], factor if role == "value" else 1)
+        if factor != 1:
+            scale = float(self.quantization(feeds["value"], "an input").scale) * float(linears["value"].scale.max())
+            self.check_multiplier(scale / float(tensors["value"].scale), "MUL of the value")
         self.check_shape(scores, (B, H, L, S), "the scores")
         self.check_shape(softmax.outputs[0], (B, H, L, S), "the probabilities")
         value_dim = moves["value"].shape[-1]
@@ -220,13 +222,29 @@ class _Matcher(CheckedGraph):
             if self.alone and number not in self.used:
                 raise self.error(f"expected one attention block and nothing else; found {operator.name} "
                                  f"(operator {number}) besides it; block=0 reads the block alone")
-        ops = tuple(self.score_op(*op, (B, H, L, S)) for op in score_ops)
+        of_scores = tuple(self.score_op(*op, (B, H, L, S)) for op in score_ops)
         try:
             return StaticMultiHeadAttention(
-                H, linears, tensors, sources=sources, score_ops=ops, arithmetic=arithmetic
+                H, linears, tensors, sources=sources, score_ops=of_scores, arithmetic=arithmetic,
+                query_ops=ops["query"], key_ops=ops["key"]
             )
         except ValueError as error:
             raise self.error(str(error)) from None
+
+    def mul_of_projected(self, operator: Operator) -> MulConstant:
+        """A MUL of queries, keys or values as a layer holds it."""
+        _, code, constant = self.scaled(operator)
+        return MulConstant(code, constant, self.quantization(operator.outputs[0], "the result of MUL"))
+
+    def folded(self, ops: list[MulConstant]) -> float:
+        """What the values' projection takes in of their MUL, a positive number."""
+        factor = math.prod(float(op.constant.dequantize(op.code)) for op in ops)
+        if not factor > 0:
+            raise self.error(f"expected MUL of the values by one positive number; found {factor:g}")
+        if ops:
+            self.told.append(f"{self.name}: the values are scaled by a MUL of their own, which is taken into the "
+                             "projection, and rounds once: its codes may differ by one step, the output's by a few")
+        return factor
 
     def check_shape(self, number: int, shape: tuple[int, ...], role: str) -> None:
         """A product's tensor must have ``shape``, its leading axes merged in any way."""

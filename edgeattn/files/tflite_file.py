@@ -171,8 +171,9 @@ class _Parser:
 
     def graph(self) -> Graph:
         if len(self.data) < 8 or self.data[4:8] != IDENTIFIER:
-            raise self.error(f"is not a .tflite file: expected the identifier {IDENTIFIER!r} at byte 4; "
-                             f"found {self.data[4:8]!r}")
+            found = self.data[4:8].decode("latin-1")
+            raise self.error(f"this is not a .tflite file: expected the identifier {IDENTIFIER.decode()!r} at byte 4, "
+                             f"found {found!r}")
         model = self.target(0, "Model")
         self.get(model, "Model", "description")  # for a file cut short only there
         subgraphs = self.get(model, "Model", "subgraphs")

@@ -249,21 +249,21 @@ class CheckedGraph:
             raise self.error(f"{name} gives {output.name!r} shape {output.shape}; expected {found.shape}")
         return found
 
-    def back(self, tensor: int, *, scaled: bool = False) -> tuple[int, np.ndarray, float]:
-        """Undo RESHAPE, TRANSPOSE, SLICE and SPLIT, with ``scaled`` also MUL by a positive constant.
+    def back(self, tensor: int, *, scaled: bool = False) -> tuple[int, np.ndarray, list[Operator]]:
+        """Undo RESHAPE, TRANSPOSE, SLICE and SPLIT, with ``scaled`` also MUL by a constant.
 
-        Returns the tensor they begin with, for each element of ``tensor`` its flat index there, and the product of the
-        constants.
+        Returns the tensor they begin with, for each element of ``tensor`` its flat index there, and the MUL operators
+        in the order they run.
         """
-        path, factor = [], 1.0
+        path, scaling = [], []
         names = (*_MOVES, *_CUTS, *(["MUL"] if scaled else []))
         while (number := self.producer(tensor, names)) is not None:
             operator = self.graph.operators[number]
             path.append((number, tensor))
             self.check_chain(path, names)
             if operator.name == "MUL":
-                tensor, by = self.scaled(operator)
-                factor *= by
+                scaling.append(operator)
+                tensor = self.scaled(operator)[0]
             else:
                 inputs = self.operands(operator, (1, 2)) if operator.name in _MOVES else operator.inputs
                 tensor = inputs[1 if operator.name == "SPLIT" and len(inputs) > 1 else 0] if inputs else -1
@@ -273,10 +273,10 @@ class CheckedGraph:
         for number, given in reversed(path):
             self.used.add(number)
             elements = self.moved(self.graph.operators[number], elements, given)
-        return tensor, elements, factor
+        return tensor, elements, scaling[::-1]
 
-    def scaled(self, operator: Operator) -> tuple[int, float]:
-        """The tensor that a MUL scales, and by what number."""
+    def scaled(self, operator: Operator) -> tuple[int, int, TensorQuantization]:
+        """The tensor that a MUL scales, and the number it scales by: its code, and what that stands for."""
         inputs = self.operands(operator, (2,))
         self.no_activation(operator)
         changing = [number for number in inputs if not self.is_constant(number)]
@@ -286,13 +286,9 @@ class CheckedGraph:
         role = "the number that MUL scales by"
         codes, quantization = self.constant(constants[0], np.int8, role), self.quantization(constants[0], role)
         source, output = self.tensor(changing[0]), self.tensor(operator.outputs[0])
-        by = float(quantization.dequantize(codes.ravel()[:1])[0]) if codes.size else 0.0
-        if codes.size != 1 or source.shape != output.shape or not by > 0:
-            raise self.error(f"expected MUL of {source.name!r} by one positive number; found {codes.size} numbers, "
-                             f"{by:g}")
-        self.told.append(f"{self.name}: {output.name!r} is scaled by a MUL of its own, which is taken into the "
-                         "projection, and rounds once: its codes may differ by one step, the output's by a few")
-        return changing[0], by
+        if codes.size != 1 or source.shape != output.shape:
+            raise self.error(f"expected MUL of {source.name!r} by one number; found {codes.size} numbers")
+        return changing[0], int(codes.flat[0]), quantization
 
     def forward(self, tensor: int) -> tuple[int, np.ndarray, Operator | None]:
         """Follow RESHAPE and TRANSPOSE.

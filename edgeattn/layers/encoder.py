@@ -11,17 +11,19 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from edgeattn.checks import as_array, check_out, flag, float_array, result_dtype, to_float32, write_result
+from edgeattn.checks import FLOAT32, as_array, check_out, flag, float_array, result_dtype, to_float32, write_result
 from edgeattn.device import Placeable
 from edgeattn.files import checkpoints
 from edgeattn.files.paths import named
 from edgeattn.hints import hinted
 from edgeattn.kinds import class_of
 from edgeattn.layers.call import check_cache, resolve_call_mask
+from edgeattn.layers.encoder_step import can_step, step, step_signature
 from edgeattn.layers.feed_forward import FeedForward
 from edgeattn.layers.linear import Linear
 from edgeattn.layers.multi_head import MultiHeadAttention
 from edgeattn.layers.norm import LayerNorm, RMSNorm, norm_of
+from edgeattn.layers.ragged import gathered, spread
 from edgeattn.layers.state import Stored
 from edgeattn.masks import NO_WINDOW, resolve_mask, torch_masks, window_bounds
 from edgeattn.ops import Sequences
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from edgeattn.executors.chain import Chain
     from edgeattn.executors.fused import Stage
     from edgeattn.kv_cache import KVCache
+    from edgeattn.layers.ragged import Run
     from edgeattn.masks import Mask
     from edgeattn.ops import Activation, Ops, T
     from edgeattn.types import (
@@ -69,8 +72,14 @@ class TransformerEncoderLayer(Stored):
     feed_forward : FeedForward, or one in static int8
     norm1, norm2 : LayerNorm or RMSNorm, optional
     norm_first : bool
+        Whether norms stand before attention and network, not behind the sums.
     window_size : (int, int)
         (left, right): a token sees this many before and after it, whatever the call says; -1 = unbounded.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was required and what came.
     """
 
     def __init__(self, attention: MultiHeadAttention, feed_forward: FeedForward,
@@ -127,12 +136,21 @@ class TransformerEncoderLayer(Stored):
         ----------
         kv_cache : KVCache, optional
             One that `KVCache.for_layer(layer.attention, ...)` makes.
-        x, lengths, key_padding_mask, attn_mask, is_causal, window_size, out
+        x : (B, L, E) or (L, E) array, or list of (L_i, E) arrays
+        lengths, key_padding_mask, attn_mask : array, optional
+        is_causal : bool
+        window_size : (int, int)
+        out : array of the shape and dtype of `x`, optional
             As for a call of a `TransformerEncoder`, which says what each means: True = attend.
 
         Returns
         -------
         array of the shape and dtype of `x`, or list of such arrays
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the argument, what was required and what came.
         """
         return TransformerEncoder([self])(
             x, lengths=lengths, key_padding_mask=key_padding_mask, attn_mask=attn_mask, is_causal=is_causal,
@@ -166,6 +184,11 @@ class TransformerEncoder(Placeable, Stored):
     norm : LayerNorm, RMSNorm or None
     embed_dim : int
         E.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was required and what came.
     """
 
     def __init__(self, layers: Iterable[TransformerEncoderLayer], *, norm: LayerNorm | RMSNorm | None = None):
@@ -202,6 +225,20 @@ class TransformerEncoder(Placeable, Stored):
             What stands before "layers.0.", or before "self_attn." of a single layer.
         layer_norm_eps : float
             Likewise.
+
+        Returns
+        -------
+        TransformerEncoder
+            In float32.
+
+        Raises
+        ------
+        OSError
+            Where the file cannot be read.
+        TypeError, ValueError
+            Naming the argument, the file or the tensor, what was expected and what came.
+        ImportError
+            Naming the package that reads such a file, and how to install it.
         """
         with named(state_dict_or_path):
             stems, found = checkpoints.torch_encoder_weights(state_dict_or_path, num_heads, prefix)
@@ -247,8 +284,17 @@ class TransformerEncoder(Placeable, Stored):
             Of "static", the kernel set to compute as, a name in `edgeattn.arithmetic.KERNEL_SETS`; "litert" unless
             given, for a file names none.
 
+        Returns
+        -------
+        TransformerEncoder
+            In float32, or with layers in static int8.
+
         Raises
         ------
+        ImportError
+            Where the package onnx is missing.
+        OSError
+            Where a file is missing or cannot be read.
         ValueError
             Naming the node where something else stands than in an encoder; with "static" the tensor without a scale.
         """
@@ -283,7 +329,25 @@ class TransformerEncoder(Placeable, Stored):
 
     def make_caches(self, batch: SupportsIndex, capacity: SupportsIndex, *, dtype: CacheDtype | None = None,
                     window: SupportsIndex | None = None) -> list[KVCache]:
-        """One empty cache for each layer, for the `kv_cache` of a call; arguments as `KVCache.for_layer`'s."""
+        """One empty cache for each layer, for the `kv_cache` of a call; arguments as `KVCache.for_layer`'s.
+
+        Parameters
+        ----------
+        batch, capacity : int
+            B, and how many tokens each holds at a time.
+        dtype : {"float32", "int8"}, optional
+        window : int, optional
+            Keys that a query sees, itself among them.
+
+        Returns
+        -------
+        list of KVCache
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the argument, what was required and what came.
+        """
         from edgeattn.kv_cache import KVCache
 
         return [KVCache.for_layer(layer.attention, batch, capacity, dtype=dtype, window=window)
@@ -334,14 +398,27 @@ class TransformerEncoder(Placeable, Stored):
             Naming the argument, what was required and what came.
         """
         given: Any = x
-        # A forward of its own, as on a GPU or where a calibration looks on, is no kernels' chain.
-        own = "forward" in vars(self) or type(self).forward is not TransformerEncoder.forward
-        if out is None and kv_cache is None and lengths is None and not own and is_read_as_it_is(given):
-            said = said_of(given.shape[:-1], None, window_size, attn_mask=attn_mask,
+        own = _is_own(self)
+        if kv_cache is None and not own and is_read_as_it_is(given):
+            said = said_of(given.shape[:-1], lengths, window_size, attn_mask=attn_mask,
                            key_padding_mask=key_padding_mask, is_causal=is_causal)
             known = self._seen.get(said)
             if known is not None and given.shape[-1] == self.embed_dim:  # all else was checked
-                return known.chain(given) if known.chain is not None else self._again(known, given)
+                check_out(out, given.shape, FLOAT32)
+                if known.run is None:
+                    again = known.chain(given) if known.chain is not None else self._again(known, given)
+                else:
+                    whole = given.reshape(-1, *given.shape[-2:])
+                    again = spread(self._again(known, gathered(whole, [known.run])), [known.run], whole.shape)
+                return write_result(again.reshape(given.shape), out, FLOAT32)
+        stepped = None
+        if kv_cache is not None and not own:
+            stepped = step_signature(given, kv_cache, lengths, window_size, {
+                "attn_mask": attn_mask, "key_padding_mask": key_padding_mask, "is_causal": is_causal})
+            if stepped in self._steps and (out is None or is_read_as_it_is(out) and out.shape == given.shape):
+                token = step(self, given, kv_cache)
+                if token is not None:
+                    return write_result(token, out, FLOAT32)
         if isinstance(x, (list, tuple)) and any(isinstance(each, np.ndarray) and each.ndim == 2 for each in x):
             return self.encode_list(x, lengths, out, key_padding_mask=key_padding_mask, attn_mask=attn_mask,
                                      is_causal=is_causal, window_size=window_size, kv_cache=kv_cache)
@@ -357,9 +434,12 @@ class TransformerEncoder(Placeable, Stored):
                 rows = to_float32(x).reshape(math.prod(x.shape[:-1]), self.embed_dim)
                 result = self.forward(CompiledOps(), rows, sequences).reshape(x.shape) if x.size else rows
             else:
-                result, real = np.zeros(x.shape, np.float32), np.arange(x.shape[-2]) < np.asarray(lengths)[..., None]
-                if real.any():
-                    result[real] = self.forward(CompiledOps(), to_float32(x)[real], sequences)
+                runs = runs_of(checked_lengths(lengths, x.shape[:-1]))
+                whole = to_float32(x).reshape(-1, *x.shape[-2:])
+                result = (spread(self.forward(CompiledOps(), gathered(whole, runs), sequences), runs, whole.shape)
+                          if runs else np.zeros(x.shape, np.float32))
+        if stepped is not None and can_step(self):
+            self._steps.keep(stepped, True)
         return write_result(result.reshape(x.shape), out, dtype)
 
     @functools.cached_property
@@ -367,11 +447,18 @@ class TransformerEncoder(Placeable, Stored):
         """What `prepared` found of calls before, by `said_of`: masks of sentences, which have many lengths."""
         return PlanCache(64)
 
+    @functools.cached_property
+    def _steps(self) -> PlanCache[Any, bool]:
+        """The signatures of steps through caches that were checked, see `encoder_step`."""
+        return PlanCache(64)
+
     def _again(self, known: _Seen, x: Float32s) -> Float32s:
-        """The encoder of x in C order, whose masks were prepared before; what comes thrice becomes a `Chain`."""
+        """The encoder of tokens x in C order, whose masks were prepared before; what comes thrice becomes a `Chain`."""
         from edgeattn.executors.chain import MOST_LAYERS, chain_of
         from edgeattn.executors.compiled import CompiledOps
 
+        if known.chain is not None:
+            return known.chain(x)
         sequences = known.sequences
         result = self.forward(CompiledOps(), x.reshape(-1, self.embed_dim), sequences).reshape(x.shape)
         known.times += 1
@@ -380,6 +467,17 @@ class TransformerEncoder(Placeable, Stored):
             if not chains or (chains + 1) * len(self.layers) <= MOST_LAYERS:
                 known.chain = chain_of(self, x, sequences)
         return result
+
+    def encode_rows(self, rows: Float32s, lead: Shape, lengths: list[int], *, window_size: Window = NO_WINDOW,
+                    **masks: Any) -> Float32s:
+        """Rows (tokens, E), in C order, of the tokens alone of sequences (B, L) of these lengths: what each becomes."""
+        from edgeattn.executors.compiled import CompiledOps
+
+        known = self._seen.get(said_of(lead, lengths, window_size, **masks))
+        if known is not None and not _is_own(self):
+            return self._again(known, rows.reshape(*lead, -1) if known.run is None else rows).reshape(rows.shape)
+        with self.prepared(lead, lengths=lengths, window_size=window_size, **masks) as sequences:
+            return self.forward(CompiledOps(), rows, sequences) if len(rows) else rows
 
     @contextlib.contextmanager
     def prepared(self, lead: Shape, *, lengths: ArrayLike | None = None, kv_cache: Sequence[KVCache] | None = None,
@@ -402,10 +500,15 @@ class TransformerEncoder(Placeable, Stored):
         check_caches(self.layers, kv_cache)
         window, scores = window_bounds(window_size, FURTHEST), (lead[-1], lead[-1])
 
-        @functools.cache
-        def without_cache(heads: int, window: tuple[int, int]) -> Sequences:
-            mask = resolve_mask((*lead[:-1], heads, *scores), window_size=window, **masks)
-            return Sequences([mask] if runs is None else [_part(mask, *run) for run in runs])
+        known_masks: dict[Any, Sequences] = {}
+
+        def without_cache(*key: Any) -> Sequences:
+            heads, window = key
+            found = known_masks.get(key)
+            if found is None:
+                mask = resolve_mask((*lead[:-1], heads, *scores), window_size=window, **masks)
+                found = known_masks[key] = Sequences([mask] if runs is None else [_part(mask, *run) for run in runs])
+            return found
 
         def seen(layer: TransformerEncoderLayer, cache: KVCache | None) -> Sequences:
             heads, narrow = layer.attention.num_heads, narrower(window, layer.window_size)
@@ -418,7 +521,8 @@ class TransformerEncoder(Placeable, Stored):
         caches = [None] * len(self.layers) if kv_cache is None else kv_cache
         sequences = [seen(*pair) for pair in zip(self.layers, caches, strict=True)]
         if said is not None and all(lead) and len(sequences[0].masks) == 1:
-            self._seen.keep(said, _Seen(sequences))
+            run = None if runs is None or runs == [(0, math.prod(lead[:-1]), lead[-1])] else runs[0]
+            self._seen.keep(said, _Seen(sequences, run))
         with contextlib.ExitStack() as chunks:
             for cache in kv_cache or ():
                 chunks.enter_context(cache.transaction())
@@ -438,13 +542,18 @@ class TransformerEncoder(Placeable, Stored):
             torch's `src_key_padding_mask`. bool: True = padding. float: added to the scores.
         is_causal : bool
             A token sees none after it; unlike torch's this is no hint.
-        out
-            As for a call.
+        out : array of the shape and dtype of `x`, optional
+            Takes the result.
 
         Returns
         -------
         array of the shape and dtype of `x`
             Rows of padding are those of tokens that see the others.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the argument, what was required and what came.
         """
         x = float_array("x", x)
         self.check_shape(x)
@@ -460,33 +569,40 @@ class TransformerEncoder(Placeable, Stored):
 
     def encode_list(self, x: Sequence[ArrayLike], lengths: object, out: object, **options: Any) -> list[Floats]:
         """A call for a list of sequences."""
-        arrays = [float_array(f"x[{i}]", each) for i, each in enumerate(x)]
-        for name, given in {"lengths": lengths, "out": out, **options}.items():
-            if name in ("lengths", "out", "kv_cache", "key_padding_mask") and given is not None:
-                raise ValueError(f"{name} must be left out where x is a list of sequences, got {type(given).__name__}")
-        for i, array in enumerate(arrays):
-            if array.ndim != 2 or array.shape[1] != self.embed_dim:
-                raise ValueError(f"x[{i}] must be (L, E) with E = {self.embed_dim}, got shape {array.shape}")
-        counts = [len(array) for array in arrays]
-        padded = np.zeros((len(arrays), max(counts), self.embed_dim), result_dtype(*arrays))
-        for row, array in zip(padded, arrays, strict=True):
-            row[: len(array)] = array
-        encoded = self(padded, lengths=counts, **options)
-        return [row[:count] for row, count in zip(encoded, counts, strict=True)]
+        arrays, counts = checked_list(self.embed_dim, x, lengths, out, options)
+        dtype, lead = result_dtype(*arrays), (len(arrays), max(counts))
+        del options["key_padding_mask"], options["kv_cache"]
+        rows = write_result(self.encode_rows(to_float32(np.concatenate(arrays)), lead, counts, **options), None, dtype)
+        ends = list(itertools.accumulate(counts))
+        return [rows[end - n : end] for n, end in zip(counts, ends, strict=True)]
 
     def __repr__(self) -> str:
         return (f"TransformerEncoder({len(self.layers)} layers, num_heads={self.layers[0].attention.num_heads}, "
                 f"embed_dim={self.embed_dim}, norm={self.norm})")
 
 
-_Run = tuple[int, int, int]
+def _is_own(encoder: Any) -> bool:
+    """Whether its forward is another one, as on a GPU or where a calibration looks on, and no kernels' chain."""
+    return "forward" in vars(encoder) or type(encoder).forward is not TransformerEncoder.forward
+
+
 class _Seen:
-    """What calls whose masks are equal have in common: what each layer's tokens see; how often they came again."""
+    """What calls whose masks are equal have in common.
 
-    __slots__ = "chain", "sequences", "times"
+    Attributes
+    ----------
+    sequences : list of Sequences
+        What each layer's tokens see.
+    run : (first, last, length) or None
+        Where the tokens are, of sequences that are shorter than L; None where all are there.
+    times : int
+        How often they came again.
+    """
 
-    def __init__(self, sequences: list[Sequences]):
-        self.sequences, self.times = sequences, 0
+    __slots__ = "chain", "run", "sequences", "times"
+
+    def __init__(self, sequences: list[Sequences], run: Run | None = None):
+        self.sequences, self.run, self.times = sequences, run, 0
         self.chain: Chain | None = None
 
 
@@ -501,14 +617,30 @@ def said_of(lead: Shape, lengths: Any, window_size: Any, *, attn_mask: Any = Non
     if window_size is not NO_WINDOW and not (type(window_size) is tuple and len(window_size) == 2
                                              and type(window_size[0]) is type(window_size[1]) is int):
         return None
-    arrays: list[Any] = []
-    for array, kinds in ((lengths, "iu"), (attn_mask, "bf"), (key_padding_mask, "b")):
+    listed = type(lengths) is list
+    if listed and (len(lengths) > _FEW // 8 or any(type(length) is not int for length in lengths)):
+        return None
+    arrays: list[Any] = [tuple(lengths) if listed else None]
+    for array, kinds in ((None if listed else lengths, "iu"), (attn_mask, "bf"), (key_padding_mask, "b")):
         if array is not None:
             if type(array) is not np.ndarray or array.dtype.kind not in kinds or array.nbytes > _FEW:
                 return None
             array = array.dtype, array.shape, array.tobytes()
         arrays.append(array)
     return lead, is_causal, window_size, *arrays
+
+
+def checked_list(embed_dim: int, x: Sequence[ArrayLike], lengths: object, out: object, options: Mapping[str, object]
+                 ) -> tuple[list[Floats], list[int]]:
+    """The arrays of a list of sequences, and their lengths; `options`: of a call, what a list must not have is None."""
+    arrays = [float_array(f"x[{i}]", each) for i, each in enumerate(x)]
+    for name, given in {"lengths": lengths, "out": out, **options}.items():
+        if name in ("lengths", "out", "kv_cache", "key_padding_mask") and given is not None:
+            raise ValueError(f"{name} must be left out where x is a list of sequences, got {type(given).__name__}")
+    for i, array in enumerate(arrays):
+        if array.ndim != 2 or array.shape[1] != embed_dim:
+            raise ValueError(f"x[{i}] must be (L, E) with E = {embed_dim}, got shape {array.shape}")
+    return arrays, [len(array) for array in arrays]
 
 
 def checked_lengths(lengths: ArrayLike, lead: Shape) -> list[int]:
@@ -524,7 +656,7 @@ def checked_lengths(lengths: ArrayLike, lead: Shape) -> list[int]:
     return counts
 
 
-def runs_of(lengths: list[int]) -> list[_Run]:
+def runs_of(lengths: list[int]) -> list[Run]:
     """(first, last, length) of sequences of the same length beside each other; those of length 0 have no rows."""
     runs, first = [], 0
     for length, group in itertools.groupby(lengths):
@@ -537,6 +669,9 @@ def runs_of(lengths: list[int]) -> list[_Run]:
 
 def _part(mask: Mask, first: int, last: int, length: int) -> Mask:
     """`mask` for the first `length` tokens of the batch entries from `first` on."""
+    if mask.keep is None and mask.bias is None:
+        return mask._replace(shape=(last - first, mask.shape[1], length, length))
+
     def cut(array: NDArray[Any] | None) -> NDArray[Any] | None:
         return array if array is None or len(array) == 1 else array[first:last]
 
@@ -546,6 +681,8 @@ def _part(mask: Mask, first: int, last: int, length: int) -> Mask:
 
 def narrower(window: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
     """The window that both allow."""
+    if other == NO_WINDOW:
+        return window
     left, right = (min((bound for bound in pair if bound >= 0), default=-1) for pair in zip(window, other, strict=True))
     return left, right
 

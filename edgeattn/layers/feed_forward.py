@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from edgeattn.checks import is_one_of
 from edgeattn.layers.linear import check_linear
 from edgeattn.layers.module import TokenWise
 
 if TYPE_CHECKING:
+    from edgeattn.kernels.cpu.encoder_float32 import RowKernel
     from edgeattn.layers.linear import Linear
     from edgeattn.ops import Activation, Ops, T
+    from edgeattn.types import Float32s
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
 
@@ -27,6 +32,11 @@ class FeedForward(TokenWise):
     activation : {"gelu", "gelu_tanh", "relu", "silu"}
     gate : Linear, optional
         E to F features; GeGLU with "gelu", SwiGLU with "silu".
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was required and what came.
     """
 
     def __init__(self, linear1: Linear, linear2: Linear, *, activation: Activation = "gelu",
@@ -51,6 +61,20 @@ class FeedForward(TokenWise):
             gate = ops.activation(ops.linear(x, self.gate, name + "gate"), self.activation, name + "activation")
             hidden = ops.multiply(gate, hidden, name + "gated")
         return ops.linear(hidden, self.linear2, name + "linear2")
+
+    @functools.cached_property
+    def fused_kernel(self) -> RowKernel | None:
+        """What an encoder layer computes it with; None where there is no kernel of these weights together."""
+        from edgeattn.executors.fused import feed_forward_kernel
+
+        return feed_forward_kernel(self)
+
+    def computed(self, rows: Float32s) -> Float32s:
+        """(tokens, E) -> (tokens, E), with the bits that it has in an encoder layer."""
+        if self.fused_kernel is None:
+            return super().computed(rows)
+        result: Float32s = self.fused_kernel(rows, None, np.empty((len(rows), self.outputs), np.float32))
+        return result
 
     def __repr__(self) -> str:
         return f"FeedForward({self.linear1}, {self.linear2}, activation={self.activation!r}, gate={self.gate})"

@@ -35,6 +35,11 @@ class Linear(TokenWise):
         Read-only, in C order; `bias` likewise, or None.
     inputs, outputs : int
         E, F.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was required and what came.
     """
 
     def __init__(self, weight: ArrayLike, bias: ArrayLike | None = None):

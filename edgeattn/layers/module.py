@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from edgeattn.checks import check_out, float_array, result_dtype, to_float32, write_result
 from edgeattn.layers.state import Stored
 
@@ -12,7 +14,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
     from edgeattn.ops import Ops, T
-    from edgeattn.types import Floats
+    from edgeattn.types import Float32s, Floats
 
 
 class TokenWise(Stored):
@@ -39,12 +41,16 @@ class TokenWise(Stored):
         (..., features) array
             Of the dtype of `x`.
         """
-        from edgeattn.executors.compiled import CompiledOps
-
         x = float_array("x", x)
         if x.ndim < 1 or x.shape[-1] != self.inputs:
             raise ValueError(f"x must have a last axis of {self.inputs}, the layer's inputs, got shape {x.shape}")
         shape, dtype = (*x.shape[:-1], self.outputs), result_dtype(x)
         check_out(out, shape, dtype)
-        rows = self.forward(CompiledOps(), to_float32(x).reshape(math.prod(x.shape[:-1]), self.inputs))
+        rows = self.computed(np.ascontiguousarray(to_float32(x)).reshape(math.prod(x.shape[:-1]), self.inputs))
         return write_result(rows.reshape(shape), out, dtype)
+
+    def computed(self, rows: Float32s) -> Float32s:
+        """(tokens, inputs) -> (tokens, outputs), by compiled kernels."""
+        from edgeattn.executors.compiled import CompiledOps
+
+        return self.forward(CompiledOps(), rows)

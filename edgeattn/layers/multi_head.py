@@ -85,6 +85,11 @@ class MultiHeadAttention(AttentionWeights):
         H, Hkv, E, width of key, width of value, D, Dv, Eo.
     scale : float
         1 / sqrt(D).
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was required and what came.
     """
 
     query_name = "query"  # what the caller calls it
@@ -225,6 +230,10 @@ class MultiHeadAttention(AttentionWeights):
         precision : {"float32", "float16", "tf32"}
             Of attention's two products on "cuda", as in `scaled_dot_product_attention`; projections are float32.
 
+        Returns
+        -------
+        the layer itself, or one whose calls take and give arrays on the GPU, and NumPy arrays
+
         Raises
         ------
         ValueError
@@ -325,7 +334,7 @@ class MultiHeadAttention(AttentionWeights):
         is_causal : bool
             A query sees no key after its own position, the first query standing at the first key. Unlike torch's
             this is no hint: it needs no `attn_mask`.
-        need_weights, average_attn_weights, out
+        need_weights, average_attn_weights, out : bool, bool, array
             As for a call of the layer; the weights are averaged over the heads unless told otherwise.
 
         Returns

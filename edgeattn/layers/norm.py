@@ -52,6 +52,12 @@ class LayerNorm(Norm):
     weight : (E,) float array
     bias : (E,) float array, optional
     eps : float
+        Greater than 0.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was required and what came.
     """
 
     kind = "layer"
@@ -87,6 +93,12 @@ class RMSNorm(Norm):
     ----------
     weight : (E,) float array
     eps : float
+        Greater than 0.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was required and what came.
     """
 
     bias = None

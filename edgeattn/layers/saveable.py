@@ -34,7 +34,18 @@ class Saveable:
             cls.__init__ = hinted(cls.__init__)  # type: ignore[method-assign]
 
     def save(self, path: Path) -> None:
-        """Write it to a .safetensors file, as `edgeattn.save` does."""
+        """Write it to a .safetensors file, as `edgeattn.save` does.
+
+        Parameters
+        ----------
+        path : str or path
+            Ends in ".safetensors". An existing file is replaced, by a whole one.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For another suffix, and for weights that hold NaN or infinity.
+        """
         # By name: files are above layers.
         importlib.import_module("edgeattn.files.storage").save(self, path)
 

@@ -29,8 +29,13 @@ class SelfAttention(MultiHeadAttention):
     out_weight : (Eo, Dv) float array, optional
         Without it the head itself is the output.
     q_bias, k_bias, v_bias, out_bias : (D,), (D,), (Dv,), (Eo,) float arrays, optional
-    bias_k, bias_v, add_zero_attn, gate_weight, gate_bias
+    bias_k, bias_v, add_zero_attn, gate_weight, gate_bias : (D,), (Dv,), bool, (Dv, E), (Dv,), optional
         As for `MultiHeadAttention`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was required and what came.
     """
 
     query_name = "x"
@@ -117,7 +122,11 @@ class SelfAttention(MultiHeadAttention):
         ----------
         x : (B, L, E) or (L, E) float16, float32 or float64 array
             All dtypes are computed in float32.
-        attn_mask, key_padding_mask, is_causal, window_size, softcap, alibi_slopes, kv_cache, need_weights, out
+        attn_mask, key_padding_mask : array, optional
+        is_causal, need_weights : bool
+        window_size, softcap, alibi_slopes : (int, int), float, (1,) or (B, 1) float array
+        kv_cache : KVCache, optional
+        out : (B, L, Eo) or (L, Eo) array, optional
             As for `MultiHeadAttention`, with H = 1 and S = L.
 
         Returns
@@ -125,6 +134,11 @@ class SelfAttention(MultiHeadAttention):
         (B, L, Eo) or (L, Eo) array
         (B, 1, L, L) or (1, L, L) array
             The probabilities, only with `need_weights`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the argument, what was required and what came.
         """
         return super().__call__(
             x,

@@ -10,6 +10,7 @@ from edgeattn.checks import count, default_scale, flag, float_array, is_constant
 from edgeattn.files import checkpoints
 from edgeattn.files.paths import listed, named
 from edgeattn.hints import hinted
+from edgeattn.layers.norm import norm_of
 from edgeattn.layers.positions import POSITIONS, Positions
 from edgeattn.layers.saveable import Saveable
 from edgeattn.layers.sizes import Sizes
@@ -135,6 +136,20 @@ class AttentionWeights(Positions, Sizes, Saveable):
             What stands before "in_proj_weight", such as "encoder.layers.0.self_attn.".
         add_zero_attn : bool
             What the layer was made with, which its state dict does not say.
+
+        Returns
+        -------
+        layer of this class
+            With the weights in float32.
+
+        Raises
+        ------
+        OSError
+            Where the file cannot be read.
+        TypeError, ValueError
+            Naming the argument, the file or the tensor, what was expected and what came.
+        ImportError
+            Naming the package that reads such a file, and how to install it.
         """
         with named(state_dict_or_path):
             weights = checkpoints.torch_weights(state_dict_or_path, num_heads, prefix)
@@ -155,6 +170,20 @@ class AttentionWeights(Positions, Sizes, Saveable):
         prefix : str
             What stands before "self.query.weight", such as "encoder.layer.0.attention.".
         num_heads : int
+
+        Returns
+        -------
+        layer of this class
+            With the weights in float32.
+
+        Raises
+        ------
+        OSError
+            Where the file cannot be read.
+        TypeError, ValueError
+            Naming the argument, the file or the tensor, what was expected and what came.
+        ImportError
+            Naming the package that reads such a file, and how to install it.
         """
         with named(state_dict_or_path):
             return cls._build(num_heads, checkpoints.bert_weights(state_dict_or_path, prefix, num_heads))
@@ -173,6 +202,20 @@ class AttentionWeights(Positions, Sizes, Saveable):
         prefix : str
             What stands before the names of one attention layer; where it fits several an error lists them.
         num_heads : int
+
+        Returns
+        -------
+        layer of this class
+            With the weights in float32.
+
+        Raises
+        ------
+        OSError
+            Where the file cannot be read.
+        TypeError, ValueError
+            Naming the argument, the file or the tensor, what was expected and what came.
+        ImportError
+            Naming the package that reads such a file, and how to install it.
         """
         with named(state_dict_or_path):
             num_kv_heads, weights = checkpoints.checkpoint_weights(state_dict_or_path, prefix, num_heads)
@@ -194,6 +237,20 @@ class AttentionWeights(Positions, Sizes, Saveable):
         prefix : str
             What stands before "c_attn.weight", such as "transformer.h.0.attn.".
         num_heads : int
+
+        Returns
+        -------
+        layer of this class
+            With the weights in float32.
+
+        Raises
+        ------
+        OSError
+            Where the file cannot be read.
+        TypeError, ValueError
+            Naming the argument, the file or the tensor, what was expected and what came.
+        ImportError
+            Naming the package that reads such a file, and how to install it.
         """
         with named(state_dict_or_path):
             return cls._build(num_heads, checkpoints.gpt2_weights(state_dict_or_path, prefix, num_heads))
@@ -215,6 +272,20 @@ class AttentionWeights(Positions, Sizes, Saveable):
             layer.get_weights(). Numbers of heads are in the shapes of the kernels.
         layer : str, optional
             The layer's name or its path in the file; not needed where there is one attention layer.
+
+        Returns
+        -------
+        layer of this class
+            With the weights in float32.
+
+        Raises
+        ------
+        OSError
+            Where the file cannot be read.
+        TypeError, ValueError
+            Naming the argument, the file or the tensor, what was expected and what came.
+        ImportError
+            Naming the package that reads such a file, and how to install it.
         """
         with named(weights_or_path):
             num_heads, num_kv_heads, weights = checkpoints.keras_weights(weights_or_path, layer)
@@ -238,14 +309,34 @@ class AttentionWeights(Positions, Sizes, Saveable):
             Name of a Softmax between two products, of Attention (opsets 23 to 25, com.microsoft), or of QAttention,
             MultiHeadAttention or GroupQueryAttention (com.microsoft); or its index among these. Not needed where
             there is one.
+
+        Returns
+        -------
+        layer of this class
+            With the weights in float32.
+
+        Raises
+        ------
+        OSError
+            Where the file cannot be read.
+        TypeError, ValueError
+            Naming the argument, the file or the tensor, what was expected and what came.
+        ImportError
+            Naming the package that reads such a file, and how to install it.
         """
         with named(path_or_model):
             return cls.from_found(*checkpoints.onnx_weights(path_or_model, node))
 
     @classmethod
     def from_found(cls, num_heads: int, num_kv_heads: int, found: Mapping[str, Any]) -> Self:
-        """The layer of what a reader found, a rotary embedding as (features turned, base, interleaved)."""
+        """The layer of what a reader found.
+
+        A rotary embedding is (features turned, base, interleaved), norms are what `norm_of` takes.
+        """
         weights = dict(found)
+        for part in ("q_norm", "k_norm"):
+            if weights.get(part):
+                weights[part] = norm_of(weights[part])
         if (turned := weights.get("rotary")) is not None:
             from edgeattn.rotary import RotaryEmbedding
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -58,6 +60,10 @@ class Checkpoint:
 
     def __init__(self, folder: Path):
         self.folder, self.file = folder, folder / "config.json"
+        if not self.file.exists():
+            said = os.strerror(errno.ENOENT)
+            raise FileNotFoundError(errno.ENOENT, f"{said}; a model's folder holds one, as transformers and "
+                                    "sentence-transformers save it", str(self.file))
         self.config: dict[str, Any] = read_json(self.file)
         self.source, self._tensors = _read_weights(folder)
         self._taken: set[str] = set()

@@ -34,9 +34,15 @@ class ImageEncoder(Placeable, Stored):
     Parameters
     ----------
     embedding : PatchEmbedding
+        Of patches of pixels, and of their places.
     encoder : TransformerEncoder
     spectrogram : bool
         Whether it takes (B, frames, bins) instead of (B, C, height, width).
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was required and what came.
     """
 
     def __init__(self, embedding: PatchEmbedding, encoder: TransformerEncoder, *, spectrogram: Flag = False):
@@ -59,9 +65,12 @@ class ImageEncoder(Placeable, Stored):
         ----------
         path_or_model : path or onnx.ModelProto
             Needs the onnx package.
-        scheme : {"float32", "static"}
-        arithmetic : str
+        scheme, arithmetic : {"float32", "static"}, str
             As of `TransformerEncoder.from_onnx`; the embedding is float32 in both.
+
+        Returns
+        -------
+        ImageEncoder
 
         Raises
         ------
@@ -102,6 +111,11 @@ class ImageEncoder(Placeable, Stored):
         -------
         (B, tokens, E) array
             Of the dtype of `pixels`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the argument, what was required and what came.
         """
         from edgeattn.executors.compiled import CompiledOps
 

@@ -15,9 +15,10 @@ from edgeattn.files import checkpoints
 from edgeattn.files.paths import named, reading, reason
 from edgeattn.hints import hinted
 from edgeattn.layers.embedding import Embedding
-from edgeattn.layers.encoder import TransformerEncoder
+from edgeattn.layers.encoder import TransformerEncoder, runs_of
 from edgeattn.layers.linear import Linear
 from edgeattn.layers.norm import norm_of
+from edgeattn.layers.ragged import gathered, spread
 from edgeattn.layers.state import Stored
 from edgeattn.ops import Pooling
 
@@ -41,6 +42,7 @@ class TextEncoder(Placeable, Stored):
     Parameters
     ----------
     embedding : Embedding
+        Of token ids, positions and types.
     encoder : TransformerEncoder
     pooling : {"mean", "cls", "max", "last"}
         What `encode` makes of the vectors of a text's tokens.
@@ -54,6 +56,11 @@ class TextEncoder(Placeable, Stored):
         Texts are cut after so many tokens; unless given, those too long for the positions are refused.
     lower_case : bool
         Whether texts become lower case first.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was required and what came.
     """
 
     def __init__(self, embedding: Embedding, encoder: TransformerEncoder, *, pooling: Pooling = "mean",
@@ -90,9 +97,12 @@ class TextEncoder(Placeable, Stored):
         tokenizer : path, optional
             Folder with tokenizer.json and what sentence-transformers puts beside it. Unless given it is looked for in
             the model's folder and the one around that.
-        scheme : {"float32", "static"}
-        arithmetic : str
+        scheme, arithmetic : {"float32", "static"}, str
             As of `TransformerEncoder.from_onnx`; the embedding is float32 in both.
+
+        Returns
+        -------
+        TextEncoder
 
         Raises
         ------
@@ -182,27 +192,30 @@ class TextEncoder(Placeable, Stored):
         if lengths is None and real is not None:
             options["key_padding_mask"] = real
         positions = self.embedding.positions(ids, held)
-        shape = (*ids.shape, self.embed_dim)
+        runs, shape = None if lengths is None else runs_of(lengths), (*ids.shape, self.embed_dim)
+        tokens, places, kinds = (each.ravel() if runs is None else gathered(each, runs) if runs else each[:0, 0]
+                                 for each in (ids, positions, types))
         # A forward of its own, as on a GPU or where a calibration looks on, is more than the encoder's call.
         own = "forward" in vars(self) or type(self).forward is not TextEncoder.forward
-        if lengths is None and kv_cache is None and ids.size and not own:
+        result: Any
+        if tokens.size and not own:
             # As a call of the encoder, which keeps what such calls are.
-            x = self.embedding.forward(CompiledOps(), ids.ravel(), positions.ravel(), types.ravel())
-            y: Any = self.encoder(x.reshape(shape), key_padding_mask=real, is_causal=self.is_causal)
-            if real is not None:
-                y[~real] = 0
-            return cast("Float32s", y)
-        with self.encoder.prepared(ids.shape, **options) as sequences:
-            if lengths is None and ids.size:
-                rows = self.forward(CompiledOps(), ids.ravel(), positions.ravel(), types.ravel(), sequences)
-                result: Float32s = rows.reshape(shape)
+            x = self.embedding.forward(CompiledOps(), tokens, places, kinds)
+            if lengths is not None:
+                result = self.encoder.encode_rows(x, ids.shape, lengths, is_causal=self.is_causal)
             else:
-                result = np.zeros(shape, np.float32)
-                if real is not None and real.any():
-                    result[real] = self.forward(CompiledOps(), ids[real], positions[real], types[real], sequences)
-        if lengths is None and real is not None:
+                result = self.encoder(x.reshape(shape), key_padding_mask=real, is_causal=self.is_causal,
+                                      kv_cache=kv_cache)
+        else:
+            with self.encoder.prepared(ids.shape, **options) as sequences:
+                result = (self.forward(CompiledOps(), tokens, places, kinds, sequences) if tokens.size
+                          else np.zeros((0, self.embed_dim), np.float32))
+        if runs is not None:
+            return spread(result, runs, shape)
+        result = result.reshape(shape)
+        if real is not None:
             result[~real] = 0
-        return result
+        return cast("Float32s", result)
 
     def encode(self, sentences: Iterable[str], batch_size: SupportsIndex = 32, *, normalize: Flag | None = None,
                show_progress: Flag = False) -> Float32s:

@@ -64,22 +64,27 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention, Positions):
     num_heads : int
         H.
     weights : mapping
-        "query" (H*D, Eq), "key" (Hkv*D, Ek), "value" (Hkv*Dv, Ev) and, where there are an output projection and a gate,
-        "output" (Eo, H*Dv) and "gate" (H*Dv, Eq): QuantizedLinear without a bias.
+        "query" (H * D, Eq), "key" (Hkv * D, Ek), "value" (Hkv * Dv, Ev) and, where there are an output projection and a
+        gate, "output" (Eo, H * Dv) and "gate" (H * Dv, Eq): QuantizedLinear without a bias.
     biases : mapping
         By the same names float32 (out_features,), where there is one. A key bias matters to norms and rotations, added
         keys, a softcap and what a float32 cache holds, to nothing else.
     num_kv_heads : int, optional
         Hkv, H unless given.
-    bias_k, bias_v, add_zero_attn
+    bias_k, bias_v, add_zero_attn : (Hkv * D,), (Hkv * Dv,) float arrays, bool, optional
         The added keys, as for ``MultiHeadAttention``.
-    rotary, q_norm, k_norm, position_bias
+    rotary, q_norm, k_norm, position_bias : RotaryEmbedding, norms, (H, L, S) array or RelativePositionBias, optional
         Likewise: in float32, before queries and keys are quantized.
     outlier_columns : (n,) int array, optional
         Features of the inputs, all of one width, whose products are float32, at most 4: those much larger than the
         others, which would set the scale of every token. Their codes in "query", "key", "value" and "gate" are 0.
     outlier_weights : mapping, optional
         By these names float32 (out_features, n): the weights of `outlier_columns`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was required and what came.
     """
 
     scheme: Literal["dynamic"] = "dynamic"
@@ -194,6 +199,24 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention, Positions):
         With ``softcap``, ``kv_cache``, ``need_weights``, added keys or a gate the projections alone are int8: what lies
         between them is computed in float32, or as the cache stores it. So steps through a cache give the same bytes
         whatever the chunks, where the cache is int8, but not those of the whole sequence without one.
+
+        Parameters
+        ----------
+        query, key, value : as for ``MultiHeadAttention``
+        attn_mask, key_padding_mask, is_causal, causal_alignment, window_size, softcap : likewise
+        alibi_slopes, kv_cache, need_weights, average_attn_weights, out : likewise
+
+        Returns
+        -------
+        (B, L, Eo) or (L, Eo) array
+            Of the inputs' dtype.
+        (B, H, L, S) or (H, L, S) array
+            The probabilities, only with ``need_weights``.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the argument, what was required and what came.
         """
         if (key is None and value is None and attn_mask is None and key_padding_mask is None and is_causal is False
                 and window_size is NO_WINDOW and kv_cache is None and alibi_slopes is None and causal_alignment is None
@@ -208,7 +231,23 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention, Positions):
 
     def project_kv(self, key: ArrayLike, value: ArrayLike | None = None, *,
                    key_padding_mask: ArrayLike | None = None) -> ProjectedKV:
-        """Keys and values of what many calls attend to, projected and quantized once: as ``MultiHeadAttention``."""
+        """Keys and values of what many calls attend to, projected and quantized once: as ``MultiHeadAttention``.
+
+        Parameters
+        ----------
+        key, value : (B, S, kdim), (B, S, vdim) or (S, kdim), (S, vdim) float arrays
+        key_padding_mask : (B, S) or (S,) bool array, optional
+
+        Returns
+        -------
+        ProjectedKV
+            For this layer's ``key``.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the argument, what was required and what came.
+        """
         return project_kv(self, key, value, key_padding_mask)
 
     @overload
@@ -218,7 +257,23 @@ class DynamicMultiHeadAttention(QuantizedMultiHeadAttention, Positions):
     def to(self, device: Literal["cuda"]) -> LayerOnDevice: ...
 
     def to(self, device: Device) -> Self | LayerOnDevice:
-        """The layer on ``device``: "cpu", or "cuda", a GPU (docs/cuda.md); ``.layer`` of that is this one."""
+        """The layer on ``device``: "cpu", or "cuda", a GPU (docs/cuda.md); ``.layer`` of that is this one.
+
+        Parameters
+        ----------
+        device : {"cpu", "cuda"}
+
+        Returns
+        -------
+        the layer itself, or one on the GPU
+
+        Raises
+        ------
+        ValueError
+            For another device.
+        RuntimeError
+            Where there is no CUDA, saying what of it is missing.
+        """
         if device == "cuda":
             refuse_positions(self, "keep it on the CPU")
         placed: Self | LayerOnDevice = place(self, device)

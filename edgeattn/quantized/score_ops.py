@@ -10,7 +10,7 @@ import numpy as np
 
 from edgeattn import arithmetic as rules
 from edgeattn.arithmetic import CODE_MAX, CODE_MIN
-from edgeattn.quantized.parameters import TensorQuantization, frozen
+from edgeattn.quantized.parameters import TensorQuantization, check_scales, frozen
 from edgeattn.quantized.values import Frozen, Value
 
 if TYPE_CHECKING:
@@ -130,6 +130,21 @@ def check_masks(ops: tuple[ScoreOp, ...], num_heads: int, name: str) -> None:
     if len(ops) > _MOST_OPS or positions > most:
         raise ValueError(f"{name} must be at most {_MOST_OPS} operators, and broadcast together to at most {most} "
                          f"positions; got {len(ops)} operators and {positions} positions")
+
+
+def check_scaling(ops: tuple[MulConstant, ...], name: str) -> None:
+    """Refuse what cannot be between a projection and a product; the message calls it ``name``.
+
+    Raises
+    ------
+    TypeError, ValueError
+    """
+    if not all(isinstance(op, MulConstant) for op in ops):
+        raise TypeError(f"{name} must be MulConstant; got {', '.join(type(op).__name__ for op in ops)}")
+    if len(ops) > _MOST_OPS:
+        raise ValueError(f"{name} must be at most {_MOST_OPS} operators; got {len(ops)}")
+    for op in ops:
+        check_scales({f"the constant in {name}": op.constant, f"the output in {name}": op.output})
 
 
 def fit_mask(mask: NDArray[_Scalar], shape: tuple[int, ...]) -> NDArray[_Scalar]:

@@ -73,8 +73,8 @@ class StaticMultiHeadAttention(StaticCalls):
     num_heads : int
         H. Every head has its own key and value head; grouped heads are repeated at quantization.
     linears : mapping
-        "query" (H*D, Eq), "key" (H*D, Ek), "value" (H*Dv, Ev) and, with an output projection, "output" (Eo, H*Dv):
-        QuantizedLinear.
+        "query" (H * D, Eq), "key" (H * D, Ek), "value" (H * Dv, Ev) and, with an output projection, "output"
+        (Eo, H * Dv): QuantizedLinear.
     tensors : mapping
         TensorQuantization of "query_input" (and "key_input", "value_input" where ``sources`` has them), "query", "key",
         "value", "scores", "context" and, with an output projection, "output". "probabilities" are always 1/256, -128.
@@ -83,6 +83,9 @@ class StaticMultiHeadAttention(StaticCalls):
         key, (0, 1, 2) three inputs.
     score_ops : sequence of MulConstant, AddMask, SelectMask
         What happens to the scores' codes before the softmax.
+    query_ops, key_ops : sequence of MulConstant
+        What happens to the codes of "query" and "key", which the projections give, before their product: none where
+        1/sqrt(D) lies in a scale.
     arithmetic : str
         A name in ``edgeattn.arithmetic.KERNEL_SETS``.
     mask_margin : float, optional
@@ -91,6 +94,11 @@ class StaticMultiHeadAttention(StaticCalls):
     lowest_single_score : float, optional
         The lowest score of a row with a single permitted key at calibration, None without one or when it is not known.
         The scores' range need not hold it, for such a row gives its key the whole weight; ``with_mask`` makes it do so.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was required and what came.
     """
 
     scheme: Literal["static"] = "static"
@@ -100,6 +108,7 @@ class StaticMultiHeadAttention(StaticCalls):
                 f"vdim={self.vdim}, head_dim={self.head_dim}, value_dim={self.value_dim}, "
                 f"output_dim={self.output_dim}, sources={self.sources}, "
                 f"score_ops=[{', '.join(type(op).__name__ for op in self.score_ops)}], "
+                f"query_ops={len(self.query_ops)}, key_ops={len(self.key_ops)}, "
                 f"arithmetic={self.arithmetic!r}, mask_margin={self.mask_margin})")
 
     @overload
@@ -109,7 +118,23 @@ class StaticMultiHeadAttention(StaticCalls):
     def to(self, device: Literal["cuda"]) -> StaticOnDevice: ...
 
     def to(self, device: Device) -> Self | StaticOnDevice:
-        """The layer on ``device``: "cpu", or "cuda", a GPU (docs/cuda.md); ``.layer`` of that is this one."""
+        """The layer on ``device``: "cpu", or "cuda", a GPU (docs/cuda.md); ``.layer`` of that is this one.
+
+        Parameters
+        ----------
+        device : {"cpu", "cuda"}
+
+        Returns
+        -------
+        the layer itself, or one on the GPU
+
+        Raises
+        ------
+        ValueError
+            For another device.
+        RuntimeError
+            Where there is no CUDA, saying what of it is missing.
+        """
         placed: Self | StaticOnDevice = place(self, device)
         return placed
 
@@ -151,7 +176,10 @@ class StaticMultiHeadAttention(StaticCalls):
         ----------
         query, key, value : float16, float32 or float64 arrays
             Otherwise as for ``run_int8``, like the masks. Infinite values saturate.
-        softcap, alibi_slopes
+        attn_mask, key_padding_mask : bool array, optional
+            True = attend, as for ``MultiHeadAttention``.
+        is_causal, causal_alignment, window_size, kv_cache, need_weights : as for ``MultiHeadAttention``
+        softcap, alibi_slopes : 0, None
             Of float and dynamic layers: refused unless 0 and None.
         average_attn_weights : bool
             Return the mean of the probabilities over the heads.
@@ -165,6 +193,11 @@ class StaticMultiHeadAttention(StaticCalls):
             ``kv_cache``, whose codes have no NaN, it is refused.
         (B, H, L, S) or (H, L, S) array
             The probabilities, multiples of 1/256, only with ``need_weights``; without the axis H when averaged.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the argument, what was required and what came.
         """
         if type(softcap) is not float or softcap or alibi_slopes is not None:
             _refuse(softcap, alibi_slopes)
@@ -213,7 +246,24 @@ class StaticMultiHeadAttention(StaticCalls):
         return query | reached
 
     def quantize_input(self, x: ArrayLike, name: Input = "query") -> Codes:
-        """int8 codes of a float input; ``name`` is "query", "key" or "value"."""
+        """int8 codes of a float input; ``name`` is "query", "key" or "value".
+
+        Parameters
+        ----------
+        x : float array
+            What is infinite saturates; NaN has no code of its own, so look for it before.
+        name : {"query", "key", "value"}
+            Whose scale.
+
+        Returns
+        -------
+        int8 array of the shape of ``x``
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the argument, what was required and what came.
+        """
         if not is_one_of(name, INPUTS):
             raise ValueError(f"name must be 'query', 'key' or 'value'; got {name!r}")
         x = as_array(name, x)
@@ -222,7 +272,21 @@ class StaticMultiHeadAttention(StaticCalls):
         return self.tensors[f"{INPUTS[self.sources[INPUTS.index(name)]]}_input"].quantize(float_array(name, x))
 
     def dequantize_output(self, codes: ArrayLike) -> Float32s:
-        """float32 reals of ``run_int8``'s codes."""
+        """float32 reals of ``run_int8``'s codes.
+
+        Parameters
+        ----------
+        codes : int8 array
+
+        Returns
+        -------
+        float32 array of the shape of ``codes``
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the argument, what was required and what came.
+        """
         return self._last.dequantize(codes)
 
     @property

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from edgeattn.executors.fused import Stage
+    from edgeattn.kv_cache import KVCache
     from edgeattn.masks import Mask
     from edgeattn.ops import Ops, T
     from edgeattn.types import Bools, Float32s
@@ -34,6 +35,11 @@ class StaticSelfAttention(StaticRows):
     more_inputs : sequence of int
         The n columns of its codes behind E, of features that reach beyond the range of the codes: each holds what the
         range leaves of the column it names.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was required and what came.
     """
 
     def __init__(self, attention: StaticMultiHeadAttention, *, more_inputs: Iterable[int] = ()):
@@ -109,6 +115,16 @@ class StaticAttentionStage:
         rows: Float32s = self.ends.to_rows(out, nan, x if self.residual else None)
         return rows
 
+    can_step = True
+
+    def step(self, x: Float32s, cache: KVCache) -> Float32s:
+        """As `AttentionStage.step`."""
+        codes, nan = self.ends.to_codes(x)
+        _refuse_nan(nan)
+        out = self.layer.attention.take_step(codes, cache)
+        rows: Float32s = self.ends.to_rows(out.reshape(len(x), -1), nan, x if self.residual else None)
+        return rows
+
     def on(self, x: Float32s, _read: Float32s, _y: Float32s, sequences: Sequences) -> list[Callable[[], object]] | None:
         """As `AttentionStage.on`."""
         (_, mask), *others = _groups(sequences)
@@ -143,14 +159,18 @@ def _spread(nan: Float32s, sequences: Sequences) -> None:
         nan[_reached(np.isnan(nan), sequences)] = np.nan
 
 
+def _refuse_nan(nan: Bools | Float32s) -> None:
+    if np.count_nonzero(nan):
+        raise ValueError("x must hold no NaN with kv_cache: codes cannot keep it")
+
+
 def _reached(nan: Bools, sequences: Sequences) -> Bools:
     """Which rows see one of those that hold NaN."""
     found = nan.copy()
     for rows, mask in _groups(sequences):
         batch, _, queries, keys = mask.shape
         if sequences.cache is not None:
-            if nan.any():
-                raise ValueError("x must hold no NaN with kv_cache: codes cannot keep it")
+            _refuse_nan(nan)
             continue
         permitted = mask.permitted()
         seen = np.ones((batch, 1, queries, keys), bool) if permitted is None else permitted

@@ -93,12 +93,13 @@ class StaticCalls(StaticParameters):
     @functools.cached_property
     def cache_scales(self) -> tuple[float, float]:
         """The scales of keys and values, for ``KVCache.for_layer``."""
-        for name in ("key", "value"):
-            if self.tensors[name].zero_point != 0:
+        kept = [self.product_tensors[name] for name in ("key", "value")]
+        for name, tensor in zip(("key", "value"), kept, strict=True):
+            if tensor.zero_point != 0:
                 raise ValueError(f"layer must have keys and values without a zero point for a cache; got "
-                                 f"{self.tensors[name].zero_point} of its {name}: quantize the float layer with "
-                                 "quant.quantize, or give each call the whole sequence")
-        return float(self.tensors["key"].scale), float(self.tensors["value"].scale)
+                                 f"{tensor.zero_point} of its {name}: quantize the float layer with quant.quantize, or "
+                                 "give each call the whole sequence")
+        return float(kept[0].scale), float(kept[1].scale)
 
     def _check_cache(self, cache: KVCache, causal_alignment: CausalAlignment | None) -> None:
         check_cache(self, cache, causal_alignment)

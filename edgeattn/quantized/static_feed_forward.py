@@ -42,6 +42,7 @@ class StaticFeedForward(StaticRows, TokenWise):
         TensorQuantization of "input", "linear1", "activation", "linear2" and, with a gate, of "gate" and "gated". The
         product before a "relu" gives "activation" itself.
     activation : {"gelu", "gelu_tanh", "relu", "silu"}
+        What stands between the products.
     arithmetic : str
         A name in ``edgeattn.arithmetic.KERNEL_SETS``.
     more_inputs : sequence of int
@@ -53,6 +54,11 @@ class StaticFeedForward(StaticRows, TokenWise):
     large : StaticFeedForward, optional
         Of hidden features with values much larger than the others': a network of their own, with scales of their own,
         whose result is added in float32.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was required and what came.
     """
 
     def __init__(self, linears: Mapping[str, QuantizedLinear], tensors: Mapping[str, TensorQuantization], *,
@@ -233,13 +239,16 @@ class StaticFeedForward(StaticRows, TokenWise):
 class StaticFeedForwardStage:
     """A feed-forward by its kernel, after those of large features if there are any: (rows, sequences) -> rows."""
 
-    def __init__(self, kernel: encoder_int8.FeedForward, outputs: int, large: Stage | None, residual: bool):
+    def __init__(self, kernel: encoder_int8.FeedForward, outputs: int, large: Callable[..., Float32s] | None,
+                 residual: bool):
         self.kernel, self.outputs, self.large, self.residual = kernel, outputs, large, residual
 
-    def __call__(self, x: Float32s, sequences: Sequences) -> Float32s:  # noqa: D102
+    def __call__(self, x: Float32s, sequences: object) -> Float32s:  # noqa: D102
         before = (x if self.residual else None) if self.large is None else self.large(x, sequences)
         out: Float32s = self.kernel(x, before, np.empty((len(x), self.outputs), np.float32))
         return out
+
+    can_step, step = True, __call__  # rows, whatever else is known of them
 
     def on(self, x: Float32s, *_: object) -> list[Callable[[], object]] | None:
         """As `AttentionStage.on`."""

@@ -20,7 +20,16 @@ from edgeattn.quantized.parameters import (
     check_scales,
     linears_state,
 )
-from edgeattn.quantized.score_ops import AddMask, MulConstant, ScoreOp, SelectMask, check_masks, fit_mask, score_map
+from edgeattn.quantized.score_ops import (
+    AddMask,
+    MulConstant,
+    ScoreOp,
+    SelectMask,
+    check_masks,
+    check_scaling,
+    fit_mask,
+    score_map,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +38,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
     from typing_extensions import Self
 
-    from edgeattn.types import Arithmetic, Real, Shape, Sources
+    from edgeattn.types import Arithmetic, Codes, Real, Shape, Sources
 
     Requantization: TypeAlias = tuple[Callable[..., Any], NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]
 
@@ -44,7 +53,8 @@ class StaticParameters(QuantizedMultiHeadAttention):
     def __init__(self, num_heads: SupportsIndex, linears: Mapping[str, QuantizedLinear],
                  tensors: Mapping[str, TensorQuantization], *, sources: Sources = (0, 0, 0),
                  score_ops: Sequence[ScoreOp] = (), arithmetic: Arithmetic = "litert",
-                 mask_margin: Real | None = None, lowest_single_score: Real | None = None):
+                 mask_margin: Real | None = None, lowest_single_score: Real | None = None,
+                 query_ops: Sequence[MulConstant] = (), key_ops: Sequence[MulConstant] = ()):
         self.kernel_set = rules.kernel_set(arithmetic)
         self.arithmetic: Arithmetic = arithmetic
         self.num_heads = self.num_kv_heads = count("num_heads", num_heads)
@@ -54,6 +64,7 @@ class StaticParameters(QuantizedMultiHeadAttention):
         self.linears = dict(linears)
         self.tensors = {"probabilities": PROBABILITIES, **tensors}
         self.score_ops = tuple(score_ops)
+        self.query_ops, self.key_ops = tuple(query_ops), tuple(key_ops)
         self.mask_margin = None if mask_margin is None else number("mask_margin", mask_margin)
         self.lowest_single_score = (
             None if lowest_single_score is None else number("lowest_single_score", lowest_single_score))
@@ -98,6 +109,8 @@ class StaticParameters(QuantizedMultiHeadAttention):
             raise ValueError(f"the output projection takes {self.linears['output'].weight.shape[1]} features; "
                              f"the heads give {v.shape[0]}")
         check_masks(self.score_ops, H, "masks in score_ops")
+        for name, ops in (("query_ops", self.query_ops), ("key_ops", self.key_ops)):
+            check_scaling(ops, name)
 
     # -- derived once: what the kernels read ---------------------------------------------------------------------------
 
@@ -109,6 +122,7 @@ class StaticParameters(QuantizedMultiHeadAttention):
             real = rules.fully_connected_multiplier(kernel_set.fully_connected, self.input_of(name).scale, linear.scale,
                                                     t[name].scale)
             linears[name] = (linear.weight, real, linear.bias)
+        t = self.product_tensors
 
         def batch_matmul(lhs: TensorQuantization, rhs: TensorQuantization, output: TensorQuantization
                          ) -> tuple[str, np.float64]:
@@ -120,9 +134,10 @@ class StaticParameters(QuantizedMultiHeadAttention):
         context_rule, context = batch_matmul(t["probabilities"], t["value"], t["context"])
         zero_points = {f"{name}_input": self.input_of(name).zero_point for name in INPUTS}
         zero_points |= {name: tensor.zero_point for name, tensor in t.items()}
+        tables = {name: (table, self.tensors[name].zero_point) for name, table in self.projection_tables.items()}
         return dict(num_heads=self.num_heads, linears=linears, scores=scores, context=context, zero_points=zero_points,
                     project_rule=kernel_set.fully_connected, score_rule=scores_rule, context_rule=context_rule,
-                    softmax_table=self.softmax_table, softmax=kernel_set.softmax)
+                    softmax_table=self.softmax_table, softmax=kernel_set.softmax, tables=tables)
 
     @functools.cached_property
     def requantizations(self) -> dict[str, Requantization]:
@@ -135,6 +150,13 @@ class StaticParameters(QuantizedMultiHeadAttention):
                 for name, (rule, real) in found.items()}
 
     def _prepare(self) -> None:
+        # of codes of queries and keys, at code + 128, what their operators make of them; nothing of those without
+        self.projection_tables: dict[str, Codes] = {}
+        self.product_tensors = dict(self.tensors)  # as the products read them
+        for name, ops in (("query", self.query_ops), ("key", self.key_ops)):
+            if ops:
+                (self.projection_tables[name],), _, self.product_tensors[name] = score_map(
+                    ops, self.tensors[name], self.kernel_set)
         self.score_map = score_luts, lut_index, softmax_input = score_map(
             self.score_ops, self.tensors["scores"], self.kernel_set)
         if softmax_input.scale <= SMALLEST_SOFTMAX_SCALE:
@@ -162,7 +184,22 @@ class StaticParameters(QuantizedMultiHeadAttention):
     # -- copies with one thing changed ---------------------------------------------------------------------------------
 
     def with_arithmetic(self, arithmetic: Arithmetic) -> Self:
-        """The same parameters under another kernel set."""
+        """The same parameters under another kernel set.
+
+        Parameters
+        ----------
+        arithmetic : str
+            A name in ``edgeattn.arithmetic.KERNEL_SETS``.
+
+        Returns
+        -------
+        layer of this class
+
+        Raises
+        ------
+        ValueError
+            For another name, with those there are.
+        """
         return self._replace(arithmetic=arithmetic)
 
     def with_mask(self, mask: ArrayLike) -> Self:
@@ -177,6 +214,10 @@ class StaticParameters(QuantizedMultiHeadAttention):
         ----------
         mask : bool, broadcastable to (B, H, L, S)
             True = attend.
+
+        Returns
+        -------
+        layer of this class
 
         Raises
         ------
@@ -216,7 +257,7 @@ class StaticParameters(QuantizedMultiHeadAttention):
         arguments: dict[str, Any] = dict(
             num_heads=self.num_heads, linears=self.linears, tensors=self.tensors, sources=self.sources,
             score_ops=self.score_ops, arithmetic=self.arithmetic, mask_margin=self.mask_margin,
-            lowest_single_score=self.lowest_single_score)
+            lowest_single_score=self.lowest_single_score, query_ops=self.query_ops, key_ops=self.key_ops)
         return type(self)(**{**arguments, **changes})
 
     # -- in files ------------------------------------------------------------------------------------------------------
@@ -224,38 +265,43 @@ class StaticParameters(QuantizedMultiHeadAttention):
     def to_state(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
         """(config, tensors): all that ``from_state`` needs to build an equal layer."""
         arrays = linears_state(self.linears)
-        ops = []
-        for i, op in enumerate(self.score_ops):
-            row: dict[str, Any] = {"op": type(op).__name__}
-            for name, value in vars(op).items():
-                if isinstance(value, np.ndarray):
-                    arrays[f"score_ops.{i}.{name}"] = value
-                else:
-                    row[name] = value.to_json() if isinstance(value, TensorQuantization) else value
-            ops.append(row)
+        ops: dict[str, list[dict[str, Any]]] = {"score_ops": []}  # those of others only where there are any
+        for which in ("score_ops", "query_ops", "key_ops"):
+            for i, op in enumerate(getattr(self, which)):
+                row: dict[str, Any] = {"op": type(op).__name__}
+                for name, value in vars(op).items():
+                    if isinstance(value, np.ndarray):
+                        arrays[f"{which}.{i}.{name}"] = value
+                    else:
+                        row[name] = value.to_json() if isinstance(value, TensorQuantization) else value
+                ops.setdefault(which, []).append(row)
         return {"num_heads": self.num_heads, "arithmetic": self.arithmetic, "sources": list(self.sources),
-                "tensors": {name: t.to_json() for name, t in self.tensors.items()}, "score_ops": ops,
+                "tensors": {name: t.to_json() for name, t in self.tensors.items()}, **ops,
                 "mask_margin": self.mask_margin, "lowest_single_score": self.lowest_single_score}, arrays
 
     @classmethod
     def from_state(cls, config: Mapping[str, Any], tensors: Mapping[str, ArrayLike]) -> Self:
         """The layer of which ``to_state`` gave these."""
-        if not isinstance(config["tensors"], dict) or not all(isinstance(row, dict) for row in config["score_ops"]):
-            raise ValueError("tensors must be an object, and score_ops a list of objects")
+        given = {"query_ops": [], "key_ops": [], **config}
+        named = "score_ops", "query_ops", "key_ops"
+        if not isinstance(config["tensors"], dict) or not all(isinstance(row, dict)
+                                                              for which in named for row in given[which]):
+            raise ValueError("tensors must be an object, and score_ops, query_ops and key_ops lists of objects")
         groups: dict[str, dict[str, Any]] = {}
         for name, array in tensors.items():
             group, _, part = name.rpartition(".")
             groups.setdefault(group, {})[part] = array
-        ops: list[ScoreOp] = []
-        for i, row in enumerate(config["score_ops"]):
-            row = {**row, **groups.pop(f"score_ops.{i}", {})}
-            kinds: dict[str, Any] = {op.__name__: op for op in (MulConstant, AddMask, SelectMask)}
-            kind = kinds.get(row.pop("op"))
-            if kind is None:
-                raise ValueError(f"score_ops[{i}] must be MulConstant, AddMask or SelectMask")
-            ops.append(kind(**{name: TensorQuantization(*value) if isinstance(value, list) else value
-                               for name, value in row.items()}))
+        ops: dict[str, list[Any]] = {which: [] for which in named}
+        for which in named:
+            for i, row in enumerate(given[which]):
+                row = {**row, **groups.pop(f"{which}.{i}", {})}
+                kinds: dict[str, Any] = {op.__name__: op for op in (MulConstant, AddMask, SelectMask)}
+                kind = kinds.get(row.pop("op"))
+                if kind is None:
+                    raise ValueError(f"{which}[{i}] must be MulConstant, AddMask or SelectMask")
+                ops[which].append(kind(**{name: TensorQuantization(*value) if isinstance(value, list) else value
+                                          for name, value in row.items()}))
         return cls(config["num_heads"], {name: QuantizedLinear(**parts) for name, parts in groups.items()},
                    {name: TensorQuantization(*pair) for name, pair in config["tensors"].items()},
-                   sources=tuple(config["sources"]), score_ops=tuple(ops), arithmetic=config["arithmetic"],
-                   mask_margin=config["mask_margin"], lowest_single_score=config.get("lowest_single_score"))
+                   sources=tuple(config["sources"]), arithmetic=config["arithmetic"],
+                   mask_margin=config["mask_margin"], lowest_single_score=config.get("lowest_single_score"), **ops)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Hashable
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -14,7 +15,7 @@ V = TypeVar("V")
 class PlanCache(dict[K, V]):
     """Plans by what they depend on, at most `size`: ever new lengths do not fill memory."""
 
-    __slots__ = ("_size",)
+    __slots__ = ("__weakref__", "_size")
 
     def __init__(self, size: int = 64):
         super().__init__()
@@ -29,6 +30,14 @@ class PlanCache(dict[K, V]):
             self.clear()
         self[key] = plan
         return plan
+
+
+_ALIKE: weakref.WeakValueDictionary[Any, PlanCache[Any, Any]] = weakref.WeakValueDictionary()
+
+
+def shared_plans(alike: Hashable) -> PlanCache[Any, Any]:
+    """The plans of all who name the same, as long as one of them lives: of layers that differ in weights alone."""
+    return _ALIKE.setdefault(alike, PlanCache())
 
 
 _PLANS: PlanCache[Any, Any] = PlanCache(256)  # of calls that no layer or cache owns

@@ -16,6 +16,7 @@ import importlib.util
 import json
 import os
 import platform
+import struct
 import sys
 import zlib
 from typing import TYPE_CHECKING, Any
@@ -120,6 +121,9 @@ class Kernel:
         return BoundKernel(self.without_result, parameters, addresses, objects)
 
 
+_NINE = struct.Struct("9q")
+
+
 class BoundKernel:
     """A kernel of a library, its parameters and addresses; the scratch is the last of a list.
 
@@ -134,7 +138,8 @@ class BoundKernel:
                  addresses: NDArray[np.int64], objects: list[Any]):
         self.function, self.objects, self._held = function, objects, (parameters, addresses)
         scratch = items_address(objects) + 8 * (len(objects) - 1)
-        self._given = np.array([*words((parameters, addresses)), scratch, -POINTER, 0, 0, 1], np.int64)
+        self._given = np.frombuffer(_NINE.pack(address(parameters), parameters.size, address(addresses), addresses.size,
+                                               scratch, -POINTER, 0, 0, 1), np.int64).copy()
         self.argument = ctypes.c_int64(address(self._given))
 
     def __call__(self, scratch: NDArray[Any], task_queue: NDArray[np.int64], count: int) -> None:

@@ -8,13 +8,13 @@ import numpy as np
 
 from edgeattn.layers import MultiHeadAttention
 from edgeattn.quantized import INPUTS, StaticMultiHeadAttention
-from quant.export.attention_graph import check_lengths
 from quant.export.c_attention import attention_bytes, attention_c, check_attention, widest_input
 from quant.export.c_mask import ScorePasses, score_passes
 from quant.export.c_names import check_names, check_stem
 from quant.export.c_operators import check_bytes, operators, pairs_bytes
 from quant.export.c_test import vectors_c
 from quant.export.c_text import block_comment_lines, fill_template, float_literal
+from quant.export.tflite_ops import check_lengths
 
 
 def write_c(layer, stem: str, *, batch: int = 1, sequence_length: int, key_length: int | None = None, mask=None,

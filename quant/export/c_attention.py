@@ -21,7 +21,7 @@ from quant.export.c_operators import (
     product_constants,
     softmax_constants,
 )
-from quant.export.c_text import fill_template
+from quant.export.c_text import constant, fill_template
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -72,7 +72,17 @@ def attention_c(layer: StaticMultiHeadAttention, passes: ScorePasses, prefix: st
     """
     ops = COps(layer, name, what, widths)
     result = forward(ops, layer, *INPUTS, Sequences([]))
-    constants = [*ops.linears, *ops.products, softmax_constants(f"{name}exponentials", prefix, passes.scale)]
+    constants = [*ops.linears, *ops.products]
+    looked_up = {}
+    for role, rows, target in (("key", 12, "key[j * D + n]"), ("query", 16, "rows[n]")):
+        table, text = layer.projection_tables.get(role), ""
+        if table is not None:
+            constants.append(constant("int8_t", f"{name}{role}_table_s8", "256", table,
+                                      f"What MUL makes of the codes -128 to 127 of the {role} projection{what}."))
+            text = (f"for (int32_t n = 0; n < tokens * D; n++) {{\n"
+                    f"    {target} = {name}{role}_table_s8[{target} + 128];\n}}\n")
+        looked_up[f"{role}_look_up"] = textwrap.indent(text, " " * rows)
+    constants = [*constants, softmax_constants(f"{name}exponentials", prefix, passes.scale)]
     tensors, all_keys = layer.tensors, passes.permitted == "keys"
     text = "" if all_keys else f"const int32_t permitted = {passes.permitted};\n"
     seen = "keys" if all_keys else "permitted"
@@ -82,9 +92,9 @@ def attention_c(layer: StaticMultiHeadAttention, passes: ScorePasses, prefix: st
     function = fill_template("attention.c", {
         "PREFIX": prefix, "name": name, "title": title, "parameters": parameters, "sizes": sizes,
         "indent": " " * len(f"static int {name}attend_s8("),
-        "scaling_note": "lies in its scale" if not layer.score_ops or passes.scale == tensors["scores"].scale
-                        else "lies in its scale or in pass 3",
-        "score_passes": textwrap.indent(text, " " * 12),
+        "scaling_note": "lies in its scale" + " or in a table" * bool(layer.projection_tables) + (
+            " or in pass 3" * bool(layer.score_ops and passes.scale != tensors["scores"].scale)),
+        "score_passes": textwrap.indent(text, " " * 12), **looked_up,
         **{f"{role}_input": feeds[role] for role in INPUTS}})
     return Attention("\n".join(constants + [passes.constants] * bool(passes.constants)), function, result == "output")
 
@@ -159,5 +169,5 @@ class COps(Ops[str]):
     def _product(self, name: str, what: str, lhs: str, rhs: str) -> str:
         self.products.append(product_constants(
             self._name + name, f"the {name}{self._what}: {what}",
-            *(self.layer.tensors[tensor] for tensor in (lhs, rhs, name))))
+            *(self.layer.product_tensors[tensor] for tensor in (lhs, rhs, name))))
         return name

@@ -22,7 +22,6 @@ from edgeattn.quantized import (
     StaticMultiHeadAttention,
     StaticSelfAttention,
 )
-from quant.export.attention_graph import check_lengths
 from quant.export.c_attention import attention_bytes, attention_c, check_attention, widest_input
 from quant.export.c_mask import score_passes
 from quant.export.c_names import check_names, check_stem
@@ -38,6 +37,7 @@ from quant.export.c_operators import (
 from quant.export.c_test import encoder_vectors_c
 from quant.export.c_text import block_comment_lines, constant, fill_template, float_literal
 from quant.export.static_rows import masked, prepared
+from quant.export.tflite_ops import check_lengths
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -142,7 +142,7 @@ def shortened(encoder: TransformerEncoder, length: int) -> TransformerEncoder:
         of = layer.attention.attention
         layers.append(_with_attention(layer, StaticMultiHeadAttention(
             of.num_heads, of.linears, of.tensors, score_ops=[op(each) for each in of.score_ops],
-            arithmetic=of.arithmetic)))
+            arithmetic=of.arithmetic, query_ops=of.query_ops, key_ops=of.key_ops)))
     return TransformerEncoder(layers, norm=encoder.norm)
 
 

@@ -12,8 +12,8 @@ import numpy as np
 
 from edgeattn.arithmetic import KERNEL_SETS
 from edgeattn.quantized import AddMask, SelectMask, StaticMultiHeadAttention, score_map
-from quant.export.attention_graph import mask_to_graph_rank
 from quant.export.c_text import constant
+from quant.export.tflite_ops import mask_to_graph_rank
 
 AXES = ("b", "h", "i", "j")
 SIZES = ("B", "H", "L", "S")

@@ -13,16 +13,10 @@ import numpy as np
 
 from edgeattn.layers import MultiHeadAttention
 from edgeattn.quantized import DynamicMultiHeadAttention, StaticFeedForward
-from quant.export.attention_graph import (
-    FLOAT_VERSIONS,
-    MASKED_SCORE,
-    FloatTfliteOps,
-    Int8TfliteOps,
-    check_float,
-    check_lengths,
-)
 from quant.export.feed_forward_graph import FeedForwardOps, check_activation
 from quant.export.static_rows import PADDING, StaticBetweenRows, prepared, scatter
+from quant.export.tflite_float_ops import FloatTfliteOps, check_float
+from quant.export.tflite_ops import FLOAT_VERSIONS, MASKED_SCORE, Int8TfliteOps, check_lengths
 
 if TYPE_CHECKING:
     from edgeattn.layers import TransformerEncoder

@@ -9,7 +9,7 @@ import numpy as np
 from edgeattn.ops import Ops
 from edgeattn.quantized import StaticFeedForward
 from edgeattn.tflite_schema import Graph
-from quant.export.attention_graph import FULLY_CONNECTED_VERSION, INT8_VERSIONS
+from quant.export.tflite_ops import FULLY_CONNECTED_VERSION, INT8_VERSIONS
 
 RELU = 1  # ActivationFunctionType
 GELU_VERSION = 2  # the first with int8

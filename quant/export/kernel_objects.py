@@ -5,6 +5,7 @@ machine code is kept.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -34,6 +35,7 @@ TOGETHER = {"layer int8 with a cache": "layer int8"}
 # The instruction set is chosen before anything that reads it is imported.
 _CHOOSE = "import sys; from edgeattn.runtime import isa; isa.use(sys.argv[1]); "
 _BUILD = "from quant.export.kernel_objects_build import main; main(*sys.argv[2:])"
+_ERROR = re.compile(r"[\w.]+(Error|Exception)\b")
 _HERE = Path(__file__).parent
 _WRITTEN_BY = [_HERE / f"{name}.py" for name in ("crosscompile", "linker", "kernel_objects", "kernel_objects_build")]
 _compiling = threading.Lock()  # two exports at a time would compile the same kernels
@@ -95,7 +97,7 @@ def run_build(code: str, targets: Sequence[str], *arguments: object) -> None:
     Raises
     ------
     RuntimeError
-        With the last line it said where it failed.
+        With the last error that it said, Numba's in all their lines.
     """
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("EDGEATTN_", "NUMBA_"))}
     environment |= {"EDGEATTN_JIT": "1", "PYTHONHASHSEED": "0",
@@ -103,8 +105,9 @@ def run_build(code: str, targets: Sequence[str], *arguments: object) -> None:
     command = [sys.executable, "-c", _CHOOSE + code, TARGETS[targets[0]].isa, ",".join(targets), *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
-        raise RuntimeError(f"compiling for {', '.join(targets)} failed: {last[0]}")
+        lines = done.stderr.strip().splitlines() or ["it said nothing"]
+        error = max((at for at, line in enumerate(lines) if _ERROR.match(line)), default=len(lines) - 1)
+        raise RuntimeError(f"compiling for {', '.join(targets)} failed: " + "\n".join(lines[error:]))
 
 
 def _compiled(targets: list[str], names: list[str]) -> dict[tuple[str, str], bytes]:

@@ -27,10 +27,11 @@ from edgeattn.quantized import (
     StaticFeedForward,
     StaticMultiHeadAttention,
 )
-from quant.export.attention_graph import MASKED_SCORE, check_float, check_lengths
 from quant.export.head_positions import added_scores
 from quant.export.onnx_positions import OnnxPositions
 from quant.export.static_rows import PADDING, StaticBetweenRows, prepared
+from quant.export.tflite_float_ops import check_float
+from quant.export.tflite_ops import MASKED_SCORE, check_lengths
 
 if TYPE_CHECKING:
     from edgeattn.quantized import QuantizedLinear, TensorQuantization
@@ -440,8 +441,16 @@ class CodesOps(Ops[str]):
         """The heads side by side."""
         q, k, v = (self.rows.split_heads(x, layer.num_heads, f"{self.prefix}{part}")
                    for x, part in ((q, "query"), (k, "key"), (v, "value")))
+        q, k = self._scaled(q, layer.query_ops, "query"), self._scaled(k, layer.key_ops, "key")
         heads = attend(self, q, k, v, layer, sequences, name)
         return self.rows.merge_heads(heads, f"{self.prefix}context")
+
+    def _scaled(self, x: str, ops: tuple[MulConstant, ...], name: str) -> str:
+        for number, op in enumerate(ops):
+            full = f"{self.prefix}{name}/{number}"
+            factor = self.rows.constant(f"{full}/constant", op.constant.dequantize(op.code))
+            x = self.rows.quantized(self.rows.node("Mul", [x, factor], f"{full}/scaled"), op.output, f"{full}/codes")
+        return x
 
     def scores(self, q: str, k: str, layer: Any, name: str) -> str:
         """q k^T: the scale lies in q."""

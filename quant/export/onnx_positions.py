@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgeattn.position_bias import RelativePositionBias
-from quant.export.attention_graph import MASKED_SCORE
 from quant.export.head_positions import HeadPositions, added_scores, tables
+from quant.export.tflite_ops import MASKED_SCORE
 
 if TYPE_CHECKING:
     from edgeattn.rotary import RotaryEmbedding

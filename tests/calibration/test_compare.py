@@ -135,6 +135,25 @@ def test_scores_that_a_converter_scales_later_are_compared_before():
         assert theirs.tensors[name].cosine == pytest.approx(ours.tensors[name].cosine, abs=1e-3), name
 
 
+def test_queries_and_keys_that_a_converter_scales_are_compared_before():
+    """As nn.MultiheadAttention does: each by the root of the scale."""
+    layer, quantization = random_layer(4), edgeattn.quantized.TensorQuantization
+    x = random_input(0, 4, 12, 32)
+    q = make(layer, [x])
+    t, fold = q.tensors, np.float32(layer.scale)
+    root, query = np.sqrt(fold), quantization(t["query"].scale / fold, t["query"].zero_point)
+    split = q._replace(
+        tensors={**t, "query": query},
+        linears={**q.linears, "query": edgeattn.quantized.QuantizedLinear(
+            q.linears["query"].weight, q.linears["query"].scale / fold, q.linears["query"].bias)},
+        **{f"{name}_ops": (edgeattn.quantized.MulConstant(
+            127, quantization(root / 127, 0), quantization(of.scale * root, of.zero_point)),)
+           for name, of in (("query", query), ("key", t["key"]))})
+    ours, theirs = quant.compare(layer, q, [x]), quant.compare(layer, split, [x])
+    for name in ours.tensors:
+        assert theirs.tensors[name].cosine == pytest.approx(ours.tensors[name].cosine, abs=1e-3), name
+
+
 @pytest.mark.parametrize("scheme", ["static", "dynamic"])
 def test_another_layer_of_the_same_shape_is_refused(scheme):
     layer, other, x = random_layer(5, Hkv=2), random_layer(6, Hkv=2), random_input(0, 2, 9, 32)

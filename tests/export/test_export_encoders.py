@@ -15,8 +15,8 @@ from edgeattn.files.tflite_file import parse
 from edgeattn.layers import TransformerEncoder, TransformerEncoderLayer
 from edgeattn.layers.dynamic_linear import DynamicLinear
 from edgeattn.quantized import StaticFeedForward, StaticSelfAttention
-from quant.export.attention_graph import _all_in_codes
 from quant.export.tflite import write_tflite
+from quant.export.tflite_float_ops import _all_in_codes
 from quant.runtimes import RUNTIMES
 
 L = 9

@@ -8,6 +8,7 @@ from arrays import cosine
 from arrays import numbers as random
 from static_cases import make
 from test_export_encoders import CAUSAL, PADDED, SETTINGS, L, activated, data, static, window, with_mask
+from tflite_graphs import random_scaling
 from whole_models import E, encoder, text_encoder
 from workbench import random_input, random_layer
 
@@ -120,6 +121,19 @@ def test_layers(tmp_path, run):
         path = quant.export(made, tmp_path / "a.onnx", batch=2, sequence_length=9, mask=mask, opset=20)
         want = (made if mask is None else made.with_mask(mask))(x)
         assert np.abs(run(path, x) - want).max() <= 1.01 * made.tensors["output"].scale
+
+
+@each_run
+def test_queries_and_keys_that_a_mul_scales(tmp_path, run):
+    """Their codes are rounded twice, as ours are: the output within a step, where the MUL left out is many aside."""
+    layer, x, rng = random_layer(0), random_input(3, 2, 9, 32), np.random.default_rng(5)
+    made = quant.quantize(layer, quant.calibrate(layer, [{"query": x}]))
+    made = made._replace(query_ops=(random_scaling(rng, made.tensors["query"]),),
+                         key_ops=(random_scaling(rng, made.tensors["key"]),))
+    path = quant.export(made, tmp_path / "a.onnx", batch=2, sequence_length=9, opset=20)
+    got, step = run(path, x), made.tensors["output"].scale
+    assert np.abs(got - made(x)).max() <= 1.01 * step
+    assert np.abs(got - made._replace(query_ops=(), key_ops=())(x)).max() > 3 * step
 
 
 @pytest.mark.parametrize("opset", OPSETS)

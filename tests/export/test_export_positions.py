@@ -100,7 +100,7 @@ def test_shared_and_single_heads(tmp_path):
         near(RUNTIMES["litert"].session(quant.export(layer, tmp_path / "a.tflite", **options)).run(X)[0], layer(X))
 
 
-@pytest.mark.parametrize("positions", ["halves", "relative", "constant"])
+@pytest.mark.parametrize("positions", ["halves", "relative", "constant", "norms", "one norm"])
 def test_our_own_reader_opens_them(tmp_path, positions):
     made = encoder(**POSITIONS[positions]())
     sizes = {"batch": 2, "sequence_length": L} if positions == "constant" else {}

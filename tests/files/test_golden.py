@@ -22,7 +22,7 @@ def inputs(name):
 
 
 @pytest.mark.parametrize("arithmetic", ["litert", "litert-reference"])
-@pytest.mark.parametrize("name", [*FILES, "torch_packed"])
+@pytest.mark.parametrize("name", [*FILES, "torch_mha", "torch_packed"])
 def test_bytes_are_the_recorded_ones(name, arithmetic):
     layer = edgeattn.load(FOLDER / f"{name}.tflite", arithmetic=arithmetic)
     np.testing.assert_array_equal(layer.run_int8(*inputs(name)), RECORDED[f"{name}.{arithmetic}"])
@@ -58,15 +58,12 @@ def test_what_the_files_say_is_read(name):
     assert isinstance(mul, MulConstant) and abs(float(mul.constant.dequantize(mul.code)) - 0.5) < 0.01
 
 
-@pytest.mark.parametrize("arithmetic", ["litert", "litert-reference"])
-def test_queries_and_keys_that_a_mul_scales_round_once(arithmetic):
-    """nn.MultiheadAttention: near the recorded codes, of which the file rounds queries and keys twice."""
-    with pytest.warns(UserWarning, match="torch_mha.tflite: .* is scaled by a MUL of its own, .* differ by one step") as told:
-        layer = edgeattn.load(FOLDER / "torch_mha.tflite", arithmetic=arithmetic)
-    assert len(told) == 2
-    difference = np.abs(layer.run_int8(*inputs("torch_mha")).astype(int) - RECORDED[f"torch_mha.{arithmetic}"])
-    assert difference.max() <= 6
-    assert difference.mean() < 1
+def test_queries_and_keys_that_a_mul_scales_are_told_apart():
+    """nn.MultiheadAttention multiplies both by the root of 1/sqrt(D)."""
+    layer = edgeattn.load(FOLDER / "torch_mha.tflite")
+    for op, in (layer.query_ops, layer.key_ops):
+        assert float(op.constant.dequantize(op.code)) == pytest.approx(8**-0.25, rel=0.01)
+    assert "query op: MulConstant by 0.59" in " ".join(map(str, describe_file(FOLDER / "torch_mha.tflite")))
 
 
 def test_a_block_of_a_model_is_read_alone():

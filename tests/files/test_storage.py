@@ -355,7 +355,7 @@ LYING = {
         {"__metadata__": {"edgeattn": '{"format": 1}'}},
         "unreadable edgeattn metadata: .*'kind'",
     ),
-    "newer": ({"__metadata__": metadata(format=2)}, "has format 2, this edgeattn reads format 1; update edgeattn"),
+    "newer": ({"__metadata__": metadata(format=3)}, "has format 3, this edgeattn reads formats 1 and 2; update edgeattn"),
     "kind": ({"__metadata__": metadata(kind="os")}, "must hold one of MultiHeadAttention, .* got kind 'os'"),
     "kind type": ({"__metadata__": metadata(kind=[])}, r"must hold one of MultiHeadAttention, .* got kind \[\]"),
     "config": ({"__metadata__": metadata(config=[])}, "must hold one of MultiHeadAttention, .* with its config"),

@@ -442,7 +442,7 @@ MASKED_FILE = masked_file()
     "data", [b"", b"TFL3", b"\x08\x00\x00\x00TFL2" + bytes(40), b"PK\x03\x04" + bytes(100)]
 )
 def test_other_files_are_refused(data):
-    with pytest.raises(ValueError, match=r"is not a .tflite file: expected the identifier b'TFL3' at byte 4"):
+    with pytest.raises(ValueError, match=r"is not a .tflite file: expected the identifier 'TFL3' at byte 4, found '"):
         read_tflite(data)
 
 

@@ -14,8 +14,8 @@ from edgeattn.executors.numpy_int8 import Int8Ops
 from edgeattn.layers.attention import forward
 from edgeattn.masks import resolve_mask
 from edgeattn.ops import Sequences
-from quant.export.attention_graph import Int8TfliteOps, check_lengths
 from quant.export.c_attention import COps
+from quant.export.tflite_ops import Int8TfliteOps, check_lengths
 
 PARTS = ["query", "key", "value", "scores", "masked_scores", "probabilities", "context"]
 

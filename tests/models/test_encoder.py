@@ -169,6 +169,37 @@ def test_a_call_that_comes_again_gives_the_same(scheme, norm_first, norm, many_t
     np.testing.assert_array_equal(made(x[:, :5]), fresh()(x[:, :5]))
 
 
+@pytest.mark.parametrize("lengths", [[7, 7, 7], [4, 4, 4], [5, 0, 0], [0, 3, 3], [7, 2, 2], [0, 0, 0]])
+@pytest.mark.parametrize("scheme", ["float32", "dynamic", "static"])
+def test_lengths_that_come_again_give_the_same(lengths, scheme):
+    x = tokens(3, 7)
+    made, uncalled = by_scheme(scheme, x), by_scheme(scheme, x)
+    wanted = np.zeros_like(x)
+    for row, given, length in zip(wanted, x, lengths, strict=True):
+        if length:
+            row[:length] = uncalled(given[None, :length])[0]
+    single = len({length for length in lengths if length}) == 1
+    for given in (lengths, np.array(lengths), np.array(lengths, np.int32)):
+        for _ in range(4):
+            for row, length in zip(x, lengths, strict=True):
+                row[length:] = np.nan  # no padding is read
+            np.testing.assert_array_equal(made(x, lengths=given), wanted)
+            out = np.full_like(x, 3)
+            assert made(x, lengths=given, out=out) is out
+            np.testing.assert_array_equal(out, wanted)
+    assert len(chains(made)) == 3 * single
+    for _ in range(4):
+        listed = made([row[:length] for row, length in zip(x, lengths, strict=True)])
+        for found, row, length in zip(listed, wanted, lengths, strict=True):
+            np.testing.assert_array_equal(found, row[:length])
+    for wrong in ([7.0] * 3, [True] * 3, [8] * 3, [-1] * 3, [7] * 2):
+        with pytest.raises((TypeError, ValueError), match="lengths must"):
+            made(x, lengths=wrong)
+    for out in (np.empty((3, 6, E), np.float32), np.empty(x.shape)):
+        with pytest.raises((TypeError, ValueError), match="out must have"):
+            made(x, lengths=lengths, out=out)
+
+
 def test_what_another_call_has_not_prepared_yet_becomes_a_chain():
     made, x = encoder(), tokens(2, 7)
     with made.prepared(x.shape[:-1]):  # as by a thread that is still at work
@@ -278,6 +309,88 @@ def test_an_error_leaves_all_caches_as_they_were(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         made(tokens(1, 2), kv_cache=caches)
     assert [cache.length for cache in caches] == [2] * LAYERS
+
+
+def by_scheme(scheme, x, **options):
+    """An encoder in float32 or int8."""
+    made = encoder(**options)
+    return made if scheme == "float32" else quant.quantize(
+        made, quant.calibrate(made, [x]) if scheme == "static" else None, scheme=scheme)
+
+
+@pytest.mark.parametrize("scheme, dtype", [("float32", "float32"), ("float32", "int8"), ("dynamic", "float32"),
+                                           ("dynamic", "int8"), ("static", None)])
+@pytest.mark.parametrize("options", [{}, {"norm_first": True, "norm": None}])
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_step_that_comes_again_gives_what_a_first_one_gives(scheme, dtype, options, window):
+    x = tokens(2, 7)
+    made = by_scheme(scheme, x, **options)
+    known, fresh = (made.make_caches(2, 7, dtype=dtype, window=window) for _ in "ab")
+    made(x[:, :1], kv_cache=made.make_caches(2, 1, dtype=dtype))
+    for i in range(7):
+        step, out = x[:, i:i + 1], np.empty((2, 1, E), np.float32)
+        assert len(made._steps) == 1
+        assert made(step, kv_cache=known, is_causal=i % 2 == 0, out=out) is out
+        made._steps.clear()
+        np.testing.assert_array_equal(made(step, kv_cache=fresh, is_causal=True), out)
+    for one, other in zip(known, fresh, strict=True):
+        assert one.length == other.length == 7
+        for held, wanted in zip(one.held(), other.held(), strict=True):
+            np.testing.assert_array_equal(held, wanted)
+
+
+@pytest.mark.parametrize("scheme", ["float32", "dynamic", "static"])
+def test_a_step_that_comes_again_is_refused_as_a_first_one_is(scheme, monkeypatch):
+    x = tokens(1, 1)
+    made = by_scheme(scheme, x)
+    caches, step = made.make_caches(1, 3), x.copy()
+    made(tokens(1, 2)[:, 1:], kv_cache=caches)
+    other = made.make_caches(1, 3)
+    made(tokens(1, 2), kv_cache=other)
+    for wrong in ([caches[0]] * 2, caches[:1], [caches[0], other[1]], made.make_caches(2, 3), iter(caches)):
+        with pytest.raises(ValueError, match="cache"):
+            made(step, kv_cache=wrong)
+    for options in ({"lengths": [1]}, {"attn_mask": np.ones((1, 5), bool)}, {"out": np.empty((1, 1, E + 1), "f")}):
+        with pytest.raises(ValueError):
+            made(step, kv_cache=caches, **options)
+    for options in ({"is_causal": 1}, {"out": np.empty((1, 1, E))}):
+        with pytest.raises(TypeError):
+            made(step, kv_cache=caches, **options)
+    masked = made(step, kv_cache=caches, key_padding_mask=np.array([[False, True]]))  # no step like the one before
+    for cache in caches:
+        cache.truncate(1)
+    assert (masked != made(step, kv_cache=caches)).any()
+    if scheme == "static":
+        with pytest.raises(ValueError, match="x must hold no NaN with kv_cache"):
+            made(np.full_like(step, np.nan), kv_cache=caches)
+
+    def broken(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(made.layers[-1].stages[-1], "step", broken, raising=False)
+        with pytest.raises(KeyboardInterrupt):
+            made(step, kv_cache=caches)
+    assert [cache.length for cache in caches] == [2] * LAYERS
+    made(step, kv_cache=caches)
+    with pytest.raises(ValueError, match="the cache is full"):
+        made(step, kv_cache=caches)
+    assert [cache.length for cache in caches] == [3] * LAYERS
+
+
+def test_a_window_or_a_bias_of_a_layers_own_holds_for_every_step():
+    one, x = encoder(norm=None), tokens(1, 6)
+    attention = one.layers[0].attention
+    bias = np.random.default_rng(0).standard_normal((H, 6, 6)).astype(np.float32)
+    biased = edgeattn.MultiHeadAttention(
+        H, *(getattr(attention, f"{name}_weight") for name in ("q", "k", "v", "out")), position_bias=bias)
+    for options, of in (({"window_size": (2, 0)}, attention), ({}, biased)):
+        made = TransformerEncoder([edgeattn.TransformerEncoderLayer(of, each.feed_forward, each.norm1, each.norm2, **options)
+                                   for each in one.layers])
+        caches, wanted = made.make_caches(1, 6), made(x, is_causal=True)
+        for i in range(6):
+            got = made(np.ascontiguousarray(x[:, i:i + 1]), kv_cache=caches, is_causal=True)
+            np.testing.assert_allclose(got, wanted[:, i:i + 1], **CLOSE)
 
 
 def test_a_layers_own_window_narrows_the_calls():

@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 import reference_encoder as oracle
 
-from edgeattn import FeedForward, LayerNorm, Linear, RMSNorm
+import quant
+from edgeattn import (
+    FeedForward,
+    LayerNorm,
+    Linear,
+    MultiHeadAttention,
+    RMSNorm,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+)
 
 CLOSE = dict(rtol=0, atol=3e-6)
 
@@ -45,6 +54,23 @@ def test_feed_forward(kind, gated):
     x = X * 3
     np.testing.assert_allclose(layer(x), oracle.feed_forward(x, w, kind), rtol=0, atol=1e-5)
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(layer))(x), layer(x))
+
+
+@pytest.mark.parametrize("scheme", ["float32", "dynamic"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_feed_forward_alone_has_the_bits_that_it_has_in_an_encoder(gated, scheme):
+    random = np.random.default_rng(5)
+    linear1, linear2, gate = (Linear(random.standard_normal(shape), random.standard_normal(shape[0]))
+                              for shape in ((300, 16), (16, 300), (300, 16)))
+    nothing = MultiHeadAttention(2, **{f"{name}_weight": np.zeros((16, 16)) for name in ("q", "k", "v", "out")})
+    made = TransformerEncoder([TransformerEncoderLayer(
+        nothing, FeedForward(linear1, linear2, gate=gate if gated else None), None, None)])
+    if scheme == "dynamic":
+        made = quant.quantize(made, scheme=scheme)
+    x = random.standard_normal((3, 7, 16), np.float32)
+    alone = made.layers[0].feed_forward(x)
+    np.testing.assert_array_equal(made(x), alone + x)  # attention adds nothing
+    np.testing.assert_array_equal(made.layers[0].feed_forward(x[:, ::2]), alone[:, ::2])
 
 
 @pytest.mark.parametrize("kind", sorted(oracle.ACTIVATIONS))

@@ -10,7 +10,8 @@ For each CPU a process a runtime, counted by a plugin of the emulator (count_plu
 eight calls execute more than four. A count is no speed: instructions take unlike times, and the emulator has no
 pipelines.
 edgeattn runs from a wheel with these CPUs' kernels, without Numba; LiteRT and onnxruntime as their wheels come, on one
-thread. Needs a C compiler, apt-get as build.py does, and the package onnx.
+thread. Needs a C compiler, apt-get as build.py does, and the package onnx; where ai-edge-quantizer is, LiteRT's
+dynamic int8 is counted, too.
 """
 
 from __future__ import annotations
@@ -28,19 +29,21 @@ from run import ROOT, clean_environment, install_wheel
 
 sys.path.insert(0, str(ROOT))
 
+import onnx_graphs
+
 import edgeattn
 import quant
 
 CALLS = 4  # as count_calls.py has it
 SIZES = "64/4/32", "384/12/32", "384/12/128", "384/12/32/1536"  # width, heads, tokens, hidden features
 FORMATS = "float32", "dynamic", "static"
-PEERS = {"litert": ("float32", "static"), "onnxruntime": ("float32", "dynamic")}
-PEERS_OF_ENCODERS = {"litert": ("float32", "static"), "onnxruntime": ("float32", "static")}
+PEERS = {"litert": FORMATS, "onnxruntime": ("float32", "dynamic")}
+PEERS_OF_ENCODERS = {"litert": FORMATS, "onnxruntime": FORMATS}
 HERE = Path(__file__).resolve().parent
 
 
-def counting_emulator(folder: Path) -> tuple[Path, Path]:
-    """An emulator that takes plugins, as the static one does not, and the plugin; both made where they are missing."""
+def counting_emulator(folder: Path) -> tuple[list[Path | str], Path]:
+    """What starts an emulator that takes plugins, as the static one does not, and the plugin; made where missing."""
     emulator, plugin = folder / "usr" / "bin" / "qemu-aarch64", folder / "count.so"
     if not emulator.exists():
         state = folder / "apt"
@@ -54,33 +57,10 @@ def counting_emulator(folder: Path) -> tuple[Path, Path]:
             subprocess.run(["dpkg-deb", "-x", package, folder], check=True)
     if not plugin.exists() or plugin.stat().st_mtime < (HERE / "count_plugin.c").stat().st_mtime:
         subprocess.run(["cc", "-shared", "-fPIC", "-O2", "-o", plugin, HERE / "count_plugin.c"], check=True)
-    return emulator, plugin
-
-
-def onnx_file(layer: edgeattn.MultiHeadAttention, shape: tuple[int, ...], dynamic: bool, path: Path) -> None:
-    """A layer in onnxruntime's own operators: Attention and MatMul, or QAttention and DynamicQuantizeMatMul."""
-    from onnx import TensorProto, helper, numpy_helper
-
-    weights = {"w": np.concatenate([layer.q_weight, layer.k_weight, layer.v_weight]).T, "wo": layer.out_weight.T}
-    constants = {"b": np.concatenate([layer.q_bias, layer.k_bias, layer.v_bias]), "bo": layer.out_bias, **weights}
-    own = {"domain": "com.microsoft"}
-    if dynamic:
-        for name, values in weights.items():
-            scale = np.float32(np.abs(values).max() / 127)
-            constants |= {name: np.clip(np.rint(values / scale), -127, 127).astype(np.int8), f"{name}_scale": scale,
-                          f"{name}_zero": np.int8(0)}
-        nodes = [helper.make_node("DynamicQuantizeLinear", ["x"], ["xq", "x_scale", "x_zero"]),
-                 helper.make_node("QAttention", ["xq", "w", "b", "x_scale", "w_scale", "", "x_zero", "w_zero"], ["a"],
-                                  num_heads=layer.num_heads, **own),
-                 helper.make_node("DynamicQuantizeMatMul", ["a", "wo", "wo_scale", "wo_zero", "bo"], ["y"], **own)]
-    else:
-        nodes = [helper.make_node("Attention", ["x", "w", "b"], ["a"], num_heads=layer.num_heads, **own),
-                 helper.make_node("MatMul", ["a", "wo"], ["m"]), helper.make_node("Add", ["m", "bo"], ["y"])]
-    ends = [[helper.make_tensor_value_info(name, TensorProto.FLOAT, list(shape))] for name in "xy"]
-    arrays = [numpy_helper.from_array(np.ascontiguousarray(values), name) for name, values in constants.items()]
-    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
-    model = helper.make_model(helper.make_graph(nodes, "layer", *ends, arrays), opset_imports=opsets, ir_version=9)
-    path.write_bytes(model.SerializeToString())
+    # It is linked to libraries that this machine need not have: those that came with it, and their own loader.
+    libraries = [folder / parent / "x86_64-linux-gnu" for parent in ("lib", "usr/lib")]
+    loader = next(path for each in libraries if (path := each / "ld-linux-x86-64.so.2").exists())
+    return [loader, "--library-path", ":".join(map(str, libraries)), emulator], plugin
 
 
 def make_files(folder: Path, sizes: list[str]) -> dict[tuple[str, str, str], tuple[Path, Path]]:
@@ -108,16 +88,30 @@ def make_files(folder: Path, sizes: list[str]) -> dict[tuple[str, str, str], tup
         peers = PEERS_OF_ENCODERS if hidden else PEERS
         for name in peers["litert"]:
             path = Path(f"{stem}-{name}.tflite")
-            quant.export(made[name], path, sequence_length=L)
+            if name != "dynamic":
+                quant.export(made[name], path, sequence_length=L)
+            elif not quantize_dynamic(Path(f"{stem}-float32.tflite"), path):
+                continue
             files["litert", size, name] = path, codes if name == "static" and not hidden else inputs
         for name in peers["onnxruntime"]:
             path = Path(f"{stem}-{name}.onnx")
-            if hidden:
+            if name == "static":
                 quant.export(made[name], path, sequence_length=L)
             else:
-                onnx_file(layer, x.shape, name == "dynamic", path)
+                onnx_graphs.write(layer, x.shape, name == "dynamic", path)
             files["onnxruntime", size, name] = path, inputs
     return files
+
+
+def quantize_dynamic(plain: Path, path: Path) -> bool:
+    """Write what LiteRT's quantizer makes of a float32 file, int8 weights and dynamic ranges; whether it is there."""
+    try:
+        import ai_edge_quantizer
+    except ImportError:
+        return False
+    quantizer = ai_edge_quantizer.Quantizer(str(plain), ai_edge_quantizer.recipe.dynamic_wi8_afp32())
+    path.write_bytes(bytes(quantizer.quantize().quantized_model))
+    return True
 
 
 def encoder(attention: edgeattn.MultiHeadAttention, hidden: int, layers: int = 1, *, rng: np.random.Generator
@@ -143,7 +137,7 @@ def count(folder: Path, cpu: str, site: Path, peers: Path, runtime: str, files: 
     emulator, plugin = counting_emulator(counting)
     out = counting / f"{cpu}-{runtime}.txt"
     root = folder / "root"
-    command = [emulator, "-plugin", f"{plugin},out={out}", "-cpu", cpu, "-L", folder / cpu / "prefix", "-0",
+    command = [*emulator, "-plugin", f"{plugin},out={out}", "-cpu", cpu, "-L", folder / cpu / "prefix", "-0",
                folder / cpu / "bin" / "python", root / "usr" / "bin" / f"python{python_of(root)}",
                HERE / "count_calls.py", runtime, *(part for each in files for part in each)]
     paths = [str(site)] if runtime == "edgeattn" else [str(peers)] if runtime == "onnxruntime" else []
@@ -167,11 +161,12 @@ def main() -> int:
     add("folder", type=Path, help="where tools/arm64/build.py built")
     add("--cpu", action="append", choices=[cpu.name for cpu in CPUS], help="this CPU alone; may be repeated")
     add("--size", action="append", help="as said above; may be repeated")
+    add("--format", action="append", choices=FORMATS, help="this alone; may be repeated")
     add("--site", type=Path, help="where edgeattn is installed with libraries; else a wheel is built")
     add("--runtime", action="append", choices=["edgeattn", *PEERS], help="this alone; may be repeated")
     given = parser.parse_args()
     folder, cpus, sizes = given.folder.absolute(), given.cpu or [cpu.name for cpu in CPUS], given.size or list(SIZES)
-    runtimes = given.runtime or ["edgeattn", *PEERS]
+    runtimes, formats = given.runtime or ["edgeattn", *PEERS], given.format or FORMATS
     peers = folder / "counting" / "peers"
     try:
         counting_emulator(folder / "counting")
@@ -183,7 +178,7 @@ def main() -> int:
         for cpu in cpus:
             for runtime in runtimes:
                 step.update(f"{runtime} on {cpu}")
-                mine = [key for key in files if key[0] == runtime]
+                mine = [key for key in files if key[0] == runtime and key[2] in formats]
                 found = count(folder, cpu, site.absolute(), peers, runtime, [files[key] for key in mine])
                 counts |= {(cpu, *key): each for key, each in zip(mine, found, strict=True)}
         step.done(f"{len(counts)} layers")

@@ -40,7 +40,7 @@ def kernels() -> dict:
         made.append(attention.attention("float32", rows, chunk, "float32", "int8", True, "float32"))
     made += [attention.attention("float16", 32, 128, "float32", "float32", wide, "float32") for wide in both]
     for row in KERNEL_SETS.values():
-        made += [int8.linear_int8(row.fully_connected, wide) for wide in both]
+        made += [int8.linear_int8(row.fully_connected, *flags) for flags in itertools.product(both, both)]
         made += [int8.static_attention(row.batch_matmul, row.batch_matmul, row.softmax, *flags)
                  for flags in itertools.product(both, both)]
     made += [int8.linear_int8(None, wide) for wide in both]

@@ -7,13 +7,22 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgeattn.checks import result_dtype
 from edgeattn.executors.cuda.call_cache import OUT
 from edgeattn.executors.cuda.functional import result_array
 from edgeattn.executors.cuda.layers import OnCuda, check_is_on_gpu
 from edgeattn.executors.cuda.masks import arrays_read
 from edgeattn.executors.cuda.ops import CudaOps, Group, SequencesOnDevice
 from edgeattn.executors.cuda.parameters import Parameters
-from edgeattn.layers.encoder import FURTHEST, TransformerEncoder, check_caches, checked_lengths, narrower, runs_of
+from edgeattn.layers.encoder import (
+    FURTHEST,
+    TransformerEncoder,
+    check_caches,
+    checked_lengths,
+    checked_list,
+    narrower,
+    runs_of,
+)
 from edgeattn.masks import NO_WINDOW, window_bounds
 from edgeattn.models import ImageEncoder, TextEncoder
 
@@ -78,11 +87,19 @@ class EncoderOnCuda(_Model):
     """
 
     query_name = "x"
-    encode_list = TransformerEncoder.encode_list
     call_with_torch_masks = TransformerEncoder.call_with_torch_masks
 
     def _forward(self, ops):
         self.layer.forward(ops, None, [None] * len(self.layer.layers))
+
+    def encode_list(self, x, lengths, out, **options):
+        """A call for a list of sequences, as one of an array with room for each."""
+        arrays, counts = checked_list(self.embed_dim, x, lengths, out, options)
+        padded = np.zeros((len(arrays), max(counts), self.embed_dim), result_dtype(*arrays))
+        for row, array in zip(padded, arrays, strict=True):
+            row[: len(array)] = array
+        encoded = self(padded, lengths=counts, **options)
+        return [row[:count] for row, count in zip(encoded, counts, strict=True)]
 
     def make_caches(self, batch, capacity, **options):
         """One empty cache on the GPU for each layer."""

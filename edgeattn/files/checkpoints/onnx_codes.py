@@ -249,7 +249,8 @@ def _pieces(channels, offset, pair, what):
 def static_attention(graph, found, name, arithmetic):
     """(config, arrays) of the StaticSelfAttention that an attention layer is, as its `from_state` takes them."""
     apart = found.apart
-    if found.arguments.get("rotary") or found.arguments.get("position_bias") is not None:
+    if found.arguments.get("position_bias") is not None or any(
+            found.arguments.get(part) for part in ("rotary", "q_norm", "k_norm")):
         raise NotRead(f"{name} has positions of its own, which static int8 has not{INSTEAD}")
     if apart.products is None or any(node.op_type != "MatMul" for node in apart.products) or apart.output is None:
         raise NotRead(f"{name} must be taken apart, a Softmax between MatMul, to have a scale for each part{INSTEAD}")

@@ -185,12 +185,30 @@ def _operand(graph, name, made):
     size = None if shape is None else int(np.prod(shape, dtype=np.float64))
     if shape is None or not 0 < size <= graph.most_elements:
         maker = graph.maker.get(name)
+        first = _first_unknown(graph, name) if shape is None else None
         raise UnknownShape(
             f"the shape of {name[:100]!r}"
             + (f", which a {maker.op_type} node makes," if maker else "")
             + f" must be known and hold 1 to {graph.most_elements} elements, got {shape}"
+            + (f": what {title(first)} gives of {', '.join(str(graph.shapes.get(each)) for each in first.input)[:100]} "
+               "is not followed" if first is not None and first is not maker else "")
         )
     return Elements.of(name, shape)
+
+
+def _first_unknown(graph, name):
+    """The node above a value that gives no known shape, or no known numbers of a shape, of inputs that are known."""
+    seen, shapes = set(), True
+    while (node := graph.maker.get(name)) is not None and name not in seen:
+        seen.add(name)
+        above = [each for each in node.input if each and (
+            graph.shapes.get(each) is None if shapes else not graph.is_known(each))]
+        if not above and shapes and node.op_type in functions.LAYOUT:
+            above, shapes = [each for each in list(node.input)[1:] if each and not graph.is_known(each)], False
+        if not above or (not shapes and node.op_type == "Shape"):
+            return node
+        name = above[0]
+    return None
 
 
 def _step(graph, node, made):
@@ -222,7 +240,11 @@ def _step(graph, node, made):
             f"{reason(graph.shapes.get(node.output[0]))}"
         )
     if kind == "Concat":
-        return [_joined(inputs, attributes.get("axis", 0))]
+        try:
+            return [_joined(inputs, attributes.get("axis", 0))]
+        except ValueError:
+            raise UnknownShape(f"{title(node)} must have inputs that fit each other, got "
+                               f"{reason([each.shape for each in inputs])}") from None
     if kind == "Where":
         return [_chosen(graph.constant(node.input[0]).astype(bool), *inputs[1:])]
     if kind == "Neg":

@@ -5,6 +5,7 @@ between is computed and compared with norms and activations (`onnx_probes`), so 
 writes them. Which token each row is of is followed too.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -34,6 +35,7 @@ _PLAIN = (*functions.SAME, "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flat
 _FEW_NODES, _MOST_VALUES = 24, 64
 LONG = 150  # tokens: half the widest window of models known is 64
 _ROWS = 64  # of numbers that an activation is computed for
+ALONE = "MultiHeadAttention.from_onnx(path, node=...) reads attention alone"
 
 
 @dataclasses.dataclass
@@ -131,8 +133,8 @@ def read_encoder(graph, nodes, *, arithmetic=None):
     if not nodes:
         raise NotRead("it must have attention: a Softmax between two products, or an Attention operator; got none")
     layers, start, stream = [], None, None
-    for node in nodes:
-        layer, residual, total = _layer(graph, attention_at(graph, node))
+    for number, node in enumerate(nodes):
+        layer, residual, total = _layer(graph, attention_at(graph, node), nodes[number + 1:])
         if arithmetic is not None:
             name = title(node)
             layer.static = (static_attention(graph, layer.attention, name, arithmetic),
@@ -142,7 +144,8 @@ def read_encoder(graph, nodes, *, arithmetic=None):
             layers[-1].norm2 = _norm(graph, stream, residual, f"in front of {title(node)}")
         elif layers and residual != stream:
             raise NotRead(f"the residual of {title(node)} must be the sum that the layer before gives, {stream!r}, got "
-                          f"{residual!r}")
+                          f"{residual!r}: another encoder, or something between two layers; TextEncoder.from_onnx and "
+                          f"ImageEncoder.from_onnx read those of a model of texts and images, {ALONE}")
         layers.append(layer)
         stream = total
     if not layers[-1].norm_first:
@@ -172,7 +175,7 @@ def refuse_positions(encoder):
             raise NotRead(f"{title(layer.attention.node)} has positions of its own, which static int8 has not{INSTEAD}")
 
 
-def _layer(graph, attention):
+def _layer(graph, attention, following=()):
     """(the `Layer`, the value that goes in, the last sum); of a layer whose norms are behind the sums norm2 is ()."""
     name = title(attention.node)
     if capped := [text for text in attention.told if CAPS in text]:
@@ -193,13 +196,23 @@ def _layer(graph, attention):
     rows = rows_of(graph, read, source)[attention.order[rows]]
     if (rows != rows_of(graph, other, residual)).any():
         raise NotRead(f"the residual of {name} must be of the tokens that it attends from, in their order")
-    feed = _feed_forward(graph, total, name)
+    _refuse_parallel(graph, total, residual, source, name)
+    try:
+        feed = _feed_forward(graph, total, name)
+    except NotRead:
+        _refuse_missing(graph, total, name, following)
+        raise
     norm_first = feed.residual == total
     if norm_first:
         norm1 = _norm(graph, residual, source, f"in front of {name}", optional=True)
         norm2 = _norm(graph, total, feed.source, f"behind {name}", optional=True)
     else:
         norm1, norm2 = _norm(graph, total, feed.source, f"behind {name}"), ()
+        for value, given in ((residual, source), (feed.residual, feed.source)):
+            node = graph.maker.get(value)
+            if node is not None and node.op_type in ("Mul", "Div") and given in node.input:
+                raise NotRead(f"the residual of {name} must be what goes in, got {title(node)}, which multiplies it, "
+                              "as DeepNet does; an encoder layer has no place for that")
         if source != residual or feed.residual != feed.source:
             raise NotRead(f"residuals around {name} must be both before norms or both behind them, got {residual!r} "
                           f"beside {source!r}, and {feed.residual!r} beside {feed.source!r}")
@@ -208,6 +221,31 @@ def _layer(graph, attention):
         attention.arguments |= {f"{part}_weight": attention.arguments[f"{part}_weight"][:, :width] for part in "qkv"}
     return Layer(attention, feed.linear1, feed.linear2, feed.gate, feed.activation, norm1, norm2,
                  norm_first, feed.networks), residual, feed.sum
+
+
+def _refuse_parallel(graph, total, residual, source, name):
+    """Refuse a layer whose feed-forward network stands beside attention, not behind it."""
+    reader = graph.reader(total)
+    beside = [] if reader is None or reader.op_type not in ("Add", "Sum") else [
+        each for each in reader.input if each != total]
+    if norm_between(graph, residual, source) is None and graph.made(residual) > graph.made(source):
+        beside.append(residual)
+    for each in beside:
+        if graph.constant(each) is None and _leaf(graph, each, is_map_of(graph)) is not None:
+            raise NotRead(f"{name} has a feed-forward network, or another map, beside it, not behind it: what it gives "
+                          f"is added to what {title(graph.maker[each])} gives, as in GPT-J and GPT-NeoX, for which "
+                          f"an encoder layer has no place; {ALONE}")
+
+
+def _refuse_missing(graph, total, name, following):
+    """Refuse attention behind which the next attention comes, without a feed-forward network between them."""
+    first = None
+    with contextlib.suppress(NotRead):
+        then = attention_at(graph, following[0]) if following else None
+        first = then and _next_map(graph, total, name)
+    if first and first in {each.source for each in then.apart.projections}:
+        raise NotRead(f"between {name} and {title(following[0])} there must be a feed-forward network, got none; "
+                      f"{ALONE}")
 
 
 def root_of(graph, name):

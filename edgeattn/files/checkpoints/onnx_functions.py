@@ -8,6 +8,7 @@ import math
 
 import numpy as np
 
+from edgeattn.files.checkpoints.onnx_resize import resize
 from edgeattn.files.paths import reason
 
 _LONGEST_RANGE = 2**16
@@ -302,6 +303,8 @@ def _einsum(attributes, *inputs):
 
 
 OTHERS = {
+    "Resize": resize,
+    "EyeLike": lambda a, x: np.eye(*x.shape, a.get("k", 0), dtype=np.float32),
     "Einsum": _einsum,
     "GatherElements": lambda a, x, indices: np.take_along_axis(x, indices, a.get("axis", 0)),
     "GatherND": _gather_nd,

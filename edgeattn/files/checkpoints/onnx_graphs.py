@@ -84,17 +84,32 @@ def onnx_weights(
     Warns
     -----
     UserWarning
-        When the graph masks its scores, or has a window or a softcap, which here are arguments of each call.
+        When the graph masks its scores, or has a window or a softcap, which here are arguments of each call; when
+        queries, keys and values are not of one value, or something else than a linear map follows.
     """
     graphs = open_graph(path_or_model)
+
     def read(*sizes):
         graph = graphs(*sizes)
-        return attention_at(graph, choose(graph, node))
+        found = attention_at(graph, choose(graph, node))
+        return found, [*found.told, *_apart(graph, found)]
 
-    found = read_graph(graphs, read)
-    for told in found.told:
-        warnings.warn(told, stacklevel=3 + FRAMES)
+    found, told = read_graph(graphs, read)
+    for text in told:
+        warnings.warn(text, stacklevel=3 + FRAMES)
     return found.heads, found.kv_heads, found.arguments
+
+
+def _apart(graph, found):
+    """What is to be known of a layer whose inputs are not one, or whose result goes on otherwise than through a map."""
+    sources = [root_of(graph, source) for source in found.sources]
+    if len(set(sources)) > 1 and not set(sources) <= set(graph.inputs):
+        q, k, v = (f"{source[:60]!r}" for source in sources)
+        yield (f"{title(found.node)} takes queries of {q}, keys of {k} and values of {v}; pass each in its place in "
+               "each call: layer(query, key, value)")
+    if found.beyond is not None:
+        yield (f"what {title(found.node)} gives goes into {found.beyond}, which is not part of the layer; the layer "
+               "has no output projection")
 
 
 def kernel_set_of(scheme: OnnxScheme, arithmetic: Arithmetic | None) -> Arithmetic | None:
@@ -161,8 +176,14 @@ def onnx_text(path_or_model: Path | OnnxModel, arithmetic: Arithmetic | None = N
     graphs = open_graph(path_or_model)
     inputs = text_inputs(graphs(2))
 
-    def read(batch, *_):
-        return read_text(lambda *options: graphs(batch, *options), attention_nodes, *inputs, arithmetic)
+    def read(batch, _=None, length=None):
+        def graph(bound, at=length):
+            return graphs(batch, bound, at) if at else graphs(batch, bound)
+
+        def nodes_of(graph):
+            return _of_inputs(graph, inputs[:1])
+
+        return read_text(graph, nodes_of, *inputs, arithmetic, traced=length is not None)
 
     return read_graph(graphs, read)
 
@@ -179,7 +200,8 @@ def onnx_image(path_or_model: Path | OnnxModel, arithmetic: Arithmetic | None = 
 
     def read(*sizes):
         graph = graphs(*sizes)
-        return read_image(graph, attention_nodes(graph), arithmetic)
+        images = [name for name in graph.inputs if len(graph.shapes.get(name) or ()) == 4]
+        return read_image(graph, _of_inputs(graph, images), arithmetic)
 
     return read_graph(graphs, read)
 
@@ -208,8 +230,11 @@ def read_graph(graphs, read):
             # of layouts with the length first, too, where it is taken for the batch
             lengths = _traced(graphs(2)) if isinstance(error, UnknownShape) else []
             for sizes in ((1,), *((length,) for length in lengths), *((2, None, length) for length in lengths)):
-                with contextlib.suppress(NotRead):
+                try:
                     return read(*sizes)
+                except ValueError as other:  # of a size whose shapes are known: what stands there is the fault
+                    if isinstance(error, UnknownShape) and isinstance(other, NotRead):
+                        error = other
             raise error from None
 
 
@@ -250,6 +275,13 @@ def attention_nodes(graph):
         if (domain_of(node), node.op_type) in OPERATORS
         or (node.op_type in ("Softmax", "QLinearSoftmax") and _is_attention(graph, node))
     ]
+
+
+def _of_inputs(graph, names):
+    """The attention nodes of what is computed of some inputs: those of texts, or of images, in a model of both."""
+    of = {id(node) for name in names for node in graph.nodes_behind(name)}
+    nodes = attention_nodes(graph)
+    return [node for node in nodes if id(node) in of] or nodes
 
 
 def _is_attention(graph, node):

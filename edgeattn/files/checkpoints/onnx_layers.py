@@ -9,7 +9,7 @@ import numpy as np
 from edgeattn.files.checkpoints.onnx_elements import BLOCKED
 from edgeattn.files.checkpoints.onnx_nodes import title
 from edgeattn.files.checkpoints.onnx_operators import from_operator
-from edgeattn.files.checkpoints.onnx_outputs import output_map
+from edgeattn.files.checkpoints.onnx_outputs import beyond, output_map
 from edgeattn.files.checkpoints.onnx_scores import from_softmax
 from edgeattn.files.checkpoints.onnx_values import NotRead
 
@@ -45,6 +45,7 @@ class Attention:
     window: tuple = (-1, -1)  # (left, right) that a mask of all pairs leaves
     apart: Any = None  # what it is made of, for its codes
     added: Any = None  # (heads, L, S): what scores have added that is no mask, in a graph of any length
+    beyond: str | None = None  # the node that computes with what attention gives, where that is no map
 
 
 def attention_at(graph, node):
@@ -112,7 +113,13 @@ def _assembled(graph, node, name, parts):
     size = q.features.shape[1]
     correction = parts.scale[groups] * np.float32(math.sqrt(size)) if len(parts.scale) == len(groups) else parts.scale
     correction = np.where(np.isclose(correction, 1, rtol=2e-6, atol=0), np.float32(1), correction)
-    if (correction != 1).any():
+    if q.norm and (correction != 1).any():
+        if (correction != correction[:1]).any():
+            raise NotRead(f"{name} must scale the scores of all heads by one number behind a norm of queries")
+        kind, weight, bias, eps = q.norm
+        weight, bias = (None if each is None else each * correction[0] for each in (weight, bias))
+        q = dataclasses.replace(q, norm=(kind, weight, bias, eps))
+    elif (correction != 1).any():
         q = dataclasses.replace(q, factor=q.factor * correction[:, None], offset=q.offset * correction[:, None])
     for short, each, which in (("q", q, first), ("k", k, kv), ("v", v, kv)):
         arguments[f"{short}_weight"], bias = each.weights(which)
@@ -121,6 +128,9 @@ def _assembled(graph, node, name, parts):
     rotary = parts.rotary or q.rotary
     if (q.rotary != k.rotary) and not parts.rotary:
         raise NotRead(f"{name} must turn queries and keys by the same rotary embedding, got {q.rotary} and {k.rotary}")
+    if v.norm:
+        raise NotRead(f"{name} must have values that no norm changes")
+    arguments |= {f"{short}_norm": each.norm for short, each in (("q", q), ("k", k)) if each.norm}
     if v.rotary:
         raise NotRead(f"{name} must have values that no rotary embedding turns")
     if rotary:
@@ -173,6 +183,7 @@ def _assembled(graph, node, name, parts):
         window,
         Apart(projections, first, parts.scale, parts.products, behind),
         added,
+        beyond(graph, parts.context) if output is None else None,
     )
 
 

@@ -57,10 +57,11 @@ class Image:
     norm: tuple  # in front of the layers
 
 
-def read_text(graphs, nodes_of, ids, bound, arithmetic=None):
+def read_text(graphs, nodes_of, ids, bound, arithmetic=None, *, traced=False):
     """The `Text` of a model; `graphs(bound)` gives its graph, `nodes_of(graph)` the attention nodes.
 
-    `ids` and `bound` are what `text_inputs` gives, `arithmetic` is as of `read_encoder`.
+    `ids` and `bound` are what `text_inputs` gives, `arithmetic` is as of `read_encoder`; of a model that was `traced`
+    for one length `graphs` gives that of this one, and masks of others need not be in it.
 
     Raises
     ------
@@ -75,20 +76,25 @@ def read_text(graphs, nodes_of, ids, bound, arithmetic=None):
         value = root_of(graph, found.source)
     value, norm = _norm_above(graph, value)
     text = Text(None, None, None, None, norm, projection, encoder, False)
-    for part in _summands(graph, value):
-        _take(graph, text, part, ids)
+    for part, factor in _summands(graph, value):
+        _take(graph, text, part, ids, factor)
     if text.tokens is None:
         raise NotRead(f"the embedding of tokens must be a Gather from a constant table by the input {ids!r}, got none "
                       f"in front of {encoder.start[:100]!r}")
     longest = LONG if text.positions is None else len(text.positions) - (text.padding_id or -1) - 1
-    _masks(graphs(bound, min(longest, LONG)), text, nodes_of)
+    try:
+        further = graphs(bound, min(longest, LONG))
+        look_further(text.encoder, further, nodes_of(further))
+    except NotRead:
+        if not traced:
+            raise
+    _masks(text)
     text.pooling, text.normalize = _pooling(graphs, bound, encoder.end, ids)
     return text
 
 
-def _masks(graph, text, nodes_of):
-    """Take the masks of a graph of long texts."""
-    look_further(text.encoder, graph, nodes_of(graph))
+def _masks(text):
+    """Take the masks of the layers."""
     refuse_positions(text.encoder)
     told = [each for each in text.encoder.told if "is causal" not in each]
     if told:
@@ -158,35 +164,51 @@ def _norm_above(graph, value):
 
 
 def _summands(graph, value):
-    """The values whose sum a value is."""
-    todo, found = [value], []
+    """The values whose sum a value is, each with the number that it is multiplied by."""
+    todo, found = [(value, np.float32(1))], []
     while todo:
-        each = todo.pop()
+        each, factor = todo.pop()
         node = graph.maker.get(each)
         if node is not None and node.op_type in ("Add", "Sum"):
-            todo.extend(node.input)
+            todo.extend((name, factor) for name in node.input)
         elif node is not None and node.op_type in functions.SAME and not graph.is_known(each):
-            todo.append(node.input[0])
+            todo.append((node.input[0], factor))
+        elif (scaled := _scaled(graph, node)) is not None:
+            todo.append((scaled[0], factor * scaled[1]))
         else:
-            found.append(each)
+            found.append((each, factor))
         if len(found) + len(todo) > _FEW_VALUES:
             raise NotRead(f"an embedding must be the sum of few tables, got more in front of {value[:100]!r}")
     return found
 
 
-def _take(graph, text, value, ids):
-    """Take one summand of the embedding."""
+def _scaled(graph, node):
+    """(a value, the number that a node multiplies it by), sqrt(E) or a mask of ones; None for other nodes."""
+    if node is None or node.op_type not in ("Mul", "Div"):
+        return None
+    known = [graph.constant(name) for name in node.input]
+    if sum(array is None for array in known) != 1 or (node.op_type == "Div" and known[0] is not None):
+        return None
+    (number,) = (array for array in known if array is not None)
+    if not number.size or (number != number.flat[0]).any() or not (number := np.float32(number.flat[0])):
+        return None
+    return node.input[known[0] is not None], 1 / number if node.op_type == "Div" else number
+
+
+def _take(graph, text, value, ids, factor):
+    """Take one summand of the embedding, multiplied by a number."""
     node = graph.maker.get(value)
     while node is not None and node.op_type in _LAYOUT and graph.constant(value) is not None and (
             graph.is_computed(node.input[0])):
         value, node = node.input[0], graph.maker.get(node.input[0])
     if node is None or node.op_type != "Gather":
-        return _take_constant(graph, text, value)
+        return _take_constant(graph, text, value, factor)
     table, index = graph.constant(node.input[0]), graph.constant(node.input[1])
     if table is None or table.ndim != 2 or graph.attributes(node).get("axis", 0):
         raise NotRead(f"{title(node)} must gather rows of a constant table, got "
                       f"{None if table is None else table.shape}")
     table = _real_table(graph, node, table)
+    table = table if factor == 1 else table * factor
     if index is None and root_of(graph, node.input[1]) == ids:
         return _put(text, "tokens", table, title(node))
     if index is None:
@@ -217,7 +239,7 @@ def _real_table(graph, node, table):
     return np.asarray(table, np.float32)
 
 
-def _take_constant(graph, text, value):
+def _take_constant(graph, text, value, factor):
     """Take a summand that is a constant: a part of a table of positions, or the same for each token."""
     array = graph.constant(value)
     if array is None:
@@ -227,7 +249,7 @@ def _take_constant(graph, text, value):
                       f"an embedding must be a sum of Gather from constant tables, got {title(node)}")
     rows = np.asarray(array, np.float32).reshape(-1, array.shape[-1])
     if (rows == rows[:1]).all():
-        return _put(text, "types", rows[:1], value)
+        return _put(text, "types", rows[:1] * factor, value)
     table = rows
     while (node := graph.maker.get(value)) is not None and node.op_type in _LAYOUT:
         value = node.input[0]
@@ -236,7 +258,7 @@ def _take_constant(graph, text, value):
             table = np.asarray(whole, np.float32).reshape(-1, rows.shape[1])
     if graph.open_axes and (len(table) <= len(rows) or (table[:len(rows)] != rows).any()):
         raise NotRead(f"{value[:100]!r} must be the first rows of a table of positions")
-    return _put(text, "positions", table, value)
+    return _put(text, "positions", table if factor == 1 else table * factor, value)
 
 
 def _put(text, part, table, place):

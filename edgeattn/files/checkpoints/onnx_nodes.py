@@ -45,6 +45,7 @@ class Graph:
         self.opset = max([entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")] or [23])
         self._values, self._batch, self._length = values, batch, length
         self._stored = {tensor.name: tensor for tensor in model.graph.initializer}
+        self.half = any(values.is_half(tensor) for tensor in model.graph.initializer)
         self.maker, self.readers, self.number = {}, {}, {}
         for number, node in enumerate(self.nodes):
             for name in node.output:
@@ -60,6 +61,7 @@ class Graph:
         self._left = 8 * self.most_elements + 2 * sum(stored)  # elements that may yet be computed
         self._attributes, self._arrays, self._known = {}, {}, {}
         self.maps = {}  # linear maps within operators, by names made up for what they give
+        self.norms = {}  # what is above values that are norms of heads, as far as it was looked for
         self.shapes = {name: tuple(tensor.dims) for name, tensor in self._stored.items()}
         self.open_axes = False  # whether lengths, not only the batch, are taken for numbers
         self._open = {}
@@ -281,11 +283,14 @@ class Graph:
             todo.extend(inputs)
         return sorted(found.values(), key=lambda node: self.number[id(node)])
 
+    def made(self, name):
+        """The number of the node that makes a value, -1 for what none makes."""
+        return self.number[id(self.maker[name])] if name in self.maker else -1
+
     def nodes_behind(self, name):
         """The nodes that compute with a value, or with what others of them gave, in their order."""
         of = {name}
-        first = self.number[id(self.maker[name])] + 1 if name in self.maker else 0
-        for node in self.nodes[first:]:
+        for node in self.nodes[self.made(name) + 1 :]:
             if node.op_type not in ("Shape", "Size") and not of.isdisjoint(node.input):
                 of.update(filter(None, node.output))
                 yield node

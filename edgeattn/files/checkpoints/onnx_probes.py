@@ -73,7 +73,9 @@ def norm_between(graph, start, end):
     if start == end:
         return ()
     shape = graph.shapes.get(start)
-    if not shape or shape != graph.shapes.get(end) or not 0 < math.prod(shape) <= graph.most_elements:
+    other = graph.shapes.get(end)  # rows may be laid out otherwise: those of all sequences in one axis
+    if not shape or not other or shape[-1] != other[-1] or math.prod(shape) != math.prod(other) or not (
+            0 < math.prod(shape) <= graph.most_elements):
         return None
     nodes = graph.way(end, lambda node: None if start in node.output else [
         each for each in node.input if each and graph.constant(each) is None])
@@ -83,7 +85,8 @@ def norm_between(graph, start, end):
 
     def of(x):
         made = computed(graph, end, {start: x})
-        return None if made is None or made.shape != shape or made.dtype.kind != "f" else made.astype(np.float64)
+        return None if made is None or made.shape != other or made.dtype.kind != "f" else made.astype(
+            np.float64).reshape(shape)
 
     try:
         offset, plain, small = (of(each) for each in (np.zeros(shape), x, x * _SMALL))

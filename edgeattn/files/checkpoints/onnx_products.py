@@ -42,17 +42,21 @@ def product(graph, node):
             [letter for letter in side if letter not in other] for side, other in ((left, right), (right, left))
         )
         lead = [letter for letter in out if letter in left and letter in right]
-        if len(inner) != 1 or len(rows) != 1 or len(columns) != 1 or set(out) != {*lead, *rows, *columns}:
+        if len(inner) != 1 or not rows or len(columns) != 1 or set(out) != {*lead, *rows, *columns}:
             return None
+        # what the right side lacks but for rows are heads that share keys, or values
+        rows = sorted(rows, key=out.index)
+        alone, rows = rows[:-1], rows[-1:]
 
         def order(given, wanted):
             return lambda x: x.transpose([given.index(letter) for letter in wanted])
 
+        axes = tuple(range(len(lead), len(lead) + len(alone)))
         return Product(
             node,
-            order(left, [*lead, *rows, *inner]),
-            order(right, [*lead, *inner, *columns]),
-            lambda shape: order([*lead, *rows, *columns], out)(plain(shape)),
+            order(left, [*lead, *alone, *rows, *inner]),
+            lambda x: np.expand_dims(order(right, [*lead, *inner, *columns])(x), axes),
+            lambda shape: order([*lead, *alone, *rows, *columns], out)(plain(shape)),
         )
 
     def side(name):

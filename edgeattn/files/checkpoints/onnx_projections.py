@@ -6,9 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from edgeattn.files.checkpoints.onnx_elements import Elements, Term, trace
 from edgeattn.files.checkpoints.onnx_nodes import title
+from edgeattn.files.checkpoints.onnx_probes import norm_between
 from edgeattn.files.checkpoints.onnx_values import NotRead
 
+_FEW_VALUES = 16  # of a norm of heads
 _NEAR = 1e-4  # of angles, which exporters store in float32 or compute
 
 
@@ -117,6 +120,7 @@ class Projection:
     factor: np.ndarray  # (G, D)
     offset: np.ndarray  # (G, D)
     rotary: tuple | None = None  # (features turned, base, interleaved)
+    norm: tuple = ()  # of each head, behind the map: as `norm_between` gives it
 
     def weights(self, groups):
         """(rows of the weight, biases or None) of some groups, one after the other."""
@@ -147,22 +151,37 @@ def projected(graph, elements, heads_first, place):
             f"{place} must come from one MatMul or Gemm, got the sum of "
             f"{', '.join(sorted({title(graph.maker[t.source]) for t in elements.terms}))}"
         )
-    elements = elements.moved(heads_first)
-    if len(elements.shape) != 3:
-        raise NotRead(f"{place} must have at least 2 axes, got {elements.shape}")
-    source = elements.terms[0].source
+    elements, source = elements.moved(heads_first), elements.terms[0].source
     mapped = linear(graph, source)
+    if mapped is None:
+        return _normed(graph, elements, source, place)
     width = mapped.weight.shape[1]
     if graph.shapes[source][-1] != width:
         raise NotRead(f"{place} must have as many features as weights, {width}, got {graph.shapes[source]}")
+    return Projection(source, mapped, *_laid_out(graph, elements, source, place))
+
+
+def _laid_out(graph, elements, source, place):
+    """(rows (G, L), features (G, D), factor (G, D), offset (G, D), rotary) of elements of rows of features."""
+    width = graph.shapes[source][-1]
+    if len(elements.shape) != 3:
+        raise NotRead(f"{place} must have at least 2 axes, got {elements.shape}")
     kept = [(np.asarray(t.index), np.broadcast_to(np.float32(t.factor), elements.shape)) for t in elements.terms]
     kept = [(index, factor) for index, factor in kept if factor.any()]
     offset = np.broadcast_to(np.float32(0 if elements.offset is None else elements.offset), elements.shape)
+    of_tokens = np.zeros(elements.shape[:-1], bool)
+    for _, factor in kept:
+        of_tokens |= (factor != 0).any(-1)
+    if of_tokens.any() and not of_tokens.all():
+        raise NotRead(f"{place} must be of tokens alone, got {elements.shape[1]} rows of which "
+                      f"{int((~of_tokens[0]).sum())} are constants: keys and values that attention adds "
+                      "(bias_k, bias_v, add_zero_attn) are read by MultiHeadAttention.from_torch, from the model's own "
+                      "weights")
     if len(kept) == 1 and (kept[0][1] == kept[0][1][:, :1]).all():
         index, factor = kept[0]
         rotary = None
     elif kept:
-        index, factor, rotary = _turned(kept, offset, width, place)
+        index, factor, rotary = _turned(kept, offset, width, place, graph.half)
     else:
         raise no_projection(graph, None, place)
     rows, features = index // width, index % width
@@ -175,13 +194,68 @@ def projected(graph, elements, heads_first, place):
         raise NotRead(
             f"{place} must have the same bias for each token, got one by position behind {title(graph.maker[source])}"
         )
-    return Projection(source, mapped, rows[:, :, 0], features[:, 0], factor[:, 0], offset[:, 0], rotary)
+    return rows[:, :, 0], features[:, 0], factor[:, 0], offset[:, 0], rotary
+
+
+def _normed(graph, elements, source, place):
+    """The projection behind whose map there is a norm of each head."""
+    above, (kind, weight, bias, eps) = _norm_above(graph, source)
+    outer = _features_of(elements, len(weight))
+    elements = Elements(elements.shape, tuple(
+        Term(term.source, term.index, term.factor / outer[term.index % len(weight)]) for term in elements.terms),
+        elements.offset)
+    rows, features, factor, offset, rotary = _laid_out(graph, elements, source, place)
+    if any((each != each[:1]).any() for each in (features, offset)) or (factor != 1).any() or (
+            np.sort(features[0]) != np.arange(len(weight))).any():
+        raise NotRead(f"{place} must be normed over the features of a head, {features.shape[1]}, alike in all heads; "
+                      f"got {title(graph.maker[source])} over {len(weight)}: a norm over all heads has no place in a "
+                      "layer")
+    order = features[0]
+    scale = outer[order]
+    place_of = rows[:, :, None] * len(order) + order
+    inner = trace(graph, above, is_map_of(graph))
+    check_sources(graph, inner, place)
+    inner = inner.moved(lambda x: x.reshape(-1)[place_of])
+    found = projected(graph, inner, lambda x: x, place)
+    if found.norm or found.rotary:
+        raise NotRead(f"{place} must be normed once, in front of a rotary embedding")
+    bias = offset[0] + (0 if bias is None else bias[order] * scale)
+    if kind == "RMSNorm" and bias.any():
+        raise NotRead(f"{place} must have nothing added behind an RMSNorm")
+    return dataclasses.replace(found, rotary=rotary, norm=(
+        kind, np.float32(weight[order] * scale), np.float32(bias) if bias.any() else None, eps))
+
+
+def _features_of(elements, width):
+    """(width,): what each feature of a source is multiplied by at the first position, where nothing is turned."""
+    numbers = np.ones(width, np.float32)
+    for term in elements.terms:
+        factor = np.broadcast_to(np.float32(term.factor), elements.shape)[:, 0]
+        numbers[term.index[:, 0][factor != 0] % width] = factor[factor != 0]
+    return numbers
+
+
+def _norm_above(graph, name):
+    """(the value furthest above whose norm over the last axis a value is, the norm); None where it is none."""
+    if name not in graph.norms:
+        todo, seen, graph.norms[name] = [name], set(), None
+        while todo and len(seen) < _FEW_VALUES:
+            each = todo.pop(0)
+            if each in seen or graph.constant(each) is not None:
+                continue
+            seen.add(each)
+            if each != name and (norm := norm_between(graph, each, name)):
+                graph.norms[name] = each, norm
+            node = graph.maker.get(each)
+            if node is not None and (each == name or linear(graph, each) is None):
+                todo += [value for value in node.input if value]
+    return graph.norms[name]
 
 
 def check_sources(graph, elements, place):
-    """Raise where elements come from something else than linear maps."""
+    """Raise where elements come from something else than linear maps, or norms of them."""
     for term in elements.terms:
-        if linear(graph, term.source) is None:
+        if linear(graph, term.source) is None and _norm_above(graph, term.source) is None:
             raise no_projection(graph, term.source, place)
     if not elements.terms:
         raise no_projection(graph, None, place)
@@ -203,11 +277,12 @@ def no_projection(graph, name, place):
     )
 
 
-def _turned(terms, offset, width, place):
+def _turned(terms, offset, width, place, half_precision):
     """(index, factor, (features turned, base, interleaved)) of a rotary embedding of positions 0, 1, ..."""
     wrong = NotRead(
         f"{place} must be turned as by a rotary embedding, by angles p * base^(-2 i / R) of positions p "
-        "from 0 on, or not at all; got sums of features by another rule"
+        "from 0 on, or not at all; got sums of features by another rule" + (
+            ", or cosines in half precision, which tell no base: export the float32 model" if half_precision else "")
     )
     length, size = terms[0][0].shape[1:]
     if length < 2:

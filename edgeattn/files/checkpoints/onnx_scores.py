@@ -6,8 +6,10 @@ from edgeattn.files.checkpoints import onnx_functions as functions
 from edgeattn.files.checkpoints.onnx_elements import BLOCKED, Elements, Term, trace
 from edgeattn.files.checkpoints.onnx_outputs import FAR_BEHIND
 from edgeattn.files.checkpoints.onnx_products import product
-from edgeattn.files.checkpoints.onnx_projections import Parts, is_map_of, projected
+from edgeattn.files.checkpoints.onnx_projections import Parts, is_map_of, linear, projected
 from edgeattn.files.checkpoints.onnx_values import NotRead
+
+_FEW_NODES = 64  # between queries and what is added to scores
 
 
 def _groups(lead):
@@ -125,8 +127,35 @@ def _scores_term(graph, scores, name):
         if through is not None:
             return through
         raise _no_projection_of_scores(graph, scores, name)
-    others = [_called(graph, term.source) for term in scores.terms if term is not terms[0]]
-    return terms[0], others
+    rest = [term.source for term in scores.terms if term is not terms[0]]
+    for each in rest:
+        if _is_of_queries(graph, each, graph.maker[terms[0].source]):
+            raise NotRead(f"the scores of {name} must be one product of queries and keys, got {_called(graph, each)} "
+                          "added, which is computed of these: relative positions as DeBERTa's have no place in a layer")
+    return terms[0], [_called(graph, each) for each in rest]
+
+
+def _is_of_queries(graph, value, node):
+    """Whether a value is computed of the queries or keys that a product takes."""
+    maps = set()
+
+    def is_map(each):
+        found = linear(graph, each) is not None
+        return maps.add(each) or True if found else False
+
+    for each in node.input:
+        trace(graph, each, is_map)
+    todo, seen = [value], set()
+    while todo and len(seen) < _FEW_NODES:
+        each = todo.pop()
+        if each in maps:
+            return True
+        if each not in seen and graph.constant(each) is None:
+            seen.add(each)
+            maker = graph.maker.get(each)
+            if maker is not None and maker.op_type != "Shape":
+                todo.extend(name for name in maker.input if name)
+    return False
 
 
 def _called(graph, name):

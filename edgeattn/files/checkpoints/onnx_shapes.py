@@ -3,6 +3,7 @@
 import numpy as np
 
 from edgeattn.files.checkpoints import onnx_functions as functions
+from edgeattn.files.checkpoints.onnx_resize import resized_shape
 
 _EMPTY = np.int8(0)
 _FIRST_OF = (
@@ -32,6 +33,7 @@ _FIRST_OF = (
     "ScatterElements",
     "CumSum",
     "Trilu",
+    "EyeLike",
     "Mish",
     "LayerNormalization",
     "RMSNormalization",
@@ -75,6 +77,9 @@ def shapes_of(graph, node):
         functions.check_axes(first)
         moved = functions.LAYOUT[kind](attributes, np.broadcast_to(_EMPTY, first), *rest, **more)
         return [part.shape for part in moved] if kind == "Split" else moved.shape
+    if kind == "Resize":
+        scales, sizes = (graph.constant(graph.input(node, i)) if graph.input(node, i) else None for i in (2, 3))
+        return resized_shape(attributes, first, scales, sizes)[0]
     if kind == "GatherElements":
         return shapes[1]
     if kind == "GatherND":

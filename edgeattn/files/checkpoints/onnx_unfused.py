@@ -175,10 +175,15 @@ def _einsum(w):
     except (ValueError, KeyError):
         return [w.node]
     inner = "".join(letter for letter in left if letter in right)
-    lead, outer = left.removesuffix(inner), right.removeprefix(inner)
-    if not inner or not outer or left != lead + inner or right != inner + outer or out != lead + outer or len(lead) < 2:
+    lead, outer = ("".join(letter for letter in side if letter not in inner) for side in (left, right))
+    made = lead + outer
+    if not inner or not outer or sorted(out) != sorted(made) or len(lead) < 2:
         return [w.node]
     (x, weight), kept = w.node.input[:2], [0] * len(lead)
+    if left != lead + inner:
+        x = w.add("Transpose", x, perm=[left.index(letter) for letter in lead + inner])
+    if right != inner + outer:
+        weight = w.add("Transpose", weight, perm=[right.index(letter) for letter in inner + outer])
     sizes = w.add("Shape", weight)
     if len(inner) > 1:
         x = w.add("Reshape", x, w.add("Constant", value_ints=[*kept, -1]))
@@ -186,11 +191,13 @@ def _einsum(w):
         rows = w.add("Slice", sizes, *(w.add("Constant", value_ints=[number]) for number in (len(inner), 2**31)))
         wide = w.add("ReduceProd", rows, axes=[0], keepdims=1)
         weight = w.add("Reshape", weight, w.add("Concat", w.add("Constant", value_ints=[-1]), wide, axis=0))
-    if len(outer) == 1:
-        w.add("MatMul", x, weight, to=w.output(0))
-    else:
+    turned = [] if out == made else [made.index(letter) for letter in out]
+    product = w.add("MatMul", x, weight, to="" if turned or len(outer) > 1 else w.output(0))
+    if len(outer) > 1:
         heads = w.add("Concat", w.add("Constant", value_ints=kept), rows, axis=0)
-        w.add("Reshape", w.add("MatMul", x, weight), heads, to=w.output(0))
+        product = w.add("Reshape", product, heads, to="" if turned else w.output(0))
+    if turned:
+        w.add("Transpose", product, to=w.output(0), perm=turned)
     return w.made
 
 

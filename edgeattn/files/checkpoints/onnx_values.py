@@ -17,10 +17,10 @@ _KINDS = {
     "INT": "num_heads q_num_heads kv_num_heads kv_num_heads do_rotary is_causal unidirectional left_window_size "
            "right_window_size local_window_size transA transB axis allowzero keepdims start end to upper "
            "num_outputs rotary_interleaved group p batch_dims ceil_mode noop_with_empty_axes smooth_softmax "
-           "exclusive reverse",
-    "FLOAT": "scale softcap alpha beta epsilon",
+           "exclusive reverse k antialias exclude_outside",
+    "FLOAT": "scale softcap alpha beta epsilon cubic_coeff_a",
     "INTS": "qkv_hidden_sizes perm split axes starts ends pads strides dilations kernel_shape",
-    "STRING": "equation approximate auto_pad",
+    "STRING": "equation approximate auto_pad mode coordinate_transformation_mode nearest_mode",
 }
 _KIND_OF = {name: kind for kind, names in _KINDS.items() for name in names.split()}
 _CONSTANTS = {"value_float": "f4", "value_floats": "f4", "value_int": "i8", "value_ints": "i8"}
@@ -99,6 +99,10 @@ class Values:
         kind = _enum_name(self._onnx.TensorProto.DataType, number)
         return np.dtype(bool) if kind == "BOOL" else np.dtype(
             np.float32 if kind.endswith("FLOAT16") else _DTYPES.get(kind, ("f4",))[0])
+
+    def is_half(self, tensor):
+        """Whether a stored tensor is of 16-bit floats."""
+        return tensor.data_type in (self._onnx.TensorProto.FLOAT16, self._onnx.TensorProto.BFLOAT16)
 
     def array(self, tensor, name):
         """A stored tensor as an array; bfloat16, which NumPy lacks, as float32."""

@@ -1,8 +1,8 @@
-"""Float32 attention of few queries, as fused.py says it, but queries are rows: none is computed that is not there.
+"""Float32 attention of few queries, as in attend_lanes.py, but queries are rows: none is computed that is not there.
 
 Keys are turned, so that they are lanes of the scores (queries, keys); features are lanes of the context.  Products have
-the chains of fused.py.  The powers of a row are summed in 32 lanes, whatever a register holds, and are always those of
-the distance to a running maximum.
+the chains of attend_lanes.py.  The powers of a row are summed in 32 lanes, whatever a register holds, and are always
+those of the distance to a running maximum.
 """
 import numpy as np
 

@@ -28,7 +28,8 @@ def _multiply(tile, x, t, panels, f, at_next, pace):
     """tile + x w^T: as many rows of x from t on as the tile has, and the features of a panel; see multiply_ahead."""
     at_x, at_panel = x.at + t * x.row, panels.at + f * panels.depth4
     if pace > 0:
-        return multiply_ahead(tile, x.data, at_x, x.row, x.step, panels.data, at_panel, panels.depth4, at_next, pace)
+        return multiply_ahead(tile, x.data, at_x, x.row, x.step, panels.data, at_panel, panels.depth4, at_next, pace,
+                              WIDTH // 2)
     return multiply(tile, x.data, at_x, x.row, x.step, panels.data, at_panel, panels.depth4)
 
 

@@ -6,7 +6,7 @@ from edgeattn.runtime.compiler import inline, jit
 from edgeattn.runtime.worker_pool import parallel_for, task
 
 from .call import PreparedCall
-from .fused import portions
+from .portions import portions
 from .records import blank, located, named, packed, record, slot
 from .simd import (
     LANES,

@@ -10,10 +10,10 @@ from edgeattn.runtime.compiler import inline, jit
 from edgeattn.runtime.worker_pool import parallel_for, task
 
 from . import fused_int8 as f
-from .fused import portions
 from .int8_operands import zero_bytes
 from .int8_views import Groups, Part, parts_of
 from .matmul import feature_position, round_up
+from .portions import portions
 from .records import located, named
 from .simd import (
     LANES,
@@ -50,7 +50,7 @@ def append_part(p, a, scratch, batch, portion, worker, part):
     slot = batch * p.heads * p.capacity + p.first_slot + p.keys - p.new_tokens
     xk, xv = pointer_to(a.keys, np.int8), pointer_to(a.values, np.int8)
     keys, values = pointer_to(a.cached_keys, np.int8), pointer_to(a.cached_values, np.int8)
-    k_linear, v_linear = f.Linear(p.wk, p.bk, p.mk, p.zk), f.Linear(p.wv, p.bv, p.mv, p.zv)
+    k_linear, v_linear = f.Linear(p.wk, p.bk, p.mk, p.yk, p.tk), f.Linear(p.wv, p.bv, p.mv, p.zv, 0)
     matrix_configure(own.int32, p.at_tiles)
     end = min((part + 1) * portion, p.new_tokens)
     for t in range(part * portion, end, WIDTH):

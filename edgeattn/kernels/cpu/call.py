@@ -77,10 +77,20 @@ class PreparedCall:
         words = bytearray(self._addresses)
         for place, array in arrays.items():
             _WORDS[1].pack_into(words, 8 * place, address(array))
+        return self._with(bytes(words), (self._owner, arrays))
+
+    def ending(self, fixed, owner=None):
+        """The same with other fixed addresses, as many."""
+        words = _WORDS[len(fixed)].pack(*fixed)
+        return self._with(self._addresses[:-len(words)] + words, owner)
+
+    def _with(self, addresses, owner):
         other = object.__new__(PreparedCall)
-        for name in self.__slots__:
-            setattr(other, name, getattr(self, name))
-        other._addresses, other._frames, other._fours, other._owner = bytes(words), [], [], (self._owner, arrays)
+        other._function, other._dtype, other._own, other.parameters = (
+            self._function, self._dtype, self._own, self.parameters)
+        other.shared, other.private, other._work, other._jobs = self.shared, self.private, self._work, self._jobs
+        other._alone, other._bytes = self._alone, self._bytes
+        other._addresses, other._frames, other._fours, other._owner = addresses, [], [], owner
         return other
 
     def run(self, a, b, c, *others, own=()):
@@ -252,11 +262,11 @@ class _Frame:
         self.count, self.nothing, parameters = count, _NOTHING[4 + count], call.parameters
         self.objects = list(self.nothing)
         given = _WORDS[4].pack(POINTER, id(None), items_address(self.objects), 3 + count)
-        self.addresses = bytearray(call._addresses + given)
+        self.addresses = np.frombuffer(call._addresses + given, np.int64).copy()  # the copy keeps no buffer's view
         if call._own is not None:
             self.parameters = bytearray(parameters)
             parameters = np.frombuffer(self.parameters, np.int64)
-        self.run = bind(call._function, parameters, np.frombuffer(self.addresses, np.int64), self.objects)
+        self.run = bind(call._function, parameters, self.addresses, self.objects)
         self.function, self.argument = getattr(self.run, "function", None), getattr(self.run, "argument", None)
 
 

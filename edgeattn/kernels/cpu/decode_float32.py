@@ -8,7 +8,7 @@ from edgeattn.runtime.compiler import inline, jit
 from edgeattn.runtime.worker_pool import parallel_for, task
 
 from .decode_blocks import ADDRESSES, BLOCK, DECODE, cap_and_maximum, inverse_of, join_blocks, keys_of, take_queries
-from .fused import portions
+from .portions import portions
 from .records import located, named, real
 from .simd import (
     LANES,

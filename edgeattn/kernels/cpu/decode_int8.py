@@ -12,10 +12,10 @@ from edgeattn.runtime.worker_pool import parallel_for, task
 
 from .byte_products import DEPTH_STEP, digit_products
 from .decode_blocks import ADDRESSES, BLOCK, DECODE, cap_and_maximum, inverse_of, join_blocks, keys_of, take_queries
-from .fused import portions
 from .int8_operands import LANE_FLIP, add_digit_sum, flip_lanes, less_digit_sum, store_digit_sum
 from .int8_views import Part
 from .matmul import round_up
+from .portions import portions
 from .records import located, named, real
 from .simd import (
     LANES,

@@ -1,7 +1,7 @@
 """Quantizing at run time: what layers and functions share, as are key_mean.py and attend_dynamic.py.
 
-Letters as in fused.py; sizes with a 4 count groups of four bytes.  Tokens are lanes: what is quantized is (features, W)
-in float32, and every token of every head gets a scale of its own.
+Letters as in attend_lanes.py; sizes with a 4 count groups of four bytes.  Tokens are lanes: what is quantized is
+(features, W) in float32, and every token of every head gets a scale of its own.
 
     scores        w = k_scale q_scale (k q) + log2(v_scale), in units of log 2
     probabilities p = 254 * 2**(w - max(w)), the largest of every KEY_BLOCK keys 254 whatever the values' scales are

@@ -148,7 +148,7 @@ class Linear(RowKernel):
         p.at_row, p.private_size = place(size, 4 * p.groups4 + VIRTUAL_LANES)
         work = 2 * rows * p.columns * (4 * p.groups4 + 8)
         return PreparedCall(ff.linear_dynamic, packed(p, ff.LINEAR), ADDRESSES, np.float32, p.shared_size,
-                            p.private_size, work, fixed=(self._address,))
+                            p.private_size, work)
 
 
 class FeedForward(RowKernel):
@@ -205,4 +205,4 @@ class FeedForward(RowKernel):
         work = max(2 * rows * p.hidden_up * ((2 if p.gated else 1) * 4 * p.groups4 + p.columns),
                    work_of_reading(self.weights))
         return PreparedCall(ff.feed_forward_dynamic, packed(p, ff.FEED_FORWARD), ADDRESSES, np.float32, p.shared_size,
-                            p.private_size, work, fixed=(self._address,))
+                            p.private_size, work)

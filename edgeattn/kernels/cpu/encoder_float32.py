@@ -3,17 +3,28 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from edgeattn.runtime.addresses import address
-from edgeattn.runtime.plan_cache import PlanCache
+from edgeattn.runtime.plan_cache import shared_plans
 from edgeattn.threads import work_of_reading
 
 from . import feed_forward_float32 as ff
 from .activation import ACTIVATIONS
 from .call import PreparedCall
 from .matmul import pack_panels, round_up
-from .norm import ADDRESSES, AT_WEIGHT, LAYER_NORM, NO_NORM, NORM, RMS_NORM, SUMS, add_norm
+from .norm import (
+    ADDRESSES,
+    AT_ONCE,
+    AT_WEIGHT,
+    LAYER_NORM,
+    MEANS,
+    NO_NORM,
+    NORM,
+    RMS_NORM,
+    SUMS,
+    add_norm,
+)
 from .packing import Packer
 from .records import blank, packed
+from .row_products import TALL
 from .simd import VIRTUAL_LANES
 
 __all__ = ["FeedForward", "Linear", "Norm", "RowKernel", "norm_kind", "pack", "pack_norm", "padded"]
@@ -54,7 +65,8 @@ def pack(**arrays):
 class RowKernel:
     """What the kernels have in common: one that is planned by the number of rows, called with addresses.
 
-    Each has prepare(rows), its `PreparedCall` for so many rows, whose addresses are those of `norm.ADDRESSES`.
+    Each has prepare(rows), its `PreparedCall` for so many rows, whose addresses are those of `norm.ADDRESSES`. It is
+    given the weights with every call, so that all layers that differ in these alone have one.
 
     Parameters
     ----------
@@ -65,7 +77,7 @@ class RowKernel:
 
     def __init__(self, parameters, weights):
         self._parameters, self.weights = parameters, weights
-        self._address, self._plans = address(weights), PlanCache()
+        self._plans = shared_plans((type(self), weights.size, *vars(parameters).values()))
 
     def __call__(self, x, residual, out):
         """out (..., outputs) from x (..., inputs) and residual (..., outputs) or None: float32, C order; returns out.
@@ -74,12 +86,12 @@ class RowKernel:
         """
         if not out.size:
             return out
-        self._call_for(out.size // out.shape[-1])(x, residual, out)
+        self._call_for(out.size // out.shape[-1]).run_four(x, residual, out, self.weights)
         return out
 
     def on(self, x, residual, out):
         """A function that does the same to these arrays, see `PreparedCall.on`."""
-        return self._call_for(out.size // out.shape[-1]).on(x, residual, out)
+        return self._call_for(out.size // out.shape[-1]).on(x, residual, out, self.weights)
 
     def _call_for(self, rows):
         return self._plans.get(rows) or self._plans.keep(rows, self.prepare(rows))
@@ -103,14 +115,14 @@ class Norm(RowKernel):
             bias = np.full(width, -0.0, np.float32)  # which changes nothing, while 0 makes 0 of -0
         row = round_up(width, VIRTUAL_LANES)
         super().__init__(blank(NORM, width=width, norm=norm_kind(norm), as_numpy=as_numpy,
-                               private_size=2 * row + SUMS if as_numpy else row),
+                               private_size=AT_ONCE * row + MEANS + (SUMS + row) * as_numpy),
                          pack_norm((kind, weight, bias, eps), width))
 
     def prepare(self, rows):
         """See RowKernel."""
         p = SimpleNamespace(**vars(self._parameters) | {"rows": rows})
         return PreparedCall(add_norm, packed(p, NORM), ADDRESSES, np.float32, 0, p.private_size,
-                            96 * rows * p.width, fixed=(self._address,))
+                            96 * rows * p.width)
 
 
 class Linear(RowKernel):
@@ -151,7 +163,7 @@ class Linear(RowKernel):
         call = self._plans.get(rows)
         if call is None:
             return self(x, None, out)
-        call(x, None, out)
+        call.run_four(x, None, out, self.weights)
         return out
 
     def prepare(self, rows):
@@ -159,8 +171,7 @@ class Linear(RowKernel):
         p = SimpleNamespace(**vars(self._parameters) | {"rows": rows})
         size = p.private_size = min(rows, ff.BLOCK) * p.out_up
         work = 2 * rows * p.out_up * (p.width + 8)
-        return PreparedCall(ff.linear_float32, packed(p, ff.LINEAR), ADDRESSES, np.float32, 0, size, work,
-                            fixed=(self._address,))
+        return PreparedCall(ff.linear_float32, packed(p, ff.LINEAR), ADDRESSES, np.float32, 0, size, work)
 
 
 class FeedForward(RowKernel):
@@ -203,15 +214,16 @@ class FeedForward(RowKernel):
         p = SimpleNamespace(**vars(self._parameters) | {"rows": rows})
         few, some = rows if rows <= ff.FEW_ROWS else 0, min(rows, ff.BLOCK)
         normed, gated = p.norm_first != NO_NORM, p.gated
+        p.at_once = p.hidden_up if rows <= TALL else ff.HIDDEN
         p.at_rows = 0
         p.at_hidden = p.at_rows + few * p.width_up * normed
         p.at_sums = p.at_hidden + few * p.hidden_up
         p.shared_size = p.at_sums + few * p.out_up
         p.own_rows = 0
         p.own_hidden = p.own_rows + some * p.width_up * normed
-        p.own_sums = p.own_hidden + some * ff.STEP
+        p.own_sums = p.own_hidden + some * (p.at_once + ff.APART)
         p.own_gate = p.own_sums + some * p.out_up
-        p.private_size = p.own_gate + some * ff.STEP * gated
+        p.private_size = p.own_gate + some * (p.at_once + ff.APART) * gated
         work = max(2 * rows * p.hidden_up * ((2 if gated else 1) * p.width + p.out_up), work_of_reading(self.weights))
         return PreparedCall(ff.feed_forward_float32, packed(p, ff.FEED_FORWARD), ADDRESSES, np.float32, p.shared_size,
-                            p.private_size, work, fixed=(self._address,))
+                            p.private_size, work)

@@ -3,8 +3,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from edgeattn.runtime.addresses import address
-from edgeattn.runtime.plan_cache import PlanCache
+from edgeattn.runtime.plan_cache import shared_plans
 
 from . import feed_forward_int8 as ff
 from .byte_products import DEPTH_STEP, READ_AHEAD, pack_byte_panels
@@ -13,7 +12,7 @@ from .encoder_float32 import RowKernel, norm_kind, pack, pack_norm
 from .int8_operands import BYTE_FLIP
 from .layer_int8 import corrected_bias
 from .matmul import round_up
-from .norm import ADDRESSES
+from .norm import ADDRESSES, AT_ONCE, MEANS
 from .records import bits_of_real, blank, packed, place
 from .requantize import NUMBERS, encode
 from .simd import ADDS_FIRST, LANES, VIRTUAL_LANES, WIDTH, own_products
@@ -44,9 +43,14 @@ def _output(width, quantization, more_outputs, norm):
     return fields, {"more_outputs": np.array(more_outputs, np.int32).reshape(-1), "at_last": pack_norm(norm, width)}
 
 
-def _row_size(p):
-    """Elements of room for a row, its further columns or its channels."""
-    return round_up(max(4 * p.depth4, p.out_up), VIRTUAL_LANES) + VIRTUAL_LANES
+def _place_rows(p, size):
+    """Room for AT_ONCE rows, with their further columns or channels, and what a norm leaves of them.
+
+    Returns the elements of scratch by then.
+    """
+    p.row_step = round_up(max(4 * p.depth4, p.out_up), VIRTUAL_LANES) + VIRTUAL_LANES
+    p.at_row, size = place(size, AT_ONCE * p.row_step + MEANS)
+    return size
 
 
 class FeedForward(RowKernel):
@@ -118,7 +122,8 @@ class FeedForward(RowKernel):
         """out (rows, outputs) from x (rows, columns), int8 and C-contiguous, nothing around it; returns out."""
         if out.size:
             key = len(x), "codes"
-            (self._plans.get(key) or self._plans.keep(key, self.prepare(len(x), codes=True)))(x, None, out)
+            call = self._plans.get(key) or self._plans.keep(key, self.prepare(len(x), codes=True))
+            call.run_four(x, None, out, self.weights)
         return out
 
     def prepare(self, rows, codes=False):
@@ -135,11 +140,11 @@ class FeedForward(RowKernel):
         p.at_words, size = place(size, rows_of_words(some, deepest))
         p.at_own, size = place(size, some)
         p.shared_size = size if rows <= ff.FEW_ROWS else 0
-        p.at_row, size = place(size, _row_size(p))
+        size = _place_rows(p, size)
         p.at_tiles, p.private_size = place(size, ff.WIDE + panel_of_words(deepest))
         work = 2 * rows * p.hidden_up * ((2 if p.gated else 1) * 4 * p.depth4 + p.out_up) // 3
         return PreparedCall(ff.feed_forward_int8, packed(p, ff.FEED_FORWARD), ADDRESSES, np.int32, p.shared_size,
-                            p.private_size, work, fixed=(self._address,))
+                            p.private_size, work)
 
 
 class Ends:
@@ -161,26 +166,26 @@ class Ends:
         after, ends = _output(out_width, out_quantization, (), last)
         at, weights = pack(**arrays, **ends)
         self._parameters = blank(ff.FEED_FORWARD, **before, **after, **at)
-        self._weights, self._plans = weights, PlanCache()
+        self._weights, self._plans = weights, shared_plans((Ends, *vars(self._parameters).values()))
 
     def to_codes(self, x):
         """(int8 codes (rows, columns), float32 (rows,) of x (rows, width): 0, or NaN where it holds one)."""
         codes, nan = np.empty((len(x), self._parameters.columns), np.int8), np.empty(len(x), np.float32)
         if codes.size:
-            self._call(ff.rows_to_codes, len(x))(x, None, codes, nan)
+            self._call(ff.rows_to_codes, len(x))(x, None, codes, nan, self._weights)
         return codes, nan
 
     def to_rows(self, codes, nan, residual):
         """float32 (rows, out_width) of codes (rows, out_width): norm(reals + residual), NaN where `nan` is."""
         out = np.empty(codes.shape, np.float32)
         if out.size:
-            self._call(ff.codes_to_rows, len(codes))(out, residual, codes, nan)
+            self._call(ff.codes_to_rows, len(codes))(out, residual, codes, nan, self._weights)
         return out
 
     def on(self, x, codes, nan, residual, out):
         """(to_codes, to_rows) between these arrays: functions that do it, see `PreparedCall.on`."""
-        return (self._call(ff.rows_to_codes, len(codes)).on(x, None, codes, nan),
-                self._call(ff.codes_to_rows, len(codes)).on(out, residual, codes, nan))
+        return (self._call(ff.rows_to_codes, len(codes)).on(x, None, codes, nan, self._weights),
+                self._call(ff.codes_to_rows, len(codes)).on(out, residual, codes, nan, self._weights))
 
     def _call(self, kernel, rows):
         key = kernel, rows
@@ -188,8 +193,8 @@ class Ends:
 
     def _prepare(self, kernel, rows):
         p = SimpleNamespace(**vars(self._parameters) | {"rows": rows})
-        p.at_nan, size = place(0, 1)
-        p.at_x, size = place(size, p.depth4)
-        p.at_row, p.private_size = place(size, _row_size(p))
+        p.at_nan, size = place(0, AT_ONCE)
+        p.at_x, size = place(size, AT_ONCE * p.depth4)
+        p.private_size = _place_rows(p, size)
         return PreparedCall(kernel, packed(p, ff.FEED_FORWARD), ff.ENDS, np.int32, 0, p.private_size,
-                            16 * rows * (4 * p.depth4), fixed=(address(self._weights),))
+                            16 * rows * (4 * p.depth4))

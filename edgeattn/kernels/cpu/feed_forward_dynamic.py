@@ -274,7 +274,8 @@ def multiply_tile(tile, t, f, m, x, w, out, at_next, pace):
         for k in range(groups4):
             tile = outer_product_of_words(tile, m.i, at_x + k, WORDS * groups4, groups4, m.weights, at_w + k * WIDTH)
     elif pace > 0:
-        tile = multiply_ahead(tile, m.u, at_x, groups4, 1, m.weights, at_w, groups4, at_next, pace)
+        tile = multiply_ahead(tile, m.u, at_x, groups4, 1, m.weights, at_w, groups4, at_next, pace,
+                              WIDTH // 2)
     else:
         tile = multiply(tile, m.u, at_x, groups4, 1, m.weights, at_w, groups4)
     finish_tile(tile, t, f, m, x, out)

@@ -16,15 +16,15 @@ from edgeattn.runtime.worker_pool import parallel_for
 
 from .activation import activate_rows, add_to_rows, multiply_rows
 from .matmul import round_up
-from .norm import ADDRESSES, NO_NORM, finish_row, normalize_row, read_row
+from .norm import ADDRESSES, AT_ONCE, NO_NORM, finish_row, finish_rows, normalize_rows, read_row
 from .records import located, named, record
 from .row_products import NO_BIAS, Weights, product_rows
 from .simd import WIDTH, address_of, pointer_to
 from .views import Blocks, Rows
 
 CHAIN = 128  # products that are summed one after another; the sums of the chains are summed then
-HIDDEN = 256  # hidden features in scratch at a time, a multiple of CHAIN
-STEP = HIDDEN + 16  # between their rows: a power of two would have all rows in a few sets of the cache
+HIDDEN = 256  # hidden features in scratch at a time, a multiple of CHAIN; all of rows of one tile: weights stream by
+APART = 16  # more between their rows: a power of two would have all rows in a few sets of the cache
 NEAR = 2048  # of them, so many are made and activated while they are near
 BLOCK = 64  # rows that pass a feed-forward together
 FEW_ROWS = 24  # up to so many rows, threads share the features; then the rows
@@ -33,7 +33,8 @@ FEW_ROWS = 24  # up to so many rows, threads share the features; then the rows
 LINEAR = record("rows width out_width out_up chain activation norm w b at_norm private_size")
 FEED_FORWARD = record("rows width hidden out_width width_up hidden_up out_up activation gated norm_first norm_last",
                       "w1 b1 gate_w gate_b w2 b2 at_first at_last",
-                      "at_rows at_hidden at_sums shared_size own_rows own_hidden own_sums own_gate private_size")
+                      "at_once at_rows at_hidden at_sums shared_size own_rows own_hidden own_sums own_gate",
+                      "private_size")
 
 
 @inline
@@ -103,51 +104,44 @@ def linear_float32(parameters, addresses, scratch, task_queue, count):
 # --- feed-forward ------------------------------------------------------------------------------------------------
 
 @inline
-def norm_rows(p, a, row, rows, s, at):
-    """Rows of x, the first of which is `row`, in scratch, and their norm."""
+def norm_rows(p, a, row, rows, s, at, at_means):
+    """Rows of x, the first of which is `row`, in scratch, and their norm; at_means: see normalize_rows."""
     x, w = pointer_to(a.x, np.float32), pointer_to(a.weights, np.float32)
-    for r in range(rows):
-        read_row(x, (row + r) * p.width, p.width, s, at + r * p.width_up)
-        separately(normalize_row, (s, at + r * p.width_up, p.width, p.norm_first, w, p.at_first))
+    for r in range(0, rows, AT_ONCE):
+        begin, some = at + r * p.width_up, min(AT_ONCE, rows - r)
+        for i in range(some):
+            read_row(x, (row + r + i) * p.width, p.width, s, begin + i * p.width_up)
+        separately(normalize_rows, (s, begin, p.width_up, some, p.width, p.norm_first, w, p.at_first, at_means))
 
 
 @inline
 def raise_rows(p, x, rows, w, hidden, at_gate, begin, features):
     """The hidden features begin .. begin + `features`, a multiple of WIDTH, of some rows; x, hidden: Rows."""
-    E, s, at_once = p.width, hidden.data, max(NEAR // rows // WIDTH * WIDTH, WIDTH)
-    for f in range(0, features, at_once):
-        some, g, at = min(at_once, features - f), begin + f, hidden.at + f
+    E, s, near, gate_step = p.width, hidden.data, max(NEAR // rows // WIDTH * WIDTH, WIDTH), p.at_once + APART
+    for f in range(0, features, near):
+        some, g, at = min(near, features - f), begin + f, hidden.at + f
         separately(product_rows, (False, x, rows, Weights(w, p.w1 + g * E, E * WIDTH, E, CHAIN, p.b1 + g), some,
                                   Blocks(s, at, hidden.step, 0)))
         if p.gated == 0:
             separately(activate_rows, (p.activation, False, s, at, hidden.step, rows, some))
         else:
             separately(product_rows, (False, x, rows, Weights(w, p.gate_w + g * E, E * WIDTH, E, CHAIN, p.gate_b + g),
-                                      some, Blocks(s, at_gate + f, STEP, 0)))
-            separately(activate_rows, (p.activation, False, s, at_gate + f, STEP, rows, some))
-            multiply_rows(s, at_gate + f, STEP, s, at, hidden.step, rows, some)
+                                      some, Blocks(s, at_gate + f, gate_step, 0)))
+            separately(activate_rows, (p.activation, False, s, at_gate + f, gate_step, rows, some))
+            multiply_rows(s, at_gate + f, gate_step, s, at, hidden.step, rows, some)
 
 
 @inline
 def lower_rows(p, rows, w, hidden, g, at_sums, n, features):
-    """Add to the sums, features from n on, what the hidden features g .. g + HIDDEN contribute; hidden: Rows.
+    """Add to the sums, features from n on, what `at_once` hidden features from g on contribute; hidden: Rows.
 
     The last of them bring the bias.
     """
-    depth = min(HIDDEN, p.hidden - g)
-    at_bias = p.b2 + n if g + HIDDEN >= p.hidden else np.int64(NO_BIAS)
+    depth = min(p.at_once, p.hidden - g)
+    at_bias = p.b2 + n if g + p.at_once >= p.hidden else np.int64(NO_BIAS)
     weights = Weights(w, p.w2 + n * p.hidden + g * WIDTH, p.hidden * WIDTH, depth, CHAIN, at_bias)
     separately(product_rows, (g > 0, hidden, rows, weights, features,
                               Blocks(hidden.data, at_sums + n, p.out_up, 0)))
-
-
-@inline
-def finish_rows(p, a, s, at_sums, row, rows):
-    """Residual and norm of the sums of some rows, the first of which is `row`."""
-    w = pointer_to(a.weights, np.float32)
-    for r in range(rows):
-        separately(finish_row, (s, at_sums + r * p.out_up, p.out_width, a.residual, row + r, p.norm_last, w, p.at_last,
-                                a.out))
 
 
 @task
@@ -160,20 +154,22 @@ def feed_rows_forward(p, a, scratch, portion, worker, part):
         rows = min(BLOCK, end - row)
         y = Rows(x, row * p.width, p.width)
         if p.norm_first != NO_NORM:
-            norm_rows(p, a, row, rows, s, own + p.own_rows)
+            norm_rows(p, a, row, rows, s, own + p.own_rows, at_hidden)
             y = Rows(s, own + p.own_rows, p.width_up)
-        hidden = Rows(s, at_hidden, STEP)
-        for g in range(0, p.hidden, HIDDEN):
-            raise_rows(p, y, rows, w, hidden, own + p.own_gate, g, min(HIDDEN, p.hidden_up - g))
+        hidden = Rows(s, at_hidden, p.at_once + APART)
+        for g in range(0, p.hidden, p.at_once):
+            raise_rows(p, y, rows, w, hidden, own + p.own_gate, g, min(p.at_once, p.hidden_up - g))
             lower_rows(p, rows, w, hidden, g, at_sums, 0, p.out_up)
-        finish_rows(p, a, s, at_sums, row, rows)
+        separately(finish_rows, (s, at_sums, p.out_up, rows, p.out_width, a.residual, row, p.norm_last, w, p.at_last,
+                                 at_hidden, a.out))
 
 
 @task
 def norm_some(p, a, scratch, parts, worker, part):
     """The norm of some rows, where few rows are all done together."""
     begin, end = share_of(p.rows, 1, parts, part)
-    norm_rows(p, a, begin, end - begin, pointer_to(scratch, np.float32), p.at_rows + begin * p.width_up)
+    norm_rows(p, a, begin, end - begin, pointer_to(scratch, np.float32), p.at_rows + begin * p.width_up,
+              p.shared_size + worker * p.private_size + p.own_hidden)
 
 
 @task
@@ -184,9 +180,9 @@ def raise_some(p, a, scratch, parts, worker, part):
     if p.norm_first != NO_NORM:
         y = Rows(s, p.at_rows, p.width_up)
     begin, end = share_of(p.hidden_up, WIDTH, parts, part)
-    for g in range(begin, end, HIDDEN):
+    for g in range(begin, end, p.at_once):
         raise_rows(p, y, p.rows, w, Rows(s, p.at_hidden + g, p.hidden_up),
-                   p.shared_size + worker * p.private_size + p.own_gate, g, min(HIDDEN, end - g))
+                   p.shared_size + worker * p.private_size + p.own_gate, g, min(p.at_once, end - g))
 
 
 @task
@@ -194,15 +190,17 @@ def lower_some(p, a, scratch, parts, worker, part):
     """The sums of all rows for some output features."""
     w, s = pointer_to(a.weights, np.float32), pointer_to(scratch, np.float32)
     begin, end = share_of(p.out_up, WIDTH, parts, part)
-    for g in range(0, p.hidden, HIDDEN):
+    for g in range(0, p.hidden, p.at_once):
         lower_rows(p, p.rows, w, Rows(s, p.at_hidden + g, p.hidden_up), g, p.at_sums, begin, end - begin)
 
 
 @task
 def finish_some(p, a, scratch, parts, worker, part):
     """All that follows the sums of some rows."""
+    w, s = pointer_to(a.weights, np.float32), pointer_to(scratch, np.float32)
     begin, end = share_of(p.rows, 1, parts, part)
-    finish_rows(p, a, pointer_to(scratch, np.float32), p.at_sums + begin * p.out_up, begin, end - begin)
+    separately(finish_rows, (s, p.at_sums + begin * p.out_up, p.out_up, end - begin, p.out_width, a.residual, begin,
+                             p.norm_last, w, p.at_last, p.shared_size + worker * p.private_size + p.own_hidden, a.out))
 
 
 @jit

@@ -23,7 +23,7 @@ from .fused_int8 import pack_tokens
 from .int8_operands import BYTE_FLIP, FLIP, SIGN_BITS
 from .int8_views import BytePanels, Groups, Part, Scaling, scratch_at
 from .matmul import round_up
-from .norm import ADDRESSES, NO_NORM, finish_row, normalize_row, read_row
+from .norm import ADDRESSES, AT_ONCE, NO_NORM, finish_row, normalize_rows, read_row
 from .quantize import dequantize_row, quantize_vectors
 from .records import located, named, real, record
 from .requantize import requantize
@@ -62,7 +62,7 @@ FEED_FORWARD = record(
     "rows width columns out_width channels depth4 hidden_up out_up codes gated norm_first norm_last",
     "project_rule multiply_rule w1 b1 m1 z1 gate_w gate_b gate_m gate_z table active_z multiplier zh w2 b2 m2 z2",
     "more_inputs more_outputs at_first at_last scale inverse zero out_scale",
-    "at_x at_nan at_hidden at_gate at_codes at_words at_own at_row at_tiles shared_size private_size")
+    "at_x at_nan at_hidden at_gate at_codes at_words at_own at_row row_step at_tiles shared_size private_size")
 ENDS = record("x residual codes nan weights")  # rows of float32, int8 codes, float32 of each row
 _NONE, _ZERO, _NAN = np.int32(0), np.float32(0), np.float32(np.nan)
 _LEAST, _MOST = np.int32(-128), np.int32(127)
@@ -100,17 +100,26 @@ def widen_row(s, w, p, at):
 
 
 @task
-def read_codes(s, w, p, x, row, to, at_nan, own):
-    """Row `row` of x, an address, as an unsigned operand from `to` on; own: room for a row."""
+def read_codes(s, w, p, x, row, rows, to, at_nan, own):
+    """Rows of x, an address, from `row` on, at most AT_ONCE, as unsigned operands from `to` on; own: room for rows.
+
+    Each step is done to all rows: while one waits for what it has computed others go on.
+    """
     if p.codes != 0:
-        pack_tokens(Part(pointer_to(x, np.int8), row * p.columns), p.columns, 1, 1, Part(s.int32, to), p.depth4)
-    else:
-        at = own + p.at_row
-        read_row(pointer_to(x, np.float32), row * p.width, p.width, s.float32, at)
-        if p.norm_first != NO_NORM:
-            normalize_row(s.float32, at, p.width, p.norm_first, w.float32, p.at_first)
-        widen_row(s, w, p, at)
-        quantize_row(s, p, at, 4 * to, at_nan)
+        for r in range(rows):
+            pack_tokens(Part(pointer_to(x, np.int8), (row + r) * p.columns), p.columns, 1, 1,
+                        Part(s.int32, to + r * p.depth4), p.depth4)
+        return
+    at, step = own + p.at_row, p.row_step
+    for r in range(rows):
+        read_row(pointer_to(x, np.float32), (row + r) * p.width, p.width, s.float32, at + r * step)
+    if p.norm_first != NO_NORM:
+        separately(normalize_rows, (s.float32, at, step, rows, p.width, p.norm_first, w.float32, p.at_first,
+                                    at + AT_ONCE * step))
+    for r in range(rows):
+        widen_row(s, w, p, at + r * step)
+    for r in range(rows):
+        quantize_row(s, p, at + r * step, 4 * (to + r * p.depth4), at_nan + r)
 
 
 @task
@@ -256,8 +265,9 @@ def feed_rows_forward(p, a, scratch, portion, worker, part):
     end = min((part + 1) * portion, p.rows)
     for row in range(part * portion, end, BLOCK):
         rows = min(BLOCK, end - row)
-        for r in range(rows):
-            separately(read_codes, (s, w, p, a.x, row + r, own + p.at_x + r * p.depth4, own + p.at_nan + r, own))
+        for r in range(0, rows, AT_ONCE):
+            separately(read_codes, (s, w, p, a.x, row + r, min(AT_ONCE, rows - r), own + p.at_x + r * p.depth4,
+                                    own + p.at_nan + r, own))
         split_rows(s, operand_of(p, own, p.at_x, p.depth4), 0, rows, 1)
         raise_rows(s, w, p, own, own, rows, 0, p.hidden_up)
         split_rows(s, operand_of(p, own, p.at_hidden, p.hidden_up // 4), 0, rows, 1)
@@ -272,7 +282,7 @@ def read_some(p, a, scratch, parts, worker, part):
     """Some rows to codes, where few rows are all done together."""
     s, w, own = scratch_at(scratch), scratch_at(a.weights), p.shared_size + worker * p.private_size
     for r in range(part, p.rows, parts):
-        separately(read_codes, (s, w, p, a.x, r, p.at_x + r * p.depth4, p.at_nan + r, own))
+        separately(read_codes, (s, w, p, a.x, r, np.int64(1), p.at_x + r * p.depth4, p.at_nan + r, own))
     split_rows(s, operand_of(p, 0, p.at_x, p.depth4), part, p.rows, parts)
 
 
@@ -349,10 +359,13 @@ def rows_to_codes_part(p, a, scratch, portion, worker, part):
     """A portion of the rows."""
     s, w, own = scratch_at(scratch), scratch_at(a.weights), worker * p.private_size
     codes, nan, at = pointer_to(a.codes, np.int8), pointer_to(a.nan, np.float32), own + p.at_x
-    for row in range(part * portion, min((part + 1) * portion, p.rows)):
-        separately(read_codes, (s, w, p, a.x, row, at, own + p.at_nan, own))
-        nan[row] = s.float32[own + p.at_nan]
-        copy_codes(s, at, p.columns, codes, row * p.columns)
+    end = min((part + 1) * portion, p.rows)
+    for row in range(part * portion, end, AT_ONCE):
+        rows = min(AT_ONCE, end - row)
+        separately(read_codes, (s, w, p, a.x, row, rows, at, own + p.at_nan, own))
+        for r in range(rows):
+            nan[row + r] = s.float32[own + p.at_nan + r]
+            copy_codes(s, at + r * p.depth4, p.columns, codes, (row + r) * p.columns)
 
 
 @jit

@@ -19,10 +19,11 @@ from .dynamic import (
     turn,
     unit_of,
 )
-from .fused import ATTENTION_ADDRESSES, portions, visible_range
+from .functional_float32 import ATTENTION_ADDRESSES
 from .int8_views import Part, parts_of
 from .key_mean import choose_block, subtract_mean, weigh_tokens
 from .matmul import round_up
+from .portions import portions
 from .records import (
     MASKS,
     NO_MASK,
@@ -37,7 +38,7 @@ from .records import (
     record,
     set_masks,
 )
-from .score_masks import adds_to_scores, fill_mask
+from .score_masks import adds_to_scores, fill_mask, visible_range
 from .simd import (
     LANES,
     WIDTH,

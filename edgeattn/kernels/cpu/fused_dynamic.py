@@ -1,6 +1,6 @@
 """Fused dynamic int8 layer: float in, float out, every product in bytes, softmax in float32.
 
-Letters as in fused.py; sizes with a 4 count groups of four bytes.  Every token is quantized by its own largest
+Letters as in attend_lanes.py; sizes with a 4 count groups of four bytes.  Every token is quantized by its own largest
 magnitude: the input over its E values, queries, keys and values over each head, the context over its H * Dv values.
 Projections come out as rows of tokens, so that few cost little; each head's is turned, (features, W) with tokens in
 lanes, which is what dynamic.py quantizes.
@@ -35,23 +35,17 @@ from .dynamic import (
     turn,
     unit_of,
 )
-from .fused import (
-    QUERIES,
-    entries_alone,
-    heads_at_once,
-    own_memory,
-    portions,
-    visible_range,
-)
+from .fused import QUERIES
 from .int8_operands import FLIP
 from .int8_views import Part, Projection, parts_of, scratch_at
 from .key_mean import add_to_tokens, choose_block, subtract_mean, weigh_tokens
 from .matmul import round_up
 from .one_token import largest_of_head, quantize_key, quantize_query, quantize_value, subtract_mean_of_one
+from .portions import entries_alone, heads_at_once, own_memory, portions
 from .positions import POSITIONS, place_keys, place_queries
 from .projection_dynamic import Apart, project_rows, set_apart
 from .records import MASK_ADDRESSES, MASKS, located, named, record
-from .score_masks import adds_to_scores, fill_mask, masks_differ
+from .score_masks import adds_to_scores, fill_mask, masks_differ, visible_range
 from .simd import (
     LANES,
     WIDTH,

@@ -12,7 +12,6 @@ from edgeattn.runtime.worker_pool import parallel_for, task
 
 from .byte_products import DEPTH_STEP, linear
 from .finish_int8 import finish_bytes, finish_context, finish_output, finish_scores
-from .fused import portions, visible_range
 from .int8_operands import (
     BYTE_FLIP,
     FLIP,
@@ -25,8 +24,10 @@ from .int8_operands import (
 from .int8_views import BytePanels, Groups, Mask, Part, Scaling, parts_of
 from .matmul import feature_position, round_up
 from .one_row import linear_of_row, linear_of_tokens
+from .portions import portions
 from .records import BAND, KEEP, located, named, record
 from .requantize import bounded_codes, requantize
+from .score_masks import visible_range
 from .simd import (
     LANES,
     OFFSET,
@@ -37,6 +38,7 @@ from .simd import (
     dot_bytes,
     first_lane,
     load,
+    map_bytes,
     matrix_configure,
     matrix_release,
     pointer_to,
@@ -60,12 +62,14 @@ def packed_depth(E):
     return round_up((E + 3) // 4, DEPTH_STEP)
 
 
-# The parameters: sizes; where panels, biases and multipliers begin in the weights; zero points; numbers of rules, see
-# softmax_int8 and requantize; what each call with a cache has of its own, see cached_int8, masks among it; where things
-# begin in the scratch of all threads, which keys are the first of, and in that of each, the last of them of a step.
+# The parameters: sizes; where panels, biases and multipliers begin in the weights; where tables do, of what products
+# read of queries and keys, or 0 of none, and zero points of the codes that they are of; zero points; numbers of rules,
+# see softmax_int8 and requantize; what each call with a cache has of its own, see cached_int8, masks among it; where
+# things begin in the scratch of all threads, which keys are the first of, and in that of each, the last of them of a
+# step.
 LAYER = record("batch queries query_width key_width value_width out_width heads",
                "head_size value_size padded_head padded_value has_out same_kv",
-               "wq bq mq wk bk mk wv bv mv wo bo mo ms mc", "zq zk zv zs zc zo",
+               "wq bq mq wk bk mk wv bv mv wo bo mo ms mc", "tq tk yq yk", "zq zk zv zs zc zo",
                "softmax_rule project_rule score_rule context_rule",
                "keys first_slot new_tokens capacity", BAND, KEEP,
                "index_b index_h index_l index_s", "at_krow at_values",
@@ -79,12 +83,16 @@ ADDRESSES = record("queries keys values out keep padding cached_keys cached_valu
 
 
 class Linear(NamedTuple):
-    """Where panels, bias and multipliers of a projection begin in the weights, and the zero point of its codes."""
+    """Where panels, bias and multipliers of a projection begin in the weights, and the zero point of its codes.
+
+    table: where the table of what becomes of them begins there, or 0.
+    """
 
     weight: int
     bias: int
     multiplier: int
     zero_point: int
+    table: int
 
 
 class Seen(NamedTuple):
@@ -120,6 +128,17 @@ def pack_tokens(x, E, tokens, rows, out, out_row):
             out.data[to + i] = word ^ FLIP
     for i in range(tokens * out_row, rows * out_row):
         out.data[out.at + i] = FLIP
+
+
+@inline
+def scale_codes(codes, count, weights, table, flip):
+    """Codes, `count` groups of a multiple of LANES, to what the table from weights[table] on says of them, in place.
+
+    They are ^ flip, and remain so.
+    """
+    flips, bytes_ = splat(flip), pointer_to(address_of(weights), np.int8)
+    for i in range(codes.at, codes.at + count, LANES):
+        store(codes.data, i, map_bytes(bytes_, 4 * table, load(codes.data, i) ^ flips) ^ flips)
 
 
 @inline
@@ -189,7 +208,7 @@ def project_part(p, a, scratch, batch, portion, worker, part):
     S, Ek, Ev, Ek4, Ev4 = p.keys, p.key_width, p.value_width, packed_depth(p.key_width), packed_depth(p.value_width)
     features, v_features = round_up(p.heads * p.padded_head, WIDTH), round_up(p.heads * p.padded_value, WIDTH)
     k_row, q_zero = layout.k_block // 4, zero_bytes(np.int32(p.zq))
-    k_scaling = Scaling(weights, p.project_rule, p.mk, features, np.int32(p.zk))
+    k_scaling = Scaling(weights, p.project_rule, p.mk, features, np.int32(p.yk))
     v_scaling = Scaling(weights, p.project_rule, p.mv, v_features, np.int32(p.zv))
     k_panels = BytePanels(weights, p.wk, weights, p.bk, features, Ek4)
     v_panels = BytePanels(weights, p.wv, weights, p.bv, v_features, Ev4)
@@ -203,6 +222,10 @@ def project_part(p, a, scratch, batch, portion, worker, part):
         to = Blocks(shared.int8, t * layout.k_block, layout.k_block, layout.k_step)
         linear_of_tokens(finish_bytes, (k_scaling, _NONE, to), Groups(own.uint32, p.at_x, Ek4, 1), tokens, k_panels,
                          tiles)
+        if p.tk != 0:
+            for d in range(0, features, layout.k_block):  # tokens that only fill up a vector have room, and are any
+                at = feature_position(d, layout.k_block, layout.k_step) // 4 + t * k_row
+                scale_codes(Part(shared.int32, at), round_up(tokens, LANES) * k_row, weights, p.tk, _NONE)
         if p.same_kv == 0:
             pack_tokens(Part(xv, (batch * S + t) * Ev), Ev, tokens, rows, packed, Ev4)
         project_values(Groups(own.uint32, p.at_x, Ev4, 1), tokens, v_panels, v_scaling, t, p, layout, shared, own)
@@ -222,10 +245,12 @@ def project_queries(p, a, batch, q0, queries, own):
     at_row_major, at_q, weights = p.at_row_major, p.at_q, pointer_to(a.weights, np.int32)
     x = Part(pointer_to(a.queries, np.int8), (batch * p.queries + q0) * Eq)
     pack_tokens(x, Eq, queries, WIDTH, Part(own.int32, p.at_x), Eq4)
-    scaling = Scaling(weights, p.project_rule, p.mq, features, np.int32(p.zq))
+    scaling = Scaling(weights, p.project_rule, p.mq, features, np.int32(p.yq))
     to = Blocks(own.int8, 4 * at_row_major, 4 * row_major_row, 0)
     linear_of_tokens(finish_bytes, (scaling, FLIP, to), Groups(own.uint32, p.at_x, Eq4, 1), queries,
                      BytePanels(weights, p.wq, weights, p.bq, features, Eq4), Part(own.int32, p.at_tiles))
+    if p.tq != 0:
+        scale_codes(Part(own.int32, at_row_major), queries * row_major_row, weights, p.tq, FLIP)
     turns, turn = (1, row_major_row) if q_groups == D4 else (p.heads, q_groups)
     for h in range(turns):
         for f in range(0, turn, LANES):

@@ -1,6 +1,6 @@
 """The mean of a head's first keys that are seen, which is left out of all of them: softmax does not see it.
 
-Letters as in fused.py.  p, a: a record of the sizes and of MASKS, and one of MASK_ADDRESSES.
+Letters as in attend_lanes.py.  p, a: a record of the sizes and of MASKS, and one of MASK_ADDRESSES.
 """
 import numpy as np
 

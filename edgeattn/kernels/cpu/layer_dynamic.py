@@ -4,7 +4,7 @@ import numpy as np
 from edgeattn import threads
 from edgeattn.runtime.addresses import address
 from edgeattn.runtime.compiler import register_jitable
-from edgeattn.runtime.plan_cache import PlanCache
+from edgeattn.runtime.plan_cache import PlanCache, shared_plans
 
 from . import fused_dynamic as f
 from .attend_dynamic import KEY_BLOCK
@@ -171,11 +171,12 @@ class DynamicLayer:
         place_own(self.parameters)
         self.output_dim = Eo
         self._plans = PlanCache()
+        self._alike = shared_plans((DynamicLayer, self.weights.size, *vars(self.parameters).values()))
 
     def prepare(self, xq, xk, xv, masks=NO_MASKS, position=0):
         """The `PreparedCall` for inputs, some of them perhaps the same array; the rest as `FloatLayer.prepare`'s."""
         key = (*xq.shape[:2], xk.shape[1], xq is xk, xk is xv, masks, position)
-        return self._plans.get(key) or self._plans.keep(key, self._plan(*key))
+        return self._plans.get(key) or self._plans.keep(key, self._planned(*key))
 
     def prepare_kept(self, xq, keys, masks=NO_MASKS, position=0):
         """The `PreparedCall` for queries, and so many keys of what `keep_keys` gave, which it takes last."""
@@ -190,6 +191,13 @@ class DynamicLayer:
         kept[:] = 0
         call(xk, xk, xv, None, keep, None, None, None, kept)
         return kept
+
+    def _planned(self, *key):
+        """As `_plan`, which layers that differ in their weights alone do once."""
+        if self._rotary is not None:
+            return self._plan(*key)
+        alike = self._alike.get(key)
+        return self._alike.keep(key, self._plan(*key)) if alike is None else alike.ending((*self._fixed, 0))
 
     def _plan(self, B, L, S, same_qk, same_kv, masks, position=0, is_kept=False):
         p = copy_of(self.parameters)

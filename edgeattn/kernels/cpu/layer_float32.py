@@ -4,10 +4,11 @@ import numpy as np
 from edgeattn import threads
 from edgeattn.runtime.addresses import address
 from edgeattn.runtime.compiler import register_jitable
-from edgeattn.runtime.plan_cache import PlanCache
+from edgeattn.runtime.plan_cache import PlanCache, shared_plans
 
 from . import fused as f
-from .attend_rows import MORE_MASK, scratch_of_rows
+from .attend_lanes import AT_FREE
+from .attend_rows import FEW_QUERIES, MORE_MASK, scratch_of_rows
 from .call import PreparedCall
 from .matmul import pack_panels, pad_heads, padded_head, round_up
 from .packing import Packer
@@ -48,14 +49,14 @@ def plan(p, B, L, S, masked):
     S_up, tokens = round_up(S, ROWS), min(round_up(L, WIDTH), f.QUERIES)
     shared = round_up((k_features + k_block) * S_up, 16)  # the keys
     p.at_values, shared = place(shared, (v_features + v_block) * S_up + ROWS * v_block)
-    p.at_largest, private = place(f.AT_FREE, k_features + k_block)
+    p.at_largest, private = place(AT_FREE, k_features + k_block)
     p.at_rows, private = place(private, tokens * (q_features + WIDTH))
     p.at_q, private = place(private, k_block * WIDTH)
     p.at_head, private = place(private, (v_block + ROWS) * WIDTH)
     p.at_context, private = place(private, tokens * (heads * Dvp + WIDTH))
     p.at_edge, private = place(private, tokens * WIDTH)
     p.at_masks, private = place(private, S * WIDTH if masked else 0)
-    if L <= f.FEW_QUERIES:
+    if L <= FEW_QUERIES:
         p.at_few, private = place(private + MORE_MASK, scratch_of_rows(p.head_size, Dvp))
     p.at_entry = 0
     if B > 1 and shared <= f.LARGEST_ENTRY:
@@ -89,9 +90,9 @@ class FloatLayer:
         fold = np.float64(scale) * _LOG2_E
         packer = Packer(np.float32)
         for name, weight, bias, heads, size, wide, factor in (
-                ("q", q_weight, q_bias, H, D, Dp, fold if q_norm is None else 1.0),
-                ("k", k_weight, k_bias, Hkv, D, Dp, 1.0),
-                ("v", v_weight, v_bias, Hkv, Dv, Dvp, 1.0)):
+                ("k", k_weight, k_bias, Hkv, D, Dp, 1.0),  # in the order in which they are read
+                ("v", v_weight, v_bias, Hkv, Dv, Dvp, 1.0),
+                ("q", q_weight, q_bias, H, D, Dp, fold if q_norm is None else 1.0)):
             bias = np.zeros(heads * size, np.float32) if bias is None else bias
             weight, bias = ((a.astype(np.float64) * factor).astype(np.float32) for a in (weight, bias))
             packer.put("w" + name, pack_panels(pad_heads(weight, heads, size, wide)))
@@ -117,11 +118,12 @@ class FloatLayer:
             has_out=out_weight is not None, **packer.at, **positions)
         self.output_dim = Eo
         self._plans = PlanCache()
+        self._alike = shared_plans((FloatLayer, self.weights.size, *vars(self.parameters).values()))
 
     def prepare(self, xq, xk, xv, masks=NO_MASKS, position=0):
         """The `PreparedCall` for inputs and masks of such shapes; masks: `KernelMask.shapes`; position: a call's."""
         key = (*xq.shape[:2], xk.shape[1], masks, position)
-        return self._plans.get(key) or self._plans.keep(key, self._plan(*key))
+        return self._plans.get(key) or self._plans.keep(key, self._planned(*key))
 
     def prepare_kept(self, xq, keys, masks=NO_MASKS, position=0):
         """The `PreparedCall` for queries, and so many keys of what `keep_keys` gave, which it takes last."""
@@ -136,6 +138,13 @@ class FloatLayer:
         kept = threads.aligned(B * -(-p.kv_heads // p.group) * p.kept_size, np.float32)
         call(xk, xk, xv, None, keep, None, None, None, kept)
         return kept
+
+    def _planned(self, *key):
+        """As `_plan`, which layers that differ in their weights alone do once."""
+        if self._rotary is not None:
+            return self._plan(*key)
+        alike = self._alike.get(key)
+        return self._alike.keep(key, self._plan(*key)) if alike is None else alike.ending((self._address, 0))
 
     def _plan(self, B, L, S, masks, position=0, is_kept=False):
         p = copy_of(self.parameters)

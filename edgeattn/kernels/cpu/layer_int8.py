@@ -91,11 +91,14 @@ class StaticLayer:
         (256,), of the dtype that the rule has; entry d belongs to a code d below the maximum.
     softmax : str
         A name of softmax_int8.RULES.
+    tables : dict, optional
+        "query" and "key", where the product reads not what the projection gives -> (int8 (256,) of the code c, at
+        c + 128, what it reads; the zero point of the codes that the projection gives).
     """
 
     def __init__(self, num_heads, linears, scores, context, zero_points, project_rule, score_rule, context_rule,
-                 softmax_table, softmax):
-        H = num_heads
+                 softmax_table, softmax, tables=None):
+        H, zero_points = num_heads, dict(zero_points)
         D, Dv = linears["query"][0].shape[0] // H, linears["value"][0].shape[0] // H
         Dp, Dvp = padded_head(D), padded_head(Dv)
         weights = Packer(np.int32)
@@ -127,6 +130,11 @@ class StaticLayer:
             put_linear("o", spread, wide_bias, wide_real, "context")
         else:
             Eo = H * Dv
+        for letter, name in (("q", "query"), ("k", "key")):
+            zero_points[f"{name}_projection"] = zero_points[name]
+            if tables and name in tables:
+                table, zero_points[f"{name}_projection"] = tables[name]
+                weights.put("t" + letter, np.roll(table, 128).view(np.int32))  # by the bytes that codes are
         weights.put("ms", encode(score_rule, [scores] * LANES))
         weights.put("mc", encode(context_rule, [context] * LANES))
         self.weights = weights.packed()
@@ -138,6 +146,7 @@ class StaticLayer:
             value_width=linears["value"][0].shape[1], out_width=Eo, heads=H, head_size=D, value_size=Dv, padded_head=Dp,
             padded_value=Dvp, has_out="output" in linears, softmax_rule=softmax_int8.NUMBERS[softmax],
             project_rule=NUMBERS[project_rule], score_rule=NUMBERS[score_rule], context_rule=NUMBERS[context_rule],
+            yq=zero_points["query_projection"], yk=zero_points["key_projection"],
             zq=zero_points["query"], zk=zero_points["key"], zv=zero_points["value"], zs=zero_points["scores"],
             zc=zero_points["context"], zo=zero_points["output"] if "output" in linears else 0, **weights.at)
         place_own(self.parameters)

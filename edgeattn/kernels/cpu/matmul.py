@@ -15,10 +15,12 @@ from .simd import (
     LANES,
     ROWS,
     WIDTH,
+    address_of,
     multiply_by_lane,
     multiply_by_lane_ahead,
     outer_product,
-    prefetch,
+    pointer_to,
+    prefetch_first,
     quotient,
     rank_steps,
     steps,
@@ -31,7 +33,6 @@ from .simd import (
 # length of a chain.
 CHAIN = 32
 BLOCK = 2 * CHAIN  # two chains: how much of a panel (8 KiB at 32 features) stays near while all tokens pass
-AHEAD = 8  # elements of the next panel at most that a tile brings near for each of its depth
 _LINE = 16  # elements of four bytes in a cache line
 
 
@@ -80,24 +81,28 @@ def _multiply(tile, a, at_a, row_step, step, b, at_b, depth):
 
 
 @inline
-def _multiply_ahead(tile, a, at_a, row_step, step, b, at_b, depth, at_next, pace):
-    """_multiply(), while for each depth `pace` elements of b from at_next on, at most 8, are brought near."""
+def _multiply_ahead(tile, a, at_a, row_step, step, b, at_b, depth, at_next, pace, most):
+    """_multiply(), while for each depth `pace` elements of b from at_next on are brought near, at most `most`."""
     count = steps(b)
-    for k in range(0, depth - 2 * count + 1, 2 * count):
-        half = k + count
-        prefetch(b, at_next + k * pace)
-        prefetch(b, at_next + k * pace + _LINE)
-        tile = rank_steps(tile, a, at_a + k * step, row_step, step, b, at_b + k * WIDTH)
-        prefetch(b, at_next + half * pace)
-        prefetch(b, at_next + half * pace + _LINE)
-        tile = rank_steps(tile, a, at_a + half * step, row_step, step, b, at_b + half * WIDTH)
-    for k in range(depth // (2 * count) * (2 * count), depth):
+    for k in range(0, depth - count + 1, count):
+        near = pointer_to(address_of(b) + 4 * (at_next + k * pace), np.float32)
+        for i in range(count):
+            for line in range(0, most, _LINE):
+                prefetch_first(near, i * most + line)
+            tile = outer_product(tile, a, at_a + (k + i) * step, row_step, b, at_b + (k + i) * WIDTH)
+    for k in range(depth // count * count, depth):
         tile = outer_product(tile, a, at_a + k * step, row_step, b, at_b + k * WIDTH)
     return tile
 
 
-# multiply(tile, a, at_a, row_step, step, b, at_b, depth), and multiply_ahead(..., at_next, pace)
-multiply, multiply_ahead = (multiply_by_lane, multiply_by_lane_ahead) if BY_LANE else (_multiply, _multiply_ahead)
+@inline
+def _multiply_by_lane_ahead(tile, a, at_a, row_step, step, b, at_b, depth, at_next, pace, most):
+    """_multiply_ahead() of instruction sets whose panels are as narrow as eight elements."""
+    return multiply_by_lane_ahead(tile, a, at_a, row_step, step, b, at_b, depth, at_next, pace)
+
+
+# multiply(tile, a, at_a, row_step, step, b, at_b, depth), and multiply_ahead(..., at_next, pace, most)
+multiply, multiply_ahead = ((multiply_by_lane, _multiply_by_lane_ahead) if BY_LANE else (_multiply, _multiply_ahead))
 
 
 @inline
@@ -107,7 +112,7 @@ def pace_ahead(rows, tall):
     Nothing where one tile passes: it reads panel after panel, which the processor sees for itself.
     """
     tiles = (rows + tall - 1) // tall
-    return min(AHEAD, (WIDTH + tiles - 1) // tiles) if tiles > 1 else 0
+    return (WIDTH + tiles - 1) // tiles if tiles > 1 else 0
 
 
 @inline

@@ -8,11 +8,12 @@ sums in the order of NumPy's, and the rest operation by operation as there: the 
 """
 import numpy as np
 
+from edgeattn.runtime.calls import separately
 from edgeattn.runtime.compiler import inline, jit, task
 from edgeattn.runtime.worker_pool import parallel_for
 
-from .fused import portions
 from .matmul import round_up
+from .portions import portions
 from .records import located, named, record
 from .simd import (
     LANES,
@@ -36,33 +37,68 @@ AT_WEIGHT = 16  # where a norm's weight begins: eps, the rest of its cache line,
 # `x` and `residual`: what is read, 0 for no residual; they and `out` are rows of `width` float32, without gaps.
 ADDRESSES = record("x residual out weights")
 NORM = record("rows width norm as_numpy private_size")
+AT_ONCE = 8  # rows that are normalized together
+MEANS = 2 * AT_ONCE  # numbers that these leave: of each its mean, and the inverse of its deviation
 TOGETHER = 128  # numbers that NumPy sums without cutting them in two
 SUMS = 32  # halves of halves that a row as NumPy sums it can be cut into: of 2^31 features
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
 
 
-@task
-def normalize_row(y, at, width, kind, weights, at_norm):
-    """y (width,), followed by zeros up to a whole number of VIRTUAL_LANES, in place."""
+@inline
+def mean_of(y, at, width, kind):
+    """The mean of y (width,), followed by zeros up to a whole number of VIRTUAL_LANES; 0 for RMS norm."""
+    if kind != LAYER_NORM:
+        return _ZERO
+    total = wide_splat(_ZERO)
+    for e in range(0, round_up(width, VIRTUAL_LANES), VIRTUAL_LANES):
+        total = total + wide_load(y, at + e)
+    return wide_sum(total) / np.float32(width)
+
+
+@inline
+def inverse_of(y, at, width, mean, eps):
+    """1 / sqrt(mean((y - mean)**2) + eps)"""
+    middle, squares = wide_splat(mean), wide_splat(_ZERO)
+    for e in range(0, round_up(width, VIRTUAL_LANES), VIRTUAL_LANES):
+        d = wide_first(wide_load(y, at + e) - middle, width - e)
+        squares = fma(d, d, squares)
+    return _ONE / np.sqrt(wide_sum(squares) / np.float32(width) + eps)
+
+
+@inline
+def scale_row(y, at, width, mean, inverse, weights, at_norm):
+    """y = (y - mean) * inverse * weight + bias"""
     up = round_up(width, VIRTUAL_LANES)
     at_weight = at_norm + AT_WEIGHT
     at_bias = at_weight + up
-    mean = _ZERO
-    if kind == LAYER_NORM:
-        total = wide_splat(_ZERO)
-        for e in range(0, up, VIRTUAL_LANES):
-            total = total + wide_load(y, at + e)
-        mean = wide_sum(total) / np.float32(width)
-    middle, squares = wide_splat(mean), wide_splat(_ZERO)
+    middle, factor = wide_splat(mean), wide_splat(inverse)
     for e in range(0, up, VIRTUAL_LANES):
-        d = wide_first(wide_load(y, at + e) - middle, width - e)
-        squares = fma(d, d, squares)
-    variance = wide_sum(squares) / np.float32(width)
-    inverse = wide_splat(_ONE / np.sqrt(variance + weights[at_norm]))
-    for e in range(0, up, VIRTUAL_LANES):
-        scaled = (wide_load(y, at + e) - middle) * inverse
+        scaled = (wide_load(y, at + e) - middle) * factor
         store(y, at + e, fma(scaled, wide_load(weights, at_weight + e), wide_load(weights, at_bias + e)))
+
+
+@task
+def normalize_row(y, at, width, kind, weights, at_norm):
+    """y (width,), followed by zeros up to a whole number of VIRTUAL_LANES, in place."""
+    mean = mean_of(y, at, width, kind)
+    inverse = inverse_of(y, at, width, mean, weights[at_norm])
+    scale_row(y, at, width, mean, inverse, weights, at_norm)
+
+
+@task
+def normalize_rows(y, at, step, rows, width, kind, weights, at_norm, at_means):
+    """normalize_row() of up to AT_ONCE rows, each step of all of them: while one waits for its root others go on.
+
+    at_means: room in y for MEANS numbers
+    """
+    at_inverses = at_means + AT_ONCE
+    for r in range(rows):
+        y[at_means + r] = mean_of(y, at + r * step, width, kind)
+    for r in range(rows):
+        y[at_inverses + r] = inverse_of(y, at + r * step, width, y[at_means + r], weights[at_norm])
+    for r in range(rows):
+        scale_row(y, at + r * step, width, y[at_means + r], y[at_inverses + r], weights, at_norm)
 
 
 @inline
@@ -109,22 +145,30 @@ def sum_as_numpy(y, at, width, at_sums):
 
 
 @task
-def normalize_as_numpy(y, at, at_squares, width, kind, weights, at_norm):
-    """y (width,) in place, as `normalize_row` otherwise; at_squares: room for as much, and SUMS numbers behind."""
-    up = round_up(width, VIRTUAL_LANES)
-    at_sums = at_squares + up
-    at_weight = at_norm + AT_WEIGHT
-    at_bias = at_weight + up
+def normalize_as_numpy(y, at, step, rows, width, kind, weights, at_norm, at_means):
+    """y, up to AT_ONCE rows of (width,), in place, as `normalize_rows` otherwise.
+
+    at_means: room in y for MEANS numbers, then SUMS, then a row
+    """
+    up, at_weight = round_up(width, VIRTUAL_LANES), at_norm + AT_WEIGHT
+    at_bias, at_roots, at_sums = at_weight + up, at_means + AT_ONCE, at_means + MEANS
+    at_squares = at_sums + SUMS
     if kind == LAYER_NORM:
-        mean = splat(sum_as_numpy(y, at, width, at_sums) / np.float32(width))
+        for r in range(rows):
+            y[at_means + r] = sum_as_numpy(y, at + r * step, width, at_sums) / np.float32(width)
+        for r in range(rows):
+            for e in range(at + r * step, at + r * step + up, LANES):
+                store(y, e, load(y, e) - splat(y[at_means + r]))
+    for r in range(rows):
         for e in range(0, up, LANES):
-            store(y, at + e, load(y, at + e) - mean)
-    for e in range(0, up, LANES):
-        store(y, at_squares + e, load(y, at + e) * load(y, at + e))
-    root = splat(np.sqrt(sum_as_numpy(y, at_squares, width, at_sums) / np.float32(width) + weights[at_norm]))
-    for e in range(0, up, LANES):
-        scaled = load(y, at + e) * (load(weights, at_weight + e) / root)
-        store(y, at + e, scaled + load(weights, at_bias + e))
+            number = load(y, at + r * step + e)
+            store(y, at_squares + e, number * number)
+        total = sum_as_numpy(y, at_squares, width, at_sums)
+        y[at_roots + r] = np.sqrt(total / np.float32(width) + weights[at_norm])
+    for r in range(rows):
+        for e in range(0, up, LANES):
+            scaled = load(y, at + r * step + e) * (load(weights, at_weight + e) / splat(y[at_roots + r]))
+            store(y, at + r * step + e, scaled + load(weights, at_bias + e))
 
 
 @inline
@@ -168,17 +212,36 @@ def finish_row(y, at, width, residual, row, kind, weights, at_norm, out):
 
 
 @task
+def finish_rows(y, at, step, rows, width, residual, row, kind, weights, at_norm, at_means, out):
+    """finish_row() of some rows, `step` apart, the first of which is `row` of residual and out."""
+    for r in range(0, rows, AT_ONCE):
+        begin, some = at + r * step, min(AT_ONCE, rows - r)
+        if residual != 0:
+            for i in range(some):
+                add_row(pointer_to(residual, np.float32), (row + r + i) * width, width, y, begin + i * step)
+        if kind != NO_NORM:
+            separately(normalize_rows, (y, begin, step, some, width, kind, weights, at_norm, at_means))
+        for i in range(some):
+            write_row(y, begin + i * step, width, pointer_to(out, np.float32), (row + r + i) * width)
+
+
+@task
 def norm_part(p, a, scratch, portion, worker, part):
     """A portion of the rows."""
     own = pointer_to(scratch + 4 * worker * p.private_size, np.float32)
-    x, weights = pointer_to(a.x, np.float32), pointer_to(a.weights, np.float32)
-    for row in range(part * portion, min((part + 1) * portion, p.rows)):
-        read_row(x, row * p.width, p.width, own, 0)
+    x, weights, step = pointer_to(a.x, np.float32), pointer_to(a.weights, np.float32), round_up(p.width, VIRTUAL_LANES)
+    end, at_means = min((part + 1) * portion, p.rows), AT_ONCE * step
+    for row in range(part * portion, end, AT_ONCE):
+        rows = min(AT_ONCE, end - row)
+        for r in range(rows):
+            read_row(x, (row + r) * p.width, p.width, own, r * step)
         if p.as_numpy != 0:
-            normalize_as_numpy(own, 0, round_up(p.width, VIRTUAL_LANES), p.width, p.norm, weights, 0)
-            write_row(own, 0, p.width, pointer_to(a.out, np.float32), row * p.width)
+            separately(normalize_as_numpy, (own, 0, step, rows, p.width, p.norm, weights, 0, at_means))
+            for r in range(rows):
+                write_row(own, r * step, p.width, pointer_to(a.out, np.float32), (row + r) * p.width)
         else:
-            finish_row(own, 0, p.width, a.residual, row, p.norm, weights, 0, a.out)
+            separately(finish_rows, (own, 0, step, rows, p.width, a.residual, row, p.norm, weights, 0, at_means,
+                                     a.out))
 
 
 @jit

@@ -7,20 +7,19 @@ kernel is not this one.
 import numpy as np
 
 from edgeattn import threads
-from edgeattn.runtime.addresses import address
 from edgeattn.runtime.calls import separately
 from edgeattn.runtime.compiler import NamedTuple, inline, jit
-from edgeattn.runtime.plan_cache import PlanCache
+from edgeattn.runtime.plan_cache import shared_plans
 from edgeattn.runtime.worker_pool import parallel_for, task
 
 from .byte_products import TILES_SCRATCH, pack_byte_panels, row_product
 from .call import PreparedCall
 from .dynamic import COLUMNS_APART, STEP, TOKENS, depth_groups, quantize_rows
-from .fused import portions
 from .int8_operands import FLIP
 from .int8_views import BytePanels, Groups, Part, Projection, scratch_at
 from .matmul import round_up
 from .one_row import product_of_row
+from .portions import portions
 from .records import blank, located, named, packed, record
 from .simd import (
     ADDS_FIRST,
@@ -208,7 +207,7 @@ class DynamicProjection:
         self._factors[: self.outputs] = scale
         if bias is not None:
             self._factors[features : features + self.outputs] = bias
-        self._plans = PlanCache()
+        self._plans = shared_plans((DynamicProjection, self.inputs, self.outputs))
 
     def __call__(self, x):
         """(tokens, inputs) float32 in C order -> (tokens, outputs) float32."""
@@ -218,7 +217,7 @@ class DynamicProjection:
             out[:] = self._factors[len(self._factors) // 2:][:self.outputs]  # the bias is all there is
             return out
         call = self._plans.get(rows) or self._plans.keep(rows, self._plan(rows))
-        call(x, out, self._weights)
+        call.run_four(x, out, self._weights, self._factors)
         return out
 
     def _plan(self, rows):
@@ -226,4 +225,4 @@ class DynamicProjection:
         private = round_up(TOKENS * deep + TILES_SIZE + words_scratch(TOKENS, deep) + 2 * TOKENS + STEP, 16)
         p = blank(PROJECTION, rows=rows, width=self.inputs, out_width=self.outputs, private_size=private)
         return PreparedCall(projection_dynamic, packed(p, PROJECTION), ADDRESSES, np.int32, 0, private,
-                            rows * self.inputs * self.outputs, fixed=(address(self._factors),))
+                            rows * self.inputs * self.outputs)

@@ -6,7 +6,7 @@ from edgeattn.runtime.plan_cache import PlanCache
 from edgeattn.runtime.worker_pool import parallel_for, task
 
 from .call import PreparedCall
-from .fused import portions
+from .portions import portions
 from .records import bits_of_real, blank, located, named, packed, real, record
 from .simd import (
     LANES,

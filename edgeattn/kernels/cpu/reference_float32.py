@@ -9,8 +9,8 @@ from edgeattn.runtime.plan_cache import planned
 from edgeattn.runtime.worker_pool import parallel_for, task
 
 from .call import PreparedCall
-from .fused import portions
 from .matmul import round_up
+from .portions import portions
 from .records import (
     MASK_ADDRESSES,
     MASKS,

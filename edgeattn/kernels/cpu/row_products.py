@@ -5,7 +5,7 @@ alone and among others.
 """
 from edgeattn.runtime.compiler import NamedTuple, inline, task
 
-from .matmul import feature_position, multiply, multiply_ahead
+from .matmul import feature_position, multiply_ahead
 from .simd import (
     BY_LANE,
     COLUMNS,
@@ -22,9 +22,11 @@ from .simd import (
     tile_zero,
 )
 
-TALL = 6 if LANES == 8 else ROWS  # rows of a tile: of sixteen registers three hold what it is made of
-_UNEVEN = (1, 2) if TALL == 6 else (-1, -1)  # rows that would be left alone: 7 are better 4 and 3, 8 twice 4
-AHEAD = 8  # elements of the next panel at most that a tile of four rows or more brings near for each of its depth
+TALL = 6 if LANES == 8 else ROWS  # rows of a tile at most: of sixteen registers three hold what it is made of
+# Weights are brought near before they are needed: those of the next panel while a panel is multiplied, evenly by all
+# tiles of it; by a lone tile, which reads weights as fast as memory has them, those so many elements on, so that the
+# first cache holds them until then.
+AHEAD = 4096
 NO_BIAS = -1
 
 
@@ -80,26 +82,41 @@ def finish_chain(tile, begun, k, t, w, f, out):
 
 
 @inline
-def multiply_tile(zero, begun, x, t, w, f, out):
+def multiply_tile(zero, begun, x, t, w, f, out, at_next, pace, most):
     """Rows of out = x w^T from t on, as many as the tile `zero` has, features from f on; plus what is there, if begun.
 
+    Meanwhile `pace` elements of w from at_next on, at most `most`, come near for each of the depth.
     x: Rows; w: Weights; out: Place
     """
     from_row, at_panel = x.at + t * x.step, w.at + f // WIDTH * w.step
     for k in range(0, max(w.depth, 1), w.chain):
-        tile = multiply(zero, x.data, from_row + k, x.step, 1, w.data, at_panel + k * WIDTH, min(w.chain, w.depth - k))
+        some = min(w.chain, w.depth - k)
+        tile = multiply_ahead(zero, x.data, from_row + k, x.step, 1, w.data, at_panel + k * WIDTH, some,
+                              at_next + k * pace, pace, most)
         finish_chain(tile, begun, k, t, w, f, out)
 
 
 @inline
-def multiply_tile_ahead(zero, begun, x, t, w, f, out, at_next, pace):
-    """multiply_tile(), while `pace` elements of w from at_next on for each of the depth are brought near."""
-    from_row, at_panel = x.at + t * x.step, w.at + f // WIDTH * w.step
-    for k in range(0, max(w.depth, 1), w.chain):
-        some = min(w.chain, w.depth - k)
-        tile = multiply_ahead(zero, x.data, from_row + k, x.step, 1, w.data, at_panel + k * WIDTH, some,
-                              at_next + k * pace, pace)
-        finish_chain(tile, begun, k, t, w, f, out)
+def multiply_some(high, lone, begun, x, t, w, f, out, at_next, pace):
+    """multiply_tile() of `high` rows, at most TALL; lone: whether no other tile brings weights near."""
+    if high == TALL and not lone:
+        multiply_tile(tile_zero(TALL, COLUMNS, w.data), begun, x, t, w, f, out, at_next, pace, WIDTH // 2)
+    elif TALL >= 8 and high == 8:
+        multiply_tile(tile_zero(8, COLUMNS, w.data), begun, x, t, w, f, out, at_next, pace, WIDTH)
+    elif TALL >= 7 and high == 7:
+        multiply_tile(tile_zero(7, COLUMNS, w.data), begun, x, t, w, f, out, at_next, pace, WIDTH)
+    elif TALL >= 6 and high == 6:
+        multiply_tile(tile_zero(6, COLUMNS, w.data), begun, x, t, w, f, out, at_next, pace, WIDTH)
+    elif TALL >= 5 and high == 5:
+        multiply_tile(tile_zero(5, COLUMNS, w.data), begun, x, t, w, f, out, at_next, pace, WIDTH)
+    elif high == 4:
+        multiply_tile(tile_zero(4, COLUMNS, w.data), begun, x, t, w, f, out, at_next, pace, WIDTH)
+    elif high == 3:
+        multiply_tile(tile_zero(3, COLUMNS, w.data), begun, x, t, w, f, out, at_next, pace, WIDTH)
+    elif high == 2:
+        multiply_tile(tile_zero(2, COLUMNS, w.data), begun, x, t, w, f, out, at_next, pace, WIDTH)
+    else:
+        multiply_tile(tile_zero(1, COLUMNS, w.data), begun, x, t, w, f, out, at_next, pace, WIDTH)
 
 
 @inline
@@ -156,29 +173,12 @@ def product_rows(begun, x, rows, w, features, out):
             multiply_two(tile_zero(1, COLUMNS, w.data), begun, x, w, f, out)
             f += 2 * WIDTH
     tiles = (rows + TALL - 1) // TALL
-    ahead = min(AHEAD, (WIDTH + tiles - 1) // tiles)  # evenly: other threads wait for memory, too
+    pace, on = (WIDTH + tiles - 1) // tiles, min(w.depth * WIDTH, AHEAD) if tiles == 1 else w.step
     while f < features:
-        to, t, at_next = place_of(f, out), 0, w.at + (f // WIDTH + 1) * w.step
-        at_end = at_next + w.depth * WIDTH
-        while t < rows:
-            left = rows - t
-            if left >= TALL and left - TALL not in _UNEVEN:
-                pace = ahead if at_next < at_end else 0
-                multiply_tile_ahead(tile_zero(TALL, COLUMNS, w.data), begun, x, t, w, f, to, at_next, pace)
-                at_next += pace * w.depth
-                t += TALL
-            elif left >= 4 and left != 5:
-                pace = ahead if at_next < at_end else 0
-                multiply_tile_ahead(tile_zero(4, COLUMNS, w.data), begun, x, t, w, f, to, at_next, pace)
-                at_next += pace * w.depth
-                t += 4
-            elif left >= 3:
-                multiply_tile(tile_zero(3, COLUMNS, w.data), begun, x, t, w, f, to)
-                t += 3
-            elif left == 2:
-                multiply_tile(tile_zero(2, COLUMNS, w.data), begun, x, t, w, f, to)
-                t += 2
-            else:
-                multiply_tile(tile_zero(1, COLUMNS, w.data), begun, x, t, w, f, to)
-                t += 1
+        to, t, at_next = place_of(f, out), 0, w.at + f // WIDTH * w.step + on
+        for left in range(tiles, 0, -1):
+            high = (rows - t + left - 1) // left  # all alike: 7 rows in tiles of 6 are 4 and 3
+            multiply_some(high, tiles == 1, begun, x, t, w, f, to, at_next, pace)
+            at_next += pace * w.depth
+            t += high
         f += WIDTH

@@ -1,6 +1,6 @@
 """What masks, biases and slopes add to the scores of a block of queries, and hide of them.
 
-Letters as in fused.py.
+Letters as in attend_lanes.py.
 """
 import numpy as np
 
@@ -30,6 +30,18 @@ _MINUS_INFINITY = np.float32(-np.inf)
 _INFINITY_BITS = np.int32(0x7F800000)
 _FURTHEST = (1 << 31) - 1 - WIDTH  # a position whose distances fit int32
 _ZERO = np.float32(0)
+
+
+@inline
+def visible_range(q0, queries, S, band, low_edge, high_edge):
+    """(first, last, full_from, full_to): keys any of `queries` queries from q0 may see, and keys all of W may see."""
+    first, last, full_from, full_to = 0, S, 0, S
+    if band:
+        first = min(max(q0 + low_edge, 0), S)
+        last = max(min(q0 + queries + high_edge, S), first)
+        full_from = q0 + WIDTH - 1 + low_edge
+        full_to = q0 + high_edge + 1
+    return first, last, full_from, full_to
 
 
 @inline

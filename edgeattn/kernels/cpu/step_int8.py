@@ -81,6 +81,8 @@ def project_codes(p, a, x, E, tokens, to, padded, own):
     linear_of_tokens(f.finish_bytes, (scaling, np.int32(0), Blocks(own.int8, 4 * p.at_row_major, row, 0)),
                      Groups(own.uint32, p.at_x, depth4, 1), tokens,
                      BytePanels(weights, to.weight, weights, to.bias, features, depth4), Part(own.int32, p.at_tiles))
+    if to.table != 0:
+        f.scale_codes(Part(own.int32, p.at_row_major), tokens * row // 4, weights, to.table, np.int32(0))
     return row
 
 
@@ -190,7 +192,7 @@ def step_part(p, a, scratch, batch, worker, part):
     index, seen = Mask(False, pointer_to(0, np.uint8), 0, 0, 0, 0), f.Seen(0, WIDTH, 0, S, groups, False, 0, 0)
     matrix_configure(own.int32, p.at_tiles)
     # 1. the query of all heads
-    query = f.Linear(p.wq, p.bq, p.mq, p.zq)
+    query = f.Linear(p.wq, p.bq, p.mq, p.yq, p.tq)
     project_codes(p, a, Part(pointer_to(a.queries, np.int8), batch * Eq), Eq, 1, query, p.padded_head, own)
     for h0 in range(0, H, WIDTH):
         heads = min(WIDTH, H - h0)

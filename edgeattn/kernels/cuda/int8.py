@@ -126,8 +126,8 @@ def clear(c):
 
 # -- projections -----------------------------------------------------------------------------------------------------
 # One of each per projection, up to three: where z = 0, 1, 2.
-(L_X, L_W, L_BIAS, L_FIRST, L_SECOND, L_OUT, L_X_SCALE) = range(0, 21, 3)
-L_ADDRESSES = 21
+(L_X, L_W, L_BIAS, L_FIRST, L_SECOND, L_OUT, L_X_SCALE, L_TABLE) = range(0, 24, 3)
+L_ADDRESSES = 24
 (L_ROWS, L_T, L_X_ROW, L_DEPTH, L_W_ROW, L_FEATURES, L_HEAD, L_HEAD_UP, L_STORED, L_ZERO,
  L_OUT_B, L_OUT_H, L_OUT_T, L_OUT_D) = range(0, 42, 3)
 L_NUMBERS = 42
@@ -144,15 +144,16 @@ def pick(z, first, second, third):
 
 
 @specialised
-def linear_int8(rule, wide):
+def linear_int8(rule, wide, looked_up=False):
     """The kernel of up to three projections on int8 codes.
 
     out[b, h, t, d] = clamp(rule(x[b t] . w[h D + d] + bias) + zero point), zeros for D <= d < L_STORED; with
     `rule` None float32 (x . w) * x_scale[b t] * w_scale + bias, w_scale and bias float32 at L_FIRST and L_BIAS.
     Grid (ceil(rows / 64), heads * padded D / 64, projections). x (rows, depth), w (features and depth padded to 64s),
     bias with the input's zero point already in it. `wide`: x has rows of whole, aligned 16 bytes.
+    `looked_up`: codes c of a projection with a table, int8 (256,) at L_TABLE, become what it has at c + 128.
     """
-    WIDE, STATIC = bool(wide), rule is not None
+    WIDE, STATIC, LOOKED_UP = bool(wide), rule is not None, bool(looked_up)
     requantize = RULES[rule] if STATIC else RULES["float_rne"]
 
     def linear_kernel(a, p):
@@ -208,7 +209,12 @@ def linear_int8(rule, wide):
                     if STATIC:
                         v = int32(c[n, j] + load_b32(good, bias + f * 4))
                         v = requantize(v, load_b32(good, first + f * 4), load_b32(good, second + f * 4))
-                        store_s8(good, out + to, select_i(d < size, clamp_code(v, zero_point), int32(0)))
+                        code = clamp_code(v, zero_point)
+                        if LOOKED_UP:
+                            table = pick(z, a[L_TABLE], a[L_TABLE + 1], a[L_TABLE + 2])
+                            has = table != 0
+                            code = select_i(has, load_s8(good & has, table + int32(code + 128)), code)
+                        store_s8(good, out + to, select_i(d < size, code, int32(0)))
                     else:
                         y = to_float(c[n, j]) * load_f32(r < rows, x_scale + r * 4)
                         y = fma(y, load_f32(good, first + f * 4), load_f32(good, bias + f * 4))

@@ -131,15 +131,18 @@ class Int8Linear:
     first, second : (heads * size,) 32-bit values, or None
         What the rule reads; the weights' float32 scales for a dynamic layer.
     zero_point : int
+    table : int8 (256,) or None
+        What codes c become, at c + 128.
     """
 
     takes_a_residual = False
 
-    def __init__(self, weight, heads, bias, first, second=None, zero_point=0):
+    def __init__(self, weight, heads, bias, first, second=None, zero_point=0, table=None):
         self.outputs, self.heads, self.size, self.zero_point = len(weight), heads, len(weight) // heads, zero_point
         self.weight = owned(padded_weight(weight, heads))
         self.bias, self.first = owned(padded_list(bias, heads)), owned(padded_list(first, heads))
         self.second = None if second is None else owned(padded_list(second, heads))
+        self.table = None if table is None else owned(table)
 
 
 def project_int8(rule, items, stream):
@@ -163,14 +166,16 @@ def project_int8(rule, items, stream):
         check_reach("a projection", out)
         features = linear.weight.shape[0]
         for slot, value in ((i8.L_X, x), (i8.L_W, linear.weight), (i8.L_BIAS, linear.bias), (i8.L_FIRST, linear.first),
-                            (i8.L_SECOND, linear.second), (i8.L_OUT, out), (i8.L_X_SCALE, x_scale)):
+                            (i8.L_SECOND, linear.second), (i8.L_OUT, out), (i8.L_X_SCALE, x_scale),
+                            (i8.L_TABLE, linear.table)):
             a[slot + z] = address(value)
         for slot, value in zip(range(0, i8.L_NUMBERS, 3), (
                 B * T, T, row, depth, linear.weight.shape[1], features, linear.size, features // linear.heads,
                 stored, linear.zero_point, *strides), strict=True):
             p[slot + z] = value
         grid[0], grid[1] = max(grid[0], ceil_div(B * T, i8.TILE)), max(grid[1], features // i8.TILE)
-    launch(i8.linear_int8(rule, wide), tuple(grid), a, p, stream)
+    looked_up = any(item[0].table is not None for item in items)
+    launch(i8.linear_int8(rule, wide, looked_up), tuple(grid), a, p, stream)
 
 
 class StaticLayer:
@@ -180,7 +185,7 @@ class StaticLayer:
     """
 
     def __init__(self, num_heads, linears, scores, context, zero_points, project_rule, score_rule, context_rule,
-                 softmax_table, softmax):
+                 softmax_table, softmax, tables=None):
         self.heads, self.zero_points, self.rule = num_heads, zero_points, project_rule
         self.rules = score_rule, context_rule, softmax
         self.linears = {}
@@ -190,8 +195,9 @@ class StaticLayer:
             bias = np.zeros(len(weight), np.int64) if bias is None else bias.astype(np.int64)
             bias = (bias - zero_points[source] * sums + 2**31) % 2**32 - 2**31  # wraps as the accumulator does
             first, second = planes(project_rule, real)
+            table, zero_point = (tables or {}).get(name, (None, zero_points[name]))
             self.linears[name] = Int8Linear(weight, 1 if name == "output" else num_heads, bias.astype(np.int32), first,
-                                            second, zero_points[name])
+                                            second, zero_point, table)
         self.score = [int(x) for x in planes(score_rule, [scores])[:, 0]]
         self.context = [int(x) for x in planes(context_rule, [context])[:, 0]]
         self.table = owned(np.ascontiguousarray(softmax_table).view(np.int32))

@@ -802,8 +802,7 @@ def test_windows_wider_than_a_few_tokens_are_seen():
     assert encoder.layers[0].window_size == (6, 6)
 
 
-@pytest.mark.parametrize("first", ["length", "batch"])
-def test_graphs_that_were_traced_for_one_length(first):
+def traced_for_one_length(first, activation=gelu_node):
     """As torch.nn.MultiheadAttention is exported: axes are open, and the keys' length is a constant of the trace."""
     length, graph = 7, Graph(x=seeded(*((7, B) if first == "length" else (B, 7)), E))
     turned = "x" if first == "length" else graph.add("Transpose", "x", perm=[1, 0, 2])
@@ -817,8 +816,13 @@ def test_graphs_that_were_traced_for_one_length(first):
     rows = dense(graph, rows, E, E, 3)
     rows = rows if first == "length" else graph.add("Transpose", rows, perm=[1, 0, 2])
     x = norm_node(graph, graph.add("Add", "x", rows), seeded(E), seeded(E))
-    x = norm_node(graph, graph.add("Add", x, feed_forward(graph, x, 5)), seeded(E), seeded(E))
-    model = open_axes(graph.model(x), "a", "b")
+    x = norm_node(graph, graph.add("Add", x, feed_forward(graph, x, 5, activation)), seeded(E), seeded(E))
+    return graph, open_axes(graph.model(x), "a", "b")
+
+
+@pytest.mark.parametrize("first", ["length", "batch"])
+def test_graphs_that_were_traced_for_one_length(first):
+    graph, model = traced_for_one_length(first)
     wanted = ReferenceEvaluator(model).run(None, graph.inputs)[0]
     tokens, wanted = (each.swapaxes(0, 1) if first == "length" else each for each in (graph.inputs["x"], wanted))
     np.testing.assert_allclose(computed(TransformerEncoder.from_onnx(model), tokens), wanted, **CLOSE)

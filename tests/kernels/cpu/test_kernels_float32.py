@@ -4,7 +4,7 @@ import oracle_kernels as oracle
 import pytest
 
 from edgeattn import threads
-from edgeattn.kernels.cpu import fused, layer_float32
+from edgeattn.kernels.cpu import fused, layer_float32, portions
 from edgeattn.kernels.cpu.functional_float32 import attention
 from edgeattn.kernels.cpu.layer_dynamic import DynamicLayer
 from edgeattn.kernels.cpu.layer_float32 import FloatLayer, group_size
@@ -98,7 +98,7 @@ def test_any_number_of_threads_gives_the_same_bytes(B, L, S, E, H, Hkv, D, Dv, m
 @pytest.mark.parametrize("heads, unit, count, at_once", [
     (12, 1, 1, 12), (12, 1, 2, 6), (12, 1, 3, 4), (12, 1, 4, 3), (12, 1, 5, 3), (12, 4, 2, 8), (4, 1, 2, 2), (1, 1, 2, 1)])
 def test_heads_are_shared_evenly(heads, unit, count, at_once):
-    assert fused.heads_at_once.py_func(heads, unit, count) == at_once
+    assert portions.heads_at_once.py_func(heads, unit, count) == at_once
 
 
 @pytest.mark.parametrize("E, H, L", [(384, 12, 512), (384, 4, 300), (256, 8, 77), (64, 8, 1024), (60, 5, 90)])

@@ -5,6 +5,7 @@ import reference
 from cuda_cases import layer_oracle
 from cuda_cases import on_device as put
 from cuda_emulated import emulated_only, long_form
+from tflite_graphs import random_scaling
 
 import edgeattn
 import quant
@@ -170,6 +171,23 @@ def test_static_decoding_of_many_tokens_and_sizes():
     np.testing.assert_array_equal(np.concatenate(got, 1), in_steps(int8, codes, np.tri(90, dtype=bool))[0])
     again = int8.to("cuda")(x[:, 89:], kv_cache=cache, window_size=(70, 0))
     assert np.isfinite(again).all() and cache.length == 91
+
+
+@pytest.mark.parametrize("arithmetic", SETS)
+@pytest.mark.parametrize("which", [("query",), ("key",), ("query", "key")], ids="-".join)
+def test_queries_and_keys_by_a_table(arithmetic, which):
+    """MUL by a constant, and the cache holds what comes of it."""
+    rng = np.random.default_rng(18)
+    int8, codes = int8_layer(rng, arithmetic=arithmetic)
+    ops = {f"{name}_ops": (random_scaling(rng, int8.tensors[name], symmetric=name == "key"),) for name in which}
+    int8 = int8._replace(**ops)
+    result, _ = in_steps(int8, codes, None)
+    assert (result != in_steps(int8._replace(**dict.fromkeys(ops, ())), codes, None)[0]).any()
+    np.testing.assert_array_equal(int8.to("cuda").run_int8(put(codes)).numpy(), result)
+    cache = edgeattn.KVCache.for_layer(int8, 2, 20).to("cuda")
+    got = [int8.to("cuda").run_int8(codes[:, begin:end], kv_cache=cache, is_causal=True)
+           for begin, end in ((0, 8), (8, 18), (18, 19))]
+    np.testing.assert_array_equal(np.concatenate(got, 1), in_steps(int8, codes, np.tri(19, dtype=bool))[0])
 
 
 @long_form

@@ -59,6 +59,7 @@ from .scalar import (
     address_of,
     pointer_to,
     prefetch,
+    prefetch_first,
     quotient,
 )
 from .tile import (

@@ -62,11 +62,11 @@ def void_call(builder, name, arguments):
     call(builder, name, ir.VoidType(), arguments)
 
 
-def prefetch(builder, pointer):
-    """A hint: what lies there will soon be read."""
+def prefetch(builder, pointer, level=2):
+    """A hint: what lies there will soon be read; into which cache it shall come, 1 or 2."""
     pointer = builder.bitcast(pointer, i8.as_pointer())
-    # to be read, into the second-level cache, data
-    void_call(builder, "llvm.prefetch.p0", [pointer, *(ir.Constant(i32, value) for value in (0, 2, 1))])
+    # to be read, how near, data
+    void_call(builder, "llvm.prefetch.p0", [pointer, *(ir.Constant(i32, value) for value in (0, 4 - level, 1))])
 
 
 def unknown(builder, number):

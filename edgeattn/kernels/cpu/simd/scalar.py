@@ -41,3 +41,12 @@ def prefetch(typing, array, at):
         where = emit.pointer(context, builder, sig.args[0], args[0], args[1], emit.i8)
         emit.prefetch(builder, where)
     return types.void(array, types.intp), generate
+
+
+@intrinsic
+def prefetch_first(typing, array, at):
+    """prefetch() into the first of the caches, of what will be read at once."""
+    def generate(context, builder, sig, args):
+        where = emit.pointer(context, builder, sig.args[0], args[0], args[1], emit.i8)
+        emit.prefetch(builder, where, level=1)
+    return types.void(array, types.intp), generate
