@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from edgeattn.ops import Sequences
     from edgeattn.types import Float32s, Shape
 
-MOST = 1 << 16  # bytes of an array between stages: where they are larger, kernels take the time
+MOST = 1 << 18  # bytes of an array between stages, which stay in a processor's second-level cache
 MOST_LAYERS = 80  # of all chains that an encoder keeps: some 5 KiB each
 _APART = 80  # elements between two of them, which must not lie whole pages apart
 _free: list[Float32s] = []  # memory for calls of any chain, one at a time
