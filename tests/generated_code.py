@@ -27,7 +27,7 @@ def main(name, triple=None, cpu=""):
 
     def product_ahead(a, b, out, depth):
         tile = tile_zero(ROWS, COLUMNS, b)
-        tile = multiply_ahead(tile, a, 0, depth, 1, b, 0, depth, depth * WIDTH, 1)
+        tile = multiply_ahead(tile, a, 0, depth, 1, b, 0, depth, depth * WIDTH, 1, WIDTH)
         tile_store(tile, out, 0, WIDTH, LANES)
 
     def exponentials(a, out, highest):

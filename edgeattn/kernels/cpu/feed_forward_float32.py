@@ -5,7 +5,7 @@
                   out = norm(h w2^T + b2 + residual)
 
 With a gate the activation is the gate's: h = activation(y g^T + bg) * (y w1^T + b1).  Tokens are the rows of tiles; of
-the hidden features HIDDEN at a time are in scratch.  A sum is CHAIN products at a time, or as many as a linear layer
+the hidden features `at_once` are in scratch.  A sum is CHAIN products at a time, or as many as a linear layer
 says, the bias comes last: a row gives the same bits alone and among others, on one thread and on several.
 """
 import numpy as np

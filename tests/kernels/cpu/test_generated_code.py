@@ -7,6 +7,8 @@ import sys
 import pytest
 from places import ROOT, TESTS
 
+from edgeattn.runtime import isa
+
 # name, its machine where this one cannot be described by features, multiply-add, what makes the four-way dot product
 CASES = [("avx512vbmi", (), r"vfmadd\w+ps\b.*zmm", (r"vpdpbusd\b.*zmm",)), ("avx512vnni", (), r"vfmadd\w+ps\b.*zmm", (r"vpdpbusd\b.*zmm",)),
          ("avx2vnni", (), r"vfmadd\w+ps\b.*ymm", (r"vpdpbusd\b.*ymm",)),
@@ -58,6 +60,14 @@ def test_the_inner_loop_uses_the_instruction_and_spills_nothing(name, machine, m
         if most := MOST.get((name, title)):  # rows come by fours: no load and no broadcast for each product
             words = [[line.split()[0] for line in body if re.match(r"\s+[a-z]", line)] for body in with_it]
             assert min(len(each) / sum(LANES.get(word, 0) for word in each) for each in words) <= most, "\n\n".join(map("\n".join, with_it))
+
+
+@pytest.mark.parametrize("name", ["avx512vbmi", "avx2"])
+def test_as_many_weights_are_brought_near_as_are_multiplied(name):
+    table = next(table for table in isa.TABLES if table.name == name)
+    body, = (body for body in loops(generated(name)["product float32 ahead"]) if any("prefetcht0" in line for line in body))
+    products, lines = (sum(each in line for line in body) for each in ("vfmadd", "prefetcht0"))
+    assert products * table.lanes // table.rows == lines * 16  # elements of a panel, and of cache lines
 
 
 def test_a_spill_and_a_missing_instruction_would_be_seen():

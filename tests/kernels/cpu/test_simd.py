@@ -367,6 +367,7 @@ def test_fractions_and_powers_of_two():
 def _add(a, start, out):
     tile = simd.tile_load(ROWS, COLUMNS, start, 0, WIDTH, N)
     simd.prefetch(a, 5)
+    simd.prefetch_first(a, 5)
     simd.tile_store(simd.tile_add(tile, a, 3, WIDTH + 1, N + 2), out, 0, WIDTH, N)
 
 
