@@ -42,6 +42,7 @@ class Text:
     is_causal: bool
     pooling: str | None = None  # where the graph has one
     normalize: bool = False
+    told: str | None = None  # a warning
 
 
 @dataclasses.dataclass
@@ -90,6 +91,12 @@ def read_text(graphs, nodes_of, ids, bound, arithmetic=None, *, traced=False):
             raise
     _masks(text)
     text.pooling, text.normalize = _pooling(graphs, bound, encoder.end, ids)
+    given = {name: root_of(graph, name) for name in graph.outputs}
+    if text.pooling is None and encoder.end not in given.values():
+        names = ", ".join(sorted(given))[:200]
+        text.told = (f"the model gives {names}, which is neither what its encoder gives, {encoder.end[:100]!r}, nor a "
+                     "pooling of it; what it computes behind is not part of the text encoder, whose encode() pools "
+                     "tokens as `pooling` says")
     return text
 
 

@@ -9,7 +9,7 @@ from edgeattn.files.checkpoints.onnx_products import product
 from edgeattn.files.checkpoints.onnx_projections import Parts, is_map_of, linear, projected
 from edgeattn.files.checkpoints.onnx_values import NotRead
 
-_FEW_NODES = 64  # between queries and what is added to scores
+_FEW_NODES = 400  # between queries and what is added to scores
 
 
 def _groups(lead):
@@ -136,12 +136,19 @@ def _scores_term(graph, scores, name):
 
 
 def _is_of_queries(graph, value, node):
-    """Whether a value is computed of the queries or keys that a product takes."""
+    """Whether a value is computed of the queries or keys that a product takes, or of the rows that these are of."""
     maps = set()
 
     def is_map(each):
-        found = linear(graph, each) is not None
-        return maps.add(each) or True if found else False
+        found = linear(graph, each)
+        if found is not None:
+            maps.add(each)
+            rows = found.source
+            while rows in graph.maker and graph.maker[rows].op_type in (*functions.SAME, *functions.LAYOUT):
+                rows = graph.maker[rows].input[0]
+            if rows not in graph.inputs:  # of which masks may be computed, too
+                maps.add(rows)
+        return found is not None
 
     for each in node.input:
         trace(graph, each, is_map)
