@@ -21,7 +21,7 @@ from test_onnx_encoders import (
     seeded,
     traced_for_one_length,
 )
-from test_onnx_softmax import attend, heads, output
+from test_onnx_softmax import attend, heads, output, scores
 
 from edgeattn import ImageEncoder, LayerNorm, MultiHeadAttention, RMSNorm, TextEncoder, TransformerEncoder
 
@@ -333,7 +333,7 @@ def test_softmax_is_found_among_quantizers():
         return graph.add("DequantizeLinear", graph.add("QuantizeLinear", x, scale, zero), scale, zero)
 
     bias = graph.add("Sum", *(graph.add("Identity", "x") for _ in range(60)))
-    bias = graph.add("ReduceSum", bias, np.array([1, 2]), keepdims=1)
+    bias = graph.add("Unsqueeze", graph.add("ReduceSum", bias, np.array([2]), keepdims=0), np.array([1]))
     total = rounded(graph.add("Add", graph.add("Unsqueeze", bias, np.array([1])), rounded(rounded(graph.add("MatMul", q, k)))))
     model = graph.model(output(graph, graph.add("MatMul", graph.add("Softmax", total, axis=-1), v)))
     with pytest.warns(UserWarning, match="adds .* to its scores; pass it, if it masks"):
@@ -383,3 +383,28 @@ def test_what_is_behind_a_text_encoder_and_no_pooling_is_told():
     model = graph.model(graph.add("Tanh", graph.linear(first, seeded(8, 8))))
     with pytest.warns(UserWarning, match="the model gives .*, which is neither what its encoder gives, .* nor a pooling of it"):
         TextEncoder.from_onnx(model)
+
+
+@pytest.mark.parametrize("habit", ["highest score first", "nan_to_num", "divided by the sum"])
+@pytest.mark.filterwarnings("error")
+def test_what_changes_no_softmax(habit):
+    graph, q, k, v = parts()
+    total = scores(graph, q, k)
+    if habit == "highest score first":
+        total = graph.add("Sub", total, graph.add("ReduceMax", total, np.array([-1]), keepdims=1))
+    weights = graph.add("Softmax", total, axis=-1)
+    if habit == "nan_to_num":
+        finite = graph.add("Where", graph.add("IsNaN", weights), number(0), weights)
+        infinite = graph.add("And", graph.add("IsInf", finite), graph.add("Greater", finite, number(0)))
+        weights = graph.add("Where", infinite, number(3e38), finite)
+    elif habit == "divided by the sum":
+        total = graph.add("Add", graph.add("ReduceSum", weights, np.array([-1]), keepdims=1), number(1e-9))
+        weights = graph.add("Div", weights, total)
+    graph.check(output(graph, graph.add("MatMul", weights, v)))
+
+
+def test_probabilities_that_are_changed_are_refused():
+    graph, q, k, v = parts()
+    weights = graph.add("Mul", graph.add("Softmax", scores(graph, q, k), axis=-1), graph.add("Sigmoid", graph.add("ReduceMax", q, np.array([-1]))))
+    with pytest.raises(ValueError, match="the probabilities of Softmax node '' must be"):
+        MultiHeadAttention.from_onnx(graph.model(output(graph, graph.add("MatMul", weights, v))))
