@@ -172,8 +172,9 @@ class _Matcher(CheckedGraph):
             or second.options["adj_x"]
             or (np.diff(elements.ravel()) != 1).any()
         ):
+            found = "the output" if second is None else second.name
             raise self.error("expected the probabilities to be the left side of a BATCH_MATMUL; found "
-                             f"{'the output' if second is None else second.name}")
+                             + (f"{found} of them in another place or order" if found == "BATCH_MATMUL" else found))
         self.used.add(self.producers[second.outputs[0]])
         tensors["context"] = self.quantization(second.outputs[0], "the context")
 

@@ -15,7 +15,17 @@ import numpy as np
 
 from edgeattn.tflite_schema import BUILTIN_OPERATORS, DTYPES, IDENTIFIER, TABLES, Graph, Operator, Tensor
 
-_OPERATOR_NAMES = {builtin.code: name for name, builtin in BUILTIN_OPERATORS.items()}
+# Others are named in errors alone.
+_OTHER_NAMES = {
+    1: "AVERAGE_POOL_2D", 3: "CONV_2D", 4: "DEPTHWISE_CONV_2D", 11: "L2_NORMALIZATION", 17: "MAX_POOL_2D", 21: "RELU6",
+    28: "TANH", 34: "PAD", 42: "DIV", 43: "SQUEEZE", 45: "STRIDED_SLICE", 47: "EXP", 48: "TOPK_V2", 50: "LOG_SOFTMAX",
+    53: "CAST", 54: "PRELU", 55: "MAXIMUM", 57: "MINIMUM", 58: "LESS", 59: "NEG", 61: "GREATER", 62: "GREATER_EQUAL",
+    63: "LESS_EQUAL", 64: "SELECT", 66: "SIN", 69: "TILE", 70: "EXPAND_DIMS", 71: "EQUAL", 74: "SUM", 75: "SQRT",
+    77: "SHAPE", 78: "POW", 82: "REDUCE_MAX", 83: "PACK", 84: "LOGICAL_OR", 86: "LOGICAL_AND", 87: "LOGICAL_NOT",
+    88: "UNPACK", 92: "SQUARE", 94: "FILL", 96: "RANGE", 98: "LEAKY_RELU", 99: "SQUARED_DIFFERENCE", 101: "ABS",
+    102: "SPLIT_V", 107: "GATHER_ND", 108: "COS", 109: "WHERE", 117: "HARD_SWISH", 128: "CUMSUM", 130: "BROADCAST_TO",
+}
+_OPERATOR_NAMES = _OTHER_NAMES | {builtin.code: name for name, builtin in BUILTIN_OPERATORS.items()}
 _SCALARS = {
     "bool": "<B",
     "int8": "<b",
@@ -68,7 +78,7 @@ def parse(data: bytes, name: str) -> Graph:
     -------
     Graph
         Constants are read-only views of ``data``. An operator that BUILTIN_OPERATORS does not list is called
-        "operator <code>" or by its custom name, and has no options.
+        by its name where that is known, else "operator <code>", or by its custom name, and has no options.
 
     Raises
     ------

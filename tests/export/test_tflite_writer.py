@@ -310,3 +310,11 @@ def test_write_atomic_replaces_whole_files_only(tmp_path, monkeypatch):
         write_atomic(path, b"half")
     assert path.read_bytes() == b"new"
     assert [p.name for p in tmp_path.iterdir()] == ["layer.tflite"]
+
+
+def test_operators_that_errors_name_have_the_schemas_names():
+    """Of a model that broadcasts keys `found BROADCAST_TO` is told, not its number."""
+    from edgeattn.files.tflite_file import _OPERATOR_NAMES
+
+    assert {130: "BROADCAST_TO", 55: "MAXIMUM"}.items() <= _OPERATOR_NAMES.items()
+    assert {code: CODES[code] for code in _OPERATOR_NAMES} == _OPERATOR_NAMES

@@ -289,7 +289,7 @@ REFUSED = {
     ),
     "probabilities transposed": (
         lambda g: change_options(g, "BATCH_MATMUL", adj_x=True),
-        "expected the probabilities to be the left side of a BATCH_MATMUL",
+        "expected the probabilities to be the left side of a BATCH_MATMUL; found BATCH_MATMUL of them in another place",
     ),
     "heads split otherwise": (swap_heads, "expected .* found"),
     "weight per tensor": (

@@ -541,7 +541,7 @@ def _activation(graph, top, leaves, place):
             x = given[part] * leaf.factor + leaf.offset
             for beside in [None] if other is None else [leaf for leaf in leaves.values() if leaf.part == other]:
                 by = 1.0 if beside is None else given[other] * beside.factor + beside.offset
-                activation, near = activation_of(made, x, by)
+                activation, near = activation_of(made, x, by, half=graph.half)
                 if activation is not None:
                     name = names[id(leaf)]
                     return (activation, name, None, 1.0) if beside is None else (

@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 _TOLD = 20  # names in an error
 _MOST_RETRIED = 10_000  # nodes: a larger graph is read for one size only
+_QUICK = 256  # nodes around a Softmax that are looked at for products: quantizers stand between all
+_WAVE = 2000  # samples: of 400 and 320 of one and the next frame, as Wav2Vec2 has them, 6 frames
 _FEW, _LONGEST = 4, 4096  # lengths that a graph is tried for, and the longest of them
 
 
@@ -172,6 +174,11 @@ def onnx_text(path_or_model: Path | OnnxModel, arithmetic: Arithmetic | None = N
     ------
     ValueError
         Naming the node where something else stands than in a text encoder.
+
+    Warns
+    -----
+    UserWarning
+        When the model gives neither what its encoder gives nor a pooling of it.
     """
     graphs = open_graph(path_or_model)
     inputs = text_inputs(graphs(2))
@@ -185,7 +192,10 @@ def onnx_text(path_or_model: Path | OnnxModel, arithmetic: Arithmetic | None = N
 
         return read_text(graph, nodes_of, *inputs, arithmetic, traced=length is not None)
 
-    return read_graph(graphs, read)
+    found = read_graph(graphs, read)
+    if found.told is not None:
+        warnings.warn(found.told, stacklevel=3 + FRAMES)
+    return found
 
 
 def onnx_image(path_or_model: Path | OnnxModel, arithmetic: Arithmetic | None = None) -> Image:
@@ -228,7 +238,7 @@ def read_graph(graphs, read):
             if len(graphs.nodes) > _MOST_RETRIED:
                 raise
             # of layouts with the length first, too, where it is taken for the batch
-            lengths = _traced(graphs(2)) if isinstance(error, UnknownShape) else []
+            lengths = _lengths(graphs(2)) if isinstance(error, UnknownShape) else []
             for sizes in ((1,), *((length,) for length in lengths), *((2, None, length) for length in lengths)):
                 try:
                     return read(*sizes)
@@ -238,9 +248,9 @@ def read_graph(graphs, read):
             raise error from None
 
 
-def _traced(graph):
-    """Lengths that the shapes of a graph have as constants where they have others computed."""
-    found = []
+def _lengths(graph):
+    """Lengths that the shapes of a graph have as constants where they have others computed; of sound, a few frames."""
+    found = [_WAVE] if graph.open_axes and any(node.op_type == "Conv" for node in graph.nodes) else []
     for node in graph.nodes:
         if node.op_type == "Concat" and any(
                 reader.op_type == "Reshape" for reader in graph.readers.get(graph.output(node), ())):
@@ -293,7 +303,7 @@ def _is_attention(graph, node):
     ):
         todo, seen = [node], set()
         found = False
-        while todo and not found and len(seen) < 48:
+        while todo and not found and len(seen) < _QUICK:
             for each in step(todo.pop(0)):
                 if id(each) not in seen:
                     seen.add(id(each))

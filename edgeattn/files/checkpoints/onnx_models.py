@@ -20,6 +20,7 @@ from edgeattn.files.checkpoints.onnx_encoders import (
 from edgeattn.files.checkpoints.onnx_nodes import title
 from edgeattn.files.checkpoints.onnx_probes import computed, norm_between
 from edgeattn.files.checkpoints.onnx_projections import linear
+from edgeattn.files.checkpoints.onnx_relative import real_table
 from edgeattn.files.checkpoints.onnx_values import NotRead
 from edgeattn.files.paths import reason
 
@@ -42,6 +43,7 @@ class Text:
     is_causal: bool
     pooling: str | None = None  # where the graph has one
     normalize: bool = False
+    told: str | None = None  # a warning
 
 
 @dataclasses.dataclass
@@ -90,6 +92,12 @@ def read_text(graphs, nodes_of, ids, bound, arithmetic=None, *, traced=False):
             raise
     _masks(text)
     text.pooling, text.normalize = _pooling(graphs, bound, encoder.end, ids)
+    given = {name: root_of(graph, name) for name in graph.outputs}
+    if text.pooling is None and encoder.end not in given.values():
+        names = ", ".join(sorted(given))[:200]
+        text.told = (f"the model gives {names}, which is neither what its encoder gives, {encoder.end[:100]!r}, nor a "
+                     "pooling of it; what it computes behind is not part of the text encoder, whose encode() pools "
+                     "tokens as `pooling` says")
     return text
 
 
@@ -207,7 +215,11 @@ def _take(graph, text, value, ids, factor):
     if table is None or table.ndim != 2 or graph.attributes(node).get("axis", 0):
         raise NotRead(f"{title(node)} must gather rows of a constant table, got "
                       f"{None if table is None else table.shape}")
-    table = _real_table(graph, node, table)
+    codes, table = table.dtype, real_table(graph, node, table)
+    if table is None:
+        raise NotRead(f"{title(node)} must gather rows of numbers, or of codes with one scale in a DequantizeLinear "
+                      f"behind it, got {codes}")
+    table = np.asarray(table, np.float32)
     table = table if factor == 1 else table * factor
     if index is None and root_of(graph, node.input[1]) == ids:
         return _put(text, "tokens", table, title(node))
@@ -224,19 +236,6 @@ def _take(graph, text, value, ids, factor):
         return _put(text, "positions", table[steps[0, 0]:], title(node))
     raise NotRead(f"{title(node)} must gather by token ids, by positions from 0 on, or one type, got "
                   f"{reason(index.tolist())}")
-
-
-def _real_table(graph, node, table):
-    """The numbers of a table; of one of codes, those that DequantizeLinear behind the Gather makes."""
-    if table.dtype.kind in "iu":
-        behind = graph.reader(graph.output(node))
-        constants = [] if behind is None or behind.op_type != "DequantizeLinear" else [
-            graph.constant(name) if name else None for name in list(behind.input)[1:]]
-        if not constants or constants[0] is None or np.size(constants[0]) != 1:
-            raise NotRead(f"{title(node)} must gather rows of numbers, or of codes with one scale in a "
-                          f"DequantizeLinear behind it, got {table.dtype}")
-        table = functions.dequantized({}, table, *constants)
-    return np.asarray(table, np.float32)
 
 
 def _take_constant(graph, text, value, factor):

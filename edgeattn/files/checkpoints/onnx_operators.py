@@ -14,6 +14,7 @@ from edgeattn.files.checkpoints.onnx_projections import (
     is_map_of,
     no_projection,
     projected,
+    real,
 )
 from edgeattn.files.checkpoints.onnx_values import NotRead
 
@@ -188,7 +189,7 @@ def _packed_operator(graph, node, name, attributes):
         scale, zero = (graph.constant(graph.input(node, i)) if graph.input(node, i) else None for i in (4, 7))
         if scale is None:
             raise NotRead(f"{name} must have a constant scale of its weights in input 4")
-        weight = (weight.astype(np.float32) - (0 if zero is None else zero.astype(np.float32))) * scale
+        weight = real(weight, scale, zero)
     if weight is None or weight.ndim != 2 or (bias is None and graph.input(node, 2)):
         raise NotRead(f"{name} must have constant weights (E, Q + K + V) and bias, got computed ones")
     heads, columns = _told_heads(name, attributes, "num_heads"), weight.shape[1]

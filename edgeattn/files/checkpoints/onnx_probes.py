@@ -18,6 +18,7 @@ ACTIVATIONS = {
     "silu": lambda x: x * functions.sigmoid(x),
 }
 _NEAR = 3e-5  # gelu and gelu_tanh differ by 5e-4, constants of graphs are float32
+_NEAR_HALF = 2e-4  # sqrt(2) and its like in half precision make 3e-5 of it
 _SMALL = 1e-4  # of features whose norm tells what is added to the variance
 _MOST_NODES = 64  # of a norm or an activation
 
@@ -148,10 +149,13 @@ def scaled_silu(y, x, by=1.0):
     return a
 
 
-def activation_of(y, x, by=1.0):
-    """(name of the activation that y is of x, times `by`, None), or (None, how far the nearest is, and its name)."""
+def activation_of(y, x, by=1.0, *, half=False):
+    """(name of the activation that y is of x, times `by`, None), or (None, how far the nearest is, and its name).
+
+    `half` says that constants are in half precision.
+    """
     distance = {name: float(np.abs(function(x) * by - y).max()) for name, function in ACTIVATIONS.items()}
     nearest = min(distance, key=lambda name: distance[name])
-    if distance[nearest] <= _NEAR * max(1.0, float(np.abs(by).max())):
+    if distance[nearest] <= (_NEAR_HALF if half else _NEAR) * max(1.0, float(np.abs(by).max())):
         return nearest, None
     return None, (distance[nearest], f"{nearest}, from which it differs by up to {distance[nearest]:.2g}")

@@ -55,12 +55,12 @@ def linear(graph, name):
                 return None
             bias = bias * np.float32(attributes.get("beta", 1.0))
     elif kind == "DynamicQuantizeMatMul":
-        weight, bias = _real(known(1), known(2), known(3)), known(4)
+        weight, bias = real(known(1), known(2), known(3)), known(4)
     elif kind == "MatMulIntegerToFloat":
-        weight, bias = _real(known(1), known(3), known(5)), known(6)
+        weight, bias = real(known(1), known(3), known(5)), known(6)
         source = before_codes(graph, source)
     elif kind in ("QLinearMatMul", "QGemm"):
-        weight = _real(known(3), known(4), known(5))
+        weight = real(known(3), known(4), known(5))
         weight = weight.T if weight is not None and attributes.get("transB") else weight
         if kind == "QGemm" and at(node, 6) and weight is not None:
             scale = known(1)
@@ -86,7 +86,7 @@ def _integer_map(graph, node):
         scale = [graph.constant(name) for name in product.input]
         scale = [each for each in scale if each is not None]
         zero = graph.constant(graph.input(integer, 3)) if graph.input(integer, 3) else None
-        weight = _real(graph.constant(graph.input(integer, 1)), scale[0] if len(scale) == 1 else None, zero)
+        weight = real(graph.constant(graph.input(integer, 1)), scale[0] if len(scale) == 1 else None, zero)
         if weight is not None and weight.ndim == 2:
             return Map(before_codes(graph, graph.input(integer, 0)), weight)
     return None
@@ -102,10 +102,12 @@ def before_codes(graph, name):
     )
 
 
-def _real(codes, scale, zero):
-    """The numbers that int8 codes (inputs, outputs) stand for."""
+def real(codes, scale, zero):
+    """The numbers that int8 codes (inputs, outputs) stand for; None where these or their scale are not known."""
     if codes is None or scale is None:
         return None
+    if codes.dtype.kind == "f":  # of a QuantizeLinear of stored numbers, which does not round
+        return codes
     return (codes.astype(np.float32) - (0 if zero is None else zero.astype(np.float32))) * scale.astype(np.float32)
 
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from edgeattn.files.checkpoints import onnx_functions as functions
 from edgeattn.kinds import class_of
 
 _DISTANCES = (128, 64, 256, 32, 512, 1024, 16)  # from which on all share a bucket: T5's and MPNet's first
@@ -33,9 +34,23 @@ def _tables(graph, heads):
         axis = graph.attributes(node).get("axis", 0) if node.op_type == "Gather" and len(node.input) == 2 else None
         shape = graph.shapes.get(node.input[0]) if axis in (0, 1) else None
         if shape is not None and len(shape) == 2 and shape[1 - axis] == heads:
-            table = graph.constant(node.input[0])
+            table = real_table(graph, node, graph.constant(node.input[0]))
             if table is not None and table.dtype.kind == "f" and np.isfinite(table).all():
                 yield table if axis == 0 else table.T
+
+
+def real_table(graph, node, table):
+    """The numbers of a table; of one of codes, those that a DequantizeLinear behind its Gather makes, or None."""
+    if table is None or table.dtype.kind not in "iu":
+        return table
+    behind = graph.reader(graph.output(node))
+    while behind is not None and behind.op_type in functions.LAYOUT and behind.op_type != "Split":
+        behind = graph.reader(graph.output(behind))
+    constants = [] if behind is None or behind.op_type != "DequantizeLinear" else [
+        graph.constant(name) if name else None for name in list(behind.input)[1:]]
+    if not constants or constants[0] is None or np.size(constants[0]) != 1:
+        return None
+    return functions.dequantized({}, table, *constants)
 
 
 def _goes_on(table, added):

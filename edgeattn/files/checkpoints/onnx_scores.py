@@ -1,15 +1,18 @@
 """Attention that is taken apart: a Softmax between the product of queries and keys and that with the values."""
 
+import itertools
+
 import numpy as np
 
 from edgeattn.files.checkpoints import onnx_functions as functions
 from edgeattn.files.checkpoints.onnx_elements import BLOCKED, Elements, Term, trace
 from edgeattn.files.checkpoints.onnx_outputs import FAR_BEHIND
+from edgeattn.files.checkpoints.onnx_probes import computed
 from edgeattn.files.checkpoints.onnx_products import product
 from edgeattn.files.checkpoints.onnx_projections import Parts, is_map_of, linear, projected
 from edgeattn.files.checkpoints.onnx_values import NotRead
 
-_FEW_NODES = 64  # between queries and what is added to scores
+_FEW_NODES = 400  # between queries and what is added to scores
 
 
 def _groups(lead):
@@ -127,7 +130,7 @@ def _scores_term(graph, scores, name):
         if through is not None:
             return through
         raise _no_projection_of_scores(graph, scores, name)
-    rest = [term.source for term in scores.terms if term is not terms[0]]
+    rest = [term.source for term in scores.terms if term is not terms[0] and not _one_for_all_keys(term, scores.shape)]
     for each in rest:
         if _is_of_queries(graph, each, graph.maker[terms[0].source]):
             raise NotRead(f"the scores of {name} must be one product of queries and keys, got {_called(graph, each)} "
@@ -135,13 +138,26 @@ def _scores_term(graph, scores, name):
     return terms[0], [_called(graph, each) for each in rest]
 
 
+def _one_for_all_keys(term, shape):
+    """Whether a term is the same for all keys, as the highest score that some subtract: a softmax does not see it."""
+    index, factor = (np.broadcast_to(each, shape) for each in (term.index, term.factor))
+    return bool((index == index[..., :1]).all() and (factor == factor[..., :1]).all())
+
+
 def _is_of_queries(graph, value, node):
-    """Whether a value is computed of the queries or keys that a product takes."""
+    """Whether a value is computed of the queries or keys that a product takes, or of the rows that these are of."""
     maps = set()
 
     def is_map(each):
-        found = linear(graph, each) is not None
-        return maps.add(each) or True if found else False
+        found = linear(graph, each)
+        if found is not None:
+            maps.add(each)
+            rows = found.source
+            while rows in graph.maker and graph.maker[rows].op_type in (*functions.SAME, *functions.LAYOUT):
+                rows = graph.maker[rows].input[0]
+            if rows not in graph.inputs:  # of which masks may be computed, too
+                maps.add(rows)
+        return found is not None
 
     for each in node.input:
         trace(graph, each, is_map)
@@ -200,12 +216,38 @@ def _reader_product(graph, node, name, is_source):
             found = product(graph, reader)
             if found is not None and graph.input(reader, 0) == value:
                 second = graph.input(reader, 3 if reader.op_type == "QLinearMatMul" else 1)
-                return found, second, _past_nan(graph, trace(graph, value, is_source), is_source)
+                elements = _past_nan(graph, trace(graph, value, is_source), is_source)
+                whole = [term.source for term in elements.terms] == [graph.output(node)]
+                return found, second, elements if whole or (
+                    same := _unchanged(graph, graph.output(node))) is None else same[2]
         following = [each for each in readers if each.op_type in (*functions.SAME, *functions.LAYOUT, "Where")]
         if not following:
             break
         value = graph.output(following[0])
+    if (found := _unchanged(graph, graph.output(node))) is not None:
+        return found
     raise NotRead(f"the probabilities of {name} must be the left side of a MatMul with the values")
+
+
+def _unchanged(graph, probabilities):
+    """As `_reader_product`, of probabilities that nodes leave as they are: nan_to_num, a division by their own sum."""
+    shape = graph.shapes.get(probabilities)
+    if not shape or not 0 < np.prod(shape, dtype=np.float64) <= graph.most_elements:
+        return None
+    made_up = np.random.default_rng(0).random(shape)
+    made_up /= made_up.sum(-1, keepdims=True)
+    for node in itertools.islice(graph.nodes_behind(probabilities), 2 * FAR_BEHIND):
+        found = product(graph, node)
+        if found is None:
+            continue
+        try:
+            made = computed(graph, graph.input(node, 0), {probabilities: made_up})
+        except NotRead:
+            return None
+        second = graph.input(node, 3 if node.op_type == "QLinearMatMul" else 1)
+        same = made is not None and made.shape == shape and np.allclose(made, made_up, rtol=1e-6, atol=0)
+        return (found, second, Elements.of(probabilities, shape)) if same else None
+    return None
 
 
 def _past_nan(graph, elements, is_source):

@@ -413,7 +413,7 @@ def test_biases_of_distances_are_relative_positions():
     assert encoder.layers[0].attention.position_bias.max_distance <= 7
 
 
-@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("axis", [0, 1, "of codes"])
 def test_tables_that_go_on_beyond_what_is_seen_are_told(axis):
     """As T5's of a distance that no model has: numbers of texts longer than those that are looked at are not known."""
     table = seeded(4, H)
@@ -421,6 +421,10 @@ def test_tables_that_go_on_beyond_what_is_seen_are_told(axis):
     def biased(graph, scores):
         apart = graph.add("Abs", graph.add("Sub", places(graph, scores, 0), places(graph, scores, 1)))
         index = graph.add("Min", graph.add("Div", apart, np.array(100)), np.array(3))
+        if axis == "of codes":  # which become numbers behind what turns them, as quantize_dynamic leaves them
+            codes = graph.add("Gather", np.int8(9 * table), index, axis=0)
+            return graph.add("Add", scores, graph.add(
+                "DequantizeLinear", graph.add("Transpose", codes, perm=[2, 0, 1]), number(0.1), np.array(3, np.int8)))
         rows = graph.add("Gather", table if axis == 0 else table.T.copy(), index, axis=axis)
         return graph.add("Add", scores, graph.add("Transpose", rows, perm=[2, 0, 1]) if axis == 0 else rows)
 

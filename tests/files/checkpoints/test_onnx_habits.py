@@ -21,7 +21,7 @@ from test_onnx_encoders import (
     seeded,
     traced_for_one_length,
 )
-from test_onnx_softmax import attend, heads, output
+from test_onnx_softmax import attend, heads, output, scores
 
 from edgeattn import ImageEncoder, LayerNorm, MultiHeadAttention, RMSNorm, TextEncoder, TransformerEncoder
 
@@ -300,3 +300,111 @@ def test_a_model_of_texts_and_images_has_an_encoder_of_each():
     np.testing.assert_allclose(hidden(text, IDS, np.ones_like(IDS)), texts.reshape(-1, 8), rtol=1e-4, atol=2e-5)
     with pytest.raises(ValueError, match="another encoder, .*TextEncoder.from_onnx and ImageEncoder.from_onnx read"):
         TransformerEncoder.from_onnx(model)
+
+
+# -- codes, halves, sound, what stands behind ----------------------------------------------------------
+
+
+def test_codes_that_a_quantizer_makes_of_shared_weights():
+    """As onnxruntime's QOperator format has them: shared weights are an Identity, which a QuantizeLinear takes."""
+    graph = Graph(x=random(B, L, E))
+    scale, zero = np.array(0.02, np.float32), np.array(7, np.int8)
+    maps = [random(E, H * D) / 4 + np.float32(i / 8) for i in range(3)]
+    given = graph.add("QuantizeLinear", "x", scale, zero)
+
+    def linear(weight):
+        codes = graph.add("QuantizeLinear", graph.add("Identity", weight), scale, zero)
+        made = graph.add("QLinearMatMul", given, scale, zero, codes, scale, zero, scale, zero)
+        return graph.split(graph.add("DequantizeLinear", made, scale, zero), H, D)
+
+    q, k, v = map(linear, maps)
+    context = attend(graph, q, graph.add("Transpose", k, perm=[0, 1, 3, 2]), v)
+    found = MultiHeadAttention.from_onnx(graph.model(output(graph, context)))
+    for name, weight in zip(("q_weight", "k_weight", "v_weight"), maps, strict=True):
+        np.testing.assert_array_equal(getattr(found, name), weight.T)
+
+
+def test_softmax_is_found_among_quantizers():
+    """Of a mask that many nodes make, each between quantizers."""
+    graph, q, k, v = parts()
+    scale, zero = np.array(0.1, np.float32), np.array(0, np.int8)
+
+    def rounded(x):
+        return graph.add("DequantizeLinear", graph.add("QuantizeLinear", x, scale, zero), scale, zero)
+
+    bias = graph.add("Sum", *(graph.add("Identity", "x") for _ in range(60)))
+    bias = graph.add("Unsqueeze", graph.add("ReduceSum", bias, np.array([2]), keepdims=0), np.array([1]))
+    total = rounded(graph.add("Add", graph.add("Unsqueeze", bias, np.array([1])), rounded(rounded(graph.add("MatMul", q, k)))))
+    model = graph.model(output(graph, graph.add("MatMul", graph.add("Softmax", total, axis=-1), v)))
+    with pytest.warns(UserWarning, match="adds .* to its scores; pass it, if it masks"):
+        MultiHeadAttention.from_onnx(model)
+
+
+def test_gelu_whose_root_is_in_half_precision():
+    def gelu(graph, x):
+        root = number(float(np.float16(2**0.5)))
+        one = graph.add("Add", graph.add("Erf", graph.add("Div", x, root)), number(1))
+        return graph.add("Mul", graph.add("Mul", x, one), number(0.5))
+
+    graph = Graph(x=seeded(2, 5, 8))
+    x = layer(graph, "x", activation=gelu)
+    graph.constant(np.zeros(1, np.float16))  # as other weights of such a file are
+    found = TransformerEncoder.from_onnx(graph.model(x))
+    assert found.layers[0].feed_forward.activation == "gelu"
+
+
+def test_positions_computed_of_what_is_attended_are_no_mask():
+    """As WavLM gates its positions."""
+    graph = Graph(x=seeded(2, 5, 8))
+    rows = norm_node(graph, "x", seeded(8), seeded(8))
+    gate = graph.add("Sigmoid", graph.add("ReduceMean", graph.add("Mul", rows, seeded(8)), np.array([2]), keepdims=1))
+    mask = graph.add("Mul", graph.add("Unsqueeze", gate, np.array([1])), seeded(1, 2, 5, 5))
+    total = graph.add("Add", "x", attention(graph, rows, 0, mask))
+    x = graph.add("Add", total, feed_forward(graph, norm_node(graph, total, seeded(8), seeded(8)), 6))
+    with pytest.raises(ValueError, match="of a Sigmoid node. added, which is computed of these"):
+        TransformerEncoder.from_onnx(graph.model(x))
+
+
+def test_sound_of_any_length():
+    """Convolutions in front make a token of many samples, so that a few are none: as Wav2Vec2's exported."""
+    graph = Graph(x=seeded(2, 1, 2000))
+    frames = graph.add("Conv", "x", seeded(8, 1, 400) / 20, strides=[320], kernel_shape=[400])
+    model = graph.model(layer(graph, graph.add("Transpose", frames, perm=[0, 2, 1]), norm_first=True))
+    model.graph.input[0].type.tensor_type.shape.dim[2].dim_param = "samples"
+    with pytest.warns(UserWarning, match="what the model computes before"):
+        assert TransformerEncoder.from_onnx(model).embed_dim == 8
+
+
+def test_what_is_behind_a_text_encoder_and_no_pooling_is_told():
+    """BERT's pooler, a classifier: encode() would give something else than the model."""
+    graph = Graph(input_ids=IDS)
+    x = layer(graph, graph.add("Gather", seeded(30, 8), "input_ids"))
+    first = graph.add("Gather", x, np.array(0), axis=1)
+    model = graph.model(graph.add("Tanh", graph.linear(first, seeded(8, 8))))
+    with pytest.warns(UserWarning, match="the model gives .*, which is neither what its encoder gives, .* nor a pooling of it"):
+        TextEncoder.from_onnx(model)
+
+
+@pytest.mark.parametrize("habit", ["highest score first", "nan_to_num", "divided by the sum"])
+@pytest.mark.filterwarnings("error")
+def test_what_changes_no_softmax(habit):
+    graph, q, k, v = parts()
+    total = scores(graph, q, k)
+    if habit == "highest score first":
+        total = graph.add("Sub", total, graph.add("ReduceMax", total, np.array([-1]), keepdims=1))
+    weights = graph.add("Softmax", total, axis=-1)
+    if habit == "nan_to_num":
+        finite = graph.add("Where", graph.add("IsNaN", weights), number(0), weights)
+        infinite = graph.add("And", graph.add("IsInf", finite), graph.add("Greater", finite, number(0)))
+        weights = graph.add("Where", infinite, number(3e38), finite)
+    elif habit == "divided by the sum":
+        total = graph.add("Add", graph.add("ReduceSum", weights, np.array([-1]), keepdims=1), number(1e-9))
+        weights = graph.add("Div", weights, total)
+    graph.check(output(graph, graph.add("MatMul", weights, v)))
+
+
+def test_probabilities_that_are_changed_are_refused():
+    graph, q, k, v = parts()
+    weights = graph.add("Mul", graph.add("Softmax", scores(graph, q, k), axis=-1), graph.add("Sigmoid", graph.add("ReduceMax", q, np.array([-1]))))
+    with pytest.raises(ValueError, match="the probabilities of Softmax node '' must be"):
+        MultiHeadAttention.from_onnx(graph.model(output(graph, graph.add("MatMul", weights, v))))
