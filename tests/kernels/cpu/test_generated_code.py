@@ -37,8 +37,10 @@ def loops(assembly):
 
 def generated(name, *machine):
     """title -> assembly of the functions of generated_code.py."""
+    environment = {key: value for key, value in os.environ.items() if key != "EDGEATTN_ISA"}
+    environment |= {"EDGEATTN_JIT": "1", "PYTHONPATH": str(ROOT)}  # a library would leave nothing to compile
     done = subprocess.run([sys.executable, TESTS / "generated_code.py", name, *machine], cwd=ROOT, text=True,
-                          capture_output=True, env={**{k: v for k, v in os.environ.items() if k != "EDGEATTN_ISA"}, "PYTHONPATH": str(ROOT)})
+                          capture_output=True, env=environment)
     assert done.returncode == 0, done.stderr
     return dict(part.split("\n", 1) for part in done.stdout.split("### ")[1:])
 
