@@ -168,6 +168,16 @@ def look_further(encoder, graph, nodes):
                                               arguments=arguments)
 
 
+def each_its_own(encoder):
+    """Give layers that are causal among others a window, for a call's is_causal is for all of them."""
+    if len({layer.attention.causal for layer in encoder.layers}) > 1:
+        for layer in encoder.layers:
+            if layer.attention.causal:
+                layer.attention = dataclasses.replace(
+                    layer.attention, causal=False, window=(layer.attention.window[0], 0),
+                    told=[text for text in layer.attention.told if "is causal" not in text])
+
+
 def refuse_positions(encoder):
     """Refuse a static encoder whose positions showed in the graph of longer sequences."""
     for layer in encoder.layers:

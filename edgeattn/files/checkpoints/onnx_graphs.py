@@ -19,6 +19,7 @@ from edgeattn.checks import is_one_of
 from edgeattn.files.checkpoints.onnx_encoders import (
     LONG,
     Encoder,
+    each_its_own,
     look_further,
     read_encoder,
     refuse_positions,
@@ -154,6 +155,7 @@ def onnx_encoder(path_or_model: Path | OnnxModel, arithmetic: Arithmetic | None 
                 further = graphs(sizes[0], None, LONG)
                 look_further(found, further, attention_nodes(further))
         refuse_positions(found)
+        each_its_own(found)
         ends = {root_of(graph, name) for name in graph.outputs}
         return found, found.start in graph.inputs and found.end in ends
 

@@ -11,6 +11,7 @@ from edgeattn.files.checkpoints.onnx_elements import trace
 from edgeattn.files.checkpoints.onnx_encoders import (
     LONG,
     Encoder,
+    each_its_own,
     look_further,
     map_of,
     read_encoder,
@@ -44,6 +45,7 @@ class Text:
     pooling: str | None = None  # where the graph has one
     normalize: bool = False
     told: str | None = None  # a warning
+    places: str = ""  # the value that a Gather makes of the table of positions
 
 
 @dataclasses.dataclass
@@ -87,6 +89,12 @@ def read_text(graphs, nodes_of, ids, bound, arithmetic=None, *, traced=False):
     try:
         further = graphs(bound, min(longest, LONG))
         look_further(text.encoder, further, nodes_of(further))
+        if text.places:
+            node = further.maker[text.places]
+            index = further.constant(node.input[1])
+            if index is None or not _consecutive(index.reshape(-1, index.shape[-1])):
+                raise NotRead(f"{title(node)} must gather by positions one after the other, got another rule in texts "
+                              f"of {min(longest, LONG)} tokens")
     except NotRead:
         if not traced:
             raise
@@ -104,15 +112,14 @@ def read_text(graphs, nodes_of, ids, bound, arithmetic=None, *, traced=False):
 def _masks(text):
     """Take the masks of the layers."""
     refuse_positions(text.encoder)
+    if any(layer.window_size[1] != 0 for layer in text.encoder.layers):
+        each_its_own(text.encoder)
     told = [each for each in text.encoder.told if "is causal" not in each]
     if told:
         raise NotRead(f"a text encoder must have no masks but padding, causal ones and windows, got: {told[0]}; "
                       "from_pretrained reads models with relative positions from their folders, and "
                       "TransformerEncoder.from_onnx the layers alone")
-    causal = {layer.attention.causal or layer.window_size[1] == 0 for layer in text.encoder.layers}
-    if len(causal) > 1:
-        raise NotRead("a text encoder must have all layers causal, or none, got some")
-    text.is_causal = causal.pop()
+    text.is_causal = all(layer.attention.causal or layer.window_size[1] == 0 for layer in text.encoder.layers)
 
 
 def text_inputs(graph):
@@ -232,10 +239,15 @@ def _take(graph, text, value, ids, factor):
     steps = index.reshape(-1, index.shape[-1]) if index.ndim else index.reshape(1, 1)
     if (steps == 0).all():
         return _put(text, "types", table, title(node))
-    if (steps == steps[:1, :1] + np.arange(steps.shape[1])).all() and steps[0, 0] >= 0:
+    if _consecutive(steps):
+        text.places = graph.output(node)
         return _put(text, "positions", table[steps[0, 0]:], title(node))
     raise NotRead(f"{title(node)} must gather by token ids, by positions from 0 on, or one type, got "
                   f"{reason(index.tolist())}")
+
+
+def _consecutive(steps):
+    return (steps == steps[:1, :1] + np.arange(steps.shape[1])).all() and steps[0, 0] >= 0
 
 
 def _take_constant(graph, text, value, factor):

@@ -16,6 +16,7 @@ from test_onnx_encoders import (
     norm_apart,
     norm_node,
     number,
+    open_axes,
     read,
     rms_apart,
     seeded,
@@ -408,3 +409,24 @@ def test_probabilities_that_are_changed_are_refused():
     weights = graph.add("Mul", graph.add("Softmax", scores(graph, q, k), axis=-1), graph.add("Sigmoid", graph.add("ReduceMax", q, np.array([-1]))))
     with pytest.raises(ValueError, match="the probabilities of Softmax node '' must be"):
         MultiHeadAttention.from_onnx(graph.model(output(graph, graph.add("MatMul", weights, v))))
+
+
+def test_positions_that_begin_anew_in_long_texts_are_refused():
+    graph = Graph(input_ids=IDS)
+    length = graph.add("Squeeze", graph.add("Shape", "input_ids", start=1, end=2))
+    index = graph.add("Mod", graph.add("Range", np.array(0), length, np.array(1)), np.array(7))
+    x = graph.add("Add", graph.add("Gather", seeded(30, 8), "input_ids"), graph.add("Gather", seeded(12, 8), index))
+    with pytest.raises(ValueError, match="must gather by positions one after the other, got another rule in texts of 12 tokens"):
+        TextEncoder.from_onnx(open_axes(graph.model(layer(graph, x)), "b", "l"))
+
+
+@pytest.mark.filterwarnings("error")
+def test_one_layer_of_several_is_causal():
+    """By a window of its own: is_causal of a call is for all layers."""
+    graph = Graph(x=seeded(2, 5, 8))
+    mask = np.where(np.tril(np.ones((5, 5), bool)), 0, -1e9).astype(np.float32)
+    encoder = read(graph, layer(graph, layer(graph, "x", mask=mask), 20))
+    assert [each.window_size for each in encoder.layers] == [(-1, 0), (-1, -1)]
+    graph = Graph(input_ids=IDS)
+    model = graph.model(layer(graph, layer(graph, graph.add("Gather", seeded(30, 8), "input_ids"), mask=mask), 20))
+    assert not TextEncoder.from_onnx(model).is_causal
