@@ -1,5 +1,7 @@
 """What calls have planned is kept, and not without bound."""
-from edgeattn.runtime.plan_cache import PlanCache, planned
+import gc
+
+from edgeattn.runtime.plan_cache import PlanCache, planned, shared_plans
 
 
 def test_a_cache_holds_as_many_plans_as_it_may():
@@ -21,3 +23,13 @@ def test_the_same_arguments_are_planned_once_and_others_anew():
 
     assert planned(plan, 1, (2, 3)) is planned(plan, 1, (2, 3)) and made == [(1, (2, 3))]
     assert planned(plan, 1, (2, 4)) == [1, (2, 4)] and planned(other, 1, (2, 3)) == (1, (2, 3))
+
+
+def test_plans_are_shared_as_long_as_somebody_has_them():
+    one = shared_plans(("sizes", 3))
+    one.keep("rows", "plan")
+    assert shared_plans(("sizes", 3)) is one
+    assert shared_plans(("sizes", 4)) is not one
+    del one
+    gc.collect()
+    assert not shared_plans(("sizes", 3))
