@@ -42,7 +42,7 @@ KINDS = {
     "RotaryEmbedding": Kind("rotary", is_file=False),
     "ConstantPositionBias": Kind("position_bias", is_file=False),
     "RelativePositionBias": Kind("position_bias", is_file=False),
-    "TransformerEncoderLayer": Kind("layers.encoder"),
+    "TransformerEncoderLayer": Kind("layers.encoder_layer"),
     "TransformerEncoder": Kind("layers.encoder"),
     "TextEncoder": Kind("models.text_encoder"),
     "ImageEncoder": Kind("models.image_encoder"),

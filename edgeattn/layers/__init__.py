@@ -13,7 +13,7 @@ _HOMES = {
     "RMSNorm": "norm",
     "SelfAttention": "self_attention",
     "TransformerEncoder": "encoder",
-    "TransformerEncoderLayer": "encoder",
+    "TransformerEncoderLayer": "encoder_layer",
 }
 
 __all__ = list(_HOMES)
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from edgeattn.layers.embedding import Embedding as Embedding
     from edgeattn.layers.embedding import PatchEmbedding as PatchEmbedding
     from edgeattn.layers.encoder import TransformerEncoder as TransformerEncoder
-    from edgeattn.layers.encoder import TransformerEncoderLayer as TransformerEncoderLayer
+    from edgeattn.layers.encoder_layer import TransformerEncoderLayer as TransformerEncoderLayer
     from edgeattn.layers.feed_forward import FeedForward as FeedForward
     from edgeattn.layers.linear import Linear as Linear
     from edgeattn.layers.multi_head import MultiHeadAttention as MultiHeadAttention

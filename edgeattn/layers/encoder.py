@@ -1,4 +1,4 @@
-"""Transformer encoders: attention and feed-forward networks with residuals and norms, layer upon layer."""
+"""Transformer encoders: layers upon layers, their calls, and what of one call the next ones find again."""
 
 from __future__ import annotations
 
@@ -11,19 +11,29 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from edgeattn.checks import FLOAT32, as_array, check_out, flag, float_array, result_dtype, to_float32, write_result
+from edgeattn.checks import FLOAT32, check_out, float_array, result_dtype, to_float32, write_result
 from edgeattn.device import Placeable
 from edgeattn.files import checkpoints
 from edgeattn.files.paths import named
 from edgeattn.hints import hinted
 from edgeattn.kinds import class_of
-from edgeattn.layers.call import check_cache, resolve_call_mask
+from edgeattn.layers.call import resolve_call_mask
+from edgeattn.layers.encoder_call import (
+    FURTHEST,
+    Seen,
+    check_caches,
+    checked_lengths,
+    checked_list,
+    narrower,
+    said_of,
+)
+from edgeattn.layers.encoder_layer import TransformerEncoderLayer
 from edgeattn.layers.encoder_step import can_step, step, step_signature
 from edgeattn.layers.feed_forward import FeedForward
 from edgeattn.layers.linear import Linear
 from edgeattn.layers.multi_head import MultiHeadAttention
 from edgeattn.layers.norm import LayerNorm, RMSNorm, norm_of
-from edgeattn.layers.ragged import gathered, spread
+from edgeattn.layers.ragged import gathered, part_of_mask, runs_of, spread
 from edgeattn.layers.state import Stored
 from edgeattn.masks import NO_WINDOW, resolve_mask, torch_masks, window_bounds
 from edgeattn.ops import Sequences
@@ -34,14 +44,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from typing import Any, SupportsIndex
 
-    from numpy.typing import ArrayLike, NDArray
+    from numpy.typing import ArrayLike
     from typing_extensions import Self
 
-    from edgeattn.executors.chain import Chain
-    from edgeattn.executors.fused import Stage
     from edgeattn.kv_cache import KVCache
-    from edgeattn.layers.ragged import Run
-    from edgeattn.masks import Mask
     from edgeattn.ops import Activation, Ops, T
     from edgeattn.types import (
         Arithmetic,
@@ -55,122 +61,6 @@ if TYPE_CHECKING:
         Shape,
         Window,
     )
-
-FURTHEST = 2**31  # the largest bound of a window
-
-
-class TransformerEncoderLayer(Stored):
-    """Self-attention and a feed-forward network, each with a residual and a norm.
-
-    x = norm1(x + attention(x)), then norm2(x + feed_forward(x)); with `norm_first` x + attention(norm1(x)), then
-    x + feed_forward(norm2(x)).
-
-    Parameters
-    ----------
-    attention : MultiHeadAttention, or one in int8
-        Of E features in and out.
-    feed_forward : FeedForward, or one in static int8
-    norm1, norm2 : LayerNorm or RMSNorm, optional
-    norm_first : bool
-        Whether norms stand before attention and network, not behind the sums.
-    window_size : (int, int)
-        (left, right): a token sees this many before and after it, whatever the call says; -1 = unbounded.
-
-    Raises
-    ------
-    TypeError, ValueError
-        Naming the argument, what was required and what came.
-    """
-
-    def __init__(self, attention: MultiHeadAttention, feed_forward: FeedForward,
-                 norm1: LayerNorm | RMSNorm | None = None, norm2: LayerNorm | RMSNorm | None = None, *,
-                 norm_first: Flag = False, window_size: Window = NO_WINDOW):
-        # int8 ones stand above in edgeattn.quantized; a static layer as such takes codes and has no forward of rows
-        int8 = getattr(attention, "scheme", None) in ("static", "dynamic") and hasattr(attention, "forward")
-        if not isinstance(attention, MultiHeadAttention) and not int8:
-            raise TypeError(f"attention must be an edgeattn.MultiHeadAttention, or one in int8 as quant.quantize of an "
-                            f"encoder makes it, got {type(attention).__name__}")
-        if not isinstance(feed_forward, FeedForward) and getattr(feed_forward, "scheme", None) != "static":
-            raise TypeError(f"feed_forward must be an edgeattn.FeedForward, got {type(feed_forward).__name__}")
-        self.embed_dim = attention.embed_dim
-        for name, norm in (("norm1", norm1), ("norm2", norm2)):
-            if norm is not None and not isinstance(norm, (LayerNorm, RMSNorm)):
-                raise TypeError(f"{name} must be an edgeattn.LayerNorm, RMSNorm or None, got {type(norm).__name__}")
-            if norm is not None and norm.inputs != self.embed_dim:
-                raise ValueError(f"{name} must be of E = {self.embed_dim} features, attention's, got {norm}")
-        for name, sizes in (("attention", (attention.kdim, attention.vdim, attention.output_dim)),
-                            ("feed_forward", (feed_forward.inputs, feed_forward.outputs))):
-            if set(sizes) != {self.embed_dim}:
-                raise ValueError(f"{name} must have E = {self.embed_dim} features in and out, got {sizes}")
-        self.attention, self.feed_forward, self.norm1, self.norm2 = attention, feed_forward, norm1, norm2
-        self.norm_first, self.window_size = flag("norm_first", norm_first), window_bounds(window_size, FURTHEST)
-
-    def forward(self, ops: Ops[T], x: T, sequences: Sequences, name: str = "") -> T:
-        """Rows of tokens (tokens, E) -> (tokens, E)."""
-        return self.feed(ops, self.attend(ops, x, sequences, name), name)
-
-    def attend(self, ops: Ops[T], x: T, sequences: Sequences, name: str = "") -> T:
-        """The first half of `forward`: attention with its residual and norm."""
-        read = self._norm(ops, x, "norm1", name) if self.norm_first else x
-        y = self.attention.forward(ops, read, read, read, sequences, name + "attention.")
-        x = ops.add(x, y, name + "sum1")
-        return x if self.norm_first else self._norm(ops, x, "norm1", name)
-
-    def feed(self, ops: Ops[T], x: T, name: str = "") -> T:
-        """The second half: the feed-forward network with its residual and norm."""
-        read = self._norm(ops, x, "norm2", name) if self.norm_first else x
-        x = ops.add(x, self.feed_forward.forward(ops, read, name + "feed_forward."), name + "sum2")
-        return x if self.norm_first else self._norm(ops, x, "norm2", name)
-
-    def _norm(self, ops: Ops[T], x: T, part: str, name: str) -> T:
-        norm: LayerNorm | RMSNorm | None = getattr(self, part)
-        return x if norm is None else norm.forward(ops, x, name + part)
-
-    def __call__(self, x: ArrayLike | Sequence[ArrayLike], *, lengths: ArrayLike | None = None,
-                 key_padding_mask: ArrayLike | None = None, attn_mask: ArrayLike | None = None, is_causal: Flag = False,
-                 window_size: Window = NO_WINDOW, kv_cache: KVCache | None = None, out: Floats | None = None
-                 ) -> Floats | list[Floats]:
-        """The layer of `x`.
-
-        Parameters
-        ----------
-        kv_cache : KVCache, optional
-            One that `KVCache.for_layer(layer.attention, ...)` makes.
-        x : (B, L, E) or (L, E) array, or list of (L_i, E) arrays
-        lengths, key_padding_mask, attn_mask : array, optional
-        is_causal : bool
-        window_size : (int, int)
-        out : array of the shape and dtype of `x`, optional
-            As for a call of a `TransformerEncoder`, which says what each means: True = attend.
-
-        Returns
-        -------
-        array of the shape and dtype of `x`, or list of such arrays
-
-        Raises
-        ------
-        TypeError, ValueError
-            Naming the argument, what was required and what came.
-        """
-        return self._alone(
-            x, lengths=lengths, key_padding_mask=key_padding_mask, attn_mask=attn_mask, is_causal=is_causal,
-            window_size=window_size, kv_cache=None if kv_cache is None else [kv_cache], out=out)
-
-    @functools.cached_property
-    def _alone(self) -> TransformerEncoder:
-        """An encoder of this layer, which keeps what its calls have in common."""
-        return TransformerEncoder([self])
-
-    @functools.cached_property
-    def stages(self) -> list[Stage] | None:
-        """The compiled stages that are this layer; None where it must be computed operation by operation."""
-        from edgeattn.executors.fused import stages_of
-
-        return stages_of(self)
-
-    def __repr__(self) -> str:
-        return (f"TransformerEncoderLayer({self.attention}, {self.feed_forward}, {self.norm1}, {self.norm2}, "
-                f"norm_first={self.norm_first}, window_size={self.window_size})")
 
 
 class TransformerEncoder(Placeable, Stored):
@@ -450,7 +340,7 @@ class TransformerEncoder(Placeable, Stored):
         return write_result(result.reshape(x.shape), out, dtype)
 
     @functools.cached_property
-    def _seen(self) -> PlanCache[Any, _Seen]:
+    def _seen(self) -> PlanCache[Any, Seen]:
         """What `prepared` found of calls before, by `said_of`: masks of sentences, which have many lengths."""
         return PlanCache(64)
 
@@ -459,7 +349,7 @@ class TransformerEncoder(Placeable, Stored):
         """The signatures of steps through caches that were checked, see `encoder_step`."""
         return PlanCache(64)
 
-    def _again(self, known: _Seen, x: Float32s) -> Float32s:
+    def _again(self, known: Seen, x: Float32s) -> Float32s:
         """The encoder of tokens x in C order, whose masks were prepared before; what comes thrice becomes a `Chain`."""
         from edgeattn.executors.chain import MOST_LAYERS, chain_of
         from edgeattn.executors.compiled import CompiledOps
@@ -514,7 +404,8 @@ class TransformerEncoder(Placeable, Stored):
             found = known_masks.get(key)
             if found is None:
                 mask = resolve_mask((*lead[:-1], heads, *scores), window_size=window, **masks)
-                found = known_masks[key] = Sequences([mask] if runs is None else [_part(mask, *run) for run in runs])
+                masks_seen = [mask] if runs is None else [part_of_mask(mask, *run) for run in runs]
+                found = known_masks[key] = Sequences(masks_seen)
             return found
 
         def seen(layer: TransformerEncoderLayer, cache: KVCache | None) -> Sequences:
@@ -529,7 +420,7 @@ class TransformerEncoder(Placeable, Stored):
         sequences = [seen(*pair) for pair in zip(self.layers, caches, strict=True)]
         if said is not None and all(lead) and len(sequences[0].masks) == 1:
             run = None if runs is None or runs == [(0, math.prod(lead[:-1]), lead[-1])] else runs[0]
-            self._seen.keep(said, _Seen(sequences, run))
+            self._seen.keep(said, Seen(sequences, run))
         with contextlib.ExitStack() as chunks:
             for cache in kv_cache or ():
                 chunks.enter_context(cache.transaction())
@@ -594,118 +485,3 @@ class TransformerEncoder(Placeable, Stored):
 def _is_own(encoder: Any) -> bool:
     """Whether its forward is another one, as on a GPU or where a calibration looks on, and no kernels' chain."""
     return "forward" in vars(encoder) or type(encoder).forward is not TransformerEncoder.forward
-
-
-class _Seen:
-    """What calls whose masks are equal have in common.
-
-    Attributes
-    ----------
-    sequences : list of Sequences
-        What each layer's tokens see.
-    run : (first, last, length) or None
-        Where the tokens are, of sequences that are shorter than L; None where all are there.
-    times : int
-        How often they came again.
-    """
-
-    __slots__ = "chain", "run", "sequences", "times"
-
-    def __init__(self, sequences: list[Sequences], run: Run | None = None):
-        self.sequences, self.run, self.times = sequences, run, 0
-        self.chain: Chain | None = None
-
-
-_FEW = 4096  # bytes of a mask that is compared by its content
-
-
-def said_of(lead: Shape, lengths: Any, window_size: Any, *, attn_mask: Any = None, key_padding_mask: Any = None,
-            is_causal: Any = False) -> tuple[Any, ...] | None:
-    """A key, equal for calls whose masks are; None where masks are large, or of types that must be checked first."""
-    if is_causal is not False and is_causal is not True:
-        return None
-    if window_size is not NO_WINDOW and not (type(window_size) is tuple and len(window_size) == 2
-                                             and type(window_size[0]) is type(window_size[1]) is int):
-        return None
-    listed = type(lengths) is list
-    if listed and (len(lengths) > _FEW // 8 or any(type(length) is not int for length in lengths)):
-        return None
-    arrays: list[Any] = [tuple(lengths) if listed else None]
-    for array, kinds in ((None if listed else lengths, "iu"), (attn_mask, "bf"), (key_padding_mask, "b")):
-        if array is not None:
-            if type(array) is not np.ndarray or array.dtype.kind not in kinds or array.nbytes > _FEW:
-                return None
-            array = array.dtype, array.shape, array.tobytes()
-        arrays.append(array)
-    return lead, is_causal, window_size, *arrays
-
-
-def checked_list(embed_dim: int, x: Sequence[ArrayLike], lengths: object, out: object, options: Mapping[str, object]
-                 ) -> tuple[list[Floats], list[int]]:
-    """The arrays of a list of sequences, and their lengths; `options`: of a call, what a list must not have is None."""
-    arrays = [float_array(f"x[{i}]", each) for i, each in enumerate(x)]
-    for name, given in {"lengths": lengths, "out": out, **options}.items():
-        if name in ("lengths", "out", "kv_cache", "key_padding_mask") and given is not None:
-            raise ValueError(f"{name} must be left out where x is a list of sequences, got {type(given).__name__}")
-    for i, array in enumerate(arrays):
-        if array.ndim != 2 or array.shape[1] != embed_dim:
-            raise ValueError(f"x[{i}] must be (L, E) with E = {embed_dim}, got shape {array.shape}")
-    return arrays, [len(array) for array in arrays]
-
-
-def checked_lengths(lengths: ArrayLike, lead: Shape) -> list[int]:
-    """`lengths` of (B, L) tokens, checked."""
-    array = as_array("lengths", lengths)
-    if array.size and array.dtype.kind not in "iu":
-        raise TypeError(f"lengths must be an integer array, got dtype {array.dtype}")
-    if array.shape != lead[:-1]:
-        raise ValueError(f"lengths must have shape {lead[:-1]}, one per sequence, got {array.shape}")
-    if array.size and not (array.min() >= 0 and array.max() <= lead[-1]):
-        raise ValueError(f"lengths must lie between 0 and L = {lead[-1]}, got {array.tolist()}")
-    counts: list[int] = array.reshape(-1).tolist()
-    return counts
-
-
-def runs_of(lengths: list[int]) -> list[Run]:
-    """(first, last, length) of sequences of the same length beside each other; those of length 0 have no rows."""
-    runs, first = [], 0
-    for length, group in itertools.groupby(lengths):
-        last = first + len(list(group))
-        if length:
-            runs.append((first, last, length))
-        first = last
-    return runs
-
-
-def _part(mask: Mask, first: int, last: int, length: int) -> Mask:
-    """`mask` for the first `length` tokens of the batch entries from `first` on."""
-    if mask.keep is None and mask.bias is None:
-        return mask._replace(shape=(last - first, mask.shape[1], length, length))
-
-    def cut(array: NDArray[Any] | None) -> NDArray[Any] | None:
-        return array if array is None or len(array) == 1 else array[first:last]
-
-    mask = mask._replace(shape=(last - first, *mask.shape[1:]), keep=cut(mask.keep), bias=cut(mask.bias))
-    return mask.part((0, length), (0, length))
-
-
-def narrower(window: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
-    """The window that both allow."""
-    if other == NO_WINDOW:
-        return window
-    left, right = (min((bound for bound in pair if bound >= 0), default=-1) for pair in zip(window, other, strict=True))
-    return left, right
-
-
-def check_caches(layers: Sequence[TransformerEncoderLayer], caches: object) -> None:
-    """Raise unless there is a cache for each layer, all of the same length, or none."""
-    if caches is None:
-        return
-    if not isinstance(caches, (list, tuple)) or len(caches) != len(layers):
-        raise ValueError(f"kv_cache must be a list of {len(layers)} caches, one per layer, as make_caches gives it, "
-                         f"got {len(caches) if isinstance(caches, (list, tuple)) else type(caches).__name__}")
-    for layer, cache in zip(layers, caches, strict=True):
-        check_cache(layer.attention, cache, None)
-    if len({id(cache) for cache in caches}) != len(caches) or len({cache.length for cache in caches}) != 1:
-        raise ValueError("kv_cache must hold a cache of its own for each layer, all of the same length, got lengths "
-                         f"{[cache.length for cache in caches]}")

@@ -1,7 +1,8 @@
-"""Rows of the tokens of sequences that differ in length, and back, run by run: see `encoder.runs_of`."""
+"""Sequences that differ in length: the rows of their tokens, and back, and their masks, run by run."""
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,9 +13,21 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from edgeattn.masks import Mask
     from edgeattn.types import Float32s, Shape
 
     Run = tuple[int, int, int]
+
+
+def runs_of(lengths: list[int]) -> list[Run]:
+    """(first, last, length) of sequences of the same length beside each other; those of length 0 have no rows."""
+    runs, first = [], 0
+    for length, group in itertools.groupby(lengths):
+        last = first + len(list(group))
+        if length:
+            runs.append((first, last, length))
+        first = last
+    return runs
 
 
 def gathered(x: NDArray[Any], runs: Sequence[Run]) -> NDArray[Any]:
@@ -34,3 +47,15 @@ def spread(rows: Float32s, runs: Sequence[Run], shape: Shape) -> Float32s:
         at, done = at + size, last
     found[done:] = 0
     return found
+
+
+def part_of_mask(mask: Mask, first: int, last: int, length: int) -> Mask:
+    """`mask` for the first `length` tokens of the batch entries from `first` on."""
+    if mask.keep is None and mask.bias is None:
+        return mask._replace(shape=(last - first, mask.shape[1], length, length))
+
+    def cut(array: NDArray[Any] | None) -> NDArray[Any] | None:
+        return array if array is None or len(array) == 1 else array[first:last]
+
+    mask = mask._replace(shape=(last - first, *mask.shape[1:]), keep=cut(mask.keep), bias=cut(mask.bias))
+    return mask.part((0, length), (0, length))

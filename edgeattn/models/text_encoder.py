@@ -15,10 +15,10 @@ from edgeattn.files import checkpoints
 from edgeattn.files.paths import named, reading, reason
 from edgeattn.hints import hinted
 from edgeattn.layers.embedding import Embedding
-from edgeattn.layers.encoder import TransformerEncoder, runs_of
+from edgeattn.layers.encoder import TransformerEncoder
 from edgeattn.layers.linear import Linear
 from edgeattn.layers.norm import norm_of
-from edgeattn.layers.ragged import gathered, spread
+from edgeattn.layers.ragged import gathered, runs_of, spread
 from edgeattn.layers.state import Stored
 from edgeattn.ops import Pooling
 from edgeattn.runtime.plan_cache import planned

@@ -14,15 +14,9 @@ from edgeattn.executors.cuda.layers import OnCuda, check_is_on_gpu
 from edgeattn.executors.cuda.masks import arrays_read
 from edgeattn.executors.cuda.ops import CudaOps, Group, SequencesOnDevice
 from edgeattn.executors.cuda.parameters import Parameters
-from edgeattn.layers.encoder import (
-    FURTHEST,
-    TransformerEncoder,
-    check_caches,
-    checked_lengths,
-    checked_list,
-    narrower,
-    runs_of,
-)
+from edgeattn.layers.encoder import TransformerEncoder
+from edgeattn.layers.encoder_call import FURTHEST, check_caches, checked_lengths, checked_list, narrower
+from edgeattn.layers.ragged import runs_of
 from edgeattn.masks import NO_WINDOW, window_bounds
 from edgeattn.models import ImageEncoder, TextEncoder
 
