@@ -253,5 +253,5 @@ def test_it_says_what_to_install(tmp_path, monkeypatch):
         return real(name, *arguments, **options)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ImportError, match=r"needs the package onnx: pip install edgeattn\[checkpoints\]"):
+    with pytest.raises(ImportError, match=r"needs the package onnx: pip install 'edgeattn\[checkpoints\]'"):
         quant.export(encoder(), tmp_path / "a.onnx")
