@@ -23,13 +23,13 @@ from edgeattn.files.checkpoints.onnx_encoders import (
     look_further,
     read_encoder,
     refuse_positions,
-    root_of,
 )
 from edgeattn.files.checkpoints.onnx_layers import attention_at
 from edgeattn.files.checkpoints.onnx_models import Image, Text, read_image, read_text, text_inputs
 from edgeattn.files.checkpoints.onnx_nodes import Graph, title
 from edgeattn.files.checkpoints.onnx_operators import OPERATORS, domain_of
 from edgeattn.files.checkpoints.onnx_products import product
+from edgeattn.files.checkpoints.onnx_rows import root_of
 from edgeattn.files.checkpoints.onnx_values import NotRead, UnknownShape, Values
 from edgeattn.files.paths import reading
 from edgeattn.hints import FRAMES

@@ -13,15 +13,15 @@ from edgeattn.files.checkpoints.onnx_encoders import (
     Encoder,
     each_its_own,
     look_further,
-    map_of,
     read_encoder,
     refuse_positions,
-    root_of,
 )
+from edgeattn.files.checkpoints.onnx_networks import map_of
 from edgeattn.files.checkpoints.onnx_nodes import title
 from edgeattn.files.checkpoints.onnx_probes import computed, norm_between
 from edgeattn.files.checkpoints.onnx_projections import linear
 from edgeattn.files.checkpoints.onnx_relative import real_table
+from edgeattn.files.checkpoints.onnx_rows import root_of
 from edgeattn.files.checkpoints.onnx_values import NotRead
 from edgeattn.files.paths import reason
 
