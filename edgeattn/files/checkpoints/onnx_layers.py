@@ -67,17 +67,57 @@ def attention_at(graph, node):
 
 def _assembled(graph, node, name, parts):
     """The `Attention` of projections, scores and context."""
-    q, k, v = parts.q, parts.k, parts.v
-    groups = parts.value_groups
-    q = dataclasses.replace(
-        q, rows=q.rows[groups], features=q.features[groups], factor=q.factor[groups], offset=q.offset[groups]
-    )
-    k = dataclasses.replace(
-        k, rows=k.rows[groups], features=k.features[groups], factor=k.factor[groups], offset=k.offset[groups]
-    )
+    groups, v = parts.value_groups, parts.v
+    q, k = (dataclasses.replace(each, rows=each.rows[groups], features=each.features[groups],
+                                factor=each.factor[groups], offset=each.offset[groups]) for each in (parts.q, parts.k))
+    heads = _heads(name, q, k, v)
+    arguments = _arguments(name, parts, (_scaled(name, parts, q), k, v), heads)
+    found = {"told": list(parts.told), "causal": parts.causal, "window": parts.window}
+    if parts.bias is not None and parts.bias.any():
+        found |= _added(graph, name, parts, heads)
+    if (position_bias := found.pop("position_bias", None)) is not None:
+        arguments["position_bias"] = position_bias
+    end, output, tokens, behind = output_map(
+        graph, parts.context, np.asarray(parts.codes, np.int32), heads.place, heads.row_of, q.rows.shape[1],
+        v.features.shape[1], heads.count)
+    if output is not None:
+        arguments["out_weight"], bias = output
+        if bias is not None:
+            arguments["out_bias"] = bias
+    if tokens is not None:
+        tokens = np.stack([q.rows[np.flatnonzero(heads.row_of == b)[0]] for b in range(heads.batch)]
+                          ).reshape(-1)[tokens]
+    return Attention(
+        node, heads.count, len(heads.kv), arguments, source=q.maps.source,
+        sources=(q.maps.source, k.maps.source, v.maps.source), end=end, order=tokens,
+        apart=Apart((q, k, v), heads.first, parts.scale, parts.products, behind),
+        beyond=beyond(graph, parts.context) if output is None else None, **found)
+
+
+@dataclasses.dataclass
+class _Heads:
+    """Which head and sequence each group of queries is of."""
+
+    count: int
+    batch: int
+    of: Any  # the head of each group
+    row_of: Any  # its sequence
+    order: list  # the heads side by side, those beside each other that share keys
+    first: list  # of each of these a group
+    kv: list  # of each that has keys and values of its own
+
+    @property
+    def place(self):
+        """Of each group, where its head is among the heads side by side."""
+        position = {h: i for i, h in enumerate(self.order)}
+        return np.array([position[h] for h in self.of])
+
+
+def _heads(name, q, k, v):
+    """The `_Heads` of projections: each once for each sequence, with keys and values of the same tokens."""
     head_of, row_of = _numbered(q.features), _numbered(q.rows)
     key_of, value_of, key_row = _numbered(k.features), _numbered(v.features), _numbered(k.rows)
-    heads, batch = head_of.max() + 1, row_of.max() + 1
+    heads, batch = int(head_of.max() + 1), int(row_of.max() + 1)
     if len({(h, b) for h, b in zip(head_of, row_of, strict=True)}) != len(head_of) or heads * batch != len(head_of):
         raise NotRead(
             f"{name} must have each head once for each sequence, got {len(head_of)} pairs of {heads} heads and "
@@ -86,7 +126,6 @@ def _assembled(graph, node, name, parts):
     if not len(head_of) == len(key_of) == len(value_of) == len(key_row):
         raise NotRead(f"{name} must have keys and values for each head of each sequence, got {len(key_of)} and "
                       f"{len(value_of)} for {len(head_of)}")
-    first = [int(np.flatnonzero(head_of == h)[0]) for h in range(heads)]
     for each in (key_of, value_of):
         if any(len(set(each[head_of == h].tolist())) != 1 for h in range(heads)):
             raise NotRead(f"{name} must have the same keys and values of a head in each sequence")
@@ -94,34 +133,37 @@ def _assembled(graph, node, name, parts):
         raise NotRead(f"{name} must have keys and values of the same tokens for each head")
     if q.maps.source == k.maps.source and q.rows.shape == k.rows.shape and (q.rows != k.rows).any():
         raise NotRead(f"{name} must have queries and keys of the same tokens")
-    # heads that share keys side by side
-    order = sorted(range(heads), key=lambda h: (key_of[first[h]], value_of[first[h]], h))
-    first = [first[h] for h in order]
-    kv = [
-        first[i]
-        for i in range(heads)
-        if i == 0 or (key_of[first[i]], value_of[first[i]]) != (key_of[first[i - 1]], value_of[first[i - 1]])
-    ]
-    kv_heads = len(kv)
-    if heads % kv_heads or any(
-        (key_of[first[i]], value_of[first[i]])
-        != (key_of[kv[i * kv_heads // heads]], value_of[kv[i * kv_heads // heads]])
-        for i in range(heads)
-    ):
-        kv, kv_heads = first, heads
-    arguments, projections = {}, (q, k, v)
-    size = q.features.shape[1]
+    first = [int(np.flatnonzero(head_of == h)[0]) for h in range(heads)]
+    shared = [(key_of[group], value_of[group]) for group in first]
+    order = sorted(range(heads), key=lambda h: (*shared[h], h))
+    first, shared = [first[h] for h in order], [shared[h] for h in order]
+    own = [i for i in range(heads) if i == 0 or shared[i] != shared[i - 1]]
+    if heads % len(own) or any(shared[i] != shared[own[i * len(own) // heads]] for i in range(heads)):
+        own = range(heads)
+    return _Heads(heads, batch, head_of, row_of, order, first, [first[i] for i in own])
+
+
+def _scaled(name, parts, q):
+    """The queries with what scores are multiplied by beyond 1 / sqrt(D)."""
+    size, groups = q.features.shape[1], parts.value_groups
     correction = parts.scale[groups] * np.float32(math.sqrt(size)) if len(parts.scale) == len(groups) else parts.scale
     correction = np.where(np.isclose(correction, 1, rtol=2e-6, atol=0), np.float32(1), correction)
-    if q.norm and (correction != 1).any():
-        if (correction != correction[:1]).any():
-            raise NotRead(f"{name} must scale the scores of all heads by one number behind a norm of queries")
-        kind, weight, bias, eps = q.norm
-        weight, bias = (None if each is None else each * correction[0] for each in (weight, bias))
-        q = dataclasses.replace(q, norm=(kind, weight, bias, eps))
-    elif (correction != 1).any():
-        q = dataclasses.replace(q, factor=q.factor * correction[:, None], offset=q.offset * correction[:, None])
-    for short, each, which in (("q", q, first), ("k", k, kv), ("v", v, kv)):
+    if (correction == 1).all():
+        return q
+    if not q.norm:
+        return dataclasses.replace(q, factor=q.factor * correction[:, None], offset=q.offset * correction[:, None])
+    if (correction != correction[:1]).any():
+        raise NotRead(f"{name} must scale the scores of all heads by one number behind a norm of queries")
+    kind, weight, bias, eps = q.norm
+    weight, bias = (None if each is None else each * correction[0] for each in (weight, bias))
+    return dataclasses.replace(q, norm=(kind, weight, bias, eps))
+
+
+def _arguments(name, parts, projections, heads):
+    """Those of the layer that projections say, and positions."""
+    q, k, v = projections
+    arguments = {}
+    for short, each, which in (("q", q, heads.first), ("k", k, heads.kv), ("v", v, heads.kv)):
         arguments[f"{short}_weight"], bias = each.weights(which)
         if bias is not None:
             arguments[f"{short}_bias"] = bias
@@ -135,56 +177,26 @@ def _assembled(graph, node, name, parts):
         raise NotRead(f"{name} must have values that no rotary embedding turns")
     if rotary:
         arguments["rotary"] = rotary
-    told, causal, window, added = list(parts.told), parts.causal, parts.window, None
-    if parts.bias is not None and parts.bias.any():
-        bias = parts.bias
-        by_head = np.stack([bias[g] for g in first])
-        per_batch = all((bias[g] == by_head[order.index(head_of[g])]).all() for g in range(len(groups)))
-        causal_mask = np.triu(np.ones(bias.shape[1:], bool), 1)
-        if (bias[:, ~causal_mask] == 0).all() and (bias[:, causal_mask] <= BLOCKED).all() and causal_mask.any():
-            causal = True
-            told.append(f"{name} is causal; pass is_causal=True, causal_alignment='upper_left' in each call")
-        elif (found := _window(bias)) is not None:
-            window = found
-            told.append(f"{name} has a window; pass window_size={window} in each call")
-        elif per_batch and not graph.open_axes and np.isfinite(by_head).all():
-            arguments["position_bias"] = by_head
-        else:
-            added = by_head if per_batch and np.isfinite(by_head).all() else None
-            told.append(
-                f"{name} {ADDED} of {bias.shape[1:]} to its scores, which may differ with the length; "
-                "pass it as attn_mask in each call"
-            )
-    codes = np.asarray(parts.codes, np.int32)
-    value_dim = v.features.shape[1]
-    position = {h: i for i, h in enumerate(order)}
-    # of each group: where its head is among the heads side by side
-    place = np.array([position[h] for h in head_of])
-    end, output, tokens, behind = output_map(
-        graph, parts.context, codes, place, row_of, q.rows.shape[1], value_dim, heads)
-    if output is not None:
-        arguments["out_weight"], bias = output
-        if bias is not None:
-            arguments["out_bias"] = bias
-    source = q.maps.source
-    if tokens is not None:
-        tokens = np.stack([q.rows[np.flatnonzero(row_of == b)[0]] for b in range(batch)]).reshape(-1)[tokens]
-    return Attention(
-        node,
-        int(heads),
-        int(kv_heads),
-        arguments,
-        told,
-        source,
-        (q.maps.source, k.maps.source, v.maps.source),
-        end,
-        tokens,
-        causal,
-        window,
-        Apart(projections, first, parts.scale, parts.products, behind),
-        added,
-        beyond(graph, parts.context) if output is None else None,
-    )
+    return arguments
+
+
+def _added(graph, name, parts, heads):
+    """What is added to the scores as fields of `Attention`: a mask's; or `position_bias`, the layer's own."""
+    bias, told = parts.bias, list(parts.told)
+    by_head = np.stack([bias[g] for g in heads.first])
+    per_batch = all((bias[g] == by_head[place]).all() for g, place in enumerate(heads.place))
+    causal_mask = np.triu(np.ones(bias.shape[1:], bool), 1)
+    if (bias[:, ~causal_mask] == 0).all() and (bias[:, causal_mask] <= BLOCKED).all() and causal_mask.any():
+        text = f"{name} is causal; pass is_causal=True, causal_alignment='upper_left' in each call"
+        return {"causal": True, "told": [*told, text]}
+    if (window := _window(bias)) is not None:
+        return {"window": window, "told": [*told, f"{name} has a window; pass window_size={window} in each call"]}
+    alike = per_batch and np.isfinite(by_head).all()
+    if alike and not graph.open_axes:
+        return {"position_bias": by_head}
+    text = (f"{name} {ADDED} of {bias.shape[1:]} to its scores, which may differ with the length; "
+            "pass it as attn_mask in each call")
+    return {"added": by_head if alike else None, "told": [*told, text]}
 
 
 def _window(bias):
