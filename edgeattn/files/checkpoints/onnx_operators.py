@@ -25,6 +25,15 @@ OPERATORS = {
     ("com.microsoft", "QAttention"),
     ("com.microsoft", "GroupQueryAttention"),
 }
+# Which inputs are masks or added to scores, and which is the keys of the tokens before, 4 unless it is said here.
+_MASKS = {
+    ("", "Attention"): (3, 6),
+    ("com.microsoft", "Attention"): (3, 5),
+    ("com.microsoft", "QAttention"): (5,),
+    ("com.microsoft", "MultiHeadAttention"): (4, 5),
+    ("com.microsoft", "GroupQueryAttention"): (10,),
+}
+_PAST = {"MultiHeadAttention": 6, "QAttention": 8, "GroupQueryAttention": 3}
 
 
 def domain_of(node):
@@ -42,15 +51,55 @@ def from_operator(graph, node, name):
     if attributes.get("smooth_softmax") == 1 or (kind == "GroupQueryAttention" and graph.input(node, 11)):
         raise NotRead(f"{name} has an attention sink (smooth_softmax or head_sink), which takes a part of the weight "
                       "and has no place in a layer")
-    rotary = None
     if kind in ("Attention", "QAttention") and domain:
         q, k, v, heads = _packed_operator(graph, node, name, attributes)
         kv_heads = heads
     else:
         q, k, v, heads, kv_heads = _operator_inputs(graph, node, name, attributes)
+    parts = _in_heads(graph, name, ((q, heads, "queries"), (k, kv_heads, "keys"), (v, kv_heads, "values")))
+    (batch, heads, length, size), keys, value_dim = parts[0][0].shape, parts[1][0].shape[2], parts[2][0].shape[3]
+
+    def groups(x):
+        x = x if x.shape[1] == heads else np.repeat(x, heads // x.shape[1], 1)
+        return x.reshape(-1, *x.shape[2:])
+
+    q, k, v = (projected(graph, elements, groups, place) for elements, place in parts)
+    codes = np.arange(batch * heads * length * value_dim, dtype=np.int32).reshape(batch, heads, length, value_dim)
+    if not (len(graph.shapes[node.input[0]]) == 4 and not domain):
+        codes = codes.swapaxes(1, 2).reshape(batch, length, -1)
+    scale = attributes.get("scale")
+    if scale is None or (scale == 0 and domain):  # com.microsoft operators read 0 as "not given"
+        scale = 1 / math.sqrt(size)
+    causal, rotary = bool(attributes.get("is_causal") or attributes.get("unidirectional")), None
+    if kind == "GroupQueryAttention":
+        causal = True
+        rotary = _operator_rotary(graph, node, name, attributes, size)
+    if causal:
+        past = graph.input(node, _PAST.get(kind, 4))
+        told.append(
+            f"{name} is causal; pass is_causal=True, "
+            f"causal_alignment={'lower_right' if past else 'upper_left'!r} in each call"
+        )
+    sides = [attributes.get(f"{side}_window_size", -1) for side in ("left", "right")]
+    if attributes.get("local_window_size", -1) > 0:
+        sides[0] = attributes["local_window_size"] - 1
+    if sides != [-1, -1]:
+        told.append(f"{name} has a window; pass window_size=({sides[0]}, {sides[1]}) in each call")
+    if attributes.get("softcap"):
+        told.append(f"{name} caps its scores; pass softcap={attributes['softcap']:g} in each call")
+    bias, masked = _masks(graph, node, name, (batch, heads), keys)
+    return Parts(q, k, v, np.arange(batch * heads), graph.output(node), codes,
+                 np.full(batch * heads, scale, np.float32), bias, told + masked, causal, rotary, tuple(sides))
+
+
+def _in_heads(graph, name, given):
+    """[(elements (B, heads, L, D), what they are called)] of queries, keys and values, which fit each other.
+
+    given : of each (elements, number of heads or None, what it is)
+    """
     parts = []
-    for elements, number, role in ((q, heads, "queries"), (k, kv_heads, "keys"), (v, kv_heads, "values")):
-        place = f"input {('queries', 'keys', 'values').index(role)} of {name}"
+    for i, (elements, number, role) in enumerate(given):
+        place = f"input {i} of {name}"
         check_sources(graph, elements, place)
         if len(elements.shape) == 3:
             if number is None:
@@ -63,69 +112,22 @@ def from_operator(graph, node, name):
         if len(elements.shape) != 4:
             raise NotRead(f"{place} must have 3 or 4 axes, got {elements.shape}")
         parts.append((elements, place))
-    if len({len(elements.shape) for elements in (q, k, v)}) > 1:
+    if len({len(elements.shape) for elements, _, _ in given}) > 1:
         raise NotRead(f"{name} must have query, key and value as one layout, all (B, L, H * D) or all (B, H, L, D)")
-    heads, kv_heads = parts[0][0].shape[1], parts[1][0].shape[1]
-    if (
-        kv_heads != parts[2][0].shape[1]
-        or not kv_heads
-        or heads % kv_heads
-        or (parts[0][0].shape[3] != parts[1][0].shape[3])
-    ):
+    (_, heads, _, size), (_, kv_heads, _, key_size), (_, value_heads, _, value_dim) = (
+        elements.shape for elements, _ in parts)
+    if kv_heads != value_heads or not kv_heads or heads % kv_heads or size != key_size:
         raise NotRead(
-            f"{name} has projections that do not fit it: {heads * parts[0][0].shape[3]} outputs for {heads} "
-            f"query heads, {kv_heads * parts[1][0].shape[3]} for {kv_heads} key heads, "
-            f"{parts[2][0].shape[1] * parts[2][0].shape[3]} for {parts[2][0].shape[1]} value heads"
+            f"{name} has projections that do not fit it: {heads * size} outputs for {heads} query heads, "
+            f"{kv_heads * key_size} for {kv_heads} key heads, {value_heads * value_dim} for {value_heads} value heads"
         )
-    shared = heads // kv_heads
+    return parts
 
-    def groups(x):
-        x = x if x.shape[1] == heads else np.repeat(x, shared, 1)
-        return x.reshape(-1, *x.shape[2:])
 
-    q, k, v = (projected(graph, elements, groups, place) for elements, place in parts)
-    batch, length, value_dim = parts[0][0].shape[0], parts[0][0].shape[2], parts[2][0].shape[3]
-    codes = np.arange(batch * heads * length * value_dim, dtype=np.int32).reshape(batch, heads, length, value_dim)
-    if not (len(graph.shapes[node.input[0]]) == 4 and not domain):
-        codes = codes.swapaxes(1, 2).reshape(batch, length, -1)
-    scale = attributes.get("scale")
-    if scale is None or (scale == 0 and domain):  # com.microsoft operators read 0 as "not given"
-        scale = 1 / math.sqrt(parts[0][0].shape[3])
-    causal = bool(attributes.get("is_causal") or attributes.get("unidirectional"))
-    if kind == "GroupQueryAttention":
-        causal = True
-        rotary = _operator_rotary(graph, node, name, attributes, parts[0][0].shape[3])
-    bias = None
-    if causal:
-        past = [*node.input, *[""] * 9][
-            6
-            if kind == "MultiHeadAttention"
-            else 8
-            if kind == "QAttention"
-            else 3
-            if kind == "GroupQueryAttention"
-            else 4
-        ]
-        told.append(
-            f"{name} is causal; pass is_causal=True, "
-            f"causal_alignment={'lower_right' if past else 'upper_left'!r} in each call"
-        )
-    sides = [attributes.get(f"{side}_window_size", -1) for side in ("left", "right")]
-    if attributes.get("local_window_size", -1) > 0:
-        sides[0] = attributes["local_window_size"] - 1
-    if sides != [-1, -1]:
-        told.append(f"{name} has a window; pass window_size=({sides[0]}, {sides[1]}) in each call")
-    if attributes.get("softcap"):
-        told.append(f"{name} caps its scores; pass softcap={attributes['softcap']:g} in each call")
-    keys = parts[1][0].shape[2]
-    masks = {
-        ("", "Attention"): (3, 6),
-        ("com.microsoft", "Attention"): (3, 5),
-        ("com.microsoft", "QAttention"): (5,),
-        ("com.microsoft", "MultiHeadAttention"): (4, 5),
-        ("com.microsoft", "GroupQueryAttention"): (10,),
-    }.get((domain, kind), ())
-    for i in masks:
+def _masks(graph, node, name, groups, keys):
+    """(what constants add to the scores, (B * H, L, S) or None; what is told of other masks); groups: (B, H)."""
+    domain, bias, told = domain_of(node), None, []
+    for i in _MASKS.get((domain, node.op_type), ()):
         given = graph.input(node, i)
         if not given:
             continue
@@ -133,23 +135,10 @@ def from_operator(graph, node, name):
         if array is not None and array.dtype.kind in "fb" and (i != 3 or not domain):
             if array.dtype.kind == "b":
                 array = np.where(array, np.float32(0), np.float32(-np.inf))
-            bias = np.broadcast_to(array, (batch, heads, *array.shape[-2:])).reshape(batch * heads, *array.shape[-2:])
+            bias = np.broadcast_to(array, (*groups, *array.shape[-2:])).reshape(math.prod(groups), *array.shape[-2:])
         elif array is None or not _sees_all(array, keys):
             told.append(f"{name} has a mask, {given[:60]!r}; pass it as attn_mask or key_padding_mask in each call")
-    return Parts(
-        q,
-        k,
-        v,
-        np.arange(batch * heads),
-        graph.output(node),
-        codes,
-        np.full(batch * heads, scale, np.float32),
-        bias,
-        told,
-        causal,
-        rotary,
-        tuple(sides),
-    )
+    return bias, told
 
 
 def _sees_all(mask, keys):
