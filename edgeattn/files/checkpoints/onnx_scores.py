@@ -22,27 +22,7 @@ def _groups(lead):
 
 def from_softmax(graph, node, name):
     """The `Parts` around a Softmax."""
-
-    def scores_source(each):
-        maker = graph.maker.get(each)
-        return product(graph, maker) is not None or (maker is not None and maker.op_type == "Tanh")
-
-    told = []
-    scores = trace(graph, graph.input(node, 0), scores_source)
-    axis = graph.attributes(node).get("axis", -1 if graph.opset >= 13 else len(scores.shape) - 1)
-    if axis % len(scores.shape) != len(scores.shape) - 1:
-        raise NotRead(f"{name} must be over the last axis, the keys, got axis {axis}")
-    term, masks = _scores_term(graph, scores, name)
-    offset = scores.offset
-    if graph.maker[term.source].op_type == "Tanh":
-        softcap = float(np.max(term.factor))
-        inner = trace(
-            graph, graph.maker[term.source].input[0], lambda each: product(graph, graph.maker.get(each)) is not None
-        )
-        below, more = _scores_term(graph, inner, name)
-        told.append(f"{name} caps its scores; pass softcap={softcap:g} in each call")
-        term = Term(below.source, below.index.reshape(-1)[term.index], np.float32(below.factor) * softcap)
-        masks += more
+    scores, term, masks, told = _scores(graph, node, name)
     first = product(graph, graph.maker[term.source])
     scale = np.broadcast_to(np.float32(term.factor) * np.float32(first.factor), scores.shape)
 
@@ -53,16 +33,9 @@ def from_softmax(graph, node, name):
     if [term.source for term in weights.terms] != [graph.output(node)] or second.factor != 1 or not np.all(
             weights.terms[0].factor == 1):
         raise NotRead(f"the probabilities of {name} must be multiplied by the values as they are")
-
-    q_name, k_name = (
-        graph.input(first.node, 0),
-        graph.input(first.node, 3 if first.node.op_type == "QLinearMatMul" else 1),
-    )
     is_map = is_map_of(graph)
-    left, right = (
-        trace(graph, q_name, is_map).moved(first.left),
-        trace(graph, k_name, is_map).moved(lambda x: first.right(x).swapaxes(-1, -2)),
-    )
+    left = trace(graph, graph.input(first.node, 0), is_map).moved(first.left)
+    right = trace(graph, _right(graph, first.node), is_map).moved(lambda x: first.right(x).swapaxes(-1, -2))
     lead = np.broadcast_shapes(left.shape[:-2], right.shape[:-2])
     length, keys = left.shape[-2], right.shape[-2]
     codes = first.codes((*lead, length, keys)).reshape(-1)
@@ -70,9 +43,7 @@ def from_softmax(graph, node, name):
     values = trace(graph, side, is_map).moved(second.right)
     probabilities = weights.moved(second.left)
     lead2 = np.broadcast_shapes(probabilities.shape[:-2], values.shape[:-2])
-    place = np.broadcast_to(probabilities.terms[0].index, (*lead2, *probabilities.shape[-2:])).reshape(
-        -1, *probabilities.shape[-2:]
-    )
+    place = _groups(lead2)(probabilities.terms[0].index)
     at = comp[place]
     if scores.shape[-1] != keys:
         raise NotRead(f"{name} must be over the keys alone, {keys}, got {scores.shape[-1]} numbers in a row: an "
@@ -83,36 +54,58 @@ def from_softmax(graph, node, name):
         or (at[:, 0, 0] % (length * keys)).any()
     ):
         raise NotRead(f"{name} must weigh values by rows of queries and columns of keys, got scores in another order")
-    factors = scale.reshape(-1)[place]
-    if offset is not None:  # where a mask takes the score's place, it has no factor
-        free = np.broadcast_to(np.float32(offset), scores.shape).reshape(-1)[place] > BLOCKED
-        one = np.argmax(free.reshape(len(free), -1), 1)
-        factors = np.where(free, factors, factors.reshape(len(free), -1)[np.arange(len(free)), one][:, None, None])
-    if (factors != factors[:, :1, :1]).any():
-        raise NotRead(f"the scores of {name} must be scaled by one number in a head")
+    offset = None if scores.offset is None else np.broadcast_to(np.float32(scores.offset), scores.shape).reshape(-1)
+    factors = _factors(scale.reshape(-1)[place], None if offset is None else offset[place], name)
     q = projected(graph, left, _groups(lead), f"the queries of {name}")
     k = projected(graph, right, _groups(lead), f"the keys of {name}")
     v = projected(graph, values, _groups(lead2), f"the values of {name}")
     bias = None
-    if offset is not None and np.any(offset) and not masks:  # else a part of the mask
-        bias = np.broadcast_to(np.float32(offset), scores.shape).reshape(-1)[place]
-    for mask in sorted(set(masks)):
-        told.append(
-            f"{name} adds {mask} to its scores; pass it, if it masks, as attn_mask or key_padding_mask in each call"
-        )
-    context = graph.output(second.node)
-    return Parts(
-        q,
-        k,
-        v,
-        at[:, 0, 0] // (length * keys),
-        context,
-        second.codes((*lead2, length, values.shape[-1])),
-        factors[:, 0, 0],
-        bias,
-        told,
-        products=(first.node, second.node),
+    if offset is not None and offset.any() and not masks:  # else a part of the mask
+        bias = offset[place]
+    told += [f"{name} adds {mask} to its scores; pass it, if it masks, as attn_mask or key_padding_mask in each call"
+             for mask in sorted(set(masks))]
+    return Parts(q, k, v, at[:, 0, 0] // (length * keys), graph.output(second.node),
+                 second.codes((*lead2, length, values.shape[-1])), factors, bias, told,
+                 products=(first.node, second.node))
+
+
+def _right(graph, node):
+    """The name of the right side of a product."""
+    return graph.input(node, 3 if node.op_type == "QLinearMatMul" else 1)
+
+
+def _scores(graph, node, name):
+    """(the scores of a Softmax, their term of a product, names of what else is added, what is told)."""
+
+    def scores_source(each):
+        maker = graph.maker.get(each)
+        return product(graph, maker) is not None or (maker is not None and maker.op_type == "Tanh")
+
+    scores = trace(graph, graph.input(node, 0), scores_source)
+    axis = graph.attributes(node).get("axis", -1 if graph.opset >= 13 else len(scores.shape) - 1)
+    if axis % len(scores.shape) != len(scores.shape) - 1:
+        raise NotRead(f"{name} must be over the last axis, the keys, got axis {axis}")
+    term, masks = _scores_term(graph, scores, name)
+    if graph.maker[term.source].op_type != "Tanh":
+        return scores, term, masks, []
+    softcap = float(np.max(term.factor))
+    inner = trace(
+        graph, graph.maker[term.source].input[0], lambda each: product(graph, graph.maker.get(each)) is not None
     )
+    below, more = _scores_term(graph, inner, name)
+    term = Term(below.source, below.index.reshape(-1)[term.index], np.float32(below.factor) * softcap)
+    return scores, term, masks + more, [f"{name} caps its scores; pass softcap={softcap:g} in each call"]
+
+
+def _factors(factors, offset, name):
+    """The number that each head's scores are scaled by; of each score its factor, and what is added, or None."""
+    if offset is not None:  # where a mask takes the score's place, it has no factor
+        free = offset > BLOCKED
+        one = np.argmax(free.reshape(len(free), -1), 1)
+        factors = np.where(free, factors, factors.reshape(len(free), -1)[np.arange(len(free)), one][:, None, None])
+    if (factors != factors[:, :1, :1]).any():
+        raise NotRead(f"the scores of {name} must be scaled by one number in a head")
+    return factors[:, 0, 0]
 
 
 def _scores_term(graph, scores, name):
@@ -215,7 +208,7 @@ def _reader_product(graph, node, name, is_source):
         for reader in readers:
             found = product(graph, reader)
             if found is not None and graph.input(reader, 0) == value:
-                second = graph.input(reader, 3 if reader.op_type == "QLinearMatMul" else 1)
+                second = _right(graph, reader)
                 elements = _past_nan(graph, trace(graph, value, is_source), is_source)
                 whole = [term.source for term in elements.terms] == [graph.output(node)]
                 return found, second, elements if whole or (
@@ -244,7 +237,7 @@ def _unchanged(graph, probabilities):
             made = computed(graph, graph.input(node, 0), {probabilities: made_up})
         except NotRead:
             return None
-        second = graph.input(node, 3 if node.op_type == "QLinearMatMul" else 1)
+        second = _right(graph, node)
         same = made is not None and made.shape == shape and np.allclose(made, made_up, rtol=1e-6, atol=0)
         return (found, second, Elements.of(probabilities, shape)) if same else None
     return None
