@@ -16,7 +16,6 @@ from edgeattn.quantized import AddMask, MulConstant, SelectMask, StaticFeedForwa
 
 if TYPE_CHECKING:
     from edgeattn.quantized import QuantizedLinear, TensorQuantization
-    from quant.export.onnx import OnnxOps
 
 # Codes are written as uint8: onnxruntime's products of uint8 by int8 saturate on processors without VNNI, and it makes
 # uint8 of int8 activations on its own; those of uint8 by uint8 are exact everywhere.
@@ -24,9 +23,18 @@ UNSIGNED = 128
 
 
 class CodesOps(Ops[str]):
-    """Of a static layer: what an operation gives is quantized by the tensor of its name."""
+    """Of a static layer: what an operation gives is quantized by the tensor of its name.
 
-    def __init__(self, rows: OnnxOps, layer: Any, prefix: str):
+    Parameters
+    ----------
+    rows : OnnxOps
+        Which writes the nodes, and the rows around the layer.
+    layer : StaticMultiHeadAttention or StaticFeedForward
+    prefix : str
+        Of the names of values.
+    """
+
+    def __init__(self, rows: Any, layer: Any, prefix: str):
         self.rows, self.layer, self.prefix = rows, layer, prefix
 
     def linear(self, x: str, linear: QuantizedLinear, name: str) -> str:
