@@ -154,6 +154,12 @@ def quantize(layer: Any, calibration: Calibration | ModelCalibration | None = No
         calibration = of_layer(overrides, calibration)
     if room_for_masks:
         calibration = dataclasses.replace(calibration, masked=True)
+    return _quantize_static(layer, calibration, arithmetic)
+
+
+def _quantize_static(layer: MultiHeadAttention, calibration: Calibration, arithmetic: Arithmetic
+                     ) -> StaticMultiHeadAttention:
+    """The layer with the ranges of its calibration."""
     for name in calibration.statistics:
         low, high = calibration.range(name)
         if high - low > 127 * LARGEST_SCALE:

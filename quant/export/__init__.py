@@ -174,8 +174,7 @@ def export(layer: MultiHeadAttention | QuantizedMultiHeadAttention | Model, path
         When the folder is missing or cannot be written; files of these names stay as they were.
     """
     path = as_path(path)
-    whole = isinstance(layer, MODELS)
-    if not whole and not isinstance(layer, (MultiHeadAttention, QuantizedMultiHeadAttention)):
+    if not isinstance(layer, (MODELS, MultiHeadAttention, QuantizedMultiHeadAttention)):
         raise TypeError(f"layer must be a MultiHeadAttention or what quant.quantize returns; "
                         f"got {type(layer).__name__}")
     processor: str | None = target_named(target)
@@ -185,36 +184,17 @@ def export(layer: MultiHeadAttention | QuantizedMultiHeadAttention | Model, path
     if path.suffix not in FORMATS:
         raise ValueError(f"path must end in one of {', '.join(FORMATS)}; got {str(path)!r}")
     form = FORMATS[path.suffix]
-    of_any_shape = " and ".join(suffix for suffix, other in FORMATS.items() if other.any_shape)
-    if whole and not form.any_shape and not isinstance(layer, TransformerEncoder):
-        raise TypeError(f"layer must be an encoder or an attention layer for a {path.suffix} file; got a "
-                        f"{type(layer).__name__}, which only {of_any_shape} files hold whole; export its encoder, "
-                        "model.encoder, whose inputs are what the embedding gives")
-    if not form.any_shape and "positions" not in form.options:
-        refuse_positions(layer, f"{of_any_shape} files hold it")
-    if isinstance(layer, DynamicMultiHeadAttention) and not form.dynamic:
-        raise ValueError(f"layer is dynamic, which only {_those('dynamic')} files hold; got {str(path)!r}; "
-                         "quantize with scheme='static' for the other formats")
-    if form.any_shape and mask is not None and (whole or isinstance(layer, DynamicMultiHeadAttention)):
-        raise ValueError(f"mask must be left out for {'a model' if whole else 'a dynamic layer'} in a {path.suffix} "
-                         "file, which holds none; pass it to each call")
-    if processor is None and "target" in form.options:
-        raise ValueError(f"target must name the processor of a {path.suffix}, one of {', '.join(TARGETS)}; it is "
-                         f"missing for {str(path)!r}")
-    for name, value in (("target", processor), ("test_vectors", test_vectors), ("opset", opset)):
-        if value is not None and name not in form.options:
-            those = " or ".join(suffix for suffix, other in FORMATS.items() if name in other.options)
-            raise ValueError(f"{name} must be left out but for a {those}; got {value!r} for {str(path)!r}")
+    _check_layer(layer, path, form, mask is not None)
+    _check_options(path, form, {"target": processor, "test_vectors": test_vectors, "opset": opset})
     padding = flag("padding", padding)
     if padding and (not isinstance(layer, TransformerEncoder) or "padding" not in form.options):
-        those = " or ".join(suffix for suffix, other in FORMATS.items() if "padding" in other.options)
         takes = "with each call" if form.any_shape else "as constants"
-        raise ValueError(f"padding must be left out but for an encoder in a {those}; got a {type(layer).__name__} for "
-                         f"{str(path)!r}, which takes masks {takes}")
+        raise ValueError(f"padding must be left out but for an encoder in a {_with_option('padding')}; got a "
+                         f"{type(layer).__name__} for {str(path)!r}, which takes masks {takes}")
     several = _several(sequence_length)
     if several is not None and "several lengths" not in form.options:
-        those = " or ".join(suffix for suffix, other in FORMATS.items() if "several lengths" in other.options)
-        raise ValueError(f"sequence_length must be one number but for a {those}; got {several} for {str(path)!r}")
+        raise ValueError(f"sequence_length must be one number but for a {_with_option('several lengths')}; "
+                         f"got {several} for {str(path)!r}")
     vectors = None if test_vectors is None else count("test_vectors", test_vectors)
     version = None if opset is None else count("opset", opset)
     free = "any length" in form.options and sequence_length is None
@@ -238,6 +218,40 @@ def export(layer: MultiHeadAttention | QuantizedMultiHeadAttention | Model, path
         raise ValueError(f"sequence_length is required for a {path.suffix}: its shapes are fixed")
     form.write(layer, path, Request(lengths, mask, vectors, processor, version, padding))
     return path
+
+
+def _check_layer(layer: Any, path: Path, form: Format, masked: bool) -> None:
+    """Raise unless a file of this format holds such a layer, and the mask that it shall carry."""
+    whole = isinstance(layer, MODELS)
+    of_any_shape = " and ".join(suffix for suffix, other in FORMATS.items() if other.any_shape)
+    if whole and not form.any_shape and not isinstance(layer, TransformerEncoder):
+        raise TypeError(f"layer must be an encoder or an attention layer for a {path.suffix} file; got a "
+                        f"{type(layer).__name__}, which only {of_any_shape} files hold whole; export its encoder, "
+                        "model.encoder, whose inputs are what the embedding gives")
+    if not form.any_shape and "positions" not in form.options:
+        refuse_positions(layer, f"{of_any_shape} files hold it")
+    if isinstance(layer, DynamicMultiHeadAttention) and not form.dynamic:
+        raise ValueError(f"layer is dynamic, which only {_those('dynamic')} files hold; got {str(path)!r}; "
+                         "quantize with scheme='static' for the other formats")
+    if form.any_shape and masked and (whole or isinstance(layer, DynamicMultiHeadAttention)):
+        raise ValueError(f"mask must be left out for {'a model' if whole else 'a dynamic layer'} in a {path.suffix} "
+                         "file, which holds none; pass it to each call")
+
+
+def _check_options(path: Path, form: Format, options: dict[str, Any]) -> None:
+    """Raise unless a target is there where it is required, and no option that the format has not."""
+    if options["target"] is None and "target" in form.options:
+        raise ValueError(f"target must name the processor of a {path.suffix}, one of {', '.join(TARGETS)}; it is "
+                         f"missing for {str(path)!r}")
+    for name, value in options.items():
+        if value is not None and name not in form.options:
+            raise ValueError(f"{name} must be left out but for a {_with_option(name)}; got {value!r} for "
+                             f"{str(path)!r}")
+
+
+def _with_option(name: str) -> str:
+    """The suffixes of formats that have an option."""
+    return " or ".join(suffix for suffix, form in FORMATS.items() if name in form.options)
 
 
 def _those(what: str) -> str:
