@@ -248,7 +248,7 @@ def report(source, quantized, data, output, arithmetic, as_json):
                   help="\n\n".join((
     "Write LAYER, float or int8, to OUT, in the format that its suffix names:",
     "\n".join(("\b", *(line for suffix, form in FORMATS.items() for line in textwrap.wrap(
-        form.about, 76, initial_indent=f"{suffix:<13} ", subsequent_indent=" " * 14)))),
+        form.about, 76, initial_indent=f"{suffix:<13} ", subsequent_indent=" " * 14, break_on_hyphens=False)))),
     "With --target a folder stands for attention-TARGET.so in it.")))
 @layer_options
 @click.argument("path", metavar="OUT", type=path_argument)
