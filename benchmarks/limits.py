@@ -2,7 +2,7 @@
 
 Written with the vectors of edgeattn.kernels.cpu.simd, so each instruction set has its own limit: float32 by
 multiply-add, int8 by the four-way dot product, or as words that are added first, and, where there is one, by the matrix
-unit.
+unit. Numba compiles them: in a process of their own where this one runs a library, see `Elsewhere`.
 """
 
 from __future__ import annotations

@@ -24,9 +24,10 @@ import edgeattn
 import quant
 from benchmarks.encoder_peers import BUILDERS, LITERT_SHAPES, SAMPLES, Common
 from benchmarks.encoder_torch import Encoder, padded
-from benchmarks.limits import limits, read_limits
+from benchmarks.limits_elsewhere import Limits
 from benchmarks.minilm import PACKAGE, package_folder, random_model
 from benchmarks.timing import interleave
+from edgeattn.runtime import prebuilt
 
 FLOAT_ERROR = 1e-3  # the largest difference from torch, of outputs of up to 10
 INT8_COSINE = 0.98  # of the means of texts: the least any runtime's int8 is let to have
@@ -153,22 +154,20 @@ def converted(calls: dict[str, Callable], shape: tuple[int, int]) -> dict[str, C
     return {name: call for name, call in calls.items() if "LiteRT" not in name or shape in LITERT_SHAPES}
 
 
-def limit_calls(encoder: edgeattn.TransformerEncoder, threads: int) -> tuple[dict[str, Callable], Callable]:
-    """(calls to be timed in every round; (times, kind, batch, tokens) -> the seconds that the processor needs)."""
+def limits_of(encoder: edgeattn.TransformerEncoder, threads: int) -> tuple[Limits, dict[str, Callable], Callable]:
+    """(their process; calls to be timed in every round; (times, kind, batch, tokens) -> the seconds needed)."""
     a, f = encoder.layers[0].attention, encoder.layers[0].feed_forward
     per_token = 4 * a.embed_dim**2 + 2 * a.embed_dim * f.linear1.outputs
     weights = len(encoder.layers) * per_token
-    registers = limits(threads)
-    reads = read_limits({"int8": (np.zeros(weights, np.int8),), "float32": (np.zeros(weights, np.float32),)}, 1)
-    calls = {f"{kind} limit": registers[f"{kind} limit"][0] for kind in ("int8", "float32")}
-    calls |= {f"read {kind}": call for kind, (call, _) in reads.items()}
+    limits = Limits(threads, {"read int8": weights, "read float32": 4 * weights})
+    calls: dict[str, Callable] = {what: limits.call(what) for what in limits.operations}
 
     def seconds(times: dict[str, list], kind: str, batch: int, tokens: int) -> float:
         operations = 2 * len(encoder.layers) * batch * tokens * (per_token + 2 * tokens * a.embed_dim)
-        rate = registers[f"{kind} limit"][1] / float(np.median(times[f"{kind} limit"]))
+        rate = limits.operations[f"{kind} limit"] / float(np.median(times[f"{kind} limit"]))
         return max(operations / rate, float(np.median(times[f"read {kind}"])))
 
-    return calls, seconds
+    return limits, calls, seconds
 
 
 def show(title: str, times: dict[str, list], cold: dict[str, list], accuracy: dict[str, str], limit: dict[str, float]
@@ -197,24 +196,26 @@ def compare(subject: Subject, threads: int, seconds: float, common: Common, ours
             chosen: argparse.Namespace) -> None:
     """Print the tables of a model."""
     encoder = subject.encoder
-    print(f"\n{subject.title}: {len(encoder.layers)} layers, E {encoder.embed_dim}, {threads} thread(s)")
+    kernels = "a library's kernels" if prebuilt.LIBRARY else "kernels by Numba (make libraries: those of a wheel)"
+    print(f"\n{subject.title}: {len(encoder.layers)} layers, E {encoder.embed_dim}, {threads} thread(s), {kernels}")
     edgeattn.set_num_threads(threads)
     calls = contenders(common, ours, threads, chosen.peers)
     accuracy = cosines(calls, subject.judged, subject.longest)
-    bounds, needed = limit_calls(encoder, threads)
     summary = []
-    for shape in subject.rows:
-        if chosen.rows and "{}x{}".format(*shape) not in chosen.rows:
-            continue
-        x = subject.make(shape)
-        question = Question(x, np.ones(shape, np.int64))
-        some = converted(calls, shape)
-        check(some, question)
-        cold: dict[str, list] = {}
-        times = interleave({name: lambda call=call, q=question: call(q) for name, call in some.items()} | bounds,
-                           seconds=seconds, threads=threads, warm=WARM, cold=cold)
-        limit = {kind: needed(times, kind, *shape) for kind in ("int8", "float32")}
-        summary.append(show(f"{shape[0]} x {shape[1]}", times, cold, accuracy, limit))
+    limits, bounds, needed = limits_of(encoder, threads)
+    with limits:
+        for shape in subject.rows:
+            if chosen.rows and "{}x{}".format(*shape) not in chosen.rows:
+                continue
+            x = subject.make(shape)
+            question = Question(x, np.ones(shape, np.int64))
+            some = converted(calls, shape)
+            check(some, question)
+            cold: dict[str, list] = {}
+            times = interleave({name: lambda call=call, q=question: call(q) for name, call in some.items()} | bounds,
+                               seconds=seconds, threads=threads, warm=WARM, cold=cold)
+            limit = {kind: needed(times, kind, *shape) for kind in ("int8", "float32")}
+            summary.append(show(f"{shape[0]} x {shape[1]}", times, cold, accuracy, limit))
     if subject.ragged and (not chosen.rows or "ragged" in chosen.rows):
         lengths = np.random.default_rng(1).integers(5, 61, 32)
         rows = [subject.make((1, int(n)))[0] for n in lengths]

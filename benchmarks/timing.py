@@ -3,6 +3,8 @@
 Only numbers of one round are compared, so what slows the machine for a second slows all of them. A contender's time is
 the median over the rounds; a ratio is the median of the rounds' ratios.
 
+A contender with a method `seconds(calls)` is timed by itself, in a process of its own.
+
 On one thread the clock is the processor time of the whole process: what other processes take does not count, what a
 contender's secret helpers take does. On several it is the clock on the wall.
 """
@@ -80,7 +82,7 @@ def interleave(calls: Mapping[str, Callable], *, seconds: float, threads: int = 
 def _repeats(call, clock, warm):
     """(calls in a block, untimed ones before it): from three calls, the second and third timed."""
     call()
-    once = max(min(_block(call, clock, 1) for _ in range(2)), 1e-7)
+    once = max(min(_block(call, clock, 1) for _ in range(2)), 1e-7)  # seconds
     return max(1, int(BLOCK / once)), max(int(once < WARM_BELOW), int(np.ceil(warm / once)))
 
 
@@ -95,6 +97,8 @@ def _settle():
 
 
 def _block(call, clock, repeats):
+    if hasattr(call, "seconds"):
+        return call.seconds(repeats)
     start = clock()
     for _ in range(repeats):
         call()

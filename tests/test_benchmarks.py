@@ -29,6 +29,7 @@ from benchmarks import (
 from benchmarks.__main__ import main
 from benchmarks.contenders import OURS, Contender, WrongAnswerError
 from benchmarks.functional import Shape
+from benchmarks.limits_elsewhere import Limits
 from benchmarks.problem import GRID, QUICK, Point, Problem
 from benchmarks.report import as_text
 from benchmarks.timing import FEWEST_ROUNDS, interleave, median_ratio
@@ -329,6 +330,15 @@ def test_every_cache_and_the_memory_are_read_from(monkeypatch):
     monkeypatch.setattr(limits, "cache_sizes", lambda: {"memory": 1 << 20})
     (name, rate), = limits.read_rates(1).items()
     assert name == "memory (1 MiB)" and 1e8 < rate < 1e13
+
+
+def test_limits_are_measured_in_a_process_of_their_own():
+    needs_compiler()
+    with Limits(1, {"read": 1 << 20}) as found:
+        assert {"float32 limit", "int8 limit", "read"} <= set(found.operations)
+        times = interleave({"int8": found.call("int8 limit"), "read": found.call("read")}, seconds=0, warm=1e-3)
+    assert len(times["read"]) == FEWEST_ROUNDS and 1e-6 < min(times["read"]) < 1e-2
+    assert 1e9 < found.operations["int8 limit"] / min(times["int8"]) < 1e13
 
 
 def test_start_compares_forms_that_give_the_same_bytes(tmp_path, monkeypatch):

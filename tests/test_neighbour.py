@@ -3,6 +3,7 @@
 `make bench-resident` has the long form, and memory of an encoder of MiniLM's sizes under a limit.
 """
 import ctypes
+import resource as usage
 
 import embeddings
 import numpy as np
@@ -57,3 +58,17 @@ def test_an_array_that_somebody_can_write_to_is_copied(take):
     if given.flags.writeable:
         given[:] = 2
     assert (kept.weight == 1).all()
+
+
+def test_a_large_batch_asks_for_little_new_memory():
+    """A call that comes again finds its memory in the process: of pages it may want its result's, not each layer's."""
+    rng = np.random.default_rng(0)
+    model = edgeattn.TextEncoder(edgeattn.layers.Embedding(np.ones((40, embeddings.E), np.float32)), embeddings.blocks(rng))
+    ids = rng.integers(0, 40, (64, 256 * 1024 // (4 * embeddings.E) // 8))  # 2 MiB of rows, which no chain takes
+    for _ in range(4):
+        y = model(ids)
+    before = usage.getrusage(usage.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        y = model(ids)
+    pages = (usage.getrusage(usage.RUSAGE_SELF).ru_minflt - before) / 4
+    assert pages <= 1.2 * y.nbytes / usage.getpagesize()

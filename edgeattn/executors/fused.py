@@ -141,6 +141,11 @@ class RowStage:
         result: Float32s = self.kernel(x, x if self.residual else None, np.empty_like(x))
         return result
 
+    def onto(self, x: Float32s) -> Float32s:
+        """The same in place of x."""
+        result: Float32s = self.kernel(x, x if self.residual else None, x)
+        return result
+
     def on(self, x: Float32s, *_: object) -> list[Callable[[], object]] | None:
         """As `AttentionStage.on`."""
         return [self.kernel.on(x, x if self.residual else None, x)]

@@ -42,7 +42,7 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "rope_scaling": (), "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,),
     "prenorm": (False,), "causal": (False,), "use_rms_norm": (False,), "parallel_block": (False,),
     "rotary_emb_interleaved": (False,), "rotary_emb_scale_base": (), "rotary_scaling_factor": (),
-    "apply_layernorm": (True, False)}
+    "apply_layernorm": (True, False), "use_task_id": (False,)}
 # What belongs to a model's head, or is computed anew: names begin or end so.
 _IGNORED = (
     "pooler.", "cls.", "lm_head", "classifier", "qa_outputs.", "predictions.", "discriminator_predictions.",
@@ -181,6 +181,9 @@ FAMILIES = {
     "bert": _BERT,
     "roberta": _ROBERTA,
     "xlm-roberta": _ROBERTA,
+    "camembert": _ROBERTA,
+    "data2vec-text": dataclasses.replace(_ROBERTA, prefix="data2vec_text."),
+    "ernie": dataclasses.replace(_BERT, prefix="ernie."),
     "electra": dataclasses.replace(_BERT, prefix="electra.", projection="embeddings_project"),
     "distilbert": Family(
         prefix="distilbert.", layer="transformer.layer.{}.", q="attention.q_lin", k="attention.k_lin",

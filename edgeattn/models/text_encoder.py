@@ -202,7 +202,7 @@ class TextEncoder(Placeable, Stored):
         result: Any
         if tokens.size and not own:
             # As a call of the encoder, which keeps what such calls are.
-            x = self.embedding.forward(CompiledOps(), tokens, places, kinds)
+            x = self.embedding.computed(tokens, places, kinds)
             if lengths is not None:
                 result = self.encoder.encode_rows(x, ids.shape, lengths, is_causal=self.is_causal)
             else:
