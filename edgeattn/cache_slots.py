@@ -188,11 +188,14 @@ class CacheSlots:
         return _Transaction(self)
 
     def restore(self, length: int) -> None:
-        """What a transaction does, and what in its place is called where it shows: the length as it was before."""
+        """What a transaction does, and what in its place is called where it shows: the length as it was before.
+
+        Never more than there is: an inner transaction may have emptied the cache.
+        """
         if self._moving:  # tokens lie half here, half there
             self.reset()
         else:
-            self._length = max(length, self._start)
+            self._length = max(min(length, self._length), self._start)
 
     def append_heads(self, key: NDArray[Any], value: NDArray[Any]) -> None:
         """Store float32 (B, Hkv, n, D) and (B, Hkv, n, Dv), for which there is room; or their codes, by `scales`."""

@@ -13,6 +13,7 @@ from edgeattn import threads
 from edgeattn.kernels.cpu import call as calling
 from edgeattn.kernels.cpu import encoder_float32
 from edgeattn.kernels.cpu.records import record
+from edgeattn.runtime import prebuilt
 from edgeattn.runtime.addresses import address
 
 B, L, E, H = 2, 5, 8, 2
@@ -185,6 +186,34 @@ def test_ever_new_lengths_do_not_fill_memory():
         layer(np.ones((1, length, E), np.float32))
     assert 0 < len(layer.prepared_calls) <= 64
     assert 0 < len(layer.fused_kernel._plans) <= 64
+
+
+def test_calls_in_turn_that_a_signal_ended_before_they_ran_begin_anew(many_threads, monkeypatch):
+    rng = np.random.default_rng(4)
+    x, y = numbers(rng, 2, 2000, 32)
+    wide = [encoder_float32.Linear(numbers(rng, 32, 32) / 8, None) for _ in range(3)]
+    made, = calling.in_turn([wide[0].on(x, None, y), wide[1].on(y, None, y), wide[2].on(y, None, y)])[:1]
+    if not isinstance(made, calling.CallsInTurn):
+        pytest.skip("kernels compiled here are called one by one; in turn those of a library: make libraries")
+    made()
+    expected, serve, told = y.copy(), prebuilt.BoundKernel.serve, []
+
+    def interrupted(self, *arguments):
+        serve(self, *arguments)
+        told.append(arguments[1])
+        if len(told) == 2:
+            raise TimeoutError
+
+    many_threads(4)
+    with monkeypatch.context() as patch:
+        patch.setattr(prebuilt.BoundKernel, "serve", interrupted)
+        with pytest.raises(TimeoutError):
+            made()
+        many_threads(1)  # the number, and the queue, of the call before
+        y[:] = 0
+        made()
+    assert told == [4, 4, 1, 1, 1]
+    np.testing.assert_array_equal(y, expected)
 
 
 @pytest.mark.parametrize("kind", ["float32", "dynamic"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -24,7 +25,20 @@ if TYPE_CHECKING:
 MOST = 1 << 18  # bytes of an array between stages, which stay in a processor's second-level cache
 MOST_LAYERS = 80  # of all chains that an encoder keeps: some 5 KiB each
 _APART = 80  # elements between two of them, which must not lie whole pages apart
-_free: list[Float32s] = []  # memory for calls of any chain, one at a time
+KEPT = 8  # memories of calls that are kept for others
+
+
+class _Memory:
+    """What a call's arrays lie in, of any chain, one at a time; and what is bound to it, as long as its chain lives."""
+
+    __slots__ = "array", "frames"
+
+    def __init__(self) -> None:
+        self.array = threads.aligned(3 * (MOST // 4 + _APART), np.float32)
+        self.frames: WeakKeyDictionary[Chain, _Frame] = WeakKeyDictionary()
+
+
+_free: list[_Memory] = []
 
 
 class Chain:
@@ -41,24 +55,24 @@ class Chain:
 
     def __init__(self, stages: list[tuple[Any, Sequences]], norm: Any):
         self._stages, self._norm = stages, norm
-        self._frames: dict[int, _Frame] = {}  # by the memory they are in
 
     def __call__(self, x: Float32s) -> Float32s:
         """x (..., E) float32 in C order -> the same shape."""
         try:
             memory = _free.pop()
         except IndexError:
-            memory = threads.aligned(3 * (MOST // 4 + _APART), np.float32)
-        frame = self._frames.get(id(memory))
-        if frame is None:
-            frame = self._frames[id(memory)] = _Frame(memory, x.shape, self._stages, self._norm)
+            memory = _Memory()
         try:
+            frame = memory.frames.get(self)
+            if frame is None:
+                frame = memory.frames[self] = _Frame(memory.array, x.shape, self._stages, self._norm)
             np.copyto(frame.x, x)
             for step in frame.steps:
                 step()
             result: Float32s = frame.x.copy()
-        finally:  # where a signal's handler raised, too: its memory would be kept by this chain, and no more be used
-            _free.append(memory)
+        finally:
+            if len(_free) < KEPT:
+                _free.append(memory)
         return result
 
 

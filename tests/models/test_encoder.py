@@ -1,8 +1,11 @@
 """TransformerEncoder against its formula, alone, in ragged batches and through caches."""
 
 import copy
+import gc
 import json
 import pickle
+import threading
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +17,7 @@ from safetensors.numpy import save_file
 import edgeattn
 import quant
 from edgeattn import TransformerEncoder, TransformerEncoderLayer
+from edgeattn.cache_slots import CacheSlots
 from edgeattn.executors import chain
 from edgeattn.executors.chain import Chain
 from edgeattn.executors.fused import go_together
@@ -228,7 +232,7 @@ def test_what_is_raised_in_a_chain_loses_no_memory():
     made, x = encoder(), tokens(2, 7)
     for _ in range(4):
         expected = made(x)
-    frame, = chains(made)[0]._frames.values()
+    frame, = (memory.frames[chains(made)[0]] for memory in chain._free if chains(made)[0] in memory.frames)
     held = [id(memory) for memory in chain._free]
 
     def interrupted():
@@ -240,6 +244,73 @@ def test_what_is_raised_in_a_chain_loses_no_memory():
     frame.steps.remove(interrupted)
     assert [id(memory) for memory in chain._free] == held
     np.testing.assert_array_equal(made(x), expected)
+
+
+def test_what_is_raised_while_a_chain_is_bound_loses_no_memory(monkeypatch):
+    made, x = encoder(), tokens(2, 7)
+    for _ in range(4):
+        expected = made(x)
+    held = [id(memory) for memory in chain._free]
+    for memory in chain._free:
+        memory.frames.clear()
+
+    def interrupted(_):
+        raise TimeoutError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(chain, "in_turn", interrupted)
+        with pytest.raises(TimeoutError):
+            made(x)
+    assert [id(memory) for memory in chain._free] == held
+    np.testing.assert_array_equal(made(x), expected)
+
+
+def test_chains_keep_memory_for_few_callers_and_none_for_encoders_that_are_gone():
+    made, x = encoder(), tokens(2, 7)
+    for _ in range(4):
+        made(x)
+    together = threading.Barrier(2 * chain.KEPT)
+
+    def call(encoder):
+        together.wait()
+        for _ in range(20):
+            encoder(x)
+
+    callers = [threading.Thread(target=call, args=(made,)) for _ in range(together.parties)]
+    for each in callers:
+        each.start()
+    for each in callers:
+        each.join()
+    assert len(chain._free) <= chain.KEPT
+    gone = weakref.ref(chains(made)[0])
+    del made, callers, each
+    gc.collect()
+    assert gone() is None
+
+
+def test_caches_that_were_emptied_while_tokens_moved_stay_empty(monkeypatch):
+    """A signal's handler between keys and values, in the second layer: the first is one token longer than it."""
+    made, x = encoder(), tokens(1, 14)
+    caches = made.make_caches(1, 8, window=6)
+    for i in range(8):
+        made(x[:, i:i + 1], kv_cache=caches, is_causal=True)
+    storage = CacheSlots._storage
+
+    def interrupted(self):
+        yield storage(self)[0]
+        raise TimeoutError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CacheSlots, "_storage", interrupted)
+        with pytest.raises(TimeoutError):
+            made(x[:, 8:9], kv_cache=caches, is_causal=True)
+    assert caches[0].length == 0
+    for cache in caches:
+        cache.reset()
+    fresh = made.make_caches(1, 8, window=6)
+    for i in range(14):
+        np.testing.assert_array_equal(made(x[:, i:i + 1], kv_cache=caches, is_causal=True),
+                                      made(x[:, i:i + 1], kv_cache=fresh, is_causal=True))
 
 
 def test_a_forward_of_another_class_is_called_every_time():

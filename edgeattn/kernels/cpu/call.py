@@ -237,6 +237,7 @@ class CallsInTurn:
         """Run them."""
         task_queue, count = threads.serving()
         if task_queue is not self._task_queue:
+            self._task_queue = None  # until all of them know it: a signal's handler may raise between two
             for each in self._calls:
                 if each.is_shared:
                     each.frame.run.serve(task_queue, count)
@@ -249,6 +250,7 @@ class CallsInTurn:
             _SCRATCH.append(memory)
             memory = threads.borrow(self._bytes, np.uint8)
         if memory is not self._memory:
+            self._memory = None
             for each in self._calls:
                 each.frame.objects[-1] = memory
             self._memory = memory
