@@ -15,14 +15,13 @@ import warnings
 import numpy as np
 
 from edgeattn.files.tflite_file import parse, read_bytes
-from edgeattn.files.tflite_graph import LONGEST_CHAIN, CheckedGraph
+from edgeattn.files.tflite_graph import LONGEST_CHAIN
+from edgeattn.files.tflite_scores import CheckedScores
 from edgeattn.quantized import (
     INPUTS,
     PROBABILITIES,
-    AddMask,
     MulConstant,
     QuantizedLinear,
-    SelectMask,
     StaticMultiHeadAttention,
     TensorQuantization,
 )
@@ -33,8 +32,6 @@ from edgeattn.tflite_schema import Operator
 _MOST_ELEMENTS = 2**24
 _FEW_ELEMENTS = 2**22
 _TOLD = 20  # blocks in an error
-_SCORE_OPS = ("MUL", "ADD", "SELECT_V2")
-_WIDEST_STEP = math.log(256)  # of scores: from there on the lower of two has no probability of 1/256
 
 
 def read_tflite(path_or_bytes, *, arithmetic: str = "litert", block=None) -> StaticMultiHeadAttention:
@@ -87,7 +84,7 @@ def blocks_of(path_or_bytes) -> list[str]:
             if matcher.tensor(matcher.graph.operators[number].outputs[0]).dtype == np.int8]
 
 
-class _Matcher(CheckedGraph):
+class _Matcher(CheckedScores):
     """Finds attention in one graph."""
 
     alone = True  # whether all of the graph must be the block
@@ -247,15 +244,6 @@ class _Matcher(CheckedGraph):
                              "projection, and rounds once: its codes may differ by one step, the output's by a few")
         return factor
 
-    def check_shape(self, number: int, shape: tuple[int, ...], role: str) -> None:
-        """A product's tensor must have ``shape``, its leading axes merged in any way."""
-        tensor = self.tensor(number)
-        if tensor.shape[-2:] != shape[-2:] or math.prod(tensor.shape) != math.prod(shape):
-            raise self.error(
-                f"expected {role}, tensor {tensor.name!r}, to be (B, H, rows, columns) = {shape}, "
-                f"B and H together or apart; found {tensor.shape}"
-            )
-
     def check_heads(self, moves, linears) -> tuple[int, int, int, int]:
         """B, H, L, S, once query, key and value are found to be split into heads as attention needs."""
         L, head_dim = moves["query"].shape[-2:]
@@ -337,118 +325,6 @@ class _Matcher(CheckedGraph):
                 f"{output.name!r}; found {read.shape} and {output.shape}"
             )
         return QuantizedLinear(weight, stored.scale, bias), inputs[0]
-
-    def score_ops(self, tensor: int) -> tuple[int, list[tuple[Operator, int, int]]]:
-        """Walk from the softmax back to the product.
-
-        Returns its tensor, and the operators on the way in the order they run, each with the tensor it
-        changes and the position of that among its inputs.
-        """
-        found = []
-        reshaped = []
-        while (number := self.producer(tensor, (*_SCORE_OPS, "RESHAPE"))) is not None:
-            operator = self.graph.operators[number]
-            if operator.name == "RESHAPE":  # keeps the order of elements; shapes are looked at where they are used
-                self.used.add(number)
-                reshaped.append(number)
-                self.check_chain(reshaped, ("RESHAPE",))
-                source = self.operands(operator, (1, 2))[0]
-                self.moved(operator, np.arange(self.size(source), dtype=np.int32).reshape(self.tensor(source).shape))
-                tensor = source
-                self.next_operator(tensor)
-                continue
-            self.no_activation(operator)
-            inputs = self.operands(operator, (3,) if operator.name == "SELECT_V2" else (2,))
-            changing = [i for i, number in enumerate(inputs) if number < 0 or not self.is_constant(number)]
-            condition_changes = operator.name == "SELECT_V2" and 0 in changing
-            if len(changing) != 1 or inputs[changing[0]] < 0 or condition_changes:
-                raise self.error(
-                    f"expected {operator.name} between scores and softmax to have the scores and constants as"
-                    f" inputs; found {len(changing)} inputs that are computed (a mask must be a constant)"
-                )
-            self.used.add(self.producers[tensor])
-            tensor = inputs[changing[0]]
-            self.next_operator(tensor)  # or the scores would be wanted elsewhere too
-            found.append((operator, tensor, changing[0]))
-            self.check_chain(found, _SCORE_OPS)
-        return tensor, found[::-1]
-
-    def check_steps(self, tensor: int) -> None:
-        """Tell where a mask took the range of the scores: two that are a step apart share nothing."""
-        scale = float(self.of_scores(tensor, "the input of SOFTMAX").scale)
-        if scale > _WIDEST_STEP:
-            self.told.append(
-                f"{self.name}: the scores, {self.tensor(tensor).name!r}, are {scale:.3g} from code to code, so that "
-                "most are one code, and keys weigh the same or nothing: a mask of large numbers is in their range. "
-                "Bytes are the runtime's; for a file that attends convert without the mask and pass it to each call, "
-                "or quantize the float layer with quant.quantize")
-
-    def score_op(self, operator: Operator, tensor: int, position: int, scores: tuple[int, int, int, int]):
-        """A MUL, ADD or SELECT_V2 as a layer holds it."""
-        self.check_shape(operator.outputs[0], scores, f"the result of {operator.name}")
-        before = self.of_scores(tensor, f"the scores that {operator.name} takes")
-        after = self.of_scores(operator.outputs[0], f"the result of {operator.name}")
-        if operator.name == "SELECT_V2":
-            keep = self.constant(operator.inputs[0], np.bool_, "the condition of SELECT_V2")
-            filling = operator.inputs[3 - position]
-            fill = self.constant(filling, np.int8, "the masked score of SELECT_V2")
-            if before != after or self.of_scores(filling, "the masked score of SELECT_V2") != after:
-                raise self.error(
-                    "expected SELECT_V2 to keep the scores' quantization; found another in its output or fill"
-                )
-            if fill.size == 0 or (fill != fill.flat[0]).any():
-                raise self.error("expected SELECT_V2 to give all masked scores one code; found several")
-            # The bytes of a damaged file may be neither 0 nor 1.
-            keep = keep.view(np.uint8) != 0
-            return SelectMask(self.mask(keep if position == 1 else ~keep, tensor, scores), int(fill.flat[0]))
-        other = operator.inputs[1 - position]
-        codes = self.constant(other, np.int8, f"the constant of {operator.name}")
-        quantization = self.of_scores(other, f"the constant of {operator.name}")
-        if operator.name == "ADD":
-            self.check_multiplier(
-                max(before.scale, quantization.scale) / float(after.scale), "ADD of the mask"
-            )
-            if codes.size > 1 and np.ptp(codes.astype(np.int32)) * float(quantization.scale) < float(after.scale):
-                self.told.append(f"{self.name}: what ADD adds to the scores, {self.tensor(other).name!r}, changes none "
-                                 "by a step: a mask of minus infinity that its converter had no code for. Convert "
-                                 "without the mask, and pass it to each call")
-            return AddMask(self.mask(codes, tensor, scores).astype(np.int8), quantization, after)
-        if codes.size != 1:
-            raise self.error(
-                f"expected MUL of the scores by one number; found a constant of shape {codes.shape}"
-            )
-        self.check_multiplier(
-            float(before.scale) * float(quantization.scale) / float(after.scale), "MUL of the scores"
-        )
-        return MulConstant(int(codes.flat[0]), quantization, after)
-
-    def mask(self, values: np.ndarray, tensor: int, scores: tuple[int, int, int, int]) -> np.ndarray:
-        """A mask that broadcasts to a tensor of the graph, as one that broadcasts to (B, H, L, S)."""
-        shape = self.tensor(tensor).shape
-        B, H, L, S = scores
-        while values.ndim > len(shape) and values.shape[0] == 1:
-            values = values[0]
-        try:
-            fits = np.broadcast_shapes(values.shape, shape) == shape
-        except ValueError:
-            fits = False
-        if not fits:
-            raise self.error(
-                f"expected a mask that broadcasts to the scores {shape}; found shape {values.shape}"
-            )
-        values = values.reshape((1,) * (len(shape) - values.ndim) + values.shape)
-        if shape == scores:
-            return values
-        leading = math.prod(values.shape[:-2])
-        if leading == 1:
-            return values.reshape(1, 1, *values.shape[-2:])
-        if leading != B * H:
-            size = B * H * math.prod(values.shape[-2:])
-            if size > self.most_elements:
-                raise self.error(f"expected a mask of at most {self.most_elements} elements, (B, H, L, S) apart; found "
-                                 f"{size}")
-            values = np.broadcast_to(values, (*shape[:-2], *values.shape[-2:]))
-        return values.reshape(B, H, *values.shape[-2:])
 
     # -- the edges
 

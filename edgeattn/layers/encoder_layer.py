@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import ArrayLike
 
-    from edgeattn.executors.fused import Stage
+    from edgeattn.executors.stages import Stage
     from edgeattn.kv_cache import KVCache
     from edgeattn.layers.encoder import TransformerEncoder
     from edgeattn.ops import Ops, Sequences, T

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-    from edgeattn.executors.fused import Stage
+    from edgeattn.executors.stages import Stage
     from edgeattn.kv_cache import KVCache
     from edgeattn.masks import Mask
     from edgeattn.ops import Ops, T

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
     from typing_extensions import Self
 
-    from edgeattn.executors.fused import Stage
+    from edgeattn.executors.stages import Stage
     from edgeattn.ops import Activation, Ops, Sequences, T
     from edgeattn.types import Arithmetic, Codes, Float32s
 

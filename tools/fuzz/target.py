@@ -21,8 +21,8 @@ WATCHED = [
     "edgeattn.bundle", "edgeattn.files.checkpoints", "edgeattn.files.npy", "edgeattn.quantized.score_ops",
     "edgeattn.files.safetensors_file", "edgeattn.files.storage", "edgeattn.files.stored",
     "edgeattn.files.tensor_files", "edgeattn.files.tflite", "edgeattn.files.tflite_file",
-    "edgeattn.files.tflite_graph", "edgeattn.files.zip_members", "quant.calibration", "quant.cli_source",
-    "quant.describe", "zipfile"]
+    "edgeattn.files.tflite_graph", "edgeattn.files.tflite_scores", "edgeattn.files.zip_members", "quant.calibration",
+    "quant.cli_source", "quant.describe", "zipfile"]
 
 with atheris.instrument_imports(include=WATCHED):
     import readers

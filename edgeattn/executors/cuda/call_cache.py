@@ -61,8 +61,7 @@ class CallCache:
         """Know a call from now on.
 
         record : edgeattn.kernels.cuda.launch_graph.LaunchGraph; read : Views, with their places, of what `out` must
-        not overlap; made : of
-        each result, `out` first, its place and its View
+        not overlap; made : of each result, `out` first, its place and its View
         """
         kind = provider()
         read = [(view.pointer.place, _around(view)) for view in read if view.pointer.place >= 0 and view.size]
