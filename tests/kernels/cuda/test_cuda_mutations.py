@@ -404,7 +404,7 @@ MUTATIONS = [
     ("int8", "int32(g + 8 * i))", "int32(g))", check_static),
     ("int8", "ordered = add(ordered, read_f32(int32(from_row + j * 4)))",
      "ordered = add(read_f32(int32(from_row + j * 4)), float32(0.0))", check_static),
-    ("int8", "select_i(d < size, clamp_code(v, zero_point), int32(0))", "clamp_code(v, zero_point)", check_static),
+    ("int8", "select_i(d < size, code, int32(0))", "code", check_static),
     ("int8", "total = int32(total + shuffle_i(total, 1))", "total = int32(total)", check_static),
     ("int8", "total[i] = int32(total[i] + shuffle_i(total[i], 2))", "total[i] = int32(total[i])", check_fixed),
     ("int8", "                cuda.syncthreads()\n                multiply_u8s8", "                multiply_u8s8", check_static),
