@@ -1,5 +1,4 @@
 """Packing and calling of what an encoder block has beside attention, in dynamic int8: linear layers, feed-forwards."""
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -145,7 +144,7 @@ class Linear(RowKernel):
 
     def prepare(self, rows):
         """See RowKernel."""
-        p = SimpleNamespace(**vars(self._parameters) | {"rows": rows})
+        p = self._for(rows=rows)
         size = _rows_of(p, min(rows, ff.BLOCK), p.groups4, p.columns)
         p.shared_size = size if rows <= ff.FEW_ROWS else 0
         p.at_wide, size = place(size, panel_of_words(p.groups4))
@@ -190,7 +189,7 @@ class FeedForward(RowKernel):
 
     def prepare(self, rows):
         """See RowKernel."""
-        p = SimpleNamespace(**vars(self._parameters) | {"rows": rows})
+        p = self._for(rows=rows)
         some = min(rows, ff.BLOCK)
         groups = max(-(-p.hidden // ff.GROUP), 1) if rows <= ff.FEW_ROWS else 1
         codes = round_up(some, ROWS) * ff.GROUP // 4 * WORDS
