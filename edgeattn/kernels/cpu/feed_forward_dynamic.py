@@ -157,7 +157,7 @@ def lower_rows(m, p, base, own, rows, g, n, features):
 
 
 @inline
-def finish_rows(m, p, a, base, r0, row, rows):
+def finish_dynamic_rows(m, p, a, base, r0, row, rows):
     """All that follows the sums of the rows at base, from r0 on, which are those from `row` on."""
     at = base + p.at_sums + r0 * p.columns
     separately(scale_rows, (m, at, p.columns, rows, p.columns, p.s2, p.b2, p.v2, p.columns, p.apart2, base +
@@ -181,7 +181,7 @@ def feed_rows_forward(p, a, scratch, portion, worker, part):
         for g in range(0, p.hidden, GROUP):
             raise_rows(m, p, own, own, rows, g)
             lower_rows(m, p, own, own, rows, g, 0, p.columns)
-        finish_rows(m, p, a, own, 0, row, rows)
+        finish_dynamic_rows(m, p, a, own, 0, row, rows)
 
 
 @task
@@ -213,7 +213,7 @@ def lower_some(p, a, scratch, parts, worker, part):
 def finish_some(p, a, scratch, parts, worker, part):
     """All that follows the sums of some rows."""
     begin, end = share_of(p.rows, 1, parts, part)
-    finish_rows(memory_of(scratch, a.weights), p, a, 0, begin, begin, end - begin)
+    finish_dynamic_rows(memory_of(scratch, a.weights), p, a, 0, begin, begin, end - begin)
 
 
 @jit
