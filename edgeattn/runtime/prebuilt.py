@@ -94,17 +94,19 @@ class Kernel:
     @functools.cached_property
     def function(self) -> Callable[[ctypes.c_int64], int]:
         """The library's: of the address of all arguments as `words`."""
-        symbol = symbol_of(self.py_func)
-        found: Callable[[ctypes.c_int64], int] = _ADDED.get(symbol, LIBRARY).function(symbol)
+        found: Callable[[ctypes.c_int64], int] = self._found()
         return found
 
     @functools.cached_property
     def without_result(self) -> Callable[[ctypes.c_int64], object]:
         """The same, of which nothing is returned."""
-        symbol = symbol_of(self.py_func)
-        found: Any = _ADDED.get(symbol, LIBRARY).function(symbol)
+        found = self._found()
         found.restype = None
         return found  # type: ignore[no-any-return]
+
+    def _found(self) -> Any:
+        symbol = symbol_of(self.py_func)
+        return _ADDED.get(symbol, LIBRARY).function(symbol)
 
     def __call__(self, *arguments: Any) -> int:
         """Run it."""

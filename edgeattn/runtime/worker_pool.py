@@ -27,9 +27,8 @@ _SLEEP, _THREAD, _SEMAPHORE, _HOME, _AWAY, _FOUND, _SLEEPER_SIZE = 0, 1, 2, 8, 2
 _AWAKE, _ASLEEP, _WOKEN, _MOVED = 0, 1, 2, 3
 _MOST_PROCESSORS = 64 * (_AWAY - _HOME)
 # A long call that a signal may end brings a task_queue of its own instead, shorter than any other: where that of the
-# pool
-# is and its size (0 for no pool); whether a signal's handler has raised, and what (three pointers); when to look for
-# signals next and how long after that, in nanoseconds; a time; and where the functions are by which that is done.
+# pool is and its size (0 for no pool); whether a signal's handler has raised, and what (three pointers); when to look
+# for signals next and how long after that, in nanoseconds; a time; and where the functions are by which that is done.
 POOL, POOL_SIZE, RAISED, ERROR, _NEXT_LOOK, PAUSE, _TIME, FUNCTIONS = 0, 1, 2, 3, 6, 7, 8, 10
 LONG_SIZE = FUNCTIONS + 5
 _READ_CLOCK, _ENSURE, _CHECK_SIGNALS, _FETCH, _RELEASE = range(FUNCTIONS, LONG_SIZE)
@@ -320,8 +319,7 @@ def parallel_for(task_queue, parts, function, *arguments):
     """function(*arguments, worker, part) for every part in range(parts); returns when all are done.
 
     On this thread (worker 0) and those that serve the task_queue; an empty task_queue stands for this thread alone.
-    When the call
-    is a long one and a signal's handler has raised, parts are left out, of this job and those to come.
+    When the call is a long one and a signal's handler has raised, parts are left out, of this job and those to come.
     """
     code, data = job(function, arguments)
     if task_queue.size == 0:

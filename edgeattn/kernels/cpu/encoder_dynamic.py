@@ -1,5 +1,4 @@
 """Packing and calling of what an encoder block has beside attention, in dynamic int8: linear layers, feed-forwards."""
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +10,7 @@ from . import feed_forward_dynamic as ff
 from .activation import ACTIVATIONS
 from .byte_products import pack_byte_panels
 from .call import PreparedCall
+from .dynamic_rows import DEPTH, WORDS
 from .encoder_float32 import RowKernel, norm_kind, pack, pack_norm, padded
 from .layer_dynamic import SMALLEST_WEIGHT, quantize_weight
 from .matmul import round_up
@@ -105,8 +105,8 @@ def _sums_of(codes):
 def _pack(weight, bias, channels, group, w, c, s, b, v):
     """{name: array} of a weight's parts as kernels read them, its inputs in groups of `group`."""
     codes = channels.spread(weight.codes)
-    if codes.shape[1] % ff.DEPTH:
-        codes = np.pad(codes, ((0, 0), (0, round_up(codes.shape[1], ff.DEPTH) - codes.shape[1])))
+    if codes.shape[1] % DEPTH:
+        codes = np.pad(codes, ((0, 0), (0, round_up(codes.shape[1], DEPTH) - codes.shape[1])))
     groups = [codes[:, i:i + group] for i in range(0, codes.shape[1], group)]
     apart = np.zeros((len(weight.outlier_columns), channels.columns), np.float32)
     apart[:, :channels.outputs] = weight.outlier_weight.T
@@ -117,7 +117,7 @@ def _pack(weight, bias, channels, group, w, c, s, b, v):
 
 def _rows_of(p, rows, groups4, columns):
     """Lay out what belongs to so many rows together; the elements it takes."""
-    p.at_bytes, size = place(0, round_up(rows, ROWS) * groups4 * ff.WORDS)
+    p.at_bytes, size = place(0, round_up(rows, ROWS) * groups4 * WORDS)
     p.at_scale, size = place(size, rows)
     p.at_minus, size = place(size, rows)
     p.at_own, size = place(size, rows)
@@ -132,7 +132,7 @@ class Linear(RowKernel):
     def __init__(self, weight, bias, *, activation=None, norm=None):
         weight = _quantized(weight)
         channels, inputs = _channels(weight), weight.codes.shape[1]
-        deep = round_up(inputs, ff.DEPTH)
+        deep = round_up(inputs, DEPTH)
         at, weights = pack(
             **_pack(weight, bias, channels, max(deep, 1), "w", "c", "s", "b", "v"),
             j=weight.outlier_columns.astype(np.int32), low=weight.residual_outputs.astype(np.int32),
@@ -144,7 +144,7 @@ class Linear(RowKernel):
 
     def prepare(self, rows):
         """See RowKernel."""
-        p = SimpleNamespace(**vars(self._parameters) | {"rows": rows})
+        p = self._for(rows=rows)
         size = _rows_of(p, min(rows, ff.BLOCK), p.groups4, p.columns)
         p.shared_size = size if rows <= ff.FEW_ROWS else 0
         p.at_wide, size = place(size, panel_of_words(p.groups4))
@@ -169,8 +169,8 @@ class FeedForward(RowKernel):
             raise ValueError("w1 and gate must have the same columns apart, got "
                              f"{w1.outlier_columns}, {gate_w.outlier_columns}")
         hidden, inputs = w1.codes.shape
-        raised, lowered = _channels(w1, ff.DEPTH), _channels(w2)
-        deep = round_up(inputs, ff.DEPTH)
+        raised, lowered = _channels(w1, DEPTH), _channels(w2)
+        deep = round_up(inputs, DEPTH)
         first, last = (norm, None) if norm_first else (None, norm)
         parts = _pack(w1, b1, raised, max(deep, 1), "w1", "c1", "s1", "b1", "v1")
         if gate is not None:
@@ -189,10 +189,10 @@ class FeedForward(RowKernel):
 
     def prepare(self, rows):
         """See RowKernel."""
-        p = SimpleNamespace(**vars(self._parameters) | {"rows": rows})
+        p = self._for(rows=rows)
         some = min(rows, ff.BLOCK)
         groups = max(-(-p.hidden // ff.GROUP), 1) if rows <= ff.FEW_ROWS else 1
-        codes = round_up(some, ROWS) * ff.GROUP // 4 * ff.WORDS
+        codes = round_up(some, ROWS) * ff.GROUP // 4 * WORDS
         p.codes_step, p.scales_step = (codes, some) if groups > 1 else (0, 0)
         size = _rows_of(p, some, p.groups4, p.columns)
         p.at_codes, size = place(size, groups * codes)

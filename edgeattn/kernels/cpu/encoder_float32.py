@@ -1,6 +1,4 @@
 """Packing and calling of what a block has beside attention, in float32: linear layers, feed-forwards, norms."""
-from types import SimpleNamespace
-
 import numpy as np
 
 from edgeattn.runtime.plan_cache import shared_plans
@@ -23,7 +21,7 @@ from .norm import (
     add_norm,
 )
 from .packing import Packer
-from .records import blank, packed
+from .records import blank, copy_of, packed
 from .row_products import TALL
 from .simd import VIRTUAL_LANES
 
@@ -95,6 +93,10 @@ class RowKernel:
         """A function that does the same to these arrays, see `PreparedCall.on`."""
         return self._call_for(out.size // out.shape[-1]).on(x, residual, out, self.weights)
 
+    def _for(self, **more):
+        """The parameters, and more of them."""
+        return copy_of(self._parameters, **more)
+
     def _call_for(self, rows):
         return self._plans.get(rows) or self._plans.keep(rows, self.prepare(rows))
 
@@ -122,7 +124,7 @@ class Norm(RowKernel):
 
     def prepare(self, rows):
         """See RowKernel."""
-        p = SimpleNamespace(**vars(self._parameters) | {"rows": rows})
+        p = self._for(rows=rows)
         return PreparedCall(add_norm, packed(p, NORM), ADDRESSES, np.float32, 0, p.private_size,
                             96 * rows * p.width)
 
@@ -152,7 +154,7 @@ class Linear(RowKernel):
 
     def part(self, first, outputs):
         """The map to so many outputs from `first` on, a multiple of VIRTUAL_LANES, with the same weights in memory."""
-        p, part = SimpleNamespace(**vars(self._parameters)), object.__new__(Linear)
+        p, part = self._for(), object.__new__(Linear)
         p.w, p.b, p.out_width, p.out_up = p.w + first * p.width, p.b + first, outputs, round_up(outputs, VIRTUAL_LANES)
         RowKernel.__init__(part, p, self.weights)
         part.outputs = outputs
@@ -170,7 +172,7 @@ class Linear(RowKernel):
 
     def prepare(self, rows):
         """See RowKernel."""
-        p = SimpleNamespace(**vars(self._parameters) | {"rows": rows})
+        p = self._for(rows=rows)
         size = p.private_size = min(rows, ff.BLOCK) * p.out_up
         work = 2 * rows * p.out_up * (p.width + 8)
         return PreparedCall(ff.linear_float32, packed(p, ff.LINEAR), ADDRESSES, np.float32, 0, size, work)
@@ -213,7 +215,7 @@ class FeedForward(RowKernel):
 
     def prepare(self, rows):
         """See RowKernel."""
-        p = SimpleNamespace(**vars(self._parameters) | {"rows": rows})
+        p = self._for(rows=rows)
         few, some = rows if rows <= ff.FEW_ROWS else 0, min(rows, ff.BLOCK)
         normed, gated = p.norm_first != NO_NORM, p.gated
         p.at_once = p.hidden_up if rows <= TALL else ff.HIDDEN

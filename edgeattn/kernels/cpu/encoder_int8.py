@@ -1,6 +1,4 @@
 """Packing and calling of what an encoder block has in static int8: feed-forwards, and rows to codes and back."""
-from types import SimpleNamespace
-
 import numpy as np
 
 from edgeattn.runtime.plan_cache import shared_plans
@@ -13,7 +11,7 @@ from .int8_operands import BYTE_FLIP
 from .layer_int8 import corrected_bias
 from .matmul import round_up
 from .norm import ADDRESSES, AT_ONCE, MEANS
-from .records import bits_of_real, blank, packed, place
+from .records import bits_of_real, blank, copy_of, packed, place
 from .requantize import NUMBERS, encode
 from .simd import ADDS_FIRST, LANES, VIRTUAL_LANES, WIDTH, own_products
 from .word_products import panel_of_words, rows_of_words
@@ -128,7 +126,7 @@ class FeedForward(RowKernel):
 
     def prepare(self, rows, codes=False):
         """See RowKernel."""
-        p = SimpleNamespace(**vars(self._parameters) | {"rows": rows, "codes": codes})
+        p = self._for(rows=rows, codes=codes)
         some = min(rows, ff.BLOCK)
         up = round_up(some, READ_AHEAD)
         p.at_x, size = place(0, up * p.depth4)
@@ -192,7 +190,7 @@ class Ends:
         return self._plans.get(key) or self._plans.keep(key, self._prepare(*key))
 
     def _prepare(self, kernel, rows):
-        p = SimpleNamespace(**vars(self._parameters) | {"rows": rows})
+        p = copy_of(self._parameters, rows=rows)
         p.at_nan, size = place(0, AT_ONCE)
         p.at_x, size = place(size, AT_ONCE * p.depth4)
         p.private_size = _place_rows(p, size)

@@ -81,7 +81,7 @@ class Operand(NamedTuple):
 # --- rows to codes and back --------------------------------------------------------------------------------------
 
 @inline
-def quantize_row(s, p, at, to, at_nan):
+def codes_of_row(s, p, at, to, at_nan):
     """A row of 4 * depth4 to bytes, an unsigned operand; and whether it holds NaN, which no code stands for."""
     nan = quantize_vectors(s.float32, at, 4 * p.depth4, real(p.inverse), real(p.zero), _FLIP, s.int8, to)
     s.float32[at_nan] = _NAN if nan else _ZERO
@@ -119,7 +119,7 @@ def read_codes(s, w, p, x, row, rows, to, at_nan, own):
     for r in range(rows):
         widen_row(s, w, p, at + r * step)
     for r in range(rows):
-        quantize_row(s, p, at + r * step, 4 * (to + r * p.depth4), at_nan + r)
+        codes_of_row(s, p, at + r * step, 4 * (to + r * p.depth4), at_nan + r)
 
 
 @task

@@ -9,7 +9,7 @@ Softmax does not see what is added to all scores of a query: so the key projecti
 keys of a head the mean of the first TOKENS that are seen is subtracted, which leaves the bytes to what tells keys apart
 (SageAttention, arXiv 2410.02367, section 4.2, takes the mean of all).
 
-A few features of the input may be apart, as feed_forward_dynamic.py has them: their products with the weights of
+A few features of the input may be apart, as dynamic_rows.py has them: their products with the weights of
 queries, keys and values are float32.
 """
 import numpy as np

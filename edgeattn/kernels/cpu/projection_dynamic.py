@@ -1,8 +1,8 @@
 """Projections of the dynamic layer, each token quantized by its own range: float32 in and out.
 
 The products are exact integers, so a token gives the same bits alone and inside a chunk. Inside a layer, `project_rows`
-takes columns apart too. What encoders have beside attention, feed_forward_dynamic.py, rounds in another order: its
-kernel is not this one.
+takes columns apart too. What encoders have beside attention, dynamic_rows.py, rounds in another order: its kernel is
+not this one.
 """
 import numpy as np
 

@@ -133,9 +133,9 @@ def blank(layout, **values):
     return SimpleNamespace(**(_BLANK[id(layout)][1] | values))
 
 
-def copy_of(p):
-    """Another `blank`, with the same values."""
-    return SimpleNamespace(**vars(p))
+def copy_of(p, **more):
+    """Another `blank`, with the same values but for those given."""
+    return SimpleNamespace(**(vars(p) | more))
 
 
 def packed(p, layout):

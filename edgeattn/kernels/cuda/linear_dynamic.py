@@ -1,6 +1,6 @@
 """Linear maps of rows with int8 weights, whose inputs are quantized at run time, and what follows them.
 
-The rules of edgeattn/kernels/cpu/feed_forward_dynamic.py, and its float operations in their order: a scale for each
+The rules of edgeattn/kernels/cpu/dynamic_rows.py, and its float operations in their order: a scale for each
 token, or, of the hidden features of a feed-forward, a scale and a zero point for each GROUP of them; a few inputs whose
 products are float32; a second code for the weights of some outputs. Tiles as in int8.py.
 """
