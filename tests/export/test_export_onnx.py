@@ -16,7 +16,7 @@ import edgeattn
 import quant
 from edgeattn.executors.numpy import NumpyOps
 from edgeattn.layers import TransformerEncoder, TransformerEncoderLayer
-from edgeattn.quantized import StaticFeedForward
+from edgeattn.quantized import StaticFeedForward, StaticSelfAttention
 
 onnx = pytest.importorskip("onnx", reason="the extra edgeattn[checkpoints] brings onnx")
 
@@ -168,6 +168,60 @@ def test_static_encoders_come_back_as_they_were(tmp_path, settings, activation):
     path = quant.export(made, tmp_path / "a.onnx")
     same(state(TransformerEncoder.from_onnx(path, scheme="static")), state(made))
     assert cosine(without_kernels(TransformerEncoder.from_onnx(path), x), without_kernels(plain, x)) > 0.9999
+
+
+def scaled(made, rng, count):
+    """A static encoder whose queries, keys or both go by MUL operators; of the second layer alone where count is 0."""
+    def attention(number, of):
+        layer, chains = of.attention, {}
+        for name in ("query", "key")[number:]:
+            before, ops = layer.tensors[name], []
+            for _ in range(max(count, number)):
+                ops.append(random_scaling(rng, before))
+                before = ops[-1].output
+            chains[f"{name}_ops"] = tuple(ops)
+        return StaticSelfAttention(layer._replace(**chains), more_inputs=of.more_inputs)
+
+    return TransformerEncoder([TransformerEncoderLayer(attention(i, layer.attention), layer.feed_forward, layer.norm1, layer.norm2)
+                               for i, layer in enumerate(made.layers)])
+
+
+@pytest.mark.parametrize("opset", OPSETS)
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_queries_and_keys_that_a_mul_scales_come_back(tmp_path, count, opset):
+    plain = static(encoder())
+    made, x = scaled(plain, np.random.default_rng(count), count), data(2, L)
+    for lengths in ({}, {"batch": 2, "sequence_length": L}):
+        path = quant.export(made, tmp_path / "a.onnx", opset=opset, **lengths)
+        read = TransformerEncoder.from_onnx(path, scheme="static")
+        same(state(read), state(made))
+        np.testing.assert_array_equal(read(x), made(x))
+    assert np.abs(plain(x) - made(x)).max() > 0.1
+
+
+@pytest.mark.parametrize("kind", ["Mul", "Div"])
+def test_queries_that_others_scale_between_codes_are_rounded_twice_too(tmp_path, kind):
+    """By a number that has no code, as quantizers leave it that know none for it."""
+    made, x = scaled(static(encoder()), np.random.default_rng(1), 1), data(2, L)
+    model = onnx.load(quant.export(made, tmp_path / "a.onnx"))
+    known = {each.name: onnx.numpy_helper.to_array(each) for each in model.graph.initializer}
+    stored = {node.output[0]: [known[name].astype(np.float32) for name in node.input]
+              for node in model.graph.node if node.op_type == "DequantizeLinear" and "/constant" in node.name}
+    changed = 0
+    for node in model.graph.node:
+        if node.op_type == "Mul" and node.input[1] in stored:
+            code, scale, zero = stored[node.input[1]]
+            number = (code - zero) * scale
+            node.op_type, node.input[1] = kind, f"{node.name}/number"
+            model.graph.initializer.append(onnx.numpy_helper.from_array(number if kind == "Mul" else 1 / number, node.input[1]))
+            changed += 1
+    assert changed == 3
+    read = TransformerEncoder.from_onnx(model, scheme="static")
+    for layer, wanted in zip(read.layers, made.layers, strict=True):
+        for which in ("query_ops", "key_ops"):
+            found, ops = getattr(layer.attention.attention, which), getattr(wanted.attention.attention, which)
+            assert [op.output for op in found] == [op.output for op in ops]
+    assert cosine(read(x), made(x)) > 0.9999
 
 
 def same(found, wanted):
