@@ -240,6 +240,10 @@ def test_queries_that_others_scale_between_codes_are_rounded_twice_too(tmp_path,
             found, ops = getattr(layer.attention.attention, which), getattr(wanted.attention.attention, which)
             assert [op.output for op in found] == [op.output for op in ops]
     assert cosine(read(x), made(x)) > 0.9999
+    model.graph.initializer[-1].CopyFrom(onnx.numpy_helper.from_array(np.float32(np.inf), model.graph.initializer[-1].name))
+    with pytest.raises(ValueError, match={"Mul": "static int8 needs the keys of Softmax node 'layers.1.* times finite numbers other than 0",
+                                          "Div": "the keys of Softmax node 'layers.1.* got nothing but constants"}[kind]):
+        TransformerEncoder.from_onnx(model, scheme="static")
 
 
 @pytest.mark.parametrize("which", [(), ("query",), ("key",), ("query", "key"), ("score",), ("query", "score")])
