@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, overload
 
@@ -63,8 +63,9 @@ def compare(layer: Any, quantized: Any, batches: Iterable[Any], *, detail: Detai
     ----------
     layer : MultiHeadAttention, TransformerEncoder, TextEncoder or ImageEncoder
     quantized : QuantizedMultiHeadAttention, or an encoder of the same kind
-        What ``quantize`` made of it. Of a dynamic layer, whose inner tensors have no fixed codes, only the output is
-        compared; of a whole encoder attention and feed-forward of every layer, and the results.
+        What ``quantize`` made of it; or of a static one's ``.onnx`` file ``layer`` is what ``from_onnx`` reads. Of a
+        dynamic layer, whose inner tensors have no fixed codes, only the output is compared; of a whole encoder
+        attention and feed-forward of every layer, and the results.
     batches : iterable
         As for ``calibrate``; better other data than was calibrated on.
     detail : Detail, optional
@@ -93,12 +94,7 @@ def compare(layer: Any, quantized: Any, batches: Iterable[Any], *, detail: Detai
         _check_dynamic(layer, quantized)
         return _compare_outputs(layer, quantized, batches, detail)
     _check_sizes(layer, quantized)
-    # our layers carry 1/sqrt(D) in the query; other converters multiply the scores by it, or queries and keys
-    scale, scaled = np.float32(layer.scale), any(isinstance(op, MulConstant) for op in quantized.score_ops)
-    folded = not (scaled or quantized.query_ops or quantized.key_ops)
-    _check_weights(layer, quantized.linears, scale if folded else 1.0)
-    factor = collections.defaultdict(
-        lambda: np.float32(1), {"query": scale} if folded else {"scores": 1 / scale} if scaled else {})
+    factor = _factors(layer, quantized, quantized.linears)
     tensors: dict[str, Comparison] = {}
     heads = [Comparison() for _ in range(layer.num_heads)]
     lost = rows = 0.0
@@ -112,10 +108,11 @@ def compare(layer: Any, quantized: Any, batches: Iterable[Any], *, detail: Detai
         # other converters keep the bias that ours leave out
         real = float_trace(layer, call, key_bias=quantized.linears["key"].bias is not None)
         for name, values in real.items():
+            values = values * factor.get(name, np.float32(1))
             tensors.setdefault(name, Comparison()).update(
-                counted(name, values * factor[name], call), counted(name, codes[name], call), quantized.tensors[name])
+                counted(name, values, call), counted(name, codes[name], call), quantized.tensors[name])
             if detail is not None:
-                detail.add_layer_tensor(name, values * factor[name], codes[name], quantized.tensors[name], call)
+                detail.add_layer_tensor(name, values, codes[name], quantized.tensors[name], call)
         for head, comparison in enumerate(heads):
             alone = call if call.permitted is None else dataclasses.replace(
                 call, permitted=call.permitted[:, head:head + 1])
@@ -146,7 +143,7 @@ def _check_dynamic(layer: MultiHeadAttention, quantized: DynamicMultiHeadAttenti
         if not np.array_equal(getattr(layer, f"{SHORT[name]}_weight")[:, columns], apart):
             raise ValueError(f"quantized does not belong to layer: its outlier_weights of {name} differ; compare it "
                              "with the layer it was made of")
-    _check_weights(layer, quantized.weights, 1.0, list(columns))
+    _check_weights(layer, quantized.weights, {}, list(columns))
 
 
 def _check_of_model(layer: MultiHeadAttention, quantized: DynamicMultiHeadAttention | StaticSelfAttention) -> None:
@@ -159,16 +156,59 @@ def _check_of_model(layer: MultiHeadAttention, quantized: DynamicMultiHeadAttent
     for name in INPUTS:  # behind the features there are further columns
         of = linears[name]
         linears[name] = QuantizedLinear(of.weight[:, :layer.embed_dim], of.scale, of.bias)
-    _check_weights(layer, linears, np.float32(layer.scale))
+    _factors(layer, quantized.attention, linears)
 
 
-def _check_weights(layer: MultiHeadAttention, linears: Mapping[str, QuantizedLinear], fold: float | np.float32,
-                   columns: Sequence[int] | NDArray[np.int64] = ()) -> None:
-    """Raise unless every int8 weight lies within a step of the layer's; ``fold`` is in the query's scale.
+def _factors(layer: MultiHeadAttention, quantized: StaticMultiHeadAttention, linears: Mapping[str, QuantizedLinear]
+             ) -> Mapping[str, np.float32]:
+    """What each float tensor is times where ``quantized`` has it in codes, by name.
 
+    Raises
+    ------
+    ValueError
+        Where the weights do not belong together.
+    """
+    # our layers carry 1/sqrt(D) in the query; other converters multiply the scores by it, or queries and keys
+    scale = float(layer.scale)
+    query, key, scores = (
+        math.prod(float(op.constant.dequantize(op.code)) for op in ops if isinstance(op, MulConstant))
+        for ops in (quantized.query_ops, quantized.key_ops, quantized.score_ops))
+    scaled = any(isinstance(op, MulConstant) for op in quantized.score_ops)
+    forms: list[dict[str, float]]
+    if not (scaled or quantized.query_ops or quantized.key_ops):
+        forms = [{"query": scale}]
+    else:
+        forms = [{"scores": 1 / scale} if scaled else {}]
+        if query * key * scores:  # of a file without codes: queries and keys hold what they are multiplied by
+            forms.append({"query": scale / (query * scores), "key": 1 / key, "scores": 1 / scores})
+    factors = [{name: np.float32(number) for name, number in form.items()} for form in forms]
+
+    def off(factor: Mapping[str, np.float32]) -> float:
+        steps = _steps_off(layer, linears, factor)
+        return max(steps["query"], steps["key"])
+
+    best = min(factors, key=off)
+    _check_weights(layer, linears, best)
+    return best
+
+
+def _check_weights(layer: MultiHeadAttention, linears: Mapping[str, QuantizedLinear],
+                   factor: Mapping[str, np.float32], columns: Sequence[int] | NDArray[np.int64] = ()) -> None:
+    """Raise unless every int8 weight lies within a step of the layer's; the others as of ``_steps_off``."""
+    for name, off in _steps_off(layer, linears, factor, columns).items():
+        if off > 1:
+            raise ValueError(f"quantized does not belong to layer: its {name} weights are off by up to {off:.3g} steps "
+                             "of int8; compare it with the layer it was made of")
+
+
+def _steps_off(layer: MultiHeadAttention, linears: Mapping[str, QuantizedLinear], factor: Mapping[str, np.float32],
+               columns: Sequence[int] | NDArray[np.int64] = ()) -> dict[str, float]:
+    """How many steps int8 weights are at most from the layer's, by projection.
+
+    factor: by projection, what the layer's weights are times where they have codes; 1 of those that it lacks.
     columns: inputs whose weights are no codes, but of the output projection.
     """
-    groups = layer.num_heads // layer.num_kv_heads
+    groups, found = layer.num_heads // layer.num_kv_heads, {}
     for name, short in SHORT.items():
         weight, linear = getattr(layer, f"{short}_weight"), linears.get(name)
         if (weight is None) != (linear is None):
@@ -177,13 +217,12 @@ def _check_weights(layer: MultiHeadAttention, linears: Mapping[str, QuantizedLin
             continue
         if name in ("key", "value") and len(weight) != len(linear.weight):
             weight = np.repeat(weight.reshape(layer.num_kv_heads, -1, weight.shape[1]), groups, axis=0)
-        step = (linear.scale / np.float32(fold if name == "query" else 1))[:, None]
-        off = np.abs(weight.reshape(linear.weight.shape) - linear.weight * step) / step
+        step = (linear.scale / factor.get(name, np.float32(1)))[:, None]
+        off = np.abs((weight.reshape(linear.weight.shape) - linear.weight * step) / step)
         if name != "output":
             off[:, columns] = 0
-        if off.max(initial=0) > 1:
-            raise ValueError(f"quantized does not belong to layer: its {name} weights are off by up to "
-                             f"{off.max():.3g} steps of int8; compare it with the layer it was made of")
+        found[name] = float(off.max(initial=0))
+    return found
 
 
 def _compare_outputs(layer: MultiHeadAttention, quantized: DynamicMultiHeadAttention, batches: Iterable[Batch],

@@ -78,7 +78,10 @@ class CodesOps(Ops[str]):
     def _scaled(self, x: str, ops: tuple[MulConstant, ...], name: str) -> str:
         for number, op in enumerate(ops):
             full = f"{self.prefix}{name}/{number}"
-            factor = self.rows.constant(f"{full}/constant", op.constant.dequantize(op.code))
+            scale = self.rows.constant(f"{full}/constant/scale", np.array(op.constant.scale, np.float32))
+            code, zero = (self.rows.constant(f"{full}/constant{part}", np.array(number + UNSIGNED, np.uint8))
+                          for part, number in (("", op.code), ("/zero_point", op.constant.zero_point)))
+            factor = self.rows.node("DequantizeLinear", [code, scale, zero], f"{full}/constant/reals")
             x = self.rows.quantized(self.rows.node("Mul", [x, factor], f"{full}/scaled"), op.output, f"{full}/codes")
         return x
 

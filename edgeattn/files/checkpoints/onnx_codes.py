@@ -15,7 +15,7 @@ from edgeattn.files.checkpoints import onnx_functions as functions
 from edgeattn.files.checkpoints.onnx_elements import trace
 from edgeattn.files.checkpoints.onnx_nodes import title
 from edgeattn.files.checkpoints.onnx_probes import computed
-from edgeattn.files.checkpoints.onnx_projections import linear
+from edgeattn.files.checkpoints.onnx_projections import is_map_of, linear
 from edgeattn.files.checkpoints.onnx_values import NotRead
 
 _MOVED = (*functions.SAME, *functions.LAYOUT)
@@ -77,6 +77,70 @@ def _scale_of(graph, value, what):
         raise NotRead(f"static int8 needs the scale of {what}, {value[:100]!r}: QuantizeLinear and DequantizeLinear "
                       f"to 8 bits with one scale and zero point, got none{INSTEAD}")
     return found
+
+
+# -- queries and keys that are multiplied between codes ----------------------------------------------------------------
+
+
+def _before_scaling(graph, value, what):
+    """(the value of the map's own codes, their pair, the rows of the MulConstant from there to `value`)."""
+    pair, rows = _scale_of(graph, value, what), []
+    while (found := _multiplied(graph, value)) is not None:
+        value, code, constant = found
+        if not (math.isfinite(constant[0]) and constant[0] > 0):
+            raise NotRead(f"static int8 needs {what} times finite numbers other than 0{INSTEAD}")
+        rows.insert(0, {"op": "MulConstant", "code": code, "constant": list(constant), "output": list(pair)})
+        pair = _above(graph, value)
+    return value, pair, rows
+
+
+def _multiplied(graph, value):
+    """(a value of codes, a code and its pair) where `value` is codes of their product; None of other values."""
+    coded = False
+    for _ in range(_LONGEST):
+        node = graph.maker.get(value)
+        if node is None or not node.input or graph.constant(value) is not None:
+            return None
+        if node.op_type not in _MOVED:
+            break
+        coded |= node.op_type in ("DequantizeLinear", "QuantizeLinear")
+        value = node.input[0]
+    if not coded or node.op_type not in ("Mul", "Div") or len(node.input) != 2:
+        return None
+    # a factor that is multiplied before there are codes is one of the map's weights
+    factors = [each for each in node.input if graph.constant(each) is not None]
+    codes = [each for each in node.input if each not in factors and _above(graph, each) is not None]
+    if len(factors) != 1 or len(codes) != 1 or graph.constant(factors[0]).size != 1 or (
+            node.op_type == "Div" and codes[0] != node.input[0]):
+        return None
+    if node.op_type == "Mul" and (stored := _stored_code(graph, factors[0])) is not None:
+        return codes[0], *stored
+    number = float(graph.constant(factors[0]).reshape(-1)[0])
+    number = number if node.op_type == "Mul" else 1 / number if number else math.inf
+    return codes[0], -1 if number < 0 else 1, (abs(number), 0)
+
+
+def _stored_code(graph, value):
+    """(code, its pair) of a number that a DequantizeLinear gives; None of others."""
+    node = graph.maker.get(value)
+    codes = graph.constant(graph.input(node, 0)) if node is not None and node.op_type == "DequantizeLinear" else None
+    pair = None if codes is None or codes.dtype not in (np.uint8, np.int8) else _pair(graph, node)
+    return None if pair is None else (int(codes.reshape(-1)[0]) - _UNSIGNED * (codes.dtype == np.uint8), pair)
+
+
+def _at(graph, each, value, what):
+    """A `Projection` with the factors and offsets that its features have at a value on the way."""
+    elements = trace(graph, value, is_map_of(graph))
+    if [term.source for term in elements.terms] != [each.source]:
+        raise NotRead(f"static int8 needs {what} to be of one map before they are multiplied as codes, got "
+                      f"{len(elements.terms)}{INSTEAD}")
+    (term,) = elements.terms
+    made, at = {}, term.index.reshape(-1) % each.maps.weight.shape[1]
+    for part, numbers in (("factor", term.factor), ("offset", 0 if elements.offset is None else elements.offset)):
+        of_map = np.zeros(each.maps.weight.shape[1], np.float32)
+        of_map[at] = np.broadcast_to(np.float32(numbers), elements.shape).reshape(-1)
+        made[part] = of_map[each.features]
+    return dataclasses.replace(each, **made)
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------
@@ -261,19 +325,25 @@ def static_attention(graph, found, name, arithmetic):
     first, second = apart.products
     source = rows_read(graph, found.source)
     given = source.scale or _scale_of(graph, found.source, f"the input of {name}")
-    tensors = {"query_input": given, "key": _scale_of(graph, graph.input(first, 1), f"the keys of {name}"),
+    k_value, key, key_ops = _before_scaling(graph, graph.input(first, 1), f"the keys of {name}")
+    tensors = {"query_input": given, "key": key,
                "value": _scale_of(graph, graph.input(second, 1), f"the values of {name}"),
                "scores": _score_scale(graph, first, factor, name),
                "context": _scale_of(graph, linear(graph, apart.output).source, f"the heads of {name}"),
                "output": _scale_of(graph, found.end, f"the output of {name}")}
-    scale, zero = _scale_of(graph, graph.input(first, 0), f"the queries of {name}")
+    q_value, (scale, zero), query_ops = _before_scaling(graph, graph.input(first, 0), f"the queries of {name}")
     tensors["query"] = scale * factor, zero
+    for row in query_ops:
+        row["output"][0] *= factor
+    q, k, v = apart.projections
+    q = _at(graph, q, q_value, f"the queries of {name}") if query_ops else q
+    k = _at(graph, k, k_value, f"the keys of {name}") if key_ops else k
     probabilities = _scale_of(graph, graph.input(second, 0), f"the probabilities of {name}")
     if probabilities[0] > 1 / 254 or probabilities[1] != -128:  # ours are of 1/256 always
         raise NotRead(f"{name} must have probabilities in codes of 1/255 or less, from 0 on, got a scale of "
                       f"{probabilities[0]:g} and a zero point of {probabilities[1]}{INSTEAD}")
     arrays = {}
-    for role, each, by in zip(("query", "key", "value"), apart.projections, (factor, 1.0, 1.0), strict=True):
+    for role, each, by in zip(("query", "key", "value"), (q, k, v), (factor, 1.0, 1.0), strict=True):
         weight, bias = each.weights(apart.groups)
         scales = _weight_scale(graph, each.source, f"the weights of the {role} of {name}")
         scales = (scales[each.features[apart.groups]] * each.factor[apart.groups]).reshape(-1)
@@ -288,7 +358,8 @@ def static_attention(graph, found, name, arithmetic):
         f"the output weights of {name}").items()}
     return {"num_heads": found.heads, "arithmetic": arithmetic, "sources": [0, 0, 0], "score_ops": [],
             "mask_margin": None, "lowest_single_score": None, "more_inputs": list(source.more),
-            "tensors": {role: list(pair) for role, pair in tensors.items()}}, arrays
+            "tensors": {role: list(pair) for role, pair in tensors.items()},
+            **{which: rows for which, rows in (("query_ops", query_ops), ("key_ops", key_ops)) if rows}}, arrays
 
 
 def _score_scale(graph, first, factor, name):
