@@ -18,6 +18,7 @@ from edgeattn.files.tflite_file import parse, read_bytes
 from edgeattn.files.tflite_float import float_attention
 from edgeattn.files.tflite_graph import LONGEST_CHAIN
 from edgeattn.files.tflite_scores import CheckedScores
+from edgeattn.hints import FRAMES
 from edgeattn.layers import MultiHeadAttention
 from edgeattn.quantized import (
     INPUTS,
@@ -74,11 +75,10 @@ def read_tflite(path_or_bytes, *, arithmetic: str | None = None, block=None
     data, name = read_bytes(path_or_bytes)
     most = min(_MOST_ELEMENTS, max(_FEW_ELEMENTS, 4 * len(data)))
     matcher = _Matcher(parse(data, name), name, most)
-    if matcher.is_float():
-        return _float_layer(matcher, arithmetic, block)
-    layer = matcher.layer(arithmetic or "litert", block)
+    layer = _float_layer(matcher, arithmetic, block) if matcher.is_float() else (
+        matcher.layer(arithmetic or "litert", block))
     for told in matcher.told:
-        warnings.warn(told, stacklevel=3)
+        warnings.warn(told, stacklevel=3 + FRAMES)
     return layer
 
 
@@ -86,9 +86,8 @@ def _float_layer(matcher, arithmetic, block) -> MultiHeadAttention:
     """The layer of a graph whose attention is float32."""
     if arithmetic is not None:
         raise matcher.error(f"arithmetic={arithmetic!r} applies to int8 layers; its attention is float32")
-    heads, kv_heads, arguments, told = float_attention(matcher, block)
-    for each in told:
-        warnings.warn(each, stacklevel=4)
+    softmax = matcher.chosen(block)
+    heads, kv_heads, arguments, matcher.told = float_attention(matcher, softmax, alone=block is None)
     try:
         return MultiHeadAttention.from_found(heads, kv_heads, arguments)
     except (TypeError, ValueError) as error:
@@ -133,7 +132,8 @@ class _Matcher(CheckedScores):
             operator = readers[0]
         return False
 
-    def softmax(self, block=None) -> Operator:
+    def chosen(self, block=None) -> Operator:
+        """The SOFTMAX of the block that is asked for."""
         found = self.blocks()
         names = [self.tensor(self.graph.operators[number].outputs[0]).name for number in found
                  if self.graph.operators[number].outputs]
@@ -156,7 +156,12 @@ class _Matcher(CheckedScores):
         self.alone = block is None
         softmax = self.graph.operators[found[0]]
         self.used.add(found[0])
-        (scores,) = self.operands(softmax, (1,))
+        return softmax
+
+    def softmax(self, block=None) -> Operator:
+        """As `chosen`, of int8."""
+        softmax = self.chosen(block)
+        self.operands(softmax, (1,))
         if softmax.options["beta"] != 1:
             raise self.error(f"expected SOFTMAX with beta 1; found {softmax.options['beta']}")
         probabilities = self.quantization(softmax.outputs[0], "the probabilities")

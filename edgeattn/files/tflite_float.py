@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from edgeattn.files.checkpoints.onnx_graphs import apart, choose
+from edgeattn.files.checkpoints.onnx_elements import trace
+from edgeattn.files.checkpoints.onnx_graphs import apart
 from edgeattn.files.checkpoints.onnx_layers import attention_at
 from edgeattn.files.checkpoints.onnx_nodes import Graph as Nodes
-from edgeattn.files.checkpoints.onnx_rows import root_of
+from edgeattn.files.checkpoints.onnx_rows import root_of, rows_of
 from edgeattn.files.checkpoints.onnx_values import NotRead
 from edgeattn.files.paths import reading
 from edgeattn.files.tflite_graph import CheckedGraph
@@ -97,10 +98,11 @@ class _Input:
         return True
 
 
-def float_attention(graph: CheckedGraph, block=None) -> tuple[int, int, dict[str, Any], list[str]]:
+def float_attention(graph: CheckedGraph, softmax: Operator, *, alone: bool
+                    ) -> tuple[int, int, dict[str, Any], list[str]]:
     """(num_heads, num_kv_heads, arguments of a MultiHeadAttention, what is to be told) of attention in float32.
 
-    block : which, by its number or the name of what its SOFTMAX gives; None where it must be all of the graph
+    alone : whether all of the graph must be this attention
     """
     written = _Writer(graph)
     try:
@@ -108,20 +110,41 @@ def float_attention(graph: CheckedGraph, block=None) -> tuple[int, int, dict[str
             with reading(graph.name, ".tflite file"):
                 nodes = written.nodes()
             written.check_shapes(nodes)
-            found = attention_at(nodes, choose(nodes, block))
-            ends = {root_of(nodes, name) for name in nodes.outputs}
-            starts = {root_of(nodes, source) for source in found.sources}
-            if block is None and not (starts <= set(nodes.inputs) and ends == {root_of(nodes, found.end)}):
-                raise NotRead("expected attention alone; found other operators before or behind it: choose it by "
-                              "block=0")
+            found = attention_at(nodes, nodes.maker[written.name(softmax.outputs[0])])
+            if alone and not _is_all(nodes, found):
+                raise NotRead("expected attention alone, and rows given in the order in which they came; found other "
+                              "operators before or behind it: choose it by block=0")
             told = [*found.told, *apart(nodes, found)]
     except ValueError as error:
         text = str(error)
         raise (error if text.startswith(graph.name) else graph.error(text)) from None
     if written.hybrid:
-        told.append(f"{graph.name} has int8 weights under float32 activations, whose rows a runtime quantizes: this is "
-                    "the float32 layer of its weights; quant.quantize(layer, scheme='dynamic') makes an int8 one")
+        told.append(f"{graph.name} has int8 weights, and a runtime that quantizes the rows they meet: this is the "
+                    "float32 layer of these weights; quant.quantize(layer, scheme='dynamic') makes an int8 one")
     return found.heads, found.kv_heads, found.arguments, told
+
+
+def _is_all(nodes: Nodes, found) -> bool:
+    """Whether a graph is attention from its inputs to its output, and gives the rows of the first in their order."""
+    if len(nodes.outputs) != 1 or any(root_of(nodes, source) not in nodes.inputs for source in found.sources):
+        return False
+    (output,) = nodes.outputs
+    came = rows_of(nodes, found.source, root_of(nodes, found.source))
+    if found.order is not None:
+        if root_of(nodes, output) != root_of(nodes, found.end):
+            return False
+        rows = came[found.order[rows_of(nodes, output, found.end)]]
+        return bool((rows == np.arange(rows.size)).all())
+    q, _, v = found.apart.projections  # without a map behind the heads of a token must be side by side
+    (groups, length), heads, size = q.rows.shape, found.heads, v.features.shape[1]
+    number = np.arange(groups)
+    elements = trace(nodes, output, lambda name: name == found.end)
+    wanted = np.arange(groups * length * size).reshape(-1, heads, length, size).swapaxes(1, 2)
+    return (found.apart.groups == list(range(heads)) and [term.source for term in elements.terms] == [found.end]
+            and np.array_equal(elements.terms[0].index.ravel(), wanted.ravel())
+            and bool(np.all(elements.terms[0].factor == 1)) and elements.offset is None
+            and bool((q.features == q.features[number % heads]).all())
+            and bool((came[q.rows] == (number // heads * length)[:, None] + np.arange(length)).all()))
 
 
 class _Writer:
@@ -137,8 +160,8 @@ class _Writer:
     def nodes(self) -> Nodes:
         """All of it, as the reader of ONNX graphs takes it."""
         graph = self.graph.graph
-        for number, operator in enumerate(graph.operators):
-            if number not in self.graph.used:  # what was folded already
+        for operator in graph.operators:
+            if not operator.outputs or not self.graph.is_constant(operator.outputs[0]):  # else it was folded already
                 self.write(operator)
         inputs = [_Input(self.name(number), self.computed(number).shape) for number in graph.inputs]
         outputs = [types.SimpleNamespace(name=self.name(number)) for number in graph.outputs]
@@ -152,6 +175,8 @@ class _Writer:
         """Refuse a graph where a tensor has another shape than its operator gives."""
         for operator in self.graph.graph.operators:
             for number in operator.outputs:
+                if self.graph.is_constant(number):
+                    continue
                 found, said = nodes.shapes.get(self.name(number)), self.tensors[number].shape
                 if found is not None and tuple(found) != said:
                     raise NotRead(f"{operator.name} gives {self.tensors[number].name!r} shape {said}; expected "
@@ -207,7 +232,6 @@ class _Writer:
                 raise NotRead(f"expected positive scales of {tensor.name!r}")
             if tensor.scale.size > 1 and data.shape[tensor.channel_axis] != tensor.scale.size:
                 raise NotRead(f"{tensor.name!r} of shape {data.shape} has {tensor.scale.size} scales")
-            self.hybrid |= data.dtype == np.int8
             codes = data.astype(np.float32) - tensor.zero_point.astype(np.float32).reshape(shape)
             return codes * tensor.scale.reshape(shape)
         if data.dtype == np.bool_:
@@ -252,6 +276,7 @@ class _Writer:
         if len(inputs) not in (2, 3) or options["weights_format"] != 0 or min(inputs[:2]) < 0:
             raise NotRead(f"FULLY_CONNECTED has {len(inputs)} inputs and format {options['weights_format']}")
         weight = self.tensors[inputs[1]]
+        self.hybrid |= weight.scale is not None
         if len(weight.shape) != 2:
             raise NotRead(f"FULLY_CONNECTED has weights of shape {weight.shape}; expected 2 axes")
         if weight.scale is not None and weight.zero_point.any():
