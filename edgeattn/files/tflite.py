@@ -1,4 +1,4 @@
-"""Static int8 attention read from a .tflite file, ours or another converter's.
+"""Attention read from a .tflite file, ours or another converter's: static int8 here, float32 in `tflite_float`.
 
 A file is accepted when its operators, all of them, are one attention block that the layer reproduces exactly.
 The shapes between the projections and the products are not matched against a list of known forms: where RESHAPE,
@@ -47,6 +47,8 @@ def read_tflite(path_or_bytes, *, arithmetic: str | None = None, block=None
     and DEQUANTIZE at the edges. Keys and values may have a zero point, and the first product may have K transposed
     already or by adj_y. Queries and keys may be multiplied by a constant of one number before their product. Of values
     such a MUL becomes a part of their projection, which rounds once where the file rounds twice: a warning says so.
+
+    Attention in float32 is found as `MultiHeadAttention.from_onnx` finds it; int8 weights become float32.
 
     Parameters
     ----------

@@ -94,7 +94,7 @@ class _Input:
         self.shape = types.SimpleNamespace(dim=dims)
 
     @staticmethod
-    def HasField(_):  # noqa: N802 (protobuf's)
+    def HasField(_):
         return True
 
 
@@ -107,8 +107,7 @@ def float_attention(graph: CheckedGraph, softmax: Operator, *, alone: bool
     written = _Writer(graph)
     try:
         with np.errstate(all="ignore"):
-            with reading(graph.name, ".tflite file"):
-                nodes = written.nodes()
+            nodes = written.nodes()
             written.check_shapes(nodes)
             found = attention_at(nodes, nodes.maker[written.name(softmax.outputs[0])])
             if alone and not _is_all(nodes, found):
@@ -169,7 +168,8 @@ class _Writer:
             graph=types.SimpleNamespace(node=self.made, input=inputs, output=outputs,
                                         initializer=list(self.stored.values())),
             opset_import=[types.SimpleNamespace(domain="", version=_OPSET)])
-        return Nodes(model, _Values(), self.graph.name)
+        with reading(self.graph.name, ".tflite file"):
+            return Nodes(model, _Values(), self.graph.name)
 
     def check_shapes(self, nodes: Nodes) -> None:
         """Refuse a graph where a tensor has another shape than its operator gives."""
@@ -295,13 +295,22 @@ class _Writer:
             self.add("Add", [product, self.value(inputs[2])], to)
 
     def _batch_matmul(self, operator, to):
-        sides = []
-        for number, turned in zip(self.graph.operands(operator, (2,)), ("adj_x", "adj_y"), strict=True):
-            name, axes = self.value(number), len(self.tensors[number].shape)
-            if operator.options[turned] and axes > 1:
-                name = self.add("Transpose", [name], f"{to} {turned}:", perm=[*range(axes - 2), axes - 1, axes - 2])
-            sides.append(name)
-        self.add("MatMul", sides, to)
+        x, y = self.graph.operands(operator, (2,))
+        turned = [bool(operator.options[side]) for side in ("adj_x", "adj_y")]
+        if self.graph.producer(y, ("SOFTMAX",)) is None:
+            sides = [self.turned(x, turned[0], f"{to} x:"), self.turned(y, turned[1], f"{to} y:")]
+            return self.add("MatMul", sides, to)
+        # the reader of ONNX graphs knows probabilities on the left: x y = (y' x')'
+        sides = [self.turned(y, not turned[1], f"{to} y:"), self.turned(x, not turned[0], f"{to} x:")]
+        product = self.add("MatMul", sides, f"{to} turned:")
+        return self.add("Transpose", [product], to, perm=_last_two(len(self.tensors[operator.outputs[0]].shape)))
+
+    def turned(self, number, wanted, to):
+        """A tensor, with its last two axes exchanged where that is wanted."""
+        axes = len(self.tensors[number].shape)
+        if axes < 2:
+            raise NotRead(f"BATCH_MATMUL takes {self.tensors[number].name!r} of {axes} axes; expected 2 or more")
+        return self.add("Transpose", [self.value(number)], to, perm=_last_two(axes)) if wanted else self.value(number)
 
     def _softmax(self, operator, to):
         (scores,) = self.graph.operands(operator, (1,))
@@ -378,6 +387,10 @@ class _Writer:
         if not self.graph.is_constant(x):
             raise NotRead("expected DEQUANTIZE of weights alone; found it of a computed tensor")
         self.store(to, self.real(self.tensors[x]))
+
+
+def _last_two(axes: int) -> list[int]:
+    return [*range(axes - 2), axes - 1, axes - 2]
 
 
 _SPECIAL = {name[1:].upper() for name in vars(_Writer) if name.startswith("_") and not name.startswith("__")}

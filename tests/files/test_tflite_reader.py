@@ -376,7 +376,7 @@ def test_a_float_softmax_alone_is_no_attention(tmp_path):
     graph.operator("SOFTMAX", graph.inputs, graph.outputs[0], {"beta": 1.0})
     path = tmp_path / "float.tflite"
     path.write_bytes(serialize(graph))
-    with pytest.raises(ValueError, match=r"float\.tflite: Softmax node 'y' must "):
+    with pytest.raises(ValueError, match=r"float\.tflite: the scores of Softmax node 'y' must be a product"):
         read_tflite(path)
 
 
