@@ -113,6 +113,9 @@ def float_attention(graph: CheckedGraph, softmax: Operator, *, alone: bool
             if alone and not _is_all(nodes, found):
                 raise NotRead("expected attention alone, and rows given in the order in which they came; found other "
                               "operators before or behind it: choose it by block=0")
+            for name, array in found.arguments.items():
+                if isinstance(array, np.ndarray) and name != "position_bias" and not np.isfinite(array).all():
+                    raise NotRead(f"expected weights that are numbers; found NaN or infinity in {name}")
             told = [*found.told, *apart(nodes, found)]
     except ValueError as error:
         text = str(error)
@@ -322,9 +325,14 @@ class _Writer:
         self.add("Softmax", [name], to, axis=-1)
 
     def _reshape(self, operator, to):
-        self.graph.operands(operator, (1, 2))
-        shape = self.store(f"{to} shape", np.array(self.tensors[operator.outputs[0]].shape, np.int64))
-        self.add("Reshape", [self.value(operator.inputs[0]), shape], to)
+        inputs, output = self.graph.operands(operator, (1, 2)), self.tensors[operator.outputs[0]].shape
+        wanted = (self.whole(inputs[1], "the shape of RESHAPE") if len(inputs) == 2
+                  else np.asarray(operator.options.get("new_shape", ())).tolist())
+        if len(wanted) != len(output) or wanted.count(-1) > 1 or any(
+                n not in (-1, m) for n, m in zip(wanted, output, strict=True)):
+            raise NotRead(f"RESHAPE to {wanted[:8]} gives a tensor of shape {output}; expected them to agree")
+        shape = self.store(f"{to} shape", np.array(output, np.int64))
+        self.add("Reshape", [self.value(inputs[0]), shape], to)
 
     def _broadcast_to(self, operator, to):
         x, shape = self.graph.operands(operator, (2,))

@@ -124,6 +124,10 @@ REFUSED = {
     "another permutation": (lambda graph: graph.tensors.__setitem__(
         number := next(each for each in graph.operators if each.name == "TRANSPOSE").inputs[1],
         dataclasses.replace(graph.tensors[number], data=np.array([0, 1, 2, 3], np.int32))), "TRANSPOSE gives .* shape"),
+    "another shape": (lambda graph: graph.tensors.__setitem__(
+        number := next(each for each in graph.operators if each.name == "RESHAPE").inputs[1],
+        dataclasses.replace(graph.tensors[number], data=np.array([2, H, L, D], np.int32))), "RESHAPE to .* expected them to agree"),
+    "a scale of infinity": (lambda graph: change(graph, "SOFTMAX", options={"beta": 3e38}), "NaN or infinity in q_weight"),
     "a negative beta": (lambda graph: change(graph, "SOFTMAX", options={"beta": -1.0}), "SOFTMAX with a positive beta; found -1.0"),
 }
 
