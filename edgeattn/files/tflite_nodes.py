@@ -156,6 +156,7 @@ class Writer:
         return name
 
     def store(self, name: str, array: np.ndarray) -> str:
+        """A constant; returns its name."""
         self.left -= array.size + 1
         if self.left < 0:
             raise NotRead("its constants, taken apart, must be no larger than the file")
@@ -193,6 +194,7 @@ class Writer:
     # -- operators
 
     def add(self, kind: str, inputs: list[str], to: str, **attributes) -> str:
+        """A node; returns the name of what it gives."""
         name = to.rpartition(":")[0]
         self.made.append(_Node(kind, name, list(inputs), [to], [_Attribute(*each) for each in attributes.items()]))
         return to
